@@ -1,0 +1,591 @@
+"""The law: every rule of admission, pacing and retry, and the only place where one may stand.
+
+What lives here: plain functions over two bags of numbers, `Params` (the policy, made by `Policy.params()`) and
+`State`. What must not: a clock, a sleep, a random draw, a log line, any I/O. `now` and the uniform number `u` come in
+as arguments, absolute times go out. The asyncio driver, the SimPy driver and the compiled engine call these functions.
+
+Theory of operation. A driver asks `admit_at` when the head of its queue may launch, waits until then, calls `launched`,
+sends the request, and reports the end with exactly one of `settled`, `throttled`, `failed` or `released`. The law
+answers a retry with the absolute time of the next attempt, or inf: give up.
+
+Decide by time, never by level. Each budget answers with the *moment* at which an amount fits, computed from state alone
+and then raised to `now`. Asked again at the moment that it named, it admits. (Waiting for deficit/rate until the level
+suffices livelocks in simulated time: rounding leaves the level a hair short, and the wait rounds to nothing.)
+
+Budgets. Four dimensions share one code path and differ in length and kind of window:
+
+    index  dimension   length    kind
+    TPM    tokens      60 s      `fixed`, `sliding` or `bucket`, as the policy says
+    RPM    requests    60 s      the same
+    TPD    tokens      86,400 s  bucket: a rolling day, PROVIDER-FACTS section 3
+    RPD    requests    86,400 s  bucket
+
+`fixed` is a minute anchored at the first launch after the last one expired. `sliding` keeps the last 60 s in
+half-second cells: the current one and the 120 full ones behind it, so that a booking counts for 60 to 60.5 s. `bucket`
+refills continuously and is held as one number, the moment at which it will be full again (as in GCRA).
+
+Compiled as it stands: numbers and fixed-size float arrays only, `math` and nothing else. Interpreted, `p` and `s` are
+the dataclasses below; compiled, they are NumPy records with the same field names.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+# Dimensions of a budget.
+TPM = 0
+RPM = 1
+TPD = 2
+RPD = 3
+
+# Kinds of window.
+FIXED = 0
+SLIDING = 1
+BUCKET = 2
+
+# How a launch stands to its request: its first attempt, a retry, or a retry that kept its place in flight.
+FIRST = 0
+RETRY = 1
+HOLDING = 2
+
+# Lanes.
+MAIN = 0
+FINALIZE = 1
+
+# What makes the head of the queue wait.
+NOTHING = 0
+CONCURRENCY = 1
+STAGGER = 2
+BY_TPM = 3
+BY_RPM = 4
+BY_DAY = 5
+HOLD = 6
+PAUSED = 7
+
+MINUTE_S = 60.0
+DAY_S = 86400.0
+CELL_S = 0.5
+CELLS_BEHIND = 120
+CELLS = 121  # the current half second and 120 full ones behind it
+
+# A provider floors the wait that it prints to milliseconds: who sleeps exactly that is up to 1 ms early.
+RETRY_AFTER_SLACK_S = 0.002
+
+
+@dataclass(slots=True)
+class Params:
+    """A policy as numbers. Times in seconds, limits per minute or day, 0 = no limit. See `Policy` for the meaning.
+
+    Arrays have one entry per dimension (TPM, RPM, TPD, RPD). `budget` is the usable part of `limit`, `rate_per_s` its
+    continuous refill; both are made by `budget_of` and `rate_of`.
+    """
+
+    max_concurrency: int
+    stagger_s: float
+    jitter_ratio: float
+    jitter_cap_s: float
+    headroom_ratio: float
+    window: int
+    settles: int
+    longest_first: int
+    max_attempts: int
+    backoff_base_s: float
+    backoff_cap_s: float
+    backoff_keeps_permit: int
+    hold_on_throttle: int
+    sync_headers: int
+    refunds_throttled: int
+    finalize_lowers: int
+    finalize_max_concurrency: int
+    timeout_s: float
+    deadline_s: float
+    limit: list[float]
+    budget: list[float]
+    rate_per_s: list[float]
+
+
+def _four(value: float) -> list[float]:
+    return [value] * 4
+
+
+@dataclass(slots=True)
+class State:
+    """What the law remembers of one pool. A new one has launched nothing; change it only through the law's functions.
+
+    `full_at`: per dimension, when the bucket is full again. `window_at`, `window_used`: start and content of the fixed
+    minute; `cell_at`, `cells`: newest cell and ring of the sliding window (TPM's 121 cells, then RPM's), whose sum
+    stands in `window_used` too. `booked`: all that was ever reserved at launch, per dimension. `scale`: granted limit
+    over configured limit where the provider grants less; `synced_at`: moment of the newest count taken over.
+    """
+
+    in_flight: int = 0
+    finalize_open: int = 0
+    alone: int = 0
+    paused: int = 0
+    last_launch_at: float = -math.inf
+    next_slot_at: float = -math.inf
+    hold_until: float = -math.inf
+    full_at: list[float] = field(default_factory=lambda: _four(-math.inf))
+    window_at: list[float] = field(default_factory=lambda: _four(-math.inf))
+    window_used: list[float] = field(default_factory=lambda: _four(0.0))
+    cell_at: list[float] = field(default_factory=lambda: _four(0.0))
+    cells: list[float] = field(default_factory=lambda: [0.0] * (2 * CELLS))
+    booked: list[float] = field(default_factory=lambda: _four(0.0))
+    scale: list[float] = field(default_factory=lambda: _four(1.0))
+    synced_at: list[float] = field(default_factory=lambda: _four(-math.inf))
+
+
+# ---------------------------------------------------------------- budgets
+
+
+def budget_of(limit: float, headroom_ratio: float) -> float:
+    """Whole tokens (or requests) of `limit` that may be used, at least one: floor(limit * (1 - headroom)).
+
+    The tiny addition keeps an exact product whole: 30,000 at 15 % is 25,500, not 25,499.
+    """
+    if limit <= 0.0:
+        return math.inf
+    return max(1.0, math.floor(limit * (1.0 - headroom_ratio) + 1e-6))
+
+
+def rate_of(limit: float, headroom_ratio: float, length_s: float) -> float:
+    """Refill per second of a bucket of that limit: the whole budget once per window length."""
+    if limit <= 0.0:
+        return math.inf
+    return max(limit * (1.0 - headroom_ratio), 1e-9) / length_s
+
+
+def never_fits(p: Params, reserve: float) -> bool:
+    """Whether a reservation is above a limit itself, not just above the budget: the provider would never admit it."""
+    return (0.0 < p.limit[TPM] < reserve) or (0.0 < p.limit[TPD] < reserve)
+
+
+def _bucket_ready_at(p: Params, s: State, d: int, amount: float) -> float:
+    """When `amount` fits into the bucket, seconds; may lie in the past. More than the capacity waits for a full one.
+
+    Level(t) = capacity - (full_at - t) * rate >= amount, solved for t (PROVIDER-FACTS section 3).
+    """
+    scale = s.scale[d]
+    spare = p.budget[d] * scale - amount
+    if spare <= 0.0:
+        return s.full_at[d]
+    return s.full_at[d] - spare / (p.rate_per_s[d] * scale)
+
+
+def _sliding_used(s: State, d: int, cell: float) -> float:
+    """Content of the sliding window once `cell` is the current one: the stored sum less the cells that fell out."""
+    passed = cell - s.cell_at[d]
+    if passed <= 0.0:
+        return s.window_used[d]
+    if passed > CELLS_BEHIND:
+        return 0.0
+    used = s.window_used[d]
+    oldest = int(s.cell_at[d]) - CELLS_BEHIND
+    for j in range(oldest, oldest + int(passed)):
+        used -= s.cells[d * CELLS + j % CELLS]
+    return used
+
+
+def _sliding_ready_at(p: Params, s: State, d: int, amount: float, now: float) -> float:
+    """The moment at which enough old cells have left the sliding window for `amount` to fit."""
+    cell = math.floor(now / CELL_S)
+    budget = p.budget[d] * s.scale[d]
+    need = min(amount, budget)
+    used = _sliding_used(s, d, cell)
+    if used + need <= budget:
+        return now
+    newest = int(s.cell_at[d])
+    for j in range(max(int(cell), newest) - CELLS_BEHIND, newest + 1):
+        used -= s.cells[d * CELLS + j % CELLS]
+        if used + need <= budget:
+            return (j + CELLS) * CELL_S
+    return (newest + CELLS) * CELL_S
+
+
+def _ready_at(p: Params, s: State, d: int, amount: float, now: float) -> float:
+    """When dimension `d` has room for `amount`. An amount above the budget needs an empty window."""
+    if p.window == BUCKET or d >= TPD:
+        return _bucket_ready_at(p, s, d, amount)
+    if p.window == SLIDING:
+        return _sliding_ready_at(p, s, d, amount, now)
+    expires_at = s.window_at[d] + MINUTE_S
+    if now >= expires_at:
+        return now
+    budget = p.budget[d] * s.scale[d]
+    if s.window_used[d] + min(amount, budget) <= budget:
+        return now
+    return expires_at
+
+
+def _roll(s: State, d: int, cell: float) -> None:
+    """Makes `cell` the current one of the sliding window, emptying those that fell out."""
+    if cell <= s.cell_at[d]:
+        return
+    s.window_used[d] = _sliding_used(s, d, cell)
+    oldest = int(s.cell_at[d]) - CELLS_BEHIND
+    for j in range(oldest, oldest + min(CELLS, int(cell - s.cell_at[d]))):
+        s.cells[d * CELLS + j % CELLS] = 0.0
+    s.cell_at[d] = cell
+
+
+def _book(p: Params, s: State, d: int, amount: float, now: float) -> None:
+    """Books `amount` in dimension `d` at `now`."""
+    s.booked[d] += amount
+    if p.window == BUCKET or d >= TPD:
+        s.full_at[d] = max(s.full_at[d], now) + amount / (p.rate_per_s[d] * s.scale[d])
+    elif p.window == SLIDING:
+        cell = math.floor(now / CELL_S)
+        _roll(s, d, cell)
+        s.cells[d * CELLS + int(s.cell_at[d]) % CELLS] += amount
+        s.window_used[d] += amount
+    elif now >= s.window_at[d] + MINUTE_S:
+        s.window_at[d] = now
+        s.window_used[d] = amount
+    else:
+        s.window_used[d] += amount
+
+
+def _rebook(p: Params, s: State, d: int, change: float, booked_at: float) -> None:
+    """Changes a booking made at `booked_at` by `change`, if the window (or cell) that holds it still counts."""
+    if p.window == BUCKET or d >= TPD:
+        s.full_at[d] += change / (p.rate_per_s[d] * s.scale[d])
+    elif p.window == SLIDING:
+        cell = math.floor(booked_at / CELL_S)
+        if cell >= s.cell_at[d] - CELLS_BEHIND:
+            s.cells[d * CELLS + int(cell) % CELLS] += change
+            s.window_used[d] += change
+    elif booked_at >= s.window_at[d]:
+        s.window_used[d] += change
+
+
+def _rebook_tokens(p: Params, s: State, change: float, booked_at: float) -> None:
+    if p.limit[TPM] > 0.0:
+        _rebook(p, s, TPM, change, booked_at)
+    if p.limit[TPD] > 0.0:
+        _rebook(p, s, TPD, change, booked_at)
+
+
+def used_in(p: Params, s: State, d: int, now: float) -> float:
+    """Tokens (or requests) of dimension `d` that count against its budget at `now`. 0 where there is no limit."""
+    if p.limit[d] <= 0.0:
+        return 0.0
+    if p.window == BUCKET or d >= TPD:
+        return max(0.0, s.full_at[d] - now) * p.rate_per_s[d] * s.scale[d]
+    if p.window == SLIDING:
+        return _sliding_used(s, d, math.floor(now / CELL_S))
+    if now >= s.window_at[d] + MINUTE_S:
+        return 0.0
+    return s.window_used[d]
+
+
+def day_started(p: Params, s: State, tokens_used: float, requests_used: float, now: float) -> None:
+    """Starts the daily budgets with what was already used of them."""
+    if p.limit[TPD] > 0.0 and tokens_used > 0.0:
+        s.full_at[TPD] = now + tokens_used / p.rate_per_s[TPD]
+    if p.limit[RPD] > 0.0 and requests_used > 0.0:
+        s.full_at[RPD] = now + requests_used / p.rate_per_s[RPD]
+
+
+# ---------------------------------------------------------------- admission
+
+
+def permits(p: Params, s: State) -> int:
+    """Requests that may be in flight now. While a finalize pass is open the lower cap holds; nobody is pre-empted."""
+    if p.finalize_lowers and s.finalize_open > 0 and p.finalize_max_concurrency < p.max_concurrency:
+        return p.finalize_max_concurrency
+    return p.max_concurrency
+
+
+def _admission(p: Params, s: State, reserve: float, standing: int, now: float) -> tuple[float, int]:
+    """The moment at which this reservation may launch, and the knob whose own time is latest. The one rule."""
+    if s.paused:
+        return math.inf, PAUSED
+    if s.alone or s.in_flight >= permits(p, s) or reserve > p.budget[TPM] * s.scale[TPM]:
+        # A reservation above the budget runs alone: nothing else in flight, and nobody joins it.
+        others = s.in_flight - 1 if standing == HOLDING else s.in_flight
+        oversized = reserve > p.budget[TPM] * s.scale[TPM]
+        if (others > 0 and (oversized or s.alone)) or (standing != HOLDING and others >= permits(p, s)):
+            return math.inf, CONCURRENCY
+    at = now
+    cause = NOTHING
+    if standing == FIRST and s.next_slot_at > at:
+        at = s.next_slot_at
+        cause = STAGGER
+    if p.limit[TPM] > 0.0:
+        ready_at = _ready_at(p, s, TPM, reserve, now)
+        if ready_at > at:
+            at = ready_at
+            cause = BY_TPM
+    if p.limit[RPM] > 0.0:
+        ready_at = _ready_at(p, s, RPM, 1.0, now)
+        if ready_at > at:
+            at = ready_at
+            cause = BY_RPM
+    if p.limit[TPD] > 0.0:
+        ready_at = _ready_at(p, s, TPD, reserve, now)
+        if ready_at > at:
+            at = ready_at
+            cause = BY_DAY
+    if p.limit[RPD] > 0.0:
+        ready_at = _ready_at(p, s, RPD, 1.0, now)
+        if ready_at > at:
+            at = ready_at
+            cause = BY_DAY
+    if s.hold_until > at:
+        return s.hold_until, HOLD
+    return at, cause
+
+
+def admit_at(p: Params, s: State, reserve: float, standing: int, now: float) -> float:
+    """Absolute time at which this reservation may launch, never before `now`; inf = not before something settles.
+
+    `standing` is FIRST, RETRY (takes a permit and tokens but no stagger slot) or HOLDING (a retry whose permit was
+    kept). Asked again at the time that it named, with the state unchanged, it names that same time.
+    """
+    return _admission(p, s, reserve, standing, now)[0]
+
+
+def blocked_by(p: Params, s: State, reserve: float, standing: int, now: float) -> int:
+    """The knob whose own time is latest for this reservation, NOTHING if it may launch now.
+
+    Every knob's time is absolute, so the answer stays the same until the state changes or the request launches.
+    """
+    return _admission(p, s, reserve, standing, now)[1]
+
+
+def stagger_gap_s(p: Params, u: float) -> float:
+    """Time from one launch to the next slot: the stagger, +-`jitter_ratio` of it but at most `jitter_cap_s`."""
+    return p.stagger_s + min(p.stagger_s * p.jitter_ratio, p.jitter_cap_s) * (2.0 * u - 1.0)
+
+
+def launched(p: Params, s: State, reserve: float, standing: int, now: float, u: float) -> None:
+    """Takes the permit, books the reservation in every budget and, on a first attempt, the next launch slot."""
+    if standing != HOLDING:
+        s.in_flight += 1
+    if reserve > p.budget[TPM] * s.scale[TPM]:
+        s.alone = 1
+    if p.limit[TPM] > 0.0:
+        _book(p, s, TPM, reserve, now)
+    if p.limit[RPM] > 0.0:
+        _book(p, s, RPM, 1.0, now)
+    if p.limit[TPD] > 0.0:
+        _book(p, s, TPD, reserve, now)
+    if p.limit[RPD] > 0.0:
+        _book(p, s, RPD, 1.0, now)
+    if standing == FIRST:
+        s.last_launch_at = now
+        s.next_slot_at = now + stagger_gap_s(p, u)
+
+
+# ---------------------------------------------------------------- the end of an attempt
+
+
+def released(p: Params, s: State) -> None:
+    """Gives a permit back with nothing learned: cancelled, refused for good, or given up while it backed off."""
+    s.in_flight -= 1
+    if s.in_flight == 0:
+        s.alone = 0
+
+
+def settled(p: Params, s: State, reserve: float, used: float, launched_at: float) -> None:
+    """An answer arrived: frees the permit and, if the policy settles, books what was really used in the same place."""
+    released(p, s)
+    if p.settles:
+        _rebook_tokens(p, s, used - reserve, launched_at)
+
+
+def deadline_at(p: Params, first_launched_at: float) -> float:
+    """When a request is given up, retries included, counted from its first launch. inf without a deadline."""
+    if p.deadline_s <= 0.0:
+        return math.inf
+    return first_launched_at + p.deadline_s
+
+
+def expires_at(p: Params, first_launched_at: float, launched_at: float) -> float:
+    """Until when the answer to an attempt is awaited: the time-out, or the request's deadline if that is sooner."""
+    return min(launched_at + p.timeout_s, deadline_at(p, first_launched_at))
+
+
+def backoff_s(p: Params, attempt: int) -> float:
+    """Our own wait after a failed attempt (1, 2, ...): base, doubling, at most the cap. Jitter comes on top."""
+    return min(math.ldexp(p.backoff_base_s, attempt - 1), p.backoff_cap_s)
+
+
+def keeps_permit(p: Params) -> int:
+    """The standing in which a request that now backs off will ask again: HOLDING or RETRY."""
+    return HOLDING if p.backoff_keeps_permit else RETRY
+
+
+def _retry_at(
+    p: Params, s: State, wait_s: float, attempt: int, first_launched_at: float, now: float, u: float
+) -> float:
+    """When to try again: the wait and a positive jitter (no herd, never early). inf = attempts or time exhausted."""
+    at = now + wait_s + min(wait_s * p.jitter_ratio, p.jitter_cap_s) * u
+    if attempt >= p.max_attempts or at >= deadline_at(p, first_launched_at):
+        released(p, s)
+        return math.inf
+    if not p.backoff_keeps_permit:
+        released(p, s)
+    return at
+
+
+def throttled(
+    p: Params,
+    s: State,
+    reserve: float,
+    attempt: int,
+    retry_after_s: float,
+    first_launched_at: float,
+    launched_at: float,
+    now: float,
+    u: float,
+) -> float:
+    """A 429 arrived for attempt 1, 2, ...: absolute retry time, or inf = exhausted (attempts, or the deadline).
+
+    A stated Retry-After (seconds, > 0) wins over the backoff; -1 = absent. The reservation stays booked unless the
+    policy refunds: a provider may count refused requests. With hold-on-throttle nobody launches before that wait ends.
+    """
+    if p.refunds_throttled:
+        _rebook_tokens(p, s, -reserve, launched_at)
+    wait_s = backoff_s(p, attempt)
+    if retry_after_s > 0.0:
+        wait_s = retry_after_s + RETRY_AFTER_SLACK_S
+    if p.hold_on_throttle:
+        # An absurd wait (114 h was seen) must not freeze a pool whose requests would all have been given up by then.
+        held_s = wait_s if p.deadline_s <= 0.0 else min(wait_s, p.deadline_s)
+        s.hold_until = max(s.hold_until, now + held_s)
+    return _retry_at(p, s, wait_s, attempt, first_launched_at, now, u)
+
+
+def failed(
+    p: Params, s: State, attempt: int, retry_after_s: float, first_launched_at: float, now: float, u: float
+) -> float:
+    """The same for 5xx, time-outs and dropped connections: no hold, and no refund, since the provider charged it."""
+    wait_s = backoff_s(p, attempt)
+    if retry_after_s > 0.0:
+        wait_s = retry_after_s + RETRY_AFTER_SLACK_S
+    return _retry_at(p, s, wait_s, attempt, first_launched_at, now, u)
+
+
+def finalize_opened(p: Params, s: State) -> None:
+    """A cut answer asks for a finalize pass: from now to its own end the lower concurrency cap holds."""
+    s.finalize_open += 1
+
+
+def finalize_closed(p: Params, s: State) -> None:
+    """A finalize pass has ended, in whatever way."""
+    s.finalize_open -= 1
+
+
+def paused(p: Params, s: State) -> None:
+    """Stops all launches until `resumed`. Requests in flight go on."""
+    s.paused = 1
+
+
+def resumed(p: Params, s: State) -> None:
+    """Launches may go on."""
+    s.paused = 0
+
+
+# ---------------------------------------------------------------- the queue's order
+
+
+def rank(
+    p: Params, lane: int, attempt: int, expected: float, reserve: float, sequence: float
+) -> tuple[float, float, float, float]:
+    """Sort key of a waiting attempt, smallest first: retries, then finalize passes, then new work.
+
+    New work goes in order of arrival, or longest expected answer first (`expected` = the declared output cap, ties by
+    the larger reservation: never the answer itself), so that a batch does not end on a long tail. Elementwise over
+    arrays of `expected`, `reserve` and `sequence` too.
+    """
+    if attempt > 1:
+        return 0.0, 0.0, 0.0, sequence
+    if lane == FINALIZE:
+        return 1.0, 0.0, 0.0, sequence
+    if p.longest_first:
+        return 2.0, -expected, -reserve, sequence
+    return 2.0, 0.0, 0.0, sequence
+
+
+# ---------------------------------------------------------------- the provider's own count, and changed settings
+
+
+def _length_s(d: int) -> float:
+    return MINUTE_S if d <= RPM else DAY_S
+
+
+def _level_set(p: Params, s: State, d: int, used: float, now: float) -> None:
+    """Makes `used` the content of dimension `d` at `now`, whatever the kind of window."""
+    if p.window == BUCKET or d >= TPD:
+        s.full_at[d] = now + used / (p.rate_per_s[d] * s.scale[d])
+        return
+    if p.window == SLIDING:
+        cell = math.floor(now / CELL_S)
+        _roll(s, d, cell)
+        s.cells[d * CELLS + int(s.cell_at[d]) % CELLS] += used - s.window_used[d]
+    elif now >= s.window_at[d] + MINUTE_S:
+        s.window_at[d] = now
+    s.window_used[d] = used
+
+
+def synced(
+    p: Params, s: State, d: int, limit: float, remaining: float, booked_since: float, as_of: float, now: float
+) -> None:
+    """The provider's own count corrects ours in dimension `d`.
+
+    `limit` and `remaining` are what it stated about the moment of admission `as_of`; `booked_since` is what this pool
+    has booked in that dimension since then (`booked[d]` now, less its value just after that request's own booking). At
+    `now` the provider has min(limit, remaining + refill) - booked_since left. Ignored: counts older than the one last
+    taken over, counts older than the window, and implausible ones (negative, above the limit, not a number).
+
+    A bucket takes the count over in both directions, since all that went out after it is known; it only tightens while
+    the provider grants more than the policy's limit, of which others may own the rest. A fixed or sliding window is no
+    image of a provider's bucket and only tightens. A granted limit below the policy's scales the budget down.
+    """
+    length_s = _length_s(d)
+    plausible = limit > 0.0 and 0.0 <= remaining <= limit
+    if not (p.sync_headers and p.limit[d] > 0.0 and plausible):
+        return
+    if as_of < s.synced_at[d] or now - as_of > length_s:
+        return
+    s.synced_at[d] = as_of
+    ours = used_in(p, s, d, now)
+    scale = min(1.0, limit / p.limit[d])
+    if scale != s.scale[d]:
+        s.scale[d] = scale
+        _level_set(p, s, d, ours, now)
+    room = min(limit, remaining + limit / length_s * (now - as_of)) - booked_since
+    continuous = p.window == BUCKET or d >= TPD
+    theirs = p.budget[d] - room if limit > p.limit[d] else limit - room
+    if theirs > ours or (continuous and limit <= p.limit[d]):
+        _level_set(p, s, d, max(0.0, theirs), now)
+
+
+def repriced(p_old: Params, p_new: Params, s: State, now: float) -> None:
+    """Carries the state over to changed settings in mid-run: what is used stays used, and the next slot moves.
+
+    Permits, holds and open finalize passes stay. A kind of window that changes takes the content over as one booking
+    made now: never looser than before.
+    """
+    for d in range(4):
+        used = used_in(p_old, s, d, now)
+        if p_new.limit[d] != p_old.limit[d]:
+            s.scale[d] = 1.0
+        if p_new.window != p_old.window and d <= RPM:
+            s.full_at[d] = -math.inf
+            s.window_at[d] = -math.inf
+            s.window_used[d] = 0.0
+            s.cell_at[d] = 0.0
+            for j in range(CELLS):
+                s.cells[d * CELLS + j] = 0.0
+            if p_new.limit[d] > 0.0 and used > 0.0:
+                _book(p_new, s, d, used, now)
+                s.booked[d] -= used
+        elif p_new.limit[d] > 0.0 and (p_new.window == BUCKET or d >= TPD):
+            s.full_at[d] = now + used / (p_new.rate_per_s[d] * s.scale[d])
+    if p_old.stagger_s > 0.0:
+        gap_s = (s.next_slot_at - s.last_launch_at) * (p_new.stagger_s / p_old.stagger_s)
+    else:
+        gap_s = p_new.stagger_s
+    if s.last_launch_at > -math.inf:
+        s.next_slot_at = s.last_launch_at + gap_s
