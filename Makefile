@@ -1,0 +1,69 @@
+# Set-up, demo, tests: everything a newcomer or the CI runs. `make` alone lists the targets.
+
+# The first of these that is 3.11 or newer; PYTHON=... names another.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+STAMP_ALL := $(VENV)/.stamp-all
+STAMP_SIM := $(VENV)/.stamp-sim
+OUT := out
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint check bench clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+install: $(STAMP_ALL)  ## the whole set-up: .venv with all extras and the development tools
+
+demo: $(STAMP_SIM) examples/batch.jsonl  ## plan the example batch; the report goes to out/report.html
+	@$(BIN)/paceline plan examples/batch.jsonl --env-file examples/today.env --out $(OUT)
+	@echo "report: $(OUT)/report.html"
+
+test: $(STAMP_ALL)  ## the whole test suite (PYTEST_ARGS='-k law' for a part)
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP_ALL)  ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+# One after the other even under `make -j`, so that pytest's closing line is the last.
+check: lint  ## what the CI runs: lint, then test
+	@$(MAKE) --no-print-directory test
+
+bench: $(STAMP_ALL)  ## every figure that the README claims
+	@set -e; for script in benchmarks/[a-z]*.py; do \
+		[ -e "$$script" ] || { echo "no benchmarks here"; break; }; \
+		echo "== $$script"; $(BIN)/python "$$script"; \
+	done
+
+clean:  ## remove the environment, the caches and out/
+	rm -rf $(VENV) $(OUT) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache .numba_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+examples/batch.jsonl: | $(STAMP_SIM)
+	@$(BIN)/python examples/make_batch.py
+
+$(BIN)/pip:
+	@[ -n "$(PYTHON)" ] || { echo "Paceline needs Python 3.11 or newer and found none: name one with PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "PYTHON=$(PYTHON) is not a Python 3.11 or newer ($$($(PYTHON) --version 2>&1 | tail -n 1)): name another" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "$(PYTHON) cannot make environments: install its venv module (Debian: apt-get install python3-venv)" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+
+# Everything includes what planning needs, so the light stamp is current too. A failed pip leaves no stamp.
+$(STAMP_ALL): pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "setting up $(VENV) with all extras and tools: a minute or two the first time ..."
+	@$(PIP) install --constraint constraints.txt --editable '.[all,dev]'
+	@touch $(STAMP_SIM) $@
+
+$(STAMP_SIM): pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "setting up $(VENV) with what planning needs: about a minute the first time ..."
+	@$(PIP) install --constraint constraints.txt --editable '.[sim]'
+	@touch $@

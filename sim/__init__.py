@@ -1,0 +1,4 @@
+"""A synthetic provider, and drivers that run the law of `governor` in simulated time.
+
+Needs the extra `sim` (`pip install 'paceline[sim]'`). Modules are imported by name; `sim.cli` is the `paceline` command.
+"""
