@@ -143,7 +143,7 @@ def test_no_request_is_lost(seed: int) -> None:
     count = rng.randrange(1, 400)
     charge = [rng.randrange(1, 3_000) for _ in range(count)]
     reserve = [max(1, round(tokens * rng.uniform(0.3, 1.5))) for tokens in charge]
-    changes = {
+    changes: dict[str, Any] = {
         "outputs": [rng.randrange(0, 500) for _ in range(count)],
         "concurrency": rng.randrange(1, 60),
         "stagger_s": rng.choice([0.0, 0.5, 15.0]),
