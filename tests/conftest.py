@@ -4,8 +4,8 @@ One number repeats a whole run: PACELINE_TEST_SEED, drawn where it is not given,
 alike. It stands in the header of the run and again under each failed test that used it.
 
 Real data lies beside the project in `../shared/data` (PACELINE_DATA names another folder). A test that wants it skips,
-with the reason, where it is absent; on a CI machine that has `../shared` a missing file is a failure, because a suite that
-quietly skips its evidence proves nothing.
+with the reason, where it is absent; on a CI machine that has `../shared` a missing file is a failure, because a suite
+that quietly skips its evidence proves nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ hypothesis.settings.load_profile("paceline")
 
 
 def run_seed() -> int:
-    """The seed of this run, 0 to 2**32 - 1; drawn once and left in the environment, where pytest-xdist's workers find it."""
+    """The seed of this run, 0 to 2**32 - 1; drawn once and left in the environment for pytest-xdist's workers."""
     text = os.environ.setdefault(SEED_NAME, str(secrets.randbits(32)))
     if not text.isdecimal() or int(text) >= 2**32:
         raise pytest.UsageError(f"{SEED_NAME}={text!r} is not a whole number from 0 to {2**32 - 1}")

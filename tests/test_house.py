@@ -1,0 +1,272 @@
+"""The house keeps its shape: imports point one way, the pure half stays pure, the version and the lock stand once.
+
+Read from the syntax trees, never by importing, so that an import inside a function or behind an `if` counts as well.
+The rules are the design's: the upper half of `governor` is pure, `governor` never imports `sim`, nobody imports a `cli`
+but the one above it. A module that does not exist yet has nothing to break.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.markers import Marker
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("governor", "sim")
+
+UPPER = ("law", "policy", "keyed", "requests", "estimate", "answers", "preflight", "summary", "errors")
+# Compiled as they stand, so numbers and `math` are all they may know; a dataclass is the bag, not part of a function.
+NUMBERS_ONLY = {"law": {"math", "dataclasses"}, "keyed": {"math", "dataclasses"}}
+# No clock, no chance, no I/O, no threads among these. `datetime` is a value here: its clocks are barred by name below.
+VALUES = {
+    "__future__",
+    "abc",
+    "collections",
+    "dataclasses",
+    "datetime",
+    "decimal",
+    "enum",
+    "fractions",
+    "types",
+    "typing",
+}
+FUNCTIONS = {"bisect", "functools", "heapq", "itertools", "math", "operator", "statistics"}
+TEXT = {"difflib", "email.utils", "json", "re", "string", "textwrap"}
+PURE = VALUES | FUNCTIONS | TEXT
+PURE_EXTRA = {"policy": {"pydantic"}}
+IMPURE_CALLS = {"open", "print", "input", "exec", "eval", "compile", "__import__", "breakpoint"}
+CLOCK_METHODS = {"now", "utcnow", "today"}
+# The provider is sans-IO as well: one limiter serves the simulation and the HTTP server.
+SANS_IO = {"asyncio", "http", "logging", "os", "random", "secrets", "simpy", "socket", "threading", "time"}
+
+# Where a distribution's import name is not its own name.
+DISTRIBUTIONS = {"dotenv": "python-dotenv", "yaml": "pyyaml", "prometheus_client": "prometheus-client"}
+# Who may use what beyond the base (governor) and beyond base + `sim` (sim): the extra that a module needs.
+MODULE_EXTRAS = {"sim/server.py": {"server"}, "sim/compiled.py": {"dev"}}
+# Libraries with exactly one door.
+ONE_DOOR = {"openai": "governor/openai_adapter.py"}
+
+
+def modules() -> list[Path]:
+    return sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def imports(path: Path) -> Iterator[tuple[str, int]]:
+    """Every module that `path` imports, anywhere in it, in full: `from governor import law` is `governor.law`."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = list(package[: len(package) - node.level + 1]) if node.level else []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            if stem in PACKAGES or (ROOT / Path(*stem.split(".")) / "__init__.py").is_file():
+                yield from ((f"{stem}.{alias.name}", node.lineno) for alias in node.names)
+            else:
+                yield stem, node.lineno
+
+
+def pyproject() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def declared(*extras: str) -> list[Requirement]:
+    """The requirements of the base and of these extras, as written."""
+    project = pyproject()["project"]
+    lines = list(project["dependencies"])
+    for extra in extras:
+        lines += project["optional-dependencies"][extra]
+    return [Requirement(line) for line in lines]
+
+
+def names(requirements: list[Requirement]) -> set[str]:
+    return {canonicalize_name(requirement.name) for requirement in requirements}
+
+
+def locked() -> dict[str, str]:
+    """The lock: name -> version."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pairs = (line.split("==") for line in lines if line and not line.startswith("#"))
+    return {canonicalize_name(name): version for name, version in pairs}
+
+
+def complain(faults: list[str]) -> None:
+    assert not faults, "\n" + "\n".join(faults)
+
+
+def impurities(module: str, path: Path) -> list[str]:
+    """What the upper-half module `module` does that its half of the house may not, one line each."""
+    allowed = NUMBERS_ONLY.get(module, PURE | PURE_EXTRA.get(module, set()) | {f"governor.{name}" for name in UPPER})
+    faults = []
+    for imported, line in imports(path):
+        # `governor.law.Params` is governor.law, and `collections.abc` is collections.
+        parts = imported.split(".")
+        if not any(".".join(parts[:length]) in allowed for length in range(1, len(parts) + 1)):
+            faults.append(f"{path.name}:{line} imports {imported}")
+    for node in ast.walk(tree(path)):
+        if not isinstance(node, ast.Call):
+            continue
+        if isinstance(node.func, ast.Name) and node.func.id in IMPURE_CALLS:
+            faults.append(f"{path.name}:{node.lineno} calls {node.func.id}()")
+        if isinstance(node.func, ast.Attribute) and node.func.attr in CLOCK_METHODS:
+            owner = ast.unparse(node.func.value)
+            if owner.split(".")[-1] in {"datetime", "date"}:
+                faults.append(f"{path.name}:{node.lineno} reads the clock: {owner}.{node.func.attr}()")
+    return faults
+
+
+@pytest.mark.parametrize("module", UPPER)
+def test_upper_half_does_no_io_and_reads_no_clock(module: str) -> None:
+    path = ROOT / "governor" / f"{module}.py"
+    if path.exists():
+        complain(impurities(module, path))
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "fault"),
+    [
+        ("law", "import numpy\n", "imports numpy"),
+        ("law", "from governor import policy\n", "imports governor.policy"),
+        ("summary", "def f():\n    from time import monotonic\n", "imports time"),
+        ("answers", "from email import message\n", "imports email"),
+        ("preflight", "from governor.driver import Driver\n", "imports governor.driver"),
+        ("requests", "open('batch.jsonl')\n", "calls open()"),
+        ("answers", "import datetime\ndatetime.datetime.now()\n", "reads the clock: datetime.datetime.now()"),
+        ("estimate", "import pydantic\n", "imports pydantic"),
+    ],
+)
+def test_the_guard_of_the_upper_half_sees(module: str, source: str, fault: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    path = tmp_path / "governor" / f"{module}.py"
+    path.parent.mkdir()
+    (path.parent / "__init__.py").touch()
+    path.write_text(source)
+    assert [line.split(" ", 1)[1] for line in impurities(module, path)] == [fault]
+
+
+def test_governor_never_imports_sim() -> None:
+    complain(
+        [
+            f"{name_of(path)}:{line} imports {imported}"
+            for path in modules()
+            for imported, line in imports(path)
+            if path.is_relative_to(ROOT / "governor") and imported.split(".")[0] == "sim"
+        ]
+    )
+
+
+def test_a_cli_is_imported_only_by_the_one_above_it() -> None:
+    complain(
+        [
+            f"{name_of(path)}:{line} imports {imported}"
+            for path in modules()
+            for imported, line in imports(path)
+            if imported.split(".")[:2] in (["governor", "cli"], ["sim", "cli"])
+            and (name_of(path), imported.split(".")[0]) != ("sim/cli.py", "governor")
+        ]
+    )
+
+
+def test_the_provider_is_sans_io() -> None:
+    path = ROOT / "sim" / "provider.py"
+    if path.exists():
+        complain([f"line {line} imports {name}" for name, line in imports(path) if name.split(".")[0] in SANS_IO])
+
+
+def test_third_party_imports_are_declared_where_they_are_used() -> None:
+    base, simulation = names(declared()), names(declared("sim"))
+    faults = []
+    for path in modules():
+        allowed = base if path.is_relative_to(ROOT / "governor") else simulation
+        for extra in MODULE_EXTRAS.get(name_of(path), ()):
+            allowed = allowed | names(declared(extra))
+        for imported, line in imports(path):
+            top = imported.split(".")[0]
+            if top in sys.stdlib_module_names or top in PACKAGES:
+                continue
+            if canonicalize_name(DISTRIBUTIONS.get(top, top)) not in allowed:
+                faults.append(f"{name_of(path)}:{line} imports {top}, which its extra does not declare")
+            if name_of(path) != ONE_DOOR.get(top, name_of(path)):
+                faults.append(f"{name_of(path)}:{line} imports {top}: only {ONE_DOOR[top]} does")
+    complain(faults)
+
+
+def test_the_version_stands_once() -> None:
+    project = pyproject()["project"]
+    assert "version" not in project
+    assert "version" in project["dynamic"]
+    assert pyproject()["tool"]["hatch"]["version"]["path"] == "governor/__init__.py"
+    assigned = [
+        name_of(path)
+        for path in modules()
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Assign | ast.AnnAssign)
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+        if isinstance(target, ast.Name) and target.id == "__version__" and isinstance(node.value, ast.Constant)
+    ]
+    assert assigned == ["governor/__init__.py"]
+
+
+def test_every_listed_package_exists_and_is_typed() -> None:
+    listed = pyproject()["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    assert set(listed) == set(PACKAGES)
+    for package in listed:
+        assert (ROOT / package / "__init__.py").is_file()
+        assert (ROOT / package / "py.typed").is_file()
+    strays = {path.parent for path in modules()} - {path.parent for path in modules() if path.name == "__init__.py"}
+    assert not strays, f"folders of modules without __init__.py: {sorted(map(name_of, strays))}"
+
+
+def test_the_lock_holds_names_and_versions_alone() -> None:
+    for number, line in enumerate((ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines(), start=1):
+        pinned = re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+!]+", line)
+        assert line.startswith("#") or pinned, f"line {number} is not name==version: {line!r}"
+        assert "://" not in line, f"line {number} names an address: {line!r}"
+
+
+def applies(requirement: Requirement, extras: set[str]) -> bool:
+    marker: Marker | None = requirement.marker
+    return marker is None or any(marker.evaluate({"extra": extra}) for extra in extras or {""})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the lock is made on Linux; elsewhere a few packages come on top")
+def test_the_lock_is_complete_for_every_extra() -> None:
+    """Walks the installed packages from what pyproject declares; a package that is not installed ends its branch."""
+    pins = locked()
+    extras = [extra for extra in pyproject()["project"]["optional-dependencies"] if extra != "all"]
+    waiting, seen, faults = declared(*extras), set(), []
+    while waiting:
+        requirement = waiting.pop()
+        name, wanted = canonicalize_name(requirement.name), frozenset(requirement.extras)
+        if (name, wanted) in seen:
+            continue
+        seen.add((name, wanted))
+        if name not in pins:
+            faults.append(f"{name} is required and not locked")
+            continue
+        if not requirement.specifier.contains(pins[name], prereleases=True):
+            faults.append(f"{name} is locked at {pins[name]}, and {requirement} asks for another")
+        try:
+            onward = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        waiting += [each for each in map(Requirement, onward) if applies(each, set(wanted))]
+    complain(faults)
