@@ -159,18 +159,6 @@ def never_fits(p: Params, reserve: float) -> bool:
     return (0.0 < p.limit[TPM] < reserve) or (0.0 < p.limit[TPD] < reserve)
 
 
-def _bucket_ready_at(p: Params, s: State, d: int, amount: float) -> float:
-    """When `amount` fits into the bucket, seconds; may lie in the past. More than the capacity waits for a full one.
-
-    Level(t) = capacity - (full_at - t) * rate >= amount, solved for t (PROVIDER-FACTS section 3).
-    """
-    scale = s.scale[d]
-    spare = p.budget[d] * scale - amount
-    if spare <= 0.0:
-        return s.full_at[d]
-    return s.full_at[d] - spare / (p.rate_per_s[d] * scale)
-
-
 def _sliding_used(s: State, d: int, cell: float) -> float:
     """Content of the sliding window once `cell` is the current one: the stored sum less the cells that fell out."""
     passed = cell - s.cell_at[d]
@@ -202,9 +190,16 @@ def _sliding_ready_at(p: Params, s: State, d: int, amount: float, now: float) ->
 
 
 def _ready_at(p: Params, s: State, d: int, amount: float, now: float) -> float:
-    """When dimension `d` has room for `amount`. An amount above the budget needs an empty window."""
+    """When dimension `d` has room for `amount`, seconds; may lie in the past. Above the budget: an empty window.
+
+    For a bucket, level(t) = capacity - (full_at - t) * rate >= amount, solved for t (PROVIDER-FACTS section 3).
+    """
     if p.window == BUCKET or d >= TPD:
-        return _bucket_ready_at(p, s, d, amount)
+        scale = s.scale[d]
+        spare = p.budget[d] * scale - amount
+        if spare <= 0.0:
+            return s.full_at[d]
+        return s.full_at[d] - spare / (p.rate_per_s[d] * scale)
     if p.window == SLIDING:
         return _sliding_ready_at(p, s, d, amount, now)
     expires_at = s.window_at[d] + MINUTE_S
@@ -295,7 +290,7 @@ def permits(p: Params, s: State) -> int:
     return p.max_concurrency
 
 
-def _admission(p: Params, s: State, reserve: float, standing: int, now: float) -> tuple[float, int]:
+def admission(p: Params, s: State, reserve: float, standing: int, now: float) -> tuple[float, int]:
     """The moment at which this reservation may launch, and the knob whose own time is latest. The one rule."""
     if s.paused:
         return math.inf, PAUSED
@@ -341,7 +336,7 @@ def admit_at(p: Params, s: State, reserve: float, standing: int, now: float) -> 
     `standing` is FIRST, RETRY (takes a permit and tokens but no stagger slot) or HOLDING (a retry whose permit was
     kept). Asked again at the time that it named, with the state unchanged, it names that same time.
     """
-    return _admission(p, s, reserve, standing, now)[0]
+    return admission(p, s, reserve, standing, now)[0]
 
 
 def blocked_by(p: Params, s: State, reserve: float, standing: int, now: float) -> int:
@@ -349,7 +344,7 @@ def blocked_by(p: Params, s: State, reserve: float, standing: int, now: float) -
 
     Every knob's time is absolute, so the answer stays the same until the state changes or the request launches.
     """
-    return _admission(p, s, reserve, standing, now)[1]
+    return admission(p, s, reserve, standing, now)[1]
 
 
 def stagger_gap_s(p: Params, u: float) -> float:

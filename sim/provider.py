@@ -4,10 +4,11 @@ It stands where OpenAI stands: `answered` takes one attempt at `now` and says wh
 rate-limit headers would state. The SimPy driver, the compiled engine and the HTTP server call this same code, which is
 why it keeps the law's rules for compiling (numbers and fixed-size arrays, `math` only, chance and time from outside).
 
-Theory of operation (PROVIDER-FACTS sections 1 and 3). Each dimension is a continuous bucket: `used` drains at limit per
-window length, an attempt is admitted iff used + requested <= limit in every dimension, the charge is taken at admission,
-and a refusal states (used + requested - limit) / limit * length, floored to milliseconds. `requested > limit` never
-succeeds. What is not settled about the real one is a knob: settling, counted refusals, slices, minute counters, the ramp.
+Theory of operation (PROVIDER-FACTS sections 1 and 3). Each dimension is a continuous bucket: `used` drains at limit
+per window length, an attempt is admitted iff used + requested <= limit in every dimension, the charge is taken at
+admission, and a refusal states (used + requested - limit) / limit * length, floored to milliseconds. A charge above
+the limit never succeeds. What is not settled about the real one is a knob: settling, counted refusals, slices, minute
+counters, the ramp.
 
 A co-tenant is drained in ticks of one second: it takes its share of the limit, all the time or in bursts at keyed
 moments, as far as there is room. A limit that changes keeps what is used; what is above the new limit must drain first.
@@ -103,7 +104,7 @@ class ProviderParams:
 
 @dataclass(slots=True)
 class ProviderState:
-    """What the provider remembers: `used` per dimension as of `at`, slices, the ramp's minutes, co-tenant's next tick."""
+    """What the provider remembers: `used` per dimension as of `at`, slices, the ramp, the co-tenant's next tick."""
 
     at: float = 0.0
     used: list[float] = field(default_factory=_none)
@@ -137,16 +138,16 @@ def _drained(pp: ProviderParams, ps: ProviderState, to: float) -> None:
     passed = to - ps.at
     if passed <= 0.0:
         return
-    new_minute = pp.minute_reset and math.floor(to / MINUTE_S) > math.floor(ps.at / MINUTE_S)
     for d in range(4):
-        limit = limit_now(pp, ps, d)
-        if limit > 0.0 and ps.used[d] > 0.0:
-            if d <= RPM and pp.minute_reset:
-                if new_minute:
-                    ps.used[d] = 0.0
-            else:
-                length_s = MINUTE_S if d <= RPM else DAY_S
-                ps.used[d] = max(0.0, ps.used[d] - passed * limit / length_s)
+        used = ps.used[d]
+        if used > 0.0:
+            if d >= TPD:
+                used -= passed * pp.limit[d] / DAY_S
+            elif not pp.minute_reset:
+                used -= passed * pp.limit[d] * ps.factor / MINUTE_S
+            elif math.floor(to / MINUTE_S) > math.floor(ps.at / MINUTE_S):
+                used = 0.0
+            ps.used[d] = used if used > 0.0 else 0.0
     if pp.slice_s > 0.0:
         ps.slice_requests = max(0.0, ps.slice_requests - passed * limit_now(pp, ps, RPM) / MINUTE_S)
         ps.slice_used_tokens = max(0.0, ps.slice_used_tokens - passed * limit_now(pp, ps, TPM) / MINUTE_S)
@@ -187,7 +188,10 @@ def advanced(pp: ProviderParams, ps: ProviderState, seed: int, now: float) -> No
                     if limit > 0.0:
                         ps.used[d] = max(ps.used[d], min(limit, ps.used[d] + rate * limit * TICK_S / MINUTE_S))
             ps.tick += 1
-    _drained_over_changes(pp, ps, now)
+    if pp.change_at[min(ps.next_change, CHANGES - 1)] <= now:
+        _drained_over_changes(pp, ps, now)
+    else:
+        _drained(pp, ps, now)
 
 
 def floored_ms(wait_s: float) -> float:
@@ -195,22 +199,19 @@ def floored_ms(wait_s: float) -> float:
     return math.floor(wait_s * 1000.0 + 1e-6) / 1000.0
 
 
-def _excess_wait_s(pp: ProviderParams, ps: ProviderState, d: int, requested: float) -> float:
-    """(used + requested - limit) / limit * length, or -1 where it fits. A minute counter waits for the next minute."""
-    limit = limit_now(pp, ps, d)
-    if limit <= 0.0:
-        return -1.0
-    excess = ps.used[d] + requested - limit
-    if excess <= ROUNDING:
-        return -1.0
-    if pp.minute_reset and d <= RPM:
+def _wait_s(pp: ProviderParams, ps: ProviderState, d: int, excess: float, limit: float) -> float:
+    """(used + requested - limit) / limit * length. A minute counter waits for the next minute."""
+    if d >= TPD:
+        return excess / limit * DAY_S
+    if pp.minute_reset:
         return (math.floor(ps.at / MINUTE_S) + 1.0) * MINUTE_S - ps.at
-    return excess / limit * (MINUTE_S if d <= RPM else DAY_S)
+    return excess / limit * MINUTE_S
 
 
 def _slice_wait_s(pp: ProviderParams, ps: ProviderState, d: int, requested: float) -> float:
+    """The same for this second's share (`slice_s` of the minute's limit), -1 where it fits or is not sliced."""
     limit = limit_now(pp, ps, d)
-    if pp.slice_s <= 0.0 or limit <= 0.0:
+    if limit <= 0.0 or d >= TPD:
         return -1.0
     if d == RPM:
         capacity = max(1.0, limit * pp.slice_s / MINUTE_S)
@@ -224,9 +225,7 @@ def _slice_wait_s(pp: ProviderParams, ps: ProviderState, d: int, requested: floa
 
 
 def _ramp_refuses(pp: ProviderParams, ps: ProviderState, charge: float, now: float) -> bool:
-    """Whether this minute would grow too fast: above `ramp_tpm`, at most half more than the last quarter hour's peak."""
-    if pp.ramp_tpm <= 0.0:
-        return False
+    """Whether this minute grows too fast: above `ramp_tpm`, by more than half over the last quarter hour's peak."""
     minute = math.floor(now / MINUTE_S)
     if minute > ps.ramp_minute:
         ps.ramp_peak = max(ps.ramp_peak, ps.ramp_tokens)
@@ -240,13 +239,23 @@ def _ramp_refuses(pp: ProviderParams, ps: ProviderState, charge: float, now: flo
     return ps.ramp_tokens + charge > max(pp.ramp_tpm, RAMP_GROWTH * ps.ramp_peak_before)
 
 
-def _booked(pp: ProviderParams, ps: ProviderState, charge: float, capped: bool) -> None:
-    """Takes charge and request out of every bucket; `capped`: a refusal that counts never fills beyond the limit."""
+def _booked(pp: ProviderParams, ps: ProviderState, charge: float) -> None:
+    """Takes charge and request out of every bucket."""
+    for d in range(4):
+        if pp.limit[d] > 0.0:
+            ps.used[d] += charge if d & 1 == 0 else 1.0
+    if pp.slice_s > 0.0:
+        ps.slice_requests += 1.0
+        ps.slice_used_tokens += charge
+
+
+def _refusal_booked(pp: ProviderParams, ps: ProviderState, charge: float) -> None:
+    """A refusal that counts takes its charge too, but never fills a bucket beyond its limit."""
     for d in range(4):
         limit = limit_now(pp, ps, d)
         if limit > 0.0:
-            used = ps.used[d] + (1.0 if d in (RPM, RPD) else charge)
-            ps.used[d] = max(ps.used[d], min(used, limit)) if capped else used
+            used = ps.used[d] + (charge if d & 1 == 0 else 1.0)
+            ps.used[d] = max(ps.used[d], min(used, limit))
 
 
 def admitted(pp: ProviderParams, ps: ProviderState, seed: int, charge: float, now: float) -> tuple[int, int, float]:
@@ -258,33 +267,39 @@ def admitted(pp: ProviderParams, ps: ProviderState, seed: int, charge: float, no
     advanced(pp, ps, seed, now)
     if 0.0 < pp.quota_requests <= ps.admitted:
         return QUOTA, -1, -1.0
-    for d in range(0, 4, 2):
-        if 0.0 < limit_now(pp, ps, d) < charge:
-            return TOO_LARGE, d, -1.0
     tightest = -1
     wait_s = -1.0
     for d in range(4):
-        requested = 1.0 if d in (RPM, RPD) else charge
-        w = _excess_wait_s(pp, ps, d, requested)
-        if d <= RPM:
-            w = max(w, _slice_wait_s(pp, ps, d, requested))
-        if w > wait_s:
-            wait_s = w
-            tightest = d
+        limit = pp.limit[d]
+        if limit > 0.0:
+            if d < TPD:
+                limit *= ps.factor
+            requested = charge if d & 1 == 0 else 1.0
+            if requested > limit:
+                return TOO_LARGE, d, -1.0
+            excess = ps.used[d] + requested - limit
+            if excess > ROUNDING:
+                w = _wait_s(pp, ps, d, excess, limit)
+                if w > wait_s:
+                    wait_s = w
+                    tightest = d
+            if pp.slice_s > 0.0:
+                w = _slice_wait_s(pp, ps, d, requested)
+                if w > wait_s:
+                    wait_s = w
+                    tightest = d
     if tightest >= 0:
         ps.throttled += 1.0
         if pp.failed_count:
-            _booked(pp, ps, charge, True)
+            _refusal_booked(pp, ps, charge)
         return THROTTLED, tightest, wait_s
-    if _ramp_refuses(pp, ps, charge, now):
-        ps.throttled += 1.0
-        return SLOW_DOWN, TPM, -1.0
+    if pp.ramp_tpm > 0.0:
+        if _ramp_refuses(pp, ps, charge, now):
+            ps.throttled += 1.0
+            return SLOW_DOWN, TPM, -1.0
+        ps.ramp_tokens += charge
     ps.admitted += 1.0
-    ps.ramp_tokens += charge
-    _booked(pp, ps, charge, False)
-    if pp.slice_s > 0.0:
-        ps.slice_requests += 1.0
-        ps.slice_used_tokens += charge
+    _booked(pp, ps, charge)
     return OK, -1, -1.0
 
 

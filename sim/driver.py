@@ -1,0 +1,526 @@
+"""The SimPy driver of the law: the twin of `governor/driver.py`, to be read side by side with it.
+
+What lives here: the queue, the timer and the clock of one simulated run. What must not: any rule of admission, pacing
+or retry (they stand in `governor/law.py`) and any habit of the provider (`sim/provider.py`).
+
+Theory of operation. SimPy keeps the calendar; there is no process per request. Four kinds of timed callback move the
+run: an answer arrives, a retry has backed off, a request arrives, a wake-up rings. After each of them `_pump` asks the
+law about the head of the queue, launches as long as the law says "now", and leaves one timer for the moment that it
+named. At one instant answers go before retries, retries before arrivals, arrivals before wakes, and within these the
+order of scheduling decides (DESIGN, "Ties have an order"); limit changes are the provider's and precede its admissions.
+
+Memory. Requests are read from the columns in chunks as they come to the head; only what is in flight, backing off or
+(with arrivals from a trace) has arrived is held, and one float per finished request for the quantiles of latency.
+
+Waiting. The cause of waiting is what the law says of the head, and it holds until the next event. One cumulative clock
+per cause advances with it, so an attempt's wait by cause is a difference of two readings, and the totals over all
+attempts need no reading at all: each advance counts once for everybody who waits.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from math import inf
+from typing import Any
+
+import numpy as np
+import simpy
+
+from governor import law
+from governor.keyed import JITTER_RETRY, JITTER_STAGGER, keyed_uniform
+from sim import provider as prov
+from sim.provider import ProviderParams, ProviderState
+from sim.workload import Columns
+
+# Order of events at one instant.
+ANSWER = 0
+RETRY_DUE = 2
+ARRIVAL = 3
+WAKE = 4
+
+# Outcomes of an attempt beyond the provider's own: nobody waited for its answer any longer.
+TIMEOUT = 7
+
+# How a request ended for good; 0 = it was answered.
+FAILURES = (
+    "",
+    "OPENAI_RATE_LIMIT_EXHAUSTED",
+    "OPENAI_DEADLINE_EXCEEDED",
+    "REQUEST_TOO_LARGE",
+    "INSUFFICIENT_QUOTA",
+    "OPENAI_SERVER_ERROR",
+    "OPENAI_TIMEOUT",
+    "OPENAI_CONNECTION_DROPPED",
+)
+EXHAUSTED, DEADLINE, TOO_LARGE, NO_QUOTA, SERVER_ERROR, TIMED_OUT, CONNECTION_DROPPED = range(1, 8)
+# What an attempt's outcome becomes when no further attempt is allowed (index = outcome).
+SPENT = (0, EXHAUSTED, NO_QUOTA, TOO_LARGE, EXHAUSTED, SERVER_ERROR, CONNECTION_DROPPED, TIMED_OUT)
+
+# Outcomes of attempts that were let in, and so charged.
+CHARGED = (prov.OK, prov.SERVER_ERROR, prov.DROPPED)
+
+CAUSES = 8  # NOTHING .. PAUSED of the law; backing off is counted apart
+LANE_KEY = 100_000  # keeps the chance of a finalize pass apart from that of the main lane's attempts
+CHUNK = 4096
+
+
+class Job:
+    """One request on its way: what the law and the provider must know of it, and when things happened to it."""
+
+    __slots__ = (
+        "arrived_s",
+        "asked",
+        "attempt",
+        "booked_requests",
+        "booked_tokens",
+        "charge",
+        "eligible_s",
+        "ended",
+        "first_launched_s",
+        "index",
+        "lane",
+        "launched_s",
+        "outcome",
+        "output",
+        "recorded_s",
+        "reserve",
+        "retry_after_s",
+        "since",
+        "standing",
+        "stated",
+        "submitted_s",
+        "waits_s",
+    )
+
+    def __init__(
+        self, index: int, reserve: float, charge: float, output: float, recorded_s: float, submitted_s: float
+    ) -> None:
+        self.index = index
+        self.reserve = reserve
+        self.charge = charge
+        self.output = output
+        self.recorded_s = recorded_s
+        self.arrived_s = submitted_s
+        self.submitted_s = submitted_s
+        self.eligible_s = submitted_s
+        self.first_launched_s = -1.0
+        self.attempt = 1
+        self.lane = law.MAIN
+        self.standing = law.FIRST
+        self.asked = 0
+        self.ended = False
+
+
+@dataclass(slots=True)
+class Tally:
+    """What one run leaves in constant memory (but for `latencies`). Seconds since the run began.
+
+    `waits_s`: by cause of the law (index CONCURRENCY .. PAUSED), summed over attempts; `failures`: by code of FAILURES;
+    `latencies`: per answered request, from its arrival to its last answer, in order of completion.
+    """
+
+    requests: int = 0
+    completed: int = 0
+    failed: int = 0
+    attempts: int = 0
+    throttled: int = 0
+    makespan_s: float = 0.0
+    reserved_tokens: float = 0.0
+    charged_tokens: float = 0.0
+    used_tokens: float = 0.0
+    peak_in_flight: int = 0
+    finalize_passes: int = 0
+    waits_s: list[float] = field(default_factory=lambda: [0.0] * CAUSES)
+    waited_backoff_s: float = 0.0
+    deferrals: list[int] = field(default_factory=lambda: [0] * CAUSES)
+    failures: list[int] = field(default_factory=lambda: [0] * len(FAILURES))
+    latencies: array[float] = field(default_factory=lambda: array("d"))
+
+
+class _Moment(simpy.Event):
+    """A callback at an absolute time. (A SimPy timeout takes a delay, and now + (at - now) need not be `at`.)"""
+
+    def __init__(
+        self, env: _Calendar, at: float, priority: int, callback: Callable[[Any], None], value: Any = None
+    ) -> None:
+        self.env = env
+        self.callbacks = [callback]
+        self._value = value
+        self._ok = True
+        heappush(env._queue, (at, priority, next(env._eid), self))  # type: ignore[misc]
+
+
+class _Calendar(simpy.Environment):
+    """SimPy's environment, whose queue `_Moment` fills with absolute times."""
+
+
+AttemptSink = Callable[[Job, float, int], None]
+"""Called at the end of each attempt: the job, the time, and the failure code (index of FAILURES, 0 = not final)."""
+
+
+def launch_order(columns: Columns, params: law.Params) -> np.ndarray[Any, Any]:
+    """Indices of the requests in the order in which a batch is launched, by the law's rank. Shape (requests,)."""
+    sequence = np.arange(len(columns.reserve), dtype=np.float64)
+    keys = law.rank(params, law.MAIN, 1, columns.cap, columns.reserve, sequence)  # type: ignore[arg-type]
+    arrays = [np.broadcast_to(np.asarray(key), sequence.shape) for key in reversed(keys)]
+    return np.lexsort(arrays)
+
+
+class Simulation:
+    """One run of a batch: requests in, a `Tally` out. Make it, call `run()` once."""
+
+    def __init__(
+        self,
+        columns: Columns,
+        params: law.Params,
+        provider: ProviderParams,
+        *,
+        seed: int,
+        day_tokens_used: float = 0.0,
+        day_requests_used: float = 0.0,
+        finalize_max_tokens: int = 0,
+        from_trace: bool = False,
+        on_attempt: AttemptSink | None = None,
+    ) -> None:
+        self.columns = columns
+        self.p = params
+        self.pp = provider
+        self.seed = seed
+        self.finalize_max_tokens = finalize_max_tokens
+        self.on_attempt = on_attempt
+        self.s = law.State()
+        self.ps = ProviderState()
+        law.day_started(self.p, self.s, day_tokens_used, day_requests_used, 0.0)
+        prov.day_started(self.ps, day_tokens_used, day_requests_used)
+        self.env = _Calendar()
+        self.tally = Tally(requests=len(columns.reserve))
+        self.urgent: list[tuple[tuple[float, ...], int, Job]] = []  # retries and finalize passes that may go
+        self.arrived: list[tuple[tuple[float, ...], int, Job]] = []  # new work, when it arrives over time
+        self.head: Job | None = None  # new work at the head, when it is there from the beginning
+        self.sequence = 0
+        self.clock = [0.0] * CAUSES
+        self.clock_at = 0.0
+        self.cause = law.NOTHING
+        self.waiting = 0
+        self.timer: _Moment | None = None
+        self.timer_at = inf
+        self.stopped = 0
+        self.coming = self._jobs(from_trace)
+        if from_trace:
+            self._next_arrival()
+        else:
+            self.waiting = len(columns.reserve)
+            self.head = next(self.coming, None)
+
+    # ------------------------------------------------------------ the queue
+
+    def _jobs(self, from_trace: bool) -> Iterator[Job]:
+        """New work in order of launch (a batch) or of arrival (a trace), read in chunks."""
+        c = self.columns
+        order = np.argsort(c.arrival_s, kind="stable") if from_trace else launch_order(c, self.p)
+        zeros = [0.0] * CAUSES
+        for start in range(0, len(order), CHUNK):
+            i = order[start : start + CHUNK]
+            output = np.where(c.cap[i] > 0, np.minimum(c.output_tokens[i], c.cap[i]), c.output_tokens[i])
+            arrival = c.arrival_s[i] if from_trace else np.zeros(len(i))
+            columns = (i, c.reserve[i], c.charge[i], output.astype(np.float64), c.recorded_s[i], arrival)
+            for row in zip(*(column.tolist() for column in columns), strict=True):
+                job = Job(*row)
+                job.since = zeros
+                yield job
+
+    def _next_arrival(self) -> None:
+        job = next(self.coming, None)
+        if job is not None:
+            _Moment(self.env, job.submitted_s, ARRIVAL, self._on_arrival, job)
+
+    def _queued(self, job: Job) -> tuple[tuple[float, ...], int, Job]:
+        """A heap entry in the law's order; the sequence keeps jobs themselves from being compared."""
+        self.sequence += 1
+        expected = float(self.columns.cap[job.index])
+        key = law.rank(self.p, job.lane, job.attempt, expected, job.reserve, float(self.sequence))
+        return key, self.sequence, job
+
+    def _may_go(self, job: Job, now: float, queue: list[tuple[tuple[float, ...], int, Job]]) -> None:
+        """The job becomes eligible: from now on its waiting is counted."""
+        job.eligible_s = now
+        job.asked = 0
+        job.ended = False
+        job.since = self.clock.copy()
+        self.waiting += 1
+        heappush(queue, self._queued(job))
+
+    def _first(self) -> Job | None:
+        urgent = self.urgent
+        while urgent and urgent[0][2].ended:
+            heappop(urgent)
+        if urgent:
+            return urgent[0][2]
+        if self.arrived:
+            return self.arrived[0][2]
+        return self.head
+
+    def _taken(self, job: Job) -> None:
+        """Removes the head from its queue."""
+        self.waiting -= 1
+        if job is self.head:
+            self.head = next(self.coming, None)
+        else:
+            heappop(self.urgent if self.urgent else self.arrived)
+
+    # ------------------------------------------------------------ time
+
+    def _advance(self, now: float) -> None:
+        """Time has passed until `now`, under the cause that has held since the last event."""
+        passed = now - self.clock_at
+        if passed > 0.0:
+            self.clock[self.cause] += passed
+            self.tally.waits_s[self.cause] += passed * self.waiting
+            self.clock_at = now
+
+    def _pump(self, now: float) -> None:
+        """Launches what the law admits now, and leaves one timer for the moment at which it will admit the next."""
+        p, s = self.p, self.s
+        while True:
+            job = self._first()
+            if job is None:
+                self.cause = law.NOTHING
+                self.timer = None
+                self.timer_at = inf
+                return
+            if not job.asked and law.never_fits(p, job.reserve):
+                self._taken(job)
+                self._ended(job, now, TOO_LARGE)
+                continue
+            at, cause = law.admission(p, s, job.reserve, job.standing, now)
+            if at > now:
+                break
+            self._launch(job, now)
+        self.cause = cause
+        bit = 1 << cause
+        if not job.asked & bit:
+            job.asked |= bit
+            self.tally.deferrals[cause] += 1
+        if at != self.timer_at:
+            self.timer_at = at
+            self.timer = _Moment(self.env, at, WAKE, self._on_wake) if at < inf else None
+
+    def _launch(self, job: Job, now: float) -> None:
+        """One attempt goes out: the law books it, the provider answers it, its answer enters the calendar."""
+        p, s, tally = self.p, self.s, self.tally
+        self._taken(job)
+        key = job.attempt + LANE_KEY * job.lane
+        u = 0.5
+        if p.stagger_s > 0.0 and job.standing == law.FIRST:
+            u = keyed_uniform(self.seed, job.index, key, JITTER_STAGGER)
+        law.launched(p, s, job.reserve, job.standing, now, u)
+        if s.in_flight > tally.peak_in_flight:
+            tally.peak_in_flight = s.in_flight
+        tally.attempts += 1
+        tally.reserved_tokens += job.reserve
+        job.launched_s = now
+        if job.attempt == 1 and job.lane == law.MAIN:
+            job.first_launched_s = now
+        job.outcome, service_s, _, job.retry_after_s = prov.answered(
+            self.pp, self.ps, self.seed, job.index, key, job.charge, job.output, job.recorded_s, now
+        )
+        if job.outcome in CHARGED:
+            tally.charged_tokens += job.charge
+        if p.sync_headers:
+            job.stated = self._stated(job)
+        if self.on_attempt is not None:
+            job.waits_s = [reading - before for reading, before in zip(self.clock, job.since, strict=True)]
+        at = now + service_s
+        expires_at = law.expires_at(p, job.first_launched_s, now)
+        if at > expires_at:
+            at = expires_at
+            job.outcome = TIMEOUT
+        _Moment(self.env, at, ANSWER, self._on_answer, job)
+
+    def _stated(self, job: Job) -> tuple[float, float, int, float, float]:
+        """What the answer's headers will say: limit and remaining of tokens, then of the tighter requests limit."""
+        pp, ps = self.pp, self.ps
+        d = prov.requests_dimension(pp, ps)
+        job.booked_tokens = self.s.booked[law.TPM]
+        job.booked_requests = self.s.booked[d] if d >= 0 else 0.0
+        return (
+            prov.limit_now(pp, ps, law.TPM),
+            prov.remaining(pp, ps, law.TPM),
+            d,
+            prov.limit_now(pp, ps, d) if d >= 0 else 0.0,
+            prov.remaining(pp, ps, d) if d >= 0 else 0.0,
+        )
+
+    # ------------------------------------------------------------ what happens
+
+    def _on_arrival(self, event: _Moment) -> None:
+        job, now = event._value, self.env._now
+        self._advance(now)
+        self._may_go(job, now, self.arrived)
+        self._next_arrival()
+        if self.stopped:
+            self._stop(now, self.stopped)
+        self._pump(now)
+
+    def _on_retry_due(self, event: _Moment) -> None:
+        job, now = event._value, self.env._now
+        self._advance(now)
+        if self.stopped:
+            self._give_up(job, now, self.stopped)
+            return
+        self._may_go(job, now, self.urgent)
+        gives_up_at = law.deadline_at(self.p, job.first_launched_s)
+        if gives_up_at < inf:
+            _Moment(self.env, gives_up_at, RETRY_DUE, self._on_deadline, (job, job.attempt))
+        self._pump(now)
+
+    def _on_deadline(self, event: _Moment) -> None:
+        """A retry that still waits for its launch when its request's time is over ends there."""
+        (job, attempt), now = event._value, self.env._now
+        if job.ended or job.attempt != attempt or job.launched_s >= job.eligible_s:
+            return
+        self._advance(now)
+        self.waiting -= 1
+        self._give_up(job, now, DEADLINE)
+        self._pump(now)
+
+    def _on_wake(self, event: _Moment) -> None:
+        if event is self.timer:
+            self.timer = None
+            self.timer_at = inf
+            now = self.env._now
+            self._advance(now)
+            self._pump(now)
+
+    def _on_answer(self, event: _Moment) -> None:
+        job, now = event._value, self.env._now
+        p, s = self.p, self.s
+        self._advance(now)
+        outcome = job.outcome
+        if p.sync_headers and outcome not in (TIMEOUT, prov.DROPPED):
+            self._sync(job, now)
+        if outcome == prov.OK:
+            self._on_ok(job, now)
+        elif outcome in (prov.THROTTLED, prov.SLOW_DOWN):
+            self.tally.throttled += 1
+            u = keyed_uniform(self.seed, job.index, job.attempt + LANE_KEY * job.lane, JITTER_RETRY)
+            at = law.throttled(
+                p, s, job.reserve, job.attempt, job.retry_after_s, job.first_launched_s, job.launched_s, now, u
+            )
+            self._again(job, now, at)
+        elif outcome in (prov.TOO_LARGE, prov.QUOTA):
+            law.released(p, s)
+            self._ended(job, now, SPENT[outcome])
+            if outcome == prov.QUOTA:
+                self._stop(now, NO_QUOTA)
+        else:
+            u = keyed_uniform(self.seed, job.index, job.attempt + LANE_KEY * job.lane, JITTER_RETRY)
+            at = law.failed(p, s, job.attempt, job.retry_after_s, job.first_launched_s, now, u)
+            self._again(job, now, at)
+        self._pump(now)
+
+    def _sync(self, job: Job, now: float) -> None:
+        tokens_limit, tokens_left, d, requests_limit, requests_left = job.stated
+        s = self.s
+        if tokens_limit > 0.0:
+            since = s.booked[law.TPM] - job.booked_tokens
+            law.synced(self.p, s, law.TPM, tokens_limit, tokens_left, since, job.launched_s, now)
+        if d >= 0:
+            since = s.booked[d] - job.booked_requests
+            law.synced(self.p, s, d, requests_limit, requests_left, since, job.launched_s, now)
+
+    def _on_ok(self, job: Job, now: float) -> None:
+        c, tally = self.columns, self.tally
+        used = float(c.prompt_tokens[job.index]) + job.output
+        law.settled(self.p, self.s, job.reserve, used, job.launched_s)
+        prov.settled(self.pp, self.ps, self.seed, job.charge, used, now)
+        tally.used_tokens += used
+        if self.finalize_max_tokens and job.lane == law.MAIN and self._came_back_empty(job):
+            self._open_finalize(job, now)
+        else:
+            self._ended(job, now, 0)
+
+    def _came_back_empty(self, job: Job) -> bool:
+        c, i = self.columns, job.index
+        return 0 < c.cap[i] < c.output_tokens[i] and prov.cut_without_text(self.pp, self.seed, i)
+
+    def _open_finalize(self, job: Job, now: float) -> None:
+        """The answer was cut off and has no usable text: one more call, before new work."""
+        if self.on_attempt is not None:
+            self._record(job, now, 0)
+        law.finalize_opened(self.p, self.s)
+        self.tally.finalize_passes += 1
+        c, i = self.columns, job.index
+        output = min(float(c.output_tokens[i]), float(self.finalize_max_tokens))
+        last = Job(i, float(c.finalize_reserve[i]), float(c.finalize_charge[i]), output, job.recorded_s, now)
+        last.arrived_s = job.arrived_s
+        last.lane = law.FINALIZE
+        last.first_launched_s = job.first_launched_s
+        self._may_go(last, now, self.urgent)
+
+    def _again(self, job: Job, now: float, at: float) -> None:
+        """After a throttle or a failure: try again at `at`, or never (inf)."""
+        if at == inf:
+            spent = job.attempt >= self.p.max_attempts
+            self._ended(job, now, SPENT[job.outcome] if spent else DEADLINE)
+            return
+        if self.on_attempt is not None:
+            self._record(job, now, 0)
+        self.tally.waited_backoff_s += at - now
+        job.attempt += 1
+        job.standing = law.keeps_permit(self.p)
+        job.submitted_s = now
+        _Moment(self.env, at, RETRY_DUE, self._on_retry_due, job)
+
+    def _give_up(self, job: Job, now: float, code: int) -> None:
+        """A retry that will not be launched any more."""
+        job.ended = True
+        if job.standing == law.HOLDING:
+            law.released(self.p, self.s)
+        self._close(job, now, code)
+
+    def _stop(self, now: float, code: int) -> None:
+        """Nothing is launched any more (the credit is gone): everything that waits ends here, unlaunched."""
+        self.stopped = code
+        job = self._first()
+        while job is not None:
+            self._taken(job)
+            self._give_up(job, now, code)
+            job = self._first()
+
+    def _ended(self, job: Job, now: float, code: int) -> None:
+        """The request is over with this attempt: answered (0) or lost."""
+        if self.on_attempt is not None and job.first_launched_s >= 0.0:
+            self._record(job, now, code)
+        self._close(job, now, code)
+
+    def _close(self, job: Job, now: float, code: int) -> None:
+        tally = self.tally
+        if job.lane == law.FINALIZE:
+            law.finalize_closed(self.p, self.s)
+        if code:
+            tally.failed += 1
+            tally.failures[code] += 1
+        else:
+            tally.completed += 1
+            tally.latencies.append(now - job.arrived_s)
+        tally.makespan_s = now
+
+    def _record(self, job: Job, now: float, code: int) -> None:
+        assert self.on_attempt is not None
+        self.on_attempt(job, now, code)
+
+    def run(self) -> Tally:
+        """Runs to the end of the last request. Every request has then ended exactly once (asserted)."""
+        self._pump(0.0)
+        self.env.run()
+        tally = self.tally
+        assert tally.completed + tally.failed == tally.requests, (
+            f"{tally.requests - tally.completed - tally.failed} of {tally.requests} requests never ended"
+        )
+        assert self.s.in_flight == 0, f"{self.s.in_flight} permits leaked"
+        assert self.s.finalize_open == 0, f"{self.s.finalize_open} finalize passes never closed"
+        return tally
