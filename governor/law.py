@@ -69,6 +69,10 @@ CELLS = 121  # the current half second and 120 full ones behind it
 
 # A provider floors the wait that it prints to milliseconds: who sleeps exactly that is up to 1 ms early.
 RETRY_AFTER_SLACK_S = 0.002
+# A count above our image of it is a surprise from this share of the limit on (below it: rounding, clocks), and is
+# forgotten with this time constant.
+SURPRISE_FROM = 0.001
+SURPRISE_FADES_S = 600.0
 
 
 @dataclass(slots=True)
@@ -113,8 +117,11 @@ class State:
 
     `full_at`: per dimension, when the bucket is full again. `window_at`, `window_used`: start and content of the fixed
     minute; `cell_at`, `cells`: newest cell and ring of the sliding window (TPM's 121 cells, then RPM's), whose sum
-    stands in `window_used` too. `booked`: all that was ever reserved at launch, per dimension. `scale`: granted limit
-    over configured limit where the provider grants less; `synced_at`: moment of the newest count taken over.
+    stands in `window_used` too. `scale`: granted limit over configured limit where the provider grants less.
+
+    With header sync, per dimension: `granted`, the limit that the provider stated (0 = not yet); `mirror_at`, when its
+    own bucket is full again, as far as we know; `booked`, all that was ever booked, settlements and refunds included;
+    `surprise`, by how much its count has lately been above our image of it; `synced_at`, the newest count's moment.
     """
 
     in_flight: int = 0
@@ -129,8 +136,11 @@ class State:
     window_used: list[float] = field(default_factory=lambda: _four(0.0))
     cell_at: list[float] = field(default_factory=lambda: _four(0.0))
     cells: list[float] = field(default_factory=lambda: [0.0] * (2 * CELLS))
-    booked: list[float] = field(default_factory=lambda: _four(0.0))
     scale: list[float] = field(default_factory=lambda: _four(1.0))
+    granted: list[float] = field(default_factory=lambda: _four(0.0))
+    mirror_at: list[float] = field(default_factory=lambda: _four(-math.inf))
+    booked: list[float] = field(default_factory=lambda: _four(0.0))
+    surprise: list[float] = field(default_factory=lambda: _four(0.0))
     synced_at: list[float] = field(default_factory=lambda: _four(-math.inf))
 
 
@@ -224,7 +234,6 @@ def _roll(s: State, d: int, cell: float) -> None:
 
 def _book(p: Params, s: State, d: int, amount: float, now: float) -> None:
     """Books `amount` in dimension `d` at `now`."""
-    s.booked[d] += amount
     if p.window == BUCKET or d >= TPD:
         s.full_at[d] = max(s.full_at[d], now) + amount / (p.rate_per_s[d] * s.scale[d])
     elif p.window == SLIDING:
@@ -253,10 +262,45 @@ def _rebook(p: Params, s: State, d: int, change: float, booked_at: float) -> Non
 
 
 def _rebook_tokens(p: Params, s: State, change: float, booked_at: float) -> None:
-    if p.limit[TPM] > 0.0:
-        _rebook(p, s, TPM, change, booked_at)
-    if p.limit[TPD] > 0.0:
-        _rebook(p, s, TPD, change, booked_at)
+    for d in range(0, 4, 2):
+        if p.limit[d] > 0.0:
+            _rebook(p, s, d, change, booked_at)
+        if p.sync_headers:
+            s.booked[d] += change
+            if _stated_limit(p, s, d) > 0.0:
+                s.mirror_at[d] += change * _length_s(d) / _stated_limit(p, s, d)
+
+
+# ---------------------------------------------------------------- the image of the provider's own bucket
+
+
+def _length_s(d: int) -> float:
+    return MINUTE_S if d <= RPM else DAY_S
+
+
+def _stated_limit(p: Params, s: State, d: int) -> float:
+    """The provider's limit: as its headers state it, else as the policy assumes it. 0 = none known."""
+    return s.granted[d] if s.granted[d] > 0.0 else p.limit[d]
+
+
+def _mirror_ready_at(p: Params, s: State, d: int, amount: float) -> float:
+    """When `amount` fits into the provider's bucket, as far as its headers tell, with room for a surprise.
+
+    The room is what makes a pool quiet that shares its quota, or whose reservations are below the provider's charge: it
+    costs a delay once, not throughput, since the bucket refills all the same.
+    """
+    limit = _stated_limit(p, s, d)
+    if limit <= 0.0:
+        return -math.inf
+    spare = limit - amount - s.surprise[d]
+    return s.mirror_at[d] - max(0.0, spare) * _length_s(d) / limit
+
+
+def _mirror_book(p: Params, s: State, d: int, amount: float, now: float) -> None:
+    s.booked[d] += amount
+    limit = _stated_limit(p, s, d)
+    if limit > 0.0:
+        s.mirror_at[d] = max(s.mirror_at[d], now) + amount * _length_s(d) / limit
 
 
 def used_in(p: Params, s: State, d: int, now: float) -> float:
@@ -325,6 +369,12 @@ def admission(p: Params, s: State, reserve: float, standing: int, now: float) ->
         if ready_at > at:
             at = ready_at
             cause = BY_DAY
+    if p.sync_headers:
+        for d in range(4):
+            ready_at = _mirror_ready_at(p, s, d, reserve if d & 1 == 0 else 1.0)
+            if ready_at > at:
+                at = ready_at
+                cause = BY_DAY if d >= TPD else BY_TPM + d
     if s.hold_until > at:
         return s.hold_until, HOLD
     return at, cause
@@ -366,6 +416,9 @@ def launched(p: Params, s: State, reserve: float, standing: int, now: float, u: 
         _book(p, s, TPD, reserve, now)
     if p.limit[RPD] > 0.0:
         _book(p, s, RPD, 1.0, now)
+    if p.sync_headers:
+        for d in range(4):
+            _mirror_book(p, s, d, reserve if d & 1 == 0 else 1.0, now)
     if standing == FIRST:
         s.last_launch_at = now
         s.next_slot_at = now + stagger_gap_s(p, u)
@@ -437,18 +490,20 @@ def throttled(
     """A 429 arrived for attempt 1, 2, ...: absolute retry time, or inf = exhausted (attempts, or the deadline).
 
     A stated Retry-After (seconds, > 0) wins over the backoff; -1 = absent. The reservation stays booked unless the
-    policy refunds: a provider may count refused requests. With hold-on-throttle nobody launches before that wait ends.
+    policy refunds: a provider may count refused requests. With hold-on-throttle nobody launches before the retry does.
     """
     if p.refunds_throttled:
         _rebook_tokens(p, s, -reserve, launched_at)
     wait_s = backoff_s(p, attempt)
     if retry_after_s > 0.0:
         wait_s = retry_after_s + RETRY_AFTER_SLACK_S
+    at = _retry_at(p, s, wait_s, attempt, first_launched_at, now, u)
     if p.hold_on_throttle:
-        # An absurd wait (114 h was seen) must not freeze a pool whose requests would all have been given up by then.
-        held_s = wait_s if p.deadline_s <= 0.0 else min(wait_s, p.deadline_s)
-        s.hold_until = max(s.hold_until, now + held_s)
-    return _retry_at(p, s, wait_s, attempt, first_launched_at, now, u)
+        # Until the retry itself, whose jitter would else let newer work take the tokens that it waited for. An absurd
+        # wait (114 h was seen) must not freeze a pool whose requests would all have been given up by then.
+        held_until = now + wait_s if at == math.inf else at
+        s.hold_until = max(s.hold_until, min(held_until, deadline_at(p, now)))
+    return at
 
 
 def failed(
@@ -505,55 +560,64 @@ def rank(
 # ---------------------------------------------------------------- the provider's own count, and changed settings
 
 
-def _length_s(d: int) -> float:
-    return MINUTE_S if d <= RPM else DAY_S
-
-
-def _level_set(p: Params, s: State, d: int, used: float, now: float) -> None:
-    """Makes `used` the content of dimension `d` at `now`, whatever the kind of window."""
-    if p.window == BUCKET or d >= TPD:
-        s.full_at[d] = now + used / (p.rate_per_s[d] * s.scale[d])
-        return
-    if p.window == SLIDING:
-        cell = math.floor(now / CELL_S)
-        _roll(s, d, cell)
-        s.cells[d * CELLS + int(s.cell_at[d]) % CELLS] += used - s.window_used[d]
-    elif now >= s.window_at[d] + MINUTE_S:
-        s.window_at[d] = now
-    s.window_used[d] = used
+def _granted(p: Params, s: State, d: int, limit: float, now: float) -> None:
+    """The provider states its limit: the image takes it over, and a smaller one than the policy's scales the budget."""
+    before = _stated_limit(p, s, d)
+    s.granted[d] = limit
+    if before != limit and before > 0.0:
+        s.mirror_at[d] = now + max(0.0, s.mirror_at[d] - now) * before / limit
+    if p.limit[d] > 0.0:
+        scale = min(1.0, limit / p.limit[d])
+        if scale != s.scale[d]:
+            s.full_at[d] = now + max(0.0, s.full_at[d] - now) * s.scale[d] / scale
+            s.scale[d] = scale
 
 
 def synced(
-    p: Params, s: State, d: int, limit: float, remaining: float, booked_since: float, as_of: float, now: float
+    p: Params,
+    s: State,
+    d: int,
+    limit: float,
+    remaining: float,
+    refused: float,
+    booked_since: float,
+    as_of: float,
+    now: float,
 ) -> None:
     """The provider's own count corrects ours in dimension `d`.
 
-    `limit` and `remaining` are what it stated about the moment of admission `as_of`; `booked_since` is what this pool
-    has booked in that dimension since then (`booked[d]` now, less its value just after that request's own booking). At
-    `now` the provider has min(limit, remaining + refill) - booked_since left. Ignored: counts older than the one last
-    taken over, counts older than the window, and implausible ones (negative, above the limit, not a number).
+    `limit` and `remaining` are what it stated about the moment of admission `as_of`; `refused` is what that request had
+    reserved if it was not let in, else 0; `booked_since` is what this pool has booked in that dimension after it
+    (`booked[d]` now, less its value just after that request's own booking). So at `now` the provider has
+    min(limit, remaining + refill) - booked_since left. Ignored: counts older than the one last taken over, counts older
+    than the window, and implausible ones (negative, above the limit, not a number).
 
-    A bucket takes the count over in both directions, since all that went out after it is known; it only tightens while
-    the provider grants more than the policy's limit, of which others may own the rest. A fixed or sliding window is no
-    image of a provider's bucket and only tightens. A granted limit below the policy's scales the budget down.
+    The difference to our image of its bucket is a charge, a refund or a neighbour that we did not know of, and is
+    booked in our own budget too: in both directions in a bucket, which thereby holds what is really charged, upward
+    only in a fixed or sliding window. What was refused stays booked there: a refusal in spite of a count with room
+    comes from a limit that the headers do not show. A rise beyond rounding is a surprise; the largest one fades.
     """
     length_s = _length_s(d)
-    plausible = limit > 0.0 and 0.0 <= remaining <= limit
-    if not (p.sync_headers and p.limit[d] > 0.0 and plausible):
+    if not (p.sync_headers and limit > 0.0 and 0.0 <= remaining <= limit):
         return
     if as_of < s.synced_at[d] or now - as_of > length_s:
         return
-    s.synced_at[d] = as_of
-    ours = used_in(p, s, d, now)
-    scale = min(1.0, limit / p.limit[d])
-    if scale != s.scale[d]:
-        s.scale[d] = scale
-        _level_set(p, s, d, ours, now)
+    _granted(p, s, d, limit, now)
     room = min(limit, remaining + limit / length_s * (now - as_of)) - booked_since
-    continuous = p.window == BUCKET or d >= TPD
-    theirs = p.budget[d] - room if limit > p.limit[d] else limit - room
-    if theirs > ours or (continuous and limit <= p.limit[d]):
-        _level_set(p, s, d, max(0.0, theirs), now)
+    rise = max(0.0, limit - room) - max(0.0, s.mirror_at[d] - now) * limit / length_s
+    s.mirror_at[d] = max(s.mirror_at[d], now) + rise * length_s / limit
+    if s.synced_at[d] > -math.inf:
+        s.surprise[d] *= math.exp((s.synced_at[d] - as_of) / SURPRISE_FADES_S)
+    s.synced_at[d] = as_of
+    rise += refused
+    if rise > 1.0 + SURPRISE_FROM * limit:
+        s.surprise[d] = max(s.surprise[d], rise)
+    if p.limit[d] <= 0.0:
+        return
+    if p.window == BUCKET or d >= TPD:
+        s.full_at[d] = max(s.full_at[d], now) + rise / (p.rate_per_s[d] * s.scale[d])
+    elif rise > 0.0:
+        _book(p, s, d, rise, now)
 
 
 def repriced(p_old: Params, p_new: Params, s: State, now: float) -> None:
@@ -575,7 +639,6 @@ def repriced(p_old: Params, p_new: Params, s: State, now: float) -> None:
                 s.cells[d * CELLS + j] = 0.0
             if p_new.limit[d] > 0.0 and used > 0.0:
                 _book(p_new, s, d, used, now)
-                s.booked[d] -= used
         elif p_new.limit[d] > 0.0 and (p_new.window == BUCKET or d >= TPD):
             s.full_at[d] = now + used / (p_new.rate_per_s[d] * s.scale[d])
     if p_old.stagger_s > 0.0:
