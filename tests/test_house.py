@@ -28,21 +28,11 @@ UPPER = ("law", "policy", "keyed", "requests", "estimate", "answers", "preflight
 # Compiled as they stand, so numbers and `math` are all they may know; a dataclass is the bag, not part of a function.
 NUMBERS_ONLY = {"law": {"math", "dataclasses"}, "keyed": {"math", "dataclasses"}}
 # No clock, no chance, no I/O, no threads among these. `datetime` is a value here: its clocks are barred by name below.
-VALUES = {
-    "__future__",
-    "abc",
-    "collections",
-    "dataclasses",
-    "datetime",
-    "decimal",
-    "enum",
-    "fractions",
-    "types",
-    "typing",
-}
+TYPES = {"__future__", "abc", "types", "typing"}
+VALUES = {"array", "collections", "dataclasses", "datetime", "decimal", "enum", "fractions"}
 FUNCTIONS = {"bisect", "functools", "heapq", "itertools", "math", "operator", "statistics"}
 TEXT = {"difflib", "email.utils", "json", "re", "string", "textwrap"}
-PURE = VALUES | FUNCTIONS | TEXT
+PURE = TYPES | VALUES | FUNCTIONS | TEXT
 PURE_EXTRA = {"policy": {"pydantic"}}
 IMPURE_CALLS = {"open", "print", "input", "exec", "eval", "compile", "__import__", "breakpoint"}
 CLOCK_METHODS = {"now", "utcnow", "today"}
