@@ -29,7 +29,8 @@ from typing import Any
 import numpy as np
 import simpy
 
-from governor import law
+from governor import law, summary
+from governor.errors import FailureCode
 from governor.keyed import JITTER_RETRY, JITTER_STAGGER, keyed_uniform
 from sim import provider as prov
 from sim.provider import ProviderParams, ProviderState
@@ -44,25 +45,23 @@ WAKE = 4
 # Outcomes of an attempt beyond the provider's own: nobody waited for its answer any longer.
 TIMEOUT = 7
 
-# How a request ended for good; 0 = it was answered.
-FAILURES = (
+# The failure code of a request whose attempts are spent, by the outcome of the last one.
+SPENT = (
     "",
-    "OPENAI_RATE_LIMIT_EXHAUSTED",
-    "OPENAI_DEADLINE_EXCEEDED",
-    "REQUEST_TOO_LARGE",
-    "INSUFFICIENT_QUOTA",
-    "OPENAI_SERVER_ERROR",
-    "OPENAI_TIMEOUT",
-    "OPENAI_CONNECTION_DROPPED",
+    FailureCode.RATE_LIMIT_EXHAUSTED,
+    FailureCode.INSUFFICIENT_QUOTA,
+    FailureCode.REQUEST_TOO_LARGE,
+    FailureCode.RATE_LIMIT_EXHAUSTED,
+    FailureCode.SERVER_ERROR,
+    FailureCode.CONNECTION_DROPPED,
+    FailureCode.TIMEOUT,
 )
-EXHAUSTED, DEADLINE, TOO_LARGE, NO_QUOTA, SERVER_ERROR, TIMED_OUT, CONNECTION_DROPPED = range(1, 8)
-# What an attempt's outcome becomes when no further attempt is allowed (index = outcome).
-SPENT = (0, EXHAUSTED, NO_QUOTA, TOO_LARGE, EXHAUSTED, SERVER_ERROR, CONNECTION_DROPPED, TIMED_OUT)
 
 # Outcomes of attempts that were let in, and so charged.
 CHARGED = (prov.OK, prov.SERVER_ERROR, prov.DROPPED)
 
-CAUSES = 8  # NOTHING .. PAUSED of the law; backing off is counted apart
+CAUSES = len(summary.CAUSES)
+BACKOFF = summary.BACKOFF
 LANE_KEY = 100_000  # keeps the chance of a finalize pass apart from that of the main lane's attempts
 CHUNK = 4096
 
@@ -71,29 +70,20 @@ class Job:
     """One request on its way: what the law and the provider must know of it, and when things happened to it."""
 
     __slots__ = (
-        "arrived_s",
-        "asked",
-        "attempt",
-        "booked_requests",
-        "booked_tokens",
-        "charge",
-        "eligible_s",
-        "ended",
-        "first_launched_s",
-        "index",
-        "lane",
-        "launched_s",
-        "outcome",
-        "output",
-        "recorded_s",
-        "reserve",
-        "retry_after_s",
-        "since",
-        "standing",
-        "stated",
-        "submitted_s",
-        "waits_s",
+        *("index", "lane", "attempt", "standing", "reserve", "charge", "output", "recorded_s"),
+        *("arrived_s", "submitted_s", "eligible_s", "first_launched_s", "launched_s"),
+        *("outcome", "retry_after_s", "stated", "booked_tokens", "booked_requests"),
+        *("since", "waits_s", "asked", "ended"),
     )
+    # Set at launch, and by whoever queues the job: slots without a value until then.
+    launched_s: float
+    outcome: int
+    retry_after_s: float
+    stated: tuple[float, float, int, float, float]
+    booked_tokens: float
+    booked_requests: float
+    since: list[float]
+    waits_s: list[float]
 
     def __init__(
         self, index: int, reserve: float, charge: float, output: float, recorded_s: float, submitted_s: float
@@ -115,29 +105,18 @@ class Job:
 
 
 @dataclass(slots=True)
-class Tally:
-    """What one run leaves in constant memory (but for `latencies`). Seconds since the run began.
+class Tally(summary.Tally):
+    """What one run leaves: the counts of every run, and in simulation also what quantiles are made of.
 
-    `waits_s`: by cause of the law (index CONCURRENCY .. PAUSED), summed over attempts; `failures`: by code of FAILURES;
-    `latencies`: per answered request, from its arrival to its last answer, in order of completion.
+    `latencies_s`: per answered request, from its arrival to its last answer, in order of completion.
     """
 
-    requests: int = 0
-    completed: int = 0
-    failed: int = 0
-    attempts: int = 0
-    throttled: int = 0
-    makespan_s: float = 0.0
-    reserved_tokens: float = 0.0
-    charged_tokens: float = 0.0
-    used_tokens: float = 0.0
-    peak_in_flight: int = 0
     finalize_passes: int = 0
-    waits_s: list[float] = field(default_factory=lambda: [0.0] * CAUSES)
-    waited_backoff_s: float = 0.0
-    deferrals: list[int] = field(default_factory=lambda: [0] * CAUSES)
-    failures: list[int] = field(default_factory=lambda: [0] * len(FAILURES))
-    latencies: array[float] = field(default_factory=lambda: array("d"))
+    latencies_s: array[float] = field(default_factory=lambda: array("d"))
+
+
+AttemptSink = Callable[[Job, float, str], None]
+"""Called at the end of each attempt: the job, the time, and the failure code ("" unless the request is lost)."""
 
 
 class _Moment(simpy.Event):
@@ -155,10 +134,6 @@ class _Moment(simpy.Event):
 
 class _Calendar(simpy.Environment):
     """SimPy's environment, whose queue `_Moment` fills with absolute times."""
-
-
-AttemptSink = Callable[[Job, float, int], None]
-"""Called at the end of each attempt: the job, the time, and the failure code (index of FAILURES, 0 = not final)."""
 
 
 def launch_order(columns: Columns, params: law.Params) -> np.ndarray[Any, Any]:
@@ -196,7 +171,7 @@ class Simulation:
         law.day_started(self.p, self.s, day_tokens_used, day_requests_used, 0.0)
         prov.day_started(self.ps, day_tokens_used, day_requests_used)
         self.env = _Calendar()
-        self.tally = Tally(requests=len(columns.reserve))
+        self.tally = Tally()
         self.urgent: list[tuple[tuple[float, ...], int, Job]] = []  # retries and finalize passes that may go
         self.arrived: list[tuple[tuple[float, ...], int, Job]] = []  # new work, when it arrives over time
         self.head: Job | None = None  # new work at the head, when it is there from the beginning
@@ -207,7 +182,7 @@ class Simulation:
         self.waiting = 0
         self.timer: _Moment | None = None
         self.timer_at = inf
-        self.stopped = 0
+        self.stopped = ""
         self.coming = self._jobs(from_trace)
         if from_trace:
             self._next_arrival()
@@ -293,7 +268,7 @@ class Simulation:
                 return
             if not job.asked and law.never_fits(p, job.reserve):
                 self._taken(job)
-                self._ended(job, now, TOO_LARGE)
+                self._ended(job, now, FailureCode.REQUEST_TOO_LARGE)
                 continue
             at, cause = law.admission(p, s, job.reserve, job.standing, now)
             if at > now:
@@ -384,7 +359,7 @@ class Simulation:
             return
         self._advance(now)
         self.waiting -= 1
-        self._give_up(job, now, DEADLINE)
+        self._give_up(job, now, FailureCode.DEADLINE_EXCEEDED)
         self._pump(now)
 
     def _on_wake(self, event: _Moment) -> None:
@@ -415,7 +390,7 @@ class Simulation:
             law.released(p, s)
             self._ended(job, now, SPENT[outcome])
             if outcome == prov.QUOTA:
-                self._stop(now, NO_QUOTA)
+                self._stop(now, FailureCode.INSUFFICIENT_QUOTA)
         else:
             u = keyed_uniform(self.seed, job.index, job.attempt + LANE_KEY * job.lane, JITTER_RETRY)
             at = law.failed(p, s, job.attempt, job.retry_after_s, job.first_launched_s, now, u)
@@ -442,10 +417,12 @@ class Simulation:
         law.settled(self.p, self.s, job.reserve, used, job.launched_s)
         prov.settled(self.pp, self.ps, self.seed, job.charge, used, now)
         tally.used_tokens += used
+        if job.lane == law.MAIN:
+            tally.work.add(job.arrived_s, job.charge, used, now - job.launched_s)
         if self.finalize_max_tokens and job.lane == law.MAIN and self._came_back_empty(job):
             self._open_finalize(job, now)
         else:
-            self._ended(job, now, 0)
+            self._ended(job, now, "")
 
     def _came_back_empty(self, job: Job) -> bool:
         c, i = self.columns, job.index
@@ -454,7 +431,7 @@ class Simulation:
     def _open_finalize(self, job: Job, now: float) -> None:
         """The answer was cut off and has no usable text: one more call, before new work."""
         if self.on_attempt is not None:
-            self._record(job, now, 0)
+            self._record(job, now, "")
         law.finalize_opened(self.p, self.s)
         self.tally.finalize_passes += 1
         c, i = self.columns, job.index
@@ -469,24 +446,24 @@ class Simulation:
         """After a throttle or a failure: try again at `at`, or never (inf)."""
         if at == inf:
             spent = job.attempt >= self.p.max_attempts
-            self._ended(job, now, SPENT[job.outcome] if spent else DEADLINE)
+            self._ended(job, now, SPENT[job.outcome] if spent else FailureCode.DEADLINE_EXCEEDED)
             return
         if self.on_attempt is not None:
-            self._record(job, now, 0)
-        self.tally.waited_backoff_s += at - now
+            self._record(job, now, "")
+        self.tally.waits_s[BACKOFF] += at - now
         job.attempt += 1
         job.standing = law.keeps_permit(self.p)
         job.submitted_s = now
         _Moment(self.env, at, RETRY_DUE, self._on_retry_due, job)
 
-    def _give_up(self, job: Job, now: float, code: int) -> None:
+    def _give_up(self, job: Job, now: float, code: str) -> None:
         """A retry that will not be launched any more."""
         job.ended = True
         if job.standing == law.HOLDING:
             law.released(self.p, self.s)
         self._close(job, now, code)
 
-    def _stop(self, now: float, code: int) -> None:
+    def _stop(self, now: float, code: str) -> None:
         """Nothing is launched any more (the credit is gone): everything that waits ends here, unlaunched."""
         self.stopped = code
         job = self._first()
@@ -495,25 +472,20 @@ class Simulation:
             self._give_up(job, now, code)
             job = self._first()
 
-    def _ended(self, job: Job, now: float, code: int) -> None:
+    def _ended(self, job: Job, now: float, code: str) -> None:
         """The request is over with this attempt: answered (0) or lost."""
         if self.on_attempt is not None and job.first_launched_s >= 0.0:
             self._record(job, now, code)
         self._close(job, now, code)
 
-    def _close(self, job: Job, now: float, code: int) -> None:
-        tally = self.tally
+    def _close(self, job: Job, now: float, code: str) -> None:
         if job.lane == law.FINALIZE:
             law.finalize_closed(self.p, self.s)
-        if code:
-            tally.failed += 1
-            tally.failures[code] += 1
-        else:
-            tally.completed += 1
-            tally.latencies.append(now - job.arrived_s)
-        tally.makespan_s = now
+        if not code:
+            self.tally.latencies_s.append(now - job.arrived_s)
+        self.tally.ended(code, now)
 
-    def _record(self, job: Job, now: float, code: int) -> None:
+    def _record(self, job: Job, now: float, code: str) -> None:
         assert self.on_attempt is not None
         self.on_attempt(job, now, code)
 
@@ -521,10 +493,8 @@ class Simulation:
         """Runs to the end of the last request. Every request has then ended exactly once (asserted)."""
         self._pump(0.0)
         self.env.run()
-        tally = self.tally
-        assert tally.completed + tally.failed == tally.requests, (
-            f"{tally.requests - tally.completed - tally.failed} of {tally.requests} requests never ended"
-        )
+        tally, requests = self.tally, len(self.columns.reserve)
+        assert tally.requests == requests, f"{requests - tally.requests} of {requests} requests never ended"
         assert self.s.in_flight == 0, f"{self.s.in_flight} permits leaked"
         assert self.s.finalize_open == 0, f"{self.s.finalize_open} finalize passes never closed"
         return tally
