@@ -30,7 +30,8 @@ hypothesis.settings.load_profile("paceline")
 
 def run_seed() -> int:
     """The seed of this run, 0 to 2**32 - 1; drawn once and left in the environment for pytest-xdist's workers."""
-    text = os.environ.setdefault(SEED_NAME, str(secrets.randbits(32)))
+    text = os.environ.get(SEED_NAME) or str(secrets.randbits(32))
+    os.environ[SEED_NAME] = text
     if not text.isdecimal() or int(text) >= 2**32:
         raise pytest.UsageError(f"{SEED_NAME}={text!r} is not a whole number from 0 to {2**32 - 1}")
     return int(text)
