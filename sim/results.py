@@ -1,11 +1,11 @@
 """What `simulate` and `plan` find: figures of single runs, estimates over replications, and a plan's evidence.
 
-What lives here: frozen values, the statistics that turn runs into estimates, and their JSON form. What must not: running
-anything (`experiment`, `plan`) and drawing anything (`report`).
+What lives here: frozen values, the statistics that turn runs into estimates, and their JSON form. What must not:
+running anything (`experiment`, `plan`) and drawing anything (`report`).
 
-Statistics. Replications are independent draws under keyed seeds, so a mean has a Student-t interval; a difference of two
-policies is taken seed by seed (common random numbers) and has the interval of the paired differences. Quantiles of a
-figure are those of its replications, with a bootstrap interval where one is shown. An event that was never seen in n
+Statistics. Replications are independent draws under keyed seeds, so a mean has a Student-t interval; a difference of
+two policies is taken seed by seed (common random numbers) and has the interval of the paired differences. Quantiles of
+a figure are those of its replications, with a bootstrap interval where one is shown. An event that was never seen in n
 trials has the upper limit 1 - 0.05^(1/n) at 95 % (Clopper and Pearson 1934, one-sided): "0 of N, at most x".
 """
 
@@ -82,7 +82,7 @@ class Estimate:
 
 
 def estimate(values: Sequence[float] | NDArray[Any]) -> Estimate:
-    """The estimate of a figure from its values over replications; values that are nan are left out (n counts the rest)."""
+    """The estimate of a figure from its values over replications; nan is left out (`n` counts the rest)."""
     x = np.asarray(values, dtype=np.float64)
     x = x[~np.isnan(x)]
     n = len(x)
@@ -112,7 +112,7 @@ def bootstrap_interval(
 
 
 def at_most(seen: int, trials: int) -> float:
-    """Upper 95 % limit of a probability of which `seen` events were seen in `trials` (Clopper and Pearson, one-sided)."""
+    """Upper 95 % limit of a probability, `seen` events in `trials` (Clopper and Pearson, one-sided)."""
     if trials <= 0 or seen >= trials:
         return 1.0
     from scipy.stats import beta
@@ -124,8 +124,7 @@ def at_most(seen: int, trials: int) -> float:
 class Forecast:
     """What one policy does in one scenario, over replications: an `Estimate` per name of FIGURES, and mean waits.
 
-    `requests`: per run. `lost`: requests lost in all runs together, of `trials`; `lost_at_most`: upper 95 % limit of the
-    probability that a request is lost.
+    `requests`: per run. `failures`: requests lost per run, by code.
     """
 
     policy: Policy
@@ -283,9 +282,9 @@ class Recommendation:
 class Plan:
     """Everything that `paceline plan` found. Forecasts of `now`, both recommendations and the runner-up share seeds.
 
-    `guardrails`: only the eight guardrail knobs changed; `full`: everything that the law can do. `already_good`: today's
-    settings are within the indifference zone of the best. `meets`: names of the constraints that `full` breaks (empty =
-    all met). `timelines`: attempts of one run each, by name, for the curves over time.
+    `guardrails`: only the eight guardrail knobs changed; `full`: everything that the law can do. `limits`: the
+    constraints that were asked for; `broken`: those that `full` cannot keep, in words. `already_good`: today's settings
+    are within the indifference zone of the best. `timelines`: attempts of one run each, by name, for curves over time.
     """
 
     objective: str
