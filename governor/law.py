@@ -73,6 +73,9 @@ RETRY_AFTER_SLACK_S = 0.002
 # forgotten with this time constant.
 SURPRISE_FROM = 0.001
 SURPRISE_FADES_S = 600.0
+# Before the first count arrives, so much of the limit is kept free for what it will tell (an unknown charge rule, a
+# neighbour). It costs no throughput: a bucket that is not full refills meanwhile.
+UNHEARD_RATIO = 0.5
 
 
 @dataclass(slots=True)
@@ -292,8 +295,8 @@ def _mirror_ready_at(p: Params, s: State, d: int, amount: float) -> float:
     limit = _stated_limit(p, s, d)
     if limit <= 0.0:
         return -math.inf
-    spare = limit - amount - s.surprise[d]
-    return s.mirror_at[d] - max(0.0, spare) * _length_s(d) / limit
+    kept = s.surprise[d] if s.synced_at[d] > -math.inf else UNHEARD_RATIO * limit
+    return s.mirror_at[d] - max(0.0, limit - amount - kept) * _length_s(d) / limit
 
 
 def _mirror_book(p: Params, s: State, d: int, amount: float, now: float) -> None:
@@ -603,17 +606,21 @@ def synced(
     if as_of < s.synced_at[d] or now - as_of > length_s:
         return
     _granted(p, s, d, limit, now)
-    room = min(limit, remaining + limit / length_s * (now - as_of)) - booked_since
-    rise = max(0.0, limit - room) - max(0.0, s.mirror_at[d] - now) * limit / length_s
+    refilled = remaining + limit / length_s * (now - as_of)
+    ours = max(0.0, s.mirror_at[d] - now) * limit / length_s
+    rise = max(0.0, limit - min(limit, refilled) + booked_since) - ours
     s.mirror_at[d] = max(s.mirror_at[d], now) + rise * length_s / limit
     if s.synced_at[d] > -math.inf:
         s.surprise[d] *= math.exp((s.synced_at[d] - as_of) / SURPRISE_FADES_S)
     s.synced_at[d] = as_of
-    rise += refused
-    if rise > 1.0 + SURPRISE_FROM * limit:
-        s.surprise[d] = max(s.surprise[d], rise)
+    # Booked before or after a bucket was full again? The count does not tell: our image takes the worse case, but only
+    # what is certain is a surprise.
+    certain = max(0.0, limit - refilled + booked_since) - ours + refused
+    if certain > 1.0 + SURPRISE_FROM * limit:
+        s.surprise[d] = max(s.surprise[d], certain)
     if p.limit[d] <= 0.0:
         return
+    rise += refused
     if p.window == BUCKET or d >= TPD:
         s.full_at[d] = max(s.full_at[d], now) + rise / (p.rate_per_s[d] * s.scale[d])
     elif rise > 0.0:
