@@ -58,7 +58,7 @@ SPENT = (
 )
 
 # Outcomes of attempts that were let in, and so charged.
-CHARGED = (prov.OK, prov.SERVER_ERROR, prov.DROPPED)
+CHARGED = (prov.OK, prov.SERVER_ERROR, prov.DROPPED, TIMEOUT)
 
 CAUSES = len(summary.CAUSES)
 BACKOFF = summary.BACKOFF

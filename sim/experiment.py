@@ -1,0 +1,258 @@
+"""Running a scenario many times: replications under keyed common random numbers, side by side on the local cores.
+
+What lives here: one run as `Figures`, many runs, and how many are enough. What must not: the choice of settings (`plan`).
+
+Theory of operation. A `Case` is everything that one run needs, as numbers. Run r of any case uses seed + r, and chance
+is keyed by what it is for (`governor/keyed.py`), so two policies under one seed meet the same latencies, faults and
+neighbours: their difference is estimated seed by seed, with far fewer runs than independent ones would take. Because a
+run depends on nothing but its case and its seed, results are the same for any number of workers and any order.
+
+Runs are spread over processes by joblib (SimPy holds the interpreter's lock), in chunks large enough to pay for their
+transport; small amounts of work stay in this process.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from governor import law
+from governor.policy import Policy
+from governor.requests import Attempt, Outcome
+from governor.summary import CAUSES, Grant, Summary
+from sim import driver
+from sim.driver import Job, Simulation, Tally
+from sim.provider import ProviderParams
+from sim.results import Figures, Forecast, forecast_of, paired_difference
+from sim.scenario import Scenario
+from sim.workload import Columns
+
+# Simulated requests below which a task is not worth sending to another process.
+TASK_REQUESTS = 4_000
+OUTCOMES = (
+    Outcome.OK,
+    Outcome.THROTTLED,
+    Outcome.QUOTA,
+    Outcome.TOO_LARGE,
+    Outcome.SLOW_DOWN,
+    Outcome.SERVER_ERROR,
+    Outcome.DROPPED,
+    Outcome.TIMEOUT,
+)
+STATUS = (200, 429, 429, 429, 429, 500, 0, 0)
+LANES = ("main", "finalize")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One policy on one workload and provider, ready to run."""
+
+    columns: Columns
+    params: law.Params
+    provider: ProviderParams
+    grant: Grant
+    from_trace: bool
+    finalize_max_tokens: int
+
+
+def case_of(scenario: Scenario, policy: Policy | None = None) -> Case:
+    """The scenario under `policy` (its own if none is given), ready to run."""
+    policy = policy or scenario.policy
+    return Case(
+        columns=scenario.columns(policy),
+        params=policy.params(),
+        provider=scenario.provider_params(),
+        grant=scenario.grant(),
+        from_trace=scenario.arrivals == "trace",
+        finalize_max_tokens=policy.finalize_max_tokens if scenario.finalize else 0,
+    )
+
+
+def simulated(case: Case, seed: int, on_attempt: driver.AttemptSink | None = None) -> Tally:
+    """One run of the case: what the driver counted."""
+    return Simulation(
+        case.columns,
+        case.params,
+        case.provider,
+        seed=seed,
+        day_tokens_used=case.grant.day_tokens_used,
+        day_requests_used=case.grant.day_requests_used,
+        finalize_max_tokens=case.finalize_max_tokens,
+        from_trace=case.from_trace,
+        on_attempt=on_attempt,
+    ).run()
+
+
+def figures_of(tally: Tally, grant: Grant, seed: int) -> Figures:
+    """One run as numbers."""
+    s = tally.summary(grant)
+    latencies = np.frombuffer(tally.latencies_s) if tally.latencies_s else np.array([math.nan])
+    p50, p95 = np.quantile(latencies, (0.5, 0.95))
+    values = {
+        "makespan_s": s.makespan_s,
+        "efficiency": math.nan if s.efficiency is None else s.efficiency,
+        "throttled": float(s.throttled),
+        "throttled_per_100": 100.0 * s.throttled / s.requests,
+        "failed": float(s.failed),
+        "attempts": float(s.attempts),
+        "latency_p50_s": float(p50),
+        "latency_p95_s": float(p95),
+        "bound_s": s.bound_s,
+        "reserved_tokens": float(s.reserved_tokens),
+        "charged_tokens": float(s.charged_tokens),
+        "used_tokens": float(s.used_tokens),
+        "peak_in_flight": float(s.peak_in_flight),
+        "stagger_delays": float(s.stagger_delays),
+        "tpm_deferrals": float(s.tpm_deferrals),
+        "finalize_passes": float(tally.finalize_passes),
+    }
+    return Figures(seed, s.requests, s.completed, values, dict(s.waits_s), dict(s.failures))
+
+
+def summary_of(case: Case, seed: int) -> Summary:
+    """One run as the `Summary` that `--json` prints."""
+    return simulated(case, seed).summary(case.grant)
+
+
+def attempts_of(scenario: Scenario, seed: int, policy: Policy | None = None) -> tuple[list[Attempt], Tally]:
+    """One run with a row for every attempt, in order of their ends."""
+    rows: list[Attempt] = []
+    tally = simulated(case_of(scenario, policy), seed, attempt_rows(scenario, rows.append))
+    return rows, tally
+
+
+def attempt_rows(scenario: Scenario, take: Callable[[Attempt], Any]) -> driver.AttemptSink:
+    """A sink for the driver that hands each attempt to `take` as the flat row that every run leaves."""
+    workload = scenario.workload
+    prompt_tokens = workload.prompt_tokens.tolist()
+
+    def sink(job: Job, now: float, failure: str) -> None:
+        answered = job.outcome == 0
+        retry_at_s = job.eligible_s - job.submitted_s if job.attempt > 1 else 0.0
+        take(
+            Attempt(
+                request=job.index,
+                custom_id=workload.custom_id(job.index),
+                pool="default",
+                model=workload.model(job.index),
+                url=workload.url(job.index),
+                lane=LANES[job.lane],
+                attempt=job.attempt,
+                submitted_s=job.submitted_s,
+                eligible_s=job.eligible_s,
+                launched_s=job.launched_s,
+                finished_s=now,
+                reserved_tokens=int(job.reserve),
+                charged_tokens=int(job.charge) if job.outcome in driver.CHARGED else 0,
+                prompt_tokens=prompt_tokens[job.index] if answered else -1,
+                output_tokens=int(job.output) if answered else -1,
+                outcome=OUTCOMES[job.outcome],
+                status=STATUS[job.outcome],
+                error_code=failure,
+                retry_after_s=job.retry_after_s,
+                **dict(zip(_WAITED, job.waits_s[1:-1], strict=True)),
+                waited_backoff_s=retry_at_s,
+            )
+        )
+
+    return sink
+
+
+_WAITED = tuple(f"waited_{cause}_s" for cause in CAUSES[1:-1])
+
+
+# ---------------------------------------------------------------- many runs
+
+Task = tuple[Case, tuple[int, ...]]
+
+
+def _run_task(task: Task) -> list[Figures]:
+    case, seeds = task
+    return [figures_of(simulated(case, seed), case.grant, seed) for seed in seeds]
+
+
+class Pool:
+    """Runs cases on the local cores; results come in the order of the tasks, whatever the number of workers.
+
+    `workers`: processes, 0 = one per core, 1 = none beside this one. `on_runs(n)` is told of finished runs as they come.
+    """
+
+    def __init__(self, workers: int = 0, on_runs: Callable[[int], None] | None = None) -> None:
+        import joblib
+
+        self.workers = workers or joblib.cpu_count()
+        self.on_runs = on_runs or (lambda n: None)
+        self.runs = 0
+        self.requests = 0
+
+    def run(self, tasks: Iterable[tuple[Case, Sequence[int]]]) -> list[list[Figures]]:
+        """The figures of each task: one `Figures` per seed."""
+        wanted = [(case, tuple(seeds)) for case, seeds in tasks]
+        pieces: list[tuple[int, Task]] = []
+        for i, (case, seeds) in enumerate(wanted):
+            step = max(1, math.ceil(TASK_REQUESTS / max(1, len(case.columns))))
+            pieces += [(i, (case, seeds[j : j + step])) for j in range(0, len(seeds), step)]
+        found: list[list[Figures]] = [[] for _ in wanted]
+        for (i, _), figures in zip(pieces, self._spread([task for _, task in pieces]), strict=True):
+            found[i] += figures
+            self.runs += len(figures)
+            self.requests += sum(f.requests for f in figures)
+            self.on_runs(len(figures))
+        return found
+
+    def _spread(self, tasks: list[Task]) -> Iterable[list[Figures]]:
+        work = sum(len(case.columns) * len(seeds) for case, seeds in tasks)
+        if self.workers == 1 or len(tasks) < 2 or work < 4 * TASK_REQUESTS:
+            return map(_run_task, tasks)
+        from joblib import Parallel, delayed
+
+        parallel = Parallel(n_jobs=self.workers, return_as="generator", batch_size="auto")
+        results: Iterable[list[Figures]] = parallel(delayed(_run_task)(task) for task in tasks)
+        return results
+
+
+def replicate(
+    scenario: Scenario, replications: int, *, policy: Policy | None = None, pool: Pool | None = None
+) -> Forecast:
+    """The scenario run `replications` times under seeds seed, seed + 1, ..."""
+    pool = pool or Pool()
+    case = case_of(scenario, policy)
+    seeds = range(scenario.seed, scenario.seed + replications)
+    return forecast_of(policy or scenario.policy, pool.run([(case, seeds)])[0])
+
+
+def replicate_until(
+    scenario: Scenario,
+    policies: Sequence[Policy],
+    *,
+    figure: str,
+    precision_ratio: float,
+    first: int,
+    most: int,
+    seed: int,
+    pool: Pool,
+) -> list[Forecast]:
+    """Forecasts of the policies under the same seeds, with replications until the paired differences are sharp enough.
+
+    Starts with `first` runs each and doubles until the half-width (95 %) of every paired difference to the first policy
+    in `figure` is at most `precision_ratio` of that policy's mean, or `most` runs are done.
+    """
+    cases = [case_of(scenario, policy) for policy in policies]
+    runs: list[list[Figures]] = [[] for _ in cases]
+    done, wanted = 0, min(first, most)
+    while True:
+        for mine, more in zip(runs, pool.run([(c, range(seed + done, seed + wanted)) for c in cases]), strict=True):
+            mine += more
+        done = wanted
+        forecasts = [forecast_of(policy, mine) for policy, mine in zip(policies, runs, strict=True)]
+        base = forecasts[0]
+        aim = precision_ratio * abs(base[figure].mean)
+        widths = [paired_difference(base, other, figure).half_width for other in forecasts[1:]]
+        widths = widths or [base[figure].half_width]
+        if done >= most or (done > 1 and all(width <= aim for width in widths)):
+            return forecasts
+        wanted = min(2 * done, most)

@@ -1,0 +1,66 @@
+"""One line for people on why a setting should change: the knob's own story, with the figures of this case."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from governor.policy import Policy
+from sim.scenario import Scenario
+
+
+def reason_for(name: str, old: Policy, new: Policy, waits_s: Mapping[str, float], scenario: Scenario) -> str:
+    """Why this knob changes. `waits_s`: mean waits by cause under today's settings, seconds over all requests."""
+    before, after = getattr(old, name), getattr(new, name)
+    waited = _share(waits_s)
+    rule = scenario.provider.charge_rule
+    tpm = scenario.provider.tpm
+    if name == "stagger_seconds":
+        held = f"{waited('stagger')} of all waiting was for the next launch slot"
+        if after < before:
+            return f"{held}; the token budget paces launches by itself"
+        return "spaces launches, so that a burst does not meet a limit that the budget cannot see"
+    if name == "max_concurrency":
+        if after > before:
+            return f"{waited('concurrency')} of all waiting was for a free place in flight"
+        return "more in flight brings nothing here, and fewer are exposed when the provider refuses"
+    if name == "tpm_headroom":
+        if after < before:
+            return f"the budget follows the provider's own refill; {before:.1%} of {tpm:,.0f} tokens/min lay idle"
+        return "leaves room for what the reservation does not cover"
+    texts = {
+        "est_tokens_per_run": f"reserves what the provider charges ({rule}), not a flat {before:,} tokens",
+        "retry_max_attempts": "a request survives a longer run of refusals" if after > before else "fewer suffice",
+        "backoff_base_seconds": "returns sooner after a refusal" if after < before else "waits out a refusal",
+        "finalize_lowers_concurrency": "finalize passes need not slow the others down",
+        "tpm_window": {
+            "bucket": "the provider refills continuously: no waiting for a minute to expire",
+            "sliding": "tokens free as they age, not all at once when a minute expires",
+            "fixed": "whole minutes fit this batch",
+        }[new.tpm_window],
+        "charge_rule": {
+            "fixed": "one flat reservation is enough here",
+            "max_of": "reserves what the documentation says is charged, request by request",
+            "prompt_plus_max": "reserves the most that could be charged, request by request: safe under every rule",
+        }.get(new.charge_rule, f"reserves request by request what is measured to be charged ({new.charge_rule})"),
+        "launch_order": "starts the longest declared answers first, so that the batch does not end on a long tail"
+        if new.launch_order == "longest_first"
+        else "the order of submission does as well",
+        "sync_headers": "the provider's own count corrects the budget: a neighbour or another charge rule shows",
+        "hold_on_throttle": "after a 429 nobody launches into the same refusal"
+        if after
+        else "a 429 concerns one request",
+        "backoff_keeps_permit": "a place in flight is not blocked while its request backs off"
+        if not after
+        else "a request that backs off keeps its place, which damps the rest",
+        "settle": "books what was really used as soon as it is known" if after else "the provider does not settle",
+    }
+    return texts.get(name, "better in the simulation")
+
+
+def _share(waits_s: Mapping[str, float]):  # type: ignore[no-untyped-def]
+    total = sum(waits_s.values())
+
+    def of(cause: str) -> str:
+        return f"{waits_s[cause] / total:.0%}" if total > 0.0 else "none"
+
+    return of
