@@ -170,7 +170,7 @@ def read_workload(
             raise BadInput("--outputs-from is for batch files: a trace holds its own output tokens", source.name)
         read = read_jsonl if source.kind() == TRACE_JSONL else read_csv
         rows, table = read(source, columns or {}, first, output_tokens is not None)
-        workload = _trace(source, rows, table, max_tokens)
+        workload = _trace(source, rows, table, max_tokens, first)
         return workload if output_tokens is None else with_outputs_drawn(workload, *output_tokens, seed)
     except OSError as error:
         raise BadInput(f"cannot be read: {error.strerror or error}", source.name) from None
@@ -228,7 +228,7 @@ def _batch_provenance(name: str, caps: Any, first: int) -> Provenance:
 
 
 def _rows_text(name: str, count: int, first: int) -> str:
-    return f"the first {count:,} of {name}" if first and count == first else f"all {count:,} of {name}"
+    return f"the first {count:,} rows of {name}" if first == count else f"all {count:,} rows of {name}"
 
 
 def _explained(source: Source, error: BadInput) -> BadInput:
@@ -304,7 +304,7 @@ def _is_answer(result: OldResult) -> bool:
 _FROM_ROLE = {role: column for role, column in OUR_COLUMNS.items() if role in WHOLES[3:]} | {"endpoint": "endpoint"}
 
 
-def _trace(source: Source, rows: Rows, table: Table, max_tokens: int | None) -> Workload:
+def _trace(source: Source, rows: Rows, table: Table, max_tokens: int | None, first: int) -> Workload:
     name = source.label
     prompts = table["prompt"]
     count = len(prompts)
@@ -318,7 +318,7 @@ def _trace(source: Source, rows: Rows, table: Table, max_tokens: int | None) -> 
         models = table["model"]
         given["models"] = models[0] if len(set(models)) == 1 else models
     provenance: Provenance = {
-        "requests": (MEASURED, f"{count:,} rows of {name}"),
+        "requests": (MEASURED, _rows_text(name, count, first)),
         "prompt tokens": (MEASURED, _column_text(name, rows, "prompt")),
     }
     if "chars" not in table:
