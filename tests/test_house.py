@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from packaging.markers import Marker
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -260,3 +261,18 @@ def test_the_lock_is_complete_for_every_extra() -> None:
             continue
         waiting += [each for each in map(Requirement, onward) if applies(each, set(wanted))]
     complain(faults)
+
+
+def test_every_pin_supports_the_oldest_python_promised() -> None:
+    """Debian 12 ships 3.11.2: a pin that asks for a later patch release would break its set-up."""
+    floor = pyproject()["project"]["requires-python"].removeprefix(">=") + ".0"
+    pins = locked()
+    complain(
+        [
+            f"{each.name} {each.version} needs Python {needs}, and {floor} is promised: lock an older one"
+            for each in importlib.metadata.distributions()
+            if pins.get(canonicalize_name(each.name)) == each.version
+            and (needs := each.metadata.get("Requires-Python"))
+            and not SpecifierSet(needs).contains(floor)
+        ]
+    )
