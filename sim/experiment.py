@@ -1,6 +1,6 @@
 """Running a scenario many times: replications under keyed common random numbers, side by side on the local cores.
 
-What lives here: one run as `Figures`, many runs, and how many are enough. What must not: the choice of settings (`plan`).
+What lives here: one run as `Figures`, many runs, and how many are enough. What must not: choosing settings (`plan`).
 
 Theory of operation. A `Case` is everything that one run needs, as numbers. Run r of any case uses seed + r, and chance
 is keyed by what it is for (`governor/keyed.py`), so two policies under one seed meet the same latencies, faults and
@@ -176,9 +176,9 @@ def _run_task(task: Task) -> list[Figures]:
 
 
 class Pool:
-    """Runs cases on the local cores; results come in the order of the tasks, whatever the number of workers.
+    """Runs cases on the local cores; results come in the order of the tasks, for any number of workers.
 
-    `workers`: processes, 0 = one per core, 1 = none beside this one. `on_runs(n)` is told of finished runs as they come.
+    `workers`: processes, 0 = one per core, 1 = none beside this one. `on_runs(n)` is told of runs as they finish.
     """
 
     def __init__(self, workers: int = 0, on_runs: Callable[[int], None] | None = None) -> None:

@@ -31,7 +31,9 @@ from sim.reasons import reason_for
 from sim.results import Forecast, Heat, Plan, Recommendation, Step, StressRow, forecast_of, paired_difference
 from sim.scenario import Scenario, stress_set
 from sim.search import (
+    INDIFFERENCE,
     Goal,
+    Hardening,
     Searcher,
     Space,
     Stress,
@@ -42,7 +44,6 @@ from sim.search import (
     gap_s,
     guardrail_anchors,
     guardrail_space,
-    harden,
     key_of,
     score_of,
 )
@@ -63,6 +64,7 @@ class Budget:
     """How much may be spent on each part, in simulated requests and in runs, for a workload of n requests."""
 
     search: int
+    hardening: int
     seeds: int
     stress_seeds: int
     variants: int
@@ -73,11 +75,12 @@ class Budget:
 
     @classmethod
     def of(cls, effort: int, n: int, conditions: int) -> Budget:
-        """Shares of the effort: a third for the searches, a third for hardening, the rest for proof."""
+        """Shares of the effort: a quarter for the two searches, half for hardening, the rest for the proof."""
         per_candidate = n * conditions
         stress_seeds = max(1, min(3, effort // (90 * per_candidate)))
         return cls(
-            search=effort // 6,
+            search=effort // 8,
+            hardening=effort // 4,
             seeds=max(1, min(6, effort // (300 * n))),
             stress_seeds=stress_seeds,
             variants=max(4, min(16, effort // (12 * per_candidate * stress_seeds))),
@@ -107,13 +110,13 @@ class Planner:
         now = self.scenario.policy
         self.searcher.run([now], self.budget.seeds)
         self.say("searching the eight guardrail knobs")
-        few = self._found("guardrails", guardrail_anchors(self.scenario), guardrail_space(self.scenario), [])
+        few, bold_few = self._found("guardrails", guardrail_anchors(self.scenario), guardrail_space(self.scenario), [])
         self.say("searching everything that the law can do")
         everything = [*full_anchors(self.scenario), few[0]]
-        best = self._found("paceline", everything, full_space(self.scenario), few[:1])
+        best, bold = self._found("paceline", everything, full_space(self.scenario), few[:1])
         self.say("estimating again on fresh seeds")
         runner_up = self._runner_up(best)
-        policies = [now, few[0], best[0], runner_up]
+        policies = [now, few[0], best[0], runner_up, bold_few, bold]
         forecasts = replicate_until(
             self.scenario,
             policies,
@@ -125,7 +128,10 @@ class Planner:
             pool=self.pool,
         )
         self.say("weighing each change")
-        recommendations = [self._recommendation(forecasts[0], forecast) for forecast in forecasts[1:3]]
+        recommendations = [
+            self._recommendation(forecasts[0], forecasts[1], forecasts[4]),
+            self._recommendation(forecasts[0], forecasts[2], forecasts[5]),
+        ]
         self.say("mapping the neighbourhood")
         heats = self._heats(best[0])
         gain = recommendations[1].gain_s
@@ -136,8 +142,8 @@ class Planner:
             guardrails=recommendations[0],
             full=recommendations[1],
             runner_up=forecasts[3],
-            points=self.searcher.points(),
-            stress=self._stress_rows(policies),
+            points=self.searcher.points(self.budget.seeds),
+            stress=self._stress_rows(policies[:4]),
             heats=heats,
             timelines=self._timelines(now, few[0], best[0]),
             limits=self._limits(),
@@ -151,8 +157,10 @@ class Planner:
 
     # ------------------------------------------------------------ finding
 
-    def _found(self, origin: str, anchors: list[Policy], space: Space, more: list[Policy]) -> list[Policy]:
-        """Recommendable settings of one space, best first."""
+    def _found(
+        self, origin: str, anchors: list[Policy], space: Space, more: list[Policy]
+    ) -> tuple[list[Policy], Policy]:
+        """Recommendable settings of one space, best first, and the fastest one whatever it risks."""
         searcher, budget = self.searcher, self.budget
         searcher.origin = origin
         searcher.effort = self.pool.requests - searcher.start + budget.search
@@ -160,18 +168,21 @@ class Planner:
         leaders = searcher.race(anchors, 3, rounds)
         best = searcher.climb(leaders[0], space.neighbours, budget.seeds)
         self.say("hardening against the stress set")
-        now = self.scenario.policy
-        candidates = list({key_of(p): p for p in (best, *leaders, now, *more)}.values())
-        hardened = harden(
+        hardening = Hardening(
             searcher,
             self.stress,
-            candidates,
-            lambda policy: self._variants(policy, space),
             seeds=budget.seeds,
-            steps=budget.steps,
             most=budget.variants,
+            steps=budget.steps,
+            effort=budget.hardening,
         )
-        return [self._pruned(hardened[0]), *hardened[1:]]
+        # Today's settings first: what they keep under stress is possible, and so is asked of the others.
+        hardening.require([self.scenario.policy, *more])
+        for start in dict.fromkeys((best, leaders[0])):
+            safe = hardening.walk(start, lambda policy: self._variants(policy, space))
+            hardening.polish(safe, space.neighbours)
+        ranked = hardening.ranked()
+        return [self._pruned(ranked[0]), *ranked[1:]], min(ranked, key=lambda p: searcher.score(p, budget.seeds))
 
     def _variants(self, policy: Policy, space: Space) -> list[Policy]:
         """Safer relatives of a policy, the most useful first; only knobs of the space."""
@@ -220,8 +231,8 @@ class Planner:
 
     # ------------------------------------------------------------ proof
 
-    def _recommendation(self, now: Forecast, found: Forecast) -> Recommendation:
-        """Each change on top of those before it, and what leaving out that one would cost."""
+    def _recommendation(self, now: Forecast, found: Forecast, bold: Forecast) -> Recommendation:
+        """Each change on top of those before it, what leaving out that one would cost, and what was passed over."""
         names = changed_knobs(now.policy, found.policy)
         path = [now.policy]
         for name in names:
@@ -247,7 +258,21 @@ class Planner:
                     reason=reason_for(name, now.policy, found.policy, now.waits_s, self.scenario),
                 )
             )
-        return Recommendation(found, tuple(steps), paired_difference(now, found, figure))
+        gain = paired_difference(now, found, figure)
+        if better(score_of(bold.runs, self.goal), score_of(found.runs, self.goal), 2.0 * INDIFFERENCE):
+            return Recommendation(found, tuple(steps), gain, bold, self._risk(bold.policy))
+        return Recommendation(found, tuple(steps), gain)
+
+    def _risk(self, policy: Policy) -> str:
+        """Under which condition a policy breaks the limits worst, in words."""
+        stress = self.stress
+        stress.run([policy])
+        scored = [(searcher.score(policy, stress.seeds)[:2], i) for i, searcher in enumerate(stress.searchers)]
+        _, worst = max(scored)
+        figures = stress.searchers[worst].figures(policy, stress.seeds)
+        lost = sum(f["failed"] for f in figures) / len(figures)
+        throttled = sum(f["throttled_per_100"] for f in figures) / len(figures)
+        return f"under '{stress.names[worst]}' it draws {throttled:.3g} throttles per 100 requests and loses {lost:.3g}"
 
     def _stress_rows(self, policies: Sequence[Policy]) -> tuple[StressRow, ...]:
         names = ("now", "guardrails", "recommended", "runner_up")

@@ -28,7 +28,7 @@ def reason_for(name: str, old: Policy, new: Policy, waits_s: Mapping[str, float]
             return f"the budget follows the provider's own refill; {before:.1%} of {tpm:,.0f} tokens/min lay idle"
         return "leaves room for what the reservation does not cover"
     texts = {
-        "est_tokens_per_run": f"reserves what the provider charges ({rule}), not a flat {before:,} tokens",
+        "est_tokens_per_run": f"reserves what the provider charges ({rule}), not a flat {old.est_tokens_per_run:,} tokens",
         "retry_max_attempts": "a request survives a longer run of refusals" if after > before else "fewer suffice",
         "backoff_base_seconds": "returns sooner after a refusal" if after < before else "waits out a refusal",
         "finalize_lowers_concurrency": "finalize passes need not slow the others down",

@@ -266,11 +266,17 @@ class Heat:
 
 @dataclass(frozen=True, slots=True)
 class Recommendation:
-    """A policy, its forecast on fresh seeds, the knobs that it changes, and what it gains over today's, paired."""
+    """A policy, its forecast on fresh seeds, the knobs that it changes, and what it gains over today's, paired.
+
+    `unguarded`: the fastest setting of the same knobs, where it is faster and was passed over because it does not keep
+    the limits under the stress set; `risk` says in words under which condition it breaks them worst.
+    """
 
     forecast: Forecast
     steps: tuple[Step, ...]
     gain_s: Estimate
+    unguarded: Forecast | None = None
+    risk: str = ""
 
     @property
     def policy(self) -> Policy:
@@ -351,4 +357,10 @@ class Plan:
 
 def _recommendation_json(found: Recommendation) -> dict[str, Any]:
     steps = [_plain(asdict(step)) for step in found.steps]
-    return {**found.forecast.to_json_dict(), "changes": steps, "gain_s": _plain(asdict(found.gain_s))}
+    unguarded = None if found.unguarded is None else {**found.unguarded.to_json_dict(), "risk": found.risk}
+    return {
+        **found.forecast.to_json_dict(),
+        "changes": steps,
+        "gain_s": _plain(asdict(found.gain_s)),
+        "faster_but_unguarded": unguarded,
+    }

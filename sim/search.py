@@ -164,23 +164,35 @@ class Searcher:
             best = found[0]
         return best
 
-    def points(self) -> tuple[Point, ...]:
-        """Everything that was tried, with the front of objective against throttles among what loses least."""
+    def points(self, seeds: int) -> tuple[Point, ...]:
+        """Everything that was tried, with the front of objective against throttles among what loses least.
+
+        Who seems to stand on the front after few runs has often just been lucky: such points are run under `seeds`
+        seeds first, until nobody new appears there.
+        """
+        while True:
+            points = self._points()
+            hasty = [point.policy for point in points if point.on_front and point.replications < seeds]
+            if not hasty:
+                return points
+            self.run(hasty, seeds)
+
+    def _points(self) -> tuple[Point, ...]:
         rows = []
         for key, runs in self.runs.items():
             figures = list(runs.values())
             lost = sum(run["failed"] for run in figures) / len(figures)
             throttled = sum(run["throttled_per_100"] for run in figures) / len(figures)
-            rows.append((key, score_of(figures, self.goal)[2], throttled, lost, len(figures)))
-        least = min((row[3] for row in rows), default=0.0)
-        points = []
-        for key, objective, throttled, lost, n in rows:
-            beaten = lost > least or any(
-                o <= objective and t <= throttled and (o < objective or t < throttled)
-                for _, o, t, other_lost, _ in rows
-                if other_lost <= least
+            rows.append((lost, throttled, score_of(figures, self.goal)[2], -len(figures), key))
+        rows.sort(key=lambda row: row[:4])
+        points, fastest = [], math.inf
+        for lost, throttled, objective, runs_made, key in rows:
+            on_front = lost <= rows[0][0] and objective < fastest
+            if on_front:
+                fastest = objective
+            points.append(
+                Point(self.policies[key], self.origins[key], objective, throttled, lost, -runs_made, on_front)
             )
-            points.append(Point(self.policies[key], self.origins[key], objective, throttled, lost, n, not beaten))
         return tuple(points)
 
 
@@ -363,42 +375,81 @@ class Stress:
         return lost, throttled
 
 
-def harden(
-    searcher: Searcher,
-    stress: Stress,
-    candidates: Sequence[Policy],
-    variants: Callable[[Policy], list[Policy]],
-    *,
-    seeds: int,
-    steps: int,
-    most: int,
-) -> list[Policy]:
-    """Policies that keep the limits under stress wherever anything tried does, best first.
+class Hardening:
+    """Settings that must keep the limits under stress wherever anything tried does, ranked by that, then by the score.
 
-    `candidates` race first; then, step by step, the best one's `variants` (at most `most`). Ranked by violations of the
-    stress set, then by the score in the scenario itself over `seeds` seeds.
+    `seeds`: runs in the scenario itself. `most`: variants tried at a time. `steps`: how often the walk goes on.
+    `effort`: simulated requests that may be spent.
     """
-    ranked: dict[tuple[Any, ...], Policy] = {}
 
-    def rank(policy: Policy) -> tuple[Any, ...]:
-        violations = stress.violations(policy)
-        return (round(violations[0], 9), round(violations[1], 6), searcher.score(policy, seeds))
+    def __init__(self, searcher: Searcher, stress: Stress, *, seeds: int, most: int, steps: int, effort: int) -> None:
+        self.searcher = searcher
+        self.stress = stress
+        self.seeds = seeds
+        self.most = most
+        self.steps = steps
+        self.spend_until = searcher.pool.requests + effort
+        self.cost = len(searcher.scenario.workload) * (len(stress.names) * stress.seeds + seeds)
+        self.tried: dict[tuple[Any, ...], Policy] = {}
 
-    def admit(policies: Sequence[Policy]) -> None:
-        stress.run(policies)
-        searcher.run(policies, seeds)
-        ranked.update((key_of(policy), policy) for policy in policies)
+    @property
+    def affordable(self) -> int:
+        """How many policies can still be put under stress."""
+        return max(0, (self.spend_until - self.searcher.pool.requests) // self.cost)
 
-    admit(candidates)
-    for _ in range(steps):
-        best = min(ranked.values(), key=rank)
-        fresh = [v for v in variants(best) if key_of(v) not in ranked][:most]
-        if not fresh:
-            break
-        admit(fresh)
-        if min(ranked.values(), key=rank) == best:
-            break
-    return sorted(ranked.values(), key=rank)
+    def rank(self, policy: Policy) -> tuple[float, float, Score]:
+        """Smaller is better: violations of the stress set, then the score in the scenario itself."""
+        lost, throttled = self.stress.violations(policy)
+        return round(lost, 9), round(throttled, 6), self.searcher.score(policy, self.seeds)
+
+    def admit(self, policies: Sequence[Policy]) -> list[Policy]:
+        """Runs policies under stress: those that are new, at most `most` of them and no more than the effort allows."""
+        fresh = [p for p in {key_of(p): p for p in policies}.values() if key_of(p) not in self.tried]
+        fresh = fresh[: min(self.most, self.affordable)]
+        self.require(fresh)
+        return fresh
+
+    def require(self, policies: Sequence[Policy]) -> None:
+        """Runs policies under stress, whatever it costs: the ones that the others are measured by."""
+        self.stress.run(policies)
+        self.searcher.run(policies, self.seeds)
+        self.tried.update((key_of(policy), policy) for policy in policies)
+
+    def walk(self, start: Policy, variants: Callable[[Policy], list[Policy]]) -> Policy:
+        """From a fast setting to one that keeps the limits, by the safer variant that violates least, step by step."""
+        self.require([start])
+        best = start
+        for _ in range(self.steps):
+            if self.rank(best)[:2] == (0.0, 0.0):
+                break
+            found = min([best, *self.admit(variants(best))], key=self.rank)
+            if found is best:
+                break
+            best = found
+        return best
+
+    def polish(self, start: Policy, neighbours: Callable[[Policy], list[Policy]]) -> Policy:
+        """From a setting that keeps the limits to a faster one that keeps them as well, by its best neighbours."""
+        best = start
+        for _ in range(self.steps):
+            if not self.affordable:
+                break
+            near = neighbours(best)
+            self.searcher.run(near, 1)
+            quick = self.searcher.score(best, 1)
+            faster = sorted(
+                (p for p in near if better(self.searcher.score(p, 1), quick)), key=lambda p: self.searcher.score(p, 1)
+            )
+            kept = [p for p in self.admit(faster[: self.most // 2]) if self.rank(p)[:2] <= self.rank(best)[:2]]
+            found = min([best, *kept], key=self.rank)
+            if not better(self.searcher.score(found, self.seeds), self.searcher.score(best, self.seeds)):
+                break
+            best = found
+        return best
+
+    def ranked(self) -> list[Policy]:
+        """Everything that was put under stress, best first."""
+        return sorted(self.tried.values(), key=self.rank)
 
 
 def changed_knobs(old: Policy, new: Policy) -> list[str]:
