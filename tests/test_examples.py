@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from dotenv import dotenv_values
 
+from governor.policy import Policy
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 CHARS_PER_TOKEN = 4
 
@@ -112,3 +114,9 @@ def test_todays_settings_are_the_guardrails_among_foreign_names() -> None:
     values = dotenv_values(EXAMPLES / "today.env")
     assert {name: values.get(name) for name in GUARDRAILS} == GUARDRAILS
     assert {"DATABASE_URL", "SESSION_SECRET", "OPENAI_API_KEY"} <= set(values) - set(GUARDRAILS)
+
+
+def test_the_policy_reads_todays_settings_and_nothing_else() -> None:
+    read = Policy.from_env(dotenv_values(EXAMPLES / "today.env"))
+    assert read == Policy.preset("guardrails")
+    assert "change-me" not in repr(read.to_env())
