@@ -314,7 +314,7 @@ class TestNames:
         for knob in KNOBS:
             start = len("OPENAI_") if knob.env.startswith("OPENAI_") else 0
             for i in range(start, len(knob.env) - 1):
-                name, letter = knob.env, rng.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+                name, letter = knob.env, rng.choice("JVXZ")  # which no foreign word like QPM or RPS has
                 slips = {
                     name[:i] + name[i + 1 :],
                     name[:i] + name[i] + name[i:],
