@@ -150,6 +150,13 @@ class _Loader(yaml.SafeLoader):
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, OverflowError) as error:
+            # A scalar that only looks like a date or a number: PyYAML would not say where.
+            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
+
 
 def parsed_yaml(text: str, name: str) -> dict[str, Any]:
     """The mapping that a YAML text holds. BadInput names the line where the text is not YAML."""

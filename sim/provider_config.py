@@ -19,7 +19,7 @@ from datetime import date
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from governor.errors import BadSetting, quoted
 from governor.estimate import kind_of
@@ -44,11 +44,19 @@ Ratio = Annotated[float, Field(ge=0, le=1)]
 Requests = Annotated[int, Field(ge=0, le=10**12)]
 Seconds = Annotated[float, Field(ge=0, le=86_400)]
 Tokens = Annotated[int, Field(ge=0, le=10**12)]
+
+
+def _real_day(text: str) -> str:
+    date.fromisoformat(text)
+    return text
+
+
 Day = Annotated[
     str,
     # YAML reads 2026-11-23 as a date.
     BeforeValidator(lambda value: value.isoformat() if type(value) is date else value),
     Field(pattern=r"^\d{4}-\d{2}-\d{2}$"),
+    AfterValidator(_real_day),
 ]
 _SAYS = {"absent": SAYS_NOTHING, "ms": SAYS_MILLISECONDS, "seconds": SAYS_SECONDS}
 
