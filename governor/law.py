@@ -125,6 +125,7 @@ class State:
     With header sync, per dimension: `granted`, the limit that the provider stated (0 = not yet); `mirror_at`, when its
     own bucket is full again, as far as we know; `booked`, all that was ever booked, settlements and refunds included;
     `surprise`, by how much its count has lately been above our image of it; `synced_at`, the newest count's moment.
+    `pace_at`: when the launches so far would have been spread evenly; it binds until `paced_until`.
     """
 
     in_flight: int = 0
@@ -145,6 +146,8 @@ class State:
     booked: list[float] = field(default_factory=lambda: _four(0.0))
     surprise: list[float] = field(default_factory=lambda: _four(0.0))
     synced_at: list[float] = field(default_factory=lambda: _four(-math.inf))
+    pace_at: float = -math.inf
+    paced_until: float = -math.inf
 
 
 # ---------------------------------------------------------------- budgets
@@ -299,11 +302,32 @@ def _mirror_ready_at(p: Params, s: State, d: int, amount: float) -> float:
     return s.mirror_at[d] - max(0.0, limit - amount - kept) * _length_s(d) / limit
 
 
-def _mirror_book(p: Params, s: State, d: int, amount: float, now: float) -> None:
-    s.booked[d] += amount
+def _mirror_book(p: Params, s: State, reserve: float, now: float) -> None:
+    """Books a launch in the image, and how long it takes the limits per minute to refill what it took."""
+    refill_s = 0.0
+    for d in range(4):
+        amount = reserve if d & 1 == 0 else 1.0
+        s.booked[d] += amount
+        limit = _stated_limit(p, s, d)
+        if limit > 0.0:
+            taken_s = amount * _length_s(d) / limit
+            s.mirror_at[d] = max(s.mirror_at[d], now) + taken_s
+            if d < TPD:
+                refill_s = max(refill_s, taken_s)
+    s.pace_at = max(s.pace_at, now) + refill_s
+
+
+def _has_room(p: Params, s: State, d: int, amount: float, now: float) -> bool:
     limit = _stated_limit(p, s, d)
-    if limit > 0.0:
-        s.mirror_at[d] = max(s.mirror_at[d], now) + amount * _length_s(d) / limit
+    return limit <= 0.0 or max(0.0, s.mirror_at[d] - now) * limit / _length_s(d) + amount + s.surprise[d] <= limit
+
+
+def _hidden_limit_met(p: Params, s: State, reserve: float, launched_at: float, now: float) -> None:
+    """A refusal although the provider's own count had room: a limit that its headers do not show, such as a share of
+    the minute per second. From now on launches are spread evenly, which costs bursts but no throughput."""
+    heard = s.synced_at[TPM] >= launched_at or s.synced_at[RPM] >= launched_at
+    if heard and _has_room(p, s, TPM, reserve, now) and _has_room(p, s, RPM, 1.0, now):
+        s.paced_until = now + SURPRISE_FADES_S
 
 
 def used_in(p: Params, s: State, d: int, now: float) -> float:
@@ -378,6 +402,9 @@ def admission(p: Params, s: State, reserve: float, standing: int, now: float) ->
             if ready_at > at:
                 at = ready_at
                 cause = BY_DAY if d >= TPD else BY_TPM + d
+        if s.paced_until > now and s.pace_at > at:
+            at = s.pace_at
+            cause = BY_TPM
     if s.hold_until > at:
         return s.hold_until, HOLD
     return at, cause
@@ -420,8 +447,7 @@ def launched(p: Params, s: State, reserve: float, standing: int, now: float, u: 
     if p.limit[RPD] > 0.0:
         _book(p, s, RPD, 1.0, now)
     if p.sync_headers:
-        for d in range(4):
-            _mirror_book(p, s, d, reserve if d & 1 == 0 else 1.0, now)
+        _mirror_book(p, s, reserve, now)
     if standing == FIRST:
         s.last_launch_at = now
         s.next_slot_at = now + stagger_gap_s(p, u)
@@ -497,6 +523,8 @@ def throttled(
     """
     if p.refunds_throttled:
         _rebook_tokens(p, s, -reserve, launched_at)
+    if p.sync_headers:
+        _hidden_limit_met(p, s, reserve, launched_at, now)
     wait_s = backoff_s(p, attempt)
     if retry_after_s > 0.0:
         wait_s = retry_after_s + RETRY_AFTER_SLACK_S

@@ -50,6 +50,8 @@ from sim.search import (
 
 # Simulated requests, by level of effort; about 100,000 a second on two cores.
 EFFORTS = {"quick": 600_000, "normal": 2_500_000, "thorough": 12_000_000}
+# Large workloads get at least so many runs, whatever the effort.
+LEAST_RUNS = 240
 # Published figures come from seeds that the search has never seen.
 FRESH_SEEDS = 1_000_000
 PRECISION = 0.01
@@ -100,7 +102,8 @@ class Planner:
         self.pool = pool
         self.say = say
         rows = stress_set(scenario)
-        self.budget = Budget.of(EFFORTS[effort], len(scenario.workload), len(rows))
+        n = len(scenario.workload)
+        self.budget = Budget.of(max(EFFORTS[effort], LEAST_RUNS * n), n, len(rows))
         self.searcher = Searcher(scenario, goal, pool, self.budget.search)
         self.stress = Stress(rows, goal, pool, self.budget.stress_seeds)
         self.gap_s = gap_s(scenario)
@@ -189,11 +192,17 @@ class Planner:
         ladders = space.ladders
         wished: list[dict[str, Any]] = []
         if "sync_headers" in ladders:
+            watchful = {"sync_headers": True, "hold_on_throttle": True, "tpm_window": "bucket"}
+            spaced = {
+                "stagger_seconds": _nearest(ladders["stagger_seconds"], max(policy.stagger_seconds, 0.5 * self.gap_s))
+            }
+            wished += [watchful, watchful | spaced]
             wished += [
-                {"sync_headers": True, "hold_on_throttle": True, "backoff_keeps_permit": False},
-                {"sync_headers": True, "hold_on_throttle": True, "charge_rule": "prompt_plus_max"},
-                {"sync_headers": True, "hold_on_throttle": True, "charge_rule": "max_of"},
+                watchful | more | {"charge_rule": rule}
+                for rule in ("prompt_plus_max", "max_of")
+                for more in (spaced, {})
             ]
+            wished += [watchful | {"backoff_keeps_permit": not policy.backoff_keeps_permit}]
         if policy.charge_rule == "fixed":
             higher = [est for est in ladders["est_tokens_per_run"] if est > policy.est_tokens_per_run]
             wished += [{"est_tokens_per_run": est} for est in higher[-2:] + higher[:2]]
