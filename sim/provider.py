@@ -194,21 +194,20 @@ def advanced(pp: ProviderParams, ps: ProviderState, seed: int, now: float) -> No
         _drained(pp, ps, now)
 
 
-def floored_ms(wait_s: float) -> float:
-    """A wait as it is printed: whole milliseconds, rounded down."""
-    return math.floor(wait_s * 1000.0 + 1e-6) / 1000.0
+def _wait_ms(pp: ProviderParams, ps: ProviderState, d: int, excess: float, limit: float) -> float:
+    """(used + requested - limit) / limit * length. A minute counter waits for the next minute.
 
-
-def _wait_s(pp: ProviderParams, ps: ProviderState, d: int, excess: float, limit: float) -> float:
-    """(used + requested - limit) / limit * length. A minute counter waits for the next minute."""
+    Milliseconds, multiplied in this order: so rounded and then floored, it is the printed wait of all log-quoted
+    messages but the free tier's. Through seconds, "Limit 30000, Used 29937, Requested 385" is 643 for a printed 644.
+    """
     if d >= TPD:
-        return excess / limit * DAY_S
+        return excess / limit * (DAY_S * 1000.0)
     if pp.minute_reset:
-        return (math.floor(ps.at / MINUTE_S) + 1.0) * MINUTE_S - ps.at
-    return excess / limit * MINUTE_S
+        return ((math.floor(ps.at / MINUTE_S) + 1.0) * MINUTE_S - ps.at) * 1000.0
+    return excess / limit * (MINUTE_S * 1000.0)
 
 
-def _slice_wait_s(pp: ProviderParams, ps: ProviderState, d: int, requested: float) -> float:
+def _slice_wait_ms(pp: ProviderParams, ps: ProviderState, d: int, requested: float) -> float:
     """The same for this second's share (`slice_s` of the minute's limit), -1 where it fits or is not sliced."""
     limit = limit_now(pp, ps, d)
     if limit <= 0.0 or d >= TPD:
@@ -221,7 +220,7 @@ def _slice_wait_s(pp: ProviderParams, ps: ProviderState, d: int, requested: floa
             return -1.0
         capacity = max(pp.slice_tokens, limit * pp.slice_s / MINUTE_S)
         excess = ps.slice_used_tokens + min(requested, capacity) - capacity
-    return -1.0 if excess <= ROUNDING else excess / limit * MINUTE_S
+    return -1.0 if excess <= ROUNDING else excess / limit * (MINUTE_S * 1000.0)
 
 
 def _ramp_refuses(pp: ProviderParams, ps: ProviderState, charge: float, now: float) -> bool:
@@ -259,7 +258,7 @@ def _refusal_booked(pp: ProviderParams, ps: ProviderState, charge: float) -> Non
 
 
 def admitted(pp: ProviderParams, ps: ProviderState, seed: int, charge: float, now: float) -> tuple[int, int, float]:
-    """One attempt at the door: (outcome, dimension, wait in seconds). Books it if it is let in.
+    """One attempt at the door: (outcome, dimension, wait in milliseconds). Books it if it is let in.
 
     Outcome OK, THROTTLED, TOO_LARGE, SLOW_DOWN or QUOTA. The dimension and the exact wait are those of the limit that
     takes longest; wait is -1 where waiting does not help or nothing is known.
@@ -268,31 +267,31 @@ def admitted(pp: ProviderParams, ps: ProviderState, seed: int, charge: float, no
     if 0.0 < pp.quota_requests <= ps.admitted:
         return QUOTA, -1, -1.0
     tightest = -1
-    wait_s = -1.0
+    wait_ms = -1.0
     for d in range(4):
         limit = pp.limit[d]
         if limit > 0.0:
             if d < TPD:
                 limit *= ps.factor
             requested = charge if d & 1 == 0 else 1.0
-            if requested > limit:
+            if requested > limit and d & 1 == 0:
                 return TOO_LARGE, d, -1.0
             excess = ps.used[d] + requested - limit
             if excess > ROUNDING:
-                w = _wait_s(pp, ps, d, excess, limit)
-                if w > wait_s:
-                    wait_s = w
+                w = _wait_ms(pp, ps, d, excess, limit)
+                if w > wait_ms:
+                    wait_ms = w
                     tightest = d
             if pp.slice_s > 0.0:
-                w = _slice_wait_s(pp, ps, d, requested)
-                if w > wait_s:
-                    wait_s = w
+                w = _slice_wait_ms(pp, ps, d, requested)
+                if w > wait_ms:
+                    wait_ms = w
                     tightest = d
     if tightest >= 0:
         ps.throttled += 1.0
         if pp.failed_count:
             _refusal_booked(pp, ps, charge)
-        return THROTTLED, tightest, wait_s
+        return THROTTLED, tightest, wait_ms
     if pp.ramp_tpm > 0.0:
         if _ramp_refuses(pp, ps, charge, now):
             ps.throttled += 1.0
@@ -303,13 +302,13 @@ def admitted(pp: ProviderParams, ps: ProviderState, seed: int, charge: float, no
     return OK, -1, -1.0
 
 
-def stated_wait_s(pp: ProviderParams, wait_s: float) -> float:
+def stated_wait_s(pp: ProviderParams, wait_ms: float) -> float:
     """The wait that a refusal states, seconds; -1 = it says nothing."""
-    if wait_s < 0.0 or pp.retry_after == SAYS_NOTHING:
+    if wait_ms < 0.0 or pp.retry_after == SAYS_NOTHING:
         return -1.0
     if pp.retry_after == SAYS_SECONDS:
-        return math.ceil(wait_s)
-    return floored_ms(wait_s)
+        return math.ceil(wait_ms / 1000.0)
+    return math.floor(wait_ms) / 1000.0
 
 
 def settled(pp: ProviderParams, ps: ProviderState, seed: int, charge: float, used: float, now: float) -> None:
@@ -356,9 +355,9 @@ def answered(
     `attempt` is the key of the attempt (unique over lanes), `output_tokens` what the answer will have after its cap.
     A fault strikes after admission: the charge is taken, and a 5xx arrives at the time of the first token.
     """
-    outcome, dimension, wait_s = admitted(pp, ps, seed, charge, now)
+    outcome, dimension, wait_ms = admitted(pp, ps, seed, charge, now)
     if outcome != OK:
-        return outcome, pp.refusal_s, dimension, stated_wait_s(pp, wait_s)
+        return outcome, pp.refusal_s, dimension, stated_wait_s(pp, wait_ms)
     service_s = latency_s(pp, seed, request, attempt, output_tokens, recorded_s)
     if pp.error_ratio > 0.0 or pp.drop_ratio > 0.0:
         u = keyed_uniform(seed, request, attempt, FAULT)
