@@ -234,11 +234,14 @@ def _limits_of(fields: Mapping[str, str]) -> tuple[Limit, ...]:
 
 def _fields(headers: Mapping[Any, Any] | None) -> dict[str, str]:
     """Headers as text, by their names in lower case."""
-    fields = {}
-    for name, value in headers.items() if isinstance(headers, Mapping) else ():
-        key, text = (each.decode("latin-1") if isinstance(each, bytes) else str(each) for each in (name, value))
-        fields[key.lower()] = text.strip()
-    return fields
+    items = headers.items() if isinstance(headers, Mapping) else ()
+    return {_as_text(name).lower(): _as_text(value).strip() for name, value in items}
+
+
+def _as_text(value: object) -> str:
+    if isinstance(value, str):
+        return value
+    return value.decode("latin-1") if isinstance(value, bytes) else str(value)
 
 
 def _number(text: str) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import time
 from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
@@ -138,7 +139,7 @@ def test_waits_stated_in_messages(message: str, seconds: float) -> None:
     assert answers.stated_wait_s(message) == pytest.approx(seconds)
 
 
-NOON = 1_445_412_480.0  # Wed, 21 Oct 2015 07:28:00 GMT
+NOW = 1_445_412_480.0  # Wed, 21 Oct 2015 07:28:00 GMT
 
 
 @pytest.mark.parametrize(
@@ -165,7 +166,18 @@ NOON = 1_445_412_480.0  # Wed, 21 Oct 2015 07:28:00 GMT
     ],
 )
 def test_retry_after(headers: dict[Any, Any] | None, message: str, seconds: float) -> None:
-    assert answers.retry_after_s(headers, message, now_epoch=NOON) == pytest.approx(seconds)
+    assert answers.retry_after_s(headers, message, now_epoch=NOW) == pytest.approx(seconds)
+
+
+def test_a_date_without_a_zone_is_not_the_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        wait_s = answers.retry_after_s({"retry-after": "Wed, 21 Oct 2015 07:29:30 -0000"}, now_epoch=NOW)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert wait_s == 90.0
 
 
 def test_a_date_means_nothing_without_a_clock() -> None:
@@ -298,7 +310,7 @@ def reset_kind(row: dict[str, str], kind: str) -> str:
     if low <= reset_ms <= high:
         return "fraction"
     low, high = span_ms(86_400.0)
-    return "day" if low <= reset_ms <= high + 1 else "none"
+    return "day" if low <= reset_ms <= high else "none"
 
 
 def test_the_reset_formula_holds_for_requests(responses: list[dict[str, str]]) -> None:
@@ -446,16 +458,19 @@ REFUSALS: list[tuple[int, object, Outcome]] = [
     (429, error_body(rate_message("TPM", 30000, 10, 30000, "20s"), "tokens", "rate_limit_exceeded"), Outcome.THROTTLED),
     (413, error_body("Request exceeds the maximum size", "request_too_large"), Outcome.TOO_LARGE),
     *[
-        (429, error_body("You have no credits remaining.", "insufficient_quota", code), Outcome.QUOTA)
+        (429, error_body("You have no credits remaining.", kind, code), Outcome.QUOTA)
         for code in (
             "insufficient_quota",
             "credit_balance_exhausted",
             "organization_spend_limit_exceeded",
             "project_spend_limit_exceeded",
             "organization_usage_limit_exceeded",
-            None,
+            "billing_hard_limit_reached",
+            "billing_not_active",
         )
+        for kind in ("insufficient_quota", None)
     ],
+    (429, error_body("You have no credits remaining.", "insufficient_quota"), Outcome.QUOTA),
     (429, error_body("Add credits", None, "credit_balance_exhausted"), Outcome.QUOTA),
     (403, error_body(QUOTA, "insufficient_quota", "insufficient_quota"), Outcome.QUOTA),
     (429, error_body(QUOTA), Outcome.QUOTA),
@@ -646,7 +661,7 @@ STATUSES = st.integers() | st.sampled_from([200, 400, 401, 404, 429, 500, 503])
 
 @given(STATUSES, HEADERS, JSON | st.text() | st.binary() | JSON.map(json.dumps) | MESSAGES.map(error_body))
 def test_odd_answers_are_classified_and_never_raise(status: int, headers: Any, body: object) -> None:
-    answer = answers.classify(status, headers, body, now_epoch=NOON)
+    answer = answers.classify(status, headers, body, now_epoch=NOW)
     assert answer.retry_after_s == -1.0 or 0.0 < answer.retry_after_s < math.inf
     assert answer.used_prompt_tokens >= -1
     assert answer.used_output_tokens >= -1
