@@ -52,6 +52,11 @@ def keyed_uniform(seed: int, request: int, attempt: int, purpose: int) -> float:
     return ((a >> 6) * 67108864.0 + (b >> 6) + 0.5) / 4503599627370496.0
 
 
+def attempt_key(lane: int, attempt: int) -> int:
+    """The number under which an attempt draws: a finalize pass (lane 1) shares no draw with the main lane's attempts."""
+    return attempt + 100_000 * lane
+
+
 def normal_quantile(u: float) -> float:
     """The standard normal value below which a share `u` of the mass lies, 0 < u < 1.
 

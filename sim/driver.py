@@ -31,7 +31,7 @@ import simpy
 
 from governor import law, summary
 from governor.errors import FailureCode
-from governor.keyed import JITTER_RETRY, JITTER_STAGGER, keyed_uniform
+from governor.keyed import JITTER_RETRY, JITTER_STAGGER, attempt_key, keyed_uniform
 from sim import provider as prov
 from sim.provider import ProviderParams, ProviderState
 from sim.workload import Columns
@@ -62,7 +62,6 @@ CHARGED = (prov.OK, prov.SERVER_ERROR, prov.DROPPED, TIMEOUT)
 
 CAUSES = len(summary.CAUSES)
 BACKOFF = summary.BACKOFF
-LANE_KEY = 100_000  # keeps the chance of a finalize pass apart from that of the main lane's attempts
 CHUNK = 4096
 
 
@@ -287,7 +286,7 @@ class Simulation:
         """One attempt goes out: the law books it, the provider answers it, its answer enters the calendar."""
         p, s, tally = self.p, self.s, self.tally
         self._taken(job)
-        key = job.attempt + LANE_KEY * job.lane
+        key = attempt_key(job.lane, job.attempt)
         u = 0.5
         if p.stagger_s > 0.0 and job.standing == law.FIRST:
             u = keyed_uniform(self.seed, job.index, key, JITTER_STAGGER)
@@ -381,7 +380,7 @@ class Simulation:
             self._on_ok(job, now)
         elif outcome in (prov.THROTTLED, prov.SLOW_DOWN):
             self.tally.throttled += 1
-            u = keyed_uniform(self.seed, job.index, job.attempt + LANE_KEY * job.lane, JITTER_RETRY)
+            u = keyed_uniform(self.seed, job.index, attempt_key(job.lane, job.attempt), JITTER_RETRY)
             at = law.throttled(
                 p, s, job.reserve, job.attempt, job.retry_after_s, job.first_launched_s, job.launched_s, now, u
             )
@@ -392,7 +391,7 @@ class Simulation:
             if outcome == prov.QUOTA:
                 self._stop(now, FailureCode.INSUFFICIENT_QUOTA)
         else:
-            u = keyed_uniform(self.seed, job.index, job.attempt + LANE_KEY * job.lane, JITTER_RETRY)
+            u = keyed_uniform(self.seed, job.index, attempt_key(job.lane, job.attempt), JITTER_RETRY)
             at = law.failed(p, s, job.attempt, job.retry_after_s, job.first_launched_s, now, u)
             self._again(job, now, at)
         self._pump(now)
