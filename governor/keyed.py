@@ -53,7 +53,7 @@ def keyed_uniform(seed: int, request: int, attempt: int, purpose: int) -> float:
 
 
 def attempt_key(lane: int, attempt: int) -> int:
-    """The number under which an attempt draws: a finalize pass (lane 1) shares no draw with the main lane's attempts."""
+    """The number under which an attempt draws: a finalize pass (lane 1) shares none with the main lane."""
     return attempt + 100_000 * lane
 
 

@@ -418,6 +418,8 @@ class Simulation:
         tally.used_tokens += used
         if job.lane == law.MAIN:
             tally.work.add(job.arrived_s, job.charge, used, now - job.launched_s)
+        else:
+            tally.work.finalized(job.charge, used)
         if self.finalize_max_tokens and job.lane == law.MAIN and self._came_back_empty(job):
             self._open_finalize(job, now)
         else:
