@@ -365,12 +365,14 @@ def admission(p: Params, s: State, reserve: float, standing: int, now: float) ->
     """The moment at which this reservation may launch, and the knob whose own time is latest. The one rule."""
     if s.paused:
         return math.inf, PAUSED
-    if s.alone or s.in_flight >= permits(p, s) or reserve > p.budget[TPM] * s.scale[TPM]:
-        # A reservation above the budget runs alone: nothing else in flight, and nobody joins it.
-        others = s.in_flight - 1 if standing == HOLDING else s.in_flight
-        oversized = reserve > p.budget[TPM] * s.scale[TPM]
-        if (others > 0 and (oversized or s.alone)) or (standing != HOLDING and others >= permits(p, s)):
-            return math.inf, CONCURRENCY
+    # A reservation above the budget runs alone: nothing else in flight, and nobody joins it. Who kept its place does
+    # not wait for the others in flight: where the limit fell meanwhile, all of them may be waiting like itself.
+    if (
+        standing != HOLDING
+        and s.in_flight > 0
+        and (s.alone or s.in_flight >= permits(p, s) or reserve > p.budget[TPM] * s.scale[TPM])
+    ):
+        return math.inf, CONCURRENCY
     at = now
     cause = NOTHING
     if standing == FIRST and s.next_slot_at > at:
