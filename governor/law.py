@@ -293,12 +293,15 @@ def _mirror_ready_at(p: Params, s: State, d: int, amount: float) -> float:
     """When `amount` fits into the provider's bucket, as far as its headers tell, with room for a surprise.
 
     The room is what makes a pool quiet that shares its quota, or whose reservations are below the provider's charge: it
-    costs a delay once, not throughput, since the bucket refills all the same.
+    costs a delay once, not throughput, since the bucket refills all the same. Of a day nothing is kept free: the delay
+    would be hours, what earlier runs used is no surprise, and a day's count need never be heard.
     """
     limit = _stated_limit(p, s, d)
     if limit <= 0.0:
         return -math.inf
-    kept = s.surprise[d] if s.synced_at[d] > -math.inf else UNHEARD_RATIO * limit
+    kept = 0.0
+    if d < TPD:
+        kept = s.surprise[d] if s.synced_at[d] > -math.inf else UNHEARD_RATIO * limit
     return s.mirror_at[d] - max(0.0, limit - amount - kept) * _length_s(d) / limit
 
 
@@ -404,8 +407,9 @@ def admission(p: Params, s: State, reserve: float, standing: int, now: float) ->
             if ready_at > at:
                 at = ready_at
                 cause = BY_DAY if d >= TPD else BY_TPM + d
-        if s.paced_until > now and s.pace_at > at:
-            at = s.pace_at
+        paced_at = min(s.pace_at, s.paced_until)
+        if paced_at > at:
+            at = paced_at
             cause = BY_TPM
     if s.hold_until > at:
         return s.hold_until, HOLD
@@ -631,7 +635,7 @@ def synced(
     comes from a limit that the headers do not show. A rise beyond rounding is a surprise; the largest one fades.
     """
     length_s = _length_s(d)
-    if not (p.sync_headers and limit > 0.0 and 0.0 <= remaining <= limit):
+    if not (p.sync_headers and 0.0 < limit < math.inf and 0.0 <= remaining <= limit):
         return
     if as_of < s.synced_at[d] or now - as_of > length_s:
         return

@@ -20,6 +20,7 @@ from governor.law import BUCKET, FIXED, SLIDING, TPD, TPM
 from tests.governor import laws
 from tests.governor.laws import Booking, Job, Pool, Reply, params
 
+EXAMPLES = 4 * settings().max_examples
 LENGTH_S = (60.0, 60.0, 86_400.0, 86_400.0)
 # Half seconds meet the borders of cells and minutes exactly; the others meet nothing.
 MOMENTS = st.integers(0, 400).map(lambda n: n / 2.0) | st.floats(0.0, 200.0)
@@ -152,7 +153,7 @@ def budgets_exceeded(p: law.Params, bookings: list[Booking]) -> list[str]:
     return faults
 
 
-@settings(max_examples=400)
+@settings(max_examples=EXAMPLES)
 @given(
     p=policies(sync_headers=0),
     shares=st.lists(st.floats(0.0, 1.0), min_size=1, max_size=25),
@@ -222,7 +223,7 @@ def interruption(pool: Pool, kind: str, numbers: tuple[float, ...], other: law.P
 Interruptions = list[tuple[float, str, tuple[float, ...], law.Params]]
 
 
-@settings(max_examples=400)
+@settings(max_examples=EXAMPLES)
 @given(
     p=policies(),
     reserves=st.lists(st.integers(1, 3_000), min_size=1, max_size=20),
@@ -281,7 +282,7 @@ def states(draw: st.DrawFn, now: float) -> law.State:
     return s
 
 
-@settings(max_examples=400)
+@settings(max_examples=EXAMPLES)
 @given(
     data=st.data(),
     p=policies(),
