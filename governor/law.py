@@ -261,7 +261,10 @@ def _rebook(p: Params, s: State, d: int, change: float, booked_at: float) -> Non
     elif p.window == SLIDING:
         cell = math.floor(booked_at / CELL_S)
         if cell >= s.cell_at[d] - CELLS_BEHIND:
-            s.cells[d * CELLS + int(cell) % CELLS] += change
+            i = d * CELLS + int(cell) % CELLS
+            # What was carried over from another kind of window stands in a later cell; less than nothing is in none.
+            change = max(change, -s.cells[i])
+            s.cells[i] += change
             s.window_used[d] += change
     elif booked_at >= s.window_at[d]:
         s.window_used[d] += change

@@ -738,6 +738,20 @@ def test_daily_use_survives_new_settings(window: int) -> None:
     assert law.used_in(new, s, TPD, 1_000.0) == pytest.approx(9_500.0)
 
 
+def test_a_settlement_from_before_a_change_of_window_never_makes_room_that_comes_back() -> None:
+    """7,000 launched under `fixed` stand, after the change, in the cell of the change.
+
+    A settlement finds an empty cell at its own launch: were it booked there as less than nothing, the window would look
+    emptier for a while and then fuller again, and the law would take back a moment that it had named.
+    """
+    old = free(tpm=10_000, headroom=0.0, window=FIXED, settles=1)
+    new = free(tpm=10_000, headroom=0.0, window=SLIDING, settles=1)
+    s = repriced(old, new, 7_000.0, 30.0)
+    law.settled(new, s, 7_000.0, 2_000.0, 0.0)
+    s.hold_until = 70.0
+    laws.promised(new, s, 5_000.0, law.FIRST, 30.0)
+
+
 def test_a_state_begins_empty() -> None:
     s = law.State()
     for window in WINDOWS:
