@@ -104,8 +104,8 @@ class Planner:
         rows = stress_set(scenario)
         n = len(scenario.workload)
         self.budget = Budget.of(max(EFFORTS[effort], LEAST_RUNS * n), n, len(rows))
-        self.searcher = Searcher(scenario, goal, pool, self.budget.search)
-        self.stress = Stress(rows, goal, pool, self.budget.stress_seeds)
+        self.searcher = Searcher(scenario, goal.allowing(1, n), pool, self.budget.search)
+        self.stress = Stress(rows, goal.allowing(2, n), pool, self.budget.stress_seeds)
         self.gap_s = gap_s(scenario)
 
     def plan(self) -> Plan:
