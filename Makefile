@@ -11,6 +11,7 @@ STAMP_ALL := $(VENV)/.stamp-all
 STAMP_SIM := $(VENV)/.stamp-sim
 OUT := out
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint check bench clean
@@ -36,10 +37,10 @@ lint: $(STAMP_ALL)  ## ruff and mypy
 check: lint  ## what the CI runs: lint, then test
 	@$(MAKE) --no-print-directory test
 
-bench: $(STAMP_ALL)  ## every figure that the README claims
-	@set -e; for script in benchmarks/[a-z]*.py; do \
-		[ -e "$$script" ] || { echo "no benchmarks here"; break; }; \
-		echo "== $$script"; $(BIN)/python "$$script"; \
+bench: $(STAMP_ALL)  ## every figure that the README claims (BENCH_ARGS=--short for a quick look)
+	@set -e; for script in benchmarks/bench_*.py; do \
+		name=$$(basename "$$script" .py); echo "== $$name"; \
+		$(BIN)/python -m "benchmarks.$$name" $(BENCH_ARGS); \
 	done
 
 clean:  ## remove the environment, the caches and out/
