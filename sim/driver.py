@@ -267,7 +267,7 @@ class Simulation:
                 return
             if not job.asked and law.never_fits(p, job.reserve):
                 self._taken(job)
-                self._ended(job, now, FailureCode.REQUEST_TOO_LARGE)
+                self._give_up(job, now, FailureCode.REQUEST_TOO_LARGE)
                 continue
             at, cause = law.admission(p, s, job.reserve, job.standing, now)
             if at > now:
@@ -346,13 +346,16 @@ class Simulation:
             self._give_up(job, now, self.stopped)
             return
         self._may_go(job, now, self.urgent)
+        self._watch_deadline(job)
+        self._pump(now)
+
+    def _watch_deadline(self, job: Job) -> None:
         gives_up_at = law.deadline_at(self.p, job.first_launched_s)
         if gives_up_at < inf:
             _Moment(self.env, gives_up_at, RETRY_DUE, self._on_deadline, (job, job.attempt))
-        self._pump(now)
 
     def _on_deadline(self, event: _Moment) -> None:
-        """A retry that still waits for its launch when its request's time is over ends there."""
+        """A retry or finalize pass that still waits for its launch when its request's time is over ends there."""
         (job, attempt), now = event._value, self.env._now
         if job.ended or job.attempt != attempt or job.launched_s >= job.eligible_s:
             return
@@ -441,7 +444,11 @@ class Simulation:
         last.arrived_s = job.arrived_s
         last.lane = law.FINALIZE
         last.first_launched_s = job.first_launched_s
+        last.launched_s = -1.0
         self._may_go(last, now, self.urgent)
+        self._watch_deadline(last)
+        if self.stopped:
+            self._stop(now, self.stopped)
 
     def _again(self, job: Job, now: float, at: float) -> None:
         """After a throttle or a failure: try again at `at`, or never (inf)."""
@@ -458,7 +465,7 @@ class Simulation:
         _Moment(self.env, at, RETRY_DUE, self._on_retry_due, job)
 
     def _give_up(self, job: Job, now: float, code: str) -> None:
-        """A retry that will not be launched any more."""
+        """A job that will not be launched any more."""
         job.ended = True
         if job.standing == law.HOLDING:
             law.released(self.p, self.s)
@@ -475,7 +482,7 @@ class Simulation:
 
     def _ended(self, job: Job, now: float, code: str) -> None:
         """The request is over with this attempt: answered (0) or lost."""
-        if self.on_attempt is not None and job.first_launched_s >= 0.0:
+        if self.on_attempt is not None:
             self._record(job, now, code)
         self._close(job, now, code)
 
