@@ -1,0 +1,315 @@
+"""Law, chance and provider, compiled as they stand, decide as the interpreted ones do: equal to the bit.
+
+Random calls in random order, on both sides at once, each on its own state: what comes back is compared after every
+call, and the states with it. Any function that is added must be called here, or the coverage check says so.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import random
+import struct
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from governor import keyed, law
+from sim import provider as prov
+from tests.compiling import compiled, record_of
+from tests.governor.laws import params
+
+DECISIONS = 100_000
+# They make the empty arrays of the dataclasses, and are called by those alone.
+FACTORIES = {"_four", "_none"}
+# Calls in one sequence: enough for states to fill up, few enough to see many policies.
+CALLS = 250
+
+
+@pytest.fixture(scope="module")
+def copies(root: Path) -> dict[str, ModuleType]:
+    return compiled([root / "governor" / "law.py", root / "governor" / "keyed.py", root / "sim" / "provider.py"], root)
+
+
+def bits(value: Any) -> Any:
+    """A result in a form that is equal only if every bit is."""
+    if isinstance(value, tuple):
+        return tuple(bits(part) for part in value)
+    return None if value is None else struct.pack("<d", float(value))
+
+
+class Pair:
+    """One bag of numbers on both sides: a dataclass for the interpreted functions, a record for the compiled ones."""
+
+    def __init__(self, bag: Any) -> None:
+        self.bag = bag
+        self.record = record_of(bag)
+
+    def differing(self, large: bool = True) -> list[str]:
+        """The fields that differ in any bit; `large` ones are looked at too if asked for."""
+        faults = []
+        for name in type(self.bag).__slots__:
+            ours = getattr(self.bag, name)
+            if isinstance(ours, list):
+                if (large or len(ours) <= 8) and np.array(ours, np.float64).tobytes() != self.record[name].tobytes():
+                    faults.append(name)
+            elif bits(ours) != bits(self.record[name].item()):
+                faults.append(name)
+        return faults
+
+
+class Both:
+    """Calls a function of one module on both sides and compares; counts what it called."""
+
+    def __init__(self, plain: ModuleType, copy: ModuleType) -> None:
+        self.plain = plain
+        self.copy = copy
+        self.calls: dict[str, int] = {}
+
+    def __call__(self, name: str, *arguments: Any) -> Any:
+        ours = getattr(self.plain, name)(*(a.bag if isinstance(a, Pair) else a for a in arguments))
+        theirs = getattr(self.copy, name)(*(a.record if isinstance(a, Pair) else a for a in arguments))
+        shown = [repr(a) for a in arguments if not isinstance(a, Pair)]
+        assert bits(ours) == bits(theirs), f"{name}({', '.join(shown)}): {ours!r} interpreted, {theirs!r} compiled"
+        self.calls[name] = self.calls.get(name, 0) + 1
+        for a in arguments:
+            if isinstance(a, Pair):
+                faults = a.differing(large=self.calls[name] % 8 == 0)
+                assert not faults, f"{name}({', '.join(shown)}) left another {', '.join(faults)} when compiled"
+        return ours
+
+    def covered(self) -> None:
+        """Every public function was called, and every function at all was compiled on the way."""
+        functions = {
+            n for n, f in vars(self.plain).items() if inspect.isfunction(f) and f.__module__ == self.plain.__name__
+        }
+        public = {name for name in functions if not name.startswith("_")}
+        assert set(self.calls) == public
+        idle = [name for name in functions - FACTORIES if not getattr(self.copy, name).nopython_signatures]
+        assert not idle, f"never compiled: {sorted(idle)}"
+
+
+# ---------------------------------------------------------------- the law
+
+
+def drawn_policy(r: random.Random) -> law.Params:
+    p = params(
+        tpm=r.choice([0, 30_000, 2_000_000, r.randint(1, 100_000)]),
+        rpm=r.choice([0, 3, 500, r.randint(1, 100)]),
+        tpd=r.choice([0, r.randint(10_000, 10**7)]),
+        rpd=r.choice([0, r.randint(10, 10_000)]),
+        headroom=r.choice([0.0, 0.01, 0.15, r.random()]),
+        window=r.randrange(3),
+        max_concurrency=r.choice([1, 3, 100]),
+        stagger_s=r.choice([0.0, 15.0, r.uniform(0.0, 5.0)]),
+        jitter_ratio=r.choice([0.0, 0.2, r.random()]),
+        backoff_base_s=r.choice([2.0, r.uniform(0.01, 10.0)]),
+        max_attempts=r.randint(1, 8),
+        deadline_s=r.choice([0.0, r.uniform(10.0, 1_000.0)]),
+    )
+    for flag in (
+        *("settles", "longest_first", "backoff_keeps_permit", "hold_on_throttle", "sync_headers"),
+        *("refunds_throttled", "finalize_lowers"),
+    ):
+        setattr(p, flag, r.randrange(2))
+    return p
+
+
+def later(r: random.Random, now: float) -> float:
+    """Some moment from now on: the same, a little later, on a border of cells or minutes, or long after."""
+    kind = r.randrange(7)
+    if kind == 0:
+        return now
+    if kind == 1:
+        return math.floor(now * 2.0 + 1.0) / 2.0
+    if kind == 2:
+        return now + r.choice([60.0, 60.5, 3_600.0])
+    return now + r.expovariate(1.0) * r.choice([0.01, 1.0, 10.0])
+
+
+def law_calls(r: random.Random, both: Both) -> None:
+    """One pool's life: a driver that does everything in its power, not always in a sensible order."""
+    p, s = Pair(drawn_policy(r)), Pair(law.State())
+    now = later(r, 0.0)
+    both("day_started", p, s, r.uniform(0.0, 1e4), float(r.randrange(20)), now)
+    out: list[tuple[float, float, float, int]] = []  # reserve, launched, first launched, attempt
+    for _ in range(CALLS):
+        reserve = float(r.randint(0, r.choice([100, 7_000, 60_000])))
+        standing, u = r.randrange(3), r.random()
+        at = both("admit_at", p, s, reserve, standing, now)
+        kind = r.randrange(16)
+        if kind < 4:
+            if math.isfinite(at) and r.random() < 0.7:
+                now = at
+            both("launched", p, s, reserve, standing, now, u)
+            out.append((reserve, now, now - r.choice([0.0, 20.0]), r.randint(1, 6)))
+        elif kind < 9 and out:
+            reserve, launched_at, first_at, attempt = out.pop(r.randrange(len(out)))
+            wait = r.choice([-1.0, 0.0, r.uniform(0.0, 30.0), 411_480.0])
+            if kind == 4:
+                both("throttled", p, s, reserve, attempt, wait, first_at, launched_at, now, u)
+            elif kind == 5:
+                both("failed", p, s, attempt, wait, first_at, now, u)
+            elif kind == 6:
+                both("released", p, s)
+            else:
+                both("settled", p, s, reserve, float(r.randint(0, int(2 * reserve) + 1)), launched_at)
+        elif kind == 9:
+            d = r.randrange(4)
+            limit = r.choice([p.bag.limit[d], r.uniform(0.0, 1e5), r.choice([math.inf, math.nan, -1.0])])
+            left, since = limit * r.uniform(-0.1, 1.1), r.choice([0.0, r.uniform(0.0, 1e4)])
+            both("synced", p, s, d, limit, left, r.choice([0.0, reserve]), since, now - r.uniform(0.0, 70.0), now)
+        elif kind == 10 and r.random() < 0.1:
+            new = Pair(drawn_policy(r))
+            both("repriced", p, new, s, now)
+            p = new
+        elif kind == 11:
+            both("finalize_opened" if s.bag.finalize_open <= 0 else "finalize_closed", p, s)
+        elif kind == 12 and r.random() < 0.2:
+            both("resumed" if s.bag.paused else "paused", p, s)
+        elif kind == 13:
+            both("blocked_by", p, s, reserve, standing, now)
+            both("admission", p, s, reserve, standing, now)
+            both("used_in", p, s, r.randrange(4), now)
+            both("permits", p, s)
+            both("never_fits", p, reserve)
+        elif kind == 14:
+            both("rank", p, r.randrange(2), r.randint(1, 3), float(r.randint(-1, 900)), reserve, float(r.randrange(99)))
+            both("stagger_gap_s", p, u)
+            both("backoff_s", p, r.randint(1, 100))
+            both("keeps_permit", p)
+            both("deadline_at", p, now)
+            both("expires_at", p, now, now + u)
+            both("budget_of", r.choice([0.0, reserve]), u)
+            both("rate_of", r.choice([0.0, reserve]), u, r.choice([60.0, 86_400.0]))
+        else:
+            now = later(r, now)
+    assert not s.differing()
+
+
+@pytest.mark.slow
+def test_decisions_of_the_law_are_equal_to_the_bit(copies: dict[str, ModuleType], seed: int) -> None:
+    r, both = random.Random(seed), Both(law, copies["governor.law"])
+    while sum(both.calls.values()) < DECISIONS:
+        law_calls(r, both)
+    both.covered()
+
+
+# ---------------------------------------------------------------- chance
+
+
+def test_chance_is_equal_to_the_bit(copies: dict[str, ModuleType], seed: int) -> None:
+    """Also for numbers beyond 32 bits, where a signed multiplication would overflow if it were not masked."""
+    r, both = random.Random(seed), Both(keyed, copies["governor.keyed"])
+    for _ in range(20_000):
+        numbers = [r.getrandbits(r.choice([1, 8, 32, 40, 63])) for _ in range(2)]
+        u = both("keyed_uniform", *numbers, r.randrange(200_000), r.randint(1, 20))
+        both("normal_quantile", u)
+        both("attempt_key", r.randrange(2), r.randint(1, 99))
+    for tiny in (5e-324, 1e-300, 1e-17, 1e-5, 0.075, 0.5, 1.0 - 1e-16):
+        both("normal_quantile", tiny)
+    both.covered()
+
+
+# ---------------------------------------------------------------- the provider
+
+
+def drawn_provider(r: random.Random) -> prov.ProviderParams:
+    pp = prov.ProviderParams(
+        limit=[
+            float(r.choice([0, 30_000, r.randint(1, 100_000)])),
+            float(r.choice([0, 3, 500])),
+            float(r.choice([0, r.randint(10_000, 10**7)])),
+            float(r.choice([0, 200, 10_000])),
+        ],
+        minute_reset=r.randrange(2),
+        slice_s=r.choice([0.0, 1.0, 10.0]),
+        slice_tokens=r.choice([0.0, 5_000.0]),
+        settles=r.randrange(2),
+        failed_count=r.randrange(2),
+        retry_after=r.randrange(3),
+        ramp_tpm=r.choice([0.0, 20_000.0]),
+        quota_requests=r.choice([0.0, 0.0, 60.0]),
+        first_token_s=r.uniform(0.0, 1.0),
+        per_token_s=r.uniform(0.0, 0.05),
+        sigma=r.choice([0.0, 0.3, 1.0]),
+        stall_ratio=r.choice([0.0, 0.1]),
+        error_ratio=r.choice([0.0, 0.1]),
+        drop_ratio=r.choice([0.0, 0.1]),
+    )
+    if r.random() < 0.5:
+        pp.cotenant_share = r.random()
+        pp.cotenant_period_s = r.choice([0.0, 60.0, 45.5])
+        pp.cotenant_burst_s = 0.0 if pp.cotenant_period_s == 0.0 else r.uniform(1.0, 40.0)
+    at = 0.0
+    for i in range(r.randrange(prov.CHANGES + 1)):
+        at = later(r, at)
+        pp.change_at[i] = at
+        pp.change_factor[i] = r.choice([0.5, 1.0, r.uniform(0.01, 2.0)])
+    return pp
+
+
+def provider_calls(r: random.Random, both: Both) -> None:
+    pp, ps = Pair(drawn_provider(r)), Pair(prov.ProviderState())
+    chance, now = r.getrandbits(32), 0.0
+    both("day_started", ps, r.uniform(0.0, 1e4), float(r.randrange(50)))
+    for _ in range(CALLS):
+        # Seconds, not hours: a co-tenant is followed second by second.
+        now += r.choice([0.0, 0.5, r.expovariate(1.0), r.expovariate(0.05)])
+        charge, request, attempt = (
+            float(r.randint(0, r.choice([100, 7_000, 60_000]))),
+            r.randrange(10**6),
+            r.randint(1, 9),
+        )
+        output = float(r.randrange(4_000))
+        recorded_s = r.choice([-1.0, -1.0, r.random()])
+        kind = r.randrange(8)
+        if kind < 4:
+            both("answered", pp, ps, chance, request, attempt, charge, output, recorded_s, now)
+        elif kind == 4:
+            both("settled", pp, ps, chance, charge, float(r.randrange(10_000)), now)
+        elif kind == 5:
+            _, _, wait_ms = both("admitted", pp, ps, chance, charge, now)
+            both("stated_wait_s", pp, wait_ms)
+        elif kind == 6:
+            both("advanced", pp, ps, chance, now)
+            for d in range(4):
+                both("remaining", pp, ps, d)
+                both("limit_now", pp, ps, d)
+            both("requests_dimension", pp, ps)
+        else:
+            both("latency_s", pp, chance, request, attempt, output, recorded_s)
+            both("cut_without_text", pp, chance, request)
+    assert not ps.differing()
+
+
+@pytest.mark.slow
+def test_the_provider_is_equal_to_the_bit(copies: dict[str, ModuleType], seed: int) -> None:
+    r, both = random.Random(seed), Both(prov, copies["sim.provider"])
+    while sum(both.calls.values()) < DECISIONS // 2:
+        provider_calls(r, both)
+    both.covered()
+
+
+def test_the_copies_are_compiled_and_the_originals_are_not(copies: dict[str, ModuleType]) -> None:
+    provider = copies["sim.provider"]
+    assert provider.keyed_uniform is copies["governor.keyed"].keyed_uniform
+    assert inspect.isfunction(prov.keyed_uniform)
+    assert prov.keyed_uniform is keyed.keyed_uniform
+    assert copies["governor.law"].admission is not law.admission
+    assert hasattr(copies["governor.law"]._book, "nopython_signatures")
+
+
+def test_the_comparison_sees_one_bit() -> None:
+    """What compares bags and results would notice the last bit, the sign of a zero and a cell of a ring."""
+    assert bits(0.1 + 0.2) != bits(0.3)
+    assert bits(0.0) != bits(-0.0)
+    assert bits((1, None, 2.0)) == bits((1.0, None, 2))
+    pair = Pair(law.State())
+    assert not pair.differing()
+    pair.bag.cells[17] = 5e-324
+    pair.bag.in_flight = 1
+    assert pair.differing() == ["in_flight", "cells"]
