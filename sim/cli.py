@@ -1,0 +1,365 @@
+"""The `paceline` command: planning, and the commands of the live half mounted beside it.
+
+What lives here: the commands, and the one place where an error becomes a line on stderr and an exit code. What must
+not: anything that costs time to import; a command fetches what it needs when it runs, so that `--help` is instant and
+the live commands run without the extra `sim`.
+
+Exit codes: 0, 2 for bad input, 3 where nothing can meet a wish (`capacity`), 130 after Ctrl-C, 143 after SIGTERM, 141
+where the reader of a pipe has gone; the others are the live commands' (see `governor/errors.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from typer.main import get_command
+
+from governor.cli import app as governor_app
+from governor.errors import PacelineError
+from sim.options import OUTPUT, Options, finish_by_s, share, takes_options
+from sim.progress import Progress
+
+if TYPE_CHECKING:
+    from governor.requests import Attempt
+    from governor.summary import Summary
+    from sim.inputs import Inputs
+    from sim.scenario import Scenario
+
+app = typer.Typer(
+    name="paceline",
+    help="Plan a batch of LLM calls before it costs anything: how long it takes, how many 429s it draws, which "
+    "settings would do better.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    no_args_is_help=False,
+)
+
+GOAL = "Goal"
+NEEDS_SIM = "planning needs paceline[sim]: pip install 'paceline[sim]'"
+INTERRUPTED, TERMINATED, PIPE_CLOSED, BAD_INPUT, CANNOT = 130, 143, 141, 2, 3
+# One run of so many requests takes long enough to show how far it is.
+LONG_RUN = 50_000
+
+
+# ---------------------------------------------------------------- commands
+
+
+@app.command()
+@takes_options
+def simulate(
+    given: Options,
+    attempts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.csv|.parquet", help="One row per attempt, of the first run.", rich_help_panel=OUTPUT
+        ),
+    ] = None,
+    timeline: Annotated[
+        str | None,
+        typer.Option(metavar="FILE.png", help="The first run as a picture.", rich_help_panel=OUTPUT),
+    ] = None,
+    chrome_trace: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.json", help="The first run for Perfetto: a lane per place in flight.", rich_help_panel=OUTPUT
+        ),
+    ] = None,
+) -> None:
+    """What would happen under these settings: finish time, 429s, losses, and which knob holds the batch back."""
+    from sim import shown
+    from sim.experiment import Pool, replicate
+    from sim.outputs import check_file
+
+    check_file(attempts, "--attempts", (".csv", ".parquet"))
+    check_file(timeline, "--timeline", (".png",))
+    check_file(chrome_trace, "--chrome-trace", (".json",))
+    inputs = _inputs(given)
+    scenario = inputs.scenario
+    runs = scenario.replications or 1
+    if attempts or timeline or chrome_trace or runs == 1:
+        summary = _one_run(inputs, attempts, timeline, chrome_trace)
+        if runs == 1:
+            text = shown.summary_text(scenario, summary, _width())
+            _result(given, summary.to_json_dict(), text, inputs.notes)
+            return
+    with Progress("simulating", runs) as bar:
+        forecast = replicate(scenario, runs, pool=Pool(given.workers, bar.add))
+    _result(
+        given, shown.forecast_json(scenario, forecast), shown.forecast_text(scenario, forecast, _width()), inputs.notes
+    )
+
+
+@app.command()
+@takes_options
+def plan(
+    given: Options,
+    out: Annotated[
+        str, typer.Option(metavar="DIR", help="Folder for the report and the settings.", rich_help_panel=OUTPUT)
+    ] = "out",
+    objective: Annotated[
+        Literal["makespan", "p95_latency"] | None,
+        typer.Option(help="What should become short; makespan if not given.", rich_help_panel=GOAL),
+    ] = None,
+    max_throttled_per_100: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X", min=0.0, help="429s per 100 requests, at most; 1 if not given.", rich_help_panel=GOAL
+        ),
+    ] = None,
+    max_lost: Annotated[
+        float | None,
+        typer.Option(
+            metavar="P", parser=share, help="Share of requests lost, at most; 0 if not given.", rich_help_panel=GOAL
+        ),
+    ] = None,
+    finish_by: Annotated[
+        float | None,
+        typer.Option(
+            metavar="6h|06:00",
+            parser=finish_by_s,
+            help="When it should be done: from its beginning, or the next such time of day.",
+            rich_help_panel=GOAL,
+        ),
+    ] = None,
+    effort: Annotated[
+        Literal["quick", "normal", "thorough"] | None,
+        typer.Option(help="How long to search; normal if not given.", rich_help_panel=GOAL),
+    ] = None,
+) -> None:
+    """Which settings would do better: two recommendations with evidence, a report, and env files to apply."""
+    from sim import shown
+    from sim.experiment import Pool
+    from sim.outputs import page, plan_json, prepared_folder, write_plan
+    from sim.plan import plan as search
+
+    inputs = _inputs(given)
+    scenario = inputs.scenario
+    wishes = inputs.wishes.with_given(
+        objective=objective,
+        max_throttled_per_100=max_throttled_per_100,
+        max_lost=max_lost,
+        finish_by_s=finish_by,
+        effort=effort,
+    )
+    with prepared_folder(out) as folder, Progress("planning", _runs_foreseen(scenario, wishes.effort)) as bar:
+        pool = Pool(given.workers, bar.add)
+        found = search(scenario, wishes.goal(), effort=wishes.effort, pool=pool, say=bar.say)
+        bar.say("writing the report")
+        notes = (*inputs.notes, *shown.plan_notes(scenario, found))
+        written = write_plan(folder, scenario, wishes, found, page(scenario, found, folder), notes)
+    text = f"{shown.plan_text(scenario, found, _width())}\n\nagain: {written.command}\nreport: {written.report}"
+    _result(given, plan_json(scenario, wishes, found, notes, written.command), text, notes)
+
+
+@app.command()
+@takes_options
+def capacity(
+    given: Options,
+    finish_by: Annotated[
+        float,
+        typer.Option(
+            metavar="6h|06:00",
+            parser=finish_by_s,
+            help="When it should be done: from its beginning, or the next such time of day.",
+            rich_help_panel=GOAL,
+            show_default=False,
+        ),
+    ],
+    confidence: Annotated[
+        float | None,
+        typer.Option(
+            metavar="P",
+            parser=share,
+            help="Share of runs that must be in time; 0.95 if not given.",
+            rich_help_panel=GOAL,
+        ),
+    ] = None,
+    tiers: Annotated[
+        str,
+        typer.Option(
+            metavar="MODEL",
+            help="Whose published tiers to try; the workload's model if not given.",
+            rich_help_panel=GOAL,
+            show_default=False,
+        ),
+    ] = "",
+) -> None:
+    """The smallest limit of tokens per minute, and the smallest published tier, that finish the batch in time."""
+    from sim import shown
+    from sim.capacity import PROBES_FORESEEN, default_runs
+    from sim.capacity import capacity as find
+    from sim.experiment import Pool
+    from sim.results import CONFIDENCE
+
+    inputs = _inputs(given, fit=False)
+    runs = inputs.scenario.replications or default_runs(len(inputs.scenario.workload))
+    with Progress("looking for the smallest limit", runs * PROBES_FORESEEN) as bar:
+        found = find(
+            inputs.scenario,
+            finish_by,
+            confidence=CONFIDENCE if confidence is None else confidence,
+            replications=runs,
+            model=tiers,
+            pool=Pool(given.workers, bar.add),
+            say=bar.say,
+        )
+    _result(given, found.to_json_dict(), shown.capacity_text(inputs.scenario, found, _width()), inputs.notes)
+    if found.smallest is None and found.tier is None:
+        raise typer.Exit(CANNOT)
+
+
+app.add_typer(governor_app)
+
+
+@app.callback(invoke_without_command=True)
+def _start(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    if version:
+        from governor import __version__
+
+        typer.echo(f"paceline {__version__}")
+        raise typer.Exit()
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(BAD_INPUT)
+
+
+# ---------------------------------------------------------------- steps
+
+
+def _inputs(given: Options, *, fit: bool = True) -> Inputs:
+    from sim.inputs import read_inputs
+
+    return read_inputs(given, os.environ, fit=fit)
+
+
+def _runs_foreseen(scenario: Scenario, effort: str) -> float:
+    """About how many runs a plan will make."""
+    from sim.plan import EFFORTS, LEAST_RUNS
+
+    n = len(scenario.workload)
+    return max(EFFORTS[effort], LEAST_RUNS * n) / n
+
+
+def _one_run(inputs: Inputs, attempts: str | None, timeline: str | None, chrome_trace: str | None) -> Summary:
+    """The first run's `Summary`; its attempts go into the files that are named."""
+    from sim import exports
+    from sim.experiment import attempt_rows, case_of, simulated
+
+    scenario = inputs.scenario
+    n = len(scenario.workload)
+    rows: list[Attempt] = []
+    with contextlib.ExitStack() as files, Progress("simulating", n) as bar:
+        takes: list[Callable[[Attempt], Any]] = []
+        if attempts:
+            takes.append(files.enter_context(exports.attempts_file(attempts)))
+        if timeline or chrome_trace:
+            takes.append(rows.append)
+        if bar.shown and n >= LONG_RUN:
+            takes.append(lambda attempt: bar.add(attempt.attempt == 1))
+        sink = attempt_rows(scenario, lambda attempt: [take(attempt) for take in takes]) if takes else None
+        case = case_of(scenario)
+        summary = simulated(case, scenario.seed, sink).summary(case.grant)
+    if timeline:
+        exports.write_timeline(timeline, rows, scenario.grant())
+    if chrome_trace:
+        exports.write_chrome_trace(chrome_trace, rows)
+    return summary
+
+
+def _width() -> int:
+    """Columns for text: the terminal's, or a fixed number in a pipe, so that logs look alike everywhere."""
+    return max(60, min(140, shutil.get_terminal_size((110, 24)).columns)) if sys.stdout.isatty() else 110
+
+
+def _result(given: Options, found: dict[str, Any], text: str, notes: Sequence[str]) -> None:
+    """The result on stdout, as an object or as text; what to be careful about on stderr."""
+    from sim.shown import notes_text, plain
+
+    if notes:
+        typer.echo(notes_text(notes, _width()), err=True)
+    try:
+        print(json.dumps(plain(found), indent=2, allow_nan=False) if given.json else text, flush=True)
+    except BrokenPipeError:
+        # What is still buffered must not fail again when the interpreter closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(PIPE_CLOSED) from None
+
+
+# ---------------------------------------------------------------- errors and exit codes
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; whatever a user can mend is one line on stderr, without traceback."""
+    usage_error: Any = typer.BadParameter.__mro__[2]
+    for stream in (sys.stdout, sys.stderr):
+        if (getattr(stream, "encoding", None) or "utf-8").lower().replace("-", "") != "utf8":
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    try:
+        with _ends_orderly():
+            code = get_command(app)(args if args is None else list(args), prog_name="paceline", standalone_mode=False)
+            sys.stdout.flush()
+        if code == INTERRUPTED:
+            return _failed("interrupted: nothing was written", INTERRUPTED)
+        return code if isinstance(code, int) else 0
+    except PacelineError as error:
+        return _failed(str(error), error.exit_code)
+    except usage_error as error:
+        return _failed(_usage(error), BAD_INPUT)
+    except KeyboardInterrupt:
+        return _failed("interrupted: nothing was written", INTERRUPTED)
+    except _Terminated:
+        return _failed("terminated: nothing was written", TERMINATED)
+    except ImportError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing in ("", "governor", "sim"):
+            raise
+        return _failed(NEEDS_SIM, BAD_INPUT)
+
+
+def _usage(error: Any) -> str:
+    """What is wrong with the command line, and where to look."""
+    # Without the words that pydantic, which checks Typer's values, puts before ours.
+    message = error.format_message().replace("Value error, ", "").rstrip(".")
+    context = getattr(error, "ctx", None)
+    return f"{message} (see {context.command_path if context else 'paceline'} --help)"
+
+
+def _failed(message: str, code: int) -> int:
+    with contextlib.suppress(BrokenPipeError):
+        print(" ".join(message.split()), file=sys.stderr)
+    return code
+
+
+class _Terminated(BaseException):
+    """SIGTERM came: an exception, so that unfinished files are removed on the way out."""
+
+
+@contextlib.contextmanager
+def _ends_orderly() -> Iterator[None]:
+    def stop(number: int, frame: Any) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,265 @@
+"""The options that the planning commands share, as they are typed, and the parsing of single values.
+
+What lives here: declarations and text -> value, light enough for `--help`. What must not: reading any file, and what
+the options mean together (`inputs`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from datetime import datetime, timedelta
+from functools import wraps
+from typing import Annotated, Any, Literal, get_type_hints
+
+import typer
+
+from governor.errors import BadSetting
+
+WORKLOAD = "Workload"
+PROVIDER = "Provider"
+SETTINGS = "Settings"
+RUNS = "Runs"
+OUTPUT = "Output"
+
+_THOUSANDS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
+_UNITS_S = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3_600.0, "d": 86_400.0}
+
+
+def count(text: str) -> int:
+    """A whole number from 0 up, for people: 450000, 450_000, 450k, 2M."""
+    found = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)\s*([kKmMgG]?)", text.strip(), re.ASCII)
+    value = float(found[1].replace("_", "")) * _THOUSANDS[found[2].lower()] if found else -1.0
+    if not 0 <= value <= 1e12 or value != int(value):
+        raise typer.BadParameter(f"{text!r} is not a whole number from 0 to 10^12: write 450000, 450k or 2M")
+    return int(value)
+
+
+def quantiles(text: str) -> tuple[float, float]:
+    """`P50,P95` of `--output-tokens`, two numbers from 1 up in this order."""
+    words = text.split(",")
+    try:
+        p50, p95 = (float(word) for word in words)
+    except ValueError:
+        raise BadSetting(f"--output-tokens {text!r} is not P50,P95: write for example 250,900") from None
+    if not 1.0 <= p50 <= p95 < 1e8:
+        raise BadSetting(f"--output-tokens {text!r}: P50 and P95 must be tokens from 1 up, P95 not below P50")
+    return p50, p95
+
+
+def duration_s(text: str) -> float | None:
+    """Seconds of a duration above 0: 6h, 90m, 90min, 1h30m, 45s, 2d, 1.5h; None for anything else."""
+    word = re.sub(r"[\s_]+", "", text.lower())
+    parts = re.findall(r"(\d+\.?\d*|\.\d+)(sec|min|[smhd])", word, re.ASCII)
+    if not parts or "".join(number + unit for number, unit in parts) != word:
+        return None
+    seconds = sum(float(number) * _UNITS_S[unit] for number, unit in parts)
+    return seconds if 0.0 < seconds <= 1e9 else None
+
+
+def finish_by_s(text: str, now: datetime | None = None) -> float:
+    """Seconds from `now` (the clock's, if none is given) to a wanted end: a duration, or the next HH:MM local time."""
+    seconds = duration_s(text)
+    if seconds is not None:
+        return seconds
+    clock = re.fullmatch(r"([01]?\d|2[0-3]):([0-5]\d)", text.strip(), re.ASCII)
+    if clock is None:
+        raise typer.BadParameter(f"{text!r} is neither a duration (6h, 90m, 1h30m) nor a time of day (06:00)")
+    now = (now or datetime.now()).astimezone()
+    end = now.replace(hour=int(clock[1]), minute=int(clock[2]), second=0, microsecond=0)
+    if end <= now:
+        end += timedelta(days=1)
+    # By way of naive local times, so that a night in which the clocks change has its own length.
+    return end.replace(tzinfo=None).astimezone().timestamp() - now.timestamp()
+
+
+def share(text: str) -> float:
+    """A share from 0 to 1: 0.01, or 1%."""
+    word = text.strip()
+    try:
+        value = float(word[:-1]) / 100.0 if word.endswith("%") else float(word)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value <= 1.0:
+        raise typer.BadParameter(f"{text!r} is not a share from 0 to 1 (0.01, or 1%)")
+    return value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What `simulate`, `plan` and `capacity` have in common; None and empty = not given."""
+
+    workload: Annotated[
+        str,
+        typer.Argument(
+            metavar="WORKLOAD",
+            help="Requests in OpenAI's batch format (JSONL), a trace with token counts (CSV, JSONL), a scenario "
+            "(YAML), or - for standard input.",
+            show_default=False,
+        ),
+    ]
+
+    first: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Only the first N rows; 0 = all.", rich_help_panel=WORKLOAD)
+    ] = 0
+    arrivals: Annotated[
+        Literal["batch", "trace"] | None,
+        typer.Option(
+            help="All requests there at the start (the default), or as the trace says.", rich_help_panel=WORKLOAD
+        ),
+    ] = None
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ROLE=NAME,...",
+            help="Which column of a trace is what: prompt, output, arrival (arrival=NAME:ms), max_tokens, latency, "
+            "id, model; Azure's, vidur's and Mooncake's names are known.",
+            rich_help_panel=WORKLOAD,
+        ),
+    ] = None
+    outputs_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.jsonl",
+            help="Answer lengths from an old run's results, by custom_id.",
+            rich_help_panel=WORKLOAD,
+        ),
+    ] = None
+    output_tokens: Annotated[
+        str | None,
+        typer.Option(
+            metavar="P50,P95",
+            help="Answer lengths drawn from a log-normal with these quantiles.",
+            rich_help_panel=WORKLOAD,
+        ),
+    ] = None
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=-1,
+            help="The output cap that every row of a trace declares; -1 = none.",
+            rich_help_panel=WORKLOAD,
+        ),
+    ] = None
+    skip_oversized: Annotated[
+        bool,
+        typer.Option(
+            "--skip-oversized",
+            help="Leave out requests that are charged more than the limit; else they are an error.",
+            rich_help_panel=WORKLOAD,
+        ),
+    ] = False
+
+    env_file: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Today's settings (see `paceline settings`); other names in the file are ignored. Without it, the "
+            "environment's.",
+            rich_help_panel=SETTINGS,
+        ),
+    ] = None
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="One setting on top; may be repeated.", rich_help_panel=SETTINGS
+        ),
+    ] = None
+    finalize: Annotated[
+        bool | None,
+        typer.Option(
+            help="Finish answers that were cut off without text by one more call.",
+            rich_help_panel=SETTINGS,
+            show_default=False,
+        ),
+    ] = None
+
+    tpm: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            parser=count,
+            help="Tokens per minute that the provider grants, 0 = no limit; OPENAI_TPM_LIMIT follows unless set.",
+            rich_help_panel=PROVIDER,
+        ),
+    ] = None
+    rpm: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            parser=count,
+            help="Requests per minute that it grants, 0 = no limit; OPENAI_RPM_LIMIT follows unless set.",
+            rich_help_panel=PROVIDER,
+        ),
+    ] = None
+    provider: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.yaml|PRESET",
+            help="The provider's habits: a file, or a published tier such as gpt-4o-tier2.",
+            rich_help_panel=PROVIDER,
+        ),
+    ] = None
+    provider_charge: Annotated[
+        Literal["auto", "prompt_chars4", "prompt_plus_max", "max_of", "responses", "fixed"] | None,
+        typer.Option(help="How many tokens an admission takes; auto = as measured.", rich_help_panel=PROVIDER),
+    ] = None
+    provider_settles: Annotated[
+        bool | None,
+        typer.Option(
+            help="Whether real use replaces the charge on completion.", rich_help_panel=PROVIDER, show_default=False
+        ),
+    ] = None
+    latency: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL|S,S_PER_TOKEN",
+            help="Time of an answer: a measured model (gpt-4o, gpt-4o-mini, ...), or seconds to the first token and "
+            "per token (0.6,0.008). Default: the workload's model where it was measured, else gpt-4o.",
+            rich_help_panel=PROVIDER,
+        ),
+    ] = None
+
+    seed: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=0, max=2**62, help="Seed of the first run.", rich_help_panel=RUNS),
+    ] = None
+    replications: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, max=10**6, help="How many runs, each with its own seed.", rich_help_panel=RUNS
+        ),
+    ] = None
+    workers: Annotated[
+        int, typer.Option(metavar="N", min=0, max=1024, help="Processes; 0 = one per core.", rich_help_panel=RUNS)
+    ] = 0
+    json: Annotated[
+        bool,
+        typer.Option("--json", help="One JSON object on stdout and nothing else there.", rich_help_panel=OUTPUT),
+    ] = False
+
+
+def takes_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command all fields of `Options` as its own options; they reach it as one `Options`, its first argument.
+
+    Typer reads a function's signature, so the signature is made of both: no option stands twice in the source.
+    """
+    given = inspect.signature(command, eval_str=True).parameters
+    own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in list(given.values())[1:]]
+    hints = get_type_hints(Options, include_extras=True)
+    shared = []
+    for name, stated in inspect.signature(Options).parameters.items():
+        shared.append(stated.replace(annotation=hints[name]))
+    names = [field.name for field in fields(Options)]
+
+    @wraps(command)
+    def run(**values: Any) -> None:
+        command(Options(**{name: values.pop(name) for name in names}), **values)
+
+    # The workload is an argument: it has no default and comes first.
+    run.__signature__ = inspect.Signature([*shared, *own])  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in (*shared, *own)}
+    return run
