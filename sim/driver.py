@@ -71,12 +71,13 @@ class Job:
     __slots__ = (
         *("index", "lane", "attempt", "standing", "reserve", "charge", "output", "recorded_s"),
         *("arrived_s", "submitted_s", "eligible_s", "first_launched_s", "launched_s"),
-        *("outcome", "retry_after_s", "stated", "booked_tokens", "booked_requests"),
+        *("outcome", "charged", "retry_after_s", "stated", "booked_tokens", "booked_requests"),
         *("since", "waits_s", "asked", "ended"),
     )
     # Set at launch, and by whoever queues the job: slots without a value until then.
     launched_s: float
     outcome: int
+    charged: float
     retry_after_s: float
     stated: tuple[float, float, int, float, float]
     booked_tokens: float
@@ -301,8 +302,8 @@ class Simulation:
         job.outcome, service_s, _, job.retry_after_s = prov.answered(
             self.pp, self.ps, self.seed, job.index, key, job.charge, job.output, job.recorded_s, now
         )
-        if job.outcome in CHARGED:
-            tally.charged_tokens += job.charge
+        job.charged = job.charge if job.outcome in CHARGED else 0.0
+        tally.charged_tokens += job.charged
         if p.sync_headers:
             job.stated = self._stated(job)
         if self.on_attempt is not None:

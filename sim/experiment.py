@@ -147,7 +147,7 @@ def attempt_rows(scenario: Scenario, take: Callable[[Attempt], Any]) -> driver.A
                 launched_s=job.launched_s,
                 finished_s=now,
                 reserved_tokens=int(job.reserve),
-                charged_tokens=int(job.charge) if job.outcome in driver.CHARGED else 0,
+                charged_tokens=int(job.charged),
                 prompt_tokens=prompt_tokens[job.index] if answered else -1,
                 output_tokens=int(job.output) if answered else -1,
                 outcome=OUTCOMES[job.outcome],

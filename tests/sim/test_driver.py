@@ -225,6 +225,13 @@ def test_an_answer_that_does_not_come_is_a_time_out_and_tried_again() -> None:
     assert [a.charged_tokens for a in done.rows] == [5, 5]  # it was let in, and so charged
 
 
+def test_a_refusal_that_comes_too_late_is_a_time_out_that_was_not_charged() -> None:
+    policy = quiet(request_timeout_seconds=0.01, retry_max_attempts=1)
+    done = run(scenario_of(batch([5]), policy, provider=refusing(5)))
+    assert [(a.finished_s, a.outcome, a.charged_tokens) for a in done.rows] == [(0.01, Outcome.TIMEOUT, 0)]
+    assert done.tally.charged_tokens == 0
+
+
 @pytest.mark.parametrize(
     ("faults", "outcome", "status", "code"),
     [
