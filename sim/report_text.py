@@ -1,0 +1,232 @@
+"""What the report says in sentences: the answer, what holds the batch back, what is noise and what is not known.
+
+What lives here: pure functions from a plan to plain English for a reader who knows neither the code nor statistics.
+What must not: HTML, figures, files. A sentence states only what the figures beside it show.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from governor.summary import Grant
+from sim.results import Forecast, Plan, Recommendation, at_most
+from sim.style import CAUSE_LABELS, OBJECTIVES, STYLES
+from sim.words import duration, interval, lost_text, number, percent, percent_at_most
+
+# Below this share of the objective a gain is not worth a word.
+SAME = 0.005
+# Waiting for these is waiting for the provider: no setting of ours shortens it.
+_PROVIDERS_OWN = ("tpm", "rpm", "day")
+
+
+def policies_of(plan: Plan) -> dict[str, Forecast]:
+    """The three columns of the headline, by a name of STYLES."""
+    return {"now": plan.now, "guardrails": plan.guardrails.forecast, "recommended": plan.full.forecast}
+
+
+def throttled_limit(plan: Plan) -> float:
+    """429s per 100 requests that are allowed."""
+    return plan.limits.get("max_throttled_per_100", 1.0)
+
+
+def broken_in(f: Forecast, limits: Mapping[str, float]) -> str:
+    """Which of the plan's limits a forecast breaks: "lost", "over" (too many 429s) or "" for none."""
+    if f.lost / max(1, f.trials) > limits.get("max_lost", 0.0):
+        return "lost"
+    return "over" if f["throttled_per_100"].mean > limits.get("max_throttled_per_100", math.inf) else ""
+
+
+def about(plan: Plan, grant: Grant) -> str:
+    """What is planned, in one line."""
+    limits = [
+        f"{limit:,.0f} {unit}"
+        for limit, unit in (
+            (grant.tpm_limit, "tokens per minute"),
+            (grant.rpm_limit, "requests per minute"),
+            (grant.tpd_limit, "tokens per day"),
+            (grant.rpd_limit, "requests per day"),
+        )
+        if limit > 0.0
+    ]
+    return f"{plan.now.requests:,} requests on a quota of {_listed(limits) or 'no stated limit'}"
+
+
+def answer(plan: Plan) -> list[str]:
+    """The answer in a few sentences, the most important first."""
+    now, few, best = plan.now, plan.guardrails, plan.full
+    said = f"With today's settings the {now.requests:,} requests {_fares(now, plan)}."
+    if plan.already_good:
+        first = "Nothing needs to change: today's settings are as good as any of the "
+        found = [f"{first}{plan.settings_tried:,} that were tried.", said]
+        if best.steps and best.gain_s.mean > 0.0:
+            found.append(f"The best that was found would gain {_gain(best, plan)}.")
+        return [*found, *_deadline(plan)]
+    said += f" With the recommended settings they {_fares(best.forecast, plan)}: {_change(best, plan)}."
+    if few.steps:
+        alone = f"Changing the eight guardrail knobs alone, with the code as it is, they {_fares(few.forecast, plan)}"
+        return [said, f"{alone}: {_change(few, plan)}.", *_deadline(plan)]
+    return [said, "Changing the eight guardrail knobs alone, nothing better was found.", *_deadline(plan)]
+
+
+def _fares(f: Forecast, plan: Plan) -> str:
+    """How a policy does: "finish after about 3 min 13 s, with no 429 and no request lost"."""
+    when = f"finish after about {duration(f['makespan_s'].p50)}"
+    if plan.objective == "p95_latency":
+        when += f" and 19 of 20 are answered within {duration(f['latency_p95_s'].mean)}"
+    throttled, lost = f["throttled"].mean, f["failed"].mean
+    refused = (
+        "no refusal (429)" if not throttled else f"{number(throttled)} refusal{'s' if throttled != 1 else ''} (429)"
+    )
+    gone = "no request lost" if not lost else f"{number(lost)} request{'s' if lost != 1 else ''} lost"
+    return f"{when}, with {refused} and {gone}"
+
+
+def _gain(found: Recommendation, plan: Plan) -> str:
+    return f"{duration(found.gain_s.mean)} ({percent(gain_share(found, plan))})"
+
+
+def gain_share(found: Recommendation, plan: Plan) -> float:
+    """What a recommendation gains, as a share of today's objective; nan where today's is not known."""
+    today = plan.now[OBJECTIVES[plan.objective][1]].mean
+    return found.gain_s.mean / today if today > 0.0 else math.nan
+
+
+def _change(found: Recommendation, plan: Plan) -> str:
+    share = gain_share(found, plan)
+    sooner, later = ("sooner", "later") if plan.objective == "makespan" else ("faster", "slower")
+    if math.isnan(share):
+        return "a gain that cannot be stated, because today's settings complete nothing"
+    if abs(share) < SAME:
+        return "as fast as today" if broken_in(plan.now, plan.limits) == "" else "as fast, but within the limits"
+    text = f"{percent(abs(share))} {sooner if share > 0.0 else later}"
+    if share < -0.5:
+        text = f"{1.0 - share:.2g} times as long"
+    if share < 0.0 and broken_in(plan.now, plan.limits):
+        text += ", the price of keeping the limits, which today's settings break"
+    return text
+
+
+def _deadline(plan: Plan) -> list[str]:
+    wish = plan.limits.get("finish_by_s")
+    if wish is None:
+        return []
+    late = plan.full.forecast["makespan_s"].p95
+    kept = "which keeps" if late <= wish else "which misses"
+    return [f"19 of 20 runs are done after {duration(late)}, {kept} the wanted {duration(wish)}."]
+
+
+def held_back(plan: Plan) -> str:
+    """Which causes the waiting is for, today and with the recommendation."""
+    today, then = _causes(plan.now), _causes(plan.full.forecast)
+    said = f"Today {today}." if today else "Today no request waits for anything."
+    said += f" With the recommended settings {then}." if then else " With the recommended settings none waits."
+    waits = plan.full.forecast.waits_s
+    own = sum(waits.get(cause, 0.0) for cause in _PROVIDERS_OWN)
+    efficiency = plan.full.forecast["efficiency"].mean
+    if own > 0.8 * sum(waits.values()) > 0.0 and efficiency > 0.85:
+        said += (
+            f" That is the provider's limit itself, of which {percent(efficiency)} is put to use: "
+            "beyond this only a higher limit or fewer tokens help."
+        )
+    return said
+
+
+def _causes(f: Forecast) -> str:
+    total = sum(f.waits_s.values())
+    if total < 0.05 * f.requests:
+        return ""
+    ranked = sorted(f.waits_s.items(), key=lambda item: -item[1])
+    parts = [f"{percent(s / total)} of all waiting is for {CAUSE_LABELS[cause][0]}" for cause, s in ranked[:1]]
+    parts += [f"{percent(s / total)} for {CAUSE_LABELS[cause][0]}" for cause, s in ranked[1:3] if s > 0.02 * total]
+    return _listed(parts)
+
+
+def tried(plan: Plan) -> str:
+    """How much was searched, and how to read the front."""
+    return (
+        f"{plan.settings_tried:,} settings were tried in {plan.runs_simulated:,} simulated runs "
+        f"({plan.requests_simulated:,} requests in all), each judged by its {OBJECTIVES[plan.objective][0]} and by how "
+        "often the provider refuses. Those that lose requests never win over those that lose none."
+    )
+
+
+def unguarded(found: Recommendation, plan: Plan) -> str:
+    """Why a faster setting was not recommended; "" where there is none."""
+    if found.unguarded is None:
+        return ""
+    name, figure = OBJECTIVES[plan.objective]
+    faster = found.unguarded[figure]
+    return f"a setting with a {name} of {duration(faster.mean)} was found ({interval(faster)}), but {found.risk}."
+
+
+def kept_counts(plan: Plan) -> str:
+    """In how many conditions of the stress set each policy keeps the limits."""
+    if not plan.stress:
+        return "No other conditions were simulated."
+    parts = []
+    for who in ("recommended", "guardrails", "now"):
+        known = [row.forecasts[who] for row in plan.stress if who in row.forecasts]
+        kept = sum(not broken_in(f, plan.limits) for f in known)
+        parts.append(f"{STYLES[who].label} in {kept}")
+    return (
+        f"The plan was tested under {len(plan.stress)} other conditions, one thing changed in each. "
+        f"The limits are kept: {_listed(parts)} of them."
+    )
+
+
+# ---------------------------------------------------------------- how sure
+
+
+def noise(plan: Plan) -> list[str]:
+    """How far the figures would move with other seeds: what more replications narrow."""
+    name, figure = OBJECTIVES[plan.objective]
+    found = []
+    for who, f in policies_of(plan).items():
+        e = f[figure]
+        width = f"± {duration(e.half_width)}" if e.n > 1 else "(one run: no interval)"
+        spread = f"; 9 of 10 runs between {duration(e.p5)} and {duration(e.p95)}" if e.n > 1 else ""
+        found.append(f"{STYLES[who].label}: mean {name} {duration(e.mean)} {width}{spread}")
+    gain = plan.full.gain_s
+    if gain.n > 1:
+        found.append(f"gain: {duration(gain.mean)} ± {duration(gain.half_width)}, run by run under the same chance")
+    found.append(f"requests lost with the recommended settings: {lost_text(plan.full.forecast)}")
+    return found
+
+
+def unknown(plan: Plan, assumed: Sequence[str]) -> list[str]:
+    """The spread of the recommendation over the stress set, and the names of the inputs that are assumed."""
+    name, figure = OBJECTIVES[plan.objective]
+    under = [(row.forecasts["recommended"], row.name) for row in plan.stress if "recommended" in row.forecasts]
+    found = []
+    timed = sorted((f[figure].mean, at) for f, at in under if math.isfinite(f[figure].mean))
+    if timed:
+        (low, at_low), (high, at_high) = timed[0], timed[-1]
+        here = plan.full.forecast[figure].mean
+        spread = f"{duration(low)} ({at_low}) to {duration(high)} ({at_high})"
+        found.append(f"{name} with the recommended settings: {spread}; as assumed {duration(here)}")
+    if under:
+        refused, at = max((f["throttled_per_100"].mean, at) for f, at in under)
+        found.append(f"429s per 100 requests: at most {number(refused)} ({at})" if refused else "429s: none")
+        gone, at = max((f.lost / max(1, f.trials), at) for f, at in under)
+        trials = sum(f.trials for f, _ in under)
+        none = f"requests lost: 0 of {trials:,}, at most {percent_at_most(at_most(0, trials))} at 95 %"
+        found.append(f"requests lost: up to {percent(gone)} ({at})" if gone else none)
+    return [*found, f"assumed, not measured: {_listed(assumed) or 'nothing'} (described below)"]
+
+
+def over_time_caption(grant: Grant) -> str:
+    """How to read the curves over time."""
+    text = "One run of each, under the same chance. Tokens count from the moment at which the provider admits them."
+    if grant.tpm_limit > 0.0 and not grant.minute_reset:
+        text += (
+            " The limit is a bucket that refills continuously and is full at the start: the first minute may carry up "
+            "to twice the limit, later ones the limit itself."
+        )
+    return text + " The lower panel has one time axis for all: steeper is faster, and each curve ends with its run."
+
+
+def _listed(parts: Iterable[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
+    words = list(parts)
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
