@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 from hypothesis import example, given, settings
@@ -96,7 +97,7 @@ def fixed_minutes_exceeded(bookings: list[Booking], budget: float, tokens: bool)
 
 
 def any_minute_exceeded(bookings: list[Booking], budget: float, tokens: bool) -> list[str]:
-    """Every closed interval of 60 s that ends with a launch: those hold the maximum."""
+    """Every closed interval of 60 s that ends with a launch: those hold the maximum. Rounding would widen it."""
     held: dict[int, float] = {}
     launched_at: dict[int, float] = {}
     faults = []
@@ -105,7 +106,7 @@ def any_minute_exceeded(bookings: list[Booking], budget: float, tokens: bool) ->
             held[booking.launch] = booking.tokens if tokens else 1.0
         if booking.launches:
             launched_at[booking.launch] = booking.at
-            total = sum(held[n] for n, at in launched_at.items() if booking.at - at <= 60.0)
+            total = sum(held[n] for n, at in launched_at.items() if Fraction(booking.at) - Fraction(at) <= 60)
             if total > budget:
                 faults.append(f"{total} of {budget} in the 60 s up to {booking.at}")
     return faults
