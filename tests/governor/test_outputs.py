@@ -1,0 +1,83 @@
+"""Output files: whole or not at all, never half, and errors that say what to do."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from governor.errors import BadInput
+from governor.outputs import Followed, check_writable, errors_path, journal_path, replaced, write_results
+
+
+def hidden(folder: Path) -> list[str]:
+    return [p.name for p in folder.iterdir() if p.name.startswith(".")]
+
+
+def test_names_stand_beside_the_results() -> None:
+    assert errors_path(Path("a/results.jsonl")) == Path("a/results.errors.jsonl")
+    assert errors_path(Path("results")) == Path("results.errors.jsonl")
+    assert journal_path(Path("a/results.jsonl")) == Path("a/results.journal.db")
+
+
+def test_lines_go_to_their_file_in_order(tmp_path: Path) -> None:
+    out = tmp_path / "r.jsonl"
+    assert write_results(out, [(True, "1"), (False, "2"), (True, "3")]) == (2, 1)
+    assert (out.read_text(), errors_path(out).read_text()) == ("1\n3\n", "2\n")
+    assert hidden(tmp_path) == []
+
+
+def test_an_interrupted_write_leaves_the_old_files_as_they_were(tmp_path: Path) -> None:
+    out = tmp_path / "r.jsonl"
+    write_results(out, [(True, "old"), (False, "old error")])
+
+    def lines():
+        yield True, "new"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_results(out, lines())
+    assert (out.read_text(), errors_path(out).read_text()) == ("old\n", "old error\n")
+    assert hidden(tmp_path) == []
+
+
+def test_following_shows_each_line_at_once_and_begins_with_what_was_there(tmp_path: Path) -> None:
+    out = tmp_path / "r.jsonl"
+    # Half a line, as a crash leaves it.
+    out.write_text('{"custom_id"')
+    followed = Followed(out, [(True, "first")])
+    followed.add(True, "second")
+    followed.add(False, "lost")
+    assert (out.read_text(), errors_path(out).read_text()) == ("first\nsecond\n", "lost\n")
+    followed.close()
+
+
+def test_a_trial_leaves_nothing_and_touches_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "r.jsonl"
+    check_writable(out)
+    assert list(tmp_path.iterdir()) == []
+    out.write_text("kept")
+    check_writable(out)
+    assert out.read_text() == "kept"
+
+
+def test_what_cannot_be_written_is_one_line_with_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"there is no folder .*: create it first"):
+        check_writable(tmp_path / "none" / "r.jsonl")
+    with pytest.raises(BadInput, match="a folder has this name"):
+        check_writable(tmp_path)
+    with pytest.raises(BadInput, match="not an ordinary file"):
+        check_writable(Path(os.devnull))
+    with pytest.raises(BadInput, match=r"the name is too long|File name too long"):
+        check_writable(tmp_path / ("x" * 300))
+
+
+def test_a_symbolic_link_stays_one(tmp_path: Path) -> None:
+    target, link = tmp_path / "target.jsonl", tmp_path / "link.jsonl"
+    target.write_text("old")
+    link.symlink_to(target)
+    with replaced(link) as file:
+        file.write("new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
