@@ -1,0 +1,86 @@
+"""Figures in words for the live half: durations, shares, counts. Pure functions from numbers to short texts.
+
+A text never says more than is known: rounding is to what a reader can use.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+from governor.errors import BadSetting, quoted
+from governor.policy import KNOB_BY_ENV, Policy
+
+_UNITS_S = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3_600.0, "d": 86_400.0}
+
+# Each cause of waiting: the knob that decides it, and what is waited for.
+WAITED_FOR = {
+    "concurrency": ("OPENAI_MAX_CONCURRENCY", "a free place in flight"),
+    "stagger": ("OPENAI_STAGGER_SECONDS", "the next launch slot"),
+    "tpm": ("OPENAI_TPM_LIMIT", "tokens of the budget per minute"),
+    "rpm": ("OPENAI_RPM_LIMIT", "requests of the budget per minute"),
+    "day": ("OPENAI_TPD_LIMIT", "the budget of the day"),
+    "hold": ("OPENAI_HOLD_ON_THROTTLE", "the end of a hold after a 429"),
+    "paused": ("", "the pause to end"),
+    "backoff": ("OPENAI_BACKOFF_BASE_SECONDS", "its backoff"),
+}
+
+
+def duration(seconds: float) -> str:
+    """A duration in its two largest units: "0.35 s", "42 s", "24 min 10 s", "1 h 28 min", "2 d 4 h"; inf: "never"."""
+    if math.isinf(seconds):
+        return "never"
+    s = max(0.0, seconds)
+    if s < 0.0005:
+        return "0 s"
+    if s < 9.95:
+        return f"{s:.2g} s"
+    # Rounded before it is split, so that 59.7 s reads "1 min" and not "60 s".
+    if round(s) < 60:
+        return f"{round(s)} s"
+    if round(s) < 3_600:
+        return _two(round(s), 60, "min", "s")
+    if round(s / 60.0) < 1_440:
+        return _two(round(s / 60.0), 60, "h", "min")
+    return _two(round(s / 3_600.0), 24, "d", "h")
+
+
+def _two(small: int, ratio: int, big_unit: str, small_unit: str) -> str:
+    big, rest = divmod(small, ratio)
+    return f"{big:,} {big_unit} {rest} {small_unit}" if rest else f"{big:,} {big_unit}"
+
+
+def seconds_of(text: str, option: str) -> float:
+    """Seconds of a duration as people write it: 6h, 90m, 1h30m, 45s, 2d, 1.5h. BadSetting, naming `option`, else."""
+    word = re.sub(r"[\s_]+", "", text.lower())
+    parts = re.findall(r"(\d+\.?\d*|\.\d+)(sec|min|[smhd])", word, re.ASCII)
+    if parts and "".join(number + unit for number, unit in parts) == word:
+        seconds = sum(float(number) * _UNITS_S[unit] for number, unit in parts)
+        if 0.0 < seconds <= 1e9:
+            return seconds
+    raise BadSetting(f"{option} {quoted(text)} is no duration: write 6h, 90m, 1h30m or 45s")
+
+
+def percent(ratio: float) -> str:
+    """A share: "73 %", "0.41 %"."""
+    value = 100.0 * ratio
+    return f"{value:.0f} %" if value >= 9.95 or value == 0.0 else f"{value:.2g} %"
+
+
+def plural(count: int, noun: str) -> str:
+    """ "1 request", "2,000 requests"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def knob_text(cause: str, policy: Policy) -> str:
+    """The setting behind a cause of waiting, with its value: "OPENAI_TPM_LIMIT=30000 (less 15 % headroom)"."""
+    env, what = WAITED_FOR.get(cause, ("", ""))
+    if cause == "day" and not policy.tpd_limit:
+        env = "OPENAI_RPD_LIMIT"
+    if not env:
+        return what or "the answers' own time"
+    knob = KNOB_BY_ENV[env]
+    text = f"{env}={knob.text(getattr(policy, knob.name))}"
+    if cause in ("tpm", "rpm", "day") and policy.tpm_headroom:
+        text += f" (less {percent(policy.tpm_headroom)} headroom)"
+    return text
