@@ -1,0 +1,218 @@
+"""How far a live run is: a bar on a terminal, one line every 30 seconds anywhere else, nothing with --quiet.
+
+What lives here: the reading of the pools' meters, the ETA, and how both are shown. What must not: counting (`watch`).
+
+The ETA comes from the law, not from the average so far: what is left to do, at the settings in force, with what is
+booked right now (`preflight.fluid_forecast`), and with answers as long as those measured in this run.
+
+All of it goes to standard error, so that standard output holds the result alone.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TextIO
+
+from governor import law
+from governor.driver import Governor
+from governor.law import TPM
+from governor.preflight import Load, fluid_forecast, in_use
+from governor.watch import Meter, waiting_for
+from governor.words import WAITED_FOR, duration, percent
+
+EVERY_S = 30.0
+REFRESH_S = 0.25
+
+
+@dataclass(slots=True)
+class Lane:
+    """One pool under way: its governor, its meter, the mean answer time assumed until one is measured."""
+
+    governor: Governor
+    meter: Meter
+    assumed_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Where a run stands. `tokens_per_minute`: reserved by the launches of the last minute; `limit`: 0 = none.
+
+    `waiting`: the cause right now, "" = none. `eta_s`: until the end by the law; inf = not while it is paused.
+    """
+
+    total: int
+    ended: int
+    failed: int
+    in_flight: int
+    throttled: int
+    tokens_per_minute: float
+    limit: float
+    waiting: str
+    eta_s: float
+    stopped: str = ""
+
+    def line(self) -> str:
+        """One line for a log."""
+        share = self.ended / self.total if self.total else 1.0
+        parts = [f"{self.ended:,} of {self.total:,} done ({percent(share)})"]
+        if self.failed:
+            parts.append(f"{self.failed:,} failed")
+        parts += [f"{self.in_flight:,} in flight", f"{self.throttled:,} 429s", self.tokens_text()]
+        parts.append(self.state_text())
+        return ", ".join(parts)
+
+    def tokens_text(self) -> str:
+        """ "24,300 of 30,000 tokens/min"."""
+        of = f" of {self.limit:,.0f}" if self.limit else ""
+        return f"{self.tokens_per_minute:,.0f}{of} tokens/min"
+
+    def state_text(self) -> str:
+        """Why it waits right now, and how long it will take."""
+        if self.stopped:
+            return "stopping: waits for what is in flight"
+        if self.waiting == "paused":
+            return "paused"
+        waits = f"waits for {WAITED_FOR[self.waiting][1]}, " if self.waiting else ""
+        return f"{waits}about {duration(self.eta_s)} left"
+
+
+def eta_s(lane: Lane) -> float:
+    """Seconds until this pool's last answer, by the law: a fluid of what is left, at the settings in force."""
+    governor, meter = lane.governor, lane.meter
+    flying = meter.in_flight
+    left = max(0, meter.left - flying)
+    service_s = meter.service_s or lane.assumed_s
+    if governor.s.paused:
+        return float("inf")
+    now = governor.now()
+    if left == 0:
+        return service_s if flying else max(0.0, governor.wake_at - now) if governor.wake_at < 1e18 else 0.0
+    mean = max(1, round(meter.left_tokens / max(1, meter.left)))
+    load = Load(left, mean * left, mean, mean)
+    found = fluid_forecast(meter.pool.policy, load, booked=in_use(governor.p, governor.s, now), service_s=service_s)
+    held_s = max(0.0, governor.s.hold_until - now, governor.s.next_slot_at - now)
+    return held_s + found.finish_s
+
+
+def snapshot(lanes: Sequence[Lane], total: int, ended_before: int, failed_before: int) -> Snapshot:
+    """Where all pools together stand. The pool that will end last says what is waited for."""
+    etas = [eta_s(lane) for lane in lanes]
+    last = max(range(len(lanes)), key=lambda i: etas[i])
+    governor = lanes[last].governor
+    tallies = [lane.meter.tally for lane in lanes]
+    limits = [lane.governor.p.limit[TPM] for lane in lanes]
+    return Snapshot(
+        total=total,
+        ended=ended_before + sum(t.requests for t in tallies),
+        failed=failed_before + sum(t.failed for t in tallies),
+        in_flight=sum(lane.meter.in_flight for lane in lanes),
+        throttled=sum(t.throttled for t in tallies),
+        tokens_per_minute=sum(lane.meter.tokens_per_minute(lane.governor.now()) for lane in lanes),
+        limit=sum(limits) if all(limit > 0.0 for limit in limits) else 0.0,
+        waiting="paused" if governor.s.paused else waiting_for(governor.cause),
+        eta_s=etas[last],
+        stopped=governor.stopped if all(lane.governor.stopped for lane in lanes) else "",
+    )
+
+
+# ---------------------------------------------------------------- on the terminal, or not
+
+
+class Shown(Protocol):
+    """What shows a run's progress; lines of text go through it, so that a bar is not torn."""
+
+    def start(self) -> None:
+        """The run begins."""
+
+    def show(self, now: Snapshot) -> None:
+        """How far it is; called a few times a second."""
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+
+    def stop(self) -> None:
+        """The run is over."""
+
+
+class Quiet:
+    """--quiet: nothing but warnings."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.stream = stream or sys.stderr
+
+    def start(self) -> None:
+        pass
+
+    def show(self, now: Snapshot) -> None:
+        pass
+
+    def say(self, line: str) -> None:
+        print(line, file=self.stream, flush=True)
+
+    def stop(self) -> None:
+        pass
+
+
+class Lines(Quiet):
+    """Not on a terminal: one line every 30 seconds."""
+
+    def __init__(self, stream: TextIO | None = None, every_s: float = EVERY_S) -> None:
+        super().__init__(stream)
+        self.every_s = every_s
+        self._told_at = 0.0
+
+    def start(self) -> None:
+        self._told_at = time.monotonic()
+
+    def show(self, now: Snapshot) -> None:
+        if time.monotonic() - self._told_at >= self.every_s:
+            self._told_at = time.monotonic()
+            self.say(f"{time.strftime('%H:%M:%S')} {now.line()}")
+
+
+class Bar:
+    """On a terminal: a bar that vanishes at the end, and lines above it."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        self.console = Console(file=stream or sys.stderr, highlight=False, markup=False, soft_wrap=True)
+        self._bar: Any = Progress(
+            BarColumn(bar_width=24),
+            TextColumn("{task.description}", markup=False),
+            console=self.console,
+            transient=True,
+            refresh_per_second=4,
+        )
+        self._task = self._bar.add_task("starting", total=None)
+
+    def start(self) -> None:
+        self._bar.start()
+
+    def show(self, now: Snapshot) -> None:
+        self._bar.update(self._task, completed=now.ended, total=max(1, now.total), description=now.line())
+
+    def say(self, line: str) -> None:
+        self.console.print(line)
+
+    def stop(self) -> None:
+        self._bar.stop()
+
+
+def shown(*, quiet: bool, logs: bool, stream: TextIO | None = None) -> Shown:
+    """What shows the progress of a run: with a log of its own lines on a terminal, lines rather than a bar."""
+    target = stream or sys.stderr
+    if quiet:
+        return Quiet(target)
+    if target.isatty() and not logs:
+        return Bar(target)
+    return Lines(target)
+
+
+def is_paused(lanes: Sequence[Lane]) -> bool:
+    """Whether any pool is paused."""
+    return any(lane.governor.cause == law.PAUSED or lane.governor.s.paused for lane in lanes)
