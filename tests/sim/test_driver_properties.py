@@ -22,13 +22,12 @@ from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
 from governor import law
-from governor.policy import Policy
 from governor.requests import Attempt, Outcome
-from governor.summary import CAUSES, Ended, efficiency_of, summarize
+from governor.summary import CAUSES, Ended, summarize
 from sim.driver import launch_order
 from sim.experiment import simulated
 from sim.scenario import Scenario
-from tests.scenarios import Run, batch, drawn, run, scenario_of, shown
+from tests.scenarios import Run, drawn, run, shown
 
 # A seed does not shrink: a smaller number is another scenario, not a smaller one.
 any_seed = settings(
@@ -466,43 +465,6 @@ def test_a_batch_starts_in_the_order_of_what_is_known_at_submission(seed: int) -
     started = {a.request: a.launched_s for a in done.rows if a.lane == "main" and a.attempt == 1}
     at = [started[i] for i in sorted(started, key=key)]
     assert at == sorted(at)
-
-
-# ---------------------------------------------------------------- the bound
-
-
-@settings(any_seed, max_examples=6 * settings.default.max_examples)
-@given(seeds)
-def test_no_run_beats_its_bound(seed: int) -> None:
-    done = ran(seed)
-    summary = done.tally.summary(done.case.grant)
-    # The bound itself: `efficiency` is None where it is above the makespan, and would hide it.
-    assert summary.bound_s <= summary.makespan_s * (1 + 1e-9)
-    lossless = done.tally.failed == 0 and summary.makespan_s > 0.0
-    assert (summary.efficiency is not None) == lossless
-    assert summary.efficiency is None or 0.0 <= summary.efficiency <= 1.0
-
-
-def test_the_bound_is_close_where_a_scheduler_can_be_good() -> None:
-    """The property above would also hold for a bound of zero: equal requests through a mirrored bucket reach it."""
-    for settles in (False, True):
-        provider = {"tpm": 30_000, "settles": settles}
-        policy = Policy(
-            max_concurrency=1_000,
-            stagger_seconds=0.0,
-            tpm_headroom=0.0,
-            tpm_window="bucket",
-            charge_rule="prompt_plus_max",
-        )
-        done = run(scenario_of(batch([600] * 400, 3.0), policy, provider=provider))
-        efficiency = efficiency_of(*_bound_and_makespan(done), done.tally.failed)
-        assert done.tally.throttled == 0
-        assert efficiency == pytest.approx(1.0, abs=1e-6)
-
-
-def _bound_and_makespan(done: Run) -> tuple[float, float]:
-    summary = done.tally.summary(done.case.grant)
-    return summary.bound_s, summary.makespan_s
 
 
 # ---------------------------------------------------------------- the generator
