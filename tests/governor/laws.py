@@ -15,6 +15,9 @@ from typing import Any
 
 from governor import law
 
+WINDOWS = (law.FIXED, law.SLIDING, law.BUCKET)
+INF = math.inf
+
 OK = "ok"
 THROTTLED = "throttled"
 FAILED = "failed"
@@ -60,6 +63,11 @@ def params(
     return p
 
 
+def free(**changes: Any) -> law.Params:
+    """No limit but those that a test sets."""
+    return params(**({"tpm": 0, "max_concurrency": 1_000, "stagger_s": 0.0} | changes))
+
+
 @dataclass(slots=True)
 class Job:
     """One request: what it reserves, and where it stands."""
@@ -83,6 +91,16 @@ class Reply:
     used: float = 0.0
     retry_after_s: float = -1.0
     u: float = 0.0
+
+
+def after(seconds: float, **reply: Any) -> Callable[[Job, float], Reply]:
+    """Every attempt is answered after so many seconds."""
+    return lambda job, now: Reply(seconds, **reply)
+
+
+def by_attempt(*replies: Reply) -> Callable[[Job, float], Reply]:
+    """The first attempt of a request ends like this, the second like that; later ones like the last."""
+    return lambda job, now: replies[min(job.attempt, len(replies)) - 1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,304 @@
+"""The law's books: what an answer corrects in them, what the provider's own count does, and new settings in mid-run."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+
+from governor import law
+from governor.law import BUCKET, FIXED, RPD, RPM, SLIDING, TPD, TPM
+from tests.governor import laws
+from tests.governor.laws import INF, WINDOWS, Job, Launch, Pool, after, free, params
+
+# ---------------------------------------------------------------- settling and refunds
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_settling_books_real_use_where_the_reservation_stood(window: int) -> None:
+    p, s = free(tpm=1_000, tpd=50_000, headroom=0.0, window=window, settles=1), law.State()
+    law.launched(p, s, 800.0, law.FIRST, 5.0, 0.5)
+    assert law.blocked_by(p, s, 400.0, law.FIRST, 6.0) == law.BY_TPM
+    law.settled(p, s, 800.0, 500.0, 5.0)
+    drained = 100 / 6 if window == BUCKET else 0.0
+    assert law.used_in(p, s, TPM, 6.0) == pytest.approx(500.0 - drained)
+    assert law.used_in(p, s, TPD, 6.0) == pytest.approx(500.0 - 50_000 / 86_400)
+    assert law.admission(p, s, 500.0, law.FIRST, 6.0) == (6.0, law.NOTHING)
+    # More than reserved counts as well.
+    law.launched(p, s, 100.0, law.FIRST, 6.0, 0.5)
+    law.settled(p, s, 100.0, 450.0, 6.0)
+    assert law.used_in(p, s, TPM, 6.0) == pytest.approx(950.0 - drained)
+
+
+@pytest.mark.parametrize("window", [FIXED, SLIDING])
+def test_a_settlement_that_comes_after_its_window_changes_nothing(window: int) -> None:
+    p, s = free(tpm=1_000, headroom=0.0, window=window, settles=1), law.State()
+    law.launched(p, s, 800.0, law.FIRST, 0.0, 0.5)
+    law.launched(p, s, 900.0, law.FIRST, 61.0, 0.5)
+    law.settled(p, s, 800.0, 100.0, 0.0)
+    assert law.used_in(p, s, TPM, 61.0) == 900.0
+
+
+def test_without_settling_the_reservation_stays() -> None:
+    p, s = free(tpm=1_000, headroom=0.0), law.State()
+    law.launched(p, s, 800.0, law.FIRST, 0.0, 0.5)
+    law.settled(p, s, 800.0, 1.0, 0.0)
+    assert law.used_in(p, s, TPM, 1.0) == 800.0
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize(("refunds", "left"), [(0, 900.0), (1, 0.0)])
+def test_a_429_stays_booked_unless_the_policy_refunds(window: int, refunds: int, left: float) -> None:
+    p, s = free(tpm=1_000, rpm=10, headroom=0.0, window=window, refunds_throttled=refunds), law.State()
+    law.launched(p, s, 900.0, law.FIRST, 0.0, 0.5)
+    law.throttled(p, s, 900.0, 1, -1.0, 0.0, 0.0, 0.0, 0.0)
+    assert law.used_in(p, s, TPM, 0.0) == pytest.approx(left)
+    # The request itself was made: it counts in any case. And a 5xx was charged: no refund.
+    assert law.used_in(p, s, RPM, 0.0) == pytest.approx(1.0)
+    law.launched(p, s, 100.0, law.RETRY, 0.0, 0.5)
+    law.failed(p, s, 1, -1.0, 0.0, 0.0, 0.0)
+    assert law.used_in(p, s, TPM, 0.0) == pytest.approx(left + 100.0)
+
+
+# ---------------------------------------------------------------- the provider's count
+
+
+def heard(p: law.Params, limit: float, remaining: float, now: float = 0.0) -> law.State:
+    """A pool that has launched nothing and just heard this about its tokens per minute."""
+    s = law.State()
+    law.synced(p, s, TPM, limit, remaining, 0.0, 0.0, now, now)
+    return s
+
+
+def synced_policy(**changes: Any) -> law.Params:
+    return free(**({"tpm": 30_000, "headroom": 0.0, "window": BUCKET, "sync_headers": 1} | changes))
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_count_with_less_room_tightens_every_kind_of_window(window: int) -> None:
+    """Somebody else used 20,000. In ours they count from now on, as if we had launched them."""
+    p = synced_policy(window=window)
+    s = heard(p, 30_000.0, 10_000.0)
+    assert law.used_in(p, s, TPM, 0.0) == pytest.approx(20_000.0)
+    assert law.blocked_by(p, s, 10_001.0, law.FIRST, 0.0) == law.BY_TPM
+
+
+def test_a_count_with_more_room_loosens_the_bucket_and_no_other_window() -> None:
+    for window, left in ((BUCKET, 10_000.0), (FIXED, 25_000.0), (SLIDING, 25_000.0)):
+        p, s = synced_policy(window=window), law.State()
+        law.launched(p, s, 25_000.0, law.FIRST, 0.0, 0.5)
+        # We reserved 25,000, the provider charged 10,000.
+        law.synced(p, s, TPM, 30_000.0, 20_000.0, 0.0, 0.0, 0.0, 0.0)
+        assert law.used_in(p, s, TPM, 0.0) == pytest.approx(left)
+
+
+def test_a_count_speaks_of_the_moment_of_admission() -> None:
+    """20,000 were left at 10 s; 5 s later 2,500 have come back and the 4,000 booked since are gone."""
+    p, s = synced_policy(), law.State()
+    law.launched(p, s, 1_000.0, law.FIRST, 10.0, 0.5)
+    booked = s.booked[TPM]
+    law.launched(p, s, 4_000.0, law.FIRST, 12.0, 0.5)
+    law.synced(p, s, TPM, 30_000.0, 20_000.0, 0.0, s.booked[TPM] - booked, 10.0, 15.0)
+    assert law.used_in(p, s, TPM, 15.0) == pytest.approx(30_000 - (20_000 + 2_500 - 4_000))
+
+
+@pytest.mark.parametrize(
+    ("limit", "remaining"),
+    [
+        (0.0, 0.0),
+        (-1.0, -1.0),
+        (30_000.0, -27_689.0),
+        (30_000.0, 30_001.0),
+        (math.nan, 5.0),
+        (30_000.0, math.nan),
+        (INF, 5.0),
+        (INF, INF),
+    ],
+)
+def test_implausible_counts_change_nothing(limit: float, remaining: float) -> None:
+    p, s = synced_policy(), law.State()
+    law.launched(p, s, 5_000.0, law.FIRST, 0.0, 0.5)
+    before = copy.deepcopy(s)
+    for now in (0.0, 1.0):
+        law.synced(p, s, TPM, limit, remaining, 0.0, 0.0, 0.0, now)
+    assert s == before
+
+
+def test_stale_and_out_of_order_counts_change_nothing() -> None:
+    p, s = synced_policy(), law.State()
+    law.synced(p, s, TPM, 30_000.0, 20_000.0, 0.0, 0.0, 100.0, 101.0)
+    before = copy.deepcopy(s)
+    law.synced(p, s, TPM, 30_000.0, 100.0, 0.0, 0.0, 99.9, 102.0)  # older than the last one
+    law.synced(p, s, TPM, 30_000.0, 100.0, 0.0, 0.0, 101.0, 161.5)  # older than the window
+    assert s == before
+    law.synced(p, s, TPM, 30_000.0, 100.0, 0.0, 0.0, 101.0, 102.0)
+    assert s != before
+
+
+def test_counts_are_ignored_where_the_policy_does_not_sync() -> None:
+    p = synced_policy(sync_headers=0)
+    s = heard(p, 10_000.0, 0.0)
+    assert s == law.State()
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_granted_limit_below_ours_scales_the_budget(window: int) -> None:
+    """We believe in 30,000 with 15 % headroom, the provider grants 10,000: 8,500 are ours, and 9,000 runs alone."""
+    p = synced_policy(headroom=0.15, window=window)
+    s = heard(p, 10_000.0, 10_000.0)
+    assert s.scale[TPM] == pytest.approx(1 / 3)
+    law.launched(p, s, 5_000.0, law.FIRST, 0.0, 0.5)
+    assert law.admission(p, s, 3_500.0, law.FIRST, 0.0) == (0.0, law.NOTHING)
+    assert law.blocked_by(p, s, 3_501.0, law.FIRST, 0.0) == law.BY_TPM
+    assert law.blocked_by(p, s, 9_000.0, law.FIRST, 0.0) == law.CONCURRENCY
+    # The limit comes back: so does the budget.
+    law.synced(p, s, TPM, 30_000.0, 25_000.0, 0.0, 0.0, 1.0, 1.0)
+    assert s.scale[TPM] == 1.0
+    assert law.admission(p, s, 15_000.0, law.FIRST, 1.0)[1] == law.NOTHING
+
+
+def test_a_granted_limit_above_ours_leaves_our_budget_where_it_is() -> None:
+    """Somebody has 90,000 and gives us 30,000: what others use of the rest is no concern of ours."""
+    p = synced_policy()
+    s = heard(p, 90_000.0, 90_000.0)
+    law.launched(p, s, 30_000.0, law.FIRST, 0.0, 0.5)
+    assert law.admission(p, s, 500.0, law.FIRST, 0.0) == (pytest.approx(1.0), law.BY_TPM)
+
+
+def test_a_limit_of_requests_that_only_the_headers_know_binds() -> None:
+    """The policy names no limit of requests; the headers do: 3 per minute, 200 per day. Our one request is counted."""
+    for d, limit, wait_s, cause in ((RPM, 3.0, 20.0, law.BY_RPM), (RPD, 200.0, 432.0, law.BY_DAY)):
+        p, s = synced_policy(), law.State()
+        law.launched(p, s, 10.0, law.FIRST, 0.0, 0.5)
+        law.synced(p, s, d, limit, limit - 1.0, 0.0, 0.0, 0.0, 0.0)
+        for _ in range(int(limit) - 1):
+            assert law.admission(p, s, 10.0, law.FIRST, 0.0) == (0.0, law.NOTHING)
+            law.launched(p, s, 10.0, law.FIRST, 0.0, 0.5)
+        assert law.admission(p, s, 10.0, law.FIRST, 0.0) == (pytest.approx(wait_s), cause)
+
+
+def test_no_part_of_a_day_is_kept_free_for_surprises() -> None:
+    """Room that is kept costs a minute's bucket a delay of seconds, and a day's one of hours.
+
+    Nor need a day's count ever be heard: the headers show requests of the tighter limit, and tokens per minute only.
+    """
+    p, s = synced_policy(tpd=86_400, rpd=200), law.State()
+    for _ in range(200):
+        assert law.admission(p, s, 1.0, law.FIRST, 0.0) == (0.0, law.NOTHING)
+        law.launched(p, s, 1.0, law.FIRST, 0.0, 0.5)
+    assert law.admission(p, s, 1.0, law.FIRST, 0.0) == (pytest.approx(432.0), law.BY_DAY)
+    # An earlier run has used 140 of this day's 200: 60 are left, and all of them may go.
+    p, s = synced_policy(rpd=200), law.State()
+    law.launched(p, s, 1.0, law.FIRST, 0.0, 0.5)
+    law.synced(p, s, RPD, 200.0, 59.0, 0.0, 0.0, 0.0, 0.0)
+    for _ in range(59):
+        assert law.admission(p, s, 1.0, law.FIRST, 0.0) == (0.0, law.NOTHING)
+        law.launched(p, s, 1.0, law.FIRST, 0.0, 0.5)
+    assert law.admission(p, s, 1.0, law.FIRST, 0.0) == (pytest.approx(432.0), law.BY_DAY)
+
+
+def test_even_pacing_ends_when_it_was_to_end() -> None:
+    """Both times are absolute: the next launch waits for its turn, and no longer than until `paced_until`."""
+    for pace_at, until, expected in ((50.0, 600.0, 50.0), (50.0, 30.0, 30.0), (50.0, -INF, 10.0)):
+        p, s = synced_policy(), law.State(pace_at=pace_at, paced_until=until)
+        assert laws.promised(p, s, 100.0, law.FIRST, 10.0)[0] == expected
+
+
+# ---------------------------------------------------------------- changed settings
+
+
+def repriced(old: law.Params, new: law.Params, used: float, now: float) -> law.State:
+    """A pool that launched `used` tokens at 0 s under the old settings, and gets the new ones now."""
+    s = law.State()
+    law.launched(old, s, used, law.FIRST, 0.0, 0.5)
+    law.repriced(old, new, s, now)
+    return s
+
+
+@pytest.mark.parametrize("before", WINDOWS)
+@pytest.mark.parametrize("after_", WINDOWS)
+def test_what_is_used_stays_used_whatever_the_window_becomes(before: int, after_: int) -> None:
+    old, new = free(tpm=6_000, rpm=10, window=before), free(tpm=3_000, rpm=10, window=after_)
+    used = 3_000.0
+    s = repriced(old, new, used, 12.0)
+    # 12 s at 85 per second have drained from a bucket.
+    left = used - 12.0 * 6_000 * 0.85 / 60 if before == BUCKET else used
+    assert law.used_in(new, s, TPM, 12.0) == pytest.approx(left)
+    requests = 0.0 if before == BUCKET else 1.0
+    assert law.used_in(new, s, RPM, 12.0) == pytest.approx(requests)
+    at, cause = laws.promised(new, s, 2_550.0, law.FIRST, 12.0)
+    assert cause == law.BY_TPM
+    if before == after_ and before != BUCKET:
+        # The same window goes on: its end does not move.
+        assert at == (60.0 if before == FIXED else 60.5)
+    elif after_ != BUCKET:
+        assert at == 12.0 + (60.0 if after_ == FIXED else 60.5)
+    else:
+        assert at == pytest.approx(12.0 + left / (3_000 * 0.85 / 60))
+
+
+def test_the_next_slot_moves_with_the_stagger() -> None:
+    old = params(jitter_ratio=0.0)
+    for stagger_s, slot in ((30.0, 30.0), (5.0, 5.0), (0.0, 0.0), (15.0, 15.0)):
+        s = repriced(old, params(stagger_s=stagger_s), 100.0, 2.0)
+        assert s.next_slot_at == slot
+    # From none to some: from the last launch on. And before any launch there is no slot to move.
+    assert repriced(params(stagger_s=0.0), params(), 100.0, 2.0).next_slot_at == 15.0
+    s = law.State()
+    law.repriced(params(), params(stagger_s=30.0), s, 2.0)
+    assert s.next_slot_at == -INF
+
+
+def test_the_drawn_jitter_of_the_next_slot_is_kept_in_proportion() -> None:
+    s = law.State()
+    law.launched(params(), s, 1.0, law.FIRST, 100.0, 1.0)
+    law.repriced(params(), params(stagger_s=30.0), s, 101.0)
+    assert s.next_slot_at == 100.0 + 2 * 18.0
+
+
+def test_permits_holds_passes_and_pauses_survive_new_settings() -> None:
+    s = law.State(in_flight=2, finalize_open=1, paused=1, hold_until=99.0, alone=1)
+    law.repriced(params(), params(tpm=10_000, window=BUCKET, max_concurrency=1), s, 5.0)
+    assert (s.in_flight, s.finalize_open, s.paused, s.hold_until, s.alone) == (2, 1, 1, 99.0, 1)
+
+
+def test_a_limit_that_is_lifted_or_set_in_mid_run() -> None:
+    with_limit, without = params(stagger_s=0.0), params(tpm=0, stagger_s=0.0)
+    s = repriced(with_limit, without, 25_000.0, 1.0)
+    assert law.admission(without, s, 1e9, law.RETRY, 1.0) == (1.0, law.NOTHING)
+    s = repriced(without, with_limit, 25_000.0, 1.0)
+    assert law.admission(with_limit, s, 25_500.0, law.RETRY, 1.0) == (1.0, law.NOTHING)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_daily_use_survives_new_settings(window: int) -> None:
+    old, new = free(tpd=86_400, window=FIXED), free(tpd=43_200, window=window)
+    s = repriced(old, new, 10_000.0, 0.0)
+    assert law.used_in(new, s, TPD, 0.0) == pytest.approx(10_000.0)
+    assert law.used_in(new, s, TPD, 1_000.0) == pytest.approx(9_500.0)
+
+
+def test_a_settlement_from_before_a_change_of_window_never_makes_room_that_comes_back() -> None:
+    """7,000 launched under `fixed` stand, after the change, in the cell of the change.
+
+    A settlement finds an empty cell at its own launch: were it booked there as less than nothing, the window would look
+    emptier for a while and then fuller again, and the law would take back a moment that it had named.
+    """
+    old = free(tpm=10_000, headroom=0.0, window=FIXED, settles=1)
+    new = free(tpm=10_000, headroom=0.0, window=SLIDING, settles=1)
+    s = repriced(old, new, 7_000.0, 30.0)
+    law.settled(new, s, 7_000.0, 2_000.0, 0.0)
+    s.hold_until = 70.0
+    laws.promised(new, s, 5_000.0, law.FIRST, 30.0)
+
+
+def test_a_state_begins_empty() -> None:
+    s = law.State()
+    for window in WINDOWS:
+        p = params(rpm=3, tpd=1_000_000, rpd=50, window=window)
+        assert [law.used_in(p, s, d, 0.0) for d in range(4)] == [0.0] * 4
+        assert law.admission(p, s, 25_500.0, law.FIRST, 0.0) == (0.0, law.NOTHING)
+    assert Launch(0.0, 0, 1.0, 1, law.FIRST, 1) == Pool(params(), [1.0], after(1.0)).run().launches[0]
+    assert Job(0, 1.0).standing == law.FIRST
