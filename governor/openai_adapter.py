@@ -1,0 +1,227 @@
+"""The official openai SDK on one side, an `Answer` on the other; the only file that imports openai.
+
+What lives here: one client per pool, with the SDK's own retries off (the governor alone owns retries), the sending of
+one attempt, and its outcome. What must not: pacing, retrying (`driver`), the meaning of statuses and error bodies
+(`answers`), where a key is kept (`pools`).
+
+Theory of operation. The request is sent by the client's own `post`, body as bytes, and comes back raw: headers and
+bytes go to `answers.classify`. The SDK's typed objects are left out, since the results file wants the JSON itself;
+that alone makes a call a third cheaper than `chat.completions.create` (0.9 for 1.3 ms of CPU on loopback).
+
+Connections are not limited here: the governor bounds what is in flight, and a second bound would be a hidden queue
+whose waiting nobody could attribute.
+
+Every attempt carries `X-Client-Request-Id: paceline-RUN-INDEX-ATTEMPT`, so that the provider's logs can be matched with
+ours even for an attempt that never got an answer. A key goes into a header and nowhere else: whatever comes back, or is
+raised, is searched for it before it becomes an answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+from openai import (
+    DEFAULT_CONNECTION_LIMITS,
+    APIConnectionError,
+    APIStatusError,
+    APITimeoutError,
+    AsyncAzureOpenAI,
+    AsyncOpenAI,
+    DefaultAsyncHttpxClient,
+    Timeout,
+)
+
+from governor.answers import classify, dropped, malformed, timed_out
+from governor.errors import BadSetting
+from governor.estimate import CHAT, EMBEDDINGS, RESPONSES
+from governor.pools import BASE_URL, Pool, checked_url, key_of
+from governor.requests import Answer, Request
+
+AZURE_ENDPOINT = "AZURE_OPENAI_ENDPOINT"
+AZURE_API_VERSION = "OPENAI_API_VERSION"
+AZURE_TOKEN = "AZURE_OPENAI_AD_TOKEN"
+OPENAI_URL = "https://api.openai.com/v1"
+
+TIMEOUT_S = 600.0
+CONNECT_S = 10.0
+# Longer than the stagger's 15 s, so that a slow run need not connect anew for each request, and shorter than the 60 s
+# after which the usual load balancers forget a connection in silence.
+KEEPALIVE_S = 50.0
+# With it the SDK hands the response out as it came.
+_RAW = {"X-Stainless-Raw-Response": "true"}
+_HIDDEN = "***"
+
+
+class Adapter:
+    """Sends attempts of one pool through the official SDK. Use it inside one event loop; close it at the end.
+
+    `environment`: where the pool's variables are looked up (the process's, if none is given). `run_id`: letters and
+    digits that make client request ids unique among runs; drawn if empty. `timeout_s`: of an attempt that states none.
+    BadSetting, naming the variable, where a key or an address is missing or cannot be sent.
+    """
+
+    def __init__(
+        self,
+        pool: Pool | None = None,
+        environment: Mapping[str, str] | None = None,
+        *,
+        run_id: str = "",
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
+        environment = os.environ if environment is None else environment
+        self.pool = _addressed(pool or Pool(), environment)
+        self.run_id = run_id or secrets.token_hex(8)
+        assert re.fullmatch("[0-9A-Za-z]{1,64}", self.run_id), f"run id {self.run_id!r}: letters and digits only"
+        self.timeout_s = timeout_s
+        self.address = _origin(self.pool.address or OPENAI_URL)
+        key = key_of(self.pool, environment)
+        if not (key.isascii() and key.isprintable() and " " not in key):
+            raise BadSetting(f"{self.pool.key} holds a mark that no key has: copy the key again", self.pool.key)
+        self._key = key.encode("ascii")
+        self._client = _client(self.pool, key)
+
+    def __repr__(self) -> str:
+        return f"<Adapter of pool {self.pool.name} at {self.address}>"
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Closes all connections."""
+        await self._client.close()
+
+    def client_request_id(self, index: int, attempt: int) -> str:
+        """What the provider's logs call this attempt. `attempt`: `keyed.attempt_key`, unique over lanes."""
+        return f"paceline-{self.run_id}-{index}-{attempt}"
+
+    async def send(
+        self,
+        request: Request,
+        *,
+        attempt: int = 1,
+        body_overrides: Mapping[str, Any] | None = None,
+        timeout_s: float | None = None,
+    ) -> Answer:
+        """Sends one attempt and says what came back. Raises nothing but a cancellation.
+
+        `request`: with its body. `body_overrides`: fields on top of the body's (see `capped`). `timeout_s`: for the
+        whole attempt, from connecting to the last byte.
+        """
+        assert request.body is not None, f"request {request.index} was read without its body"
+        body = {**request.body, **body_overrides} if body_overrides else request.body
+        timeout_s = self.timeout_s if timeout_s is None else timeout_s
+        options = {
+            "headers": {**_RAW, "X-Client-Request-Id": self.client_request_id(request.index, attempt)},
+            "timeout": Timeout(timeout_s, connect=min(timeout_s, CONNECT_S)),
+        }
+        try:
+            async with asyncio.timeout(timeout_s):
+                response = await self._post(request.url.removeprefix("/v1"), body, options)
+        except (TimeoutError, APITimeoutError):
+            return timed_out(f"no answer from {self.address} within {timeout_s:g} s")
+        except APIStatusError as error:
+            response = error.response
+        except Exception as error:
+            return self._unanswered(error)
+        content: bytes = response.content
+        if self._key in content:
+            content = content.replace(self._key, _HIDDEN.encode())
+        return classify(response.status_code, response.headers, content, now_epoch=time.time())
+
+    async def _post(self, path: str, body: dict[str, Any], options: Any) -> Any:
+        """The SDK's call; the response as httpx knows it."""
+        if self.pool.azure is not None:
+            # The SDK reads the deployment out of the body.
+            raw = await self._client.post(path, cast_to=object, body=body, options=options)
+        else:
+            raw = await self._client.post(path, cast_to=object, content=_encoded(body), options=options)
+        return raw.http_response  # type: ignore[attr-defined]
+
+    def _unanswered(self, error: Exception) -> Answer:
+        """No response, or none that could be read: what the SDK raised, by its cause."""
+        cause: BaseException = error
+        while isinstance(cause, APIConnectionError) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        kind = type(cause).__name__
+        words = " ".join(str(cause).split())[:300].replace(self._key.decode(), _HIDDEN)
+        message = f"{kind}: {words}" if words else kind
+        if kind == "DecodingError":
+            return malformed(f"{self.address} sent what cannot be decoded: {message}", 200)
+        return dropped(f"no answer from {self.address}: {message}")
+
+
+def capped(request: Request, tokens: int) -> dict[str, int]:
+    """The field that sets a request's output cap to `tokens`, under the name that the request itself uses.
+
+    Empty for embeddings, which have no output.
+    """
+    endpoint, body = request.sizes.endpoint, request.body or {}
+    if endpoint == EMBEDDINGS:
+        return {}
+    if endpoint == RESPONSES:
+        return {"max_output_tokens": tokens}
+    old = endpoint != CHAT or (body.get("max_tokens") is not None and body.get("max_completion_tokens") is None)
+    return {"max_tokens" if old else "max_completion_tokens": tokens}
+
+
+def _encoded(body: dict[str, Any]) -> bytes:
+    """A body as the SDK writes it, but that half of a surrogate pair, which JSON may hold, stays an escape."""
+    try:
+        return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError:
+        return json.dumps(body, separators=(",", ":")).encode()
+
+
+def _addressed(pool: Pool, environment: Mapping[str, str]) -> Pool:
+    """The pool with what it leaves to the SDK's environment names filled in, but for the key."""
+    if pool.azure is None:
+        return replace(pool, base_url=pool.base_url or checked_url(environment.get(BASE_URL, "").strip()))
+    azure = pool.azure
+    endpoint = azure.endpoint or checked_url(environment.get(AZURE_ENDPOINT, "").strip(), "endpoint")
+    version = azure.api_version or environment.get(AZURE_API_VERSION, "").strip()
+    for value, name in ((endpoint, AZURE_ENDPOINT), (version, AZURE_API_VERSION)):
+        if not value:
+            raise BadSetting(f"{name} is not set, and pool {pool.name} does not state it: set one of them", name)
+    return replace(pool, azure=replace(azure, endpoint=endpoint, api_version=version))
+
+
+def _client(pool: Pool, key: str) -> AsyncOpenAI:
+    # The class of the SDK's own limits: httpx2 under SDK 3, httpx under SDK 2.
+    limits = type(DEFAULT_CONNECTION_LIMITS)(
+        max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEPALIVE_S
+    )
+    common: dict[str, Any] = {
+        "max_retries": 0,
+        "timeout": TIMEOUT_S,
+        "organization": pool.organization or None,
+        "project": pool.project or None,
+        "http_client": DefaultAsyncHttpxClient(limits=limits),
+    }
+    if pool.azure is None:
+        return AsyncOpenAI(api_key=key, base_url=pool.base_url or OPENAI_URL, **common)
+    common["azure_ad_token" if pool.key == AZURE_TOKEN else "api_key"] = key
+    client: AsyncOpenAI = AsyncAzureOpenAI(
+        azure_endpoint=pool.azure.endpoint,
+        azure_deployment=pool.azure.deployment or None,
+        api_version=pool.azure.api_version,
+        **common,
+    )
+    return client
+
+
+def _origin(url: str) -> str:
+    """Scheme, host and port of an address: what may stand in a message."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.hostname}" + (f":{parts.port}" if parts.port else "")
