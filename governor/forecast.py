@@ -12,39 +12,41 @@ and answers of a quarter of the declared cap, at most 500 tokens, 200 without a 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import date
+from itertools import islice
+from operator import attrgetter
 from typing import Any, Literal
 
 from governor.estimate import EMBEDDINGS, Sizes
 from governor.money import Price, Prices, Usage, dollars_text
 from governor.pools import Pool
 from governor.preflight import Load, fluid_forecast
-from governor.requests import Request
 from governor.words import duration, knob_text, plural
 
 FIRST_TOKEN_S, PER_TOKEN_S = 0.214, 0.0193
+_SIZES_OF = attrgetter(*Sizes.__slots__)
 P50_OF_CAP, P50_MAX, P50_NO_CAP = 0.25, 500.0, 200.0
 
 
-@dataclass(slots=True)
 class Demand:
-    """What is left to do in one pool, added up in one pass over its requests.
+    """What is left to do in one pool, added up in one pass over its requests, and their sizes (80 bytes a request).
 
-    `reservations`: tokens by our charge rule. `prompt_tokens`, `cap_tokens`: by model, the latter with declared caps;
-    `uncapped`: how many requests declare none. `answer_tokens`: the assumed answers, by model.
+    `total`, `largest`, `smallest`: tokens reserved by our charge rule. `prompt_tokens`, `answer_tokens` (as assumed),
+    `cap_tokens` (declared): by model; `uncapped`: how many requests declare no cap.
     """
 
-    requests: int = 0
-    total: int = 0
-    largest: int = 0
-    smallest: int = 0
-    uncapped: int = 0
-    models: dict[str, int] = field(default_factory=dict)
-    prompt_tokens: dict[str, int] = field(default_factory=dict)
-    answer_tokens: dict[str, float] = field(default_factory=dict)
-    cap_tokens: dict[str, int] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.requests = self.total = self.largest = self.smallest = self.uncapped = 0
+        self.models: dict[str, int] = {}
+        self.prompt_tokens: dict[str, int] = {}
+        self.answer_tokens: dict[str, float] = {}
+        self.cap_tokens: dict[str, int] = {}
+        self._sizes = array("q")
+        self._model_of = array("q")
+        self._numbers: dict[str, int] = {}
 
     def add(self, model: str, sizes: Sizes, reserve: int) -> None:
         """One more request."""
@@ -59,6 +61,22 @@ class Demand:
             self.cap_tokens[model] = self.cap_tokens.get(model, 0) + sizes.max_tokens * sizes.n
         elif sizes.endpoint != EMBEDDINGS:
             self.uncapped += 1
+        self._sizes.extend(_SIZES_OF(sizes))
+        self._model_of.append(self._numbers.setdefault(model, len(self._numbers)))
+
+    def rows(self) -> Iterator[tuple[str, Sizes]]:
+        """Model and sizes of each request, in the order in which they were added."""
+        names = list(self._numbers)
+        width = len(Sizes.__slots__)
+        for i, number in enumerate(self._model_of):
+            yield names[number], Sizes(*self._sizes[i * width : (i + 1) * width])
+
+    def first(self, count: int, reserve_of: Callable[[Sizes], int]) -> Demand:
+        """The first `count` requests alone."""
+        part = Demand()
+        for model, sizes in islice(self.rows(), count):
+            part.add(model, sizes, reserve_of(sizes))
+        return part
 
     def load(self) -> Load:
         """The same for `preflight`."""
@@ -82,11 +100,10 @@ def assumed_answer(sizes: Sizes) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outlook:
-    """What a forecast is asked about: one pool's requests that are left, read as a stream, bodies left out."""
+    """What a forecast is asked about: one pool's requests that are left."""
 
     pool: Pool
     demand: Demand
-    rows: Callable[[], Iterator[Request]]
     finalize: bool = False
     seed: int = 0
 

@@ -78,10 +78,10 @@ def _workload(outlook: Outlook) -> tuple[Workload, NDArray[Any]]:
     """The pool's requests that are left, without answers; and their models. Shape (requests,)."""
     sizes: dict[str, array[int]] = {name: array("q") for name in Sizes.__slots__}
     models: list[str] = []
-    for request in outlook.rows():
+    for model, each in outlook.demand.rows():
         for name, values in sizes.items():
-            values.append(getattr(request.sizes, name))
-        models.append(request.model)
+            values.append(getattr(each, name))
+        models.append(model)
     count = len(models)
     visible: dict[str, Any] = {name: np.frombuffer(values, np.int64) for name, values in sizes.items()}
     workload = Workload(

@@ -43,7 +43,7 @@ def demand(count: int, policy: Policy, model: str = "m", cap: int = 400) -> Dema
 
 
 def outlook(count: int, policy: Policy) -> Outlook:
-    return Outlook(pool=Pool(policy=policy), demand=demand(count, policy), rows=lambda: iter(()))
+    return Outlook(pool=Pool(policy=policy), demand=demand(count, policy))
 
 
 def expected(**changes: object) -> Expectation:
@@ -113,6 +113,9 @@ def test_a_demand_adds_up() -> None:
     load = found.load()
     assert (load.count, load.total, load.largest, load.smallest) == (3, 60, 30, 10)
     assert (found.models, found.prompt_tokens) == ({"a": 2, "b": 1}, {"a": 200, "b": 100})
+    assert list(found.rows()) == [("a", sizes()), ("b", sizes()), ("a", sizes())]
+    first = found.first(2, lambda each: each.prompt_tokens)
+    assert (first.requests, first.total, first.models) == (2, 200, {"a": 1, "b": 1})
 
 
 def test_pools_side_by_side_end_with_the_last() -> None:
