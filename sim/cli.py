@@ -311,16 +311,16 @@ def main(args: Sequence[str] | None = None) -> int:
             code = get_command(app)(args if args is None else list(args), prog_name="paceline", standalone_mode=False)
             sys.stdout.flush()
         if code == INTERRUPTED:
-            return _failed("interrupted: nothing was written", INTERRUPTED)
+            return _failed("interrupted: no file was left unfinished", INTERRUPTED)
         return code if isinstance(code, int) else 0
     except PacelineError as error:
         return _failed(str(error), error.exit_code)
     except usage_error as error:
         return _failed(_usage(error), BAD_INPUT)
     except KeyboardInterrupt:
-        return _failed("interrupted: nothing was written", INTERRUPTED)
+        return _failed("interrupted: no file was left unfinished", INTERRUPTED)
     except _Terminated:
-        return _failed("terminated: nothing was written", TERMINATED)
+        return _failed("terminated: no file was left unfinished", TERMINATED)
     except ImportError as error:
         missing = (error.name or "").partition(".")[0]
         if missing in ("", "governor", "sim"):

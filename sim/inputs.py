@@ -128,7 +128,7 @@ def _stated(source: Source) -> tuple[Scenario, Wishes]:
     except BadSetting as error:
         raise BadInput(str(error), source.name) from None
     folder = Path(".") if source.path == "-" else Path(source.path).parent
-    return Scenario.from_yaml(yaml.safe_dump(data), folder=folder, name=source.name), wishes
+    return Scenario.from_yaml(yaml.safe_dump(data, sort_keys=False), folder=folder, name=source.name), wishes
 
 
 def scenario_text(scenario: Scenario, wishes: Wishes, folder: str | Path) -> str:

@@ -13,7 +13,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import shlex
+import shutil
 import signal
 import tempfile
 import threading
@@ -24,14 +26,14 @@ from typing import Any
 
 from governor import __version__
 from governor.errors import BadInput
-from governor.policy import Policy
+from governor.policy import GUARDRAIL_KNOBS, KNOBS, Knob, Policy
 from sim.document import FileSource
 from sim.files import write_atomically
 from sim.inputs import Wishes, scenario_text
 from sim.readers import save_rows
 from sim.results import Plan
-from sim.scenario import Scenario
-from sim.shown import plain
+from sim.scenario import Scenario, stress_notes
+from sim.shown import headline, plain
 
 REPORT = "report.html"
 RECOMMENDED = "recommended.env"
@@ -126,9 +128,18 @@ def plan_json(scenario: Scenario, wishes: Wishes, plan: Plan, notes: tuple[str, 
 
 def page(scenario: Scenario, plan: Plan, folder: Path) -> str:
     """The report as one self-contained page."""
-    from sim.report import report_html
+    # Drawing takes long to import, and only this needs it.
+    from sim.report import render
 
-    return report_html(plan, scenario, command=rerun_command(folder))
+    return render(
+        plan,
+        title=headline(scenario),
+        command=rerun_command(folder),
+        grant=scenario.grant(),
+        provenance=scenario.provenance(),
+        version=__version__,
+        stress_notes=stress_notes(scenario),
+    )
 
 
 def settings_files(plan: Plan) -> dict[str, str]:
@@ -146,7 +157,15 @@ def settings_files(plan: Plan) -> dict[str, str]:
 
 
 def _env(title: str, policy: Policy, old: Policy) -> str:
-    return f"# {title}\n\n{policy.to_env(old)}"
+    # Which names the user's own file held must not matter, or the plan made again would read otherwise.
+    # The eight guardrail knobs always stand there, the others where they say something.
+    told = {k.name: getattr(policy, k.name) for k in KNOBS if k in GUARDRAIL_KNOBS or _says_something(k, policy, old)}
+    return f"# {title}\n\n{Policy.model_validate(told).to_env(old)}"
+
+
+def _says_something(knob: Knob, policy: Policy, old: Policy) -> bool:
+    value = getattr(policy, knob.name)
+    return bool(value != knob.guardrails or value != getattr(old, knob.name))
 
 
 def write_plan(
@@ -167,7 +186,7 @@ def write_plan(
 
 
 def _write_together(folder: Path, texts: Mapping[str, str], rows: Scenario | None) -> None:
-    """All files under hidden names first, each forced to the disk; then they take their names."""
+    """All files under hidden names first, each forced to the disk; then they take their names, all or none."""
     with contextlib.ExitStack() as stack:
         for name, text in texts.items():
             unfinished = stack.enter_context(write_atomically(folder / name))
@@ -178,8 +197,36 @@ def _write_together(folder: Path, texts: Mapping[str, str], rows: Scenario | Non
         if rows is not None:
             save_rows(rows.workload, stack.enter_context(write_atomically(folder / ROWS)))
         # From here on only names change: too short a time to be interrupted in.
-        with _undisturbed():
+        with _undisturbed(), _all_or_none([folder / name for name in (*texts, ROWS)]):
             stack.close()
+
+
+@contextlib.contextmanager
+def _all_or_none(paths: list[Path]) -> Iterator[None]:
+    """If the block fails, the files are again what they were before it, or not there."""
+    before: dict[Path, Path | None] = {}
+    try:
+        for path in (Path(os.path.realpath(path)) for path in paths):
+            before[path] = None
+            if path.is_file():
+                kept = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.old")
+                before[path] = kept
+                shutil.copy2(path, kept)
+        try:
+            yield
+        except BaseException:
+            for path, kept_as in before.items():
+                if kept_as is not None:
+                    os.replace(kept_as, path)
+                else:
+                    path.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise BadInput(f"cannot be written: {error.strerror or error}", str(paths[0].parent)) from None
+    finally:
+        for kept_as in filter(None, before.values()):
+            with contextlib.suppress(OSError):
+                kept_as.unlink()
 
 
 @contextlib.contextmanager
