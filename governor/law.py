@@ -580,16 +580,17 @@ def resumed(p: Params, s: State) -> None:
 
 
 def rank(
-    p: Params, lane: int, attempt: int, expected: float, reserve: float, sequence: float
+    p: Params, lane: int, attempt: int, expected: float, reserve: float, sequence: float, standing: int = RETRY
 ) -> tuple[float, float, float, float]:
     """Sort key of a waiting attempt, smallest first: retries, then finalize passes, then new work.
 
     New work goes in order of arrival, or longest expected answer first (`expected` = the declared output cap, ties by
     the larger reservation: never the answer itself), so that a batch does not end on a long tail. Elementwise over
-    arrays of `expected`, `reserve` and `sequence` too.
+    arrays of `expected`, `reserve` and `sequence` too. Of retries, those HOLDING their place go first: after a change
+    of settings both kinds wait, and one without a place would wait for the places of those behind it.
     """
     if attempt > 1:
-        return 0.0, 0.0, 0.0, sequence
+        return 0.0, -1.0 if standing == HOLDING else 0.0, 0.0, sequence
     if lane == FINALIZE:
         return 1.0, 0.0, 0.0, sequence
     if p.longest_first:
