@@ -216,7 +216,7 @@ class Simulation:
         """A heap entry in the law's order; the sequence keeps jobs themselves from being compared."""
         self.sequence += 1
         expected = float(self.columns.cap[job.index])
-        key = law.rank(self.p, job.lane, job.attempt, expected, job.reserve, float(self.sequence))
+        key = law.rank(self.p, job.lane, job.attempt, expected, job.reserve, float(self.sequence), job.standing)
         return key, self.sequence, job
 
     def _may_go(self, job: Job, now: float, queue: list[tuple[tuple[float, ...], int, Job]]) -> None:
@@ -273,6 +273,10 @@ class Simulation:
             at, cause = law.admission(p, s, job.reserve, job.standing, now)
             if at > now:
                 break
+            if 0.0 <= job.first_launched_s and law.deadline_at(p, job.first_launched_s) <= now:
+                self._taken(job)
+                self._give_up(job, now, FailureCode.DEADLINE_EXCEEDED)
+                continue
             self._launch(job, now)
         self.cause = cause
         bit = 1 << cause
@@ -313,6 +317,7 @@ class Simulation:
         if at > expires_at:
             at = expires_at
             job.outcome = TIMEOUT
+            job.retry_after_s = -1.0
         _Moment(self.env, at, ANSWER, self._on_answer, job)
 
     def _stated(self, job: Job) -> tuple[float, float, int, float, float]:
