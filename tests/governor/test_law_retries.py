@@ -58,13 +58,15 @@ def test_no_retry_after_or_zero_means_our_own_backoff(stated: float) -> None:
     assert pool.times() == [0.0, 3.0]
 
 
-def test_a_retry_takes_no_slot_and_moves_none() -> None:
+@pytest.mark.parametrize(("keeps", "standing"), [(1, law.HOLDING), (0, law.RETRY)])
+def test_a_retry_takes_no_slot_and_moves_none(keeps: int, standing: int) -> None:
     """The first of three fails at 1 s and is retried at 3 s, between the slots at 0 and 15 s, which stay."""
+    p = params(backoff_keeps_permit=keeps)
     replies = {0: by_attempt(Reply(1.0, laws.FAILED), Reply(1.0))}
-    pool = Pool(params(), [100.0] * 3, lambda job, now: replies.get(job.index, after(1.0))(job, now)).run()
+    pool = Pool(p, [100.0] * 3, lambda job, now: replies.get(job.index, after(1.0))(job, now)).run()
     assert [(launch.at, launch.index, launch.standing) for launch in pool.launches] == [
         (0.0, 0, law.FIRST),
-        (3.0, 0, law.HOLDING),
+        (3.0, 0, standing),
         (15.0, 1, law.FIRST),
         (30.0, 2, law.FIRST),
     ]

@@ -343,6 +343,10 @@ def test_remaining_is_whole_and_never_negative_and_rises_by_the_rate() -> None:
         left.append(prov.remaining(pp, ps, TPM))
     assert left == [3_000 + 50 * tenth for tenth in range(100)]
     assert all(b - a == 50 for a, b in pairwise(left))
+    # What only the rounding of many small drains took is not missing.
+    ps.used[TPM] = 10_000.0 + 1e-9
+    assert prov.remaining(pp, ps, TPM) == 20_000.0
+    ps.used[TPM] = 0.0
     assert taken(pp, ps, 10.0, 199.0) == 30_000
     prov.advanced(pp, ps, 0, 200.0)
     assert prov.remaining(pp, ps, TPM) == 0.0
