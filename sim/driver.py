@@ -273,7 +273,7 @@ class Simulation:
             at, cause = law.admission(p, s, job.reserve, job.standing, now)
             if at > now:
                 break
-            if 0.0 <= job.first_launched_s and law.deadline_at(p, job.first_launched_s) <= now:
+            if job.first_launched_s >= 0.0 and law.deadline_at(p, job.first_launched_s) <= now:
                 self._taken(job)
                 self._give_up(job, now, FailureCode.DEADLINE_EXCEEDED)
                 continue
