@@ -177,7 +177,9 @@ def law_calls(r: random.Random, both: Both) -> None:
             both("permits", p, s)
             both("never_fits", p, reserve)
         elif kind == 14:
-            both("rank", p, r.randrange(2), r.randint(1, 3), float(r.randint(-1, 900)), reserve, float(r.randrange(99)))
+            place = (r.randrange(2), r.randint(1, 3), float(r.randint(-1, 900)), reserve, float(r.randrange(99)))
+            both("rank", p, *place)
+            both("rank", p, *place, standing)
             both("stagger_gap_s", p, u)
             both("backoff_s", p, r.randint(1, 100))
             both("keeps_permit", p)

@@ -65,9 +65,9 @@ def faults_of_function(function: ast.FunctionDef, known: set[str]) -> Iterator[s
         and isinstance(body[0].value.value, str)
     ):
         body = body[1:]
-    if function.decorator_list or function.args.defaults or function.args.kwonlyargs or function.args.vararg:
-        yield f"line {function.lineno}: {function.name} has decorators, defaults or variable arguments"
-    nodes = [node for statement in body for node in ast.walk(statement)]
+    if function.decorator_list or function.args.kwonlyargs or function.args.vararg or function.args.kwarg:
+        yield f"line {function.lineno}: {function.name} has decorators, keyword-only or variable arguments"
+    nodes = [node for part in [*body, *function.args.defaults] for node in ast.walk(part)]
     local = {arg.arg for arg in function.args.args}
     local |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     for node in nodes:

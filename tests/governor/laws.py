@@ -274,7 +274,7 @@ class Pool:
 
     def _queued(self, job: Job) -> None:
         self.sequence += 1
-        key = law.rank(self.p, job.lane, job.attempt, 0.0, job.reserve, float(self.sequence))
+        key = law.rank(self.p, job.lane, job.attempt, 0.0, job.reserve, float(self.sequence), job.standing)
         heappush(self.queue, (key, self.sequence, job))
 
     def _give_up(self, job: Job) -> None:

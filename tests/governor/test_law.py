@@ -294,4 +294,8 @@ def test_retries_go_first_then_finalize_passes_then_new_work() -> None:
         return [int(row[4]) for row in sorted(waiting, key=lambda row: law.rank(p, *row))]
 
     assert order(fifo) == [6, 7, 5, 1, 2, 3, 4, 8]
+    # Of retries, one that holds its place goes before one that does not: it may be what the other waits for.
+    assert law.rank(fifo, law.MAIN, 2, 1.0, 1.0, 9.0, law.HOLDING) < law.rank(
+        fifo, law.MAIN, 2, 1.0, 1.0, 8.0, law.RETRY
+    )
     assert order(longest) == [6, 7, 5, 3, 8, 2, 1, 4]

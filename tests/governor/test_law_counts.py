@@ -302,3 +302,19 @@ def test_a_state_begins_empty() -> None:
         assert law.admission(p, s, 25_500.0, law.FIRST, 0.0) == (0.0, law.NOTHING)
     assert Launch(0.0, 0, 1.0, 1, law.FIRST, 1) == Pool(params(), [1.0], after(1.0)).run().launches[0]
     assert Job(0, 1.0).standing == law.FIRST
+
+
+def test_retries_with_and_without_a_place_do_not_wait_for_each_other() -> None:
+    """One gave its permit back, then the setting changes, and the other keeps the only one there is."""
+    gives, keeps = free(max_concurrency=1, backoff_keeps_permit=0), free(max_concurrency=1, backoff_keeps_permit=1)
+    refused = Reply(5.0, laws.THROTTLED, retry_after_s=30.0)
+    pool = Pool(gives, [1.0, 1.0], by_attempt(refused, Reply(1.0)))
+    pool.at(6.0, lambda now: setattr(pool, "p", keeps))
+    pool.run()
+    # Refused at 5 and 10 s, due at 35 and 40 s: the first waits for the second's place.
+    assert [(round(launch.at, 3), launch.index, launch.standing) for launch in pool.launches] == [
+        (0.0, 0, law.FIRST),
+        (5.0, 1, law.FIRST),
+        (40.002, 1, law.HOLDING),
+        (41.002, 0, law.RETRY),
+    ]

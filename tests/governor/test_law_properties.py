@@ -205,8 +205,6 @@ def interruption(pool: Pool, kind: str, numbers: tuple[float, ...], other: law.P
         law.synced(pool.p, pool.s, dimension, limit, remaining, 50.0 * (d > 0.9), 300.0 * a, as_of, now)
 
     def repriced(now: float) -> None:
-        # Who asks for its permit back must not stand behind one that holds it: this setting stays in mid-run.
-        other.backoff_keeps_permit = pool.p.backoff_keeps_permit
         law.repriced(pool.p, other, pool.s, now)
         pool.p = other
 
