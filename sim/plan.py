@@ -49,7 +49,7 @@ from sim.search import (
 )
 
 # Simulated requests, by level of effort; about 100,000 a second on two cores.
-EFFORTS = {"quick": 600_000, "normal": 2_500_000, "thorough": 12_000_000}
+EFFORTS = {"quick": 600_000, "normal": 3_000_000, "thorough": 12_000_000}
 # Large workloads get at least so many runs, whatever the effort.
 LEAST_RUNS = 240
 # Published figures come from seeds that the search has never seen.
@@ -82,7 +82,7 @@ class Budget:
         stress_seeds = max(1, min(3, effort // (90 * per_candidate)))
         return cls(
             search=effort // 8,
-            hardening=effort // 4,
+            hardening=effort // 3,
             seeds=max(1, min(6, effort // (300 * n))),
             stress_seeds=stress_seeds,
             variants=max(4, min(16, effort // (12 * per_candidate * stress_seeds))),

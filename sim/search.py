@@ -33,6 +33,8 @@ DROP_LATER = 0.05
 
 # Excess throttles per 100, summed over the conditions, that a handful of runs cannot tell from none.
 THROTTLE_NOISE = 0.25
+# Variants of one step that are put under the whole of the stress set.
+FINALISTS = 4
 
 CONCURRENCY = (1, 2, 3, 5, 8, 12, 20, 30, 50, 80, 120, 200, 300, 500, 800, 1200, 2000)
 STAGGER = (0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 12.0, 15.0, 20.0, 30.0)
@@ -350,35 +352,41 @@ class Stress:
         # The least loss and the least excess of throttles (without loss) that anything tried has reached, by row.
         self.least: list[tuple[float, float]] = [(math.inf, math.inf)] * len(rows)
 
-    def run(self, policies: Sequence[Policy]) -> None:
-        """Runs the policies under every condition, all in one go."""
+    def run(self, policies: Sequence[Policy], rows: Sequence[int] | None = None) -> None:
+        """Runs the policies under every condition (or those of `rows`), all in one go."""
+        picked = range(len(self.names)) if rows is None else rows
         tasks = []
-        for searcher in self.searchers:
+        for i in picked:
+            searcher = self.searchers[i]
             for policy in policies:
                 key = key_of(policy)
                 searcher.policies.setdefault(key, policy)
                 missing = [s for s in searcher.seeds[: self.seeds] if s not in searcher.runs.setdefault(key, {})]
                 if missing:
                     tasks.append((searcher, key, missing))
-        found = (
-            self.searchers[0].pool.run([(case_of(s.scenario, s.policies[key]), seeds) for s, key, seeds in tasks])
-            if tasks
-            else []
-        )
-        for (searcher, key, _), figures in zip(tasks, found, strict=True):
-            searcher.runs[key].update((f.seed, f) for f in figures)
-        for i, searcher in enumerate(self.searchers):
+        if tasks:
+            pool = self.searchers[0].pool
+            found = pool.run([(case_of(s.scenario, s.policies[key]), seeds) for s, key, seeds in tasks])
+            for (searcher, key, _), figures in zip(tasks, found, strict=True):
+                searcher.runs[key].update((f.seed, f) for f in figures)
+        for i in picked:
             for policy in policies:
-                self.least[i] = min(self.least[i], searcher.score(policy, self.seeds)[:2])
+                self.least[i] = min(self.least[i], self.searchers[i].score(policy, self.seeds)[:2])
 
-    def violations(self, policy: Policy) -> tuple[float, float]:
-        """Loss and excess of throttles over all conditions, as far as something that was tried does better."""
-        lost = throttled = 0.0
-        for least, searcher in zip(self.least, self.searchers, strict=True):
-            mine = searcher.score(policy, self.seeds)
-            lost += max(0.0, mine[0] - least[0])
-            throttled += max(0.0, mine[1] - (least[1] if mine[0] <= least[0] else 0.0))
-        return lost, throttled
+    def excess(self, policy: Policy, row: int) -> tuple[float, float]:
+        """Loss and throttles beyond the limits under one condition, as far as something that was tried does better."""
+        mine, least = self.searchers[row].score(policy, self.seeds), self.least[row]
+        return max(0.0, mine[0] - least[0]), max(0.0, mine[1] - (least[1] if mine[0] <= least[0] else 0.0))
+
+    def violations(self, policy: Policy, rows: Sequence[int] | None = None) -> tuple[float, float]:
+        """The sums of `excess` over all conditions, or those of `rows`."""
+        picked = range(len(self.names)) if rows is None else rows
+        found = [self.excess(policy, row) for row in picked]
+        return sum(lost for lost, _ in found), sum(throttled for _, throttled in found)
+
+    def violated(self, policy: Policy) -> list[int]:
+        """The conditions under which the policy goes beyond the limits."""
+        return [row for row in range(len(self.names)) if self.excess(policy, row) > (0.0, 0.0)]
 
 
 class Hardening:
@@ -403,10 +411,22 @@ class Hardening:
         """How many policies can still be put under stress."""
         return max(0, (self.spend_until - self.searcher.pool.requests) // self.cost)
 
-    def rank(self, policy: Policy) -> tuple[float, int, Score]:
-        """Smaller is better: violations of the stress set, then the score in the scenario itself."""
+    def rank(self, policy: Policy) -> tuple[float, Score]:
+        """Smaller is better: losses under stress, then the score in the scenario itself, its objective at a price.
+
+        The price: as many times the objective again as there are throttles per 100 beyond what is possible, summed
+        over the conditions. So the limits are kept wherever that costs less than it is worth: half a throttle per 100
+        under one condition is avoided for up to 1.5 times the time, but not for ten times.
+        """
         lost, throttled = self.stress.violations(policy)
-        return round(lost, 9), math.floor(throttled / THROTTLE_NOISE), self.searcher.score(policy, self.seeds)
+        own = self.searcher.score(policy, self.seeds)
+        price = 1.0 + throttled if throttled > THROTTLE_NOISE else 1.0
+        return round(lost, 9), (own[0], own[1], own[2] * price)
+
+    def keeps(self, policy: Policy) -> bool:
+        """Whether the policy stays within the limits under every condition, as far as anything tried does."""
+        lost, throttled = self.stress.violations(policy)
+        return lost <= 0.0 and throttled <= THROTTLE_NOISE
 
     def admit(self, policies: Sequence[Policy]) -> list[Policy]:
         """Runs policies under stress: those that are new, at most `most` of them and no more than the effort allows."""
@@ -425,14 +445,23 @@ class Hardening:
         """From a fast setting to one that keeps the limits, by the safer variant that violates least, step by step."""
         self.require([start])
         best = start
-        for _ in range(self.steps):
-            if self.rank(best)[:2] == (0.0, 0.0):
+        for _ in range(2 * self.steps):
+            if self.keeps(best) or not self.affordable:
                 break
-            found = min([best, *self.admit(variants(best))], key=self.rank)
+            found = min([best, *self._most_promising(best, variants(best))], key=self.rank)
             if found is best:
                 break
             best = found
         return best
+
+    def _most_promising(self, best: Policy, variants: list[Policy]) -> list[Policy]:
+        """The few variants that do best where `best` fails, put under the whole of the stress."""
+        failing = self.stress.violated(best)
+        fresh = [p for p in {key_of(p): p for p in variants}.values() if key_of(p) not in self.tried][: 2 * self.most]
+        self.stress.run(fresh, failing)
+        self.searcher.run(fresh, 1)
+        fresh.sort(key=lambda p: (*self.stress.violations(p, failing), self.searcher.score(p, 1)))
+        return self.admit(fresh[:FINALISTS])
 
     def polish(self, start: Policy, neighbours: Callable[[Policy], list[Policy]]) -> Policy:
         """From a setting that keeps the limits to a faster one that keeps them as well, by its best neighbours."""
@@ -446,9 +475,8 @@ class Hardening:
             faster = sorted(
                 (p for p in near if better(self.searcher.score(p, 1), quick)), key=lambda p: self.searcher.score(p, 1)
             )
-            kept = [p for p in self.admit(faster[: self.most // 2]) if self.rank(p)[:2] <= self.rank(best)[:2]]
-            found = min([best, *kept], key=self.rank)
-            if not better(self.searcher.score(found, self.seeds), self.searcher.score(best, self.seeds)):
+            found = min([best, *self.admit(faster[: self.most // 2])], key=self.rank)
+            if found is best:
                 break
             best = found
         return best
