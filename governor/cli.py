@@ -34,7 +34,10 @@ def settings(
     ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="As a table in markdown, both presets.")] = False,
 ) -> None:
-    """List every setting with its default, meaning and range; with an option, print those in force as an env file."""
+    """List every setting and what it may be.
+
+    With an option, the settings that are then in force, as an env file.
+    """
     from governor.policy import Policy, knob_help, knob_table
     from governor.settings import policy_of
 

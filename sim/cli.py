@@ -25,7 +25,7 @@ from typer.main import get_command
 
 from governor.cli import app as governor_app
 from governor.errors import PacelineError
-from sim.options import OUTPUT, Options, finish_by_s, share, takes_options
+from sim.options import Options, finish_by_s, share, takes_options
 from sim.progress import Progress
 
 if TYPE_CHECKING:
@@ -40,10 +40,10 @@ app = typer.Typer(
     "settings would do better.",
     add_completion=False,
     pretty_exceptions_enable=False,
-    no_args_is_help=False,
+    # Plain text: panels cut long option names short on an ordinary terminal.
+    rich_markup_mode=None,
 )
 
-GOAL = "Goal"
 NEEDS_SIM = "planning needs paceline[sim]: pip install 'paceline[sim]'"
 INTERRUPTED, TERMINATED, PIPE_CLOSED, BAD_INPUT, CANNOT = 130, 143, 141, 2, 3
 # One run of so many requests takes long enough to show how far it is.
@@ -59,22 +59,21 @@ def simulate(
     given: Options,
     attempts: Annotated[
         str | None,
-        typer.Option(
-            metavar="FILE.csv|.parquet", help="One row per attempt, of the first run.", rich_help_panel=OUTPUT
-        ),
+        typer.Option(metavar="FILE.csv|.parquet", help="One row per attempt, of the first run."),
     ] = None,
     timeline: Annotated[
         str | None,
-        typer.Option(metavar="FILE.png", help="The first run as a picture.", rich_help_panel=OUTPUT),
+        typer.Option(metavar="FILE.png", help="The first run as a picture."),
     ] = None,
     chrome_trace: Annotated[
         str | None,
-        typer.Option(
-            metavar="FILE.json", help="The first run for Perfetto: a lane per place in flight.", rich_help_panel=OUTPUT
-        ),
+        typer.Option(metavar="FILE.json", help="The first run for Perfetto: a lane per place in flight."),
     ] = None,
 ) -> None:
-    """What would happen under these settings: finish time, 429s, losses, and which knob holds the batch back."""
+    """What would happen under these settings.
+
+    Finish time, 429s, requests lost, and the knob that holds the batch back; with --replications, how much runs differ.
+    """
     from sim import shown
     from sim.experiment import Pool, replicate
     from sim.outputs import check_file
@@ -102,24 +101,18 @@ def simulate(
 @takes_options
 def plan(
     given: Options,
-    out: Annotated[
-        str, typer.Option(metavar="DIR", help="Folder for the report and the settings.", rich_help_panel=OUTPUT)
-    ] = "out",
+    out: Annotated[str, typer.Option(metavar="DIR", help="Folder for the report and the settings.")] = "out",
     objective: Annotated[
         Literal["makespan", "p95_latency"] | None,
-        typer.Option(help="What should become short; makespan if not given.", rich_help_panel=GOAL),
+        typer.Option(help="What should become short; makespan if not given."),
     ] = None,
     max_throttled_per_100: Annotated[
         float | None,
-        typer.Option(
-            metavar="X", min=0.0, help="429s per 100 requests, at most; 1 if not given.", rich_help_panel=GOAL
-        ),
+        typer.Option(metavar="X", min=0.0, help="429s per 100 requests, at most; 1 if not given."),
     ] = None,
     max_lost: Annotated[
         float | None,
-        typer.Option(
-            metavar="P", parser=share, help="Share of requests lost, at most; 0 if not given.", rich_help_panel=GOAL
-        ),
+        typer.Option(metavar="P", parser=share, help="Share of requests lost, at most; 0 if not given."),
     ] = None,
     finish_by: Annotated[
         float | None,
@@ -127,15 +120,18 @@ def plan(
             metavar="6h|06:00",
             parser=finish_by_s,
             help="When it should be done: from its beginning, or the next such time of day.",
-            rich_help_panel=GOAL,
         ),
     ] = None,
     effort: Annotated[
         Literal["quick", "normal", "thorough"] | None,
-        typer.Option(help="How long to search; normal if not given.", rich_help_panel=GOAL),
+        typer.Option(help="How long to search; normal if not given."),
     ] = None,
 ) -> None:
-    """Which settings would do better: two recommendations with evidence, a report, and env files to apply."""
+    """Which settings would do better, with the evidence.
+
+    Two recommendations, one with the eight guardrail knobs alone and one with everything that Paceline can do. Into the
+    folder go the report, the settings as env files, the way back, and a scenario that makes the same plan again.
+    """
     from sim import shown
     from sim.experiment import Pool
     from sim.outputs import page, plan_json, prepared_folder, write_plan
@@ -170,7 +166,6 @@ def capacity(
             metavar="6h|06:00",
             parser=finish_by_s,
             help="When it should be done: from its beginning, or the next such time of day.",
-            rich_help_panel=GOAL,
             show_default=False,
         ),
     ],
@@ -180,7 +175,6 @@ def capacity(
             metavar="P",
             parser=share,
             help="Share of runs that must be in time; 0.95 if not given.",
-            rich_help_panel=GOAL,
         ),
     ] = None,
     tiers: Annotated[
@@ -188,12 +182,15 @@ def capacity(
         typer.Option(
             metavar="MODEL",
             help="Whose published tiers to try; the workload's model if not given.",
-            rich_help_panel=GOAL,
             show_default=False,
         ),
     ] = "",
 ) -> None:
-    """The smallest limit of tokens per minute, and the smallest published tier, that finish the batch in time."""
+    """Which limit or tier finishes the batch in time.
+
+    The smallest limit of tokens per minute, and the smallest published tier, at which it is done by then under these
+    settings. Exit code 3 where none is enough.
+    """
     from sim import shown
     from sim.capacity import PROBES_FORESEEN, default_runs
     from sim.capacity import capacity as find

@@ -18,12 +18,6 @@ import typer
 
 from governor.errors import BadSetting
 
-WORKLOAD = "Workload"
-PROVIDER = "Provider"
-SETTINGS = "Settings"
-RUNS = "Runs"
-OUTPUT = "Output"
-
 _THOUSANDS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 _UNITS_S = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3_600.0, "d": 86_400.0}
 
@@ -101,14 +95,10 @@ class Options:
         ),
     ]
 
-    first: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Only the first N rows; 0 = all.", rich_help_panel=WORKLOAD)
-    ] = 0
+    first: Annotated[int, typer.Option(metavar="N", min=0, help="Only the first N rows; 0 = all.")] = 0
     arrivals: Annotated[
         Literal["batch", "trace"] | None,
-        typer.Option(
-            help="All requests there at the start (the default), or as the trace says.", rich_help_panel=WORKLOAD
-        ),
+        typer.Option(help="All requests there at the start (the default), or as the trace says."),
     ] = None
     columns: Annotated[
         list[str] | None,
@@ -116,7 +106,6 @@ class Options:
             metavar="ROLE=NAME,...",
             help="Which column of a trace is what: prompt, output, arrival (arrival=NAME:ms), max_tokens, latency, "
             "id, model; Azure's, vidur's and Mooncake's names are known.",
-            rich_help_panel=WORKLOAD,
         ),
     ] = None
     outputs_from: Annotated[
@@ -124,7 +113,6 @@ class Options:
         typer.Option(
             metavar="FILE.jsonl",
             help="Answer lengths from an old run's results, by custom_id.",
-            rich_help_panel=WORKLOAD,
         ),
     ] = None
     output_tokens: Annotated[
@@ -132,7 +120,6 @@ class Options:
         typer.Option(
             metavar="P50,P95",
             help="Answer lengths drawn from a log-normal with these quantiles.",
-            rich_help_panel=WORKLOAD,
         ),
     ] = None
     max_tokens: Annotated[
@@ -141,7 +128,6 @@ class Options:
             metavar="N",
             min=-1,
             help="The output cap that every row of a trace declares; -1 = none.",
-            rich_help_panel=WORKLOAD,
         ),
     ] = None
     skip_oversized: Annotated[
@@ -149,7 +135,6 @@ class Options:
         typer.Option(
             "--skip-oversized",
             help="Leave out requests that are charged more than the limit; else they are an error.",
-            rich_help_panel=WORKLOAD,
         ),
     ] = False
 
@@ -159,20 +144,16 @@ class Options:
             metavar="FILE",
             help="Today's settings (see `paceline settings`); other names in the file are ignored. Without it, the "
             "environment's.",
-            rich_help_panel=SETTINGS,
         ),
     ] = None
     assignments: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set", metavar="NAME=VALUE", help="One setting on top; may be repeated.", rich_help_panel=SETTINGS
-        ),
+        typer.Option("--set", metavar="NAME=VALUE", help="One setting on top; may be repeated."),
     ] = None
     finalize: Annotated[
         bool | None,
         typer.Option(
             help="Finish answers that were cut off without text by one more call.",
-            rich_help_panel=SETTINGS,
             show_default=False,
         ),
     ] = None
@@ -183,7 +164,6 @@ class Options:
             metavar="N",
             parser=count,
             help="Tokens per minute that the provider grants, 0 = no limit; OPENAI_TPM_LIMIT follows unless set.",
-            rich_help_panel=PROVIDER,
         ),
     ] = None
     rpm: Annotated[
@@ -192,53 +172,48 @@ class Options:
             metavar="N",
             parser=count,
             help="Requests per minute that it grants, 0 = no limit; OPENAI_RPM_LIMIT follows unless set.",
-            rich_help_panel=PROVIDER,
         ),
     ] = None
     provider: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE.yaml|PRESET",
-            help="The provider's habits: a file, or a published tier such as gpt-4o-tier2.",
-            rich_help_panel=PROVIDER,
+            metavar="PRESET|FILE",
+            help="The provider's habits: a YAML file, or a published tier such as gpt-4o-tier2.",
         ),
     ] = None
     provider_charge: Annotated[
         Literal["auto", "prompt_chars4", "prompt_plus_max", "max_of", "responses", "fixed"] | None,
-        typer.Option(help="How many tokens an admission takes; auto = as measured.", rich_help_panel=PROVIDER),
+        typer.Option(
+            metavar="RULE",
+            help="How many tokens an admission takes: auto (as measured), prompt_chars4, prompt_plus_max, max_of, "
+            "responses, fixed.",
+        ),
     ] = None
     provider_settles: Annotated[
         bool | None,
-        typer.Option(
-            help="Whether real use replaces the charge on completion.", rich_help_panel=PROVIDER, show_default=False
-        ),
+        typer.Option(help="Whether real use replaces the charge on completion.", show_default=False),
     ] = None
     latency: Annotated[
         str | None,
         typer.Option(
-            metavar="MODEL|S,S_PER_TOKEN",
-            help="Time of an answer: a measured model (gpt-4o, gpt-4o-mini, ...), or seconds to the first token and "
-            "per token (0.6,0.008). Default: the workload's model where it was measured, else gpt-4o.",
-            rich_help_panel=PROVIDER,
+            metavar="MODEL",
+            help="Time of an answer, as measured for gpt-4o, gpt-4o-mini, gpt-4.1, ...; or seconds to the first token "
+            "and per token (0.6,0.008). If not given: that of the requests' own model, else gpt-4o.",
         ),
     ] = None
 
     seed: Annotated[
         int | None,
-        typer.Option(metavar="N", min=0, max=2**62, help="Seed of the first run.", rich_help_panel=RUNS),
+        typer.Option(metavar="N", min=0, max=2**32 - 1, help="Seed of the first run."),
     ] = None
     replications: Annotated[
         int | None,
-        typer.Option(
-            metavar="N", min=1, max=10**6, help="How many runs, each with its own seed.", rich_help_panel=RUNS
-        ),
+        typer.Option(metavar="N", min=1, max=10**6, help="How many runs, each with its own seed."),
     ] = None
-    workers: Annotated[
-        int, typer.Option(metavar="N", min=0, max=1024, help="Processes; 0 = one per core.", rich_help_panel=RUNS)
-    ] = 0
+    workers: Annotated[int, typer.Option(metavar="N", min=0, max=1024, help="Processes; 0 = one per core.")] = 0
     json: Annotated[
         bool,
-        typer.Option("--json", help="One JSON object on stdout and nothing else there.", rich_help_panel=OUTPUT),
+        typer.Option("--json", help="One JSON object on stdout and nothing else there."),
     ] = False
 
 

@@ -1,7 +1,7 @@
 """Results as text for a terminal or a pipe: the tables of `simulate`, `plan` and `capacity`.
 
-What lives here: pure functions from results to lines. What must not: printing, files, and the wording of single figures
-(`words`). Plain text, the same in a terminal and in a pipe; long lines are wrapped to `width` columns.
+What lives here: pure functions from results to lines. What must not: printing, files, columns and paragraphs
+(`layout`), and the wording of single figures (`words`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from governor.policy import KNOB_BY_ENV, Policy
 from governor.summary import CAUSES, Summary
 from sim import words
 from sim.capacity import Capacity, Probe
+from sim.layout import facts, table, wrapped
 from sim.results import Estimate, Forecast, Plan, Recommendation, at_most
 from sim.scenario import Scenario, stress_notes
 from sim.workload import ASSUMED, MEASURED, Provenance
@@ -59,45 +60,6 @@ _WRITE: dict[str, Callable[[float], str]] = {
     "percent": words.percent,
     "number": words.number,
 }
-
-
-# ---------------------------------------------------------------- layout
-
-
-def table(rows: Sequence[Sequence[str]], *, width: int = 0, ruled: bool = True) -> str:
-    """Rows as aligned columns, the first row (unless not `ruled`) underlined; the last column wraps at `width`.
-
-    Columns after the first are flush right, but for a last one that wraps.
-    """
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    if width:
-        widths[-1] = max(24, min(widths[-1], width - sum(widths[:-1]) - 2 * (len(widths) - 1)))
-    lines = []
-    for number, row in enumerate(rows):
-        cells = [
-            textwrap.wrap(cell, widths[i]) or [""] if width and i == len(row) - 1 else [cell]
-            for i, cell in enumerate(row)
-        ]
-        for depth in range(max(map(len, cells))):
-            parts = []
-            for i, cell in enumerate(cells):
-                text = cell[depth] if depth < len(cell) else ""
-                left = i == 0 or (width and i == len(row) - 1)
-                parts.append(text.ljust(widths[i]) if left else text.rjust(widths[i]))
-            lines.append("  ".join(parts).rstrip())
-        if number == 0 and ruled:
-            lines.append("  ".join("-" * w for w in widths))
-    return "\n".join(lines)
-
-
-def facts(pairs: Sequence[tuple[str, str]], width: int) -> str:
-    """Names with texts, the texts aligned and wrapped."""
-    return table([list(pair) for pair in pairs], width=width, ruled=False)
-
-
-def wrapped(text: str, width: int, indent: str = "") -> str:
-    """A paragraph, later lines indented."""
-    return textwrap.fill(text, width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
 
 
 # ---------------------------------------------------------------- sentences

@@ -8,7 +8,8 @@ import pytest
 
 from governor.policy import KNOB_BY_ENV, Policy
 from governor.summary import CAUSES
-from sim.shown import WAITED_FOR, facts, held_back, inputs_text, plain, table, waits_text
+from sim.layout import facts, table
+from sim.shown import WAITED_FOR, held_back, inputs_text, plain, waits_text
 
 
 def waits(**seconds: float) -> dict[str, float]:

@@ -1,0 +1,42 @@
+"""Columns and paragraphs of plain text, the same in a terminal and in a pipe; `width` is in characters."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+
+def table(rows: Sequence[Sequence[str]], *, width: int = 0, ruled: bool = True) -> str:
+    """Rows as aligned columns, the first row (unless not `ruled`) underlined; the last column wraps at `width`.
+
+    Columns after the first are flush right, but for a last one that wraps.
+    """
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    if width:
+        widths[-1] = max(24, min(widths[-1], width - sum(widths[:-1]) - 2 * (len(widths) - 1)))
+    lines = []
+    for number, row in enumerate(rows):
+        cells = [
+            textwrap.wrap(cell, widths[i]) or [""] if width and i == len(row) - 1 else [cell]
+            for i, cell in enumerate(row)
+        ]
+        for depth in range(max(map(len, cells))):
+            parts = []
+            for i, cell in enumerate(cells):
+                text = cell[depth] if depth < len(cell) else ""
+                left = i == 0 or (width and i == len(row) - 1)
+                parts.append(text.ljust(widths[i]) if left else text.rjust(widths[i]))
+            lines.append("  ".join(parts).rstrip())
+        if number == 0 and ruled:
+            lines.append("  ".join("-" * w for w in widths))
+    return "\n".join(lines)
+
+
+def facts(pairs: Sequence[tuple[str, str]], width: int) -> str:
+    """Names with texts, the texts aligned and wrapped."""
+    return table([list(pair) for pair in pairs], width=width, ruled=False)
+
+
+def wrapped(text: str, width: int, indent: str = "") -> str:
+    """A paragraph, later lines indented."""
+    return textwrap.fill(text, width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
