@@ -11,7 +11,7 @@ import pytest
 from governor import law
 from governor.law import BUCKET, FIXED, RPD, RPM, SLIDING, TPD, TPM
 from tests.governor import laws
-from tests.governor.laws import INF, WINDOWS, Job, Launch, Pool, after, free, params
+from tests.governor.laws import INF, WINDOWS, Job, Launch, Pool, Reply, after, by_attempt, free, params
 
 # ---------------------------------------------------------------- settling and refunds
 
