@@ -23,7 +23,6 @@ install: $(STAMP_ALL)  ## the whole set-up: .venv with all extras and the develo
 
 demo: $(STAMP_SIM) examples/batch.jsonl  ## plan the example batch; the report goes to out/report.html
 	@$(BIN)/paceline plan examples/batch.jsonl --env-file examples/today.env --out $(OUT)
-	@echo "report: $(OUT)/report.html"
 
 test: $(STAMP_ALL)  ## the whole test suite (PYTEST_ARGS='-k law' for a part)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)

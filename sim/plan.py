@@ -125,8 +125,8 @@ class Planner:
             policies,
             figure=self.goal.figure,
             precision_ratio=PRECISION,
-            first=self.budget.final_first,
-            most=self.budget.final_most,
+            first=self.scenario.replications or self.budget.final_first,
+            most=self.scenario.replications or self.budget.final_most,
             seed=self.scenario.seed + FRESH_SEEDS,
             pool=self.pool,
         )
@@ -255,6 +255,7 @@ class Planner:
         steps = []
         for i, name in enumerate(names):
             before, after = along[i], along[i + 1]
+            left_out_s = self.searcher.score(without[i], seeds)[2] - end
             steps.append(
                 Step(
                     env=KNOB_BY_NAME[name].env,
@@ -262,9 +263,9 @@ class Planner:
                     new=getattr(found.policy, name),
                     objective_s=after[figure].mean,
                     gain_s=before[figure].mean - after[figure].mean,
-                    left_out_s=self.searcher.score(without[i], seeds)[2] - end,
+                    left_out_s=left_out_s,
                     throttled_per_100=after["throttled_per_100"].mean,
-                    reason=reason_for(name, now.policy, found.policy, now.waits_s, self.scenario),
+                    reason=reason_for(name, now.policy, found.policy, now.waits_s, left_out_s, self.scenario),
                 )
             )
         gain = paired_difference(now, found, figure)

@@ -6,10 +6,17 @@ from collections.abc import Mapping
 
 from governor.policy import Policy
 from sim.scenario import Scenario
+from sim.words import duration
 
 
-def reason_for(name: str, old: Policy, new: Policy, waits_s: Mapping[str, float], scenario: Scenario) -> str:
-    """Why this knob changes. `waits_s`: mean waits by cause under today's settings, seconds over all requests."""
+def reason_for(
+    name: str, old: Policy, new: Policy, waits_s: Mapping[str, float], left_out_s: float, scenario: Scenario
+) -> str:
+    """Why this knob changes.
+
+    `waits_s`: mean waits by cause under today's settings, seconds over all requests. `left_out_s`: what the
+    recommendation loses without this change.
+    """
     before, after = getattr(old, name), getattr(new, name)
     waited = _share(waits_s)
     rule = scenario.provider.charge_rule
@@ -20,15 +27,17 @@ def reason_for(name: str, old: Policy, new: Policy, waits_s: Mapping[str, float]
             return f"{held}; the token budget paces launches by itself"
         return "spaces launches, so that a burst does not meet a limit that the budget cannot see"
     if name == "max_concurrency":
-        if after > before:
+        if after > before and waits_s["concurrency"] > 0.05 * sum(waits_s.values()):
             return f"{waited('concurrency')} of all waiting was for a free place in flight"
+        if after > before:
+            return f"{before} in flight would hold back what the other changes gain, by {duration(left_out_s)}"
         return "more in flight brings nothing here, and fewer are exposed when the provider refuses"
     if name == "tpm_headroom":
         if after < before:
             return f"the budget follows the provider's own refill; {before:.1%} of {tpm:,.0f} tokens/min lay idle"
         return "leaves room for what the reservation does not cover"
     texts = {
-        "est_tokens_per_run": f"reserves what the provider charges ({rule}), not a flat {old.est_tokens_per_run:,} tokens",
+        "est_tokens_per_run": f"nearer to what the provider charges ({rule}) than {old.est_tokens_per_run:,} tokens",
         "retry_max_attempts": "a request survives a longer run of refusals" if after > before else "fewer suffice",
         "backoff_base_seconds": "returns sooner after a refusal" if after < before else "waits out a refusal",
         "finalize_lowers_concurrency": "finalize passes need not slow the others down",

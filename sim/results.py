@@ -115,6 +115,8 @@ def at_most(seen: int, trials: int) -> float:
     """Upper 95 % limit of a probability, `seen` events in `trials` (Clopper and Pearson, one-sided)."""
     if trials <= 0 or seen >= trials:
         return 1.0
+    if seen == 0:
+        return float(1.0 - (1.0 - CONFIDENCE) ** (1.0 / trials))
     from scipy.stats import beta
 
     return float(beta.ppf(CONFIDENCE, seen + 1, trials - seen))
