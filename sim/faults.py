@@ -16,7 +16,8 @@ which the file may set too. Example:
 Times are the provider's seconds since its first request. Events are asked in their order, the first that strikes
 counts. Those at the door (throttled, slow_down, quota, overloaded, unauthorized, model_not_found) come in the place of
 an admission: nothing is charged. The others (server_error, stall, drop, truncate, malformed) strike after admission:
-the charge is taken. Chance is keyed by request and attempt, like all chance here.
+the charge is taken. A forced 429 speaks of requests per minute, whatever the headers beside it show. Chance is keyed by
+request and attempt, like all chance here.
 """
 
 from __future__ import annotations

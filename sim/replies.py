@@ -315,8 +315,8 @@ class Desk:
         """An event at the door."""
         stated_s = self._stated(event.retry_after_s)
         if event.kind == "throttled":
-            limit = prov.limit_now(self.pp, self.ps, prov.TPM)
-            body = wire.rate_error(call.model, prov.TPM, limit, limit, call.sizes.prompt_tokens, stated_s)
+            limit = max(1.0, prov.limit_now(self.pp, self.ps, prov.RPM))
+            body = wire.rate_error(call.model, prov.RPM, limit, limit, 1.0, stated_s)
             reply = self._refusal("throttled", body)
         elif event.kind == "slow_down":
             reply = self._refusal("slow_down", wire.slow_down_error())
