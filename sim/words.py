@@ -59,12 +59,14 @@ def number(value: float) -> str:
     return f"{value:.1g}" if float(text) == 0.0 else text
 
 
-def percent(ratio: float, digits: int = 2) -> str:
-    """A share: "73 %", "0.41 %". `digits`: significant ones, at most; whole percents from 10 % on."""
+def percent(ratio: float) -> str:
+    """A share: "73 %", "0.41 %", "99.8 %": two digits, and never 100 % for what is less."""
     if math.isnan(ratio):
         return "not known"
     sign, value = ("−", -100.0 * ratio) if ratio < 0.0 else ("", 100.0 * ratio)
-    return f"{sign}{value:.0f} %" if value >= 9.95 or value == 0.0 else f"{sign}{value:.{digits}g} %"
+    if 99.0 <= value < 100.0:
+        return f"{sign}{math.floor(10.0 * value) / 10.0:.1f} %"
+    return f"{sign}{value:.0f} %" if value >= 9.95 or value == 0.0 else f"{sign}{value:.2g} %"
 
 
 def percent_at_most(ratio: float) -> str:
