@@ -128,7 +128,7 @@ class Wait(NamedTuple):
 
 def head_waits(attempts: Iterable[Attempt]) -> list[Wait]:
     """What the head of the queue waited for, in order of time and without overlap. See the module's docstring."""
-    ordered = sorted(attempts, key=lambda a: (a.launched_s, a.eligible_s))
+    ordered = sorted(attempts, key=lambda a: (a.launched_s, a.eligible_s, a.request, a.attempt))
     # From when on somebody was waiting who launched later than attempt i.
     others_since = [inf] * len(ordered)
     for i in range(len(ordered) - 1, 0, -1):
