@@ -75,7 +75,12 @@ def waits(forecasts: Mapping[str, Forecast]) -> Figure:
         )
         for row, value in zip(rows, values, strict=True):
             ax.annotate(
-                duration(value), (value / per, row), (4, 0), textcoords="offset points", va="center", fontsize=8
+                duration(value) if value > 0.05 else "0 s",
+                (value / per, row),
+                (4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
             )
     ax.set_yticks(range(len(seen)), [CAUSE_LABELS[cause][0] for cause in seen])
     ax.invert_yaxis()
@@ -96,7 +101,7 @@ def heat(map_: Heat, *, objective: str = "makespan", throttled_limit: float = 1.
     Now and the recommendation are marked where they lie, between the cells if need be, or at the edge.
     """
     rows, cols = map_.objective_s.shape
-    figure = new_figure(1.3 + 0.62 * max(cols, 5), 1.75 + 0.42 * max(rows, 4))
+    figure = new_figure(1.3 + 0.48 * max(cols, 8), 1.75 + 0.4 * max(rows, 4))
     ax = figure.add_subplot()
     known = map_.objective_s[np.isfinite(map_.objective_s)]
     low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
@@ -149,8 +154,8 @@ def _cell(ax: Axes, image: Any, map_: Heat, x: int, y: int, per: float, throttle
     # Relative luminance (WCAG 2): above 0.18 black has the better contrast.
     luminance = sum(w * c**2.2 for w, c in zip((0.2126, 0.7152, 0.0722), colour[:3], strict=True))
     ink = "black" if luminance > 0.18 else "white"
-    text = f"{value:,.0f}" if value >= 99.95 else f"{value:#.3g}" if known else "–"
-    ax.text(x + 0.5, y + 0.48 + raised, f"{text}{mark}", ha="center", va="center", fontsize=7.5, color=ink)
+    text = "–" if not known else f"{value:,.0f}" if value >= 99.95 else f"{value:#.3g}"
+    ax.text(x + 0.5, y + 0.48 + raised, f"{text}{mark}", ha="center", va="center", fontsize=8, color=ink)
 
 
 def _knob_axis(axis: Any, env: str, values: Sequence[float]) -> None:
