@@ -157,10 +157,14 @@ def _inputs(provenance: Provenance, provider_text: ProviderText) -> list[dict[st
 def _columns(plan: Plan) -> list[dict[str, str]]:
     about = {
         "now": "today's settings",
-        "guardrails": f"{_count(len(plan.guardrails.steps), 'change')} among the eight knobs, no new code",
-        "recommended": f"{_count(len(plan.full.steps), 'change')}, everything Paceline can do",
+        "guardrails": f"{_changes(plan.guardrails)} among the eight knobs, no new code",
+        "recommended": f"{_changes(plan.full)}, everything Paceline can do",
     }
     return [{"name": who, "label": style.STYLES[who].label, "about": about[who]} for who in text.policies_of(plan)]
+
+
+def _changes(found: Recommendation) -> str:
+    return _count(len(found.steps), "change") if found.steps else "no change"
 
 
 def _headline(plan: Plan) -> list[Row]:
@@ -226,6 +230,8 @@ def _efficiency(f: Forecast) -> Cell:
 
 def _gained(plan: Plan, found: Recommendation) -> Cell:
     gain, share = found.gain_s, text.gain_share(found, plan)
+    if not found.steps:
+        return Cell("none", "these are today's settings")
     return Cell(f"{duration(gain.mean)} ({percent(share)})", interval(gain), seconds_text(gain.mean))
 
 
@@ -242,7 +248,9 @@ def _noise_text(plan: Plan) -> str:
 
 def _recommendation(plan: Plan, found: Recommendation, which: str) -> dict[str, Any]:
     headings = {"all": "Recommended: everything that Paceline can do", "few": "With the eight guardrail knobs alone"}
-    about = "These are today's settings: nothing that was tried is better." if not found.steps else ""
+    about = "These are today's settings: nothing that was tried is better."
+    if found.unguarded:
+        about = "These are today's settings: nothing faster keeps the limits whatever the provider does."
     if found.steps:
         name, figure = style.OBJECTIVES[plan.objective]
         mean, today = found.forecast[figure].mean, plan.now[figure].mean

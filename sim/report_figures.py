@@ -35,6 +35,9 @@ _THEME = {
 def drawn(plan: Plan, grant: Grant) -> dict[str, Any]:
     """The figures by name, as elements of the page; "" where there is nothing to draw."""
     forecasts = policies_of(plan)
+    if not plan.guardrails.steps:
+        # Today's settings once more: a second curve on top of the first would only hide it.
+        del forecasts["guardrails"]
     name, figure = style.OBJECTIVES[plan.objective]
     look: dict[str, Any] = {"objective": plan.objective, "throttled_limit": throttled_limit(plan)}
     timelines = {who: plan.timelines[who] for who in forecasts if plan.timelines.get(who)}
@@ -65,7 +68,7 @@ def drawn(plan: Plan, grant: Grant) -> dict[str, Any]:
             for i, each in enumerate(plan.heats)
         ],
         "stress": inline(
-            figures.stress(plan.stress, forecasts | {"runner_up": plan.runner_up}, objective=plan.objective),
+            figures.stress(plan.stress, policies_of(plan) | {"runner_up": plan.runner_up}, objective=plan.objective),
             "stress",
             f"The {name} of each policy under each condition of the stress set; the table below has the figures.",
         ),

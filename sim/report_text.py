@@ -12,12 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from governor.summary import Grant
 from sim.results import Forecast, Plan, Recommendation, at_most
 from sim.style import CAUSE_LABELS, OBJECTIVES, STYLES
-from sim.words import duration, interval, lost_text, number, percent, percent_at_most
+from sim.words import between, duration, interval, lost_text, number, percent, percent_at_most
 
 # Below this share of the objective a gain is not worth a word.
 SAME = 0.005
-# Waiting for these is waiting for the provider: no setting of ours shortens it.
-_PROVIDERS_OWN = ("tpm", "rpm", "day")
+# From this efficiency on, the provider's limit is what holds the batch back, whatever the queue's head waits for.
+SATURATED = 0.9
 
 
 def policies_of(plan: Plan) -> dict[str, Forecast]:
@@ -121,13 +121,11 @@ def held_back(plan: Plan) -> str:
     today, then = _causes(plan.now), _causes(plan.full.forecast)
     said = f"Today {today}." if today else "Today no request waits for anything."
     said += f" With the recommended settings {then}." if then else " With the recommended settings none waits."
-    waits = plan.full.forecast.waits_s
-    own = sum(waits.get(cause, 0.0) for cause in _PROVIDERS_OWN)
     efficiency = plan.full.forecast["efficiency"].mean
-    if own > 0.8 * sum(waits.values()) > 0.0 and efficiency > 0.85:
+    if efficiency >= SATURATED:
         said += (
-            f" That is the provider's limit itself, of which {percent(efficiency)} is put to use: "
-            "beyond this only a higher limit or fewer tokens help."
+            f" Then {percent(efficiency)} of what any scheduler could reach with this quota is reached: beyond that, "
+            "only a higher limit or fewer tokens help."
         )
     return said
 
@@ -185,7 +183,7 @@ def noise(plan: Plan) -> list[str]:
     for who, f in policies_of(plan).items():
         e = f[figure]
         width = f"± {duration(e.half_width)}" if e.n > 1 else "(one run: no interval)"
-        spread = f"; 9 of 10 runs between {duration(e.p5)} and {duration(e.p95)}" if e.n > 1 else ""
+        spread = f"; 9 of 10 runs: {between(e.p5, e.p95)}" if e.n > 1 else ""
         found.append(f"{STYLES[who].label}: mean {name} {duration(e.mean)} {width}{spread}")
     gain = plan.full.gain_s
     if gain.n > 1:
@@ -220,8 +218,8 @@ def over_time_caption(grant: Grant) -> str:
     text = "One run of each, under the same chance. Tokens count from the moment at which the provider admits them."
     if grant.tpm_limit > 0.0 and not grant.minute_reset:
         text += (
-            " The limit is a bucket that refills continuously and is full at the start: the first minute may carry up "
-            "to twice the limit, later ones the limit itself."
+            " The limit is a bucket that refills continuously: at the start, when it is full, and after a quiet spell "
+            "one minute may carry up to twice the limit."
         )
     return text + " The lower panel has one time axis for all: steeper is faster, and each curve ends with its run."
 
