@@ -21,7 +21,7 @@ from governor.law import BUCKET, FIXED, SLIDING, TPD, TPM
 from tests.governor import laws
 from tests.governor.laws import Booking, Job, Pool, Reply, params
 
-EXAMPLES = 4 * settings().max_examples
+EXAMPLES = 2 * settings().max_examples
 LENGTH_S = (60.0, 60.0, 86_400.0, 86_400.0)
 # Half seconds meet the borders of cells and minutes exactly; the others meet nothing.
 MOMENTS = st.integers(0, 400).map(lambda n: n / 2.0) | st.floats(0.0, 200.0)
