@@ -1,0 +1,393 @@
+"""The journal's writing half: what a driver reports, gathered in memory and committed together.
+
+What lives here: `Recorder`, the driver's `Observer`, one per pool, and `Writer`, which commits for all of them. What
+must not: reading, and what happens before the first launch and after the last (`journal`).
+
+Theory of operation. Reports are plain appends to a batch. The driver awaits `flushed` before it sends, and a commit
+takes the whole batch to a thread of its own, where JSON is made and the disk is waited for; what is reported meanwhile
+gathers in the next batch. One commit is under way at a time, so however many tasks wait, the disk sees one fsync after
+another and each carries all that had been reported when it began (group commit). What nobody waits for, such as a
+result with no launch after it, is committed LINGER_S after the first report.
+
+Order. Batches are committed in order and each in one transaction, so the journal always holds a prefix of what was
+reported: a result is never there without the launch before it, nor half of what one event reported.
+
+Failure. A commit that fails (no room on the disk) leaves nothing behind; its batch goes back in front of what came
+since, and every task that waited gets the `JournalError`, so that nothing is sent on an unrecorded launch. The next
+flush tries again, unless nobody can know what the disk has kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import bindparam, case, insert, update
+
+from governor.database import Database, JournalError
+from governor.driver import Job, Observer
+from governor.law import State
+from governor.policy import Policy
+from governor.requests import Answer, Attempt, Outcome, Request
+from governor.schema import (
+    DONE,
+    FAILED,
+    IN_FLIGHT,
+    LANES,
+    PENDING,
+    attempt_row,
+    attempts,
+    commands,
+    decisions,
+    deferrals,
+    policies,
+    requests,
+    result_row,
+    results,
+    settings_of,
+)
+from governor.verify import RESTORED, numbers_of, result_of, stored
+
+# How long a result may be known and not yet on the disk: well below any launch gap or service time.
+LINGER_S = 0.02
+# The account is at fault: the attempt does not count against the request's attempts.
+_UNCOUNTED = (Outcome.QUOTA, Outcome.UNAUTHORIZED)
+
+_MOVED = (
+    update(requests)
+    .where(requests.c.request == bindparam("b_request"))
+    .values(
+        state=bindparam("b_state"),
+        lane=bindparam("b_lane"),
+        attempt=bindparam("b_attempt"),
+        launched_s=bindparam("b_launched_s"),
+        first_launched_s=case(
+            (requests.c.first_launched_s < 0, bindparam("b_first_launched_s")), else_=requests.c.first_launched_s
+        ),
+    )
+)
+_ENDED = (
+    update(requests)
+    .where(requests.c.request == bindparam("b_request"))
+    .values(state=bindparam("b_state"), failure=bindparam("b_failure"), ended_s=bindparam("b_ended_s"))
+)
+_DEFERRED = (
+    update(deferrals)
+    .where(
+        deferrals.c.leg == bindparam("b_leg"),
+        deferrals.c.pool == bindparam("b_pool"),
+        deferrals.c.cause == bindparam("b_cause"),
+    )
+    .values(requests=deferrals.c.requests + bindparam("b_requests"))
+)
+_TAKEN = (
+    update(commands)
+    .where(commands.c.id == bindparam("b_id"))
+    .values(taken_s=bindparam("b_taken_s"), outcome=bindparam("b_outcome"))
+)
+
+
+@dataclass(slots=True)
+class _Move:
+    """Where a request stands after its latest launch or attempt. `first_launched_s` counts only if none is stored."""
+
+    state: str
+    lane: str
+    attempt: int
+    launched_s: float
+    first_launched_s: float
+
+    def row(self, request: int) -> dict[str, Any]:
+        return {
+            "b_request": request,
+            "b_state": self.state,
+            "b_lane": self.lane,
+            "b_attempt": self.attempt,
+            "b_launched_s": self.launched_s,
+            "b_first_launched_s": self.first_launched_s,
+        }
+
+
+@dataclass(slots=True)
+class _Calls:
+    """Consecutive calls of the law in one chain: name, arguments, result."""
+
+    first: int
+    calls: list[tuple[str, tuple[Any, ...], Any]] = field(default_factory=list)
+
+    def row(self, leg: int, pool: int) -> dict[str, Any]:
+        numbers = ((name, numbers_of(arguments), result_of(result)) for name, arguments, result in self.calls)
+        return {"leg": leg, "pool": pool, "first": self.first, "count": len(self.calls), "calls": stored(numbers)}
+
+
+@dataclass(slots=True)
+class Batch:
+    """What was reported and is not yet on the disk, in the order of the reports within each kind."""
+
+    moves: dict[int, _Move] = field(default_factory=dict)
+    attempts: list[tuple[Attempt, Answer]] = field(default_factory=list)
+    ends: list[tuple[int, str, Answer | None, float]] = field(default_factory=list)
+    decisions: dict[tuple[int, int], _Calls] = field(default_factory=dict)
+    deferrals: dict[tuple[int, int, int], int] = field(default_factory=dict)
+    policies: list[tuple[int, int, float, Policy]] = field(default_factory=list)
+    taken: list[tuple[int, float, str]] = field(default_factory=list)
+
+    def holds_any(self) -> bool:
+        """Whether there is anything to commit."""
+        return bool(
+            self.decisions or self.moves or self.attempts or self.ends or self.deferrals or self.policies or self.taken
+        )
+
+    def moved(self, request: int, move: _Move) -> None:
+        """The request stands elsewhere now; of its launches within this batch, the first stays the first."""
+        before = self.moves.get(request)
+        if before is not None:
+            move.first_launched_s = before.first_launched_s
+        self.moves[request] = move
+
+    def followed_by(self, later: Batch) -> Batch:
+        """This batch with what came after it."""
+        for request, move in later.moves.items():
+            self.moved(request, move)
+        self.attempts += later.attempts
+        self.ends += later.ends
+        for chain, calls in later.decisions.items():
+            if chain in self.decisions:
+                self.decisions[chain].calls += calls.calls
+            else:
+                self.decisions[chain] = calls
+        for key, count in later.deferrals.items():
+            self.deferrals[key] = self.deferrals.get(key, 0) + count
+        self.policies += later.policies
+        self.taken += later.taken
+        return self
+
+    def statements(self) -> list[tuple[Any, list[dict[str, Any]]]]:
+        """What to execute, and with which rows. Moves come before ends: an end is a request's last word."""
+        ends, answers = [], []
+        for request, failure, answer, ended_s in self.ends:
+            state = FAILED if failure else DONE
+            ends.append({"b_request": request, "b_state": state, "b_failure": str(failure), "b_ended_s": ended_s})
+            if answer is not None:
+                answers.append(result_row(request, answer))
+        return [
+            (insert(policies), [_policy_row(*change) for change in self.policies]),
+            (_MOVED, [move.row(request) for request, move in self.moves.items()]),
+            (insert(attempts), [attempt_row(*each) for each in self.attempts]),
+            (_ENDED, ends),
+            (insert(results), answers),
+            (insert(decisions), [calls.row(*chain) for chain, calls in self.decisions.items()]),
+            (_DEFERRED, [_deferral_row(*key, count) for key, count in self.deferrals.items()]),
+            (_TAKEN, [{"b_id": i, "b_taken_s": at_s, "b_outcome": outcome} for i, at_s, outcome in self.taken]),
+        ]
+
+
+def _policy_row(leg: int, pool: int, at_s: float, policy: Policy) -> dict[str, Any]:
+    return {"leg": leg, "pool": pool, "at_s": at_s, "settings": settings_of(policy)}
+
+
+def _deferral_row(leg: int, pool: int, cause: int, count: int) -> dict[str, Any]:
+    return {"b_leg": leg, "b_pool": pool, "b_cause": cause, "b_requests": count}
+
+
+# ---------------------------------------------------------------- commits
+
+
+@dataclass(slots=True, eq=False)
+class _Commit:
+    """A commit under way. `future` is the thread's; `over` is the event loop's, None outside one."""
+
+    number: int
+    batch: Batch
+    future: concurrent.futures.Future[None]
+    over: asyncio.Future[None] | None = None
+
+
+class Writer:
+    """Commits what gathers in `batch`. Used from one thread: the event loop's, or a program's own.
+
+    `trouble`: the error of the latest commit, None once one succeeds; after a lasting one nothing is written any more.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        self.batch = Batch()
+        self.trouble: JournalError | None = None
+        self.commits = 0
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "paceline-journal")
+        self._filling = 1  # the number of the batch that is being filled
+        self._durable = 0
+        self._commit: _Commit | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def touched(self) -> None:
+        """Something was reported: it is committed soon, whether anybody waits for it or not."""
+        if self._timer is None:
+            try:
+                loop = asyncio.get_running_loop()
+            except RuntimeError:
+                return  # outside an event loop whoever reports commits, too
+            self._timer = loop.call_later(LINGER_S, self._lingered)
+
+    def _lingered(self) -> None:
+        self._timer = None
+        if self._commit is not None:
+            self.touched()
+        elif self.batch.holds_any() and not self._is_broken():
+            self._begin(asyncio.get_running_loop())
+
+    async def flushed(self) -> None:
+        """Returns when all that was reported before the call is on the disk; JournalError if it cannot be."""
+        wanted = self._filling if self.batch.holds_any() else self._filling - 1
+        while self._durable < wanted:
+            if self._is_broken():
+                assert self.trouble is not None
+                raise self.trouble
+            commit = self._commit or self._begin(asyncio.get_running_loop())
+            if commit.future.done():
+                self._settled(commit)  # over, and the event loop has not yet come to say so
+            else:
+                assert commit.over is not None
+                # Shielded: a task that is cancelled while it waits takes nobody's commit with it.
+                await asyncio.shield(commit.over)
+
+    def commit(self) -> None:
+        """The same for a program without an event loop, and for the end of a run: waits in place."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._commit is not None:
+            concurrent.futures.wait([self._commit.future])
+            self._settled(self._commit)
+        if self.batch.holds_any():
+            if not self._is_broken():
+                commit = self._begin(None)
+                concurrent.futures.wait([commit.future])
+                self._settled(commit)
+            if self.trouble is not None:
+                raise self.trouble
+
+    def close(self) -> None:
+        """Commits what is left and ends the thread, also if that fails (JournalError)."""
+        try:
+            self.commit()
+        finally:
+            self._thread.shutdown()
+
+    def abandon(self) -> None:
+        """Ends the thread and forgets what is not on the disk."""
+        self.batch = Batch()
+        self._thread.shutdown()
+
+    def _is_broken(self) -> bool:
+        return self.trouble is not None and not self.trouble.retryable
+
+    def _begin(self, loop: asyncio.AbstractEventLoop | None) -> _Commit:
+        assert self._commit is None, "one commit at a time"
+        batch, self.batch = self.batch, Batch()
+        commit = _Commit(self._filling, batch, self._thread.submit(self._write, batch))
+        self._commit = commit
+        self._filling += 1
+        if loop is not None:
+            commit.over = asyncio.wrap_future(commit.future, loop=loop)
+            # First in line: who waits for the commit finds it settled.
+            commit.over.add_done_callback(lambda _: self._settled(commit))
+        return commit
+
+    def _settled(self, commit: _Commit) -> None:
+        """The commit is over: its batch is on the disk, or comes back. Once per commit, whoever hears of it first."""
+        if commit is not self._commit:
+            return
+        self._commit = None
+        error = commit.future.exception()
+        if commit.over is not None and commit.over.done() and not commit.over.cancelled():
+            commit.over.exception()  # heard, even if nobody waited
+        if error is None:
+            self.trouble = None
+            self.commits += 1
+            self._durable = commit.number
+        else:
+            self.trouble = error if isinstance(error, JournalError) else JournalError(f"internal error: {error!r}")
+            self.batch = commit.batch.followed_by(self.batch)
+
+    def _write(self, batch: Batch) -> None:
+        with self.database.writing() as connection:
+            for statement, rows in batch.statements():
+                if rows:
+                    connection.execute(statement, rows)
+
+
+# ---------------------------------------------------------------- reports
+
+
+class Recorder(Observer):
+    """Writes down what the driver of one pool reports in one leg. Reports never raise; `flushed` may (JournalError).
+
+    `state`: where the law's state goes on, for the governor; None in a first leg, which begins with a fresh one.
+    `trouble`: why the latest commit failed, None if it did not.
+    """
+
+    def __init__(self, writer: Writer, leg: int, pool: int, state: State | None = None) -> None:
+        self.state = state
+        self._writer = writer
+        self._chain = leg, pool
+        self._sequence = 0
+        if state is not None:
+            # As numbers at once: the governor changes the state from now on.
+            self.decided(RESTORED, numbers_of((state,)), None)
+
+    @property
+    def trouble(self) -> JournalError | None:
+        return self._writer.trouble
+
+    def launched(self, job: Job, now: float) -> None:
+        """The request is marked `in_flight`; with `flushed`, before it is sent."""
+        move = _Move(IN_FLIGHT, LANES[job.lane], job.attempt, now, job.first_launched_s)
+        self._writer.batch.moved(job.index, move)
+        self._writer.touched()
+
+    async def flushed(self) -> None:
+        """Returns when what was reported so far is on the disk."""
+        await self._writer.flushed()
+
+    def attempted(self, attempt: Attempt, answer: Answer, failure: str) -> None:
+        """A row of `attempts`. A request that will be tried again is pending until then, with its next attempt.
+
+        After an answer it stays `in_flight` until `ended` comes, or the launch of its finalize pass.
+        """
+        batch = self._writer.batch
+        batch.attempts.append((attempt, answer))
+        if not failure and attempt.outcome is not Outcome.OK:
+            again = attempt.attempt if attempt.outcome in _UNCOUNTED else attempt.attempt + 1
+            at_s = attempt.launched_s
+            batch.moved(attempt.request, _Move(PENDING, attempt.lane, again, at_s, at_s))
+        self._writer.touched()
+
+    def ended(self, request: Request, failure: str, answer: Answer | None, now: float) -> None:
+        """The request is `done` or `failed`, and what came back last is kept."""
+        self._writer.batch.ends.append((request.index, failure, answer, now))
+        self._writer.touched()
+
+    def deferred(self, cause: int) -> None:
+        """One more request that had to wait for that cause."""
+        counts = self._writer.batch.deferrals
+        key = (*self._chain, cause)
+        counts[key] = counts.get(key, 0) + 1
+        self._writer.touched()
+
+    def decided(self, name: str, arguments: tuple[Any, ...], result: Any) -> None:
+        """One more call in `decisions`. Bags among the arguments must not change afterwards."""
+        chains = self._writer.batch.decisions
+        calls = chains.get(self._chain)
+        if calls is None:
+            calls = chains[self._chain] = _Calls(self._sequence)
+        calls.calls.append((name, arguments, result))
+        self._sequence += 1
+        self._writer.touched()
+
+    def policy_changed(self, policy: Policy, at_s: float) -> None:
+        """The settings from `at_s` on, beside the decision (`repriced`) that carries their numbers."""
+        self._writer.batch.policies.append((*self._chain, at_s, policy))
+        self._writer.touched()
