@@ -1,0 +1,395 @@
+"""The journal's reading half: what a run has done, and what is left to do, in streams.
+
+What lives here: all that only reads. What must not: changes (before and after a leg `journal`, in it `recorder`).
+
+Every stream reads in chunks, each in a short transaction of its own that starts after the last row of the one before
+(keyset pagination). So memory stays flat, no old snapshot keeps SQLite's WAL from shrinking, and a reader never holds
+up the run; what it sees is the journal as it was when it read that chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from sqlalchemy import Column, ColumnElement, Select, and_, func, select, true
+
+from governor.database import Database, JournalError
+from governor.driver import Work
+from governor.policy import Policy
+from governor.requests import Answer, Attempt, Outcome, Request
+from governor.schema import (
+    DONE,
+    FAILED,
+    IN_FLIGHT,
+    PENDING,
+    STATES,
+    DamagedError,
+    answer_of,
+    attempt_of,
+    attempts,
+    bodies,
+    commands,
+    decisions,
+    deferrals,
+    forecasts,
+    from_json,
+    legs,
+    policies,
+    policy_of,
+    pools,
+    request_of,
+    requests,
+    results,
+    run,
+)
+from governor.summary import CAUSES, Ended
+from governor.verify import BEGAN, Decision, numbers_of, read_back
+
+# Rows with bodies in memory at once; rows without.
+CHUNK = 100
+NARROW_CHUNK = 2_000
+
+
+class Run(NamedTuple):
+    """What is known of the run itself. `requests`: -1 until all are in. `purged_epoch_s`: -1 unless it was purged."""
+
+    schema: int
+    version: str
+    fingerprint: str
+    seed: int
+    epoch_s: float
+    requests: int
+    purged_epoch_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """One request that has not ended. Never launched: attempt 1 of the main lane, `first_launched_s` -1.
+
+    Else `attempt` and `lane` are those to launch next, and `resent` says how often an attempt was lost without a trace.
+    """
+
+    work: Work
+    lane: str
+    attempt: int
+    first_launched_s: float
+    resent: int
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One request that has ended, without its body. `failure`: "" or its code. `answer`: None where none ever came."""
+
+    request: Request
+    failure: str
+    answer: Answer | None
+    ended_s: float
+    resent: int
+
+
+class Counts(NamedTuple):
+    """Requests by state, how often one was sent again after a crash, and failed requests by code."""
+
+    requests: int
+    pending: int
+    in_flight: int
+    done: int
+    failed: int
+    resent: int
+    failures: dict[str, int]
+
+
+class Leg(NamedTuple):
+    """One process's share of the run. `ended_s`: -1 while it runs, and for ever if it crashed. `ending`: why it did."""
+
+    leg: int
+    began_s: float
+    ended_s: float
+    ending: str
+    version: str
+
+
+class Settings(NamedTuple):
+    """The policy of a pool from `at_s` on: at the beginning of a leg, or changed in the course of it."""
+
+    leg: int
+    pool: str
+    at_s: float
+    policy: Policy
+
+
+class Forecast(NamedTuple):
+    """What was expected. It is a forecast only if nothing had been launched before it was written."""
+
+    leg: int
+    at_s: float
+    launched_before: int
+    content: dict[str, Any]
+
+
+class Command(NamedTuple):
+    """What somebody asked of the run: `pause`, `resume`, or `set` with its `NAME=VALUE` words.
+
+    `taken_s`: when the run took it up, -1 = not yet. `outcome`: "" or why it refused.
+    """
+
+    id: int
+    asked_epoch_s: float
+    name: str
+    words: tuple[str, ...]
+    taken_s: float
+    outcome: str
+
+
+class Records:
+    """Reads an open journal. Every method may raise `JournalError`."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    @property
+    def name(self) -> str:
+        """What to call it in messages: the path as it was given, or the URL without its password."""
+        return self._database.name
+
+    # ------------------------------------------------------------ how it is read
+
+    @contextmanager
+    def _undamaged(self) -> Iterator[None]:
+        """A row that makes no sense inside this block is a damaged journal."""
+        try:
+            yield
+        except DamagedError as error:
+            raise self._database.damaged(f"{error} cannot be read") from None
+
+    def _all(self, query: Select[Any]) -> list[Any]:
+        with self._database.reading() as connection:
+            return list(connection.execute(query))
+
+    def _stream(self, query: Select[Any], key: Column[int], chunk: int) -> Iterator[Any]:
+        """The rows in order of `key`, a whole number that the query selects."""
+        rows = self._all(query.order_by(key).limit(chunk))
+        while rows:
+            yield from rows
+            if len(rows) < chunk:
+                return
+            rows = self._all(query.where(key > getattr(rows[-1], key.name)).order_by(key).limit(chunk))
+
+    # ------------------------------------------------------------ the run
+
+    def run(self) -> Run:
+        """Versions, seed, fingerprint, epoch."""
+        return Run(*self._all(select(*(run.c[name] for name in Run._fields)))[0])
+
+    def legs(self) -> list[Leg]:
+        """All legs, in order."""
+        return [Leg(*row) for row in self._all(select(*(legs.c[name] for name in Leg._fields)).order_by(legs.c.leg))]
+
+    def settings(self) -> list[Settings]:
+        """The history of the policies, in the order in which they were recorded."""
+        query = select(policies.c.leg, pools.c.name, policies.c.at_s, policies.c.settings)
+        query = query.join(pools, pools.c.pool == policies.c.pool).order_by(policies.c.id)
+        with self._undamaged():
+            return [Settings(leg, pool, at_s, policy_of(text)) for leg, pool, at_s, text in self._all(query)]
+
+    def forecasts(self) -> list[Forecast]:
+        """What was expected, in order of writing."""
+        with self._undamaged():
+            return [
+                Forecast(row.leg, row.at_s, row.launched_before, from_json(row.json, "a forecast"))
+                for row in self._all(select(forecasts).order_by(forecasts.c.id))
+            ]
+
+    def last_s(self) -> float:
+        """The latest moment in the records, seconds since the run began: time must not run backwards in a new leg."""
+        columns = (attempts.c.finished_s, requests.c.launched_s, requests.c.ended_s, legs.c.began_s, legs.c.ended_s)
+        latest = [self._all(select(func.max(column)))[0][0] for column in columns]
+        return max(0.0, *(float(value) for value in latest if value is not None))
+
+    # ------------------------------------------------------------ requests
+
+    def counts(self, pool: str | None = None) -> Counts:
+        """How many requests stand where, as far as it is on the disk; of one pool, or of all."""
+        c = requests.c
+        query = select(c.state, c.failure, func.count(), func.sum(c.resent)).group_by(c.state, c.failure)
+        rows = self._all(_of_pool(query, c.pool, pool))
+        by_state = dict.fromkeys(STATES, 0)
+        for state, _, count, _ in rows:
+            by_state[state] = by_state.get(state, 0) + count
+        failures = {failure: count for state, failure, count, _ in sorted(rows, key=str) if state == FAILED}
+        resent = int(sum(resent for *_, resent in rows))
+        states = (by_state[PENDING], by_state[IN_FLIGHT], by_state[DONE], by_state[FAILED])
+        return Counts(sum(by_state.values()), *states, resent, failures)
+
+    def pending(self, pool: str = "default", *, longest_first: bool = False) -> Iterator[Pending]:
+        """What is left to do of a pool when its leg begins: read it once per leg, while that runs.
+
+        First what was launched before, in order of the input, then the rest: in that order, or `longest_first`, by
+        expected answer, ties by reservation. Requests that the leg itself puts back (they back off) do not come again.
+        """
+        if self.run().purged_epoch_s >= 0.0:
+            raise JournalError(f"{self.name}: the journal was purged, nothing is left to send: start a new one")
+        c = requests.c
+        columns = [column for column in requests.columns if column.name != "pool"]
+        query = select(*columns, c.pool, bodies.c.body).join(bodies, bodies.c.request == c.request)
+        query = query.where(c.pool == pool, c.state == PENDING)
+        with self._undamaged():
+            for row in self._stream(query.where(c.first_launched_s >= 0), c.request, CHUNK):
+                yield _pending_of(row)
+            fresh = query.where(c.first_launched_s < 0)
+            for row in self._longest(fresh) if longest_first else self._stream(fresh, c.request, CHUNK):
+                yield _pending_of(row)
+
+    def _longest(self, query: Select[Any]) -> Iterator[Any]:
+        """The rows by expected answer and reservation, largest first, ties in order of the input.
+
+        "After the last row" in an order of mixed directions is three ranges, each of which the index finds at once.
+        """
+        c = requests.c
+        ranges: list[ColumnElement[bool]] = [true()]
+        while True:
+            rows: list[Any] = []
+            for after in ranges:
+                ordered = query.where(after).order_by(c.expected.desc(), c.reserve.desc(), c.request)
+                rows += self._all(ordered.limit(CHUNK - len(rows)))
+                if len(rows) == CHUNK:
+                    break
+            yield from rows
+            if len(rows) < CHUNK:
+                return
+            last = rows[-1]
+            same = c.expected == last.expected
+            ranges = [
+                and_(same, c.reserve == last.reserve, c.request > last.request),
+                and_(same, c.reserve < last.reserve),
+                c.expected < last.expected,
+            ]
+
+    def results(self) -> Iterator[Result]:
+        """What ended, in order of the input."""
+        if self.run().purged_epoch_s >= 0.0:
+            raise JournalError(f"{self.name}: the journal was purged: its results are gone")
+        c = requests.c
+        columns = [column.label(f"r_{column.name}") for column in results.columns if column.name != "request"]
+        query = select(requests, results.c.request.label("answered"), *columns)
+        query = query.outerjoin(results, results.c.request == c.request).where(c.state.in_((DONE, FAILED)))
+        with self._undamaged():
+            for row in self._stream(query, c.request, CHUNK):
+                answer = None if row.answered is None else answer_of(_Prefixed(row))
+                yield Result(request_of(row, None), row.failure, answer, row.ended_s, row.resent)
+
+    def unfinished(self, pool: str | None = None) -> Iterator[Request]:
+        """What has not ended, of one pool or of all, without bodies, in order of the input."""
+        query = _of_pool(select(requests).where(requests.c.state.in_((PENDING, IN_FLIGHT))), requests.c.pool, pool)
+        for row in self._stream(query, requests.c.request, NARROW_CHUNK):
+            yield request_of(row, None)
+
+    # ------------------------------------------------------------ what a summary is made of
+
+    def attempts(self, pool: str | None = None) -> Iterator[Attempt]:
+        """All ended attempts, of one pool or of all, in the order in which they ended."""
+        query = _of_pool(select(attempts), attempts.c.pool, pool)
+        with self._undamaged():
+            for row in self._stream(query, attempts.c.number, NARROW_CHUNK):
+                yield attempt_of(row)
+
+    def ends(self, pool: str | None = None) -> Iterator[Ended]:
+        """How each request ended that has, of one pool or of all, in order of the input."""
+        c = requests.c
+        query = select(c.request, c.ended_s, c.failure).where(c.state.in_((DONE, FAILED)))
+        for row in self._stream(_of_pool(query, c.pool, pool), c.request, NARROW_CHUNK):
+            yield Ended(row.request, row.ended_s, row.failure)
+
+    def deferrals(self, pool: str | None = None) -> list[int]:
+        """Requests that had to wait at the head, by the law's causes: a list like `Tally.deferrals`."""
+        counts = [0] * len(CAUSES)
+        query = select(deferrals.c.cause, func.sum(deferrals.c.requests)).group_by(deferrals.c.cause)
+        query = query.join(pools, pools.c.pool == deferrals.c.pool)
+        for cause, count in self._all(_of_pool(query, pools.c.name, pool)):
+            counts[cause] = int(count)
+        return counts
+
+    def outcomes(self) -> dict[Outcome, int]:
+        """Ended attempts by outcome."""
+        query = select(attempts.c.outcome, func.count()).group_by(attempts.c.outcome).order_by(attempts.c.outcome)
+        return {Outcome(outcome): count for outcome, count in self._all(query)}
+
+    # ------------------------------------------------------------ decisions
+
+    def decisions(self, pool: str | None = None, leg: int | None = None) -> Iterator[Decision]:
+        """What `verify` decides again: each chain opened by `began`, made from the policy recorded for it.
+
+        `pool`, `leg`: only that one's; None = all, chain after chain.
+        """
+        chains: dict[tuple[int, str], Policy] = {}
+        for settings in self.settings():
+            if pool in (None, settings.pool) and leg in (None, settings.leg):
+                chains.setdefault((settings.leg, settings.pool), settings.policy)
+        numbers = {row.name: row.pool for row in self._all(select(pools))}
+        c = decisions.c
+        for (number, name), policy in chains.items():
+            yield Decision(name, number, -1, BEGAN, numbers_of((policy.params(),)), ())
+            query = select(c.first, c.calls).where(c.leg == number, c.pool == numbers[name])
+            for row in self._stream(query, c.first, CHUNK):
+                try:
+                    for sequence, call in enumerate(read_back(row.calls), row.first):
+                        yield Decision(name, number, sequence, *call)
+                except ValueError:
+                    raise self._database.damaged("a decision cannot be read") from None
+
+    # ------------------------------------------------------------ commands
+
+    def commands(self, after: int = 0, *, waiting: bool = False) -> list[Command]:
+        """What was asked of the run after the command of that id, in order; `waiting`: only what nobody took up."""
+        query = select(*(commands.c[name] for name in Command._fields)).where(commands.c.id > after)
+        if waiting:
+            query = query.where(commands.c.taken_s < 0)
+        with self._undamaged():
+            return [
+                Command(row.id, row.asked_epoch_s, row.name, _words(row.words), row.taken_s, row.outcome)
+                for row in self._all(query.order_by(commands.c.id))
+            ]
+
+    # ------------------------------------------------------------ health
+
+    def complaints(self) -> list[str]:
+        """What SQLite finds wrong with the whole file (`PRAGMA integrity_check`): normally nothing. Reads all of it."""
+        if not self._database.is_sqlite:
+            return []
+        with self._database.bare() as connection:
+            found = [str(row[0]) for row in connection.execute("PRAGMA integrity_check")]
+        return [] if found == ["ok"] else found
+
+
+def _of_pool(query: Select[Any], column: Column[str], pool: str | None) -> Select[Any]:
+    return query if pool is None else query.where(column == pool)
+
+
+class _Prefixed:
+    """A row of results whose columns carry a prefix, since requests have columns of the same names."""
+
+    __slots__ = ("_row",)
+
+    def __init__(self, row: Any) -> None:
+        self._row = row
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._row, f"r_{name}")
+
+
+def _pending_of(row: Any) -> Pending:
+    request = request_of(row, from_json(row.body, "a body"))
+    return Pending(
+        Work(request, row.reserve, row.expected, row.finalize_reserve, row.charge, row.finalize_charge),
+        row.lane,
+        row.attempt,
+        row.first_launched_s,
+        row.resent,
+    )
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(str(word) for word in from_json(text, "a command").get("words", ()))
