@@ -97,8 +97,13 @@ def timeline(attempts: Sequence[Attempt], grant: Grant, *, title: str = "") -> F
         axes, ("Tokens charged", "Requests in flight", "Launches", "The queue's head waited for"), strict=True
     ):
         ax.set_title(name)
+    for ax in (axes[0], axes[2]):
         if ax.get_legend_handles_labels()[1]:
-            ax.legend(loc="lower right", bbox_to_anchor=(1.0, 0.99), ncols=5, borderaxespad=0.1)
+            ax.legend(loc="lower right", bbox_to_anchor=(1.0, 0.99), ncols=2, borderaxespad=0.1)
+    # As many as seven: they need the whole width.
+    handles, labels = axes[3].get_legend_handles_labels()
+    if labels:
+        figure.legend(handles, labels, loc="outside lower left", ncols=4)
     return figure
 
 

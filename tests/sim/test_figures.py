@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from governor.requests import Attempt
+from governor.requests import Attempt, Outcome
 from governor.summary import CAUSES, Grant
 from sim import figures, figures_time, style
 from sim.report_text import policies_of
@@ -85,6 +85,10 @@ def test_pyplot_and_its_global_figures_are_never_loaded() -> None:
 
 
 def test_no_text_covers_another_or_leaves_the_figure(drawn: Figure, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_overlaps(drawn, monkeypatch)
+
+
+def no_overlaps(drawn: Figure, monkeypatch: pytest.MonkeyPatch) -> None:
     # Tick labels beyond the limits of an axis exist as well; only what is drawn can be in the way.
     seen: dict[int, tuple[str, Bbox]] = {}
     draw = Text.draw
@@ -122,6 +126,20 @@ def test_the_palette_can_be_told_apart_by_the_colour_blind() -> None:
     # The theme's neutral colours occur nowhere else: the report exchanges them by value.
     used = {to_hex(colour) for colour in [*(s.colour for s in style.STYLES.values())]}
     assert not used & {style.INK, style.MUTED, style.GRID, style.SURFACE}
+
+
+def test_a_timeline_with_every_cause_has_room_for_all_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = dict.fromkeys(("custom_id", "pool", "model", "url", "error_code"), "") | {"lane": "main", "attempt": 1}
+    known |= {"reserved_tokens": 9, "charged_tokens": 9, "prompt_tokens": 5, "output_tokens": 4, "status": 200}
+    rows = []
+    for i, cause in enumerate(HEAD_CAUSES):
+        waits = {f"waited_{each}_s": 10.0 for each in HEAD_CAUSES[: i + 1]}
+        times = {"submitted_s": 0.0, "eligible_s": 0.0, "launched_s": 10.0 * (i + 1), "finished_s": 10.0 * (i + 1) + 5}
+        rows.append(Attempt(request=i, outcome=Outcome.OK, retry_after_s=-1.0, **known, **times, **waits))  # type: ignore[arg-type]
+        assert cause in style.CAUSE_LABELS
+    figure = figures_time.timeline(rows, GRANT)
+    assert {style.CAUSE_LABELS[cause][0] for cause in HEAD_CAUSES} <= set(texts(figure))
+    no_overlaps(figure, monkeypatch)
 
 
 def test_every_cause_has_a_name_and_a_look() -> None:
