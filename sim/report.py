@@ -81,7 +81,7 @@ def render(
         generated=generated,
         validated=validated,
         inputs=inputs,
-        about=text.about(plan, grant),
+        about=text.about(grant),
         sentences=text.answer(plan),
         broken=plan.broken,
         replications=_count(len(plan.now.runs), "run"),

@@ -37,8 +37,8 @@ def broken_in(f: Forecast, limits: Mapping[str, float]) -> str:
     return "over" if f["throttled_per_100"].mean > limits.get("max_throttled_per_100", math.inf) else ""
 
 
-def about(plan: Plan, grant: Grant) -> str:
-    """What is planned, in one line."""
+def about(grant: Grant) -> str:
+    """What the provider grants, in one line."""
     limits = [
         f"{limit:,.0f} {unit}"
         for limit, unit in (
@@ -49,7 +49,7 @@ def about(plan: Plan, grant: Grant) -> str:
         )
         if limit > 0.0
     ]
-    return f"{plan.now.requests:,} requests on a quota of {_listed(limits) or 'no stated limit'}"
+    return f"The quota: {_listed(limits) or 'no limit is stated'}."
 
 
 def answer(plan: Plan) -> list[str]:
