@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup, escape
 
 from governor.policy import KNOB_BY_ENV
 from governor.summary import Grant
@@ -76,7 +75,7 @@ def render(
     page = _environment().from_string(_template())
     return page.render(
         title=title,
-        command=Markup(escape(command)),
+        command=command,
         version=version,
         generated=generated,
         validated=validated,
@@ -128,7 +127,7 @@ _UNIT = re.compile(r"(?<=\d) (?=(?:%|s|min|h|d)(?![\w]))")
 
 
 def _unbroken(value: Any) -> Any:
-    """Keeps a number and its unit on one line. What is marked up already (figures, the command) stays as it is."""
+    """Keeps a number and its unit on one line. What is markup already stays as it is."""
     return _UNIT.sub("\N{NO-BREAK SPACE}", value) if type(value) is str else value
 
 
@@ -273,8 +272,7 @@ def _step(plan: Plan, step: Step, widest: float) -> dict[str, Any]:
     nothing = abs(step.gain_s) < 0.0005 * today
     same = abs(step.left_out_s) < 0.0005 * today
     return {
-        # It may break after an underscore: the longest names are as wide as a third of the page.
-        "env": Markup("_<wbr>").join(step.env.split("_")),
+        "env": step.env,
         "meaning": knob.meaning,
         "unit": knob.unit,
         "old": knob.text(step.old),

@@ -9,11 +9,11 @@ so that it follows the reader's light or dark theme and prints on white.
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from governor.summary import Grant
@@ -93,7 +93,7 @@ def _listing(facts: Mapping[str, str]) -> str:
     return "; ".join(f"{name} {fact}" for name, fact in facts.items())
 
 
-def inline(figure: Figure, name: str, alt: str) -> Markup:
+def inline(figure: Figure, name: str, alt: str) -> str:
     """The figure as an element of the page: named for those who cannot see it, in the page's colours and font."""
     svg = style.svg_of(figure)
     head, body = svg.split(">", 1)
@@ -108,7 +108,7 @@ def inline(figure: Figure, name: str, alt: str) -> Markup:
     for colour, variable in _THEME.items():
         body = body.replace(f": {colour}", f": var({variable})")
     opening = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {size[0]}'
-    return Markup(f'{opening} role="img" aria-label="{escape(alt)}">{body.strip()}')
+    return f'{opening} role="img" aria-label="{html.escape(alt)}">{body.strip()}'
 
 
 def _pair(values: tuple[float, float]) -> str:
