@@ -46,10 +46,10 @@ from prometheus_client import (
 from prometheus_client.metrics_core import Metric
 
 from governor import law, requests
-from governor.driver import Observer
 from governor.errors import BadInput, BadSetting
 from governor.requests import Answer, Attempt, Outcome
 from governor.summary import CAUSES
+from governor.work import Observer
 
 HOST = "127.0.0.1"
 VENDOR = "openai"
@@ -125,14 +125,17 @@ class Metrics:
 
     def observer(self, pool: str = "default", vendor: str = VENDOR) -> PoolMetrics:
         """What counts the events of one pool."""
-        self.in_flight.labels(pool).set_function(
-            lambda: float(live.in_flight) if (live := self._live.get(pool)) is not None else 0.0
-        )
         return PoolMetrics(self, pool, vendor)
 
     def watch(self, pool: str, governor: Live) -> None:
         """From now on the gauges show this governor; call `unwatch` when its run is over."""
         self._live[pool] = governor
+
+    def shown(self, pool: str) -> None:
+        """From now on the pool has its own gauge of what is in flight: 0 while nobody watches it."""
+        self.in_flight.labels(pool).set_function(
+            lambda: float(live.in_flight) if (live := self._live.get(pool)) is not None else 0.0
+        )
 
     def unwatch(self, pool: str) -> None:
         """The pool is idle: nothing in flight, no slot booked."""
@@ -193,6 +196,7 @@ class PoolMetrics(Observer):
     def __init__(self, metrics: Metrics, pool: str, vendor: str = VENDOR) -> None:
         self.metrics = metrics
         self.pool = pool
+        metrics.shown(pool)
         self._throttles = metrics.rate_limit_events.labels(vendor)
         self._answers = metrics.answers.labels(pool)
         self._tokens = {kind: metrics.tokens.labels(pool, kind) for kind in ("reserved", "charged", "prompt", "output")}
