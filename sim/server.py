@@ -130,8 +130,13 @@ class Provider:
         number = desk.came(endpoint, headers, now)
         reply = desk.decided(endpoint, headers, raw, now)
         heads = desk.headers(reply, number)
-        await asyncio.sleep(max(0.0, arrived + reply.service_s / self.time_scale - self.clock()))
         transport = scope.get("state", {}).get("transport")
+        try:
+            await asyncio.sleep(max(0.0, arrived + reply.service_s / self.time_scale - self.clock()))
+        except asyncio.CancelledError:
+            if transport is None or not transport.is_closing():
+                raise
+            return  # the server has been stopped: uvicorn need not report it as an error of the app
         hung_up = transport is not None and transport.is_closing()
         desk.ended(reply, hung_up, (self.clock() - zero) * self.time_scale)
         if not hung_up:
@@ -187,7 +192,7 @@ class _Protocol(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
         self.app_state = {"transport": transport}
 
 
-def _uvicorn(provider: Provider) -> uvicorn.Server:
+def _uvicorn(provider: Provider, log_level: str | None = None) -> uvicorn.Server:
     return uvicorn.Server(
         uvicorn.Config(
             provider,
@@ -195,9 +200,9 @@ def _uvicorn(provider: Provider) -> uvicorn.Server:
             ws="none",
             lifespan="off",
             loop="asyncio",
-            # The host program's logging stays as it is.
+            # A host program's logging stays as it is.
             log_config=None,
-            log_level="critical",
+            log_level=log_level,
             access_log=False,
             server_header=False,
             # Far above any client's, so that no connection is closed in the moment in which it is used again.
@@ -283,6 +288,7 @@ class Running(Served):
             listening.close()
         for connection in list(server.server_state.connections):
             connection.transport.abort()
+        await asyncio.sleep(0)  # so that every connection knows that it is lost
         tasks = list(server.server_state.tasks)
         for task in tasks:
             task.cancel()
@@ -378,7 +384,7 @@ def run_provider(
     say(f"OPENAI_BASE_URL=http://{HOST}:{listener.getsockname()[1]}/v1")
     say(_described(provider))
     try:
-        _uvicorn(provider).run(sockets=[listener])
+        _uvicorn(provider, "critical").run(sockets=[listener])
     except KeyboardInterrupt:
         pass
     finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import logging
 import os
 import signal
 import socket
@@ -404,7 +405,7 @@ def test_loopback_only_and_a_taken_port() -> None:
         serve(QUICK, 99_999)
 
 
-def test_stopping_leaves_nobody_waiting() -> None:
+def test_stopping_leaves_nobody_waiting(caplog: pytest.LogCaptureFixture) -> None:
     config = QUICK.with_(latency={"first_token_s": 60.0, "per_token_s": 0.0, "sigma": 0.0, "stall_ratio": 0.0})
     server = serve(config)
     failed: list[BaseException] = []
@@ -426,6 +427,8 @@ def test_stopping_leaves_nobody_waiting() -> None:
     assert len(failed) == 1
     assert time.monotonic() - begun < 2.0
     server.stop()  # twice is once
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
+    assert logging.getLogger("uvicorn.error").level == logging.NOTSET, "the host's logging stays as it is"
 
 
 def test_a_process_of_its_own_serves_the_same() -> None:
