@@ -11,8 +11,9 @@ import sys
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
 
-from governor.driver import LANES, Job, Observer
+from governor.driver import Job, Observer
 from governor.requests import Answer, Attempt, Outcome, Request
+from governor.schema import LANES
 from governor.summary import CAUSES
 from governor.watch import THROTTLES
 

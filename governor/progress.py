@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TextIO
 
-from governor import law
 from governor.driver import Governor
 from governor.law import TPM
 from governor.preflight import Load, fluid_forecast, in_use
@@ -92,7 +91,7 @@ def eta_s(lane: Lane) -> float:
         return service_s if flying else max(0.0, governor.wake_at - now) if governor.wake_at < 1e18 else 0.0
     mean = max(1, round(meter.left_tokens / max(1, meter.left)))
     load = Load(left, mean * left, mean, mean)
-    found = fluid_forecast(meter.pool.policy, load, booked=in_use(governor.p, governor.s, now), service_s=service_s)
+    found = fluid_forecast(meter.policy, load, booked=in_use(governor.p, governor.s, now), service_s=service_s)
     held_s = max(0.0, governor.s.hold_until - now, governor.s.next_slot_at - now)
     return held_s + found.finish_s
 
@@ -131,7 +130,10 @@ class Shown(Protocol):
         """How far it is; called a few times a second."""
 
     def say(self, line: str) -> None:
-        """A line that stays."""
+        """A line that stays: something that should be known."""
+
+    def inform(self, line: str) -> None:
+        """The same for what is only of interest, and left out with --quiet."""
 
     def stop(self) -> None:
         """The run is over."""
@@ -152,6 +154,9 @@ class Quiet:
     def say(self, line: str) -> None:
         print(line, file=self.stream, flush=True)
 
+    def inform(self, line: str) -> None:
+        pass
+
     def stop(self) -> None:
         pass
 
@@ -166,6 +171,9 @@ class Lines(Quiet):
 
     def start(self) -> None:
         self._told_at = time.monotonic()
+
+    def inform(self, line: str) -> None:
+        self.say(line)
 
     def show(self, now: Snapshot) -> None:
         if time.monotonic() - self._told_at >= self.every_s:
@@ -199,6 +207,9 @@ class Bar:
     def say(self, line: str) -> None:
         self.console.print(line)
 
+    def inform(self, line: str) -> None:
+        self.say(line)
+
     def stop(self) -> None:
         self._bar.stop()
 
@@ -211,8 +222,3 @@ def shown(*, quiet: bool, logs: bool, stream: TextIO | None = None) -> Shown:
     if target.isatty() and not logs:
         return Bar(target)
     return Lines(target)
-
-
-def is_paused(lanes: Sequence[Lane]) -> bool:
-    """Whether any pool is paused."""
-    return any(lane.governor.cause == law.PAUSED or lane.governor.s.paused for lane in lanes)

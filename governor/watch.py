@@ -7,7 +7,6 @@ one. What must not: writing to a terminal (`progress`, `eventlog`), storage (`jo
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,9 +18,10 @@ from governor.policy import KNOB_BY_ENV, Policy
 from governor.pools import Pool
 from governor.requests import Answer, Attempt, Outcome, Request
 from governor.summary import CAUSES, Tally
-from governor.words import duration, plural
+from governor.words import duration
 
 THROTTLES = (Outcome.THROTTLED, Outcome.SLOW_DOWN)
+ACCOUNT_REFUSES = (Outcome.QUOTA, Outcome.UNAUTHORIZED)
 # So many refusals with the same words mean that the rest of the file would be refused too.
 SAME_REFUSALS = 10
 # Longer than any refill of a limit per minute; daily limits and mistakes ask for more, and somebody should know.
@@ -84,7 +84,7 @@ class Meter(Observer):
     """
 
     def __init__(self, pool: Pool, spent: Spent, *, left: int, left_tokens: float) -> None:
-        self.pool = pool
+        self.policy = pool.policy
         self.spent = spent
         self.tally = Tally()
         self.left = left
@@ -160,13 +160,17 @@ class Meter(Observer):
 
 
 class Alarms(Observer):
-    """Speaks of what is out of order in one pool, each thing once. `say(line)`; `refused(line)` after ten refusals."""
+    """Speaks of what is out of order in one pool, each thing once. `say(line)`; `refused(line)` after ten refusals.
+
+    `granted`: the account's limits as last stated, by dimension.
+    """
 
     def __init__(self, pool: Pool, say: Callable[[str], None], refused: Callable[[str], None]) -> None:
         self.policy = pool.policy
         self._of = "" if pool.name == "default" else f"pool {pool.name}: "
         self._say = say
         self._refused = refused
+        self.granted: dict[str, float] = {}
         self._told: set[str] = set()
         self._last = ("", "")
         self._same = 0
@@ -178,11 +182,15 @@ class Alarms(Observer):
 
     def attempted(self, attempt: Attempt, answer: Answer, failure: str) -> None:
         for limit in answer.limits:
+            self.granted[limit.dimension] = limit.limit
             if limit.dimension not in self._told:
                 self._compare(limit.dimension, limit.limit)
         if answer.retry_after_s > LONG_WAIT_S and "wait" not in self._told:
             self._told.add("wait")
             self._say(self._of + long_wait_text(answer.retry_after_s, self.policy))
+        if answer.outcome in ACCOUNT_REFUSES and "account" not in self._told:
+            self._told.add("account")
+            self._say(self._of + account_text(answer))
         if answer.outcome is Outcome.BAD_REQUEST:
             self._count(answer)
         elif answer.outcome is Outcome.OK:
@@ -229,30 +237,14 @@ def long_wait_text(wait_s: float, policy: Policy) -> str:
     return f"{asks}: there is no deadline; stop the run and resume it then, or set OPENAI_DEADLINE_SECONDS"
 
 
+def account_text(answer: Answer) -> str:
+    """Why the provider serves this account no more, in its own words as far as it has any."""
+    what = "the account's quota is used up" if answer.outcome is Outcome.QUOTA else "the provider refuses this account"
+    words = " ".join(answer.message.split())[:300]
+    code = f" ({answer.status} {answer.error_code})" if answer.error_code else f" ({answer.status})"
+    return f"{what}{code}: {words}" if words else what + code
+
+
 def waiting_for(cause: int) -> str:
     """The law's cause as in records; "" for nothing."""
     return CAUSES[cause] if cause != law.NOTHING else ""
-
-
-class Grace:
-    """Counts signals: the first asks to stop, the second cancels. `event` is set with the first."""
-
-    def __init__(self) -> None:
-        self.signals: list[int] = []
-        self.event = asyncio.Event()
-        self.cancelled = asyncio.Event()
-
-    def came(self, number: int) -> None:
-        """A signal came."""
-        self.signals.append(number)
-        (self.cancelled if len(self.signals) > 1 else self.event).set()
-
-    @property
-    def exit_code(self) -> int:
-        """As a shell reports it: 130 after SIGINT, 143 after SIGTERM; 0 without a signal."""
-        return 128 + self.signals[0] if self.signals else 0
-
-
-def retried_text(count: int) -> str:
-    """ "3 requests that were in flight are sent again"."""
-    return f"{plural(count, 'request')} that {'was' if count == 1 else 'were'} in flight when it ended: sent again"

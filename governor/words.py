@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 import re
+from datetime import datetime, timedelta
 
 from governor.errors import BadSetting, quoted
 from governor.policy import KNOB_BY_ENV, Policy
 
+_THOUSANDS = {"": 1, "k": 10**3, "m": 10**6}
 _UNITS_S = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3_600.0, "d": 86_400.0}
 
 # Each cause of waiting: the knob that decides it, and what is waited for.
@@ -59,6 +61,28 @@ def seconds_of(text: str, option: str) -> float:
         if 0.0 < seconds <= 1e9:
             return seconds
     raise BadSetting(f"{option} {quoted(text)} is no duration: write 6h, 90m, 1h30m or 45s")
+
+
+def until_s(text: str, option: str, now: datetime | None = None) -> float:
+    """Seconds from `now` (the clock's, if none is given) to a wanted end: a duration, or the next HH:MM local time."""
+    clock = re.fullmatch(r"([01]?\d|2[0-3]):([0-5]\d)", text.strip(), re.ASCII)
+    if clock is None:
+        return seconds_of(text, option)
+    now = (now or datetime.now()).astimezone()
+    end = now.replace(hour=int(clock[1]), minute=int(clock[2]), second=0, microsecond=0)
+    if end <= now:
+        end += timedelta(days=1)
+    # By way of naive local times, so that a night in which the clocks change has its own length.
+    return end.replace(tzinfo=None).astimezone().timestamp() - now.timestamp()
+
+
+def count_of(text: str, option: str) -> int:
+    """A whole number from 0 up, as people write it: 450000, 450_000, 450k, 2M. BadSetting, naming `option`, else."""
+    found = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)\s*([kKmM]?)", text.strip(), re.ASCII)
+    value = float(found[1].replace("_", "")) * _THOUSANDS[found[2].lower()] if found else -1.0
+    if not 0 <= value <= 1e12 or value != int(value):
+        raise BadSetting(f"{option} {quoted(text)} is not a whole number from 0 to 10^12: write 450000, 450k or 2M")
+    return int(value)
 
 
 def percent(ratio: float) -> str:

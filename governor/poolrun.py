@@ -1,0 +1,180 @@
+"""One pool of a live run: its governor, everybody who observes it, and what its settings are right now.
+
+What lives here: `Manner` (how a run goes about its work) and `PoolRun` with its observers. What must not: the run as a
+whole (`live`), counting (`watch`), storage (`recorder`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from governor.account import line_of
+from governor.driver import Governor, Job, Observer
+from governor.eventlog import EventLog, Format
+from governor.forecast import Expectation
+from governor.guard import Track
+from governor.metrics import Metrics
+from governor.money import Spent
+from governor.outputs import Followed
+from governor.policy import Policy
+from governor.pools import Pool
+from governor.progress import Lane
+from governor.recorder import Recorder
+from governor.records import Result
+from governor.requests import Answer, Attempt, Outcome, Request
+from governor.watch import Alarms, Meter, Together
+
+
+class Sender(Protocol):
+    """Sends the attempts of one pool."""
+
+    def __call__(self, job: Job, timeout_s: float) -> Awaitable[Answer]:
+        """One attempt; see `driver.Send`."""
+
+    async def aclose(self) -> None:
+        """Closes all connections."""
+
+
+Connect = Callable[[Pool], Sender]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manner:
+    """How a run goes about its work. `ask`: puts a question to somebody at a terminal, None = nobody is there.
+
+    `max_cost`: US dollars, `stop_after_s`: seconds of this leg; None = no budget. `grace_s`: how long those in flight
+    may end after a signal. `canary`: so many requests of each pool first; `insist`: go on whatever it finds. `follow`:
+    the results file that grows. `textfile`, `hook`: where metrics and messages go.
+    """
+
+    finalize: bool = False
+    max_cost: float | None = None
+    stop_after_s: float | None = None
+    grace_s: float = 30.0
+    canary: int = 0
+    insist: bool = False
+    log_format: Format | None = None
+    follow: Followed | None = None
+    metrics: Metrics | None = None
+    textfile: Path | None = None
+    hook: str = ""
+    ask: Callable[[str], bool] | None = None
+    time_scale: float = 1.0
+
+
+@dataclass(slots=True)
+class PoolRun(Lane):
+    """One pool under way; `Lane` holds what its progress is read from. `ending`: why it stopped, "" = it did not."""
+
+    name: str
+    policy: Policy
+    recorder: Recorder
+    alarms: Alarms
+    track: Track
+    send: Sender
+    ending: str = ""
+
+    def pause(self) -> None:
+        """Launches nothing until `resume`."""
+        self.governor.pause()
+
+    def resume(self) -> None:
+        """Goes on."""
+        self.governor.resume()
+
+    def change(self, policy: Policy) -> None:
+        """Takes other settings over; they are recorded with the time."""
+        self.policy = policy
+        self.meter.policy = policy
+        self.alarms.repriced(policy)
+        self.governor.reprice(policy.params())
+        self.recorder.policy_changed(policy, self.governor.now())
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """Whom a pool speaks to: `say(line)` for what somebody should know, `refused(line)` after ten bad requests in a
+    row, `answered()` after each answer."""
+
+    say: Callable[[str], None]
+    refused: Callable[[str], None]
+    answered: Callable[[], None]
+
+
+def pool_run(
+    pool: Pool,
+    recorder: Recorder,
+    expectation: Expectation,
+    *,
+    left: tuple[int, float],
+    seed: int,
+    start_s: float,
+    send: Sender,
+    spent: Spent,
+    manner: Manner,
+    said: Said,
+) -> PoolRun:
+    """A pool ready to run, inside an event loop. `left`: requests, and tokens reserved for them."""
+    meter = Meter(pool, spent, left=left[0], left_tokens=left[1])
+    alarms = Alarms(pool, said.say, said.refused)
+    log = EventLog(manner.log_format, pool.name) if manner.log_format is not None else None
+    observers: list[Observer | None] = [
+        recorder,  # first: nobody speaks of what is not recorded
+        meter,
+        alarms,
+        _Answers(said.answered) if manner.max_cost is not None else None,
+        _Follower(manner.follow) if manner.follow is not None else None,
+        manner.metrics.observer(pool.name) if manner.metrics is not None else None,
+        log,
+    ]
+    governor = Governor(
+        pool.policy.params(),
+        seed=seed,
+        observer=Together(_present(observers)),
+        pool=pool.name,
+        state=recorder.state,
+        start_s=start_s,
+    )
+    if manner.metrics is not None:
+        manner.metrics.watch(pool.name, governor)
+    if log is not None:
+        log.zero_epoch = governor.zero_epoch
+    return PoolRun(
+        governor=governor,
+        meter=meter,
+        assumed_s=expectation.service_s,
+        name=pool.name,
+        policy=pool.policy,
+        recorder=recorder,
+        alarms=alarms,
+        track=Track(expectation),
+        send=send,
+    )
+
+
+def _present(observers: Iterable[Observer | None]) -> list[Observer]:
+    return [observer for observer in observers if observer is not None]
+
+
+class _Answers(Observer):
+    """Calls back after each answer."""
+
+    def __init__(self, then: Callable[[], None]) -> None:
+        self._then = then
+
+    def attempted(self, attempt: Attempt, answer: Answer, failure: str) -> None:
+        if attempt.outcome is Outcome.OK:
+            self._then()
+
+
+class _Follower(Observer):
+    """Writes each line of the results as its request ends."""
+
+    def __init__(self, followed: Followed) -> None:
+        self._followed = followed
+
+    def ended(self, request: Request, failure: str, answer: Answer | None, now: float) -> None:
+        self._followed.add(*line_of(Result(request, failure, answer, now, 0)))
