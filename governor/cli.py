@@ -11,8 +11,12 @@ from typing import Annotated
 import typer
 
 from governor import __version__
+from governor.journal_cli import app as journal_app
+from governor.live_cli import app as live_app
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.add_typer(live_app)
+app.add_typer(journal_app)
 
 
 @app.command()

@@ -29,6 +29,7 @@ from sim.options import Options, finish_by_s, share, takes_options
 from sim.progress import Progress
 
 if TYPE_CHECKING:
+    from governor.forecast import Expectation, Outlook
     from governor.requests import Attempt
     from governor.summary import Summary
     from sim.inputs import Inputs
@@ -230,9 +231,17 @@ def _start(
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
         raise typer.Exit(BAD_INPUT)
+    # What a live run asks before it starts; `governor` knows of no simulator.
+    context.obj = _foresee
 
 
 # ---------------------------------------------------------------- steps
+
+
+def _foresee(outlook: Outlook) -> Expectation:
+    from sim.foresight import foresee
+
+    return foresee(outlook)
 
 
 def _inputs(given: Options, *, fit: bool = True) -> Inputs:
