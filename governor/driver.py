@@ -3,282 +3,278 @@
 What lives here: the live clock, the queue, one timer, and the tasks that send. What must not: any rule of admission,
 pacing or retry (they stand in `governor/law.py`), HTTP (`openai_adapter`), storage (`journal`, an `Observer`).
 
-Theory of operation. Work is pulled from its source only when it comes to the head, so that memory stays flat; retries
-and finalize passes wait in a heap. After every event (an answer, a retry that has backed off, a wake-up, a change of
+Theory of operation. New work is pulled from its source one request ahead, so that memory stays flat; retries, finalize
+passes and permits wait in a heap. After every event (an answer, a retry that has backed off, a wake-up, a change of
 settings) `_pump` asks the law about the head, launches as long as the law says "now", and leaves one timer for the
-moment that it named: any number of waiting tasks costs one wake-up each, when it is their turn.
+moment that it named. Any number of waiting tasks costs one wake-up each, when it is their turn.
 
 Time is the loop's monotonic clock, in seconds since the run began; a timer that rings early counts as its own time
 (`max(timer_at, clock)`), so the law's word and the clock cannot disagree. The epoch is only for records.
 
-Every call of the law goes through `_law`, which tells the observer name, arguments and result: replayed in order on a
-fresh state, each decision comes out the same, to the bit (`paceline verify`).
+Every call of the law that reads or changes its state goes through `_law`, which tells the observer name, arguments and
+result: decided again in order on a state as it was at the start, each comes out the same, to the bit.
+
+When something raises that must not (a send, an observer, the source), nothing more is launched on a state that nobody
+can vouch for; what is in flight is paid for and may end; then `run` raises it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Iterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from heapq import heappop, heappush
+import time
+from collections.abc import Callable, Iterator
+from heapq import heapify, heappop, heappush
 from math import inf
-from typing import Any, Protocol
+from typing import Any
 
 from governor import law
 from governor.errors import FailureCode, PacelineError
 from governor.keyed import JITTER_RETRY, JITTER_STAGGER, attempt_key, keyed_uniform
-from governor.law import FINALIZE, FIRST, MAIN, Params, State
-from governor.requests import Answer, Attempt, Limit, Outcome, Request
+from governor.law import FINALIZE, FIRST, HOLDING, MAIN, Params, State
+from governor.requests import Answer, Limit, Outcome
 from governor.summary import CAUSES
+from governor.work import DIMENSIONS, FINAL, SPENT, STOPPING, THROTTLES, TIMED_OUT, TURNED_AWAY, attempt_of
+from governor.work import Job as Job
+from governor.work import Observer as Observer
+from governor.work import Send as Send
+from governor.work import Work as Work
 
-DIMENSIONS = {"TPM": law.TPM, "RPM": law.RPM, "TPD": law.TPD, "RPD": law.RPD}
-LANES = ("main", "finalize")
-# What a failed attempt becomes when no further one is allowed.
-SPENT = {
-    Outcome.THROTTLED: FailureCode.RATE_LIMIT_EXHAUSTED,
-    Outcome.SLOW_DOWN: FailureCode.RATE_LIMIT_EXHAUSTED,
-    Outcome.OVERLOADED: FailureCode.SERVER_ERROR,
-    Outcome.SERVER_ERROR: FailureCode.SERVER_ERROR,
-    Outcome.MALFORMED: FailureCode.SERVER_ERROR,
-    Outcome.TIMEOUT: FailureCode.TIMEOUT,
-    Outcome.DROPPED: FailureCode.CONNECTION_DROPPED,
-    Outcome.TOO_LARGE: FailureCode.REQUEST_TOO_LARGE,
-    Outcome.BAD_REQUEST: FailureCode.BAD_REQUEST,
-}
-THROTTLES = (Outcome.THROTTLED, Outcome.SLOW_DOWN)
-FINAL = (Outcome.TOO_LARGE, Outcome.BAD_REQUEST)
-# The account, not the request, is at fault: nothing more is sent, and what was not answered stays pending.
-STOPPING = {Outcome.QUOTA: FailureCode.INSUFFICIENT_QUOTA, Outcome.UNAUTHORIZED: FailureCode.UNAUTHORIZED}
-# Admitted at least as far as the door, as far as anyone can tell: its charge counts.
-UNCHARGED = (*THROTTLES, *STOPPING, *FINAL)
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """One request to run: what to reserve for it and for its finalize pass, and its declared cap (-1 = none).
-
-    `charge`, `finalize_charge`: what the provider is believed to charge, for the records; -1 = unknown.
-    """
-
-    request: Request
-    reserve: float
-    expected: float = -1.0
-    finalize_reserve: float = 0.0
-    charge: int = -1
-
-
-class Observer:
-    """Told of everything that a run does, in order. All methods are quick and synchronous; none may raise.
-
-    `flushed` is awaited before a request is sent: a journal makes the launch durable there.
-    """
-
-    def launched(self, job: Job, now: float) -> None:
-        """An attempt is about to be sent."""
-
-    async def flushed(self) -> None:
-        """Returns when what was told so far is durable."""
-
-    def attempted(self, attempt: Attempt, answer: Answer, failure: str) -> None:
-        """An attempt is over; `failure` is the request's failure code if it is lost with it."""
-
-    def ended(self, request: Request, failure: str, answer: Answer | None, now: float) -> None:
-        """A request is over: answered (""), or lost with that code."""
-
-    def deferred(self, cause: int) -> None:
-        """A request at the head has to wait for this cause of the law; counted once per request and cause."""
-
-    def decided(self, name: str, arguments: tuple[Any, ...], result: Any) -> None:
-        """The law's function of that name was called with these arguments (without `p` and `s`)."""
-
-
-class Send(Protocol):
-    """Sends one attempt and says what came back. Never raises but for cancellation."""
-
-    def __call__(self, job: Job, timeout_s: float) -> Awaitable[Answer]:
-        """`timeout_s`: how long the answer is awaited; what takes longer is a `timeout` answer."""
-
-
-class Job:
-    """One request on its way, or one permit that somebody waits for."""
-
-    __slots__ = (
-        *("work", "index", "lane", "attempt", "standing", "reserve", "expected"),
-        *("submitted_s", "eligible_s", "first_launched_s", "launched_s"),
-        *("since", "waits_s", "asked", "ended", "booked", "granted"),
-    )
-
-    def __init__(self, work: Work | None, index: int, reserve: float, expected: float, now: float) -> None:
-        self.work = work
-        self.index = index
-        self.reserve = reserve
-        self.expected = expected
-        self.lane = MAIN
-        self.attempt = 1
-        self.standing = FIRST
-        self.submitted_s = now
-        self.eligible_s = now
-        self.first_launched_s = -1.0
-        self.launched_s = -1.0
-        self.since: list[float] = []
-        self.waits_s: list[float] = []
-        self.asked = 0
-        self.ended = False
-        self.booked: list[float] = []
-        self.granted: asyncio.Future[None] | None = None
-
-
+# Heap entries. In the calendar: when, sequence, whether it is a deadline (else a retry that has backed off), job and
+# the attempt that is meant.
 Entry = tuple[tuple[float, ...], int, Job]
+Moment = tuple[float, int, bool, Job, int]
+# From this length on, heaps are swept now and then of what is over but not yet at their top.
+SWEEP = 100
 
 
 class Governor:
-    """One pool's quota: a queue, the law's state and one timer. Use it inside a running event loop.
+    """One pool's quota: a queue, the law's state and one timer. Make it inside a running event loop.
 
-    `permit` serves a program's own calls; `run` a whole batch.
+    `permit` serves a program's own calls, `run` a whole batch; both at once share the quota, permits first. `state`
+    and `start_s` continue an earlier run, at so many seconds since that began, with nothing in flight. `day_*_used`:
+    what was used of the daily limits before. `stopped`: why nothing is launched any more, "" while it is. `cause`: the
+    law's reason for which the head of the queue waits right now.
     """
 
     def __init__(
-        self, params: Params, *, seed: int = 0, observer: Observer | None = None, pool: str = "default"
+        self,
+        params: Params,
+        *,
+        seed: int = 0,
+        observer: Observer | None = None,
+        pool: str = "default",
+        state: State | None = None,
+        start_s: float = 0.0,
+        day_tokens_used: float = 0.0,
+        day_requests_used: float = 0.0,
     ) -> None:
         self.p = params
-        self.s = State()
+        self.s = state or State()
         self.seed = seed
         self.pool = pool
         self.observer = observer or Observer()
         self.loop = asyncio.get_running_loop()
-        self.zero = self.loop.time()
+        self.zero = self.loop.time() - start_s
+        self.zero_epoch = time.time() - start_s
         self.stopped = ""
         self.clock = [0.0] * len(CAUSES)
-        self.clock_at = 0.0
+        self.clock_at = start_s
         self.cause = law.NOTHING
-        self._queue: list[Entry] = []
-        self._backing_off: list[tuple[float, int, Job]] = []
+        self.wake_at = inf
+        self._tells = type(self.observer).decided is not Observer.decided
+        self._queue: list[Entry] = []  # permits, and retries and finalize passes that may go
+        self._calendar: list[Moment] = []
+        self._queue_sweep = self._calendar_sweep = SWEEP
+        self._head: Job | None = None  # new work
         self._source: Iterator[Work] = iter(())
-        self._head: Job | None = None
+        self._begun: tuple[float, list[float]] = start_s, self.clock
         self._sequence = 0
+        self._unfinished = 0
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = inf
-        self._wake_at = inf
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], Job] = {}
         self._send: Send | None = None
         self._finalizes = False
-        self._done = asyncio.Event()
+        self._done: asyncio.Future[None] | None = None
+        self._error: BaseException | None = None
+        if day_tokens_used > 0.0 or day_requests_used > 0.0:
+            self._law("day_started", day_tokens_used, day_requests_used, start_s)
 
-    # ------------------------------------------------------------ for a program's own calls
+    # ------------------------------------------------------------ from outside
 
-    @asynccontextmanager
-    async def permit(self, reserve: float, *, expected: float = -1.0) -> AsyncIterator[Permit]:
-        """Waits until a request that reserves so many tokens may be sent, and holds its place while it is.
+    def permit(self, reserve: float, *, expected: float = -1.0) -> Permit:
+        """`async with governor.permit(tokens) as permit:` waits until a request that reserves so many may be sent.
 
-        The permit comes back on every way out of the block: an exception or a cancellation leaves the reservation
-        booked, since the provider may have charged it.
+        `expected`: its declared output cap, for the order of launches. Raises PacelineError for what can never be sent,
+        and where the pool has stopped.
         """
-        now = self.now()
         if law.never_fits(self.p, reserve):
-            raise PacelineError(f"a request of {reserve:,.0f} tokens never fits: the limit is {self.p.limit[0]:,.0f}")
+            raise PacelineError(self._too_large(reserve))
         self._sequence += 1
-        job = Job(None, self._sequence, reserve, expected, now)
-        job.granted = self.loop.create_future()
-        self._advance(now)
-        self._may_go(job, now)
-        self._pump(now)
-        try:
-            await job.granted
-        except asyncio.CancelledError:
-            if job.granted.done() and not job.granted.cancelled():
-                self._law("released")
-            job.ended = True
-            self._event()
-            raise
-        permit = Permit(job)
-        try:
-            yield permit
-        finally:
-            self._advance(self.now())
-            if permit.used_tokens >= 0.0:
-                self._law("settled", reserve, permit.used_tokens, job.launched_s)
-            else:
-                self._law("released")
-            self._pump(self.clock_at)
-
-    # ------------------------------------------------------------ for a batch
+        return Permit(self, Job(None, self._sequence, reserve, expected, -1, 0.0))
 
     async def run(self, source: Iterator[Work], send: Send, *, finalize: bool = False) -> str:
-        """Runs all work of the source; returns "" or why it stopped before the end (a failure code, or `stop`'s word).
+        """Runs all work of the source, in its order; returns "" or why it stopped before the end: see `stopped`.
 
-        `finalize`: a cut answer without text gets one more call. Cancelling this cancels what is in flight.
+        `finalize`: a cut answer without text gets one more call. Where it stops, what waits stays where it came from,
+        unended. Cancelling this cancels what is in flight. What a send, the observer or the source raises is raised
+        here, when all that was in flight has ended.
         """
+        assert self._send is None, "one batch at a time"
         self._source, self._send, self._finalizes = source, send, finalize
+        now = self._event()
+        self._begun = now, self.clock.copy()
         self._head = self._next()
-        self._event()
+        self._done = self.loop.create_future()
         try:
-            await self._done.wait()
+            self._event()
+            await self._done
         finally:
-            if self._timer is not None:
-                self._timer.cancel()
-            for task in tuple(self._tasks):
-                task.cancel()
-            if self._tasks:
-                await asyncio.gather(*self._tasks, return_exceptions=True)
+            await self._close_down()
+        if self._error is not None:
+            raise self._error
         return self.stopped
 
     def stop(self, why: str) -> None:
-        """Launches nothing more; what is in flight goes on, what waits stays where it came from."""
+        """Launches nothing more; what is in flight goes on, who waits for a permit gets an error. `why`: not empty."""
         self.stopped = self.stopped or why
-        self._event()
+        for job in self._waiting():
+            if job.granted is not None and not job.granted.done():
+                job.granted.set_exception(PacelineError(self._no_more()))
+        self._soon()
 
     def pause(self) -> None:
         """Launches nothing until `resume`."""
         self._law("paused")
-        self._event()
+        self._soon()
 
     def resume(self) -> None:
         """Goes on after `pause`."""
         self._law("resumed")
-        self._event()
+        self._soon()
 
     def reprice(self, params: Params) -> None:
-        """Takes changed settings over in mid-run."""
+        """Takes changed settings over in mid-run. What was submitted before keeps its place in the queue."""
         now = self.now()
         self._advance(now)
         law.repriced(self.p, params, self.s, now)
-        self.observer.decided("repriced", (params, now), None)
+        if self._tells:
+            self._tell(self.observer.decided, "repriced", (params, now), None)
         self.p = params
-        self._pump(now)
+        for _, _, job in self._queue:
+            if not job.ended:
+                self._watch_deadline(job)
+        self._soon()
 
     def now(self) -> float:
         """Seconds since the run began; never less than any time already acted upon."""
         return max(self.loop.time() - self.zero, self.clock_at)
 
+    @property
+    def in_flight(self) -> int:
+        """Permits taken: requests that are being sent, and those that back off where the policy keeps their place."""
+        return self.s.in_flight
+
+    @property
+    def next_slot_at(self) -> float:
+        """When the stagger allows the next launch, seconds since the run began; -inf before the first launch."""
+        return self.s.next_slot_at
+
+    @property
+    def next_slot_epoch(self) -> float:
+        """The same in seconds since 1970; 0 before the first launch."""
+        return self.zero_epoch + self.s.next_slot_at if self.s.next_slot_at > -inf else 0.0
+
+    # ------------------------------------------------------------ permits
+
+    async def _granted(self, job: Job, retry_at: float = -inf) -> bool:
+        """Returns when a permit's job may be sent (again): True, or False where its time is over before that."""
+        if self.stopped:
+            self._dropped(job)
+            raise PacelineError(self._no_more())
+        now = self.now()
+        self._advance(now)
+        job.submitted_s = now
+        granted: asyncio.Future[bool] = self.loop.create_future()
+        job.granted = granted
+        if retry_at > -inf:
+            self._at(retry_at, False, job)
+        else:
+            self._may_go(job, now)
+        self._pump(now)
+        try:
+            return await granted
+        except BaseException:
+            # Cancelled, perhaps in the very moment of the grant; or told that there is nothing more to wait for.
+            self._dropped(job)
+            self._event()
+            raise
+
+    def _given_back(self, job: Job, used: float, limits: tuple[Limit, ...]) -> None:
+        """The permit's request is over, and used so many tokens (-1 = unknown: the reservation stays booked)."""
+        now = self.now()
+        self._advance(now)
+        self._sync(job, limits, False, now)
+        job.flying = job.holds = False
+        if used >= 0.0:
+            self._law("settled", job.reserve, used, job.launched_s)
+        else:
+            self._law("released")
+        self._pump(now)
+
+    async def _once_more(self, job: Job, outcome: Outcome, retry_after_s: float, limits: tuple[Limit, ...]) -> bool:
+        """The permit's request failed so: waits until it may be sent again, or says that its attempts are spent."""
+        now = self.now()
+        self._advance(now)
+        self._sync(job, limits, outcome in TURNED_AWAY, now)
+        at = self._retry_at(job, outcome, retry_after_s, now)
+        self._pump(now)
+        return at < inf and await self._granted(job, at)
+
+    def _too_large(self, reserve: float) -> str:
+        limit = min(limit for limit in (self.p.limit[law.TPM], self.p.limit[law.TPD]) if limit > 0.0)
+        return (
+            f"a request of {reserve:,.0f} tokens never fits: pool '{self.pool}' is limited to {limit:,.0f}: shorten "
+            "it, or raise OPENAI_TPM_LIMIT (OPENAI_TPD_LIMIT where that is the smaller one)"
+        )
+
+    def _no_more(self) -> str:
+        return f"pool '{self.pool}' launches nothing more: {self.stopped}"
+
     # ------------------------------------------------------------ the queue
 
     def _next(self) -> Job | None:
-        """The next new work, from its source. What can never fit ends here, unsent."""
-        for work in self._source:
-            job = Job(work, work.request.index, work.reserve, work.expected, 0.0)
-            if not law.never_fits(self.p, work.reserve):
-                job.since = [0.0] * len(CAUSES)
-                return job
-            self.observer.ended(work.request, FailureCode.REQUEST_TOO_LARGE, None, self.now())
-        return None
+        """The next new work, from its source."""
+        try:
+            work = next(self._source, None)
+        except Exception as error:
+            self._fail(error)
+            return None
+        if work is None:
+            return None
+        self._unfinished += 1
+        job = Job(work, work.request.index, work.reserve, work.expected, work.charge, self._begun[0])
+        job.since = self._begun[1]
+        return job
 
     def _may_go(self, job: Job, now: float) -> None:
         """The job becomes eligible: from now on its waiting is counted."""
         job.eligible_s = now
         job.asked = 0
-        job.ended = False
         job.since = self.clock.copy()
         self._sequence += 1
-        sequence = float(self._sequence)
-        key = law.rank(self.p, job.lane, job.attempt, job.expected, job.reserve, sequence)
+        key = law.rank(self.p, job.lane, job.attempt, job.expected, job.reserve, float(self._sequence), job.standing)
+        if len(self._queue) > self._queue_sweep:
+            self._queue_sweep = _swept(self._queue, lambda entry: _gone(entry[2]))
         heappush(self._queue, (key, self._sequence, job))
 
     def _first(self) -> Job | None:
         queue = self._queue
-        while queue and queue[0][2].ended:
+        while queue:
+            if not _gone(queue[0][2]):
+                return queue[0][2]
             heappop(queue)
-        return queue[0][2] if queue else self._head
+        return self._head
 
     def _taken(self, job: Job) -> None:
         """Removes the head from its queue."""
@@ -287,13 +283,28 @@ class Governor:
         else:
             heappop(self._queue)
 
+    def _waiting(self) -> list[Job]:
+        """All that wait for their launch or for the end of a backoff, but for the head of new work."""
+        backing_off = [job for _, _, is_deadline, job, _ in self._calendar if not is_deadline]
+        return [job for _, _, job in self._queue if not job.ended] + [job for job in backing_off if not job.ended]
+
     # ------------------------------------------------------------ time
 
     def _law(self, name: str, *arguments: Any) -> Any:
-        """Every change of the law's state, told to the observer."""
+        """The law decides, and the observer is told."""
         result = getattr(law, name)(self.p, self.s, *arguments)
-        self.observer.decided(name, arguments, result)
+        if self._tells:
+            self._tell(self.observer.decided, name, arguments, result)
         return result
+
+    def _tell(self, report: Callable[..., None], *arguments: Any) -> bool:
+        """Reports to the observer. If that fails the run ends, but who reports goes on: nothing is left half done."""
+        try:
+            report(*arguments)
+        except Exception as error:
+            self._fail(error)
+            return False
+        return True
 
     def _advance(self, now: float) -> None:
         """Time has passed until `now`, under the cause that has held since the last event."""
@@ -302,26 +313,51 @@ class Governor:
             self.clock[self.cause] += passed
             self.clock_at = now
 
-    def _event(self) -> None:
+    def _event(self) -> float:
         """Something has changed: look at the head again."""
         now = self.now()
         self._advance(now)
         self._pump(now)
+        return now
 
-    def _ring(self) -> None:
-        now = max(self._timer_at, self.now())
-        self._timer, self._timer_at = None, inf
-        self._advance(now)
-        while self._backing_off and self._backing_off[0][0] <= now:
-            job = heappop(self._backing_off)[2]
-            if not job.ended:
-                self._may_go(job, now)
-        self._give_up_late(now)
-        self._pump(now)
+    def _soon(self) -> None:
+        """The same for what may be asked from anywhere, even by an observer in the middle of a launch."""
+        self.loop.call_soon(self._guarded, self._event)
+
+    def _pump(self, now: float) -> None:
+        """Launches what the law admits now, and leaves one timer for the moment at which it will admit the next."""
+        self.wake_at = inf
+        self.cause = law.NOTHING
+        while not self.stopped:
+            job = self._first()
+            if job is None:
+                break
+            if law.never_fits(self.p, job.reserve):
+                self._taken(job)
+                self._give_up(job, now, FailureCode.REQUEST_TOO_LARGE)
+                continue
+            at, cause = self._law("admission", job.reserve, job.standing, now)
+            if at > now:
+                self.cause, self.wake_at = cause, at
+                bit = 1 << cause
+                if not job.asked & bit:
+                    job.asked |= bit
+                    self._tell(self.observer.deferred, cause)
+                break
+            if job.first_launched_s >= 0.0 and law.deadline_at(self.p, job.first_launched_s) <= now:
+                self._taken(job)
+                self._give_up(job, now, FailureCode.DEADLINE_EXCEEDED)
+                continue
+            self._launch(job, now)
+        self._set_timer()
+        self._look_if_done()
 
     def _set_timer(self) -> None:
         """One live timer: for the head, for the next retry, or for the next deadline, whichever is first."""
-        at = min(self._wake_at, self._backing_off[0][0] if self._backing_off else inf)
+        calendar = self._calendar
+        while calendar and _stale(calendar[0]):
+            heappop(calendar)
+        at = inf if self.stopped else min(self.wake_at, calendar[0][0] if calendar else inf)
         if at == self._timer_at:
             return
         if self._timer is not None:
@@ -329,144 +365,201 @@ class Governor:
         self._timer_at = at
         self._timer = self.loop.call_at(self.zero + at, self._ring) if at < inf else None
 
-    def _give_up_late(self, now: float) -> None:
-        """Retries whose request's time is over while they wait for their launch end there."""
-        if self.p.deadline_s <= 0.0:
-            return
-        for _, _, job in self._queue:
-            if not job.ended and job.attempt > 1 and law.deadline_at(self.p, job.first_launched_s) <= now:
-                self._give_up(job, now, FailureCode.DEADLINE_EXCEEDED)
+    def _ring(self) -> None:
+        self._guarded(self._rung)
 
-    def _pump(self, now: float) -> None:
-        """Launches what the law admits now, and leaves one timer for the moment at which it will admit the next."""
-        self._wake_at = inf
-        self.cause = law.NOTHING
-        while not self.stopped:
-            job = self._first()
-            if job is None:
-                break
-            at, cause = self._law("admission", job.reserve, job.standing, now)
-            if at > now:
-                self.cause, self._wake_at = cause, at
-                if job.attempt > 1:
-                    self._wake_at = min(at, law.deadline_at(self.p, job.first_launched_s))
-                if not job.asked & (1 << cause):
-                    job.asked |= 1 << cause
-                    self.observer.deferred(cause)
-                break
-            self._launch(job, now)
-        self._set_timer()
-        idle = not self._tasks and not self._backing_off
-        if self._send is not None and idle and (self.stopped or self._first() is None):
-            self._done.set()
+    def _rung(self) -> None:
+        """The timer: what is due happens in order of time, else the head's moment has come."""
+        now = max(self._timer_at, self.now())
+        self._timer, self._timer_at = None, inf
+        self._advance(now)
+        due = self._calendar
+        waked = True
+        while due and due[0][0] <= now:
+            moment = heappop(due)
+            if _stale(moment):
+                continue
+            waked = False
+            _, _, is_deadline, job, _ = moment
+            if is_deadline:
+                self._on_deadline(job, now)
+            else:
+                self._may_go(job, now)
+                self._watch_deadline(job)
+            self._pump(now)
+        if waked:
+            self._pump(now)
+
+    def _watch_deadline(self, job: Job) -> None:
+        """A request that was launched before is given up at its deadline, should it still wait then."""
+        if job.first_launched_s < 0.0:
+            return
+        gives_up_at = law.deadline_at(self.p, job.first_launched_s)
+        if gives_up_at < inf:
+            self._at(gives_up_at, True, job)
+
+    def _on_deadline(self, job: Job, now: float) -> None:
+        if law.deadline_at(self.p, job.first_launched_s) > now:
+            self._watch_deadline(job)  # a changed setting has put it off
+        else:
+            self._give_up(job, now, FailureCode.DEADLINE_EXCEEDED)
+
+    def _at(self, when: float, is_deadline: bool, job: Job) -> None:
+        self._sequence += 1
+        if len(self._calendar) > self._calendar_sweep:
+            self._calendar_sweep = _swept(self._calendar, _stale)
+        heappush(self._calendar, (when, self._sequence, is_deadline, job, job.attempt))
 
     # ------------------------------------------------------------ an attempt
 
     def _launch(self, job: Job, now: float) -> None:
         """The law books the attempt, and it is sent or, for a permit, granted."""
+        p = self.p
         self._taken(job)
         u = 0.5
-        if self.p.stagger_s > 0.0 and job.standing == FIRST:
+        if p.stagger_s > 0.0 and job.standing == FIRST:
             u = keyed_uniform(self.seed, job.index, attempt_key(job.lane, job.attempt), JITTER_STAGGER)
         self._law("launched", job.reserve, job.standing, now, u)
+        job.flying = job.holds = True
         job.launched_s = now
-        job.waits_s = [reading - before for reading, before in zip(self.clock, job.since, strict=True)]
         if job.first_launched_s < 0.0:
             job.first_launched_s = now
-        if self.p.sync_headers:
-            job.booked = list(self.s.booked)
+        job.booked = self.s.booked.copy() if p.sync_headers else []
         if job.granted is not None:
-            if job.granted.cancelled():
-                self._law("released")
-            else:
-                job.granted.set_result(None)
+            job.granted.set_result(True)
             return
-        self.observer.launched(job, now)
-        task = self.loop.create_task(self._attempt(job))
-        self._tasks.add(task)
+        job.waits_s = [reading - before for reading, before in zip(self.clock, job.since, strict=True)]
+        if not self._tell(self.observer.launched, job, now):
+            self._dropped(job)  # never send what no record knows of
+            return
+        assert self._send is not None
+        task = self.loop.create_task(self._attempt(job, self._send))
+        self._tasks[task] = job
         task.add_done_callback(self._task_over)
 
-    def _task_over(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            # A bug of ours: nothing may be launched on a state that nobody can vouch for.
-            self.stopped = self.stopped or f"internal error: {task.exception()!r}"
-        self._event()
-
-    async def _attempt(self, job: Job) -> None:
+    async def _attempt(self, job: Job, send: Send) -> None:
         """Sends one attempt and takes its answer, whatever it is."""
-        assert self._send is not None
         await self.observer.flushed()
         expires_at = law.expires_at(self.p, job.first_launched_s, job.launched_s)
-        answer = await self._send(job, max(0.001, expires_at - self.now()))
+        try:
+            async with asyncio.timeout_at(self.zero + expires_at) as limit:
+                answer = await send(job, max(0.0, expires_at - self.now()))
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            answer = TIMED_OUT
         now = self.now()
         self._advance(now)
         self._answered(job, answer, now)
         self._pump(now)
 
+    def _task_over(self, task: asyncio.Task[None]) -> None:
+        job = self._tasks.pop(task)
+        if job.flying:
+            self._dropped(job)
+        if not task.cancelled():
+            error = task.exception()
+        elif self._send is None:
+            error = None  # we did that ourselves
+        else:
+            error = PacelineError(f"sending request {job.index} was cancelled by something inside it")
+        if error is not None:
+            self._fail(error)
+        self._look_if_done()
+
     def _answered(self, job: Job, answer: Answer, now: float) -> None:
-        if self.p.sync_headers:
-            self._sync(job, answer.limits, 0.0 if answer.outcome not in THROTTLES else 1.0, now)
-        if answer.outcome == Outcome.OK:
+        outcome = answer.outcome
+        self._sync(job, answer.limits, outcome in TURNED_AWAY, now)
+        if outcome == Outcome.OK:
             self._ok(job, answer, now)
-        elif answer.outcome in STOPPING:
-            self._law("released")
+        elif outcome in STOPPING:
+            self._dropped(job)
             self._record(job, answer, now, "")
-            self.stopped = self.stopped or STOPPING[answer.outcome]
-        elif answer.outcome in FINAL:
+            self.stop(STOPPING[outcome])
+        elif outcome in FINAL:
+            job.flying = job.holds = False
             self._law("released")
-            self._ended(job, answer, now, SPENT[answer.outcome])
+            self._ended(job, answer, now, SPENT[outcome])
         else:
             self._again(job, answer, now)
 
-    def _sync(self, job: Job, limits: tuple[Limit, ...], refused: float, now: float) -> None:
+    def _sync(self, job: Job, limits: tuple[Limit, ...], turned_away: bool, now: float) -> None:
         """What the headers state about the moment of admission, beside what has been booked since."""
+        if not (limits and self.p.sync_headers and job.booked):
+            return
         for limit in limits:
             d = DIMENSIONS[limit.dimension]
-            amount = refused * (job.reserve if d in (law.TPM, law.TPD) else 1.0)
+            refused = 0.0
+            if turned_away:
+                refused = job.reserve if d in (law.TPM, law.TPD) else 1.0
             since = self.s.booked[d] - job.booked[d]
-            self._law("synced", d, limit.limit, limit.remaining, amount, since, job.launched_s, now)
+            self._law("synced", d, limit.limit, limit.remaining, refused, since, job.launched_s, now)
 
     def _ok(self, job: Job, answer: Answer, now: float) -> None:
-        used = max(0, answer.used_prompt_tokens) + max(0, answer.used_output_tokens)
-        known = answer.used_prompt_tokens >= 0
-        self._law("settled", job.reserve, float(used) if known else job.reserve, job.launched_s)
-        if not (self._finalizes and job.lane == MAIN and answer.cut_off and not answer.has_text):
+        used = job.reserve
+        if answer.used_prompt_tokens >= 0 and answer.used_output_tokens >= 0:
+            used = float(answer.used_prompt_tokens + answer.used_output_tokens)
+        job.flying = job.holds = False
+        self._law("settled", job.reserve, used, job.launched_s)
+        if self._finalizes and job.lane == MAIN and answer.cut_off and not answer.has_text:
+            self._open_finalize(job, answer, now)
+        else:
             self._ended(job, answer, now, "")
-            return
+
+    def _open_finalize(self, job: Job, answer: Answer, now: float) -> None:
+        """The answer was cut off and has no usable text: one more call, before new work."""
         self._record(job, answer, now, "")
         self._law("finalize_opened")
-        assert job.work is not None
-        last = Job(job.work, job.index, job.work.finalize_reserve, job.expected, now)
+        work = job.work
+        assert work is not None
+        last = Job(work, job.index, work.finalize_reserve, job.expected, work.finalize_charge, now)
         last.lane = FINALIZE
         last.first_launched_s = job.first_launched_s
         self._may_go(last, now)
+        self._watch_deadline(last)
 
     def _again(self, job: Job, answer: Answer, now: float) -> None:
         """After a throttle or a failure: try again when the law says so, or never (inf)."""
-        u = keyed_uniform(self.seed, job.index, attempt_key(job.lane, job.attempt), JITTER_RETRY)
-        wait_s, first = answer.retry_after_s, job.first_launched_s
-        if answer.outcome in THROTTLES:
-            at = self._law("throttled", job.reserve, job.attempt, wait_s, first, job.launched_s, now, u)
-        else:
-            at = self._law("failed", job.attempt, wait_s, first, now, u)
+        spent = job.attempt >= self.p.max_attempts
+        row = attempt_of(job, self.pool, answer, now, "")
+        at = self._retry_at(job, answer.outcome, answer.retry_after_s, now)
         if at == inf:
-            spent = job.attempt >= self.p.max_attempts
             self._ended(job, answer, now, SPENT[answer.outcome] if spent else FailureCode.DEADLINE_EXCEEDED)
             return
-        self._record(job, answer, now, "")
-        job.attempt += 1
-        job.standing = law.keeps_permit(self.p)
         job.submitted_s = now
-        self._sequence += 1
-        heappush(self._backing_off, (at, self._sequence, job))
+        self._at(at, False, job)
+        self._tell(self.observer.attempted, row, answer, "")
+
+    def _retry_at(self, job: Job, outcome: Outcome, retry_after_s: float, now: float) -> float:
+        """When the law lets the job try again, inf = never; readies it for that."""
+        u = keyed_uniform(self.seed, job.index, attempt_key(job.lane, job.attempt), JITTER_RETRY)
+        first, last = job.first_launched_s, job.launched_s
+        at: float
+        if outcome in THROTTLES:
+            at = self._law("throttled", job.reserve, job.attempt, retry_after_s, first, last, now, u)
+        else:
+            at = self._law("failed", job.attempt, retry_after_s, first, now, u)
+        job.flying = False
+        job.holds = at < inf and law.keeps_permit(self.p) == HOLDING
+        if at < inf:
+            job.attempt += 1
+            job.standing = law.keeps_permit(self.p)
+        return at
+
+    # ------------------------------------------------------------ the end of a request, and of a run
 
     def _give_up(self, job: Job, now: float, code: str) -> None:
-        """A retry that will not be launched any more."""
+        """A job that will not be launched any more."""
         job.ended = True
-        if job.standing == law.HOLDING:
+        if job.holds:
+            job.holds = False
             self._law("released")
-        self._close(job, None, now, code)
+        if job.granted is None:
+            self._close(job, None, now, code)
+        elif code == FailureCode.REQUEST_TOO_LARGE:
+            job.granted.set_exception(PacelineError(self._too_large(job.reserve)))
+        else:
+            job.granted.set_result(False)
 
     def _ended(self, job: Job, answer: Answer, now: float, code: str) -> None:
         """The request is over with this attempt: answered ("") or lost."""
@@ -476,54 +569,118 @@ class Governor:
     def _close(self, job: Job, answer: Answer | None, now: float, code: str) -> None:
         if job.lane == FINALIZE:
             self._law("finalize_closed")
+        self._unfinished -= 1
         assert job.work is not None
-        self.observer.ended(job.work.request, code, answer, now)
+        self._tell(self.observer.ended, job.work.request, code, answer, now)
+
+    def _dropped(self, job: Job) -> None:
+        """Neither answered nor lost: the job gives back what it holds, and its request stays pending."""
+        job.ended = True
+        job.flying = False
+        if job.holds:
+            job.holds = False
+            self._law("released")
+        if job.lane == FINALIZE:
+            self._law("finalize_closed")
+
+    def _look_if_done(self) -> None:
+        done = self._done
+        if done is not None and not self._tasks and (self.stopped or not self._unfinished) and not done.done():
+            done.set_result(None)
+
+    def _fail(self, error: BaseException) -> None:
+        """Somebody's bug, or a disk that is full: the run ends when what is in flight has ended, and raises."""
+        self._error = self._error or error
+        self.stop(str(error) if isinstance(error, PacelineError) else f"internal error: {error!r}")
+
+    def _guarded(self, happens: Callable[[], Any]) -> None:
+        """A callback of the loop, where nobody would hear of a bug of ours. The run ends at once, and raises it."""
+        try:
+            happens()
+        except Exception as error:
+            self._error = self._error or error
+            self.stopped = self.stopped or f"internal error: {error!r}"
+            if self._done is not None and not self._done.done():
+                self._done.set_result(None)
+
+    async def _close_down(self) -> None:
+        """Whatever the run leaves behind gives back what it holds."""
+        self._send = self._done = None
+        self._source, self._head, self._unfinished = iter(()), None, 0
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        try:
+            await asyncio.gather(*tasks, return_exceptions=True)
+        finally:
+            for job in self._waiting():
+                if job.work is not None:
+                    self._dropped(job)
+            self._event()
 
     def _record(self, job: Job, answer: Answer, now: float, failure: str) -> None:
-        assert job.work is not None
-        request = job.work.request
-        charged = 0 if answer.outcome in UNCHARGED else job.work.charge
-        waits = dict(zip(_WAITED, job.waits_s[1:-1], strict=True))
-        backoff_s = job.eligible_s - job.submitted_s if job.attempt > 1 else 0.0
-        self.observer.attempted(
-            Attempt(
-                request=request.index,
-                custom_id=request.custom_id,
-                pool=self.pool,
-                model=request.model,
-                url=request.url,
-                lane=LANES[job.lane],
-                attempt=job.attempt,
-                submitted_s=job.submitted_s,
-                eligible_s=job.eligible_s,
-                launched_s=job.launched_s,
-                finished_s=now,
-                reserved_tokens=int(job.reserve),
-                charged_tokens=charged,
-                prompt_tokens=answer.used_prompt_tokens,
-                output_tokens=answer.used_output_tokens,
-                outcome=answer.outcome,
-                status=answer.status,
-                error_code=failure or answer.error_code,
-                retry_after_s=answer.retry_after_s,
-                **waits,
-                waited_backoff_s=backoff_s,
-            ),
-            answer,
-            failure,
-        )
+        self._tell(self.observer.attempted, attempt_of(job, self.pool, answer, now, failure), answer, failure)
 
 
-_WAITED = tuple(f"waited_{cause}_s" for cause in CAUSES[1:-1])
+def _gone(job: Job) -> bool:
+    """Whether nobody waits for the job any more; a permit's waiter is cancelled a moment before it can say so."""
+    return job.ended or (job.granted is not None and job.granted.done())
+
+
+def _stale(moment: Moment) -> bool:
+    """Whether what was meant to happen then has lost its object."""
+    _, _, is_deadline, job, attempt = moment
+    return _gone(job) or job.attempt != attempt or (is_deadline and job.launched_s >= job.eligible_s)
+
+
+def _swept(heap: list[Any], is_over: Callable[[Any], bool]) -> int:
+    """Leaves out of a heap what is over, in place; returns at which length to do so again."""
+    heap[:] = [entry for entry in heap if not is_over(entry)]
+    heapify(heap)
+    return SWEEP + 2 * len(heap)
 
 
 class Permit:
-    """The right to send one request now. Call `used` with what it really used, if it is known."""
+    """The right to send one request, from the beginning of an `async with` to its end.
 
-    def __init__(self, job: Job) -> None:
-        self.launched_s = job.launched_s
-        self.used_tokens = -1.0
+    It comes back on every way out of the block. An exception or a cancellation leaves the reservation booked, since
+    the provider may have charged it; `used` says more. A request that is refused or fails may wait, inside the block,
+    for its next attempt. `limits`: what the answer's headers stated, if anything (see `answers`).
+    """
 
-    def used(self, tokens: float) -> None:
-        """The request is answered and used so many tokens."""
-        self.used_tokens = tokens
+    __slots__ = ("_governor", "_job", "_limits", "_used")
+
+    def __init__(self, governor: Governor, job: Job) -> None:
+        self._governor = governor
+        self._job = job
+        self._used = -1.0
+        self._limits: tuple[Limit, ...] = ()
+
+    async def __aenter__(self) -> Permit:
+        assert self._job.granted is None, "a permit is used once"
+        await self._governor._granted(self._job)
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        if self._job.flying:
+            self._governor._given_back(self._job, self._used, self._limits)
+
+    @property
+    def launched_s(self) -> float:
+        """When the permit was last granted, seconds since the governor began."""
+        return self._job.launched_s
+
+    def used(self, tokens: float, limits: tuple[Limit, ...] = ()) -> None:
+        """The request is answered and used so many tokens, prompt and output."""
+        self._used, self._limits = tokens, limits
+
+    async def throttled(self, retry_after_s: float = -1.0, limits: tuple[Limit, ...] = ()) -> bool:
+        """The request drew a 429, with that Retry-After (-1 = none): returns True when it may be sent again.
+
+        False: its attempts or its time are spent, and the permit has gone back.
+        """
+        return await self._governor._once_more(self._job, Outcome.THROTTLED, retry_after_s, limits)
+
+    async def failed(self, retry_after_s: float = -1.0, limits: tuple[Limit, ...] = ()) -> bool:
+        """The same for a 5xx, a time-out or a dropped connection."""
+        return await self._governor._once_more(self._job, Outcome.SERVER_ERROR, retry_after_s, limits)
