@@ -21,6 +21,10 @@ from governor.words import duration, percent
 DAY_S = 86_400.0
 # A run may be later than its forecast by this share and still keep to it; a fluid forecast is coarser.
 LATE_RATIO = {"simulation": 0.05, "fluid": 0.5}
+SLACK_S = 1.0
+RESUMED_SLACK_S = 60.0
+# Before so much is done, the answers so far say little of the rest: the longest may have gone first.
+TELLING_SHARE = 0.3
 # A canary that needs so many times what was expected of it is a warning.
 CANARY_RATIO = 1.5
 
@@ -86,18 +90,20 @@ class Measured:
 class Track:
     """Whether one pool's run keeps to its forecast. Ask `look` now and then; it speaks when something has changed.
 
-    `late_since_s`: when it fell behind, seconds since the start; -1 = it keeps to it.
+    `late_since_s`: when it fell behind, seconds since the start; -1 = it keeps to it. `slack_s`: so much later is no
+    news, beside a share of the forecast: a resumed leg may find its minute used up, which no forecast knew.
     """
 
-    def __init__(self, expectation: Expectation) -> None:
+    def __init__(self, expectation: Expectation, slack_s: float = SLACK_S) -> None:
         self.e = expectation
+        self._slack_s = slack_s + LATE_RATIO[expectation.by] * expectation.finish_s
         self.late_since_s = -1.0
         self._times = [latest for _, _, latest in expectation.milestones]
         self._shares = [share for share, _, _ in expectation.milestones]
 
     def share_due(self, now: float) -> float:
         """The share of requests that should be done by `now` at the latest, the tolerance allowed for."""
-        now -= LATE_RATIO[self.e.by] * self.e.finish_s
+        now -= self._slack_s
         i = bisect_right(self._times, now)
         if i == 0:
             return 0.0
@@ -129,10 +135,11 @@ class Track:
             reasons.append("the run is paused")
         if seen.throttled > 1.0 + e.throttled_high * min(1.0, 2.0 * share):
             reasons.append(f"{seen.throttled:,} 429s ({throttles_text(e)} expected in all)")
-        if seen.service_s > 1.2 * e.service_s > 0.0:
+        telling = share >= TELLING_SHARE
+        if telling and seen.service_s > 1.2 * e.service_s > 0.0:
             reasons.append(f"answers take {duration(seen.service_s)} ({duration(e.service_s)} expected)")
         mean = sum(e.answer_tokens.values()) / max(1, e.requests)
-        if seen.answer_tokens > 1.2 * mean > 0.0:
+        if telling and seen.answer_tokens > 1.2 * mean > 0.0:
             reasons.append(f"answers have {seen.answer_tokens:,.0f} tokens ({mean:,.0f} expected)")
         if not reasons and cause:
             reasons.append(f"it waits for {cause}")

@@ -15,7 +15,7 @@ from governor.account import line_of
 from governor.driver import Governor, Job, Observer
 from governor.eventlog import EventLog, Format
 from governor.forecast import Expectation
-from governor.guard import Track
+from governor.guard import RESUMED_SLACK_S, SLACK_S, Track
 from governor.metrics import Metrics
 from governor.money import Spent
 from governor.outputs import Followed
@@ -150,7 +150,7 @@ def pool_run(
         policy=pool.policy,
         recorder=recorder,
         alarms=alarms,
-        track=Track(expectation),
+        track=Track(expectation, RESUMED_SLACK_S if start_s > 0.0 else SLACK_S),
         send=send,
     )
 

@@ -205,7 +205,7 @@ def test_a_run_that_stalls_is_told_once_with_the_reason_and_when_it_is_back() ->
     track = Track(expected())
     assert track.look(50.0, seen(46), "tpm") == ""
     late = track.look(65.0, seen(46, throttled=9, service_s=7.0), "hold")
-    assert late.startswith("later than forecast since 1 min 5 s after the start: 46 done where 57 should be; ")
+    assert late.startswith("later than forecast since 1 min 5 s after the start: 46 done where 56 should be; ")
     assert "9 429s (0 to 1 expected in all)" in late
     assert "answers take 7 s (2 s expected)" in late
     assert track.late_since_s == 65.0
