@@ -360,6 +360,14 @@ def day_started(p: Params, s: State, tokens_used: float, requests_used: float, n
 # ---------------------------------------------------------------- admission
 
 
+def answer_may_admit(p: Params, cause: int) -> bool:
+    """Whether an ordinary answer can bring forward a head that waits for `cause`; if not, nobody need ask again.
+
+    A place that comes back helps only who waits for one; a budget changes only where real use or counts are booked.
+    """
+    return cause in (CONCURRENCY, NOTHING) or p.settles > 0 or p.sync_headers > 0
+
+
 def permits(p: Params, s: State) -> int:
     """Requests that may be in flight now. While a finalize pass is open the lower cap holds; nobody is pre-empted."""
     if p.finalize_lowers and s.finalize_open > 0 and p.finalize_max_concurrency < p.max_concurrency:

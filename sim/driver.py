@@ -386,7 +386,10 @@ class Simulation:
         if p.sync_headers and outcome not in (TIMEOUT, prov.DROPPED):
             self._sync(job, now)
         if outcome == prov.OK:
+            in_wait = self.cause
             self._on_ok(job, now)
+            if not law.answer_may_admit(p, in_wait) and not self.urgent:
+                return
         elif outcome in (prov.THROTTLED, prov.SLOW_DOWN):
             self.tally.throttled += 1
             u = keyed_uniform(self.seed, job.index, attempt_key(job.lane, job.attempt), JITTER_RETRY)

@@ -175,6 +175,7 @@ def law_calls(r: random.Random, both: Both) -> None:
             both("admission", p, s, reserve, standing, now)
             both("used_in", p, s, r.randrange(4), now)
             both("permits", p, s)
+            both("answer_may_admit", p, standing)
             both("never_fits", p, reserve)
         elif kind == 14:
             place = (r.randrange(2), r.randint(1, 3), float(r.randint(-1, 900)), reserve, float(r.randrange(99)))

@@ -147,8 +147,8 @@ def interval(means: list[float]) -> tuple[float, float]:
 
 @pytest.mark.parametrize(("servers", "load"), [(2, 0.5), (3, 0.6)])
 def test_poisson_arrivals_and_exponential_services_wait_as_erlang_says(servers: int, load: float) -> None:
-    """24 independent replications under fixed seeds, 9,000 arrivals each after 500 to warm up."""
-    replications, warm_up, count = 24, 500, 9_500
+    """32 independent replications under fixed seeds, 9,000 arrivals each after 500 to warm up."""
+    replications, warm_up, count = 32, 500, 9_500
     waits_s = [queue_waits(r, servers, load, count)[warm_up:] for r in range(replications)]
     offered = servers * load
     expected_s = erlang_c(servers, offered) / (servers - offered)

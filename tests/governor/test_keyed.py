@@ -146,19 +146,6 @@ def test_any_key_gives_a_number_strictly_between_the_ends(key: tuple[int, int, i
     assert math.isfinite(normal_quantile(u))
 
 
-@pytest.mark.parametrize(("mixed", "u"), [(0, 2.0**-53), (keyed.MASK, 1.0 - 2.0**-53)])
-def test_the_ends_are_out_of_reach_of_any_hash(mixed: int, u: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All bits zero and all bits one come to half a step from either end."""
-    monkeypatch.setattr(keyed, "_mixed", lambda x: mixed)
-    assert keyed_uniform(7, 3, 1, keyed.LATENCY) == u
-
-
-@pytest.mark.parametrize(("x", "mixed"), [(0, 0), (1, 0x514E28B7), (0xFFFFFFFF, 0x81F16F39)])
-def test_the_mixer_is_that_of_murmurhash3(x: int, mixed: int) -> None:
-    """Appleby's published vectors for the empty message: its hash is the finalizer of the seed."""
-    assert keyed._mixed(x) == mixed
-
-
 def test_purposes_are_distinct_and_fit_beside_the_attempt() -> None:
     purposes = [
         getattr(keyed, target.id)
