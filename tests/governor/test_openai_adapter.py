@@ -16,13 +16,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import openai
+import psutil
 import pytest
 from openai import AsyncOpenAI
 
 from governor import answers
 from governor.errors import BadSetting
 from governor.estimate import CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, sizes_of
-from governor.openai_adapter import Adapter, capped
+from governor.openai_adapter import IDLE_MAX, Adapter, capped
 from governor.pools import Azure, Pool
 from governor.requests import Answer, Outcome, Request, endpoint_of, url_of
 from sim.faults import AT_THE_DOOR, Event
@@ -214,14 +215,25 @@ def test_any_text_arrives_as_it_was() -> None:
     asyncio.run(main())
 
 
-def test_nothing_queues_behind_the_governor() -> None:
+def test_nothing_queues_behind_the_governor_and_few_connections_stay_idle() -> None:
     """As many connections as there are requests in flight: 150 at once, none waits for another."""
     config = QUICK.with_(latency={"first_token_s": 1.0, "per_token_s": 0.0, "sigma": 0.0, "stall_ratio": 0.0})
+
+    def connections(port: int) -> int:
+        mine = psutil.Process().net_connections("tcp")
+        return sum(bool(c.raddr) and c.raddr.port == port and c.status == psutil.CONN_ESTABLISHED for c in mine)
+
+    async def main(server: Running) -> tuple[list[Answer], int]:
+        async with Adapter(pool(server.base_url), ENVIRONMENT) as adapter:
+            found = await asyncio.gather(*(adapter.send(request(index=i)) for i in range(150)))
+            return found, connections(server.port)
+
     with serve(config) as server:
-        found = sent(server.base_url, *(request(index=i) for i in range(150)))
+        found, idle = asyncio.run(main(server))
         stats = server.stats()
     assert all(answer.outcome is Outcome.OK for answer in found)
     assert stats["in_flight_max"] == 150
+    assert 1 <= idle <= IDLE_MAX
 
 
 # ---------------------------------------------------------------- every kind of refusal and fault
