@@ -69,7 +69,7 @@ class Job:
     """One request on its way: what the law and the provider must know of it, and when things happened to it."""
 
     __slots__ = (
-        *("index", "lane", "attempt", "standing", "reserve", "charge", "output", "recorded_s"),
+        *("index", "lane", "attempt", "standing", "reserve", "charge", "prompt", "output", "recorded_s"),
         *("arrived_s", "submitted_s", "eligible_s", "first_launched_s", "launched_s"),
         *("outcome", "charged", "retry_after_s", "stated", "booked_tokens", "booked_requests"),
         *("since", "waits_s", "asked", "ended"),
@@ -86,11 +86,19 @@ class Job:
     waits_s: list[float]
 
     def __init__(
-        self, index: int, reserve: float, charge: float, output: float, recorded_s: float, submitted_s: float
+        self,
+        index: int,
+        reserve: float,
+        charge: float,
+        prompt: float,
+        output: float,
+        recorded_s: float,
+        submitted_s: float,
     ) -> None:
         self.index = index
         self.reserve = reserve
         self.charge = charge
+        self.prompt = prompt
         self.output = output
         self.recorded_s = recorded_s
         self.arrived_s = submitted_s
@@ -201,7 +209,8 @@ class Simulation:
             i = order[start : start + CHUNK]
             output = np.where(c.cap[i] > 0, np.minimum(c.output_tokens[i], c.cap[i]), c.output_tokens[i])
             arrival = c.arrival_s[i] if from_trace else np.zeros(len(i))
-            columns = (i, c.reserve[i], c.charge[i], output.astype(np.float64), c.recorded_s[i], arrival)
+            sizes = (c.reserve[i], c.charge[i], c.prompt_tokens[i].astype(np.float64), output.astype(np.float64))
+            columns = (i, *sizes, c.recorded_s[i], arrival)
             for row in zip(*(column.tolist() for column in columns), strict=True):
                 job = Job(*row)
                 job.since = zeros
@@ -260,7 +269,7 @@ class Simulation:
         """Launches what the law admits now, and leaves one timer for the moment at which it will admit the next."""
         p, s = self.p, self.s
         while True:
-            job = self._first()
+            job = self._first() if self.urgent or self.arrived else self.head
             if job is None:
                 self.cause = law.NOTHING
                 self.timer = None
@@ -290,7 +299,11 @@ class Simulation:
     def _launch(self, job: Job, now: float) -> None:
         """One attempt goes out: the law books it, the provider answers it, its answer enters the calendar."""
         p, s, tally = self.p, self.s, self.tally
-        self._taken(job)
+        if job is self.head:
+            self.waiting -= 1
+            self.head = next(self.coming, None)
+        else:
+            self._taken(job)
         key = attempt_key(job.lane, job.attempt)
         u = 0.5
         if p.stagger_s > 0.0 and job.standing == law.FIRST:
@@ -423,8 +436,8 @@ class Simulation:
             law.synced(p, s, d, requests_limit, requests_left, refused, since, job.launched_s, now)
 
     def _on_ok(self, job: Job, now: float) -> None:
-        c, tally = self.columns, self.tally
-        used = float(c.prompt_tokens[job.index]) + job.output
+        tally = self.tally
+        used = job.prompt + job.output
         law.settled(self.p, self.s, job.reserve, used, job.launched_s)
         prov.settled(self.pp, self.ps, self.seed, job.charge, used, now)
         tally.used_tokens += used
@@ -449,7 +462,8 @@ class Simulation:
         self.tally.finalize_passes += 1
         c, i = self.columns, job.index
         output = min(float(c.output_tokens[i]), float(self.finalize_max_tokens))
-        last = Job(i, float(c.finalize_reserve[i]), float(c.finalize_charge[i]), output, job.recorded_s, now)
+        sizes = float(c.finalize_reserve[i]), float(c.finalize_charge[i]), job.prompt, output
+        last = Job(i, *sizes, job.recorded_s, now)
         last.arrived_s = job.arrived_s
         last.lane = law.FINALIZE
         last.first_launched_s = job.first_launched_s
