@@ -216,6 +216,7 @@ class Database:
         self._touched(path)
         lock = sqlite3.connect(path, timeout=timeout_s, isolation_level=None, check_same_thread=False)
         try:
+            lock.execute("PRAGMA journal_mode=OFF")  # nothing is ever written, so no file to roll back from
             lock.execute("BEGIN EXCLUSIVE")
         except sqlite3.Error as error:
             lock.close()

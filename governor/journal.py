@@ -260,6 +260,7 @@ class Journal(Records):
         writer = self._running()
         if self.run().requests < 0:
             raise JournalError(f"{self.name}: it was never filled with all requests: `ingest` them again")
+        writer.commit()
         states = {pool: self._state_of(pool, policy, at_s) for pool, policy in settings.items()}
         with self._database.writing() as connection:
             resent = _stock_taken(connection)
