@@ -12,9 +12,10 @@ STAMP_SIM := $(VENV)/.stamp-sim
 OUT := out
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+TWIN_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint check bench clean
+.PHONY: help install demo test lint check bench twin clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -41,6 +42,9 @@ bench: $(STAMP_ALL)  ## every figure that the README claims (BENCH_ARGS=--short 
 		name=$$(basename "$$script" .py); echo "== $$name"; \
 		$(BIN)/python -m "benchmarks.$$name" $(BENCH_ARGS); \
 	done
+
+twin: $(STAMP_ALL)  ## live runs on loopback against what the simulation says of them (TWIN_ARGS=--short)
+	@$(BIN)/python -m benchmarks.bench_twin $(TWIN_ARGS)
 
 clean:  ## remove the environment, the caches and out/
 	rm -rf $(VENV) $(OUT) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache .numba_cache
