@@ -215,6 +215,32 @@ def capacity(
         raise typer.Exit(CANNOT)
 
 
+@app.command()
+def backtest(
+    journal: Annotated[str, typer.Argument(metavar="JOURNAL.db", help="The journal of a run.", show_default=False)],
+    provider: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIER|SCENARIO.yaml",
+            help="The provider to assume; what the run's settings believe if not given.",
+        ),
+    ] = None,
+    tpm: Annotated[int | None, typer.Option(metavar="N", min=1, help="Its tokens per minute.")] = None,
+    out: Annotated[str | None, typer.Option(metavar="DIR", help="Folder for the comparison.")] = None,
+    replications: Annotated[
+        int, typer.Option(metavar="N", min=0, max=10_000, help="Runs to simulate; 0 = as many as need some seconds.")
+    ] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="The comparison as one JSON object.")] = False,
+) -> None:
+    """What the simulation would have predicted for a run, against what happened.
+
+    From the journal it takes only what the run could not know beforehand: above all the length and time of each answer.
+    """
+    from sim.backtest import backtest_command
+
+    backtest_command(journal, as_json, out, provider=provider, tpm=tpm, replications=replications, width=_width())
+
+
 app.add_typer(governor_app)
 
 
