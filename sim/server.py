@@ -250,7 +250,6 @@ class Served:
 
     def stop(self) -> None:
         """Stops serving at once: who waits for an answer finds the connection closed. May be called twice."""
-        raise NotImplementedError
 
     def __enter__(self) -> Self:
         return self
@@ -326,11 +325,7 @@ class Spawned(Served):
             self.stop()
             raise BadSetting(said or "the provider's process did not start", "--port")
         self.port = int(said)
-
-    @property
-    def pid(self) -> int:
-        """The process's number, for measuring it."""
-        return self._process.pid
+        self.pid = self._process.pid
 
     def stop(self) -> None:
         self._process.kill()
@@ -397,13 +392,12 @@ def _described(provider: Provider) -> str:
     """One line: what this provider grants."""
     config, pp = provider.config, provider.desk.pp
     limits = [f"{pp.limit[d]:,.0f} {name}" for d, name in enumerate(wire.DIMENSIONS) if pp.limit[d] > 0.0]
-    words = [config.preset or "provider", ", ".join(limits) or "no limits", f"charge {config.charge_rule}"]
-    words.append("settles" if config.settles else "does not settle")
+    settles = "settles" if config.settles else "does not settle"
+    words = [config.preset or "provider", ", ".join(limits) or "no limits", f"charge {config.charge_rule}", settles]
     if provider.time_scale != 1.0:
         words.append(f"{provider.time_scale:g} times as fast as the clock")
-    events = len(provider.desk.trouble.events)
-    if events:
-        words.append(f"{events} kind{'s' * (events > 1)} of trouble")
+    if provider.desk.trouble.events:
+        words.append(f"events: {', '.join(event.kind for event in provider.desk.trouble.events)}")
     return "; ".join(words)
 
 
