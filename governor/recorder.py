@@ -293,8 +293,13 @@ class Writer:
         if loop is not None:
             commit.over = asyncio.wrap_future(commit.future, loop=loop)
             # First in line: who waits for the commit finds it settled.
-            commit.over.add_done_callback(lambda _: self._settled(commit))
+            commit.over.add_done_callback(lambda over: self._heard(over, commit))
         return commit
+
+    def _heard(self, over: asyncio.Future[None], commit: _Commit) -> None:
+        if not over.cancelled():
+            over.exception()  # else asyncio complains where nobody waited
+        self._settled(commit)
 
     def _settled(self, commit: _Commit) -> None:
         """The commit is over: its batch is on the disk, or comes back. Once per commit, whoever hears of it first."""
@@ -302,8 +307,6 @@ class Writer:
             return
         self._commit = None
         error = commit.future.exception()
-        if commit.over is not None and commit.over.done() and not commit.over.cancelled():
-            commit.over.exception()  # heard, even if nobody waited
         if error is None:
             self.trouble = None
             self.commits += 1
