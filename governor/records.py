@@ -207,7 +207,7 @@ class Records:
         """The latest moment in the records, seconds since the run began: time must not run backwards in a new leg."""
         columns = (attempts.c.finished_s, requests.c.launched_s, requests.c.ended_s, legs.c.began_s, legs.c.ended_s)
         latest = [self._all(select(func.max(column)))[0][0] for column in columns]
-        return max(0.0, *(float(value) for value in latest if value is not None))
+        return max((float(value) for value in latest if value is not None), default=0.0)
 
     # ------------------------------------------------------------ requests
 
