@@ -22,7 +22,7 @@ from itertools import islice
 from governor.driver import Work
 from governor.errors import FailureCode
 from governor.forecast import Expectation, finish_text
-from governor.guard import canary_verdict
+from governor.guard import canary_note, canary_verdict
 from governor.intake import work_of
 from governor.journal import Journal
 from governor.metrics import Notice, notify
@@ -268,11 +268,13 @@ class LiveRun:
                 return False
             tally, expected = run.meter.tally, self.leg.canaries[name]
             took_s = tally.last_s - self.began_s if tally.requests else 0.0
-            findings += [self._of(name) + found for found in canary_verdict(expected, run.meter.measured(), took_s)]
+            seen = run.meter.measured()
+            findings += [self._of(name) + found for found in canary_verdict(expected, seen, took_s)]
             did = f"{plural(tally.requests, 'request')} in {duration(took_s)}, {tally.failed:,} failed"
-            self.shown.inform(
-                f"{self._of(name)}canary: {did}, {tally.throttled:,} 429s; forecast: {finish_text(expected)}"
-            )
+            lines = [f"{did}, {tally.throttled:,} 429s; forecast: {finish_text(expected)}"]
+            lines += [canary_note(expected, seen), self._canary_cost(run)]
+            for text in filter(None, lines):
+                self.shown.inform(f"{self._of(name)}canary: {text}")
         for found in findings:
             self.say(f"canary: {found}")
         if not findings or self.manner.insist:
@@ -281,6 +283,14 @@ class LiveRun:
             return await self._asked("The canary is worse than forecast. Go on with the rest?")
         self.say("canary: stopped before the rest; change the settings, or go on with the same command and --yes")
         return False
+
+    def _canary_cost(self, run: PoolRun) -> str:
+        """What the rest of a pool would cost at the canary's rate."""
+        spent, answers = self.leg.spent, run.meter.answers
+        if spent.total_usd() is None or not answers or len(self.runs) > 1:
+            return ""
+        rest = (spent.cost_usd - self._cost_before) / answers * run.meter.left
+        return f"at this rate the rest costs about {dollars_text(rest)}"
 
     def _of(self, name: str) -> str:
         return f"pool {name}: " if len(self.runs) > 1 else ""

@@ -196,6 +196,6 @@ def dollars_text(cost_usd: float | None) -> str:
     """A sum for people: "$12.40", "$0.0031"; what is not known says so."""
     if cost_usd is None:
         return "not known"
-    if cost_usd >= 0.995 or cost_usd == 0.0:
+    if cost_usd >= 0.0995 or cost_usd == 0.0:
         return f"${cost_usd:,.2f}"
     return f"${cost_usd:.2g}" if cost_usd >= 0.0001 else f"${cost_usd:.1g}"

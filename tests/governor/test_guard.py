@@ -21,7 +21,7 @@ from governor.forecast import (
     throttles_text,
     together,
 )
-from governor.guard import Measured, Track, canary_verdict, check_finish, check_fits, check_preflight
+from governor.guard import Measured, Track, canary_note, canary_verdict, check_finish, check_fits, check_preflight
 from governor.money import Price, Prices
 from governor.policy import Policy
 from governor.pools import Pool
@@ -227,6 +227,11 @@ def test_a_fluid_forecast_is_given_half_its_time_more() -> None:
 
 def test_a_canary_that_is_as_expected_says_nothing() -> None:
     assert canary_verdict(expected(), seen(100), 104.0) == []
+    assert canary_note(expected(), seen(100)) == ""
+
+
+def test_longer_answers_than_assumed_are_noted() -> None:
+    assert canary_note(expected(), seen(100, answer_tokens=500.0)) == "answers have 500 tokens where 100 were assumed"
 
 
 def test_a_canary_lists_everything_that_is_worse() -> None:
@@ -235,7 +240,6 @@ def test_a_canary_lists_everything_that_is_worse() -> None:
         "3 of 100 failed (3 %)",
         "9 429s where 0 to 1 were expected",
         "it took 6 min 40 s where 1 min 40 s was expected",
-        "answers have 500 tokens where 100 were expected",
     ]
 
 
