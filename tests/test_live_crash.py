@@ -1,0 +1,268 @@
+"""A run survives: killed at any moment, stopped by signals, without room on the disk or the right to write.
+
+The forms that are marked slow are those of `make crash`: more moments, otherwise the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from governor.database import JournalError
+from governor.journal import Journal
+from tests.live import WAIT_S, Cli, Process, batch, check_whole, provider, run_args
+
+REQUESTS = 40
+IN_FLIGHT = 6
+# Slow enough that a run lasts about a second, and most moments fall into it.
+ENV = {"OPENAI_MAX_CONCURRENCY": str(IN_FLIGHT)}
+LATENCY = {"first_token_s": 0.1, "per_token_s": 0.0, "sigma": 0.3, "stall_ratio": 0.0}
+
+
+@pytest.fixture(scope="module")
+def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
+    with Cli(tmp_path_factory.mktemp("cli")) as cli:
+        yield cli
+
+
+# ---------------------------------------------------------------- kill -9
+
+
+def killed_and_resumed(cli: Cli, folder: Path, rng: random.Random) -> tuple[int, int, int]:
+    """One run, killed up to three times and resumed to its end; (kills that hit, resent, what the provider saw)."""
+    batch(folder / "requests.jsonl", REQUESTS, rng.randrange(10**6))
+    kills = 0
+    # Some 429s and drops on the way, so that retries are killed too.
+    events = [{"kind": "throttled", "ratio": 0.05, "retry_after_s": 0.05}, {"kind": "drop", "ratio": 0.03}]
+    with provider(events=events, latency=LATENCY, seed=rng.randrange(10**6)) as served:
+        args = run_args(folder, served.base_url, "--quiet", "--json")
+        for _ in range(rng.randint(1, 3)):
+            process = cli.start(*args, env=ENV)
+            time.sleep(rng.uniform(0.0, 1.2))
+            process.signal(signal.SIGKILL)
+            ran = process.wait()
+            assert "Traceback" not in ran.err, ran.err
+            if ran.code != 128 + signal.SIGKILL:
+                break
+            kills += 1
+        ran = cli.run(*args, env=ENV)
+        assert ran.code == 0, ran.err
+        seen = served.stats()["requests"]
+    check_whole(folder, REQUESTS)
+    assert (ran.json["requests"], ran.json["completed"], ran.json["failed"]) == (REQUESTS, REQUESTS, 0)
+    with Journal.open(folder / "results.journal.db") as journal:
+        resent = journal.counts().resent
+        recorded = sum(1 for _ in journal.attempts())
+    # Each kill loses at most what was in flight then; everything else that the provider saw is on record.
+    assert resent <= kills * IN_FLIGHT
+    assert recorded <= seen + resent
+    assert seen <= recorded + resent
+    assert cli.run("verify", folder / "results.journal.db").code == 0
+    return kills, resent, seen
+
+
+def check_kills(cli: Cli, folder: Path, seed: int, runs: int) -> None:
+    rng = random.Random(seed)
+    kills = resent = 0
+    for i in range(runs):
+        (folder / str(i)).mkdir()
+        found = killed_and_resumed(cli, folder / str(i), rng)
+        kills += found[0]
+        resent += found[1]
+    # Otherwise the moments fell before or after the runs, and nothing was tested.
+    assert kills >= runs // 2
+    assert resent > 0 or runs < 4
+
+
+def test_kill_9_at_random_moments_loses_nothing_and_doubles_nothing(cli: Cli, tmp_path: Path, seed: int) -> None:
+    check_kills(cli, tmp_path, seed, 5)
+
+
+@pytest.mark.slow
+def test_kill_9_at_a_hundred_moments(cli: Cli, tmp_path: Path, seed: int) -> None:
+    check_kills(cli, tmp_path, seed, 60)
+
+
+# ---------------------------------------------------------------- signals
+
+
+def until_done(folder: Path, process: Process, least: int = 3) -> None:
+    """Until the run has ended that many requests."""
+    until = time.monotonic() + WAIT_S
+    while time.monotonic() < until:
+        # A journal that is just being made cannot be opened yet.
+        with contextlib.suppress(JournalError), Journal.open(folder / "results.journal.db") as journal:
+            if journal.counts().done >= least:
+                return
+        time.sleep(0.01)
+    raise AssertionError(f"nothing has ended: {process.err.read_text()}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_those_in_flight_end_and_the_run_resumes(cli: Cli, tmp_path: Path, number: int) -> None:
+    batch(tmp_path / "requests.jsonl", REQUESTS)
+    with provider(latency=LATENCY | {"first_token_s": 0.3}) as served:
+        args = run_args(tmp_path, served.base_url, "--json")
+        process = cli.start(*args, env=ENV)
+        until_done(tmp_path, process)
+        process.signal(number)
+        ran = process.wait()
+        assert ran.code == 128 + number
+        assert "nothing more is launched" in ran.err
+        found = ran.json
+        assert 3 <= found["completed"] < REQUESTS
+        # Nobody was cut off: all that was sent was answered and is on record.
+        assert served.stats()["requests"] == found["attempts"] == found["completed"]
+        assert not (tmp_path / "results.jsonl").exists()
+        with Journal.open(tmp_path / "results.journal.db") as journal:
+            assert journal.counts().resent == 0
+            assert journal.legs()[-1].ending == signal.Signals(number).name
+        assert cli.run(*args, env=ENV).code == 0
+        assert served.stats()["requests"] == REQUESTS
+    check_whole(tmp_path, REQUESTS)
+
+
+def test_a_second_signal_cancels_what_is_in_flight(cli: Cli, tmp_path: Path) -> None:
+    batch(tmp_path / "requests.jsonl", 20)
+    with provider(
+        latency=LATENCY | {"first_token_s": 0.1}, events=[{"kind": "stall", "stall_s": 60, "after_requests": 5}]
+    ) as served:
+        args = run_args(tmp_path, served.base_url, "--json")
+        process = cli.start(*args, env=ENV)
+        until_done(tmp_path, process)
+        time.sleep(0.5)
+        began = time.monotonic()
+        process.signal(signal.SIGINT)
+        time.sleep(0.2)
+        process.signal(signal.SIGINT)
+        ran = process.wait()
+        assert time.monotonic() - began < 5.0
+    assert ran.code == 130
+    assert "in flight cancelled" in ran.err
+    with Journal.open(tmp_path / "results.journal.db") as journal:
+        counts = journal.counts()
+    assert 1 <= counts.resent <= IN_FLIGHT
+    assert counts.in_flight == 0
+    with provider() as served:
+        assert cli.run(*run_args(tmp_path, served.base_url), env=ENV).code == 0
+    check_whole(tmp_path, 20)
+
+
+def test_the_grace_period_ends(cli: Cli, tmp_path: Path) -> None:
+    batch(tmp_path / "requests.jsonl", 10)
+    with provider(events=[{"kind": "stall", "stall_s": 60, "after_requests": 3}]) as served:
+        process = cli.start(*run_args(tmp_path, served.base_url, "--grace", "0.3s"), env=ENV)
+        until_done(tmp_path, process)
+        process.signal(signal.SIGTERM)
+        began = time.monotonic()
+        ran = process.wait()
+    assert ran.code == 143
+    assert time.monotonic() - began < 5.0
+    assert "cancelled" in ran.err
+
+
+# ---------------------------------------------------------------- the disk
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder with room for little, where this machine lets us make one."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(folder)], capture_output=True)
+    if made.returncode != 0:
+        pytest.skip("a small file system cannot be mounted here (not root)")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_is_one_line_and_the_run_resumes_when_there_is_room(
+    cli: Cli, tmp_path: Path, small_disk: Path
+) -> None:
+    batch(tmp_path / "requests.jsonl", 60, cap=3000)
+    journal = small_disk / "run.db"
+    long = {"first_token_s": 0.02, "per_token_s": 0.0, "sigma": 0.0, "stall_ratio": 0.0}
+    with provider(latency=long) as served:
+        args = ["run", tmp_path / "requests.jsonl", "--out", tmp_path / "results.jsonl", "--base-url", served.base_url]
+        ran = cli.run(*args, "--journal", journal, "--yes", env=ENV)
+        assert ran.code == 2, ran.err
+        assert "the disk is full" in ran.err
+        assert "run the same command again" in ran.err
+        seen = served.stats()["requests"]
+        assert 0 < seen < 60
+        with Journal.open(journal) as opened:
+            assert opened.complaints() == []
+            done = opened.counts().done
+        subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
+        ran = cli.run(*args, "--journal", journal, env=ENV)
+        assert ran.code == 0, ran.err
+        assert served.stats()["requests"] <= 60 + IN_FLIGHT + seen - done
+    with Journal.open(journal) as opened:
+        assert opened.complaints() == []
+        assert opened.counts().done == 60
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 60
+
+
+def test_a_disk_that_is_too_small_is_refused_before_the_start(cli: Cli, tmp_path: Path, small_disk: Path) -> None:
+    batch(tmp_path / "requests.jsonl", 2_000)
+    args = ["run", tmp_path / "requests.jsonl", "--out", small_disk / "r.jsonl", "--base-url", "http://127.0.0.1:9/v1"]
+    ran = cli.run(*args)
+    assert ran.code == 3
+    assert "MiB are free: make room" in ran.err
+    assert list(small_disk.iterdir()) == []
+
+
+def test_a_read_only_output_folder_is_refused_before_anything_is_sent(
+    cli: Cli, tmp_path: Path, small_disk: Path
+) -> None:
+    batch(tmp_path / "requests.jsonl", 3)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with provider() as served:
+        args = ["run", tmp_path / "requests.jsonl", "--base-url", served.base_url]
+        ran = cli.run(*args, "--out", small_disk / "r.jsonl")
+        assert ran.code == 2
+        assert "that file system is read-only: name another folder" in ran.err
+        ran = cli.run(*args, "--out", tmp_path / "r.jsonl", "--journal", small_disk / "j.db")
+        assert ran.code == 2
+        assert "name another" in ran.err
+        assert served.stats()["requests"] == 0
+
+
+def test_a_folder_that_becomes_read_only_keeps_everything_in_the_journal(
+    cli: Cli, tmp_path: Path, small_disk: Path
+) -> None:
+    batch(tmp_path / "requests.jsonl", 12)
+    with provider(latency=LATENCY) as served:
+        args = ["run", tmp_path / "requests.jsonl", "--out", small_disk / "r.jsonl", "--base-url", served.base_url]
+        process = cli.start(*args, "--journal", tmp_path / "results.journal.db", env=ENV)
+        until_done(tmp_path, process)
+        subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+        ran = process.wait()
+    assert ran.code == 2
+    assert "read-only" in ran.err
+    out = tmp_path / "elsewhere.jsonl"
+    assert cli.run("export", tmp_path / "results.journal.db", "--out", out).code == 0
+    assert len(out.read_text().splitlines()) == 12
+
+
+def test_two_processes_cannot_run_one_journal(cli: Cli, tmp_path: Path) -> None:
+    batch(tmp_path / "requests.jsonl", REQUESTS)
+    with provider(latency=LATENCY) as served:
+        args = run_args(tmp_path, served.base_url)
+        process = cli.start(*args, env=ENV)
+        until_done(tmp_path, process, 1)
+        second = cli.run(*args, env=ENV)
+        assert second.code == 2
+        assert "another process is running this journal" in second.err
+        assert process.wait().code == 0
+        assert served.stats()["requests"] == REQUESTS
+    check_whole(tmp_path, REQUESTS)

@@ -1,0 +1,319 @@
+"""`paceline run` from end to end on loopback, with the official SDK: results, exit codes, what is refused and why."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from governor.summary import Summary
+from tests.live import KEY, Cli, batch, check_whole, line, lines_of, provider, run_args, write_batch
+
+
+@pytest.fixture(scope="module")
+def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
+    with Cli(tmp_path_factory.mktemp("cli")) as cli:
+        yield cli
+
+
+def test_a_batch_becomes_results_in_the_batch_format_and_order(cli: Cli, tmp_path: Path) -> None:
+    batch(tmp_path / "requests.jsonl", 40)
+    with provider() as served:
+        ran = cli.run(*run_args(tmp_path, served.base_url))
+        stats = served.stats()
+    assert ran.code == 0, ran.err
+    check_whole(tmp_path, 40)
+    results = lines_of(tmp_path / "results.jsonl")
+    assert [each["custom_id"] for each in results] == [f"q-{i}" for i in range(40)]
+    first = results[0]
+    assert set(first) == {"id", "custom_id", "response", "error"}
+    assert set(first["response"]) == {"status_code", "request_id", "body"}
+    assert first["response"]["body"]["choices"][0]["message"]["content"]
+    assert (tmp_path / "results.errors.jsonl").read_text() == ""
+    assert (stats["requests"], stats["retry_counts"]) == (40, {"0": 40})
+    assert (tmp_path / "results.journal.db").stat().st_mode & 0o777 == 0o600
+    assert "done                40 of 40" in ran.out
+
+
+def test_json_has_the_summary_s_keys_and_nothing_else_on_stdout(cli: Cli, tmp_path: Path) -> None:
+    batch(tmp_path / "requests.jsonl", 10)
+    with provider() as served:
+        ran = cli.run(*run_args(tmp_path, served.base_url, "--json"))
+    found = ran.json
+    assert list(found) == list(Summary.__slots__)
+    assert (found["requests"], found["completed"], found["attempts"]) == (10, 10, 10)
+    bodies = [each["response"]["body"]["usage"] for each in lines_of(tmp_path / "results.jsonl")]
+    # gpt-4o-mini: $0.15 and $0.60 per million tokens in the list that comes with Paceline.
+    bill = sum(usage["prompt_tokens"] * 0.15 + usage["completion_tokens"] * 0.60 for usage in bodies) / 1e6
+    assert found["cost_usd"] == pytest.approx(bill, rel=1e-9)
+    assert found["used_tokens"] == sum(usage["total_tokens"] for usage in bodies)
+
+
+def test_the_same_command_again_sends_nothing(cli: Cli, tmp_path: Path) -> None:
+    batch(tmp_path / "requests.jsonl", 8)
+    with provider() as served:
+        args = run_args(tmp_path, served.base_url, "--json")
+        first = cli.run(*args)
+        (tmp_path / "results.jsonl").unlink()
+        again = cli.run(*args)
+        assert served.stats()["requests"] == 8
+    assert again.code == 0
+    assert "nothing is left to send" in again.err
+    assert again.json == first.json
+    check_whole(tmp_path, 8)
+
+
+def test_failures_go_into_the_errors_file_and_can_be_tried_again(cli: Cli, tmp_path: Path) -> None:
+    batch(tmp_path / "requests.jsonl", 12)
+    faults = {"kind": "server_error", "times": 9}
+    env = {"OPENAI_RETRY_MAX_ATTEMPTS": "1"}
+    with provider(events=[faults]) as served:
+        args = run_args(tmp_path, served.base_url, "--json")
+        ran = cli.run(*args, env=env)
+        assert ran.code == 1
+        assert ran.json["failures"] == {"OPENAI_SERVER_ERROR": 9}
+        check_whole(tmp_path, 12)
+        errors = lines_of(tmp_path / "results.errors.jsonl")
+        assert {each["error"]["code"] for each in errors} == {"OPENAI_SERVER_ERROR"}
+        assert all(each["response"]["status_code"] == 500 for each in errors)
+        # Another code: nothing is sent again.
+        other = cli.run(*args, "--retry-failed=BAD_REQUEST", env=env)
+        assert (other.code, served.stats()["requests"]) == (1, 12)
+        mended = cli.run(*args, "--retry-failed", env=env)
+        assert served.stats()["requests"] == 21
+    assert mended.code == 0
+    assert mended.json["completed"] == 12
+    check_whole(tmp_path, 12)
+    assert (tmp_path / "results.errors.jsonl").read_text() == ""
+
+
+def test_forced_429s_are_retried_and_five_of_them_end_a_request(cli: Cli, tmp_path: Path) -> None:
+    batch(tmp_path / "requests.jsonl", 6)
+    with provider(events=[{"kind": "throttled", "attempts": 2}]) as served:
+        ran = cli.run(*run_args(tmp_path, served.base_url, "--json"))
+        assert served.stats()["requests"] == 18
+    assert ran.code == 0
+    assert (ran.json["throttled"], ran.json["attempts"]) == (12, 18)
+    write_batch(tmp_path / "two.jsonl", [line("q-0"), line("q-1")])
+    with provider(events=[{"kind": "throttled"}]) as served:
+        out = tmp_path / "two"
+        ran = cli.run("run", tmp_path / "two.jsonl", "--out", out, "--base-url", served.base_url, "--json")
+        assert served.stats()["requests"] == 10
+    assert ran.code == 1
+    assert ran.json["failures"] == {"OPENAI_RATE_LIMIT_EXHAUSTED": 2}
+
+
+# ---------------------------------------------------------------- the account refuses
+
+
+@pytest.mark.parametrize("kind", ["quota", "unauthorized", "model_not_found"])
+def test_a_refused_account_stops_the_run_after_those_in_flight(cli: Cli, tmp_path: Path, kind: str) -> None:
+    batch(tmp_path / "requests.jsonl", 60)
+    env = {"OPENAI_MAX_CONCURRENCY": "5"}
+    with provider(events=[{"kind": kind, "after_requests": 20}]) as served:
+        args = run_args(tmp_path, served.base_url, "--json")
+        ran = cli.run(*args, env=env)
+        stats = served.stats()
+    assert ran.code == 4
+    assert not (tmp_path / "results.jsonl").exists()
+    # One attempt each for those then in flight, none after.
+    assert stats["requests"] <= 20 + 5
+    assert stats["came_again"] == 0
+    found = ran.json
+    assert found["failed"] == 0
+    assert 15 <= found["completed"] <= 20
+    assert ("quota is used up" if kind == "quota" else "refuses this account") in ran.err
+    with provider() as served:
+        mended = cli.run(*run_args(tmp_path, served.base_url, "--json"), env=env)
+        assert served.stats()["requests"] == 60 - found["completed"]
+    assert mended.code == 0
+    check_whole(tmp_path, 60)
+
+
+def test_ten_identical_400s_in_a_row_stop_a_run_that_nobody_watches(cli: Cli, tmp_path: Path) -> None:
+    # Without a model the provider refuses a request, and says so in the same words each time.
+    write_batch(tmp_path / "requests.jsonl", [line(f"q-{i}", model="gpt-4o" if i < 5 else "") for i in range(40)])
+    env = {"OPENAI_MAX_CONCURRENCY": "1"}
+    with provider() as served:
+        ran = cli.run(*run_args(tmp_path, served.base_url, "--json"), env=env)
+        stats = served.stats()
+    assert ran.code == 3
+    assert stats["requests"] == 15
+    assert "10 requests in a row were refused as bad: you must provide a model parameter" in ran.err
+    assert ran.json["failures"] == {"BAD_REQUEST": 10}
+
+
+# ---------------------------------------------------------------- before anything is sent
+
+
+def test_a_missing_key_says_which_variable(cli: Cli, tmp_path: Path) -> None:
+    batch(tmp_path / "requests.jsonl", 3)
+    args = ["run", tmp_path / "requests.jsonl", "--out", tmp_path / "results.jsonl"]
+    ran = cli.run(*args, env={"OPENAI_API_KEY": ""})
+    assert ran.code == 2
+    assert ran.err.startswith("OPENAI_API_KEY is not set")
+    assert list(tmp_path.iterdir()) == [tmp_path / "requests.jsonl"]
+
+
+def test_a_key_may_stand_in_the_env_file_and_goes_nowhere(cli: Cli, tmp_path: Path) -> None:
+    batch(tmp_path / "requests.jsonl", 3)
+    (tmp_path / "my.env").write_text(f"OPENAI_API_KEY={KEY}\nOPENAI_STAGGER_SECONDS=0\nOTHER_SECRET=hunter2\n")
+    with provider() as served:
+        args = run_args(tmp_path, served.base_url, "--env-file", tmp_path / "my.env", "--log-format", "json")
+        ran = cli.run(*args, env={"OPENAI_API_KEY": ""})
+    assert ran.code == 0
+    for path in tmp_path.iterdir():
+        if path.name != "my.env":
+            assert KEY.encode() not in path.read_bytes()
+            assert b"hunter2" not in path.read_bytes()
+
+
+def test_an_oversized_request_refuses_the_run_or_is_left_out(cli: Cli, tmp_path: Path) -> None:
+    lines = [line("q-0"), line("q-1", text="x" * 200_000), line("q-2")]
+    write_batch(tmp_path / "requests.jsonl", lines)
+    env = {"OPENAI_TPM_LIMIT": "30000"}
+    with provider(tpm=30_000) as served:
+        args = run_args(tmp_path, served.base_url, "--json")
+        ran = cli.run(*args, env=env)
+        assert ran.code == 2
+        assert "request 1 ('q-1') needs 50,0" in ran.err
+        assert "the limit is 30,000" in ran.err
+        assert [path.name for path in tmp_path.iterdir()] == ["requests.jsonl"]
+        ran = cli.run(*args, "--skip-oversized", env=env)
+        assert served.stats()["requests"] == 2
+    assert ran.code == 1
+    assert ran.json["failures"] == {"REQUEST_TOO_LARGE": 1}
+    check_whole(tmp_path, 3)
+    (error,) = lines_of(tmp_path / "results.errors.jsonl")
+    assert (error["custom_id"], error["response"]) == ("q-1", None)
+
+
+def test_a_forecast_past_a_day_or_finish_by_refuses(cli: Cli, tmp_path: Path) -> None:
+    batch(tmp_path / "requests.jsonl", 300)
+    env = {"OPENAI_STAGGER_SECONDS": "600"}
+    with provider() as served:
+        args = run_args(tmp_path, served.base_url)
+        ran = cli.run(*args, env=env)
+        assert ran.code == 3
+        assert "held back by OPENAI_STAGGER_SECONDS=600" in ran.err
+        assert "more than a day" in ran.err
+        assert [path.name for path in tmp_path.iterdir()] == ["requests.jsonl"]
+        ran = cli.run(*args, "--finish-by", "30s", env={"OPENAI_STAGGER_SECONDS": "1"})
+        assert ran.code == 3
+        assert "--finish-by allows 30 s" in ran.err
+        ran = cli.run(*args, "--finish-by", "soon")
+        assert ran.code == 2
+        assert "--finish-by 'soon' is no duration" in ran.err
+
+
+def test_a_journal_of_another_input_and_results_of_another_run_are_refused(cli: Cli, tmp_path: Path) -> None:
+    batch(tmp_path / "requests.jsonl", 3)
+    with provider() as served:
+        args = run_args(tmp_path, served.base_url)
+        assert cli.run(*args).code == 0
+        batch(tmp_path / "requests.jsonl", 4)
+        ran = cli.run(*args)
+        assert ran.code == 2
+        assert "it was made from another input" in ran.err
+        (tmp_path / "results.journal.db").unlink()
+        ran = cli.run(*args)
+        assert ran.code == 2
+        assert "add --overwrite" in ran.err
+        assert cli.run(*args, "--overwrite").code == 0
+    check_whole(tmp_path, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "no requests in it"),
+        ('{"custom_id": "a"}\n', ":1: url is missing"),
+        (json.dumps(line("a")) + "\n" + json.dumps(line("a")) + "\n", ":2: custom_id 'a' stands on line 1 already"),
+        (json.dumps(line("a") | {"body": {"stream": True}}) + "\n", "cannot stream"),
+        ("{\n", ":1: not JSON"),
+    ],
+)
+def test_a_wrong_line_is_named_and_nothing_is_left_behind(cli: Cli, tmp_path: Path, text: str, complaint: str) -> None:
+    (tmp_path / "requests.jsonl").write_text(text)
+    ran = cli.run(*run_args(tmp_path, "http://127.0.0.1:9/v1"))
+    assert ran.code == 2
+    assert complaint in ran.err
+    assert ran.err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["requests.jsonl"]
+
+
+def test_other_slips_of_the_command_line(cli: Cli, tmp_path: Path) -> None:
+    batch(tmp_path / "requests.jsonl", 3)
+    url = "http://127.0.0.1:9/v1"
+    for more, complaint in (
+        (["--set", "OPENAI_TPM_LIMT=1"], "did you mean OPENAI_TPM_LIMIT?"),
+        (["--tpm", "many"], "--tpm 'many' is not a whole number"),
+        (["--prices", tmp_path / "none.yaml"], "there is no such file"),
+        (["--pools", tmp_path / "none.yaml"], "--base-url is for a run without --pools"),
+        (["--notify", "nowhere"], "--notify is no address"),
+        (["--journal", tmp_path / "no" / "j.db"], "there is no folder"),
+        (["--max-cost", "1", "--prices", _prices(tmp_path)], "--max-cost needs a price for model 'gpt-4o-mini'"),
+    ):
+        ran = cli.run(*run_args(tmp_path, url, *more))
+        assert ran.code == 2, (more, ran.err)
+        assert complaint in ran.err, (more, ran.err)
+    ran = cli.run("run", tmp_path / "requests.jsonl", "--out", tmp_path / "requests.jsonl", "--base-url", url)
+    assert ran.code == 2
+    ran = cli.run("run", tmp_path / "none.jsonl", "--out", tmp_path / "results.jsonl", "--base-url", url)
+    assert (ran.code, "there is no such file" in ran.err) == (2, True)
+
+
+def _prices(folder: Path) -> Path:
+    path = folder / "prices.yaml"
+    path.write_text("models: {other: {input: 1, output: 1}}\n")
+    return path
+
+
+# ---------------------------------------------------------------- bad weather
+
+
+def test_an_unreachable_base_url_fails_after_its_retries_with_a_line_each(cli: Cli, tmp_path: Path) -> None:
+    batch(tmp_path / "requests.jsonl", 4)
+    args = run_args(tmp_path, "http://127.0.0.1:9/v1", "--json")
+    ran = cli.run(*args, env={"OPENAI_RETRY_MAX_ATTEMPTS": "3", "OPENAI_BACKOFF_BASE_SECONDS": "0.01"})
+    assert ran.code == 1
+    assert (ran.json["attempts"], ran.json["failures"]) == (12, {"OPENAI_CONNECTION_DROPPED": 4})
+    check_whole(tmp_path, 4)
+    for each in lines_of(tmp_path / "results.errors.jsonl"):
+        assert each["response"] is None
+        assert "127.0.0.1:9" in each["error"]["message"]
+
+
+@pytest.mark.parametrize("kind", ["malformed", "truncate", "drop", "overloaded"])
+def test_broken_answers_are_failures_and_never_a_traceback(cli: Cli, tmp_path: Path, kind: str) -> None:
+    batch(tmp_path / "requests.jsonl", 4)
+    with provider(events=[{"kind": kind}]) as served:
+        ran = cli.run(*run_args(tmp_path, served.base_url, "--json"), env={"OPENAI_RETRY_MAX_ATTEMPTS": "2"})
+    assert ran.code == 1
+    assert (ran.json["failed"], ran.json["attempts"]) == (4, 8)
+    check_whole(tmp_path, 4)
+
+
+def test_an_absurd_retry_after_is_capped_by_the_deadline_and_reported(cli: Cli, tmp_path: Path) -> None:
+    batch(tmp_path / "requests.jsonl", 3)
+    event = {"kind": "throttled", "retry_after_s": 114 * 3600, "times": 1}
+    with provider(events=[event]) as served:
+        env = {"OPENAI_DEADLINE_SECONDS": "1", "OPENAI_HOLD_ON_THROTTLE": "true", "OPENAI_MAX_CONCURRENCY": "1"}
+        ran = cli.run(*run_args(tmp_path, served.base_url, "--json"), env=env)
+        assert served.stats()["requests"] == 3
+    assert ran.code == 1
+    assert ran.json["failures"] == {"OPENAI_DEADLINE_EXCEEDED": 1}
+    assert "the provider asks to wait 4 d 18 h" in ran.err
+    assert ran.err.count("asks to wait") == 1
+
+
+def test_limits_that_are_not_as_the_settings_say_are_told_once(cli: Cli, tmp_path: Path) -> None:
+    batch(tmp_path / "requests.jsonl", 20)
+    with provider(tpm=5_000_000, rpm=100_000) as served:
+        env = {"OPENAI_TPM_LIMIT": "10000000", "OPENAI_RPM_LIMIT": "100000"}
+        ran = cli.run(*run_args(tmp_path, served.base_url), env=env)
+    assert ran.code == 0
+    assert ran.err.count("the account grants 5,000,000 tokens per minute, OPENAI_TPM_LIMIT=10000000 says more") == 1
+    assert "OPENAI_RPM_LIMIT" not in ran.err

@@ -1,0 +1,416 @@
+"""A run under way and its journal: commands, follow, canary, budgets, pools, logs, metrics, messages; the doctor."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import pytest
+
+from governor.journal import Journal
+from tests.live import WAIT_S, Cli, Process, batch, check_whole, line, lines_of, provider, run_args, write_batch
+
+SLOW = {"first_token_s": 0.1, "per_token_s": 0.0, "sigma": 0.0, "stall_ratio": 0.0}
+
+
+@pytest.fixture(scope="module")
+def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
+    with Cli(tmp_path_factory.mktemp("cli")) as cli:
+        yield cli
+
+
+def until(what: str, true: Any) -> None:
+    """Until `true()`, in bounded time."""
+    end = time.monotonic() + WAIT_S
+    while not true():
+        assert time.monotonic() < end, f"never came: {what}"
+        time.sleep(0.02)
+
+
+def status(cli: Cli, journal: Path) -> dict[str, Any]:
+    return cli.run("status", journal, "--json").json
+
+
+def started(cli: Cli, folder: Path, *args: object, **how: Any) -> tuple[Process, Path]:
+    """A run whose first request has ended."""
+    process = cli.start(*args, **how)
+    journal = folder / "results.journal.db"
+
+    def ended() -> bool:
+        ran = cli.run("status", journal, "--json")
+        return ran.code == 0 and ran.json["done"] > 0
+
+    until("the first result", ended)
+    return process, journal
+
+
+# ---------------------------------------------------------------- commands
+
+
+def test_pause_set_and_resume_a_running_batch(cli: Cli, tmp_path: Path) -> None:
+    batch(tmp_path / "requests.jsonl", 60)
+    env = {"OPENAI_MAX_CONCURRENCY": "1"}
+    with provider(latency=SLOW) as served:
+        process, journal = started(cli, tmp_path, *run_args(tmp_path, served.base_url, "--json"), env=env)
+        assert cli.run("pause", journal).out == "paused\n"
+        time.sleep(0.3)
+        before = served.stats()["requests"]
+        time.sleep(0.5)
+        assert served.stats()["requests"] == before < 60
+        assert status(cli, journal)["running"] is True
+        wrong = cli.run("set", journal, "OPENAI_MAX_CONCURENCY=9")
+        assert (wrong.code, "did you mean OPENAI_MAX_CONCURRENCY?" in wrong.err) == (2, True)
+        assert cli.run("set", journal, "OPENAI_MAX_CONCURRENCY=20").out == "changed\n"
+        purge = cli.run("purge", journal, "--yes")
+        assert purge.code == 2
+        assert "another process is running this journal" in purge.err
+        assert cli.run("resume", journal).out == "resumed\n"
+        ran = process.wait()
+    assert ran.code == 0
+    assert ran.json["peak_in_flight"] > 10
+    assert ran.json["waits_s"]["paused"] > 0.5
+    assert "changed by `paceline set`: OPENAI_MAX_CONCURRENCY 1 -> 20" in ran.err
+    check_whole(tmp_path, 60)
+    found = status(cli, journal)
+    assert found["settings"]["default"]["OPENAI_MAX_CONCURRENCY"] == 20
+    assert any("OPENAI_MAX_CONCURRENCY 1 -> 20" in text for text in found["changes"])
+    assert "all equal" in cli.run("verify", journal).out
+    idle = cli.run("pause", journal)
+    assert (idle.code, "no process is working on it" in idle.err) == (2, True)
+
+
+def test_what_is_set_while_nobody_runs_counts_from_the_next_leg(cli: Cli, tmp_path: Path) -> None:
+    batch(tmp_path / "requests.jsonl", 10)
+    with provider(events=[{"kind": "quota", "after_requests": 4}]) as served:
+        assert cli.run(*run_args(tmp_path, served.base_url), env={"OPENAI_MAX_CONCURRENCY": "1"}).code == 4
+    journal = tmp_path / "results.journal.db"
+    assert "the next one takes it up" in cli.run("set", journal, "OPENAI_TPM_HEADROOM=0.2").out
+    with provider() as served:
+        ran = cli.run(*run_args(tmp_path, served.base_url))
+    assert ran.code == 0
+    assert "OPENAI_TPM_HEADROOM 0.15 -> 0.2" in ran.err
+    # Settings of the command line that differ from the first leg's are told as well.
+    assert "settings changed since then: OPENAI_MAX_CONCURRENCY 1 -> 20" in ran.err
+
+
+def test_export_while_it_runs_and_what_follows_grows(cli: Cli, tmp_path: Path) -> None:
+    batch(tmp_path / "requests.jsonl", 30)
+    with provider(latency=SLOW) as served:
+        args = run_args(tmp_path, served.base_url, "--follow")
+        process, journal = started(cli, tmp_path, *args, env={"OPENAI_MAX_CONCURRENCY": "2"})
+        until("a followed line", lambda: len((tmp_path / "results.jsonl").read_text().splitlines()) >= 2)
+        ran = cli.run("export", journal, "--out", tmp_path / "part.jsonl")
+        assert ran.code == 0
+        assert 0 < len(lines_of(tmp_path / "part.jsonl")) < 30
+        again = cli.run("export", journal, "--out", tmp_path / "part.jsonl")
+        assert (again.code, "add --overwrite" in again.err) == (2, True)
+        assert process.wait().code == 0
+    check_whole(tmp_path, 30)
+
+
+def test_purge_removes_prompts_and_answers_for_good(cli: Cli, tmp_path: Path) -> None:
+    write_batch(tmp_path / "requests.jsonl", [line("q-0", text="a very private question")])
+    with provider() as served:
+        assert cli.run(*run_args(tmp_path, served.base_url)).code == 0
+    journal = tmp_path / "results.journal.db"
+    assert b"private question" in journal.read_bytes()
+    refused = cli.run("purge", journal)
+    assert (refused.code, "add --yes" in refused.err) == (2, True)
+    assert cli.run("purge", journal, "--yes").code == 0
+    for path in tmp_path.glob("results.journal.db*"):
+        assert b"private question" not in path.read_bytes()
+    gone = cli.run("export", journal, "--out", tmp_path / "part.jsonl")
+    assert (gone.code, "purged" in gone.err) == (2, True)
+    assert "purged" in cli.run("status", journal).out
+
+
+def test_verify_finds_a_decision_that_was_tampered_with(cli: Cli, tmp_path: Path) -> None:
+    import sqlite3
+
+    batch(tmp_path / "requests.jsonl", 5)
+    with provider() as served:
+        assert cli.run(*run_args(tmp_path, served.base_url)).code == 0
+    journal = tmp_path / "results.journal.db"
+    good = cli.run("verify", journal, "--json")
+    assert (good.code, good.json["difference"], good.json["database"]) == (0, None, [])
+    assert good.json["checked"] >= 10
+    database = sqlite3.connect(journal)
+    with database:
+        (calls,) = database.execute("SELECT calls FROM decisions").fetchone()
+        middle = len(calls) // 2
+        changed = calls[:middle] + bytes([calls[middle] ^ 0x40]) + calls[middle + 1 :]
+        database.execute("UPDATE decisions SET calls=?", (changed,))
+    database.close()
+    ran = cli.run("verify", journal)
+    assert ran.code in (1, 2)
+    assert "are equal, then one is not" in ran.out or "damaged" in ran.err
+
+
+def test_journals_that_are_none(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "text.db").write_text("this is not a database, and it is long enough to look like one " * 20)
+    for command in (["status"], ["verify"], ["export", "--out", tmp_path / "x.jsonl"], ["pause"]):
+        for name, complaint in (("none.db", "there is no such journal"), ("text.db", "no journal of Paceline's")):
+            ran = cli.run(command[0], tmp_path / name, *command[1:])
+            assert (ran.code, complaint in ran.err, ran.err.count("\n")) == (2, True, 1), ran.err
+
+
+# ---------------------------------------------------------------- canary and budgets
+
+
+def test_a_canary_that_fails_stops_before_the_rest(cli: Cli, tmp_path: Path) -> None:
+    batch(tmp_path / "requests.jsonl", 30)
+    env = {"OPENAI_RETRY_MAX_ATTEMPTS": "1"}
+    with provider(events=[{"kind": "server_error", "times": 2}]) as served:
+        args = run_args(tmp_path, served.base_url, "--canary", "5", "--json")
+        ran = cli.run(*args, env=env)
+        assert ran.code == 3
+        assert served.stats()["requests"] == 5
+        assert "canary: 2 of 5 failed (40 %)" in ran.err
+        assert ran.json["requests"] == 5
+        going = cli.run(*args, "--yes", env=env)
+        assert going.code == 1
+        assert served.stats()["requests"] == 30
+    check_whole(tmp_path, 30)
+
+
+def test_a_canary_as_forecast_goes_on_by_itself(cli: Cli, tmp_path: Path) -> None:
+    batch(tmp_path / "requests.jsonl", 30)
+    with provider() as served:
+        ran = cli.run(*run_args(tmp_path, served.base_url, "--canary", "5"))
+    assert ran.code == 0
+    assert "canary: 5 requests in" in ran.err
+    check_whole(tmp_path, 30)
+
+
+def test_max_cost_stops_launching_and_a_larger_one_goes_on(cli: Cli, tmp_path: Path) -> None:
+    batch(tmp_path / "requests.jsonl", 40)
+    prices = tmp_path / "prices.yaml"
+    prices.write_text("models: {gpt-4o-mini: {input: 0, output: 1000}}\n")
+    with provider(latency=SLOW) as served:
+        args = run_args(tmp_path, served.base_url, "--json", "--prices", prices)
+        env = {"OPENAI_MAX_CONCURRENCY": "4"}
+        ran = cli.run(*args, "--max-cost", "0.5", env=env)
+        assert ran.code == 5
+        found = ran.json
+        # Answers of some 50 tokens at $0.001 each: about ten, give or take those in flight.
+        assert 0.3 <= found["cost_usd"] <= 0.8
+        assert 0 < found["completed"] < 40
+        assert "--max-cost $0.50" in ran.err
+        ran = cli.run(*args, "--max-cost", "50", env=env)
+    assert ran.code == 0
+    usages = [each["response"]["body"]["usage"]["completion_tokens"] for each in lines_of(tmp_path / "results.jsonl")]
+    assert ran.json["cost_usd"] == pytest.approx(sum(usages) / 1000.0, rel=1e-9)
+
+
+def test_stop_after_is_a_budget_of_time(cli: Cli, tmp_path: Path) -> None:
+    batch(tmp_path / "requests.jsonl", 40)
+    with provider(latency=SLOW) as served:
+        args = run_args(tmp_path, served.base_url, "--json")
+        ran = cli.run(*args, "--stop-after", "1s", env={"OPENAI_MAX_CONCURRENCY": "2"})
+        assert ran.code == 5
+        assert 10 <= ran.json["completed"] < 40
+        assert cli.run(*args).code == 0
+    check_whole(tmp_path, 40)
+
+
+# ---------------------------------------------------------------- pools
+
+
+def test_pools_run_side_by_side_each_with_its_key_and_settings(cli: Cli, tmp_path: Path) -> None:
+    lines = [line(f"q-{i}", model="gpt-4o" if i % 3 else "gpt-4.1") for i in range(30)]
+    write_batch(tmp_path / "requests.jsonl", lines)
+    with provider(latency=SLOW) as one, provider(latency=SLOW, events=[{"kind": "quota", "after_requests": 4}]) as two:
+        pools = {
+            "pools": [
+                {"name": "main", "models": ["gpt-4o*"], "key": "MAIN_KEY", "base_url": one.base_url},
+                {
+                    "name": "small",
+                    "models": ["gpt-4.1"],
+                    "base_url": two.base_url,
+                    "settings": {"OPENAI_MAX_CONCURRENCY": 1},
+                },
+            ]
+        }
+        (tmp_path / "pools.yaml").write_text(json.dumps(pools))
+        args = ["run", tmp_path / "requests.jsonl", "--out", tmp_path / "results.jsonl"]
+        args += ["--pools", tmp_path / "pools.yaml", "--json"]
+        ran = cli.run(*args, env={"MAIN_KEY": "sk-main-key-0123456789"})
+        assert (one.stats()["requests"], two.stats()["requests"]) == (20, 5)
+    # One quota is used up: the other pool still ends its work.
+    assert ran.code == 4
+    assert "sk-main-key" not in ran.err + (tmp_path / "results.journal.db").read_bytes().decode("latin-1")
+    found = ran.json
+    assert (found["completed"], found["pools"]["main"]["completed"], found["pools"]["small"]["completed"]) == (
+        24,
+        20,
+        4,
+    )
+    assert found["pools"]["small"]["peak_in_flight"] == 1
+    assert status(cli, tmp_path / "results.journal.db")["pools"]["small"]["pending"] == 6
+    with Journal.open(tmp_path / "results.journal.db") as journal:
+        assert {attempt.pool for attempt in journal.attempts()} == {"main", "small"}
+    missing = [line("q-0", model="claude")]
+    write_batch(tmp_path / "other.jsonl", missing)
+    ran = cli.run(
+        "run",
+        tmp_path / "other.jsonl",
+        "--out",
+        tmp_path / "o.jsonl",
+        "--pools",
+        tmp_path / "pools.yaml",
+        env={"MAIN_KEY": "k"},
+    )
+    assert ran.code == 2
+    assert "which no pool takes" in ran.err
+
+
+# ---------------------------------------------------------------- what others see of it
+
+
+class Hook(BaseHTTPRequestHandler):
+    """A webhook that keeps what it is told."""
+
+    told: list[dict[str, Any]]
+
+    def do_POST(self) -> None:
+        self.told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.send_response(204)
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hook() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    told: list[dict[str, Any]] = []
+    server = HTTPServer(("127.0.0.1", 0), type("OneHook", (Hook,), {"told": told}))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/secret-path", told
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+def test_metrics_textfile_and_messages(cli: Cli, tmp_path: Path, hook: tuple[str, list[dict[str, Any]]]) -> None:
+    batch(tmp_path / "requests.jsonl", 30)
+    url, told = hook
+    port = free_port()
+    with provider(latency=SLOW, events=[{"kind": "throttled", "attempts": 1, "times": 3}]) as served:
+        args = run_args(tmp_path, served.base_url, "--metrics-port", port, "--notify", url)
+        args += ["--metrics-textfile", tmp_path / "m.prom"]
+        process, _ = started(cli, tmp_path, *args, env={"OPENAI_MAX_CONCURRENCY": "2"})
+        with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as response:
+            text = response.read().decode()
+        ran = process.wait()
+    assert ran.code == 0, ran.err
+    names = ("active_concurrency", "next_slot_epoch", "stagger_delays_total", "tpm_window_deferrals_total")
+    for name in names:
+        assert f"contestra_openai_{name} " in text
+    final = (tmp_path / "m.prom").read_text()
+    assert "contestra_openai_active_concurrency 0.0" in final
+    assert 'contestra_llm_rate_limit_events_total{vendor="openai"} 3.0' in final
+    assert [each["event"] for each in told] == ["finished"]
+    assert told[0]["text"].startswith("paceline: 30 of 30 done")
+    assert "secret-path" not in ran.err
+
+
+def test_a_run_that_falls_behind_says_so_with_the_reason(
+    cli: Cli, tmp_path: Path, hook: tuple[str, list[dict[str, Any]]]
+) -> None:
+    batch(tmp_path / "requests.jsonl", 20)
+    url, told = hook
+    # 20 answers, one at a time, are forecast at about 1 s each; a stall holds them up for longer than all of that. At a
+    # clock 100 times as fast this is over in seconds.
+    quick = SLOW | {"first_token_s": 0.01}
+    with provider(latency=quick, events=[{"kind": "stall", "stall_s": 2.5, "after_requests": 5, "times": 1}]) as served:
+        args = run_args(tmp_path, served.base_url, "--notify", url, "--time-scale", "100")
+        env = {"OPENAI_MAX_CONCURRENCY": "1", "OPENAI_REQUEST_TIMEOUT_SECONDS": "3600"}
+        ran = cli.run(*args, env=env)
+    assert ran.code == 0, ran.err
+    assert "later than forecast since" in ran.err
+    assert told[0]["event"] == "late"
+
+
+def test_logs_in_json_hold_no_prompt(cli: Cli, tmp_path: Path) -> None:
+    write_batch(tmp_path / "requests.jsonl", [line(f"q-{i}", text="a very private question") for i in range(4)])
+    with provider(events=[{"kind": "throttled", "attempts": 1, "retry_after_s": 0.01}]) as served:
+        ran = cli.run(*run_args(tmp_path, served.base_url, "--log-format", "json", "--quiet"))
+    assert ran.code == 0
+    assert "private question" not in ran.err
+    events = [json.loads(text) for text in ran.err.splitlines()]
+    kinds = [event["event"] for event in events]
+    assert {kind: kinds.count(kind) for kind in ("launch", "throttled", "answer", "done")} == {
+        "launch": 8,
+        "throttled": 4,
+        "answer": 4,
+        "done": 4,
+    }
+    assert all(event["request_id"].startswith("req_") for event in events if event["event"] == "answer")
+
+
+def test_quiet_says_nothing_when_all_is_well(cli: Cli, tmp_path: Path) -> None:
+    batch(tmp_path / "requests.jsonl", 4)
+    with provider() as served:
+        ran = cli.run(*run_args(tmp_path, served.base_url, "--quiet", "--json"))
+    assert (ran.code, ran.err) == (0, "")
+
+
+# ---------------------------------------------------------------- preflight and doctor
+
+
+def test_preflight_strict_and_paced(cli: Cli, tmp_path: Path) -> None:
+    batch(tmp_path / "requests.jsonl", 10)
+    guardrails = {"OPENAI_TPM_LIMIT": "30000", "OPENAI_CHARGE_RULE": "fixed", "OPENAI_TPM_WINDOW": "fixed"}
+    path = tmp_path / "requests.jsonl"
+    env = {**guardrails, "OPENAI_API_KEY": ""}
+    ran = cli.run("preflight", path, "--json", env=env)
+    assert (ran.code, ran.json["ok"], ran.json["projected_tokens"], ran.json["budget_tokens"]) == (
+        0,
+        True,
+        70_000,
+        25_500,
+    )
+    assert ran.json["forecast_by"] == "simulation"
+    strict = cli.run("preflight", path, "--mode", "strict", "--json", env=env)
+    assert (strict.code, strict.json["code"], strict.json["max_runs_now"]) == (3, "BATCH_RATE_LIMITED", 3)
+    late = cli.run("preflight", path, "--deadline", "10s", env=env)
+    assert late.code == 3
+    assert "the deadline is 10.0 s" in late.out
+    refused = cli.run(*run_args(tmp_path, "http://127.0.0.1:9/v1"), env={**guardrails, "PREFLIGHT_MODE": "strict"})
+    assert refused.code == 3
+    assert "503 BATCH_RATE_LIMITED" in refused.err
+
+
+def test_the_doctor_names_key_model_limits_and_what_disagrees(cli: Cli, tmp_path: Path) -> None:
+    with provider(tpm=30_000, rpm=500) as served:
+        ran = cli.run("doctor", "--base-url", served.base_url, env={"OPENAI_TPM_LIMIT": "90000"})
+        assert ran.code == 0
+        assert "key and model are good" in ran.out
+        assert "TPM 30,000" in ran.out
+        assert "OPENAI_TPM_LIMIT=90000 says more: expect 429s, or set OPENAI_TPM_LIMIT=30000" in ran.out
+        assert served.stats()["requests"] == 1
+        found = cli.run("doctor", "--base-url", served.base_url, "--json").json["default"]
+        assert (found["outcome"], found["limits"]["RPM"]["limit"]) == ("ok", 500.0)
+    with provider(events=[{"kind": "unauthorized"}]) as served:
+        ran = cli.run("doctor", "--base-url", served.base_url)
+        assert ran.code == 4
+        assert "does not answer: 401" in ran.out
+    ran = cli.run("doctor", "--base-url", "http://127.0.0.1:9/v1")
+    assert ran.code == 1
+    ran = cli.run("doctor", env={"OPENAI_API_KEY": ""})
+    assert (ran.code, "OPENAI_API_KEY is not set" in ran.err) == (2, True)
