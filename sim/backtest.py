@@ -10,6 +10,10 @@ mean +- t x sd x sqrt(1 + 1/n), and the sd has a second part: `MODEL_SD_RATIO`, 
 for reasons that no replication varies (the way of a request to the provider, another program on the processor). That
 part is not fitted to the run at hand: rehearsals under other seeds than that of the published table were off by 0.2 %
 (root mean square, without other users on the quota), and twice that is assumed.
+
+What the twin leaves out, and where its interval misses: requests launched in one instant reach a provider one after the
+other and not in their order, so that headers and refusals of such a burst differ from the simulated ones; the minute of
+a provider that counts by the minute begins at its own time, not at the run's. A journal holds neither.
 """
 
 from __future__ import annotations
