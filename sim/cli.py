@@ -27,6 +27,7 @@ from governor.cli import app as governor_app
 from governor.errors import PacelineError
 from sim.options import Options, finish_by_s, share, takes_options
 from sim.progress import Progress
+from sim.serving import provider
 
 if TYPE_CHECKING:
     from governor.forecast import Expectation, Outlook
@@ -241,6 +242,7 @@ def backtest(
     backtest_command(journal, as_json, out, provider=provider, tpm=tpm, replications=replications, width=_width())
 
 
+app.command()(provider)
 app.add_typer(governor_app)
 
 

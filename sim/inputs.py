@@ -173,7 +173,7 @@ def _changed_source(source: FileSource | ModelSource, o: Options) -> FileSource 
 def _provider(o: Options, policy: Policy, stated: Scenario | None) -> ProviderConfig:
     """The provider that the options, the scenario file or, for want of both, the settings describe."""
     if o.provider is not None:
-        provider = _named_provider(o.provider)
+        provider = named_provider(o.provider)
     elif stated is not None:
         provider = stated.provider
     else:
@@ -185,13 +185,13 @@ def _provider(o: Options, policy: Policy, stated: Scenario | None) -> ProviderCo
         "rpm": o.rpm,
         "charge_rule": o.provider_charge,
         "settles": o.provider_settles,
-        "latency": None if o.latency is None else _latency(o.latency),
+        "latency": None if o.latency is None else latency_of(o.latency),
     }
     changes = {name: value for name, value in changes.items() if value is not None}
     return provider.with_(**changes) if changes else provider
 
 
-def _named_provider(name: str) -> ProviderConfig:
+def named_provider(name: str) -> ProviderConfig:
     """A published tier by name, or what a YAML file says: the provider's own keys, or a scenario that has one."""
     if not (name.lower().endswith((".yaml", ".yml")) or os.sep in name or os.path.exists(name)):
         return ProviderConfig.of(name)
@@ -204,7 +204,7 @@ def _named_provider(name: str) -> ProviderConfig:
         raise BadInput(str(error), source.name) from None
 
 
-def _latency(text: str) -> str | dict[str, float]:
+def latency_of(text: str) -> str | dict[str, float]:
     """A measured model's name, or `S,S_PER_TOKEN` as the fields of a latency."""
     words = text.split(",")
     if len(words) == 1:
