@@ -161,8 +161,15 @@ def test_a_live_run_is_what_its_twin_says(tmp_path: Path, capsys: pytest.Capture
 
     scenario = drawn(3, 1)
     provider = ProviderConfig(tpm=12_000, rpm=500, charge_rule="prompt_plus_max", latency="gpt-4o-mini")
+    # No header sync, and some headroom: how the requests of one burst arrive at the provider is not simulated.
     policy = Policy.preset("paceline").with_(
-        tpm_limit=12_000, rpm_limit=500, tpm_window="bucket", max_concurrency=20, stagger_seconds=0.0
+        tpm_limit=12_000,
+        rpm_limit=500,
+        charge_rule="prompt_plus_max",
+        max_concurrency=20,
+        stagger_seconds=0.0,
+        tpm_headroom=0.05,
+        sync_headers=False,
     )
     sizes = tuple((400, 300 + 20 * i) for i in range(40))
     scenario = dataclasses.replace(scenario, provider=provider, policy=policy, sizes=sizes)
@@ -173,7 +180,7 @@ def test_a_live_run_is_what_its_twin_says(tmp_path: Path, capsys: pytest.Capture
     assert m.half_width_ratio <= 0.05
     # The bucket: what exceeds its capacity comes at the rate of the limit, whoever schedules it.
     charges = [100 + 5 + cap for _, cap in sizes]
-    assert m.measured > (sum(charges) * 0.97 - 12_000) / 200.0
+    assert m.measured > (sum(charges) - 12_000) / 200.0
     assert abs(found.throttled.measured - found.throttled.predicted) <= 1.0
     assert abs(found.launches.measured - found.launches.predicted) <= 1.0
     assert found.forecast is not None
