@@ -363,20 +363,23 @@ def test_a_leg_that_ends_in_good_order_leaves_nothing_in_flight(path: Path) -> N
 
 
 @pytest.mark.parametrize("flushes", [False, True])
-def test_the_order_of_reports_decides_whether_or_not_they_share_a_commit(path: Path, flushes: bool) -> None:
-    """Launched, refused, launched, refused, launched: a third attempt is in flight, first launched at 1 s."""
+@pytest.mark.parametrize(("refused", "expected"), [(2, ("in_flight", 3, 1.0, 3.0)), (3, ("pending", 4, 1.0, 3.0))])
+def test_the_order_of_reports_decides_whether_or_not_they_share_a_commit(
+    path: Path, flushes: bool, refused: int, expected: tuple[str, int, float, float]
+) -> None:
+    """Launched at 1, 2 and 3 s, and refused every time, or all but the last."""
     journal, recorder = begun(path, 2)
     with journal:
         for number in (1, 2, 3):
             flying = job(work(0), attempt=number, launched_s=float(number), first_s=1.0)
             recorder.launched(flying, flying.launched_s)
-            if number < 3:
+            if number <= refused:
                 again(recorder, flying, refusal(), number + 0.5)
             if flushes:
                 journal._writer.commit()  # type: ignore[union-attr]
         journal._writer.commit()  # type: ignore[union-attr]
         state = rows(path, "SELECT state, attempt, first_launched_s, launched_s FROM requests WHERE request = 0")
-        assert state == [("in_flight", 3, 1.0, 3.0)]
+        assert state == [expected]
 
 
 def test_failed_requests_are_tried_again_as_if_they_were_new(path: Path) -> None:
@@ -756,6 +759,19 @@ def test_purging_removes_what_was_sent_and_what_came_back(path: Path) -> None:
         assert [text for text in (b"PROMPT-", b"ANSWER-", b"REFUSED-") if text in after] == []
         assert journal.complaints() == []
         assert path.stat().st_size < len(before) / 2
+
+
+def test_what_is_purged_is_overwritten_before_its_room_is_given_back(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rebuilding the file would only cut its end off: on the disk, the old content would still stand there."""
+    shrink = Journal._shrink
+    monkeypatch.setattr(Journal, "_shrink", lambda journal, *first: shrink(journal))
+    with created(path, (work(index, text="PROMPT-" * 300) for index in range(50))) as journal:
+        size = path.stat().st_size
+        journal.purge()
+        assert path.stat().st_size >= size, "it was rebuilt"
+        assert b"PROMPT-" not in bytes_of(path)
 
 
 # ---------------------------------------------------------------- other databases
