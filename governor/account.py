@@ -14,11 +14,12 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
+from typing import Any
 
 from governor.errors import FailureCode
 from governor.journal import Journal
 from governor.law import BY_TPM, STAGGER
-from governor.money import Prices, Spent, Usage
+from governor.money import Prices, Spent
 from governor.policy import Policy
 from governor.records import Result
 from governor.requests import Attempt, Outcome, error_line, result_line
@@ -134,10 +135,24 @@ def _moved(attempt: Attempt, time: Worked) -> Attempt:
 def spent_before(journal: Journal, prices: Prices, day: date) -> Spent:
     """What the answers so far have cost, from the attempts in the journal."""
     spent = Spent(prices, day)
-    for attempt in journal.attempts():
+    for attempt, _, usage in journal.billed():
         if attempt.outcome is Outcome.OK:
-            spent.answered(attempt.model, Usage(attempt.prompt_tokens, attempt.output_tokens))
+            spent.answered(attempt.model, usage)
     return spent
+
+
+ATTEMPT_COLUMNS = (*Attempt.columns(), "request_id", "cached_tokens", "reasoning_tokens", "cost_usd")
+
+
+def attempt_rows(journal: Journal, prices: Prices, day: date) -> Iterator[tuple[Any, ...]]:
+    """Every ended attempt as a row of ATTEMPT_COLUMNS; a cost that is not known is empty, and so is what is absent."""
+    spent = Spent(prices, day)
+    for attempt, request_id, usage in journal.billed():
+        cost: float | str = 0.0
+        if attempt.outcome is Outcome.OK:
+            cost = spent.answered(attempt.model, usage)
+        values = (*attempt.row(), request_id, usage.cached, usage.reasoning, cost)
+        yield tuple("" if value in (-1, -1.0) else value for value in values)
 
 
 def merged(summaries: Sequence[Summary], cost_usd: float | None) -> Summary:

@@ -6,10 +6,12 @@ and imports that cost time at start-up. All of them work while another process r
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 import time
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -51,19 +53,32 @@ def export(
     out: Annotated[
         str, typer.Option(metavar="FILE.jsonl", help="Results; failures go beside it, into FILE.errors.jsonl.")
     ],
+    attempts: Annotated[
+        str | None, typer.Option(metavar="FILE.csv", help="One row per attempt, with tokens, waits and cost.")
+    ] = None,
+    prices: Annotated[
+        str | None, typer.Option(metavar="FILE.yaml", help="What models cost; a dated list comes with Paceline.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
 ) -> None:
     """Write what has finished so far, in order of the input, in the batch output format."""
-    from governor.account import lines_of
+    from governor.account import ATTEMPT_COLUMNS, attempt_rows, lines_of
     from governor.journal import Journal
-    from governor.outputs import errors_path, write_results
+    from governor.money import SHIPPED, read_prices
+    from governor.outputs import errors_path, replaced, write_results
     from governor.words import plural
 
     results = Path(out)
-    for file in (results, errors_path(results)):
+    listed = read_prices(SHIPPED if prices is None else prices)
+    for file in (results, errors_path(results), *([Path(attempts)] if attempts else [])):
         if file.exists() and not overwrite:
             raise BadInput("it exists: name another file, or add --overwrite", str(file))
     with Journal.open(where) as journal:
+        if attempts:
+            with replaced(Path(attempts)) as table:
+                rows = csv.writer(table, lineterminator="\n")
+                rows.writerow(ATTEMPT_COLUMNS)
+                rows.writerows(attempt_rows(journal, listed, date.today()))
         good, bad = write_results(results, lines_of(journal))
         counts = journal.counts()
     print(f"{results}: {plural(good, 'result')}; {errors_path(results)}: {plural(bad, 'error')}")

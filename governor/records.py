@@ -18,6 +18,7 @@ from sqlalchemy import Column, ColumnElement, Select, and_, func, select, true
 
 from governor.database import Database, JournalError
 from governor.driver import Work
+from governor.money import Usage
 from governor.policy import Policy
 from governor.requests import Answer, Attempt, Outcome, Request
 from governor.schema import (
@@ -142,6 +143,14 @@ class Command(NamedTuple):
     words: tuple[str, ...]
     taken_s: float
     outcome: str
+
+
+class Billed(NamedTuple):
+    """One ended attempt, the provider's id of it, and what it used."""
+
+    attempt: Attempt
+    request_id: str
+    usage: Usage
 
 
 class Records:
@@ -295,6 +304,14 @@ class Records:
         with self._undamaged():
             for row in self._stream(query, attempts.c.number, NARROW_CHUNK):
                 yield attempt_of(row)
+
+    def billed(self, pool: str | None = None) -> Iterator[Billed]:
+        """The same with what was used in each, for bills and exports."""
+        query = _of_pool(select(attempts), attempts.c.pool, pool)
+        with self._undamaged():
+            for row in self._stream(query, attempts.c.number, NARROW_CHUNK):
+                usage = Usage(row.prompt_tokens, row.output_tokens, row.cached_tokens, row.reasoning_tokens)
+                yield Billed(attempt_of(row), row.request_id, usage)
 
     def ends(self, pool: str | None = None) -> Iterator[Ended]:
         """How each request ended that has, of one pool or of all, in order of the input."""

@@ -35,6 +35,7 @@ from sqlalchemy.dialects.mysql import LONGBLOB, LONGTEXT
 from sqlalchemy.types import TypeDecorator
 
 from governor.errors import PacelineError
+from governor.money import usage_in
 from governor.policy import Policy
 from governor.requests import Answer, Attempt, Outcome, Request, Sizes
 
@@ -194,6 +195,8 @@ attempts = Table(
     _id("number", given=False),
     *(_COLUMN_OF[str(column.type)](column.name) for column in fields(Attempt)),
     _text("request_id"),
+    _whole("cached_tokens"),  # part of the prompt's, 0 where nothing is said
+    _whole("reasoning_tokens"),  # part of the output's
     Column("limits", Text, nullable=False),
 )
 
@@ -287,6 +290,8 @@ def attempt_row(attempt: Attempt, answer: Answer) -> dict[str, Any]:
     """The row of `attempts`."""
     row = dict(zip(_ATTEMPT, attempt.row(), strict=True))
     limits = [[limit.dimension, limit.limit, limit.remaining] for limit in answer.limits]
+    usage = usage_in(answer.body)
+    row |= {"cached_tokens": usage.cached, "reasoning_tokens": usage.reasoning}
     return row | {"outcome": str(attempt.outcome), "request_id": answer.request_id, "limits": to_json(limits)}
 
 

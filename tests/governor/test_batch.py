@@ -11,7 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from governor.account import Worked, grant_of, line_of, lines_of, merged, spent_before, summary_of, worked
+from governor.account import (
+    ATTEMPT_COLUMNS,
+    Worked,
+    attempt_rows,
+    grant_of,
+    line_of,
+    lines_of,
+    merged,
+    spent_before,
+    summary_of,
+    worked,
+)
 from governor.batch import exit_code
 from governor.driver import Governor, Job, Work
 from governor.errors import BadInput, Oversized
@@ -322,3 +333,46 @@ def test_changes_in_words() -> None:
         "OPENAI_STAGGER_SECONDS 15 -> 25, OPENAI_SETTLE false -> true"
     )
     assert changes_text(Policy(), Policy()) == ""
+
+
+# ---------------------------------------------------------------- bills
+
+
+def test_attempts_carry_cached_and_reasoning_tokens_and_their_cost(tmp_path: Path) -> None:
+    batch(tmp_path / "r.jsonl", 2)
+    begun = prepared(tmp_path)
+    journal = begun.journal  # type: ignore[attr-defined]
+    usage = {
+        "prompt_tokens": 1_000_000,
+        "completion_tokens": 500_000,
+        "prompt_tokens_details": {"cached_tokens": 400_000},
+        "completion_tokens_details": {"reasoning_tokens": 300_000},
+    }
+    ok = {"usage": usage, "choices": [{"message": {"content": "yes"}}]}
+    answer = Answer(
+        Outcome.OK, 200, used_prompt_tokens=1_000_000, used_output_tokens=500_000, body=ok, request_id="req_7"
+    )
+    answers = [Answer(Outcome.THROTTLED, 429, error_code="rate_limit_exceeded"), answer, answer]
+
+    async def leg() -> None:
+        async def send(job: Job, timeout_s: float) -> Answer:
+            return answers.pop(0)
+
+        quick = FREE.with_(backoff_base_seconds=0.001, max_concurrency=1)
+        recorder = journal.begin({"default": quick}, 0.0).recorders["default"]
+        governor = Governor(quick.params(), observer=recorder)
+        await governor.run((pending.work for pending in journal.pending()), send)
+
+    asyncio.run(leg())
+    journal.finish(1.0, "finished")
+    prices = Prices({"gpt-4o-mini": (Price(date(2026, 1, 1), 2.0, 0.5, 8.0),)})
+    rows = [dict(zip(ATTEMPT_COLUMNS, row, strict=True)) for row in attempt_rows(journal, prices, date(2026, 6, 1))]
+    # 600,000 x $2 + 400,000 x $0.50 + 500,000 x $8, per million; a refusal costs nothing.
+    assert [row["cost_usd"] for row in rows] == [0.0, pytest.approx(5.4), pytest.approx(5.4)]
+    assert [row["cached_tokens"] for row in rows] == [0, 400_000, 400_000]
+    assert [row["reasoning_tokens"] for row in rows] == [0, 300_000, 300_000]
+    assert (rows[1]["request_id"], rows[0]["prompt_tokens"]) == ("req_7", "")
+    assert spent_before(journal, prices, date(2026, 6, 1)).total_usd() == pytest.approx(10.8)
+    unknown = next(attempt_rows(journal, Prices({}), date(2026, 6, 1)))
+    assert unknown[-1] == 0.0
+    journal.close()

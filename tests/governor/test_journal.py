@@ -471,7 +471,8 @@ def test_the_attempts_table_has_the_design_s_columns_and_what_the_headers_said(p
     ends(recorder, job(work(0)), answer(0), 2.0)
     journal.close()
     columns = [row[1] for row in rows(path, "PRAGMA table_info(attempts)")]
-    assert columns == ["number", *Attempt.columns(), "request_id", "limits"]
+    own = ["request_id", "cached_tokens", "reasoning_tokens", "limits"]
+    assert columns == ["number", *Attempt.columns(), *own]
     request_id, limits = rows(path, "SELECT request_id, limits FROM attempts")[0]
     assert request_id == "req_0"
     assert json.loads(limits) == [["TPM", 30_000.0, 29_000.5], ["RPM", 500.0, 499.0]]
