@@ -44,7 +44,7 @@ bench: $(STAMP_ALL)  ## every figure that the README claims (BENCH_ARGS=--short 
 	done
 
 twin: $(STAMP_ALL)  ## live runs on loopback against what the simulation says of them (TWIN_ARGS=--short)
-	@$(BIN)/python -m benchmarks.bench_twin $(TWIN_ARGS)
+	@$(BIN)/python -m benchmarks.twin $(TWIN_ARGS)
 
 clean:  ## remove the environment, the caches and out/
 	rm -rf $(VENV) $(OUT) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache .numba_cache

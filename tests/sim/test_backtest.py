@@ -156,7 +156,7 @@ def test_a_live_run_is_what_its_twin_says(tmp_path: Path, capsys: pytest.Capture
     """Over HTTP, ten times as fast as the clock: about ten seconds. The interval may miss one run in twenty; twice its
     width, and the counts, may not be missed."""
     pytest.importorskip("openai")
-    from benchmarks.bench_twin import drawn, rehearsed
+    from benchmarks.twin import drawn, rehearsed
     from governor.journal import Journal
 
     scenario = drawn(3, 1)

@@ -1,6 +1,6 @@
 """How close the twin is: live runs over HTTP against forecast and backtest, over scenarios drawn from a seed.
 
-    python -m benchmarks.bench_twin [--short] [--scenarios 20] [--time-scale 10] [--seed 1]
+    python -m benchmarks.twin [--short] [--scenarios 20] [--time-scale 10] [--seed 1]
 
 Each scenario draws a batch (sizes, caps, number of requests), a provider (limits, charge rule, settling, others on the
 quota) and settings (window, concurrency, stagger, order of launches). The batch runs live, as `paceline run` does it:
@@ -200,7 +200,7 @@ def verdict(found: list[Backtest]) -> tuple[list[str], bool]:
 
 def main(words: list[str]) -> int:
     """Runs the scenarios, prints the table; 1 where a promise is not kept."""
-    parser = argparse.ArgumentParser(prog="bench_twin")
+    parser = argparse.ArgumentParser(prog="twin")
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--scenarios", type=int, default=0)
     parser.add_argument("--time-scale", type=float, default=SCALE_MOST)
