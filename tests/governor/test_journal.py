@@ -9,6 +9,7 @@ import asyncio
 import io
 import json
 import math
+import os
 import random
 import sqlite3
 import stat
@@ -821,3 +822,38 @@ def test_the_url_of_a_file_is_a_path(path: Path) -> None:
     with Journal.open(path) as journal:
         assert journal.counts().done == 1
         assert journal.name == str(path)
+
+
+def test_a_run_on_another_database() -> None:
+    """The same on a server: PACELINE_TEST_DATABASE names an empty database, which is left empty again."""
+    url = os.environ.get("PACELINE_TEST_DATABASE", "")
+    if not url:
+        pytest.skip("no PACELINE_TEST_DATABASE names an empty database of another kind")
+    assert not Journal.exists(url)
+    with pytest.raises(JournalError, match="this database holds no journal of Paceline's"):
+        Journal.open(url)
+    policy = FREE.with_(launch_order="longest_first")
+    batch = [work(0, text="\x00 \ud83d \\"), *(work(index, cap=index % 5) for index in range(1, 250))]
+    journal = created(url, batch, seed=2**63 - 1)
+    try:
+        with pytest.raises(JournalError, match="it holds tables of these names already"):
+            Journal.create(url, fingerprint="x", seed=1, epoch_s=EPOCH_S)
+
+        async def send(job: Job, timeout_s: float) -> Answer:
+            return refusal() if job.index % 7 == 0 and job.attempt == 1 else answer(job.index)
+
+        recorder = journal.begin({"default": policy}, 0.0).recorders["default"]
+        order = [each.work for each in journal.pending(longest_first=True)]
+        assert order == sorted(batch, key=lambda one: (-one.expected, -one.reserve, one.request.index))
+        at_s = run_through(journal, recorder, send, policy=policy)
+        journal.taken(journal.commands(journal.ask(PAUSE) - 1)[0], at_s)
+        journal.finish(at_s, "finished")
+        assert journal.counts() == Counts(250, 0, 0, 250, 0, 0, {})
+        assert [r.answer.body for r in journal.results() if r.answer] == [answer(index).body for index in range(250)]
+        assert verify(journal.decisions()).difference is None
+        assert journal.begin({"default": policy}, at_s).leg == 2
+        journal.purge()
+        assert journal.counts().done == 250
+    finally:
+        journal.remove()
+    assert not Journal.exists(url)
