@@ -220,7 +220,8 @@ class Governor:
             self._law("settled", job.reserve, used, job.launched_s)
         else:
             self._law("released")
-        self._pump(now)
+        if law.answer_may_admit(self.p, self.cause):
+            self._pump(now)
 
     async def _once_more(self, job: Job, outcome: Outcome, retry_after_s: float, limits: tuple[Limit, ...]) -> bool:
         """The permit's request failed so: waits until it may be sent again, or says that its attempts are spent."""
@@ -399,9 +400,8 @@ class Governor:
             self._at(gives_up_at, True, job)
 
     def _on_deadline(self, job: Job, now: float) -> None:
-        if law.deadline_at(self.p, job.first_launched_s) > now:
-            self._watch_deadline(job)  # a changed setting has put it off
-        else:
+        # Not if changed settings have put it off: those set a moment of their own.
+        if law.deadline_at(self.p, job.first_launched_s) <= now:
             self._give_up(job, now, FailureCode.DEADLINE_EXCEEDED)
 
     def _at(self, when: float, is_deadline: bool, job: Job) -> None:
@@ -450,8 +450,10 @@ class Governor:
             answer = TIMED_OUT
         now = self.now()
         self._advance(now)
+        in_wait = self.cause
         self._answered(job, answer, now)
-        self._pump(now)
+        if answer.outcome != Outcome.OK or law.answer_may_admit(self.p, in_wait) or self._queue:
+            self._pump(now)
 
     def _task_over(self, task: asyncio.Task[None]) -> None:
         job = self._tasks.pop(task)
@@ -616,7 +618,7 @@ class Governor:
             for job in self._waiting():
                 if job.work is not None:
                     self._dropped(job)
-            self._event()
+            self._guarded(self._event)
 
     def _record(self, job: Job, answer: Answer, now: float, failure: str) -> None:
         self._tell(self.observer.attempted, attempt_of(job, self.pool, answer, now, failure), answer, failure)
