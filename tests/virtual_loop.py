@@ -105,9 +105,14 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         raise Deadlock(f"at {self._now:g} s nothing is left that could happen, and somebody still waits")
 
 
-def run_virtual(main: Coroutine[Any, Any, T], *, priorities: Mapping[Callable[..., Any], int] | None = None) -> T:
+def run_virtual(
+    main: Coroutine[Any, Any, T],
+    *,
+    priorities: Mapping[Callable[..., Any], int] | None = None,
+    kind: type[VirtualLoop] = VirtualLoop,
+) -> T:
     """Runs `main` on a loop of its own to its end; whatever it left running is cancelled, as by `asyncio.run`."""
-    loop = VirtualLoop(priorities)
+    loop = kind(priorities)
     with asyncio.Runner(loop_factory=lambda: loop) as runner:
         result = runner.run(main)
     if loop.lost:
