@@ -229,8 +229,10 @@ class Governor:
         self._advance(now)
         self._sync(job, limits, outcome in TURNED_AWAY, now)
         at = self._retry_at(job, outcome, retry_after_s, now)
+        if at < inf:
+            return await self._granted(job, at)
         self._pump(now)
-        return at < inf and await self._granted(job, at)
+        return False
 
     def _too_large(self, reserve: float) -> str:
         limit = min(limit for limit in (self.p.limit[law.TPM], self.p.limit[law.TPD]) if limit > 0.0)
@@ -600,8 +602,8 @@ class Governor:
         try:
             happens()
         except Exception as error:
-            self._error = self._error or error
-            self.stopped = self.stopped or f"internal error: {error!r}"
+            if self._error is None:
+                self._fail(error)
             if self._done is not None and not self._done.done():
                 self._done.set_result(None)
 

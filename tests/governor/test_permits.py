@@ -273,6 +273,19 @@ def test_those_who_gave_up_waiting_are_forgotten() -> None:
     run_virtual(main())
 
 
+def test_a_bug_of_ours_is_told_to_those_who_wait() -> None:
+    async def main() -> None:
+        governor = Governor(quiet(stagger_s=5.0))
+        async with governor.permit(1.0):
+            waiter = asyncio.create_task(governor.permit(1.0).__aenter__())
+            await asyncio.sleep(1.0)
+            governor.s.next_slot_at = "soon"  # type: ignore[assignment]
+            with pytest.raises(PacelineError, match="internal error: TypeError"):
+                await waiter
+
+    run_virtual(main())
+
+
 def test_a_waiter_whom_a_lower_limit_shuts_out_is_told() -> None:
     async def main() -> None:
         governor = Governor(quiet(tpm=1_000))
