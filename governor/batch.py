@@ -20,7 +20,7 @@ from datetime import date
 from pathlib import Path
 
 from governor.account import grant_of, lines_of, merged, spent_before, summary_of
-from governor.errors import BadSetting
+from governor.errors import BadSetting, PacelineError
 from governor.forecast import (
     Demand,
     Expectation,
@@ -261,19 +261,29 @@ def _run(
                 canaries=_canaries(begun, orders, foresee, shown) if manner.canary else {},
                 spent=spent,
             )
-            with asyncio.Runner(loop_factory=loop_factory(manner.time_scale)) as runner:
-                live = LiveRun(leg, connect, shown, manner)
-                ended = runner.run(live.run())
-            journal.finish(ended.at_s, _ending(ended))
+            live = LiveRun(leg, connect, shown, manner)
+            try:
+                with asyncio.Runner(loop_factory=loop_factory(manner.time_scale)) as runner:
+                    ended = runner.run(live.run())
+                journal.finish(ended.at_s, _ending(ended))
+            except PacelineError as error:
+                live.tell("stopped", str(error))
+                _delivered(live, shown)
+                raise
             outcome = _closed(journal, orders, spent, ended, shown)
             live.write_textfile()
             live.tell("stopped" if outcome.pending else "finished", outcome_text(outcome))
-            for notice in live.notices:
-                if not notice.wait():
-                    shown.say(f"note: the message to {notice.host} was not delivered: {notice.error}")
+            _delivered(live, shown)
             return outcome
     shown.inform("nothing is left to send: every request has ended before")
     return _closed(journal, orders, spent, ended, shown)
+
+
+def _delivered(live: LiveRun, shown: Shown) -> None:
+    """Waits for the messages to the webhook; one that got lost is no reason to fail."""
+    for notice in live.notices:
+        if not notice.wait():
+            shown.say(f"note: the message to {notice.host} was not delivered: {notice.error}")
 
 
 def _canaries(begun: Begun, orders: Orders, foresee: Foresee | None, shown: Shown) -> dict[str, Expectation]:
@@ -303,7 +313,12 @@ def _closed(journal: Journal, orders: Orders, spent: Spent, ended: Ended | None,
     by_pool = {}
     for pool in orders.pools:
         policy = policies.get(pool.name, pool.policy)
-        by_pool[pool.name] = summary_of(journal, pool.name, policy, grant_of(policy, granted.get(pool.name)), None)
+        grant = grant_of(policy, granted.get(pool.name))
+        if ended is not None and ended.began_s == 0.0:
+            # The first leg has counted everything itself, in constant memory.
+            by_pool[pool.name] = ended.tallies[pool.name].summary(grant)
+        else:
+            by_pool[pool.name] = summary_of(journal, pool.name, policy, grant, None)
     stopped = {name: why for name, why in ended.why.items() if why} if ended is not None else {}
     signals = ended.signals if ended is not None else ()
     return Outcome(

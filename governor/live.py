@@ -31,6 +31,7 @@ from governor.poolrun import Connect, Manner, PoolRun, Said, pool_run
 from governor.pools import Pool
 from governor.progress import Shown, snapshot
 from governor.steer import Commands, Signals, answered
+from governor.summary import Tally
 from governor.watch import waiting_for
 from governor.words import duration, plural
 
@@ -57,7 +58,7 @@ class Leg:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a leg ended. By pool: `why` it stopped ("" = nothing was left), and the limits that its headers stated.
+    """How a leg ended. By pool: `why` it stopped ("" = nothing was left), limits that its headers stated, its counts.
 
     `at_s`: when, seconds since the run began. `resent`: requests that a crash had left in flight. `signals`: those that
     came, by name.
@@ -65,6 +66,7 @@ class Ended:
 
     why: Mapping[str, str]
     granted: Mapping[str, Mapping[str, float]]
+    tallies: Mapping[str, Tally]
     began_s: float
     at_s: float
     resent: int
@@ -110,6 +112,7 @@ class LiveRun:
         return Ended(
             why={run.name: run.ending or run.governor.stopped for run in runs},
             granted={run.name: run.alarms.granted for run in runs},
+            tallies={run.name: run.meter.tally for run in runs},
             began_s=self.began_s,
             at_s=max(run.governor.now() for run in runs),
             resent=self.resent,
@@ -218,9 +221,8 @@ class LiveRun:
 
     def _on_signal(self, name: str) -> None:
         flying = self._in_flight()
-        if flying:
-            grace = duration(self.manner.grace_s)
-            self.say(f"{name}: nothing more is launched, {flying:,} in flight may end within {grace}; again to cancel")
+        grace = f", {flying:,} in flight may end within {duration(self.manner.grace_s)}; again to cancel"
+        self.say(f"{name}: nothing more is launched{grace if flying else ''}")
 
     def _refused(self, name: str, line: str) -> None:
         """Ten identical refusals in a row: somebody decides, or it stops."""

@@ -63,6 +63,15 @@ class Snapshot:
         parts.append(self.state_text())
         return ", ".join(parts)
 
+    def short(self) -> str:
+        """The same for a bar, what matters most first: a narrow terminal cuts it short."""
+        share = self.ended / self.total if self.total else 1.0
+        failed = f", {self.failed:,} failed" if self.failed else ""
+        left = self.state_text() if self.stopped or self.waiting == "paused" else f"{duration(self.eta_s)} left"
+        waits = f", waits for {self.waiting}" if self.waiting not in ("", "paused") else ""
+        rest = f"{self.in_flight:,} in flight, {self.throttled:,} 429s{waits}, {self.tokens_text()}"
+        return f"{self.ended:,}/{self.total:,} ({percent(share)}{failed}), {left}, {rest}"
+
     def tokens_text(self) -> str:
         """ "24,300 of 30,000 tokens/min"."""
         of = f" of {self.limit:,.0f}" if self.limit else ""
@@ -187,11 +196,12 @@ class Bar:
     def __init__(self, stream: TextIO | None = None) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
+        from rich.table import Column
 
         self.console = Console(file=stream or sys.stderr, highlight=False, markup=False, soft_wrap=True)
         self._bar: Any = Progress(
-            BarColumn(bar_width=24),
-            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=16),
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
             console=self.console,
             transient=True,
             refresh_per_second=4,
@@ -202,7 +212,7 @@ class Bar:
         self._bar.start()
 
     def show(self, now: Snapshot) -> None:
-        self._bar.update(self._task, completed=now.ended, total=max(1, now.total), description=now.line())
+        self._bar.update(self._task, completed=now.ended, total=max(1, now.total), description=now.short())
 
     def say(self, line: str) -> None:
         self.console.print(line)
