@@ -182,13 +182,17 @@ def quoted_numbers(message: str) -> Quoted:
 def dimension_of(limit: float, remaining: float, reset_s: float, minute: str, day: str) -> str:
     """`minute` or `day`, whichever dimension a header triple speaks of: the tightest is shown, its window is not named.
 
-    A full bucket takes one window: window = reset x limit / (limit - remaining), compared with 60 and 86,400 s on a
-    scale of ratios. `minute` where it cannot be told: without a reset (-1), or with nothing used.
+    A full bucket takes one window: window = reset x limit / used. `used` = limit - remaining is rounded up by less than
+    one, so for a day it comes out between 86,400 x (1 - 1/used) and 86,400 s. All else is a minute, which may also be a
+    counter emptied once a minute, whose reset says nothing of what is used; so is what cannot be told: no reset (-1),
+    nothing used.
     """
     if limit <= remaining or reset_s < 0.0:
         return minute
-    window_s = reset_s * limit / (limit - remaining)
-    return day if window_s > math.sqrt(MINUTE_S * DAY_S) else minute
+    used = limit - remaining
+    window_s = reset_s * limit / used
+    least_s = DAY_S * max(0.5, 1.0 - 1.0 / used)
+    return day if 0.99 * least_s <= window_s <= 1.01 * DAY_S else minute
 
 
 # OpenAI, Azure and Groq; a project's own limits; Anthropic, whose resets are dates and say nothing of the window.

@@ -395,8 +395,8 @@ def test_a_reset_of_unknown_unit_decides_nothing(reset: str) -> None:
 
 @given(st.integers(1, 10**6), st.data(), st.sampled_from(["minute", "day"]))
 def test_the_window_is_told_from_the_reset(limit: int, data: st.DataObject, window: str) -> None:
-    """Whatever the fraction of a request in the bucket, a reset tells the window from two used up; 0.1 is enough."""
-    used = data.draw(st.floats(0.1, limit))
+    """Whatever the fraction of a request in the bucket, a reset tells a day from half a request used up."""
+    used = data.draw(st.floats(0.1 if window == "minute" else 0.5, limit))
     length_s = {"minute": 60.0, "day": 86_400.0}[window]
     remaining = math.floor(limit - used)
     reset_s = answers.refill_reset_s(limit, limit - used, length_s)
@@ -404,6 +404,12 @@ def test_the_window_is_told_from_the_reset(limit: int, data: st.DataObject, wind
     if window == "day" and used / limit * 86_400 < 0.012:
         return
     assert answers.dimension_of(limit, remaining, reset_s, "minute", "day") == window
+
+
+@pytest.mark.parametrize(("used", "reset_s"), [(1, 50.0), (2, 59.0), (7, 31.0), (400, 12.0)])
+def test_a_counter_emptied_once_a_minute_is_no_daily_limit(used: int, reset_s: float) -> None:
+    """Its reset is the rest of the minute, whatever is used: by the bucket's formula anything from 60 s to hours."""
+    assert answers.dimension_of(500.0, 500.0 - used, reset_s, "minute", "day") == "minute"
 
 
 def test_a_projects_smaller_limit_stands_for_its_dimension() -> None:
