@@ -349,6 +349,8 @@ class Journal(Records):
         of freed blocks is beyond reach. JournalError while a process runs the journal.
         """
         self._database.locked()
+        if self._writer is not None:
+            self._writer.commit()  # else it would come after the purge
         last = self._all(select(func.max(requests.c.request)))[0][0]
         for start in range(0, (-1 if last is None else last) + 1, PURGE_ROWS):
             with self._database.writing() as connection:

@@ -746,13 +746,14 @@ def test_purging_removes_what_was_sent_and_what_came_back(path: Path) -> None:
         ends(recorder, job(work(20)), refusal(Outcome.BAD_REQUEST, 400, "REFUSED-"), 3.0, FailureCode.BAD_REQUEST)
         journal.finish(4.0, "stopped")
         before = bytes_of(path)
+        ends(recorder, job(work(21)), answer(21, f"{secret}21"), 3.5)  # told, and not yet on the disk
         assert all(text in before for text in (b"PROMPT-", b"ANSWER-", b"REFUSED-"))
         with Journal.open(path) as other, pytest.raises(JournalError, match="another process is running this journal"):
             other.purge()
         journal.purge()
         counts = journal.counts()
-        assert (counts.done, counts.failed, counts.pending) == (20, 1, 29)
-        assert len(list(journal.attempts())) == 21
+        assert (counts.done, counts.failed, counts.pending) == (21, 1, 28)
+        assert len(list(journal.attempts())) == 22
         assert journal.run().purged_epoch_s > EPOCH_S
         for stream in (journal.pending(), journal.results()):
             with pytest.raises(JournalError, match="purged"):
@@ -761,6 +762,7 @@ def test_purging_removes_what_was_sent_and_what_came_back(path: Path) -> None:
         assert [text for text in (b"PROMPT-", b"ANSWER-", b"REFUSED-") if text in after] == []
         assert journal.complaints() == []
         assert path.stat().st_size < len(before) / 2
+    assert b"ANSWER-" not in bytes_of(path)
 
 
 def test_what_is_purged_is_overwritten_before_its_room_is_given_back(
