@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import random
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -195,6 +198,17 @@ class Cli:
         assert KEY not in ran.out + ran.err, "the key was printed"
         assert "Traceback" not in ran.err, ran.err
         return ran
+
+
+@functools.cache
+def shared_cli() -> Cli:
+    """One for all modules: loading the command line takes seconds."""
+    folder = tempfile.TemporaryDirectory(prefix="paceline-cli-")
+    cli = Cli(Path(folder.name))
+    # In this order, the last registered first: end the process, then remove its folder.
+    atexit.register(folder.cleanup)
+    atexit.register(cli.__exit__)
+    return cli
 
 
 def run_args(folder: Path, base_url: str, *more: object, requests: str = "requests.jsonl") -> list[object]:

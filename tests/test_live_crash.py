@@ -17,7 +17,7 @@ import pytest
 
 from governor.database import JournalError
 from governor.journal import Journal
-from tests.live import WAIT_S, Cli, Process, batch, check_whole, provider, run_args
+from tests.live import WAIT_S, Cli, Process, batch, check_whole, provider, run_args, shared_cli
 
 REQUESTS = 40
 IN_FLIGHT = 6
@@ -27,9 +27,8 @@ LATENCY = {"first_token_s": 0.1, "per_token_s": 0.0, "sigma": 0.3, "stall_ratio"
 
 
 @pytest.fixture(scope="module")
-def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
-    with Cli(tmp_path_factory.mktemp("cli")) as cli:
-        yield cli
+def cli() -> Cli:
+    return shared_cli()
 
 
 # ---------------------------------------------------------------- kill -9

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from governor.summary import Summary
-from tests.live import KEY, Cli, batch, check_whole, line, lines_of, provider, run_args, write_batch
+from tests.live import KEY, Cli, batch, check_whole, line, lines_of, provider, run_args, shared_cli, write_batch
 
 
 @pytest.fixture(scope="module")
-def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
-    with Cli(tmp_path_factory.mktemp("cli")) as cli:
-        yield cli
+def cli() -> Cli:
+    return shared_cli()
 
 
 def test_a_batch_becomes_results_in_the_batch_format_and_order(cli: Cli, tmp_path: Path) -> None:

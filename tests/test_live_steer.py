@@ -15,15 +15,26 @@ from urllib.request import urlopen
 import pytest
 
 from governor.journal import Journal
-from tests.live import WAIT_S, Cli, Process, batch, check_whole, line, lines_of, provider, run_args, write_batch
+from tests.live import (
+    WAIT_S,
+    Cli,
+    Process,
+    batch,
+    check_whole,
+    line,
+    lines_of,
+    provider,
+    run_args,
+    shared_cli,
+    write_batch,
+)
 
 SLOW = {"first_token_s": 0.1, "per_token_s": 0.0, "sigma": 0.0, "stall_ratio": 0.0}
 
 
 @pytest.fixture(scope="module")
-def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
-    with Cli(tmp_path_factory.mktemp("cli")) as cli:
-        yield cli
+def cli() -> Cli:
+    return shared_cli()
 
 
 def until(what: str, true: Any) -> None:
