@@ -87,7 +87,10 @@ class Orders:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of it: the figures over all legs, the same by pool, and the exit code. `stopped`: why, by pool."""
+    """What came of it: the figures over all legs, the same by pool, and the exit code.
+
+    `stopped`: why, by pool. `journal`: what to call it, never with a password.
+    """
 
     summary: Summary
     by_pool: Mapping[str, Summary]
@@ -95,6 +98,7 @@ class Outcome:
     stopped: Mapping[str, str]
     pending: int
     resent: int
+    journal: str
 
 
 def run_batch(orders: Orders, *, foresee: Foresee | None, connect: Connect, shown: Shown) -> Outcome:
@@ -215,7 +219,8 @@ def _expectation(pool: Pool, demand: Demand, orders: Orders, foresee: Foresee | 
 
 def forecast_lines(pool: Pool, demand: Demand, e: Expectation, orders: Orders, *, named: bool) -> list[str]:
     """The forecast of one pool, for people. `named`: there are several."""
-    models = ", ".join(sorted(demand.models)[:3]) + (", ..." if len(demand.models) > 3 else "")
+    models = ", ".join(model or "no model" for model in sorted(demand.models)[:3])
+    models += ", ..." if len(demand.models) > 3 else ""
     of = f"pool {pool.name}: " if named else ""
     to = f" to {models}" if models else ""
     wall_s = e.finish_s / orders.manner.time_scale
@@ -260,6 +265,7 @@ def _run(
                 expectations=expectations,
                 canaries=_canaries(begun, orders, foresee, shown) if manner.canary else {},
                 spent=spent,
+                request_usd=_request_usd(begun, orders, expectations),
             )
             live = LiveRun(leg, connect, shown, manner)
             try:
@@ -277,6 +283,16 @@ def _run(
             return outcome
     shown.inform("nothing is left to send: every request has ended before")
     return _closed(journal, orders, spent, ended, shown)
+
+
+def _request_usd(begun: Begun, orders: Orders, expectations: Mapping[str, Expectation]) -> float:
+    """What a request that is left is expected to cost in the mean; 0 where it is not known."""
+    total, count = 0.0, 0
+    for name, demand in begun.demands.items():
+        found = cost_forecast(demand, expectations[name].answer_tokens, orders.prices, date.today())
+        total += found.expected or 0.0
+        count += demand.requests
+    return total / max(1, count)
 
 
 def _delivered(live: LiveRun, shown: Shown) -> None:
@@ -328,6 +344,7 @@ def _closed(journal: Journal, orders: Orders, spent: Spent, ended: Ended | None,
         stopped=stopped,
         pending=pending,
         resent=counts.resent,
+        journal=journal.name,
     )
 
 

@@ -200,7 +200,9 @@ def cost_forecast(demand: Demand, answer_tokens: Mapping[str, float], prices: Pr
 def cost_text(cost: CostForecast, prices: Prices) -> str:
     """The forecast cost in one line."""
     if cost.expected is None:
-        models = ", ".join(cost.unpriced[:3]) + (", ..." if len(cost.unpriced) > 3 else "")
+        models = ", ".join(model or "requests without a model" for model in cost.unpriced[:3]) + (
+            ", ..." if len(cost.unpriced) > 3 else ""
+        )
         return f"not known: no price for {models} (--prices FILE)"
     most = f", at most {dollars_text(cost.most)} by the declared caps" if cost.most is not None else ""
     dated = f" (prices of {prices.checked})" if prices.checked else ""

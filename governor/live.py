@@ -46,7 +46,10 @@ ACCOUNT = (FailureCode.INSUFFICIENT_QUOTA, FailureCode.UNAUTHORIZED)
 
 @dataclass(frozen=True, slots=True)
 class Leg:
-    """What a leg works on. By pool: what is left (requests, tokens reserved), what is expected of it and its canary."""
+    """What a leg works on. By pool: what is left (requests, tokens reserved), what is expected of it and its canary.
+
+    `request_usd`: what one request is expected to cost, as long as none has been answered.
+    """
 
     journal: Journal
     pools: Mapping[str, Pool]
@@ -54,6 +57,7 @@ class Leg:
     expectations: Mapping[str, Expectation]
     canaries: Mapping[str, Expectation]
     spent: Spent
+    request_usd: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +99,7 @@ class LiveRun:
         signals = Signals(self._on_signal)
         commands = Commands(self.leg.journal, self.runs, self.say)
         commands.at_start(self.began_s)
+        self._over_budget()
         self.shown.start()
         try:
             with signals.handled():
@@ -251,12 +256,13 @@ class LiveRun:
             self.shown.start()
 
     def _over_budget(self) -> None:
-        """Asked after each answer. What is in flight is expected to cost what answers have cost so far."""
+        """Asked after each launch and answer. What is in flight is expected to cost what answers have cost so far."""
         limit, spent = self.manner.max_cost, self.leg.spent.cost_usd
-        assert limit is not None
+        if limit is None or self._stopped():
+            return
         answers = sum(run.meter.answers for run in self.runs.values())
-        mean = (spent - self._cost_before) / max(1, answers)
-        if spent + mean * self._in_flight() >= limit and not self._stopped():
+        mean = (spent - self._cost_before) / answers if answers else self.leg.request_usd
+        if spent + mean * self._in_flight() >= limit:
             self.say(f"--max-cost {dollars_text(limit)}: {dollars_text(spent)} spent, nothing more is launched")
             self.stop(MAX_COST)
 

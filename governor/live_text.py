@@ -5,6 +5,7 @@ What lives here: pure functions from results to lines. What must not: printing, 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -61,12 +62,12 @@ def outcome_text(outcome: Outcome, orders: Orders) -> str:
         of = f"pool {name}: " if len(outcome.by_pool) > 1 else ""
         pairs.append(("stopped", of + REMEDIES.get(why, why)))
     if outcome.pending:
-        pairs.append(("so far", f"paceline export {orders.journal} --out FILE.jsonl"))
+        pairs.append(("so far", f"paceline export {shlex.quote(outcome.journal)} --out FILE.jsonl"))
     else:
         pairs.append(("results", f"{orders.out} ({plural(s.completed, 'line')})"))
         if s.failed:
             pairs.append(("errors", f"{errors_path(orders.out)} ({plural(s.failed, 'line')})"))
-    pairs.append(("journal", f"{orders.journal} (holds prompts and answers: paceline purge removes them)"))
+    pairs.append(("journal", f"{outcome.journal} (holds prompts and answers: paceline purge removes them)"))
     return pairs_text(pairs)
 
 

@@ -97,11 +97,11 @@ class PoolRun(Lane):
 @dataclass(frozen=True, slots=True)
 class Said:
     """Whom a pool speaks to: `say(line)` for what somebody should know, `refused(line)` after ten bad requests in a
-    row, `answered()` after each answer."""
+    row, `spending()` after each launch and each answer, where there is a budget."""
 
     say: Callable[[str], None]
     refused: Callable[[str], None]
-    answered: Callable[[], None]
+    spending: Callable[[], None]
 
 
 def pool_run(
@@ -125,7 +125,7 @@ def pool_run(
         recorder,  # first: nobody speaks of what is not recorded
         meter,
         alarms,
-        _Answers(said.answered) if manner.max_cost is not None else None,
+        _Purse(said.spending) if manner.max_cost is not None else None,
         _Follower(manner.follow) if manner.follow is not None else None,
         manner.metrics.observer(pool.name) if manner.metrics is not None else None,
         log,
@@ -159,11 +159,14 @@ def _present(observers: Iterable[Observer | None]) -> list[Observer]:
     return [observer for observer in observers if observer is not None]
 
 
-class _Answers(Observer):
-    """Calls back after each answer."""
+class _Purse(Observer):
+    """Calls back whenever money was spent, or will be."""
 
     def __init__(self, then: Callable[[], None]) -> None:
         self._then = then
+
+    def launched(self, job: Job, now: float) -> None:
+        self._then()
 
     def attempted(self, attempt: Attempt, answer: Answer, failure: str) -> None:
         if attempt.outcome is Outcome.OK:

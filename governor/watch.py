@@ -172,6 +172,7 @@ class Alarms(Observer):
         self._refused = refused
         self.granted: dict[str, float] = {}
         self._told: set[str] = set()
+        self._asked: set[tuple[str, str]] = set()
         self._last = ("", "")
         self._same = 0
 
@@ -206,8 +207,9 @@ class Alarms(Observer):
         words = (answer.error_code, answer.message)
         self._same = self._same + 1 if words == self._last else 1
         self._last = words
-        if self._same == SAME_REFUSALS:
-            self._same = 0
+        if self._same >= SAME_REFUSALS and words not in self._asked:
+            # Once for each reason: whoever went on does not want to be asked again.
+            self._asked.add(words)
             message = " ".join(answer.message.split())[:200] or answer.error_code or "no reason given"
             self._refused(f"{self._of}{SAME_REFUSALS} requests in a row were refused as bad: {message}")
 

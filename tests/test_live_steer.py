@@ -214,6 +214,10 @@ def test_max_cost_stops_launching_and_a_larger_one_goes_on(cli: Cli, tmp_path: P
         assert 0.3 <= found["cost_usd"] <= 0.8
         assert 0 < found["completed"] < 40
         assert "--max-cost $0.50" in ran.err
+        # Already spent: the same command launches nothing, not even what fits beside each other in flight.
+        seen = served.stats()["requests"]
+        assert cli.run(*args, "--max-cost", "0.3", env=env).code == 5
+        assert served.stats()["requests"] == seen
         ran = cli.run(*args, "--max-cost", "50", env=env)
     assert ran.code == 0
     usages = [each["response"]["body"]["usage"]["completion_tokens"] for each in lines_of(tmp_path / "results.jsonl")]

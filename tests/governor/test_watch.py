@@ -189,7 +189,8 @@ def test_ten_identical_refusals_in_a_row_and_only_those() -> None:
     for answer in [BAD] * (SAME_REFUSALS - 1) + [OK] + [BAD] * (SAME_REFUSALS - 1) + [other] + [BAD] * 9:
         watch.attempted(attempt(0, answer), answer, "BAD_REQUEST")
     assert refused == []
-    watch.attempted(attempt(0, BAD), BAD, "BAD_REQUEST")
+    for _ in range(2 * SAME_REFUSALS):
+        watch.attempted(attempt(0, BAD), BAD, "BAD_REQUEST")
     assert len(refused) == 1
     assert refused[0].startswith("10 requests in a row were refused as bad")
 
