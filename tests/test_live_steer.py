@@ -235,6 +235,25 @@ def test_stop_after_is_a_budget_of_time(cli: Cli, tmp_path: Path) -> None:
     check_whole(tmp_path, 40)
 
 
+def test_finalize_is_one_more_paid_call_for_answers_without_text(cli: Cli, tmp_path: Path) -> None:
+    batch(tmp_path / "requests.jsonl", 20, cap=2)
+    cut = {"faults": {"refusal_s": 0.0, "empty_cut_ratio": 1.0}}
+    empty = []
+    for more in ([], ["--finalize"]):
+        with provider(**cut) as served:
+            ran = cli.run(*run_args(tmp_path, served.base_url, "--json", "--overwrite", *more))
+        assert ran.code == 0, ran.err
+        check_whole(tmp_path, 20)
+        results = lines_of(tmp_path / "results.jsonl")
+        texts = [each["response"]["body"]["choices"][0]["message"]["content"] for each in results]
+        empty.append(texts.count("") + texts.count(None))
+        # The provider keys its answers by request: both runs meet the same ones.
+        assert ran.json["attempts"] == 20 + (empty[0] if more else 0)
+        (tmp_path / "results.journal.db").unlink()
+    assert empty[0] > 0
+    assert empty[1] == 0
+
+
 # ---------------------------------------------------------------- pools
 
 
