@@ -33,6 +33,7 @@ from governor import law, summary
 from governor.errors import FailureCode
 from governor.keyed import JITTER_RETRY, JITTER_STAGGER, attempt_key, keyed_uniform
 from sim import provider as prov
+from sim.draws import first_jitters, first_latencies_s
 from sim.provider import ProviderParams, ProviderState
 from sim.workload import Columns
 
@@ -70,6 +71,7 @@ class Job:
 
     __slots__ = (
         *("index", "lane", "attempt", "standing", "reserve", "charge", "prompt", "output", "recorded_s"),
+        *("drawn_s", "jitter_u"),
         *("arrived_s", "submitted_s", "eligible_s", "first_launched_s", "launched_s"),
         *("outcome", "charged", "retry_after_s", "stated", "booked_tokens", "booked_requests"),
         *("since", "waits_s", "asked", "ended"),
@@ -94,6 +96,8 @@ class Job:
         output: float,
         recorded_s: float,
         submitted_s: float,
+        drawn_s: float = -1.0,
+        jitter_u: float = -1.0,
     ) -> None:
         self.index = index
         self.reserve = reserve
@@ -101,6 +105,9 @@ class Job:
         self.prompt = prompt
         self.output = output
         self.recorded_s = recorded_s
+        # Drawn ahead for first attempts, -1 = to be drawn.
+        self.drawn_s = drawn_s
+        self.jitter_u = jitter_u
         self.arrived_s = submitted_s
         self.submitted_s = submitted_s
         self.eligible_s = submitted_s
@@ -209,9 +216,12 @@ class Simulation:
             i = order[start : start + CHUNK]
             output = np.where(c.cap[i] > 0, np.minimum(c.output_tokens[i], c.cap[i]), c.output_tokens[i])
             arrival = c.arrival_s[i] if from_trace else np.zeros(len(i))
-            sizes = (c.reserve[i], c.charge[i], c.prompt_tokens[i].astype(np.float64), output.astype(np.float64))
+            output = output.astype(np.float64)
+            sizes = (c.reserve[i], c.charge[i], c.prompt_tokens[i].astype(np.float64), output)
             columns = (i, *sizes, c.recorded_s[i], arrival)
-            for row in zip(*(column.tolist() for column in columns), strict=True):
+            drawn_s = first_latencies_s(self.pp, self.seed, i, output, c.recorded_s[i])
+            jitters = first_jitters(self.p, self.seed, i)
+            for row in zip(*(column.tolist() for column in columns), drawn_s, jitters, strict=True):
                 job = Job(*row)
                 job.since = zeros
                 yield job
@@ -305,9 +315,10 @@ class Simulation:
         else:
             self._taken(job)
         key = attempt_key(job.lane, job.attempt)
-        u = 0.5
-        if p.stagger_s > 0.0 and job.standing == law.FIRST:
-            u = keyed_uniform(self.seed, job.index, key, JITTER_STAGGER)
+        u = job.jitter_u
+        if u < 0.0:
+            drawn = p.stagger_s > 0.0 and job.standing == law.FIRST
+            u = keyed_uniform(self.seed, job.index, key, JITTER_STAGGER) if drawn else 0.5
         law.launched(p, s, job.reserve, job.standing, now, u)
         if s.in_flight > tally.peak_in_flight:
             tally.peak_in_flight = s.in_flight
@@ -317,7 +328,7 @@ class Simulation:
         if job.attempt == 1 and job.lane == law.MAIN:
             job.first_launched_s = now
         job.outcome, service_s, _, job.retry_after_s = prov.answered(
-            self.pp, self.ps, self.seed, job.index, key, job.charge, job.output, job.recorded_s, now
+            self.pp, self.ps, self.seed, job.index, key, job.charge, job.output, job.recorded_s, now, job.drawn_s
         )
         job.charged = job.charge if job.outcome in CHARGED else 0.0
         tally.charged_tokens += job.charged
@@ -483,6 +494,7 @@ class Simulation:
             self._record(job, now, "")
         self.tally.waits_s[BACKOFF] += at - now
         job.attempt += 1
+        job.drawn_s = job.jitter_u = -1.0
         job.standing = law.keeps_permit(self.p)
         job.submitted_s = now
         _Moment(self.env, at, RETRY_DUE, self._on_retry_due, job)

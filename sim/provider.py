@@ -323,19 +323,35 @@ def settled(pp: ProviderParams, ps: ProviderState, seed: int, charge: float, use
             ps.used[d] = max(0.0, booked if used <= charge else max(ps.used[d], min(limit, booked)))
 
 
+def smooth_latency_s(pp: ProviderParams, output_tokens: float, recorded_s: float, u: float) -> float:
+    """Seconds from admission to the whole answer but for a stall; `u` is the uniform number behind its noise.
+
+    A recorded time (>= 0, from a trace) takes the model's place.
+    """
+    if recorded_s >= 0.0:
+        return recorded_s
+    service_s = pp.first_token_s + pp.per_token_s * output_tokens
+    if pp.sigma > 0.0:
+        service_s *= math.exp(pp.sigma * normal_quantile(u))
+    return service_s
+
+
+def stall_s(pp: ProviderParams, seed: int, request: int, attempt: int) -> float:
+    """How long an answer that stalls does so, seconds."""
+    u = keyed_uniform(seed, request, attempt, STALL_LENGTH)
+    return pp.stall_min_s + (pp.stall_max_s - pp.stall_min_s) * u
+
+
 def latency_s(
     pp: ProviderParams, seed: int, request: int, attempt: int, output_tokens: float, recorded_s: float
 ) -> float:
-    """Seconds from admission to the whole answer. A recorded time (>= 0, from a trace) takes the model's place."""
-    if recorded_s >= 0.0:
-        service_s = recorded_s
-    else:
-        service_s = pp.first_token_s + pp.per_token_s * output_tokens
-        if pp.sigma > 0.0:
-            service_s *= math.exp(pp.sigma * normal_quantile(keyed_uniform(seed, request, attempt, LATENCY)))
+    """Seconds from admission to the whole answer."""
+    u = 0.5
+    if pp.sigma > 0.0 and recorded_s < 0.0:
+        u = keyed_uniform(seed, request, attempt, LATENCY)
+    service_s = smooth_latency_s(pp, output_tokens, recorded_s, u)
     if pp.stall_ratio > 0.0 and keyed_uniform(seed, request, attempt, STALL) < pp.stall_ratio:
-        u = keyed_uniform(seed, request, attempt, STALL_LENGTH)
-        service_s += pp.stall_min_s + (pp.stall_max_s - pp.stall_min_s) * u
+        service_s += stall_s(pp, seed, request, attempt)
     return service_s
 
 
@@ -349,16 +365,20 @@ def answered(
     output_tokens: float,
     recorded_s: float,
     now: float,
+    drawn_s: float = -1.0,
 ) -> tuple[int, float, int, float]:
     """Everything that happens to one attempt: (outcome, seconds until its answer, dimension, stated wait or -1).
 
-    `attempt` is the key of the attempt (unique over lanes), `output_tokens` what the answer will have after its cap.
+    `attempt` is the key of the attempt (unique over lanes), `output_tokens` what the answer will have after its cap,
+    `drawn_s` its `latency_s` where the caller has drawn it ahead.
     A fault strikes after admission: the charge is taken, and a 5xx arrives at the time of the first token.
     """
     outcome, dimension, wait_ms = admitted(pp, ps, seed, charge, now)
     if outcome != OK:
         return outcome, pp.refusal_s, dimension, stated_wait_s(pp, wait_ms)
-    service_s = latency_s(pp, seed, request, attempt, output_tokens, recorded_s)
+    service_s = drawn_s
+    if drawn_s < 0.0:
+        service_s = latency_s(pp, seed, request, attempt, output_tokens, recorded_s)
     if pp.error_ratio > 0.0 or pp.drop_ratio > 0.0:
         u = keyed_uniform(seed, request, attempt, FAULT)
         if u < pp.error_ratio:

@@ -285,6 +285,8 @@ def provider_calls(r: random.Random, both: Both) -> None:
             both("requests_dimension", pp, ps)
         else:
             both("latency_s", pp, chance, request, attempt, output, recorded_s)
+            both("smooth_latency_s", pp, output, recorded_s, r.random())
+            both("stall_s", pp, chance, request, attempt)
             both("cut_without_text", pp, chance, request)
     assert not ps.differing()
 
