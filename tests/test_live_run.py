@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 
+from governor.journal import Journal
+from governor.policy import KNOBS
 from governor.summary import Summary
 from tests.live import KEY, Cli, batch, check_whole, line, lines_of, provider, run_args, shared_cli, write_batch
 
@@ -101,6 +104,45 @@ def test_forced_429s_are_retried_and_five_of_them_end_a_request(cli: Cli, tmp_pa
         assert served.stats()["requests"] == 10
     assert ran.code == 1
     assert ran.json["failures"] == {"OPENAI_RATE_LIMIT_EXHAUSTED": 2}
+
+
+def test_the_guardrails_hold_live(cli: Cli, tmp_path: Path) -> None:
+    """Their own checklist, at a clock 100 times as fast: three in flight, a stagger of 15 s +- 3 s, retries counted."""
+    batch(tmp_path / "requests.jsonl", 10)
+    guardrails = {knob.env: knob.text(knob.guardrails) for knob in KNOBS}
+    slow = {"first_token_s": 40.0, "per_token_s": 0.0, "sigma": 0.0, "stall_ratio": 0.0}
+    with provider(latency=slow, time_scale=100.0, events=[{"kind": "throttled", "times": 2}]) as served:
+        args = run_args(tmp_path, served.base_url, "--json", "--time-scale", "100")
+        ran = cli.run(*args, env=guardrails)
+        assert served.stats()["in_flight_max"] <= 3
+    assert ran.code == 0, ran.err
+    found = ran.json
+    assert (found["peak_in_flight"] <= 3, found["throttled"], found["attempts"]) == (True, 2, 12)
+    assert found["stagger_delays"] > 0
+    with Journal.open(tmp_path / "results.journal.db") as journal:
+        launches = sorted(a.launched_s for a in journal.attempts() if a.attempt == 1)
+    gaps = [later - earlier for earlier, later in itertools.pairwise(launches)]
+    assert min(gaps) >= 12.0
+    assert found["makespan_s"] >= 9 * 12.0
+
+
+@pytest.mark.parametrize(("deadline_s", "code", "requests"), [("0", 0, 6), ("0.5", 1, 5)])
+def test_a_stated_wait_is_obeyed_or_ended_by_the_deadline_and_never_hammered(
+    cli: Cli, tmp_path: Path, deadline_s: str, code: int, requests: int
+) -> None:
+    batch(tmp_path / "requests.jsonl", 5)
+    with provider(events=[{"kind": "throttled", "retry_after_s": 1.0, "times": 1}]) as served:
+        env = {"OPENAI_HOLD_ON_THROTTLE": "true", "OPENAI_MAX_CONCURRENCY": "1", "OPENAI_DEADLINE_SECONDS": deadline_s}
+        ran = cli.run(*run_args(tmp_path, served.base_url, "--json"), env=env)
+        assert served.stats()["requests"] == requests
+    assert ran.code == code
+    found = ran.json
+    if code == 0:
+        assert (found["waits_s"]["backoff"] >= 1.0, found["makespan_s"] >= 1.0) == (True, True)
+    else:
+        # Nobody launches in the half second in which the request might still have been tried again.
+        assert found["failures"] == {"OPENAI_DEADLINE_EXCEEDED": 1}
+        assert found["makespan_s"] >= 0.5
 
 
 # ---------------------------------------------------------------- the account refuses
