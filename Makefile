@@ -15,7 +15,7 @@ BENCH_ARGS ?=
 TWIN_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint check bench twin clean
+.PHONY: help install demo test proofs lint check bench twin clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -27,6 +27,9 @@ demo: $(STAMP_SIM) examples/batch.jsonl  ## plan the example batch; the report g
 
 test: $(STAMP_ALL)  ## the whole test suite (PYTEST_ARGS='-k law' for a part)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+proofs: $(STAMP_ALL)  ## the long forms of tests: a hundred kills, a million requests in both worlds
+	@$(BIN)/python -m pytest -m long --timeout 3600 $(PYTEST_ARGS)
 
 lint: $(STAMP_ALL)  ## ruff and mypy
 	@$(BIN)/ruff check .

@@ -86,7 +86,7 @@ def test_kill_9_at_random_moments_loses_nothing_and_doubles_nothing(cli: Cli, tm
     check_kills(cli, tmp_path, seed, 8)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_kill_9_at_a_hundred_moments(cli: Cli, tmp_path: Path, seed: int) -> None:
     check_kills(cli, tmp_path, seed, 100)
 

@@ -409,7 +409,7 @@ def test_two_worlds_give_the_same_attempts(seed: int) -> None:
     assert counts["retries"] > 10_000, counts
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_worlds_for_longer(seed: int) -> None:
     compared_until(seed + 1, SLOW_REQUESTS)
 

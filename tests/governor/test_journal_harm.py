@@ -171,7 +171,7 @@ def test_killed_at_any_moment_it_loses_nothing_and_repeats_nothing(tmp_path: Pat
     killed_often(tmp_path, 15, seed)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_a_hundred_times(tmp_path: Path, seed: int) -> None:
     assert killed_often(tmp_path, 100, seed) > 0, "no process was ever killed with a request in flight"
 
@@ -632,7 +632,7 @@ MEASURED = """if True:
 
 @pytest.mark.parametrize(
     ("count", "order"),
-    [(5_000, "longest_first"), pytest.param(100_000, "fifo", marks=pytest.mark.slow)],
+    [(5_000, "longest_first"), pytest.param(100_000, "fifo", marks=pytest.mark.long)],
 )
 def test_memory_stays_flat(path: Path, count: int, order: str) -> None:
     """A whole run holds no more after many requests than after 2,000, whose bodies and answers alone are 4 MB."""
