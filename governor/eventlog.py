@@ -71,10 +71,6 @@ class EventLog(Observer):
     def deferred(self, cause: int) -> None:
         self._line(self._now, "wait", cause=CAUSES[cause])
 
-    def note(self, text: str, now: float) -> None:
-        """A warning or a change of the run's course."""
-        self._line(now, "note", text=text)
-
     def _line(self, now: float, event: str, **values: Any) -> None:
         """One line; what is absent ("" or -1) is left out of the text form and null in the JSON form."""
         if self.form == "json":

@@ -176,7 +176,7 @@ def run(
         follow=follow,
         metrics_port=metrics_port,
     )
-    shown = progress.shown(quiet=quiet, logs=log_format is not None)
+    shown = progress.shown(quiet=quiet, logs=log_format)
     outcome = run_batch(orders, foresee=context.obj, connect=connect_with(environment), shown=shown)
     _print(outcome, orders, as_json)
     # Not typer's own exit: after a signal `sim/cli.py` would say that nothing was written.

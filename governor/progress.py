@@ -10,10 +10,12 @@ All of it goes to standard error, so that standard output holds the result alone
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, Protocol, TextIO
 
 from governor.driver import Governor
@@ -190,6 +192,29 @@ class Lines(Quiet):
             self.say(f"{time.strftime('%H:%M:%S')} {now.line()}")
 
 
+class JsonLines(Lines):
+    """Beside a log in JSON: the same lines as its objects, so that whoever reads the log can read all of it."""
+
+    def say(self, line: str) -> None:
+        at = datetime.now(UTC).isoformat(timespec="milliseconds")
+        super().say(json.dumps({"time": at, "event": "note", "text": line}, separators=(",", ":")))
+
+    def show(self, now: Snapshot) -> None:
+        if time.monotonic() - self._told_at >= self.every_s:
+            self._told_at = time.monotonic()
+            self.say(now.line())
+
+
+class QuietJson(JsonLines):
+    """The same with --quiet."""
+
+    def inform(self, line: str) -> None:
+        pass
+
+    def show(self, now: Snapshot) -> None:
+        pass
+
+
 class Bar:
     """On a terminal: a bar that vanishes at the end, and lines above it."""
 
@@ -224,11 +249,11 @@ class Bar:
         self._bar.stop()
 
 
-def shown(*, quiet: bool, logs: bool, stream: TextIO | None = None) -> Shown:
-    """What shows the progress of a run: with a log of its own lines on a terminal, lines rather than a bar."""
+def shown(*, quiet: bool, logs: str | None = None, stream: TextIO | None = None) -> Shown:
+    """What shows the progress of a run. `logs`: the form of a log beside it; then lines, and not a bar."""
     target = stream or sys.stderr
+    if logs == "json":
+        return QuietJson(target) if quiet else JsonLines(target)
     if quiet:
         return Quiet(target)
-    if target.isatty() and not logs:
-        return Bar(target)
-    return Lines(target)
+    return Bar(target) if target.isatty() and logs is None else Lines(target)

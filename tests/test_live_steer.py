@@ -383,11 +383,12 @@ def test_a_run_that_falls_behind_says_so_with_the_reason(
 def test_logs_in_json_hold_no_prompt(cli: Cli, tmp_path: Path) -> None:
     write_batch(tmp_path / "requests.jsonl", [line(f"q-{i}", text="a very private question") for i in range(4)])
     with provider(events=[{"kind": "throttled", "attempts": 1, "retry_after_s": 0.01}]) as served:
-        ran = cli.run(*run_args(tmp_path, served.base_url, "--log-format", "json", "--quiet"))
+        ran = cli.run(*run_args(tmp_path, served.base_url, "--log-format", "json"))
     assert ran.code == 0
     assert "private question" not in ran.err
     events = [json.loads(text) for text in ran.err.splitlines()]
     kinds = [event["event"] for event in events]
+    assert kinds[0] == "note"
     assert {kind: kinds.count(kind) for kind in ("launch", "throttled", "answer", "done")} == {
         "launch": 8,
         "throttled": 4,

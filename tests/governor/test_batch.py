@@ -286,10 +286,20 @@ def test_what_is_shown_where() -> None:
         def isatty(self) -> bool:
             return True
 
-    assert isinstance(shown(quiet=True, logs=False, stream=Terminal()), Quiet)
-    assert isinstance(shown(quiet=False, logs=False, stream=Terminal()), Bar)
-    assert isinstance(shown(quiet=False, logs=True, stream=Terminal()), Lines)
-    assert isinstance(shown(quiet=False, logs=False, stream=io.StringIO()), Lines)
+    assert isinstance(shown(quiet=True, stream=Terminal()), Quiet)
+    assert isinstance(shown(quiet=False, stream=Terminal()), Bar)
+    assert isinstance(shown(quiet=False, logs="text", stream=Terminal()), Lines)
+    assert isinstance(shown(quiet=False, stream=io.StringIO()), Lines)
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_beside_a_log_in_json_everything_is_json(quiet: bool) -> None:
+    both = shown(quiet=quiet, logs="json", stream=(stream := io.StringIO()))
+    both.start()
+    both.say("a warning")
+    both.inform("a forecast")
+    texts = [json.loads(text)["text"] for text in stream.getvalue().splitlines()]
+    assert texts == (["a warning"] if quiet else ["a warning", "a forecast"])
 
 
 def test_off_a_terminal_there_is_a_line_now_and_then() -> None:
