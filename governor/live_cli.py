@@ -251,21 +251,16 @@ def preflight(
 
 
 def _finish(context: typer.Context, pool: Pool, demand: Any) -> Callable[[], float] | None:
-    """The simulated finish of this pool, for whoever asks for it."""
-    from governor.forecast import Outlook, fluid
+    """The simulated finish of this pool, for whoever asks for it; None where no simulator is installed."""
+    from governor.forecast import Demand, Outlook
 
-    if context.obj is None:
+    try:
+        # A forecast of nothing costs nothing, and shows whether there is a simulator.
+        if context.obj is None or context.obj(Outlook(pool=pool, demand=Demand())) is None:
+            return None
+    except ImportError:
         return None
-    outlook = Outlook(pool=pool, demand=demand)
-
-    def finish_s() -> float:
-        try:
-            found = context.obj(outlook)
-        except ImportError:
-            found = fluid(outlook)
-        return float(found.finish_s)
-
-    return finish_s
+    return lambda: float(context.obj(Outlook(pool=pool, demand=demand)).finish_s)
 
 
 # ---------------------------------------------------------------- doctor
