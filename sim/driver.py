@@ -123,10 +123,13 @@ class Job:
 class Tally(summary.Tally):
     """What one run leaves: the counts of every run, and in simulation also what quantiles are made of.
 
-    `latencies_s`: per answered request, from its arrival to its last answer, in order of completion.
+    `latencies_s`: per answered request, from its arrival to its last answer, in order of completion. `extra_*_tokens`:
+    of attempts whose answer nobody received (timed out, dropped) and of finalize passes: billed beside the answers.
     """
 
     finalize_passes: int = 0
+    extra_prompt_tokens: float = 0.0
+    extra_output_tokens: float = 0.0
     latencies_s: array[float] = field(default_factory=lambda: array("d"))
 
 
@@ -407,7 +410,11 @@ class Simulation:
         p, s = self.p, self.s
         self._advance(now)
         outcome = job.outcome
-        if p.sync_headers and outcome not in (TIMEOUT, prov.DROPPED):
+        unheard = outcome == TIMEOUT or outcome == prov.DROPPED
+        if unheard or (outcome == prov.OK and job.lane == law.FINALIZE):
+            self.tally.extra_prompt_tokens += job.prompt
+            self.tally.extra_output_tokens += job.output
+        if p.sync_headers and not unheard:
             self._sync(job, now)
         if outcome == prov.OK:
             in_wait = self.cause

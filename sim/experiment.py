@@ -109,6 +109,8 @@ def figures_of(tally: Tally, grant: Grant, seed: int) -> Figures:
         "stagger_delays": float(s.stagger_delays),
         "tpm_deferrals": float(s.tpm_deferrals),
         "finalize_passes": float(tally.finalize_passes),
+        "extra_prompt_tokens": tally.extra_prompt_tokens,
+        "extra_output_tokens": tally.extra_output_tokens,
     }
     return Figures(seed, s.requests, s.completed, values, dict(s.waits_s), dict(s.failures))
 

@@ -294,6 +294,20 @@ def test_finalize_passes_only_where_the_cut_answer_has_no_text_and_they_are_aske
     assert run(scenario_of(whole, quiet(), provider=EMPTY_CUTS, finalize=True)).tally.finalize_passes == 0
 
 
+def test_tokens_that_are_billed_beside_the_answers_are_counted() -> None:
+    # Every answer takes 30 s and is given up after 20: both attempts of both requests are paid for and come to nothing.
+    policy = quiet(request_timeout_seconds=20.0, retry_max_attempts=2)
+    tally = run(scenario_of(batch([70] * 2, 30.0, outputs=[40, 50], cap=100), policy)).tally
+    assert (tally.extra_prompt_tokens, tally.extra_output_tokens) == (2 * (70 + 70), 2 * (40 + 50))
+    # A finalize pass sends the prompt again and writes its answer anew; a refusal costs nothing.
+    workload = batch([70] * 3, 1.0, outputs=[900, 50, 50], cap=100)
+    provider = {**EMPTY_CUTS, "tpm": 1_200, "retry_after": "absent"}
+    patient = quiet(retry_max_attempts=20, finalize_max_tokens=1_000)
+    tally = run(scenario_of(workload, patient, provider=provider, finalize=True)).tally
+    assert (tally.throttled > 0, tally.finalize_passes) == (True, 1)
+    assert (tally.extra_prompt_tokens, tally.extra_output_tokens) == (70, 900)
+
+
 def test_retries_go_before_finalize_passes_and_these_before_new_work() -> None:
     # Sizes with their cap: 105, 950 (refused beside the first), 120, 105. Request 2 holds a place until 40.05.
     workload = batch([5, 850, 20, 5], [20.0, 5.0, 40.0, 1.0], outputs=[900, 50, 50, 50], cap=100)
