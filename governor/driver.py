@@ -493,11 +493,10 @@ class Governor:
             return
         for limit in limits:
             d = DIMENSIONS[limit.dimension]
-            refused = 0.0
-            if turned_away:
-                refused = job.reserve if d in (law.TPM, law.TPD) else 1.0
+            amount = job.reserve if d in (law.TPM, law.TPD) else 1.0
             since = self.s.booked[d] - job.booked[d]
-            self._law("synced", d, limit.limit, limit.remaining, refused, since, job.launched_s, now)
+            counts = limit.limit, limit.remaining, amount, int(turned_away), since
+            self._law("synced", d, *counts, job.launched_s, now)
 
     def _ok(self, job: Job, answer: Answer, now: float) -> None:
         used = job.reserve

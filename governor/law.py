@@ -73,6 +73,10 @@ RETRY_AFTER_SLACK_S = 0.002
 # forgotten with this time constant.
 SURPRISE_FROM = 0.001
 SURPRISE_FADES_S = 600.0
+# Launches within one such cell of time or two neighbouring ones may reach the provider in another order than they left
+# in. So many cells are remembered.
+ORDER_S = 0.1
+ORDER_CELLS = 128
 # Before the first count arrives, so much of the limit is kept free for what it will tell (an unknown charge rule, a
 # neighbour). It costs no throughput: a bucket that is not full refills meanwhile.
 UNHEARD_RATIO = 0.5
@@ -125,7 +129,9 @@ class State:
     With header sync, per dimension: `granted`, the limit that the provider stated (0 = not yet); `mirror_at`, when its
     own bucket is full again, as far as we know; `booked`, all that was ever booked, settlements and refunds included;
     `surprise`, by how much its count has lately been above our image of it; `synced_at`, the newest count's moment.
-    `pace_at`: when the launches so far would have been spread evenly; it binds until `paced_until`.
+    `order_cell`, `booked_before`, `booked_after`: ring of the last cells of time with a launch in them, and what was
+    booked before the first and after the last launch of each (TPM's cells, then RPM's, TPD's and RPD's). `pace_at`:
+    when the launches so far would have been spread evenly; it binds until `paced_until`.
     """
 
     in_flight: int = 0
@@ -146,6 +152,9 @@ class State:
     booked: list[float] = field(default_factory=lambda: _four(0.0))
     surprise: list[float] = field(default_factory=lambda: _four(0.0))
     synced_at: list[float] = field(default_factory=lambda: _four(-math.inf))
+    order_cell: list[float] = field(default_factory=lambda: [-1.0] * ORDER_CELLS)
+    booked_before: list[float] = field(default_factory=lambda: [0.0] * (4 * ORDER_CELLS))
+    booked_after: list[float] = field(default_factory=lambda: [0.0] * (4 * ORDER_CELLS))
     pace_at: float = -math.inf
     paced_until: float = -math.inf
 
@@ -311,9 +320,16 @@ def _mirror_ready_at(p: Params, s: State, d: int, amount: float) -> float:
 def _mirror_book(p: Params, s: State, reserve: float, now: float) -> None:
     """Books a launch in the image, and how long it takes the limits per minute to refill what it took."""
     refill_s = 0.0
+    cell = math.floor(now / ORDER_S)
+    place = cell % ORDER_CELLS
+    is_first = s.order_cell[place] != cell
+    s.order_cell[place] = cell
     for d in range(4):
         amount = reserve if d & 1 == 0 else 1.0
+        if is_first:
+            s.booked_before[d * ORDER_CELLS + place] = s.booked[d]
         s.booked[d] += amount
+        s.booked_after[d * ORDER_CELLS + place] = s.booked[d]
         limit = _stated_limit(p, s, d)
         if limit > 0.0:
             taken_s = amount * _length_s(d) / limit
@@ -321,6 +337,29 @@ def _mirror_book(p: Params, s: State, reserve: float, now: float) -> None:
             if d < TPD:
                 refill_s = max(refill_s, taken_s)
     s.pace_at = max(s.pace_at, now) + refill_s
+
+
+def _most_booked_since(s: State, d: int, amount: float, in_order: float, as_of: float) -> float:
+    """What may have been booked after an admission at `as_of`, at most: all that left at about that time came later.
+
+    `amount` is that request's own booking; `in_order` is the answer if all arrived in the order in which they left.
+    """
+    cell = math.floor(as_of / ORDER_S)
+    if s.order_cell[cell % ORDER_CELLS] != cell:
+        return in_order
+    if s.order_cell[(cell - 1) % ORDER_CELLS] == cell - 1:
+        cell -= 1
+    return max(in_order, s.booked[d] - s.booked_before[d * ORDER_CELLS + cell % ORDER_CELLS] - amount)
+
+
+def _least_booked_since(s: State, d: int, in_order: float, as_of: float) -> float:
+    """The same at least: all that left at about that time came earlier."""
+    cell = math.floor(as_of / ORDER_S)
+    if s.order_cell[cell % ORDER_CELLS] != cell:
+        return in_order
+    if s.order_cell[(cell + 1) % ORDER_CELLS] == cell + 1:
+        cell += 1
+    return min(in_order, s.booked[d] - s.booked_after[d * ORDER_CELLS + cell % ORDER_CELLS])
 
 
 def _has_room(p: Params, s: State, d: int, amount: float, now: float) -> bool:
@@ -628,18 +667,23 @@ def synced(
     d: int,
     limit: float,
     remaining: float,
-    refused: float,
+    amount: float,
+    is_refused: int,
     booked_since: float,
     as_of: float,
     now: float,
 ) -> None:
     """The provider's own count corrects ours in dimension `d`.
 
-    `limit` and `remaining` are what it stated about the moment of admission `as_of`; `refused` is what that request had
-    reserved if it was not let in, else 0; `booked_since` is what this pool has booked in that dimension after it
-    (`booked[d]` now, less its value just after that request's own booking). So at `now` the provider has
+    `limit` and `remaining` are what it stated about the moment of admission `as_of`; `amount` is what that request had
+    booked, `is_refused` whether it was turned away; `booked_since` is what this pool has booked in that dimension after
+    it (`booked[d]` now, less its value just after that request's own booking). So at `now` the provider has
     min(limit, remaining + refill) - booked_since left. Ignored: counts older than the one last taken over, counts older
     than the window, and implausible ones (negative, above the limit, not a number).
+
+    What left at about the same time may have been counted before or after, whatever the order in which it left. So a
+    count says that at least so much is used and at most so much. An image between the two stays as it is; one outside
+    moves to the nearer end.
 
     The difference to our image of its bucket is a charge, a refund or a neighbour that we did not know of, and is
     booked in our own budget too: in both directions in a bucket, which thereby holds what is really charged, upward
@@ -653,20 +697,25 @@ def synced(
         return
     _granted(p, s, d, limit, now)
     refilled = remaining + limit / length_s * (now - as_of)
-    ours = max(0.0, s.mirror_at[d] - now) * limit / length_s
-    rise = max(0.0, limit - min(limit, refilled) + booked_since) - ours
-    s.mirror_at[d] = max(s.mirror_at[d], now) + rise * length_s / limit
+    used = limit - min(limit, refilled)
+    refused = amount if is_refused else 0.0
+    # What was turned away is in our image, and not in the provider's bucket whatever the order.
+    ours = max(0.0, s.mirror_at[d] - now) * limit / length_s - refused
+    least_since = _least_booked_since(s, d, booked_since, as_of)
+    rise = max(0.0, used + least_since) - ours
+    if rise < 0.0:
+        rise = min(0.0, max(0.0, used + _most_booked_since(s, d, amount, booked_since, as_of)) - ours)
+    s.mirror_at[d] = max(s.mirror_at[d], now) + (rise - refused) * length_s / limit
     if s.synced_at[d] > -math.inf:
         s.surprise[d] *= math.exp((s.synced_at[d] - as_of) / SURPRISE_FADES_S)
     s.synced_at[d] = as_of
     # Booked before or after a bucket was full again? The count does not tell: our image takes the worse case, but only
     # what is certain is a surprise.
-    certain = max(0.0, limit - refilled + booked_since) - ours + refused
+    certain = max(0.0, limit - refilled + least_since) - ours
     if certain > 1.0 + SURPRISE_FROM * limit:
         s.surprise[d] = max(s.surprise[d], certain)
     if p.limit[d] <= 0.0:
         return
-    rise += refused
     if p.window == BUCKET or d >= TPD:
         s.full_at[d] = max(s.full_at[d], now) + rise / (p.rate_per_s[d] * s.scale[d])
     elif rise > 0.0:

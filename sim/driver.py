@@ -443,15 +443,13 @@ class Simulation:
         """What the headers state about the moment of admission, beside what has been booked since."""
         tokens_limit, tokens_left, d, requests_limit, requests_left = job.stated
         p, s = self.p, self.s
-        let_in = job.outcome in CHARGED
+        refused = int(job.outcome not in CHARGED)
         if tokens_limit > 0.0:
-            refused = 0.0 if let_in else job.reserve
             since = s.booked[law.TPM] - job.booked_tokens
-            law.synced(p, s, law.TPM, tokens_limit, tokens_left, refused, since, job.launched_s, now)
+            law.synced(p, s, law.TPM, tokens_limit, tokens_left, job.reserve, refused, since, job.launched_s, now)
         if d >= 0:
-            refused = 0.0 if let_in else 1.0
             since = s.booked[d] - job.booked_requests
-            law.synced(p, s, d, requests_limit, requests_left, refused, since, job.launched_s, now)
+            law.synced(p, s, d, requests_limit, requests_left, 1.0, refused, since, job.launched_s, now)
 
     def _on_ok(self, job: Job, now: float) -> None:
         tally = self.tally

@@ -219,8 +219,8 @@ def test_headers_speak_of_the_moment_of_admission() -> None:
     log = Log()
     Ran(quiet(tpm=1_000, sync_headers=1, window=law.BUCKET), Desk(script={0: [(6.0, stated)]}), works(1), log=log)
     calls = [arguments for name, arguments, _ in log.decisions if name == "synced"]
-    #        dimension, limit, remaining, refused, booked since, as of, now
-    assert calls == [(law.TPM, 1_000.0, 200.0, 0.0, 0.0, 0.0, 6.0), (law.RPM, 60.0, 59.0, 0.0, 0.0, 0.0, 6.0)]
+    #        dimension, limit, remaining, booked by itself, refused, booked since, as of, now
+    assert calls == [(law.TPM, 1_000.0, 200.0, 100.0, 0, 0.0, 0.0, 6.0), (law.RPM, 60.0, 59.0, 1.0, 0, 0.0, 0.0, 6.0)]
 
 
 def test_who_was_turned_away_had_nothing_booked_there() -> None:
@@ -230,8 +230,8 @@ def test_who_was_turned_away_had_nothing_booked_there() -> None:
     script = {0: [(1.0, too_large)], 1: [(2.0, bad)]}
     log = Log()
     Ran(quiet(tpm=1_000, sync_headers=1, window=law.BUCKET), Desk(script=script), works(2), log=log)
-    refused = [arguments[3] for name, arguments, _ in log.decisions if name == "synced"]
-    assert refused == [100.0, 1.0, 0.0, 0.0]
+    refused = [arguments[3:5] for name, arguments, _ in log.decisions if name == "synced"]
+    assert refused == [(100.0, 1), (1.0, 1), (100.0, 0), (1.0, 0)]
 
 
 # ---------------------------------------------------------------- changes by hand

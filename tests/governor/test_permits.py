@@ -135,10 +135,10 @@ def test_headers_of_a_permits_answer_are_heard() -> None:
         async with governor.permit(100.0) as permit:
             assert await permit.throttled(1.0, (Limit("TPM", 1_000.0, 50.0),))
             assert not await permit.failed(limits=(Limit("RPM", 60.0, 59.0),))
-        return [arguments[:4] for name, arguments, _ in log.decisions if name == "synced"]
+        return [arguments[:5] for name, arguments, _ in log.decisions if name == "synced"]
 
-    # Dimension, limit, what is left, and what was not let in.
-    assert run_virtual(refused()) == [(law.TPM, 1_000.0, 50.0, 100.0), (law.RPM, 60.0, 59.0, 0.0)]
+    # Dimension, limit, what is left, what it had booked, and whether it was turned away.
+    assert run_virtual(refused()) == [(law.TPM, 1_000.0, 50.0, 100.0, 1), (law.RPM, 60.0, 59.0, 1.0, 0)]
     assert run_virtual(main(900.0)) == 0.0
     # Others hold 850 of it: there is room for 50 and for what refills, less a margin for the next surprise.
     assert run_virtual(main(50.0)) > 3.0
