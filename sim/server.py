@@ -214,7 +214,9 @@ def _uvicorn(provider: Provider, log_level: str | None = None) -> uvicorn.Server
 
 def _listening(port: int) -> socket.socket:
     """A socket bound to loopback; port 0 takes a free one. BadSetting where the port cannot be had."""
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    # The protocol by name, which accepted sockets inherit: else asyncio does not know that they are TCP and leaves them
+    # Nagle's algorithm, by which an answer's body waits 40 ms for the acknowledgement of its head.
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((HOST, port))

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -192,6 +193,7 @@ def test_limits_quota_and_size_over_http() -> None:
         exact_s = answers.refill_wait_s(numbers.limit, numbers.used, numbers.requested, 60.0)
         # Used is printed whole, rounded up: the stated wait is less by up to one token's refill, 2 ms.
         assert exact_s - 0.003 <= stated_s <= exact_s
+        time.sleep(0.1)  # 50 tokens flow back, the three requests below take 12
         for _ in range(2):
             sdk.chat.completions.create(**CHAT_BODY, max_tokens=1)
         with pytest.raises(openai.RateLimitError, match="exceeded your current quota"):
@@ -222,6 +224,22 @@ def test_an_answer_takes_its_latency() -> None:
         assert posted(server, x_paceline_output_tokens="200").outcome is Outcome.OK
         took_s = time.monotonic() - begun
     assert 0.3 <= took_s < 0.3 + 0.5
+
+
+def test_no_part_of_an_answer_waits_for_an_acknowledgement() -> None:
+    """Nagle's algorithm is off on the connections that are served: with it a body comes 40 ms after its head."""
+    seen: list[int] = []
+
+    class Looking(Provider):
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            connection = scope["state"]["transport"].get_extra_info("socket")
+            seen.append(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            await super().__call__(scope, receive, send)
+
+    with Running(Looking(QUICK), 0) as server:
+        assert posted(server).outcome == Outcome.OK
+    assert len(seen) == 1
+    assert seen[0] != 0
 
 
 def test_a_time_scale_divides_waits_and_what_is_stated() -> None:
