@@ -31,9 +31,10 @@ from governor import law
 from governor.errors import FailureCode, PacelineError
 from governor.keyed import JITTER_RETRY, JITTER_STAGGER, attempt_key, keyed_uniform
 from governor.law import FINALIZE, FIRST, HOLDING, MAIN, Params, State
-from governor.requests import Answer, Limit, Outcome
+from governor.requests import Answer, Limit, Outcome, Request
 from governor.summary import CAUSES
 from governor.work import DIMENSIONS, FINAL, SPENT, STOPPING, THROTTLES, TIMED_OUT, TURNED_AWAY, attempt_of
+from governor.work import Begun as Begun
 from governor.work import Job as Job
 from governor.work import Observer as Observer
 from governor.work import Send as Send
@@ -142,6 +143,41 @@ class Governor:
             if job.granted is not None and not job.granted.done():
                 job.granted.set_exception(PacelineError(self._no_more()))
         self._soon()
+
+    def more(self) -> None:
+        """The source of `run`, which had said that there is no more, has more. Nothing happens where no run goes on."""
+        if self._done is not None and not self._done.done() and self._head is None:
+            self._head = self._next()
+            self._soon()
+
+    def mark(self) -> Begun:
+        """This moment, for work that is submitted now and launched later (`Work.begun`)."""
+        now = self.now()
+        self._advance(now)
+        return now, self.clock.copy()
+
+    def withdraw(self, is_meant: Callable[[Request], bool]) -> int:
+        """Takes out of the queue what waits and is meant, unended; returns how many. What is in flight goes on.
+
+        The source must have stopped giving it before. What holds a place in flight while it backs off gives it back.
+        """
+        self._advance(self.now())
+        found = [job for job in self._waiting() if job.work is not None and is_meant(job.work.request)]
+        for job in found:
+            self._dropped(job)
+        count = len(found)
+        while self._head is not None and self._head.work is not None and is_meant(self._head.work.request):
+            self._unfinished -= 1
+            count += 1
+            self._head = self._next()
+        self._unfinished -= len(found)
+        self._soon()
+        return count
+
+    def reopen(self) -> None:
+        """Launches again after `stop`, in the next `run`."""
+        assert self._send is None, "a batch is still running"
+        self.stopped = ""
 
     def pause(self) -> None:
         """Launches nothing until `resume`."""
@@ -256,8 +292,9 @@ class Governor:
         if work is None:
             return None
         self._unfinished += 1
-        job = Job(work, work.request.index, work.reserve, work.expected, work.charge, self._begun[0])
-        job.since = self._begun[1]
+        begun = work.begun or self._begun
+        job = Job(work, work.request.index, work.reserve, work.expected, work.charge, begun[0])
+        job.since = begun[1]
         return job
 
     def _may_go(self, job: Job, now: float) -> None:
@@ -504,7 +541,9 @@ class Governor:
             used = float(answer.used_prompt_tokens + answer.used_output_tokens)
         job.flying = job.holds = False
         self._law("settled", job.reserve, used, job.launched_s)
-        if self._finalizes and job.lane == MAIN and answer.cut_off and not answer.has_text:
+        assert job.work is not None
+        finalizes = self._finalizes and job.work.finalizes
+        if finalizes and job.lane == MAIN and answer.cut_off and not answer.has_text:
             self._open_finalize(job, answer, now)
         else:
             self._ended(job, answer, now, "")

@@ -39,11 +39,16 @@ TURNED_AWAY = (*THROTTLES, *STOPPING, Outcome.TOO_LARGE)
 TIMED_OUT = Answer(Outcome.TIMEOUT, message="no answer within the request's time-out or deadline")
 
 
+# A moment of a run, and what its clock of causes showed then: from here a request's waiting is counted.
+Begun = tuple[float, list[float]]
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
     """One request to run: what to reserve for it and for its finalize pass, and its declared cap (-1 = none).
 
-    `charge`, `finalize_charge`: what the provider is believed to charge, for the records; -1 = unknown.
+    `charge`, `finalize_charge`: what the provider is believed to charge, for the records; -1 = unknown. `finalizes`:
+    whether a run with finalize passes may open one for it. `begun`: since when it waits, if not since the run began.
     """
 
     request: Request
@@ -52,6 +57,8 @@ class Work:
     finalize_reserve: float = 0.0
     charge: int = -1
     finalize_charge: int = -1
+    finalizes: bool = True
+    begun: Begun | None = None
 
 
 class Observer:
