@@ -9,12 +9,13 @@ up the run; what it sees is the journal as it was when it read that chunk.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from sqlalchemy import Column, ColumnElement, Select, and_, func, select, true
+from sqlalchemy import Column, ColumnElement, Select, Table, and_, func, select, true
 
 from governor.database import Database, JournalError
 from governor.driver import Work
@@ -154,10 +155,15 @@ class Billed(NamedTuple):
 
 
 class Records:
-    """Reads an open journal. Every method may raise `JournalError`."""
+    """Reads an open journal. Every method may raise `JournalError`.
 
-    def __init__(self, database: Database) -> None:
+    `within`: (first, last) number of the requests that it is about, None = all. What is not of single requests (legs,
+    settings, decisions, deferrals) is the whole journal's all the same.
+    """
+
+    def __init__(self, database: Database, within: tuple[int, int] | None = None) -> None:
         self._database = database
+        self._within = within
 
     @property
     def name(self) -> str:
@@ -186,6 +192,12 @@ class Records:
             if len(rows) < chunk:
                 return
             rows = self._all(query.where(key > getattr(rows[-1], key.name)).order_by(key).limit(chunk))
+
+    def _of(self, query: Select[Any], table: Table, pool: str | None = None) -> Select[Any]:
+        """The rows of `requests` or `attempts` that this is about; of one pool, or of all."""
+        if self._within is not None:
+            query = query.where(table.c.request.between(*self._within))
+        return query if pool is None else query.where(table.c.pool == pool)
 
     # ------------------------------------------------------------ the run
 
@@ -224,7 +236,7 @@ class Records:
         """How many requests stand where, as far as it is on the disk; of one pool, or of all."""
         c = requests.c
         query = select(c.state, c.failure, func.count(), func.sum(c.resent)).group_by(c.state, c.failure)
-        rows = self._all(_of_pool(query, c.pool, pool))
+        rows = self._all(self._of(query, requests, pool))
         by_state = dict.fromkeys(STATES, 0)
         for state, _, count, _ in rows:
             by_state[state] = by_state.get(state, 0) + count
@@ -244,12 +256,13 @@ class Records:
         c = requests.c
         columns = [column for column in requests.columns if column.name != "pool"]
         query = select(*columns, c.pool, bodies.c.body).join(bodies, bodies.c.request == c.request)
-        query = query.where(c.pool == pool, c.state == PENDING)
+        query = self._of(query, requests, pool).where(c.state == PENDING)
         with self._undamaged():
             for row in self._stream(query.where(c.first_launched_s >= 0), c.request, CHUNK):
                 yield _pending_of(row)
             fresh = query.where(c.first_launched_s < 0)
-            for row in self._longest(fresh) if longest_first else self._stream(fresh, c.request, CHUNK):
+            longest = self._longest if self._within is None else self._longest_of_part
+            for row in longest(fresh) if longest_first else self._stream(fresh, c.request, CHUNK):
                 yield _pending_of(row)
 
     def _longest(self, query: Select[Any]) -> Iterator[Any]:
@@ -277,6 +290,18 @@ class Records:
                 c.expected < last.expected,
             ]
 
+    def _longest_of_part(self, query: Select[Any]) -> Iterator[Any]:
+        """The same for a part, whose rows the index of the whole would not find: 8 bytes a request, sorted once."""
+        c = requests.c
+        keys = query.with_only_columns(c.request).order_by(c.expected.desc(), c.reserve.desc(), c.request)
+        with self._database.reading() as connection:
+            numbers = array("q", connection.execution_options(yield_per=NARROW_CHUNK).execute(keys).scalars())
+        for start in range(0, len(numbers), CHUNK):
+            part = numbers[start : start + CHUNK].tolist()
+            rows = {row.request: row for row in self._all(query.where(c.request.in_(part)))}
+            # One that has been launched or has ended since is left out.
+            yield from (rows[number] for number in part if number in rows)
+
     def results(self) -> Iterator[Result]:
         """What ended, in order of the input."""
         if self.run().purged_epoch_s >= 0.0:
@@ -285,6 +310,7 @@ class Records:
         columns = [column.label(f"r_{column.name}") for column in results.columns if column.name != "request"]
         query = select(requests, results.c.request.label("answered"), *columns)
         query = query.outerjoin(results, results.c.request == c.request).where(c.state.in_((DONE, FAILED)))
+        query = self._of(query, requests)
         with self._undamaged():
             for row in self._stream(query, c.request, CHUNK):
                 answer = None if row.answered is None else answer_of(_Prefixed(row))
@@ -292,7 +318,7 @@ class Records:
 
     def unfinished(self, pool: str | None = None) -> Iterator[Request]:
         """What has not ended, of one pool or of all, without bodies, in order of the input."""
-        query = _of_pool(select(requests).where(requests.c.state.in_((PENDING, IN_FLIGHT))), requests.c.pool, pool)
+        query = self._of(select(requests).where(requests.c.state.in_((PENDING, IN_FLIGHT))), requests, pool)
         for row in self._stream(query, requests.c.request, NARROW_CHUNK):
             yield request_of(row, None)
 
@@ -300,14 +326,14 @@ class Records:
 
     def attempts(self, pool: str | None = None) -> Iterator[Attempt]:
         """All ended attempts, of one pool or of all, in the order in which they ended."""
-        query = _of_pool(select(attempts), attempts.c.pool, pool)
+        query = self._of(select(attempts), attempts, pool)
         with self._undamaged():
             for row in self._stream(query, attempts.c.number, NARROW_CHUNK):
                 yield attempt_of(row)
 
     def billed(self, pool: str | None = None) -> Iterator[Billed]:
         """The same with what was used in each, for bills and exports."""
-        query = _of_pool(select(attempts), attempts.c.pool, pool)
+        query = self._of(select(attempts), attempts, pool)
         with self._undamaged():
             for row in self._stream(query, attempts.c.number, NARROW_CHUNK):
                 usage = Usage(row.prompt_tokens, row.output_tokens, row.cached_tokens, row.reasoning_tokens)
@@ -317,7 +343,7 @@ class Records:
         """How each request ended that has, of one pool or of all, in order of the input."""
         c = requests.c
         query = select(c.request, c.ended_s, c.failure).where(c.state.in_((DONE, FAILED)))
-        for row in self._stream(_of_pool(query, c.pool, pool), c.request, NARROW_CHUNK):
+        for row in self._stream(self._of(query, requests, pool), c.request, NARROW_CHUNK):
             yield Ended(row.request, row.ended_s, row.failure)
 
     def deferrals(self, pool: str | None = None) -> list[int]:
@@ -325,14 +351,14 @@ class Records:
         counts = [0] * len(CAUSES)
         query = select(deferrals.c.cause, func.sum(deferrals.c.requests)).group_by(deferrals.c.cause)
         query = query.join(pools, pools.c.pool == deferrals.c.pool)
-        for cause, count in self._all(_of_pool(query, pools.c.name, pool)):
+        for cause, count in self._all(query if pool is None else query.where(pools.c.name == pool)):
             counts[cause] = int(count)
         return counts
 
     def outcomes(self) -> dict[Outcome, int]:
         """Ended attempts by outcome."""
         query = select(attempts.c.outcome, func.count()).group_by(attempts.c.outcome).order_by(attempts.c.outcome)
-        return {Outcome(outcome): count for outcome, count in self._all(query)}
+        return {Outcome(outcome): count for outcome, count in self._all(self._of(query, attempts))}
 
     # ------------------------------------------------------------ decisions
 
@@ -379,10 +405,6 @@ class Records:
         with self._database.bare() as connection:
             found = [str(row[0]) for row in connection.execute("PRAGMA integrity_check")]
         return [] if found == ["ok"] else found
-
-
-def _of_pool(query: Select[Any], column: Column[str], pool: str | None) -> Select[Any]:
-    return query if pool is None else query.where(column == pool)
 
 
 class _Prefixed:

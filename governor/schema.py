@@ -97,6 +97,11 @@ def _id(name: str, *, given: bool = True) -> Column[int]:
     return Column(name, Integer, primary_key=True, autoincrement="auto" if not given else False)
 
 
+def _number_of_request() -> Column[int]:
+    """64 bits everywhere: SQLite's own key has them under the name of INTEGER only."""
+    return Column("request", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=False)
+
+
 def _whole(name: str) -> Column[int]:
     return Column(name, BigInteger, nullable=False)
 
@@ -145,7 +150,7 @@ policies = Table(
 requests = Table(
     "requests",
     metadata,
-    _id("request"),
+    _number_of_request(),
     _short("pool"),
     _short("state"),
     _short("lane"),
@@ -169,12 +174,12 @@ requests = Table(
 # would look requests up by pool and sort them anew for every chunk, even in order of the input.
 Index("requests_by_length", requests.c.expected.desc(), requests.c.reserve.desc(), requests.c.request)
 
-bodies = Table("bodies", metadata, _id("request"), Column("body", _LONG, nullable=False))
+bodies = Table("bodies", metadata, _number_of_request(), Column("body", _LONG, nullable=False))
 
 results = Table(
     "results",
     metadata,
-    _id("request"),
+    _number_of_request(),
     _short("outcome"),
     _whole("status"),
     _text("error_code"),
@@ -199,6 +204,7 @@ attempts = Table(
     _whole("reasoning_tokens"),  # part of the output's
     Column("limits", Text, nullable=False),
 )
+Index("attempts_by_request", attempts.c.request)
 
 decisions = Table(
     "decisions",
