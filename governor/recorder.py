@@ -24,7 +24,7 @@ import concurrent.futures
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import bindparam, case, insert, update
+from sqlalchemy import Connection, bindparam, case, insert, update
 
 from governor.database import Database, JournalError
 from governor.driver import Job, Observer
@@ -315,8 +315,12 @@ class Writer:
             self.trouble = error if isinstance(error, JournalError) else JournalError(f"internal error: {error!r}")
             self.batch = commit.batch.followed_by(self.batch)
 
+    def _about_to_write(self, connection: Connection) -> None:
+        """In each transaction before anything is written: a JournalError raised here leaves no trace of it."""
+
     def _write(self, batch: Batch) -> None:
         with self.database.writing() as connection:
+            self._about_to_write(connection)
             for statement, rows in batch.statements():
                 if rows:
                     connection.execute(statement, rows)
