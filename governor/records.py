@@ -255,8 +255,8 @@ class Records:
             raise JournalError(f"{self.name}: the journal was purged, nothing is left to send: start a new one")
         c = requests.c
         columns = [column for column in requests.columns if column.name != "pool"]
-        query = select(*columns, c.pool, bodies.c.body).join(bodies, bodies.c.request == c.request)
-        query = self._of(query, requests, pool).where(c.state == PENDING)
+        joined = select(*columns, c.pool, bodies.c.body).join(bodies, bodies.c.request == c.request)
+        query = self._of(joined, requests, pool).where(c.state == PENDING)
         with self._undamaged():
             for row in self._stream(query.where(c.first_launched_s >= 0), c.request, CHUNK):
                 yield _pending_of(row)
@@ -310,9 +310,9 @@ class Records:
         columns = [column.label(f"r_{column.name}") for column in results.columns if column.name != "request"]
         query = select(requests, results.c.request.label("answered"), *columns)
         query = query.outerjoin(results, results.c.request == c.request).where(c.state.in_((DONE, FAILED)))
-        query = self._of(query, requests)
+        part = self._of(query, requests)
         with self._undamaged():
-            for row in self._stream(query, c.request, CHUNK):
+            for row in self._stream(part, c.request, CHUNK):
                 answer = None if row.answered is None else answer_of(_Prefixed(row))
                 yield Result(request_of(row, None), row.failure, answer, row.ended_s, row.resent)
 
