@@ -236,6 +236,12 @@ def _limits_of(fields: Mapping[str, str]) -> tuple[Limit, ...]:
     return tuple(found.values())
 
 
+def _processing_s(fields: Mapping[str, str]) -> float:
+    """The provider's own time for a request, from its admission to its answer; -1 where none is stated."""
+    milliseconds = _number(fields.get("openai-processing-ms", ""))
+    return milliseconds / 1_000.0 if milliseconds >= 0.0 else -1.0
+
+
 def _fields(headers: Mapping[Any, Any] | None) -> dict[str, str]:
     """Headers as text, by their names in lower case."""
     items = headers.items() if isinstance(headers, Mapping) else ()
@@ -330,6 +336,7 @@ def classify(status: int, headers: Mapping[Any, Any] | None, body: object, *, no
         cut_off=ok and _is_cut_off(content),
         has_text=ok and any(words.strip() for words in _texts(content)),
         limits=_limits_of(fields),
+        processing_s=_processing_s(fields),
         request_id=next((fields[name] for name in _REQUEST_IDS if fields.get(name)), ""),
         body=content or None,
     )

@@ -510,7 +510,7 @@ class Governor:
 
     def _answered(self, job: Job, answer: Answer, now: float) -> None:
         outcome = answer.outcome
-        self._sync(job, answer.limits, outcome in TURNED_AWAY, now)
+        self._sync(job, answer.limits, outcome in TURNED_AWAY, now, answer.processing_s)
         if outcome == Outcome.OK:
             self._ok(job, answer, now)
         elif outcome in STOPPING:
@@ -524,16 +524,19 @@ class Governor:
         else:
             self._again(job, answer, now)
 
-    def _sync(self, job: Job, limits: tuple[Limit, ...], turned_away: bool, now: float) -> None:
+    def _sync(
+        self, job: Job, limits: tuple[Limit, ...], turned_away: bool, now: float, processing_s: float = -1.0
+    ) -> None:
         """What the headers state about the moment of admission, beside what has been booked since."""
         if not (limits and self.p.sync_headers and job.booked):
             return
+        admitted_by = max(job.launched_s, now - processing_s) if processing_s >= 0.0 else job.launched_s
         for limit in limits:
             d = DIMENSIONS[limit.dimension]
             amount = job.reserve if d in (law.TPM, law.TPD) else 1.0
             since = self.s.booked[d] - job.booked[d]
             counts = limit.limit, limit.remaining, amount, int(turned_away), since
-            self._law("synced", d, *counts, job.launched_s, now)
+            self._law("synced", d, *counts, job.launched_s, admitted_by, now)
 
     def _ok(self, job: Job, answer: Answer, now: float) -> None:
         used = job.reserve

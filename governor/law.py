@@ -671,19 +671,21 @@ def synced(
     is_refused: int,
     booked_since: float,
     as_of: float,
+    admitted_by: float,
     now: float,
 ) -> None:
     """The provider's own count corrects ours in dimension `d`.
 
-    `limit` and `remaining` are what it stated about the moment of admission `as_of`; `amount` is what that request had
-    booked, `is_refused` whether it was turned away; `booked_since` is what this pool has booked in that dimension after
-    it (`booked[d]` now, less its value just after that request's own booking). So at `now` the provider has
+    `limit` and `remaining` are what it stated about the moment of admission: not before `as_of`, when the request left,
+    and not after `admitted_by`, which is later by the time that it spent on the way there and back. `amount` is what it
+    had booked, `is_refused` whether it was turned away; `booked_since` is what this pool has booked in that dimension
+    after it (`booked[d]` now, less its value just after that request's own booking). So at `now` the provider has
     min(limit, remaining + refill) - booked_since left. Ignored: counts older than the one last taken over, counts older
     than the window, and implausible ones (negative, above the limit, not a number).
 
     What left at about the same time may have been counted before or after, whatever the order in which it left. So a
     count says that at least so much is used and at most so much. An image between the two stays as it is; one outside
-    moves to the nearer end.
+    moves to the nearer end. Of the refill only that since `admitted_by` is sure.
 
     The difference to our image of its bucket is a charge, a refund or a neighbour that we did not know of, and is
     booked in our own budget too: in both directions in a bucket, which thereby holds what is really charged, upward
@@ -696,8 +698,7 @@ def synced(
     if as_of < s.synced_at[d] or now - as_of > length_s:
         return
     _granted(p, s, d, limit, now)
-    refilled = remaining + limit / length_s * (now - as_of)
-    used = limit - min(limit, refilled)
+    used = limit - min(limit, remaining + limit / length_s * (now - max(as_of, admitted_by)))
     refused = amount if is_refused else 0.0
     # What was turned away is in our image, and not in the provider's bucket whatever the order.
     ours = max(0.0, s.mirror_at[d] - now) * limit / length_s - refused
@@ -709,9 +710,9 @@ def synced(
     if s.synced_at[d] > -math.inf:
         s.surprise[d] *= math.exp((s.synced_at[d] - as_of) / SURPRISE_FADES_S)
     s.synced_at[d] = as_of
-    # Booked before or after a bucket was full again? The count does not tell: our image takes the worse case, but only
-    # what is certain is a surprise.
-    certain = max(0.0, limit - refilled + least_since) - ours
+    # Booked before or after a bucket was full again, and when exactly it was counted, the count does not tell: our
+    # image takes the worse case, but only what is certain is a surprise.
+    certain = max(0.0, limit - remaining - limit / length_s * (now - as_of) + least_since) - ours
     if certain > 1.0 + SURPRISE_FROM * limit:
         s.surprise[d] = max(s.surprise[d], certain)
     if p.limit[d] <= 0.0:

@@ -88,7 +88,8 @@ class Answer:
 
     `status`: HTTP, 0 where none arrived. `retry_after_s`: the provider's word, -1 = absent. `used_*_tokens`: -1 = not
     stated. `cut_off`: ended by its token limit. `has_text`: holds text that a user could use. `limits`: plausible
-    limits, at most one per dimension. `body`: the parsed JSON object, None where there was none.
+    limits, at most one per dimension. `processing_s`: the provider's own time for it, -1 = not stated. `body`: the
+    parsed JSON object, None where there was none.
     """
 
     outcome: Outcome
@@ -101,6 +102,7 @@ class Answer:
     cut_off: bool = False
     has_text: bool = False
     limits: tuple[Limit, ...] = ()
+    processing_s: float = -1.0
     request_id: str = ""
     body: dict[str, Any] | None = None
 

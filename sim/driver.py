@@ -442,14 +442,14 @@ class Simulation:
     def _sync(self, job: Job, now: float) -> None:
         """What the headers state about the moment of admission, beside what has been booked since."""
         tokens_limit, tokens_left, d, requests_limit, requests_left = job.stated
-        p, s = self.p, self.s
+        p, s, at = self.p, self.s, job.launched_s
         refused = int(job.outcome not in CHARGED)
         if tokens_limit > 0.0:
             since = s.booked[law.TPM] - job.booked_tokens
-            law.synced(p, s, law.TPM, tokens_limit, tokens_left, job.reserve, refused, since, job.launched_s, now)
+            law.synced(p, s, law.TPM, tokens_limit, tokens_left, job.reserve, refused, since, at, at, now)
         if d >= 0:
             since = s.booked[d] - job.booked_requests
-            law.synced(p, s, d, requests_limit, requests_left, 1.0, refused, since, job.launched_s, now)
+            law.synced(p, s, d, requests_limit, requests_left, 1.0, refused, since, at, at, now)
 
     def _on_ok(self, job: Job, now: float) -> None:
         tally = self.tally

@@ -215,12 +215,16 @@ def test_the_source_is_read_one_request_ahead() -> None:
 
 
 def test_headers_speak_of_the_moment_of_admission() -> None:
-    stated = Answer(Outcome.OK, 200, limits=(Limit("TPM", 1_000.0, 200.0), Limit("RPM", 60.0, 59.0)))
+    limits = (Limit("TPM", 1_000.0, 200.0), Limit("RPM", 60.0, 59.0))
+    stated = Answer(Outcome.OK, 200, limits=limits, processing_s=5.5)
     log = Log()
     Ran(quiet(tpm=1_000, sync_headers=1, window=law.BUCKET), Desk(script={0: [(6.0, stated)]}), works(1), log=log)
     calls = [arguments for name, arguments, _ in log.decisions if name == "synced"]
-    #        dimension, limit, remaining, booked by itself, refused, booked since, as of, now
-    assert calls == [(law.TPM, 1_000.0, 200.0, 100.0, 0, 0.0, 0.0, 6.0), (law.RPM, 60.0, 59.0, 1.0, 0, 0.0, 0.0, 6.0)]
+    #        dimension, limit, remaining, booked by itself, refused, booked since, as of, admitted by, now
+    assert calls == [
+        (law.TPM, 1_000.0, 200.0, 100.0, 0, 0.0, 0.0, 0.5, 6.0),
+        (law.RPM, 60.0, 59.0, 1.0, 0, 0.0, 0.0, 0.5, 6.0),
+    ]
 
 
 def test_who_was_turned_away_had_nothing_booked_there() -> None:

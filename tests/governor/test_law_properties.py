@@ -202,7 +202,7 @@ def interruption(pool: Pool, kind: str, numbers: tuple[float, ...], other: law.P
         limit = max(pool.p.limit[dimension], 10.0) * (0.001 + 3.0 * b * b)
         remaining = limit * (1.2 * c - 0.05)
         as_of = now - 90.0 * d
-        law.synced(pool.p, pool.s, dimension, limit, remaining, 50.0, int(d > 0.9), 300.0 * a, as_of, now)
+        law.synced(pool.p, pool.s, dimension, limit, remaining, 50.0, int(d > 0.9), 300.0 * a, as_of, as_of, now)
 
     def repriced(now: float) -> None:
         law.repriced(pool.p, other, pool.s, now)
