@@ -29,6 +29,7 @@ from dataclasses import replace
 from typing import Any, Self
 from urllib.parse import urlsplit
 
+import anyio
 from openai import (
     DEFAULT_CONNECTION_LIMITS,
     APIConnectionError,
@@ -91,6 +92,7 @@ class Adapter:
             raise BadSetting(f"{self.pool.key} holds a mark that no key has: copy the key again", self.pool.key)
         self._key = key.encode("ascii")
         self._client = _client(self.pool, key)
+        _load_transport()
 
     def __repr__(self) -> str:
         return f"<Adapter of pool {self.pool.name} at {self.address}>"
@@ -177,6 +179,12 @@ def capped(request: Request, tokens: int) -> dict[str, int]:
         return {"max_output_tokens": tokens}
     old = endpoint != CHAT or (body.get("max_tokens") is not None and body.get("max_completion_tokens") is None)
     return {"max_tokens" if old else "max_completion_tokens": tokens}
+
+
+def _load_transport() -> None:
+    """Loads what the SDK's transport would load with its first request: some 30 ms by which a first burst came late."""
+    anyio.Lock()
+    anyio.connect_tcp  # noqa: B018 (looking it up loads it)
 
 
 def _encoded(body: dict[str, Any]) -> bytes:
