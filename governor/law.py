@@ -720,7 +720,11 @@ def synced(
     if p.window == BUCKET or d >= TPD:
         s.full_at[d] = max(s.full_at[d], now) + rise / (p.rate_per_s[d] * s.scale[d])
     elif rise > 0.0:
-        _book(p, s, d, rise, now)
+        # Never beyond the provider's own level: what is booked here stays for a minute, and the inaccuracies of single
+        # counts, each of them small, would add up.
+        rise = min(rise, used + least_since - used_in(p, s, d, now))
+        if rise > 0.0:
+            _book(p, s, d, rise, now)
 
 
 def repriced(p_old: Params, p_new: Params, s: State, now: float) -> None:
