@@ -4,9 +4,10 @@ What lives here: the live clock, the queue, one timer, and the tasks that send. 
 pacing or retry (they stand in `governor/law.py`), HTTP (`openai_adapter`), storage (`journal`, an `Observer`).
 
 Theory of operation. New work is pulled from its source one request ahead, so that memory stays flat; retries, finalize
-passes and permits wait in a heap. After every event (an answer, a retry that has backed off, a wake-up, a change of
-settings) `_pump` asks the law about the head, launches as long as the law says "now", and leaves one timer for the
-moment that it named. Any number of waiting tasks costs one wake-up each, when it is their turn.
+passes and permits wait in a heap, and so does, with its history, what an earlier leg of the run had launched. After
+every event (an answer, a retry that has backed off, a wake-up, a change of settings) `_pump` asks the law about the
+head, launches as long as the law says "now", and leaves one timer for the moment that it named. Any number of waiting
+tasks costs one wake-up each, when it is their turn.
 
 Time is the loop's monotonic clock, in seconds since the run began; a timer that rings early counts as its own time
 (`max(timer_at, clock)`), so the law's word and the clock cannot disagree. The epoch is only for records.
@@ -30,7 +31,7 @@ from typing import Any
 from governor import law
 from governor.errors import FailureCode, PacelineError
 from governor.keyed import JITTER_RETRY, JITTER_STAGGER, attempt_key, keyed_uniform
-from governor.law import FINALIZE, FIRST, HOLDING, MAIN, Params, State
+from governor.law import FINALIZE, FIRST, HOLDING, MAIN, RETRY, Params, State
 from governor.requests import Answer, Limit, Outcome, Request
 from governor.summary import CAUSES
 from governor.work import DIMENSIONS, FINAL, SPENT, STOPPING, THROTTLES, TIMED_OUT, TURNED_AWAY, attempt_of
@@ -117,6 +118,9 @@ class Governor:
     async def run(self, source: Iterator[Work], send: Send, *, finalize: bool = False) -> str:
         """Runs all work of the source, in its order; returns "" or why it stopped before the end: see `stopped`.
 
+        What was launched before comes first in the source: attempts go on counting, deadlines go on running, and an
+        open finalize pass is opened again.
+
         `finalize`: a cut answer without text gets one more call. Where it stops, what waits stays where it came from,
         unended. Cancelling this cancels what is in flight. What a send, the observer or the source raises is raised
         here, when all that was in flight has ended.
@@ -197,9 +201,8 @@ class Governor:
         if self._tells:
             self._tell(self.observer.decided, "repriced", (params, now), None)
         self.p = params
-        for _, _, job in self._queue:
-            if not job.ended:
-                self._watch_deadline(job)
+        for job in self._waiting():
+            self._watch_deadline(job)
         self._soon()
 
     def now(self) -> float:
@@ -283,19 +286,40 @@ class Governor:
     # ------------------------------------------------------------ the queue
 
     def _next(self) -> Job | None:
-        """The next new work, from its source."""
-        try:
-            work = next(self._source, None)
-        except Exception as error:
-            self._fail(error)
-            return None
-        if work is None:
-            return None
-        self._unfinished += 1
+        """The next new work, from its source. What an earlier leg had launched is taken up on the way."""
+        while True:
+            try:
+                work = next(self._source, None)
+            except Exception as error:
+                self._fail(error)
+                return None
+            if work is None:
+                return None
+            self._unfinished += 1
+            if work.first_launched_s >= 0.0:
+                self._take_up(work)
+                continue
+            begun = work.begun or self._begun
+            job = Job(work, work.request.index, work.reserve, work.expected, work.charge, begun[0])
+            job.since = begun[1]
+            return job
+
+    def _take_up(self, work: Work) -> None:
+        """A request that was launched before goes on where it stood; its place in flight is gone."""
+        reserve, charge = work.reserve, work.charge
+        if work.lane == FINALIZE:
+            reserve, charge = work.finalize_reserve, work.finalize_charge
+            self._law("finalize_opened")
         begun = work.begun or self._begun
-        job = Job(work, work.request.index, work.reserve, work.expected, work.charge, begun[0])
-        job.since = begun[1]
-        return job
+        job = Job(work, work.request.index, reserve, work.expected, charge, begun[0])
+        job.lane, job.attempt, job.first_launched_s = work.lane, work.attempt, work.first_launched_s
+        if job.attempt > 1:
+            job.standing = RETRY
+        if work.retry_at_s > self.clock_at:
+            self._at(work.retry_at_s, False, job)
+        else:
+            self._may_go(job, self.clock_at)
+        self._watch_deadline(job)
 
     def _may_go(self, job: Job, now: float) -> None:
         """The job becomes eligible: from now on its waiting is counted."""
@@ -444,7 +468,10 @@ class Governor:
             self._give_up(job, now, FailureCode.DEADLINE_EXCEEDED)
 
     def _at(self, when: float, is_deadline: bool, job: Job) -> None:
+        """Enters a job's deadline, or the end of its backoff, into the calendar."""
         self._sequence += 1
+        if not is_deadline:
+            job.eligible_s = when
         if len(self._calendar) > self._calendar_sweep:
             self._calendar_sweep = _swept(self._calendar, _stale)
         heappush(self._calendar, (when, self._sequence, is_deadline, job, job.attempt))
@@ -574,6 +601,7 @@ class Governor:
         job.submitted_s = now
         self._at(at, False, job)
         self._tell(self.observer.attempted, row, answer, "")
+        self._tell(self.observer.backed_off, row, answer, at)
 
     def _retry_at(self, job: Job, outcome: Outcome, retry_after_s: float, now: float) -> float:
         """When the law lets the job try again, inf = never; readies it for that."""

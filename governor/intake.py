@@ -53,8 +53,8 @@ def reserve_of(policy: Policy, sizes: Sizes) -> int:
     return charge_of(policy.charge_rule, sizes, policy.est_tokens_per_run)
 
 
-def work_of(request: Request, policy: Policy) -> Work:
-    """What the driver needs of a request, under these settings.
+def work_of(request: Request, policy: Policy, before: Work | None = None) -> Work:
+    """What the driver needs of a request, under these settings. `before`: its record, whose history it keeps.
 
     Expected output is the declared cap over all answers. The provider's charge is not known live: what is believed is
     our own rule, or what is measured for the endpoint where ours is a flat estimate.
@@ -64,7 +64,7 @@ def work_of(request: Request, policy: Policy) -> Work:
     reserve = reserve_of(policy, sizes)
     last = replace(sizes, max_tokens=policy.finalize_max_tokens)
     believed = "auto" if rule == "fixed" else rule
-    return Work(
+    work = Work(
         request,
         reserve,
         expected=float(sizes.max_tokens * sizes.n) if sizes.max_tokens >= 0 else -1.0,
@@ -72,6 +72,10 @@ def work_of(request: Request, policy: Policy) -> Work:
         charge=reserve if rule == believed else charge_of(believed, sizes, 0),
         finalize_charge=charge_of(believed, last, 0),
     )
+    if before is None or before.first_launched_s < 0.0:
+        return work
+    history = ("lane", "attempt", "first_launched_s", "retry_at_s")
+    return replace(work, **{name: getattr(before, name) for name in history})
 
 
 # ---------------------------------------------------------------- reading the input

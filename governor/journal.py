@@ -244,13 +244,16 @@ class Journal(Records):
             count, last = count + len(rows), rows[-1].request
 
     def retry_failed(self, code: str = "") -> int:
-        """Makes failed requests (with that failure code, or all) pending again, as if never sent; returns how many."""
+        """Makes failed requests (with that failure code, or all) pending again, as if never sent; returns how many.
+
+        Their attempts and their deadline begin anew, on purpose; the rows of the attempts so far stay.
+        """
         self._running()
         failed = and_(requests.c.state == FAILED, requests.c.failure == code if code else requests.c.failure != "")
         with self._database.writing() as connection:
             connection.execute(delete(results).where(results.c.request.in_(select(requests.c.request).where(failed))))
             again = {"state": PENDING, "failure": "", "lane": LANES[0], "attempt": 1}
-            times = dict.fromkeys(("first_launched_s", "launched_s", "ended_s"), -1.0)
+            times = dict.fromkeys(_TIMES, -1.0)
             return connection.execute(update(requests).where(failed).values(**again, **times)).rowcount
 
     # ------------------------------------------------------------ running
@@ -416,7 +419,7 @@ def _chunks(works: Iterable[Work]) -> Iterator[tuple[list[dict[str, Any]], list[
         body = to_json(request.body)
         names = {"custom_id": request.custom_id, "url": request.url, "model": request.model, "pool": request.pool}
         start = {"state": PENDING, "lane": LANES[0], "attempt": 1, "resent": 0, "failure": ""}
-        times = {"first_launched_s": -1.0, "launched_s": -1.0, "ended_s": -1.0}
+        times = dict.fromkeys(_TIMES, -1.0)
         key = {"request": request.index}
         rows.append(key | names | start | times | _work_row(work) | sizes_row(request.sizes))
         texts.append(key | {"body": body})
@@ -428,6 +431,7 @@ def _chunks(works: Iterable[Work]) -> Iterator[tuple[list[dict[str, Any]], list[
         yield rows, texts
 
 
+_TIMES = ("first_launched_s", "launched_s", "ended_s", "retry_at_s")
 _WORK = ("reserve", "expected", "finalize_reserve", "charge", "finalize_charge")
 
 

@@ -133,6 +133,8 @@ class LiveRun:
         zero = loop.time() - max(leg.journal.last_s(), since_s)
         begun = leg.journal.begin({name: pool.policy for name, pool in leg.pools.items()}, loop.time() - zero)
         self.began_s, self.resent = loop.time() - zero, begun.resent
+        for name, pool in leg.pools.items():
+            self._say_overdue(name, pool)
         leg.journal.forecast({name: e.to_json_dict() for name, e in leg.expectations.items()}, self.began_s)
         for name, pool in leg.pools.items():
             self.runs[name] = pool_run(
@@ -146,6 +148,16 @@ class LiveRun:
                 spent=leg.spent,
                 manner=self.manner,
                 said=Said(self.say, lambda line, name=name: self._refused(name, line), self._over_budget),  # type: ignore[misc]
+            )
+
+    def _say_overdue(self, name: str, pool: Pool) -> None:
+        """Requests whose time ran out while no process ran them end at once, and somebody should know why."""
+        deadline_s = pool.policy.deadline_seconds
+        count = self.leg.journal.overdue(name, self.began_s - deadline_s) if deadline_s > 0.0 else 0
+        if count:
+            self.say(
+                f"{self._of(name)}{plural(count, 'request')} launched more than OPENAI_DEADLINE_SECONDS={deadline_s:g} "
+                f"ago: given up; --retry-failed={FailureCode.DEADLINE_EXCEEDED} tries them anew"
             )
 
     async def _close_down(self) -> None:
@@ -209,7 +221,7 @@ class LiveRun:
     def _works(self, run: PoolRun, *, longest_first: bool) -> Iterator[Work]:
         """What is left of a pool, estimated under the settings of the moment at which it is pulled."""
         for pending in self.leg.journal.pending(run.name, longest_first=longest_first):
-            yield work_of(pending.work.request, run.policy)
+            yield work_of(pending.work.request, run.policy, before=pending.work)
 
     # ------------------------------------------------------------ stopping
 
@@ -301,7 +313,7 @@ class LiveRun:
         return f"at this rate the rest costs about {dollars_text(rest)}"
 
     def _of(self, name: str) -> str:
-        return f"pool {name}: " if len(self.runs) > 1 else ""
+        return f"pool {name}: " if len(self.leg.pools) > 1 else ""
 
     # ------------------------------------------------------------ what is said meanwhile
 

@@ -24,7 +24,7 @@ import concurrent.futures
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, case, insert, update
+from sqlalchemy import Connection, Double, bindparam, func, insert, update
 
 from governor.database import Database, JournalError
 from governor.driver import Job, Observer
@@ -63,9 +63,8 @@ _MOVED = (
         lane=bindparam("b_lane"),
         attempt=bindparam("b_attempt"),
         launched_s=bindparam("b_launched_s"),
-        first_launched_s=case(
-            (requests.c.first_launched_s < 0, bindparam("b_first_launched_s")), else_=requests.c.first_launched_s
-        ),
+        first_launched_s=func.coalesce(bindparam("b_first_launched_s", type_=Double), requests.c.first_launched_s),
+        retry_at_s=bindparam("b_retry_at_s"),
     )
 )
 _ENDED = (
@@ -91,13 +90,17 @@ _TAKEN = (
 
 @dataclass(slots=True)
 class _Move:
-    """Where a request stands after its latest launch or attempt. `first_launched_s` counts only if none is stored."""
+    """Where a request stands after its latest launch or attempt. `first_launched_s`: None = as it was.
+
+    `retry_at_s`: when its backoff ends, -1 = it does not back off.
+    """
 
     state: str
     lane: str
     attempt: int
     launched_s: float
-    first_launched_s: float
+    first_launched_s: float | None = None
+    retry_at_s: float = -1.0
 
     def row(self, request: int) -> dict[str, Any]:
         return {
@@ -107,6 +110,7 @@ class _Move:
             "b_attempt": self.attempt,
             "b_launched_s": self.launched_s,
             "b_first_launched_s": self.first_launched_s,
+            "b_retry_at_s": self.retry_at_s,
         }
 
 
@@ -141,9 +145,9 @@ class Batch:
         )
 
     def moved(self, request: int, move: _Move) -> None:
-        """The request stands elsewhere now; of its launches within this batch, the first stays the first."""
+        """The request stands elsewhere now."""
         before = self.moves.get(request)
-        if before is not None:
+        if before is not None and move.first_launched_s is None:
             move.first_launched_s = before.first_launched_s
         self.moves[request] = move
 
@@ -245,13 +249,16 @@ class Writer:
             if self._is_broken():
                 assert self.trouble is not None
                 raise self.trouble
-            commit = self._commit or self._begin(asyncio.get_running_loop())
+            loop = asyncio.get_running_loop()
+            commit = self._commit or self._begin(loop)
             if commit.future.done():
                 self._settled(commit)  # over, and the event loop has not yet come to say so
-            else:
-                assert commit.over is not None
-                # Shielded: a task that is cancelled while it waits takes nobody's commit with it.
-                await asyncio.shield(commit.over)
+                continue
+            over = commit.over
+            if over is None or over.get_loop() is not loop:
+                over = asyncio.wrap_future(commit.future, loop=loop)  # of a loop that has ended meanwhile
+            # Shielded: a task that is cancelled while it waits takes nobody's commit with it.
+            await asyncio.shield(over)
 
     def commit(self) -> None:
         """The same for a program without an event loop, and for the end of a run: waits in place."""
@@ -360,16 +367,22 @@ class Recorder(Observer):
         await self._writer.flushed()
 
     def attempted(self, attempt: Attempt, answer: Answer, failure: str) -> None:
-        """A row of `attempts`. A request that will be tried again is pending until then, with its next attempt.
+        """A row of `attempts`.
 
-        After an answer it stays `in_flight` until `ended` comes, or the launch of its finalize pass.
+        After an answer the request stays `in_flight` until `ended` comes, or the launch of its finalize pass. Where the
+        account was refused it is pending, as if this attempt had never been.
         """
         batch = self._writer.batch
         batch.attempts.append((attempt, answer))
-        if not failure and attempt.outcome is not Outcome.OK:
-            again = attempt.attempt if attempt.outcome in _UNCOUNTED else attempt.attempt + 1
-            at_s = attempt.launched_s
-            batch.moved(attempt.request, _Move(PENDING, attempt.lane, again, at_s, at_s))
+        if attempt.outcome in _UNCOUNTED:
+            first_s = -1.0 if attempt.attempt == 1 and attempt.lane == LANES[0] else None
+            batch.moved(attempt.request, _Move(PENDING, attempt.lane, attempt.attempt, attempt.launched_s, first_s))
+        self._writer.touched()
+
+    def backed_off(self, attempt: Attempt, answer: Answer, retry_at_s: float) -> None:
+        """The request is pending until its next attempt."""
+        move = _Move(PENDING, attempt.lane, attempt.attempt + 1, attempt.launched_s, None, retry_at_s)
+        self._writer.batch.moved(attempt.request, move)
         self._writer.touched()
 
     def ended(self, request: Request, failure: str, answer: Answer | None, now: float) -> None:

@@ -26,6 +26,7 @@ from governor.schema import (
     DONE,
     FAILED,
     IN_FLIGHT,
+    LANES,
     PENDING,
     STATES,
     DamagedError,
@@ -69,15 +70,9 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """One request that has not ended. Never launched: attempt 1 of the main lane, `first_launched_s` -1.
-
-    Else `attempt` and `lane` are those to launch next, and `resent` says how often an attempt was lost without a trace.
-    """
+    """One request that has not ended, with its history. `resent`: how often an attempt was lost without a trace."""
 
     work: Work
-    lane: str
-    attempt: int
-    first_launched_s: float
     resent: int
 
 
@@ -302,6 +297,13 @@ class Records:
             # One that has been launched or has ended since is left out.
             yield from (rows[number] for number in part if number in rows)
 
+    def overdue(self, pool: str, before_s: float) -> int:
+        """Requests of a pool that have not ended and were first launched at that time or earlier."""
+        c = requests.c
+        launched = c.first_launched_s.between(0.0, before_s)
+        query = select(func.count()).where(c.state.in_((PENDING, IN_FLIGHT)), launched)
+        return int(self._all(self._of(query, requests, pool))[0][0])
+
     def results(self) -> Iterator[Result]:
         """What ended, in order of the input."""
         if self.run().purged_epoch_s >= 0.0:
@@ -421,11 +423,21 @@ class _Prefixed:
 
 def _pending_of(row: Any) -> Pending:
     request = request_of(row, from_json(row.body, "a body"))
+    if row.lane not in LANES:
+        raise DamagedError("a lane")
     return Pending(
-        Work(request, row.reserve, row.expected, row.finalize_reserve, row.charge, row.finalize_charge),
-        row.lane,
-        row.attempt,
-        row.first_launched_s,
+        Work(
+            request,
+            row.reserve,
+            row.expected,
+            row.finalize_reserve,
+            row.charge,
+            row.finalize_charge,
+            lane=LANES.index(row.lane),
+            attempt=row.attempt,
+            first_launched_s=row.first_launched_s,
+            retry_at_s=row.retry_at_s,
+        ),
         row.resent,
     )
 

@@ -39,7 +39,7 @@ from governor.money import usage_in
 from governor.policy import Policy
 from governor.requests import Answer, Attempt, Outcome, Request, Sizes
 
-SCHEMA = 1
+SCHEMA = 2
 # "PACE", in the header of the SQLite file, where `file` and we ourselves find it.
 APPLICATION_ID = 0x50414345
 
@@ -159,6 +159,7 @@ requests = Table(
     _number("first_launched_s"),
     _number("launched_s"),
     _number("ended_s"),
+    _number("retry_at_s"),  # when its backoff ends
     _short("failure"),
     _number("reserve"),
     _number("expected"),

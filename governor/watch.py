@@ -38,6 +38,7 @@ class Together(Observer):
         each = tuple(observers)
         self._launched = _given(each, "launched")
         self._attempted = _given(each, "attempted")
+        self._backed_off = _given(each, "backed_off")
         self._ended = _given(each, "ended")
         self._deferred = _given(each, "deferred")
         self._decided = _given(each, "decided")
@@ -54,6 +55,10 @@ class Together(Observer):
     def attempted(self, attempt: Attempt, answer: Answer, failure: str) -> None:
         for told in self._attempted:
             told(attempt, answer, failure)
+
+    def backed_off(self, attempt: Attempt, answer: Answer, retry_at_s: float) -> None:
+        for told in self._backed_off:
+            told(attempt, answer, retry_at_s)
 
     def ended(self, request: Request, failure: str, answer: Answer | None, now: float) -> None:
         for told in self._ended:

@@ -49,6 +49,9 @@ class Work:
 
     `charge`, `finalize_charge`: what the provider is believed to charge, for the records; -1 = unknown. `finalizes`:
     whether a run with finalize passes may open one for it. `begun`: since when it waits, if not since the run began.
+
+    The rest is history, of a request that an earlier leg has launched: `lane` and `attempt` are those to launch next,
+    `first_launched_s` is when it was first launched (-1 = never), `retry_at_s` the moment at which its backoff ends.
     """
 
     request: Request
@@ -59,6 +62,10 @@ class Work:
     finalize_charge: int = -1
     finalizes: bool = True
     begun: Begun | None = None
+    lane: int = law.MAIN
+    attempt: int = 1
+    first_launched_s: float = -1.0
+    retry_at_s: float = -1.0
 
 
 class Observer:
@@ -75,6 +82,9 @@ class Observer:
 
     def attempted(self, attempt: Attempt, answer: Answer, failure: str) -> None:
         """An attempt is over; `failure` is the request's failure code if it is lost with it."""
+
+    def backed_off(self, attempt: Attempt, answer: Answer, retry_at_s: float) -> None:
+        """Told after `attempted`: the request is not lost with that attempt, it may be launched again at that time."""
 
     def ended(self, request: Request, failure: str, answer: Answer | None, now: float) -> None:
         """A request is over: answered (""), or lost with that code. `answer` is its last one, None if unsent since."""

@@ -19,6 +19,7 @@ from governor.recorder import Recorder
 from governor.requests import CHAT, Answer, Attempt, Limit, Outcome, Request, url_of
 
 EPOCH_S = 1_700_000_000.0
+BACKOFF_S = 2.0
 # Nothing binds but the number in flight, and refused requests come back at once.
 FREE = Policy(
     max_concurrency=8,
@@ -142,8 +143,11 @@ def ends(recorder: Recorder, done: Job, came: Answer, at_s: float, failure: str 
 
 
 def again(recorder: Recorder, done: Job, came: Answer, at_s: float) -> None:
-    """The job's attempt is over, and the request is tried again."""
-    recorder.attempted(attempt(done, came, at_s), came, "")
+    """The attempt is over, its request is not: it backs off, unless it was answered or the account is at fault."""
+    row = attempt(done, came, at_s)
+    recorder.attempted(row, came, "")
+    if came.outcome not in (Outcome.OK, Outcome.QUOTA, Outcome.UNAUTHORIZED):
+        recorder.backed_off(row, came, at_s + BACKOFF_S)
 
 
 def finalizing(done: Work, launched_s: float, first_s: float) -> Job:

@@ -36,6 +36,7 @@ from governor.requests import Answer, Attempt, Limit, Outcome, error_line, resul
 from governor.summary import CAUSES, Grant, summarize
 from governor.verify import verify
 from tests.governor.journals import (
+    BACKOFF_S,
     EPOCH_S,
     FREE,
     again,
@@ -90,7 +91,7 @@ def test_requests_come_back_as_they_went_in(path: Path) -> None:
         journal.begin({"default": FREE}, 0.0)
         after = list(journal.pending())
     assert [each.work for each in after] == before
-    assert {(each.lane, each.attempt, each.first_launched_s, each.resent) for each in after} == {("main", 1, -1.0, 0)}
+    assert {each.resent for each in after} == {0}
     assert json.dumps(after[3].work.request.body) == json.dumps(body), "the sign of a zero, too"
 
 
@@ -303,13 +304,17 @@ def test_the_event_loop_goes_on_while_the_disk_is_waited_for(path: Path, monkeyp
 # ---------------------------------------------------------------- where a request stands
 
 
-def standing(journal: Journal) -> list[tuple[int, str, int, float, int]]:
+def standing(journal: Journal) -> list[tuple[int, str, int, float, float, int]]:
     """What `pending` says of requests that were launched before."""
     return [
-        (each.work.request.index, each.lane, each.attempt, each.first_launched_s, each.resent)
+        (w.request.index, schema.LANES[w.lane], w.attempt, w.first_launched_s, w.retry_at_s, each.resent)
         for each in journal.pending()
-        if each.first_launched_s >= 0.0
+        if (w := each.work).first_launched_s >= 0.0
     ]
+
+
+def works_left(journal: Journal) -> list[Work]:
+    return [each.work for each in journal.pending()]
 
 
 def reopened(journal: Journal, path: Path, at_s: float) -> tuple[Journal, int]:
@@ -321,8 +326,8 @@ def reopened(journal: Journal, path: Path, at_s: float) -> tuple[Journal, int]:
 
 
 def test_a_new_leg_takes_up_every_request_where_it_stood(path: Path) -> None:
-    journal, recorder = begun(path, 9)
-    jobs = [job(work(index), launched_s=1.0 + index) for index in range(8)]
+    journal, recorder = begun(path, 10)
+    jobs = [job(work(index), launched_s=1.0 + index) for index in range(10) if index != 8]
     for each in jobs:
         recorder.launched(each, each.launched_s)
     ends(recorder, jobs[0], answer(0), 20.0)  # 0: done
@@ -335,19 +340,24 @@ def test_a_new_leg_takes_up_every_request_where_it_stood(path: Path) -> None:
     again(recorder, jobs[6], answer(6), 26.0)
     recorder.launched(finalizing(work(6), 31.0, 7.0), 31.0)  # 6: its finalize pass in flight
     # 7: in flight, 8: never launched
+    again(recorder, jobs[8], refusal(), 27.0)
+    second = job(work(9), attempt=2, launched_s=32.0, first_s=10.0)
+    recorder.launched(second, 32.0)
+    again(recorder, second, refusal(), 33.0)  # 9: backs off for the second time
     journal, resent = reopened(journal, path, 40.0)
     with journal:
         assert resent == 3
-        assert journal.counts() == Counts(9, 7, 0, 1, 1, 3, {FailureCode.BAD_REQUEST: 1})
+        assert journal.counts() == Counts(10, 8, 0, 1, 1, 3, {FailureCode.BAD_REQUEST: 1})
         assert standing(journal) == [
-            (2, "main", 2, 3.0, 0),
-            (3, "main", 2, 4.0, 1),
-            (4, "main", 1, 5.0, 0),
-            (5, "finalize", 1, 6.0, 0),
-            (6, "finalize", 1, 7.0, 1),
-            (7, "main", 1, 8.0, 1),
+            (2, "main", 2, 3.0, 22.0 + BACKOFF_S, 0),
+            (3, "main", 2, 4.0, -1.0, 1),
+            (5, "finalize", 1, 6.0, -1.0, 0),
+            (6, "finalize", 1, 7.0, -1.0, 1),
+            (7, "main", 1, 8.0, -1.0, 1),
+            (9, "main", 3, 10.0, 33.0 + BACKOFF_S, 0),
         ]
-        assert [each.work.request.index for each in journal.pending()] == [2, 3, 4, 5, 6, 7, 8]
+        # What was refused for the account's sake alone is as new.
+        assert [each.work.request.index for each in journal.pending()] == [2, 3, 5, 6, 7, 9, 4, 8]
 
 
 def test_a_leg_that_ends_in_good_order_leaves_nothing_in_flight(path: Path) -> None:
@@ -397,7 +407,7 @@ def test_failed_requests_are_tried_again_as_if_they_were_new(path: Path) -> None
         assert journal.counts().failures == {FailureCode.TIMEOUT: 2, FailureCode.BAD_REQUEST: 1}
         assert journal.retry_failed(FailureCode.TIMEOUT) == 2
         assert [each.work.request.index for each in journal.pending()] == [0, 2]
-        assert {(each.attempt, each.first_launched_s) for each in journal.pending()} == {(1, -1.0)}
+        assert {(w.attempt, w.first_launched_s, w.retry_at_s) for w in works_left(journal)} == {(1, -1.0, -1.0)}
         assert [result.request.index for result in journal.results()] == [1, 3]
         assert journal.retry_failed() == 1
         assert journal.retry_failed() == 0
