@@ -456,7 +456,8 @@ def test_results_come_in_order_of_the_input_and_make_the_same_lines(path: Path, 
 
 def test_an_answer_and_its_attempt_come_back_in_every_field(path: Path) -> None:
     journal, recorder = begun(path, 2)
-    cut = Answer(Outcome.OK, 200, "", "mind \udc80", 0.1, 1, 2, True, False, (), "req \x00", {"x": [1.5, None]})
+    body = {"x": [1.5, None]}
+    cut = Answer(Outcome.OK, 200, "", "mind \udc80", 0.1, 1, 2, True, False, request_id="req \x00", body=body)
     flying = job(work(0), launched_s=0.75)
     ends(recorder, flying, cut, 9.0)
     none = Answer(Outcome.DROPPED)
