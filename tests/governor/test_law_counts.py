@@ -89,7 +89,7 @@ def test_a_count_with_less_room_tightens_every_kind_of_window(window: int) -> No
 
 @pytest.mark.parametrize("window", [FIXED, SLIDING])
 def test_inaccurate_counts_do_not_add_up(window: int, seed: int) -> None:
-    """Counts that are admitted up to half a second later than they were sent: nobody else is there, and nothing is lost.
+    """Requests admitted up to half a second after they were sent: nobody else is there, and nothing is lost.
 
     Each finds the bucket fuller than our image of it by what did not yet refill. Booked one after the other, a minute
     would hold thousands that nobody has used.
