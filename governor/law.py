@@ -730,8 +730,9 @@ def synced(
 def repriced(p_old: Params, p_new: Params, s: State, now: float) -> None:
     """Carries the state over to changed settings in mid-run: what is used stays used, and the next slot moves.
 
-    Permits, holds and open finalize passes stay. A kind of window that changes takes the content over as one booking
-    made now: never looser than before.
+    Permits and open finalize passes stay, and so does a hold, but no longer than the new deadline, counted from now:
+    an absurd wait must not outlast settings that were made against it. Settings without holds end it. A kind of window
+    that changes takes the content over as one booking made now: never looser than before.
     """
     for d in range(4):
         used = used_in(p_old, s, d, now)
@@ -754,3 +755,4 @@ def repriced(p_old: Params, p_new: Params, s: State, now: float) -> None:
         gap_s = p_new.stagger_s
     if s.last_launch_at > -math.inf:
         s.next_slot_at = s.last_launch_at + gap_s
+    s.hold_until = min(s.hold_until, deadline_at(p_new, now)) if p_new.hold_on_throttle else -math.inf

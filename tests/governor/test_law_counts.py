@@ -328,8 +328,21 @@ def test_the_drawn_jitter_of_the_next_slot_is_kept_in_proportion() -> None:
 
 def test_permits_holds_passes_and_pauses_survive_new_settings() -> None:
     s = law.State(in_flight=2, finalize_open=1, paused=1, hold_until=99.0, alone=1)
-    law.repriced(params(), params(tpm=10_000, window=BUCKET, max_concurrency=1), s, 5.0)
+    held = {"hold_on_throttle": 1}
+    law.repriced(params(**held), params(tpm=10_000, window=BUCKET, max_concurrency=1, **held), s, 5.0)
     assert (s.in_flight, s.finalize_open, s.paused, s.hold_until, s.alone) == (2, 1, 1, 99.0, 1)
+
+
+def test_a_hold_ends_with_a_new_deadline_and_at_once_where_nobody_is_held() -> None:
+    held, hours = params(hold_on_throttle=1), 411_480.0
+    for new, until in (
+        (params(hold_on_throttle=1, deadline_s=600.0), 605.0),
+        (params(hold_on_throttle=1, deadline_s=1e6), hours),
+        (params(), -math.inf),
+    ):
+        s = law.State(hold_until=hours)
+        law.repriced(held, new, s, 5.0)
+        assert s.hold_until == until
 
 
 def test_a_limit_that_is_lifted_or_set_in_mid_run() -> None:
