@@ -209,6 +209,9 @@ class Governor:
         """Seconds since the run began; never less than any time already acted upon."""
         return max(self.loop.time() - self.zero, self.clock_at)
 
+    async def aclose(self) -> None:
+        """Gives back what this process holds of a quota that it shares (`shared`); nothing where it is its own."""
+
     @property
     def in_flight(self) -> int:
         """Permits taken: requests that are being sent, and those that back off where the policy keeps their place."""
@@ -480,21 +483,27 @@ class Governor:
 
     def _launch(self, job: Job, now: float) -> None:
         """The law books the attempt, and it is sent or, for a permit, granted."""
-        p = self.p
         self._taken(job)
-        u = 0.5
-        if p.stagger_s > 0.0 and job.standing == FIRST:
-            u = keyed_uniform(self.seed, job.index, attempt_key(job.lane, job.attempt), JITTER_STAGGER)
-        self._law("launched", job.reserve, job.standing, now, u)
+        self._law("launched", job.reserve, job.standing, now, self._jitter_u(job))
+        self._off(job, now, self.s.booked.copy() if self.p.sync_headers else [])
+
+    def _jitter_u(self, job: Job) -> float:
+        """The uniform number that moves the next launch slot."""
+        if self.p.stagger_s > 0.0 and job.standing == FIRST:
+            return keyed_uniform(self.seed, job.index, attempt_key(job.lane, job.attempt), JITTER_STAGGER)
+        return 0.5
+
+    def _off(self, job: Job, now: float, booked: list[float]) -> None:
+        """The attempt is booked: it goes out. `booked`: what had been booked by then, for counts of the provider."""
         job.flying = job.holds = True
         job.launched_s = now
         if job.first_launched_s < 0.0:
             job.first_launched_s = now
-        job.booked = self.s.booked.copy() if p.sync_headers else []
+        job.booked = booked
         if job.granted is not None:
             job.granted.set_result(True)
             return
-        job.waits_s = [reading - before for reading, before in zip(self.clock, job.since, strict=True)]
+        job.waits_s = self._waited(job)
         if not self._tell(self.observer.launched, job, now):
             self._dropped(job)  # never send what no record knows of
             return
@@ -502,6 +511,10 @@ class Governor:
         task = self.loop.create_task(self._attempt(job, self._send))
         self._tasks[task] = job
         task.add_done_callback(self._task_over)
+
+    def _waited(self, job: Job) -> list[float]:
+        """How long the job has waited since it became eligible, by cause."""
+        return [reading - before for reading, before in zip(self.clock, job.since, strict=True)]
 
     async def _attempt(self, job: Job, send: Send) -> None:
         """Sends one attempt and takes its answer, whatever it is."""
@@ -561,9 +574,13 @@ class Governor:
         for limit in limits:
             d = DIMENSIONS[limit.dimension]
             amount = job.reserve if d in (law.TPM, law.TPD) else 1.0
-            since = self.s.booked[d] - job.booked[d]
+            since = self._booked_since(job, d)
             counts = limit.limit, limit.remaining, amount, int(turned_away), since
             self._law("synced", d, *counts, job.launched_s, admitted_by, now)
+
+    def _booked_since(self, job: Job, d: int) -> float:
+        """What has been booked in a dimension since the job's own booking."""
+        return self.s.booked[d] - job.booked[d]
 
     def _ok(self, job: Job, answer: Answer, now: float) -> None:
         used = job.reserve

@@ -9,9 +9,13 @@ state that is led through the same calls gives the same answers; the first that 
 since, or that the record has. Compared are the 64 bits of each number: inf, -0.0 and the last digit count.
 
 A chain is what one pool's state went through in one leg of a run (one process's share of it). Beside the law's own
-functions three names stand in it: `began` opens it (the policy's numbers), `repriced` changes the policy (the new
+functions these names stand in it: `began` opens it (the policy's numbers), `repriced` changes the policy (the new
 numbers, then `now`), `restored` replaces the state (its numbers). Calls that return nothing are checked by what the
 calls after them answer.
+
+Of a pool that several processes share, a chain holds the decisions that this process made, for whomever. `shared` says
+that their times count from another zero, so many seconds before the run's own; `patched` is what other processes
+changed in the state since (place and value, in turn): their decisions stand in their journals.
 """
 
 from __future__ import annotations
@@ -26,10 +30,13 @@ from typing import Any, NamedTuple
 from governor import law
 from governor.law import Params, State
 from governor.policy import Policy
+from governor.timeline import moved
 
 BEGAN = "began"
 REPRICED = "repriced"
 RESTORED = "restored"
+SHARED = "shared"
+PATCHED = "patched"
 
 Numbers = tuple[float, ...]
 
@@ -158,6 +165,12 @@ def state_of(numbers: Numbers) -> State:
     return State(**_fields_of(_STATE, numbers))
 
 
+def patch_of(before: Numbers, after: Numbers) -> Numbers:
+    """What makes the one state's numbers the other's: place and value, in turn."""
+    changes = ((float(i), new) for i, (old, new) in enumerate(zip(before, after, strict=True)) if old != new)
+    return tuple(number for change in changes for number in change)
+
+
 def _fields_of(model: Params | State, numbers: Numbers) -> dict[str, Any]:
     values: dict[str, Any] = {}
     place = 0
@@ -216,6 +229,7 @@ class Replay:
         self.params = Policy().params()
         self.state = State()
         self.at_s = 0.0
+        self.zero_s = 0.0  # the chain's time at the run's zero
 
     def decide(self, name: str, arguments: Numbers) -> Numbers:
         """Makes the call and returns its result as numbers.
@@ -228,6 +242,15 @@ class Replay:
             return ()
         if name == RESTORED:
             self.state = state_of(arguments)
+            return ()
+        if name == SHARED:
+            (self.zero_s,) = arguments
+            return ()
+        if name == PATCHED:
+            numbers = list(numbers_of((self.state,)))
+            for place, value in zip(arguments[::2], arguments[1::2], strict=True):
+                numbers[int(place)] = value
+            self.state = state_of(tuple(numbers))
             return ()
         if name == REPRICED:
             params = params_of(arguments[:-1])
@@ -250,6 +273,8 @@ class Replay:
 
         Of what was in flight nobody is left, and a new process is not paused.
         """
+        if self.zero_s:
+            self.state, self.zero_s = moved(self.state, -self.zero_s), 0.0
         s = self.state
         s.in_flight = s.finalize_open = s.alone = s.paused = 0
         if params != self.params:
@@ -258,7 +283,7 @@ class Replay:
         return s
 
     def _time_is(self, now: float) -> None:
-        self.at_s = max(self.at_s, now) if math.isfinite(now) else self.at_s
+        self.at_s = max(self.at_s, now - self.zero_s) if math.isfinite(now) else self.at_s
 
     def check(self, decision: Decision) -> Difference | None:
         """Makes the decision again; None if it comes out as recorded."""

@@ -1,0 +1,82 @@
+"""One time for several processes: the store's clock, each process's idea of it, a state seen from another zero.
+
+What lives here: conversions between the timelines of a shared pool, pure but for the loop's clock that is passed in.
+What must not: I/O, and any rule of the law.
+
+Theory of operation. The store's clock, in microseconds since 1970, becomes seconds since EPOCH_S, times the scale of a
+sped-up rehearsal, rounded down to a binary fraction: differences of two such times are exact, so a process may count
+from its own zero (a fixed distance away) and lose no bit. Between two answers of the store a process goes by its own
+monotonic clock. An answer that came at `heard` says that the store's time is at least the one that it states: the
+largest such bound is kept, so that nobody is ever ahead of the store, and it fades by DRIFT_RATIO, so that a clock of
+ours that runs fast is corrected.
+"""
+
+from __future__ import annotations
+
+import math
+from copy import copy
+from dataclasses import fields
+from typing import Any
+
+from governor.law import CELL_S, CELLS, CELLS_BEHIND, ORDER_CELLS, RPM, TPM, State
+
+# 2026-01-01, so that a time has bits to spare for its fraction.
+EPOCH_S = 1_767_225_600
+QUANTUM_S = 2.0**-16
+# More than two quartz clocks differ by.
+DRIFT_RATIO = 5e-4
+
+
+def floored(seconds: float) -> float:
+    """That time, rounded down to a whole number of quanta."""
+    return math.floor(seconds / QUANTUM_S) * QUANTUM_S
+
+
+def server_s(server_us: int, scale: float) -> float:
+    """The store's clock (microseconds since 1970) on the pool's timeline, seconds since EPOCH_S times `scale`."""
+    return floored((server_us - EPOCH_S * 1_000_000) * scale / 1e6)
+
+
+class ServerClock:
+    """What the pool's time is by a local monotonic clock, at least. `ahead_s`: the pool's less the local one's."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        self.scale = scale
+        self.ahead_s = -math.inf
+        self._heard_at = -math.inf
+
+    def heard(self, server_us: int, asked_at: float, heard_at: float) -> float:
+        """The store answered with its time: asked and heard at these local times. Returns that time."""
+        at = server_s(server_us, self.scale)
+        if self._heard_at > -math.inf:
+            self.ahead_s -= DRIFT_RATIO * max(0.0, heard_at - self._heard_at)
+        # Not before the question was put either: a clock that was set back is followed at once.
+        self.ahead_s = min(max(self.ahead_s, at - heard_at), at - asked_at)
+        self._heard_at = heard_at
+        return at
+
+
+def moved(s: State, by_s: float) -> State:
+    """A copy of a state, all its times `by_s` later: the same pool seen from another zero.
+
+    The cells of a sliding window move by whole cells, up to one more: never looser. Which launches were close to each
+    other is forgotten, as after a restart.
+    """
+    values: dict[str, Any] = {each.name: copy(getattr(s, each.name)) for each in fields(s)}
+    t = State(**values)
+    for name in ("last_launch_at", "next_slot_at", "hold_until", "pace_at", "paced_until"):
+        setattr(t, name, getattr(t, name) + by_s)
+    for times in (t.full_at, t.window_at, t.mirror_at, t.synced_at):
+        times[:] = [at + by_s for at in times]
+    passed = math.ceil(by_s / CELL_S)
+    for d in (TPM, RPM):
+        ring = s.cells[d * CELLS : (d + 1) * CELLS]
+        if not any(ring):
+            t.cell_at[d] = 0.0
+            continue
+        newest = int(s.cell_at[d])
+        for cell in range(newest - CELLS_BEHIND, newest + 1):
+            t.cells[d * CELLS + (cell + passed) % CELLS] = ring[cell % CELLS]
+        t.cell_at[d] = float(newest + passed)
+    t.order_cell[:] = [-1.0] * ORDER_CELLS
+    return t
