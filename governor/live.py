@@ -164,6 +164,7 @@ class LiveRun:
         for name, run in self.runs.items():
             if self.manner.metrics is not None:
                 self.manner.metrics.unwatch(name)
+            await run.governor.aclose()
             await run.send.aclose()
 
     # ------------------------------------------------------------ the work

@@ -142,6 +142,7 @@ def run(
     from governor.outputs import journal_path
     from governor.poolrun import Manner
     from governor.sending import connect_with
+    from governor.sharing import redis_url
     from governor.words import seconds_of, until_s
 
     environment = environment_of(env_file)
@@ -158,6 +159,7 @@ def run(
         hook=notify or "",
         ask=_ask if sys.stdin.isatty() and sys.stderr.isatty() else None,
         time_scale=time_scale,
+        redis=redis_url(environment),
     )
     orders = Orders(
         requests=Path(requests),

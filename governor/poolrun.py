@@ -7,9 +7,9 @@ whole (`live`), counting (`watch`), storage (`recorder`).
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from governor.account import line_of
 from governor.driver import Governor, Job, Observer
@@ -25,6 +25,7 @@ from governor.progress import Lane
 from governor.recorder import Recorder
 from governor.records import Result
 from governor.requests import Answer, Attempt, Outcome, Request
+from governor.sharing import pool_key
 from governor.watch import Alarms, Meter, Together
 
 
@@ -47,7 +48,8 @@ class Manner:
 
     `max_cost`: US dollars, `stop_after_s`: seconds of this leg; None = no budget. `grace_s`: how long those in flight
     may end after a signal. `canary`: so many requests of each pool first; `insist`: go on whatever it finds. `follow`:
-    the results file that grows. `textfile`, `hook`: where metrics and messages go.
+    the results file that grows. `textfile`, `hook`: where metrics and messages go. `redis`: the URL through which pools
+    are shared with other processes, "" = they are not.
     """
 
     finalize: bool = False
@@ -63,6 +65,7 @@ class Manner:
     hook: str = ""
     ask: Callable[[str], bool] | None = None
     time_scale: float = 1.0
+    redis: str = field(default="", repr=False)
 
 
 @dataclass(slots=True)
@@ -130,13 +133,8 @@ def pool_run(
         manner.metrics.observer(pool.name) if manner.metrics is not None else None,
         log,
     ]
-    governor = Governor(
-        pool.policy.params(),
-        seed=seed,
-        observer=Together(_present(observers)),
-        pool=pool.name,
-        state=recorder.state,
-        start_s=start_s,
+    governor = governor_of(
+        pool, manner, said.say, seed=seed, observer=Together(_present(observers)), state=recorder.state, start_s=start_s
     )
     if manner.metrics is not None:
         manner.metrics.watch(pool.name, governor)
@@ -152,6 +150,28 @@ def pool_run(
         alarms=alarms,
         track=Track(expectation, RESUMED_SLACK_S if start_s > 0.0 else SLACK_S),
         send=send,
+    )
+
+
+def governor_of(
+    pool: Pool, manner: Manner, say: Callable[[str], None], *, observer: Observer, seed: int = 0, **continued: Any
+) -> Governor:
+    """The governor of a pool, whose quota is its own or one that is shared. `continued`: as for `Governor`."""
+    params = pool.policy.params()
+    if not manner.redis:
+        return Governor(params, seed=seed, observer=observer, pool=pool.name, **continued)
+    from governor.shared import SharedGovernor  # Redis is an extra
+
+    return SharedGovernor(
+        params,
+        url=manner.redis,
+        key=pool_key(pool),
+        say=say,
+        time_scale=manner.time_scale,
+        seed=seed,
+        observer=observer,
+        pool=pool.name,
+        **continued,
     )
 
 

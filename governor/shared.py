@@ -50,8 +50,8 @@ _TIMES = {
 class SharedGovernor(Governor):
     """One process's part of a pool that is kept in Redis. Make it inside a running event loop; `aclose` it in the end.
 
-    `url`, `key`: where the pool is kept, and what it is called there (see `store.pool_key`). `say`: told in a line when
-    the store is away, when it is back, and when another process changed the settings. `time_scale`: of the event
+    `url`, `key`: where the pool is kept, and what it is called there (see `sharing.pool_key`). `say`: told in a line
+    when the store is away, when it is back, and when another process changed the settings. `time_scale`: of the event
     loop's clock. The settings of the latest process to come, or to be repriced, count for all. `pause` holds this
     process alone. `in_flight` counts this process's permits; `s` is the pool's state when last heard of, on this run's
     timeline. Other arguments: as for `Governor`.

@@ -12,7 +12,6 @@ Time is the server's own: every answer states it, read within the script that it
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,10 +22,10 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from governor.errors import BadSetting, PacelineError
+from governor.errors import PacelineError
 from governor.quota import HEAD
+from governor.sharing import REDIS_URL, checked_redis_url
 
-REDIS_URL = "PACELINE_REDIS_URL"
 # How long a pool that nobody uses is remembered: longer than the longest window, a day. News that nobody fetches.
 KEPT_S = 2 * 86_400
 NEWS_KEPT_S = 60
@@ -119,25 +118,6 @@ class Reading:
     image: bytes
     inbox: list[bytes]
     leases: Mapping[str, int]
-
-
-def checked_redis_url(url: str) -> str:
-    """The URL; BadSetting where it is none of Redis. What it holds is never repeated: a password may be in it."""
-    try:
-        parts = urlsplit(url)
-        is_sound = parts.scheme in ("redis", "rediss") and bool(parts.hostname) and parts.port != 0
-        is_sound = is_sound and (parts.path.strip("/") or "0").isdecimal()
-    except ValueError:
-        is_sound = False
-    if not is_sound:
-        raise BadSetting(f"{REDIS_URL} is no address of Redis: write redis://HOST:6379/0, rediss:// for TLS", REDIS_URL)
-    return url
-
-
-def pool_key(name: str, *address: str) -> str:
-    """What a pool is called in the store: its name, and a digest of the quota's address, organisation and project."""
-    digest = hashlib.sha256("\n".join(address).encode()).hexdigest()[:8]
-    return f"{name}:{digest}"
 
 
 class Store:
