@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from governor.forecast import Expectation, Outlook
     from governor.requests import Attempt
     from governor.summary import Summary
+    from sim.experiment import Engine
     from sim.inputs import Inputs
     from sim.scenario import Scenario
 
@@ -87,13 +88,13 @@ def simulate(
     scenario = inputs.scenario
     runs = scenario.replications or 1
     if attempts or timeline or chrome_trace or runs == 1:
-        summary = _one_run(inputs, attempts, timeline, chrome_trace)
+        summary = _one_run(inputs, attempts, timeline, chrome_trace, given.engine)
         if runs == 1:
             text = shown.summary_text(scenario, summary, _width())
             _result(given, summary.to_json_dict(), text, inputs.notes)
             return
     with Progress("simulating", runs) as bar:
-        forecast = replicate(scenario, runs, pool=Pool(given.workers, bar.add))
+        forecast = replicate(scenario, runs, pool=Pool(given.workers, bar.add, engine=given.engine))
     _result(
         given, shown.forecast_json(scenario, forecast), shown.forecast_text(scenario, forecast, _width()), inputs.notes
     )
@@ -149,7 +150,7 @@ def plan(
         effort=effort,
     )
     with prepared_folder(out) as folder, Progress("planning", _runs_foreseen(scenario, wishes.effort)) as bar:
-        pool = Pool(given.workers, bar.add)
+        pool = Pool(given.workers, bar.add, engine=given.engine)
         found = search(scenario, wishes.goal(), effort=wishes.effort, pool=pool, say=bar.say)
         bar.say("writing the report")
         notes = (*inputs.notes, *shown.plan_notes(scenario, found))
@@ -208,7 +209,7 @@ def capacity(
             confidence=CONFIDENCE if confidence is None else confidence,
             replications=runs,
             model=tiers,
-            pool=Pool(given.workers, bar.add),
+            pool=Pool(given.workers, bar.add, engine=given.engine),
             say=bar.say,
         )
     _result(given, found.to_json_dict(), shown.capacity_text(inputs.scenario, found, _width()), inputs.notes)
@@ -286,7 +287,9 @@ def _runs_foreseen(scenario: Scenario, effort: str) -> float:
     return max(EFFORTS[effort], LEAST_RUNS * n) / n
 
 
-def _one_run(inputs: Inputs, attempts: str | None, timeline: str | None, chrome_trace: str | None) -> Summary:
+def _one_run(
+    inputs: Inputs, attempts: str | None, timeline: str | None, chrome_trace: str | None, engine: Engine
+) -> Summary:
     """The first run's `Summary`; its attempts go into the files that are named."""
     from sim import exports
     from sim.experiment import attempt_rows, case_of, simulated
@@ -304,7 +307,7 @@ def _one_run(inputs: Inputs, attempts: str | None, timeline: str | None, chrome_
             takes.append(lambda attempt: bar.add(attempt.attempt == 1))
         sink = attempt_rows(scenario, lambda attempt: [take(attempt) for take in takes]) if takes else None
         case = case_of(scenario)
-        summary = simulated(case, scenario.seed, sink).summary(case.grant)
+        summary = simulated(case, scenario.seed, sink, engine=engine).summary(case.grant)
     if timeline:
         exports.write_timeline(timeline, rows, scenario.grant())
     if chrome_trace:

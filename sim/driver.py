@@ -19,9 +19,7 @@ attempts need no reading at all: each advance counts once for everybody who wait
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from math import inf
 from typing import Any
@@ -35,6 +33,7 @@ from governor.keyed import JITTER_RETRY, JITTER_STAGGER, attempt_key, keyed_unif
 from sim import provider as prov
 from sim.draws import first_jitters, first_latencies_s
 from sim.provider import ProviderParams, ProviderState
+from sim.run import CHARGED, SPENT, TIMEOUT, AttemptSink, Tally, launch_order
 from sim.workload import Columns
 
 # Order of events at one instant.
@@ -42,24 +41,6 @@ ANSWER = 0
 RETRY_DUE = 2
 ARRIVAL = 3
 WAKE = 4
-
-# Outcomes of an attempt beyond the provider's own: nobody waited for its answer any longer.
-TIMEOUT = 7
-
-# The failure code of a request whose attempts are spent, by the outcome of the last one.
-SPENT = (
-    "",
-    FailureCode.RATE_LIMIT_EXHAUSTED,
-    FailureCode.INSUFFICIENT_QUOTA,
-    FailureCode.REQUEST_TOO_LARGE,
-    FailureCode.RATE_LIMIT_EXHAUSTED,
-    FailureCode.SERVER_ERROR,
-    FailureCode.CONNECTION_DROPPED,
-    FailureCode.TIMEOUT,
-)
-
-# Outcomes of attempts that were let in, and so charged.
-CHARGED = (prov.OK, prov.SERVER_ERROR, prov.DROPPED, TIMEOUT)
 
 CAUSES = len(summary.CAUSES)
 BACKOFF = summary.BACKOFF
@@ -119,24 +100,6 @@ class Job:
         self.ended = False
 
 
-@dataclass(slots=True)
-class Tally(summary.Tally):
-    """What one run leaves: the counts of every run, and in simulation also what quantiles are made of.
-
-    `latencies_s`: per answered request, from its arrival to its last answer, in order of completion. `extra_*_tokens`:
-    of attempts whose answer nobody received (timed out, dropped) and of finalize passes: billed beside the answers.
-    """
-
-    finalize_passes: int = 0
-    extra_prompt_tokens: float = 0.0
-    extra_output_tokens: float = 0.0
-    latencies_s: array[float] = field(default_factory=lambda: array("d"))
-
-
-AttemptSink = Callable[[Job, float, str], None]
-"""Called at the end of each attempt: the job, the time, and the failure code ("" unless the request is lost)."""
-
-
 class _Moment(simpy.Event):
     """A callback at an absolute time. (A SimPy timeout takes a delay, and now + (at - now) need not be `at`.)"""
 
@@ -152,14 +115,6 @@ class _Moment(simpy.Event):
 
 class _Calendar(simpy.Environment):
     """SimPy's environment, whose queue `_Moment` fills with absolute times."""
-
-
-def launch_order(columns: Columns, params: law.Params) -> np.ndarray[Any, Any]:
-    """Indices of the requests in the order in which a batch is launched, by the law's rank. Shape (requests,)."""
-    sequence = np.arange(len(columns.reserve), dtype=np.float64)
-    keys = law.rank(params, law.MAIN, 1, columns.cap, columns.reserve, sequence)  # type: ignore[arg-type]
-    arrays = [np.broadcast_to(np.asarray(key), sequence.shape) for key in reversed(keys)]
-    return np.lexsort(arrays)
 
 
 class Simulation:

@@ -1,38 +1,44 @@
 """Running a scenario many times: replications under keyed common random numbers, side by side on the local cores.
 
-What lives here: one run as `Figures`, many runs, and how many are enough. What must not: choosing settings (`plan`).
+What lives here: one run as `Figures`, by either engine, many runs, and how many are enough. What must not: choosing
+settings (`plan`), the engines themselves (`driver`, `compiled`).
 
 Theory of operation. A `Case` is everything that one run needs, as numbers. Run r of any case uses seed + r, and chance
 is keyed by what it is for (`governor/keyed.py`), so two policies under one seed meet the same latencies, faults and
 neighbours: their difference is estimated seed by seed, with far fewer runs than independent ones would take. Because a
 run depends on nothing but its case and its seed, results are the same for any number of workers and any order.
 
-Runs are spread over processes by joblib (SimPy holds the interpreter's lock), in chunks large enough to pay for their
-transport; small amounts of work stay in this process.
+Two engines give the same run, to the bit: SimPy's event by event in Python, the compiled one as machine code. Runs are
+spread by joblib in chunks large enough to pay for their transport, over threads where the compiled engine works (it
+does not hold the interpreter's lock), else over processes; small amounts of work stay where they are.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from importlib.util import find_spec
+from typing import Any, Literal
 
 import numpy as np
 
 from governor import law
+from governor.errors import BadInput
 from governor.policy import Policy
 from governor.requests import Attempt, Outcome
 from governor.summary import CAUSES, Grant, Summary
-from sim import driver
-from sim.driver import Job, Simulation, Tally
 from sim.provider import ProviderParams
 from sim.results import Figures, Forecast, forecast_of, paired_difference
+from sim.run import AttemptSink, Tally
 from sim.scenario import Scenario
 from sim.workload import Columns
 
 # Simulated requests below which a task is not worth sending to another process.
 TASK_REQUESTS = 4_000
+# ... and so many times that for the compiled engine.
+COMPILED_TIMES = 10
 OUTCOMES = (
     Outcome.OK,
     Outcome.THROTTLED,
@@ -45,6 +51,23 @@ OUTCOMES = (
 )
 STATUS = (200, 429, 429, 429, 429, 500, 0, 0)
 LANES = ("main", "finalize")
+
+Engine = Literal["auto", "compiled", "simpy"]
+NO_NUMBA = "numba is not installed (pip install 'paceline[sim]')"
+
+
+def engine_of(wanted: Engine) -> Literal["compiled", "simpy"]:
+    """The engine that works where `wanted` is asked for: `auto` is the compiled one if numba is there, else SimPy.
+
+    BadInput where the compiled one is asked for by name and cannot work.
+    """
+    if wanted == "simpy":
+        return "simpy"
+    if find_spec("numba") is not None:
+        return "compiled"
+    if wanted == "compiled":
+        raise BadInput(f"the compiled engine cannot work: {NO_NUMBA}; --engine simpy does without")
+    return "simpy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +95,14 @@ def case_of(scenario: Scenario, policy: Policy | None = None) -> Case:
     )
 
 
-def simulated(case: Case, seed: int, on_attempt: driver.AttemptSink | None = None) -> Tally:
-    """One run of the case: what the driver counted."""
+def simulated(case: Case, seed: int, on_attempt: AttemptSink | None = None, *, engine: Engine = "auto") -> Tally:
+    """One run of the case: what was counted, the same with either engine."""
+    if engine_of(engine) == "compiled":
+        from sim import compiled
+
+        return compiled.simulated(case, seed, on_attempt)
+    from sim.driver import Simulation
+
     return Simulation(
         case.columns,
         case.params,
@@ -85,6 +114,15 @@ def simulated(case: Case, seed: int, on_attempt: driver.AttemptSink | None = Non
         from_trace=case.from_trace,
         on_attempt=on_attempt,
     ).run()
+
+
+def simulations(case: Case, seeds: Iterable[int], *, engine: Engine = "auto") -> Iterator[Tally]:
+    """Runs of the case under these seeds, one after the other; what they share is made ready once."""
+    if engine_of(engine) == "compiled":
+        from sim import compiled
+
+        return compiled.simulations(case, seeds)
+    return (simulated(case, seed, engine="simpy") for seed in seeds)
 
 
 def figures_of(tally: Tally, grant: Grant, seed: int) -> Figures:
@@ -127,12 +165,12 @@ def attempts_of(scenario: Scenario, seed: int, policy: Policy | None = None) -> 
     return rows, tally
 
 
-def attempt_rows(scenario: Scenario, take: Callable[[Attempt], Any]) -> driver.AttemptSink:
+def attempt_rows(scenario: Scenario, take: Callable[[Attempt], Any]) -> AttemptSink:
     """A sink for the driver that hands each attempt to `take` as the flat row that every run leaves."""
     workload = scenario.workload
     prompt_tokens = workload.prompt_tokens.tolist()
 
-    def sink(job: Job, now: float, failure: str) -> None:
+    def sink(job: Any, now: float, failure: str) -> None:
         answered = job.outcome == 0
         retry_at_s = job.eligible_s - job.submitted_s if job.attempt > 1 else 0.0
         take(
@@ -172,20 +210,25 @@ _WAITED = tuple(f"waited_{cause}_s" for cause in CAUSES[1:-1])
 Task = tuple[Case, tuple[int, ...]]
 
 
-def _run_task(task: Task) -> list[Figures]:
+def _run_task(task: Task, engine: Engine) -> list[Figures]:
     case, seeds = task
-    return [figures_of(simulated(case, seed), case.grant, seed) for seed in seeds]
+    tallies = simulations(case, seeds, engine=engine)
+    return [figures_of(tally, case.grant, seed) for tally, seed in zip(tallies, seeds, strict=True)]
 
 
 class Pool:
     """Runs cases on the local cores; results come in the order of the tasks, for any number of workers.
 
-    `workers`: processes, 0 = one per core, 1 = none beside this one. `on_runs(n)` is told of runs as they finish.
+    `workers`: processes (threads with the compiled engine), 0 = one per core, 1 = none beside this one. `on_runs(n)` is
+    told of runs as they finish.
     """
 
-    def __init__(self, workers: int = 0, on_runs: Callable[[int], None] | None = None) -> None:
+    def __init__(
+        self, workers: int = 0, on_runs: Callable[[int], None] | None = None, *, engine: Engine = "auto"
+    ) -> None:
         import joblib
 
+        self.engine = engine_of(engine)
         self.workers = workers or joblib.cpu_count()
         self.on_runs = on_runs or (lambda n: None)
         self.runs = 0
@@ -196,7 +239,7 @@ class Pool:
         wanted = [(case, tuple(seeds)) for case, seeds in tasks]
         pieces: list[tuple[int, Task]] = []
         for i, (case, seeds) in enumerate(wanted):
-            step = max(1, math.ceil(TASK_REQUESTS / max(1, len(case.columns))))
+            step = max(1, math.ceil(self._task_requests / max(1, len(case.columns))))
             pieces += [(i, (case, seeds[j : j + step])) for j in range(0, len(seeds), step)]
         found: list[list[Figures]] = [[] for _ in wanted]
         for (i, _), figures in zip(pieces, self._spread([task for _, task in pieces]), strict=True):
@@ -206,14 +249,21 @@ class Pool:
             self.on_runs(len(figures))
         return found
 
+    @property
+    def _task_requests(self) -> int:
+        return TASK_REQUESTS * (COMPILED_TIMES if self.engine == "compiled" else 1)
+
     def _spread(self, tasks: list[Task]) -> Iterable[list[Figures]]:
         work = sum(len(case.columns) * len(seeds) for case, seeds in tasks)
-        if self.workers == 1 or len(tasks) < 2 or work < 4 * TASK_REQUESTS:
-            return map(_run_task, tasks)
+        run = partial(_run_task, engine=self.engine)
+        if self.workers == 1 or len(tasks) < 2 or work < 4 * self._task_requests:
+            return map(run, tasks)
         from joblib import Parallel, delayed
 
-        parallel = Parallel(n_jobs=self.workers, return_as="generator", batch_size="auto")
-        results: Iterable[list[Figures]] = parallel(delayed(_run_task)(task) for task in tasks)
+        # Machine code goes on without the interpreter's lock: threads share the columns and start at once.
+        backend = "threading" if self.engine == "compiled" else None
+        parallel = Parallel(n_jobs=self.workers, return_as="generator", batch_size="auto", backend=backend)
+        results: Iterable[list[Figures]] = parallel(delayed(run)(task) for task in tasks)
         return results
 
 

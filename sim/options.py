@@ -210,7 +210,17 @@ class Options:
         int | None,
         typer.Option(metavar="N", min=1, max=10**6, help="How many runs, each with its own seed."),
     ] = None
-    workers: Annotated[int, typer.Option(metavar="N", min=0, max=1024, help="Processes; 0 = one per core.")] = 0
+    workers: Annotated[
+        int,
+        typer.Option(metavar="N", min=0, max=1024, help="How many runs go on side by side; 0 = one per core."),
+    ] = 0
+    engine: Annotated[
+        Literal["auto", "compiled", "simpy"],
+        typer.Option(
+            help="What simulates: machine code or SimPy, with the same figures to the last bit; auto is the first if "
+            "numba is installed."
+        ),
+    ] = "auto"
     json: Annotated[
         bool,
         typer.Option("--json", help="One JSON object on stdout and nothing else there."),

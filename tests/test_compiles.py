@@ -19,7 +19,7 @@ import pytest
 
 from governor import keyed, law
 from sim import provider as prov
-from tests.compiling import compiled, record_of
+from sim.copies import compiled, record_of
 from tests.governor.laws import params
 
 DECISIONS = 100_000

@@ -45,7 +45,6 @@ DISTRIBUTIONS = {"dotenv": "python-dotenv", "yaml": "pyyaml", "prometheus_client
 # Who may use what beyond the base (governor) and beyond base + `sim` (sim): the extra that a module needs.
 MODULE_EXTRAS = {
     "sim/server.py": {"server"},
-    "sim/compiled.py": {"dev"},
     **{f"governor/{name}.py": {"redis"} for name in ("member", "quota", "store")},
 }
 # Libraries with exactly one door.

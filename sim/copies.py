@@ -1,0 +1,187 @@
+"""Compiled copies of the number-only modules, and where their machine code is kept.
+
+What lives here: the loader that DESIGN's "Compilable as it stands" describes, records in place of dataclasses, the
+cache's folder. What must not: anything of a simulation (`compiled`), any rule.
+
+Theory of operation. The source is not touched: each module is loaded once more from its file under another name, and
+every function in it is replaced by its `numba.njit` form before first use, so that helpers called by helpers are
+compiled too. What such a module has imported from another of them, or that module itself, is replaced by the compiled
+copy's. Functions and originals stay apart: an interpreted caller never meets a compiled function.
+
+Only the outermost function is kept on disk: its machine code holds all that it calls. numba would not notice a change
+in a called file, so the folder is named by a hash of every source that goes in. Several processes may compile at once:
+numba writes a file under another name and then moves it to its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import inspect
+import os
+import shutil
+import stat
+import sys
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numba
+import numpy as np
+
+# numba types neither its settings nor all options.
+_njit: Any = numba.njit
+_config: Any = numba.config
+
+ALIAS = "compiled_copy_of_"
+FOLDER = "engine-"
+# Folders of other sources that are kept: another branch, another installation.
+KEPT = 4
+
+# No reference is counted: the functions neither allocate nor keep an array, and their counting takes two thirds of the
+# time. Division by zero is not looked for; the interpreted form of the same function does.
+OPTIONS: dict[str, Any] = {"nogil": True, "_nrt": False}
+# Called by compiled code alone: without the wrappers that Python would call, they compile in two thirds of the time.
+INNER = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+
+_LOCK = threading.Lock()
+
+
+def compiled(paths: Iterable[Path], root: Path, *, entry: str = "", cache: Path | None = None) -> dict[str, ModuleType]:
+    """Compiled copies by the original's name; a module comes after those that it imports.
+
+    With `entry`, only the function of that name can be called from Python, and its machine code is kept in `cache`.
+    """
+    copies: dict[str, ModuleType] = {}
+    for path in paths:
+        name = ".".join(path.relative_to(root).with_suffix("").parts)
+        copies[name] = _copy(name, path, copies, entry, cache)
+    return copies
+
+
+def _copy(name: str, path: Path, copies: dict[str, ModuleType], entry: str, cache: Path | None) -> ModuleType:
+    alias = ALIAS + name.replace(".", "_")
+    spec = importlib.util.spec_from_file_location(alias, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Registered before it runs: dataclasses look their own module up, and numba's cache does.
+    sys.modules[alias] = module
+    spec.loader.exec_module(module)
+    for attribute, value in list(vars(module).items()):
+        if inspect.ismodule(value) and value.__name__ in copies:
+            setattr(module, attribute, copies[value.__name__])
+        elif inspect.isfunction(value) and value.__module__ in copies:
+            setattr(module, attribute, getattr(copies[value.__module__], attribute))
+        elif inspect.isfunction(value) and value.__module__ == alias:
+            setattr(module, attribute, _compiling(value, entry, cache))
+    return module
+
+
+def _compiling(function: Any, entry: str, cache: Path | None) -> Any:
+    if not entry:
+        return _njit(**OPTIONS)(function)
+    if function.__name__ != entry:
+        return _njit(**OPTIONS, **INNER)(function)
+    if cache is None:
+        return _njit(**OPTIONS)(function)
+    with _LOCK, _cached_in(cache):
+        return _njit(**OPTIONS, cache=True)(function)
+
+
+@contextlib.contextmanager
+def _cached_in(folder: Path) -> Iterator[None]:
+    """numba looks at its setting when a function is decorated, and not again."""
+    before = _config.CACHE_DIR
+    _config.CACHE_DIR = str(folder)
+    try:
+        yield
+    finally:
+        _config.CACHE_DIR = before
+
+
+# ---------------------------------------------------------------- the cache's folder
+
+
+def cache_folder(sources: Iterable[Path]) -> Path | None:
+    """Where machine code of these sources is kept, made if need be; None where nothing can be written.
+
+    In NUMBA_CACHE_DIR, else in the user's cache, else (a home that cannot be written) in the temporary folder. Of
+    folders of other sources, those used last are left, the others are removed.
+    """
+    digest = hashlib.sha256(repr((numba.__version__, OPTIONS)).encode())
+    for path in sources:
+        digest.update(path.read_bytes())
+    name = FOLDER + digest.hexdigest()[:16]
+    for parent in _parents():
+        folder = parent / name
+        if _usable(folder):
+            _prune(folder)
+            return folder
+    return None
+
+
+def _parents() -> Iterator[Path]:
+    from platformdirs import user_cache_path
+
+    if _config.CACHE_DIR:
+        yield Path(_config.CACHE_DIR)
+    with contextlib.suppress(RuntimeError, OSError):
+        yield user_cache_path("paceline", appauthor=False)
+    yield Path(tempfile.gettempdir()) / f"paceline-{getattr(os, 'getuid', int)()}"
+
+
+def _usable(folder: Path) -> bool:
+    """Whether the folder is there, is ours, and can be written to. Code of somebody else's is not run."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+        if hasattr(os, "getuid") and (found.st_uid != os.getuid() or found.st_mode & stat.S_IWOTH):
+            return False
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        os.utime(folder)
+    except OSError:
+        return False
+    return True
+
+
+def _prune(mine: Path) -> None:
+    with contextlib.suppress(OSError):
+        others = [folder for folder in mine.parent.glob(FOLDER + "*") if folder != mine and folder.is_dir()]
+        others.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
+        for folder in others[KEPT:]:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+# ---------------------------------------------------------------- records
+
+
+def dtype_of(bag: Any) -> np.dtype[Any]:
+    """The record type with the fields of a dataclass instance, in their order: i8, f8, or arrays of f8 for lists."""
+    columns: list[tuple[Any, ...]] = []
+    for field in fields(bag):
+        value = getattr(bag, field.name)
+        if isinstance(value, list):
+            columns.append((field.name, np.float64, (len(value),)))
+        else:
+            columns.append((field.name, np.int64 if isinstance(value, int) else np.float64))
+    return np.dtype(columns)
+
+
+def array_of(bag: Any) -> np.ndarray[Any, Any]:
+    """An array of one record that holds what the dataclass instance holds."""
+    rows = np.zeros(1, dtype_of(bag))
+    for field in fields(bag):
+        rows[field.name] = getattr(bag, field.name)
+    return rows
+
+
+def record_of(bag: Any) -> Any:
+    """A NumPy record that holds what the dataclass instance holds."""
+    return array_of(bag).view(np.recarray)[0]
