@@ -264,7 +264,7 @@ def test_starting_loads_nothing_heavy(root: Path, batch: Path) -> None:
 
 
 def test_without_the_extra_one_line_says_what_to_install(run: Run, batch: Path, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "simpy", None)
+    monkeypatch.setitem(sys.modules, "numpy", None)
     for name in [name for name in sys.modules if name.startswith("sim.") and name not in ("sim.cli", "sim.options")]:
         monkeypatch.delitem(sys.modules, name)
     code, out, err = run("simulate", batch)
