@@ -19,35 +19,23 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import random
 import sys
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 from benchmarks import peers_live
-from governor.batch import Orders, run_batch
-from governor.estimate import CHAT, charge_of, sizes_of
-from governor.money import Prices
+from benchmarks.live_batch import RULE, bound, drawn, run_cases
 from governor.policy import Policy
-from governor.poolrun import Manner
-from governor.pools import Pool
-from governor.progress import Quiet
 from governor.scaledloop import ScaledLoop
-from governor.sending import connect_with
-from governor.summary import Work, bound_s
 from sim.layout import table
 from sim.provider_config import ProviderConfig
 from sim.server import spawn
 
-TPM, RPM, REQUESTS = 30_000, 500, 60
-RULE = "prompt_plus_max"
+TPM, RPM, REQUESTS, TOKENS = 30_000, 500, 60, (250, 2_500)
 FIRST_TOKEN_S, PER_TOKEN_S = 0.6, 0.008
 SCALE_MOST = 10.0
 # So many runs at once: each is idle nearly all the time.
@@ -75,25 +63,6 @@ class Ran:
     ratio: float
 
 
-def drawn(seed: int) -> list[tuple[dict[str, Any], int, int]]:
-    """The batch of that seed: (body, charge, output tokens) of each request."""
-    rng = random.Random(seed)
-    made = []
-    for i in range(REQUESTS):
-        total = rng.randint(250, 2_500)
-        cap = round(total * rng.uniform(0.3, 0.7))
-        output = rng.randint(cap // 4, cap)
-        text = f"{i} {seed} ".ljust(4 * (total - cap), "x")
-        body = {
-            "model": "gpt-4o",
-            "max_tokens": cap,
-            "messages": [{"role": "user", "content": text}],
-            "metadata": {"paceline_output_tokens": str(output)},
-        }
-        made.append((body, charge_of(RULE, sizes_of(CHAT, body), 0), output))
-    return made
-
-
 def provider(case: str) -> ProviderConfig:
     """The provider of a case."""
     return ProviderConfig().with_(
@@ -104,15 +73,6 @@ def provider(case: str) -> ProviderConfig:
         latency={"first_token_s": FIRST_TOKEN_S, "per_token_s": PER_TOKEN_S, "sigma": 0.0, "stall_ratio": 0.0},
         **CASES[case],
     )
-
-
-def bound(case: str, batch: list[tuple[dict[str, Any], int, int]]) -> float:
-    """No scheduler ends that batch sooner, seconds."""
-    work = Work()
-    for body, charge, output in batch:
-        used = sizes_of(CHAT, body).prompt_tokens + output
-        work.add(0.0, float(charge), float(used), FIRST_TOKEN_S + PER_TOKEN_S * output)
-    return bound_s(provider(case).grant(), work)
 
 
 def policy(case: str) -> Policy:
@@ -128,46 +88,23 @@ def policy(case: str) -> Policy:
     )
 
 
-def ours(case: str, bodies: list[dict[str, Any]], base_url: str, scale: float) -> list[float]:
-    """The batch by `paceline run`; lost requests and the makespan, as a list like the peers'."""
-    environment = {"OPENAI_API_KEY": "no-key-is-needed"}
-    with tempfile.TemporaryDirectory(prefix="paceline-peers-") as name:
-        folder = Path(name)
-        with (folder / "batch.jsonl").open("w", encoding="utf-8") as file:
-            for i, body in enumerate(bodies):
-                line = {"custom_id": f"q-{i}", "method": "POST", "url": "/v1/chat/completions", "body": body}
-                file.write(json.dumps(line) + "\n")
-        orders = Orders(
-            requests=folder / "batch.jsonl",
-            out=folder / "results.jsonl",
-            journal=folder / "run.db",
-            pools=[Pool(policy=policy(case), base_url=base_url)],
-            environment=environment,
-            prices=Prices({}),
-            manner=Manner(time_scale=scale),
-            yes=True,
-        )
-        with (folder / "said.txt").open("w", encoding="utf-8") as said:
-            outcome = run_batch(orders, foresee=None, connect=connect_with(environment), shown=Quiet(said))
-    answered = outcome.summary.completed
-    return [outcome.summary.makespan_s] * answered + [-1.0] * (len(bodies) - answered)
-
-
 def ran(name: str, case: str, seed: int, scale: float) -> Ran:
     """One contender, one batch, one provider."""
-    batch = drawn(seed)
-    work = sorted(batch, key=lambda each: -each[0]["max_tokens"]) if name == SORTED else batch
+    batch = drawn(seed, REQUESTS, TOKENS)
+    order = sorted(batch, key=lambda each: -each.body["max_tokens"]) if name == SORTED else batch
     contender = peers_live.CONTENDERS.get(name.split(",")[0] if name == SORTED else name)
     options: dict[str, Any] = {"seed": seed, "time_scale": scale, "stated_time": "provider"}
     with spawn(provider(case), **options) as server:
         if contender is None:
-            ends = ours(case, [body for body, _, _ in work], server.base_url, scale)
+            summary = run_cases(batch, policy(case), server.base_url, time_scale=scale).summary
+            lost, makespan_s = REQUESTS - summary.completed, summary.makespan_s
         else:
-            calls = [(body, charge) for body, charge, _ in work]
+            calls = [(each.body, each.charge) for each in order]
             with asyncio.Runner(loop_factory=lambda: ScaledLoop(scale)) as runner:
                 ends = runner.run(peers_live.run(contender, server.base_url, TPM, calls))
+            lost, makespan_s = ends.count(-1.0), max(ends)
         outcomes = server.stats()["outcomes"]
-    return Ran(name, case, seed, ends.count(-1.0), outcomes.get("throttled", 0), max(ends) / bound(case, batch))
+    return Ran(name, case, seed, lost, outcomes.get("throttled", 0), makespan_s / bound(provider(case), batch))
 
 
 def row(name: str, case: str, runs: list[Ran]) -> list[str]:
@@ -215,7 +152,8 @@ def main(words: list[str]) -> int:
             runs = [each for each in done if (each.name, each.case) == (name, case)]
             rows.append(row(name, case, runs))
             good &= name != OURS or kept(case, runs)
-    bounds = ", ".join(f"{bound('as in the docs', drawn(seed)):.1f}" for seed in seeds)
+    plain = provider("as in the docs")
+    bounds = ", ".join(f"{bound(plain, drawn(seed, REQUESTS, TOKENS)):.1f}" for seed in seeds)
     print(f"seeds {seeds.start} to {seeds.stop - 1}, bounds {bounds} s, clocks {given.time_scale:g} times as fast")
     print(table(rows))
     limits = ", ".join(f"{case} {limit:g}" for case, limit in PROMISED.items())
