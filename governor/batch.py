@@ -36,7 +36,8 @@ from governor.forecast import (
 from governor.guard import check_finish, check_preflight
 from governor.intake import Begun, prepare, reserve_of
 from governor.journal import Journal
-from governor.live import ACCOUNT, BAD_REQUESTS, CANARY, MAX_COST, STOP_AFTER, Ended, Leg, LiveRun
+from governor.live import ACCOUNT, BAD_REQUESTS, CANARY, MAX_COST, Ended, Leg, LiveRun
+from governor.longwaits import FINISH_BY, LONG_WAIT, OUTWAITED, STOP_AFTER
 from governor.metrics import Metrics, checked_hook
 from governor.money import Prices, Spent
 from governor.outputs import Followed, check_writable, errors_path, write_results
@@ -53,7 +54,7 @@ SIGNAL_CODES = {"SIGINT": 130, "SIGTERM": 143}
 _CODE_OF = {
     **dict.fromkeys(ACCOUNT, QUOTA),
     MAX_COST: BUDGET,
-    STOP_AFTER: BUDGET,
+    **dict.fromkeys((STOP_AFTER, FINISH_BY, LONG_WAIT, OUTWAITED), BUDGET),
     BAD_REQUESTS: CANNOT,
     CANARY: CANNOT,
     **SIGNAL_CODES,

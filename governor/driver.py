@@ -209,6 +209,23 @@ class Governor:
         """Seconds since the run began; never less than any time already acted upon."""
         return max(self.loop.time() - self.zero, self.clock_at)
 
+    def next_launch_at(self) -> float:
+        """When anything can be launched at the earliest; -inf = at any moment, or as soon as something else happens.
+
+        What is in flight may change that by its answer, but for a hold.
+        """
+        if self.stopped or self.s.paused or (self._tasks and self.cause != law.HOLD):
+            return -inf
+        if self.cause == law.HOLD:
+            return self.wake_at
+        at = min(self.wake_at, max(self.backing_off()[0], self.s.hold_until))
+        return at if at < inf else -inf
+
+    def backing_off(self) -> tuple[float, float]:
+        """When the first and the last of those that back off may be tried again; (inf, -inf) where nobody does."""
+        ends = [when for when, _, is_deadline, job, attempt in self._calendar if not is_deadline and not job.ended]
+        return min(ends, default=inf), max(ends, default=-inf)
+
     async def aclose(self) -> None:
         """Gives back what this process holds of a quota that it shares (`shared`); nothing where it is its own."""
 

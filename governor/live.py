@@ -25,6 +25,7 @@ from governor.forecast import Expectation, finish_text
 from governor.guard import canary_note, canary_verdict
 from governor.intake import work_of
 from governor.journal import Journal
+from governor.longwaits import FINISH_BY, OUTWAITED, STOP_AFTER, held_text, too_late, too_late_text
 from governor.metrics import Notice, notify
 from governor.money import Spent, dollars_text
 from governor.poolrun import Connect, Manner, PoolRun, Said, pool_run
@@ -39,8 +40,8 @@ from governor.words import duration, plural
 TICK_S = 0.2
 COMMANDS_S, TRACK_S, TEXTFILE_S = 0.4, 1.0, 15.0
 
-# Why a run stopped before its end, beside the driver's own failure codes and the names of signals.
-MAX_COST, STOP_AFTER, BAD_REQUESTS, CANARY, FAILED_INSIDE = "MAX_COST", "STOP_AFTER", "BAD_REQUESTS", "CANARY", "ERROR"
+# Why a run stopped before its end, beside the driver's failure codes, the names of signals and those of `longwaits`.
+MAX_COST, BAD_REQUESTS, CANARY, FAILED_INSIDE = "MAX_COST", "BAD_REQUESTS", "CANARY", "ERROR"
 ACCOUNT = (FailureCode.INSUFFICIENT_QUOTA, FailureCode.UNAUTHORIZED)
 
 
@@ -147,8 +148,23 @@ class LiveRun:
                 send=self.connect(pool),
                 spent=leg.spent,
                 manner=self.manner,
-                said=Said(self.say, lambda line, name=name: self._refused(name, line), self._over_budget),  # type: ignore[misc]
+                said=self._said(name),
             )
+            run = self.runs[name]
+            held = held_text(run.governor, run.long_waits.moment)
+            if held:
+                self.say(self._of(name) + held)
+
+    def _said(self, name: str) -> Said:
+        def refused(line: str) -> None:
+            self._refused(
+                name, line, BAD_REQUESTS, "the rest may be refused as well; mend the file, or retry it as it is"
+            )
+
+        def outwaited(line: str) -> None:
+            self._refused(name, line, OUTWAITED, "the rest would be lost as well; go on later with the same command")
+
+        return Said(self.say, refused, outwaited, self._over_budget)
 
     def _say_overdue(self, name: str, pool: Pool) -> None:
         """Requests whose time ran out while no process ran them end at once, and somebody should know why."""
@@ -242,23 +258,23 @@ class LiveRun:
         grace = f", {flying:,} in flight may end within {duration(self.manner.grace_s)}; again to cancel"
         self.say(f"{name}: nothing more is launched{grace if flying else ''}")
 
-    def _refused(self, name: str, line: str) -> None:
-        """Ten identical refusals in a row: somebody decides, or it stops."""
+    def _refused(self, name: str, line: str, why: str, since: str) -> None:
+        """Ten requests in a row were lost alike: somebody decides, or it stops."""
         run = self.runs[name]
         if self.manner.ask is None:
-            self.say(f"{line}: stopped, since the rest may be refused as well; mend the file, or retry it as it is")
-            run.governor.stop(BAD_REQUESTS)
+            self.say(f"{line}: stopped, since {since}")
+            run.governor.stop(why)
             return
         run.governor.pause()
-        task = asyncio.create_task(self._decide(run, line))
+        task = asyncio.create_task(self._decide(run, line, why))
         self._asking.add(task)
         task.add_done_callback(self._asking.discard)
 
-    async def _decide(self, run: PoolRun, line: str) -> None:
+    async def _decide(self, run: PoolRun, line: str, why: str) -> None:
         if await self._asked(f"{line}. Go on with the rest?"):
             run.governor.resume()
         else:
-            run.governor.stop(BAD_REQUESTS)
+            run.governor.stop(why)
 
     async def _asked(self, question: str) -> bool:
         assert self.manner.ask is not None
@@ -336,12 +352,31 @@ class LiveRun:
                 commands.look(now)
             if _is_time(ticks, TRACK_S):
                 self._compare()
+                self._look_ahead()
             if _is_time(ticks, TEXTFILE_S):
                 self.write_textfile()
             limit_s = self.manner.stop_after_s
             if limit_s is not None and now - self.began_s >= limit_s and not self._stopped():
                 self.say(f"--stop-after {duration(limit_s)} is over: nothing more is launched")
                 self.stop(STOP_AFTER)
+
+    def _look_ahead(self) -> None:
+        """A pool that could launch nothing before its budget of time is over ends at once, rather than sleep."""
+        manner = self.manner
+        for name, run in self.runs.items():
+            at, now = run.governor.next_launch_at(), run.governor.now()
+            budgets = {STOP_AFTER: manner.stop_after_s, FINISH_BY: manner.finish_by_s}
+            why = too_late(
+                at - self.began_s,
+                now - self.began_s,
+                stop_after_s=manner.stop_after_s,
+                finish_by_s=manner.finish_by_s,
+                insist=manner.insist,
+            )
+            if why:
+                moment = run.long_waits.moment(at)
+                self.say(self._of(name) + too_late_text(why, at - now, moment, budgets.get(why)))
+                run.governor.stop(why)
 
     def _compare(self) -> None:
         """Whether each pool keeps to its forecast."""

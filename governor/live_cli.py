@@ -76,7 +76,9 @@ def run(
     yes: Annotated[bool, typer.Option("--yes", help="Start whatever the forecast or the canary says.")] = False,
     finish_by: Annotated[
         str | None,
-        typer.Option(metavar="6h|06:00", help="Refuse to start if the forecast is past it; a day if not given."),
+        typer.Option(
+            metavar="6h|06:00", help="Do not start if the forecast is past it, or sleep past it; default: a day."
+        ),
     ] = None,
     stop_after: Annotated[
         str | None, typer.Option(metavar="6h|06:00", help="Launch nothing more from then on; exit code 5.")
@@ -151,6 +153,7 @@ def run(
         finalize=finalize,
         max_cost=max_cost,
         stop_after_s=None if stop_after is None else until_s(stop_after, "--stop-after"),
+        finish_by_s=None if finish_by is None or yes else until_s(finish_by, "--finish-by"),
         grace_s=seconds_of(grace, "--grace"),
         canary=canary,
         insist=yes,

@@ -23,6 +23,10 @@ REMEDIES = {
     "UNAUTHORIZED": "the provider refuses the key or the model: mend that, then run the same command again",
     "MAX_COST": "--max-cost is reached: raise it and run the same command again",
     "STOP_AFTER": "--stop-after is over: run the same command again to go on",
+    "FINISH_BY": "the next launch would come after --finish-by: run the same command again then",
+    "LONG_WAIT": "the next launch is more than a day away: run the same command again then, or add --yes to wait",
+    "OUTWAITED": "ten requests in a row were given up, since the provider asks to wait longer than "
+    "OPENAI_DEADLINE_SECONDS: run the same command again later",
     "BAD_REQUESTS": "ten requests in a row were refused alike: see the errors with `paceline export`",
     "CANARY": "the canary was worse than forecast: change the settings, or add --yes",
     "SIGINT": "interrupted: run the same command again to go on",

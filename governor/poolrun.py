@@ -6,6 +6,7 @@ whole (`live`), counting (`watch`), storage (`recorder`).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from governor.driver import Governor, Job, Observer
 from governor.eventlog import EventLog, Format
 from governor.forecast import Expectation
 from governor.guard import RESUMED_SLACK_S, SLACK_S, Track
+from governor.longwaits import LongWaits
 from governor.metrics import Metrics
 from governor.money import Spent
 from governor.outputs import Followed
@@ -46,15 +48,16 @@ Connect = Callable[[Pool], Sender]
 class Manner:
     """How a run goes about its work. `ask`: puts a question to somebody at a terminal, None = nobody is there.
 
-    `max_cost`: US dollars, `stop_after_s`: seconds of this leg; None = no budget. `grace_s`: how long those in flight
-    may end after a signal. `canary`: so many requests of each pool first; `insist`: go on whatever it finds. `follow`:
-    the results file that grows. `textfile`, `hook`: where metrics and messages go. `redis`: the URL through which pools
-    are shared with other processes, "" = they are not.
+    `max_cost`: US dollars, `stop_after_s`, `finish_by_s`: seconds of this leg; None = no budget. `grace_s`: how long
+    those in flight may end after a signal. `canary`: so many requests of each pool first; `insist`: go on whatever it
+    finds. `follow`: the results file that grows. `textfile`, `hook`: where metrics and messages go. `redis`: the URL
+    through which pools are shared with other processes, "" = they are not.
     """
 
     finalize: bool = False
     max_cost: float | None = None
     stop_after_s: float | None = None
+    finish_by_s: float | None = None
     grace_s: float = 30.0
     canary: int = 0
     insist: bool = False
@@ -76,6 +79,7 @@ class PoolRun(Lane):
     policy: Policy
     recorder: Recorder
     alarms: Alarms
+    long_waits: LongWaits
     track: Track
     send: Sender
     ending: str = ""
@@ -93,6 +97,7 @@ class PoolRun(Lane):
         self.policy = policy
         self.meter.policy = policy
         self.alarms.repriced(policy)
+        self.long_waits.policy = policy
         self.governor.reprice(policy.params())
         self.recorder.policy_changed(policy, self.governor.now())
 
@@ -100,10 +105,12 @@ class PoolRun(Lane):
 @dataclass(frozen=True, slots=True)
 class Said:
     """Whom a pool speaks to: `say(line)` for what somebody should know, `refused(line)` after ten bad requests in a
-    row, `spending()` after each launch and each answer, where there is a budget."""
+    row, `outwaited(line)` after ten given up for a long wait, `spending()` after each launch and each answer, where
+    there is a budget."""
 
     say: Callable[[str], None]
     refused: Callable[[str], None]
+    outwaited: Callable[[str], None]
     spending: Callable[[], None]
 
 
@@ -123,11 +130,13 @@ def pool_run(
     """A pool ready to run, inside an event loop. `left`: requests, and tokens reserved for them."""
     meter = Meter(pool, spent, left=left[0], left_tokens=left[1])
     alarms = Alarms(pool, said.say, said.refused)
+    long_waits = LongWaits(pool, said.say, said.outwaited)
     log = EventLog(manner.log_format, pool.name) if manner.log_format is not None else None
     observers: list[Observer | None] = [
         recorder,  # first: nobody speaks of what is not recorded
         meter,
         alarms,
+        long_waits,
         _Purse(said.spending) if manner.max_cost is not None else None,
         _Follower(manner.follow) if manner.follow is not None else None,
         manner.metrics.observer(pool.name) if manner.metrics is not None else None,
@@ -136,6 +145,8 @@ def pool_run(
     governor = governor_of(
         pool, manner, said.say, seed=seed, observer=Together(_present(observers)), state=recorder.state, start_s=start_s
     )
+    # Of the clocks alone, since the run's may be faster than the wall's.
+    long_waits.moment = lambda at_s: time.time() + (at_s - governor.now()) / manner.time_scale
     if manner.metrics is not None:
         manner.metrics.watch(pool.name, governor)
     if log is not None:
@@ -148,6 +159,7 @@ def pool_run(
         policy=pool.policy,
         recorder=recorder,
         alarms=alarms,
+        long_waits=long_waits,
         track=Track(expectation, RESUMED_SLACK_S if start_s > 0.0 else SLACK_S),
         send=send,
     )

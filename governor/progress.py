@@ -16,8 +16,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from math import inf
 from typing import Any, Protocol, TextIO
 
+from governor import law
 from governor.driver import Governor
 from governor.law import TPM
 from governor.preflight import Load, fluid_forecast, in_use
@@ -104,7 +106,7 @@ def eta_s(lane: Lane) -> float:
     load = Load(left, mean * left, mean, mean)
     found = fluid_forecast(meter.policy, load, booked=in_use(governor.p, governor.s, now), service_s=service_s)
     held_s = max(0.0, governor.s.hold_until - now, governor.s.next_slot_at - now)
-    return held_s + found.finish_s
+    return max(held_s + found.finish_s, governor.backing_off()[1] - now + service_s)
 
 
 def snapshot(lanes: Sequence[Lane], total: int, ended_before: int, failed_before: int) -> Snapshot:
@@ -122,10 +124,20 @@ def snapshot(lanes: Sequence[Lane], total: int, ended_before: int, failed_before
         throttled=sum(t.throttled for t in tallies),
         tokens_per_minute=sum(lane.meter.tokens_per_minute(lane.governor.now()) for lane in lanes),
         limit=sum(limits) if all(limit > 0.0 for limit in limits) else 0.0,
-        waiting="paused" if governor.s.paused else waiting_for(governor.cause),
+        waiting=_waiting(lanes[last]),
         eta_s=etas[last],
         stopped=governor.stopped if all(lane.governor.stopped for lane in lanes) else "",
     )
+
+
+def _waiting(lane: Lane) -> str:
+    """What a pool waits for right now: the law's word for the head of the queue, else its backoffs."""
+    governor = lane.governor
+    if governor.s.paused:
+        return "paused"
+    if not lane.meter.in_flight and governor.cause in (law.NOTHING, law.CONCURRENCY):
+        return "backoff" if governor.backing_off()[0] < inf else ""
+    return waiting_for(governor.cause)
 
 
 # ---------------------------------------------------------------- on the terminal, or not

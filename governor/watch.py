@@ -1,7 +1,8 @@
 """What a live run notices while it runs: figures for its progress, and what somebody should be told of once.
 
 What lives here: observers of one pool (`driver.Observer`). `Meter` counts; `Alarms` speaks, once each, of limits that
-are not as the settings say, of absurd waits, of ten identical refusals in a row; `Together` is several observers in
+are not as the settings say, of an account that is refused, of ten identical refusals in a row (of long waits speaks
+`longwaits`); `Together` is several observers in
 one. What must not: writing to a terminal (`progress`, `eventlog`), storage (`journal`), decisions (the law).
 """
 
@@ -18,14 +19,11 @@ from governor.policy import KNOB_BY_ENV, Policy
 from governor.pools import Pool
 from governor.requests import Answer, Attempt, Outcome, Request
 from governor.summary import CAUSES, Tally
-from governor.words import duration
 
 THROTTLES = (Outcome.THROTTLED, Outcome.SLOW_DOWN)
 ACCOUNT_REFUSES = (Outcome.QUOTA, Outcome.UNAUTHORIZED)
 # So many refusals with the same words mean that the rest of the file would be refused too.
 SAME_REFUSALS = 10
-# Longer than any refill of a limit per minute; daily limits and mistakes ask for more, and somebody should know.
-LONG_WAIT_S = 3_600.0
 # Granted and configured limits closer than this are the same: providers round.
 LIMITS_DIFFER = 0.01
 _WAITED = tuple(f"waited_{cause}_s" for cause in CAUSES[1:])
@@ -191,9 +189,6 @@ class Alarms(Observer):
             self.granted[limit.dimension] = limit.limit
             if limit.dimension not in self._told:
                 self._compare(limit.dimension, limit.limit)
-        if answer.retry_after_s > LONG_WAIT_S and "wait" not in self._told:
-            self._told.add("wait")
-            self._say(self._of + long_wait_text(answer.retry_after_s, self.policy))
         if answer.outcome in ACCOUNT_REFUSES and "account" not in self._told:
             self._told.add("account")
             self._say(self._of + account_text(answer))
@@ -234,14 +229,6 @@ def limit_text(dimension: str, granted: float, policy: Policy) -> str:
     if granted < ours:
         return f"{stated}, {knob.env}={ours:.0f} says more: expect 429s, or set {knob.env}={granted:.0f}"
     return f"{stated}, {knob.env}={ours:.0f} uses less of it: the run could be faster with {knob.env}={granted:.0f}"
-
-
-def long_wait_text(wait_s: float, policy: Policy) -> str:
-    """What to say of a Retry-After of hours."""
-    asks = f"the provider asks to wait {duration(wait_s)} before the next attempt"
-    if policy.deadline_seconds > 0.0:
-        return f"{asks}: OPENAI_DEADLINE_SECONDS={policy.deadline_seconds:g} ends the requests that would wait longer"
-    return f"{asks}: there is no deadline; stop the run and resume it then, or set OPENAI_DEADLINE_SECONDS"
 
 
 def account_text(answer: Answer) -> str:

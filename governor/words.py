@@ -24,7 +24,7 @@ WAITED_FOR = {
     "day": ("OPENAI_TPD_LIMIT", "the budget of the day"),
     "hold": ("OPENAI_HOLD_ON_THROTTLE", "the end of a hold after a 429"),
     "paused": ("", "the pause to end"),
-    "backoff": ("OPENAI_BACKOFF_BASE_SECONDS", "its backoff"),
+    "backoff": ("OPENAI_BACKOFF_BASE_SECONDS", "the end of a backoff"),
 }
 
 

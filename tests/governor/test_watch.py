@@ -16,7 +16,7 @@ from governor.money import Price, Prices, Spent
 from governor.policy import Policy
 from governor.pools import Pool
 from governor.requests import Answer, Attempt, Limit, Outcome, Request
-from governor.watch import SAME_REFUSALS, Alarms, Meter, Together, limit_text, long_wait_text
+from governor.watch import SAME_REFUSALS, Alarms, Meter, Together, limit_text
 
 SIZES = Sizes(CHAT, 100, 400, 4, 1, 0, 0, 1, 50)
 PRICES = Prices({"m": (Price(date(2026, 1, 1), 1.0, 1.0, 2.0),)})
@@ -170,17 +170,6 @@ def test_after_a_change_of_settings_it_compares_again() -> None:
     watch.repriced(Policy(tpm_limit=90_000))
     watch.attempted(attempt(0, answer), answer, "")
     assert len(said) == 2
-
-
-def test_an_absurd_wait_is_reported_once_with_what_caps_it() -> None:
-    watch, said, _ = alarms(Policy(deadline_seconds=900.0))
-    absurd = Answer(Outcome.THROTTLED, 429, retry_after_s=114 * 3_600.0)
-    watch.attempted(attempt(0, absurd), absurd, "")
-    watch.attempted(attempt(1, absurd), absurd, "")
-    assert len(said) == 1
-    assert "asks to wait 4 d 18 h" in said[0]
-    assert "OPENAI_DEADLINE_SECONDS=900 ends" in said[0]
-    assert "there is no deadline" in long_wait_text(4_000.0, Policy())
 
 
 def test_ten_identical_refusals_in_a_row_and_only_those() -> None:
