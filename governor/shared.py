@@ -137,9 +137,8 @@ class SharedGovernor(Governor):
 
     def _adopt(self, params: Params) -> None:
         self.p = params
-        for job in [*(job for _, _, job in self._queue), *self._asked.values()]:
-            if not job.ended:
-                self._watch_deadline(job)
+        for job in self._waiting():
+            self._watch_deadline(job)
         self._soon()
 
     # ------------------------------------------------------------ what is reported

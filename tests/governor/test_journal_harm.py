@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from governor.database import JournalError
 from governor.journal import PAUSE, Journal
 from governor.records import Counts
 from governor.verify import verify
+from tests.disks import mount, read_only
 from tests.governor.journals import EPOCH_S, FREE, answer, begun, created, ends, job, refusal, work
 
 HERE = Path(__file__).resolve().parent
@@ -192,11 +192,6 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", folder], check=True)
 
 
-def mount(*arguments: Any) -> bool:
-    """Whether mounting fails."""
-    return subprocess.run(["mount", *arguments], capture_output=True, check=False).returncode != 0
-
-
 def fill_up(journal: Journal, recorder: Any, limit: int) -> tuple[list[int], JournalError | None]:
     """Ends requests with 20 kB answers until the disk has no room: which ends are durable as far as told, the error."""
     durable: list[int] = []
@@ -314,24 +309,6 @@ def test_a_disk_that_fails_is_not_written_to_again(path: Path, monkeypatch: pyte
 
 
 # ---------------------------------------------------------------- folders that cannot be written
-
-
-@contextmanager
-def read_only(folder: Path) -> Iterator[None]:
-    """The folder cannot be written, not even by root."""
-    if os.geteuid() != 0:
-        folder.chmod(0o500)
-        try:
-            yield
-        finally:
-            folder.chmod(0o700)
-        return
-    if mount("--bind", folder, folder) or mount("-o", "remount,bind,ro", folder):
-        pytest.skip("neither permissions nor mounts can make a folder read-only here")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", folder], check=True)
 
 
 def test_a_read_only_folder_is_one_clear_line_and_can_still_be_looked_into(tmp_path: Path) -> None:
