@@ -22,8 +22,9 @@ help:  ## this list
 
 install: $(STAMP_ALL)  ## the whole set-up: .venv with all extras and the development tools
 
-demo: $(STAMP_SIM) examples/batch.jsonl  ## plan the example batch; the report goes to out/report.html
+demo: $(STAMP_SIM) examples/batch.jsonl  ## plan the example batch (out/report.html), then run it against a provider here
 	@$(BIN)/paceline plan examples/batch.jsonl --env-file examples/today.env --out $(OUT)
+	@$(BIN)/python examples/live.py --out $(OUT)
 
 test: $(STAMP_ALL)  ## the whole test suite (PYTEST_ARGS='-k law' for a part)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -71,6 +72,6 @@ $(STAMP_ALL): pyproject.toml constraints.txt | $(BIN)/pip
 	@touch $(STAMP_SIM) $@
 
 $(STAMP_SIM): pyproject.toml constraints.txt | $(BIN)/pip
-	@echo "setting up $(VENV) with what planning needs: about a minute the first time ..."
-	@$(PIP) install --constraint constraints.txt --editable '.[sim]'
+	@echo "setting up $(VENV) with what planning and rehearsing need: about a minute the first time ..."
+	@$(PIP) install --constraint constraints.txt --editable '.[sim,server]'
 	@touch $@

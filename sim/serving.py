@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -27,6 +27,10 @@ def provider(
     ] = None,
     faults: Annotated[str | None, typer.Option(metavar="FILE.yaml", help="What goes wrong, and when.")] = None,
     time_scale: Annotated[float, typer.Option(metavar="X", help="How many times as fast as the clock.")] = 1.0,
+    stated_time: Annotated[
+        Literal["client", "provider"],
+        typer.Option(help="Whose seconds it states; provider's for a run of the same --time-scale."),
+    ] = "client",
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of answers, latency and faults.")] = 0,
 ) -> None:
     """Serve a synthetic provider on loopback.
@@ -48,4 +52,6 @@ def provider(
         "latency": None if latency is None else latency_of(latency),
     }
     changes = {name: value for name, value in changes.items() if value is not None}
-    run_provider(port, config.with_(**changes) if changes else config, faults=faults, seed=seed, time_scale=time_scale)
+    if changes:
+        config = config.with_(**changes)
+    run_provider(port, config, faults=faults, seed=seed, time_scale=time_scale, stated_time=stated_time)

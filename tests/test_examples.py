@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from pathlib import Path
 from statistics import fmean, median
 from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
 from dotenv import dotenv_values
 
@@ -120,3 +123,69 @@ def test_the_policy_reads_todays_settings_and_nothing_else() -> None:
     read = Policy.from_env(dotenv_values(EXAMPLES / "today.env"))
     assert read == Policy.preset("guardrails")
     assert "change-me" not in repr(read.to_env())
+
+
+# ---------------------------------------------------------------- the demo's live step
+
+
+LIVE = [sys.executable, str(EXAMPLES / "live.py")]
+
+
+def test_the_live_step_wants_a_plan(tmp_path: Path) -> None:
+    done = subprocess.run([*LIVE, "--out", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == f"{tmp_path / 'recommended.env'} is not there: let `make demo` plan the batch first\n"
+
+
+@pytest.fixture
+def planned(tmp_path: Path) -> Path:
+    """A folder as a plan leaves it; the provider has no limits and answers at once."""
+    free = {"OPENAI_MAX_CONCURRENCY": "50", "OPENAI_STAGGER_SECONDS": "0", "OPENAI_TPM_LIMIT": "10000000"}
+    (tmp_path / "recommended.env").write_text("".join(f"{name}={value}\n" for name, value in free.items()))
+    latency = {"first_token_s": 0.5, "per_token_s": 0.0, "sigma": 0.0, "stall_ratio": 0.0}
+    scenario = {
+        "workload": {"path": str(EXAMPLES / "batch.jsonl")},
+        "provider": {"tpm": 10_000_000, "latency": latency},
+    }
+    (tmp_path / "scenario.yaml").write_text(json.dumps(scenario))
+    figures = {"recommended": {"figures": {"makespan_s": {"p50": 90.0}}}}
+    (tmp_path / "plan.json").write_text(json.dumps(figures))
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_the_live_step_runs_the_batch_and_compares(planned: Path) -> None:
+    done = subprocess.run([*LIVE, "--out", str(planned)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[2] for line in done.stdout.splitlines() if line.startswith("$")] == [
+        "provider",
+        "run",
+        "backtest",
+    ]
+    assert "done                200 of 200" in done.stdout
+    assert "The plan had said 1 min 30 s" in done.stdout
+    assert len((planned / "live" / "results.jsonl").read_text().splitlines()) == 200
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_live_step_and_its_provider(planned: Path) -> None:
+    slow = (planned / "scenario.yaml").read_text().replace('"first_token_s": 0.5', '"first_token_s": 600.0')
+    (planned / "scenario.yaml").write_text(slow)
+    with subprocess.Popen([*LIVE, "--out", str(planned)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("$ paceline run"):
+                break
+        step = psutil.Process(process.pid)
+        # As a terminal does: to everybody in the foreground. The provider is not.
+        waited_until = time.monotonic() + 60.0
+        while not (journal := planned / "live" / "results.journal.db").exists():
+            assert time.monotonic() < waited_until, journal
+            time.sleep(0.05)
+        (provider,) = [child for child in step.children() if "provider" in child.cmdline()]
+        for child in (*step.children(), step):
+            if child != provider:
+                child.send_signal(signal.SIGINT)
+                child.send_signal(signal.SIGINT)
+        assert process.wait(60) != 0
+    assert not provider.is_running()
