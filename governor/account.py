@@ -31,6 +31,7 @@ MESSAGES = {
     FailureCode.REQUEST_TOO_LARGE: "it needs more tokens than the limit: it was never sent",
     FailureCode.SERVER_ERROR: "every attempt failed on the provider's side",
     FailureCode.TIMEOUT: "no attempt was answered in time",
+    FailureCode.BATCH_CANCELLED: "the batch was cancelled before it was answered",
     FailureCode.CONNECTION_DROPPED: "no attempt reached the provider, or every connection broke off",
 }
 

@@ -141,6 +141,7 @@ class FailureCode(StrEnum):
     CONNECTION_DROPPED = "OPENAI_CONNECTION_DROPPED"
     BAD_REQUEST = "BAD_REQUEST"
     UNAUTHORIZED = "UNAUTHORIZED"
+    BATCH_CANCELLED = "BATCH_CANCELLED"
 
     @property
     def fault(self) -> str:
@@ -164,4 +165,5 @@ _FAULT_AND_RETRYABLE = {
     FailureCode.CONNECTION_DROPPED: (PROVIDER, True),
     FailureCode.BAD_REQUEST: (CALLER, False),
     FailureCode.UNAUTHORIZED: (OPERATOR, False),
+    FailureCode.BATCH_CANCELLED: (CALLER, True),
 }

@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from sqlalchemy import Connection, and_, delete, func, insert, inspect, select, update
+from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, inspect, select, update
 
 from governor import __version__
 from governor.database import Database, JournalError
@@ -218,7 +218,7 @@ class Journal(Records):
             connection.execute(delete(requests))
             connection.execute(delete(bodies))
         count = 0
-        for rows, texts in _chunks(works):
+        for rows, texts in chunks(works):
             with self._database.writing() as connection:
                 connection.execute(insert(requests), rows)
                 connection.execute(insert(bodies), texts)
@@ -266,11 +266,11 @@ class Journal(Records):
         writer.commit()
         states = {pool: self._state_of(pool, policy, at_s) for pool, policy in settings.items()}
         with self._database.writing() as connection:
-            resent = _stock_taken(connection)
+            resent = stock_taken(connection)
             leg = (connection.execute(select(func.max(legs.c.leg))).scalar() or 0) + 1
             row = {"leg": leg, "began_s": at_s, "ended_s": -1.0, "ending": "", "version": version}
             connection.execute(insert(legs), row)
-            numbers = _pool_numbers(connection, settings)
+            numbers = pool_numbers(connection, settings)
             for pool, policy in settings.items():
                 number = numbers[pool]
                 row = {"leg": leg, "pool": number, "at_s": at_s, "settings": settings_of(policy)}
@@ -287,13 +287,7 @@ class Journal(Records):
         before = [settings.leg for settings in self.settings() if settings.pool == pool]
         if not before:
             return None
-        replay = Replay()
-        try:
-            for decision in self.decisions(pool, before[-1]):
-                replay.decide(decision.name, decision.arguments)
-        except (ArithmeticError, LookupError, TypeError, ValueError):
-            return State()
-        return replay.carried_over(policy.params(), at_s)
+        return state_after(self, pool, before[-1], policy, at_s)
 
     def forecast(self, content: Mapping[str, Any], at_s: float) -> None:
         """Writes down what is expected; before the first launch, for what comes later is no forecast."""
@@ -312,7 +306,7 @@ class Journal(Records):
         """Ends the leg in good order: nothing is in flight any more. `ending`: why, in a word."""
         self._running().commit()
         with self._database.writing() as connection:
-            _stock_taken(connection)
+            stock_taken(connection)
             connection.execute(update(legs).where(legs.c.leg == self._leg).values(ended_s=at_s, ending=ending))
 
     # ------------------------------------------------------------ steering from another process
@@ -372,6 +366,20 @@ class Journal(Records):
                     connection.execute(statement).fetchall()
 
 
+def state_after(records: Records, pool: str, leg: int, policy: Policy, at_s: float) -> State:
+    """The law's state where a leg left a pool, carried over to `at_s` and these settings.
+
+    Fresh where today's law cannot follow what was recorded.
+    """
+    replay = Replay()
+    try:
+        for decision in records.decisions(pool, leg):
+            replay.decide(decision.name, decision.arguments)
+    except (ArithmeticError, LookupError, TypeError, ValueError):
+        return State()
+    return replay.carried_over(policy.params(), at_s)
+
+
 def fingerprint_of(file: io.BufferedIOBase) -> str:
     """The SHA-256 of a file opened in binary, from where it stands to its end, as 64 hexadecimal digits."""
     return hashlib.file_digest(file, "sha256").hexdigest()
@@ -408,7 +416,7 @@ def _recognised(database: Database) -> None:
         raise JournalError(f"{database.name}: {text}")
 
 
-def _chunks(works: Iterable[Work]) -> Iterator[tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
+def chunks(works: Iterable[Work]) -> Iterator[tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
     """Rows of `requests` and `bodies`, as many at a time as one transaction should hold."""
     rows: list[dict[str, Any]] = []
     texts: list[dict[str, Any]] = []
@@ -439,7 +447,7 @@ def _work_row(work: Work) -> dict[str, float]:
     return {name: getattr(work, name) for name in _WORK}
 
 
-def _pool_numbers(connection: Connection, names: Iterable[str]) -> dict[str, int]:
+def pool_numbers(connection: Connection, names: Iterable[str]) -> dict[str, int]:
     """The number of each pool; new ones get the next."""
     numbers = {name: number for number, name in connection.execute(select(pools.c.pool, pools.c.name))}
     for name in names:
@@ -449,14 +457,16 @@ def _pool_numbers(connection: Connection, names: Iterable[str]) -> dict[str, int
     return numbers
 
 
-def _stock_taken(connection: Connection) -> int:
+def stock_taken(connection: Connection, among: ColumnElement[bool] | None = None) -> int:
     """Makes what is in flight pending again, since nobody is there to hear its answer; returns how many are resent.
+
+    `among`: only of these rows of `requests`.
 
     Not resent is a request whose main answer did arrive, cut off, and whose finalize pass had not been launched: that
     pass is what is left of it.
     """
     c, a = requests.c, attempts.c
-    flying = c.state == IN_FLIGHT
+    flying = c.state == IN_FLIGHT if among is None else and_(c.state == IN_FLIGHT, among)
     if not connection.execute(select(c.request).where(flying).limit(1)).all():
         return 0
     same = and_(a.request == c.request, a.lane == c.lane, a.attempt == c.attempt, a.launched_s == c.launched_s)
