@@ -43,12 +43,16 @@ def foresee(outlook: Outlook) -> Expectation:
     """What this pool's run is expected to do, simulated."""
     if not 0 < outlook.demand.requests <= REQUESTS_MOST:
         return fluid(outlook)
-    workload, models = _workload(outlook)
+    workload, models = workload_of(outlook)
     n = len(workload)
     policy = outlook.pool.policy
-    provider = _provider(policy, models)
+    provider = believed_provider(policy, models)
     runs = max(RUNS_LEAST, min(RUNS_MOST, REQUESTS_SIMULATED // max(1, n)))
-    found = [_run(workload, policy, provider, outlook, outlook.seed + i) for i in range(runs)]
+    seeds = range(outlook.seed, outlook.seed + runs)
+    found = [
+        run_once(with_outputs_assumed(workload, seed), policy, provider, finalize=outlook.finalize, seed=seed)
+        for seed in seeds
+    ]
     finish = _interval([run.finish_s for run in found])
     throttled = _interval([float(run.throttled) for run in found])
     attempts = _interval([float(run.attempts) for run in found])
@@ -76,7 +80,7 @@ def foresee(outlook: Outlook) -> Expectation:
     )
 
 
-def _workload(outlook: Outlook) -> tuple[Workload, NDArray[Any]]:
+def workload_of(outlook: Outlook) -> tuple[Workload, NDArray[Any]]:
     """The pool's requests that are left, without answers; and their models. Shape (requests,)."""
     sizes: dict[str, array[int]] = {name: array("q") for name in Sizes.__slots__}
     models: list[str] = []
@@ -95,7 +99,7 @@ def _workload(outlook: Outlook) -> tuple[Workload, NDArray[Any]]:
     return workload, np.array(models, dtype=object)
 
 
-def _provider(policy: Policy, models: NDArray[Any]) -> ProviderConfig:
+def believed_provider(policy: Policy, models: NDArray[Any]) -> ProviderConfig:
     """The provider as the settings believe it to be."""
     names, counts = np.unique(models.astype(str), return_counts=True)
     model = _SNAPSHOT.sub("", str(names[counts.argmax()]))
@@ -110,21 +114,23 @@ def _provider(policy: Policy, models: NDArray[Any]) -> ProviderConfig:
     ).with_(**given)
 
 
-class _Run:
+class Run:
     """One simulated run: its figures, and when each share of the requests had ended."""
 
     def __init__(self) -> None:
         self.finish_s = 0.0
         self.throttled = 0
         self.attempts = 0
+        self.failed = 0
+        self.efficiency: float | None = None
         self.waits_s: list[float] = []
         self.service_s = 0.0
         self.ends_at: list[float] = []
         self.answer_tokens: NDArray[Any] = np.zeros(0)
 
 
-def _run(workload: Workload, policy: Policy, provider: ProviderConfig, outlook: Outlook, seed: int) -> _Run:
-    drawn = with_outputs_assumed(workload, seed)
+def run_once(drawn: Workload, policy: Policy, provider: ProviderConfig, *, finalize: bool, seed: int) -> Run:
+    """One simulated run of requests whose answers are known or drawn."""
     case = Case(
         columns=columns(
             drawn,
@@ -137,7 +143,7 @@ def _run(workload: Workload, policy: Policy, provider: ProviderConfig, outlook: 
         provider=provider.params(),
         grant=provider.grant(),
         from_trace=False,
-        finalize_max_tokens=policy.finalize_max_tokens if outlook.finalize else 0,
+        finalize_max_tokens=policy.finalize_max_tokens if finalize else 0,
     )
     ends, services = array("d"), array("d")
 
@@ -148,9 +154,11 @@ def _run(workload: Workload, policy: Policy, provider: ProviderConfig, outlook: 
             ends.append(now)
 
     tally = simulated(case, seed, ended)
-    run = _Run()
+    run = Run()
     run.finish_s = float(tally.last_s)
     run.throttled, run.attempts = tally.throttled, tally.attempts
+    summary = tally.summary(case.grant)
+    run.failed, run.efficiency = summary.failed, summary.efficiency
     run.waits_s = list(tally.waits_s)
     run.service_s = float(np.mean(services)) if services else 0.0
     run.ends_at = np.quantile(ends, SHARES).tolist() if ends else [0.0] * len(SHARES)
