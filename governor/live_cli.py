@@ -168,7 +168,7 @@ def run(
         requests=Path(requests),
         out=results,
         journal=journal if journal is not None else journal_path(results),
-        pools=pools_of(environment, env_file, _words(assignments, tpm, rpm), pools, base_url),
+        pools=pools_of(environment, env_file, words_of(assignments, tpm, rpm), pools, base_url),
         environment=environment,
         prices=read_prices(prices if prices is not None else SHIPPED),
         manner=manner,
@@ -235,7 +235,7 @@ def preflight(
     from governor.preflight import preflight as judge
     from governor.words import until_s
 
-    words = [*_words(assignments, tpm, rpm), *([f"PREFLIGHT_MODE={mode}"] if mode else [])]
+    words = [*words_of(assignments, tpm, rpm), *([f"PREFLIGHT_MODE={mode}"] if mode else [])]
     found = pools_of(environment_of(env_file), env_file, words, pools, None)
     deadline_s = None if deadline is None else until_s(deadline, "--deadline")
     verdicts = {}
@@ -290,7 +290,7 @@ def doctor(
     from governor.sending import connect_with
 
     environment = environment_of(env_file)
-    found = pools_of(environment, env_file, _words(assignments, tpm, rpm), pools, base_url)
+    found = pools_of(environment, env_file, words_of(assignments, tpm, rpm), pools, base_url)
     findings: Sequence[Finding] = examine(found, environment, connect_with(environment), model)
     if as_json:
         print(json.dumps({finding.pool: finding.to_json_dict() for finding in findings}, indent=2))
@@ -302,7 +302,7 @@ def doctor(
 # ---------------------------------------------------------------- what options mean together
 
 
-def _words(assignments: Sequence[str] | None, tpm: str | None, rpm: str | None) -> list[str]:
+def words_of(assignments: Sequence[str] | None, tpm: str | None, rpm: str | None) -> list[str]:
     """The settings of the command line, the special ones first, so that a --set wins."""
     from governor.words import count_of
 

@@ -17,12 +17,14 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.main import get_command
 
+from governor.cli import FORECAST, WHAT_IF
 from governor.cli import app as governor_app
 from governor.errors import PacelineError
 from sim.options import Options, finish_by_s, share, takes_options
@@ -262,6 +264,8 @@ def _start(
         raise typer.Exit(BAD_INPUT)
     # What a live run asks before it starts; `governor` knows of no simulator.
     context.obj = _foresee
+    if find_spec("numpy") is not None:
+        context.meta[FORECAST], context.meta[WHAT_IF] = _quick_forecast, _what_if
 
 
 # ---------------------------------------------------------------- steps
@@ -271,6 +275,18 @@ def _foresee(outlook: Outlook) -> Expectation:
     from sim.foresight import foresee
 
     return foresee(outlook)
+
+
+def _quick_forecast(outlook: Outlook) -> float | None:
+    from sim.whatif import quick_forecast
+
+    return quick_forecast(outlook)
+
+
+def _what_if(question: Mapping[str, Any]) -> dict[str, Any]:
+    from sim.whatif import what_if
+
+    return what_if(question)
 
 
 def _inputs(given: Options, *, fit: bool = True) -> Inputs:

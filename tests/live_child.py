@@ -67,12 +67,15 @@ def main() -> None:
 
     import governor.batch
     import governor.sending
+    import governor.service.run
     import governor.status
     import sim.cli
     import sim.foresight
+    import sim.whatif
     from governor.openai_adapter import Adapter
 
     assert all((scipy.stats, governor.batch, governor.sending, governor.status, sim.cli, sim.foresight))
+    assert all((governor.service.run, sim.whatif))
     # The SDK fetches half of itself when its first client is made.
     Adapter(environment={"OPENAI_API_KEY": "nobody's"})
     read_fd, write_fd = os.pipe()

@@ -51,6 +51,15 @@ MODULE_EXTRAS = {
 ONE_DOOR = {"openai": "governor/openai_adapter.py", "redis": "governor/store.py"}
 
 
+# Who lives in such a folder may use that extra.
+FOLDER_EXTRAS = {"governor/service/": {"service"}}
+
+
+def extras_of(path: Path) -> set[str]:
+    found = set(MODULE_EXTRAS.get(name_of(path), ()))
+    return found.union(*(extras for folder, extras in FOLDER_EXTRAS.items() if name_of(path).startswith(folder)))
+
+
 def modules() -> list[Path]:
     return sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
@@ -190,7 +199,7 @@ def test_third_party_imports_are_declared_where_they_are_used() -> None:
     faults = []
     for path in modules():
         allowed = base if path.is_relative_to(ROOT / "governor") else simulation
-        for extra in MODULE_EXTRAS.get(name_of(path), ()):
+        for extra in extras_of(path):
             allowed = allowed | names(declared(extra))
         for imported, line in imports(path):
             top = imported.split(".")[0]

@@ -1,0 +1,224 @@
+"""A batch on its way in: read as a stream, judged, made durable, and only then accepted.
+
+What lives here: these steps. What must not: HTTP, and the rules of the verdict (`governor/preflight.py`).
+
+Lines go into the database as they are read, a few hundred at a time, under a batch that nobody else can see yet; a
+small batch needs no such detour and is written with its acceptance, in one transaction. A process that dies before the
+acceptance leaves nothing: whoever takes its batches over removes it. In memory remain 80 bytes of sizes a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from governor.database import JournalError
+from governor.driver import Work
+from governor.errors import BadInput
+from governor.forecast import Demand, Outlook
+from governor.intake import pooled, work_of
+from governor.pools import Pool
+from governor.preflight import InUse, Verdict, fluid_forecast, preflight
+from governor.requests import Request
+from governor.schema import to_json
+from governor.service.errors import NOT_READY, RATE_LIMITED, ApiError
+from governor.service.policies import checked_overrides
+from governor.service.store import QUEUED, RECEIVING, BatchRow, Key, new_id
+from governor.service.tables import BATCH_REQUESTS_MOST
+from governor.service.worker import Worker
+
+# Requests, and about how many bytes of bodies, that are held before they are written.
+CHUNK, CHUNK_BYTES = 500, 4 * 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What somebody wants of a batch. `template`: id and version, None = raw lines."""
+
+    who: str
+    deadline_s: float | None = None
+    finalize: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    template: tuple[str, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """The verdict on a batch, and the pool that it is about: the one that refuses, or that will end last."""
+
+    pool: str
+    verdict: Verdict
+
+    def to_json_dict(self) -> dict[str, Any]:
+        names = list(Verdict.__dataclass_fields__)
+        return {"pool": self.pool} | {name: getattr(self.verdict, name) for name in names}
+
+    def refusal(self) -> ApiError:
+        """The 503 of a batch that may not start."""
+        v = self.verdict
+        names = ("projected_tokens", "budget_tokens", "in_use_tokens", "suggested_wait_s", "retryable", "max_runs_now")
+        details = {name: getattr(v, name) for name in names} | {"pool": self.pool}
+        headers = {} if v.suggested_wait_s is None else {"Retry-After": str(v.suggested_wait_s)}
+        return ApiError(503, RATE_LIMITED, v.reason, details, headers)
+
+
+class Incoming:
+    """One batch on its way in: `read`, `judge`, then `accept` or `discard`, which leaves nothing.
+
+    `stores`: whether it may be accepted; a mere preflight keeps nothing.
+    """
+
+    def __init__(self, worker: Worker, wish: Wish, *, stores: bool = True) -> None:
+        self.wish = wish
+        self.demands: dict[str, Demand] = {}
+        self.pools: list[Pool] = []
+        self.own: dict[str, str] = {}
+        self._worker = worker
+        self._stores = stores
+        self._replica = worker.replica
+        self._number = 0
+        self._buffer: list[Work] = []
+        self._bytes = 0
+        for pool, policy in worker.policies.in_force().items():
+            own = checked_overrides(policy, wish.settings)
+            self.own = own
+            stated = next(each for each in worker.config.pools if each.name == pool)
+            words = [f"{name}={value}" for name, value in own.items()]
+            self.pools.append(replace(stated, policy=policy.set_values(words)))
+            self.demands[pool] = Demand()
+
+    @property
+    def count(self) -> int:
+        """Requests read so far."""
+        return sum(demand.requests for demand in self.demands.values())
+
+    # ------------------------------------------------------------ in a thread
+
+    def read(self, requests: Iterable[Request], name: str) -> None:
+        """Reads all requests of the input. BadInput for one that is wrong. Blocks."""
+        for request, pool in pooled(requests, self.pools, name):
+            if request.index >= BATCH_REQUESTS_MOST:
+                raise BadInput(f"more than {BATCH_REQUESTS_MOST:,} requests: send several batches", name)
+            work = work_of(request, pool.policy)
+            self.demands[pool.name].add(request.model, request.sizes, int(work.reserve))
+            if self._stores:
+                self._buffer.append(work)
+                self._bytes += request.sizes.chars
+                if len(self._buffer) >= CHUNK or self._bytes >= CHUNK_BYTES:
+                    self._spill()
+
+    def _spill(self) -> None:
+        """Writes what is held, under a batch that nobody sees yet."""
+        store, ledger = self._worker.store, self._worker.ledger
+        with store.database.writing() as c:
+            if not self._number:
+                self._number = store.add_batch(c, self._values(RECEIVING, new_id("batch"), {}))
+            ledger.write(c, self._number, self._buffer)
+        self._buffer, self._bytes = [], 0
+
+    def _values(self, state: str, batch_id: str, details: Mapping[str, Any]) -> dict[str, Any]:
+        wish = self.wish
+        template_id, version = wish.template or ("", 0)
+        return {
+            "batch_id": batch_id,
+            "state": state,
+            "owner": self._replica,
+            "requests": self.count,
+            "who": wish.who[:255],
+            "template_id": template_id,
+            "template_version": version,
+            "finalize": int(wish.finalize),
+            "deadline_s": -1.0 if wish.deadline_s is None else wish.deadline_s,
+            "details": details,
+        }
+
+    def discard(self) -> None:
+        """Removes what was written. Blocks."""
+        if self._number:
+            self._worker.ledger.erase(self._number)
+            with self._worker.store.database.writing() as c:
+                self._worker.store.remove_batch(c, self._number)
+            self._number = 0
+
+    def _accepted(self, judged: Judged, key: Key | None, answer: Callable[[BatchRow], dict[str, Any]]) -> BatchRow:
+        """The acceptance: everything that makes the batch, in one transaction. Blocks."""
+        v, store = judged.verdict, self._worker.store
+        busy = [name for name, demand in self.demands.items() if demand.requests]
+        details = {
+            "settings": self.own,
+            "pools": busy,
+            "tokens": sum(demand.total for demand in self.demands.values()),
+            "forecast": {"finish_s": v.forecast_finish_s, "by": v.forecast_by, "bound": v.forecast_bound},
+        }
+        with store.database.writing() as c:
+            if not store.holds(c, self._replica):
+                raise JournalError("this replica's lease was lost while a batch came in", retryable=True)
+            if self._number:
+                values = {"state": QUEUED, "requests": self.count, "details": to_json(details)}
+                store.change_batch(c, self._number, **values)
+            else:
+                self._number = store.add_batch(c, self._values(QUEUED, new_id("batch"), details))
+            self._worker.ledger.write(c, self._number, self._buffer)
+            row = store.numbered(c, self._number)
+            if key is not None:
+                store.keep(c, key, 202, to_json(answer(row)))
+        self._buffer = []
+        return row
+
+    # ------------------------------------------------------------ in the event loop
+
+    async def judge(self) -> Judged:
+        """Whether the batch may start now, pool by pool: each has its own budget, and counts its own runs alone."""
+        if not self._worker.ready:
+            text = f"the service takes no batches right now: {self._worker.trouble}"
+            raise ApiError(503, NOT_READY, text, {"retryable": True}, {"Retry-After": "2"})
+        found: list[Judged] = []
+        for pool in self.pools:
+            demand = self.demands[pool.name]
+            if not demand.requests and len(self.pools) > 1 and self.count:
+                continue
+            judged = await self._judged(pool, demand)
+            if not judged.verdict.ok:
+                return judged
+            found.append(judged)
+        return max(found, key=lambda each: each.verdict.forecast_finish_s or math.inf)
+
+    async def _judged(self, pool: Pool, demand: Demand) -> Judged:
+        lane = self._worker.lanes.get(pool.name)
+        booked = lane.booked() if lane is not None else InUse()
+        service_s = (lane.meter.service_s if lane is not None else 0.0) or demand.assumed_service_s()
+        deadline_s, load = self.wish.deadline_s, demand.load()
+        verdict = preflight(pool.policy, load, booked=booked, service_s=service_s)
+        if not verdict.ok:
+            return Judged(pool.name, verdict)
+        simulate = self._worker.config.forecast
+        alone_s = None
+        if simulate is not None and load.count:
+            outlook = Outlook(pool=pool, demand=demand, finalize=self.wish.finalize)
+            alone_s = await asyncio.to_thread(simulate, outlook)
+        fluid_s = fluid_forecast(pool.policy, load, service_s=service_s).finish_s
+        finish_s = fluid_s if alone_s is None else alone_s
+        # What runs already and what is booked come on top, as a fluid: so much can be known of them.
+        ahead, tokens = self._worker.ahead_of(load.count, float(load.total), pool.name)
+        if lane is not None and not lane.blocked and not lane.governor.s.paused:
+            lane.assumed_s = lane.assumed_s or service_s
+            finish_s += max(0.0, min(1e9, lane.eta_s(ahead, tokens)) - fluid_s)
+        verdict = preflight(
+            pool.policy, load, booked=booked, deadline_s=deadline_s, forecast=lambda: finish_s, service_s=service_s
+        )
+        if alone_s is None:
+            verdict = replace(verdict, forecast_by="fluid")
+        return Judged(pool.name, verdict)
+
+    async def accept(self, judged: Judged, key: Key | None, answer: Callable[[BatchRow], dict[str, Any]]) -> BatchRow:
+        """Makes the batch durable, and begins it. `KeyTakenError` where the same was accepted a moment ago."""
+        # Shielded: a client that goes away now does not leave it half done.
+        return await asyncio.shield(self._accept(judged, key, answer))
+
+    async def _accept(self, judged: Judged, key: Key | None, answer: Callable[[BatchRow], dict[str, Any]]) -> BatchRow:
+        row = await asyncio.to_thread(self._accepted, judged, key, answer)
+        await self._worker.adopt(row)
+        return row

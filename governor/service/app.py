@@ -1,0 +1,122 @@
+"""The application: its parts put together, its life, its OpenAPI.
+
+What lives here: what no single route is about. What must not: routes (`routes_*`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import anyio.to_thread
+from fastapi import FastAPI
+from fastapi.staticfiles import StaticFiles
+
+from governor import __version__
+from governor.driver import Governor
+from governor.metrics import Metrics
+from governor.service import routes_batches, routes_rest, routes_templates
+from governor.service.auth import Authority, Door
+from governor.service.base import ServiceDatabase
+from governor.service.bodies import BatchRun, ErrorOut
+from governor.service.config import ServiceConfig
+from governor.service.errors import HANDLERS
+from governor.service.events import Events
+from governor.service.lane import MakeGovernor
+from governor.service.ledger import Ledger
+from governor.service.state import Service
+from governor.service.store import Store
+from governor.service.worker import Worker
+
+# Threads that wait for the database or read uploads.
+THREADS = 32
+DESCRIPTION = (
+    "Runs batches of LLM calls within one quota: templates, guarded batches, what-if. Errors are "
+    '`{"error": {"code", "message", "details"}}`; codes do not change.'
+)
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorOut, "description": text}
+    for status, text in (
+        (400, "It cannot be read."),
+        (401, "A bearer token is needed, or is not known."),
+        (403, "The token's scope does not include this."),
+        (404, "There is no such thing."),
+        (405, "Not with this method."),
+        (409, "It contradicts what was asked before, or what is already over."),
+        (413, "The body is too large."),
+        (415, "Not this kind of body."),
+        (422, "It has not the shape that it must have, or a value that is not allowed."),
+        (500, "A bug in the service."),
+        (501, "What it needs is not installed."),
+        (503, "Not right now."),
+    )
+}
+
+
+def service_of(config: ServiceConfig, *, make: MakeGovernor = Governor) -> Service:
+    """The parts. Opens, locks and migrates the database: JournalError where that cannot be."""
+    database = ServiceDatabase(config.database)
+    try:
+        database.prepared()
+        store = Store(database)
+        metrics = Metrics()
+        worker = Worker(config, store, Ledger(store), metrics, make=make)
+    except BaseException:
+        database.closed()
+        raise
+    return Service(config, store, worker, Events(worker), metrics)
+
+
+def app_of(service: Service) -> FastAPI:
+    """The application over these parts; its worker lives as long as it does."""
+    app = FastAPI(
+        title="Paceline",
+        version=__version__,
+        description=DESCRIPTION,
+        lifespan=_lifespan,
+        responses=_ERRORS,
+        exception_handlers=HANDLERS,
+        separate_input_output_schemas=False,
+    )
+    app.state.service = service
+    app.state.authority = Authority(service.config, service.store)
+    for router in (routes_templates.router, routes_batches.router, routes_rest.router):
+        app.include_router(router)
+    app.mount("/static", StaticFiles(directory=routes_rest.STATIC, check_dir=False), name="static")
+    app.add_middleware(Door, config=service.config)
+    _described(app)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    service: Service = app.state.service
+    anyio.to_thread.current_default_thread_limiter().total_tokens = THREADS
+    work = asyncio.create_task(service.worker.run())
+    try:
+        yield
+    finally:
+        service.events.close()
+        service.worker.stop()
+        with suppress(asyncio.CancelledError):
+            await work
+        service.store.database.closed()
+
+
+def _described(app: FastAPI) -> None:
+    """OpenAPI as FastAPI makes it, with what it cannot see: bodies that a route reads by itself."""
+    made = app.openapi
+
+    def described() -> dict[str, Any]:
+        fresh = app.openapi_schema is None
+        found = made()
+        if fresh:
+            schemas = found["components"]["schemas"]
+            stated = BatchRun.model_json_schema(ref_template="#/components/schemas/{model}")
+            schemas.update(stated.pop("$defs", {}))
+            schemas["BatchRun"] = stated
+        return found
+
+    app.openapi = described  # type: ignore[method-assign]

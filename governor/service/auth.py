@@ -1,0 +1,169 @@
+"""Who may do what: bearer tokens with a scope, and the door that every request comes through.
+
+What lives here: tokens, the check of address and origin, and the limit of a body's size. What must not: what a token
+is good for in a single route (`Depends(needs(...))` there).
+
+A token has 256 random bits, so its SHA-256 is as good as a slow hash, and that alone is stored. Scopes include each
+other: admin may run, run may read. On loopback without tokens whoever is on this machine is admin; then a browser must
+not be a way in from elsewhere, so the Host must be this machine's own name (no DNS rebinding), and what changes
+something must not come from another origin's page.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+import anyio.to_thread
+from fastapi import Depends, Request
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from governor.service.config import SCOPES, ServiceConfig, is_local_host
+from governor.service.errors import BODY_TOO_LARGE, FORBIDDEN, UNAUTHENTICATED, ApiError, answer_of
+from governor.service.store import Store
+
+PREFIX = "pcl_"
+REFRESH_S = 2.0
+SAFE = ("GET", "HEAD", "OPTIONS")
+UPLOADS = ("/batches",)
+_bearer = HTTPBearer(auto_error=False, description="A token of `paceline token add`.")
+Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks. `name`: as it is recorded; `scope`: the most that they may do."""
+
+    name: str
+    scope: str
+
+    def may(self, scope: str) -> bool:
+        """Whether their scope includes that one."""
+        return SCOPES.index(self.scope) >= SCOPES.index(scope)
+
+
+LOCAL = Caller("local", "admin")
+
+
+def new_token() -> str:
+    """A token that nobody guesses."""
+    return PREFIX + secrets.token_urlsafe(32)
+
+
+def hash_of(token: str) -> str:
+    """What is stored of a token."""
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+class Authority:
+    """Knows the tokens, at most some seconds late."""
+
+    def __init__(self, config: ServiceConfig, store: Store) -> None:
+        self.open = config.is_local and not config.require_token
+        self._store = store
+        self._known: dict[str, tuple[str, str]] = {}
+        self._read_at = -REFRESH_S
+
+    async def caller(self, token: str) -> Caller:
+        """Who presents that token, "" = none. `ApiError` 401 for nobody we know."""
+        if not token:
+            if self.open:
+                return LOCAL
+            raise _unknown("a bearer token is needed: send `Authorization: Bearer TOKEN`")
+        if time.monotonic() - self._read_at >= REFRESH_S:
+            self._known = await anyio.to_thread.run_sync(self._store.tokens)
+            self._read_at = time.monotonic()
+        # Looked up by its hash, so the time that it takes says nothing of the token.
+        found = self._known.get(hash_of(token))
+        if found is None:
+            raise _unknown("that token is not known here: `paceline token add NAME` makes one")
+        return Caller(*found)
+
+
+def _unknown(message: str) -> ApiError:
+    return ApiError(401, UNAUTHENTICATED, message, headers={"WWW-Authenticate": "Bearer"})
+
+
+def needs(scope: str) -> Callable[..., Any]:
+    """The dependency of a route that asks for a scope; it hands over the `Caller`."""
+
+    async def checked(request: Request, credentials: Credentials) -> Caller:
+        authority: Authority = request.app.state.authority
+        if credentials is None and request.headers.get("authorization"):
+            raise _unknown("the Authorization header is not `Bearer TOKEN`")
+        caller = await authority.caller(credentials.credentials if credentials else "")
+        if not caller.may(scope):
+            raise ApiError(403, FORBIDDEN, f"token {caller.name!r} has scope {caller.scope}, this needs {scope}")
+        return caller
+
+    return checked
+
+
+class Door:
+    """The first that sees a request: where it comes from, and how much it brings."""
+
+    def __init__(self, app: ASGIApp, config: ServiceConfig) -> None:
+        self._app = app
+        self._config = config
+        self._guards = config.is_local and not config.require_token
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        try:
+            if self._guards:
+                _check_origin(scope["method"], headers)
+            limit = self._limit(scope["path"])
+            stated = headers.get(b"content-length", "")
+            if stated.isdecimal() and int(stated) > limit:
+                raise _too_large(limit)
+        except ApiError as error:
+            await answer_of(error)(scope, receive, send)
+            return
+        await self._app(scope, _counted(receive, limit), send)
+
+    def _limit(self, path: str) -> int:
+        uploads = path in UPLOADS or path.endswith("/batch-run") or path.endswith("/preflight")
+        return self._config.upload_bytes if uploads else self._config.body_bytes
+
+
+def _counted(receive: Receive, limit: int) -> Receive:
+    """The same body; `ApiError` once it turns out to be too long."""
+    seen = 0
+
+    async def counted() -> Message:
+        nonlocal seen
+        message = await receive()
+        if message["type"] == "http.request":
+            seen += len(message.get("body", b""))
+            if seen > limit:
+                raise _too_large(limit)
+        return message
+
+    return counted
+
+
+def _too_large(limit: int) -> ApiError:
+    text = f"the body is larger than {limit:,} bytes, which is the limit here: send it in parts"
+    return ApiError(413, BODY_TOO_LARGE, text, {"limit_bytes": limit})
+
+
+def _check_origin(method: str, headers: dict[bytes, str]) -> None:
+    host = headers.get(b"host", "")
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        origin = urlsplit(headers.get(b"origin", "")).netloc
+    except ValueError:
+        name = origin = "?"
+    if host and not is_local_host(name):
+        raise ApiError(403, FORBIDDEN, "without tokens only this machine is served: use http://127.0.0.1")
+    if method not in SAFE and b"origin" in headers and origin != host:
+        raise ApiError(403, FORBIDDEN, "another site's page may not change anything here")

@@ -1,0 +1,112 @@
+"""The service's database: opened, brought to the newest schema, and safe to be used from many threads.
+
+What lives here: the connection, migrations, the database's own clock. What must not: tables and what they mean.
+
+SQLite: one process at a time (it holds the journal's lock); its threads write one after another, since a writer that
+polls a locked database waits longer than one that queues. PostgreSQL: any number of processes, each with a lease (see
+`worker`), whose time is the server's.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, inspect, text
+
+from governor.database import Database, JournalError
+
+APPLICATION_ID = 0x50414353  # "PACS"
+# Two processes that migrate at once take turns: an advisory lock of PostgreSQL's, of this number.
+_MIGRATING = 0x50414353
+
+
+class ServiceDatabase(Database):
+    """See the module. `where`: a path, or the URL of a PostgreSQL or SQLite database."""
+
+    def __init__(self, where: str) -> None:
+        scheme, _, rest = where.partition("://")
+        if scheme in ("postgres", "postgresql"):
+            where = f"postgresql+psycopg://{rest}"
+        super().__init__(where)
+        self._turn = threading.Lock() if self.is_sqlite else nullcontext()
+
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """A transaction that is durable when the block is left, and leaves no trace if it raises."""
+        with self._turn, super().writing() as connection:
+            yield connection
+
+    def now(self, connection: Connection) -> float:
+        """Seconds since 1970 by the clock that all replicas share."""
+        if self.is_sqlite:
+            return time.time()
+        return float(connection.execute(text("SELECT extract(epoch FROM clock_timestamp())")).scalar_one())
+
+    def prepared(self) -> None:
+        """Made if need be, locked (SQLite), and migrated to the newest schema."""
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.is_empty():
+                self.made()
+            self._check_ours()
+            self.locked()
+        self._migrate()
+
+    def looked_at(self, *, make: bool) -> None:
+        """Ready for a short look beside a service that runs. `make`: also where there is none yet."""
+        if self.path is not None:
+            if self.is_empty() and not make:
+                raise JournalError(f"{self.name}: there is no such database: `paceline serve` makes one")
+            if self.is_empty():
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.made()
+            self._check_ours()
+        self._migrate()
+
+    def _check_ours(self) -> None:
+        with self.bare() as connection:
+            tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+            mark = connection.execute("PRAGMA application_id").fetchone()[0]
+            if tables and mark != APPLICATION_ID:
+                raise JournalError(f"{self.name}: this database is not the service's: name another with --database")
+            if not tables:
+                connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
+
+    def _migrate(self) -> None:
+        from alembic import command
+
+        with self.writing() as connection:
+            if not self.is_sqlite:
+                connection.execute(text(f"SELECT pg_advisory_xact_lock({_MIGRATING})"))
+            config = alembic_config()
+            config.attributes["connection"] = connection
+            if _newest(config) in _current(connection):
+                return
+            command.upgrade(config, "head")
+
+
+def alembic_config() -> Any:
+    """Alembic's configuration; its connection comes in by `attributes`."""
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(str(files("governor.service"))) / "migrations"))
+    return config
+
+
+def _newest(config: Any) -> str:
+    from alembic.script import ScriptDirectory
+
+    return str(ScriptDirectory.from_config(config).get_current_head())
+
+
+def _current(connection: Connection) -> set[str]:
+    if not inspect(connection).has_table("alembic_version"):
+        return set()
+    return set(connection.execute(text("SELECT version_num FROM alembic_version")).scalars())

@@ -1,0 +1,71 @@
+"""What the service is started with, checked: address, database, pools, who may come in, how much they may send.
+
+What lives here: the values alone, and the rule that nobody listens to a network without tokens. What must not: options
+as they are typed (`governor/serve_cli.py`).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from typing import Any, Protocol
+
+from governor.forecast import Outlook
+from governor.money import Prices
+from governor.pools import Pool
+
+SCOPES = ("read", "run", "admin")
+MIB = 2**20
+
+
+class Forecast(Protocol):
+    """Simulates what a service wants to know before it accepts: quick, and None where nobody can."""
+
+    def __call__(self, outlook: Outlook) -> float | None:
+        """Seconds until the last answer, inf = never, in an idle pool."""
+
+
+WhatIf = Callable[[Mapping[str, Any]], dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceConfig:
+    """See the module. `forecast`, `what_if`: who simulates, None = nobody.
+
+    `lease_s`: how long a replica that says nothing keeps its batches. `upload_bytes`: the largest batch file;
+    `body_bytes`: the largest of any other request. `require_token`: also on loopback. `time_scale`: as in a run.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    database: str = "paceline-service.db"
+    pools: Sequence[Pool]
+    environment: Mapping[str, str] = field(repr=False)
+    prices: Prices
+    forecast: Forecast | None = None
+    what_if: WhatIf | None = None
+    lease_s: float = 15.0
+    grace_s: float = 30.0
+    upload_bytes: int = 512 * MIB
+    body_bytes: int = 8 * MIB
+    require_token: bool = False
+    time_scale: float = 1.0
+    today: Callable[[], date] = date.today
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it listens to this machine alone."""
+        return is_local_host(self.host)
+
+
+def is_local_host(host: str) -> bool:
+    """Whether a host's name or address is this machine's own and nobody else's way in."""
+    name = host.strip("[]").lower()
+    if name == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False

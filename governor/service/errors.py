@@ -1,0 +1,125 @@
+"""What the service answers when it does not do as asked: one shape, and codes that stay as they are.
+
+What lives here: the codes, the shape, and how an exception becomes an answer. What must not: FastAPI's routes.
+
+    {"error": {"code": "BATCH_RATE_LIMITED", "message": "one line with the figures and the remedy", "details": {...}}}
+
+Nothing that was sent is repeated in an answer or in a log but names of fields and settings: it may be a prompt.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fastapi import Request
+from fastapi.encoders import jsonable_encoder
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from governor.database import JournalError
+from governor.errors import BadInput, BadSetting, FailureCode, PacelineError
+
+log = logging.getLogger("paceline.service")
+
+INVALID_REQUEST, BAD_INPUT, BAD_SETTING, BAD_TEMPLATE = "INVALID_REQUEST", "BAD_INPUT", "BAD_SETTING", "BAD_TEMPLATE"
+NOT_FOUND, METHOD_NOT_ALLOWED, CONFLICT = "NOT_FOUND", "METHOD_NOT_ALLOWED", "CONFLICT"
+UNAUTHENTICATED, FORBIDDEN, BODY_TOO_LARGE = "UNAUTHENTICATED", "FORBIDDEN", "BODY_TOO_LARGE"
+KEY_REUSED, NOT_READY, DATABASE_UNAVAILABLE = "IDEMPOTENCY_KEY_REUSED", "NOT_READY", "DATABASE_UNAVAILABLE"
+NO_SIMULATOR, INTERNAL_ERROR, UNSUPPORTED_MEDIA = "NO_SIMULATOR", "INTERNAL_ERROR", "UNSUPPORTED_MEDIA_TYPE"
+RATE_LIMITED = FailureCode.BATCH_RATE_LIMITED.value
+_BY_STATUS = {
+    400: INVALID_REQUEST,
+    404: NOT_FOUND,
+    405: METHOD_NOT_ALLOWED,
+    413: BODY_TOO_LARGE,
+    415: UNSUPPORTED_MEDIA,
+}
+
+
+class ApiError(Exception):
+    """An answer other than what was asked for."""
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        details: dict[str, Any] | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.details = details or {}
+        self.headers = headers or {}
+
+
+def content_of(code: str, message: str, details: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The body of an error."""
+    return {"error": {"code": code, "message": message, "details": details or {}}}
+
+
+def answer_of(error: ApiError) -> JSONResponse:
+    """The response for an error."""
+    content = jsonable_encoder(content_of(error.code, str(error), error.details))
+    return JSONResponse(content, error.status, error.headers)
+
+
+async def on_api_error(request: Request, error: Exception) -> JSONResponse:
+    """See `ApiError`."""
+    assert isinstance(error, ApiError)
+    return answer_of(error)
+
+
+async def on_invalid(request: Request, error: Exception) -> JSONResponse:
+    """A request that does not have the shape that it must have; what it held is not repeated."""
+    assert isinstance(error, RequestValidationError)
+    found = [{"where": ".".join(map(str, each["loc"])), "what": str(each["msg"])[:200]} for each in error.errors()]
+    first = found[0] if found else {"where": "body", "what": "it cannot be read"}
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    message = f"{first['where']}: {first['what']}{more}"
+    return answer_of(ApiError(422, INVALID_REQUEST, message, {"errors": found[:20]}))
+
+
+async def on_http(request: Request, error: Exception) -> JSONResponse:
+    """What the framework itself refuses: no such path, no such method, a body that is no form."""
+    assert isinstance(error, HTTPException)
+    code = _BY_STATUS.get(error.status_code, INVALID_REQUEST if error.status_code < 500 else INTERNAL_ERROR)
+    message = f"{request.method} {request.url.path[:200]}: {error.detail}"
+    return answer_of(ApiError(error.status_code, code, message, headers=dict(error.headers or {})))
+
+
+async def on_paceline(request: Request, error: Exception) -> JSONResponse:
+    """What the rest of Paceline says to its user."""
+    assert isinstance(error, PacelineError)
+    return answer_of(api_error(error))
+
+
+def api_error(error: PacelineError) -> ApiError:
+    """The same as an answer."""
+    if isinstance(error, JournalError):
+        log.error("%s", error)
+        text = "the database cannot be used right now: try again in a moment; what was accepted is not lost"
+        return ApiError(503, DATABASE_UNAVAILABLE, text, {"retryable": True}, {"Retry-After": "2"})
+    if isinstance(error, BadSetting):
+        return ApiError(422, BAD_SETTING, str(error))
+    if isinstance(error, BadInput):
+        return ApiError(422, BAD_INPUT, str(error), {"line": error.line} if error.line else {})
+    return ApiError(422, BAD_INPUT, str(error))
+
+
+async def on_bug(request: Request, error: Exception) -> JSONResponse:
+    """A bug of ours."""
+    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return answer_of(ApiError(500, INTERNAL_ERROR, "something went wrong inside the service; its log says what"))
+
+
+HANDLERS: dict[Any, Any] = {
+    ApiError: on_api_error,
+    RequestValidationError: on_invalid,
+    HTTPException: on_http,
+    PacelineError: on_paceline,
+    Exception: on_bug,
+}

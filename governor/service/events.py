@@ -1,0 +1,128 @@
+"""Server-sent events: what changes, told to any number of listeners, in memory that does not grow.
+
+What lives here: the streams. What must not: what is told (`live`).
+
+Nobody has a queue of their own. The worker ticks twice a second; at each tick a listener compares the current state
+with what it sent last, and sends the state if it is another. A slow listener therefore skips states, and never has more
+than one to send. What all listeners of a batch send is made once, as bytes. A line that means nothing goes out every
+15 s, so that proxies keep a quiet stream open and a listener that went away is noticed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from governor.database import JournalError
+from governor.service.live import batch_json, live_json
+from governor.service.store import ENDED, BatchRow
+from governor.service.worker import Worker
+
+QUIET_S = 15.0
+# How old may be what is told of another replica's batch.
+ELSEWHERE_S = 1.0
+
+
+def event(name: str, content: Any) -> bytes:
+    """One event."""
+    return f"event: {name}\ndata: {json.dumps(content, separators=(',', ':'))}\n\n".encode()
+
+
+class Events:
+    """See the module. `closed` ends all streams."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._tick = asyncio.Event()
+        self._made: dict[str, tuple[BatchRow, bytes]] = {}
+        self._elsewhere: dict[str, tuple[float, asyncio.Future[BatchRow | None]]] = {}
+        self._live: tuple[float, bytes] = (-1.0, b"")
+        self._closed = False
+        self.listeners = 0
+        worker.ticked.append(self._ticked)
+
+    def _ticked(self) -> None:
+        """Wakes everybody who listens."""
+        tick, self._tick = self._tick, asyncio.Event()
+        tick.set()
+        if not self.listeners:
+            self._made.clear()
+
+    def close(self) -> None:
+        """No stream goes on."""
+        self._closed = True
+        self._ticked()
+
+    async def batch(self, batch_id: str) -> AsyncIterator[bytes]:
+        """Each state of a batch, `progress` until it is over and `end` then."""
+        self.listeners += 1
+        try:
+            sent: bytes = b""
+            async for quiet in self._moments():
+                row = self._worker.batch(batch_id) or await self._stored(batch_id)
+                if row is None:
+                    return
+                made = self._bytes_of(row)
+                if made != sent:
+                    sent = made
+                    yield made
+                elif quiet:
+                    yield quiet
+                if row.state in ENDED:
+                    self._made.pop(batch_id, None)
+                    return
+        finally:
+            self.listeners -= 1
+
+    async def live(self) -> AsyncIterator[bytes]:
+        """What goes on, at each tick."""
+        self.listeners += 1
+        try:
+            async for _ in self._moments():
+                yield self._live_bytes()
+        finally:
+            self.listeners -= 1
+
+    async def _moments(self) -> AsyncIterator[bytes]:
+        """Now, then each tick; with a comment to send now and then, for those who have nothing else to say."""
+        yield b""
+        last = time.monotonic()
+        while not self._closed:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._tick.wait(), QUIET_S)
+            quiet = b""
+            if time.monotonic() - last >= QUIET_S:
+                quiet, last = b": \n\n", time.monotonic()
+            yield quiet
+
+    def _bytes_of(self, row: BatchRow) -> bytes:
+        known = self._made.get(row.batch_id)
+        if known is None or known[0] != row:
+            name = "end" if row.state in ENDED else "progress"
+            known = self._made[row.batch_id] = (row, event(name, batch_json(row)))
+        return known[1]
+
+    def _live_bytes(self) -> bytes:
+        now = time.monotonic()
+        if now - self._live[0] >= 0.2:
+            self._live = (now, event("live", live_json(self._worker, series=False)))
+        return self._live[1]
+
+    async def _stored(self, batch_id: str) -> BatchRow | None:
+        """A batch of another replica's, or one that is over: read once for all who listen."""
+        now = time.monotonic()
+        known = self._elsewhere.get(batch_id)
+        if known is None or now - known[0] >= ELSEWHERE_S:
+            if len(self._elsewhere) > 1_000:
+                self._elsewhere.clear()
+            reading = asyncio.ensure_future(asyncio.to_thread(self._worker.store.batch, batch_id))
+            known = self._elsewhere[batch_id] = (now, reading)
+        try:
+            return await asyncio.shield(known[1])
+        except JournalError:
+            self._elsewhere.pop(batch_id, None)
+            return None

@@ -1,0 +1,194 @@
+"""The database as one journal of many batches: requests in and out, legs, and the writer that only a lease lets write.
+
+What lives here: everything about single requests. What must not: batches as a whole (`store`), what a driver reports
+(`recorder`, which is used as it stands).
+
+A batch is the requests numbered from `number << BATCH_BITS` on, in the journal's own tables, so that results, attempts
+and what is left are read by `Records` with `within`. All pools of a process report to one writer: however many batches
+run, one commit carries what all of them had to say.
+
+Fenced. Each commit looks first, in its own transaction, whether this replica still has its lease, and takes that row's
+lock. So a replica that was taken for dead writes nothing after another has taken its batches over: none of its launches
+becomes durable, and what is not durable is not sent.
+
+Legs. A journal's leg is one process's share; a service runs for months, and would have to replay all of them to know
+how full a window is. So a leg ends every so many decisions, and the next one begins with the state as it is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from dataclasses import replace
+
+from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy.exc import IntegrityError
+
+from governor import __version__
+from governor.database import JournalError
+from governor.driver import Work
+from governor.errors import FailureCode
+from governor.journal import chunks, pool_numbers, state_after, stock_taken
+from governor.law import State
+from governor.policy import Policy
+from governor.recorder import Recorder, Writer
+from governor.records import Records
+from governor.schema import (
+    FAILED,
+    IN_FLIGHT,
+    PENDING,
+    SCHEMA,
+    bodies,
+    deferrals,
+    legs,
+    policies,
+    pools,
+    requests,
+    run,
+    settings_of,
+)
+from governor.service.base import ServiceDatabase
+from governor.service.store import Store
+from governor.service.tables import BATCH_BITS, replicas
+from governor.service.tables import legs as service_legs
+from governor.summary import CAUSES
+
+
+class LeaseLostError(JournalError):
+    """This replica was taken for dead: another one has its batches."""
+
+
+class FencedWriter(Writer):
+    """A writer that writes only while its replica has the lease."""
+
+    def __init__(self, store: Store, replica: int) -> None:
+        super().__init__(store.database)
+        self._store = store
+        self._replica = replica
+
+    def _about_to_write(self, connection: Connection) -> None:
+        if not self._store.holds(connection, self._replica):
+            raise LeaseLostError("this replica's lease was lost: another one has taken its batches over")
+
+
+def part_of(number: int) -> tuple[int, int]:
+    """The numbers of the first and the last request that a batch can have."""
+    first = number << BATCH_BITS
+    return first, first + (1 << BATCH_BITS) - 1
+
+
+class Ledger:
+    """See the module. Everything here blocks but what says otherwise."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.database: ServiceDatabase = store.database
+        self._run_row()
+        stated = Records(self.database).run()
+        self.epoch_s, self.seed = stated.epoch_s, stated.seed
+
+    def _run_row(self) -> None:
+        """The journal's one row about itself; the first process writes it."""
+        with self.database.writing() as c:
+            if c.execute(select(run.c.id)).first() is None:
+                row = {"id": 1, "schema": SCHEMA, "version": __version__, "fingerprint": "service", "seed": 0}
+                c.execute(insert(run), row | {"epoch_s": time.time(), "requests": -1, "purged_epoch_s": -1.0})
+
+    def records(self, number: int) -> Records:
+        """What is recorded of one batch."""
+        return Records(self.database, part_of(number))
+
+    # ------------------------------------------------------------ requests in
+
+    def write(self, c: Connection, number: int, works: Iterable[Work]) -> int:
+        """Writes requests, numbered from 0 as they came, under the batch's numbers; returns how many."""
+        first = number << BATCH_BITS
+        count = 0
+        for rows, texts in chunks(replace(w, request=replace(w.request, index=first + w.request.index)) for w in works):
+            c.execute(insert(requests), rows)
+            c.execute(insert(bodies), texts)
+            count += len(rows)
+        return count
+
+    def erase(self, number: int) -> None:
+        """Removes the requests of a batch that was not accepted, some thousand at a time."""
+        first, last = part_of(number)
+        while True:
+            with self.database.writing() as c:
+                found = select(requests.c.request).where(requests.c.request.between(first, last)).limit(2_000)
+                some = list(c.execute(found).scalars())
+                for table in (bodies, requests):
+                    c.execute(delete(table).where(table.c.request.in_(some)))
+            if len(some) < 2_000:
+                return
+
+    # ------------------------------------------------------------ taking over, giving up
+
+    def taken_over(self, c: Connection, number: int) -> int:
+        """What a dead replica had in flight is pending again; returns how many requests that were."""
+        return stock_taken(c, requests.c.request.between(*part_of(number)))
+
+    def put_back(self, number: int, flying: Iterable[int]) -> None:
+        """What was withdrawn before its finalize pass was launched is pending again; `flying`: what really flies."""
+        c = requests.c
+        with self.database.writing() as connection:
+            among = c.request.between(*part_of(number)) & c.request.not_in(list(flying))
+            stock_taken(connection, among)
+
+    def cancel(self, number: int, at_s: float) -> int:
+        """Ends what has not ended; nothing may be in flight. Returns how many requests that were."""
+        c = requests.c
+        mine = (c.request.between(*part_of(number)), c.state.in_((PENDING, IN_FLIGHT)))
+        values = {"state": FAILED, "failure": FailureCode.BATCH_CANCELLED.value, "ended_s": at_s}
+        with self.database.writing() as connection:
+            return connection.execute(update(requests).where(*mine).values(values)).rowcount
+
+    # ------------------------------------------------------------ legs
+
+    def last_state(self, pool: str, policy: Policy, at_s: float) -> State | None:
+        """Where the law's state was left in a pool by the last replica that is no more; None if there was none."""
+        r, p = replicas.c, policies.c
+        dead = select(service_legs.c.leg).join(replicas, r.number == service_legs.c.replica).where(r.lost == 1)
+        query = select(func.max(p.leg)).join(pools, pools.c.pool == p.pool)
+        with self.database.reading() as c:
+            leg = c.execute(query.where(pools.c.name == pool, p.leg.in_(dead))).scalar()
+        return None if leg is None else state_after(Records(self.database), pool, leg, policy, at_s)
+
+    def begin_leg(self, replica: int, settings: Mapping[str, Policy], at_s: float) -> tuple[int, dict[str, int]]:
+        """Begins a leg; returns its number and the numbers of the pools."""
+        for _ in range(100):
+            try:
+                with self.database.writing() as c:
+                    leg = (c.execute(select(func.max(legs.c.leg))).scalar() or 0) + 1
+                    row = {"leg": leg, "began_s": at_s, "ended_s": -1.0, "ending": "", "version": __version__}
+                    try:
+                        c.execute(insert(legs), row)
+                    except IntegrityError:
+                        raise _TakenError from None
+                    c.execute(insert(service_legs), {"leg": leg, "replica": replica})
+                    numbers = pool_numbers(c, settings)
+                    for pool, policy in settings.items():
+                        number = numbers[pool]
+                        row = {"leg": leg, "pool": number, "at_s": at_s, "settings": settings_of(policy)}
+                        c.execute(insert(policies), row)
+                        counts = [{"leg": leg, "pool": number, "cause": i, "requests": 0} for i in range(len(CAUSES))]
+                        c.execute(insert(deferrals), counts)
+                return leg, numbers
+            except _TakenError:
+                continue  # another replica began the same leg in this moment
+        raise JournalError(f"{self.database.name}: no leg could be begun: another replica begins them all the time")
+
+    def end_leg(self, leg: int, at_s: float, ending: str) -> None:
+        """Ends a leg in good order."""
+        with self.database.writing() as c:
+            c.execute(update(legs).where(legs.c.leg == leg).values(ended_s=at_s, ending=ending))
+
+
+class _TakenError(Exception):
+    pass
+
+
+def recorder_of(writer: Writer, leg: int, pool: int, state: State | None) -> Recorder:
+    """A recorder whose leg begins with the state as it is now. In the event loop: nothing may happen in between."""
+    return Recorder(writer, leg, pool, deepcopy(state))

@@ -1,0 +1,16 @@
+"""What Alembic runs: the migrations, on the connection that whoever calls has opened. No address, no logging set up."""
+
+from __future__ import annotations
+
+from alembic import context
+
+from governor import schema
+from governor.service import tables
+
+context.configure(
+    connection=context.config.attributes["connection"],
+    target_metadata=[schema.metadata, tables.metadata],
+    transactional_ddl=True,
+)
+with context.begin_transaction():
+    context.run_migrations()

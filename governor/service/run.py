@@ -1,0 +1,84 @@
+"""The service as a process: the socket, the server, the log, the signals.
+
+What lives here: what `paceline serve` does once its options are read. What must not: options, routes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+
+import uvicorn
+
+from governor.errors import BadSetting
+from governor.scaledloop import loop_factory
+from governor.service.app import app_of, service_of
+from governor.service.config import ServiceConfig
+
+BACKLOG = 2_048
+
+log = logging.getLogger("paceline.service")
+
+
+class _Server(uvicorn.Server):
+    """Streams end as soon as somebody wants the process to: uvicorn would wait for them first."""
+
+    def __init__(self, config: uvicorn.Config, streams: object) -> None:
+        super().__init__(config)
+        self._streams = streams
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._streams.close()  # type: ignore[attr-defined]
+        await super().shutdown(sockets)
+
+
+def run_service(config: ServiceConfig, *, quiet: bool = False) -> int:
+    """Serves until a signal; the exit code. BadSetting where it may not or cannot listen; JournalError likewise."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
+    log.setLevel(logging.WARNING if quiet else logging.INFO)
+    service = service_of(config)
+    try:
+        if not config.is_local and not service.store.tokens():
+            raise BadSetting(
+                f"--host {config.host} can be reached from elsewhere, and there is no token: make one with "
+                "`paceline token add NAME`, or listen on 127.0.0.1",
+                "--host",
+            )
+        listening = _socket(config)
+    except BaseException:
+        service.store.database.closed()
+        raise
+    with listening:
+        host, port = listening.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        print(f"listening on http://{shown}:{port}", flush=True)
+        # No access log: a line per request says nothing that the metrics do not, and may say too much.
+        settings = uvicorn.Config(
+            app_of(service),
+            lifespan="on",
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            timeout_graceful_shutdown=max(1, round(config.grace_s)),
+        )
+        server = _Server(settings, service.events)
+        with asyncio.Runner(loop_factory=loop_factory(config.time_scale)) as runner:
+            runner.run(server.serve([listening]))
+    return 0 if server.started else 1
+
+
+def _socket(config: ServiceConfig) -> socket.socket:
+    """Listens, before anything is said."""
+    try:
+        family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+        found = socket.socket(family)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind((config.host.strip("[]"), config.port))
+        found.listen(BACKLOG)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise BadSetting(
+            f"--host {config.host} --port {config.port} cannot be used: {reason}: name another", "--port"
+        ) from None
+    return found

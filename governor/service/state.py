@@ -1,0 +1,30 @@
+"""What every route reaches: the parts of the running service."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastapi import Request
+
+from governor.metrics import Metrics
+from governor.service.config import ServiceConfig
+from governor.service.events import Events
+from governor.service.store import Store
+from governor.service.worker import Worker
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """The parts, made together in `app`."""
+
+    config: ServiceConfig
+    store: Store
+    worker: Worker
+    events: Events
+    metrics: Metrics
+
+
+def service_of(request: Request) -> Service:
+    """The dependency of a route."""
+    found: Service = request.app.state.service
+    return found

@@ -1,0 +1,376 @@
+"""This process as a replica: its lease, the batches that it has claimed, one lane for each pool, and what they report.
+
+What lives here: who runs what. What must not: HTTP, SQL (`store`, `ledger`), pacing (the law), one pool's life
+(`lane`).
+
+Theory of operation. A replica holds a lease and renews it; it runs the batches that it owns and claims those whose
+owner is gone. Anything that must not happen (a lost lease, a database that is away, a bug) ends this life of the
+replica: what is in flight is cancelled, its batches are anybody's, and it begins again as another replica, after a
+moment. Nothing is kept in memory that the database does not know, so that begins with taking stock, as a new process
+would. What was asked of a batch (pause, resume, cancel) is written down first and then done by whoever owns it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from governor.database import JournalError
+from governor.driver import Governor
+from governor.metrics import Metrics
+from governor.requests import Attempt
+from governor.service.config import ServiceConfig
+from governor.service.lane import LEG_DECISIONS, Lane, LaneSender, MakeGovernor, lane_of
+from governor.service.ledger import FencedWriter, LeaseLostError, Ledger, recorder_of
+from governor.service.policies import Policies
+from governor.service.roster import Roster, Running, progress_of
+from governor.service.store import (
+    RECEIVING,
+    BatchRow,
+    Store,
+)
+
+TICK_S = 0.5
+REST_S = 1.0
+
+log = logging.getLogger("paceline.service")
+
+
+class Worker:
+    """See the module. `ready`: whether it may accept; `trouble`: why not, in a line."""
+
+    def __init__(
+        self,
+        config: ServiceConfig,
+        store: Store,
+        ledger: Ledger,
+        metrics: Metrics,
+        *,
+        make: MakeGovernor = Governor,
+    ) -> None:
+        self.config = config
+        self.store = store
+        self.ledger = ledger
+        self.metrics = metrics
+        self.policies = Policies(config.pools, store)
+        self.lanes: dict[str, Lane] = {}
+        self.roster: Roster | None = None
+        self.ready = False
+        self.trouble = "it is starting"
+        self.neighbours = 0
+        self.replica = 0
+        self.writer: FencedWriter | None = None
+        self.ticked: list[Callable[[], None]] = []
+        self._make = make
+        self._leg = 0
+        self._failure: asyncio.Future[None] | None = None
+        self._valid_until = 0.0
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._stopping = asyncio.Event()
+
+    # ------------------------------------------------------------ lives
+
+    async def run(self) -> None:
+        """Works until `stop`; whatever fails begins anew after a moment."""
+        while not self._stopping.is_set():
+            try:
+                await self._life()
+            except (JournalError, OSError) as error:
+                self._say_trouble(str(error))
+            except Exception as error:
+                log.exception("the worker failed")
+                self._say_trouble(f"internal error: {type(error).__name__}")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), REST_S * self.config.time_scale)
+
+    def stop(self) -> None:
+        """Launches nothing more; `run` returns when what is in flight has ended, or the grace period has."""
+        self._stopping.set()
+
+    def _say_trouble(self, text: str) -> None:
+        if self.trouble != text:
+            log.error("%s", text)
+        self.ready, self.trouble = False, text
+
+    async def _life(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._failure = failure = loop.create_future()
+        tasks: set[asyncio.Task[Any]] = set()
+        try:
+            await self._begin()
+            tasks = {asyncio.create_task(lane.live(self._present().on_blocked)) for lane in self.lanes.values()}
+            tasks |= {asyncio.create_task(self._renew()), asyncio.create_task(self._tick())}
+            stopping = asyncio.create_task(self._stopping.wait())
+            tasks.add(stopping)
+            await asyncio.wait({*tasks, failure}, return_when=asyncio.FIRST_COMPLETED)
+            if stopping.done():
+                await self._wind_down(failure)
+            for task in tasks:
+                if task.done() and not task.cancelled():
+                    task.result()
+            if failure.done():
+                failure.result()
+        finally:
+            await self._end(tasks)
+
+    async def _begin(self) -> None:
+        config, store = self.config, self.store
+        lease_s = config.lease_s
+        self._valid_until = time.monotonic() + lease_s
+        name = f"{socket.gethostname()}:{os.getpid()}"
+        self.replica = await asyncio.to_thread(store.join, name, lease_s)
+        await asyncio.to_thread(self.policies.refresh)
+        self.writer = FencedWriter(store, self.replica)
+        at_s = self._since_s()
+        settings = self.policies.in_force()
+        states = {}
+        for name, policy in settings.items():
+            states[name] = await asyncio.to_thread(self.ledger.last_state, name, policy, at_s)
+        self._leg, numbers = await asyncio.to_thread(self.ledger.begin_leg, self.replica, settings, at_s)
+        for pool in config.pools:
+            policy, state = settings[pool.name], states[pool.name]
+            self.lanes[pool.name] = lane_of(
+                pool,
+                policy,
+                recorder_of(self.writer, self._leg, numbers[pool.name], state),
+                seed=self.ledger.seed,
+                start_s=self._since_s(),
+                state=state,
+                metrics=self.metrics,
+                worker=self,
+                send=LaneSender(pool, config.environment, self._present_cap, self._check_lease),
+                make=self._make,
+            )
+        self.roster = Roster(
+            store,
+            self.ledger,
+            self.replica,
+            self.writer,
+            self.lanes,
+            spawn=self._spawn,
+            since_s=self._since_s,
+            over=self._tell,
+        )
+        await self._claim()
+        self.ready, self.trouble = True, ""
+
+    def _since_s(self) -> float:
+        """Seconds since the journal began, on the clock of the governors."""
+        return max(0.0, (time.time() - self.ledger.epoch_s) * self.config.time_scale)
+
+    async def _wind_down(self, failure: asyncio.Future[None]) -> None:
+        """Nothing more is launched; what is in flight has the grace period to end."""
+        self.ready, self.trouble = False, "it is shutting down"
+        for lane in self.lanes.values():
+            lane.governor.stop("SHUTDOWN")
+        end = time.monotonic() + self.config.grace_s
+        while self._present().flies and time.monotonic() < end and not failure.done():
+            await asyncio.sleep(0.02 * self.config.time_scale)
+
+    async def _end(self, tasks: Iterable[asyncio.Task[Any]]) -> None:
+        """This life is over: everything is given back, as far as the database can be reached."""
+        self.ready = False
+        for task in (*tasks, *self._tasks):
+            task.cancel()
+        await asyncio.gather(*tasks, *self._tasks, return_exceptions=True)
+        self._tasks.clear()
+        for lane in self.lanes.values():
+            self.metrics.unwatch(lane.name)
+            for cursor in list(lane.feed.cursors.values()):
+                await cursor.close()
+            await lane.send.aclose()
+        batches = list(self.batches.values())
+        at_s = self._since_s()
+        self.roster, self.lanes = None, {}
+        writer, self.writer = self.writer, None
+        with contextlib.suppress(JournalError):
+            await asyncio.to_thread(self._closed, writer, batches, at_s)
+
+    def _closed(self, writer: FencedWriter | None, batches: list[Running], at_s: float) -> None:
+        try:
+            if writer is not None:
+                writer.close()
+        finally:
+            for batch in batches:
+                batch.flying.clear()
+            self.store.progress(self.replica, [progress_of(batch) for batch in batches])
+            self.store.left(self.replica)
+            if self._leg:
+                self.ledger.end_leg(self._leg, at_s, "ended")
+
+    # ------------------------------------------------------------ the lease
+
+    async def _renew(self) -> None:
+        """Prolongs the lease, three times in its length."""
+        lease_s = self.config.lease_s
+        while True:
+            await asyncio.sleep(lease_s / 3.0 * self.config.time_scale)
+            at = time.monotonic()
+            if not await asyncio.to_thread(self.store.renewed, self.replica, lease_s):
+                raise LeaseLostError("this replica's lease was lost: another one has taken its batches over")
+            self._valid_until = at + lease_s
+
+    def _check_lease(self) -> None:
+        """Asked before each send: a process that was stopped for longer than its lease sends nothing any more."""
+        if time.monotonic() >= self._valid_until:
+            raise LeaseLostError("this replica's lease has lapsed while it did not run")
+
+    def on_failure(self, error: BaseException) -> None:
+        """Something that must not happen: this life ends."""
+        if self._failure is not None and not self._failure.done():
+            self._failure.set_exception(error)
+
+    def _spawn(self, work: Any) -> None:
+        """A task whose failure ends this life."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._spawned)
+
+    def _spawned(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.on_failure(error)
+
+    # ------------------------------------------------------------ batches come and go
+
+    async def _claim(self) -> None:
+        """Takes over what belongs to nobody."""
+        for number, owner in await asyncio.to_thread(self.store.free_batches, self.replica):
+            row = await asyncio.to_thread(self._claimed, number, owner)
+            if row is not None:
+                await self._present().adopt(row)
+
+    def _claimed(self, number: int, owner: int) -> BatchRow | None:
+        with self.store.database.writing() as c:
+            row = self.store.claimed(c, number, owner, self.replica)
+            if row is None:
+                return None
+            resent = self.ledger.taken_over(c, number)
+            if row.state != RECEIVING:
+                self.store.change_batch(c, number, resent=row.resent + resent, in_flight=0)
+            row = replace(row, owner=self.replica)
+        if row.state == RECEIVING:
+            # Its upload ended with its process: nobody was told that it was accepted.
+            self.ledger.erase(number)
+            with self.store.database.writing() as c:
+                self.store.remove_batch(c, number)
+            return None
+        log.info("batch %s: taken over, %d requests in flight were lost", row.batch_id, resent)
+        return replace(row, resent=row.resent + resent)
+
+    async def adopt(self, row: BatchRow) -> None:
+        """A batch that was accepted begins. One of an earlier life of this replica is claimed by the present one."""
+        if self.roster is not None and row.owner == self.replica:
+            await self.roster.adopt(row, fresh=True)
+
+    # ------------------------------------------------------------ what is asked of a batch
+
+    async def ask(self, row: BatchRow, wanted: str) -> None:
+        """Writes down what somebody wants, and does it if the batch is this replica's."""
+        await asyncio.to_thread(self.store.want, row.number, wanted)
+        batch = self.batches.get(row.number)
+        if batch is not None:
+            await self._present().obey(batch, wanted)
+
+    # ------------------------------------------------------------ what the lanes tell
+
+    def on_launched(self, number: int, index: int) -> None:
+        """A request of that batch is about to be sent."""
+        self._present().on_launched(number, index)
+
+    def on_attempted(self, number: int, attempt: Attempt) -> None:
+        """An attempt is over."""
+        self._present().on_attempted(number, attempt)
+
+    def on_ended(self, number: int, failure: str) -> None:
+        """A request is over."""
+        self._present().on_ended(number, failure)
+
+    def _present_cap(self, number: int) -> int:
+        return self._present().cap_of(number)
+
+    def _present(self) -> Roster:
+        assert self.roster is not None, "a lane outlives its worker's life"
+        return self.roster
+
+    # ------------------------------------------------------------ the ticker
+
+    async def _tick(self) -> None:
+        """Everything that is not an event: twice a second."""
+        ticks = 0
+        while True:
+            await asyncio.sleep(TICK_S * self.config.time_scale)
+            ticks += 1
+            self._present().estimate()
+            self._tell()
+            changed = [batch for batch in self.batches.values() if batch.changed and not batch.busy]
+            rows = [progress_of(batch) for batch in changed]
+            for batch in changed:
+                batch.changed = False
+            wanted, lost = await asyncio.to_thread(self._look, rows)
+            for number, each in wanted.items():
+                mine = self.batches.get(number)
+                if mine is not None:
+                    await self._present().obey_elsewhere(mine, each)
+            if lost:
+                await self._claim()
+            if await asyncio.to_thread(self.policies.refresh):
+                self.apply_policies()
+            await self._turn_leg()
+            if ticks % 7_200 == 0:
+                await asyncio.to_thread(self.store.forget_keys)
+
+    def _look(self, rows: list[dict[str, Any]]) -> tuple[dict[int, str], bool]:
+        """In a thread: writes the progress, reads what was asked, and whether somebody's batches are free."""
+        if rows:
+            self.store.progress(self.replica, rows)
+        self.neighbours = self.store.neighbours(self.replica)
+        return self.store.wanted(self.replica), bool(self.store.free_batches(self.replica))
+
+    def _tell(self) -> None:
+        for told in self.ticked:
+            told()
+
+    async def _turn_leg(self) -> None:
+        """Ends a leg that has become long, and begins the next with the state as it is."""
+        if all(lane.recorder.decisions < LEG_DECISIONS for lane in self.lanes.values()):
+            return
+        settings = {name: lane.policy for name, lane in self.lanes.items()}
+        before, at_s = self._leg, self._since_s()
+        leg, numbers = await asyncio.to_thread(self.ledger.begin_leg, self.replica, settings, at_s)
+        assert self.writer is not None
+        for name, lane in self.lanes.items():
+            lane.recorder.turn(recorder_of(self.writer, leg, numbers[name], lane.governor.s))
+        self._leg = leg
+        await asyncio.to_thread(self.ledger.end_leg, before, at_s, "turned")
+
+    # ------------------------------------------------------------ settings
+
+    def apply_policies(self) -> None:
+        """The settings in force are those of `policies` from now on."""
+        for name, policy in self.policies.in_force().items():
+            lane = self.lanes.get(name)
+            if lane is not None and lane.policy != policy:
+                lane.change(policy)
+
+    # ------------------------------------------------------------ for who asks
+
+    @property
+    def batches(self) -> Mapping[int, Running]:
+        """The batches that this replica works on, by number."""
+        return {} if self.roster is None else self.roster.running
+
+    def batch(self, batch_id: str) -> BatchRow | None:
+        """A batch of this replica's as it stands; None where it is another's, or over."""
+        return None if self.roster is None else self.roster.batch(batch_id)
+
+    def ahead_of(self, requests: int, tokens: float, pool: str) -> tuple[int, float]:
+        """See `Roster.ahead_of`."""
+        return (requests, tokens) if self.roster is None else self.roster.ahead_of(requests, tokens, pool)

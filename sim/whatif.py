@@ -1,0 +1,129 @@
+"""What the service asks of the simulator: a quick forecast before it accepts a batch, and "what if" beside today.
+
+What lives here: both callables, which `sim/cli.py` injects. What must not: HTTP, and what the question is about
+(`governor/service/whatif.py` puts it together).
+
+Theory of operation. Both policies meet the same answers, latencies and faults, seed by seed, on the provider that
+today's settings believe in: proposing a higher limit does not make the provider grant it. Somebody drags a slider, so
+time is what is given: runs are added, always in the same order of seeds, until the time for them is used up. What is
+known of an answer (its tokens, its seconds) is taken as it was; the rest is drawn anew in each run.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from governor.estimate import EMBEDDINGS, Sizes
+from governor.forecast import Outlook
+from governor.policy import KNOBS, Policy
+from governor.summary import CAUSES
+from sim.foresight import SHARES, Run, believed_provider, run_once, workload_of
+from sim.provider_config import ProviderConfig
+from sim.workload import Workload, constant, with_outputs_assumed
+
+# Seconds of simulation for one answer; a pair of runs is made at least.
+TIME_S = 0.12
+RUNS_MOST = 39
+# For a batch that somebody waits to have accepted.
+FORECAST_REQUESTS, FORECAST_RUNS = 2_000, 5
+
+
+def quick_forecast(outlook: Outlook) -> float | None:
+    """When such a batch would be done in an idle pool: the median of some runs. None where that takes too long."""
+    n = outlook.demand.requests
+    if not 0 < n <= FORECAST_REQUESTS:
+        return None
+    workload, models = workload_of(outlook)
+    policy = outlook.pool.policy
+    provider = believed_provider(policy, models)
+    runs = max(1, min(FORECAST_RUNS, FORECAST_REQUESTS // n))
+    found = [
+        run_once(with_outputs_assumed(workload, seed), policy, provider, finalize=outlook.finalize, seed=seed).finish_s
+        for seed in range(outlook.seed, outlook.seed + runs)
+    ]
+    return float(np.median(found))
+
+
+def what_if(question: Mapping[str, Any]) -> dict[str, Any]:
+    """See `governor/service/bodies.py` for the answer's shape."""
+    begun = time.perf_counter()
+    today, proposed = question["today"], question["proposed"]
+    workload = _workload(question)
+    models = np.full(len(workload), question["model"], dtype=object)
+    provider = believed_provider(today, models)
+    runs: list[tuple[Run, Run]] = []
+    wanted = question["runs"]
+    while len(runs) < (wanted or RUNS_MOST):
+        seed = question["seed"] + len(runs)
+        drawn = _answered(workload, seed)
+        finalize = question["finalize"]
+        first = run_once(drawn, today, provider, finalize=finalize, seed=seed)
+        other = first if proposed == today else run_once(drawn, proposed, provider, finalize=finalize, seed=seed)
+        runs.append((first, other))
+        used_s = time.perf_counter() - begun
+        if not wanted and used_s * (len(runs) + 1) / len(runs) > TIME_S:
+            break
+    return {
+        "requests": len(workload),
+        "runs": len(runs),
+        "took_ms": (time.perf_counter() - begun) * 1_000.0,
+        "today": _bands([run for run, _ in runs], today, provider),
+        "proposed": _bands([run for _, run in runs], proposed, provider),
+        "changes": question["changes"],
+    }
+
+
+def _workload(question: Mapping[str, Any]) -> Workload:
+    """The batch in columns; answers that nobody knows are 0 until they are drawn."""
+    sizes: dict[str, Any] = {name: np.frombuffer(question["sizes"][name], np.int64) for name in Sizes.__slots__}
+    count = len(question["output_tokens"])
+    return Workload(
+        **sizes,
+        output_tokens=np.frombuffer(question["output_tokens"], np.int64),
+        arrival_s=constant(0.0, count, np.float64),
+        recorded_s=np.frombuffer(question["service_s"], np.float64),
+    )
+
+
+def _answered(workload: Workload, seed: int) -> Workload:
+    """The workload with what is not known of its answers drawn."""
+    known = np.asarray(workload.output_tokens)
+    missing = (known < 0) & (np.asarray(workload.endpoint) != EMBEDDINGS)
+    if not missing.any():
+        return replace(workload, output_tokens=np.maximum(known, 0))
+    drawn = with_outputs_assumed(workload, seed)
+    return replace(drawn, output_tokens=np.where(known < 0, drawn.output_tokens, known))
+
+
+def _bands(runs: list[Run], policy: Policy, provider: ProviderConfig) -> dict[str, Any]:
+    finishes = [run.finish_s for run in runs]
+    waits_s = {cause: float(np.mean([run.waits_s[i] for run in runs])) for i, cause in enumerate(CAUSES) if i}
+    bound = max(waits_s, key=waits_s.__getitem__)
+    ends = np.quantile(np.array([run.ends_at for run in runs]), (0.05, 0.5, 0.95), axis=0)
+    milestones = [
+        {"share": share, "p5_s": float(low), "p50_s": float(middle), "p95_s": float(high)}
+        for share, low, middle, high in zip(SHARES, *ends, strict=True)
+    ]
+    efficiencies = [run.efficiency for run in runs if run.efficiency is not None]
+    return {
+        "finish_s": _quantiles(finishes),
+        "throttled": _quantiles([float(run.throttled) for run in runs]),
+        "failed": float(np.mean([run.failed for run in runs])),
+        "waits_s": waits_s,
+        "bound": bound if waits_s[bound] > 0.0 else "",
+        "efficiency": float(np.mean(efficiencies)) if efficiencies else None,
+        "milestones": milestones,
+        "settings": {knob.env: getattr(policy, knob.name) for knob in KNOBS},
+    }
+
+
+def _quantiles(values: list[float]) -> dict[str, float]:
+    p5, p50, p95 = (float(value) for value in np.quantile(values, (0.05, 0.5, 0.95)))
+    assert math.isfinite(p95), "a run that never ends"
+    return {"p5": p5, "p50": p50, "p95": p95}
