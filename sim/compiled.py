@@ -63,6 +63,12 @@ def _proceed() -> Any:
     return _LOADED[0]
 
 
+def is_kept() -> bool:
+    """Whether machine code of these sources is on the disk: then it is loaded in a moment instead of being compiled."""
+    folder = cache_folder(ROOT / path for path in (*SOURCES, *CONSTANTS))
+    return folder is not None and any(folder.glob("*.nbc"))
+
+
 class EndedAttempt:
     """An attempt as it comes out: what the SimPy driver's `Job` says of it, under the same names."""
 

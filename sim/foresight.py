@@ -26,7 +26,7 @@ from governor.estimate import Sizes
 from governor.forecast import Expectation, Outlook, fluid
 from governor.policy import Policy
 from governor.summary import CAUSES
-from sim.experiment import Case, simulated
+from sim.experiment import Case, Engine, simulated
 from sim.presets import LATENCIES
 from sim.provider_config import ProviderConfig
 from sim.results import CONFIDENCE
@@ -129,7 +129,9 @@ class Run:
         self.answer_tokens: NDArray[Any] = np.zeros(0)
 
 
-def run_once(drawn: Workload, policy: Policy, provider: ProviderConfig, *, finalize: bool, seed: int) -> Run:
+def run_once(
+    drawn: Workload, policy: Policy, provider: ProviderConfig, *, finalize: bool, seed: int, engine: Engine = "auto"
+) -> Run:
     """One simulated run of requests whose answers are known or drawn."""
     case = Case(
         columns=columns(
@@ -153,7 +155,7 @@ def run_once(drawn: Workload, policy: Policy, provider: ProviderConfig, *, final
         if failure or job.outcome == 0:
             ends.append(now)
 
-    tally = simulated(case, seed, ended)
+    tally = simulated(case, seed, ended, engine=engine)
     run = Run()
     run.finish_s = float(tally.last_s)
     run.throttled, run.attempts = tally.throttled, tally.attempts

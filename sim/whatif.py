@@ -7,11 +7,18 @@ Theory of operation. Both policies meet the same answers, latencies and faults, 
 today's settings believe in: proposing a higher limit does not make the provider grant it. Somebody drags a slider, so
 time is what is given: runs are added, always in the same order of seeds, until the time for them is used up. What is
 known of an answer (its tokens, its seconds) is taken as it was; the rest is drawn anew in each run.
+
+The compiled engine must first be compiled, once per machine and for many seconds, and that would hold up a server: a
+process of its own does it, and until then SimPy's answers, which are the same, to the bit.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,9 +27,11 @@ from typing import Any
 import numpy as np
 
 from governor.estimate import EMBEDDINGS, Sizes
-from governor.forecast import Outlook
+from governor.forecast import Demand, Outlook
 from governor.policy import KNOBS, Policy
+from governor.pools import Pool
 from governor.summary import CAUSES
+from sim.experiment import Engine, engine_of
 from sim.foresight import SHARES, Run, believed_provider, run_once, workload_of
 from sim.provider_config import ProviderConfig
 from sim.workload import Workload, constant, with_outputs_assumed
@@ -31,28 +40,63 @@ from sim.workload import Workload, constant, with_outputs_assumed
 TIME_S = 0.12
 RUNS_MOST = 39
 # For a batch that somebody waits to have accepted.
-FORECAST_REQUESTS, FORECAST_RUNS = 2_000, 5
+FORECAST_REQUESTS = {"auto": 20_000, "simpy": 1_000}
+FORECAST_RUNS = 5
+
+
+_is_begun = threading.Lock()
+_is_ready = threading.Event()
+
+
+def _engine() -> Engine:
+    """The engine that answers right now; the first who asks begins to make the compiled one ready."""
+    if _is_begun.acquire(blocking=False):
+        threading.Thread(target=_make_ready, name="compile", daemon=True).start()
+    return "auto" if _is_ready.is_set() else "simpy"
+
+
+def _make_ready() -> None:
+    if engine_of("auto") == "compiled":
+        from sim.compiled import is_kept
+
+        if not is_kept():
+            command = [sys.executable, "-c", "from sim.whatif import load; load()"]
+            with contextlib.suppress(OSError):
+                subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        load()
+    _is_ready.set()
+
+
+def load() -> None:
+    """Makes the compiled engine ready in this process, by a run of one request."""
+    demand = Demand()
+    demand.add("", Sizes(0, 1, 4, 0, 1, 0, 0, 1, 1), 1)
+    workload, models = workload_of(Outlook(pool=Pool(), demand=demand))
+    provider = believed_provider(Policy(), models)
+    run_once(with_outputs_assumed(workload, 0), Policy(), provider, finalize=False, seed=0, engine="compiled")
 
 
 def quick_forecast(outlook: Outlook) -> float | None:
     """When such a batch would be done in an idle pool: the median of some runs. None where that takes too long."""
     n = outlook.demand.requests
-    if not 0 < n <= FORECAST_REQUESTS:
+    engine = _engine()
+    if not 0 < n <= FORECAST_REQUESTS[engine]:
         return None
     workload, models = workload_of(outlook)
     policy = outlook.pool.policy
     provider = believed_provider(policy, models)
-    runs = max(1, min(FORECAST_RUNS, FORECAST_REQUESTS // n))
-    found = [
-        run_once(with_outputs_assumed(workload, seed), policy, provider, finalize=outlook.finalize, seed=seed).finish_s
-        for seed in range(outlook.seed, outlook.seed + runs)
-    ]
-    return float(np.median(found))
+    runs = max(1, min(FORECAST_RUNS, FORECAST_REQUESTS[engine] // n))
+    finishes = []
+    for seed in range(outlook.seed, outlook.seed + runs):
+        drawn = with_outputs_assumed(workload, seed)
+        run = run_once(drawn, policy, provider, finalize=outlook.finalize, seed=seed, engine=engine)
+        finishes.append(run.finish_s)
+    return float(np.median(finishes))
 
 
 def what_if(question: Mapping[str, Any]) -> dict[str, Any]:
     """See `governor/service/bodies.py` for the answer's shape."""
-    begun = time.perf_counter()
+    begun, engine = time.perf_counter(), _engine()
     today, proposed = question["today"], question["proposed"]
     workload = _workload(question)
     models = np.full(len(workload), question["model"], dtype=object)
@@ -63,8 +107,9 @@ def what_if(question: Mapping[str, Any]) -> dict[str, Any]:
         seed = question["seed"] + len(runs)
         drawn = _answered(workload, seed)
         finalize = question["finalize"]
-        first = run_once(drawn, today, provider, finalize=finalize, seed=seed)
-        other = first if proposed == today else run_once(drawn, proposed, provider, finalize=finalize, seed=seed)
+        other = first = run_once(drawn, today, provider, finalize=finalize, seed=seed, engine=engine)
+        if proposed != today:
+            other = run_once(drawn, proposed, provider, finalize=finalize, seed=seed, engine=engine)
         runs.append((first, other))
         used_s = time.perf_counter() - begun
         if not wanted and used_s * (len(runs) + 1) / len(runs) > TIME_S:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from platformdirs import user_cache_path
 
 from tests.live import KEY, WAIT_S, Cli, Process, line
 
@@ -118,7 +119,9 @@ def started(
 ) -> Served:
     """A service that answers; it may still be getting ready."""
     where = database or str(folder / "service.db")
-    env = {"OPENAI_BASE_URL": base_url, **(env or {})}
+    # The user's cache, where machine code of the simulator is kept, not that of an empty home.
+    cache = str(user_cache_path())
+    env = {"OPENAI_BASE_URL": base_url, "XDG_CACHE_HOME": cache, **(env or {})}
     process = cli.start("serve", "--port", "0", "--database", where, *args, env=env, cwd=folder)
 
     def address() -> str:

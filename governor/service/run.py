@@ -12,6 +12,7 @@ import socket
 import uvicorn
 
 from governor.errors import BadSetting
+from governor.forecast import Demand, Outlook
 from governor.scaledloop import loop_factory
 from governor.service.app import app_of, service_of
 from governor.service.config import ServiceConfig
@@ -49,6 +50,9 @@ def run_service(config: ServiceConfig, *, quiet: bool = False) -> int:
     except BaseException:
         service.store.database.closed()
         raise
+    if config.forecast is not None:
+        # A forecast of nothing costs nothing, and whoever simulates begins to make itself ready.
+        config.forecast(Outlook(pool=config.pools[0], demand=Demand()))
     with listening:
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
