@@ -66,7 +66,7 @@ def _proceed() -> Any:
 def is_kept() -> bool:
     """Whether machine code of these sources is on the disk: then it is loaded in a moment instead of being compiled."""
     folder = cache_folder(ROOT / path for path in (*SOURCES, *CONSTANTS))
-    return folder is not None and any(folder.glob("*.nbc"))
+    return folder is not None and any(folder.rglob("*.nbc"))
 
 
 class EndedAttempt:

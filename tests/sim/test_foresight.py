@@ -13,6 +13,7 @@ from governor.policy import Policy
 from governor.pools import Pool
 from sim import foresight
 from sim.foresight import foresee
+from sim.workload import with_outputs_assumed
 
 FREE = Policy(stagger_seconds=0.0, max_concurrency=1_000, tpm_limit=10**9, charge_rule="auto", tpm_window="bucket")
 
@@ -74,13 +75,15 @@ def test_a_batch_too_long_to_simulate_gets_the_fluid_estimate(monkeypatch: pytes
 def test_the_next_run_falls_into_the_interval_as_often_as_stated(seed: int) -> None:
     policy = FREE.with_(max_concurrency=4)
     asked = outlook(20, policy)
-    workload, models = foresight._workload(asked)
-    provider = foresight._provider(policy, models)
+    workload, models = foresight.workload_of(asked)
+    provider = foresight.believed_provider(policy, models)
     inside = 0
     trials = 200
     for i in range(trials):
         e = foresee(outlook(20, policy, seed=seed + 1_000 * i))
-        fresh = foresight._run(workload, policy, provider, asked, seed + 1_000 * i + 500)
+        other = seed + 1_000 * i + 500
+        drawn = with_outputs_assumed(workload, other)
+        fresh = foresight.run_once(drawn, policy, provider, finalize=False, seed=other)
         inside += e.low_s <= fresh.finish_s <= e.high_s
     # 95 % of 200 are 190; below 178 or above 199 is chance in less than one of a thousand.
     assert 178 <= inside <= 199
