@@ -35,6 +35,8 @@ from sim.workload import Workload, columns, constant, with_outputs_assumed
 REQUESTS_SIMULATED = 60_000
 RUNS_LEAST, RUNS_MOST = 2, 39
 REQUESTS_MOST = 300_000
+# Up to so many requests in all SimPy is done before the compiled engine is loaded, let alone compiled. Same figures.
+SIMPY_MOST = 20_000
 SHARES = tuple(i / 20.0 for i in range(1, 21))
 _SNAPSHOT = re.compile(r"-\d{4}-\d{2}-\d{2}$")
 
@@ -48,9 +50,12 @@ def foresee(outlook: Outlook) -> Expectation:
     policy = outlook.pool.policy
     provider = believed_provider(policy, models)
     runs = max(RUNS_LEAST, min(RUNS_MOST, REQUESTS_SIMULATED // max(1, n)))
+    engine: Engine = "simpy" if n * runs <= SIMPY_MOST else "auto"
     seeds = range(outlook.seed, outlook.seed + runs)
     found = [
-        run_once(with_outputs_assumed(workload, seed), policy, provider, finalize=outlook.finalize, seed=seed)
+        run_once(
+            with_outputs_assumed(workload, seed), policy, provider, finalize=outlook.finalize, seed=seed, engine=engine
+        )
         for seed in seeds
     ]
     finish = _interval([run.finish_s for run in found])
