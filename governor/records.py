@@ -21,7 +21,7 @@ from governor.database import Database, JournalError
 from governor.driver import Work
 from governor.money import Usage
 from governor.policy import Policy
-from governor.requests import Answer, Attempt, Outcome, Request
+from governor.requests import Answer, Attempt, Limit, Outcome, Request
 from governor.schema import (
     DONE,
     FAILED,
@@ -40,6 +40,7 @@ from governor.schema import (
     forecasts,
     from_json,
     legs,
+    limits_of,
     policies,
     policy_of,
     pools,
@@ -147,6 +148,14 @@ class Billed(NamedTuple):
     attempt: Attempt
     request_id: str
     usage: Usage
+
+
+class Heard(NamedTuple):
+    """One ended attempt with what its headers stated; `processing_s`: the provider's own time for it, -1 = unknown."""
+
+    attempt: Attempt
+    limits: tuple[Limit, ...]
+    processing_s: float
 
 
 class Records:
@@ -340,6 +349,13 @@ class Records:
             for row in self._stream(query, attempts.c.number, NARROW_CHUNK):
                 usage = Usage(row.prompt_tokens, row.output_tokens, row.cached_tokens, row.reasoning_tokens)
                 yield Billed(attempt_of(row), row.request_id, usage)
+
+    def heard(self, pool: str | None = None) -> Iterator[Heard]:
+        """The same with what the headers of each stated."""
+        query = self._of(select(attempts), attempts, pool)
+        with self._undamaged():
+            for row in self._stream(query, attempts.c.number, NARROW_CHUNK):
+                yield Heard(attempt_of(row), limits_of(row), row.processing_s)
 
     def ends(self, pool: str | None = None) -> Iterator[Ended]:
         """How each request ended that has, of one pool or of all, in order of the input."""

@@ -10,7 +10,7 @@ must not: connections (`database`) and the order in which things happen (`record
     requests   one row per line of the input: what it reserves, and where it stands
     bodies     what is sent, apart from `requests` so that a change of state rewrites a short row
     results    what came back last, for requests that ended
-    attempts   one row per ended attempt: DESIGN's columns, request id and the limits that the headers stated
+    attempts   one row per ended attempt: DESIGN's columns, request id, and what the headers stated of limits and time
     decisions  every call of the law, in order: one row per pool and commit, from the `first` on (`verify.stored`)
     deferrals  per leg, pool and cause: requests that had to wait for it at the head of the queue
     forecasts  what was expected, as JSON; `launched_before` says how much had happened when it was written
@@ -37,7 +37,7 @@ from sqlalchemy.types import TypeDecorator
 from governor.errors import PacelineError
 from governor.money import usage_in
 from governor.policy import Policy
-from governor.requests import Answer, Attempt, Outcome, Request, Sizes
+from governor.requests import Answer, Attempt, Limit, Outcome, Request, Sizes
 
 SCHEMA = 2
 # "PACE", in the header of the SQLite file, where `file` and we ourselves find it.
@@ -203,6 +203,7 @@ attempts = Table(
     _text("request_id"),
     _whole("cached_tokens"),  # part of the prompt's, 0 where nothing is said
     _whole("reasoning_tokens"),  # part of the output's
+    _number("processing_s"),  # the provider's own time, -1 where it does not say
     Column("limits", Text, nullable=False),
 )
 Index("attempts_by_request", attempts.c.request)
@@ -298,8 +299,16 @@ def attempt_row(attempt: Attempt, answer: Answer) -> dict[str, Any]:
     row = dict(zip(_ATTEMPT, attempt.row(), strict=True))
     limits = [[limit.dimension, limit.limit, limit.remaining] for limit in answer.limits]
     usage = usage_in(answer.body)
-    row |= {"cached_tokens": usage.cached, "reasoning_tokens": usage.reasoning}
+    row |= {"cached_tokens": usage.cached, "reasoning_tokens": usage.reasoning, "processing_s": answer.processing_s}
     return row | {"outcome": str(attempt.outcome), "request_id": answer.request_id, "limits": to_json(limits)}
+
+
+def limits_of(row: Any) -> tuple[Limit, ...]:
+    """The limits of a row of `attempts`."""
+    try:
+        return tuple(Limit(str(d), float(limit), float(left)) for d, limit, left in json.loads(row.limits))
+    except (TypeError, ValueError):
+        raise DamagedError("an attempt's limits") from None
 
 
 def attempt_of(row: Any) -> Attempt:

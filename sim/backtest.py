@@ -28,13 +28,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from governor.journal import Journal
+from governor.policy import Policy
 from sim.layout import facts, table, wrapped
+from sim.others import takings, ways_of
 from sim.provider_config import ProviderConfig
 from sim.results import CONFIDENCE
 from sim.scenario import Scenario
 from sim.twin import Lesson, Twin, believed, jittered, lessons, taught
 from sim.words import between, duration, number
-from sim.workload import columns
+from sim.workload import Columns, Workload, columns
 
 REQUESTS_SIMULATED = 60_000
 RUNS_LEAST, RUNS_MOST = 5, 40
@@ -42,7 +44,8 @@ RUNS_LEAST, RUNS_MOST = 5, 40
 MODEL_SD_RATIO = 0.004
 TAKEN = (
     "the length of each answer",
-    "the time of each answered request",
+    "the time of each answered request, and its way to the provider",
+    "what others used of the quota, by the counts in the headers",
     "the median time of a refusal",
     "the shares of attempts that failed and of cut answers without text",
     "how late the loop's timers rang",
@@ -179,6 +182,12 @@ def _replicated(lesson: Lesson, provider: ProviderConfig, runs: int) -> np.ndarr
     """Makespan, 429s and launches of each replication. Shape (runs, 3)."""
     provider = taught(provider, lesson)
     policy, params = lesson.policy, lesson.policy.params()
+    there_s, round_s = ways_of(lesson.counts, len(lesson.workload))
+    charges = _columns(lesson.workload, policy, provider).charge
+    taken = takings(lesson.counts, charges, provider)
+    if any(count.stated for count in lesson.counts):
+        # What others did stands in the headers: it need not be drawn.
+        provider = provider.with_(cotenant={"share": 0.0, "burst_s": 0.0, "period_s": 0.0})
     by_chance = provider.cotenant.share + provider.faults.error_ratio + provider.faults.drop_ratio > 0.0
     by_chance = by_chance or bool((lesson.workload.recorded_s < 0.0).any())
     values = np.zeros((runs, 3))
@@ -187,14 +196,7 @@ def _replicated(lesson: Lesson, provider: ProviderConfig, runs: int) -> np.ndarr
         # The stagger's jitter follows from the run's seed: another one is taken only where the provider needs it.
         seed = lesson.seed + r if by_chance else lesson.seed
         twin = Twin(
-            columns(
-                jittered(lesson.workload, lesson.late_s, rng),
-                reserve_rule=policy.charge_rule,
-                est_tokens_per_run=policy.est_tokens_per_run,
-                charge_rule=provider.charge_rule,
-                as_of=provider.as_of,
-                finalize_max_tokens=policy.finalize_max_tokens,
-            ),
+            _columns(jittered(lesson.workload, lesson.late_s, rng), policy, provider),
             params,
             provider.params(),
             seed=seed,
@@ -204,10 +206,24 @@ def _replicated(lesson: Lesson, provider: ProviderConfig, runs: int) -> np.ndarr
             late_s=lesson.late_s,
             rng=rng,
             changes=lesson.changes,
+            there_s=there_s,
+            round_s=round_s,
+            takings=taken,
         )
         tally = twin.run()
         values[r] = tally.last_s, tally.throttled, tally.attempts
     return values
+
+
+def _columns(workload: Workload, policy: Policy, provider: ProviderConfig) -> Columns:
+    return columns(
+        workload,
+        reserve_rule=policy.charge_rule,
+        est_tokens_per_run=policy.est_tokens_per_run,
+        charge_rule=provider.charge_rule,
+        as_of=provider.as_of,
+        finalize_max_tokens=policy.finalize_max_tokens,
+    )
 
 
 def _interval(values: np.ndarray[Any, Any], model_sd_ratio: float = 0.0) -> tuple[float, float, float]:

@@ -285,9 +285,7 @@ class Simulation:
         job.launched_s = now
         if job.attempt == 1 and job.lane == law.MAIN:
             job.first_launched_s = now
-        job.outcome, service_s, _, job.retry_after_s = prov.answered(
-            self.pp, self.ps, self.seed, job.index, key, job.charge, job.output, job.recorded_s, now, job.drawn_s
-        )
+        job.outcome, service_s, _, job.retry_after_s = self._answer(job, key, now)
         job.charged = job.charge if job.outcome in CHARGED else 0.0
         tally.charged_tokens += job.charged
         if p.sync_headers:
@@ -301,6 +299,16 @@ class Simulation:
             job.outcome = TIMEOUT
             job.retry_after_s = -1.0
         _Moment(self.env, at, ANSWER, self._on_answer, job)
+
+    def _answer(self, job: Job, key: int, now: float) -> tuple[int, float, int, float]:
+        """What the provider does with an attempt: see `provider.answered`."""
+        return prov.answered(
+            self.pp, self.ps, self.seed, job.index, key, job.charge, job.output, job.recorded_s, now, job.drawn_s
+        )
+
+    def _admitted_by(self, job: Job) -> float:
+        """The latest moment at which the attempt can have been let in: here there is no way to the provider."""
+        return job.launched_s
 
     def _stated(self, job: Job) -> tuple[float, float, int, float, float]:
         """What the answer's headers will say: limit and remaining of tokens, then of the tighter requests limit."""
@@ -397,14 +405,14 @@ class Simulation:
     def _sync(self, job: Job, now: float) -> None:
         """What the headers state about the moment of admission, beside what has been booked since."""
         tokens_limit, tokens_left, d, requests_limit, requests_left = job.stated
-        p, s, at = self.p, self.s, job.launched_s
+        p, s, at, by = self.p, self.s, job.launched_s, self._admitted_by(job)
         refused = int(job.outcome not in CHARGED)
         if tokens_limit > 0.0:
             since = s.booked[law.TPM] - job.booked_tokens
-            law.synced(p, s, law.TPM, tokens_limit, tokens_left, job.reserve, refused, since, at, at, now)
+            law.synced(p, s, law.TPM, tokens_limit, tokens_left, job.reserve, refused, since, at, by, now)
         if d >= 0:
             since = s.booked[d] - job.booked_requests
-            law.synced(p, s, d, requests_limit, requests_left, 1.0, refused, since, at, at, now)
+            law.synced(p, s, d, requests_limit, requests_left, 1.0, refused, since, at, by, now)
 
     def _on_ok(self, job: Job, now: float) -> None:
         tally = self.tally

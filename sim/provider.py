@@ -175,6 +175,13 @@ def _cotenant_rate(pp: ProviderParams, seed: int, tick: int) -> float:
     return 0.0
 
 
+def taken_by_others(pp: ProviderParams, ps: ProviderState, d: int, amount: float) -> None:
+    """Others on the quota use `amount` of a limit per minute, as far as it goes."""
+    limit = limit_now(pp, ps, d)
+    if limit > 0.0:
+        ps.used[d] = max(ps.used[d], min(limit, ps.used[d] + amount))
+
+
 def advanced(pp: ProviderParams, ps: ProviderState, seed: int, now: float) -> None:
     """Brings the provider to `now`: limit changes, the co-tenant's use and the draining, in order of time."""
     if pp.cotenant_share > 0.0:
@@ -184,9 +191,7 @@ def advanced(pp: ProviderParams, ps: ProviderState, seed: int, now: float) -> No
             rate = _cotenant_rate(pp, seed, ps.tick)
             if rate > 0.0:
                 for d in range(2):
-                    limit = limit_now(pp, ps, d)
-                    if limit > 0.0:
-                        ps.used[d] = max(ps.used[d], min(limit, ps.used[d] + rate * limit * TICK_S / MINUTE_S))
+                    taken_by_others(pp, ps, d, rate * limit_now(pp, ps, d) * TICK_S / MINUTE_S)
             ps.tick += 1
     if pp.change_at[min(ps.next_change, CHANGES - 1)] <= now:
         _drained_over_changes(pp, ps, now)

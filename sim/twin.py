@@ -4,10 +4,11 @@ What lives here: `Lesson` (what is read from a journal), and `Twin`, the simulat
 the changes of settings that were made on the way. What must not: the comparison and its statistics (`backtest`).
 
 Theory of operation. Sizes, settings and seed were known before the first launch, and are read as such. Of what came
-after, only this is taken: the length of each answer, the time of each answered request, the median time of a refusal,
-how many answers failed or were cut without text, how late the loop's timers rang, and when somebody changed the
-settings. Not taken: when anything was launched, what was throttled, how long anything waited. A request without an
-answer takes a length from those with similar prompts, and its time from a line fitted to the answered ones.
+after, only this is taken: the length of each answer, the time of each answered request and how much of it was its way
+to the provider, the median time of a refusal, how many answers failed or were cut without text, what others used of the
+quota (`others`), how late the loop's timers rang, and when somebody changed the settings. Not taken: when anything was
+launched, what was throttled, how long anything waited. A request without an answer takes a length from those with
+similar prompts, and its time from a line fitted to the answered ones.
 
 How late a timer rang is read from the decisions: an `admission` named a moment, and the next `launched` came after it.
 
@@ -32,7 +33,8 @@ from governor.journal import Journal
 from governor.policy import Policy
 from governor.requests import Attempt, Outcome
 from sim import driver
-from sim.driver import Simulation
+from sim.driver import Job, Simulation
+from sim.others import Count, Taking, counts_of, gone_by_others
 from sim.provider_config import ProviderConfig
 from sim.workload import MEASURED, Workload, constant, similar_outputs
 
@@ -47,8 +49,9 @@ SERVER_FAULTS = (Outcome.SERVER_ERROR, Outcome.OVERLOADED, Outcome.MALFORMED)
 class Lesson:
     """One pool of one run. `workload`: its ended requests, with the answers and times that were measured.
 
-    `late_s`: how late timers rang, seconds each. `latency`, `faults`: fields of the provider's configuration.
-    `changes`: (when, new settings | "paused" | "resumed"). `makespan_s`, `throttled`, `launches`: what was measured.
+    `late_s`: how late timers rang, seconds each. `counts`: its attempts, with what their headers stated. `latency`,
+    `faults`: fields of the provider's configuration. `changes`: (when, new settings | "paused" | "resumed").
+    `makespan_s`, `throttled`, `launches`: what was measured.
     """
 
     pool: str
@@ -57,6 +60,7 @@ class Lesson:
     seed: int
     workload: Workload
     late_s: NDArray[np.float64]
+    counts: list[Count]
     latency: dict[str, float]
     faults: dict[str, float]
     changes: tuple[Change, ...]
@@ -142,6 +146,7 @@ def _lesson(journal: Journal, pool: str, attempts: list[Attempt], clock: Clock) 
         seed=seed,
         workload=workload,
         late_s=_lateness(journal, pool),
+        counts=counts_of(journal.heard(pool), place, clock),
         latency=_latency(mine, answered, workload),
         faults=_faults(mine, visible),
         changes=_changes(journal, [(stated.at_s, stated.policy) for stated in history], clock),
@@ -265,7 +270,11 @@ def taught(provider: ProviderConfig, lesson: Lesson) -> ProviderConfig:
 
 
 class Twin(Simulation):
-    """The simulation of a live run: timers ring late as they did, and settings change when they did."""
+    """The simulation of a live run: timers ring late as they did, and settings change when they did.
+
+    `there_s`, `round_s`: the way of each request to the provider, and there and back, shape (requests,). The provider's
+    clock begins with the first request that reaches it. `takings`: what others use of the quota.
+    """
 
     def __init__(
         self,
@@ -273,10 +282,18 @@ class Twin(Simulation):
         late_s: NDArray[np.float64],
         rng: np.random.Generator,
         changes: Sequence[Change] = (),
+        there_s: NDArray[np.float64] | None = None,
+        round_s: NDArray[np.float64] | None = None,
+        takings: Sequence[Taking] = (),
         **rest: Any,
     ) -> None:
         super().__init__(*arguments, **rest)
         self._late_s, self._rng = late_s, rng
+        self._there_s = there_s.tolist() if there_s is not None else [0.0] * len(self.columns)
+        self._round_s = round_s.tolist() if round_s is not None else [0.0] * len(self.columns)
+        self._provider_began_s = -1.0
+        for taking in takings:
+            driver._Moment(self.env, taking.at_s, CHANGE, self._on_taking, taking)
         for at, change in changes:
             driver._Moment(self.env, at, CHANGE, self._on_change, change)
 
@@ -287,6 +304,19 @@ class Twin(Simulation):
             self.timer = driver._Moment(self.env, at, driver.WAKE, self._on_wake, True)
             return
         super()._on_wake(event)
+
+    def _answer(self, job: Job, key: int, now: float) -> tuple[int, float, int, float]:
+        """The provider sees the attempt when it has arrived, on a clock of its own."""
+        there_s = self._there_s[job.index]
+        if self._provider_began_s < 0.0:
+            self._provider_began_s = now + there_s
+        return super()._answer(job, key, max(self.ps.at, now + there_s - self._provider_began_s))
+
+    def _admitted_by(self, job: Job) -> float:
+        return job.launched_s + self._round_s[job.index]
+
+    def _on_taking(self, event: Any) -> None:
+        gone_by_others(self.pp, self.ps, self.seed, event._value)
 
     def _on_change(self, event: Any) -> None:
         if self.tally.requests == len(self.columns):
