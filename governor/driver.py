@@ -276,7 +276,7 @@ class Governor:
         self._sync(job, limits, False, now)
         job.flying = job.holds = False
         if used >= 0.0:
-            self._law("settled", job.reserve, used, job.launched_s)
+            self._law("settled", job.reserve, used, job.launched_s, now)
         else:
             self._law("released")
         if law.answer_may_admit(self.p, self.cause):
@@ -604,7 +604,7 @@ class Governor:
         if answer.used_prompt_tokens >= 0 and answer.used_output_tokens >= 0:
             used = float(answer.used_prompt_tokens + answer.used_output_tokens)
         job.flying = job.holds = False
-        self._law("settled", job.reserve, used, job.launched_s)
+        self._law("settled", job.reserve, used, job.launched_s, now)
         assert job.work is not None
         finalizes = self._finalizes and job.work.finalizes
         if finalizes and job.lane == MAIN and answer.cut_off and not answer.has_text:

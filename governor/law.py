@@ -74,9 +74,10 @@ RETRY_AFTER_SLACK_S = 0.002
 SURPRISE_FROM = 0.001
 SURPRISE_FADES_S = 600.0
 # Launches within one such cell of time or two neighbouring ones may reach the provider in another order than they left
-# in. So many cells are remembered.
+# in. So many cells are remembered, and so many are looked through for settlements that were under way.
 ORDER_S = 0.1
 ORDER_CELLS = 128
+UNDER_WAY_CELLS = 32
 # Before the first count arrives, so much of the limit is kept free for what it will tell (an unknown charge rule, a
 # neighbour). It costs no throughput: a bucket that is not full refills meanwhile.
 UNHEARD_RATIO = 0.5
@@ -129,9 +130,10 @@ class State:
     With header sync, per dimension: `granted`, the limit that the provider stated (0 = not yet); `mirror_at`, when its
     own bucket is full again, as far as we know; `booked`, all that was ever booked, settlements and refunds included;
     `surprise`, by how much its count has lately been above our image of it; `synced_at`, the newest count's moment.
-    `order_cell`, `booked_before`, `booked_after`: ring of the last cells of time with a launch in them, and what was
-    booked before the first and after the last launch of each (TPM's cells, then RPM's, TPD's and RPD's). `pace_at`:
-    when the launches so far would have been spread evenly; it binds until `paced_until`.
+    `order_cell`: ring of the last cells of time in which anything was booked. For each of them (TPM's cells, then
+    RPM's, TPD's and RPD's) `booked_before` and `booked_after`: what was booked before and after it, `given_back` and
+    `added`: by how much settlements and refunds lowered and raised that in it. `pace_at`: when the launches so far
+    would have been spread evenly; it binds until `paced_until`.
     """
 
     in_flight: int = 0
@@ -155,6 +157,8 @@ class State:
     order_cell: list[float] = field(default_factory=lambda: [-1.0] * ORDER_CELLS)
     booked_before: list[float] = field(default_factory=lambda: [0.0] * (4 * ORDER_CELLS))
     booked_after: list[float] = field(default_factory=lambda: [0.0] * (4 * ORDER_CELLS))
+    given_back: list[float] = field(default_factory=lambda: [0.0] * (4 * ORDER_CELLS))
+    added: list[float] = field(default_factory=lambda: [0.0] * (4 * ORDER_CELLS))
     pace_at: float = -math.inf
     paced_until: float = -math.inf
 
@@ -279,12 +283,16 @@ def _rebook(p: Params, s: State, d: int, change: float, booked_at: float) -> Non
         s.window_used[d] += change
 
 
-def _rebook_tokens(p: Params, s: State, change: float, booked_at: float) -> None:
+def _rebook_tokens(p: Params, s: State, change: float, booked_at: float, now: float) -> None:
     for d in range(0, 4, 2):
         if p.limit[d] > 0.0:
             _rebook(p, s, d, change, booked_at)
         if p.sync_headers:
+            i = d * ORDER_CELLS + _order_place(s, now)
             s.booked[d] += change
+            s.booked_after[i] = s.booked[d]
+            s.given_back[i] += max(0.0, -change)
+            s.added[i] += max(0.0, change)
             if _stated_limit(p, s, d) > 0.0:
                 s.mirror_at[d] += change * _length_s(d) / _stated_limit(p, s, d)
 
@@ -320,14 +328,9 @@ def _mirror_ready_at(p: Params, s: State, d: int, amount: float) -> float:
 def _mirror_book(p: Params, s: State, reserve: float, now: float) -> None:
     """Books a launch in the image, and how long it takes the limits per minute to refill what it took."""
     refill_s = 0.0
-    cell = math.floor(now / ORDER_S)
-    place = cell % ORDER_CELLS
-    is_first = s.order_cell[place] != cell
-    s.order_cell[place] = cell
+    place = _order_place(s, now)
     for d in range(4):
         amount = reserve if d & 1 == 0 else 1.0
-        if is_first:
-            s.booked_before[d * ORDER_CELLS + place] = s.booked[d]
         s.booked[d] += amount
         s.booked_after[d * ORDER_CELLS + place] = s.booked[d]
         limit = _stated_limit(p, s, d)
@@ -339,27 +342,48 @@ def _mirror_book(p: Params, s: State, reserve: float, now: float) -> None:
     s.pace_at = max(s.pace_at, now) + refill_s
 
 
-def _most_booked_since(s: State, d: int, amount: float, in_order: float, as_of: float) -> float:
-    """What may have been booked after an admission at `as_of`, at most: all that left at about that time came later.
+def _order_place(s: State, now: float) -> int:
+    """The place in the ring of the cell in which something is about to be booked."""
+    cell = math.floor(now / ORDER_S)
+    place = cell % ORDER_CELLS
+    if s.order_cell[place] != cell:
+        s.order_cell[place] = cell
+        for d in range(4):
+            i = d * ORDER_CELLS + place
+            s.booked_before[i] = s.booked[d]
+            s.booked_after[i] = s.booked[d]
+            s.given_back[i] = 0.0
+            s.added[i] = 0.0
+    return place
 
-    `amount` is that request's own booking; `in_order` is the answer if all arrived in the order in which they left.
+
+def _booked_since(
+    s: State, d: int, amount: float, in_order: float, as_of: float, admitted_by: float
+) -> tuple[float, float]:
+    """What was booked after an admission at `as_of` or a little later, (at least, at most).
+
+    `amount` is that request's own booking; `in_order` is the answer if all happened at the provider in the order in
+    which it happened here. What left at about that time may have come sooner or later. And a settlement is booked by
+    the provider when its answer leaves, by us when it arrives: what we booked within a way there and back may have been
+    booked there before.
     """
     cell = math.floor(as_of / ORDER_S)
     if s.order_cell[cell % ORDER_CELLS] != cell:
-        return in_order
-    if s.order_cell[(cell - 1) % ORDER_CELLS] == cell - 1:
-        cell -= 1
-    return max(in_order, s.booked[d] - s.booked_before[d * ORDER_CELLS + cell % ORDER_CELLS] - amount)
-
-
-def _least_booked_since(s: State, d: int, in_order: float, as_of: float) -> float:
-    """The same at least: all that left at about that time came earlier."""
-    cell = math.floor(as_of / ORDER_S)
-    if s.order_cell[cell % ORDER_CELLS] != cell:
-        return in_order
-    if s.order_cell[(cell + 1) % ORDER_CELLS] == cell + 1:
-        cell += 1
-    return min(in_order, s.booked[d] - s.booked_after[d * ORDER_CELLS + cell % ORDER_CELLS])
+        return in_order, in_order
+    first = cell - 1 if s.order_cell[(cell - 1) % ORDER_CELLS] == cell - 1 else cell
+    last = cell + 1 if s.order_cell[(cell + 1) % ORDER_CELLS] == cell + 1 else cell
+    most = s.booked[d] - s.booked_before[d * ORDER_CELLS + first % ORDER_CELLS] - amount
+    least = s.booked[d] - s.booked_after[d * ORDER_CELLS + last % ORDER_CELLS]
+    until = min(cell + UNDER_WAY_CELLS, math.floor((2.0 * admitted_by - as_of) / ORDER_S))
+    for j in range(first, max(until, last) + 1):
+        if s.order_cell[j % ORDER_CELLS] == j:
+            i = d * ORDER_CELLS + j % ORDER_CELLS
+            most += s.given_back[i]
+            if j <= last:
+                least -= s.given_back[i]
+            else:
+                least -= s.added[i]
+    return min(in_order, least), max(in_order, most)
 
 
 def _has_room(p: Params, s: State, d: int, amount: float, now: float) -> bool:
@@ -519,11 +543,11 @@ def released(p: Params, s: State) -> None:
         s.alone = 0
 
 
-def settled(p: Params, s: State, reserve: float, used: float, launched_at: float) -> None:
+def settled(p: Params, s: State, reserve: float, used: float, launched_at: float, now: float) -> None:
     """An answer arrived: frees the permit and, if the policy settles, books what was really used in the same place."""
     released(p, s)
     if p.settles:
-        _rebook_tokens(p, s, used - reserve, launched_at)
+        _rebook_tokens(p, s, used - reserve, launched_at, now)
 
 
 def deadline_at(p: Params, first_launched_at: float) -> float:
@@ -578,7 +602,7 @@ def throttled(
     policy refunds: a provider may count refused requests. With hold-on-throttle nobody launches before the retry does.
     """
     if p.refunds_throttled:
-        _rebook_tokens(p, s, -reserve, launched_at)
+        _rebook_tokens(p, s, -reserve, launched_at, now)
     if p.sync_headers:
         _hidden_limit_met(p, s, reserve, launched_at, now)
     wait_s = backoff_s(p, attempt)
@@ -683,9 +707,10 @@ def synced(
     min(limit, remaining + refill) - booked_since left. Ignored: counts older than the one last taken over, counts older
     than the window, and implausible ones (negative, above the limit, not a number).
 
-    What left at about the same time may have been counted before or after, whatever the order in which it left. So a
-    count says that at least so much is used and at most so much. An image between the two stays as it is; one outside
-    moves to the nearer end. Of the refill only that since `admitted_by` is sure.
+    What left at about the same time may have been counted before or after, whatever the order in which it left, and so
+    may settlements. So a count says that at least so much is used and at most so much (`_booked_since`). An image
+    between the two stays as it is; one outside moves to the nearer end. Of the refill only that since `admitted_by` is
+    sure.
 
     The difference to our image of its bucket is a charge, a refund or a neighbour that we did not know of, and is
     booked in our own budget too: in both directions in a bucket, which thereby holds what is really charged, upward
@@ -702,10 +727,10 @@ def synced(
     refused = amount if is_refused else 0.0
     # What was turned away is in our image, and not in the provider's bucket whatever the order.
     ours = max(0.0, s.mirror_at[d] - now) * limit / length_s - refused
-    least_since = _least_booked_since(s, d, booked_since, as_of)
+    least_since, most_since = _booked_since(s, d, amount, booked_since, as_of, max(as_of, admitted_by))
     rise = max(0.0, used + least_since) - ours
     if rise < 0.0:
-        rise = min(0.0, max(0.0, used + _most_booked_since(s, d, amount, booked_since, as_of)) - ours)
+        rise = min(0.0, max(0.0, used + most_since) - ours)
     s.mirror_at[d] = max(s.mirror_at[d], now) + (rise - refused) * length_s / limit
     if s.synced_at[d] > -math.inf:
         s.surprise[d] *= math.exp((s.synced_at[d] - as_of) / SURPRISE_FADES_S)

@@ -30,7 +30,7 @@ import numpy as np
 from governor.journal import Journal
 from governor.policy import Policy
 from sim.layout import facts, table, wrapped
-from sim.others import takings, ways_of
+from sim.others import began_s, takings, ways_of
 from sim.provider_config import ProviderConfig
 from sim.results import CONFIDENCE
 from sim.scenario import Scenario
@@ -208,6 +208,7 @@ def _replicated(lesson: Lesson, provider: ProviderConfig, runs: int) -> np.ndarr
             changes=lesson.changes,
             there_s=there_s,
             round_s=round_s,
+            began_s=began_s(lesson.counts),
             takings=taken,
         )
         tally = twin.run()

@@ -306,6 +306,10 @@ class Simulation:
             self.pp, self.ps, self.seed, job.index, key, job.charge, job.output, job.recorded_s, now, job.drawn_s
         )
 
+    def _settle(self, job: Job, used: float, now: float) -> None:
+        """The provider books real use: here in the moment in which the answer arrives."""
+        prov.settled(self.pp, self.ps, self.seed, job.charge, used, now)
+
     def _admitted_by(self, job: Job) -> float:
         """The latest moment at which the attempt can have been let in: here there is no way to the provider."""
         return job.launched_s
@@ -417,8 +421,8 @@ class Simulation:
     def _on_ok(self, job: Job, now: float) -> None:
         tally = self.tally
         used = job.prompt + job.output
-        law.settled(self.p, self.s, job.reserve, used, job.launched_s)
-        prov.settled(self.pp, self.ps, self.seed, job.charge, used, now)
+        law.settled(self.p, self.s, job.reserve, used, job.launched_s, now)
+        self._settle(job, used, now)
         tally.used_tokens += used
         if job.lane == law.MAIN:
             tally.work.add(job.arrived_s, job.charge, used, now - job.launched_s)

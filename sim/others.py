@@ -65,7 +65,7 @@ class Count:
 
 
 class Taking(NamedTuple):
-    """Others used `amount` of dimension `d` (TPM or RPM) at `at_s`."""
+    """Others used `amount` of dimension `d` (TPM or RPM) at `at_s` on the provider's clock."""
 
     at_s: float
     d: int
@@ -127,6 +127,11 @@ def ways_of(counts: Sequence[Count], requests: int) -> tuple[NDArray[np.float64]
     return found[0], np.maximum(found[1], found[0])
 
 
+def began_s(counts: Sequence[Count]) -> float:
+    """When the first attempt reached the provider, seconds since the first launch; 0 where no way is known."""
+    return min((count.launched_s + count.there_s for count in counts if count.there_s >= 0.0), default=0.0)
+
+
 def takings(counts: Sequence[Count], charges: NDArray[np.float64], provider: ProviderConfig) -> tuple[Taking, ...]:
     """What others used, in order of time; empty where it is no more than inexact moments explain.
 
@@ -136,8 +141,11 @@ def takings(counts: Sequence[Count], charges: NDArray[np.float64], provider: Pro
     ps = prov.ProviderState()
     prov.day_started(ps, float(provider.day_tokens_used), float(provider.day_requests_used))
     known = [count for count in counts if count.there_s >= 0.0]
-    events: list[tuple[float, int, Count]] = [(count.launched_s + count.there_s, 0, count) for count in known]
-    events += [(count.ended_s, 1, count) for count in known if count.used >= 0.0]
+    zero_s = began_s(counts)
+    events = [(count.launched_s + count.there_s - zero_s, 0, count) for count in known]
+    events += [
+        (count.ended_s - (count.round_s - count.there_s) - zero_s, 1, count) for count in known if count.used >= 0.0
+    ]
     events.sort(key=lambda event: event[:2])
     found: list[Taking] = []
     owed, since_s = [0.0, 0.0], [0.0, 0.0]

@@ -33,6 +33,7 @@ from governor.journal import Journal
 from governor.policy import Policy
 from governor.requests import Attempt, Outcome
 from sim import driver
+from sim import provider as prov
 from sim.driver import Job, Simulation
 from sim.others import Count, Taking, counts_of, gone_by_others
 from sim.provider_config import ProviderConfig
@@ -272,8 +273,8 @@ def taught(provider: ProviderConfig, lesson: Lesson) -> ProviderConfig:
 class Twin(Simulation):
     """The simulation of a live run: timers ring late as they did, and settings change when they did.
 
-    `there_s`, `round_s`: the way of each request to the provider, and there and back, shape (requests,). The provider's
-    clock begins with the first request that reaches it. `takings`: what others use of the quota.
+    `there_s`, `round_s`: the way of each request to the provider, and there and back, shape (requests,). `began_s`:
+    when the first one reached it, where its clock begins. `takings`: what others use of the quota, on that clock.
     """
 
     def __init__(
@@ -284,6 +285,7 @@ class Twin(Simulation):
         changes: Sequence[Change] = (),
         there_s: NDArray[np.float64] | None = None,
         round_s: NDArray[np.float64] | None = None,
+        began_s: float = 0.0,
         takings: Sequence[Taking] = (),
         **rest: Any,
     ) -> None:
@@ -291,9 +293,9 @@ class Twin(Simulation):
         self._late_s, self._rng = late_s, rng
         self._there_s = there_s.tolist() if there_s is not None else [0.0] * len(self.columns)
         self._round_s = round_s.tolist() if round_s is not None else [0.0] * len(self.columns)
-        self._provider_began_s = -1.0
+        self._began_s = began_s
         for taking in takings:
-            driver._Moment(self.env, taking.at_s, CHANGE, self._on_taking, taking)
+            driver._Moment(self.env, began_s + taking.at_s, CHANGE, self._on_taking, taking)
         for at, change in changes:
             driver._Moment(self.env, at, CHANGE, self._on_change, change)
 
@@ -308,9 +310,19 @@ class Twin(Simulation):
     def _answer(self, job: Job, key: int, now: float) -> tuple[int, float, int, float]:
         """The provider sees the attempt when it has arrived, on a clock of its own."""
         there_s = self._there_s[job.index]
-        if self._provider_began_s < 0.0:
-            self._provider_began_s = now + there_s
-        return super()._answer(job, key, max(self.ps.at, now + there_s - self._provider_began_s))
+        answer = super()._answer(job, key, max(self.ps.at, now + there_s - self._began_s))
+        if self.pp.settles and answer[0] == prov.OK:
+            left_s = max(now, now + answer[1] - (self._round_s[job.index] - there_s))
+            driver._Moment(self.env, left_s, driver.ANSWER, self._on_settled, (job, job.prompt + job.output))
+        return answer
+
+    def _settle(self, job: Job, used: float, now: float) -> None:
+        """It was booked when the answer left the provider."""
+
+    def _on_settled(self, event: Any) -> None:
+        job, used = event._value
+        if job.outcome == prov.OK:  # else nobody waited for it any longer
+            super()._settle(job, used, max(self.ps.at, self.env._now - self._began_s))
 
     def _admitted_by(self, job: Job) -> float:
         return job.launched_s + self._round_s[job.index]

@@ -156,7 +156,7 @@ def law_calls(r: random.Random, both: Both) -> None:
             elif kind == 6:
                 both("released", p, s)
             else:
-                both("settled", p, s, reserve, float(r.randint(0, int(2 * reserve) + 1)), launched_at)
+                both("settled", p, s, reserve, float(r.randint(0, int(2 * reserve) + 1)), launched_at, now)
         elif kind == 9:
             d = r.randrange(4)
             limit = r.choice([p.bag.limit[d], r.uniform(0.0, 1e5), r.choice([math.inf, math.nan, -1.0])])
@@ -286,6 +286,7 @@ def provider_calls(r: random.Random, both: Both) -> None:
                 both("remaining", pp, ps, d)
                 both("limit_now", pp, ps, d)
             both("requests_dimension", pp, ps)
+            both("taken_by_others", pp, ps, r.randrange(2), r.uniform(0.0, 5_000.0))
         else:
             both("latency_s", pp, chance, request, attempt, output, recorded_s)
             both("smooth_latency_s", pp, output, recorded_s, r.random())

@@ -238,7 +238,7 @@ class Pool:
         p, s = self.p, self.s
         self.in_air -= 1
         if reply.kind == OK:
-            law.settled(p, s, job.reserve, reply.used, job.launched_at)
+            law.settled(p, s, job.reserve, reply.used, job.launched_at, now)
             if p.settles:
                 self.bookings.append(Booking(now, number, reply.used, False))
             self.ends.append((now, job.index, OK))

@@ -23,14 +23,14 @@ def test_settling_books_real_use_where_the_reservation_stood(window: int) -> Non
     p, s = free(tpm=1_000, tpd=50_000, headroom=0.0, window=window, settles=1), law.State()
     law.launched(p, s, 800.0, law.FIRST, 5.0, 0.5)
     assert law.blocked_by(p, s, 400.0, law.FIRST, 6.0) == law.BY_TPM
-    law.settled(p, s, 800.0, 500.0, 5.0)
+    law.settled(p, s, 800.0, 500.0, 5.0, 6.0)
     drained = 100 / 6 if window == BUCKET else 0.0
     assert law.used_in(p, s, TPM, 6.0) == pytest.approx(500.0 - drained)
     assert law.used_in(p, s, TPD, 6.0) == pytest.approx(500.0 - 50_000 / 86_400)
     assert law.admission(p, s, 500.0, law.FIRST, 6.0) == (6.0, law.NOTHING)
     # More than reserved counts as well.
     law.launched(p, s, 100.0, law.FIRST, 6.0, 0.5)
-    law.settled(p, s, 100.0, 450.0, 6.0)
+    law.settled(p, s, 100.0, 450.0, 6.0, 6.0)
     assert law.used_in(p, s, TPM, 6.0) == pytest.approx(950.0 - drained)
 
 
@@ -39,14 +39,14 @@ def test_a_settlement_that_comes_after_its_window_changes_nothing(window: int) -
     p, s = free(tpm=1_000, headroom=0.0, window=window, settles=1), law.State()
     law.launched(p, s, 800.0, law.FIRST, 0.0, 0.5)
     law.launched(p, s, 900.0, law.FIRST, 61.0, 0.5)
-    law.settled(p, s, 800.0, 100.0, 0.0)
+    law.settled(p, s, 800.0, 100.0, 0.0, 61.0)
     assert law.used_in(p, s, TPM, 61.0) == 900.0
 
 
 def test_without_settling_the_reservation_stays() -> None:
     p, s = free(tpm=1_000, headroom=0.0), law.State()
     law.launched(p, s, 800.0, law.FIRST, 0.0, 0.5)
-    law.settled(p, s, 800.0, 1.0, 0.0)
+    law.settled(p, s, 800.0, 1.0, 0.0, 1.0)
     assert law.used_in(p, s, TPM, 1.0) == 800.0
 
 
@@ -370,7 +370,7 @@ def test_a_settlement_from_before_a_change_of_window_never_makes_room_that_comes
     old = free(tpm=10_000, headroom=0.0, window=FIXED, settles=1)
     new = free(tpm=10_000, headroom=0.0, window=SLIDING, settles=1)
     s = repriced(old, new, 7_000.0, 30.0)
-    law.settled(new, s, 7_000.0, 2_000.0, 0.0)
+    law.settled(new, s, 7_000.0, 2_000.0, 0.0, 30.0)
     s.hold_until = 70.0
     laws.promised(new, s, 5_000.0, law.FIRST, 30.0)
 

@@ -118,7 +118,7 @@ def ended(scribe: Scribe, r: random.Random, reserve: float, launched_at: float, 
     wait_s = r.choice([-1.0, 3.25])
     kind = r.randrange(4)
     if kind == 0:
-        scribe.call("settled", reserve, reserve * r.random(), launched_at)
+        scribe.call("settled", reserve, reserve * r.random(), launched_at, now)
     elif kind == 1:
         scribe.call("throttled", reserve, attempt, wait_s, launched_at, launched_at, now, r.random())
     elif kind == 2:
