@@ -130,10 +130,10 @@ class State:
     With header sync, per dimension: `granted`, the limit that the provider stated (0 = not yet); `mirror_at`, when its
     own bucket is full again, as far as we know; `booked`, all that was ever booked, settlements and refunds included;
     `surprise`, by how much its count has lately been above our image of it; `synced_at`, the newest count's moment.
-    `order_cell`: ring of the last cells of time in which anything was booked. For each of them (TPM's cells, then
-    RPM's, TPD's and RPD's) `booked_before` and `booked_after`: what was booked before and after it, `given_back` and
-    `added`: by how much settlements and refunds lowered and raised that in it. `pace_at`: when the launches so far
-    would have been spread evenly; it binds until `paced_until`.
+    `order_cell`: ring of the last cells of time in which anything was booked. For each of them `booked_before` and
+    `booked_after`: what was booked before and after it (TPM's cells, then RPM's), `given_back` and `added`: by how many
+    tokens settlements and refunds lowered and raised that in it. `pace_at`: when the launches so far would have been
+    spread evenly; it binds until `paced_until`.
     """
 
     in_flight: int = 0
@@ -155,10 +155,10 @@ class State:
     surprise: list[float] = field(default_factory=lambda: _four(0.0))
     synced_at: list[float] = field(default_factory=lambda: _four(-math.inf))
     order_cell: list[float] = field(default_factory=lambda: [-1.0] * ORDER_CELLS)
-    booked_before: list[float] = field(default_factory=lambda: [0.0] * (4 * ORDER_CELLS))
-    booked_after: list[float] = field(default_factory=lambda: [0.0] * (4 * ORDER_CELLS))
-    given_back: list[float] = field(default_factory=lambda: [0.0] * (4 * ORDER_CELLS))
-    added: list[float] = field(default_factory=lambda: [0.0] * (4 * ORDER_CELLS))
+    booked_before: list[float] = field(default_factory=lambda: [0.0] * (2 * ORDER_CELLS))
+    booked_after: list[float] = field(default_factory=lambda: [0.0] * (2 * ORDER_CELLS))
+    given_back: list[float] = field(default_factory=lambda: [0.0] * ORDER_CELLS)
+    added: list[float] = field(default_factory=lambda: [0.0] * ORDER_CELLS)
     pace_at: float = -math.inf
     paced_until: float = -math.inf
 
@@ -288,11 +288,12 @@ def _rebook_tokens(p: Params, s: State, change: float, booked_at: float, now: fl
         if p.limit[d] > 0.0:
             _rebook(p, s, d, change, booked_at)
         if p.sync_headers:
-            i = d * ORDER_CELLS + _order_place(s, now)
+            place = _order_place(s, now)
             s.booked[d] += change
-            s.booked_after[i] = s.booked[d]
-            s.given_back[i] += max(0.0, -change)
-            s.added[i] += max(0.0, change)
+            if d == TPM:
+                s.booked_after[place] = s.booked[d]
+                s.given_back[place] += max(0.0, -change)
+                s.added[place] += max(0.0, change)
             if _stated_limit(p, s, d) > 0.0:
                 s.mirror_at[d] += change * _length_s(d) / _stated_limit(p, s, d)
 
@@ -332,7 +333,8 @@ def _mirror_book(p: Params, s: State, reserve: float, now: float) -> None:
     for d in range(4):
         amount = reserve if d & 1 == 0 else 1.0
         s.booked[d] += amount
-        s.booked_after[d * ORDER_CELLS + place] = s.booked[d]
+        if d < TPD:
+            s.booked_after[d * ORDER_CELLS + place] = s.booked[d]
         limit = _stated_limit(p, s, d)
         if limit > 0.0:
             taken_s = amount * _length_s(d) / limit
@@ -348,12 +350,11 @@ def _order_place(s: State, now: float) -> int:
     place = cell % ORDER_CELLS
     if s.order_cell[place] != cell:
         s.order_cell[place] = cell
-        for d in range(4):
-            i = d * ORDER_CELLS + place
-            s.booked_before[i] = s.booked[d]
-            s.booked_after[i] = s.booked[d]
-            s.given_back[i] = 0.0
-            s.added[i] = 0.0
+        for d in range(2):
+            s.booked_before[d * ORDER_CELLS + place] = s.booked[d]
+            s.booked_after[d * ORDER_CELLS + place] = s.booked[d]
+        s.given_back[place] = 0.0
+        s.added[place] = 0.0
     return place
 
 
@@ -365,10 +366,10 @@ def _booked_since(
     `amount` is that request's own booking; `in_order` is the answer if all happened at the provider in the order in
     which it happened here. What left at about that time may have come sooner or later. And a settlement is booked by
     the provider when its answer leaves, by us when it arrives: what we booked within a way there and back may have been
-    booked there before.
+    booked there before. Of a day's limit so little does not matter.
     """
     cell = math.floor(as_of / ORDER_S)
-    if s.order_cell[cell % ORDER_CELLS] != cell:
+    if d >= TPD or s.order_cell[cell % ORDER_CELLS] != cell:
         return in_order, in_order
     first = cell - 1 if s.order_cell[(cell - 1) % ORDER_CELLS] == cell - 1 else cell
     last = cell + 1 if s.order_cell[(cell + 1) % ORDER_CELLS] == cell + 1 else cell
@@ -376,13 +377,13 @@ def _booked_since(
     least = s.booked[d] - s.booked_after[d * ORDER_CELLS + last % ORDER_CELLS]
     until = min(cell + UNDER_WAY_CELLS, math.floor((2.0 * admitted_by - as_of) / ORDER_S))
     for j in range(first, max(until, last) + 1):
-        if s.order_cell[j % ORDER_CELLS] == j:
-            i = d * ORDER_CELLS + j % ORDER_CELLS
-            most += s.given_back[i]
+        place = j % ORDER_CELLS
+        if d == TPM and s.order_cell[place] == j:
+            most += s.given_back[place]
             if j <= last:
-                least -= s.given_back[i]
+                least -= s.given_back[place]
             else:
-                least -= s.added[i]
+                least -= s.added[place]
     return min(in_order, least), max(in_order, most)
 
 

@@ -666,7 +666,7 @@ def _sync(w: World, slot: int, now: float) -> None:
 def _on_ok(w: World, slot: int, now: float) -> None:
     run, job = w.run, w.jobs[slot]
     used = job.prompt + job.output
-    law.settled(w.p, w.s, job.reserve, used, job.launched_s)
+    law.settled(w.p, w.s, job.reserve, used, job.launched_s, now)
     prov.settled(w.pp, w.ps, run.seed, job.charge, used, now)
     run.used_tokens += used
     if job.lane == law.MAIN:

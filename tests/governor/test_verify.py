@@ -85,6 +85,9 @@ def any_policy(r: random.Random) -> Policy:
     )
 
 
+EVERYTHING = {"admission", "launched", "settled", "throttled", "failed", "released", "synced", "paused", "repriced"}
+
+
 def random_run(seed: int, pool: str = "default", leg: int = 1, calls: int = CALLS) -> Scribe:
     """A run in which everything happens: launches, every kind of end, counts from headers, pauses, new settings."""
     r = random.Random(seed)
@@ -92,7 +95,9 @@ def random_run(seed: int, pool: str = "default", leg: int = 1, calls: int = CALL
     now = 0.0
     flights: list[tuple[float, float, int]] = []
     scribe.call("day_started", 10_000.0, 3.0, now)
-    while len(scribe.decisions) < calls:
+    # On until all has happened, too: settings may be drawn under which nothing can launch for a while.
+    while len(scribe.decisions) < calls or not EVERYTHING <= {d.name for d in scribe.decisions}:
+        assert len(scribe.decisions) < 100 * CALLS
         now += r.expovariate(1.0)
         reserve = float(r.randint(1, 2_500))
         if not flights or r.random() < 0.5:
@@ -119,10 +124,13 @@ def ended(scribe: Scribe, r: random.Random, reserve: float, launched_at: float, 
     kind = r.randrange(4)
     if kind == 0:
         scribe.call("settled", reserve, reserve * r.random(), launched_at, now)
-    elif kind == 1:
-        scribe.call("throttled", reserve, attempt, wait_s, launched_at, launched_at, now, r.random())
-    elif kind == 2:
-        scribe.call("failed", attempt, wait_s, launched_at, now, r.random())
+    elif kind < 3:
+        if kind == 1:
+            again_at = scribe.call("throttled", reserve, attempt, wait_s, launched_at, launched_at, now, r.random())
+        else:
+            again_at = scribe.call("failed", attempt, wait_s, launched_at, now, r.random())
+        if again_at < math.inf and law.keeps_permit(scribe.p) == law.HOLDING:
+            scribe.call("released")  # given up while it backed off: else its place would be taken for ever
     else:
         scribe.call("released")
         scribe.call("finalize_opened")
