@@ -96,7 +96,7 @@ def random_run(seed: int, pool: str = "default", leg: int = 1, calls: int = CALL
     flights: list[tuple[float, float, int]] = []
     scribe.call("day_started", 10_000.0, 3.0, now)
     # On until all has happened, too: settings may be drawn under which nothing can launch for a while.
-    while len(scribe.decisions) < calls or not EVERYTHING <= {d.name for d in scribe.decisions}:
+    while len(scribe.decisions) < calls or not {d.name for d in scribe.decisions} >= EVERYTHING:
         assert len(scribe.decisions) < 100 * CALLS
         now += r.expovariate(1.0)
         reserve = float(r.randint(1, 2_500))
