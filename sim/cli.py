@@ -18,6 +18,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from governor.forecast import Expectation, Outlook
     from governor.requests import Attempt
     from governor.summary import Summary
-    from sim.experiment import Engine
+    from sim.engines import Engine
     from sim.inputs import Inputs
     from sim.scenario import Scenario
 
@@ -152,7 +153,8 @@ def plan(
         effort=effort,
     )
     with prepared_folder(out) as folder, Progress("planning", _runs_foreseen(scenario, wishes.effort)) as bar:
-        pool = Pool(given.workers, bar.add, engine=given.engine)
+        foreseen = _runs_foreseen(scenario, wishes.effort) * len(scenario.workload)
+        pool = Pool(given.workers, bar.add, engine=given.engine, foreseen=foreseen)
         found = search(scenario, wishes.goal(), effort=wishes.effort, pool=pool, say=bar.say)
         bar.say("writing the report")
         notes = (*inputs.notes, *shown.plan_notes(scenario, found))
@@ -290,9 +292,12 @@ def _what_if(question: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _inputs(given: Options, *, fit: bool = True) -> Inputs:
+    from sim import engines
     from sim.inputs import read_inputs
 
-    return read_inputs(given, os.environ, fit=fit)
+    notes = engines.checked(given.engine)
+    inputs = read_inputs(given, os.environ, fit=fit)
+    return replace(inputs, notes=(*inputs.notes, *notes))
 
 
 def _runs_foreseen(scenario: Scenario, effort: str) -> float:
@@ -308,7 +313,8 @@ def _one_run(
 ) -> Summary:
     """The first run's `Summary`; its attempts go into the files that are named."""
     from sim import exports
-    from sim.experiment import attempt_rows, case_of, simulated
+    from sim.engines import simulated
+    from sim.experiment import attempt_rows, case_of
 
     scenario = inputs.scenario
     n = len(scenario.workload)

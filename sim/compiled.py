@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,16 +23,14 @@ from governor import law
 from governor.errors import FailureCode
 from sim import engine
 from sim import provider as prov
-from sim.copies import array_of, cache_folder, compiled, dtype_of
+from sim.cache import cache_folder
+from sim.copies import array_of, compiled, dtype_of
+from sim.engines import BESIDE, ROOT, SOURCES
 from sim.run import SPENT, AttemptSink, Tally, launch_order
 
 if TYPE_CHECKING:
     from sim.experiment import Case
 
-ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("governor/keyed.py", "governor/law.py", "sim/provider.py", "sim/engine.py")
-# Their constants are compiled in.
-CONSTANTS = ("governor/summary.py", "sim/run.py")
 ENTRY = "proceed"
 
 CHUNK = 8192
@@ -57,16 +54,14 @@ def _proceed() -> Any:
     if not _LOADED:
         with _LOCK:
             if not _LOADED:
-                cache = cache_folder(ROOT / path for path in (*SOURCES, *CONSTANTS))
-                copies = compiled((ROOT / path for path in SOURCES), ROOT, entry=ENTRY, cache=cache)
+                copies = compiled(SOURCES, ROOT, entry=ENTRY, cache=cache_folder((*SOURCES, *BESIDE)))
                 _LOADED.append(getattr(copies["sim.engine"], ENTRY))
     return _LOADED[0]
 
 
-def is_kept() -> bool:
-    """Whether machine code of these sources is on the disk: then it is loaded in a moment instead of being compiled."""
-    folder = cache_folder(ROOT / path for path in (*SOURCES, *CONSTANTS))
-    return folder is not None and any(folder.rglob("*.nbc"))
+def is_loaded() -> bool:
+    """Whether the machine code is in this process."""
+    return bool(_LOADED)
 
 
 class EndedAttempt:

@@ -1,29 +1,23 @@
-"""Compiled copies of the number-only modules, and where their machine code is kept.
+"""Compiled copies of the number-only modules, and records in place of their dataclasses.
 
-What lives here: the loader that DESIGN's "Compilable as it stands" describes, records in place of dataclasses, the
-cache's folder. What must not: anything of a simulation (`compiled`), any rule.
+What lives here: the loader that DESIGN's "Compilable as it stands" describes. What must not: anything of a simulation
+(`compiled`), any rule, where machine code is kept (`cache`).
 
 Theory of operation. The source is not touched: each module is loaded once more from its file under another name, and
 every function in it is replaced by its `numba.njit` form before first use, so that helpers called by helpers are
 compiled too. What such a module has imported from another of them, or that module itself, is replaced by the compiled
 copy's. Functions and originals stay apart: an interpreted caller never meets a compiled function.
 
-Only the outermost function is kept on disk: its machine code holds all that it calls. numba would not notice a change
-in a called file, so the folder is named by a hash of every source that goes in. Several processes may compile at once:
-numba writes a file under another name and then moves it to its place.
+Only the outermost function is kept on disk: its machine code holds all that it calls. Several processes may compile at
+once: numba writes a file under another name and then moves it to its place.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import inspect
-import os
-import shutil
-import stat
 import sys
-import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
@@ -39,10 +33,6 @@ _njit: Any = numba.njit
 _config: Any = numba.config
 
 ALIAS = "compiled_copy_of_"
-FOLDER = "engine-"
-# Folders of other sources that are kept: another branch, another installation.
-KEPT = 4
-
 # No reference is counted: the functions neither allocate nor keep an array, and their counting takes two thirds of the
 # time. Division by zero is not looked for; the interpreted form of the same function does.
 OPTIONS: dict[str, Any] = {"nogil": True, "_nrt": False}
@@ -87,11 +77,23 @@ def _compiling(function: Any, entry: str, cache: Path | None) -> Any:
     if not entry:
         return _njit(**OPTIONS)(function)
     if function.__name__ != entry:
-        return _njit(**OPTIONS, **INNER)(function)
+        return _one_version(_njit(**OPTIONS, **INNER)(function))
     if cache is None:
         return _njit(**OPTIONS)(function)
     with _LOCK, _cached_in(cache):
         return _njit(**OPTIONS, cache=True)(function)
+
+
+def _one_version(dispatcher: Any) -> Any:
+    """Constants among the arguments are numbers like others, or numba compiles a version for each of them."""
+    template = dispatcher.get_call_template
+
+    def of_numbers(arguments: Any, named: Any) -> Any:
+        plain = {name: numba.types.unliteral(kind) for name, kind in named.items()}
+        return template(tuple(map(numba.types.unliteral, arguments)), plain)
+
+    dispatcher.get_call_template = of_numbers
+    return dispatcher
 
 
 @contextlib.contextmanager
@@ -103,60 +105,6 @@ def _cached_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         _config.CACHE_DIR = before
-
-
-# ---------------------------------------------------------------- the cache's folder
-
-
-def cache_folder(sources: Iterable[Path]) -> Path | None:
-    """Where machine code of these sources is kept, made if need be; None where nothing can be written.
-
-    In NUMBA_CACHE_DIR, else in the user's cache, else (a home that cannot be written) in the temporary folder. Of
-    folders of other sources, those used last are left, the others are removed.
-    """
-    digest = hashlib.sha256(repr((numba.__version__, OPTIONS)).encode())
-    for path in sources:
-        digest.update(path.read_bytes())
-    name = FOLDER + digest.hexdigest()[:16]
-    for parent in _parents():
-        folder = parent / name
-        if _usable(folder):
-            _prune(folder)
-            return folder
-    return None
-
-
-def _parents() -> Iterator[Path]:
-    from platformdirs import user_cache_path
-
-    if _config.CACHE_DIR:
-        yield Path(_config.CACHE_DIR)
-    with contextlib.suppress(RuntimeError, OSError):
-        yield user_cache_path("paceline", appauthor=False)
-    yield Path(tempfile.gettempdir()) / f"paceline-{getattr(os, 'getuid', int)()}"
-
-
-def _usable(folder: Path) -> bool:
-    """Whether the folder is there, is ours, and can be written to. Code of somebody else's is not run."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
-        if hasattr(os, "getuid") and (found.st_uid != os.getuid() or found.st_mode & stat.S_IWOTH):
-            return False
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        os.utime(folder)
-    except OSError:
-        return False
-    return True
-
-
-def _prune(mine: Path) -> None:
-    with contextlib.suppress(OSError):
-        others = [folder for folder in mine.parent.glob(FOLDER + "*") if folder != mine and folder.is_dir()]
-        others.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
-        for folder in others[KEPT:]:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 # ---------------------------------------------------------------- records

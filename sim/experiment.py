@@ -1,44 +1,44 @@
 """Running a scenario many times: replications under keyed common random numbers, side by side on the local cores.
 
 What lives here: one run as `Figures`, by either engine, many runs, and how many are enough. What must not: choosing
-settings (`plan`), the engines themselves (`driver`, `compiled`).
+settings (`plan`), the engines themselves (`driver`, `compiled`) and the choice of one (`engines`).
 
 Theory of operation. A `Case` is everything that one run needs, as numbers. Run r of any case uses seed + r, and chance
 is keyed by what it is for (`governor/keyed.py`), so two policies under one seed meet the same latencies, faults and
 neighbours: their difference is estimated seed by seed, with far fewer runs than independent ones would take. Because a
 run depends on nothing but its case and its seed, results are the same for any number of workers and any order.
 
-Two engines give the same run, to the bit: SimPy's event by event in Python, the compiled one as machine code. Runs are
-spread by joblib in chunks large enough to pay for their transport, over threads where the compiled engine works (it
-does not hold the interpreter's lock), else over processes; small amounts of work stay where they are.
+The engines of `sim/engines.py` give the same run, to the bit, and so the choice between them is one of time. Runs are
+spread in chunks large enough to pay for their transport: over threads where the compiled engine works (it does not hold
+the interpreter's lock), else over processes, by joblib. Small amounts of work stay where they are.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from governor import law
-from governor.errors import BadInput
 from governor.policy import Policy
 from governor.requests import Attempt, Outcome
 from governor.summary import CAUSES, Grant, Summary
+from sim import engines
+from sim.engines import Chosen, Engine, simulated, simulations
 from sim.provider import ProviderParams
 from sim.results import Figures, Forecast, forecast_of, paired_difference
 from sim.run import AttemptSink, Tally
 from sim.scenario import Scenario
 from sim.workload import Columns
 
-# Simulated requests below which a task is not worth sending to another process.
-TASK_REQUESTS = 4_000
-# ... and so many times that for the compiled engine.
-COMPILED_TIMES = 10
+# Simulated requests below which a task is not worth sending to another process, or to another thread.
+TASK_REQUESTS = {"simpy": 8_000, "compiled": 20_000}
 OUTCOMES = (
     Outcome.OK,
     Outcome.THROTTLED,
@@ -51,23 +51,6 @@ OUTCOMES = (
 )
 STATUS = (200, 429, 429, 429, 429, 500, 0, 0)
 LANES = ("main", "finalize")
-
-Engine = Literal["auto", "compiled", "simpy"]
-NO_NUMBA = "numba is not installed (pip install 'paceline[sim]')"
-
-
-def engine_of(wanted: Engine) -> Literal["compiled", "simpy"]:
-    """The engine that works where `wanted` is asked for: `auto` is the compiled one if numba is there, else SimPy.
-
-    BadInput where the compiled one is asked for by name and cannot work.
-    """
-    if wanted == "simpy":
-        return "simpy"
-    if find_spec("numba") is not None:
-        return "compiled"
-    if wanted == "compiled":
-        raise BadInput(f"the compiled engine cannot work: {NO_NUMBA}; --engine simpy does without")
-    return "simpy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,36 +76,6 @@ def case_of(scenario: Scenario, policy: Policy | None = None) -> Case:
         from_trace=scenario.arrivals == "trace",
         finalize_max_tokens=policy.finalize_max_tokens if scenario.finalize else 0,
     )
-
-
-def simulated(case: Case, seed: int, on_attempt: AttemptSink | None = None, *, engine: Engine = "auto") -> Tally:
-    """One run of the case: what was counted, the same with either engine."""
-    if engine_of(engine) == "compiled":
-        from sim import compiled
-
-        return compiled.simulated(case, seed, on_attempt)
-    from sim.driver import Simulation
-
-    return Simulation(
-        case.columns,
-        case.params,
-        case.provider,
-        seed=seed,
-        day_tokens_used=case.grant.day_tokens_used,
-        day_requests_used=case.grant.day_requests_used,
-        finalize_max_tokens=case.finalize_max_tokens,
-        from_trace=case.from_trace,
-        on_attempt=on_attempt,
-    ).run()
-
-
-def simulations(case: Case, seeds: Iterable[int], *, engine: Engine = "auto") -> Iterator[Tally]:
-    """Runs of the case under these seeds, one after the other; what they share is made ready once."""
-    if engine_of(engine) == "compiled":
-        from sim import compiled
-
-        return compiled.simulations(case, seeds)
-    return (simulated(case, seed, engine="simpy") for seed in seeds)
 
 
 def figures_of(tally: Tally, grant: Grant, seed: int) -> Figures:
@@ -210,7 +163,7 @@ _WAITED = tuple(f"waited_{cause}_s" for cause in CAUSES[1:-1])
 Task = tuple[Case, tuple[int, ...]]
 
 
-def _run_task(task: Task, engine: Engine) -> list[Figures]:
+def _run_task(task: Task, engine: Chosen) -> list[Figures]:
     case, seeds = task
     tallies = simulations(case, seeds, engine=engine)
     return [figures_of(tally, case.grant, seed) for tally, seed in zip(tallies, seeds, strict=True)]
@@ -220,16 +173,22 @@ class Pool:
     """Runs cases on the local cores; results come in the order of the tasks, for any number of workers.
 
     `workers`: processes (threads with the compiled engine), 0 = one per core, 1 = none beside this one. `on_runs(n)` is
-    told of runs as they finish.
+    told of runs as they finish. `foreseen`: requests that will be simulated in all, as far as is known: what `auto`
+    chooses the engine by.
     """
 
     def __init__(
-        self, workers: int = 0, on_runs: Callable[[int], None] | None = None, *, engine: Engine = "auto"
+        self,
+        workers: int = 0,
+        on_runs: Callable[[int], None] | None = None,
+        *,
+        engine: Engine = "auto",
+        foreseen: float = 0.0,
     ) -> None:
-        import joblib
-
-        self.engine = engine_of(engine)
-        self.workers = workers or joblib.cpu_count()
+        engines.checked(engine)
+        self.engine = engine
+        self.foreseen = foreseen
+        self.workers = workers or os.cpu_count() or 1
         self.on_runs = on_runs or (lambda n: None)
         self.runs = 0
         self.requests = 0
@@ -237,34 +196,41 @@ class Pool:
     def run(self, tasks: Iterable[tuple[Case, Sequence[int]]]) -> list[list[Figures]]:
         """The figures of each task: one `Figures` per seed."""
         wanted = [(case, tuple(seeds)) for case, seeds in tasks]
+        work = sum(len(case.columns) * len(seeds) for case, seeds in wanted)
+        engine = engines.chosen(self.engine, max(work, self.foreseen - self.requests))
+        least = TASK_REQUESTS[engine]
         pieces: list[tuple[int, Task]] = []
         for i, (case, seeds) in enumerate(wanted):
-            step = max(1, math.ceil(self._task_requests / max(1, len(case.columns))))
+            step = max(1, math.ceil(least / max(1, len(case.columns))))
             pieces += [(i, (case, seeds[j : j + step])) for j in range(0, len(seeds), step)]
         found: list[list[Figures]] = [[] for _ in wanted]
-        for (i, _), figures in zip(pieces, self._spread([task for _, task in pieces]), strict=True):
+        for (i, _), figures in zip(pieces, self._spread([task for _, task in pieces], engine, work), strict=True):
             found[i] += figures
             self.runs += len(figures)
             self.requests += sum(f.requests for f in figures)
             self.on_runs(len(figures))
         return found
 
-    @property
-    def _task_requests(self) -> int:
-        return TASK_REQUESTS * (COMPILED_TIMES if self.engine == "compiled" else 1)
-
-    def _spread(self, tasks: list[Task]) -> Iterable[list[Figures]]:
-        work = sum(len(case.columns) * len(seeds) for case, seeds in tasks)
-        run = partial(_run_task, engine=self.engine)
-        if self.workers == 1 or len(tasks) < 2 or work < 4 * self._task_requests:
+    def _spread(self, tasks: list[Task], engine: Chosen, work: int) -> Iterable[list[Figures]]:
+        run = partial(_run_task, engine=engine)
+        if self.workers == 1 or len(tasks) < 2 or work < 2 * TASK_REQUESTS[engine]:
             return map(run, tasks)
+        if engine == "compiled":
+            return self._threaded(run, tasks)
         from joblib import Parallel, delayed
 
-        # Machine code goes on without the interpreter's lock: threads share the columns and start at once.
-        backend = "threading" if self.engine == "compiled" else None
-        parallel = Parallel(n_jobs=self.workers, return_as="generator", batch_size="auto", backend=backend)
+        parallel = Parallel(n_jobs=self.workers, return_as="generator", batch_size="auto")
         results: Iterable[list[Figures]] = parallel(delayed(run)(task) for task in tasks)
         return results
+
+    def _threaded(self, run: Callable[[Task], list[Figures]], tasks: list[Task]) -> Iterator[list[Figures]]:
+        """Machine code goes on without the interpreter's lock: threads share the columns and start at once."""
+        with ThreadPoolExecutor(self.workers) as threads:
+            try:
+                yield from threads.map(run, tasks)
+            finally:
+                # After Ctrl-C nobody wants the rest.
+                threads.shutdown(wait=False, cancel_futures=True)
 
 
 def replicate(

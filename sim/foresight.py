@@ -26,7 +26,8 @@ from governor.estimate import Sizes
 from governor.forecast import Expectation, Outlook, fluid
 from governor.policy import Policy
 from governor.summary import CAUSES
-from sim.experiment import Case, Engine, simulated
+from sim.engines import Engine, chosen, simulated
+from sim.experiment import Case
 from sim.presets import LATENCIES
 from sim.provider_config import ProviderConfig
 from sim.results import CONFIDENCE
@@ -35,8 +36,6 @@ from sim.workload import Workload, columns, constant, with_outputs_assumed
 REQUESTS_SIMULATED = 60_000
 RUNS_LEAST, RUNS_MOST = 2, 39
 REQUESTS_MOST = 300_000
-# Up to so many requests in all SimPy is done before the compiled engine is loaded, let alone compiled. Same figures.
-SIMPY_MOST = 20_000
 SHARES = tuple(i / 20.0 for i in range(1, 21))
 _SNAPSHOT = re.compile(r"-\d{4}-\d{2}-\d{2}$")
 
@@ -50,7 +49,7 @@ def foresee(outlook: Outlook) -> Expectation:
     policy = outlook.pool.policy
     provider = believed_provider(policy, models)
     runs = max(RUNS_LEAST, min(RUNS_MOST, REQUESTS_SIMULATED // max(1, n)))
-    engine: Engine = "simpy" if n * runs <= SIMPY_MOST else "auto"
+    engine = chosen("auto", n * runs)
     seeds = range(outlook.seed, outlook.seed + runs)
     found = [
         run_once(
@@ -180,9 +179,9 @@ def _interval(values: list[float]) -> tuple[float, float, float]:
     n = len(x)
     if n >= RUNS_MOST:
         return float(x.min()), float(np.median(x)), float(x.max())
-    from scipy.stats import t
+    from scipy.special import stdtrit
 
-    half = float(t.ppf(0.5 + CONFIDENCE / 2.0, n - 1) * x.std(ddof=1) * math.sqrt(1.0 + 1.0 / n)) if n > 1 else 0.0
+    half = float(stdtrit(n - 1, 0.5 + CONFIDENCE / 2.0) * x.std(ddof=1) * math.sqrt(1.0 + 1.0 / n)) if n > 1 else 0.0
     mean = float(x.mean())
     return max(0.0, mean - half), mean, mean + half
 

@@ -10,16 +10,18 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from governor.policy import KNOB_BY_ENV, Policy
 from governor.summary import CAUSES, Summary
 from sim import words
-from sim.capacity import Capacity, Probe
 from sim.layout import facts, table, wrapped
 from sim.results import Estimate, Forecast, Plan, Recommendation, at_most
 from sim.scenario import Scenario, stress_notes
 from sim.workload import ASSUMED, MEASURED, Provenance
+
+if TYPE_CHECKING:
+    from sim.capacity import Capacity, Probe
 
 # What everybody in the queue waited for, by cause, and the knob that decides it.
 WAITED_FOR = {

@@ -31,7 +31,7 @@ from governor.forecast import Demand, Outlook
 from governor.policy import KNOBS, Policy
 from governor.pools import Pool
 from governor.summary import CAUSES
-from sim.experiment import Engine, engine_of
+from sim.engines import Engine, is_available, is_kept
 from sim.foresight import SHARES, Run, believed_provider, run_once, workload_of
 from sim.provider_config import ProviderConfig
 from sim.workload import Workload, constant, with_outputs_assumed
@@ -56,9 +56,7 @@ def _engine() -> Engine:
 
 
 def _make_ready() -> None:
-    if engine_of("auto") == "compiled":
-        from sim.compiled import is_kept
-
+    if is_available():
         if not is_kept():
             command = [sys.executable, "-c", "from sim.whatif import load; load()"]
             with contextlib.suppress(OSError):
