@@ -68,7 +68,7 @@ class EndedAttempt:
     """An attempt as it comes out: what the SimPy driver's `Job` says of it, under the same names."""
 
     __slots__ = (
-        *("index", "lane", "attempt", "outcome", "code", "submitted_s", "eligible_s", "launched_s", "now"),
+        *("index", "lane", "attempt", "outcome", "code", "arrived_s", "submitted_s", "eligible_s", "launched_s", "now"),
         *("reserve", "charged", "output", "retry_after_s", "waits_s"),
     )
 

@@ -169,6 +169,7 @@ class Ended:
     attempt: int = 0
     outcome: int = 0
     code: int = 0
+    arrived_s: float = 0.0
     submitted_s: float = 0.0
     eligible_s: float = 0.0
     launched_s: float = 0.0
@@ -804,6 +805,7 @@ def _record(w: World, slot: int, now: float, code: int) -> None:
     row.attempt = job.attempt
     row.outcome = job.outcome
     row.code = code
+    row.arrived_s = job.arrived_s
     row.submitted_s = job.submitted_s
     row.eligible_s = job.eligible_s
     row.launched_s = job.launched_s
