@@ -10,7 +10,10 @@ import pytest
 
 from governor.journal import Journal
 from governor.policy import KNOBS
+from governor.requests import Outcome
 from governor.summary import Summary
+from sim.provider_config import ProviderConfig
+from sim.server import serve
 from tests.live import KEY, Cli, batch, check_whole, line, lines_of, provider, run_args, shared_cli, write_batch
 
 
@@ -143,6 +146,35 @@ def test_a_stated_wait_is_obeyed_or_ended_by_the_deadline_and_never_hammered(
         # Nobody launches in the half second in which the request might still have been tried again.
         assert found["failures"] == {"OPENAI_DEADLINE_EXCEEDED": 1}
         assert found["makespan_s"] >= 0.5
+
+
+def test_a_daily_limit_that_nobody_configured_is_obeyed(cli: Cli, tmp_path: Path) -> None:
+    """200 requests per day, 197 of them used: three at once, then one in 432 s, and a 429 for each wait at the most."""
+    batch(tmp_path / "requests.jsonl", 6)
+    scale = 400.0
+    daily = ProviderConfig().with_(
+        tpm=0,
+        rpd=200,
+        day_requests_used=197,
+        retry_after="seconds",
+        failed_requests_count=False,
+        latency={"first_token_s": 2.0, "per_token_s": 0.0, "sigma": 0.0, "stall_ratio": 0.0},
+    )
+    env = {"OPENAI_MAX_CONCURRENCY": "1", "OPENAI_HOLD_ON_THROTTLE": "true", "OPENAI_BACKOFF_BASE_SECONDS": "2"}
+    with serve(daily, time_scale=scale, stated_time="provider") as served:
+        ran = cli.run(*run_args(tmp_path, served.base_url, "--json", "--time-scale", f"{scale:g}"), env=env)
+        outcomes = served.stats()["outcomes"]
+    assert ran.code == 0, ran.err
+    assert outcomes["ok"] == 6
+    assert 1 <= outcomes["throttled"] <= 3
+    with Journal.open(tmp_path / "results.journal.db") as journal:
+        attempts = sorted(journal.attempts(), key=lambda a: a.launched_s)
+    for before, after in itertools.pairwise(attempts):
+        if before.outcome is Outcome.THROTTLED:
+            assert before.retry_after_s > 300.0
+            assert after.launched_s >= before.finished_s + before.retry_after_s
+    # The last of three waits began when the second request of the day came back.
+    assert ran.json["makespan_s"] >= 2 * 432.0
 
 
 # ---------------------------------------------------------------- the account refuses
