@@ -97,7 +97,9 @@ def simulate(
             _result(given, summary.to_json_dict(), text, inputs.notes)
             return
     with Progress("simulating", runs) as bar:
-        forecast = replicate(scenario, runs, pool=Pool(given.workers, bar.add, engine=given.engine))
+        forecast = replicate(
+            scenario, runs, pool=Pool(given.workers, bar.add, engine=given.engine, backend=given.backend)
+        )
     _result(
         given, shown.forecast_json(scenario, forecast), shown.forecast_text(scenario, forecast, _width()), inputs.notes
     )
@@ -154,7 +156,7 @@ def plan(
     )
     with prepared_folder(out) as folder, Progress("planning", _runs_foreseen(scenario, wishes.effort)) as bar:
         foreseen = _runs_foreseen(scenario, wishes.effort) * len(scenario.workload)
-        pool = Pool(given.workers, bar.add, engine=given.engine, foreseen=foreseen)
+        pool = Pool(given.workers, bar.add, engine=given.engine, foreseen=foreseen, backend=given.backend)
         found = search(scenario, wishes.goal(), effort=wishes.effort, pool=pool, say=bar.say)
         bar.say("writing the report")
         notes = (*inputs.notes, *shown.plan_notes(scenario, found))
@@ -213,7 +215,7 @@ def capacity(
             confidence=CONFIDENCE if confidence is None else confidence,
             replications=runs,
             model=tiers,
-            pool=Pool(given.workers, bar.add, engine=given.engine),
+            pool=Pool(given.workers, bar.add, engine=given.engine, backend=given.backend),
             say=bar.say,
         )
     _result(given, found.to_json_dict(), shown.capacity_text(inputs.scenario, found, _width()), inputs.notes)

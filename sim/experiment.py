@@ -9,14 +9,14 @@ neighbours: their difference is estimated seed by seed, with far fewer runs than
 run depends on nothing but its case and its seed, results are the same for any number of workers and any order.
 
 The engines of `sim/engines.py` give the same run, to the bit, and so the choice between them is one of time. Runs are
-spread in chunks large enough to pay for their transport: over threads where the compiled engine works (it does not hold
-the interpreter's lock), else over processes, by joblib. Small amounts of work stay where they are.
+spread in chunks large enough to pay for their transport: over threads where the compiled engine works on this machine
+(it does not hold the interpreter's lock), else over the workers of `spread`, local processes or a Ray cluster. Small
+amounts of work stay where they are.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,6 +35,7 @@ from sim.provider import ProviderParams
 from sim.results import Figures, Forecast, forecast_of, paired_difference
 from sim.run import AttemptSink, Tally
 from sim.scenario import Scenario
+from sim.spread import Backend, WorkersLost, crew_of
 from sim.workload import Columns
 
 # Simulated requests below which a task is not worth sending to another process, or to another thread.
@@ -163,18 +164,17 @@ _WAITED = tuple(f"waited_{cause}_s" for cause in CAUSES[1:-1])
 Task = tuple[Case, tuple[int, ...]]
 
 
-def _run_task(task: Task, engine: Chosen) -> list[Figures]:
-    case, seeds = task
+def _run_task(case: Case, seeds: tuple[int, ...], *, engine: Chosen) -> list[Figures]:
     tallies = simulations(case, seeds, engine=engine)
     return [figures_of(tally, case.grant, seed) for tally, seed in zip(tallies, seeds, strict=True)]
 
 
 class Pool:
-    """Runs cases on the local cores; results come in the order of the tasks, for any number of workers.
+    """Runs cases on many workers; results come in the order of the tasks, for any number of workers of any backend.
 
     `workers`: processes (threads with the compiled engine), 0 = one per core, 1 = none beside this one. `on_runs(n)` is
     told of runs as they finish. `foreseen`: requests that will be simulated in all, as far as is known: what `auto`
-    chooses the engine by.
+    chooses the engine by. `backend`: where the workers are, see `spread`.
     """
 
     def __init__(
@@ -184,17 +184,24 @@ class Pool:
         *,
         engine: Engine = "auto",
         foreseen: float = 0.0,
+        backend: Backend = "local",
     ) -> None:
         engines.checked(engine)
         self.engine = engine
         self.foreseen = foreseen
-        self.workers = workers or os.cpu_count() or 1
+        self.backend = backend
+        self.crew = crew_of(backend, workers)
+        self.workers = self.crew.size
         self.on_runs = on_runs or (lambda n: None)
         self.runs = 0
         self.requests = 0
 
     def run(self, tasks: Iterable[tuple[Case, Sequence[int]]]) -> list[list[Figures]]:
-        """The figures of each task: one `Figures` per seed."""
+        """The figures of each task: one `Figures` per seed.
+
+        WorkersLost where workers died and the work could not go on; its `found` holds what had come by then, in the
+        same form.
+        """
         wanted = [(case, tuple(seeds)) for case, seeds in tasks]
         work = sum(len(case.columns) * len(seeds) for case, seeds in wanted)
         engine = engines.chosen(self.engine, max(work, self.foreseen - self.requests))
@@ -204,30 +211,30 @@ class Pool:
             step = max(1, math.ceil(least / max(1, len(case.columns))))
             pieces += [(i, (case, seeds[j : j + step])) for j in range(0, len(seeds), step)]
         found: list[list[Figures]] = [[] for _ in wanted]
-        for (i, _), figures in zip(pieces, self._spread([task for _, task in pieces], engine, work), strict=True):
-            found[i] += figures
-            self.runs += len(figures)
-            self.requests += sum(f.requests for f in figures)
-            self.on_runs(len(figures))
+        try:
+            for (i, _), figures in zip(pieces, self._spread([task for _, task in pieces], engine, work), strict=True):
+                found[i] += figures
+                self.runs += len(figures)
+                self.requests += sum(f.requests for f in figures)
+                self.on_runs(len(figures))
+        except WorkersLost as lost:
+            lost.found = found
+            raise
         return found
 
     def _spread(self, tasks: list[Task], engine: Chosen, work: int) -> Iterable[list[Figures]]:
         run = partial(_run_task, engine=engine)
-        if self.workers == 1 or len(tasks) < 2 or work < 2 * TASK_REQUESTS[engine]:
-            return map(run, tasks)
-        if engine == "compiled":
+        if len(tasks) < 2 or work < 2 * TASK_REQUESTS[engine] or (self.crew.size == 1 and self.backend == "local"):
+            return (run(case, seeds) for case, seeds in tasks)
+        if engine == "compiled" and self.backend == "local":
             return self._threaded(run, tasks)
-        from joblib import Parallel, delayed
+        return self.crew.map(run, tasks)
 
-        parallel = Parallel(n_jobs=self.workers, return_as="generator", batch_size="auto")
-        results: Iterable[list[Figures]] = parallel(delayed(run)(task) for task in tasks)
-        return results
-
-    def _threaded(self, run: Callable[[Task], list[Figures]], tasks: list[Task]) -> Iterator[list[Figures]]:
+    def _threaded(self, run: Callable[..., list[Figures]], tasks: list[Task]) -> Iterator[list[Figures]]:
         """Machine code goes on without the interpreter's lock: threads share the columns and start at once."""
         with ThreadPoolExecutor(self.workers) as threads:
             try:
-                yield from threads.map(run, tasks)
+                yield from threads.map(run, *zip(*tasks, strict=True))
             finally:
                 # After Ctrl-C nobody wants the rest.
                 threads.shutdown(wait=False, cancel_futures=True)

@@ -221,6 +221,10 @@ class Options:
             "numba is installed."
         ),
     ] = "auto"
+    backend: Annotated[
+        Literal["local", "ray"],
+        typer.Option(help="Where the runs are made: on this machine, or on the Ray cluster that RAY_ADDRESS names."),
+    ] = "local"
     json: Annotated[
         bool,
         typer.Option("--json", help="One JSON object on stdout and nothing else there."),

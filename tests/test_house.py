@@ -45,10 +45,11 @@ DISTRIBUTIONS = {"dotenv": "python-dotenv", "yaml": "pyyaml", "prometheus_client
 # Who may use what beyond the base (governor) and beyond base + `sim` (sim): the extra that a module needs.
 MODULE_EXTRAS = {
     "sim/server.py": {"server"},
+    "sim/ray_side.py": {"ray"},
     **{f"governor/{name}.py": {"redis"} for name in ("member", "quota", "store")},
 }
 # Libraries with exactly one door.
-ONE_DOOR = {"openai": "governor/openai_adapter.py", "redis": "governor/store.py"}
+ONE_DOOR = {"openai": "governor/openai_adapter.py", "ray": "sim/ray_side.py", "redis": "governor/store.py"}
 
 
 # Who lives in such a folder may use that extra.
