@@ -464,6 +464,23 @@ def test_the_key_is_nowhere(caplog: pytest.LogCaptureFixture) -> None:
     assert "openai" in {record.name.split(".")[0] for record in caplog.records}, "the SDK did log"
 
 
+@pytest.mark.parametrize("key", ["k", "none", "EMPTY", "no-key-is-needed"])
+def test_a_word_in_place_of_a_key_spoils_no_answer(key: str) -> None:
+    text = f"None of the tokens is {key}, none at all."
+    fine = json.dumps({"choices": [{"message": {"content": text}}], "usage": {"prompt_tokens": 3}}).encode()
+
+    async def serving(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(fine), fine))
+        await writer.drain()
+
+    async def main() -> Answer:
+        async with raw_server(serving) as url, Adapter(pool(url), {"OPENAI_API_KEY": key}) as adapter:
+            return await adapter.send(request())
+
+    assert asyncio.run(main()).body == json.loads(fine)
+
+
 def test_an_address_hides_what_stands_beside_the_host() -> None:
     adapter = Adapter(Pool(base_url="https://gateway.example:8443/very/secret/path/v1"), ENVIRONMENT)
     assert repr(adapter) == "<Adapter of pool default at https://gateway.example:8443>"
