@@ -28,7 +28,7 @@ from typer.main import get_command
 from governor.cli import FORECAST, WHAT_IF
 from governor.cli import app as governor_app
 from governor.errors import PacelineError
-from sim.options import Options, finish_by_s, share, takes_options
+from sim.options import Options, count, finish_by_s, share, takes_options
 from sim.progress import Progress
 from sim.serving import provider
 
@@ -249,6 +249,35 @@ def backtest(
     backtest_command(journal, as_json, out, provider=provider, tpm=tpm, replications=replications, width=_width())
 
 
+@app.command()
+def split(
+    batch: Annotated[str, typer.Argument(metavar="BATCH.jsonl", help="Requests in OpenAI's batch format.")],
+    out: Annotated[str, typer.Option(metavar="DIR", help="A new or empty folder for the files.", show_default=False)],
+    batch_queue: Annotated[
+        int,
+        typer.Option(metavar="N", parser=count, help="Input tokens that may be enqueued per model; 0 = no limit."),
+    ] = "0",  # type: ignore[assignment]
+    rest: Annotated[
+        Literal["waves", "live"],
+        typer.Option(help="What the queue cannot hold at once: further waves of files, or live.jsonl."),
+    ] = "waves",
+    live: Annotated[
+        float, typer.Option(metavar="P", parser=share, help="Share of requests that goes into live.jsonl anyway.")
+    ] = "0",  # type: ignore[assignment]
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else there.")] = False,
+) -> None:
+    """A batch as files for the Batch API.
+
+    One model and one endpoint per file, at most 50,000 lines and 200 MB; the files of one wave fit into the queue
+    together. All files appear at once, with a list of them, or none.
+    """
+    from sim.batch_text import split_text
+    from sim.split import split as write
+
+    found = write(batch, out, queue_tokens=batch_queue, rest=rest, live_share=live)
+    _print(found.to_json_dict(), split_text(found, _width()), as_json=as_json)
+
+
 app.command()(provider)
 app.add_typer(governor_app)
 
@@ -346,12 +375,18 @@ def _width() -> int:
 
 def _result(given: Options, found: dict[str, Any], text: str, notes: Sequence[str]) -> None:
     """The result on stdout, as an object or as text; what to be careful about on stderr."""
-    from sim.shown import notes_text, plain
+    from sim.shown import notes_text
 
     if notes:
         typer.echo(notes_text(notes, _width()), err=True)
+    _print(found, text, as_json=given.json)
+
+
+def _print(found: dict[str, Any], text: str, *, as_json: bool) -> None:
+    from sim.shown import plain
+
     try:
-        print(json.dumps(plain(found), indent=2, allow_nan=False) if given.json else text, flush=True)
+        print(json.dumps(plain(found), indent=2, allow_nan=False) if as_json else text, flush=True)
     except BrokenPipeError:
         # What is still buffered must not fail again when the interpreter closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
