@@ -15,6 +15,7 @@ once: numba writes a file under another name and then moves it to its place.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import inspect
 import sys
@@ -112,22 +113,44 @@ def _cached_in(folder: Path) -> Iterator[None]:
 
 def dtype_of(bag: Any) -> np.dtype[Any]:
     """The record type with the fields of a dataclass instance, in their order: i8, f8, or arrays of f8 for lists."""
-    columns: list[tuple[Any, ...]] = []
-    for field in fields(bag):
-        value = getattr(bag, field.name)
-        if isinstance(value, list):
-            columns.append((field.name, np.float64, (len(value),)))
-        else:
-            columns.append((field.name, np.int64 if isinstance(value, int) else np.float64))
-    return np.dtype(columns)
+    kind: Any = type(bag)
+    return _dtype(kind, _shapes(_values(bag)))
 
 
 def array_of(bag: Any) -> np.ndarray[Any, Any]:
     """An array of one record that holds what the dataclass instance holds."""
-    rows = np.zeros(1, dtype_of(bag))
-    for field in fields(bag):
-        rows[field.name] = getattr(bag, field.name)
+    kind: Any = type(bag)
+    values = _values(bag)
+    rows = np.empty(1, _dtype(kind, _shapes(values)))
+    rows[0] = values
     return rows
+
+
+@functools.cache
+def _names(kind: Any) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(kind))
+
+
+def _values(bag: Any) -> tuple[Any, ...]:
+    kind: Any = type(bag)
+    return tuple([getattr(bag, name) for name in _names(kind)])
+
+
+def _shapes(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What decides the record's type: the length of each list, the type of each number."""
+    return tuple([len(value) if type(value) is list else type(value) for value in values])
+
+
+@functools.cache
+def _dtype(kind: Any, shapes: tuple[Any, ...]) -> np.dtype[Any]:
+    # A batch is run thousands of times: making the type anew each time took as long as the run.
+    columns: list[tuple[Any, ...]] = []
+    for name, shape in zip(_names(kind), shapes, strict=True):
+        if isinstance(shape, int):
+            columns.append((name, np.float64, (shape,)))
+        else:
+            columns.append((name, np.int64 if issubclass(shape, int) else np.float64))
+    return np.dtype(columns)
 
 
 def record_of(bag: Any) -> Any:
