@@ -1,0 +1,160 @@
+"""The race: when the best is found, how often it is right, and what it costs, on landscapes whose answer is known."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+from scipy.special import polygamma
+
+from sim import racing
+from sim.racing import Finish, Rule, looks_to, race
+
+
+def raced(values: np.ndarray, **rule: object) -> Finish:
+    """The race on these runs, shape (contestants, replications) or (contestants, replications, criteria)."""
+    runs = values if values.ndim == 3 else values[:, :, None]
+    asked: dict[int, int] = {}
+
+    def sample(wanted: Mapping[int, int]) -> dict[int, np.ndarray]:
+        for i, n in wanted.items():
+            assert n > asked.get(i, 0), "nothing is asked for twice"
+            asked[i] = n
+        return {i: runs[i, :n] for i, n in wanted.items()}
+
+    finish = race(len(runs), sample, Rule(most=runs.shape[1], **rule))  # type: ignore[arg-type]
+    assert sorted(finish.ranking) == list(range(len(runs)))
+    assert finish.replications == tuple(asked[i] for i in range(len(runs)))
+    return finish
+
+
+def test_looks_grow_to_the_last() -> None:
+    assert looks_to(1) == (1,)
+    assert looks_to(3) == (3,)
+    looks = looks_to(100)
+    assert (looks[0], looks[-1]) == (3, 100)
+    assert all(a < b <= max(a + 1, 1.5 * a) for a, b in itertools.pairwise(looks))
+
+
+def test_without_noise_the_first_look_decides() -> None:
+    finish = raced(np.array([[5.0], [3.0], [4.0]]) * np.ones((3, 50)))
+    assert finish == Finish((1, 2, 0), (3, 3, 3), True)
+    # Equals are equal: nobody is run on for their sake.
+    assert raced(np.ones((4, 50))) == Finish((0, 1, 2, 3), (3, 3, 3, 3), True)
+    assert raced(np.ones((1, 50))) == Finish((0,), (3,), True)
+
+
+def test_with_a_single_run_each_the_means_rank_and_nothing_is_decided() -> None:
+    assert raced(np.array([[5.0], [3.0], [4.0]])) == Finish((1, 2, 0), (1, 1, 1), False)
+
+
+def test_who_is_clearly_worse_gets_no_more_runs(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    means = np.array([100.0, 101.5, 102.0, *range(140, 200, 4)])
+    values = means[:, None] + rng.standard_normal(400) * 10.0 + rng.standard_normal((len(means), 400)) * 2.0
+    finish = raced(values, indifference=0.005)
+    assert finish.best == 0
+    close, far = finish.replications[:3], finish.replications[3:]
+    assert max(far) <= 5
+    # Between near ones the smallest number that any test at this level could do with: (z s / (d + zone))^2 for 1 - 5 %.
+    assert min(close[0], max(close[1:])) >= (1.645 * 2.0 * 2.0**0.5 / 2.0) ** 2 * 0.5
+
+
+def test_it_is_right_as_often_as_it_says(seed: int) -> None:
+    """400 races with the best ahead by twice the indifference: binomial limit (4 sigma) below the stated 95 %."""
+    rng = np.random.default_rng(seed)
+    right, trials = 0, 400
+    for _ in range(trials):
+        means = 100.0 + np.array([0.0, 2.0, 2.0, 2.5, 3.0, 3.0, 4.0, 5.0, 7.0, 9.0, 12.0, 15.0])
+        order = rng.permutation(len(means))
+        noise = rng.standard_normal(200) * 8.0 + rng.standard_normal((len(means), 200)) * 3.0
+        finish = raced(means[order][:, None] + noise, indifference=0.01)
+        right += bool(means[order][finish.best] <= 101.0)
+    assert right >= trials * 0.95 - 4.0 * (trials * 0.95 * 0.05) ** 0.5
+
+
+def test_the_shared_part_of_the_noise_costs_nothing(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    means = 100.0 + np.arange(10.0)
+    own = rng.standard_normal((10, 300))
+    shared = rng.standard_normal(300)
+    quiet, loud = raced(means[:, None] + own), raced(means[:, None] + own + 1_000.0 * shared)
+    # Only the zone, a share of the leader's own mean, may differ.
+    assert abs(sum(quiet.replications) - sum(loud.replications)) <= 0.5 * sum(quiet.replications)
+    assert quiet.best == loud.best == 0
+
+
+def test_a_new_leader_brings_back_who_rested() -> None:
+    # 0 leads at first and 2 rests behind it; 0 turns out bad, and then 2 is to be told from 1.
+    n = 60
+    zero = np.concatenate([np.full(3, 98.0), np.full(n - 3, 150.0)])
+    one = 100.0 + np.tile([3.0, -3.0, 0.0], n // 3)
+    two = 99.5 + np.tile([-3.0, 3.0, 0.0], n // 3)
+    finish = raced(np.stack([zero, one, two]), indifference=0.001)
+    assert finish.ranking[-1] == 0
+    assert finish.replications[2] > 3
+
+
+# ---------------------------------------------------------------- constraints
+
+
+def criteria(*rows: tuple[float, float, float], n: int = 40, noise: float = 0.0, seed: int = 1) -> np.ndarray:
+    """Contestants with these means of loss, throttles and objective, shape (contestants, n, 3)."""
+    rng = np.random.default_rng(seed)
+    values = np.repeat(np.array(rows)[:, None, :], n, axis=1)
+    return values + noise * rng.standard_normal(values.shape) * np.array([0.0, 0.1, 1.0])
+
+
+def test_limits_come_before_the_objective() -> None:
+    runs = criteria((0.1, 0.0, 10.0), (0.0, 5.0, 20.0), (0.0, 0.5, 40.0), (0.0, 0.9, 30.0))
+    finish = raced(runs, allowed=(0.0, 1.0))
+    assert finish.ranking == (3, 2, 1, 0)
+    assert finish.decided
+    # Where none keeps the limits, the one that exceeds them least leads, whatever its objective.
+    assert raced(runs[:2], allowed=(0.0, 1.0)).ranking == (1, 0)
+    assert raced(runs, allowed=(0.2, 10.0)).ranking == (0, 1, 3, 2)
+
+
+def test_a_doubt_about_a_limit_is_run_on() -> None:
+    fast = criteria((0.0, 1.0, 10.0), n=200, noise=1.0)
+    fast[0, :, 1] = np.tile([0.0, 2.2], 100)  # mean 1.1: over the limit, but hardly
+    slow = criteria((0.0, 0.0, 12.0), n=200)
+    finish = raced(np.concatenate([fast, slow]), allowed=(0.0, 1.0))
+    # Its first three runs seem to be within.
+    assert finish.best == 1
+    assert finish.replications[0] > 20
+
+
+def test_who_answers_nothing_is_last() -> None:
+    runs = np.array([[np.inf] * 20, [5.0] * 20, [4.0] * 20])
+    assert raced(runs).ranking == (2, 1, 0)
+    assert raced(runs[:1].repeat(2, axis=0)).decided
+
+
+# ---------------------------------------------------------------- parts
+
+
+@pytest.mark.parametrize("y", [1e-4, 0.01, 0.5, 1.6449, 30.0, 1e4, 1e9])
+def test_the_inverse_of_trigamma(y: float) -> None:
+    assert polygamma(1, racing._inverse_trigamma(y)) == pytest.approx(y, rel=1e-6)
+
+
+def test_variances_are_moderated_as_far_as_peers_agree(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    few = np.full(200, 3.0)
+    everybody = np.ones(200, dtype=bool)
+    # All have variance 4: 3 degrees of freedom each scatter widely, the moderated ones hardly.
+    alike = 4.0 * rng.chisquare(3.0, 200) / 3.0
+    moderated, worth = racing._moderated(alike, few, everybody)
+    assert moderated.std() < 0.5 * alike.std()
+    assert 3.0 + 4.0 < worth[0] <= 3.0 + racing.PEERS_WORTH
+    # Variances that differ by orders of magnitude say little about one another.
+    apart = np.exp(3.0 * rng.standard_normal(200)) * alike
+    moderated, worth = racing._moderated(apart, few, everybody)
+    assert worth[0] < 4.0
+    # Few peers: left as they are.
+    same, freedom = racing._moderated(alike[:5], few[:5], everybody[:5])
+    assert (same == alike[:5]).all()
+    assert (freedom == few[:5]).all()
