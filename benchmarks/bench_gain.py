@@ -20,7 +20,7 @@ from sim.plan import FRESH_SEEDS, plan
 from sim.provider_config import ProviderConfig
 from sim.results import Forecast
 from sim.scenario import FileSource, Scenario
-from sim.search import recipe
+from sim.space import recipe
 
 DATA = Path(os.environ.get("PACELINE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 VIDUR = DATA / "vidur-arxiv" / "arxiv_summarization_stats_llama2_tokenizer_filtered_v2.csv"

@@ -134,16 +134,25 @@ def plan(
         Literal["quick", "normal", "thorough"] | None,
         typer.Option(help="How long to search; normal if not given."),
     ] = None,
+    prices: Annotated[
+        str | None,
+        typer.Option(metavar="FILE.yaml", help="What models cost; a dated list comes with Paceline."),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(help="Go on with an interrupted search of the same inputs in that folder, or begin anew."),
+    ] = True,
 ) -> None:
     """Which settings would do better, with the evidence.
 
     Two recommendations, one with the eight guardrail knobs alone and one with everything that Paceline can do. Into the
-    folder go the report, the settings as env files, the way back, and a scenario that makes the same plan again.
+    folder go the report, the settings as env files, the way back, and a scenario that makes the same plan again. Ctrl-C
+    leaves the best settings and the front so far; the same command then goes on where it stopped.
     """
     from sim import shown
     from sim.experiment import Pool
-    from sim.outputs import page, plan_json, prepared_folder, write_plan
-    from sim.plan import plan as search
+    from sim.outputs import plan_json, prepared_folder
+    from sim.planned import planned
 
     inputs = _inputs(given)
     scenario = inputs.scenario
@@ -153,16 +162,16 @@ def plan(
         max_lost=max_lost,
         finish_by_s=finish_by,
         effort=effort,
+        prices=None if prices is None else os.path.abspath(prices),
     )
     with prepared_folder(out) as folder, Progress("planning", _runs_foreseen(scenario, wishes.effort)) as bar:
         foreseen = _runs_foreseen(scenario, wishes.effort) * len(scenario.workload)
         pool = Pool(given.workers, bar.add, engine=given.engine, foreseen=foreseen, backend=given.backend)
-        found = search(scenario, wishes.goal(), effort=wishes.effort, pool=pool, say=bar.say)
-        bar.say("writing the report")
-        notes = (*inputs.notes, *shown.plan_notes(scenario, found))
-        written = write_plan(folder, scenario, wishes, found, page(scenario, found, folder), notes)
-    text = f"{shown.plan_text(scenario, found, _width())}\n\nagain: {written.command}\nreport: {written.report}"
-    _result(given, plan_json(scenario, wishes, found, notes, written.command), text, notes)
+        found = planned(scenario, wishes, folder, notes=inputs.notes, pool=pool, say=bar.say, resume=resume)
+    command, report = found.written.command, found.written.report
+    text = f"{shown.plan_text(scenario, found.plan, _width())}\n\nagain: {command}\nreport: {report}"
+    made = plan_json(scenario, wishes, found.plan, found.notes, command)
+    _result(given, made, text, (*found.journal_notes, *found.notes))
 
 
 @app.command()

@@ -30,6 +30,7 @@ from sim.style import (
     STYLES,
     SURFACE,
     VERMILLION,
+    arranged,
     in_time_units,
     new_figure,
     styled,
@@ -265,8 +266,8 @@ def _label_marks(
     obstacles: Sequence[tuple[float, float]],
 ) -> None:
     """Writes each mark's text beside it, on the side where it covers fewest obstacles and no other label."""
-    # Constrained layout settles where the axes are only when it draws.
-    figure.draw_without_rendering()
+    # Where the axes are shows only once the parts have their places.
+    arranged(figure)
     to_points = 72.0 / figure.dpi
     dots = (to_points * ax.transData.transform(obstacles)).tolist() if obstacles else []
     places = {who: to_points * ax.transData.transform(at) for who, at in marks.items()}

@@ -34,6 +34,7 @@ from sim.readers import SCENARIO, Source
 from sim.scenario import Scenario, following
 from sim.search import Goal
 from sim.trace_columns import parse_columns
+from sim.unknowns import Unknowns
 from sim.workload import Workload
 
 EFFORTS = Literal["quick", "normal", "thorough"]
@@ -42,13 +43,18 @@ _SNAPSHOT = re.compile(r"-\d{4}-\d{2}-\d{2}$")
 
 
 class Wishes(Config):
-    """What a plan is asked for: the `plan` section of a scenario file. See `Goal`; `effort` as in `plan`."""
+    """What a plan is asked for: the `plan` section of a scenario file. See `Goal`; `effort` as in `plan`.
+
+    `unknowns`: the ranges that conditions are drawn from. `prices`: a file of prices; "" = the one that comes along.
+    """
 
     objective: Literal["makespan", "p95_latency"] = "makespan"
     max_throttled_per_100: Annotated[float, Field(ge=0, le=10**6)] = 1.0
     max_lost: Annotated[float, Field(ge=0, le=1)] = 0.0
     finish_by_s: Annotated[float, Field(gt=0, le=10**9)] | None = None
     effort: EFFORTS = "normal"
+    prices: str = ""
+    unknowns: Unknowns = Unknowns()
 
     def goal(self) -> Goal:
         """The same for the search."""

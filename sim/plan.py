@@ -1,64 +1,79 @@
 """The search for better settings, and the evidence for them: what `paceline plan` does.
 
 What lives here: the order of the work, from today's settings to two recommendations with their proof. How settings are
-compared and tried stands in `search`, how they are run in `experiment`, how the result looks in `report`.
+compared and tried stands in `search`, what protects them in `hardening`, the proof in `evidence`, how the result looks
+in `report`.
 
 The steps, the same for both recommendations (the eight guardrail knobs alone; everything the law can do):
 
 1. Race anchors (today's settings, a fixed recipe, presets at several concurrencies), climb from the best.
-2. Harden: among the best and their safer variants, prefer what keeps the limits under every condition of the stress set
-   in which anything tried keeps them.
+2. Harden: among the best and their safer variants, prefer what keeps the limits under every condition of the stress
+   set, listed or drawn, in which anything tried keeps them.
 3. Drop every change that gains nothing and protects from nothing: a shorter list is easier to trust.
 4. Estimate again on fresh seeds, which nothing was chosen by; only these figures are published. Replications go on
    until the paired differences to today's settings are sharp enough.
 
 No oracle: a setting is a policy, and a policy sees what is known at submission; the hidden answers reach the search
 only through the runs' outcomes.
+
+Interrupted, a search leaves what it has found so far (`SoFar`), and with a journal it goes on where it stopped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-
-from governor.policy import KNOB_BY_NAME, Policy
+from governor.money import Prices
+from governor.policy import Policy
 from governor.requests import Attempt
-from sim.experiment import Pool, attempts_of, replicate_until
-from sim.reasons import reason_for
-from sim.results import Forecast, Heat, Plan, Recommendation, Step, StressRow, forecast_of, paired_difference
+from sim.effects import Sensitivity
+from sim.evidence import NAMES, Evidence, drawn_outcomes, proved
+from sim.experiment import Pool, attempts_of
+from sim.hardening import Hardening, Stress
+from sim.results import Forecast, Plan, Point, SoFar
+from sim.robustness import Drawn
+from sim.runs import Condition, Runs, key_of
 from sim.scenario import Scenario, stress_set
-from sim.search import (
-    INDIFFERENCE,
-    Goal,
-    Hardening,
-    Searcher,
+from sim.search import Goal, Searcher, better, score_of
+from sim.searchlog import SearchLog
+from sim.sensitivity import sensitivity
+from sim.space import (
     Space,
-    Stress,
-    better,
     changed_knobs,
     full_anchors,
     full_space,
     gap_s,
     guardrail_anchors,
     guardrail_space,
-    key_of,
-    score_of,
+    safer_variants,
 )
+from sim.tariff import tariff_of
+from sim.unknowns import Unknowns, drawn
+from sim.words import duration
 
-# Simulated requests, by level of effort; about 100,000 a second on two cores.
+# Simulated requests, by level of effort.
 EFFORTS = {"quick": 600_000, "normal": 3_000_000, "thorough": 12_000_000}
 # Large workloads get at least so many runs, whatever the effort.
 LEAST_RUNS = 240
-# Published figures come from seeds that the search has never seen.
+# Published figures come from seeds that the search has never seen, and so do the shown draws of the unknowns.
 FRESH_SEEDS = 1_000_000
+FRESH_DRAWS = 1_000
 PRECISION = 0.01
 # Today's settings are good enough if the best gains less than this share of the objective.
 GOOD_ENOUGH = 0.01
+# A change that shortens the objective under stress by this share, in the mean over the conditions, is kept.
+HOLDS = 0.01
 
 Say = Callable[[str], None]
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C in a search that had found something: `so_far`."""
+
+    def __init__(self, so_far: SoFar) -> None:
+        super().__init__()
+        self.so_far = so_far
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,96 +82,179 @@ class Budget:
 
     search: int
     hardening: int
+    race: int
     seeds: int
     stress_seeds: int
+    drawn: int
     variants: int
     steps: int
     final_first: int
     final_most: int
     grid: int
+    draws: int
+    trajectories: int
 
     @classmethod
-    def of(cls, effort: int, n: int, conditions: int) -> Budget:
+    def of(cls, effort: int, n: int, listed: int) -> Budget:
         """Shares of the effort: a quarter for the two searches, half for hardening, the rest for the proof."""
-        per_candidate = n * conditions
+        drawn = max(0, min(6, effort // (600 * n)))
+        per_candidate = n * (listed + drawn)
         stress_seeds = max(1, min(3, effort // (90 * per_candidate)))
         return cls(
             search=effort // 8,
             hardening=effort // 3,
+            race=max(1, min(40, effort // (90 * n))),
             seeds=max(1, min(6, effort // (300 * n))),
             stress_seeds=stress_seeds,
-            variants=max(4, min(16, effort // (12 * per_candidate * stress_seeds))),
-            steps=4 if effort // (48 * per_candidate) >= 4 else 2,
+            drawn=drawn,
+            variants=max(4, min(16, effort // (12 * per_candidate))),
+            steps=4 if effort // (24 * per_candidate) >= 4 else 2,
             final_first=max(3, min(10, effort // (60 * n))),
             final_most=max(5, min(80, effort // (16 * n))),
             grid=max(3, min(7, int((effort / (24 * n)) ** 0.5))),
+            draws=max(0, min(60, effort // (40 * n))),
+            trajectories=max(0, min(40, effort // (100 * n))),
         )
 
 
 class Planner:
     """One plan in the making. Make it, call `plan()` once."""
 
-    def __init__(self, scenario: Scenario, goal: Goal, *, effort: str, pool: Pool, say: Say) -> None:
+    def __init__(
+        self,
+        scenario: Scenario,
+        goal: Goal,
+        *,
+        effort: str,
+        pool: Pool,
+        say: Say,
+        unknowns: Unknowns,
+        prices: Prices | None,
+        log: SearchLog | None,
+    ) -> None:
         self.scenario = scenario
         self.goal = goal
-        self.pool = pool
+        self.unknowns = unknowns
         self.say = say
-        rows = stress_set(scenario)
+        self.stage = ""
+        self.best_s: float | None = None
         n = len(scenario.workload)
-        self.budget = Budget.of(max(EFFORTS[effort], LEAST_RUNS * n), n, len(rows))
-        self.searcher = Searcher(scenario, goal.allowing(1, n), pool, self.budget.search)
-        self.stress = Stress(rows, goal.allowing(2, n), pool, self.budget.stress_seeds)
+        listed = [Condition(name, changed) for name, changed in stress_set(scenario)]
+        self.budget = Budget.of(max(EFFORTS[effort], LEAST_RUNS * n), n, len(listed))
+        self.listed = range(len(listed))
+        self.runs = Runs(pool, log=log, tariff=tariff_of(scenario, prices))
+        conditions = [*listed, *drawn(scenario, unknowns, range(self.budget.drawn))]
+        self.searcher = Searcher(Condition("", scenario), goal.allowing(1, n), self.runs, on_best=self._best)
+        self.stress = Stress(conditions, goal.allowing(2, n), self.runs, self.budget.stress_seeds)
         self.gap_s = gap_s(scenario)
 
     def plan(self) -> Plan:
-        """The whole search and its proof."""
+        """The whole search and its proof. Interrupted (a KeyboardInterrupt) holds what had been found."""
+        try:
+            return self._plan()
+        except KeyboardInterrupt:
+            so_far = self.so_far()
+            if so_far is None:
+                raise
+            raise Interrupted(so_far) from None
+
+    def _plan(self) -> Plan:
         now = self.scenario.policy
         self.searcher.run([now], self.budget.seeds)
-        self.say("searching the eight guardrail knobs")
+        self._now("searching the eight guardrail knobs")
         few, bold_few = self._found("guardrails", guardrail_anchors(self.scenario), guardrail_space(self.scenario), [])
-        self.say("searching everything that the law can do")
+        self._now("searching everything that the law can do")
         everything = [*full_anchors(self.scenario), few[0]]
         best, bold = self._found("paceline", everything, full_space(self.scenario), few[:1])
-        self.say("estimating again on fresh seeds")
-        runner_up = self._runner_up(best)
-        policies = [now, few[0], best[0], runner_up, bold_few, bold]
-        forecasts = replicate_until(
-            self.scenario,
+        self._now("estimating again on fresh seeds")
+        policies = [now, few[0], best[0], self._runner_up(best), bold_few, bold]
+        fixed = self.scenario.replications
+        forecasts = proved(
+            self.searcher,
             policies,
-            figure=self.goal.figure,
-            precision_ratio=PRECISION,
-            first=self.scenario.replications or self.budget.final_first,
-            most=self.scenario.replications or self.budget.final_most,
+            first=fixed or self.budget.final_first,
+            most=fixed or self.budget.final_most,
             seed=self.scenario.seed + FRESH_SEEDS,
-            pool=self.pool,
+            precision_ratio=PRECISION,
         )
-        self.say("weighing each change")
-        recommendations = [
-            self._recommendation(forecasts[0], forecasts[1], forecasts[4]),
-            self._recommendation(forecasts[0], forecasts[2], forecasts[5]),
-        ]
-        self.say("mapping the neighbourhood")
-        heats = self._heats(best[0])
-        gain = recommendations[1].gain_s
-        kept = score_of(forecasts[0].runs, self.goal)[:2] <= score_of(forecasts[2].runs, self.goal)[:2]
+        return self._with_evidence(forecasts)
+
+    def _with_evidence(self, forecasts: Sequence[Forecast]) -> Plan:
+        """The plan around the chosen settings: NAMES, then the fastest of either space whatever they risk."""
+        now, few, best, runner_up, bold_few, bold = forecasts
+        chosen = [forecast.policy for forecast in forecasts[: len(NAMES)]]
+        evidence = Evidence(self.searcher, self.stress, self.budget.seeds)
+        self._now("weighing each change")
+        guardrails, full = evidence.recommendation(now, few, bold_few), evidence.recommendation(now, best, bold)
+        self._now("mapping the neighbourhood")
+        heats = evidence.heats(best.policy, self.budget.grid)
+        self._now("drawing what is not known")
+        kept = score_of(now.runs, self.goal)[:2] <= score_of(best.runs, self.goal)[:2]
+        tariff = self.runs.tariff
         return Plan(
             objective=self.goal.objective,
-            now=forecasts[0],
-            guardrails=recommendations[0],
-            full=recommendations[1],
-            runner_up=forecasts[3],
+            now=now,
+            guardrails=guardrails,
+            full=full,
+            runner_up=runner_up,
             points=self.searcher.points(self.budget.seeds),
-            stress=self._stress_rows(policies[:4]),
+            stress=evidence.stress_rows(chosen, self.listed),
             heats=heats,
-            timelines=self._timelines(now, few[0], best[0]),
+            timelines=self._timelines(*chosen[:3]),
             limits=self._limits(),
-            already_good=kept and gain.mean <= GOOD_ENOUGH * forecasts[0][self.goal.figure].mean,
-            broken=self._broken(forecasts[2]),
-            settings_tried=len(self.searcher.runs),
-            runs_simulated=self.pool.runs,
-            requests_simulated=self.pool.requests,
+            already_good=kept and full.gain_s.mean <= GOOD_ENOUGH * now[self.goal.figure].mean,
+            broken=self._broken(best),
+            settings_tried=len(self.searcher.policies),
+            runs_simulated=self.runs.made,
+            requests_simulated=self.runs.requests,
             seed=self.scenario.seed,
+            drawn=self._drawn(chosen),
+            sensitivity=self._sensitivity(best.policy),
+            answers_usd=tariff.answers_usd if tariff is not None else None,
         )
+
+    def _drawn(self, chosen: Sequence[Policy]) -> Drawn | None:
+        if not self.budget.draws:
+            return None
+        draws = range(FRESH_DRAWS, FRESH_DRAWS + self.budget.draws)
+        return drawn_outcomes(self.searcher, self.runs, self.unknowns, chosen, draws, 1)
+
+    def _sensitivity(self, best: Policy) -> Sensitivity | None:
+        if not self.budget.trajectories:
+            return None
+        self._now("asking which knob matters")
+        return sensitivity(
+            self.scenario, self.goal, base=best, size=self.budget.trajectories, near=True, runs=self.runs
+        )
+
+    # ------------------------------------------------------------ on the way
+
+    def _now(self, stage: str) -> None:
+        self.stage = stage
+        self.say(stage if self.best_s is None else f"{stage}; best so far {duration(self.best_s)}")
+
+    def _best(self, objective_s: float) -> None:
+        self.best_s = objective_s
+        self._now(self.stage)
+
+    def so_far(self) -> SoFar | None:
+        """What the search has found until now, from the runs that there are; None if nothing yet."""
+        if self.searcher.leader is None:
+            return None
+        points = tuple(point for point in self.searcher.front() if point.on_front)
+        best, _ = self.searcher.leader
+        return SoFar(
+            objective=self.goal.objective,
+            now=self._point(self.scenario.policy),
+            best=self._point(best),
+            front=points,
+            settings_tried=len(self.searcher.policies),
+            runs_simulated=self.runs.made,
+            stage=self.stage,
+        )
+
+    def _point(self, policy: Policy) -> Point:
+        return next(point for point in self.searcher.front() if key_of(point.policy) == key_of(policy))
 
     # ------------------------------------------------------------ finding
 
@@ -166,11 +264,10 @@ class Planner:
         """Recommendable settings of one space, best first, and the fastest one whatever it risks."""
         searcher, budget = self.searcher, self.budget
         searcher.origin = origin
-        searcher.effort = self.pool.requests - searcher.start + budget.search
-        rounds = [*(n for n in (1, 2, 4, 8) if n < budget.seeds), budget.seeds]
-        leaders = searcher.race(anchors, 3, rounds)
-        best = searcher.climb(leaders[0], space.neighbours, budget.seeds)
-        self.say("hardening against the stress set")
+        searcher.spend(budget.search)
+        leaders, _ = searcher.race(anchors, budget.race)
+        best = searcher.climb(leaders[0], space.neighbours, budget.race)
+        self._now("hardening against the stress set")
         hardening = Hardening(
             searcher,
             self.stress,
@@ -180,41 +277,15 @@ class Planner:
             effort=budget.hardening,
         )
         # Today's settings first: what they keep under stress is possible, and so is asked of the others.
-        hardening.require([self.scenario.policy, *more])
-        for start in dict.fromkeys((best, leaders[0])):
-            safe = hardening.walk(start, lambda policy: self._variants(policy, space))
-            hardening.polish(safe, space.neighbours)
-        ranked = hardening.ranked()
-        return [self._pruned(ranked[0]), *ranked[1:]], min(ranked, key=lambda p: searcher.score(p, budget.seeds))
-
-    def _variants(self, policy: Policy, space: Space) -> list[Policy]:
-        """Safer relatives of a policy, the most useful first; only knobs of the space."""
-        ladders = space.ladders
-        wished: list[dict[str, Any]] = []
-        if "sync_headers" in ladders:
-            watchful = {"sync_headers": True, "hold_on_throttle": True, "tpm_window": "bucket"}
-            spaced = {
-                "stagger_seconds": _nearest(ladders["stagger_seconds"], max(policy.stagger_seconds, 0.5 * self.gap_s))
-            }
-            wished += [watchful, watchful | spaced]
-            wished += [
-                watchful | more | {"charge_rule": rule}
-                for rule in ("prompt_plus_max", "max_of")
-                for more in (spaced, {})
-            ]
-            wished += [watchful | {"backoff_keeps_permit": not policy.backoff_keeps_permit}]
-        if policy.charge_rule == "fixed":
-            higher = [est for est in ladders["est_tokens_per_run"] if est > policy.est_tokens_per_run]
-            wished += [{"est_tokens_per_run": est} for est in higher[-2:] + higher[:2]]
-        stagger = [s for s in (0.1, 0.5, 1.0, 2.0, 0.5 * self.gap_s, self.gap_s) if s > policy.stagger_seconds]
-        wished += [{"stagger_seconds": _nearest(ladders["stagger_seconds"], s)} for s in stagger]
-        higher = [h for h in ladders["tpm_headroom"] if h > policy.tpm_headroom]
-        wished += [{"tpm_headroom": h} for h in higher[:4:2] + higher[4:5]]
-        wished += [{"retry_max_attempts": a} for a in ladders["retry_max_attempts"] if a > policy.retry_max_attempts]
-        wished += [{"max_concurrency": c} for c in ladders["max_concurrency"] if c < policy.max_concurrency][-1:-6:-2]
-        if "sync_headers" in ladders:
-            wished += [{"hold_on_throttle": not policy.hold_on_throttle}, {"settle": not policy.settle}]
-        return [policy.with_(**changes) for changes in wished]
+        yardsticks = [self.scenario.policy, *more]
+        with self.stress.quick():
+            hardening.require(yardsticks)
+            for start in dict.fromkeys((best, leaders[0])):
+                safe = hardening.walk(start, lambda policy: safer_variants(policy, space, self.gap_s))
+                hardening.polish(safe, space.neighbours)
+        bold = min(hardening.tried.values(), key=lambda p: searcher.score(p, budget.seeds))
+        ranked = hardening.ranked(yardsticks)
+        return [self._pruned(ranked[0]), *ranked[1:]], bold
 
     def _pruned(self, policy: Policy) -> Policy:
         """The policy without the changes that neither gain anything nor protect from anything."""
@@ -224,102 +295,21 @@ class Planner:
             simpler = policy.with_(**{name: getattr(now, name)})
             if better(searcher.score(policy, seeds), searcher.score(simpler, seeds)):
                 continue
-            stress.run([simpler])
-            if stress.violations(simpler) <= stress.violations(policy):
+            if stress.violations(simpler) > stress.violations(policy):
+                continue
+            # What gains nothing as assumed may gain elsewhere: room for more in flight, if answers take longer.
+            if stress.objective(policy) >= (1.0 - HOLDS) * stress.objective(simpler):
                 policy = simpler
         return policy
 
     def _runner_up(self, ranked: list[Policy]) -> Policy:
         """The next best setting that differs from the recommendation in more than a nuance."""
-        best = self.searcher.score(ranked[0], self.budget.seeds)
         for policy in ranked[1:]:
-            if key_of(policy) != key_of(ranked[0]) and len(changed_knobs(ranked[0], policy)) > 1:
+            if len(changed_knobs(ranked[0], policy)) > 1:
                 return policy
-        assert best is not None
         return ranked[-1]
 
-    # ------------------------------------------------------------ proof
-
-    def _recommendation(self, now: Forecast, found: Forecast, bold: Forecast) -> Recommendation:
-        """Each change on top of those before it, what leaving out that one would cost, and what was passed over."""
-        names = changed_knobs(now.policy, found.policy)
-        path = [now.policy]
-        for name in names:
-            path.append(path[-1].with_(**{name: getattr(found.policy, name)}))
-        without = [found.policy.with_(**{name: getattr(now.policy, name)}) for name in names]
-        seeds = self.budget.seeds
-        self.searcher.run([*path, *without, found.policy], seeds)
-        figure = self.goal.figure
-        along = [forecast_of(policy, self.searcher.figures(policy, seeds)) for policy in path]
-        end = self.searcher.score(found.policy, seeds)[2]
-        steps = []
-        for i, name in enumerate(names):
-            before, after = along[i], along[i + 1]
-            left_out_s = self.searcher.score(without[i], seeds)[2] - end
-            steps.append(
-                Step(
-                    env=KNOB_BY_NAME[name].env,
-                    old=getattr(now.policy, name),
-                    new=getattr(found.policy, name),
-                    objective_s=after[figure].mean,
-                    gain_s=before[figure].mean - after[figure].mean,
-                    left_out_s=left_out_s,
-                    throttled_per_100=after["throttled_per_100"].mean,
-                    reason=reason_for(name, now.policy, found.policy, now.waits_s, left_out_s, self.scenario),
-                )
-            )
-        gain = paired_difference(now, found, figure)
-        if better(score_of(bold.runs, self.goal), score_of(found.runs, self.goal), 2.0 * INDIFFERENCE):
-            return Recommendation(found, tuple(steps), gain, bold, self._risk(bold.policy))
-        return Recommendation(found, tuple(steps), gain)
-
-    def _risk(self, policy: Policy) -> str:
-        """Under which condition a policy breaks the limits worst, in words."""
-        stress = self.stress
-        stress.run([policy])
-        scored = [(searcher.score(policy, stress.seeds)[:2], i) for i, searcher in enumerate(stress.searchers)]
-        _, worst = max(scored)
-        figures = stress.searchers[worst].figures(policy, stress.seeds)
-        lost = sum(f["failed"] for f in figures) / len(figures)
-        throttled = sum(f["throttled_per_100"] for f in figures) / len(figures)
-        return f"under '{stress.names[worst]}' it draws {throttled:.3g} throttles per 100 requests and loses {lost:.3g}"
-
-    def _stress_rows(self, policies: Sequence[Policy]) -> tuple[StressRow, ...]:
-        names = ("now", "guardrails", "recommended", "runner_up")
-        self.stress.run(policies)
-        rows = []
-        for title, searcher in zip(self.stress.names, self.stress.searchers, strict=True):
-            found = {
-                name: forecast_of(policy, searcher.figures(policy, self.stress.seeds))
-                for name, policy in zip(names, policies, strict=True)
-            }
-            rows.append(StressRow(title, found))
-        return tuple(rows)
-
-    def _heats(self, best: Policy) -> tuple[Heat, ...]:
-        """Maps of stagger against concurrency and of headroom against stagger, around the recommendation."""
-        ladders = full_space(self.scenario).ladders
-        pairs = (("stagger_seconds", "max_concurrency"), ("stagger_seconds", "tpm_headroom"))
-        return tuple(self._heat(best, x, y, ladders) for x, y in pairs)
-
-    def _heat(self, best: Policy, x: str, y: str, ladders: Mapping[str, tuple[Any, ...]]) -> Heat:
-        now, size = self.scenario.policy, self.budget.grid
-        xs = _spread(ladders[x], (getattr(now, x), getattr(best, x)), size)
-        ys = _spread(ladders[y], (getattr(now, y), getattr(best, y)), size)
-        grid = [[best.with_(**{x: a, y: b}) for a in xs] for b in ys]
-        self.searcher.run([policy for row in grid for policy in row], 1)
-        figures = [[self.searcher.figures(policy, 1)[0] for policy in row] for row in grid]
-        return Heat(
-            x_env=KNOB_BY_NAME[x].env,
-            y_env=KNOB_BY_NAME[y].env,
-            x_values=tuple(float(a) for a in xs),
-            y_values=tuple(float(b) for b in ys),
-            objective_s=np.array([[f[self.goal.figure] for f in row] for row in figures]),
-            throttled_per_100=np.array([[f["throttled_per_100"] for f in row] for row in figures]),
-            lost=np.array([[f["failed"] for f in row] for row in figures]),
-            now=(float(getattr(now, x)), float(getattr(now, y))),
-            recommended=(float(getattr(best, x)), float(getattr(best, y))),
-        )
+    # ------------------------------------------------------------ the rest of the plan
 
     def _timelines(self, now: Policy, few: Policy, best: Policy) -> dict[str, list[Attempt]]:
         seed = self.scenario.seed + FRESH_SEEDS
@@ -348,16 +338,6 @@ class Planner:
         return tuple(broken)
 
 
-def _nearest(ladder: Sequence[float], value: float) -> float:
-    return min(ladder, key=lambda rung: abs(rung - value))
-
-
-def _spread(ladder: Sequence[Any], wanted: Sequence[Any], size: int) -> list[Any]:
-    """About `size` rungs over the ladder, those `wanted` among them."""
-    picked = np.unique(np.linspace(0, len(ladder) - 1, size).round().astype(int))
-    return sorted({*(ladder[i] for i in picked), *wanted})
-
-
 def plan(
     scenario: Scenario,
     goal: Goal | None = None,
@@ -365,10 +345,25 @@ def plan(
     effort: str = "normal",
     pool: Pool | None = None,
     say: Say = lambda what: None,
+    unknowns: Unknowns | None = None,
+    prices: Prices | None = None,
+    log: SearchLog | None = None,
 ) -> Plan:
     """The best settings for the scenario, with the evidence. `effort`: quick, normal or thorough.
 
-    `say` is told what is going on, for a progress display. The same scenario, goal, effort and seed give the same plan
-    on any machine and for any number of workers.
+    `say` is told what is going on, for a progress display. `unknowns`: ranges of what is not known, the usual ones
+    if not given. With `prices`, what settings pay beside the answers counts on the front. `log`: the journal of the
+    search; Interrupted (a KeyboardInterrupt) holds what had been found. The same scenario, goal, effort and seed give
+    the same plan on any machine, for any number of workers, and however often it was interrupted.
     """
-    return Planner(scenario, goal or Goal(), effort=effort, pool=pool or Pool(), say=say).plan()
+    planner = Planner(
+        scenario,
+        goal or Goal(),
+        effort=effort,
+        pool=pool or Pool(),
+        say=say,
+        unknowns=unknowns or Unknowns(),
+        prices=prices,
+        log=log,
+    )
+    return planner.plan()

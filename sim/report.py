@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, StrictUndefined
 
+from governor.money import dollars_text
 from governor.policy import KNOB_BY_ENV
 from governor.summary import Grant
 from sim import report_figures, style, words
@@ -98,6 +99,9 @@ def render(
         stress_rows=_stress_rows(plan),
         stress_runs=_count(min((len(f.runs) for row in plan.stress for f in row.forecasts.values()), default=0), "run"),
         stress_notes=list(stress_notes),
+        drawn_text=text.drawn_text(plan),
+        drawn_rows=_drawn_rows(plan),
+        sensitivity_text=text.sensitivity_text(plan),
         throttled_limit=f"{text.throttled_limit(plan):g}",
         lost_allowed=f" (allowed: {percent(plan.limits['max_lost'])})" if plan.limits.get("max_lost") else "",
         noise_text=_noise_text(plan),
@@ -184,6 +188,10 @@ def _headline(plan: Plan) -> list[Row]:
         row("Requests lost", "of all that were simulated", _lost),
         row("Efficiency", "shortest possible time / time needed", _efficiency),
     ]
+    if plan.answers_usd is not None:
+        rows.append(
+            row("Cost", "all answers once, and what is paid beside", lambda f: _cost(f, plan.answers_usd or 0.0))
+        )
     gains = [Cell("–", "the yardstick"), *(_gained(plan, found) for found in (plan.guardrails, plan.full))]
     name = style.OBJECTIVES[plan.objective][0]
     return [*rows, Row("Gain", f"in mean {name}, run by run under the same chance", gains)]
@@ -225,6 +233,12 @@ def _efficiency(f: Forecast) -> Cell:
     if not e.n:
         return Cell("not known", "the bound does not apply here")
     return Cell(percent(e.mean), interval(e, "percent"))
+
+
+def _cost(f: Forecast, answers_usd: float) -> Cell:
+    extra = f["extra_usd"]
+    beside = f"{dollars_text(extra.mean)} for time-outs, re-sends and finalize passes"
+    return Cell(dollars_text(answers_usd + extra.mean), beside if extra.mean > 0.0 else "nothing beside the answers")
 
 
 def _gained(plan: Plan, found: Recommendation) -> Cell:
@@ -321,3 +335,19 @@ def _stress_cell(plan: Plan, f: Forecast | None) -> Cell:
     mean = f[figure].mean
     detail = f"429s per 100: {number(f['throttled_per_100'].mean)}\nlost: {f.lost:,} of {f.trials:,}"
     return Cell(duration(mean), detail, f"{name} {seconds_text(mean)}", kind or "kept", _MARKS[kind])
+
+
+# ---------------------------------------------------------------- the drawn conditions
+
+
+def _drawn_rows(plan: Plan) -> list[dict[str, Any]]:
+    """A row per policy: median, 5th percentile and worst of the objective; of throttles and losses the latter two."""
+    if plan.drawn is None:
+        return []
+    rows = []
+    for who, found in plan.drawn.outcomes.items():
+        cells = [duration(value("objective_s")) for value in (found.median, found.bad, found.worst)]
+        for name in ("throttled_per_100", "lost_per_100"):
+            cells.append(f"{number(found.bad(name))} / {number(found.worst(name))}")
+        rows.append({"name": style.STYLES[who].label, "cells": cells})
+    return rows

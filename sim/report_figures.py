@@ -17,7 +17,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from governor.summary import Grant
-from sim import figures, figures_time, style
+from sim import figures, figures_robust, figures_time, style
 from sim.report_text import policies_of, throttled_limit
 from sim.results import Forecast, Plan
 from sim.words import duration
@@ -72,7 +72,29 @@ def drawn(plan: Plan, grant: Grant) -> dict[str, Any]:
             "stress",
             f"The {name} of each policy under each condition of the stress set; the table below has the figures.",
         ),
+        "drawn": ""
+        if plan.drawn is None
+        else inline(
+            figures_robust.drawn(plan.drawn, **look),
+            "drawn",
+            f"The share of {plan.drawn.draws} drawn conditions in which each policy is done by a time, and by which "
+            "it draws so many 429s; the table below has the 5th percentile and the worst.",
+        ),
+        "sensitivity": ""
+        if plan.sensitivity is None
+        else inline(
+            figures_robust.sensitivity(plan.sensitivity),
+            "sensitivity",
+            f"How much each setting changes the {name} around the recommendation, largest first, with intervals. "
+            f"{_largest(plan)}",
+        ),
     }
+
+
+def _largest(plan: Plan) -> str:
+    assert plan.sensitivity is not None
+    effects = plan.sensitivity.effects[style.OBJECTIVES[plan.objective][1]][:3]
+    return _listing({e.env: duration(e.size) for e in effects}) + "."
 
 
 def front_caption(plan: Plan) -> str:

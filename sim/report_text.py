@@ -173,6 +173,46 @@ def kept_counts(plan: Plan) -> str:
     )
 
 
+def drawn_text(plan: Plan) -> str:
+    """What was drawn, and in how many draws each policy keeps the limits; "" where nothing was drawn."""
+    found = plan.drawn
+    if found is None:
+        return ""
+    limits = throttled_limit(plan), plan.limits.get("max_lost", 0.0)
+    kept = [f"{STYLES[who].label} in {found.kept(who, *limits)}" for who in ("recommended", "guardrails", "now")]
+    return (
+        f"All that is not known at once, drawn {found.draws} times from these ranges: {found.ranges}. The limits are "
+        f"kept: {_listed(kept)} of {found.draws} draws."
+    )
+
+
+def drawn_line(plan: Plan) -> str:
+    """The recommendation over the draws, in one line; "" where nothing was drawn."""
+    if plan.drawn is None or "recommended" not in plan.drawn.outcomes:
+        return ""
+    found = plan.drawn.outcomes["recommended"]
+    times = [duration(value) for value in (found.median("objective_s"), found.bad("objective_s"))]
+    worst = duration(found.worst("objective_s"))
+    throttled, lost = found.worst("throttled_per_100"), found.worst("lost_per_100")
+    return (
+        f"{OBJECTIVES[plan.objective][0]} over {plan.drawn.draws} drawn conditions: median {times[0]}, 5th percentile "
+        f"{times[1]}, worst {worst}; at worst {number(throttled)} 429s and {number(lost)} lost per 100 requests"
+    )
+
+
+def sensitivity_text(plan: Plan) -> str:
+    """How to read the sensitivities."""
+    found = plan.sensitivity
+    if found is None:
+        return ""
+    return (
+        "Each setting is moved alone by two thirds of the range around the recommendation (two steps of the search's "
+        "values to either side; switches and rules in full), from many places: the bar is the mean change, "
+        f"whichever way, the line its 95 % interval (Morris' elementary effects, {found.runs:,} runs). A setting with "
+        "a short bar may stand where it is convenient."
+    )
+
+
 # ---------------------------------------------------------------- how sure
 
 
@@ -210,6 +250,9 @@ def unknown(plan: Plan, assumed: Sequence[str]) -> list[str]:
         trials = sum(f.trials for f, _ in under)
         none = f"requests lost: 0 of {trials:,}, at most {percent_at_most(at_most(0, trials))} at 95 %"
         found.append(f"requests lost: up to {percent(gone)} ({at})" if gone else none)
+    line = drawn_line(plan)
+    if line:
+        found.append(line)
     return [*found, f"assumed, not measured: {_listed(assumed) or 'nothing'} (described below)"]
 
 

@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 
 from governor.policy import Policy
 from governor.requests import Attempt
+from sim.effects import Sensitivity
+from sim.robustness import Drawn
 
 # The figures of a run that are estimated, in the order in which they are shown.
 FIGURES = (
@@ -172,7 +174,8 @@ class Forecast:
 
 def forecast_of(policy: Policy, runs: Sequence[Figures]) -> Forecast:
     """The forecast made of these runs, at least one, all of the same policy and workload."""
-    estimates = {name: estimate([run[name] for run in runs]) for name in FIGURES}
+    names = FIGURES if "extra_usd" not in runs[0].values else (*FIGURES, "extra_usd")
+    estimates = {name: estimate([run[name] for run in runs]) for name in names}
     causes = runs[0].waits_s
     codes = sorted({code for run in runs for code in run.failures})
     return Forecast(
@@ -215,7 +218,8 @@ class Point:
     """One setting that was tried: its mean makespan (or p95 latency), throttles per 100 requests and lost per run.
 
     `origin`: `now`, `guardrails` (only the eight guardrail knobs changed) or `paceline`. `on_front`: no other setting
-    that loses as little is at least as good in both and better in one.
+    that loses as little is at least as good in all and better in one. `extra_usd`: paid beside the answers, per run
+    (time-outs, re-sends, finalize passes), None where prices are not known.
     """
 
     policy: Policy
@@ -225,6 +229,19 @@ class Point:
     lost: float
     replications: int
     on_front: bool
+    extra_usd: float | None = None
+
+    def to_json_dict(self, objective: str) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "settings": settings_of(self.policy),
+            "origin": self.origin,
+            f"{objective}_s": _plain(self.objective_s),
+            "throttled_per_100": self.throttled_per_100,
+            "lost": self.lost,
+            "extra_usd": self.extra_usd,
+            "replications": self.replications,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,6 +311,9 @@ class Plan:
     `guardrails`: only the eight guardrail knobs changed; `full`: everything that the law can do. `limits`: the
     constraints that were asked for; `broken`: those that `full` cannot keep, in words. `already_good`: today's settings
     are within the indifference zone of the best. `timelines`: attempts of one run each, by name, for curves over time.
+    `drawn`: the plan's policies under conditions drawn from ranges; `sensitivity`: which knob matters around the
+    recommendation; `answers_usd`: what all answers cost once (None: no prices); what is paid beside them is the figure
+    `extra_usd` of the forecasts.
     """
 
     objective: str
@@ -312,6 +332,9 @@ class Plan:
     runs_simulated: int
     requests_simulated: int
     seed: int
+    drawn: Drawn | None = None
+    sensitivity: Sensitivity | None = None
+    answers_usd: float | None = None
 
     def to_json_dict(self) -> dict[str, Any]:
         """The plan without its timelines, as plain values."""
@@ -321,18 +344,7 @@ class Plan:
             "guardrails_only": _recommendation_json(self.guardrails),
             "recommended": _recommendation_json(self.full),
             "runner_up": self.runner_up.to_json_dict(),
-            "front": [
-                {
-                    "settings": settings_of(point.policy),
-                    "origin": point.origin,
-                    f"{self.objective}_s": _plain(point.objective_s),
-                    "throttled_per_100": point.throttled_per_100,
-                    "lost": point.lost,
-                    "replications": point.replications,
-                }
-                for point in self.points
-                if point.on_front
-            ],
+            "front": [point.to_json_dict(self.objective) for point in self.points if point.on_front],
             "stress": [
                 {
                     "name": row.name,
@@ -347,6 +359,9 @@ class Plan:
                 }
                 for row in self.stress
             ],
+            "drawn": None if self.drawn is None else self.drawn.to_json_dict(self.objective),
+            "sensitivity": None if self.sensitivity is None else self.sensitivity.to_json_dict(),
+            "answers_usd": self.answers_usd,
             "constraints": dict(self.limits),
             "constraints_broken": list(self.broken),
             "already_good": self.already_good,
@@ -355,6 +370,31 @@ class Plan:
             "requests_simulated": self.requests_simulated,
             "seed": self.seed,
             "validated_against_live_runs": 0,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class SoFar:
+    """What an interrupted search had found: today's point, the best so far, the front; `stage`: what it was doing."""
+
+    objective: str
+    now: Point
+    best: Point
+    front: tuple[Point, ...]
+    settings_tried: int
+    runs_simulated: int
+    stage: str
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "interrupted_while": self.stage,
+            "objective": self.objective,
+            "now": self.now.to_json_dict(self.objective),
+            "best": self.best.to_json_dict(self.objective),
+            "front": [point.to_json_dict(self.objective) for point in self.front],
+            "settings_tried": self.settings_tried,
+            "runs_simulated": self.runs_simulated,
         }
 
 

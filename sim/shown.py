@@ -12,6 +12,7 @@ from dataclasses import asdict, fields
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from governor.money import dollars_text
 from governor.policy import KNOB_BY_ENV, Policy
 from governor.summary import CAUSES, Summary
 from sim import words
@@ -244,8 +245,34 @@ def plan_text(scenario: Scenario, plan: Plan, width: int) -> str:
         parts.append(wrapped("Today's settings are already as good as any that were tried.", width))
     for title, found in (("Recommended", plan.full), ("Guardrails only", plan.guardrails)):
         parts.append(_changes(title, found, width))
+    robust = [line for line in (_drawn(plan), _matters(plan)) if line]
+    if robust:
+        parts.append("\n".join(wrapped(line, width) for line in robust))
     parts.append(inputs_text(scenario.provenance(), width))
     return "\n\n".join(parts)
+
+
+def _drawn(plan: Plan) -> str:
+    """The recommendation where all that is unknown is drawn at once."""
+    if plan.drawn is None:
+        return ""
+    best = plan.drawn.outcomes["recommended"]
+    times = [words.duration(value("objective_s")) for value in (best.median, best.bad, best.worst)]
+    return (
+        f"If the assumptions are wrong ({plan.drawn.draws} draws: {plan.drawn.ranges}), the recommendation needs "
+        f"{times[0]} in the median, {times[1]} at the 5th percentile, {times[2]} at worst, with at most "
+        f"{words.number(best.worst('throttled_per_100'))} 429s and {words.number(best.worst('lost_per_100'))} lost per "
+        "100 requests."
+    )
+
+
+def _matters(plan: Plan) -> str:
+    """Which settings the recommendation hangs on."""
+    if plan.sensitivity is None:
+        return ""
+    effects = plan.sensitivity.effects[{"makespan": "makespan_s", "p95_latency": "latency_p95_s"}[plan.objective]]
+    told = [f"{e.env} (± {words.duration(e.size)})" for e in effects[:3] if e.size > 0.0]
+    return f"What matters most around it: {', '.join(told)}." if told else ""
 
 
 def _comparison(plan: Plan) -> str:
@@ -271,6 +298,11 @@ def _comparison(plan: Plan) -> str:
     rows.append(["lost", *(f"{f.lost:,} of {f.trials:,}" for f in forecasts)])
     rows.append(["lost, at most at 95 %", *(words.percent_at_most(f.lost_at_most) for f in forecasts)])
     rows.append(["efficiency", *(words.percent(f["efficiency"].mean) for f in forecasts)])
+    if plan.answers_usd is not None:
+        costs = [plan.answers_usd + f["extra_usd"].mean for f in forecasts]
+        rows.append(["cost", *map(dollars_text, costs)])
+        if any(f["extra_usd"].mean > 0.0 for f in forecasts):
+            rows.append(["  of it beside the answers", *(dollars_text(f["extra_usd"].mean) for f in forecasts)])
     return table(rows)
 
 

@@ -108,10 +108,19 @@ def styled(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]
 @styled
 def svg_of(figure: Figure) -> str:
     """The figure as one `<svg>` element, without prologue, date or random ids; text stays text."""
+    arranged(figure)
     out = io.StringIO()
     figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     text = out.getvalue()
     return re.sub(r"\s*<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+
+
+def arranged(figure: Figure) -> None:
+    """Places the figure's parts, once and for all: saving would do so twice, and draw everything twice for it."""
+    layout = figure.get_layout_engine()
+    if layout is not None:
+        layout.execute(figure)
+        figure.set_layout_engine("none")
 
 
 @styled

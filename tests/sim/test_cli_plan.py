@@ -11,12 +11,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from governor.policy import GUARDRAIL_KNOBS, KNOBS, Policy
 from governor.settings import policy_of
-from sim import files, report
+from sim import files, report, searchlog
 from sim import plan as planning
 from sim.cli import main
 from sim.experiment import Pool
@@ -160,6 +161,14 @@ def test_the_scenario_makes_the_same_plan_again(run: Run, work: Path) -> None:
         "max_lost": 0.0,
         "finish_by_s": 7_200.0,
         "effort": "quick",
+        "prices": "",
+        "unknowns": {
+            "charge_rules": True,
+            "settles": 0.5,
+            "cotenant_share": [0.0, 0.3],
+            "latency_factor": [0.7, 2.5],
+            "output_factor": [0.6, 2.0],
+        },
     }
     (work / "today.env").unlink()
     assert run("plan", "out/scenario.yaml", "--workers", "1")[0] == 0
@@ -264,8 +273,11 @@ def test_an_interruption_while_files_take_their_names_waits(run: Run, work: Path
     assert json.loads(after["plan.json"])["seed"] == 9 != json.loads(before["plan.json"])["seed"]
 
 
+SO_FAR = ["front-so-far.json", "recommended-so-far.env", "search.journal"]
+
+
 def test_ctrl_c_in_the_middle_of_the_search(root: Path, work: Path) -> None:
-    """A real process with workers: one line, exit code 130, nothing left behind, not even the folder."""
+    """A real process with workers: one line, exit code 130, and the best so far beside the journal."""
     process = subprocess.Popen(
         [sys.executable, "-m", "sim.cli", "plan", "batch.jsonl", "--effort", "thorough", "--workers", "2"],
         stdout=subprocess.PIPE,
@@ -274,15 +286,106 @@ def test_ctrl_c_in_the_middle_of_the_search(root: Path, work: Path) -> None:
         start_new_session=True,
         env={**os.environ, "PYTHONPATH": str(root)},
     )
-    # The folder is made once the inputs are read; a moment later the workers are at it.
-    until = time.monotonic() + 60.0
-    while not (work / "out").exists() and time.monotonic() < until:
+    # The journal begins some seconds after the search.
+    until = time.monotonic() + 120.0
+    while not (work / "out" / "search.journal").exists() and time.monotonic() < until:
         time.sleep(0.02)
-    time.sleep(1.5)
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (130, "", "interrupted: no file was left unfinished\n")
-    assert sorted(contents_names(work)) == ["batch.jsonl", "today.env"]
+    assert (process.returncode, out, err.count("\n")) == (130, "", 1)
+    assert err.startswith("interrupted while ")
+    assert "the same command goes on from here" in err
+    assert sorted(contents(work / "out")) == SO_FAR
+
+
+class Impatient(Pool):
+    """A pool in which Ctrl-C is pressed after so many of its runs."""
+
+    left = 1 << 62
+
+    def run(self, tasks: Any) -> Any:
+        found = super().run(tasks)
+        Impatient.left -= sum(len(each) for each in found)
+        if Impatient.left < 0:
+            raise KeyboardInterrupt
+        return found
+
+
+@pytest.fixture
+def interrupted(run: Run, work: Path, monkeypatch) -> Callable[..., tuple[int, str, str]]:
+    """`plan` with Ctrl-C after so many runs; its journal begins at once."""
+    monkeypatch.setattr(searchlog, "AFTER_S", 0.0)
+    monkeypatch.setattr(searchlog, "EVERY_S", 0.0)
+
+    def call(runs: int, *more: object) -> tuple[int, str, str]:
+        with monkeypatch.context() as patch:
+            patch.setattr("sim.experiment.Pool", Impatient)
+            patch.setattr(Impatient, "left", runs)
+            return run(*PLAN, *more)
+
+    return call
+
+
+def test_an_interrupted_search_goes_on_and_finds_the_same(run: Run, work: Path, interrupted, monkeypatch) -> None:
+    assert run(*PLAN, "--out", "whole")[0] == 0
+    code, out, err = interrupted(150)
+    assert (code, out, err.count("\n")) == (130, "", 1)
+    assert sorted(contents(work / "out")) == SO_FAR
+    front = json.loads((work / "out" / "front-so-far.json").read_text())
+    assert front["best"]["makespan_s"] <= front["now"]["makespan_s"]
+    best = policy_of("out/recommended-so-far.env")
+    assert {knob.env: getattr(best, knob.name) for knob in KNOBS} == front["best"]["settings"]
+    # A second interruption, further on; then it is left alone.
+    known = (work / "out" / "search.journal").read_bytes().count(b"\n") - 1
+    assert interrupted(100)[0] == 130
+    more = (work / "out" / "search.journal").read_bytes().count(b"\n") - 1
+    assert more > known
+    code, _, err = run(*PLAN)
+    assert code == 0
+    assert err == f"note: resumed: {more:,} runs of an interrupted search are taken from out/search.journal\n"
+    assert sorted(contents(work / "out")) == NAMES
+    whole, resumed = (json.loads((work / folder / "plan.json").read_text()) for folder in ("whole", "out"))
+    assert {**whole, "command": resumed["command"]} == resumed
+
+
+def test_what_an_interruption_leaves_of_an_older_plan(run: Run, work: Path, interrupted) -> None:
+    assert run(*PLAN)[0] == 0
+    before = contents(work / "out")
+    assert interrupted(150, "--seed", "9")[0] == 130
+    after = contents(work / "out")
+    assert {name: after[name] for name in before} == before
+    assert sorted(after) == sorted([*before, *SO_FAR])
+
+
+def test_a_damaged_journal_is_used_up_to_the_damage(run: Run, work: Path, interrupted) -> None:
+    assert interrupted(200)[0] == 130
+    path = work / "out" / "search.journal"
+    lines = path.read_bytes().split(b"\n")
+    assert len(lines) > 60
+    lines[50] = lines[50].replace(b"makespan_s", b"makespan_x")
+    path.write_bytes(b"\n".join(lines))
+    code, _, err = run(*PLAN)
+    assert code == 0
+    told = " ".join(err.split())
+    damage = "search journal out/search.journal is damaged at line 51: the 49 runs before it are used, the rest is"
+    assert told.startswith(f"note: {damage} simulated again note: resumed: 49 runs")
+    # Without a sound head nobody can tell whose it is: it is kept aside, and the search begins anew.
+    assert interrupted(200)[0] == 130
+    path.write_bytes(b"\0" * 100 + path.read_bytes())
+    damaged = path.read_bytes()
+    code, _, err = run(*PLAN)
+    assert code == 0
+    assert "is damaged from its first line on: kept as search.journal.damaged" in " ".join(err.split())
+    assert (work / "out" / "search.journal.damaged").read_bytes() == damaged
+    assert sorted(contents(work / "out")) == sorted([*NAMES, "search.journal.damaged"])
+
+
+def test_a_journal_of_other_inputs_is_not_used(run: Run, work: Path, interrupted) -> None:
+    assert interrupted(150)[0] == 130
+    code, _, err = run(*PLAN, "--seed", "9")
+    assert (code, err) == (0, "note: search journal out/search.journal is of another search: begun anew\n")
+    assert interrupted(150)[0] == 130
+    assert run(*PLAN, "--no-resume")[::2] == (0, "")
 
 
 def test_a_plan_is_the_same_for_any_number_of_workers(run: Run, work: Path) -> None:

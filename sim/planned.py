@@ -1,0 +1,105 @@
+"""`paceline plan` from its inputs to its folder: the search and its journal, the files, what an interruption leaves.
+
+What lives here: the order of these steps, and what is said where they are broken off. What must not: the search
+(`plan`), the contents of the files (`outputs`), options (`cli`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from governor.errors import PacelineError
+from governor.money import Prices, read_prices
+from sim import plan as planning
+from sim.document import ModelSource
+from sim.experiment import Pool
+from sim.inputs import Wishes, scenario_text
+from sim.outputs import Written, page, write_plan, write_so_far
+from sim.results import Plan, SoFar
+from sim.scenario import Scenario
+from sim.searchlog import NAME, SearchLog, fingerprint
+from sim.shown import plan_notes
+from sim.words import duration
+from sim.workload import ARRAYS
+
+Say = Callable[[str], None]
+
+OBJECTIVES = {"makespan": "finish time", "p95_latency": "P95 latency"}
+
+
+class Stopped(PacelineError):  # noqa: N818  (a name says what happened)
+    """A search was interrupted; what it had found is written, and the message says where."""
+
+    exit_code: ClassVar[int] = 130
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A plan, its files, and what its user should know of it, and of the journal."""
+
+    plan: Plan
+    written: Written
+    notes: tuple[str, ...]
+    journal_notes: tuple[str, ...]
+
+
+def planned(
+    scenario: Scenario, wishes: Wishes, folder: Path, *, notes: tuple[str, ...], pool: Pool, say: Say, resume: bool
+) -> Planned:
+    """Searches, writes the folder, and returns what was found. With `resume`, an interrupted search there goes on.
+
+    Stopped where it is interrupted after something was found.
+    """
+    log = SearchLog(folder / NAME, _mark(scenario, wishes), resume=resume)
+    try:
+        found = planning.plan(
+            scenario,
+            wishes.goal(),
+            effort=wishes.effort,
+            pool=pool,
+            say=say,
+            unknowns=wishes.unknowns,
+            prices=prices_of(wishes),
+            log=log,
+        )
+        say("writing the report")
+        notes = (*notes, *plan_notes(scenario, found))
+        log.close()
+        written = write_plan(folder, scenario, wishes, found, page(scenario, found, folder), notes)
+        # How this search was run is for its user, not for the plan's files: those are the same however it was run.
+        return Planned(found, written, notes, tuple(log.notes))
+    except planning.Interrupted as stop:
+        log.flush()
+        raise Stopped(_left(folder, scenario, stop.so_far, log)) from None
+    finally:
+        log.close()
+
+
+def prices_of(wishes: Wishes) -> Prices:
+    """The price list that is asked for, or the one that comes with Paceline."""
+    return read_prices(wishes.prices) if wishes.prices else read_prices()
+
+
+def _mark(scenario: Scenario, wishes: Wishes) -> str:
+    """What tells this search from any other: all that its figures depend on."""
+    workload = scenario.workload
+    arrays = [getattr(workload, name).tobytes() for name in ARRAYS]
+    # Not where the rows are read from: what they are.
+    text = scenario_text(scenario.with_(source=ModelSource.model_construct()), wishes, ".")
+    return fingerprint([text, repr(workload.models), *arrays])
+
+
+def _left(folder: Path, scenario: Scenario, so_far: SoFar, log: SearchLog) -> str:
+    """Writes what was found and says so in one line."""
+    names = write_so_far(folder, so_far)
+    name = OBJECTIVES[so_far.objective]
+    then = "the same command goes on from here" if log.path.exists() else "the same command begins anew"
+    return (
+        f"interrupted while {so_far.stage}, after {so_far.runs_simulated:,} runs: best {name} so far "
+        f"{duration(so_far.best.objective_s)} (now {duration(so_far.now.objective_s)}), not yet proved; "
+        f"written: {', '.join(str(folder / each) for each in names)}; {then}"
+        + "".join(f" ({note})" for note in log.notes)
+    )

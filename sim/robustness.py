@@ -1,0 +1,81 @@
+"""How settings fare under conditions drawn from stated ranges, as values: the spread, the worst, the 5th percentile.
+
+What lives here: `Drawn` and its statistics. What must not: drawing (`unknowns`), running, and how it looks.
+
+The 5th percentile is counted from the bad end: of 20 draws one is worse. For times and throttles, where large is bad,
+it is the 95 % quantile of the values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+BAD_SHARE = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Outcomes:
+    """One policy under each draw, shape (draws,): its mean objective, throttles per 100, requests lost per 100."""
+
+    objective_s: NDArray[np.float64]
+    throttled_per_100: NDArray[np.float64]
+    lost_per_100: NDArray[np.float64]
+
+    def median(self, name: str) -> float:
+        """What half of the draws are better than."""
+        return float(np.quantile(getattr(self, name), 0.5))
+
+    def bad(self, name: str) -> float:
+        """The 5th percentile from the bad end: one draw in 20 is worse."""
+        return float(np.quantile(getattr(self, name), 1.0 - BAD_SHARE))
+
+    def worst(self, name: str) -> float:
+        """The worst draw."""
+        return float(getattr(self, name).max())
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """The plan's policies by name under the same draws. `ranges`: in words; `runs`: in each of the `draws`."""
+
+    ranges: str
+    draws: int
+    runs: int
+    outcomes: Mapping[str, Outcomes]
+
+    def kept(self, who: str, max_throttled: float, max_lost: float) -> int:
+        """In how many draws a policy keeps the limits."""
+        found = self.outcomes[who]
+        return int(
+            ((found.throttled_per_100 <= max_throttled) & (found.lost_per_100 <= 100.0 * max_lost + 1e-12)).sum()
+        )
+
+    def to_json_dict(self, objective: str) -> dict[str, Any]:
+        """Plain numbers, by policy and figure."""
+        names = {f"{objective}_s": "objective_s"} | {n: n for n in ("throttled_per_100", "lost_per_100")}
+        return {
+            "ranges": self.ranges,
+            "draws": self.draws,
+            "runs_per_draw": self.runs,
+            **{
+                who: {
+                    shown: {
+                        "median": _plain(found.median(name)),
+                        "percentile_5": _plain(found.bad(name)),
+                        "worst": _plain(found.worst(name)),
+                    }
+                    for shown, name in names.items()
+                }
+                for who, found in self.outcomes.items()
+            },
+        }
+
+
+def _plain(value: float) -> float | None:
+    return value if math.isfinite(value) else None

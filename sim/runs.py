@@ -1,0 +1,128 @@
+"""The runs of a search: each made once, whoever asks for it, and kept.
+
+What lives here: the store between those who compare settings and the pool that runs them. What must not: comparing
+(`search`), and how a run is made (`experiment`).
+
+A run is told by its condition, its policy and its seed. `requests` counts what was asked for in simulated requests,
+whether it was simulated now or comes from the journal of an interrupted search: the search's effort is measured by it,
+so that a resumed search finds what an uninterrupted one would have found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from governor.policy import Policy
+from sim.experiment import Case, Pool, case_of
+from sim.results import Figures
+from sim.scenario import Scenario
+from sim.searchlog import Key, SearchLog, digest_of
+from sim.tariff import Tariff
+
+PolicyKey = tuple[Any, ...]
+
+# Simulated requests that are handed to the pool at a time: what is lost of the journal if the process is killed.
+BATCH_REQUESTS = 4_000_000
+
+
+def key_of(policy: Policy) -> PolicyKey:
+    """What makes two policies the same, whichever knobs were named."""
+    return tuple(policy.model_dump().values())
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """A scenario under a name: "" as assumed, else one of the stress set."""
+
+    name: str
+    scenario: Scenario
+
+
+class Runs:
+    """All runs of one search. `log`: its journal; `tariff`: adds `extra_usd` to each run's values."""
+
+    def __init__(self, pool: Pool, *, log: SearchLog | None = None, tariff: Tariff | None = None) -> None:
+        self.pool = pool
+        self.log = log
+        self.tariff = tariff
+        self.made = 0
+        self.requests = 0
+        self._known: dict[tuple[str, PolicyKey], dict[int, Figures]] = {}
+        self._cases: dict[tuple[str, PolicyKey], Case] = {}
+
+    def require(self, wanted: Iterable[tuple[Condition, Policy, Sequence[int]]]) -> None:
+        """Makes sure that each of these has run under its seeds."""
+        tasks: list[tuple[str, PolicyKey, Case, list[int]]] = []
+        asked: set[tuple[str, PolicyKey]] = set()
+        for condition, policy, seeds in wanted:
+            key = key_of(policy)
+            mine = self._known.setdefault((condition.name, key), {})
+            missing = [seed for seed in seeds if seed not in mine]
+            if missing and (condition.name, key) not in asked:
+                asked.add((condition.name, key))
+                missing = self._from_log(condition.name, key, missing)
+                if missing:
+                    tasks.append((condition.name, key, self._case(condition, policy, key), missing))
+        while tasks:
+            batch: list[tuple[str, PolicyKey, Case, list[int]]] = []
+            size = 0
+            while tasks and (not batch or size < BATCH_REQUESTS):
+                batch.append(tasks.pop(0))
+                size += len(batch[-1][2].columns) * len(batch[-1][3])
+            self._make(batch)
+
+    def figures(self, condition: Condition, policy: Policy, seeds: Sequence[int]) -> list[Figures]:
+        """The runs under these seeds, made now where they are missing."""
+        mine = self._known.get((condition.name, key_of(policy)), {})
+        if not all(seed in mine for seed in seeds):
+            self.require([(condition, policy, seeds)])
+            mine = self._known[condition.name, key_of(policy)]
+        return [mine[seed] for seed in seeds]
+
+    def known(self, condition: Condition, key: PolicyKey, seeds: range) -> list[Figures]:
+        """The runs that were made so far, of these seeds."""
+        return [run for seed, run in self._known.get((condition.name, key), {}).items() if seed in seeds]
+
+    def _case(self, condition: Condition, policy: Policy, key: PolicyKey) -> Case:
+        # Only for settings that come back for more seeds: others are not worth the memory.
+        case = self._cases.get((condition.name, key))
+        if case is None:
+            case = case_of(condition.scenario, policy)
+            if condition.name == "":
+                self._cases["", key] = case
+        return case
+
+    def _make(self, batch: Sequence[tuple[str, PolicyKey, Case, list[int]]]) -> None:
+        found = self.pool.run([(case, seeds) for _, _, case, seeds in batch])
+        lines: list[tuple[Key, Figures]] = []
+        for (name, key, _, _), figures in zip(batch, found, strict=True):
+            digest = digest_of(key) if self.log is not None else ""
+            for run in figures:
+                self._take(name, key, run)
+                lines.append(((name, digest, run.seed), run))
+        if self.log is not None:
+            self.log.add(lines)
+
+    def _from_log(self, name: str, key: PolicyKey, seeds: list[int]) -> list[int]:
+        """Takes what the journal knows; returns the seeds that it does not."""
+        if self.log is None or not self.log.known:
+            return seeds
+        digest = digest_of(key)
+        missing = []
+        for seed in seeds:
+            run = self.log.known.get((name, digest, seed))
+            if run is None:
+                missing.append(seed)
+            else:
+                self._take(name, key, run)
+        self.pool.on_runs(len(seeds) - len(missing))
+        return missing
+
+    def _take(self, name: str, key: PolicyKey, run: Figures) -> None:
+        if self.tariff is not None:
+            run = replace(run, values={**run.values, "extra_usd": self.tariff.extra_usd(run)})
+        self._known[name, key][run.seed] = run
+        self.made += 1
+        self.requests += run.requests
