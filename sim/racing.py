@@ -145,13 +145,14 @@ class _Field:
         spread = np.where(known, x - mean[:, None], 0.0)
         return mean, (spread**2).sum(axis=1) / np.maximum(1, self.n - 1)
 
-    def _keys(self) -> list[tuple[float, ...]]:
-        """What ranks: the excess in each constraint, then the objective."""
+    def _keys(self, leader: int | None = None) -> list[tuple[float, ...]]:
+        """What ranks: the excess in each constraint, then the objective, or its difference to the leader's."""
         columns = []
         for c, allowed in enumerate(self.rule.allowed):
             columns.append(np.maximum(0.0, self._moments(self.values[:, :, c])[0] - allowed))
+        objective = self.values[:, :, -1]
         with np.errstate(invalid="ignore"):
-            columns.append(self._moments(self.values[:, :, -1])[0])
+            columns.append(self._moments(objective if leader is None else objective - objective[leader])[0])
         return list(zip(*(np.where(np.isnan(column), np.inf, column).tolist() for column in columns), strict=True))
 
     def leader(self) -> int:
@@ -160,8 +161,8 @@ class _Field:
         return min((i for i in range(len(self.n)) if self.n[i] == most), key=lambda i: (keys[i], i))
 
     def ranking(self, leader: int) -> tuple[int, ...]:
-        """All, the leader first, then by their means."""
-        keys = self._keys()
+        """All, the leader first, then by their means, paired with the leader's."""
+        keys = self._keys(leader)
         return (leader, *sorted((i for i in range(len(self.n)) if i != leader), key=lambda i: (keys[i], -self.n[i], i)))
 
     def doubt(self, leader: int) -> float:
