@@ -31,7 +31,7 @@ from sim.effects import Sensitivity
 from sim.evidence import NAMES, Evidence, drawn_outcomes, proved
 from sim.experiment import Pool, attempts_of
 from sim.hardening import Hardening, Stress
-from sim.results import Forecast, Plan, Point, SoFar
+from sim.results import Forecast, Plan, SoFar
 from sim.robustness import Drawn
 from sim.runs import Condition, Runs, key_of
 from sim.scenario import Scenario, stress_set
@@ -136,7 +136,7 @@ class Planner:
         self.goal = goal
         self.unknowns = unknowns
         self.say = say
-        self.stage = ""
+        self.stage = "beginning"
         self.best_s: float | None = None
         n = len(scenario.workload)
         listed = [Condition(name, changed) for name, changed in stress_set(scenario)]
@@ -239,22 +239,21 @@ class Planner:
 
     def so_far(self) -> SoFar | None:
         """What the search has found until now, from the runs that there are; None if nothing yet."""
-        if self.searcher.leader is None:
+        points = {key_of(point.policy): point for point in self.searcher.front()}
+        today = self.scenario.policy
+        now = points.get(key_of(today))
+        if now is None:
             return None
-        points = tuple(point for point in self.searcher.front() if point.on_front)
-        best, _ = self.searcher.leader
+        best = today if self.searcher.leader is None else self.searcher.leader[0]
         return SoFar(
             objective=self.goal.objective,
-            now=self._point(self.scenario.policy),
-            best=self._point(best),
-            front=points,
+            now=now,
+            best=points[key_of(best)],
+            front=tuple(point for point in points.values() if point.on_front),
             settings_tried=len(self.searcher.policies),
             runs_simulated=self.runs.made,
             stage=self.stage,
         )
-
-    def _point(self, policy: Policy) -> Point:
-        return next(point for point in self.searcher.front() if key_of(point.policy) == key_of(policy))
 
     # ------------------------------------------------------------ finding
 

@@ -278,15 +278,16 @@ SO_FAR = ["front-so-far.json", "recommended-so-far.env", "search.journal"]
 
 def test_ctrl_c_in_the_middle_of_the_search(root: Path, work: Path) -> None:
     """A real process with workers: one line, exit code 130, and the best so far beside the journal."""
+    # The journal begins at once, not after some seconds.
+    code = "import sys, sim.searchlog as log; log.AFTER_S = 0.0; from sim.cli import main; sys.exit(main())"
     process = subprocess.Popen(
-        [sys.executable, "-m", "sim.cli", "plan", "batch.jsonl", "--effort", "thorough", "--workers", "2"],
+        [sys.executable, "-c", code, "plan", "batch.jsonl", "--effort", "thorough", "--workers", "2"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
         env={**os.environ, "PYTHONPATH": str(root)},
     )
-    # The journal begins some seconds after the search.
     until = time.monotonic() + 120.0
     while not (work / "out" / "search.journal").exists() and time.monotonic() < until:
         time.sleep(0.02)
