@@ -1,6 +1,6 @@
 """How close the twin is: live runs over HTTP against forecast and backtest, over scenarios drawn from a seed.
 
-    python -m benchmarks.twin [--short] [--scenarios 20] [--time-scale 10] [--seed 1]
+    python -m benchmarks.twin [--short] [--scenarios 20] [--time-scale 8] [--seed 1]
 
 Each scenario draws a batch (sizes, caps, number of requests), a provider (limits, charge rule, settling, others on the
 quota) and settings (window, concurrency, stagger, order of launches). The batch runs live, as `paceline run` does it:
@@ -39,7 +39,7 @@ from sim.layout import table
 from sim.provider_config import ProviderConfig
 from sim.server import spawn
 
-SCALE_MOST = 10.0
+SCALE, SCALE_MOST = 8.0, 10.0
 SCENARIOS, SHORT = 20, 3
 # A scenario that lasts longer has gone wrong; what ended until then is compared.
 STOP_AFTER_S = 600.0
@@ -203,7 +203,7 @@ def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="twin")
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--scenarios", type=int, default=0)
-    parser.add_argument("--time-scale", type=float, default=SCALE_MOST)
+    parser.add_argument("--time-scale", type=float, default=SCALE)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--first", type=int, default=1, help="number of the first scenario")
     given = parser.parse_args(words)
