@@ -157,7 +157,7 @@ def _same(a: Path, b: Path) -> bool:
 def _say_what_is_left(begun: Begun, orders: Orders, shown: Shown) -> None:
     """What this command takes up, if it is not all of the file."""
     if begun.oversized:
-        shown.say(f"{plural(begun.oversized, 'request')} need more tokens than the limit: recorded as failed, not sent")
+        shown.say(f"above the limit, recorded as failed and not sent: {plural(begun.oversized, 'request')}")
     if begun.is_new:
         return
     counts = begun.journal.counts()

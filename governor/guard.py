@@ -161,6 +161,6 @@ def canary_verdict(e: Expectation, seen: Measured, took_s: float) -> list[str]:
 def canary_note(e: Expectation, seen: Measured) -> str:
     """What a canary found of the answers' length; "" where it is as assumed. No reason to stop: time and cost are."""
     mean = sum(e.answer_tokens.values()) / max(1, e.requests)
-    if not seen.ended or mean / CANARY_RATIO <= seen.answer_tokens <= CANARY_RATIO * mean:
+    if seen.ended == seen.failed or mean / CANARY_RATIO <= seen.answer_tokens <= CANARY_RATIO * mean:
         return ""
     return f"answers have {seen.answer_tokens:,.0f} tokens where {mean:,.0f} were assumed"

@@ -233,7 +233,7 @@ def limit_text(dimension: str, granted: float, policy: Policy) -> str:
 
 def account_text(answer: Answer) -> str:
     """Why the provider serves this account no more, in its own words as far as it has any."""
-    what = "the account's quota is used up" if answer.outcome is Outcome.QUOTA else "the provider refuses this account"
+    what = "the account's quota is used up" if answer.outcome is Outcome.QUOTA else "the key or the model is refused"
     words = " ".join(answer.message.split())[:300]
     code = f" ({answer.status} {answer.error_code})" if answer.error_code else f" ({answer.status})"
     return f"{what}{code}: {words}" if words else what + code

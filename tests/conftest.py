@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import hypothesis
 import pytest
+
+from tests.postgres import PostgresServer
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED_NAME = "PACELINE_TEST_SEED"
@@ -99,3 +101,10 @@ def data_dir() -> Path:
 def data_file(data_dir: Path) -> Callable[[str], Path]:
     """A function: the path of one real file, named relative to `data_dir`."""
     return lambda name: require(data_dir / name)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A PostgreSQL server of the tests' own, started when first wanted; `database(name)` makes an empty one."""
+    with PostgresServer() as server:
+        yield server

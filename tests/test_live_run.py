@@ -196,7 +196,7 @@ def test_a_refused_account_stops_the_run_after_those_in_flight(cli: Cli, tmp_pat
     found = ran.json
     assert found["failed"] == 0
     assert 15 <= found["completed"] <= 20
-    assert ("quota is used up" if kind == "quota" else "refuses this account") in ran.err
+    assert ("quota is used up" if kind == "quota" else "the key or the model is refused") in ran.err
     with provider() as served:
         mended = cli.run(*run_args(tmp_path, served.base_url, "--json"), env=env)
         assert served.stats()["requests"] == 60 - found["completed"]
