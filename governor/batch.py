@@ -20,7 +20,7 @@ from datetime import date
 from pathlib import Path
 
 from governor.account import grant_of, lines_of, merged, spent_before, summary_of
-from governor.errors import BadSetting, PacelineError
+from governor.errors import BadSetting, FailureCode, PacelineError, quoted
 from governor.forecast import (
     Demand,
     Expectation,
@@ -139,6 +139,9 @@ def _check(orders: Orders) -> None:
     """Everything that can be wrong before a line is read."""
     for pool in orders.pools:
         key_of(pool, orders.environment)
+    if orders.retry_failed and orders.retry_failed not in list(FailureCode):
+        codes = ", ".join(FailureCode)
+        raise BadSetting(f"--retry-failed {quoted(orders.retry_failed)} is no failure code: use one of {codes}")
     if orders.manner.hook:
         checked_hook(orders.manner.hook)
     for path in (orders.out, errors_path(orders.out)):
@@ -160,6 +163,9 @@ def _say_what_is_left(begun: Begun, orders: Orders, shown: Shown) -> None:
         shown.say(f"above the limit, recorded as failed and not sent: {plural(begun.oversized, 'request')}")
     if begun.is_new:
         return
+    if orders.retry_failed is not None and not begun.retried:
+        with_code = f" with {orders.retry_failed}" if orders.retry_failed else ""
+        shown.say(f"note: no request failed{with_code}: --retry-failed has nothing to try again")
     counts = begun.journal.counts()
     left = counts.pending + counts.in_flight
     parts = [f"{counts.done:,} of {counts.requests:,} done"]

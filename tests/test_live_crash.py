@@ -69,7 +69,8 @@ def killed_and_resumed(cli: Cli, folder: Path, rng: random.Random) -> tuple[int,
         resent = journal.counts().resent
         recorded = sum(1 for _ in journal.attempts())
     # Each kill loses at most what was in flight then; everything else that the provider saw is on record.
-    assert resent == sum(flying)
+    # Fewer where a kill came before the next leg had taken stock of the one before.
+    assert resent <= sum(flying)
     assert max(flying, default=0) <= IN_FLIGHT
     assert recorded <= seen + resent
     assert seen <= recorded + resent

@@ -83,6 +83,8 @@ def test_failures_go_into_the_errors_file_and_can_be_tried_again(cli: Cli, tmp_p
         assert {each["error"]["code"] for each in errors} == {"OPENAI_SERVER_ERROR"}
         assert all(each["response"]["status_code"] == 500 for each in errors)
         # Another code: nothing is sent again.
+        unknown = cli.run(*args, "--retry-failed=BAD", env=env)
+        assert (unknown.code, "'BAD' is no failure code: use one of OPENAI_RATE" in unknown.err) == (2, True)
         other = cli.run(*args, "--retry-failed=BAD_REQUEST", env=env)
         assert (other.code, served.stats()["requests"]) == (1, 12)
         mended = cli.run(*args, "--retry-failed", env=env)

@@ -483,7 +483,7 @@ def test_the_attempts_table_has_the_design_s_columns_and_what_the_headers_said(p
     ends(recorder, job(work(0)), answer(0), 2.0)
     journal.close()
     columns = [row[1] for row in rows(path, "PRAGMA table_info(attempts)")]
-    own = ["request_id", "cached_tokens", "reasoning_tokens", "limits"]
+    own = ["request_id", "cached_tokens", "reasoning_tokens", "processing_s", "limits"]
     assert columns == ["number", *Attempt.columns(), *own]
     request_id, limits = rows(path, "SELECT request_id, limits FROM attempts")[0]
     assert request_id == "req_0"
