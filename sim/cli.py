@@ -27,7 +27,7 @@ from typer.main import get_command
 
 from governor.cli import FORECAST, WHAT_IF
 from governor.cli import app as governor_app
-from governor.errors import PacelineError
+from governor.errors import BadSetting, PacelineError
 from sim.options import Options, count, finish_by_s, share, takes_options
 from sim.progress import Progress
 from sim.serving import provider
@@ -172,6 +172,58 @@ def plan(
     text = f"{shown.plan_text(scenario, found.plan, _width())}\n\nagain: {command}\nreport: {report}"
     made = plan_json(scenario, wishes, found.plan, found.notes, command)
     _result(given, made, text, (*found.journal_notes, *found.notes))
+
+
+@app.command()
+@takes_options
+def sensitivity(
+    given: Options,
+    method: Annotated[
+        Literal["morris", "sobol"],
+        typer.Option(
+            help="Changes in the figures' own units (morris), or shares of variance (sobol, ten times the runs)."
+        ),
+    ] = "morris",
+    size: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=0,
+            max=65_536,
+            help="Trajectories (morris) or base samples (sobol, a power of 2); 0 = as many as usual.",
+        ),
+    ] = 0,
+    near: Annotated[
+        bool, typer.Option("--near", help="Only values within two steps of these settings, not all that a plan tries.")
+    ] = False,
+    objective: Annotated[
+        Literal["makespan", "p95_latency"], typer.Option(help="What should become short.")
+    ] = "makespan",
+    figure: Annotated[str | None, typer.Option(metavar="FILE.png|.svg", help="The effects as a picture.")] = None,
+) -> None:
+    """Which setting matters, and which needs no care.
+
+    How much each knob changes finish time, 429s and losses when it moves, with intervals.
+    """
+    from sim.experiment import Pool
+    from sim.outputs import check_file
+    from sim.sensing import SIZES, runs_foreseen, sensed, sensitivity_text, write_figure
+
+    check_file(figure, "--figure", (".png", ".svg"))
+    size = size or SIZES[method]
+    if method == "sobol" and size & (size - 1):
+        raise BadSetting(f"--size {size} is no power of 2, which --method sobol needs: write {1 << size.bit_length()}")
+    inputs = _inputs(given)
+    scenario = inputs.scenario
+    seeds = scenario.replications or 1
+    runs = runs_foreseen(scenario, method, size, seeds)
+    with Progress("moving each setting", runs) as bar:
+        foreseen = runs * len(scenario.workload)
+        pool = Pool(given.workers, bar.add, engine=given.engine, foreseen=foreseen, backend=given.backend)
+        found = sensed(scenario, objective, method=method, size=size, seeds=seeds, near=near, pool=pool)
+    if figure:
+        write_figure(figure, found)
+    _result(given, found.to_json_dict(), sensitivity_text(scenario, found, _width()), inputs.notes)
 
 
 @app.command()

@@ -28,16 +28,13 @@ def sensitivity(found: Sensitivity) -> Figure:
     Panels share their rows, ordered by the effect on the objective.
     """
     name, objective = OBJECTIVES[found.objective]
-    panels = [
-        (figure, effects)
-        for figure, effects in found.effects.items()
-        if any(e.size > (0.0 if figure == objective or found.method == "sobol" else LEAST_PER_100) for e in effects)
-    ]
+    panels = [(figure, effects) for figure, effects in found.effects.items() if _told(found, figure, effects)]
     if not panels:
         figure = new_figure(9.0, 1.2)
         figure.text(0.5, 0.5, "No knob changes anything here.", ha="center", va="center")
         return figure
-    shown = [e.env for e in found.effects[objective] if any(_shows(effects, e.env) for _, effects in panels)]
+    ranked = found.effects[objective] if panels[0][0] == objective else panels[0][1]
+    shown = [e.env for e in ranked if any(_shows(effects, e.env) for _, effects in panels)]
     figure = new_figure(9.0, 1.15 + 0.28 * len(shown))
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for ax, (which, effects) in zip(axes, panels, strict=True):
@@ -68,6 +65,14 @@ def sensitivity(found: Sensitivity) -> Figure:
     axes[0].set_yticks(range(len(shown)), shown)
     axes[0].invert_yaxis()
     return figure
+
+
+def _told(found: Sensitivity, figure: str, effects: tuple[Effect, ...]) -> bool:
+    """Whether a figure's effects are worth a panel: something moves, and shares of variance are known."""
+    if found.method == "sobol":
+        return any(e.size > 0.0 for e in effects) and all(e.half_width < 1.0 for e in effects)
+    least = 0.0 if figure == OBJECTIVES[found.objective][1] else LEAST_PER_100
+    return any(e.size > least for e in effects)
 
 
 def _shows(effects: tuple[Effect, ...], env: str) -> bool:
