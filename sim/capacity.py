@@ -1,34 +1,42 @@
-"""The inverse question: which limit, or which published tier, is needed to finish by then?
+"""The inverse question: which limit, or which published tier, is needed to finish by then, and how many requests fit?
 
-What lives here: the search for the smallest limit over replications, and its result. What must not: settings (they stay
-as they are, but for the limits, which follow; `plan` looks for better ones) and text for people (`shown`).
+What lives here: the search for the smallest limit and for the largest batch over replications. What must not: its
+results as values (`capacity_results`) and as text (`capacity_text`), how settings are found (`tuning`), and waits in
+steady traffic (`steady`).
 
 A limit meets the deadline if at least a share `confidence` of the runs ends in time and none of them loses a request.
-All limits are compared under the same seeds, so the runs that are late at one limit are mostly those that are late at
-the next, and more tokens per minute hardly ever make a run longer. That makes the question one of bisection, on a
-logarithmic scale, between
+At each limit the settings are tuned anew, unless they are to stay as they are; settings that suit a limit are tried at
+the next one as well. All limits are compared under the same seeds, so the runs that are late at one limit are mostly
+those that are late at the next, and more tokens per minute hardly ever make a run longer. That makes the question one
+of bisection, on a logarithmic scale, between
 
 * the limit below which no scheduler could be in time, or the largest request never run: max(largest charge,
   sum of charges / (minutes + 1)), since a bucket gives its capacity once and refills by that per minute; and
 * the limit above which the provider's tokens never bind: the whole batch at once. What does not end in time there ends
-  in time nowhere: then some other knob holds the batch back, and the result says which.
+  in time nowhere: then something else holds the batch back, and the result says what.
 
 The limit that is found is tried again under fresh seeds, which nothing was chosen by, and raised step by step until it
 holds there; only these runs are published. A limit is stopped early when more of its runs were late than are allowed.
+
+How many requests fit under the present limits is the same bisection over their number: rows are drawn from the workload
+with replacement, keyed by row, so that a smaller batch is the beginning of a larger one.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 from governor.errors import BadSetting
-from sim.experiment import Pool, case_of
+from governor.policy import Policy
+from sim.capacity_results import Capacity, HowMany, Probe
+from sim.experiment import Case, Pool, case_of
 from sim.presets import DEFAULT_TIER, TIERS, tier_names, tier_preset
-from sim.results import Figures, Forecast, at_most, forecast_of
+from sim.results import Figures, Forecast, forecast_of
 from sim.scenario import Scenario
+from sim.search import Goal
+from sim.tuning import tuned
+from sim.workload import resampled
 
 # Limits closer than this are one: nobody is granted 41,237 tokens per minute.
 RESOLUTION = 0.01
@@ -40,97 +48,34 @@ FRESH_SEEDS = 1_000_000
 PARTS = 4
 # Runs per limit: 60 in time are needed to know that 95 % are, at 95 % confidence; large workloads get fewer.
 RUNS_MOST, RUNS_LEAST, RUNS_REQUESTS = 60, 20, 30_000
-# About so many pairs of limits are tried in full, for a progress bar.
-PROBES_FORESEEN = 12
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """One pair of limits that was tried: so many of its runs ended in time without losing anything.
-
-    `forecast`: of the runs that were made; fewer than wanted where the limit was dropped early. `name`: a tier's.
-    """
-
-    tpm: int
-    rpm: int
-    on_time: int
-    meets: bool
-    forecast: Forecast = field(repr=False)
-    name: str = ""
-
-    @property
-    def runs(self) -> int:
-        """How many runs were made."""
-        return len(self.forecast.runs)
-
-    @property
-    def on_time_at_least(self) -> float:
-        """Lower 95 % limit of the probability that a run ends in time."""
-        return 1.0 - at_most(self.runs - self.on_time, self.runs)
-
-    def to_json_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        e = self.forecast["makespan_s"]
-        found: dict[str, Any] = {"name": self.name} if self.name else {}
-        return found | {
-            "tpm": self.tpm,
-            "rpm": self.rpm,
-            "meets": self.meets,
-            "runs": self.runs,
-            "on_time": self.on_time,
-            "on_time_probability_at_least": self.on_time_at_least,
-            "makespan_s": {name: getattr(e, name) for name in ("mean", "low", "high", "p5", "p50", "p95", "n")},
-            "throttled_per_100": self.forecast["throttled_per_100"].mean,
-            "lost": self.forecast.lost,
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class Capacity:
-    """What is needed to finish by `finish_by_s`. `smallest`: None where no limit is enough; then see `unlimited`.
-
-    `unlimited`: the probe whose limit never binds. `below`: the largest limit that was seen to miss. `tiers`: those of
-    `model` from the first one up to the one that meets it, `tier`. `probes`: all limits of the search, by size.
-    """
-
-    finish_by_s: float
-    confidence: float
-    replications: int
-    model: str
-    smallest: Probe | None
-    below: Probe | None
-    unlimited: Probe
-    tier: Probe | None
-    tiers: tuple[Probe, ...]
-    too_small_tiers: tuple[str, ...]
-    probes: tuple[Probe, ...]
-
-    def to_json_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return {
-            "finish_by_s": self.finish_by_s,
-            "confidence": self.confidence,
-            "replications": self.replications,
-            "smallest_tpm": self.smallest.tpm if self.smallest else None,
-            "smallest_tier": self.tier.name if self.tier else None,
-            "smallest": self.smallest.to_json_dict() if self.smallest else None,
-            "largest_that_misses": self.below.to_json_dict() if self.below else None,
-            "unlimited": self.unlimited.to_json_dict(),
-            "tier_model": self.model,
-            "tiers": [probe.to_json_dict() for probe in self.tiers],
-            "tiers_below_the_largest_request": list(self.too_small_tiers),
-            "probes": [probe.to_json_dict() for probe in self.probes],
-        }
+# For a progress bar: about so many pairs of limits are tried in full, with so many runs to tune the settings at each.
+PROBES_FORESEEN, TUNING_RUNS = 12, 150
+# Limits that are tried for the figure alone, and how far they reach beyond the answer.
+GRID, GRID_REACH = 7, 4.0
+# Settings for a batch of unknown size are found on one of at most so many requests.
+EFFORT_REQUESTS = 1_000
+# The largest batch that is tried for how many requests fit.
+REQUESTS_MOST = 1_000_000
 
 
 def at_limits(scenario: Scenario, tpm: int, rpm: int) -> Scenario:
     """The scenario on a provider with these limits (0 = none), the policy's own limits following."""
-    policy = scenario.policy.with_(rpm_limit=rpm, **({"tpm_limit": tpm} if tpm else {}))
-    return scenario.with_(provider=scenario.provider.with_(tpm=tpm, rpm=rpm), policy=policy)
+    return scenario.with_(
+        provider=scenario.provider.with_(tpm=tpm, rpm=rpm), policy=_following(scenario.policy, tpm, rpm)
+    )
+
+
+def _following(policy: Policy, tpm: int, rpm: int) -> Policy:
+    return policy.with_(rpm_limit=rpm, **({"tpm_limit": tpm} if tpm else {}))
 
 
 class Search:
-    """Probes of one scenario against one deadline. `say` is told what goes on."""
+    """Probes of one scenario against one deadline. `retune`: find the settings anew at each limit.
+
+    `say` is told what goes on.
+    """
+
+    goal = Goal()
 
     def __init__(
         self,
@@ -139,6 +84,7 @@ class Search:
         *,
         confidence: float,
         replications: int,
+        retune: bool,
         pool: Pool,
         say: Callable[[str], None],
     ) -> None:
@@ -146,35 +92,61 @@ class Search:
         self.finish_by_s = finish_by_s
         self.confidence = confidence
         self.replications = replications
+        self.retune = retune
         self.pool = pool
         self.say = say
         # 1e-9: 20 runs at 0.95 allow one late run, not 0.9999.
         self.late_allowed = math.floor((1.0 - confidence) * replications + 1e-9)
         self.probes: dict[int, Probe] = {}
+        # The settings that suited each pair of limits.
+        self.suited: dict[tuple[int, int], Policy] = {}
 
     def in_time(self, run: Figures) -> bool:
         """Whether a run ended in time without losing anything."""
         return run["failed"] == 0 and run["makespan_s"] <= self.finish_by_s
 
+    def made(self, case: Case, seeds: range) -> list[Figures]:
+        """The runs of a case."""
+        return self.pool.run([(case, seeds)])[0]
+
+    def forecast(self, policy: Policy, runs: Sequence[Figures]) -> Forecast:
+        """The runs of one probe together."""
+        return forecast_of(policy, runs)
+
+    def suited_to(self, scenario: Scenario) -> Policy:
+        """The settings for a scenario at its limits: its own, or those found for it."""
+        if not self.retune:
+            return scenario.policy
+        limits = scenario.provider.tpm, scenario.provider.rpm
+        if limits not in self.suited:
+            near = sorted(self.suited.items(), key=lambda item: abs(math.log((item[0][0] or 1) / (limits[0] or 1))))
+            first = [_following(policy, *limits) for _, policy in near[:2]]
+            self.suited[limits] = tuned(scenario, self.goal, pool=self.pool, first=first)
+        return self.suited[limits]
+
     def probe(self, tpm: int, rpm: int, *, fresh: bool = False, name: str = "") -> Probe:
         """One pair of limits over the replications, dropped early where too many are late."""
         scenario = at_limits(self.scenario, tpm, rpm)
+        return self.tried(scenario.with_(policy=self.suited_to(scenario)), fresh=fresh, name=name)
+
+    def tried(self, scenario: Scenario, *, fresh: bool = False, name: str = "", whole: bool = False) -> Probe:
+        """A scenario over the replications, dropped early where too many are late unless `whole`."""
         case = case_of(scenario)
         start = scenario.seed + (FRESH_SEEDS if fresh else 0)
         runs: list[Figures] = []
         step = math.ceil(self.replications / PARTS)
         while len(runs) < self.replications:
             done = len(runs)
-            runs += self.pool.run([(case, range(start + done, start + min(done + step, self.replications)))])[0]
-            if sum(not self.in_time(run) for run in runs) > self.late_allowed:
+            runs += self.made(case, range(start + done, start + min(done + step, self.replications)))
+            if sum(not self.in_time(run) for run in runs) > self.late_allowed and not whole:
                 break
         on_time = sum(self.in_time(run) for run in runs)
         return Probe(
-            tpm=tpm,
-            rpm=rpm,
+            tpm=scenario.provider.tpm,
+            rpm=scenario.provider.rpm,
             on_time=on_time,
             meets=len(runs) == self.replications and len(runs) - on_time <= self.late_allowed and not _lost(runs),
-            forecast=forecast_of(scenario.policy, runs),
+            forecast=self.forecast(scenario.policy, runs),
             name=name,
         )
 
@@ -184,10 +156,14 @@ class Search:
         low = float(columns.charge.max(initial=1.0))
         # Tokens handed back, or a limit that rises in mid-run, would let more through than this.
         if not provider.settles and all(change.factor <= 1.0 for change in provider.limit_changes):
-            low = max(low, float(columns.charge.sum()) / (self.finish_by_s / 60.0 + 1.0))
+            low = max(low, self.fluid_tpm())
         usable = 1.0 - self.scenario.policy.tpm_headroom
         high = max(float(columns.charge.sum()), float(columns.reserve.sum())) / usable
         return max(1, math.floor(low)), max(math.ceil(high), math.ceil(low) + 1)
+
+    def fluid_tpm(self) -> float:
+        """The tokens per minute without which no scheduler could do it."""
+        return float(self.scenario.columns().charge.sum()) / (self.finish_by_s / 60.0 + 1.0)
 
     def smallest(self, low: int, high: int) -> Probe | None:
         """The smallest limit that meets the deadline under fresh seeds as well; None where `high` does not."""
@@ -206,6 +182,66 @@ class Search:
             self.probes[tpm] = found
             tpm = rounded_up(tpm * RAISE)
         return None
+
+    def grid(self, around: int) -> None:
+        """Limits around an answer, for the figure: every one of them in full."""
+        first = max(float(self.scenario.columns().charge.max(initial=1.0)), around / 2.0)
+        steps = [first * (GRID_REACH * around / first) ** (i / (GRID - 1)) for i in range(GRID)]
+        for tpm in sorted({rounded_up(step) for step in steps} | set(self.probes)):
+            before = self.probes.get(tpm)
+            if (before is None or before.runs < self.replications) and first <= tpm <= GRID_REACH * around:
+                self.say(f"drawing {tpm:,} tokens per minute")
+                scenario = at_limits(self.scenario, tpm, self.scenario.provider.rpm)
+                self.probes[tpm] = self.tried(scenario.with_(policy=self.suited_to(scenario)), whole=True)
+
+    def how_many(self) -> HowMany:
+        """The largest batch that is done in time; see `how_many`."""
+        scenario = self.scenario
+        probes: dict[int, Probe] = {}
+        policy = scenario.policy
+        low, high = 0, min(REQUESTS_MOST, self._fluid_requests())
+        if self.retune:
+            self.say("tuning the settings")
+            policy = self.suited_to(self._resized(min(high, EFFORT_REQUESTS)))
+
+        def probe(n: int, fresh: bool = False) -> Probe:
+            self.say(f"trying {n:,} requests")
+            return self.tried(self._resized(n).with_(policy=policy), fresh=fresh)
+
+        probes[high] = probe(high)
+        if probes[high].meets:
+            low = high
+        while high - low > max(1, math.floor(RESOLUTION * low)):
+            middle = (low + high) // 2 if low == 0 else min(high - 1, max(low + 1, round(math.sqrt(low * high))))
+            probes[middle] = probe(middle)
+            low, high = (middle, high) if probes[middle].meets else (low, middle)
+        most: Probe | None = None
+        for _ in range(RAISES):
+            if low < 1:
+                break
+            found = probe(low, fresh=True)
+            if found.meets:
+                most = found
+                break
+            probes[low] = found
+            low = min(low - 1, math.floor(low / RAISE))
+        above = [p for n, p in sorted(probes.items()) if not p.meets and n > (most.forecast.requests if most else 0)]
+        everything = tuple(p for _, p in sorted(probes.items()))
+        return HowMany(self.finish_by_s, self.confidence, self.retune, most, above[0] if above else None, everything)
+
+    def _resized(self, n: int) -> Scenario:
+        return self.scenario.with_(workload=resampled(self.scenario.workload, n, self.scenario.seed))
+
+    def _fluid_requests(self) -> int:
+        """More requests than this cannot be done by then, whoever schedules them."""
+        provider, minutes = self.scenario.provider, self.finish_by_s / 60.0 + 1.0
+        if provider.settles or any(change.factor > 1.0 for change in provider.limit_changes):
+            return REQUESTS_MOST
+        # The sample's mean may be above that of the rows drawn.
+        mean = float(self.scenario.columns().charge.mean())
+        most = [1.1 * provider.tpm * minutes / mean] if provider.tpm and mean > 0.0 else []
+        most += [provider.rpm * minutes] if provider.rpm else []
+        return max(1, math.ceil(min(most, default=REQUESTS_MOST)))
 
     def tiers(self, model: str) -> tuple[list[Probe], list[str]]:
         """The model's tiers from the first up to one that meets the deadline, and those that no request fits into."""
@@ -257,6 +293,8 @@ def capacity(
     confidence: float = 0.95,
     replications: int = 0,
     model: str = "",
+    retune: bool = True,
+    grid: bool = False,
     pool: Pool | None = None,
     say: Callable[[str], None] = lambda what: None,
 ) -> Capacity:
@@ -264,38 +302,69 @@ def capacity(
 
     The limit of requests per minute stays as it is but for tiers, which bring their own. Requests that are charged more
     than the scenario's present limit are no error here: the limit is what is asked for. `replications`: 0 = see
-    `default_runs`.
+    `default_runs`. `retune`: find the settings anew at each limit, else they stay but for the limits. `grid`: try more
+    limits around the answer, for a figure.
     """
-    model = model_of(scenario, model)
     search = Search(
         scenario,
         finish_by_s,
         confidence=confidence,
         replications=replications or default_runs(len(scenario.workload)),
+        retune=retune,
         pool=pool or Pool(),
         say=say,
     )
+    return found_by(search, model_of(scenario, model), grid=grid)
+
+
+def found_by(search: Search, model: str, *, grid: bool = False, **more: float) -> Capacity:
+    """The answer of a search. `more`: further fields of `Capacity`."""
     low, high = search.bracket()
-    say("trying without a limit that binds")
-    unlimited = search.probe(high, scenario.provider.rpm)
+    search.say("trying without a limit that binds")
+    unlimited = search.probe(high, search.scenario.provider.rpm)
     smallest = search.smallest(low, high) if unlimited.meets else None
     tried, too_small = search.tiers(model)
-    limits = sorted(search.probes.items())
-    # Of the limits that missed, the nearest below the answer tells how sharp it is.
-    missed = [probe for tpm, probe in limits if not probe.meets and (smallest is None or tpm < smallest.tpm)]
+    missed = [p for tpm, p in sorted(search.probes.items()) if not p.meets and (not smallest or tpm < smallest.tpm)]
+    if grid and smallest:
+        search.grid(smallest.tpm)
     return Capacity(
-        finish_by_s=finish_by_s,
-        confidence=confidence,
+        finish_by_s=search.finish_by_s,
+        confidence=search.confidence,
         replications=search.replications,
         model=model,
         smallest=smallest,
+        # Of the limits that missed, the nearest below the answer tells how sharp it is.
         below=missed[-1] if missed else None,
         unlimited=unlimited,
         tier=next((probe for probe in tried if probe.meets), None),
         tiers=tuple(tried),
         too_small_tiers=tuple(too_small),
-        probes=tuple(probe for _, probe in limits),
+        probes=tuple(probe for _, probe in sorted(search.probes.items())),
+        tuned=search.retune,
+        **more,
     )
+
+
+def how_many(
+    scenario: Scenario,
+    finish_by_s: float,
+    *,
+    confidence: float = 0.95,
+    replications: int = 0,
+    retune: bool = True,
+    pool: Pool | None = None,
+    say: Callable[[str], None] = lambda what: None,
+) -> HowMany:
+    """How many requests like the scenario's are done by then, under its limits; arguments as for `capacity`."""
+    return Search(
+        scenario,
+        finish_by_s,
+        confidence=confidence,
+        replications=replications or RUNS_LEAST,
+        retune=retune,
+        pool=pool or Pool(),
+        say=say,
+    ).how_many()
 
 
 def _lost(runs: Sequence[Figures]) -> bool:

@@ -28,7 +28,7 @@ from typer.main import get_command
 from governor.cli import FORECAST, WHAT_IF
 from governor.cli import app as governor_app
 from governor.errors import BadSetting, PacelineError
-from sim.options import Options, count, finish_by_s, share, takes_options
+from sim.options import Options, count, finish_by_s, share, takes_options, wait_s
 from sim.progress import Progress
 from sim.serving import provider
 
@@ -231,14 +231,25 @@ def sensitivity(
 def capacity(
     given: Options,
     finish_by: Annotated[
-        float,
+        float | None,
         typer.Option(
             metavar="6h|06:00",
             parser=finish_by_s,
             help="When it should be done: from its beginning, or the next such time of day.",
-            show_default=False,
         ),
-    ],
+    ] = None,
+    p95_wait: Annotated[
+        float | None,
+        typer.Option(
+            metavar="30s",
+            parser=wait_s,
+            help="For steady traffic (--arrivals trace), in place of --finish-by: how long 95 % of requests may wait.",
+        ),
+    ] = None,
+    how_many: Annotated[
+        bool,
+        typer.Option("--how-many", help="How many requests like these fit under the present limits, instead."),
+    ] = False,
     confidence: Annotated[
         float | None,
         typer.Option(
@@ -247,6 +258,10 @@ def capacity(
             help="Share of runs that must be in time; 0.95 if not given.",
         ),
     ] = None,
+    keep_settings: Annotated[
+        bool,
+        typer.Option("--keep-settings", help="Keep these settings; else they are tuned anew at each limit."),
+    ] = False,
     tiers: Annotated[
         str,
         typer.Option(
@@ -255,32 +270,32 @@ def capacity(
             show_default=False,
         ),
     ] = "",
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="FILE.png", help="Finish time against the limit, as a picture."),
+    ] = None,
 ) -> None:
     """Which limit or tier finishes the batch in time.
 
-    The smallest limit of tokens per minute, and the smallest published tier, at which it is done by then under these
-    settings. Exit code 3 where none is enough.
+    The smallest limit of tokens per minute, and the smallest published tier, at which it is done by then, with settings
+    tuned to each. Exit code 3 where none is enough.
     """
-    from sim import shown
-    from sim.capacity import PROBES_FORESEEN, default_runs
-    from sim.capacity import capacity as find
-    from sim.experiment import Pool
-    from sim.results import CONFIDENCE
+    from sim.asked import Asked, answered
 
-    inputs = _inputs(given, fit=False)
-    runs = inputs.scenario.replications or default_runs(len(inputs.scenario.workload))
-    with Progress("looking for the smallest limit", runs * PROBES_FORESEEN) as bar:
-        found = find(
-            inputs.scenario,
-            finish_by,
-            confidence=CONFIDENCE if confidence is None else confidence,
-            replications=runs,
-            model=tiers,
-            pool=Pool(given.workers, bar.add, engine=given.engine, backend=given.backend),
-            say=bar.say,
-        )
-    _result(given, found.to_json_dict(), shown.capacity_text(inputs.scenario, found, _width()), inputs.notes)
-    if found.smallest is None and found.tier is None:
+    asked = Asked(
+        finish_by_s=finish_by,
+        p95_wait_s=p95_wait,
+        how_many=how_many,
+        confidence=confidence,
+        retune=not keep_settings,
+        tiers=tiers,
+        picture=out,
+    )
+    asked.check()
+    inputs = _inputs(given, fit=how_many)
+    found = answered(given, inputs, asked, _width())
+    _result(given, found.found, found.text, (*inputs.notes, *found.notes))
+    if not found.enough:
         raise typer.Exit(CANNOT)
 
 

@@ -69,6 +69,14 @@ def finish_by_s(text: str, now: datetime | None = None) -> float:
     return end.replace(tzinfo=None).astimezone().timestamp() - now.timestamp()
 
 
+def wait_s(text: str) -> float:
+    """Seconds of a duration: 30s, 2m."""
+    seconds = duration_s(text)
+    if seconds is None:
+        raise typer.BadParameter(f"{text!r} is not a duration (30s, 2m)")
+    return seconds
+
+
 def share(text: str) -> float:
     """A share from 0 to 1: 0.01, or 1%."""
     word = text.strip()

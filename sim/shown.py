@@ -1,4 +1,4 @@
-"""Results as text for a terminal or a pipe: the tables of `simulate`, `plan` and `capacity`.
+"""Results as text for a terminal or a pipe: the tables of `simulate` and `plan`.
 
 What lives here: pure functions from results to lines. What must not: printing, files, columns and paragraphs
 (`layout`), and the wording of single figures (`words`).
@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from governor.money import dollars_text
 from governor.policy import KNOB_BY_ENV, Policy
@@ -20,9 +20,6 @@ from sim.layout import facts, table, wrapped
 from sim.results import Estimate, Forecast, Plan, Recommendation, at_most
 from sim.scenario import Scenario, stress_notes
 from sim.workload import ASSUMED, MEASURED, Provenance
-
-if TYPE_CHECKING:
-    from sim.capacity import Capacity, Probe
 
 # What everybody in the queue waited for, by cause, and the knob that decides it.
 WAITED_FOR = {
@@ -330,76 +327,6 @@ def plan_notes(scenario: Scenario, plan: Plan) -> list[str]:
     if plan.now.lost:
         notes.append(f"today's settings lose {words.lost_text(plan.now)}")
     return notes
-
-
-# ---------------------------------------------------------------- capacity
-
-
-def capacity_text(scenario: Scenario, found: Capacity, width: int) -> str:
-    """Which limit is needed, for people."""
-    rows = [["tokens/min", "requests/min", "P50", "P95", "in time", "429s/100", "lost", ""]]
-    for probe in _telling(found):
-        e = probe.forecast["makespan_s"]
-        answered = probe.forecast.lost < probe.forecast.trials
-        rows.append(
-            [
-                f"{probe.tpm:,}",
-                f"{probe.rpm:,}" if probe.rpm else "no limit",
-                words.duration(e.p50) if answered else "-",
-                words.duration(e.p95) if answered else "-",
-                f"{probe.on_time:,} of {probe.runs:,}",
-                words.number(probe.forecast["throttled_per_100"].mean),
-                f"{probe.forecast.lost:,}",
-                probe.name or _role(found, probe),
-            ]
-        )
-    parts = [
-        wrapped(headline(scenario), width),
-        wrapped(_capacity_answer(scenario, found), width),
-        table(rows, width=width),
-        inputs_text({k: v for k, v in scenario.provenance().items() if k != "limits"}, width),
-    ]
-    return "\n\n".join(parts)
-
-
-def _telling(found: Capacity) -> list[Probe]:
-    """The probes that tell the story: the largest that misses, the smallest that meets, no binding limit, the tiers."""
-    limits = (found.below, found.smallest, found.unlimited)
-    return [*(probe for probe in limits if probe is not None), *found.tiers]
-
-
-def _role(found: Capacity, probe: Probe) -> str:
-    if probe is found.smallest:
-        return "smallest that meets it"
-    return "misses it" if probe is found.below else "tokens never bind"
-
-
-def _capacity_answer(scenario: Scenario, found: Capacity) -> str:
-    """The answer in a few sentences."""
-    wish = f"finish within {words.duration(found.finish_by_s)}"
-    sentences = []
-    if found.smallest is None:
-        free = found.unlimited
-        waits = held_back(free.forecast.waits_s, scenario.policy, 0.0, 0.0)
-        after = words.duration(free.forecast["makespan_s"].p50)
-        sentences.append(
-            f"No limit of tokens per minute is enough to {wish} with these settings: even where it never binds, "
-            f"the batch finishes after {after} (P50). {waits} `paceline plan` looks for better settings."
-        )
-    else:
-        probe = found.smallest
-        sentences.append(
-            f"To {wish}: {probe.tpm:,} tokens per minute with these settings. {probe.on_time:,} of {probe.runs:,} runs "
-            f"on fresh seeds were in time ({words.percent(found.confidence)} were asked for): at least "
-            f"{words.percent(probe.on_time_at_least)} of all are, at 95 % confidence."
-        )
-    if found.tier is not None:
-        sentences.append(f"Smallest published tier: {found.tier.name} ({found.tier.tpm:,} tokens per minute).")
-    else:
-        sentences.append(f"No published tier of {found.model} is enough.")
-    if found.too_small_tiers:
-        sentences.append(f"Too small for the largest request: {', '.join(found.too_small_tiers)}.")
-    return " ".join(sentences)
 
 
 # ---------------------------------------------------------------- notes and JSON
