@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter
 
 from sim.capacity_results import Capacity, Probe
-from sim.style import BLUE, GREY, INK, MUTED, ORANGE, VERMILLION, new_figure, styled, time_scale
+from sim.style import BLUE, GREY, INK, MUTED, ORANGE, VERMILLION, in_time_units, new_figure, styled, time_scale
 from sim.words import duration
+
+# Waits are drawn up to so many times the one that was asked for.
+STEADY_TOP = 4.0
 
 
 @styled
@@ -30,7 +33,13 @@ def capacity_figure(found: Capacity) -> Figure:
     figure = new_figure(9.0, 4.6)
     ax = figure.add_subplot()
     values = [getattr(p.forecast[name], q) for p in whole for q in ("p5", "p95")] + [wish_s]
-    per = time_scale(ax.yaxis, max(min(values), 1e-3), max(values), label)
+    if steady:
+        # Waits go down to none, and up without end where the limit is below the load: neither fits a logarithm.
+        top_s = min(max(values), STEADY_TOP * wish_s)
+        per = in_time_units(ax.yaxis, top_s, label)
+        ax.set_ylim(-0.02 * top_s / per, 1.05 * max(top_s, 1.2 * wish_s) / per)
+    else:
+        per = time_scale(ax.yaxis, min(values), max(values), label)
     x = [p.tpm for p in whole]
     p5, p50, p95 = ([getattr(p.forecast[name], q) / per for p in whole] for q in ("p5", "p50", "p95"))
     ax.fill_between(x, p5, p95, color=BLUE, alpha=0.2, linewidth=0, label="P5 to P95 of the runs")
@@ -53,9 +62,10 @@ def capacity_figure(found: Capacity) -> Figure:
     low, high = min(x, default=1), max(x, default=10)
     ax.set_xlim(low / 1.08, max(high * 1.08, low * 1.2))
     _tiers(ax, found.tiers)
-    written = FuncFormatter(lambda value, _: _thousands(value))
-    ax.xaxis.set_major_formatter(written)
-    ax.xaxis.set_minor_formatter(written if high < 8 * low else NullFormatter())
+    ticks = [m * 10.0**decade for decade in range(13) for m in ((1, 1.5, 2, 3, 5, 7) if high < 12 * low else (1, 2, 5))]
+    ax.set_xticks([tick for tick in ticks if low / 1.08 <= tick <= high * 1.08])
+    ax.set_xticks([], minor=True)
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _thousands(value)))
     ax.set_xlabel("tokens per minute")
     ax.grid(axis="both")
     figure.legend(loc="outside upper left", ncols=4)

@@ -11,8 +11,8 @@ from sim import words
 from sim.capacity_results import Capacity, HowMany, Probe
 from sim.layout import table, wrapped
 from sim.scenario import Scenario
-from sim.search import changed_knobs
 from sim.shown import headline, held_back, inputs_text
+from sim.space import changed_knobs
 
 
 def capacity_text(scenario: Scenario, found: Capacity, width: int) -> str:
@@ -144,7 +144,8 @@ def _warm_up(scenario: Scenario, found: Capacity) -> str:
     return (
         f"{load}; below that waits would grow without end. Wait: from arrival to the launch that was answered. Left "
         f"out as warm-up: the first {found.warm_up_requests:,.0f} of {len(scenario.workload):,} requests (MSER-5, "
-        "median over runs)."
+        f"median over runs). The trace lasts {words.duration(float(scenario.workload.arrival_s.max()))}, and its first "
+        "minute's worth of tokens is there at the start: a trace of a few minutes is answered on the bright side."
     )
 
 
