@@ -93,6 +93,7 @@ class LiveRun:
         self._before = leg.journal.counts()
         self._cost_before = leg.spent.cost_usd
         self._asking: set[asyncio.Task[None]] = set()
+        self._signalled = False
 
     async def run(self) -> Ended:
         """Runs until nothing is left or it is stopped. JournalError where nothing can be recorded any more."""
@@ -254,6 +255,9 @@ class LiveRun:
         return sum(run.meter.in_flight for run in self.runs.values())
 
     def _on_signal(self, name: str) -> None:
+        if self._signalled:
+            return  # what is cancelled is told when it is
+        self._signalled = True
         flying = self._in_flight()
         grace = f", {flying:,} in flight may end within {duration(self.manner.grace_s)}; again to cancel"
         self.say(f"{name}: nothing more is launched{grace if flying else ''}")

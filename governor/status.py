@@ -5,16 +5,19 @@ What lives here: what `paceline status` shows, as plain values and as text. What
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
 
 from governor.account import worked
 from governor.forecast import Demand, Outlook, fluid
 from governor.intake import reserve_of
-from governor.journal import Journal
+from governor.journal import PAUSE, RESUME, Journal
 from governor.policy import KNOBS
 from governor.pools import Pool
+from governor.records import Records
 from governor.requests import Outcome
+from governor.steer import POOL_WORD
 from governor.words import duration, percent, plural
 
 
@@ -31,6 +34,7 @@ def status_json(journal: Journal) -> dict[str, Any]:
     return {
         "journal": journal.name,
         "running": is_running,
+        "paused": _paused(journal, pools, legs[-1].began_s) if is_running and legs else [],
         "requests": max(run.requests, 0),
         "done": counts.done,
         "failed": counts.failed,
@@ -58,6 +62,17 @@ def status_json(journal: Journal) -> dict[str, Any]:
         "waiting_commands": [[c.name, *c.words] for c in journal.commands(waiting=True)],
         "purged": run.purged_epoch_s >= 0.0,
     }
+
+
+def _paused(journal: Records, pools: Iterable[str], since_s: float) -> list[str]:
+    """The pools that the run has paused in the leg that began at that time, as far as commands asked for it."""
+    paused: set[str] = set()
+    for command in journal.commands():
+        if command.taken_s < since_s or command.outcome or command.name not in (PAUSE, RESUME):
+            continue
+        named = {word.removeprefix(POOL_WORD) for word in command.words if word.startswith(POOL_WORD)}
+        paused = paused | (named or set(pools)) if command.name == PAUSE else paused - (named or set(pools))
+    return sorted(paused)
 
 
 def _forecast_finish(content: dict[str, Any]) -> float | None:
@@ -101,6 +116,9 @@ def status_pairs(found: dict[str, Any]) -> list[tuple[str, str]]:
     state = "a process is working on it" if found["running"] else f"not running: {found['ending'] or 'it broke off'}"
     if not found["legs"]:
         state = "not begun"
+    if found["paused"]:
+        only = "" if len(found["paused"]) == len(found["pools"]) else f" (pool {', '.join(found['paused'])})"
+        state += f", paused{only}: `paceline resume` goes on"
     pairs = [
         ("state", state),
         ("done", f"{ended:,} of {plural(total, 'request')}{share}"),

@@ -41,7 +41,17 @@ def in_flight(folder: Path) -> int:
     return 0
 
 
-def killed_and_resumed(cli: Cli, folder: Path, rng: random.Random) -> tuple[int, int, int]:
+def whole_run_s(cli: Cli, folder: Path) -> float:
+    """How long a run takes here and now, from the start of its process to its end: kills fall into all of it."""
+    folder.mkdir()
+    batch(folder / "requests.jsonl", REQUESTS)
+    with provider(latency=LATENCY) as served:
+        began = time.monotonic()
+        assert cli.run(*run_args(folder, served.base_url, "--quiet"), env=ENV).code == 0
+        return time.monotonic() - began
+
+
+def killed_and_resumed(cli: Cli, folder: Path, rng: random.Random, run_s: float) -> tuple[int, int, int]:
     """One run, killed up to three times and resumed to its end; (kills that hit, resent, most in flight at one)."""
     batch(folder / "requests.jsonl", REQUESTS, rng.randrange(10**6))
     kills = 0
@@ -52,7 +62,7 @@ def killed_and_resumed(cli: Cli, folder: Path, rng: random.Random) -> tuple[int,
         args = run_args(folder, served.base_url, "--quiet", "--json")
         for _ in range(rng.randint(1, 3)):
             process = cli.start(*args, env=ENV)
-            time.sleep(rng.uniform(0.0, 1.2))
+            time.sleep(rng.uniform(0.0, run_s))
             process.signal(signal.SIGKILL)
             ran = process.wait()
             assert "Traceback" not in ran.err, ran.err
@@ -82,9 +92,10 @@ def check_kills(cli: Cli, folder: Path, seed: int, wanted: int) -> None:
     """Runs until so many kills have hit a run that was under way."""
     rng = random.Random(seed)
     kills = resent = most = 0
+    run_s = whole_run_s(cli, folder / "whole")
     for i in range(2 * wanted):
         (folder / str(i)).mkdir()
-        found = killed_and_resumed(cli, folder / str(i), rng)
+        found = killed_and_resumed(cli, folder / str(i), rng, run_s)
         kills += found[0]
         resent += found[1]
         most = max(most, found[2])
@@ -161,6 +172,7 @@ def test_a_second_signal_cancels_what_is_in_flight(cli: Cli, tmp_path: Path) -> 
         assert time.monotonic() - began < 5.0
     assert ran.code == 130
     assert "in flight cancelled" in ran.err
+    assert ran.err.count("nothing more is launched") == 1
     with Journal.open(tmp_path / "results.journal.db") as journal:
         counts = journal.counts()
     assert 1 <= counts.resent <= IN_FLIGHT

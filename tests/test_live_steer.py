@@ -75,7 +75,9 @@ def test_pause_set_and_resume_a_running_batch(cli: Cli, tmp_path: Path) -> None:
         before = served.stats()["requests"]
         time.sleep(0.5)
         assert served.stats()["requests"] == before < 60
-        assert status(cli, journal)["running"] is True
+        found = status(cli, journal)
+        assert (found["running"], found["paused"]) == (True, ["default"])
+        assert "working on it, paused: `paceline resume` goes on" in cli.run("status", journal).out
         wrong = cli.run("set", journal, "OPENAI_MAX_CONCURENCY=9")
         assert (wrong.code, "did you mean OPENAI_MAX_CONCURRENCY?" in wrong.err) == (2, True)
         assert cli.run("set", journal, "OPENAI_MAX_CONCURRENCY=20").out == "changed\n"
