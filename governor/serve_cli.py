@@ -75,6 +75,7 @@ def serve(
     from governor.money import SHIPPED, read_prices
     from governor.pools import key_of
     from governor.service.config import ServiceConfig
+    from governor.sharing import redis_url
     from governor.words import seconds_of
 
     environment = environment_of(env_file)
@@ -98,6 +99,7 @@ def serve(
         upload_bytes=max_upload_mb * 2**20,
         require_token=require_token,
         time_scale=time_scale,
+        redis=redis_url(environment),
     )
     raise SystemExit(run_service(config, quiet=quiet))
 

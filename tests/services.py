@@ -79,7 +79,9 @@ class Served:
     def stop(self, number: int = signal.SIGTERM) -> Any:
         """Signals it and waits for its end."""
         self.process.signal(number)
-        return self.process.wait()
+        ran = self.process.wait()
+        self.client.close()
+        return ran
 
     @property
     def log(self) -> str:

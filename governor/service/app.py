@@ -15,7 +15,6 @@ from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
 
 from governor import __version__
-from governor.driver import Governor
 from governor.metrics import Metrics
 from governor.service import routes_batches, routes_rest, routes_templates
 from governor.service.auth import Authority, Door
@@ -24,7 +23,6 @@ from governor.service.bodies import BatchRun, ErrorOut
 from governor.service.config import ServiceConfig
 from governor.service.errors import HANDLERS
 from governor.service.events import Events
-from governor.service.lane import MakeGovernor
 from governor.service.ledger import Ledger
 from governor.service.state import Service
 from governor.service.store import Store
@@ -55,14 +53,14 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def service_of(config: ServiceConfig, *, make: MakeGovernor = Governor) -> Service:
+def service_of(config: ServiceConfig) -> Service:
     """The parts. Opens, locks and migrates the database: JournalError where that cannot be."""
     database = ServiceDatabase(config.database)
     try:
         database.prepared()
         store = Store(database)
         metrics = Metrics()
-        worker = Worker(config, store, Ledger(store), metrics, make=make)
+        worker = Worker(config, store, Ledger(store), metrics)
     except BaseException:
         database.closed()
         raise

@@ -17,23 +17,23 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, inspect, text
+from sqlalchemy import Connection, inspect, make_url, text
+from sqlalchemy.exc import ArgumentError
 
 from governor.database import Database, JournalError
 
 APPLICATION_ID = 0x50414353  # "PACS"
 # Two processes that migrate at once take turns: an advisory lock of PostgreSQL's, of this number.
 _MIGRATING = 0x50414353
+# How long a transaction may do nothing.
+FROZEN_MS = 5_000
 
 
 class ServiceDatabase(Database):
     """See the module. `where`: a path, or the URL of a PostgreSQL or SQLite database."""
 
     def __init__(self, where: str) -> None:
-        scheme, _, rest = where.partition("://")
-        if scheme in ("postgres", "postgresql"):
-            where = f"postgresql+psycopg://{rest}"
-        super().__init__(where)
+        super().__init__(_postgres_url(where))
         self._turn = threading.Lock() if self.is_sqlite else nullcontext()
 
     @contextmanager
@@ -89,6 +89,24 @@ class ServiceDatabase(Database):
             if _newest(config) in _current(connection):
                 return
             command.upgrade(config, "head")
+
+
+def _postgres_url(where: str) -> str:
+    """A URL of PostgreSQL with its driver, and with the end of whoever holds a lock and does nothing; else as it is.
+
+    A process that is frozen, or whose host is gone, in the middle of a transaction would hold up everybody who takes
+    its batches over.
+    """
+    scheme, found, rest = where.partition("://")
+    if not found or scheme not in ("postgres", "postgresql", "postgresql+psycopg"):
+        return where
+    try:
+        url = make_url(f"postgresql+psycopg://{rest}")
+    except (ArgumentError, ValueError):
+        return where  # the error is said, without the URL, by whoever opens it
+    if "options" not in url.query:
+        url = url.update_query_dict({"options": f"-c idle_in_transaction_session_timeout={FROZEN_MS}"})
+    return url.render_as_string(hide_password=False)
 
 
 def alembic_config() -> Any:

@@ -36,6 +36,7 @@ class ServiceConfig:
 
     `lease_s`: how long a replica that says nothing keeps its batches. `upload_bytes`: the largest batch file;
     `body_bytes`: the largest of any other request. `require_token`: also on loopback. `time_scale`: as in a run.
+    `redis`: the URL of the Redis that shares the quota with other processes, "" = it is not shared.
     """
 
     host: str = "127.0.0.1"
@@ -52,6 +53,7 @@ class ServiceConfig:
     body_bytes: int = 8 * MIB
     require_token: bool = False
     time_scale: float = 1.0
+    redis: str = field(default="", repr=False)
     today: Callable[[], date] = date.today
 
     @property

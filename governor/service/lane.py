@@ -14,7 +14,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from governor.driver import Governor, Job, Observer
@@ -24,7 +24,7 @@ from governor.metrics import Metrics
 from governor.money import Spent
 from governor.openai_adapter import capped
 from governor.policy import Policy
-from governor.poolrun import Sender
+from governor.poolrun import Manner, Sender, governor_of
 from governor.pools import Pool
 from governor.preflight import InUse, Load, fluid_forecast, in_use
 from governor.recorder import Recorder
@@ -162,9 +162,6 @@ class LaneSender(PoolSender):
         return await self._adapter.send(request, attempt=key, body_overrides=overrides, timeout_s=timeout_s)
 
 
-MakeGovernor = Callable[..., Governor]
-
-
 @dataclass(slots=True, kw_only=True)
 class Lane:
     """See the module. Made inside the event loop by `lane_of`."""
@@ -277,7 +274,6 @@ def lane_of(
     metrics: Metrics,
     worker: Any,
     send: Sender,
-    make: MakeGovernor = Governor,
 ) -> Lane:
     """A pool ready to run, inside the event loop. `worker` is told of each event by batch."""
     spent = Spent(worker.config.prices, worker.config.today())
@@ -286,8 +282,14 @@ def lane_of(
     turned, series = Turned(recorder), Series()
     # The recorder first: nobody speaks of what is not recorded.
     observers: list[Observer] = [turned, meter, alarms, series, metrics.observer(pool.name), Told(worker)]
-    governor = make(
-        policy.params(), seed=seed, observer=Together(observers), pool=pool.name, state=state, start_s=start_s
+    governor = governor_of(
+        replace(pool, policy=policy),
+        Manner(redis=worker.config.redis, time_scale=worker.config.time_scale),
+        log.warning,
+        seed=seed,
+        observer=Together(observers),
+        state=state,
+        start_s=start_s,
     )
     metrics.watch(pool.name, governor)
     lane = Lane(

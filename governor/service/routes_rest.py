@@ -152,8 +152,10 @@ async def readyz(service: Here) -> Response:
     worker = service.worker
     if not worker.ready:
         return JSONResponse({"status": "not ready", "detail": worker.trouble}, 503)
-    blocked = [f"pool {lane.name}: {lane.blocked}" for lane in worker.lanes.values() if lane.blocked]
-    return JSONResponse({"status": "ok", "detail": "; ".join(blocked)})
+    notes = [f"pool {lane.name}: {lane.blocked}" for lane in worker.lanes.values() if lane.blocked]
+    if worker.neighbours and not service.config.redis:
+        notes.append(f"{worker.neighbours} other replicas, and no PACELINE_REDIS_URL: each takes the whole quota")
+    return JSONResponse({"status": "ok", "detail": "; ".join(notes)})
 
 
 # ---------------------------------------------------------------- the page

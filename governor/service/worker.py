@@ -23,11 +23,10 @@ from dataclasses import replace
 from typing import Any
 
 from governor.database import JournalError
-from governor.driver import Governor
 from governor.metrics import Metrics
 from governor.requests import Attempt
 from governor.service.config import ServiceConfig
-from governor.service.lane import LEG_DECISIONS, Lane, LaneSender, MakeGovernor, lane_of
+from governor.service.lane import LEG_DECISIONS, Lane, LaneSender, lane_of
 from governor.service.ledger import FencedWriter, LeaseLostError, Ledger, recorder_of
 from governor.service.policies import Policies
 from governor.service.roster import Roster, Running, progress_of
@@ -52,8 +51,6 @@ class Worker:
         store: Store,
         ledger: Ledger,
         metrics: Metrics,
-        *,
-        make: MakeGovernor = Governor,
     ) -> None:
         self.config = config
         self.store = store
@@ -68,7 +65,6 @@ class Worker:
         self.replica = 0
         self.writer: FencedWriter | None = None
         self.ticked: list[Callable[[], None]] = []
-        self._make = make
         self._leg = 0
         self._failure: asyncio.Future[None] | None = None
         self._valid_until = 0.0
@@ -146,7 +142,6 @@ class Worker:
                 metrics=self.metrics,
                 worker=self,
                 send=LaneSender(pool, config.environment, self._present_cap, self._check_lease),
-                make=self._make,
             )
         self.roster = Roster(
             store,
@@ -186,6 +181,7 @@ class Worker:
             for cursor in list(lane.feed.cursors.values()):
                 await cursor.close()
             await lane.send.aclose()
+            await lane.governor.aclose()
         batches = list(self.batches.values())
         at_s = self._since_s()
         self.roster, self.lanes = None, {}

@@ -1,0 +1,245 @@
+"""The service survives: killed at any moment, one of several replicas dead, its lease lost, its database away.
+
+The suite kills a few times, the long form at 30 random moments. What a provider saw is counted by the provider.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from governor.service.base import ServiceDatabase
+from governor.service.ledger import FencedWriter, LeaseLostError, Ledger
+from governor.service.store import Store
+from tests.governor.journals import works
+from tests.live import Cli, provider, shared_cli
+from tests.postgres import PostgresServer
+from tests.services import Served, good, lines, ready, started, until
+
+IN_FLIGHT = 6
+ENV = {"OPENAI_MAX_CONCURRENCY": str(IN_FLIGHT)}
+LATENCY = {"first_token_s": 0.1, "per_token_s": 0.0, "sigma": 0.3, "stall_ratio": 0.0}
+# Some 429s and drops on the way, so that retries are killed too.
+EVENTS = [{"kind": "throttled", "ratio": 0.05, "retry_after_s": 0.05}, {"kind": "drop", "ratio": 0.03}]
+
+
+@pytest.fixture(scope="module")
+def cli() -> Cli:
+    return shared_cli()
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[PostgresServer]:
+    with PostgresServer() as server:
+        yield server
+
+
+def posted(served: Served, count: int, key: str) -> str | None:
+    """A batch's id, or None where the service died before it said that it was accepted."""
+    with contextlib.suppress(httpx.HTTPError):
+        answer = served.client.post("/batches", content=lines(count, key), headers={"Idempotency-Key": key})
+        if answer.status_code == 202:
+            return str(answer.json()["batch_id"])
+        assert answer.status_code == 503, answer.text
+    return None
+
+
+def check_batch(served: Served, batch_id: str, count: int, key: str) -> int:
+    """Each line has exactly one result; returns how many were sent again after a crash."""
+    row = served.over(batch_id)
+    assert (row["state"], row["requests"], row["done"], row["failed"]) == ("completed", count, count, 0)
+    found = served.lines(batch_id)
+    assert [each["custom_id"] for each in found] == [f"{key}-{i}" for i in range(count)]
+    return int(row["resent"])
+
+
+def check_kills(cli: Cli, folder: Path, seed: int, kills: int) -> None:
+    """Kills the service so often under load, and starts it again; then every accepted batch finishes."""
+    rng = random.Random(seed)
+    accepted: dict[str, tuple[int, str]] = {}
+    asked: dict[str, int] = {}
+    with provider(events=EVENTS, latency=LATENCY, seed=seed % 10**6) as llm:
+        for life in range(kills):
+            served = started(cli, folder, llm.base_url, "--quiet", env=ENV)
+            dies_at = time.monotonic() + rng.uniform(0.0, 1.6)
+            while time.monotonic() < dies_at:
+                # What got no answer is asked again under its key, until it is known.
+                waiting = [key for key in asked if key not in {k for _, k in accepted.values()}]
+                key = waiting[0] if waiting else f"k{len(asked)}"
+                asked.setdefault(key, rng.randint(1, 12))
+                batch_id = posted(served, asked[key], key)
+                if batch_id is None:
+                    time.sleep(0.02)
+                else:
+                    accepted[batch_id] = (asked[key], key)
+                    time.sleep(rng.uniform(0.0, 0.25))
+            served.stop(signal.SIGKILL)
+            assert "Traceback" not in served.log, (life, served.log)
+        served = ready(started(cli, folder, llm.base_url, "--quiet", env=ENV))
+        resent = sum(check_batch(served, batch_id, *accepted[batch_id]) for batch_id in accepted)
+        listed = served.get("/batches", params={"limit": 500})["batches"]
+        served.stop(signal.SIGKILL)
+        seen = llm.stats()["requests"]
+    assert accepted, "nothing was accepted: nothing was tested"
+    # Accepted but never heard of are at most those whose answer a kill cut off; nothing was accepted twice.
+    assert {row["batch_id"] for row in listed} >= set(accepted)
+    assert len(listed) <= len(asked)
+    total = sum(row["requests"] for row in listed)
+    assert resent <= kills * IN_FLIGHT
+    with contextlib.closing(ServiceDatabase(str(folder / "service.db")).engine.raw_connection()) as connection:
+        recorded = connection.cursor().execute("SELECT count(*) FROM attempts").fetchone()[0]
+        doubled = (
+            connection.cursor()
+            .execute("SELECT count(*) - count(DISTINCT request) FROM attempts WHERE outcome = 'ok' AND lane = 'main'")
+            .fetchone()[0]
+        )
+    assert doubled == 0
+    assert total <= recorded <= seen + kills * IN_FLIGHT
+
+
+@pytest.fixture
+def killing(cli: Cli) -> Iterator[Cli]:
+    """The command line; whatever a test has left running is ended."""
+    yield cli
+    for process in list(cli._running.values()):
+        process.signal(signal.SIGKILL)
+
+
+def test_kill_9_under_load_loses_nothing_and_doubles_nothing(killing: Cli, tmp_path: Path, seed: int) -> None:
+    check_kills(killing, tmp_path, seed, 3)
+
+
+@pytest.mark.long
+def test_kill_9_at_thirty_moments(killing: Cli, tmp_path: Path, seed: int) -> None:
+    check_kills(killing, tmp_path, seed, 30)
+
+
+def test_a_signal_lets_those_in_flight_end(killing: Cli, tmp_path: Path) -> None:
+    with provider(latency=LATENCY | {"first_token_s": 0.4}) as llm:
+        served = ready(started(killing, tmp_path, llm.base_url, env=ENV))
+        batch_id = served.batch(30)
+        until("the first result", lambda: served.get(f"/batches/{batch_id}")["done"])
+        with served.client.stream("GET", f"/batches/{batch_id}/events") as stream:
+            served.process.signal(signal.SIGTERM)
+            for _ in stream.iter_lines():
+                pass
+        ran = served.stop(signal.SIGTERM)
+        assert ran.code in (0, 128 + signal.SIGTERM), ran.err
+        before = llm.stats()["requests"]
+        again = ready(started(killing, tmp_path, llm.base_url, env=ENV))
+        row = again.over(batch_id)
+        assert (row["done"], row["resent"], llm.stats()["requests"]) == (30, 0, 30)
+        assert 0 < before < 30
+        again.stop(signal.SIGKILL)
+
+
+# ---------------------------------------------------------------- several replicas
+
+
+def test_a_dead_replicas_batches_are_taken_over_and_none_runs_twice(
+    killing: Cli, tmp_path: Path, postgres: PostgresServer, seed: int
+) -> None:
+    rng = random.Random(seed)
+    url = postgres.database(f"takeover{rng.randrange(10**9)}")
+    with provider(latency=LATENCY | {"first_token_s": 0.2}) as llm:
+        args = ("--lease", "2s")
+        a, b = (ready(started(killing, tmp_path, llm.base_url, *args, env=ENV, database=url)) for _ in range(2))
+        count = 60
+        mine = {a.batch(count, prefix="a"): "a", b.batch(count, prefix="b"): "b"}
+        until("a's first result", lambda: all(b.get(f"/batches/{batch_id}")["done"] for batch_id in mine))
+        # Both replicas answer for either's batches; holding and settings go through the database.
+        held = next(batch_id for batch_id, prefix in mine.items() if prefix == "a")
+        good(b.client.post(f"/batches/{held}/pause"))
+        until("the pause", lambda: a.get(f"/batches/{held}")["state"] == "paused")
+        good(b.client.post(f"/batches/{held}/resume"))
+        until("the end of the pause", lambda: a.get(f"/batches/{held}")["state"] == "running")
+        good(b.client.put("/settings", json={"settings": {"OPENAI_TPM_HEADROOM": 0.2}}))
+        until("the setting", lambda: a.get("/settings")["settings"]["OPENAI_TPM_HEADROOM"] == 0.2)
+        assert "no PACELINE_REDIS_URL" in b.get("/readyz")["detail"]
+        a.stop(signal.SIGKILL)
+        resent = 0
+        for batch_id, prefix in mine.items():
+            row = b.over(batch_id)
+            assert (row["state"], row["done"]) == ("completed", count)
+            assert [each["custom_id"] for each in b.lines(batch_id)] == [f"{prefix}-{i}" for i in range(count)]
+            resent += row["resent"]
+        # What was in flight when it died was sent again, and nothing else was.
+        assert 0 < resent <= IN_FLIGHT
+        assert llm.stats()["requests"] == 2 * count + resent
+        b.stop(signal.SIGKILL)
+
+
+def test_a_replica_that_was_stopped_for_longer_than_its_lease_sends_nothing_more(
+    killing: Cli, tmp_path: Path, postgres: PostgresServer, seed: int
+) -> None:
+    url = postgres.database(f"stopped{seed}")
+    with provider(latency=LATENCY) as llm:
+        a = ready(started(killing, tmp_path, llm.base_url, "--lease", "1s", env=ENV, database=url))
+        batch_id = a.batch(60)
+        until("the first result", lambda: a.get(f"/batches/{batch_id}")["done"])
+        a.process.signal(signal.SIGSTOP)
+        b = ready(started(killing, tmp_path, llm.base_url, "--lease", "1s", env=ENV, database=url))
+        row = b.over(batch_id)
+        assert (row["done"], row["failed"]) == (60, 0)
+        before = llm.stats()["requests"]
+        a.process.signal(signal.SIGCONT)
+        until("the other's new life", lambda: a.client.get("/readyz").status_code == 200)
+        assert a.get(f"/batches/{batch_id}") == b.get(f"/batches/{batch_id}")
+        assert llm.stats()["requests"] == before
+        assert row["resent"] <= IN_FLIGHT
+        for each in (a, b):
+            each.stop(signal.SIGKILL)
+
+
+def test_who_has_lost_the_lease_writes_nothing(tmp_path: Path) -> None:
+    database = ServiceDatabase(str(tmp_path / "service.db"))
+    database.prepared()
+    try:
+        store = Store(database)
+        ledger = Ledger(store)
+        with database.writing() as c:
+            values = {"batch_id": "batch_1", "state": "queued", "owner": 1, "requests": 5, "who": "me"}
+            rest = {"template_id": "", "template_version": 0, "finalize": 0, "deadline_s": -1.0, "details": {}}
+            number = store.add_batch(c, values | rest)
+            assert ledger.write(c, number, works(5)) == 5
+        replica = store.join("first", 30.0)
+        writer = FencedWriter(store, replica)
+        writer.batch.ends.append(((number << 24) + 1, "", None, 1.0))
+        writer.commit()
+        assert ledger.records(number).counts().done == 1
+        # Another process has taken the database over: with SQLite, all others are gone.
+        other = store.join("second", 30.0)
+        assert store.free_batches(other) == [(number, 1)]
+        assert not store.renewed(replica, 30.0)
+        writer.batch.ends.append(((number << 24) + 2, "", None, 1.0))
+        with pytest.raises(LeaseLostError):
+            writer.commit()
+        assert ledger.records(number).counts().done == 1
+        writer.abandon()
+    finally:
+        database.closed()
+
+
+def test_a_database_that_goes_away_and_comes_back(killing: Cli, tmp_path: Path, seed: int) -> None:
+    with PostgresServer() as server, provider(latency=LATENCY) as llm:
+        served = ready(started(killing, tmp_path, llm.base_url, "--lease", "2s", env=ENV, database=server.url))
+        batch_id = served.batch(40)
+        until("the first result", lambda: served.get(f"/batches/{batch_id}")["done"])
+        server.stop()
+        until("the complaint", lambda: served.client.get("/readyz").status_code == 503)
+        assert served.client.get("/healthz").status_code == 200
+        answer = served.client.get("/batches")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "DATABASE_UNAVAILABLE")
+        server.start()
+        row = served.over(batch_id)
+        assert (row["done"], row["failed"]) == (40, 0)
+        assert len({each["custom_id"] for each in served.lines(batch_id)}) == 40
+        assert row["resent"] <= IN_FLIGHT
+        served.stop(signal.SIGKILL)
