@@ -101,7 +101,10 @@ async def accepted(incoming: Incoming, service: Service, key: Key | None, read: 
         "requestBody": {
             "required": True,
             "description": "Requests in OpenAI's batch format, one JSON object per line.",
-            "content": {"application/jsonl": {"schema": {"type": "string"}}},
+            "content": {
+                "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+                "application/jsonl": {"schema": {"type": "string"}},
+            },
         },
     },
 )
