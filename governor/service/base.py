@@ -1,6 +1,6 @@
 """The service's database: opened, brought to the newest schema, and safe to be used from many threads.
 
-What lives here: the connection, migrations, the database's own clock. What must not: tables and what they mean.
+What lives here: the connection, migrations, the database's own clock. What must not: rows and what they mean.
 
 SQLite: one process at a time (it holds the journal's lock); its threads write one after another, since a writer that
 polls a locked database waits longer than one that queues. PostgreSQL: any number of processes, each with a lease (see
@@ -20,7 +20,9 @@ from typing import Any
 from sqlalchemy import Connection, inspect, make_url, text
 from sqlalchemy.exc import ArgumentError
 
+from governor import schema
 from governor.database import Database, JournalError
+from governor.service import tables
 
 APPLICATION_ID = 0x50414353  # "PACS"
 # Two processes that migrate at once take turns: an advisory lock of PostgreSQL's, of this number.
@@ -86,9 +88,19 @@ class ServiceDatabase(Database):
                 connection.execute(text(f"SELECT pg_advisory_xact_lock({_MIGRATING})"))
             config = alembic_config()
             config.attributes["connection"] = connection
-            if _newest(config) in _current(connection):
-                return
-            command.upgrade(config, "head")
+            if _newest(config) not in _current(connection):
+                command.upgrade(config, "head")
+            self._check_tables(connection)
+
+    def _check_tables(self, connection: Connection) -> None:
+        """JournalError where a table is not as this version writes it: found out in the middle of a batch, it costs."""
+        found = inspect(connection)
+        for table in (*schema.metadata.sorted_tables, *tables.metadata.sorted_tables):
+            there = {column["name"] for column in found.get_columns(table.name)}
+            missing = [column.name for column in table.columns if column.name not in there]
+            if missing:
+                text = f"table {table.name} lacks {', '.join(missing)}: it was made by another version of Paceline"
+                raise JournalError(f"{self.name}: {text}: use that version, or name another with --database")
 
 
 def _postgres_url(where: str) -> str:

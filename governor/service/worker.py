@@ -37,7 +37,8 @@ from governor.service.store import (
 )
 
 TICK_S = 0.5
-REST_S = 1.0
+# Between two lives; and what counts as one that did not fail at once.
+REST_S, REST_MOST_S, LONG_LIFE_S = 0.5, 60.0, 10.0
 
 log = logging.getLogger("paceline.service")
 
@@ -74,8 +75,13 @@ class Worker:
     # ------------------------------------------------------------ lives
 
     async def run(self) -> None:
-        """Works until `stop`; whatever fails begins anew after a moment."""
+        """Works until `stop`; whatever fails begins anew after a moment, longer each time that it fails at once.
+
+        A life that cannot write down what it has sent sends it again in the next one, so lives must not be short.
+        """
+        rest_s = REST_S
         while not self._stopping.is_set():
+            begun_at = time.monotonic()
             try:
                 await self._life()
             except (JournalError, OSError) as error:
@@ -83,8 +89,9 @@ class Worker:
             except Exception as error:
                 log.exception("the worker failed")
                 self._say_trouble(f"internal error: {type(error).__name__}")
+            rest_s = REST_S if time.monotonic() - begun_at > LONG_LIFE_S else min(REST_MOST_S, 2.0 * rest_s)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), REST_S * self.config.time_scale)
+                await asyncio.wait_for(self._stopping.wait(), rest_s * self.config.time_scale)
 
     def stop(self) -> None:
         """Launches nothing more; `run` returns when what is in flight has ended, or the grace period has."""

@@ -47,6 +47,7 @@ def upgrade() -> None:
         sa.Column("request_id", Words(), nullable=False),
         sa.Column("cached_tokens", sa.BigInteger(), nullable=False),
         sa.Column("reasoning_tokens", sa.BigInteger(), nullable=False),
+        sa.Column("processing_s", sa.Double(), nullable=False),
         sa.Column("limits", sa.Text(), nullable=False),
         sa.PrimaryKeyConstraint("number"),
     )
