@@ -25,7 +25,7 @@ import re
 import secrets
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Self
 from urllib.parse import urlsplit
 
@@ -60,12 +60,22 @@ KEEPALIVE_S = 20.0
 # The transport looks at every idle connection twice per request, at some 6 us each: with a burst's 280 connections kept
 # idle a request took 5.2 ms of CPU, with 32 of them 2.5 ms.
 IDLE_MAX = 32
+# It looks at those in use as well, so that many in flight are spread over several clients of so many requests each.
+LANE_MOST = 64
 # With it the SDK hands the response out as it came.
 _RAW = {"X-Stainless-Raw-Response": "true"}
 _HIDDEN = "***"
 # A key of fewer characters is no secret but a word ("none", "test", as local servers are given), and taking it out
 # would spoil answers that hold the word. Real ones have 32 and more.
 _KEY_LEAST = 20
+
+
+@dataclass(slots=True)
+class _Lane:
+    """A client with connections of its own. `busy`: requests that it is sending."""
+
+    client: AsyncOpenAI
+    busy: int = 0
 
 
 class Adapter:
@@ -95,7 +105,7 @@ class Adapter:
             raise BadSetting(f"{self.pool.key} holds a mark that no key has: copy the key again", self.pool.key)
         self._key = key.encode("ascii")
         self._is_secret = len(key) >= _KEY_LEAST
-        self._client = _client(self.pool, key)
+        self._lanes = [_Lane(_client(self.pool, key))]
         _load_transport()
 
     def __repr__(self) -> str:
@@ -109,7 +119,8 @@ class Adapter:
 
     async def aclose(self) -> None:
         """Closes all connections."""
-        await self._client.close()
+        for lane in self._lanes:
+            await lane.client.close()
 
     def client_request_id(self, index: int, attempt: int) -> str:
         """What the provider's logs call this attempt. `attempt`: `keyed.attempt_key`, unique over lanes."""
@@ -151,11 +162,19 @@ class Adapter:
 
     async def _post(self, path: str, body: dict[str, Any], options: Any) -> Any:
         """The SDK's call; the response as httpx knows it."""
-        if self.pool.azure is not None:
-            # The SDK reads the deployment out of the body.
-            raw = await self._client.post(path, cast_to=object, body=body, options=options)
-        else:
-            raw = await self._client.post(path, cast_to=object, content=_encoded(body), options=options)
+        lane = next((lane for lane in self._lanes if lane.busy < LANE_MOST), None)
+        if lane is None:
+            lane = _Lane(_client(self.pool, self._key.decode()))
+            self._lanes.append(lane)
+        lane.busy += 1
+        try:
+            if self.pool.azure is not None:
+                # The SDK reads the deployment out of the body.
+                raw = await lane.client.post(path, cast_to=object, body=body, options=options)
+            else:
+                raw = await lane.client.post(path, cast_to=object, content=_encoded(body), options=options)
+        finally:
+            lane.busy -= 1
         return raw.http_response  # type: ignore[attr-defined]
 
     def _unanswered(self, error: Exception) -> Answer:
