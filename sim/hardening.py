@@ -25,7 +25,7 @@ from sim.search import SEARCH_SEEDS, Goal, Score, Searcher, better, score_of
 THROTTLE_NOISE = 0.25
 # Variants of one step that are put under the whole of the stress set.
 FINALISTS = 4
-# A walk to safety may take so many times the steps of a polish.
+# A walk may take so many times the stated steps, as long as each is better than the one before.
 WALKS = 3
 
 
@@ -190,7 +190,7 @@ class Hardening:
     def polish(self, start: Policy, neighbours: Callable[[Policy], list[Policy]]) -> Policy:
         """From a setting that keeps the limits to a faster one that keeps them as well, by its best neighbours."""
         best = start
-        for _ in range(self.steps):
+        for _ in range(WALKS * self.steps):
             if not self.affordable:
                 break
             near = neighbours(best)
@@ -208,7 +208,7 @@ class Hardening:
     def ranked(self, yardsticks: Sequence[Policy]) -> list[Policy]:
         """The best of what was put under stress, best first, with all runs in each condition, and `yardsticks`."""
         with self.stress.quick():
-            best = sorted(self.tried.values(), key=self.rank)[: 2 * FINALISTS]
+            best = sorted(self.tried.values(), key=self.rank)[: 3 * FINALISTS]
         last = {key_of(policy): policy for policy in (*yardsticks, *best)}
         self.stress.run(list(last.values()))
         return sorted(last.values(), key=self.rank)
