@@ -169,7 +169,7 @@ class Running:
         """What has come out goes into the tally, and attempts to whoever asked for them."""
         run, tally = self.state[0], self.tally
         answers = self.answers
-        tally.latencies_s.frombytes(answers["latency_s"][: run["latencies_size"]].tobytes())
+        tally.latencies_s.extend(answers["latency_s"][: run["latencies_size"]])
         late = answers[: run["answered_size"]]
         if len(late):
             work = tally.work

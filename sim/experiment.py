@@ -23,8 +23,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from governor import law
 from governor.policy import Policy
 from governor.requests import Attempt, Outcome
@@ -82,8 +80,7 @@ def case_of(scenario: Scenario, policy: Policy | None = None) -> Case:
 def figures_of(tally: Tally, grant: Grant, seed: int) -> Figures:
     """One run as numbers."""
     s = tally.summary(grant)
-    latencies = np.frombuffer(tally.latencies_s) if tally.latencies_s else np.array([math.nan])
-    p50, p95 = np.quantile(latencies, (0.5, 0.95))
+    p50, p95 = tally.latencies_s.quantiles((0.5, 0.95))
     values = {
         "makespan_s": s.makespan_s,
         "efficiency": math.nan if s.efficiency is None else s.efficiency,
@@ -91,8 +88,8 @@ def figures_of(tally: Tally, grant: Grant, seed: int) -> Figures:
         "throttled_per_100": 100.0 * s.throttled / s.requests,
         "failed": float(s.failed),
         "attempts": float(s.attempts),
-        "latency_p50_s": float(p50),
-        "latency_p95_s": float(p95),
+        "latency_p50_s": p50,
+        "latency_p95_s": p95,
         "bound_s": s.bound_s,
         "reserved_tokens": float(s.reserved_tokens),
         "charged_tokens": float(s.charged_tokens),

@@ -6,7 +6,6 @@ an event loop, a clock.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 from governor import law, summary
 from governor.errors import FailureCode
 from sim import provider as prov
+from sim.quantiles import Quantiles
 from sim.workload import Columns
 
 # Outcomes of an attempt beyond the provider's own: nobody waited for its answer any longer.
@@ -48,7 +48,7 @@ class Tally(summary.Tally):
     finalize_passes: int = 0
     extra_prompt_tokens: float = 0.0
     extra_output_tokens: float = 0.0
-    latencies_s: array[float] = field(default_factory=lambda: array("d"))
+    latencies_s: Quantiles = field(default_factory=Quantiles)
 
 
 AttemptSink = Callable[[Any, float, str], None]
