@@ -38,6 +38,7 @@ BUFFER = 4096
 SLOTS = 512
 CODES = (*SPENT, FailureCode.DEADLINE_EXCEEDED)
 
+BEGINNING = array_of(engine.Run())
 ROW = dtype_of(engine.Row())
 JOB = dtype_of(engine.Job())
 EVENT = dtype_of(engine.Event())
@@ -130,16 +131,14 @@ class Running:
         self.on_attempt = on_attempt
         self.s, self.ps = batch.s.copy(), batch.ps.copy()
         self.rows = batch.first
-        self.state = array_of(
-            engine.Run(
-                seed=seed,
-                requests=len(batch.order),
-                finalize_max_tokens=case.finalize_max_tokens,
-                from_trace=int(case.from_trace),
-                recording=int(on_attempt is not None),
-                rows_until=len(self.rows),
-            )
-        )
+        self.state = BEGINNING.copy()
+        run = self.state[0]
+        run["seed"] = seed
+        run["requests"] = len(batch.order)
+        run["finalize_max_tokens"] = case.finalize_max_tokens
+        run["from_trace"] = case.from_trace
+        run["recording"] = on_attempt is not None
+        run["rows_until"] = len(self.rows)
         self.jobs = np.zeros(SLOTS, JOB)
         self.calendar = np.zeros(2 * SLOTS, EVENT)
         self.queue = np.zeros(SLOTS, ENTRY_OF_QUEUE)
