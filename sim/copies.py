@@ -20,7 +20,7 @@ import importlib.util
 import inspect
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
@@ -43,19 +43,22 @@ INNER = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 _LOCK = threading.Lock()
 
 
-def compiled(paths: Iterable[Path], root: Path, *, entry: str = "", cache: Path | None = None) -> dict[str, ModuleType]:
+def compiled(
+    paths: Iterable[Path], root: Path, *, entry: str = "", inlined: Collection[str] = (), cache: Path | None = None
+) -> dict[str, ModuleType]:
     """Compiled copies by the original's name; a module comes after those that it imports.
 
     With `entry`, only the function of that name can be called from Python, and its machine code is kept in `cache`.
+    `inlined`: functions whose calls are replaced by their code, whatever LLVM thinks of it.
     """
     copies: dict[str, ModuleType] = {}
     for path in paths:
         name = ".".join(path.relative_to(root).with_suffix("").parts)
-        copies[name] = _copy(name, path, copies, entry, cache)
+        copies[name] = _copy(name, path, copies, lambda function: _compiling(function, entry, inlined, cache))
     return copies
 
 
-def _copy(name: str, path: Path, copies: dict[str, ModuleType], entry: str, cache: Path | None) -> ModuleType:
+def _copy(name: str, path: Path, copies: dict[str, ModuleType], compiling: Callable[[Any], Any]) -> ModuleType:
     alias = ALIAS + name.replace(".", "_")
     spec = importlib.util.spec_from_file_location(alias, path)
     assert spec is not None
@@ -70,15 +73,15 @@ def _copy(name: str, path: Path, copies: dict[str, ModuleType], entry: str, cach
         elif inspect.isfunction(value) and value.__module__ in copies:
             setattr(module, attribute, getattr(copies[value.__module__], attribute))
         elif inspect.isfunction(value) and value.__module__ == alias:
-            setattr(module, attribute, _compiling(value, entry, cache))
+            setattr(module, attribute, compiling(value))
     return module
 
 
-def _compiling(function: Any, entry: str, cache: Path | None) -> Any:
+def _compiling(function: Any, entry: str, inlined: Collection[str], cache: Path | None) -> Any:
     if not entry:
         return _njit(**OPTIONS)(function)
     if function.__name__ != entry:
-        return _one_version(_njit(**OPTIONS, **INNER)(function))
+        return _one_version(_njit(**OPTIONS, **INNER, forceinline=function.__name__ in inlined)(function))
     if cache is None:
         return _njit(**OPTIONS)(function)
     with _LOCK, _cached_in(cache):

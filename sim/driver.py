@@ -33,7 +33,7 @@ from governor.keyed import JITTER_RETRY, JITTER_STAGGER, attempt_key, keyed_unif
 from sim import provider as prov
 from sim.draws import first_jitters, first_latencies_s
 from sim.provider import ProviderParams, ProviderState
-from sim.run import CHARGED, SPENT, TIMEOUT, AttemptSink, Tally, launch_order
+from sim.run import CHARGED, SPENT, TIMEOUT, AttemptSink, Tally, arrival_order, batch_order, rows_of
 from sim.workload import Columns
 
 # Order of events at one instant.
@@ -168,10 +168,10 @@ class Simulation:
     def _jobs(self, from_trace: bool) -> Iterator[Job]:
         """New work in order of launch (a batch) or of arrival (a trace), read in chunks."""
         c = self.columns
-        order = np.argsort(c.arrival_s, kind="stable") if from_trace else launch_order(c, self.p)
+        order = arrival_order(c) if from_trace else batch_order(c, self.p)
         zeros = [0.0] * CAUSES
-        for start in range(0, len(order), CHUNK):
-            i = order[start : start + CHUNK]
+        for start in range(0, len(c), CHUNK):
+            i = rows_of(order, start, min(start + CHUNK, len(c)))
             output = np.where(c.cap[i] > 0, np.minimum(c.output_tokens[i], c.cap[i]), c.output_tokens[i])
             arrival = c.arrival_s[i] if from_trace else np.zeros(len(i))
             output = output.astype(np.float64)

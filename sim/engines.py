@@ -35,7 +35,7 @@ COMPILES_S = 15.0
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = tuple(ROOT / path for path in ("governor/keyed.py", "governor/law.py", "sim/provider.py", "sim/engine.py"))
 # What else goes into the machine code: constants, and how it is made.
-BESIDE = tuple(ROOT / path for path in ("governor/summary.py", "sim/run.py", "sim/copies.py"))
+BESIDE = tuple(ROOT / path for path in ("governor/summary.py", "sim/run.py", "sim/copies.py", "sim/compiled.py"))
 
 NO_NUMBA = "numba is not installed: pip install 'paceline[sim]'"
 

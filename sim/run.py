@@ -59,8 +59,24 @@ The job is the engine's own; what `attempt_rows` reads of it is there with eithe
 
 def launch_order(columns: Columns, params: law.Params) -> np.ndarray[Any, Any]:
     """Indices of the requests in the order in which a batch is launched, by the law's rank. Shape (requests,)."""
-    sequence = np.arange(len(columns.reserve), dtype=np.float64)
+    return rows_of(batch_order(columns, params), 0, len(columns))
+
+
+def batch_order(columns: Columns, params: law.Params) -> np.ndarray[Any, Any] | None:
+    """The same, or None where they go as they stand."""
+    sequence = np.broadcast_to(0.0, (len(columns),))
     keys: tuple[Any, ...] = law.rank(params, law.MAIN, 1, columns.cap, columns.reserve, sequence)  # type: ignore[arg-type]
     # What is the same for all decides nothing, and the sequence is kept among equals by the sort itself.
     deciding = [key for key in reversed(keys) if isinstance(key, np.ndarray) and key is not sequence]
-    return np.lexsort(deciding) if deciding else np.arange(len(sequence))
+    return np.lexsort(deciding) if deciding else None
+
+
+def arrival_order(columns: Columns) -> np.ndarray[Any, Any] | None:
+    """Indices of requests that arrive over time, earliest first; None where they stand so."""
+    at_s = columns.arrival_s
+    return None if bool(np.all(at_s[1:] >= at_s[:-1])) else np.argsort(at_s, kind="stable")
+
+
+def rows_of(order: np.ndarray[Any, Any] | None, start: int, stop: int) -> np.ndarray[Any, Any]:
+    """Indices of the requests at these places of the order."""
+    return np.arange(start, stop) if order is None else order[start:stop]

@@ -62,7 +62,7 @@ CACHE_MIN = 6
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """What the engines read, one entry per request in order of submission; all of one length, read-only, contiguous.
+    """What the engines read, one entry per request in order of submission; all of one length and read-only.
 
     `arrival_s`: zeros for a batch. `output_tokens`: what the model would write uncapped (hidden), over all `n` answers.
     `cap`: declared maximum over all `n` answers, -1 = none. `reserve`, `charge`: ours and the provider's, whole tokens;
@@ -201,9 +201,9 @@ def columns(
     cap, zeros = _cached(workload, "cap", lambda: _cap_and_zeros(workload))
     (recorded,) = _cached(workload, ("recorded", recorded_scale), lambda: (_recorded(workload, recorded_scale),))
     return Columns(
-        arrival_s=np.ascontiguousarray(workload.arrival_s) if arrivals == "trace" else zeros,
-        prompt_tokens=np.ascontiguousarray(workload.prompt_tokens),
-        output_tokens=np.ascontiguousarray(workload.output_tokens),
+        arrival_s=workload.arrival_s if arrivals == "trace" else zeros,
+        prompt_tokens=workload.prompt_tokens,
+        output_tokens=workload.output_tokens,
         cap=cap,
         reserve=reserved[0],
         finalize_reserve=reserved[1],
@@ -229,15 +229,18 @@ def _cached(workload: Workload, key: Hashable, make: Any) -> tuple[NDArray[Any],
 
 
 def _cap_and_zeros(workload: Workload) -> tuple[Whole, Real]:
-    cap = np.where(workload.max_tokens < 0, -1, workload.max_tokens * workload.n)
-    return np.ascontiguousarray(cap, np.int64), np.zeros(len(workload))
+    most, n = workload.max_tokens, workload.n
+    zeros = constant(0.0, len(workload), np.float64)
+    if len(workload) and most.strides == n.strides == (0,):
+        return constant(-1 if most[0] < 0 else most[0] * n[0], len(workload)), zeros
+    return np.where(most < 0, -1, most * n), zeros
 
 
 def _recorded(workload: Workload, scale: float) -> Real:
     if scale == 1.0:
-        return np.ascontiguousarray(workload.recorded_s)
+        return workload.recorded_s
     if scale <= 0.0:
-        return np.full(len(workload), -1.0)
+        return constant(-1.0, len(workload), np.float64)
     return np.where(workload.recorded_s < 0.0, -1.0, workload.recorded_s * scale)
 
 

@@ -36,8 +36,9 @@ from governor.requests import Answer, Attempt, Limit, Outcome, Request
 from governor.summary import CAUSES
 from sim import driver, experiment
 from sim import provider as prov
-from sim.driver import Simulation, launch_order
+from sim.driver import Simulation
 from sim.experiment import Case, attempt_rows, case_of
+from sim.run import launch_order
 from sim.scenario import Scenario
 from tests.scenarios import drawn, shown
 from tests.virtual_loop import run_virtual

@@ -201,7 +201,9 @@ def test_a_long_run_keeps_nothing_per_request() -> None:
     """Arrays stay as large as what is in flight at once asks for."""
     work = parametric(60_000, prompt_tokens=(300, 900), output_tokens=(100, 300), seed=5)
     scenario = scenario_of(work, provider={"tpm": 0})
-    policy = scenario.policy.with_(max_concurrency=20, stagger_seconds=0.0, tpm_limit=10**9, charge_rule="prompt_plus_max")
+    policy = scenario.policy.with_(
+        max_concurrency=20, stagger_seconds=0.0, tpm_limit=10**9, charge_rule="prompt_plus_max"
+    )
     running = compiled.Running(compiled.Batch(case_of(scenario, policy)), 3)
     tally = running.run()
     assert tally.completed == 60_000

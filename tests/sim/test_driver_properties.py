@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 from governor import law
 from governor.requests import Attempt, Outcome
 from governor.summary import CAUSES, Ended, summarize
-from sim.driver import launch_order
 from sim.experiment import simulated
+from sim.run import launch_order
 from sim.scenario import Scenario
 from tests.scenarios import Run, drawn, run, shown
 
