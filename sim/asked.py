@@ -5,17 +5,20 @@ What lives here: the options together. What must not: their declaration (`cli`),
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from governor.errors import BadInput, BadSetting
-from sim.capacity import PROBES_FORESEEN, TUNING_RUNS, capacity, default_runs, how_many
+from governor.money import SHIPPED, read_prices
+from sim.batch_api import Terms, Way, ways
+from sim.batch_text import ways_text
+from sim.capacity import PROBES_FORESEEN, TUNING_RUNS, capacity, default_runs, how_many, search_of
 from sim.capacity_results import Capacity
 from sim.capacity_text import capacity_text, how_many_text
 from sim.experiment import Pool
 from sim.files import write_atomically
 from sim.inputs import Inputs
-from sim.options import Options
+from sim.options import Options, duration_s
 from sim.outputs import check_file
 from sim.progress import Progress
 from sim.results import CONFIDENCE
@@ -33,6 +36,8 @@ class Asked:
     retune: bool
     tiers: str
     picture: str | None
+    batch: Terms | None = None
+    prices: str | None = None
 
     def check(self) -> None:
         """BadSetting or BadInput for options that do not go together, before any work is done."""
@@ -42,6 +47,8 @@ class Asked:
             raise BadSetting("--how-many is for a batch: give --finish-by")
         if self.how_many and self.picture:
             raise BadSetting("--out draws finish time against the limit: leave it or --how-many out")
+        if self.batch is not None and (self.finish_by_s is None or self.how_many):
+            raise BadSetting("--batch-queue compares ways to finish a batch: give --finish-by, without --how-many")
         check_file(self.picture, "--out", (".png",))
 
 
@@ -55,6 +62,14 @@ class Answered:
     enough: bool
 
 
+def terms_of(queue_tokens: int, turnaround: str, discount: float, cached_share: float) -> Terms:
+    """The Batch API as the options assume it. BadSetting for a turnaround that is not two durations in this order."""
+    times = [duration_s(word) or 0.0 for word in turnaround.split(",")]
+    if len(times) != 2 or not 0.0 < times[0] < times[1]:
+        raise BadSetting(f"--batch-turnaround {turnaround!r} is not P50,P95, the first the smaller: write 4h,20h")
+    return Terms(queue_tokens, (times[0], times[1]), discount, cached_share)
+
+
 def answered(given: Options, inputs: Inputs, asked: Asked, width: int) -> Answered:
     """Answers the question."""
     scenario = inputs.scenario
@@ -62,6 +77,7 @@ def answered(given: Options, inputs: Inputs, asked: Asked, width: int) -> Answer
         raise BadInput("--how-many is for a batch: leave out --arrivals trace")
     runs = scenario.replications or default_runs(len(scenario.workload))
     foreseen = (runs + (TUNING_RUNS if asked.retune else 0)) * PROBES_FORESEEN
+    compared: tuple[Way, ...] = ()
     with Progress("looking for the smallest limit", foreseen) as bar:
         common: dict[str, Any] = {
             "confidence": CONFIDENCE if asked.confidence is None else asked.confidence,
@@ -80,16 +96,23 @@ def answered(given: Options, inputs: Inputs, asked: Asked, width: int) -> Answer
             assert asked.finish_by_s is not None
             many = how_many(scenario, asked.finish_by_s, **common)
             return Answered(many.to_json_dict(), how_many_text(scenario, many, width), (), many.most is not None)
-        common |= {"model": asked.tiers, "grid": bool(asked.picture)}
+        more: dict[str, Any] = {"model": asked.tiers, "grid": bool(asked.picture)}
         if asked.p95_wait_s is not None:
-            found = steady_capacity(scenario, asked.p95_wait_s, **common)
+            found = steady_capacity(scenario, asked.p95_wait_s, **common, **more)
         else:
             assert asked.finish_by_s is not None
-            found = capacity(scenario, asked.finish_by_s, **common)
+            found = capacity(scenario, asked.finish_by_s, **common, **more)
+            if asked.batch is not None:
+                prices = read_prices(asked.prices or SHIPPED)
+                compared = ways(search_of(scenario, asked.finish_by_s, **common), asked.batch, prices)
         if asked.picture:
             _draw(asked.picture, found)
     enough = found.smallest is not None or found.tier is not None
-    return Answered(found.to_json_dict(), capacity_text(scenario, found, width), (), enough)
+    shown, text = found.to_json_dict(), capacity_text(scenario, found, width)
+    if asked.batch is not None:
+        shown |= {"ways": [way.to_json_dict() for way in compared], "batch_api_assumed": asdict(asked.batch)}
+        text = f"{text}\n\n{ways_text(compared, asked.batch, found.confidence, width)}"
+    return Answered(shown, text, (), enough)
 
 
 def _draw(path: str, found: Capacity) -> None:

@@ -305,13 +305,13 @@ def capacity(
     `default_runs`. `retune`: find the settings anew at each limit, else they stay but for the limits. `grid`: try more
     limits around the answer, for a figure.
     """
-    search = Search(
+    search = search_of(
         scenario,
         finish_by_s,
         confidence=confidence,
-        replications=replications or default_runs(len(scenario.workload)),
+        replications=replications,
         retune=retune,
-        pool=pool or Pool(),
+        pool=pool,
         say=say,
     )
     return found_by(search, model_of(scenario, model), grid=grid)
@@ -356,15 +356,38 @@ def how_many(
     say: Callable[[str], None] = lambda what: None,
 ) -> HowMany:
     """How many requests like the scenario's are done by then, under its limits; arguments as for `capacity`."""
-    return Search(
+    search = search_of(
         scenario,
         finish_by_s,
         confidence=confidence,
         replications=replications or RUNS_LEAST,
         retune=retune,
+        pool=pool,
+        say=say,
+    )
+    return search.how_many()
+
+
+def search_of(
+    scenario: Scenario,
+    finish_by_s: float,
+    *,
+    confidence: float = 0.95,
+    replications: int = 0,
+    retune: bool = True,
+    pool: Pool | None = None,
+    say: Callable[[str], None] = lambda what: None,
+) -> Search:
+    """The search that the questions share; the arguments are those of `capacity`."""
+    return Search(
+        scenario,
+        finish_by_s,
+        confidence=confidence,
+        replications=replications or default_runs(len(scenario.workload)),
+        retune=retune,
         pool=pool or Pool(),
         say=say,
-    ).how_many()
+    )
 
 
 def _lost(runs: Sequence[Figures]) -> bool:

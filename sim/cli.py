@@ -274,13 +274,35 @@ def capacity(
         str | None,
         typer.Option(metavar="FILE.png", help="Finish time against the limit, as a picture."),
     ] = None,
+    batch_queue: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            parser=count,
+            help="Compare with the Batch API, whose queue takes so many input tokens per model; 0 = no limit.",
+        ),
+    ] = None,
+    batch_turnaround: Annotated[
+        str,
+        typer.Option(metavar="P50,P95", help="How long it takes over one file: an assumption, nobody publishes it."),
+    ] = "4h,20h",
+    batch_discount: Annotated[
+        float, typer.Option(metavar="P", parser=share, help="What it takes off the price.")
+    ] = "50%",  # type: ignore[assignment]
+    cached_share: Annotated[
+        float, typer.Option(metavar="P", parser=share, help="Share of prompt tokens that live runs find cached.")
+    ] = "0",  # type: ignore[assignment]
+    prices: Annotated[
+        str | None,
+        typer.Option(metavar="FILE.yaml", help="Prices per model; those that come along if not given."),
+    ] = None,
 ) -> None:
     """Which limit or tier finishes the batch in time.
 
     The smallest limit of tokens per minute, and the smallest published tier, at which it is done by then, with settings
     tuned to each. Exit code 3 where none is enough.
     """
-    from sim.asked import Asked, answered
+    from sim.asked import Asked, answered, terms_of
 
     asked = Asked(
         finish_by_s=finish_by,
@@ -290,6 +312,8 @@ def capacity(
         retune=not keep_settings,
         tiers=tiers,
         picture=out,
+        batch=None if batch_queue is None else terms_of(batch_queue, batch_turnaround, batch_discount, cached_share),
+        prices=prices,
     )
     asked.check()
     inputs = _inputs(given, fit=how_many)
