@@ -35,6 +35,7 @@ from sim.presets import DEFAULT_TIER, TIERS, tier_names, tier_preset
 from sim.results import Figures, Forecast, forecast_of
 from sim.scenario import Scenario
 from sim.search import Goal
+from sim.spread import WorkersLost
 from sim.tuning import tuned
 from sim.workload import resampled
 
@@ -321,9 +322,13 @@ def found_by(search: Search, model: str, *, grid: bool = False, **more: float) -
     """The answer of a search. `more`: further fields of `Capacity`."""
     low, high = search.bracket()
     search.say("trying without a limit that binds")
-    unlimited = search.probe(high, search.scenario.provider.rpm)
-    smallest = search.smallest(low, high) if unlimited.meets else None
-    tried, too_small = search.tiers(model)
+    try:
+        unlimited = search.probe(high, search.scenario.provider.rpm)
+        smallest = search.smallest(low, high) if unlimited.meets else None
+        tried, too_small = search.tiers(model)
+    except WorkersLost as lost:
+        known = [f"{tpm:,} {'meets it' if p.meets else 'misses it'}" for tpm, p in sorted(search.probes.items())]
+        raise WorkersLost(f"{lost}; tokens per minute tried so far: {', '.join(known) or 'none'}") from None
     missed = [p for tpm, p in sorted(search.probes.items()) if not p.meets and (not smallest or tpm < smallest.tpm)]
     if grid and smallest:
         search.grid(smallest.tpm)

@@ -81,7 +81,7 @@ def simulate(
     Finish time, 429s, requests lost, and the knob that holds the batch back; with --replications, how much runs differ.
     """
     from sim import shown
-    from sim.experiment import Pool, replicate
+    from sim.experiment import Pool, replicate_or_keep
     from sim.outputs import check_file
 
     check_file(attempts, "--attempts", (".csv", ".parquet"))
@@ -97,12 +97,13 @@ def simulate(
             _result(given, summary.to_json_dict(), text, inputs.notes)
             return
     with Progress("simulating", runs) as bar:
-        forecast = replicate(
-            scenario, runs, pool=Pool(given.workers, bar.add, engine=given.engine, backend=given.backend)
-        )
+        pool = Pool(given.workers, bar.add, engine=given.engine, backend=given.backend)
+        forecast, lost = replicate_or_keep(scenario, runs, pool=pool)
     _result(
         given, shown.forecast_json(scenario, forecast), shown.forecast_text(scenario, forecast, _width()), inputs.notes
     )
+    if lost is not None:
+        raise lost
 
 
 @app.command()

@@ -237,6 +237,21 @@ class Pool:
                 threads.shutdown(wait=False, cancel_futures=True)
 
 
+def replicate_or_keep(scenario: Scenario, replications: int, *, pool: Pool) -> tuple[Forecast, WorkersLost | None]:
+    """Like `replicate`; where workers were lost, the forecast of the runs that there are, and the loss.
+
+    WorkersLost where there are none.
+    """
+    try:
+        return replicate(scenario, replications, pool=pool), None
+    except WorkersLost as lost:
+        kept = [run for runs in lost.found or [] for run in runs]
+        if not kept:
+            raise
+        said = WorkersLost(f"{lost}; the figures are of {len(kept):,} runs in place of {replications:,}")
+        return forecast_of(scenario.policy, kept), said
+
+
 def replicate(
     scenario: Scenario, replications: int, *, policy: Policy | None = None, pool: Pool | None = None
 ) -> Forecast:

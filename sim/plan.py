@@ -48,6 +48,7 @@ from sim.space import (
     guardrail_space,
     safer_variants,
 )
+from sim.spread import WorkersLost
 from sim.tariff import tariff_of
 from sim.unknowns import Unknowns, drawn
 from sim.words import duration
@@ -69,11 +70,12 @@ Say = Callable[[str], None]
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C in a search that had found something: `so_far`."""
+    """Ctrl-C, or workers that were lost, in a search that had found something: `so_far`. `reason`: "" = Ctrl-C."""
 
-    def __init__(self, so_far: SoFar) -> None:
+    def __init__(self, so_far: SoFar, reason: str = "") -> None:
         super().__init__()
         self.so_far = so_far
+        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,11 +154,11 @@ class Planner:
         """The whole search and its proof. Interrupted (a KeyboardInterrupt) holds what had been found."""
         try:
             return self._plan()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, WorkersLost) as stop:
             so_far = self.so_far()
             if so_far is None:
                 raise
-            raise Interrupted(so_far) from None
+            raise Interrupted(so_far, str(stop) if isinstance(stop, WorkersLost) else "") from None
 
     def _plan(self) -> Plan:
         now = self.scenario.policy

@@ -22,6 +22,7 @@ from sim.results import Plan, SoFar
 from sim.scenario import Scenario
 from sim.searchlog import NAME, SearchLog, fingerprint
 from sim.shown import plan_notes
+from sim.spread import WorkersLost
 from sim.words import duration
 from sim.workload import ARRAYS
 
@@ -73,7 +74,8 @@ def planned(
         return Planned(found, written, notes, tuple(log.notes))
     except planning.Interrupted as stop:
         log.flush()
-        raise Stopped(_left(folder, scenario, stop.so_far, log)) from None
+        left = _left(folder, scenario, stop.so_far, log)
+        raise (WorkersLost(f"{stop.reason}; {left}") if stop.reason else Stopped(left)) from None
     finally:
         log.close()
 

@@ -19,6 +19,7 @@ from sim.experiment import Case, Pool, case_of
 from sim.results import Figures
 from sim.scenario import Scenario
 from sim.searchlog import Key, SearchLog, digest_of
+from sim.spread import WorkersLost
 from sim.tariff import Tariff
 
 PolicyKey = tuple[Any, ...]
@@ -95,7 +96,13 @@ class Runs:
         return case
 
     def _make(self, batch: Sequence[tuple[str, PolicyKey, Case, list[int]]]) -> None:
-        found = self.pool.run([(case, seeds) for _, _, case, seeds in batch])
+        try:
+            self._keep(batch, self.pool.run([(case, seeds) for _, _, case, seeds in batch]))
+        except WorkersLost as lost:
+            self._keep(batch, lost.found or [[] for _ in batch])
+            raise
+
+    def _keep(self, batch: Sequence[tuple[str, PolicyKey, Case, list[int]]], found: Sequence[list[Figures]]) -> None:
         lines: list[tuple[Key, Figures]] = []
         for (name, key, _, _), figures in zip(batch, found, strict=True):
             digest = digest_of(key) if self.log is not None else ""

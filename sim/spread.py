@@ -25,7 +25,8 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -84,9 +85,10 @@ class Local(Crew):
         done, failed_at = 0, -1
         while done < len(tasks):
             try:
-                for result in self._parallel(function, tasks[done:]):
-                    done += 1
-                    yield result
+                with _left_quietly(self._parallel(function, tasks[done:])) as results:
+                    for result in results:
+                        done += 1
+                        yield result
             except BrokenProcessPool:
                 if failed_at == done:
                     raise WorkersLost(
@@ -97,12 +99,23 @@ class Local(Crew):
 
     def _parallel(
         self, function: Callable[[Shared, Own], Result], tasks: Sequence[tuple[Shared, Own]]
-    ) -> Iterator[Result]:
+    ) -> Generator[Result, None, None]:
         from joblib import Parallel, delayed
 
         parallel = Parallel(n_jobs=self.size, return_as="generator", batch_size="auto")
-        results: Iterator[Result] = parallel(delayed(function)(shared, own) for shared, own in tasks)
+        results: Generator[Result, None, None] = parallel(delayed(function)(shared, own) for shared, own in tasks)
         return results
+
+
+@contextlib.contextmanager
+def _left_quietly(results: Generator[Result, None, None]) -> Iterator[Generator[Result, None, None]]:
+    """Ends the work where nobody wants the rest of it; joblib would warn that it was done in vain."""
+    try:
+        yield results
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            results.close()
 
 
 # ---------------------------------------------------------------- Ray

@@ -5,6 +5,8 @@ One Ray cluster of two nodes, each with one worker, serves the whole module; it 
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 import socket
@@ -83,6 +85,17 @@ def deaths(tmp_path: Path, count: int) -> Path:
     return tmp_path
 
 
+class Losing(Local):
+    """Loses everything after five results."""
+
+    def map(self, function, tasks):
+        with contextlib.closing(super().map(function, tasks)) as results:
+            for i, result in enumerate(results):
+                if i == 5:
+                    raise WorkersLost("a worker was lost")
+                yield result
+
+
 # ---------------------------------------------------------------- this machine
 
 
@@ -133,18 +146,22 @@ def test_what_was_found_before_a_loss_is_kept(root: Path, monkeypatch) -> None:
     pool = Pool(1, engine="simpy")
     whole = pool.run([(case, range(8)), (case, range(8))])
 
-    class Breaking(Local):
-        def map(self, function, tasks):
-            for i, result in enumerate(super().map(function, tasks)):
-                if i == 5:
-                    raise WorkersLost("lost")
-                yield result
-
-    pool.crew = Breaking(2)
+    pool.crew = Losing(2)
     with pytest.raises(WorkersLost) as lost:
         pool.run([(case, range(8)), (case, range(8))])
     # Two runs per piece: four pieces of the first task, one of the second.
     assert lost.value.found == [whole[0], whole[1][:2]]
+
+
+def test_simulate_shows_the_runs_that_there_are(root: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(experiment, "TASK_REQUESTS", {"simpy": 60, "compiled": 60})
+    monkeypatch.setattr(experiment, "crew_of", lambda backend, workers: Losing(2))
+    words = ["simulate", BATCH, "--first", "60", "--replications", "20", "--engine", "simpy", "--json"]
+    assert main(words) == 1
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["replications"] == 5
+    assert captured.err == "a worker was lost; the figures are of 5 runs in place of 20\n"
 
 
 # ---------------------------------------------------------------- addresses
