@@ -17,7 +17,7 @@ the provider said, so that nothing adds up.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -94,11 +94,11 @@ def counts_of(heard: Iterable[Heard], place: dict[int, int], clock: Callable[[fl
             )
         )
     found.sort(key=lambda count: count.launched_s)
-    _find_ways(found)
+    find_ways(found)
     return found
 
 
-def _find_ways(counts: Sequence[Count]) -> None:
+def find_ways(counts: Sequence[Count]) -> None:
     """Splits each round trip into the way there and the way back; see the module's docstring."""
     known = [count.round_s for count in counts if count.round_s >= 0.0]
     if not known:
@@ -132,10 +132,26 @@ def began_s(counts: Sequence[Count]) -> float:
     return min((count.launched_s + count.there_s for count in counts if count.there_s >= 0.0), default=0.0)
 
 
-def takings(counts: Sequence[Count], charges: NDArray[np.float64], provider: ProviderConfig) -> tuple[Taking, ...]:
-    """What others used, in order of time; empty where it is no more than inexact moments explain.
+class Gap(NamedTuple):
+    """What one count of dimension `d` holds more than the model: `more`, gathered between `since_s` and `at_s`.
 
-    `charges`: what the provider charges for each request of the workload. Its own neighbours are left out of the model.
+    `before`: what was used by the count before; `own`: what the attempt itself has added, by the model.
+    """
+
+    d: int
+    since_s: float
+    at_s: float
+    more: float
+    before: float
+    own: float
+    limit: float
+    count: Count
+
+
+def gaps(counts: Sequence[Count], charges: NDArray[np.float64], provider: ProviderConfig) -> Iterator[Gap]:
+    """Each stated count beside the model, which then holds what was stated: nothing adds up.
+
+    `charges`: what the provider charges for each request. The provider's own neighbours are left out of the model.
     """
     pp = provider.with_(cotenant={"share": 0.0, "burst_s": 0.0, "period_s": 0.0}).params()
     ps = prov.ProviderState()
@@ -147,8 +163,7 @@ def takings(counts: Sequence[Count], charges: NDArray[np.float64], provider: Pro
         (count.ended_s - (count.round_s - count.there_s) - zero_s, 1, count) for count in known if count.used >= 0.0
     ]
     events.sort(key=lambda event: event[:2])
-    found: list[Taking] = []
-    owed, since_s = [0.0, 0.0], [0.0, 0.0]
+    since_s, held = [0.0, 0.0], [0.0, 0.0]
     for at_s, is_end, count in events:
         charge = count.charge if count.charge >= 0.0 else float(charges[count.place])
         if is_end:
@@ -163,13 +178,23 @@ def takings(counts: Sequence[Count], charges: NDArray[np.float64], provider: Pro
                 continue
             limit, remaining = stated[d]
             used = limit - remaining
-            # A refusal that counts fills the bucket: how full it was before nobody can tell.
-            if count.let_in or not pp.failed_count:
-                more = used - ps.used[d] - own
-                taken = max(0.0, more - owed[d])
-                owed[d] = max(0.0, owed[d] - more)
-                found += _spread(d, taken, since_s[d], at_s)
-            ps.used[d], since_s[d] = used, at_s
+            yield Gap(d, since_s[d], at_s, used - ps.used[d] - own, held[d], own, limit, count)
+            ps.used[d], since_s[d], held[d] = used, at_s, used
+
+
+def takings(counts: Sequence[Count], charges: NDArray[np.float64], provider: ProviderConfig) -> tuple[Taking, ...]:
+    """What others used, in order of time; empty where it is no more than inexact moments explain.
+
+    `charges`: what the provider charges for each request of the workload. Its own neighbours are left out of the model.
+    """
+    found: list[Taking] = []
+    owed = [0.0, 0.0]
+    for gap in gaps(counts, charges, provider):
+        # A refusal that counts fills the bucket: how full it was before nobody can tell.
+        if gap.count.let_in or not provider.failed_requests_count:
+            taken = max(0.0, gap.more - owed[gap.d])
+            owed[gap.d] = max(0.0, owed[gap.d] - gap.more)
+            found += _spread(gap.d, taken, gap.since_s, gap.at_s)
     total = sum(taking.amount for taking in found if taking.d == TPM)
     return tuple(sorted(found)) if total > NOBODY_RATIO * float(charges.sum()) else ()
 

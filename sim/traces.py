@@ -123,7 +123,7 @@ class Rows:
 def read_jsonl(source: Named, chosen: Mapping[str, str], first: int, drawn: bool) -> tuple[Rows, Table]:
     """The rows of a JSONL trace, at most `first` of them (0 = all)."""
     rows = None
-    for line, row in islice(_json_rows(source), first or None):
+    for line, row in islice(json_rows(source), first or None):
         if rows is None:
             rows = Rows(resolved(list(row), chosen, source.name, drawn), source.name)
         if "body" in row and rows.roles["prompt"].name not in row:
@@ -133,7 +133,7 @@ def read_jsonl(source: Named, chosen: Mapping[str, str], first: int, drawn: bool
     return rows, rows.table()
 
 
-def _json_rows(source: Named) -> Iterator[tuple[int, dict[str, Any]]]:
+def json_rows(source: Named) -> Iterator[tuple[int, dict[str, Any]]]:
     with source.stream() as stream:
         for line, raw in enumerate(stream, 1):
             text = _decoded(raw.removeprefix(BOM) if line == 1 else raw, source.name, line)
@@ -168,11 +168,11 @@ def _decoded(raw: bytes, name: str, line: int) -> str:
 
 def read_csv(source: Named, chosen: Mapping[str, str], first: int, drawn: bool) -> tuple[Rows, Table]:
     """The rows of a CSV trace with a header line, at most `first` of them (0 = all); `,`, `;`, tab or `|` between."""
-    names, separator, line = _header(source)
+    names, separator, line = header_of(source)
     rows = Rows(resolved(names, chosen, source.name, drawn), source.name)
     table = _fast_table(source, rows, names, separator, line, first)
     if table is None:
-        for at, row in islice(_csv_rows(source, names, separator, line), first or None):
+        for at, row in islice(csv_rows(source, names, separator, line), first or None):
             rows.add(row, at)
         table = rows.table()
     if not len(table["prompt"]):
@@ -180,7 +180,7 @@ def read_csv(source: Named, chosen: Mapping[str, str], first: int, drawn: bool) 
     return rows, table
 
 
-def _header(source: Named) -> tuple[list[str], str, int]:
+def header_of(source: Named) -> tuple[list[str], str, int]:
     """Names, separator and line number of the header: the first line that is not blank."""
     text, line = "", 0
     with source.stream() as stream:
@@ -201,7 +201,7 @@ def _header(source: Named) -> tuple[list[str], str, int]:
     return names, separator, line
 
 
-def _csv_rows(source: Named, names: list[str], separator: str, header: int) -> Iterator[tuple[int, dict[str, str]]]:
+def csv_rows(source: Named, names: list[str], separator: str, header: int) -> Iterator[tuple[int, dict[str, str]]]:
     with source.stream() as stream:
         lines = (_decoded(raw, source.name, line) for line, raw in enumerate(stream, 1) if line > header)
         reader = csv.reader(lines, delimiter=separator, strict=True)
@@ -227,7 +227,7 @@ def _fast_table(source: Named, rows: Rows, names: list[str], separator: str, hea
     import pyarrow as pa
     import pyarrow.csv as pc
 
-    typical = next(_csv_rows(source, names, separator, header), None)
+    typical = next(csv_rows(source, names, separator, header), None)
     if typical is None or "endpoint" in rows.roles:
         return None
     wanted = {role: f"c{names.index(column.name)}" for role, column in rows.roles.items()}
