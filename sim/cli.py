@@ -28,6 +28,7 @@ from typer.main import get_command
 from governor.cli import FORECAST, WHAT_IF
 from governor.cli import app as governor_app
 from governor.errors import BadSetting, PacelineError
+from sim.calibrate_cli import calibrate
 from sim.options import Options, count, finish_by_s, share, takes_options, wait_s
 from sim.progress import Progress
 from sim.serving import provider
@@ -379,6 +380,7 @@ def split(
     _print(found.to_json_dict(), split_text(found, _width()), as_json=as_json)
 
 
+app.command()(calibrate)
 app.command()(provider)
 app.add_typer(governor_app)
 

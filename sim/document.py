@@ -20,7 +20,7 @@ from governor.policy import KNOB_BY_ENV, Policy
 from sim.presets import DEFAULT_TIER
 from sim.provider_config import Config
 from sim.readers import Source, read_workload
-from sim.workload import CAP_ASSUMED, TOKENS_MAX, Workload, parametric
+from sim.workload import CAP_ASSUMED, TOKENS_MAX, Workload, parametric, redrawn
 
 Quantiles = Annotated[tuple[float, float], Field(strict=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -30,6 +30,7 @@ Cap = Annotated[int, Field(ge=-1, le=TOKENS_MAX)]
 class FileSource(Config):
     """A workload in a file (`-`: standard input) and how to read it; see `read_workload` for the options.
 
+    `draw`: so many requests drawn from the file's, in stretches of `block_s` seconds (see `redrawn`); 0 = its own rows.
     `provenance`: that of rows saved from standard input, whose own file no longer tells.
     """
 
@@ -40,6 +41,8 @@ class FileSource(Config):
     max_tokens: Cap | None = None
     first: Annotated[int, Field(ge=0)] = 0
     seed: Seed = 0
+    draw: Annotated[int, Field(ge=0, le=10**8)] = 0
+    block_s: Annotated[float, Field(gt=0, le=10**9)] = 60.0
     provenance: dict[str, Annotated[tuple[str, str], Field(strict=False)]] = Field(default_factory=dict)
 
     def load(self, opened: Source | None = None) -> Workload:
@@ -53,7 +56,9 @@ class FileSource(Config):
             first=self.first,
             seed=self.seed,
         )
-        return replace(workload, provenance=dict(self.provenance)) if self.provenance else workload
+        if self.provenance:
+            workload = replace(workload, provenance=dict(self.provenance))
+        return redrawn(workload, self.draw, self.block_s, self.seed) if self.draw else workload
 
     def moved(self, move: Callable[[str], str]) -> FileSource:
         """The same with other paths to the same files."""

@@ -145,7 +145,7 @@ class Gap(NamedTuple):
     before: float
     own: float
     limit: float
-    count: Count
+    said: Count
 
 
 def gaps(counts: Sequence[Count], charges: NDArray[np.float64], provider: ProviderConfig) -> Iterator[Gap]:
@@ -191,7 +191,7 @@ def takings(counts: Sequence[Count], charges: NDArray[np.float64], provider: Pro
     owed = [0.0, 0.0]
     for gap in gaps(counts, charges, provider):
         # A refusal that counts fills the bucket: how full it was before nobody can tell.
-        if gap.count.let_in or not provider.failed_requests_count:
+        if gap.said.let_in or not provider.failed_requests_count:
             taken = max(0.0, gap.more - owed[gap.d])
             owed[gap.d] = max(0.0, owed[gap.d] - gap.more)
             found += _spread(gap.d, taken, gap.since_s, gap.at_s)

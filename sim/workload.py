@@ -421,3 +421,45 @@ def resampled(workload: Workload, count: int, seed: int = 0) -> Workload:
             "requests": (ASSUMED, f"{count:,} drawn with replacement from {len(workload):,}, whole rows"),
         },
     )
+
+
+def redrawn(workload: Workload, count: int, block_s: float, seed: int = 0) -> Workload:
+    """`count` whole rows as another day like this one might bring them: stretches of `block_s` seconds, drawn whole.
+
+    Bursts and slow drift stay as they are within a stretch. Drawn in two stages: first as many stretches as the log
+    has, anew, then the rows from those: what is drawn differs from the log as much as the log itself may differ from
+    its own kind (a nested bootstrap). Without arrivals a stretch is as many rows as come to 16 in the log. A stretch
+    may begin anywhere and goes on at the beginning behind the end (circular block bootstrap, Politis and Romano, 1992).
+    """
+    if not len(workload):
+        raise BadInput("an empty workload cannot be drawn from: give one with at least one request")
+    n = len(workload)
+    at_s = workload.arrival_s if workload.has_arrivals else np.arange(n, dtype=np.float64)
+    span = float(at_s[-1]) + (float(at_s[-1]) / max(1, n - 1) or 1.0)
+    length = min(span, block_s) if workload.has_arrivals else min(span, max(1.0, n / 16.0))
+    anchors = max(1, round(span / length))
+    starts = uniforms(seed, anchors, RESAMPLE) * span
+    rows: list[NDArray[np.int64]] = []
+    times: list[Real] = []
+    drawn, total = 0, 0
+    # Stretches may be empty, but on average they are not: bounded all the same.
+    limit = anchors + 64 * (1 + math.ceil(count * length / max(1e-9, n)) + math.ceil(count / n) * anchors)
+    while total < count and drawn < limit:
+        pick = keyed_uniform(seed, drawn, 1, RESAMPLE)
+        start = float(starts[min(anchors - 1, int(pick * anchors))])
+        for low, high, shift in ((start, min(span, start + length), 0.0), (0.0, start + length - span, span)):
+            i = np.arange(np.searchsorted(at_s, low), np.searchsorted(at_s, high)) if high > low else np.empty(0, int)
+            rows.append(i)
+            times.append(at_s[i] + shift - start + drawn * length)
+            total += len(i)
+        drawn += 1
+    picked = np.concatenate(rows)[:count].astype(np.int64)
+    arrival_s = np.concatenate(times)[:count]
+    return (
+        replace(workload, custom_ids=None)
+        .take(picked)
+        .with_(
+            arrival_s=arrival_s - arrival_s[0] if workload.has_arrivals else constant(0.0, len(picked), np.float64),
+            provenance={"requests": (ASSUMED, f"{len(picked):,} drawn from {n:,}, in stretches of {length:,.3g} s")},
+        )
+    )

@@ -1,0 +1,248 @@
+"""Is what `calibrate` says true? Logs of known providers, and the halves of real traces.
+
+Round trip: a provider, a workload and arrivals are drawn, a run against them is simulated and written as a log, and
+`calibrate` reads the log. A scenario is recovered when every figure that it states lies in its interval (or, for rules,
+is the true one), and nothing true is missing that this log could tell.
+
+Halves: from the first half of a real trace the tokens per minute of the second are forecast, and the makespan of its
+requests under a limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import random
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from governor.policy import Policy
+from sim import calibrate as cal
+from sim.calibrate import Calibration, calibrate, outlook, read_sources, tokens_per_min
+from sim.document import ModelSource
+from sim.driver import Job, Simulation
+from sim.engines import simulated
+from sim.experiment import case_of
+from sim.provider_config import ProviderConfig
+from sim.readers import Source, read_workload
+from sim.scenario import Scenario
+from sim.workload import Workload
+
+DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "azure-llm-2023"
+OUTCOMES = ("ok", "throttled", "quota", "too_large", "slow_down", "server_error", "dropped", "timeout")
+RULES = ("prompt_plus_max", "max_of", "responses", "auto")
+Z95 = 1.6448536269514722
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A scenario with its truth by figure."""
+
+    scenario: Scenario
+    truth: dict[str, Any]
+
+
+def drawn(seed: int, requests: int = 0) -> Known:
+    """A known provider and a workload that arrives over time, at a load below the limit."""
+    rng = random.Random(seed)
+    prompt, output = (rng.uniform(200, 1_500), rng.uniform(1.5, 4.0)), (rng.uniform(60, 300), rng.uniform(1.5, 4.0))
+    cap = rng.choice([400, 800, 1_500])
+    rule, settles = rng.choice(RULES), rng.random() < 0.4
+    share = rng.choice([0.0, rng.uniform(0.1, 0.3)])
+    rate = rng.uniform(0.5, 2.0)
+    # A third of them asks for more than there is, and is refused.
+    load = (rng.uniform(1.05, 1.25) if seed % 3 == 0 else rng.uniform(0.75, 0.95)) - share
+    late = {
+        "first_token_s": rng.uniform(0.2, 1.5),
+        "per_token_s": rng.uniform(0.005, 0.03),
+        "sigma": rng.uniform(0.08, 0.35),
+        "stall_ratio": rng.choice([0.0, rng.uniform(0.005, 0.03)]),
+    }
+    provider = ProviderConfig(
+        tpm=1_000_000,
+        rpm=0,
+        charge_rule=rule,
+        settles=settles,
+        failed_requests_count=rng.random() < 0.5,
+        retry_after=rng.choice(["ms", "seconds", "absent"]),
+    ).with_(
+        cotenant={"share": share, "burst_s": 0.0, "period_s": 0.0},
+        faults={"error_ratio": rng.choice([0.0, 0.02]), "drop_ratio": rng.choice([0.0, 0.01]), "refusal_s": 0.08},
+        latency=late,
+    )
+    source = ModelSource(
+        requests=requests or rng.randint(400, 900),
+        prompt_tokens=(prompt[0], prompt[0] * prompt[1]),
+        output_tokens=(output[0], output[0] * output[1]),
+        max_tokens=cap,
+        arrival_rate_per_s=rate,
+        seed=seed,
+    )
+    # Unlimited on our side, so that refusals occur: what they say is to be learnt, too.
+    policy = Policy.preset("paceline").with_(
+        tpm_limit=10**9,
+        rpm_limit=0,
+        max_concurrency=200,
+        stagger_seconds=0.0,
+        sync_headers=False,
+        hold_on_throttle=False,
+    )
+    # Busy, but not for ever: what the bucket gives is what these requests count, and others, in about so many minutes.
+    scenario = Scenario.of(source, provider=provider, policy=policy, arrivals="trace", seed=seed)
+    c = scenario.columns()
+    counted = np.minimum(c.charge, c.prompt_tokens + np.minimum(c.output_tokens, cap)) if settles else c.charge
+    tpm = int(max(counted.mean() * rate * 60.0 / load, 1.2 * c.charge.max()))
+    provider = provider.with_(tpm=tpm)
+    truth = {
+        "tokens per minute": provider.tpm,
+        "charge rule": rule,
+        "settles": settles,
+        "share of others": share,
+        "refusals count": provider.failed_requests_count,
+        "Retry-After": provider.retry_after,
+        "refusal": 0.08,
+        "server errors": provider.faults.error_ratio,
+        "dropped": provider.faults.drop_ratio,
+        "first token": late["first_token_s"],
+        "per output token": late["per_token_s"],
+        "noise (sigma)": late["sigma"],
+        "stalls": late["stall_ratio"],
+        "arrivals": rate,
+        "burstiness (CV of gaps)": 1.0,
+        "prompt tokens P50": prompt[0],
+        "prompt tokens P95": prompt[0] * prompt[1],
+        "output tokens P50": output[0],
+    }
+    if cap > output[0] * output[1]:
+        truth["output tokens P95"] = output[0] * output[1]
+    return Known(scenario.with_(provider=provider), truth)
+
+
+HEADER = (
+    *("custom_id", "prompt_tokens", "output_tokens", "max_tokens", "arrival_s", "launched_s", "finished_s", "outcome"),
+    *("retry_after_s", "limit_tokens", "remaining_tokens", "limit_requests", "remaining_requests"),
+)
+
+
+class _Heard(Simulation):
+    """A run whose attempts keep what their headers stated, though the law does not look at them."""
+
+    def _answer(self, job: Job, key: int, now: float) -> tuple[int, float, int, float]:
+        answer = super()._answer(job, key, now)
+        job.stated = self._stated(job)
+        return answer
+
+
+def write_log(scenario: Scenario, path: Path) -> Path:
+    """Simulates the scenario and writes a log of its attempts as a program might: one row each, with its headers."""
+    workload = scenario.workload
+    rows: list[tuple[Any, ...]] = []
+
+    def take(job: Job, now: float, code: str) -> None:
+        ok = OUTCOMES[job.outcome] == "ok"
+        heard = OUTCOMES[job.outcome] in ("ok", "throttled", "slow_down", "server_error")
+        limit, left, _, requests, requests_left = job.stated if heard else (-1.0, -1.0, -1, -1.0, -1.0)
+        i = job.index
+        rows.append(
+            (
+                *(f"q-{i}", int(workload.prompt_tokens[i]), int(job.output) if ok else "", int(workload.max_tokens[i])),
+                *(workload.arrival_s[i], job.launched_s, now, OUTCOMES[job.outcome]),
+                job.retry_after_s if job.retry_after_s >= 0.0 else "",
+                *(limit, left, requests or -1.0, requests_left if requests else -1.0),
+            )
+        )
+
+    case = case_of(scenario)
+    _Heard(
+        case.columns, case.params, case.provider, seed=scenario.seed, from_trace=case.from_trace, on_attempt=take
+    ).run()
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(HEADER)
+        writer.writerows(rows)
+    return path
+
+
+def misses(found: Calibration, truth: dict[str, Any]) -> list[str]:
+    """The figures that are stated and wrong, in words."""
+    wrong = []
+    for name, true in truth.items():
+        figure = found[name]
+        if not figure.known:
+            continue
+        if figure.low is None or figure.high is None:
+            alike = next((rule.alike for rule in found.quota.rules if rule.rule == figure.value), ())
+            if figure.value != true and true not in alike:
+                wrong.append(f"{name} {figure.value}, true {true} ({figure.how})")
+        elif not figure.low - 1e-9 <= true <= figure.high + 1e-9:
+            wrong.append(f"{name} {figure.value:.4g} [{figure.low:.4g}, {figure.high:.4g}], true {true:.4g}")
+    return wrong
+
+
+def round_trips(count: int, folder: Path, requests: int = 0, first_seed: int = 1) -> tuple[int, int, list[str]]:
+    """(recovered, figures that were told, what was missed) over `count` drawn scenarios."""
+    recovered, told, missed = 0, 0, []
+    for seed in range(first_seed, first_seed + count):
+        known = drawn(seed, requests)
+        found = calibrate(read_sources([str(write_log(known.scenario, folder / f"log-{seed}.csv"))], {}))
+        wrong = misses(found, known.truth)
+        recovered += not wrong
+        told += sum(found[name].known for name in known.truth)
+        missed += [f"seed {seed}: {text}" for text in wrong]
+    return recovered, told, missed
+
+
+def halves(name: str, limit: int, *, draws: int = cal.DRAWS) -> dict[str, tuple[float, float, float]]:
+    """Forecast from the first half of an Azure trace, against the second: figure -> (low, high, outcome)."""
+    trace = read_workload(Source.open(DATA / f"AzureLLMInferenceTrace_{name}.csv"))
+    half = len(trace) // 2
+    first = trace.take(np.arange(half))
+    second = trace.take(np.arange(half, len(trace)))
+    second = second.with_(arrival_s=second.arrival_s - second.arrival_s[0])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "first.csv"
+        _save(first, path)
+        found = calibrate(read_sources([str(path)], {}), base=ProviderConfig(tpm=limit))
+    policy = Policy.preset("paceline").with_(tpm_limit=limit, max_concurrency=200, stagger_seconds=0.0)
+    scenario = found.scenario.with_(policy=policy, arrivals="batch")
+    ahead = outlook(scenario, len(second), draws=draws)
+    case = case_of(scenario.with_(workload=second))
+    outcome = simulated(case, 0).summary(case.grant).makespan_s
+    assert ahead.tokens_per_min is not None
+    return {
+        "tokens/min": (*ahead.tokens_per_min[1:], tokens_per_min(second)),
+        "makespan": (*ahead.makespan_s[1:], outcome),
+    }
+
+
+def _save(workload: Workload, path: Path) -> None:
+    columns = (workload.prompt_tokens, workload.output_tokens, workload.arrival_s)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("prompt_tokens", "output_tokens", "arrival_s"))
+        writer.writerows(zip(*(column.tolist() for column in columns), strict=True))
+
+
+def main() -> None:
+    """Prints both."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--short", action="store_true", help="ten scenarios in place of fifty, fewer draws")
+    short = parser.parse_args().short
+    count = 10 if short else 50
+    with tempfile.TemporaryDirectory() as folder:
+        recovered, told, missed = round_trips(count, Path(folder))
+    for line in missed:
+        print(f"  missed: {line}")
+    print(f"round trip: {recovered} of {count} scenarios recovered whole; {told} figures told, {len(missed)} missed")
+    for name, limit in (("code", 2_000_000), ("conv", 2_000_000)):
+        for figure, (low, high, outcome) in halves(name, limit, draws=10 if short else 40).items():
+            word = "covers" if low <= outcome <= high else "MISSES"
+            print(f"azure {name}, second half: {figure} {outcome:,.0f}, forecast {low:,.0f} to {high:,.0f}: {word}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""Logs of real requests, one row per attempt, as CSV or JSONL: which column is what, and the checks of each row.
+
+What lives here: the roles that a log's columns can play, the names by which they are known, and `LogRows`, which checks
+row by row. What must not: exports of spans (`spans`, which makes such rows), traces of bare token counts (`traces`).
+
+Theory of operation. Everything passes through one check, and every complaint is one line, `file:line:`, that names the
+column, the value and the remedy. A time may be a date, seconds since 1970 in s, ms, us or ns, or seconds since any
+beginning; a column says its unit with `:ms`, or by a name that ends in `_ms`. One whose values are of two units is
+refused, as is a time that is negative or that ends before it begins: a fit of such rows would be wrong without a sign.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from governor.errors import BadInput, BadSetting, quoted
+from governor.requests import read_results
+from sim.observed import ANSWERED, OTHER, REFUSED, SERVER_FAULT, Observed, observed_of, refused_by
+from sim.readers import BATCH, TRACE_JSONL, Source
+from sim.trace_columns import UNITS, is_absent, moment_of, number_of, text_of, whole_of
+from sim.traces import csv_rows, header_of, json_rows
+
+WHOLES = ("prompt", "output", "max_tokens", "chars", "role_chars", "messages", "images", "tools", "n")
+DURATIONS = ("latency", "first_token", "processing", "retry_after")
+MOMENTS = ("arrival", "launched", "finished")
+COUNTS = ("limit_tokens", "remaining_tokens", "limit_requests", "remaining_requests")
+TEXTS = ("id", "model", "endpoint", "outcome", "status", "lane")
+ROLES = (*WHOLES, *DURATIONS, *MOMENTS, *COUNTS, *TEXTS)
+
+# Names by which a role is known without a mapping, the first that is there: ours, then those of public formats.
+KNOWN: dict[str, tuple[str, ...]] = {
+    "prompt": ("prompt_tokens", "input_tokens", "ContextTokens", "num_prefill_tokens", "input_length"),
+    "output": ("output_tokens", "completion_tokens", "GeneratedTokens", "num_decode_tokens", "output_length"),
+    "arrival": ("arrival_s", "submitted_s", "TIMESTAMP", "arrived_at", "timestamp"),
+    "launched": ("launched_s", "start_time", "startTime", "started_at"),
+    "finished": ("finished_s", "end_time", "endTime", "finished_at"),
+    "latency": ("latency_s", "latency_ms", "duration_ms", "latency", "duration"),
+    "first_token": ("first_token_s", "ttft_s", "ttft_ms"),
+    "processing": ("processing_s", "openai-processing-ms"),
+    "retry_after": ("retry_after_s", "retry-after"),
+    "id": ("custom_id", "request_id", "id"),
+    "status": ("status", "status_code"),
+    "max_tokens": ("max_tokens", "max_completion_tokens", "max_output_tokens"),
+    "limit_tokens": ("limit_tokens", "x-ratelimit-limit-tokens"),
+    "remaining_tokens": ("remaining_tokens", "x-ratelimit-remaining-tokens"),
+    "limit_requests": ("limit_requests", "x-ratelimit-limit-requests"),
+    "remaining_requests": ("remaining_requests", "x-ratelimit-remaining-requests"),
+    **{role: (role,) for role in ("model", "endpoint", "outcome", "lane", *WHOLES[3:])},
+}
+# No answer takes longer: the longest time-out in use is 600 s. Above it, some other unit was read.
+LATENCY_MAX_S = 900.0
+# Nor so many times the median of its log, below which seconds among milliseconds lie.
+LATENCY_RATIO_MAX = 500.0
+_CLASSES = (("ns", 1e17), ("us", 1e14), ("ms", 1e11))
+
+
+def roles_of(names: list[str], chosen: Mapping[str, str], source: str) -> dict[str, tuple[str, str]]:
+    """Role -> (column, unit of time or ""): what the user chose, then the names that are known."""
+    found = ", ".join(quoted(name, 30) for name in names[:12]) + (", ..." if len(names) > 12 else "")
+    roles: dict[str, tuple[str, str]] = {}
+    for role, wanted in chosen.items():
+        if role not in ROLES:
+            close = difflib.get_close_matches(role, ROLES, 1)
+            meant = f"did you mean {close[0]}?" if close else f"use {', '.join(ROLES)}"
+            raise BadSetting(f"--columns: there is no {quoted(role)}: {meant}", "--columns")
+        name, colon, unit = wanted.rpartition(":")
+        if not (colon and name and unit in UNITS and role in DURATIONS + MOMENTS):
+            name, unit = wanted, ""
+        if name not in names:
+            raise BadInput(f"there is no column {quoted(name)} for {role}: found {found}", source, 1)
+        roles[role] = name, unit
+    taken = {name for name, _ in roles.values()}
+    for role, known in KNOWN.items():
+        there = next((name for name in known if name in names and name not in taken), None)
+        if role not in roles and there is not None:
+            roles[role] = there, ""
+            taken.add(there)
+    missing = [role for role in ("prompt", "output") if role not in roles]
+    if missing:
+        remedy = ",".join(f"{role}=NAME" for role in missing)
+        what = " and ".join(missing)
+        raise BadInput(f"no column of {what} tokens: found {found}; name it: --columns {remedy}", source, 1)
+    return {role: (name, unit or _named_unit(role, name)) for role, (name, unit) in roles.items()}
+
+
+def _named_unit(role: str, name: str) -> str:
+    """The unit that a column's name states; durations are seconds otherwise, moments what their values show."""
+    ending = re.search(r"[-_](ms|us|ns|s)$", name)
+    return ending[1] if ending and role in DURATIONS + MOMENTS else "s" if role in DURATIONS else ""
+
+
+class LogRows:
+    """Rows checked one by one; `columns()` are what `observed_of` takes. `source`: the name in complaints."""
+
+    def __init__(self, roles: Mapping[str, tuple[str, str]], source: str) -> None:
+        self.roles = dict(roles)
+        self.source = source
+        self.lines: list[int] = []
+        self.units: dict[str, str] = {}
+        self.values: dict[str, list[Any]] = {role: [] for role in self.roles}
+        self.kinds: list[int] = []
+
+    def add(self, row: Mapping[str, Any], line: int) -> None:
+        """Takes one row; BadInput names the line, the column and the value."""
+        taken: dict[str, Any] = {}
+        for role, (name, unit) in self.roles.items():
+            value = row.get(name)
+            if is_absent(role, value) or (role not in TEXTS and number_of(value) == -1.0):
+                taken[role] = "" if role in ("id", "model", "outcome", "status", "lane") else -1
+                continue
+            try:
+                taken[role] = self._checked(role, unit, value)
+            except ValueError as error:
+                raise BadInput(f"column {quoted(name)}: {quoted(value)} {error}", self.source, line) from None
+        kind = _kind_of(taken)
+        if kind == ANSWERED and (taken["prompt"] < 0 or taken["output"] < 0):
+            role = "prompt" if taken["prompt"] < 0 else "output"
+            raise BadInput(f"column {quoted(self.roles[role][0])} has no value here", self.source, line)
+        self._check_order(taken, line)
+        for role, value in taken.items():
+            self.values[role].append(value)
+        self.kinds.append(kind)
+        self.lines.append(line)
+
+    def _checked(self, role: str, unit: str, value: object) -> Any:
+        if role in WHOLES:
+            return whole_of(role, value)
+        if role == "endpoint":
+            return text_of(role, value)
+        if role in TEXTS:
+            return str(value)
+        if role in MOMENTS:
+            return self._moment(role, unit, value)
+        number = number_of(value)
+        if number is None:
+            raise ValueError("is not a number: write it in the column's unit, without one of its own")
+        if number < 0.0:
+            raise ValueError("is negative" if role in COUNTS else "is a negative time")
+        return number * UNITS[unit] if role in DURATIONS else number
+
+    def _moment(self, role: str, unit: str, value: object) -> float:
+        is_date, number = moment_of(value)
+        if number < 0.0:
+            raise ValueError("is a negative time")
+        seen = "date" if is_date else unit or next((u for u, least in _CLASSES if number >= least), "s")
+        first = self.units.setdefault(role, seen)
+        if seen != first:
+            raise ValueError(f"is in {_unit_words(seen)} among values in {_unit_words(first)}: one unit per column")
+        return number / 1e6 if is_date else number * UNITS[seen]
+
+    def _check_order(self, taken: Mapping[str, Any], line: int) -> None:
+        begun = taken.get("launched", -1)
+        ended = taken.get("finished", -1)
+        if begun < 0 or ended < 0:
+            return
+        name, first = self.roles["finished"][0], self.roles["launched"][0]
+        if ended < begun:
+            text = f"column {quoted(name)}: it ended {begun - ended:,.6g} s before it began (column {quoted(first)})"
+            raise BadInput(text, self.source, line)
+        took = taken.get("latency", -1)
+        measured = ended - begun
+        if took > 0 and measured > 0 and not 0.02 < took / measured < 50.0:
+            column = self.roles["latency"][0]
+            text = (
+                f"column {quoted(column)}: {took:,.6g} s, but {quoted(first)} to {quoted(name)} is {measured:,.6g} s: "
+                f"mixed units? name the unit: --columns latency={column}:ms"
+            )
+            raise BadInput(text, self.source, line)
+
+    def columns(self) -> dict[str, list[Any]]:
+        """The columns by role, `kind` among them. BadInput for a duration that no request can have taken."""
+        if not self.lines:
+            raise BadInput("no rows in it", self.source)
+        for role in ("latency", "first_token"):
+            if role in self.values:
+                self._check_durations(role)
+        found = {role: values for role, values in self.values.items() if role not in ("outcome", "status", "lane")}
+        found["kind"] = self.kinds
+        if "lane" in self.values:
+            found["finalize"] = [float(lane == "finalize") for lane in self.values["lane"]]
+        return found
+
+    def _check_durations(self, role: str) -> None:
+        values = np.array(self.values[role], np.float64)
+        known = values[values > 0.0]
+        if not len(known):
+            return
+        name = self.roles[role][0]
+        most = min(LATENCY_MAX_S, LATENCY_RATIO_MAX * float(np.median(known)))
+        worst = int(np.argmax(values))
+        if values[worst] > most:
+            text = (
+                f"column {quoted(name)}: {values[worst]:,.6g} s, where the median is {np.median(known):,.6g} s: mixed "
+                f"units, or not in seconds? name the unit: --columns {role}={name}:ms"
+            )
+            raise BadInput(text, self.source, self.lines[worst])
+
+
+def _unit_words(unit: str) -> str:
+    return "dates" if unit == "date" else f"seconds since 1970 in {unit}" if unit != "s" else "seconds"
+
+
+def _kind_of(taken: Mapping[str, Any]) -> int:
+    """What became of a row: by our own word, else by the status; one that says neither was answered."""
+    outcome, status = taken.get("outcome", ""), str(taken.get("status", "")).strip().lower()
+    if outcome:
+        return refused_by(outcome)
+    number = number_of(status)
+    if number is not None:
+        code = int(number)
+        return ANSWERED if 200 <= code < 300 else REFUSED if code == 429 else SERVER_FAULT if code >= 500 else OTHER
+    return OTHER if status in ("failure", "error", "failed") else ANSWERED
+
+
+# ---------------------------------------------------------------- files
+
+
+def of_log(source: Source, columns: Mapping[str, str]) -> Observed:
+    """The attempts of a CSV or JSONL log. BadInput and BadSetting, in one line, for the first thing that is wrong."""
+    rows: LogRows | None = None
+    lines: Iterable[tuple[int, Mapping[str, Any]]]
+    if source.kind() == TRACE_JSONL:
+        lines = json_rows(source)
+    else:
+        names, separator, header = header_of(source)
+        rows = LogRows(roles_of(names, columns, source.name), source.name)
+        lines = csv_rows(source, names, separator, header)
+    for line, row in lines:
+        if rows is None:
+            rows = LogRows(roles_of(list(row), columns, source.name), source.name)
+        rows.add(row, line)
+    if rows is None:
+        raise BadInput("no rows in it", source.name)
+    return observed_of(source.label, rows.columns(), source=source.name)
+
+
+def of_results(source: Source) -> Observed:
+    """The answers in a file of batch output, OpenAI's or ours: token counts, and nothing of time."""
+    assert source.kind() in (BATCH, TRACE_JSONL)
+    rows: dict[str, list[Any]] = {"id": [], "prompt": [], "output": [], "kind": []}
+    with source.stream() as stream:
+        for result in read_results(stream, source.name):
+            answered = result.output_tokens >= 0 and (result.status == 0 or 200 <= result.status < 300)
+            rows["id"].append(result.custom_id)
+            rows["prompt"].append(result.prompt_tokens)
+            rows["output"].append(result.output_tokens)
+            rows["kind"].append(ANSWERED if answered else OTHER)
+    notes = (f"{source.label}: batch output states no times and no headers: only lengths can be learnt from it",)
+    return observed_of(source.label, rows, source=source.name, notes=notes)
