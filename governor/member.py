@@ -27,7 +27,7 @@ import asyncio
 import contextlib
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -35,8 +35,22 @@ import msgpack
 
 from governor.errors import PacelineError
 from governor.law import Params
-from governor.quota import CALL, LEAVE, REPRICE, Call, Event, Image, Join, News, decide, newest, rebuilt
-from governor.store import Reading, Server, Store, StoreLostError
+from governor.quota import (
+    CALL,
+    HEAD,
+    LEAVE,
+    REPRICE,
+    Call,
+    Decided,
+    Event,
+    Image,
+    Join,
+    News,
+    begun,
+    decide,
+    newest,
+    rebuilt,
+)
 from governor.timeline import ServerClock, server_s
 from governor.verify import Numbers, numbers_of
 
@@ -50,11 +64,67 @@ AGAIN_S, AGAIN_MAX_S = 0.05, 1.0
 BATCH = 500
 
 
+class StoreLostError(Exception):
+    """The store cannot be reached, for the reason that the text says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """Who answers: an id that changes with each start of a server, and for how many seconds it has been up."""
+
+    id: bytes
+    up_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What the store held at one moment. `image`: empty = none. `leases`: until when, milliseconds since 1970."""
+
+    server_us: int
+    image: bytes
+    inbox: list[bytes]
+    leases: Mapping[str, int]
+
+
+class Store(Protocol):
+    """Keeps one pool for its owners. All methods raise StoreLostError where it is away, PacelineError for good."""
+
+    @property
+    def place(self) -> str:
+        """Where it is, for people."""
+
+    async def connect(self) -> Server:
+        """Connects anew; who answers."""
+
+    async def close(self) -> None:
+        """Closes all connections."""
+
+    async def tell(self, batch: bytes) -> Reading:
+        """Appends the batch to the inbox if this server holds an image, renews the owner's lease, and reads."""
+
+    async def replace(
+        self, head: bytes, image: bytes, taken: int, news: Mapping[tuple[str, int], bytes], gone: Sequence[str]
+    ) -> Reading | None:
+        """Puts the image in the place of the one named by `head`, and tells the owners; else a reading: too late.
+
+        `taken`: batches of the inbox that it has in it, -1 = all, whatever they are. `news`: by owner and entry.
+        """
+
+    async def muster(self, record: bytes) -> tuple[Reading, dict[str, bytes]]:
+        """Leaves a record for whoever rebuilds the image; what all have left. None at all where that is done.
+
+        Beside the owners' stands, under "", when the first came: milliseconds since 1970.
+        """
+
+    async def news(self, entry: int) -> list[bytes]:
+        """Waits for news of this entry, for a while; what came, oldest first."""
+
+
 @dataclass(frozen=True, slots=True)
 class Standing:
     """What a process says of itself when it enters: permits, open finalize passes, what waits, and what it launched.
 
-    `used`: tokens in use as it knows; `launches`: see `Join`.
+    `launches`, `used`, `before`: see `Join`.
     """
 
     holds: int
@@ -62,6 +132,7 @@ class Standing:
     wants: list[Event]
     launches: list[tuple[int, int, float, int, float, float]]
     used: float
+    before: tuple[float, ...]
 
 
 class Host(Protocol):
@@ -78,8 +149,11 @@ class Host(Protocol):
     def news(self, news: News) -> None:
         """What another process decided for it."""
 
-    def decided(self, params: Params, before: Numbers, calls: list[Call]) -> None:
-        """This process has decided: under which settings, on which state, by which calls. Only if it `records`."""
+    def decided(self, params: Params, before: Numbers, image: Image, calls: list[Call]) -> None:
+        """This process has decided: under which settings, on which state, by which calls, with which outcome.
+
+        Only if it `records`.
+        """
 
     def missed(self, why: str) -> None:
         """The store cannot be reached: nothing is launched."""
@@ -106,7 +180,6 @@ class Member:
         *,
         clock: ServerClock,
         lease_s: float = LEASE_S,
-        known: Image | None = None,
     ) -> None:
         self.owner = os.urandom(6).hex()
         self.clock = clock
@@ -115,7 +188,7 @@ class Member:
         self._host = host
         self._store = store(self.owner)
         self._lease_s = lease_s
-        self._known = known
+        self._known = b""  # the newest image that was in the store, as far as we know
         self._params: tuple[float, ...] | None = packed_params(params)  # to be stated at the next entry
         self._lineage = int.from_bytes(os.urandom(7))
         self._loop = asyncio.get_running_loop()
@@ -186,14 +259,14 @@ class Member:
                 self.is_in, server = False, None
                 if not self._is_away:
                     self._is_away = True
-                    self._host.missed(f"Redis at {self._store.place} cannot be reached ({error})")
+                    self._host.missed(f"{self._store.place} cannot be reached ({error})")
                 await asyncio.sleep(again_s * self.clock.scale)
                 again_s = min(2.0 * again_s, AGAIN_MAX_S)
             except PacelineError as error:
                 self._host.failed(error)
                 return
             except ValueError as error:
-                self._host.failed(PacelineError(f"Redis at {self._store.place}: {error}"))
+                self._host.failed(PacelineError(f"{self._store.place}: {error}"))
                 return
 
     async def _both(self) -> None:
@@ -243,9 +316,9 @@ class Member:
         reading = await self._store.tell(msgpack.packb(batch) if batch else b"")
         while True:
             now = self.clock.heard(reading.server_us, asked_at, self._loop.time())
-            image = self._image_of(reading)
             leases = self._leases(reading)
-            is_ours = self._takes_over(image)
+            image = self._image_of(reading)
+            is_ours = self._takes_over(image, reading.image)
             if join is None and not is_ours:
                 raise _EnterError
             if is_ours and not reading.inbox and not image.is_due(now) and not image.lapsed(leases, now):
@@ -254,27 +327,31 @@ class Member:
             head, params = image.head, image.p
             before = numbers_of((image.s,)) if self._host.records else ()
             batches = [tuple(msgpack.unpackb(each)) for each in reading.inbox]
+            self.image = None  # what is being decided is nobody's image yet
             decided = decide(image, batches, leases, now, self._lease_s * self.clock.scale)
             asked_at = self._loop.time()
-            late = await self._replace(head, image, decided.news, len(reading.inbox), decided.gone)
+            late = await self._replace(head, image, len(reading.inbox), decided, params, before)
             if late is None:
-                self._takes_over(image)
-                if self._host.records:
-                    self._host.decided(params, before, decided.calls)
-                self._host.heard(image, decided.news.get(self.owner))
                 return
             reading = late
 
     async def _replace(
-        self, head: bytes, image: Image, news: dict[str, News], taken: int, gone: list[str]
+        self, head: bytes, image: Image, taken: int, decided: Decided, params: Params, before: Numbers
     ) -> Reading | None:
-        """Puts the image into the store; None = done, else what was there instead."""
+        """Puts a decision into the store; None = done and heard of, else what was there instead."""
         others = {
             (name, image.owners[name].joined): each.encoded()
-            for name, each in news.items()
+            for name, each in decided.news.items()
             if name != self.owner and name in image.owners
         }
-        return await self._store.replace(head, image.encoded(), taken, others, gone)
+        data = image.encoded()
+        late = await self._store.replace(head, data, taken, others, decided.gone)
+        if late is None:
+            self._takes_over(image, data)
+            if self._host.records:
+                self._host.decided(params, before, image, decided.calls)
+            self._host.heard(image, decided.news.get(self.owner))
+        return late
 
     def _image_of(self, reading: Reading) -> Image:
         if not reading.image:
@@ -287,16 +364,16 @@ class Member:
     def _leases(self, reading: Reading) -> dict[str, float]:
         return {name: server_s(until * 1000, self.clock.scale) for name, until in reading.leases.items()}
 
-    def _takes_over(self, image: Image) -> bool:
+    def _takes_over(self, image: Image, data: bytes) -> bool:
         """Keeps an image, and forgets the events that are in it; whether it has us in it, as of our latest entry."""
         own = image.owners.get(self.owner)
         if own is None or own.gone_at >= 0.0 or own.joined != self._entry:
             if self._leaving and own is None:
                 self._unheard.clear()
-                self.image = self._known = image
+                self.image, self._known = image, data
                 return True
             return False
-        self.image = self._known = image
+        self.image, self._known = image, data
         while self._unheard and self._unheard[0][0] <= own.last:
             self._unheard.popleft()
         return True
@@ -310,13 +387,14 @@ class Member:
             reading = await self._store.tell(b"")
             if not reading.image or Image.decoded(reading.image).server != server.id:
                 await self._muster(server, reading.image)
-            join = self._join()
+                reading = await self._store.tell(b"")
             try:
-                await self._turn(join)
+                if not self._takes_over(self._image_of(reading), reading.image):
+                    await self._turn(self._join())
             except _EnterError:
                 continue  # lost again in this moment
             own = self.image.owners.get(self.owner) if self.image is not None else None
-            if own is not None and own.joined == join.number:
+            if own is not None and own.joined == self._entry:
                 self._entered()
                 return
         raise StoreLostError("it changes faster than anybody can enter")
@@ -325,7 +403,7 @@ class Member:
         """All that is to be said of this process, as its next entry."""
         self._entry += 1
         self._sent = self._number
-        known = self._known
+        known = Image.decoded(self._known) if self._known else None
         standing = self._host.standing(known)
         return Join(
             number=self._entry,
@@ -338,6 +416,7 @@ class Member:
             launches=standing.launches,
             lineage=known.lineage if known is not None else self._lineage,
             used=standing.used,
+            before=standing.before,
         )
 
     def _entered(self) -> None:
@@ -352,10 +431,7 @@ class Member:
     async def _muster(self, server: Server, stale: bytes) -> None:
         """Meets the others, and sees to it that the pool is rebuilt."""
         join = self._join()
-        if join.params is None and self._known is None:
-            raise StoreLostError("nobody knows this pool's settings")
-        known = self._known.encoded() if self._known is not None else b""
-        record = msgpack.packb([join.packed(), known])
+        record = msgpack.packb([join.packed(), self._known])
         while True:
             asked_at = self._loop.time()
             reading, records = await self._store.muster(record)
@@ -370,10 +446,16 @@ class Member:
             waited_s = (reading.server_us / 1000 - began_ms) / 1000
             if _complete(images, entries) or waited_s >= MUSTER_S or (not images and server.up_s >= MUSTER_S):
                 joins = {name: entry for name, (entry, _) in entries.items()}
-                image, decided = rebuilt(joins, images, server.id, now, self._lease_s * self.clock.scale)
-                await self._replace(reading.image[:56], image, decided.news, -1, decided.gone)
+                await self._rebuild(joins, images, reading, now)
                 return
             await asyncio.sleep(MUSTER_TICK_S * self.clock.scale)
+
+    async def _rebuild(self, joins: dict[str, Join], images: list[Image], reading: Reading, now: float) -> None:
+        """Makes the pool again, unless somebody is quicker."""
+        best = newest(images) or begun(joins, now)
+        params, before = best.p, numbers_of((best.s,))
+        image, decided = rebuilt(joins, best, self._server_id, now, self._lease_s * self.clock.scale)
+        await self._replace(reading.image[: HEAD.size], image, -1, decided, params, before)
 
 
 def packed_params(params: Params) -> tuple[float, ...]:

@@ -172,12 +172,12 @@ def governor_of(
     params = pool.policy.params()
     if not manner.redis:
         return Governor(params, seed=seed, observer=observer, pool=pool.name, **continued)
-    from governor.shared import SharedGovernor  # Redis is an extra
+    from governor.shared import SharedGovernor  # what these two need is an extra
+    from governor.store import in_redis
 
     return SharedGovernor(
         params,
-        url=manner.redis,
-        key=pool_key(pool),
+        store=in_redis(manner.redis, pool_key(pool), scale=manner.time_scale),
         say=say,
         time_scale=manner.time_scale,
         seed=seed,

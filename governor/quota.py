@@ -21,6 +21,7 @@ import struct
 from bisect import insort
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from math import inf
 from typing import Any
 
@@ -39,6 +40,8 @@ HEAD = struct.Struct(">40sQQ")
 FORMAT = 1
 # An owner that has gone is remembered for so many leases, so that what it reported counts once should it come back.
 REMEMBERED_LEASES = 60.0
+# So many rounds an owner may make up for that it came late to.
+CREDIT = 20
 UNTOLD = ("", 0, inf, law.NOTHING)
 
 Call = tuple[str, tuple[Any, ...], Any]
@@ -91,7 +94,8 @@ class Join:
     `number`: of this entry. `last`: of its newest event. `params`: its settings, where they are to count for the pool.
     `calls`: events since the last one that it knows to be in an image, numbered. `wants`: its attempts that wait.
     `launches`: its launches that an image may lack: incarnation, version, reserve, standing, time, u. `lineage`,
-    `used`: the pool that it knew, and the tokens in use there.
+    `used`: the pool that it knew, and the tokens in use there. `before`: in use by dimension of the law when an earlier
+    run of this process ended, for a pool that nobody knows.
     """
 
     number: int
@@ -104,6 +108,7 @@ class Join:
     launches: list[tuple[int, int, float, int, float, float]]
     lineage: int = 0
     used: float = 0.0
+    before: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
 
     def packed(self) -> list[Any]:
         """As an event."""
@@ -137,8 +142,11 @@ class News:
         return News(*msgpack.unpackb(data))
 
 
+# Policies are few and never change in place, and every image names one.
+_known_params = lru_cache(maxsize=32)(params_of)
 _FRESH = State()
-_STATE = tuple((each.name, isinstance(getattr(_FRESH, each.name), list)) for each in fields(State))
+_STATE = tuple(each.name for each in fields(State))
+_FIRST: tuple[Any, ...] = tuple(getattr(_FRESH, name) for name in _STATE)
 
 
 @dataclass(slots=True)
@@ -175,10 +183,11 @@ class Image:
     def encoded(self) -> bytes:
         """As bytes, exactly; lists of the state that are as at first take one."""
         s = self.s
-        state = []
-        for name, is_list in _STATE:
-            value = getattr(s, name)
-            state.append(None if is_list and value == getattr(_FRESH, name) else value)
+        values = [getattr(s, name) for name in _STATE]
+        state = [
+            None if isinstance(each, list) and each == first else each
+            for each, first in zip(values, _FIRST, strict=True)
+        ]
         owners = [[name, o.joined, o.last, o.holds, o.finalizes, o.turn, o.gone_at] for name, o in self.owners.items()]
         waiters = [
             [w.owner, w.ticket, w.lane, w.attempt, w.standing, w.expected, w.reserve, w.u, w.turn] for w in self.waiters
@@ -195,17 +204,15 @@ class Image:
         if found != FORMAT:
             raise ValueError(f"another version of Paceline shares this pool (format {found}, here {FORMAT})")
         lineage, rebuilt_from, now, wake_at, cause, told, clock, turn, params, state, owners, waiters = body
-        values: dict[str, Any] = {}
-        for (name, _), value in zip(_STATE, state, strict=True):
-            values[name] = list(getattr(_FRESH, name)) if value is None else value
+        values: list[Any] = [list(first) if each is None else each for each, first in zip(state, _FIRST, strict=True)]
         return Image(
-            p=params_of(tuple(params)),
+            p=_known_params(tuple(params)),
             lineage=lineage,
             server=server.rstrip(b"\0"),
             incarnation=incarnation,
             version=version,
             rebuilt_from=rebuilt_from,
-            s=State(**values),
+            s=State(*values),
             now=now,
             wake_at=wake_at,
             cause=cause,
@@ -254,19 +261,13 @@ def decide(
     return decision.done()
 
 
-def rebuilt(
-    joins: Mapping[str, Join], images: Iterable[Image], server: bytes, now: float, lease_s: float
-) -> tuple[Image, Decided]:
+def rebuilt(joins: Mapping[str, Join], best: Image, server: bytes, now: float, lease_s: float) -> tuple[Image, Decided]:
     """The pool again, from what the living know of it: the newest of their images, and what each has done since.
 
-    `joins`: by owner, its entry. An owner of that image who is not among them may have launched what nobody knows of:
-    the rest of the budget is booked for it. Where nobody has an image the pool begins.
+    `joins`: by owner, its entry. An owner of the image who is not among them may have launched what nobody knows of:
+    the rest of the budget is booked for it. The image becomes the pool's next incarnation.
     """
-    image = newest(images)
-    if image is None:
-        first = next(join for join in joins.values() if join.params is not None)
-        assert first.params is not None
-        image = Image(params_of(tuple(first.params)), lineage=first.lineage)
+    image = best
     image.server, image.rebuilt_from = server, image.version
     image.incarnation += 1
     decision = _Decision(image, now, lease_s)
@@ -279,6 +280,20 @@ def rebuilt(
         join.launches = []
         decision.joins(name, join)
     return image, decision.done()
+
+
+def begun(joins: Mapping[str, Join], now: float) -> Image:
+    """The image of a pool that nobody knows yet: with the settings that the first of these states, and what was used
+    in their earlier runs."""
+    first = next(join for join in joins.values() if join.params is not None)
+    assert first.params is not None
+    image = Image(params_of(tuple(first.params)), lineage=first.lineage)
+    used = [sum(join.before[d] for join in joins.values()) for d in range(4)]
+    if used[law.TPM] > 0.0:
+        law.launched(image.p, image.s, used[law.TPM], RETRY, now, 0.5)
+        law.released(image.p, image.s)
+    law.day_started(image.p, image.s, used[law.TPD], used[law.RPD], now)
+    return image
 
 
 def newest(images: Iterable[Image]) -> Image | None:
@@ -340,7 +355,7 @@ class _Decision:
         """An attempt enters the queue: in its owner's next turn, or in the one that it had."""
         image = self.image
         owner = image.owners[name]
-        owner.turn = turn or max(image.turn, owner.turn) + 1
+        owner.turn = turn or max(image.turn - CREDIT, owner.turn) + 1
         insort(image.waiters, Waiter(*[name, *event[1:], owner.turn]), key=lambda w: w.key(image.p))
 
     def called(self, owner: Owner, event: Event) -> None:

@@ -30,9 +30,8 @@ from governor import law
 from governor.driver import Governor, Job, Observer
 from governor.errors import FailureCode, PacelineError
 from governor.law import FIRST, HOLDING, Params, State
-from governor.member import LEASE_S, Member, Standing
+from governor.member import LEASE_S, Member, Standing, Store
 from governor.quota import CALL, WANT, WITHDRAW, Call, Event, Image, News
-from governor.store import Store
 from governor.timeline import ServerClock, floored, moved
 from governor.verify import CALLS, PATCHED, RESTORED, SHARED, Numbers, numbers_of, patch_of
 
@@ -48,11 +47,11 @@ _TIMES = {
 
 
 class SharedGovernor(Governor):
-    """One process's part of a pool that is kept in Redis. Make it inside a running event loop; `aclose` it in the end.
+    """One process's part of a pool that others share. Make it inside a running event loop; `aclose` it in the end.
 
-    `url`, `key`: where the pool is kept, and what it is called there (see `sharing.pool_key`). `say`: told in a line
-    when the store is away, when it is back, and when another process changed the settings. `time_scale`: of the event
-    loop's clock. The settings of the latest process to come, or to be repriced, count for all. `pause` holds this
+    `store`: where the pool is kept (`store.in_redis(url, sharing.pool_key(pool))`). `say`: told in a line when the
+    store is away, when it is back, and when another process changed the settings. `time_scale`: of the event loop's
+    clock. The settings of the latest process to come, or to be repriced, count for all. `pause` holds this
     process alone. `in_flight` counts this process's permits; `s` is the pool's state when last heard of, on this run's
     timeline. Other arguments: as for `Governor`.
     """
@@ -61,8 +60,7 @@ class SharedGovernor(Governor):
         self,
         params: Params,
         *,
-        url: str,
-        key: str,
+        store: Callable[[str], Store],
         say: Callable[[str], None] = lambda line: None,
         time_scale: float = 1.0,
         lease_s: float = LEASE_S,
@@ -94,7 +92,7 @@ class SharedGovernor(Governor):
         self._offset: list[float] | None = None  # this process's clock of causes, less the pool's
         self._member = Member(
             self,
-            lambda owner: Store(url, key, owner, lease_s=lease_s, scale=time_scale),
+            store,
             params,
             clock=ServerClock(time_scale),
             lease_s=lease_s,
@@ -251,7 +249,10 @@ class SharedGovernor(Governor):
             newer = (known.incarnation, known.version)
             used += sum(launch[2] for launch in self._launches if launch[:2] > newer)
         wants = [self._want(ticket, job) for ticket, job in self._asked.items()]
-        return Standing(self._holds, self._finalizing, wants, list(self._launches), used)
+        before: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
+        if self._given is not None:
+            before = tuple(law.used_in(self.p, self._given, d, self.now()) for d in range(4))
+        return Standing(self._holds, self._finalizing, wants, list(self._launches), used, before)
 
     def heard(self, image: Image, news: News | None = None) -> None:
         """The pool as it is now, and what this process decided for itself."""
@@ -262,7 +263,7 @@ class SharedGovernor(Governor):
         version = self._heard_version = image.incarnation, image.version
         self.s = moved(image.s, -self._zero_s)
         self.s.paused = int(self._is_held)
-        if image.p != self.p and not self._member.reprices:
+        if image.p is not self.p and image.p != self.p and not self._member.reprices:
             self._say(f"pool {self.pool} is shared, and another process has changed {_differences(self.p, image.p)}")
             self._adopt(image.p)
         self._time_was(image.now, image.clock)
@@ -367,7 +368,7 @@ class SharedGovernor(Governor):
             waits_s[longest] = max(0.0, waits_s[longest] - short_s)
         return waits_s
 
-    def decided(self, params: Params, before: Numbers, calls: list[Call]) -> None:
+    def decided(self, params: Params, before: Numbers, image: Image, calls: list[Call]) -> None:
         """This process has decided: what the others changed since its last decision, then the calls of the law."""
         told = self.observer.decided
         if params != self._chain_p:
@@ -377,8 +378,6 @@ class SharedGovernor(Governor):
             self._tell(told, PATCHED, patch_of(self._chain, before), None)
         for call in calls:
             self._tell(told, *call)
-        image = self._member.image
-        assert image is not None
         self._chain, self._chain_p = numbers_of((image.s,)), image.p
 
     def missed(self, why: str) -> None:
@@ -390,7 +389,7 @@ class SharedGovernor(Governor):
 
     def back(self) -> None:
         """The pool is back, and all that waited waits there again."""
-        self._say("Redis is back")
+        self._say("the store of shared quotas is back")
 
     def failed(self, error: PacelineError) -> None:
         """The pool cannot be used at all."""

@@ -12,8 +12,7 @@ Time is the server's own: every answer states it, read within the script that it
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,6 +22,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from governor.errors import PacelineError
+from governor.member import LEASE_S, Reading, Server, StoreLostError
 from governor.quota import HEAD
 from governor.sharing import REDIS_URL, checked_redis_url
 
@@ -98,30 +98,8 @@ UNREACHABLE = (
 )
 
 
-class StoreLostError(Exception):
-    """Redis cannot be reached, for the reason that the text says."""
-
-
-@dataclass(frozen=True, slots=True)
-class Server:
-    """Who answers: an id that changes with each start of a server, and for how many seconds it has been up."""
-
-    id: bytes
-    up_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """What the store held at one moment. `image`: empty = none. `leases`: until when, milliseconds since 1970."""
-
-    server_us: int
-    image: bytes
-    inbox: list[bytes]
-    leases: Mapping[str, int]
-
-
-class Store:
-    """One process's connections to the keys of one pool. All methods raise StoreLostError, or PacelineError for good.
+class RedisStore:
+    """One process's connections to the keys of one pool: a `member.Store`.
 
     `scale`: how many times as fast as the machine's the event loop's clock runs.
     """
@@ -141,10 +119,10 @@ class Store:
 
     @property
     def place(self) -> str:
-        """Host and port, for people."""
+        """Host and port, for people; never the password."""
         parts = urlsplit(self._url)
         host, port = self._at or (parts.hostname, parts.port or 6379)
-        return f"{host}:{port}"
+        return f"Redis at {host}:{port}"
 
     async def connect(self) -> Server:
         """Connects anew; who answers."""
@@ -179,7 +157,7 @@ class Store:
         try:
             return await answer
         except (broken.AuthenticationError, broken.AuthorizationError, broken.NoPermissionError) as error:
-            raise PacelineError(f"Redis at {self.place} refuses us: {error}: look at {REDIS_URL}") from None
+            raise PacelineError(f"{self.place} refuses us: {error}: look at {REDIS_URL}") from None
         except broken.MovedError as error:
             self._at = error.host, error.port
             raise StoreLostError("the cluster keeps this pool on another node") from None
@@ -188,7 +166,7 @@ class Store:
         except broken.NoScriptError:
             raise
         except broken.RedisError as error:
-            raise PacelineError(f"Redis at {self.place}: {error}") from None
+            raise PacelineError(f"{self.place}: {error}") from None
 
     async def _run(self, script: str, keys: Sequence[str], *arguments: object) -> Any:
         client = self._client
@@ -206,33 +184,27 @@ class Store:
     # ------------------------------------------------------------ what a member does
 
     async def tell(self, batch: bytes) -> Reading:
-        """Appends the batch to the inbox if this server holds an image, renews the lease, and reads."""
+        """See `member.Store`."""
         return _reading(await self._run(_TELL, self._keys[:3], self._server, self._owner, self._lease_ms, batch))
 
     async def replace(
         self, head: bytes, image: bytes, taken: int, news: Mapping[tuple[str, int], bytes], gone: Sequence[str]
     ) -> Reading | None:
-        """Puts the image in the place of the one named by `head`, and tells the owners; else a reading: too late.
-
-        `taken`: batches of the inbox that it has in it, -1 = all, whatever they are. `news`: by owner and entry.
-        """
+        """See `member.Store`."""
         keys = [*self._keys, *(self._list(*to) for to in news)]
         rest = [len(gone), *gone, *news.values()]
         answer = await self._run(_REPLACE, keys, head, image, taken, KEPT_S, NEWS_KEPT_S, *rest)
         return None if answer == 1 else _reading(answer)
 
     async def muster(self, record: bytes) -> tuple[Reading, dict[str, bytes]]:
-        """Leaves a record for whoever rebuilds the image; what all have left. None at all where that is done.
-
-        Beside the owners' stands, under "", when the first came: milliseconds since 1970.
-        """
+        """See `member.Store`."""
         arguments = self._server, self._owner, self._lease_ms, record, NEWS_KEPT_S
         answer, pairs = await self._run(_MUSTER, self._keys, *arguments)
         names = [name.decode() for name in pairs[::2]]
         return _reading(answer), dict(zip(names, pairs[1::2], strict=True))
 
     async def news(self, entry: int) -> list[bytes]:
-        """Waits for news of this entry, for a while; what came, oldest first."""
+        """See `member.Store`."""
         client = self._blocking
         assert client is not None
         key = self._list(self._owner, entry)
@@ -251,3 +223,9 @@ def _reading(answer: Any) -> Reading:
     names = [name.decode() for name in leases[::2]]
     until = dict(zip(names, (int(float(score)) for score in leases[1::2]), strict=True))
     return Reading(int(seconds) * 1_000_000 + int(microseconds), image, inbox, until)
+
+
+def in_redis(url: str, pool: str, *, lease_s: float = LEASE_S, scale: float = 1.0) -> Callable[[str], RedisStore]:
+    """Where the pool of that name is kept: makes a member's store, given its owner's name. BadSetting for a bad URL."""
+    checked_redis_url(url)
+    return lambda owner: RedisStore(url, pool, owner, lease_s=lease_s, scale=scale)

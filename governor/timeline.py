@@ -14,7 +14,6 @@ ours that runs fast is corrected.
 from __future__ import annotations
 
 import math
-from copy import copy
 from dataclasses import fields
 from typing import Any
 
@@ -25,6 +24,7 @@ EPOCH_S = 1_767_225_600
 QUANTUM_S = 2.0**-16
 # More than two quartz clocks differ by.
 DRIFT_RATIO = 5e-4
+_FIELDS = tuple(each.name for each in fields(State))
 
 
 def floored(seconds: float) -> float:
@@ -62,8 +62,9 @@ def moved(s: State, by_s: float) -> State:
     The cells of a sliding window move by whole cells, up to one more: never looser. Which launches were close to each
     other is forgotten, as after a restart.
     """
-    values: dict[str, Any] = {each.name: copy(getattr(s, each.name)) for each in fields(s)}
-    t = State(**values)
+    values: list[Any] = [getattr(s, name) for name in _FIELDS]
+    copies: list[Any] = [each.copy() if isinstance(each, list) else each for each in values]
+    t = State(*copies)
     for name in ("last_launch_at", "next_slot_at", "hold_until", "pace_at", "paced_until"):
         setattr(t, name, getattr(t, name) + by_s)
     for times in (t.full_at, t.window_at, t.mirror_at, t.synced_at):
