@@ -29,7 +29,7 @@ from governor.cli import FORECAST, WHAT_IF
 from governor.cli import app as governor_app
 from governor.errors import BadSetting, PacelineError
 from sim.calibrate_cli import calibrate
-from sim.options import Options, count, finish_by_s, share, takes_options, wait_s
+from sim.options import Options, count, finish_by_s, round_trip_s, share, takes_options, wait_s
 from sim.progress import Progress
 from sim.serving import provider
 
@@ -51,6 +51,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+NEEDS_REDIS = "--processes needs paceline[redis]: pip install 'paceline[redis]'"
 NEEDS_SIM = "planning needs paceline[sim]: pip install 'paceline[sim]'"
 INTERRUPTED, TERMINATED, PIPE_CLOSED, BAD_INPUT, CANNOT = 130, 143, 141, 2, 3
 # One run of so many requests takes long enough to show how far it is.
@@ -76,6 +77,16 @@ def simulate(
         str | None,
         typer.Option(metavar="FILE.json", help="The first run for Perfetto: a lane per place in flight."),
     ] = None,
+    processes: Annotated[
+        int, typer.Option(metavar="N", min=0, max=64, help="The batch dealt out to N processes that share its quota.")
+    ] = 0,
+    store_rtt: Annotated[
+        float, typer.Option(metavar="1ms", parser=round_trip_s, help="With --processes: how far away their store is.")
+    ] = 0.001,
+    crash_at: Annotated[
+        float | None,
+        typer.Option(metavar="5m", parser=finish_by_s, help="With --processes: when one of them dies."),
+    ] = None,
 ) -> None:
     """What would happen under these settings.
 
@@ -91,6 +102,13 @@ def simulate(
     inputs = _inputs(given)
     scenario = inputs.scenario
     runs = scenario.replications or 1
+    if processes:
+        if attempts or timeline or chrome_trace or runs > 1 or scenario.arrivals == "trace":
+            raise BadSetting(
+                "--processes is for one run of a batch: leave out its files, --replications and --arrivals"
+            )
+        _result(given, *_shared(scenario, processes, store_rtt, crash_at), inputs.notes)
+        return
     if attempts or timeline or chrome_trace or runs == 1:
         summary = _one_run(inputs, attempts, timeline, chrome_trace, given.engine)
         if runs == 1:
@@ -469,6 +487,19 @@ def _one_run(
     if chrome_trace:
         exports.write_chrome_trace(chrome_trace, rows)
     return summary
+
+
+def _shared(scenario: Scenario, processes: int, rtt_s: float, crash_at: float | None) -> tuple[dict[str, Any], str]:
+    """One run over several processes: as an object, and as text."""
+    try:
+        from sim.shared import Arrangement, shared_run
+    except ImportError as error:
+        raise PacelineError(f"{NEEDS_REDIS} ({error.name} is missing)") from None
+    from sim.shown import shared_text
+
+    arrangement = Arrangement(processes=processes, rtt_s=rtt_s, crash_at=float("inf") if crash_at is None else crash_at)
+    run = shared_run(scenario, arrangement)
+    return run.to_json_dict(), shared_text(scenario, run, _width())
 
 
 def _width() -> int:

@@ -266,7 +266,8 @@ class Arrangement:
 class Shared:
     """One run. `launches`: by process, their times. `decisions`, `late`: of the store; `turns`: readings of it.
 
-    `used_max`: the most tokens that the provider had in use. `resent`: requests that it answered more than once.
+    `used_max`: the most tokens that the provider had in use. `resent`: requests that it let in more than once, through
+    a crash. `stopped`: why processes ended before their work did.
     """
 
     summary: Summary
@@ -276,6 +277,7 @@ class Shared:
     turns: int
     used_max: float
     resent: int
+    stopped: list[str]
 
     def shares(self) -> list[float]:
         """Launches by process until the first has launched all of its own, each over an equal share."""
@@ -293,6 +295,7 @@ class Shared:
             "turns": self.turns,
             "used_tokens_max": self.used_max,
             "resent": self.resent,
+            "stopped": self.stopped,
         }
         return {**self.summary.to_json_dict(), "shared": added}
 
@@ -341,7 +344,8 @@ class _Run:
     provider: Somewhere
     tally: Tally
     launches: list[list[float]]
-    stores: list[list[Shelved]] = field(default_factory=list)
+    stores: list[list[Shelved]]
+    stopped: list[str] = field(default_factory=list)
 
     async def process(self, number: int, open_: dict[int, Work]) -> None:
         """One process, from its start to its end, or until it is cancelled."""
@@ -353,8 +357,10 @@ class _Run:
         counts = _Counts(self.tally, self.launches[number], open_)
         governor = SharedGovernor(self.case.params, store=store, seed=self.seed, observer=counts)
         finalize = self.case.finalize_max_tokens > 0
-        await governor.run(iter(list(open_.values())), self.provider.send, finalize=finalize)
+        why = await governor.run(iter(list(open_.values())), self.provider.send, finalize=finalize)
         await governor.aclose()
+        if why:
+            self.stopped.append(why)
 
     async def mortal(self, number: int, open_: dict[int, Work], dies_at: float) -> None:
         """One that dies, and another that takes over."""
@@ -400,7 +406,7 @@ def shared_run(scenario: Scenario, arrangement: Arrangement, seed: int | None = 
         resent = sum(times > 1 for times in run.provider.sent.values())
         summary = run.tally.summary(case.grant)
         used_max = run.provider.used_max
-        return Shared(summary, run.launches, shelf.wins, shelf.late, shelf.reads, used_max, resent)
+        return Shared(summary, run.launches, shelf.wins, shelf.late, shelf.reads, used_max, resent, run.stopped)
 
     return run_virtual(main())
 
