@@ -32,7 +32,7 @@ from governor.errors import FailureCode, PacelineError
 from governor.law import FIRST, HOLDING, Params, State
 from governor.member import LEASE_S, Member, Standing, Store
 from governor.quota import CALL, WANT, WITHDRAW, Call, Event, Image, News
-from governor.timeline import ServerClock, floored, moved
+from governor.timeline import QUANTUM_S, ServerClock, floored, moved
 from governor.verify import CALLS, PATCHED, RESTORED, SHARED, Numbers, numbers_of, patch_of
 
 # Attempts of one process that wait in the pool's queue, as long as all of them are new work.
@@ -40,10 +40,8 @@ AHEAD = 8
 # Launches are remembered for a window's length, for a pool that must be rebuilt.
 REMEMBERED_S = law.MINUTE_S
 # Which arguments of a call of the law are times.
-_TIMES = {
-    name: tuple(i for i, each in enumerate(call.names) if each in ("now", "as_of") or each.endswith("_at"))
-    for name, call in CALLS.items()
-}
+TIMES = {"now", "as_of", "admitted_by", "launched_at", "first_launched_at"}
+_TIMES = {name: tuple(i for i, each in enumerate(call.names) if each in TIMES) for name, call in CALLS.items()}
 
 
 class SharedGovernor(Governor):
@@ -305,7 +303,8 @@ class SharedGovernor(Governor):
     def _head_is(self, ticket: int, at: float, cause: int) -> None:
         """The attempt of that ticket is the pool's head, and may launch then; 0 = the head is another's."""
         job = self._asked.get(ticket)
-        self.wake_at = inf if job is None else at - self._zero_s
+        # Two grains later, so that the pool's time, which is rounded down, has come when the timer rings.
+        self.wake_at = inf if job is None or at == inf else floored(at) + 2.0 * QUANTUM_S - self._zero_s
         if job is not None and not job.asked & 1 << cause:
             job.asked |= 1 << cause
             self._tell(self.observer.deferred, cause)
@@ -350,6 +349,8 @@ class SharedGovernor(Governor):
             self._launches.popleft()
         self._launches.append((*version, job.reserve, job.standing, at, self._jitter_u(job)))
         launched_s = at - self._zero_s
+        # The pool's time is rounded down: by a hair, it may lie before the moment at which we believed to ask.
+        job.eligible_s = min(job.eligible_s, launched_s)
         job.holds = True
         if job.granted is not None and job.granted.done():
             self._dropped(job)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
+from governor import law
 from governor.driver import Job, Observer, Work
 from governor.keyed import attempt_key
 from governor.law import MAIN, TPM
@@ -200,6 +201,7 @@ class Somewhere:
         self.case = case
         self.seed = seed
         self.state = prov.ProviderState()
+        prov.day_started(self.state, case.grant.day_tokens_used, case.grant.day_requests_used)
         self.used_max = 0.0
         self.sent: Counter[int] = Counter()
         c = case.columns
@@ -355,7 +357,12 @@ class _Run:
             return self.stores[number][-1]
 
         counts = _Counts(self.tally, self.launches[number], open_)
-        governor = SharedGovernor(self.case.params, store=store, seed=self.seed, observer=counts)
+        state = None
+        if number == 0:  # what was used of the day before is known to whoever begins the pool
+            state = law.State()
+            grant = self.case.grant
+            law.day_started(self.case.params, state, grant.day_tokens_used, grant.day_requests_used, 0.0)
+        governor = SharedGovernor(self.case.params, store=store, seed=self.seed, observer=counts, state=state)
         finalize = self.case.finalize_max_tokens > 0
         why = await governor.run(iter(list(open_.values())), self.provider.send, finalize=finalize)
         await governor.aclose()
