@@ -21,7 +21,7 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from governor.errors import PacelineError
+from governor.errors import BadSetting, PacelineError
 from governor.member import LEASE_S, Reading, Server, StoreLostError
 from governor.quota import HEAD
 from governor.sharing import REDIS_URL, checked_redis_url
@@ -136,14 +136,17 @@ class RedisStore:
         return Server(self._server.rstrip(b"\0"), float(info.get("uptime_in_seconds", 0.0)))
 
     def _made(self, answer_s: float) -> Redis:
-        options: dict[str, Any] = {"host": self._at[0], "port": self._at[1]} if self._at else {}
+        url = self._url
+        if self._at is not None:
+            parts = urlsplit(url)
+            user, at, _ = parts.netloc.rpartition("@")
+            url = parts._replace(netloc=f"{user}{at}{self._at[0]}:{self._at[1]}").geturl()
         return Redis.from_url(
-            self._url,
+            url,
             protocol=2,
             retry=Retry(NoBackoff(), 0),
             socket_timeout=answer_s * self._scale,
             socket_connect_timeout=CONNECT_S * self._scale,
-            **options,
         )
 
     async def close(self) -> None:
@@ -157,7 +160,10 @@ class RedisStore:
         try:
             return await answer
         except (broken.AuthenticationError, broken.AuthorizationError, broken.NoPermissionError) as error:
-            raise PacelineError(f"{self.place} refuses us: {error}: look at {REDIS_URL}") from None
+            text = (
+                f"{self.place} refuses us ({str(error).rstrip('.')}): look at the user and the password in {REDIS_URL}"
+            )
+            raise BadSetting(text, REDIS_URL) from None
         except broken.MovedError as error:
             self._at = error.host, error.port
             raise StoreLostError("the cluster keeps this pool on another node") from None

@@ -20,11 +20,15 @@ from pathlib import Path
 WAIT_S = 30.0
 
 
-def free_port() -> int:
+def free_port(below: int = 65_536) -> int:
     """A port of loopback that nobody uses right now."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    for _ in range(200):
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            port = int(found.getsockname()[1])
+        if port < below:
+            return port
+    raise AssertionError(f"no port below {below} is free")
 
 
 def redis_binary() -> str:
@@ -40,7 +44,8 @@ class RedisServer:
     """A redis-server that keeps nothing on a disk. `arguments`: options beside ours. Started at once."""
 
     def __init__(self, *arguments: str, password: str = "", port: int = 0) -> None:
-        self.port = port or free_port()
+        # A node of a cluster listens 10,000 ports higher as well.
+        self.port = port or free_port(below=55_000)
         self.password = password
         self._folder = tempfile.TemporaryDirectory(prefix="paceline-redis-")
         self._arguments = arguments
