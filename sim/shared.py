@@ -30,8 +30,8 @@ from governor.summary import CAUSES, Summary, Tally
 from governor.timeline import EPOCH_S
 from sim import experiment
 from sim import provider as prov
-from sim.driver import launch_order
 from sim.experiment import Case, case_of
+from sim.run import launch_order
 from sim.scenario import Scenario
 from sim.virtual_loop import run_virtual
 
