@@ -65,7 +65,7 @@ def story(rng: random.Random, image: Image) -> Iterator[tuple[float, list[tuple[
             if image.owners[name].holds and rng.random() < 0.6:
                 u, launched = rng.random(), max(0.0, now - 1.0)
                 ends: list[Event] = [
-                    [CALL, "settled", [1_000.0, 400.0, launched], 1],
+                    [CALL, "settled", [1_000.0, 400.0, launched, now], 1],
                     [CALL, "released", [], 1],
                     [CALL, "throttled", [1_000.0, 1, 2.0, launched, launched, now, u], 1],
                     [CALL, "synced", [law.TPM, 6_000.0, 3_000.0, 1_000.0, 0, 0.0, launched, launched, now], 0],
@@ -129,7 +129,7 @@ def test_events_that_arrive_twice_count_once() -> None:
     found = decide(image, [batch, batch], alive(image, 0.0), 0.0, LEASE_S)
     assert granted(found.news) == {"a": [1, 2]}
     again = decide(
-        image, [batch, ("a", 3, [[CALL, "settled", [1_000.0, 10.0, 0.0], 1]])] * 2, alive(image, 1.0), 1.0, 10.0
+        image, [batch, ("a", 3, [[CALL, "settled", [1_000.0, 10.0, 0.0, 1.0], 1]])] * 2, alive(image, 1.0), 1.0, 10.0
     )
     assert granted(again.news) == {}
     assert (image.s.in_flight, image.owners["a"].holds) == (1, 1)
@@ -177,7 +177,7 @@ def test_a_dead_owner_gives_back_its_permits_and_its_place_but_not_its_bookings(
     late = [("a", 4, [[CALL, "released", [], 1]])]
     decide(image, late, {"a": 100.0, "b": 100.0}, 6.0, LEASE_S)
     assert image.s.in_flight == 1
-    back = join(None, 2, last=4, holds=0, calls=[(4, [CALL, "settled", [1_000.0, 1_000.0, 0.0], 1])])
+    back = join(None, 2, last=4, holds=0, calls=[(4, [CALL, "settled", [1_000.0, 1_000.0, 0.0, 5.0], 1])])
     decide(image, [("a", 4, [back.packed()])], {"a": 100.0, "b": 100.0}, 7.0, LEASE_S)
     assert (image.s.in_flight, image.owners["a"].holds, image.owners["b"].holds) == (1, 0, 1)
 
