@@ -23,6 +23,7 @@ from governor.service.bodies import BatchRun, ErrorOut
 from governor.service.config import ServiceConfig
 from governor.service.errors import HANDLERS
 from governor.service.events import Events
+from governor.service.gauges import Gauges
 from governor.service.ledger import Ledger
 from governor.service.state import Service
 from governor.service.store import Store
@@ -61,6 +62,7 @@ def service_of(config: ServiceConfig) -> Service:
         store = Store(database)
         metrics = Metrics()
         worker = Worker(config, store, Ledger(store), metrics)
+        Gauges(worker, metrics.registry)
     except BaseException:
         database.closed()
         raise
