@@ -1,0 +1,302 @@
+"""The HTTP service under load, beside a bare FastAPI application under the same load in the same run.
+
+200 clients read the progress of a running batch twice a second each, 20 clients post a batch of ten lines a second, 200
+more listen to event streams; all on this machine, which also runs the synthetic provider. Printed: errors, latencies as
+the clients see them, the server's CPU time per request, and its memory, before and after rounds of streams that come
+and go. Then: the memory that an upload of many lines takes, and the time of a what-if of 1,000 requests.
+
+    python -m benchmarks.bench_service [--short]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+READERS, POSTERS, LISTENERS = 200, 20, 200
+READ_EVERY_S, POST_EVERY_S = 0.5, 1.0
+WAIT_S = 120.0
+BARE = """
+import socket, sys, uvicorn
+from fastapi import FastAPI, Request
+app = FastAPI()
+@app.get("/batches/{batch_id}")
+async def get(batch_id: str):
+    return {"batch_id": batch_id, "state": "running", "requests": 10, "done": 3, "failed": 0, "eta_s": 1.5}
+@app.post("/batches")
+async def post(request: Request):
+    return {"batch_id": "batch_0", "requests": (await request.body()).count(10)}
+uvicorn.run(app, port=int(sys.argv[1]), access_log=False, log_level="warning")
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def line(name: str) -> bytes:
+    body = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "How are you? " * 8}], "max_tokens": 50}
+    record = {"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": body}
+    return json.dumps(record).encode() + b"\n"
+
+
+def lines(count: int) -> bytes:
+    return b"".join(line(f"q-{i}") for i in range(count))
+
+
+# ---------------------------------------------------------------- a client that costs little
+
+
+class Connection:
+    """One kept-alive HTTP/1.1 connection: as little as a load generator beside its server can be."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+
+    async def ask(self, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
+        """Status and body."""
+        if self.streams is None:
+            self.streams = await asyncio.open_connection("127.0.0.1", self.port, limit=2**22)
+        reader, writer = self.streams
+        head = f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1:{self.port}\r\nContent-Length: {len(body)}\r\n"
+        kind = "application/json" if body[:1] == b"{" and b"\n" not in body else "application/jsonl"
+        writer.write(head.encode() + f"Content-Type: {kind}\r\n\r\n".encode() + body)
+        await writer.drain()
+        answer = await reader.readuntil(b"\r\n\r\n")
+        length = int(answer.lower().split(b"content-length:")[1].split(b"\r\n")[0])
+        return int(answer.split()[1]), await reader.readexactly(length)
+
+    def close(self) -> None:
+        if self.streams is not None:
+            self.streams[1].close()
+
+
+class Load:
+    """What the clients saw. Latencies in seconds."""
+
+    def __init__(self, port: int, batch_id: str) -> None:
+        self.port, self.batch_id = port, batch_id
+        self.reads: list[float] = []
+        self.posts: list[float] = []
+        self.events = 0
+        self.errors: list[str] = []
+
+    async def client(self, method: str, path: str, body: bytes, wanted: int, every_s: float, into: list[float]) -> None:
+        connection = Connection(self.port)
+        await asyncio.sleep(every_s * (id(connection) % 997) / 997)
+        try:
+            while True:
+                begun = time.perf_counter()
+                status, answer = await connection.ask(method, path, body)
+                into.append(time.perf_counter() - begun)
+                if status != wanted:
+                    self.errors.append(f"{status} {answer[:100]!r}")
+                await asyncio.sleep(max(0.0, every_s - (time.perf_counter() - begun)))
+        except (OSError, asyncio.IncompleteReadError) as error:
+            self.errors.append(repr(error))
+        finally:
+            connection.close()
+
+    async def listener(self) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        try:
+            head = f"GET /batches/{self.batch_id}/events HTTP/1.1\r\nHost: 127.0.0.1:{self.port}\r\n\r\n"
+            writer.write(head.encode())
+            while text := await reader.readline():
+                self.events += text.startswith(b"event: ")
+        finally:
+            writer.close()
+
+    async def run(self, seconds: float, posts: int, listeners: int) -> None:
+        read = ("GET", f"/batches/{self.batch_id}", b"", 200, READ_EVERY_S, self.reads)
+        post = ("POST", "/batches", lines(10), posts, POST_EVERY_S, self.posts)
+        tasks = [asyncio.create_task(self.client(*read)) for _ in range(READERS)]
+        tasks += [asyncio.create_task(self.client(*post)) for _ in range(POSTERS)]
+        tasks += [asyncio.create_task(self.listener()) for _ in range(listeners)]
+        await asyncio.sleep(seconds)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def quantile(values: list[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+# ---------------------------------------------------------------- servers
+
+
+@contextlib.contextmanager
+def process(command: list[str], port: int, folder: Path, **environment: str) -> Iterator[psutil.Process]:
+    """A server that answers, until the block ends."""
+    env = os.environ | environment
+    with open(folder / f"{port}.log", "wb") as log:
+        started = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log)
+    try:
+        until = time.monotonic() + WAIT_S
+        while True:
+            assert started.poll() is None, (folder / f"{port}.log").read_text()
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1.0):
+                break
+            assert time.monotonic() < until, "it does not come"
+            time.sleep(0.05)
+        yield psutil.Process(started.pid)
+    finally:
+        started.kill()
+        started.wait()
+
+
+def cpu_s(of: psutil.Process) -> float:
+    times = of.cpu_times()
+    return float(times.user + times.system)
+
+
+def mib(of: psutil.Process) -> float:
+    return float(of.memory_info().rss / 2**20)
+
+
+async def asked(port: int, method: str, path: str, body: bytes = b"") -> Any:
+    connection = Connection(port)
+    try:
+        status, answer = await connection.ask(method, path, body)
+        assert status < 300, (status, answer[:300])
+        return json.loads(answer)
+    finally:
+        connection.close()
+
+
+async def ready(port: int) -> None:
+    for _ in range(2_400):
+        with contextlib.suppress(AssertionError, OSError):
+            await asked(port, "GET", "/readyz")
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError("it is not ready")
+
+
+# ---------------------------------------------------------------- what is measured
+
+
+async def loaded(port: int, server: psutil.Process, seconds: float, *, bare: bool) -> dict[str, float]:
+    batch_id = "batch_0"
+    if not bare:
+        await ready(port)
+        batch_id = (await asked(port, "POST", "/batches", lines(5_000)))["batch_id"]
+    warm = Load(port, batch_id)
+    await warm.run(min(3.0, seconds), 200 if bare else 202, 0)
+    load, before = Load(port, batch_id), cpu_s(server)
+    await load.run(seconds, 200 if bare else 202, 0 if bare else LISTENERS)
+    used_s = cpu_s(server) - before
+    assert not load.errors, load.errors[:3]
+    return {
+        "reads": len(load.reads),
+        "posts": len(load.posts),
+        "events": load.events,
+        "read_p50_ms": 1e3 * quantile(load.reads, 0.5),
+        "read_p99_ms": 1e3 * quantile(load.reads, 0.99),
+        "post_p50_ms": 1e3 * quantile(load.posts, 0.5),
+        "post_p99_ms": 1e3 * quantile(load.posts, 0.99),
+        "cpu_ms_per_request": 1e3 * used_s / (len(load.reads) + len(load.posts)),
+    }
+
+
+async def streamed(port: int, server: psutil.Process, rounds: int) -> list[float]:
+    """Memory after each round of streams that come, listen for a second and go."""
+    batch_id = (await asked(port, "GET", "/batches?limit=1"))["batches"][0]["batch_id"]
+    found = []
+    for _ in range(rounds):
+        load = Load(port, batch_id)
+        tasks = [asyncio.create_task(load.listener()) for _ in range(LISTENERS)]
+        await asyncio.sleep(1.0)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0.3)
+        found.append(mib(server))
+    return found
+
+
+async def uploaded(port: int, server: psutil.Process, count: int) -> tuple[float, float]:
+    """(seconds, MiB at most above what it had before) of an upload of so many lines."""
+    content, before, most = lines(count), mib(server), 0.0
+    begun = time.perf_counter()
+    upload = asyncio.create_task(asked(port, "POST", "/batches", content))
+    while not upload.done():
+        most = max(most, mib(server))
+        await asyncio.sleep(0.02)
+    batch_id = (await upload)["batch_id"]
+    took_s = time.perf_counter() - begun
+    await asked(port, "POST", f"/batches/{batch_id}/cancel")
+    return took_s, most - before
+
+
+async def what_ifs(port: int, times: int) -> list[float]:
+    """Seconds of each what-if of 1,000 requests, as a client sees it; the engine is loaded by then or not."""
+    shape = {"requests": 1_000, "prompt_tokens": 500, "max_output_tokens": 400}
+    body = {"shape": shape, "settings": {"OPENAI_STAGGER_SECONDS": 0.5}}
+    found = []
+    for i in range(times):
+        body["seed"] = i  # type: ignore[assignment]
+        begun = time.perf_counter()
+        await asked(port, "POST", "/what-if", json.dumps(body).encode())
+        found.append(time.perf_counter() - begun)
+    return found
+
+
+async def of_service(port: int, server: psutil.Process, short: bool) -> dict[str, float]:
+    found = await loaded(port, server, 5.0 if short else 30.0, bare=False)
+    rows = await streamed(port, server, 4 if short else 12)
+    print(f"memory after each round of {LISTENERS} streams, MiB: {', '.join(f'{row:.0f}' for row in rows)}")
+    counts = (2_000, 10_000) if short else (10_000, 100_000)
+    for count in counts:
+        took_s, more = await uploaded(port, server, count)
+        print(f"upload of {count:,} lines: {took_s:.1f} s, at most {more:.0f} MiB more")
+    quiet = await what_ifs(port, 10)
+    print(f"what-if of 1,000 requests: median {1e3 * statistics.median(quiet):.0f} ms, most {1e3 * max(quiet):.0f} ms")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--short", action="store_true", help="a quick look")
+    short = parser.parse_args().short
+    paceline = [sys.executable, "-m", "sim.cli"]
+    with tempfile.TemporaryDirectory(prefix="paceline-bench-") as name, contextlib.ExitStack() as stack:
+        folder = Path(name)
+        root = str(Path(__file__).resolve().parent.parent)
+        llm, port, other = free_port(), free_port(), free_port()
+        command = [*paceline, "provider", "--port", str(llm), "--tpm", "1000000000", "--latency", "1,0"]
+        stack.enter_context(process(command, llm, folder, PYTHONPATH=root))
+        (folder / "bare.py").write_text(BARE)
+        peer = stack.enter_context(process([sys.executable, "bare.py", str(other)], other, folder))
+        bare = asyncio.run(loaded(other, peer, 5.0 if short else 30.0, bare=True))
+        settings = {"OPENAI_MAX_CONCURRENCY": "40", "OPENAI_STAGGER_SECONDS": "0", "OPENAI_TPM_LIMIT": "1000000000"}
+        settings |= {"OPENAI_BASE_URL": f"http://127.0.0.1:{llm}/v1", "OPENAI_API_KEY": "nobody's", "PYTHONPATH": root}
+        command = [*paceline, "serve", "--port", str(port), "--database", "service.db", "--quiet"]
+        server = stack.enter_context(process(command, port, folder, **settings))
+        found = asyncio.run(of_service(port, server, short))
+    print(f"{READERS} readers, {POSTERS} posters, {LISTENERS} listeners; {found['events']:,.0f} events; no error")
+    print(f"{'':24}{'service':>10}{'bare':>10}{'ratio':>8}")
+    for row in ("reads", "posts", "read_p50_ms", "read_p99_ms", "post_p50_ms", "post_p99_ms", "cpu_ms_per_request"):
+        print(f"{row:24}{found[row]:10,.1f}{bare[row]:10,.1f}{found[row] / max(1e-9, bare[row]):8.1f}")
+
+
+if __name__ == "__main__":
+    main()
