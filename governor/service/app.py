@@ -25,6 +25,7 @@ from governor.service.errors import HANDLERS
 from governor.service.events import Events
 from governor.service.gauges import Gauges
 from governor.service.ledger import Ledger
+from governor.service.quick import Quick
 from governor.service.state import Service
 from governor.service.store import Store
 from governor.service.worker import Worker
@@ -85,6 +86,7 @@ def app_of(service: Service) -> FastAPI:
     for router in (routes_templates.router, routes_batches.router, routes_rest.router):
         app.include_router(router)
     app.mount("/static", StaticFiles(directory=routes_rest.STATIC, check_dir=False), name="static")
+    app.add_middleware(Quick, worker=service.worker, authority=app.state.authority)
     app.add_middleware(Door, config=service.config)
     _described(app)
     return app

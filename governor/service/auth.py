@@ -70,6 +70,15 @@ class Authority:
         self._known: dict[str, tuple[str, str]] = {}
         self._read_at = -REFRESH_S
 
+    @property
+    def is_fresh(self) -> bool:
+        """Whether what is known was read a moment ago."""
+        return time.monotonic() - self._read_at < REFRESH_S
+
+    def knows(self, token: str) -> bool:
+        """Whether the token is among those known."""
+        return hash_of(token) in self._known
+
     async def caller(self, token: str) -> Caller:
         """Who presents that token, "" = none. `ApiError` 401 for nobody we know."""
         if not token:

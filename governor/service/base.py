@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.resources import files
@@ -36,7 +37,7 @@ class ServiceDatabase(Database):
 
     def __init__(self, where: str) -> None:
         super().__init__(_postgres_url(where))
-        self._turn = threading.Lock() if self.is_sqlite else nullcontext()
+        self._turn = Turns() if self.is_sqlite else nullcontext()
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
@@ -101,6 +102,32 @@ class ServiceDatabase(Database):
             if missing:
                 text = f"table {table.name} lacks {', '.join(missing)}: it was made by another version of Paceline"
                 raise JournalError(f"{self.name}: {text}: use that version, or name another with --database")
+
+
+class Turns:
+    """A lock that threads get in the order in which they came: one that commits all the time starves nobody."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._is_taken = False
+        self._waiting: deque[threading.Lock] = deque()
+
+    def __enter__(self) -> None:
+        with self._guard:
+            if not self._is_taken:
+                self._is_taken = True
+                return
+            mine = threading.Lock()
+            mine.acquire()
+            self._waiting.append(mine)
+        mine.acquire()  # whoever leaves hands it over
+
+    def __exit__(self, *exception: object) -> None:
+        with self._guard:
+            if self._waiting:
+                self._waiting.popleft().release()
+            else:
+                self._is_taken = False
 
 
 def _postgres_url(where: str) -> str:
