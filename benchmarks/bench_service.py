@@ -297,7 +297,7 @@ def main() -> None:
         (folder / "bare.py").write_text(BARE)
         peer = stack.enter_context(process([sys.executable, "bare.py", str(other)], other, folder))
         bare = asyncio.run(loaded(other, peer, 5.0 if short else 30.0, bare=True))
-        settings = {"OPENAI_MAX_CONCURRENCY": "40", "OPENAI_STAGGER_SECONDS": "0", "OPENAI_TPM_LIMIT": "1000000000"}
+        settings = {"OPENAI_MAX_CONCURRENCY": "10", "OPENAI_STAGGER_SECONDS": "0", "OPENAI_TPM_LIMIT": "1000000000"}
         settings |= {"OPENAI_BASE_URL": f"http://127.0.0.1:{llm}/v1", "OPENAI_API_KEY": "nobody's", "PYTHONPATH": root}
         command = [*paceline, "serve", "--port", str(port), "--database", "service.db", "--quiet"]
         server = stack.enter_context(process(command, port, folder, **settings))

@@ -198,7 +198,9 @@ class Incoming:
         alone_s = None
         if simulate is not None and load.count:
             outlook = Outlook(pool=pool, demand=demand, finalize=self.wish.finalize)
-            alone_s = await asyncio.to_thread(simulate, outlook)
+            # One at a time: simulations side by side would only keep the interpreter from everybody else.
+            async with self._worker.simulating:
+                alone_s = await asyncio.to_thread(simulate, outlook)
         fluid_s = fluid_forecast(pool.policy, load, service_s=service_s).finish_s
         finish_s = fluid_s if alone_s is None else alone_s
         # What runs already and what is booked come on top, as a fluid: so much can be known of them.

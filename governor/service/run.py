@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import sys
 
 import uvicorn
 
@@ -18,6 +19,7 @@ from governor.service.app import app_of, service_of
 from governor.service.config import ServiceConfig
 
 BACKLOG = 2_048
+SWITCH_S = 0.0005
 
 log = logging.getLogger("paceline.service")
 
@@ -38,6 +40,9 @@ def run_service(config: ServiceConfig, *, quiet: bool = False) -> int:
     """Serves until a signal; the exit code. BadSetting where it may not or cannot listen; JournalError likewise."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
     log.setLevel(logging.WARNING if quiet else logging.INFO)
+    # Each statement that a thread gives SQLite lets go of the interpreter and wants it back, and the event loop would
+    # keep it for ten times as long: a transaction of some statements then takes a second under load.
+    sys.setswitchinterval(SWITCH_S)
     service = service_of(config)
     try:
         if not config.is_local and not service.store.tokens():

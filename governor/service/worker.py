@@ -71,6 +71,7 @@ class Worker:
         self._valid_until = 0.0
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stopping = asyncio.Event()
+        self.simulating = asyncio.Lock()
 
     # ------------------------------------------------------------ lives
 
