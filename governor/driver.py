@@ -32,6 +32,7 @@ from governor import law
 from governor.errors import FailureCode, PacelineError
 from governor.keyed import JITTER_RETRY, JITTER_STAGGER, attempt_key, keyed_uniform
 from governor.law import FINALIZE, FIRST, HOLDING, MAIN, RETRY, Params, State
+from governor.learning import Learner
 from governor.requests import Answer, Limit, Outcome, Request
 from governor.summary import CAUSES
 from governor.work import DIMENSIONS, FINAL, SPENT, STOPPING, THROTTLES, TIMED_OUT, TURNED_AWAY, attempt_of
@@ -54,8 +55,8 @@ class Governor:
 
     `permit` serves a program's own calls, `run` a whole batch; both at once share the quota, permits first. `state`
     and `start_s` continue an earlier run, at so many seconds since that began, with nothing in flight. `day_*_used`:
-    what was used of the daily limits before. `stopped`: why nothing is launched any more, "" while it is. `cause`: the
-    law's reason for which the head of the queue waits right now.
+    what was used of the daily limits before. `learner`: estimates what waits at the head anew. `stopped`: why nothing
+    is launched any more, "" while it is. `cause`: the law's reason for which the head of the queue waits right now.
     """
 
     def __init__(
@@ -69,8 +70,10 @@ class Governor:
         start_s: float = 0.0,
         day_tokens_used: float = 0.0,
         day_requests_used: float = 0.0,
+        learner: Learner | None = None,
     ) -> None:
         self.p = params
+        self.learner = learner
         self.s = state or State()
         self.seed = seed
         self.pool = pool
@@ -416,6 +419,7 @@ class Governor:
             job = self._first()
             if job is None:
                 break
+            self._estimate(job)
             if law.never_fits(self.p, job.reserve):
                 self._taken(job)
                 self._give_up(job, now, FailureCode.REQUEST_TOO_LARGE)
@@ -435,6 +439,14 @@ class Governor:
             self._launch(job, now)
         self._set_timer()
         self._look_if_done()
+
+    def _estimate(self, job: Job) -> None:
+        """What to reserve for the head, by what is known now; as declared where more than that would never fit."""
+        if self.learner is None or job.work is None or job.lane != MAIN:
+            return
+        kind, prompt_tokens = kind_of(job.work.request)
+        found = self.learner.estimate(kind, prompt_tokens, job.work.reserve)
+        job.reserve = job.work.reserve if law.never_fits(self.p, found) else found
 
     def _set_timer(self) -> None:
         """One live timer: for the head, for the next retry, or for the next deadline, whichever is first."""
@@ -548,7 +560,8 @@ class Governor:
         self._advance(now)
         in_wait = self.cause
         self._answered(job, answer, now)
-        if answer.outcome != Outcome.OK or law.answer_may_admit(self.p, in_wait) or self._queue:
+        waited_on = law.answer_may_admit(self.p, in_wait) or self.learner is not None
+        if answer.outcome != Outcome.OK or waited_on or self._queue:
             self._pump(now)
 
     def _task_over(self, task: asyncio.Task[None]) -> None:
@@ -603,6 +616,9 @@ class Governor:
         used = job.reserve
         if answer.used_prompt_tokens >= 0 and answer.used_output_tokens >= 0:
             used = float(answer.used_prompt_tokens + answer.used_output_tokens)
+            if self.learner is not None and job.work is not None and job.lane == MAIN:
+                kind, prompt_tokens = kind_of(job.work.request)
+                self.learner.saw(kind, prompt_tokens, used)
         job.flying = job.holds = False
         self._law("settled", job.reserve, used, job.launched_s, now)
         assert job.work is not None
@@ -727,6 +743,12 @@ class Governor:
 
     def _record(self, job: Job, answer: Answer, now: float, failure: str) -> None:
         self._tell(self.observer.attempted, attempt_of(job, self.pool, answer, now, failure), answer, failure)
+
+
+def kind_of(request: Request) -> tuple[tuple[str, int, int], float]:
+    """Of which kind a request is, for `Learner`, and its estimated prompt."""
+    sizes = request.sizes
+    return (request.model, sizes.endpoint, sizes.max_tokens), float(sizes.prompt_tokens)
 
 
 def _gone(job: Job) -> bool:

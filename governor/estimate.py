@@ -17,6 +17,7 @@ per token. An under-estimate costs a 429, an over-estimate only waits.
     prompt_plus_max  ceil((chars + role chars)/4) + n x cap     the same                     ceil(chars/4)
     max_of           max(ceil((chars + role chars)/4), cap)     the same                     ceil(chars/4)
     responses        prompt tokens + 20, or + 217 with function tools, whatever the endpoint
+    learned          ours alone, until answers have come: prompt_plus_max, the estimate per run for a missing cap
     auto             what is measured for the endpoint: prompt_chars4, for responses `responses`;
                      before 2025-03-20 prompt_plus_max for chat and completions
 
@@ -50,6 +51,8 @@ EMBEDDINGS = 2
 COMPLETIONS = 3
 
 RULES = ("fixed", "prompt_chars4", "prompt_plus_max", "max_of", "responses", "auto")
+# How we may reserve: `learned` begins with what is declared, and goes on with what was used (see `learning`).
+LEARNED = "learned"
 
 CHARS_PER_TOKEN = 4
 TOKENS_PER_MESSAGE = 4
@@ -169,12 +172,15 @@ def charge(
     `as_of`: the day, YYYY-MM-DD, whose measured formula `auto` takes; "" = the newest. BadSetting for a rule that does
     not exist and for a day that is none. Formulas: this module's docstring and PROVIDER-FACTS section 4.
     """
-    if rule not in RULES:
-        raise BadSetting(f"charge rule {quoted(rule)} does not exist: use one of {', '.join(RULES)}")
+    if rule not in RULES and rule != LEARNED:
+        raise BadSetting(f"charge rule {quoted(rule)} does not exist: use one of {', '.join((*RULES, LEARNED))}")
     if as_of and not re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", as_of):
         raise BadSetting(f"as-of day {quoted(as_of)} is not a day: write YYYY-MM-DD")
     if rule == "fixed":
         return est_tokens_per_run + 0 * prompt_tokens
+    undeclared = CAP_UNDECLARED
+    if rule == LEARNED:
+        rule, undeclared = "prompt_plus_max", est_tokens_per_run
     pictures = TOKENS_PER_IMAGE * images
     counted = responses_prompt(prompt_tokens, tools)
     if rule == "responses":
@@ -192,7 +198,7 @@ def charge(
     text = chosen(endpoint == RESPONSES, counted, text) + pictures
     if rule == "max_of":
         return larger(text, max_tokens * speaks)
-    return text + n * chosen(max_tokens < 0, CAP_UNDECLARED, max_tokens) * speaks
+    return text + n * chosen(max_tokens < 0, undeclared, max_tokens) * speaks
 
 
 def charge_of(rule: str, sizes: Sizes, est_tokens_per_run: int, as_of: str = "") -> int:

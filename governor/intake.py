@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 from governor.driver import Work
 from governor.errors import BadInput, Oversized, Refused, quoted
-from governor.estimate import Sizes, charge_of
+from governor.estimate import LEARNED, Sizes, charge_of
 from governor.forecast import Demand
 from governor.guard import check_fits
 from governor.journal import Journal, fingerprint_of
@@ -63,7 +63,7 @@ def work_of(request: Request, policy: Policy, before: Work | None = None) -> Wor
     rule = policy.charge_rule
     reserve = reserve_of(policy, sizes)
     last = replace(sizes, max_tokens=policy.finalize_max_tokens)
-    believed = "auto" if rule == "fixed" else rule
+    believed = "auto" if rule in ("fixed", LEARNED) else rule
     work = Work(
         request,
         reserve,

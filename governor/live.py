@@ -28,7 +28,7 @@ from governor.journal import Journal
 from governor.longwaits import FINISH_BY, OUTWAITED, STOP_AFTER, held_text, too_late, too_late_text
 from governor.metrics import Notice, notify
 from governor.money import Spent, dollars_text
-from governor.poolrun import Connect, Manner, PoolRun, Said, pool_run
+from governor.poolrun import Connect, Manner, PoolRun, Said, learner_of, pool_run
 from governor.pools import Pool
 from governor.progress import Shown, snapshot
 from governor.steer import Commands, Signals, answered
@@ -146,6 +146,7 @@ class LiveRun:
                 left=leg.left[name],
                 seed=stated.seed,
                 start_s=self.began_s,
+                learner=learner_of(leg.journal, name, pool.policy),
                 send=self.connect(pool),
                 spent=leg.spent,
                 manner=self.manner,

@@ -72,7 +72,7 @@ class Policy(BaseModel):
     tpm_window: Literal["fixed", "sliding", "bucket"] = _knob(
         "OPENAI_TPM_WINDOW", "fixed", "", "anchored minutes, the last 60 s, or continuous refill", paceline="bucket"
     )
-    charge_rule: Literal["fixed", "prompt_chars4", "prompt_plus_max", "max_of", "responses", "auto"] = _knob(
+    charge_rule: Literal["fixed", "prompt_chars4", "prompt_plus_max", "max_of", "responses", "auto", "learned"] = _knob(
         "OPENAI_CHARGE_RULE", "fixed", "", "what is reserved: the estimate per run, or by request", paceline="auto"
     )
     settle: bool = _knob("OPENAI_SETTLE", False, "", "book real use on completion; right where the provider does so")

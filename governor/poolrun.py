@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from governor.account import line_of
-from governor.driver import Governor, Job, Observer
+from governor.driver import Governor, Job, Observer, kind_of
+from governor.estimate import LEARNED
 from governor.eventlog import EventLog, Format
 from governor.forecast import Expectation
 from governor.guard import RESUMED_SLACK_S, SLACK_S, Track
+from governor.learning import Learner
 from governor.longwaits import LongWaits
 from governor.metrics import Metrics
 from governor.money import Spent
@@ -25,7 +27,7 @@ from governor.policy import Policy
 from governor.pools import Pool
 from governor.progress import Lane
 from governor.recorder import Recorder
-from governor.records import Result
+from governor.records import Records, Result
 from governor.requests import Answer, Attempt, Outcome, Request
 from governor.sharing import pool_key
 from governor.watch import Alarms, Meter, Together
@@ -122,6 +124,7 @@ def pool_run(
     left: tuple[int, float],
     seed: int,
     start_s: float,
+    learner: Learner | None,
     send: Sender,
     spent: Spent,
     manner: Manner,
@@ -143,7 +146,14 @@ def pool_run(
         log,
     ]
     governor = governor_of(
-        pool, manner, said.say, seed=seed, observer=Together(_present(observers)), state=recorder.state, start_s=start_s
+        pool,
+        manner,
+        said.say,
+        seed=seed,
+        observer=Together(_present(observers)),
+        state=recorder.state,
+        start_s=start_s,
+        learner=learner,
     )
     # Of the clocks alone, since the run's may be faster than the wall's.
     long_waits.moment = lambda at_s: time.time() + (at_s - governor.now()) / manner.time_scale
@@ -170,8 +180,13 @@ def governor_of(
 ) -> Governor:
     """The governor of a pool, whose quota is its own or one that is shared. `continued`: as for `Governor`."""
     params = pool.policy.params()
+    learner = continued.pop("learner", None) or (Learner() if pool.policy.charge_rule == LEARNED else None)
     if not manner.redis:
-        return Governor(params, seed=seed, observer=observer, pool=pool.name, **continued)
+        return Governor(params, seed=seed, observer=observer, pool=pool.name, learner=learner, **continued)
+    if learner is not None:
+        say(
+            f"pool '{pool.name}': on a quota that processes share, estimates do not learn: what is declared is reserved"
+        )
     from governor.shared import SharedGovernor  # what these two need is an extra
     from governor.store import in_redis
 
@@ -185,6 +200,22 @@ def governor_of(
         pool=pool.name,
         **continued,
     )
+
+
+def learner_of(journal: Records, pool: str, policy: Policy) -> Learner | None:
+    """What the pool's answers so far have taught, where its estimates learn: a resumed leg knows what the run knew."""
+    if policy.charge_rule != LEARNED:
+        return None
+    learner = Learner()
+    answered = [a for a in journal.attempts(pool) if a.outcome is Outcome.OK and a.lane == "main"]
+    if not answered:
+        return learner
+    kinds = {result.request.index: kind_of(result.request) for result in journal.results()}
+    kinds |= {request.index: kind_of(request) for request in journal.unfinished(pool)}
+    for a in answered:
+        if a.prompt_tokens >= 0 and a.output_tokens >= 0 and a.request in kinds:
+            learner.saw(*kinds[a.request], float(a.prompt_tokens + a.output_tokens))
+    return learner
 
 
 def _present(observers: Iterable[Observer | None]) -> list[Observer]:

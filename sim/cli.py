@@ -447,8 +447,9 @@ def _inputs(given: Options, *, fit: bool = True) -> Inputs:
     from sim import engines
     from sim.inputs import read_inputs
 
-    notes = engines.checked(given.engine)
+    engines.checked(given.engine)
     inputs = read_inputs(given, os.environ, fit=fit)
+    notes = engines.checked(given.engine, learns=inputs.scenario.policy.charge_rule == "learned")
     return replace(inputs, notes=(*inputs.notes, *notes))
 
 

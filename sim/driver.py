@@ -30,6 +30,7 @@ import simpy
 from governor import law, summary
 from governor.errors import FailureCode
 from governor.keyed import JITTER_RETRY, JITTER_STAGGER, attempt_key, keyed_uniform
+from governor.learning import Learner
 from sim import provider as prov
 from sim.draws import first_jitters, first_latencies_s
 from sim.provider import ProviderParams, ProviderState
@@ -145,6 +146,7 @@ class Simulation:
         prov.day_started(self.ps, day_tokens_used, day_requests_used)
         self.env = _Calendar()
         self.tally = Tally()
+        self.learner = Learner() if columns.kind is not None else None
         self.urgent: list[tuple[tuple[float, ...], int, Job]] = []  # retries and finalize passes that may go
         self.arrived: list[tuple[tuple[float, ...], int, Job]] = []  # new work, when it arrives over time
         self.head: Job | None = None  # new work at the head, when it is there from the beginning
@@ -243,6 +245,8 @@ class Simulation:
                 self.timer = None
                 self.timer_at = inf
                 return
+            if self.learner is not None:
+                self._estimate(job)
             if not job.asked and law.never_fits(p, job.reserve):
                 self._taken(job)
                 self._give_up(job, now, FailureCode.REQUEST_TOO_LARGE)
@@ -263,6 +267,14 @@ class Simulation:
         if at != self.timer_at:
             self.timer_at = at
             self.timer = _Moment(self.env, at, WAKE, self._on_wake) if at < inf else None
+
+    def _estimate(self, job: Job) -> None:
+        """What to reserve for the head, by what is known now; as declared where more than that would never fit."""
+        if self.learner is None or self.columns.kind is None or job.lane != law.MAIN:
+            return
+        declared = float(self.columns.reserve[job.index])
+        found = self.learner.estimate(int(self.columns.kind[job.index]), job.prompt, declared)
+        job.reserve = declared if law.never_fits(self.p, found) else found
 
     def _launch(self, job: Job, now: float) -> None:
         """One attempt goes out: the law books it, the provider answers it, its answer enters the calendar."""
@@ -386,7 +398,7 @@ class Simulation:
         if outcome == prov.OK:
             in_wait = self.cause
             self._on_ok(job, now)
-            if not law.answer_may_admit(p, in_wait) and not self.urgent:
+            if not law.answer_may_admit(p, in_wait) and not self.urgent and self.learner is None:
                 return
         elif outcome in (prov.THROTTLED, prov.SLOW_DOWN):
             self.tally.throttled += 1
@@ -421,6 +433,8 @@ class Simulation:
     def _on_ok(self, job: Job, now: float) -> None:
         tally = self.tally
         used = job.prompt + job.output
+        if self.learner is not None and self.columns.kind is not None and job.lane == law.MAIN:
+            self.learner.saw(int(self.columns.kind[job.index]), job.prompt, used)
         law.settled(self.p, self.s, job.reserve, used, job.launched_s, now)
         self._settle(job, used, now)
         tally.used_tokens += used

@@ -58,8 +58,15 @@ def is_kept() -> bool:
     return has_code((*SOURCES, *BESIDE))
 
 
-def checked(wanted: Engine) -> tuple[str, ...]:
-    """What a user who asks for this engine should know: nothing, or one line. BadInput where it cannot be had."""
+def checked(wanted: Engine, *, learns: bool = False) -> tuple[str, ...]:
+    """What a user who asks for this engine should know: nothing, or one line. BadInput where it cannot be had.
+
+    `learns`: the policy's estimates learn (OPENAI_CHARGE_RULE=learned), which only SimPy simulates.
+    """
+    if learns and wanted == "compiled":
+        raise BadInput("--engine compiled: estimates that learn are simulated with SimPy only: leave the option out")
+    if learns and wanted == "auto":
+        return ("simulated with SimPy, which takes longer: the compiled engine has no estimates that learn",)
     if wanted == "simpy" or is_available():
         return ()
     if wanted == "compiled":
@@ -84,7 +91,7 @@ def chosen(wanted: Engine, requests: float) -> Chosen:
 def simulated(case: Case, seed: int, on_attempt: AttemptSink | None = None, *, engine: Engine = "auto") -> Tally:
     """One run of the case: what was counted, the same with either engine."""
     requests = len(case.columns)
-    if chosen(engine, requests) == "compiled":
+    if case.columns.kind is None and chosen(engine, requests) == "compiled":
         from sim import compiled
 
         return compiled.simulated(case, seed, on_attempt)
@@ -106,7 +113,7 @@ def simulated(case: Case, seed: int, on_attempt: AttemptSink | None = None, *, e
 
 def simulations(case: Case, seeds: Iterable[int], *, engine: Chosen) -> Iterator[Tally]:
     """Runs of the case under these seeds, one after the other; what they share is made ready once."""
-    if engine == "compiled":
+    if engine == "compiled" and case.columns.kind is None:
         from sim import compiled
 
         return compiled.simulations(case, seeds)

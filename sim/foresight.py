@@ -113,7 +113,7 @@ def believed_provider(policy: Policy, models: NDArray[Any]) -> ProviderConfig:
         rpm=policy.rpm_limit,
         tpd=policy.tpd_limit,
         rpd=policy.rpd_limit,
-        charge_rule="auto" if policy.charge_rule == "fixed" else policy.charge_rule,
+        charge_rule="auto" if policy.charge_rule == "fixed" or policy.charge_rule == "learned" else policy.charge_rule,
         settles=policy.settle,
     ).with_(**given)
 

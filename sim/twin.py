@@ -256,7 +256,7 @@ def believed(lesson: Lesson) -> ProviderConfig:
         rpm=policy.rpm_limit,
         tpd=policy.tpd_limit,
         rpd=policy.rpd_limit,
-        charge_rule="auto" if policy.charge_rule == "fixed" else policy.charge_rule,
+        charge_rule="auto" if policy.charge_rule == "fixed" or policy.charge_rule == "learned" else policy.charge_rule,
         settles=policy.settle,
     )
 

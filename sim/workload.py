@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from governor.errors import BadInput
-from governor.estimate import CHAT, EMBEDDINGS, charge
+from governor.estimate import CHAT, EMBEDDINGS, LEARNED, charge
 from governor.keyed import ARRIVAL, OUTPUT_LENGTH, RESAMPLE, keyed_uniform
 from governor.requests import url_of
 
@@ -67,6 +67,7 @@ class Columns:
     `arrival_s`: zeros for a batch. `output_tokens`: what the model would write uncapped (hidden), over all `n` answers.
     `cap`: declared maximum over all `n` answers, -1 = none. `reserve`, `charge`: ours and the provider's, whole tokens;
     `finalize_*`: the same request with the finalize pass's cap. `recorded_s`: latency from the trace, -1 = none.
+    `kind`: a number per model, endpoint and declared cap where our reservations learn by it, else None.
     """
 
     arrival_s: Real
@@ -78,6 +79,7 @@ class Columns:
     finalize_reserve: Real
     finalize_charge: Real
     recorded_s: Real
+    kind: Whole | None = None
 
     def __len__(self) -> int:
         return len(self.reserve)
@@ -210,7 +212,18 @@ def columns(
         charge=charged[0],
         finalize_charge=charged[1],
         recorded_s=recorded,
+        kind=_cached(workload, "kind", lambda: (_kinds(workload),))[0] if reserve_rule == LEARNED else None,
     )
+
+
+def _kinds(workload: Workload) -> Whole:
+    """A number per model, endpoint and declared cap: what the requests of one template share (see `Learner`)."""
+    models = np.zeros(len(workload), np.int64)
+    if isinstance(workload.models, list):
+        models = np.unique(np.array(workload.models), return_inverse=True)[1].astype(np.int64)
+    rows = np.column_stack([models, workload.endpoint, workload.max_tokens])
+    kinds: Whole = np.unique(rows, axis=0, return_inverse=True)[1].reshape(-1).astype(np.int64)
+    return kinds
 
 
 def _cached(workload: Workload, key: Hashable, make: Any) -> tuple[NDArray[Any], ...]:
@@ -246,7 +259,7 @@ def _recorded(workload: Workload, scale: float) -> Real:
 
 def _charged(workload: Workload, rule: str, est: int, as_of: str, finalize_cap: int) -> tuple[NDArray[Any], ...]:
     """Charges under one rule, with the declared caps and with the finalize pass's; one array where they agree."""
-    key = (rule, est if rule == "fixed" else 0, as_of if rule == "auto" else "", finalize_cap)
+    key = (rule, est if rule in ("fixed", LEARNED) else 0, as_of if rule == "auto" else "", finalize_cap)
 
     def make() -> tuple[Real, Real]:
         main = charges(workload, rule, est, as_of)
