@@ -5,8 +5,9 @@ is not asked for by a message. This is the only module that imports Ray.
 
 Messages are pickled. From here first ("ready", workers) or ("refused", why); then, for each call (fingerprint,
 function, workers, shared, rows) that comes in, ("result", value) per row (index of its shared part, its own part), in
-order, or one ("raised", exception) or ("lost", why) instead, after which nothing of that call is under way. An end of
-stdin ends the process.
+order, or one ("raised", exception) or ("lost", why) instead, after which nothing more of that call is begun. The few
+tasks of it that are under way then run to their end unheard: `ray.cancel` beside a task that is just ending brings the
+whole process down (an internal check of Ray 2.60). An end of stdin ends the process.
 
 Theory of operation. RAY_ADDRESS names the cluster by Ray's own rules; without it one is started on this machine, on
 loopback, and ends with this process. Plain remote tasks serve, not Ray's backend for joblib: that one gives no result
@@ -111,10 +112,6 @@ def answered(
         yield "lost", f"a Ray worker was lost {RETRIES + 1} times at one task"
     except (ray.exceptions.RayError, ConnectionError) as error:
         yield "lost", f"a task was lost on the Ray cluster ({_first_line(error)})"
-    finally:
-        for ref in under_way:
-            with contextlib.suppress(Exception):
-                ray.cancel(ref)
 
 
 def _checked(function: Callable[[Any, Any], Any], wanted: str, shared: Any, own: Any) -> Any:

@@ -143,8 +143,8 @@ class OnRay(Crew):
             side.tell((fingerprint(), function, self.workers, list(shared.values()), rows))
             while done < len(tasks):
                 kind, value = side.hear()
-                # After anything but a result nothing of this call is under way any more; and said before the last
-                # result is handed on, after which nobody may come back here.
+                # After anything but a result nothing more of this call will be heard; and said before the last result
+                # is handed on, after which nobody may come back here.
                 at_rest = kind != "result" or done == len(tasks) - 1
                 if kind == "raised":
                     raise value
