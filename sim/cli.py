@@ -82,7 +82,7 @@ def simulate(
     ] = 0,
     store_rtt: Annotated[
         float, typer.Option(metavar="1ms", parser=round_trip_s, help="With --processes: how far away their store is.")
-    ] = 0.001,
+    ] = "1ms",  # type: ignore[assignment]
     crash_at: Annotated[
         float | None,
         typer.Option(metavar="5m", parser=finish_by_s, help="With --processes: when one of them dies."),
