@@ -12,7 +12,6 @@ from typing import Any
 
 import anyio.to_thread
 from fastapi import FastAPI
-from fastapi.staticfiles import StaticFiles
 
 from governor import __version__
 from governor.metrics import Metrics
@@ -25,6 +24,7 @@ from governor.service.errors import HANDLERS
 from governor.service.events import Events
 from governor.service.gauges import Gauges
 from governor.service.ledger import Ledger
+from governor.service.page import add_page
 from governor.service.quick import Quick
 from governor.service.state import Service
 from governor.service.store import Store
@@ -85,7 +85,7 @@ def app_of(service: Service) -> FastAPI:
     app.state.authority = Authority(service.config, service.store)
     for router in (routes_templates.router, routes_batches.router, routes_rest.router):
         app.include_router(router)
-    app.mount("/static", StaticFiles(directory=routes_rest.STATIC, check_dir=False), name="static")
+    add_page(app)
     app.add_middleware(Quick, worker=service.worker, authority=app.state.authority)
     app.add_middleware(Door, config=service.config)
     _described(app)

@@ -1,18 +1,15 @@
-"""All other paths: settings, what-if, what goes on, metrics, health, and the page.
+"""All other paths: settings, what-if, what goes on, metrics, health.
 
 What lives here: the routes. What must not: what happens behind them.
 """
 
 from __future__ import annotations
 
-import contextlib
-from importlib.resources import files
-from pathlib import Path
 from typing import Annotated, Any
 
 import anyio.to_thread
 from fastapi import APIRouter, Depends, Query, Response
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
 from governor.errors import BadSetting
 from governor.service import bodies
@@ -25,7 +22,6 @@ from governor.service.state import Service
 from governor.service.store import Change
 from governor.service.whatif import question_of
 
-STATIC = Path(str(files("governor.service"))) / "static"
 Admin = Annotated[Caller, Depends(needs("admin"))]
 # Changes that are shown beside the settings.
 SHOWN_CHANGES = 50
@@ -156,16 +152,3 @@ async def readyz(service: Here) -> Response:
     if worker.neighbours and not service.config.redis:
         notes.append(f"{worker.neighbours} other replicas, and no PACELINE_REDIS_URL: each takes the whole quota")
     return JSONResponse({"status": "ok", "detail": "; ".join(notes)})
-
-
-# ---------------------------------------------------------------- the page
-
-
-@router.get("/", include_in_schema=False)
-async def page() -> Response:
-    """The page, where one is installed; it asks for a token itself."""
-    index = STATIC / "index.html"
-    with contextlib.suppress(OSError):
-        if index.is_file():
-            return FileResponse(index)
-    return PlainTextResponse("Paceline. The interface is described at /docs.\n")
