@@ -55,6 +55,8 @@ P50_ASSUMED_NO_CAP = 200.0
 Z95 = 1.6448536269514722
 # A request without an old result takes the answer of one of this many with the most similar prompts.
 NEIGHBOURS = 32
+# Rows that are worked on at once: what is made on the way stays small, however many rows there are.
+BLOCK = 65_536
 # The cache of one workload: bytes of columns kept, and at least this many.
 CACHE_BYTES = 64 * 2**20
 CACHE_MIN = 6
@@ -263,19 +265,34 @@ def _charged(workload: Workload, rule: str, est: int, as_of: str, finalize_cap: 
 
     def make() -> tuple[Real, Real]:
         main = charges(workload, rule, est, as_of)
-        last = charges(workload, rule, est, as_of, constant(finalize_cap, len(workload)))
-        return main, main if np.array_equal(main, last) else last
+        cap = constant(finalize_cap, len(workload))
+        blocks = _charge_blocks(workload, rule, est, as_of, cap)
+        same = all(np.array_equal(main[block], tokens) for block, tokens in blocks)
+        return main, main if same else charges(workload, rule, est, as_of, cap)
 
     return _cached(workload, key, make)
 
 
 def charges(workload: Workload, rule: str, est: int = 0, as_of: str = "", max_tokens: Whole | None = None) -> Real:
     """Tokens that one rule charges for each request, whole; `max_tokens` in place of the declared caps if given."""
+    tokens = np.empty(len(workload))
+    for block, charged in _charge_blocks(workload, rule, est, as_of, max_tokens):
+        tokens[block] = charged
+    return tokens
+
+
+def _charge_blocks(
+    workload: Workload, rule: str, est: int, as_of: str, max_tokens: Whole | None
+) -> Iterator[tuple[slice, NDArray[Any]]]:
+    """The same for some rows after others: (rows, tokens)."""
     visible = {name: getattr(workload, name) for name in VISIBLE}
     if max_tokens is not None:
         visible["max_tokens"] = max_tokens
-    tokens = charge(rule, **visible, est_tokens_per_run=est, as_of=as_of)
-    return np.ascontiguousarray(tokens, np.float64)
+    # At least one block, also of no rows: an unknown rule is told of.
+    for start in range(0, max(1, len(workload)), BLOCK):
+        block = slice(start, start + BLOCK)
+        rows = {name: column[block].astype(np.int64, copy=False) for name, column in visible.items()}
+        yield block, charge(rule, **rows, est_tokens_per_run=est, as_of=as_of)
 
 
 # ---------------------------------------------------------------- chance
@@ -283,8 +300,10 @@ def charges(workload: Workload, rule: str, est: int = 0, as_of: str = "", max_to
 
 def uniforms(seed: int, count: int, purpose: int) -> Real:
     """One keyed uniform number per row, the same that `keyed_uniform` gives row by row."""
-    rows = np.arange(count, dtype=np.uint64)
-    drawn: Real = keyed_uniform(seed, rows, 0, purpose)  # type: ignore[arg-type, assignment]
+    drawn = np.empty(count)
+    for start in range(0, count, BLOCK):
+        rows = np.arange(start, min(start + BLOCK, count), dtype=np.uint64)
+        drawn[start : start + BLOCK] = keyed_uniform(seed, rows, 0, purpose)  # type: ignore[arg-type]
     return drawn
 
 
@@ -293,15 +312,14 @@ def lognormal_tokens(seed: int, p50: float | Real, sigma: float, count: int, pur
     # Not SciPy's `ndtri`, the same function: a quarter of a second to import is more than most batches are worth.
     from statistics import NormalDist
 
-    normal = np.fromiter(map(NormalDist().inv_cdf, _one_by_one(uniforms(seed, count, purpose))), np.float64, count)
-    lengths = p50 * np.exp(sigma * normal)
-    return np.rint(np.clip(lengths, 1.0, TOKENS_MAX)).astype(np.int64)
-
-
-def _one_by_one(values: Real) -> Iterator[float]:
-    """The numbers of a long column, without a list of all of them."""
-    for start in range(0, len(values), 65_536):
-        yield from values[start : start + 65_536].tolist()
+    u = uniforms(seed, count, purpose)
+    tokens = np.empty(count, np.int64)
+    for start in range(0, count, BLOCK):
+        block = slice(start, start + BLOCK)
+        normal = np.array([*map(NormalDist().inv_cdf, u[block].tolist())])
+        lengths = (p50[block] if isinstance(p50, np.ndarray) else p50) * np.exp(sigma * normal)
+        tokens[block] = np.rint(np.clip(lengths, 1.0, TOKENS_MAX))
+    return tokens
 
 
 def sigma_of(p50: float, p95: float) -> float:
@@ -356,6 +374,11 @@ def similar_outputs(workload: Workload, known: Whole, seed: int) -> Whole:
 # ---------------------------------------------------------------- workloads without a file
 
 
+def _narrow(column: Whole) -> Whole:
+    """The column in half the memory, where its numbers allow it: charges are worked out in 64 bits all the same."""
+    return column.astype(np.int32) if int(column.max(initial=0)) < 2**31 else column
+
+
 def from_tokens(
     prompt_tokens: Whole,
     output_tokens: Whole,
@@ -373,7 +396,7 @@ def from_tokens(
     count = len(prompt_tokens)
     given: dict[str, Any] = {
         "endpoint": constant(CHAT, count),
-        "chars": 4 * prompt_tokens,
+        "chars": _narrow(4 * prompt_tokens) if len(prompt_tokens) > BLOCK else 4 * prompt_tokens,
         "role_chars": constant(len("user"), count),
         "messages": constant(1, count),
         "images": constant(0, count),
