@@ -13,6 +13,7 @@ import typer
 from governor import __version__
 from governor.journal_cli import app as journal_app
 from governor.live_cli import app as live_app
+from governor.probe_cli import app as probe_app
 from governor.serve_cli import FORECAST as FORECAST
 from governor.serve_cli import WHAT_IF as WHAT_IF
 from governor.serve_cli import app as serve_app
@@ -20,6 +21,7 @@ from governor.serve_cli import app as serve_app
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(live_app)
 app.add_typer(journal_app)
+app.add_typer(probe_app)
 app.add_typer(serve_app)
 
 
