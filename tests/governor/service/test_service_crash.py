@@ -21,6 +21,7 @@ from governor.service.store import Store
 from tests.governor.journals import works
 from tests.live import Cli, provider, shared_cli
 from tests.postgres import PostgresServer
+from tests.servers import RedisServer
 from tests.services import Served, good, lines, ready, started, until
 
 IN_FLIGHT = 6
@@ -243,3 +244,33 @@ def test_a_database_that_goes_away_and_comes_back(killing: Cli, tmp_path: Path, 
         assert len({each["custom_id"] for each in served.lines(batch_id)}) == 40
         assert row["resent"] <= IN_FLIGHT
         served.stop(signal.SIGKILL)
+
+
+def test_replicas_share_one_quota_through_redis(
+    killing: Cli, tmp_path: Path, postgres: PostgresServer, seed: int
+) -> None:
+    redis = RedisServer()
+    try:
+        url = postgres.database(f"shared{seed}")
+        env = {"OPENAI_MAX_CONCURRENCY": "2", "PACELINE_REDIS_URL": redis.url}
+        with provider(latency=LATENCY) as llm:
+            replicas = [ready(started(killing, tmp_path, llm.base_url, env=env, database=url)) for _ in range(2)]
+            batches = [each.batch(15, prefix=f"b{i}") for i, each in enumerate(replicas)]
+            for each, batch_id in zip(replicas, batches, strict=True):
+                row = each.over(batch_id)
+                assert (row["state"], row["done"]) == ("completed", 15)
+            stats = llm.stats()
+            # Two at most in all, where each alone would have two of its own.
+            assert (stats["requests"], stats["in_flight_max"]) == (30, 2)
+            assert all(each.get("/readyz")["detail"] == "" for each in replicas)
+            paused = replicas[0].batch(40, prefix="p")
+            until("its first result", lambda: replicas[0].get(f"/batches/{paused}")["done"])
+            good(replicas[0].client.post(f"/batches/{paused}/pause"))
+            until("the end of what flies", lambda: replicas[0].get(f"/batches/{paused}")["in_flight"] == 0)
+            good(replicas[0].client.post(f"/batches/{paused}/resume"))
+            assert replicas[0].over(paused)["done"] == 40
+            assert llm.stats()["requests"] == 70
+            for each in replicas:
+                each.stop(signal.SIGKILL)
+    finally:
+        redis.stop()
