@@ -138,7 +138,10 @@ def started(
 
 def ready(served: Served) -> Served:
     """The same, once it takes batches."""
-    until("the service", lambda: served.client.get("/readyz").status_code == 200)
+    try:
+        until("the service", lambda: served.client.get("/readyz").status_code == 200)
+    except AssertionError:
+        raise AssertionError(f"never ready: {served.client.get('/readyz').text} {served.log}") from None
     return served
 
 

@@ -162,6 +162,7 @@ class Worker:
             over=self._tell,
         )
         await self._claim()
+        await self._renewed()  # a frozen process may have held that up for longer than a lease
         self.ready, self.trouble = True, ""
 
     def _since_s(self) -> float:
@@ -216,10 +217,13 @@ class Worker:
         lease_s = self.config.lease_s
         while True:
             await asyncio.sleep(lease_s / 3.0 * self.config.time_scale)
-            at = time.monotonic()
-            if not await asyncio.to_thread(self.store.renewed, self.replica, lease_s):
-                raise LeaseLostError("this replica's lease was lost: another one has taken its batches over")
-            self._valid_until = at + lease_s
+            await self._renewed()
+
+    async def _renewed(self) -> None:
+        at, lease_s = time.monotonic(), self.config.lease_s
+        if not await asyncio.to_thread(self.store.renewed, self.replica, lease_s):
+            raise LeaseLostError("this replica's lease was lost: another one has taken its batches over")
+        self._valid_until = at + lease_s
 
     def _check_lease(self) -> None:
         """Asked before each send: a process that was stopped for longer than its lease sends nothing any more."""

