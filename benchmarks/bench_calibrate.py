@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from governor.policy import Policy
 from sim import calibrate as cal
@@ -183,17 +184,32 @@ def misses(found: Calibration, truth: dict[str, Any]) -> list[str]:
     return wrong
 
 
-def round_trips(count: int, folder: Path, requests: int = 0, first_seed: int = 1) -> tuple[int, int, list[str]]:
-    """(recovered, figures that were told, what was missed) over `count` drawn scenarios."""
-    recovered, told, missed = 0, 0, []
+def round_trips(
+    count: int, folder: Path, requests: int = 0, first_seed: int = 1, errors: list[tuple[float, float]] | None = None
+) -> tuple[int, int, list[str]]:
+    """(recovered, figures that were told, what was missed) over `count` drawn scenarios.
+
+    `errors` takes the relative errors of the time per token: ours, and that of SciPy's plain regression, the peer.
+    """
+    recovered, told = 0, 0
+    missed: list[str] = []
     for seed in range(first_seed, first_seed + count):
         known = drawn(seed, requests)
         found = calibrate(read_sources([str(write_log(known.scenario, folder / f"log-{seed}.csv"))], {}))
+        if errors is not None:
+            errors.append(_slope_errors(found, known.truth["per output token"]))
         wrong = misses(found, known.truth)
         recovered += not wrong
         told += sum(found[name].known for name in known.truth)
         missed += [f"seed {seed}: {text}" for text in wrong]
     return recovered, told, missed
+
+
+def _slope_errors(found: Calibration, true: float) -> tuple[float, float]:
+    seen = found.observed
+    done = seen.answered
+    plain = stats.linregress(seen.tries.output_tokens[done], seen.took_s[done]).slope
+    return abs(found["per output token"].used / true - 1.0), abs(plain / true - 1.0)
 
 
 def halves(name: str, limit: int, *, draws: int = cal.DRAWS) -> dict[str, tuple[float, float, float]]:
@@ -234,10 +250,15 @@ def main() -> None:
     short = parser.parse_args().short
     count = 10 if short else 50
     with tempfile.TemporaryDirectory() as folder:
-        recovered, told, missed = round_trips(count, Path(folder))
+        errors: list[tuple[float, float]] = []
+        recovered, told, missed = round_trips(count, Path(folder), errors=errors)
     for line in missed:
         print(f"  missed: {line}")
     print(f"round trip: {recovered} of {count} scenarios recovered whole; {told} figures told, {len(missed)} missed")
+    ours, plain = np.median(np.array(errors), axis=0)
+    print(
+        f"time per token, median error: {ours:.1%}; scipy.stats.linregress {plain:.1%}: {plain / ours:.1f} times ours"
+    )
     for name, limit in (("code", 2_000_000), ("conv", 2_000_000)):
         for figure, (low, high, outcome) in halves(name, limit, draws=10 if short else 40).items():
             word = "covers" if low <= outcome <= high else "MISSES"

@@ -35,7 +35,7 @@ from sim.provider_config import ProviderConfig
 from sim.readers import BATCH, SCENARIO, Source
 from sim.scenario import Scenario, following
 from sim.spans import looks_like_spans, of_spans
-from sim.workload import ASSUMED, MEASURED, Workload, redrawn
+from sim.workload import Workload, redrawn
 
 Real = NDArray[np.float64]
 SQLITE = b"SQLite format 3\0"
@@ -48,7 +48,7 @@ class Calibration:
     """A scenario and where its figures come from. `scenario.source` is standard input's until it is written.
 
     `prompts`, `outputs`: parametric families beside the empirical lengths, best first. `correlation`: Spearman's, of
-    prompt and answer. `left`: parts of the provider that no log tells.
+    prompt and answer.
     """
 
     scenario: Scenario
@@ -280,8 +280,9 @@ def outlook(scenario: Scenario, requests: int = 0, *, draws: int = DRAWS) -> Out
         rates.append(tokens_per_min(drawn))
         case = case_of(scenario.with_(workload=drawn))
         ends.append(simulated(case, scenario.seed + seed).summary(case.grant).makespan_s)
-    rate = _spread(rates) if workload.has_arrivals else None
-    return Outlook(requests, rate, _spread(ends))
+    stretches = max(2, round((float(np.ptp(at_s)) or 1.0) / length)) if workload.has_arrivals else 16
+    rate = _spread(rates, stretches) if workload.has_arrivals else None
+    return Outlook(requests, rate, _spread(ends, stretches))
 
 
 def tokens_per_min(workload: Workload) -> float:
@@ -291,12 +292,14 @@ def tokens_per_min(workload: Workload) -> float:
     return 60.0 * total / span_s if span_s > 0.0 else 0.0
 
 
-def _spread(values: Sequence[float]) -> tuple[float, float, float]:
-    """Median and the interval in which another draw lies with 95 %: normal in logarithms, whose tails draws lack."""
+def _spread(values: Sequence[float], stretches: int) -> tuple[float, float, float]:
+    """Median and the interval in which another log lies with 95 %: normal in logarithms, whose tails draws lack.
+
+    The draws are as many as one likes, but their variance is known from so many `stretches` of the log only, and is
+    short of theirs by one: Student's t of that many, and the bootstrap's factor.
+    """
     logs = np.log(np.maximum(values, 1e-9))
-    half = float(stats.t.ppf(0.975, len(logs) - 1)) * float(logs.std(ddof=1)) * float(np.sqrt(1.0 + 1.0 / len(logs)))
+    factor = float(stats.t.ppf(0.975, stretches - 1)) * float(np.sqrt(stretches / (stretches - 1.0)))
+    half = factor * float(logs.std(ddof=1)) * float(np.sqrt(1.0 + 1.0 / len(logs)))
     middle = float(logs.mean())
     return float(np.median(values)), float(np.exp(middle - half)), float(np.exp(middle + half))
-
-
-__all__ = ["ASSUMED", "MEASURED", "Calibration", "Outlook", "calibrate", "outlook", "read_sources", "tokens_per_min"]

@@ -124,10 +124,14 @@ def test_bursts_are_kept_whole_when_rows_are_drawn_again() -> None:
 
 
 def test_journal_of_a_live_run_teaches_the_providers_rule(tmp_path: Path) -> None:
-    live.batch(tmp_path / "requests.jsonl", 60, cap=3_000)
-    habits = {"tpm": 60_000, "charge_rule": "prompt_plus_max", "latency": {"first_token_s": 0.05, "per_token_s": 0.0}}
+    live.batch(tmp_path / "requests.jsonl", 60, cap=60)
+    habits = {
+        "tpm": 30_000,
+        "charge_rule": "prompt_plus_max",
+        "latency": {"first_token_s": 0.05, "per_token_s": 0.0},
+    }
     env = {"OPENAI_TPM_LIMIT": "60000", "OPENAI_CHARGE_RULE": "prompt_plus_max", "OPENAI_MAX_CONCURRENCY": "4"}
-    with live.provider(time_scale=60.0, **habits) as served:
+    with live.provider(**habits) as served:
         ran = live.shared_cli().run(
             *live.run_args(tmp_path, served.base_url, "--yes"), env={**env, "OPENAI_TPM_LIMIT": "3000000"}
         )
@@ -135,7 +139,9 @@ def test_journal_of_a_live_run_teaches_the_providers_rule(tmp_path: Path) -> Non
     observed = read_sources([str(tmp_path / "results.journal.db")], {})
     found = calibrate(observed)
     assert len(found.scenario.workload) == 60
-    assert found["tokens per minute"].value == 60_000
+    assert found["charge rule"].value == "prompt_plus_max", found["charge rule"].how
+    assert found["settles"].value is False, found["settles"].how
+    assert found["tokens per minute"].value == 30_000
     assert found.scenario.policy.tpm_limit == 3_000_000, "the run's own settings"
     path = tmp_path / "scenario.yaml"
     found.write(path)
