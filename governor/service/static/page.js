@@ -17,7 +17,7 @@ async function route(isFirst) {
     else $(`to-${each}`).removeAttribute("aria-current");
   }
   document.title = `${TITLES[view]} – Paceline`;
-  if (!isFirst) $(`${view}-view`).focus({ preventScroll: true });
+  if (!isFirst) $("content").focus({ preventScroll: true });
   const found = new URLSearchParams(query);
   if (found.has("pool") && [...$("pool").options].some((each) => each.value === found.get("pool"))) $("pool").value = found.get("pool");
   if (view === "what-if") await openWhatIf(found);
@@ -43,7 +43,7 @@ $("token-form").addEventListener("submit", useToken);
 document.addEventListener("token-needed", () => ($("token-box").open = true));
 $("skip").addEventListener("click", (event) => {
   event.preventDefault();
-  VIEWS.map((name) => $(`${name}-view`)).find((view) => !view.hidden).focus();
+  $("content").focus();
 });
 window.addEventListener("hashchange", () => route(false));
 startWhatIf();

@@ -28,7 +28,7 @@ const CAUSES = {
   rpm: "requests per minute",
   day: "the daily limit",
   hold: "a hold after a 429",
-  paused: "a pause",
+  paused: "the end of a pause",
   backoff: "a backoff after a 429",
   stopped: "somebody to resume it",
   launching: "its turn",

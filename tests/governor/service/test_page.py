@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
 from tests.conftest import ROOT
 from tests.live import WAIT_S, provider, shared_cli
@@ -140,10 +140,10 @@ def test_a_batch_is_started_watched_asked_about_and_its_pace_changed(
     headline = page.locator("#headline")
     expect(headline).to_contain_text("as with today’s settings")
     expect(page.get_by_role("button", name="Apply…")).to_be_disabled()
-    set_slider(page, "Stagger, s", "0.1")
+    set_slider(page, "Stagger, s", "0")
     set_slider(page, "Concurrency, requests", "12")
     expect(headline).to_contain_text("times as fast as today’s")
-    asked = {"batch_id": batch_id, "settings": {"OPENAI_STAGGER_SECONDS": 0.1, "OPENAI_MAX_CONCURRENCY": 12}}
+    asked = {"batch_id": batch_id, "settings": {"OPENAI_STAGGER_SECONDS": 0, "OPENAI_MAX_CONCURRENCY": 12}}
     told = served.post("/what-if", asked)
     assert told["proposed"]["finish_s"]["p50"] < told["today"]["finish_s"]["p50"] / 3
     watched.picture("what-if-light")
@@ -153,23 +153,23 @@ def test_a_batch_is_started_watched_asked_about_and_its_pace_changed(
     other = watched.context.new_page()
     other.goto(link)
     expect(other.locator("#headline")).to_contain_text("times as fast as today’s")
-    expect(other.get_by_label("Stagger, s", exact=True)).to_have_value("0.1")
+    expect(other.get_by_label("Stagger, s", exact=True)).to_have_value("0")
     expect(other.get_by_label("Concurrency, requests", exact=True)).to_have_value("12")
     other.close()
 
     # Applied, after the difference was shown; Escape leaves everything as it is.
     page.get_by_role("button", name="Apply…").click()
     dialog = page.get_by_role("dialog")
-    expect(dialog.locator("tbody tr")).to_have_text([re.compile("Stagger.*1.5.*0.1"), re.compile("Concurrency.*3.*12")])
+    expect(dialog.locator("tbody tr")).to_have_text(["Stagger, s1.50", "Concurrency, requests312"])
     watched.picture("apply")
     page.keyboard.press("Escape")
     expect(dialog).to_be_hidden()
     assert served.get("/settings")["settings"]["OPENAI_STAGGER_SECONDS"] == 1.5
     page.get_by_role("button", name="Apply…").click()
     dialog.get_by_role("button", name="Apply", exact=True).click()
-    expect(page.locator("#what-if-said")).to_contain_text("Applied: stagger 0.1, concurrency 12")
+    expect(page.locator("#what-if-said")).to_contain_text("Applied: stagger 0, concurrency 12")
     found = served.get("/settings")
-    assert (found["settings"]["OPENAI_STAGGER_SECONDS"], found["settings"]["OPENAI_MAX_CONCURRENCY"]) == (0.1, 12)
+    assert (found["settings"]["OPENAI_STAGGER_SECONDS"], found["settings"]["OPENAI_MAX_CONCURRENCY"]) == (0, 12)
     assert set(found["changes"][0]["changes"]) == {"OPENAI_STAGGER_SECONDS", "OPENAI_MAX_CONCURRENCY"}
 
     # The pace has changed: at the old one the batch could not be over yet.
@@ -179,6 +179,57 @@ def test_a_batch_is_started_watched_asked_about_and_its_pace_changed(
     assert ended["ended_at"] - ended["created_at"] < SLOW_S
     expect(row.locator("[data-is=state]")).to_have_text("completed")
     expect(row.get_by_role("button")).to_have_count(0)
+
+
+def test_a_batch_is_cancelled_after_a_question_alone(served: Served, watched: Watched) -> None:
+    page = watched.page
+    batch_id = served.batch(10 * COUNT, prefix="cancelled")
+    page.goto(f"{watched.url}/")
+    button = page.get_by_role("button", name=f"Cancel {batch_id}")
+    button.click()
+    dialog = page.get_by_role("dialog")
+    expect(dialog.get_by_role("button", name="Leave it as it is")).to_be_focused()
+    page.keyboard.press("Escape")
+    expect(button).to_be_focused()
+    assert served.get(f"/batches/{batch_id}")["state"] == "running"
+    button.click()
+    dialog.get_by_role("button", name="Cancel the batch").click()
+    assert served.over(batch_id)["state"] == "cancelled"
+    expect(page.locator("#batches tbody tr").first.locator("[data-is=state]")).to_have_text("cancelled")
+
+
+def test_the_latest_settings_have_the_last_word(served: Served, watched: Watched) -> None:
+    page = watched.page
+    asked: list[float] = []
+
+    def late(route: Route) -> None:
+        asked.append(route.request.post_data_json["settings"]["OPENAI_STAGGER_SECONDS"])
+        if len(asked) == 1:
+            # While the first question is held, the slider moves on.
+            for value in ("3", "5", "7"):
+                page.evaluate(
+                    "([id, value]) => { const it = document.getElementById(id); it.value = value;"
+                    " it.dispatchEvent(new Event('input', { bubbles: true })); }",
+                    ["knob-stagger", value],
+                )
+            page.wait_for_timeout(200)
+        route.continue_()
+
+    page.route("**/what-if", late)
+    page.goto(f"{watched.url}/#what-if?shape=20x100x100&stagger=2")
+    expect(page).to_have_url(re.compile("stagger=7"))
+    until("the last question", lambda: asked[-1] == 7.0 or page.wait_for_timeout(20))
+    assert asked == [2.0, 7.0]
+    told = served.post(
+        "/what-if",
+        {
+            "shape": {"requests": 20, "prompt_tokens": 100, "max_output_tokens": 100},
+            "settings": {"OPENAI_STAGGER_SECONDS": 7.0},
+        },
+    )
+    least_s = told["proposed"]["finish_s"]["p50"]
+    assert least_s > 0.7 * 19 * 7.0
+    expect(page.locator("#headline")).to_contain_text(re.compile(r"Done in [12] min"))
 
 
 def test_dark_and_at_phone_width_nothing_overflows(browser: Browser, served: Served) -> None:
