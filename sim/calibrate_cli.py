@@ -99,7 +99,11 @@ def text_of(found: Calibration, ahead: Outlook | None) -> str:
         lines += ["", f"another {ahead.requests:,} requests of this kind, with 95 %:"]
         if ahead.tokens_per_min is not None:
             lines.append("  {:<26}{:,.0f} ({:,.0f} to {:,.0f})".format("tokens per minute", *ahead.tokens_per_min))
-        lines.append("  {:<26}{:,.0f} s ({:,.0f} to {:,.0f})".format("makespan", *ahead.makespan_s))
+        lines.append(
+            "  {:<26}{:,.0f} s ({:,.0f} to {:,.0f}), under the scenario's settings".format(
+                "makespan", *ahead.makespan_s
+            )
+        )
     return "\n".join(lines)
 
 

@@ -101,7 +101,7 @@ def quota(found: Observed, base: ProviderConfig) -> QuotaFit:
         others = unknown("share of others", base.cotenant.share, why)
     if not limit.known:
         limit = _limit_from_refusals(found, counts, base, limit)
-    figures = (limit, requests, rule, settles, others, counting, *_refusals(found, base), *_faults(found))
+    figures = (limit, requests, rule, settles, others, counting, *_refusals(found, base), *_faults(found, base))
     return QuotaFit(figures, changes, rules)
 
 
@@ -323,8 +323,14 @@ def _refusals(found: Observed, base: ProviderConfig) -> tuple[Figure, Figure]:
     return Figure("Retry-After", word, None, None, "", how, base.retry_after), late
 
 
-def _faults(found: Observed) -> tuple[Figure, Figure]:
+def _faults(found: Observed, base: ProviderConfig) -> tuple[Figure, Figure]:
     """Server errors and dropped connections, of the attempts that were let in."""
+    if not found.outcomes:
+        why = "the log does not say what became of its requests"
+        return (
+            unknown("server errors", base.faults.error_ratio, why),
+            unknown("dropped", base.faults.drop_ratio, why),
+        )
     let_in = float((found.kind != REFUSED).sum())
     how = f"of {let_in:,.0f} attempts that were let in"
     return (

@@ -180,7 +180,8 @@ class LogRows:
             if role in self.values:
                 self._check_durations(role)
         found = {role: values for role, values in self.values.items() if role not in ("outcome", "status", "lane")}
-        found["kind"] = self.kinds
+        if "outcome" in self.values or "status" in self.values:
+            found["kind"] = self.kinds
         if "lane" in self.values:
             found["finalize"] = [float(lane == "finalize") for lane in self.values["lane"]]
         return found

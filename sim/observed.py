@@ -47,7 +47,7 @@ class Observed:
     `tries`: their sizes (`output_tokens` of those answered, else 0). `request`: a number per request. `final`: whether
     this answer ended its request, and was no finalize pass. `first_s`: until the first token. `stated`: the headers'
     tokens limit and remaining, requests limit and remaining, shape (attempts, 4). `policy`: the settings of the run,
-    where a journal knows them. `batch`: all requests were there at the start.
+    where a journal knows them. `batch`: all requests were there at the start. `outcomes`: they are stated.
     """
 
     label: str
@@ -65,6 +65,7 @@ class Observed:
     day: NDArray[np.bool_]
     policy: Policy | None = None
     batch: bool = False
+    outcomes: bool = True
     notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -187,6 +188,7 @@ def observed_of(label: str, rows: Mapping[str, Sequence[Any]], *, source: str, n
         retry_after_s=numbers("retry_after")[order],
         stated=np.column_stack([numbers(role) for role in STATED])[order],
         day=numbers("day", 0.0)[order] > 0.0,
+        outcomes="kind" in rows,
         notes=notes,
     )
     return replace(found, final=_last_of_each(found))

@@ -93,6 +93,7 @@ def test_shape_that_is_none_of_the_model_keeps_the_rows_times(tmp_path: Path) ->
     path.write_text("prompt_tokens,output_tokens,launched_s,latency_s\n" + rows)
     found = calibrate(read_sources([str(path)], {}))
     assert found.scenario.provider.latency.recorded
+    assert not found["server errors"].known, "a log without outcomes"
     assert any("repeats each row's own time" in note for note in found.notes)
 
 
