@@ -2,8 +2,8 @@
 
     python -m benchmarks.bench_spread [--short]
 
-One sweep of cases under many seeds is run by one worker and by two, by local threads (compiled engine), local processes
-(SimPy) and a Ray cluster of two nodes with one worker each on this machine. What two cores are worth here, at this
+A sweep over many seeds is run by one worker and by two: 20,000 requests by local threads (compiled engine), the example
+batch by local processes (SimPy) and by a Ray cluster of two nodes with one worker each on this machine. What two cores are worth here, at this
 moment, is measured by two processes that spin, against one; all measurements alternate, and medians of ratios are
 printed. The sweep by Ray takes over 30 s, unless --short; the cluster's start is not counted, its first task is.
 """
@@ -24,6 +24,7 @@ from sim.engines import Engine
 from sim.experiment import Case, Pool, case_of
 from sim.scenario import Scenario
 from sim.spread import Backend
+from sim.workload import parametric
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH = ROOT / "examples" / "batch.jsonl"
@@ -81,6 +82,8 @@ def main() -> None:
     short = "--short" in sys.argv
     rounds, seconds = (1, 4.0) if short else (5, 35.0)
     case = case_of(Scenario.of(BATCH))
+    drawn = parametric(20_000, prompt_tokens=(600, 1_500), output_tokens=(80, 300), max_tokens=400, seed=1)
+    large = case_of(Scenario.of(BATCH).with_(workload=drawn))
     spins = SPINS // 10 if short else SPINS
     cluster = subprocess.Popen(
         [sys.executable, str(ROOT / "tests" / "sim" / "ray_cluster.py"), "2"],
@@ -94,17 +97,17 @@ def main() -> None:
         assert cluster.stdout is not None
         os.environ["RAY_ADDRESS"] = cluster.stdout.readline().strip()
         # Engines, workers and the connection are there before anything is measured.
-        for engine in ("compiled", "simpy"):
-            sweep_s(case, 400, 2, engine, "local")
+        sweep_s(large, 4, 2, "compiled", "local")
+        sweep_s(case, 400, 2, "simpy", "local")
         sweep_s(case, 400, 0, "simpy", "ray")
-        simpy, compiled = sized(case, "simpy", seconds), sized(case, "compiled", seconds / 4.0)
+        simpy, compiled = sized(case, "simpy", seconds), sized(large, "compiled", seconds / 4.0)
         times = medians(
             rounds,
             {
                 "spin 1": lambda: spinning_s(1, spins),
                 "spin 2": lambda: spinning_s(2, spins),
-                "threads 1": lambda: sweep_s(case, compiled, 1, "compiled", "local"),
-                "threads 2": lambda: sweep_s(case, compiled, 2, "compiled", "local"),
+                "threads 1": lambda: sweep_s(large, compiled, 1, "compiled", "local"),
+                "threads 2": lambda: sweep_s(large, compiled, 2, "compiled", "local"),
                 "processes 1": lambda: sweep_s(case, simpy // 2, 1, "simpy", "local"),
                 "processes 2": lambda: sweep_s(case, simpy, 2, "simpy", "local"),
                 "ray": lambda: sweep_s(case, simpy, 0, "simpy", "ray"),

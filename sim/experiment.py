@@ -10,8 +10,8 @@ run depends on nothing but its case and its seed, results are the same for any n
 
 The engines of `sim/engines.py` give the same run, to the bit, and so the choice between them is one of time. Runs are
 spread in chunks large enough to pay for their transport: over threads where the compiled engine works on this machine
-(it does not hold the interpreter's lock), else over the workers of `spread`, local processes or a Ray cluster. Small
-amounts of work stay where they are.
+on large workloads (it does not hold the interpreter's lock), else over the workers of `spread`, local processes or a
+Ray cluster. Small amounts of work stay where they are.
 """
 
 from __future__ import annotations
@@ -38,6 +38,12 @@ from sim.workload import Columns
 
 # Simulated requests below which a task is not worth sending to another process, or to another thread.
 TASK_REQUESTS = {"simpy": 8_000, "compiled": 20_000}
+# The compiled engine: what a run costs in Python, which threads cannot share, and a request in machine code, which they
+# can, seconds. Below so many requests per run threads stand in one another's way (at 200 two take 1.5 times as long as
+# one), and only processes help, where there is work enough to pay for their start.
+RUN_S, REQUEST_S = 0.25e-3, 0.3e-6
+THREAD_REQUESTS = 4_000
+PROCESSES_S = 6.0
 OUTCOMES = (
     Outcome.OK,
     Outcome.THROTTLED,
@@ -224,7 +230,11 @@ class Pool:
         if len(tasks) < 2 or work < 2 * TASK_REQUESTS[engine] or (self.crew.size == 1 and self.backend == "local"):
             return (run(case, seeds) for case, seeds in tasks)
         if engine == "compiled" and self.backend == "local":
-            return self._threaded(run, tasks)
+            runs = sum(len(seeds) for _, seeds in tasks)
+            if work >= THREAD_REQUESTS * runs:
+                return self._threaded(run, tasks)
+            if runs * RUN_S + work * REQUEST_S < PROCESSES_S:
+                return (run(case, seeds) for case, seeds in tasks)
         return self.crew.map(run, tasks)
 
     def _threaded(self, run: Callable[..., list[Figures]], tasks: list[Task]) -> Iterator[list[Figures]]:

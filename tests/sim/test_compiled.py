@@ -175,6 +175,7 @@ def test_the_command_prints_the_same_with_either_engine(capsys: Any, root: Path)
 
 def test_figures_are_the_same_for_any_number_of_workers(seed: int, monkeypatch: Any) -> None:
     monkeypatch.setattr("sim.experiment.TASK_REQUESTS", {"compiled": 50, "simpy": 50})
+    monkeypatch.setattr("sim.experiment.THREAD_REQUESTS", 1)
     cases = [case_of(drawn(seed + n)) for n in range(12)]
     tasks = [(case, range(seed, seed + 7)) for case in cases]
     found = [repr(Pool(workers, engine="compiled").run(tasks)) for workers in (1, 2, 3, 7)]
