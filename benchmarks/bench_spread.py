@@ -3,9 +3,9 @@
     python -m benchmarks.bench_spread [--short]
 
 A sweep over many seeds is run by one worker and by two: 20,000 requests by local threads (compiled engine), the example
-batch by local processes (SimPy) and by a Ray cluster of two nodes with one worker each on this machine. What two cores are worth here, at this
-moment, is measured by two processes that spin, against one; all measurements alternate, and medians of ratios are
-printed. The sweep by Ray takes over 30 s, unless --short; the cluster's start is not counted, its first task is.
+batch by local processes (SimPy) and by a Ray cluster of two nodes with one worker each on this machine. What two cores
+are worth here, at this moment, is measured by two processes that spin, against one; all measurements alternate, and
+medians of ratios are printed. The sweep by Ray takes over 30 s, unless --short; the cluster's start is not counted.
 """
 
 from __future__ import annotations
