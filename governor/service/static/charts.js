@@ -84,6 +84,9 @@ function triangles(plot, index) {
   const size = 5 * devicePixelRatio;
   ctx.save();
   ctx.fillStyle = colour("bad");
+  // An edge in the background's colour: they often lie on a bar.
+  ctx.strokeStyle = colour("card");
+  ctx.lineWidth = 3 * devicePixelRatio;
   plot.data[index].forEach((value, i) => {
     if (!value) return;
     const x = plot.valToPos(plot.data[0][i], "x", true);
@@ -92,6 +95,8 @@ function triangles(plot, index) {
     ctx.moveTo(x, y - size);
     ctx.lineTo(x + size, y + size);
     ctx.lineTo(x - size, y + size);
+    ctx.closePath();
+    ctx.stroke();
     ctx.fill();
   });
   ctx.restore();

@@ -90,7 +90,9 @@ function renderPool(pool) {
   renderTokens(pool);
   const waiting = Object.values(pool.queue).reduce((sum, each) => sum + each, 0);
   const next = pool.blocked ? "stopped" : waiting === 0 ? "nothing waits" : null;
-  say($("next"), next ?? (pool.next_launch_s === null ? "when a slot is free" : `in ${duration(pool.next_launch_s)}`));
+  const wait_s = pool.next_launch_s;
+  const when = wait_s === null ? "when a slot is free" : wait_s < 0.05 ? "now" : `in ${duration(wait_s)}`;
+  say($("next"), next ?? when);
   say($("next-note"), pool.blocked || (pool.waiting_for && waiting ? `waits for ${cause(pool.waiting_for)}` : ""));
   say($("throttled"), count(pool.throttled));
   const ratio = pool.attempts ? `${percent(pool.throttled / pool.attempts)} of ` : "of ";

@@ -31,6 +31,8 @@ ARGS = (
     "--disable-component-update",
     "--disable-sync",
 )
+# A loaded machine may take its time.
+expect.set_options(timeout=WAIT_MS)
 PICTURES = ROOT / "out" / "page"
 PACE = {"OPENAI_STAGGER_SECONDS": "1.5", "OPENAI_TPM_LIMIT": "30000", "OPENAI_MAX_CONCURRENCY": "3"}
 COUNT = 60
