@@ -27,7 +27,7 @@ demo: $(STAMP_SIM) examples/batch.jsonl  ## plan the example batch (out/report.h
 	@$(BIN)/python examples/live.py --out $(OUT)
 
 test: $(STAMP_ALL)  ## the whole test suite, a process per core (PYTEST_ARGS='-k law' for a part)
-	@$(BIN)/python -m pytest -n logical $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n logical --dist loadfile $(PYTEST_ARGS)
 
 proofs: $(STAMP_ALL)  ## the long forms of tests: a hundred kills, a million requests in both worlds
 	@$(BIN)/python -m pytest -m long --timeout 3600 $(PYTEST_ARGS)

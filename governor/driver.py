@@ -203,8 +203,10 @@ class Governor:
         law.repriced(self.p, params, self.s, now)
         if self._tells:
             self._tell(self.observer.decided, "repriced", (params, now), None)
+        deadline_moves = params.deadline_s != self.p.deadline_s
         self.p = params
-        for job in self._waiting():
+        # Only then: who backs off is given a moment when its backoff ends, and at one instant the order counts.
+        for job in self._waiting() if deadline_moves else ():
             self._watch_deadline(job)
         self._soon()
 

@@ -94,11 +94,13 @@ def test_a_daily_limit_is_never_hammered(cli: Cli, tmp_path: Path, hold: str) ->
     env = {**ENV, "OPENAI_HOLD_ON_THROTTLE": hold, "OPENAI_DEADLINE_SECONDS": "0.2"}
     with provider(events=asks(432.0, 10**6)) as served:
         ran = cli.run(*run_args(tmp_path, served.base_url, "--json"), env=env)
-        assert served.stats()["requests"] <= 3 + 10 + 2
+        # Ten in a row, and those that were in flight or found out meanwhile; of 200 with five attempts each.
+        assert served.stats()["requests"] <= 40
     assert ran.code == 5, ran.err
     assert "asks to wait 7 min 12 s, until " in ran.err
     assert "10 requests in a row were given up" in ran.err
-    assert ran.json["failures"] == {"OPENAI_DEADLINE_EXCEEDED": pytest.approx(11, abs=1)}
+    assert set(ran.json["failures"]) == {"OPENAI_DEADLINE_EXCEEDED"}
+    assert 10 <= ran.json["failures"]["OPENAI_DEADLINE_EXCEEDED"] <= 30
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])

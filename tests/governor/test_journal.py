@@ -253,6 +253,10 @@ def test_tasks_that_wait_together_share_one_commit(path: Path, monkeypatch: pyte
 
 def test_a_cancelled_wait_takes_nobody_s_commit_with_it(path: Path) -> None:
     journal, recorder = begun(path, 40)
+    writer = journal._writer
+    assert writer is not None
+    let_go = threading.Event()
+    writer._thread.submit(let_go.wait, 30.0)  # so that no commit is over before half of those who wait have left
 
     async def launch(index: int) -> None:
         recorder.launched(job(work(index)), float(index))
@@ -263,6 +267,7 @@ def test_a_cancelled_wait_takes_nobody_s_commit_with_it(path: Path) -> None:
         await asyncio.sleep(0)
         for task in tasks[::2]:
             task.cancel()
+        let_go.set()
         done = await asyncio.gather(*tasks, return_exceptions=True)
         assert [type(each) for each in done] == [asyncio.CancelledError, type(None)] * 20
         await recorder.flushed()
