@@ -16,7 +16,7 @@ from pathlib import Path
 
 from governor.policy import Policy
 from sim.experiment import Pool, replicate
-from sim.plan import FRESH_SEEDS, plan
+from sim.planner import FRESH_SEEDS, plan
 from sim.provider_config import ProviderConfig
 from sim.results import Forecast
 from sim.scenario import FileSource, Scenario

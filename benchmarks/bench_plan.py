@@ -28,7 +28,7 @@ import numpy as np
 
 from governor.policy import Policy
 from sim.experiment import Pool
-from sim.plan import FRESH_SEEDS, plan
+from sim.planner import FRESH_SEEDS, plan
 from sim.provider_config import ProviderConfig
 from sim.results import Estimate, Forecast, Plan, estimate, forecast_of
 from sim.runs import Condition, Runs

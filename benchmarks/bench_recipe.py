@@ -19,7 +19,7 @@ import numpy as np
 
 from governor.policy import Policy
 from sim.experiment import Pool, replicate
-from sim.plan import FRESH_SEEDS, plan
+from sim.planner import FRESH_SEEDS, plan
 from sim.provider_config import ProviderConfig
 from sim.results import Forecast, paired_difference
 from sim.scenario import ModelSource, Scenario

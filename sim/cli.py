@@ -455,7 +455,7 @@ def _inputs(given: Options, *, fit: bool = True) -> Inputs:
 
 def _runs_foreseen(scenario: Scenario, effort: str) -> float:
     """About how many runs a plan will make."""
-    from sim.plan import EFFORTS, LEAST_RUNS
+    from sim.planner import EFFORTS, LEAST_RUNS
 
     n = len(scenario.workload)
     return max(EFFORTS[effort], LEAST_RUNS * n) / n

@@ -1,7 +1,7 @@
 """The evidence for a plan's recommendations: what each change gains, the stress rows, the maps, the drawn conditions.
 
-What lives here: pure questions to the runs once the settings are chosen. What must not: choosing them (`plan`), and how
-the answers look (`report`).
+What lives here: pure questions to the runs once the settings are chosen. What must not: choosing them (`planner`), and
+how the answers look (`report`).
 """
 
 from __future__ import annotations

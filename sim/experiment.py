@@ -1,7 +1,7 @@
 """Running a scenario many times: replications under keyed common random numbers, side by side on the local cores.
 
 What lives here: one run as `Figures`, by either engine, many runs, and how many are enough. What must not: choosing
-settings (`plan`), the engines themselves (`driver`, `compiled`) and the choice of one (`engines`).
+settings (`planner`), the engines themselves (`driver`, `compiled`) and the choice of one (`engines`).
 
 Theory of operation. A `Case` is everything that one run needs, as numbers. Run r of any case uses seed + r, and chance
 is keyed by what it is for (`governor/keyed.py`), so two policies under one seed meet the same latencies, faults and

@@ -1,7 +1,7 @@
 """`paceline plan` from its inputs to its folder: the search and its journal, the files, what an interruption leaves.
 
 What lives here: the order of these steps, and what is said where they are broken off. What must not: the search
-(`plan`), the contents of the files (`outputs`), options (`cli`).
+(`planner`), the contents of the files (`outputs`), options (`cli`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from governor.errors import PacelineError
 from governor.money import Prices, read_prices
-from sim import plan as planning
+from sim import planner as planning
 from sim.document import ModelSource
 from sim.experiment import Pool
 from sim.inputs import Wishes, scenario_text

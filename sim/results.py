@@ -1,7 +1,7 @@
 """What `simulate` and `plan` find: figures of single runs, estimates over replications, and a plan's evidence.
 
 What lives here: frozen values, the statistics that turn runs into estimates, and their JSON form. What must not:
-running anything (`experiment`, `plan`) and drawing anything (`report`).
+running anything (`experiment`, `planner`) and drawing anything (`report`).
 
 Statistics. Replications are independent draws under keyed seeds, so a mean has a Student-t interval; a difference of
 two policies is taken seed by seed (common random numbers) and has the interval of the paired differences. Quantiles of

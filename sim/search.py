@@ -2,7 +2,7 @@
 
 What lives here: how settings are scored, ranked and found in one scenario. What must not: the statistics of a race
 (`racing`), the values that are tried (`space`), the stress set (`hardening`), how runs are made and kept (`runs`), and
-what a plan shows (`plan`).
+what a plan shows (`planner`).
 
 Theory of operation. Settings are compared lexicographically: first what must hold (requests lost, throttles per 100),
 then the objective. `race` gives every contestant the same few seeds and then more to those alone that are still in

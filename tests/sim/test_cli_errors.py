@@ -212,7 +212,7 @@ def test_targets_are_checked_before_the_work(run: Run, tmp_path: Path, monkeypat
 def test_a_folder_that_cannot_be_written_into(run: Run, tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "batch.jsonl").write_text(line(0))
     (tmp_path / "file").write_text("mine")
-    monkeypatch.setattr("sim.plan.plan", lambda *a, **k: pytest.fail("the work had begun"))
+    monkeypatch.setattr("sim.planner.plan", lambda *a, **k: pytest.fail("the work had begun"))
     assert refused(run("plan", "batch.jsonl", "--out", "file")).startswith("file: cannot be written into: ")
     assert refused(run("plan", "batch.jsonl", "--out", "file/deeper")).startswith(
         "file/deeper: cannot be written into: "

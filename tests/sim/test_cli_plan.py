@@ -18,7 +18,7 @@ import pytest
 from governor.policy import GUARDRAIL_KNOBS, KNOBS, Policy
 from governor.settings import policy_of
 from sim import files, report, searchlog
-from sim import plan as planning
+from sim import planner as planning
 from sim.cli import main
 from sim.experiment import Pool
 from sim.inputs import read_inputs
@@ -240,7 +240,7 @@ def test_a_failure_in_the_search_or_the_report_leaves_no_folder(run: Run, work: 
     def stop(*args: object, **how: object) -> None:
         raise KeyboardInterrupt
 
-    for place in ("sim.report.render", "sim.plan.plan"):
+    for place in ("sim.report.render", "sim.planner.plan"):
         with monkeypatch.context() as patch:
             patch.setattr(place, stop)
             assert run(*PLAN, "--out", "deep/new") == (130, "", "interrupted: no file was left unfinished\n")
