@@ -179,9 +179,13 @@ class Policy(BaseModel):
         return self.with_(**changes)
 
     def with_(self, **changes: Value) -> Policy:
-        """This policy with some knobs changed, by python name, and checked again."""
+        """This policy with some knobs changed, and checked again.
+
+        A knob goes by its python name, by that with `_s` for `_seconds`, or by its environment name: `stagger_s=5` is
+        `stagger_seconds=5` is `OPENAI_STAGGER_SECONDS=5`. BadSetting for any other name, and for one given twice.
+        """
         named: dict[str, Value] = {name: getattr(self, name) for name in self.model_fields_set}
-        return Policy.model_validate(named | changes)
+        return Policy.model_validate(named | by_field(changes))
 
     def to_env(self, old: Policy | None = None, *, everything: bool = False) -> str:
         """This policy as the text of an env file, our names only; `from_env` of it gives an equal policy.
@@ -327,8 +331,26 @@ def _knobs() -> tuple[Knob, ...]:
 KNOBS = _knobs()
 KNOB_BY_ENV = {knob.env: knob for knob in KNOBS}
 KNOB_BY_NAME = {knob.name: knob for knob in KNOBS}
+# As programs name them: the units of a name are `_s`, like everywhere outside the env files.
+KNOB_BY_SHORT_NAME = {knob.name.replace("_seconds", "_s"): knob for knob in KNOBS}
 # What a deployment that runs the guardrails can change today, without new code.
 GUARDRAIL_KNOBS = KNOBS[:8]
+
+
+def knob_named(name: str) -> Knob | None:
+    """The knob of that field, short or environment name; None where there is none."""
+    return KNOB_BY_NAME.get(name) or KNOB_BY_SHORT_NAME.get(name) or KNOB_BY_ENV.get(name)
+
+
+def by_field(changes: Mapping[str, Value]) -> dict[str, Value]:
+    """Changes under the names of the fields, however they were named (see `Policy.with_`); the values as they are."""
+    found: dict[str, Value] = {}
+    for name, value in changes.items():
+        knob = knob_named(name)
+        if knob is not None and knob.name in found:
+            raise BadSetting(f"{knob.env} is given twice, once as {name}", knob.env)
+        found[name if knob is None else knob.name] = value
+    return found
 
 
 def knob_table() -> str:
@@ -358,7 +380,11 @@ def _bad_setting(error: ValidationError) -> BadSetting:
     if knob is None:
         if not name:
             return BadSetting("a policy is a mapping of settings to values")
-        close = [f": did you mean {near}?" for near in difflib.get_close_matches(name, KNOB_BY_NAME, 1)]
+        ours = {knob.name: short for short, knob in KNOB_BY_SHORT_NAME.items()}
+        # Whoever writes a unit means the name that has one of ours.
+        meant = near_miss(name) if name.isupper() else None
+        near_by = [meant] if meant else difflib.get_close_matches(name.lower(), [*ours.values(), *ours], 1)
+        close = [f": did you mean {near}?" for near in near_by]
         return BadSetting(f"there is no setting {_shown(name)}{''.join(close)}", name)
     value = first["input"]
     return knob.refused(knob.text(value) if isinstance(value, bool | int | float) else value)
