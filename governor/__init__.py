@@ -1,7 +1,36 @@
 """The decision logic of Paceline ("the law") and its live half.
 
-Modules are imported by name (`governor.law`, `governor.policy`, ...). This file holds the version and nothing else, so
-that importing the pure half never pulls in the edges.
+    from governor import Governor, Policy
+
+    governor = Governor(Policy().with_(tpm_limit=450_000, stagger_s=0))  # inside a running event loop
+    async with governor.permit(tokens) as permit:
+        ...
+
+Everything else is imported from its module (`governor.law`, `governor.requests`, ...). What stands here is fetched when
+it is first asked for, so that importing the pure half never pulls in the edges.
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from governor.driver import Governor as Governor
+    from governor.errors import PacelineError as PacelineError
+    from governor.policy import Policy as Policy
+
 __version__ = "0.1.0"
+__all__ = ["Governor", "PacelineError", "Policy", "__version__"]
+
+_MODULES = {"Governor": "governor.driver", "PacelineError": "governor.errors", "Policy": "governor.policy"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

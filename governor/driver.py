@@ -33,6 +33,7 @@ from governor.errors import FailureCode, PacelineError
 from governor.keyed import JITTER_RETRY, JITTER_STAGGER, attempt_key, keyed_uniform
 from governor.law import FINALIZE, FIRST, HOLDING, MAIN, RETRY, Params, State
 from governor.learning import Learner
+from governor.policy import Policy
 from governor.requests import Answer, Limit, Outcome, Request
 from governor.summary import CAUSES
 from governor.work import DIMENSIONS, FINAL, SPENT, STOPPING, THROTTLES, TIMED_OUT, TURNED_AWAY, attempt_of
@@ -53,6 +54,8 @@ SWEEP = 100
 class Governor:
     """One pool's quota: a queue, the law's state and one timer. Make it inside a running event loop.
 
+    `params`: the settings, or the numbers that they mean to the law.
+
     `permit` serves a program's own calls, `run` a whole batch; both at once share the quota, permits first. `state`
     and `start_s` continue an earlier run, at so many seconds since that began, with nothing in flight. `day_*_used`:
     what was used of the daily limits before. `learner`: estimates what waits at the head anew. `stopped`: why nothing
@@ -61,7 +64,7 @@ class Governor:
 
     def __init__(
         self,
-        params: Params,
+        params: Params | Policy,
         *,
         seed: int = 0,
         observer: Observer | None = None,
@@ -72,7 +75,7 @@ class Governor:
         day_requests_used: float = 0.0,
         learner: Learner | None = None,
     ) -> None:
-        self.p = params
+        self.p = params.params() if isinstance(params, Policy) else params
         self.learner = learner
         self.s = state or State()
         self.seed = seed
