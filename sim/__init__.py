@@ -1,5 +1,44 @@
 """A synthetic provider, and drivers that run the law of `governor` in simulated time.
 
-Needs the extra `sim` (`pip install 'paceline[sim]'`). Modules are imported by name;
-the `paceline` command is `sim.cli`.
+    from sim import Scenario, plan, simulate
+
+    today = Scenario("requests.jsonl", tpm=30_000, rpm=500)
+    result = simulate(today.with_(stagger_s=5), replications=20)
+    result.estimates  # pandas: every figure with its interval
+    found = plan(today)
+    print(found.env)  # the recommended settings
+
+Needs the extra `sim` (`pip install 'paceline[sim]'`). Everything else is imported from its module; the `paceline`
+command is `sim.cli`. What stands here is fetched when it is first asked for, so that the command starts at once.
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sim.api import PlanResult as PlanResult
+    from sim.api import SimulationResult as SimulationResult
+    from sim.api import plan as plan
+    from sim.api import simulate as simulate
+    from sim.scenario import Scenario as Scenario
+
+__all__ = ["PlanResult", "Scenario", "SimulationResult", "plan", "simulate"]
+
+_MODULES = {"Scenario": "sim.scenario", **dict.fromkeys(set(__all__) - {"Scenario"}, "sim.api")}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(import_module(_MODULES[name]), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "sim").split(".")[0] in ("governor", "sim"):
+            raise
+        raise ImportError(f"{name} needs {error.name}, which comes with: pip install 'paceline[sim]'") from error
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -131,10 +131,10 @@ def calibrate(observed: Observed, *, base: ProviderConfig | None = None, policy:
     notes = (*observed.notes, *_notes(observed, times, recorded, found))
     policy = policy or observed.policy or following(Policy(), provider)
     scenario = Scenario(
-        FileSource(path="-", provenance=dict(workload.provenance)),
-        workload,
-        provider,
-        policy,
+        source=FileSource(path="-", provenance=dict(workload.provenance)),
+        workload=workload,
+        provider=provider,
+        policy=policy,
         arrivals="trace" if workload.has_arrivals else "batch",
         skip_oversized=True,
     ).fitted(skip_oversized=True)

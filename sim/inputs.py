@@ -31,7 +31,7 @@ from sim.options import Options, quantiles
 from sim.presets import LATENCIES
 from sim.provider_config import Config, ProviderConfig, checked
 from sim.readers import SCENARIO, Source
-from sim.scenario import Scenario, following
+from sim.scenario import Scenario, following, limits_moved
 from sim.search import Goal
 from sim.trace_columns import parse_columns
 from sim.unknowns import Unknowns
@@ -75,25 +75,35 @@ class Inputs:
     notes: tuple[str, ...]
 
 
-def read_inputs(o: Options, environment: Mapping[str, str], *, fit: bool = True) -> Inputs:
+def read_inputs(
+    o: Options,
+    environment: Mapping[str, str],
+    *,
+    fit: bool = True,
+    opened: Source | None = None,
+    settings: Policy | None = None,
+    habits: ProviderConfig | Mapping[str, Any] | None = None,
+) -> Inputs:
     """Reads everything that the options name. BadInput and BadSetting for whatever is wrong, Oversized as in `fitted`.
 
-    Without `fit`, requests that are charged more than the limit stay, unless they are to be left out.
+    Without `fit`, requests that are charged more than the limit stay, unless they are to be left out. `opened`: the
+    workload's bytes where they have no file. `settings`: what an env file and `--set` go on top of, in place of the
+    defaults or of a scenario file's; `habits`: a provider in place of `--provider`, or some of its keys on top.
     """
-    opened = Source.open(o.workload)
+    opened = opened or Source.open(o.workload)
     stated, wishes = _stated(opened) if opened.kind() == SCENARIO else (None, Wishes())
     # Before the rows are read: a slip in a setting should show at once.
     policy = policy_of(
         o.env_file,
         environment=environment if stated is None else {},
         assignments=o.assignments or (),
-        base=None if stated is None else stated.policy,
+        base=settings or (None if stated is None else stated.policy),
     )
-    provider = _provider(o, policy, stated)
+    provider = _provider(o, policy, stated, habits)
     if stated is None:
         source: FileSource | ModelSource = checked(FileSource, {"path": o.workload, **_row_options(o)}, "")
         workload = source.load(opened)
-        provider = _with_latency_of(provider, workload, o)
+        provider = _with_latency_of(provider, workload, o, habits)
     else:
         source = _changed_source(stated.source, o)
         workload = stated.workload if source == stated.source else source.load()
@@ -176,9 +186,13 @@ def _changed_source(source: FileSource | ModelSource, o: Options) -> FileSource 
 # ---------------------------------------------------------------- provider
 
 
-def _provider(o: Options, policy: Policy, stated: Scenario | None) -> ProviderConfig:
+def _provider(
+    o: Options, policy: Policy, stated: Scenario | None, habits: ProviderConfig | Mapping[str, Any] | None
+) -> ProviderConfig:
     """The provider that the options, the scenario file or, for want of both, the settings describe."""
-    if o.provider is not None:
+    if isinstance(habits, ProviderConfig):
+        provider = habits
+    elif o.provider is not None:
         provider = named_provider(o.provider)
     elif stated is not None:
         provider = stated.provider
@@ -194,6 +208,8 @@ def _provider(o: Options, policy: Policy, stated: Scenario | None) -> ProviderCo
         "latency": None if o.latency is None else latency_of(o.latency),
     }
     changes = {name: value for name, value in changes.items() if value is not None}
+    if isinstance(habits, Mapping):
+        changes |= habits
     return provider.with_(**changes) if changes else provider
 
 
@@ -224,9 +240,12 @@ def latency_of(text: str) -> str | dict[str, float]:
     return {"first_token_s": first_token_s, "per_token_s": per_token_s}
 
 
-def _with_latency_of(provider: ProviderConfig, workload: Workload, o: Options) -> ProviderConfig:
+def _with_latency_of(
+    provider: ProviderConfig, workload: Workload, o: Options, habits: ProviderConfig | Mapping[str, Any] | None
+) -> ProviderConfig:
     """The provider with the latency of the one model that the requests name, unless something else states it."""
-    if o.latency is not None or o.provider is not None or not isinstance(workload.models, str):
+    given = "latency" in habits if isinstance(habits, Mapping) else habits is not None
+    if o.latency is not None or o.provider is not None or given or not isinstance(workload.models, str):
         return provider
     model = _SNAPSHOT.sub("", workload.models)
     return provider.with_(latency=model) if model in LATENCIES else provider
@@ -239,14 +258,8 @@ def _agreed(policy: Policy, provider: ProviderConfig, stated: Scenario | None, o
     """
     if stated is None:
         return policy
-    before = stated.provider
-    changes = {
-        ours: getattr(provider, theirs)
-        for ours, theirs in (("tpm_limit", "tpm"), ("rpm_limit", "rpm"))
-        if getattr(provider, theirs) != getattr(before, theirs)
-        and getattr(policy, ours) == getattr(stated.policy, ours) == getattr(before, theirs)
-        and getattr(provider, theirs) > 0
-    }
+    moved = limits_moved(stated.policy, stated.provider, provider)
+    changes = {name: limit for name, limit in moved.items() if getattr(policy, name) == getattr(stated.policy, name)}
     named = policy_of(o.env_file, assignments=o.assignments or ()).model_fields_set
     return policy.with_(**{name: value for name, value in changes.items() if name not in named})
 

@@ -14,12 +14,13 @@ change the requests.
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Unpack
 
 import numpy as np
 import yaml
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 
 from governor.errors import BadInput, BadSetting, Oversized
 from governor.estimate import RULES
-from governor.policy import KNOBS, Policy
+from governor.policy import KNOB_BY_SHORT_NAME, KNOBS, Policy, knob_named
 from governor.summary import Grant
 from sim.document import Document, FileSource, ModelSource, parsed_yaml, policy_of
 from sim.provider import CHANGES, ProviderParams
@@ -35,14 +36,27 @@ from sim.provider_config import ProviderConfig, checked
 from sim.readers import SCENARIO, Source, save_rows
 from sim.workload import ASSUMED, MEASURED, Arrivals, Columns, Provenance, Workload, charges, columns
 
+if TYPE_CHECKING:
+    from sim.given import Reading, Requests
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, init=False, repr=False)
 class Scenario:
-    """Everything that a run depends on. `workload` is what `source` holds, read once.
+    """Everything that a run depends on: workload, provider, policy and seed. Immutable; `with_` makes a changed one.
 
-    `seed`: of the first replication. `replications`: 0 = as many as the precision asks for. `arrivals`: all at the
-    start, or as the trace says. `finalize`: whether cut answers without text get a finalize pass. `skip_oversized`:
-    requests that can never run are left out (see `fitted`).
+        Scenario("requests.jsonl", tpm=30_000, rpm=500, policy={"stagger_s": 5})
+        Scenario([{"prompt_tokens": 900, "output_tokens": 200}] * 400, provider="gpt-4o-tier1")
+
+    `requests`: a file (batch JSONL, a trace as CSV or JSONL, a scenario as YAML), rows as mappings (lines of a batch
+    file, chat bodies, or token counts), or a pandas DataFrame of token counts. With it the rest is read as the command
+    line reads it, its further keywords in `sim.given.Reading`; `provider` is a configuration, a published tier's name,
+    a YAML file, or some of its keys; `policy` a policy, a preset's name, or some knobs on top of the defaults. What is
+    wrong is said in one line by BadInput, BadSetting or Oversized.
+
+    `workload` is what `source` holds, read once; where both are given there is nothing to read. `seed`: of the first
+    replication. `replications`: 0 = as many as the precision asks for. `arrivals`: all at the start, or as the trace
+    says. `finalize`: whether cut answers without text get a finalize pass. `skip_oversized`: requests that can never
+    run are left out (see `fitted`).
     """
 
     source: FileSource | ModelSource
@@ -54,6 +68,60 @@ class Scenario:
     arrivals: Arrivals = "batch"
     finalize: bool = False
     skip_oversized: bool = False
+
+    def __init__(
+        self,
+        requests: Requests | None = None,
+        *,
+        source: FileSource | ModelSource | None = None,
+        workload: Workload | None = None,
+        provider: ProviderConfig | Mapping[str, Any] | str | None = None,
+        policy: Policy | Mapping[str, Any] | str | None = None,
+        seed: int | None = None,
+        replications: int | None = None,
+        arrivals: Arrivals | None = None,
+        finalize: bool | None = None,
+        skip_oversized: bool = False,
+        **reading: Unpack[Reading],
+    ) -> None:
+        if workload is None and source is not None and requests is None:
+            workload = source.load()
+        if source is not None and workload is not None and requests is None and not reading:
+            made = {
+                "source": source,
+                "workload": workload,
+                "provider": made_provider(provider),
+                "policy": made_policy(policy),
+                "seed": seed or 0,
+                "replications": replications or 0,
+                "arrivals": arrivals or "batch",
+                "finalize": bool(finalize),
+                "skip_oversized": skip_oversized,
+            }
+        elif requests is not None and source is None and workload is None:
+            from sim.given import scenario_of
+
+            given: dict[str, Any] = {"seed": seed, "replications": replications, "arrivals": arrivals}
+            given |= {"finalize": finalize, "skip_oversized": skip_oversized}
+            read = scenario_of(requests, reading, provider=provider, policy=policy, **given)
+            made = {each.name: getattr(read, each.name) for each in fields(read)}
+        else:
+            raise BadSetting("a scenario is made of requests (a file, rows or a DataFrame), or of a source alone")
+        for name, value in made.items():
+            object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        models = self.workload.models
+        model = f" to {models}" if isinstance(models, str) else ""
+        limits = [f"{n:,} {unit}" for n, unit in ((self.provider.tpm, "TPM"), (self.provider.rpm, "RPM")) if n]
+        named = [f"{short}={getattr(self.policy, knob.name)}" for short, knob in list(KNOB_BY_SHORT_NAME.items())[:4]]
+        granted = " and ".join(limits) or "no limit"
+        return f"<Scenario: {len(self.workload):,} requests{model}, {granted}, {', '.join(named)}, seed={self.seed}>"
+
+    @staticmethod
+    def from_file(path: str | os.PathLike[str], **options: Any) -> Scenario:
+        """The scenario of a file, with the same options: `Scenario(path, ...)`."""
+        return Scenario(os.fspath(path), **options)
 
     @staticmethod
     def of(
@@ -71,11 +139,30 @@ class Scenario:
         if isinstance(source, str | Path):
             source = FileSource(path=str(source))
         workload = source.load(opened)
-        return Scenario(source, workload, provider or ProviderConfig.of(), policy or Policy(), **rest)
+        return Scenario(source=source, workload=workload, provider=provider, policy=policy, **rest)
 
     def with_(self, **changes: Any) -> Scenario:
-        """This scenario with some fields changed; the workload stays as it was read."""
-        return replace(self, **changes)
+        """This scenario with some fields changed; the workload stays as it was read.
+
+        `changes`: fields, of which `policy` may also be a preset's name or some knobs and `provider` a tier's name or
+        some keys; single knobs by any of their names (`stagger_s=5`, see `Policy.with_`); `tpm` and `rpm`, what the
+        provider grants per minute: the settings' own limits follow where they were the same. Else BadSetting.
+        """
+        ours = {name: changes.pop(name) for name in list(changes) if name in Scenario.__dataclass_fields__}
+        limits = {name: plain_number(changes.pop(name)) for name in ("tpm", "rpm") if name in changes}
+        policy = made_policy(ours.get("policy", self.policy), self.policy)
+        provider = made_provider(ours.get("provider", self.provider), self.provider)
+        if limits:
+            granting = provider.with_(**limits)
+            policy, provider = policy.with_(**limits_moved(policy, provider, granting)), granting
+        if changes:
+            unknown = next((name for name in changes if not knob_named(name)), None)
+            if unknown is not None:
+                near = difflib.get_close_matches(unknown.lower(), [*KNOB_BY_SHORT_NAME, *_CHANGEABLE], 1)
+                hint = f": did you mean {near[0]}?" if near else ": fields, knobs (stagger_s, ...), tpm and rpm are"
+                raise BadSetting(f"{unknown!r} is nothing that a scenario can be changed in{hint}", unknown)
+            policy = policy.with_(**{name: plain_number(value) for name, value in changes.items()})
+        return replace(self, **ours | {"policy": policy, "provider": provider})
 
     def columns(self, policy: Policy | None = None) -> Columns:
         """What the engines read, under `policy` (the scenario's own if none is given)."""
@@ -216,6 +303,45 @@ class Scenario:
         unfinished.write_text(written.to_yaml(path.parent), encoding="utf-8")
         unfinished.replace(path)
         return written
+
+
+_CHANGEABLE = (*Scenario.__dataclass_fields__, "tpm", "rpm")
+
+
+def plain_number(value: Any) -> Any:
+    """NumPy's numbers as Python's, which settings are; anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def made_provider(
+    provider: ProviderConfig | Mapping[str, Any] | str | None, base: ProviderConfig | None = None
+) -> ProviderConfig:
+    """A configuration, a published tier by name, or `base` (else the default tier) with these keys changed."""
+    if isinstance(provider, Mapping):
+        return (base or ProviderConfig.of()).with_(**provider)
+    if isinstance(provider, str):
+        return ProviderConfig.of(provider)
+    return provider or ProviderConfig.of()
+
+
+def made_policy(policy: Policy | Mapping[str, Any] | str | None, base: Policy | None = None) -> Policy:
+    """A policy, a preset by name, or `base` (else the defaults) with these knobs changed."""
+    if isinstance(policy, str):
+        return Policy.preset(policy)
+    if isinstance(policy, Mapping):
+        return (base or Policy()).with_(**{name: plain_number(value) for name, value in policy.items()})
+    return policy or Policy()
+
+
+def limits_moved(policy: Policy, before: ProviderConfig, after: ProviderConfig) -> dict[str, int]:
+    """The policy's limits per minute that were the provider's `before` and are not those `after`: their new values."""
+    return {
+        ours: getattr(after, theirs)
+        for ours, theirs in (("tpm_limit", "tpm"), ("rpm_limit", "rpm"))
+        if getattr(after, theirs) != getattr(before, theirs)
+        and getattr(policy, ours) == getattr(before, theirs)
+        and getattr(after, theirs) > 0
+    }
 
 
 def following(policy: Policy, provider: ProviderConfig) -> Policy:

@@ -96,7 +96,7 @@ def scenario_of(
     # The source only states where rows can be read again; these cannot.
     source = ModelSource(requests=max(1, len(workload)), prompt_tokens=(1, 1), output_tokens=(1, 1))
     config = ProviderConfig.model_validate({"charge_rule": "prompt_plus_max", **NO_LIMITS, **(provider or {})})
-    return Scenario(source, workload, config, policy or Policy(), **rest)
+    return Scenario(source=source, workload=workload, provider=config, policy=policy or Policy(), **rest)
 
 
 # ---------------------------------------------------------------- drawn

@@ -11,7 +11,6 @@ import pytest
 from governor.policy import KNOB_BY_NAME, Policy
 from sim.document import FileSource
 from sim.experiment import attempts_of, case_of, figures_of, simulated
-from sim.provider_config import ProviderConfig
 from sim.results import (
     Forecast,
     Heat,
@@ -38,7 +37,7 @@ STRESS = {
 def sample_scenario() -> Scenario:
     """120 drawn requests at 30,000 tokens and 500 requests per minute, under today's guardrails."""
     workload = parametric(120, prompt_tokens=(900, 2_400), output_tokens=(180, 600), max_tokens=800, seed=11)
-    return Scenario(FileSource(path="drawn.jsonl"), workload, ProviderConfig.of(), Policy(), seed=5)
+    return Scenario(source=FileSource(path="drawn.jsonl"), workload=workload, seed=5)
 
 
 def forecast(scenario: Scenario, policy: Policy, replications: int = REPLICATIONS) -> Forecast:

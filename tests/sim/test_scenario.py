@@ -32,7 +32,7 @@ def trace(*rows: tuple[int, int], **rest: Any) -> Scenario:
     """A scenario of these prompt and output tokens, without a file."""
     tokens = np.array(rows, np.int64).reshape(-1, 2)
     workload = from_tokens(tokens[:, 0].copy(), tokens[:, 1].copy(), **rest)
-    return Scenario(MODEL, workload, ProviderConfig.of(), Policy())
+    return Scenario(source=MODEL, workload=workload)
 
 
 def assert_same_run(one: Scenario, other: Scenario) -> None:
