@@ -17,7 +17,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -419,7 +419,10 @@ def _start(
     # What a live run asks before it starts; `governor` knows of no simulator.
     context.obj = _foresee
     if find_spec("numpy") is not None:
-        context.meta[FORECAST], context.meta[WHAT_IF] = _quick_forecast, _what_if
+        from sim.beside import Beside
+
+        beside = Beside()
+        context.meta[FORECAST], context.meta[WHAT_IF] = beside.forecast, beside.what_if
 
 
 # ---------------------------------------------------------------- steps
@@ -429,18 +432,6 @@ def _foresee(outlook: Outlook) -> Expectation:
     from sim.foresight import foresee
 
     return foresee(outlook)
-
-
-def _quick_forecast(outlook: Outlook) -> float | None:
-    from sim.whatif import quick_forecast
-
-    return quick_forecast(outlook)
-
-
-def _what_if(question: Mapping[str, Any]) -> dict[str, Any]:
-    from sim.whatif import what_if
-
-    return what_if(question)
 
 
 def _inputs(given: Options, *, fit: bool = True) -> Inputs:

@@ -133,11 +133,9 @@ class Run:
         self.answer_tokens: NDArray[Any] = np.zeros(0)
 
 
-def run_once(
-    drawn: Workload, policy: Policy, provider: ProviderConfig, *, finalize: bool, seed: int, engine: Engine = "auto"
-) -> Run:
-    """One simulated run of requests whose answers are known or drawn."""
-    case = Case(
+def case_of(drawn: Workload, policy: Policy, provider: ProviderConfig, *, finalize: bool) -> Case:
+    """What is simulated: these requests, under that policy, on that provider."""
+    return Case(
         columns=columns(
             drawn,
             reserve_rule=policy.charge_rule,
@@ -151,6 +149,13 @@ def run_once(
         from_trace=False,
         finalize_max_tokens=policy.finalize_max_tokens if finalize else 0,
     )
+
+
+def run_once(
+    drawn: Workload, policy: Policy, provider: ProviderConfig, *, finalize: bool, seed: int, engine: Engine = "auto"
+) -> Run:
+    """One simulated run of requests whose answers are known or drawn."""
+    case = case_of(drawn, policy, provider, finalize=finalize)
     ends, services = array("d"), array("d")
 
     def ended(job: Any, now: float, failure: str) -> None:

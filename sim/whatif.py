@@ -1,7 +1,7 @@
 """What the service asks of the simulator: a quick forecast before it accepts a batch, and "what if" beside today.
 
-What lives here: both callables, which `sim/cli.py` injects. What must not: HTTP, and what the question is about
-(`governor/service/whatif.py` puts it together).
+What lives here: both callables, which `sim/cli.py` injects by way of `beside`. What must not: HTTP, and what the
+question is about (`governor/service/whatif.py` puts it together).
 
 Theory of operation. Both policies meet the same answers, latencies and faults, seed by seed, on the provider that
 today's settings believe in: proposing a higher limit does not make the provider grant it. Somebody drags a slider, so
@@ -31,8 +31,8 @@ from governor.forecast import Demand, Outlook
 from governor.policy import KNOBS, Policy
 from governor.pools import Pool
 from governor.summary import CAUSES
-from sim.engines import Engine, is_available, is_kept
-from sim.foresight import SHARES, Run, believed_provider, run_once, workload_of
+from sim.engines import Engine, is_available, is_kept, simulated
+from sim.foresight import SHARES, Run, believed_provider, case_of, run_once, workload_of
 from sim.provider_config import ProviderConfig
 from sim.workload import Workload, constant, with_outputs_assumed
 
@@ -50,9 +50,14 @@ _is_ready = threading.Event()
 
 def _engine() -> Engine:
     """The engine that answers right now; the first who asks begins to make the compiled one ready."""
+    begin()
+    return "auto" if _is_ready.is_set() else "simpy"
+
+
+def begin() -> None:
+    """Begins to make the compiled engine ready, unless that has begun already."""
     if _is_begun.acquire(blocking=False):
         threading.Thread(target=_make_ready, name="compile", daemon=True).start()
-    return "auto" if _is_ready.is_set() else "simpy"
 
 
 def _make_ready() -> None:
@@ -86,9 +91,8 @@ def quick_forecast(outlook: Outlook) -> float | None:
     runs = max(1, min(FORECAST_RUNS, FORECAST_REQUESTS[engine] // n))
     finishes = []
     for seed in range(outlook.seed, outlook.seed + runs):
-        drawn = with_outputs_assumed(workload, seed)
-        run = run_once(drawn, policy, provider, finalize=outlook.finalize, seed=seed, engine=engine)
-        finishes.append(run.finish_s)
+        case = case_of(with_outputs_assumed(workload, seed), policy, provider, finalize=outlook.finalize)
+        finishes.append(float(simulated(case, seed, engine=engine).last_s))
     return float(np.median(finishes))
 
 

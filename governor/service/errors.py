@@ -107,6 +107,8 @@ def api_error(error: PacelineError) -> ApiError:
         return ApiError(422, BAD_SETTING, str(error))
     if isinstance(error, BadInput):
         return ApiError(422, BAD_INPUT, str(error), {"line": error.line} if error.line else {})
+    if error.retryable:
+        return ApiError(503, NOT_READY, str(error), {"retryable": True}, {"Retry-After": "2"})
     return ApiError(422, BAD_INPUT, str(error))
 
 

@@ -1,0 +1,192 @@
+"""The simulator in a process beside the service's: what the service is given in place of `whatif`'s own callables.
+
+What lives here: both ends of the pipe, and the life of the process. What must not: what is simulated (`whatif`).
+
+Theory of operation. A simulation is Python between compiled stretches: in the service's own process it would keep the
+interpreter from everybody who asks for progress, for tens of milliseconds at a time. So a question is pickled into the
+standard input of a child, and what comes back out of its output belongs to whoever asked under that number; the child
+answers two at a time, so that a forecast does not wait for somebody's what-if. It is started by the first question, in
+good time since the service asks for a forecast of nothing when it starts, and ends when its input does, however its
+parent came to its end. One that dies is replaced: a question under way is asked once more, after that a forecast is
+nobody's (the service has a fluid one) and a what-if is an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import IO, Any, cast
+
+from governor.errors import PacelineError
+from governor.forecast import Outlook
+
+# No forecast of more requests is simulated, so none is sent (see `whatif.FORECAST_REQUESTS`).
+REQUESTS_MOST = 20_000
+SIDE_BY_SIDE = 2
+# One that ends sooner than this is not replaced for as long: starting costs a second of CPU time.
+REST_S = 10.0
+FORECAST, WHAT_IF = "quick_forecast", "what_if"
+
+log = logging.getLogger("paceline.service")
+
+
+class EndedError(PacelineError):
+    """The child has ended before it answered."""
+
+    retryable = True
+
+
+class Child:
+    """One process that simulates. `ask` from any thread. `rests_until`: when another may be started after its end."""
+
+    def __init__(self) -> None:
+        # It finds what this process finds, however that was arranged.
+        command = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; import sim.beside as b; b.answer()"]
+        # Its errors are the service's: they go into the same log.
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._numbers = itertools.count()
+        self._begun_at = time.monotonic()
+        self._asked: dict[int, Future[Any]] = {}
+        self._turn = threading.Lock()
+        self.has_ended = False
+        self.rests_until = 0.0
+        threading.Thread(target=self._hear, name="simulator", daemon=True).start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def ask(self, what: str, question: Any) -> Any:
+        """The answer. `EndedError` if the child ends first; `PacelineError` for what is wrong with the question."""
+        content, future = pickle.dumps(question), Future[Any]()
+        with self._turn:
+            if self.has_ended:
+                raise EndedError
+            number = next(self._numbers)
+            self._asked[number] = future
+            try:
+                _write(self._process.stdin, (number, what, content))
+            except OSError:
+                raise EndedError from None
+        return future.result()
+
+    def _hear(self) -> None:
+        """Hands out answers until the child has ended."""
+        with contextlib.suppress(EOFError, pickle.UnpicklingError, OSError):
+            while True:
+                number, is_good, answer = pickle.load(cast(IO[bytes], self._process.stdout))
+                future = self._asked.pop(number)
+                if is_good:
+                    future.set_result(answer)
+                else:
+                    future.set_exception(answer)
+        with self._turn:
+            self.has_ended, ended_at = True, time.monotonic()
+            if ended_at - self._begun_at < REST_S:
+                self.rests_until = ended_at + REST_S
+            for future in self._asked.values():
+                future.set_exception(EndedError())
+            self._asked.clear()
+        code = self._process.wait()
+        for end in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(OSError):
+                cast(IO[bytes], end).close()
+        then = f"another is started in {REST_S:g} s" if self.rests_until else "the next question starts another"
+        log.warning("the simulator's process has ended (%s): %s; until then forecasts are fluid", _why(code), then)
+
+
+class Beside:
+    """Both callables of `whatif`, answered by a `Child`, which is replaced when it has ended."""
+
+    def __init__(self) -> None:
+        self._child: Child | None = None
+        self._turn = threading.Lock()
+
+    def child(self) -> Child:
+        """The one that answers; started if need be, but not again and again where it ends at once."""
+        with self._turn:
+            known = self._child
+            if known is None or (known.has_ended and time.monotonic() >= known.rests_until):
+                known = self._child = Child()
+            return known
+
+    def _asked(self, what: str, question: Any) -> Any:
+        for _ in range(2):
+            with contextlib.suppress(EndedError):
+                return self.child().ask(what, question)
+        raise EndedError("the simulator's process has ended: see the service's log, or ask again in a moment")
+
+    def forecast(self, outlook: Outlook) -> float | None:
+        """See `whatif.quick_forecast`. One of nothing only sees to it that the child is there."""
+        if not 0 < outlook.demand.requests <= REQUESTS_MOST:
+            self.child()
+            return None
+        try:
+            found: float | None = self._asked(FORECAST, outlook)
+        except EndedError:
+            return None
+        return found
+
+    def what_if(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        """See `whatif.what_if`. `EndedError` where nobody answers."""
+        found: dict[str, Any] = self._asked(WHAT_IF, dict(question))
+        return found
+
+
+def _write(to: IO[bytes] | None, content: Any) -> None:
+    assert to is not None
+    to.write(pickle.dumps(content))
+    to.flush()
+
+
+def _why(code: int) -> str:
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            return signal.Signals(-code).name
+    return f"exit code {code}"
+
+
+# ---------------------------------------------------------------- in the child
+
+
+def answer() -> None:
+    """Answers what stands in standard input until it ends."""
+    # Ctrl-C goes to all processes of a terminal: the parent decides, and its end is the end of our input.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    asked = sys.stdin.buffer
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever is printed must not stand among the answers
+    turn = threading.Lock()
+    from sim import whatif
+
+    callables: dict[str, Callable[[Any], Any]] = {FORECAST: whatif.quick_forecast, WHAT_IF: whatif.what_if}
+    whatif.begin()
+
+    def one(number: int, what: str, content: bytes) -> None:
+        try:
+            found: Any = callables[what](pickle.loads(content))
+            told = number, True, found
+        except Exception as error:
+            if not isinstance(error, PacelineError):
+                log.exception("a simulation failed")
+                error = RuntimeError(f"{type(error).__name__} in the simulator's process")
+            told = number, False, error
+        with turn, contextlib.suppress(BrokenPipeError):
+            _write(out, told)
+
+    pool = ThreadPoolExecutor(SIDE_BY_SIDE)
+    with contextlib.suppress(EOFError):
+        while True:
+            pool.submit(one, *pickle.load(asked))
+    # Whatever is being simulated or compiled has nobody any more to be told of it.
+    os._exit(0)
