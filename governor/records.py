@@ -249,20 +249,22 @@ class Records:
         states = (by_state[PENDING], by_state[IN_FLIGHT], by_state[DONE], by_state[FAILED])
         return Counts(sum(by_state.values()), *states, resent, failures)
 
-    def pending(self, pool: str = "default", *, longest_first: bool = False) -> Iterator[Pending]:
+    def pending(self, pool: str = "default", *, longest_first: bool = False, is_new: bool = False) -> Iterator[Pending]:
         """What is left to do of a pool when its leg begins: read it once per leg, while that runs.
+
+        `is_new`: nothing of it can have been launched before, so nobody looks for it.
 
         First what was launched before, in order of the input, then the rest: in that order, or `longest_first`, by
         expected answer, ties by reservation. Requests that the leg itself puts back (they back off) do not come again.
         """
-        if self.run().purged_epoch_s >= 0.0:
+        if self._within is None and self.run().purged_epoch_s >= 0.0:
             raise JournalError(f"{self.name}: the journal was purged, nothing is left to send: start a new one")
         c = requests.c
         columns = [column for column in requests.columns if column.name != "pool"]
         joined = select(*columns, c.pool, bodies.c.body).join(bodies, bodies.c.request == c.request)
         query = self._of(joined, requests, pool).where(c.state == PENDING)
         with self._undamaged():
-            for row in self._stream(query.where(c.first_launched_s >= 0), c.request, CHUNK):
+            for row in () if is_new else self._stream(query.where(c.first_launched_s >= 0), c.request, CHUNK):
                 yield _pending_of(row)
             fresh = query.where(c.first_launched_s < 0)
             longest = self._longest if self._within is None else self._longest_of_part

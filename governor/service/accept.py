@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import anyio.to_thread
+
 from governor.database import JournalError
 from governor.driver import Work
 from governor.errors import BadInput
@@ -32,6 +34,8 @@ from governor.service.worker import Worker
 
 # Requests, and about how many bytes of bodies, that are held before they are written.
 CHUNK, CHUNK_BYTES = 500, 4 * 2**20
+# With so many forecasts before it, a batch is accepted on the fluid one: it says so, and does not wait for theirs.
+FORECASTS_MOST = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,11 +200,16 @@ class Incoming:
             return Judged(pool.name, verdict)
         simulate = self._worker.config.forecast
         alone_s = None
-        if simulate is not None and load.count:
+        worker = self._worker
+        if simulate is not None and load.count and worker.forecasts < FORECASTS_MOST:
             outlook = Outlook(pool=pool, demand=demand, finalize=self.wish.finalize)
-            # One at a time: simulations side by side would only keep the interpreter from everybody else.
-            async with self._worker.simulating:
-                alone_s = await asyncio.to_thread(simulate, outlook)
+            worker.forecasts += 1
+            try:
+                # One at a time: side by side they would not be done sooner.
+                async with worker.simulating:
+                    alone_s = await anyio.to_thread.run_sync(simulate, outlook)
+            finally:
+                worker.forecasts -= 1
         fluid_s = fluid_forecast(pool.policy, load, service_s=service_s).finish_s
         finish_s = fluid_s if alone_s is None else alone_s
         # What runs already and what is booked come on top, as a fluid: so much can be known of them.

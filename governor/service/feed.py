@@ -23,7 +23,7 @@ CHUNK = 100
 
 
 class Cursor:
-    """The lines of one batch in one pool, as they come to be launched.
+    """The lines of one batch in one pool, as they come to be launched. `is_new`: none of them was before.
 
     `work_of`: a pending request as work, under the settings of the moment at which it is handed out. `begun`: since
     when the batch waits. `drained`: every line that was pending has been handed out.
@@ -36,6 +36,7 @@ class Cursor:
         pool: str,
         *,
         longest_first: bool,
+        is_new: bool,
         work_of: Callable[[Pending, Begun], Work],
         begun: Begun,
     ) -> None:
@@ -43,7 +44,7 @@ class Cursor:
         self.served = 0.0
         self.drained = False
         self.closed = False
-        self._rows = records.pending(pool, longest_first=longest_first)
+        self._rows = records.pending(pool, longest_first=longest_first, is_new=is_new)
         self._work_of = work_of
         self._begun = begun
         self._ready: deque[Pending] = deque()

@@ -13,8 +13,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 from governor.driver import Begun, Work
@@ -40,6 +42,9 @@ from governor.service.store import (
     Store,
 )
 from governor.service.tables import BATCH_BITS
+
+# So many batches are estimated at a time; an ETA that has moved by less than this share is not written down.
+ESTIMATED, ETA_RATIO = 50, 0.02
 
 log = logging.getLogger("paceline.service")
 
@@ -87,6 +92,48 @@ class Running:
         )
 
 
+class Line:
+    """Batches that share a pool, as (requests left, tokens left): what goes before the end of any of them.
+
+    Turns go by tokens: of a longer batch only as much goes first as a shorter one has itself. Added up once, so that
+    asking for each of a thousand batches does not mean a million looks.
+    """
+
+    def __init__(self, batches: Iterable[tuple[int, float]]) -> None:
+        known = sorted((tokens, float(requests)) for requests, tokens in batches if tokens > 0.0)
+        self._tokens = [tokens for tokens, _ in known]
+        # Before the i-th: all that shorter ones have. From it on: requests per token, times as much as is asked for.
+        self._before = list(accumulate(known, _added, initial=(0.0, 0.0)))
+        rates = accumulate((requests / tokens for tokens, requests in reversed(known)), initial=0.0)
+        self._rates = list(rates)[::-1]
+        self._later: list[tuple[int, float]] = []
+
+    def add(self, requests: int, tokens: float) -> None:
+        """One more batch has joined."""
+        if tokens > 0.0:
+            self._later.append((requests, tokens))
+
+    def ahead_of(self, requests: int, tokens: float, *, is_in: bool) -> tuple[int, float]:
+        """Requests and tokens launched by the end of a batch of that size, itself included; `is_in`: one of these."""
+        if is_in and tokens > 0.0:
+            requests, own = 0, 0.0  # it is among them
+        else:
+            own = tokens
+        i = bisect_right(self._tokens, tokens)
+        sum_tokens, total = self._before[i]
+        sum_tokens += own + (len(self._tokens) - i) * tokens
+        total += requests + self._rates[i] * tokens
+        for left, left_tokens in self._later:
+            share = min(1.0, tokens / left_tokens)
+            total += share * left
+            sum_tokens += share * left_tokens
+        return round(total), sum_tokens
+
+
+def _added(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:
+    return a[0] + b[0], a[1] + b[1]
+
+
 class Roster:
     """See the module. Lives as long as one life of the worker; all of it in the event loop.
 
@@ -108,6 +155,7 @@ class Roster:
     ) -> None:
         self.running: dict[int, Running] = {}
         self.by_id: dict[str, int] = {}
+        self._lines: dict[str, Line] = {}
         self._store = store
         self._ledger = ledger
         self._replica = replica
@@ -159,10 +207,10 @@ class Roster:
         elif batch.left <= 0:
             self._spawn(self._finish(batch))
         else:
-            self._feed(batch)
+            self._feed(batch, is_new=fresh)
 
-    def _feed(self, batch: Running) -> None:
-        """Its pending requests join the feeds of their pools."""
+    def _feed(self, batch: Running, *, is_new: bool = False) -> None:
+        """Its pending requests join the feeds of their pools. `is_new`: nothing of it was ever launched."""
         batch.state = RUNNING if batch.attempts else QUEUED
         batch.reason = ""
         batch.changed = True
@@ -174,6 +222,8 @@ class Roster:
                 continue
             if lane.blocked:
                 lane.open()
+            if name in self._lines:
+                self._lines[name].add(batch.left, batch.left_tokens)
             policy = batch_policy(lane.policy, batch.row)
             lane.feed.add(
                 Cursor(
@@ -181,6 +231,7 @@ class Roster:
                     self._ledger.records(batch.number),
                     name,
                     longest_first=policy.launch_order == "longest_first",
+                    is_new=is_new,
                     work_of=self._work_of(lane, batch.row),
                     begun=lane.governor.mark(),
                 )
@@ -315,9 +366,12 @@ class Roster:
         if pauses or cancels or (wanted == RUN and batch.state == PAUSED):
             await self.obey(batch, wanted)
 
-    def estimate(self) -> None:
+    async def estimate(self) -> None:
         """When each batch will be done: those of a pool share its quota alike, whatever their lengths."""
-        for batch in self.running.values():
+        lines = self._lines = {name: self._line(name) for name in self._lanes}
+        for i, batch in enumerate(list(self.running.values()), 1):
+            if i % ESTIMATED == 0:
+                await asyncio.sleep(0)  # somebody may be waiting for an answer
             eta_s = 0.0
             if batch.state in (PAUSED, STOPPED):
                 eta_s = -1.0
@@ -325,22 +379,30 @@ class Roster:
                 lane = self._lanes.get(name)
                 if lane is None:
                     continue
-                requests, tokens = self.ahead_of(batch.left, batch.left_tokens, name, besides=batch.number)
+                is_in = batch.state in (QUEUED, RUNNING)
+                requests, tokens = lines[name].ahead_of(batch.left, batch.left_tokens, is_in=is_in)
                 eta_s = max(eta_s, min(1e9, lane.eta_s(requests, tokens)))
-            if abs(eta_s - batch.eta_s) > 0.5:
+            if abs(eta_s - batch.eta_s) > max(0.5, ETA_RATIO * batch.eta_s):
                 batch.changed = True
             batch.eta_s = eta_s
 
-    def ahead_of(self, requests: int, tokens: float, pool: str, besides: int = 0) -> tuple[int, float]:
-        """Requests and tokens that a pool will have launched by the end of a batch of that size, itself included."""
-        total, sum_tokens = float(requests), tokens
-        for other in self.running.values():
-            if other.number != besides and other.state in (QUEUED, RUNNING) and pool in other.row.details["pools"]:
-                # Turns go by tokens: of a longer batch only as much goes first as this one has itself.
-                share = min(1.0, tokens / other.left_tokens) if other.left_tokens > 0.0 else 0.0
-                total += share * other.left
-                sum_tokens += share * other.left_tokens
-        return round(total), sum_tokens
+    def _line(self, pool: str) -> Line:
+        """The batches that share a pool right now."""
+        return Line(
+            (batch.left, batch.left_tokens)
+            for batch in self.running.values()
+            if batch.state in (QUEUED, RUNNING) and pool in batch.row.details["pools"]
+        )
+
+    def ahead_of(self, requests: int, tokens: float, pool: str) -> tuple[int, float]:
+        """Requests and tokens that a pool will have launched by the end of a new batch of that size, with it.
+
+        Who has joined since the last estimate is counted, who has left since then as well.
+        """
+        line = self._lines.get(pool)
+        if line is None:
+            line = self._lines[pool] = self._line(pool)
+        return line.ahead_of(requests, tokens, is_in=False)
 
 
 def batch_policy(policy: Policy, row: BatchRow) -> Policy:

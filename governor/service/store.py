@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, bindparam, delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from governor.schema import to_json
@@ -154,12 +154,16 @@ class Store:
 
     def progress(self, owner: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Writes down where batches stand, as far as they are this owner's."""
+        b = batches.c
+        by_names: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        for row in rows:
+            by_names.setdefault(tuple(row), []).append({f"b_{name}": value for name, value in row.items()})
         with self.database.writing() as c:
-            for row in rows:
-                values = {name: value for name, value in row.items() if name != "number"}
+            for names, values in by_names.items():
                 # A batch that is over is left alone: this may have been noted before it was.
-                mine = (batches.c.number == row["number"], batches.c.owner == owner, batches.c.state.not_in(ENDED))
-                c.execute(update(batches).where(*mine).values(values))
+                mine = (b.number == bindparam("b_number"), b.owner == owner, *(b.state != ended for ended in ENDED))
+                new: dict[str, Any] = {name: bindparam(f"b_{name}") for name in names if name != "number"}
+                c.execute(update(batches).where(*mine).values(new), values)
 
     # ------------------------------------------------------------ leases
 

@@ -72,6 +72,7 @@ class Worker:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stopping = asyncio.Event()
         self.simulating = asyncio.Lock()
+        self.forecasts = 0  # that are made, or wait for their turn
 
     # ------------------------------------------------------------ lives
 
@@ -316,7 +317,7 @@ class Worker:
         while True:
             await asyncio.sleep(TICK_S * self.config.time_scale)
             ticks += 1
-            self._present().estimate()
+            await self._present().estimate()
             self._tell()
             changed = [batch for batch in self.batches.values() if batch.changed and not batch.busy]
             rows = [progress_of(batch) for batch in changed]

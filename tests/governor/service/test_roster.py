@@ -1,0 +1,34 @@
+"""What goes before the end of a batch among others, against the rule said plainly: turns go by tokens."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from governor.service.roster import Line
+
+
+def plainly(others: list[tuple[int, float]], requests: int, tokens: float) -> tuple[float, float]:
+    """Of each other batch as many tokens go first as this one has, or all of its own if it has fewer."""
+    first = [min(1.0, tokens / left_tokens) for _, left_tokens in others]
+    total = requests + sum(share * left for share, (left, _) in zip(first, others, strict=True))
+    return total, tokens + sum(share * left_tokens for share, (_, left_tokens) in zip(first, others, strict=True))
+
+
+def test_what_goes_before_the_end_of_a_batch(seed: int) -> None:
+    rng = random.Random(seed)
+    for size in (0, 1, 2, 30):
+        batches = [(rng.randint(1, 500), float(rng.choice((100, 5_000, rng.randint(1, 10**6))))) for _ in range(size)]
+        known = rng.randint(0, size)
+        line = Line(batches[:known])
+        for batch in batches[known:]:
+            line.add(*batch)
+        for i, (requests, tokens) in enumerate(batches):
+            total, sum_tokens = plainly(batches[:i] + batches[i + 1 :], requests, tokens)
+            found = line.ahead_of(requests, tokens, is_in=True)
+            assert found == (pytest.approx(total, abs=0.5 + 1e-6), pytest.approx(sum_tokens))
+        requests, tokens = rng.randint(0, 50), float(rng.randint(0, 10**5))
+        total, sum_tokens = plainly(batches, requests, tokens)
+        found = line.ahead_of(requests, tokens, is_in=False)
+        assert found == (pytest.approx(total, abs=0.5 + 1e-6), pytest.approx(sum_tokens))
