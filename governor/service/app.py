@@ -20,6 +20,7 @@ from governor.service.auth import Authority, Door
 from governor.service.base import ServiceDatabase
 from governor.service.bodies import BatchRun, ErrorOut
 from governor.service.config import ServiceConfig
+from governor.service.elsewhere import Elsewhere
 from governor.service.errors import HANDLERS
 from governor.service.events import Events
 from governor.service.gauges import Gauges
@@ -62,12 +63,12 @@ def service_of(config: ServiceConfig) -> Service:
         database.prepared()
         store = Store(database)
         metrics = Metrics()
-        worker = Worker(config, store, Ledger(store), metrics)
+        worker, elsewhere = Worker(config, store, Ledger(store), metrics), Elsewhere(store)
         Gauges(worker, metrics.registry)
     except BaseException:
         database.closed()
         raise
-    return Service(config, store, worker, Events(worker), metrics)
+    return Service(config, store, worker, elsewhere, Events(worker, elsewhere), metrics)
 
 
 def app_of(service: Service) -> FastAPI:
@@ -86,10 +87,15 @@ def app_of(service: Service) -> FastAPI:
     for router in (routes_templates.router, routes_batches.router, routes_rest.router):
         app.include_router(router)
     add_page(app)
-    app.add_middleware(Quick, worker=service.worker, authority=app.state.authority)
     app.add_middleware(Door, config=service.config)
     _described(app)
     return app
+
+
+def served(service: Service) -> Quick:
+    """The same as it is served: who asks for progress does not come as far."""
+    app = app_of(service)
+    return Quick(app, service.worker, service.elsewhere, app.state.authority)
 
 
 @asynccontextmanager

@@ -11,11 +11,13 @@ something must not come from another origin's page.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
@@ -69,6 +71,7 @@ class Authority:
         self._store = store
         self._known: dict[str, tuple[str, str]] = {}
         self._read_at = -REFRESH_S
+        self._turn = asyncio.Lock()
 
     @property
     def is_fresh(self) -> bool:
@@ -85,9 +88,12 @@ class Authority:
             if self.open:
                 return LOCAL
             raise _unknown("a bearer token is needed: send `Authorization: Bearer TOKEN`")
-        if time.monotonic() - self._read_at >= REFRESH_S:
-            self._known = await anyio.to_thread.run_sync(self._store.tokens)
-            self._read_at = time.monotonic()
+        if not self.is_fresh:
+            async with self._turn:  # the first who finds it old reads for all
+                if not self.is_fresh:
+                    begun_at = time.monotonic()
+                    self._known = await anyio.to_thread.run_sync(self._store.tokens)
+                    self._read_at = begun_at
         # Looked up by its hash, so the time that it takes says nothing of the token.
         found = self._known.get(hash_of(token))
         if found is None:
@@ -165,14 +171,22 @@ def _too_large(limit: int) -> ApiError:
     return ApiError(413, BODY_TOO_LARGE, text, {"limit_bytes": limit})
 
 
+@lru_cache(256)
+def is_ours(host: str) -> bool:
+    """Whether a Host header names this machine, or nothing."""
+    try:
+        return not host or is_local_host(urlsplit(f"//{host}").hostname or "")
+    except ValueError:
+        return False
+
+
 def _check_origin(method: str, headers: dict[bytes, str]) -> None:
     host = headers.get(b"host", "")
     try:
-        name = urlsplit(f"//{host}").hostname or ""
         origin = urlsplit(headers.get(b"origin", "")).netloc
     except ValueError:
-        name = origin = "?"
-    if host and not is_local_host(name):
+        origin = "?"
+    if not is_ours(host):
         raise ApiError(403, FORBIDDEN, "without tokens only this machine is served: use http://127.0.0.1")
     if method not in SAFE and b"origin" in headers and origin != host:
         raise ApiError(403, FORBIDDEN, "another site's page may not change anything here")

@@ -11,20 +11,18 @@ than one to send. What all listeners of a batch send is made once, as bytes. A l
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 from governor.database import JournalError
+from governor.service.elsewhere import Elsewhere
 from governor.service.live import batch_json, live_json
 from governor.service.store import ENDED, BatchRow
 from governor.service.worker import Worker
 
 QUIET_S = 15.0
-# How old may be what is told of another replica's batch.
-ELSEWHERE_S = 1.0
 
 
 def event(name: str, content: Any) -> bytes:
@@ -35,13 +33,14 @@ def event(name: str, content: Any) -> bytes:
 class Events:
     """See the module. `closed` ends all streams."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, elsewhere: Elsewhere) -> None:
         self._worker = worker
         self._tick = asyncio.Event()
         self._made: dict[str, tuple[BatchRow, bytes]] = {}
-        self._elsewhere: dict[str, tuple[float, asyncio.Future[BatchRow | None]]] = {}
+        self._elsewhere = elsewhere
         self._live: tuple[float, bytes] = (-1.0, b"")
         self._closed = False
+        self._late: asyncio.TimerHandle | None = None
         self.listeners = 0
         worker.ticked.append(self._ticked)
 
@@ -49,6 +48,9 @@ class Events:
         """Wakes everybody who listens."""
         tick, self._tick = self._tick, asyncio.Event()
         tick.set()
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
         if not self.listeners:
             self._made.clear()
 
@@ -63,7 +65,12 @@ class Events:
         try:
             sent: bytes = b""
             async for quiet in self._moments():
-                row = self._worker.batch(batch_id) or await self._stored(batch_id)
+                row = self._worker.batch(batch_id)
+                if row is None:
+                    try:
+                        row = await self._elsewhere.batch(batch_id)
+                    except JournalError:
+                        continue  # it is away for a moment: what was sent last stands
                 if row is None:
                     return
                 made = self._bytes_of(row)
@@ -92,8 +99,10 @@ class Events:
         yield b""
         last = time.monotonic()
         while not self._closed:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._tick.wait(), QUIET_S)
+            if self._late is None:
+                # One timer for all: a worker between two lives does not tick.
+                self._late = asyncio.get_running_loop().call_later(QUIET_S, self._ticked)
+            await self._tick.wait()
             quiet = b""
             if time.monotonic() - last >= QUIET_S:
                 quiet, last = b": \n\n", time.monotonic()
@@ -111,18 +120,3 @@ class Events:
         if now - self._live[0] >= 0.2:
             self._live = (now, event("live", live_json(self._worker, series=False)))
         return self._live[1]
-
-    async def _stored(self, batch_id: str) -> BatchRow | None:
-        """A batch of another replica's, or one that is over: read once for all who listen."""
-        now = time.monotonic()
-        known = self._elsewhere.get(batch_id)
-        if known is None or now - known[0] >= ELSEWHERE_S:
-            if len(self._elsewhere) > 1_000:
-                self._elsewhere.clear()
-            reading = asyncio.ensure_future(asyncio.to_thread(self._worker.store.batch, batch_id))
-            known = self._elsewhere[batch_id] = (now, reading)
-        try:
-            return await asyncio.shield(known[1])
-        except JournalError:
-            self._elsewhere.pop(batch_id, None)
-            return None

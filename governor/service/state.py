@@ -8,6 +8,7 @@ from fastapi import Request
 
 from governor.metrics import Metrics
 from governor.service.config import ServiceConfig
+from governor.service.elsewhere import Elsewhere
 from governor.service.events import Events
 from governor.service.store import Store
 from governor.service.worker import Worker
@@ -20,6 +21,7 @@ class Service:
     config: ServiceConfig
     store: Store
     worker: Worker
+    elsewhere: Elsewhere
     events: Events
     metrics: Metrics
 
