@@ -63,6 +63,7 @@ PAUSED = 7
 
 MINUTE_S = 60.0
 DAY_S = 86400.0
+LENGTH_S = (MINUTE_S, MINUTE_S, DAY_S, DAY_S)  # of the window of each dimension
 CELL_S = 0.5
 CELLS_BEHIND = 120
 CELLS = 121  # the current half second and 120 full ones behind it
@@ -254,7 +255,8 @@ def _roll(s: State, d: int, cell: float) -> None:
 def _book(p: Params, s: State, d: int, amount: float, now: float) -> None:
     """Books `amount` in dimension `d` at `now`."""
     if p.window == BUCKET or d >= TPD:
-        s.full_at[d] = max(s.full_at[d], now) + amount / (p.rate_per_s[d] * s.scale[d])
+        full_at = s.full_at[d]
+        s.full_at[d] = (full_at if full_at > now else now) + amount / (p.rate_per_s[d] * s.scale[d])
     elif p.window == SLIDING:
         cell = math.floor(now / CELL_S)
         _roll(s, d, cell)
@@ -292,22 +294,21 @@ def _rebook_tokens(p: Params, s: State, change: float, booked_at: float, now: fl
             s.booked[d] += change
             if d == TPM:
                 s.booked_after[place] = s.booked[d]
-                s.given_back[place] += max(0.0, -change)
-                s.added[place] += max(0.0, change)
-            if _stated_limit(p, s, d) > 0.0:
-                s.mirror_at[d] += change * _length_s(d) / _stated_limit(p, s, d)
+                if change < 0.0:
+                    s.given_back[place] -= change
+                else:
+                    s.added[place] += change
+            limit = _stated_limit(p, s, d)
+            if limit > 0.0:
+                s.mirror_at[d] += change * LENGTH_S[d] / limit
 
 
 # ---------------------------------------------------------------- the image of the provider's own bucket
 
 
-def _length_s(d: int) -> float:
-    return MINUTE_S if d <= RPM else DAY_S
-
-
 def _stated_limit(p: Params, s: State, d: int) -> float:
     """The provider's limit: as its headers state it, else as the policy assumes it. 0 = none known."""
-    return s.granted[d] if s.granted[d] > 0.0 else p.limit[d]
+    return s.granted[d] or p.limit[d]
 
 
 def _mirror_ready_at(p: Params, s: State, d: int, amount: float) -> float:
@@ -323,7 +324,7 @@ def _mirror_ready_at(p: Params, s: State, d: int, amount: float) -> float:
     kept = 0.0
     if d < TPD:
         kept = s.surprise[d] if s.synced_at[d] > -math.inf else UNHEARD_RATIO * limit
-    return s.mirror_at[d] - max(0.0, limit - amount - kept) * _length_s(d) / limit
+    return s.mirror_at[d] - max(0.0, limit - amount - kept) * LENGTH_S[d] / limit
 
 
 def _mirror_book(p: Params, s: State, reserve: float, now: float) -> None:
@@ -332,15 +333,17 @@ def _mirror_book(p: Params, s: State, reserve: float, now: float) -> None:
     place = _order_place(s, now)
     for d in range(4):
         amount = reserve if d & 1 == 0 else 1.0
-        s.booked[d] += amount
+        booked = s.booked[d] + amount
+        s.booked[d] = booked
         if d < TPD:
-            s.booked_after[d * ORDER_CELLS + place] = s.booked[d]
-        limit = _stated_limit(p, s, d)
+            s.booked_after[d * ORDER_CELLS + place] = booked
+        limit = s.granted[d] or p.limit[d]
         if limit > 0.0:
-            taken_s = amount * _length_s(d) / limit
-            s.mirror_at[d] = max(s.mirror_at[d], now) + taken_s
-            if d < TPD:
-                refill_s = max(refill_s, taken_s)
+            taken_s = amount * LENGTH_S[d] / limit
+            full_at = s.mirror_at[d]
+            s.mirror_at[d] = (full_at if full_at > now else now) + taken_s
+            if d < TPD and taken_s > refill_s:
+                refill_s = taken_s
     s.pace_at = max(s.pace_at, now) + refill_s
 
 
@@ -368,28 +371,28 @@ def _booked_since(
     the provider when its answer leaves, by us when it arrives: what we booked within a way there and back may have been
     booked there before. Of a day's limit so little does not matter.
     """
+    cells = s.order_cell
     cell = math.floor(as_of / ORDER_S)
-    if d >= TPD or s.order_cell[cell % ORDER_CELLS] != cell:
+    if d >= TPD or cells[cell % ORDER_CELLS] != cell:
         return in_order, in_order
-    first = cell - 1 if s.order_cell[(cell - 1) % ORDER_CELLS] == cell - 1 else cell
-    last = cell + 1 if s.order_cell[(cell + 1) % ORDER_CELLS] == cell + 1 else cell
-    most = s.booked[d] - s.booked_before[d * ORDER_CELLS + first % ORDER_CELLS] - amount
-    least = s.booked[d] - s.booked_after[d * ORDER_CELLS + last % ORDER_CELLS]
-    until = min(cell + UNDER_WAY_CELLS, math.floor((2.0 * admitted_by - as_of) / ORDER_S))
-    for j in range(first, max(until, last) + 1):
-        place = j % ORDER_CELLS
-        if d == TPM and s.order_cell[place] == j:
-            most += s.given_back[place]
-            if j <= last:
-                least -= s.given_back[place]
-            else:
-                least -= s.added[place]
+    first = cell - 1 if cells[(cell - 1) % ORDER_CELLS] == cell - 1 else cell
+    last = cell + 1 if cells[(cell + 1) % ORDER_CELLS] == cell + 1 else cell
+    booked = s.booked[d]
+    most = booked - s.booked_before[d * ORDER_CELLS + first % ORDER_CELLS] - amount
+    least = booked - s.booked_after[d * ORDER_CELLS + last % ORDER_CELLS]
+    if d == TPM:
+        until = max(last, min(cell + UNDER_WAY_CELLS, math.floor((2.0 * admitted_by - as_of) / ORDER_S)))
+        for j in range(first, until + 1):
+            place = j % ORDER_CELLS
+            if cells[place] == j:
+                most += s.given_back[place]
+                least -= s.given_back[place] if j <= last else s.added[place]
     return min(in_order, least), max(in_order, most)
 
 
 def _has_room(p: Params, s: State, d: int, amount: float, now: float) -> bool:
     limit = _stated_limit(p, s, d)
-    return limit <= 0.0 or max(0.0, s.mirror_at[d] - now) * limit / _length_s(d) + amount + s.surprise[d] <= limit
+    return limit <= 0.0 or max(0.0, s.mirror_at[d] - now) * limit / LENGTH_S[d] + amount + s.surprise[d] <= limit
 
 
 def _hidden_limit_met(p: Params, s: State, reserve: float, launched_at: float, now: float) -> None:
@@ -456,32 +459,20 @@ def admission(p: Params, s: State, reserve: float, standing: int, now: float) ->
     if standing == FIRST and s.next_slot_at > at:
         at = s.next_slot_at
         cause = STAGGER
-    if p.limit[TPM] > 0.0:
-        ready_at = _ready_at(p, s, TPM, reserve, now)
-        if ready_at > at:
-            at = ready_at
-            cause = BY_TPM
-    if p.limit[RPM] > 0.0:
-        ready_at = _ready_at(p, s, RPM, 1.0, now)
-        if ready_at > at:
-            at = ready_at
-            cause = BY_RPM
-    if p.limit[TPD] > 0.0:
-        ready_at = _ready_at(p, s, TPD, reserve, now)
-        if ready_at > at:
-            at = ready_at
-            cause = BY_DAY
-    if p.limit[RPD] > 0.0:
-        ready_at = _ready_at(p, s, RPD, 1.0, now)
-        if ready_at > at:
-            at = ready_at
-            cause = BY_DAY
-    if p.sync_headers:
-        for d in range(4):
-            ready_at = _mirror_ready_at(p, s, d, reserve if d & 1 == 0 else 1.0)
+    for d in range(4):
+        # (A bucket that will be full by then has room for anything, and is not asked.)
+        if p.limit[d] > 0.0 and (s.full_at[d] > at or p.window != BUCKET):
+            ready_at = _ready_at(p, s, d, reserve if d & 1 == 0 else 1.0, now)
             if ready_at > at:
                 at = ready_at
                 cause = BY_DAY if d >= TPD else BY_TPM + d
+    if p.sync_headers:
+        for d in range(4):
+            if s.mirror_at[d] > at:
+                ready_at = _mirror_ready_at(p, s, d, reserve if d & 1 == 0 else 1.0)
+                if ready_at > at:
+                    at = ready_at
+                    cause = BY_DAY if d >= TPD else BY_TPM + d
         paced_at = min(s.pace_at, s.paced_until)
         if paced_at > at:
             at = paced_at
@@ -519,14 +510,9 @@ def launched(p: Params, s: State, reserve: float, standing: int, now: float, u: 
         s.in_flight += 1
     if reserve > p.budget[TPM] * s.scale[TPM]:
         s.alone = 1
-    if p.limit[TPM] > 0.0:
-        _book(p, s, TPM, reserve, now)
-    if p.limit[RPM] > 0.0:
-        _book(p, s, RPM, 1.0, now)
-    if p.limit[TPD] > 0.0:
-        _book(p, s, TPD, reserve, now)
-    if p.limit[RPD] > 0.0:
-        _book(p, s, RPD, 1.0, now)
+    for d in range(4):
+        if p.limit[d] > 0.0:
+            _book(p, s, d, reserve if d & 1 == 0 else 1.0, now)
     if p.sync_headers:
         _mirror_book(p, s, reserve, now)
     if standing == FIRST:
@@ -718,30 +704,35 @@ def synced(
     only in a fixed or sliding window. What was refused stays booked there: a refusal in spite of a count with room
     comes from a limit that the headers do not show. A rise beyond rounding is a surprise; the largest one fades.
     """
-    length_s = _length_s(d)
+    length_s = LENGTH_S[d]
     if not (p.sync_headers and 0.0 < limit < math.inf and 0.0 <= remaining <= limit):
         return
-    if as_of < s.synced_at[d] or now - as_of > length_s:
+    heard_at = s.synced_at[d]
+    if as_of < heard_at or now - as_of > length_s:
         return
-    _granted(p, s, d, limit, now)
-    used = limit - min(limit, remaining + limit / length_s * (now - max(as_of, admitted_by)))
+    if limit != s.granted[d] or limit < p.limit[d]:
+        _granted(p, s, d, limit, now)
+    if admitted_by < as_of:
+        admitted_by = as_of
+    used = limit - min(limit, remaining + limit / length_s * (now - admitted_by))
     refused = amount if is_refused else 0.0
     # What was turned away is in our image, and not in the provider's bucket whatever the order.
-    ours = max(0.0, s.mirror_at[d] - now) * limit / length_s - refused
-    least_since, most_since = _booked_since(s, d, amount, booked_since, as_of, max(as_of, admitted_by))
+    mirror_at = max(now, s.mirror_at[d])
+    ours = (mirror_at - now) * limit / length_s - refused
+    least_since, most_since = _booked_since(s, d, amount, booked_since, as_of, admitted_by)
     rise = max(0.0, used + least_since) - ours
     if rise < 0.0:
         rise = min(0.0, max(0.0, used + most_since) - ours)
-    s.mirror_at[d] = max(s.mirror_at[d], now) + (rise - refused) * length_s / limit
-    if s.synced_at[d] > -math.inf:
-        s.surprise[d] *= math.exp((s.synced_at[d] - as_of) / SURPRISE_FADES_S)
+    s.mirror_at[d] = mirror_at + (rise - refused) * length_s / limit
+    if s.surprise[d] > 0.0:
+        s.surprise[d] *= math.exp((heard_at - as_of) / SURPRISE_FADES_S)
     s.synced_at[d] = as_of
     # Booked before or after a bucket was full again, and when exactly it was counted, the count does not tell: our
     # image takes the worse case, but only what is certain is a surprise.
     certain = max(0.0, limit - remaining - limit / length_s * (now - as_of) + least_since) - ours
     if certain > 1.0 + SURPRISE_FROM * limit:
         s.surprise[d] = max(s.surprise[d], certain)
-    if p.limit[d] <= 0.0:
+    if p.limit[d] <= 0.0 or rise == 0.0:
         return
     if p.window == BUCKET or d >= TPD:
         s.full_at[d] = max(s.full_at[d], now) + rise / (p.rate_per_s[d] * s.scale[d])
