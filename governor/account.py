@@ -126,8 +126,7 @@ def summary_of(journal: Journal, pool: str, policy: Policy, grant: Grant, cost_u
 def _moved(attempt: Attempt, time: Worked) -> Attempt:
     """The attempt on the run's own clock. A batch is there from the beginning, whichever leg comes to a request."""
     first = attempt.attempt == 1 and attempt.lane == "main"
-    return replace(
-        attempt,
+    return attempt._replace(
         submitted_s=0.0 if first else time.own(attempt.submitted_s),
         eligible_s=time.own(attempt.eligible_s),
         launched_s=time.own(attempt.launched_s),

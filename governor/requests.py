@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import StrEnum
-from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from governor.errors import BadInput, quoted
 from governor.estimate import CHAT as CHAT
@@ -107,8 +106,7 @@ class Answer:
     body: dict[str, Any] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
+class Attempt(NamedTuple):
     """One row per attempt, the same columns live and simulated, in DESIGN's order.
 
     Times are seconds since the run began. `lane`: main or finalize. `attempt` counts from 1. `reserved_tokens` is ours,
@@ -146,16 +144,11 @@ class Attempt:
     @staticmethod
     def columns() -> tuple[str, ...]:
         """The names of the columns, in order."""
-        return ATTEMPT_COLUMNS
+        return Attempt._fields
 
     def row(self) -> tuple[Any, ...]:
         """The values, in the order of `columns()`."""
-        values: tuple[Any, ...] = _ATTEMPT_ROW(self)
-        return values
-
-
-ATTEMPT_COLUMNS = tuple(column.name for column in fields(Attempt))
-_ATTEMPT_ROW = attrgetter(*ATTEMPT_COLUMNS)
+        return tuple(self)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_type_hints
 
 from sqlalchemy import BigInteger, Column, Dialect, Double, Index, Integer, LargeBinary, MetaData, String, Table, Text
 from sqlalchemy.dialects.mysql import LONGBLOB, LONGTEXT
@@ -194,12 +194,12 @@ results = Table(
     Column("body", _LONG),
 )
 
-_COLUMN_OF: dict[str, Callable[[str], Column[Any]]] = {"int": _whole, "float": _number, "str": _text, "Outcome": _short}
+_COLUMN_OF: dict[type, Callable[[str], Column[Any]]] = {int: _whole, float: _number, str: _text, Outcome: _short}
 attempts = Table(
     "attempts",
     metadata,
     _id("number", given=False),
-    *(_COLUMN_OF[str(column.type)](column.name) for column in fields(Attempt)),
+    *(_COLUMN_OF[type_](name) for name, type_ in get_type_hints(Attempt).items()),
     _text("request_id"),
     _whole("cached_tokens"),  # part of the prompt's, 0 where nothing is said
     _whole("reasoning_tokens"),  # part of the output's
