@@ -7,7 +7,7 @@ Theory of operation. New work is pulled from its source one request ahead, so th
 passes and permits wait in a heap, and so does, with its history, what an earlier leg of the run had launched. After
 every event (an answer, a retry that has backed off, a wake-up, a change of settings) `_pump` asks the law about the
 head, launches as long as the law says "now", and leaves one timer for the moment that it named. Any number of waiting
-tasks costs one wake-up each, when it is their turn.
+tasks costs one wake-up each, when it is their turn. One more timer watches for the first answer that is overdue.
 
 Time is the loop's monotonic clock, in seconds since the run began; a timer that rings early counts as its own time
 (`max(timer_at, clock)`), so the law's word and the clock cannot disagree. The epoch is only for records.
@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from heapq import heapify, heappop, heappush
 from math import inf
+from operator import sub
 from typing import Any
 
 from governor import law
@@ -47,6 +48,7 @@ from governor.work import Work as Work
 # the attempt that is meant.
 Entry = tuple[tuple[float, ...], int, Job]
 Moment = tuple[float, int, bool, Job, int]
+_LAW = vars(law)
 # From this length on, heaps are swept now and then of what is over but not yet at their top.
 SWEEP = 100
 
@@ -90,6 +92,7 @@ class Governor:
         self.cause = law.NOTHING
         self.wake_at = inf
         self._tells = type(self.observer).decided is not Observer.decided
+        self._shows = type(self.observer).attempted is not Observer.attempted
         self._queue: list[Entry] = []  # permits, and retries and finalize passes that may go
         self._calendar: list[Moment] = []
         self._queue_sweep = self._calendar_sweep = SWEEP
@@ -101,6 +104,9 @@ class Governor:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = inf
         self._tasks: dict[asyncio.Task[None], Job] = {}
+        self._expiring: list[tuple[float, int, asyncio.Task[None]]] = []
+        self._expiring_sweep = SWEEP
+        self._expiry_timer: asyncio.TimerHandle | None = None
         self._send: Send | None = None
         self._finalizes = False
         self._done: asyncio.Future[None] | None = None
@@ -384,7 +390,7 @@ class Governor:
 
     def _law(self, name: str, *arguments: Any) -> Any:
         """The law decides, and the observer is told."""
-        result = getattr(law, name)(self.p, self.s, *arguments)
+        result = _LAW[name](self.p, self.s, *arguments)
         if self._tells:
             self._tell(self.observer.decided, name, arguments, result)
         return result
@@ -424,7 +430,8 @@ class Governor:
             job = self._first()
             if job is None:
                 break
-            self._estimate(job)
+            if self.learner is not None:
+                self._estimate(job)
             if law.never_fits(self.p, job.reserve):
                 self._taken(job)
                 self._give_up(job, now, FailureCode.REQUEST_TOO_LARGE)
@@ -530,6 +537,7 @@ class Governor:
     def _off(self, job: Job, now: float, booked: list[float]) -> None:
         """The attempt is booked: it goes out. `booked`: what had been booked by then, for counts of the provider."""
         job.flying = job.holds = True
+        job.expired = False
         job.launched_s = now
         if job.first_launched_s < 0.0:
             job.first_launched_s = now
@@ -537,7 +545,8 @@ class Governor:
         if job.granted is not None:
             job.granted.set_result(True)
             return
-        job.waits_s = self._waited(job)
+        if self._shows:
+            job.waits_s = self._waited(job)
         if not self._tell(self.observer.launched, job, now):
             self._dropped(job)  # never send what no record knows of
             return
@@ -548,19 +557,23 @@ class Governor:
 
     def _waited(self, job: Job) -> list[float]:
         """How long the job has waited since it became eligible, by cause."""
-        return [reading - before for reading, before in zip(self.clock, job.since, strict=True)]
+        return list(map(sub, self.clock, job.since))
 
     async def _attempt(self, job: Job, send: Send) -> None:
         """Sends one attempt and takes its answer, whatever it is."""
         await self.observer.flushed()
+        task = asyncio.current_task()
+        assert task is not None
         expires_at = law.expires_at(self.p, job.first_launched_s, job.launched_s)
+        self._watch_expiry(expires_at, task)
         try:
-            async with asyncio.timeout_at(self.zero + expires_at) as limit:
-                answer = await send(job, max(0.0, expires_at - self.now()))
-        except TimeoutError:
-            if not limit.expired():
-                raise
+            answer = await send(job, max(0.0, expires_at - self.now()))
+        except asyncio.CancelledError:
+            if not job.expired or task.cancelling() > 1:
+                raise  # by somebody else (too)
             answer = TIMED_OUT
+        if job.expired:
+            task.uncancel()
         now = self.now()
         self._advance(now)
         in_wait = self.cause
@@ -569,8 +582,37 @@ class Governor:
         if answer.outcome != Outcome.OK or waited_on or self._queue:
             self._pump(now)
 
+    def _watch_expiry(self, at: float, task: asyncio.Task[None]) -> None:
+        """Cancels an attempt's task then, should it still run. (`asyncio.timeout_at` costs more than an admission.)"""
+        expiring = self._expiring
+        if len(expiring) > self._expiring_sweep:
+            self._expiring_sweep = _swept(expiring, lambda entry: entry[2] not in self._tasks)
+        self._sequence += 1
+        heappush(expiring, (at, self._sequence, task))
+        if expiring[0][2] is task:
+            self._set_expiry_timer()
+
+    def _set_expiry_timer(self) -> None:
+        if self._expiry_timer is not None:
+            self._expiry_timer.cancel()
+        at = self._expiring[0][0] if self._expiring else inf
+        self._expiry_timer = self.loop.call_at(self.zero + at, self._expire, at) if at < inf else None
+
+    def _expire(self, now: float) -> None:
+        """Whose time is over is cancelled; whose attempt has ended before is forgotten."""
+        expiring = self._expiring
+        while expiring and (expiring[0][0] <= now or expiring[0][2] not in self._tasks):
+            task = heappop(expiring)[2]
+            if task in self._tasks:
+                self._tasks[task].expired = True
+                task.cancel()
+        self._set_expiry_timer()
+
     def _task_over(self, task: asyncio.Task[None]) -> None:
         job = self._tasks.pop(task)
+        if not self._tasks:
+            self._expiring.clear()
+            self._set_expiry_timer()
         if job.flying:
             self._dropped(job)
         if not task.cancelled():
@@ -606,12 +648,12 @@ class Governor:
         if not (limits and self.p.sync_headers and job.booked):
             return
         admitted_by = max(job.launched_s, now - processing_s) if processing_s >= 0.0 else job.launched_s
+        refused, launched_s = int(turned_away), job.launched_s
         for limit in limits:
             d = DIMENSIONS[limit.dimension]
             amount = job.reserve if d in (law.TPM, law.TPD) else 1.0
             since = self._booked_since(job, d)
-            counts = limit.limit, limit.remaining, amount, int(turned_away), since
-            self._law("synced", d, *counts, job.launched_s, admitted_by, now)
+            self._law("synced", d, limit.limit, limit.remaining, amount, refused, since, launched_s, admitted_by, now)
 
     def _booked_since(self, job: Job, d: int) -> float:
         """What has been booked in a dimension since the job's own booking."""
@@ -648,15 +690,16 @@ class Governor:
     def _again(self, job: Job, answer: Answer, now: float) -> None:
         """After a throttle or a failure: try again when the law says so, or never (inf)."""
         spent = job.attempt >= self.p.max_attempts
-        row = attempt_of(job, self.pool, answer, now, "")
+        row = attempt_of(job, self.pool, answer, now, "") if self._shows else None
         at = self._retry_at(job, answer.outcome, answer.retry_after_s, now)
         if at == inf:
             self._ended(job, answer, now, SPENT[answer.outcome] if spent else FailureCode.DEADLINE_EXCEEDED)
             return
         job.submitted_s = now
         self._at(at, False, job)
-        self._tell(self.observer.attempted, row, answer, "")
-        self._tell(self.observer.backed_off, row, answer, at)
+        if row is not None:
+            self._tell(self.observer.attempted, row, answer, "")
+            self._tell(self.observer.backed_off, row, answer, at)
 
     def _retry_at(self, job: Job, outcome: Outcome, retry_after_s: float, now: float) -> float:
         """When the law lets the job try again, inf = never; readies it for that."""
@@ -747,7 +790,8 @@ class Governor:
             self._guarded(self._event)
 
     def _record(self, job: Job, answer: Answer, now: float, failure: str) -> None:
-        self._tell(self.observer.attempted, attempt_of(job, self.pool, answer, now, failure), answer, failure)
+        if self._shows:
+            self._tell(self.observer.attempted, attempt_of(job, self.pool, answer, now, failure), answer, failure)
 
 
 def kind_of(request: Request) -> tuple[tuple[str, int, int], float]:

@@ -71,7 +71,8 @@ class Work:
 class Observer:
     """Told of everything that a run does, in order. Methods are quick and synchronous; what one raises ends the run.
 
-    Each may call the governor's `stop`, `pause`, `resume` and `reprice`. What a subclass does not define costs nothing.
+    Each may call the governor's `stop`, `pause`, `resume` and `reprice`. What a subclass does not define costs nothing;
+    who wants to hear of `backed_off` defines `attempted` too.
     """
 
     def launched(self, job: Job, now: float) -> None:
@@ -112,7 +113,7 @@ class Job:
     __slots__ = (
         *("work", "index", "lane", "attempt", "standing", "reserve", "expected", "charge"),
         *("submitted_s", "eligible_s", "first_launched_s", "launched_s"),
-        *("since", "waits_s", "asked", "ended", "flying", "holds", "booked", "granted"),
+        *("since", "waits_s", "asked", "ended", "flying", "holds", "expired", "booked", "granted"),
     )
     # Set at launch, and by whoever queues the job: slots without a value until then.
     since: list[float]
@@ -138,6 +139,7 @@ class Job:
         self.ended = False
         self.flying = False
         self.holds = False
+        self.expired = False  # its attempt was cancelled since its time was over
         self.granted: asyncio.Future[bool] | None = None
 
 

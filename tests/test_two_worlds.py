@@ -55,7 +55,7 @@ CHANGE = 1
 def ties(hangs: bool, ordered: bool) -> dict[Callable[..., Any], int]:
     """The order of timers at one instant. Not `ordered`: only what a time-out's own answer and sender need."""
     kinds = {Governor.pause: CHANGE, Governor.resume: CHANGE, Governor.reprice: CHANGE, Governor._ring: 4}
-    time_outs = {rung_in_time: -1, asyncio.Timeout._on_timeout: 0 if hangs else 5}
+    time_outs = {rung_in_time: -1, Governor._expire: 0 if hangs else 5}
     return time_outs | kinds if ordered else time_outs
 
 
@@ -297,9 +297,9 @@ def as_the_provider_knows(a: Attempt, refused_unheard: set[tuple[int, str, int]]
     And where the quota has run out, the simulation gives the request up, while live it stays pending without a code.
     """
     if a.outcome == Outcome.TIMEOUT and (a.request, a.lane, a.attempt) in refused_unheard:
-        return dataclasses.replace(a, charged_tokens=0)
+        return a._replace(charged_tokens=0)
     if a.outcome == Outcome.QUOTA:
-        return dataclasses.replace(a, error_code=FailureCode.INSUFFICIENT_QUOTA)
+        return a._replace(error_code=FailureCode.INSUFFICIENT_QUOTA)
     return a
 
 
