@@ -15,7 +15,7 @@ BENCH_ARGS ?=
 TWIN_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test proofs lint check bench twin clean
+.PHONY: help install demo test proofs lint docs check bench twin clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -37,8 +37,12 @@ lint: $(STAMP_ALL)  ## ruff and mypy
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
+docs: $(STAMP_ALL)  ## the documentation (out/site/index.html); a warning or a dead link is an error
+	@$(BIN)/python docs/build.py $(OUT)/site
+
 # One after the other even under `make -j`, so that pytest's closing line is the last.
-check: lint  ## what the CI runs: lint, then test
+check: lint  ## what the CI runs: lint, documentation, then test
+	@$(MAKE) --no-print-directory docs
 	@$(MAKE) --no-print-directory test
 
 bench: $(STAMP_ALL)  ## every figure that the README claims (BENCH_ARGS=--short for a quick look)
@@ -51,7 +55,7 @@ twin: $(STAMP_ALL)  ## live runs on loopback against what the simulation says of
 	@$(BIN)/python -m benchmarks.twin $(TWIN_ARGS)
 
 clean:  ## remove the environment, the caches and out/
-	rm -rf $(VENV) $(OUT) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache .numba_cache
+	rm -rf $(VENV) $(OUT) docs/made build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache .numba_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 examples/batch.jsonl: | $(STAMP_SIM)
@@ -68,7 +72,7 @@ $(BIN)/pip:
 # Everything includes what planning needs, so the light stamp is current too. A failed pip leaves no stamp.
 $(STAMP_ALL): pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "setting up $(VENV) with all extras and tools: a minute or two the first time ..."
-	@$(PIP) install --constraint constraints.txt --editable '.[all,dev]'
+	@$(PIP) install --constraint constraints.txt --editable '.[all,dev,docs]'
 	@touch $(STAMP_SIM) $@
 
 $(STAMP_SIM): pyproject.toml constraints.txt | $(BIN)/pip

@@ -124,7 +124,7 @@ def _store(database: str | None, *, make: bool) -> Any:
 
 @tokens.command("add")
 def add_token(
-    name: Annotated[str, typer.Argument(help="Whose it is; stands in the records.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Whose it is; stands in the records.")],
     scope: Annotated[
         Literal["read", "run", "admin"], typer.Option(help="read; run also batches; admin also settings.")
     ] = "run",
@@ -157,7 +157,10 @@ def list_tokens(database: Where = None) -> None:
 
 
 @tokens.command("remove")
-def remove_token(name: str, database: Where = None) -> None:
+def remove_token(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Whose it is, as `paceline token list` says it.")],
+    database: Where = None,
+) -> None:
     """Take a token back; running services know within some seconds."""
     store = _store(database, make=False)
     try:
