@@ -61,6 +61,19 @@ def _made(app: Sphinx) -> None:
     diagram.written(HERE / "made")
 
 
+def _as_written(app: Sphinx, kind: str, name: str, of: object, options: object, lines: list[str]) -> None:
+    """An indented block of a docstring is a block of code, as in markdown; Sphinx would take it for a quotation."""
+    written: list[str] = []
+    for line in lines:
+        begins = line.startswith("    ") and bool(written) and not written[-1].strip()
+        above = next((each for each in reversed(written) if each.strip()), "")
+        if begins and not above.startswith("    "):
+            written += ["::", ""]
+        written.append(line)
+    lines[:] = written
+
+
 def setup(app: Sphinx) -> None:
     """Sphinx's hook: what is made from the code is there before the sources are looked for."""
     app.connect("builder-inited", _made)
+    app.connect("autodoc-process-docstring", _as_written)

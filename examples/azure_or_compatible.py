@@ -12,11 +12,10 @@ import os
 import sys
 
 from governor import Governor, Policy
-from governor.answers import Answer
-from governor.estimate import charge_of
+from governor.estimate import charge_of, sizes_of
 from governor.openai_adapter import Adapter
 from governor.pools import Pool, default_pools, pool_for, read_pools
-from governor.requests import CHAT, Outcome, Request, sizes_of, url_of
+from governor.requests import CHAT, Answer, Outcome, Request, url_of
 
 AGAIN = (Outcome.THROTTLED, Outcome.SLOW_DOWN)
 

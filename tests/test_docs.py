@@ -67,12 +67,17 @@ def test_a_command_that_is_none_is_seen(text: str, fault: str, tmp_path: Path) -
     assert fault in complaint(shown)
 
 
-def test_every_snippet_of_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_every_snippet_of_python_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of one page after each other, as a reader would type them in the project's folder."""
+    monkeypatch.chdir(ROOT)
+    count = 0
     for path in TEXTS:
         names: dict[str, Any] = {"__name__": "snippet"}
         for snippet in re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
             exec(compile(snippet, str(path), "exec"), names)
+            count += 1
+    assert count
+    assert "makespan" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- help
