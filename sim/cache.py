@@ -4,7 +4,9 @@ What lives here: naming, making and clearing that folder, light enough to ask be
 compiling (`copies`).
 
 Theory of operation. numba does not notice a change in a file whose functions are called by the one that it keeps, so
-the folder is named by a hash of all of them: an edited rule finds no folder, and is compiled afresh. The folder stands
+the folder is named by a hash of all of them: an edited rule finds no folder, and is compiled afresh. Where they stand
+counts as well, because numba finds no code that was made of the same file in another place, and a folder that is there
+should mean that nothing has to be compiled. The folder stands
 in NUMBA_CACHE_DIR, else in the user's cache; where a home cannot be written, among the temporary files; where nothing
 can, there is none, and every process compiles for itself.
 """
@@ -28,9 +30,10 @@ SETTING = "NUMBA_CACHE_DIR"
 
 
 def folder_name(sources: Iterable[Path]) -> str:
-    """The folder's name: what the sources say, compiled by this numba."""
+    """The folder's name: what the sources say and where they stand, compiled by this numba."""
     digest = hashlib.sha256(importlib.metadata.version("numba").encode())
     for path in sources:
+        digest.update(os.fsencode(path.absolute()))
         digest.update(path.read_bytes())
     return FOLDER + digest.hexdigest()[:16]
 

@@ -85,6 +85,21 @@ def test_every_source_of_the_engine_names_its_folder(tmp_path: Path) -> None:
     assert imported == {"sim", "sim.run"}
 
 
+def test_code_of_the_same_file_in_another_place_is_none(sources: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """numba does not find it: whoever counted on it would compile for a minute where a moment was promised."""
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "cache"))
+    kept = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    assert small(sources, **kept) == (4, 0)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for path in sources.iterdir():
+        if path.is_file():
+            (elsewhere / path.name).write_bytes(path.read_bytes())
+    assert cache.has_code([sources / "law.py", sources / "loop.py"])
+    assert not cache.has_code([elsewhere / "law.py", elsewhere / "loop.py"])
+    assert small(elsewhere, **kept) == (4, 0)
+
+
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="owners and modes are POSIX")
 def test_where_a_home_cannot_be_written_the_temporary_folder_serves(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(cache, "parents", lambda: iter([Path("/proc/none"), tmp_path / "tmp"]))
