@@ -261,7 +261,7 @@ def efficiency_of(bound: float, makespan_s: float, failed: int) -> float | None:
 # ---------------------------------------------------------------- the summary
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Summary:
     """The figures of one run, the same keys live and simulated. Times in seconds since the run began.
 
@@ -293,6 +293,19 @@ class Summary:
         """The keys in order, with plain numbers, None and dicts only."""
         values = {column.name: getattr(self, column.name) for column in fields(self)}
         return values | {"waits_s": dict(self.waits_s), "failures": dict(self.failures)}
+
+    def __repr__(self) -> str:
+        efficiency = "none" if self.efficiency is None else f"{self.efficiency:.3f}"
+        return (
+            f"<Summary: {self.completed:,} of {self.requests:,} requests in {self.makespan_s:,.1f} s, "
+            f"{self.throttled:,} throttled of {self.attempts:,} attempts, efficiency {efficiency}>"
+        )
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: a table, and the time and the waiting as a small figure."""
+        from governor.summary_html import summary_html
+
+        return summary_html(self)
 
 
 @dataclass(slots=True)

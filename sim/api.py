@@ -101,6 +101,11 @@ class SimulationResult:
             f"{self.forecast['throttled_per_100'].mean:.3g} 429s per 100, {lost:,} lost; runs: {span.n or 1}>"
         )
 
+    def _repr_html_(self) -> str:
+        from sim.rich import simulation_html
+
+        return simulation_html(self)
+
     def __str__(self) -> str:
         if len(self.forecast.runs) == 1:
             return shown.summary_text(self.scenario, self.summary, TEXT_WIDTH)
@@ -214,6 +219,11 @@ class PlanResult:
         now, then = self.found.now["makespan_s"].mean, self.found.full.forecast["makespan_s"].mean
         changed = ", ".join(step.env for step in self.found.full.steps) or "nothing"
         return f"<PlanResult: {now:,.1f} s now, {then:,.1f} s recommended; changes {changed}>"
+
+    def _repr_html_(self) -> str:
+        from sim.rich import plan_html
+
+        return plan_html(self)
 
     def __str__(self) -> str:
         return shown.plan_text(self.scenario, self.found, TEXT_WIDTH)

@@ -107,6 +107,24 @@ def timeline(attempts: Sequence[Attempt], grant: Grant, *, title: str = "") -> F
     return figure
 
 
+@styled
+def glance(attempts: Sequence[Attempt], grant: Grant, *, title: str = "") -> Figure:
+    """One run in small: tokens per minute against the limit, requests in flight, launches with 429s, side by side."""
+    end_s = _end_s(attempts)
+    figure = new_figure(9.0, 2.3)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=9.5)
+    axes: list[Axes] = list(figure.subplots(1, 3))
+    for ax in axes:
+        per = _time_axis([ax], end_s)
+    _tokens(axes[0], per, attempts, _PLAIN)
+    _limit(axes[0], per, grant, end_s)
+    _in_flight(axes[1], per, attempts, _PLAIN)
+    _launches(axes[2], per, attempts, _PLAIN)
+    _from_zero(axes)
+    return figure
+
+
 def _time_axis(axes: Sequence[Axes], end_s: float) -> float:
     """Scales and labels the time axis that these panels, one above the other, share; returns its seconds per unit."""
     per = in_time_units(axes[-1].xaxis, end_s, "time since the start")

@@ -118,6 +118,11 @@ class Scenario:
         granted = " and ".join(limits) or "no limit"
         return f"<Scenario: {len(self.workload):,} requests{model}, {granted}, {', '.join(named)}, seed={self.seed}>"
 
+    def _repr_html_(self) -> str:
+        from sim.rich import scenario_html
+
+        return scenario_html(self)
+
     @staticmethod
     def from_file(path: str | os.PathLike[str], **options: Any) -> Scenario:
         """The scenario of a file, with the same options: `Scenario(path, ...)`."""

@@ -193,12 +193,17 @@ def summary_text(scenario: Scenario, s: Summary, width: int) -> str:
 
 def figures_table(forecast: Forecast) -> str:
     """Every figure over replications."""
+    return table(figures_rows(forecast))
+
+
+def figures_rows(forecast: Forecast) -> list[list[str]]:
+    """The same as rows of cells, the first a header."""
     rows = [["", "mean", "95 % interval of it", "P5", "P50", "P95"]]
     for name, (title, form) in FORMS.items():
         e = forecast[name]
         write = _WRITE[form]
         rows.append([title, write(e.mean), words.interval(e, form), write(e.p5), write(e.p50), write(e.p95)])
-    return table(rows)
+    return rows
 
 
 def forecast_text(scenario: Scenario, forecast: Forecast, width: int) -> str:
@@ -256,7 +261,7 @@ def forecast_json(scenario: Scenario, forecast: Forecast) -> dict[str, Any]:
 
 def plan_text(scenario: Scenario, plan: Plan, width: int) -> str:
     """What a plan found, for people: the comparison, the changes, and what to be careful about."""
-    parts = [wrapped(headline(scenario), width), _comparison(plan)]
+    parts = [wrapped(headline(scenario), width), table(comparison_rows(plan))]
     now = plan.now
     reserved, charged = now["reserved_tokens"].mean, now["charged_tokens"].mean
     parts.append(wrapped("Now: " + held_back(now.waits_s, now.policy, reserved, charged), width))
@@ -294,8 +299,8 @@ def _matters(plan: Plan) -> str:
     return f"What matters most around it: {', '.join(told)}." if told else ""
 
 
-def _comparison(plan: Plan) -> str:
-    """Now, guardrails only, recommended: the figures that decide, side by side."""
+def comparison_rows(plan: Plan) -> list[list[str]]:
+    """Now, guardrails only, recommended: the figures that decide, side by side; the first row is a header."""
     forecasts = (plan.now, plan.guardrails.forecast, plan.full.forecast)
     gains: list[Estimate | None] = [None, plan.guardrails.gain_s, plan.full.gain_s]
     objective = {"makespan": "makespan_s", "p95_latency": "latency_p95_s"}[plan.objective]
@@ -322,24 +327,29 @@ def _comparison(plan: Plan) -> str:
         rows.append(["cost", *map(dollars_text, costs)])
         if any(f["extra_usd"].mean > 0.0 for f in forecasts):
             rows.append(["  of it beside the answers", *(dollars_text(f["extra_usd"].mean) for f in forecasts)])
-    return table(rows)
+    return rows
 
 
 def _changes(title: str, found: Recommendation, width: int) -> str:
     """The changed settings with what each gains, and why."""
     if not found.steps:
         return f"{title}: change nothing."
-    rows = [[title, "now", "then", "gain", "why"]]
-    for step in found.steps:
-        knob = KNOB_BY_ENV[step.env]
-        rows.append([step.env, knob.text(step.old), knob.text(step.new), words.duration(step.gain_s), step.reason])
-    text = table(rows, width=width)
+    text = table(changes_rows(title, found), width=width)
     if found.unguarded is not None:
         faster = found.unguarded["makespan_s"].mean
         text += "\n" + wrapped(
             f"Passed over: a setting that finishes after {words.duration(faster)}, because {found.risk}.", width
         )
     return text
+
+
+def changes_rows(title: str, found: Recommendation) -> list[list[str]]:
+    """The changed settings as rows of cells, the first a header."""
+    rows = [[title, "now", "then", "gain", "why"]]
+    for step in found.steps:
+        knob = KNOB_BY_ENV[step.env]
+        rows.append([step.env, knob.text(step.old), knob.text(step.new), words.duration(step.gain_s), step.reason])
+    return rows
 
 
 def plan_notes(scenario: Scenario, plan: Plan) -> list[str]:

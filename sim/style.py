@@ -90,6 +90,9 @@ RC: dict[str, Any] = {
     "svg.hashsalt": "paceline",
 }
 
+# What a page counts as an inch; it shows 9 inches as 864 points.
+POINTS_PER_INCH = 96.0
+
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
@@ -131,9 +134,18 @@ def png_of(figure: Figure) -> bytes:
     return out.getvalue()
 
 
-def new_figure(width_in: float, height_in: float) -> Figure:
+class Picture(Figure):
+    """A figure that a notebook shows by itself, in the house style and at the size that it was made for."""
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, float]]:
+        width_in, height_in = self.get_size_inches()
+        # More pixels than the page's own: sharp on the screens of today.
+        return png_of(self), {"width": POINTS_PER_INCH * width_in, "height": POINTS_PER_INCH * height_in}
+
+
+def new_figure(width_in: float, height_in: float) -> Picture:
     """An empty figure of that size in inches, whose parts arrange themselves."""
-    return Figure(figsize=(width_in, height_in), layout="constrained")
+    return Picture(figsize=(width_in, height_in), layout="constrained")
 
 
 def in_time_units(axis: Any, span_s: float, label: str) -> float:

@@ -1,0 +1,55 @@
+"""Figures in words: durations, shares, counts, and what is waited for. Pure functions from numbers to short texts.
+
+A text never says more than is known: rounding is to what a reader can use.
+"""
+
+from __future__ import annotations
+
+import math
+
+# Each cause of waiting: the knob that decides it, and what is waited for.
+WAITED_FOR = {
+    "concurrency": ("OPENAI_MAX_CONCURRENCY", "a free place in flight"),
+    "stagger": ("OPENAI_STAGGER_SECONDS", "the next launch slot"),
+    "tpm": ("OPENAI_TPM_LIMIT", "tokens of the budget per minute"),
+    "rpm": ("OPENAI_RPM_LIMIT", "requests of the budget per minute"),
+    "day": ("OPENAI_TPD_LIMIT", "the budget of the day"),
+    "hold": ("OPENAI_HOLD_ON_THROTTLE", "the end of a hold after a 429"),
+    "paused": ("", "the pause to end"),
+    "backoff": ("OPENAI_BACKOFF_BASE_SECONDS", "the end of a backoff"),
+}
+
+
+def duration(seconds: float) -> str:
+    """A duration in its two largest units: "0.35 s", "42 s", "24 min 10 s", "1 h 28 min", "2 d 4 h"; inf: "never"."""
+    if math.isinf(seconds):
+        return "never"
+    s = max(0.0, seconds)
+    if s < 0.0005:
+        return "0 s"
+    if s < 9.95:
+        return f"{s:.2g} s"
+    # Rounded before it is split, so that 59.7 s reads "1 min" and not "60 s".
+    if round(s) < 60:
+        return f"{round(s)} s"
+    if round(s) < 3_600:
+        return _two(round(s), 60, "min", "s")
+    if round(s / 60.0) < 1_440:
+        return _two(round(s / 60.0), 60, "h", "min")
+    return _two(round(s / 3_600.0), 24, "d", "h")
+
+
+def _two(small: int, ratio: int, big_unit: str, small_unit: str) -> str:
+    big, rest = divmod(small, ratio)
+    return f"{big:,} {big_unit} {rest} {small_unit}" if rest else f"{big:,} {big_unit}"
+
+
+def percent(ratio: float) -> str:
+    """A share: "73 %", "0.41 %"."""
+    value = 100.0 * ratio
+    return f"{value:.0f} %" if value >= 9.95 or value == 0.0 else f"{value:.2g} %"
+
+
+def plural(count: int, noun: str) -> str:
+    """ "1 request", "2,000 requests"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
