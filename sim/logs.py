@@ -21,8 +21,8 @@ import numpy as np
 from governor.errors import BadInput, BadSetting, quoted
 from governor.requests import read_results
 from sim.observed import ANSWERED, OTHER, REFUSED, SERVER_FAULT, Observed, observed_of, refused_by
-from sim.readers import BATCH, TRACE_JSONL, Source
-from sim.trace_columns import UNITS, is_absent, moment_of, number_of, text_of, whole_of
+from sim.readers import BATCH, TRACE_JSONL, Source, explained
+from sim.trace_columns import UNITS, is_absent, moment_of, number_of, text_of, unit_seen, unit_words, whole_of
 from sim.traces import csv_rows, header_of, json_rows
 
 WHOLES = ("prompt", "output", "max_tokens", "chars", "role_chars", "messages", "images", "tools", "n")
@@ -56,7 +56,11 @@ KNOWN: dict[str, tuple[str, ...]] = {
 LATENCY_MAX_S = 900.0
 # Nor so many times the median of its log, below which seconds among milliseconds lie.
 LATENCY_RATIO_MAX = 500.0
-_CLASSES = (("ns", 1e17), ("us", 1e14), ("ms", 1e11))
+# A column of milliseconds with seconds among them: so far below the others per token, and as many rows that grow with
+# the answers' lengths. (What a cache answered is as quick, whatever its length.)
+APART_RATIO = 100.0
+APART_ROWS = 5
+APART_CORRELATION = 0.5
 
 
 def roles_of(names: list[str], chosen: Mapping[str, str], source: str) -> dict[str, tuple[str, str]]:
@@ -147,10 +151,10 @@ class LogRows:
         is_date, number = moment_of(value)
         if number < 0.0:
             raise ValueError("is a negative time")
-        seen = "date" if is_date else unit or next((u for u, least in _CLASSES if number >= least), "s")
+        seen = "date" if is_date else unit or unit_seen(number)
         first = self.units.setdefault(role, seen)
         if seen != first:
-            raise ValueError(f"is in {_unit_words(seen)} among values in {_unit_words(first)}: one unit per column")
+            raise ValueError(f"is in {unit_words(seen)} among values in {unit_words(first)}: one unit per column")
         return number / 1e6 if is_date else number * UNITS[seen]
 
     def _check_order(self, taken: Mapping[str, Any], line: int) -> None:
@@ -179,6 +183,8 @@ class LogRows:
         for role in ("latency", "first_token"):
             if role in self.values:
                 self._check_durations(role)
+        if "latency" in self.values:
+            self._check_seconds_among_ms()
         found = {role: values for role, values in self.values.items() if role not in ("outcome", "status", "lane")}
         if "outcome" in self.values or "status" in self.values:
             found["kind"] = self.kinds
@@ -201,9 +207,25 @@ class LogRows:
             )
             raise BadInput(text, self.source, self.lines[worst])
 
-
-def _unit_words(unit: str) -> str:
-    return "dates" if unit == "date" else f"seconds since 1970 in {unit}" if unit != "s" else "seconds"
+    def _check_seconds_among_ms(self) -> None:
+        output, took_s = (np.array(self.values[role], np.float64) for role in ("output", "latency"))
+        answered = (np.array(self.kinds) == ANSWERED) & (output > 0.0) & (took_s > 0.0)
+        if answered.sum() <= APART_ROWS:
+            return
+        per_token_s = took_s / np.maximum(output, 1.0)
+        median_s = float(np.median(per_token_s[answered]))
+        apart = np.flatnonzero(answered & (per_token_s < median_s / APART_RATIO))
+        if len(apart) < APART_ROWS or not output[apart].std():
+            return
+        grows = float(np.corrcoef(np.log(output[apart]), np.log(took_s[apart]))[0, 1])
+        if grows > APART_CORRELATION:
+            name, first = self.roles["latency"][0], int(apart[0])
+            text = (
+                f"column {quoted(name)}: {took_s[first]:,.6g} s for {output[first]:,.0f} tokens, where others take "
+                f"{median_s / per_token_s[first]:,.0f} times as long: mixed units? {len(apart):,} of "
+                f"{len(output):,} rows are like this one: bring them all to one unit"
+            )
+            raise BadInput(text, self.source, self.lines[first])
 
 
 def _kind_of(taken: Mapping[str, Any]) -> int:
@@ -244,12 +266,15 @@ def of_results(source: Source) -> Observed:
     """The answers in a file of batch output, OpenAI's or ours: token counts, and nothing of time."""
     assert source.kind() in (BATCH, TRACE_JSONL)
     rows: dict[str, list[Any]] = {"id": [], "prompt": [], "output": [], "kind": []}
-    with source.stream() as stream:
-        for result in read_results(stream, source.name):
-            answered = result.output_tokens >= 0 and (result.status == 0 or 200 <= result.status < 300)
-            rows["id"].append(result.custom_id)
-            rows["prompt"].append(result.prompt_tokens)
-            rows["output"].append(result.output_tokens)
-            rows["kind"].append(ANSWERED if answered else OTHER)
+    try:
+        with source.stream() as stream:
+            for result in read_results(stream, source.name):
+                answered = result.output_tokens >= 0 and (result.status == 0 or 200 <= result.status < 300)
+                rows["id"].append(result.custom_id)
+                rows["prompt"].append(result.prompt_tokens)
+                rows["output"].append(result.output_tokens)
+                rows["kind"].append(ANSWERED if answered else OTHER)
+    except BadInput as error:
+        raise explained(source, error) from None
     notes = (f"{source.label}: batch output states no times and no headers: only lengths can be learnt from it",)
     return observed_of(source.label, rows, source=source.name, notes=notes)

@@ -197,7 +197,7 @@ def _batch(
                 ids.append(request.custom_id)
                 models.append(request.model)
     except BadInput as error:
-        raise _explained(source, error) from None
+        raise explained(source, error) from None
     count = len(ids)
     visible: dict[str, Any] = {name: np.frombuffer(values, np.int64) for name, values in sizes.items()}
     workload = Workload(
@@ -231,7 +231,7 @@ def _rows_text(name: str, count: int, first: int) -> str:
     return f"the first {count:,} rows of {name}" if first == count else f"all {count:,} rows of {name}"
 
 
-def _explained(source: Source, error: BadInput) -> BadInput:
+def explained(source: Source, error: BadInput) -> BadInput:
     """The error of a line with what only the whole file can tell: the line is cut short, or is of another kind."""
     if not error.line:
         return error
@@ -266,7 +266,7 @@ def _with_old_outputs(workload: Workload, path: str, seed: int) -> Workload:
                     counts[result.custom_id] += 1
                     outputs[result.custom_id] = min(result.output_tokens, TOKENS_MAX)
     except BadInput as error:
-        raise _explained(old, error) from None
+        raise explained(old, error) from None
     assert workload.custom_ids is not None
     known = np.array([outputs.get(custom_id, -1) for custom_id in workload.custom_ids], np.int64)
     known[workload.endpoint == EMBEDDINGS] = 0

@@ -41,6 +41,8 @@ DEFAULTS: dict[str, Any] = {
     "endpoint": "/v1/chat/completions",
 }
 UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
+# From which number on a moment without a unit is since 1970 in that one: 1e11 s would be in the year 5138.
+_SINCE_1970 = (("ns", 1e17), ("us", 1e14), ("ms", 1e11))
 
 # What `readers.save_rows` writes: times in seconds, from 0.
 OUR_COLUMNS = {
@@ -180,6 +182,16 @@ def moment_of(value: object) -> tuple[bool, float]:
         raise ValueError("is neither a number nor a date like 2026-11-23 18:17:03.97") from None
 
 
+def unit_seen(number: float) -> str:
+    """The unit of a moment that states none: since 1970 in ms, us or ns by its size, else seconds."""
+    return next((unit for unit, least in _SINCE_1970 if number >= least), "s")
+
+
+def unit_words(unit: str) -> str:
+    """A unit of moments in a sentence; "date" is one as well."""
+    return "dates" if unit == "date" else "seconds" if unit == "s" else f"{unit} since 1970"
+
+
 def text_of(role: str, value: object) -> Any:
     """A name as text, or the code of an endpoint's url."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
@@ -199,15 +211,11 @@ def text_of(role: str, value: object) -> Any:
 def arrival_seconds(numbers: NDArray[np.float64], dates: bool, unit: str, ours: bool) -> NDArray[np.float64]:
     """Arrivals as seconds from the first one. Numbers without a unit: seconds, or since 1970 in s, ms, us or ns.
 
-    A moment since 1970 in milliseconds is above 1e11, which in seconds would be the year 5138. `ours`: the column is
-    seconds since the run began, and stays as it is.
+    `ours`: the column is seconds since the run began, and stays as it is.
     """
     if ours:
         return numbers
     if dates:
         return (numbers - numbers.min()) / 1e6
-    if not unit:
-        largest = numbers.max()
-        unit = "ns" if largest >= 1e17 else "us" if largest >= 1e14 else "ms" if largest >= 1e11 else "s"
-    per_second = round(1.0 / UNITS[unit])
+    per_second = round(1.0 / UNITS[unit or unit_seen(float(numbers.max()))])
     return (numbers - numbers.min()) / per_second

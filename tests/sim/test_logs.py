@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ import pytest
 from sim.cli import main
 
 GOOD = "custom_id,prompt_tokens,output_tokens,launched_s,finished_s,latency_s\na,10,5,0.0,1.0,1.0\nb,10,5,2.0,3.5,1.5\n"
+MS = ("--columns", "latency=took_ms")
 JSONL = '{"prompt_tokens": 10, "output_tokens": 5, "launched_s": 0.0, "latency_s": 1.0}\n'
 
 
@@ -64,10 +65,33 @@ def test_mixed_units_are_named(refused: Callable[..., str]) -> None:
     assert ":3: column 'latency': '350ms' is not a number" in said
 
 
+def _timed(rows: Iterable[tuple[int, float]]) -> str:
+    return "prompt_tokens,output_tokens,took_ms\n" + "".join(f"10,{output},{took}\n" for output, took in rows)
+
+
+def test_seconds_among_milliseconds_are_named(refused: Callable[..., str]) -> None:
+    lengths = [50 + 37 * i % 400 for i in range(40)]
+    said = refused(_timed((n, 0.5 + n * (0.02 if i % 4 == 3 else 20.0)) for i, n in enumerate(lengths)), "log.csv", *MS)
+    assert ":5: column 'took_ms'" in said
+    assert "10 of 40 rows" in said
+
+
+def test_what_a_cache_answered_is_no_mixture_of_units(tmp_path: Path) -> None:
+    lengths = [50 + 37 * i % 400 for i in range(40)]
+    log = tmp_path / "log.csv"
+    log.write_text(_timed((n, 3.0 + i % 3 if i % 4 == 3 else 20.0 * n) for i, n in enumerate(lengths)))
+    assert main(["calibrate", str(log), "--out", str(tmp_path / "s.yaml"), *MS]) == 0
+
+
 def test_truncated_lines_are_named(refused: Callable[..., str]) -> None:
     said = refused(GOOD + "c,10,5,6.0")
     assert ":4: 4 values where the header names 6 columns" in said
     said = refused(JSONL + '{"prompt_tokens": 10, "outp', "log.jsonl")
+    assert ":2: not JSON" in said
+    assert "cut short" in said
+    answer = '{"custom_id": "a", "response": {"status_code": 200, "body": {"usage": {"prompt_tokens": 5, '
+    answer += '"completion_tokens": 5}}}, "error": null}\n'
+    said = refused(answer + answer.replace('"a"', '"b"')[:60], "output.jsonl")
     assert ":2: not JSON" in said
     assert "cut short" in said
     said = refused('{"resourceSpans": [{"scopeSpans": [{"spa', "spans.json")
