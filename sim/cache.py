@@ -24,6 +24,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 FOLDER = "engine-"
+# What files of machine code end in.
+ENDING = ".code"
 # Folders of other sources that are kept: another branch, another installation.
 KEPT = 4
 SETTING = "NUMBA_CACHE_DIR"
@@ -41,7 +43,7 @@ def folder_name(sources: Iterable[Path]) -> str:
 def has_code(sources: Iterable[Path]) -> bool:
     """Whether machine code of these sources is there."""
     name = folder_name(sources)
-    return any(next((parent / name).rglob("*.nbc"), None) is not None for parent in parents())
+    return any(next((parent / name).glob("*" + ENDING), None) is not None for parent in parents())
 
 
 def cache_folder(sources: Iterable[Path]) -> Path | None:

@@ -7,13 +7,18 @@ Theory of operation. `proceed` runs until the end, or until it wants something: 
 arrays. It holds no lock of the interpreter meanwhile, so that runs in several threads go on side by side. Per request
 nothing is kept: latencies go into the tally's sketch and answered requests into its sums, buffer by buffer.
 
-The first use on a machine compiles for some seconds; later ones load the machine code (see `copies`).
+A plan makes thousands of runs of a few hundred requests, each done in a fraction of a millisecond. So what runs have in
+common is made once: a `Batch` for all runs of a case, the rows of a workload for all cases that launch it in the same
+order, and the arrays that a run works in, which the next one takes over.
+
+The first use on a machine compiles for some seconds; later ones load the machine code (see `machine`).
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,11 +26,12 @@ from numpy.typing import NDArray
 
 from governor import law
 from governor.errors import FailureCode
+from governor.policy import Policy
 from sim import engine
 from sim import provider as prov
-from sim.cache import cache_folder
-from sim.copies import array_of, compiled, dtype_of
 from sim.engines import BESIDE, ROOT, SOURCES
+from sim.machine import Function, argument, function_of
+from sim.packing import array_of, dtype_of, places
 from sim.run import SPENT, AttemptSink, Tally, arrival_order, batch_order, rows_of
 
 if TYPE_CHECKING:
@@ -44,28 +50,41 @@ INLINED = frozenset(
 CHUNK = 8192
 BUFFER = 4096
 SLOTS = 512
+# Chunks of rows that are kept for the next case, at most.
+ROWS_KEPT = 128
 CODES = (*SPENT, FailureCode.DEADLINE_EXCEEDED)
 
-BEGINNING = array_of(engine.Run())
+PARAMS = dtype_of(Policy().params())
+STATE = dtype_of(law.State())
+PROVIDER = dtype_of(prov.ProviderParams())
+PROVIDER_STATE = dtype_of(prov.ProviderState())
+RUN = dtype_of(engine.Run())
 ROW = dtype_of(engine.Row())
 JOB = dtype_of(engine.Job())
 EVENT = dtype_of(engine.Event())
 ENTRY_OF_QUEUE = dtype_of(engine.Entry())
 ANSWERS = dtype_of(engine.Answers())
 ENDED = dtype_of(engine.Ended())
+RECORDS = (PARAMS, STATE, PROVIDER, PROVIDER_STATE, RUN, ROW, JOB, EVENT, ENTRY_OF_QUEUE, ANSWERS, ENDED)
+
+# The run's record as one flat array of numbers, as it is before a run.
+PLACES = places(RUN)
+BEGINNING = array_of(engine.Run(), RUN).view(np.int64)
+_SEED, _REQUESTS, _FINALIZE, _FROM_TRACE, _RECORDING, _ROWS_UNTIL = (
+    PLACES[name].start for name in ("seed", "requests", "finalize_max_tokens", "from_trace", "recording", "rows_until")
+)
 
 _LOCK = threading.Lock()
-_LOADED: list[Any] = []
+_LOADED: list[Function] = []
 
 
-def _proceed() -> Any:
+def _proceed() -> Function:
     """The compiled event loop, loaded once per process."""
     if not _LOADED:
         with _LOCK:
             if not _LOADED:
-                folder = cache_folder((*SOURCES, *BESIDE))
-                copies = compiled(SOURCES, ROOT, entry=ENTRY, inlined=INLINED, cache=folder)
-                _LOADED.append(getattr(copies["sim.engine"], ENTRY))
+                function, _ = function_of(SOURCES, ROOT, ENTRY, RECORDS, beside=BESIDE, inlined=INLINED)
+                _LOADED.append(function)
     return _LOADED[0]
 
 
@@ -74,37 +93,80 @@ def is_loaded() -> bool:
     return bool(_LOADED)
 
 
-class EndedAttempt:
-    """An attempt as it comes out: what the SimPy driver's `Job` says of it, under the same names."""
+# ---------------------------------------------------------------- what runs have in common
 
-    __slots__ = (
-        *("index", "lane", "attempt", "outcome", "code", "arrived_s", "submitted_s", "eligible_s", "launched_s", "now"),
-        *("reserve", "charged", "output", "retry_after_s", "waits_s"),
-    )
 
-    code: int
-    now: float
+class _Kept:
+    """What was made of some objects, by their identity (they are kept, so that it lasts): the `most` used last."""
 
-    def __init__(self, values: Iterable[Any]) -> None:
-        for name, value in zip(self.__slots__, values, strict=True):
-            setattr(self, name, value)
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.found: OrderedDict[tuple[Any, ...], tuple[tuple[Any, ...], Any]] = OrderedDict()
+        self.lock = threading.Lock()
+
+    def get(self, objects: tuple[Any, ...], make: Callable[[], Any], more: tuple[Any, ...] = ()) -> Any:
+        """What was made of these objects (and of `more`, by its value), or is made now."""
+        key = (*map(id, objects), *more)
+        with self.lock:
+            if key in self.found:
+                self.found.move_to_end(key)
+                return self.found[key][1]
+        made = make()
+        with self.lock:
+            self.found[key] = objects, made
+            while len(self.found) > self.most:
+                self.found.popitem(last=False)
+        return made
+
+
+_policies, _providers, _orders, _rows = _Kept(64), _Kept(64), _Kept(64), _Kept(ROWS_KEPT)
+_NEW, _NEW_ARRAY = law.State(), array_of(law.State(), STATE)
 
 
 class Batch:
-    """A case made ready: what its runs share. Runs of one batch may go on in several threads."""
+    """A case made ready: what its runs share. Runs of one batch may go on in several threads.
+
+    `s`, `ps`: the states of law and provider to begin with, as flat arrays.
+    """
 
     def __init__(self, case: Case) -> None:
         self.case = case
-        self.p, self.pp = array_of(case.params), array_of(case.provider)
+        self.p = _policies.get((case.params,), lambda: array_of(case.params, PARAMS))
+        self.pp = _providers.get((case.provider,), lambda: array_of(case.provider, PROVIDER))
         s, ps = law.State(), prov.ProviderState()
         tokens, requests = case.grant.day_tokens_used, case.grant.day_requests_used
         law.day_started(case.params, s, tokens, requests, 0.0)
         prov.day_started(ps, tokens, requests)
-        self.s, self.ps = array_of(s), array_of(ps)
+        # Most often nothing was used before: to make that array anew takes as long as half a run.
+        self.s = (_NEW_ARRAY if s == _NEW else array_of(s, STATE)).view(np.int64)
+        self.ps = array_of(ps, PROVIDER_STATE).view(np.int64)
         columns = case.columns
         self.requests = len(columns)
-        self.order = arrival_order(columns) if case.from_trace else batch_order(columns, case.params)
-        self.first = self.rows(0)
+        self.order = self._order()
+        self.first = self._first()
+        self.arguments = argument(self.p), argument(self.pp), argument(self.first)
+
+    def _order(self) -> NDArray[Any] | None:
+        case, c = self.case, self.case.columns
+        if case.from_trace:
+            order: NDArray[Any] | None = arrival_order(c)
+        elif self.requests > CHUNK:
+            order = batch_order(c, case.params)
+        else:
+            order = _orders.get((case.params, c.cap, c.reserve), lambda: batch_order(c, case.params))
+        return order
+
+    def _first(self) -> NDArray[Any]:
+        """The first rows, which are all in a small workload: those are kept for whoever launches them in this order."""
+        if self.requests > CHUNK:
+            return self.rows(0)
+        c = self.case.columns
+        read: tuple[Any, ...] = (c.arrival_s, c.cap, c.output_tokens, c.reserve, c.charge, c.prompt_tokens)
+        read += (c.recorded_s, c.finalize_reserve, c.finalize_charge)
+        order = b"" if self.order is None else self.order.tobytes()
+        more = (order, self.case.from_trace, self.case.finalize_max_tokens)
+        rows: NDArray[Any] = _rows.get(read, lambda: self.rows(0), more)
+        return rows
 
     def rows(self, start: int) -> NDArray[Any]:
         """A chunk of the requests in order of launch or of arrival, from the `start`-th on."""
@@ -129,52 +191,91 @@ class Batch:
         return rows
 
 
-class Running:
-    """One run of a batch: its own state and buffers. Make it, call `run()` once."""
+# ---------------------------------------------------------------- a run
 
-    def __init__(self, batch: Batch, seed: int, on_attempt: AttemptSink | None = None) -> None:
-        case = batch.case
-        self.batch = batch
-        self.on_attempt = on_attempt
-        self.s, self.ps = batch.s.copy(), batch.ps.copy()
-        self.rows = batch.first
-        self.state = BEGINNING.copy()
-        run = self.state[0]
-        run["seed"] = seed
-        run["requests"] = batch.requests
-        run["finalize_max_tokens"] = case.finalize_max_tokens
-        run["from_trace"] = case.from_trace
-        run["recording"] = on_attempt is not None
-        run["rows_until"] = len(self.rows)
+
+class EndedAttempt:
+    """An attempt as it comes out: what the SimPy driver's `Job` says of it, under the same names."""
+
+    __slots__ = (
+        *("index", "lane", "attempt", "outcome", "code", "arrived_s", "submitted_s", "eligible_s", "launched_s", "now"),
+        *("reserve", "charged", "output", "retry_after_s", "waits_s"),
+    )
+
+    code: int
+    now: float
+
+    def __init__(self, values: Iterable[Any]) -> None:
+        for name, value in zip(self.__slots__, values, strict=True):
+            setattr(self, name, value)
+
+
+class Runner:
+    """The arrays that a run works in, for one run after another: what is left of the last one is never read."""
+
+    def __init__(self) -> None:
+        self.s, self.ps, self.state = np.zeros(1, STATE), np.zeros(1, PROVIDER_STATE), np.zeros(1, RUN)
         self.jobs = np.zeros(SLOTS, JOB)
         self.calendar = np.zeros(2 * SLOTS, EVENT)
         self.queue = np.zeros(SLOTS, ENTRY_OF_QUEUE)
-        self.answers = np.zeros(min(BUFFER, batch.requests + 1), ANSWERS)
-        self.attempts = np.zeros(BUFFER if on_attempt is not None else 1, ENDED)
-        self.tally = Tally()
+        self.answers = np.zeros(BUFFER, ANSWERS)
+        self.attempts = np.zeros(1, ENDED)
+        self.result = np.zeros(2, np.int64)
+        # Records as flat arrays: copied field by field they would take a tenth of the run.
+        self._s_numbers, self._ps_numbers = self.s.view(np.int64), self.ps.view(np.int64)
+        self.run = self.state[0]
+        self.whole, self.real = self.state.view(np.int64), self.state.view(np.float64)
+        self._located()
 
-    def run(self) -> Tally:
-        """Runs to the end of the last request. Every request has then ended exactly once (asserted)."""
+    def _located(self) -> None:
+        """Where the arrays are now."""
+        self._result = self.result.ctypes.data
+        self._fixed = [argument(array) for array in (self.s, self.ps, self.state)]
+        buffers = (self.jobs, self.calendar, self.queue, self.answers, self.attempts)
+        self._buffers = tuple(number for array in buffers for number in argument(array))
+
+    def simulate(self, batch: Batch, seed: int, on_attempt: AttemptSink | None = None) -> Tally:
+        """A run to the end of the last request. Every request has then ended exactly once (asserted)."""
         proceed = _proceed()
-        batch, run = self.batch, self.state[0]
-        while proceed(
-            *(batch.p, self.s, batch.pp, self.ps, self.state, self.rows),
-            *(self.jobs, self.calendar, self.queue, self.answers, self.attempts),
-        ):
-            self._emptied()
-            self._read_on()
+        self._begin(batch, seed, on_attempt is not None)
+        # The chunk is held by its name: machine code knows its address alone.
+        rows, tally, run = batch.first, Tally(), self.run
+        p, pp, chunk = batch.arguments
+        s, ps, state = self._fixed
+        while proceed(self._result, *p, *s, *pp, *ps, *state, *chunk, *self._buffers):
+            self._emptied(tally, on_attempt)
+            if run["row"] == run["rows_until"] < run["requests"]:
+                rows = batch.rows(int(run["row"]))
+                chunk = argument(rows)
+                run["rows_from"] = run["row"]
+                run["rows_until"] += len(rows)
             self._enlarged()
-        self._emptied()
-        requests, ended = batch.requests, int(run["ended"])
-        assert ended == requests, f"{requests - ended} of {requests} requests never ended"
-        assert self.s[0]["in_flight"] == 0, f"{self.s[0]['in_flight']} permits leaked"
-        assert self.s[0]["finalize_open"] == 0, f"{self.s[0]['finalize_open']} finalize passes never closed"
-        return self._tallied()
+        self._emptied(tally, on_attempt)
+        ended = int(run["ended"])
+        assert ended == batch.requests, f"{batch.requests - ended} of {batch.requests} requests never ended"
+        left = self.s[0]
+        assert left["in_flight"] == 0, f"{left['in_flight']} permits leaked"
+        assert left["finalize_open"] == 0, f"{left['finalize_open']} finalize passes never closed"
+        return self._tallied(tally)
 
-    def _emptied(self) -> None:
+    def _begin(self, batch: Batch, seed: int, recording: bool) -> None:
+        self._s_numbers[:] = batch.s
+        self._ps_numbers[:] = batch.ps
+        if recording and len(self.attempts) < BUFFER:
+            self.attempts = np.zeros(BUFFER, ENDED)
+            self._located()
+        case, whole = batch.case, self.whole
+        whole[:] = BEGINNING
+        whole[_SEED] = seed
+        whole[_REQUESTS] = batch.requests
+        whole[_FINALIZE] = case.finalize_max_tokens
+        whole[_FROM_TRACE] = case.from_trace
+        whole[_RECORDING] = recording
+        whole[_ROWS_UNTIL] = len(batch.first)
+
+    def _emptied(self, tally: Tally, on_attempt: AttemptSink | None) -> None:
         """What has come out goes into the tally, and attempts to whoever asked for them."""
-        run, tally = self.state[0], self.tally
-        answers = self.answers
+        run, answers = self.run, self.answers
         tally.latencies_s.extend(answers["latency_s"][: run["latencies_size"]])
         late = answers[: run["answered_size"]]
         if len(late):
@@ -184,48 +285,51 @@ class Running:
             work.counts.frombytes(late["counted"].tobytes())
             work.services_s.frombytes(late["service_s"].tobytes())
         run["latencies_size"] = run["answered_size"] = 0
-        if self.on_attempt is not None:
+        if on_attempt is not None:
             for values in self.attempts[: run["attempts_size"]].tolist():
                 ended = EndedAttempt(values)
-                self.on_attempt(ended, ended.now, CODES[ended.code] if ended.code > 0 else "")
+                on_attempt(ended, ended.now, CODES[ended.code] if ended.code > 0 else "")
             run["attempts_size"] = 0
-
-    def _read_on(self) -> None:
-        run = self.state[0]
-        if run["row"] == run["rows_until"] < run["requests"]:
-            self.rows = self.batch.rows(int(run["row"]))
-            run["rows_from"] = run["row"]
-            run["rows_until"] += len(self.rows)
 
     def _enlarged(self) -> None:
         """Twice the room wherever half of it is used."""
-        run = self.state[0]
+        run = self.run
         if 2 * run["jobs_made"] >= len(self.jobs):
             self.jobs = _twice(self.jobs)
         if 2 * run["calendar_size"] >= len(self.calendar):
             self.calendar = _twice(self.calendar)
         if 2 * run["queue_size"] >= len(self.queue):
             self.queue = _twice(self.queue)
+        self._located()
 
-    def _tallied(self) -> Tally:
-        run, tally, work = self.state[0], self.tally, self.tally.work
-        tally.requests = int(run["ended"])
-        for name in ("completed", "failed", "attempts", "throttled", "peak_in_flight", "finalize_passes"):
-            setattr(tally, name, int(run[name]))
-        for name in (
-            *("last_s", "reserved_tokens", "charged_tokens", "used_tokens"),
-            *("extra_prompt_tokens", "extra_output_tokens"),
-        ):
-            setattr(tally, name, float(run[name]))
-        tally.waits_s = run["waits_s"].tolist()
-        tally.deferrals = [int(count) for count in run["deferrals"]]
-        for code, count in zip(CODES, run["failures"].tolist(), strict=True):
+    def _tallied(self, tally: Tally) -> Tally:
+        # Of a record's fields one by one this would take longer than the run.
+        whole, real, work = self.whole.tolist(), self.real.tolist(), tally.work
+        tally.requests = whole[PLACES["ended"].start]
+        for name, at in _COUNTS:
+            setattr(tally, name, whole[at])
+        for name, at in _SUMS:
+            setattr(tally, name, real[at])
+        tally.waits_s = real[PLACES["waits_s"]]
+        tally.deferrals = [int(count) for count in real[PLACES["deferrals"]]]
+        for code, count in zip(CODES, real[PLACES["failures"]], strict=True):
             if count:
                 tally.failures[code] = tally.failures.get(code, 0) + int(count)
-        work.requests = int(run["work_requests"])
-        for name in ("charged", "counted", "returned", "shortest_s", "latest_s"):
-            setattr(work, name, float(run[f"work_{name}"]))
+        work.requests = whole[PLACES["work_requests"].start]
+        for name, at in _WORK:
+            setattr(work, name, real[at])
         return tally
+
+
+def _at(names: Iterable[str], prefix: str = "") -> tuple[tuple[str, int], ...]:
+    return tuple((name, PLACES[prefix + name].start) for name in names)
+
+
+_COUNTS = _at(("completed", "failed", "attempts", "throttled", "peak_in_flight", "finalize_passes"))
+_SUMS = _at(
+    ("last_s", "reserved_tokens", "charged_tokens", "used_tokens", "extra_prompt_tokens", "extra_output_tokens")
+)
+_WORK = _at(("charged", "counted", "returned", "shortest_s", "latest_s"), "work_")
 
 
 def _twice(array: NDArray[Any]) -> NDArray[Any]:
@@ -234,13 +338,30 @@ def _twice(array: NDArray[Any]) -> NDArray[Any]:
     return larger
 
 
+# ---------------------------------------------------------------- runs
+
+# Runners that nobody uses now; one that has grown is not kept.
+_idle: list[Runner] = []
+
+
+def _simulated(batch: Batch, seed: int, on_attempt: AttemptSink | None = None) -> Tally:
+    try:
+        runner = _idle.pop()
+    except IndexError:
+        runner = Runner()
+    tally = runner.simulate(batch, seed, on_attempt)
+    if len(runner.jobs) <= SLOTS and len(runner.queue) <= SLOTS:
+        _idle.append(runner)
+    return tally
+
+
 def simulated(case: Case, seed: int, on_attempt: AttemptSink | None = None) -> Tally:
     """One run of the case, as the SimPy driver would have it, to the bit."""
-    return Running(Batch(case), seed, on_attempt).run()
+    return _simulated(Batch(case), seed, on_attempt)
 
 
 def simulations(case: Case, seeds: Iterable[int]) -> Iterator[Tally]:
     """Runs of the case under these seeds, one after the other."""
     batch = Batch(case)
     for seed in seeds:
-        yield Running(batch, seed).run()
+        yield _simulated(batch, seed)

@@ -29,13 +29,14 @@ Chosen = Literal["compiled", "simpy"]
 # Seconds: SimPy's per request, and before the first request of the compiled engine, with and without machine code at
 # hand (`benchmarks/bench_engine.py` measures all three).
 SIMPY_S = 20e-6
-LOADS_S = 0.6
+LOADS_S = 0.15
 COMPILES_S = 15.0
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = tuple(ROOT / path for path in ("governor/keyed.py", "governor/law.py", "sim/provider.py", "sim/engine.py"))
 # What else goes into the machine code: constants, and how it is made.
-BESIDE = tuple(ROOT / path for path in ("governor/summary.py", "sim/run.py", "sim/copies.py", "sim/compiled.py"))
+_OURS = tuple(f"sim/{name}.py" for name in ("run", "copies", "packing", "machine", "compiled"))
+BESIDE = tuple(ROOT / path for path in ("governor/summary.py", *_OURS))
 
 NO_NUMBA = "numba is not installed: pip install 'paceline[sim]'"
 

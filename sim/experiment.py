@@ -10,8 +10,8 @@ run depends on nothing but its case and its seed, results are the same for any n
 
 The engines of `sim/engines.py` give the same run, to the bit, and so the choice between them is one of time. Runs are
 spread in chunks large enough to pay for their transport: over threads where the compiled engine works on this machine
-on large workloads (it does not hold the interpreter's lock), else over the workers of `spread`, local processes or a
-Ray cluster. Small amounts of work stay where they are.
+(it does not hold the interpreter's lock), unless there is so much to do in Python itself that processes are done
+sooner; else over the workers of `spread`, local processes or a Ray cluster. Small amounts of work stay where they are.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from governor import law
@@ -30,6 +30,7 @@ from governor.summary import CAUSES, Grant, Summary
 from sim import engines
 from sim.engines import Chosen, Engine, simulated, simulations
 from sim.provider import ProviderParams
+from sim.provider_config import ProviderConfig
 from sim.results import Figures, Forecast, forecast_of, paired_difference
 from sim.run import AttemptSink, Tally
 from sim.scenario import Scenario
@@ -38,12 +39,11 @@ from sim.workload import Columns
 
 # Simulated requests below which a task is not worth sending to another process, or to another thread.
 TASK_REQUESTS = {"simpy": 8_000, "compiled": 20_000}
+THREAD_REQUESTS = 3_000
 # The compiled engine: what a run costs in Python, which threads cannot share, and a request in machine code, which they
-# can, seconds. Below so many requests per run threads stand in one another's way (at 200 two take 1.5 times as long as
-# one), and only processes help, where there is work enough to pay for their start.
-RUN_S, REQUEST_S = 0.25e-3, 0.3e-6
-THREAD_REQUESTS = 4_000
-PROCESSES_S = 6.0
+# can; and what it takes to start processes, seconds.
+RUN_S, REQUEST_S = 0.15e-3, 0.4e-6
+START_S = 2.0
 OUTCOMES = (
     Outcome.OK,
     Outcome.THROTTLED,
@@ -73,14 +73,28 @@ class Case:
 def case_of(scenario: Scenario, policy: Policy | None = None) -> Case:
     """The scenario under `policy` (its own if none is given), ready to run."""
     policy = policy or scenario.policy
+    provider, grant = _provider_side(scenario.provider)
     return Case(
         columns=scenario.columns(policy),
-        params=policy.params(),
-        provider=scenario.provider_params(),
-        grant=scenario.grant(),
+        params=_policy_side(policy),
+        provider=provider,
+        grant=grant,
         from_trace=scenario.arrivals == "trace",
         finalize_max_tokens=policy.finalize_max_tokens if scenario.finalize else 0,
     )
+
+
+# A search asks for the same policies under many conditions, and for many policies under each. Nobody changes these.
+
+
+@lru_cache(maxsize=512)
+def _policy_side(policy: Policy) -> law.Params:
+    return policy.params()
+
+
+@lru_cache(maxsize=128)
+def _provider_side(provider: ProviderConfig) -> tuple[ProviderParams, Grant]:
+    return provider.params(), provider.grant()
 
 
 def figures_of(tally: Tally, grant: Grant, seed: int) -> Figures:
@@ -208,14 +222,21 @@ class Pool:
         wanted = [(case, tuple(seeds)) for case, seeds in tasks]
         work = sum(len(case.columns) * len(seeds) for case, seeds in wanted)
         engine = engines.chosen(self.engine, max(work, self.foreseen - self.requests))
-        least = TASK_REQUESTS[engine]
+        threads = engine == "compiled" and self._threads_serve(sum(len(seeds) for _, seeds in wanted), work)
+        least = THREAD_REQUESTS if threads else TASK_REQUESTS[engine]
         pieces: list[tuple[int, Task]] = []
         for i, (case, seeds) in enumerate(wanted):
             step = max(1, math.ceil(least / max(1, len(case.columns))))
             pieces += [(i, (case, seeds[j : j + step])) for j in range(0, len(seeds), step)]
         found: list[list[Figures]] = [[] for _ in wanted]
+        run = partial(_run_task, engine=engine)
+        own = [task for _, task in pieces]
+        if len(own) < 2 or work < 2 * least or (self.crew.size == 1 and self.backend == "local"):
+            results: Iterable[list[Figures]] = (run(case, seeds) for case, seeds in own)
+        else:
+            results = self._threaded(run, own) if threads else self.crew.map(run, own)
         try:
-            for (i, _), figures in zip(pieces, self._spread([task for _, task in pieces], engine, work), strict=True):
+            for (i, _), figures in zip(pieces, results, strict=True):
                 found[i] += figures
                 self.runs += len(figures)
                 self.requests += sum(f.requests for f in figures)
@@ -225,23 +246,24 @@ class Pool:
             raise
         return found
 
-    def _spread(self, tasks: list[Task], engine: Chosen, work: int) -> Iterable[list[Figures]]:
-        run = partial(_run_task, engine=engine)
-        if len(tasks) < 2 or work < 2 * TASK_REQUESTS[engine] or (self.crew.size == 1 and self.backend == "local"):
-            return (run(case, seeds) for case, seeds in tasks)
-        if engine == "compiled" and self.backend == "local":
-            runs = sum(len(seeds) for _, seeds in tasks)
-            if work >= THREAD_REQUESTS * runs:
-                return self._threaded(run, tasks)
-            if runs * RUN_S + work * REQUEST_S < PROCESSES_S:
-                return (run(case, seeds) for case, seeds in tasks)
-        return self.crew.map(run, tasks)
+    def _threads_serve(self, runs: int, work: int) -> bool:
+        """Whether threads are done with work for the compiled engine before processes would be."""
+        if self.backend != "local":
+            return False
+        in_python_s, in_all_s = runs * RUN_S, runs * RUN_S + work * REQUEST_S
+        return max(in_python_s, in_all_s / self.workers) < START_S + in_all_s / self.workers
 
     def _threaded(self, run: Callable[..., list[Figures]], tasks: list[Task]) -> Iterator[list[Figures]]:
         """Machine code goes on without the interpreter's lock: threads share the columns and start at once."""
+        runs = sum(len(seeds) for _, seeds in tasks)
+        work = sum(len(case.columns) * len(seeds) for case, seeds in tasks)
+        # Several small tasks at a time: each handing over costs as much as a short run.
+        size = max(1, math.ceil(THREAD_REQUESTS * runs / max(1, work)))
+        several = [tasks[i : i + size] for i in range(0, len(tasks), size)]
         with ThreadPoolExecutor(self.workers) as threads:
             try:
-                yield from threads.map(run, *zip(*tasks, strict=True))
+                for found in threads.map(lambda some: [run(case, seeds) for case, seeds in some], several):
+                    yield from found
             finally:
                 # After Ctrl-C nobody wants the rest.
                 threads.shutdown(wait=False, cancel_futures=True)

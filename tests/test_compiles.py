@@ -19,7 +19,8 @@ import pytest
 
 from governor import keyed, law
 from sim import provider as prov
-from sim.copies import compiled, record_of
+from sim.copies import compiled
+from sim.packing import record_of
 from tests.governor.laws import params
 
 DECISIONS = 100_000

@@ -13,10 +13,10 @@ import pytest
 
 from governor.errors import BadInput
 from governor.requests import Attempt
-from sim import cache, cli, compiled, engines
-from sim.copies import array_of
+from sim import cache, cli, compiled, engines, machine
 from sim.engines import BESIDE, SOURCES, chosen, simulated
 from sim.experiment import Pool, attempt_rows, case_of
+from sim.packing import array_of
 from sim.workload import parametric
 from tests.scenarios import drawn, scenario_of
 
@@ -24,27 +24,31 @@ from tests.scenarios import drawn, scenario_of
 SMALL = """
 import sys
 from pathlib import Path
-from sim.cache import cache_folder
-from sim.copies import compiled
+import numpy as np
+from sim.machine import argument, function_of
 root = Path(sys.argv[1])
 sources = [root / "law.py", root / "loop.py"]
-copies = compiled(sources, root, entry="proceed", cache=cache_folder(sources))
-loop = copies["loop"].proceed
-print(loop(3), sum(loop.stats.cache_hits.values()))
+record, result = np.zeros(1, [("n", np.int64), ("x", np.float64)]), np.zeros(2, np.int64)
+record[0]["n"] = 3
+proceed, kept = function_of(sources, root, "proceed", [record.dtype])
+answer = proceed(argument(result)[4], *argument(record))
+assert record[0]["x"] == np.ldexp(0.75, 3), record
+print(answer, int(kept), "numba" in sys.modules)
 """
-LAW = "def rule(n):\n    return n + {}\n"
-LOOP = "import law\n\n\ndef proceed(n):\n    return law.rule(n)\n"
+LAW = "from math import ldexp\n\n\ndef rule(a):\n    a.x = ldexp(0.75, a.n)\n    return a.n + {}\n"
+LOOP = "import law\n\n\ndef proceed(a):\n    return law.rule(a[0])\n"
 
 
 def small(folder: Path, **environment: str) -> tuple[int, int]:
-    """What the small engine answers, and how often it was loaded instead of compiled."""
+    """What the small engine answers, and whether it was loaded instead of compiled, which then is not even imported."""
     root = Path(__file__).resolve().parents[2]
     paths = os.pathsep.join([str(root), str(folder)])
     command = [sys.executable, "-c", SMALL, str(folder)]
     variables = {**os.environ, "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1", **environment}
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True, timeout=300)
-    answer, hits = done.stdout.split()
-    return int(answer), int(hits)
+    answer, kept, compiling = done.stdout.split()
+    assert compiling == str(kept == "0")
+    return int(answer), int(kept)
 
 
 @pytest.fixture
@@ -142,6 +146,20 @@ def test_processes_may_compile_at_once(sources: Path, tmp_path: Path) -> None:
     assert small(sources, NUMBA_CACHE_DIR=str(tmp_path / "cache")) == (4, 1)
 
 
+def test_damaged_machine_code_is_not_loaded(tmp_path: Path) -> None:
+    file, code = tmp_path / "some.code", machine.Code("symbol", b"object\nfile")
+    machine._write(file, code)
+    assert machine._read(file) == code
+    data = file.read_bytes()
+    for damaged in (b"", data[:-1], data[:-3] + bytes([data[-3] ^ 1]) + data[-2:]):
+        file.write_bytes(damaged)
+        assert machine._read(file) is None
+    assert machine._read(tmp_path / "none") is None
+    # Where nothing can be written, nothing is, and nobody hears of it.
+    machine._write(tmp_path / "none" / "some.code", code)
+    assert [path.name for path in tmp_path.iterdir()] == ["some.code"]
+
+
 # ---------------------------------------------------------------- the choice
 
 
@@ -189,8 +207,7 @@ def test_the_command_prints_the_same_with_either_engine(capsys: Any, root: Path)
 
 
 def test_figures_are_the_same_for_any_number_of_workers(seed: int, monkeypatch: Any) -> None:
-    monkeypatch.setattr("sim.experiment.TASK_REQUESTS", {"compiled": 50, "simpy": 50})
-    monkeypatch.setattr("sim.experiment.THREAD_REQUESTS", 1)
+    monkeypatch.setattr("sim.experiment.THREAD_REQUESTS", 50)
     cases = [case_of(drawn(seed + n)) for n in range(12)]
     tasks = [(case, range(seed, seed + 7)) for case in cases]
     found = [repr(Pool(workers, engine="compiled").run(tasks)) for workers in (1, 2, 3, 7)]
@@ -203,6 +220,7 @@ def test_small_chunks_and_buffers_make_no_difference(seed: int, monkeypatch: Any
     wanted = [whole(seed + n) for n in range(60)]
     for name, size in (("CHUNK", 3), ("BUFFER", 2), ("SLOTS", 4)):
         monkeypatch.setattr(compiled, name, size)
+    monkeypatch.setattr(compiled, "_idle", [])
     assert [whole(seed + n) for n in range(60)] == wanted
 
 
@@ -220,10 +238,10 @@ def test_a_long_run_keeps_nothing_per_request() -> None:
     policy = scenario.policy.with_(
         max_concurrency=20, stagger_seconds=0.0, tpm_limit=10**9, charge_rule="prompt_plus_max"
     )
-    running = compiled.Running(compiled.Batch(case_of(scenario, policy)), 3)
-    tally = running.run()
+    runner, batch = compiled.Runner(), compiled.Batch(case_of(scenario, policy))
+    tally = runner.simulate(batch, 3)
     assert tally.completed == 60_000
-    arrays = (running.rows, running.jobs, running.calendar, running.queue, running.answers, running.attempts)
+    arrays = (batch.first, runner.jobs, runner.calendar, runner.queue, runner.answers, runner.attempts)
     assert sum(array.nbytes for array in arrays) < 2_000_000
 
 
