@@ -232,6 +232,10 @@ def _reading(answer: Any) -> Reading:
 
 
 def in_redis(url: str, pool: str, *, lease_s: float = LEASE_S, scale: float = 1.0) -> Callable[[str], RedisStore]:
-    """Where the pool of that name is kept: makes a member's store, given its owner's name. BadSetting for a bad URL."""
+    """Where the pool of that name is kept: makes a member's store, given its owner's name. BadSetting for a bad URL.
+
+    Rehearsals on faster clocks have a pool of their own: whoever came later would find its time stand still.
+    """
     checked_redis_url(url)
-    return lambda owner: RedisStore(url, pool, owner, lease_s=lease_s, scale=scale)
+    name = pool if scale == 1.0 else f"{pool}:x{scale:g}"
+    return lambda owner: RedisStore(url, name, owner, lease_s=lease_s, scale=scale)

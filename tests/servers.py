@@ -6,18 +6,23 @@ nothing needs to be prepared. A server that cannot be started is an error, never
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import importlib.util
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 WAIT_S = 30.0
+TLS = Path(__file__).parent / "tls"
 
 
 def free_port(below: int = 65_536) -> int:
@@ -94,6 +99,48 @@ class RedisServer:
         """Ends it and removes its folder."""
         self.kill()
         self._folder.cleanup()
+
+
+class TlsRelay:
+    """TLS in front of a server of this machine, as a proxy or a TLS port of its own would put it there."""
+
+    def __init__(self, port: int) -> None:
+        self._to = port
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._context.load_cert_chain(TLS / "certificate.pem", TLS / "key.pem")
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        with contextlib.suppress(asyncio.CancelledError), asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(self._serve())
+
+    async def _serve(self) -> None:
+        self._serving = asyncio.current_task()
+        server = await asyncio.start_server(self._relay, sock=self._listener, ssl=self._context)
+        async with server:
+            await server.serve_forever()
+
+    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", self._to)
+
+        async def copied(a: asyncio.StreamReader, b: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(OSError):
+                while data := await a.read(2**16):
+                    b.write(data)
+                    await b.drain()
+            b.close()
+
+        await asyncio.gather(copied(reader, inner_writer), copied(inner_reader, writer))
+
+    def stop(self) -> None:
+        """Closes everything."""
+        assert self._serving is not None
+        self._loop.call_soon_threadsafe(self._serving.cancel)
+        self._thread.join(WAIT_S)
 
 
 @contextmanager

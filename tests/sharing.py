@@ -10,7 +10,7 @@ import asyncio
 import json
 import multiprocessing
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from multiprocessing.synchronize import Barrier
@@ -18,6 +18,7 @@ from typing import Any
 
 from governor.driver import Governor, Job, Observer, Work
 from governor.intake import work_of
+from governor.keyed import attempt_key
 from governor.policy import Policy
 from governor.pools import Pool
 from governor.requests import CHAT, Answer, Attempt, Outcome, Request, Sizes, read_requests, url_of
@@ -55,11 +56,14 @@ class Order:
 class Did:
     """What one worker did. Times in seconds since all began, on the worker's clock.
 
-    `launches`: when it launched, and which request; `waits_s`: how long each permit took to be granted.
+    `launches`: when it launched, and which request; `waits_s`: how long each permit took to be granted. `sent`: by the
+    id under which the provider knows an attempt: tokens reserved, the pool's time of the decision (its own, where
+    nothing is shared), and when this process heard of it, seconds since 1970.
     """
 
     index: int
     launches: list[tuple[float, int]] = field(default_factory=list)
+    sent: dict[str, tuple[float, float, float]] = field(default_factory=dict)
     waits_s: list[float] = field(default_factory=list)
     answered: list[int] = field(default_factory=list)
     failed: int = 0
@@ -74,9 +78,13 @@ class Did:
 class _Watch(Observer):
     def __init__(self, did: Did) -> None:
         self.did = did
+        self.name_of: Callable[[Job], str] | None = None
+        self.zero_s: Callable[[], float] = lambda: 0.0
 
     def launched(self, job: Job, now: float) -> None:
         self.did.launches.append((asyncio.get_running_loop().time() - self.did.began_at, job.index))
+        if self.name_of is not None:
+            self.did.sent[self.name_of(job)] = (job.reserve, now + self.zero_s(), time.time())
 
     def attempted(self, attempt: Attempt, answer: Answer, failure: str) -> None:
         self.did.throttled += attempt.outcome in (Outcome.THROTTLED, Outcome.SLOW_DOWN)
@@ -89,16 +97,20 @@ class _Watch(Observer):
         self.did.last_s = asyncio.get_running_loop().time() - self.did.began_at
 
 
-def _governor(order: Order, policy: Policy, did: Did) -> Governor:
+def _governor(order: Order, policy: Policy, did: Did, name_of: Callable[[Job], str] | None = None) -> Governor:
+    watch = _Watch(did)
+    watch.name_of = name_of
     if not order.url:
-        return Governor(policy.params(), observer=_Watch(did))
-    return SharedGovernor(
+        return Governor(policy.params(), observer=watch)
+    governor = SharedGovernor(
         policy.params(),
         store=in_redis(order.url, "default:test", scale=order.scale),
         time_scale=order.scale,
-        observer=_Watch(did),
+        observer=watch,
         say=did.said.append,
     )
+    watch.zero_s = lambda: governor._zero_s
+    return governor
 
 
 async def _all_ready(governor: Governor, ready: Barrier, did: Did) -> None:
@@ -124,7 +136,12 @@ async def _sends(order: Order, ready: Barrier, did: Did) -> None:
     found = list(read_requests((json.dumps(each) for each in lines), "batch"))
     works = [work_of(request, policy) for request in found]
     send = PoolSender(pool, {})
-    governor = _governor(order, policy, did)
+    adapter = send._adapter
+    governor = _governor(
+        order, policy, did, lambda job: adapter.client_request_id(job.index, attempt_key(job.lane, job.attempt))
+    )
+    # The first request of a process takes a tenth of a second more, which sped-up clocks would make seconds.
+    await adapter._lanes[0].client.models.list()
     await _all_ready(governor, ready, did)
     did.why = await governor.run(iter(works), send)
     await governor.aclose()
@@ -218,9 +235,9 @@ class Crew:
             worker.join(WAIT_S)
         self._results.close()
 
-    def done(self) -> list[Did]:
+    def done(self, wait_s: float = WAIT_S) -> list[Did]:
         """What each did, in order of the workers."""
-        found = [self._results.get(timeout=WAIT_S) for _ in self.workers]
+        found = [self._results.get(timeout=wait_s) for _ in self.workers]
         for worker in self.workers:
             worker.join(WAIT_S)
         return sorted(found, key=lambda did: did.index)
