@@ -81,6 +81,8 @@ def app_of(service: Service) -> FastAPI:
         responses=_ERRORS,
         exception_handlers=HANDLERS,
         separate_input_output_schemas=False,
+        docs_url=None,  # FastAPI's own load their scripts from elsewhere
+        redoc_url=None,
     )
     app.state.service = service
     app.state.authority = Authority(service.config, service.store)

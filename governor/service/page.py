@@ -46,7 +46,15 @@ async def index() -> FileResponse:
     return FileResponse(STATIC / "index.html", headers=HEADERS)
 
 
+async def docs() -> FileResponse:
+    """The interface, to be read and tried: Swagger UI, of this package's own files."""
+    # Its pictures stand in its style sheet.
+    policy = HEADERS["Content-Security-Policy"].replace("img-src 'self'", "img-src 'self' data:")
+    return FileResponse(STATIC / "docs.html", headers=HEADERS | {"Content-Security-Policy": policy})
+
+
 def add_page(app: FastAPI) -> None:
-    """Serves the page at `/`, and what it loads below `/static`."""
+    """Serves the page at `/`, the interface's at `/docs`, and what both load below `/static`."""
     app.add_api_route("/", index, include_in_schema=False, response_class=FileResponse)
+    app.add_api_route("/docs", docs, include_in_schema=False, response_class=FileResponse)
     app.mount("/static", PageFiles(directory=STATIC), name="static")

@@ -347,10 +347,11 @@ class Roster:
         if batch.left > 0:
             batch.failed += await asyncio.to_thread(self._ledger.cancel, batch.number, self._since_s())
         state = CANCELLED if batch.state == CANCELLING else COMPLETED
-        batch.state, batch.reason, batch.eta_s = state, "", 0.0
         ended_at = time.time()
-        row = progress_of(batch) | {"ended_at": ended_at}
+        row = progress_of(batch) | {"state": state, "reason": "", "eta_s": 0.0, "ended_at": ended_at}
         await asyncio.to_thread(self._store.progress, self._replica, [row])
+        # Over is what is written down as over, with its time.
+        batch.state, batch.reason, batch.eta_s = state, "", 0.0
         batch.row = replace(batch.row, ended_at=ended_at)
         log.info("batch %s: %s, %d done, %d failed", batch.row.batch_id, state, batch.done, batch.failed)
         self._over()

@@ -109,9 +109,12 @@ class Worker:
         self._failure = failure = loop.create_future()
         tasks: set[asyncio.Task[Any]] = set()
         try:
+            await self._join()
+            # From the first moment: to take stock may take longer than a lease on a busy machine.
+            tasks.add(asyncio.create_task(self._renew()))
             await self._begin()
-            tasks = {asyncio.create_task(lane.live(self._present().on_blocked)) for lane in self.lanes.values()}
-            tasks |= {asyncio.create_task(self._renew()), asyncio.create_task(self._tick())}
+            tasks |= {asyncio.create_task(lane.live(self._present().on_blocked)) for lane in self.lanes.values()}
+            tasks.add(asyncio.create_task(self._tick()))
             stopping = asyncio.create_task(self._stopping.wait())
             tasks.add(stopping)
             await asyncio.wait({*tasks, failure}, return_when=asyncio.FIRST_COMPLETED)
@@ -125,12 +128,14 @@ class Worker:
         finally:
             await self._end(tasks)
 
-    async def _begin(self) -> None:
-        config, store = self.config, self.store
-        lease_s = config.lease_s
+    async def _join(self) -> None:
+        lease_s = self.config.lease_s
         self._valid_until = time.monotonic() + lease_s
         name = f"{socket.gethostname()}:{os.getpid()}"
-        self.replica = await asyncio.to_thread(store.join, name, lease_s)
+        self.replica = await asyncio.to_thread(self.store.join, name, lease_s)
+
+    async def _begin(self) -> None:
+        config, store = self.config, self.store
         await asyncio.to_thread(self.policies.refresh)
         self.writer = FencedWriter(store, self.replica)
         at_s = self._since_s()

@@ -44,11 +44,11 @@ const STEPS = [0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, ...[1, 2, 5, 10, 15, 30].map(
   [1, 2, 4, 6, 12, 24, 48, 96, 240, 720].map((each) => each * HOUR),
 );
 
-function axes(xValues, yValues) {
+function axes(xValues, yValues, label) {
   const common = { stroke: colour("muted"), grid: { stroke: colour("line"), width: 1 }, ticks: { show: false } };
   return [
     { ...common, values: xValues, space: 76, size: 32, incrs: STEPS },
-    { ...common, values: yValues, size: 46 },
+    { ...common, values: yValues, size: 46, ...(label && { label, labelSize: 18, labelGap: 2 }) },
   ];
 }
 
@@ -122,6 +122,7 @@ export function curvesChart(host) {
       axes: axes(
         (_, values) => values.map((value) => (value === 0 ? "0" : duration(value).replace(/ 00 (s|min)$|\.0(?= s)/, ""))),
         (_, values) => values.map((value) => `${value} %`),
+        "requests done",
       ),
       bands: [
         { series: [1, 3], fill: colour("today-band") },

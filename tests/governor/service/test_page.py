@@ -283,9 +283,20 @@ def test_the_page_comes_with_a_strict_policy_and_names_nobody_else(served: Serve
         assert policy.startswith("default-src 'none'; ")
         assert "unsafe" not in policy
         assert "http" not in policy
-    licence = served.client.get("/static/vendor/uPlot-LICENSE.txt")
-    assert "The MIT License" in licence.text
+    for name, words in (("uPlot", "The MIT License"), ("swagger-ui", "Apache License")):
+        assert words in served.client.get(f"/static/vendor/{name}-LICENSE.txt").text
     assert served.client.get("/static/../app.py").status_code == 404
+
+
+def test_the_interface_is_described_without_anybody_else(served: Served, watched: Watched) -> None:
+    page = watched.page
+    page.goto(f"{watched.url}/docs")
+    posting = page.locator("#operations-batches-post_batch_batches_post")
+    posting.get_by_role("button").first.click()
+    expect(posting).to_contain_text("Runs a batch of raw lines")
+    expect(posting).to_contain_text("Idempotency-Key")
+    watched.picture("docs")
+    assert served.client.get("/redoc").status_code == 404
 
 
 def test_a_token_is_asked_for_and_kept_for_the_tab_alone(browser: Browser, tmp_path: Path) -> None:
