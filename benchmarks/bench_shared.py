@@ -39,6 +39,8 @@ TPM = 30_000
 WAIT_S = 400.0
 TOKENS = 1_500
 SCALE, SCALE_SHORT = 10.0, 20.0
+# Whole command lines, whose first request takes longest: 5 % of headroom cover 0.6 s of its way then.
+SCALE_DEATHS = 5.0
 HEADROOM = 0.02
 LATENCY = {"first_token_s": 1.0, "per_token_s": 0.005, "sigma": 0.2, "stall_ratio": 0.0}
 SETTINGS: dict[str, Any] = {
@@ -108,8 +110,8 @@ def shared(url: str, processes: int, requests: int, scale: float) -> float:
 
 def deaths(cli: Cli, folder: Path) -> None:
     """One of three runs killed -9 and started again; then Redis. Each request must have one result."""
-    with provider() as served, redis_server() as server:
-        runs = Runs(cli, _made(folder / "killed"), served, server.url, 3, 24)
+    with provider(SCALE_DEATHS) as served, redis_server() as server:
+        runs = Runs(cli, _made(folder / "killed"), served, server.url, 3, 24, SCALE_DEATHS)
         runs.until_seen(35)
         runs.processes[0].signal(signal.SIGKILL)
         runs.processes[0].wait()
@@ -117,9 +119,12 @@ def deaths(cli: Cli, folder: Path) -> None:
         runs.done()
         throttled, stats = never_above_the_limit(served), served.stats()
     used = stats["windows"]["TPM"]["used_ratio_max"]
-    verdict(used <= 1.0, f"a process killed -9: nothing lost, {throttled} throttles, the limit used to {used:.3f}")
-    with provider() as served, redis_server() as server:
-        runs = Runs(cli, _made(folder / "redis"), served, server.url, 3, 24)
+    verdict(
+        used <= 1.0 and throttled <= 2,
+        f"a process killed -9: nothing lost, {throttled} throttles, the limit used to {used:.3f}",
+    )
+    with provider(SCALE_DEATHS) as served, redis_server() as server:
+        runs = Runs(cli, _made(folder / "redis"), served, server.url, 3, 24, SCALE_DEATHS)
         runs.until_seen(35)
         server.kill()
         time.sleep(0.3)
@@ -132,7 +137,7 @@ def deaths(cli: Cli, folder: Path) -> None:
     used, ok = stats["windows"]["TPM"]["used_ratio_max"], stats["outcomes"]["ok"]
     verdict(launched == 0, f"Redis killed: {launched} launches without it")
     text = f"and started again: nothing lost, {ok - 72} sent twice, {throttled} throttles, the limit used to {used:.3f}"
-    verdict(used <= 1.0 and ok == 72, text)
+    verdict(used <= 1.0 and ok == 72 and throttled <= 2, text)
 
 
 def _made(folder: Path) -> Path:
@@ -182,7 +187,7 @@ def main(short: bool) -> None:
         print(f"makespan, a third each over shared: {third / ours:.2f}")
         if not short:
             shared(server.url, 8, 480, scale)
-            with Cli(Path(name) / "cli") as cli:
+            with Cli(_made(Path(name) / "cli")) as cli:
                 deaths(cli, Path(name))
         rate(server.url, 3.0 if short else 10.0)
         latency(server.url, 5.0 if short else 20.0)
