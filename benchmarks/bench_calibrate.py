@@ -25,8 +25,8 @@ from governor.policy import Policy
 from sim import calibrate as cal
 from sim.calibrate import Calibration, calibrate, outlook, read_sources, tokens_per_min
 from sim.document import ModelSource
-from sim.driver import Job, Simulation
 from sim.engines import simulated
+from sim.example_log import write_log
 from sim.experiment import case_of
 from sim.provider_config import ProviderConfig
 from sim.readers import Source, read_workload
@@ -34,7 +34,6 @@ from sim.scenario import Scenario
 from sim.workload import Workload
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "azure-llm-2023"
-OUTCOMES = ("ok", "throttled", "quota", "too_large", "slow_down", "server_error", "dropped", "timeout")
 RULES = ("prompt_plus_max", "max_of", "responses", "auto")
 Z95 = 1.6448536269514722
 
@@ -121,51 +120,6 @@ def drawn(seed: int, requests: int = 0) -> Known:
     if cap > output[0] * output[1]:
         truth["output tokens P95"] = output[0] * output[1]
     return Known(scenario.with_(provider=provider), truth)
-
-
-HEADER = (
-    *("custom_id", "prompt_tokens", "output_tokens", "max_tokens", "arrival_s", "launched_s", "finished_s", "outcome"),
-    *("retry_after_s", "limit_tokens", "remaining_tokens", "limit_requests", "remaining_requests"),
-)
-
-
-class _Heard(Simulation):
-    """A run whose attempts keep what their headers stated, though the law does not look at them."""
-
-    def _answer(self, job: Job, key: int, now: float) -> tuple[int, float, int, float]:
-        answer = super()._answer(job, key, now)
-        job.stated = self._stated(job)
-        return answer
-
-
-def write_log(scenario: Scenario, path: Path) -> Path:
-    """Simulates the scenario and writes a log of its attempts as a program might: one row each, with its headers."""
-    workload = scenario.workload
-    rows: list[tuple[Any, ...]] = []
-
-    def take(job: Job, now: float, code: str) -> None:
-        ok = OUTCOMES[job.outcome] == "ok"
-        heard = OUTCOMES[job.outcome] in ("ok", "throttled", "slow_down", "server_error")
-        limit, left, _, requests, requests_left = job.stated if heard else (-1.0, -1.0, -1, -1.0, -1.0)
-        i = job.index
-        rows.append(
-            (
-                *(f"q-{i}", int(workload.prompt_tokens[i]), int(job.output) if ok else "", int(workload.max_tokens[i])),
-                *(workload.arrival_s[i], job.launched_s, now, OUTCOMES[job.outcome]),
-                job.retry_after_s if job.retry_after_s >= 0.0 else "",
-                *(limit, left, requests or -1.0, requests_left if requests else -1.0),
-            )
-        )
-
-    case = case_of(scenario)
-    _Heard(
-        case.columns, case.params, case.provider, seed=scenario.seed, from_trace=case.from_trace, on_attempt=take
-    ).run()
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(HEADER)
-        writer.writerows(rows)
-    return path
 
 
 def misses(found: Calibration, truth: dict[str, Any]) -> list[str]:
