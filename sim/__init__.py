@@ -18,13 +18,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sim.api import Comparison as Comparison
     from sim.api import PlanResult as PlanResult
     from sim.api import SimulationResult as SimulationResult
+    from sim.api import compare as compare
+    from sim.api import knob_map as knob_map
     from sim.api import plan as plan
     from sim.api import simulate as simulate
+    from sim.api import simulate_processes as simulate_processes
     from sim.scenario import Scenario as Scenario
 
-__all__ = ["PlanResult", "Scenario", "SimulationResult", "plan", "simulate"]
+__all__ = [
+    "Comparison",
+    "PlanResult",
+    "Scenario",
+    "SimulationResult",
+    "compare",
+    "knob_map",
+    "plan",
+    "simulate",
+    "simulate_processes",
+]
 
 _MODULES = {"Scenario": "sim.scenario", **dict.fromkeys(set(__all__) - {"Scenario"}, "sim.api")}
 

@@ -10,16 +10,20 @@ same seed, which is the same run.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from governor.policy import Policy
+from governor.errors import BadSetting
+from governor.policy import Policy, knob_named
 from governor.requests import Attempt
 from governor.summary import Summary
 from sim import figures, frames, planner, shown
@@ -28,11 +32,13 @@ from sim.experiment import Pool, attempts_of, case_of, replicate, summary_of
 from sim.inputs import EFFORTS, Wishes
 from sim.outputs import GUARDRAILS, RECOMMENDED, ROLLBACK, page, prepared_folder, settings_files, write_plan
 from sim.planned import prices_of
-from sim.results import Estimate, Forecast, Plan, paired_difference
+from sim.results import Estimate, Forecast, Heat, Plan, paired_difference
 from sim.scenario import Scenario
 
+if TYPE_CHECKING:
+    from sim.shared import Shared
+
 TEXT_WIDTH = 100
-FIRST_RUNS = 20
 
 
 @dataclass(frozen=True)
@@ -132,6 +138,101 @@ def simulate(
     if runs < 1:
         raise ValueError(f"replications={replications}: at least 1")
     return SimulationResult(scenario, replicate(scenario, runs, pool=Pool(workers, engine=engine)))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several scenarios under the same seeds, by name: `compare` returns it."""
+
+    results: Mapping[str, SimulationResult]
+
+    def __getitem__(self, name: str) -> SimulationResult:
+        return self.results[name]
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """One row per name: finish time with its 95 % interval, latency, efficiency, 429s and losses."""
+        return frames.forecasts_frame({name: result.forecast for name, result in self.results.items()})
+
+    def figure(self) -> Figure:
+        """Finish time, 429s and losses as bars, in the order of the names."""
+        from sim.figures_compare import compared
+
+        return compared({name: result.forecast for name, result in self.results.items()})
+
+    def __repr__(self) -> str:
+        return f"<Comparison: {', '.join(self.results)}>"
+
+
+def compare(
+    scenarios: Mapping[str, Scenario], *, replications: int | None = None, seed: int | None = None, workers: int = 0
+) -> Comparison:
+    """Simulates several scenarios, each `replications` times under the same seeds, so that their differences are sharp.
+
+    As `simulate`; ValueError where there is nothing to compare.
+    """
+    if not scenarios:
+        raise ValueError("nothing to compare: name some scenarios")
+    first = next(iter(scenarios.values())).seed if seed is None else seed
+    return Comparison(
+        {
+            name: simulate(scenario, replications=replications, seed=first, workers=workers)
+            for name, scenario in scenarios.items()
+        }
+    )
+
+
+def simulate_processes(
+    scenario: Scenario, processes: int, *, store_rtt_s: float = 0.001, crash_at_s: float | None = None
+) -> Shared:
+    """The batch dealt out to so many processes that share its quota through a store; what `--processes` does.
+
+    `store_rtt_s`: how far away the store is. `crash_at_s`: when the first process dies; another takes over. Needs the
+    extra `redis`. BadSetting for arrivals over time: it is for a batch.
+    """
+    from sim.shared import Arrangement, shared_run
+
+    if scenario.arrivals == "trace":
+        raise BadSetting("processes share a batch: this scenario's requests arrive over time")
+    crash_at = math.inf if crash_at_s is None else crash_at_s
+    arrangement = Arrangement(processes=processes, rtt_s=store_rtt_s, crash_at=crash_at)
+    # Its event loop of virtual time cannot run inside another: a notebook's is always running.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(shared_run, scenario.fitted(), arrangement).result()
+
+
+def knob_map(
+    scenario: Scenario, x: str, xs: Sequence[float], y: str, ys: Sequence[float], *, replications: int = 1
+) -> Heat:
+    """Finish time, 429s and losses over two knobs (by any of their names), each cell a mean over the replications.
+
+    `figures.heat` draws it. Marked as recommended is the cell that loses nothing and is fastest, among those within one
+    429 per 100 requests if any is.
+    """
+    policies = [[scenario.policy.with_(**{x: a, y: b}) for a in xs] for b in ys]
+    seeds = range(scenario.seed, scenario.seed + replications)
+    tasks = [(case_of(scenario, policy), seeds) for row in policies for policy in row]
+    runs = Pool(foreseen=float(len(tasks) * replications * len(scenario.workload))).run(tasks)
+    shape = len(ys), len(xs)
+    values = {
+        name: np.array([np.mean([run[name] for run in cell]) for cell in runs]).reshape(shape)
+        for name in ("makespan_s", "throttled_per_100", "failed")
+    }
+    too_many = values["throttled_per_100"] > 1.0
+    order = np.lexsort([values["makespan_s"].ravel(), too_many.ravel(), values["failed"].ravel()])
+    best_y, best_x = divmod(int(order[0]), len(xs))
+    knobs = [knob for knob in (knob_named(x), knob_named(y)) if knob is not None]
+    return Heat(
+        x_env=knobs[0].env,
+        y_env=knobs[1].env,
+        x_values=tuple(float(a) for a in xs),
+        y_values=tuple(float(b) for b in ys),
+        objective_s=values["makespan_s"],
+        throttled_per_100=values["throttled_per_100"],
+        lost=values["failed"],
+        now=(float(getattr(scenario.policy, knobs[0].name)), float(getattr(scenario.policy, knobs[1].name))),
+        recommended=(float(xs[best_x]), float(ys[best_y])),
+    )
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from scipy import stats
 
 from sim.calibrate import Calibration
 from sim.fits import FAMILIES, Family
-from sim.style import BLUE, GREY, INK, MUTED, ORANGE, VERMILLION, styled
+from sim.style import BLUE, GREY, INK, MUTED, ORANGE, VERMILLION, new_figure, styled
 
 POINTS_MOST = 4_000
 BINS = 12
@@ -26,7 +26,7 @@ BINS = 12
 @styled
 def calibration_figure(found: Calibration) -> Picture:
     """Data against fit. A panel whose data the log does not hold says so."""
-    picture = Picture(figsize=(10.0, 7.2), layout="constrained")
+    picture = new_figure(9.0, 6.8)
     axes = picture.subplots(2, 2)
     _lengths(axes[0, 0], found)
     _latency(axes[0, 1], found)
@@ -124,7 +124,7 @@ def _headers_or_arrivals(axes: Any, found: Calibration) -> None:
     """How well each charge rule explains the headers; without headers, arrivals by minute."""
     rules = found.quota.rules
     if rules:
-        axes.set_title("Counts in headers that each charge rule explains")
+        axes.set_title("Counts that each charge rule explains")
         names = [f"{rule.rule}{', settles' if rule.settles else ''}" for rule in rules]
         values = [100.0 * (1.0 - rule.mean_loss) for rule in rules]
         colours = [BLUE if i == 0 else GREY for i in range(len(rules))]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,10 @@ from governor.summary import CAUSES
 from sim import series
 from sim.results import Figures, Forecast, Plan, Point
 from sim.shown import WAITED_FOR
+
+if TYPE_CHECKING:
+    from sim.fits import Figure
+    from sim.shared import Shared
 
 # The figures whose name alone does not tell their unit.
 UNITS = {"efficiency": "efficiency_ratio"}
@@ -146,6 +150,48 @@ def changes_frame(plan: Plan, *, guardrails_only: bool = False) -> pd.DataFrame:
         for step in found.steps
     ]
     return pd.DataFrame(rows, columns=columns).set_index("knob")
+
+
+def calibration_frame(figures: Sequence[Figure]) -> pd.DataFrame:
+    """What a log taught, one row per figure: the value with its interval, its unit, and how it was found.
+
+    `known`: whether the log could tell it; where not, `value` is the default that was left.
+    """
+    rows = [
+        {
+            "figure": figure.name,
+            "value": figure.value if figure.known else figure.default,
+            "low": figure.low,
+            "high": figure.high,
+            "unit": figure.unit,
+            "known": figure.known,
+            "how": figure.how,
+        }
+        for figure in figures
+    ]
+    return pd.DataFrame(rows).set_index("figure")
+
+
+def processes_frame(runs: Mapping[str, Shared]) -> pd.DataFrame:
+    """Runs of a batch by several processes that share its quota, by name: one row each.
+
+    `share_min_ratio`, `share_max_ratio`: launches of the process that got least and most, over an equal share.
+    """
+    rows = {
+        name: {
+            "processes": len(run.launches),
+            "makespan_s": run.summary.makespan_s,
+            "efficiency_ratio": run.summary.efficiency,
+            "throttled": run.summary.throttled,
+            "lost_requests": run.summary.failed,
+            "sent_twice_requests": run.resent,
+            "used_max_tokens": run.used_max,
+            "share_min_ratio": min(run.shares()),
+            "share_max_ratio": max(run.shares()),
+        }
+        for name, run in runs.items()
+    }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("run")
 
 
 def stress_frame(plan: Plan) -> pd.DataFrame:

@@ -149,14 +149,17 @@ class Scenario:
     def with_(self, **changes: Any) -> Scenario:
         """This scenario with some fields changed; the workload stays as it was read.
 
-        `changes`: fields, of which `policy` may also be a preset's name or some knobs and `provider` a tier's name or
-        some keys; single knobs by any of their names (`stagger_s=5`, see `Policy.with_`); `tpm` and `rpm`, what the
-        provider grants per minute: the settings' own limits follow where they were the same. Else BadSetting.
+        `changes`: fields, of which `policy` may also be a preset's name (under the provider's limits per minute) or
+        some knobs, and `provider` a tier's name or some keys; single knobs by any of their names (`stagger_s=5`, see
+        `Policy.with_`); `tpm` and `rpm`, what the provider grants per minute: the settings' own limits follow where
+        they were the same. BadSetting for any other name.
         """
         ours = {name: changes.pop(name) for name in list(changes) if name in Scenario.__dataclass_fields__}
         limits = {name: plain_number(changes.pop(name)) for name in ("tpm", "rpm") if name in changes}
         policy = made_policy(ours.get("policy", self.policy), self.policy)
         provider = made_provider(ours.get("provider", self.provider), self.provider)
+        if isinstance(ours.get("policy"), str):
+            policy = following(policy, provider)
         if limits:
             granting = provider.with_(**limits)
             policy, provider = policy.with_(**limits_moved(policy, provider, granting)), granting
