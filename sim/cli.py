@@ -29,6 +29,7 @@ from governor.cli import FORECAST, WHAT_IF
 from governor.cli import app as governor_app
 from governor.errors import BadSetting, PacelineError
 from sim.calibrate_cli import calibrate
+from sim.notebook_cli import notebook
 from sim.options import Options, count, finish_by_s, round_trip_s, share, takes_options, wait_s
 from sim.progress import Progress
 from sim.serving import provider
@@ -399,6 +400,7 @@ def split(
 
 
 app.command()(calibrate)
+app.command()(notebook)
 app.command()(provider)
 app.add_typer(governor_app)
 
