@@ -1,9 +1,10 @@
 """What a live run notices while it runs: figures for its progress, and what somebody should be told of once.
 
 What lives here: observers of one pool (`driver.Observer`). `Meter` counts; `Alarms` speaks, once each, of limits that
-are not as the settings say, of an account that is refused, of ten identical refusals in a row (of long waits speaks
-`longwaits`); `Together` is several observers in
-one. What must not: writing to a terminal (`progress`, `eventlog`), storage (`journal`), decisions (the law).
+are not as the settings say, of an account that is refused, of a provider that cannot be reached, of the first request
+that fails for a reason, of ten identical refusals in a row (of long waits speaks `longwaits`); `Together` is several
+observers in one. What must not: writing to a terminal (`progress`, `eventlog`), storage (`journal`), decisions (the
+law).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 from governor import law
 from governor.driver import Job, Observer
+from governor.errors import quoted
 from governor.guard import Measured
 from governor.money import Spent, usage_in
 from governor.policy import KNOB_BY_ENV, Policy
@@ -192,6 +194,13 @@ class Alarms(Observer):
         if answer.outcome in ACCOUNT_REFUSES and "account" not in self._told:
             self._told.add("account")
             self._say(self._of + account_text(answer))
+        if answer.outcome is Outcome.DROPPED and "dropped" not in self._told:
+            # A wrong address looks just so, and would be tried again and again without a word.
+            self._told.add("dropped")
+            self._say(self._of + (_words(answer) or "a connection dropped before its answer was there"))
+        elif failure and answer.outcome not in ACCOUNT_REFUSES and failure not in self._told:
+            self._told.add(failure)
+            self._say(f"{self._of}request {quoted(attempt.custom_id)} failed: {failure}: {_words(answer)}".rstrip(": "))
         if answer.outcome is Outcome.BAD_REQUEST:
             self._count(answer)
         elif answer.outcome is Outcome.OK:
@@ -210,7 +219,7 @@ class Alarms(Observer):
         if self._same >= SAME_REFUSALS and words not in self._asked:
             # Once for each reason: whoever went on does not want to be asked again.
             self._asked.add(words)
-            message = " ".join(answer.message.split())[:200] or answer.error_code or "no reason given"
+            message = _words(answer)[:200] or answer.error_code or "no reason given"
             self._refused(f"{self._of}{SAME_REFUSALS} requests in a row were refused as bad: {message}")
 
 
@@ -231,10 +240,15 @@ def limit_text(dimension: str, granted: float, policy: Policy) -> str:
     return f"{stated}, {knob.env}={ours:.0f} uses less of it: the run could be faster with {knob.env}={granted:.0f}"
 
 
+def _words(answer: Answer) -> str:
+    """What the provider said, on one line."""
+    return " ".join(answer.message.split())[:300]
+
+
 def account_text(answer: Answer) -> str:
     """Why the provider serves this account no more, in its own words as far as it has any."""
     what = "the account's quota is used up" if answer.outcome is Outcome.QUOTA else "the key or the model is refused"
-    words = " ".join(answer.message.split())[:300]
+    words = _words(answer)
     code = f" ({answer.status} {answer.error_code})" if answer.error_code else f" ({answer.status})"
     return f"{what}{code}: {words}" if words else what + code
 

@@ -103,7 +103,10 @@ class ModelSource(Config):
 
 
 class Document(Config):
-    """The YAML form; its parts are checked one by one, each under its own name."""
+    """The YAML form; its parts are checked one by one, each under its own name.
+
+    `plan`: what a plan of it was asked for, which is `sim.inputs`'s to read and changes no run.
+    """
 
     workload: dict[str, Any]
     provider: str | dict[str, Any] = DEFAULT_TIER
@@ -113,6 +116,7 @@ class Document(Config):
     arrivals: Literal["batch", "trace"] = "batch"
     finalize: bool = False
     skip_oversized: bool = False
+    plan: dict[str, Any] = Field(default_factory=dict)
 
 
 # ---------------------------------------------------------------- policy

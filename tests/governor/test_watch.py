@@ -8,6 +8,7 @@ from datetime import date
 
 import pytest
 
+from governor.answers import dropped
 from governor.driver import Job, Work
 from governor.estimate import CHAT, Sizes
 from governor.eventlog import EventLog
@@ -190,6 +191,22 @@ def test_a_pool_s_name_stands_in_front() -> None:
     answer = with_limits(Limit("TPM", 1.0, 1.0))
     watch.attempted(attempt(0, answer), answer, "")
     assert said[0].startswith("pool eu: the account grants 1 tokens")
+
+
+def test_a_provider_out_of_reach_is_told_once_and_the_first_failure_of_each_kind() -> None:
+    watch, said, _ = alarms()
+    away = dropped("no answer from http://127.0.0.1:9: ConnectError: all attempts failed")
+    slow = Answer(Outcome.TIMEOUT)
+    for i in range(3):
+        watch.attempted(attempt(i, away), away, "")
+        watch.attempted(attempt(i, away), away, "OPENAI_CONNECTION_DROPPED")
+        watch.attempted(attempt(i, slow), slow, "" if i == 0 else "OPENAI_TIMEOUT")
+    assert said == [
+        "no answer from http://127.0.0.1:9: ConnectError: all attempts failed",
+        "request 'q 0' failed: OPENAI_CONNECTION_DROPPED: no answer from http://127.0.0.1:9: ConnectError: all "
+        "attempts failed",
+        "request 'q 1' failed: OPENAI_TIMEOUT",
+    ]
 
 
 # ---------------------------------------------------------------- the log

@@ -162,6 +162,12 @@ def test_any_scenario_reads_back_as_it_was_written(
     assert_same_run(again, scenario)
 
 
+def test_what_a_plan_was_asked_for_changes_no_run() -> None:
+    text = "workload: {requests: 3, prompt_tokens: [10, 20], output_tokens: [5, 9]}\n"
+    asked = Scenario.from_yaml(text + "plan: {effort: quick}\n")
+    assert asked.to_yaml() == Scenario.from_yaml(text).to_yaml()
+
+
 def test_a_scenario_by_hand_needs_little() -> None:
     text = """
     workload: {requests: 5, prompt_tokens: [100, 200], output_tokens: [10, 20]}
