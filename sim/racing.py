@@ -54,10 +54,10 @@ GROWTH = 1.3
 # After the first run so many of the best, and as many spread over the others, run again beside the leader.
 PILOTS = 6
 # The part of the allowed sum that those at rest may make up.
-AT_REST = 0.85
+AT_REST = 0.9
 # Peers that are needed to say how much standard deviations differ, and what they are worth at the most.
 PEERS = 6
-PEERS_WORTH = 20.0
+PEERS_WORTH = 30.0
 # So many runs without any difference to the leader are needed to be taken for equal: what differs in every other run
 # shows by then, with a probability of 97 %.
 TIES = 5

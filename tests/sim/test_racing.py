@@ -10,7 +10,7 @@ import pytest
 from scipy.special import polygamma
 
 from sim import racing
-from sim.racing import Finish, Rule, looks_to, race
+from sim.racing import PILOTS, TIES, Finish, Rule, looks_to, race
 
 
 def raced(values: np.ndarray, **rule: object) -> Finish:
@@ -32,18 +32,35 @@ def raced(values: np.ndarray, **rule: object) -> Finish:
 
 def test_looks_grow_to_the_last() -> None:
     assert looks_to(1) == (1,)
-    assert looks_to(3) == (3,)
+    assert looks_to(3) == (1, 2, 3)
     looks = looks_to(100)
-    assert (looks[0], looks[-1]) == (3, 100)
+    assert (looks[0], looks[-1]) == (1, 100)
     assert all(a < b <= max(a + 1, 1.5 * a) for a, b in itertools.pairwise(looks))
 
 
-def test_without_noise_the_first_look_decides() -> None:
+def test_without_noise_two_runs_decide() -> None:
     finish = raced(np.array([[5.0], [3.0], [4.0]]) * np.ones((3, 50)))
-    assert finish == Finish((1, 2, 0), (3, 3, 3), True)
-    # Equals are equal: nobody is run on for their sake.
-    assert raced(np.ones((4, 50))) == Finish((0, 1, 2, 3), (3, 3, 3, 3), True)
+    assert finish == Finish((1, 2, 0), (2, 3, 2), True)
     assert raced(np.ones((1, 50))) == Finish((0,), (3,), True)
+
+
+def test_equals_are_equal_after_a_few_runs() -> None:
+    """What never differs is not run on; what differs in every other run only is not taken for equal."""
+    assert raced(np.ones((4, 50))) == Finish((0, 1, 2, 3), (TIES,) * 4, True)
+    first, second = np.full(60, 10.0), np.tile([10.0, 10.0, 4.0, 4.0], 15)
+    assert raced(np.stack([first, second])).best == 1
+
+
+def test_one_run_is_enough_for_who_is_far_off(seed: int) -> None:
+    """Of forty, ten are near: the others are out by what the differences of a few of them lead to expect."""
+    rng = np.random.default_rng(seed)
+    means = np.concatenate([100.0 + 0.5 * np.arange(10), 200.0 + np.arange(30)])
+    values = means[:, None] + rng.standard_normal(200) * 10.0 + rng.standard_normal((40, 200))
+    finish = raced(values, indifference=0.005)
+    far = np.array(finish.replications[10:])
+    assert (far == 1).sum() >= 30 - PILOTS
+    assert far.max() <= 2
+    assert finish.best in (0, 1)
 
 
 def test_with_a_single_run_each_the_means_rank_and_nothing_is_decided() -> None:
@@ -148,18 +165,35 @@ def test_the_inverse_of_trigamma(y: float) -> None:
 
 def test_variances_are_moderated_as_far_as_peers_agree(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    few = np.full(200, 3.0)
+    runs, near = np.full(200, 4), np.zeros(200)
     everybody = np.ones(200, dtype=bool)
     # All have variance 4: 3 degrees of freedom each scatter widely, the moderated ones hardly.
     alike = 4.0 * rng.chisquare(3.0, 200) / 3.0
-    moderated, worth = racing._moderated(alike, few, everybody)
+    moderated, worth = racing._moderated(near, alike, runs, everybody)
     assert moderated.std() < 0.5 * alike.std()
     assert 3.0 + 4.0 < worth[0] <= 3.0 + racing.PEERS_WORTH
     # Variances that differ by orders of magnitude say little about one another.
     apart = np.exp(3.0 * rng.standard_normal(200)) * alike
-    moderated, worth = racing._moderated(apart, few, everybody)
+    moderated, worth = racing._moderated(near, apart, runs, everybody)
     assert worth[0] < 4.0
     # Few peers: left as they are.
-    same, freedom = racing._moderated(alike[:5], few[:5], everybody[:5])
+    same, freedom = racing._moderated(near[:5], alike[:5], runs[:5], everybody[:5])
     assert (same == alike[:5]).all()
-    assert (freedom == few[:5]).all()
+    assert (freedom == 3.0).all()
+
+
+def test_who_ran_once_scatters_as_peers_at_its_distance_do(seed: int) -> None:
+    """Standard deviations of 1 near the leader, of a tenth of the distance far from it."""
+    rng = np.random.default_rng(seed)
+    distance = np.linspace(0.0, 100.0, 400)
+    true = 1.0 + (0.1 * distance) ** 2
+    runs = np.where(np.arange(400) % 2, 1, 6)
+    variance = np.where(runs > 1, true * rng.chisquare(5.0, 400) / 5.0, 0.0)
+    moderated, worth = racing._moderated(distance, variance, runs, np.ones(400, dtype=bool))
+    once = runs == 1
+    assert (worth[once] > 0.0).all()
+    # 200 sample variances with 5 degrees of freedom each, for two parameters: 4 standard errors, and what weights cost.
+    assert np.log(moderated[once] / true[once]) == pytest.approx(0.0, abs=4.0 * (2.0 * 2.0 / 1_000.0) ** 0.5 + 0.05)
+    # Where all are alike, distance tells nothing.
+    flat = racing._trend(distance, np.full(400, 7.0), np.full(400, 5.0), np.ones(400, dtype=bool))
+    assert flat == pytest.approx(7.0, rel=1e-6)
