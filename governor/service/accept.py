@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import anyio.to_thread
+from sqlalchemy import Connection
 
 from governor.database import JournalError
 from governor.driver import Work
@@ -83,7 +84,8 @@ class Incoming:
         self._worker = worker
         self._stores = stores
         self._replica = worker.replica
-        self._number = 0
+        self._batch_id = new_id("batch")
+        self._number = 0  # what was spilled stands under it
         self._buffer: list[Work] = []
         self._bytes = 0
         for pool, policy in worker.policies.in_force().items():
@@ -118,10 +120,19 @@ class Incoming:
         """Writes what is held, under a batch that nobody sees yet."""
         store, ledger = self._worker.store, self._worker.ledger
         with store.database.writing() as c:
-            if not self._number:
-                self._number = store.add_batch(c, self._values(RECEIVING, new_id("batch"), {}))
-            ledger.write(c, self._number, self._buffer)
+            number = self._number
+            if not number:
+                number = store.add_batch(c, self._values(RECEIVING, self._batch_id, {}))
+            elif not self._is_ours(c):
+                raise JournalError("this replica's lease was lost while a batch came in", retryable=True)
+            ledger.write(c, number, self._buffer)
+        # Not before it is committed: a number of a transaction that was rolled back is soon another batch's.
+        self._number = number
         self._buffer, self._bytes = [], 0
+
+    def _is_ours(self, c: Connection) -> bool:
+        """Whether what was written is still there: who took this replica for dead has removed it."""
+        return self._worker.store.receives(c, self._number, self._batch_id)
 
     def _values(self, state: str, batch_id: str, details: Mapping[str, Any]) -> dict[str, Any]:
         wish = self.wish
@@ -140,11 +151,13 @@ class Incoming:
         }
 
     def discard(self) -> None:
-        """Removes what was written. Blocks."""
+        """Removes what was written, and nothing that another batch has written under that number since. Blocks."""
         if self._number:
-            self._worker.ledger.erase(self._number)
-            with self._worker.store.database.writing() as c:
-                self._worker.store.remove_batch(c, self._number)
+            worker = self._worker
+            worker.ledger.erase(self._number, self._is_ours)
+            with worker.store.database.writing() as c:
+                if self._is_ours(c):
+                    worker.store.remove_batch(c, self._number)
             self._number = 0
 
     def _accepted(self, judged: Judged, key: Key | None, answer: Callable[[BatchRow], dict[str, Any]]) -> BatchRow:
@@ -158,15 +171,16 @@ class Incoming:
             "forecast": {"finish_s": v.forecast_finish_s, "by": v.forecast_by, "bound": v.forecast_bound},
         }
         with store.database.writing() as c:
-            if not store.holds(c, self._replica):
+            if not store.holds(c, self._replica) or (self._number and not self._is_ours(c)):
                 raise JournalError("this replica's lease was lost while a batch came in", retryable=True)
-            if self._number:
+            number = self._number
+            if number:
                 values = {"state": QUEUED, "requests": self.count, "details": to_json(details)}
-                store.change_batch(c, self._number, **values)
+                store.change_batch(c, number, **values)
             else:
-                self._number = store.add_batch(c, self._values(QUEUED, new_id("batch"), details))
-            self._worker.ledger.write(c, self._number, self._buffer)
-            row = store.numbered(c, self._number)
+                number = store.add_batch(c, self._values(QUEUED, self._batch_id, details))
+            self._worker.ledger.write(c, number, self._buffer)
+            row = store.numbered(c, number)
             if key is not None:
                 store.keep(c, key, 202, to_json(answer(row)))
         self._buffer = []

@@ -136,7 +136,7 @@ class Door:
         try:
             if self._guards:
                 _check_origin(scope["method"], headers)
-            limit = self._limit(scope["path"])
+            limit = self._limit(scope["path"], headers.get(b"content-type", ""))
             stated = headers.get(b"content-length", "")
             if stated.isdecimal() and int(stated) > limit:
                 raise _too_large(limit)
@@ -145,8 +145,11 @@ class Door:
             return
         await self._app(scope, _counted(receive, limit), send)
 
-    def _limit(self, path: str) -> int:
-        uploads = path in UPLOADS or path.endswith("/batch-run") or path.endswith("/preflight")
+    def _limit(self, path: str, content_type: str) -> int:
+        """What streams to the disk may be long; what is taken as a whole into memory may not."""
+        uploads = path in UPLOADS
+        if path.endswith(("/batch-run", "/preflight")):
+            uploads = content_type.lower().startswith("multipart/form-data")
         return self._config.upload_bytes if uploads else self._config.body_bytes
 
 

@@ -18,7 +18,7 @@ how full a window is. So a leg ends every so many decisions, and the next one be
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import replace
 
@@ -111,11 +111,13 @@ class Ledger:
             count += len(rows)
         return count
 
-    def erase(self, number: int) -> None:
-        """Removes the requests of a batch that was not accepted, some thousand at a time."""
+    def erase(self, number: int, is_ours: Callable[[Connection], bool] = lambda c: True) -> None:
+        """Removes the requests of a batch that was not accepted, some thousand at a time, as long as it `is_ours`."""
         first, last = part_of(number)
         while True:
             with self.database.writing() as c:
+                if not is_ours(c):
+                    return
                 found = select(requests.c.request).where(requests.c.request.between(first, last)).limit(2_000)
                 some = list(c.execute(found).scalars())
                 for table in (bodies, requests):

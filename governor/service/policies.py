@@ -27,30 +27,40 @@ OF_A_BATCH = (
 )
 
 
+# So many of the latest changes are looked at again.
+LATE = 50
+
+
 class Policies:
     """See the module."""
 
     def __init__(self, pools: Sequence[Pool], store: Store) -> None:
         self._base = {pool.name: pool.policy for pool in pools}
         self._store = store
-        self._seen = 0
+        self._known: set[int] = set()
         self._own: dict[str, dict[str, str]] = {name: {} for name in self._base}
         self._turn = threading.Lock()
 
     def refresh(self) -> bool:
-        """Reads what was changed since, by whomever; whether there was anything. Blocks."""
+        """Reads what was changed since, by whomever; whether there was anything. Blocks.
+
+        Two changes made at once may become visible in the other order, so some are looked at again; then all are
+        carried out anew, by their numbers, as every other replica does.
+        """
         with self._turn:
-            found = self._store.changes(self._seen)
-            for change in found:
-                own = dict(self._own.get(change.pool, {}))
+            found = self._store.changes(max(self._known, default=0) - LATE)
+            if all(change.number in self._known for change in found):
+                return False
+            own: dict[str, dict[str, str]] = {name: {} for name in self._base}
+            for change in (changes := self._store.changes()):
+                of_pool = own.setdefault(change.pool, {})
                 for name, (_, after) in change.changes.items():
                     if after is None:
-                        own.pop(name, None)
+                        of_pool.pop(name, None)
                     else:
-                        own[name] = after
-                self._own[change.pool] = own
-                self._seen = change.number
-        return bool(found)
+                        of_pool[name] = after
+            self._own, self._known = own, {change.number for change in changes}
+        return True
 
     def in_force(self) -> dict[str, Policy]:
         """The settings of each pool."""

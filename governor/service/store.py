@@ -138,6 +138,12 @@ class Store:
         assert key is not None
         return int(key[0])
 
+    def receives(self, c: Connection, number: int, batch_id: str) -> bool:
+        """Whether that batch is still on its way in, under that number: a number may become another batch's."""
+        b = batches.c
+        query = select(b.number).where(b.number == number, b.batch_id == batch_id, b.state == RECEIVING)
+        return c.execute(query).first() is not None
+
     def remove_batch(self, c: Connection, number: int) -> None:
         """Forgets a batch that was not accepted."""
         c.execute(delete(batches).where(batches.c.number == number))

@@ -41,6 +41,8 @@ _ALLOWED: tuple[type[nodes.Node], ...] = (
 # Fields of a request that the template itself fills in, or that a batch cannot have.
 _OURS = ("model", "messages", "input", "prompt", "stream", "max_tokens", "max_completion_tokens", "max_output_tokens")
 _FILTER_DEPTH = 20
+# Filters whose figures cost time or memory: ten to the power of it, so many spaces.
+FIGURES, FIGURE_MOST = ("round", "tojson"), 12
 
 
 class _Environment(ImmutableSandboxedEnvironment):
@@ -104,6 +106,8 @@ def _check(node: nodes.Node, loops: int, filters: int) -> None:
         raise _bad(f"prompt, line {node.lineno}: there is no filter {quoted(node.name)}: {', '.join(FILTERS)}")
     if isinstance(node, nodes.Test) and node.name not in TESTS:
         raise _bad(f"prompt, line {node.lineno}: there is no test {quoted(node.name)}: {', '.join(TESTS)}")
+    if isinstance(node, nodes.Filter) and node.name in FIGURES:
+        _check_figures(node)
     filters += isinstance(node, nodes.Filter)
     if isinstance(node, nodes.For):
         loops += 1
@@ -115,8 +119,30 @@ def _check(node: nodes.Node, loops: int, filters: int) -> None:
         _check(child, loops, filters)
 
 
+def _check_figures(node: nodes.Filter) -> None:
+    """A filter that would take a figure to its power, or repeat spaces by it, gets small ones that stand there."""
+    for given in (*node.args, *(each.value for each in node.kwargs)):
+        value = -given.node.value if isinstance(given, nodes.Neg) and isinstance(given.node, nodes.Const) else None
+        value = given.value if isinstance(given, nodes.Const) else value
+        if (isinstance(value, int | float) and abs(value) > FIGURE_MOST) or value is None:
+            raise _bad(
+                f"prompt, line {node.lineno}: filter {node.name} takes figures of at most {FIGURE_MOST}, written out"
+            )
+    if node.dyn_args is not None or node.dyn_kwargs is not None:
+        raise _bad(f"prompt, line {node.lineno}: filter {node.name} takes figures that are written out")
+
+
 def _bad(message: str) -> ApiError:
     return ApiError(422, BAD_TEMPLATE, message)
+
+
+def _chars(value: Any) -> int:
+    """How many characters all texts of an input have."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(len(name) + _chars(each) for name, each in value.items())
+    return sum(map(_chars, value)) if isinstance(value, list) else 0
 
 
 def _values(value: Any, left: int) -> int:
@@ -136,11 +162,13 @@ def _values(value: Any, left: int) -> int:
 
 def rendered(made: Any, fields: Mapping[str, Any], place: str) -> str:
     """The prompt for one input. BadInput, naming the input, where that cannot be."""
-    if _values(fields, VALUES_MOST) < 0:
-        raise BadInput(f"more than {VALUES_MOST:,} values in one input", place)
     parts: list[str] = []
     size = 0
     try:
+        if _values(fields, VALUES_MOST) < 0:
+            raise BadInput(f"more than {VALUES_MOST:,} values in one input", place)
+        if _chars(fields) > RENDERED_MOST:
+            raise BadInput(f"more than {RENDERED_MOST:,} characters in one input", place)
         for part in made.generate(dict(fields)):
             parts.append(part)
             size += len(part)

@@ -46,6 +46,8 @@ def prompt_of(prompt: str, /, **fields: Any) -> str:
         ("{{ items }} {{ d.keys }}", {"items": "mine", "d": {"keys": "too"}}, "mine too"),
         ("{{ text }}", {"text": "{{ 7 * 7 }}"}, "{{ 7 * 7 }}"),
         ("<{{ html }}>\n", {"html": "<b>"}, "<<b>>\n"),
+        ("{{ x | round(2) }} {{ x | round(-1, 'floor') }}", {"x": 123.456}, "123.46 120.0"),
+        ("{{ d | tojson(indent=2) }}", {"d": [1]}, "[\n  1\n]"),
     ],
 )
 def test_what_a_prompt_may_do(text: str, fields: dict[str, Any], gives: str) -> None:
@@ -56,6 +58,13 @@ def test_what_a_prompt_may_do(text: str, fields: dict[str, Any], gives: str) -> 
     "text",
     [
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        # Ten to that power, or so many spaces: hours, with the interpreter held.
+        "{{ 1 | round(1000000000, 'ceil') }}",
+        "{{ 1 | round(-1000000000) }}",
+        "{{ 1 | round(precision=x) }}",
+        "{{ 1 | round(2 - -999999999) }}",
+        "{{ x | tojson(indent=999999999) }}",
+        "{{ x | tojson(*[999999999]) }}",
         "{{ x() }}",
         "{{ range(10) }}",
         "{{ cycler.__init__.__globals__ }}{{ cycler() }}",
@@ -113,6 +122,20 @@ def test_what_is_rendered_is_bounded() -> None:
         prompt_of("{{ x }}", x=[[0] * 50] * (VALUES_MOST // 50))
 
 
+def test_what_an_input_may_hold_is_bounded() -> None:
+    with pytest.raises(BadInput, match="characters in one input"):
+        prompt_of("{{ a[0] }}", a=["x" * (RENDERED_MOST // 2 + 1)] * 2)
+    with pytest.raises(BadInput, match="RecursionError"):
+        prompt_of("{{ a }}", a=_nested(1_500))
+
+
+def _nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 @given(st.text(max_size=60))
 def test_any_text_is_rendered_or_refused_and_nothing_else(text: str) -> None:
     with contextlib.suppress(ApiError, BadInput):
@@ -161,7 +184,7 @@ class Rows:
     def __init__(self, batch: int, count: int, tokens: float) -> None:
         self.rows = [Pending(work((batch << 24) + i, tokens), 0) for i in range(count)]
 
-    def pending(self, pool: str, *, longest_first: bool) -> Iterator[Pending]:
+    def pending(self, pool: str, *, longest_first: bool, is_new: bool) -> Iterator[Pending]:
         return iter(self.rows)
 
 
@@ -177,7 +200,8 @@ def served(*batches: tuple[int, float]) -> list[int]:
 
         for batch, (count, tokens) in enumerate(batches, 1):
             rows: Any = Rows(batch, count, tokens)
-            feed.add(Cursor(batch, rows, "default", longest_first=False, work_of=as_it_is, begun=(0.0, [])))
+            ways: dict[str, Any] = {"longest_first": False, "is_new": True, "work_of": as_it_is}
+            feed.add(Cursor(batch, rows, "default", begun=(0.0, []), **ways))
         for _ in range(10_000):
             if not feed.cursors:
                 return

@@ -1,0 +1,126 @@
+"""A batch that is not accepted takes nothing of another one's with it, whatever number it had for a while."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from governor.database import JournalError
+from governor.policy import Policy
+from governor.pools import Pool
+from governor.preflight import preflight
+from governor.requests import read_requests
+from governor.service import accept
+from governor.service.accept import Incoming, Judged, Wish
+from governor.service.base import ServiceDatabase
+from governor.service.ledger import Ledger
+from governor.service.policies import Policies
+from governor.service.store import Key, KeyTakenError, Store
+from governor.service.tables import settings
+from governor.service.worker import Worker
+from tests.live import line
+
+KEY = Key("me POST /batches", "k1", "the same")
+
+
+@pytest.fixture
+def replica(tmp_path: Path) -> Iterator[Worker]:
+    """What a batch on its way in needs of a worker, without its life."""
+    database = ServiceDatabase(str(tmp_path / "service.db"))
+    database.prepared()
+    store = Store(database)
+    pools = [Pool(policy=Policy(tpm_limit=10**9))]
+    found = SimpleNamespace(
+        store=store,
+        ledger=Ledger(store),
+        policies=Policies(pools, store),
+        config=SimpleNamespace(pools=pools),
+        replica=store.join("one", 30.0),
+    )
+    yield cast(Worker, found)
+    database.closed()
+
+
+def incoming(replica: Worker, count: int) -> Incoming:
+    made = Incoming(replica, Wish(who="me"))
+    made.read(read_requests((json.dumps(line(f"q-{i}")) for i in range(count)), "batch"), "batch")
+    return made
+
+
+def accepted(made: Incoming, key: Key | None = None) -> Any:
+    (pool,) = made.pools
+    verdict = preflight(pool.policy, made.demands[pool.name].load())
+    return made._accepted(Judged(pool.name, verdict), key, lambda row: {"batch_id": row.batch_id})
+
+
+def counts(replica: Worker, number: int) -> int:
+    return int(replica.ledger.records(number).counts().requests)
+
+
+def test_the_loser_of_two_with_one_key_leaves_the_next_batch_alone(replica: Worker) -> None:
+    winner, loser, third = (incoming(replica, count) for count in (2, 3, 4))
+    first = accepted(winner, KEY)
+    with pytest.raises(KeyTakenError):
+        accepted(loser, KEY)
+    # The number of the transaction that was rolled back is given out again before the loser has tidied up.
+    row = accepted(third)
+    loser.discard()
+    assert [counts(replica, each.number) for each in (first, row)] == [2, 4]
+    assert replica.store.batch(row.batch_id) == row
+
+
+def test_an_upload_whose_replica_was_taken_for_dead_leaves_the_next_batch_alone(
+    replica: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accept, "CHUNK", 2)
+    lost = incoming(replica, 3)  # two are written, one is held
+    number, owner = replica.store.free_batches(replica.store.join("two", 30.0))[0]
+    assert owner == replica.replica
+    # The next life removes what was on its way in, and the number is another batch's.
+    replica.ledger.erase(number)
+    with replica.store.database.writing() as c:
+        replica.store.remove_batch(c, number)
+    replica.replica = 2
+    row = accepted(incoming(replica, 5))
+    assert row.number == number
+    with pytest.raises(JournalError, match="lease was lost"):
+        accepted(lost)
+    with pytest.raises(JournalError, match="lease was lost"):
+        lost.read(read_requests((json.dumps(line(f"r-{i}")) for i in range(2)), "batch"), "batch")
+    lost.discard()
+    assert counts(replica, row.number) == 5
+    assert replica.store.batch(row.batch_id) == row
+
+
+def test_what_was_written_of_a_refused_upload_is_removed(replica: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accept, "CHUNK", 2)
+    refused = incoming(replica, 5)
+    assert sum(counts(replica, number) for number in range(1, 4)) == 4
+    refused.discard()
+    assert sum(counts(replica, number) for number in range(1, 4)) == 0
+    assert replica.store.batches(10) == []
+
+
+def test_changes_that_become_visible_in_the_other_order_end_as_everywhere(replica: Worker) -> None:
+    """Two replicas change settings at once, and the earlier number is committed later."""
+    policies = replica.policies
+
+    def changed(number: int, **values: str) -> None:
+        changes = json.dumps({name: ["", value] for name, value in values.items()})
+        row = {"number": number, "at": 0.0, "who": "me", "pool": "default", "changes": changes}
+        with replica.store.database.writing() as c:
+            c.execute(settings.insert(), row)
+
+    changed(2, OPENAI_MAX_CONCURRENCY="7")
+    assert policies.refresh()
+    assert not policies.refresh()
+    changed(1, OPENAI_MAX_CONCURRENCY="5", OPENAI_TPM_HEADROOM="0.3")
+    assert policies.refresh()
+    found = policies.in_force()["default"]
+    assert (found.max_concurrency, found.tpm_headroom) == (7, 0.3)
+    assert not policies.refresh()
