@@ -87,13 +87,13 @@ def settings() -> str:
 
 
 def causes() -> str:
-    """What can make the head of the queue wait: the law's constant, the setting behind it, the column that counts."""
+    """What can make the head of the queue wait: the law's constant, what it means, the setting behind it."""
     rows = []
     for number, name in enumerate(CAUSES[1:], start=1):
         env, what = WAITED_FOR[name]
         constant = _cause_constants().get(number, "")
-        rows.append((_code(name), _code(constant), f"waits {what}", _code(env), _code(f"waited_{name}_s")))
-    return _table(("cause", "in `governor.law`", "meaning", "setting", "column"), rows)
+        rows.append((_code(name), _code(constant), f"waits {what}", _code(env)))
+    return _table(("cause", "in the law", "meaning", "setting"), rows)
 
 
 def _cause_constants() -> dict[int, str]:
@@ -117,6 +117,16 @@ def rules() -> str:
 def theory() -> str:
     """The law's own account of how it works."""
     return (inspect.getdoc(law) or "").partition("\n\n")[2] + "\n"
+
+
+def notebooks() -> str:
+    """The notebooks: the question that each opens with, and its answer on the packaged example."""
+    parts = []
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        title, answer, *_ = "".join(cells[0]["source"]).split("\n\n")
+        parts.append(f"**{title.removeprefix('# ')}** (`{path.stem}`)\n: {' '.join(answer.split())}\n")
+    return "\n".join(parts)
 
 
 def pools() -> str:
@@ -358,6 +368,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "roles.md": roles,
     "theory.md": theory,
     "pools.md": pools,
+    "notebooks.md": notebooks,
     "commands.md": commands,
     "attempts.md": attempts,
     "journal.md": journal,
