@@ -107,7 +107,7 @@ class Answer:
 
 
 class Attempt(NamedTuple):
-    """One row per attempt, the same columns live and simulated, in DESIGN's order.
+    """One row per attempt, the same columns live and simulated, in this order.
 
     Times are seconds since the run began. `lane`: main or finalize. `attempt` counts from 1. `reserved_tokens` is ours,
     `charged_tokens` the provider's; -1 = unknown. `waited_*_s` split by cause the wait that ends at `launched_s`.

@@ -10,7 +10,7 @@ must not: connections (`database`) and the order in which things happen (`record
     requests   one row per line of the input: what it reserves, and where it stands
     bodies     what is sent, apart from `requests` so that a change of state rewrites a short row
     results    what came back last, for requests that ended
-    attempts   one row per ended attempt: DESIGN's columns, request id, and what the headers stated of limits and time
+    attempts   one row per ended attempt: `Attempt`'s columns, request id, what the headers stated of limits and time
     decisions  every call of the law, in order: one row per pool and commit, from the `first` on (`verify.stored`)
     deferrals  per leg, pool and cause: requests that had to wait for it at the head of the queue
     forecasts  what was expected, as JSON; `launched_before` says how much had happened when it was written
