@@ -52,7 +52,7 @@ def named(name: str) -> Path:
     stems = [p.stem for p in meant or found]
     if meant:
         raise BadSetting(f"{name!r} may be {' or '.join(stems)}: write more of it")
-    near = difflib.get_close_matches(word, [part for stem in stems for part in (stem, stem.split("_", 1)[-1])], 1)
+    near = difflib.get_close_matches(word, [part for stem in stems for part in (stem, *stem.split("_"))], 1)
     raise BadSetting(f"there is no notebook {name!r}: " + (f"did you mean {near[0]}?" if near else ", ".join(stems)))
 
 

@@ -150,7 +150,11 @@ def test_a_part_of_a_name_is_enough(name: str, stem: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("99", "there is no notebook '99'"), ("stager", "there is no notebook 'stager'"), ("i", "write more of it")],
+    [
+        ("99", "there is no notebook '99'"),
+        ("stager", "there is no notebook 'stager': did you mean stagger"),
+        ("i", "write more of it"),
+    ],
 )
 def test_a_name_that_is_none_or_several(name: str, message: str) -> None:
     with pytest.raises(BadSetting, match=message):
