@@ -15,7 +15,7 @@ BENCH_ARGS ?=
 TWIN_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test proofs lint docs check bench twin clean
+.PHONY: help install demo test proofs lint strip hooks docs check bench twin clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -39,6 +39,12 @@ lint: $(STAMP_ALL)  ## ruff and mypy
 
 docs: $(STAMP_ALL)  ## the documentation (out/site/index.html); a warning or a dead link is an error
 	@$(BIN)/python docs/build.py $(OUT)/site
+
+strip: $(STAMP_ALL)  ## take the outputs out of the notebooks: they belong to a run, not to the repository
+	@$(BIN)/python -m nbstripout notebooks/*.ipynb
+
+hooks: $(STAMP_ALL)  ## let git do that by itself, whenever a notebook is added
+	@$(BIN)/python -m nbstripout --install
 
 # One after the other even under `make -j`, so that pytest's closing line is the last.
 check: lint  ## what the CI runs: lint, documentation, then test
