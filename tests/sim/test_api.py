@@ -17,10 +17,12 @@ from governor import Policy
 from governor.errors import BadInput, BadSetting, Oversized
 from governor.policy import KNOBS
 from governor.settings import policy_of
-from sim import PlanResult, Scenario, SimulationResult, plan, planner, simulate
+from sim import PlanResult, Scenario, SimulationResult, compare, knob_map, plan, planner, simulate, simulate_processes
 from sim.experiment import attempts_of, replicate
+from sim.frames import processes_frame
 from sim.inputs import Wishes, read_inputs
 from sim.options import Options
+from sim.rehearsal import rehearsed
 from sim.results import Plan
 from sim.shown import forecast_text, summary_text
 from sim.workload import ARRAYS
@@ -317,3 +319,50 @@ def test_a_policy_is_enough_for_a_governor() -> None:
     by_policy, by_params = asyncio.run(made())
     assert by_policy.p == by_params.p
     assert math.isclose(by_policy.p.stagger_s, 2.0)
+
+
+class TestComparing:
+    def test_the_same_seeds_for_all(self) -> None:
+        scenario = Scenario(ROWS, tpm=20_000)
+        found = compare({"now": scenario, "other": scenario.with_(stagger_s=1, seed=50)}, replications=3, seed=4)
+        assert [result.runs.index.tolist() for result in found.results.values()] == [[4, 5, 6]] * 2
+        assert found.table.loc["other", "makespan_s"] == pytest.approx(found["other"].runs["makespan_s"].mean())
+        assert found["now"].minus(found["other"]).mean > 0.0
+        with pytest.raises(ValueError, match="nothing to compare"):
+            compare({})
+
+    def test_a_map_holds_the_run_of_each_cell_and_marks_the_best(self) -> None:
+        scenario = Scenario(ROWS, tpm=9_000, policy={"est_tokens_per_run": 300, "max_concurrency": 20})
+        staggers, headrooms = (0.0, 2.0, 15.0), (0.0, 0.3)
+        found = knob_map(scenario, "stagger_s", staggers, "OPENAI_TPM_HEADROOM", headrooms, replications=2)
+        assert (found.x_env, found.y_env) == ("OPENAI_STAGGER_SECONDS", "OPENAI_TPM_HEADROOM")
+        for x, stagger_s in enumerate(staggers):
+            for y, headroom in enumerate(headrooms):
+                runs = simulate(scenario.with_(stagger_s=stagger_s, tpm_headroom=headroom), replications=2).runs
+                assert found.objective_s[y, x] == pytest.approx(runs["makespan_s"].mean())
+                assert found.lost[y, x] == pytest.approx(runs["failed"].mean())
+        assert (found.lost > 0).any(), "a case in which every cell is good shows nothing"
+        best = headrooms.index(found.recommended[1]), staggers.index(found.recommended[0])
+        assert found.lost[best] == 0
+        good = (found.lost == 0) & (found.throttled_per_100 <= 1.0)
+        assert found.objective_s[best] == found.objective_s[good].min()
+
+    def test_processes_share_what_one_has(self) -> None:
+        scenario = Scenario(ROWS, tpm=20_000).with_(policy="paceline", stagger_s=0)
+        runs = {str(n): simulate_processes(scenario, n) for n in (1, 3)}
+        table = processes_frame(runs)
+        assert table.loc["3", "makespan_s"] == pytest.approx(table.loc["1", "makespan_s"], rel=0.02)
+        assert (table["used_max_tokens"] <= 20_000 * (1 + 1e-9)).all()
+        assert table.loc["3", "lost_requests"] == 0
+        with pytest.raises(BadSetting, match="arrive over time"):
+            simulate_processes(scenario.with_(arrivals="trace"), 2)
+
+    def test_a_preset_keeps_the_providers_limits(self) -> None:
+        scenario = Scenario(ROWS, tpm=450_000, rpm=5_000)
+        assert scenario.with_(policy="paceline").policy.tpm_limit == 450_000
+        assert scenario.with_(policy="paceline", tpm_limit=9_000).policy.tpm_limit == 9_000
+
+
+def test_only_bodies_can_be_rehearsed(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="token counts have no bodies"):
+        rehearsed(Scenario(ROWS), tmp_path)
