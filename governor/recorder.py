@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -212,6 +213,8 @@ class _Commit:
 class Writer:
     """Commits what gathers in `batch`. Used from one thread: the event loop's, or a program's own.
 
+    Once nobody reports any more, it may be closed from another thread, while the loop still hears of a commit.
+
     `trouble`: the error of the latest commit, None once one succeeds; after a lasting one nothing is written any more.
     """
 
@@ -224,6 +227,7 @@ class Writer:
         self._filling = 1  # the number of the batch that is being filled
         self._durable = 0
         self._commit: _Commit | None = None
+        self._hearing = threading.Lock()
         self._timer: asyncio.TimerHandle | None = None
 
     def touched(self) -> None:
@@ -265,9 +269,10 @@ class Writer:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._commit is not None:
-            concurrent.futures.wait([self._commit.future])
-            self._settled(self._commit)
+        under_way = self._commit
+        if under_way is not None:
+            concurrent.futures.wait([under_way.future])
+            self._settled(under_way)
         if self.batch.holds_any():
             if not self._is_broken():
                 commit = self._begin(None)
@@ -310,17 +315,18 @@ class Writer:
 
     def _settled(self, commit: _Commit) -> None:
         """The commit is over: its batch is on the disk, or comes back. Once per commit, whoever hears of it first."""
-        if commit is not self._commit:
-            return
-        self._commit = None
-        error = commit.future.exception()
-        if error is None:
-            self.trouble = None
-            self.commits += 1
-            self._durable = commit.number
-        else:
-            self.trouble = error if isinstance(error, JournalError) else JournalError(f"internal error: {error!r}")
-            self.batch = commit.batch.followed_by(self.batch)
+        with self._hearing:
+            if commit is not self._commit:
+                return
+            self._commit = None
+            error = commit.future.exception()
+            if error is None:
+                self.trouble = None
+                self.commits += 1
+                self._durable = commit.number
+            else:
+                self.trouble = error if isinstance(error, JournalError) else JournalError(f"internal error: {error!r}")
+                self.batch = commit.batch.followed_by(self.batch)
 
     def _about_to_write(self, connection: Connection) -> None:
         """In each transaction before anything is written: a JournalError raised here leaves no trace of it."""

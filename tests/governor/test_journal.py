@@ -6,6 +6,7 @@ Journals are real files; another process is a second connection. Crashes, full d
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import io
 import json
 import math
@@ -249,6 +250,35 @@ def test_tasks_that_wait_together_share_one_commit(path: Path, monkeypatch: pyte
         asyncio.run(main())
         # The first task's commit is under way when the second one reports; all others go with the next.
         assert writer.commits - before == 2
+
+
+def test_closed_from_another_thread_while_the_loop_hears_of_a_commit(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A service closes its writer off the loop. Here the loop always hears of the commit between the two looks."""
+    journal, recorder = begun(path, 1)
+    writer = journal._writer
+    assert writer is not None
+    wait, heard = concurrent.futures.wait, threading.Event()
+
+    def late(futures: Any) -> Any:
+        found = wait(futures)
+        assert heard.wait(30.0)
+        return found
+
+    async def main() -> None:
+        recorder.launched(job(work(0)), 0.0)
+        flushed = asyncio.create_task(recorder.flushed())
+        flushed.add_done_callback(lambda _: heard.set())
+        await asyncio.sleep(0)
+        assert writer._commit is not None
+        await asyncio.to_thread(writer.commit)
+        await flushed
+
+    monkeypatch.setattr("governor.recorder.concurrent.futures.wait", late)
+    with journal:
+        asyncio.run(main())
+        assert rows(path, "SELECT state FROM requests") == [("in_flight",)]
 
 
 def test_a_cancelled_wait_takes_nobody_s_commit_with_it(path: Path) -> None:
