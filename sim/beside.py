@@ -35,13 +35,14 @@ REQUESTS_MOST = 20_000
 SIDE_BY_SIDE = 2
 # One that ends sooner than this is not replaced for as long: starting costs a second of CPU time.
 REST_S = 10.0
+ANSWER_S = 30.0
 FORECAST, WHAT_IF = "quick_forecast", "what_if"
 
 log = logging.getLogger("paceline.service")
 
 
 class EndedError(PacelineError):
-    """The child has ended before it answered."""
+    """The child has ended before it answered, or takes too long."""
 
     retryable = True
 
@@ -50,10 +51,8 @@ class Child:
     """One process that simulates. `ask` from any thread. `rests_until`: when another may be started after its end."""
 
     def __init__(self) -> None:
-        # It finds what this process finds, however that was arranged.
-        command = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; import sim.beside as b; b.answer()"]
-        # Its errors are the service's: they go into the same log.
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        # A fork costs a second less, and is safe as long as no thread can hold a lock in the middle of it.
+        self.pid, self._questions, self._answers, self._end = _forked() if _is_alone() else _started()
         self._numbers = itertools.count()
         self._begun_at = time.monotonic()
         self._asked: dict[int, Future[Any]] = {}
@@ -61,10 +60,6 @@ class Child:
         self.has_ended = False
         self.rests_until = 0.0
         threading.Thread(target=self._hear, name="simulator", daemon=True).start()
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
 
     def ask(self, what: str, question: Any) -> Any:
         """The answer. `EndedError` if the child ends first; `PacelineError` for what is wrong with the question."""
@@ -75,17 +70,23 @@ class Child:
             number = next(self._numbers)
             self._asked[number] = future
             try:
-                _write(self._process.stdin, (number, what, content))
+                _write(self._questions, (number, what, content))
             except OSError:
                 raise EndedError from None
-        return future.result()
+        try:
+            return future.result(ANSWER_S)
+        except TimeoutError:
+            future.cancel()
+            raise
 
     def _hear(self) -> None:
         """Hands out answers until the child has ended."""
-        with contextlib.suppress(EOFError, pickle.UnpicklingError, OSError):
+        with contextlib.suppress(Exception):  # whatever it is, nothing more is heard
             while True:
-                number, is_good, answer = pickle.load(cast(IO[bytes], self._process.stdout))
+                number, is_good, answer = pickle.load(self._answers)
                 future = self._asked.pop(number)
+                if not future.set_running_or_notify_cancel():
+                    continue  # nobody waits for it any more
                 if is_good:
                     future.set_result(answer)
                 else:
@@ -97,12 +98,48 @@ class Child:
             for future in self._asked.values():
                 future.set_exception(EndedError())
             self._asked.clear()
-        code = self._process.wait()
-        for end in (self._process.stdin, self._process.stdout):
+        code = self._end()
+        for pipe in (self._questions, self._answers):
             with contextlib.suppress(OSError):
-                cast(IO[bytes], end).close()
+                pipe.close()
         then = f"another is started in {REST_S:g} s" if self.rests_until else "the next question starts another"
         log.warning("the simulator's process has ended (%s): %s; until then forecasts are fluid", _why(code), then)
+
+
+def _is_alone() -> bool:
+    """Whether this process has one thread, those of libraries counted."""
+    try:
+        return len(os.listdir("/proc/self/task")) == 1
+    except OSError:
+        return False  # not Linux
+
+
+_Ends = tuple[int, IO[bytes], IO[bytes], Callable[[], int]]
+
+
+def _started() -> _Ends:
+    """A new process: its id, both pipes, and what waits for its end."""
+    # It finds what this process finds, however that was arranged. Its errors go into the same log.
+    path = f"sys.path[:] = {sys.path!r}"
+    code = f"import sys; {path}; import sim.beside as b; b.answer(sys.stdin.buffer, b.taken(1))"
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    return process.pid, cast(IO[bytes], process.stdin), cast(IO[bytes], process.stdout), process.wait
+
+
+def _forked() -> _Ends:
+    """The same by a fork of this process, which must have no other thread."""
+    (asked, to_ask), (told, to_tell) = os.pipe(), os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(to_ask)
+        os.close(told)
+        try:
+            answer(os.fdopen(asked, "rb"), os.fdopen(to_tell, "wb"))
+        finally:
+            os._exit(1)
+    os.close(asked)
+    os.close(to_tell)
+    return pid, os.fdopen(to_ask, "wb"), os.fdopen(told, "rb"), lambda: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 class Beside:
@@ -133,18 +170,20 @@ class Beside:
             return None
         try:
             found: float | None = self._asked(FORECAST, outlook)
-        except EndedError:
+        except (EndedError, TimeoutError):
             return None
         return found
 
     def what_if(self, question: Mapping[str, Any]) -> dict[str, Any]:
         """See `whatif.what_if`. `EndedError` where nobody answers."""
-        found: dict[str, Any] = self._asked(WHAT_IF, dict(question))
+        try:
+            found: dict[str, Any] = self._asked(WHAT_IF, dict(question))
+        except TimeoutError:
+            raise EndedError(f"the simulator has not answered for {ANSWER_S:g} s: ask again in a moment") from None
         return found
 
 
-def _write(to: IO[bytes] | None, content: Any) -> None:
-    assert to is not None
+def _write(to: IO[bytes], content: Any) -> None:
     to.write(pickle.dumps(content))
     to.flush()
 
@@ -159,13 +198,19 @@ def _why(code: int) -> str:
 # ---------------------------------------------------------------- in the child
 
 
-def answer() -> None:
-    """Answers what stands in standard input until it ends."""
-    # Ctrl-C goes to all processes of a terminal: the parent decides, and its end is the end of our input.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    asked = sys.stdin.buffer
-    out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever is printed must not stand among the answers
+def taken(number: int) -> IO[bytes]:
+    """That file descriptor as a file of our own; what is printed there goes where errors go."""
+    found = os.fdopen(os.dup(number), "wb")
+    os.dup2(2, number)
+    return found
+
+
+def answer(asked: IO[bytes], out: IO[bytes]) -> None:
+    """Answers all questions until they end, and never returns."""
+    # Ctrl-C goes to all processes of a terminal, a stop to all of a unit: the parent decides, and its end is the end of
+    # the questions.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     turn = threading.Lock()
     from sim import whatif
 

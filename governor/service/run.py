@@ -58,6 +58,10 @@ def run_service(config: ServiceConfig, *, quiet: bool = False) -> int:
     # Each statement that a thread gives SQLite lets go of the interpreter and wants it back, and the event loop would
     # keep it for ten times as long: a transaction of some statements then takes a second under load.
     sys.setswitchinterval(SWITCH_S)
+    if config.forecast is not None:
+        # A forecast of nothing costs nothing, and whoever simulates begins to make itself ready: before there are
+        # threads, connections and a socket, of which a child should have none.
+        config.forecast(Outlook(pool=config.pools[0], demand=Demand()))
     service = service_of(config)
     try:
         if not config.is_local and not service.store.tokens():
@@ -70,9 +74,6 @@ def run_service(config: ServiceConfig, *, quiet: bool = False) -> int:
     except BaseException:
         service.store.database.closed()
         raise
-    if config.forecast is not None:
-        # A forecast of nothing costs nothing, and whoever simulates begins to make itself ready.
-        config.forecast(Outlook(pool=config.pools[0], demand=Demand()))
     with listening:
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +19,7 @@ from governor.pools import Pool
 from sim import beside
 from sim.beside import Beside, EndedError
 from sim.whatif import quick_forecast
+from tests.conftest import ROOT
 from tests.live import WAIT_S
 
 
@@ -48,6 +52,16 @@ def test_it_answers_as_this_process_does_and_is_replaced_when_it_ends(
         simulator.what_if({})
     assert simulator.child() is first
 
+    # One that answers nobody any more holds up nobody for ever.
+    monkeypatch.setattr(beside, "ANSWER_S", 0.2)
+    os.kill(first.pid, signal.SIGSTOP)
+    assert simulator.forecast(asked) is None
+    with pytest.raises(EndedError, match="not answered for"):
+        simulator.what_if({})
+    os.kill(first.pid, signal.SIGCONT)
+    monkeypatch.undo()
+    assert simulator.forecast(asked) == quick_forecast(asked)
+
     # One that ended soon after its start is not replaced at once: nobody forecasts, and nobody waits.
     monkeypatch.setattr(beside, "REST_S", 1_000.0)
     ended(first)
@@ -66,3 +80,20 @@ def test_it_answers_as_this_process_does_and_is_replaced_when_it_ends(
     assert simulator.forecast(asked) == quick_forecast(asked)
     assert simulator.child() is not first
     ended(simulator.child())
+
+
+def test_a_process_of_one_thread_forks_and_takes_its_child_along() -> None:
+    """As `paceline serve` starts it; however the parent ends, the child does too."""
+    code = (
+        "import os, signal, sys; from sim.beside import Beside; from tests.sim.test_beside import outlook;"
+        "b = Beside(); b.forecast(outlook(0)); assert b.child()._end.__name__ == '<lambda>';"
+        "print(b.forecast(outlook(7)), b.child().pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    env = {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=WAIT_S)
+    forecast, pid = ran.stdout.split()
+    assert float(forecast) == quick_forecast(outlook(7)), ran.stderr
+    until = time.monotonic() + WAIT_S
+    while os.path.exists(f"/proc/{pid}") and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text():
+        assert time.monotonic() < until, "the child lives on"
+        time.sleep(0.01)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,11 +29,22 @@ from tests.live import line
 KEY = Key("me POST /batches", "k1", "the same")
 
 
-@pytest.fixture
-def replica(tmp_path: Path) -> Iterator[Worker]:
-    """What a batch on its way in needs of a worker, without its life."""
-    database = ServiceDatabase(str(tmp_path / "service.db"))
+@pytest.fixture(scope="module")
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database without rows: migrations take their time."""
+    path = tmp_path_factory.mktemp("accept") / "service.db"
+    database = ServiceDatabase(str(path))
     database.prepared()
+    database.closed()
+    return path
+
+
+@pytest.fixture
+def replica(migrated: Path, tmp_path: Path) -> Iterator[Worker]:
+    """What a batch on its way in needs of a worker, without its life."""
+    shutil.copy(migrated, tmp_path / "service.db")
+    database = ServiceDatabase(str(tmp_path / "service.db"))
+    database.locked()
     store = Store(database)
     pools = [Pool(policy=Policy(tpm_limit=10**9))]
     found = SimpleNamespace(
