@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+import governor
+import sim
 from governor import law, longwaits, outputs, schema, serve_cli
 from governor.policy import KNOBS
 from governor.schema import metadata
@@ -153,6 +155,12 @@ def test_the_reference_names_what_the_code_has(extension: Any) -> None:
     assert {name for name, _ in pages.listed(schema.__doc__)} == set(metadata.tables)
     assert "| `contestra_openai_active_concurrency` | gauge |" in pages.metric_names()
     assert [path for path in ("POST /batches", "GET /batches/{batch_id}") if f"`{path}`" not in http] == []
+
+
+def test_the_reference_of_python_has_every_public_name() -> None:
+    text = (ROOT / "docs" / "reference" / "python.md").read_text(encoding="utf-8")
+    public = [f"{package.__name__}.{name}" for package in (governor, sim) for name in package.__all__]
+    assert [name for name in public if f":: {name}\n" not in text and "__" not in name] == []
 
 
 def test_every_cause_of_the_law_is_named_and_drawn(extension: Any) -> None:
