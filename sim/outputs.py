@@ -32,9 +32,10 @@ from sim.files import write_atomically
 from sim.inputs import Wishes, scenario_text
 from sim.readers import save_rows
 from sim.results import Plan, SoFar
-from sim.scenario import Scenario, stress_notes
+from sim.scenario import Scenario
 from sim.searchlog import NAME as JOURNAL
 from sim.shown import headline, plain
+from sim.stress import stress_notes
 
 REPORT = "report.html"
 RECOMMENDED = "recommended.env"

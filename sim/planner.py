@@ -34,7 +34,7 @@ from sim.hardening import Hardening, Stress
 from sim.results import Forecast, Plan, SoFar
 from sim.robustness import Drawn
 from sim.runs import Condition, Runs, key_of
-from sim.scenario import Scenario, stress_set
+from sim.scenario import Scenario
 from sim.search import Goal, Searcher, better, score_of
 from sim.searchlog import SearchLog
 from sim.sensitivity import sensitivity
@@ -49,6 +49,7 @@ from sim.space import (
     safer_variants,
 )
 from sim.spread import WorkersLost
+from sim.stress import stress_set
 from sim.tariff import tariff_of
 from sim.unknowns import Unknowns, drawn
 from sim.words import duration

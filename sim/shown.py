@@ -18,7 +18,8 @@ from governor.summary import CAUSES, Summary
 from sim import words
 from sim.layout import facts, table, wrapped
 from sim.results import Estimate, Forecast, Plan, Recommendation, at_most
-from sim.scenario import Scenario, stress_notes
+from sim.scenario import Scenario
+from sim.stress import stress_notes
 from sim.workload import ASSUMED, MEASURED, Provenance
 
 if TYPE_CHECKING:

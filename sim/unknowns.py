@@ -21,7 +21,8 @@ from pydantic import Field, model_validator
 from governor.keyed import SEARCH, keyed_uniform
 from sim.provider_config import Config
 from sim.runs import Condition
-from sim.scenario import Scenario, stress_set
+from sim.scenario import Scenario
+from sim.stress import stress_set
 
 Range = Annotated[tuple[float, float], Field(strict=False)]
 

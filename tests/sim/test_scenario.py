@@ -21,7 +21,8 @@ from governor.requests import CHAT
 from sim.document import FileSource, ModelSource
 from sim.provider_config import ProviderConfig
 from sim.readers import Source
-from sim.scenario import Scenario, following, stress_notes, stress_set
+from sim.scenario import Scenario, following
+from sim.stress import stress_notes, stress_set
 from sim.workload import Columns, columns, from_tokens
 
 VIDUR = "vidur-arxiv/arxiv_summarization_stats_llama2_tokenizer_filtered_v2.csv"
