@@ -132,12 +132,13 @@ def simulate(
     from 0; the scenario's own if not given. `workers`: how many runs go on side by side, 0 = one per core. `engine`: as
     `--engine`. The same arguments give the same figures, to the bit. Oversized where a request can never run.
     """
+    if (seed is not None and not 0 <= seed < 2**63) or (replications is not None and replications < 1):
+        raise BadSetting(f"seed={seed}, replications={replications}: a seed from 0 up, and at least one run")
     changes = {"seed": seed, "replications": replications}
     scenario = scenario.with_(**{name: value for name, value in changes.items() if value is not None}).fitted()
-    runs = scenario.replications or 1
-    if runs < 1:
-        raise ValueError(f"replications={replications}: at least 1")
-    return SimulationResult(scenario, replicate(scenario, runs, pool=Pool(workers, engine=engine)))
+    return SimulationResult(
+        scenario, replicate(scenario, scenario.replications or 1, pool=Pool(workers, engine=engine))
+    )
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from sim import shown
 from sim.engines import is_available
 from sim.experiment import attempts_of
 from sim.figures_time import glance
+from sim.layout import wrapped
 from sim.scenario import Scenario
 from sim.whatif import begin
 from sim.words import duration, percent
@@ -33,6 +34,8 @@ RANGES = {
     "backoff_base_seconds": (0.5, 30.0, 0.5),
 }
 USUAL = ("stagger_s", "tpm_headroom", "max_concurrency", "est_tokens_per_run")
+# Characters, below a figure.
+TEXT_WIDTH = 100
 # From this size on a run by SimPy can be felt, and machine code is made in the background.
 LARGE = 5_000
 
@@ -73,7 +76,7 @@ def _seen(scenario: Scenario, values: Mapping[str, Any]) -> tuple[Figure, str]:
         f"{duration(summary.makespan_s)}; efficiency {efficiency}; {summary.throttled:,} 429s, {summary.failed:,} lost"
     )
     held = shown.held_back(summary.waits_s, policy, summary.reserved_tokens, summary.charged_tokens)
-    return glance(rows, changed.grant(), title=title), held
+    return glance(rows, changed.grant(), title=title), wrapped(held, TEXT_WIDTH)
 
 
 def _slider(name: str, policy: Policy) -> Widget:

@@ -251,6 +251,9 @@ class TestSimulate:
     def test_what_can_never_run_is_refused(self, today: Scenario) -> None:
         with pytest.raises(Oversized, match="the limit is 500"):
             simulate(today.with_(tpm=500))
+        for wrong in ({"replications": 0}, {"seed": -1}):
+            with pytest.raises(BadSetting, match="a seed from 0 up, and at least one run"):
+                simulate(today, **wrong)
 
     def test_its_repr_is_a_line(self, result: SimulationResult) -> None:
         assert repr(result).startswith("<SimulationResult: 30 requests in ")
