@@ -131,7 +131,9 @@ class Database:
             text = f"another process kept it locked for {BUSY_TIMEOUT_S:.0f} s: end that process, then try again"
             return JournalError(f"{self.name}: {text}", retryable=True)
         if kind == sqlite3.SQLITE_NOTADB:
-            return JournalError(f"{self.name}: this is no journal of Paceline's: name another file with --journal")
+            return JournalError(
+                f"{self.name}: this is no journal of Paceline's: name another file (`paceline run`: with --journal)"
+            )
         if kind == sqlite3.SQLITE_CORRUPT:
             return self.damaged(_first_line(error))
         if kind == sqlite3.SQLITE_IOERR:

@@ -399,7 +399,7 @@ def _recognised(database: Database) -> None:
         with database.bare() as connection:
             application = connection.execute("PRAGMA application_id").fetchone()[0]
         if application != APPLICATION_ID:
-            text = "this database is no journal of Paceline's: name another file with --journal"
+            text = "this database is no journal of Paceline's: name another file (`paceline run`: with --journal)"
             raise JournalError(f"{database.name}: {text}")
     with database.reading() as connection:
         if not inspect(connection).has_table(run.name):

@@ -270,7 +270,8 @@ def exit_codes() -> str:
     for codes, meaning in listed(errors.__doc__):
         if re.match(r"\d", codes):
             meaning = re.split(r" {2,}", meaning)[0]
-            rows.append((codes, meaning))
+            # One line of the docstring may speak of several codes, in their order.
+            rows += zip(codes.split(", "), meaning.split(", ") if "," in codes else [meaning], strict=True)
     rows.append((cli.INTERRUPTED, "interrupted by Ctrl-C: no file was left unfinished"))
     rows.append((cli.PIPE_CLOSED, "whoever read the output has closed it"))
     rows.append((cli.TERMINATED, "ended by SIGTERM: no file was left unfinished"))

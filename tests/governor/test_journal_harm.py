@@ -357,7 +357,7 @@ def with_sql(statement: str) -> Callable[[Path], None]:
     return change
 
 
-OTHER = "no journal of Paceline's: name another file with --journal"
+OTHER = "no journal of Paceline's: name another file (`paceline run`: with --journal)"
 
 
 @pytest.mark.parametrize(
