@@ -2,10 +2,11 @@
 
 What lives here: the streams. What must not: what is told (`live`).
 
-Nobody has a queue of their own. The worker ticks twice a second; at each tick a listener compares the current state
-with what it sent last, and sends the state if it is another. A slow listener therefore skips states, and never has more
-than one to send. What all listeners of a batch send is made once, as bytes. A line that means nothing goes out every
-15 s, so that proxies keep a quiet stream open and a listener that went away is noticed.
+Nobody has a queue of their own. The worker ticks twice a second; after each tick a listener compares the current state
+with what it sent last, and sends the state if it is another. Listeners are woken in groups, one shortly after the
+other: hundreds at once would hold up whoever asks for anything in that moment. A slow listener skips states, and never
+has more than one to send. What all listeners of a batch send is made once, as bytes. A line that means nothing goes out
+every 15 s, so that proxies keep a quiet stream open and a listener that went away is noticed.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from governor.service.store import ENDED, BatchRow
 from governor.service.worker import Worker
 
 QUIET_S = 15.0
+# So many groups, so far apart: the last is woken before the next tick.
+GROUPS, APART_S = 8, 0.05
 
 
 def event(name: str, content: Any) -> bytes:
@@ -35,7 +38,8 @@ class Events:
 
     def __init__(self, worker: Worker, elsewhere: Elsewhere) -> None:
         self._worker = worker
-        self._tick = asyncio.Event()
+        self._ticks = [asyncio.Event() for _ in range(GROUPS)]
+        self._joined = 0
         self._made: dict[str, tuple[BatchRow, bytes]] = {}
         self._elsewhere = elsewhere
         self._live: tuple[float, bytes] = (-1.0, b"")
@@ -45,19 +49,27 @@ class Events:
         worker.ticked.append(self._ticked)
 
     def _ticked(self) -> None:
-        """Wakes everybody who listens."""
-        tick, self._tick = self._tick, asyncio.Event()
-        tick.set()
+        """Wakes everybody who listens, group by group."""
+        self._wake(0)
+        if self.listeners:
+            loop = asyncio.get_running_loop()
+            for group in range(1, GROUPS):
+                loop.call_later(group * APART_S, self._wake, group)
         if self._late is not None:
             self._late.cancel()
             self._late = None
         if not self.listeners:
             self._made.clear()
 
+    def _wake(self, group: int) -> None:
+        tick, self._ticks[group] = self._ticks[group], asyncio.Event()
+        tick.set()
+
     def close(self) -> None:
         """No stream goes on."""
         self._closed = True
-        self._ticked()
+        for group in range(GROUPS):
+            self._wake(group)
 
     async def batch(self, batch_id: str) -> AsyncIterator[bytes]:
         """Each state of a batch, `progress` until it is over and `end` then."""
@@ -97,12 +109,13 @@ class Events:
     async def _moments(self) -> AsyncIterator[bytes]:
         """Now, then each tick; with a comment to send now and then, for those who have nothing else to say."""
         yield b""
-        last = time.monotonic()
+        self._joined += 1
+        group, last = self._joined % GROUPS, time.monotonic()
         while not self._closed:
             if self._late is None:
                 # One timer for all: a worker between two lives does not tick.
                 self._late = asyncio.get_running_loop().call_later(QUIET_S, self._ticked)
-            await self._tick.wait()
+            await self._ticks[group].wait()
             quiet = b""
             if time.monotonic() - last >= QUIET_S:
                 quiet, last = b": \n\n", time.monotonic()

@@ -21,6 +21,7 @@ from governor.service.config import ServiceConfig
 
 BACKLOG = 2_048
 SWITCH_S = 0.0005
+GARBAGE = 10_000, 20, 20
 
 log = logging.getLogger("paceline.service")
 
@@ -39,7 +40,8 @@ class _Server(uvicorn.Server):
 
 class _Settled:
     """At the first tick all is loaded, and it stays: looking through half a million objects for garbage again and
-    again would hold up everybody for a tenth of a second each time."""
+    again would hold up everybody for a tenth of a second each time. And what waits is many objects that are no garbage
+    either: it is looked through less often than a program's that makes cycles all the time."""
 
     def __init__(self) -> None:
         self._is_done = False
@@ -49,6 +51,7 @@ class _Settled:
             self._is_done = True
             gc.collect()
             gc.freeze()
+            gc.set_threshold(*GARBAGE)
 
 
 def run_service(config: ServiceConfig, *, quiet: bool = False) -> int:
