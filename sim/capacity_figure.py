@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from sim.capacity_results import Capacity, Probe
-from sim.style import BLUE, GREY, INK, MUTED, ORANGE, VERMILLION, in_time_units, new_figure, styled, time_scale
+from sim.palette import BLUE, GREY, INK, MUTED, ORANGE, VERMILLION
+from sim.style import in_time_units, new_figure, styled, time_scale
 from sim.words import duration
 
 # Waits are drawn up to so many times the one that was asked for.

@@ -18,24 +18,9 @@ from matplotlib.ticker import FuncFormatter
 
 from governor.policy import KNOB_BY_ENV
 from governor.summary import CAUSES
+from sim.palette import BLUE, CAUSE_LABELS, GRID, INK, MUTED, OBJECTIVES, SKY, STYLES, SURFACE, VERMILLION
 from sim.results import Forecast, Heat, Point, StressRow
-from sim.style import (
-    BLUE,
-    CAUSE_LABELS,
-    GRID,
-    INK,
-    MUTED,
-    OBJECTIVES,
-    SKY,
-    STYLES,
-    SURFACE,
-    VERMILLION,
-    arranged,
-    in_time_units,
-    new_figure,
-    styled,
-    time_scale,
-)
+from sim.style import arranged, in_time_units, new_figure, styled, time_scale
 from sim.words import duration, time_unit
 
 # ---------------------------------------------------------------- what held the batch back

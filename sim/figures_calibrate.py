@@ -17,7 +17,8 @@ from scipy import stats
 
 from sim.calibrate import Calibration
 from sim.fits import FAMILIES, Family
-from sim.style import BLUE, GREY, INK, MUTED, ORANGE, VERMILLION, new_figure, styled
+from sim.palette import BLUE, GREY, INK, MUTED, ORANGE, VERMILLION
+from sim.style import new_figure, styled
 
 POINTS_MOST = 4_000
 BINS = 12

@@ -11,8 +11,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from sim.effects import Effect, Sensitivity
+from sim.palette import BLUE, INK, MUTED, OBJECTIVES, ORANGE, STYLES
 from sim.robustness import Drawn
-from sim.style import BLUE, INK, MUTED, OBJECTIVES, ORANGE, STYLES, in_time_units, new_figure, styled, time_scale
+from sim.style import in_time_units, new_figure, styled, time_scale
 from sim.words import duration, number
 
 # Knobs below this share of the largest effect would not show.

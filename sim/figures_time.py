@@ -17,18 +17,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from governor.requests import Attempt
 from governor.summary import Grant
 from sim import series
-from sim.style import (
-    BLUE,
-    CAUSE_LABELS,
-    INK,
-    MUTED,
-    STYLES,
-    VERMILLION,
-    Style,
-    in_time_units,
-    new_figure,
-    styled,
-)
+from sim.palette import BLUE, CAUSE_LABELS, INK, MUTED, STYLES, VERMILLION, Style
+from sim.style import in_time_units, new_figure, styled
 from sim.words import duration
 
 # Steps per curve, and marks per series, above which a page would only grow.

@@ -28,6 +28,7 @@ from governor import __version__
 from governor.errors import BadInput
 from governor.policy import GUARDRAIL_KNOBS, KNOBS, Knob, Policy
 from sim.document import FileSource
+from sim.drawing import Drawing
 from sim.files import write_atomically
 from sim.inputs import Wishes, scenario_text
 from sim.readers import save_rows
@@ -133,9 +134,9 @@ def plan_json(scenario: Scenario, wishes: Wishes, plan: Plan, notes: tuple[str, 
     }
 
 
-def page(scenario: Scenario, plan: Plan, folder: Path) -> str:
-    """The report as one self-contained page."""
-    # Drawing takes long to import, and only this needs it.
+def page(scenario: Scenario, plan: Plan, folder: Path, drawing: Drawing | None = None) -> str:
+    """The report as one self-contained page. `drawing`: who has its figures under way; else they are drawn here."""
+    # Templates take a moment to import, and only this needs them.
     from sim.report import render
 
     return render(
@@ -146,6 +147,7 @@ def page(scenario: Scenario, plan: Plan, folder: Path) -> str:
         provenance=scenario.provenance(),
         version=__version__,
         stress_notes=stress_notes(scenario),
+        figures=None if drawing is None else drawing.figures(plan),
     )
 
 

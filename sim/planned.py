@@ -6,6 +6,7 @@ What lives here: the order of these steps, and what is said where they are broke
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from governor.errors import PacelineError
 from governor.money import Prices, read_prices
 from sim import planner as planning
 from sim.document import ModelSource
+from sim.drawing import Drawing
 from sim.experiment import Pool
 from sim.inputs import Wishes, scenario_text
 from sim.outputs import Written, page, write_plan, write_so_far
@@ -54,7 +56,24 @@ def planned(
 
     Stopped where it is interrupted after something was found.
     """
-    log = SearchLog(folder / NAME, _mark(scenario, wishes), resume=resume)
+    with contextlib.ExitStack() as stack:
+        # Begun first: it needs as long to get ready as the search takes.
+        drawing = stack.enter_context(Drawing(scenario.grant())) if pool.workers > 1 else None
+        log = stack.enter_context(contextlib.closing(SearchLog(folder / NAME, _mark(scenario, wishes), resume=resume)))
+        return _planned(scenario, wishes, folder, notes=notes, pool=pool, say=say, log=log, drawing=drawing)
+
+
+def _planned(
+    scenario: Scenario,
+    wishes: Wishes,
+    folder: Path,
+    *,
+    notes: tuple[str, ...],
+    pool: Pool,
+    say: Say,
+    log: SearchLog,
+    drawing: Drawing | None,
+) -> Planned:
     try:
         found = planning.plan(
             scenario,
@@ -65,19 +84,18 @@ def planned(
             unknowns=wishes.unknowns,
             prices=prices_of(wishes),
             log=log,
+            **({} if drawing is None else {"on_part": drawing.begin}),
         )
         say("writing the report")
         notes = (*notes, *plan_notes(scenario, found))
         log.close()
-        written = write_plan(folder, scenario, wishes, found, page(scenario, found, folder), notes)
+        written = write_plan(folder, scenario, wishes, found, page(scenario, found, folder, drawing), notes)
         # How this search was run is for its user, not for the plan's files: those are the same however it was run.
         return Planned(found, written, notes, tuple(log.notes))
     except planning.Interrupted as stop:
         log.flush()
         left = _left(folder, scenario, stop.so_far, log)
         raise (WorkersLost(f"{stop.reason}; {left}") if stop.reason else Stopped(left)) from None
-    finally:
-        log.close()
 
 
 def prices_of(wishes: Wishes) -> Prices:

@@ -22,7 +22,7 @@ Interrupted, a search leaves what it has found so far (`SoFar`), and with a jour
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from governor.money import Prices
 from governor.policy import Policy
@@ -68,6 +68,8 @@ GOOD_ENOUGH = 0.01
 HOLDS = 0.01
 
 Say = Callable[[str], None]
+OnPart = Callable[[str, Plan], None]
+"""Told as soon as what a figure of the report shows is known: its name (see `drawing`), the plan as far as it goes."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -134,8 +136,10 @@ class Planner:
         unknowns: Unknowns,
         prices: Prices | None,
         log: SearchLog | None,
+        on_part: OnPart = lambda name, plan: None,
     ) -> None:
         self.scenario = scenario
+        self.on_part = on_part
         self.goal = goal
         self.unknowns = unknowns
         self.say = say
@@ -189,31 +193,47 @@ class Planner:
         evidence = Evidence(self.searcher, self.stress, self.budget.seeds)
         self._now("weighing each change")
         guardrails, full = evidence.recommendation(now, few, bold_few), evidence.recommendation(now, best, bold)
-        self._now("mapping the neighbourhood")
-        heats = evidence.heats(best.policy, self.budget.grid)
-        self._now("drawing what is not known")
         kept = score_of(now.runs, self.goal)[:2] <= score_of(best.runs, self.goal)[:2]
         tariff = self.runs.tariff
-        return Plan(
+        plan = Plan(
             objective=self.goal.objective,
             now=now,
             guardrails=guardrails,
             full=full,
             runner_up=runner_up,
-            points=self.searcher.points(self.budget.seeds),
-            stress=evidence.stress_rows(chosen, self.listed),
-            heats=heats,
-            timelines=self._timelines(*chosen[:3]),
+            points=(),
+            stress=(),
+            heats=(),
+            timelines={},
             limits=self._limits(),
             already_good=kept and full.gain_s.mean <= GOOD_ENOUGH * now[self.goal.figure].mean,
             broken=self._broken(best),
+            settings_tried=0,
+            runs_simulated=0,
+            requests_simulated=0,
+            seed=self.scenario.seed,
+            answers_usd=tariff.answers_usd if tariff is not None else None,
+        )
+        plan = replace(plan, timelines=self._timelines(*chosen[:3]))
+        self.on_part("over_time", plan)
+        self.on_part("waits", plan)
+        self._now("mapping the neighbourhood")
+        plan = replace(plan, heats=evidence.heats(best.policy, self.budget.grid))
+        self.on_part("heats", plan)
+        self._now("drawing what is not known")
+        plan = replace(plan, points=self.searcher.points(self.budget.seeds))
+        self.on_part("front", plan)
+        plan = replace(plan, stress=evidence.stress_rows(chosen, self.listed))
+        self.on_part("stress", plan)
+        plan = replace(plan, drawn=self._drawn(chosen))
+        self.on_part("drawn", plan)
+        plan = replace(plan, sensitivity=self._sensitivity(best.policy))
+        self.on_part("sensitivity", plan)
+        return replace(
+            plan,
             settings_tried=len(self.searcher.policies),
             runs_simulated=self.runs.made,
             requests_simulated=self.runs.requests,
-            seed=self.scenario.seed,
-            drawn=self._drawn(chosen),
-            sensitivity=self._sensitivity(best.policy),
-            answers_usd=tariff.answers_usd if tariff is not None else None,
         )
 
     def _drawn(self, chosen: Sequence[Policy]) -> Drawn | None:
@@ -352,13 +372,16 @@ def plan(
     unknowns: Unknowns | None = None,
     prices: Prices | None = None,
     log: SearchLog | None = None,
+    on_part: OnPart = lambda name, plan: None,
 ) -> Plan:
     """The best settings for the scenario, with the evidence. `effort`: quick, normal or thorough.
 
     `say` is told what is going on, for a progress display. `unknowns`: ranges of what is not known, the usual ones
     if not given. With `prices`, what settings pay beside the answers counts on the front. `log`: the journal of the
-    search; Interrupted (a KeyboardInterrupt) holds what had been found. The same scenario, goal, effort and seed give
-    the same plan on any machine, for any number of workers, and however often it was interrupted.
+    search; Interrupted (a KeyboardInterrupt) holds what had been found. `on_part`: see OnPart.
+
+    The same scenario, goal, effort and seed give the same plan on any machine, for any number of workers, and however
+    often it was interrupted.
     """
     planner = Planner(
         scenario,
@@ -369,5 +392,6 @@ def plan(
         unknowns=unknowns or Unknowns(),
         prices=prices,
         log=log,
+        on_part=on_part,
     )
     return planner.plan()

@@ -20,7 +20,7 @@ from jinja2 import Environment, StrictUndefined
 from governor.money import dollars_text
 from governor.policy import KNOB_BY_ENV
 from governor.summary import Grant
-from sim import report_figures, style, words
+from sim import palette, words
 from sim import report_text as text
 from sim.files import write_atomically
 from sim.results import Estimate, Forecast, Plan, Recommendation, Step, at_most, bootstrap_interval
@@ -63,6 +63,7 @@ def render(
     generated: str = "",
     validated: str = NEVER,
     stress_notes: Iterable[tuple[str, str]] = (),
+    figures: Mapping[str, Any] | None = None,
 ) -> str:
     """The report as one HTML text.
 
@@ -70,6 +71,7 @@ def render(
     (measured or assumed, from where); `provider_text`: more of them, as (name, value, measured or assumed) or as a
     mapping like `provenance`. `generated`: a date to print, none by default, so that equal plans give equal files.
     `validated`: how often the forecasts were checked against live runs. `stress_notes`: conditions left out, and why.
+    `figures`: as `report_figures.drawn` gives them; drawn now if they are not given.
     """
     inputs = _inputs(provenance, provider_text)
     assumed = [each["name"] for each in inputs if each["kind"] == "assumed"]
@@ -87,15 +89,15 @@ def render(
         replications=_count(len(plan.now.runs), "run"),
         columns=_columns(plan),
         headline=_headline(plan),
-        objective=style.OBJECTIVES[plan.objective][0],
+        objective=palette.OBJECTIVES[plan.objective][0],
         recommendations=[_recommendation(plan, plan.full, "all"), _recommendation(plan, plan.guardrails, "few")],
         held=text.held_back(plan),
-        figures=report_figures.drawn(plan, grant),
+        figures=_drawn(plan, grant) if figures is None else figures,
         over_time_caption=text.over_time_caption(grant),
         tried=text.tried(plan),
-        front_caption=report_figures.front_caption(plan),
+        front_caption=text.front_caption(plan),
         stress_text=text.kept_counts(plan),
-        stress_names=[style.STYLES[who].label for who in _stress_order(plan)],
+        stress_names=[palette.STYLES[who].label for who in _stress_order(plan)],
         stress_rows=_stress_rows(plan),
         stress_runs=_count(min((len(f.runs) for row in plan.stress for f in row.forecasts.values()), default=0), "run"),
         stress_notes=list(stress_notes),
@@ -114,6 +116,13 @@ def render(
             "never saw."
         ),
     )
+
+
+def _drawn(plan: Plan, grant: Grant) -> dict[str, Any]:
+    # To import a library that draws takes longer than all else here.
+    from sim import report_figures
+
+    return report_figures.drawn(plan, grant)
 
 
 def write(path: str | Path, plan: Plan, **options: Any) -> None:
@@ -163,7 +172,7 @@ def _columns(plan: Plan) -> list[dict[str, str]]:
         "guardrails": f"{_changes(plan.guardrails)} among the eight knobs, no new code",
         "recommended": f"{_changes(plan.full)}, everything Paceline can do",
     }
-    return [{"name": who, "label": style.STYLES[who].label, "about": about[who]} for who in text.policies_of(plan)]
+    return [{"name": who, "label": palette.STYLES[who].label, "about": about[who]} for who in text.policies_of(plan)]
 
 
 def _changes(found: Recommendation) -> str:
@@ -193,7 +202,7 @@ def _headline(plan: Plan) -> list[Row]:
             row("Cost", "all answers once, and what is paid beside", lambda f: _cost(f, plan.answers_usd or 0.0))
         )
     gains = [Cell("–", "the yardstick"), *(_gained(plan, found) for found in (plan.guardrails, plan.full))]
-    name = style.OBJECTIVES[plan.objective][0]
+    name = palette.OBJECTIVES[plan.objective][0]
     return [*rows, Row("Gain", f"in mean {name}, run by run under the same chance", gains)]
 
 
@@ -265,7 +274,7 @@ def _recommendation(plan: Plan, found: Recommendation, which: str) -> dict[str, 
     if found.unguarded:
         about = "These are today's settings: nothing faster keeps the limits whatever the provider does."
     if found.steps:
-        name, figure = style.OBJECTIVES[plan.objective]
+        name, figure = palette.OBJECTIVES[plan.objective]
         mean, today = found.forecast[figure].mean, plan.now[figure].mean
         about = (
             f"{_count(len(found.steps), 'setting')} changed: mean {name} from {duration(today)} to {duration(mean)}."
@@ -280,7 +289,7 @@ def _recommendation(plan: Plan, found: Recommendation, which: str) -> dict[str, 
 
 
 def _step(plan: Plan, step: Step, widest: float) -> dict[str, Any]:
-    today = plan.now[style.OBJECTIVES[plan.objective][1]].mean
+    today = plan.now[palette.OBJECTIVES[plan.objective][1]].mean
     knob = KNOB_BY_ENV[step.env]
     # A tenth of a percent is what the search tells apart; less reads as nothing.
     nothing = abs(step.gain_s) < 0.0005 * today
@@ -331,7 +340,7 @@ def _stress_cell(plan: Plan, f: Forecast | None) -> Cell:
     if f is None:
         return Cell("–")
     kind = text.broken_in(f, plan.limits)
-    name, figure = style.OBJECTIVES[plan.objective]
+    name, figure = palette.OBJECTIVES[plan.objective]
     mean = f[figure].mean
     detail = f"429s per 100: {number(f['throttled_per_100'].mean)}\nlost: {f.lost:,} of {f.trials:,}"
     return Cell(duration(mean), detail, f"{name} {seconds_text(mean)}", kind or "kept", _MARKS[kind])
@@ -349,5 +358,5 @@ def _drawn_rows(plan: Plan) -> list[dict[str, Any]]:
         cells = [duration(value("objective_s")) for value in (found.median, found.bad, found.worst)]
         for name in ("throttled_per_100", "lost_per_100"):
             cells.append(f"{number(found.bad(name))} / {number(found.worst(name))}")
-        rows.append({"name": style.STYLES[who].label, "cells": cells})
+        rows.append({"name": palette.STYLES[who].label, "cells": cells})
     return rows

@@ -11,103 +11,144 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from governor.summary import Grant
-from sim import figures, figures_robust, figures_time, style
+from sim import figures, figures_robust, figures_time, palette, style
 from sim.report_text import policies_of, throttled_limit
 from sim.results import Forecast, Plan
 from sim.words import duration
 
 # A figure's neutral colours are the page's variables, and so is the blue, too dark for a dark page.
 _THEME = {
-    style.BLUE: "--blue",
-    style.INK: "--ink",
-    style.MUTED: "--muted",
-    style.GRID: "--grid",
-    style.SURFACE: "--surface",
+    palette.BLUE: "--blue",
+    palette.INK: "--ink",
+    palette.MUTED: "--muted",
+    palette.GRID: "--grid",
+    palette.SURFACE: "--surface",
 }
 
 
 def drawn(plan: Plan, grant: Grant) -> dict[str, Any]:
     """The figures by name, as elements of the page; "" where there is nothing to draw."""
+    return {name: draw(plan, grant) for name, draw in FIGURES.items()}
+
+
+def _forecasts(plan: Plan) -> dict[str, Forecast]:
+    """The policies that are drawn."""
     forecasts = policies_of(plan)
     if not plan.guardrails.steps:
         # Today's settings once more: a second curve on top of the first would only hide it.
         del forecasts["guardrails"]
-    name, figure = style.OBJECTIVES[plan.objective]
-    look: dict[str, Any] = {"objective": plan.objective, "throttled_limit": throttled_limit(plan)}
-    timelines = {who: plan.timelines[who] for who in forecasts if plan.timelines.get(who)}
-    facts = _listing({style.STYLES[who].label: f"{duration(f[figure].mean)}" for who, f in forecasts.items()})
-    waited = _listing({style.STYLES[who].label: _waited(f) for who, f in forecasts.items()})
-    return {
-        "waits": inline(figures.waits(forecasts), "waits", f"Mean wait per request by cause. {waited}."),
-        "over_time": inline(
-            figures_time.over_time(timelines, grant),
-            "time",
-            "Tokens per minute against the limit, requests in flight, and launches with 429s over time, one run of "
-            f"each policy. Mean {name}: {facts}.",
+    return forecasts
+
+
+def _look(plan: Plan) -> dict[str, Any]:
+    return {"objective": plan.objective, "throttled_limit": throttled_limit(plan)}
+
+
+def _facts(plan: Plan) -> str:
+    figure = palette.OBJECTIVES[plan.objective][1]
+    forecasts = _forecasts(plan)
+    return _listing({palette.STYLES[who].label: f"{duration(f[figure].mean)}" for who, f in forecasts.items()})
+
+
+def _waits(plan: Plan, grant: Grant) -> str:
+    forecasts = _forecasts(plan)
+    waited = _listing({palette.STYLES[who].label: _waited(f) for who, f in forecasts.items()})
+    return inline(figures.waits(forecasts), "waits", f"Mean wait per request by cause. {waited}.")
+
+
+def _over_time(plan: Plan, grant: Grant) -> str:
+    timelines = {who: plan.timelines[who] for who in _forecasts(plan) if plan.timelines.get(who)}
+    if not timelines:
+        return ""
+    name = palette.OBJECTIVES[plan.objective][0]
+    return inline(
+        figures_time.over_time(timelines, grant),
+        "time",
+        "Tokens per minute against the limit, requests in flight, and launches with 429s over time, one run of "
+        f"each policy. Mean {name}: {_facts(plan)}.",
+    )
+
+
+def _front(plan: Plan, grant: Grant) -> str:
+    name = palette.OBJECTIVES[plan.objective][0]
+    return inline(
+        figures.front(plan.points, _forecasts(plan), **_look(plan)),
+        "front",
+        f"Settings that were tried, by 429s per 100 requests and {name}. {_facts(plan)}.",
+    )
+
+
+def _heats(plan: Plan, grant: Grant) -> list[str]:
+    name = palette.OBJECTIVES[plan.objective][0]
+    return [
+        inline(
+            figures.heat(each, **_look(plan)),
+            f"heat{i}",
+            f"Map of the {name} over {each.x_env} and {each.y_env}, all other settings as recommended. "
+            f"Recommended: {_pair(each.recommended)}; now {_pair(each.now)}.",
         )
-        if timelines
-        else "",
-        "front": inline(
-            figures.front(plan.points, forecasts, **look),
-            "front",
-            f"Settings that were tried, by 429s per 100 requests and {name}. {facts}.",
-        ),
-        "heats": [
-            inline(
-                figures.heat(each, **look),
-                f"heat{i}",
-                f"Map of the {name} over {each.x_env} and {each.y_env}, all other settings as recommended. "
-                f"Recommended: {_pair(each.recommended)}; now {_pair(each.now)}.",
-            )
-            for i, each in enumerate(plan.heats)
-        ],
-        "stress": inline(
-            figures.stress(plan.stress, policies_of(plan) | {"runner_up": plan.runner_up}, objective=plan.objective),
-            "stress",
-            f"The {name} of each policy under each condition of the stress set; the table below has the figures.",
-        ),
-        "drawn": ""
-        if plan.drawn is None
-        else inline(
-            figures_robust.drawn(plan.drawn, **look),
-            "drawn",
-            f"The share of {plan.drawn.draws} drawn conditions in which each policy is done by a time, and by which "
-            "it draws so many 429s; the table below has the 5th percentile and the worst.",
-        ),
-        "sensitivity": ""
-        if plan.sensitivity is None
-        else inline(
-            figures_robust.sensitivity(plan.sensitivity),
-            "sensitivity",
-            f"How much each setting changes the {name} around the recommendation, largest first, with intervals. "
-            f"{_largest(plan)}",
-        ),
-    }
+        for i, each in enumerate(plan.heats)
+    ]
+
+
+def _stress(plan: Plan, grant: Grant) -> str:
+    return inline(
+        figures.stress(plan.stress, policies_of(plan) | {"runner_up": plan.runner_up}, objective=plan.objective),
+        "stress",
+        f"The {palette.OBJECTIVES[plan.objective][0]} of each policy under each condition of the stress set; the table "
+        "below has the figures.",
+    )
+
+
+def _drawn(plan: Plan, grant: Grant) -> str:
+    if plan.drawn is None:
+        return ""
+    return inline(
+        figures_robust.drawn(plan.drawn, **_look(plan)),
+        "drawn",
+        f"The share of {plan.drawn.draws} drawn conditions in which each policy is done by a time, and by which "
+        "it draws so many 429s; the table below has the 5th percentile and the worst.",
+    )
+
+
+def _sensitivity(plan: Plan, grant: Grant) -> str:
+    if plan.sensitivity is None:
+        return ""
+    return inline(
+        figures_robust.sensitivity(plan.sensitivity),
+        "sensitivity",
+        f"How much each setting changes the {palette.OBJECTIVES[plan.objective][0]} around the recommendation, largest "
+        f"first, with intervals. {_largest(plan)}",
+    )
+
+
+# By name: what makes the figure of a plan, of which only the part with the same name need be there beside the
+# forecasts.
+FIGURES: dict[str, Callable[[Plan, Grant], Any]] = {
+    "waits": _waits,
+    "over_time": _over_time,
+    "front": _front,
+    "heats": _heats,
+    "stress": _stress,
+    "drawn": _drawn,
+    "sensitivity": _sensitivity,
+}
 
 
 def _largest(plan: Plan) -> str:
     assert plan.sensitivity is not None
-    effects = plan.sensitivity.effects[style.OBJECTIVES[plan.objective][1]][:3]
+    effects = plan.sensitivity.effects[palette.OBJECTIVES[plan.objective][1]][:3]
     return _listing({e.env: duration(e.size) for e in effects}) + "."
 
 
-def front_caption(plan: Plan) -> str:
-    """How to read the front."""
-    return (
-        "Every mark is a setting; further down is faster, further left is refused less often. Large marks are the "
-        "published estimates, on fresh seeds; small ones are from the search, with fewer runs each. Right of the "
-        f"dashed line the provider refuses more than {throttled_limit(plan):g} per 100 requests."
-    )
-
-
 def _waited(f: Forecast) -> str:
-    seen = {style.CAUSE_LABELS[cause][0]: s / f.requests for cause, s in f.waits_s.items() if s > 0.05 * f.requests}
+    seen = {palette.CAUSE_LABELS[cause][0]: s / f.requests for cause, s in f.waits_s.items() if s > 0.05 * f.requests}
     return ", ".join(f"{duration(s)} for {cause}" for cause, s in seen.items()) or "nothing"
 
 

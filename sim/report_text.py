@@ -10,8 +10,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from governor.summary import Grant
+from sim.palette import CAUSE_LABELS, OBJECTIVES, STYLES
 from sim.results import Forecast, Plan, Recommendation, at_most
-from sim.style import CAUSE_LABELS, OBJECTIVES, STYLES
 from sim.words import between, duration, interval, lost_text, number, percent, percent_at_most
 
 # Below this share of the objective a gain is not worth a word.
@@ -271,3 +271,12 @@ def _listed(parts: Iterable[str]) -> str:
     """ "a", "a and b", "a, b and c"."""
     words = list(parts)
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def front_caption(plan: Plan) -> str:
+    """How to read the front."""
+    return (
+        "Every mark is a setting; further down is faster, further left is refused less often. Large marks are the "
+        "published estimates, on fresh seeds; small ones are from the search, with fewer runs each. Right of the "
+        f"dashed line the provider refuses more than {throttled_limit(plan):g} per 100 requests."
+    )

@@ -1,10 +1,10 @@
-"""Which knob matters: Morris' elementary effects or Sobol's indices of the simulated figures, by SALib.
+"""Which knob matters: Morris' elementary effects or Sobol's indices of the simulated figures.
 
 What lives here: from a scenario and a space of values to `Sensitivity`. What must not: the indices' own formulas
-(SALib), their look (`figures_robust`).
+(`morris`; for Sobol's, SALib), their look (`figures_robust`).
 
-Theory of operation. Each knob is one input, uniform over the rungs of its ladder (`space`); a design of SALib's says
-which settings to run, all of them under the same seeds, so that noise does not count as an effect. Morris (1991; with
+Theory of operation. Each knob is one input, uniform over the rungs of its ladder (`space`); a design says which
+settings to run, all of them under the same seeds, so that noise does not count as an effect. Morris (1991; with
 Campolongo, Cariboni and Saltelli's mu*, 2007) moves one knob at a time by two thirds of its ladder, from many random
 places: cheap, and in the figure's own unit. Sobol's total and first-order indices (Saltelli et al., 2010; intervals by
 bootstrap) are shares of variance and cost about ten times as many runs.
@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from governor.policy import KNOB_BY_NAME, Policy
+from sim import morris
 from sim.effects import Effect, Sensitivity
 from sim.experiment import Pool
 from sim.results import Figures
@@ -32,7 +33,7 @@ Method = Literal["morris", "sobol"]
 
 # Morris: levels of each input; a move is two thirds of the range with four of them.
 LEVELS = 4
-MOVE = LEVELS / (2.0 * (LEVELS - 1.0))
+MOVE = morris.move_of(LEVELS)
 # How far `near` reaches on each ladder, in rungs.
 NEAR = 2
 RESAMPLES = 200
@@ -119,16 +120,14 @@ Analysis = Callable[[Design, NDArray[np.float64]], list[Effect]]
 
 
 def _morris(problem: dict[str, Any], size: int, seed: int) -> tuple[Design, Analysis]:
-    from SALib.analyze import morris as analysis
-    from SALib.sample import morris as sampling
-
-    design = sampling.sample(problem, size, num_levels=LEVELS, seed=seed)
+    names = problem["names"]
+    design = morris.trajectories(len(names), size, levels=LEVELS, seed=seed)
 
     def analysed(x: Design, y: NDArray[np.float64]) -> list[Effect]:
-        found = analysis.analyze(problem, x, y, num_levels=LEVELS, num_resamples=RESAMPLES, seed=seed)
-        # SALib states effects per whole range.
-        rows = zip(found["names"], found["mu_star"], found["mu_star_conf"], found["sigma"], strict=True)
-        return [Effect(KNOB_BY_NAME[n].env, float(m * MOVE), float(c * MOVE), float(s * MOVE)) for n, m, c, s in rows]
+        found = morris.mean_effects(morris.elementary_effects(x, y), resamples=RESAMPLES, seed=seed)
+        # Effects are stated per whole range; shown is what one move does.
+        rows = zip(names, *(MOVE * each for each in found), strict=True)
+        return [Effect(KNOB_BY_NAME[name].env, float(m), float(c), float(s)) for name, m, c, s in rows]
 
     return design, analysed
 

@@ -46,6 +46,8 @@ from sim.trace_columns import (
 from sim.workload import TOKENS_MAX
 
 BOM = b"\xef\xbb\xbf"
+# A smaller CSV file is read line by line.
+SMALL_BYTES = 200_000
 Table = dict[str, Any]
 
 
@@ -176,7 +178,8 @@ def read_csv(source: Named, chosen: Mapping[str, str], first: int, drawn: bool) 
     """The rows of a CSV trace with a header line, at most `first` of them (0 = all); `,`, `;`, tab or `|` between."""
     names, separator, line = header_of(source)
     rows = Rows(resolved(names, chosen, source.name, drawn), source.name)
-    table = _fast_table(source, rows, names, separator, line, first)
+    # To import Arrow takes longer than to read a small file line by line.
+    table = None if _is_small(source) else _fast_table(source, rows, names, separator, line, first)
     if table is None:
         for at, row in islice(csv_rows(source, names, separator, line), first or None):
             rows.add(row, at)
@@ -184,6 +187,11 @@ def read_csv(source: Named, chosen: Mapping[str, str], first: int, drawn: bool) 
     if not len(table["prompt"]):
         raise BadInput("only a header, no rows", source.name)
     return rows, table
+
+
+def _is_small(source: Named) -> bool:
+    with source.stream() as stream:
+        return len(stream.read(SMALL_BYTES)) < SMALL_BYTES
 
 
 def header_of(source: Named) -> tuple[list[str], str, int]:

@@ -25,10 +25,11 @@ from sim import provider as prov
 from sim.document import ModelSource
 from sim.driver import WAKE, Job, Simulation, _Moment
 from sim.experiment import case_of
+from sim.palette import CAUSE_LABELS, INK, MUTED, SURFACE
 from sim.provider_config import ProviderConfig
 from sim.report_figures import inline
 from sim.scenario import Scenario
-from sim.style import CAUSE_LABELS, INK, MUTED, SURFACE, styled
+from sim.style import styled
 
 NEW, FLYING, CUT, BACKING_OFF, ANSWERED, LOST = "new", "in flight", "cut off", "backing off", "answered", "lost"
 # What a driver asks the law about; the last cause is no rule of admission, but the time that a retry sleeps.

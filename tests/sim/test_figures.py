@@ -21,7 +21,7 @@ from matplotlib.transforms import Bbox
 
 from governor.requests import Attempt, Outcome
 from governor.summary import CAUSES, Grant
-from sim import figures, figures_time, style
+from sim import figures, figures_time, palette, style
 from sim.report_text import policies_of
 from sim.results import Heat, Plan, Point
 from sim.series import HEAD_CAUSES
@@ -119,13 +119,13 @@ def test_the_palette_can_be_told_apart_by_the_colour_blind() -> None:
         y = float(np.dot((0.2126, 0.7152, 0.0722), linear))
         return 116.0 * float(np.cbrt(y)) - 16.0
 
-    three = [style.STYLES[who] for who in ("now", "recommended")]
+    three = [palette.STYLES[who] for who in ("now", "recommended")]
     assert abs(lightness(three[0].colour) - lightness(three[1].colour)) > 15.0
     for field in ("colour", "marker", "hatch", "label"):
-        assert len({getattr(s, field) for s in style.STYLES.values()}) == len(style.STYLES)
+        assert len({getattr(s, field) for s in palette.STYLES.values()}) == len(palette.STYLES)
     # The theme's neutral colours occur nowhere else: the report exchanges them by value.
-    used = {to_hex(colour) for colour in [*(s.colour for s in style.STYLES.values())]}
-    assert not used & {style.INK, style.MUTED, style.GRID, style.SURFACE}
+    used = {to_hex(colour) for colour in [*(s.colour for s in palette.STYLES.values())]}
+    assert not used & {palette.INK, palette.MUTED, palette.GRID, palette.SURFACE}
 
 
 def test_a_timeline_with_every_cause_has_room_for_all_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,14 +136,14 @@ def test_a_timeline_with_every_cause_has_room_for_all_their_names(monkeypatch: p
         waits = {f"waited_{each}_s": 10.0 for each in HEAD_CAUSES[: i + 1]}
         times = {"submitted_s": 0.0, "eligible_s": 0.0, "launched_s": 10.0 * (i + 1), "finished_s": 10.0 * (i + 1) + 5}
         rows.append(Attempt(request=i, outcome=Outcome.OK, retry_after_s=-1.0, **known, **times, **waits))  # type: ignore[arg-type]
-        assert cause in style.CAUSE_LABELS
+        assert cause in palette.CAUSE_LABELS
     figure = figures_time.timeline(rows, GRANT)
-    assert {style.CAUSE_LABELS[cause][0] for cause in HEAD_CAUSES} <= set(texts(figure))
+    assert {palette.CAUSE_LABELS[cause][0] for cause in HEAD_CAUSES} <= set(texts(figure))
     no_overlaps(figure, monkeypatch)
 
 
 def test_every_cause_has_a_name_and_a_look() -> None:
-    assert set(style.CAUSE_LABELS) == set(CAUSES[1:])
+    assert set(palette.CAUSE_LABELS) == set(CAUSES[1:])
     assert set(HEAD_CAUSES) <= set(figures_time._HATCHES)
 
 
