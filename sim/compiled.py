@@ -32,7 +32,7 @@ from sim import provider as prov
 from sim.engines import BESIDE, ROOT, SOURCES
 from sim.machine import Function, argument, function_of
 from sim.packing import array_of, dtype_of, places
-from sim.run import SPENT, AttemptSink, Tally, arrival_order, batch_order, rows_of
+from sim.run import SPENT, AttemptSink, Tally, arrival_order, deciding_keys, rows_of
 
 if TYPE_CHECKING:
     from sim.experiment import Case
@@ -51,7 +51,7 @@ CHUNK = 8192
 BUFFER = 4096
 SLOTS = 512
 # Chunks of rows that are kept for the next case, at most.
-ROWS_KEPT = 128
+ROWS_KEPT = 256
 CODES = (*SPENT, FailureCode.DEADLINE_EXCEEDED)
 
 PARAMS = dtype_of(Policy().params())
@@ -119,7 +119,7 @@ class _Kept:
         return made
 
 
-_policies, _providers, _orders, _rows = _Kept(64), _Kept(64), _Kept(64), _Kept(ROWS_KEPT)
+_policies, _providers, _orders, _rows = _Kept(64), _Kept(64), _Kept(256), _Kept(ROWS_KEPT)
 _NEW, _NEW_ARRAY = law.State(), array_of(law.State(), STATE)
 
 
@@ -147,13 +147,13 @@ class Batch:
         self.arguments = argument(self.p), argument(self.pp), argument(self.first)
 
     def _order(self) -> NDArray[Any] | None:
-        case, c = self.case, self.case.columns
-        if case.from_trace:
-            order: NDArray[Any] | None = arrival_order(c)
-        elif self.requests > CHUNK:
-            order = batch_order(c, case.params)
-        else:
-            order = _orders.get((case.params, c.cap, c.reserve), lambda: batch_order(c, case.params))
+        c = self.case.columns
+        if self.case.from_trace:
+            return arrival_order(c)
+        keys = deciding_keys(c, self.case.params)
+        if not keys or self.requests > CHUNK:
+            return np.lexsort(keys) if keys else None
+        order: NDArray[Any] = _orders.get((), lambda: np.lexsort(keys), tuple(key.tobytes() for key in keys))
         return order
 
     def _first(self) -> NDArray[Any]:

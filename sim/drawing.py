@@ -13,6 +13,7 @@ with a figure is then said as if there had been no child.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import pickle
 import subprocess
@@ -135,6 +136,8 @@ def serve() -> None:
     """Draws what stands in standard input until it ends."""
     asked, out = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever is printed must not stand among the answers
+    # A handful of figures and then the end: to look for what is garbage would take a tenth of the time.
+    gc.disable()
     from matplotlib.backends import backend_svg  # noqa: F401  (loaded before it is needed)
 
     from sim.report_figures import FIGURES

@@ -64,11 +64,16 @@ def launch_order(columns: Columns, params: law.Params) -> np.ndarray[Any, Any]:
 
 def batch_order(columns: Columns, params: law.Params) -> np.ndarray[Any, Any] | None:
     """The same, or None where they go as they stand."""
+    deciding = deciding_keys(columns, params)
+    return np.lexsort(deciding) if deciding else None
+
+
+def deciding_keys(columns: Columns, params: law.Params) -> list[np.ndarray[Any, Any]]:
+    """The parts of the law's rank that order the requests, the last one first, as `np.lexsort` takes them."""
     sequence = np.broadcast_to(0.0, (len(columns),))
     keys: tuple[Any, ...] = law.rank(params, law.MAIN, 1, columns.cap, columns.reserve, sequence)  # type: ignore[arg-type]
     # What is the same for all decides nothing, and the sequence is kept among equals by the sort itself.
-    deciding = [key for key in reversed(keys) if isinstance(key, np.ndarray) and key is not sequence]
-    return np.lexsort(deciding) if deciding else None
+    return [key for key in reversed(keys) if isinstance(key, np.ndarray) and key is not sequence]
 
 
 def arrival_order(columns: Columns) -> np.ndarray[Any, Any] | None:

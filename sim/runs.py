@@ -30,7 +30,8 @@ BATCH_REQUESTS = 4_000_000
 
 def key_of(policy: Policy) -> PolicyKey:
     """What makes two policies the same, whichever knobs were named."""
-    return tuple(policy.model_dump().values())
+    # All knobs are plain values: a dump would copy them one by one, at ten times the cost.
+    return tuple(policy.__dict__.values())
 
 
 @dataclass(frozen=True, slots=True)

@@ -284,7 +284,7 @@ def test_a_run_of_many_attempts_makes_a_small_picture(sample_plan: Plan) -> None
 
     def later(row: Attempt, i: int) -> Attempt:
         times = {name: getattr(row, name) + i * end_s for name in ("eligible_s", "launched_s", "finished_s")}
-        return dataclasses.replace(row, **times)
+        return row._replace(**times)
 
     many = [later(row, i) for i in range(100) for row in rows]
     assert len(many) == 12_000
