@@ -113,7 +113,7 @@ def _drawn(plan: Plan, grant: Grant) -> str:
         figures_robust.drawn(plan.drawn, **_look(plan)),
         "drawn",
         f"The share of {plan.drawn.draws} drawn conditions in which each policy is done by a time, and by which "
-        "it draws so many 429s; the table below has the 5th percentile and the worst.",
+        "it draws so many 429s; the table below has what one in 20 exceeds, and the worst.",
     )
 
 

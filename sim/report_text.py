@@ -195,7 +195,7 @@ def drawn_line(plan: Plan) -> str:
     worst = duration(found.worst("objective_s"))
     throttled, lost = found.worst("throttled_per_100"), found.worst("lost_per_100")
     return (
-        f"{OBJECTIVES[plan.objective][0]} over {plan.drawn.draws} drawn conditions: median {times[0]}, 5th percentile "
+        f"{OBJECTIVES[plan.objective][0]} over {plan.drawn.draws} drawn conditions: median {times[0]}, one in 20 above "
         f"{times[1]}, worst {worst}; at worst {number(throttled)} 429s and {number(lost)} lost per 100 requests"
     )
 

@@ -1,9 +1,9 @@
-"""How settings fare under conditions drawn from stated ranges, as values: the spread, the worst, the 5th percentile.
+"""How settings fare under conditions drawn from stated ranges, as values: the spread, the worst, what one in 20 exceeds.
 
 What lives here: `Drawn` and its statistics. What must not: drawing (`unknowns`), running, and how it looks.
 
-The 5th percentile is counted from the bad end: of 20 draws one is worse. For times and throttles, where large is bad,
-it is the 95 % quantile of the values.
+"Bad" is what one draw of 20 exceeds: for times and throttles, where large is bad, the 95 % quantile of the values. In
+JSON it is called percentile_5, counted from the bad end.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Outcomes:
         return float(np.quantile(getattr(self, name), 0.5))
 
     def bad(self, name: str) -> float:
-        """The 5th percentile from the bad end: one draw in 20 is worse."""
+        """What one draw in 20 exceeds."""
         return float(np.quantile(getattr(self, name), 1.0 - BAD_SHARE))
 
     def worst(self, name: str) -> float:

@@ -284,10 +284,10 @@ def _drawn(plan: Plan) -> str:
     best = plan.drawn.outcomes["recommended"]
     times = [words.duration(value("objective_s")) for value in (best.median, best.bad, best.worst)]
     return (
-        f"If the assumptions are wrong ({plan.drawn.draws} draws: {plan.drawn.ranges}), the recommendation needs "
-        f"{times[0]} in the median, {times[1]} at the 5th percentile, {times[2]} at worst, with at most "
-        f"{words.number(best.worst('throttled_per_100'))} 429s and {words.number(best.worst('lost_per_100'))} lost per "
-        "100 requests."
+        f"If the assumptions are wrong: over {plan.drawn.draws} drawn conditions ({plan.drawn.ranges}), the "
+        f"recommendation takes {times[0]} in the median; one condition in 20 takes longer than {times[1]}, the worst "
+        f"takes {times[2]}. None has more than {words.number(best.worst('throttled_per_100'))} 429s or loses more than "
+        f"{words.number(best.worst('lost_per_100'))} per 100 requests."
     )
 
 

@@ -278,8 +278,15 @@ SO_FAR = ["front-so-far.json", "recommended-so-far.env", "search.journal"]
 
 def test_ctrl_c_in_the_middle_of_the_search(root: Path, work: Path) -> None:
     """A real process with workers: one line, exit code 130, and the best so far beside the journal."""
-    # The journal begins at once, not after some seconds.
-    code = "import sys, sim.searchlog as log; log.AFTER_S = 0.0; from sim.cli import main; sys.exit(main())"
+    # The journal begins at once, not after some seconds, and the search is not over before it is seen.
+    code = """
+import sys, time
+from sim import cli, experiment, searchlog
+searchlog.AFTER_S = 0.0
+run = experiment.Pool.run
+experiment.Pool.run = lambda pool, tasks: (run(pool, tasks), time.sleep(0.2))[0]
+sys.exit(cli.main())
+"""
     process = subprocess.Popen(
         [sys.executable, "-c", code, "plan", "batch.jsonl", "--effort", "thorough", "--workers", "2"],
         stdout=subprocess.PIPE,

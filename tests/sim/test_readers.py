@@ -6,7 +6,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,14 @@ from sim.workload import ARRAYS, Workload, from_tokens
 VIDUR = "vidur-arxiv/arxiv_summarization_stats_llama2_tokenizer_filtered_v2.csv"
 CODE = "azure-llm-2023/AzureLLMInferenceTrace_code.csv"
 CONV = "azure-llm-2023/AzureLLMInferenceTrace_conv.csv"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def every_csv_file_is_large() -> Iterator[None]:
+    """Small ones are read line by line; here they are to try the fast reader."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(traces, "SMALL_BYTES", 0)
+        yield
 
 
 def stdin(text: str | bytes) -> Source:
@@ -117,6 +125,9 @@ def test_plain_csv_takes_the_fast_reader(data_file: Callable[[str], Path], monke
     mapped = read(zoned, columns={"arrival": "timestamp", "id": "id"})
     assert mapped.arrival_s.tolist() == [0.0, 2.5]
     assert mapped.custom_ids == ["a", "b"]
+    monkeypatch.setattr(traces, "SMALL_BYTES", len(zoned) + 1)
+    with pytest.raises(TypeError):
+        read(zoned)
 
 
 # ---------------------------------------------------------------- formats and columns
