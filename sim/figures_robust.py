@@ -91,7 +91,7 @@ def _title(figure: str, objective: str) -> str:
 def drawn(found: Drawn, *, objective: str = "makespan", throttled_limit: float = 1.0) -> Figure:
     """How many of the drawn conditions each policy is done by: time against the share of draws, one curve per policy.
 
-    A second panel shows throttles in the same way, where there are any. What one draw in 20 exceeds and the worst are marked.
+    Throttles have a second panel, where there are any. Marked: what one draw in 20 exceeds, and the worst.
     """
     panels = [("objective_s", OBJECTIVES[objective][0])]
     if any(each.worst("throttled_per_100") > 0.0 for each in found.outcomes.values()):

@@ -350,7 +350,7 @@ def _stress_cell(plan: Plan, f: Forecast | None) -> Cell:
 
 
 def _drawn_rows(plan: Plan) -> list[dict[str, Any]]:
-    """A row per policy: median, what one draw in 20 exceeds, and worst of the objective; of the others the latter two."""
+    """A row per policy: median, what one in 20 draws exceeds, worst of the objective; of the others the latter two."""
     if plan.drawn is None:
         return []
     rows = []

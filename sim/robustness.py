@@ -1,4 +1,4 @@
-"""How settings fare under conditions drawn from stated ranges, as values: the spread, the worst, what one in 20 exceeds.
+"""How settings fare under conditions drawn from stated ranges, as values: spread, worst, what one in 20 exceeds.
 
 What lives here: `Drawn` and its statistics. What must not: drawing (`unknowns`), running, and how it looks.
 
