@@ -14,8 +14,9 @@ from matplotlib.ticker import FuncFormatter
 
 from governor.requests import Attempt
 from sim import series
+from sim.palette import BLUE, INK, ORANGE, VERMILLION
 from sim.results import Forecast
-from sim.style import BLUE, INK, ORANGE, VERMILLION, in_time_units, new_figure, styled
+from sim.style import in_time_units, new_figure, styled
 from sim.words import duration, number
 
 

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 
 from governor.policy import Policy
 from sim.scenario import Scenario
-from sim.words import duration
+from sim.words import duration, percent
+
+# What is less reads as nothing.
+SECONDS_WORTH_A_WORD = 0.5
 
 
 def reason_for(
@@ -29,12 +32,14 @@ def reason_for(
     if name == "max_concurrency":
         if after > before and waits_s["concurrency"] > 0.05 * sum(waits_s.values()):
             return f"{waited('concurrency')} of all waiting was for a free place in flight"
+        if after > before and left_out_s < SECONDS_WORTH_A_WORD:
+            return "as assumed this gains nothing; it is room for the case that answers take longer"
         if after > before:
             return f"{before} in flight would hold back what the other changes gain, by {duration(left_out_s)}"
         return "more in flight brings nothing here, and fewer are exposed when the provider refuses"
     if name == "tpm_headroom":
         if after < before:
-            return f"the budget follows the provider's own refill; {before:.1%} of {tpm:,.0f} tokens/min lay idle"
+            return f"the budget follows the provider's own refill; {percent(before)} of {tpm:,.0f} tokens/min lay idle"
         return "leaves room for what the reservation does not cover"
     texts = {
         "est_tokens_per_run": f"nearer to what the provider charges ({rule}) than {old.est_tokens_per_run:,} tokens",
@@ -70,6 +75,6 @@ def _share(waits_s: Mapping[str, float]):  # type: ignore[no-untyped-def]
     total = sum(waits_s.values())
 
     def of(cause: str) -> str:
-        return f"{waits_s[cause] / total:.0%}" if total > 0.0 else "none"
+        return percent(waits_s[cause] / total) if total > 0.0 else "none"
 
     return of

@@ -320,7 +320,7 @@ def _step(plan: Plan, step: Step, widest: float) -> dict[str, Any]:
 
 def _stress_order(plan: Plan) -> list[str]:
     known = {who for row in plan.stress for who in row.forecasts}
-    return [who for who in ("now", "recommended", "guardrails", "runner_up") if who in known]
+    return [who for who in ("now", "guardrails", "recommended", "runner_up") if who in known]
 
 
 def _stress_rows(plan: Plan) -> list[dict[str, Any]]:
