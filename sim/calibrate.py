@@ -127,7 +127,7 @@ def calibrate(observed: Observed, *, base: ProviderConfig | None = None, policy:
         *found.figures,
     )
     recorded = times is not None and times.ks > times.ks_limit
-    provider = _provider(base, found, times, recorded)
+    provider = _provider(base, found, times, recorded, observed.label)
     notes = (*observed.notes, *_notes(observed, times, recorded, found))
     policy = policy or observed.policy or following(Policy(), provider)
     scenario = Scenario(
@@ -198,7 +198,21 @@ def _arrivals(come: ArrivalFit | None, observed: Observed) -> tuple[Figure, ...]
     return (unknown("arrivals", None, why, "per s"),)
 
 
-def _provider(base: ProviderConfig, found: QuotaFit, times: LatencyFit | None, recorded: bool) -> ProviderConfig:
+# The provider's inputs, as its `provenance` names them, by the figures that they are learnt with.
+LEARNT = {
+    "limits": "tokens per minute",
+    "charge rule": "charge rule",
+    "settling": "settles",
+    "refused requests": "refusals count",
+    "Retry-After": "Retry-After",
+    "other users of the quota": "share of others",
+    "faults": "server errors",
+}
+
+
+def _provider(
+    base: ProviderConfig, found: QuotaFit, times: LatencyFit | None, recorded: bool, label: str
+) -> ProviderConfig:
     changes: dict[str, Any] = {
         "preset": "",
         "tpm": int(found["tokens per minute"].used),
@@ -229,7 +243,9 @@ def _provider(base: ProviderConfig, found: QuotaFit, times: LatencyFit | None, r
         if recorded:
             # The stalls are in the recorded times already.
             changes["latency"]["stall_ratio"] = 0.0
-    return base.with_(**changes)
+    learnt = [name for name, figure in LEARNT.items() if found[figure].known]
+    learnt += ["latency"] if times is not None else []
+    return base.with_(**changes, learnt=tuple(learnt), learnt_from=label)
 
 
 def _notes(observed: Observed, times: LatencyFit | None, recorded: bool, found: QuotaFit) -> tuple[str, ...]:

@@ -106,10 +106,10 @@ class Latency(Config):
 
     def provenance(self) -> tuple[str, str]:
         """Measured or assumed, and how."""
-        line = f"{self.first_token_s:g} s + {1_000 * self.per_token_s:g} ms per output token"
+        line = f"{self.first_token_s:.3g} s + {1_000 * self.per_token_s:.3g} ms per output token"
         if self.scale != 1.0:
             line += f", times {self.scale:g}"
-        rest = f"noise (sigma {self.sigma:g}) and stalls ({self.stall_ratio:g} of answers) assumed"
+        rest = f"noise (sigma {self.sigma:.3g}) and stalls ({self.stall_ratio:.3g} of answers) assumed"
         known = LATENCIES.get(self.preset)
         if known is None or (self.first_token_s, self.per_token_s) != known[:2] or self.scale != 1.0:
             return ASSUMED, f"{line}; {rest}"
@@ -159,7 +159,8 @@ class ProviderConfig(Config):
 
     Written as the name of a published tier, or as fields, with `preset` naming the tier that the others start from.
     `charge_rule`, as of a day, is what an admission takes; see `ProviderParams` for the meaning of the other habits.
-    `day_*_used`: what was used of the daily limits before the run.
+    `day_*_used`: what was used of the daily limits before the run. `learnt`: which inputs (names as in `provenance`)
+    were learnt from a log, and `learnt_from`: its name.
     """
 
     preset: str = ""
@@ -183,6 +184,8 @@ class ProviderConfig(Config):
     cotenant: Cotenant = Cotenant()
     faults: Faults = Faults()
     latency: Latency = Latency(preset=DEFAULT_LATENCY)
+    learnt: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    learnt_from: str = ""
 
     @model_validator(mode="before")
     @classmethod
@@ -203,7 +206,9 @@ class ProviderConfig(Config):
 
     def with_(self, **changes: Any) -> ProviderConfig:
         """This provider with some fields changed and checked again: `with_(tpm=450_000, latency="gpt-4o-mini")`."""
-        return checked(ProviderConfig, {**self.model_dump(), **changes}, "provider")
+        given = {name for field, name in _INPUTS.items() if field in changes}
+        learnt = tuple(name for name in self.learnt if name not in given)
+        return checked(ProviderConfig, {**self.model_dump(), "learnt": learnt, **changes}, "provider")
 
     def params(self) -> ProviderParams:
         """The numbers that the engines work on."""
@@ -264,7 +269,7 @@ class ProviderConfig(Config):
             found["charge rule"] = (MEASURED, f"recorded headers, by endpoint, as of {self.as_of}")
         else:
             found["charge rule"] = (ASSUMED, self.charge_rule)
-        never = "no: real use is never booked; what recordings show does not exclude it"
+        never = f"no: real use is never booked{_OPEN}"
         found["settling"] = (ASSUMED, "yes: real use is booked on completion" if self.settles else never)
         counts = "count against the limits, as documented" if self.failed_requests_count else "do not count"
         found["refused requests"] = (ASSUMED, counts)
@@ -278,7 +283,25 @@ class ProviderConfig(Config):
         found["other users of the quota"] = (ASSUMED, _cotenant_text(self.cotenant))
         faults = self.faults
         found["faults"] = (ASSUMED, f"{faults.error_ratio:.3g} server errors, {faults.drop_ratio:.3g} dropped")
+        for name in self.learnt:
+            text = found[name][1].removeprefix("as given: ").removesuffix(" assumed").removesuffix(_OPEN)
+            found[name] = (MEASURED, f"learnt from {self.learnt_from}: {text}")
         return found
+
+
+# The inputs by the fields that give them.
+_INPUTS = {
+    "tpm": "limits",
+    "rpm": "limits",
+    "charge_rule": "charge rule",
+    "settles": "settling",
+    "failed_requests_count": "refused requests",
+    "retry_after": "Retry-After",
+    "cotenant": "other users of the quota",
+    "faults": "faults",
+    "latency": "latency",
+}
+_OPEN = "; what recordings show does not exclude it"
 
 
 def _pair(preset: Mapping[str, Any]) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.bench_calibrate import DATA, drawn, halves, misses, round_trips, write_log
 from sim import fits
-from sim.calibrate import calibrate, read_sources
+from sim.calibrate import LEARNT, calibrate, read_sources
 from sim.calibrate_cli import text_of
 from sim.cli import main
 from sim.readers import Source
@@ -229,6 +229,29 @@ def test_command_writes_a_scenario_that_simulate_takes(tmp_path: Path, capsys) -
     assert (tmp_path / "scenario.png").stat().st_size > 20_000
     assert main(["simulate", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["requests"] == 200
+
+
+def test_plan_of_a_calibrated_scenario_says_what_was_learnt(tmp_path: Path, capsys) -> None:
+    known = drawn(102, 60)
+    log, out = write_log(known.scenario, tmp_path / "log.csv"), tmp_path / "scenario.yaml"
+    assert main(["calibrate", str(log), "--out", str(out), "--json"]) == 0
+    figures = {figure["name"]: figure for figure in json.loads(capsys.readouterr().out)["figures"]}
+    words = ["plan", str(out), "--effort", "quick", "--workers", "1", "--out", str(tmp_path / "plan"), "--json"]
+    assert main(words) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["now"]["requests"] == 60
+    for name, figure in LEARNT.items():
+        learnt = figures[figure]["value"] is not None
+        assert told["inputs"][name]["text"].startswith("learnt from log.csv: ") == learnt, name
+        assert (told["inputs"][name]["label"] == "measured") or not learnt
+    latency = told["inputs"]["latency"]
+    assert latency["label"] == "measured"
+    assert "assumed" not in latency["text"]
+    # What the command line says instead is not learnt.
+    assert main(["plan", str(out), "--tpm", "99k", *words[2:]]) == 0
+    given = json.loads(capsys.readouterr().out)["inputs"]["limits"]
+    assert given == {"label": "assumed", "text": given["text"]}
+    assert given["text"].startswith("as given: 99,000 tokens")
 
 
 def test_drawn_workload_survives_the_scenarios_file(tmp_path: Path) -> None:
