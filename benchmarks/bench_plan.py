@@ -2,8 +2,9 @@
 
     python -m benchmarks.bench_plan [--short] [--seed N]
 
-Times: the command itself in a process of its own, report included, warm (the machine code is in its cache), wall and
-processor time, median and extremes.
+Times: the commands themselves in processes of their own, warm (the machine code is in its cache), wall and processor
+time of all their processes, median and extremes: `plan` of 400 requests with its report, `simulate` of 1,000, and one
+what-if of 1,000 requests in 50 runs within a process. What is promised for a quiet machine of two cores stands beside.
 
 Fronts, both sides in the same run, on scenarios drawn as for a new user (a quota of 30,000 or 60,000 tokens per
 minute, today's guardrails): the same search on SimPy at the effort `quick` (what SimPy can do in some ten seconds), and
@@ -22,12 +23,13 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from subprocess import DEVNULL
 from typing import Any
 
 import numpy as np
 
 from governor.policy import Policy
-from sim.experiment import Pool
+from sim.experiment import Pool, replicate
 from sim.planner import FRESH_SEEDS, plan
 from sim.provider_config import ProviderConfig
 from sim.results import Estimate, Forecast, Plan, estimate, forecast_of
@@ -56,30 +58,60 @@ def scenario_of(seed: int) -> Scenario:
 # ---------------------------------------------------------------- times
 
 
-def timed(runs: int) -> None:
-    """The command in its own process, several times."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.csv"
-        rng = np.random.default_rng(1)
-        rows = zip(rng.lognormal(6.8, 0.7, ROWS).astype(int), rng.lognormal(5.2, 0.8, ROWS).astype(int), strict=True)
-        path.write_text("prompt_tokens,output_tokens\n" + "".join(f"{p},{o}\n" for p, o in rows))
-        command = [sys.executable, "-m", "sim.cli", "plan", str(path), "--columns"]
-        command += ["prompt=prompt_tokens,output=output_tokens", "--out", str(Path(folder) / "out")]
-        walls, cpus = [], []
-        for i in range(runs + 1):
-            begun, before = time.perf_counter(), os.times()
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            after = os.times()
-            if i:  # the first one may have to compile
-                walls.append(time.perf_counter() - begun)
-                cpus.append(after.children_user + after.children_system - before.children_user - before.children_system)
-    load = os.getloadavg()[0]
+def started(command: Sequence[str], runs: int) -> tuple[list[float], list[float]]:
+    """Wall and processor seconds of the command in a process of its own, several times; a first one is not counted."""
+    walls, cpus = [], []
+    for i in range(runs + 1):
+        begun, before = time.perf_counter(), os.times()
+        subprocess.run([sys.executable, "-m", "sim.cli", *command], check=True, stdout=DEVNULL, stderr=DEVNULL)
+        after = os.times()
+        if i:  # the first one may have to compile
+            walls.append(time.perf_counter() - begun)
+            cpus.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    return walls, cpus
+
+
+def what_if(runs: int) -> tuple[list[float], list[float]]:
+    """The same of 50 runs of 1,000 requests within this process."""
+    source = ModelSource(requests=1_000, prompt_tokens=(800.0, 2_400.0), output_tokens=(150.0, 700.0), seed=1)
+    policy = Policy.preset("paceline").with_(tpm_limit=300_000, max_concurrency=50, stagger_seconds=0.1)
+    scenario = Scenario.of(source, provider=ProviderConfig(tpm=300_000), policy=policy)
+    pool = Pool(engine="compiled")
+    walls, cpus = [], []
+    for i in range(4 * runs + 1):
+        begun, before = time.perf_counter(), time.process_time()
+        replicate(scenario, 50, pool=pool)
+        if i:
+            walls.append(time.perf_counter() - begun)
+            cpus.append(time.process_time() - before)
+    return walls, cpus
+
+
+def _told(name: str, promised_s: float, walls: Sequence[float], cpus: Sequence[float]) -> None:
+    digits = 2 if promised_s >= 1.0 else 3
     print(
-        f"paceline plan, {ROWS} requests, effort normal, report included: {statistics.median(walls):.2f} s wall "
-        f"({min(walls):.2f} to {max(walls):.2f}), {statistics.median(cpus):.2f} s processor time, {runs} runs "
-        f"(load average {load:.1f} on {os.cpu_count()} cores)",
+        f"{name}: {statistics.median(walls):.{digits}f} s wall ({min(walls):.{digits}f} to {max(walls):.{digits}f}), "
+        f"{statistics.median(cpus):.{digits}f} s processor time, {len(walls)} runs; promised: under {promised_s:g} s "
+        f"(load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores)",
         flush=True,
     )
+
+
+def timed(runs: int) -> None:
+    """The commands, several times each."""
+    with tempfile.TemporaryDirectory() as folder:
+        rng = np.random.default_rng(1)
+        paths = []
+        for count in (ROWS, 1_000):
+            lengths = rng.lognormal(6.8, 0.7, count).astype(int), rng.lognormal(5.2, 0.8, count).astype(int)
+            paths.append(Path(folder) / f"trace-{count}.csv")
+            rows = "".join(f"{p},{o}\n" for p, o in zip(*lengths, strict=True))
+            paths[-1].write_text(f"prompt_tokens,output_tokens\n{rows}")
+        columns = ("--columns", "prompt=prompt_tokens,output=output_tokens")
+        plan_of = ["plan", str(paths[0]), *columns, "--out", str(Path(folder) / "out")]
+        _told(f"plan of {ROWS} requests, effort normal, report included", 5.0, *started(plan_of, runs))
+        _told("simulate of 1,000 requests", 1.0, *started(["simulate", str(paths[1]), *columns], runs))
+    _told("what-if of 1,000 requests, 50 runs, in process", 0.05, *what_if(runs))
 
 
 # ---------------------------------------------------------------- fronts
