@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -239,6 +240,10 @@ class Cluster:
             text=True,
             env={**os.environ, "PYTHONPATH": str(root)},
         )
+        self.address = ""
+
+    def wait(self) -> None:
+        """Until it is up."""
         assert self.process.stdout is not None
         self.address = self.process.stdout.readline().strip()
         assert self.address.startswith("127.0.0.1:"), "no cluster came up"
@@ -268,20 +273,31 @@ class Cluster:
         self.process.stdout.close()
 
 
-@pytest.fixture(scope="module")
-def cluster(root: Path) -> Iterator[Cluster]:
-    pytest.importorskip("ray", reason="the extra `ray` is not installed")
+@pytest.fixture(scope="module", autouse=True)
+def coming(root: Path, request: pytest.FixtureRequest) -> Iterator[Cluster | None]:
+    """The cluster, begun before the first test of the module: it comes up beside those that do without."""
+    users = [item for item in request.session.items if "cluster" in getattr(item, "fixturenames", ())]
+    if find_spec("ray") is None or not any(item.path == request.path for item in users):
+        yield None
+        return
     found = Cluster(root, 2)
-    before = os.environ.get("RAY_ADDRESS")
-    os.environ["RAY_ADDRESS"] = found.address
     try:
         yield found
     finally:
-        spread.disconnect()
         found.close()
-        os.environ.pop("RAY_ADDRESS")
-        if before is not None:
-            os.environ["RAY_ADDRESS"] = before
+
+
+@pytest.fixture(scope="module")
+def cluster(coming: Cluster | None) -> Iterator[Cluster]:
+    if coming is None:
+        pytest.skip("the extra `ray` is not installed")
+    coming.wait()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", coming.address)
+        try:
+            yield coming
+        finally:
+            spread.disconnect()
 
 
 @pytest.mark.slow
