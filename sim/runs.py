@@ -57,13 +57,15 @@ class Runs:
     def require(self, wanted: Iterable[tuple[Condition, Policy, Sequence[int]]]) -> None:
         """Makes sure that each of these has run under its seeds."""
         tasks: list[tuple[str, PolicyKey, Case, list[int]]] = []
-        asked: set[tuple[str, PolicyKey]] = set()
+        asked: dict[tuple[str, PolicyKey], set[int]] = {}
         for condition, policy, seeds in wanted:
             key = key_of(policy)
             mine = self._known.setdefault((condition.name, key), {})
-            missing = [seed for seed in seeds if seed not in mine]
-            if missing and (condition.name, key) not in asked:
-                asked.add((condition.name, key))
+            # Who is asked for twice in one call runs once under each of its seeds.
+            under_way = asked.setdefault((condition.name, key), set())
+            missing = [seed for seed in dict.fromkeys(seeds) if seed not in mine and seed not in under_way]
+            under_way.update(missing)
+            if missing:
                 missing = self._from_log(condition.name, key, missing)
                 if missing:
                     tasks.append((condition.name, key, self._case(condition, policy, key), missing))

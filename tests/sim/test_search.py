@@ -57,6 +57,15 @@ def test_nothing_is_run_twice_and_a_climb_ends_where_no_neighbour_is_better(smal
     assert leader == best
 
 
+def test_the_same_setting_twice_in_one_call_runs_under_all_its_seeds(small: Scenario) -> None:
+    pool = Counting()
+    runs, here = Runs(pool), Condition("", small)
+    runs.require([(here, small.policy, [1, 2, 2]), (here, small.policy, [2, 3])])
+    assert sorted(seed for _, seed in pool.asked) == [1, 2, 3]
+    assert [run.seed for run in runs.figures(here, small.policy, [3, 1])] == [3, 1]
+    assert runs.made == 3
+
+
 def test_the_effort_ends_a_climb(small: Scenario) -> None:
     runs = Runs(Counting())
     searcher = Searcher(Condition("", small), Goal(), runs, effort=1)
