@@ -38,6 +38,8 @@ Shared = TypeVar("Shared")
 Own = TypeVar("Own")
 
 RAY_SIDE = "sim.ray_side"
+# How long that process may take to leave a cluster.
+ENDS_S = 10.0
 # Modules whose source decides what a run gives.
 DECIDING = ("governor/*.py", "sim/*.py")
 
@@ -205,6 +207,11 @@ class _Side:
         atexit.unregister(self.end)
         if self.alive:
             self.child.terminate()
+            try:
+                self.child.wait(ENDS_S)
+            except subprocess.TimeoutExpired:
+                # Ray's own shutdown may wait for a cluster that is no more.
+                self.child.kill()
         with contextlib.suppress(BrokenPipeError), self.child:
             pass
 

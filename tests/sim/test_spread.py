@@ -215,6 +215,22 @@ def test_loopback_is_told_from_the_rest() -> None:
     assert not any(map(ray_side.is_loopback, ("10.0.0.1:6379", "head:6379", "auto", "")))
 
 
+def test_a_child_that_does_not_end_is_ended(monkeypatch) -> None:
+    deaf = (
+        "import pickle, signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        "pickle.dump(('ready', 3), sys.stdout.buffer); sys.stdout.flush(); time.sleep(60)"
+    )
+    start = subprocess.Popen
+    monkeypatch.setattr(spread, "ENDS_S", 0.1)
+    with monkeypatch.context() as m:
+        m.setattr(spread.subprocess, "Popen", lambda words, **how: start([sys.executable, "-c", deaf], **how))
+        side = spread._Side()
+    assert side.size == 3
+    side.end()
+    assert side.child.returncode == -signal.SIGKILL
+    side.end()
+
+
 def test_without_ray_the_extra_is_named(monkeypatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setitem(sys.modules, "ray", None)
