@@ -5,6 +5,7 @@ The suite kills a few times, the long form at 30 random moments. What a provider
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import random
 import signal
@@ -15,11 +16,15 @@ from pathlib import Path
 import httpx
 import pytest
 
+from governor.money import SHIPPED, read_prices
+from governor.pools import Pool
+from governor.service.app import service_of
 from governor.service.base import ServiceDatabase
+from governor.service.config import ServiceConfig
 from governor.service.ledger import FencedWriter, LeaseLostError, Ledger
 from governor.service.store import Store
 from tests.governor.journals import works
-from tests.live import Cli, provider, shared_cli
+from tests.live import WAIT_S, Cli, provider, shared_cli
 from tests.postgres import PostgresServer
 from tests.servers import RedisServer
 from tests.services import Served, good, lines, ready, started, until
@@ -227,6 +232,45 @@ def test_who_has_lost_the_lease_writes_nothing(tmp_path: Path) -> None:
         writer.abandon()
     finally:
         database.closed()
+
+
+def test_a_lease_is_renewed_while_a_life_takes_stock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine that may take longer than a lease; neighbours look for lapsed ones all the time."""
+    lease_s = 0.6
+    config = ServiceConfig(
+        database=str(tmp_path / "service.db"),
+        pools=[Pool(base_url="http://127.0.0.1:9/v1")],
+        environment={},
+        prices=read_prices(SHIPPED),
+        lease_s=lease_s,
+    )
+    service = service_of(config)
+    store, worker = service.store, service.worker
+    looked: list[list[tuple[int, int]]] = []
+
+    def slowly(*_: object) -> None:
+        until_at = time.monotonic() + 2.0 * lease_s
+        while time.monotonic() < until_at:
+            looked.append(store.free_batches(-1))  # marks whose lease has lapsed as lost
+            time.sleep(0.02)
+
+    monkeypatch.setattr(worker.ledger, "last_state", slowly)
+
+    async def story() -> None:
+        running = asyncio.create_task(worker.run())
+        async with asyncio.timeout(WAIT_S):
+            while not worker.ready:
+                assert worker.trouble == "it is starting", worker.trouble
+                await asyncio.sleep(0.02)
+        assert worker.replica == 1
+        worker.stop()
+        await running
+
+    try:
+        asyncio.run(story())
+    finally:
+        store.database.closed()
+    assert looked
 
 
 def test_a_database_that_goes_away_and_comes_back(killing: Cli, tmp_path: Path, seed: int) -> None:
