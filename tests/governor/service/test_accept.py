@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from collections.abc import Iterator
@@ -12,13 +13,16 @@ from typing import Any, cast
 import pytest
 
 from governor.database import JournalError
+from governor.money import SHIPPED, read_prices
 from governor.policy import Policy
 from governor.pools import Pool
 from governor.preflight import preflight
 from governor.requests import read_requests
 from governor.service import accept
 from governor.service.accept import Incoming, Judged, Wish
+from governor.service.auth import Door
 from governor.service.base import ServiceDatabase
+from governor.service.config import ServiceConfig
 from governor.service.ledger import Ledger
 from governor.service.policies import Policies
 from governor.service.store import Key, KeyTakenError, Store
@@ -136,3 +140,37 @@ def test_changes_that_become_visible_in_the_other_order_end_as_everywhere(replic
     found = policies.in_force()["default"]
     assert (found.max_concurrency, found.tpm_headroom) == (7, 0.3)
     assert not policies.refresh()
+
+
+def test_what_is_held_in_memory_is_limited_as_such(replica: Worker) -> None:
+    """A file streams to the disk; JSON does not, whatever it is posted to."""
+    pools = replica.config.pools
+    config = ServiceConfig(pools=pools, environment={}, prices=read_prices(SHIPPED), upload_bytes=900, body_bytes=80)
+
+    async def status(path: str, kind: str, size: int) -> int:
+        told: list[Any] = []
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+
+        async def send(message: Any) -> None:
+            told.append(message)
+
+        async def receive() -> Any:
+            raise AssertionError("nobody reads")
+
+        headers = [(b"content-type", kind.encode()), (b"content-length", str(size).encode())]
+        scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
+        await Door(app, config)(scope, receive, send)
+        return int(told[0]["status"])
+
+    form, plain = "multipart/form-data; boundary=x", "application/json"
+    cases = {
+        ("/batches", "application/jsonl", 900): 200,
+        ("/batches", "application/jsonl", 901): 413,
+        ("/templates/t/batch-run", form, 900): 200,
+        ("/templates/t/batch-run", plain, 81): 413,
+        ("/templates/t/preflight", plain, 80): 200,
+        ("/settings", form, 81): 413,
+    }
+    assert {case: asyncio.run(status(*case)) for case in cases} == cases
