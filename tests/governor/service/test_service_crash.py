@@ -176,9 +176,10 @@ def test_a_dead_replicas_batches_are_taken_over_and_none_runs_twice(
             assert (row["state"], row["done"]) == ("completed", count)
             assert [each["custom_id"] for each in b.lines(batch_id)] == [f"{prefix}-{i}" for i in range(count)]
             resent += row["resent"]
-        # What was in flight when it died was sent again, and nothing else was.
+        # What was in flight when it died was sent again, and nothing else was. Of that, some may have been written down
+        # and not yet on the wire.
         assert 0 < resent <= IN_FLIGHT
-        assert llm.stats()["requests"] == 2 * count + resent
+        assert 2 * count <= llm.stats()["requests"] <= 2 * count + resent
         b.stop(signal.SIGKILL)
 
 
