@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -70,10 +71,15 @@ def batch_order(columns: Columns, params: law.Params) -> np.ndarray[Any, Any] | 
 
 def deciding_keys(columns: Columns, params: law.Params) -> list[np.ndarray[Any, Any]]:
     """The parts of the law's rank that order the requests, the last one first, as `np.lexsort` takes them."""
-    sequence = np.broadcast_to(0.0, (len(columns),))
+    sequence = _alike(len(columns))
     keys: tuple[Any, ...] = law.rank(params, law.MAIN, 1, columns.cap, columns.reserve, sequence)  # type: ignore[arg-type]
     # What is the same for all decides nothing, and the sequence is kept among equals by the sort itself.
     return [key for key in reversed(keys) if isinstance(key, np.ndarray) and key is not sequence]
+
+
+@lru_cache(maxsize=8)
+def _alike(count: int) -> np.ndarray[Any, Any]:
+    return np.broadcast_to(0.0, (count,))
 
 
 def arrival_order(columns: Columns) -> np.ndarray[Any, Any] | None:

@@ -100,6 +100,7 @@ class Searcher:
         self.leader: tuple[Policy, int] | None = None
         self.seeds = range(self.scenario.seed, self.scenario.seed + SEARCH_SEEDS)
         self._scores: dict[tuple[PolicyKey, int], Score] = {}
+        self._points: dict[PolicyKey, Point] = {}
 
     def spend(self, effort: int) -> None:
         """So much more may be spent from now on."""
@@ -186,6 +187,13 @@ class Searcher:
                 return points
             self.run(hasty, seeds)
 
+    def _point(self, key: PolicyKey, policy: Policy, figures: Sequence[Figures]) -> Point:
+        n = len(figures)
+        lost = sum(run["failed"] for run in figures) / n
+        throttled = sum(run["throttled_per_100"] for run in figures) / n
+        extra = sum(run["extra_usd"] for run in figures) / n if self.runs.tariff is not None else None
+        return Point(policy, self.origins[key], score_of(figures, self.goal)[2], throttled, lost, n, False, extra)
+
     def front(self) -> tuple[Point, ...]:
         """The same from the runs that there are, none added."""
         found = []
@@ -193,12 +201,11 @@ class Searcher:
             figures = self.runs.known(self.condition, key, self.seeds)
             if not figures:
                 continue
-            n = len(figures)
-            lost = sum(run["failed"] for run in figures) / n
-            throttled = sum(run["throttled_per_100"] for run in figures) / n
-            extra = sum(run["extra_usd"] for run in figures) / n if self.runs.tariff is not None else None
-            objective = score_of(figures, self.goal)[2]
-            found.append(Point(policy, self.origins[key], objective, throttled, lost, n, False, extra))
+            # Asked again and again, and few settings have had more runs since.
+            known = self._points.get(key)
+            if known is None or known.replications != len(figures):
+                known = self._points[key] = self._point(key, policy, figures)
+            found.append(known)
         found.sort(key=lambda p: (p.lost, p.throttled_per_100, p.objective_s, p.extra_usd or 0.0, -p.replications))
         return _with_front(found)
 
