@@ -2,7 +2,9 @@
 
 What lives here: widgets around `simulate`'s own means. What must not: anything that a program without a screen needs.
 Needs ipywidgets (the extra `notebook`). Without a browser the widgets show their first state, so that a notebook that
-holds them can be executed anywhere.
+holds them can be executed anywhere. The picture is a widget of its own and no captured output: a client without a
+browser answers captured output on the channel on which it waits for the cell's end, and may then wait in vain until its
+time-out (nbclient 0.11: two minutes in place of a second, now and then).
 """
 
 from __future__ import annotations
@@ -10,17 +12,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from IPython.display import clear_output, display
-from ipywidgets import FloatSlider, IntSlider, Output, VBox, Widget
-from matplotlib.figure import Figure
+from ipywidgets import HTML, FloatSlider, Image, IntSlider, VBox, Widget
 
 from governor.policy import KNOB_BY_NAME, Policy, knob_named
 from sim import shown
 from sim.engines import is_available
 from sim.experiment import attempts_of
 from sim.figures_time import glance
-from sim.layout import wrapped
+from sim.rich import paragraph
 from sim.scenario import Scenario
+from sim.style import POINTS_PER_INCH, png_of
 from sim.whatif import begin
 from sim.words import duration, percent
 
@@ -34,8 +35,8 @@ RANGES = {
     "backoff_base_seconds": (0.5, 30.0, 0.5),
 }
 USUAL = ("stagger_s", "tpm_headroom", "max_concurrency", "est_tokens_per_run")
-# Characters, below a figure.
-TEXT_WIDTH = 100
+# Of the figure, inches.
+WIDTH_IN = 9.0
 # From this size on a run by SimPy can be felt, and machine code is made in the background.
 LARGE = 5_000
 
@@ -50,22 +51,20 @@ def what_if(scenario: Scenario, *knobs: str) -> Widget:
         begin()
     sliders = {name: _slider(name, scenario.policy) for name in knobs or USUAL}
 
-    out = Output()
+    picture = Image(format="png", width=round(POINTS_PER_INCH * WIDTH_IN))
+    words = HTML()
 
     def show(_: object = None) -> None:
-        figure, text = _seen(scenario, {name: slider.value for name, slider in sliders.items()})
-        with out:
-            clear_output(wait=True)
-            display(figure)
-            print(text)
+        picture.value, text = _seen(scenario, {name: slider.value for name, slider in sliders.items()})
+        words.value = paragraph(text)
 
     for slider in sliders.values():
         slider.observe(show, "value")
     show()
-    return VBox([*sliders.values(), out])
+    return VBox([*sliders.values(), picture, words])
 
 
-def _seen(scenario: Scenario, values: Mapping[str, Any]) -> tuple[Figure, str]:
+def _seen(scenario: Scenario, values: Mapping[str, Any]) -> tuple[bytes, str]:
     """One run under these settings: a picture with its figures, and the knob that holds it back."""
     policy = scenario.policy.with_(**values)
     changed = scenario.with_(policy=policy).fitted()
@@ -76,7 +75,7 @@ def _seen(scenario: Scenario, values: Mapping[str, Any]) -> tuple[Figure, str]:
         f"{duration(summary.makespan_s)}; efficiency {efficiency}; {summary.throttled:,} 429s, {summary.failed:,} lost"
     )
     held = shown.held_back(summary.waits_s, policy, summary.reserved_tokens, summary.charged_tokens)
-    return glance(rows, changed.grant(), title=title), wrapped(held, TEXT_WIDTH)
+    return png_of(glance(rows, changed.grant(), title=title)), held
 
 
 def _slider(name: str, policy: Policy) -> Widget:

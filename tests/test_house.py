@@ -43,7 +43,6 @@ SANS_IO = {"asyncio", "http", "logging", "os", "random", "secrets", "simpy", "so
 
 # Where a distribution's import name is not its own name.
 DISTRIBUTIONS = {
-    "IPython": "ipython",
     "dotenv": "python-dotenv",
     "prometheus_client": "prometheus-client",
     "yaml": "pyyaml",

@@ -199,8 +199,13 @@ def test_sliders_show_the_first_state_and_follow() -> None:
     from sim.sliders import what_if
 
     box = what_if(Scenario([{"prompt_tokens": 900, "output_tokens": 100}] * 20, tpm=30_000), "stagger_s")
-    slider, _ = box.children
+    slider, picture, words = box.children
     assert slider.value == 15.0
-    slider.value = 1.0
+    first = bytes(picture.value), words.value
+    assert first[0].startswith(b"\x89PNG")
+    assert "OPENAI_STAGGER_SECONDS=15" in first[1]
+    slider.value = 0.0
+    assert bytes(picture.value) != first[0]
+    assert "OPENAI_STAGGER_SECONDS" not in words.value
     with pytest.raises(ValueError, match="stager_s has no slider"):
         what_if(Scenario([{"prompt_tokens": 900, "output_tokens": 100}]), "stager_s")
