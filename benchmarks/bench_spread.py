@@ -12,7 +12,7 @@ cluster are there before anything is measured. It takes some four minutes; with 
 verdict.
 
 On a machine that does other things at the same time the two spinning loops are worth less than two, or more in one
-moment than in the next: the last line says whether that was so.
+moment than in the next: then there is no verdict, and the last line says so.
 """
 
 from __future__ import annotations
@@ -97,10 +97,10 @@ def measured(case: Case, large: Case, spins: int, seconds: float, ray_seconds: f
     return Round(cores, threads, both / alone, ray / both, on_ray / ray)
 
 
-def verdict(what: str, values: Sequence[float], wanted: float, short: bool) -> str:
+def verdict(what: str, values: Sequence[float], wanted: float, judged: bool) -> str:
     """A line with median, extremes and what became of the promise."""
     middle = statistics.median(values)
-    said = "no verdict" if short else "kept" if middle >= wanted else "MISSED"
+    said = "no verdict" if not judged else "kept" if middle >= wanted else "MISSED"
     return f"{what}: {middle:.2f} ({min(values):.2f} to {max(values):.2f}); promised {wanted:.2f}: {said}"
 
 
@@ -134,16 +134,17 @@ def main() -> None:
         spread.disconnect()
         cluster.communicate()
     cores = [each.cores for each in found]
+    quiet = min(cores) >= QUIET
+    judged = quiet and not short
     print(f"two spinning loops do {statistics.median(cores):.2f} times the work of one (median of {rounds})")
     for name, engine in (("threads", "compiled engine"), ("processes", "SimPy")):
         times = [getattr(each, name) for each in found]
         shares = [a / b for a, b in zip(times, cores, strict=True)]
         what = f"sweep by two {name}, {engine}: {statistics.median(times):.2f} times one; of what the cores give"
-        print(verdict(what, shares, PROMISED, short))
+        print(verdict(what, shares, PROMISED, judged))
     length = min(each.ray_s for each in found)
     what = f"sweeps of {length:.0f} s and more on Ray, two nodes, of the local speed"
-    print(verdict(what, [each.ray for each in found], PROMISED, short or length < 30.0))
-    quiet = min(cores) >= QUIET
+    print(verdict(what, [each.ray for each in found], PROMISED, judged and length >= 30.0))
     print(
         f"the machine was {'quiet' if quiet else 'NOT quiet, these figures say little'}: {min(cores):.2f} at the least"
     )
