@@ -242,6 +242,6 @@ def test_the_node_of_a_cluster_that_keeps_the_pool_is_found() -> None:
         kept = asked(there.port, "EXISTS", "paceline:{default:test}:image")
     assert kept == ":1"
     for did in found:
-        assert (did.why, did.answered) == ("", list(range(len(did.launches))))
+        assert (did.why, sorted(did.answered)) == ("", list(range(len(did.launches))))
         assert len(did.launches) > 5
     assert json.dumps([did.said for did in found]).count("another node") <= 2

@@ -474,7 +474,8 @@ def test_neither_key_nor_prompt_is_ever_logged(cli: Cli, tmp_path: Path) -> None
     events = [{"kind": "model_not_found", "after_requests": 2, "times": 1}, {"kind": "drop", "ratio": 0.3}]
     with provider(events=events) as llm, serving(cli, tmp_path, llm.base_url) as served:
         template = served.template(prompt=secret + " {{ name }}")
-        good(served.run(template, 3))
+        first = good(served.run(template, 3))["batch_id"]
+        until("the stop of the first", lambda: served.get(f"/batches/{first}")["state"] == "stopped")
         served.client.post("/templates", json={"name": secret, "prompt": 3})
         bad = served.client.post(f"/templates/{template}/batch-run", json={"inputs": [{"nam": secret}]})
         assert secret not in bad.text
