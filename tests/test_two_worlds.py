@@ -47,16 +47,13 @@ REQUESTS = 100_000
 # A longer form: PACELINE_TWO_WORLDS=2000000 pytest -m slow tests/test_two_worlds.py
 SLOW_REQUESTS = int(os.environ.get("PACELINE_TWO_WORLDS", "1000000"))
 
-# Ties in DESIGN's order: answers (0, time-outs among them), changes, retries and wakes. Where the send states the
-# time-outs, the driver's own, of the same instant, find nobody any more.
+# Where a change of settings stands among the events of one instant: after answers, before retries and wakes.
 CHANGE = 1
 
-
-def ties(hangs: bool, ordered: bool) -> dict[Callable[..., Any], int]:
-    """The order of timers at one instant. Not `ordered`: only what a time-out's own answer and sender need."""
-    kinds = {Governor.pause: CHANGE, Governor.resume: CHANGE, Governor.reprice: CHANGE, Governor._ring: 4}
-    time_outs = {rung_in_time: -1, Governor._expire: 0 if hangs else 5}
-    return time_outs | kinds if ordered else time_outs
+# The live driver's timers in that order; answers, which are nobody's timer, are 0. Its own time-outs come after all
+# answers of the instant: an answer in the last moment is one, and where the send states the time-outs they find nobody.
+TIME_OUTS: dict[Callable[..., Any], int] = {Governor._expire: 1}
+TIES = TIME_OUTS | {Governor.pause: 2, Governor.resume: 2, Governor.reprice: 2, Governor._ring: 4}
 
 
 Change = tuple[float, law.Params | str]
@@ -195,7 +192,7 @@ class Provider:
                 self.refused_unheard.add((i, experiment.LANES[job.lane], job.attempt))
             await until(loop, math.inf if self.hangs else expires_at)
             return TIMED_OUT
-        await until(loop, at, self.hangs and at == expires_at)
+        await until(loop, at)
         if outcome == prov.DROPPED:
             return Answer(Outcome.DROPPED)
         if outcome != prov.OK:
@@ -222,23 +219,15 @@ class Provider:
         return tuple(Limit(name, prov.limit_now(pp, ps, d), prov.remaining(pp, ps, d)) for d, name in stated)
 
 
-async def until(loop: asyncio.AbstractEventLoop, at: float, last_moment: bool = False) -> None:
-    """Returns at exactly that time; at the `last_moment` before a time-out of the same time."""
+async def until(loop: asyncio.AbstractEventLoop, at: float) -> None:
+    """Returns at exactly that time."""
     ring = loop.create_future()
-    handle = loop.call_at(at, rung_in_time if last_moment else rung, ring) if at < math.inf else None
+    handle = loop.call_at(at, ring.set_result, None) if at < math.inf else None
     try:
         await ring
     finally:
         if handle is not None:
             handle.cancel()
-
-
-def rung(ring: asyncio.Future[None]) -> None:
-    ring.set_result(None)
-
-
-def rung_in_time(ring: asyncio.Future[None]) -> None:
-    ring.set_result(None)
 
 
 def works(scenario: Scenario, case: Case) -> Iterator[Work]:
@@ -284,7 +273,7 @@ def live(
         world.stopped = await governor.run(works(scenario, case), provider.send, finalize=finalize)
         world.state = governor.s
 
-    run_virtual(main(), priorities=ties(hangs, ordered))
+    run_virtual(main(), priorities=TIES if ordered else TIME_OUTS)
     return world, provider.refused_unheard
 
 
@@ -358,10 +347,13 @@ def changes_of(rng: random.Random, policy: Policy) -> list[Change]:
     return changes
 
 
-def has_round_times(case: Case) -> bool:
-    """Whether answers may meet time-outs at one instant. If not, what comes too late may as well never come."""
-    recorded_s = case.columns.recorded_s
-    return case.provider.sigma == 0.0 or bool(np.any((recorded_s >= 0.0) & (recorded_s % 1.0 == 0.0)))
+def times_out_alone(world: World) -> bool:
+    """Whether no answer arrives at the instant of a time-out. If so, what comes too late may as well never come.
+
+    The live driver has one timer for all time-outs: among the answers of one instant they have no place of their own.
+    """
+    time_outs = {a.finished_s for a in world.rows if a.outcome == Outcome.TIMEOUT}
+    return not any(a.finished_s in time_outs for a in world.rows if a.outcome != Outcome.TIMEOUT)
 
 
 def compared(seed: int, counts: dict[str, int]) -> None:
@@ -370,7 +362,7 @@ def compared(seed: int, counts: dict[str, int]) -> None:
     case = case_of(scenario)
     changes = changes_of(random.Random(seed + 1), scenario.policy)
     ours = simulated(scenario, case, scenario.seed, changes)
-    theirs, refused_unheard = live(scenario, case, scenario.seed, changes, hangs=not has_round_times(case))
+    theirs, refused_unheard = live(scenario, case, scenario.seed, changes, hangs=times_out_alone(ours))
     difference = differences(ours, theirs, refused_unheard, bool(changes))
     assert not difference, f"{difference}\nin {shown(seed, scenario)}, changes {changes}"
     counts["scenarios"] += 1
@@ -427,7 +419,7 @@ def test_ties_need_their_order_and_nothing_else_does(seed: int) -> None:
         case = case_of(scenario)
         changes = changes_of(random.Random(first + n), scenario.policy)
         ours = simulated(scenario, case, scenario.seed, changes)
-        hangs = not has_round_times(case)
+        hangs = times_out_alone(ours)
         theirs, refused_unheard = live(scenario, case, scenario.seed, changes, hangs=hangs, ordered=False)
         difference = differences(ours, theirs, refused_unheard, bool(changes))
         assert ours.tied or not difference, f"{difference}\nin {shown(first + n, scenario)}, changes {changes}"
