@@ -23,7 +23,7 @@ from sim.copies import compiled
 from sim.packing import record_of
 from tests.governor.laws import params
 
-DECISIONS = 100_000
+DECISIONS = 40_000
 # They make the empty arrays of the dataclasses, and are called by those alone.
 FACTORIES = {"_four", "_none"}
 # Calls in one sequence: enough for states to fill up, few enough to see many policies.

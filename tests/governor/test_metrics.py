@@ -11,7 +11,6 @@ import json
 import logging
 import socket
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +28,7 @@ from governor.metrics import Metrics, PoolMetrics, checked_hook, notify
 from governor.policy import Policy
 from governor.requests import Answer, Attempt, Outcome, Request, Sizes
 from governor.work import Job, Work
+from tests.governor.costs import lines_run
 from tests.virtual_loop import run_virtual
 
 DASHBOARD = {
@@ -208,15 +208,20 @@ def test_the_next_slot_is_the_law_s() -> None:
     run_virtual(main())
 
 
-def test_an_event_costs_microseconds() -> None:
+def test_an_event_costs_the_same_however_many_went_before() -> None:
     observer = Metrics().observer()
     row = Attempt(0, "q", "p", "m", "u", "main", 1, 0, 0, 1, 2, 10, 9, 8, 7, Outcome.OK, 200, "", -1, waited_tpm_s=1.0)
     answer = Answer(Outcome.OK)
-    begun = time.process_time()
-    for _ in range(5_000):
+
+    def event() -> None:
         observer.attempted(row, answer, "")
         observer.ended(request, "", answer, 1.0)  # type: ignore[arg-type]
-    assert (time.process_time() - begun) / 5_000 < 100e-6
+
+    event()
+    second = lines_run(event)
+    for _ in range(2_000):
+        event()
+    assert 0 < lines_run(event) <= second
 
 
 def test_the_registry_is_our_own() -> None:
@@ -274,12 +279,13 @@ class Hook(http.server.BaseHTTPRequestHandler):
     """Keeps what is posted; the path says what to answer."""
 
     posts: list[tuple[str, dict[str, str], Any]]
+    over: threading.Event  # the test, and so the patience of the slow one
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["content-length"]))
         self.posts.append((self.path, dict(self.headers.items()), json.loads(body)))
         if self.path == "/slow/secret":
-            time.sleep(1.0)
+            self.over.wait(60.0)
         status = {"/fails/secret": 500, "/moved/secret": 302}.get(self.path, 200)
         self.send_response(status)
         if status == 302:
@@ -293,11 +299,13 @@ class Hook(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def hook() -> Iterator[tuple[str, list[Any]]]:
     posts: list[Any] = []
-    handler = type("OneHook", (Hook,), {"posts": posts})
+    over = threading.Event()
+    handler = type("OneHook", (Hook,), {"posts": posts, "over": over})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}", posts
+        over.set()
         server.shutdown()
         thread.join()
 
@@ -329,12 +337,10 @@ def test_a_refused_notice_is_a_warning(
 
 
 def test_a_slow_hook_keeps_nobody(hook: tuple[str, list[Any]]) -> None:
+    """It answers when this test is over: neither the call nor the wait for it may last as long."""
     url, _ = hook
-    begun = time.monotonic()
     notice = notify(f"{url}/slow/secret", {"event": "stopped"}, timeout_s=0.2)
-    assert time.monotonic() - begun < 0.15, "it returns before the hook answers"
     assert not notice.wait()
-    assert time.monotonic() - begun < 0.8
     assert notice.error
 
 

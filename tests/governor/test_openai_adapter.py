@@ -18,7 +18,6 @@ from typing import Any
 import openai
 import psutil
 import pytest
-from openai import AsyncOpenAI
 
 from governor import answers
 from governor.errors import BadSetting
@@ -28,7 +27,7 @@ from governor.pools import Azure, Pool
 from governor.requests import Answer, Outcome, Request, endpoint_of, url_of
 from sim.faults import AT_THE_DOOR, Event
 from sim.provider_config import ProviderConfig
-from sim.server import Provider, Running, serve, spawn
+from sim.server import Provider, Running, serve
 
 KEY = "a-key-of-no-known-form-0123456789abcdef"
 ENVIRONMENT = {"OPENAI_API_KEY": KEY}
@@ -528,45 +527,6 @@ def test_azure_from_the_sdk_s_own_names_and_with_a_token() -> None:
         for name in ("AZURE_OPENAI_ENDPOINT", "OPENAI_API_VERSION"):
             with pytest.raises(BadSetting, match=f"{name} is not set"):
                 Adapter(azure, {key: value for key, value in environment.items() if key != name})
-
-
-# ---------------------------------------------------------------- speed
-
-
-def test_at_least_085_of_the_bare_sdk_s_throughput() -> None:
-    """By CPU time of this process, against `chat.completions.create` on the same connections."""
-    count, at_once = 100, 10
-
-    async def cost(call: Callable[[int], Awaitable[Any]]) -> float:
-        left = iter(range(count))
-
-        async def work() -> None:
-            for i in left:
-                await call(i)
-
-        begun = time.process_time()
-        await asyncio.gather(*(work() for _ in range(at_once)))
-        return time.process_time() - begun
-
-    async def main(url: str) -> tuple[float, float]:
-        ours, bare = [], []
-        async with Adapter(pool(url), ENVIRONMENT) as adapter, AsyncOpenAI(api_key=KEY, base_url=url) as sdk:
-
-            async def by_adapter(i: int) -> None:
-                assert (await adapter.send(request(index=i))).outcome is Outcome.OK
-
-            async def by_sdk(i: int) -> None:
-                await sdk.chat.completions.create(**BODIES[CHAT])
-
-            for _ in range(3):
-                ours.append(await cost(by_adapter))
-                bare.append(await cost(by_sdk))
-        # The first round opens the connections and warms everything up.
-        return min(ours[1:]), min(bare[1:])
-
-    with spawn(QUICK) as server:
-        ours_s, bare_s = asyncio.run(main(server.base_url))
-    assert bare_s / ours_s >= 0.85, f"{ours_s / count * 1e6:.0f} us, bare {bare_s / count * 1e6:.0f} us"
 
 
 def test_the_sdk_is_the_one_that_was_checked() -> None:
