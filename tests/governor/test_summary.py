@@ -271,7 +271,8 @@ class TestBoundOfATrace:
                 expected_s = max(expected_s, t + max(tokens_s + shortest_s, requests_s + shortest_s, longest_s))
             rng.shuffle(items)
             bound = bound_s(Grant(tpm_limit=2_000, rpm_limit=5), work_of(items))
-            assert bound == pytest.approx(expected_s, rel=1e-7)
+            # A millionth of a request may be missing (`_ROUNDING`): 12 us here.
+            assert bound == pytest.approx(expected_s, rel=1e-7, abs=1.3e-5)
 
     def test_tokens_handed_back_late_are_not_demanded(self) -> None:
         """The case that breaks the plain formula: a refund from before t makes room for more than the limit after t."""
