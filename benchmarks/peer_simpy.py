@@ -9,7 +9,7 @@ The rules, in the words of the knobs that give the same behaviour elsewhere: OPE
 OPENAI_LAUNCH_ORDER=fifo, OPENAI_SETTLE=false, OPENAI_BACKOFF_KEEPS_PERMIT=true, OPENAI_HOLD_ON_THROTTLE=false,
 OPENAI_SYNC_HEADERS=false, no refunds (a retry reserves anew), no daily budgets, no deadline, no finalize pass.
 Headroom applies to tokens, not to requests per minute. A reservation above the budget waits for a full bucket, but not
-for an empty flight. The provider is the continuous bucket of PROVIDER-FACTS section 1: it admits if
+for an empty flight. The provider is the continuous bucket of docs/explanation/provider.md#buckets: it admits if
 `used + requested <= limit`, charges at admission, answers a 429 at once, and does not charge for it.
 
 Only totals are kept, no row per attempt.

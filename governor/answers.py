@@ -6,9 +6,9 @@ not: a clock (the epoch comes in where a date needs it), I/O, and the decision w
 Theory of operation. `classify` reads the words of an error body (`code`, `type`, then the message) before the status,
 because one status means several things: a 429 is a rate (wait), a quota (never again) or a request that is too large
 (never), and a 200 may carry a refusal inside. Whatever it is given, it answers and does not raise; what it cannot read
-is absent. Formats and wordings: PROVIDER-FACTS sections 3, 5 and 6.
+is absent. Formats and wordings: docs/explanation/provider.md#headers and #errors.
 
-Two formulas describe the providers' continuous buckets (section 3). They stand here once, for the synthetic provider
+Two formulas describe the providers' continuous buckets (#buckets). They stand here once, for the synthetic provider
 that prints them and for the tests that hold them against recordings.
 """
 
@@ -41,7 +41,7 @@ def refill_wait_s(limit: float, used: float, requested: float, window_s: float) 
 
     Seconds, `limit` > 0 in units per window. The order of the operations is the provider's: of those tried, it alone
     prints 31 of 32 recorded waits to the ms; multiplying first gives 30 (3.859 s for a recorded 3.858 s). A client that
-    sleeps exactly this long is up to 1 ms early. PROVIDER-FACTS section 3.
+    sleeps exactly this long is up to 1 ms early: docs/explanation/provider.md#buckets.
     """
     return _floored(used + requested - limit, limit, window_s)
 
@@ -50,7 +50,7 @@ def refill_reset_s(limit: float, remaining: float, window_s: float) -> float:
     """The reset that headers print: (limit - remaining) / limit x window, floored to ms: when the bucket is full again.
 
     Seconds, `limit` > 0. Providers compute it from the bucket's fractional content, of which `remaining` shows the
-    floor: a recorded reset is this value, or less by up to one unit's refill. PROVIDER-FACTS section 3.
+    floor: a recorded reset is this value, or less by up to one unit's refill: docs/explanation/provider.md#buckets.
     """
     return _floored(limit - remaining, limit, window_s)
 

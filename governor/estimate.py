@@ -5,11 +5,11 @@ What must not: I/O, knowledge of answers, and NumPy, though arrays pass through.
 
 **Sizes.** Prompt tokens are estimated from text, offline: UTF-8 bytes / 4. That is chars/4 for ASCII (1.06 of the real
 tokenizer's count in the median for English, 1.09 for Python) and 0.93 for Chinese, where chars/4 gives 0.57; other
-scripts come out high rather than low. Then 4 per message and 3 for the reply (PROVIDER-FACTS section 9). JSON schemas
-of function tools and of structured output count as text too, which is high: recordings show about 6 of their characters
-per token. An under-estimate costs a 429, an over-estimate only waits.
+scripts come out high rather than low. Then 4 per message and 3 for the reply (docs/explanation/provider.md#sizes). JSON
+schemas of function tools and of structured output count as text too, which is high: recordings show about 6 of their
+characters per token. An under-estimate costs a 429, an over-estimate only waits.
 
-**Charges.** The formulas are those of PROVIDER-FACTS section 4, measured from recorded headers:
+**Charges.** The formulas are those measured from recorded headers (docs/explanation/provider.md#charge):
 
     rule             chat                                       completions                  embeddings
     fixed            the policy's estimate per run              the same                     the same
@@ -170,7 +170,7 @@ def charge(
     """Tokens counted against the limit for one request, or elementwise for arrays of them; fields as in `Sizes`.
 
     `as_of`: the day, YYYY-MM-DD, whose measured formula `auto` takes; "" = the newest. BadSetting for a rule that does
-    not exist and for a day that is none. Formulas: this module's docstring and PROVIDER-FACTS section 4.
+    not exist and for a day that is none. Formulas: this module's docstring.
     """
     if rule not in RULES and rule != LEARNED:
         raise BadSetting(f"charge rule {quoted(rule)} does not exist: use one of {', '.join((*RULES, LEARNED))}")

@@ -6,8 +6,8 @@ simulator. A simulation comes in as a callable (`Foresee`), made by whoever has 
 
 The fluid expectation takes work for a fluid: the largest of what each knob alone would need. It knows no 429s, tails or
 interplay, is mostly too early, and has no interval; every text that shows it says so. Where the time of an answer is
-not known, it is assumed from the measured median model (0.21 s + 19.3 ms per output token, PROVIDER-FACTS section 10)
-and answers of a quarter of the declared cap, at most 500 tokens, 200 without a cap.
+not known, it is assumed from the measured median model (0.21 s + 19.3 ms per output token:
+docs/explanation/provider.md#latency) and answers of a quarter of the declared cap, at most 500 tokens, 200 without one.
 """
 
 from __future__ import annotations

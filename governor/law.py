@@ -17,7 +17,7 @@ Budgets. Four dimensions share one code path and differ in length and kind of wi
     index  dimension   length    kind
     TPM    tokens      60 s      `fixed`, `sliding` or `bucket`, as the policy says
     RPM    requests    60 s      the same
-    TPD    tokens      86,400 s  bucket: a rolling day, PROVIDER-FACTS section 3
+    TPD    tokens      86,400 s  bucket: a rolling day, docs/explanation/provider.md#buckets
     RPD    requests    86,400 s  bucket
 
 `fixed` is a minute anchored at the first launch after the last one expired. `sliding` keeps the last 60 s in
@@ -222,7 +222,8 @@ def _sliding_ready_at(p: Params, s: State, d: int, amount: float, now: float) ->
 def _ready_at(p: Params, s: State, d: int, amount: float, now: float) -> float:
     """When dimension `d` has room for `amount`, seconds; may lie in the past. Above the budget: an empty window.
 
-    For a bucket, level(t) = capacity - (full_at - t) * rate >= amount, solved for t (PROVIDER-FACTS section 3).
+    For a bucket, level(t) = capacity - (full_at - t) * rate >= amount, solved for t
+    (docs/explanation/provider.md#buckets).
     """
     if p.window == BUCKET or d >= TPD:
         scale = s.scale[d]

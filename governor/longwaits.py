@@ -4,7 +4,8 @@ What lives here: what is said of them, and when a run should rather end than sle
 request waits, and whether its pool is held, stands in the law; nothing here makes a wait longer or shorter.
 
 A limit per minute never asks for more than a minute. What asks for longer is a daily limit, which a run may sit out, or
-something absurd: 114 hours were seen (PROVIDER-FACTS section 3). Nobody should find a batch asleep without a word.
+something absurd: 114 hours were seen (docs/explanation/provider.md#buckets). Nobody should find a batch asleep without
+a word.
 """
 
 from __future__ import annotations

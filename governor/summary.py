@@ -4,11 +4,11 @@ What lives here: pure arithmetic over numbers and `Attempt` rows, the same for s
 a `Summary`. A driver keeps a `Tally` while it runs (constant memory for a batch); or `summarize` reads attempt rows
 afterwards, from a journal or a table. A test holds the two to each other.
 
-The bound (DESIGN, "What every run leaves"). Let a request count as c tokens: its charge once, or the smaller of charge
-and use where the provider settles. Take the requests that arrive from t on, D tokens in all, and let T be the moment
-at which the last of them is let in. The provider keeps `used`, which drains at most at the limit's rate, and lets
-nobody in above the limit (PROVIDER-FACTS section 3). So, with L(T) the limit in force and R(a, b) what drains from a
-to b,
+The bound is the time below which no scheduler can go on that provider. Let a request count as c tokens: its charge
+once, or the smaller of charge and use where the provider settles. Take the requests that arrive from t on, D tokens in
+all, and let T be the moment at which the last of them is let in. The provider keeps `used`, which drains at most at the
+limit's rate, and lets nobody in above the limit (docs/explanation/provider.md#buckets). So, with L(T) the limit in
+force and R(a, b) what drains from a to b,
 
     used(t) + D - R(t, T) <= used(T) <= L(T),   hence   T >= the first moment with L(T) + R(t, T) >= used(t) + D.
 

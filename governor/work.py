@@ -34,7 +34,8 @@ THROTTLES = (Outcome.THROTTLED, Outcome.SLOW_DOWN)
 FINAL = (Outcome.TOO_LARGE, Outcome.BAD_REQUEST)
 # The account, not the request, is at fault: nothing more is sent, and what was not answered stays pending.
 STOPPING = {Outcome.QUOTA: FailureCode.INSUFFICIENT_QUOTA, Outcome.UNAUTHORIZED: FailureCode.UNAUTHORIZED}
-# Turned away at the door, so not charged. A bad request is let in: recorded 400s cost tokens (PROVIDER-FACTS 4).
+# Turned away at the door, so not charged. A bad request is let in: recorded 400s cost tokens
+# (docs/explanation/provider.md#charge).
 TURNED_AWAY = (*THROTTLES, *STOPPING, Outcome.TOO_LARGE)
 TIMED_OUT = Answer(Outcome.TIMEOUT, message="no answer within the request's time-out or deadline")
 

@@ -1,7 +1,7 @@
 """Compiled copies of the number-only modules, by numba.
 
-What lives here: the loader that DESIGN's "Compilable as it stands" describes. What must not: anything of a simulation
-(`compiled`), any rule, where machine code is kept and how it is called (`machine`).
+What lives here: the loader of a second copy of each such module, compiled as its source stands. What must not: anything
+of a simulation (`compiled`), any rule, where machine code is kept and how it is called (`machine`).
 
 Theory of operation. The source is not touched: each module is loaded once more from its file under another name, and
 every function in it is replaced by its `numba.njit` form before first use, so that helpers called by helpers are

@@ -7,7 +7,7 @@ Theory of operation. SimPy keeps the calendar; there is no process per request. 
 run: an answer arrives, a retry has backed off, a request arrives, a wake-up rings. After each of them `_pump` asks the
 law about the head of the queue, launches as long as the law says "now", and leaves one timer for the moment that it
 named. At one instant answers go before retries, retries before arrivals, arrivals before wakes, and within these the
-order of scheduling decides (DESIGN, "Ties have an order"); limit changes are the provider's and precede its admissions.
+order of scheduling decides; limit changes are the provider's and precede its admissions.
 
 Memory. Requests are read from the columns in chunks as they come to the head; only what is in flight, backing off or
 (with arrivals from a trace) has arrived is held, and one float per finished request for the quantiles of latency.

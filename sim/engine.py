@@ -6,8 +6,8 @@ are called. `sim/compiled.py` loads a second copy of this module with compiled f
 
 Theory of operation. What the SimPy driver keeps in objects stands in slots of arrays here; every function has the name
 that it has there, and `w`, the `World`, stands where `self` does. The calendar holds answers and retries. The next
-arrival and the one live timer need no entry: at one instant they come after those, in this order (DESIGN, "Ties have
-an order"), and a superseded timer does nothing in either engine.
+arrival and the one live timer need no entry: at one instant they come after those, in this order
+(`sim/driver.py` says why), and a superseded timer does nothing in either engine.
 
 Nothing is allocated here, so nothing is counted or collected either. Requests come in by chunks of `rows`, in order of
 launch or of arrival; latencies, answered work and attempts go out by buffers. Where one of these, or a heap, might

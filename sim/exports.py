@@ -53,7 +53,7 @@ _CAUSE_COLOURS = {
 def attempts_file(path: str | Path) -> Iterator[Take]:
     """Yields a function that takes one attempt after the other; the file appears when the block ends without error.
 
-    CSV or Parquet by the name's ending, else BadInput. DESIGN's columns; rows are not held beyond one row group.
+    CSV or Parquet by the name's ending, else BadInput. Columns are `Attempt`'s; rows are not held beyond one row group.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in ATTEMPT_SUFFIXES:

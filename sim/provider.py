@@ -4,8 +4,8 @@ It stands where OpenAI stands: `answered` takes one attempt at `now` and says wh
 rate-limit headers would state. The SimPy driver, the compiled engine and the HTTP server call this same code, which is
 why it keeps the law's rules for compiling (numbers and fixed-size arrays, `math` only, chance and time from outside).
 
-Theory of operation (PROVIDER-FACTS sections 1 and 3). Each dimension is a continuous bucket: `used` drains at limit
-per window length, an attempt is admitted iff used + requested <= limit in every dimension, the charge is taken at
+Theory of operation (docs/explanation/provider.md#buckets). Each dimension is a continuous bucket: `used` drains at
+limit per window length, an attempt is admitted iff used + requested <= limit in every dimension, the charge is taken at
 admission, and a refusal states (used + requested - limit) / limit * length, floored to milliseconds. A charge above
 the limit never succeeds. What is not settled about the real one is a knob: settling, counted refusals, slices, minute
 counters, the ramp.

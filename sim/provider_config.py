@@ -5,7 +5,7 @@ where each comes from (`provenance`); and `checked`, which turns pydantic's comp
 place (`provider.cotenant.share`), the value and what is allowed. What must not: the habits themselves (`provider`), the
 published figures (`presets`), files.
 
-Defaults follow PROVIDER-FACTS section 1: continuous buckets, the charge measured for the endpoint, no settling, a
+Defaults follow docs/explanation/provider.md: continuous buckets, the charge measured for the endpoint, no settling, a
 stated wait in milliseconds. Refused requests count against the limits because the documentation says so; nobody
 measured it.
 """

@@ -39,7 +39,7 @@ from sim.others import Count, Taking, counts_of, gone_by_others
 from sim.provider_config import ProviderConfig
 from sim.workload import MEASURED, Workload, constant, similar_outputs
 
-# The provider's limit changes come second among the events of one instant (DESIGN, "Ties have an order"); so do ours.
+# The provider's limit changes come second among the events of one instant (docs/explanation/law.md#ties); so do ours.
 CHANGE = 1
 Change = tuple[float, law.Params | str]
 REFUSED = (Outcome.THROTTLED, Outcome.SLOW_DOWN)

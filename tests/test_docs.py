@@ -28,6 +28,7 @@ TEXTS = sorted(
     [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "ops").glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 )
 TEXTS = [path for path in TEXTS if "made" not in path.parts]
+SOURCES = ("governor", "sim", "benchmarks", "examples", "docs", "tests")
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,22 @@ def test_every_snippet_of_python_runs(monkeypatch: pytest.MonkeyPatch, capsys: p
             count += 1
     assert count
     assert "makespan" in capsys.readouterr().out
+
+
+def test_what_is_cited_is_there() -> None:
+    """A page of `docs` with its section, in code and texts; nothing is cited that a reader does not have."""
+    cited: dict[str, set[str]] = {}
+    sources = (path for folder in SOURCES for path in (ROOT / folder).rglob("*.py"))
+    for path in (*TEXTS, *sources):
+        text = path.read_text(encoding="utf-8")
+        for page, first, more in re.findall(r"docs/([\w/-]+\.md)#([\w-]+)((?:(?:,| and)\s#[\w-]+)*)", text):
+            cited.setdefault(page, set()).update([first, *re.findall(r"#([\w-]+)", more)])
+        assert not re.search(r"\b(PROVIDER-FACTS|DESIGN\b(?!_))", text) or path == Path(__file__), path
+    assert "buckets" in cited["explanation/provider.md"]
+    for page, sections in cited.items():
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        headings = {"-".join(re.findall(r"\w+", title.lower())) for title in re.findall(r"^##+ (.*)", text, re.M)}
+        assert sections <= headings, page
 
 
 # ---------------------------------------------------------------- help

@@ -23,7 +23,7 @@ from governor.policy import Policy
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 CHARS_PER_TOKEN = 4
 
-# DESIGN, "The knobs": today's eight guardrails.
+# Today's eight guardrails.
 GUARDRAILS = {
     "OPENAI_MAX_CONCURRENCY": "3",
     "OPENAI_STAGGER_SECONDS": "15",

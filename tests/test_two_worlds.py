@@ -4,7 +4,7 @@ The live driver runs on a virtual loop and sends to `sim/provider.py`, the simul
 compared: every column of every attempt in order of their ends, how and when each request ended, the deferrals by cause,
 and the law's state when all is over. Nothing is rounded, and nothing is sorted first.
 
-Ties. In SimPy, events of one instant have an order (DESIGN, "Ties have an order"); a real loop has no instants of that
+Ties. In SimPy, events of one instant have an order (docs/explanation/law.md#ties); a real loop has no instants of that
 kind. The virtual loop is told the same order here, so that scenarios full of round times are compared like the others;
 `test_ties_need_their_order_and_nothing_else_does` shows what becomes of them without it.
 
@@ -256,7 +256,7 @@ def live(
 ) -> tuple[World, set[tuple[int, str, int]]]:
     """The run as the live driver has it, and the attempts that were refused when nobody listened any more.
 
-    `ordered`: ties go in DESIGN's order, else in the order in which the timers were set.
+    `ordered`: ties go in the house's order, else in the order in which the timers were set.
     """
     world = World()
     provider = Provider(scenario, case, seed, hangs)
@@ -441,7 +441,7 @@ class Program:
         self.case = case
         self.seed = seed
         self.launches: list[tuple[int, float]] = []
-        # In DESIGN's order at one instant: answers, arrivals, wakes.
+        # The order at one instant: answers, arrivals, wakes.
         self.state = run_virtual(self._main(), priorities={Program._arrives: 3, Governor._ring: 4})
 
     async def _main(self) -> law.State:

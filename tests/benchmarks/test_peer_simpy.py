@@ -114,7 +114,7 @@ def test_retry_after_wins_over_backoff() -> None:
 
 
 def test_retry_after_is_the_published_formula_floored_to_ms() -> None:
-    # "Limit 250000, Used 250000, Requested 57059. Please try again in 13.694s", PROVIDER-FACTS section 3.
+    # "Limit 250000, Used 250000, Requested 57059. Please try again in 13.694s", docs/explanation/provider.md#buckets.
     provider = peer.Provider(
         tpm_limit=250_000, rpm_limit=0, base_latency_s=1.0, per_token_s=0.0, sigma=0.0, rng=random.Random(1)
     )

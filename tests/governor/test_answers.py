@@ -1,4 +1,4 @@
-"""What providers say, against what they were recorded saying, in the wordings of PROVIDER-FACTS sections 3, 5 and 6."""
+"""What providers say, against what they were recorded saying, as docs/explanation/provider.md has it."""
 
 from __future__ import annotations
 
@@ -314,7 +314,7 @@ def reset_kind(row: dict[str, str], kind: str) -> str:
 
 
 def test_the_reset_formula_holds_for_requests(responses: list[dict[str, str]]) -> None:
-    """PROVIDER-FACTS section 3: 588 exact, 15 with a fractional request, 34 on a day's window, of the 637 with both.
+    """docs/explanation/provider.md#buckets: 588 exact, 15 with a fraction of a request, 34 on a day's window, of 637.
 
     Its `exact` allows the ms that a floored fraction can cost.
     """
@@ -325,7 +325,7 @@ def test_the_reset_formula_holds_for_requests(responses: list[dict[str, str]]) -
 
 
 def test_the_reset_formula_holds_for_tokens(responses: list[dict[str, str]]) -> None:
-    """PROVIDER-FACTS section 3: in 635 of 637. The two others are of 2023 and too short: 2 ms for 90 of 1,000,000."""
+    """docs/explanation/provider.md#buckets: 635 of 637. The others, of 2023, are short: 2 ms for 90 of 1,000,000."""
     rows = [row for row in responses if row["provider"] == "openai" and row["reset_tokens"]]
     kinds = [(reset_kind(row, "tokens"), row) for row in rows]
     others = [

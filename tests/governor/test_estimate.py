@@ -127,7 +127,7 @@ def test_schemas_count_as_text_but_are_not_charged() -> None:
 
 
 def test_chinese_counts_bytes() -> None:
-    """PROVIDER-FACTS section 9: bytes/4 is 0.93 of the truth where chars/4 is 0.57. 3 bytes for each of 400 signs."""
+    """docs/explanation/provider.md#sizes: bytes/4 is 0.93 of the truth, chars/4 0.57. 3 bytes for each of 400 signs."""
     body = {"messages": [{"role": "user", "content": "限" * 400}]}
     found = sizes_of(CHAT, body)
     assert (found.chars, found.prompt_tokens) == (400, 300 + 4 + 3)
@@ -211,7 +211,7 @@ SIZES = st.builds(
 
 
 def as_documented(rule: str, asked: Sizes, per_run: int, as_of: str) -> int:
-    """The rules as PROVIDER-FACTS section 4 tells them, case by case, with branches."""
+    """The rules as docs/explanation/provider.md#charge tells them, case by case, with branches."""
     if rule == "fixed":
         return per_run
     images = 765 * asked.images

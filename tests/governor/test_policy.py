@@ -17,8 +17,8 @@ from governor import law
 from governor.errors import BadSetting
 from governor.policy import GUARDRAIL_KNOBS, KNOB_BY_ENV, KNOBS, Knob, Policy, knob_help, knob_table, near_miss
 
-# DESIGN's two tables: env name, guardrails, paceline ("" = the planner's to fill in, so it stays as in guardrails).
-DESIGN = """
+# What was promised: env name, guardrails, paceline ("" = the planner's to fill in, so it stays as in guardrails).
+PROMISED = """
 OPENAI_MAX_CONCURRENCY 3 3
 OPENAI_STAGGER_SECONDS 15 15
 OPENAI_TPM_LIMIT 30000 30000
@@ -47,7 +47,7 @@ FINALIZE_MAX_CONCURRENCY 2 2
 FINALIZE_MAX_TOKENS 6000 6000
 PREFLIGHT_MODE paced paced
 """
-ROWS = [line.split() for line in DESIGN.split("\n") if line]
+ROWS = [line.split() for line in PROMISED.split("\n") if line]
 
 
 def parse(text: str) -> dict[str, str | None]:

@@ -16,8 +16,8 @@ from governor import requests
 from governor.errors import BadInput
 from governor.requests import Answer, Attempt, OldResult, Outcome, Request
 
-# DESIGN, "What every run leaves", as it is written there.
-DESIGN_COLUMNS = """request, custom_id, pool, model, url, lane, attempt, submitted_s, eligible_s, launched_s,
+# What every run leaves, as users read it.
+PROMISED_COLUMNS = """request, custom_id, pool, model, url, lane, attempt, submitted_s, eligible_s, launched_s,
 finished_s, reserved_tokens, charged_tokens, prompt_tokens, output_tokens, outcome, status, error_code, retry_after_s,
 waited_concurrency_s, waited_stagger_s, waited_tpm_s, waited_rpm_s, waited_day_s, waited_hold_s, waited_paused_s,
 waited_backoff_s"""
@@ -52,7 +52,7 @@ def complaint(*lines: str | bytes) -> str:
 
 
 def test_attempt_has_designs_columns_in_designs_order() -> None:
-    assert Attempt.columns() == tuple(DESIGN_COLUMNS.replace("\n", " ").split(", "))
+    assert Attempt.columns() == tuple(PROMISED_COLUMNS.replace("\n", " ").split(", "))
 
 
 def test_attempt_row_follows_the_columns() -> None:
@@ -268,7 +268,7 @@ def test_an_error_without_a_response_says_null(answer: Answer | None) -> None:
 
 
 def test_reads_the_guides_own_examples() -> None:
-    """PROVIDER-FACTS section 8, and the responses endpoint's names of section 7."""
+    """docs/explanation/provider.md#batch-files, and the responses endpoint's own names of usage."""
     lines = [
         '{"id":"batch_req_123","custom_id":"request-2","response":{"status_code":200,"request_id":"req_123",'
         '"body":{"usage":{"input_tokens":22,"output_tokens":2,"total_tokens":24}}},"error":null}',

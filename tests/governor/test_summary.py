@@ -1,7 +1,7 @@
 """Summaries against hand counts, and the bound against its formula, against brute force and against schedulers.
 
-The provider in here is written anew, from PROVIDER-FACTS section 3: the bound must hold for that one too, and a
-scheduler that knows everything must reach it where the formula is exact.
+The provider in here is written anew, from docs/explanation/provider.md#buckets: the bound must hold for that one too,
+and a scheduler that knows everything must reach it where the formula is exact.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def drawn(rng: random.Random, n: int, arrivals: bool) -> list[Item]:
 
 
 class Provider:
-    """PROVIDER-FACTS section 3, with changing limits, settling, days and minute counters."""
+    """docs/explanation/provider.md#buckets, with changing limits, settling, days and minute counters."""
 
     def __init__(self, grant: Grant) -> None:
         self.grant = grant
@@ -180,7 +180,7 @@ def grants(rng: random.Random) -> Grant:
 
 
 class TestBoundOfABatch:
-    """DESIGN's formula, written out."""
+    """The bound's formula, written out."""
 
     def test_tokens(self, seed: int) -> None:
         rng = random.Random(seed)
@@ -257,7 +257,7 @@ class TestBoundOfABatch:
 
 class TestBoundOfATrace:
     def test_it_is_the_largest_over_the_moments_of_arrival(self, seed: int) -> None:
-        """DESIGN's definition, term by term: quadratic, and so an independent check of the sums from behind."""
+        """The definition, term by term: quadratic, and so an independent check of the sums from behind."""
         rng = random.Random(seed)
         for _ in range(30):
             items = drawn(rng, rng.randint(1, 60), arrivals=True)

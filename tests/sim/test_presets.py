@@ -79,7 +79,7 @@ def test_tiers_never_fall() -> None:
 
 
 def test_the_assumed_noise_has_the_shape_that_healthy_providers_show() -> None:
-    # P99 about twice P50, coefficient of variation 0.2 to 0.3 (PROVIDER-FACTS section 10).
+    # P99 about twice P50, coefficient of variation 0.2 to 0.3 (docs/explanation/provider.md#latency).
     assert 1.6 < math.exp(presets.SIGMA * norm.ppf(0.99)) < 2.2
     assert 0.2 < math.sqrt(math.expm1(presets.SIGMA**2)) < 0.3
 

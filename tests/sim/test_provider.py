@@ -1,7 +1,7 @@
 """The synthetic provider's door against the recordings, against its own formulas, and under random calls.
 
-Waits and headers are compared with what real responses printed (PROVIDER-FACTS section 3); budgets with sums over the
-attempts that were let in.
+Waits and headers are compared with what real responses printed (docs/explanation/provider.md#buckets); budgets with
+sums over the attempts that were let in.
 """
 
 from __future__ import annotations

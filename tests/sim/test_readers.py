@@ -71,7 +71,7 @@ def batch(count: int) -> str:
 @pytest.mark.parametrize(
     ("name", "rows", "prompts", "outputs"),
     [
-        # p5, p50, p95, p99 and mean, PROVIDER-FACTS section 11.
+        # p5, p50, p95, p99 and mean, docs/explanation/provider.md#traces.
         (CODE, 8_819, (75, 1469, 7303, 7436, 2048), (6, 13, 90, 251, 28)),
         (CONV, 19_366, (181, 1020, 4083, 4142, 1155), (41, 129, 451, 601, 211)),
         (VIDUR, 28_257, (748, 2730, 3813, 3933, 2588), (60, 167, 736, 3271, 291)),

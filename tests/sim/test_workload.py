@@ -171,7 +171,7 @@ def test_take_keeps_rows_together_and_constants_small(seed: int) -> None:
 def test_a_trace_is_charged_its_prompt_tokens_and_little_more() -> None:
     tokens = np.array([0, 1, 10, 1_000, 3_000])
     c = columns(w.from_tokens(tokens, tokens))
-    # 0.2504 x 4 characters per token + 1.0 for the message + 1.7, PROVIDER-FACTS section 4.
+    # 0.2504 x 4 characters per token + 1.0 for the message + 1.7, docs/explanation/provider.md#charge.
     np.testing.assert_allclose(c.charge, 1.0016 * tokens + 2.7, atol=0.5)
 
 
