@@ -1,6 +1,6 @@
 """The official openai SDK on one side, an `Answer` on the other; the only file that imports openai.
 
-What lives here: one client per pool, with the SDK's own retries off (the governor alone owns retries), the sending of
+What lives here: a pool's clients, with the SDK's own retries off (the governor alone owns retries), the sending of
 one attempt, and its outcome. What must not: pacing, retrying (`driver`), the meaning of statuses and error bodies
 (`answers`), where a key is kept (`pools`).
 
