@@ -79,7 +79,7 @@ async def found(template_id: str, service: Service, version: int | None = None) 
 @router.post("/templates", status_code=201, response_model=TemplateOut, openapi_extra={"parameters": [IDEMPOTENT]})
 async def post_template(body: Template, request: Request, caller: Runner, service: Here) -> Response:
     """A new template."""
-    checked(body)
+    await anyio.to_thread.run_sync(checked, body)
     key = key_of(request, caller.name, fingerprint_of(body.model_dump()))
     before = await replayed(service, key)
     if before is not None:
@@ -132,7 +132,7 @@ async def get_versions(template_id: TemplateId, caller: Reader, service: Here) -
 @router.put("/templates/{template_id}", response_model=TemplateOut)
 async def put_template(template_id: TemplateId, body: Template, caller: Runner, service: Here) -> Response:
     """A new version of a template; batches that run go on with theirs."""
-    checked(body)
+    await anyio.to_thread.run_sync(checked, body)
     row = await anyio.to_thread.run_sync(service.store.change_template, template_id, body.model_dump(), caller.name)
     if row is None:
         raise ApiError(404, NOT_FOUND, f"there is no template {template_id!r}")

@@ -4,17 +4,24 @@ What lives here: the check of a template, its rendering, and the request that is
 
 Sandboxed by what is allowed, not by what is forbidden. A template may name fields of its input, items of those, `if`,
 `for` (two deep), comparisons, arithmetic, and the filters below. There are no attributes of Python objects, no calls,
-no macros, no assignments, no includes, and no loader that could read a file. What is rendered is limited in size, and
-so is an input in the number of its values: two nested loops end.
+no macros, no assignments, no includes, and no loader that could read a file.
+
+Whatever is left ends soon, and stays small. A template has so many nodes, so deep, and an input so many values and
+characters. A value that is made on the way has no more characters than a prompt may have, looked at wherever one can
+grow: at a filter, at `+` and `~`, and where it is written. And an input has so much time of the processor, looked at
+there and at each turn of a loop: two nested loops over a text of a million letters would go on for days.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import wraps
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateError, Undefined, nodes
+from jinja2 import StrictUndefined, TemplateError, TemplateRuntimeError, Undefined, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from governor.errors import BadInput, quoted
@@ -24,6 +31,9 @@ from governor.service.errors import BAD_TEMPLATE, ApiError
 RENDERED_MOST = 1_000_000
 VALUES_MOST = 2_000
 LOOPS_MOST = 2
+NODES_MOST, DEPTH_MOST = 5_000, 40
+# Seconds of the processor's time for one input: a thousand times what the longest of ordinary prompts take.
+RENDER_S = 1.0
 FILTERS = (
     *("abs", "capitalize", "d", "default", "escape", "first", "float", "int", "last", "length", "list", "lower"),
     *("reverse", "round", "sort", "string", "title", "tojson", "trim", "unique", "upper", "wordcount"),
@@ -41,12 +51,92 @@ _ALLOWED: tuple[type[nodes.Node], ...] = (
 # Fields of a request that the template itself fills in, or that a batch cannot have.
 _OURS = ("model", "messages", "input", "prompt", "stream", "max_tokens", "max_completion_tokens", "max_output_tokens")
 _FILTER_DEPTH = 20
+_TOO_DEEP = "prompt: it is nested too deeply"
 # Filters whose figures cost time or memory: ten to the power of it, so many spaces.
 FIGURES, FIGURE_MOST = ("round", "tojson"), 12
 
 
+# Under these names the tree calls them; a prompt cannot, since they are no names of filters that it may use.
+_TURNS, _JOINED = "the turns of a loop", "the joined parts"
+
+
+class _Clock(threading.local):
+    """Until when this thread may render, on the clock of its own use of the processor."""
+
+    until = float("inf")
+
+
+_clock = _Clock()
+
+
+def _in_time() -> None:
+    if time.thread_time() > _clock.until:
+        raise TemplateRuntimeError(f"it takes longer than {RENDER_S:g} s for one input")
+
+
+def _chars(value: Any, left: int = RENDERED_MOST) -> int:
+    """How many characters may still come after all texts of a value; below 0, not to the last, where they are more."""
+    if isinstance(value, str):
+        return left - len(value)
+    if isinstance(value, Mapping):
+        for name, each in value.items():
+            left = _chars(each, left - len(name))
+            if left < 0:
+                return left
+    elif isinstance(value, list | tuple):
+        for each in value:
+            left = _chars(each, left - 1)
+            if left < 0:
+                return left
+    return left
+
+
+def _bounded(value: Any) -> Any:
+    """The value, in time and not too large."""
+    _in_time()
+    if _chars(value) < 0:
+        raise TemplateRuntimeError(f"a value becomes longer than {RENDERED_MOST:,} characters")
+    return value
+
+
+def _limited(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that takes and gives values that are not too large."""
+
+    @wraps(function)
+    def limited(*args: Any, **rest: Any) -> Any:
+        for each in args:
+            _bounded(each)
+        return _bounded(function(*args, **rest))
+
+    return limited
+
+
+def _turns(values: Iterable[Any]) -> Iterator[Any]:
+    """The turns of a loop, as long as there is time."""
+    for each in values:
+        _in_time()
+        yield each
+
+
+def _joined(parts: Iterable[Any]) -> str:
+    """What `~` makes."""
+    texts: list[str] = []
+    left = RENDERED_MOST
+    for each in parts:
+        texts.append(str(_bounded(each)))
+        left -= len(texts[-1])
+        if left < 0:
+            _bounded(texts)
+    return "".join(texts)
+
+
 class _Environment(ImmutableSandboxedEnvironment):
     """Items of mappings and lists, and nothing else of any object."""
+
+    intercepted_binops = frozenset({"+"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        return _bounded(super().call_binop(context, operator, _bounded(left), _bounded(right)))
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         return self.getitem(obj, attribute)
@@ -68,10 +158,16 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 def _environment() -> _Environment:
     made = _Environment(
-        undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True, cache_size=0, enable_async=False
+        undefined=StrictUndefined,
+        autoescape=False,
+        keep_trailing_newline=True,
+        cache_size=0,
+        finalize=_bounded,
+        # What it would work out beforehand costs time that nobody looks at.
+        optimized=False,
     )
     made.globals.clear()
-    made.filters = {name: made.filters[name] for name in FILTERS}
+    made.filters = {name: _limited(made.filters[name]) for name in FILTERS} | {_TURNS: _turns, _JOINED: _joined}
     made.tests = {name: made.tests[name] for name in TESTS}
     made.policies["json.dumps_kwargs"] = {"sort_keys": False}
     return made
@@ -89,17 +185,41 @@ def checked(template: Template) -> Any:
         raise _bad("parameters are longer than 100,000 characters")
     try:
         tree = _ENVIRONMENT.parse(template.prompt)
-        _check(tree, 0, 0)
-        return _ENVIRONMENT.from_string(template.prompt)
+        if len(list(tree.find_all(nodes.Node))) > NODES_MOST:
+            raise _bad(f"prompt: more than {NODES_MOST:,} parts in it")
+        _check(tree, 0, 0, 0)
+        return _ENVIRONMENT.from_string(_watched(tree))
     except TemplateError as error:
         line = f"line {getattr(error, 'lineno', None) or 1}: "
         raise _bad(f"prompt, {line}{error.message or 'it cannot be read'}") from None
-    except RecursionError:
-        raise _bad("prompt: it is nested too deeply") from None
+    except (RecursionError, SyntaxError):
+        raise _bad(_TOO_DEEP) from None
 
 
-def _check(node: nodes.Node, loops: int, filters: int) -> None:
+def _watched(tree: nodes.Template) -> nodes.Template:
+    """The same with somebody who looks at the time and at sizes, where the language itself would not."""
+    for loop in tree.find_all(nodes.For):
+        loop.iter = nodes.Filter(loop.iter, _TURNS, [], [], None, None, lineno=loop.lineno)
+    for node in [tree, *tree.find_all(nodes.Node)]:
+        for name, value in node.iter_fields():
+            if isinstance(value, list):
+                value[:] = map(_without_concat, value)
+            else:
+                setattr(node, name, _without_concat(value))
+    tree.set_environment(_ENVIRONMENT)
+    return tree
+
+
+def _without_concat(node: Any) -> Any:
+    if not isinstance(node, nodes.Concat):
+        return node
+    return nodes.Filter(nodes.List(node.nodes, lineno=node.lineno), _JOINED, [], [], None, None, lineno=node.lineno)
+
+
+def _check(node: nodes.Node, loops: int, filters: int, depth: int) -> None:
     """Every node of the tree is one that a prompt needs."""
+    if depth > DEPTH_MOST:
+        raise _bad(_TOO_DEEP)
     if not isinstance(node, _ALLOWED):
         raise _bad(f"prompt, line {node.lineno}: {type(node).__name__.lower()} is not allowed in a template")
     if isinstance(node, nodes.Filter) and node.name not in FILTERS:
@@ -116,7 +236,7 @@ def _check(node: nodes.Node, loops: int, filters: int) -> None:
     if loops > LOOPS_MOST or filters > _FILTER_DEPTH:
         raise _bad(f"prompt, line {node.lineno}: loops more than {LOOPS_MOST} deep, or a chain of filters too long")
     for child in node.iter_child_nodes():
-        _check(child, loops, filters)
+        _check(child, loops, filters, depth + 1)
 
 
 def _check_figures(node: nodes.Filter) -> None:
@@ -134,15 +254,6 @@ def _check_figures(node: nodes.Filter) -> None:
 
 def _bad(message: str) -> ApiError:
     return ApiError(422, BAD_TEMPLATE, message)
-
-
-def _chars(value: Any) -> int:
-    """How many characters all texts of an input have."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, Mapping):
-        return sum(len(name) + _chars(each) for name, each in value.items())
-    return sum(map(_chars, value)) if isinstance(value, list) else 0
 
 
 def _values(value: Any, left: int) -> int:
@@ -164,10 +275,11 @@ def rendered(made: Any, fields: Mapping[str, Any], place: str) -> str:
     """The prompt for one input. BadInput, naming the input, where that cannot be."""
     parts: list[str] = []
     size = 0
+    _clock.until = time.thread_time() + RENDER_S
     try:
         if _values(fields, VALUES_MOST) < 0:
             raise BadInput(f"more than {VALUES_MOST:,} values in one input", place)
-        if _chars(fields) > RENDERED_MOST:
+        if _chars(fields) < 0:
             raise BadInput(f"more than {RENDERED_MOST:,} characters in one input", place)
         for part in made.generate(dict(fields)):
             parts.append(part)
@@ -180,6 +292,8 @@ def rendered(made: Any, fields: Mapping[str, Any], place: str) -> str:
         ) from None
     except (ArithmeticError, TypeError, ValueError, RecursionError, AttributeError) as error:
         raise BadInput(f"the template cannot be filled in: {type(error).__name__}", place) from None
+    finally:
+        _clock.until = float("inf")
     return "".join(parts)
 
 

@@ -16,6 +16,7 @@ from governor.driver import Begun, Work
 from governor.errors import BadInput
 from governor.records import Pending
 from governor.requests import read_requests
+from governor.service import templates
 from governor.service.bodies import Template
 from governor.service.errors import ApiError
 from governor.service.feed import Cursor, Feed
@@ -90,6 +91,9 @@ def test_what_a_prompt_may_do(text: str, fields: dict[str, Any], gives: str) -> 
         "{% for a in x %}{{ loop.cycle('a') }}{% endfor %}",
         "{% block a %}{% endblock %}",
         "{{ x is callable }}",
+        "{% if a %}" * 101 + "{% endif %}" * 101,
+        f"{{{{ {'not ' * 300}a }}}}",
+        "{{ a }}" * 5_000,
         "{{",
         "{% nonsense %}",
     ],
@@ -134,6 +138,28 @@ def _nested(depth: int) -> Any:
     for _ in range(depth):
         value = [value]
     return value
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        # Two loops over a text: ten thousand million turns.
+        ("{% for a in t %}{% for b in t %}{% if a < b %}{% endif %}{% endfor %}{% endfor %}", "takes longer than"),
+        ("{{ t | list | sort | length }}" * 300, "takes longer than"),
+        # A gigabyte on the way to a figure.
+        (f"{{{{ ({'t ~ ' * 1_000}t) | length }}}}", "longer than"),
+        (f"{{{{ [{'t, ' * 1_000}t] | string | length }}}}", "longer than"),
+        (f"{{{{ [{'t, ' * 1_000}t] }}}}", "longer than"),
+        (f"{{{{ ({'t + ' * 30}t) | length }}}}", "longer than"),
+        (f"{{{{ t {'| tojson ' * 18} | length }}}}", "longer than"),
+    ],
+)
+def test_no_prompt_takes_long_or_becomes_large_on_the_way(
+    text: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(templates, "RENDER_S", 0.05)
+    with pytest.raises(BadInput, match=says):
+        prompt_of(text, t='"' * 40_000)
 
 
 @given(st.text(max_size=60))
