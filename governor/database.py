@@ -171,18 +171,22 @@ class Database:
         assert self.path is not None
         if not self.path.exists():
             return True
-        if self.path.is_dir():
-            raise JournalError(f"{self.name}: this is a folder: name a file with --journal")
+        self._check_file(self.path)
         with self.bare() as connection:
             return not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+
+    def _check_file(self, path: Path) -> None:
+        """JournalError for what is there and no file: of /dev/null, above all, the mode must stay as it is."""
+        if not path.is_file():
+            what = "this is a folder" if path.is_dir() else "this is not a file"
+            raise JournalError(f"{self.name}: {what}: name a file with --journal")
 
     def _touched(self, path: Path) -> None:
         """Makes an empty file that only its owner can read. One that is there is not opened: see the module."""
         try:
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         except FileExistsError:
-            if path.is_dir():
-                raise JournalError(f"{self.name}: this is a folder: name a file with --journal") from None
+            self._check_file(path)
             if path.stat().st_size == 0:
                 with suppress(OSError):
                     path.chmod(0o600)

@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import sqlite3
+import stat
 import subprocess
 import sys
 import threading
@@ -407,13 +408,14 @@ def test_what_cannot_be_opened_is_one_line_with_the_remedy(
     assert (path.read_bytes() if path.is_file() else b"") == before, "it was changed"
 
 
-@pytest.mark.parametrize("place", ["there", "text", "foreign", "folder", "nowhere"])
+@pytest.mark.parametrize("place", ["there", "text", "foreign", "folder", "device", "nowhere"])
 def test_nothing_that_is_there_is_overwritten(path: Path, place: str) -> None:
     expected = {
         "there": "there is a database already: continue its run, or name another file",
         "text": OTHER,
         "foreign": "there is a database already: continue its run, or name another file",
         "folder": "this is a folder: name a file with --journal",
+        "device": "this is not a file: name a file with --journal",
         "nowhere": "there is no folder",
     }
     if place == "there":
@@ -424,6 +426,8 @@ def test_nothing_that_is_there_is_overwritten(path: Path, place: str) -> None:
         with_sql("CREATE TABLE precious (x)")(path)
     elif place == "folder":
         path.mkdir()
+    elif place == "device":
+        os.mkfifo(path, 0o644)  # as /dev/null is one, and without its dangers
     else:
         path = path / "deeper.db"
     before = path.read_bytes() if path.is_file() else b""
@@ -432,6 +436,7 @@ def test_nothing_that_is_there_is_overwritten(path: Path, place: str) -> None:
     assert expected[place] in str(caught.value)
     assert "\n" not in str(caught.value)
     assert (path.read_bytes() if path.is_file() else b"") == before
+    assert place != "device" or stat.S_IMODE(path.stat().st_mode) == 0o644
     assert Journal.exists(path) == (place != "nowhere")
 
 
