@@ -81,6 +81,7 @@ def app_of(service: Service) -> FastAPI:
         responses=_ERRORS,
         exception_handlers=HANDLERS,
         separate_input_output_schemas=False,
+        strict_content_type=False,  # one that is stated is looked at, by `takes_json`
         docs_url=None,  # FastAPI's own load their scripts from elsewhere
         redoc_url=None,
     )
@@ -89,7 +90,7 @@ def app_of(service: Service) -> FastAPI:
     for router in (routes_templates.router, routes_batches.router, routes_rest.router):
         app.include_router(router)
     add_page(app)
-    app.add_middleware(Door, config=service.config)
+    app.add_middleware(Door, config=service.config, authority=app.state.authority)
     _described(app)
     return app
 

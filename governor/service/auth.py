@@ -26,14 +26,16 @@ from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from governor.errors import PacelineError
 from governor.service.config import SCOPES, ServiceConfig, is_local_host
-from governor.service.errors import BODY_TOO_LARGE, FORBIDDEN, UNAUTHENTICATED, ApiError, answer_of
+from governor.service.errors import BODY_TOO_LARGE, FORBIDDEN, UNAUTHENTICATED, ApiError, answer_of, api_error
 from governor.service.store import Store
 
 PREFIX = "pcl_"
 REFRESH_S = 2.0
 SAFE = ("GET", "HEAD", "OPTIONS")
 UPLOADS = ("/batches",)
+PUBLIC = ("/", "/docs", "/openapi.json", "/healthz", "/readyz")
 _bearer = HTTPBearer(auto_error=False, description="A token of `paceline token add`.")
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 
@@ -123,9 +125,10 @@ def needs(scope: str) -> Callable[..., Any]:
 class Door:
     """The first that sees a request: where it comes from, and how much it brings."""
 
-    def __init__(self, app: ASGIApp, config: ServiceConfig) -> None:
+    def __init__(self, app: ASGIApp, config: ServiceConfig, authority: Authority) -> None:
         self._app = app
         self._config = config
+        self._authority = authority
         self._guards = config.is_local and not config.require_token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -138,12 +141,27 @@ class Door:
                 _check_origin(scope["method"], headers)
             limit = self._limit(scope["path"], headers.get(b"content-type", ""))
             stated = headers.get(b"content-length", "")
+            if not (self._authority.open or _is_public(scope["path"])):
+                # Nothing of a stranger's is read, however small.
+                await self._authority.caller(_token_in(headers.get(b"authorization", "")))
             if stated.isdecimal() and int(stated) > limit:
                 raise _too_large(limit)
+        except PacelineError as error:
+            await answer_of(api_error(error))(scope, receive, send)
+            return
         except ApiError as error:
             await answer_of(error)(scope, receive, send)
             return
-        await self._app(scope, _counted(receive, limit), send)
+        body = _Body(receive, limit)
+
+        async def sent(message: Message) -> None:
+            # What reads a body may take the end of it for its own failure.
+            if not body.is_too_large:
+                await send(message)
+
+        await self._app(scope, body.receive, sent)
+        if body.is_too_large:
+            await answer_of(_too_large(limit))(scope, receive, send)
 
     def _limit(self, path: str, content_type: str) -> int:
         """What streams to the disk may be long; what is taken as a whole into memory may not."""
@@ -153,20 +171,37 @@ class Door:
         return self._config.upload_bytes if uploads else self._config.body_bytes
 
 
-def _counted(receive: Receive, limit: int) -> Receive:
-    """The same body; `ApiError` once it turns out to be too long."""
-    seen = 0
+def _is_public(path: str) -> bool:
+    """Whether anybody may ask: the page's files, what the interface is, and whether it is well."""
+    return path in PUBLIC or path.startswith("/static/")
 
-    async def counted() -> Message:
-        nonlocal seen
-        message = await receive()
+
+def _token_in(stated: str) -> str:
+    """The token of an Authorization header, "" = there is none. `ApiError` 401 for one of another kind."""
+    kind, _, token = stated.partition(" ")
+    if stated and (kind.lower() != "bearer" or not token):
+        raise _unknown("the Authorization header is not `Bearer TOKEN`")
+    return token.strip()
+
+
+class _Body:
+    """The same body; `receive` raises `ApiError` once it turns out to be too long."""
+
+    def __init__(self, receive: Receive, limit: int) -> None:
+        self.is_too_large = False
+        self._receive = receive
+        self._limit = limit
+        self._seen = 0
+
+    async def receive(self) -> Message:
+        """The next piece."""
+        message = await self._receive()
         if message["type"] == "http.request":
-            seen += len(message.get("body", b""))
-            if seen > limit:
-                raise _too_large(limit)
+            self._seen += len(message.get("body", b""))
+            if self._seen > self._limit:
+                self.is_too_large = True
+                raise _too_large(self._limit)
         return message
-
-    return counted
 
 
 def _too_large(limit: int) -> ApiError:

@@ -5,9 +5,10 @@ What lives here: pydantic models. What must not: anything that happens.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from governor.requests import URLS
 
@@ -18,6 +19,31 @@ Value = bool | int | float | Annotated[str, Field(max_length=100)]
 Settings = Annotated[
     dict[str, Value], Field(max_length=100, description="Settings by their environment names.", examples=[{}])
 ]
+# What a request sent on to the provider may hold within each other.
+DEPTH_MOST = 100
+
+
+def _plain(value: dict[str, Any]) -> dict[str, Any]:
+    """ValueError for what would come in, and could never be sent on or shown again."""
+    waiting: list[tuple[Any, int]] = [(value, 1)]
+    for each, depth in waiting:
+        if depth > DEPTH_MOST:
+            raise ValueError(f"nested more than {DEPTH_MOST} deep")
+        if isinstance(each, dict):
+            waiting += [(name, depth) for name in each] + [(inner, depth + 1) for inner in each.values()]
+        elif isinstance(each, list):
+            waiting += [(inner, depth + 1) for inner in each]
+        elif isinstance(each, float) and not math.isfinite(each):
+            raise ValueError("a number that is not finite: JSON has none")
+        elif isinstance(each, str) and not each.isascii():
+            try:
+                each.encode()
+            except UnicodeEncodeError:
+                raise ValueError("a text with half of a surrogate pair: no text in UTF-8") from None
+    return value
+
+
+Plain = Annotated[dict[str, Any], AfterValidator(_plain)]
 DEADLINE = Field(None, gt=0, le=1e9, description="Seconds from now in which the last answer must be there.")
 
 
@@ -45,7 +71,7 @@ class Template(In):
         min_length=1, max_length=200_000, description="Jinja2: {{ field }}, if, for and plain filters; nothing else."
     )
     endpoint: Endpoint = "/v1/chat/completions"
-    parameters: dict[str, Any] = Field(
+    parameters: Plain = Field(
         default_factory=dict, max_length=50, description="Further fields of the request, such as temperature."
     )
     max_output_tokens: int | None = Field(None, ge=1, le=10**9)
@@ -85,7 +111,7 @@ class TemplateVersions(Out):
 class BatchRun(In):
     """Inputs for a template; each becomes `runs` requests."""
 
-    inputs: list[dict[str, Any]] = Field(min_length=1, max_length=200_000)
+    inputs: list[Plain] = Field(min_length=1, max_length=200_000)
     runs: int = Field(1, ge=1, le=100_000, description="Requests per input.")
     deadline_s: float | None = DEADLINE
     finalize: bool = Field(False, description="Finish answers cut off without text by one more call.")

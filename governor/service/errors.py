@@ -10,6 +10,8 @@ Nothing that was sent is repeated in an answer or in a log but names of fields a
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import Request
@@ -76,11 +78,21 @@ async def on_api_error(request: Request, error: Exception) -> JSONResponse:
 async def on_invalid(request: Request, error: Exception) -> JSONResponse:
     """A request that does not have the shape that it must have; what it held is not repeated."""
     assert isinstance(error, RequestValidationError)
-    found = [{"where": ".".join(map(str, each["loc"])), "what": str(each["msg"])[:200]} for each in error.errors()]
+    found = [_complaint(each) for each in error.errors()]
     first = found[0] if found else {"where": "body", "what": "it cannot be read"}
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     message = f"{first['where']}: {first['what']}{more}"
     return answer_of(ApiError(422, INVALID_REQUEST, message, {"errors": found[:20]}))
+
+
+def _complaint(each: Mapping[str, Any]) -> dict[str, str]:
+    """One of pydantic's complaints; of a body that is no JSON it says the character, as if that were a field."""
+    *where, last = each["loc"] or ("body",)
+    if each["type"] == "json_invalid" and isinstance(last, int):
+        what = f"not JSON at character {last}: {each.get('ctx', {}).get('error', each['msg'])}"
+    else:
+        where, what = [*where, last], str(each["msg"])
+    return {"where": ".".join(map(str, where)), "what": what[:200]}
 
 
 async def on_http(request: Request, error: Exception) -> JSONResponse:
@@ -88,7 +100,19 @@ async def on_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     code = _BY_STATUS.get(error.status_code, INVALID_REQUEST if error.status_code < 500 else INTERNAL_ERROR)
     message = f"{request.method} {request.url.path[:200]}: {error.detail}"
-    return answer_of(ApiError(error.status_code, code, message, headers=dict(error.headers or {})))
+    headers = dict(error.headers or {})
+    if error.status_code == 405 and (methods := _methods(request)):
+        headers["Allow"] = methods
+    return answer_of(ApiError(error.status_code, code, message, headers=headers))
+
+
+def _methods(request: Request) -> str:
+    """What may be done at a path of the interface, "" = it is none: the router names those of its first route alone."""
+    found: set[str] = set()
+    for path, operations in request.app.openapi()["paths"].items():
+        if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", path), request.url.path):
+            found |= {name.upper() for name in operations}
+    return ", ".join(sorted(found))
 
 
 async def on_paceline(request: Request, error: Exception) -> JSONResponse:

@@ -19,22 +19,25 @@ from dataclasses import dataclass
 from typing import IO, Any, cast
 
 import anyio.to_thread
-from fastapi import Request
+from fastapi import Depends, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 
-from governor.errors import BadInput
+from governor.errors import BadInput, quoted
 from governor.service.bodies import BatchRun
 from governor.service.errors import INVALID_REQUEST, UNSUPPORTED_MEDIA, ApiError
 from governor.service.store import Key
+from governor.service.templates import RENDERED_MOST
 
 IN_MEMORY = 2**20
 KEY_PATTERN = re.compile(r"[\x21-\x7e]{1,200}")
 KEY_HEADER = "idempotency-key"
-FORM = "multipart/form-data"
+FORM, JSON = "multipart/form-data", "application/json"
 # The fields of a form beside its file; each is a JSON value.
 _FIELDS = ("runs", "deadline_s", "finalize", "settings")
+# A field may be as long as a prompt; by itself the module takes an eighth of that.
+csv.field_size_limit(RENDERED_MOST)
 
 
 @dataclass(slots=True)
@@ -81,6 +84,46 @@ def fingerprint_of(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
+async def takes_json(request: Request) -> None:
+    """The dependency of a route whose body is JSON: `ApiError` 415 for one that is stated to be anything else."""
+    kind = _kind(request)
+    if not _is_json(kind):
+        raise ApiError(415, UNSUPPORTED_MEDIA, f"content type {kind[:100]!r}: send application/json")
+
+
+async def takes_lines(request: Request) -> None:
+    """The dependency of a route whose body is lines: `ApiError` 415 for a form, and for what is compressed."""
+    if _kind(request) == FORM:
+        text = "send the lines themselves as the body, not a form: curl --data-binary @FILE"
+        raise ApiError(415, UNSUPPORTED_MEDIA, f"content type {FORM!r}: {text}")
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding != "identity":
+        raise ApiError(415, UNSUPPORTED_MEDIA, f"content encoding {coding[:100]!r}: send the lines as they are")
+
+
+def _kind(request: Request) -> str:
+    """The content type; JSON where none is stated."""
+    return request.headers.get("content-type", JSON).partition(";")[0].strip().lower()
+
+
+def _is_json(kind: str) -> bool:
+    return kind == JSON or kind.endswith("+json")
+
+
+async def knows_its_query(request: Request) -> None:
+    """The dependency of all posts: `ApiError` 422 for a parameter that no one reads, since it was meant to count."""
+    if request.method == "GET" or not request.query_params:
+        return
+    known = [each.alias for each in request.scope["route"].dependant.query_params]
+    for name in request.query_params:
+        if name not in known:
+            there = f"there are {', '.join(known)}" if known else "there is none here"
+            raise ApiError(422, INVALID_REQUEST, f"there is no query parameter {name[:100]!r}: {there}")
+
+
+JSON_BODY, QUERY = [Depends(takes_json)], [Depends(knows_its_query)]
+
+
 # ---------------------------------------------------------------- batch-run
 
 
@@ -108,10 +151,10 @@ class RunBody:
 
 async def run_body(request: Request) -> RunBody:
     """The body of a batch-run or a preflight: JSON, or a form with a file of inputs."""
-    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    kind = _kind(request)
     if kind == FORM:
         return await _form(request)
-    if kind != "application/json" and not kind.endswith("+json"):
+    if not _is_json(kind):
         raise ApiError(415, UNSUPPORTED_MEDIA, f"content type {kind[:100]!r}: send application/json or {FORM}")
     content = await request.body()
     body = await anyio.to_thread.run_sync(lambda: _validated(content))
@@ -176,8 +219,12 @@ def _json_rows(file: IO[bytes]) -> Iterator[Mapping[str, Any]]:
 
 def _csv_rows(file: IO[bytes]) -> Iterator[Mapping[str, Any]]:
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    reader = csv.DictReader(text, strict=True)
     try:
-        reader = csv.DictReader(text, strict=True)
+        columns = list(reader.fieldnames or ())
+        for name in columns:
+            if columns.count(name) > 1:
+                raise BadInput(f"two columns are called {quoted(name)}", "file", 1)
         found = 0
         for row in reader:
             if None in row or None in row.values():
@@ -186,8 +233,11 @@ def _csv_rows(file: IO[bytes]) -> Iterator[Mapping[str, Any]]:
             yield row
         if not found:
             raise BadInput("no inputs in it", "file")
-    except (csv.Error, UnicodeDecodeError):
-        raise BadInput("not CSV in UTF-8", "file") from None
+    except UnicodeDecodeError:
+        # It is decoded ahead of the rows that are handed out.
+        raise BadInput(f"not UTF-8 text somewhere after line {reader.line_num}", "file") from None
+    except csv.Error as error:
+        raise BadInput(f"not CSV: {error}", "file", reader.reader.line_num) from None
     finally:
         text.detach()
 

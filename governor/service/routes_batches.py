@@ -13,13 +13,13 @@ from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from governor.account import line_of
-from governor.errors import PacelineError
 from governor.requests import read_requests
+from governor.schema import to_json
 from governor.service.accept import Incoming, Wish
 from governor.service.auth import Caller, needs
 from governor.service.bodies import Accepted, BatchList, BatchOut, ErrorOut
 from governor.service.errors import CONFLICT, KEY_REUSED, NOT_FOUND, ApiError
-from governor.service.incoming import fingerprint_of, key_of, spooled
+from governor.service.incoming import QUERY, fingerprint_of, key_of, spooled, takes_lines
 from governor.service.live import accepted_json, batch_json
 from governor.service.state import Service, service_of
 from governor.service.store import CANCEL, ENDED, PAUSE, RUN, BatchRow, Key, KeyTakenError
@@ -47,7 +47,9 @@ REFUSED: dict[int | str, dict[str, Any]] = {
     }
 }
 
-router = APIRouter(tags=["batches"])
+REPLAYED = {"Idempotency-Replayed": "true"}
+
+router = APIRouter(tags=["batches"], dependencies=QUERY)
 
 
 # ---------------------------------------------------------------- posting
@@ -63,8 +65,7 @@ async def replayed(service: Service, key: Key | None) -> Response | None:
     if kept.fingerprint != key.fingerprint:
         text = f"Idempotency-Key {key.key!r} was used for another request: take a new one"
         raise ApiError(409, KEY_REUSED, text)
-    headers = {"Idempotency-Replayed": "true"}
-    return Response(kept.answer, kept.status, headers, media_type="application/json")
+    return Response(kept.answer, kept.status, REPLAYED, media_type="application/json")
 
 
 async def accepted(incoming: Incoming, service: Service, key: Key | None, read: Callable[[], None]) -> Response:
@@ -94,6 +95,7 @@ async def accepted(incoming: Incoming, service: Service, key: Key | None, read: 
 @router.post(
     "/batches",
     status_code=202,
+    dependencies=[Depends(takes_lines)],
     response_model=Accepted,
     responses=REFUSED,
     openapi_extra={
@@ -232,18 +234,28 @@ async def get_events(batch_id: BatchId, caller: Reader, service: Here) -> Respon
 # ---------------------------------------------------------------- steering
 
 
-async def _asked(batch_id: str, wanted: str, service: Service) -> Response:
+async def _asked(request: Request, batch_id: str, wanted: str, who: str, service: Service) -> Response:
     row = await found(batch_id, service)
+    key = key_of(request, who, fingerprint_of(batch_id, wanted))
+    before = await replayed(service, key)
+    if before is not None:
+        # One whose answer was never kept, since its process died, was asked for all the same.
+        return before if before.body else JSONResponse(batch_json(row), headers=REPLAYED)
     if row.state in ENDED or (row.wanted == CANCEL and wanted != CANCEL):
         raise ApiError(409, CONFLICT, f"batch {batch_id} is {row.state}: it cannot be asked for anything any more")
     try:
-        await service.worker.ask(row, wanted)
-    except PacelineError:
-        raise
-    return JSONResponse(batch_json(await found(batch_id, service)))
+        await service.worker.ask(row, wanted, key)
+    except KeyTakenError:
+        return JSONResponse(batch_json(await found(batch_id, service)), headers=REPLAYED)
+    answer = batch_json(await found(batch_id, service))
+    if key is not None:
+        await anyio.to_thread.run_sync(service.store.answered, key, to_json(answer))
+    return JSONResponse(answer)
 
 
-_CONFLICT: dict[int | str, dict[str, Any]] = {409: {"model": ErrorOut, "description": "It is over."}}
+_CONFLICT: dict[int | str, dict[str, Any]] = {
+    409: {"model": ErrorOut, "description": "It is over; or the Idempotency-Key was used for another request."}
+}
 _STEER: dict[str, Any] = {
     "response_model": BatchOut,
     "responses": _CONFLICT,
@@ -252,18 +264,18 @@ _STEER: dict[str, Any] = {
 
 
 @router.post("/batches/{batch_id}/cancel", **_STEER)
-async def cancel(batch_id: BatchId, caller: Runner, service: Here) -> Response:
+async def cancel(batch_id: BatchId, request: Request, caller: Runner, service: Here) -> Response:
     """Launches nothing more of it; what is in flight ends, the rest is recorded as BATCH_CANCELLED."""
-    return await _asked(batch_id, CANCEL, service)
+    return await _asked(request, batch_id, CANCEL, caller.name, service)
 
 
 @router.post("/batches/{batch_id}/pause", **_STEER)
-async def pause(batch_id: BatchId, caller: Runner, service: Here) -> Response:
+async def pause(batch_id: BatchId, request: Request, caller: Runner, service: Here) -> Response:
     """Launches none of its lines until `resume`; other batches go on."""
-    return await _asked(batch_id, PAUSE, service)
+    return await _asked(request, batch_id, PAUSE, caller.name, service)
 
 
 @router.post("/batches/{batch_id}/resume", **_STEER)
-async def resume(batch_id: BatchId, caller: Runner, service: Here) -> Response:
+async def resume(batch_id: BatchId, request: Request, caller: Runner, service: Here) -> Response:
     """Goes on with a batch that was paused, or that has stopped."""
-    return await _asked(batch_id, RUN, service)
+    return await _asked(request, batch_id, RUN, caller.name, service)

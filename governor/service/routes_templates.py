@@ -24,17 +24,16 @@ from governor.service.bodies import (
     VerdictOut,
 )
 from governor.service.errors import NOT_FOUND, ApiError
-from governor.service.incoming import RunBody, fingerprint_of, key_of, run_body
+from governor.service.incoming import JSON_BODY, QUERY, RunBody, fingerprint_of, key_of, run_body
 from governor.service.routes_batches import ID, IDEMPOTENT, REFUSED, Here, Reader, Runner, accepted, replayed
 from governor.service.state import Service
 from governor.service.store import KeyTakenError, TemplateRow
 from governor.service.templates import checked, lines_of
 
 TemplateId = Annotated[str, Path(pattern=ID)]
-router = APIRouter(tags=["templates"])
+router = APIRouter(tags=["templates"], dependencies=QUERY)
 
 _RUN_BODY: dict[str, Any] = {
-    "parameters": [IDEMPOTENT],
     "requestBody": {
         "required": True,
         "content": {
@@ -76,7 +75,13 @@ async def found(template_id: str, service: Service, version: int | None = None) 
 # ---------------------------------------------------------------- templates
 
 
-@router.post("/templates", status_code=201, response_model=TemplateOut, openapi_extra={"parameters": [IDEMPOTENT]})
+@router.post(
+    "/templates",
+    status_code=201,
+    response_model=TemplateOut,
+    openapi_extra={"parameters": [IDEMPOTENT]},
+    dependencies=JSON_BODY,
+)
 async def post_template(body: Template, request: Request, caller: Runner, service: Here) -> Response:
     """A new template."""
     await anyio.to_thread.run_sync(checked, body)
@@ -129,7 +134,7 @@ async def get_versions(template_id: TemplateId, caller: Reader, service: Here) -
     return JSONResponse({"versions": [shown(row) for row in rows]})
 
 
-@router.put("/templates/{template_id}", response_model=TemplateOut)
+@router.put("/templates/{template_id}", response_model=TemplateOut, dependencies=JSON_BODY)
 async def put_template(template_id: TemplateId, body: Template, caller: Runner, service: Here) -> Response:
     """A new version of a template; batches that run go on with theirs."""
     await anyio.to_thread.run_sync(checked, body)
@@ -192,7 +197,7 @@ async def preflight(template_id: TemplateId, request: Request, caller: Reader, s
     status_code=202,
     response_model=Accepted,
     responses=REFUSED,
-    openapi_extra=_RUN_BODY,
+    openapi_extra={"parameters": [IDEMPOTENT], **_RUN_BODY},
 )
 async def batch_run(template_id: TemplateId, request: Request, caller: Runner, service: Here) -> Response:
     """Runs a template on inputs: 202 with the forecast finish, or 503 where it may not start."""

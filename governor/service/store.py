@@ -152,10 +152,15 @@ class Store:
         """Changes columns of a batch; whether it is there."""
         return bool(c.execute(update(batches).where(batches.c.number == number).values(values)).rowcount)
 
-    def want(self, number: int, wanted: str) -> None:
-        """Asks whoever owns the batch to run, pause or cancel it; what was cancelled stays so."""
+    def want(self, number: int, wanted: str, key: Key | None = None) -> None:
+        """Asks whoever owns the batch to run, pause or cancel it; what was cancelled stays so.
+
+        `key`: kept with it, its answer to follow (`answered`). `KeyTakenError` where the same was asked before.
+        """
         query = update(batches).where(batches.c.number == number, batches.c.wanted != CANCEL)
         with self.database.writing() as c:
+            if key is not None:
+                self.keep(c, key, 200, "")
             c.execute(query.where(batches.c.state.in_(ACTIVE)).values(wanted=wanted))
 
     def progress(self, owner: int, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -344,6 +349,12 @@ class Store:
             c.execute(insert(keys), row | {"status": status, "answer": answer})
         except IntegrityError:
             raise KeyTakenError from None
+
+    def answered(self, key: Key, answer: str) -> None:
+        """Keeps the answer under a key that was kept without one."""
+        mine = (keys.c.scope == key.scope, keys.c.key == key.key)
+        with self.database.writing() as c:
+            c.execute(update(keys).where(*mine).values(answer=answer))
 
     def forget_keys(self) -> None:
         """Removes keys that nobody will send again."""

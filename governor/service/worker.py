@@ -33,6 +33,7 @@ from governor.service.roster import Roster, Running, progress_of
 from governor.service.store import (
     RECEIVING,
     BatchRow,
+    Key,
     Store,
 )
 
@@ -286,9 +287,9 @@ class Worker:
 
     # ------------------------------------------------------------ what is asked of a batch
 
-    async def ask(self, row: BatchRow, wanted: str) -> None:
-        """Writes down what somebody wants, and does it if the batch is this replica's."""
-        await asyncio.to_thread(self.store.want, row.number, wanted)
+    async def ask(self, row: BatchRow, wanted: str, key: Key | None = None) -> None:
+        """Writes down what somebody wants, and does it if the batch is this replica's. `key`: see `Store.want`."""
+        await asyncio.to_thread(self.store.want, row.number, wanted, key)
         batch = self.batches.get(row.number)
         if batch is not None:
             await self._present().obey(batch, wanted)

@@ -30,6 +30,7 @@ STRICT = {
     "OPENAI_TPM_WINDOW": "fixed",
 }
 BUDGET = 25_500
+TEMPLATE_TEXT = '{"name": "a", "model": "m", "prompt": "p", "parameters": %s}'
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +93,15 @@ def test_inputs_come_as_csv_and_as_jsonl_too(served: Served) -> None:
         batch_id = good(answer)["batch_id"]
         assert served.over(batch_id)["done"] == 4
         assert [each["custom_id"] for each in served.lines(batch_id)] == ["i0-r0", "i0-r1", "i1-r0", "i1-r1"]
-    wrong = {"file": ("in.csv", b"name,what\nAda\n")}
-    error_of(served.client.post(f"/templates/{template}/batch-run", files=wrong), 422, "BAD_INPUT")
+    for content, line in (
+        (b"name,what\nAda\n", 2),
+        (b"name,name,what\nAda,Alan,x\n", 1),
+        (b'name,what\nAda,"x"y\n', 2),
+    ):
+        answer = served.client.post(f"/templates/{template}/batch-run", files={"file": ("in.csv", content)})
+        assert error_of(answer, 422, "BAD_INPUT") == {"line": line}
+    long = {"file": ("in.csv", f"name,what\nAda,{'x' * 200_000}\n".encode())}
+    good(served.client.post(f"/templates/{template}/preflight", files=long))
 
 
 @pytest.mark.parametrize(
@@ -280,7 +288,8 @@ def test_a_held_batch_launches_nothing_and_others_go_on(cli: Cli, tmp_path: Path
     ):
         first = served.batch(40, prefix="a")
         until("its first result", lambda: served.get(f"/batches/{first}")["done"])
-        assert good(served.client.post(f"/batches/{first}/pause"))["state"] == "paused"
+        key = {"Idempotency-Key": "pause-it"}
+        assert good(served.client.post(f"/batches/{first}/pause", headers=key))["state"] == "paused"
         until("the end of what flies", lambda: served.get(f"/batches/{first}")["in_flight"] == 0)
         before = served.get(f"/batches/{first}")["attempts"]
         other = served.batch(10, prefix="b")
@@ -291,6 +300,10 @@ def test_a_held_batch_launches_nothing_and_others_go_on(cli: Cli, tmp_path: Path
         live = served.get("/live")["pools"][0]
         assert live["queue"] == {"paused": 40 - held["done"]}
         assert good(served.client.post(f"/batches/{first}/resume"))["state"] == "running"
+        # The pause of then, sent once more, pauses nothing.
+        again = served.client.post(f"/batches/{first}/pause", headers=key)
+        assert (good(again)["state"], again.headers["idempotency-replayed"]) == ("paused", "true")
+        assert served.get(f"/batches/{first}")["state"] == "running"
         row = served.over(first)
         assert (row["done"], row["attempts"], llm.stats()["requests"]) == (40, 40, 50)
         assert [each["custom_id"] for each in served.lines(first)] == [f"a-{i}" for i in range(40)]
@@ -443,6 +456,8 @@ def test_elsewhere_than_on_loopback_nobody_comes_in_without_a_token(cli: Cli, ll
         assert [status(scope, "POST", "/templates", **template) for scope in tokens] == [403, 201, 201]
         assert [status(scope, "PUT", "/settings", **change) for scope in tokens] == [403, 403, 200]
         assert served.client.get("/healthz").status_code == 200
+        # Nobody reads what a stranger sends.
+        error_of(served.client.post("/templates", content="{"), 401, "UNAUTHENTICATED")
         who = served.client.get("/settings", headers={"Authorization": f"Bearer {tokens['read']}"}).json()
         assert who["changes"][0]["who"] == "adminer"
         assert cli.run("token", "list", *where).out.split() == ["adminer", "admin", "reader", "read", "runer", "run"]
@@ -467,6 +482,35 @@ def test_what_is_too_large_is_refused(cli: Cli, llm: Running, tmp_path: Path) ->
         # Without a length: it is counted as it comes.
         error_of(served.client.post("/batches", content=iter([long[: 2**19], long[2**19 :]])), 413, "BODY_TOO_LARGE")
         good(served.client.post("/batches", content=lines(3)))
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "headers", "status", "code"),
+    [
+        # What is stored could never be shown again.
+        ("/templates", TEMPLATE_TEXT % '{"x": NaN}', {}, 422, "INVALID_REQUEST"),
+        ("/templates", TEMPLATE_TEXT % '{"x": 1e999}', {}, 422, "INVALID_REQUEST"),
+        ("/templates", TEMPLATE_TEXT % '{"x": "\\ud800"}', {}, 422, "INVALID_REQUEST"),
+        ("/templates", TEMPLATE_TEXT % f'{{"x": {"[" * 940}{"]" * 940}}}', {}, 422, "INVALID_REQUEST"),
+        ("/templates", TEMPLATE_TEXT % "{}", {"Content-Type": "text/plain"}, 415, "UNSUPPORTED_MEDIA_TYPE"),
+        ("/templates?runs=3", TEMPLATE_TEXT % "{}", {}, 422, "INVALID_REQUEST"),
+        ("/batches?deadline=3", "{}", {}, 422, "INVALID_REQUEST"),
+        ("/batches", "{}", {"Content-Type": "multipart/form-data; boundary=x"}, 415, "UNSUPPORTED_MEDIA_TYPE"),
+        ("/batches", "{}", {"Content-Encoding": "gzip"}, 415, "UNSUPPORTED_MEDIA_TYPE"),
+        ("/what-if", iter([b" " * 2**20] * 9), {}, 413, "BODY_TOO_LARGE"),
+        ("/nowhere", "", {}, 404, "NOT_FOUND"),
+        ("/healthz", "", {}, 405, "METHOD_NOT_ALLOWED"),
+    ],
+)
+def test_what_cannot_be_taken_is_refused_in_one_shape(
+    served: Served, path: str, content: Any, headers: dict[str, str], status: int, code: str
+) -> None:
+    headers = {"Content-Type": "application/json", **headers}
+    error_of(served.client.post(path, content=content, headers=headers), status, code)
+
+
+def test_an_answer_that_forbids_a_method_names_all_that_are_allowed(served: Served) -> None:
+    assert served.client.delete("/settings").headers["allow"] == "GET, PUT"
 
 
 def test_neither_key_nor_prompt_is_ever_logged(cli: Cli, tmp_path: Path) -> None:
