@@ -20,7 +20,7 @@ from governor.preflight import preflight
 from governor.requests import read_requests
 from governor.service import accept
 from governor.service.accept import Incoming, Judged, Wish
-from governor.service.auth import Door
+from governor.service.auth import Authority, Door
 from governor.service.base import ServiceDatabase
 from governor.service.config import ServiceConfig
 from governor.service.ledger import Ledger
@@ -161,7 +161,7 @@ def test_what_is_held_in_memory_is_limited_as_such(replica: Worker) -> None:
 
         headers = [(b"content-type", kind.encode()), (b"content-length", str(size).encode())]
         scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
-        await Door(app, config)(scope, receive, send)
+        await Door(app, config, Authority(config, replica.store))(scope, receive, send)
         return int(told[0]["status"])
 
     form, plain = "multipart/form-data; boundary=x", "application/json"
