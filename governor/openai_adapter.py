@@ -104,8 +104,6 @@ class Adapter:
         self.timeout_s = timeout_s
         self.address = _origin(self.pool.address or OPENAI_URL)
         key = key_of(self.pool, environment)
-        if not (key.isascii() and key.isprintable() and " " not in key):
-            raise BadSetting(f"{self.pool.key} holds a mark that no key has: copy the key again", self.pool.key)
         self._key = key.encode("ascii")
         self._is_secret = len(key) >= _KEY_LEAST
         self._ssl = _ssl_context()

@@ -122,9 +122,14 @@ def checked_url(url: str, what: str = "base URL") -> str:
     """The URL, without a slash at its end; BadSetting where it is no http(s) address."""
     if not url:
         return ""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise BadSetting(f"{what} {quoted(url)} is no address: write https://HOST/v1", BASE_URL)
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets that do not match, a port that is none
+        good = False
+    if not good or not url.isprintable() or " " in url:
+        shown = "" if "@" in url else f" {quoted(url)}"  # what stands before it may be a password
+        raise BadSetting(f"{what}{shown} is no address: write https://HOST/v1", BASE_URL)
     if parts.username or parts.password:
         raise BadSetting(f"the {what} of {parts.hostname} holds a password: put the key into {KEY} instead", BASE_URL)
     return url.rstrip("/")
@@ -140,12 +145,14 @@ def is_loopback(url: str) -> bool:
 
 
 def key_of(pool: Pool, environment: Mapping[str, str]) -> str:
-    """The pool's key out of its variable. BadSetting, naming the variable, where it is not set.
+    """The pool's key out of its variable. BadSetting, naming the variable, where it is not set or cannot be sent.
 
     A server on this machine gets a stand-in, so that a synthetic provider needs no set-up.
     """
     key = environment.get(pool.key, "").strip()
     if key:
+        if not (key.isascii() and key.isprintable() and " " not in key):
+            raise BadSetting(f"{pool.key} holds a mark that no key has: copy the key again", pool.key)
         return key
     if is_loopback(pool.address):
         return NO_KEY

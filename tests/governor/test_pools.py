@@ -98,7 +98,13 @@ def test_the_default_pool_reads_the_sdk_s_own_names() -> None:
         key_of(Pool(), {"OPENAI_API_KEY": "  "})
 
 
-@pytest.mark.parametrize("url", ["ftp://x", "localhost:80", "http://", "https://user:pass@host/v1"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("ftp://x", "localhost:80", "http://", "https://user:pass@host/v1", "https://user:pass@host:99999/v1"),
+        *("http://127.0.0.1:99999/v1", "http://host:0/v1", "http://[::1/v1", "http://a b/v1", "http://host/v1\n"),
+    ],
+)
 def test_addresses_that_are_none(url: str) -> None:
     with pytest.raises(BadSetting) as caught:
         checked_url(url)
