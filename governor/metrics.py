@@ -25,7 +25,6 @@ program that embeds a governor keeps its metrics to itself.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -56,8 +55,6 @@ VENDOR = "openai"
 THROTTLES = (Outcome.THROTTLED, Outcome.SLOW_DOWN)
 SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 900.0, 3_600.0, 14_400.0)
 NOTIFY_S = 10.0
-
-_log = logging.getLogger(__name__)
 
 
 class Live(Protocol):
@@ -288,8 +285,6 @@ class Notice:
         except Exception as error:
             reason = getattr(error, "reason", None)
             self.error = type(reason if isinstance(reason, BaseException) else error).__name__
-        if self.error:
-            _log.warning("the notice to %s failed: %s", self.host, self.error)
 
 
 def checked_hook(url: str) -> str:
@@ -307,6 +302,6 @@ def checked_hook(url: str) -> str:
 def notify(url: str, event: Mapping[str, Any], timeout_s: float = NOTIFY_S) -> Notice:
     """Posts an event (finished, late, stopped ...) as JSON to a webhook, from a thread. Never raises, never blocks.
 
-    `event`: plain values; the caller's choice, never a prompt or a key. Whatever goes wrong is a warning in the log.
+    `event`: plain values; the caller's choice, never a prompt or a key. What went wrong stands in `Notice.error`.
     """
     return Notice(url, event, timeout_s)
