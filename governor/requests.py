@@ -12,6 +12,7 @@ name both lines of a duplicate (about 15 MB for 100,000). Every complaint is one
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -327,4 +328,17 @@ def _response(answer: Answer) -> dict[str, Any]:
 
 def _line(request: Request, response: dict[str, Any] | None, error: dict[str, str] | None) -> str:
     record = {"id": f"batch_req_{request.index}", "custom_id": request.custom_id, "response": response, "error": error}
-    return json.dumps(record, separators=(",", ":"))
+    try:
+        return json.dumps(record, separators=(",", ":"), allow_nan=False)
+    except ValueError:
+        # Servers in Python write NaN and Infinity, which no JSON has: the answer is paid for, and the line must be one.
+        return json.dumps(_finite(record), separators=(",", ":"), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null in the place of numbers that JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list) else value

@@ -250,6 +250,13 @@ def test_a_result_line_is_the_batch_guides() -> None:
     assert list(requests.read_results([line], "out.jsonl")) == [OldResult("q-812", 200, 11, 4, "")]
 
 
+def test_numbers_that_json_does_not_have_become_null() -> None:
+    body = json.loads('{"choices": [{"logprobs": [NaN, 0.5, -Infinity]}], "x": {"y": Infinity}}')
+    line = requests.result_line(REQUEST, Answer(Outcome.OK, 200, body=body))
+    found = json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert found["response"]["body"] == {"choices": [{"logprobs": [None, 0.5, None]}], "x": {"y": None}}
+
+
 def test_an_error_line_keeps_the_providers_response() -> None:
     refusal = Answer(Outcome.THROTTLED, 429, "rate_limit_exceeded", body={"error": {"code": "rate_limit_exceeded"}})
     line = requests.error_line(REQUEST, "OPENAI_RATE_LIMIT_EXHAUSTED", "5 attempts\nspent", refusal)
