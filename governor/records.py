@@ -378,7 +378,10 @@ class Records:
     def outcomes(self) -> dict[Outcome, int]:
         """Ended attempts by outcome."""
         query = select(attempts.c.outcome, func.count()).group_by(attempts.c.outcome).order_by(attempts.c.outcome)
-        return {Outcome(outcome): count for outcome, count in self._all(self._of(query, attempts))}
+        try:
+            return {Outcome(outcome): count for outcome, count in self._all(self._of(query, attempts))}
+        except ValueError:
+            raise self._database.damaged("an outcome cannot be read") from None
 
     # ------------------------------------------------------------ decisions
 

@@ -483,6 +483,7 @@ def test_damage_inside_is_found_by_whoever_reads_it(path: Path, seed: int) -> No
         ("UPDATE policies SET settings = replace(settings, 'tpm_limit', 'tpm_bound')", "decisions"),
         ("UPDATE decisions SET calls = substr(calls, 1, length(calls) - 1)", "decisions"),
         ("UPDATE decisions SET calls = x'05000000ffffffffff'", "decisions"),
+        ("UPDATE attempts SET outcome = 'x'", "outcomes"),
         ("UPDATE commands SET words = 'x'", "commands"),
         ("UPDATE forecasts SET json = 'x'", "forecasts"),
     ],
