@@ -6,6 +6,7 @@ codes. Prompts, answers and keys never come near it, nor does a provider's messa
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from datetime import UTC, datetime
@@ -82,7 +83,9 @@ class EventLog(Observer):
             pairs = [f"{name}={_shown(value)}" for name, value in values.items() if value not in ("", -1, -1.0, {})]
             pool = "" if self.pool == "default" else f" pool={self.pool}"
             text = f"{now:10.3f} {event:<9}{pool} {' '.join(pairs)}"
-        print(text, file=self.stream)
+        # As for progress: a log that cannot be written ends no run.
+        with contextlib.suppress(OSError):
+            print(text, file=self.stream)
 
 
 def _shown(value: Any) -> str:

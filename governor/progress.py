@@ -10,6 +10,7 @@ All of it goes to standard error, so that standard output holds the result alone
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -175,7 +176,9 @@ class Quiet:
         pass
 
     def say(self, line: str) -> None:
-        print(line, file=self.stream, flush=True)
+        # Whoever read it may have gone (a pipe into `head`), the log's disk may be full: no reason to end a paid run.
+        with contextlib.suppress(OSError):
+            print(line, file=self.stream, flush=True)
 
     def inform(self, line: str) -> None:
         pass

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from governor import law
 from governor.account import (
     ATTEMPT_COLUMNS,
     Worked,
@@ -26,6 +27,7 @@ from governor.account import (
 from governor.batch import exit_code
 from governor.driver import Governor, Job, Work
 from governor.errors import BadInput, Oversized
+from governor.eventlog import EventLog
 from governor.intake import disk_needed, prepare, read_demands, reserve_of, work_of
 from governor.journal import Journal
 from governor.money import Price, Prices, Spent
@@ -300,6 +302,17 @@ def test_beside_a_log_in_json_everything_is_json(quiet: bool) -> None:
     both.inform("a forecast")
     texts = [json.loads(text)["text"] for text in stream.getvalue().splitlines()]
     assert texts == (["a warning"] if quiet else ["a warning", "a forecast"])
+
+
+def test_a_reader_that_has_gone_ends_no_run() -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    for each in (shown(quiet=True, stream=Gone()), shown(quiet=False, stream=Gone()), Lines(Gone(), every_s=0.0)):
+        each.say("a warning")
+        each.show(snap())
+    EventLog("text", "default", Gone()).deferred(law.STAGGER)
 
 
 def test_off_a_terminal_there_is_a_line_now_and_then() -> None:
