@@ -11,6 +11,7 @@ where the reader of a pipe has gone; the others are the live commands' (see `gov
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -513,12 +514,7 @@ def _result(given: Options, found: dict[str, Any], text: str, notes: Sequence[st
 def _print(found: dict[str, Any], text: str, *, as_json: bool) -> None:
     from sim.shown import plain
 
-    try:
-        print(json.dumps(plain(found), indent=2, allow_nan=False) if as_json else text, flush=True)
-    except BrokenPipeError:
-        # What is still buffered must not fail again when the interpreter closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(PIPE_CLOSED) from None
+    print(json.dumps(plain(found), indent=2, allow_nan=False) if as_json else text, flush=True)
 
 
 # ---------------------------------------------------------------- errors and exit codes
@@ -527,6 +523,7 @@ def _print(found: dict[str, Any], text: str, *, as_json: bool) -> None:
 def main(args: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; whatever a user can mend is one line on stderr, without traceback."""
     usage_error: Any = typer.BadParameter.__mro__[2]
+    _open_streams()
     for stream in (sys.stdout, sys.stderr):
         if (getattr(stream, "encoding", None) or "utf-8").lower().replace("-", "") != "utf8":
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
@@ -541,6 +538,17 @@ def main(args: Sequence[str] | None = None) -> int:
         return _failed(str(error), error.exit_code)
     except usage_error as error:
         return _failed(_usage(error), BAD_INPUT)
+    except SystemExit as ended:
+        # Typer ends a command whose reader has gone with 1, which here means that some requests failed.
+        if isinstance(ended.__context__, BrokenPipeError):
+            return PIPE_CLOSED
+        raise
+    except BrokenPipeError:
+        return PIPE_CLOSED
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _failed(f"the output cannot be written: {error.strerror}: what was done stays done", BAD_INPUT)
     except KeyboardInterrupt:
         return _failed("interrupted: no file was left unfinished", INTERRUPTED)
     except _Terminated:
@@ -550,6 +558,27 @@ def main(args: Sequence[str] | None = None) -> int:
         if missing in ("", "governor", "sim"):
             raise
         return _failed(NEEDS_SIM, BAD_INPUT)
+    finally:
+        _drained()
+
+
+def _open_streams() -> None:
+    """Where standard output or error is closed, what is written there goes nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (as long as the process)
+
+
+def _drained() -> None:
+    """Leaves nothing in a stream that cannot be written: the interpreter's last flush would turn the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            with contextlib.suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
+                os.close(nowhere)
 
 
 def _usage(error: Any) -> str:
@@ -561,7 +590,7 @@ def _usage(error: Any) -> str:
 
 
 def _failed(message: str, code: int) -> int:
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(OSError):
         print(" ".join(message.split()), file=sys.stderr)
     return code
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -196,6 +198,20 @@ def test_commands_that_cannot_be_meant(run: Run, tmp_path: Path, args: tuple[str
 
 
 # ---------------------------------------------------------------- outputs that cannot be written
+
+
+def test_a_reader_that_has_gone_and_a_full_disk_are_no_tracebacks(capsys, monkeypatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    full = "the output cannot be written: No space left on device: what was done stays done\n"
+    for descriptor, code, said in ((writer, 141, ""), (os.open("/dev/full", os.O_WRONLY), 2, full)):
+        stream = os.fdopen(descriptor, "w")
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stream)
+            assert main(["settings"]) == code
+        with contextlib.suppress(OSError):
+            stream.close()
+        assert capsys.readouterr().err == said
 
 
 def test_targets_are_checked_before_the_work(run: Run, tmp_path: Path, monkeypatch) -> None:
