@@ -11,7 +11,6 @@ account itself) is refused, 5 a budget of money or time is used up, 130 and 143 
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -40,7 +39,7 @@ from governor.live import ACCOUNT, BAD_REQUESTS, CANARY, MAX_COST, Ended, Leg, L
 from governor.longwaits import FINISH_BY, LONG_WAIT, OUTWAITED, STOP_AFTER
 from governor.metrics import Metrics, checked_hook
 from governor.money import Prices, Spent
-from governor.outputs import Followed, check_writable, errors_path, write_results
+from governor.outputs import Followed, check_apart, check_writable, errors_path, write_results
 from governor.poolrun import Connect, Manner
 from governor.pools import Pool, key_of
 from governor.progress import Shown
@@ -116,20 +115,25 @@ def run_batch(orders: Orders, *, foresee: Foresee | None, connect: Connect, show
         retry_failed=orders.retry_failed,
     )
     journal = begun.journal
-    started = False
     try:
         _say_what_is_left(begun, orders, shown)
         expectations = _guard(begun, orders, foresee, shown)
-        started = True
-        with journal:
-            return _run(begun, orders, expectations, foresee, connect, shown)
+        return _run(begun, orders, expectations, foresee, connect, shown)
     except BaseException:
-        if begun.is_new and not started:
-            # Nothing was sent: a journal would only be in the way, and it holds prompts.
+        if begun.is_new and _nothing_sent(journal):
+            # A journal would only be in the way, and it holds prompts.
             journal.remove()
         raise
     finally:
         journal.close()
+
+
+def _nothing_sent(journal: Journal) -> bool:
+    """Whether no request was launched, as far as is known: what cannot be read may hold answers that were paid for."""
+    try:
+        return journal.counts().in_flight == 0 and not journal.outcomes()
+    except PacelineError:
+        return False
 
 
 # ---------------------------------------------------------------- before the start
@@ -144,17 +148,14 @@ def _check(orders: Orders) -> None:
         raise BadSetting(f"--retry-failed {quoted(orders.retry_failed)} is no failure code: use one of {codes}")
     if orders.manner.hook:
         checked_hook(orders.manner.hook)
-    for path in (orders.out, errors_path(orders.out)):
-        check_writable(path)
-    if _same(orders.requests, orders.out):
-        raise BadSetting("--out names the input itself: name another file")
-
-
-def _same(a: Path, b: Path) -> bool:
-    try:
-        return os.path.samefile(a, b)
-    except OSError:
-        return False
+    files = {"the input": orders.requests, "--out": orders.out, "the errors file": errors_path(orders.out)}
+    if "://" not in str(orders.journal):
+        files["--journal"] = Path(orders.journal)
+    if orders.manner.textfile is not None:
+        files["--metrics-textfile"] = orders.manner.textfile
+    check_apart(files)
+    for what in files.keys() - {"the input", "--journal"}:
+        check_writable(files[what])
 
 
 def _say_what_is_left(begun: Begun, orders: Orders, shown: Shown) -> None:

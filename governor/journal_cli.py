@@ -65,12 +65,16 @@ def export(
     from governor.account import ATTEMPT_COLUMNS, attempt_rows, lines_of
     from governor.journal import Journal
     from governor.money import SHIPPED, read_prices
-    from governor.outputs import errors_path, replaced, write_results
+    from governor.outputs import check_apart, errors_path, replaced, write_results
     from governor.words import plural
 
     results = Path(out)
     listed = read_prices(SHIPPED if prices is None else prices)
-    for file in (results, errors_path(results), *([Path(attempts)] if attempts else [])):
+    files = {"--out": results, "the errors file": errors_path(results)}
+    if attempts:
+        files["--attempts"] = Path(attempts)
+    check_apart(files if "://" in where else {"the journal": Path(where), **files})
+    for file in files.values():
         if file.exists() and not overwrite:
             raise BadInput("it exists: name another file, or add --overwrite", str(file))
     with Journal.open(where) as journal:

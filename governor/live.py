@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from governor.driver import Work
-from governor.errors import FailureCode
+from governor.errors import BadInput, FailureCode
 from governor.forecast import Expectation, finish_text
 from governor.guard import canary_note, canary_verdict
 from governor.intake import work_of
@@ -94,6 +94,7 @@ class LiveRun:
         self._cost_before = leg.spent.cost_usd
         self._asking: set[asyncio.Task[None]] = set()
         self._signalled = False
+        self._textfile_failed = False
 
     async def run(self) -> Ended:
         """Runs until nothing is left or it is stopped. JournalError where nothing can be recorded any more."""
@@ -397,9 +398,17 @@ class LiveRun:
                     self.tell("late", self._of(name) + line)
 
     def write_textfile(self) -> None:
-        """The metrics as they are now, into the file for the collector if one is named."""
-        if self.manner.metrics is not None and self.manner.textfile is not None:
+        """The metrics as they are now, into the file for the collector if one is named. A run goes on without it."""
+        if self.manner.metrics is None or self.manner.textfile is None:
+            return
+        try:
             self.manner.metrics.write_textfile(self.manner.textfile)
+        except BadInput as error:
+            if not self._textfile_failed:
+                self.say(f"note: {error}")
+            self._textfile_failed = True
+        else:
+            self._textfile_failed = False
 
     def tell(self, event: str, text: str) -> None:
         """A message to the webhook, if there is one."""

@@ -14,7 +14,7 @@ import contextlib
 import errno
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TextIO
 
@@ -49,6 +49,16 @@ def check_writable(path: Path) -> None:
     """BadInput, before anything is sent, where a file of that name could not be written at the end."""
     with contextlib.suppress(_Tried), replaced(path):
         raise _Tried
+
+
+def check_apart(files: Mapping[str, Path]) -> None:
+    """BadInput where two of these, by what a user calls them, are one file: one would take the other's place."""
+    seen: dict[str, str] = {}
+    for what, path in files.items():
+        place = os.path.realpath(path)
+        if place in seen:
+            raise BadInput(f"{seen[place]} and {what} are one file: name another", os.fspath(path))
+        seen[place] = what
 
 
 class _Tried(Exception):  # noqa: N818  (no error: it ends a trial before anything is replaced)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import socket
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -318,9 +320,11 @@ def test_a_wrong_line_is_named_and_nothing_is_left_behind(cli: Cli, tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["requests.jsonl"]
 
 
-def test_other_slips_of_the_command_line(cli: Cli, tmp_path: Path) -> None:
+def test_other_slips_of_the_command_line(cli: Cli, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     batch(tmp_path / "requests.jsonl", 3)
-    url = "http://127.0.0.1:9/v1"
+    taken = socket.create_server(("127.0.0.1", 0))
+    request.addfinalizer(taken.close)
+    url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
     for more, complaint in (
         (["--set", "OPENAI_TPM_LIMT=1"], "did you mean OPENAI_TPM_LIMIT?"),
         (["--tpm", "many"], "--tpm 'many' is not a whole number"),
@@ -329,12 +333,25 @@ def test_other_slips_of_the_command_line(cli: Cli, tmp_path: Path) -> None:
         (["--notify", "nowhere"], "--notify is no address"),
         (["--journal", tmp_path / "no" / "j.db"], "there is no folder"),
         (["--max-cost", "1", "--prices", _prices(tmp_path)], "--max-cost needs a price for model 'gpt-4o-mini'"),
+        (["--base-url", "http://127.0.0.1:99999/v1"], "'http://127.0.0.1:99999/v1' is no address"),
+        # One file for two purposes: what is written last would take the place of the other.
+        (["--journal", tmp_path / "results.jsonl"], "results.jsonl: --out and --journal are one file: name another"),
+        (
+            ["--metrics-textfile", tmp_path / "requests.jsonl"],
+            "requests.jsonl: the input and --metrics-textfile are one",
+        ),
+        (["--overwrite", "--out", tmp_path / "requests.jsonl"], "the input and --out are one file"),
+        (["--metrics-textfile", tmp_path / "no" / "m.prom"], "cannot be written: there is no folder"),
+        # Found when the run begins: nothing was sent, so nothing is left.
+        (["--metrics-port", urlsplit(url).port], "--metrics-port"),
     ):
         ran = cli.run(*run_args(tmp_path, url, *more))
         assert ran.code == 2, (more, ran.err)
         assert complaint in ran.err, (more, ran.err)
-    ran = cli.run("run", tmp_path / "requests.jsonl", "--out", tmp_path / "requests.jsonl", "--base-url", url)
-    assert ran.code == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["prices.yaml", "requests.jsonl"]
+    named = batch(tmp_path / "r.errors.jsonl", 3)
+    ran = cli.run("run", named, "--out", tmp_path / "r.jsonl", "--base-url", url, "--overwrite")
+    assert (ran.code, "r.errors.jsonl: the input and the errors file are one" in ran.err) == (2, True)
     ran = cli.run("run", tmp_path / "none.jsonl", "--out", tmp_path / "results.jsonl", "--base-url", url)
     assert (ran.code, "there is no such file" in ran.err) == (2, True)
 

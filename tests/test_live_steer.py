@@ -174,6 +174,15 @@ def test_journals_that_are_none(cli: Cli, tmp_path: Path) -> None:
             assert (ran.code, complaint in ran.err, ran.err.count("\n")) == (2, True, 1), ran.err
 
 
+def test_an_export_never_takes_the_journal_s_place(cli: Cli, tmp_path: Path) -> None:
+    journal = tmp_path / "j.db"
+    journal.write_text("what was paid for")
+    for more in (["--out", journal], ["--out", tmp_path / "x.jsonl", "--attempts", journal]):
+        ran = cli.run("export", journal, *more, "--overwrite")
+        assert (ran.code, "j.db: the journal and " in ran.err) == (2, True)
+    assert journal.read_text() == "what was paid for"
+
+
 # ---------------------------------------------------------------- canary and budgets
 
 
@@ -363,6 +372,18 @@ def test_metrics_textfile_and_messages(cli: Cli, tmp_path: Path, hook: tuple[str
     assert [each["event"] for each in told] == ["finished"]
     assert told[0]["text"].startswith("paceline: 30 of 30 done")
     assert "secret-path" not in ran.err
+
+
+def test_metrics_that_cannot_be_written_any_more_end_no_run(cli: Cli, tmp_path: Path) -> None:
+    batch(tmp_path / "requests.jsonl", 8)
+    (tmp_path / "prom").mkdir()
+    with provider(latency=SLOW) as served:
+        args = run_args(tmp_path, served.base_url, "--metrics-textfile", tmp_path / "prom" / "m.prom")
+        process, _ = started(cli, tmp_path, *args, env={"OPENAI_MAX_CONCURRENCY": "2"})
+        (tmp_path / "prom").rmdir()
+        ran = process.wait()
+    assert (ran.code, ran.err.count("the metrics cannot be written")) == (0, 1), ran.err
+    check_whole(tmp_path, 8)
 
 
 def test_a_run_that_falls_behind_says_so_with_the_reason(
