@@ -62,7 +62,8 @@ class PostgresServer:
         self._data = f"{self._folder}/data"
         environment = {"PATH": os.environ.get("PATH", ""), "LANG": "C.UTF-8", "HOME": self._folder}
         command = [binary("initdb"), "--no-sync", "-A", "trust", "-U", "paceline", "-E", "UTF8", "-D", self._data]
-        subprocess.run(command, check=True, capture_output=True, env=environment, cwd=self._folder, **self._who)
+        made = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=self._folder, **self._who)
+        assert made.returncode == 0, f"{' '.join(command)}: {made.stdout}{made.stderr}"
         self._environment = environment
         self.process: subprocess.Popen[bytes] | None = None
         self.start()
