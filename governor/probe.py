@@ -7,7 +7,8 @@ Theory of operation. A bucket that is full before a call shows the call's charge
 question waits until the bucket is full again, at most a minute, and asks what the possible rules answer differently:
 
   charge rule      one call that declares a large output cap; the rule whose charge is nearest
-  settles          a tiny call right after that one has ended: has its reservation been corrected to its use?
+  settles          a tiny call right after that one has ended: has its reservation been corrected to its use? Where
+                   the cap is charged, once more with a short answer: a long one lasts until the bucket is full again
   slices           more tiny calls at once than a second's share of the requests limit
   refusals count   two calls of 60 % of the limit each: after the second was refused, how much is left?
   gate             where the cap is not charged: is a call refused whose cap is above the limit?
@@ -42,6 +43,8 @@ MOMENT_S = 0.25
 ROUNDING = 6.0
 RULES = ("auto", "prompt_plus_max", "max_of", "responses")
 WORDS = "Count upwards, one number per line, and go on for as long as you may. "
+BRIEF = "Answer with the one word yes. "
+CAP_CHARGED = ("prompt_plus_max", "max_of")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +71,8 @@ class Probe:
 
     # ------------------------------------------------------------ calls
 
-    def _body(self, prompt_tokens: int, cap: int) -> dict[str, Any]:
-        text = (WORDS * (4 * prompt_tokens // len(WORDS) + 1))[: max(8, 4 * prompt_tokens)]
+    def _body(self, prompt_tokens: int, cap: int, words: str) -> dict[str, Any]:
+        text = (words * (4 * prompt_tokens // len(words) + 1))[: max(8, 4 * prompt_tokens)]
         return {"model": self.model, "messages": [{"role": "user", "content": text}], "max_completion_tokens": cap}
 
     def affords(self, prompt_tokens: int, cap: int, calls: int = 1) -> bool:
@@ -77,9 +80,9 @@ class Probe:
         worst = calls * self.price.cost_usd(Usage(prompt_tokens + 10, cap))
         return self.spent_usd + worst <= self.max_cost_usd
 
-    async def call(self, prompt_tokens: int, cap: int) -> tuple[Answer, Sizes, float]:
-        """One call: its answer, its sizes, and when it was sent (the loop's clock)."""
-        body = self._body(prompt_tokens, cap)
+    async def call(self, prompt_tokens: int, cap: int, words: str = WORDS) -> tuple[Answer, Sizes, float]:
+        """One call: its answer, its sizes, and when it was sent (the loop's clock). `words`: what it asks for."""
+        body = self._body(prompt_tokens, cap, words)
         sizes = sizes_of(CHAT, body)
         self.calls += 1
         request = Request(self.calls, f"probe-{self.calls}", url_of(CHAT), self.model, body, sizes)
@@ -152,10 +155,21 @@ async def _charge_and_settling(probe: Probe) -> tuple[Told, Told]:
         why = f"the call with {cap:,} tokens of cap came back {answer.outcome}"
         return Told("charge_rule", None, why), Told("settles", None, why)
     rule = _rule(charged, sizes, answer)
+    settles = await _settling(probe, rule, answer, charged, sent_s)
+    if settles.value is None and rule.value in CAP_CHARGED and probe.affords(200, cap):
+        await probe.fill()
+        answer, _, sent_s = await probe.call(200, cap, BRIEF)
+        if answer.outcome is Outcome.OK and (charged := used_in(answer)) >= 0.0:
+            settles = await _settling(probe, rule, answer, charged, sent_s)
+    return rule, settles
+
+
+async def _settling(probe: Probe, rule: Told, answer: Answer, charged: float, sent_s: float) -> Told:
+    """A tiny call right after that answer, which was charged so and sent then."""
     after, tiny, after_s = await probe.call(10, TINY)
     left = used_in(after)
     if after.outcome is not Outcome.OK or left < 0.0 or answer.used_output_tokens < 0:
-        return rule, Told("settles", None, f"the call after it came back {after.outcome}")
+        return Told("settles", None, f"the call after it came back {after.outcome}")
     real = float(answer.used_prompt_tokens + answer.used_output_tokens)
     left -= _charge(rule.value or "auto", tiny, after)
     kept = max(0.0, charged - (after_s - sent_s) * probe.rate_per_s)
@@ -166,10 +180,10 @@ async def _charge_and_settling(probe: Probe) -> tuple[Told, Told]:
         why = (
             f"both ways would leave about {kept:,.0f} tokens used: the limit refills too fast, or the answer was short"
         )
-        return rule, Told("settles", None, why)
+        return Told("settles", None, why)
     value = abs(left - corrected) < abs(left - kept)
     why = f"{left:,.0f} tokens used after it had ended; {corrected:,.0f} if corrected to use, {kept:,.0f} if not"
-    return rule, Told("settles", value, why)
+    return Told("settles", value, why)
 
 
 def _charge(rule: str, sizes: Sizes, answer: Answer) -> float:
@@ -211,7 +225,7 @@ async def _slices(probe: Probe) -> Told:
 async def _gate(probe: Probe, rule: Told) -> Told:
     """Whether a cap above the limit is refused although it is not charged."""
     name = "max_tokens_in_gate"
-    if rule.value in ("prompt_plus_max", "max_of"):
+    if rule.value in CAP_CHARGED:
         return Told(name, True, "the cap is charged")
     cap = math.ceil(1.05 * probe.limit)
     if not probe.affords(10, cap):
@@ -229,7 +243,7 @@ async def _refusals_count(probe: Probe, rule: Told) -> Told:
     """Two calls of 60 % of the limit: what is left after the second one's refusal?"""
     name = "failed_requests_count"
     wanted = math.ceil(FILL_RATIO * probe.limit)
-    by_cap = rule.value in ("prompt_plus_max", "max_of")
+    by_cap = rule.value in CAP_CHARGED
     prompt, cap = (10, wanted) if by_cap else (wanted, TINY)
     if not by_cap and wanted > PROMPT_MOST:
         return Told(name, None, f"60 % of the limit is {wanted:,} tokens: more than a prompt holds")

@@ -19,6 +19,7 @@ from governor.requests import Answer, Limit, Outcome
 from governor.sending import connect_with
 from sim.inputs import named_provider
 from tests import live
+from tests.virtual_loop import run_virtual
 
 SCALE = 20.0
 PRICE = Price(date.min, 0.15, 0.15, 0.60)
@@ -128,6 +129,45 @@ class Gated:
 
     async def aclose(self) -> None:
         """Nothing is open."""
+
+
+class Slow:
+    """A bucket of 30,000 that charges prompt and cap, 10 ms per token of the answer: all of its cap, or one word."""
+
+    def __init__(self, *, settles: bool) -> None:
+        self.settles = settles
+        self.used = self.at_s = 0.0
+
+    def _drained(self, more: float) -> None:
+        now_s = asyncio.get_running_loop().time()
+        self.used = min(30_000.0, max(0.0, self.used - 500.0 * (now_s - self.at_s)) + more)
+        self.at_s = now_s
+
+    async def __call__(self, job: Any, timeout_s: float) -> Answer:
+        assert job.work is not None
+        sizes, body = job.work.request.sizes, job.work.request.body
+        charge = sizes.chars / 4 + 1 + sizes.max_tokens
+        self._drained(0.0)
+        if self.used + charge > 30_000:
+            return Answer(Outcome.THROTTLED, 429, limits=(Limit("TPM", 30_000.0, 30_000.0 - round(self.used)),))
+        self._drained(charge)
+        limits = (Limit("TPM", 30_000.0, 30_000.0 - round(self.used)),)
+        output = 5 if "yes" in body["messages"][0]["content"] else sizes.max_tokens
+        await asyncio.sleep(output / 100)
+        if self.settles:
+            self._drained(sizes.prompt_tokens + output - charge)
+        return Answer(Outcome.OK, 200, used_prompt_tokens=sizes.prompt_tokens, used_output_tokens=output, limits=limits)
+
+    async def aclose(self) -> None:
+        """Nothing is open."""
+
+
+@pytest.mark.parametrize("settles", [False, True])
+def test_settling_is_seen_where_long_answers_would_hide_it(settles: bool) -> None:
+    found = run_virtual(probed(Probe(Slow(settles=settles), "gpt-4o-mini", PRICE, 1.0)))
+    told = {each.name: each.value for each in found}
+    assert told["charge_rule"] == "prompt_plus_max"
+    assert told["settles"] is settles, found
 
 
 def test_a_gate_that_is_unlike_the_charge_is_seen() -> None:
