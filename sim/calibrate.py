@@ -169,7 +169,8 @@ def _lengths(observed: Observed, rows: NDArray[np.int64]) -> tuple[Figure, ...]:
     prompt, output = (getattr(observed.tries, name)[rows] for name in ("prompt_tokens", "output_tokens"))
     name = "prompt-output correlation"
     if len(rows) < 10 or np.ptp(prompt) == 0 or np.ptp(output) == 0:
-        return (*found, unknown(name, None, "one of the two does not vary"))
+        few = len(rows) < 10
+        return (*found, unknown(name, None, "fewer than 10 answers" if few else "one of the two does not vary"))
     rho = float(stats.spearmanr(prompt, output).statistic)
     # Fisher's transform, with Bonett and Wright's (2000) variance for Spearman's rho.
     half = float(stats.norm.ppf(0.5 + fits.EACH / 2.0)) * np.sqrt((1.0 + rho**2 / 2.0) / (len(rows) - 3))
@@ -195,6 +196,8 @@ def _arrivals(come: ArrivalFit | None, observed: Observed) -> tuple[Figure, ...]
     if come is not None:
         return come.rate_per_s, come.cv
     why = "a batch: all requests are there at the start" if observed.batch else "the log has no times of arrival"
+    if not observed.batch and (observed.arrived_s >= 0.0).any():
+        why = f"fewer than {fits.LEAST_ANSWERS} requests with a time of arrival, or all at one moment"
     return (unknown("arrivals", None, why, "per s"),)
 
 

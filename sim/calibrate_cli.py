@@ -85,7 +85,7 @@ def text_of(found: Calibration, ahead: Outlook | None) -> str:
         "",
     ]
     for figure in told:
-        lines.append(f"  {figure.name:<26}{_value(figure):<34}{figure.how}")
+        lines.append(f"  {figure.name:<26}{_value(figure):<33} {figure.how}")
     for name, families in (("prompt", found.prompts), ("output", found.outputs)):
         if families:
             fits = ", ".join(f"{family.name} {family.ks:.3f}" for family in families)

@@ -85,9 +85,12 @@ def quota(found: Observed, base: ProviderConfig) -> QuotaFit:
     requests, _ = _limit("requests per minute", RPM, counts, base.rpm)
     granted = base.with_(tpm=int(limit.used), rpm=int(requests.used))
     rules: tuple[Rule, ...] = ()
-    rule: Figure = unknown("charge rule", base.charge_rule, "no header states what remains of the tokens")
-    settles = unknown("settles", base.settles, "no header states what remains of the tokens")
-    others = unknown("share of others", base.cotenant.share, "no header states what remains of the tokens")
+    why = "no header states what remains of the tokens"
+    if (found.stated[:, 1] >= 0.0).any():
+        why = "headers state what remains, but the log has no times, or no limit beside it"
+    rule: Figure = unknown("charge rule", base.charge_rule, why)
+    settles = unknown("settles", base.settles, why)
+    others = unknown("share of others", base.cotenant.share, why)
     counting = unknown("refusals count", base.failed_requests_count, "no refusal states what remains")
     if len(stated) >= LEAST_GAPS and not changes:
         rules = _rules(found, counts[:COUNTS_MOST], granted)
@@ -146,10 +149,13 @@ def _limit_from_refusals(found: Observed, counts: Sequence[Count], base: Provide
     least = int(wrong.min())
     near = grid[wrong <= least + max(2.0, 2.0 * math.sqrt(least))]
     best = float(np.median(grid[wrong == least]))
+    # The true limit lies between the points of the grid: the neighbours of those that fit bound it.
+    step = float(grid[1] / grid[0])
+    low, high = float(near.min()) / step, float(near.max()) * step
     how = f"{refused:,} refusals, charged by {base.charge_rule}: {least:,} attempts came out otherwise"
     if len(near) > 60:
         return Figure(nothing.name, None, None, None, "", "the refusals fit any limit alike", base.tpm)
-    return Figure(nothing.name, round(best), float(near.min()), float(near.max()), "", how)
+    return Figure(nothing.name, round(best), low, high, "", how)
 
 
 def _surprises(limit: float, times: Real, amount: Real, let_in: NDArray[np.bool_]) -> int:

@@ -22,7 +22,17 @@ from governor.errors import BadInput, BadSetting, quoted
 from governor.requests import read_results
 from sim.observed import ANSWERED, OTHER, REFUSED, SERVER_FAULT, Observed, observed_of, refused_by
 from sim.readers import BATCH, TRACE_JSONL, Source, explained
-from sim.trace_columns import UNITS, is_absent, moment_of, number_of, text_of, unit_seen, unit_words, whole_of
+from sim.trace_columns import (
+    UNITS,
+    date_seen,
+    is_absent,
+    moment_of,
+    number_of,
+    text_of,
+    unit_seen,
+    unit_words,
+    whole_of,
+)
 from sim.traces import csv_rows, header_of, json_rows
 
 WHOLES = ("prompt", "output", "max_tokens", "chars", "role_chars", "messages", "images", "tools", "n")
@@ -109,8 +119,12 @@ class LogRows:
         self.values: dict[str, list[Any]] = {role: [] for role in self.roles}
         self.kinds: list[int] = []
 
-    def add(self, row: Mapping[str, Any], line: int) -> None:
-        """Takes one row; BadInput names the line, the column and the value."""
+    def add(self, row: Mapping[str, Any], line: int, shown: Mapping[str, str] | None = None) -> None:
+        """Takes one row; BadInput names the line, the column and the value.
+
+        `shown`: column -> what the file calls it, where the row was put together from something else.
+        """
+        shown = shown or {}
         taken: dict[str, Any] = {}
         for role, (name, unit) in self.roles.items():
             value = row.get(name)
@@ -120,11 +134,15 @@ class LogRows:
             try:
                 taken[role] = self._checked(role, unit, value)
             except ValueError as error:
-                raise BadInput(f"column {quoted(name)}: {quoted(value)} {error}", self.source, line) from None
+                column = quoted(shown.get(name, name))
+                raise BadInput(f"column {column}: {quoted(value)} {error}", self.source, line) from None
         kind = _kind_of(taken)
         if kind == ANSWERED and (taken["prompt"] < 0 or taken["output"] < 0):
-            role = "prompt" if taken["prompt"] < 0 else "output"
-            raise BadInput(f"column {quoted(self.roles[role][0])} has no value here", self.source, line)
+            name = self.roles["prompt" if taken["prompt"] < 0 else "output"][0]
+            text = f"column {quoted(shown.get(name, name))} has no value here"
+            if "status" not in self.roles and "outcome" not in self.roles:
+                text += "; where requests failed, name the column that says so: --columns status=NAME"
+            raise BadInput(text, self.source, line)
         self._check_order(taken, line)
         for role, value in taken.items():
             self.values[role].append(value)
@@ -136,6 +154,8 @@ class LogRows:
             return whole_of(role, value)
         if role == "endpoint":
             return text_of(role, value)
+        if role == "status":
+            return _status_of(value)
         if role in TEXTS:
             return str(value)
         if role in MOMENTS:
@@ -151,7 +171,7 @@ class LogRows:
         is_date, number = moment_of(value)
         if number < 0.0:
             raise ValueError("is a negative time")
-        seen = "date" if is_date else unit or unit_seen(number)
+        seen = date_seen(value) if is_date else unit or unit_seen(number)
         first = self.units.setdefault(role, seen)
         if seen != first:
             raise ValueError(f"is in {unit_words(seen)} among values in {unit_words(first)}: one unit per column")
@@ -228,16 +248,32 @@ class LogRows:
             raise BadInput(text, self.source, self.lines[first])
 
 
+# Words that logs have for a status, and the code that says the same; 0: neither answered nor known why not.
+_STATUSES = {
+    **dict.fromkeys(("ok", "success", "succeeded", "successful", "completed", "done", "true", "unset"), 200),
+    **dict.fromkeys(("throttled", "rate_limited", "rate_limit_exceeded", "too_many_requests", "ratelimiterror"), 429),
+    **dict.fromkeys(("failure", "failed", "error", "false", "timeout", "timed_out", "cancelled", "canceled"), 0),
+}
+
+
+def _status_of(value: object) -> int:
+    """A status as an HTTP code, 0 for a failure without one: "200", 429.0, "429 Too Many Requests", "ok", "failed"."""
+    text = str(value).strip().lower()
+    number = number_of(text.split(" ")[0])
+    code = _STATUSES.get(re.sub(r"[\s-]+", "_", text)) if number is None else int(number)
+    if code is None or (code and not 100 <= code < 600):
+        raise ValueError("is no status: an HTTP code, or a word like ok, failed or throttled")
+    return code
+
+
 def _kind_of(taken: Mapping[str, Any]) -> int:
     """What became of a row: by our own word, else by the status; one that says neither was answered."""
-    outcome, status = taken.get("outcome", ""), str(taken.get("status", "")).strip().lower()
+    outcome, code = taken.get("outcome", ""), taken.get("status", "")
     if outcome:
         return refused_by(outcome)
-    number = number_of(status)
-    if number is not None:
-        code = int(number)
-        return ANSWERED if 200 <= code < 300 else REFUSED if code == 429 else SERVER_FAULT if code >= 500 else OTHER
-    return OTHER if status in ("failure", "error", "failed") else ANSWERED
+    if code == "":
+        return ANSWERED
+    return ANSWERED if 200 <= code < 300 else REFUSED if code == 429 else SERVER_FAULT if code >= 500 else OTHER
 
 
 # ---------------------------------------------------------------- files

@@ -138,6 +138,10 @@ def observed_of(label: str, rows: Mapping[str, Sequence[Any]], *, source: str, n
     kind = numbers("kind", ANSWERED).astype(np.int64)
     launched, finished, took = numbers("launched"), numbers("finished"), numbers("latency")
     arrived = numbers("arrival")
+    if not (launched >= 0.0).any() and not ((finished >= 0.0) & (took >= 0.0)).any() and (arrived >= 0.0).any():
+        # A log of one moment per attempt: without it, nothing that its headers state could be used.
+        launched = arrived
+        notes = (*notes, f"{label}: its only moments are taken for those at which attempts were sent")
     launched = np.where((launched < 0.0) & (finished >= 0.0) & (took >= 0.0), finished - took, launched)
     took = np.where((took < 0.0) & (finished >= 0.0) & (launched >= 0.0), finished - launched, took)
     known = [values[values >= 0.0].min() for values in (launched, arrived) if (values >= 0.0).any()]
@@ -154,9 +158,8 @@ def observed_of(label: str, rows: Mapping[str, Sequence[Any]], *, source: str, n
     usable = (kind == ANSWERED) & (prompt >= 0) & (output >= 0)
     if not usable.any():
         raise BadInput("no answered request with prompt and output tokens in it: nothing to learn from", source)
-    typical = int(np.median(prompt[usable]))
     chars = whole("chars")
-    prompt_known = np.where(prompt >= 0, prompt, typical)
+    prompt_known = _filled(prompt, prompt[usable])
     tries = Workload(
         endpoint=whole("endpoint"),
         prompt_tokens=prompt_known,
@@ -191,7 +194,20 @@ def observed_of(label: str, rows: Mapping[str, Sequence[Any]], *, source: str, n
         outcomes="kind" in rows,
         notes=notes,
     )
-    return replace(found, final=_last_of_each(found))
+    final = _last_of_each(found)
+    again = int(found.final.sum()) - int(final.sum())
+    if again:
+        notes = (*notes, f"{label}: {again:,} answers are to requests (by id) with a later one, which counts alone")
+    return replace(found, final=final, notes=notes)
+
+
+def _filled(prompt: NDArray[np.int64], known: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Prompts that are not known (-1) as quantiles of those that are, in mixed order: their distribution stays."""
+    missing = np.flatnonzero(prompt < 0)
+    filled = prompt.copy()
+    ranks = (np.random.default_rng(0).permutation(len(missing)) + 0.5) / max(1, len(missing))
+    filled[missing] = np.sort(known)[(ranks * len(known)).astype(np.int64)]
+    return filled
 
 
 STATED = ("limit_tokens", "remaining_tokens", "limit_requests", "remaining_requests")

@@ -3,8 +3,11 @@
 What lives here: finding the spans in a document and naming their fields. What must not: any check of a value (`logs`).
 
 Theory of operation. Read are OTLP documents (`resourceSpans`, one document or one per line, as collectors write them),
-lists or lines of what OpenTelemetry's console exporter prints, and LiteLLM's standard logging payloads, lists or lines.
-Spans that are not of a model call are left out. A complaint names the line on which the span's id stands.
+lists or lines of what OpenTelemetry's console exporter prints, LiteLLM's standard logging payloads, lists or lines, and
+the rows of its spend log, also as its proxy and Tempo wrap them (`data`, `batches`). Spans that are not of a model call
+are left out, the agent's around them too, whose usage is a sum over its calls; so is what LiteLLM answered out of
+its cache, which no provider saw. A call that states no usage was made all the same. A complaint names the line on which
+the span's id stands.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from governor.errors import BadInput
 from sim.logs import LogRows
 from sim.observed import Observed, observed_of
 from sim.readers import Source
+from sim.trace_columns import moment_of
 
 Row = dict[str, Any]
 # Our column -> the attributes of a GenAI span that may hold it, newest convention first.
@@ -28,6 +32,10 @@ ATTRIBUTES = {
     "status": ("http.response.status_code", "http.status_code", "error.type"),
     "first_token": ("gen_ai.response.time_to_first_chunk", "gen_ai.server.time_to_first_token"),
 }
+# Operations that call a model once; a span that names none may be such a call.
+CALLS = ("", "chat", "completion", "text_completion", "generate_content", "embeddings", "responses")
+# Keys under which documents hold a list of spans, or of calls.
+WRAPPED = ("resourceSpans", "batches", "data")
 HEADERS = {
     "limit_tokens": "limit-tokens",
     "remaining_tokens": "remaining-tokens",
@@ -58,17 +66,34 @@ def of_spans(source: Source) -> Observed:
         line = raw[: error.start].count(b"\n") + 1
         raise BadInput(f"not UTF-8 text: {error.reason}", source.name, line) from None
     rows = LogRows(ROLES, source.name)
-    skipped = 0
+    skipped = cached = silent = 0
     for line, span in _spans(text, source.name):
-        row = _row(span)
+        row, shown = _row(span)
         if row is None:
             skipped += 1
-            continue
-        rows.add(row, line)
+        elif row.pop("cached", False):
+            cached += 1
+        else:
+            silent += _without_usage(row)
+            rows.add(row, line, shown)
     if not rows.lines:
         raise BadInput("no span of a model call in it (gen_ai.usage.* or prompt_tokens)", source.name)
-    notes = (f"{source.label}: {skipped:,} spans are not of a model call and are left out",) if skipped else ()
+    said = (
+        (skipped, "spans are not of a model call and are left out"),
+        (cached, "calls were answered from LiteLLM's cache and are left out"),
+        (silent, "calls state no usage: their lengths are taken from the others"),
+    )
+    notes = tuple(f"{source.label}: {count:,} {what}" for count, what in said if count)
     return observed_of(source.label, rows.columns(), source=source.name, notes=notes)
+
+
+def _without_usage(row: Row) -> bool:
+    """Whether a call was answered, but its length is not told (streamed, mostly); then its row says so."""
+    failed = str(row["status"] or 200)[:1] != "2"
+    if failed or (row["prompt"] is not None and row["output"] is not None):
+        return False
+    row |= {"output": None, "status": "error"}
+    return True
 
 
 def _spans(text: str, name: str) -> Iterator[tuple[int, Row]]:
@@ -106,10 +131,14 @@ def _of_document(document: Any) -> Iterator[Row]:
         for part in document:
             yield from _of_document(part)
     elif isinstance(document, dict):
-        for resource in _dicts(document.get("resourceSpans")):
-            for scope in _dicts(resource.get("scopeSpans")):
+        wrapped = [part for key in WRAPPED for part in _dicts(document.get(key))]
+        for resource in wrapped:
+            scopes = resource.get("scopeSpans")
+            for scope in _dicts(scopes):
                 yield from _dicts(scope.get("spans"))
-        if "resourceSpans" not in document:
+            if scopes is None:
+                yield resource
+        if not any(isinstance(document.get(key), list) for key in WRAPPED):
             yield document
 
 
@@ -117,53 +146,86 @@ def _dicts(value: Any) -> list[Row]:
     return [part for part in value if isinstance(part, dict)] if isinstance(value, list) else []
 
 
-def _row(span: Mapping[str, Any]) -> Row | None:
-    """The span as a row of a log, None where it is not of a model call."""
+def _row(span: Mapping[str, Any]) -> tuple[Row | None, Mapping[str, str]]:
+    """The span as a row of a log, None where it is not of a model call, and what the span calls its columns."""
     if "startTime" in span and ("prompt_tokens" in span or "call_type" in span):
-        return _of_litellm(span)
+        return _of_litellm(span), LITELLM
     attributes = _attributes(span.get("attributes"))
-    if not any(name in attributes for name in (*ATTRIBUTES["prompt"], *ATTRIBUTES["model"])):
-        return None
+    is_call = attributes.get("gen_ai.operation.name", "") in CALLS
+    if not is_call or not any(name in attributes for name in (*ATTRIBUTES["prompt"], *ATTRIBUTES["model"])):
+        return None, {}
     row: Row = {"id": span.get("spanId") or _of(span, "context").get("span_id", "")}
+    shown: dict[str, str] = {}
     for role, names in ATTRIBUTES.items():
-        row[role] = next((attributes[name] for name in names if name in attributes), None)
+        shown[role] = next((name for name in names if name in attributes), names[0])
+        row[role] = attributes.get(shown[role])
     if isinstance(row["status"], str) and not row["status"].isdecimal():
         row["status"] = 429 if "ratelimit" in row["status"].replace("_", "").lower() else "error"
     for role, nanoseconds, date in (
         ("launched", "startTimeUnixNano", "start_time"),
         ("finished", "endTimeUnixNano", "end_time"),
     ):
-        row[role] = span.get(nanoseconds, span.get(date))
+        shown[role] = nanoseconds if nanoseconds in span else date
+        row[role] = span.get(shown[role])
     for role, word in HEADERS.items():
         row[role] = _header(attributes, word)
     row["retry_after"] = _header(attributes, "retry-after")
-    return row
+    return row, shown
+
+
+LITELLM = {
+    "prompt": "prompt_tokens",
+    "output": "completion_tokens",
+    "launched": "startTime",
+    "finished": "endTime",
+    "status": "error_code",
+}
 
 
 def _of_litellm(span: Mapping[str, Any]) -> Row:
-    started, first = span.get("startTime"), span.get("completionStartTime")
+    """A payload, or a row of the spend log, which holds the error within its metadata, and that as text."""
     headers = _of(_of(span, "hidden_params"), "additional_headers") | _of(span, "response_headers")
-    streamed = bool(span.get("stream"))
-    known = isinstance(started, int | float) and isinstance(first, int | float) and streamed
-    error = _of(span, "error_information")
-    failed = span.get("status") == "failure"
+    metadata = _of(span, "metadata")
+    error = _of(span, "error_information") or _of(metadata, "error_information")
+    parameters = _of(span, "model_parameters")
+    failed = "failure" in (span.get("status"), metadata.get("status"))
     return {
-        "id": span.get("id", ""),
+        "id": span.get("id") or span.get("request_id") or "",
         "model": span.get("model"),
-        "prompt": span.get("prompt_tokens"),
+        # A failed call has zero there for want of an answer.
+        "prompt": (span.get("prompt_tokens") or None) if failed else span.get("prompt_tokens"),
         "output": None if failed else span.get("completion_tokens"),
-        "max_tokens": _of(span, "model_parameters").get("max_tokens"),
+        "max_tokens": parameters.get("max_tokens", parameters.get("max_completion_tokens")),
         "status": (error.get("error_code") or "failure") if failed else 200,
-        "launched": started,
+        "launched": span.get("startTime"),
         "finished": span.get("endTime"),
-        "first_token": first - started if known else None,  # type: ignore[operator]
+        "first_token": _first_token(span),
+        "cached": str(span.get("cache_hit")).lower() == "true",
         "retry_after": _header(headers, "retry-after"),
         **{role: _header(headers, word) for role, word in HEADERS.items()},
     }
 
 
+def _first_token(span: Mapping[str, Any]) -> float | None:
+    """Seconds to the first token of a streamed answer; one that was not streamed has it at its end, or at 0."""
+    try:
+        moments = [moment_of(span.get(key)) for key in ("startTime", "completionStartTime", "endTime")]
+    except ValueError:
+        return None
+    begun, first, ended = (at for _, at in moments)
+    if span.get("stream") is False or len({is_date for is_date, _ in moments}) > 1 or not begun < first < ended:
+        return None
+    return (first - begun) / 1e6 if moments[0][0] else first - begun
+
+
 def _of(span: Mapping[str, Any], key: str) -> Row:
+    """The object under a key, which may be written as text."""
     value = span.get(key)
+    if isinstance(value, str) and value.startswith("{"):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return {}
     return value if isinstance(value, dict) else {}
 
 

@@ -187,9 +187,15 @@ def unit_seen(number: float) -> str:
     return next((unit for unit, least in _SINCE_1970 if number >= least), "s")
 
 
+def date_seen(value: object) -> str:
+    """The unit of a moment that is a date: whether it states its time zone, which a column does for all or for none."""
+    return "zoned date" if datetime.fromisoformat(str(value).strip()).tzinfo else "date"
+
+
 def unit_words(unit: str) -> str:
-    """A unit of moments in a sentence; "date" is one as well."""
-    return "dates" if unit == "date" else "seconds" if unit == "s" else f"{unit} since 1970"
+    """A unit of moments in a sentence; dates are one as well, and those that state their time zone another."""
+    dates = {"date": "dates without a time zone", "zoned date": "dates with a time zone"}
+    return dates.get(unit) or ("seconds" if unit == "s" else f"{unit} since 1970")
 
 
 def text_of(role: str, value: object) -> Any:

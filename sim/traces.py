@@ -33,6 +33,7 @@ from sim.trace_columns import (
     UNITS,
     WHOLES,
     Column,
+    date_seen,
     is_absent,
     moment_of,
     number_of,
@@ -92,7 +93,7 @@ class Rows:
         dates, number = moment_of(value)
         if number < 0.0:
             raise ValueError("is a negative time")
-        seen = "date" if dates else unit or unit_seen(number)
+        seen = date_seen(value) if dates else unit or unit_seen(number)
         if self.dates is None:
             self.dates, self.unit = dates, seen
         if seen != self.unit:

@@ -13,6 +13,7 @@ from sim import fits
 from sim.calibrate import LEARNT, calibrate, read_sources
 from sim.calibrate_cli import text_of
 from sim.cli import main
+from sim.observed import ANSWERED, REFUSED, Observed
 from sim.readers import Source
 from sim.scenario import Scenario
 from sim.spans import of_spans
@@ -200,6 +201,76 @@ def test_spans_of_both_kinds_are_read(tmp_path: Path) -> None:
     assert found.first_s[0] == pytest.approx(0.5)
     assert found.stated[0].tolist() == [30_000.0, 29_000.0, -1.0, -1.0]
     assert found.tries.max_tokens[0] == 99
+
+
+def test_spans_as_their_tools_write_them(tmp_path: Path) -> None:
+    """An agent's span sums up its calls; LiteLLM writes dates, answers of its cache, and errors as text in metadata."""
+
+    def read(document: object) -> Observed:
+        path = tmp_path / "export.json"
+        path.write_text(json.dumps(document))
+        return of_spans(Source.open(path))
+
+    def attribute(key: str, value: str) -> dict[str, object]:
+        return {"key": key, "value": {"stringValue": value}}
+
+    agent = otlp(id="b1")
+    agent["attributes"] = [*agent["attributes"], attribute("gen_ai.operation.name", "invoke_agent")]
+    silent = otlp(id="b2", start=1_700_000_009_000_000_000)
+    silent["attributes"] = [each for each in silent["attributes"] if "usage" not in each["key"]]
+    found = read({"batches": [{"scopeSpans": [{"spans": [otlp(), agent, silent]}]}]})
+    assert (len(found), found.answered.tolist()) == (2, [True, False])
+    assert [note.split(": ")[1][:7] for note in found.notes] == ["1 spans", "1 calls"]
+
+    row = {
+        "request_id": "r1",
+        "call_type": "acompletion",
+        "status": "success",
+        "cache_hit": "False",
+        "startTime": "2025-01-24 09:20:46.000000",
+        "completionStartTime": "2025-01-24 09:20:46.400000",
+        "endTime": "2025-01-24 09:20:48.000000",
+        "prompt_tokens": 50,
+        "completion_tokens": 20,
+        "metadata": "{}",
+    }
+    refused = {**row, "request_id": "r2", "status": "failure", "prompt_tokens": 0, "completion_tokens": 0}
+    refused["metadata"] = json.dumps({"error_information": {"error_code": "429"}})
+    found = read({"data": [row, refused, {**row, "request_id": "r3", "cache_hit": "True"}]})
+    assert found.kind.tolist() == [ANSWERED, REFUSED]
+    assert found.first_s[0] == pytest.approx(0.4)
+    assert found.tries.prompt_tokens.tolist() == [50, 50]
+    assert "1 calls were answered from LiteLLM's cache" in found.notes[0]
+
+
+def bucket_log(path: Path, *, headers: bool, limit: int = 22_000) -> None:
+    """Requests through a bucket that is written out here, at one moment each, in a log with or without headers."""
+    rng = np.random.default_rng(5)
+    lines = ["timestamp,prompt_tokens,output_tokens,latency_s,status,limit_tokens,remaining_tokens"]
+    at_s = used = 0.0
+    for _ in range(300):
+        wait_s = rng.exponential(2.0)
+        at_s, used = at_s + wait_s, max(0.0, used - wait_s * limit / 60.0)
+        prompt = int(rng.lognormal(6.7, 0.6))
+        let_in = used + prompt <= limit
+        used += prompt * let_in
+        end = f"50,{2 * np.exp(0.2 * rng.normal()):.3f},200" if let_in else ",0.05,429"
+        lines.append(f"{1_700_000_000 + at_s:.3f},{prompt},{end},{f'{limit},{limit - used:.0f}' if headers else ','}")
+    path.write_text("\n".join(lines) + "\n")
+
+
+def test_a_log_of_one_moment_per_attempt_tells_of_the_quota(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    bucket_log(path, headers=True)
+    found = calibrate(read_sources([str(path)], {}))
+    assert found["tokens per minute"].value == 22_000
+    assert found["charge rule"].known
+    assert "only moments" in found.notes[0]
+    bucket_log(path, headers=False)
+    limit = calibrate(read_sources([str(path)], {}))["tokens per minute"]
+    assert limit.low is not None
+    assert limit.high is not None
+    assert limit.low < 22_000 < limit.high < 1.2 * limit.low
 
 
 def test_batch_output_teaches_lengths_and_says_what_it_cannot(tmp_path: Path) -> None:

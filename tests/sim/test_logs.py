@@ -65,6 +65,24 @@ def test_mixed_units_are_named(refused: Callable[..., str]) -> None:
     assert ":3: column 'latency': '350ms' is not a number" in said
 
 
+def test_a_time_without_a_zone_among_such_with_one_is_named(refused: Callable[..., str]) -> None:
+    said = refused("prompt_tokens,output_tokens,start_time\n10,5,2026-11-20T08:00:00Z\n10,5,2026-11-20T09:00:01\n")
+    assert ":3: column 'start_time'" in said
+    assert "dates without a time zone among values in dates with a time zone" in said
+
+
+def test_a_status_that_is_none_is_named(refused: Callable[..., str]) -> None:
+    rows = (
+        "prompt_tokens,output_tokens,status\n10,5,200\n10,5,ok\n10,,429 Too Many Requests\n10,,throttled\n10,,timeout\n"
+    )
+    assert ":7: column 'status': '20' is no status" in refused(rows + "10,5,20\n")
+    assert ":7: column 'status': 'what' is no status" in refused(rows + "10,5,what\n")
+    # A failure that says so nowhere: where it could.
+    said = refused("prompt_tokens,output_tokens\n10,5\n10,\n")
+    assert ":3: column 'output_tokens' has no value here" in said
+    assert "--columns status=NAME" in said
+
+
 def _timed(rows: Iterable[tuple[int, float]]) -> str:
     return "prompt_tokens,output_tokens,took_ms\n" + "".join(f"10,{output},{took}\n" for output, took in rows)
 
