@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure as Picture
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from scipy import stats
 
 from sim.calibrate import Calibration
@@ -58,11 +58,11 @@ def _lengths(axes: Any, found: Calibration) -> None:
             cdf = FAMILIES[best.name].cdf(x, *best.parameters)
             axes.plot(x, cdf, color=INK, linestyle="--", linewidth=0.9, label=f"{best.name} (KS {best.ks:.3f})")
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    _plainly(axes.xaxis)
     axes.set_xlabel("tokens")
     axes.set_ylabel("share of requests")
     axes.set_title("Lengths; the scenario has the rows themselves")
-    axes.legend(loc="lower right", frameon=False)
+    axes.legend(loc="best", frameon=False)
 
 
 def _latency(axes: Any, found: Calibration) -> None:
@@ -92,7 +92,7 @@ def _latency(axes: Any, found: Calibration) -> None:
             axes.plot([(low + high) / 2.0] * 2, [p5, p95], color=ORANGE, linewidth=2.0)
     axes.plot([], [], color=ORANGE, linewidth=2.0, label="90 % measured")
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    _plainly(axes.yaxis)
     axes.set_xlabel("output tokens")
     axes.set_ylabel("seconds")
     axes.legend(loc="lower right", frameon=False)
@@ -138,12 +138,21 @@ def _headers_or_arrivals(axes: Any, found: Calibration) -> None:
         _nothing(axes, "neither headers nor times of arrival in the log")
         return
     per_minute = np.bincount((workload.arrival_s / 60.0).astype(int))
-    axes.step(np.arange(len(per_minute)), per_minute, where="mid", color=BLUE)
+    axes.stairs(per_minute, np.arange(len(per_minute) + 1), color=BLUE, baseline=None)
+    axes.set_ylim(0.0, None)
     axes.axhline(
         60.0 * found.arrivals.rate_per_s.used if found.arrivals else 0.0, color=INK, linestyle="--", linewidth=0.9
     )
     axes.set_xlabel("minute")
     axes.set_ylabel("requests")
+
+
+def _plainly(axis: Any) -> None:
+    """A logarithmic axis with plain numbers: at 1, 2 and 5 where it spans little, else at the powers of ten."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0) if high < 30.0 * low else (1.0,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _nothing(axes: Any, why: str) -> None:
