@@ -24,7 +24,8 @@ RECEIVING, QUEUED, RUNNING, PAUSED, STOPPED = "receiving", "queued", "running", 
 CANCELLING, CANCELLED, COMPLETED = "cancelling", "cancelled", "completed"
 ACTIVE = (QUEUED, RUNNING, PAUSED, STOPPED, CANCELLING)
 ENDED = (CANCELLED, COMPLETED)
-RUN, PAUSE, CANCEL = "run", "pause", "cancel"
+# `resume` is said once: its owner makes `run` of it.
+RUN, PAUSE, CANCEL, RESUME = "run", "pause", "cancel", "resume"
 KEY_DAYS = 7.0
 
 
@@ -162,6 +163,12 @@ class Store:
             if key is not None:
                 self.keep(c, key, 200, "")
             c.execute(query.where(batches.c.state.in_(ACTIVE)).values(wanted=wanted))
+
+    def resumed(self, number: int) -> None:
+        """Its owner has heard that a batch is to go on."""
+        mine = (batches.c.number == number, batches.c.wanted == RESUME)
+        with self.database.writing() as c:
+            c.execute(update(batches).where(*mine).values(wanted=RUN))
 
     def progress(self, owner: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Writes down where batches stand, as far as they are this owner's."""

@@ -54,7 +54,7 @@ batches = Table(
     _key("number"),
     _short("batch_id", unique=True),
     _short("state"),
-    _short("wanted"),  # what somebody asked for: run, pause, cancel
+    _short("wanted"),  # what somebody asked for: run, pause, cancel; resume: once, to another replica
     _short("reason"),  # why it has stopped
     _whole("owner"),
     _number("created_at"),

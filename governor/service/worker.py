@@ -32,6 +32,8 @@ from governor.service.policies import Policies
 from governor.service.roster import Roster, Running, progress_of
 from governor.service.store import (
     RECEIVING,
+    RESUME,
+    RUN,
     BatchRow,
     Key,
     Store,
@@ -289,7 +291,10 @@ class Worker:
 
     async def ask(self, row: BatchRow, wanted: str, key: Key | None = None) -> None:
         """Writes down what somebody wants, and does it if the batch is this replica's. `key`: see `Store.want`."""
-        await asyncio.to_thread(self.store.want, row.number, wanted, key)
+        batch = self.batches.get(row.number)
+        # Of one that has stopped by itself, "run" says nothing new to its owner.
+        written = RESUME if wanted == RUN and batch is None else wanted
+        await asyncio.to_thread(self.store.want, row.number, written, key)
         batch = self.batches.get(row.number)
         if batch is not None:
             await self._present().obey(batch, wanted)

@@ -6,15 +6,20 @@ is `test_service_crash`'s matter.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from governor.service.base import ServiceDatabase
+from governor.service.store import RUN, Store
+from governor.service.worker import Worker
 from sim.server import Running
 from tests.live import KEY, Cli, provider, shared_cli
 from tests.services import Served, error_of, good, lines, serving, until
@@ -374,7 +379,14 @@ def test_a_refused_account_stops_batches_until_they_are_resumed(cli: Cli, tmp_pa
         assert row["reason"] == "INSUFFICIENT_QUOTA"
         assert (row["done"], row["failed"]) == (3, 0)
         assert "INSUFFICIENT_QUOTA" in served.client.get("/readyz").text
-        assert good(served.client.post(f"/batches/{batch_id}/resume"))["state"] == "running"
+        # As through another replica, which can but write it down.
+        other = ServiceDatabase(served.database)
+        store = Store(other)
+        stopped = store.batch(batch_id)
+        assert stopped is not None
+        elsewhere: Any = SimpleNamespace(store=store, batches={})
+        asyncio.run(Worker.ask(elsewhere, stopped, RUN))
+        other.closed()
         assert served.over(batch_id)["done"] == 8
         assert served.get("/readyz")["detail"] == ""
 
