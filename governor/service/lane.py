@@ -221,7 +221,8 @@ class Lane:
         return self.meter.service_s or self.assumed_s
 
     def eta_s(self, requests: int, tokens: float) -> float:
-        """Seconds until so many requests more have ended, by the law; inf while nothing is launched."""
+        """Seconds until so many requests more, beside those in flight, have ended, by the law; inf while nothing is
+        launched."""
         governor = self.governor
         if governor.s.paused or self.blocked:
             return float("inf")

@@ -35,6 +35,7 @@ from governor.service.store import (
     PAUSE,
     PAUSED,
     QUEUED,
+    RESUME,
     RUN,
     RUNNING,
     STOPPED,
@@ -76,6 +77,12 @@ class Running:
         """Requests that have not ended."""
         return self.row.requests - self.done - self.failed
 
+    @property
+    def waiting(self) -> tuple[int, float]:
+        """Requests that are neither over nor in flight, whose tokens are booked already; and their tokens."""
+        count = max(0, self.left - len(self.flying))
+        return count, self.left_tokens * count / max(1, self.left)
+
     def now(self) -> BatchRow:
         """The batch as it stands, in the shape in which it is stored."""
         return replace(
@@ -93,7 +100,7 @@ class Running:
 
 
 class Line:
-    """Batches that share a pool, as (requests left, tokens left): what goes before the end of any of them.
+    """Batches that share a pool, as (requests, tokens) that wait: what goes before the end of any of them.
 
     Turns go by tokens: of a longer batch only as much goes first as a shorter one has itself. Added up once, so that
     asking for each of a thousand batches does not mean a million looks.
@@ -106,12 +113,6 @@ class Line:
         self._before = list(accumulate(known, _added, initial=(0.0, 0.0)))
         rates = accumulate((requests / tokens for tokens, requests in reversed(known)), initial=0.0)
         self._rates = list(rates)[::-1]
-        self._later: list[tuple[int, float]] = []
-
-    def add(self, requests: int, tokens: float) -> None:
-        """One more batch has joined."""
-        if tokens > 0.0:
-            self._later.append((requests, tokens))
 
     def ahead_of(self, requests: int, tokens: float, *, is_in: bool) -> tuple[int, float]:
         """Requests and tokens launched by the end of a batch of that size, itself included; `is_in`: one of these."""
@@ -123,10 +124,6 @@ class Line:
         sum_tokens, total = self._before[i]
         sum_tokens += own + (len(self._tokens) - i) * tokens
         total += requests + self._rates[i] * tokens
-        for left, left_tokens in self._later:
-            share = min(1.0, tokens / left_tokens)
-            total += share * left
-            sum_tokens += share * left_tokens
         return round(total), sum_tokens
 
 
@@ -155,7 +152,6 @@ class Roster:
     ) -> None:
         self.running: dict[int, Running] = {}
         self.by_id: dict[str, int] = {}
-        self._lines: dict[str, Line] = {}
         self._store = store
         self._ledger = ledger
         self._replica = replica
@@ -222,8 +218,6 @@ class Roster:
                 continue
             if lane.blocked:
                 lane.open()
-            if name in self._lines:
-                self._lines[name].add(batch.left, batch.left_tokens)
             policy = batch_policy(lane.policy, batch.row)
             lane.feed.add(
                 Cursor(
@@ -364,12 +358,16 @@ class Roster:
         """What was asked through another replica."""
         pauses = wanted == PAUSE and batch.state in (QUEUED, RUNNING)
         cancels = wanted == CANCEL and batch.state != CANCELLING
-        if pauses or cancels or (wanted == RUN and batch.state == PAUSED):
+        if wanted == RESUME:
+            # Once: it may stop again before long.
+            await asyncio.to_thread(self._store.resumed, batch.number)
+            await self.obey(batch, RUN)
+        elif pauses or cancels or (wanted == RUN and batch.state == PAUSED):
             await self.obey(batch, wanted)
 
     async def estimate(self) -> None:
         """When each batch will be done: those of a pool share its quota alike, whatever their lengths."""
-        lines = self._lines = {name: self._line(name) for name in self._lanes}
+        lines = {name: self._line(name) for name in self._lanes}
         for i, batch in enumerate(list(self.running.values()), 1):
             if i % ESTIMATED == 0:
                 await asyncio.sleep(0)  # somebody may be waiting for an answer
@@ -381,8 +379,11 @@ class Roster:
                 if lane is None:
                     continue
                 is_in = batch.state in (QUEUED, RUNNING)
-                requests, tokens = lines[name].ahead_of(batch.left, batch.left_tokens, is_in=is_in)
-                eta_s = max(eta_s, min(1e9, lane.eta_s(requests, tokens)))
+                if batch.waiting[0] and batch.state != CANCELLING:
+                    ahead_s = lane.eta_s(*lines[name].ahead_of(*batch.waiting, is_in=is_in))
+                else:
+                    ahead_s = lane.service_s
+                eta_s = max(eta_s, min(1e9, ahead_s))
             if abs(eta_s - batch.eta_s) > max(0.5, ETA_RATIO * batch.eta_s):
                 batch.changed = True
             batch.eta_s = eta_s
@@ -390,20 +391,14 @@ class Roster:
     def _line(self, pool: str) -> Line:
         """The batches that share a pool right now."""
         return Line(
-            (batch.left, batch.left_tokens)
+            batch.waiting
             for batch in self.running.values()
             if batch.state in (QUEUED, RUNNING) and pool in batch.row.details["pools"]
         )
 
     def ahead_of(self, requests: int, tokens: float, pool: str) -> tuple[int, float]:
-        """Requests and tokens that a pool will have launched by the end of a new batch of that size, with it.
-
-        Who has joined since the last estimate is counted, who has left since then as well.
-        """
-        line = self._lines.get(pool)
-        if line is None:
-            line = self._lines[pool] = self._line(pool)
-        return line.ahead_of(requests, tokens, is_in=False)
+        """Requests and tokens that a pool will have launched by the end of a new batch of that size, with it."""
+        return self._line(pool).ahead_of(requests, tokens, is_in=False)
 
 
 def batch_policy(policy: Policy, row: BatchRow) -> Policy:
