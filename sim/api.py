@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -27,6 +27,7 @@ from governor.policy import Policy, knob_named
 from governor.requests import Attempt
 from governor.summary import Summary
 from sim import figures, frames, planner, shown
+from sim.arguments import is_a, number, one_of, whole
 from sim.engines import Engine
 from sim.experiment import Pool, attempts_of, case_of, replicate, summary_of
 from sim.inputs import EFFORTS, Wishes
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from sim.shared import Shared
 
 TEXT_WIDTH = 100
+PROCESSES_MAX = 64
+MAKE_ONE = "make one of your file, Scenario('requests.jsonl', tpm=30_000)"
 
 
 @dataclass(frozen=True)
@@ -87,11 +90,13 @@ class SimulationResult:
     def minus(self, other: SimulationResult, figure: str = "makespan_s") -> Estimate:
         """This result's figure less the other's, run by run under the same seeds, with a 95 % interval of the mean.
 
-        ValueError where the two share no seeds.
+        BadSetting where the two share no seeds, and for a figure that there is not.
         """
+        is_a("other", other, SimulationResult, "simulate the other scenario, too")
+        one_of("figure", figure, tuple(self.runs.columns))
         found = paired_difference(self.forecast, other.forecast, figure)
         if not found.n:
-            raise ValueError("the two results share no seeds: simulate both with the same seed")
+            raise BadSetting("the two results share no seeds: simulate both with the same seed")
         return found
 
     def figure(self, title: str = "") -> Figure:
@@ -132,8 +137,11 @@ def simulate(
     from 0; the scenario's own if not given. `workers`: how many runs go on side by side, 0 = one per core. `engine`: as
     `--engine`. The same arguments give the same figures, to the bit. Oversized where a request can never run.
     """
-    if (seed is not None and not 0 <= seed < 2**63) or (replications is not None and replications < 1):
-        raise BadSetting(f"seed={seed}, replications={replications}: a seed from 0 up, and at least one run")
+    is_a("scenario", scenario, Scenario, MAKE_ONE)
+    if replications is not None:
+        whole("replications", replications, 1)
+    whole("workers", workers, 0)
+    one_of("engine", engine, get_args(Engine))
     changes = {"seed": seed, "replications": replications}
     scenario = scenario.with_(**{name: value for name, value in changes.items() if value is not None}).fitted()
     return SimulationResult(
@@ -170,10 +178,12 @@ def compare(
 ) -> Comparison:
     """Simulates several scenarios, each `replications` times under the same seeds, so that their differences are sharp.
 
-    As `simulate`; ValueError where there is nothing to compare.
+    As `simulate`; BadSetting where there is nothing to compare.
     """
-    if not scenarios:
-        raise ValueError("nothing to compare: name some scenarios")
+    if not isinstance(scenarios, Mapping) or not scenarios:
+        raise BadSetting('nothing to compare: name some scenarios, {"today": ..., "quicker": ...}')
+    for name, scenario in scenarios.items():
+        is_a(f"scenarios[{name!r}]", scenario, Scenario, MAKE_ONE)
     first = next(iter(scenarios.values())).seed if seed is None else seed
     return Comparison(
         {
@@ -193,8 +203,12 @@ def simulate_processes(
     """
     from sim.shared import Arrangement, shared_run
 
-    if scenario.arrivals == "trace":
+    if is_a("scenario", scenario, Scenario, MAKE_ONE).arrivals == "trace":
         raise BadSetting("processes share a batch: this scenario's requests arrive over time")
+    whole("processes", processes, 1, PROCESSES_MAX)
+    number("store_rtt_s", store_rtt_s)
+    if crash_at_s is not None:
+        number("crash_at_s", crash_at_s)
     crash_at = math.inf if crash_at_s is None else crash_at_s
     arrangement = Arrangement(processes=processes, rtt_s=store_rtt_s, crash_at=crash_at)
     # Its event loop of virtual time cannot run inside another: a notebook's is always running.
@@ -210,6 +224,12 @@ def knob_map(
     `figures.heat` draws it. Marked as recommended is the cell that loses nothing and is fastest, among those within one
     429 per 100 requests if any is.
     """
+    is_a("scenario", scenario, Scenario, MAKE_ONE)
+    whole("replications", replications, 1)
+    if not len(xs) or not len(ys):
+        raise BadSetting(f"a map needs values of {x if not len(xs) else y}: write some")
+    if x == y:
+        raise BadSetting(f"a map is over two knobs, not over {x} twice")
     policies = [[scenario.policy.with_(**{x: a, y: b}) for a in xs] for b in ys]
     seeds = range(scenario.seed, scenario.seed + replications)
     tasks = [(case_of(scenario, policy), seeds) for row in policies for policy in row]
@@ -350,12 +370,13 @@ def plan(
     search. `prices`: a file of prices in place of those that come along. `workers`: 0 = one per core. `say` is told
     what is going on. The same arguments give the same plan, to the bit. BadSetting for a wish out of range.
     """
-    scenario = scenario.fitted()
+    scenario = is_a("scenario", scenario, Scenario, MAKE_ONE).fitted()
+    whole("workers", workers, 0)
     wishes = Wishes().with_given(
         objective=objective,
-        max_throttled_per_100=float(max_throttled_per_100),
-        max_lost=float(max_lost),
-        finish_by_s=None if finish_by_s is None else float(finish_by_s),
+        max_throttled_per_100=number("max_throttled_per_100", max_throttled_per_100),
+        max_lost=number("max_lost", max_lost),
+        finish_by_s=None if finish_by_s is None else number("finish_by_s", finish_by_s),
         effort=effort,
         prices=None if prices is None else str(Path(prices).absolute()),
     )

@@ -25,7 +25,7 @@ from sim.inputs import read_inputs
 from sim.options import Options
 from sim.provider_config import ProviderConfig
 from sim.readers import Source
-from sim.scenario import Scenario, made_policy, plain_number
+from sim.scenario import Scenario, made_policy, made_provider, plain_number
 
 
 class Reading(TypedDict, total=False):
@@ -70,6 +70,8 @@ def scenario_of(
     **fields: Any,
 ) -> Scenario:
     """A scenario of a file or of rows at hand, read as the command line reads it; see `Reading` and `Options`."""
+    if not isinstance(provider, str | Mapping):
+        made_provider(provider)
     path, opened = _rows_at_hand(requests)
     words: dict[str, Any] = {name: value for name, value in reading.items() if value is not None}
     if isinstance(words.get("columns"), Mapping):
@@ -105,8 +107,10 @@ def _rows_at_hand(requests: Requests) -> tuple[str, Source | None]:
     if isinstance(requests, Iterable) and not hasattr(requests, "to_csv"):
         lines = [json.dumps(_line(i, row), default=_plain) for i, row in enumerate(requests)]
         data = "".join(f"{line}\n" for line in lines)
-    else:
+    elif hasattr(requests, "to_csv"):
         data = requests.to_csv(index=False)
+    else:
+        raise BadInput(f"{type(requests).__name__} where a file, rows or a DataFrame should be", "requests")
     if not data.strip():
         raise BadInput("there are no rows", "requests")
     return "-", Source("requests", "-", data.encode())

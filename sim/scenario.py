@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from governor.errors import BadInput, BadSetting, Oversized
 from governor.policy import KNOB_BY_SHORT_NAME, KNOBS, Policy, knob_named
 from governor.summary import Grant
+from sim.arguments import is_a, one_of, whole
 from sim.document import Document, FileSource, ModelSource, parsed_yaml, policy_of
 from sim.provider import ProviderParams
 from sim.provider_config import ProviderConfig, checked
@@ -83,6 +84,12 @@ class Scenario:
         skip_oversized: bool = False,
         **reading: Unpack[Reading],
     ) -> None:
+        if seed is not None:
+            seed = whole("seed", seed, 0)
+        if replications is not None:
+            replications = whole("replications", replications, 0)
+        if arrivals is not None:
+            one_of("arrivals", arrivals, ("batch", "trace"))
         if workload is None and source is not None and requests is None:
             workload = source.load()
         if source is not None and workload is not None and requests is None and not reading:
@@ -328,7 +335,9 @@ def made_provider(
         return (base or ProviderConfig.of()).with_(**provider)
     if isinstance(provider, str):
         return ProviderConfig.of(provider)
-    return provider or ProviderConfig.of()
+    if provider is None:
+        return base or ProviderConfig.of()
+    return is_a("provider", provider, ProviderConfig, "or the name of a tier, a file, or some keys")
 
 
 def made_policy(policy: Policy | Mapping[str, Any] | str | None, base: Policy | None = None) -> Policy:
@@ -337,7 +346,9 @@ def made_policy(policy: Policy | Mapping[str, Any] | str | None, base: Policy | 
         return Policy.preset(policy)
     if isinstance(policy, Mapping):
         return (base or Policy()).with_(**{name: plain_number(value) for name, value in policy.items()})
-    return policy or Policy()
+    if policy is None:
+        return base or Policy()
+    return is_a("policy", policy, Policy, "or the name of a preset, or some knobs")
 
 
 def limits_moved(policy: Policy, before: ProviderConfig, after: ProviderConfig) -> dict[str, int]:

@@ -7,14 +7,16 @@ import math
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from governor import Policy
-from governor.errors import BadInput, BadSetting, Oversized
+from governor.errors import BadInput, BadSetting, Oversized, PacelineError
 from governor.policy import KNOBS
 from governor.settings import policy_of
 from sim import PlanResult, Scenario, SimulationResult, compare, knob_map, plan, planner, simulate, simulate_processes
@@ -245,15 +247,42 @@ class TestSimulate:
         assert difference.mean == pytest.approx(by_hand.mean())
         half = 3.182446305284263 * by_hand.std() / 2.0  # Student's t, 97.5 %, 3 degrees of freedom; sqrt(4)
         assert difference.high - difference.mean == pytest.approx(half)
-        with pytest.raises(ValueError, match="share no seeds"):
+        with pytest.raises(BadSetting, match="share no seeds"):
             simulate(result.scenario, seed=100).minus(result)
 
     def test_what_can_never_run_is_refused(self, today: Scenario) -> None:
         with pytest.raises(Oversized, match="the limit is 500"):
             simulate(today.with_(tpm=500))
-        for wrong in ({"replications": 0}, {"seed": -1}):
-            with pytest.raises(BadSetting, match="a seed from 0 up, and at least one run"):
-                simulate(today, **wrong)
+
+    @pytest.mark.parametrize(
+        ("call", "message"),
+        [
+            (lambda s: simulate(s, replications=0), "replications=0: must be a whole number from 1 up"),
+            (lambda s: simulate(s, replications=1.5), "replications=1.5: must be a whole number"),
+            (lambda s: simulate(s, seed=-1), "seed=-1: must be a whole number from 0 up"),
+            (lambda s: simulate(s, seed="x"), "seed='x': must be a whole number"),
+            (lambda s: simulate(s, workers=-1), "workers=-1"),
+            (lambda s: simulate(s, engine="fast"), "engine='fast': must be auto, compiled or simpy"),
+            (lambda s: simulate("requests.jsonl"), "scenario is 'requests.jsonl', not a Scenario: make one"),
+            (lambda s: compare([s, s]), "nothing to compare: name some scenarios"),
+            (lambda s: compare({"a": "requests.jsonl"}), r"scenarios\['a'\] is 'requests.jsonl', not a Scenario"),
+            (lambda s: plan(s, finish_by_s="2h"), "finish_by_s='2h': must be a number from 0 up"),
+            (lambda s: plan(None), "scenario is None, not a Scenario"),
+            (lambda s: knob_map(s, "tpm_headroom", [], "stagger_s", [1]), "a map needs values of tpm_headroom"),
+            (lambda s: knob_map(s, "stagger_s", [1], "stagger_s", [1]), "over two knobs"),
+            (lambda s: simulate_processes(s, 0), "processes=0: must be a whole number from 1 to 64"),
+            (lambda s: simulate_processes(s, 2, store_rtt_s=-1), "store_rtt_s=-1: must be a number from 0 up"),
+            (lambda s: s.with_(arrivals="poisson"), "arrivals='poisson': must be batch or trace"),
+            (lambda s: s.with_(policy=5), "policy is 5, not a Policy"),
+            (lambda s: Scenario(ROWS, provider=9), "provider is 9, not a ProviderConfig"),
+            (lambda s: Scenario(5), "int where a file, rows or a DataFrame should be"),
+        ],
+    )
+    def test_what_cannot_be_meant_is_said_in_a_line(
+        self, today: Scenario, call: Callable[[Any], Any], message: str
+    ) -> None:
+        with pytest.raises(PacelineError, match=message):
+            call(today)
 
     def test_its_repr_is_a_line(self, result: SimulationResult) -> None:
         assert repr(result).startswith("<SimulationResult: 30 requests in ")
@@ -331,7 +360,7 @@ class TestComparing:
         assert [result.runs.index.tolist() for result in found.results.values()] == [[4, 5, 6]] * 2
         assert found.table.loc["other", "makespan_s"] == pytest.approx(found["other"].runs["makespan_s"].mean())
         assert found["now"].minus(found["other"]).mean > 0.0
-        with pytest.raises(ValueError, match="nothing to compare"):
+        with pytest.raises(BadSetting, match="nothing to compare"):
             compare({})
 
     def test_a_map_holds_the_run_of_each_cell_and_marks_the_best(self) -> None:
