@@ -139,10 +139,10 @@ def _headers_or_arrivals(axes: Any, found: Calibration) -> None:
         return
     per_minute = np.bincount((workload.arrival_s / 60.0).astype(int))
     axes.stairs(per_minute, np.arange(len(per_minute) + 1), color=BLUE, baseline=None)
-    axes.set_ylim(0.0, None)
     axes.axhline(
         60.0 * found.arrivals.rate_per_s.used if found.arrivals else 0.0, color=INK, linestyle="--", linewidth=0.9
     )
+    axes.set_ylim(0.0, None)
     axes.set_xlabel("minute")
     axes.set_ylabel("requests")
 
