@@ -525,8 +525,9 @@ def main(args: Sequence[str] | None = None) -> int:
     usage_error: Any = typer.BadParameter.__mro__[2]
     _open_streams()
     for stream in (sys.stdout, sys.stderr):
-        if (getattr(stream, "encoding", None) or "utf-8").lower().replace("-", "") != "utf8":
-            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+        # What the encoding has no bytes for (in UTF-8 half of a surrogate pair) is no reason to end.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         with _ends_orderly():
             code = get_command(app)(args if args is None else list(args), prog_name="paceline", standalone_mode=False)

@@ -32,6 +32,7 @@ import numpy as np
 
 from governor.errors import BadInput, quoted
 from governor.requests import Request, read_requests
+from sim.readers import BATCH, Source
 
 FILE_LINES, FILE_BYTES = 50_000, 200_000_000
 # Left free of the queue: estimates of English text are off by some 10 % (docs/explanation/provider.md#sizes).
@@ -91,24 +92,28 @@ def split(
     into further waves, or into `live.jsonl`. `live_share`: of all requests, evenly spread, that go there in any case.
     BadInput, naming the line, for what is wrong; then nothing is left behind.
     """
-    name, folder = str(path), Path(out)
+    folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BadInput("this folder is not empty: name a new one", str(out))
     if not folder.absolute().parent.is_dir():
         raise BadInput(f"there is no folder {folder.absolute().parent}: create it first", str(out))
+    source = Source.open(path)
+    if source.kind() != BATCH:
+        raise BadInput(f"this is a {source.kind()}, not a batch file (JSONL with custom_id, url and body)", source.name)
+    name = source.name
     unfinished = folder.absolute().with_name(f".{folder.name[:200]}.{secrets.token_hex(4)}.part")
     try:
         unfinished.mkdir()
         with contextlib.closing(_Writer(unfinished, queue_tokens, rest, name)) as writer:
             ids = array("Q")
-            for line, raw, request in _lines(name):
+            for line, raw, request in _lines(source):
                 ids.append(_hash_of(request.custom_id))
                 seen = len(ids)
                 live = int(seen * live_share) > int((seen - 1) * live_share)
                 writer.write(line, raw, request, live=live)
             if not ids:
                 raise BadInput("no requests in it", name)
-            _check_unique(ids, name)
+            _check_unique(ids, source)
         found = Split(str(out), queue_tokens, tuple(writer.parts))
         _write_list(unfinished / LIST, found)
         os.replace(unfinished, folder)
@@ -122,9 +127,9 @@ def split(
 # ---------------------------------------------------------------- reading
 
 
-def _lines(name: str) -> Iterator[tuple[int, bytes, Request]]:
+def _lines(source: Source) -> Iterator[tuple[int, bytes, Request]]:
     """Number, bytes with one newline at the end, and request of every line that is not blank."""
-    with _opened(name) as file:
+    with source.stream() as file:
         for line, raw in enumerate(file, 1):
             text = raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw
             if not text.strip():
@@ -135,15 +140,8 @@ def _lines(name: str) -> Iterator[tuple[int, bytes, Request]]:
                 if not request.model:
                     raise BadInput("body.model is missing: a Batch file is for one model")
             except BadInput as error:
-                raise BadInput(error.reason, name, line) from None
+                raise BadInput(error.reason, source.name, line) from None
             yield line, _with_method(text.strip()) + b"\n", request
-
-
-def _opened(name: str) -> BinaryIO:
-    try:
-        return open(name, "rb")
-    except OSError as error:
-        raise BadInput(f"cannot be read: {error.strerror or error}", name) from None
 
 
 def _with_method(text: bytes) -> bytes:
@@ -154,10 +152,11 @@ def _with_method(text: bytes) -> bytes:
 
 
 def _hash_of(custom_id: str) -> int:
-    return int.from_bytes(hashlib.blake2b(custom_id.encode(), digest_size=8).digest(), "big")
+    # JSON may spell out half of a surrogate pair, which UTF-8 has no bytes for.
+    return int.from_bytes(hashlib.blake2b(custom_id.encode(errors="surrogatepass"), digest_size=8).digest(), "big")
 
 
-def _check_unique(ids: array[int], name: str) -> None:
+def _check_unique(ids: array[int], source: Source) -> None:
     """BadInput with both lines where a custom_id stands twice."""
     ordered = np.sort(np.frombuffer(ids, np.uint64))
     twice = set(ordered[:-1][ordered[1:] == ordered[:-1]].tolist())
@@ -165,11 +164,12 @@ def _check_unique(ids: array[int], name: str) -> None:
         return
     # Two ids may share a hash; the file tells.
     first: dict[str, int] = {}
-    for line, _, request in _lines(name):
+    for line, _, request in _lines(source):
         if _hash_of(request.custom_id) in twice:
             before = first.setdefault(request.custom_id, line)
             if before != line:
-                raise BadInput(f"custom_id {quoted(request.custom_id)} stands on line {before} already", name, line)
+                stands = f"custom_id {quoted(request.custom_id)} stands on line {before} already"
+                raise BadInput(stands, source.name, line)
 
 
 # ---------------------------------------------------------------- writing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import tracemalloc
@@ -103,7 +104,8 @@ def test_a_missing_method_is_added_and_a_bom_is_not_kept(tmp_path: Path) -> None
         ([line(0), line(1, method="GET")], 0, r"in.jsonl:2: method is 'GET'"),
         ([line(0, model="")], 0, r"in.jsonl:1: body.model is missing"),
         ([line(0), line(1, words=3_000)], 2_000, r"in.jsonl:2: request 'q-1' has about [\d,]+ input tokens"),
-        ([""], 0, r"in.jsonl: no requests in it"),
+        ([""], 0, r"in.jsonl: nothing but blank lines in it"),
+        (["prompt_tokens,output_tokens", "5,5"], 0, r"in.jsonl: this is a CSV trace, not a batch file"),
     ],
 )
 def test_what_is_wrong_is_named_and_nothing_is_left(tmp_path: Path, lines: list[str], queue: int, message: str) -> None:
@@ -111,6 +113,25 @@ def test_what_is_wrong_is_named_and_nothing_is_left(tmp_path: Path, lines: list[
     with pytest.raises(BadInput, match=message):
         split(source, tmp_path / "out", queue_tokens=queue)
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_names_that_utf8_cannot_spell(tmp_path: Path, capsys) -> None:
+    """JSON may hold half of a surrogate pair: such a line goes out as it came in."""
+    lines = [line(0, model="m\ud800"), line(1).replace("q-1", "q-\\udc00"), line(2).replace("q-2", "q-\\udc01")]
+    source = written(tmp_path / "in.jsonl", lines)
+    assert main(["split", str(source), "--out", str(tmp_path / "out")]) == 0
+    assert "m?" in capsys.readouterr().out
+    assert sorted(each for rows in files(tmp_path / "out").values() for each in rows) == sorted(map(str.encode, lines))
+
+
+def test_standard_input(tmp_path: Path, monkeypatch) -> None:
+    """Also where it has to be read again, to name both lines of a duplicate."""
+    lines = [line(0), line(1)]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode())))
+    assert split("-", tmp_path / "out").requests == 2
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines + lines[:1]).encode())))
+    with pytest.raises(BadInput, match="stdin:3: custom_id 'q-0' stands on line 1 already"):
+        split("-", tmp_path / "again")
 
 
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
