@@ -12,7 +12,7 @@ from governor.errors import BadInput, BadSetting
 from governor.money import SHIPPED, read_prices
 from sim.batch_api import Terms, Way, ways
 from sim.batch_text import ways_text
-from sim.capacity import PROBES_FORESEEN, TUNING_RUNS, capacity, default_runs, how_many, search_of
+from sim.capacity import PROBES_FORESEEN, TUNING_RUNS, How, Search, capacity, default_runs, how_many
 from sim.capacity_results import Capacity
 from sim.capacity_text import capacity_text, how_many_text
 from sim.experiment import Pool
@@ -79,7 +79,7 @@ def answered(given: Options, inputs: Inputs, asked: Asked, width: int) -> Answer
     foreseen = (runs + (TUNING_RUNS if asked.retune else 0)) * PROBES_FORESEEN
     compared: tuple[Way, ...] = ()
     with Progress("looking for the smallest limit", foreseen) as bar:
-        common: dict[str, Any] = {
+        common: How = {
             "confidence": CONFIDENCE if asked.confidence is None else asked.confidence,
             "replications": scenario.replications,
             "retune": asked.retune,
@@ -104,7 +104,7 @@ def answered(given: Options, inputs: Inputs, asked: Asked, width: int) -> Answer
             found = capacity(scenario, asked.finish_by_s, **common, **more)
             if asked.batch is not None:
                 prices = read_prices(asked.prices or SHIPPED)
-                compared = ways(search_of(scenario, asked.finish_by_s, **common), asked.batch, prices)
+                compared = ways(Search(scenario, asked.finish_by_s, **common), asked.batch, prices)
         if asked.picture:
             _draw(asked.picture, found)
     enough = found.smallest is not None or found.tier is not None

@@ -75,7 +75,7 @@ class Way:
 def ways(search: Search, terms: Terms, prices: Prices | None) -> tuple[Way, ...]:
     """Live, Batch and, where that is not sure enough, the split with the least live that is, or else the surest one."""
     scenario = search.scenario
-    policy = search.suited_to(scenario)
+    policies = search.suited_to(scenario)
 
     def way(name: str, share: float) -> Way:
         live = _picked(len(scenario.workload), share)
@@ -83,8 +83,8 @@ def ways(search: Search, terms: Terms, prices: Prices | None) -> tuple[Way, ...]
         times = [0.0]
         if live.any():
             search.say(f"trying {share:.0%} live")
-            part = scenario.with_(workload=scenario.workload.take(live), policy=policy)
-            probe = search.tried(part, fresh=True, whole=True)
+            part = scenario.with_(workload=scenario.workload.take(live))
+            probe = search.best_tried(part, policies, fresh=True, whole=True)
             done = probe.on_time / probe.runs
             times = [run["makespan_s"] if not run["failed"] else math.inf for run in probe.forecast.runs]
         waves = 0

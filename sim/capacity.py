@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, TypedDict, Unpack
 
 from governor.errors import BadSetting
 from governor.policy import Policy
@@ -70,10 +71,21 @@ def _following(policy: Policy, tpm: int, rpm: int) -> Policy:
     return policy.with_(rpm_limit=rpm, **({"tpm_limit": tpm} if tpm else {}))
 
 
-class Search:
-    """Probes of one scenario against one deadline. `retune`: find the settings anew at each limit.
+class How(TypedDict, total=False):
+    """How a question is answered; see `Search`."""
 
-    `say` is told what goes on.
+    confidence: float
+    replications: int
+    retune: bool
+    pool: Pool | None
+    say: Callable[[str], None]
+
+
+class Search:
+    """Probes of one scenario against one deadline.
+
+    `confidence`: share of the runs that must be in time. `replications`: runs per limit, 0 = see `default_runs`.
+    `retune`: find the settings anew at each limit, else they stay but for the limits. `say` is told what goes on.
     """
 
     goal = Goal()
@@ -83,24 +95,24 @@ class Search:
         scenario: Scenario,
         finish_by_s: float,
         *,
-        confidence: float,
-        replications: int,
-        retune: bool,
-        pool: Pool,
-        say: Callable[[str], None],
+        confidence: float = 0.95,
+        replications: int = 0,
+        retune: bool = True,
+        pool: Pool | None = None,
+        say: Callable[[str], None] = lambda what: None,
     ) -> None:
         self.scenario = scenario
         self.finish_by_s = finish_by_s
         self.confidence = confidence
-        self.replications = replications
+        self.replications = replications = replications or default_runs(len(scenario.workload))
         self.retune = retune
-        self.pool = pool
+        self.pool = pool or Pool()
         self.say = say
         # 1e-9: 20 runs at 0.95 allow one late run, not 0.9999.
         self.late_allowed = math.floor((1.0 - confidence) * replications + 1e-9)
         self.probes: dict[int, Probe] = {}
-        # The settings that suited each pair of limits.
-        self.suited: dict[tuple[int, int], Policy] = {}
+        # The settings that suited each pair of limits, the best first.
+        self.suited: dict[tuple[int, int], list[Policy]] = {}
 
     def in_time(self, run: Figures) -> bool:
         """Whether a run ended in time without losing anything."""
@@ -114,21 +126,37 @@ class Search:
         """The runs of one probe together."""
         return forecast_of(policy, runs)
 
-    def suited_to(self, scenario: Scenario) -> Policy:
-        """The settings for a scenario at its limits: its own, or those found for it."""
+    def suited_to(self, scenario: Scenario) -> list[Policy]:
+        """The settings for a scenario at its limits, the best first: its own alone, or those found for it."""
         if not self.retune:
-            return scenario.policy
+            return [scenario.policy]
         limits = scenario.provider.tpm, scenario.provider.rpm
         if limits not in self.suited:
             near = sorted(self.suited.items(), key=lambda item: abs(math.log((item[0][0] or 1) / (limits[0] or 1))))
-            first = [_following(policy, *limits) for _, policy in near[:2]]
+            first = [_following(policies[0], *limits) for _, policies in near[:2]]
             self.suited[limits] = tuned(scenario, self.goal, pool=self.pool, first=first)
         return self.suited[limits]
 
-    def probe(self, tpm: int, rpm: int, *, fresh: bool = False, name: str = "") -> Probe:
-        """One pair of limits over the replications, dropped early where too many are late."""
+    def probe(self, tpm: int, rpm: int, *, fresh: bool = False, whole: bool = False, name: str = "") -> Probe:
+        """One pair of limits over the replications, dropped early where too many are late unless `whole`."""
         scenario = at_limits(self.scenario, tpm, rpm)
-        return self.tried(scenario.with_(policy=self.suited_to(scenario)), fresh=fresh, name=name)
+        return self.best_tried(scenario, self.suited_to(scenario), fresh=fresh, whole=whole, name=name)
+
+    def best_tried(self, scenario: Scenario, policies: list[Policy], **how: Any) -> Probe:
+        """A scenario under the first of these settings that meets the deadline, which then stands first among them.
+
+        The others are tried only where the first loses requests: a few runs do not show that to who tunes, and it says
+        nothing against the limit. Where none meets it: the first one's probe.
+        """
+        first = found = self.tried(scenario.with_(policy=policies[0]), **how)
+        for policy in policies[1:]:
+            if found.meets or not first.forecast.lost:
+                break
+            found = self.tried(scenario.with_(policy=policy), **how)
+            if found.meets:
+                policies.remove(policy)
+                policies.insert(0, policy)
+        return found if found.meets else first
 
     def tried(self, scenario: Scenario, *, fresh: bool = False, name: str = "", whole: bool = False) -> Probe:
         """A scenario over the replications, dropped early where too many are late unless `whole`."""
@@ -192,22 +220,21 @@ class Search:
             before = self.probes.get(tpm)
             if (before is None or before.runs < self.replications) and first <= tpm <= GRID_REACH * around:
                 self.say(f"drawing {tpm:,} tokens per minute")
-                scenario = at_limits(self.scenario, tpm, self.scenario.provider.rpm)
-                self.probes[tpm] = self.tried(scenario.with_(policy=self.suited_to(scenario)), whole=True)
+                self.probes[tpm] = self.probe(tpm, self.scenario.provider.rpm, whole=True)
 
     def how_many(self) -> HowMany:
         """The largest batch that is done in time; see `how_many`."""
         scenario = self.scenario
         probes: dict[int, Probe] = {}
-        policy = scenario.policy
+        policies = [scenario.policy]
         low, high = 0, min(REQUESTS_MOST, self._fluid_requests())
         if self.retune:
             self.say("tuning the settings")
-            policy = self.suited_to(self._resized(min(high, EFFORT_REQUESTS)))
+            policies = self.suited_to(self._resized(min(high, EFFORT_REQUESTS)))
 
         def probe(n: int, fresh: bool = False) -> Probe:
             self.say(f"trying {n:,} requests")
-            return self.tried(self._resized(n).with_(policy=policy), fresh=fresh)
+            return self.best_tried(self._resized(n), policies, fresh=fresh)
 
         probes[high] = probe(high)
         if probes[high].meets:
@@ -288,34 +315,15 @@ def default_runs(requests: int) -> int:
 
 
 def capacity(
-    scenario: Scenario,
-    finish_by_s: float,
-    *,
-    confidence: float = 0.95,
-    replications: int = 0,
-    model: str = "",
-    retune: bool = True,
-    grid: bool = False,
-    pool: Pool | None = None,
-    say: Callable[[str], None] = lambda what: None,
+    scenario: Scenario, finish_by_s: float, *, model: str = "", grid: bool = False, **how: Unpack[How]
 ) -> Capacity:
     """The smallest limit of tokens per minute, and the smallest published tier, that finish the scenario in time.
 
     The limit of requests per minute stays as it is but for tiers, which bring their own. Requests that are charged more
-    than the scenario's present limit are no error here: the limit is what is asked for. `replications`: 0 = see
-    `default_runs`. `retune`: find the settings anew at each limit, else they stay but for the limits. `grid`: try more
-    limits around the answer, for a figure.
+    than the scenario's present limit are no error here: the limit is what is asked for. `grid`: try more limits around
+    the answer, for a figure. `how`: see `Search`.
     """
-    search = search_of(
-        scenario,
-        finish_by_s,
-        confidence=confidence,
-        replications=replications,
-        retune=retune,
-        pool=pool,
-        say=say,
-    )
-    return found_by(search, model_of(scenario, model), grid=grid)
+    return found_by(Search(scenario, finish_by_s, **how), model_of(scenario, model), grid=grid)
 
 
 def found_by(search: Search, model: str, *, grid: bool = False, **more: float) -> Capacity:
@@ -350,49 +358,10 @@ def found_by(search: Search, model: str, *, grid: bool = False, **more: float) -
     )
 
 
-def how_many(
-    scenario: Scenario,
-    finish_by_s: float,
-    *,
-    confidence: float = 0.95,
-    replications: int = 0,
-    retune: bool = True,
-    pool: Pool | None = None,
-    say: Callable[[str], None] = lambda what: None,
-) -> HowMany:
-    """How many requests like the scenario's are done by then, under its limits; arguments as for `capacity`."""
-    search = search_of(
-        scenario,
-        finish_by_s,
-        confidence=confidence,
-        replications=replications or RUNS_LEAST,
-        retune=retune,
-        pool=pool,
-        say=say,
-    )
-    return search.how_many()
-
-
-def search_of(
-    scenario: Scenario,
-    finish_by_s: float,
-    *,
-    confidence: float = 0.95,
-    replications: int = 0,
-    retune: bool = True,
-    pool: Pool | None = None,
-    say: Callable[[str], None] = lambda what: None,
-) -> Search:
-    """The search that the questions share; the arguments are those of `capacity`."""
-    return Search(
-        scenario,
-        finish_by_s,
-        confidence=confidence,
-        replications=replications or default_runs(len(scenario.workload)),
-        retune=retune,
-        pool=pool or Pool(),
-        say=say,
-    )
+def how_many(scenario: Scenario, finish_by_s: float, **how: Unpack[How]) -> HowMany:
+    """How many requests like the scenario's are done by then, under its limits. `how`: see `Search`."""
+    how["replications"] = how.get("replications", 0) or RUNS_LEAST
+    return Search(scenario, finish_by_s, **how).how_many()
 
 
 def _lost(runs: Sequence[Figures]) -> bool:

@@ -15,20 +15,20 @@ for as long as the traffic lasts, so such a limit is never an answer, however sh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from governor.errors import BadInput
 from governor.policy import Policy
-from sim.capacity import Search, default_runs, found_by, model_of
+from sim.capacity import How, Search, found_by, model_of
 from sim.capacity_results import Capacity
 from sim.engines import Engine, simulated
-from sim.experiment import Case, Pool, figures_of
+from sim.experiment import Case, figures_of
 from sim.results import Figures, Forecast, estimate, forecast_of
 from sim.scenario import Scenario
 from sim.search import Goal
@@ -70,7 +70,7 @@ def steady_figures(case: Case, seeds: Sequence[int], *, engine: Engine) -> list[
     for seed in seeds:
         figures, waits = waits_of(case, seed, engine)
         cut = truncation(np.where(np.isfinite(waits), waits, 0.0))
-        # "lower": what was lost is infinite, and between two values nothing can be made of that.
+        # "higher": what was lost is infinite, and between two values nothing can be made of that.
         more = {WAIT: float(np.quantile(waits[cut:], 0.95, method="higher")), WARM_UP: float(cut)}
         found.append(replace(figures, values={**figures.values, **more}))
     return found
@@ -80,9 +80,6 @@ class _Steady(Search):
     """A search by waits."""
 
     goal = Goal("p95_latency")
-
-    def __init__(self, scenario: Scenario, wait_p95_s: float, **rest: Any) -> None:
-        super().__init__(scenario, wait_p95_s, **rest)
 
     def in_time(self, run: Figures) -> bool:
         """Whether the wait was short enough."""
@@ -118,16 +115,7 @@ def load_tpm(scenario: Scenario) -> float:
 
 
 def steady_capacity(
-    scenario: Scenario,
-    wait_p95_s: float,
-    *,
-    confidence: float = 0.95,
-    replications: int = 0,
-    model: str = "",
-    retune: bool = True,
-    grid: bool = False,
-    pool: Pool | None = None,
-    say: Callable[[str], None] = lambda what: None,
+    scenario: Scenario, wait_p95_s: float, *, model: str = "", grid: bool = False, **how: Unpack[How]
 ) -> Capacity:
     """The smallest limit at which the 95th percentile of waits is at most `wait_p95_s`, after the warm-up.
 
@@ -136,15 +124,6 @@ def steady_capacity(
     if scenario.arrivals != "trace":
         raise BadInput("--p95-wait is for steady traffic: add --arrivals trace, or ask by --finish-by")
     load = load_tpm(scenario)
-    search = _Steady(
-        scenario,
-        wait_p95_s,
-        confidence=confidence,
-        replications=replications or default_runs(len(scenario.workload)),
-        retune=retune,
-        pool=pool or Pool(),
-        say=say,
-    )
-    found = found_by(search, model_of(scenario, model), grid=grid)
+    found = found_by(_Steady(scenario, wait_p95_s, **how), model_of(scenario, model), grid=grid)
     warm_up = (found.smallest or found.unlimited).forecast[WARM_UP].p50
     return replace(found, wait_p95_s=wait_p95_s, steady_load_tpm=load, warm_up_requests=warm_up)

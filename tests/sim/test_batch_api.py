@@ -17,7 +17,7 @@ from governor.policy import Policy
 from sim import split as split_module
 from sim.batch_api import DISCOUNT, Terms, batch_finish_s, cost_usd, files_per_wave, ways
 from sim.batch_text import ways_text
-from sim.capacity import search_of
+from sim.capacity import Search
 from sim.cli import main
 from sim.experiment import Pool
 from sim.provider_config import ProviderConfig
@@ -116,7 +116,7 @@ def test_a_split_where_neither_way_alone_is_in_time(root: Path, monkeypatch) -> 
     """
     s = scenario(root, monkeypatch, 400)
     terms = Terms(int(400_000 * 0.6), turnaround_s=(240.0, 300.0))
-    search = search_of(s, 500.0, replications=2, retune=False, pool=Pool(1))
+    search = Search(s, 500.0, replications=2, retune=False, pool=Pool(1))
     live, batch, mixed = ways(search, terms, PRICES)
     assert (live.done_probability, batch.done_probability < 0.95) == (0.0, True)
     assert (live.waves, batch.waves, mixed.waves) == (0, 2, 1)

@@ -21,7 +21,7 @@ from sim.search import Goal
 from sim.steady import load_tpm, steady_capacity, truncation, waits_of
 from sim.style import png_of
 from sim.tuning import tuned
-from sim.workload import from_tokens
+from sim.workload import from_tokens, parametric
 
 BATCH = "examples/batch.jsonl"
 FAST = Policy(
@@ -68,9 +68,34 @@ def test_tuned_settings_reach_the_closed_form_where_todays_cannot(root: Path, mo
 def test_tuning_is_never_worse_than_what_it_began_with(root: Path, monkeypatch) -> None:
     s = scenario(root, monkeypatch, equal_requests(60, 1_000), Policy(tpm_limit=30_000), tpm=30_000)
     other = FAST.with_(tpm_limit=30_000)
-    found = tuned(s, Goal(), pool=Pool(1), first=[other])
+    found = tuned(s, Goal(), pool=Pool(1), first=[other])[0]
     times = [replicate(s, 3, policy=p, pool=Pool(1))["makespan_s"].mean for p in (found, s.policy, other)]
     assert times[0] <= 1.003 * min(times[1:])
+
+
+def test_settings_that_rarely_lose_are_no_limit_s_fault(root: Path, monkeypatch) -> None:
+    """Of the settings found, the first that loses nothing answers for the limit, and is asked first from then on."""
+    s = scenario(root, monkeypatch, equal_requests(40, 1_000), FAST, tpm=30_000)
+    reckless = FAST.with_(charge_rule="fixed", est_tokens_per_run=100, retry_max_attempts=1)
+    late = FAST.with_(stagger_seconds=10.0)
+    search = module.Search(s, 60.0, replications=2, pool=Pool(1))
+    policies = [reckless, late, FAST]
+    probe = search.best_tried(s, policies)
+    assert probe.meets
+    assert probe.forecast.policy == policies[0] == FAST
+    # One that is only late says something of the limit: no other is tried.
+    assert not search.best_tried(s, [late, FAST]).meets
+    assert search.best_tried(s, [reckless, late]).forecast.policy == reckless
+
+
+def test_a_provider_that_settles_needs_no_more_than_what_is_used(root: Path, monkeypatch) -> None:
+    """Answers are a tenth of their caps: charges come back, and settings that reserve them in full must not decide."""
+    w = parametric(120, prompt_tokens=(900, 1_500), output_tokens=(200, 500), max_tokens=4_096, seed=5)
+    s = scenario(root, monkeypatch, w, Policy(), settles=True)
+    found = capacity(s, 120.0, replications=10, pool=Pool(1))
+    assert found.smallest is not None
+    used = float((w.prompt_tokens + w.output_tokens).sum()) / 3.0
+    assert used <= found.smallest.tpm <= 1.25 * used
 
 
 # ---------------------------------------------------------------- how many requests fit
