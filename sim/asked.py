@@ -5,7 +5,7 @@ What lives here: the options together. What must not: their declaration (`cli`),
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from governor.errors import BadInput, BadSetting
@@ -49,6 +49,12 @@ class Asked:
             raise BadSetting("--out draws finish time against the limit: leave it or --how-many out")
         if self.batch is not None and (self.finish_by_s is None or self.how_many):
             raise BadSetting("--batch-queue compares ways to finish a batch: give --finish-by, without --how-many")
+        if self.how_many and self.tiers:
+            raise BadSetting("--tiers names limits to try, --how-many is for the present ones: leave one of them out")
+        if self.batch is None and self.prices:
+            raise BadSetting("--prices is for --batch-queue: give both")
+        if self.confidence == 0.0:
+            raise BadSetting("--confidence 0 is met by anything: give a share above 0, for example 0.95")
         check_file(self.picture, "--out", (".png",))
 
 
@@ -62,12 +68,28 @@ class Answered:
     enough: bool
 
 
-def terms_of(queue_tokens: int, turnaround: str, discount: float, cached_share: float) -> Terms:
-    """The Batch API as the options assume it. BadSetting for a turnaround that is not two durations in this order."""
-    times = [duration_s(word) or 0.0 for word in turnaround.split(",")]
-    if len(times) != 2 or not 0.0 < times[0] < times[1]:
-        raise BadSetting(f"--batch-turnaround {turnaround!r} is not P50,P95, the first the smaller: write 4h,20h")
-    return Terms(queue_tokens, (times[0], times[1]), discount, cached_share)
+def terms_of(
+    queue_tokens: int | None, turnaround: str | None, discount: float | None, cached_share: float | None
+) -> Terms | None:
+    """The Batch API as the options assume it, None where it is not asked for.
+
+    BadSetting for a turnaround that is not two durations in this order, and for terms without a queue.
+    """
+    given = {"--batch-turnaround": turnaround, "--batch-discount": discount, "--cached-share": cached_share}
+    if queue_tokens is None:
+        for name, value in given.items():
+            if value is not None:
+                raise BadSetting(f"{name} is for --batch-queue: give both")
+        return None
+    terms = Terms(queue_tokens)
+    if turnaround is not None:
+        times = [duration_s(word) or 0.0 for word in turnaround.split(",")]
+        if len(times) != 2 or not 0.0 < times[0] < times[1]:
+            raise BadSetting(f"--batch-turnaround {turnaround!r} is not P50,P95, the first the smaller: write 4h,20h")
+        terms = replace(terms, turnaround_s=(times[0], times[1]))
+    if discount is not None:
+        terms = replace(terms, discount=discount)
+    return terms if cached_share is None else replace(terms, cached_share=cached_share)
 
 
 def answered(given: Options, inputs: Inputs, asked: Asked, width: int) -> Answered:
@@ -77,6 +99,8 @@ def answered(given: Options, inputs: Inputs, asked: Asked, width: int) -> Answer
         raise BadInput("--how-many is for a batch: leave out --arrivals trace")
     runs = scenario.replications or default_runs(len(scenario.workload))
     foreseen = (runs + (TUNING_RUNS if asked.retune else 0)) * PROBES_FORESEEN
+    # Read before the work: a list that is not there should show at once.
+    prices = read_prices(asked.prices or SHIPPED) if asked.batch is not None else None
     compared: tuple[Way, ...] = ()
     with Progress("looking for the smallest limit", foreseen) as bar:
         common: How = {
@@ -103,7 +127,6 @@ def answered(given: Options, inputs: Inputs, asked: Asked, width: int) -> Answer
             assert asked.finish_by_s is not None
             found = capacity(scenario, asked.finish_by_s, **common, **more)
             if asked.batch is not None:
-                prices = read_prices(asked.prices or SHIPPED)
                 compared = ways(Search(scenario, asked.finish_by_s, **common), asked.batch, prices)
         if asked.picture:
             _draw(asked.picture, found)

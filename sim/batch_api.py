@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from governor.money import PER, Prices
 from sim.capacity import Search
 from sim.scenario import Scenario
-from sim.split import FILE_LINES, HEADROOM
+from sim.split import FILE_LINES, usable_tokens
 from sim.workload import sigma_of
 
 EXPIRES_S = 86_400.0
@@ -130,13 +130,15 @@ def batch_finish_s(scenario: Scenario, rows: NDArray[np.bool_], terms: Terms) ->
         total = np.zeros(DRAWS)
         for count in files:
             total += _turnarounds_s(rng, count, terms).max(axis=0)
-        finish_s = np.maximum(finish_s, total)
+        # What fits into no queue is never done there; `split` refuses it.
+        fits = int(tokens.max()) <= usable_tokens(terms.queue_tokens)
+        finish_s = np.maximum(finish_s, total if fits else math.inf)
     return finish_s, most
 
 
 def files_per_wave(tokens: Sequence[int], queue_tokens: int) -> list[int]:
     """How many files each wave has, for requests with so many input tokens in the order of the file; see `split`."""
-    usable = queue_tokens * (1.0 - HEADROOM) if queue_tokens else math.inf
+    usable = usable_tokens(queue_tokens)
     waves: list[int] = []
     queued, lines = 0.0, 0
     for each in tokens:

@@ -34,7 +34,7 @@ from sim.capacity_results import Capacity, HowMany, Probe
 from sim.experiment import Case, Pool, case_of
 from sim.presets import DEFAULT_TIER, TIERS, tier_names, tier_preset
 from sim.results import Figures, Forecast, forecast_of
-from sim.scenario import Scenario
+from sim.scenario import Scenario, limits_of
 from sim.search import Goal
 from sim.spread import WorkersLost
 from sim.tuning import tuned
@@ -62,13 +62,8 @@ REQUESTS_MOST = 1_000_000
 
 def at_limits(scenario: Scenario, tpm: int, rpm: int) -> Scenario:
     """The scenario on a provider with these limits (0 = none), the policy's own limits following."""
-    return scenario.with_(
-        provider=scenario.provider.with_(tpm=tpm, rpm=rpm), policy=_following(scenario.policy, tpm, rpm)
-    )
-
-
-def _following(policy: Policy, tpm: int, rpm: int) -> Policy:
-    return policy.with_(rpm_limit=rpm, **({"tpm_limit": tpm} if tpm else {}))
+    provider = scenario.provider.with_(tpm=tpm, rpm=rpm)
+    return scenario.with_(provider=provider, policy=scenario.policy.with_(**limits_of(provider)))
 
 
 class How(TypedDict, total=False):
@@ -133,7 +128,7 @@ class Search:
         limits = scenario.provider.tpm, scenario.provider.rpm
         if limits not in self.suited:
             near = sorted(self.suited.items(), key=lambda item: abs(math.log((item[0][0] or 1) / (limits[0] or 1))))
-            first = [_following(policies[0], *limits) for _, policies in near[:2]]
+            first = [policies[0].with_(**limits_of(scenario.provider)) for _, policies in near[:2]]
             self.suited[limits] = tuned(scenario, self.goal, pool=self.pool, first=first)
         return self.suited[limits]
 

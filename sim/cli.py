@@ -305,15 +305,22 @@ def capacity(
         ),
     ] = None,
     batch_turnaround: Annotated[
-        str,
-        typer.Option(metavar="P50,P95", help="How long it takes over one file: an assumption, nobody publishes it."),
-    ] = "4h,20h",
+        str | None,
+        typer.Option(
+            metavar="P50,P95",
+            help="How long it takes over one file: an assumption, nobody publishes it; 4h,20h if not given.",
+        ),
+    ] = None,
     batch_discount: Annotated[
-        float, typer.Option(metavar="P", parser=share, help="What it takes off the price.")
-    ] = "50%",  # type: ignore[assignment]
+        float | None,
+        typer.Option(metavar="P", parser=share, help="What it takes off the price; 50% if not given."),
+    ] = None,
     cached_share: Annotated[
-        float, typer.Option(metavar="P", parser=share, help="Share of prompt tokens that live runs find cached.")
-    ] = "0",  # type: ignore[assignment]
+        float | None,
+        typer.Option(
+            metavar="P", parser=share, help="Share of prompt tokens that live runs find cached; 0 if not given."
+        ),
+    ] = None,
     prices: Annotated[
         str | None,
         typer.Option(metavar="FILE.yaml", help="Prices per model; those that come along if not given."),
@@ -334,7 +341,7 @@ def capacity(
         retune=not keep_settings,
         tiers=tiers,
         picture=out,
-        batch=None if batch_queue is None else terms_of(batch_queue, batch_turnaround, batch_discount, cached_share),
+        batch=terms_of(batch_queue, batch_turnaround, batch_discount, cached_share),
         prices=prices,
     )
     asked.check()

@@ -27,7 +27,7 @@ import yaml
 from numpy.typing import NDArray
 
 from governor.errors import BadInput, BadSetting, Oversized
-from governor.policy import KNOB_BY_SHORT_NAME, KNOBS, Policy, knob_named
+from governor.policy import KNOB_BY_NAME, KNOB_BY_SHORT_NAME, KNOBS, Policy, knob_named
 from governor.summary import Grant
 from sim.arguments import is_a, one_of, whole
 from sim.document import Document, FileSource, ModelSource, parsed_yaml, policy_of
@@ -319,6 +319,9 @@ class Scenario:
         return written
 
 
+# OPENAI_TPM_LIMIT has no word for none: the largest that it may be never binds.
+NO_TPM_LIMIT = int(KNOB_BY_NAME["tpm_limit"].high)
+
 _CHANGEABLE = (*Scenario.__dataclass_fields__, "tpm", "rpm")
 
 
@@ -351,23 +354,27 @@ def made_policy(policy: Policy | Mapping[str, Any] | str | None, base: Policy | 
     return is_a("policy", policy, Policy, "or the name of a preset, or some knobs")
 
 
+def limits_of(provider: ProviderConfig) -> dict[str, int]:
+    """What a policy's own limits per minute are where they mirror the provider's."""
+    return {"tpm_limit": provider.tpm or NO_TPM_LIMIT, "rpm_limit": provider.rpm}
+
+
 def limits_moved(policy: Policy, before: ProviderConfig, after: ProviderConfig) -> dict[str, int]:
     """The policy's limits per minute that were the provider's `before` and are not those `after`: their new values."""
+    old = limits_of(before)
     return {
-        ours: getattr(after, theirs)
-        for ours, theirs in (("tpm_limit", "tpm"), ("rpm_limit", "rpm"))
-        if getattr(after, theirs) != getattr(before, theirs)
-        and getattr(policy, ours) == getattr(before, theirs)
-        and getattr(after, theirs) > 0
+        name: limit
+        for name, limit in limits_of(after).items()
+        if limit != old[name] and getattr(policy, name) == old[name]
     }
 
 
 def following(policy: Policy, provider: ProviderConfig) -> Policy:
     """The policy with the provider's limits per minute, where its settings do not name their own."""
     named = policy.model_fields_set
-    changes: dict[str, int] = {}
-    if "tpm_limit" not in named and provider.tpm:
-        changes["tpm_limit"] = provider.tpm
-    if "rpm_limit" not in named and provider.rpm:
-        changes["rpm_limit"] = provider.rpm
+    changes = {
+        name: limit
+        for name, limit in limits_of(provider).items()
+        if name not in named and limit != getattr(policy, name)
+    }
     return policy.with_(**changes) if changes else policy

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -124,6 +125,11 @@ def split(
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def usable_tokens(queue_tokens: int) -> float:
+    """How much of a queue of so many input tokens is filled; 0 = no limit."""
+    return queue_tokens * (1.0 - HEADROOM) if queue_tokens else math.inf
+
+
 # ---------------------------------------------------------------- reading
 
 
@@ -181,7 +187,7 @@ class _Writer:
     def __init__(self, folder: Path, queue_tokens: int, rest: Rest, name: str) -> None:
         self.folder = folder
         self.queue_tokens = queue_tokens
-        self.usable = queue_tokens * (1.0 - HEADROOM) if queue_tokens else float("inf")
+        self.usable = usable_tokens(queue_tokens)
         self.rest = rest
         self.name = name
         self.parts: list[Part] = []

@@ -98,6 +98,15 @@ def test_waves_are_those_that_split_writes(tmp_path: Path, monkeypatch, seed: in
     assert files_per_wave(tokens, queue) == [waves.count(wave + 1) for wave in range(max(waves))]
 
 
+def test_what_no_queue_holds_is_never_done_there(root: Path, monkeypatch) -> None:
+    """`split` refuses such a request; nothing may be promised for it."""
+    s = scenario(root, monkeypatch, 20)
+    rows, tokens = np.ones(20, bool), int(s.workload.prompt_tokens.max())
+    for queue, done in ((tokens, False), (2 * tokens, True)):
+        finish_s, _ = batch_finish_s(s, rows, Terms(queue, turnaround_s=(1.0, 2.0)))
+        assert bool(np.isfinite(finish_s).all()) == done
+
+
 def test_money(root: Path, monkeypatch) -> None:
     s = scenario(root, monkeypatch, 100)
     live, batch = np.ones(100, bool), np.zeros(100, bool)

@@ -58,8 +58,9 @@ def scenario(workload: str, environment: dict[str, str] | None = None, **options
         ({"tpm": 450_000}, {"OPENAI_TPM_LIMIT": "90000"}, (450_000, 0), (90_000, 0)),
         ({"tpm": 450_000, "rpm": 9, "assignments": ["OPENAI_RPM_LIMIT=7"]}, {}, (450_000, 9), (450_000, 7)),
         ({"provider": "gpt-4o-tier2"}, {"OPENAI_TPM_LIMIT": "90000"}, (450_000, 5_000), (90_000, 5_000)),
-        # No limit at the provider leaves the policy's own as it is.
-        ({"tpm": 0}, {}, (0, 0), (30_000, 0)),
+        # The largest that it may be stands for none, unless the settings name another.
+        ({"tpm": 0}, {}, (0, 0), (10**12, 0)),
+        ({"tpm": 0}, {"OPENAI_TPM_LIMIT": "90000"}, (0, 0), (90_000, 0)),
     ],
 )
 def test_limits_follow(batch: str, options: Any, environment: Any, provider: Any, policy: Any) -> None:

@@ -19,6 +19,7 @@ from governor.errors import BadInput, Oversized, PacelineError
 from governor.policy import KNOBS, Policy
 from governor.requests import CHAT
 from sim.document import FileSource, ModelSource
+from sim.experiment import case_of, summary_of
 from sim.provider_config import ProviderConfig
 from sim.readers import Source
 from sim.scenario import Scenario, following
@@ -309,6 +310,19 @@ def test_a_policy_follows_the_limits_that_it_does_not_name() -> None:
     assert (following(Policy(), provider).tpm_limit, following(Policy(), provider).rpm_limit) == (450_000, 5_000)
     named = following(Policy(tpm_limit=30_000), provider)
     assert (named.tpm_limit, named.rpm_limit) == (30_000, 5_000)
+
+
+def test_a_policy_follows_to_no_limit_and_back() -> None:
+    """Else the default of 30,000 tokens per minute would hold back what no provider does."""
+    free = ProviderConfig(tpm=0)
+    policy = following(Policy(), free)
+    scenario = trace(*[(100, 1)] * 120).with_(provider=free, policy=policy, stagger_s=0.0, max_concurrency=120)
+    # 7,000 tokens reserved for each: half an hour at 30,000 per minute; no answer takes more than a stall of a minute.
+    assert summary_of(case_of(scenario), 1).makespan_s < 65.0
+    granted = scenario.with_(tpm=40_000, rpm=60)
+    assert (granted.policy.tpm_limit, granted.policy.rpm_limit) == (40_000, 60)
+    assert granted.with_(tpm=0, rpm=0).policy == scenario.policy
+    assert following(Policy(tpm_limit=30_000), free).tpm_limit == 30_000
 
 
 def test_requests_above_the_limit_are_named_or_left_out() -> None:
