@@ -20,11 +20,17 @@ WAITED_FOR = {
 }
 
 
+# From here on the figures of an absurd duration only fill a line.
+CENTURIES_S = 200.0 * 365.25 * 86_400.0
+
+
 def duration(seconds: float) -> str:
     """A duration in its two largest units: "0.35 s", "42 s", "24 min 10 s", "1 h 28 min", "2 d 4 h"; inf: "never"."""
     if math.isinf(seconds):
         return "never"
     s = max(0.0, seconds)
+    if s >= CENTURIES_S:
+        return "centuries"
     if s < 0.0005:
         return "0 s"
     if s < 9.95:

@@ -260,6 +260,7 @@ def test_a_canary_lists_everything_that_is_worse() -> None:
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
     assert duration(float("inf")) == "never"
+    assert duration(1e308) == "centuries"
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90m", 5_400.0), ("1h30m", 5_400.0), ("2 d", 172_800.0), ("1.5s", 1.5)])
