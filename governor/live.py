@@ -91,7 +91,7 @@ class LiveRun:
         self.began_s = 0.0
         self.resent = 0
         self._before = leg.journal.counts()
-        self._cost_before = leg.spent.cost_usd
+        self._cost_before, self._unpriced_before = leg.spent.cost_usd, leg.spent.unpriced
         self._asking: set[asyncio.Task[None]] = set()
         self._signalled = False
         self._textfile_failed = False
@@ -291,14 +291,20 @@ class LiveRun:
             self.shown.start()
 
     def _over_budget(self) -> None:
-        """Asked after each launch and answer. What is in flight is expected to cost what answers have cost so far."""
-        limit, spent = self.manner.max_cost, self.leg.spent.cost_usd
+        """Asked after each launch and answer. What is in flight is expected to cost what answers have cost so far.
+
+        An answer that states no usage has cost money as well: what was expected of it.
+        """
+        limit, spent = self.manner.max_cost, self.leg.spent
         if limit is None or self._stopped():
             return
-        answers = sum(run.meter.answers for run in self.runs.values())
-        mean = (spent - self._cost_before) / answers if answers else self.leg.request_usd
-        if spent + mean * self._in_flight() >= limit:
-            self.say(f"--max-cost {dollars_text(limit)}: {dollars_text(spent)} spent, nothing more is launched")
+        priced = sum(run.meter.answers for run in self.runs.values()) - (spent.unpriced - self._unpriced_before)
+        mean = (spent.cost_usd - self._cost_before) / priced if priced else self.leg.request_usd
+        untold_usd = spent.unpriced * self.leg.request_usd
+        if spent.cost_usd + untold_usd + mean * self._in_flight() >= limit:
+            untold = f" and an estimated {dollars_text(untold_usd)} for answers without usage" if untold_usd else ""
+            what = f"--max-cost {dollars_text(limit)}: {dollars_text(spent.cost_usd)} spent{untold}"
+            self.say(f"{what}, nothing more is launched")
             self.stop(MAX_COST)
 
     # ------------------------------------------------------------ the canary

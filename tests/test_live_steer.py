@@ -7,7 +7,8 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -233,6 +234,45 @@ def test_max_cost_stops_launching_and_a_larger_one_goes_on(cli: Cli, tmp_path: P
     assert ran.code == 0
     usages = [each["response"]["body"]["usage"]["completion_tokens"] for each in lines_of(tmp_path / "results.jsonl")]
     assert ran.json["cost_usd"] == pytest.approx(sum(usages) / 1000.0, rel=1e-9)
+
+
+def test_max_cost_holds_where_answers_state_no_usage(cli: Cli, tmp_path: Path) -> None:
+    """Each is taken for what was expected of it: 8 requests are forecast to cost twice the budget."""
+    batch(tmp_path / "requests.jsonl", 8, cap=1_000)
+    with silent() as url:
+        args = run_args(tmp_path, url, "--json")
+        refused = cli.run(*args, "--max-cost", "0", env={"OPENAI_MAX_CONCURRENCY": "1"})
+        expected = float(refused.err.partition("cost: about $")[2].partition(",")[0])
+        ran = cli.run(*args, "--max-cost", expected / 2.0, env={"OPENAI_MAX_CONCURRENCY": "1"})
+    assert (ran.code, ran.json["completed"], ran.json["cost_usd"]) == (5, 4, None), ran.err
+    assert "$0.00 spent and an estimated $" in ran.err
+
+
+@contextmanager
+def silent() -> Iterator[str]:
+    """A provider whose answers state no usage: its address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            body = b'{"choices": [{"message": {"content": "yes"}}]}'
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+        server.shutdown()
+        thread.join()
 
 
 def test_stop_after_is_a_budget_of_time(cli: Cli, tmp_path: Path) -> None:
