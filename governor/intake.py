@@ -9,7 +9,9 @@ Memory stays flat: lines go from the file into the journal; what remains here is
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
+from governor.database import JournalError
 from governor.driver import Work
 from governor.errors import BadInput, Oversized, Refused, quoted
 from governor.estimate import LEARNED, Sizes, charge_of
@@ -154,7 +157,15 @@ def prepare(
     JournalError; a journal that was being made is removed again.
     """
     if Journal.exists(where):
-        return _resumed(path, where, pools, skip_oversized, retry_failed)
+        return _resumed(
+            path,
+            out,
+            where,
+            pools,
+            skip_oversized=skip_oversized,
+            overwrite=overwrite,
+            retry_failed=retry_failed,
+        )
     for file in (out, errors_path(out)):
         if file.exists() and not overwrite:
             raise BadInput(
@@ -199,13 +210,52 @@ def _made(path: Path, where: str | Path, pools: Sequence[Pool], seed: int, skip_
     return Begun(journal, demands, True, oversized, 0)
 
 
+def _is_of(journal: Journal, file: Path) -> bool:
+    """Whether a file of results or errors is this run's, by its first line; nothing is lost with an empty one.
+
+    A crash under `--follow` may have cut that line short.
+    """
+    try:
+        with file.open("rb") as opened:
+            first = opened.readline(_HEAD_BYTES)
+    except OSError:
+        return True  # what is wrong with it is said elsewhere, in its own words
+    number = _FIRST.match(first)
+    if number is None:
+        return not first.strip() or first in b'{"id":"batch_req_'
+    custom_id = journal.custom_id(int(number[1]))
+    head = b'{"id":"batch_req_%s","custom_id":%s,' % (number[1], json.dumps(custom_id).encode())
+    return custom_id is not None and (first.startswith(head[:_HEAD_BYTES]) or head.startswith(first))
+
+
+# How a line of ours begins, and how much of it tells whose it is.
+_FIRST = re.compile(rb'\{"id":"batch_req_([0-9]{1,15})"')
+_HEAD_BYTES = 4_096
+
+
 def _resumed(
-    path: Path, where: str | Path, pools: Sequence[Pool], skip_oversized: bool, retry_failed: str | None
+    path: Path,
+    out: Path,
+    where: str | Path,
+    pools: Sequence[Pool],
+    *,
+    skip_oversized: bool,
+    overwrite: bool,
+    retry_failed: str | None,
 ) -> Begun:
     with _opened(path) as file:
         fingerprint = fingerprint_of(file)  # type: ignore[arg-type]
     journal = Journal.open(where, to_run=True, fingerprint=fingerprint)
     try:
+        if journal.run().purged_epoch_s >= 0.0:
+            raise JournalError(f"{journal.name}: it was purged, nothing is left to send or to write: start a new one")
+        for target in () if overwrite else (out, errors_path(out)):
+            if target.exists() and not _is_of(journal, target):
+                raise BadInput(
+                    f"it exists, and is not what {journal.name} has written: move it away, name another --out, or add "
+                    "--overwrite",
+                    str(target),
+                )
         if journal.run().requests < 0:
             # Its process was killed while it was filled: nothing was sent yet.
             seed = journal.run().seed

@@ -315,6 +315,11 @@ class Records:
         query = select(func.count()).where(c.state.in_((PENDING, IN_FLIGHT)), launched)
         return int(self._all(self._of(query, requests, pool))[0][0])
 
+    def custom_id(self, request: int) -> str | None:
+        """The name of the request of that number, None where there is none."""
+        found = self._all(select(requests.c.custom_id).where(requests.c.request == request))
+        return str(found[0][0]) if found else None
+
     def results(self) -> Iterator[Result]:
         """What ended, in order of the input."""
         if self.run().purged_epoch_s >= 0.0:

@@ -289,6 +289,15 @@ def test_a_journal_of_another_input_and_results_of_another_run_are_refused(cli: 
     with provider() as served:
         args = run_args(tmp_path, served.base_url)
         assert cli.run(*args).code == 0
+        (tmp_path / "precious.jsonl").write_text("somebody's\n")
+        elsewhere = [*args, "--journal", tmp_path / "results.journal.db", "--out", tmp_path / "precious.jsonl"]
+        ran = cli.run(*elsewhere)
+        assert (ran.code, "is not what" in ran.err) == (2, True)
+        assert (tmp_path / "precious.jsonl").read_text() == "somebody's\n"
+        assert cli.run(*elsewhere, "--overwrite").code == 0
+        (tmp_path / "precious.jsonl").write_bytes((tmp_path / "results.jsonl").read_bytes()[:30])  # cut by a crash
+        assert cli.run(*elsewhere).code == 0
+        assert (tmp_path / "precious.jsonl").read_bytes() == (tmp_path / "results.jsonl").read_bytes()
         batch(tmp_path / "requests.jsonl", 4)
         ran = cli.run(*args)
         assert ran.code == 2
