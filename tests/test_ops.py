@@ -105,6 +105,9 @@ def test_the_compose_file_hangs_together() -> None:
     assert (OPS / services["paceline"]["build"]["dockerfile"].removeprefix("ops/")).is_file()
     for image in (service["image"] for service in services.values() if "image" in service):
         assert ":" in image, f"{image} is not pinned"
+    # Compose does nothing at all, not even the making of tokens, while one of these is missing.
+    said, _, rest = (OPS / "compose.yml").read_text().partition("name: paceline")
+    assert {name for name in re.findall(r"\$\{(\w+):\?", rest) if name not in said} == set()
 
 
 def test_late_is_what_ends_after_its_deadline() -> None:
