@@ -7,6 +7,9 @@ with what it sent last, and sends the state if it is another. Listeners are woke
 other: hundreds at once would hold up whoever asks for anything in that moment. A slow listener skips states, and never
 has more than one to send. What all listeners of a batch send is made once, as bytes. A line that means nothing goes out
 every 15 s, so that proxies keep a quiet stream open and a listener that went away is noticed.
+
+Each event says all there is to say, so one who comes back needs nothing of what was missed. Only the end has an id: a
+browser's EventSource comes back when a stream ends, for ever, unless it is told that there is no more.
 """
 
 from __future__ import annotations
@@ -24,13 +27,16 @@ from governor.service.store import ENDED, BatchRow
 from governor.service.worker import Worker
 
 QUIET_S = 15.0
+# The id of the last event of a batch. So many made events are kept.
+END, KEPT = "end", 1_000
 # So many groups, so far apart: the last is woken before the next tick.
 GROUPS, APART_S = 8, 0.05
 
 
 def event(name: str, content: Any) -> bytes:
     """One event."""
-    return f"event: {name}\ndata: {json.dumps(content, separators=(',', ':'))}\n\n".encode()
+    last = f"id: {END}\n" if name == END else ""
+    return f"event: {name}\n{last}data: {json.dumps(content, separators=(',', ':'))}\n\n".encode()
 
 
 class Events:
@@ -124,7 +130,9 @@ class Events:
     def _bytes_of(self, row: BatchRow) -> bytes:
         known = self._made.get(row.batch_id)
         if known is None or known[0] != row:
-            name = "end" if row.state in ENDED else "progress"
+            if len(self._made) >= KEPT:
+                self._made.clear()  # whoever left before the end
+            name = END if row.state in ENDED else "progress"
             known = self._made[row.batch_id] = (row, event(name, batch_json(row)))
         return known[1]
 

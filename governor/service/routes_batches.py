@@ -19,6 +19,7 @@ from governor.service.accept import Incoming, Wish
 from governor.service.auth import Caller, needs
 from governor.service.bodies import Accepted, BatchList, BatchOut, ErrorOut
 from governor.service.errors import CONFLICT, KEY_REUSED, NOT_FOUND, ApiError
+from governor.service.events import END
 from governor.service.incoming import QUERY, fingerprint_of, key_of, spooled, takes_lines
 from governor.service.live import accepted_json, batch_json
 from governor.service.state import Service, service_of
@@ -221,12 +222,15 @@ async def get_errors(batch_id: BatchId, caller: Reader, service: Here) -> Respon
         200: {
             "description": "Server-sent events: `progress` with the batch as it stands, `end` when it is over.",
             "content": {"text/event-stream": {"schema": {"type": "string"}}},
-        }
+        },
+        204: {"description": "The Last-Event-ID says that the end was heard: a browser stops asking."},
     },
 )
-async def get_events(batch_id: BatchId, caller: Reader, service: Here) -> Response:
+async def get_events(batch_id: BatchId, request: Request, caller: Reader, service: Here) -> Response:
     """What changes, as it changes."""
-    await found(batch_id, service)
+    row = await found(batch_id, service)
+    if row.state in ENDED and request.headers.get("last-event-id") == END:
+        return Response(status_code=204)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return StreamingResponse(service.events.batch(batch_id), 200, headers, media_type="text/event-stream")
 

@@ -188,7 +188,9 @@ def test_events_tell_each_state_and_end(served: Served) -> None:
     ended = [state["done"] for state in states]
     assert ended == sorted(ended)
     again = served.client.get(f"/batches/{batch_id}/events")
-    assert again.text.startswith("event: end\n")
+    assert again.text.startswith("event: end\nid: end\n")
+    # An EventSource comes back after the end with what it heard last, until it is told that there is no more.
+    assert served.client.get(f"/batches/{batch_id}/events", headers={"Last-Event-ID": "end"}).status_code == 204
 
 
 # ---------------------------------------------------------------- verdicts
