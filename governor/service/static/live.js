@@ -189,7 +189,8 @@ function fillRow(row, batch) {
   const held = ["paused", "stopped"].includes(batch.state);
   say(cell("state"), batch.reason ? `${batch.state}: ${batch.reason}` : batch.state);
   row.querySelector("progress").value = batch.requests ? (batch.done + batch.failed) / batch.requests : 0;
-  const failed = batch.failed ? `, ${count(batch.failed)} failed` : "";
+  // Of a batch that was cancelled most of these were never sent.
+  const failed = batch.failed ? `, ${count(batch.failed)} ${batch.state === "cancelled" ? "not done" : "failed"}` : "";
   say(cell("done"), `${count(batch.done)} of ${count(batch.requests)}${failed}`);
   say(cell("flying"), count(batch.in_flight));
   say(cell("throttled"), count(batch.throttled));

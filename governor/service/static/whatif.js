@@ -241,9 +241,9 @@ function show(answer) {
   const range = (found, words) => [...new Set([words(found.p5), words(found.p95)])].join(" to ");
   const figures = [
     ["Done, half of the runs", (side) => duration(side.finish_s.p50)],
-    ["Done, 5 to 95 %", (side) => range(side.finish_s, duration)],
+    ["Done, 5 to 95\u00a0%", (side) => range(side.finish_s, duration)],
     ["429s, half of the runs", (side) => about(side.throttled.p50)],
-    ["429s, 5 to 95 %", (side) => range(side.throttled, about)],
+    ["429s, 5 to 95\u00a0%", (side) => range(side.throttled, about)],
     ["Requests lost", (side) => about(side.failed)],
     ["Waits most for", (side) => (side.bound ? cause(side.bound) : "nothing")],
     ["Efficiency", (side) => (side.efficiency === null ? "–" : percent(side.efficiency))],
