@@ -183,6 +183,14 @@ class Lane:
     def name(self) -> str:
         return self.pool.name
 
+    @property
+    def trouble(self) -> str:
+        """Why nothing at all is launched, "" = it is not so."""
+        # Of a governor whose quota is shared alone.
+        if not getattr(self.governor, "is_connected", True):
+            return "the Redis of PACELINE_REDIS_URL cannot be used right now: nothing is launched"
+        return self.blocked
+
     async def live(self, on_blocked: Callable[[str, str], None]) -> None:
         """Runs whatever the feed has, for ever; `on_blocked(pool, why)` when the governor has stopped."""
         while True:
@@ -255,7 +263,7 @@ class Lane:
             "throttled": tally.throttled,
             "deferrals": {cause: tally.deferrals[i] for i, cause in enumerate(CAUSES) if 0 < i < len(tally.deferrals)},
             "answer_s": self.service_s,
-            "blocked": self.blocked,
+            "blocked": self.trouble,
         }
         if series:
             self.series.now()

@@ -149,7 +149,7 @@ async def readyz(service: Here) -> Response:
     worker = service.worker
     if not worker.ready:
         return JSONResponse({"status": "not ready", "detail": worker.trouble}, 503)
-    notes = [f"pool {lane.name}: {lane.blocked}" for lane in worker.lanes.values() if lane.blocked]
+    notes = [f"pool {lane.name}: {lane.trouble}" for lane in worker.lanes.values() if lane.trouble]
     if worker.neighbours and not service.config.redis:
         notes.append(f"{worker.neighbours} other replicas, and no PACELINE_REDIS_URL: each takes the whole quota")
     return JSONResponse({"status": "ok", "detail": "; ".join(notes)})

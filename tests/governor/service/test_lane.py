@@ -1,0 +1,34 @@
+"""What a pool says of itself when nothing is launched."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from governor.policy import Policy
+from governor.pools import Pool
+from governor.service.lane import Lane
+from governor.service.routes_rest import readyz
+
+
+@pytest.mark.parametrize(
+    ("governor", "blocked", "says"),
+    [
+        ({}, "", ""),
+        ({"is_connected": True}, "", ""),
+        ({"is_connected": False}, "", "pool default: the Redis of PACELINE_REDIS_URL cannot be used"),
+        ({}, "INSUFFICIENT_QUOTA", "pool default: INSUFFICIENT_QUOTA"),
+    ],
+)
+def test_readiness_names_a_pool_that_launches_nothing(governor: dict[str, bool], blocked: str, says: str) -> None:
+    rest: dict[str, Any] = dict.fromkeys(("recorder", "meter", "alarms", "series", "feed", "send"))
+    bare: Any = SimpleNamespace(**governor)
+    lane = Lane(pool=Pool(), policy=Policy(), governor=bare, blocked=blocked, **rest)
+    worker = SimpleNamespace(ready=True, neighbours=0, lanes={"default": lane})
+    service: Any = SimpleNamespace(worker=worker, config=SimpleNamespace(redis="redis://127.0.0.1"))
+    answer = asyncio.run(readyz(service))
+    assert answer.status_code == 200
+    assert f'"detail":"{says}'.encode() in bytes(answer.body)
