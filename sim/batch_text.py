@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 
 from governor.money import dollars_text
+from governor.phrases import plural
 from sim import words
 from sim.batch_api import Terms, Way
 from sim.layout import table, wrapped
@@ -21,7 +22,8 @@ def split_text(found: Split, width: int) -> str:
     for part in found.parts:
         size = f"{part.bytes / 1e6:,.1f}"
         rows.append([part.name, part.model, f"{part.requests:,}", size, f"{part.input_tokens:,}"])
-    said = [f"{found.requests:,} requests in {len(found.parts):,} files in {found.folder}, each in exactly one."]
+    files = plural(len(found.parts), "file")
+    said = [f"{plural(found.requests, 'request')} in {files} in {found.folder}, each in exactly one."]
     if found.waves > 1:
         said.append(f"Hand in a wave when the one before it has ended: {found.waves:,} waves, one fills the queue.")
     if found.queue_tokens:

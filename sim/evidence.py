@@ -21,6 +21,7 @@ from sim.runs import Condition, Runs
 from sim.search import INDIFFERENCE, Goal, Searcher, better, score_of
 from sim.space import changed_knobs, full_space
 from sim.unknowns import Unknowns, drawn
+from sim.words import number
 
 # The plan's policies, in the order in which they are shown.
 NAMES = ("now", "guardrails", "recommended", "runner_up")
@@ -28,11 +29,15 @@ NAMES = ("now", "guardrails", "recommended", "runner_up")
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What the questions are put to. `seeds`: runs in the scenario itself."""
+    """What the questions are put to. `seeds`: runs in the scenario itself.
+
+    `listed`: the rows of the stress set that have names of their own; the others are drawn.
+    """
 
     searcher: Searcher
     stress: Stress
     seeds: int
+    listed: range
 
     @property
     def goal(self) -> Goal:
@@ -80,8 +85,11 @@ class Evidence:
         figures = stress.figures(policy, worst)
         lost = sum(f["failed"] for f in figures) / len(figures)
         throttled = sum(f["throttled_per_100"] for f in figures) / len(figures)
-        name = stress.conditions[worst].name
-        return f"under '{name}' it draws {throttled:.3g} throttles per 100 requests and loses {lost:.3g}"
+        name, requests = stress.conditions[worst].name, figures[0].requests
+        # Drawn conditions stand in no table: their number tells a reader nothing.
+        place = f"under '{name}'" if worst in self.listed else "in one of the drawn conditions"
+        gone = f"loses {number(lost)} of {requests:,}" if lost else "loses none"
+        return f"{place} it draws {number(throttled)} throttles per 100 requests and {gone}"
 
     def stress_rows(self, policies: Sequence[Policy], rows: Sequence[int]) -> tuple[StressRow, ...]:
         """What the plan's policies (see NAMES) do under these conditions of the stress set."""

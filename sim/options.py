@@ -69,7 +69,7 @@ def finish_by_s(text: str, now: datetime | None = None) -> float:
         return seconds
     clock = re.fullmatch(r"([01]?\d|2[0-3]):([0-5]\d)", text.strip(), re.ASCII)
     if clock is None:
-        raise typer.BadParameter(f"{text!r} is neither a duration (6h, 90m, 1h30m) nor a time of day (06:00)")
+        raise typer.BadParameter(f"{text!r} is neither a duration above 0 (6h, 90m, 1h30m) nor a time of day (06:00)")
     now = (now or datetime.now()).astimezone()
     end = now.replace(hour=int(clock[1]), minute=int(clock[2]), second=0, microsecond=0)
     if end <= now:
@@ -82,7 +82,7 @@ def wait_s(text: str) -> float:
     """Seconds of a duration: 30s, 2m."""
     seconds = duration_s(text)
     if seconds is None:
-        raise typer.BadParameter(f"{text!r} is not a duration (30s, 2m)")
+        raise typer.BadParameter(f"{text!r} is not a duration above 0 (30s, 2m)")
     return seconds
 
 

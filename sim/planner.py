@@ -190,7 +190,7 @@ class Planner:
         """The plan around the chosen settings: NAMES, then the fastest of either space whatever they risk."""
         now, few, best, runner_up, bold_few, bold = forecasts
         chosen = [forecast.policy for forecast in forecasts[: len(NAMES)]]
-        evidence = Evidence(self.searcher, self.stress, self.budget.seeds)
+        evidence = Evidence(self.searcher, self.stress, self.budget.seeds, self.listed)
         self._now("weighing each change")
         guardrails, full = evidence.recommendation(now, few, bold_few), evidence.recommendation(now, best, bold)
         kept = score_of(now.runs, self.goal)[:2] <= score_of(best.runs, self.goal)[:2]

@@ -228,6 +228,8 @@ def _batch_provenance(name: str, caps: Any, first: int) -> Provenance:
 
 
 def _rows_text(name: str, count: int, first: int) -> str:
+    if count == 1:
+        return f"the first row of {name}" if first == 1 else f"the one row of {name}"
     return f"the first {count:,} rows of {name}" if first == count else f"all {count:,} rows of {name}"
 
 

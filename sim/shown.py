@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from governor.money import dollars_text
+from governor.phrases import plural
 from governor.policy import KNOB_BY_ENV, Policy
 from governor.summary import CAUSES, Summary
 from sim import words
@@ -75,7 +76,7 @@ def headline(scenario: Scenario) -> str:
     label, text = workload.provenance.get("requests", (ASSUMED, "drawn"))
     models = sorted(set(workload.models)) if isinstance(workload.models, list) else [workload.models or ""]
     named = ", ".join(filter(None, models[:3])) + (", ..." if len(models) > 3 else "")
-    what = f"{len(workload):,} requests" + (f" to {named}" if named else "")
+    what = plural(len(workload), "request") + (f" to {named}" if named else "")
     return f"{what} ({text})" if label == MEASURED else f"{what} ({label}: {text})"
 
 

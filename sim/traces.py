@@ -208,12 +208,21 @@ def header_of(source: Named) -> tuple[list[str], str, int]:
         names = [name.strip() for name in next(csv.reader([text], delimiter=separator, strict=True))]
     except csv.Error as error:
         raise BadInput(f"not a CSV header: {error}", source.name, line) from None
-    if all(number_of(name) is not None for name in names):
-        raise BadInput("numbers where a header line with the columns' names should be", source.name, line)
+    if all(_is_value(name) for name in names):
+        raise BadInput("values where a header line with the columns' names should be", source.name, line)
     twice = [name for i, name in enumerate(names) if name and name in names[:i]]
     if twice:
         raise BadInput(f"two columns are called {quoted(twice[0])}: rename one", source.name, line)
     return names, separator, line
+
+
+def _is_value(text: str) -> bool:
+    """Whether a word is a number or a date, as no column is called."""
+    try:
+        moment_of(text)
+    except ValueError:
+        return number_of(text) is not None
+    return True
 
 
 def csv_rows(source: Named, names: list[str], separator: str, header: int) -> Iterator[tuple[int, dict[str, str]]]:

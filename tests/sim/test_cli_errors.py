@@ -66,6 +66,7 @@ FILES = {
     "blank.csv": ("\n\n", "blank.csv: nothing but blank lines in it"),
     "broken.jsonl": (line(0) + '{"custom_id": "r1", "body"\n' + line(2), "broken.jsonl:2: not JSON"),
     "twice.jsonl": (line(0) + line(1) + line(0), "twice.jsonl:3: "),
+    "bare.csv": ("2023-11-16 18:17:03.97,100,200\n", "bare.csv:1: values where a header line with the columns' names"),
     "minus.csv": ("ContextTokens,GeneratedTokens\n5,5\n-7,5\n", "minus.csv:3: "),
     "words.csv": ("ContextTokens,GeneratedTokens\n5,five\n", "words.csv:2: "),
     "columns.csv": (

@@ -120,7 +120,9 @@ def test_names_that_utf8_cannot_spell(tmp_path: Path, capsys) -> None:
     lines = [line(0, model="m\ud800"), line(1).replace("q-1", "q-\\udc00"), line(2).replace("q-2", "q-\\udc01")]
     source = written(tmp_path / "in.jsonl", lines)
     assert main(["split", str(source), "--out", str(tmp_path / "out")]) == 0
-    assert "m?" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "m?" in said
+    assert "3 requests in 2 files" in said
     assert sorted(each for rows in files(tmp_path / "out").values() for each in rows) == sorted(map(str.encode, lines))
 
 
