@@ -464,4 +464,4 @@ def _suggestion(env: str) -> str:
     """What to say about a name that must be ours and is not."""
     meant = near_miss(env)
     close = [meant] if meant else difflib.get_close_matches(env.strip().upper(), KNOB_BY_ENV, 1, 0.6)
-    return f": did you mean {close[0]}?" if close else "; --help lists them all"
+    return f": did you mean {close[0]}?" if close else "; `paceline settings` lists them all"
