@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TextIO
 
-from governor.errors import BadInput, PacelineError
+from governor.errors import BadInput
 
 _REMEDIES = {
     errno.ENOSPC: "the disk is full: make room, or name another folder",
@@ -141,7 +141,7 @@ class Followed:
             file.write(line + "\n")
             file.flush()
         except OSError as error:
-            raise PacelineError(f"{file.name}: cannot be written: {why(error)}") from error
+            raise BadInput(f"cannot be written: {why(error)}", file.name) from error
 
     def close(self) -> None:
         """Ends the following; the files stay as they are."""

@@ -73,6 +73,16 @@ def test_what_cannot_be_written_is_one_line_with_the_remedy(tmp_path: Path) -> N
         check_writable(tmp_path / ("x" * 300))
 
 
+def test_a_followed_file_that_takes_no_more_is_one_line_of_bad_input(tmp_path: Path) -> None:
+    followed = Followed(tmp_path / "r.jsonl")
+    followed.close()
+    with open("/dev/full", "w") as full:
+        followed._files = (full, full)
+        with pytest.raises(BadInput, match=r"^/dev/full: cannot be written: the disk is full: make room"):
+            followed.add(True, "a line")
+        followed.close()
+
+
 def test_a_symbolic_link_stays_one(tmp_path: Path) -> None:
     target, link = tmp_path / "target.jsonl", tmp_path / "link.jsonl"
     target.write_text("old")
