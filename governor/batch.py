@@ -118,6 +118,8 @@ def run_batch(orders: Orders, *, foresee: Foresee | None, connect: Connect, show
     try:
         _say_what_is_left(begun, orders, shown)
         expectations = _guard(begun, orders, foresee, shown)
+        if begun.retried:
+            journal.retry_failed(orders.retry_failed or "")
         return _run(begun, orders, expectations, foresee, connect, shown)
     except BaseException:
         if begun.is_new and _nothing_sent(journal):
@@ -168,9 +170,10 @@ def _say_what_is_left(begun: Begun, orders: Orders, shown: Shown) -> None:
         with_code = f" with {orders.retry_failed}" if orders.retry_failed else ""
         shown.say(f"note: no request failed{with_code}: --retry-failed has nothing to try again")
     counts = begun.journal.counts()
-    left = counts.pending + counts.in_flight
+    left = counts.pending + counts.in_flight + begun.retried
+    failed = counts.failed - begun.retried
     parts = [f"{counts.done:,} of {counts.requests:,} done"]
-    parts += [f"{counts.failed:,} failed"] if counts.failed else []
+    parts += [f"{failed:,} failed"] if failed else []
     parts += [f"{begun.retried:,} that failed are tried again"] if begun.retried else []
     parts += [f"{counts.in_flight:,} in flight when the last process ended: sent again"] if counts.in_flight else []
     shown.inform(f"continues {begun.journal.name}: {', '.join(parts)}, {left:,} to do")

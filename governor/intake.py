@@ -41,7 +41,8 @@ RESULT_BYTES_PER_REQUEST = 2_500
 class Begun:
     """A journal ready to run. `demands`: what is left, by pool. `is_new`: this command made it.
 
-    `oversized`: requests that will end unsent (`--skip-oversized`). `retried`: failed ones that are tried again.
+    `oversized`: requests that will end unsent (`--skip-oversized`). `retried`: failed ones that are tried again, once
+    the run may start (`Journal.retry_failed`): a refusal leaves them as they were.
     """
 
     journal: Journal
@@ -261,20 +262,24 @@ def _resumed(
             seed = journal.run().seed
             journal.remove()
             return _made(path, where, pools, seed, skip_oversized)
-        retried = journal.retry_failed(retry_failed) if retry_failed is not None else 0
-        demands, oversized = _left(journal, pools, skip_oversized)
+        counts = journal.counts()
+        retried = 0 if retry_failed is None else counts.failures.get(retry_failed, 0) if retry_failed else counts.failed
+        left = counts.pending + counts.in_flight + retried
+        demands, oversized = _left(journal, pools, skip_oversized, retry_failed, left)
     except BaseException:
         journal.close()
         raise
     return Begun(journal, demands, False, oversized, retried)
 
 
-def _left(journal: Journal, pools: Sequence[Pool], skip_oversized: bool) -> tuple[dict[str, Demand], int]:
-    """What a journal still has to do, under today's settings, and how many requests can never run."""
+def _left(
+    journal: Journal, pools: Sequence[Pool], skip_oversized: bool, retry_failed: str | None, left: int
+) -> tuple[dict[str, Demand], int]:
+    """What a journal still has to do (`left` in all), under today's settings, and how many requests can never run."""
     demands = {pool.name: Demand() for pool in pools}
     oversized = taken = 0
     for pool in pools:
-        for request in journal.unfinished(pool.name):
+        for request in journal.unfinished(pool.name, failed=retry_failed):
             reserve = reserve_of(pool.policy, request.sizes)
             taken += 1
             try:
@@ -285,8 +290,6 @@ def _left(journal: Journal, pools: Sequence[Pool], skip_oversized: bool) -> tupl
                 oversized += 1
             else:
                 demands[pool.name].add(request.model, request.sizes, reserve)
-    counts = journal.counts()
-    left = counts.pending + counts.in_flight
     if taken < left:
         names = ", ".join(pool.name for pool in pools)
         raise BadInput(

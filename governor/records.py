@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from sqlalchemy import Column, ColumnElement, Select, Table, and_, func, select, true
+from sqlalchemy import Column, ColumnElement, Select, Table, and_, func, or_, select, true
 
 from governor.database import Database, JournalError
 from governor.driver import Work
@@ -334,9 +334,16 @@ class Records:
                 answer = None if row.answered is None else answer_of(_Prefixed(row))
                 yield Result(request_of(row, None), row.failure, answer, row.ended_s, row.resent)
 
-    def unfinished(self, pool: str | None = None) -> Iterator[Request]:
-        """What has not ended, of one pool or of all, without bodies, in order of the input."""
-        query = self._of(select(requests).where(requests.c.state.in_((PENDING, IN_FLIGHT))), requests, pool)
+    def unfinished(self, pool: str | None = None, *, failed: str | None = None) -> Iterator[Request]:
+        """What has not ended, of one pool or of all, without bodies, in order of the input.
+
+        `failed`: and what has failed with that code, "" = with any.
+        """
+        c = requests.c
+        wanted: ColumnElement[bool] = c.state.in_((PENDING, IN_FLIGHT))
+        if failed is not None:
+            wanted = or_(wanted, and_(c.state == FAILED, c.failure == failed if failed else true()))
+        query = self._of(select(requests).where(wanted), requests, pool)
         for row in self._stream(query, requests.c.request, NARROW_CHUNK):
             yield request_of(row, None)
 

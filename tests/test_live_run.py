@@ -264,6 +264,10 @@ def test_an_oversized_request_refuses_the_run_or_is_left_out(cli: Cli, tmp_path:
     check_whole(tmp_path, 3)
     (error,) = lines_of(tmp_path / "results.errors.jsonl")
     assert (error["custom_id"], error["response"]) == ("q-1", None)
+    # What is refused before the start leaves the record of the failure as it is.
+    assert cli.run(*args, "--retry-failed", env=env).code == 2
+    with Journal.open(tmp_path / "results.journal.db") as journal:
+        assert journal.counts().failures == {"REQUEST_TOO_LARGE": 1}
 
 
 def test_a_forecast_past_a_day_or_finish_by_refuses(cli: Cli, tmp_path: Path) -> None:

@@ -440,6 +440,9 @@ def test_failed_requests_are_tried_again_as_if_they_were_new(path: Path) -> None
         ends(recorder, job(work(3)), answer(3), 2.0)
         journal.finish(3.0, "finished")
         assert journal.counts().failures == {FailureCode.TIMEOUT: 2, FailureCode.BAD_REQUEST: 1}
+        left = sum(1 for _ in journal.unfinished())
+        assert sum(1 for _ in journal.unfinished(failed=FailureCode.TIMEOUT)) == left + 2
+        assert sum(1 for _ in journal.unfinished(failed="")) == left + 3
         assert journal.retry_failed(FailureCode.TIMEOUT) == 2
         assert [each.work.request.index for each in journal.pending()] == [0, 2]
         assert {(w.attempt, w.first_launched_s, w.retry_at_s) for w in works_left(journal)} == {(1, -1.0, -1.0)}
