@@ -22,18 +22,17 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from governor.journal import Journal
 from governor.policy import Policy
+from sim.inputs import named_provider
 from sim.layout import facts, table, wrapped
 from sim.others import began_s, takings, ways_of
 from sim.provider_config import ProviderConfig
 from sim.results import CONFIDENCE
-from sim.scenario import Scenario
 from sim.twin import Lesson, Twin, believed, jittered, lessons, taught
 from sim.words import between, duration, number
 from sim.workload import Columns, Workload, columns
@@ -294,15 +293,10 @@ def _notes(journal: Journal, found: Sequence[Lesson]) -> tuple[str, ...]:
 
 
 def provider_of(journal: Journal, name: str | None, tpm: int | None) -> ProviderConfig | None:
-    """The provider that a command names: a tier's name or a scenario file, and a limit; None = as the settings do."""
+    """The provider that a command names: a tier, or a YAML file, and a limit; None = as the settings do."""
     if name is None and tpm is None:
         return None
-    if name is None:
-        base = believed(lessons(journal)[0])
-    elif Path(name).suffix in (".yaml", ".yml"):
-        base = Scenario.read(name).provider
-    else:
-        base = ProviderConfig.of(name)
+    base = believed(lessons(journal)[0]) if name is None else named_provider(name)
     return base if tpm is None else base.with_(tpm=tpm)
 
 
@@ -318,7 +312,7 @@ def backtest_command(
 ) -> None:
     """`paceline backtest`: prints the comparison; `out`: a folder for backtest.json and backtest.txt.
 
-    `provider`: a tier's name or a scenario's YAML file. PacelineError for what a user can mend.
+    `provider`: a tier's name or a YAML file. PacelineError for what a user can mend.
     """
     from sim.outputs import prepared_folder
 

@@ -358,7 +358,7 @@ def backtest(
     provider: Annotated[
         str | None,
         typer.Option(
-            metavar="TIER|SCENARIO.yaml",
+            metavar="TIER|FILE.yaml",
             help="The provider to assume; what the run's settings believe if not given.",
         ),
     ] = None,

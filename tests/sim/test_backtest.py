@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from governor.errors import PacelineError
+from governor.journal import Journal
 from governor.policy import Policy
 from governor.requests import Attempt, Outcome
-from sim.backtest import Compared, _interval, backtest_command
+from sim.backtest import Compared, _interval, backtest_command, provider_of
 from sim.driver import Simulation
 from sim.provider_config import ProviderConfig
 from sim.twin import Clock, Twin, _answers, _faults, _latency, jittered
@@ -203,3 +204,11 @@ def test_a_live_run_is_what_its_twin_says(tmp_path: Path, capsys: pytest.Capture
 def test_what_is_no_journal_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PacelineError):
         backtest_command(str(tmp_path / "nothing.db"))
+
+
+@pytest.mark.parametrize("text", ["tpm: 60000\n", "workload: {path: gone.jsonl}\nprovider: {tpm: 60000}\n"])
+def test_a_provider_is_read_from_what_probe_writes_and_from_a_scenario(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "provider.yaml"
+    path.write_text(text)
+    with Journal.create(tmp_path / "j.db", fingerprint="", seed=0, epoch_s=0.0) as journal:
+        assert provider_of(journal, str(path), None) == ProviderConfig(tpm=60_000)
