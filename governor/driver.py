@@ -122,6 +122,8 @@ class Governor:
         `expected`: its declared output cap, for the order of launches. Raises PacelineError for what can never be sent,
         and where the pool has stopped.
         """
+        if not reserve >= 0.0:
+            raise PacelineError(f"a request of {reserve} tokens: reserve a number of tokens from 0 up")
         if law.never_fits(self.p, reserve):
             raise PacelineError(self._too_large(reserve))
         self._sequence += 1
@@ -849,7 +851,9 @@ class Permit:
         return self._job.launched_s
 
     def used(self, tokens: float, limits: tuple[Limit, ...] = ()) -> None:
-        """The request is answered and used so many tokens, prompt and output."""
+        """The request is answered and used so many tokens, prompt and output; below 0 = not known."""
+        if not tokens < inf:
+            raise PacelineError(f"an answer that used {tokens} tokens: tell a number of tokens, -1 = not known")
         self._used, self._limits = tokens, limits
 
     async def throttled(self, retry_after_s: float = -1.0, limits: tuple[Limit, ...] = ()) -> bool:

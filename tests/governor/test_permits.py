@@ -149,6 +149,12 @@ def test_what_never_fits_is_refused_with_the_figures() -> None:
         governor = Governor(quiet(tpm=30_000), pool="eu")
         with pytest.raises(PacelineError, match="31,538 tokens never fits: pool 'eu' is limited to 30,000"):
             governor.permit(31_538.0)
+        for none in (-1.0, float("nan")):
+            with pytest.raises(PacelineError, match=f"a request of {none} tokens: reserve a number"):
+                governor.permit(none)
+        with pytest.raises(PacelineError, match="an answer that used nan tokens"):
+            async with governor.permit(10.0) as permit:
+                permit.used(float("nan"))
 
     run_virtual(main())
 
