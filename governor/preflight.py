@@ -274,7 +274,10 @@ def _full(policy: Policy, load: Load, booked: InUse, budget: int) -> _Refusal | 
             return None
         runs = min(load.count, max(0, budget - held) // max(1, load.largest))
         if load.total > budget:
-            return f"{figures}: the batch alone is over one minute's budget; send fewer runs at once", None, runs
+            remedy = "send fewer runs at once"
+            if load.largest > budget:
+                remedy = f"shorten runs to that, or raise OPENAI_TPM_LIMIT (the largest needs {load.largest:,})"
+            return f"{figures}: the batch alone is over one minute's budget; {remedy}", None, runs
         need = load.total
     else:
         # A run above the budget goes alone, into an empty window.

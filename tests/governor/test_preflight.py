@@ -283,3 +283,10 @@ class TestFluid:
             assert fluid_s <= now + 1e-6
             if policy.stagger_seconds == 0.0:
                 assert fluid_s == pytest.approx(now, abs=1e-6)
+
+
+def test_where_fewer_runs_would_not_help_shorter_ones_are_asked_for() -> None:
+    one = preflight(STRICT, Load.uniform(1, 25_501))
+    assert (one.ok, one.max_runs_now, "send fewer" in one.reason, "25,501" in one.reason) == (False, 0, False, True)
+    many = preflight(STRICT, Load.uniform(4, 25_500))
+    assert (many.ok, many.max_runs_now, "send fewer" in many.reason) == (False, 1, True)
