@@ -23,6 +23,7 @@ from dataclasses import replace
 from typing import Any
 
 from governor.database import JournalError
+from governor.errors import PacelineError
 from governor.metrics import Metrics
 from governor.requests import Attempt
 from governor.service.config import ServiceConfig
@@ -89,7 +90,7 @@ class Worker:
             begun_at = time.monotonic()
             try:
                 await self._life()
-            except (JournalError, OSError) as error:
+            except (PacelineError, OSError) as error:
                 self._say_trouble(str(error))
             except Exception as error:
                 log.exception("the worker failed")

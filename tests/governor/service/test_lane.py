@@ -1,4 +1,4 @@
-"""What a pool says of itself when nothing is launched."""
+"""What a pool, and a replica, says of itself when nothing is launched."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from governor.errors import BadSetting
 from governor.policy import Policy
 from governor.pools import Pool
 from governor.service.lane import Lane
 from governor.service.routes_rest import readyz
+from governor.service.worker import Worker
 
 
 @pytest.mark.parametrize(
@@ -32,3 +34,23 @@ def test_readiness_names_a_pool_that_launches_nothing(governor: dict[str, bool],
     answer = asyncio.run(readyz(service))
     assert answer.status_code == 200
     assert f'"detail":"{says}'.encode() in bytes(answer.body)
+
+
+class _Refused(Worker):
+    """A replica whose lives end with what its operator has to mend."""
+
+    def __init__(self) -> None:
+        config: Any = SimpleNamespace(time_scale=1.0)
+        self.config = config
+        self.trouble = ""
+        self._stopping = asyncio.Event()
+
+    async def _life(self) -> None:
+        self._stopping.set()
+        raise BadSetting("Redis at 10.0.0.1:6379 refuses us: look at the password in PACELINE_REDIS_URL")
+
+
+def test_what_the_operator_has_to_mend_is_no_internal_error() -> None:
+    worker = _Refused()
+    asyncio.run(worker.run())
+    assert worker.trouble.endswith("look at the password in PACELINE_REDIS_URL")
