@@ -356,7 +356,10 @@ HEADER = "ContextTokens,GeneratedTokens\n"
         (b"PAR1rest", ["Parquet"]),
         (b"\x00\x01\x02", ["not a text file"]),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\nyesterday,1,2\n", [":2:", "'TIMESTAMP'", "'yesterday'"]),
-        ("TIMESTAMP,ContextTokens,GeneratedTokens\n5,1,2\n2026-01-01,1,2\n", [":3:", "dates among values in seconds"]),
+        (
+            "TIMESTAMP,ContextTokens,GeneratedTokens\n5,1,2\n2026-01-01,1,2\n",
+            [":3:", "dates without a time zone among values in seconds"],
+        ),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n1763900100,1,2\n1763900100000,1,2\n", [":3:", "in ms since 1970"]),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n5,1,2\n-3,1,2\n", [":3:", "'TIMESTAMP'", "negative time"]),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n,1,2\n", [":2:", "'TIMESTAMP'", "no value"]),
