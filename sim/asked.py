@@ -15,9 +15,8 @@ from sim.batch_text import ways_text
 from sim.capacity import PROBES_FORESEEN, TUNING_RUNS, How, Search, capacity, default_runs, how_many
 from sim.capacity_results import Capacity
 from sim.capacity_text import capacity_text, how_many_text
-from sim.experiment import Pool
 from sim.files import write_atomically
-from sim.inputs import Inputs
+from sim.inputs import Inputs, pool_of
 from sim.options import Options, duration_s
 from sim.outputs import check_file
 from sim.progress import Progress
@@ -107,13 +106,7 @@ def answered(given: Options, inputs: Inputs, asked: Asked, width: int) -> Answer
             "confidence": CONFIDENCE if asked.confidence is None else asked.confidence,
             "replications": scenario.replications,
             "retune": asked.retune,
-            "pool": Pool(
-                given.workers,
-                bar.add,
-                engine=given.engine,
-                backend=given.backend,
-                foreseen=foreseen * len(scenario.workload),
-            ),
+            "pool": pool_of(given, bar, foreseen * len(scenario.workload)),
             "say": bar.say,
         }
         if asked.how_many:

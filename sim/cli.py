@@ -31,7 +31,7 @@ from governor.cli import app as governor_app
 from governor.errors import BadSetting, PacelineError
 from sim.calibrate_cli import calibrate
 from sim.notebook_cli import notebook
-from sim.options import Options, count, finish_by_s, round_trip_s, share, takes_options, wait_s
+from sim.options import AsJson, FinishBy, Options, count, finish_by_s, round_trip_s, share, takes_options, wait_s
 from sim.progress import Progress
 from sim.serving import provider
 
@@ -95,7 +95,8 @@ def simulate(
     Finish time, 429s, requests lost, and the knob that holds the batch back; with --replications, how much runs differ.
     """
     from sim import shown
-    from sim.experiment import Pool, replicate_or_keep
+    from sim.experiment import replicate_or_keep
+    from sim.inputs import pool_of
     from sim.outputs import check_file
 
     check_file(attempts, "--attempts", (".csv", ".parquet"))
@@ -118,7 +119,7 @@ def simulate(
             _result(given, summary.to_json_dict(), text, inputs.notes)
             return
     with Progress("simulating", runs) as bar:
-        pool = Pool(given.workers, bar.add, engine=given.engine, backend=given.backend)
+        pool = pool_of(given, bar)
         forecast, lost = replicate_or_keep(scenario, runs, pool=pool)
     _result(
         given, shown.forecast_json(scenario, forecast), shown.forecast_text(scenario, forecast, _width()), inputs.notes
@@ -144,14 +145,7 @@ def plan(
         float | None,
         typer.Option(metavar="P", parser=share, help="Share of requests lost, at most; 0 if not given."),
     ] = None,
-    finish_by: Annotated[
-        float | None,
-        typer.Option(
-            metavar="6h|06:00",
-            parser=finish_by_s,
-            help="When it should be done: from its beginning, or the next such time of day.",
-        ),
-    ] = None,
+    finish_by: FinishBy = None,
     effort: Annotated[
         Literal["quick", "normal", "thorough"] | None,
         typer.Option(help="How long to search; normal if not given."),
@@ -172,7 +166,7 @@ def plan(
     leaves the best settings and the front so far; the same command then goes on where it stopped.
     """
     from sim import shown
-    from sim.experiment import Pool
+    from sim.inputs import pool_of
     from sim.outputs import plan_json, prepared_folder
     from sim.planned import planned
 
@@ -188,7 +182,7 @@ def plan(
     )
     with prepared_folder(out) as folder, Progress("planning", _runs_foreseen(scenario, wishes.effort)) as bar:
         foreseen = _runs_foreseen(scenario, wishes.effort) * len(scenario.workload)
-        pool = Pool(given.workers, bar.add, engine=given.engine, foreseen=foreseen, backend=given.backend)
+        pool = pool_of(given, bar, foreseen)
         found = planned(scenario, wishes, folder, notes=inputs.notes, pool=pool, say=bar.say, resume=resume)
     command, report = found.written.command, found.written.report
     text = f"{shown.plan_text(scenario, found.plan, _width())}\n\nagain: {command}\nreport: {report}"
@@ -227,7 +221,7 @@ def sensitivity(
 
     How much each knob changes finish time, 429s and losses when it moves, with intervals.
     """
-    from sim.experiment import Pool
+    from sim.inputs import pool_of
     from sim.outputs import check_file
     from sim.sensing import SIZES, runs_foreseen, sensed, sensitivity_text, write_figure
 
@@ -241,7 +235,7 @@ def sensitivity(
     runs = runs_foreseen(scenario, method, size, seeds)
     with Progress("moving each setting", runs) as bar:
         foreseen = runs * len(scenario.workload)
-        pool = Pool(given.workers, bar.add, engine=given.engine, foreseen=foreseen, backend=given.backend)
+        pool = pool_of(given, bar, foreseen)
         found = sensed(scenario, objective, method=method, size=size, seeds=seeds, near=near, pool=pool)
     if figure:
         write_figure(figure, found)
@@ -252,14 +246,7 @@ def sensitivity(
 @takes_options
 def capacity(
     given: Options,
-    finish_by: Annotated[
-        float | None,
-        typer.Option(
-            metavar="6h|06:00",
-            parser=finish_by_s,
-            help="When it should be done: from its beginning, or the next such time of day.",
-        ),
-    ] = None,
+    finish_by: FinishBy = None,
     p95_wait: Annotated[
         float | None,
         typer.Option(
@@ -367,7 +354,7 @@ def backtest(
     replications: Annotated[
         int, typer.Option(metavar="N", min=0, max=10_000, help="Runs to simulate; 0 = as many as need some seconds.")
     ] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="The comparison as one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """What the simulation would have predicted for a run, against what happened.
 
@@ -393,7 +380,7 @@ def split(
     live: Annotated[
         float, typer.Option(metavar="P", parser=share, help="Share of requests that goes into live.jsonl anyway.")
     ] = "0",  # type: ignore[assignment]
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else there.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """A batch as files for the Batch API.
 

@@ -27,8 +27,10 @@ from governor.errors import BadInput, BadSetting
 from governor.policy import Policy
 from governor.settings import policy_of
 from sim.document import FileSource, ModelSource, parsed_yaml
+from sim.experiment import Pool
 from sim.options import Options, quantiles
 from sim.presets import LATENCIES
+from sim.progress import Progress
 from sim.provider_config import Config, ProviderConfig, checked
 from sim.readers import SCENARIO, Source
 from sim.scenario import Scenario, following, limits_moved
@@ -123,6 +125,11 @@ def read_inputs(
     # Asked here and not in mid-run: whether the trace has arrivals at all.
     fitted.columns()
     return Inputs(fitted, wishes, tuple(_notes(scenario, fitted, o)))
+
+
+def pool_of(given: Options, bar: Progress, foreseen: float = 0.0) -> Pool:
+    """Who makes the runs, as the options ask for it; `bar` is told of each. `foreseen`: simulated requests in all."""
+    return Pool(given.workers, bar.add, engine=given.engine, foreseen=foreseen, backend=given.backend)
 
 
 def _first(given: Any, otherwise: Any) -> Any:

@@ -98,6 +98,17 @@ def share(text: str) -> float:
     return value
 
 
+FinishBy = Annotated[
+    float | None,
+    typer.Option(
+        metavar="6h|06:00",
+        parser=finish_by_s,
+        help="When it should be done: from its beginning, or the next such time of day.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else there.")]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """What `simulate`, `plan` and `capacity` have in common; None and empty = not given."""
@@ -242,10 +253,7 @@ class Options:
         Literal["local", "ray"],
         typer.Option(help="Where the runs are made: on this machine, or on the Ray cluster that RAY_ADDRESS names."),
     ] = "local"
-    json: Annotated[
-        bool,
-        typer.Option("--json", help="One JSON object on stdout and nothing else there."),
-    ] = False
+    json: AsJson = False
 
 
 def takes_options(command: Callable[..., None]) -> Callable[..., None]:
