@@ -20,6 +20,7 @@ from governor.policy import KNOBS
 from governor.schema import metadata
 from governor.summary import CAUSES
 from sim import presets, results
+from sim.asked import terms_of
 from sim.inputs import Wishes
 from tests.commands import Shown, complaint, leaves, shown_in
 
@@ -112,6 +113,9 @@ LEFT_OUT: dict[tuple[str, str], Callable[[], object]] = {
     ("--finish-by", "a day"): lambda: longwaits.DAY_S == 24 * 60 * 60,
     ("--latency", "gpt-4o"): lambda: presets.DEFAULT_LATENCY == "gpt-4o",
     ("--database", "paceline-service.db"): lambda: serve_cli.DEFAULT_DATABASE == "paceline-service.db",
+    ("--batch-turnaround", "4h,20h"): lambda: terms_of(1, "4h,20h", None, None) == terms_of(1, None, None, None),
+    ("--batch-discount", "50%"): lambda: terms_of(1, None, 0.5, None) == terms_of(1, None, None, None),
+    ("--cached-share", "0"): lambda: terms_of(1, None, None, 0.0) == terms_of(1, None, None, None),
     ("--pool", "all"): lambda: True,
 }
 _LEFT_OUT = re.compile(r"; (\S+) if not given|default: ([^.;]+)\.|, else ([^ ,;]+)\.")
