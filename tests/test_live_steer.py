@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import threading
 import time
@@ -415,15 +416,16 @@ def test_metrics_textfile_and_messages(cli: Cli, tmp_path: Path, hook: tuple[str
 
 
 def test_metrics_that_cannot_be_written_any_more_end_no_run(cli: Cli, tmp_path: Path) -> None:
-    batch(tmp_path / "requests.jsonl", 8)
+    batch(tmp_path / "requests.jsonl", 4)
     (tmp_path / "prom").mkdir()
-    with provider(latency=SLOW) as served:
-        args = run_args(tmp_path, served.base_url, "--metrics-textfile", tmp_path / "prom" / "m.prom")
-        process, _ = started(cli, tmp_path, *args, env={"OPENAI_MAX_CONCURRENCY": "2"})
-        (tmp_path / "prom").rmdir()
+    with provider(latency=SLOW | {"first_token_s": 1.0}) as served:
+        process = cli.start(*run_args(tmp_path, served.base_url, "--metrics-textfile", tmp_path / "prom" / "m.prom"))
+        until("the first request", lambda: served.stats()["requests"] > 0)
+        # Before the first answer, so before the last writing of the metrics.
+        shutil.rmtree(tmp_path / "prom")
         ran = process.wait()
     assert (ran.code, ran.err.count("the metrics cannot be written")) == (0, 1), ran.err
-    check_whole(tmp_path, 8)
+    check_whole(tmp_path, 4)
 
 
 def test_a_run_that_falls_behind_says_so_with_the_reason(
