@@ -227,6 +227,8 @@ def sensitivity(
 
     check_file(figure, "--figure", (".png", ".svg"))
     size = size or SIZES[method]
+    if size == 1:
+        raise BadSetting("--size 1 leaves no interval: write 2 or more, or 0 for as many as usual")
     if method == "sobol" and size & (size - 1):
         raise BadSetting(f"--size {size} is no power of 2, which --method sobol needs: write {1 << size.bit_length()}")
     inputs = _inputs(given)

@@ -185,6 +185,7 @@ def test_a_slip_in_the_environment(run: Run, tmp_path: Path, monkeypatch) -> Non
         ("capacity", "batch.jsonl", "--finish-by", "6h", "--tiers", "gpt-1"),
         ("capacity", "batch.jsonl", "--finish-by", "6h", "--confidence", "2"),
         ("plan", "batch.jsonl", "--effort", "none"),
+        ("sensitivity", "batch.jsonl", "--size", "1"),
         ("plan", "batch.jsonl", "--objective", "cost"),
         ("plan", "batch.jsonl", "--max-lost", "2"),
         ("plan", "batch.jsonl", "--max-throttled-per-100", "-1"),
