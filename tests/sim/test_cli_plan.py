@@ -327,7 +327,7 @@ def interrupted(run: Run, work: Path, monkeypatch) -> Callable[..., tuple[int, s
 
     def call(runs: int, *more: object) -> tuple[int, str, str]:
         with monkeypatch.context() as patch:
-            patch.setattr("sim.experiment.Pool", Impatient)
+            patch.setattr("sim.inputs.Pool", Impatient)
             patch.setattr(Impatient, "left", runs)
             return run(*PLAN, *more)
 
