@@ -26,6 +26,27 @@ from governor.estimate import RESPONSES as RESPONSES
 from governor.estimate import WHOLE_MAX, kind_of, sizes_of
 from governor.estimate import Sizes as Sizes
 
+# Tiers by the names of OpenAI and Groq. Another is a slip of the pen, and what it would cost is not known.
+SERVICE_TIERS = (
+    *("auto", "default", "flex", "scale", "priority", "fast", "ultrafast"),
+    *("on_demand", "performance"),
+)
+# Body fields that change what comes back, so that there would be no answer to keep, or another one with each attempt:
+# the values that a batch can carry beside null, and for all others the reason with its remedy.
+UNSERVED: dict[str, tuple[tuple[object, ...], str]] = {
+    "stream": ((False,), "a batch cannot stream: leave it out"),
+    "background": (
+        (False,),
+        "the answer would be a queued job without a result, and each retry another job that is paid for: leave it out",
+    ),
+    "conversation": (
+        (),
+        "each answer would be added to that conversation, in whatever order requests run and once more with each "
+        "retry: leave it out and put earlier turns into the input",
+    ),
+    "service_tier": (SERVICE_TIERS, f"no such tier is known: use one of {', '.join(SERVICE_TIERS)}, or leave it out"),
+}
+
 URLS = ("/v1/chat/completions", "/v1/responses", "/v1/embeddings", "/v1/completions")
 
 
@@ -281,12 +302,19 @@ def _request(record: dict[str, Any], index: int, keep_body: bool, pool: str) -> 
         raise BadInput(f"method is {quoted(method)}: only POST can be sent")
     if not isinstance(body, dict):
         raise BadInput("body is missing" if body is None else f"body is {kind_of(body)}, not an object")
-    if body.get("stream") not in (None, False):
-        raise BadInput("body.stream is set: a batch cannot stream, leave it out")
+    _check_served(body)
     model = body.get("model", "")
     if not isinstance(model, str):
         raise BadInput(f"body.model is {kind_of(model)}, not text")
     return Request(index, custom_id, url, model, body if keep_body else None, sizes_of(endpoint, body), pool)
+
+
+def _check_served(body: dict[str, Any]) -> None:
+    """BadInput for a field that changes what comes back; see `UNSERVED`."""
+    for field, (served, reason) in UNSERVED.items():
+        value = body.get(field)
+        if value is not None and value not in served:
+            raise BadInput(f"body.{field} is {quoted(value)}: {reason}")
 
 
 def _old_result(record: dict[str, Any]) -> OldResult:

@@ -321,6 +321,7 @@ def test_a_journal_of_another_input_and_results_of_another_run_are_refused(cli: 
         ('{"custom_id": "a"}\n', ":1: url is missing"),
         (json.dumps(line("a")) + "\n" + json.dumps(line("a")) + "\n", ":2: custom_id 'a' stands on line 1 already"),
         (json.dumps(line("a") | {"body": {"stream": True}}) + "\n", "cannot stream"),
+        (json.dumps(line("a") | {"body": {"background": True}}) + "\n", ":1: body.background is True"),
         ("{\n", ":1: not JSON"),
     ],
 )

@@ -86,6 +86,17 @@ def test_blank_lines_count_as_lines_but_not_as_requests() -> None:
     assert complaint(a_line("a"), "", "{").startswith("in.jsonl:3: ")
 
 
+def test_fields_that_leave_the_answer_as_it_is_are_taken() -> None:
+    for field, (served, _) in requests.UNSERVED.items():
+        for value in (None, *served):
+            (found,) = read(with_body(**{field: value}))
+            assert found.body is not None
+            assert found.body[field] == value
+    (found,) = read(with_body(store=True, previous_response_id="resp_1", metadata={"a": "b"}))
+    assert found.body is not None
+    assert found.body["store"]
+
+
 def test_reads_as_a_stream() -> None:
     def endless() -> Iterator[str]:
         number = 0
@@ -117,8 +128,14 @@ BAD_LINES = [
     (a_line(body=...), "body is missing"),
     (a_line(body=[]), "body is a list, not an object"),
     (a_line(method="GET"), "method is 'GET': only POST"),
-    (with_body(stream=True), "body.stream is set"),
-    (with_body(stream="yes"), "body.stream is set"),
+    (with_body(stream=True), "body.stream is True: a batch cannot stream"),
+    (with_body(stream="yes"), "body.stream is 'yes': a batch cannot stream"),
+    (with_body(background=True), "body.background is True: the answer would be a queued job"),
+    (with_body(background="false"), "body.background is 'false'"),
+    (with_body(conversation="conv_1"), "body.conversation is 'conv_1': each answer would be added"),
+    (with_body(conversation={"id": "conv_1"}), "body.conversation is {'id': 'conv_1'}"),
+    (with_body(service_tier="cheap"), "body.service_tier is 'cheap': no such tier is known: use one of auto, default"),
+    (with_body(service_tier=["flex"]), "body.service_tier is ['flex']"),
     (with_body(model=5), "body.model is a number, not text"),
     (with_body(messages=...), "body has no 'messages'"),
     (with_body(messages=[]), "body has no 'messages'"),
@@ -196,7 +213,7 @@ FIELDS = [
     "instructions",
     "response_format",
     "format",
-    "stream",
+    *requests.UNSERVED,
     "max_tokens",
     "output",
     "refusal",
