@@ -7,10 +7,12 @@ from alembic import context
 from governor import schema
 from governor.service import tables
 
-context.configure(
-    connection=context.config.attributes["connection"],
-    target_metadata=[schema.metadata, tables.metadata],
-    transactional_ddl=True,
-)
-with context.begin_transaction():
-    context.run_migrations()
+# Alembic sets `config` while it runs this file; a plain import does nothing.
+if hasattr(context, "config"):
+    context.configure(
+        connection=context.config.attributes["connection"],
+        target_metadata=[schema.metadata, tables.metadata],
+        transactional_ddl=True,
+    )
+    with context.begin_transaction():
+        context.run_migrations()
