@@ -81,6 +81,7 @@ $(BIN)/pip:
 $(STAMP_ALL): pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "setting up $(VENV) with all extras and tools: a minute or two the first time ..."
 	@$(PIP) install --constraint constraints.txt --editable '.[all,dev,docs]'
+	@.ci/promtool $(BIN)
 	@touch $(STAMP_SIM) $@
 
 $(STAMP_SIM): pyproject.toml constraints.txt | $(BIN)/pip

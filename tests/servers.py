@@ -68,11 +68,14 @@ class RedisServer:
         command += ["--save", "", "--appendonly", "no", *self._arguments]
         if self.password:
             command += ["--requirepass", self.password]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        log = Path(self._folder.name) / "log"
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(command, stdout=output, stderr=output)
         until = time.monotonic() + WAIT_S
         while not self._answers():
-            assert self._process.poll() is None, f"redis-server has ended with {self._process.poll()}"
-            assert time.monotonic() < until, "redis-server does not answer"
+            ended = self._process.poll()
+            assert ended is None, f"redis-server ended with {ended}:\n{log.read_text()[-2_000:]}"
+            assert time.monotonic() < until, f"redis-server does not answer:\n{log.read_text()[-2_000:]}"
             time.sleep(0.01)
 
     def _answers(self) -> bool:

@@ -43,9 +43,13 @@ def main() -> None:
     """Runs the cluster."""
     from ray.cluster_utils import Cluster
 
-    # Short: sockets live in it, and their paths have a limit.
+    # Short: sockets live in it, and their paths have a limit. Ray writes the cluster's address into RAY_TMPDIR/ray, and
+    # does not create that folder, whatever `temp_dir` says.
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
-        cluster = Cluster(initialize_head=True, head_node_args={**node(), "temp_dir": folder, "no_monitor": True})
+        os.environ["RAY_TMPDIR"] = folder
+        temp_dir = os.path.join(folder, "ray")
+        os.mkdir(temp_dir)
+        cluster = Cluster(initialize_head=True, head_node_args={**node(), "temp_dir": temp_dir, "no_monitor": True})
         nodes = [cluster.add_node(**node()) for _ in range(int(sys.argv[1]) - 1)]
         print(cluster.address, flush=True)
         for line in sys.stdin:

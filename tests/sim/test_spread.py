@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -248,11 +249,12 @@ class Cluster:
     """The cluster's process."""
 
     def __init__(self, root: Path, nodes: int) -> None:
+        self.log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115  (closed by `close`)
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("ray_cluster.py")), str(nodes)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self.log,
             text=True,
             env={**os.environ, "PYTHONPATH": str(root)},
         )
@@ -262,7 +264,9 @@ class Cluster:
         """Until it is up."""
         assert self.process.stdout is not None
         self.address = self.process.stdout.readline().strip()
-        assert self.address.startswith("127.0.0.1:"), "no cluster came up"
+        if not self.address.startswith("127.0.0.1:"):
+            self.log.seek(0)
+            pytest.fail(f"no Ray cluster came up:\n{self.log.read()[-4_000:]}", pytrace=False)
 
     def drop(self) -> None:
         """Kills one node."""
@@ -274,12 +278,13 @@ class Cluster:
 
     def close(self) -> None:
         """Ends all nodes, whatever state they are in."""
-        if self.process.poll() is not None:
-            return
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        processes = [self.process, *psutil.Process(self.process.pid).children(recursive=True)]
-        self.process.stdin.close()
+        processes = []
+        if self.process.poll() is None:
+            processes = [self.process, *psutil.Process(self.process.pid).children(recursive=True)]
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(20)
         for process in processes:
@@ -287,6 +292,7 @@ class Cluster:
                 process.kill()
         self.process.wait()
         self.process.stdout.close()
+        self.log.close()
 
 
 @pytest.fixture(scope="module", autouse=True)
