@@ -30,6 +30,7 @@ MESSAGES = {
     FailureCode.DEADLINE_EXCEEDED: "OPENAI_DEADLINE_SECONDS passed before an attempt was answered",
     FailureCode.REQUEST_TOO_LARGE: "it needs more tokens than the limit: it was never sent",
     FailureCode.SERVER_ERROR: "every attempt failed on the provider's side",
+    FailureCode.UNREADABLE_ANSWER: "the answer is paid for, but cannot be read: it was not asked for again",
     FailureCode.TIMEOUT: "no attempt was answered in time",
     FailureCode.BATCH_CANCELLED: "the batch was cancelled before it was answered",
     FailureCode.CONNECTION_DROPPED: "no attempt reached the provider, or every connection broke off",

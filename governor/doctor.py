@@ -15,7 +15,7 @@ from governor.driver import Job, Work
 from governor.estimate import CHAT, sizes_of
 from governor.poolrun import Connect
 from governor.pools import Pool, key_of
-from governor.requests import Answer, Outcome, Request, url_of
+from governor.requests import Answer, Outcome, Request, Scope, url_of
 from governor.watch import limit_text
 from governor.words import duration
 
@@ -38,7 +38,7 @@ class Finding:
     @property
     def exit_code(self) -> int:
         """0 = it answers, 4 = the account is refused, 1 = anything else."""
-        if self.answer.outcome in (Outcome.QUOTA, Outcome.UNAUTHORIZED):
+        if self.answer.scope is Scope.ACCOUNT:
             return 4
         return 0 if self.answer.outcome is Outcome.OK else 1
 

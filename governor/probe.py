@@ -30,7 +30,7 @@ from governor.errors import PacelineError
 from governor.estimate import CHAT, Sizes, charge_of, sizes_of
 from governor.money import Price, Usage
 from governor.poolrun import Sender
-from governor.requests import Answer, Limit, Outcome, Request, url_of
+from governor.requests import Answer, Limit, Outcome, Request, Scope, url_of
 
 TIMEOUT_S = 120.0
 TINY = 16
@@ -88,7 +88,7 @@ class Probe:
         request = Request(self.calls, f"probe-{self.calls}", url_of(CHAT), self.model, body, sizes)
         sent_s = asyncio.get_running_loop().time()
         answer = await self.send(Job(Work(request, 0.0), self.calls, 0.0, -1.0, -1, 0.0), TIMEOUT_S)
-        if answer.outcome in (Outcome.QUOTA, Outcome.UNAUTHORIZED):
+        if answer.scope is Scope.ACCOUNT:
             raise PacelineError(
                 f"the account is refused: {answer.error_code or answer.outcome}: {answer.message[:200]}"
             )

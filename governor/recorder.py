@@ -31,7 +31,7 @@ from governor.database import Database, JournalError
 from governor.driver import Job, Observer
 from governor.law import State
 from governor.policy import Policy
-from governor.requests import Answer, Attempt, Outcome, Request
+from governor.requests import ACCOUNT_REFUSES, Answer, Attempt, Outcome, Request
 from governor.schema import (
     DONE,
     FAILED,
@@ -53,8 +53,6 @@ from governor.verify import RESTORED, numbers_of, result_of, stored
 
 # How long a result may be known and not yet on the disk: well below any launch gap or service time.
 LINGER_S = 0.02
-# The account is at fault: the attempt does not count against the request's attempts.
-_UNCOUNTED = (Outcome.QUOTA, Outcome.UNAUTHORIZED)
 
 _MOVED = (
     update(requests)
@@ -380,7 +378,7 @@ class Recorder(Observer):
         """
         batch = self._writer.batch
         batch.attempts.append((attempt, answer))
-        if attempt.outcome in _UNCOUNTED:
+        if attempt.outcome in ACCOUNT_REFUSES:  # the attempt does not count against the request
             first_s = -1.0 if attempt.attempt == 1 and attempt.lane == LANES[0] else None
             batch.moved(attempt.request, _Move(PENDING, attempt.lane, attempt.attempt, attempt.launched_s, first_s))
         self._writer.touched()

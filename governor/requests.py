@@ -78,7 +78,11 @@ class Request:
 
 
 class Outcome(StrEnum):
-    """What an answer means for the request. See `answers.classify` for which is which."""
+    """What an answer means for the request. See `answers.classify` for which is which.
+
+    `malformed` is a success that cannot be read: it is paid for, and never bought again. `local` is a failure of this
+    machine (descriptors, memory, disk): the provider never saw the attempt, so it does not count as one.
+    """
 
     OK = "ok"
     THROTTLED = "throttled"
@@ -92,6 +96,18 @@ class Outcome(StrEnum):
     TIMEOUT = "timeout"
     DROPPED = "dropped"
     MALFORMED = "malformed"
+    LOCAL = "local"
+
+
+class Scope(StrEnum):
+    """Whom a refusal concerns: this request, the whole account (money or key), or the address (it is not the API)."""
+
+    REQUEST = "request"
+    ACCOUNT = "account"
+    ADDRESS = "address"
+
+
+ACCOUNT_REFUSES = (Outcome.QUOTA, Outcome.UNAUTHORIZED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +126,9 @@ class Answer:
     `status`: HTTP, 0 where none arrived. `retry_after_s`: the provider's word, -1 = absent. `used_*_tokens`: -1 = not
     stated. `cut_off`: ended by its token limit. `has_text`: holds text that a user could use. `limits`: plausible
     limits, at most one per dimension. `processing_s`: the provider's own time for it, -1 = not stated. `body`: the
-    parsed JSON object, None where there was none.
+    parsed JSON object, None where there was none. `raw`: the text of a success that could not be read as an answer.
+    `returns_at`: seconds since 1970 at which the account has access again, None where the refusal does not say.
+    `misaddressed`: what answered does not look like the API.
     """
 
     outcome: Outcome
@@ -126,6 +144,16 @@ class Answer:
     processing_s: float = -1.0
     request_id: str = ""
     body: dict[str, Any] | None = None
+    raw: str = ""
+    returns_at: float | None = None
+    misaddressed: bool = False
+
+    @property
+    def scope(self) -> Scope:
+        """Whom it concerns: the account's own state stops a pool, all else ends or retries its own request."""
+        if self.outcome in ACCOUNT_REFUSES:
+            return Scope.ACCOUNT
+        return Scope.ADDRESS if self.misaddressed else Scope.REQUEST
 
 
 class Attempt(NamedTuple):
@@ -351,7 +379,7 @@ def error_line(request: Request, code: str, message: str, answer: Answer | None 
 
 
 def _response(answer: Answer) -> dict[str, Any]:
-    return {"status_code": answer.status, "request_id": answer.request_id, "body": answer.body}
+    return {"status_code": answer.status, "request_id": answer.request_id, "body": answer.raw or answer.body}
 
 
 def _line(request: Request, response: dict[str, Any] | None, error: dict[str, str] | None) -> str:

@@ -268,8 +268,11 @@ def sizes_row(sizes: Sizes) -> dict[str, int]:
 
 
 def result_row(request: int, answer: Answer) -> dict[str, Any]:
-    """The row of `results`. A refusal may quote the key that it refuses: that is blotted out."""
-    body = None if answer.body is None else to_json(answer.body)
+    """The row of `results`. A refusal may quote the key that it refuses: that is blotted out.
+
+    What could not be read as an answer stands as one JSON string in the place of the body.
+    """
+    body = to_json(answer.raw) if answer.raw else None if answer.body is None else to_json(answer.body)
     row = {name: getattr(answer, name) for name in _ANSWER}
     if answer.outcome is not Outcome.OK:
         row["message"] = without_keys(answer.message)
@@ -285,13 +288,14 @@ def without_keys(text: str) -> str:
 
 def answer_of(row: Any) -> Answer:
     """The answer of a row of `results`; limits stand with the attempts. `DamagedError` where the row makes no sense."""
-    body = None if row.body is None else from_json(row.body, "an answer")
     try:
         outcome = Outcome(row.outcome)
+        raw = str(json.loads(row.body)) if row.body is not None and row.body.startswith('"') else ""
     except ValueError:
         raise DamagedError("an outcome") from None
+    body = None if row.body is None or raw else from_json(row.body, "an answer")
     values = {name: getattr(row, name) for name in _ANSWER}
-    return Answer(outcome, cut_off=bool(row.cut_off), has_text=bool(row.has_text), body=body, **values)
+    return Answer(outcome, cut_off=bool(row.cut_off), has_text=bool(row.has_text), body=body, raw=raw, **values)
 
 
 def attempt_row(attempt: Attempt, answer: Answer) -> dict[str, Any]:

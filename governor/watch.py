@@ -19,11 +19,10 @@ from governor.guard import Measured
 from governor.money import Spent, usage_in
 from governor.policy import KNOB_BY_ENV, Policy
 from governor.pools import Pool
-from governor.requests import Answer, Attempt, Outcome, Request
+from governor.requests import ACCOUNT_REFUSES, Answer, Attempt, Outcome, Request
 from governor.summary import CAUSES, Tally
 
 THROTTLES = (Outcome.THROTTLED, Outcome.SLOW_DOWN)
-ACCOUNT_REFUSES = (Outcome.QUOTA, Outcome.UNAUTHORIZED)
 # So many refusals with the same words mean that the rest of the file would be refused too.
 SAME_REFUSALS = 10
 # Granted and configured limits closer than this are the same: providers round.

@@ -24,19 +24,20 @@ SPENT = {
     Outcome.SLOW_DOWN: FailureCode.RATE_LIMIT_EXHAUSTED,
     Outcome.OVERLOADED: FailureCode.SERVER_ERROR,
     Outcome.SERVER_ERROR: FailureCode.SERVER_ERROR,
-    Outcome.MALFORMED: FailureCode.SERVER_ERROR,
+    Outcome.MALFORMED: FailureCode.UNREADABLE_ANSWER,
+    Outcome.LOCAL: FailureCode.CONNECTION_DROPPED,
     Outcome.TIMEOUT: FailureCode.TIMEOUT,
     Outcome.DROPPED: FailureCode.CONNECTION_DROPPED,
     Outcome.TOO_LARGE: FailureCode.REQUEST_TOO_LARGE,
     Outcome.BAD_REQUEST: FailureCode.BAD_REQUEST,
 }
 THROTTLES = (Outcome.THROTTLED, Outcome.SLOW_DOWN)
-FINAL = (Outcome.TOO_LARGE, Outcome.BAD_REQUEST)
+FINAL = (Outcome.TOO_LARGE, Outcome.BAD_REQUEST, Outcome.MALFORMED)
 # The account, not the request, is at fault: nothing more is sent, and what was not answered stays pending.
 STOPPING = {Outcome.QUOTA: FailureCode.INSUFFICIENT_QUOTA, Outcome.UNAUTHORIZED: FailureCode.UNAUTHORIZED}
 # Turned away at the door, so not charged. A bad request is let in: recorded 400s cost tokens
 # (docs/explanation/provider.md#charge).
-TURNED_AWAY = (*THROTTLES, *STOPPING, Outcome.TOO_LARGE)
+TURNED_AWAY = (*THROTTLES, *STOPPING, Outcome.TOO_LARGE, Outcome.LOCAL)
 TIMED_OUT = Answer(Outcome.TIMEOUT, message="no answer within the request's time-out or deadline")
 
 

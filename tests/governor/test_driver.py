@@ -93,7 +93,6 @@ def test_a_stated_wait_wins_and_failures_cost_their_charge() -> None:
     [
         (Outcome.SERVER_ERROR, "OPENAI_SERVER_ERROR"),
         (Outcome.OVERLOADED, "OPENAI_SERVER_ERROR"),
-        (Outcome.MALFORMED, "OPENAI_SERVER_ERROR"),
         (Outcome.DROPPED, "OPENAI_CONNECTION_DROPPED"),
         (Outcome.SLOW_DOWN, "OPENAI_RATE_LIMIT_EXHAUSTED"),
     ],
@@ -109,6 +108,7 @@ def test_the_last_failure_names_the_code(outcome: Outcome, code: str) -> None:
     [
         (Answer(Outcome.BAD_REQUEST, 400), FailureCode.BAD_REQUEST, 80),
         (Answer(Outcome.TOO_LARGE, 429), FailureCode.REQUEST_TOO_LARGE, 0),
+        (Answer(Outcome.MALFORMED, 200), FailureCode.UNREADABLE_ANSWER, 80),
     ],
 )
 def test_what_can_never_succeed_is_tried_once(answer: Answer, code: str, charged: int) -> None:

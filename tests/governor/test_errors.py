@@ -71,4 +71,4 @@ def test_every_failure_code_has_a_fault_and_a_verdict() -> None:
     for code in errors.FailureCode:
         assert code.fault in {errors.CALLER, errors.PROVIDER, errors.OPERATOR}
     final = {code.value for code in errors.FailureCode if not code.retryable}
-    assert final == {"REQUEST_TOO_LARGE", "INSUFFICIENT_QUOTA", "BAD_REQUEST", "UNAUTHORIZED"}
+    assert final == {"REQUEST_TOO_LARGE", "INSUFFICIENT_QUOTA", "BAD_REQUEST", "UNREADABLE_ANSWER", "UNAUTHORIZED"}

@@ -486,7 +486,7 @@ def test_the_drawn_scenarios_reach_everything() -> None:
         seen.update(kinds)
         for name, present in _habits(scenario).items():
             seen[name] += present
-    wanted = {str(o) for o in Outcome} - {"overloaded", "bad_request", "unauthorized", "malformed"}
+    wanted = {str(o) for o in Outcome} - {"overloaded", "bad_request", "unauthorized", "malformed", "local"}
     wanted |= {*CAUSES[1:7], "backoff", "fixed", "sliding", "bucket", "batch", "trace", "finalize", "lossless"}
     wanted |= {"efficient", "above the budget", *_habits(drawn(0))}
     wanted |= {"OPENAI_RATE_LIMIT_EXHAUSTED", "OPENAI_DEADLINE_EXCEEDED", "REQUEST_TOO_LARGE", "INSUFFICIENT_QUOTA"}
