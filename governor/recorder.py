@@ -31,7 +31,7 @@ from governor.database import Database, JournalError
 from governor.driver import Job, Observer
 from governor.law import State
 from governor.policy import Policy
-from governor.requests import ACCOUNT_REFUSES, Answer, Attempt, Outcome, Request
+from governor.requests import ACCOUNT_REFUSES, Answer, Attempt, Request
 from governor.schema import (
     DONE,
     FAILED,
