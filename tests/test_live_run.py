@@ -392,9 +392,7 @@ def test_an_unreachable_base_url_fails_after_its_retries_with_a_line_each(cli: C
 
 
 @pytest.mark.parametrize(("kind", "attempts"), [("malformed", 1), ("truncate", 2), ("drop", 2), ("overloaded", 2)])
-def test_broken_answers_are_failures_and_never_a_traceback(
-    cli: Cli, tmp_path: Path, kind: str, attempts: int
-) -> None:
+def test_broken_answers_are_failures_and_never_a_traceback(cli: Cli, tmp_path: Path, kind: str, attempts: int) -> None:
     """What did not arrive is asked for again; what did, and cannot be read, is paid for and never bought again."""
     batch(tmp_path / "requests.jsonl", 4)
     with provider(events=[{"kind": kind}]) as served:
