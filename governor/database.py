@@ -27,7 +27,14 @@ from pathlib import Path
 from urllib.parse import quote
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    InterfaceError,
+    NoSuchModuleError,
+    OperationalError,
+    SQLAlchemyError,
+)
 
 from governor.errors import OPERATOR, PacelineError
 
@@ -109,16 +116,18 @@ class Database:
         try:
             yield
         except DBAPIError as error:
-            raise self._explained(error.orig) from None
+            # Anything else than these (a value out of range, a missing column) fails in the same way each time.
+            passing = isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated
+            raise self._explained(error.orig, passing=passing) from None
         except sqlite3.Error as error:
             raise self._explained(error) from None
         except SQLAlchemyError as error:
             raise JournalError(f"{self.name}: the database cannot be used: {_first_line(error)}") from None
 
-    def _explained(self, error: BaseException | None) -> JournalError:
+    def _explained(self, error: BaseException | None, *, passing: bool = True) -> JournalError:
         code = getattr(error, "sqlite_errorcode", None)
         if code is None:
-            return JournalError(f"{self.name}: the database refused: {_first_line(error)}", retryable=True)
+            return JournalError(f"{self.name}: the database refused: {_first_line(error)}", retryable=passing)
         kind = code & 0xFF
         if kind == sqlite3.SQLITE_FULL or (kind == sqlite3.SQLITE_IOERR and code not in _LASTING_IO):
             full = "the disk is full" if kind == sqlite3.SQLITE_FULL else "the disk takes no more (full, or a quota)"
@@ -281,7 +290,8 @@ def _engine(url: URL, name: str) -> Engine:
     # Parameters are prompts and answers: they stay out of every error and log.
     arguments = {"timeout": BUSY_TIMEOUT_S, "check_same_thread": False} if sqlite else {}
     try:
-        engine = create_engine(url, hide_parameters=True, connect_args=arguments)
+        # A connection that a restarted server has dropped is replaced before it is used.
+        engine = create_engine(url, hide_parameters=True, connect_args=arguments, pool_pre_ping=not sqlite)
     except (ModuleNotFoundError, NoSuchModuleError) as error:
         text = f"no driver for {url.drivername} is installed ({error}): install it beside Paceline"
         raise JournalError(f"{name}: {text}") from None

@@ -251,6 +251,11 @@ class Governor:
         return self.s.in_flight
 
     @property
+    def sending(self) -> int:
+        """Requests of `run` that are being sent right now."""
+        return len(self._tasks)
+
+    @property
     def next_slot_at(self) -> float:
         """When the stagger allows the next launch, seconds since the run began; -inf before the first launch."""
         return self.s.next_slot_at

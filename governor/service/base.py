@@ -37,6 +37,7 @@ class ServiceDatabase(Database):
 
     def __init__(self, where: str) -> None:
         super().__init__(_postgres_url(where))
+        self.where = where
         self._turn = Turns() if self.is_sqlite else nullcontext()
 
     @contextmanager
@@ -82,6 +83,7 @@ class ServiceDatabase(Database):
                 connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
 
     def _migrate(self) -> None:
+        """A new database is made of the tables as they are; one that is there is brought up to date, step by step."""
         from alembic import command
 
         with self.writing() as connection:
@@ -89,7 +91,12 @@ class ServiceDatabase(Database):
                 connection.execute(text(f"SELECT pg_advisory_xact_lock({_MIGRATING})"))
             config = alembic_config()
             config.attributes["connection"] = connection
-            if _newest(config) not in _current(connection):
+            current = _current(connection)
+            for metadata in (schema.metadata, tables.metadata):
+                metadata.create_all(connection)
+            if not current:
+                command.stamp(config, "head")
+            elif _newest(config) not in current:
                 command.upgrade(config, "head")
             self._check_tables(connection)
 

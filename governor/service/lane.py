@@ -13,7 +13,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -145,15 +145,15 @@ class LaneSender(PoolSender):
         pool: Pool,
         environment: Mapping[str, str],
         cap_of: Callable[[int], int],
-        is_ours: Callable[[], None],
+        lease_held: Callable[[], Awaitable[None]],
     ) -> None:
         super().__init__(pool, environment)
         self._cap_of = cap_of
-        self._is_ours = is_ours
+        self._lease_held = lease_held
 
     async def __call__(self, job: Job, timeout_s: float) -> Answer:
         """One attempt; nothing is sent any more once the lease may be another replica's."""
-        self._is_ours()
+        await self._lease_held()
         assert job.work is not None
         request = job.work.request
         cap = self._cap_of(request.index >> BATCH_BITS)

@@ -17,12 +17,14 @@ how full a window is. So a leg ends every so many decisions, and the next one be
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import replace
+from typing import Any, TypeVar
 
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import Connection, Select, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from governor import __version__
@@ -32,7 +34,7 @@ from governor.errors import FailureCode
 from governor.journal import chunks, pool_numbers, state_after, stock_taken
 from governor.law import State
 from governor.policy import Policy
-from governor.recorder import Recorder, Writer
+from governor.recorder import Batch, Recorder, Writer
 from governor.records import Records
 from governor.schema import (
     FAILED,
@@ -54,22 +56,87 @@ from governor.service.tables import BATCH_BITS, replicas
 from governor.service.tables import legs as service_legs
 from governor.summary import CAUSES
 
+T = TypeVar("T")
+LOST = "this replica's lease was lost: another one has taken its batches over"
+# Between two attempts at a database that is away.
+AGAIN_S = 0.5
+
 
 class LeaseLostError(JournalError):
     """This replica was taken for dead: another one has its batches."""
 
 
-class FencedWriter(Writer):
-    """A writer that writes only while its replica has the lease."""
+class Patience:
+    """Repeats what the database refuses for a while (it restarts, its disk is full) until it succeeds, or `end`.
 
-    def __init__(self, store: Store, replica: int) -> None:
+    `tell`: hears of each failure, and None after a success that followed one. Blocks; safe from any thread.
+    """
+
+    def __init__(self, tell: Callable[[JournalError | None], None]) -> None:
+        self._tell = tell
+        self._ended = threading.Event()
+
+    def end(self) -> None:
+        """The next failure is raised."""
+        self._ended.set()
+
+    def __call__(self, work: Callable[..., T], *arguments: Any) -> T:
+        failed = False
+        while True:
+            try:
+                found = work(*arguments)
+            except JournalError as error:
+                if not error.retryable or isinstance(error, LeaseLostError) or self._ended.is_set():
+                    raise
+                failed = True
+                self._tell(error)
+                self._ended.wait(AGAIN_S)
+            else:
+                if failed:
+                    self._tell(None)
+                return found
+
+
+class FencedWriter(Writer):
+    """A writer that writes only while its replica has the lease, and tries again for as long as it has.
+
+    Launches wait for their commit and answers gather in memory, so an outage of the database costs time, but no answer.
+    Commits are numbered in the replica's row: one whose acknowledgement was lost with its connection is not repeated.
+    """
+
+    def __init__(self, store: Store, replica: int, patience: Patience) -> None:
         super().__init__(store.database)
         self._store = store
         self._replica = replica
+        self._patience = patience
+        self._serial = 0
 
-    def _about_to_write(self, connection: Connection) -> None:
-        if not self._store.holds(connection, self._replica):
-            raise LeaseLostError("this replica's lease was lost: another one has taken its batches over")
+    def _write(self, batch: Batch) -> None:
+        self._serial += 1
+        self._patience(self._write_once, batch)
+
+    def _write_once(self, batch: Batch) -> None:
+        with self.database.writing() as connection:
+            last = self._store.commit_of(connection, self._replica)
+            if last is None:
+                raise LeaseLostError(LOST)
+            if last >= self._serial:
+                return
+            for statement, rows in batch.statements():
+                if rows:
+                    connection.execute(statement, rows)
+            self._store.committed(connection, self._replica, self._serial)
+
+
+class PatientRecords(Records):
+    """Reads that outlast a database that is away."""
+
+    def __init__(self, database: ServiceDatabase, within: tuple[int, int], patience: Patience) -> None:
+        super().__init__(database, within)
+        self._patience = patience
+
+    def _all(self, query: Select[Any]) -> list[Any]:
+        return self._patience(super()._all, query)
 
 
 def part_of(number: int) -> tuple[int, int]:
@@ -95,8 +162,10 @@ class Ledger:
                 row = {"id": 1, "schema": SCHEMA, "version": __version__, "fingerprint": "service", "seed": 0}
                 c.execute(insert(run), row | {"epoch_s": time.time(), "requests": -1, "purged_epoch_s": -1.0})
 
-    def records(self, number: int) -> Records:
-        """What is recorded of one batch."""
+    def records(self, number: int, patience: Patience | None = None) -> Records:
+        """What is recorded of one batch. `patience`: for a reader that waits while the database is away."""
+        if patience is not None:
+            return PatientRecords(self.database, part_of(number), patience)
         return Records(self.database, part_of(number))
 
     # ------------------------------------------------------------ requests in

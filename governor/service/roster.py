@@ -26,7 +26,7 @@ from governor.records import Pending
 from governor.requests import Attempt
 from governor.service.feed import Cursor
 from governor.service.lane import THROTTLES, Lane
-from governor.service.ledger import FencedWriter, Ledger
+from governor.service.ledger import FencedWriter, Ledger, Patience
 from governor.service.store import (
     CANCEL,
     CANCELLED,
@@ -145,6 +145,7 @@ class Roster:
         replica: int,
         writer: FencedWriter,
         lanes: Mapping[str, Lane],
+        patience: Patience,
         *,
         spawn: Callable[[Coroutine[Any, Any, None]], None],
         since_s: Callable[[], float],
@@ -157,14 +158,10 @@ class Roster:
         self._replica = replica
         self._writer = writer
         self._lanes = lanes
+        self._patience = patience
         self._spawn = spawn
         self._since_s = since_s
         self._over = over
-
-    @property
-    def flies(self) -> bool:
-        """Whether anything is in flight."""
-        return any(batch.flying for batch in self.running.values())
 
     def batch(self, batch_id: str) -> BatchRow | None:
         """A batch as it stands; None where it is not here."""
@@ -179,7 +176,7 @@ class Roster:
             return
         done = failed = resent = 0
         if not fresh:
-            counts = await asyncio.to_thread(self._ledger.records(row.number).counts)
+            counts = await asyncio.to_thread(self._ledger.records(row.number, self._patience).counts)
             done, failed, resent = counts.done, counts.failed, counts.resent
             if row.owner != self._replica or row.number in self.running:
                 return  # this life ended meanwhile
@@ -222,7 +219,7 @@ class Roster:
             lane.feed.add(
                 Cursor(
                     batch.number,
-                    self._ledger.records(batch.number),
+                    self._ledger.records(batch.number, self._patience),
                     name,
                     longest_first=policy.launch_order == "longest_first",
                     is_new=is_new,
@@ -261,7 +258,7 @@ class Roster:
             try:
                 # What was withdrawn is read again from the records: first they must hold all that has happened.
                 await self._writer.flushed()
-                await asyncio.to_thread(self._ledger.put_back, batch.number, tuple(batch.flying))
+                await asyncio.to_thread(self._patience, self._ledger.put_back, batch.number, tuple(batch.flying))
             finally:
                 batch.busy = False
             if batch.left - len(batch.flying) > 0:
@@ -339,11 +336,11 @@ class Roster:
         """The batch is over, once all of it is on the disk."""
         await self._writer.flushed()
         if batch.left > 0:
-            batch.failed += await asyncio.to_thread(self._ledger.cancel, batch.number, self._since_s())
+            batch.failed += await asyncio.to_thread(self._patience, self._ledger.cancel, batch.number, self._since_s())
         state = CANCELLED if batch.state == CANCELLING else COMPLETED
         ended_at = time.time()
         row = progress_of(batch) | {"state": state, "reason": "", "eta_s": 0.0, "ended_at": ended_at}
-        await asyncio.to_thread(self._store.progress, self._replica, [row])
+        await asyncio.to_thread(self._patience, self._store.progress, self._replica, [row])
         # Over is what is written down as over, with its time.
         batch.state, batch.reason, batch.eta_s = state, "", 0.0
         batch.row = replace(batch.row, ended_at=ended_at)
@@ -360,7 +357,7 @@ class Roster:
         cancels = wanted == CANCEL and batch.state != CANCELLING
         if wanted == RESUME:
             # Once: it may stop again before long.
-            await asyncio.to_thread(self._store.resumed, batch.number)
+            await asyncio.to_thread(self._patience, self._store.resumed, batch.number)
             await self.obey(batch, RUN)
         elif pauses or cancels or (wanted == RUN and batch.state == PAUSED):
             await self.obey(batch, wanted)

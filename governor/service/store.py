@@ -35,6 +35,7 @@ class BatchRow:
 
     number: int
     batch_id: str
+    name: str
     state: str
     wanted: str
     reason: str
@@ -132,7 +133,8 @@ class Store:
 
     def add_batch(self, c: Connection, values: Mapping[str, Any]) -> int:
         """A new batch in a transaction of the caller's; returns its number."""
-        start = {"wanted": RUN, "reason": "", "ended_at": -1.0, "eta_s": -1.0, "created_at": self.database.now(c)}
+        start: dict[str, Any] = {"name": "", "wanted": RUN, "reason": "", "created_at": self.database.now(c)}
+        start |= {"ended_at": -1.0, "eta_s": -1.0}
         start |= dict.fromkeys(("done", "failed", "in_flight", "attempts", "throttled", "resent"), 0)
         found = c.execute(insert(batches), start | dict(values) | {"details": to_json(values["details"])})
         key = found.inserted_primary_key
@@ -190,7 +192,7 @@ class Store:
         with self.database.writing() as c:
             if self.database.is_sqlite:
                 c.execute(update(replicas).values(lost=1))
-            row = {"name": name[:255], "lease_until": self.database.now(c) + lease_s, "lost": 0}
+            row = {"name": name[:255], "lease_until": self.database.now(c) + lease_s, "lost": 0, "commits": 0}
             key = c.execute(insert(replicas), row).inserted_primary_key
             assert key is not None
             return int(key[0])
@@ -212,6 +214,17 @@ class Store:
         """Whether the replica still has its lease; until the transaction ends nobody can take it away."""
         query = select(replicas.c.number).where(replicas.c.number == number, replicas.c.lost == 0)
         return c.execute(query.with_for_update(read=True)).first() is not None
+
+    def commit_of(self, c: Connection, number: int) -> int | None:
+        """The number of the replica's last commit, None where its lease was lost; locks its row until the end."""
+        r = replicas.c
+        query = select(r.commits).where(r.number == number, r.lost == 0).with_for_update()
+        found: int | None = c.execute(query).scalar()
+        return found
+
+    def committed(self, c: Connection, number: int, serial: int) -> None:
+        """The transaction at hand is the replica's commit of that number."""
+        c.execute(update(replicas).where(replicas.c.number == number).values(commits=serial))
 
     def free_batches(self, me: int) -> list[tuple[int, int]]:
         """(number, owner) of active batches that belong to nobody who is alive; marks lapsed replicas as lost first."""

@@ -53,6 +53,7 @@ batches = Table(
     metadata,
     _key("number"),
     _short("batch_id", unique=True),
+    _short("name"),  # what its owner calls it, "" = nothing
     _short("state"),
     _short("wanted"),  # what somebody asked for: run, pause, cancel; resume: once, to another replica
     _short("reason"),  # why it has stopped
@@ -95,7 +96,15 @@ versions = Table(
     _long("content"),
 )
 
-replicas = Table("service_replicas", metadata, _key("number"), _short("name"), _number("lease_until"), _whole("lost"))
+replicas = Table(
+    "service_replicas",
+    metadata,
+    _key("number"),
+    _short("name"),
+    _number("lease_until"),
+    _whole("lost"),
+    _whole("commits"),  # the number of its last commit
+)
 
 legs = Table(
     "service_legs",

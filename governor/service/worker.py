@@ -1,13 +1,11 @@
 """This process as a replica: its lease, the batches that it has claimed, one lane for each pool, and what they report.
 
-What lives here: who runs what. What must not: HTTP, SQL (`store`, `ledger`), pacing (the law), one pool's life
-(`lane`).
-
-Theory of operation. A replica holds a lease and renews it; it runs the batches that it owns and claims those whose
-owner is gone. Anything that must not happen (a lost lease, a database that is away, a bug) ends this life of the
-replica: what is in flight is cancelled, its batches are anybody's, and it begins again as another replica, after a
-moment. Nothing is kept in memory that the database does not know, so that begins with taking stock, as a new process
-would. What was asked of a batch (pause, resume, cancel) is written down first and then done by whoever owns it.
+Theory of operation. A replica holds a lease (`lease`); it runs the batches that it owns and claims those whose owner is
+gone. While the database is away or its disk is full, nothing is launched; what is in flight ends, and its answers stay
+in memory until they can be written. A lost lease or a bug ends this life of the replica: what is in flight may end (not
+after a lost lease: another replica sends it), its batches are free to be claimed, and the replica begins again after a
+moment by taking stock, as a new process would. What is asked of a batch (pause, resume, cancel) is written down first
+and then done by the replica that owns it.
 """
 
 from __future__ import annotations
@@ -28,7 +26,8 @@ from governor.metrics import Metrics
 from governor.requests import Attempt
 from governor.service.config import ServiceConfig
 from governor.service.lane import LEG_DECISIONS, Lane, LaneSender, lane_of
-from governor.service.ledger import FencedWriter, LeaseLostError, Ledger, recorder_of
+from governor.service.lease import Lease
+from governor.service.ledger import FencedWriter, LeaseLostError, Ledger, Patience, recorder_of
 from governor.service.policies import Policies
 from governor.service.roster import Roster, Running, progress_of
 from governor.service.store import (
@@ -72,7 +71,9 @@ class Worker:
         self.ticked: list[Callable[[], None]] = []
         self._leg = 0
         self._failure: asyncio.Future[None] | None = None
-        self._valid_until = 0.0
+        self._lease: Lease | None = None
+        self._away: dict[str, str] = {}  # why the database cannot be used, by what found it out
+        self._patience = Patience(lambda error: None)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stopping = asyncio.Event()
         self.simulating = asyncio.Lock()
@@ -81,10 +82,7 @@ class Worker:
     # ------------------------------------------------------------ lives
 
     async def run(self) -> None:
-        """Works until `stop`; whatever fails begins anew after a moment, longer each time that it fails at once.
-
-        A life that cannot write down what it has sent sends it again in the next one, so lives must not be short.
-        """
+        """Works until `stop`; begins anew after a failure, after a longer rest each time that it fails at once."""
         rest_s = REST_S
         while not self._stopping.is_set():
             begun_at = time.monotonic()
@@ -111,37 +109,40 @@ class Worker:
     async def _life(self) -> None:
         loop = asyncio.get_running_loop()
         self._failure = failure = loop.create_future()
+        self._away.clear()
+        self._patience = Patience(self._teller("writer"))
         tasks: set[asyncio.Task[Any]] = set()
         try:
             await self._join()
-            # From the first moment: to take stock may take longer than a lease on a busy machine.
-            tasks.add(asyncio.create_task(self._renew()))
             await self._begin()
             tasks |= {asyncio.create_task(lane.live(self._present().on_blocked)) for lane in self.lanes.values()}
             tasks.add(asyncio.create_task(self._tick()))
             stopping = asyncio.create_task(self._stopping.wait())
             tasks.add(stopping)
             await asyncio.wait({*tasks, failure}, return_when=asyncio.FIRST_COMPLETED)
-            if stopping.done():
-                await self._wind_down(failure)
+            error = failure.exception() if failure.done() else None
             for task in tasks:
                 if task.done() and not task.cancelled():
-                    task.result()
-            if failure.done():
-                failure.result()
+                    error = error or task.exception()
+            if not isinstance(error, LeaseLostError):
+                await self._wind_down("it is shutting down" if error is None else f"it begins anew: {error}")
+            if error is not None:
+                raise error
         finally:
             await self._end(tasks)
 
     async def _join(self) -> None:
-        lease_s = self.config.lease_s
-        self._valid_until = time.monotonic() + lease_s
+        lease_s, began_at = self.config.lease_s, time.monotonic()
         name = f"{socket.gethostname()}:{os.getpid()}"
         self.replica = await asyncio.to_thread(self.store.join, name, lease_s)
+        # From the first moment: to take stock may take longer than a lease on a busy machine.
+        told = self._teller("lease")
+        self._lease = Lease(self.store, self.replica, lease_s, began_at=began_at, told=told)
 
     async def _begin(self) -> None:
         config, store = self.config, self.store
         await asyncio.to_thread(self.policies.refresh)
-        self.writer = FencedWriter(store, self.replica)
+        self.writer = FencedWriter(store, self.replica, self._patience)
         at_s = self._since_s()
         settings = self.policies.in_force()
         states = {}
@@ -159,38 +160,45 @@ class Worker:
                 state=state,
                 metrics=self.metrics,
                 worker=self,
-                send=LaneSender(pool, config.environment, self._present_cap, self._check_lease),
+                send=LaneSender(pool, config.environment, self._present_cap, self._lease_held),
             )
+            if self.lanes[pool.name].governor.s.paused:
+                self.lanes[pool.name].governor.resume()  # an earlier life ended while the database was away
         self.roster = Roster(
             store,
             self.ledger,
             self.replica,
             self.writer,
             self.lanes,
+            self._patience,
             spawn=self._spawn,
             since_s=self._since_s,
             over=self._tell,
         )
         await self._claim()
-        await self._renewed()  # a frozen process may have held that up for longer than a lease
+        await self._lease_held()  # a frozen process may have held that up for longer than a lease
         self.ready, self.trouble = True, ""
 
     def _since_s(self) -> float:
         """Seconds since the journal began, on the clock of the governors."""
         return max(0.0, (time.time() - self.ledger.epoch_s) * self.config.time_scale)
 
-    async def _wind_down(self, failure: asyncio.Future[None]) -> None:
-        """Nothing more is launched; what is in flight has the grace period to end."""
-        self.ready, self.trouble = False, "it is shutting down"
+    async def _wind_down(self, why: str) -> None:
+        """Launches nothing more; what is in flight has the grace period to end, and to be written down."""
+        self.ready, self.trouble = False, why
         for lane in self.lanes.values():
             lane.governor.stop("SHUTDOWN")
         end = time.monotonic() + self.config.grace_s
-        while self._present().flies and time.monotonic() < end and not failure.done():
+        while any(lane.governor.sending for lane in self.lanes.values()) and time.monotonic() < end:
             await asyncio.sleep(0.02 * self.config.time_scale)
+        if self.writer is not None and self._away:
+            with contextlib.suppress(TimeoutError, JournalError):
+                await asyncio.wait_for(self.writer.flushed(), max(0.0, end - time.monotonic()) * self.config.time_scale)
 
     async def _end(self, tasks: Iterable[asyncio.Task[Any]]) -> None:
         """This life is over: everything is given back, as far as the database can be reached."""
         self.ready = False
+        self._patience.end()
         for task in (*tasks, *self._tasks):
             task.cancel()
         await asyncio.gather(*tasks, *self._tasks, return_exceptions=True)
@@ -205,8 +213,11 @@ class Worker:
         at_s = self._since_s()
         self.roster, self.lanes = None, {}
         writer, self.writer = self.writer, None
+        lease, self._lease = self._lease, None
         with contextlib.suppress(JournalError):
             await asyncio.to_thread(self._closed, writer, batches, at_s)
+        if lease is not None:
+            lease.end()
 
     def _closed(self, writer: FencedWriter | None, batches: list[Running], at_s: float) -> None:
         try:
@@ -222,23 +233,49 @@ class Worker:
 
     # ------------------------------------------------------------ the lease
 
-    async def _renew(self) -> None:
-        """Prolongs the lease, three times in its length."""
-        lease_s = self.config.lease_s
-        while True:
-            await asyncio.sleep(lease_s / 3.0 * self.config.time_scale)
-            await self._renewed()
+    async def _lease_held(self) -> None:
+        if self._lease is None:
+            raise LeaseLostError("this life of the replica is over")
+        await self._lease.held()
 
-    async def _renewed(self) -> None:
-        at, lease_s = time.monotonic(), self.config.lease_s
-        if not await asyncio.to_thread(self.store.renewed, self.replica, lease_s):
-            raise LeaseLostError("this replica's lease was lost: another one has taken its batches over")
-        self._valid_until = at + lease_s
+    def _teller(self, source: str) -> Callable[[JournalError | None], None]:
+        """What a thread calls with a failure of the database, and with None once it is over."""
+        loop, life = asyncio.get_running_loop(), self._failure
 
-    def _check_lease(self) -> None:
-        """Asked before each send: a process that was stopped for longer than its lease sends nothing any more."""
-        if time.monotonic() >= self._valid_until:
-            raise LeaseLostError("this replica's lease has lapsed while it did not run")
+        def heard(error: JournalError | None) -> None:
+            if self._failure is life:
+                self._on_database(source, error)
+
+        def told(error: JournalError | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+                loop.call_soon_threadsafe(heard, error)
+
+        return told
+
+    def _on_database(self, source: str, error: JournalError | None) -> None:
+        """The database failed, as `source` found out, or (None) that is over: launches pause as long as one fails."""
+        if isinstance(error, LeaseLostError):
+            self.on_failure(error)
+            return
+        was_away = bool(self._away)
+        if error is None:
+            self._away.pop(source, None)
+        else:
+            self._away[source] = str(error)
+        if self._away:
+            text = next(iter(self._away.values()))
+            if not was_away:
+                log.error("%s; nothing is launched until then, what is in flight goes on", text)
+                for lane in self.lanes.values():
+                    lane.governor.pause()
+            if not self._stopping.is_set():
+                self.ready, self.trouble = False, text
+        elif was_away:
+            log.warning("the database can be used again: launches go on")
+            for lane in self.lanes.values():
+                lane.governor.resume()
+            if self.roster is not None and not self._stopping.is_set():
+                self.ready, self.trouble = True, ""
 
     def on_failure(self, error: BaseException) -> None:
         """Something that must not happen: this life ends."""
@@ -261,7 +298,7 @@ class Worker:
     async def _claim(self) -> None:
         """Takes over what belongs to nobody."""
         for number, owner in await asyncio.to_thread(self.store.free_batches, self.replica):
-            row = await asyncio.to_thread(self._claimed, number, owner)
+            row = await asyncio.to_thread(self._patience, self._claimed, number, owner)
             if row is not None:
                 await self._present().adopt(row)
 
@@ -331,22 +368,38 @@ class Worker:
             ticks += 1
             await self._present().estimate()
             self._tell()
-            changed = [batch for batch in self.batches.values() if batch.changed and not batch.busy]
-            rows = [progress_of(batch) for batch in changed]
-            for batch in changed:
-                batch.changed = False
+            try:
+                await self._look_around(ticks)
+            except JournalError as error:
+                if not error.retryable or isinstance(error, LeaseLostError):
+                    raise
+                self._on_database("tick", error)
+            else:
+                self._on_database("tick", None)
+
+    async def _look_around(self, ticks: int) -> None:
+        """Writes progress, does what was asked through other replicas, takes over what is free."""
+        changed = [batch for batch in self.batches.values() if batch.changed and not batch.busy]
+        rows = [progress_of(batch) for batch in changed]
+        for batch in changed:
+            batch.changed = False
+        try:
             wanted, lost = await asyncio.to_thread(self._look, rows)
-            for number, each in wanted.items():
-                mine = self.batches.get(number)
-                if mine is not None:
-                    await self._present().obey_elsewhere(mine, each)
-            if lost:
-                await self._claim()
-            if await asyncio.to_thread(self.policies.refresh):
-                self.apply_policies()
-            await self._turn_leg()
-            if ticks % 7_200 == 0:
-                await asyncio.to_thread(self.store.forget_keys)
+        except JournalError:
+            for batch in changed:
+                batch.changed = True
+            raise
+        for number, each in wanted.items():
+            mine = self.batches.get(number)
+            if mine is not None:
+                await self._present().obey_elsewhere(mine, each)
+        if lost:
+            await self._claim()
+        if await asyncio.to_thread(self.policies.refresh):
+            self.apply_policies()
+        await self._turn_leg()
+        if ticks % 7_200 == 0:
+            await asyncio.to_thread(self.store.forget_keys)
 
     def _look(self, rows: list[dict[str, Any]]) -> tuple[dict[int, str], bool]:
         """In a thread: writes the progress, reads what was asked, and whether somebody's batches are free."""

@@ -26,11 +26,12 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
     unsupported_method,
 )
+from sqlalchemy import text
 
 from governor import schema as journal
 from governor.service import tables
 from governor.service.base import ServiceDatabase
-from governor.service.store import new_id
+from governor.service.store import Store, new_id
 from tests.live import WAIT_S, provider, shared_cli
 from tests.postgres import PostgresServer
 from tests.services import Served, serving
@@ -139,6 +140,23 @@ def test_migrations_make_the_tables_of_today(kind: str, tmp_path: Path) -> None:
                 # PostgreSQL's order of an index is no difference that alembic can see.
                 assert [each for each in differences if each[0] not in ("remove_index", "add_index")] == []
             database.closed()
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_a_database_of_the_first_version_is_brought_up_to_date(kind: str, tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        where = str(tmp_path / "service.db")
+        if kind == "postgresql":
+            where = stack.enter_context(PostgresServer()).url
+        database = ServiceDatabase(where)
+        stack.callback(database.closed)
+        database.prepared()
+        with database.writing() as c:
+            for table, column in (("service_replicas", "commits"), ("service_batches", "name")):
+                c.execute(text(f"ALTER TABLE {table} DROP COLUMN {column}"))
+            c.execute(text("UPDATE alembic_version SET version_num = 'v0001'"))
+        database.prepared()
+        assert Store(database).join("new", 1.0) == 1
 
 
 def test_ids_do_not_repeat() -> None:

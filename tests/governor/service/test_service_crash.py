@@ -16,12 +16,15 @@ from pathlib import Path
 import httpx
 import pytest
 
+from governor.database import JournalError
 from governor.money import SHIPPED, read_prices
 from governor.pools import Pool
+from governor.recorder import Batch
+from governor.requests import Answer, Outcome
 from governor.service.app import service_of
 from governor.service.base import ServiceDatabase
 from governor.service.config import ServiceConfig
-from governor.service.ledger import FencedWriter, LeaseLostError, Ledger
+from governor.service.ledger import FencedWriter, LeaseLostError, Ledger, Patience
 from governor.service.store import Store
 from tests.governor.journals import works
 from tests.live import WAIT_S, Cli, provider, shared_cli
@@ -218,7 +221,7 @@ def test_who_has_lost_the_lease_writes_nothing(tmp_path: Path) -> None:
             number = store.add_batch(c, values | rest)
             assert ledger.write(c, number, works(5)) == 5
         replica = store.join("first", 30.0)
-        writer = FencedWriter(store, replica)
+        writer = FencedWriter(store, replica, Patience(lambda error: None))
         writer.batch.ends.append(((number << 24) + 1, "", None, 1.0))
         writer.commit()
         assert ledger.records(number).counts().done == 1
@@ -235,11 +238,13 @@ def test_who_has_lost_the_lease_writes_nothing(tmp_path: Path) -> None:
         database.closed()
 
 
-def test_a_lease_is_renewed_while_a_life_takes_stock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lease_is_renewed_while_a_life_takes_stock(
+    postgres: PostgresServer, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a busy machine that may take longer than a lease; neighbours look for lapsed ones all the time."""
     lease_s = 0.6
     config = ServiceConfig(
-        database=str(tmp_path / "service.db"),
+        database=postgres.database(f"renewed{seed}"),
         pools=[Pool(base_url="http://127.0.0.1:9/v1")],
         environment={},
         prices=read_prices(SHIPPED),
@@ -274,22 +279,65 @@ def test_a_lease_is_renewed_while_a_life_takes_stock(tmp_path: Path, monkeypatch
     assert looked
 
 
-def test_a_database_that_goes_away_and_comes_back(killing: Cli, tmp_path: Path, seed: int) -> None:
-    with PostgresServer() as server, provider(latency=LATENCY) as llm:
-        served = ready(started(killing, tmp_path, llm.base_url, "--lease", "5s", env=ENV, database=server.url))
-        batch_id = served.batch(40)
-        until("the first result", lambda: served.get(f"/batches/{batch_id}")["done"])
+def test_a_database_that_goes_away_and_comes_back_costs_no_answer(killing: Cli, tmp_path: Path) -> None:
+    """Case a15, and more: it is away for longer than the answers in flight take; nothing is sent twice."""
+    count = 40
+    env = {"OPENAI_MAX_CONCURRENCY": str(count)}
+    slow = LATENCY | {"first_token_s": 3.0, "sigma": 0.1}
+    with PostgresServer() as server, provider(latency=slow) as llm:
+        served = ready(started(killing, tmp_path, llm.base_url, "--lease", "5s", env=env, database=server.url))
+        batch_id = served.batch(2 * count)
+        until("all are in flight", lambda: llm.stats()["in_flight"] == count)
         server.stop()
         until("the complaint", lambda: served.client.get("/readyz").status_code == 503)
         assert served.client.get("/healthz").status_code == 200
         answer = served.client.get("/batches")
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "DATABASE_UNAVAILABLE")
+        until("their answers", lambda: llm.stats()["in_flight"] == 0)
+        assert llm.stats()["requests"] == count
         server.start()
         row = served.over(batch_id)
-        assert (row["done"], row["failed"]) == (40, 0)
-        assert len({each["custom_id"] for each in served.lines(batch_id)}) == 40
-        assert row["resent"] <= IN_FLIGHT
+        assert (row["done"], row["failed"], row["resent"]) == (2 * count, 0, 0)
+        assert len({each["custom_id"] for each in served.lines(batch_id)}) == 2 * count
+        assert llm.stats()["requests"] == 2 * count
+        assert served.client.get("/readyz").status_code == 200
         served.stop(signal.SIGKILL)
+
+
+def test_a_commit_whose_acknowledgement_was_lost_is_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = ServiceDatabase(str(tmp_path / "service.db"))
+    database.prepared()
+    try:
+        store = Store(database)
+        ledger = Ledger(store)
+        with database.writing() as c:
+            ledger.write(c, 1, works(2))
+        told: list[JournalError | None] = []
+        writer = FencedWriter(store, store.join("first", 30.0), Patience(told.append))
+        written = writer._write_once
+        broken = [True, True]
+
+        def write(batch: Batch) -> None:
+            if len(broken) == 2:
+                broken.pop()
+                raise JournalError("it is away", retryable=True)
+            written(batch)
+            if broken:
+                broken.pop()
+                raise JournalError("its connection broke after the commit", retryable=True)
+
+        monkeypatch.setattr(writer, "_write_once", write)
+        writer.batch.ends.append(((1 << 24) + 1, "", Answer(Outcome.OK, status=200), 1.0))
+        writer.commit()
+        writer.batch.ends.append(((1 << 24) + 0, "", Answer(Outcome.OK, status=200), 2.0))
+        writer.close()
+        assert ledger.records(1).counts().done == 2
+        assert [str(each) for each in told if each] == ["it is away", "its connection broke after the commit"]
+        assert told[-1] is None
+    finally:
+        database.closed()
 
 
 def test_replicas_share_one_quota_through_redis(
