@@ -46,6 +46,7 @@ WAKE = 4
 CAUSES = len(summary.CAUSES)
 BACKOFF = summary.BACKOFF
 CHUNK = 4096
+NOT_BOOKED: list[float] = []
 
 
 class Job:
@@ -55,7 +56,7 @@ class Job:
         *("index", "lane", "attempt", "standing", "reserve", "charge", "prompt", "output", "recorded_s"),
         *("drawn_s", "jitter_u"),
         *("arrived_s", "submitted_s", "eligible_s", "first_launched_s", "launched_s"),
-        *("outcome", "charged", "retry_after_s", "stated", "booked_tokens", "booked_requests"),
+        *("outcome", "charged", "retry_after_s", "stated", "booked"),
         *("since", "waits_s", "asked", "ended"),
     )
     # Set at launch, and by whoever queues the job: slots without a value until then.
@@ -64,8 +65,7 @@ class Job:
     charged: float
     retry_after_s: float
     stated: tuple[float, float, int, float, float]
-    booked_tokens: float
-    booked_requests: float
+    booked: list[float]
     since: list[float]
     waits_s: list[float]
 
@@ -99,6 +99,7 @@ class Job:
         self.standing = law.FIRST
         self.asked = 0
         self.ended = False
+        self.booked = NOT_BOOKED
 
 
 class _Moment(simpy.Event):
@@ -301,7 +302,8 @@ class Simulation:
         job.charged = job.charge if job.outcome in CHARGED else 0.0
         tally.charged_tokens += job.charged
         if p.sync_headers:
-            job.stated = self._stated(job)
+            job.booked = s.booked.copy()
+            self._state(job)
         if self.on_attempt is not None:
             job.waits_s = [reading - before for reading, before in zip(self.clock, job.since, strict=True)]
         at = now + service_s
@@ -318,21 +320,27 @@ class Simulation:
             self.pp, self.ps, self.seed, job.index, key, job.charge, job.output, job.recorded_s, now, job.drawn_s
         )
 
-    def _settle(self, job: Job, used: float, now: float) -> None:
-        """The provider books real use: here in the moment in which the answer arrives."""
-        prov.settled(self.pp, self.ps, self.seed, job.charge, used, now)
+    def _left(self, job: Job, now: float) -> None:
+        """The answer leaves the provider: it books real use, then states its counts if it dates them by the answer.
+
+        Here in the moment in which the answer arrives.
+        """
+        pp, ps = self.pp, self.ps
+        if job.outcome == prov.OK:
+            prov.settled(pp, ps, self.seed, job.charge, job.prompt + job.output, now)
+        if pp.counts == prov.COUNTS_AT_ANSWER:
+            prov.advanced(pp, ps, self.seed, now)
+            self._state(job)
 
     def _admitted_by(self, job: Job) -> float:
         """The latest moment at which the attempt can have been let in: here there is no way to the provider."""
         return job.launched_s
 
-    def _stated(self, job: Job) -> tuple[float, float, int, float, float]:
+    def _state(self, job: Job) -> None:
         """What the answer's headers will say: limit and remaining of tokens, then of the tighter requests limit."""
         pp, ps = self.pp, self.ps
         d = prov.requests_dimension(pp, ps)
-        job.booked_tokens = self.s.booked[law.TPM]
-        job.booked_requests = self.s.booked[d] if d >= 0 else 0.0
-        return (
+        job.stated = (
             prov.limit_now(pp, ps, law.TPM),
             prov.remaining(pp, ps, law.TPM),
             d,
@@ -393,8 +401,10 @@ class Simulation:
         if unheard or (outcome == prov.OK and job.lane == law.FINALIZE):
             self.tally.extra_prompt_tokens += job.prompt
             self.tally.extra_output_tokens += job.output
-        if p.sync_headers and not unheard:
-            self._sync(job, now)
+        if not unheard:
+            self._left(job, now)
+            if p.sync_headers and job.booked:
+                self._sync(job, now)
         if outcome == prov.OK:
             in_wait = self.cause
             self._on_ok(job, now)
@@ -419,15 +429,17 @@ class Simulation:
         self._pump(now)
 
     def _sync(self, job: Job, now: float) -> None:
-        """What the headers state about the moment of admission, beside what has been booked since."""
+        """What the headers state, beside what has been booked since the launch."""
+        refused = int(job.outcome not in CHARGED)
+        if not prov.states_counts(self.pp, refused > 0):
+            return
         tokens_limit, tokens_left, d, requests_limit, requests_left = job.stated
         p, s, at, by = self.p, self.s, job.launched_s, self._admitted_by(job)
-        refused = int(job.outcome not in CHARGED)
         if tokens_limit > 0.0:
-            since = s.booked[law.TPM] - job.booked_tokens
+            since = s.booked[law.TPM] - job.booked[law.TPM]
             law.synced(p, s, law.TPM, tokens_limit, tokens_left, job.reserve, refused, since, at, by, now)
         if d >= 0:
-            since = s.booked[d] - job.booked_requests
+            since = s.booked[d] - job.booked[d]
             law.synced(p, s, d, requests_limit, requests_left, 1.0, refused, since, at, by, now)
 
     def _on_ok(self, job: Job, now: float) -> None:
@@ -436,7 +448,6 @@ class Simulation:
         if self.learner is not None and self.columns.kind is not None and job.lane == law.MAIN:
             self.learner.saw(int(self.columns.kind[job.index]), job.prompt, used)
         law.settled(self.p, self.s, job.reserve, used, job.launched_s, now)
-        self._settle(job, used, now)
         tally.used_tokens += used
         if job.lane == law.MAIN:
             tally.work.add(job.arrived_s, job.charge, used, now - job.launched_s)

@@ -53,6 +53,10 @@ def _ends() -> list[float]:
     return [0.0] * ENDS
 
 
+def _booked() -> list[float]:
+    return [0.0] * 4
+
+
 @dataclass(slots=True)
 class Row:
     """One request as it is read: see `Columns`. `output`: after its cap; `cut`: whether the cap cut it.
@@ -79,7 +83,8 @@ class Job:
     """One request on its way, as in the SimPy driver. `number`: of all jobs ever made. `next_free`: of a free slot.
 
     `since`: the clock by cause when the job became eligible; from its launch on, what it has waited. Only where
-    attempts are recorded. `stated_*`: what the answer's headers will say; only where the policy reads them.
+    attempts are recorded. `stated_*`: what the answer's headers will say, and `booked`, what the law had booked by its
+    launch; only where the policy reads them.
     """
 
     number: int = 0
@@ -113,8 +118,7 @@ class Job:
     stated_d: int = 0
     stated_requests_limit: float = 0.0
     stated_requests_left: float = 0.0
-    booked_tokens: float = 0.0
-    booked_requests: float = 0.0
+    booked: list[float] = field(default_factory=_booked)
     since: list[float] = field(default_factory=_causes)
 
 
@@ -542,6 +546,8 @@ def _launch(w: World, slot: int, now: float) -> None:
     job.charged = job.charge if outcome in CHARGED else 0.0
     run.charged_tokens += job.charged
     if p.sync_headers:
+        for d in range(4):
+            job.booked[d] = s.booked[d]
         _state(w, slot)
     if run.recording:
         for cause in range(CAUSES):
@@ -559,14 +565,12 @@ def _launch(w: World, slot: int, now: float) -> None:
 
 def _state(w: World, slot: int) -> None:
     """What the answer's headers will say: limit and remaining of tokens, then of the tighter requests limit."""
-    pp, ps, s, job = w.pp, w.ps, w.s, w.jobs[slot]
+    pp, ps, job = w.pp, w.ps, w.jobs[slot]
     d = prov.requests_dimension(pp, ps)
-    job.booked_tokens = s.booked[law.TPM]
     job.stated_tokens_limit = prov.limit_now(pp, ps, law.TPM)
     job.stated_tokens_left = prov.remaining(pp, ps, law.TPM)
     job.stated_d = d
     if d >= 0:
-        job.booked_requests = s.booked[d]
         job.stated_requests_limit = prov.limit_now(pp, ps, d)
         job.stated_requests_left = prov.remaining(pp, ps, d)
 
@@ -625,8 +629,10 @@ def _on_answer(w: World, slot: int, now: float) -> bool:
     if unheard or (outcome == prov.OK and job.lane == law.FINALIZE):
         run.extra_prompt_tokens += job.prompt
         run.extra_output_tokens += job.output
-    if p.sync_headers and not unheard:
-        _sync(w, slot, now)
+    if not unheard:
+        _left(w, slot, now)
+        if p.sync_headers:
+            _sync(w, slot, now)
     if outcome == prov.OK:
         in_wait = run.cause
         _on_ok(w, slot, now)
@@ -649,18 +655,30 @@ def _on_answer(w: World, slot: int, now: float) -> bool:
     return True
 
 
+def _left(w: World, slot: int, now: float) -> None:
+    """The answer leaves the provider: it books real use, then states its counts if it dates them by the answer."""
+    pp, ps, run, job = w.pp, w.ps, w.run, w.jobs[slot]
+    if job.outcome == prov.OK:
+        prov.settled(pp, ps, run.seed, job.charge, job.prompt + job.output, now)
+    if pp.counts == prov.COUNTS_AT_ANSWER:
+        prov.advanced(pp, ps, run.seed, now)
+        _state(w, slot)
+
+
 def _sync(w: World, slot: int, now: float) -> None:
-    """What the headers state about the moment of admission, beside what has been booked since."""
+    """What the headers state, beside what has been booked since the launch."""
     p, s, job = w.p, w.s, w.jobs[slot]
     at, refused = job.launched_s, int(job.outcome not in CHARGED)
+    if not prov.states_counts(w.pp, refused > 0):
+        return
     if job.stated_tokens_limit > 0.0:
         limit, left = job.stated_tokens_limit, job.stated_tokens_left
-        since = s.booked[law.TPM] - job.booked_tokens
+        since = s.booked[law.TPM] - job.booked[law.TPM]
         law.synced(p, s, law.TPM, limit, left, job.reserve, refused, since, at, at, now)
     d = job.stated_d
     if d >= 0:
         limit, left = job.stated_requests_limit, job.stated_requests_left
-        since = s.booked[d] - job.booked_requests
+        since = s.booked[d] - job.booked[d]
         law.synced(p, s, d, limit, left, 1.0, refused, since, at, at, now)
 
 
@@ -668,7 +686,6 @@ def _on_ok(w: World, slot: int, now: float) -> None:
     run, job = w.run, w.jobs[slot]
     used = job.prompt + job.output
     law.settled(w.p, w.s, job.reserve, used, job.launched_s, now)
-    prov.settled(w.pp, w.ps, run.seed, job.charge, used, now)
     run.used_tokens += used
     if job.lane == law.MAIN:
         _worked(w, job.arrived_s, job.charge, used, now - job.launched_s)

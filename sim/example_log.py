@@ -10,8 +10,10 @@ import csv
 from pathlib import Path
 from typing import Any
 
+from sim import provider as prov
 from sim.driver import Job, Simulation
 from sim.experiment import OUTCOMES, case_of
+from sim.run import CHARGED
 from sim.scenario import Scenario
 
 HEADER = (
@@ -25,7 +27,7 @@ class _Heard(Simulation):
 
     def _answer(self, job: Job, key: int, now: float) -> tuple[int, float, int, float]:
         answer = super()._answer(job, key, now)
-        job.stated = self._stated(job)
+        self._state(job)
         return answer
 
 
@@ -37,6 +39,7 @@ def write_log(scenario: Scenario, path: Path) -> Path:
     def take(job: Job, now: float, code: str) -> None:
         ok = OUTCOMES[job.outcome].value == "ok"
         heard = OUTCOMES[job.outcome].value in ("ok", "throttled", "slow_down", "server_error")
+        heard = heard and prov.states_counts(case.provider, job.outcome not in CHARGED)
         limit, left, _, requests, requests_left = job.stated if heard else (-1.0, -1.0, -1, -1.0, -1.0)
         i = job.index
         rows.append(

@@ -48,6 +48,12 @@ SAYS_NOTHING = 0
 SAYS_MILLISECONDS = 1  # "Please try again in 644ms": the wait, floored to ms
 SAYS_SECONDS = 2  # Retry-After: whole seconds, rounded up
 
+# Which answers state the counts in their headers, and of which moment.
+COUNTS_NONE = 0
+COUNTS_AT_ADMISSION = 1
+COUNTS_AT_ANSWER = 2  # as middleware does that adds its headers on the way out
+COUNTS_ON_REFUSALS = 3
+
 MINUTE_S = 60.0
 DAY_S = 86400.0
 RAMP_WINDOW_S = 900.0
@@ -74,6 +80,8 @@ class ProviderParams:
     so many admitted requests the credit is gone. Latency of an answer: (first_token_s + per_token_s * output) times a
     log-normal factor of that sigma, and with probability `stall_ratio` a stall of `stall_min_s` to `stall_max_s` more.
     `refusal_s`: time until a refusal arrives. `empty_cut_ratio`: chance that a cut answer has no usable text.
+    `counts`: which answers state what remains; stated is that share of it (`counts_share`: a header that speaks of a
+    slice of the limit), rounded to the nearest multiple of `counts_rounded_to`, below zero only with `counts_negative`.
     """
 
     limit: list[float] = field(default_factory=_none)
@@ -100,6 +108,10 @@ class ProviderParams:
     drop_ratio: float = 0.0
     refusal_s: float = 0.05
     empty_cut_ratio: float = 0.5
+    counts: int = COUNTS_AT_ADMISSION
+    counts_share: float = 1.0
+    counts_rounded_to: float = 1.0
+    counts_negative: int = 0
 
 
 @dataclass(slots=True)
@@ -408,6 +420,15 @@ def requests_dimension(pp: ProviderParams, ps: ProviderState) -> int:
     return RPD if day_left < limit_now(pp, ps, RPM) - ps.used[RPM] else RPM
 
 
+def states_counts(pp: ProviderParams, is_refused: bool) -> bool:
+    """Whether the headers of an answer, or of a refusal, state limits and what remains of them."""
+    return pp.counts == COUNTS_AT_ADMISSION or pp.counts == COUNTS_AT_ANSWER or (pp.counts > 0 and is_refused)
+
+
 def remaining(pp: ProviderParams, ps: ProviderState, d: int) -> float:
-    """What the header of dimension `d` states as remaining at the last advance: whole, never negative."""
-    return max(0.0, math.floor(limit_now(pp, ps, d) - ps.used[d] + ROUNDING))
+    """What the header of dimension `d` states as remaining at the last advance: whole, as `ProviderParams` says."""
+    limit = limit_now(pp, ps, d)
+    left = pp.counts_share * (limit - ps.used[d]) + ROUNDING
+    if pp.counts_rounded_to > 1.0:
+        left = min(limit, pp.counts_rounded_to * math.floor(left / pp.counts_rounded_to + 0.5))
+    return math.floor(left) if pp.counts_negative else max(0.0, math.floor(left))

@@ -37,7 +37,17 @@ from sim.presets import (
     tier_preset,
     tier_source,
 )
-from sim.provider import CHANGES, SAYS_MILLISECONDS, SAYS_NOTHING, SAYS_SECONDS, ProviderParams
+from sim.provider import (
+    CHANGES,
+    COUNTS_AT_ADMISSION,
+    COUNTS_AT_ANSWER,
+    COUNTS_NONE,
+    COUNTS_ON_REFUSALS,
+    SAYS_MILLISECONDS,
+    SAYS_NOTHING,
+    SAYS_SECONDS,
+    ProviderParams,
+)
 from sim.workload import ASSUMED, MEASURED, Provenance
 
 Ratio = Annotated[float, Field(ge=0, le=1)]
@@ -58,6 +68,12 @@ Day = Annotated[
     Field(pattern=r"^\d{4}-\d{2}-\d{2}$"),
     AfterValidator(_real_day),
 ]
+_COUNTS = {
+    "none": COUNTS_NONE,
+    "admission": COUNTS_AT_ADMISSION,
+    "answer": COUNTS_AT_ANSWER,
+    "refusals": COUNTS_ON_REFUSALS,
+}
 _SAYS = {"absent": SAYS_NOTHING, "ms": SAYS_MILLISECONDS, "seconds": SAYS_SECONDS}
 
 
@@ -159,6 +175,7 @@ class ProviderConfig(Config):
 
     Written as the name of a published tier, or as fields, with `preset` naming the tier that the others start from.
     `charge_rule`, as of a day, is what an admission takes; see `ProviderParams` for the meaning of the other habits.
+    `counts`: whether headers state what remains: of the moment of admission or of the answer, on refusals only, or not.
     `day_*_used`: what was used of the daily limits before the run. `learnt`: which inputs (names as in `provenance`)
     were learnt from a log, and `learnt_from`: its name.
     """
@@ -175,6 +192,10 @@ class ProviderConfig(Config):
     settles: bool = False
     failed_requests_count: bool = True
     retry_after: Literal["absent", "ms", "seconds"] = "ms"
+    counts: Literal["admission", "answer", "refusals", "none"] = "admission"
+    counts_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    counts_rounded_to: Annotated[int, Field(ge=1, le=10**9)] = 1
+    counts_negative: bool = False
     minute_reset: bool = False
     slice_s: Annotated[float, Field(ge=0, le=60)] = 0.0
     slice_tokens: Tokens = 0
@@ -242,6 +263,10 @@ class ProviderConfig(Config):
             drop_ratio=self.faults.drop_ratio,
             refusal_s=self.faults.refusal_s,
             empty_cut_ratio=self.faults.empty_cut_ratio,
+            counts=_COUNTS[self.counts],
+            counts_share=self.counts_share,
+            counts_rounded_to=float(self.counts_rounded_to),
+            counts_negative=int(self.counts_negative),
         )
 
     def grant(self) -> Grant:
@@ -275,6 +300,7 @@ class ProviderConfig(Config):
         found["refused requests"] = (ASSUMED, counts)
         stated = {"ms": "the wait formula of logged messages, in ms", "seconds": "whole seconds", "absent": "none"}
         found["Retry-After"] = (MEASURED if self.retry_after == "ms" else ASSUMED, stated[self.retry_after])
+        found["counts in headers"] = (ASSUMED, self._counts_text())
         found["latency"] = self.latency.provenance()
         model = self.preset.rpartition("-tier")[0]
         if model and model not in LATENCIES and self.latency.preset == DEFAULT_LATENCY:
@@ -288,6 +314,17 @@ class ProviderConfig(Config):
             found[name] = (MEASURED, f"learnt from {self.learnt_from}: {text}")
         return found
 
+    def _counts_text(self) -> str:
+        text = {
+            "admission": "as of the admission",
+            "answer": "as of the answer",
+            "refusals": "on refusals only",
+            "none": "none",
+        }[self.counts]
+        if self.counts_share < 1.0:
+            text += f", {self.counts_share:.0%} of what remains"
+        return f"{text}, to {self.counts_rounded_to:,}" if self.counts_rounded_to > 1 else text
+
 
 # The inputs by the fields that give them.
 _INPUTS = {
@@ -297,6 +334,7 @@ _INPUTS = {
     "settles": "settling",
     "failed_requests_count": "refused requests",
     "retry_after": "Retry-After",
+    "counts": "counts in headers",
     "cotenant": "other users of the quota",
     "faults": "faults",
     "latency": "latency",

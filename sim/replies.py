@@ -68,7 +68,10 @@ class Call:
 
 @dataclass(slots=True)
 class Reply:
-    """What goes back, when (provider's seconds from admission) and how; `written`: the answer, in place of a body."""
+    """What goes back, when (provider's seconds from admission) and how; `written`: the answer, in place of a body.
+
+    `counts`: the headers that state limits and what remains.
+    """
 
     outcome: str
     status: int = 200
@@ -79,6 +82,7 @@ class Reply:
     written: Written | None = None
     charge: int = 0
     content_type: bytes = wire.JSON
+    counts: Headers = field(default_factory=list)
 
 
 class Stats:
@@ -157,6 +161,9 @@ class Desk:
             count.output_tokens += a.output_tokens
             used = float(a.prompt_tokens + a.output_tokens)
             prov.settled(self.pp, self.ps, self.seed, float(reply.charge), used, max(self.ps.at, now))
+        if self.pp.counts == prov.COUNTS_AT_ANSWER:
+            prov.advanced(self.pp, self.ps, self.seed, max(self.ps.at, now))
+            reply.counts = self._counts(reply)
 
     def stats(self) -> dict[str, Any]:
         """Counts so far: requests by outcome, endpoint and the SDK's retry count, tokens, the most in flight, requests
@@ -176,20 +183,30 @@ class Desk:
         return {**self.count.as_dict(), "windows": windows, "events": events}
 
     def headers(self, reply: Reply, number: int) -> Headers:
-        """What every reply carries, with the limits as of the last admission: call it right after `decided`."""
+        """What every reply carries: call it after `ended`."""
         return [
             (b"x-request-id", b"req_%032x" % number),
             (b"openai-organization", wire.ORGANIZATION.encode()),
             (b"openai-version", b"2020-10-01"),
             (b"openai-processing-ms", b"%d" % (reply.service_s * 1000.0 / self.scale)),
-            *wire.limit_headers(self.pp, self.ps, self.scale),
+            *reply.counts,
             *reply.extra,
         ]
+
+    def _counts(self, reply: Reply) -> Headers:
+        """Limits and what remains of them now, where this reply states them."""
+        states = prov.states_counts(self.pp, reply.status == 429)
+        return wire.limit_headers(self.pp, self.ps, self.scale) if states else []
 
     # ------------------------------------------------------------ what comes back
 
     def decided(self, endpoint: int, headers: dict[bytes, bytes], raw: bytes, now: float) -> Reply:
         """What happens to one attempt that arrives at `now`; the provider's state is changed accordingly."""
+        reply = self._decided(endpoint, headers, raw, now)
+        reply.counts = self._counts(reply)
+        return reply
+
+    def _decided(self, endpoint: int, headers: dict[bytes, bytes], raw: bytes, now: float) -> Reply:
         pp, ps = self.pp, self.ps
         prov.advanced(pp, ps, self.seed, now)
         try:

@@ -129,7 +129,6 @@ class Provider:
         headers = dict(scope["headers"])
         number = desk.came(endpoint, headers, now)
         reply = desk.decided(endpoint, headers, raw, now)
-        heads = desk.headers(reply, number)
         transport = scope.get("state", {}).get("transport")
         try:
             await asyncio.sleep(max(0.0, arrived + reply.service_s / self.time_scale - self.clock()))
@@ -140,7 +139,7 @@ class Provider:
         hung_up = transport is not None and transport.is_closing()
         desk.ended(reply, hung_up, (self.clock() - zero) * self.time_scale)
         if not hung_up:
-            await _write(reply, heads, transport, send)
+            await _write(reply, desk.headers(reply, number), transport, send)
 
 
 async def _write(reply: Reply, headers: wire.Headers, transport: asyncio.Transport | None, send: Any) -> None:

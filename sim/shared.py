@@ -31,7 +31,7 @@ from governor.timeline import EPOCH_S
 from sim import experiment
 from sim import provider as prov
 from sim.experiment import Case, case_of
-from sim.run import launch_order
+from sim.run import CHARGED, launch_order
 from sim.scenario import Scenario
 from sim.virtual_loop import run_virtual
 
@@ -220,16 +220,20 @@ class Somewhere:
             pp, ps, seed, i, key, charge, float(output), recorded_s, loop.time()
         )
         self.used_max = max(self.used_max, ps.used[TPM])
-        limits = self._limits()
+        limits = self._limits(outcome)
         if outcome == prov.OK:
             self.sent[i] += 1
         await asyncio.sleep(service_s)
         if outcome == prov.DROPPED:
             return Answer(Outcome.DROPPED)
+        if outcome == prov.OK:
+            prov.settled(pp, ps, seed, charge, float(prompt + output), loop.time())
+        if pp.counts == prov.COUNTS_AT_ANSWER:
+            prov.advanced(pp, ps, seed, loop.time())
+            limits = self._limits(outcome)
         if outcome != prov.OK:
             kind, status = experiment.OUTCOMES[outcome], experiment.STATUS[outcome]
             return Answer(kind, status, retry_after_s=retry_after_s, limits=limits)
-        prov.settled(pp, ps, seed, charge, float(prompt + output), loop.time())
         cut_off = job.lane == MAIN and 0 < cap < uncapped
         return Answer(
             Outcome.OK,
@@ -241,9 +245,11 @@ class Somewhere:
             limits=limits,
         )
 
-    def _limits(self) -> tuple[Limit, ...]:
+    def _limits(self, outcome: int) -> tuple[Limit, ...]:
         """What the headers state."""
         pp, ps = self.case.provider, self.state
+        if not prov.states_counts(pp, outcome not in CHARGED):
+            return ()
         d = prov.requests_dimension(pp, ps)
         stated = [(TPM, "TPM")] if pp.limit[TPM] > 0.0 else []
         stated += [(d, "RPM" if d == prov.RPM else "RPD")] if d >= 0 else []

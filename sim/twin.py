@@ -311,18 +311,16 @@ class Twin(Simulation):
         """The provider sees the attempt when it has arrived, on a clock of its own."""
         there_s = self._there_s[job.index]
         answer = super()._answer(job, key, max(self.ps.at, now + there_s - self._began_s))
-        if self.pp.settles and answer[0] == prov.OK:
+        if self.pp.settles or self.pp.counts == prov.COUNTS_AT_ANSWER:
             left_s = max(now, now + answer[1] - (self._round_s[job.index] - there_s))
-            driver._Moment(self.env, left_s, driver.ANSWER, self._on_settled, (job, job.prompt + job.output))
+            driver._Moment(self.env, left_s, driver.ANSWER, self._on_left, job)
         return answer
 
-    def _settle(self, job: Job, used: float, now: float) -> None:
-        """It was booked when the answer left the provider."""
+    def _left(self, job: Job, now: float) -> None:
+        """It has left the provider before."""
 
-    def _on_settled(self, event: Any) -> None:
-        job, used = event._value
-        if job.outcome == prov.OK:  # else nobody waited for it any longer
-            super()._settle(job, used, max(self.ps.at, self.env._now - self._began_s))
+    def _on_left(self, event: Any) -> None:
+        super()._left(event._value, max(self.ps.at, self.env._now - self._began_s))
 
     def _admitted_by(self, job: Job) -> float:
         return job.launched_s + self._round_s[job.index]

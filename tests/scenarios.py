@@ -167,6 +167,10 @@ def _provider(rng: random.Random, workload: Workload, tpm: int) -> dict[str, Any
         "failed_requests_count": rng.random() < 0.5,
         "retry_after": rng.choice(["absent", "ms", "seconds"]),
         "minute_reset": rng.random() < 0.15,
+        "counts": rng.choice(["admission", "admission", "answer", "refusals", "none"]),
+        "counts_share": rng.choice([1.0, 1.0, 0.1]),
+        "counts_rounded_to": rng.choice([1, 1, 100]),
+        "counts_negative": rng.random() < 0.3,
         "faults": {"empty_cut_ratio": rng.choice([0.0, 0.5, 1.0]), "refusal_s": rng.choice([0.001, 0.05, 0.5])},
         "latency": {
             "first_token_s": rng.choice([0.05, 0.5, 2.0]),

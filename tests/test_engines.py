@@ -73,6 +73,7 @@ def seen(scenario: Scenario, rows: list[Attempt], tally: dict[str, Any], counts:
         "sliding": len(rows) * (policy.tpm_window == "sliding"),
         "bucket": len(rows) * (policy.tpm_window == "bucket"),
         "synced": len(rows) * policy.sync_headers,
+        **{f"counts: {provider.counts}": len(rows) * policy.sync_headers},
         "settled": len(rows) * policy.settle,
         "co-tenant": len(rows) * (provider.cotenant.share > 0.0),
         "limit changes": len(rows) * bool(provider.limit_changes),

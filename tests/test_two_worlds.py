@@ -183,7 +183,7 @@ class Provider:
         outcome, service_s, _, retry_after_s = prov.answered(
             pp, ps, seed, i, attempt_key(job.lane, job.attempt), charge, float(output), recorded_s, now
         )
-        limits = self.limits()
+        limits = self.limits(outcome)
         at = now + service_s
         expires_at = law.expires_at(self.governor.p, job.first_launched_s, now)
         assert timeout_s == expires_at - now
@@ -195,10 +195,14 @@ class Provider:
         await until(loop, at)
         if outcome == prov.DROPPED:
             return Answer(Outcome.DROPPED)
+        if outcome == prov.OK:
+            prov.settled(pp, ps, seed, charge, float(prompt + output), at)
+        if pp.counts == prov.COUNTS_AT_ANSWER:
+            prov.advanced(pp, ps, seed, at)
+            limits = self.limits(outcome)
         if outcome != prov.OK:
             kind, status = experiment.OUTCOMES[outcome], experiment.STATUS[outcome]
             return Answer(kind, status, retry_after_s=retry_after_s, limits=limits)
-        prov.settled(pp, ps, seed, charge, float(prompt + output), at)
         cut_off = job.lane == law.MAIN and 0 < cap < uncapped
         return Answer(
             Outcome.OK,
@@ -210,9 +214,11 @@ class Provider:
             limits=limits,
         )
 
-    def limits(self) -> tuple[Limit, ...]:
+    def limits(self, outcome: int) -> tuple[Limit, ...]:
         """What the headers state, in the order in which they stand."""
         pp, ps = self.case.provider, self.state
+        if not prov.states_counts(pp, outcome not in driver.CHARGED):
+            return ()
         d = prov.requests_dimension(pp, ps)
         stated = [(law.TPM, "TPM")] if pp.limit[law.TPM] > 0.0 else []
         stated += [(d, "RPM" if d == law.RPM else "RPD")] if d >= 0 else []

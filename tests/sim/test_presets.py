@@ -18,7 +18,7 @@ from scipy.stats import norm, theilslopes
 
 from governor.errors import BadSetting, PacelineError
 from sim import presets
-from sim.provider import SAYS_NOTHING, ProviderParams
+from sim.provider import COUNTS_AT_ANSWER, SAYS_NOTHING, ProviderParams
 from sim.provider_config import Latency, LimitChange, ProviderConfig, checked
 
 OBSERVED = "openai-observed/ratelimit_header_observations.csv"
@@ -131,6 +131,10 @@ def test_every_field_reaches_the_engines() -> None:
         failed_requests_count=True,
         retry_after="absent",
         minute_reset=True,
+        counts="answer",
+        counts_share=0.1,
+        counts_rounded_to=1_000,
+        counts_negative=True,
         slice_s=5.0,
         slice_tokens=6,
         ramp_tpm=7,
@@ -174,6 +178,10 @@ def test_every_field_reaches_the_engines() -> None:
         drop_ratio=0.15,
         refusal_s=0.17,
         empty_cut_ratio=0.16,
+        counts=COUNTS_AT_ANSWER,
+        counts_share=0.1,
+        counts_rounded_to=1_000.0,
+        counts_negative=1,
     )
     assert provider.params() == expected
     # None of them stands at its default, so that none can be forgotten unseen.

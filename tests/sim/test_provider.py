@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -350,3 +351,27 @@ def test_remaining_is_whole_and_never_negative_and_rises_by_the_rate() -> None:
     assert taken(pp, ps, 10.0, 199.0) == 30_000
     prov.advanced(pp, ps, 0, 200.0)
     assert prov.remaining(pp, ps, TPM) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("habits", "used", "stated"),
+    [
+        ({}, 400.4, 9_599),
+        ({"counts_share": 0.1}, 400.4, 959),
+        ({"counts_rounded_to": 1_000.0}, 400.4, 10_000),
+        ({"counts_rounded_to": 1_000.0}, 501.0, 9_000),
+        ({}, 10_700.0, 0),
+        ({"counts_negative": 1}, 10_700.0, -700),
+        ({"counts_negative": 1, "counts_rounded_to": 1_000.0}, 10_700.0, -1_000),
+    ],
+)
+def test_a_count_is_stated_in_part_rounded_or_below_zero(habits: dict[str, Any], used: float, stated: float) -> None:
+    pp, ps = quota(tpm=10_000, **habits), ProviderState()
+    ps.used[TPM] = used
+    assert prov.remaining(pp, ps, TPM) == stated
+
+
+def test_which_answers_state_counts() -> None:
+    kinds = (prov.COUNTS_NONE, prov.COUNTS_AT_ADMISSION, prov.COUNTS_AT_ANSWER, prov.COUNTS_ON_REFUSALS)
+    states = [[prov.states_counts(ProviderParams(counts=kind), refused) for refused in (False, True)] for kind in kinds]
+    assert states == [[False, False], [True, True], [True, True], [False, True]]

@@ -410,6 +410,29 @@ def test_headers_state_what_the_buckets_hold(seed: int) -> None:
         assert stated["TPM"].remaining == prov.remaining(desk.pp, state, prov.TPM)
 
 
+def test_counts_are_of_the_admission_or_of_the_answer() -> None:
+    """1,000 tokens/s refill; 20,000 are charged at 0 s, 10,000 more at 5 s, and 8,012 used are settled at 10 s."""
+
+    def left(counts: str, settles: bool, used: float = 0.0) -> list[float]:
+        config = PLAIN.with_(tpm=60_000, charge_rule="prompt_plus_max", counts=counts, settles=settles)
+        desk = Desk(config)
+        desk.ps.used[prov.TPM] = used
+        headers = {"x_paceline_output_tokens": "12"}
+        reply = asked(desk, chat("x" * 31_996, max_tokens=12_000), 0.0, **headers)
+        asked(desk, chat("x" * 3_996, max_tokens=9_000), 5.0)
+        desk.ended(reply, False, 10.0)
+        return [limit.remaining for limit in parsed(desk, reply).limits]
+
+    full = 60_000.0
+    assert left("none", False) == left("none", False, full) == left("refusals", True) == []
+    assert left("admission", True) == left("admission", False) == [40_000]
+    later = 60_000 - (20_000 - 5_000 + 10_000 - 5_000)
+    assert left("answer", False) == [later]
+    prompt = sizes_of(CHAT, chat("x" * 31_996)).prompt_tokens
+    assert left("answer", True) == [later + 20_000 - prompt - 12]
+    assert left("refusals", False, full) == left("admission", False, full) == [0]
+
+
 def test_no_limit_no_header() -> None:
     desk = Desk(PLAIN)
     assert parsed(desk, asked(desk, chat())).limits == ()
