@@ -5,7 +5,7 @@ end results, summary and exit code. What must not: the live part (`live`), how t
 (`account`), options as they are typed (`live_cli`).
 
 Exit codes: 0 all succeeded, 1 some failed, 2 bad input, 3 refused or cannot finish, 4 the account's quota (or the
-account itself) is refused, 5 a budget of money or time is used up, 130 and 143 after a signal.
+account itself) is refused, 5 a budget of money or time is used up, 130, 143 and 129 after a signal.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ from governor.live import ACCOUNT, BAD_REQUESTS, CANARY, MAX_COST, Ended, Leg, L
 from governor.longwaits import FINISH_BY, LONG_WAIT, OUTWAITED, STOP_AFTER
 from governor.metrics import Metrics, checked_hook
 from governor.money import Prices, Spent
-from governor.outputs import Followed, check_apart, check_writable, errors_path, write_results
+from governor.outputs import Followed, check_apart, check_writable, claimed, errors_path, write_results
 from governor.poolrun import Connect, Manner
 from governor.pools import Pool, key_of
 from governor.progress import Shown
 from governor.scaledloop import loop_factory
-from governor.steer import changes_text
+from governor.steer import SIGNALS, changes_text
 from governor.summary import Summary
 from governor.words import duration, plural
 
 ALL_WELL, SOME_FAILED, CANNOT, QUOTA, BUDGET = 0, 1, 3, 4, 5
-SIGNAL_CODES = {"SIGINT": 130, "SIGTERM": 143}
+SIGNAL_CODES = {number.name: 128 + number for number in SIGNALS}
 _CODE_OF = {
     **dict.fromkeys(ACCOUNT, QUOTA),
     MAX_COST: BUDGET,
@@ -116,13 +116,14 @@ def run_batch(orders: Orders, *, foresee: Foresee | None, connect: Connect, show
     )
     journal = begun.journal
     try:
-        _say_what_is_left(begun, orders, shown)
-        expectations = _guard(begun, orders, foresee, shown)
-        if begun.retried:
-            journal.retry_failed(orders.retry_failed or "")
-        return _run(begun, orders, expectations, foresee, connect, shown)
+        with claimed(orders.out):
+            _say_what_is_left(begun, orders, shown)
+            expectations = _guard(begun, orders, foresee, shown)
+            if begun.retried:
+                journal.retry_failed(orders.retry_failed or "")
+            return _run(begun, orders, expectations, foresee, connect, shown)
     except BaseException:
-        if begun.is_new and _nothing_sent(journal):
+        if begun.is_new and _nothing_happened(journal):
             # A journal would only be in the way, and it holds prompts.
             journal.remove()
         raise
@@ -130,10 +131,11 @@ def run_batch(orders: Orders, *, foresee: Foresee | None, connect: Connect, show
         journal.close()
 
 
-def _nothing_sent(journal: Journal) -> bool:
-    """Whether no request was launched, as far as is known: what cannot be read may hold answers that were paid for."""
+def _nothing_happened(journal: Journal) -> bool:
+    """Whether no request was launched or ended: what cannot be read may hold answers that were paid for."""
     try:
-        return journal.counts().in_flight == 0 and not journal.outcomes()
+        counts = journal.counts()
+        return counts.pending == counts.requests and not journal.outcomes()
     except PacelineError:
         return False
 

@@ -168,7 +168,8 @@ def prepare(
             retry_failed=retry_failed,
         )
     for file in (out, errors_path(out)):
-        if file.exists() and not overwrite:
+        # An empty one holds nothing to lose: a run that was ended before its first answer may have left it.
+        if file.exists() and not overwrite and not (file.is_file() and file.stat().st_size == 0):
             raise BadInput(
                 f"it exists, and no journal at {where} says that it is this run's: move it away, name another --out, "
                 "or add --overwrite",

@@ -108,7 +108,7 @@ def run(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that are not this run's.")] = False,
     seed: Annotated[int, typer.Option(metavar="N", min=0, max=2**62, help="Seed of the jitter.")] = 0,
     grace: Annotated[
-        str, typer.Option(metavar="30s", help="How long requests in flight may end after Ctrl-C or SIGTERM.")
+        str, typer.Option(metavar="30s", help="How long requests in flight may end after Ctrl-C or another signal.")
     ] = "30s",
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, warnings alone.")] = False,
     log_format: Annotated[
@@ -136,7 +136,7 @@ def run(
 
     The same command again resumes: what has finished is never sent again. Exit codes: 0 all succeeded, 1 some failed,
     2 bad input, 3 refused or cannot finish, 4 the account's quota is used up or its key is refused, 5 a budget is used
-    up, 130 and 143 after Ctrl-C and SIGTERM.
+    up, 130, 143 and 129 after Ctrl-C, SIGTERM and SIGHUP.
     """
     from governor import progress
     from governor.batch import Orders, run_batch

@@ -31,6 +31,7 @@ REMEDIES = {
     "CANARY": "the canary was worse than forecast: change the settings, or add --yes",
     "SIGINT": "interrupted: run the same command again to go on",
     "SIGTERM": "terminated: run the same command again to go on",
+    "SIGHUP": "the terminal was closed: run the same command again to go on",
 }
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
@@ -61,15 +62,76 @@ def check_apart(files: Mapping[str, Path]) -> None:
         seen[place] = what
 
 
+@contextlib.contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """The right to write these results and their errors; BadInput where another process has it. It ends with the block.
+
+    Held by a lock on a hidden file beside each, which the operating system gives back however the process ends.
+    """
+    with contextlib.ExitStack() as stack:
+        for path in (out, errors_path(out)):
+            target = Path(os.path.realpath(path))
+            hidden = target.with_name(f".{target.name[:200]}.lock")
+            try:
+                handle = _locked(hidden)
+            except BlockingIOError:
+                text = "another run writes its results there: wait for its end, or name another --out"
+                raise BadInput(text, os.fspath(path)) from None
+            except OSError as error:
+                raise BadInput(f"cannot be written: {why(error)}", os.fspath(path)) from error
+            stack.callback(os.close, handle)
+            stack.callback(_unlink, hidden)
+        yield
+
+
+def _locked(hidden: Path) -> int:
+    """The handle of a lock file that is locked; BlockingIOError where another process holds it."""
+    while True:
+        # To read: a file that is open for writing would keep its file system from being made read-only.
+        handle = os.open(hidden, os.O_CREAT | os.O_RDONLY, 0o600)
+        try:
+            with _no_locks_no_matter():
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(handle, hidden):
+                return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)  # its holder removed it just now
+
+
+@contextlib.contextmanager
+def _no_locks_no_matter() -> Iterator[None]:
+    """Some network file systems have no such locks: no reason to refuse a run there."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _unlink(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
 class _Tried(Exception):  # noqa: N818  (no error: it ends a trial before anything is replaced)
     pass
 
 
 @contextlib.contextmanager
-def replaced(path: Path) -> Iterator[TextIO]:
+def replaced(path: Path, *, mode: int = 0o666) -> Iterator[TextIO]:
     """A text file to write; when the block ends without an error it becomes `path`, else nothing has happened.
 
-    BadInput, naming the file and what can be done, for whatever the system refuses.
+    `mode`: its permissions, less the umask. BadInput, naming the file and what can be done, for whatever the system
+    refuses.
     """
     name = os.fspath(path)
     unfinished: Path | None = None
@@ -77,7 +139,7 @@ def replaced(path: Path) -> Iterator[TextIO]:
         target = Path(os.path.realpath(path))
         _check_target(target, name)
         hidden = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}.part")
-        handle = os.open(hidden, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        handle = os.open(hidden, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode)
         unfinished = hidden
         with open(handle, "w", encoding="utf-8", newline="\n") as file:
             yield file
@@ -118,7 +180,8 @@ def write_results(out: Path, lines: Iterable[tuple[bool, str]]) -> tuple[int, in
     The errors file appears even where nothing failed: an old one must not stand beside new results.
     """
     good = bad = 0
-    with replaced(errors_path(out)) as errors, replaced(out) as results:
+    # Answers are as private as the journal that holds them.
+    with replaced(errors_path(out), mode=0o600) as errors, replaced(out, mode=0o600) as results:
         for succeeded, line in lines:
             (results if succeeded else errors).write(line + "\n")
             good += succeeded

@@ -19,13 +19,13 @@ from governor.records import Command
 
 # Before the `NAME=VALUE` words of a `set`: the pool that is meant.
 POOL_WORD = "pool="
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Signals:
-    """SIGINT and SIGTERM: the first asks to stop (`stopping`), a second cancels (`cancelling`). Use it in a loop.
+    """SIGINT, SIGTERM, SIGHUP: the first asks to stop (`stopping`), a second cancels (`cancelling`). Use it in a loop.
 
-    `names`: those that came.
+    `names`: those that came. A SIGHUP that is ignored stays so: that is what `nohup` is for.
     """
 
     def __init__(self, came: Callable[[str], None]) -> None:
@@ -47,7 +47,9 @@ class Signals:
             return
         loop = asyncio.get_running_loop()
         before = {number: signal.getsignal(number) for number in SIGNALS}
-        for number in SIGNALS:
+        if before[signal.SIGHUP] is signal.SIG_IGN:
+            del before[signal.SIGHUP]
+        for number in before:
             loop.add_signal_handler(number, self._on, number)
         try:
             yield

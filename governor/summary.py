@@ -332,17 +332,17 @@ class Tally:
     failures: dict[str, int] = field(default_factory=dict)
     work: Work = field(default_factory=Work)
 
-    def launched(self, reserved: float) -> None:
-        """An attempt went out with that reservation."""
-        self.attempts += 1
-        self.reserved_tokens += reserved
+    def launched(self) -> None:
+        """An attempt went out. It counts once it is recorded: one that was cancelled in flight never is."""
         self.in_flight += 1
         if self.in_flight > self.peak_in_flight:
             self.peak_in_flight = self.in_flight
 
-    def answered(self, charged: float, used: float, throttled: bool) -> None:
+    def answered(self, reserved: float, charged: float, used: float, throttled: bool) -> None:
         """An attempt came to its end, in whatever way. Tokens that are not known: -1."""
         self.in_flight -= 1
+        self.attempts += 1
+        self.reserved_tokens += reserved
         if throttled:
             self.throttled += 1
         if charged > 0:
@@ -418,8 +418,8 @@ def summarize(
     for a in attempts:
         spent = max(a.prompt_tokens, 0) + max(a.output_tokens, 0)
         used = spent if a.prompt_tokens >= 0 and a.output_tokens >= 0 else -1
-        tally.launched(a.reserved_tokens)
-        tally.answered(a.charged_tokens, spent, a.outcome in _THROTTLES)
+        tally.launched()
+        tally.answered(a.reserved_tokens, a.charged_tokens, spent, a.outcome in _THROTTLES)
         for i, cause in enumerate(_WAITED, 1):
             tally.waits_s[i] += getattr(a, cause)
         arrived_s[a.request] = min(a.submitted_s, arrived_s.get(a.request, math.inf))

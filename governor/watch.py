@@ -102,7 +102,7 @@ class Meter(Observer):
         self._reserve_of: dict[int, float] = {}
 
     def launched(self, job: Job, now: float) -> None:
-        self.tally.launched(job.reserve)
+        self.tally.launched()
         self.in_flight += 1
         self._roll(now)
         self._minute[int(now) % 60] += job.reserve
@@ -111,7 +111,9 @@ class Meter(Observer):
     def attempted(self, attempt: Attempt, answer: Answer, failure: str) -> None:
         self.in_flight -= 1
         prompt, output = max(attempt.prompt_tokens, 0), max(attempt.output_tokens, 0)
-        self.tally.answered(attempt.charged_tokens, prompt + output, attempt.outcome in THROTTLES)
+        self.tally.answered(
+            attempt.reserved_tokens, attempt.charged_tokens, prompt + output, attempt.outcome in THROTTLES
+        )
         waits_s = self.tally.waits_s
         for i, name in enumerate(_WAITED, 1):
             waits_s[i] += getattr(attempt, name)

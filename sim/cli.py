@@ -4,8 +4,8 @@ What lives here: the commands, and the one place where an error becomes a line o
 not: anything that costs time to import; a command fetches what it needs when it runs, so that `--help` is instant and
 the live commands run without the extra `sim`.
 
-Exit codes: 0, 2 for bad input, 3 where nothing can meet a wish (`capacity`), 130 after Ctrl-C, 143 after SIGTERM, 141
-where the reader of a pipe has gone; the others are the live commands' (see `governor/errors.py`).
+Exit codes: 0, 2 for bad input, 3 where nothing can meet a wish (`capacity`), 130 after Ctrl-C, 143 and 129 after
+SIGTERM and SIGHUP, 141 where the reader of a pipe has gone; the others are the live commands' (`governor/errors.py`).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ app = typer.Typer(
 
 NEEDS_REDIS = "--processes needs paceline[redis]: pip install 'paceline[redis]'"
 NEEDS_SIM = "planning needs paceline[sim]: pip install 'paceline[sim]'"
-INTERRUPTED, TERMINATED, PIPE_CLOSED, BAD_INPUT, CANNOT = 130, 143, 141, 2, 3
+INTERRUPTED, TERMINATED, HUNG_UP, PIPE_CLOSED, BAD_INPUT, CANNOT = 130, 143, 129, 141, 2, 3
 # One run of so many requests takes long enough to show how far it is.
 LONG_RUN = 50_000
 
@@ -548,8 +548,8 @@ def main(args: Sequence[str] | None = None) -> int:
         return _failed(f"the output cannot be written: {error.strerror}: what was done stays done", BAD_INPUT)
     except KeyboardInterrupt:
         return _failed("interrupted: no file was left unfinished", INTERRUPTED)
-    except _Terminated:
-        return _failed("terminated: no file was left unfinished", TERMINATED)
+    except _Terminated as signalled:
+        return _failed("terminated: no file was left unfinished", 128 + signalled.number)
     except ImportError as error:
         missing = (error.name or "").partition(".")[0]
         if missing in ("", "governor", "sim"):
@@ -593,22 +593,31 @@ def _failed(message: str, code: int) -> int:
 
 
 class _Terminated(BaseException):
-    """SIGTERM came: an exception, so that unfinished files are removed on the way out."""
+    """SIGTERM or SIGHUP came: an exception, so that unfinished files are removed on the way out."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        super().__init__(number)
 
 
 @contextlib.contextmanager
 def _ends_orderly() -> Iterator[None]:
     def stop(number: int, frame: Any) -> None:
-        raise _Terminated
+        raise _Terminated(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    if before[signal.SIGHUP] is signal.SIG_IGN:
+        del before[signal.SIGHUP]  # by `nohup`
+    for number in before:
+        signal.signal(number, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -318,13 +318,13 @@ class _Counts(Observer):
         self._loop = asyncio.get_running_loop()
 
     def launched(self, job: Job, now: float) -> None:
-        self._tally.launched(job.reserve)
+        self._tally.launched()
         self._times.append(self._loop.time())
 
     def attempted(self, attempt: Attempt, answer: Answer, failure: str) -> None:
         prompt, output = max(attempt.prompt_tokens, 0), max(attempt.output_tokens, 0)
         throttled = attempt.outcome in (Outcome.THROTTLED, Outcome.SLOW_DOWN)
-        self._tally.answered(attempt.charged_tokens, prompt + output, throttled)
+        self._tally.answered(attempt.reserved_tokens, attempt.charged_tokens, prompt + output, throttled)
         for i, name in enumerate(_WAITED, 1):
             self._tally.waits_s[i] += getattr(attempt, name)
         if attempt.outcome is Outcome.OK:

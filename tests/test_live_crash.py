@@ -131,7 +131,7 @@ def until_done(folder: Path, process: Process, least: int = 3) -> None:
     raise AssertionError(f"nothing has ended: {process.err.read_text()}")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_lets_those_in_flight_end_and_the_run_resumes(cli: Cli, tmp_path: Path, number: int) -> None:
     batch(tmp_path / "requests.jsonl", REQUESTS)
     with provider(latency=LATENCY | {"first_token_s": 0.3}) as served:
@@ -175,6 +175,8 @@ def test_a_second_signal_cancels_what_is_in_flight(cli: Cli, tmp_path: Path) -> 
     assert ran.err.count("nothing more is launched") == 1
     with Journal.open(tmp_path / "results.journal.db") as journal:
         counts = journal.counts()
+        # What was cancelled in flight is not counted: no figure differs from what `status` and `resume` read.
+        assert ran.json["attempts"] == len(list(journal.attempts()))
     assert 1 <= counts.resent <= IN_FLIGHT
     assert counts.in_flight == 0
     with provider() as served:
@@ -293,3 +295,39 @@ def test_two_processes_cannot_run_one_journal(cli: Cli, tmp_path: Path) -> None:
         assert process.wait().code == 0
         assert served.stats()["requests"] == REQUESTS
     check_whole(tmp_path, REQUESTS)
+
+
+def test_two_journals_cannot_write_the_same_results(cli: Cli, tmp_path: Path) -> None:
+    batch(tmp_path / "requests.jsonl", REQUESTS)
+    with provider(latency=LATENCY) as served:
+        args = run_args(tmp_path, served.base_url)
+        process = cli.start(*args, env=ENV)
+        until_done(tmp_path, process, 1)
+        second = cli.run(*args, "--journal", tmp_path / "another.db", env=ENV)
+        assert (second.code, second.err.count("\n")) == (2, 1)
+        assert "results.jsonl: another run writes its results there" in second.err
+        assert not (tmp_path / "another.db").exists()
+        assert process.wait().code == 0
+        assert served.stats()["requests"] == REQUESTS
+    check_whole(tmp_path, REQUESTS)
+
+
+def test_a_followed_run_that_is_ended_early_can_be_begun_again(cli: Cli, tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    batch(tmp_path / "requests.jsonl", 8)
+    with provider(latency=LATENCY) as served:
+        args = run_args(tmp_path, served.base_url, "--follow")
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            process = cli.start(*args, env=ENV)
+            time.sleep(rng.uniform(0.0, 0.3))
+            process.signal(number)
+            # Before Python has taken over, a signal ends a process as it ends any.
+            assert process.wait().code in (0, 128 + number, -number)
+        # As an earlier version left it: empty files, and no journal.
+        for path in tmp_path.glob("results*"):
+            path.unlink()
+        (tmp_path / "results.jsonl").touch()
+        (tmp_path / "results.errors.jsonl").touch()
+        ran = cli.run(*args, env=ENV)
+        assert ran.code == 0, ran.err
+    check_whole(tmp_path, 8)

@@ -272,6 +272,7 @@ def exit_codes() -> str:
             meaning = re.split(r" {2,}", meaning)[0]
             # One line of the docstring may speak of several codes, in their order.
             rows += zip(codes.split(", "), meaning.split(", ") if "," in codes else [meaning], strict=True)
+    rows.append((cli.HUNG_UP, "ended by SIGHUP: its terminal was closed"))
     rows.append((cli.INTERRUPTED, "interrupted by Ctrl-C: no file was left unfinished"))
     rows.append((cli.PIPE_CLOSED, "whoever read the output has closed it"))
     rows.append((cli.TERMINATED, "ended by SIGTERM: no file was left unfinished"))

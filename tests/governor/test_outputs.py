@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from governor.errors import BadInput
-from governor.outputs import Followed, check_writable, errors_path, journal_path, replaced, write_results
+from governor.outputs import Followed, check_writable, claimed, errors_path, journal_path, replaced, write_results
 
 
 def hidden(folder: Path) -> list[str]:
@@ -91,3 +91,26 @@ def test_a_symbolic_link_stays_one(tmp_path: Path) -> None:
         file.write("new")
     assert link.is_symlink()
     assert target.read_text() == "new"
+
+
+def test_results_are_as_private_as_the_journal(tmp_path: Path) -> None:
+    out = tmp_path / "r.jsonl"
+    write_results(out, [(True, "an answer"), (False, "a failure")])
+    Followed(out).close()
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {
+        "r.jsonl": 0o600,
+        "r.errors.jsonl": 0o600,
+    }
+
+
+def test_results_are_claimed_by_one_run_and_free_when_it_ends(tmp_path: Path) -> None:
+    out = tmp_path / "r.jsonl"
+    (tmp_path / "link.jsonl").symlink_to(out)
+    for _ in range(2):
+        with claimed(out):
+            for other in (out, tmp_path / "link.jsonl"):
+                with pytest.raises(BadInput, match="another run writes its results there"), claimed(other):
+                    raise AssertionError("claimed twice")
+            with claimed(tmp_path / "another.jsonl"):
+                pass
+        assert [path.name for path in tmp_path.iterdir()] == ["link.jsonl"]

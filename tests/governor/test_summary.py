@@ -405,11 +405,11 @@ def tallied(attempts: list[Attempt], ends: list[Ended]) -> Tally:
     for _, i, a in sorted(events, key=lambda event: event[:2]):
         used = max(0, a.prompt_tokens) + max(0, a.output_tokens)
         if i % 2:
-            tally.launched(a.reserved_tokens)
+            tally.launched()
             for cause in range(1, BACKOFF + 1):
                 tally.waits_s[cause] += getattr(a, f"waited_{CAUSES[cause]}_s")
             continue
-        tally.answered(a.charged_tokens, used, a.outcome in (Outcome.THROTTLED, Outcome.SLOW_DOWN))
+        tally.answered(a.reserved_tokens, a.charged_tokens, used, a.outcome in (Outcome.THROTTLED, Outcome.SLOW_DOWN))
         if a.outcome == Outcome.OK and a.lane == "main":
             tally.work.add(a.submitted_s, a.charged_tokens, used, a.finished_s - a.launched_s)
         elif a.outcome == Outcome.OK:
@@ -505,8 +505,8 @@ class TestCost:
             tally = Tally()
             tracemalloc.start()
             for i in range(n):
-                tally.launched(700)
-                tally.answered(500, 400, False)
+                tally.launched()
+                tally.answered(700, 500, 400, False)
                 tally.work.add(0.0, 500.0, 400.0, 1.0 + i)
                 tally.ended("", float(i))
             size, _ = tracemalloc.get_traced_memory()
@@ -518,8 +518,8 @@ class TestCost:
     def test_a_call_does_the_same_however_many_went_before(self) -> None:
         tally = Tally()
         calls = {
-            "launched": lambda: tally.launched(700),
-            "answered": lambda: tally.answered(500, 400, False),
+            "launched": tally.launched,
+            "answered": lambda: tally.answered(700, 500, 400, False),
             "ended": lambda: tally.ended("", 3.0),
             "add": lambda: tally.work.add(0.0, 500.0, 400.0, 1.0),
         }

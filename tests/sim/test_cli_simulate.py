@@ -222,6 +222,7 @@ def test_a_real_pipe(root: Path, batch: Path) -> None:
     [
         (signal.SIGINT, 130, "interrupted: no file was left unfinished\n"),
         (signal.SIGTERM, 143, "terminated: no file was left unfinished\n"),
+        (signal.SIGHUP, 129, "terminated: no file was left unfinished\n"),
     ],
 )
 def test_a_signal_ends_it_with_one_line_and_no_file(
