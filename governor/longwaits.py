@@ -13,12 +13,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from governor.answers import quoted_numbers
 from governor.driver import Governor, Observer
 from governor.errors import FailureCode
 from governor.policy import Policy
 from governor.pools import Pool
 from governor.requests import Answer, Attempt, Outcome
+from governor.stated import quoted_numbers
 from governor.words import duration
 from governor.work import THROTTLES
 

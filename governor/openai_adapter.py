@@ -14,20 +14,25 @@ queue whose waiting nobody could attribute. Idle ones are, since each costs time
 Every attempt carries `X-Client-Request-Id: paceline-RUN-INDEX-ATTEMPT`, so that the provider's logs can be matched with
 ours even for an attempt that never got an answer. A key goes into a header and nowhere else: whatever comes back, or is
 raised, is searched for it before it becomes an answer.
+
+An answer is read within bounds (`_BoundedClient`), since a server may send anything: as it is unpacked, up to a size,
+and not from wherever it redirects to, which would get the prompt and the key.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import re
 import secrets
+import socket
+import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
-from ssl import SSLContext
 from typing import Any, Self
 from urllib.parse import urlsplit
 
@@ -43,11 +48,11 @@ from openai import (
     Timeout,
 )
 
-from governor.answers import classify, dropped, malformed, timed_out
+from governor.answers import classify, dropped, local, malformed, timed_out
 from governor.errors import BadSetting
 from governor.estimate import CHAT, EMBEDDINGS, RESPONSES
 from governor.pools import BASE_URL, Pool, checked_url, key_of
-from governor.requests import Answer, Request
+from governor.requests import Answer, Outcome, Request
 
 AZURE_ENDPOINT = "AZURE_OPENAI_ENDPOINT"
 AZURE_API_VERSION = "OPENAI_API_VERSION"
@@ -65,6 +70,18 @@ IDLE_MAX = 8
 # It looks at those in use as well, so that what is in flight is spread over several clients of so many requests each:
 # with 50 in flight a request took an eighth less CPU with 8 than with 64.
 LANE_MOST = 8
+# The largest answer known, 2,048 embeddings of 1,536 numbers, is 75 MB; in base64 ("encoding_format") it is a fifth.
+ANSWER_BYTES_MAX = 128 * 2**20
+# What is kept of a larger one.
+_HEAD_BYTES = 2**16
+# How an answer may be packed: what the standard library unpacks, once. Others may grow without bound in a single step.
+_PACKINGS = ("", "identity", "gzip", "deflate")
+_FAULT = "paceline_fault"
+_CUT = "cut off"
+# This machine's own exhaustion: descriptors, memory, ports, disk.
+_LOCAL_ERRORS = (
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL, errno.ENOSPC, errno.EDQUOT),
+)
 # With it the SDK hands the response out as it came.
 _RAW = {"X-Stainless-Raw-Response": "true"}
 _HIDDEN = "***"
@@ -157,10 +174,15 @@ class Adapter:
             response = error.response
         except Exception as error:
             return self._unanswered(error)
-        content: bytes = response.content
-        if self._is_secret and self._key in content:
-            content = content.replace(self._key, _HIDDEN.encode())
-        return classify(response.status_code, response.headers, content, now_epoch=time.time())
+        hide = self._key.decode() if self._is_secret else ""
+        fault = response.extensions.get(_FAULT, "")
+        answer = classify(response.status_code, response.headers, response.content, now_epoch=time.time(), hide=hide)
+        if not fault or answer.outcome not in (Outcome.OK, Outcome.MALFORMED):
+            return answer
+        if fault.startswith(_CUT):
+            # More was announced than the whole answer, or the connection broke off before it was there.
+            return answer if answer.outcome is Outcome.OK else dropped(f"no answer from {self.address}: {fault}")
+        return malformed(f"{self.address} sent an answer {fault}: it is not asked for again", answer.status, answer.raw)
 
     async def _post(self, path: str, body: dict[str, Any], options: Any) -> Any:
         """The SDK's call; the response as httpx knows it."""
@@ -185,13 +207,80 @@ class Adapter:
         while isinstance(cause, APIConnectionError) and cause.__cause__ is not None:
             cause = cause.__cause__
         kind = type(cause).__name__
-        words = " ".join(str(cause).split())[:300]
+        words = str(cause)[:300]
         if self._is_secret:
             words = words.replace(self._key.decode(), _HIDDEN)
         message = f"{kind}: {words}" if words else kind
-        if kind == "DecodingError":
-            return malformed(f"{self.address} sent what cannot be decoded: {message}", 200)
-        return dropped(f"no answer from {self.address}: {message}")
+        chain = list(_causes(error))
+        exhausted = next((each for each in chain if _is_local(each)), None)
+        if exhausted is not None:
+            return local(f"this machine could not send it: {exhausted}")
+        # No such host, or a certificate of another's: the address may be wrong.
+        astray = any(isinstance(each, socket.gaierror | ssl.SSLCertVerificationError) for each in chain)
+        return dropped(f"no answer from {self.address}: {message}", misaddressed=astray)
+
+
+class _BoundedClient(DefaultAsyncHttpxClient):
+    """Reads each response to its end, within bounds, whatever its status; the SDK would read a refusal's without any.
+
+    What is wrong with the body stands in the response's extensions; the body is then what came before.
+    """
+
+    async def send(self, request: Any, **options: Any) -> Any:
+        response = await super().send(request, **{**options, "stream": True, "follow_redirects": False})
+        content = bytearray()
+        try:
+            fault = await _read(response, content)
+        finally:
+            await response.aclose()
+        if fault and not fault.startswith(_CUT):
+            del content[_HEAD_BYTES:]
+        names = ("content-encoding", "content-length", "transfer-encoding")
+        headers = [(name, value) for name, value in response.headers.multi_items() if name.lower() not in names]
+        extensions = {**response.extensions, _FAULT: fault}
+        return type(response)(
+            response.status_code, headers=headers, content=bytes(content), request=request, extensions=extensions
+        )
+
+
+async def _read(response: Any, content: bytearray) -> str:
+    """Fills `content` with what the response holds; returns what is wrong with it, "" for nothing."""
+    packing = response.headers.get("content-encoding", "").strip().lower()
+    if packing not in _PACKINGS:
+        return f"packed as {packing[:40]!r}, which was not asked for"
+    try:
+        async for part in response.aiter_bytes():
+            content += part
+            if len(content) > ANSWER_BYTES_MAX:
+                return f"of more than {ANSWER_BYTES_MAX // 2**20} MiB (ask for less in one request)"
+    except _transport().DecodingError as error:
+        return f"that cannot be unpacked ({error})"
+    except (_transport().ReadError, _transport().RemoteProtocolError) as error:
+        return f"{_CUT}: {error}"
+    return ""
+
+
+def _transport() -> Any:
+    """The package of the SDK's own transport: httpx2 under SDK 3, httpx under SDK 2."""
+    return import_module(type(DEFAULT_CONNECTION_LIMITS).__module__.partition(".")[0])
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An exception and all that led to it."""
+    left: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while left:
+        each = left.pop()
+        if each is not None and id(each) not in seen:
+            seen.add(id(each))
+            yield each
+            left += [each.__cause__, each.__context__, *getattr(each, "exceptions", ())]
+
+
+def _is_local(error: BaseException) -> bool:
+    if isinstance(error, socket.gaierror):
+        return error.errno in (socket.EAI_SYSTEM, socket.EAI_MEMORY)
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _LOCAL_ERRORS)
 
 
 def capped(request: Request, tokens: int) -> dict[str, int]:
@@ -235,14 +324,13 @@ def _addressed(pool: Pool, environment: Mapping[str, str]) -> Pool:
     return replace(pool, azure=replace(azure, endpoint=endpoint, api_version=version))
 
 
-def _ssl_context() -> SSLContext:
+def _ssl_context() -> ssl.SSLContext:
     """What each client would make for itself, in some 30 ms during which nothing else happens: one for all of them."""
-    transport = import_module(type(DEFAULT_CONNECTION_LIMITS).__module__.partition(".")[0])
-    context: SSLContext = transport.create_ssl_context()
+    context: ssl.SSLContext = _transport().create_ssl_context()
     return context
 
 
-def _client(pool: Pool, key: str, context: SSLContext) -> AsyncOpenAI:
+def _client(pool: Pool, key: str, context: ssl.SSLContext) -> AsyncOpenAI:
     # The class of the SDK's own limits: httpx2 under SDK 3, httpx under SDK 2.
     limits = type(DEFAULT_CONNECTION_LIMITS)(
         max_connections=None, max_keepalive_connections=IDLE_MAX, keepalive_expiry=KEEPALIVE_S
@@ -252,7 +340,8 @@ def _client(pool: Pool, key: str, context: SSLContext) -> AsyncOpenAI:
         "timeout": TIMEOUT_S,
         "organization": pool.organization or None,
         "project": pool.project or None,
-        "http_client": DefaultAsyncHttpxClient(limits=limits, verify=context),
+        "http_client": _BoundedClient(limits=limits, verify=context),
+        "default_headers": {"Accept-Encoding": "gzip, deflate"},
     }
     if pool.azure is None:
         return AsyncOpenAI(api_key=key, base_url=pool.base_url or OPENAI_URL, **common)

@@ -28,7 +28,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from governor.answers import QUOTA_CODES
+from governor.codes import QUOTA_CODES
 from governor.errors import BadSetting
 from governor.keyed import keyed_uniform
 from governor.yamlfile import read_yaml

@@ -17,8 +17,8 @@ import math
 import struct
 from dataclasses import dataclass
 
-from governor.answers import DAY_S, MINUTE_S, duration_text, refill_reset_s
 from governor.estimate import CHAT, COMPLETIONS, RESPONSES
+from governor.stated import DAY_S, MINUTE_S, duration_text, refill_reset_s
 from sim import provider as prov
 from sim.provider import ProviderParams, ProviderState
 

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from governor import answers
+from governor import answers, stated
 from governor.requests import Limit, Outcome
 
 PHRASES = {"TPM": "tokens per min", "RPM": "requests per min", "TPD": "tokens per day", "RPD": "requests per day"}
@@ -85,30 +85,30 @@ def response_body(text: str | None, status: str = "completed", reason: str | Non
     ],
 )
 def test_go_durations(text: str, seconds: float) -> None:
-    assert answers.duration_s(text) == pytest.approx(seconds, rel=1e-12, abs=1e-15)
+    assert stated.duration_s(text) == pytest.approx(seconds, rel=1e-12, abs=1e-15)
 
 
 @pytest.mark.parametrize(
     "text", ["", "s", "5", "-1s", "1.2.3s", "1d", "5 s", "soon", "1s2", "NaN", "９s", "9" * 70 + "s"]
 )
 def test_what_is_no_duration(text: str) -> None:
-    assert answers.duration_s(text) == -1.0
+    assert stated.duration_s(text) == -1.0
 
 
 @given(st.integers(0, 10**10))
 def test_durations_are_printed_as_they_are_read(ms: int) -> None:
-    text = answers.duration_text(ms / 1000)
-    assert round(answers.duration_s(text) * 1000) == ms
+    text = stated.duration_text(ms / 1000)
+    assert round(stated.duration_s(text) * 1000) == ms
     assert text.endswith("s")
     assert "e" not in text
 
 
 @pytest.mark.timeout(5)
 def test_a_long_run_of_digits_is_given_up_at_once() -> None:
-    assert answers.duration_s("1" * 64) == -1.0
-    assert answers.stated_wait_s("try again in " + "1" * 1_000_000) == -1.0
-    assert answers.stated_wait_s("try again in " * 100_000) == -1.0
-    assert answers.quoted_numbers("Limit " + "1," * 1_000_000).limit > 0
+    assert stated.duration_s("1" * 64) == -1.0
+    assert stated.stated_wait_s("try again in " + "1" * 1_000_000) == -1.0
+    assert stated.stated_wait_s("try again in " * 100_000) == -1.0
+    assert stated.quoted_numbers("Limit " + "1," * 1_000_000).limit > 0
 
 
 # ---------------------------------------------------------------- waits
@@ -136,7 +136,7 @@ def test_a_long_run_of_digits_is_given_up_at_once() -> None:
     ],
 )
 def test_waits_stated_in_messages(message: str, seconds: float) -> None:
-    assert answers.stated_wait_s(message) == pytest.approx(seconds)
+    assert stated.stated_wait_s(message) == pytest.approx(seconds)
 
 
 NOW = 1_445_412_480.0  # Wed, 21 Oct 2015 07:28:00 GMT
@@ -166,14 +166,14 @@ NOW = 1_445_412_480.0  # Wed, 21 Oct 2015 07:28:00 GMT
     ],
 )
 def test_retry_after(headers: dict[Any, Any] | None, message: str, seconds: float) -> None:
-    assert answers.retry_after_s(headers, message, now_epoch=NOW) == pytest.approx(seconds)
+    assert stated.retry_after_s(headers, message, now_epoch=NOW) == pytest.approx(seconds)
 
 
 def test_a_date_without_a_zone_is_not_the_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TZ", "Asia/Tokyo")
     time.tzset()
     try:
-        wait_s = answers.retry_after_s({"retry-after": "Wed, 21 Oct 2015 07:29:30 -0000"}, now_epoch=NOW)
+        wait_s = stated.retry_after_s({"retry-after": "Wed, 21 Oct 2015 07:29:30 -0000"}, now_epoch=NOW)
     finally:
         monkeypatch.undo()
         time.tzset()
@@ -181,7 +181,7 @@ def test_a_date_without_a_zone_is_not_the_machines(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_date_means_nothing_without_a_clock() -> None:
-    assert answers.retry_after_s({"retry-after": "Wed, 21 Oct 2015 07:29:30 GMT"}) == -1.0
+    assert stated.retry_after_s({"retry-after": "Wed, 21 Oct 2015 07:29:30 GMT"}) == -1.0
 
 
 # ---------------------------------------------------------------- the recorded messages
@@ -204,10 +204,10 @@ def test_the_wait_formula_prints_the_recorded_waits(messages: list[dict[str, str
     others = []
     for row in logs:
         limit, used, requested = (int(row[name]) for name in ("limit", "used", "requested"))
-        wait_s = answers.refill_wait_s(limit, used, requested, window_s(row["dimension"]))
-        if answers.duration_text(wait_s) != row["try_again_in"]:
+        wait_s = stated.refill_wait_s(limit, used, requested, window_s(row["dimension"]))
+        if stated.duration_text(wait_s) != row["try_again_in"]:
             others.append(
-                (row["source"], row["try_again_in"], answers.refill_wait_s(limit, used, requested, 30 * 86_400))
+                (row["source"], row["try_again_in"], stated.refill_wait_s(limit, used, requested, 30 * 86_400))
             )
     assert others == [("openai/openai-dotnet#404", "114h18m0s", 411_480.0)]
 
@@ -220,7 +220,7 @@ def test_recorded_messages_are_read_whole(messages: list[dict[str, str]]) -> Non
         message = rate_message(row["dimension"], limit, used, requested, row["try_again_in"], row["model"])
         kind = "tokens" if row["dimension"].startswith("T") else "requests"
         answer = answers.classify(429, {}, error_body(message, kind, "rate_limit_exceeded"))
-        assert answers.quoted_numbers(message) == answers.Quoted(row["dimension"], limit, used, requested)
+        assert stated.quoted_numbers(message) == stated.Quoted(row["dimension"], limit, used, requested)
         assert answer.outcome is Outcome.THROTTLED
         assert answer.retry_after_s == pytest.approx(float(row["wait_s"]), abs=1e-9)
 
@@ -229,13 +229,13 @@ def test_recorded_messages_are_read_whole(messages: list[dict[str, str]]) -> Non
 def test_the_two_formulas_agree_and_floor(limit: int, data: st.DataObject, length_s: float) -> None:
     used = data.draw(st.integers(0, limit))
     requested = data.draw(st.integers(0, limit))
-    wait_s = answers.refill_wait_s(limit, used, requested, length_s)
+    wait_s = stated.refill_wait_s(limit, used, requested, length_s)
     exact_ms = max(Fraction(0), Fraction(used + requested - limit, limit) * int(length_s * 1000))
     assert wait_s * 1000 == pytest.approx(round(wait_s * 1000), abs=1e-6)
     # Floored; where the exact value is a whole ms, floating point may lose it.
     assert -1e-6 <= float(exact_ms) - wait_s * 1000 <= 1 + 1e-6
     # What a whole limit's request waits for is what was used: the bucket must be full again.
-    assert answers.refill_reset_s(limit, limit - used, length_s) == answers.refill_wait_s(limit, used, limit, length_s)
+    assert stated.refill_reset_s(limit, limit - used, length_s) == stated.refill_wait_s(limit, used, limit, length_s)
 
 
 @pytest.mark.parametrize(
@@ -244,19 +244,19 @@ def test_the_two_formulas_agree_and_floor(limit: int, data: st.DataObject, lengt
         (
             "Rate limit reached for default-gpt-3.5-turbo in organization org-x on requests per min. "
             "Limit: 3 / min. Please try again in 20s.",
-            answers.Quoted("RPM", 3),
+            stated.Quoted("RPM", 3),
         ),
         (
             "on tokens per min. Limit: 10,000 / min. Current: 9,820.5 / min.",
-            answers.Quoted("TPM", 10_000, 9_820.5),
+            stated.Quoted("TPM", 10_000, 9_820.5),
         ),
-        ("on tokens per day (TPD): Limit 5, Used 4, Requested 2.", answers.Quoted("TPD", 5, 4, 2)),
-        ("Limitless, used to it", answers.Quoted()),
-        ("", answers.Quoted()),
+        ("on tokens per day (TPD): Limit 5, Used 4, Requested 2.", stated.Quoted("TPD", 5, 4, 2)),
+        ("Limitless, used to it", stated.Quoted()),
+        ("", stated.Quoted()),
     ],
 )
-def test_figures_in_other_wordings(message: str, expected: answers.Quoted) -> None:
-    assert answers.quoted_numbers(message) == expected
+def test_figures_in_other_wordings(message: str, expected: stated.Quoted) -> None:
+    assert stated.quoted_numbers(message) == expected
 
 
 # ---------------------------------------------------------------- the recorded headers
@@ -286,7 +286,7 @@ def test_recorded_durations_are_printed_as_recorded(responses: list[dict[str, st
     texts.discard("")
     assert len(texts) > 50
     for text in texts:
-        assert answers.duration_text(answers.duration_s(text)) == text
+        assert stated.duration_text(stated.duration_s(text)) == text
 
 
 def reset_kind(row: dict[str, str], kind: str) -> str:
@@ -296,10 +296,10 @@ def reset_kind(row: dict[str, str], kind: str) -> str:
     of a unit that `remaining` rounds away; `day`: either of these over 86,400 s.
     """
     limit, remaining = int(row[f"limit_{kind}"]), int(row[f"remaining_{kind}"])
-    reset_ms = round(answers.duration_s(row[f"reset_{kind}"]) * 1000)
+    reset_ms = round(stated.duration_s(row[f"reset_{kind}"]) * 1000)
 
     def span_ms(length_s: float) -> tuple[int, int]:
-        low, high = (answers.refill_reset_s(limit, remaining + less, length_s) for less in (1, 0))
+        low, high = (stated.refill_reset_s(limit, remaining + less, length_s) for less in (1, 0))
         return round(low * 1000), round(high * 1000)
 
     low, high = span_ms(60.0)
@@ -336,20 +336,20 @@ def test_the_reset_formula_holds_for_tokens(responses: list[dict[str, str]]) -> 
     # Not one reset lies above the formula, not even by a ms: `remaining` is rounded down.
     for _, row in kinds:
         limit, remaining = int(row["limit_tokens"]), int(row["remaining_tokens"])
-        assert answers.duration_s(row["reset_tokens"]) <= answers.refill_reset_s(limit, remaining, 60.0)
+        assert stated.duration_s(row["reset_tokens"]) <= stated.refill_reset_s(limit, remaining, 60.0)
 
 
 def test_recorded_headers_become_limits(responses: list[dict[str, str]]) -> None:
     """All 709 rows. Requests are daily in 34 of OpenAI's (section 3) and in all of Groq's: 14,400, one back in 6 s."""
     seen: Counter[tuple[str, str]] = Counter()
     for row in responses:
-        found = {limit.dimension: limit for limit in answers.limits_of(headers_of(row))}
+        found = {limit.dimension: limit for limit in stated.limits_of(headers_of(row))}
         for dimension, limit in found.items():
             kind = "tokens" if dimension.startswith("T") else "requests"
             assert limit == Limit(dimension, float(row[f"limit_{kind}"]), float(row[f"remaining_{kind}"]))
             seen[row["provider"], dimension] += 1
-        stated = [kind for kind in ("requests", "tokens") if row[f"limit_{kind}"] and row[f"remaining_{kind}"]]
-        assert len(found) == len(stated)
+        told = [kind for kind in ("requests", "tokens") if row[f"limit_{kind}"] and row[f"remaining_{kind}"]]
+        assert len(found) == len(told)
     assert seen == {
         ("openai", "RPM"): 638 - 34,
         ("openai", "RPD"): 34,
@@ -370,7 +370,6 @@ LIMIT, REMAINING, RESET = (f"x-ratelimit-{part}-tokens" for part in ("limit", "r
     [
         ("-1", "-1"),
         ("0", "0"),
-        ("120000", "-27689"),
         ("120000", "120001"),
         ("nan", "nan"),
         ("120000", "nan"),
@@ -382,15 +381,19 @@ LIMIT, REMAINING, RESET = (f"x-ratelimit-{part}-tokens" for part in ("limit", "r
     ],
 )
 def test_implausible_limits_are_ignored(limit: str, remaining: str) -> None:
-    assert answers.limits_of({LIMIT: limit, REMAINING: remaining, RESET: "0"}) == ()
+    assert stated.limits_of({LIMIT: limit, REMAINING: remaining, RESET: "0"}) == ()
+
+
+def test_a_negative_remaining_is_an_overshoot() -> None:
+    assert stated.limits_of({LIMIT: "120000", REMAINING: "-27689", RESET: "64"}) == (Limit("TPM", 120_000, -27_689),)
 
 
 @pytest.mark.parametrize("reset", ["7", "64", "500", "-1", "", "soon", "2023-01-01T00:00:00Z"])
 def test_a_reset_of_unknown_unit_decides_nothing(reset: str) -> None:
     """Azure sends integers, once as ms and once as what may be seconds: not even 500 makes this a daily limit."""
     headers = {"x-ratelimit-limit-requests": "120", "x-ratelimit-remaining-requests": "119"}
-    assert answers.limits_of(headers | {"x-ratelimit-reset-requests": reset}) == (Limit("RPM", 120, 119),)
-    assert answers.limits_of({LIMIT: "120000", REMAINING: "119986", RESET: reset}) == (Limit("TPM", 120000, 119986),)
+    assert stated.limits_of(headers | {"x-ratelimit-reset-requests": reset}) == (Limit("RPM", 120, 119),)
+    assert stated.limits_of({LIMIT: "120000", REMAINING: "119986", RESET: reset}) == (Limit("TPM", 120000, 119986),)
 
 
 @given(st.integers(1, 10**6), st.data(), st.sampled_from(["minute", "day"]))
@@ -399,17 +402,17 @@ def test_the_window_is_told_from_the_reset(limit: int, data: st.DataObject, wind
     used = data.draw(st.floats(0.1 if window == "minute" else 0.5, limit))
     length_s = {"minute": 60.0, "day": 86_400.0}[window]
     remaining = math.floor(limit - used)
-    reset_s = answers.refill_reset_s(limit, limit - used, length_s)
+    reset_s = stated.refill_reset_s(limit, limit - used, length_s)
     # Where a day's worth of refill takes less than 12 ms, flooring to ms hides the window.
     if window == "day" and used / limit * 86_400 < 0.012:
         return
-    assert answers.dimension_of(limit, remaining, reset_s, "minute", "day") == window
+    assert stated.dimension_of(limit, remaining, reset_s, "minute", "day") == window
 
 
 @pytest.mark.parametrize(("used", "reset_s"), [(1, 50.0), (2, 59.0), (7, 31.0), (400, 12.0)])
 def test_a_counter_emptied_once_a_minute_is_no_daily_limit(used: int, reset_s: float) -> None:
     """Its reset is the rest of the minute, whatever is used: by the bucket's formula anything from 60 s to hours."""
-    assert answers.dimension_of(500.0, 500.0 - used, reset_s, "minute", "day") == "minute"
+    assert stated.dimension_of(500.0, 500.0 - used, reset_s, "minute", "day") == "minute"
 
 
 def test_a_projects_smaller_limit_stands_for_its_dimension() -> None:
@@ -425,7 +428,7 @@ def test_a_projects_smaller_limit_stands_for_its_dimension() -> None:
         "x-ratelimit-limit-input-images": "50",
         "x-ratelimit-remaining-input-images": "49",
     }
-    assert set(answers.limits_of(headers)) == {Limit("TPM", 60_000, 57_000), Limit("RPM", 30_000, 29_999)}
+    assert set(stated.limits_of(headers)) == {Limit("TPM", 60_000, 57_000), Limit("RPM", 30_000, 29_999)}
 
 
 def test_anthropics_headers() -> None:
@@ -436,7 +439,7 @@ def test_anthropics_headers() -> None:
         "anthropic-ratelimit-input-tokens-limit": "40000",
         "anthropic-ratelimit-input-tokens-remaining": "39000",
     }
-    assert set(answers.limits_of(headers)) == {Limit("RPM", 50, 49), Limit("TPM", 40_000, 39_000)}
+    assert set(stated.limits_of(headers)) == {Limit("RPM", 50, 49), Limit("TPM", 40_000, 39_000)}
 
 
 # ---------------------------------------------------------------- classify
@@ -481,7 +484,7 @@ REFUSALS: list[tuple[int, object, Outcome]] = [
     (403, error_body(QUOTA, "insufficient_quota", "insufficient_quota"), Outcome.QUOTA),
     (429, error_body(QUOTA), Outcome.QUOTA),
     (429, error_body(QUOTA, "RESOURCE_EXHAUSTED", "429"), Outcome.THROTTLED),
-    (402, None, Outcome.QUOTA),
+    (402, None, Outcome.BAD_REQUEST),
     (429, error_body("You are ramping too fast", "rate_limit_error", "slow_down"), Outcome.SLOW_DOWN),
     (503, error_body("Slow down", "service_unavailable_error", "slow_down"), Outcome.SLOW_DOWN),
     (503, error_body("busy", "service_unavailable_error", "server_is_overloaded"), Outcome.OVERLOADED),
@@ -497,10 +500,10 @@ REFUSALS: list[tuple[int, object, Outcome]] = [
     (400, error_body("max_tokens is too large: 50000.", "invalid_request_error", "invalid_value"), Outcome.BAD_REQUEST),
     (422, None, Outcome.BAD_REQUEST),
     (404, error_body("no such route", "invalid_request_error"), Outcome.BAD_REQUEST),
-    (404, error_body("The model does not exist", "invalid_request_error", "model_not_found"), Outcome.UNAUTHORIZED),
-    (404, error_body("The API deployment does not exist", None, "DeploymentNotFound"), Outcome.UNAUTHORIZED),
+    (404, error_body("The model does not exist", "invalid_request_error", "model_not_found"), Outcome.BAD_REQUEST),
+    (404, error_body("The API deployment does not exist", None, "DeploymentNotFound"), Outcome.BAD_REQUEST),
     (401, error_body("Incorrect API key provided", "invalid_request_error", "invalid_api_key"), Outcome.UNAUTHORIZED),
-    (403, error_body("Country not supported", "request_forbidden"), Outcome.UNAUTHORIZED),
+    (403, error_body("Country not supported", "request_forbidden"), Outcome.BAD_REQUEST),
     (429, error_body(AZURE, None, "429"), Outcome.THROTTLED),
     (429, error_body(AZURE_NEW, None, "429"), Outcome.THROTTLED),
     (429, {"error": "Resource Unavailable"}, Outcome.THROTTLED),
@@ -527,10 +530,10 @@ REFUSALS: list[tuple[int, object, Outcome]] = [
     (200, {"choices": "none"}, Outcome.MALFORMED),
     (200, {"type": [], "status": {}}, Outcome.MALFORMED),
     (204, "", Outcome.MALFORMED),
-    (302, None, Outcome.MALFORMED),
-    (0, None, Outcome.MALFORMED),
-    (-7, None, Outcome.MALFORMED),
-    (999, None, Outcome.MALFORMED),
+    (302, None, Outcome.BAD_REQUEST),
+    (0, None, Outcome.SERVER_ERROR),
+    (-7, None, Outcome.SERVER_ERROR),
+    (999, None, Outcome.SERVER_ERROR),
 ]
 
 
@@ -620,7 +623,7 @@ def test_recorded_statuses(responses: list[dict[str, str]]) -> None:
         outcomes[answer.outcome] += 1
         if answer.outcome is Outcome.OK:
             assert (answer.used_prompt_tokens, answer.used_output_tokens) == tuple(usage.values())
-        assert answer.limits == answers.limits_of(headers_of(row))
+        assert answer.limits == stated.limits_of(headers_of(row))
     assert outcomes == {Outcome.OK: 702, Outcome.BAD_REQUEST: 7}
 
 
@@ -682,8 +685,8 @@ def test_odd_answers_are_classified_and_never_raise(status: int, headers: Any, b
 
 @given(MESSAGES | st.text())
 def test_odd_messages_give_plausible_figures(message: str) -> None:
-    quoted = answers.quoted_numbers(message)
+    quoted = stated.quoted_numbers(message)
     assert quoted.dimension in {"", "TPM", "RPM", "TPD", "RPD"}
     assert all(value == -1.0 or 0.0 <= value < math.inf for value in (quoted.limit, quoted.used, quoted.requested))
-    assert answers.stated_wait_s(message) >= -1.0
-    assert answers.duration_s(message) >= -1.0
+    assert stated.stated_wait_s(message) >= -1.0
+    assert stated.duration_s(message) >= -1.0

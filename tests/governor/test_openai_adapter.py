@@ -19,7 +19,7 @@ import openai
 import psutil
 import pytest
 
-from governor import answers
+from governor.codes import QUOTA_CODES
 from governor.errors import BadSetting
 from governor.estimate import CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, sizes_of
 from governor.openai_adapter import IDLE_MAX, LANE_MOST, Adapter, capped
@@ -201,7 +201,7 @@ def test_any_text_arrives_as_it_was() -> None:
     async def serving(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         _, body = await read_request(reader)
         bodies.append(json.loads(body))
-        writer.write(b'HTTP/1.1 200 OK\r\ncontent-length: 11\r\n\r\n{"data":[]}')
+        writer.write(b'HTTP/1.1 200 OK\r\ncontent-length: 13\r\n\r\n{"data":[{}]}')
         await writer.drain()
 
     async def main() -> None:
@@ -242,10 +242,10 @@ EVENTS = [
     ({"kind": "throttled", "retry_after_s": 7.5}, Outcome.THROTTLED, 429, "rate_limit_exceeded", 7.5),
     ({"kind": "throttled"}, Outcome.THROTTLED, 429, "rate_limit_exceeded", -1.0),
     ({"kind": "slow_down", "retry_after_s": 3}, Outcome.SLOW_DOWN, 429, "slow_down", 3.0),
-    *(({"kind": "quota", "code": code}, Outcome.QUOTA, 429, code, -1.0) for code in sorted(answers.QUOTA_CODES)),
+    *(({"kind": "quota", "code": code}, Outcome.QUOTA, 429, code, -1.0) for code in sorted(QUOTA_CODES)),
     ({"kind": "overloaded"}, Outcome.OVERLOADED, 503, "server_is_overloaded", -1.0),
     ({"kind": "unauthorized"}, Outcome.UNAUTHORIZED, 401, "invalid_api_key", -1.0),
-    ({"kind": "model_not_found"}, Outcome.UNAUTHORIZED, 404, "model_not_found", -1.0),
+    ({"kind": "model_not_found"}, Outcome.BAD_REQUEST, 404, "model_not_found", -1.0),
     ({"kind": "server_error"}, Outcome.SERVER_ERROR, 500, "server_error", -1.0),
     ({"kind": "server_error", "status": 502}, Outcome.SERVER_ERROR, 502, "", -1.0),
     ({"kind": "server_error", "status": 504}, Outcome.SERVER_ERROR, 504, "", -1.0),

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from governor import answers
+from governor import stated
 from sim import provider as prov
 from sim.provider import RPD, RPM, TPD, TPM, ProviderParams, ProviderState
 from tests.sim.doors import changing, knock, quota, taken
@@ -83,7 +83,7 @@ def headers_agree(d: int, limit: float, left: float, reset_s: float, length_s: f
     pp.limit[d] = limit
     for share in (0.0, 0.5, 0.99, 1.0):
         ps.used[d] = low + share * (high - low)
-        prints = answers.refill_reset_s(limit, limit - ps.used[d], length_s)
+        prints = stated.refill_reset_s(limit, limit - ps.used[d], length_s)
         if low <= high and prov.remaining(pp, ps, d) == left and prints == reset_ms / 1000.0:
             return True
     return False
@@ -99,7 +99,7 @@ def test_headers_are_those_of_a_continuous_bucket(data_file: Callable[[str], Pat
             if not row[f"limit_{kind}"] or not row[f"reset_{kind}"]:
                 continue
             limit, left = float(row[f"limit_{kind}"]), float(row[f"remaining_{kind}"])
-            reset_s = answers.duration_s(row[f"reset_{kind}"])
+            reset_s = stated.duration_s(row[f"reset_{kind}"])
             seen[kind] += 1
             agree[kind] += any(headers_agree(d, limit, left, reset_s, LENGTH_S[d]) for d in windows)
     assert (agree["tokens"], seen["tokens"]) == (635, 637)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from governor import answers
+from governor import answers, stated
 from governor.estimate import CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, charge_of, sizes_of
 from governor.keyed import attempt_key
 from governor.policy import Policy
@@ -329,14 +329,14 @@ def test_a_429_prints_what_the_bucket_holds(dimension: str, limits: dict[str, in
     answer = parsed(desk, reply)
     assert answer.outcome is Outcome.THROTTLED
     assert (answer.status, answer.error_code) == (429, "rate_limit_exceeded")
-    numbers = answers.quoted_numbers(answer.message)
+    numbers = stated.quoted_numbers(answer.message)
     charge = charge_of("prompt_plus_max", sizes_of(CHAT, chat("x" * 4_000, max_tokens=3_000)), 0)
     assert numbers.dimension == dimension
     assert numbers.limit == limits[dimension.lower()]
     assert numbers.requested == (charge if dimension[0] == "T" else 1)
     # All came at one instant: nothing has drained, so that the figures are whole.
     assert numbers.used == (numbers.limit // numbers.requested) * numbers.requested
-    assert answer.retry_after_s == answers.refill_wait_s(numbers.limit, numbers.used, numbers.requested, window_s)
+    assert answer.retry_after_s == stated.refill_wait_s(numbers.limit, numbers.used, numbers.requested, window_s)
     assert json.loads(reply.body)["error"]["type"] == ("tokens" if dimension[0] == "T" else "requests")
     assert re.search(rf"on (tokens|requests) per (min|day) \({dimension}\): Limit ", answer.message)
     assert [limit.dimension for limit in answer.limits if limit.dimension == dimension] or dimension == "TPD"
@@ -346,7 +346,7 @@ def test_a_429_prints_what_the_bucket_holds(dimension: str, limits: dict[str, in
 def test_ways_to_state_a_wait(scale: float) -> None:
     config = PLAIN.with_(tpm=30_000, charge_rule="prompt_plus_max")
     # 7 * 4,001 = 28,007 are used, so that 2,008 are too many: 4.016 s.
-    exact_s = answers.refill_wait_s(30_000, 28_007, 4_001, 60.0)
+    exact_s = stated.refill_wait_s(30_000, 28_007, 4_001, 60.0)
     assert exact_s == 4.016
     found = {}
     for mode in ("absent", "ms", "seconds"):
@@ -366,7 +366,7 @@ def test_too_large_quota_and_slow_down() -> None:
     desk = Desk(PLAIN.with_(tpm=1_000, charge_rule="prompt_plus_max"))
     answer = parsed(desk, asked(desk, chat("x", max_tokens=5_000)))
     assert answer.outcome is Outcome.TOO_LARGE
-    numbers = answers.quoted_numbers(answer.message)
+    numbers = stated.quoted_numbers(answer.message)
     assert (numbers.limit, numbers.requested, answer.retry_after_s) == (1_000, 5_002, -1.0)
 
     desk = Desk(PLAIN.with_(quota_requests=2))
@@ -405,9 +405,9 @@ def test_headers_state_what_the_buckets_hold(seed: int) -> None:
             assert float(headers[f"x-ratelimit-remaining-{word}"]) == max(0, math.floor(limit - used + 1e-6))
             text = headers[f"x-ratelimit-reset-{word}"]
             assert re.fullmatch(r"(\d+h)?(\d+m)?(\d+(\.\d{1,3})?s|\d+ms)", text), text
-            assert answers.duration_s(text) == pytest.approx(used / limit * length_s, abs=0.0011), (seed, i, word)
-        stated = {limit.dimension: limit for limit in parsed(desk, reply).limits}
-        assert stated["TPM"].remaining == prov.remaining(desk.pp, state, prov.TPM)
+            assert stated.duration_s(text) == pytest.approx(used / limit * length_s, abs=0.0011), (seed, i, word)
+        told = {limit.dimension: limit for limit in parsed(desk, reply).limits}
+        assert told["TPM"].remaining == prov.remaining(desk.pp, state, prov.TPM)
 
 
 def test_counts_are_of_the_admission_or_of_the_answer() -> None:

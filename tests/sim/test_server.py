@@ -28,7 +28,7 @@ import psutil
 import pytest
 from openai import OpenAI
 
-from governor import answers
+from governor import answers, stated
 from governor.errors import BadSetting
 from governor.estimate import CHAT, sizes_of
 from governor.requests import Outcome
@@ -175,22 +175,22 @@ def test_limits_quota_and_size_over_http() -> None:
     config = QUICK.with_(tpm=30_000, rpm=500, quota_requests=9, charge_rule="prompt_plus_max")
     with serve(config) as server, client(server) as sdk:
         raw = sdk.chat.completions.with_raw_response.create(**CHAT_BODY, max_tokens=4_000)
-        limits = {limit.dimension: limit for limit in answers.limits_of(raw.headers)}
+        limits = {limit.dimension: limit for limit in stated.limits_of(raw.headers)}
         charge = 3 + 4_000  # ceil((5 characters + "user") / 4) + max_tokens
         assert (limits["TPM"].limit, limits["TPM"].remaining) == (30_000, 30_000 - charge)
         assert (limits["RPM"].limit, limits["RPM"].remaining) == (500, 499)
-        reset_s = answers.duration_s(raw.headers["x-ratelimit-reset-tokens"])
-        assert reset_s == answers.refill_reset_s(30_000, 30_000 - charge, 60.0)
+        reset_s = stated.duration_s(raw.headers["x-ratelimit-reset-tokens"])
+        assert reset_s == stated.refill_reset_s(30_000, 30_000 - charge, 60.0)
         with pytest.raises(openai.RateLimitError, match="Request too large for gpt-4o") as too_large:
             sdk.chat.completions.create(**CHAT_BODY, max_tokens=40_000)
-        assert answers.quoted_numbers(str(too_large.value)).requested == 40_003
+        assert stated.quoted_numbers(str(too_large.value)).requested == 40_003
         for _ in range(6):
             sdk.chat.completions.create(**CHAT_BODY, max_tokens=4_000)
         with pytest.raises(openai.RateLimitError, match=r"^Error code: 429 .*Rate limit reached for gpt-4o ") as full:
             sdk.chat.completions.create(**CHAT_BODY, max_tokens=4_000)
-        numbers = answers.quoted_numbers(str(full.value))
-        stated_s = answers.retry_after_s(full.value.response.headers, str(full.value))
-        exact_s = answers.refill_wait_s(numbers.limit, numbers.used, numbers.requested, 60.0)
+        numbers = stated.quoted_numbers(str(full.value))
+        stated_s = stated.retry_after_s(full.value.response.headers, str(full.value))
+        exact_s = stated.refill_wait_s(numbers.limit, numbers.used, numbers.requested, 60.0)
         # Used is printed whole, rounded up: the stated wait is less by up to one token's refill, 2 ms.
         assert exact_s - 0.003 <= stated_s <= exact_s
         time.sleep(0.1)  # 50 tokens flow back, the three requests below take 12
