@@ -300,9 +300,11 @@ def _error_in(content: dict[str, Any] | None, text: str, success: bool) -> _Erro
     if not error and (not success or content.get("type") == "error" or content.get("error_code")):
         error = content.get("fault") or content  # proxies leave the wrapping out; a stream's `error` event has none
     if isinstance(error, str):
-        words = frozenset(word.lower() for word in (_word(content.get("error_type")),) if word)
+        said = [word for key in ("code", "error_type") if (word := _word(content.get(key)))]
         message = _word(content.get("message")) if " " not in error else ""
-        return _Error("", words, f"{error}: {message}" if message else error[:MESSAGE_CHARS_MAX], (content,))
+        words = frozenset(word.lower() for word in said)
+        whole = f"{error}: {message}" if message else error[:MESSAGE_CHARS_MAX]
+        return _Error(said[0] if said else "", words, whole, (content,))
     if not error and content.get("status") == "failed":
         return _Error("server_error", frozenset({"server_error"}), "the response failed without a reason")
     return _error_of(error, content) if isinstance(error, dict) else _Error()
@@ -313,21 +315,21 @@ def _error_of(error: dict[str, Any], content: dict[str, Any]) -> _Error:
     inner = error.get("error")
     if isinstance(inner, dict):  # the provider's own, wrapped once more by a gateway
         error = inner
-    holders = [error, content, *_objects(error.get("details"))]
+    holders = [error, *_objects(error.get("details"))]
     holders += [each for key in ("metadata", "innererror") if isinstance(each := error.get(key), dict)]
-    names = [_word(holder.get(key)) for holder in holders if holder is not content for key in _WORDS]
+    names = [_word(holder.get(key)) for holder in holders for key in _WORDS]
     violations = [each for holder in holders for each in _objects(holder.get("violations"))]
     names += [_word(each.get("quotaId")) for each in violations]
     code = next((word for key in ("code", "type", "__type", "status") if (word := _word(error.get(key)))), "")
     # "0" and "200" are how some say that there is no error.
     words = frozenset(name.rpartition("#")[2].lower() for name in names if name not in ("", "0", "200"))
     message = next((text for key in _MESSAGES if (text := _message(error.get(key)))), "")
-    raw = next((_word(holder.get("raw")) for holder in holders[2:] if holder.get("raw")), "")
+    raw = next((_word(holder.get("raw")) for holder in holders if holder.get("raw")), "")
     if raw and len(message) < 40:  # OpenRouter: "Provider returned error"
         message = f"{message}: {raw}"
     if not words and message.lower() in ("", "success", "ok"):
         return _Error()
-    return _Error(code, words, message[:MESSAGE_CHARS_MAX], tuple(holders))
+    return _Error(code, words, message[:MESSAGE_CHARS_MAX], (*holders, content))
 
 
 def _failed_choice(content: dict[str, Any]) -> tuple[_Error, Outcome | None]:

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("governor", "sim")
 
 UPPER = ("law", "policy", "keyed", "requests", "estimate", "answers", "preflight", "summary", "errors", "learning")
-UPPER += ("phrases", "summary_html")
+UPPER += ("phrases", "summary_html", "codes", "stated")
 # Compiled as they stand, so numbers and `math` are all they may know; a dataclass is the bag, not part of a function.
 NUMBERS_ONLY = {"law": {"math", "dataclasses"}, "keyed": {"math", "dataclasses"}}
 # No clock, no chance, no I/O, no threads among these. `datetime` is a value here: its clocks are barred by name below.

@@ -184,7 +184,7 @@ def test_a_daily_limit_that_nobody_configured_is_obeyed(cli: Cli, tmp_path: Path
 # ---------------------------------------------------------------- the account refuses
 
 
-@pytest.mark.parametrize("kind", ["quota", "unauthorized", "model_not_found"])
+@pytest.mark.parametrize("kind", ["quota", "unauthorized"])
 def test_a_refused_account_stops_the_run_after_those_in_flight(cli: Cli, tmp_path: Path, kind: str) -> None:
     batch(tmp_path / "requests.jsonl", 60)
     env = {"OPENAI_MAX_CONCURRENCY": "5"}

@@ -153,7 +153,7 @@ ERRORS = [
     ("quota", openai.RateLimitError, "insufficient_quota", Outcome.QUOTA),
     ("overloaded", openai.InternalServerError, "server_is_overloaded", Outcome.OVERLOADED),
     ("unauthorized", openai.AuthenticationError, "invalid_api_key", Outcome.UNAUTHORIZED),
-    ("model_not_found", openai.NotFoundError, "model_not_found", Outcome.UNAUTHORIZED),
+    ("model_not_found", openai.NotFoundError, "model_not_found", Outcome.BAD_REQUEST),
     ("server_error", openai.InternalServerError, None, Outcome.SERVER_ERROR),
 ]
 
@@ -168,7 +168,7 @@ def test_errors_are_the_sdk_s_own(kind: str, error: type[openai.APIStatusError],
         assert caught.value.code == code
         assert caught.value.request_id
         assert KEY not in str(caught.value)
-        assert server.stats()["outcomes"] == {"unauthorized" if outcome is Outcome.UNAUTHORIZED else kind: 1}
+        assert server.stats()["outcomes"] == {"unauthorized" if kind == "model_not_found" else kind: 1}
 
 
 def test_limits_quota_and_size_over_http() -> None:
