@@ -70,7 +70,8 @@ class Database:
     def __init__(self, where: str | os.PathLike[str], *, writable: bool = True) -> None:
         url = _url_of(where)
         self.path: Path | None = None
-        self.name = url.render_as_string(hide_password=True)
+        hidden = {name: "hidden" for name in url.query if "password" in name.lower()}  # libpq: password, sslpassword
+        self.name = url.update_query_dict(hidden).render_as_string(hide_password=True)
         if url.get_backend_name() == "sqlite":
             if not url.database or url.database == ":memory:":
                 raise JournalError(f"{self.name}: a journal in memory would not outlive its process: name a file")

@@ -417,20 +417,26 @@ def _recognised(database: Database) -> None:
 
 
 def chunks(works: Iterable[Work]) -> Iterator[tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
-    """Rows of `requests` and `bodies`, as many at a time as one transaction should hold."""
+    """Rows of `requests` and `bodies`, as many at a time as one transaction should hold.
+
+    A request with the very body of the one before it gets no row in `bodies`: see `Records.pending`.
+    """
     rows: list[dict[str, Any]] = []
     texts: list[dict[str, Any]] = []
     size = 0
+    last: object = None
     for work in works:
         request = work.request
         assert request.body is not None, "a request without its body cannot be sent"
-        body = to_json(request.body)
+        repeats, last = request.body is last, request.body
+        body = "" if repeats else to_json(request.body)
         names = {"custom_id": request.custom_id, "url": request.url, "model": request.model, "pool": request.pool}
         start = {"state": PENDING, "lane": LANES[0], "attempt": 1, "resent": 0, "failure": ""}
         times = dict.fromkeys(_TIMES, -1.0)
         key = {"request": request.index}
         rows.append(key | names | start | times | _work_row(work) | sizes_row(request.sizes))
-        texts.append(key | {"body": body})
+        if not repeats:
+            texts.append(key | {"body": body})
         size += len(body)
         if len(rows) == INGEST_ROWS or size >= INGEST_BYTES:
             yield rows, texts

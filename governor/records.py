@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 from sqlalchemy import Column, ColumnElement, Select, Table, and_, func, or_, select, true
@@ -256,20 +257,39 @@ class Records:
 
         First what was launched before, in order of the input, then the rest: in that order, or `longest_first`, by
         expected answer, ties by reservation. Requests that the leg itself puts back (they back off) do not come again.
+
+        In a part (`within`), a request without a row in `bodies` has the nearest body before its own: runs of one
+        input share one row, and one dict in memory.
         """
         if self._within is None and self.run().purged_epoch_s >= 0.0:
             raise JournalError(f"{self.name}: the journal was purged, nothing is left to send: start a new one")
         c = requests.c
         columns = [column for column in requests.columns if column.name != "pool"]
-        joined = select(*columns, c.pool, bodies.c.body).join(bodies, bodies.c.request == c.request)
+        joined = select(*columns, c.pool, bodies.c.body)
+        if self._within is None:
+            joined = joined.join(bodies, bodies.c.request == c.request)
+        else:
+            nearest = select(func.max(bodies.c.request)).where(bodies.c.request <= c.request).correlate(requests)
+            found = func.coalesce(bodies.c.request, nearest.scalar_subquery()).label("body_of")
+            joined = joined.add_columns(found).outerjoin(bodies, bodies.c.request == c.request)
         query = self._of(joined, requests, pool).where(c.state == PENDING)
         with self._undamaged():
-            for row in () if is_new else self._stream(query.where(c.first_launched_s >= 0), c.request, CHUNK):
-                yield _pending_of(row)
             fresh = query.where(c.first_launched_s < 0)
             longest = self._longest if self._within is None else self._longest_of_part
-            for row in longest(fresh) if longest_first else self._stream(fresh, c.request, CHUNK):
-                yield _pending_of(row)
+            before = () if is_new else self._stream(query.where(c.first_launched_s >= 0), c.request, CHUNK)
+            number, body = -1, None
+            for row in chain(before, longest(fresh) if longest_first else self._stream(fresh, c.request, CHUNK)):
+                of = row.request if self._within is None else row.body_of
+                if of != number:
+                    number, body = of, from_json(self._body(of) if row.body is None else row.body, "a body")
+                assert body is not None
+                yield _pending_of(row, body)
+
+    def _body(self, request: int | None) -> str:
+        found = self._all(select(bodies.c.body).where(bodies.c.request == request))
+        if not found:
+            raise DamagedError("a body")
+        return str(found[0][0])
 
     def _longest(self, query: Select[Any]) -> Iterator[Any]:
         """The rows by expected answer and reservation, largest first, ties in order of the input.
@@ -454,8 +474,8 @@ class _Prefixed:
         return getattr(self._row, f"r_{name}")
 
 
-def _pending_of(row: Any) -> Pending:
-    request = request_of(row, from_json(row.body, "a body"))
+def _pending_of(row: Any, body: dict[str, Any]) -> Pending:
+    request = request_of(row, body)
     if row.lane not in LANES:
         raise DamagedError("a lane")
     return Pending(

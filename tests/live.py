@@ -169,7 +169,12 @@ class Cli:
                 process.over.set()
 
     def start(
-        self, *args: object, env: Mapping[str, str] | None = None, cwd: Path | None = None, limit_bytes: int = 0
+        self,
+        *args: object,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        limit_bytes: int = 0,
+        limit_files: int = 0,
     ) -> Process:
         """A command in the background. Its environment is `env` and nothing else, with a key unless that says so."""
         self._count += 1
@@ -181,6 +186,7 @@ class Cli:
             "stdout": str(out),
             "stderr": str(err),
             "limit_bytes": limit_bytes,
+            "limit_files": limit_files,
         }
         assert self._parent.stdin is not None
         with self._told:

@@ -31,6 +31,11 @@ def child(order: dict[str, object]) -> None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(str(limit)), int(str(limit))))
+    files = order.get("limit_files")
+    if files:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_NOFILE, (int(str(files)), int(str(files))))
     from sim.cli import main
 
     code: object = 1

@@ -122,13 +122,16 @@ def started(
     env: Mapping[str, str] | None = None,
     database: str = "",
     headers: Mapping[str, str] | None = None,
+    limit_files: int = 0,
 ) -> Served:
     """A service that answers; it may still be getting ready."""
     where = database or str(folder / "service.db")
     # The user's cache, where machine code of the simulator is kept, not that of an empty home.
     cache = str(user_cache_path())
     env = {"OPENAI_BASE_URL": base_url, "XDG_CACHE_HOME": cache, **(env or {})}
-    process = cli.start("serve", "--port", "0", "--database", where, *args, env=env, cwd=folder)
+    process = cli.start(
+        "serve", "--port", "0", "--database", where, *args, env=env, cwd=folder, limit_files=limit_files
+    )
 
     def address() -> str:
         assert not process.over.is_set(), process.wait().err

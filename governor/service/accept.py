@@ -1,17 +1,17 @@
-"""A batch on its way in: read as a stream, judged, made durable, and only then accepted.
+"""A batch on its way in: read as a stream, judged, and only then written and accepted.
 
-What lives here: these steps. What must not: HTTP, and the rules of the verdict (`governor/preflight.py`).
-
-Lines go into the database as they are read, a few hundred at a time, under a batch that nobody else can see yet; a
-small batch needs no such detour and is written with its acceptance, in one transaction. A process that dies before the
-acceptance leaves nothing: whoever takes its batches over removes it. In memory remain 80 bytes of sizes a request.
+A small batch stays in memory from the reading to the one transaction of its acceptance. A large one is read twice: for
+the verdict, of which 80 bytes a request remain, and once more to be written, a few hundred requests at a time, under a
+batch that nobody can see yet. A process that dies before the acceptance leaves nothing: the replica that takes its
+batches over removes it. A refused batch is never written.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,9 +25,9 @@ from governor.forecast import Demand, Outlook
 from governor.intake import pooled, work_of
 from governor.pools import Pool
 from governor.preflight import InUse, Verdict, fluid_forecast, preflight
-from governor.requests import Request
+from governor.requests import Request, read_requests
 from governor.schema import to_json
-from governor.service.errors import NOT_READY, RATE_LIMITED, ApiError
+from governor.service.errors import INVALID_REQUEST, NOT_READY, RATE_LIMITED, ApiError
 from governor.service.policies import checked_overrides
 from governor.service.store import QUEUED, RECEIVING, BatchRow, Key, new_id
 from governor.service.tables import BATCH_REQUESTS_MOST
@@ -37,6 +37,9 @@ from governor.service.worker import Worker
 CHUNK, CHUNK_BYTES = 500, 4 * 2**20
 # With so many forecasts before it, a batch is accepted on the fluid one: it says so, and does not wait for theirs.
 FORECASTS_MOST = 4
+# What the database needs for a request beside its body; and how often a body stands on the disk: in the write-ahead log
+# and in the file.
+ROW_BYTES, COPIES = 600, 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +51,7 @@ class Wish:
     finalize: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
     template: tuple[str, int] | None = None
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +77,12 @@ class Judged:
 class Incoming:
     """One batch on its way in: `read`, `judge`, then `accept` or `discard`, which leaves nothing.
 
-    `stores`: whether it may be accepted; a mere preflight keeps nothing.
+    `stores`: whether it may be accepted; a mere preflight keeps nothing. `left`: set once the client has gone.
     """
 
     def __init__(self, worker: Worker, wish: Wish, *, stores: bool = True) -> None:
         self.wish = wish
+        self.left = threading.Event()
         self.demands: dict[str, Demand] = {}
         self.pools: list[Pool] = []
         self.own: dict[str, str] = {}
@@ -85,7 +90,11 @@ class Incoming:
         self._stores = stores
         self._replica = worker.replica
         self._batch_id = new_id("batch")
-        self._number = 0  # what was spilled stands under it
+        self._number = 0  # what was written stands under it
+        self._lines: Callable[[], Iterable[str | bytes]] = lambda: ()
+        self._name = ""
+        self._runs: int | None = None
+        self._is_large = False
         self._buffer: list[Work] = []
         self._bytes = 0
         for pool, policy in worker.policies.in_force().items():
@@ -103,21 +112,62 @@ class Incoming:
 
     # ------------------------------------------------------------ in a thread
 
-    def read(self, requests: Iterable[Request], name: str) -> None:
-        """Reads all requests of the input. BadInput for one that is wrong. Blocks."""
-        for request, pool in pooled(requests, self.pools, name):
+    def read(self, lines: Callable[[], Iterable[str | bytes]], name: str, runs: int | None = None) -> None:
+        """Reads the batch once. BadInput for a line that is wrong; `ApiError` where the client has left. Blocks.
+
+        `lines`: gives the same lines each time. `runs`: so many requests of each, called `ID-r0` and so on.
+        """
+        self._lines, self._name, self._runs = lines, name, runs
+        size = 0
+        for work in self._works():
+            request = work.request
+            self.demands[request.pool].add(request.model, request.sizes, int(work.reserve))
+            if not self._stores or self._is_large:
+                continue
+            size += 0 if self._buffer and self._buffer[-1].request.body is request.body else request.sizes.chars
+            self._buffer.append(work)
+            if len(self._buffer) >= CHUNK or size >= CHUNK_BYTES:
+                self._is_large, self._buffer = True, []
+
+    def _works(self) -> Iterator[Work]:
+        for request, pool in pooled(self._requests(), self.pools, self._name):
             if request.index >= BATCH_REQUESTS_MOST:
-                raise BadInput(f"more than {BATCH_REQUESTS_MOST:,} requests: send several batches", name)
-            work = work_of(request, pool.policy)
-            self.demands[pool.name].add(request.model, request.sizes, int(work.reserve))
-            if self._stores:
-                self._buffer.append(work)
-                self._bytes += request.sizes.chars
-                if len(self._buffer) >= CHUNK or self._bytes >= CHUNK_BYTES:
-                    self._spill()
+                raise BadInput(f"more than {BATCH_REQUESTS_MOST:,} requests: send several batches", self._name)
+            yield work_of(request, pool.policy)
+
+    def _requests(self) -> Iterator[Request]:
+        runs = self._runs
+        for request in read_requests(self._measured(), self._name):
+            if runs is None:
+                yield request
+                continue
+            for run in range(runs):
+                yield replace(request, index=request.index * runs + run, custom_id=f"{request.custom_id}-r{run}")
+
+    def _measured(self) -> Iterator[str | bytes]:
+        """The lines, as long as somebody waits for the answer; adds up their bytes."""
+        self._bytes = 0
+        most = self._worker.config.upload_bytes
+        for line in self._lines():
+            if self.left.is_set():
+                raise ApiError(400, INVALID_REQUEST, "the client has left")
+            self._bytes += len(line)
+            if self._bytes > most:
+                raise BadInput(f"the requests are larger than {most:,} bytes: send several batches", self._name)
+            yield line
+
+    def _write(self) -> None:
+        """Writes all of a large batch, under a number that nobody sees yet."""
+        size = 0
+        for work in self._works():
+            same = self._buffer and self._buffer[-1].request.body is work.request.body
+            self._buffer.append(work)
+            size += 0 if same else work.request.sizes.chars
+            if len(self._buffer) >= CHUNK or size >= CHUNK_BYTES:
+                self._spill()
+                size = 0
 
     def _spill(self) -> None:
-        """Writes what is held, under a batch that nobody sees yet."""
         store, ledger = self._worker.store, self._worker.ledger
         with store.database.writing() as c:
             number = self._number
@@ -128,7 +178,7 @@ class Incoming:
             ledger.write(c, number, self._buffer)
         # Not before it is committed: a number of a transaction that was rolled back is soon another batch's.
         self._number = number
-        self._buffer, self._bytes = [], 0
+        self._buffer = []
 
     def _is_ours(self, c: Connection) -> bool:
         """Whether what was written is still there: who took this replica for dead has removed it."""
@@ -143,6 +193,7 @@ class Incoming:
             "owner": self._replica,
             "requests": self.count,
             "who": wish.who[:255],
+            "name": wish.name,
             "template_id": template_id,
             "template_version": version,
             "finalize": int(wish.finalize),
@@ -163,6 +214,9 @@ class Incoming:
     def _accepted(self, judged: Judged, key: Key | None, answer: Callable[[BatchRow], dict[str, Any]]) -> BatchRow:
         """The acceptance: everything that makes the batch, in one transaction. Blocks."""
         v, store = judged.verdict, self._worker.store
+        store.database.check_room(COPIES * self._bytes + ROW_BYTES * self.count)
+        if self._is_large:
+            self._write()
         busy = [name for name, demand in self.demands.items() if demand.requests]
         details = {
             "settings": self.own,

@@ -18,12 +18,13 @@ from governor.metrics import Metrics
 from governor.service import routes_batches, routes_rest, routes_templates
 from governor.service.auth import Authority, Door
 from governor.service.base import ServiceDatabase
-from governor.service.bodies import BatchRun, ErrorOut
+from governor.service.bodies import ErrorOut
 from governor.service.config import ServiceConfig
 from governor.service.elsewhere import Elsewhere
 from governor.service.errors import HANDLERS
 from governor.service.events import Events
 from governor.service.gauges import Gauges
+from governor.service.incoming import MODELS
 from governor.service.ledger import Ledger
 from governor.service.page import add_page
 from governor.service.quick import Quick
@@ -125,9 +126,10 @@ def _described(app: FastAPI) -> None:
         found = made()
         if fresh:
             schemas = found["components"]["schemas"]
-            stated = BatchRun.model_json_schema(ref_template="#/components/schemas/{model}")
-            schemas.update(stated.pop("$defs", {}))
-            schemas["BatchRun"] = stated
+            for name, model in MODELS.items():
+                stated = model.model_json_schema(ref_template="#/components/schemas/{model}")
+                schemas.update(stated.pop("$defs", {}))
+                schemas[name] = stated
             if app.state.authority.open:
                 # On loopback nobody needs a token.
                 for operations in found["paths"].values():

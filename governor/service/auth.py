@@ -16,7 +16,8 @@ import hashlib
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -26,6 +27,7 @@ from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from governor.database import JournalError
 from governor.errors import PacelineError
 from governor.service.config import SCOPES, ServiceConfig, is_local_host
 from governor.service.errors import BODY_TOO_LARGE, FORBIDDEN, UNAUTHENTICATED, ApiError, answer_of, api_error
@@ -35,6 +37,8 @@ PREFIX = "pcl_"
 REFRESH_S = 2.0
 SAFE = ("GET", "HEAD", "OPTIONS")
 UPLOADS = ("/batches",)
+# The largest body where no inputs are sent: a template, settings.
+SMALL_BYTES = 2 * 2**20
 PUBLIC = ("/", "/docs", "/openapi.json", "/healthz", "/readyz")
 _bearer = HTTPBearer(auto_error=False, description="A token of `paceline token add`.")
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
@@ -42,10 +46,11 @@ Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks. `name`: as it is recorded; `scope`: the most that they may do."""
+    """Who asks. `name`: as it is recorded; `scope`: the most that they may do; `sha256`: of their token, "" = none."""
 
     name: str
     scope: str
+    sha256: str = field(default="", repr=False)
 
     def may(self, scope: str) -> bool:
         """Whether their scope includes that one."""
@@ -90,17 +95,28 @@ class Authority:
             if self.open:
                 return LOCAL
             raise _unknown("a bearer token is needed: send `Authorization: Bearer TOKEN`")
+        await self._refresh()
+        # Looked up by its hash, so the time that it takes says nothing of the token.
+        sha256 = hash_of(token)
+        found = self._known.get(sha256)
+        if found is None:
+            raise _unknown("that token is not known here: `paceline token add NAME` makes one")
+        return Caller(*found, sha256)
+
+    async def still_knows(self, caller: Caller) -> bool:
+        """Whether the token of a caller who came in a while ago has not been removed; yes while that cannot be read."""
+        if caller.sha256:
+            with suppress(JournalError):
+                await self._refresh()
+        return not caller.sha256 or caller.sha256 in self._known
+
+    async def _refresh(self) -> None:
         if not self.is_fresh:
             async with self._turn:  # the first who finds it old reads for all
                 if not self.is_fresh:
                     begun_at = time.monotonic()
                     self._known = await anyio.to_thread.run_sync(self._store.tokens)
                     self._read_at = begun_at
-        # Looked up by its hash, so the time that it takes says nothing of the token.
-        found = self._known.get(hash_of(token))
-        if found is None:
-            raise _unknown("that token is not known here: `paceline token add NAME` makes one")
-        return Caller(*found)
 
 
 def _unknown(message: str) -> ApiError:
@@ -165,10 +181,13 @@ class Door:
 
     def _limit(self, path: str, content_type: str) -> int:
         """What streams to the disk may be long; what is taken as a whole into memory may not."""
-        uploads = path in UPLOADS
-        if path.endswith(("/batch-run", "/preflight")):
-            uploads = content_type.lower().startswith("multipart/form-data")
-        return self._config.upload_bytes if uploads else self._config.body_bytes
+        if path in UPLOADS:
+            return self._config.upload_bytes
+        if path.endswith(("/batch-run", "/preflight")) and content_type.lower().startswith("multipart/form-data"):
+            return self._config.upload_bytes
+        if path.endswith(("/batch-run", "/preflight", "/what-if")):
+            return self._config.body_bytes
+        return min(self._config.body_bytes, SMALL_BYTES)
 
 
 def _is_public(path: str) -> bool:

@@ -9,6 +9,7 @@ polls a locked database waits longer than one that queues. PostgreSQL: any numbe
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections import deque
@@ -30,6 +31,12 @@ APPLICATION_ID = 0x50414353  # "PACS"
 _MIGRATING = 0x50414353
 # How long a transaction may do nothing.
 FROZEN_MS = 5_000
+# Free bytes below which nothing more is accepted or launched: room for the answers in flight and the write-ahead log.
+ROOM_KEPT = 64 * 2**20
+
+
+class NoRoomError(JournalError):
+    """The disk has no room for what should be written. It may have it later."""
 
 
 class ServiceDatabase(Database):
@@ -52,6 +59,19 @@ class ServiceDatabase(Database):
             return time.time()
         return float(connection.execute(text("SELECT extract(epoch FROM clock_timestamp())")).scalar_one())
 
+    def check_room(self, wanted: int = 0) -> None:
+        """`NoRoomError` where the disk of a SQLite file has no room for so many bytes and what answers may need.
+
+        The write-ahead log lies on the same disk: callers count it in. Of other databases the disk is not known.
+        """
+        if self.path is None:
+            return
+        free = shutil.disk_usage(self.path.parent).free
+        if free - wanted < ROOM_KEPT:
+            needed = f"{wanted / 2**20:,.1f} MiB for requests and " if wanted else ""
+            text = f"its disk has {free / 2**20:,.1f} MiB free and needs {needed}{ROOM_KEPT >> 20} MiB for answers"
+            raise NoRoomError(f"{self.name}: {text}: make room", retryable=True)
+
     def prepared(self) -> None:
         """Made if need be, locked (SQLite), and migrated to the newest schema."""
         if self.path is not None:
@@ -60,6 +80,7 @@ class ServiceDatabase(Database):
                 self.made()
             self._check_ours()
             self.locked()
+            self.check_room()
         self._migrate()
 
     def looked_at(self, *, make: bool) -> None:

@@ -44,6 +44,10 @@ def _plain(value: dict[str, Any]) -> dict[str, Any]:
 
 
 Plain = Annotated[dict[str, Any], AfterValidator(_plain)]
+# What a batch is called, for people; no control characters.
+BatchName = Annotated[
+    str, Field(max_length=100, pattern=r"^[^\x00-\x1f\x7f]*$", description="What the batch is called, for people.")
+]
 DEADLINE = Field(None, gt=0, le=1e9, description="Seconds from now in which the last answer must be there.")
 
 
@@ -63,12 +67,14 @@ class Out(BaseModel):
 
 
 class Template(In):
-    """A prompt as a Jinja2 template, and how it is sent."""
+    """A prompt with fields to fill in, and how it is sent."""
 
     name: str = Field(min_length=1, max_length=200)
     model: str = Field(min_length=1, max_length=200)
     prompt: str = Field(
-        min_length=1, max_length=200_000, description="Jinja2: {{ field }}, if, for and plain filters; nothing else."
+        min_length=1,
+        max_length=200_000,
+        description='Text with {{ field }} or {{ field.inner }}; {{ "{{" }} is braces.',
     )
     endpoint: Endpoint = "/v1/chat/completions"
     parameters: Plain = Field(
@@ -116,6 +122,7 @@ class BatchRun(In):
     deadline_s: float | None = DEADLINE
     finalize: bool = Field(False, description="Finish answers cut off without text by one more call.")
     settings: Settings = Field(default_factory=dict)
+    name: BatchName = ""
 
 
 class VerdictOut(Out):
@@ -151,6 +158,7 @@ class BatchOut(Out):
     """A batch as it stands."""
 
     batch_id: str
+    name: str = Field(description="What it is called, for people; may be empty.")
     state: str = Field(description="queued, running, paused, stopped, cancelling, cancelled or completed.")
     reason: str = Field(description="Why it is stopped.")
     requests: int

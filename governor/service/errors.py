@@ -9,6 +9,7 @@ Nothing that was sent is repeated in an answer or in a log but names of fields a
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from starlette.exceptions import HTTPException
 
 from governor.database import JournalError
 from governor.errors import BadInput, BadSetting, FailureCode, PacelineError
+from governor.service.base import NoRoomError
 
 log = logging.getLogger("paceline.service")
 
@@ -29,8 +31,10 @@ INVALID_REQUEST, BAD_INPUT, BAD_SETTING, BAD_TEMPLATE = "INVALID_REQUEST", "BAD_
 NOT_FOUND, METHOD_NOT_ALLOWED, CONFLICT = "NOT_FOUND", "METHOD_NOT_ALLOWED", "CONFLICT"
 UNAUTHENTICATED, FORBIDDEN, BODY_TOO_LARGE = "UNAUTHENTICATED", "FORBIDDEN", "BODY_TOO_LARGE"
 KEY_REUSED, NOT_READY, DATABASE_UNAVAILABLE = "IDEMPOTENCY_KEY_REUSED", "NOT_READY", "DATABASE_UNAVAILABLE"
+NO_ROOM = "NO_ROOM"
 NO_SIMULATOR, INTERNAL_ERROR, UNSUPPORTED_MEDIA = "NO_SIMULATOR", "INTERNAL_ERROR", "UNSUPPORTED_MEDIA_TYPE"
 RATE_LIMITED = FailureCode.BATCH_RATE_LIMITED.value
+EXHAUSTED = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _BY_STATUS = {
     400: INVALID_REQUEST,
     404: NOT_FOUND,
@@ -123,6 +127,9 @@ async def on_paceline(request: Request, error: Exception) -> JSONResponse:
 
 def api_error(error: PacelineError) -> ApiError:
     """The same as an answer."""
+    if isinstance(error, NoRoomError):
+        log.error("%s", error)
+        return ApiError(503, NO_ROOM, f"the service has no room: {error}", {"retryable": True}, {"Retry-After": "60"})
     if isinstance(error, JournalError):
         log.error("%s", error)
         text = "the database cannot be used right now: try again in a moment; what was accepted is not lost"
@@ -136,6 +143,16 @@ def api_error(error: PacelineError) -> ApiError:
     return ApiError(422, BAD_INPUT, str(error))
 
 
+async def on_os_error(request: Request, error: Exception) -> JSONResponse:
+    """What this machine refuses: a full disk under uploads, no more descriptors."""
+    assert isinstance(error, OSError)
+    if error.errno not in EXHAUSTED:
+        return await on_bug(request, error)
+    log.error("%s %s: %s", request.method, request.url.path, error.strerror)
+    text = f"the service's machine is exhausted ({error.strerror}): try again in a moment"
+    return answer_of(ApiError(503, NO_ROOM, text, {"retryable": True}, {"Retry-After": "10"}))
+
+
 async def on_bug(request: Request, error: Exception) -> JSONResponse:
     """A bug of ours."""
     log.error("%s %s failed", request.method, request.url.path, exc_info=error)
@@ -147,5 +164,6 @@ HANDLERS: dict[Any, Any] = {
     RequestValidationError: on_invalid,
     HTTPException: on_http,
     PacelineError: on_paceline,
+    OSError: on_os_error,
     Exception: on_bug,
 }

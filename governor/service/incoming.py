@@ -16,12 +16,12 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import IO, Any, cast
+from typing import IO, Any, TypeVar, cast
 
 import anyio.to_thread
 from fastapi import Depends, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
 
 from governor.errors import BadInput, quoted
@@ -30,12 +30,13 @@ from governor.service.errors import INVALID_REQUEST, UNSUPPORTED_MEDIA, ApiError
 from governor.service.store import Key
 from governor.service.templates import RENDERED_MOST
 
+Model = TypeVar("Model", bound=BaseModel)
 IN_MEMORY = 2**20
 KEY_PATTERN = re.compile(r"[\x21-\x7e]{1,200}")
 KEY_HEADER = "idempotency-key"
 FORM, JSON = "multipart/form-data", "application/json"
 # The fields of a form beside its file; each is a JSON value.
-_FIELDS = ("runs", "deadline_s", "finalize", "settings")
+_FIELDS = ("runs", "deadline_s", "finalize", "settings", "name")
 # A field may be as long as a prompt; by itself the module takes an eighth of that.
 csv.field_size_limit(RENDERED_MOST)
 
@@ -85,7 +86,7 @@ def fingerprint_of(*parts: object) -> str:
 
 
 async def takes_json(request: Request) -> None:
-    """The dependency of a route whose body is JSON: `ApiError` 415 for one that is stated to be anything else."""
+    """`ApiError` 415 for a body that is stated to be anything else than JSON."""
     kind = _kind(request)
     if not _is_json(kind):
         raise ApiError(415, UNSUPPORTED_MEDIA, f"content type {kind[:100]!r}: send application/json")
@@ -121,7 +122,27 @@ async def knows_its_query(request: Request) -> None:
             raise ApiError(422, INVALID_REQUEST, f"there is no query parameter {name[:100]!r}: {there}")
 
 
-JSON_BODY, QUERY = [Depends(takes_json)], [Depends(knows_its_query)]
+QUERY = [Depends(knows_its_query)]
+# The models of bodies, which OpenAPI has to be told of.
+MODELS: dict[str, type[BaseModel]] = {"BatchRun": BatchRun}
+
+
+def json_body(model: type[Model]) -> Any:
+    """The dependency of a route that gets a JSON body of this model, read in a thread: a large one stalls nobody."""
+    MODELS[model.__name__] = model
+
+    async def read(request: Request) -> Model:
+        await takes_json(request)
+        content = await request.body()
+        return await anyio.to_thread.run_sync(lambda: _validated(content, model))
+
+    return Depends(read)
+
+
+def described(model: type[BaseModel]) -> dict[str, Any]:
+    """What OpenAPI says of such a body."""
+    schema = {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}
+    return {"requestBody": {"required": True, "content": {JSON: schema}}}
 
 
 # ---------------------------------------------------------------- batch-run
@@ -157,13 +178,13 @@ async def run_body(request: Request) -> RunBody:
     if not _is_json(kind):
         raise ApiError(415, UNSUPPORTED_MEDIA, f"content type {kind[:100]!r}: send application/json or {FORM}")
     content = await request.body()
-    body = await anyio.to_thread.run_sync(lambda: _validated(content))
+    body = await anyio.to_thread.run_sync(lambda: _validated(content, BatchRun))
     return RunBody(body, None, False, hashlib.sha256(content).hexdigest())
 
 
-def _validated(content: bytes) -> BatchRun:
+def _validated(content: bytes, model: type[Model]) -> Model:
     try:
-        return BatchRun.model_validate_json(content)
+        return model.model_validate_json(content)
     except ValidationError as error:
         raise RequestValidationError(
             [{**each, "loc": ("body", *each["loc"])} for each in error.errors(include_url=False, include_input=False)]
@@ -190,7 +211,7 @@ async def _form(request: Request) -> RunBody:
             raise ApiError(422, INVALID_REQUEST, f"{name} is not a JSON value") from None
     try:
         # The inputs are checked as they are read.
-        body = _validated(json.dumps(given | {"inputs": [{}]}).encode())
+        body = _validated(json.dumps(given | {"inputs": [{}]}).encode(), BatchRun)
     except BaseException:
         await form.close()
         raise

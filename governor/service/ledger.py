@@ -176,7 +176,8 @@ class Ledger:
         count = 0
         for rows, texts in chunks(replace(w, request=replace(w.request, index=first + w.request.index)) for w in works):
             c.execute(insert(requests), rows)
-            c.execute(insert(bodies), texts)
+            if texts:
+                c.execute(insert(bodies), texts)
             count += len(rows)
         return count
 

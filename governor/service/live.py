@@ -19,6 +19,7 @@ def batch_json(row: BatchRow) -> dict[str, Any]:
     over = row.state in ENDED
     return {
         "batch_id": row.batch_id,
+        "name": row.name,
         "state": row.state,
         "reason": row.reason,
         "requests": row.requests,

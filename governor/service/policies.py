@@ -9,7 +9,7 @@ started with. Every replica reads the changes of all, in order, so all have the 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from governor.errors import BadSetting, quoted
@@ -40,6 +40,9 @@ class Policies:
         self._known: set[int] = set()
         self._own: dict[str, dict[str, str]] = {name: {} for name in self._base}
         self._turn = threading.Lock()
+        # What else a change must pass, by the policies that would be in force; and what hears of a change.
+        self.checks: list[Callable[[Mapping[str, Policy]], object]] = []
+        self.changed: list[Callable[[Mapping[str, Policy]], None]] = []
 
     def refresh(self) -> bool:
         """Reads what was changed since, by whomever; whether there was anything. Blocks.
@@ -92,6 +95,8 @@ class Policies:
             words.append(f"{env}={new}")
             changes[env] = (old, None if value is None else new)
         after = before.set_values(words)
+        for check in self.checks:
+            check(self.in_force() | {pool: after})
         told: dict[str, tuple[str, str | None]] = {}
         for env, (old, new_text) in changes.items():
             knob = KNOB_BY_ENV[env]

@@ -5,19 +5,19 @@ What lives here: the routes. What must not: what happens behind them (`accept`, 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 import anyio.to_thread
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from governor.account import line_of
-from governor.requests import read_requests
 from governor.schema import to_json
 from governor.service.accept import Incoming, Wish
 from governor.service.auth import Caller, needs
-from governor.service.bodies import Accepted, BatchList, BatchOut, ErrorOut
+from governor.service.bodies import Accepted, BatchList, BatchName, BatchOut, ErrorOut
 from governor.service.errors import CONFLICT, KEY_REUSED, NOT_FOUND, ApiError
 from governor.service.events import END
 from governor.service.incoming import QUERY, fingerprint_of, key_of, spooled, takes_lines
@@ -69,14 +69,32 @@ async def replayed(service: Service, key: Key | None) -> Response | None:
     return Response(kept.answer, kept.status, REPLAYED, media_type="application/json")
 
 
-async def accepted(incoming: Incoming, service: Service, key: Key | None, read: Callable[[], None]) -> Response:
+async def while_there(request: Request, incoming: Incoming, read: Callable[[], None]) -> None:
+    """Reads a batch in a thread, for as long as its client waits for the answer."""
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        incoming.left.set()
+
+    watching = asyncio.create_task(watch())
+    try:
+        await anyio.to_thread.run_sync(read)
+    finally:
+        watching.cancel()
+        await asyncio.wait([watching])
+
+
+async def accepted(
+    request: Request, incoming: Incoming, service: Service, key: Key | None, read: Callable[[], None]
+) -> Response:
     """Reads, judges and accepts a batch: 202, or what was answered before; ApiError 503 where it is refused."""
     before = await replayed(service, key)
     if before is not None:
         return before
     row: BatchRow | None = None
     try:
-        await anyio.to_thread.run_sync(read)
+        await while_there(request, incoming, read)
         judged = await incoming.judge()
         if not judged.verdict.ok:
             raise judged.refusal()
@@ -124,21 +142,27 @@ async def post_batch(
         list[Annotated[str, Query(pattern=r"^[A-Z0-9_]{1,64}=[!-~]{1,64}$")]] | None,
         Query(max_length=20, description="NAME=VALUE, of this batch alone; may be repeated."),
     ] = None,
+    name: Annotated[BatchName, Query()] = "",
 ) -> Response:
     """Runs a batch of raw lines. It streams in; 202 when all of it is durable."""
     own = dict(each.split("=", 1) for each in settings or ())
     upload = await spooled(request)
     try:
-        fingerprint = fingerprint_of(upload.sha256, deadline_s, finalize, own)
+        fingerprint = fingerprint_of(upload.sha256, deadline_s, finalize, own, name)
         key = key_of(request, caller.name, fingerprint)
         incoming = Incoming(
-            service.worker, Wish(who=caller.name, deadline_s=deadline_s, finalize=finalize, settings=own)
+            service.worker, Wish(who=caller.name, deadline_s=deadline_s, finalize=finalize, settings=own, name=name)
         )
         return await accepted(
-            incoming, service, key, lambda: incoming.read(read_requests(upload.file, "batch"), "batch")
+            request, incoming, service, key, lambda: incoming.read(lambda: _from_start(upload.file), "batch")
         )
     finally:
         upload.file.close()
+
+
+def _from_start(file: IO[bytes]) -> IO[bytes]:
+    file.seek(0)
+    return file
 
 
 # ---------------------------------------------------------------- looking

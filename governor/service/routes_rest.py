@@ -15,7 +15,7 @@ from governor.errors import BadSetting
 from governor.service import bodies
 from governor.service.auth import Caller, needs
 from governor.service.errors import NO_SIMULATOR, NOT_FOUND, ApiError
-from governor.service.incoming import JSON_BODY, QUERY
+from governor.service.incoming import QUERY, described, json_body
 from governor.service.live import live_json
 from governor.service.policies import values_of
 from governor.service.routes_batches import Here, Reader, found
@@ -67,8 +67,12 @@ async def get_settings(
     return await _settings(service, _pool(service, pool))
 
 
-@router.put("/settings", response_model=bodies.SettingsOut, tags=["settings"], dependencies=JSON_BODY)
-async def put_settings(body: bodies.SettingsChange, caller: Admin, service: Here) -> Response:
+@router.put(
+    "/settings", response_model=bodies.SettingsOut, tags=["settings"], openapi_extra=described(bodies.SettingsChange)
+)
+async def put_settings(
+    body: Annotated[bodies.SettingsChange, json_body(bodies.SettingsChange)], caller: Admin, service: Here
+) -> Response:
     """Changes settings, without a restart; recorded with who and when. What is not named stays as it is."""
     pool = _pool(service, body.pool)
     worker = service.worker
@@ -82,8 +86,8 @@ async def put_settings(body: bodies.SettingsChange, caller: Admin, service: Here
 # ---------------------------------------------------------------- what-if
 
 
-@router.post("/what-if", response_model=bodies.WhatIfOut, tags=["what-if"], dependencies=JSON_BODY)
-async def what_if(body: bodies.WhatIf, caller: Reader, service: Here) -> Response:
+@router.post("/what-if", response_model=bodies.WhatIfOut, tags=["what-if"], openapi_extra=described(bodies.WhatIf))
+async def what_if(body: Annotated[bodies.WhatIf, json_body(bodies.WhatIf)], caller: Reader, service: Here) -> Response:
     """The same batch under other settings, simulated beside today's: summary and bands."""
     simulate = service.config.what_if
     if simulate is None:

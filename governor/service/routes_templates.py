@@ -5,13 +5,13 @@ What lives here: the routes. What must not: rendering (`templates`), acceptance 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import anyio.to_thread
 from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.responses import JSONResponse
 
-from governor.requests import read_requests
 from governor.schema import to_json
 from governor.service.accept import Incoming, Wish
 from governor.service.bodies import (
@@ -24,13 +24,24 @@ from governor.service.bodies import (
     VerdictOut,
 )
 from governor.service.errors import NOT_FOUND, ApiError
-from governor.service.incoming import JSON_BODY, QUERY, RunBody, fingerprint_of, key_of, run_body
-from governor.service.routes_batches import ID, IDEMPOTENT, REFUSED, Here, Reader, Runner, accepted, replayed
+from governor.service.incoming import QUERY, RunBody, described, fingerprint_of, json_body, key_of, run_body
+from governor.service.routes_batches import (
+    ID,
+    IDEMPOTENT,
+    REFUSED,
+    Here,
+    Reader,
+    Runner,
+    accepted,
+    replayed,
+    while_there,
+)
 from governor.service.state import Service
 from governor.service.store import KeyTakenError, TemplateRow
 from governor.service.templates import checked, lines_of
 
 TemplateId = Annotated[str, Path(pattern=ID)]
+Posted = Annotated[Template, json_body(Template)]
 router = APIRouter(tags=["templates"], dependencies=QUERY)
 
 _RUN_BODY: dict[str, Any] = {
@@ -49,6 +60,7 @@ _RUN_BODY: dict[str, Any] = {
                         "deadline_s": {"type": "number", "exclusiveMinimum": 0, "maximum": 1e9},
                         "finalize": {"type": "boolean"},
                         "settings": {"type": "string", "description": "A JSON object."},
+                        "name": {"type": "string", "description": "A JSON text of up to 100 characters."},
                     },
                 }
             },
@@ -79,10 +91,9 @@ async def found(template_id: str, service: Service, version: int | None = None) 
     "/templates",
     status_code=201,
     response_model=TemplateOut,
-    openapi_extra={"parameters": [IDEMPOTENT]},
-    dependencies=JSON_BODY,
+    openapi_extra={"parameters": [IDEMPOTENT], **described(Template)},
 )
-async def post_template(body: Template, request: Request, caller: Runner, service: Here) -> Response:
+async def post_template(body: Posted, request: Request, caller: Runner, service: Here) -> Response:
     """A new template."""
     await anyio.to_thread.run_sync(checked, body)
     key = key_of(request, caller.name, fingerprint_of(body.model_dump()))
@@ -134,8 +145,8 @@ async def get_versions(template_id: TemplateId, caller: Reader, service: Here) -
     return JSONResponse({"versions": [shown(row) for row in rows]})
 
 
-@router.put("/templates/{template_id}", response_model=TemplateOut, dependencies=JSON_BODY)
-async def put_template(template_id: TemplateId, body: Template, caller: Runner, service: Here) -> Response:
+@router.put("/templates/{template_id}", response_model=TemplateOut, openapi_extra=described(Template))
+async def put_template(template_id: TemplateId, body: Posted, caller: Runner, service: Here) -> Response:
     """A new version of a template; batches that run go on with theirs."""
     await anyio.to_thread.run_sync(checked, body)
     row = await anyio.to_thread.run_sync(service.store.change_template, template_id, body.model_dump(), caller.name)
@@ -162,30 +173,26 @@ def _incoming(service: Service, body: BatchRun, who: str, row: TemplateRow, *, s
         finalize=body.finalize,
         settings=body.settings,
         template=(row.template_id, row.version),
+        name=body.name,
     )
     return Incoming(service.worker, wish, stores=stores)
 
 
-def _reader(incoming: Incoming, row: TemplateRow, run: RunBody) -> Any:
+def _reader(incoming: Incoming, row: TemplateRow, run: RunBody) -> Callable[[], None]:
     template = Template.model_validate(row.content)
-
-    def read() -> None:
-        lines = lines_of(template, run.inputs(), run.body.runs)
-        incoming.read(read_requests(lines, "inputs"), "inputs")
-
-    return read
+    return lambda: incoming.read(lambda: lines_of(template, run.inputs()), "inputs", run.body.runs)
 
 
 @router.post(
     "/templates/{template_id}/preflight", response_model=VerdictOut, responses=REFUSED, openapi_extra=_RUN_BODY
 )
-async def preflight(template_id: TemplateId, request: Request, caller: Reader, service: Here) -> Response:
+async def preflight(template_id: TemplateId, request: Request, caller: Runner, service: Here) -> Response:
     """The verdict alone: whether such a batch may start now. Nothing is kept."""
     row = await found(template_id, service)
     run = await run_body(request)
     try:
         incoming = _incoming(service, run.body, caller.name, row, stores=False)
-        await anyio.to_thread.run_sync(_reader(incoming, row, run))
+        await while_there(request, incoming, _reader(incoming, row, run))
         judged = await incoming.judge()
     finally:
         run.close()
@@ -206,6 +213,6 @@ async def batch_run(template_id: TemplateId, request: Request, caller: Runner, s
     try:
         key = key_of(request, caller.name, run.fingerprint)
         incoming = _incoming(service, run.body, caller.name, row, stores=True)
-        return await accepted(incoming, service, key, _reader(incoming, row, run))
+        return await accepted(request, incoming, service, key, _reader(incoming, row, run))
     finally:
         run.close()

@@ -6,18 +6,24 @@ What lives here: what `paceline serve` does once its options are read. What must
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
+import signal
 import socket
 import sys
+from collections.abc import Generator
 
 import uvicorn
+from uvicorn.config import STARTUP_FAILURE
 
 from governor.errors import BadSetting
 from governor.forecast import Demand, Outlook
 from governor.scaledloop import loop_factory
 from governor.service.app import served, service_of
 from governor.service.config import ServiceConfig
+from governor.service.connections import Connection, Gate, accept, descriptors, places
+from governor.service.events import Events
 
 BACKLOG = 2_048
 SWITCH_S = 0.0005
@@ -27,15 +33,50 @@ log = logging.getLogger("paceline.service")
 
 
 class _Server(uvicorn.Server):
-    """Streams end as soon as somebody wants the process to: uvicorn would wait for them first."""
+    """Takes connections in through a gate; at its end, streams end first (uvicorn would wait for them)."""
 
-    def __init__(self, config: uvicorn.Config, streams: object) -> None:
+    def __init__(self, config: uvicorn.Config, streams: Events, gate: Gate) -> None:
         super().__init__(config)
         self._streams = streams
+        self._gate = gate
+        self._accepting: list[asyncio.Task[None]] = []
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await self.lifespan.startup()
+        if self.lifespan.should_exit:
+            raise SystemExit(STARTUP_FAILURE)
+        config, state = self.config, self.server_state
+
+        def connection() -> Connection:
+            return Connection(self._gate, config=config, server_state=state, app_state=self.lifespan.state)
+
+        self.servers = []
+        self._accepting = [asyncio.create_task(accept(each, self._gate, connection)) for each in sockets or ()]
+        self.started = True
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % 10 == 0:
+            self._gate.sweep()
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._streams.close()  # type: ignore[attr-defined]
+        for task in self._accepting:
+            task.cancel()
+        self._streams.close()
         await super().shutdown(sockets)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        with super().capture_signals():
+            before = signal.getsignal(signal.SIGHUP)
+            if before is signal.SIG_IGN:  # nohup
+                yield
+                return
+            signal.signal(signal.SIGHUP, self.handle_exit)
+            try:
+                yield
+            finally:
+                signal.signal(signal.SIGHUP, before)
 
 
 class _Settled:
@@ -67,6 +108,10 @@ def run_service(config: ServiceConfig, *, quiet: bool = False) -> int:
         config.forecast(Outlook(pool=config.pools[0], demand=Demand()))
     service = service_of(config)
     try:
+        service.worker.policies.refresh()
+        gate = Gate(places(service.worker.policies.in_force().values(), descriptors()), config.time_scale)
+        service.worker.policies.checks.append(lambda policies: places(policies.values(), descriptors()))
+        service.worker.policies.changed.append(gate.change)
         if not config.is_local and not service.store.tokens():
             raise BadSetting(
                 f"--host {config.host} can be reached from elsewhere, and there is no token: make one with "
@@ -87,11 +132,12 @@ def run_service(config: ServiceConfig, *, quiet: bool = False) -> int:
             lifespan="on",
             access_log=False,
             log_config=None,
+            ws="none",
             server_header=False,
             timeout_graceful_shutdown=max(1, round(config.grace_s)),
         )
         service.worker.ticked.append(_Settled())
-        server = _Server(settings, service.events)
+        server = _Server(settings, service.events, gate)
         with asyncio.Runner(loop_factory=loop_factory(config.time_scale)) as runner:
             runner.run(server.serve([listening]))
     return 0 if server.started else 1

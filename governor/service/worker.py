@@ -403,6 +403,7 @@ class Worker:
 
     def _look(self, rows: list[dict[str, Any]]) -> tuple[dict[int, str], bool]:
         """In a thread: writes the progress, reads what was asked, and whether somebody's batches are free."""
+        self.store.database.check_room()
         if rows:
             self.store.progress(self.replica, rows)
         self.neighbours = self.store.neighbours(self.replica)
@@ -433,6 +434,8 @@ class Worker:
             lane = self.lanes.get(name)
             if lane is not None and lane.policy != policy:
                 lane.change(policy)
+        for changed in self.policies.changed:
+            changed(self.policies.in_force())
 
     # ------------------------------------------------------------ for who asks
 

@@ -48,6 +48,19 @@ export async function ask(path, options = {}) {
   return (await answered(path, given)).json();
 }
 
+/** A click on a link to a file: followed as it is, or, where there is a token, fetched with it and kept as that file. */
+export async function download(event) {
+  if (!token.get()) return;
+  event.preventDefault();
+  const { href, download: name } = event.currentTarget;
+  const content = URL.createObjectURL(await (await answered(href)).blob());
+  const link = document.createElement("a");
+  link.href = content;
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(content), 60_000);
+}
+
 /** Calls `heard(name, content)` for each event, for ever; `state(error or null)` when the stream breaks or is back. */
 export async function listen(path, heard, state) {
   for (;;) {

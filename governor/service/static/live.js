@@ -1,6 +1,6 @@
 // The live view: what goes on in a pool, its batches, and steering them.
 
-import { ask, listen } from "./api.js";
+import { ask, download, listen } from "./api.js";
 import { paceChart } from "./charts.js";
 import { confirmed } from "./dialog.js";
 import { $, cause, count, counted, duration, element, percent, say } from "./words.js";
@@ -22,6 +22,9 @@ export const poolName = () => $("pool").value || latest?.pools[0]?.pool || "";
 
 /** Batches, newest first, as last heard of. */
 export const batches = () => listed;
+
+/** What a batch is called: its name, else the end of its id. */
+export const called = (batch) => batch.name || `…${batch.batch_id.slice(-6)}`;
 
 export function startLive(connection) {
   chart = paceChart($("pace"), () => stepS);
@@ -157,7 +160,7 @@ function renderBatches() {
   listed.forEach((batch, i) => {
     let row = rows.get(batch.batch_id);
     if (!row) {
-      row = newRow(batch.batch_id);
+      row = newRow(batch);
       rows.set(batch.batch_id, row);
     }
     if (body.children[i] !== row) body.insertBefore(row, body.children[i] ?? null);
@@ -165,7 +168,14 @@ function renderBatches() {
   });
 }
 
-function newRow(id) {
+function newRow(batch) {
+  const id = batch.batch_id;
+  const file = (kind) =>
+    element(
+      "a",
+      { href: `/batches/${id}/${kind}`, download: `${id}-${kind}.jsonl`, "data-is": kind, "aria-label": `${kind} of ${id}`, onclick: fetchFile },
+      kind === "results" ? "Results" : "Errors",
+    );
   const act = (verb) =>
     element("button", { type: "button", "data-verb": verb, "aria-label": `${VERBS[verb]} ${id}`, onclick: () => steer(id, verb) }, VERBS[verb]);
   const progress = element("progress", { max: "1", value: "0", "aria-label": `Progress of ${id}` });
@@ -173,13 +183,13 @@ function newRow(id) {
   return element(
     "tr",
     {},
-    element("th", { scope: "row", class: "id", title: id }, `…${id.slice(-6)}`),
+    element("th", { scope: "row", class: "id", title: id }, ...(batch.name ? [batch.name] : []), element("span", { class: "short" }, `…${id.slice(-6)}`)),
     element("td", { "data-is": "state" }),
     element("td", {}, progress, element("span", { "data-is": "done", class: "note" })),
     element("td", { "data-is": "flying", class: "number" }),
     element("td", { "data-is": "throttled", class: "number" }),
     element("td", { "data-is": "eta", class: "number" }),
-    element("td", { class: "actions" }, act("pause"), act("resume"), act("cancel"), link),
+    element("td", { class: "actions" }, act("pause"), act("resume"), act("cancel"), file("results"), file("errors"), link),
   );
 }
 
@@ -195,6 +205,8 @@ function fillRow(row, batch) {
   say(cell("flying"), count(batch.in_flight));
   say(cell("throttled"), count(batch.throttled));
   say(cell("eta"), over ? "" : held || batch.eta_s === null ? "not while held" : duration(batch.eta_s));
+  cell("results").hidden = batch.done === 0;
+  cell("errors").hidden = batch.failed === 0;
   const usable = { pause: !over && !held && batch.state !== "cancelling", resume: held, cancel: !over && batch.state !== "cancelling" };
   for (const button of row.querySelectorAll("button")) {
     const hide = !usable[button.dataset.verb];
@@ -204,8 +216,17 @@ function fillRow(row, batch) {
   }
 }
 
+/** A link to a file: as it stands where no token is needed, else fetched with it. */
+async function fetchFile(event) {
+  try {
+    await download(event);
+  } catch (error) {
+    say($("batch-said"), `Not loaded: ${error.message}`);
+  }
+}
+
 async function steer(id, verb) {
-  const short = `batch …${id.slice(-6)}`;
+  const short = `batch ${called(listed.find((batch) => batch.batch_id === id) ?? { batch_id: id })}`;
   if (verb === "cancel") {
     const text = "What is in flight ends; everything else is recorded as cancelled. This cannot be undone.";
     if (!(await confirmed(`Cancel ${short}?`, element("p", {}, text), "Cancel the batch"))) return;
@@ -225,7 +246,8 @@ async function startBatch(event) {
   const file = $("start-file").files[0];
   say($("batch-said"), `Sending ${file.name}.`);
   try {
-    const made = await ask("/batches", { method: "POST", body: file, type: "application/jsonl" });
+    const name = encodeURIComponent($("start-name").value.trim());
+    const made = await ask(`/batches?name=${name}`, { method: "POST", body: file, type: "application/jsonl" });
     const when = made.forecast_finish_s === null ? "" : `, forecast to take ${duration(made.forecast_finish_s)}`;
     say($("batch-said"), `Started: ${counted(made.requests, "request")}${when}.`);
     event.target.reset();

@@ -6,19 +6,32 @@
 import { ask } from "./api.js";
 import { curvesChart, curvesOf } from "./charts.js";
 import { confirmed } from "./dialog.js";
-import { batches, poolName, refresh } from "./live.js";
+import { batches, called, poolName, refresh } from "./live.js";
 import { $, about, cause, counted, duration, element, percent, say } from "./words.js";
 
 const DEBOUNCE_MS = 60;
 const FILE_BYTES_MOST = 7 * 2 ** 20;
 const KNOBS = [
+  { key: "estimate", env: "OPENAI_EST_TOKENS_PER_RUN", label: "Estimate", min: 1, max: 20000, step: 1, unit: "tokens a request", note: "counts under the rule fixed" },
   { key: "stagger", env: "OPENAI_STAGGER_SECONDS", label: "Stagger", min: 0, max: 60, step: 0.1, unit: "s" },
   { key: "headroom", env: "OPENAI_TPM_HEADROOM", label: "Headroom", min: 0, max: 60, step: 1, unit: "%", scale: 100 },
   { key: "concurrency", env: "OPENAI_MAX_CONCURRENCY", label: "Concurrency", min: 1, max: 64, step: 1, unit: "requests" },
 ];
-const WINDOW = { key: "window", env: "OPENAI_TPM_WINDOW", label: "Token window" };
+const RULES = {
+  fixed: "the estimate for each request",
+  auto: "as measured for the endpoint",
+  learned: "what such requests really used",
+  prompt_chars4: "the prompt, by its characters",
+  prompt_plus_max: "prompt plus output cap",
+  max_of: "the larger of prompt and output cap",
+  responses: "prompt tokens and a constant",
+};
 const WINDOWS = { fixed: "fixed minutes", sliding: "last 60 s", bucket: "continuous refill" };
-const ALL = [...KNOBS, WINDOW];
+const CHOICES = [
+  { key: "rule", env: "OPENAI_CHARGE_RULE", label: "Charge rule", options: RULES },
+  { key: "window", env: "OPENAI_TPM_WINDOW", label: "Token window", options: WINDOWS },
+];
+const ALL = [CHOICES[0], ...KNOBS, CHOICES[1]];
 
 let chart = null;
 let today = null;
@@ -30,7 +43,7 @@ let isOutdated = false;
 
 export function startWhatIf() {
   chart = curvesChart($("curves"));
-  $("sliders").append(...KNOBS.map(sliderOf), windowsOf());
+  $("sliders").append(...ALL.map((knob) => (knob.options ? choiceOf(knob) : sliderOf(knob))));
   $("knobs").addEventListener("submit", (event) => event.preventDefault());
   $("source").addEventListener("change", () => (showSource(), later()));
   $("source-shape").addEventListener("input", later);
@@ -79,14 +92,16 @@ async function readToday() {
 
 function takeToday(found) {
   today = Object.fromEntries(ALL.map((knob) => [knob.key, shownValue(knob, found[knob.env])]));
-  for (const knob of KNOBS) say($(`${knob.key}-today`), `today ${today[knob.key]} ${knob.unit}`);
-  say($("window-today"), `today ${today.window}: ${WINDOWS[today.window]}`);
+  for (const { key, unit, note, options } of ALL) {
+    const words = options ? `: ${options[today[key]]}` : ` ${unit}${note ? `; ${note}` : ""}`;
+    say($(`${key}-today`), `today ${today[key]}${words}`);
+  }
 }
 
 const shownValue = (knob, value) => (knob.scale ? String(+(value * knob.scale).toFixed(4)) : String(value));
 
 function settings() {
-  const value = (knob) => (knob === WINDOW ? chosen.window : +(Number(chosen[knob.key]) / (knob.scale ?? 1)).toFixed(6));
+  const value = (knob) => (knob.options ? chosen[knob.key] : +(Number(chosen[knob.key]) / (knob.scale ?? 1)).toFixed(6));
   return Object.fromEntries(ALL.map((knob) => [knob.env, value(knob)]));
 }
 
@@ -104,23 +119,23 @@ function sliderOf(knob) {
     { class: "knob" },
     element("label", { for: id }, `${label}, ${unit}`),
     element("input", { type: "range", id, min, max, step, "aria-describedby": note, oninput: changed }),
-    element("input", { type: "number", id: `${id}-number`, min, step: key === "concurrency" ? 1 : "any", "aria-label": `${label}, ${unit}, as a number`, oninput: changed }),
+    element("input", { type: "number", id: `${id}-number`, min, step: step === 1 && !knob.scale ? 1 : "any", "aria-label": `${label}, ${unit}, as a number`, oninput: changed }),
     element("span", { class: "note", id: note }),
   );
 }
 
-function windowsOf() {
-  const radios = Object.entries(WINDOWS).map(([name, meaning]) =>
-    element(
-      "label",
-      { class: "radio" },
-      element("input", { type: "radio", name: "window", value: name, onchange: () => (choose({ ...chosen, window: name }), later()) }),
-      ` ${name} `,
-      element("span", { class: "note" }, meaning),
-    ),
+function choiceOf({ key, label, options }) {
+  const id = `knob-${key}`;
+  const note = `${key}-today`;
+  const changed = (event) => (choose({ ...chosen, [key]: event.target.value }), later());
+  const each = Object.entries(options).map(([name, meaning]) => element("option", { value: name }, `${name}: ${meaning}`));
+  return element(
+    "div",
+    { class: "knob" },
+    element("label", { for: id }, label),
+    element("select", { id, "aria-describedby": note, onchange: changed }, ...each),
+    element("span", { class: "note", id: note }),
   );
-  const note = element("span", { class: "note", id: "window-today" });
-  return element("fieldset", {}, element("legend", {}, WINDOW.label), ...radios, note);
 }
 
 /** Shows these settings; the field that somebody types in is left alone. */
@@ -133,7 +148,7 @@ function choose(values, typing = null) {
     for (const field of [slider, $(`knob-${key}-number`)]) if (field !== typing) field.value = chosen[key];
     slider.setAttribute("aria-valuetext", `${chosen[key]} ${unit}`);
   }
-  for (const radio of document.getElementsByName("window")) radio.checked = radio.value === chosen.window;
+  for (const { key } of CHOICES) $(`knob-${key}`).value = chosen[key];
   $("apply").disabled = ALL.every(({ key }) => String(chosen[key]) === today[key]);
 }
 
@@ -141,7 +156,7 @@ function choose(values, typing = null) {
 
 function listSources() {
   const wanted = [
-    ...batches().map((batch) => [batch.batch_id, `…${batch.batch_id.slice(-6)}: ${counted(batch.requests, "request")}, ${batch.state}`]),
+    ...batches().map((batch) => [batch.batch_id, `${called(batch)}: ${counted(batch.requests, "request")}, ${batch.state}`]),
     ["file", "a file that is not sent off…"],
     ["shape", "by its numbers…"],
   ];

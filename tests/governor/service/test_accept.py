@@ -17,12 +17,12 @@ from governor.money import SHIPPED, read_prices
 from governor.policy import Policy
 from governor.pools import Pool
 from governor.preflight import preflight
-from governor.requests import read_requests
-from governor.service import accept
+from governor.service import accept, base
 from governor.service.accept import Incoming, Judged, Wish
 from governor.service.auth import Authority, Door
-from governor.service.base import ServiceDatabase
+from governor.service.base import NoRoomError, ServiceDatabase
 from governor.service.config import ServiceConfig
+from governor.service.errors import ApiError
 from governor.service.ledger import Ledger
 from governor.service.policies import Policies
 from governor.service.store import Key, KeyTakenError, Store
@@ -55,16 +55,16 @@ def replica(migrated: Path, tmp_path: Path) -> Iterator[Worker]:
         store=store,
         ledger=Ledger(store),
         policies=Policies(pools, store),
-        config=SimpleNamespace(pools=pools),
+        config=SimpleNamespace(pools=pools, upload_bytes=10**8),
         replica=store.join("one", 30.0),
     )
     yield cast(Worker, found)
     database.closed()
 
 
-def incoming(replica: Worker, count: int) -> Incoming:
+def incoming(replica: Worker, count: int, *, runs: int | None = None, text: str = "How are you?") -> Incoming:
     made = Incoming(replica, Wish(who="me"))
-    made.read(read_requests((json.dumps(line(f"q-{i}")) for i in range(count)), "batch"), "batch")
+    made.read(lambda: (json.dumps(line(f"q-{i}", text=text)) for i in range(count)), "batch", runs)
     return made
 
 
@@ -94,7 +94,19 @@ def test_an_upload_whose_replica_was_taken_for_dead_leaves_the_next_batch_alone(
     replica: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(accept, "CHUNK", 2)
-    lost = incoming(replica, 3)  # two are written, one is held
+    lost = incoming(replica, 5)
+    write, written = Incoming._spill, []
+
+    def spill(self: Incoming) -> None:
+        if self is lost and written:
+            raise JournalError("its process died", retryable=True)
+        write(self)
+        written.append(self)
+
+    monkeypatch.setattr(Incoming, "_spill", spill)
+    with pytest.raises(JournalError, match="died"):
+        accepted(lost)  # two are written
+    assert counts(replica, 1) == 2
     number, owner = replica.store.free_batches(replica.store.join("two", 30.0))[0]
     assert owner == replica.replica
     # The next life removes what was on its way in, and the number is another batch's.
@@ -104,22 +116,78 @@ def test_an_upload_whose_replica_was_taken_for_dead_leaves_the_next_batch_alone(
     replica.replica = 2
     row = accepted(incoming(replica, 5))
     assert row.number == number
+    written.clear()
     with pytest.raises(JournalError, match="lease was lost"):
         accepted(lost)
-    with pytest.raises(JournalError, match="lease was lost"):
-        lost.read(read_requests((json.dumps(line(f"r-{i}")) for i in range(2)), "batch"), "batch")
     lost.discard()
     assert counts(replica, row.number) == 5
     assert replica.store.batch(row.batch_id) == row
 
 
-def test_what_was_written_of_a_refused_upload_is_removed(replica: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_is_written_once_it_is_accepted_and_not_before(
+    replica: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(accept, "CHUNK", 2)
     refused = incoming(replica, 5)
-    assert sum(counts(replica, number) for number in range(1, 4)) == 4
-    refused.discard()
     assert sum(counts(replica, number) for number in range(1, 4)) == 0
-    assert replica.store.batches(10) == []
+    refused.discard()
+    row = accepted(incoming(replica, 5))
+    assert (row.requests, counts(replica, row.number)) == (5, 5)
+    found = [each.work.request for each in replica.ledger.records(row.number).pending(is_new=True)]
+    assert [request.custom_id for request in found] == [f"q-{i}" for i in range(5)]
+
+
+@pytest.mark.parametrize("chunk", [1_000, 3])
+def test_a_body_is_stored_once_for_all_runs_of_an_input(
+    replica: Worker, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(accept, "CHUNK", chunk)
+    path = replica.store.database.path
+    assert path is not None
+    text = "x" * 10**6
+    row = accepted(incoming(replica, 2, runs=20, text=text))
+    if chunk > 40:
+        assert sum(each.stat().st_size for each in path.parent.glob("service.db*")) < 2 * 3 * 10**6
+    records = replica.ledger.records(row.number)
+    assert records.counts().requests == 40
+    for longest_first in (False, True):
+        found = [each.work.request for each in records.pending(longest_first=longest_first)]
+        assert sorted(request.custom_id for request in found) == sorted(
+            f"q-{i}-r{j}" for i in range(2) for j in range(20)
+        )
+        assert all(request.body is not None and request.body["messages"][0]["content"] == text for request in found)
+        assert len({id(request.body) for request in found}) <= 2 + 40 // chunk
+
+
+def test_reading_ends_when_the_client_has_left(replica: Worker) -> None:
+    made = Incoming(replica, Wish(who="me"))
+    read = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal read
+        for read in range(1, 1_000_000):
+            if read == 100:
+                made.left.set()
+            yield json.dumps(line(f"q-{read}"))
+
+    with pytest.raises(ApiError, match="the client has left"):
+        made.read(lines, "batch")
+    assert read == 100
+
+
+def test_a_batch_without_room_on_the_disk_is_refused_with_the_figures(
+    replica: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = incoming(replica, 2_000)
+    free = base.ROOM_KEPT + 2**20
+    monkeypatch.setattr(base.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    replica.store.database.check_room()
+    with pytest.raises(NoRoomError, match=r"65\.0 MiB free and needs [1-9].* MiB for requests and 64 MiB for answers"):
+        accepted(made)
+    assert counts(replica, 1) == 0
+    free = base.ROOM_KEPT - 1
+    with pytest.raises(NoRoomError, match=r"64\.0 MiB free and needs 64 MiB for answers: make room"):
+        replica.store.database.check_room()
 
 
 def test_changes_that_become_visible_in_the_other_order_end_as_everywhere(replica: Worker) -> None:

@@ -113,12 +113,16 @@ def test_a_batch_is_started_watched_asked_about_and_its_pace_changed(
     page.goto(f"{watched.url}/")
     expect(page.locator("#connection")).to_have_text("Connected")
     page.get_by_label("Start a batch from a JSONL file").set_input_files(file)
+    page.get_by_label("Name").fill("Monday's <greetings>")
     page.get_by_role("button", name="Start it").click()
     expect(page.locator("#batch-said")).to_contain_text(f"Started: {COUNT} requests")
     (batch,) = served.get("/batches")["batches"]
     batch_id = batch["batch_id"]
     row = page.locator("#batches tbody tr")
     expect(row).to_have_count(1)
+    assert batch["name"] == "Monday's <greetings>"
+    expect(row.locator("th")).to_have_text(f"Monday's <greetings>…{batch_id[-6:]}")
+    assert served.client.get(f"/batches/{batch_id}").json()["name"] == batch["name"]
 
     # Watched: what the page says is what the service says.
     expect(page.locator("#queue")).to_contain_text("wait for the stagger")
@@ -144,8 +148,12 @@ def test_a_batch_is_started_watched_asked_about_and_its_pace_changed(
     expect(page.get_by_role("button", name="Apply…")).to_be_disabled()
     set_slider(page, "Stagger, s", "0")
     set_slider(page, "Concurrency, requests", "12")
+    page.get_by_label("Charge rule").select_option("fixed")
+    set_slider(page, "Estimate, tokens a request", "200")
     expect(headline).to_contain_text("times as fast as today’s")
-    asked = {"batch_id": batch_id, "settings": {"OPENAI_STAGGER_SECONDS": 0, "OPENAI_MAX_CONCURRENCY": 12}}
+    changed = {"OPENAI_STAGGER_SECONDS": 0, "OPENAI_MAX_CONCURRENCY": 12}
+    changed |= {"OPENAI_CHARGE_RULE": "fixed", "OPENAI_EST_TOKENS_PER_RUN": 200}
+    asked = {"batch_id": batch_id, "settings": changed}
     told = served.post("/what-if", asked)
     assert told["proposed"]["finish_s"]["p50"] < told["today"]["finish_s"]["p50"] / 3
     watched.picture("what-if-light")
@@ -162,17 +170,21 @@ def test_a_batch_is_started_watched_asked_about_and_its_pace_changed(
     # Applied, after the difference was shown; Escape leaves everything as it is.
     page.get_by_role("button", name="Apply…").click()
     dialog = page.get_by_role("dialog")
-    expect(dialog.locator("tbody tr")).to_have_text(["Stagger, s1.50", "Concurrency, requests312"])
+    expect(dialog.locator("tbody tr")).to_have_text(
+        ["Charge ruleautofixed", "Estimate, tokens a request7000200", "Stagger, s1.50", "Concurrency, requests312"]
+    )
     watched.picture("apply")
     page.keyboard.press("Escape")
     expect(dialog).to_be_hidden()
     assert served.get("/settings")["settings"]["OPENAI_STAGGER_SECONDS"] == 1.5
     page.get_by_role("button", name="Apply…").click()
     dialog.get_by_role("button", name="Apply", exact=True).click()
-    expect(page.locator("#what-if-said")).to_contain_text("Applied: stagger 0, concurrency 12")
+    expect(page.locator("#what-if-said")).to_contain_text(
+        "Applied: charge rule fixed, estimate 200, stagger 0, concurrency 12"
+    )
     found = served.get("/settings")
     assert (found["settings"]["OPENAI_STAGGER_SECONDS"], found["settings"]["OPENAI_MAX_CONCURRENCY"]) == (0, 12)
-    assert set(found["changes"][0]["changes"]) == {"OPENAI_STAGGER_SECONDS", "OPENAI_MAX_CONCURRENCY"}
+    assert set(found["changes"][0]["changes"]) == set(changed)
 
     # The pace has changed: at the old one the batch could not be over yet.
     page.get_by_role("link", name="Live", exact=True).click()
@@ -181,6 +193,10 @@ def test_a_batch_is_started_watched_asked_about_and_its_pace_changed(
     assert ended["ended_at"] - ended["created_at"] < SLOW_S
     expect(row.locator("[data-is=state]")).to_have_text("completed")
     expect(row.get_by_role("button")).to_have_count(0)
+    with page.expect_download() as loaded:
+        row.get_by_role("link", name=f"results of {batch_id}").click()
+    assert len(loaded.value.path().read_text().splitlines()) == COUNT
+    expect(row.get_by_role("link", name="errors of")).to_be_hidden()
 
 
 def test_a_batch_is_cancelled_after_a_question_alone(served: Served, watched: Watched) -> None:
@@ -247,7 +263,7 @@ def test_dark_and_at_phone_width_nothing_overflows(browser: Browser, served: Ser
         watched.picture(f"live-{name}")
         page.goto(f"{watched.url}/#what-if?shape=200x1000x500&stagger=2&headroom=5&concurrency=8&window=bucket")
         expect(page.locator("#headline")).to_contain_text("Done in")
-        assert page.get_by_label("bucket").is_checked()
+        assert page.locator("#knob-window").input_value() == "bucket"
         assert wide(page) <= 0.0
         watched.picture(f"what-if-{name}")
     watched.close()

@@ -126,7 +126,7 @@ def test_a_batch_that_is_wrong_is_refused_with_its_line(served: Served, content:
 
 
 def test_a_large_batch_that_is_wrong_at_its_end_leaves_nothing(served: Served) -> None:
-    # More than one transaction's worth, so that lines are in the database already.
+    # More than is kept in memory.
     answer = served.client.post("/batches", content=lines(1_200) + b"{}\n")
     error_of(answer, 422, "BAD_INPUT")
     assert answer.json()["error"]["details"]["line"] == 1_201

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,11 +17,10 @@ from governor.driver import Begun, Work
 from governor.errors import BadInput
 from governor.records import Pending
 from governor.requests import read_requests
-from governor.service import templates
 from governor.service.bodies import Template
 from governor.service.errors import ApiError
 from governor.service.feed import Cursor, Feed
-from governor.service.templates import RENDERED_MOST, VALUES_MOST, body_of, checked, lines_of, rendered
+from governor.service.templates import RENDERED_MOST, body_of, checked, lines_of, rendered
 from tests.governor.desks import work
 
 
@@ -36,19 +36,20 @@ def prompt_of(prompt: str, /, **fields: Any) -> str:
     ("text", "fields", "gives"),
     [
         ("Hello {{ name }}", {"name": "Ada"}, "Hello Ada"),
-        ("{{ a.b[1].c }}", {"a": {"b": [0, {"c": "deep"}]}}, "deep"),
-        ("{% for x in xs %}{{ loop.index }}{{ x }}{% endfor %}", {"xs": ["a", "b"]}, "1a2b"),
-        ("{% for k in d %}{{ k }}={{ d[k] }};{% endfor %}", {"d": {"x": 1, "y": 2}}, "x=1;y=2;"),
-        ("{{ x | default('none') | upper }}", {}, "NONE"),
-        ("{{ d | tojson }}", {"d": {"a": ["<"]}}, '{"a": ["\\u003c"]}'),
-        ("{% if n > 2 and n is even %}big{% else %}small{% endif %}", {"n": 4}, "big"),
-        ("{{ a ~ '-' ~ b }}{{ n + 1 }}", {"a": "x", "b": "y", "n": 1}, "x-y2"),
-        # The fields of an input are data, whatever they are called.
+        ("{{a}}{{ b }}{{\n c\t}}", {"a": "1", "b": "2", "c": "3"}, "123"),
+        ("{{ a.b.1.c }}", {"a": {"b": [0, {"c": "deep"}]}}, "deep"),
+        # A column of a CSV may have a point in its name.
+        ("{{ a.b }}", {"a.b": "column", "a": {"b": "inner"}}, "column"),
+        ("{{ first-name }} {{ größe }} {{ 0 }}", {"first-name": "Ada", "größe": "7", "0": "zero"}, "Ada 7 zero"),
+        ("{{ n }} {{ x }} {{ t }} {{ z }}", {"n": 3, "x": 0.5, "t": True, "z": None}, "3 0.5 true null"),
+        ("{{ d }}", {"d": {"a": ["<", "é"]}}, '{"a": ["<", "é"]}'),
+        # The fields of an input are data, whatever they are called and hold.
         ("{{ items }} {{ d.keys }}", {"items": "mine", "d": {"keys": "too"}}, "mine too"),
-        ("{{ text }}", {"text": "{{ 7 * 7 }}"}, "{{ 7 * 7 }}"),
+        ("{{ text }}", {"text": "{{ 7 * 7 }}{% x %}"}, "{{ 7 * 7 }}{% x %}"),
         ("<{{ html }}>\n", {"html": "<b>"}, "<<b>>\n"),
-        ("{{ x | round(2) }} {{ x | round(-1, 'floor') }}", {"x": 123.456}, "123.46 120.0"),
-        ("{{ d | tojson(indent=2) }}", {"d": [1]}, "[\n  1\n]"),
+        ('JSON: {"a": {"b": 1}} and {x}', {}, 'JSON: {"a": {"b": 1}} and {x}'),
+        ('{{ "{{" }} x {{ \'}}\' }} {{ "{%" }} {{ "{#" }}', {}, "{{ x }} {% {#"),
+        ("no field", {}, "no field"),
     ],
 )
 def test_what_a_prompt_may_do(text: str, fields: dict[str, Any], gives: str) -> None:
@@ -56,81 +57,44 @@ def test_what_a_prompt_may_do(text: str, fields: dict[str, Any], gives: str) -> 
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "says"),
     [
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        # Ten to that power, or so many spaces: hours, with the interpreter held.
-        "{{ 1 | round(1000000000, 'ceil') }}",
-        "{{ 1 | round(-1000000000) }}",
-        "{{ 1 | round(precision=x) }}",
-        "{{ 1 | round(2 - -999999999) }}",
-        "{{ x | tojson(indent=999999999) }}",
-        "{{ x | tojson(*[999999999]) }}",
-        "{{ x() }}",
-        "{{ range(10) }}",
-        "{{ cycler.__init__.__globals__ }}{{ cycler() }}",
-        "{% include '/etc/passwd' %}",
-        "{% import 'os' as os %}",
-        "{% extends 'a' %}",
-        "{% from 'a' import b %}",
-        "{% macro m() %}{% endmacro %}",
-        "{% set x = 'a' %}",
-        "{% set x %}a{% endset %}",
-        "{% call m() %}{% endcall %}",
-        "{% filter upper %}a{% endfilter %}",
-        "{{ 'a' * 1000000000 }}",
-        "{{ 2 ** 99 }}",
-        "{{ '%1000000000d' % 1 }}",
-        "{{ x | attr('__class__') }}",
-        "{{ x | format(1) }}",
-        "{{ x | replace('a', 'bb') }}",
-        "{{ x | center(1000000000) }}",
-        "{{ x | map('upper') }}",
-        "{% for a in x %}{% for b in x %}{% for c in x %}{% endfor %}{% endfor %}{% endfor %}",
-        "{% for a in x recursive %}{{ loop(a) }}{% endfor %}",
-        "{% for a in x %}{{ loop.cycle('a') }}{% endfor %}",
-        "{% block a %}{% endblock %}",
-        "{{ x is callable }}",
-        "{% if a %}" * 101 + "{% endif %}" * 101,
-        f"{{{{ {'not ' * 300}a }}}}",
-        "{{ a }}" * 5_000,
-        "{{",
-        "{% nonsense %}",
+        ("a\nb {% for x in xs %}{{ x }}{% endfor %}", r"prompt, line 2: '\{% for x in xs %\}' is template logic"),
+        ("{% if a %}x{% endif %}", r"prompt, line 1: .* is template logic, .*prepare conditions and lists"),
+        ("{# note #}", "is template logic"),
+        ("{{ x | upper }}", r"line 1: 'x \| upper' is not the name of a field: .*without filters"),
+        ("\n\n{{ a + 1 }}", "line 3: 'a \\+ 1' is not the name"),
+        ("{{ x() }}", "is not the name"),
+        ("{{ xs[0] }}", "is not the name"),
+        ("{{ ''.__class__ }}", "is not the name"),
+        ("{{ }}", "is not the name"),
+        ("{{{ x }}}", "is not the name"),
+        ("{{ a..b }}", "is not the name"),
+        ("{{ first name }}", "is not the name"),
+        ("ok {{", r"line 1: \{\{ without \}\}"),
+        ('{{ "{{ }}', "is not the name"),
+        ("{{ a }}" * 5_001, "more than 5,000 fields"),
     ],
 )
-def test_what_a_prompt_may_not_do(text: str) -> None:
-    with pytest.raises(ApiError) as caught:
+def test_what_a_prompt_may_not_do_is_said_in_one_line(text: str, says: str) -> None:
+    with pytest.raises(ApiError, match=says) as caught:
         checked(template(text))
     assert (caught.value.status, caught.value.code) == (422, "BAD_TEMPLATE")
+    assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["{{ x.__class__ }}", "{{ x['__class__'] }}", "{{ x.y.z }}", "{{ x.append }}"])
-def test_no_attribute_of_any_object_can_be_reached(text: str) -> None:
+@pytest.mark.parametrize("field", ["x.__class__", "x.append", "x.y.z", "x.9", "x.-1", "nam", "x.²"])
+def test_a_field_that_an_input_lacks_is_named_with_the_input(field: str) -> None:
     for value in ("text", [1], {"a": 1}, 7, None, True):
-        with pytest.raises(BadInput, match="input 0"):
-            prompt_of(text, x=value)
-    # Nor of what Jinja itself puts in.
-    with pytest.raises(BadInput):
-        prompt_of("{% for x in xs %}{{ loop.__init__ }}{% endfor %}", xs=[1])
-
-
-def test_a_field_that_an_input_lacks_is_named_with_the_input() -> None:
-    with pytest.raises(BadInput, match=r"input 0: .*'nam' is undefined"):
-        prompt_of("Hello {{ nam }}", name="Ada")
+        with pytest.raises(BadInput, match=rf"input 0: the template fills in '{field}', which this input lacks"):
+            prompt_of(f"Hello {{{{ {field} }}}}", x=value)
 
 
 def test_what_is_rendered_is_bounded() -> None:
-    with pytest.raises(BadInput, match="longer than"):
-        prompt_of("{% for a in xs %}{{ t }}{% endfor %}", xs=[0] * 1_000, t="x" * (RENDERED_MOST // 500))
-    with pytest.raises(BadInput, match="values in one input"):
-        prompt_of("{{ x }}", x=[[0] * 50] * (VALUES_MOST // 50))
-
-
-def test_what_an_input_may_hold_is_bounded() -> None:
-    with pytest.raises(BadInput, match="characters in one input"):
-        prompt_of("{{ a[0] }}", a=["x" * (RENDERED_MOST // 2 + 1)] * 2)
-    with pytest.raises(BadInput, match="RecursionError"):
-        prompt_of("{{ a }}", a=_nested(1_500))
+    with pytest.raises(BadInput, match="longer than 1,000,000 characters"):
+        prompt_of("{{ t }}" * 500, t="x" * (RENDERED_MOST // 400))
+    with pytest.raises(BadInput, match="nested too deeply"):
+        prompt_of("{{ a }}", a=_nested(100_000))
 
 
 def _nested(depth: int) -> Any:
@@ -141,25 +105,29 @@ def _nested(depth: int) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        # Two loops over a text: ten thousand million turns.
-        ("{% for a in t %}{% for b in t %}{% if a < b %}{% endif %}{% endfor %}{% endfor %}", "takes longer than"),
-        ("{{ t | list | sort | length }}" * 300, "takes longer than"),
-        # A gigabyte on the way to a figure.
-        (f"{{{{ ({'t ~ ' * 1_000}t) | length }}}}", "longer than"),
-        (f"{{{{ [{'t, ' * 1_000}t] | string | length }}}}", "longer than"),
-        (f"{{{{ [{'t, ' * 1_000}t] }}}}", "longer than"),
-        (f"{{{{ ({'t + ' * 30}t) | length }}}}", "longer than"),
-        (f"{{{{ t {'| tojson ' * 18} | length }}}}", "longer than"),
-    ],
+    "unit", ["{{", "{{ x", '{{ "', "{{ ' ", "}}", "{{x}}", "{{ x }}{{", "{", "{ {", '{{"}}"}}', "{%"]
 )
-def test_no_prompt_takes_long_or_becomes_large_on_the_way(
-    text: str, says: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(templates, "RENDER_S", 0.05)
-    with pytest.raises(BadInput, match=says):
-        prompt_of(text, t='"' * 40_000)
+def test_any_template_takes_time_in_proportion_to_its_length(unit: str) -> None:
+    """Work is counted, not time: the interpreter's steps in our functions, for a text and one twice as long."""
+
+    def steps(length: int) -> int:
+        count = 0
+
+        def trace(frame: Any, event: str, argument: Any) -> Any:
+            nonlocal count
+            count += event == "line"
+            return trace
+
+        text = unit * (length // len(unit))
+        sys.settrace(trace)
+        try:
+            with contextlib.suppress(ApiError, BadInput):
+                rendered(checked(template(text)), {"x": "1"}, "input 0")
+        finally:
+            sys.settrace(None)
+        return count
+
+    assert steps(20_000) <= 2.2 * steps(10_000) + 2_000
 
 
 @given(st.text(max_size=60))
@@ -185,7 +153,7 @@ def test_any_text_is_rendered_or_refused_and_nothing_else(text: str) -> None:
 def test_each_endpoint_gets_the_body_that_it_reads(endpoint: str, model: str, expected: dict[str, Any]) -> None:
     made = template("hi", endpoint=endpoint, model=model, parameters={"temperature": 0.5}, max_output_tokens=9)
     assert body_of(made, "hi") == {"model": model, "temperature": 0.5} | expected
-    (request,) = read_requests(lines_of(made, [{}], 1), "inputs")
+    (request,) = read_requests(lines_of(made, [{}]), "inputs")
     assert request.sizes.max_tokens == (9 if endpoint != "/v1/embeddings" else -1)
 
 
@@ -195,10 +163,10 @@ def test_parameters_cannot_take_the_places_that_the_template_fills() -> None:
             checked(template("p", parameters={name: 1}))
 
 
-def test_each_run_of_each_input_is_a_line() -> None:
-    found = [json.loads(text) for text in lines_of(template("{{ n }}"), [{"n": 1}, {"n": 2}], 2)]
-    assert [each["custom_id"] for each in found] == ["i0-r0", "i0-r1", "i1-r0", "i1-r1"]
-    assert [each["body"]["messages"][0]["content"] for each in found] == ["1", "1", "2", "2"]
+def test_each_input_is_a_line() -> None:
+    found = [json.loads(text) for text in lines_of(template("{{ n }}"), [{"n": 1}, {"n": 2}])]
+    assert [each["custom_id"] for each in found] == ["i0", "i1"]
+    assert [each["body"]["messages"][0]["content"] for each in found] == ["1", "2"]
 
 
 # ---------------------------------------------------------------- whose line is next
