@@ -22,7 +22,7 @@ from governor.law import BY_TPM, STAGGER
 from governor.money import Prices, Spent
 from governor.policy import Policy
 from governor.records import Result
-from governor.requests import Attempt, Outcome, error_line, result_line
+from governor.requests import Attempt, error_line, result_line
 from governor.summary import CAUSES, Ended, Grant, Summary, efficiency_of, summarize
 
 MESSAGES = {
@@ -139,8 +139,7 @@ def spent_before(journal: Journal, prices: Prices, day: date) -> Spent:
     """What the answers so far have cost, from the attempts in the journal."""
     spent = Spent(prices, day)
     for attempt, _, usage in journal.billed():
-        if attempt.outcome is Outcome.OK:
-            spent.answered(attempt.model, usage)
+        spent.attempted(attempt, usage)
     return spent
 
 
@@ -151,9 +150,7 @@ def attempt_rows(journal: Journal, prices: Prices, day: date) -> Iterator[tuple[
     """Every ended attempt as a row of ATTEMPT_COLUMNS; a cost that is not known is empty, and so is what is absent."""
     spent = Spent(prices, day)
     for attempt, request_id, usage in journal.billed():
-        cost: float | str = 0.0
-        if attempt.outcome is Outcome.OK:
-            cost = spent.answered(attempt.model, usage)
+        cost = spent.attempted(attempt, usage)
         values = (*attempt.row(), request_id, usage.cached, usage.reasoning, cost)
         yield tuple("" if value in (-1, -1.0) else value for value in values)
 

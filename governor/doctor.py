@@ -68,7 +68,10 @@ class Finding:
             status = f"{a.status} " if a.status else ""
             lines.append(f"  does not answer: {status}{a.error_code or a.outcome}{f': {words}' if words else ''}")
         for limit in a.limits:
-            lines.append(f"  {limit.dimension} {limit.limit:,.0f}, {limit.remaining:,.0f} left")
+            left = (
+                f"{limit.remaining:,.0f} left" if limit.remaining >= 0.0 else f"{-limit.remaining:,.0f} too many used"
+            )
+            lines.append(f"  {limit.dimension} {limit.limit:,.0f}, {left}")
         if a.outcome is Outcome.OK and not a.limits:
             lines.append("  states no limits in its headers: OPENAI_SYNC_HEADERS will find nothing to go by")
         lines += [f"  {text}" for text in self.disagree]

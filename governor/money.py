@@ -5,7 +5,8 @@ against a rate limit (`estimate`): what is billed is what was used, never what w
 
 Formula, per attempt that was answered: (prompt - cached) x input + cached x cached_input + output x output, each price
 per million tokens. Cached tokens are part of the prompt and reasoning tokens part of the output, as providers state
-them in `usage`; a price without `cached_input` bills cached tokens in full. Refused and failed attempts cost nothing.
+them in `usage`; a price without `cached_input` bills cached tokens in full. Refused and failed attempts cost nothing,
+but for those whose body states what they used: a success that cannot be read is paid for.
 
 A file of prices is dated and the user's to edit (`--prices FILE`); the one that comes with the package stands beside
 this module. A model whose price is not known has no cost: the total is then not known either, and is never shown as if
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 
 from governor.errors import BadInput, quoted
 from governor.estimate import kind_of
-from governor.requests import usage_of
+from governor.requests import Attempt, Outcome, usage_of
 from governor.yamlfile import only_keys, read_yaml
 
 PER = 1_000_000
@@ -130,6 +131,11 @@ class Spent:
         if model not in self._known:
             self._known[model] = self._prices.of(model, self._day)
         return self._known[model]
+
+    def attempted(self, attempt: Attempt, usage: Usage) -> float:
+        """An attempt is over; returns what it cost, -1 = not known."""
+        is_paid = attempt.outcome is Outcome.OK or usage.prompt >= 0
+        return self.answered(attempt.model, usage) if is_paid else 0.0
 
     def answered(self, model: str, usage: Usage) -> float:
         """An answer came; returns what it cost, -1 = not known."""

@@ -12,7 +12,6 @@ name both lines of a duplicate (about 15 MB for 100,000). Every complaint is one
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -388,13 +387,5 @@ def _line(request: Request, response: dict[str, Any] | None, error: dict[str, st
         return json.dumps(record, separators=(",", ":"), allow_nan=False)
     except ValueError:
         # Servers in Python write NaN and Infinity, which no JSON has: the answer is paid for, and the line must be one.
-        return json.dumps(_finite(record), separators=(",", ":"), allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    """`value` with null in the place of numbers that JSON does not have."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    return [_finite(each) for each in value] if isinstance(value, list) else value
+        record = json.loads(json.dumps(record), parse_constant=lambda _: None)
+        return json.dumps(record, separators=(",", ":"), allow_nan=False)

@@ -16,6 +16,7 @@ from governor import law
 from governor.driver import Job, Observer
 from governor.errors import quoted
 from governor.guard import Measured
+from governor.longwaits import moment_text
 from governor.money import Spent, usage_in
 from governor.policy import KNOB_BY_ENV, Policy
 from governor.pools import Pool
@@ -117,13 +118,13 @@ class Meter(Observer):
         waits_s = self.tally.waits_s
         for i, name in enumerate(_WAITED, 1):
             waits_s[i] += getattr(attempt, name)
+        self.spent.attempted(attempt, usage_in(answer.body))
         if attempt.outcome is not Outcome.OK:
             return
         service_s = attempt.finished_s - attempt.launched_s
         self.answers += 1
         self.answer_s += service_s
         self.answer_tokens += output
-        self.spent.answered(attempt.model, usage_in(answer.body))
         used = prompt + output if attempt.prompt_tokens >= 0 and attempt.output_tokens >= 0 else -1
         if attempt.lane == "main":
             self.tally.work.add(0.0, attempt.charged_tokens, used, service_s)
@@ -195,9 +196,9 @@ class Alarms(Observer):
         if answer.outcome in ACCOUNT_REFUSES and "account" not in self._told:
             self._told.add("account")
             self._say(self._of + account_text(answer))
-        if answer.outcome is Outcome.DROPPED and "dropped" not in self._told:
+        if answer.outcome in (Outcome.DROPPED, Outcome.LOCAL) and answer.outcome not in self._told:
             # A wrong address looks just so, and would be tried again and again without a word.
-            self._told.add("dropped")
+            self._told.add(answer.outcome)
             self._say(self._of + (_words(answer) or "a connection dropped before its answer was there"))
         elif failure and answer.outcome not in ACCOUNT_REFUSES and failure not in self._told:
             self._told.add(failure)
@@ -251,7 +252,8 @@ def account_text(answer: Answer) -> str:
     what = "the account's quota is used up" if answer.outcome is Outcome.QUOTA else "the key or the model is refused"
     words = _words(answer)
     code = f" ({answer.status} {answer.error_code})" if answer.error_code else f" ({answer.status})"
-    return f"{what}{code}: {words}" if words else what + code
+    until = f"; access returns {moment_text(answer.returns_at)}" if answer.returns_at is not None else ""
+    return f"{what}{code}: {words}{until}" if words else what + code + until
 
 
 def waiting_for(cause: int) -> str:
