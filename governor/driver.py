@@ -41,6 +41,7 @@ from governor.work import DIMENSIONS, FINAL, SPENT, STOPPING, THROTTLES, TIMED_O
 from governor.work import Begun as Begun
 from governor.work import Job as Job
 from governor.work import Observer as Observer
+from governor.work import PoolState as PoolState
 from governor.work import Send as Send
 from governor.work import Work as Work
 
@@ -91,7 +92,7 @@ class Governor:
         self.clock_at = start_s
         self.cause = law.NOTHING
         self.wake_at = inf
-        self._tells = type(self.observer).decided is not Observer.decided
+        self._tells = self.observer.hears_decisions
         self._shows = type(self.observer).attempted is not Observer.attempted
         self._queue: list[Entry] = []  # permits, and retries and finalize passes that may go
         self._calendar: list[Moment] = []
@@ -103,6 +104,7 @@ class Governor:
         self._unfinished = 0
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = inf
+        self.late_s = -1.0  # by how much the timer that let the next launch out was late, -1 = none did
         self._tasks: dict[asyncio.Task[None], Job] = {}
         self._expiring: list[tuple[float, int, asyncio.Task[None]]] = []
         self._expiring_sweep = SWEEP
@@ -113,6 +115,7 @@ class Governor:
         self._error: BaseException | None = None
         if day_tokens_used > 0.0 or day_requests_used > 0.0:
             self._law("day_started", day_tokens_used, day_requests_used, start_s)
+        self.observer.began(self)
 
     # ------------------------------------------------------------ from outside
 
@@ -485,7 +488,8 @@ class Governor:
 
     def _rung(self) -> None:
         """The timer: what is due happens in order of time, else the head's moment has come."""
-        now = max(self._timer_at, self.now())
+        timer_at = self._timer_at
+        now = max(timer_at, self.now())
         self._timer, self._timer_at = None, inf
         self._advance(now)
         due = self._calendar
@@ -503,7 +507,9 @@ class Governor:
                 self._watch_deadline(job)
             self._pump(now)
         if waked:
+            self.late_s = now - timer_at
             self._pump(now)
+            self.late_s = -1.0
 
     def _watch_deadline(self, job: Job) -> None:
         """A request that was launched before is given up at its deadline, should it still wait then."""
@@ -534,6 +540,7 @@ class Governor:
         self._taken(job)
         self._law("launched", job.reserve, job.standing, now, self._jitter_u(job))
         self._off(job, now, self.s.booked.copy() if self.p.sync_headers else [])
+        self.late_s = -1.0
 
     def _jitter_u(self, job: Job) -> float:
         """The uniform number that moves the next launch slot."""

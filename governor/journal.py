@@ -13,8 +13,8 @@ A run's life is `create`, `ingest`, `begin`, `finish`; after a crash, or to go o
         journal.finish(governor.now(), "finished")
 
 `begin` takes stock: what was in flight when the last process ended is pending again and counts as resent, what had
-ended is never sent again, and the law's state goes on where the recorded decisions leave it, so that a new leg does not
-burst into a minute that the old one had used up.
+ended is never sent again, and the law's state goes on from the checkpoint that was committed last, so that a new leg
+does not burst into a minute that the old one had used up.
 
 Another process may look at any time (`open`), and may ask something of the run (`ask`).
 """
@@ -32,11 +32,12 @@ from typing import Any, Self
 from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, inspect, select, update
 
 from governor import __version__
+from governor.checkpoint import rebuilt, taken_from
 from governor.database import Database, JournalError
 from governor.driver import Work
-from governor.law import State
+from governor.law import DAY_S, State
 from governor.policy import Policy
-from governor.recorder import Recorder, Writer
+from governor.recorder import FullRecorder, Recorder, Writer
 from governor.records import Command, Records
 from governor.requests import Outcome, Request
 from governor.schema import (
@@ -44,10 +45,13 @@ from governor.schema import (
     FAILED,
     IN_FLIGHT,
     LANES,
+    OLDEST_SCHEMA,
     PENDING,
     SCHEMA,
     attempts,
     bodies,
+    checkpoint_row,
+    checkpoints,
     commands,
     deferrals,
     forecasts,
@@ -64,7 +68,6 @@ from governor.schema import (
     to_json,
 )
 from governor.summary import CAUSES
-from governor.verify import Replay
 
 # Requests written in one transaction while a journal is filled, and about how many bytes of bodies.
 INGEST_ROWS = 500
@@ -79,12 +82,14 @@ class Begun:
     """What `begin` found. `leg` counts from 1.
 
     `resent`: requests that were in flight when the last process ended. `recorders`: one `Observer` per pool; where its
-    `state` is not None, the governor must begin with that (`Governor(state=..., start_s=at_s)`).
+    `state` is not None, the governor must begin with that (`Governor(state=..., start_s=at_s)`). `notes`: what somebody
+    should know of where those states come from.
     """
 
     leg: int
     resent: int
     recorders: dict[str, Recorder]
+    notes: tuple[str, ...] = ()
 
 
 class Journal(Records):
@@ -149,6 +154,7 @@ class Journal(Records):
             _recognised(database)
             if to_run:
                 database.locked()
+                _upgraded(database)
             journal = cls(database, Writer(database) if to_run else None)
             if fingerprint and journal.run().fingerprint != fingerprint:
                 text = "it was made from another input: name another file with --journal, or that input again"
@@ -258,13 +264,31 @@ class Journal(Records):
 
     # ------------------------------------------------------------ running
 
-    def begin(self, settings: Mapping[str, Policy], at_s: float, *, version: str = __version__) -> Begun:
-        """Begins a leg at `at_s`, seconds since the run began, with these pools and their policies."""
+    def now_s(self, scale: float = 1.0) -> float:
+        """This moment in seconds since the run began: 0 before its first leg, and never before what is recorded.
+
+        `scale`: how many times as fast as the machine's the run's clock is. See `checkpoint` for what is assumed.
+        """
+        if not self.legs():
+            return 0.0
+        found = [self.checkpoint(name) for name in {stated.pool for stated in self.settings()}]
+        latest = max((each for each in found if each is not None), key=lambda each: each.at_s, default=None)
+        now_s = (time.time() - self.run().epoch_s) * scale if latest is None else latest.now_s(scale)
+        return max(self.last_s(), now_s)
+
+    def begin(
+        self, settings: Mapping[str, Policy], at_s: float, *, records: bool = False, version: str = __version__
+    ) -> Begun:
+        """Begins a leg at `at_s`, seconds since the run began, with these pools and their policies.
+
+        `records`: every call of the law is written down, for `verify`.
+        """
         writer = self._running()
         if self.run().requests < 0:
             raise JournalError(f"{self.name}: it was never filled with all requests: `ingest` them again")
         writer.commit()
-        states = {pool: self._state_of(pool, policy, at_s) for pool, policy in settings.items()}
+        notes: list[str] = []
+        states = {pool: self._state_of(pool, policy, at_s, notes) for pool, policy in settings.items()}
         with self._database.writing() as connection:
             resent = stock_taken(connection)
             leg = (connection.execute(select(func.max(legs.c.leg))).scalar() or 0) + 1
@@ -277,17 +301,34 @@ class Journal(Records):
                 connection.execute(insert(policies), row)
                 counts = [{"leg": leg, "pool": number, "cause": i, "requests": 0} for i in range(len(CAUSES))]
                 connection.execute(insert(deferrals), counts)
+                # With the leg: from its first moment, a kill finds what was used before.
+                connection.execute(delete(checkpoints).where(checkpoints.c.pool == number))
+                state = taken_from(policy.params(), states[pool] or State(), at_s)
+                connection.execute(insert(checkpoints), checkpoint_row(leg, number, state))
         self._leg = leg
-        recorders = {pool: Recorder(writer, leg, numbers[pool], states[pool]) for pool in settings}
+        kind = FullRecorder if records else Recorder
+        recorders = {pool: kind(writer, leg, numbers[pool], states[pool]) for pool in settings}
         writer.commit()
-        return Begun(leg, resent, recorders)
+        return Begun(leg, resent, recorders, tuple(notes))
 
-    def _state_of(self, pool: str, policy: Policy, at_s: float) -> State | None:
-        """The state with which a pool goes on: None in its first leg, fresh if today's law cannot follow the record."""
-        before = [settings.leg for settings in self.settings() if settings.pool == pool]
-        if not before:
+    def _state_of(self, pool: str, policy: Policy, at_s: float, notes: list[str]) -> State | None:
+        """The state with which a pool goes on, None in its first leg."""
+        if all(stated.pool != pool for stated in self.settings()):
             return None
-        return state_after(self, pool, before[-1], policy, at_s)
+        of = f"pool {pool!r}: " if len(self.settings()) > 1 else ""
+        params = policy.params()
+        why = "it was written by an older Paceline"
+        try:
+            found = self.checkpoint(pool)
+        except JournalError:
+            found, why = None, "its checkpoint cannot be read"
+        if found is None:
+            notes.append(f"{of}{why}: what was used is counted from the attempts on record, holds are forgotten")
+            return rebuilt(params, self.launches(pool, at_s - DAY_S))
+        if found.unlike:
+            names = ", ".join(found.unlike)
+            notes.append(f"{of}the checkpoint is from another version of Paceline, {names} not carried over")
+        return found.carried_over(params, at_s)
 
     def forecast(self, content: Mapping[str, Any], at_s: float) -> None:
         """Writes down what is expected; before the first launch, for what comes later is no forecast."""
@@ -366,20 +407,6 @@ class Journal(Records):
                     connection.execute(statement).fetchall()
 
 
-def state_after(records: Records, pool: str, leg: int, policy: Policy, at_s: float) -> State:
-    """The law's state where a leg left a pool, carried over to `at_s` and these settings.
-
-    Fresh where today's law cannot follow what was recorded.
-    """
-    replay = Replay()
-    try:
-        for decision in records.decisions(pool, leg):
-            replay.decide(decision.name, decision.arguments)
-    except (ArithmeticError, LookupError, TypeError, ValueError):
-        return State()
-    return replay.carried_over(policy.params(), at_s)
-
-
 def fingerprint_of(file: io.BufferedIOBase) -> str:
     """The SHA-256 of a file opened in binary, from where it stands to its end, as 64 hexadecimal digits."""
     return hashlib.file_digest(file, "sha256").hexdigest()
@@ -411,9 +438,16 @@ def _recognised(database: Database) -> None:
     if schema > SCHEMA:
         text = f"made by Paceline {version} with schema {schema}, this is {__version__} and knows {SCHEMA}: upgrade it"
         raise JournalError(f"{database.name}: {text}")
-    if schema < SCHEMA:
+    if schema < OLDEST_SCHEMA:
         text = f"made by Paceline {version} with schema {schema}, this is {__version__} with {SCHEMA}: use that version"
         raise JournalError(f"{database.name}: {text}")
+
+
+def _upgraded(database: Database) -> None:
+    """Adds what an older schema lacks."""
+    with database.writing() as connection:
+        metadata.create_all(connection)
+        connection.execute(update(run).values(schema=SCHEMA))
 
 
 def chunks(works: Iterable[Work]) -> Iterator[tuple[list[dict[str, Any]], list[dict[str, Any]]]]:

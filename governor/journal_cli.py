@@ -158,13 +158,15 @@ def _wait_until_taken(journal: Journal, number: int, name: str) -> None:
 
 @app.command()
 def verify(where: Where, as_json: AsJson = False) -> None:
-    """Decide every recorded decision again: equal, or which one is not. Exit code 1 where one is not."""
+    """Decide every decision that `run --record` recorded again: equal, or which one is not. Exit code 1 where not."""
     from governor.journal import Journal
     from governor.verify import verify as decide_again
 
     with Journal.open(where) as journal:
         found = decide_again(journal.decisions())
         complaints = journal.complaints()
+    if not found.chains and not complaints:
+        raise BadInput("no decision was recorded in it: `paceline run --record` records them for `verify`", where)
     if as_json:
         difference = None if found.difference is None else str(found.difference)
         content = {"checked": found.checked, "chains": found.chains, "difference": difference, "database": complaints}

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -131,11 +130,12 @@ class LiveRun:
         """Begins the leg: recorders, governors, and the forecast, before anything is launched."""
         leg, loop = self.leg, asyncio.get_running_loop()
         stated = leg.journal.run()
-        # A first leg begins at 0; later ones follow the wall's clock, and never come before what the records hold.
-        since_s = (time.time() - stated.epoch_s) * self.manner.time_scale if leg.journal.legs() else 0.0
-        zero = loop.time() - max(leg.journal.last_s(), since_s)
-        begun = leg.journal.begin({name: pool.policy for name, pool in leg.pools.items()}, loop.time() - zero)
+        zero = loop.time() - leg.journal.now_s(self.manner.time_scale)
+        policies = {name: pool.policy for name, pool in leg.pools.items()}
+        begun = leg.journal.begin(policies, loop.time() - zero, records=self.manner.records)
         self.began_s, self.resent = loop.time() - zero, begun.resent
+        for note in begun.notes:
+            self.say(f"note: {note}")
         for name, pool in leg.pools.items():
             self._say_overdue(name, pool)
         leg.journal.forecast({name: e.to_json_dict() for name, e in leg.expectations.items()}, self.began_s)

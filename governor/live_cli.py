@@ -124,6 +124,10 @@ def run(
     notify: Annotated[
         str | None, typer.Option(metavar="URL", help="POST a message when it finishes, stops or falls behind.")
     ] = None,
+    record: Annotated[
+        bool,
+        typer.Option("--record", help="Record every decision, for `paceline verify`; a third more disk."),
+    ] = False,
     time_scale: Annotated[
         float,
         typer.Option(
@@ -159,6 +163,7 @@ def run(
         insist=yes,
         log_format=log_format,
         textfile=None if metrics_textfile is None else Path(metrics_textfile),
+        records=record,
         hook=notify or "",
         ask=_ask if sys.stdin.isatty() and sys.stderr.isatty() else None,
         time_scale=time_scale,

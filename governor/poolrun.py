@@ -52,8 +52,9 @@ class Manner:
 
     `max_cost`: US dollars, `stop_after_s`, `finish_by_s`: seconds of this leg; None = no budget. `grace_s`: how long
     those in flight may end after a signal. `canary`: so many requests of each pool first; `insist`: go on whatever it
-    finds. `follow`: the results file that grows. `textfile`, `hook`: where metrics and messages go. `redis`: the URL
-    through which pools are shared with other processes, "" = they are not.
+    finds. `records`: every call of the law is written down. `follow`: the results file that grows. `textfile`, `hook`:
+    where metrics and messages go. `redis`: the URL through which pools are shared with other processes, "" = they are
+    not.
     """
 
     finalize: bool = False
@@ -67,6 +68,7 @@ class Manner:
     follow: Followed | None = None
     metrics: Metrics | None = None
     textfile: Path | None = None
+    records: bool = False
     hook: str = ""
     ask: Callable[[str], bool] | None = None
     time_scale: float = 1.0

@@ -10,7 +10,8 @@ another and each carries all that had been reported when it began (group commit)
 result with no launch after it, is committed LINGER_S after the first report.
 
 Order. Batches are committed in order and each in one transaction, so the journal always holds a prefix of what was
-reported: a result is never there without the launch before it, nor half of what one event reported.
+reported: a result is never there without the launch before it, nor half of what one event reported. With each goes a
+checkpoint of the law's state in every pool that reported: what it says is used is what the other rows say was sent.
 
 Failure. A commit that fails (no room on the disk) leaves nothing behind; its batch goes back in front of what came
 since, and every task that waited gets the `JournalError`, so that nothing is sent on an unrecorded launch. The next
@@ -25,10 +26,11 @@ import threading
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Connection, Double, bindparam, func, insert, update
+from sqlalchemy import Double, bindparam, func, insert, update
 
+from governor.checkpoint import Checkpoint, taken_from
 from governor.database import Database, JournalError
-from governor.driver import Job, Observer
+from governor.driver import Job, Observer, PoolState
 from governor.law import State
 from governor.policy import Policy
 from governor.requests import ACCOUNT_REFUSES, Answer, Attempt, Request
@@ -40,6 +42,8 @@ from governor.schema import (
     PENDING,
     attempt_row,
     attempts,
+    checkpoint_row,
+    checkpoints,
     commands,
     decisions,
     deferrals,
@@ -48,6 +52,7 @@ from governor.schema import (
     result_row,
     results,
     settings_of,
+    timers,
 )
 from governor.verify import RESTORED, numbers_of, result_of, stored
 
@@ -79,6 +84,17 @@ _DEFERRED = (
         deferrals.c.cause == bindparam("b_cause"),
     )
     .values(requests=deferrals.c.requests + bindparam("b_requests"))
+)
+_CHECKPOINTED = (
+    update(checkpoints)
+    .where(checkpoints.c.leg == bindparam("b_leg"), checkpoints.c.pool == bindparam("b_pool"))
+    .values(
+        at_s=bindparam("b_at_s"),
+        epoch_s=bindparam("b_epoch_s"),
+        boot=bindparam("b_boot"),
+        boot_s=bindparam("b_boot_s"),
+        state=bindparam("b_state"),
+    )
 )
 _TAKEN = (
     update(commands)
@@ -136,12 +152,27 @@ class Batch:
     deferrals: dict[tuple[int, int, int], int] = field(default_factory=dict)
     policies: list[tuple[int, int, float, Policy]] = field(default_factory=list)
     taken: list[tuple[int, float, str]] = field(default_factory=list)
+    timers: list[tuple[int, float]] = field(default_factory=list)
+    pools: dict[tuple[int, int], PoolState] = field(default_factory=dict)  # that have reported
+    checkpoints: dict[tuple[int, int], Checkpoint] = field(default_factory=dict)
 
     def holds_any(self) -> bool:
         """Whether there is anything to commit."""
         return bool(
-            self.decisions or self.moves or self.attempts or self.ends or self.deferrals or self.policies or self.taken
+            self.pools
+            or self.decisions
+            or self.moves
+            or self.attempts
+            or self.ends
+            or self.deferrals
+            or self.policies
+            or self.taken
         )
+
+    def checkpoint(self) -> None:
+        """Takes each pool's state as it is now, with all that has been reported and no more."""
+        for chain, pool in self.pools.items():
+            self.checkpoints[chain] = taken_from(pool.p, pool.s, pool.now())
 
     def moved(self, request: int, move: _Move) -> None:
         """The request stands elsewhere now."""
@@ -165,6 +196,8 @@ class Batch:
             self.deferrals[key] = self.deferrals.get(key, 0) + count
         self.policies += later.policies
         self.taken += later.taken
+        self.timers += later.timers
+        self.pools |= later.pools
         return self
 
     def statements(self) -> list[tuple[Any, list[dict[str, Any]]]]:
@@ -183,12 +216,18 @@ class Batch:
             (insert(results), answers),
             (insert(decisions), [calls.row(*chain) for chain, calls in self.decisions.items()]),
             (_DEFERRED, [_deferral_row(*key, count) for key, count in self.deferrals.items()]),
+            (insert(timers), [{"pool": pool, "late_s": late_s} for pool, late_s in self.timers]),
+            (_CHECKPOINTED, [_checkpoint_row(*chain, taken) for chain, taken in self.checkpoints.items()]),
             (_TAKEN, [{"b_id": i, "b_taken_s": at_s, "b_outcome": outcome} for i, at_s, outcome in self.taken]),
         ]
 
 
 def _policy_row(leg: int, pool: int, at_s: float, policy: Policy) -> dict[str, Any]:
     return {"leg": leg, "pool": pool, "at_s": at_s, "settings": settings_of(policy)}
+
+
+def _checkpoint_row(leg: int, pool: int, checkpoint: Checkpoint) -> dict[str, Any]:
+    return {f"b_{name}": value for name, value in checkpoint_row(leg, pool, checkpoint).items()}
 
 
 def _deferral_row(leg: int, pool: int, cause: int, count: int) -> dict[str, Any]:
@@ -297,6 +336,7 @@ class Writer:
     def _begin(self, loop: asyncio.AbstractEventLoop | None) -> _Commit:
         assert self._commit is None, "one commit at a time"
         batch, self.batch = self.batch, Batch()
+        batch.checkpoint()
         commit = _Commit(self._filling, batch, self._thread.submit(self._write, batch))
         self._commit = commit
         self._filling += 1
@@ -326,12 +366,8 @@ class Writer:
                 self.trouble = error if isinstance(error, JournalError) else JournalError(f"internal error: {error!r}")
                 self.batch = commit.batch.followed_by(self.batch)
 
-    def _about_to_write(self, connection: Connection) -> None:
-        """In each transaction before anything is written: a JournalError raised here leaves no trace of it."""
-
     def _write(self, batch: Batch) -> None:
         with self.database.writing() as connection:
-            self._about_to_write(connection)
             for statement, rows in batch.statements():
                 if rows:
                     connection.execute(statement, rows)
@@ -351,10 +387,11 @@ class Recorder(Observer):
         self.state = state
         self._writer = writer
         self._chain = leg, pool
-        self._sequence = 0
-        if state is not None:
-            # As numbers at once: the governor changes the state from now on.
-            self.decided(RESTORED, numbers_of((state,)), None)
+        self._pool: PoolState | None = None
+
+    def began(self, governor: PoolState) -> None:
+        """Its state is checkpointed from now on."""
+        self._pool = governor
 
     @property
     def trouble(self) -> JournalError | None:
@@ -363,8 +400,17 @@ class Recorder(Observer):
     def launched(self, job: Job, now: float) -> None:
         """The request is marked `in_flight`; with `flushed`, before it is sent."""
         move = _Move(IN_FLIGHT, LANES[job.lane], job.attempt, now, job.first_launched_s)
-        self._writer.batch.moved(job.index, move)
+        self._reported().moved(job.index, move)
+        if self._pool is not None and self._pool.late_s >= 0.0:
+            self._writer.batch.timers.append((self._chain[1], self._pool.late_s))
+
+    def _reported(self) -> Batch:
+        """The batch that takes a report; it is committed soon."""
+        batch = self._writer.batch
+        if self._pool is not None:
+            batch.pools[self._chain] = self._pool
         self._writer.touched()
+        return batch
 
     async def flushed(self) -> None:
         """Returns when what was reported so far is on the disk."""
@@ -376,42 +422,47 @@ class Recorder(Observer):
         After an answer the request stays `in_flight` until `ended` comes, or the launch of its finalize pass. Where the
         account was refused it is pending, as if this attempt had never been.
         """
-        batch = self._writer.batch
+        batch = self._reported()
         batch.attempts.append((attempt, answer))
         if attempt.outcome in ACCOUNT_REFUSES:  # the attempt does not count against the request
             first_s = -1.0 if attempt.attempt == 1 and attempt.lane == LANES[0] else None
             batch.moved(attempt.request, _Move(PENDING, attempt.lane, attempt.attempt, attempt.launched_s, first_s))
-        self._writer.touched()
 
     def backed_off(self, attempt: Attempt, answer: Answer, retry_at_s: float) -> None:
         """The request is pending until its next attempt."""
         move = _Move(PENDING, attempt.lane, attempt.attempt + 1, attempt.launched_s, None, retry_at_s)
-        self._writer.batch.moved(attempt.request, move)
-        self._writer.touched()
+        self._reported().moved(attempt.request, move)
 
     def ended(self, request: Request, failure: str, answer: Answer | None, now: float) -> None:
         """The request is `done` or `failed`, and what came back last is kept."""
-        self._writer.batch.ends.append((request.index, failure, answer, now))
-        self._writer.touched()
+        self._reported().ends.append((request.index, failure, answer, now))
 
     def deferred(self, cause: int) -> None:
         """One more request that had to wait for that cause."""
-        counts = self._writer.batch.deferrals
+        counts = self._reported().deferrals
         key = (*self._chain, cause)
         counts[key] = counts.get(key, 0) + 1
-        self._writer.touched()
+
+    def policy_changed(self, policy: Policy, at_s: float) -> None:
+        """The settings from `at_s` on."""
+        self._reported().policies.append((*self._chain, at_s, policy))
+
+
+class FullRecorder(Recorder):
+    """One that writes every call of the law down as well, for `verify`."""
+
+    def __init__(self, writer: Writer, leg: int, pool: int, state: State | None = None) -> None:
+        super().__init__(writer, leg, pool, state)
+        self._sequence = 0
+        if state is not None:
+            # As numbers at once: the governor changes the state from now on.
+            self.decided(RESTORED, numbers_of((state,)), None)
 
     def decided(self, name: str, arguments: tuple[Any, ...], result: Any) -> None:
         """One more call in `decisions`. Bags among the arguments must not change afterwards."""
-        chains = self._writer.batch.decisions
+        chains = self._reported().decisions
         calls = chains.get(self._chain)
         if calls is None:
             calls = chains[self._chain] = _Calls(self._sequence)
         calls.calls.append((name, arguments, result))
         self._sequence += 1
-        self._writer.touched()
-
-    def policy_changed(self, policy: Policy, at_s: float) -> None:
-        """The settings from `at_s` on, beside the decision (`repriced`) that carries their numbers."""
-        self._writer.batch.policies.append((*self._chain, at_s, policy))
-        self._writer.touched()

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Column, ColumnElement, Select, Table, and_, func, or_, select, true
 
+from governor.checkpoint import Checkpoint, Launch
 from governor.database import Database, JournalError
 from governor.driver import Work
 from governor.money import Usage
@@ -29,12 +30,15 @@ from governor.schema import (
     IN_FLIGHT,
     LANES,
     PENDING,
+    SCHEMA,
     STATES,
     DamagedError,
     answer_of,
     attempt_of,
     attempts,
     bodies,
+    checkpoint_of,
+    checkpoints,
     commands,
     decisions,
     deferrals,
@@ -49,6 +53,7 @@ from governor.schema import (
     requests,
     results,
     run,
+    timers,
 )
 from governor.summary import CAUSES, Ended
 from governor.verify import BEGAN, Decision, numbers_of, read_back
@@ -415,10 +420,42 @@ class Records:
         except ValueError:
             raise self._database.damaged("an outcome cannot be read") from None
 
+    def lateness(self, pool: str) -> list[float]:
+        """How late each launch of a pool was that a timer had been set for, seconds; none where it was not recorded."""
+        if self.run().schema < SCHEMA:
+            return []
+        query = select(timers.c.late_s).join(pools, pools.c.pool == timers.c.pool).where(pools.c.name == pool)
+        return [float(row.late_s) for row in self._all(query.order_by(timers.c.number))]
+
+    # ------------------------------------------------------------ what is used
+
+    def checkpoint(self, pool: str) -> Checkpoint | None:
+        """What a pool had used by the latest commit; None where no leg of it was begun, or by an older Paceline."""
+        if self.run().schema < SCHEMA:
+            return None
+        query = select(checkpoints).join(pools, pools.c.pool == checkpoints.c.pool).where(pools.c.name == pool)
+        rows = self._all(query.order_by(checkpoints.c.leg.desc()).limit(1))
+        with self._undamaged():
+            return checkpoint_of(rows[0]) if rows else None
+
+    def launches(self, pool: str, since_s: float) -> list[Launch]:
+        """What a pool has launched since, in order of time: the tokens that answers used, or else what was reserved."""
+        columns = attempts.c
+        query = select(attempts).where(columns.pool == pool, columns.launched_s >= since_s)
+        found = []
+        for row in self._all(query):
+            told = row.outcome == Outcome.OK and row.prompt_tokens >= 0 and row.output_tokens >= 0
+            tokens = float(row.prompt_tokens + row.output_tokens if told else row.reserved_tokens)
+            found.append(Launch(row.launched_s, tokens, row.attempt == 1 and row.lane == LANES[0]))
+        c = requests.c
+        flying = select(c.launched_s, c.reserve, c.attempt).where(c.pool == pool, c.state == IN_FLIGHT)
+        found += [Launch(row.launched_s, row.reserve, row.attempt == 1) for row in self._all(flying)]
+        return sorted(found)
+
     # ------------------------------------------------------------ decisions
 
     def decisions(self, pool: str | None = None, leg: int | None = None) -> Iterator[Decision]:
-        """What `verify` decides again: each chain opened by `began`, made from the policy recorded for it.
+        """What `verify` decides again, where it was recorded: each chain opened by `began`, made from its policy.
 
         `pool`, `leg`: only that one's; None = all, chain after chain.
         """
@@ -429,9 +466,10 @@ class Records:
         numbers = {row.name: row.pool for row in self._all(select(pools))}
         c = decisions.c
         for (number, name), policy in chains.items():
-            yield Decision(name, number, -1, BEGAN, numbers_of((policy.params(),)), ())
             query = select(c.first, c.calls).where(c.leg == number, c.pool == numbers[name])
-            for row in self._stream(query, c.first, CHUNK):
+            for i, row in enumerate(self._stream(query, c.first, CHUNK)):
+                if i == 0:
+                    yield Decision(name, number, -1, BEGAN, numbers_of((policy.params(),)), ())
                 try:
                     for sequence, call in enumerate(read_back(row.calls), row.first):
                         yield Decision(name, number, sequence, *call)

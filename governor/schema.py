@@ -11,7 +11,9 @@ must not: connections (`database`) and the order in which things happen (`record
     bodies     what is sent, apart from `requests` so that a change of state rewrites a short row
     results    what came back last, for requests that ended
     attempts   one row per ended attempt: `Attempt`'s columns, request id, what the headers stated of limits and time
-    decisions  every call of the law, in order: one row per pool and commit, from the `first` on (`verify.stored`)
+    checkpoints  what each pool of the latest leg has used, rewritten with each commit (`checkpoint`)
+    timers     how late each launch was that a timer had been set for
+    decisions  with `--record`, every call of the law: one row per pool and commit, from the `first` on
     deferrals  per leg, pool and cause: requests that had to wait for it at the head of the queue
     forecasts  what was expected, as JSON; `launched_before` says how much had happened when it was written
     commands   what another process asked of the run: pause, resume, set
@@ -34,12 +36,15 @@ from sqlalchemy import BigInteger, Column, Dialect, Double, Index, Integer, Larg
 from sqlalchemy.dialects.mysql import LONGBLOB, LONGTEXT
 from sqlalchemy.types import TypeDecorator
 
+from governor.checkpoint import Checkpoint, Moment, read_back
 from governor.errors import PacelineError
 from governor.money import usage_in
 from governor.policy import Policy
 from governor.requests import Answer, Attempt, Limit, Outcome, Request, Sizes
 
-SCHEMA = 2
+SCHEMA = 3
+# The oldest one that can be read, and brought up to date by a run.
+OLDEST_SCHEMA = 2
 # "PACE", in the header of the SQLite file, where `file` and we ourselves find it.
 APPLICATION_ID = 0x50414345
 
@@ -208,6 +213,20 @@ attempts = Table(
 )
 Index("attempts_by_request", attempts.c.request)
 
+checkpoints = Table(
+    "checkpoints",
+    metadata,
+    _id("leg"),
+    _id("pool"),
+    _number("at_s"),
+    _number("epoch_s"),
+    _short("boot"),
+    _number("boot_s"),
+    Column("state", _LONG, nullable=False),
+)
+
+timers = Table("timers", metadata, _id("number", given=False), _whole("pool"), _number("late_s"))
+
 decisions = Table(
     "decisions",
     metadata,
@@ -305,6 +324,20 @@ def attempt_row(attempt: Attempt, answer: Answer) -> dict[str, Any]:
     usage = usage_in(answer.body)
     row |= {"cached_tokens": usage.cached, "reasoning_tokens": usage.reasoning, "processing_s": answer.processing_s}
     return row | {"outcome": str(attempt.outcome), "request_id": answer.request_id, "limits": to_json(limits)}
+
+
+def checkpoint_row(leg: int, pool: int, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The row of `checkpoints`."""
+    row = {"leg": leg, "pool": pool, "at_s": checkpoint.at_s, "state": checkpoint.text()}
+    return row | checkpoint.moment._asdict()
+
+
+def checkpoint_of(row: Any) -> Checkpoint:
+    """The checkpoint of a row; `DamagedError` where it makes no sense."""
+    try:
+        return read_back(row.state, row.at_s, Moment(row.epoch_s, row.boot, row.boot_s))
+    except (TypeError, ValueError):
+        raise DamagedError("a checkpoint") from None
 
 
 def limits_of(row: Any) -> tuple[Limit, ...]:

@@ -371,6 +371,8 @@ class SharedGovernor(Governor):
 
     def decided(self, params: Params, before: Numbers, image: Image, calls: list[Call]) -> None:
         """This process has decided: what the others changed since its last decision, then the calls of the law."""
+        if not self._tells:
+            return
         told = self.observer.decided
         if params != self._chain_p:
             self._tell(told, "repriced", (params, floored(self.now() + self._zero_s)), None)

@@ -30,7 +30,6 @@ from typing import Any, NamedTuple
 from governor import law
 from governor.law import Params, State
 from governor.policy import Policy
-from governor.timeline import moved
 
 BEGAN = "began"
 REPRICED = "repriced"
@@ -267,20 +266,6 @@ class Replay:
             self._time_is(arguments[call.now])
         values = (kind(value) for kind, value in zip(call.kinds, arguments, strict=True))
         return result_of(call.function(self.params, self.state, *values))
-
-    def carried_over(self, params: Params, now: float) -> State:
-        """The state with which the chain's successor begins at `now`: what was used stays used, under these settings.
-
-        Of what was in flight nobody is left, and a new process is not paused.
-        """
-        if self.zero_s:
-            self.state, self.zero_s = moved(self.state, -self.zero_s), 0.0
-        s = self.state
-        s.in_flight = s.finalize_open = s.alone = s.paused = 0
-        if params != self.params:
-            law.repriced(self.params, params, s, now)
-            self.params = params
-        return s
 
     def _time_is(self, now: float) -> None:
         self.at_s = max(self.at_s, now - self.zero_s) if math.isfinite(now) else self.at_s

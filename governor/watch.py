@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from governor import law
-from governor.driver import Job, Observer
+from governor.driver import Job, Observer, PoolState
 from governor.errors import quoted
 from governor.guard import Measured
 from governor.longwaits import moment_text
@@ -43,6 +43,15 @@ class Together(Observer):
         self._deferred = _given(each, "deferred")
         self._decided = _given(each, "decided")
         self._flushed = _given(each, "flushed")
+        self._began = _given(each, "began")
+
+    @property
+    def hears_decisions(self) -> bool:
+        return bool(self._decided)
+
+    def began(self, governor: PoolState) -> None:
+        for told in self._began:
+            told(governor)
 
     def launched(self, job: Job, now: float) -> None:
         for told in self._launched:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from governor import law
 from governor.errors import FailureCode
+from governor.law import Params, State
 from governor.requests import Answer, Attempt, Outcome, Request
 
 DIMENSIONS = {"TPM": law.TPM, "RPM": law.RPM, "TPD": law.TPD, "RPD": law.RPD}
@@ -70,12 +71,35 @@ class Work:
     retry_at_s: float = -1.0
 
 
+class PoolState(Protocol):
+    """What an observer may read of the governor that it observes.
+
+    `p`, `s`: settings and state of the law. `late_s`: by how much the timer was late that lets the present launch out,
+    -1 = no timer did.
+    """
+
+    p: Params
+    s: State
+    late_s: float
+
+    def now(self) -> float:
+        """Seconds since the run began."""
+
+
 class Observer:
     """Told of everything that a run does, in order. Methods are quick and synchronous; what one raises ends the run.
 
     Each may call the governor's `stop`, `pause`, `resume` and `reprice`. What a subclass does not define costs nothing;
     who wants to hear of `backed_off` defines `attempted` too.
     """
+
+    @property
+    def hears_decisions(self) -> bool:
+        """Whether `decided` is to be called."""
+        return type(self).decided is not Observer.decided
+
+    def began(self, governor: PoolState) -> None:
+        """Told first: whose reports these are."""
 
     def launched(self, job: Job, now: float) -> None:
         """An attempt is about to be sent."""

@@ -41,7 +41,8 @@ def rehearsed(scenario: Scenario, folder: str | Path, *, requests: int = 0, time
     environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
     environment |= {"OPENAI_API_KEY": "no-key-is-needed"}
     results = place / "results.jsonl"
-    words = ["run", str(batch), "--out", str(results), "--env-file", str(settings), "--time-scale", f"{time_scale:g}"]
+    words = ["run", str(batch), "--out", str(results), "--env-file", str(settings)]
+    words += ["--record", "--time-scale", f"{time_scale:g}"]
     with spawn(scenario.provider, seed=scenario.seed, time_scale=time_scale, stated_time="provider") as provider:
         words += ["--base-url", provider.base_url]
         command = [sys.executable, "-m", "sim.cli", *words]

@@ -10,7 +10,7 @@ quota (`others`), how late the loop's timers rang, and when somebody changed the
 launched, what was throttled, how long anything waited. A request without an answer takes a length from those with
 similar prompts, and its time from a line fitted to the answered ones.
 
-How late a timer rang is read from the decisions: an `admission` named a moment, and the next `launched` came after it.
+How late timers rang is read from the journal, for each launch that one had been set for.
 
 Time is counted from the first launch, and the idle time between two legs is left out.
 """
@@ -146,7 +146,7 @@ def _lesson(journal: Journal, pool: str, attempts: list[Attempt], clock: Clock) 
         policy=policy,
         seed=seed,
         workload=workload,
-        late_s=_lateness(journal, pool),
+        late_s=np.array(journal.lateness(pool)),
         counts=counts_of(journal.heard(pool), place, clock),
         latency=_latency(mine, answered, workload),
         faults=_faults(mine, visible),
@@ -214,25 +214,6 @@ def _faults(attempts: list[Attempt], visible: dict[str, NDArray[Any]]) -> dict[s
         )
         found["empty_cut_ratio"] = min(1.0, passes / max(passes, cut))
     return found
-
-
-def _lateness(journal: Journal, pool: str) -> NDArray[np.float64]:
-    """How long after the moment that the law had named each waiting request was launched, seconds."""
-    late: list[float] = []
-    named = -1.0
-    for decision in journal.decisions(pool):
-        if decision.name == "admission":
-            now, at = decision.arguments[-1], decision.result[0]
-            if at > now:
-                named = at
-        elif decision.name == "launched":
-            if 0.0 <= named <= (now := decision.arguments[2]):
-                late.append(now - named)
-            named = -1.0
-        elif decision.name != "synced":
-            # Something else has happened in between: the head is asked anew, and may have been held up by that.
-            named = -1.0
-    return np.array(late)
 
 
 def _changes(journal: Journal, history: list[tuple[float, Policy]], clock: Clock) -> tuple[Change, ...]:

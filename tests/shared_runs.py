@@ -47,6 +47,7 @@ class Runs:
 
     def start(self, i: int) -> Any:
         args = run_args(self.folders[i], self.served.base_url, "--json", "--yes", "--time-scale", self.scale)
+        args.append("--record")
         return self.cli.start(*args, env=ENV | {REDIS_URL: self.url})
 
     def until_seen(self, requests: int) -> None:

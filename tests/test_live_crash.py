@@ -59,7 +59,7 @@ def killed_and_resumed(cli: Cli, folder: Path, rng: random.Random, run_s: float)
     # Some 429s and drops on the way, so that retries are killed too.
     events = [{"kind": "throttled", "ratio": 0.05, "retry_after_s": 0.05}, {"kind": "drop", "ratio": 0.03}]
     with provider(events=events, latency=LATENCY, seed=rng.randrange(10**6)) as served:
-        args = run_args(folder, served.base_url, "--quiet", "--json")
+        args = run_args(folder, served.base_url, "--quiet", "--json", "--record")
         for _ in range(rng.randint(1, 3)):
             process = cli.start(*args, env=ENV)
             time.sleep(rng.uniform(0.0, run_s))

@@ -19,7 +19,7 @@ from typing import Any
 
 from governor.driver import Governor, Job, Observer
 from governor.keyed import attempt_key
-from governor.law import FINALIZE, TPM, Params, State, used_in
+from governor.law import FINALIZE, TPM, Params, used_in
 from governor.metrics import Metrics
 from governor.money import Spent
 from governor.openai_adapter import capped
@@ -38,45 +38,8 @@ from governor.watch import Alarms, Meter, Together, waiting_for
 THROTTLES = (Outcome.THROTTLED, Outcome.SLOW_DOWN)
 # The series: so many buckets of so many seconds.
 BUCKET_S, BUCKETS = 5.0, 180
-# A leg ends after so many decisions: replaying them takes less than a second.
-LEG_DECISIONS = 20_000
 
 log = logging.getLogger("paceline.service")
-
-
-class Turned(Observer):
-    """A recorder that can be exchanged for the next leg's; counts the decisions of the present one."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        self.inner = recorder
-        self.decisions = 0
-
-    def turn(self, recorder: Recorder) -> None:
-        """From now on reports go to this one."""
-        self.inner = recorder
-        self.decisions = 0
-
-    def launched(self, job: Job, now: float) -> None:
-        self.inner.launched(job, now)
-
-    async def flushed(self) -> None:
-        await self.inner.flushed()
-
-    def attempted(self, attempt: Attempt, answer: Answer, failure: str) -> None:
-        self.inner.attempted(attempt, answer, failure)
-
-    def backed_off(self, attempt: Attempt, answer: Answer, retry_at_s: float) -> None:
-        self.inner.backed_off(attempt, answer, retry_at_s)
-
-    def ended(self, request: Request, failure: str, answer: Answer | None, now: float) -> None:
-        self.inner.ended(request, failure, answer, now)
-
-    def deferred(self, cause: int) -> None:
-        self.inner.deferred(cause)
-
-    def decided(self, name: str, arguments: tuple[Any, ...], result: Any) -> None:
-        self.decisions += 1
-        self.inner.decided(name, arguments, result)
 
 
 @dataclass(slots=True)
@@ -169,7 +132,7 @@ class Lane:
     pool: Pool
     policy: Policy
     governor: Governor
-    recorder: Turned
+    recorder: Recorder
     meter: Meter
     alarms: Alarms
     series: Series
@@ -215,7 +178,7 @@ class Lane:
         self.meter.policy = policy
         self.alarms.repriced(policy)
         self.governor.reprice(policy.params())
-        self.recorder.inner.policy_changed(policy, self.governor.now())
+        self.recorder.policy_changed(policy, self.governor.now())
 
     # ------------------------------------------------------------ figures
 
@@ -279,7 +242,6 @@ def lane_of(
     *,
     seed: int,
     start_s: float,
-    state: State | None,
     metrics: Metrics,
     worker: Any,
     send: Sender,
@@ -288,16 +250,16 @@ def lane_of(
     spent = Spent(worker.config.prices, worker.config.today())
     meter = Meter(pool, spent, left=0, left_tokens=0.0)
     alarms = Alarms(pool, log.warning, log.warning)
-    turned, series = Turned(recorder), Series()
+    series = Series()
     # The recorder first: nobody speaks of what is not recorded.
-    observers: list[Observer] = [turned, meter, alarms, series, metrics.observer(pool.name), Told(worker)]
+    observers: list[Observer] = [recorder, meter, alarms, series, metrics.observer(pool.name), Told(worker)]
     governor = governor_of(
         replace(pool, policy=policy),
         Manner(redis=worker.config.redis, time_scale=worker.config.time_scale),
         log.warning,
         seed=seed,
         observer=Together(observers),
-        state=state,
+        state=recorder.state,
         start_s=start_s,
     )
     metrics.watch(pool.name, governor)
@@ -305,7 +267,7 @@ def lane_of(
         pool=pool,
         policy=policy,
         governor=governor,
-        recorder=turned,
+        recorder=recorder,
         meter=meter,
         alarms=alarms,
         series=series,

@@ -11,16 +11,16 @@ Fenced. Each commit looks first, in its own transaction, whether this replica st
 lock. So a replica that was taken for dead writes nothing after another has taken its batches over: none of its launches
 becomes durable, and what is not durable is not sent.
 
-Legs. A journal's leg is one process's share; a service runs for months, and would have to replay all of them to know
-how full a window is. So a leg ends every so many decisions, and the next one begins with the state as it is.
+Legs. A journal's leg is one process's share. What a pool has used goes on from the checkpoint of the last replica that
+is no more.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from copy import deepcopy
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -28,20 +28,25 @@ from sqlalchemy import Connection, Select, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from governor import __version__
+from governor.checkpoint import taken_from
 from governor.database import JournalError
 from governor.driver import Work
 from governor.errors import FailureCode
-from governor.journal import chunks, pool_numbers, state_after, stock_taken
+from governor.journal import chunks, pool_numbers, stock_taken
 from governor.law import State
 from governor.policy import Policy
-from governor.recorder import Batch, Recorder, Writer
+from governor.recorder import Batch, Writer
 from governor.records import Records
 from governor.schema import (
     FAILED,
     IN_FLIGHT,
     PENDING,
     SCHEMA,
+    DamagedError,
     bodies,
+    checkpoint_of,
+    checkpoint_row,
+    checkpoints,
     deferrals,
     legs,
     policies,
@@ -60,6 +65,8 @@ T = TypeVar("T")
 LOST = "this replica's lease was lost: another one has taken its batches over"
 # Between two attempts at a database that is away.
 AGAIN_S = 0.5
+
+log = logging.getLogger("paceline.service")
 
 
 class LeaseLostError(JournalError):
@@ -218,17 +225,33 @@ class Ledger:
 
     # ------------------------------------------------------------ legs
 
-    def last_state(self, pool: str, policy: Policy, at_s: float) -> State | None:
-        """Where the law's state was left in a pool by the last replica that is no more; None if there was none."""
-        r, p = replicas.c, policies.c
-        dead = select(service_legs.c.leg).join(replicas, r.number == service_legs.c.replica).where(r.lost == 1)
-        query = select(func.max(p.leg)).join(pools, pools.c.pool == p.pool)
-        with self.database.reading() as c:
-            leg = c.execute(query.where(pools.c.name == pool, p.leg.in_(dead))).scalar()
-        return None if leg is None else state_after(Records(self.database), pool, leg, policy, at_s)
+    def last_states(self, settings: Mapping[str, Policy], at_s: float, scale: float) -> dict[str, State]:
+        """The law's state of each pool as the last replica that is no more left it, where there was one.
 
-    def begin_leg(self, replica: int, settings: Mapping[str, Policy], at_s: float) -> tuple[int, dict[str, int]]:
-        """Begins a leg; returns its number and the numbers of the pools."""
+        Its times are moved to this process's, so that what it used is as long ago as it is.
+        """
+        dead = select(service_legs.c.leg).join(replicas, replicas.c.number == service_legs.c.replica)
+        query = select(checkpoints).join(pools, pools.c.pool == checkpoints.c.pool)
+        query = query.where(checkpoints.c.leg.in_(dead.where(replicas.c.lost == 1)))
+        found = {}
+        for pool, policy in settings.items():
+            with self.database.reading() as c:
+                row = c.execute(query.where(pools.c.name == pool).order_by(checkpoints.c.leg.desc()).limit(1)).first()
+            if row is None:
+                continue
+            try:
+                last = checkpoint_of(row)
+            except DamagedError as error:
+                raise self.database.damaged(f"{error} cannot be read") from None
+            if last.unlike:
+                log.warning("pool %s: %s of another version not carried over", pool, ", ".join(last.unlike))
+            found[pool] = last.carried_over(policy.params(), at_s, at_s - last.now_s(scale))
+        return found
+
+    def begin_leg(
+        self, replica: int, settings: Mapping[str, Policy], states: Mapping[str, State], at_s: float
+    ) -> tuple[int, dict[str, int]]:
+        """Begins a leg in these states; returns its number and the numbers of the pools."""
         for _ in range(100):
             try:
                 with self.database.writing() as c:
@@ -246,6 +269,8 @@ class Ledger:
                         c.execute(insert(policies), row)
                         counts = [{"leg": leg, "pool": number, "cause": i, "requests": 0} for i in range(len(CAUSES))]
                         c.execute(insert(deferrals), counts)
+                        first = taken_from(policy.params(), states.get(pool) or State(), at_s)
+                        c.execute(insert(checkpoints), checkpoint_row(leg, number, first))
                 return leg, numbers
             except _TakenError:
                 continue  # another replica began the same leg in this moment
@@ -259,8 +284,3 @@ class Ledger:
 
 class _TakenError(Exception):
     pass
-
-
-def recorder_of(writer: Writer, leg: int, pool: int, state: State | None) -> Recorder:
-    """A recorder whose leg begins with the state as it is now. In the event loop: nothing may happen in between."""
-    return Recorder(writer, leg, pool, deepcopy(state))

@@ -23,11 +23,12 @@ from typing import Any
 from governor.database import JournalError
 from governor.errors import PacelineError
 from governor.metrics import Metrics
+from governor.recorder import Recorder
 from governor.requests import Attempt
 from governor.service.config import ServiceConfig
-from governor.service.lane import LEG_DECISIONS, Lane, LaneSender, lane_of
+from governor.service.lane import Lane, LaneSender, lane_of
 from governor.service.lease import Lease
-from governor.service.ledger import FencedWriter, LeaseLostError, Ledger, Patience, recorder_of
+from governor.service.ledger import FencedWriter, LeaseLostError, Ledger, Patience
 from governor.service.policies import Policies
 from governor.service.roster import Roster, Running, progress_of
 from governor.service.store import (
@@ -145,19 +146,15 @@ class Worker:
         self.writer = FencedWriter(store, self.replica, self._patience)
         at_s = self._since_s()
         settings = self.policies.in_force()
-        states = {}
-        for name, policy in settings.items():
-            states[name] = await asyncio.to_thread(self.ledger.last_state, name, policy, at_s)
-        self._leg, numbers = await asyncio.to_thread(self.ledger.begin_leg, self.replica, settings, at_s)
+        states = await asyncio.to_thread(self.ledger.last_states, settings, at_s, config.time_scale)
+        self._leg, numbers = await asyncio.to_thread(self.ledger.begin_leg, self.replica, settings, states, at_s)
         for pool in config.pools:
-            policy, state = settings[pool.name], states[pool.name]
             self.lanes[pool.name] = lane_of(
                 pool,
-                policy,
-                recorder_of(self.writer, self._leg, numbers[pool.name], state),
+                settings[pool.name],
+                Recorder(self.writer, self._leg, numbers[pool.name], states.get(pool.name)),
                 seed=self.ledger.seed,
                 start_s=self._since_s(),
-                state=state,
                 metrics=self.metrics,
                 worker=self,
                 send=LaneSender(pool, config.environment, self._present_cap, self._lease_held),
@@ -397,7 +394,6 @@ class Worker:
             await self._claim()
         if await asyncio.to_thread(self.policies.refresh):
             self.apply_policies()
-        await self._turn_leg()
         if ticks % 7_200 == 0:
             await asyncio.to_thread(self.store.forget_keys)
 
@@ -412,19 +408,6 @@ class Worker:
     def _tell(self) -> None:
         for told in self.ticked:
             told()
-
-    async def _turn_leg(self) -> None:
-        """Ends a leg that has become long, and begins the next with the state as it is."""
-        if all(lane.recorder.decisions < LEG_DECISIONS for lane in self.lanes.values()):
-            return
-        settings = {name: lane.policy for name, lane in self.lanes.items()}
-        before, at_s = self._leg, self._since_s()
-        leg, numbers = await asyncio.to_thread(self.ledger.begin_leg, self.replica, settings, at_s)
-        assert self.writer is not None
-        for name, lane in self.lanes.items():
-            lane.recorder.turn(recorder_of(self.writer, leg, numbers[name], lane.governor.s))
-        self._leg = leg
-        await asyncio.to_thread(self.ledger.end_leg, before, at_s, "turned")
 
     # ------------------------------------------------------------ settings
 

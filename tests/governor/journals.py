@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from governor.driver import Governor, Job, Work
 from governor.estimate import sizes_of
 from governor.journal import Journal
-from governor.law import FINALIZE, MAIN
+from governor.law import FINALIZE, MAIN, Params, State
 from governor.policy import Policy
 from governor.recorder import Recorder
 from governor.requests import CHAT, Answer, Attempt, Limit, Outcome, Request, url_of
@@ -90,6 +91,24 @@ def begun(where: Any, count: int | Iterable[Work] = 0, *, at_s: float = 0.0) -> 
 
 
 # ---------------------------------------------------------------- reports by hand
+
+
+@dataclass
+class PoolAt:
+    """A pool's settings and state at a moment, as a recorder reads them of a governor."""
+
+    p: Params
+    s: State
+    at_s: float
+    late_s: float = -1.0
+
+    def now(self) -> float:
+        return self.at_s
+
+
+def pool_of(policy: Policy, at_s: float) -> PoolAt:
+    """A fresh one."""
+    return PoolAt(policy.params(), State(), at_s)
 
 
 def job(work: Work, *, attempt: int = 1, lane: int = MAIN, launched_s: float = 1.0, first_s: float = -1.0) -> Job:

@@ -330,28 +330,6 @@ def test_a_state_that_was_restored_goes_on_as_the_old_one(seed: int) -> None:
         assert verify.verify(head + rest) == Verified(len(rest) + 1, 1, None), f"seed {seed}, cut at {place}"
 
 
-@pytest.mark.parametrize("window", ["fixed", "sliding", "bucket"])
-def test_a_new_leg_inherits_what_was_used_and_nothing_else(window: Any) -> None:
-    policy = Policy(stagger_seconds=15.0, tpm_window=window, tpd_limit=10**6, max_concurrency=2)
-    scribe = Scribe(policy)
-    scribe.call("launched", 20_000.0, law.FIRST, 100.0, 0.5)
-    scribe.call("launched", 5_000.0, law.RETRY, 101.0, 0.5)
-    scribe.call("finalize_opened")
-    scribe.call("paused")
-    slower = policy.with_(tpm_limit=40_000)
-    for settings in (policy, slower):
-        replay = Replay()
-        for decision in scribe.decisions:
-            replay.decide(decision.name, decision.arguments)
-        before = [law.used_in(replay.params, replay.state, d, 110.0) for d in (law.TPM, law.TPD)]
-        params = settings.params()
-        s = replay.carried_over(params, 110.0)
-        assert (s.in_flight, s.finalize_open, s.alone, s.paused) == (0, 0, 0, 0)
-        assert [law.used_in(params, s, d, 110.0) for d in (law.TPM, law.TPD)] == pytest.approx(before, rel=1e-12)
-        assert s.next_slot_at == 115.0
-        assert replay.params == params
-
-
 # ---------------------------------------------------------------- the table of calls
 
 

@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from governor.database import JournalError
+from governor.law import State
 from governor.money import SHIPPED, read_prices
 from governor.pools import Pool
 from governor.recorder import Batch
@@ -254,13 +255,14 @@ def test_a_lease_is_renewed_while_a_life_takes_stock(
     store, worker = service.store, service.worker
     looked: list[list[tuple[int, int]]] = []
 
-    def slowly(*_: object) -> None:
+    def slowly(*_: object) -> dict[str, State]:
         until_at = time.monotonic() + 2.0 * lease_s
         while time.monotonic() < until_at:
             looked.append(store.free_batches(-1))  # marks whose lease has lapsed as lost
             time.sleep(0.02)
+        return {}
 
-    monkeypatch.setattr(worker.ledger, "last_state", slowly)
+    monkeypatch.setattr(worker.ledger, "last_states", slowly)
 
     async def story() -> None:
         running = asyncio.create_task(worker.run())
