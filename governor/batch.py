@@ -40,11 +40,12 @@ from governor.longwaits import FINISH_BY, LONG_WAIT, OUTWAITED, STOP_AFTER
 from governor.metrics import Metrics, checked_hook
 from governor.money import Prices, Spent
 from governor.outputs import Followed, check_apart, check_writable, claimed, errors_path, write_results
+from governor.policy import Policy
 from governor.poolrun import Connect, Manner
 from governor.pools import Pool, key_of
 from governor.progress import Shown
 from governor.scaledloop import loop_factory
-from governor.steer import SIGNALS, changes_text
+from governor.steer import SIGNALS, changes_text, held_settings, words_of
 from governor.summary import Summary
 from governor.words import duration, plural
 
@@ -104,6 +105,8 @@ class Outcome:
 def run_batch(orders: Orders, *, foresee: Foresee | None, connect: Connect, shown: Shown) -> Outcome:
     """Runs a batch, or goes on with it. PacelineError, with its exit code, for all that a user can mend."""
     _check(orders)
+    started = {pool.name: pool.policy for pool in orders.pools}
+    orders = _with_held(orders, shown)
     begun = prepare(
         orders.requests,
         orders.out,
@@ -121,7 +124,7 @@ def run_batch(orders: Orders, *, foresee: Foresee | None, connect: Connect, show
             expectations = _guard(begun, orders, foresee, shown)
             if begun.retried:
                 journal.retry_failed(orders.retry_failed or "")
-            return _run(begun, orders, expectations, foresee, connect, shown)
+            return _run(begun, orders, started, expectations, foresee, connect, shown)
     except BaseException:
         if begun.is_new and _nothing_happened(journal):
             # A journal would only be in the way, and it holds prompts.
@@ -160,6 +163,26 @@ def _check(orders: Orders) -> None:
     check_apart(files)
     for what in files.keys() - {"the input", "--journal"}:
         check_writable(files[what])
+
+
+def _with_held(orders: Orders, shown: Shown) -> Orders:
+    """The orders with the settings that `paceline set` has changed in the journal, which hold until `unset`."""
+    if not Journal.exists(orders.journal):
+        return orders
+    with Journal.open(orders.journal) as journal:
+        held = held_settings(journal.commands(), [pool.name for pool in orders.pools])
+    pools = []
+    for pool in orders.pools:
+        words = words_of(held[pool.name])
+        if words:
+            of = "" if len(orders.pools) == 1 else f" of pool {pool.name}"
+            shown.say(f"settings{of} held since `paceline set`: {', '.join(words)} (`paceline unset` withdraws them)")
+        try:
+            pools.append(replace(pool, policy=pool.policy.set_values(words)))
+        except BadSetting as error:
+            remedy = f"`paceline unset {orders.journal}` withdraws what `paceline set` changed ({', '.join(words)})"
+            raise BadSetting(f"{error}; {remedy}") from None
+    return replace(orders, pools=pools)
 
 
 def _say_what_is_left(begun: Begun, orders: Orders, shown: Shown) -> None:
@@ -251,6 +274,7 @@ def forecast_lines(pool: Pool, demand: Demand, e: Expectation, orders: Orders, *
 def _run(
     begun: Begun,
     orders: Orders,
+    started: Mapping[str, Policy],
     expectations: Mapping[str, Expectation],
     foresee: Foresee | None,
     connect: Connect,
@@ -274,6 +298,7 @@ def _run(
             leg = Leg(
                 journal=journal,
                 pools={pool.name: pool for pool in orders.pools},
+                started=started,
                 left={name: (c.pending + c.in_flight, float(begun.demands[name].total)) for name, c in left.items()},
                 expectations=expectations,
                 canaries=_canaries(begun, orders, foresee, shown) if manner.canary else {},

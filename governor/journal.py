@@ -74,7 +74,7 @@ INGEST_ROWS = 500
 INGEST_BYTES = 4 * 2**20
 # Requests whose contents are removed in one transaction: what is overwritten passes through the WAL.
 PURGE_ROWS = 2_000
-PAUSE, RESUME, SET = "pause", "resume", "set"
+PAUSE, RESUME, SET, UNSET = "pause", "resume", "set", "unset"
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,11 +353,11 @@ class Journal(Records):
     # ------------------------------------------------------------ steering from another process
 
     def ask(self, name: str, words: Iterable[str] = ()) -> int:
-        """Asks the run to `pause`, to `resume`, or to `set` NAME=VALUE words; returns the command's id.
+        """Asks the run to `pause`, to `resume`, to `set` NAME=VALUE words or `unset` names; returns the command's id.
 
         Where no process runs the journal, the next one finds it waiting.
         """
-        assert name in (PAUSE, RESUME, SET), name
+        assert name in (PAUSE, RESUME, SET, UNSET), name
         row = {"asked_epoch_s": time.time(), "name": name, "words": to_json({"words": list(words)})}
         with self._database.writing() as connection:
             inserted = connection.execute(insert(commands), row | {"taken_s": -1.0, "outcome": ""})

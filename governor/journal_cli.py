@@ -1,4 +1,4 @@
-"""The commands about a run's journal: status, export, pause, resume, set, verify, purge.
+"""The commands about a run's journal: status, export, pause, resume, set, unset, verify, purge.
 
 What lives here: options as they are typed, and what is printed. What must not: tables (`schema`), files (`outputs`),
 and imports that cost time at start-up. All of them work while another process runs the journal, but for `purge`.
@@ -115,26 +115,44 @@ def set_(
     ],
     pool: PoolName = None,
 ) -> None:
-    """Change settings of a running batch; the change is recorded with its time."""
+    """Change settings of a batch, for good: they hold over restarts until they are changed again, or `unset`."""
     from governor.journal import SET
 
     _steer(where, SET, assignments, pool)
 
 
+@app.command()
+def unset(
+    where: Where,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME...]", help="Settings; all if not given.", show_default=False)
+    ] = None,
+    pool: PoolName = None,
+) -> None:
+    """Withdraw what `set` changed: the settings are those of the run's own command again."""
+    from governor.journal import UNSET
+
+    _steer(where, UNSET, names or [], pool)
+
+
 def _steer(where: str, name: str, words: Sequence[str], pool: str | None) -> None:
     """Asks the running process, and waits until it has taken the command up."""
-    from governor.journal import SET, Journal
-    from governor.steer import POOL_WORD, split_words
+    from governor.journal import SET, UNSET, Journal
+    from governor.steer import POOL_WORD, check_unset, held_settings, split_words
 
     with Journal.open(where) as journal:
         policies = {stated.pool: stated.policy for stated in journal.settings()}
         asked = [*([f"{POOL_WORD}{pool}"] if pool is not None else []), *words]
         names, plain = split_words(tuple(asked), policies)
+        held = held_settings(journal.commands(), policies)
         for each in names:
             # A slip shows here, and not in the other process's log.
-            policies[each].set_values(plain)
+            if name == UNSET:
+                check_unset(plain, held[each])
+            else:
+                policies[each].set_values(plain)
         running = journal.is_running()
-        if not running and name != SET:
+        if not running and name not in (SET, UNSET):
             raise BadInput("no process is working on it: there is nothing to pause or resume", where)
         number = journal.ask(name, asked)
         if not running:
@@ -150,7 +168,7 @@ def _wait_until_taken(journal: Journal, number: int, name: str) -> None:
         if command.taken_s >= 0.0:
             if command.outcome:
                 raise BadSetting(command.outcome)
-            print({"pause": "paused", "resume": "resumed", "set": "changed"}[name])
+            print({"pause": "paused", "resume": "resumed", "set": "changed", "unset": "withdrawn"}[name])
             return
         time.sleep(0.1)
     print(f"asked, but the running process has not taken it up within {TAKEN_S:.0f} s: see `paceline status`")

@@ -27,6 +27,7 @@ from governor.journal import Journal
 from governor.longwaits import FINISH_BY, OUTWAITED, STOP_AFTER, held_text, too_late, too_late_text
 from governor.metrics import Notice, notify
 from governor.money import Spent, dollars_text
+from governor.policy import Policy
 from governor.poolrun import Connect, Manner, PoolRun, Said, learner_of, pool_run
 from governor.pools import Pool
 from governor.progress import Shown, snapshot
@@ -48,11 +49,13 @@ ACCOUNT = (FailureCode.INSUFFICIENT_QUOTA, FailureCode.UNAUTHORIZED)
 class Leg:
     """What a leg works on. By pool: what is left (requests, tokens reserved), what is expected of it and its canary.
 
-    `request_usd`: what one request is expected to cost, as long as none has been answered.
+    `started`: the pools' policies without what `paceline set` has changed. `request_usd`: what one request is expected
+    to cost, as long as none has been answered.
     """
 
     journal: Journal
     pools: Mapping[str, Pool]
+    started: Mapping[str, Policy]
     left: Mapping[str, tuple[int, float]]
     expectations: Mapping[str, Expectation]
     canaries: Mapping[str, Expectation]
@@ -99,7 +102,7 @@ class LiveRun:
         """Runs until nothing is left or it is stopped. JournalError where nothing can be recorded any more."""
         self._begin()
         signals = Signals(self._on_signal)
-        commands = Commands(self.leg.journal, self.runs, self.say)
+        commands = Commands(self.leg.journal, self.runs, self.leg.started, self.say)
         commands.at_start(self.began_s)
         self._over_budget()
         self.shown.start()

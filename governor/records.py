@@ -135,7 +135,7 @@ class Forecast(NamedTuple):
 
 
 class Command(NamedTuple):
-    """What somebody asked of the run: `pause`, `resume`, or `set` with its `NAME=VALUE` words.
+    """What somebody asked of the run: `pause`, `resume`, `set` with its `NAME=VALUE` words, or `unset` with names.
 
     `taken_s`: when the run took it up, -1 = not yet. `outcome`: "" or why it refused.
     """

@@ -16,7 +16,7 @@ must not: connections (`database`) and the order in which things happen (`record
     decisions  with `--record`, every call of the law: one row per pool and commit, from the `first` on
     deferrals  per leg, pool and cause: requests that had to wait for it at the head of the queue
     forecasts  what was expected, as JSON; `launched_before` says how much had happened when it was written
-    commands   what another process asked of the run: pause, resume, set
+    commands   what another process asked of the run: pause, resume, set, unset
 
 A request is `pending`, `in_flight` (sent, or about to be), `done` or `failed`. One that backs off is pending: nothing
 of it is with the provider. Times are seconds since the run began, -1 = not yet.
@@ -363,12 +363,16 @@ def settings_of(policy: Policy) -> str:
 
 
 def policy_of(settings: str) -> Policy:
-    """The policy of `settings_of`, equal in every value and in what was named."""
+    """The policy of `settings_of`, equal in every value and in what was named.
+
+    Settings that this version does not have are left out, those that were not there yet are at their defaults.
+    """
     stored = from_json(settings, "settings")
     try:
-        policy = Policy.model_validate(stored["values"])
-        return Policy.model_construct(set(stored["named"]), **policy.model_dump())
-    except (KeyError, TypeError, PacelineError):
+        values = {name: value for name, value in stored["values"].items() if name in Policy.model_fields}
+        policy = Policy.model_validate(values)
+        return Policy.model_construct(set(stored["named"]) & values.keys(), **policy.model_dump())
+    except (AttributeError, KeyError, TypeError, PacelineError):
         raise DamagedError("settings") from None
 
 

@@ -17,7 +17,7 @@ from governor.policy import KNOBS
 from governor.pools import Pool
 from governor.records import Records
 from governor.requests import Outcome
-from governor.steer import POOL_WORD
+from governor.steer import POOL_WORD, changes_text, held_settings, words_of
 from governor.words import duration, percent, plural
 
 
@@ -58,6 +58,7 @@ def status_json(journal: Journal) -> dict[str, Any]:
             name: {k.env: getattr(policy, k.name) for k in KNOBS if getattr(policy, k.name) != k.guardrails}
             for name, policy in policies.items()
         },
+        "held": {name: held for name, held in held_settings(journal.commands(), pools).items() if held},
         "changes": _changes(settings),
         "waiting_commands": [[c.name, *c.words] for c in journal.commands(waiting=True)],
         "purged": run.purged_epoch_s >= 0.0,
@@ -95,8 +96,6 @@ def _left_s(journal: Journal, policies: dict[str, Any]) -> float:
 
 def _changes(settings: list[Any]) -> list[str]:
     """Each change of settings in the course of the run, with its time."""
-    from governor.steer import changes_text
-
     last: dict[str, Any] = {}
     found = []
     for stated in settings:
@@ -141,6 +140,9 @@ def status_pairs(found: dict[str, Any]) -> list[tuple[str, str]]:
     if len(found["pools"]) > 1:
         for name, c in found["pools"].items():
             pairs.append((f"pool {name}", f"{c['done']:,} done, {c['failed']:,} failed, {c['pending']:,} waiting"))
+    for name, held in found["held"].items():
+        of = f" of pool {name}" if len(found["pools"]) > 1 else ""
+        pairs.append(("set", f"{', '.join(words_of(held))}{of}: until changed, or withdrawn by `paceline unset`"))
     pairs += [("changed", text) for text in found["changes"]]
     pairs += [("asked", " ".join(words)) for words in found["waiting_commands"]]
     if found["purged"]:

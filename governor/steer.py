@@ -8,16 +8,16 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 from governor.errors import BadSetting, quoted
-from governor.journal import PAUSE, RESUME, SET, Journal
-from governor.policy import KNOBS, Policy
+from governor.journal import PAUSE, RESUME, SET, UNSET, Journal
+from governor.policy import KNOB_BY_ENV, KNOBS, Policy
 from governor.records import Command
 
-# Before the `NAME=VALUE` words of a `set`: the pool that is meant.
+# Before the words of a command: the pool that is meant.
 POOL_WORD = "pool="
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -98,17 +98,25 @@ class Steered(Protocol):
 
 
 class Commands:
-    """Takes up what other processes ask of the run."""
+    """Takes up what other processes ask of the run. `started`: the policies without what `set` has changed."""
 
-    def __init__(self, journal: Journal, pools: Mapping[str, Steered], say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        pools: Mapping[str, Steered],
+        started: Mapping[str, Policy],
+        say: Callable[[str], None],
+    ) -> None:
         self._journal = journal
         self._pools = pools
+        self._started = started
+        self._held = held_settings(journal.commands(), pools)
         self._say = say
 
     def at_start(self, at_s: float) -> None:
         """What was asked while nobody ran the journal: a pause of then is over, changed settings count."""
         for command in self._journal.asked():
-            if command.name == SET:
+            if command.name in (SET, UNSET):
                 self._take(command, at_s)
             else:
                 self._journal.taken(command, at_s, "no process ran the journal then")
@@ -139,12 +147,57 @@ class Commands:
                 pool.resume()
             self._say("resumed by `paceline resume`")
         else:
-            assert command.name == SET, command.name
+            held = {name: _with(self._held[name], command.name, words) for name in names}
             # All are checked before the first is changed.
-            for pool, policy in [(pool, pool.policy.set_values(words)) for pool in pools]:
+            policies = {name: self._started[name].set_values(words_of(held[name])) for name in names}
+            self._held |= held
+            for pool, policy in zip(pools, policies.values(), strict=True):
                 changes = changes_text(pool.policy, policy)
                 pool.change(policy)
-                self._say(f"changed by `paceline set`: {changes or 'nothing, the settings were so already'}")
+                nothing = "nothing, the settings were so already"
+                self._say(f"changed by `paceline {command.name}`: {changes or nothing}")
+
+
+# ---------------------------------------------------------------- settings that hold
+
+
+def held_settings(commands: Iterable[Command], pools: Iterable[str]) -> dict[str, dict[str, str]]:
+    """By pool, the settings that `paceline set` has changed for good: name -> value. They hold until `unset`.
+
+    Refused commands count for nothing; those that wait do, since the next process takes them up.
+    """
+    held: dict[str, dict[str, str]] = {name: {} for name in pools}
+    for command in commands:
+        if command.name in (SET, UNSET) and not command.outcome:
+            named = [word.removeprefix(POOL_WORD) for word in command.words if word.startswith(POOL_WORD)]
+            words = [word for word in command.words if not word.startswith(POOL_WORD)]
+            for name in named or held:
+                if name in held:
+                    held[name] = _with(held[name], command.name, words)
+    return held
+
+
+def _with(held: Mapping[str, str], command: str, words: Sequence[str]) -> dict[str, str]:
+    """What is held of a pool after a `set` or an `unset`; without names, `unset` withdraws all."""
+    if command == UNSET:
+        return {name: value for name, value in held.items() if words and name not in words}
+    pairs = (word.partition("=") for word in words)
+    return dict(held) | {name.strip(): value for name, _, value in pairs}
+
+
+def words_of(held: Mapping[str, str]) -> list[str]:
+    """The same as NAME=VALUE words."""
+    return [f"{name}={value}" for name, value in held.items()]
+
+
+def check_unset(names: Sequence[str], held: Mapping[str, str]) -> None:
+    """BadSetting for a name that is no setting's, or that `paceline set` has not changed."""
+    for name in names:
+        if name not in KNOB_BY_ENV:
+            Policy().set_values([f"{name}=x"])  # says which is near
+        if name not in held:
+            now = f"changed are {', '.join(held)}" if held else "no setting was changed"
+            raise BadSetting(f"{name} was not changed by `paceline set`: {now}", name)
 
 
 def split_words(words: tuple[str, ...], pools: Mapping[str, Any]) -> tuple[list[str], list[str]]:

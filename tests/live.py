@@ -175,8 +175,12 @@ class Cli:
         cwd: Path | None = None,
         limit_bytes: int = 0,
         limit_files: int = 0,
+        dies_after: int = 0,
     ) -> Process:
-        """A command in the background. Its environment is `env` and nothing else, with a key unless that says so."""
+        """A command in the background. Its environment is `env` and nothing else, with a key unless that says so.
+
+        `limit_bytes`: no file may become larger. `dies_after`: killed right after so many commits; 0 = not at all.
+        """
         self._count += 1
         out, err = (self._folder / f"{self._count}.{name}" for name in ("out", "err"))
         order = {
@@ -187,6 +191,7 @@ class Cli:
             "stderr": str(err),
             "limit_bytes": limit_bytes,
             "limit_files": limit_files,
+            "dies_after": dies_after,
         }
         assert self._parent.stdin is not None
         with self._told:

@@ -8,11 +8,17 @@ killed at any moment, without the seconds that importing takes.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
 import signal
 import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
 
 
 def child(order: dict[str, object]) -> None:
@@ -36,6 +42,8 @@ def child(order: dict[str, object]) -> None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_NOFILE, (int(str(files)), int(str(files))))
+    if order.get("dies_after"):
+        die_after(int(str(order["dies_after"])))
     from sim.cli import main
 
     code: object = 1
@@ -51,6 +59,25 @@ def child(order: dict[str, object]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+
+
+def die_after(commits: int) -> None:
+    """Kills this process as soon as so many transactions are durable."""
+    from governor.database import Database
+
+    writing = Database.writing
+    left = commits
+
+    @contextlib.contextmanager
+    def counted(self: Database) -> Iterator[Connection]:
+        nonlocal left
+        with writing(self) as connection:
+            yield connection
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Database.writing = counted  # type: ignore[method-assign]
 
 
 def reap() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import random
 import signal
+import sqlite3
 import subprocess
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from governor import law
 from governor.database import JournalError
 from governor.journal import Journal
 from tests.live import WAIT_S, Cli, Process, batch, check_whole, provider, run_args, shared_cli
@@ -114,6 +116,128 @@ def test_kill_9_at_random_moments_loses_nothing_and_doubles_nothing(cli: Cli, tm
 @pytest.mark.long
 def test_kill_9_at_a_hundred_moments(cli: Cli, tmp_path: Path, seed: int) -> None:
     check_kills(cli, tmp_path, seed, 100)
+
+
+# ---------------------------------------------------------------- killed between commits
+
+
+FEW = 12
+FEW_IN_FLIGHT = 3
+TPD, RPD = 100_000, 1_000
+# All that outlives a process is looked at: the minute's window, the day's counts, a setting that was changed.
+COUNTED = {
+    "OPENAI_MAX_CONCURRENCY": str(FEW_IN_FLIGHT),
+    "OPENAI_TPM_WINDOW": "sliding",
+    "OPENAI_RPM_LIMIT": "1000000",
+    "OPENAI_TPD_LIMIT": str(TPD),
+    "OPENAI_RPD_LIMIT": str(RPD),
+}
+HELD = "OPENAI_DEADLINE_SECONDS=900"
+
+
+def check_used(journal: Journal, path: Path) -> None:
+    """The checkpoint says that used is what the other tables say was launched, no more and no less."""
+    found = journal.checkpoint("default")
+    assert found is not None
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        rows = connection.execute("SELECT state, reserve, resent FROM requests").fetchall()
+    flying = [reserve for state, reserve, _ in rows if state == "in_flight"]
+    lost = [reserve for _, reserve, resent in rows for _ in range(resent)]
+    launched = [*(attempt.reserved_tokens for attempt in journal.attempts()), *flying, *lost]
+    assert len(flying) == found.state.in_flight <= FEW_IN_FLIGHT
+    now = found.at_s
+    assert 0.0 <= now < 55.0, "the machine is too slow for what is asserted below"
+    used = [law.used_in(found.params, found.state, d, now) for d in (law.TPM, law.RPM, law.TPD, law.RPD)]
+    assert used[:2] == pytest.approx([sum(launched), len(launched)])
+    # A day's bucket refills meanwhile, by so much at the most.
+    days = now / law.DAY_S
+    assert sum(launched) - days * TPD - 1e-6 <= used[2] <= sum(launched) + 1e-6
+    assert len(launched) - days * RPD - 1e-6 <= used[3] <= len(launched) + 1e-6
+
+
+def killed_after(cli: Cli, folder: Path, commits: int) -> bool:
+    """A run that is killed after so many commits, twice, and then taken to its end; whether it lived so long.
+
+    The setting is changed before anything is sent, since a `set` that nobody has taken up waits for the next process.
+    """
+    folder.mkdir()
+    batch(folder / "requests.jsonl", FEW)
+    journal_path = folder / "results.journal.db"
+    with provider(latency=LATENCY | {"first_token_s": 0.02}) as served:
+        args = run_args(folder, served.base_url, "--json", "--quiet")
+        flying = 0
+        for kill in range(2):
+            ran = cli.start(*args, env=COUNTED, dies_after=commits).wait()
+            assert "Traceback" not in ran.err, ran.err
+            if ran.code == 0:
+                assert kill == 1 or commits > FEW, f"over before commit {commits}"
+                break
+            assert ran.code == 128 + signal.SIGKILL, ran.err
+            if not Journal.exists(journal_path):
+                continue
+            with contextlib.suppress(JournalError), Journal.open(journal_path) as journal:
+                if not journal.legs():
+                    continue
+                check_used(journal, journal_path)
+                flying += journal.counts().in_flight
+                done = {result.request.index for result in journal.results() if result.answer is not None}
+                assert len(done) == journal.counts().done
+                if kill == 0:
+                    journal.ask("set", [HELD])
+        lived = ran.code == 0 and kill == 0
+        ran = cli.run(*args, env=COUNTED)
+        assert ran.code == 0, ran.err
+        seen = served.stats()["requests"]
+    check_whole(folder, FEW)
+    with Journal.open(journal_path) as journal:
+        check_used(journal, journal_path)
+        counts = journal.counts()
+        held = [command for command in journal.commands() if command.name == "set"]
+        # What was set after the first kill is in force in every leg since, whichever commit the second one followed.
+        if held and len(journal.legs()) > 1:
+            assert journal.settings()[-1].policy.deadline_seconds == 900.0
+    # No answer was bought twice but those that no process lived to record.
+    assert counts.resent <= flying
+    assert FEW <= seen <= FEW + flying
+    return lived
+
+
+def check_every_commit(cli: Cli, tmp_path: Path, every: int) -> None:
+    for commits in range(1, 200, every):
+        if killed_after(cli, tmp_path / str(commits), commits):
+            print(
+                f"\nkilled after each {every}. of {commits} commits: window, days, settings and results right each time"
+            )
+            return
+    raise AssertionError("it never lived to its end: too many commits")
+
+
+def test_kill_9_between_commits_misplaces_nothing(cli: Cli, tmp_path: Path) -> None:
+    check_every_commit(cli, tmp_path, 5)
+
+
+@pytest.mark.long
+def test_kill_9_between_every_two_commits(cli: Cli, tmp_path: Path) -> None:
+    check_every_commit(cli, tmp_path, 1)
+
+
+def test_kill_9_with_3_in_flight_re_sends_at_most_3(cli: Cli, tmp_path: Path) -> None:
+    """As reported of another client (hermes-agent#86523): 30 requests, 3 in flight, killed in the midst of them."""
+    for commits in (15, 20, 25):
+        folder = tmp_path / str(commits)
+        folder.mkdir()
+        batch(folder / "requests.jsonl", 30)
+        with provider(latency=LATENCY) as served:
+            args = run_args(folder, served.base_url, "--quiet")
+            killed = cli.start(*args, env=COUNTED, dies_after=commits).wait()
+            assert killed.code == 128 + signal.SIGKILL
+            with Journal.open(folder / "results.journal.db") as journal:
+                assert 1 <= journal.counts().in_flight <= 3
+            assert cli.run(*args, env=COUNTED).code == 0
+            assert served.stats()["requests"] <= 33
+        with Journal.open(folder / "results.journal.db") as journal:
+            assert journal.counts().resent <= 3
+        check_whole(folder, 30)
 
 
 # ---------------------------------------------------------------- signals

@@ -71,7 +71,7 @@ def test_pause_set_and_resume_a_running_batch(cli: Cli, tmp_path: Path) -> None:
     batch(tmp_path / "requests.jsonl", 60)
     env = {"OPENAI_MAX_CONCURRENCY": "1"}
     with provider(latency=SLOW) as served:
-        process, journal = started(cli, tmp_path, *run_args(tmp_path, served.base_url, "--json"), env=env)
+        process, journal = started(cli, tmp_path, *run_args(tmp_path, served.base_url, "--json", "--record"), env=env)
         assert cli.run("pause", journal).out == "paused\n"
         time.sleep(0.3)
         before = served.stats()["requests"]
@@ -101,6 +101,61 @@ def test_pause_set_and_resume_a_running_batch(cli: Cli, tmp_path: Path) -> None:
     assert (idle.code, "no process is working on it" in idle.err) == (2, True)
 
 
+def test_settings_that_were_set_hold_until_they_are_unset(cli: Cli, tmp_path: Path) -> None:
+    batch(tmp_path / "requests.jsonl", 100)
+    env = {"OPENAI_MAX_CONCURRENCY": "1"}
+    with provider(latency=SLOW) as served:
+        args = run_args(tmp_path, served.base_url)
+        process, journal = started(cli, tmp_path, *args, env=env)
+        words = ("OPENAI_TPM_HEADROOM=0.2", "OPENAI_DEADLINE_SECONDS=900")
+        assert cli.run("set", journal, *words).out == "changed\n"
+        process.signal(9)
+        process.wait()
+        found = cli.run("status", journal)
+        assert f"{', '.join(words)}: until changed, or withdrawn by `paceline unset`" in found.out
+        assert cli.run("status", journal, "--json").json["held"] == {"default": dict(word.split("=") for word in words)}
+        # Nobody runs it: one of them is withdrawn for the next process, which keeps the other one.
+        slip = cli.run("unset", journal, "OPENAI_TPM_HEADROM")
+        assert (slip.code, "did you mean OPENAI_TPM_HEADROOM?" in slip.err) == (2, True)
+        other = cli.run("unset", journal, "OPENAI_RPM_LIMIT")
+        assert (other.code, "changed are OPENAI_TPM_HEADROOM, OPENAI_DEADLINE_SECONDS" in other.err) == (2, True)
+        assert "the next one takes it up" in cli.run("unset", journal, "OPENAI_TPM_HEADROOM").out
+        process = cli.start(*args, env=env)
+        done = status(cli, journal)["done"]
+        until("a result", lambda: status(cli, journal)["done"] > done)
+        found = status(cli, journal)
+        assert found["held"] == {"default": {"OPENAI_DEADLINE_SECONDS": "900"}}
+        assert found["settings"]["default"]["OPENAI_DEADLINE_SECONDS"] == 900.0
+        assert "OPENAI_TPM_HEADROOM" not in found["settings"]["default"]
+        assert cli.run("unset", journal).out == "withdrawn\n"
+        assert cli.run("set", journal, "OPENAI_MAX_CONCURRENCY=20").out == "changed\n"
+        ran = process.wait()
+    assert ran.code == 0
+    assert "settings held since `paceline set`: OPENAI_DEADLINE_SECONDS=900 (`paceline unset`" in ran.err
+    assert "changed by `paceline unset`: OPENAI_DEADLINE_SECONDS 900 -> 0" in ran.err
+    found = status(cli, journal)
+    assert found["held"] == {"default": {"OPENAI_MAX_CONCURRENCY": "20"}}
+    assert "OPENAI_DEADLINE_SECONDS" not in found["settings"]["default"]
+    check_whole(tmp_path, 100)
+
+
+def test_a_held_setting_that_no_longer_fits_is_refused_with_the_remedy(cli: Cli, tmp_path: Path) -> None:
+    batch(tmp_path / "requests.jsonl", 6)
+    with provider(events=[{"kind": "quota", "after_requests": 3}]) as served:
+        args = run_args(tmp_path, served.base_url)
+        assert cli.run(*args, env={"OPENAI_MAX_CONCURRENCY": "1"}).code == 4
+    journal = tmp_path / "results.journal.db"
+    with Journal.open(journal) as opened:
+        opened.ask("set", ["OPENAI_MAX_CONCURRENCY=0"])
+    with provider() as served:
+        args = run_args(tmp_path, served.base_url)
+        ran = cli.run(*args)
+        assert ran.code == 2
+        assert f"`paceline unset {journal}` withdraws what `paceline set` changed" in ran.err
+        assert cli.run("unset", journal).code == 0
+        assert cli.run(*args).code == 0
+
+
 def test_what_is_set_while_nobody_runs_counts_from_the_next_leg(cli: Cli, tmp_path: Path) -> None:
     batch(tmp_path / "requests.jsonl", 10)
     with provider(events=[{"kind": "quota", "after_requests": 4}]) as served:
@@ -110,9 +165,10 @@ def test_what_is_set_while_nobody_runs_counts_from_the_next_leg(cli: Cli, tmp_pa
     with provider() as served:
         ran = cli.run(*run_args(tmp_path, served.base_url))
     assert ran.code == 0
+    assert "settings held since `paceline set`: OPENAI_TPM_HEADROOM=0.2" in ran.err
+    # Settings that differ from the first leg's are told, wherever they come from.
+    assert "OPENAI_MAX_CONCURRENCY 1 -> 20" in ran.err
     assert "OPENAI_TPM_HEADROOM 0.15 -> 0.2" in ran.err
-    # Settings of the command line that differ from the first leg's are told as well.
-    assert "settings changed since then: OPENAI_MAX_CONCURRENCY 1 -> 20" in ran.err
 
 
 def test_export_while_it_runs_and_what_follows_grows(cli: Cli, tmp_path: Path) -> None:
@@ -152,7 +208,12 @@ def test_verify_finds_a_decision_that_was_tampered_with(cli: Cli, tmp_path: Path
     batch(tmp_path / "requests.jsonl", 5)
     with provider() as served:
         assert cli.run(*run_args(tmp_path, served.base_url)).code == 0
-    journal = tmp_path / "results.journal.db"
+        journal = tmp_path / "results.journal.db"
+        bare = cli.run("verify", journal)
+        assert (bare.code, bare.err.count("\n")) == (2, 1)
+        assert "`paceline run --record` records them" in bare.err
+        journal.unlink()
+        assert cli.run(*run_args(tmp_path, served.base_url, "--record", "--overwrite")).code == 0
     good = cli.run("verify", journal, "--json")
     assert (good.code, good.json["difference"], good.json["database"]) == (0, None, [])
     assert good.json["checked"] >= 10

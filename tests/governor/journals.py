@@ -16,7 +16,7 @@ from governor.estimate import sizes_of
 from governor.journal import Journal
 from governor.law import FINALIZE, MAIN, Params, State
 from governor.policy import Policy
-from governor.recorder import Recorder
+from governor.recorder import FullRecorder, Recorder
 from governor.requests import CHAT, Answer, Attempt, Limit, Outcome, Request, url_of
 
 EPOCH_S = 1_700_000_000.0
@@ -88,6 +88,14 @@ def begun(where: Any, count: int | Iterable[Work] = 0, *, at_s: float = 0.0) -> 
     """The same, begun with one pool."""
     journal = created(where, count)
     return journal, journal.begin({"default": FREE}, at_s).recorders["default"]
+
+
+def recorded(where: Any, count: int) -> tuple[Journal, FullRecorder]:
+    """The same with every call of the law."""
+    journal = created(where, count)
+    recorder = journal.begin({"default": FREE}, 0.0, records=True).recorders["default"]
+    assert isinstance(recorder, FullRecorder)
+    return journal, recorder
 
 
 # ---------------------------------------------------------------- reports by hand

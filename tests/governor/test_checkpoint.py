@@ -1,5 +1,4 @@
-"""What was used outlives its process: checkpoints read by name, dated by clocks that survive, committed with the rest.
-"""
+"""What was used outlives its process: checkpoints read by name, dated by clocks that survive, written with the rest."""
 
 from __future__ import annotations
 

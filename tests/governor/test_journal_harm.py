@@ -27,7 +27,7 @@ from governor.journal import PAUSE, Journal
 from governor.records import Counts
 from governor.verify import verify
 from tests.disks import mount, read_only
-from tests.governor.journals import EPOCH_S, FREE, answer, begun, created, ends, job, refusal, work
+from tests.governor.journals import EPOCH_S, FREE, answer, begun, created, ends, job, recorded, refusal, work
 
 HERE = Path(__file__).resolve().parent
 CONCURRENCY = 12  # as in mortal.py
@@ -480,7 +480,7 @@ def test_damage_inside_is_found_by_whoever_reads_it(path: Path, seed: int) -> No
             "UPDATE policies SET settings = replace(settings, '\"tpm_limit\":1000000000', '\"tpm_limit\":-1')",
             "settings",
         ),
-        ("UPDATE policies SET settings = replace(settings, 'tpm_limit', 'tpm_bound')", "decisions"),
+        ('UPDATE policies SET settings = \'{"values": [1], "named": []}\'', "decisions"),
         ("UPDATE decisions SET calls = substr(calls, 1, length(calls) - 1)", "decisions"),
         ("UPDATE decisions SET calls = x'05000000ffffffffff'", "decisions"),
         ("UPDATE attempts SET outcome = 'x'", "outcomes"),
@@ -489,7 +489,7 @@ def test_damage_inside_is_found_by_whoever_reads_it(path: Path, seed: int) -> No
     ],
 )
 def test_a_row_that_makes_no_sense_is_damage(path: Path, statement: str, reader: str) -> None:
-    journal, recorder = begun(path, 3)
+    journal, recorder = recorded(path, 3)
     with journal:
         recorder.decided("paused", (), None)
         ends(recorder, job(work(0)), answer(0), 1.0)

@@ -14,7 +14,7 @@ depends_on = None
 
 def upgrade() -> None:
     for table in (checkpoints, timers):
-        table.create(op.get_bind())
+        table.create(op.get_bind(), checkfirst=True)
     op.execute(run.update().values(schema=3))
 
 
