@@ -12,10 +12,16 @@ went in only if nobody was quicker (`head` names the version); what each owner m
 An owner is one process's membership. Its events are numbered, so that one that arrives twice counts once; `holds` and
 `finalizes` are what comes back when it dies. What it had reserved stays booked and ages out: the provider has charged
 it.
+
+Incarnations. Each rebuilding of a lost image begins an incarnation: a counter, and chance below it, so that two halves
+of a split brain never use the same one. `cuts` says at which version each earlier incarnation was left. A launch is
+booked in an image if its incarnation is there and its version is not beyond the cut; every other launch of the living
+is booked again when its process enters.
 """
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import struct
 from bisect import insort
@@ -36,18 +42,21 @@ from governor.verify import numbers_of, params_of
 WANT, WITHDRAW, CALL, REPRICE, LEAVE, JOIN = range(6)
 # Before an image: the server that holds it, its incarnation and version. Unequal = somebody else has decided.
 HEAD = struct.Struct(">40sQQ")
-# The format of what follows; another one is another version of Paceline.
-FORMAT = 1
+SERVER_BYTES = 40
 # An owner that has gone is remembered for so many leases, so that what it reported counts once should it come back.
 REMEMBERED_LEASES = 60.0
 # So many rounds an owner may make up for that it came late to.
 CREDIT = 20
+# So many earlier incarnations are known; launches of older ones count as not booked.
+CUTS = 100
 UNTOLD = ("", 0, inf, law.NOTHING)
 
 Call = tuple[str, tuple[Any, ...], Any]
 Event = list[Any]
 # Of one owner: the number of the first event, and the events.
 Batch = tuple[str, int, list[Event]]
+# Incarnation, version, tokens reserved, standing, time, and the uniform number of the stagger.
+Launch = tuple[int, int, float, int, float, float]
 
 
 @dataclass(slots=True)
@@ -76,7 +85,8 @@ class Waiter:
 class Owner:
     """One process's membership. `joined`: the number of its latest entry; `last`: of its newest event in the image.
 
-    `turn`: of its newest attempt in the queue. `gone_at`: when its lease lapsed, -1 = it lives.
+    `turn`: of its newest attempt in the queue. `gone_at`: when its lease lapsed, -1 = it lives. `told`: news for it
+    since that entry. `since`: the incarnation that it entered; its launches of earlier ones are booked.
     """
 
     joined: int
@@ -85,6 +95,8 @@ class Owner:
     finalizes: int = 0
     turn: int = 0
     gone_at: float = -1.0
+    told: int = 0
+    since: int = 0
 
 
 @dataclass(slots=True)
@@ -93,9 +105,9 @@ class Join:
 
     `number`: of this entry. `last`: of its newest event. `params`: its settings, where they are to count for the pool.
     `calls`: events since the last one that it knows to be in an image, numbered. `wants`: its attempts that wait.
-    `launches`: its launches that an image may lack: incarnation, version, reserve, standing, time, u. `lineage`,
+    `launches`: its launches that an image may lack. `lineage`,
     `used`: the pool that it knew, and the tokens in use there. `before`: in use by dimension of the law when an earlier
-    run of this process ended, for a pool that nobody knows.
+    run of this process ended, for a pool that nobody knows. `seen`: the newest incarnation that it has heard of.
     """
 
     number: int
@@ -105,10 +117,11 @@ class Join:
     finalizes: int
     calls: list[tuple[int, Event]]
     wants: list[Event]
-    launches: list[tuple[int, int, float, int, float, float]]
+    launches: list[Launch]
     lineage: int = 0
     used: float = 0.0
     before: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
+    seen: int = 0
 
     def packed(self) -> list[Any]:
         """As an event."""
@@ -149,14 +162,21 @@ _STATE = tuple(each.name for each in fields(State))
 _FIRST: tuple[Any, ...] = tuple(getattr(_FRESH, name) for name in _STATE)
 
 
+class UnreadableImageError(ValueError):
+    """What the store holds is no image of this version. `is_foreign`: another version of Paceline wrote it."""
+
+    def __init__(self, is_foreign: bool) -> None:
+        super().__init__("another version of Paceline shares this pool" if is_foreign else "it is no state of a pool")
+        self.is_foreign = is_foreign
+
+
 @dataclass(slots=True)
 class Image:
     """A pool at one version. Times are on the pool's timeline, in seconds.
 
-    `server`: which server holds it. `incarnation` counts rebuildings; `rebuilt_from` is the version of the one before
-    from which this was rebuilt. `lineage`: drawn when the pool was made. `wake_at`, `cause`: when and why the head must
-    wait. `told`: owner and ticket that know of it. `clock`: seconds that a head has waited, by cause. `turn`: of the
-    latest launch.
+    `server`: which server holds it. `incarnation`, `cuts`: see the module. `lineage`: drawn when the pool was made.
+    `wake_at`, `cause`: when and why the head must wait. `told`: owner and ticket that know of it. `clock`: seconds that
+    a head has waited, by cause. `turn`: of the latest launch.
     """
 
     p: Params
@@ -164,7 +184,6 @@ class Image:
     server: bytes = b""
     incarnation: int = 0
     version: int = 0
-    rebuilt_from: int = 0
     s: State = field(default_factory=State)
     now: float = -inf
     wake_at: float = inf
@@ -172,6 +191,7 @@ class Image:
     told: tuple[str, int, float, int] = UNTOLD
     clock: list[float] = field(default_factory=lambda: [0.0] * len(CAUSES))
     turn: int = 0
+    cuts: dict[int, int] = field(default_factory=dict)
     owners: dict[str, Owner] = field(default_factory=dict)
     waiters: list[Waiter] = field(default_factory=list)
 
@@ -188,40 +208,51 @@ class Image:
             None if isinstance(each, list) and each == first else each
             for each, first in zip(values, _FIRST, strict=True)
         ]
-        owners = [[name, o.joined, o.last, o.holds, o.finalizes, o.turn, o.gone_at] for name, o in self.owners.items()]
-        waiters = [
-            [w.owner, w.ticket, w.lane, w.attempt, w.standing, w.expected, w.reserve, w.u, w.turn] for w in self.waiters
+        body = [
+            FORMAT,
+            numbers_of((self.p,)),
+            state,
+            [[name, *_values(owner)] for name, owner in self.owners.items()],
+            [_values(w) for w in self.waiters],
+            *(getattr(self, name) for name in _PLAIN),
         ]
-        own = [self.lineage, self.rebuilt_from, self.now, self.wake_at, self.cause, self.told, self.clock]
-        body = [FORMAT, *own, self.turn, numbers_of((self.p,)), state, owners, waiters]
         return self.head + bytes(msgpack.packb(body))
 
     @staticmethod
     def decoded(data: bytes) -> Image:
-        """The image that `encoded` wrote. ValueError if another version of Paceline did."""
-        server, incarnation, version = HEAD.unpack_from(data)
-        found, *body = msgpack.unpackb(memoryview(data)[HEAD.size :])
+        """The image that `encoded` wrote. UnreadableImageError for anything else."""
+        try:
+            server, incarnation, version = HEAD.unpack_from(data)
+            found, *body = msgpack.unpackb(memoryview(data)[HEAD.size :], strict_map_key=False)
+        except Exception:  # whatever a decoder raises on garbage
+            raise UnreadableImageError(is_foreign=False) from None
         if found != FORMAT:
-            raise ValueError(f"another version of Paceline shares this pool (format {found}, here {FORMAT})")
-        lineage, rebuilt_from, now, wake_at, cause, told, clock, turn, params, state, owners, waiters = body
-        values: list[Any] = [list(first) if each is None else each for each, first in zip(state, _FIRST, strict=True)]
-        return Image(
-            p=_known_params(tuple(params)),
-            lineage=lineage,
-            server=server.rstrip(b"\0"),
-            incarnation=incarnation,
-            version=version,
-            rebuilt_from=rebuilt_from,
-            s=State(*values),
-            now=now,
-            wake_at=wake_at,
-            cause=cause,
-            told=tuple(told),
-            clock=clock,
-            turn=turn,
-            owners={name: Owner(*rest) for name, *rest in owners},
-            waiters=[Waiter(*each) for each in waiters],
-        )
+            raise UnreadableImageError(is_foreign=isinstance(found, str) and found.startswith(FORMAT_NAME))
+        try:
+            params, state, owners, waiters, *plain = body
+            rest = dict(zip(_PLAIN, plain, strict=True))
+            values: list[Any] = [list(f) if each is None else each for each, f in zip(state, _FIRST, strict=True)]
+            return Image(
+                p=_known_params(tuple(params)),
+                server=server.rstrip(b"\0"),
+                incarnation=incarnation,
+                version=version,
+                s=State(*values),
+                owners={name: Owner(*each) for name, *each in owners},
+                waiters=[Waiter(*each) for each in waiters],
+                **rest | {"told": tuple(rest["told"])},
+            )
+        except (TypeError, ValueError, KeyError):
+            raise UnreadableImageError(is_foreign=False) from None
+
+    @property
+    def age(self) -> tuple[int, int]:
+        """What orders the images of a pool: the larger, the newer."""
+        return self.incarnation, self.version
+
+    def living(self) -> list[str]:
+        """Owners that have not gone."""
+        return [name for name, o in self.owners.items() if o.gone_at < 0.0]
 
     def is_due(self, now: float) -> bool:
         """Whether the head may launch by now."""
@@ -229,16 +260,34 @@ class Image:
 
     def lapsed(self, leases: Mapping[str, float], now: float) -> list[str]:
         """Owners whose lease is over, or unknown."""
-        return [name for name, o in self.owners.items() if o.gone_at < 0.0 and leases.get(name, -inf) < now]
+        return [name for name in self.living() if leases.get(name, -inf) < now]
+
+
+# What of an image is encoded as it is.
+_PLAIN = ("lineage", "now", "wake_at", "cause", "told", "clock", "turn", "cuts")
+
+
+def _values(of: Waiter | Owner) -> list[Any]:
+    return [getattr(of, name) for name in of.__slots__]
+
+
+def _format() -> str:
+    """The name of this format: it changes with every field of what is encoded, and with the length of its lists."""
+    shapes = [[name, len(v) if isinstance(v, list) else 0] for name, v in zip(_STATE, _FIRST, strict=True)]
+    names = [[each.name for each in fields(of)] for of in (Params, Owner, Waiter, Join, News)]
+    return FORMAT_NAME + hashlib.sha256(repr((shapes, names, _PLAIN, CAUSES)).encode()).hexdigest()[:12]
+
+
+FORMAT_NAME = "paceline "
+FORMAT = _format()
 
 
 @dataclass(slots=True)
 class Decided:
-    """What a decision led to, beside the image: the calls of the law in order, who hears what, and who has gone."""
+    """What a decision led to, beside the image: the calls of the law in order, and who hears what."""
 
     calls: list[Call]
     news: dict[str, News]
-    gone: list[str]
 
 
 def decide(
@@ -261,19 +310,32 @@ def decide(
     return decision.done()
 
 
-def rebuilt(joins: Mapping[str, Join], best: Image, server: bytes, now: float, lease_s: float) -> tuple[Image, Decided]:
+def rebuilt(
+    joins: Mapping[str, Join],
+    best: Image,
+    server: bytes,
+    now: float,
+    lease_s: float,
+    *,
+    chance: int = 0,
+    absent: bool = False,
+) -> tuple[Image, Decided]:
     """The pool again, from what the living know of it: the newest of their images, and what each has done since.
 
-    `joins`: by owner, its entry. An owner of the image who is not among them may have launched what nobody knows of:
-    the rest of the budget is booked for it. The image becomes the pool's next incarnation.
+    `joins`: by owner, its entry. An owner of the image who is not among them may have launched what nobody knows of
+    (`absent`: so may others): the rest of the budget is booked for it. The image becomes the pool's next incarnation.
+    `chance`: 32 bits drawn by the caller.
     """
     image = best
-    image.server, image.rebuilt_from = server, image.version
-    image.incarnation += 1
+    cuts = image.cuts | {image.incarnation: image.version}
+    image.cuts = {number: cuts[number] for number in sorted(cuts)[-CUTS:]}
+    newest_known = max(image.incarnation, *(join.seen for join in joins.values()))
+    image.server, image.incarnation = server, (newest_known >> 32) + 1 << 32 | chance
     decision = _Decision(image, now, lease_s)
-    decision.booked_again(sorted((each for join in joins.values() for each in join.launches), key=lambda each: each[4]))
-    missing = [name for name, o in image.owners.items() if o.gone_at < 0.0 and name not in joins]
-    if missing:
+    launches = [(each, name) for name, join in joins.items() for each in decision.unbooked(name, join)]
+    decision.booked_again(each for each, _ in sorted(launches, key=lambda pair: pair[0][4]))
+    missing = [name for name in image.living() if name not in joins]
+    if missing or absent:
         decision.filled()
     decision.lapse(missing)
     for name, join in joins.items():
@@ -298,7 +360,7 @@ def begun(joins: Mapping[str, Join], now: float) -> Image:
 
 def newest(images: Iterable[Image]) -> Image | None:
     """Of several images of one pool the one that was decided last."""
-    return max(images, key=lambda image: (image.incarnation, image.version), default=None)
+    return max(images, key=lambda image: image.age, default=None)
 
 
 class _Decision:
@@ -310,7 +372,6 @@ class _Decision:
         self.lease_s = lease_s
         self.calls: list[Call] = []
         self.news: dict[str, News] = {}
-        self.gone: list[str] = []
         if image.now > -inf:
             image.clock[image.cause] += self.now - image.now
         image.now = self.now
@@ -392,11 +453,11 @@ class _Decision:
         owner = image.owners.setdefault(name, Owner(join.number - 1, 0))
         if join.number <= owner.joined:
             return
-        owner.joined, owner.gone_at = join.number, -1.0
+        self.booked_again(self.unbooked(name, join))
+        owner.joined, owner.gone_at, owner.told, owner.since = join.number, -1.0, 0, image.incarnation
         image.told = UNTOLD
         if join.params is not None:
             self.repriced(params_of(tuple(join.params)))
-        self.booked_again(join.launches)
         if join.lineage != image.lineage and join.used > 0.0:
             self.law("launched", join.used, RETRY, self.now, 0.5)
             self.law("released")
@@ -414,12 +475,24 @@ class _Decision:
         for event in join.wants:
             self.wants(name, event, places.get(event[1], 0))
 
-    def booked_again(self, launches: Iterable[tuple[int, int, float, int, float, float]]) -> None:
-        """Launches that the image lacks, since they came after it; the permits are counted elsewhere."""
-        for incarnation, version, reserve, standing, at, u in launches:
-            if incarnation < self.image.incarnation and version > self.image.rebuilt_from:
-                self.law("launched", reserve, RETRY if standing == HOLDING else standing, at, u)
-                self.law("released")
+    def unbooked(self, name: str, join: Join) -> list[Launch]:
+        """The launches of an entry that the image lacks."""
+        image = self.image
+        if join.lineage != image.lineage:
+            return []  # `used` has them
+        owner = image.owners.get(name)
+        since = owner.since if owner is not None else 0
+        return [
+            launch
+            for launch in join.launches
+            if since <= launch[0] < image.incarnation and launch[1] > image.cuts.get(launch[0], -1)
+        ]
+
+    def booked_again(self, launches: Iterable[Launch]) -> None:
+        """Books launches that the image lacks; their permits are counted elsewhere."""
+        for _, _, reserve, standing, at, u in launches:
+            self.law("launched", reserve, RETRY if standing == HOLDING else standing, at, u)
+            self.law("released")
 
     def filled(self) -> None:
         """Books what is left of the minute's budget."""
@@ -435,7 +508,6 @@ class _Decision:
         while owner.finalizes > 0:
             self.law("finalize_closed", owner=owner)
         self.image.waiters = [w for w in self.image.waiters if w.owner != name]
-        self.gone.append(name)
 
     def lapse(self, names: Iterable[str]) -> None:
         """These have not renewed their lease. Who has been gone for long is forgotten."""
@@ -452,7 +524,10 @@ class _Decision:
     def news_of(self, name: str) -> News:
         """What this owner will hear."""
         image = self.image
-        return self.news.setdefault(name, News(image.incarnation, image.version + 1, self.now, 0, image.clock))
+        if name not in self.news:
+            image.owners[name].told += 1
+            self.news[name] = News(image.incarnation, image.version + 1, self.now, 0, image.clock)
+        return self.news[name]
 
     def done(self) -> Decided:
         """Launches what the law admits now; who is the head then hears when it may, if that is new."""
@@ -481,7 +556,7 @@ class _Decision:
         image.version += 1
         for news in self.news.values():
             news.cause = image.cause
-        return Decided(self.calls, self.news, self.gone)
+        return Decided(self.calls, self.news)
 
 
 # Where `synced` takes what was booked since: an owner reports what had been booked at its launch, and the difference is

@@ -30,8 +30,8 @@ from governor import law
 from governor.driver import Governor, Job, Observer
 from governor.errors import FailureCode, PacelineError
 from governor.law import FIRST, HOLDING, Params, State
-from governor.member import LEASE_S, Member, Standing, Store
-from governor.quota import CALL, WANT, WITHDRAW, Call, Event, Image, News
+from governor.member import LEASE_S, RENEW_RATIO, Member, Standing, Store
+from governor.quota import CALL, WANT, WITHDRAW, Call, Event, Image, Launch, News
 from governor.timeline import QUANTUM_S, ServerClock, floored, moved
 from governor.verify import CALLS, PATCHED, RESTORED, SHARED, Numbers, numbers_of, patch_of
 
@@ -39,6 +39,8 @@ from governor.verify import CALLS, PATCHED, RESTORED, SHARED, Numbers, numbers_o
 AHEAD = 8
 # Launches are remembered for a window's length, for a pool that must be rebuilt.
 REMEMBERED_S = law.MINUTE_S
+# Of outages that follow on each other, one is told in so many seconds.
+QUIET_S = 10.0
 # Which arguments of a call of the law are times.
 TIMES = {"now", "as_of", "admitted_by", "launched_at", "first_launched_at"}
 _TIMES = {name: tuple(i for i, each in enumerate(call.names) if each in TIMES) for name, call in CALLS.items()}
@@ -84,8 +86,11 @@ class SharedGovernor(Governor):
         self._withdrawn: dict[int, int] = {}  # standing, by ticket
         self._holds = 0
         self._finalizing = 0
-        self._launches: deque[tuple[int, int, float, int, float, float]] = deque()
+        self._launches: deque[Launch] = deque()
         self._is_held = False
+        self._is_told = False  # that the store is away
+        self._quiet_until = -inf
+        self._late_s = RENEW_RATIO * lease_s * time_scale  # a grant that is heard so late is not used
         self._heard_version = (0, 0)
         self._offset: list[float] | None = None  # this process's clock of causes, less the pool's
         self._member = Member(
@@ -244,8 +249,7 @@ class SharedGovernor(Governor):
         used = 0.0
         if known is not None:
             used = law.used_in(known.p, known.s, law.TPM, self.now() + self._zero_s)
-            newer = (known.incarnation, known.version)
-            used += sum(launch[2] for launch in self._launches if launch[:2] > newer)
+            used += sum(launch[2] for launch in self._launches if launch[:2] > known.age)
         wants = [self._want(ticket, job) for ticket, job in self._asked.items()]
         before: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
         if self._given is not None:
@@ -258,7 +262,7 @@ class SharedGovernor(Governor):
 
     def _hear(self, image: Image, news: News | None) -> None:
         self._tell_time()
-        version = self._heard_version = image.incarnation, image.version
+        version = self._heard_version = image.age
         self.s = moved(image.s, -self._zero_s)
         self.s.paused = int(self._is_held)
         if image.p is not self.p and image.p != self.p and not self._member.reprices:
@@ -345,6 +349,12 @@ class SharedGovernor(Governor):
                 self._law("released")
             return
         del self._tickets[job], self._keys[ticket]
+        if self.now() + self._zero_s - at > self._late_s:
+            # This process stood still, or its connection did: sent now, it would come on top of what others sent since.
+            if standing != HOLDING:
+                self._law("released")
+            self._ask(job)
+            return
         while self._launches and self._launches[0][4] < at - REMEMBERED_S:
             self._launches.popleft()
         self._launches.append((*version, job.reserve, job.standing, at, self._jitter_u(job)))
@@ -385,14 +395,21 @@ class SharedGovernor(Governor):
 
     def missed(self, why: str) -> None:
         """Nothing can be granted: what waits here waits for the pool."""
-        self._say(f"{why}: nothing is launched until it is back")
+        self._guarded(lambda: self._miss(why))
+
+    def _miss(self, why: str) -> None:
+        if self.loop.time() >= self._quiet_until:
+            self._is_told, self._quiet_until = True, self.loop.time() + QUIET_S
+            self._say(f"{why}: nothing is launched until it is back")
         self._advance(self.now())
         self.cause, self.wake_at, self._offset = law.PAUSED, inf, None
         self._set_timer()
 
     def back(self) -> None:
         """The pool is back, and all that waited waits there again."""
-        self._say("the store of shared quotas is back")
+        if self._is_told:
+            self._is_told = False
+            self._guarded(lambda: self._say("the store of shared quotas is back"))
 
     def failed(self, error: PacelineError) -> None:
         """The pool cannot be used at all."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any
@@ -23,7 +23,7 @@ from governor.driver import Job, Observer, Work
 from governor.keyed import attempt_key
 from governor.law import MAIN, TPM
 from governor.member import LEASE_S, Reading, Server, StoreLostError
-from governor.quota import HEAD
+from governor.quota import HEAD, SERVER_BYTES
 from governor.requests import Answer, Attempt, Limit, Outcome, Request
 from governor.shared import SharedGovernor
 from governor.summary import CAUSES, Summary, Tally
@@ -77,6 +77,12 @@ class Shelf:
         self._begin()
         self.is_up, self.up_since = True, self.loop.time()
 
+    def flush(self) -> None:
+        """Everything is deleted; the server goes on, and who waits for news goes on waiting."""
+        self.image, self.inbox, self.leases, self.muster = b"", [], {}, {}
+        for each in self.lists.values():
+            each.clear()
+
     def now_us(self) -> int:
         """The server's clock, microseconds since 1970."""
         return EPOCH_S * 1_000_000 + int(self.loop.time() * 1e6)
@@ -89,6 +95,11 @@ class Shelf:
         """What is there at this moment."""
         self.reads += 1
         return Reading(self.now_us(), self.image, list(self.inbox), dict(self.leases))
+
+    def tell(self, key: tuple[str, int], news: bytes) -> None:
+        """Puts news into an owner's list."""
+        self.lists.setdefault(key, deque()).append(news)
+        self.bell(key).set()
 
     def bell(self, key: tuple[str, int]) -> asyncio.Event:
         """Rings when something is put into that list."""
@@ -133,14 +144,14 @@ class Shelved:
         await self._on_the_way()
         shelf = self._shelf
         shelf.renewed(self._owner)
-        if batch and shelf.image[:40] == self._server:
+        if batch and shelf.image[:SERVER_BYTES] == self._server:
             shelf.inbox.append(batch)
         reading = shelf.reading()
         await self._on_the_way()
         return reading
 
     async def replace(
-        self, head: bytes, image: bytes, taken: int, news: Mapping[tuple[str, int], bytes], gone: Sequence[str]
+        self, head: bytes, image: bytes, taken: int, news: Mapping[tuple[str, int], bytes]
     ) -> Reading | None:
         await self._on_the_way()
         shelf = self._shelf
@@ -154,22 +165,24 @@ class Shelved:
             shelf.inbox = [] if taken < 0 else shelf.inbox[taken:]
             if taken < 0:
                 shelf.muster = {}
-            for owner in gone:
-                shelf.leases.pop(owner, None)
             for key, each in news.items():
-                shelf.lists.setdefault(key, deque()).append(each)
-                shelf.bell(key).set()
+                shelf.tell(key, each)
         await self._on_the_way()
         return late
 
-    async def muster(self, record: bytes) -> tuple[Reading, dict[str, bytes]]:
+    async def muster(self, record: bytes, doubted: bytes, *, removes: bool) -> tuple[Reading, dict[str, bytes]]:
         await self._on_the_way()
         shelf = self._shelf
         records: dict[str, bytes] = {}
-        if shelf.image[:40] != self._server:
+        head = shelf.image[: HEAD.size]
+        if head[:SERVER_BYTES] != self._server or head == doubted:
+            if removes and head == doubted:
+                shelf.image = b""
             shelf.renewed(self._owner)
             shelf.muster.setdefault("", str(shelf.now_us() // 1000).encode())
             shelf.muster[self._owner] = record
+            for key in list(shelf.bells):
+                shelf.tell(key, b"")
             records = dict(shelf.muster)
         reading = shelf.reading()
         await self._on_the_way()
@@ -182,9 +195,11 @@ class Shelved:
             bell = shelf.bell(key)
             bell.clear()
             await bell.wait()
-            await self._on_the_way()
+            if not shelf.lists.get(key):
+                await self._on_the_way()
         found = list(shelf.lists[key])
         shelf.lists[key].clear()
+        await self._on_the_way()
         return found
 
 

@@ -11,7 +11,21 @@ import pytest
 
 from governor import law
 from governor.law import FIRST, HOLDING, MAIN, RETRY, Params, State
-from governor.quota import CALL, LEAVE, REPRICE, WANT, WITHDRAW, Event, Image, Join, News, begun, decide, rebuilt
+from governor.quota import (
+    CALL,
+    LEAVE,
+    REPRICE,
+    WANT,
+    WITHDRAW,
+    Event,
+    Image,
+    Join,
+    News,
+    UnreadableImageError,
+    begun,
+    decide,
+    rebuilt,
+)
 from governor.shared import TIMES
 from governor.verify import CALLS, PATCHED, Replay, numbers_of, packed, patch_of, result_of, state_of
 from tests.governor.laws import params
@@ -168,8 +182,8 @@ def test_a_dead_owner_gives_back_its_permits_and_its_place_but_not_its_bookings(
     wants = [("a", 1, [want(1), want(2), want(3)]), ("b", 1, [want(1)])]
     assert granted(decide(image, wants, alive(image, 0.0), 0.0, LEASE_S).news) == {"a": [1], "b": [1]}
     used = law.used_in(image.p, image.s, law.TPM, 0.0)
-    found = decide(image, [], {"b": 100.0}, 5.0, LEASE_S)
-    assert found.gone == ["a"]
+    decide(image, [], {"b": 100.0}, 5.0, LEASE_S)
+    assert image.living() == ["b"]
     assert image.s.in_flight == image.owners["b"].holds == 1
     assert [w.owner for w in image.waiters] == []
     assert law.used_in(image.p, image.s, law.TPM, 0.0) == used
@@ -196,10 +210,9 @@ def test_a_grant_that_was_never_delivered_is_taken_back_and_made_again() -> None
 def test_who_leaves_holds_nothing_and_who_withdraws_waits_for_nothing() -> None:
     image = pool(some(max_concurrency=1))
     decide(image, [("a", 1, [want(1), want(2)]), ("b", 1, [want(1)])], alive(image, 0.0), 0.0, LEASE_S)
-    found = decide(image, [("b", 2, [[WITHDRAW, 1]])], alive(image, 1.0), 1.0, LEASE_S)
+    decide(image, [("b", 2, [[WITHDRAW, 1]])], alive(image, 1.0), 1.0, LEASE_S)
     assert [(w.owner, w.ticket) for w in image.waiters] == [("a", 2)]
-    found = decide(image, [("a", 3, [[LEAVE]])], alive(image, 2.0), 2.0, LEASE_S)
-    assert found.gone == ["a"]
+    decide(image, [("a", 3, [[LEAVE]])], alive(image, 2.0), 2.0, LEASE_S)
     assert list(image.owners) == ["b"]
     assert image.s.in_flight == 0
 
@@ -275,7 +288,8 @@ def test_a_pool_is_rebuilt_from_what_the_living_know(seed: int) -> None:
         again, _ = rebuilt(joins, best, b"b" * 40, 20.0, LEASE_S)
         assert again.s.in_flight == image.s.in_flight == sum(holds.values())
         assert law.used_in(again.p, again.s, law.TPM, 20.0) == law.used_in(image.p, image.s, law.TPM, 20.0)
-        assert (again.incarnation, again.rebuilt_from) == (image.incarnation + 1, image.version)
+        assert again.incarnation > image.incarnation
+        assert again.cuts[image.incarnation] == image.version
 
 
 def test_launches_that_came_after_the_newest_image_are_booked_again() -> None:
@@ -311,12 +325,62 @@ def test_a_pool_that_nobody_knows_begins_with_what_an_earlier_run_had_used() -> 
     assert image.s.in_flight == 0
 
 
-def test_an_image_of_another_version_is_refused() -> None:
-    data = bytearray(pool(some()).encoded())
-    place = data.index(b"\x01", 56)
-    data[place] = 9
-    with pytest.raises(ValueError, match="another version of Paceline shares this pool"):
-        Image.decoded(bytes(data))
+def test_launches_of_any_earlier_incarnation_are_booked_once(seed: int) -> None:
+    """Two halves of a split brain, emptied again and again: what either launched is in use when they meet, once."""
+    rng = random.Random(seed)
+    for _ in range(30):
+        launches: dict[str, list[Any]] = {name: [] for name in "abcd"}
+        entries, numbers = dict.fromkeys("abcd", 1), dict.fromkeys("abcd", 0)
+
+        def joins_of(names: str, seen: int, launches=launches, entries=entries, numbers=numbers) -> dict[str, Join]:
+            found = {}
+            for name in names:
+                entries[name] += 1
+                mine = list(launches[name])
+                found[name] = join(None, entries[name], last=numbers[name], holds=len(mine), launches=mine, seen=seen)
+            return found
+
+        # Sliding: what was launched within the minute is in use, to the token.
+        whole = pool(some(max_concurrency=10_000, tpm=60_000_000, window=law.SLIDING), "abcd")
+        halves = {}
+        for names, others in (("ab", "cd"), ("cd", "ab")):
+            halves[names] = Image.decoded(whole.encoded())
+            for other in others:
+                halves[names].owners[other].gone_at = 0.0
+        # The one half stays where it was; the other finds itself on another server.
+        halves["cd"], _ = rebuilt(joins_of("cd", 0), halves["cd"], b"b" * 40, 0.0, 1e9, chance=9)
+        for step in range(1, 25):
+            names = rng.choice(["ab", "cd"])
+            image, old = halves[names], Image.decoded(halves[names].encoded())
+            name = rng.choice(names)
+            for _ in range(rng.randrange(1, 4)):
+                numbers[name] += 1
+                event = want(numbers[name], float(rng.randrange(1, 50) * 100))
+                found = decide(image, [(name, numbers[name], [event])], alive(image, step), step, 1e9)
+                assert granted(found.news) == {name: [numbers[name]]}
+                launches[name].append((*image.age, event[6], FIRST, float(step), 0.5))
+            if rng.random() < 0.5:  # emptied: the newest image that somebody has may be older
+                joins = joins_of(names, image.incarnation)
+                best = rng.choice([image, old])
+                halves[names], _ = rebuilt(joins, best, SERVER, step, 1e9, chance=rng.getrandbits(32))
+        best = max(halves.values(), key=lambda each: each.age)
+        both, _ = rebuilt(joins_of("abcd", best.incarnation), best, SERVER, 25.0, 1e9, chance=1)
+        spent = sum(launch[2] for each in launches.values() for launch in each)
+        assert law.used_in(both.p, both.s, law.TPM, 25.0) == spent
+        assert both.s.in_flight == sum(map(len, launches.values()))
+
+
+def test_what_is_no_image_of_this_version_is_told_apart() -> None:
+    data = pool(some()).encoded()
+    place = data.index(b"paceline ", 56) + len(b"paceline ")
+    other = data[:place] + b"zzz" + data[place + 3 :]
+    with pytest.raises(UnreadableImageError, match="another version of Paceline shares this pool") as found:
+        Image.decoded(other)
+    assert found.value.is_foreign
+    for garbage in (b"", b"x", b"x" * 200, data[:56], data[:-1], data[:100], data[:56] + b"\x93\x01\x02\x03"):
+        with pytest.raises(UnreadableImageError, match="no state of a pool") as found:
+            Image.decoded(garbage)
+        assert not found.value.is_foreign
 
 
 def test_a_retry_that_kept_its_place_takes_no_second_one() -> None:
