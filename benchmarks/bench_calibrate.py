@@ -21,17 +21,17 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from governor.policy import Policy
-from sim import calibrate as cal
-from sim.calibrate import Calibration, calibrate, outlook, read_sources, tokens_per_min
-from sim.document import ModelSource
-from sim.engines import simulated
-from sim.example_log import write_log
-from sim.experiment import case_of
-from sim.provider_config import ProviderConfig
-from sim.readers import Source, read_workload
-from sim.scenario import Scenario
-from sim.workload import Workload
+from governor.model.policy import Policy
+from sim.app.example_log import write_log
+from sim.calibration import calibrate as cal
+from sim.calibration.calibrate import Calibration, calibrate, outlook, read_sources, tokens_per_min
+from sim.des.engines import simulated
+from sim.experiment.experiment import case_of
+from sim.model.provider_config import ProviderConfig
+from sim.model.workload import Workload
+from sim.scenario.readers import Source, read_workload
+from sim.scenario.scenario import Scenario
+from sim.scenario.scenario_file import ModelSource
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "azure-llm-2023"
 RULES = ("prompt_plus_max", "max_of", "responses", "auto")

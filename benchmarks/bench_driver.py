@@ -30,10 +30,10 @@ import numpy as np
 
 from benchmarks import peer_simpy
 from governor.law import MINUTE_S, RPM, Params
-from governor.policy import Policy
-from sim.driver import Simulation
-from sim.provider import ProviderParams
-from sim.workload import Columns, columns, parametric
+from governor.model.policy import Policy
+from sim.des.driver import Simulation
+from sim.model.provider import ProviderParams
+from sim.model.workload import Columns, columns, parametric
 
 REPEATS = 5
 SEED = 1

@@ -26,10 +26,10 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.bench_driver import PACED, REFUSED, REPEATS, SEED, Load, held_mb, params, provider, requests
-from governor.summary import Grant
-from sim import compiled, engines
-from sim.experiment import Case, Pool, figures_of
-from sim.run import Tally
+from governor.forecast.summary import Grant
+from sim.des import compiled, engines
+from sim.des.run import Tally
+from sim.experiment.experiment import Case, Pool, figures_of
 
 ROOT = Path(__file__).resolve().parent.parent
 COTENANT_SHARE = 0.1
@@ -121,7 +121,7 @@ def started(cache: str, batch: Path, engine: str) -> tuple[float, float]:
     """Wall and CPU seconds of `paceline simulate` in a process of its own."""
     environment = {**os.environ, "NUMBA_CACHE_DIR": cache}
     before, begun = os.times(), time.perf_counter()
-    command = [sys.executable, "-m", "sim.cli", "simulate", str(batch), "--tpm", "2M", "--engine", engine]
+    command = [sys.executable, "-m", "sim.app.cli", "simulate", str(batch), "--tpm", "2M", "--engine", engine]
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env=environment)
     after = os.times()
     cpu_s = after.children_user + after.children_system - before.children_user - before.children_system

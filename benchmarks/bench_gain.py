@@ -14,13 +14,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from governor.policy import Policy
-from sim.experiment import Pool, replicate
-from sim.planner import FRESH_SEEDS, plan
-from sim.provider_config import ProviderConfig
-from sim.results import Forecast
-from sim.scenario import FileSource, Scenario
-from sim.space import recipe
+from governor.model.policy import Policy
+from sim.experiment.experiment import Pool, replicate
+from sim.experiment.results import Forecast
+from sim.model.provider_config import ProviderConfig
+from sim.scenario.scenario import FileSource, Scenario
+from sim.selection.planner import FRESH_SEEDS, plan
+from sim.selection.space import recipe
 
 DATA = Path(os.environ.get("PACELINE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 VIDUR = DATA / "vidur-arxiv" / "arxiv_summarization_stats_llama2_tokenizer_filtered_v2.csv"

@@ -20,9 +20,9 @@ from collections.abc import Awaitable, Callable, Iterator
 from statistics import median
 from typing import Any
 
-from governor.driver import Governor, Job, Observer, Work
-from governor.policy import Policy
-from governor.requests import CHAT, Answer, Attempt, Limit, Outcome, Request, Sizes, url_of
+from governor.model.policy import Policy
+from governor.model.requests import CHAT, Answer, Attempt, Limit, Outcome, Request, Sizes, url_of
+from governor.scheduler.driver import Governor, Job, Observer, Work
 
 REPEATS = 5
 LIMIT_US = 50.0

@@ -29,11 +29,11 @@ from typing import Any
 
 from benchmarks import peers_live
 from benchmarks.live_batch import RULE, bound, drawn, run_cases
-from governor.policy import Policy
-from governor.scaledloop import ScaledLoop
-from sim.layout import table
-from sim.provider_config import ProviderConfig
-from sim.server import spawn
+from governor.model.policy import Policy
+from governor.run.scaledloop import ScaledLoop
+from sim.base.layout import table
+from sim.model.provider_config import ProviderConfig
+from sim.serving.server import spawn
 
 TPM, RPM, REQUESTS, TOKENS = 30_000, 500, 60, (250, 2_500)
 FIRST_TOKEN_S, PER_TOKEN_S = 0.6, 0.008

@@ -26,14 +26,14 @@ from typing import Any
 import numpy as np
 
 from benchmarks.live_batch import RULE, Case, bound, drawn, run_cases
-from governor.estimate import CHAT, sizes_of
-from governor.policy import Policy
-from sim.experiment import case_of, figures_of, simulated
-from sim.layout import table
-from sim.provider_config import ProviderConfig
-from sim.scenario import ModelSource, Scenario
-from sim.server import spawn
-from sim.workload import from_tokens
+from governor.model.estimate import CHAT, sizes_of
+from governor.model.policy import Policy
+from sim.base.layout import table
+from sim.experiment.experiment import case_of, figures_of, simulated
+from sim.model.provider_config import ProviderConfig
+from sim.model.workload import from_tokens
+from sim.scenario.scenario import ModelSource, Scenario
+from sim.serving.server import spawn
 
 SHORT_TOKENS, LONG_TOKENS = (100, 310), (250, 2_500)
 EFFICIENCY_LEAST = 0.95

@@ -30,15 +30,15 @@ from openai import AsyncOpenAI
 
 from benchmarks.bench_driver import held_mb
 from benchmarks.live_batch import ENVIRONMENT, run_live, write_lines
-from governor.driver import Governor
-from governor.intake import Work, work_of
-from governor.policy import Policy
-from governor.pools import Pool
-from governor.requests import read_requests
-from governor.sending import PoolSender
-from sim.layout import table
-from sim.provider_config import ProviderConfig
-from sim.server import spawn
+from governor.model.policy import Policy
+from governor.model.pools import Pool
+from governor.model.requests import read_requests
+from governor.provider.sending import PoolSender
+from governor.run.intake import Work, work_of
+from governor.scheduler.driver import Governor
+from sim.base.layout import table
+from sim.model.provider_config import ProviderConfig
+from sim.serving.server import spawn
 
 REPEATS = 5
 CONCURRENCY = 50

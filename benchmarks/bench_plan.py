@@ -28,15 +28,15 @@ from typing import Any
 
 import numpy as np
 
-from governor.policy import Policy
-from sim.experiment import Pool, replicate
-from sim.planner import FRESH_SEEDS, plan
-from sim.provider_config import ProviderConfig
-from sim.results import Estimate, Forecast, Plan, estimate, forecast_of
-from sim.runs import Condition, Runs
-from sim.scenario import ModelSource, Scenario
-from sim.search import Goal
-from sim.space import full_space
+from governor.model.policy import Policy
+from sim.experiment.experiment import Pool, replicate
+from sim.experiment.results import Estimate, Forecast, Plan, estimate, forecast_of
+from sim.experiment.runs import Condition, Runs
+from sim.model.provider_config import ProviderConfig
+from sim.scenario.scenario import ModelSource, Scenario
+from sim.selection.planner import FRESH_SEEDS, plan
+from sim.selection.search import Goal
+from sim.selection.space import full_space
 
 ROWS = 400
 FRESH_RUNS = 20
@@ -63,7 +63,7 @@ def started(command: Sequence[str], runs: int) -> tuple[list[float], list[float]
     walls, cpus = [], []
     for i in range(runs + 1):
         begun, before = time.perf_counter(), os.times()
-        subprocess.run([sys.executable, "-m", "sim.cli", *command], check=True, stdout=DEVNULL, stderr=DEVNULL)
+        subprocess.run([sys.executable, "-m", "sim.app.cli", *command], check=True, stdout=DEVNULL, stderr=DEVNULL)
         after = os.times()
         if i:  # the first one may have to compile
             walls.append(time.perf_counter() - begun)

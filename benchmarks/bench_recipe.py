@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_recipe [--short] [--seed N]
 
-The recipe (`sim.space.recipe`): the provider's bucket mirrored, 1 % headroom, first in first out, 1,000 in flight, the
+The recipe (`sim.selection.space.recipe`): the provider's bucket mirrored, 1 % headroom, first in first out, 1,000 in flight, the
 documented charge rule or, where the operator knows it, the provider's. The kinds of scenario: a bursty co-tenant, a
 charge rule that is not the documented one, RPM-bound, slow latency, few requests, many requests. For each: makespan of
 both under the same fresh seeds, their paired difference with its 95 % interval, and whether each keeps the limits (no
@@ -17,14 +17,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from governor.policy import Policy
-from sim.experiment import Pool, replicate
-from sim.planner import FRESH_SEEDS, plan
-from sim.provider_config import ProviderConfig
-from sim.results import Forecast, paired_difference
-from sim.scenario import ModelSource, Scenario
-from sim.space import recipe
-from sim.workload import from_tokens
+from governor.model.policy import Policy
+from sim.experiment.experiment import Pool, replicate
+from sim.experiment.results import Forecast, paired_difference
+from sim.model.provider_config import ProviderConfig
+from sim.model.workload import from_tokens
+from sim.scenario.scenario import ModelSource, Scenario
+from sim.selection.planner import FRESH_SEEDS, plan
+from sim.selection.space import recipe
 
 KINDS = ("co-tenant", "wrong rule", "RPM-bound", "slow latency", "few", "many")
 CAPS = np.array([128, 256, 512, 1024, 2048, 4096])

@@ -30,12 +30,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
-from governor.policy import Policy
-from sim.experiment import Pool, case_of
-from sim.provider_config import ProviderConfig
-from sim.racing import Finish, Rule, race
-from sim.results import at_most
-from sim.scenario import ModelSource, Scenario
+from governor.model.policy import Policy
+from sim.experiment.experiment import Pool, case_of
+from sim.experiment.results import at_most
+from sim.model.provider_config import ProviderConfig
+from sim.scenario.scenario import ModelSource, Scenario
+from sim.selection.racing import Finish, Rule, race
 
 Real = NDArray[np.float64]
 

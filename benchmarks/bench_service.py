@@ -380,7 +380,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--short", action="store_true", help="a quick look")
     short = parser.parse_args().short
-    paceline = [sys.executable, "-m", "sim.cli"]
+    paceline = [sys.executable, "-m", "sim.app.cli"]
     begun, before = time.monotonic(), others()
     with tempfile.TemporaryDirectory(prefix="paceline-bench-") as name, contextlib.ExitStack() as stack:
         folder = Path(name)

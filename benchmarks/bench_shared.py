@@ -29,7 +29,7 @@ from typing import Any
 
 from benchmarks.bench_service import others
 from benchmarks.recorded import Explained, RecordedProvider, explained
-from sim.provider_config import ProviderConfig
+from sim.model.provider_config import ProviderConfig
 from tests.live import Cli
 from tests.servers import redis_server
 from tests.shared_runs import Runs, never_above_the_limit, provider

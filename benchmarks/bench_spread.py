@@ -27,12 +27,12 @@ from dataclasses import dataclass
 from multiprocessing import Process
 from pathlib import Path
 
-from sim import spread
-from sim.engines import Engine
-from sim.experiment import Case, Pool, case_of
-from sim.scenario import Scenario
-from sim.spread import Backend
-from sim.workload import parametric
+from sim.des.engines import Engine
+from sim.experiment import spread
+from sim.experiment.experiment import Case, Pool, case_of
+from sim.experiment.spread import Backend
+from sim.model.workload import parametric
+from sim.scenario.scenario import Scenario
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH = ROOT / "examples" / "batch.jsonl"

@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from governor.batch import Orders, Outcome, run_batch
-from governor.estimate import CHAT, charge_of, sizes_of
-from governor.money import Prices
-from governor.policy import Policy
-from governor.poolrun import Manner
-from governor.pools import Pool
-from governor.progress import Quiet
-from governor.sending import connect_with
-from governor.summary import Work, bound_s
-from sim.provider_config import ProviderConfig
+from governor.forecast.summary import Work, bound_s
+from governor.model.estimate import CHAT, charge_of, sizes_of
+from governor.model.policy import Policy
+from governor.model.pools import Pool
+from governor.model.prices import Prices
+from governor.provider.sending import connect_with
+from governor.run.batch import Orders, Outcome, run_batch
+from governor.run.pool_run import Manner
+from governor.telemetry.progress import Quiet
+from sim.model.provider_config import ProviderConfig
 
 ENVIRONMENT = {"OPENAI_API_KEY": "no-key-is-needed"}
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from sim import provider as limiter
-from sim.provider_config import ProviderConfig
-from sim.server import Provider, Running
+from sim.model import provider as limiter
+from sim.model.provider_config import ProviderConfig
+from sim.serving.server import Provider, Running
 
 WAIT_S = 60.0
 

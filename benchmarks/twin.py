@@ -25,19 +25,19 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from governor.batch import Orders, run_batch
-from governor.journal import Journal
-from governor.money import Prices
-from governor.policy import Policy
-from governor.poolrun import Manner
-from governor.pools import Pool
-from governor.progress import Quiet
-from governor.sending import connect_with
-from sim.backtest import Backtest, backtest
-from sim.foresight import foresee
-from sim.layout import table
-from sim.provider_config import ProviderConfig
-from sim.server import spawn
+from governor.journal.journal import Journal
+from governor.model.policy import Policy
+from governor.model.pools import Pool
+from governor.model.prices import Prices
+from governor.provider.sending import connect_with
+from governor.run.batch import Orders, run_batch
+from governor.run.pool_run import Manner
+from governor.telemetry.progress import Quiet
+from sim.base.layout import table
+from sim.model.provider_config import ProviderConfig
+from sim.serving.server import spawn
+from sim.validation.backtest import Backtest, backtest
+from sim.validation.foresight import foresee
 
 SCALE, SCALE_MOST = 8.0, 10.0
 SCENARIOS, SHORT = 20, 3

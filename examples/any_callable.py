@@ -17,8 +17,8 @@ from typing import Any
 from openai import AsyncOpenAI
 
 from governor import Governor, Policy
-from governor.answers import classify
-from governor.requests import Outcome
+from governor.model.requests import Outcome
+from governor.provider.answers import classify
 
 Call = Callable[[str], Awaitable[Any]]
 TOO_FAST = (Outcome.THROTTLED, Outcome.SLOW_DOWN)

@@ -10,8 +10,8 @@ import os
 from openai import AsyncOpenAI, RateLimitError
 
 from governor import Governor, Policy
-from governor.answers import classify
-from governor.requests import Outcome
+from governor.model.requests import Outcome
+from governor.provider.answers import classify
 
 
 async def ask(governor: Governor, client: AsyncOpenAI, prompt: str, cap: int = 200) -> str | None:

@@ -12,10 +12,10 @@ import os
 import sys
 
 from governor import Governor, Policy
-from governor.estimate import charge_of, sizes_of
-from governor.openai_adapter import Adapter
-from governor.pools import Pool, default_pools, pool_for, read_pools
-from governor.requests import CHAT, Answer, Outcome, Request, url_of
+from governor.model.estimate import charge_of, sizes_of
+from governor.model.pools import Pool, default_pools, pool_for, read_pools
+from governor.model.requests import CHAT, Answer, Outcome, Request, url_of
+from governor.provider.openai_adapter import Adapter
 
 AGAIN = (Outcome.THROTTLED, Outcome.SLOW_DOWN)
 

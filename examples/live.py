@@ -20,12 +20,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from governor.words import duration
+from governor.model.words import duration
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = ROOT / "examples" / "batch.jsonl"
 STOPS_WITHIN_S = 10.0
-PACELINE = (sys.executable, "-m", "sim.cli")
+PACELINE = (sys.executable, "-m", "sim.app.cli")
 
 
 def shown(words: list[str]) -> str:

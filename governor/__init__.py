@@ -6,7 +6,7 @@
     async with governor.permit(tokens) as permit:
         ...
 
-Everything else is imported from its module (`governor.law`, `governor.requests`, ...). What stands here is fetched when
+Everything else is imported from its module (`governor.law`, `governor.model.requests`, ...). What stands here is fetched when
 it is first asked for, so that importing the pure half never pulls in the edges.
 """
 
@@ -16,14 +16,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from governor.driver import Governor as Governor
-    from governor.errors import PacelineError as PacelineError
-    from governor.policy import Policy as Policy
+    from governor.model.errors import PacelineError as PacelineError
+    from governor.model.policy import Policy as Policy
+    from governor.scheduler.driver import Governor as Governor
 
 __version__ = "0.1.0"
 __all__ = ["Governor", "PacelineError", "Policy", "__version__"]
 
-_MODULES = {"Governor": "governor.driver", "PacelineError": "governor.errors", "Policy": "governor.policy"}
+_MODULES = {
+    "Governor": "governor.scheduler.driver",
+    "PacelineError": "governor.model.errors",
+    "Policy": "governor.model.policy",
+}
 
 
 def __getattr__(name: str) -> Any:

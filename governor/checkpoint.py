@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 from governor import law
 from governor.law import Params, State
-from governor.policy import Policy
-from governor.timeline import moved
+from governor.model.policy import Policy
+from governor.model.timeline import moved
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 # Runs on while the machine sleeps, which the monotonic clock of Linux does not.

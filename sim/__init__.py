@@ -9,7 +9,7 @@
     print(found.env)  # the recommended settings
 
 Needs the extra `sim` (`pip install 'paceline[sim]'`). Everything else is imported from its module; the `paceline`
-command is `sim.cli`. What stands here is fetched when it is first asked for, so that the command starts at once.
+command is `sim.app.cli`. What stands here is fetched when it is first asked for, so that the command starts at once.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sim.api import Comparison as Comparison
-    from sim.api import PlanResult as PlanResult
-    from sim.api import SimulationResult as SimulationResult
-    from sim.api import compare as compare
-    from sim.api import knob_map as knob_map
-    from sim.api import plan as plan
-    from sim.api import simulate as simulate
-    from sim.api import simulate_processes as simulate_processes
-    from sim.scenario import Scenario as Scenario
+    from sim.app.api import Comparison as Comparison
+    from sim.app.api import PlanResult as PlanResult
+    from sim.app.api import SimulationResult as SimulationResult
+    from sim.app.api import compare as compare
+    from sim.app.api import knob_map as knob_map
+    from sim.app.api import plan as plan
+    from sim.app.api import simulate as simulate
+    from sim.app.api import simulate_processes as simulate_processes
+    from sim.scenario.scenario import Scenario as Scenario
 
 __all__ = [
     "Comparison",
@@ -40,7 +40,7 @@ __all__ = [
     "simulate_processes",
 ]
 
-_MODULES = {"Scenario": "sim.scenario", **dict.fromkeys(set(__all__) - {"Scenario"}, "sim.api")}
+_MODULES = {"Scenario": "sim.scenario.scenario", **dict.fromkeys(set(__all__) - {"Scenario"}, "sim.app.api")}
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import typer
 import typer.main
 
-from sim.cli import app
+from sim.app.cli import app
 
 _FENCE = re.compile(r"^(```+|~~~+|:::+)(.*)$")
 _SETS = re.compile(r"[A-Z][A-Z0-9_]*=\S*")

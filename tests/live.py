@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from governor.journal import Journal
-from sim.faults import Event
-from sim.provider_config import ProviderConfig
-from sim.server import Running, serve
+from governor.journal.journal import Journal
+from sim.model.faults import Event
+from sim.model.provider_config import ProviderConfig
+from sim.serving.server import Running, serve
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "sk-a-key-that-nobody-may-see-0123456789"

@@ -44,7 +44,7 @@ def child(order: dict[str, object]) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (int(str(files)), int(str(files))))
     if order.get("dies_after"):
         die_after(int(str(order["dies_after"])))
-    from sim.cli import main
+    from sim.app.cli import main
 
     code: object = 1
     try:
@@ -63,7 +63,7 @@ def child(order: dict[str, object]) -> None:
 
 def die_after(commits: int) -> None:
     """Kills this process as soon as so many transactions are durable."""
-    from governor.database import Database
+    from governor.journal.database import Database
 
     writing = Database.writing
     left = commits
@@ -97,17 +97,26 @@ def main() -> None:
     """Loads everything, then forks on demand until standard input ends."""
     import scipy.stats
 
-    import governor.batch
-    import governor.sending
+    import governor.provider.sending
+    import governor.run.batch
+    import governor.run.status
     import governor.service.run
-    import governor.status
-    import sim.cli
-    import sim.foresight
-    import sim.whatif
-    from governor.openai_adapter import Adapter
+    import sim.app.cli
+    import sim.app.whatif
+    import sim.validation.foresight
+    from governor.provider.openai_adapter import Adapter
 
-    assert all((scipy.stats, governor.batch, governor.sending, governor.status, sim.cli, sim.foresight))
-    assert all((governor.service.run, sim.whatif))
+    assert all(
+        (
+            scipy.stats,
+            governor.run.batch,
+            governor.provider.sending,
+            governor.run.status,
+            sim.app.cli,
+            sim.validation.foresight,
+        )
+    )
+    assert all((governor.service.run, sim.app.whatif))
     # The SDK fetches half of itself when its first client is made.
     Adapter(environment={"OPENAI_API_KEY": "nobody's"})
     read_fd, write_fd = os.pipe()

@@ -18,15 +18,15 @@ from typing import Any
 import numpy as np
 
 from governor import law
-from governor.estimate import CHAT, COMPLETIONS, RESPONSES, RULES
-from governor.policy import Policy
-from governor.requests import Attempt
-from sim.document import ModelSource
-from sim.driver import Simulation, Tally
-from sim.experiment import Case, attempt_rows, case_of
-from sim.provider_config import ProviderConfig
-from sim.scenario import Scenario
-from sim.workload import Workload, from_tokens
+from governor.model.estimate import CHAT, COMPLETIONS, RESPONSES, RULES
+from governor.model.policy import Policy
+from governor.model.requests import Attempt
+from sim.des.driver import Simulation, Tally
+from sim.experiment.experiment import Case, attempt_rows, case_of
+from sim.model.provider_config import ProviderConfig
+from sim.model.workload import Workload, from_tokens
+from sim.scenario.scenario import Scenario
+from sim.scenario.scenario_file import ModelSource
 
 # Seeds of runs: any number that `keyed_uniform` takes.
 SEEDS_MAX = 2**48

@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from governor.sharing import REDIS_URL
-from sim.provider_config import ProviderConfig
-from sim.server import Spawned, spawn
+from governor.sharedquota.sharing import REDIS_URL
+from sim.model.provider_config import ProviderConfig
+from sim.serving.server import Spawned, spawn
 from tests.live import WAIT_S, Cli, batch, check_whole, run_args
 
 SCALE = 20.0

@@ -16,16 +16,16 @@ from itertools import count
 from multiprocessing.synchronize import Barrier
 from typing import Any
 
-from governor.driver import Governor, Job, Observer, Work
-from governor.intake import work_of
-from governor.keyed import attempt_key
-from governor.policy import Policy
-from governor.pools import Pool
-from governor.requests import CHAT, Answer, Attempt, Outcome, Request, Sizes, read_requests, url_of
-from governor.scaledloop import ScaledLoop
-from governor.sending import PoolSender
-from governor.shared import SharedGovernor
-from governor.store import in_redis
+from governor.model.keyed import attempt_key
+from governor.model.policy import Policy
+from governor.model.pools import Pool
+from governor.model.requests import CHAT, Answer, Attempt, Outcome, Request, Sizes, read_requests, url_of
+from governor.provider.sending import PoolSender
+from governor.run.intake import work_of
+from governor.run.scaledloop import ScaledLoop
+from governor.scheduler.driver import Governor, Job, Observer, Work
+from governor.sharedquota.redis_store import in_redis
+from governor.sharedquota.shared import SharedGovernor
 from tests.live import line
 
 WAIT_S = 120.0

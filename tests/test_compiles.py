@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from governor import keyed, law
-from sim import provider as prov
-from sim.copies import compiled
-from sim.packing import record_of
+from governor import law
+from governor.model import keyed
+from sim.des.copies import compiled
+from sim.des.packing import record_of
+from sim.model import provider as prov
 from tests.governor.laws import params
 
 DECISIONS = 40_000
@@ -210,7 +211,7 @@ def test_decisions_of_the_law_are_equal_to_the_bit(copies: dict[str, ModuleType]
 
 def test_chance_is_equal_to_the_bit(copies: dict[str, ModuleType], seed: int) -> None:
     """Also for numbers beyond 32 bits, where a signed multiplication would overflow if it were not masked."""
-    r, both = random.Random(seed), Both(keyed, copies["governor.keyed"])
+    r, both = random.Random(seed), Both(keyed, copies["governor.model.keyed"])
     for _ in range(20_000):
         numbers = [r.getrandbits(r.choice([1, 8, 32, 40, 63])) for _ in range(2)]
         u = both("keyed_uniform", *numbers, r.randrange(200_000), r.randint(1, 20))
@@ -298,15 +299,15 @@ def provider_calls(r: random.Random, both: Both) -> None:
 
 @pytest.mark.slow
 def test_the_provider_is_equal_to_the_bit(copies: dict[str, ModuleType], seed: int) -> None:
-    r, both = random.Random(seed), Both(prov, copies["sim.provider"])
+    r, both = random.Random(seed), Both(prov, copies["sim.model.provider"])
     while sum(both.calls.values()) < DECISIONS // 2:
         provider_calls(r, both)
     both.covered()
 
 
 def test_the_copies_are_compiled_and_the_originals_are_not(copies: dict[str, ModuleType]) -> None:
-    provider = copies["sim.provider"]
-    assert provider.keyed_uniform is copies["governor.keyed"].keyed_uniform
+    provider = copies["sim.model.provider"]
+    assert provider.keyed_uniform is copies["governor.model.keyed"].keyed_uniform
     assert inspect.isfunction(prov.keyed_uniform)
     assert prov.keyed_uniform is keyed.keyed_uniform
     assert copies["governor.law"].admission is not law.admission

@@ -15,13 +15,17 @@ import pytest
 
 import governor
 import sim
-from governor import law, longwaits, outputs, schema, serve_cli
-from governor.policy import KNOBS
-from governor.schema import metadata
-from governor.summary import CAUSES
-from sim import presets, results
-from sim.asked import terms_of
-from sim.inputs import Wishes
+from governor import law
+from governor.cli import serve as serve_cli
+from governor.forecast.summary import CAUSES
+from governor.journal import schema
+from governor.journal.schema import metadata
+from governor.model.policy import KNOBS
+from governor.run import longwaits, outputs
+from sim.app.capacity_command import terms_of
+from sim.app.inputs import Wishes
+from sim.experiment import results
+from sim.model import presets
 from tests.commands import Shown, complaint, leaves, shown_in
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from governor.errors import FailureCode
-from governor.requests import Attempt, Outcome
-from sim.experiment import OUTCOMES, attempt_rows, case_of, figures_of, simulated
-from sim.scenario import Scenario
+from governor.model.errors import FailureCode
+from governor.model.requests import Attempt, Outcome
+from sim.experiment.experiment import OUTCOMES, attempt_rows, case_of, figures_of, simulated
+from sim.scenario.scenario import Scenario
 from tests.scenarios import drawn, shown
 
 SCENARIOS = 1_000

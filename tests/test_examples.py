@@ -18,7 +18,7 @@ import psutil
 import pytest
 from dotenv import dotenv_values
 
-from governor.policy import Policy
+from governor.model.policy import Policy
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 CHARS_PER_TOKEN = 4

@@ -49,13 +49,17 @@ DISTRIBUTIONS = {
 }
 # Who may use what beyond the base (governor) and beyond base + `sim` (sim): the extra that a module needs.
 MODULE_EXTRAS = {
-    "sim/server.py": {"server"},
-    "sim/ray_side.py": {"ray"},
-    "sim/sliders.py": {"notebook"},
+    "sim/serving/server.py": {"server"},
+    "sim/experiment/ray_side.py": {"ray"},
+    "sim/reporting/sliders.py": {"notebook"},
     **{f"governor/{name}.py": {"redis"} for name in ("member", "quota", "store")},
 }
 # Libraries with exactly one door.
-ONE_DOOR = {"openai": "governor/openai_adapter.py", "ray": "sim/ray_side.py", "redis": "governor/store.py"}
+ONE_DOOR = {
+    "openai": "governor/provider/openai_adapter.py",
+    "ray": "sim/experiment/ray_side.py",
+    "redis": "governor/sharedquota/redis_store.py",
+}
 
 
 # Who lives in such a folder may use that extra.
@@ -154,10 +158,10 @@ def test_upper_half_does_no_io_and_reads_no_clock(module: str) -> None:
     ("module", "source", "fault"),
     [
         ("law", "import numpy\n", "imports numpy"),
-        ("law", "from governor import policy\n", "imports governor.policy"),
+        ("law", "from governor import policy\n", "imports governor.model.policy"),
         ("summary", "def f():\n    from time import monotonic\n", "imports time"),
         ("answers", "from email import message\n", "imports email"),
-        ("preflight", "from governor.driver import Driver\n", "imports governor.driver"),
+        ("preflight", "from governor.scheduler.driver import Driver\n", "imports governor.scheduler.driver"),
         ("requests", "open('batch.jsonl')\n", "calls open()"),
         ("answers", "import datetime\ndatetime.datetime.now()\n", "reads the clock: datetime.datetime.now()"),
         ("estimate", "import pydantic\n", "imports pydantic"),
@@ -190,7 +194,7 @@ def test_a_cli_is_imported_only_by_the_one_above_it() -> None:
             for path in modules()
             for imported, line in imports(path)
             if imported.split(".")[:2] in (["governor", "cli"], ["sim", "cli"])
-            and (name_of(path), imported.split(".")[0]) != ("sim/cli.py", "governor")
+            and (name_of(path), imported.split(".")[0]) != ("sim/app/cli.py", "governor")
         ]
     )
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from governor import law
-from governor.database import JournalError
-from governor.journal import Journal
+from governor.journal.database import JournalError
+from governor.journal.journal import Journal
 from tests.live import WAIT_S, Cli, Process, batch, check_whole, provider, run_args, shared_cli
 
 REQUESTS = 40

@@ -10,12 +10,12 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from governor.journal import Journal
-from governor.policy import KNOBS
-from governor.requests import Outcome
-from governor.summary import Summary
-from sim.provider_config import ProviderConfig
-from sim.server import serve
+from governor.forecast.summary import Summary
+from governor.journal.journal import Journal
+from governor.model.policy import KNOBS
+from governor.model.requests import Outcome
+from sim.model.provider_config import ProviderConfig
+from sim.serving.server import serve
 from tests.live import KEY, Cli, batch, check_whole, line, lines_of, provider, run_args, shared_cli, write_batch
 
 

@@ -16,7 +16,7 @@ from urllib.request import urlopen
 
 import pytest
 
-from governor.journal import Journal
+from governor.journal.journal import Journal
 from tests.live import (
     WAIT_S,
     Cli,

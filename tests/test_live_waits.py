@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from governor.journal import Journal
+from governor.journal.journal import Journal
 from tests.live import WAIT_S, Cli, Process, batch, check_whole, provider, run_args, shared_cli
 
 HOURS = 114 * 3_600.0

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from governor.errors import BadInput, BadSetting, PacelineError
-from sim import notebook_cli, packaged
-from sim.cli import main
+from governor.model.errors import BadInput, BadSetting, PacelineError
+from sim.app import notebook_command as notebook_cli
+from sim.app.cli import main
+from sim.base import packaged
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -196,7 +197,7 @@ def test_jupyterlab_opens_the_one_that_is_named(monkeypatch: pytest.MonkeyPatch,
 
 def test_sliders_show_the_first_state_and_follow() -> None:
     from sim import Scenario
-    from sim.sliders import what_if
+    from sim.reporting.sliders import what_if
 
     box = what_if(Scenario([{"prompt_tokens": 900, "output_tokens": 100}] * 20, tpm=30_000), "stagger_s")
     slider, picture, words = box.children

@@ -16,14 +16,14 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from governor.errors import FailureCode
-from governor.metrics import Metrics
-from governor.money import SHIPPED, read_prices
-from governor.pools import Pool
-from governor.service.app import service_of
+from governor.model.errors import FailureCode
+from governor.model.pools import Pool
+from governor.model.prices import SHIPPED, read_prices
+from governor.service.api.app import service_of
+from governor.service.api.gauges import late_s
 from governor.service.config import ServiceConfig
-from governor.service.gauges import late_s
-from governor.service.store import BatchRow
+from governor.service.store.store import BatchRow
+from governor.telemetry.metrics import Metrics
 
 OPS = Path(__file__).resolve().parent.parent / "ops"
 RULES = OPS / "prometheus" / "paceline.rules.yml"

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = ("governor/law.py", "governor/keyed.py", "sim/provider.py")
+MODULES = ("governor/law.py", "governor/model/keyed.py", "sim/model/provider.py")
 IMPORTS = {"math", "dataclasses"}
 # The provider takes its chance from the other compiled module.
-IMPORTS_TOO = {"sim/provider.py": {"governor.keyed"}}
+IMPORTS_TOO = {"sim/model/provider.py": {"governor.model.keyed"}}
 BUILTINS = {"abs", "float", "int", "max", "min", "range"}
 STATEMENTS = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.For, ast.If, ast.Pass, ast.Return, ast.While)
 EXPRESSIONS = (

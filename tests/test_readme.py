@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from governor.policy import knob_table
+from governor.model.policy import knob_table
 
 README = Path(__file__).parents[1] / "README.md"
 

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from governor import store
-from governor.errors import BadSetting
-from governor.policy import Policy
-from governor.shared import SharedGovernor
-from governor.sharing import REDIS_URL, checked_redis_url
-from governor.store import in_redis
+from governor.model.errors import BadSetting
+from governor.model.policy import Policy
+from governor.sharedquota import redis_store as store
+from governor.sharedquota.redis_store import in_redis
+from governor.sharedquota.shared import SharedGovernor
+from governor.sharedquota.sharing import REDIS_URL, checked_redis_url
 from tests.live import WAIT_S, Cli, batch, check_whole, run_args, shared_cli
 from tests.servers import TLS, RedisServer, TlsRelay, free_port, redis_server
 from tests.shared_runs import ENV, SCALE, TPM, Runs, never_above_the_limit, provider

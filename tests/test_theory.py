@@ -18,11 +18,11 @@ from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 from scipy.stats import t as student
 
-from governor.keyed import ARRIVAL, LATENCY
-from governor.policy import Policy
-from sim.driver import Job
-from sim.experiment import case_of, simulated
-from sim.workload import uniforms
+from governor.model.keyed import ARRIVAL, LATENCY
+from governor.model.policy import Policy
+from sim.des.driver import Job
+from sim.experiment.experiment import case_of, simulated
+from sim.model.workload import uniforms
 from tests.scenarios import Run, batch, drawn, run, scenario_of, shown
 
 EXACT = 1e-9

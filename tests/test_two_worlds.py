@@ -1,6 +1,6 @@
 """The twin is exact: the asyncio driver and the SimPy driver, same scenario and seed, give the same run, to the bit.
 
-The live driver runs on a virtual loop and sends to `sim/provider.py`, the simulated one runs as it always does. What is
+The live driver runs on a virtual loop and sends to `sim/model/provider.py`, the simulated one runs as it always does. What is
 compared: every column of every attempt in order of their ends, how and when each request ended, the deferrals by cause,
 and the law's state when all is over. Nothing is rounded, and nothing is sorted first.
 
@@ -28,18 +28,19 @@ import numpy as np
 import pytest
 
 from governor import law
-from governor.driver import TIMED_OUT, Governor, Job, Observer, Work
-from governor.errors import FailureCode
-from governor.keyed import attempt_key
-from governor.policy import Policy
-from governor.requests import Answer, Attempt, Limit, Outcome, Request
-from governor.summary import CAUSES
-from sim import driver, experiment
-from sim import provider as prov
-from sim.driver import Simulation
-from sim.experiment import Case, attempt_rows, case_of
-from sim.run import launch_order
-from sim.scenario import Scenario
+from governor.forecast.summary import CAUSES
+from governor.model.errors import FailureCode
+from governor.model.keyed import attempt_key
+from governor.model.policy import Policy
+from governor.model.requests import Answer, Attempt, Limit, Outcome, Request
+from governor.scheduler.driver import TIMED_OUT, Governor, Job, Observer, Work
+from sim.des import driver
+from sim.des.driver import Simulation
+from sim.des.run import launch_order
+from sim.experiment import experiment
+from sim.experiment.experiment import Case, attempt_rows, case_of
+from sim.model import provider as prov
+from sim.scenario.scenario import Scenario
 from tests.scenarios import drawn, shown
 from tests.virtual_loop import run_virtual
 
@@ -155,7 +156,7 @@ class Watching(Observer):
 
 
 class Provider:
-    """`sim/provider.py` as somebody to send to: asked at launch, heard of when its answer is there.
+    """`sim/model/provider.py` as somebody to send to: asked at launch, heard of when its answer is there.
 
     `hangs`: what it would answer too late it never answers, so that the driver's own time-out rings. Otherwise the send
     states the time-out itself, in its place among the answers of that instant.

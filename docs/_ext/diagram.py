@@ -2,7 +2,7 @@
 
 What lives here: a simulation that notes every change of state and which function of the law made it, the conditions
 that bring out every cause of waiting, and the picture. What must not: a state or an arrow of its own. The waiting
-states are the law's causes (`governor.summary.CAUSES`, by the law's numbers); where a cause is never reached, or a
+states are the law's causes (`governor.forecast.summary.CAUSES`, by the law's numbers); where a cause is never reached, or a
 state appears that has no place in the picture, the build fails rather than draw yesterday's law.
 """
 
@@ -18,18 +18,18 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from governor import law
-from governor.errors import FailureCode
-from governor.policy import Policy
-from governor.summary import CAUSES
-from sim import provider as prov
-from sim.document import ModelSource
-from sim.driver import WAKE, Job, Simulation, _Moment
-from sim.experiment import case_of
-from sim.palette import CAUSE_LABELS, INK, MUTED, SURFACE
-from sim.provider_config import ProviderConfig
-from sim.report_figures import inline
-from sim.scenario import Scenario
-from sim.style import styled
+from governor.forecast.summary import CAUSES
+from governor.model.errors import FailureCode
+from governor.model.policy import Policy
+from sim.base.palette import CAUSE_LABELS, INK, MUTED, SURFACE
+from sim.base.style import styled
+from sim.des.driver import WAKE, Job, Simulation, _Moment
+from sim.experiment.experiment import case_of
+from sim.model import provider as prov
+from sim.model.provider_config import ProviderConfig
+from sim.reporting.report_figures import inline
+from sim.scenario.scenario import Scenario
+from sim.scenario.scenario_file import ModelSource
 
 NEW, FLYING, CUT, BACKING_OFF, ANSWERED, LOST = "new", "in flight", "cut off", "backing off", "answered", "lost"
 # What a driver asks the law about; the last cause is no rule of admission, but the time that a retry sleeps.

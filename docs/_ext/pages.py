@@ -20,11 +20,18 @@ import typer.cli
 import typer.main
 from pydantic import BaseModel
 
-from governor import errors, law, metrics, policy, requests, schema
-from governor.account import ATTEMPT_COLUMNS
-from governor.summary import CAUSES, Summary
-from sim import cli, document, inputs, logs, provider_config, unknowns
-from sim.shown import WAITED_FOR
+from governor import law
+from governor.forecast.summary import CAUSES, Summary
+from governor.journal import schema
+from governor.model import errors, policy, requests
+from governor.run.account import ATTEMPT_COLUMNS
+from governor.telemetry import metrics
+from sim.app import cli, inputs
+from sim.calibration import logs
+from sim.model import provider_config
+from sim.reporting.terminal import WAITED_FOR
+from sim.scenario import scenario_file as document
+from sim.scenario import unknowns
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -131,7 +138,7 @@ def notebooks() -> str:
 
 def pools() -> str:
     """What a pool is, and the form of a pools file."""
-    from governor import pools as module
+    from governor.model import pools as module
 
     return (inspect.getdoc(module) or "").partition("\n\n")[2].partition("\n\n")[2] + "\n"
 
@@ -293,7 +300,7 @@ def metric_names() -> str:
         name = f"{family.name}_total" if family.type == "counter" else family.name
         kinds[name] = family.type
     rows = [(_code(name), kinds.pop(name), meaning) for name, meaning in listed(metrics.__doc__) if name in kinds]
-    assert not kinds, f"metrics without a line in the docstring of governor.metrics: {sorted(kinds)}"
+    assert not kinds, f"metrics without a line in the docstring of governor.telemetry.metrics: {sorted(kinds)}"
     return _table(("name", "type", "meaning"), rows)
 
 
@@ -302,11 +309,11 @@ def metric_names() -> str:
 
 def openapi() -> dict[str, Any]:
     """The service's own description of itself, without a database, a pool or a port."""
-    from governor.money import SHIPPED, read_prices
-    from governor.pools import default_pools
-    from governor.service import app
+    from governor.model.pools import default_pools
+    from governor.model.prices import SHIPPED, read_prices
+    from governor.service.api import app
+    from governor.service.api.state import Service
     from governor.service.config import ServiceConfig
-    from governor.service.state import Service
 
     config = ServiceConfig(
         pools=default_pools(policy.Policy(), {}), environment={}, prices=read_prices(SHIPPED), require_token=True
@@ -358,7 +365,7 @@ def _shape(stated: Mapping[str, Any]) -> str:
 
 def usual_answers() -> str:
     """What any path may answer, from the application's own list."""
-    from governor.service.app import _ERRORS
+    from governor.service.api.app import _ERRORS
 
     return _table(("status", "meaning"), ((status, answer["description"]) for status, answer in _ERRORS.items()))
 

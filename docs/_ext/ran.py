@@ -31,7 +31,7 @@ def printed(command: str) -> str:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH", ""))))
     done = subprocess.run(
-        [sys.executable, "-m", "sim.cli", *words],
+        [sys.executable, "-m", "sim.app.cli", *words],
         cwd=ROOT,
         env=environment,
         capture_output=True,

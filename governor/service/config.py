@@ -1,7 +1,7 @@
 """What the service is started with, checked: address, database, pools, who may come in, how much they may send.
 
 What lives here: the values alone, and the rule that nobody listens to a network without tokens. What must not: options
-as they are typed (`governor/serve_cli.py`).
+as they are typed (`governor/cli/serve.py`).
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from datetime import date
 from typing import Any, Protocol
 
-from governor.forecast import Outlook
-from governor.money import Prices
-from governor.pools import Pool
+from governor.forecast.forecast import Outlook
+from governor.model.pools import Pool
+from governor.model.prices import Prices
 
 SCOPES = ("read", "run", "admin")
 MIB = 2**20

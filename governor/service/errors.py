@@ -21,9 +21,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from governor.database import JournalError
-from governor.errors import BadInput, BadSetting, FailureCode, PacelineError
-from governor.service.base import NoRoomError
+from governor.journal.database import JournalError
+from governor.model.errors import BadInput, BadSetting, FailureCode, PacelineError
+from governor.service.store.base import NoRoomError
 
 log = logging.getLogger("paceline.service")
 

@@ -17,13 +17,13 @@ from collections.abc import Generator
 import uvicorn
 from uvicorn.config import STARTUP_FAILURE
 
-from governor.errors import BadSetting
-from governor.forecast import Demand, Outlook
-from governor.scaledloop import loop_factory
-from governor.service.app import served, service_of
+from governor.forecast.forecast import Demand, Outlook
+from governor.model.errors import BadSetting
+from governor.run.scaledloop import loop_factory
+from governor.service.api.app import served, service_of
+from governor.service.api.connections import Connection, Gate, accept, descriptors, places
+from governor.service.api.events import Events
 from governor.service.config import ServiceConfig
-from governor.service.connections import Connection, Gate, accept, descriptors, places
-from governor.service.events import Events
 
 BACKLOG = 2_048
 SWITCH_S = 0.0005

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from governor.answers import classify
-from governor.requests import Outcome
-from governor.work import FINAL, SPENT, STOPPING
+from governor.model.requests import Outcome
+from governor.model.work import FINAL, SPENT, STOPPING
+from governor.provider.answers import classify
 from tests.answers.forms import FORMS, NOW, Form, error, rate
 
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from governor.estimate import sizes_of
-from governor.openai_adapter import ANSWER_BYTES_MAX, Adapter
-from governor.pools import Pool
-from governor.requests import CHAT, Answer, Outcome, Request, Scope, url_of
+from governor.model.estimate import sizes_of
+from governor.model.pools import Pool
+from governor.model.requests import CHAT, Answer, Outcome, Request, Scope, url_of
+from governor.provider.openai_adapter import ANSWER_BYTES_MAX, Adapter
 from tests.answers.forms import chat, page
 
 KEY = "sk-a/key-of-no-known-form+0123456789"

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from governor import law
-from governor.driver import Governor, Job, Observer, Work
-from governor.requests import CHAT, Answer, Attempt, Outcome, Request, Sizes, url_of
+from governor.model.requests import CHAT, Answer, Attempt, Outcome, Request, Sizes, url_of
+from governor.scheduler.driver import Governor, Job, Observer, Work
 from tests.governor.laws import params
 from tests.virtual_loop import VirtualLoop, run_virtual
 

@@ -11,13 +11,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from governor.driver import Governor, Job, Work
-from governor.estimate import sizes_of
-from governor.journal import Journal
+from governor.journal.journal import Journal
+from governor.journal.recorder import FullRecorder, Recorder
 from governor.law import FINALIZE, MAIN, Params, State
-from governor.policy import Policy
-from governor.recorder import FullRecorder, Recorder
-from governor.requests import CHAT, Answer, Attempt, Limit, Outcome, Request, url_of
+from governor.model.estimate import sizes_of
+from governor.model.policy import Policy
+from governor.model.requests import CHAT, Answer, Attempt, Limit, Outcome, Request, url_of
+from governor.scheduler.driver import Governor, Job, Work
 
 EPOCH_S = 1_700_000_000.0
 BACKOFF_S = 2.0

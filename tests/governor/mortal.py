@@ -19,10 +19,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from governor.driver import Governor, Job
-from governor.journal import Journal
-from governor.keyed import keyed_uniform
-from governor.requests import Answer
+from governor.journal.journal import Journal
+from governor.model.keyed import keyed_uniform
+from governor.model.requests import Answer
+from governor.scheduler.driver import Governor, Job
 from tests.governor.journals import FREE, answer, refusal, works
 
 CONCURRENCY = 12

@@ -15,9 +15,9 @@ import pytest
 
 from governor import checkpoint, law
 from governor.checkpoint import Checkpoint, Moment, read_back, taken_from
-from governor.journal import Journal
+from governor.journal.journal import Journal
 from governor.law import State
-from governor.policy import Policy
+from governor.model.policy import Policy
 from tests.governor.journals import answer, attempt, created, ends, job, pool_of, work
 
 HOUR_S = 3_600.0

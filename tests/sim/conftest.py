@@ -8,10 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from governor.policy import KNOB_BY_NAME, Policy
-from sim.document import FileSource
-from sim.experiment import attempts_of, case_of, figures_of, simulated
-from sim.results import (
+from governor.model.policy import KNOB_BY_NAME, Policy
+from sim.experiment.experiment import attempts_of, case_of, figures_of, simulated
+from sim.experiment.results import (
     Forecast,
     Heat,
     Plan,
@@ -22,8 +21,9 @@ from sim.results import (
     forecast_of,
     paired_difference,
 )
-from sim.scenario import Scenario
-from sim.workload import parametric
+from sim.model.workload import parametric
+from sim.scenario.scenario import Scenario
+from sim.scenario.scenario_file import FileSource
 
 REPLICATIONS = 6
 STRESS = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sim import provider as prov
-from sim.provider import ProviderParams, ProviderState
+from sim.model import provider as prov
+from sim.model.provider import ProviderParams, ProviderState
 
 
 def quota(tpm: float = 0.0, rpm: float = 0.0, tpd: float = 0.0, rpd: float = 0.0, **knobs: Any) -> ProviderParams:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from alembic import context
 
-from governor import schema
-from governor.service import tables
+from governor.journal import schema
+from governor.service.store import tables
 
 # Alembic sets `config` while it runs this file; a plain import does nothing.
 if hasattr(context, "config"):

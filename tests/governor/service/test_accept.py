@@ -12,22 +12,23 @@ from typing import Any, cast
 
 import pytest
 
-from governor.database import JournalError
-from governor.money import SHIPPED, read_prices
-from governor.policy import Policy
-from governor.pools import Pool
-from governor.preflight import preflight
-from governor.service import accept, base
-from governor.service.accept import Incoming, Judged, Wish
-from governor.service.auth import Authority, Door
-from governor.service.base import NoRoomError, ServiceDatabase
+from governor.forecast.preflight import preflight
+from governor.journal.database import JournalError
+from governor.model.policy import Policy
+from governor.model.pools import Pool
+from governor.model.prices import SHIPPED, read_prices
+from governor.service.api import accept
+from governor.service.api.accept import Incoming, Judged, Wish
+from governor.service.api.auth import Authority, Door
 from governor.service.config import ServiceConfig
 from governor.service.errors import ApiError
-from governor.service.ledger import Ledger
-from governor.service.policies import Policies
-from governor.service.store import Key, KeyTakenError, Store
-from governor.service.tables import settings
-from governor.service.worker import Worker
+from governor.service.store import base
+from governor.service.store.base import NoRoomError, ServiceDatabase
+from governor.service.store.ledger import Ledger
+from governor.service.store.store import Key, KeyTakenError, Store
+from governor.service.store.tables import settings
+from governor.service.worker.policies import Policies
+from governor.service.worker.worker import Worker
 from tests.live import line
 
 KEY = Key("me POST /batches", "k1", "the same")

@@ -28,10 +28,10 @@ from schemathesis.specs.openapi.checks import (
 )
 from sqlalchemy import text
 
-from governor import schema as journal
-from governor.service import tables
-from governor.service.base import ServiceDatabase
-from governor.service.store import Store, new_id
+from governor.journal import schema as journal
+from governor.service.store import tables
+from governor.service.store.base import ServiceDatabase
+from governor.service.store.store import Store, new_id
 from tests.live import WAIT_S, provider, shared_cli
 from tests.postgres import PostgresServer
 from tests.services import Served, serving

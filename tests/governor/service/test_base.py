@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from governor.database import JournalError
-from governor.service.base import ServiceDatabase
+from governor.journal.database import JournalError
+from governor.service.store.base import ServiceDatabase
 from tests.governor.journals import created
 
 

@@ -15,9 +15,18 @@ import httpx
 import pytest
 import uvicorn
 
-from governor.errors import BadSetting
-from governor.policy import Policy
-from governor.service.connections import CLIENTS_LEAST, HEAD_BYTES, OWN, PER_CLIENT, Connection, Gate, accept, places
+from governor.model.errors import BadSetting
+from governor.model.policy import Policy
+from governor.service.api.connections import (
+    CLIENTS_LEAST,
+    HEAD_BYTES,
+    OWN,
+    PER_CLIENT,
+    Connection,
+    Gate,
+    accept,
+    places,
+)
 from tests.live import Cli, provider, shared_cli
 from tests.services import error_of, good, lines, ready, started, until
 from tests.virtual_loop import run_virtual

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from governor.errors import BadSetting
-from governor.policy import Policy
-from governor.pools import Pool
-from governor.service.lane import Lane
-from governor.service.routes_rest import readyz
-from governor.service.worker import Worker
+from governor.model.errors import BadSetting
+from governor.model.policy import Policy
+from governor.model.pools import Pool
+from governor.service.api.routes_rest import readyz
+from governor.service.worker.lane import Lane
+from governor.service.worker.worker import Worker
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from governor.service.roster import Line, Roster, Running
+from governor.service.worker.roster import Line, Roster, Running
 
 
 def plainly(others: list[tuple[int, float]], requests: int, tokens: float) -> tuple[float, float]:

@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
-from governor.service.base import ServiceDatabase
-from governor.service.store import RUN, Store
-from governor.service.worker import Worker
-from sim.server import Running
+from governor.service.store.base import ServiceDatabase
+from governor.service.store.store import RUN, Store
+from governor.service.worker.worker import Worker
+from sim.serving.server import Running
 from tests.live import KEY, Cli, provider, shared_cli
 from tests.services import Served, error_of, good, lines, serving, until
 

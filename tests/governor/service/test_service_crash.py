@@ -16,17 +16,17 @@ from pathlib import Path
 import httpx
 import pytest
 
-from governor.database import JournalError
+from governor.journal.database import JournalError
+from governor.journal.recorder import Batch
 from governor.law import State
-from governor.money import SHIPPED, read_prices
-from governor.pools import Pool
-from governor.recorder import Batch
-from governor.requests import Answer, Outcome
-from governor.service.app import service_of
-from governor.service.base import ServiceDatabase
+from governor.model.pools import Pool
+from governor.model.prices import SHIPPED, read_prices
+from governor.model.requests import Answer, Outcome
+from governor.service.api.app import service_of
 from governor.service.config import ServiceConfig
-from governor.service.ledger import FencedWriter, LeaseLostError, Ledger, Patience
-from governor.service.store import Store
+from governor.service.store.base import ServiceDatabase
+from governor.service.store.ledger import FencedWriter, LeaseLostError, Ledger, Patience
+from governor.service.store.store import Store
 from tests.governor.journals import works
 from tests.live import WAIT_S, Cli, provider, shared_cli
 from tests.postgres import PostgresServer

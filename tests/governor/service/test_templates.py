@@ -13,14 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from governor.driver import Begun, Work
-from governor.errors import BadInput
-from governor.records import Pending
-from governor.requests import read_requests
-from governor.service.bodies import Template
+from governor.journal.records import Pending
+from governor.model.errors import BadInput
+from governor.model.requests import read_requests
+from governor.scheduler.driver import Begun, Work
+from governor.service.api.bodies import Template
+from governor.service.api.templates import RENDERED_MOST, body_of, checked, lines_of, rendered
 from governor.service.errors import ApiError
-from governor.service.feed import Cursor, Feed
-from governor.service.templates import RENDERED_MOST, body_of, checked, lines_of, rendered
+from governor.service.worker.feed import Cursor, Feed
 from tests.governor.desks import work
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from alembic import op
 
-from governor.schema import checkpoints, run, timers
+from governor.journal.schema import checkpoints, run, timers
 
 revision = "v0003"
 down_revision = "v0002"

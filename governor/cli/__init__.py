@@ -1,0 +1,1 @@
+"""The commands of the live half, one module per family."""

@@ -1,0 +1,223 @@
+"""The commands about a run's journal: status, export, pause, resume, set, unset, verify, purge.
+
+What lives here: options as they are typed, and what is printed. What must not: tables (`schema`), files (`outputs`),
+and imports that cost time at start-up. All of them work while another process runs the journal, but for `purge`.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+import time
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from governor.model.errors import BadInput, BadSetting
+
+if TYPE_CHECKING:
+    from governor.journal.journal import Journal
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+Where = Annotated[
+    str,
+    typer.Argument(metavar="JOURNAL.db", help="The journal of a run: a path or a database URL.", show_default=False),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else there.")]
+PoolName = Annotated[str | None, typer.Option("--pool", metavar="NAME", help="That pool alone; all if not given.")]
+
+# How long a running process is given to take a command up; it looks a few times per second.
+TAKEN_S = 5.0
+
+
+@app.command()
+def status(where: Where, as_json: AsJson = False) -> None:
+    """How far a run is, whether a process works on it, and how it compares with its forecast."""
+    from governor.cli.text import pairs_text
+    from governor.journal.journal import Journal
+    from governor.run.status import status_json, status_pairs
+
+    with Journal.open(where) as journal:
+        found = status_json(journal)
+        print(json.dumps(found, indent=2, allow_nan=False) if as_json else pairs_text(status_pairs(found)))
+
+
+@app.command()
+def export(
+    where: Where,
+    out: Annotated[
+        str, typer.Option(metavar="FILE.jsonl", help="Results; failures go beside it, into FILE.errors.jsonl.")
+    ],
+    attempts: Annotated[
+        str | None, typer.Option(metavar="FILE.csv", help="One row per attempt, with tokens, waits and cost.")
+    ] = None,
+    prices: Annotated[
+        str | None, typer.Option(metavar="FILE.yaml", help="What models cost; a dated list comes with Paceline.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
+) -> None:
+    """Write what has finished so far, in order of the input, in the batch output format."""
+    from governor.journal.journal import Journal
+    from governor.model.prices import SHIPPED, read_prices
+    from governor.model.words import plural
+    from governor.run.account import ATTEMPT_COLUMNS, attempt_rows, lines_of
+    from governor.run.outputs import check_apart, errors_path, replaced, write_results
+
+    results = Path(out)
+    listed = read_prices(SHIPPED if prices is None else prices)
+    files = {"--out": results, "the errors file": errors_path(results)}
+    if attempts:
+        files["--attempts"] = Path(attempts)
+    check_apart(files if "://" in where else {"the journal": Path(where), **files})
+    for file in files.values():
+        if file.exists() and not overwrite:
+            raise BadInput("it exists: name another file, or add --overwrite", str(file))
+    with Journal.open(where) as journal:
+        if attempts:
+            with replaced(Path(attempts)) as table:
+                rows = csv.writer(table, lineterminator="\n")
+                rows.writerow(ATTEMPT_COLUMNS)
+                rows.writerows(attempt_rows(journal, listed, date.today()))
+        good, bad = write_results(results, lines_of(journal))
+        counts = journal.counts()
+    print(f"{results}: {plural(good, 'result')}; {errors_path(results)}: {plural(bad, 'error')}")
+    left = counts.requests - good - bad
+    if left:
+        print(f"{plural(left, 'request')} not done yet")
+
+
+@app.command()
+def pause(where: Where, pool: PoolName = None) -> None:
+    """Launch nothing more until `resume`; requests in flight go on."""
+    from governor.journal.journal import PAUSE
+
+    _steer(where, PAUSE, [], pool)
+
+
+@app.command()
+def resume(where: Where, pool: PoolName = None) -> None:
+    """Launch again after `pause`. (To go on with a run that has ended, run the same `paceline run` command again.)"""
+    from governor.journal.journal import RESUME
+
+    _steer(where, RESUME, [], pool)
+
+
+@app.command(name="set")
+def set_(
+    where: Where,
+    assignments: Annotated[
+        list[str], typer.Argument(metavar="NAME=VALUE...", help="Settings to change.", show_default=False)
+    ],
+    pool: PoolName = None,
+) -> None:
+    """Change settings of a batch, for good: they hold over restarts until they are changed again, or `unset`."""
+    from governor.journal.journal import SET
+
+    _steer(where, SET, assignments, pool)
+
+
+@app.command()
+def unset(
+    where: Where,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME...]", help="Settings; all if not given.", show_default=False)
+    ] = None,
+    pool: PoolName = None,
+) -> None:
+    """Withdraw what `set` changed: the settings are those of the run's own command again."""
+    from governor.journal.journal import UNSET
+
+    _steer(where, UNSET, names or [], pool)
+
+
+def _steer(where: str, name: str, words: Sequence[str], pool: str | None) -> None:
+    """Asks the running process, and waits until it has taken the command up."""
+    from governor.journal.journal import SET, UNSET, Journal
+    from governor.run.steer import POOL_WORD, check_unset, held_settings, split_words
+
+    with Journal.open(where) as journal:
+        policies = {stated.pool: stated.policy for stated in journal.settings()}
+        asked = [*([f"{POOL_WORD}{pool}"] if pool is not None else []), *words]
+        names, plain = split_words(tuple(asked), policies)
+        held = held_settings(journal.commands(), policies)
+        for each in names:
+            # A slip shows here, and not in the other process's log.
+            if name == UNSET:
+                check_unset(plain, held[each])
+            else:
+                policies[each].set_values(plain)
+        running = journal.is_running()
+        if not running and name not in (SET, UNSET):
+            raise BadInput("no process is working on it: there is nothing to pause or resume", where)
+        number = journal.ask(name, asked)
+        if not running:
+            print("recorded: no process is working on it now, the next one takes it up")
+            return
+        _wait_until_taken(journal, number, name)
+
+
+def _wait_until_taken(journal: Journal, number: int, name: str) -> None:
+    until = time.monotonic() + TAKEN_S
+    while time.monotonic() < until:
+        command = journal.commands(number - 1)[0]
+        if command.taken_s >= 0.0:
+            if command.outcome:
+                raise BadSetting(command.outcome)
+            print({"pause": "paused", "resume": "resumed", "set": "changed", "unset": "withdrawn"}[name])
+            return
+        time.sleep(0.1)
+    print(f"asked, but the running process has not taken it up within {TAKEN_S:.0f} s: see `paceline status`")
+
+
+@app.command()
+def verify(where: Where, as_json: AsJson = False) -> None:
+    """Decide every decision that `run --record` recorded again: equal, or which one is not. Exit code 1 where not."""
+    from governor.journal.journal import Journal
+    from governor.journal.verify import verify as decide_again
+
+    with Journal.open(where) as journal:
+        found = decide_again(journal.decisions())
+        complaints = journal.complaints()
+    if not found.chains and not complaints:
+        raise BadInput("no decision was recorded in it: `paceline run --record` records them for `verify`", where)
+    if as_json:
+        difference = None if found.difference is None else str(found.difference)
+        content = {"checked": found.checked, "chains": found.chains, "difference": difference, "database": complaints}
+        print(json.dumps(content, indent=2))
+    else:
+        print(found)
+        print("database: ok" if not complaints else "database: " + "; ".join(complaints[:5]))
+    if found.difference is not None or complaints:
+        raise typer.Exit(1)
+
+
+@app.command()
+def purge(
+    where: Where, yes: Annotated[bool, typer.Option("--yes", help="Without asking at a terminal.")] = False
+) -> None:
+    """Remove for good what was sent and what came back; counts, attempts and decisions stay.
+
+    Afterwards nothing can be exported from it or resumed.
+    """
+    from governor.journal.journal import Journal
+
+    with Journal.open(where, to_run=True) as journal:
+        counts = journal.counts()
+        left = counts.pending + counts.in_flight
+        if not yes:
+            _confirm(f"Remove all prompts and answers from {where}" + (f", {left:,} of them not done" if left else ""))
+        journal.purge()
+    print(f"{where}: prompts and answers are removed")
+
+
+def _confirm(what: str) -> None:
+    if not sys.stdin.isatty():
+        raise BadInput("nobody is at a terminal to ask: add --yes")
+    print(f"{what}? [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise BadInput("nothing was removed")

@@ -1,0 +1,351 @@
+"""The commands that talk to a provider: run, preflight, doctor. `journal_cli` holds those about a run's journal.
+
+What lives here: options as they are typed, and what they mean together. What must not: imports that cost time at
+start-up (a command fetches what it needs when it runs), exit codes of errors (`sim/app/cli.py` sees to them), and the run.
+
+A simulated forecast comes in by the context's object (`Foresee`), which whoever mounts these commands may set; without
+it the fluid estimate of `preflight` serves, and every text says so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from typer.core import TyperCommand
+
+from governor.model.errors import BadInput, BadSetting
+
+if TYPE_CHECKING:
+    from governor.model.policy import Policy
+    from governor.model.pools import Pool
+    from governor.run.batch import Outcome
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+EnvFile = Annotated[
+    str | None,
+    typer.Option("--env-file", metavar="FILE", help="Settings and keys; without it, the environment's."),
+]
+Assignments = Annotated[
+    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="One setting on top; may be repeated.")
+]
+Tpm = Annotated[str | None, typer.Option("--tpm", metavar="N", help="Short for --set OPENAI_TPM_LIMIT=N.")]
+Rpm = Annotated[str | None, typer.Option("--rpm", metavar="N", help="Short for --set OPENAI_RPM_LIMIT=N.")]
+PoolsFile = Annotated[
+    str | None, typer.Option("--pools", metavar="FILE.yaml", help="Several quotas side by side, chosen by model.")
+]
+BaseUrl = Annotated[
+    str | None, typer.Option("--base-url", metavar="URL", help="In place of OPENAI_BASE_URL and of OpenAI's own.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else there.")]
+RETRY_ALL = "--retry-failed"
+
+
+class _Run(TyperCommand):
+    """`--retry-failed` may stand alone or with a code, which an option with a value cannot."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [f"{RETRY_ALL}=" if arg == RETRY_ALL else arg for arg in args])
+
+
+@app.command(cls=_Run)
+def run(
+    context: typer.Context,
+    requests: Annotated[
+        str, typer.Argument(metavar="REQUESTS.jsonl", help="Requests in OpenAI's batch format.", show_default=False)
+    ],
+    out: Annotated[
+        str, typer.Option(metavar="RESULTS.jsonl", help="Results; failures go beside it, into RESULTS.errors.jsonl.")
+    ],
+    env_file: EnvFile = None,
+    assignments: Assignments = None,
+    tpm: Tpm = None,
+    rpm: Rpm = None,
+    pools: PoolsFile = None,
+    base_url: BaseUrl = None,
+    journal: Annotated[
+        str | None,
+        typer.Option(metavar="FILE.db|URL", help="Where all is recorded; RESULTS.journal.db if not given."),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Start whatever the forecast or the canary says.")] = False,
+    finish_by: Annotated[
+        str | None,
+        typer.Option(
+            metavar="6h|06:00", help="Do not start if the forecast is past it, or sleep past it; default: a day."
+        ),
+    ] = None,
+    stop_after: Annotated[
+        str | None, typer.Option(metavar="6h|06:00", help="Launch nothing more from then on; exit code 5.")
+    ] = None,
+    max_cost: Annotated[
+        float | None, typer.Option(metavar="USD", min=0.0, help="Launch nothing more once it is spent; exit code 5.")
+    ] = None,
+    prices: Annotated[
+        str | None, typer.Option(metavar="FILE.yaml", help="What models cost; a dated list comes with Paceline.")
+    ] = None,
+    canary: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Run N requests first and compare them with the forecast.")
+    ] = 0,
+    finalize: Annotated[
+        bool, typer.Option("--finalize", help="Finish answers cut off without text by one more, paid call.")
+    ] = False,
+    skip_oversized: Annotated[
+        bool, typer.Option("--skip-oversized", help="Record requests above the limit as failed, unsent.")
+    ] = False,
+    retry_failed: Annotated[
+        str | None,
+        typer.Option("--retry-failed", metavar="[=CODE]", help="Try failed requests again: all, or those of a code."),
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Write results as they come, in order only at the end.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that are not this run's.")] = False,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, max=2**62, help="Seed of the jitter.")] = 0,
+    grace: Annotated[
+        str, typer.Option(metavar="30s", help="How long requests in flight may end after Ctrl-C or another signal.")
+    ] = "30s",
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, warnings alone.")] = False,
+    log_format: Annotated[
+        Literal["text", "json"] | None, typer.Option(help="One line per launch, wait, 429 and result on stderr.")
+    ] = None,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(metavar="PORT", min=0, max=65_535, help="Prometheus metrics on loopback; 0 = any free."),
+    ] = None,
+    metrics_textfile: Annotated[
+        str | None, typer.Option(metavar="FILE.prom", help="The same into a file for node_exporter.")
+    ] = None,
+    notify: Annotated[
+        str | None, typer.Option(metavar="URL", help="POST a message when it finishes, stops or falls behind.")
+    ] = None,
+    record: Annotated[
+        bool,
+        typer.Option("--record", help="Record every decision, for `paceline verify`; a third more disk."),
+    ] = False,
+    time_scale: Annotated[
+        float,
+        typer.Option(
+            metavar="X", min=0.001, max=1_000.0, help="A clock X times as fast, as `paceline provider` has one."
+        ),
+    ] = 1.0,
+    as_json: AsJson = False,
+) -> None:
+    """Run a batch, or go on with it.
+
+    The same command again resumes: what has finished is never sent again. Exit codes: 0 all succeeded, 1 some failed,
+    2 bad input, 3 refused or cannot finish, 4 the account's quota is used up or its key is refused, 5 a budget is used
+    up, 130, 143 and 129 after Ctrl-C, SIGTERM and SIGHUP.
+    """
+    from governor.model.prices import SHIPPED, read_prices
+    from governor.model.words import seconds_of, until_s
+    from governor.provider.sending import connect_with
+    from governor.run.batch import Orders, run_batch
+    from governor.run.outputs import journal_path
+    from governor.run.pool_run import Manner
+    from governor.sharedquota.sharing import redis_url
+    from governor.telemetry import progress
+
+    environment = environment_of(env_file)
+    results = Path(out)
+    manner = Manner(
+        finalize=finalize,
+        max_cost=max_cost,
+        stop_after_s=None if stop_after is None else until_s(stop_after, "--stop-after"),
+        finish_by_s=None if finish_by is None or yes else until_s(finish_by, "--finish-by"),
+        grace_s=seconds_of(grace, "--grace"),
+        canary=canary,
+        insist=yes,
+        log_format=log_format,
+        textfile=None if metrics_textfile is None else Path(metrics_textfile),
+        records=record,
+        hook=notify or "",
+        ask=_ask if sys.stdin.isatty() and sys.stderr.isatty() else None,
+        time_scale=time_scale,
+        redis=redis_url(environment),
+    )
+    orders = Orders(
+        requests=Path(requests),
+        out=results,
+        journal=journal if journal is not None else journal_path(results),
+        pools=pools_of(environment, env_file, words_of(assignments, tpm, rpm), pools, base_url),
+        environment=environment,
+        prices=read_prices(prices if prices is not None else SHIPPED),
+        manner=manner,
+        seed=seed,
+        yes=yes,
+        finish_by_s=None if finish_by is None else until_s(finish_by, "--finish-by"),
+        skip_oversized=skip_oversized,
+        overwrite=overwrite,
+        retry_failed=retry_failed,
+        follow=follow,
+        metrics_port=metrics_port,
+    )
+    shown = progress.shown(quiet=quiet, logs=log_format)
+    outcome = run_batch(orders, foresee=context.obj, connect=connect_with(environment), shown=shown)
+    _print(outcome, orders, as_json)
+    # Not typer's own exit: after a signal `sim/app/cli.py` would say that nothing was written.
+    raise SystemExit(outcome.exit_code)
+
+
+def _print(outcome: Outcome, orders: Any, as_json: bool) -> None:
+    from governor.cli.text import outcome_json, outcome_text
+
+    if as_json:
+        print(json.dumps(outcome_json(outcome, several=len(orders.pools) > 1), indent=2, allow_nan=False))
+    else:
+        print(outcome_text(outcome, orders))
+    sys.stdout.flush()
+
+
+def _ask(question: str) -> bool:
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+# ---------------------------------------------------------------- preflight
+
+
+@app.command()
+def preflight(
+    context: typer.Context,
+    requests: Annotated[
+        str, typer.Argument(metavar="REQUESTS.jsonl", help="Requests in OpenAI's batch format.", show_default=False)
+    ],
+    env_file: EnvFile = None,
+    assignments: Assignments = None,
+    tpm: Tpm = None,
+    rpm: Rpm = None,
+    pools: PoolsFile = None,
+    mode: Annotated[
+        Literal["strict", "paced"] | None, typer.Option(help="In place of PREFLIGHT_MODE.", show_default=False)
+    ] = None,
+    deadline: Annotated[
+        str | None, typer.Option(metavar="6h|06:00", help="When the last answer must be there.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """May this batch start now, and if not, how long to wait?
+
+    `strict` refuses what exceeds one minute's budget, `paced` only what can never run or would end past the deadline.
+    Nothing is sent and no key is needed. Exit code 3 where it is refused.
+    """
+    from governor.cli.text import verdict_json, verdict_text
+    from governor.forecast.preflight import preflight as judge
+    from governor.model.words import until_s
+    from governor.run.intake import read_demands
+
+    words = [*words_of(assignments, tpm, rpm), *([f"PREFLIGHT_MODE={mode}"] if mode else [])]
+    found = pools_of(environment_of(env_file), env_file, words, pools, None)
+    deadline_s = None if deadline is None else until_s(deadline, "--deadline")
+    verdicts = {}
+    for pool, demand in zip(found, read_demands(Path(requests), found).values(), strict=True):
+        verdicts[pool.name] = judge(
+            pool.policy,
+            demand.load(),
+            deadline_s=deadline_s,
+            forecast=_finish(context, pool, demand),
+            service_s=demand.assumed_service_s(),
+        )
+    if as_json:
+        print(json.dumps(verdict_json(verdicts), indent=2, allow_nan=False))
+    else:
+        print(verdict_text(verdicts))
+    if not all(verdict.ok for verdict in verdicts.values()):
+        raise typer.Exit(3)
+
+
+def _finish(context: typer.Context, pool: Pool, demand: Any) -> Callable[[], float] | None:
+    """The simulated finish of this pool, for whoever asks for it; None where no simulator is installed."""
+    from governor.forecast.forecast import Demand, Outlook
+
+    try:
+        # A forecast of nothing costs nothing, and shows whether there is a simulator.
+        if context.obj is None or context.obj(Outlook(pool=pool, demand=Demand())) is None:
+            return None
+    except ImportError:
+        return None
+    return lambda: float(context.obj(Outlook(pool=pool, demand=demand)).finish_s)
+
+
+# ---------------------------------------------------------------- doctor
+
+
+@app.command()
+def doctor(
+    env_file: EnvFile = None,
+    assignments: Assignments = None,
+    tpm: Tpm = None,
+    rpm: Rpm = None,
+    pools: PoolsFile = None,
+    base_url: BaseUrl = None,
+    model: Annotated[str, typer.Option(metavar="MODEL", help="The model to call.")] = "gpt-4o-mini",
+    as_json: AsJson = False,
+) -> None:
+    """One tiny call: key, model, the account's limits, and settings that disagree with them.
+
+    Costs a few tokens for each pool. Exit code 1 where a pool does not answer, 4 where the account is refused.
+    """
+    from governor.provider.sending import connect_with
+    from governor.run.doctor import Finding, examine
+
+    environment = environment_of(env_file)
+    found = pools_of(environment, env_file, words_of(assignments, tpm, rpm), pools, base_url)
+    findings: Sequence[Finding] = examine(found, environment, connect_with(environment), model)
+    if as_json:
+        print(json.dumps({finding.pool: finding.to_json_dict() for finding in findings}, indent=2))
+    else:
+        print("\n".join(finding.text(named=len(findings) > 1) for finding in findings))
+    raise typer.Exit(max(finding.exit_code for finding in findings))
+
+
+# ---------------------------------------------------------------- what options mean together
+
+
+def words_of(assignments: Sequence[str] | None, tpm: str | None, rpm: str | None) -> list[str]:
+    """The settings of the command line, the special ones first, so that a --set wins."""
+    from governor.model.words import count_of
+
+    words = []
+    if tpm is not None:
+        words.append(f"OPENAI_TPM_LIMIT={count_of(tpm, '--tpm')}")
+    if rpm is not None:
+        words.append(f"OPENAI_RPM_LIMIT={count_of(rpm, '--rpm')}")
+    return [*words, *(assignments or ())]
+
+
+def environment_of(env_file: str | None) -> dict[str, str]:
+    """Variables by name: the process's own, and the env file's on top. Keys are looked up here and go nowhere else."""
+    from governor.model.settings import read_env_file
+
+    stated = read_env_file(env_file) if env_file is not None else {}
+    from_file = {name: each.value for name, each in stated.items() if each.value is not None}
+    return {**os.environ, **from_file}
+
+
+def pools_of(
+    environment: Mapping[str, str],
+    env_file: str | None,
+    words: Sequence[str],
+    pools_file: str | None,
+    base_url: str | None,
+) -> tuple[Pool, ...]:
+    """The pools of a command: of the pools file, or the one of the settings."""
+    from governor.model.pools import checked_url, default_pools, read_pools
+    from governor.model.settings import policy_of
+
+    policy: Policy = policy_of(env_file, environment=environment)
+    if pools_file is None:
+        url = checked_url(base_url or "", "--base-url")
+        return default_pools(policy.set_values(words), environment, url)
+    if base_url is not None:
+        raise BadSetting("--base-url is for a run without --pools: state base_url in the pools file")
+    try:
+        return read_pools(pools_file, policy, words)
+    except BadSetting as error:
+        raise BadInput(str(error), pools_file) from None

@@ -1,0 +1,266 @@
+"""What a live run is expected to do: when it is done, what holds it back, what it costs, as far as anyone can say.
+
+What lives here: `Demand` (what is left to do), `Expectation` (a forecast as a run needs it), the fluid one that serves
+where nobody simulates, and the forecast cost. All of it is arithmetic; what must not be here: a clock, I/O, a
+simulator. A simulation comes in as a callable (`Foresee`), made by whoever has a simulator.
+
+The fluid expectation takes work for a fluid: the largest of what each knob alone would need. It knows no 429s, tails or
+interplay, is mostly too early, and has no interval; every text that shows it says so. Where the time of an answer is
+not known, it is assumed from the measured median model (0.21 s + 19.3 ms per output token:
+docs/explanation/provider.md#latency) and answers of a quarter of the declared cap, at most 500 tokens, 200 without one.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import date
+from itertools import islice
+from operator import attrgetter
+from typing import Any, Literal
+
+from governor.forecast.preflight import Load, fluid_forecast
+from governor.model.estimate import EMBEDDINGS, Sizes
+from governor.model.pools import Pool
+from governor.model.prices import Price, Prices, Usage, dollars_text
+from governor.model.words import duration, knob_text, plural
+
+FIRST_TOKEN_S, PER_TOKEN_S = 0.214, 0.0193
+_SIZES_OF = attrgetter(*Sizes.__slots__)
+P50_OF_CAP, P50_MAX, P50_NO_CAP = 0.25, 500.0, 200.0
+
+
+class Demand:
+    """What is left to do in one pool, added up in one pass over its requests, and their sizes (80 bytes a request).
+
+    `total`, `largest`, `smallest`: tokens reserved by our charge rule. `prompt_tokens`, `answer_tokens` (as assumed),
+    `cap_tokens` (declared): by model; `uncapped`: how many requests declare no cap.
+    """
+
+    def __init__(self) -> None:
+        self.requests = self.total = self.largest = self.smallest = self.uncapped = 0
+        self.models: dict[str, int] = {}
+        self.prompt_tokens: dict[str, int] = {}
+        self.answer_tokens: dict[str, float] = {}
+        self.cap_tokens: dict[str, int] = {}
+        self._sizes = array("q")
+        self._model_of = array("q")
+        self._numbers: dict[str, int] = {}
+
+    def add(self, model: str, sizes: Sizes, reserve: int) -> None:
+        """One more request."""
+        self.smallest = reserve if not self.requests else min(self.smallest, reserve)
+        self.largest = max(self.largest, reserve)
+        self.requests += 1
+        self.total += reserve
+        self.models[model] = self.models.get(model, 0) + 1
+        self.prompt_tokens[model] = self.prompt_tokens.get(model, 0) + sizes.prompt_tokens
+        self.answer_tokens[model] = self.answer_tokens.get(model, 0.0) + assumed_answer(sizes)
+        if sizes.max_tokens >= 0:
+            self.cap_tokens[model] = self.cap_tokens.get(model, 0) + sizes.max_tokens * sizes.n
+        elif sizes.endpoint != EMBEDDINGS:
+            self.uncapped += 1
+        self._sizes.extend(_SIZES_OF(sizes))
+        self._model_of.append(self._numbers.setdefault(model, len(self._numbers)))
+
+    def rows(self) -> Iterator[tuple[str, Sizes]]:
+        """Model and sizes of each request, in the order in which they were added."""
+        names = list(self._numbers)
+        width = len(Sizes.__slots__)
+        for i, number in enumerate(self._model_of):
+            yield names[number], Sizes(*self._sizes[i * width : (i + 1) * width])
+
+    def first(self, count: int, reserve_of: Callable[[Sizes], int]) -> Demand:
+        """The first `count` requests alone."""
+        part = Demand()
+        for model, sizes in islice(self.rows(), count):
+            part.add(model, sizes, reserve_of(sizes))
+        return part
+
+    def load(self) -> Load:
+        """The same for `preflight`."""
+        return Load(self.requests, self.total, self.largest, self.smallest)
+
+    def assumed_service_s(self) -> float:
+        """The mean time of an answer, as assumed."""
+        if not self.requests:
+            return 0.0
+        return FIRST_TOKEN_S + PER_TOKEN_S * sum(self.answer_tokens.values()) / self.requests
+
+
+def assumed_answer(sizes: Sizes) -> float:
+    """Output tokens of a request whose answer nobody knows; see the module's docstring."""
+    if sizes.endpoint == EMBEDDINGS:
+        return 0.0
+    if sizes.max_tokens < 0:
+        return P50_NO_CAP * sizes.n
+    return min(P50_OF_CAP * sizes.max_tokens, P50_MAX) * sizes.n
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outlook:
+    """What a forecast is asked about: one pool's requests that are left."""
+
+    pool: Pool
+    demand: Demand
+    finalize: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expectation:
+    """What one pool's run is expected to do. Times in seconds from the start.
+
+    `low_s`, `high_s`: 95 % interval of one run's finish; both `finish_s` where none is known (`runs` 0). `bound`: the
+    cause that holds it back, as in `waits_s`, "" = none. `answer_tokens`: by model. `milestones`: (share done,
+    earliest, latest time), rising.
+    """
+
+    by: Literal["fluid", "simulation"]
+    runs: int
+    requests: int
+    finish_s: float
+    low_s: float
+    high_s: float
+    throttled: float
+    throttled_low: float
+    throttled_high: float
+    attempts: float
+    attempts_low: float
+    attempts_high: float
+    bound: str
+    service_s: float
+    answer_tokens: Mapping[str, float]
+    milestones: tuple[tuple[float, float, float], ...] = ()
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """For the journal: everything but the milestones."""
+        names = [name for name in self.__slots__ if name not in ("milestones", "answer_tokens")]
+        return {name: getattr(self, name) for name in names} | {"answer_tokens": dict(self.answer_tokens)}
+
+
+Foresee = Callable[[Outlook], Expectation]
+
+
+def fluid(outlook: Outlook, *, service_s: float = 0.0) -> Expectation:
+    """The expectation that needs no simulator. `service_s`: measured mean time of an answer, 0 = assumed."""
+    demand = outlook.demand
+    service_s = service_s or demand.assumed_service_s()
+    found = fluid_forecast(outlook.pool.policy, demand.load(), service_s=service_s)
+    n = float(demand.requests)
+    return Expectation(
+        by="fluid",
+        runs=0,
+        requests=demand.requests,
+        finish_s=found.finish_s,
+        low_s=found.finish_s,
+        high_s=found.finish_s,
+        throttled=0.0,
+        throttled_low=0.0,
+        throttled_high=0.0,
+        attempts=n,
+        attempts_low=n,
+        attempts_high=n,
+        bound=found.bound,
+        service_s=service_s,
+        answer_tokens=dict(demand.answer_tokens),
+        milestones=((0.0, 0.0, 0.0), (1.0, found.finish_s, found.finish_s)),
+    )
+
+
+# ---------------------------------------------------------------- money
+
+
+@dataclass(frozen=True, slots=True)
+class CostForecast:
+    """US dollars. `expected`: None where a model has no price. `most`: with every declared cap used up, None where it
+    is not known or a request declares none. `unpriced`: models without a price."""
+
+    expected: float | None
+    most: float | None
+    unpriced: tuple[str, ...]
+
+
+def cost_forecast(demand: Demand, answer_tokens: Mapping[str, float], prices: Prices, day: date) -> CostForecast:
+    """What the requests that are left would cost."""
+    unpriced = tuple(prices.unknown(demand.models, day))
+    if unpriced:
+        return CostForecast(None, None, unpriced)
+    expected = most = 0.0
+    for model in demand.models:
+        price = prices.of(model, day)
+        assert isinstance(price, Price)
+        prompt = demand.prompt_tokens[model]
+        expected += price.cost_usd(Usage(prompt, round(answer_tokens.get(model, 0.0))))
+        most += price.cost_usd(Usage(prompt, demand.cap_tokens.get(model, 0)))
+    return CostForecast(expected, None if demand.uncapped else most, ())
+
+
+def cost_text(cost: CostForecast, prices: Prices) -> str:
+    """The forecast cost in one line."""
+    if cost.expected is None:
+        models = ", ".join(model or "requests without a model" for model in cost.unpriced[:3]) + (
+            ", ..." if len(cost.unpriced) > 3 else ""
+        )
+        return f"not known: no price for {models} (--prices FILE)"
+    most = f", at most {dollars_text(cost.most)} by the declared caps" if cost.most is not None else ""
+    dated = f" (prices of {prices.checked})" if prices.checked else ""
+    return f"about {dollars_text(cost.expected)}{most}{dated}"
+
+
+# ---------------------------------------------------------------- in words
+
+
+def finish_text(e: Expectation) -> str:
+    """When it will be done, and how that is known."""
+    if e.by == "fluid":
+        return (
+            f"done in about {duration(e.finish_s)} (a rough estimate without simulation: 429s and tails are left out)"
+        )
+    low, high = duration(e.low_s), duration(e.high_s)
+    between = f", {low} to {high} in 95 % of runs" if low != high else ""
+    return f"done in {duration(e.finish_s)} ({plural(e.runs, 'simulated run')}{between})"
+
+
+def throttles_text(e: Expectation) -> str:
+    """How many 429s are expected."""
+    if e.by == "fluid":
+        return "not estimated"
+    low, high = round(e.throttled_low), round(e.throttled_high)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def together(expectations: Iterable[Expectation]) -> Expectation | None:
+    """Several pools side by side: the last to finish decides, the rest adds up. None of none."""
+    found = list(expectations)
+    if len(found) <= 1:
+        return found[0] if found else None
+    last = max(found, key=lambda e: e.finish_s)
+    requests = sum(e.requests for e in found)
+    answers: dict[str, float] = {}
+    for e in found:
+        for model, tokens in e.answer_tokens.items():
+            answers[model] = answers.get(model, 0.0) + tokens
+    sums = {
+        name: sum(getattr(e, name) for e in found)
+        for name in ("throttled", "throttled_low", "throttled_high", "attempts", "attempts_low", "attempts_high")
+    }
+    simulated = all(e.by == "simulation" for e in found)
+    return Expectation(
+        by="simulation" if simulated else "fluid",
+        runs=min(e.runs for e in found),
+        requests=requests,
+        finish_s=last.finish_s,
+        low_s=max(e.low_s for e in found),
+        high_s=max(e.high_s for e in found),
+        bound=last.bound,
+        service_s=sum(e.service_s * e.requests for e in found) / max(1, requests),
+        answer_tokens=answers,
+        **sums,
+    )
+
+
+def held_back_text(e: Expectation, pool: Pool) -> str:
+    """The knob that holds a pool back, with its value."""
+    return knob_text(e.bound, pool.policy) if e.bound else "the answers' own time"

@@ -1,0 +1,309 @@
+"""May this batch start, and if not, how long to wait? Pure arithmetic: no clock, no simulation, no I/O.
+
+Two modes, because the guardrails' literal rule would refuse the very batch that their own checklist starts (ten runs of
+7,000 tokens against 25,500 usable ones):
+
+* `strict` is that rule: runs x estimate must fit into one minute's budget, beside what is booked in it already.
+* `paced` trusts the governor to pace a batch of any size, and refuses only what could not start or never finish: a
+  request larger than a limit, or a window so full that not even the smallest request fits into it now.
+
+In both, a forecast past the caller's deadline is refused. Waiting helps where only the booked tokens stand in the way;
+the suggested wait is in whole seconds, as Retry-After has it: the smallest number of them that is enough, so it is
+never a second too long. Where it cannot help there is none.
+
+The forecast is a callable that simulates, injected by whoever has a simulator. Without one, `fluid_forecast` serves:
+the largest of what each knob alone would need, as if work were a fluid. It knows no tails, throttles or interplay and
+is mostly too early; the verdict says which of the two spoke.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from governor.law import BUCKET, FIXED, MINUTE_S, RPD, RPM, TPD, TPM, Params, State, used_in
+from governor.model.errors import FailureCode
+from governor.model.policy import Policy
+
+# Bookings are sums of floating-point shares of whole tokens: what is below this is no token.
+_ROUNDING = 1e-6
+_STEP_S = 0.5  # resolution in which a sliding window empties, the law's cells
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a batch would reserve: number of runs, tokens in all, and of its largest and smallest run."""
+
+    count: int
+    total: int
+    largest: int
+    smallest: int
+
+    @classmethod
+    def of(cls, reservations: Iterable[int]) -> Load:
+        """The load of single reservations, read once."""
+        count, total, largest, smallest = 0, 0, 0, 0
+        for tokens in reservations:
+            smallest = tokens if count == 0 else min(smallest, tokens)
+            largest = max(largest, tokens)
+            count += 1
+            total += tokens
+        return cls(count, total, largest, smallest)
+
+    @classmethod
+    def uniform(cls, runs: int, tokens_per_run: int) -> Load:
+        """`runs` equal runs: the guardrails' runs x estimate."""
+        return cls(runs, runs * tokens_per_run, tokens_per_run, tokens_per_run)
+
+
+@dataclass(frozen=True, slots=True)
+class InUse:
+    """Tokens booked in the window now, and how they free if nothing else is launched.
+
+    `frees_in_s`: seconds until none is left. `continuous`: they free evenly over that time (a bucket), else all at its
+    end (a fixed minute). `releases`: (seconds from now, tokens) where they free in steps instead (a sliding window).
+    ValueError for tokens without a time: they would count as free already.
+    """
+
+    tokens: float = 0.0
+    frees_in_s: float = 0.0
+    continuous: bool = False
+    releases: tuple[tuple[float, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.tokens > 0.0 and not (0.0 < self.frees_in_s < math.inf):
+            raise ValueError(f"{self.tokens:,.0f} tokens in use must free in some time, not {self.frees_in_s} s")
+
+    def after(self, wait_s: float) -> int:
+        """Whole tokens still booked after a wait."""
+        if self.releases:
+            left = self.tokens - math.fsum(tokens for at_s, tokens in self.releases if at_s <= wait_s)
+        elif wait_s >= self.frees_in_s:
+            left = 0.0
+        elif self.continuous:
+            left = self.tokens * (1.0 - wait_s / self.frees_in_s)
+        else:
+            left = self.tokens
+        return max(0, math.ceil(left - _ROUNDING))
+
+    def wait_for(self, room: int) -> int:
+        """Whole seconds until at most `room` tokens (0 or more) are booked: the smallest number that is enough."""
+        low, high = -1, math.ceil(self.frees_in_s)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.after(middle) <= room else (middle, high)
+        return high
+
+
+def in_use(p: Params, s: State, now: float) -> InUse:
+    """What the law has booked against the tokens of this minute, as it will free from `now` on."""
+    tokens = used_in(p, s, TPM, now)
+    if p.limit[TPM] <= 0.0 or tokens <= 0.0:
+        return InUse()
+    if p.window == BUCKET:
+        return InUse(tokens, s.full_at[TPM] - now, continuous=True)
+    if p.window == FIXED:
+        return InUse(tokens, s.window_at[TPM] + MINUTE_S - now)
+    releases = []
+    before, cell = tokens, math.floor(now / _STEP_S)
+    while before > _ROUNDING:
+        cell += 1
+        left = used_in(p, s, TPM, cell * _STEP_S)
+        if left < before:
+            releases.append((cell * _STEP_S - now, before - left))
+        before = left
+    return InUse(tokens, releases[-1][0], releases=tuple(releases))
+
+
+# ---------------------------------------------------------------- the fluid forecast
+
+
+@dataclass(frozen=True, slots=True)
+class Fluid:
+    """A forecast that takes work for a fluid. `bound`: the cause that needs longest, as in `waits_s`; "" = none does.
+
+    `finish_s`: seconds from the start, the last answer included where the service time is known. `last_launch_s`: what
+    each knob alone would need until the last launch.
+    """
+
+    finish_s: float
+    bound: str
+    last_launch_s: dict[str, float]
+
+
+def fluid_forecast(policy: Policy, load: Load, *, booked: InUse = InUse(), service_s: float = 0.0) -> Fluid:
+    """When a batch would finish at this policy: the largest of the times that single knobs need.
+
+    `service_s`: mean time of an answer, 0 = unknown (then concurrency costs nothing and the last answer takes no time).
+    """
+    p = policy.params()
+    n = load.count
+    if n == 0:
+        return Fluid(0.0, "", {})
+    last_launch_s = {
+        "concurrency": (math.ceil(n / p.max_concurrency) - 1) * service_s,
+        "stagger": (n - 1) * p.stagger_s,
+        "tpm": _window_s(p, TPM, load.total, load.largest, n, booked),
+        "rpm": _window_s(p, RPM, n, 1, n, InUse()),
+        "day": max(_bucket_s(p, TPD, load.total, load.largest), _bucket_s(p, RPD, n, 1)),
+    }
+    bound = max(last_launch_s, key=last_launch_s.__getitem__)
+    longest_s = last_launch_s[bound]
+    return Fluid(longest_s + service_s, bound if longest_s > 0.0 else "", last_launch_s)
+
+
+def _bucket_s(p: Params, d: int, amount: float, largest: float, used: float = 0.0) -> float:
+    """Until the last of `amount` fits into a bucket that is full but for `used`; one above the budget needs it all."""
+    if p.limit[d] <= 0.0:
+        return 0.0
+    return max(0.0, used + amount - max(p.budget[d], largest)) / p.rate_per_s[d]
+
+
+def _window_s(p: Params, d: int, amount: float, largest: float, n: int, booked: InUse) -> float:
+    """The same for a minute's limit in the policy's kind of window; whole runs per minute, all of the mean size."""
+    if p.limit[d] <= 0.0 or amount <= 0.0:
+        return 0.0
+    if p.window == BUCKET:
+        return _bucket_s(p, d, amount, largest, booked.tokens)
+    per_minute = max(1, math.floor(p.budget[d] * n / amount + _ROUNDING))
+    at_once, next_minute_s = per_minute, MINUTE_S
+    if booked.tokens > 0.0:
+        at_once = math.floor(max(0.0, p.budget[d] - booked.tokens) * n / amount + _ROUNDING)
+        next_minute_s = booked.frees_in_s
+    if n <= at_once:
+        return 0.0
+    return next_minute_s + (math.ceil((n - at_once) / per_minute) - 1) * MINUTE_S
+
+
+# ---------------------------------------------------------------- the verdict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """Whether a batch may start. A refusal is `503 BATCH_RATE_LIMITED` with these fields.
+
+    `code`: "" or BATCH_RATE_LIMITED. `reason`: one line with the figures and the remedy. `suggested_wait_s`: whole
+    seconds, also for Retry-After; None where waiting does not help, and then `retryable` is false. `max_runs_now`: so
+    many of the runs, whichever they are, would be let in now. `forecast_finish_s`: None where it never finishes.
+    `forecast_bound`: what holds the batch back by the fluid forecast, a cause as in `waits_s`.
+    """
+
+    ok: bool
+    code: str
+    reason: str
+    projected_tokens: int
+    budget_tokens: int
+    in_use_tokens: int
+    suggested_wait_s: int | None
+    retryable: bool
+    max_runs_now: int
+    forecast_finish_s: float | None
+    forecast_by: Literal["fluid", "simulation"]
+    forecast_bound: str
+
+
+def preflight(
+    policy: Policy,
+    load: Load,
+    *,
+    booked: InUse = InUse(),
+    deadline_s: float | None = None,
+    forecast: Callable[[], float] | None = None,
+    service_s: float = 0.0,
+) -> Verdict:
+    """Whether a batch of this load may start now, by the policy's `preflight_mode`.
+
+    `booked`: what running work holds. `deadline_s`: seconds from now in which the caller needs the last answer; waiting
+    does not move that moment, so a forecast past it is final. `forecast`: simulates this batch and returns its finish
+    in seconds (inf = never), asked only where nothing else refuses. `service_s`: as for `fluid_forecast`.
+    """
+    fluid = fluid_forecast(policy, load, booked=booked, service_s=service_s)
+    budget = int(policy.params().budget[TPM])
+    by: Literal["fluid", "simulation"] = "fluid"
+    never = _never(policy, load)
+    reason, wait_s, runs = never or _full(policy, load, booked, budget) or ("", None, load.count)
+    finish_s = math.inf if never else fluid.finish_s
+    if not reason and load.count:
+        if forecast is not None:
+            finish_s, by = forecast(), "simulation"
+        if deadline_s is not None and finish_s > deadline_s:
+            runs = _runs_within(policy, load, booked, service_s, deadline_s, finish_s)
+            reason = (
+                f"the forecast finish is {finish_s:,.1f} s from now, the deadline is {deadline_s:,.1f} s: allow more "
+                f"time, change what holds it back ({fluid.bound or 'the answers themselves'}), or send "
+                f"{f'about {runs:,} runs' if runs else 'shorter runs'}"
+            )
+    return Verdict(
+        ok=not reason,
+        code=FailureCode.BATCH_RATE_LIMITED.value if reason else "",
+        reason=reason,
+        projected_tokens=load.total,
+        budget_tokens=budget,
+        in_use_tokens=booked.after(0.0),
+        suggested_wait_s=wait_s,
+        retryable=not reason or wait_s is not None,
+        max_runs_now=runs,
+        forecast_finish_s=finish_s if finish_s < math.inf else None,
+        forecast_by=by,
+        forecast_bound=fluid.bound,
+    )
+
+
+_Refusal = tuple[str, int | None, int]  # reason, wait in whole seconds or None, runs that may go now
+
+
+def _never(policy: Policy, load: Load) -> _Refusal | None:
+    """A run that can never be let in."""
+    for env, limit in (("OPENAI_TPM_LIMIT", policy.tpm_limit), ("OPENAI_TPD_LIMIT", policy.tpd_limit)):
+        if 0 < limit < load.largest:
+            reason = f"a run needs {load.largest:,} tokens, the limit is {limit:,}: shorten it or raise {env}"
+            return reason, None, 0
+    return None
+
+
+def _full(policy: Policy, load: Load, booked: InUse, budget: int) -> _Refusal | None:
+    """A minute without room: for the whole batch (`strict`), or for any of its runs (`paced`)."""
+    if load.count == 0:
+        return None
+    held = booked.after(0.0)
+    figures = f"{load.total:,} tokens projected, {budget:,} in the budget, {held:,} in use"
+    if policy.preflight_mode == "strict":
+        if load.total + held <= budget:
+            return None
+        runs = min(load.count, max(0, budget - held) // max(1, load.largest))
+        if load.total > budget:
+            remedy = "send fewer runs at once"
+            if load.largest > budget:
+                remedy = f"shorten runs to that, or raise OPENAI_TPM_LIMIT (the largest needs {load.largest:,})"
+            return f"{figures}: the batch alone is over one minute's budget; {remedy}", None, runs
+        need = load.total
+    else:
+        # A run above the budget goes alone, into an empty window.
+        need = min(load.smallest, budget)
+        if need + held <= budget:
+            return None
+        runs = 0
+    wait_s = booked.wait_for(budget - need)
+    return f"{figures}: running work has filled this minute; try again in {wait_s} s", wait_s, runs
+
+
+def _runs_within(
+    policy: Policy, load: Load, booked: InUse, service_s: float, deadline_s: float, finish_s: float
+) -> int:
+    """About how many of the runs would finish in time: the fluid forecast, stretched to agree on the whole batch."""
+
+    def fluid_s(runs: int) -> float:
+        part = Load(runs, math.ceil(load.total * runs / load.count), load.largest, load.smallest)
+        return fluid_forecast(policy, part, booked=booked, service_s=service_s).finish_s
+
+    whole_s = fluid_s(load.count)
+    if whole_s <= 0.0:
+        return max(0, math.floor(load.count * deadline_s / finish_s))
+    stretch = max(1.0, finish_s / whole_s)
+    low, high = 0, load.count
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fluid_s(middle) * stretch <= deadline_s else (low, middle)
+    return low

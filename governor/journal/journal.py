@@ -1,0 +1,517 @@
+"""The journal of one run: every request, attempt and decision, durable before it counts.
+
+What lives here: how a journal is made, opened, filled, taken up again, steered and purged. What must not: SQL dialects
+and files (`database`), tables (`schema`), what is only read (`records`), what a driver reports (`recorder`).
+
+A run's life is `create`, `ingest`, `begin`, `finish`; after a crash, or to go on, `open`, `begin`, `finish`.
+
+    with Journal.create("out.db", fingerprint=print_, seed=1, epoch_s=time.time()) as journal:
+        journal.ingest(works)
+        recorder = journal.begin({"default": policy}, at_s=0.0).recorders["default"]
+        governor = Governor(policy.params(), observer=recorder)
+        await governor.run((pending.work for pending in journal.pending()), send)
+        journal.finish(governor.now(), "finished")
+
+`begin` takes stock: what was in flight when the last process ended is pending again and counts as resent, what had
+ended is never sent again, and the law's state goes on from the checkpoint that was committed last, so that a new leg
+does not burst into a minute that the old one had used up.
+
+Another process may look at any time (`open`), and may ask something of the run (`ask`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, inspect, select, update
+
+from governor import __version__
+from governor.checkpoint import rebuilt, taken_from
+from governor.forecast.summary import CAUSES
+from governor.journal.database import Database, JournalError
+from governor.journal.recorder import FullRecorder, Recorder, Writer
+from governor.journal.records import Command, Records
+from governor.journal.schema import (
+    APPLICATION_ID,
+    FAILED,
+    IN_FLIGHT,
+    LANES,
+    OLDEST_SCHEMA,
+    PENDING,
+    SCHEMA,
+    attempts,
+    bodies,
+    checkpoint_row,
+    checkpoints,
+    commands,
+    deferrals,
+    forecasts,
+    legs,
+    metadata,
+    policies,
+    pools,
+    request_of,
+    requests,
+    results,
+    run,
+    settings_of,
+    sizes_row,
+    to_json,
+)
+from governor.law import DAY_S, State
+from governor.model.policy import Policy
+from governor.model.requests import Outcome, Request
+from governor.scheduler.driver import Work
+
+# Requests written in one transaction while a journal is filled, and about how many bytes of bodies.
+INGEST_ROWS = 500
+INGEST_BYTES = 4 * 2**20
+# Requests whose contents are removed in one transaction: what is overwritten passes through the WAL.
+PURGE_ROWS = 2_000
+PAUSE, RESUME, SET, UNSET = "pause", "resume", "set", "unset"
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """What `begin` found. `leg` counts from 1.
+
+    `resent`: requests that were in flight when the last process ended. `recorders`: one `Observer` per pool; where its
+    `state` is not None, the governor must begin with that (`Governor(state=..., start_s=at_s)`). `notes`: what somebody
+    should know of where those states come from.
+    """
+
+    leg: int
+    resent: int
+    recorders: dict[str, Recorder]
+    notes: tuple[str, ...] = ()
+
+
+class Journal(Records):
+    """One run's journal. Use `create` or `open`; close it, or use it as a context manager.
+
+    Every method may raise `JournalError`: one line, with the remedy. Not for use by several threads at once.
+    """
+
+    def __init__(self, database: Database, writer: Writer | None) -> None:
+        super().__init__(database)
+        self._writer = writer
+        self._leg = 0
+        self._asked = 0
+
+    # ------------------------------------------------------------ making and opening
+
+    @classmethod
+    def create(
+        cls,
+        where: str | os.PathLike[str],
+        *,
+        fingerprint: str,
+        seed: int,
+        epoch_s: float,
+        version: str = __version__,
+    ) -> Self:
+        """A new journal at that path or database URL, and the right to run it.
+
+        `fingerprint`: of the input, see `fingerprint_of`. `epoch_s`: time zero of the run, seconds since 1970. What is
+        there already is never overwritten, but for an empty database.
+        """
+        database = Database(where)
+        try:
+            database.made()
+            database.locked()
+            with database.writing() as connection:
+                # Again, since another process may have been quicker; elsewhere than in SQLite for the first time.
+                taken = sorted(set(inspect(connection).get_table_names()) & set(metadata.tables))
+                if taken:
+                    text = f"it holds tables of these names already ({', '.join(taken)}): name an empty database"
+                    raise JournalError(f"{database.name}: {text}")
+                metadata.create_all(connection)
+                if database.is_sqlite:
+                    connection.exec_driver_sql(f"PRAGMA application_id={APPLICATION_ID}")
+                row = {"fingerprint": fingerprint, "seed": seed, "epoch_s": epoch_s, "version": version}
+                row |= {"id": 1, "schema": SCHEMA, "requests": -1, "purged_epoch_s": -1.0}
+                connection.execute(insert(run), row)
+        except BaseException:
+            database.closed()
+            raise
+        return cls(database, Writer(database))
+
+    @classmethod
+    def open(cls, where: str | os.PathLike[str], *, to_run: bool = False, fingerprint: str = "") -> Self:
+        """The journal that is there: to look at it and to ask something of its run, or `to_run` it.
+
+        JournalError if there is none, if it is not ours, from a newer Paceline or damaged, if its input was another one
+        (`fingerprint`, where given), and, `to_run`, if another process runs it.
+        """
+        database = Database(where, writable=to_run)
+        try:
+            _recognised(database)
+            if to_run:
+                database.locked()
+                _upgraded(database)
+            journal = cls(database, Writer(database) if to_run else None)
+            if fingerprint and journal.run().fingerprint != fingerprint:
+                text = "it was made from another input: name another file with --journal, or that input again"
+                raise JournalError(f"{database.name}: {text}")
+        except BaseException:
+            database.closed()
+            raise
+        return journal
+
+    @staticmethod
+    def exists(where: str | os.PathLike[str]) -> bool:
+        """Whether to `open` rather than to `create`: something is there (what it is, `open` says)."""
+        database = Database(where, writable=False)
+        try:
+            if not database.is_sqlite:
+                with database.reading() as connection:
+                    return inspect(connection).has_table(run.name)
+            return not database.is_empty()
+        except JournalError:
+            return True
+        finally:
+            database.closed()
+
+    def is_running(self) -> bool:
+        """Whether a process runs this journal now."""
+        return self._database.is_locked()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Commits what was reported and gives everything back, also if committing fails (JournalError)."""
+        try:
+            if self._writer is not None:
+                self._writer.close()
+        finally:
+            self._writer = None
+            self._database.closed()
+
+    def remove(self) -> None:
+        """Closes the journal and removes it: for one whose input turned out to be wrong while it was filled."""
+        if self._writer is not None:
+            self._writer.abandon()
+            self._writer = None
+        if not self._database.is_sqlite:
+            with self._database.writing() as connection:
+                metadata.drop_all(connection)
+        self._database.removed()
+
+    def _running(self) -> Writer:
+        assert self._writer is not None, "opened to look, not to run"
+        return self._writer
+
+    # ------------------------------------------------------------ filling
+
+    def ingest(self, works: Iterable[Work]) -> int:
+        """Takes all requests of the input in, in its order, and returns how many; their bodies must be there.
+
+        Streams, in transactions of a few hundred. A process that was killed before the end begins again.
+        """
+        self._running()
+        assert self.run().requests < 0, "filled already"
+        with self._database.writing() as connection:
+            connection.execute(delete(requests))
+            connection.execute(delete(bodies))
+        count = 0
+        for rows, texts in chunks(works):
+            with self._database.writing() as connection:
+                connection.execute(insert(requests), rows)
+                connection.execute(insert(bodies), texts)
+            count += len(rows)
+        with self._database.writing() as connection:
+            connection.execute(update(run).values(requests=count))
+        return count
+
+    def resize(self, work_of: Callable[[Request], Work]) -> int:
+        """Estimates anew what has not ended, after a change of settings; `work_of` gets requests without bodies."""
+        self._running()
+        c = requests.c
+        count, last = 0, -1
+        while True:
+            query = select(requests).where(c.request > last, c.state.in_((PENDING, IN_FLIGHT))).order_by(c.request)
+            with self._database.writing() as connection:
+                rows = connection.execute(query.limit(INGEST_ROWS)).all()
+                for row in rows:
+                    sizes = _work_row(work_of(request_of(row, None)))
+                    connection.execute(update(requests).where(c.request == row.request).values(sizes))
+            if not rows:
+                return count
+            count, last = count + len(rows), rows[-1].request
+
+    def retry_failed(self, code: str = "") -> int:
+        """Makes failed requests (with that failure code, or all) pending again, as if never sent; returns how many.
+
+        Their attempts and their deadline begin anew, on purpose; the rows of the attempts so far stay.
+        """
+        self._running()
+        failed = and_(requests.c.state == FAILED, requests.c.failure == code if code else requests.c.failure != "")
+        with self._database.writing() as connection:
+            connection.execute(delete(results).where(results.c.request.in_(select(requests.c.request).where(failed))))
+            again = {"state": PENDING, "failure": "", "lane": LANES[0], "attempt": 1}
+            times = dict.fromkeys(_TIMES, -1.0)
+            return connection.execute(update(requests).where(failed).values(**again, **times)).rowcount
+
+    # ------------------------------------------------------------ running
+
+    def now_s(self, scale: float = 1.0) -> float:
+        """This moment in seconds since the run began: 0 before its first leg, and never before what is recorded.
+
+        `scale`: how many times as fast as the machine's the run's clock is. See `checkpoint` for what is assumed.
+        """
+        if not self.legs():
+            return 0.0
+        found = [self.checkpoint(name) for name in {stated.pool for stated in self.settings()}]
+        latest = max((each for each in found if each is not None), key=lambda each: each.at_s, default=None)
+        now_s = (time.time() - self.run().epoch_s) * scale if latest is None else latest.now_s(scale)
+        return max(self.last_s(), now_s)
+
+    def begin(
+        self, settings: Mapping[str, Policy], at_s: float, *, records: bool = False, version: str = __version__
+    ) -> Begun:
+        """Begins a leg at `at_s`, seconds since the run began, with these pools and their policies.
+
+        `records`: every call of the law is written down, for `verify`.
+        """
+        writer = self._running()
+        if self.run().requests < 0:
+            raise JournalError(f"{self.name}: it was never filled with all requests: `ingest` them again")
+        writer.commit()
+        notes: list[str] = []
+        states = {pool: self._state_of(pool, policy, at_s, notes) for pool, policy in settings.items()}
+        with self._database.writing() as connection:
+            resent = stock_taken(connection)
+            leg = (connection.execute(select(func.max(legs.c.leg))).scalar() or 0) + 1
+            row = {"leg": leg, "began_s": at_s, "ended_s": -1.0, "ending": "", "version": version}
+            connection.execute(insert(legs), row)
+            numbers = pool_numbers(connection, settings)
+            for pool, policy in settings.items():
+                number = numbers[pool]
+                row = {"leg": leg, "pool": number, "at_s": at_s, "settings": settings_of(policy)}
+                connection.execute(insert(policies), row)
+                counts = [{"leg": leg, "pool": number, "cause": i, "requests": 0} for i in range(len(CAUSES))]
+                connection.execute(insert(deferrals), counts)
+                # With the leg: from its first moment, a kill finds what was used before.
+                connection.execute(delete(checkpoints).where(checkpoints.c.pool == number))
+                state = taken_from(policy.params(), states[pool] or State(), at_s)
+                connection.execute(insert(checkpoints), checkpoint_row(leg, number, state))
+        self._leg = leg
+        kind = FullRecorder if records else Recorder
+        recorders = {pool: kind(writer, leg, numbers[pool], states[pool]) for pool in settings}
+        writer.commit()
+        return Begun(leg, resent, recorders, tuple(notes))
+
+    def _state_of(self, pool: str, policy: Policy, at_s: float, notes: list[str]) -> State | None:
+        """The state with which a pool goes on, None in its first leg."""
+        if all(stated.pool != pool for stated in self.settings()):
+            return None
+        of = f"pool {pool!r}: " if len(self.settings()) > 1 else ""
+        params = policy.params()
+        why = "it was written by an older Paceline"
+        try:
+            found = self.checkpoint(pool)
+        except JournalError:
+            found, why = None, "its checkpoint cannot be read"
+        if found is None:
+            notes.append(f"{of}{why}: what was used is counted from the attempts on record, holds are forgotten")
+            return rebuilt(params, self.launches(pool, at_s - DAY_S))
+        if found.unlike:
+            names = ", ".join(found.unlike)
+            notes.append(f"{of}the checkpoint is from another version of Paceline, {names} not carried over")
+        return found.carried_over(params, at_s)
+
+    def forecast(self, content: Mapping[str, Any], at_s: float) -> None:
+        """Writes down what is expected; before the first launch, for what comes later is no forecast."""
+        self._running()
+        launched = select(func.count()).select_from(requests).where(requests.c.first_launched_s >= 0)
+        with self._database.writing() as connection:
+            before = connection.execute(launched).scalar()
+            row = {"leg": self._leg, "at_s": at_s, "launched_before": before, "json": to_json(dict(content))}
+            connection.execute(insert(forecasts), row)
+
+    async def flushed(self) -> None:
+        """Returns when all that the recorders were told is on the disk."""
+        await self._running().flushed()
+
+    def finish(self, at_s: float, ending: str) -> None:
+        """Ends the leg in good order: nothing is in flight any more. `ending`: why, in a word."""
+        self._running().commit()
+        with self._database.writing() as connection:
+            stock_taken(connection)
+            connection.execute(update(legs).where(legs.c.leg == self._leg).values(ended_s=at_s, ending=ending))
+
+    # ------------------------------------------------------------ steering from another process
+
+    def ask(self, name: str, words: Iterable[str] = ()) -> int:
+        """Asks the run to `pause`, to `resume`, to `set` NAME=VALUE words or `unset` names; returns the command's id.
+
+        Where no process runs the journal, the next one finds it waiting.
+        """
+        assert name in (PAUSE, RESUME, SET, UNSET), name
+        row = {"asked_epoch_s": time.time(), "name": name, "words": to_json({"words": list(words)})}
+        with self._database.writing() as connection:
+            inserted = connection.execute(insert(commands), row | {"taken_s": -1.0, "outcome": ""})
+            key = inserted.inserted_primary_key
+            assert key is not None
+            return int(key[0])
+
+    def asked(self) -> list[Command]:
+        """What was asked since the last call and waits to be taken up: cheap, to be called a few times per second."""
+        found = self.commands(self._asked, waiting=True)
+        if found:
+            self._asked = found[-1].id
+        return found
+
+    def taken(self, command: Command, at_s: float, outcome: str = "") -> None:
+        """A command was taken up, or refused with a reason."""
+        writer = self._running()
+        writer.batch.taken.append((command.id, at_s, outcome))
+        writer.touched()
+
+    # ------------------------------------------------------------ the end
+
+    def purge(self) -> None:
+        """Removes for good what was sent and what came back; counts, attempts and decisions stay.
+
+        SQLite overwrites what is deleted, then the file is rebuilt without it. What the file system or the disk keeps
+        of freed blocks is beyond reach. JournalError while a process runs the journal.
+        """
+        self._database.locked()
+        if self._writer is not None:
+            self._writer.commit()  # else it would come after the purge
+        last = self._all(select(func.max(requests.c.request)))[0][0]
+        for start in range(0, (-1 if last is None else last) + 1, PURGE_ROWS):
+            with self._database.writing() as connection:
+                for table in (bodies, results):
+                    place = table.c.request
+                    connection.execute(delete(table).where(place >= start, place < start + PURGE_ROWS))
+            self._shrink()
+        with self._database.writing() as connection:
+            connection.execute(update(run).values(purged_epoch_s=time.time()))
+        self._shrink("VACUUM")
+
+    def _shrink(self, *first: str) -> None:
+        if self._database.is_sqlite:
+            with self._database.bare() as connection:
+                for statement in (*first, "PRAGMA wal_checkpoint(TRUNCATE)"):
+                    connection.execute(statement).fetchall()
+
+
+def fingerprint_of(file: io.BufferedIOBase) -> str:
+    """The SHA-256 of a file opened in binary, from where it stands to its end, as 64 hexadecimal digits."""
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------- parts
+
+
+def _recognised(database: Database) -> None:
+    """JournalError unless this is a journal whose schema we know."""
+    if database.path is not None:
+        if not database.path.exists():
+            raise JournalError(f"{database.name}: there is no such journal: `paceline run` makes one")
+        if database.is_empty():
+            text = "it is empty, no run was ever begun in it: remove it, or run again"
+            raise JournalError(f"{database.name}: {text}")
+        with database.bare() as connection:
+            application = connection.execute("PRAGMA application_id").fetchone()[0]
+        if application != APPLICATION_ID:
+            text = "this database is no journal of Paceline's: name another file (`paceline run`: with --journal)"
+            raise JournalError(f"{database.name}: {text}")
+    with database.reading() as connection:
+        if not inspect(connection).has_table(run.name):
+            raise JournalError(f"{database.name}: this database holds no journal of Paceline's: name another")
+        rows = connection.execute(select(run.c.schema, run.c.version)).all()
+    if len(rows) != 1:
+        raise database.damaged(f"{len(rows)} runs in it where one should be")
+    schema, version = rows[0]
+    if schema > SCHEMA:
+        text = f"made by Paceline {version} with schema {schema}, this is {__version__} and knows {SCHEMA}: upgrade it"
+        raise JournalError(f"{database.name}: {text}")
+    if schema < OLDEST_SCHEMA:
+        text = f"made by Paceline {version} with schema {schema}, this is {__version__} with {SCHEMA}: use that version"
+        raise JournalError(f"{database.name}: {text}")
+
+
+def _upgraded(database: Database) -> None:
+    """Adds what an older schema lacks."""
+    with database.writing() as connection:
+        metadata.create_all(connection)
+        connection.execute(update(run).values(schema=SCHEMA))
+
+
+def chunks(works: Iterable[Work]) -> Iterator[tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
+    """Rows of `requests` and `bodies`, as many at a time as one transaction should hold.
+
+    A request with the very body of the one before it gets no row in `bodies`: see `Records.pending`.
+    """
+    rows: list[dict[str, Any]] = []
+    texts: list[dict[str, Any]] = []
+    size = 0
+    last: object = None
+    for work in works:
+        request = work.request
+        assert request.body is not None, "a request without its body cannot be sent"
+        repeats, last = request.body is last, request.body
+        body = "" if repeats else to_json(request.body)
+        names = {"custom_id": request.custom_id, "url": request.url, "model": request.model, "pool": request.pool}
+        start = {"state": PENDING, "lane": LANES[0], "attempt": 1, "resent": 0, "failure": ""}
+        times = dict.fromkeys(_TIMES, -1.0)
+        key = {"request": request.index}
+        rows.append(key | names | start | times | _work_row(work) | sizes_row(request.sizes))
+        if not repeats:
+            texts.append(key | {"body": body})
+        size += len(body)
+        if len(rows) == INGEST_ROWS or size >= INGEST_BYTES:
+            yield rows, texts
+            rows, texts, size = [], [], 0
+    if rows:
+        yield rows, texts
+
+
+_TIMES = ("first_launched_s", "launched_s", "ended_s", "retry_at_s")
+_WORK = ("reserve", "expected", "finalize_reserve", "charge", "finalize_charge")
+
+
+def _work_row(work: Work) -> dict[str, float]:
+    return {name: getattr(work, name) for name in _WORK}
+
+
+def pool_numbers(connection: Connection, names: Iterable[str]) -> dict[str, int]:
+    """The number of each pool; new ones get the next."""
+    numbers = {name: number for number, name in connection.execute(select(pools.c.pool, pools.c.name))}
+    for name in names:
+        if name not in numbers:
+            numbers[name] = len(numbers) + 1
+            connection.execute(insert(pools), {"pool": numbers[name], "name": name})
+    return numbers
+
+
+def stock_taken(connection: Connection, among: ColumnElement[bool] | None = None) -> int:
+    """Makes what is in flight pending again, since nobody is there to hear its answer; returns how many are resent.
+
+    `among`: only of these rows of `requests`.
+
+    Not resent is a request whose main answer did arrive, cut off, and whose finalize pass had not been launched: that
+    pass is what is left of it.
+    """
+    c, a = requests.c, attempts.c
+    flying = c.state == IN_FLIGHT if among is None else and_(c.state == IN_FLIGHT, among)
+    if not connection.execute(select(c.request).where(flying).limit(1)).all():
+        return 0
+    same = and_(a.request == c.request, a.lane == c.lane, a.attempt == c.attempt, a.launched_s == c.launched_s)
+    answered = select(c.request).join(attempts, same).where(flying, c.lane == LANES[0], a.outcome == Outcome.OK)
+    for request in connection.execute(answered).scalars().all():
+        finalizes = update(requests).where(c.request == request).values(state=PENDING, lane=LANES[1], attempt=1)
+        connection.execute(finalizes)
+    return connection.execute(update(requests).where(flying).values(state=PENDING, resent=c.resent + 1)).rowcount

@@ -1,0 +1,468 @@
+"""The journal's writing half: what a driver reports, gathered in memory and committed together.
+
+What lives here: `Recorder`, the driver's `Observer`, one per pool, and `Writer`, which commits for all of them. What
+must not: reading, and what happens before the first launch and after the last (`journal`).
+
+Theory of operation. Reports are plain appends to a batch. The driver awaits `flushed` before it sends, and a commit
+takes the whole batch to a thread of its own, where JSON is made and the disk is waited for; what is reported meanwhile
+gathers in the next batch. One commit is under way at a time, so however many tasks wait, the disk sees one fsync after
+another and each carries all that had been reported when it began (group commit). What nobody waits for, such as a
+result with no launch after it, is committed LINGER_S after the first report.
+
+Order. Batches are committed in order and each in one transaction, so the journal always holds a prefix of what was
+reported: a result is never there without the launch before it, nor half of what one event reported. With each goes a
+checkpoint of the law's state in every pool that reported: what it says is used is what the other rows say was sent.
+
+Failure. A commit that fails (no room on the disk) leaves nothing behind; its batch goes back in front of what came
+since, and every task that waited gets the `JournalError`, so that nothing is sent on an unrecorded launch. The next
+flush tries again, unless nobody can know what the disk has kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import Double, bindparam, func, insert, update
+
+from governor.checkpoint import Checkpoint, taken_from
+from governor.journal.database import Database, JournalError
+from governor.journal.schema import (
+    DONE,
+    FAILED,
+    IN_FLIGHT,
+    LANES,
+    PENDING,
+    attempt_row,
+    attempts,
+    checkpoint_row,
+    checkpoints,
+    commands,
+    decisions,
+    deferrals,
+    policies,
+    requests,
+    result_row,
+    results,
+    settings_of,
+    timers,
+)
+from governor.journal.verify import RESTORED, numbers_of, result_of, stored
+from governor.law import State
+from governor.model.policy import Policy
+from governor.model.requests import ACCOUNT_REFUSES, Answer, Attempt, Request
+from governor.scheduler.driver import Job, Observer, PoolState
+
+# How long a result may be known and not yet on the disk: well below any launch gap or service time.
+LINGER_S = 0.02
+
+_MOVED = (
+    update(requests)
+    .where(requests.c.request == bindparam("b_request"))
+    .values(
+        state=bindparam("b_state"),
+        lane=bindparam("b_lane"),
+        attempt=bindparam("b_attempt"),
+        launched_s=bindparam("b_launched_s"),
+        first_launched_s=func.coalesce(bindparam("b_first_launched_s", type_=Double), requests.c.first_launched_s),
+        retry_at_s=bindparam("b_retry_at_s"),
+    )
+)
+_ENDED = (
+    update(requests)
+    .where(requests.c.request == bindparam("b_request"))
+    .values(state=bindparam("b_state"), failure=bindparam("b_failure"), ended_s=bindparam("b_ended_s"))
+)
+_DEFERRED = (
+    update(deferrals)
+    .where(
+        deferrals.c.leg == bindparam("b_leg"),
+        deferrals.c.pool == bindparam("b_pool"),
+        deferrals.c.cause == bindparam("b_cause"),
+    )
+    .values(requests=deferrals.c.requests + bindparam("b_requests"))
+)
+_CHECKPOINTED = (
+    update(checkpoints)
+    .where(checkpoints.c.leg == bindparam("b_leg"), checkpoints.c.pool == bindparam("b_pool"))
+    .values(
+        at_s=bindparam("b_at_s"),
+        epoch_s=bindparam("b_epoch_s"),
+        boot=bindparam("b_boot"),
+        boot_s=bindparam("b_boot_s"),
+        state=bindparam("b_state"),
+    )
+)
+_TAKEN = (
+    update(commands)
+    .where(commands.c.id == bindparam("b_id"))
+    .values(taken_s=bindparam("b_taken_s"), outcome=bindparam("b_outcome"))
+)
+
+
+@dataclass(slots=True)
+class _Move:
+    """Where a request stands after its latest launch or attempt. `first_launched_s`: None = as it was.
+
+    `retry_at_s`: when its backoff ends, -1 = it does not back off.
+    """
+
+    state: str
+    lane: str
+    attempt: int
+    launched_s: float
+    first_launched_s: float | None = None
+    retry_at_s: float = -1.0
+
+    def row(self, request: int) -> dict[str, Any]:
+        return {
+            "b_request": request,
+            "b_state": self.state,
+            "b_lane": self.lane,
+            "b_attempt": self.attempt,
+            "b_launched_s": self.launched_s,
+            "b_first_launched_s": self.first_launched_s,
+            "b_retry_at_s": self.retry_at_s,
+        }
+
+
+@dataclass(slots=True)
+class _Calls:
+    """Consecutive calls of the law in one chain: name, arguments, result."""
+
+    first: int
+    calls: list[tuple[str, tuple[Any, ...], Any]] = field(default_factory=list)
+
+    def row(self, leg: int, pool: int) -> dict[str, Any]:
+        numbers = ((name, numbers_of(arguments), result_of(result)) for name, arguments, result in self.calls)
+        return {"leg": leg, "pool": pool, "first": self.first, "count": len(self.calls), "calls": stored(numbers)}
+
+
+@dataclass(slots=True)
+class Batch:
+    """What was reported and is not yet on the disk, in the order of the reports within each kind."""
+
+    moves: dict[int, _Move] = field(default_factory=dict)
+    attempts: list[tuple[Attempt, Answer]] = field(default_factory=list)
+    ends: list[tuple[int, str, Answer | None, float]] = field(default_factory=list)
+    decisions: dict[tuple[int, int], _Calls] = field(default_factory=dict)
+    deferrals: dict[tuple[int, int, int], int] = field(default_factory=dict)
+    policies: list[tuple[int, int, float, Policy]] = field(default_factory=list)
+    taken: list[tuple[int, float, str]] = field(default_factory=list)
+    timers: list[tuple[int, float]] = field(default_factory=list)
+    pools: dict[tuple[int, int], PoolState] = field(default_factory=dict)  # that have reported
+    checkpoints: dict[tuple[int, int], Checkpoint] = field(default_factory=dict)
+
+    def holds_any(self) -> bool:
+        """Whether there is anything to commit."""
+        return bool(
+            self.pools
+            or self.decisions
+            or self.moves
+            or self.attempts
+            or self.ends
+            or self.deferrals
+            or self.policies
+            or self.taken
+        )
+
+    def checkpoint(self) -> None:
+        """Takes each pool's state as it is now, with all that has been reported and no more."""
+        for chain, pool in self.pools.items():
+            self.checkpoints[chain] = taken_from(pool.p, pool.s, pool.now())
+
+    def moved(self, request: int, move: _Move) -> None:
+        """The request stands elsewhere now."""
+        before = self.moves.get(request)
+        if before is not None and move.first_launched_s is None:
+            move.first_launched_s = before.first_launched_s
+        self.moves[request] = move
+
+    def followed_by(self, later: Batch) -> Batch:
+        """This batch with what came after it."""
+        for request, move in later.moves.items():
+            self.moved(request, move)
+        self.attempts += later.attempts
+        self.ends += later.ends
+        for chain, calls in later.decisions.items():
+            if chain in self.decisions:
+                self.decisions[chain].calls += calls.calls
+            else:
+                self.decisions[chain] = calls
+        for key, count in later.deferrals.items():
+            self.deferrals[key] = self.deferrals.get(key, 0) + count
+        self.policies += later.policies
+        self.taken += later.taken
+        self.timers += later.timers
+        self.pools |= later.pools
+        return self
+
+    def statements(self) -> list[tuple[Any, list[dict[str, Any]]]]:
+        """What to execute, and with which rows. Moves come before ends: an end is a request's last word."""
+        ends, answers = [], []
+        for request, failure, answer, ended_s in self.ends:
+            state = FAILED if failure else DONE
+            ends.append({"b_request": request, "b_state": state, "b_failure": str(failure), "b_ended_s": ended_s})
+            if answer is not None:
+                answers.append(result_row(request, answer))
+        return [
+            (insert(policies), [_policy_row(*change) for change in self.policies]),
+            (_MOVED, [move.row(request) for request, move in self.moves.items()]),
+            (insert(attempts), [attempt_row(*each) for each in self.attempts]),
+            (_ENDED, ends),
+            (insert(results), answers),
+            (insert(decisions), [calls.row(*chain) for chain, calls in self.decisions.items()]),
+            (_DEFERRED, [_deferral_row(*key, count) for key, count in self.deferrals.items()]),
+            (insert(timers), [{"pool": pool, "late_s": late_s} for pool, late_s in self.timers]),
+            (_CHECKPOINTED, [_checkpoint_row(*chain, taken) for chain, taken in self.checkpoints.items()]),
+            (_TAKEN, [{"b_id": i, "b_taken_s": at_s, "b_outcome": outcome} for i, at_s, outcome in self.taken]),
+        ]
+
+
+def _policy_row(leg: int, pool: int, at_s: float, policy: Policy) -> dict[str, Any]:
+    return {"leg": leg, "pool": pool, "at_s": at_s, "settings": settings_of(policy)}
+
+
+def _checkpoint_row(leg: int, pool: int, checkpoint: Checkpoint) -> dict[str, Any]:
+    return {f"b_{name}": value for name, value in checkpoint_row(leg, pool, checkpoint).items()}
+
+
+def _deferral_row(leg: int, pool: int, cause: int, count: int) -> dict[str, Any]:
+    return {"b_leg": leg, "b_pool": pool, "b_cause": cause, "b_requests": count}
+
+
+# ---------------------------------------------------------------- commits
+
+
+@dataclass(slots=True, eq=False)
+class _Commit:
+    """A commit under way. `future` is the thread's; `over` is the event loop's, None outside one."""
+
+    number: int
+    batch: Batch
+    future: concurrent.futures.Future[None]
+    over: asyncio.Future[None] | None = None
+
+
+class Writer:
+    """Commits what gathers in `batch`. Used from one thread: the event loop's, or a program's own.
+
+    Once nobody reports any more, it may be closed from another thread, while the loop still hears of a commit.
+
+    `trouble`: the error of the latest commit, None once one succeeds; after a lasting one nothing is written any more.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        self.batch = Batch()
+        self.trouble: JournalError | None = None
+        self.commits = 0
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "paceline-journal")
+        self._filling = 1  # the number of the batch that is being filled
+        self._durable = 0
+        self._commit: _Commit | None = None
+        self._hearing = threading.Lock()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def touched(self) -> None:
+        """Something was reported: it is committed soon, whether anybody waits for it or not."""
+        if self._timer is None:
+            try:
+                loop = asyncio.get_running_loop()
+            except RuntimeError:
+                return  # outside an event loop whoever reports commits, too
+            self._timer = loop.call_later(LINGER_S, self._lingered)
+
+    def _lingered(self) -> None:
+        self._timer = None
+        if self._commit is not None:
+            self.touched()
+        elif self.batch.holds_any() and not self._is_broken():
+            self._begin(asyncio.get_running_loop())
+
+    async def flushed(self) -> None:
+        """Returns when all that was reported before the call is on the disk; JournalError if it cannot be."""
+        wanted = self._filling if self.batch.holds_any() else self._filling - 1
+        while self._durable < wanted:
+            if self._is_broken():
+                assert self.trouble is not None
+                raise self.trouble
+            loop = asyncio.get_running_loop()
+            commit = self._commit or self._begin(loop)
+            if commit.future.done():
+                self._settled(commit)  # over, and the event loop has not yet come to say so
+                continue
+            over = commit.over
+            if over is None or over.get_loop() is not loop:
+                over = asyncio.wrap_future(commit.future, loop=loop)  # of a loop that has ended meanwhile
+            # Shielded: a task that is cancelled while it waits takes nobody's commit with it.
+            await asyncio.shield(over)
+
+    def commit(self) -> None:
+        """The same for a program without an event loop, and for the end of a run: waits in place."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        under_way = self._commit
+        if under_way is not None:
+            concurrent.futures.wait([under_way.future])
+            self._settled(under_way)
+        if self.batch.holds_any():
+            if not self._is_broken():
+                commit = self._begin(None)
+                concurrent.futures.wait([commit.future])
+                self._settled(commit)
+            if self.trouble is not None:
+                raise self.trouble
+
+    def close(self) -> None:
+        """Commits what is left and ends the thread, also if that fails (JournalError)."""
+        try:
+            self.commit()
+        finally:
+            self._thread.shutdown()
+
+    def abandon(self) -> None:
+        """Ends the thread and forgets what is not on the disk."""
+        self.batch = Batch()
+        self._thread.shutdown()
+
+    def _is_broken(self) -> bool:
+        return self.trouble is not None and not self.trouble.retryable
+
+    def _begin(self, loop: asyncio.AbstractEventLoop | None) -> _Commit:
+        assert self._commit is None, "one commit at a time"
+        batch, self.batch = self.batch, Batch()
+        batch.checkpoint()
+        commit = _Commit(self._filling, batch, self._thread.submit(self._write, batch))
+        self._commit = commit
+        self._filling += 1
+        if loop is not None:
+            commit.over = asyncio.wrap_future(commit.future, loop=loop)
+            # First in line: who waits for the commit finds it settled.
+            commit.over.add_done_callback(lambda over: self._heard(over, commit))
+        return commit
+
+    def _heard(self, over: asyncio.Future[None], commit: _Commit) -> None:
+        if not over.cancelled():
+            over.exception()  # else asyncio complains where nobody waited
+        self._settled(commit)
+
+    def _settled(self, commit: _Commit) -> None:
+        """The commit is over: its batch is on the disk, or comes back. Once per commit, whoever hears of it first."""
+        with self._hearing:
+            if commit is not self._commit:
+                return
+            self._commit = None
+            error = commit.future.exception()
+            if error is None:
+                self.trouble = None
+                self.commits += 1
+                self._durable = commit.number
+            else:
+                self.trouble = error if isinstance(error, JournalError) else JournalError(f"internal error: {error!r}")
+                self.batch = commit.batch.followed_by(self.batch)
+
+    def _write(self, batch: Batch) -> None:
+        with self.database.writing() as connection:
+            for statement, rows in batch.statements():
+                if rows:
+                    connection.execute(statement, rows)
+
+
+# ---------------------------------------------------------------- reports
+
+
+class Recorder(Observer):
+    """Writes down what the driver of one pool reports in one leg. Reports never raise; `flushed` may (JournalError).
+
+    `state`: where the law's state goes on, for the governor; None in a first leg, which begins with a fresh one.
+    `trouble`: why the latest commit failed, None if it did not.
+    """
+
+    def __init__(self, writer: Writer, leg: int, pool: int, state: State | None = None) -> None:
+        self.state = state
+        self._writer = writer
+        self._chain = leg, pool
+        self._pool: PoolState | None = None
+
+    def began(self, governor: PoolState) -> None:
+        """Its state is checkpointed from now on."""
+        self._pool = governor
+
+    @property
+    def trouble(self) -> JournalError | None:
+        return self._writer.trouble
+
+    def launched(self, job: Job, now: float) -> None:
+        """The request is marked `in_flight`; with `flushed`, before it is sent."""
+        move = _Move(IN_FLIGHT, LANES[job.lane], job.attempt, now, job.first_launched_s)
+        self._reported().moved(job.index, move)
+        if self._pool is not None and self._pool.late_s >= 0.0:
+            self._writer.batch.timers.append((self._chain[1], self._pool.late_s))
+
+    def _reported(self) -> Batch:
+        """The batch that takes a report; it is committed soon."""
+        batch = self._writer.batch
+        if self._pool is not None:
+            batch.pools[self._chain] = self._pool
+        self._writer.touched()
+        return batch
+
+    async def flushed(self) -> None:
+        """Returns when what was reported so far is on the disk."""
+        await self._writer.flushed()
+
+    def attempted(self, attempt: Attempt, answer: Answer, failure: str) -> None:
+        """A row of `attempts`.
+
+        After an answer the request stays `in_flight` until `ended` comes, or the launch of its finalize pass. Where the
+        account was refused it is pending, as if this attempt had never been.
+        """
+        batch = self._reported()
+        batch.attempts.append((attempt, answer))
+        if attempt.outcome in ACCOUNT_REFUSES:  # the attempt does not count against the request
+            first_s = -1.0 if attempt.attempt == 1 and attempt.lane == LANES[0] else None
+            batch.moved(attempt.request, _Move(PENDING, attempt.lane, attempt.attempt, attempt.launched_s, first_s))
+
+    def backed_off(self, attempt: Attempt, answer: Answer, retry_at_s: float) -> None:
+        """The request is pending until its next attempt."""
+        move = _Move(PENDING, attempt.lane, attempt.attempt + 1, attempt.launched_s, None, retry_at_s)
+        self._reported().moved(attempt.request, move)
+
+    def ended(self, request: Request, failure: str, answer: Answer | None, now: float) -> None:
+        """The request is `done` or `failed`, and what came back last is kept."""
+        self._reported().ends.append((request.index, failure, answer, now))
+
+    def deferred(self, cause: int) -> None:
+        """One more request that had to wait for that cause."""
+        counts = self._reported().deferrals
+        key = (*self._chain, cause)
+        counts[key] = counts.get(key, 0) + 1
+
+    def policy_changed(self, policy: Policy, at_s: float) -> None:
+        """The settings from `at_s` on."""
+        self._reported().policies.append((*self._chain, at_s, policy))
+
+
+class FullRecorder(Recorder):
+    """One that writes every call of the law down as well, for `verify`."""
+
+    def __init__(self, writer: Writer, leg: int, pool: int, state: State | None = None) -> None:
+        super().__init__(writer, leg, pool, state)
+        self._sequence = 0
+        if state is not None:
+            # As numbers at once: the governor changes the state from now on.
+            self.decided(RESTORED, numbers_of((state,)), None)
+
+    def decided(self, name: str, arguments: tuple[Any, ...], result: Any) -> None:
+        """One more call in `decisions`. Bags among the arguments must not change afterwards."""
+        chains = self._reported().decisions
+        calls = chains.get(self._chain)
+        if calls is None:
+            calls = chains[self._chain] = _Calls(self._sequence)
+        calls.calls.append((name, arguments, result))
+        self._sequence += 1

@@ -1,0 +1,537 @@
+"""The journal's reading half: what a run has done, and what is left to do, in streams.
+
+What lives here: all that only reads. What must not: changes (before and after a leg `journal`, in it `recorder`).
+
+Every stream reads in chunks, each in a short transaction of its own that starts after the last row of the one before
+(keyset pagination). So memory stays flat, no old snapshot keeps SQLite's WAL from shrinking, and a reader never holds
+up the run; what it sees is the journal as it was when it read that chunk.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, NamedTuple
+
+from sqlalchemy import Column, ColumnElement, Select, Table, and_, func, or_, select, true
+
+from governor.checkpoint import Checkpoint, Launch
+from governor.forecast.summary import CAUSES, Ended
+from governor.journal.database import Database, JournalError
+from governor.journal.schema import (
+    DONE,
+    FAILED,
+    IN_FLIGHT,
+    LANES,
+    PENDING,
+    SCHEMA,
+    STATES,
+    DamagedError,
+    answer_of,
+    attempt_of,
+    attempts,
+    bodies,
+    checkpoint_of,
+    checkpoints,
+    commands,
+    decisions,
+    deferrals,
+    forecasts,
+    from_json,
+    legs,
+    limits_of,
+    policies,
+    policy_of,
+    pools,
+    request_of,
+    requests,
+    results,
+    run,
+    timers,
+)
+from governor.journal.verify import BEGAN, Decision, numbers_of, read_back
+from governor.model.policy import Policy
+from governor.model.prices import Usage
+from governor.model.requests import Answer, Attempt, Limit, Outcome, Request
+from governor.scheduler.driver import Work
+
+# Rows with bodies in memory at once; rows without.
+CHUNK = 100
+NARROW_CHUNK = 2_000
+
+
+class Run(NamedTuple):
+    """What is known of the run itself. `requests`: -1 until all are in. `purged_epoch_s`: -1 unless it was purged."""
+
+    schema: int
+    version: str
+    fingerprint: str
+    seed: int
+    epoch_s: float
+    requests: int
+    purged_epoch_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """One request that has not ended, with its history. `resent`: how often an attempt was lost without a trace."""
+
+    work: Work
+    resent: int
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One request that has ended, without its body. `failure`: "" or its code. `answer`: None where none ever came."""
+
+    request: Request
+    failure: str
+    answer: Answer | None
+    ended_s: float
+    resent: int
+
+
+class Counts(NamedTuple):
+    """Requests by state, how often one was sent again after a crash, and failed requests by code."""
+
+    requests: int
+    pending: int
+    in_flight: int
+    done: int
+    failed: int
+    resent: int
+    failures: dict[str, int]
+
+
+class Leg(NamedTuple):
+    """One process's share of the run. `ended_s`: -1 while it runs, and for ever if it crashed. `ending`: why it did."""
+
+    leg: int
+    began_s: float
+    ended_s: float
+    ending: str
+    version: str
+
+
+class Settings(NamedTuple):
+    """The policy of a pool from `at_s` on: at the beginning of a leg, or changed in the course of it."""
+
+    leg: int
+    pool: str
+    at_s: float
+    policy: Policy
+
+
+class Forecast(NamedTuple):
+    """What was expected. It is a forecast only if nothing had been launched before it was written."""
+
+    leg: int
+    at_s: float
+    launched_before: int
+    content: dict[str, Any]
+
+
+class Command(NamedTuple):
+    """What somebody asked of the run: `pause`, `resume`, `set` with its `NAME=VALUE` words, or `unset` with names.
+
+    `taken_s`: when the run took it up, -1 = not yet. `outcome`: "" or why it refused.
+    """
+
+    id: int
+    asked_epoch_s: float
+    name: str
+    words: tuple[str, ...]
+    taken_s: float
+    outcome: str
+
+
+class Billed(NamedTuple):
+    """One ended attempt, the provider's id of it, and what it used."""
+
+    attempt: Attempt
+    request_id: str
+    usage: Usage
+
+
+class Heard(NamedTuple):
+    """One ended attempt with what its headers stated; `processing_s`: the provider's own time for it, -1 = unknown."""
+
+    attempt: Attempt
+    limits: tuple[Limit, ...]
+    processing_s: float
+
+
+class Records:
+    """Reads an open journal. Every method may raise `JournalError`.
+
+    `within`: (first, last) number of the requests that it is about, None = all. What is not of single requests (legs,
+    settings, decisions, deferrals) is the whole journal's all the same.
+    """
+
+    def __init__(self, database: Database, within: tuple[int, int] | None = None) -> None:
+        self._database = database
+        self._within = within
+
+    @property
+    def name(self) -> str:
+        """What to call it in messages: the path as it was given, or the URL without its password."""
+        return self._database.name
+
+    # ------------------------------------------------------------ how it is read
+
+    @contextmanager
+    def _undamaged(self) -> Iterator[None]:
+        """A row that makes no sense inside this block is a damaged journal."""
+        try:
+            yield
+        except DamagedError as error:
+            raise self._database.damaged(f"{error} cannot be read") from None
+
+    def _all(self, query: Select[Any]) -> list[Any]:
+        with self._database.reading() as connection:
+            return list(connection.execute(query))
+
+    def _stream(self, query: Select[Any], key: Column[int], chunk: int) -> Iterator[Any]:
+        """The rows in order of `key`, a whole number that the query selects."""
+        rows = self._all(query.order_by(key).limit(chunk))
+        while rows:
+            yield from rows
+            if len(rows) < chunk:
+                return
+            rows = self._all(query.where(key > getattr(rows[-1], key.name)).order_by(key).limit(chunk))
+
+    def _of(self, query: Select[Any], table: Table, pool: str | None = None) -> Select[Any]:
+        """The rows of `requests` or `attempts` that this is about; of one pool, or of all."""
+        if self._within is not None:
+            query = query.where(table.c.request.between(*self._within))
+        return query if pool is None else query.where(table.c.pool == pool)
+
+    # ------------------------------------------------------------ the run
+
+    def run(self) -> Run:
+        """Versions, seed, fingerprint, epoch."""
+        return Run(*self._all(select(*(run.c[name] for name in Run._fields)))[0])
+
+    def legs(self) -> list[Leg]:
+        """All legs, in order."""
+        return [Leg(*row) for row in self._all(select(*(legs.c[name] for name in Leg._fields)).order_by(legs.c.leg))]
+
+    def settings(self) -> list[Settings]:
+        """The history of the policies, in the order in which they were recorded."""
+        query = select(policies.c.leg, pools.c.name, policies.c.at_s, policies.c.settings)
+        query = query.join(pools, pools.c.pool == policies.c.pool).order_by(policies.c.id)
+        with self._undamaged():
+            return [Settings(leg, pool, at_s, policy_of(text)) for leg, pool, at_s, text in self._all(query)]
+
+    def forecasts(self) -> list[Forecast]:
+        """What was expected, in order of writing."""
+        with self._undamaged():
+            return [
+                Forecast(row.leg, row.at_s, row.launched_before, from_json(row.json, "a forecast"))
+                for row in self._all(select(forecasts).order_by(forecasts.c.id))
+            ]
+
+    def last_s(self) -> float:
+        """The latest moment in the records, seconds since the run began: time must not run backwards in a new leg."""
+        columns = (attempts.c.finished_s, requests.c.launched_s, requests.c.ended_s, legs.c.began_s, legs.c.ended_s)
+        latest = [self._all(select(func.max(column)))[0][0] for column in columns]
+        return max((float(value) for value in latest if value is not None), default=0.0)
+
+    # ------------------------------------------------------------ requests
+
+    def counts(self, pool: str | None = None) -> Counts:
+        """How many requests stand where, as far as it is on the disk; of one pool, or of all."""
+        c = requests.c
+        query = select(c.state, c.failure, func.count(), func.sum(c.resent)).group_by(c.state, c.failure)
+        rows = self._all(self._of(query, requests, pool))
+        by_state = dict.fromkeys(STATES, 0)
+        for state, _, count, _ in rows:
+            by_state[state] = by_state.get(state, 0) + count
+        failures = {failure: count for state, failure, count, _ in sorted(rows, key=str) if state == FAILED}
+        resent = int(sum(resent for *_, resent in rows))
+        states = (by_state[PENDING], by_state[IN_FLIGHT], by_state[DONE], by_state[FAILED])
+        return Counts(sum(by_state.values()), *states, resent, failures)
+
+    def pending(self, pool: str = "default", *, longest_first: bool = False, is_new: bool = False) -> Iterator[Pending]:
+        """What is left to do of a pool when its leg begins: read it once per leg, while that runs.
+
+        `is_new`: nothing of it can have been launched before, so nobody looks for it.
+
+        First what was launched before, in order of the input, then the rest: in that order, or `longest_first`, by
+        expected answer, ties by reservation. Requests that the leg itself puts back (they back off) do not come again.
+
+        In a part (`within`), a request without a row in `bodies` has the nearest body before its own: runs of one
+        input share one row, and one dict in memory.
+        """
+        if self._within is None and self.run().purged_epoch_s >= 0.0:
+            raise JournalError(f"{self.name}: the journal was purged, nothing is left to send: start a new one")
+        c = requests.c
+        columns = [column for column in requests.columns if column.name != "pool"]
+        joined = select(*columns, c.pool, bodies.c.body)
+        if self._within is None:
+            joined = joined.join(bodies, bodies.c.request == c.request)
+        else:
+            nearest = select(func.max(bodies.c.request)).where(bodies.c.request <= c.request).correlate(requests)
+            found = func.coalesce(bodies.c.request, nearest.scalar_subquery()).label("body_of")
+            joined = joined.add_columns(found).outerjoin(bodies, bodies.c.request == c.request)
+        query = self._of(joined, requests, pool).where(c.state == PENDING)
+        with self._undamaged():
+            fresh = query.where(c.first_launched_s < 0)
+            longest = self._longest if self._within is None else self._longest_of_part
+            before = () if is_new else self._stream(query.where(c.first_launched_s >= 0), c.request, CHUNK)
+            number, body = -1, None
+            for row in chain(before, longest(fresh) if longest_first else self._stream(fresh, c.request, CHUNK)):
+                of = row.request if self._within is None else row.body_of
+                if of != number:
+                    number, body = of, from_json(self._body(of) if row.body is None else row.body, "a body")
+                assert body is not None
+                yield _pending_of(row, body)
+
+    def _body(self, request: int | None) -> str:
+        found = self._all(select(bodies.c.body).where(bodies.c.request == request))
+        if not found:
+            raise DamagedError("a body")
+        return str(found[0][0])
+
+    def _longest(self, query: Select[Any]) -> Iterator[Any]:
+        """The rows by expected answer and reservation, largest first, ties in order of the input.
+
+        "After the last row" in an order of mixed directions is three ranges, each of which the index finds at once.
+        """
+        c = requests.c
+        ranges: list[ColumnElement[bool]] = [true()]
+        while True:
+            rows: list[Any] = []
+            for after in ranges:
+                ordered = query.where(after).order_by(c.expected.desc(), c.reserve.desc(), c.request)
+                rows += self._all(ordered.limit(CHUNK - len(rows)))
+                if len(rows) == CHUNK:
+                    break
+            yield from rows
+            if len(rows) < CHUNK:
+                return
+            last = rows[-1]
+            same = c.expected == last.expected
+            ranges = [
+                and_(same, c.reserve == last.reserve, c.request > last.request),
+                and_(same, c.reserve < last.reserve),
+                c.expected < last.expected,
+            ]
+
+    def _longest_of_part(self, query: Select[Any]) -> Iterator[Any]:
+        """The same for a part, whose rows the index of the whole would not find: 8 bytes a request, sorted once."""
+        c = requests.c
+        keys = query.with_only_columns(c.request).order_by(c.expected.desc(), c.reserve.desc(), c.request)
+        with self._database.reading() as connection:
+            numbers = array("q", connection.execution_options(yield_per=NARROW_CHUNK).execute(keys).scalars())
+        for start in range(0, len(numbers), CHUNK):
+            part = numbers[start : start + CHUNK].tolist()
+            rows = {row.request: row for row in self._all(query.where(c.request.in_(part)))}
+            # One that has been launched or has ended since is left out.
+            yield from (rows[number] for number in part if number in rows)
+
+    def overdue(self, pool: str, before_s: float) -> int:
+        """Requests of a pool that have not ended and were first launched at that time or earlier."""
+        c = requests.c
+        launched = c.first_launched_s.between(0.0, before_s)
+        query = select(func.count()).where(c.state.in_((PENDING, IN_FLIGHT)), launched)
+        return int(self._all(self._of(query, requests, pool))[0][0])
+
+    def custom_id(self, request: int) -> str | None:
+        """The name of the request of that number, None where there is none."""
+        found = self._all(select(requests.c.custom_id).where(requests.c.request == request))
+        return str(found[0][0]) if found else None
+
+    def results(self) -> Iterator[Result]:
+        """What ended, in order of the input."""
+        if self.run().purged_epoch_s >= 0.0:
+            raise JournalError(f"{self.name}: the journal was purged: its results are gone")
+        c = requests.c
+        columns = [column.label(f"r_{column.name}") for column in results.columns if column.name != "request"]
+        query = select(requests, results.c.request.label("answered"), *columns)
+        query = query.outerjoin(results, results.c.request == c.request).where(c.state.in_((DONE, FAILED)))
+        part = self._of(query, requests)
+        with self._undamaged():
+            for row in self._stream(part, c.request, CHUNK):
+                answer = None if row.answered is None else answer_of(_Prefixed(row))
+                yield Result(request_of(row, None), row.failure, answer, row.ended_s, row.resent)
+
+    def unfinished(self, pool: str | None = None, *, failed: str | None = None) -> Iterator[Request]:
+        """What has not ended, of one pool or of all, without bodies, in order of the input.
+
+        `failed`: and what has failed with that code, "" = with any.
+        """
+        c = requests.c
+        wanted: ColumnElement[bool] = c.state.in_((PENDING, IN_FLIGHT))
+        if failed is not None:
+            wanted = or_(wanted, and_(c.state == FAILED, c.failure == failed if failed else true()))
+        query = self._of(select(requests).where(wanted), requests, pool)
+        for row in self._stream(query, requests.c.request, NARROW_CHUNK):
+            yield request_of(row, None)
+
+    # ------------------------------------------------------------ what a summary is made of
+
+    def attempts(self, pool: str | None = None) -> Iterator[Attempt]:
+        """All ended attempts, of one pool or of all, in the order in which they ended."""
+        query = self._of(select(attempts), attempts, pool)
+        with self._undamaged():
+            for row in self._stream(query, attempts.c.number, NARROW_CHUNK):
+                yield attempt_of(row)
+
+    def billed(self, pool: str | None = None) -> Iterator[Billed]:
+        """The same with what was used in each, for bills and exports."""
+        query = self._of(select(attempts), attempts, pool)
+        with self._undamaged():
+            for row in self._stream(query, attempts.c.number, NARROW_CHUNK):
+                usage = Usage(row.prompt_tokens, row.output_tokens, row.cached_tokens, row.reasoning_tokens)
+                yield Billed(attempt_of(row), row.request_id, usage)
+
+    def heard(self, pool: str | None = None) -> Iterator[Heard]:
+        """The same with what the headers of each stated."""
+        query = self._of(select(attempts), attempts, pool)
+        with self._undamaged():
+            for row in self._stream(query, attempts.c.number, NARROW_CHUNK):
+                yield Heard(attempt_of(row), limits_of(row), row.processing_s)
+
+    def ends(self, pool: str | None = None) -> Iterator[Ended]:
+        """How each request ended that has, of one pool or of all, in order of the input."""
+        c = requests.c
+        query = select(c.request, c.ended_s, c.failure).where(c.state.in_((DONE, FAILED)))
+        for row in self._stream(self._of(query, requests, pool), c.request, NARROW_CHUNK):
+            yield Ended(row.request, row.ended_s, row.failure)
+
+    def deferrals(self, pool: str | None = None) -> list[int]:
+        """Requests that had to wait at the head, by the law's causes: a list like `Tally.deferrals`."""
+        counts = [0] * len(CAUSES)
+        query = select(deferrals.c.cause, func.sum(deferrals.c.requests)).group_by(deferrals.c.cause)
+        query = query.join(pools, pools.c.pool == deferrals.c.pool)
+        for cause, count in self._all(query if pool is None else query.where(pools.c.name == pool)):
+            counts[cause] = int(count)
+        return counts
+
+    def outcomes(self) -> dict[Outcome, int]:
+        """Ended attempts by outcome."""
+        query = select(attempts.c.outcome, func.count()).group_by(attempts.c.outcome).order_by(attempts.c.outcome)
+        try:
+            return {Outcome(outcome): count for outcome, count in self._all(self._of(query, attempts))}
+        except ValueError:
+            raise self._database.damaged("an outcome cannot be read") from None
+
+    def lateness(self, pool: str) -> list[float]:
+        """How late each launch of a pool was that a timer had been set for, seconds; none where it was not recorded."""
+        if self.run().schema < SCHEMA:
+            return []
+        query = select(timers.c.late_s).join(pools, pools.c.pool == timers.c.pool).where(pools.c.name == pool)
+        return [float(row.late_s) for row in self._all(query.order_by(timers.c.number))]
+
+    # ------------------------------------------------------------ what is used
+
+    def checkpoint(self, pool: str) -> Checkpoint | None:
+        """What a pool had used by the latest commit; None where no leg of it was begun, or by an older Paceline."""
+        if self.run().schema < SCHEMA:
+            return None
+        query = select(checkpoints).join(pools, pools.c.pool == checkpoints.c.pool).where(pools.c.name == pool)
+        rows = self._all(query.order_by(checkpoints.c.leg.desc()).limit(1))
+        with self._undamaged():
+            return checkpoint_of(rows[0]) if rows else None
+
+    def launches(self, pool: str, since_s: float) -> list[Launch]:
+        """What a pool has launched since, in order of time: the tokens that answers used, or else what was reserved."""
+        columns = attempts.c
+        query = select(attempts).where(columns.pool == pool, columns.launched_s >= since_s)
+        found = []
+        for row in self._all(query):
+            told = row.outcome == Outcome.OK and row.prompt_tokens >= 0 and row.output_tokens >= 0
+            tokens = float(row.prompt_tokens + row.output_tokens if told else row.reserved_tokens)
+            found.append(Launch(row.launched_s, tokens, row.attempt == 1 and row.lane == LANES[0]))
+        c = requests.c
+        flying = select(c.launched_s, c.reserve, c.attempt).where(c.pool == pool, c.state == IN_FLIGHT)
+        found += [Launch(row.launched_s, row.reserve, row.attempt == 1) for row in self._all(flying)]
+        return sorted(found)
+
+    # ------------------------------------------------------------ decisions
+
+    def decisions(self, pool: str | None = None, leg: int | None = None) -> Iterator[Decision]:
+        """What `verify` decides again, where it was recorded: each chain opened by `began`, made from its policy.
+
+        `pool`, `leg`: only that one's; None = all, chain after chain.
+        """
+        chains: dict[tuple[int, str], Policy] = {}
+        for settings in self.settings():
+            if pool in (None, settings.pool) and leg in (None, settings.leg):
+                chains.setdefault((settings.leg, settings.pool), settings.policy)
+        numbers = {row.name: row.pool for row in self._all(select(pools))}
+        c = decisions.c
+        for (number, name), policy in chains.items():
+            query = select(c.first, c.calls).where(c.leg == number, c.pool == numbers[name])
+            for i, row in enumerate(self._stream(query, c.first, CHUNK)):
+                if i == 0:
+                    yield Decision(name, number, -1, BEGAN, numbers_of((policy.params(),)), ())
+                try:
+                    for sequence, call in enumerate(read_back(row.calls), row.first):
+                        yield Decision(name, number, sequence, *call)
+                except ValueError:
+                    raise self._database.damaged("a decision cannot be read") from None
+
+    # ------------------------------------------------------------ commands
+
+    def commands(self, after: int = 0, *, waiting: bool = False) -> list[Command]:
+        """What was asked of the run after the command of that id, in order; `waiting`: only what nobody took up."""
+        query = select(*(commands.c[name] for name in Command._fields)).where(commands.c.id > after)
+        if waiting:
+            query = query.where(commands.c.taken_s < 0)
+        with self._undamaged():
+            return [
+                Command(row.id, row.asked_epoch_s, row.name, _words(row.words), row.taken_s, row.outcome)
+                for row in self._all(query.order_by(commands.c.id))
+            ]
+
+    # ------------------------------------------------------------ health
+
+    def complaints(self) -> list[str]:
+        """What SQLite finds wrong with the whole file (`PRAGMA integrity_check`): normally nothing. Reads all of it."""
+        if not self._database.is_sqlite:
+            return []
+        with self._database.bare() as connection:
+            found = [str(row[0]) for row in connection.execute("PRAGMA integrity_check")]
+        return [] if found == ["ok"] else found
+
+
+class _Prefixed:
+    """A row of results whose columns carry a prefix, since requests have columns of the same names."""
+
+    __slots__ = ("_row",)
+
+    def __init__(self, row: Any) -> None:
+        self._row = row
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._row, f"r_{name}")
+
+
+def _pending_of(row: Any, body: dict[str, Any]) -> Pending:
+    request = request_of(row, body)
+    if row.lane not in LANES:
+        raise DamagedError("a lane")
+    return Pending(
+        Work(
+            request,
+            row.reserve,
+            row.expected,
+            row.finalize_reserve,
+            row.charge,
+            row.finalize_charge,
+            lane=LANES.index(row.lane),
+            attempt=row.attempt,
+            first_launched_s=row.first_launched_s,
+            retry_at_s=row.retry_at_s,
+        ),
+        row.resent,
+    )
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(str(word) for word in from_json(text, "a command").get("words", ()))

@@ -1,0 +1,387 @@
+"""The journal's tables: one row per request, per attempt, per decision, and what was known about the run itself.
+
+What lives here: the tables, the text type that holds any Python string, and the way from values to rows and back. What
+must not: connections (`database`) and the order in which things happen (`recorder`, `journal`).
+
+    run        one row: versions, fingerprint of the input, seed, epoch of time zero
+    legs       one row per process that worked on the run; a resume begins another leg
+    pools      number and name; decisions carry the number
+    policies   the settings of each pool at the beginning of each leg, and each change with its time
+    requests   one row per line of the input: what it reserves, and where it stands
+    bodies     what is sent, apart from `requests` so that a change of state rewrites a short row
+    results    what came back last, for requests that ended
+    attempts   one row per ended attempt: `Attempt`'s columns, request id, what the headers stated of limits and time
+    checkpoints  what each pool of the latest leg has used, rewritten with each commit (`checkpoint`)
+    timers     how late each launch was that a timer had been set for
+    decisions  with `--record`, every call of the law: one row per pool and commit, from the `first` on
+    deferrals  per leg, pool and cause: requests that had to wait for it at the head of the queue
+    forecasts  what was expected, as JSON; `launched_before` says how much had happened when it was written
+    commands   what another process asked of the run: pause, resume, set, unset
+
+A request is `pending`, `in_flight` (sent, or about to be), `done` or `failed`. One that backs off is pending: nothing
+of it is with the provider. Times are seconds since the run began, -1 = not yet.
+
+Nothing else is written: no header but the limits read from it, no key. What a refusal quotes of a key is blotted out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, get_type_hints
+
+from sqlalchemy import BigInteger, Column, Dialect, Double, Index, Integer, LargeBinary, MetaData, String, Table, Text
+from sqlalchemy.dialects.mysql import LONGBLOB, LONGTEXT
+from sqlalchemy.types import TypeDecorator
+
+from governor.checkpoint import Checkpoint, Moment, read_back
+from governor.model.errors import PacelineError
+from governor.model.policy import Policy
+from governor.model.prices import usage_in
+from governor.model.requests import Answer, Attempt, Limit, Outcome, Request, Sizes
+
+SCHEMA = 3
+# The oldest one that can be read, and brought up to date by a run.
+OLDEST_SCHEMA = 2
+# "PACE", in the header of the SQLite file, where `file` and we ourselves find it.
+APPLICATION_ID = 0x50414345
+
+PENDING, IN_FLIGHT, DONE, FAILED = "pending", "in_flight", "done", "failed"
+STATES = (PENDING, IN_FLIGHT, DONE, FAILED)
+LANES = ("main", "finalize")
+
+# ---------------------------------------------------------------- text
+
+_UNSTORABLE = re.compile("[\\\\\x00\ud800-\udfff]")
+_ESCAPE = re.compile(r"\\u([0-9a-f]{4})")
+_KEYS = re.compile(r"\bsk-[\w*.-]{4,}|\bBearer\s+[\w.~+/=-]{8,}", re.IGNORECASE)
+
+
+def escaped(text: str) -> str:
+    """`text` with what databases cannot hold (NUL, half of a surrogate pair) as \\uXXXX, and the backslash as well."""
+    if _UNSTORABLE.search(text) is None:
+        return text
+    return _UNSTORABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def unescaped(text: str) -> str:
+    """The text of which `escaped` made this."""
+    return _ESCAPE.sub(lambda found: chr(int(found[1], 16)), text) if "\\" in text else text
+
+
+class Words(TypeDecorator[str]):
+    """A column of text that takes any Python string and gives the same one back."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        return None if value is None else escaped(value)
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> str | None:
+        return None if value is None else unescaped(value)
+
+
+def to_json(value: object) -> str:
+    """Compact JSON in ASCII, which every database holds; floats come back exactly."""
+    return json.dumps(value, separators=(",", ":"))
+
+
+# ---------------------------------------------------------------- tables
+
+# What may exceed 64 kB, which is all that a plain TEXT or BLOB of MySQL holds.
+_LONG = Text().with_variant(LONGTEXT(), "mysql", "mariadb")
+_LONG_BINARY = LargeBinary().with_variant(LONGBLOB(), "mysql", "mariadb")
+
+metadata = MetaData()
+
+
+def _id(name: str, *, given: bool = True) -> Column[int]:
+    return Column(name, Integer, primary_key=True, autoincrement="auto" if not given else False)
+
+
+def _number_of_request() -> Column[int]:
+    """64 bits everywhere: SQLite's own key has them under the name of INTEGER only."""
+    return Column("request", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=False)
+
+
+def _whole(name: str) -> Column[int]:
+    return Column(name, BigInteger, nullable=False)
+
+
+def _number(name: str) -> Column[float]:
+    return Column(name, Double, nullable=False)
+
+
+def _text(name: str) -> Column[str]:
+    return Column(name, Words, nullable=False)
+
+
+def _short(name: str) -> Column[str]:
+    """Text that we choose ourselves, or that stands in an index."""
+    return Column(name, String(255), nullable=False)
+
+
+# `schema` and `version` stay as they are in every later schema: by them an older Paceline knows that it is one.
+run = Table(
+    "run",
+    metadata,
+    _id("id"),
+    _whole("schema"),
+    _short("version"),
+    _short("fingerprint"),
+    _whole("seed"),
+    _number("epoch_s"),
+    _whole("requests"),  # -1 until all of them are in
+    _number("purged_epoch_s"),
+)
+
+legs = Table("legs", metadata, _id("leg"), _number("began_s"), _number("ended_s"), _text("ending"), _short("version"))
+
+pools = Table("pools", metadata, _id("pool"), _short("name"))
+
+policies = Table(
+    "policies",
+    metadata,
+    _id("id", given=False),
+    _whole("leg"),
+    _whole("pool"),
+    _number("at_s"),
+    Column("settings", Text, nullable=False),
+)
+
+requests = Table(
+    "requests",
+    metadata,
+    _number_of_request(),
+    _short("pool"),
+    _short("state"),
+    _short("lane"),
+    _whole("attempt"),  # the one in flight, or the next
+    _whole("resent"),
+    _number("first_launched_s"),
+    _number("launched_s"),
+    _number("ended_s"),
+    _number("retry_at_s"),  # when its backoff ends
+    _short("failure"),
+    _number("reserve"),
+    _number("expected"),
+    _number("finalize_reserve"),
+    _whole("charge"),
+    _whole("finalize_charge"),
+    _text("custom_id"),
+    _text("url"),
+    _text("model"),
+    *(_whole(column.name) for column in fields(Sizes)),
+)
+# Longest expected answer first, without sorting: see `Records.pending`. The pool is not part of it: with it, SQLite
+# would look requests up by pool and sort them anew for every chunk, even in order of the input.
+Index("requests_by_length", requests.c.expected.desc(), requests.c.reserve.desc(), requests.c.request)
+
+bodies = Table("bodies", metadata, _number_of_request(), Column("body", _LONG, nullable=False))
+
+results = Table(
+    "results",
+    metadata,
+    _number_of_request(),
+    _short("outcome"),
+    _whole("status"),
+    _text("error_code"),
+    _text("message"),
+    _number("retry_after_s"),
+    _whole("used_prompt_tokens"),
+    _whole("used_output_tokens"),
+    _whole("cut_off"),
+    _whole("has_text"),
+    _text("request_id"),
+    Column("body", _LONG),
+)
+
+_COLUMN_OF: dict[type, Callable[[str], Column[Any]]] = {int: _whole, float: _number, str: _text, Outcome: _short}
+attempts = Table(
+    "attempts",
+    metadata,
+    _id("number", given=False),
+    *(_COLUMN_OF[type_](name) for name, type_ in get_type_hints(Attempt).items()),
+    _text("request_id"),
+    _whole("cached_tokens"),  # part of the prompt's, 0 where nothing is said
+    _whole("reasoning_tokens"),  # part of the output's
+    _number("processing_s"),  # the provider's own time, -1 where it does not say
+    Column("limits", Text, nullable=False),
+)
+Index("attempts_by_request", attempts.c.request)
+
+checkpoints = Table(
+    "checkpoints",
+    metadata,
+    _id("leg"),
+    _id("pool"),
+    _number("at_s"),
+    _number("epoch_s"),
+    _short("boot"),
+    _number("boot_s"),
+    Column("state", _LONG, nullable=False),
+)
+
+timers = Table("timers", metadata, _id("number", given=False), _whole("pool"), _number("late_s"))
+
+decisions = Table(
+    "decisions",
+    metadata,
+    _id("leg"),
+    _id("pool"),
+    _id("first"),
+    _whole("count"),
+    Column("calls", _LONG_BINARY, nullable=False),
+)
+
+deferrals = Table("deferrals", metadata, _id("leg"), _id("pool"), _id("cause"), _whole("requests"))
+
+forecasts = Table(
+    "forecasts",
+    metadata,
+    _id("id", given=False),
+    _whole("leg"),
+    _number("at_s"),
+    _whole("launched_before"),
+    _text("json"),
+)
+
+commands = Table(
+    "commands",
+    metadata,
+    _id("id", given=False),
+    _number("asked_epoch_s"),
+    _short("name"),
+    Column("words", Text, nullable=False),
+    _number("taken_s"),
+    _text("outcome"),
+)
+
+# ---------------------------------------------------------------- values to rows and back
+
+
+class DamagedError(ValueError):
+    """A row whose content cannot be right; whoever reads it names the journal."""
+
+
+_SIZES = tuple(column.name for column in fields(Sizes))
+_ATTEMPT = Attempt.columns()
+_ANSWER = (
+    *("status", "error_code", "message", "retry_after_s", "used_prompt_tokens", "used_output_tokens"),
+    "request_id",
+)
+
+
+def request_of(row: Any, body: dict[str, Any] | None) -> Request:
+    """The request of a row of `requests`."""
+    sizes = Sizes(*(getattr(row, name) for name in _SIZES))
+    return Request(row.request, row.custom_id, row.url, row.model, body, sizes, row.pool)
+
+
+def sizes_row(sizes: Sizes) -> dict[str, int]:
+    """The columns of `requests` that hold sizes."""
+    return {name: getattr(sizes, name) for name in _SIZES}
+
+
+def result_row(request: int, answer: Answer) -> dict[str, Any]:
+    """The row of `results`. A refusal may quote the key that it refuses: that is blotted out.
+
+    What could not be read as an answer stands as one JSON string in the place of the body.
+    """
+    body = to_json(answer.raw) if answer.raw else None if answer.body is None else to_json(answer.body)
+    row = {name: getattr(answer, name) for name in _ANSWER}
+    if answer.outcome is not Outcome.OK:
+        row["message"] = without_keys(answer.message)
+        body = None if body is None else without_keys(body)
+    flags = {"cut_off": int(answer.cut_off), "has_text": int(answer.has_text)}
+    return row | flags | {"request": request, "outcome": str(answer.outcome), "body": body}
+
+
+def without_keys(text: str) -> str:
+    """`text` with whatever looks like a key blotted out."""
+    return _KEYS.sub("***", text)
+
+
+def answer_of(row: Any) -> Answer:
+    """The answer of a row of `results`; limits stand with the attempts. `DamagedError` where the row makes no sense."""
+    try:
+        outcome = Outcome(row.outcome)
+        raw = str(json.loads(row.body)) if row.body is not None and row.body.startswith('"') else ""
+    except ValueError:
+        raise DamagedError("an outcome") from None
+    body = None if row.body is None or raw else from_json(row.body, "an answer")
+    values = {name: getattr(row, name) for name in _ANSWER}
+    return Answer(outcome, cut_off=bool(row.cut_off), has_text=bool(row.has_text), body=body, raw=raw, **values)
+
+
+def attempt_row(attempt: Attempt, answer: Answer) -> dict[str, Any]:
+    """The row of `attempts`."""
+    row = dict(zip(_ATTEMPT, attempt.row(), strict=True))
+    limits = [[limit.dimension, limit.limit, limit.remaining] for limit in answer.limits]
+    usage = usage_in(answer.body)
+    row |= {"cached_tokens": usage.cached, "reasoning_tokens": usage.reasoning, "processing_s": answer.processing_s}
+    return row | {"outcome": str(attempt.outcome), "request_id": answer.request_id, "limits": to_json(limits)}
+
+
+def checkpoint_row(leg: int, pool: int, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The row of `checkpoints`."""
+    row = {"leg": leg, "pool": pool, "at_s": checkpoint.at_s, "state": checkpoint.text()}
+    return row | checkpoint.moment._asdict()
+
+
+def checkpoint_of(row: Any) -> Checkpoint:
+    """The checkpoint of a row; `DamagedError` where it makes no sense."""
+    try:
+        return read_back(row.state, row.at_s, Moment(row.epoch_s, row.boot, row.boot_s))
+    except (TypeError, ValueError):
+        raise DamagedError("a checkpoint") from None
+
+
+def limits_of(row: Any) -> tuple[Limit, ...]:
+    """The limits of a row of `attempts`."""
+    try:
+        return tuple(Limit(str(d), float(limit), float(left)) for d, limit, left in json.loads(row.limits))
+    except (TypeError, ValueError):
+        raise DamagedError("an attempt's limits") from None
+
+
+def attempt_of(row: Any) -> Attempt:
+    """The attempt of a row of `attempts`."""
+    values = {name: getattr(row, name) for name in _ATTEMPT}
+    try:
+        return Attempt(**values | {"outcome": Outcome(row.outcome)})
+    except ValueError:
+        raise DamagedError("an outcome") from None
+
+
+def settings_of(policy: Policy) -> str:
+    """A policy as stored: every value, since a later version may have other defaults, and which ones were named."""
+    return to_json({"values": policy.model_dump(), "named": sorted(policy.model_fields_set)})
+
+
+def policy_of(settings: str) -> Policy:
+    """The policy of `settings_of`, equal in every value and in what was named.
+
+    Settings that this version does not have are left out, those that were not there yet are at their defaults.
+    """
+    stored = from_json(settings, "settings")
+    try:
+        values = {name: value for name, value in stored["values"].items() if name in Policy.model_fields}
+        policy = Policy.model_validate(values)
+        return Policy.model_construct(set(stored["named"]) & values.keys(), **policy.model_dump())
+    except (AttributeError, KeyError, TypeError, PacelineError):
+        raise DamagedError("settings") from None
+
+
+def from_json(text: str, what: str) -> dict[str, Any]:
+    """The object that `to_json` wrote. `DamagedError`, naming `what`, if it is none."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise DamagedError(what)
+    return value

@@ -1,0 +1,467 @@
+"""The policy: every knob of the law with its environment name, unit, allowed range, preset values and meaning.
+
+Theory of operation. Each knob stands once, as a field of `Policy`; pydantic checks it, and `KNOBS`, the `--help` text,
+the README's table, `.env` reading and `.env` writing are all derived from the model's own schema. What lives here is
+the reading of names and values; what must not: opening a file or looking at the process's environment. A caller hands
+over a mapping (`from_env`) or `NAME=VALUE` words (`set_values`) and gets a checked policy or one `BadSetting`.
+
+An env file in production holds foreign names and secrets. A name that is not ours is left alone and its value is never
+repeated, not even in an error; a name that is *nearly* ours is an error, because a limit that is silently ignored is
+worse than a run that does not start. How near is near is decided by `near_miss`.
+
+Presets. `guardrails` holds the defaults: the rate-limit guardrails that the first user runs in production. `paceline`
+is where our own recommendations start: it keeps the eight guardrail knobs, which are the planner's to search, and
+switches on what the law can do besides. What depends on the provider is the planner's to fill in, and stands as in
+`guardrails` until then: `settle` (as the provider does), the RPM and the daily limits (as granted).
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+
+from governor.law import BUCKET, DAY_S, FIXED, MINUTE_S, SLIDING, Params, budget_of, rate_of
+from governor.model.errors import BadSetting
+
+Value = bool | int | float | str
+
+_WINDOWS = {"fixed": FIXED, "sliding": SLIDING, "bucket": BUCKET}
+
+
+def _knob(env: str, default: Value, unit: str, meaning: str, *, paceline: Value | None = None, **allowed: Any) -> Any:
+    """One knob: `allowed` are pydantic's bounds (ge, gt, le, lt); without `paceline` both presets share the default."""
+    extra: dict[str, Any] = {"env": env, "unit": unit, "paceline": default if paceline is None else paceline}
+    return Field(default, description=meaning, json_schema_extra=extra, **allowed)
+
+
+class Policy(BaseModel):
+    """Settings of one pool, checked and frozen. `model_fields_set` says which were named rather than left at default.
+
+    A value out of range, and a field that does not exist, raise `BadSetting` (one line, with what is allowed).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    # The eight guardrail knobs.
+    max_concurrency: int = _knob("OPENAI_MAX_CONCURRENCY", 3, "requests", "requests in flight, at most", ge=1, le=10**5)
+    stagger_seconds: float = _knob("OPENAI_STAGGER_SECONDS", 15.0, "s", "time between two launches", ge=0, le=3_600)
+    tpm_limit: int = _knob(
+        "OPENAI_TPM_LIMIT", 30_000, "tokens/min", "tokens per minute that the provider grants", ge=1, le=10**12
+    )
+    tpm_headroom: float = _knob("OPENAI_TPM_HEADROOM", 0.15, "ratio", "share of each limit left unused", ge=0, lt=1)
+    est_tokens_per_run: int = _knob(
+        "OPENAI_EST_TOKENS_PER_RUN", 7_000, "tokens", "reserved per run where nothing better is known", ge=1, le=10**9
+    )
+    retry_max_attempts: int = _knob(
+        "OPENAI_RETRY_MAX_ATTEMPTS", 5, "attempts", "attempts in all, the first included", ge=1, le=100
+    )
+    backoff_base_seconds: float = _knob(
+        "OPENAI_BACKOFF_BASE_SECONDS", 2.0, "s", "first backoff, doubling from there; Retry-After wins", gt=0, le=3_600
+    )
+    finalize_lowers_concurrency: bool = _knob(
+        "FINALIZE_LOWERS_CONCURRENCY", True, "", "while a finalize pass is open, its lower concurrency cap holds"
+    )
+
+    # Added by us.
+    tpm_window: Literal["fixed", "sliding", "bucket"] = _knob(
+        "OPENAI_TPM_WINDOW", "fixed", "", "anchored minutes, the last 60 s, or continuous refill", paceline="bucket"
+    )
+    charge_rule: Literal["fixed", "prompt_chars4", "prompt_plus_max", "max_of", "responses", "auto", "learned"] = _knob(
+        "OPENAI_CHARGE_RULE", "fixed", "", "what is reserved: the estimate per run, or by request", paceline="auto"
+    )
+    settle: bool = _knob("OPENAI_SETTLE", False, "", "book real use on completion; right where the provider does so")
+    launch_order: Literal["fifo", "longest_first"] = _knob(
+        "OPENAI_LAUNCH_ORDER", "fifo", "", "new work as submitted, or by expected length", paceline="longest_first"
+    )
+    backoff_keeps_permit: bool = _knob(
+        "OPENAI_BACKOFF_KEEPS_PERMIT", True, "", "a request that backs off keeps its place in flight", paceline=False
+    )
+    hold_on_throttle: bool = _knob(
+        "OPENAI_HOLD_ON_THROTTLE", False, "", "a 429 holds all launches for its Retry-After or a backoff", paceline=True
+    )
+    sync_headers: bool = _knob(
+        "OPENAI_SYNC_HEADERS", False, "", "x-ratelimit-* headers correct our budget", paceline=True
+    )
+    refund_throttled: bool = _knob(
+        "OPENAI_REFUND_THROTTLED", False, "", "a 429 gives its reservation back; right if refusals are not charged"
+    )
+    rpm_limit: int = _knob(
+        "OPENAI_RPM_LIMIT", 0, "requests/min", "requests per minute that are granted; 0 = no limit", ge=0, le=10**9
+    )
+    rpd_limit: int = _knob(
+        "OPENAI_RPD_LIMIT", 0, "requests/day", "requests per day that are granted; 0 = no limit", ge=0, le=10**12
+    )
+    tpd_limit: int = _knob(
+        "OPENAI_TPD_LIMIT", 0, "tokens/day", "tokens per day that are granted; 0 = no limit", ge=0, le=10**15
+    )
+    jitter_ratio: float = _knob(
+        "OPENAI_JITTER_RATIO", 0.2, "ratio", "jitter: share of a stagger (+-) or of a backoff (+)", ge=0, le=1
+    )
+    jitter_cap_seconds: float = _knob("OPENAI_JITTER_CAP_SECONDS", 3.0, "s", "jitter, at most", ge=0, le=3_600)
+    backoff_cap_seconds: float = _knob("OPENAI_BACKOFF_CAP_SECONDS", 60.0, "s", "one backoff, at most", gt=0, le=86_400)
+    request_timeout_seconds: float = _knob(
+        "OPENAI_REQUEST_TIMEOUT_SECONDS", 600.0, "s", "how long an answer is awaited", gt=0, le=86_400
+    )
+    deadline_seconds: float = _knob(
+        "OPENAI_DEADLINE_SECONDS",
+        0.0,
+        "s",
+        "from a request's first launch to giving up; 0 = never",
+        ge=0,
+        le=31_536_000,
+    )
+    finalize_max_concurrency: int = _knob(
+        "FINALIZE_MAX_CONCURRENCY", 2, "requests", "in flight at most while a finalize pass is open", ge=1, le=10**5
+    )
+    finalize_max_tokens: int = _knob(
+        "FINALIZE_MAX_TOKENS", 6_000, "tokens", "output tokens of a finalize pass", ge=1, le=10**9
+    )
+    preflight_mode: Literal["strict", "paced"] = _knob(
+        "PREFLIGHT_MODE", "paced", "", "refuse what exceeds one minute's budget, or only what can never run or finish"
+    )
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _one_line_errors(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return handler(data)
+        except ValidationError as error:
+            raise _bad_setting(error) from None
+
+    @classmethod
+    def preset(cls, name: str) -> Policy:
+        """`guardrails` (the defaults) or `paceline`."""
+        if name == "guardrails":
+            return cls()
+        if name == "paceline":
+            return cls(**{k.name: k.paceline for k in KNOBS if k.paceline != k.guardrails})  # type: ignore[arg-type]
+        raise BadSetting(f"there is no preset {name!r}: guardrails or paceline")
+
+    @classmethod
+    def from_env(cls, environment: Mapping[str, str | None], base: Policy | None = None) -> Policy:
+        """`base` (else the defaults) with what an environment or a parsed env file names on top.
+
+        Foreign names are ignored, an empty value is as good as none. Raises `BadSetting` for a value that is not
+        allowed and for a near-miss of one of our names.
+        """
+        for env in environment:
+            meant = near_miss(env)
+            if meant:
+                # Without its value: only the name is nearly ours, what it holds may be a secret.
+                raise BadSetting(f"there is no setting {_shown(env)}: did you mean {meant}?", env)
+        changes: dict[str, Value] = {}
+        for knob in KNOBS:
+            text = environment.get(knob.env)
+            if text is not None and text.strip():
+                changes[knob.name] = knob.parsed(text)
+        return (base or cls()).with_(**changes)
+
+    def set_values(self, assignments: Iterable[str]) -> Policy:
+        """This policy with `NAME=VALUE` words (a command line's `--set`) on top; the last of equal names wins.
+
+        Raises `BadSetting`, also for any name that is not a knob's: here none can be foreign.
+        """
+        changes: dict[str, Value] = {}
+        for assignment in assignments:
+            env, equals, text = assignment.partition("=")
+            knob = KNOB_BY_ENV.get(env.strip())
+            if knob is None:
+                raise BadSetting(f"there is no setting {_shown(env)}{_suggestion(env)}", env)
+            if not equals or not text.strip():
+                raise BadSetting(f"{knob.env} was given no value: write {knob.env}=VALUE, {knob.allowed}", knob.env)
+            changes[knob.name] = knob.parsed(text)
+        return self.with_(**changes)
+
+    def with_(self, **changes: Value) -> Policy:
+        """This policy with some knobs changed, and checked again.
+
+        A knob goes by its python name, by that with `_s` for `_seconds`, or by its environment name: `stagger_s=5` is
+        `stagger_seconds=5` is `OPENAI_STAGGER_SECONDS=5`. BadSetting for any other name, and for one given twice.
+        """
+        named: dict[str, Value] = {name: getattr(self, name) for name in self.model_fields_set}
+        return Policy.model_validate(named | by_field(changes))
+
+    def to_env(self, old: Policy | None = None, *, everything: bool = False) -> str:
+        """This policy as the text of an env file, our names only; `from_env` of it gives an equal policy.
+
+        Written are the knobs that differ from the guardrails default or from `old`, and those that were named; all of
+        them with `everything`. A value that differs from `old` has the old one beside it as a comment.
+        """
+        blocks = []
+        for knob in KNOBS:
+            value = getattr(self, knob.name)
+            before = value if old is None else getattr(old, knob.name)
+            named = everything or knob.name in self.model_fields_set
+            if named or value != knob.guardrails or before != value:
+                lines = [f"# {knob.meaning}: {knob.allowed}"]
+                if before != value:
+                    lines.append(f"# was: {knob.text(before)}")
+                blocks.append("\n".join([*lines, f"{knob.env}={knob.text(value)}\n"]))
+        return "\n".join(blocks)
+
+    def params(self) -> Params:
+        """The numbers that the law works on. The headroom applies to each limit, daily ones included."""
+        limit = [float(n) for n in (self.tpm_limit, self.rpm_limit, self.tpd_limit, self.rpd_limit)]
+        lengths_s = (MINUTE_S, MINUTE_S, DAY_S, DAY_S)
+        return Params(
+            max_concurrency=self.max_concurrency,
+            stagger_s=self.stagger_seconds,
+            jitter_ratio=self.jitter_ratio,
+            jitter_cap_s=self.jitter_cap_seconds,
+            headroom_ratio=self.tpm_headroom,
+            window=_WINDOWS[self.tpm_window],
+            settles=int(self.settle),
+            longest_first=int(self.launch_order == "longest_first"),
+            max_attempts=self.retry_max_attempts,
+            backoff_base_s=self.backoff_base_seconds,
+            backoff_cap_s=self.backoff_cap_seconds,
+            backoff_keeps_permit=int(self.backoff_keeps_permit),
+            hold_on_throttle=int(self.hold_on_throttle),
+            sync_headers=int(self.sync_headers),
+            refunds_throttled=int(self.refund_throttled),
+            finalize_lowers=int(self.finalize_lowers_concurrency),
+            finalize_max_concurrency=self.finalize_max_concurrency,
+            timeout_s=self.request_timeout_seconds,
+            deadline_s=self.deadline_seconds,
+            limit=limit,
+            budget=[budget_of(n, self.tpm_headroom) for n in limit],
+            rate_per_s=[rate_of(n, self.tpm_headroom, s) for n, s in zip(limit, lengths_s, strict=True)],
+        )
+
+
+# ---------------------------------------------------------------- the table of knobs, derived from the model
+
+
+@dataclass(frozen=True, slots=True)
+class Knob:
+    """One row of the table. `kind`: the schema's integer, number, boolean or string; the last has `choices`.
+
+    `low`, `high`: the range of a number; `low_open`, `high_open`: that end itself is not allowed.
+    """
+
+    name: str
+    env: str
+    unit: str
+    meaning: str
+    kind: str
+    guardrails: Value
+    paceline: Value
+    choices: tuple[str, ...]
+    low: float
+    high: float
+    low_open: bool
+    high_open: bool
+
+    @property
+    def allowed(self) -> str:
+        """What a value may be, for people: "a whole number from 1 to 100,000 (requests)"."""
+        if self.kind == "boolean":
+            return "true or false"
+        if self.kind == "string":
+            return "one of " + ", ".join(self.choices)
+        noun = "a whole number" if self.kind == "integer" else "a number"
+        low = f"above {self.low:,}, " if self.low_open else f"from {self.low:,} "
+        high = f"to below {self.high:,}" if self.high_open else f"to {self.high:,}"
+        return f"{noun} {low}{high} ({self.unit})"
+
+    def text(self, value: Value) -> str:
+        """A value as it stands in an env file; `parsed` gives it back exactly."""
+        if isinstance(value, bool):
+            return "true" if value else "false"
+        if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+            return str(int(value))
+        return str(value)
+
+    def parsed(self, text: str) -> Value:
+        """The value that a text means, surrounding blanks and letter case aside; `BadSetting` if it is not allowed."""
+        word = text.strip().lower()
+        if self.kind == "boolean" and word in _SWITCH:
+            return _SWITCH[word]
+        if self.kind == "integer" and re.fullmatch(r"[+-]?[0-9]{1,30}", word) and self.holds(int(word)):
+            return int(word)
+        if self.kind == "number" and _NUMBER.fullmatch(word) and self.holds(float(word)):
+            return float(word)
+        if self.kind == "string" and word in self.choices:
+            return word
+        raise self.refused(text.strip())
+
+    def holds(self, value: float) -> bool:
+        """Whether a number is in range."""
+        above = value > self.low if self.low_open else value >= self.low
+        return above and (value < self.high if self.high_open else value <= self.high)
+
+    def refused(self, value: object) -> BadSetting:
+        """The error for a value that is not allowed."""
+        return BadSetting(f"{self.env}={_shown(str(value))} is not allowed: {self.allowed}", self.env)
+
+
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?")
+_SWITCH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+
+
+def _knobs() -> tuple[Knob, ...]:
+    """The rows, in the order of the fields."""
+    rows = []
+    for name, schema in Policy.model_json_schema()["properties"].items():
+        rows.append(
+            Knob(
+                name=name,
+                env=schema["env"],
+                unit=schema["unit"],
+                meaning=schema["description"],
+                kind=schema["type"],
+                guardrails=schema["default"],
+                paceline=schema["paceline"],
+                choices=tuple(schema.get("enum", ())),
+                low=schema.get("minimum", schema.get("exclusiveMinimum", 0)),
+                high=schema.get("maximum", schema.get("exclusiveMaximum", 0)),
+                low_open="exclusiveMinimum" in schema,
+                high_open="exclusiveMaximum" in schema,
+            )
+        )
+    return tuple(rows)
+
+
+KNOBS = _knobs()
+KNOB_BY_ENV = {knob.env: knob for knob in KNOBS}
+KNOB_BY_NAME = {knob.name: knob for knob in KNOBS}
+# As programs name them: the units of a name are `_s`, like everywhere outside the env files.
+KNOB_BY_SHORT_NAME = {knob.name.replace("_seconds", "_s"): knob for knob in KNOBS}
+# What a deployment that runs the guardrails can change today, without new code.
+GUARDRAIL_KNOBS = KNOBS[:8]
+
+
+def knob_named(name: str) -> Knob | None:
+    """The knob of that field, short or environment name; None where there is none."""
+    return KNOB_BY_NAME.get(name) or KNOB_BY_SHORT_NAME.get(name) or KNOB_BY_ENV.get(name)
+
+
+def by_field(changes: Mapping[str, Value]) -> dict[str, Value]:
+    """Changes under the names of the fields, however they were named (see `Policy.with_`); the values as they are."""
+    found: dict[str, Value] = {}
+    for name, value in changes.items():
+        knob = knob_named(name)
+        if knob is not None and knob.name in found:
+            raise BadSetting(f"{knob.env} is given twice, once as {name}", knob.env)
+        found[name if knob is None else knob.name] = value
+    return found
+
+
+def knob_table() -> str:
+    """The README's table of knobs, markdown."""
+    lines = ["| env name | guardrails | paceline | allowed | meaning |", "|---|---|---|---|---|"]
+    for k in KNOBS:
+        lines.append(f"| {k.env} | {k.text(k.guardrails)} | {k.text(k.paceline)} | {k.allowed} | {k.meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+def knob_help() -> str:
+    """The settings as `--help` lists them: name and default, then meaning and what is allowed."""
+    return "\n".join(f"{k.env}={k.text(k.guardrails)}\n    {k.meaning}; {k.allowed}" for k in KNOBS) + "\n"
+
+
+def _shown(text: str) -> str:
+    """A user's text inside a one-line message: control characters escaped, no longer than 60 characters."""
+    shown = text.encode("unicode_escape").decode("ascii") if not text.isprintable() else text
+    return f"'{shown[:57]}...'" if len(shown) > 60 else f"'{shown}'"
+
+
+def _bad_setting(error: ValidationError) -> BadSetting:
+    """The first of pydantic's complaints, in our words."""
+    first = error.errors(include_url=False)[0]
+    name = str(first["loc"][0]) if first["loc"] else ""
+    knob = KNOB_BY_NAME.get(name)
+    if knob is None:
+        if not name:
+            return BadSetting("a policy is a mapping of settings to values")
+        ours = {knob.name: short for short, knob in KNOB_BY_SHORT_NAME.items()}
+        # Whoever writes a unit means the name that has one of ours.
+        meant = near_miss(name) if name.isupper() else None
+        near_by = [meant] if meant else difflib.get_close_matches(name.lower(), [*ours.values(), *ours], 1)
+        close = [f": did you mean {near}?" for near in near_by]
+        return BadSetting(f"there is no setting {_shown(name)}{''.join(close)}", name)
+    value = first["input"]
+    return knob.refused(knob.text(value) if isinstance(value, bool | int | float) else value)
+
+
+# ---------------------------------------------------------------- names that are nearly ours
+
+# Words that other programs put into names like ours, and that are no slips of the pen for one of our words.
+_OTHER_WORDS = frozenset(["API", "IPM", "LOG", "MODEL", "MODELS", "QPM", "QPS", "RPH", "RPS", "TPH", "TPS"])
+# Names that read like ours with the unit left out or in milliseconds, but are other clients' own.
+_FOREIGN = frozenset(("OPENAI_REQUEST_TIMEOUT", "OPENAI_REQUEST_TIMEOUT_MS"))
+_UNITS = frozenset(["MIN", "MINS", "MINUTES", "MS", "RATIO", "S", "SEC", "SECOND", "SECONDS", "SECS"])
+_OUR_PREFIXES = ("OPENAI", "PACELINE")
+# Nobody else's words: with our prefix, a name that holds one means a knob.
+_OUR_WORDS = frozenset(("HEADROOM", "STAGGER"))
+
+
+def near_miss(env: str) -> str | None:
+    """The knob's name that `env` was probably meant to be; None for a name that is ours or foreign.
+
+    Near is: other letter case or separators; one or two letters wrong (one in a short word); the same words in another
+    order or with another unit (OPENAI_STAGGER_MS); a prefix of ours where the knob has none (OPENAI_PREFLIGHT_MODE).
+    Foreign is everything else, above all the SDK's and other programs' names (OPENAI_API_KEY, OPENAI_TIMEOUT,
+    OPENAI_MAX_RETRIES, OPENAI_RPM), names without a prefix (MAX_CONCURRENCY) and with another (AZURE_OPENAI_...).
+    """
+    if env in KNOB_BY_ENV or env in _FOREIGN:
+        return None
+    words = re.findall("[A-Z0-9]+", env.upper())
+    names = {knob.env: knob.env.split("_") for knob in KNOBS}
+    for name, ours in names.items():
+        if "".join(words) == "".join(ours) or _bare(words) == _bare(ours):
+            return name
+    wrong = {name: _wrong_letters(words, ours) for name, ours in names.items()}
+    nearest = min(wrong, key=wrong.__getitem__)
+    if wrong[nearest] <= 2:
+        return nearest
+    if words and words[0] in _OUR_PREFIXES and not _OUR_WORDS.isdisjoint(words):
+        return difflib.get_close_matches("_".join(words), KNOB_BY_ENV, 1, 0.0)[0]
+    return None
+
+
+def _bare(words: list[str]) -> tuple[list[str], bool]:
+    """The words without our prefix and unit, in alphabetical order, and whether the name is in our name space."""
+    named_ours = bool(words) and (words[0] in _OUR_PREFIXES or words[0] in ("FINALIZE", "PREFLIGHT"))
+    rest = words[1:] if words and words[0] in _OUR_PREFIXES else words
+    return sorted(rest[:-1] if rest and rest[-1] in _UNITS else rest), named_ours
+
+
+def _wrong_letters(words: list[str], ours: list[str]) -> float:
+    """How many letters are wrong in all; inf where a word is another: more than 2, or than 1 of up to 6."""
+    if len(words) != len(ours):
+        return math.inf
+    wrong = 0
+    for word, our in zip(words, ours, strict=True):
+        if word != our:
+            slips = _slips(word, our)
+            wrong += slips
+            if word in _OTHER_WORDS or slips > (1 if len(our) <= 6 else 2):
+                return math.inf
+    return wrong
+
+
+def _slips(a: str, b: str) -> int:
+    """Letters inserted, left out, replaced or swapped with their neighbour (optimal string alignment distance)."""
+    before: list[int] = []
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        older, before, row = before, row, [i]
+        for j, y in enumerate(b, 1):
+            row.append(min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (x != y)))
+            if i > 1 and j > 1 and x == b[j - 2] and a[i - 2] == y:
+                row[j] = min(row[j], older[j - 2] + 1)
+    return row[-1]
+
+
+def _suggestion(env: str) -> str:
+    """What to say about a name that must be ours and is not."""
+    meant = near_miss(env)
+    close = [meant] if meant else difflib.get_close_matches(env.strip().upper(), KNOB_BY_ENV, 1, 0.6)
+    return f": did you mean {close[0]}?" if close else "; `paceline settings` lists them all"

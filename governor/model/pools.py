@@ -1,0 +1,272 @@
+"""Pools: which provider quota a request belongs to, and with which settings, address and key variable it is called.
+
+What lives here: `Pool`, the reading of `pools.yaml`, and the way from a model's name to its pool. What must not: keys
+themselves (a pool names the variable that holds its key; `key_of` fetches it at the last moment and nobody keeps it),
+HTTP, the law.
+
+A pool is one quota: a base URL or an Azure deployment, an organisation or project, and a limit name. It has one law
+state. Without a pools file there is one, `default`, made of the OPENAI_* settings and the SDK's own variables. With
+one, a line goes to the first pool of the file that has a pattern for its model (`*` stands for any text):
+
+    pools:
+      - name: main
+        models: ["gpt-4o*"]
+        key: OPENAI_API_KEY              # the name of a variable, never a key
+        limits: {tpm: 30000, rpm: 500}
+        settings: {OPENAI_MAX_CONCURRENCY: 20, OPENAI_TPM_WINDOW: bucket}
+      - name: europe
+        models: ["gpt-4.1*", "o4-mini"]
+        key: AZURE_OPENAI_API_KEY
+        azure: {endpoint: https://example.openai.azure.com, deployment: gpt-41, api_version: 2024-10-21}
+
+Settings come from the guardrails' defaults, then the environment or env file, then the pool, then the command line.
+`limits` is short for the four OPENAI_*_LIMIT settings of that pool.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import ipaddress
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from governor.model.errors import BadInput, BadSetting, quoted
+from governor.model.estimate import kind_of
+from governor.model.policy import KNOB_BY_ENV, Policy
+from governor.model.yamlfile import only_keys, read_yaml
+
+DEFAULT = "default"
+KEY = "OPENAI_API_KEY"
+AZURE_KEY = "AZURE_OPENAI_API_KEY"
+BASE_URL = "OPENAI_BASE_URL"
+ORGANIZATION = "OPENAI_ORG_ID"
+PROJECT = "OPENAI_PROJECT_ID"
+# What is sent to a server on this machine where no key is set: the SDK insists on one, a synthetic provider does not.
+NO_KEY = "no-key-is-needed-on-loopback"
+_LIMITS = {
+    "tpm": "OPENAI_TPM_LIMIT",
+    "rpm": "OPENAI_RPM_LIMIT",
+    "tpd": "OPENAI_TPD_LIMIT",
+    "rpd": "OPENAI_RPD_LIMIT",
+}
+_KEYS = ("name", "models", "key", "base_url", "organization", "project", "azure", "limits", "settings")
+_AZURE_KEYS = ("endpoint", "deployment", "api_version")
+
+
+@dataclass(frozen=True, slots=True)
+class Azure:
+    """An Azure deployment; `deployment` "" = each request's model is the deployment's name."""
+
+    endpoint: str
+    api_version: str
+    deployment: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """One quota. `base_url`, `organization`, `project`: "" = the SDK's own default. `key`: the *name* of a variable.
+
+    `models`: patterns, in order; empty = every model.
+    """
+
+    name: str = DEFAULT
+    policy: Policy = field(default_factory=Policy)
+    models: tuple[str, ...] = ()
+    key: str = KEY
+    base_url: str = ""
+    organization: str = ""
+    project: str = ""
+    azure: Azure | None = None
+
+    def takes(self, model: str) -> bool:
+        """Whether a request for this model goes to this pool."""
+        return not self.models or any(fnmatch.fnmatchcase(model, pattern) for pattern in self.models)
+
+    @property
+    def address(self) -> str:
+        """Where this pool's requests go, for people; "" = the SDK's default."""
+        return self.azure.endpoint if self.azure else self.base_url
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """Everything but the settings, for the journal; no key is in it."""
+        return {
+            "name": self.name,
+            "models": list(self.models),
+            "key": self.key,
+            "base_url": self.base_url,
+            "organization": self.organization,
+            "project": self.project,
+            "azure": None
+            if self.azure is None
+            else {
+                "endpoint": self.azure.endpoint,
+                "api_version": self.azure.api_version,
+                "deployment": self.azure.deployment,
+            },
+        }
+
+
+def default_pools(policy: Policy, environment: Mapping[str, str], base_url: str = "") -> tuple[Pool, ...]:
+    """The one pool of a run without a pools file. `base_url` from the command line wins over the environment's."""
+    url = base_url or environment.get(BASE_URL, "").strip()
+    organization, project = (environment.get(name, "").strip() for name in (ORGANIZATION, PROJECT))
+    pool = Pool(policy=policy, base_url=checked_url(url), organization=organization, project=project)
+    return (pool,)
+
+
+def checked_url(url: str, what: str = "base URL") -> str:
+    """The URL, without a slash at its end; BadSetting where it is no http(s) address."""
+    if not url:
+        return ""
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets that do not match, a port that is none
+        good = False
+    if not good or not url.isprintable() or " " in url:
+        shown = "" if "@" in url else f" {quoted(url)}"  # what stands before it may be a password
+        raise BadSetting(f"{what}{shown} is no address: write https://HOST/v1", BASE_URL)
+    if parts.username or parts.password:
+        raise BadSetting(f"the {what} of {parts.hostname} holds a password: put the key into {KEY} instead", BASE_URL)
+    return url.rstrip("/")
+
+
+def is_loopback(url: str) -> bool:
+    """Whether an address is on this machine."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def key_of(pool: Pool, environment: Mapping[str, str]) -> str:
+    """The pool's key out of its variable. BadSetting, naming the variable, where it is not set or cannot be sent.
+
+    A server on this machine gets a stand-in, so that a synthetic provider needs no set-up.
+    """
+    key = environment.get(pool.key, "").strip()
+    if key:
+        if not (key.isascii() and key.isprintable() and " " not in key):
+            raise BadSetting(f"{pool.key} holds a mark that no key has: copy the key again", pool.key)
+        return key
+    if is_loopback(pool.address):
+        return NO_KEY
+    of = "" if pool.name == DEFAULT else f" (the key of pool {quoted(pool.name)})"
+    raise BadSetting(f"{pool.key} is not set{of}: export it, or put it into the file named by --env-file", pool.key)
+
+
+def pool_for(model: str, pools: Iterable[Pool]) -> Pool | None:
+    """The first pool that takes this model, or None."""
+    return next((pool for pool in pools if pool.takes(model)), None)
+
+
+# ---------------------------------------------------------------- pools.yaml
+
+
+def read_pools(path: str | Path, base: Policy, assignments: Iterable[str] = ()) -> tuple[Pool, ...]:
+    """The pools of a file, in its order. `base`: the settings under the pools' own; `assignments`: those above them.
+
+    BadInput names the pool and the key that is wrong.
+    """
+    name = str(path)
+    data = read_yaml(path)
+    only_keys(data, ("pools",), "", name)
+    stated = data.get("pools")
+    if not isinstance(stated, list) or not stated:
+        raise BadInput("it has no 'pools': a list of at least one, each with name and models", name)
+    assignments = tuple(assignments)
+    pools: list[Pool] = []
+    for position, entry in enumerate(stated, 1):
+        if not isinstance(entry, dict):
+            raise BadInput(f"pool {position} is {kind_of(entry)}, not a mapping with name and models", name)
+        pool = _pool(entry, position, base, assignments, name)
+        if any(other.name == pool.name for other in pools):
+            raise BadInput(f"two pools are named {quoted(pool.name)}", name)
+        pools.append(pool)
+    return tuple(pools)
+
+
+def _pool(entry: dict[str, Any], position: int, base: Policy, assignments: tuple[str, ...], name: str) -> Pool:
+    title = _text(entry, "name", f"pool {position}: ", name)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", title):
+        raise BadInput(
+            f"pool {position}: name is {quoted(title)}: use up to 64 letters, digits, '.', '_' and '-', no mark first",
+            name,
+        )
+    place = f"pool {title}: "
+    only_keys(entry, _KEYS, place, name)
+    models = entry.get("models")
+    if isinstance(models, str):
+        models = [models]
+    if not isinstance(models, list) or not models or not all(isinstance(m, str) and m for m in models):
+        raise BadInput(f"{place}models must be a list of names or patterns, such as [gpt-4o*]", name)
+    azure = _azure(entry["azure"], place, name) if entry.get("azure") is not None else None
+    if azure and entry.get("base_url"):
+        raise BadInput(f"{place}it has both base_url and azure: keep one", name)
+    try:
+        policy = base.set_values([*_settings(entry, place, name), *assignments])
+        url = checked_url(_text(entry, "base_url", place, name, absent=""))
+    except BadSetting as error:
+        raise BadInput(f"{place}{error}", name) from None
+    return Pool(
+        name=title,
+        policy=policy,
+        models=tuple(models),
+        key=_variable(entry, AZURE_KEY if azure else KEY, place, name),
+        base_url=url,
+        organization=_text(entry, "organization", place, name, absent=""),
+        project=_text(entry, "project", place, name, absent=""),
+        azure=azure,
+    )
+
+
+def _variable(entry: dict[str, Any], absent: str, place: str, name: str) -> str:
+    """The name of the key's variable. What is not one may be the key itself, so it is never repeated."""
+    variable = _text(entry, "key", place, name, absent=absent)
+    if not re.fullmatch(r"[A-Z][A-Z0-9_]*", variable):
+        raise BadInput(f"{place}key must be the name of the variable that holds the key, such as {KEY}", name)
+    return variable
+
+
+def _settings(entry: dict[str, Any], place: str, name: str) -> list[str]:
+    """The pool's own settings as NAME=VALUE words, its limits first."""
+    limits, settings = entry.get("limits") or {}, entry.get("settings") or {}
+    for key, value in (("limits", limits), ("settings", settings)):
+        if not isinstance(value, dict):
+            raise BadInput(f"{place}{key} is {kind_of(value)}, not a mapping", name)
+    only_keys(limits, tuple(_LIMITS), f"{place}limits: ", name)
+    words = []
+    for env, value in [(_LIMITS[key], value) for key, value in limits.items()] + list(settings.items()):
+        knob = KNOB_BY_ENV.get(str(env))
+        if isinstance(value, dict | list) or value is None:
+            raise BadInput(f"{place}{env} is {kind_of(value)}, not a value", name)
+        words.append(f"{env}={knob.text(value) if knob else value}")
+    return words
+
+
+def _azure(stated: Any, place: str, name: str) -> Azure:
+    if not isinstance(stated, dict):
+        raise BadInput(f"{place}azure is {kind_of(stated)}, not a mapping with {', '.join(_AZURE_KEYS)}", name)
+    only_keys(stated, _AZURE_KEYS, f"{place}azure: ", name)
+    place = f"{place}azure: "
+    # YAML takes an API version for a date.
+    values = {key: str(value) for key, value in stated.items() if value is not None}
+    try:
+        endpoint = checked_url(_text(values, "endpoint", place, name), "endpoint")
+    except BadSetting as error:
+        raise BadInput(f"{place}{error}", name) from None
+    return Azure(endpoint, _text(values, "api_version", place, name), values.get("deployment", ""))
+
+
+def _text(entry: Mapping[str, Any], key: str, place: str, name: str, absent: str | None = None) -> str:
+    value = entry.get(key)
+    if value is None and absent is not None:
+        return absent
+    if not isinstance(value, str) or not value.strip():
+        raise BadInput(f"{place}{key} is missing" if value is None else f"{place}{key} must be text", name)
+    return value.strip()

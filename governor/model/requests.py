@@ -1,0 +1,391 @@
+"""The frozen values that cross boundaries, and the batch file format in and out.
+
+What lives here: `Request` (what is sent), `Answer` and `Limit` (what a provider said), `Attempt` (one row of every
+record), and the reading and writing of OpenAI's batch JSONL (docs/explanation/provider.md#batch-files). What must not:
+I/O (lines come in as an iterable, lines go out as text), sizes and charges (`estimate`; `Sizes` and the endpoint codes
+are handed on from there), and the meaning of statuses, headers and error bodies (`answers`).
+
+A batch file is read as a stream: one request at a time, and of those already read only the custom_ids are held, to
+name both lines of a duplicate (about 15 MB for 100,000). Every complaint is one line that begins with `file:line:`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+from governor.model.errors import BadInput, quoted
+from governor.model.estimate import CHAT as CHAT
+from governor.model.estimate import COMPLETIONS as COMPLETIONS
+from governor.model.estimate import EMBEDDINGS as EMBEDDINGS
+from governor.model.estimate import RESPONSES as RESPONSES
+from governor.model.estimate import WHOLE_MAX, kind_of, sizes_of
+from governor.model.estimate import Sizes as Sizes
+
+# Tiers by the names of OpenAI and Groq. Another is a slip of the pen, and what it would cost is not known.
+SERVICE_TIERS = (
+    *("auto", "default", "flex", "scale", "priority", "fast", "ultrafast"),
+    *("on_demand", "performance"),
+)
+# Body fields that change what comes back, so that there would be no answer to keep, or another one with each attempt:
+# the values that a batch can carry beside null, and for all others the reason with its remedy.
+UNSERVED: dict[str, tuple[tuple[object, ...], str]] = {
+    "stream": ((False,), "a batch cannot stream: leave it out"),
+    "background": (
+        (False,),
+        "the answer would be a queued job without a result, and each retry another job that is paid for: leave it out",
+    ),
+    "conversation": (
+        (),
+        "each answer would be added to that conversation, in whatever order requests run and once more with each "
+        "retry: leave it out and put earlier turns into the input",
+    ),
+    "service_tier": (SERVICE_TIERS, f"no such tier is known: use one of {', '.join(SERVICE_TIERS)}, or leave it out"),
+}
+
+URLS = ("/v1/chat/completions", "/v1/responses", "/v1/embeddings", "/v1/completions")
+
+
+def endpoint_of(url: str) -> int:
+    """The endpoint code of a line's `url`, with or without `/v1` (Azure leaves it out); -1 = unsupported."""
+    full = url if url.startswith("/v1/") else f"/v1{url}"
+    return URLS.index(full) if full in URLS else -1
+
+
+def url_of(endpoint: int) -> str:
+    """The url of an endpoint code."""
+    return URLS[endpoint]
+
+
+# ---------------------------------------------------------------- values
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One line of a batch. `index` counts requests from 0 in the order of the file. `body`: None where not kept."""
+
+    index: int
+    custom_id: str
+    url: str
+    model: str
+    body: dict[str, Any] | None
+    sizes: Sizes
+    pool: str = "default"
+
+
+class Outcome(StrEnum):
+    """What an answer means for the request. See `answers.classify` for which is which.
+
+    `malformed` is a success that cannot be read: it is paid for, and never bought again. `local` is a failure of this
+    machine (descriptors, memory, disk): the provider never saw the attempt, so it does not count as one.
+    """
+
+    OK = "ok"
+    THROTTLED = "throttled"
+    QUOTA = "quota"
+    TOO_LARGE = "too_large"
+    SLOW_DOWN = "slow_down"
+    OVERLOADED = "overloaded"
+    SERVER_ERROR = "server_error"
+    BAD_REQUEST = "bad_request"
+    UNAUTHORIZED = "unauthorized"
+    TIMEOUT = "timeout"
+    DROPPED = "dropped"
+    MALFORMED = "malformed"
+    LOCAL = "local"
+
+
+class Scope(StrEnum):
+    """Whom a refusal concerns: this request, the whole account (money or key), or the address (it is not the API)."""
+
+    REQUEST = "request"
+    ACCOUNT = "account"
+    ADDRESS = "address"
+
+
+ACCOUNT_REFUSES = (Outcome.QUOTA, Outcome.UNAUTHORIZED)
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """One limit as the provider states it: `dimension` TPM, RPM, TPD or RPD; `limit` and `remaining` in its units."""
+
+    dimension: str
+    limit: float
+    remaining: float
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back from one attempt.
+
+    `status`: HTTP, 0 where none arrived. `retry_after_s`: the provider's word, -1 = absent. `used_*_tokens`: -1 = not
+    stated. `cut_off`: ended by its token limit. `has_text`: holds text that a user could use. `limits`: plausible
+    limits, at most one per dimension. `processing_s`: the provider's own time for it, -1 = not stated. `body`: the
+    parsed JSON object, None where there was none. `raw`: the text of a success that could not be read as an answer.
+    `returns_at`: seconds since 1970 at which the account has access again, None where the refusal does not say.
+    `misaddressed`: what answered does not look like the API.
+    """
+
+    outcome: Outcome
+    status: int = 0
+    error_code: str = ""
+    message: str = ""
+    retry_after_s: float = -1.0
+    used_prompt_tokens: int = -1
+    used_output_tokens: int = -1
+    cut_off: bool = False
+    has_text: bool = False
+    limits: tuple[Limit, ...] = ()
+    processing_s: float = -1.0
+    request_id: str = ""
+    body: dict[str, Any] | None = None
+    raw: str = ""
+    returns_at: float | None = None
+    misaddressed: bool = False
+
+    @property
+    def scope(self) -> Scope:
+        """Whom it concerns: the account's own state stops a pool, all else ends or retries its own request."""
+        if self.outcome in ACCOUNT_REFUSES:
+            return Scope.ACCOUNT
+        return Scope.ADDRESS if self.misaddressed else Scope.REQUEST
+
+
+class Attempt(NamedTuple):
+    """One row per attempt, the same columns live and simulated, in this order.
+
+    Times are seconds since the run began. `lane`: main or finalize. `attempt` counts from 1. `reserved_tokens` is ours,
+    `charged_tokens` the provider's; -1 = unknown. `waited_*_s` split by cause the wait that ends at `launched_s`.
+    """
+
+    request: int
+    custom_id: str
+    pool: str
+    model: str
+    url: str
+    lane: str
+    attempt: int
+    submitted_s: float
+    eligible_s: float
+    launched_s: float
+    finished_s: float
+    reserved_tokens: int
+    charged_tokens: int
+    prompt_tokens: int
+    output_tokens: int
+    outcome: Outcome
+    status: int
+    error_code: str
+    retry_after_s: float
+    waited_concurrency_s: float = 0.0
+    waited_stagger_s: float = 0.0
+    waited_tpm_s: float = 0.0
+    waited_rpm_s: float = 0.0
+    waited_day_s: float = 0.0
+    waited_hold_s: float = 0.0
+    waited_paused_s: float = 0.0
+    waited_backoff_s: float = 0.0
+
+    @staticmethod
+    def columns() -> tuple[str, ...]:
+        """The names of the columns, in order."""
+        return Attempt._fields
+
+    def row(self) -> tuple[Any, ...]:
+        """The values, in the order of `columns()`."""
+        return tuple(self)
+
+
+@dataclass(frozen=True, slots=True)
+class OldResult:
+    """One line of an earlier run's results. `status`: 0 where there was no response; tokens: -1 = not stated."""
+
+    custom_id: str
+    status: int
+    prompt_tokens: int
+    output_tokens: int
+    error_code: str
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_requests(
+    lines: Iterable[str | bytes], name: str, *, keep_body: bool = True, pool: str = "default"
+) -> Iterator[Request]:
+    """The requests of a batch file, one at a time, in its order.
+
+    `lines`: an open file or any iterable of lines; opened in binary, a line that is not UTF-8 is named exactly.
+    `name`: what to call it in errors. `keep_body=False` lets each body go once it is sized. BadInput, naming file and
+    line, for the first line that is wrong; for a file without requests when it ends.
+    """
+    line_of: dict[str, int] = {}
+    for line, record in _objects(lines, name):
+        try:
+            request = _request(record, len(line_of), keep_body, pool)
+        except BadInput as error:
+            raise BadInput(error.reason, name, line) from None
+        first = line_of.setdefault(request.custom_id, line)
+        if first != line:
+            raise BadInput(f"custom_id {quoted(request.custom_id)} stands on line {first} already", name, line)
+        yield request
+    if not line_of:
+        raise BadInput("no requests in it", name)
+
+
+def read_results(lines: Iterable[str | bytes], name: str) -> Iterator[OldResult]:
+    """The lines of an old results file (ours or OpenAI's), one at a time; BadInput as for `read_requests`."""
+    empty = True
+    for line, record in _objects(lines, name):
+        try:
+            result = _old_result(record)
+        except BadInput as error:
+            raise BadInput(error.reason, name, line) from None
+        empty = False
+        yield result
+    if empty:
+        raise BadInput("no results in it", name)
+
+
+def usage_of(body: Mapping[str, Any]) -> tuple[int, int]:
+    """Prompt and output tokens that a response's `usage` states: chat, completions, responses, embeddings; -1 = absent.
+
+    Embeddings state no output, which is 0. What is not a whole number from 0 up counts as absent.
+    """
+    usage = body.get("usage")
+    if not isinstance(usage, Mapping):
+        return -1, -1
+    prompt, output = (_count(_first(usage, keys)) for keys in (_PROMPT_KEYS, _OUTPUT_KEYS))
+    no_output = prompt >= 0 and _first(usage, _OUTPUT_KEYS) is None
+    return prompt, 0 if no_output else output
+
+
+_PROMPT_KEYS = ("prompt_tokens", "input_tokens")
+_OUTPUT_KEYS = ("completion_tokens", "output_tokens")
+
+
+def _first(usage: Mapping[str, Any], keys: tuple[str, ...]) -> object:
+    return next((usage[key] for key in keys if usage.get(key) is not None), None)
+
+
+def _count(value: object) -> int:
+    """`value` where it is a whole number from 0 up, else -1."""
+    return value if type(value) is int and 0 <= value <= WHOLE_MAX else -1
+
+
+def _objects(lines: Iterable[str | bytes], name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and JSON object of every line that is not blank."""
+    line = 0
+    try:
+        for line, raw in enumerate(lines, 1):
+            text = _text(raw, name, line)
+            if not text.strip():
+                continue
+            record = _json(text, name, line)
+            if not isinstance(record, dict):
+                raise BadInput(f"{kind_of(record)} where a JSON object should be", name, line)
+            yield line, record
+    except UnicodeDecodeError as error:
+        # A file opened as text decodes ahead of the lines that it hands out, so that the place is not known exactly.
+        raise BadInput(f"not UTF-8 text somewhere after line {line}: {error.reason}", name) from None
+
+
+def _text(raw: str | bytes, name: str, line: int) -> str:
+    try:
+        text = raw.decode("utf-8") if isinstance(raw, bytes) else raw
+    except UnicodeDecodeError as error:
+        raise BadInput(f"not UTF-8 text: {error.reason}", name, line) from None
+    return text.removeprefix("\ufeff") if line == 1 else text
+
+
+def _json(text: str, name: str, line: int) -> object:
+    try:
+        return json.loads(text, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        raise BadInput(f"not JSON: {error.msg} (column {error.colno})", name, line) from None
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"not JSON: {error}", name, line) from None
+
+
+def _no_constant(word: str) -> object:
+    raise ValueError(f"{word} is not a JSON number")
+
+
+def _request(record: dict[str, Any], index: int, keep_body: bool, pool: str) -> Request:
+    custom_id, url, body = (record.get(key) for key in ("custom_id", "url", "body"))
+    if not isinstance(custom_id, str) or not custom_id:
+        raise BadInput("custom_id is missing" if custom_id is None else "custom_id must be a text that is not empty")
+    if not isinstance(url, str):
+        raise BadInput("url is missing" if url is None else f"url is {kind_of(url)}, not text")
+    endpoint = endpoint_of(url)
+    if endpoint < 0:
+        raise BadInput(f"url {quoted(url)} is not supported: use one of {', '.join(URLS)}")
+    method = record.get("method", "POST")
+    if method != "POST":
+        raise BadInput(f"method is {quoted(method)}: only POST can be sent")
+    if not isinstance(body, dict):
+        raise BadInput("body is missing" if body is None else f"body is {kind_of(body)}, not an object")
+    _check_served(body)
+    model = body.get("model", "")
+    if not isinstance(model, str):
+        raise BadInput(f"body.model is {kind_of(model)}, not text")
+    return Request(index, custom_id, url, model, body if keep_body else None, sizes_of(endpoint, body), pool)
+
+
+def _check_served(body: dict[str, Any]) -> None:
+    """BadInput for a field that changes what comes back; see `UNSERVED`."""
+    for field, (served, reason) in UNSERVED.items():
+        value = body.get(field)
+        if value is not None and value not in served:
+            raise BadInput(f"body.{field} is {quoted(value)}: {reason}")
+
+
+def _old_result(record: dict[str, Any]) -> OldResult:
+    custom_id = record.get("custom_id")
+    if not isinstance(custom_id, str) or not custom_id:
+        raise BadInput("custom_id is missing")
+    response = _object(record.get("response"))
+    body = _object(response.get("body"))
+    usage = _object(body.get("usage"))
+    for key in (*_PROMPT_KEYS, *_OUTPUT_KEYS):
+        if usage.get(key) is not None and _count(usage[key]) < 0:
+            raise BadInput(f"usage.{key} is {quoted(usage[key])}: it must be a whole number from 0 up")
+    error = _object(record.get("error") or body.get("error"))
+    code = error.get("code") or error.get("type") or ""
+    return OldResult(custom_id, max(0, _count(response.get("status_code"))), *usage_of(body), str(code))
+
+
+def _object(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+# ---------------------------------------------------------------- writing
+
+
+def result_line(request: Request, answer: Answer) -> str:
+    """The line of the results file for a request that succeeded, without the newline."""
+    return _line(request, _response(answer), None)
+
+
+def error_line(request: Request, code: str, message: str, answer: Answer | None = None) -> str:
+    """The line of the errors file: `code` and `message` are ours; the provider's last response stands beside them."""
+    response = _response(answer) if answer is not None and answer.status else None
+    return _line(request, response, {"code": code, "message": message})
+
+
+def _response(answer: Answer) -> dict[str, Any]:
+    return {"status_code": answer.status, "request_id": answer.request_id, "body": answer.raw or answer.body}
+
+
+def _line(request: Request, response: dict[str, Any] | None, error: dict[str, str] | None) -> str:
+    record = {"id": f"batch_req_{request.index}", "custom_id": request.custom_id, "response": response, "error": error}
+    try:
+        return json.dumps(record, separators=(",", ":"), allow_nan=False)
+    except ValueError:
+        # Servers in Python write NaN and Infinity, which no JSON has: the answer is paid for, and the line must be one.
+        record = json.loads(json.dumps(record), parse_constant=lambda _: None)
+        return json.dumps(record, separators=(",", ":"), allow_nan=False)

@@ -1,0 +1,63 @@
+"""Words for the live half: what people write turned into numbers, and settings named; figures in words: `phrases`."""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime, timedelta
+
+from governor.model.errors import BadSetting, quoted
+from governor.model.phrases import WAITED_FOR as WAITED_FOR
+from governor.model.phrases import duration as duration
+from governor.model.phrases import percent as percent
+from governor.model.phrases import plural as plural
+from governor.model.policy import KNOB_BY_ENV, Policy
+
+_THOUSANDS = {"": 1, "k": 10**3, "m": 10**6}
+_UNITS_S = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3_600.0, "d": 86_400.0}
+
+
+def seconds_of(text: str, option: str) -> float:
+    """Seconds of a duration as people write it: 6h, 90m, 1h30m, 45s, 2d, 1.5h. BadSetting, naming `option`, else."""
+    word = re.sub(r"[\s_]+", "", text.lower())
+    parts = re.findall(r"(\d+\.?\d*|\.\d+)(sec|min|[smhd])", word, re.ASCII)
+    if parts and "".join(number + unit for number, unit in parts) == word:
+        seconds = sum(float(number) * _UNITS_S[unit] for number, unit in parts)
+        if 0.0 < seconds <= 1e9:
+            return seconds
+    raise BadSetting(f"{option} {quoted(text)} is no duration: write 6h, 90m, 1h30m or 45s")
+
+
+def until_s(text: str, option: str, now: datetime | None = None) -> float:
+    """Seconds from `now` (the clock's, if none is given) to a wanted end: a duration, or the next HH:MM local time."""
+    clock = re.fullmatch(r"([01]?\d|2[0-3]):([0-5]\d)", text.strip(), re.ASCII)
+    if clock is None:
+        return seconds_of(text, option)
+    now = (now or datetime.now()).astimezone()
+    end = now.replace(hour=int(clock[1]), minute=int(clock[2]), second=0, microsecond=0)
+    if end <= now:
+        end += timedelta(days=1)
+    # By way of naive local times, so that a night in which the clocks change has its own length.
+    return end.replace(tzinfo=None).astimezone().timestamp() - now.timestamp()
+
+
+def count_of(text: str, option: str) -> int:
+    """A whole number from 0 up, as people write it: 450000, 450_000, 450k, 2M. BadSetting, naming `option`, else."""
+    found = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)\s*([kKmM]?)", text.strip(), re.ASCII)
+    value = float(found[1].replace("_", "")) * _THOUSANDS[found[2].lower()] if found else -1.0
+    if not 0 <= value <= 1e12 or value != int(value):
+        raise BadSetting(f"{option} {quoted(text)} is not a whole number from 0 to 10^12: write 450000, 450k or 2M")
+    return int(value)
+
+
+def knob_text(cause: str, policy: Policy) -> str:
+    """The setting behind a cause of waiting, with its value: "OPENAI_TPM_LIMIT=30000 (less 15 % headroom)"."""
+    env, what = WAITED_FOR.get(cause, ("", ""))
+    if cause == "day" and not policy.tpd_limit:
+        env = "OPENAI_RPD_LIMIT"
+    if not env:
+        return what or "the answers' own time"
+    knob = KNOB_BY_ENV[env]
+    text = f"{env}={knob.text(getattr(policy, knob.name))}"
+    if cause in ("tpm", "rpm", "day") and policy.tpm_headroom:
+        text += f" (less {percent(policy.tpm_headroom)} headroom)"
+    return text

@@ -1,0 +1,415 @@
+"""What an HTTP answer means: status, headers and body in, an `Answer` out.
+
+A success is a success all the way down: an error at the top, in a choice or in a response's own status is read as if
+its code had been the HTTP status. Words of an error body (`code`, `type`, then the message) go before the status,
+because one status means several things: a 429 is a rate (wait), a quota (no money, or nothing left for days) or a
+request that is too large (never). Only the account's own state concerns more than the request itself (`Scope`).
+
+Codes, statuses and phrases are data: `codes`. Whatever it is given, `classify` answers and does not raise.
+Formats and wordings: docs/explanation/provider.md#errors; one row for each form seen in the wild: tests/answers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from governor.model.requests import Answer, Outcome, usage_of
+from governor.provider.codes import BY_STATUS, BY_TEXT, BY_WORD, DAILY_QUOTA, FAILED_FINISH, GENERIC, QUOTA_BARE
+from governor.provider.stated import (
+    MESSAGE_CHARS_MAX,
+    access_at,
+    fields_of,
+    limits_in,
+    processing_s,
+    quoted_numbers,
+    wait_in,
+)
+
+# What returns later than this is the end of the run for now; what returns sooner is a wait.
+ACCESS_WAIT_S = 3_600.0
+# Deeper bodies are no answers, and would overrun whoever walks through them.
+DEPTH_MAX = 200
+RAW_CHARS_MAX = 1_000_000
+# Statuses beside which a message is believed, and those beside which any word is.
+_VAGUE = (None, 400, 403, 500)
+_SAYS_LITTLE = (401, *range(500, 600))
+_REQUEST_IDS = ("x-request-id", "apim-request-id", "request-id", "x-amzn-requestid")
+_WORDS = ("type", "code", "status", "reason", "error_code", "__type", "error_type")
+_MESSAGES = ("message", "Message", "detail", "error_msg", "error_message", "msg", "faultstring", "title")
+# A tuple, because what it is searched for may be anything that JSON holds, lists included.
+_EVENTS = ("response.failed", "response.incomplete", "response.completed")
+# An error may quote the key that it refuses.
+_KEY = re.compile(r"\bsk-[\w*.-]{4,}")
+# What would steer a terminal, or reorder what stands there: C0 and C1 controls, bidirectional marks, half surrogates.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_HIDDEN = "***"
+
+
+# ---------------------------------------------------------------- answers
+
+
+class _Error(NamedTuple):
+    """The error that a body speaks of. `words`: code, type and the like; `holders`: its parts, for `fields_of`."""
+
+    code: str = ""
+    words: frozenset[str] = frozenset()
+    message: str = ""
+    holders: tuple[Mapping[str, Any], ...] = ()
+
+
+def classify(
+    status: int, headers: Mapping[Any, Any] | None, body: object, *, now_epoch: float = -1.0, hide: str = ""
+) -> Answer:
+    """What this HTTP answer means. `body`: parsed JSON, or its text or bytes, or None. Never raises.
+
+    Outcomes: `ok`; `throttled`, `slow_down`, `overloaded`, `server_error`, `timeout` may pass; `quota` and
+    `unauthorized` are the account's; `too_large` and `bad_request` end the request, and so does `malformed`, a success
+    that cannot be read (truncated, not JSON, no choices, only queued). `now_epoch`: for dates on which a wait ends or
+    access returns. `hide`: a key that is taken out of whatever comes back, however it is written.
+    """
+    content, text = _parsed(body, hide)
+    success = 200 <= status < 300
+    error, finished = _error_in(content, text, success), None
+    if content is not None and success and not error.words and not error.message:
+        error, finished = _failed_choice(content)
+    fields = fields_of(headers, *error.holders)
+    wait_s = wait_in(fields, error.message, now_epoch)
+    returns_at = None
+    if not success or error.words or error.message or finished is not None:
+        outcome = finished or _refusal(_status_of(status, error), error, wait_s)
+        outcome, wait_s, returns_at = _dated(outcome, wait_s, access_at(fields, error.message), now_epoch)
+    elif content is not None and _is_answer(content):
+        outcome, wait_s = Outcome.OK, -1.0
+    else:
+        outcome, wait_s = Outcome.MALFORMED, -1.0
+    ok = outcome is Outcome.OK
+    raw = ""
+    if 300 <= status < 400:
+        to = fields.get("location", "")
+        error = error._replace(
+            message=f"status {status}, a redirect to {to}: state that address itself, if it is right"
+        )
+    if outcome is Outcome.MALFORMED:
+        error = error._replace(message=_unreadable(status, content, text))
+        raw = text[:RAW_CHARS_MAX] if content is None else ""
+    content = content or {}
+    prompt, output = usage_of(content)
+    return Answer(
+        outcome=outcome,
+        status=status,
+        error_code="" if ok else printable(error.code),
+        message="" if ok else _KEY.sub("sk-***", printable(error.message)) or f"HTTP status {status}",
+        retry_after_s=wait_s,
+        used_prompt_tokens=prompt,
+        used_output_tokens=output,
+        cut_off=ok and _is_cut_off(content),
+        has_text=ok and any(words.strip() for words in _texts(content)),
+        limits=limits_in(fields, now_epoch),
+        processing_s=processing_s(fields),
+        request_id=printable(next((fields[name] for name in _REQUEST_IDS if fields.get(name)), "")),
+        body=content or None,
+        raw=raw,
+        returns_at=returns_at,
+        misaddressed=300 <= status < 400 or (status in (404, 405) and not error.words) or (success and _is_html(text)),
+    )
+
+
+def timed_out(message: str = "no answer in time") -> Answer:
+    """The answer of an attempt that ran into the request's time-out."""
+    return Answer(Outcome.TIMEOUT, message=printable(message))
+
+
+def dropped(message: str = "connection dropped", *, misaddressed: bool = False) -> Answer:
+    """The answer of an attempt whose connection failed or broke off."""
+    return Answer(Outcome.DROPPED, message=printable(message), misaddressed=misaddressed)
+
+
+def local(message: str) -> Answer:
+    """The answer of an attempt that this machine could not make: no descriptors, no memory, no room."""
+    return Answer(Outcome.LOCAL, message=printable(message))
+
+
+def malformed(message: str, status: int = 0, raw: str = "") -> Answer:
+    """The answer of an attempt whose response could not be read at all."""
+    return Answer(Outcome.MALFORMED, status, message=printable(message), raw=raw[:RAW_CHARS_MAX])
+
+
+def printable(text: str) -> str:
+    """`text` on one line, with escapes in the place of what would steer a terminal."""
+    return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", " ".join(text.split()))
+
+
+# ---------------------------------------------------------------- which refusal is it?
+
+
+def _status_of(status: int, error: _Error) -> int | None:
+    """The status to go by: inside a success, the one that stands in the body; None where none does."""
+    if not 200 <= status < 300:
+        return status
+    return next((int(word) for word in error.words if re.fullmatch("[45][0-9][0-9]", word)), None)
+
+
+def _refusal(status: int | None, error: _Error, wait_s: float) -> Outcome:
+    """What a refusal means. `status`: None for one inside a success that names none. `wait_s`: -1 = none stated."""
+    worded = _worded(error.words)
+    if worded in (Outcome.QUOTA, Outcome.SLOW_DOWN, Outcome.TOO_LARGE, Outcome.BAD_REQUEST):
+        return worded
+    texted = next((outcome for outcome, pattern in BY_TEXT if pattern.search(error.message)), None)
+    if texted in (Outcome.QUOTA, Outcome.BAD_REQUEST) or (texted is not None and status in _VAGUE):
+        return texted
+    numbers = quoted_numbers(error.message)
+    figured = numbers.requested >= 0.0 and numbers.limit >= 0.0
+    if status in (413, 429) or worded is Outcome.THROTTLED:
+        # The words alone are not believed: "Request too large ... Limit 250000, Requested 546" was seen, and passes.
+        if numbers.requested > numbers.limit >= 0.0 or (status == 413 and not figured and worded is None):
+            return Outcome.TOO_LARGE
+        if any(DAILY_QUOTA.search(word) for word in error.words):
+            return Outcome.QUOTA
+        bare = not error.words - {str(status)}
+        return Outcome.QUOTA if bare and QUOTA_BARE in error.message else Outcome.THROTTLED
+    if status is None and worded is None:
+        # A failure inside a success: without a code it is the provider's own, with one the request is at fault.
+        said = error.code and "timeout" not in error.code and error.code != "0"
+        return Outcome.BAD_REQUEST if said else Outcome.SERVER_ERROR
+    if worded is not None and (status is None or status in _SAYS_LITTLE or not error.words & GENERIC):
+        return worded
+    assert status is not None
+    if status in BY_STATUS:
+        return BY_STATUS[status]
+    if 400 <= status < 500:
+        # A wait that is stated says "later" whatever the status: OpenRouter's 402 for a budget in flight.
+        later = wait_s > 0.0 and status not in (400, 422)
+        return Outcome.THROTTLED if later else Outcome.BAD_REQUEST
+    # Redirects are not followed: another host would get the prompt.
+    return Outcome.BAD_REQUEST if 300 <= status < 400 else Outcome.SERVER_ERROR
+
+
+def _worded(words: frozenset[str]) -> Outcome | None:
+    return next((outcome for outcome, known in BY_WORD if words & known), None)
+
+
+def _dated(
+    outcome: Outcome, wait_s: float, returns_at: float | None, now_epoch: float
+) -> tuple[Outcome, float, float | None]:
+    """The refusal in the light of the moment at which access returns: a wait where that is near, the end if not."""
+    if returns_at is None or outcome not in (Outcome.THROTTLED, Outcome.QUOTA):
+        return outcome, wait_s, None
+    if now_epoch < 0.0 or returns_at - now_epoch > ACCESS_WAIT_S:
+        ends = outcome is Outcome.QUOTA or now_epoch >= 0.0
+        return (Outcome.QUOTA if ends else outcome), wait_s, returns_at
+    if outcome is Outcome.THROTTLED and wait_s < 0.0 and returns_at > now_epoch:
+        wait_s = returns_at - now_epoch
+    return outcome, wait_s, returns_at if outcome is Outcome.QUOTA else None
+
+
+# ---------------------------------------------------------------- reading the body
+
+
+def _parsed(body: object, hide: str) -> tuple[dict[str, Any] | None, str]:
+    """The JSON object in `body` (that of a stream's last event, too), or None and the text that stands in its place."""
+    text = _decoded(body)
+    if not text and isinstance(body, list) and len(body) != 1:
+        text = json.dumps(body, default=str)
+    if text:
+        if hide:
+            text = text.replace(hide, _HIDDEN)
+        try:
+            body = _loaded(text)
+        except (ValueError, RecursionError):
+            event = _streamed(text)
+            if event is None:
+                return None, _unescaped(text, hide)
+            body = event
+        if hide and ("\\u" in text or "\\/" in text) and hide in (again := json.dumps(body)):
+            body = json.loads(again.replace(hide, _HIDDEN))
+    if isinstance(body, list) and len(body) == 1:
+        body = body[0]
+    if not isinstance(body, dict) or _is_deep(body):
+        return None, _unescaped(text, hide)
+    inner = body.get("response")
+    return (inner if body.get("type") in _EVENTS and isinstance(inner, dict) else body), ""
+
+
+def _decoded(body: object) -> str:
+    """The body's text: bytes in UTF-8, UTF-16 or UTF-32, with a byte order mark or without."""
+    if isinstance(body, bytes | bytearray):
+        body = body.decode(json.detect_encoding(body), "replace")
+    return body.removeprefix("\ufeff") if isinstance(body, str) else ""
+
+
+def _loaded(text: str) -> object:
+    """Servers in Python write NaN and Infinity, which no JSON has: null stands in their place."""
+    return json.loads(text, parse_constant=lambda _: None)
+
+
+def _unescaped(text: str, hide: str) -> str:
+    """`text`, of which no JSON could be made, without the key, should that be written in escapes."""
+    if not hide or "\\" not in text:
+        return text
+    plain = re.sub(r"\\u([0-9a-fA-F]{4})", lambda found: chr(int(found[1], 16)), text).replace("\\/", "/")
+    return plain.replace(hide, _HIDDEN) if hide in plain else text
+
+
+def _streamed(text: str) -> dict[str, Any] | None:
+    """Of a stream of server-sent events the one that counts: an error, or the whole response at the end."""
+    for line in text.splitlines() if text.startswith(("data:", "event:", ":", "id:")) else ():
+        if line.startswith("data:") and ("error" in line or '"response.' in line):
+            try:
+                event = _loaded(line.removeprefix("data:"))
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(event, dict) and (event.get("error") or event.get("type") in (*_EVENTS, "error")):
+                return event
+    return None
+
+
+def _is_deep(body: dict[str, Any]) -> bool:
+    """Whether a body is nested deeper than any answer."""
+    level: list[Any] = [body]
+    for _ in range(DEPTH_MAX):
+        level = [
+            each
+            for holder in level
+            for each in (holder.values() if isinstance(holder, dict) else holder)
+            if isinstance(each, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _error_in(content: dict[str, Any] | None, text: str, success: bool) -> _Error:
+    """The error that a body speaks of; an empty one where it speaks of none."""
+    if content is None:
+        # The text of a success that is no JSON is somebody's answer, cut short: it must not get into a message.
+        return _Error() if success else _Error(message=_headline(text))
+    error = content.get("error")
+    if isinstance(error, list) or not error:
+        error = content.get("errors") or error
+    if isinstance(error, list):
+        error = next((each for each in error if each), None)
+    detail = content.get("detail")
+    if not error and isinstance(detail, dict):
+        error = detail.get("error") or detail
+    base = content.get("base_resp")
+    if not error and isinstance(base, dict) and base.get("status_code") not in (None, 0):
+        error = {"code": f"minimax_{base['status_code']}", "message": base.get("status_msg")}
+    if not error and (not success or content.get("type") == "error" or content.get("error_code")):
+        error = content.get("fault") or content  # proxies leave the wrapping out; a stream's `error` event has none
+    if isinstance(error, str):
+        said = [word for key in ("code", "error_type") if (word := _word(content.get(key)))]
+        message = _word(content.get("message")) if " " not in error else ""
+        words = frozenset(word.lower() for word in said)
+        whole = f"{error}: {message}" if message else error[:MESSAGE_CHARS_MAX]
+        return _Error(said[0] if said else "", words, whole, (content,))
+    if not error and content.get("status") == "failed":
+        return _Error("server_error", frozenset({"server_error"}), "the response failed without a reason")
+    return _error_of(error, content) if isinstance(error, dict) else _Error()
+
+
+def _error_of(error: dict[str, Any], content: dict[str, Any]) -> _Error:
+    """An error object, taken apart."""
+    inner = error.get("error")
+    if isinstance(inner, dict):  # the provider's own, wrapped once more by a gateway
+        error = inner
+    holders = [error, *_objects(error.get("details"))]
+    holders += [each for key in ("metadata", "innererror") if isinstance(each := error.get(key), dict)]
+    names = [_word(holder.get(key)) for holder in holders for key in _WORDS]
+    violations = [each for holder in holders for each in _objects(holder.get("violations"))]
+    names += [_word(each.get("quotaId")) for each in violations]
+    code = next((word for key in ("code", "type", "__type", "status") if (word := _word(error.get(key)))), "")
+    # "0" and "200" are how some say that there is no error.
+    words = frozenset(name.rpartition("#")[2].lower() for name in names if name not in ("", "0", "200"))
+    message = next((text for key in _MESSAGES if (text := _message(error.get(key)))), "")
+    raw = next((_word(holder.get("raw")) for holder in holders if holder.get("raw")), "")
+    if raw and len(message) < 40:  # OpenRouter: "Provider returned error"
+        message = f"{message}: {raw}"
+    if not words and message.lower() in ("", "success", "ok"):
+        return _Error()
+    return _Error(code, words, message[:MESSAGE_CHARS_MAX], (*holders, content))
+
+
+def _failed_choice(content: dict[str, Any]) -> tuple[_Error, Outcome | None]:
+    """The error inside a choice, or the outcome of a choice that ended in one (OpenRouter)."""
+    for choice in _objects(content.get("choices")):
+        error, finish = choice.get("error"), choice.get("finish_reason")
+        found = _error_of(error, content) if isinstance(error, dict) else _Error()
+        if found.words or found.message:
+            return found, None
+        if isinstance(finish, str) and finish in FAILED_FINISH:
+            return _Error(finish, frozenset(), f"the choice ended as {finish}"), FAILED_FINISH[finish]
+    return _Error(), None
+
+
+def _message(value: object) -> str:
+    """A message, or the messages in a list of complaints (FastAPI's `detail`)."""
+    if isinstance(value, list):
+        return "; ".join(_word(each.get("msg") or each.get("message")) for each in _objects(value))
+    return value if isinstance(value, str) else ""
+
+
+def _word(value: object) -> str:
+    if isinstance(value, str):
+        return value[:MESSAGE_CHARS_MAX]
+    # Some write the status as the code.
+    return str(value) if type(value) is int and 0 <= value < 1_000_000 else ""
+
+
+def _is_html(text: str) -> bool:
+    return text[:200].lstrip()[:15].lower().startswith(("<!doctype html", "<html", "<head", "<center"))
+
+
+def _headline(text: str) -> str:
+    """What a page or a plain text says, in short."""
+    title = re.search(r"<(title|h1)[^>]*>([^<]{1,200})", text[:4_000], re.IGNORECASE) if "<" in text[:200] else None
+    return title[2].strip() if title else text[:MESSAGE_CHARS_MAX]
+
+
+def _unreadable(status: int, content: dict[str, Any] | None, text: str) -> str:
+    """Why a success is none, without a word of what may be somebody's answer."""
+    if content is not None and isinstance(state := content.get("status"), str):
+        return f"status {status} with a response that is {state}: it runs on at the provider, and is not sent again"
+    what = (
+        "a page of HTML" if _is_html(text) else "an empty body" if content is None and not text else "no answer in it"
+    )
+    return f"status {status} with {what}: it cannot be read, and is not sent again"
+
+
+def _is_answer(content: Mapping[str, Any]) -> bool:
+    """Whether a body has the part that holds an answer: choices, a finished response's output, or embeddings."""
+    choices = content.get("choices")
+    if isinstance(choices, list):
+        return bool(choices) and all(_is_choice(choice) for choice in choices)
+    if isinstance(content.get("output"), list):
+        # A response that is queued, in progress or cancelled is none yet, or never will be.
+        return content.get("status") in (None, "completed", "incomplete")
+    data = content.get("data")
+    return isinstance(data, list) and bool(data) and all(isinstance(each, dict) for each in data)
+
+
+def _is_choice(choice: object) -> bool:
+    return isinstance(choice, dict) and (isinstance(choice.get("message"), dict) or isinstance(choice.get("text"), str))
+
+
+def _objects(value: object) -> list[dict[str, Any]]:
+    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
+
+
+def _is_cut_off(content: Mapping[str, Any]) -> bool:
+    if any(choice.get("finish_reason") == "length" for choice in _objects(content.get("choices"))):
+        return True
+    details = content.get("incomplete_details")
+    return isinstance(details, dict) and details.get("reason") == "max_output_tokens"
+
+
+def _texts(content: Mapping[str, Any]) -> Iterator[str]:
+    """Every text of an answer that a user could read: chat and completions choices, responses' output."""
+    choices = _objects(content.get("choices"))
+    messages = _objects([choice.get("message") for choice in choices])
+    for holder in (*choices, *messages, *_objects(content.get("output"))):
+        parts = holder.get("content")
+        for part in (holder, {"text": parts}, *_objects(parts)):
+            yield from (str(part[key]) for key in ("text", "refusal") if isinstance(part.get(key), str))

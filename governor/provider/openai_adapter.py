@@ -1,0 +1,361 @@
+"""The official openai SDK on one side, an `Answer` on the other; the only file that imports openai.
+
+What lives here: a pool's clients, with the SDK's own retries off (the governor alone owns retries), the sending of
+one attempt, and its outcome. What must not: pacing, retrying (`driver`), the meaning of statuses and error bodies
+(`answers`), where a key is kept (`pools`).
+
+Theory of operation. The request is sent by the client's own `post`, body as bytes, and comes back raw: headers and
+bytes go to `answers.classify`. The SDK's typed objects are left out, since the results file wants the JSON itself;
+that alone makes a call a quarter cheaper than `chat.completions.create` (1.15 for 1.5 ms of CPU on loopback).
+
+Connections in use are not limited here: the governor bounds what is in flight, and a second bound would be a hidden
+queue whose waiting nobody could attribute. Idle ones are, since each costs time.
+
+Every attempt carries `X-Client-Request-Id: paceline-RUN-INDEX-ATTEMPT`, so that the provider's logs can be matched with
+ours even for an attempt that never got an answer. A key goes into a header and nowhere else: whatever comes back, or is
+raised, is searched for it before it becomes an answer.
+
+An answer is read within bounds (`_BoundedClient`), since a server may send anything: as it is unpacked, up to a size,
+and not from wherever it redirects to, which would get the prompt and the key.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import os
+import re
+import secrets
+import socket
+import ssl
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+import anyio
+from openai import (
+    DEFAULT_CONNECTION_LIMITS,
+    APIConnectionError,
+    APIStatusError,
+    APITimeoutError,
+    AsyncAzureOpenAI,
+    AsyncOpenAI,
+    DefaultAsyncHttpxClient,
+    Timeout,
+)
+
+from governor.model.errors import BadSetting
+from governor.model.estimate import CHAT, EMBEDDINGS, RESPONSES
+from governor.model.pools import BASE_URL, Pool, checked_url, key_of
+from governor.model.requests import Answer, Outcome, Request
+from governor.provider.answers import classify, dropped, local, malformed, timed_out
+
+AZURE_ENDPOINT = "AZURE_OPENAI_ENDPOINT"
+AZURE_API_VERSION = "OPENAI_API_VERSION"
+AZURE_TOKEN = "AZURE_OPENAI_AD_TOKEN"
+OPENAI_URL = "https://api.openai.com/v1"
+
+TIMEOUT_S = 600.0
+CONNECT_S = 10.0
+# Longer than the stagger's 15 s and its jitter, so that a slow run need not connect anew for each request, and shorter
+# than the 60 s after which the usual load balancers forget a connection in silence.
+KEEPALIVE_S = 20.0
+# The transport looks at every idle connection twice per request, at some 6 us each: with a burst's 280 connections kept
+# idle a request took 5.2 ms of CPU, with 32 of them 2.5 ms.
+IDLE_MAX = 8
+# It looks at those in use as well, so that what is in flight is spread over several clients of so many requests each:
+# with 50 in flight a request took an eighth less CPU with 8 than with 64.
+LANE_MOST = 8
+# The largest answer known, 2,048 embeddings of 1,536 numbers, is 75 MB; in base64 ("encoding_format") it is a fifth.
+ANSWER_BYTES_MAX = 128 * 2**20
+# What is kept of a larger one.
+_HEAD_BYTES = 2**16
+# How an answer may be packed: what the standard library unpacks, once. Others may grow without bound in a single step.
+_PACKINGS = ("", "identity", "gzip", "deflate")
+_FAULT = "paceline_fault"
+_CUT = "cut off"
+# This machine's own exhaustion: descriptors, memory, ports, disk.
+_LOCAL_ERRORS = (
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL, errno.ENOSPC, errno.EDQUOT),
+)
+# With it the SDK hands the response out as it came.
+_RAW = {"X-Stainless-Raw-Response": "true"}
+_HIDDEN = "***"
+# A key of fewer characters is no secret but a word ("none", "test", as local servers are given), and taking it out
+# would spoil answers that hold the word. Real ones have 32 and more.
+_KEY_LEAST = 20
+
+
+@dataclass(slots=True)
+class _Lane:
+    """A client with connections of its own. `busy`: requests that it is sending."""
+
+    client: AsyncOpenAI
+    busy: int = 0
+
+
+class Adapter:
+    """Sends attempts of one pool through the official SDK. Use it inside one event loop; close it at the end.
+
+    `environment`: where the pool's variables are looked up (the process's, if none is given). `run_id`: letters and
+    digits that make client request ids unique among runs; drawn if empty. `timeout_s`: of an attempt that states none.
+    BadSetting, naming the variable, where a key or an address is missing or cannot be sent.
+    """
+
+    def __init__(
+        self,
+        pool: Pool | None = None,
+        environment: Mapping[str, str] | None = None,
+        *,
+        run_id: str = "",
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
+        environment = os.environ if environment is None else environment
+        self.pool = _addressed(pool or Pool(), environment)
+        self.run_id = run_id or secrets.token_hex(8)
+        assert re.fullmatch("[0-9A-Za-z]{1,64}", self.run_id), f"run id {self.run_id!r}: letters and digits only"
+        self.timeout_s = timeout_s
+        self.address = _origin(self.pool.address or OPENAI_URL)
+        key = key_of(self.pool, environment)
+        self._key = key.encode("ascii")
+        self._is_secret = len(key) >= _KEY_LEAST
+        self._ssl = _ssl_context()
+        self._lanes = [_Lane(_client(self.pool, key, self._ssl))]
+        _load_transport()
+
+    def __repr__(self) -> str:
+        return f"<Adapter of pool {self.pool.name} at {self.address}>"
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Closes all connections."""
+        for lane in self._lanes:
+            await lane.client.close()
+
+    def client_request_id(self, index: int, attempt: int) -> str:
+        """What the provider's logs call this attempt. `attempt`: `keyed.attempt_key`, unique over lanes."""
+        return f"paceline-{self.run_id}-{index}-{attempt}"
+
+    async def send(
+        self,
+        request: Request,
+        *,
+        attempt: int = 1,
+        body_overrides: Mapping[str, Any] | None = None,
+        timeout_s: float | None = None,
+    ) -> Answer:
+        """Sends one attempt and says what came back. Raises nothing but a cancellation.
+
+        `request`: with its body. `body_overrides`: fields on top of the body's (see `capped`). `timeout_s`: for the
+        whole attempt, from connecting to the last byte.
+        """
+        assert request.body is not None, f"request {request.index} was read without its body"
+        body = {**request.body, **body_overrides} if body_overrides else request.body
+        timeout_s = self.timeout_s if timeout_s is None else timeout_s
+        options = {
+            "headers": {**_RAW, "X-Client-Request-Id": self.client_request_id(request.index, attempt)},
+            "timeout": Timeout(timeout_s, connect=min(timeout_s, CONNECT_S)),
+        }
+        try:
+            async with asyncio.timeout(timeout_s):
+                response = await self._post(request.url.removeprefix("/v1"), body, options)
+        except (TimeoutError, APITimeoutError):
+            return timed_out(f"no answer from {self.address} within {timeout_s:g} s")
+        except APIStatusError as error:
+            response = error.response
+        except Exception as error:
+            return self._unanswered(error)
+        hide = self._key.decode() if self._is_secret else ""
+        fault = response.extensions.get(_FAULT, "")
+        answer = classify(response.status_code, response.headers, response.content, now_epoch=time.time(), hide=hide)
+        if not fault or answer.outcome not in (Outcome.OK, Outcome.MALFORMED):
+            return answer
+        if fault.startswith(_CUT):
+            # More was announced than the whole answer, or the connection broke off before it was there.
+            return answer if answer.outcome is Outcome.OK else dropped(f"no answer from {self.address}: {fault}")
+        return malformed(f"{self.address} sent an answer {fault}: it is not asked for again", answer.status, answer.raw)
+
+    async def _post(self, path: str, body: dict[str, Any], options: Any) -> Any:
+        """The SDK's call; the response as httpx knows it."""
+        lane = next((lane for lane in self._lanes if lane.busy < LANE_MOST), None)
+        if lane is None:
+            lane = _Lane(_client(self.pool, self._key.decode(), self._ssl))
+            self._lanes.append(lane)
+        lane.busy += 1
+        try:
+            if self.pool.azure is not None:
+                # The SDK reads the deployment out of the body.
+                raw = await lane.client.post(path, cast_to=object, body=body, options=options)
+            else:
+                raw = await lane.client.post(path, cast_to=object, content=_encoded(body), options=options)
+        finally:
+            lane.busy -= 1
+        return raw.http_response  # type: ignore[attr-defined]
+
+    def _unanswered(self, error: Exception) -> Answer:
+        """No response, or none that could be read: what the SDK raised, by its cause."""
+        cause: BaseException = error
+        while isinstance(cause, APIConnectionError) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        kind = type(cause).__name__
+        words = str(cause)[:300]
+        if self._is_secret:
+            words = words.replace(self._key.decode(), _HIDDEN)
+        message = f"{kind}: {words}" if words else kind
+        chain = list(_causes(error))
+        exhausted = next((each for each in chain if _is_local(each)), None)
+        if exhausted is not None:
+            return local(f"this machine could not send it: {exhausted}")
+        # No such host, or a certificate of another's: the address may be wrong.
+        astray = any(isinstance(each, socket.gaierror | ssl.SSLCertVerificationError) for each in chain)
+        return dropped(f"no answer from {self.address}: {message}", misaddressed=astray)
+
+
+class _BoundedClient(DefaultAsyncHttpxClient):
+    """Reads each response to its end, within bounds, whatever its status; the SDK would read a refusal's without any.
+
+    What is wrong with the body stands in the response's extensions; the body is then what came before.
+    """
+
+    async def send(self, request: Any, **options: Any) -> Any:
+        response = await super().send(request, **{**options, "stream": True, "follow_redirects": False})
+        content = bytearray()
+        try:
+            fault = await _read(response, content)
+        finally:
+            await response.aclose()
+        if fault and not fault.startswith(_CUT):
+            del content[_HEAD_BYTES:]
+        names = ("content-encoding", "content-length", "transfer-encoding")
+        headers = [(name, value) for name, value in response.headers.multi_items() if name.lower() not in names]
+        extensions = {**response.extensions, _FAULT: fault}
+        return type(response)(
+            response.status_code, headers=headers, content=bytes(content), request=request, extensions=extensions
+        )
+
+
+async def _read(response: Any, content: bytearray) -> str:
+    """Fills `content` with what the response holds; returns what is wrong with it, "" for nothing."""
+    packing = response.headers.get("content-encoding", "").strip().lower()
+    if packing not in _PACKINGS:
+        return f"packed as {packing[:40]!r}, which was not asked for"
+    try:
+        async for part in response.aiter_bytes():
+            content += part
+            if len(content) > ANSWER_BYTES_MAX:
+                return f"of more than {ANSWER_BYTES_MAX // 2**20} MiB (ask for less in one request)"
+    except _transport().DecodingError as error:
+        return f"that cannot be unpacked ({error})"
+    except (_transport().ReadError, _transport().RemoteProtocolError) as error:
+        return f"{_CUT}: {error}"
+    return ""
+
+
+def _transport() -> Any:
+    """The package of the SDK's own transport: httpx2 under SDK 3, httpx under SDK 2."""
+    return import_module(type(DEFAULT_CONNECTION_LIMITS).__module__.partition(".")[0])
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An exception and all that led to it."""
+    left: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while left:
+        each = left.pop()
+        if each is not None and id(each) not in seen:
+            seen.add(id(each))
+            yield each
+            left += [each.__cause__, each.__context__, *getattr(each, "exceptions", ())]
+
+
+def _is_local(error: BaseException) -> bool:
+    if isinstance(error, socket.gaierror):
+        return error.errno in (socket.EAI_SYSTEM, socket.EAI_MEMORY)
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _LOCAL_ERRORS)
+
+
+def capped(request: Request, tokens: int) -> dict[str, int]:
+    """The field that sets a request's output cap to `tokens`, under the name that the request itself uses.
+
+    Empty for embeddings, which have no output.
+    """
+    endpoint, body = request.sizes.endpoint, request.body or {}
+    if endpoint == EMBEDDINGS:
+        return {}
+    if endpoint == RESPONSES:
+        return {"max_output_tokens": tokens}
+    old = endpoint != CHAT or (body.get("max_tokens") is not None and body.get("max_completion_tokens") is None)
+    return {"max_tokens" if old else "max_completion_tokens": tokens}
+
+
+def _load_transport() -> None:
+    """Loads what the SDK's transport would load with its first request: some 30 ms by which a first burst came late."""
+    anyio.Lock()
+    anyio.connect_tcp  # noqa: B018 (looking it up loads it)
+
+
+def _encoded(body: dict[str, Any]) -> bytes:
+    """A body as the SDK writes it, but that half of a surrogate pair, which JSON may hold, stays an escape."""
+    try:
+        return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError:
+        return json.dumps(body, separators=(",", ":")).encode()
+
+
+def _addressed(pool: Pool, environment: Mapping[str, str]) -> Pool:
+    """The pool with what it leaves to the SDK's environment names filled in, but for the key."""
+    if pool.azure is None:
+        return replace(pool, base_url=pool.base_url or checked_url(environment.get(BASE_URL, "").strip()))
+    azure = pool.azure
+    endpoint = azure.endpoint or checked_url(environment.get(AZURE_ENDPOINT, "").strip(), "endpoint")
+    version = azure.api_version or environment.get(AZURE_API_VERSION, "").strip()
+    for value, name in ((endpoint, AZURE_ENDPOINT), (version, AZURE_API_VERSION)):
+        if not value:
+            raise BadSetting(f"{name} is not set, and pool {pool.name} does not state it: set one of them", name)
+    return replace(pool, azure=replace(azure, endpoint=endpoint, api_version=version))
+
+
+def _ssl_context() -> ssl.SSLContext:
+    """What each client would make for itself, in some 30 ms during which nothing else happens: one for all of them."""
+    context: ssl.SSLContext = _transport().create_ssl_context()
+    return context
+
+
+def _client(pool: Pool, key: str, context: ssl.SSLContext) -> AsyncOpenAI:
+    # The class of the SDK's own limits: httpx2 under SDK 3, httpx under SDK 2.
+    limits = type(DEFAULT_CONNECTION_LIMITS)(
+        max_connections=None, max_keepalive_connections=IDLE_MAX, keepalive_expiry=KEEPALIVE_S
+    )
+    common: dict[str, Any] = {
+        "max_retries": 0,
+        "timeout": TIMEOUT_S,
+        "organization": pool.organization or None,
+        "project": pool.project or None,
+        "http_client": _BoundedClient(limits=limits, verify=context),
+        "default_headers": {"Accept-Encoding": "gzip, deflate"},
+    }
+    if pool.azure is None:
+        return AsyncOpenAI(api_key=key, base_url=pool.base_url or OPENAI_URL, **common)
+    common["azure_ad_token" if pool.key == AZURE_TOKEN else "api_key"] = key
+    client: AsyncOpenAI = AsyncAzureOpenAI(
+        azure_endpoint=pool.azure.endpoint,
+        azure_deployment=pool.azure.deployment or None,
+        api_version=pool.azure.api_version,
+        **common,
+    )
+    return client
+
+
+def _origin(url: str) -> str:
+    """Scheme, host and port of an address: what may stand in a message."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.hostname}" + (f":{parts.port}" if parts.port else "")

@@ -1,0 +1,292 @@
+"""`paceline probe`: the few calls that settle what the documentation leaves open, against one's own account.
+
+What lives here: the questions of docs/explanation/provider.md#open, each with its calls and what their headers show,
+and the provider.yaml that comes of it. What must not: HTTP (`openai_adapter`), the charge rules (`estimate`).
+
+Theory of operation. A bucket that is full before a call shows the call's charge exactly: limit less remaining. So each
+question waits until the bucket is full again, at most a minute, and asks what the possible rules answer differently:
+
+  charge rule      one call that declares a large output cap; the rule whose charge is nearest
+  settles          a tiny call right after that one has ended: has its reservation been corrected to its use? Where
+                   the cap is charged, once more with a short answer: a long one lasts until the bucket is full again
+  slices           more tiny calls at once than a second's share of the requests limit
+  refusals count   two calls of 60 % of the limit each: after the second was refused, how much is left?
+  gate             where the cap is not charged: is a call refused whose cap is above the limit?
+
+No call is made that could cost more than what is left of `--max-cost`, its whole cap taken as written. What cannot be
+told (other traffic, a limit so high that it refills before anybody looks, no headers) is said, never guessed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from governor.model.errors import PacelineError
+from governor.model.estimate import CHAT, Sizes, charge_of, sizes_of
+from governor.model.prices import Price, Usage
+from governor.model.requests import Answer, Limit, Outcome, Request, Scope, url_of
+from governor.run.pool_run import Sender
+from governor.scheduler.driver import Job, Work
+
+TIMEOUT_S = 120.0
+TINY = 16
+CAP_MOST = 12_000
+PROMPT_MOST = 100_000
+BURST_MOST = 60
+FILL_RATIO = 0.6
+# Differences in tokens that are not believed: a moment's refill, in seconds, and rounding.
+MOMENT_S = 0.25
+ROUNDING = 6.0
+RULES = ("auto", "prompt_plus_max", "max_of", "responses")
+WORDS = "Count upwards, one number per line, and go on for as long as you may. "
+BRIEF = "Answer with the one word yes. "
+CAP_CHARGED = ("prompt_plus_max", "max_of")
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """One question's answer. `value` None: it could not be told, and `why` says so."""
+
+    name: str
+    value: Any
+    why: str
+
+
+@dataclass(slots=True)
+class Probe:
+    """One account under question. `price`: of the model; `max_cost_usd`: of all calls. `time_scale`: its clock's."""
+
+    send: Sender
+    model: str
+    price: Price
+    max_cost_usd: float
+    time_scale: float = 1.0
+    spent_usd: float = 0.0
+    calls: int = 0
+    limits: dict[str, Limit] = field(default_factory=dict)
+
+    # ------------------------------------------------------------ calls
+
+    def _body(self, prompt_tokens: int, cap: int, words: str) -> dict[str, Any]:
+        text = (words * (4 * prompt_tokens // len(words) + 1))[: max(8, 4 * prompt_tokens)]
+        return {"model": self.model, "messages": [{"role": "user", "content": text}], "max_completion_tokens": cap}
+
+    def affords(self, prompt_tokens: int, cap: int, calls: int = 1) -> bool:
+        """Whether so many calls fit into what is left, even if each writes all that it may."""
+        worst = calls * self.price.cost_usd(Usage(prompt_tokens + 10, cap))
+        return self.spent_usd + worst <= self.max_cost_usd
+
+    async def call(self, prompt_tokens: int, cap: int, words: str = WORDS) -> tuple[Answer, Sizes, float]:
+        """One call: its answer, its sizes, and when it was sent (the loop's clock). `words`: what it asks for."""
+        body = self._body(prompt_tokens, cap, words)
+        sizes = sizes_of(CHAT, body)
+        self.calls += 1
+        request = Request(self.calls, f"probe-{self.calls}", url_of(CHAT), self.model, body, sizes)
+        sent_s = asyncio.get_running_loop().time()
+        answer = await self.send(Job(Work(request, 0.0), self.calls, 0.0, -1.0, -1, 0.0), TIMEOUT_S)
+        if answer.scope is Scope.ACCOUNT:
+            raise PacelineError(
+                f"the account is refused: {answer.error_code or answer.outcome}: {answer.message[:200]}"
+            )
+        if answer.outcome is Outcome.OK:
+            usage = Usage(answer.used_prompt_tokens, answer.used_output_tokens)
+            self.spent_usd += self.price.cost_usd(usage)
+        for limit in answer.limits:
+            self.limits[limit.dimension] = limit
+        return answer, sizes, sent_s
+
+    # ------------------------------------------------------------ the bucket
+
+    @property
+    def limit(self) -> float:
+        """Tokens per minute."""
+        return self.limits["TPM"].limit
+
+    @property
+    def rate_per_s(self) -> float:
+        """Tokens that come back in a second of our clock."""
+        return self.limit / 60.0 * self.time_scale
+
+    async def fill(self) -> None:
+        """Waits until the bucket must be full again, by its last count."""
+        missing = self.limit - self.limits["TPM"].remaining
+        await asyncio.sleep(min(65.0 / self.time_scale, missing / self.rate_per_s + 0.3 / self.time_scale + 0.05))
+
+
+def used_in(answer: Answer) -> float:
+    """Tokens that the headers count as used, -1 = they do not say."""
+    return next((x.limit - x.remaining for x in answer.limits if x.dimension == "TPM"), -1.0)
+
+
+async def probed(probe: Probe) -> list[Told]:
+    """All questions, in the order in which they disturb each other least. PacelineError where nothing can be asked."""
+    if not probe.affords(10, TINY, 4):
+        raise PacelineError(f"--max-cost {probe.max_cost_usd:g} is less than four tiny calls cost: raise it")
+    first, _, _ = await probe.call(10, TINY)
+    if first.outcome is not Outcome.OK:
+        raise PacelineError(
+            f"the first call failed: {first.status} {first.error_code or first.outcome}: {first.message[:200]}"
+        )
+    if used_in(first) < 0.0:
+        raise PacelineError("the answer states no tokens limit in its headers: nothing can be read from this account")
+    rule, settles = await _charge_and_settling(probe)
+    found = [rule, settles, await _slices(probe)]
+    found.append(await _gate(probe, rule))
+    found.append(await _refusals_count(probe, rule))
+    return found
+
+
+async def _charge_and_settling(probe: Probe) -> tuple[Told, Told]:
+    """A call with a large cap, and a tiny one right after it."""
+    await probe.fill()
+    cap = CAP_MOST
+    while cap > 4 * TINY and (cap > probe.limit / 3.0 or not probe.affords(200, cap)):
+        cap //= 2
+    if not probe.affords(200, cap):
+        why = f"not asked: it could cost more than what is left of ${probe.max_cost_usd:g}"
+        return Told("charge_rule", None, why), Told("settles", None, why)
+    answer, sizes, sent_s = await probe.call(200, cap)
+    charged = used_in(answer)
+    if answer.outcome is not Outcome.OK or charged < 0.0:
+        why = f"the call with {cap:,} tokens of cap came back {answer.outcome}"
+        return Told("charge_rule", None, why), Told("settles", None, why)
+    rule = _rule(charged, sizes, answer)
+    settles = await _settling(probe, rule, answer, charged, sent_s)
+    if settles.value is None and rule.value in CAP_CHARGED and probe.affords(200, cap):
+        await probe.fill()
+        answer, _, sent_s = await probe.call(200, cap, BRIEF)
+        if answer.outcome is Outcome.OK and (charged := used_in(answer)) >= 0.0:
+            settles = await _settling(probe, rule, answer, charged, sent_s)
+    return rule, settles
+
+
+async def _settling(probe: Probe, rule: Told, answer: Answer, charged: float, sent_s: float) -> Told:
+    """A tiny call right after that answer, which was charged so and sent then."""
+    after, tiny, after_s = await probe.call(10, TINY)
+    left = used_in(after)
+    if after.outcome is not Outcome.OK or left < 0.0 or answer.used_output_tokens < 0:
+        return Told("settles", None, f"the call after it came back {after.outcome}")
+    real = float(answer.used_prompt_tokens + answer.used_output_tokens)
+    left -= _charge(rule.value or "auto", tiny, after)
+    kept = max(0.0, charged - (after_s - sent_s) * probe.rate_per_s)
+    # A correction upwards came as the call ended, a moment ago, whatever had come back by then.
+    corrected = max(0.0, kept + real - charged)
+    apart = abs(corrected - kept)
+    if apart <= 2.0 * (MOMENT_S * probe.rate_per_s / math.sqrt(probe.time_scale) + ROUNDING):
+        why = (
+            f"both ways would leave about {kept:,.0f} tokens used: the limit refills too fast, or the answer was short"
+        )
+        return Told("settles", None, why)
+    value = abs(left - corrected) < abs(left - kept)
+    why = f"{left:,.0f} tokens used after it had ended; {corrected:,.0f} if corrected to use, {kept:,.0f} if not"
+    return Told("settles", value, why)
+
+
+def _charge(rule: str, sizes: Sizes, answer: Answer) -> float:
+    """The rule's charge; `responses` counts the real prompt, where it is stated."""
+    if rule == "responses" and answer.used_prompt_tokens >= 0:
+        extra = charge_of(rule, sizes, 0) - sizes.prompt_tokens
+        return float(answer.used_prompt_tokens + extra)
+    return float(charge_of(rule, sizes, 0))
+
+
+def _rule(charged: float, sizes: Sizes, answer: Answer) -> Told:
+    expected = {rule: _charge(rule, sizes, answer) for rule in RULES}
+    best = min(expected, key=lambda rule: abs(expected[rule] - charged))
+    words = ", ".join(f"{rule} {tokens:,.0f}" for rule, tokens in expected.items())
+    if abs(expected[best] - charged) > ROUNDING + 0.02 * expected[best]:
+        return Told("charge_rule", None, f"charged {charged:,.0f} tokens, as no rule would: {words}")
+    return Told("charge_rule", best, f"charged {charged:,.0f} tokens: {words}")
+
+
+async def _slices(probe: Probe) -> Told:
+    """More tiny calls at once than a second's share of the requests limit."""
+    name = "slice_s"
+    rpm = probe.limits.get("RPM")
+    if rpm is None:
+        return Told(name, None, "no requests limit per minute is stated")
+    burst = math.ceil(rpm.limit / 60.0) + 3
+    if burst > min(BURST_MOST, rpm.limit / 2.0):
+        return Told(name, None, f"a second's share of {rpm.limit:,.0f} requests is more than is sent at once here")
+    if not probe.affords(10, TINY, burst):
+        return Told(name, None, "not asked: it could cost more than what is left")
+    await probe.fill()
+    await asyncio.sleep(2.0 / probe.time_scale)
+    answers = await asyncio.gather(*(probe.call(10, TINY) for _ in range(burst)))
+    refused = sum(answer.outcome is Outcome.THROTTLED for answer, _, _ in answers)
+    why = f"{refused} of {burst} calls at once were refused, a second's share is {rpm.limit / 60.0:,.1f}"
+    return Told(name, 1.0 if refused else 0.0, why)
+
+
+async def _gate(probe: Probe, rule: Told) -> Told:
+    """Whether a cap above the limit is refused although it is not charged."""
+    name = "max_tokens_in_gate"
+    if rule.value in CAP_CHARGED:
+        return Told(name, True, "the cap is charged")
+    cap = math.ceil(1.05 * probe.limit)
+    if not probe.affords(10, cap):
+        return Told(name, None, f"not asked: a cap of {cap:,} tokens could cost more than what is left")
+    await probe.fill()
+    answer, _, _ = await probe.call(10, cap)
+    if answer.outcome is Outcome.TOO_LARGE or answer.outcome is Outcome.THROTTLED:
+        return Told(name, True, f"a cap of {cap:,} tokens was refused: {answer.message[:80]}")
+    if answer.outcome is Outcome.OK:
+        return Told(name, False, f"a cap of {cap:,} tokens was let in, at a limit of {probe.limit:,.0f}")
+    return Told(name, None, f"a cap of {cap:,} tokens came back {answer.outcome}: the model may not allow it")
+
+
+async def _refusals_count(probe: Probe, rule: Told) -> Told:
+    """Two calls of 60 % of the limit: what is left after the second one's refusal?"""
+    name = "failed_requests_count"
+    wanted = math.ceil(FILL_RATIO * probe.limit)
+    by_cap = rule.value in CAP_CHARGED
+    prompt, cap = (10, wanted) if by_cap else (wanted, TINY)
+    if not by_cap and wanted > PROMPT_MOST:
+        return Told(name, None, f"60 % of the limit is {wanted:,} tokens: more than a prompt holds")
+    if not probe.affords(prompt, cap, 2):
+        return Told(name, None, "not asked: it could cost more than what is left")
+    await probe.fill()
+    # Both at once: the first one's answer may take longer than the bucket needs.
+    first, second = await asyncio.gather(probe.call(prompt, cap), probe.call(prompt, cap))
+    answers = sorted((first[0], second[0]), key=lambda answer: answer.outcome is not Outcome.OK)
+    refused = answers[1]
+    if answers[0].outcome is not Outcome.OK or refused.outcome is not Outcome.THROTTLED:
+        return Told(name, None, f"the two calls came back {answers[0].outcome} and {refused.outcome}")
+    used = used_in(refused)
+    if used < 0.0:
+        return Told(name, None, "the refusal states no limits in its headers")
+    value = used > (1.0 + FILL_RATIO) / 2.0 * probe.limit
+    return Told(name, value, f"{used:,.0f} of {probe.limit:,.0f} tokens used after a refusal of {wanted:,}")
+
+
+# ---------------------------------------------------------------- the file
+
+KEYS = ("charge_rule", "settles", "failed_requests_count", "slice_s")
+
+
+def provider_text(probe: Probe, found: list[Told]) -> str:
+    """The provider.yaml that `--provider` takes. What could not be told stands in comments, at the default."""
+    lines = [f"# What paceline probe read from this account with {probe.calls} calls of {probe.model}."]
+    for told in found:
+        known = "not told" if told.value is None else _yaml(told.value)
+        lines.append(f"# {told.name}: {known}: {told.why}")
+    lines.append(f"tpm: {probe.limit:.0f}")
+    if "RPM" in probe.limits:
+        lines.append(f"rpm: {probe.limits['RPM'].limit:.0f}")
+    lines += [f"{told.name}: {_yaml(told.value)}" for told in found if told.name in KEYS and told.value is not None]
+    return "\n".join(lines) + "\n"
+
+
+def _yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def write_provider(path: Path, text: str) -> None:
+    """Writes the file; it appears whole or not at all."""
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)

@@ -1,0 +1,45 @@
+"""From a job of the driver to a call of the adapter: which body, which id, how long.
+
+What lives here: the few lines between `driver` and `openai_adapter`. What must not: HTTP, and the meaning of answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from governor.law import FINALIZE
+from governor.model.keyed import attempt_key
+from governor.model.pools import Pool
+from governor.model.requests import Answer
+from governor.provider.openai_adapter import Adapter, capped
+from governor.run.pool_run import Connect, Sender
+from governor.scheduler.driver import Job
+
+
+class PoolSender:
+    """Sends the attempts of one pool through the official SDK."""
+
+    def __init__(self, pool: Pool, environment: Mapping[str, str]) -> None:
+        self._adapter = Adapter(pool, environment)
+        self._finalize_max_tokens = pool.policy.finalize_max_tokens
+
+    async def __call__(self, job: Job, timeout_s: float) -> Answer:
+        """One attempt. A finalize pass is the same request with its own output cap."""
+        assert job.work is not None
+        request = job.work.request
+        overrides = capped(request, self._finalize_max_tokens) if job.lane == FINALIZE else None
+        key = attempt_key(job.lane, job.attempt)
+        return await self._adapter.send(request, attempt=key, body_overrides=overrides, timeout_s=timeout_s)
+
+    async def aclose(self) -> None:
+        """Closes all connections."""
+        await self._adapter.aclose()
+
+
+def connect_with(environment: Mapping[str, str]) -> Connect:
+    """What makes the sender of a pool, with keys out of these variables."""
+
+    def connect(pool: Pool) -> Sender:
+        return PoolSender(pool, environment)
+
+    return connect

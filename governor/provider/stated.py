@@ -1,0 +1,367 @@
+"""What a provider states in headers and texts: waits, dates, limits and the figures of a refusal. Numbers out of words.
+
+Nothing here raises; what cannot be read is absent. Header names and phrases stand in tables, so that another provider's
+are rows. Formats and wordings: docs/explanation/provider.md#headers and #errors.
+
+Two formulas describe the providers' continuous buckets (#buckets). They stand here once, for the synthetic provider
+that prints them and for the tests that hold them against recordings.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+from governor.model.requests import Limit
+
+MINUTE_S = 60.0
+DAY_S = 86_400.0
+WINDOW_S = {"TPM": MINUTE_S, "RPM": MINUTE_S, "TPD": DAY_S, "RPD": DAY_S}
+
+# No header or figure that means anything is longer; a message's figures stand within its first lines.
+HEADER_CHARS_MAX = 64
+MESSAGE_CHARS_MAX = 1_000
+
+# ---------------------------------------------------------------- the bucket's two formulas
+
+
+def refill_wait_s(limit: float, used: float, requested: float, window_s: float) -> float:
+    """The wait that a 429 prints: (used + requested - limit) / limit x window, floored to ms; 0 where it fits already.
+
+    Seconds, `limit` > 0 in units per window. The order of the operations is the provider's: of those tried, it alone
+    prints 31 of 32 recorded waits to the ms; multiplying first gives 30 (3.859 s for a recorded 3.858 s). A client that
+    sleeps exactly this long is up to 1 ms early: docs/explanation/provider.md#buckets.
+    """
+    return _floored(used + requested - limit, limit, window_s)
+
+
+def refill_reset_s(limit: float, remaining: float, window_s: float) -> float:
+    """The reset that headers print: (limit - remaining) / limit x window, floored to ms: when the bucket is full again.
+
+    Seconds, `limit` > 0. Providers compute it from the bucket's fractional content, of which `remaining` shows the
+    floor: a recorded reset is this value, or less by up to one unit's refill: docs/explanation/provider.md#buckets.
+    """
+    return _floored(limit - remaining, limit, window_s)
+
+
+def _floored(missing: float, limit: float, window_s: float) -> float:
+    if missing <= 0.0:
+        return 0.0
+    return math.floor(missing / limit * (window_s * 1000.0)) / 1000.0
+
+
+# ---------------------------------------------------------------- durations
+
+# Divided, not multiplied by 0.001: 118 ms is then the same number wherever it comes from.
+_LARGE_S = {"s": 1, "m": 60, "h": 3600}
+_SMALL_PER_S = {"ns": 10**9, "us": 10**6, "µs": 10**6, "μs": 10**6, "ms": 1000}
+# Possessive: a thousand digits without a unit are given up at once.
+_NUMBER = r"(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)"
+_GO_PART = re.compile(rf"({_NUMBER})(ns|us|µs|μs|ms|s|m|h)")
+_GO = re.compile(rf"\+?(?:{_GO_PART.pattern})+")
+
+
+def duration_s(text: str) -> float:
+    """Seconds of a Go duration ("6m0s", "120ms", "17.399999999s", "0"); -1 for what is none, or is negative."""
+    text = text.strip()
+    if text in ("0", "+0"):
+        return 0.0
+    if len(text) > HEADER_CHARS_MAX or not _GO.fullmatch(text):
+        return -1.0
+    parts = _GO_PART.findall(text)
+    return sum(float(number) * _LARGE_S.get(unit, 1) / _SMALL_PER_S.get(unit, 1) for number, unit in parts)
+
+
+def duration_text(seconds: float) -> str:
+    """`seconds`, from 0 up, as Go prints a duration, to the nearest ms: "0s", "120ms", "1m13.588s", "114h18m0s"."""
+    ms = round(seconds * 1000)
+    if ms < 1000:
+        return f"{ms}ms" if ms else "0s"
+    minutes, ms = divmod(ms, 60_000)
+    hours, minutes = divmod(minutes, 60)
+    rest = f"{ms / 1000:.3f}".rstrip("0").rstrip(".") + "s"
+    return f"{hours}h{minutes}m{rest}" if hours else f"{minutes}m{rest}" if minutes else rest
+
+
+_WORD_S = {"d": DAY_S, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3}
+_WAIT_PART = re.compile(
+    r"([0-9][0-9,]*+(?:\.[0-9]++)?)\s*+(days?|d|hours?|hrs?|h|minutes?|mins?|milliseconds?|ms|m|seconds?|secs?|s)"
+    r"(?![a-z])",
+    re.IGNORECASE,
+)
+_WAIT = re.compile(
+    rf"\b(?:(?:try again|retry|resets?)\s+(?:in|after)|wait(?: for)?)\s+"
+    rf"({_WAIT_PART.pattern}(?:(?:\s|,|and)*{_WAIT_PART.pattern})*)",
+    re.IGNORECASE,
+)
+
+
+def stated_wait_s(message: str) -> float:
+    """The wait in an error's text ("try again in 7m12s", "Please wait 60 seconds before retrying"); -1 = none."""
+    found = _WAIT.search(message[:MESSAGE_CHARS_MAX])
+    if not found:
+        return -1.0
+    total = 0.0
+    for number, unit in _WAIT_PART.findall(found[1]):
+        unit = unit.lower()
+        total += float(number.replace(",", "")) * _WORD_S["ms" if unit.startswith(("ms", "milli")) else unit[0]]
+    return total
+
+
+def retry_after_s(headers: Mapping[Any, Any] | None, message: str = "", now_epoch: float = -1.0) -> float:
+    """How long the provider asks us to wait, in seconds; -1 = it does not say.
+
+    In this order: `retry-after-ms` and Azure's `x-ms-retry-after-ms`, `retry-after` (seconds, a duration, or a date
+    where the epoch `now_epoch` is given), the error's text, and Azure's `x-rate-limit-reset-*`, seconds that stand in
+    for a missing Retry-After (openai-python#937). Zero, negative and non-numeric waits count as not said, so that a
+    backoff applies, as in the official SDK.
+    """
+    return wait_in(fields_of(headers), message, now_epoch)
+
+
+def wait_in(fields: Mapping[str, str], message: str, now_epoch: float) -> float:
+    """The same, of `fields_of`."""
+    header = fields.get("retry-after", "")
+    candidates = (
+        _number(fields.get("retry-after-ms", "")) / 1000.0,
+        _number(fields.get("x-ms-retry-after-ms", "")) / 1000.0,
+        _number(header),
+        duration_s(header),
+        _until(header, now_epoch),
+        stated_wait_s(message),
+        _number(fields.get("x-rate-limit-reset-tokens", "")),
+        _number(fields.get("x-rate-limit-reset-requests", "")),
+    )
+    return next((wait for wait in candidates if 0.0 < wait < math.inf), -1.0)
+
+
+def _until(date: str, now_epoch: float) -> float:
+    """Seconds from `now_epoch` until an HTTP date; -1 for what is none or lies in the past."""
+    if now_epoch < 0.0 or not date:
+        return -1.0
+    try:
+        moment = parsedate_to_datetime(date)
+    except (ValueError, TypeError, IndexError, OverflowError):
+        return -1.0
+    return max(-1.0, _epoch(moment) - now_epoch)
+
+
+def _epoch(moment: datetime) -> float:
+    """Seconds since 1970; a date without a zone must not be read in the machine's."""
+    try:
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
+        return -1.0
+
+
+# "You will regain access on 2026-04-01 at 00:00 UTC", "Limit resets at: 2026-11-30 14:21:04 UTC".
+_DATE = re.compile(
+    r"\b(?:access|resets?|until|available|again|renews?)\b[^.;]{0,40}?"
+    r"\b(\d{4}-\d\d-\d\d)(?:(?:T|,? at |,? )(\d\d:\d\d(?::\d\d)?)(?:\.\d+)? ?(Z|UTC|GMT|[+-]\d\d:?\d\d)?)?",
+    re.IGNORECASE,
+)
+
+
+def access_at(fields: Mapping[str, str], message: str) -> float | None:
+    """When a refusal says that access returns, seconds since 1970: a date in its text, or an epoch in its fields.
+
+    An epoch may be in milliseconds (OpenRouter). A header's counts only where it stands beside nothing remaining. A
+    date without a zone is UTC. None where no such moment is named.
+    """
+    if found := _DATE.search(message[:MESSAGE_CHARS_MAX]):
+        zone = (found[3] or "UTC").upper().replace("UTC", "+00:00").replace("GMT", "+00:00").replace("Z", "+00:00")
+        try:
+            return _epoch(datetime.fromisoformat(f"{found[1]}T{found[2] or '00:00'}{zone}"))
+        except ValueError:
+            return None
+    nothing_left = fields.get("x-ratelimit-remaining", "").startswith(("0", "-"))
+    return _moment(fields.get("resets-at", "")) or _moment(fields.get("x-ratelimit-reset", "") if nothing_left else "")
+
+
+def _moment(text: str) -> float | None:
+    """An epoch in seconds or milliseconds; None for what is none, such as a number of seconds to wait."""
+    value = _number(text)
+    if value >= 1e12:
+        value /= 1000.0
+    return value if 1e9 <= value < 1e11 else None
+
+
+# ---------------------------------------------------------------- limits
+
+
+@dataclass(frozen=True, slots=True)
+class Quoted:
+    """The figures in an error's text. `dimension`: TPM, RPM, TPD, RPD or "" = not named; numbers: -1 = not named."""
+
+    dimension: str = ""
+    limit: float = -1.0
+    used: float = -1.0
+    requested: float = -1.0
+
+
+_DIMENSION = re.compile(r"\b(TPM|RPM|TPD|RPD)\b|\b(token|request)s per (min|day)", re.IGNORECASE)
+_FIGURES = {
+    name: re.compile(rf"\b{word}:? ([0-9][0-9,]*+(?:\.[0-9]++)?)", re.IGNORECASE)
+    for name, word in (("limit", "Limit"), ("used", "(?:Used|Current)"), ("requested", "Requested"))
+}
+
+
+def quoted_numbers(message: str) -> Quoted:
+    """Limit, Used and Requested as a 429 quotes them: "... (TPM): Limit 30000, Used 29937, Requested 385. ..."."""
+    message = message[:MESSAGE_CHARS_MAX]
+    named = _DIMENSION.search(message)
+    dimension = ""
+    if named:
+        dimension = (named[1] or f"{named[2][0]}P{named[3][0]}").upper()
+    matches = {name: pattern.search(message) for name, pattern in _FIGURES.items()}
+    return Quoted(dimension, **{name: float(match[1].replace(",", "")) for name, match in matches.items() if match})
+
+
+def dimension_of(limit: float, remaining: float, reset_s: float, minute: str, day: str) -> str:
+    """`minute` or `day`, whichever dimension a header triple speaks of: the tightest is shown, its window is not named.
+
+    A full bucket takes one window: window = reset x limit / used. `used` = limit - remaining is rounded up by less than
+    one, so for a day it comes out between 86,400 x (1 - 1/used) and 86,400 s. All else is a minute, which may also be a
+    counter emptied once a minute, whose reset says nothing of what is used; so is what cannot be told: no reset (-1),
+    nothing used.
+    """
+    if limit <= remaining or reset_s < 0.0:
+        return minute
+    used = limit - remaining
+    window_s = reset_s * limit / used
+    least_s = DAY_S * max(0.5, 1.0 - 1.0 / used)
+    return day if 0.99 * least_s <= window_s <= 1.01 * DAY_S else minute
+
+
+_PART = "(?P<part>limit|remaining|reset)"
+_WHAT = "(?P<what>requests|req|tokens|input-tokens)"
+_COUNTS = tuple(
+    re.compile(pattern)
+    for pattern in (
+        # OpenAI, Azure, Groq and LiteLLM; a project's own limits; Cerebras and Mistral, which name the window.
+        rf"x-ratelimit-{_PART}-(?P<scope>project-)?{_WHAT}(?:-(?P<window>minute|day))?",
+        # LiteLLM's limits of a key, a team, a model (`x-ratelimit-api_key-limit-tokens`).
+        rf"x-ratelimit-(?P<scope>\w+)-{_PART}-{_WHAT}",
+        # Anthropic, whose resets are dates and say nothing of the window.
+        rf"anthropic-ratelimit-{_WHAT}-{_PART}",
+        # Middleware and gateways that count requests only (slowapi, OpenRouter, the IETF's drafts).
+        rf"(?:x-)?ratelimit-{_PART}",
+        # Together; APISIX, with the name of the instance at the end.
+        rf"x-(?P<what>token)limit-{_PART}",
+        rf"x-ai-ratelimit-{_PART}-(?P<scope>.+)",
+    )
+)
+# A gateway hands its provider's headers on under this prefix (LiteLLM).
+_UPSTREAM = "llm_provider-"
+# What resets later than this, where the window is not told otherwise, counts days.
+_HOUR_S = 3_600.0
+
+
+def limits_of(headers: Mapping[Any, Any] | None, now_epoch: float = -1.0) -> tuple[Limit, ...]:
+    """The limits that headers state, at most one per dimension: where several scopes speak, the smallest limit.
+
+    A negative `remaining` is an overshoot, and stays negative. Left out: what is not a number, a limit of zero or
+    less (Azure was seen to send -1, -1, 0), remaining above the limit, and a remaining without its limit (Azure, 2024).
+    An integer reset (Azure) has no known unit and is not used.
+    """
+    return limits_in(fields_of(headers), now_epoch)
+
+
+def limits_in(fields: Mapping[str, str], now_epoch: float = -1.0) -> tuple[Limit, ...]:
+    """The same, of `fields_of`."""
+    counts: dict[tuple[str, ...], dict[str, str]] = {}
+    for name, text in fields.items():
+        if "limit" not in name:
+            continue
+        own = name.removeprefix(_UPSTREAM).replace("x-rate-limit-", "x-ratelimit-")
+        named = next((match for match in (pattern.fullmatch(own) for pattern in _COUNTS) if match), None)
+        if named is not None:
+            words = named.groupdict()
+            what = words.get("what") or ("tokens" if own.startswith("x-ai-") else "requests")
+            upstream = _UPSTREAM if name.startswith(_UPSTREAM) else ""
+            key = (own[:2], what, words.get("window") or "", words.get("scope") or "", upstream)
+            counts.setdefault(key, {})[words["part"]] = text
+    found: dict[str, Limit] = {}
+    for (_, what, window, *_), parts in counts.items():
+        limit = _limit(what, window, parts, now_epoch)
+        if limit is not None and (limit.dimension not in found or limit.limit < found[limit.dimension].limit):
+            found[limit.dimension] = limit
+    return tuple(found.values())
+
+
+def _limit(what: str, window: str, parts: Mapping[str, str], now_epoch: float) -> Limit | None:
+    """One limit, with its dimension; None where limit and remaining are not both plausible."""
+    limit, remaining = _number(parts.get("limit", "")), _signed(parts.get("remaining", ""))
+    if not (limit > 0.0 and remaining <= limit):
+        return None
+    minute, day = ("RPM", "RPD") if what.startswith("req") else ("TPM", "TPD")
+    if window:
+        return Limit(day if window == "day" else minute, limit, remaining)
+    reset = parts.get("reset", "")
+    resets_at = _moment(reset)
+    if resets_at is not None and now_epoch >= 0.0:
+        return Limit(day if resets_at - now_epoch > _HOUR_S else minute, limit, remaining)
+    return Limit(dimension_of(limit, remaining, duration_s(reset), minute, day), limit, remaining)
+
+
+def processing_s(fields: Mapping[str, str]) -> float:
+    """The provider's own time for a request, from its admission to its answer; -1 where none is stated."""
+    milliseconds = _number(fields.get("openai-processing-ms", ""))
+    return milliseconds / 1_000.0 if milliseconds >= 0.0 else -1.0
+
+
+# Fields of an error body that say what a header would: Gemini's RetryInfo, ChatGPT's usage limits, TGI's loading model.
+_HINTS = {
+    "retrydelay": "retry-after",
+    "retry_after": "retry-after",
+    "retry_after_seconds": "retry-after",
+    "retry_after_ms": "retry-after-ms",
+    "resets_in_seconds": "retry-after",
+    "estimated_time": "retry-after",
+    "resets_at": "resets-at",
+    "reset_at": "resets-at",
+}
+
+
+def fields_of(headers: Mapping[Any, Any] | None, *holders: Mapping[str, Any]) -> dict[str, str]:
+    """Headers as text, by their names in lower case; beside them what `holders`, parts of an error body, hint at."""
+    items = headers.items() if isinstance(headers, Mapping) else ()
+    fields = {_as_text(name).lower(): _as_text(value).strip() for name, value in items}
+    for name, text in _hints(holders):
+        fields.setdefault(name, text)
+    return fields
+
+
+def _hints(holders: tuple[Mapping[str, Any], ...]) -> Iterator[tuple[str, str]]:
+    for holder in holders:
+        for key, value in holder.items():
+            if isinstance(value, str | int | float) and (name := _HINTS.get(str(key).lower())):
+                yield name, str(value)
+            elif key == "headers" and isinstance(value, Mapping):  # OpenRouter, in the error's metadata
+                yield from fields_of(value).items()
+
+
+def _as_text(value: object) -> str:
+    if isinstance(value, str):
+        return value
+    return value.decode("latin-1") if isinstance(value, bytes) else str(value)
+
+
+def _number(text: str) -> float:
+    """A header's number; -1 for what is none, is not finite, or is negative."""
+    value = _signed(text)
+    return value if 0.0 <= value < math.inf else -1.0
+
+
+def _signed(text: str) -> float:
+    """A header's number, which may be negative; inf for what is none or is not finite."""
+    try:
+        value = float(text) if len(text) <= HEADER_CHARS_MAX else math.inf
+    except ValueError:
+        return math.inf
+    return value if math.isfinite(value) else math.inf

@@ -1,0 +1,1 @@
+"""A batch from its file to its results: intake, pools, outputs, steering, status."""

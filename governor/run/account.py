@@ -1,0 +1,187 @@
+"""What a run comes to: its figures out of the journal, as one `Summary` for each pool and for all of them together.
+
+What lives here: the run's own time (without the time in which no process worked on it), costs, and the lines of the
+results and errors files. What must not: terminals, the sending.
+
+Time. Records count seconds from the beginning of the first leg, by the wall. A run that was stopped in the evening and
+resumed in the morning did not take all night: its makespan, and so its efficiency, count only the time of its legs.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from typing import Any
+
+from governor.forecast.summary import CAUSES, Ended, Grant, Summary, efficiency_of, summarize
+from governor.journal.journal import Journal
+from governor.journal.records import Result
+from governor.law import BY_TPM, STAGGER
+from governor.model.errors import FailureCode
+from governor.model.policy import Policy
+from governor.model.prices import Prices, Spent
+from governor.model.requests import Attempt, error_line, result_line
+
+MESSAGES = {
+    FailureCode.RATE_LIMIT_EXHAUSTED: "every attempt was refused with a 429",
+    FailureCode.DEADLINE_EXCEEDED: "OPENAI_DEADLINE_SECONDS passed before an attempt was answered",
+    FailureCode.REQUEST_TOO_LARGE: "it needs more tokens than the limit: it was never sent",
+    FailureCode.SERVER_ERROR: "every attempt failed on the provider's side",
+    FailureCode.UNREADABLE_ANSWER: "the answer is paid for, but cannot be read: it was not asked for again",
+    FailureCode.TIMEOUT: "no attempt was answered in time",
+    FailureCode.BATCH_CANCELLED: "the batch was cancelled before it was answered",
+    FailureCode.CONNECTION_DROPPED: "no attempt reached the provider, or every connection broke off",
+}
+
+
+def lines_of(journal: Journal) -> Iterator[tuple[bool, str]]:
+    """(succeeded, line of the batch output format) of every request that has ended, in order of the input."""
+    for result in journal.results():
+        yield line_of(result)
+
+
+def line_of(result: Result) -> tuple[bool, str]:
+    """The line of one request; see `lines_of`."""
+    answer, failure = result.answer, result.failure
+    if not failure:
+        assert answer is not None
+        return True, result_line(result.request, answer)
+    ours = MESSAGES.get(FailureCode(failure), "") if failure in FailureCode.__members__.values() else ""
+    theirs = answer.message if answer is not None else ""
+    message = ": ".join(filter(None, (ours, " ".join(theirs.split())))) or failure
+    return False, error_line(result.request, failure, message, answer)
+
+
+# ---------------------------------------------------------------- the run's own time
+
+
+@dataclass(frozen=True, slots=True)
+class Worked:
+    """The stretches of time in which a process worked on the run, in order: (from, to), seconds."""
+
+    stretches: tuple[tuple[float, float], ...]
+
+    def own(self, at_s: float) -> float:
+        """How long the run had worked at that moment."""
+        begins = [begin for begin, _ in self.stretches]
+        i = bisect_right(begins, at_s)
+        before = math.fsum(end - begin for begin, end in self.stretches[: max(0, i - 1)])
+        if i == 0:
+            return 0.0
+        begin, end = self.stretches[i - 1]
+        return before + min(at_s, end) - begin
+
+
+def worked(journal: Journal) -> Worked:
+    """The legs of a run. One that crashed has no end of its own: the last thing recorded in it is taken."""
+    legs = journal.legs()
+    last = [leg.began_s for leg in legs]
+    begins = list(last)
+    if any(leg.ended_s < 0.0 for leg in legs):
+        for attempt in journal.attempts():
+            i = bisect_right(begins, attempt.finished_s) - 1
+            if i >= 0:
+                last[i] = max(last[i], attempt.finished_s)
+    ends = [leg.ended_s if leg.ended_s >= 0.0 else last[i] for i, leg in enumerate(legs)]
+    return Worked(tuple(zip(begins, ends, strict=True)))
+
+
+# ---------------------------------------------------------------- summaries
+
+
+def grant_of(policy: Policy, granted: Mapping[str, float] | None = None) -> Grant:
+    """What the provider grants: as its headers stated it (by dimension), else as the settings believe."""
+    granted = granted or {}
+    return Grant(
+        tpm_limit=granted.get("TPM", float(policy.tpm_limit)),
+        rpm_limit=granted.get("RPM", float(policy.rpm_limit)),
+        tpd_limit=granted.get("TPD", float(policy.tpd_limit)),
+        rpd_limit=granted.get("RPD", float(policy.rpd_limit)),
+        settles=policy.settle,
+    )
+
+
+def summary_of(journal: Journal, pool: str, policy: Policy, grant: Grant, cost_usd: float | None) -> Summary:
+    """The figures of one pool over all legs, from the journal alone."""
+    time = worked(journal)
+    attempts = journal.attempts(pool)
+    ends: Iterable[Ended] = journal.ends(pool)
+    if len(time.stretches) > 1:
+        attempts = (_moved(attempt, time) for attempt in attempts)
+        ends = (end._replace(ended_s=time.own(end.ended_s)) for end in ends)
+    deferred = journal.deferrals(pool)
+    return summarize(
+        attempts,
+        ends,
+        grant,
+        permits_kept=policy.backoff_keeps_permit,
+        stagger_delays=deferred[STAGGER],
+        tpm_deferrals=deferred[BY_TPM],
+        cost_usd=cost_usd,
+    )
+
+
+def _moved(attempt: Attempt, time: Worked) -> Attempt:
+    """The attempt on the run's own clock. A batch is there from the beginning, whichever leg comes to a request."""
+    first = attempt.attempt == 1 and attempt.lane == "main"
+    return attempt._replace(
+        submitted_s=0.0 if first else time.own(attempt.submitted_s),
+        eligible_s=time.own(attempt.eligible_s),
+        launched_s=time.own(attempt.launched_s),
+        finished_s=time.own(attempt.finished_s),
+    )
+
+
+def spent_before(journal: Journal, prices: Prices, day: date) -> Spent:
+    """What the answers so far have cost, from the attempts in the journal."""
+    spent = Spent(prices, day)
+    for attempt, _, usage in journal.billed():
+        spent.attempted(attempt, usage)
+    return spent
+
+
+ATTEMPT_COLUMNS = (*Attempt.columns(), "request_id", "cached_tokens", "reasoning_tokens", "cost_usd")
+
+
+def attempt_rows(journal: Journal, prices: Prices, day: date) -> Iterator[tuple[Any, ...]]:
+    """Every ended attempt as a row of ATTEMPT_COLUMNS; a cost that is not known is empty, and so is what is absent."""
+    spent = Spent(prices, day)
+    for attempt, request_id, usage in journal.billed():
+        cost = spent.attempted(attempt, usage)
+        values = (*attempt.row(), request_id, usage.cached, usage.reasoning, cost)
+        yield tuple("" if value in (-1, -1.0) else value for value in values)
+
+
+def merged(summaries: Sequence[Summary], cost_usd: float | None) -> Summary:
+    """Several pools side by side, as one run. Their peaks need not have been at one moment: the sum is the most."""
+    if len(summaries) == 1:
+        return replace(summaries[0], cost_usd=cost_usd)
+    failures: dict[str, int] = {}
+    for s in summaries:
+        for code, count in s.failures.items():
+            failures[code] = failures.get(code, 0) + count
+    counted: tuple[str, ...] = (
+        "requests",
+        "completed",
+        "failed",
+        "attempts",
+        "throttled",
+        "reserved_tokens",
+        "charged_tokens",
+    )
+    counted += ("used_tokens", "peak_in_flight", "stagger_delays", "tpm_deferrals")
+    sums = {name: sum(getattr(s, name) for s in summaries) for name in counted}
+    makespan_s = max((s.makespan_s for s in summaries), default=0.0)
+    bound_s = max((s.bound_s for s in summaries), default=0.0)
+    return Summary(
+        **sums,
+        makespan_s=makespan_s,
+        bound_s=bound_s,
+        efficiency=efficiency_of(bound_s, makespan_s, sums["failed"]),
+        waits_s={cause: math.fsum(s.waits_s.get(cause, 0.0) for s in summaries) for cause in CAUSES[1:]},
+        failures=dict(sorted(failures.items())),
+        cost_usd=cost_usd,
+    )

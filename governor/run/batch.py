@@ -1,0 +1,406 @@
+"""`paceline run`: a batch file in, results in the batch output format out, through a journal that survives anything.
+
+What lives here: the order of things before and after the live part: checks, the journal, the start guard, and at the
+end results, summary and exit code. What must not: the live part (`live`), how the input is read (`intake`), figures
+(`account`), options as they are typed (`live_cli`).
+
+Exit codes: 0 all succeeded, 1 some failed, 2 bad input, 3 refused or cannot finish, 4 the account's quota (or the
+account itself) is refused, 5 a budget of money or time is used up, 130, 143 and 129 after a signal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from datetime import date
+from pathlib import Path
+
+from governor.forecast.forecast import (
+    Demand,
+    Expectation,
+    Foresee,
+    Outlook,
+    cost_forecast,
+    cost_text,
+    finish_text,
+    fluid,
+    held_back_text,
+    throttles_text,
+)
+from governor.forecast.guard import check_finish, check_preflight
+from governor.forecast.summary import Summary
+from governor.journal.journal import Journal
+from governor.model.errors import BadSetting, FailureCode, PacelineError, quoted
+from governor.model.policy import Policy
+from governor.model.pools import Pool, key_of
+from governor.model.prices import Prices, Spent
+from governor.model.words import duration, plural
+from governor.run.account import grant_of, lines_of, merged, spent_before, summary_of
+from governor.run.intake import Begun, prepare, reserve_of
+from governor.run.live import ACCOUNT, BAD_REQUESTS, CANARY, MAX_COST, Ended, Leg, LiveRun
+from governor.run.longwaits import FINISH_BY, LONG_WAIT, OUTWAITED, STOP_AFTER
+from governor.run.outputs import Followed, check_apart, check_writable, claimed, errors_path, write_results
+from governor.run.pool_run import Connect, Manner
+from governor.run.scaledloop import loop_factory
+from governor.run.steer import SIGNALS, changes_text, held_settings, words_of
+from governor.telemetry.metrics import Metrics, checked_hook
+from governor.telemetry.progress import Shown
+
+ALL_WELL, SOME_FAILED, CANNOT, QUOTA, BUDGET = 0, 1, 3, 4, 5
+SIGNAL_CODES = {number.name: 128 + number for number in SIGNALS}
+_CODE_OF = {
+    **dict.fromkeys(ACCOUNT, QUOTA),
+    MAX_COST: BUDGET,
+    **dict.fromkeys((STOP_AFTER, FINISH_BY, LONG_WAIT, OUTWAITED), BUDGET),
+    BAD_REQUESTS: CANNOT,
+    CANARY: CANNOT,
+    **SIGNAL_CODES,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Orders:
+    """What `paceline run` was asked to do. `journal`: a path or a database URL. `manner`: how to go about it.
+
+    `finish_by_s`: seconds from now in which the run must end by the forecast, None = a day. `retry_failed`: None = no,
+    "" = all that failed, else those with that failure code. `metrics_port`: None = none, 0 = any free one.
+    """
+
+    requests: Path
+    out: Path
+    journal: str | Path
+    pools: Sequence[Pool]
+    environment: Mapping[str, str] = field(repr=False)
+    prices: Prices
+    manner: Manner
+    seed: int = 0
+    yes: bool = False
+    finish_by_s: float | None = None
+    skip_oversized: bool = False
+    overwrite: bool = False
+    retry_failed: str | None = None
+    follow: bool = False
+    metrics_port: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of it: the figures over all legs, the same by pool, and the exit code.
+
+    `stopped`: why, by pool. `journal`: what to call it, never with a password.
+    """
+
+    summary: Summary
+    by_pool: Mapping[str, Summary]
+    exit_code: int
+    stopped: Mapping[str, str]
+    pending: int
+    resent: int
+    journal: str
+
+
+def run_batch(orders: Orders, *, foresee: Foresee | None, connect: Connect, shown: Shown) -> Outcome:
+    """Runs a batch, or goes on with it. PacelineError, with its exit code, for all that a user can mend."""
+    _check(orders)
+    started = {pool.name: pool.policy for pool in orders.pools}
+    orders = _with_held(orders, shown)
+    begun = prepare(
+        orders.requests,
+        orders.out,
+        orders.journal,
+        orders.pools,
+        seed=orders.seed,
+        skip_oversized=orders.skip_oversized,
+        overwrite=orders.overwrite,
+        retry_failed=orders.retry_failed,
+    )
+    journal = begun.journal
+    try:
+        with claimed(orders.out):
+            _say_what_is_left(begun, orders, shown)
+            expectations = _guard(begun, orders, foresee, shown)
+            if begun.retried:
+                journal.retry_failed(orders.retry_failed or "")
+            return _run(begun, orders, started, expectations, foresee, connect, shown)
+    except BaseException:
+        if begun.is_new and _nothing_happened(journal):
+            # A journal would only be in the way, and it holds prompts.
+            journal.remove()
+        raise
+    finally:
+        journal.close()
+
+
+def _nothing_happened(journal: Journal) -> bool:
+    """Whether no request was launched or ended: what cannot be read may hold answers that were paid for."""
+    try:
+        counts = journal.counts()
+        return counts.pending == counts.requests and not journal.outcomes()
+    except PacelineError:
+        return False
+
+
+# ---------------------------------------------------------------- before the start
+
+
+def _check(orders: Orders) -> None:
+    """Everything that can be wrong before a line is read."""
+    for pool in orders.pools:
+        key_of(pool, orders.environment)
+    if orders.retry_failed and orders.retry_failed not in list(FailureCode):
+        codes = ", ".join(FailureCode)
+        raise BadSetting(f"--retry-failed {quoted(orders.retry_failed)} is no failure code: use one of {codes}")
+    if orders.manner.hook:
+        checked_hook(orders.manner.hook)
+    files = {"the input": orders.requests, "--out": orders.out, "the errors file": errors_path(orders.out)}
+    if "://" not in str(orders.journal):
+        files["--journal"] = Path(orders.journal)
+    if orders.manner.textfile is not None:
+        files["--metrics-textfile"] = orders.manner.textfile
+    check_apart(files)
+    for what in files.keys() - {"the input", "--journal"}:
+        check_writable(files[what])
+
+
+def _with_held(orders: Orders, shown: Shown) -> Orders:
+    """The orders with the settings that `paceline set` has changed in the journal, which hold until `unset`."""
+    if not Journal.exists(orders.journal):
+        return orders
+    with Journal.open(orders.journal) as journal:
+        held = held_settings(journal.commands(), [pool.name for pool in orders.pools])
+    pools = []
+    for pool in orders.pools:
+        words = words_of(held[pool.name])
+        if words:
+            of = "" if len(orders.pools) == 1 else f" of pool {pool.name}"
+            shown.say(f"settings{of} held since `paceline set`: {', '.join(words)} (`paceline unset` withdraws them)")
+        try:
+            pools.append(replace(pool, policy=pool.policy.set_values(words)))
+        except BadSetting as error:
+            remedy = f"`paceline unset {orders.journal}` withdraws what `paceline set` changed ({', '.join(words)})"
+            raise BadSetting(f"{error}; {remedy}") from None
+    return replace(orders, pools=pools)
+
+
+def _say_what_is_left(begun: Begun, orders: Orders, shown: Shown) -> None:
+    """What this command takes up, if it is not all of the file."""
+    if begun.oversized:
+        shown.say(f"above the limit, recorded as failed and not sent: {plural(begun.oversized, 'request')}")
+    if begun.is_new:
+        return
+    if orders.retry_failed is not None and not begun.retried:
+        with_code = f" with {orders.retry_failed}" if orders.retry_failed else ""
+        shown.say(f"note: no request failed{with_code}: --retry-failed has nothing to try again")
+    counts = begun.journal.counts()
+    left = counts.pending + counts.in_flight + begun.retried
+    failed = counts.failed - begun.retried
+    parts = [f"{counts.done:,} of {counts.requests:,} done"]
+    parts += [f"{failed:,} failed"] if failed else []
+    parts += [f"{begun.retried:,} that failed are tried again"] if begun.retried else []
+    parts += [f"{counts.in_flight:,} in flight when the last process ended: sent again"] if counts.in_flight else []
+    shown.inform(f"continues {begun.journal.name}: {', '.join(parts)}, {left:,} to do")
+    before = {stated.pool: stated.policy for stated in begun.journal.settings()}
+    for pool in orders.pools:
+        changes = changes_text(before[pool.name], pool.policy) if pool.name in before else ""
+        if changes:
+            of = "" if len(orders.pools) == 1 else f" of pool {pool.name}"
+            shown.say(f"settings{of} changed since then: {changes}")
+
+
+def _guard(begun: Begun, orders: Orders, foresee: Foresee | None, shown: Shown) -> dict[str, Expectation]:
+    """Forecasts, says them, and refuses what should not start as it is."""
+    demands = begun.demands
+    _check_prices(orders, demands)
+    expectations = {}
+    for pool in orders.pools:
+        demand = demands[pool.name]
+        if demand.requests:
+            check_preflight(pool, demand)
+        expectations[pool.name] = _expectation(pool, demand, orders, foresee, shown)
+    busy = [pool for pool in orders.pools if demands[pool.name].requests]
+    if not busy:
+        return expectations
+    for pool in busy:
+        for line in forecast_lines(pool, demands[pool.name], expectations[pool.name], orders, named=len(busy) > 1):
+            shown.inform(line)
+    last = max(busy, key=lambda pool: expectations[pool.name].finish_s)
+    if not orders.yes:
+        e = expectations[last.name]
+        check_finish(e.finish_s, orders.finish_by_s, held_back_text(e, last))
+    return expectations
+
+
+def _check_prices(orders: Orders, demands: Mapping[str, Demand]) -> None:
+    if orders.manner.max_cost is None:
+        return
+    for demand in demands.values():
+        unknown = orders.prices.unknown(demand.models, date.today())
+        if unknown:
+            raise BadSetting(f"--max-cost needs a price for model {unknown[0]!r}: add it to a file of --prices")
+
+
+def _expectation(pool: Pool, demand: Demand, orders: Orders, foresee: Foresee | None, shown: Shown) -> Expectation:
+    """What this pool is expected to do: simulated where there is a simulator, else by the fluid estimate."""
+    outlook = Outlook(pool=pool, demand=demand, finalize=orders.manner.finalize, seed=orders.seed)
+    if foresee is not None and demand.requests:
+        try:
+            return foresee(outlook)
+        except ImportError:
+            shown.say("note: no simulator is installed (paceline[sim]): the forecast is a rough estimate")
+    return fluid(outlook)
+
+
+def forecast_lines(pool: Pool, demand: Demand, e: Expectation, orders: Orders, *, named: bool) -> list[str]:
+    """The forecast of one pool, for people. `named`: there are several."""
+    models = ", ".join(model or "no model" for model in sorted(demand.models)[:3])
+    models += ", ..." if len(demand.models) > 3 else ""
+    of = f"pool {pool.name}: " if named else ""
+    to = f" to {models}" if models else ""
+    wall_s = e.finish_s / orders.manner.time_scale
+    at = time.strftime("%a %H:%M", time.localtime(time.time() + wall_s)) if wall_s < 1e9 else "never"
+    cost = cost_forecast(demand, e.answer_tokens, orders.prices, date.today())
+    return [
+        f"{of}{plural(demand.requests, 'request')}{to}; forecast: {finish_text(e)}, {at}; 429s: {throttles_text(e)}",
+        f"{of}held back by {held_back_text(e, pool)}; cost: {cost_text(cost, orders.prices)}",
+    ]
+
+
+# ---------------------------------------------------------------- the run
+
+
+def _run(
+    begun: Begun,
+    orders: Orders,
+    started: Mapping[str, Policy],
+    expectations: Mapping[str, Expectation],
+    foresee: Foresee | None,
+    connect: Connect,
+    shown: Shown,
+) -> Outcome:
+    journal, manner = begun.journal, orders.manner
+    spent = spent_before(journal, orders.prices, date.today())
+    left = {pool.name: journal.counts(pool.name) for pool in orders.pools}
+    ended: Ended | None = None
+    if any(counts.pending + counts.in_flight for counts in left.values()):
+        with ExitStack() as stack:
+            if orders.metrics_port is not None or manner.textfile is not None:
+                manner = replace(manner, metrics=Metrics())
+            if manner.metrics is not None and orders.metrics_port is not None:
+                endpoint = stack.enter_context(manner.metrics.serve(orders.metrics_port))
+                shown.inform(f"metrics: {endpoint.url}")
+            if orders.follow:
+                followed = Followed(orders.out, lines_of(journal))
+                stack.callback(followed.close)
+                manner = replace(manner, follow=followed)
+            leg = Leg(
+                journal=journal,
+                pools={pool.name: pool for pool in orders.pools},
+                started=started,
+                left={name: (c.pending + c.in_flight, float(begun.demands[name].total)) for name, c in left.items()},
+                expectations=expectations,
+                canaries=_canaries(begun, orders, foresee, shown) if manner.canary else {},
+                spent=spent,
+                request_usd=_request_usd(begun, orders, expectations),
+            )
+            live = LiveRun(leg, connect, shown, manner)
+            try:
+                with asyncio.Runner(loop_factory=loop_factory(manner.time_scale)) as runner:
+                    ended = runner.run(live.run())
+                journal.finish(ended.at_s, _ending(ended))
+            except PacelineError as error:
+                live.tell("stopped", str(error))
+                _delivered(live, shown)
+                raise
+            outcome = _closed(journal, orders, spent, ended, shown)
+            live.write_textfile()
+            live.tell("stopped" if outcome.pending else "finished", outcome_text(outcome))
+            _delivered(live, shown)
+            return outcome
+    shown.inform("nothing is left to send: every request has ended before")
+    return _closed(journal, orders, spent, ended, shown)
+
+
+def _request_usd(begun: Begun, orders: Orders, expectations: Mapping[str, Expectation]) -> float:
+    """What a request that is left is expected to cost in the mean; 0 where it is not known."""
+    total, count = 0.0, 0
+    for name, demand in begun.demands.items():
+        found = cost_forecast(demand, expectations[name].answer_tokens, orders.prices, date.today())
+        total += found.expected or 0.0
+        count += demand.requests
+    return total / max(1, count)
+
+
+def _delivered(live: LiveRun, shown: Shown) -> None:
+    """Waits for the messages to the webhook; one that got lost is no reason to fail."""
+    for notice in live.notices:
+        if not notice.wait():
+            shown.say(f"note: the message to {notice.host} was not delivered: {notice.error}")
+
+
+def _canaries(begun: Begun, orders: Orders, foresee: Foresee | None, shown: Shown) -> dict[str, Expectation]:
+    """What is expected of the first requests of each pool."""
+    found = {}
+    for pool in orders.pools:
+        part = begun.demands[pool.name].first(
+            orders.manner.canary,
+            lambda sizes, pool=pool: reserve_of(pool.policy, sizes),  # type: ignore[misc]
+        )
+        found[pool.name] = _expectation(pool, part, orders, foresee, shown)
+    return found
+
+
+def _ending(ended: Ended) -> str:
+    return ", ".join(sorted({why for why in ended.why.values() if why})) or "finished"
+
+
+def _closed(journal: Journal, orders: Orders, spent: Spent, ended: Ended | None, shown: Shown) -> Outcome:
+    """Results if all is done, the figures, and the exit code."""
+    counts = journal.counts()
+    pending = counts.pending + counts.in_flight
+    if not pending:
+        write_results(orders.out, lines_of(journal))
+    granted = ended.granted if ended is not None else {}
+    policies = {stated.pool: stated.policy for stated in journal.settings()}
+    by_pool = {}
+    for pool in orders.pools:
+        policy = policies.get(pool.name, pool.policy)
+        grant = grant_of(policy, granted.get(pool.name))
+        if ended is not None and ended.began_s == 0.0:
+            # The first leg has counted everything itself, in constant memory.
+            by_pool[pool.name] = ended.tallies[pool.name].summary(grant)
+        else:
+            by_pool[pool.name] = summary_of(journal, pool.name, policy, grant, None)
+    stopped = {name: why for name, why in ended.why.items() if why} if ended is not None else {}
+    signals = ended.signals if ended is not None else ()
+    return Outcome(
+        summary=merged(list(by_pool.values()), spent.total_usd()),
+        by_pool=by_pool,
+        exit_code=exit_code(counts.failed, pending, stopped, signals),
+        stopped=stopped,
+        pending=pending,
+        resent=counts.resent,
+        journal=journal.name,
+    )
+
+
+def exit_code(failed: int, pending: int, stopped: Mapping[str, str], signals: Sequence[str]) -> int:
+    """The process's exit code: a signal first, then the gravest reason to stop, then whether all succeeded."""
+    if signals:
+        return SIGNAL_CODES[signals[0]]
+    if pending:
+        return max((_CODE_OF.get(why, CANNOT) for why in stopped.values()), default=CANNOT)
+    return SOME_FAILED if failed else ALL_WELL
+
+
+def outcome_text(outcome: Outcome) -> str:
+    """One line: how it ended."""
+    s = outcome.summary
+    text = f"{s.completed:,} of {s.requests + outcome.pending:,} done, {s.failed:,} failed"
+    text += f", {s.throttled:,} 429s in {s.attempts:,} attempts, {duration(s.makespan_s)}"
+    if outcome.pending:
+        reasons = ", ".join(sorted(set(outcome.stopped.values()))) or "unknown"
+        text += f"; stopped ({reasons}), {outcome.pending:,} not done"
+    return text

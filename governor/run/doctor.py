@@ -1,0 +1,110 @@
+"""`paceline doctor`: one tiny call to each pool, and what its answer says of key, model, limits and settings.
+
+What lives here: the call and its findings. What must not: HTTP (`openai_adapter`), the meaning of answers (`answers`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from governor.model.estimate import CHAT, sizes_of
+from governor.model.pools import Pool, key_of
+from governor.model.requests import Answer, Outcome, Request, Scope, url_of
+from governor.model.words import duration
+from governor.run.pool_run import Connect
+from governor.scheduler.driver import Job, Work
+from governor.telemetry.watch import limit_text
+
+TIMEOUT_S = 30.0
+# Newer models refuse less than 16.
+MAX_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one pool answered. `disagree`: what to say of settings that are not as the account grants."""
+
+    pool: str
+    address: str
+    model: str
+    answer: Answer
+    took_s: float
+    disagree: tuple[str, ...]
+
+    @property
+    def exit_code(self) -> int:
+        """0 = it answers, 4 = the account is refused, 1 = anything else."""
+        if self.answer.scope is Scope.ACCOUNT:
+            return 4
+        return 0 if self.answer.outcome is Outcome.OK else 1
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        a = self.answer
+        return {
+            "address": self.address,
+            "model": self.model,
+            "outcome": str(a.outcome),
+            "status": a.status,
+            "error_code": a.error_code,
+            "message": a.message,
+            "took_s": round(self.took_s, 3),
+            "limits": {x.dimension: {"limit": x.limit, "remaining": x.remaining} for x in a.limits},
+            "disagree": list(self.disagree),
+        }
+
+    def text(self, *, named: bool) -> str:
+        """For people."""
+        a = self.answer
+        lines = [f"{f'pool {self.pool}: ' if named else ''}{self.address}, model {self.model}"]
+        if a.outcome is Outcome.OK:
+            lines.append(f"  answers in {duration(self.took_s)}: key and model are good")
+        else:
+            words = " ".join(a.message.split())[:300]
+            status = f"{a.status} " if a.status else ""
+            lines.append(f"  does not answer: {status}{a.error_code or a.outcome}{f': {words}' if words else ''}")
+        for limit in a.limits:
+            left = (
+                f"{limit.remaining:,.0f} left" if limit.remaining >= 0.0 else f"{-limit.remaining:,.0f} too many used"
+            )
+            lines.append(f"  {limit.dimension} {limit.limit:,.0f}, {left}")
+        if a.outcome is Outcome.OK and not a.limits:
+            lines.append("  states no limits in its headers: OPENAI_SYNC_HEADERS will find nothing to go by")
+        lines += [f"  {text}" for text in self.disagree]
+        if a.limits and not self.disagree:
+            lines.append("  the settings agree with what it grants")
+        return "\n".join(lines)
+
+
+def examine(pools: Sequence[Pool], environment: Mapping[str, str], connect: Connect, model: str) -> list[Finding]:
+    """One call to each pool, one after the other. BadSetting where a key is missing."""
+    for pool in pools:
+        key_of(pool, environment)
+
+    async def run() -> list[Finding]:
+        return [await _examined(pool, connect, model) for pool in pools]
+
+    return asyncio.run(run())
+
+
+async def _examined(pool: Pool, connect: Connect, model: str) -> Finding:
+    named = next((name for name in pool.models if "*" not in name and "?" not in name), model)
+    body: dict[str, Any] = {
+        "model": named,
+        "messages": [{"role": "user", "content": "Say OK."}],
+        "max_completion_tokens": MAX_TOKENS,
+    }
+    request = Request(0, "doctor", url_of(CHAT), named, body, sizes_of(CHAT, body), pool.name)
+    send = connect(pool)
+    began = time.monotonic()
+    try:
+        answer = await send(Job(Work(request, 0.0), 0, 0.0, -1.0, -1, 0.0), TIMEOUT_S)
+    finally:
+        await send.aclose()
+    texts = (limit_text(limit.dimension, limit.limit, pool.policy) for limit in answer.limits)
+    address = pool.address or "https://api.openai.com/v1"
+    return Finding(pool.name, address, named, answer, time.monotonic() - began, tuple(filter(None, texts)))

@@ -1,0 +1,327 @@
+"""From a batch file to a journal that holds all of it, or back to one that was begun: what is left, by pool.
+
+What lives here: reading the input once as a stream, its fingerprint, each line's pool and reservation, the refusal of
+what can never run, and of a journal or results file that belongs to something else. What must not: sending anything.
+
+Memory stays flat: lines go from the file into the journal; what remains here is 80 bytes of sizes per request.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+from governor.forecast.forecast import Demand
+from governor.forecast.guard import check_fits
+from governor.journal.database import JournalError
+from governor.journal.journal import Journal, fingerprint_of
+from governor.model.errors import BadInput, Oversized, Refused, quoted
+from governor.model.estimate import LEARNED, Sizes, charge_of
+from governor.model.policy import Policy
+from governor.model.pools import Pool, pool_for
+from governor.model.requests import Request, read_requests
+from governor.run.outputs import errors_path
+from governor.scheduler.driver import Work
+
+# A journal holds each line about twice (its body, its answer) and some hundred bytes of records per attempt.
+JOURNAL_BYTES_PER_INPUT_BYTE = 1.3
+JOURNAL_BYTES_PER_REQUEST = 4_000
+RESULT_BYTES_PER_REQUEST = 2_500
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A journal ready to run. `demands`: what is left, by pool. `is_new`: this command made it.
+
+    `oversized`: requests that will end unsent (`--skip-oversized`). `retried`: failed ones that are tried again, once
+    the run may start (`Journal.retry_failed`): a refusal leaves them as they were.
+    """
+
+    journal: Journal
+    demands: Mapping[str, Demand]
+    is_new: bool
+    oversized: int
+    retried: int
+
+
+def reserve_of(policy: Policy, sizes: Sizes) -> int:
+    """Tokens that we reserve for a request, by the policy's charge rule."""
+    return charge_of(policy.charge_rule, sizes, policy.est_tokens_per_run)
+
+
+def work_of(request: Request, policy: Policy, before: Work | None = None) -> Work:
+    """What the driver needs of a request, under these settings. `before`: its record, whose history it keeps.
+
+    Expected output is the declared cap over all answers. The provider's charge is not known live: what is believed is
+    our own rule, or what is measured for the endpoint where ours is a flat estimate.
+    """
+    sizes = request.sizes
+    rule = policy.charge_rule
+    reserve = reserve_of(policy, sizes)
+    last = replace(sizes, max_tokens=policy.finalize_max_tokens)
+    believed = "auto" if rule in ("fixed", LEARNED) else rule
+    work = Work(
+        request,
+        reserve,
+        expected=float(sizes.max_tokens * sizes.n) if sizes.max_tokens >= 0 else -1.0,
+        finalize_reserve=reserve_of(policy, last),
+        charge=reserve if rule == believed else charge_of(believed, sizes, 0),
+        finalize_charge=charge_of(believed, last, 0),
+    )
+    if before is None or before.first_launched_s < 0.0:
+        return work
+    history = ("lane", "attempt", "first_launched_s", "retry_at_s")
+    return replace(work, **{name: getattr(before, name) for name in history})
+
+
+# ---------------------------------------------------------------- reading the input
+
+
+class _Hashed:
+    """The lines of a binary file, and the SHA-256 of what was read."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.sha256 = hashlib.sha256()
+        self._file = file
+
+    def __iter__(self) -> Iterator[bytes]:
+        for line in self._file:
+            self.sha256.update(line)
+            yield line
+
+
+def pooled(requests: Iterable[Request], pools: Sequence[Pool], name: str) -> Iterator[tuple[Request, Pool]]:
+    """Each request with its pool; BadInput, naming the request, where none takes its model."""
+    found: dict[str, Pool] = {}
+    for request in requests:
+        pool = found.get(request.model)
+        if pool is None:
+            pool = pool_for(request.model, pools)
+            if pool is None:
+                what = f"request {request.index} ({quoted(request.custom_id)}) asks for model {quoted(request.model)}"
+                raise BadInput(f"{what}, which no pool takes: add a pattern for it to the pools file", name)
+            found[request.model] = pool
+        yield replace(request, pool=pool.name), pool
+
+
+def read_demands(path: Path, pools: Sequence[Pool]) -> dict[str, Demand]:
+    """What a batch file asks of each pool, without sending or keeping anything. BadInput for a file that is wrong."""
+    demands = {pool.name: Demand() for pool in pools}
+    with _opened(path) as file:
+        requests = read_requests(file, str(path), keep_body=False)
+        for request, pool in pooled(requests, pools, str(path)):
+            demands[pool.name].add(request.model, request.sizes, reserve_of(pool.policy, request.sizes))
+    return demands
+
+
+def _opened(path: Path) -> BinaryIO:
+    name = str(path)
+    try:
+        if path.is_dir():
+            raise BadInput("this is a folder: name a batch file (JSONL)", name)
+        file = path.open("rb")
+    except FileNotFoundError:
+        raise BadInput("there is no such file", name) from None
+    except OSError as error:
+        raise BadInput(f"cannot be read: {error.strerror or error}", name) from None
+    if not file.seekable():
+        file.close()
+        raise BadInput("a run can be resumed only from a file: write the lines to one first", name)
+    return file
+
+
+# ---------------------------------------------------------------- new, or resumed
+
+
+def prepare(
+    path: Path,
+    out: Path,
+    where: str | Path,
+    pools: Sequence[Pool],
+    *,
+    seed: int,
+    skip_oversized: bool = False,
+    overwrite: bool = False,
+    retry_failed: str | None = None,
+) -> Begun:
+    """The journal of this run: made from the input, or the one that is there. What is wrong is found before a send.
+
+    `retry_failed`: None = no, "" = all that failed, else those with this failure code. BadInput, Oversized or
+    JournalError; a journal that was being made is removed again.
+    """
+    if Journal.exists(where):
+        return _resumed(
+            path,
+            out,
+            where,
+            pools,
+            skip_oversized=skip_oversized,
+            overwrite=overwrite,
+            retry_failed=retry_failed,
+        )
+    for file in (out, errors_path(out)):
+        # An empty one holds nothing to lose: a run that was ended before its first answer may have left it.
+        if file.exists() and not overwrite and not (file.is_file() and file.stat().st_size == 0):
+            raise BadInput(
+                f"it exists, and no journal at {where} says that it is this run's: move it away, name another --out, "
+                "or add --overwrite",
+                str(file),
+            )
+    return _made(path, where, pools, seed, skip_oversized)
+
+
+def _made(path: Path, where: str | Path, pools: Sequence[Pool], seed: int, skip_oversized: bool) -> Begun:
+    _check_disk(path, where)
+    demands = {pool.name: Demand() for pool in pools}
+    oversized = 0
+
+    def works(hashed: _Hashed) -> Iterator[Work]:
+        nonlocal oversized
+        for request, pool in pooled(read_requests(hashed, str(path)), pools, str(path)):
+            work = work_of(request, pool.policy)
+            try:
+                check_fits(request, int(work.reserve), pool)
+            except Oversized:
+                if not skip_oversized:
+                    raise
+                oversized += 1
+            else:
+                demands[pool.name].add(request.model, request.sizes, int(work.reserve))
+            yield work
+
+    with _opened(path) as file:
+        fingerprint = fingerprint_of(file)  # type: ignore[arg-type]
+        file.seek(0)
+        hashed = _Hashed(file)
+        journal = Journal.create(where, fingerprint=fingerprint, seed=seed, epoch_s=time.time())
+        try:
+            journal.ingest(works(hashed))
+            if hashed.sha256.hexdigest() != fingerprint:
+                raise BadInput("it changed while it was read: let it be written to its end, then run again", str(path))
+        except BaseException:
+            journal.remove()
+            raise
+    return Begun(journal, demands, True, oversized, 0)
+
+
+def _is_of(journal: Journal, file: Path) -> bool:
+    """Whether a file of results or errors is this run's, by its first line; nothing is lost with an empty one.
+
+    A crash under `--follow` may have cut that line short.
+    """
+    try:
+        with file.open("rb") as opened:
+            first = opened.readline(_HEAD_BYTES)
+    except OSError:
+        return True  # what is wrong with it is said elsewhere, in its own words
+    number = _FIRST.match(first)
+    if number is None:
+        return not first.strip() or first in b'{"id":"batch_req_'
+    custom_id = journal.custom_id(int(number[1]))
+    head = b'{"id":"batch_req_%s","custom_id":%s,' % (number[1], json.dumps(custom_id).encode())
+    return custom_id is not None and (first.startswith(head[:_HEAD_BYTES]) or head.startswith(first))
+
+
+# How a line of ours begins, and how much of it tells whose it is.
+_FIRST = re.compile(rb'\{"id":"batch_req_([0-9]{1,15})"')
+_HEAD_BYTES = 4_096
+
+
+def _resumed(
+    path: Path,
+    out: Path,
+    where: str | Path,
+    pools: Sequence[Pool],
+    *,
+    skip_oversized: bool,
+    overwrite: bool,
+    retry_failed: str | None,
+) -> Begun:
+    with _opened(path) as file:
+        fingerprint = fingerprint_of(file)  # type: ignore[arg-type]
+    journal = Journal.open(where, to_run=True, fingerprint=fingerprint)
+    try:
+        if journal.run().purged_epoch_s >= 0.0:
+            raise JournalError(f"{journal.name}: it was purged, nothing is left to send or to write: start a new one")
+        for target in () if overwrite else (out, errors_path(out)):
+            if target.exists() and not _is_of(journal, target):
+                raise BadInput(
+                    f"it exists, and is not what {journal.name} has written: move it away, name another --out, or add "
+                    "--overwrite",
+                    str(target),
+                )
+        if journal.run().requests < 0:
+            # Its process was killed while it was filled: nothing was sent yet.
+            seed = journal.run().seed
+            journal.remove()
+            return _made(path, where, pools, seed, skip_oversized)
+        counts = journal.counts()
+        retried = 0 if retry_failed is None else counts.failures.get(retry_failed, 0) if retry_failed else counts.failed
+        left = counts.pending + counts.in_flight + retried
+        demands, oversized = _left(journal, pools, skip_oversized, retry_failed, left)
+    except BaseException:
+        journal.close()
+        raise
+    return Begun(journal, demands, False, oversized, retried)
+
+
+def _left(
+    journal: Journal, pools: Sequence[Pool], skip_oversized: bool, retry_failed: str | None, left: int
+) -> tuple[dict[str, Demand], int]:
+    """What a journal still has to do (`left` in all), under today's settings, and how many requests can never run."""
+    demands = {pool.name: Demand() for pool in pools}
+    oversized = taken = 0
+    for pool in pools:
+        for request in journal.unfinished(pool.name, failed=retry_failed):
+            reserve = reserve_of(pool.policy, request.sizes)
+            taken += 1
+            try:
+                check_fits(request, reserve, pool)
+            except Oversized:
+                if not skip_oversized:
+                    raise
+                oversized += 1
+            else:
+                demands[pool.name].add(request.model, request.sizes, reserve)
+    if taken < left:
+        names = ", ".join(pool.name for pool in pools)
+        raise BadInput(
+            f"{left - taken:,} of its requests belong to a pool that is not among those of this command ({names}): "
+            "use the pools file that it was begun with",
+            journal.name,
+        )
+    return demands, oversized
+
+
+def _check_disk(path: Path, where: str | Path) -> None:
+    """Refused where the journal and the results would hardly fit beside each other."""
+    if "://" in str(where):
+        return
+    folder = Path(where).absolute().parent
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            lines = sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
+        free = shutil.disk_usage(folder).free
+    except OSError:
+        return  # what is wrong with either is said elsewhere, in its own words
+    needed = disk_needed(size, lines)
+    if needed > free:
+        raise Refused(
+            f"the journal and the results need about {needed / 2**20:,.0f} MiB in {os.fspath(folder)}, "
+            f"{free / 2**20:,.0f} MiB are free: make room, or name other places with --journal and --out"
+        )
+
+
+def disk_needed(size: int, lines: int) -> int:
+    """Bytes that journal and results of a batch file of this size will take, roughly."""
+    per_line = JOURNAL_BYTES_PER_REQUEST + RESULT_BYTES_PER_REQUEST
+    return round(size * JOURNAL_BYTES_PER_INPUT_BYTE + lines * per_line)

@@ -1,0 +1,431 @@
+"""The live run itself: pools side by side in one event loop, until nothing is left or somebody stops it.
+
+What lives here: one leg from its beginning to its end, the canary, the budgets of money and time, and what is said
+meanwhile. What must not: reading input (`intake`), the start guard (`batch`), results (`account`), HTTP
+(`openai_adapter`), and any rule of pacing (the law).
+
+Theory of operation. Each pool's governor pulls its work from the journal, a hundred rows at a time. A ticker looks at
+everything that is not an event of the driver: a few times a second it takes up commands, shows the progress, compares
+with the forecast and watches the clock. Whoever wants the run to end calls `stop` with a reason; the governors then
+launch nothing more, and what is in flight has the grace period to end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+
+from governor.forecast.forecast import Expectation, finish_text
+from governor.forecast.guard import canary_note, canary_verdict
+from governor.forecast.summary import Tally
+from governor.journal.journal import Journal
+from governor.model.errors import BadInput, FailureCode
+from governor.model.policy import Policy
+from governor.model.pools import Pool
+from governor.model.prices import Spent, dollars_text
+from governor.model.words import duration, plural
+from governor.run.intake import work_of
+from governor.run.longwaits import FINISH_BY, OUTWAITED, STOP_AFTER, held_text, too_late, too_late_text
+from governor.run.pool_run import Connect, Manner, PoolRun, Said, learner_of, pool_run
+from governor.run.steer import Commands, Signals, answered
+from governor.scheduler.driver import Work
+from governor.telemetry.metrics import Notice, notify
+from governor.telemetry.progress import Shown, snapshot
+from governor.telemetry.watch import waiting_for
+
+# What the ticker does, every so many seconds of the machine's clock.
+TICK_S = 0.2
+COMMANDS_S, TRACK_S, TEXTFILE_S = 0.4, 1.0, 15.0
+
+# Why a run stopped before its end, beside the driver's failure codes, the names of signals and those of `longwaits`.
+MAX_COST, BAD_REQUESTS, CANARY, FAILED_INSIDE = "MAX_COST", "BAD_REQUESTS", "CANARY", "ERROR"
+ACCOUNT = (FailureCode.INSUFFICIENT_QUOTA, FailureCode.UNAUTHORIZED)
+
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """What a leg works on. By pool: what is left (requests, tokens reserved), what is expected of it and its canary.
+
+    `started`: the pools' policies without what `paceline set` has changed. `request_usd`: what one request is expected
+    to cost, as long as none has been answered.
+    """
+
+    journal: Journal
+    pools: Mapping[str, Pool]
+    started: Mapping[str, Policy]
+    left: Mapping[str, tuple[int, float]]
+    expectations: Mapping[str, Expectation]
+    canaries: Mapping[str, Expectation]
+    spent: Spent
+    request_usd: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a leg ended. By pool: `why` it stopped ("" = nothing was left), limits that its headers stated, its counts.
+
+    `at_s`: when, seconds since the run began. `resent`: requests that a crash had left in flight. `signals`: those that
+    came, by name.
+    """
+
+    why: Mapping[str, str]
+    granted: Mapping[str, Mapping[str, float]]
+    tallies: Mapping[str, Tally]
+    began_s: float
+    at_s: float
+    resent: int
+    signals: tuple[str, ...]
+
+
+class LiveRun:
+    """One leg of a run. Make it, await `run()` once."""
+
+    def __init__(self, leg: Leg, connect: Connect, shown: Shown, manner: Manner) -> None:
+        self.leg = leg
+        self.connect = connect
+        self.shown = shown
+        self.manner = manner
+        self.runs: dict[str, PoolRun] = {}
+        self.notices: list[Notice] = []
+        self.began_s = 0.0
+        self.resent = 0
+        self._before = leg.journal.counts()
+        self._cost_before, self._unpriced_before = leg.spent.cost_usd, leg.spent.unpriced
+        self._asking: set[asyncio.Task[None]] = set()
+        self._signalled = False
+        self._textfile_failed = False
+
+    async def run(self) -> Ended:
+        """Runs until nothing is left or it is stopped. JournalError where nothing can be recorded any more."""
+        self._begin()
+        signals = Signals(self._on_signal)
+        commands = Commands(self.leg.journal, self.runs, self.leg.started, self.say)
+        commands.at_start(self.began_s)
+        self._over_budget()
+        self.shown.start()
+        try:
+            with signals.handled():
+                ticker = asyncio.create_task(self._tick(commands))
+                try:
+                    await self._until_over(signals, ticker)
+                finally:
+                    for task in (ticker, *self._asking):
+                        task.cancel()
+                    await asyncio.gather(ticker, *self._asking, return_exceptions=True)
+        finally:
+            self.shown.stop()
+            await self._close_down()
+        runs = self.runs.values()
+        return Ended(
+            why={run.name: run.ending or run.governor.stopped for run in runs},
+            granted={run.name: run.alarms.granted for run in runs},
+            tallies={run.name: run.meter.tally for run in runs},
+            began_s=self.began_s,
+            at_s=max(run.governor.now() for run in runs),
+            resent=self.resent,
+            signals=tuple(signals.names),
+        )
+
+    def _begin(self) -> None:
+        """Begins the leg: recorders, governors, and the forecast, before anything is launched."""
+        leg, loop = self.leg, asyncio.get_running_loop()
+        stated = leg.journal.run()
+        zero = loop.time() - leg.journal.now_s(self.manner.time_scale)
+        policies = {name: pool.policy for name, pool in leg.pools.items()}
+        begun = leg.journal.begin(policies, loop.time() - zero, records=self.manner.records)
+        self.began_s, self.resent = loop.time() - zero, begun.resent
+        for note in begun.notes:
+            self.say(f"note: {note}")
+        for name, pool in leg.pools.items():
+            self._say_overdue(name, pool)
+        leg.journal.forecast({name: e.to_json_dict() for name, e in leg.expectations.items()}, self.began_s)
+        for name, pool in leg.pools.items():
+            self.runs[name] = pool_run(
+                pool,
+                begun.recorders[name],
+                leg.expectations[name],
+                left=leg.left[name],
+                seed=stated.seed,
+                start_s=self.began_s,
+                learner=learner_of(leg.journal, name, pool.policy),
+                send=self.connect(pool),
+                spent=leg.spent,
+                manner=self.manner,
+                said=self._said(name),
+            )
+            run = self.runs[name]
+            held = held_text(run.governor, run.long_waits.moment)
+            if held:
+                self.say(self._of(name) + held)
+
+    def _said(self, name: str) -> Said:
+        def refused(line: str) -> None:
+            self._refused(
+                name, line, BAD_REQUESTS, "the rest may be refused as well; mend the file, or retry it as it is"
+            )
+
+        def outwaited(line: str) -> None:
+            self._refused(name, line, OUTWAITED, "the rest would be lost as well; go on later with the same command")
+
+        return Said(self.say, refused, outwaited, self._over_budget)
+
+    def _say_overdue(self, name: str, pool: Pool) -> None:
+        """Requests whose time ran out while no process ran them end at once, and somebody should know why."""
+        deadline_s = pool.policy.deadline_seconds
+        count = self.leg.journal.overdue(name, self.began_s - deadline_s) if deadline_s > 0.0 else 0
+        if count:
+            self.say(
+                f"{self._of(name)}{plural(count, 'request')} launched more than OPENAI_DEADLINE_SECONDS={deadline_s:g} "
+                f"ago: given up; --retry-failed={FailureCode.DEADLINE_EXCEEDED} tries them anew"
+            )
+
+    async def _close_down(self) -> None:
+        for name, run in self.runs.items():
+            if self.manner.metrics is not None:
+                self.manner.metrics.unwatch(name)
+            await run.governor.aclose()
+            await run.send.aclose()
+
+    # ------------------------------------------------------------ the work
+
+    async def _until_over(self, signals: Signals, ticker: asyncio.Task[None]) -> None:
+        """Until every pool has nothing left, or has stopped and those in flight have ended or were cancelled."""
+        work = asyncio.create_task(self._work())
+        stopping = asyncio.create_task(signals.stopping.wait())
+        cancelling = asyncio.create_task(signals.cancelling.wait())
+        try:
+            await asyncio.wait({work, stopping, ticker}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                # A signal; or the ticker has failed, which nothing in flight should pay for either.
+                self.stop(signals.names[0] if signals.names else FAILED_INSIDE)
+                grace_s = self.manner.grace_s * self.manner.time_scale
+                await asyncio.wait({work, cancelling}, timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                flying = self._in_flight()
+                self.say(f"{plural(flying, 'request')} in flight cancelled: the same command sends them again")
+                work.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await work
+            if ticker.done():
+                ticker.result()
+        finally:
+            for task in (work, stopping, cancelling):
+                task.cancel()
+            await asyncio.gather(work, stopping, cancelling, return_exceptions=True)
+
+    async def _work(self) -> None:
+        """The canary, then everything."""
+        count = self.manner.canary
+        if count:
+            await self._side_by_side(lambda run: islice(self._works(run, longest_first=False), count))
+            await self.leg.journal.flushed()
+            if not await self._canary_passed():
+                self.stop(CANARY)
+        await self._side_by_side(lambda run: self._works(run, longest_first=run.policy.launch_order == "longest_first"))
+
+    async def _side_by_side(self, source: Callable[[PoolRun], Iterator[Work]]) -> None:
+        async def one(run: PoolRun) -> None:
+            run.ending = await run.governor.run(source(run), run.send, finalize=self.manner.finalize)
+
+        tasks = [asyncio.create_task(one(run)) for run in self.runs.values()]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            if any(task.exception() for task in done):
+                self.stop(FAILED_INSIDE)
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _works(self, run: PoolRun, *, longest_first: bool) -> Iterator[Work]:
+        """What is left of a pool, estimated under the settings of the moment at which it is pulled."""
+        for pending in self.leg.journal.pending(run.name, longest_first=longest_first):
+            yield work_of(pending.work.request, run.policy, before=pending.work)
+
+    # ------------------------------------------------------------ stopping
+
+    def stop(self, why: str) -> None:
+        """Launches nothing more in any pool."""
+        for run in self.runs.values():
+            run.governor.stop(why)
+
+    def _stopped(self) -> bool:
+        return all(run.governor.stopped for run in self.runs.values())
+
+    def _in_flight(self) -> int:
+        return sum(run.meter.in_flight for run in self.runs.values())
+
+    def _on_signal(self, name: str) -> None:
+        if self._signalled:
+            return  # what is cancelled is told when it is
+        self._signalled = True
+        flying = self._in_flight()
+        grace = f", {flying:,} in flight may end within {duration(self.manner.grace_s)}; again to cancel"
+        self.say(f"{name}: nothing more is launched{grace if flying else ''}")
+
+    def _refused(self, name: str, line: str, why: str, since: str) -> None:
+        """Ten requests in a row were lost alike: somebody decides, or it stops."""
+        run = self.runs[name]
+        if self.manner.ask is None:
+            self.say(f"{line}: stopped, since {since}")
+            run.governor.stop(why)
+            return
+        run.governor.pause()
+        task = asyncio.create_task(self._decide(run, line, why))
+        self._asking.add(task)
+        task.add_done_callback(self._asking.discard)
+
+    async def _decide(self, run: PoolRun, line: str, why: str) -> None:
+        if await self._asked(f"{line}. Go on with the rest?"):
+            run.governor.resume()
+        else:
+            run.governor.stop(why)
+
+    async def _asked(self, question: str) -> bool:
+        assert self.manner.ask is not None
+        self.shown.stop()
+        try:
+            return await answered(self.manner.ask, question)
+        finally:
+            self.shown.start()
+
+    def _over_budget(self) -> None:
+        """Asked after each launch and answer. What is in flight is expected to cost what answers have cost so far.
+
+        An answer that states no usage has cost money as well: what was expected of it.
+        """
+        limit, spent = self.manner.max_cost, self.leg.spent
+        if limit is None or self._stopped():
+            return
+        priced = sum(run.meter.answers for run in self.runs.values()) - (spent.unpriced - self._unpriced_before)
+        mean = (spent.cost_usd - self._cost_before) / priced if priced else self.leg.request_usd
+        untold_usd = spent.unpriced * self.leg.request_usd
+        if spent.cost_usd + untold_usd + mean * self._in_flight() >= limit:
+            untold = f" and an estimated {dollars_text(untold_usd)} for answers without usage" if untold_usd else ""
+            what = f"--max-cost {dollars_text(limit)}: {dollars_text(spent.cost_usd)} spent{untold}"
+            self.say(f"{what}, nothing more is launched")
+            self.stop(MAX_COST)
+
+    # ------------------------------------------------------------ the canary
+
+    async def _canary_passed(self) -> bool:
+        """Whether the first requests did as they were expected to, or somebody wants to go on anyway."""
+        findings = []
+        for name, run in self.runs.items():
+            if run.ending:
+                return False
+            tally, expected = run.meter.tally, self.leg.canaries[name]
+            took_s = tally.last_s - self.began_s if tally.requests else 0.0
+            seen = run.meter.measured()
+            findings += [self._of(name) + found for found in canary_verdict(expected, seen, took_s)]
+            did = f"{plural(tally.requests, 'request')} in {duration(took_s)}, {tally.failed:,} failed"
+            lines = [f"{did}, {tally.throttled:,} 429s; forecast: {finish_text(expected)}"]
+            lines += [canary_note(expected, seen), self._canary_cost(run)]
+            for text in filter(None, lines):
+                self.shown.inform(f"{self._of(name)}canary: {text}")
+        for found in findings:
+            self.say(f"canary: {found}")
+        if not findings or self.manner.insist:
+            return True
+        if self.manner.ask is not None:
+            return await self._asked("The canary is worse than forecast. Go on with the rest?")
+        self.say("canary: stopped before the rest; change the settings, or go on with the same command and --yes")
+        return False
+
+    def _canary_cost(self, run: PoolRun) -> str:
+        """What the rest of a pool would cost at the canary's rate."""
+        spent, answers = self.leg.spent, run.meter.answers
+        if spent.total_usd() is None or not answers or len(self.runs) > 1:
+            return ""
+        rest = (spent.cost_usd - self._cost_before) / answers * run.meter.left
+        return f"at this rate the rest costs about {dollars_text(rest)}"
+
+    def _of(self, name: str) -> str:
+        return f"pool {name}: " if len(self.leg.pools) > 1 else ""
+
+    # ------------------------------------------------------------ what is said meanwhile
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        self.shown.say(line)
+
+    async def _tick(self, commands: Commands) -> None:
+        """Everything that is not an event of the driver."""
+        before = self._before
+        ticks = 0
+        while True:
+            await asyncio.sleep(TICK_S * self.manner.time_scale)
+            ticks += 1
+            lanes = list(self.runs.values())
+            self.shown.show(snapshot(lanes, before.requests, before.done + before.failed, before.failed))
+            now = max(run.governor.now() for run in lanes)
+            if _is_time(ticks, COMMANDS_S):
+                commands.look(now)
+            if _is_time(ticks, TRACK_S):
+                self._compare()
+                self._look_ahead()
+            if _is_time(ticks, TEXTFILE_S):
+                self.write_textfile()
+            limit_s = self.manner.stop_after_s
+            if limit_s is not None and now - self.began_s >= limit_s and not self._stopped():
+                self.say(f"--stop-after {duration(limit_s)} is over: nothing more is launched")
+                self.stop(STOP_AFTER)
+
+    def _look_ahead(self) -> None:
+        """A pool that could launch nothing before its budget of time is over ends at once, rather than sleep."""
+        manner = self.manner
+        for name, run in self.runs.items():
+            at, now = run.governor.next_launch_at(), run.governor.now()
+            budgets = {STOP_AFTER: manner.stop_after_s, FINISH_BY: manner.finish_by_s}
+            why = too_late(
+                at - self.began_s,
+                now - self.began_s,
+                stop_after_s=manner.stop_after_s,
+                finish_by_s=manner.finish_by_s,
+                insist=manner.insist,
+            )
+            if why:
+                moment = run.long_waits.moment(at)
+                self.say(self._of(name) + too_late_text(why, at - now, moment, budgets.get(why)))
+                run.governor.stop(why)
+
+    def _compare(self) -> None:
+        """Whether each pool keeps to its forecast."""
+        for name, run in self.runs.items():
+            if run.governor.stopped:
+                continue
+            paused = bool(run.governor.s.paused)
+            cause = "" if paused else waiting_for(run.governor.cause)
+            line = run.track.look(run.governor.now() - self.began_s, run.meter.measured(paused), cause)
+            if line:
+                self.say(self._of(name) + line)
+                if run.track.late_since_s >= 0.0:
+                    self.tell("late", self._of(name) + line)
+
+    def write_textfile(self) -> None:
+        """The metrics as they are now, into the file for the collector if one is named. A run goes on without it."""
+        if self.manner.metrics is None or self.manner.textfile is None:
+            return
+        try:
+            self.manner.metrics.write_textfile(self.manner.textfile)
+        except BadInput as error:
+            if not self._textfile_failed:
+                self.say(f"note: {error}")
+            self._textfile_failed = True
+        else:
+            self._textfile_failed = False
+
+    def tell(self, event: str, text: str) -> None:
+        """A message to the webhook, if there is one."""
+        if self.manner.hook:
+            ended = sum(run.meter.tally.requests for run in self.runs.values())
+            content = {"event": event, "text": f"paceline: {text}", "ended": ended, "requests": self._before.requests}
+            self.notices.append(notify(self.manner.hook, content))
+
+
+def _is_time(ticks: int, every_s: float) -> bool:
+    return ticks % round(every_s / TICK_S) == 0

@@ -1,0 +1,163 @@
+"""Waits that somebody should know of at once: hours that a provider asks for, and launches that lie past a budget.
+
+What lives here: what is said of them, and when a run should rather end than sleep. What must not: pacing. How long a
+request waits, and whether its pool is held, stands in the law; nothing here makes a wait longer or shorter.
+
+A limit per minute never asks for more than a minute. What asks for longer is a daily limit, which a run may sit out, or
+something absurd: 114 hours were seen (docs/explanation/provider.md#buckets). Nobody should find a batch asleep without
+a word.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from governor.model.errors import FailureCode
+from governor.model.policy import Policy
+from governor.model.pools import Pool
+from governor.model.requests import Answer, Attempt, Outcome
+from governor.model.words import duration
+from governor.model.work import THROTTLES
+from governor.provider.stated import quoted_numbers
+from governor.scheduler.driver import Governor, Observer
+
+LONG_WAIT_S = 120.0
+DAY_S = 86_400.0
+# Once told, only a wait so many times as long is news.
+NEWS_RATIO = 2.0
+# So many requests in a row given up for such a wait mean that the rest would be lost, too.
+SAME_GIVEN_UP = 10
+
+# Why a run ends that would sleep too long, or would lose every request to its deadline.
+STOP_AFTER, FINISH_BY, LONG_WAIT, OUTWAITED = "STOP_AFTER", "FINISH_BY", "LONG_WAIT", "OUTWAITED"
+
+_COUNTED = {
+    "TPM": "tokens per minute",
+    "RPM": "requests per minute",
+    "TPD": "tokens per day",
+    "RPD": "requests per day",
+}
+
+
+class LongWaits(Observer):
+    """Speaks of long waits in one pool. `say(line)`; `outwaited(line)` after ten requests in a row given up for them.
+
+    `moment`: the wall's time of a time of the run, once it is known.
+    """
+
+    def __init__(self, pool: Pool, say: Callable[[str], None], outwaited: Callable[[str], None]) -> None:
+        self.policy = pool.policy
+        self.moment: Callable[[float], float] = lambda at_s: at_s
+        self._of = "" if pool.name == "default" else f"pool {pool.name}: "
+        self._say = say
+        self._outwaited = outwaited
+        self._longest_s = LONG_WAIT_S / NEWS_RATIO
+        self._given_up = 0
+
+    def attempted(self, attempt: Attempt, answer: Answer, failure: str) -> None:
+        if answer.outcome is Outcome.OK:
+            self._given_up = 0
+        if not failure or answer.retry_after_s <= LONG_WAIT_S:
+            return
+        late = failure == FailureCode.DEADLINE_EXCEEDED
+        self._tell(answer, attempt.finished_s + answer.retry_after_s, lost_text(self.policy, late=late))
+        if late and answer.outcome in THROTTLES:
+            self._given_up += 1
+            if self._given_up == SAME_GIVEN_UP:
+                self._outwaited(
+                    f"{self._of}{SAME_GIVEN_UP} requests in a row were given up: {asker(answer)} asks to wait "
+                    f"{duration(answer.retry_after_s)}, OPENAI_DEADLINE_SECONDS={self.policy.deadline_seconds:g}"
+                )
+
+    def backed_off(self, attempt: Attempt, answer: Answer, retry_at_s: float) -> None:
+        if answer.retry_after_s > LONG_WAIT_S:
+            held = self.policy.hold_on_throttle and answer.outcome in THROTTLES
+            self._tell(answer, retry_at_s, waits_text(held=held))
+
+    def _tell(self, answer: Answer, until_s: float, then: str) -> None:
+        if answer.retry_after_s < NEWS_RATIO * self._longest_s:
+            return
+        self._longest_s = answer.retry_after_s
+        until = moment_text(self.moment(until_s))
+        self._say(f"{self._of}{asker(answer)} asks to wait {duration(answer.retry_after_s)}, until {until}: {then}")
+
+
+def asker(answer: Answer) -> str:
+    """Who asks to wait: the limit that the message names, else the provider."""
+    quoted = quoted_numbers(answer.message)
+    if not quoted.dimension:
+        return "the provider"
+    size = f"{quoted.limit:,.0f} " if quoted.limit >= 0.0 else ""
+    return f"the limit of {size}{_COUNTED[quoted.dimension]}"
+
+
+def waits_text(*, held: bool) -> str:
+    """What such a wait means for a request that will be tried again, and what to do about it."""
+    then = "nothing is launched until then" if held else "that request waits, the others go on"
+    return (
+        f"{then}; Ctrl-C and the same command later go on from here, `paceline set` OPENAI_DEADLINE_SECONDS=N gives up "
+        "what would wait longer, --stop-after and --finish-by end a run that would sleep past them"
+    )
+
+
+def lost_text(policy: Policy, *, late: bool) -> str:
+    """The same for a request that is lost with it. `late`: to its deadline, not to its number of attempts."""
+    if not late:
+        return "that was the request's last attempt"
+    text = f"OPENAI_DEADLINE_SECONDS={policy.deadline_seconds:g} is over before that, the request is given up"
+    if policy.hold_on_throttle:
+        text += f"; nothing is launched for {duration(policy.deadline_seconds)}"
+    return text
+
+
+def held_text(governor: Governor, moment: Callable[[float], float]) -> str:
+    """What to say of a leg that begins in a long hold, drawn by a 429 of an earlier one; "" where it does not."""
+    until_s = governor.s.hold_until
+    wait_s = until_s - governor.now()
+    if wait_s <= LONG_WAIT_S:
+        return ""
+    return (
+        f"an earlier 429 asked to wait until {moment_text(moment(until_s))}: nothing is launched for "
+        f"{duration(wait_s)}; --set OPENAI_HOLD_ON_THROTTLE=false tries at once"
+    )
+
+
+def moment_text(epoch_s: float) -> str:
+    """A moment for people, in local time: "Wed 25 Nov 18:23"."""
+    try:
+        return time.strftime("%a %d %b %H:%M", time.localtime(epoch_s))
+    except (ValueError, OverflowError, OSError):
+        return "never"
+
+
+# ---------------------------------------------------------------- rather end than sleep
+
+
+def too_late(
+    next_s: float, now_s: float, *, stop_after_s: float | None, finish_by_s: float | None, insist: bool = False
+) -> str:
+    """Why a run should end now, since its next launch lies past a budget; "" = it need not.
+
+    All seconds since the leg began; `next_s`: when anything can be launched at the earliest. `insist`: `--yes`, which
+    lifts the guard of a day. A run that is late by little is not ended for `--finish-by`: only a long wait is.
+    """
+    if stop_after_s is not None and next_s >= stop_after_s:
+        return STOP_AFTER
+    wait_s = next_s - now_s
+    if finish_by_s is not None:
+        return FINISH_BY if wait_s > LONG_WAIT_S and next_s >= finish_by_s else ""
+    return LONG_WAIT if wait_s > DAY_S and not insist else ""
+
+
+def too_late_text(why: str, wait_s: float, epoch_s: float, budget_s: float | None) -> str:
+    """What to say then. `epoch_s`: when the next launch would be; `budget_s`: the option's value."""
+    past = {
+        STOP_AFTER: f"past --stop-after {duration(budget_s or 0.0)}",
+        FINISH_BY: f"past --finish-by {duration(budget_s or 0.0)}",
+        LONG_WAIT: "more than a day (--yes sits it out)",
+    }[why]
+    return (
+        f"the next launch is {duration(wait_s)} away, {moment_text(epoch_s)}, {past}: stopped; the same command then "
+        "goes on"
+    )

@@ -1,0 +1,248 @@
+"""One pool of a live run: its governor, everybody who observes it, and what its settings are right now.
+
+What lives here: `Manner` (how a run goes about its work) and `PoolRun` with its observers. What must not: the run as a
+whole (`live`), counting (`watch`), storage (`recorder`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from governor.forecast.forecast import Expectation
+from governor.forecast.guard import RESUMED_SLACK_S, SLACK_S, Track
+from governor.journal.recorder import Recorder
+from governor.journal.records import Records, Result
+from governor.model.estimate import LEARNED
+from governor.model.policy import Policy
+from governor.model.pools import Pool
+from governor.model.prices import Spent
+from governor.model.requests import Answer, Attempt, Outcome, Request
+from governor.run.account import line_of
+from governor.run.longwaits import LongWaits
+from governor.run.outputs import Followed
+from governor.scheduler.driver import Governor, Job, Observer, kind_of
+from governor.scheduler.learning import Learner
+from governor.sharedquota.sharing import pool_key
+from governor.telemetry.eventlog import EventLog, Format
+from governor.telemetry.metrics import Metrics
+from governor.telemetry.progress import Lane
+from governor.telemetry.watch import Alarms, Meter, Together
+
+
+class Sender(Protocol):
+    """Sends the attempts of one pool."""
+
+    def __call__(self, job: Job, timeout_s: float) -> Awaitable[Answer]:
+        """One attempt; see `driver.Send`."""
+
+    async def aclose(self) -> None:
+        """Closes all connections."""
+
+
+Connect = Callable[[Pool], Sender]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manner:
+    """How a run goes about its work. `ask`: puts a question to somebody at a terminal, None = nobody is there.
+
+    `max_cost`: US dollars, `stop_after_s`, `finish_by_s`: seconds of this leg; None = no budget. `grace_s`: how long
+    those in flight may end after a signal. `canary`: so many requests of each pool first; `insist`: go on whatever it
+    finds. `records`: every call of the law is written down. `follow`: the results file that grows. `textfile`, `hook`:
+    where metrics and messages go. `redis`: the URL through which pools are shared with other processes, "" = they are
+    not.
+    """
+
+    finalize: bool = False
+    max_cost: float | None = None
+    stop_after_s: float | None = None
+    finish_by_s: float | None = None
+    grace_s: float = 30.0
+    canary: int = 0
+    insist: bool = False
+    log_format: Format | None = None
+    follow: Followed | None = None
+    metrics: Metrics | None = None
+    textfile: Path | None = None
+    records: bool = False
+    hook: str = ""
+    ask: Callable[[str], bool] | None = None
+    time_scale: float = 1.0
+    redis: str = field(default="", repr=False)
+
+
+@dataclass(slots=True)
+class PoolRun(Lane):
+    """One pool under way; `Lane` holds what its progress is read from. `ending`: why it stopped, "" = it did not."""
+
+    name: str
+    policy: Policy
+    recorder: Recorder
+    alarms: Alarms
+    long_waits: LongWaits
+    track: Track
+    send: Sender
+    ending: str = ""
+
+    def pause(self) -> None:
+        """Launches nothing until `resume`."""
+        self.governor.pause()
+
+    def resume(self) -> None:
+        """Goes on."""
+        self.governor.resume()
+
+    def change(self, policy: Policy) -> None:
+        """Takes other settings over; they are recorded with the time."""
+        self.policy = policy
+        self.meter.policy = policy
+        self.alarms.repriced(policy)
+        self.long_waits.policy = policy
+        self.governor.reprice(policy.params())
+        self.recorder.policy_changed(policy, self.governor.now())
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """Whom a pool speaks to: `say(line)` for what somebody should know, `refused(line)` after ten bad requests in a
+    row, `outwaited(line)` after ten given up for a long wait, `spending()` after each launch and each answer, where
+    there is a budget."""
+
+    say: Callable[[str], None]
+    refused: Callable[[str], None]
+    outwaited: Callable[[str], None]
+    spending: Callable[[], None]
+
+
+def pool_run(
+    pool: Pool,
+    recorder: Recorder,
+    expectation: Expectation,
+    *,
+    left: tuple[int, float],
+    seed: int,
+    start_s: float,
+    learner: Learner | None,
+    send: Sender,
+    spent: Spent,
+    manner: Manner,
+    said: Said,
+) -> PoolRun:
+    """A pool ready to run, inside an event loop. `left`: requests, and tokens reserved for them."""
+    meter = Meter(pool, spent, left=left[0], left_tokens=left[1])
+    alarms = Alarms(pool, said.say, said.refused)
+    long_waits = LongWaits(pool, said.say, said.outwaited)
+    log = EventLog(manner.log_format, pool.name) if manner.log_format is not None else None
+    observers: list[Observer | None] = [
+        recorder,  # first: nobody speaks of what is not recorded
+        meter,
+        alarms,
+        long_waits,
+        _Purse(said.spending) if manner.max_cost is not None else None,
+        _Follower(manner.follow) if manner.follow is not None else None,
+        manner.metrics.observer(pool.name) if manner.metrics is not None else None,
+        log,
+    ]
+    governor = governor_of(
+        pool,
+        manner,
+        said.say,
+        seed=seed,
+        observer=Together(_present(observers)),
+        state=recorder.state,
+        start_s=start_s,
+        learner=learner,
+    )
+    # Of the clocks alone, since the run's may be faster than the wall's.
+    long_waits.moment = lambda at_s: time.time() + (at_s - governor.now()) / manner.time_scale
+    if manner.metrics is not None:
+        manner.metrics.watch(pool.name, governor)
+    if log is not None:
+        log.zero_epoch = governor.zero_epoch
+    return PoolRun(
+        governor=governor,
+        meter=meter,
+        assumed_s=expectation.service_s,
+        name=pool.name,
+        policy=pool.policy,
+        recorder=recorder,
+        alarms=alarms,
+        long_waits=long_waits,
+        track=Track(expectation, RESUMED_SLACK_S if start_s > 0.0 else SLACK_S),
+        send=send,
+    )
+
+
+def governor_of(
+    pool: Pool, manner: Manner, say: Callable[[str], None], *, observer: Observer, seed: int = 0, **continued: Any
+) -> Governor:
+    """The governor of a pool, whose quota is its own or one that is shared. `continued`: as for `Governor`."""
+    params = pool.policy.params()
+    learner = continued.pop("learner", None) or (Learner() if pool.policy.charge_rule == LEARNED else None)
+    if not manner.redis:
+        return Governor(params, seed=seed, observer=observer, pool=pool.name, learner=learner, **continued)
+    if learner is not None:
+        say(
+            f"pool '{pool.name}': on a quota that processes share, estimates do not learn: what is declared is reserved"
+        )
+    from governor.sharedquota.redis_store import in_redis
+    from governor.sharedquota.shared import SharedGovernor  # what these two need is an extra
+
+    return SharedGovernor(
+        params,
+        store=in_redis(manner.redis, pool_key(pool), scale=manner.time_scale),
+        say=say,
+        time_scale=manner.time_scale,
+        seed=seed,
+        observer=observer,
+        pool=pool.name,
+        **continued,
+    )
+
+
+def learner_of(journal: Records, pool: str, policy: Policy) -> Learner | None:
+    """What the pool's answers so far have taught, where its estimates learn: a resumed leg knows what the run knew."""
+    if policy.charge_rule != LEARNED:
+        return None
+    learner = Learner()
+    answered = [a for a in journal.attempts(pool) if a.outcome is Outcome.OK and a.lane == "main"]
+    if not answered:
+        return learner
+    kinds = {result.request.index: kind_of(result.request) for result in journal.results()}
+    kinds |= {request.index: kind_of(request) for request in journal.unfinished(pool)}
+    for a in answered:
+        if a.prompt_tokens >= 0 and a.output_tokens >= 0 and a.request in kinds:
+            learner.saw(*kinds[a.request], float(a.prompt_tokens + a.output_tokens))
+    return learner
+
+
+def _present(observers: Iterable[Observer | None]) -> list[Observer]:
+    return [observer for observer in observers if observer is not None]
+
+
+class _Purse(Observer):
+    """Calls back whenever money was spent, or will be."""
+
+    def __init__(self, then: Callable[[], None]) -> None:
+        self._then = then
+
+    def launched(self, job: Job, now: float) -> None:
+        self._then()
+
+    def attempted(self, attempt: Attempt, answer: Answer, failure: str) -> None:
+        if attempt.outcome is Outcome.OK:
+            self._then()
+
+
+class _Follower(Observer):
+    """Writes each line of the results as its request ends."""
+
+    def __init__(self, followed: Followed) -> None:
+        self._followed = followed
+
+    def ended(self, request: Request, failure: str, answer: Answer | None, now: float) -> None:
+        self._followed.add(*line_of(Result(request, failure, answer, now, 0)))

@@ -1,0 +1,150 @@
+"""The state of a run as its journal tells it, to anybody who looks while it goes on or afterwards.
+
+What lives here: what `paceline status` shows, as plain values and as text. What must not: writing anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime
+from typing import Any
+
+from governor.forecast.forecast import Demand, Outlook, fluid
+from governor.journal.journal import PAUSE, RESUME, Journal
+from governor.journal.records import Records
+from governor.model.policy import KNOBS
+from governor.model.pools import Pool
+from governor.model.requests import Outcome
+from governor.model.words import duration, percent, plural
+from governor.run.account import worked
+from governor.run.intake import reserve_of
+from governor.run.steer import POOL_WORD, changes_text, held_settings, words_of
+
+
+def status_json(journal: Journal) -> dict[str, Any]:
+    """Plain values. `left_s`: a rough estimate of what is left, None when nothing is. Times in seconds of the run."""
+    run, counts, legs = journal.run(), journal.counts(), journal.legs()
+    outcomes = journal.outcomes()
+    settings = journal.settings()
+    policies = {stated.pool: stated.policy for stated in settings}
+    pools = {name: journal.counts(name) for name in policies}
+    forecasts = [f for f in journal.forecasts() if f.launched_before == 0]
+    is_running = journal.is_running()
+    own = worked(journal)
+    return {
+        "journal": journal.name,
+        "running": is_running,
+        "paused": _paused(journal, pools, legs[-1].began_s) if is_running and legs else [],
+        "requests": max(run.requests, 0),
+        "done": counts.done,
+        "failed": counts.failed,
+        "pending": counts.pending,
+        "in_flight": counts.in_flight,
+        "resent": counts.resent,
+        "failures": counts.failures,
+        "attempts": sum(outcomes.values()),
+        "throttled": outcomes.get(Outcome.THROTTLED, 0) + outcomes.get(Outcome.SLOW_DOWN, 0),
+        "began": datetime.fromtimestamp(run.epoch_s).astimezone().isoformat(timespec="seconds"),
+        "legs": len(legs),
+        "ending": "" if is_running else legs[-1].ending if legs else "",
+        "worked_s": own.own(journal.last_s()),
+        "forecast_finish_s": _forecast_finish(forecasts[-1].content) if forecasts else None,
+        "left_s": _left_s(journal, policies) if counts.pending + counts.in_flight else None,
+        "pools": {
+            name: {"done": c.done, "failed": c.failed, "pending": c.pending, "in_flight": c.in_flight}
+            for name, c in pools.items()
+        },
+        "settings": {
+            name: {k.env: getattr(policy, k.name) for k in KNOBS if getattr(policy, k.name) != k.guardrails}
+            for name, policy in policies.items()
+        },
+        "held": {name: held for name, held in held_settings(journal.commands(), pools).items() if held},
+        "changes": _changes(settings),
+        "waiting_commands": [[c.name, *c.words] for c in journal.commands(waiting=True)],
+        "purged": run.purged_epoch_s >= 0.0,
+    }
+
+
+def _paused(journal: Records, pools: Iterable[str], since_s: float) -> list[str]:
+    """The pools that the run has paused in the leg that began at that time, as far as commands asked for it."""
+    paused: set[str] = set()
+    for command in journal.commands():
+        if command.taken_s < since_s or command.outcome or command.name not in (PAUSE, RESUME):
+            continue
+        named = {word.removeprefix(POOL_WORD) for word in command.words if word.startswith(POOL_WORD)}
+        paused = paused | (named or set(pools)) if command.name == PAUSE else paused - (named or set(pools))
+    return sorted(paused)
+
+
+def _forecast_finish(content: dict[str, Any]) -> float | None:
+    finishes = [pool.get("finish_s") for pool in content.values() if isinstance(pool, dict)]
+    known = [float(finish) for finish in finishes if isinstance(finish, int | float)]
+    return max(known) if known else None
+
+
+def _left_s(journal: Journal, policies: dict[str, Any]) -> float:
+    """The fluid estimate of what is left, at the settings in force."""
+    longest = 0.0
+    for name, policy in policies.items():
+        demand = Demand()
+        for request in journal.unfinished(name):
+            demand.add(request.model, request.sizes, reserve_of(policy, request.sizes))
+        if demand.requests:
+            longest = max(longest, fluid(Outlook(pool=Pool(name=name, policy=policy), demand=demand)).finish_s)
+    return longest
+
+
+def _changes(settings: list[Any]) -> list[str]:
+    """Each change of settings in the course of the run, with its time."""
+    last: dict[str, Any] = {}
+    found = []
+    for stated in settings:
+        if stated.pool in last:
+            text = changes_text(last[stated.pool], stated.policy)
+            if text:
+                found.append(f"{duration(stated.at_s)} after the beginning, pool {stated.pool}: {text}")
+        last[stated.pool] = stated.policy
+    return found
+
+
+def status_pairs(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """The same for people."""
+    total = found["requests"]
+    ended = found["done"] + found["failed"]
+    share = f" ({percent(ended / total)})" if total else ""
+    state = "a process is working on it" if found["running"] else f"not running: {found['ending'] or 'it broke off'}"
+    if not found["legs"]:
+        state = "not begun"
+    if found["paused"]:
+        only = "" if len(found["paused"]) == len(found["pools"]) else f" (pool {', '.join(found['paused'])})"
+        state += f", paused{only}: `paceline resume` goes on"
+    pairs = [
+        ("state", state),
+        ("done", f"{ended:,} of {plural(total, 'request')}{share}"),
+        ("in flight", f"{found['in_flight']:,}, {found['pending']:,} waiting"),
+        ("429s", f"{found['throttled']:,} in {plural(found['attempts'], 'attempt')}"),
+    ]
+    if found["failed"]:
+        codes = ", ".join(f"{code} {count:,}" for code, count in found["failures"].items())
+        pairs.append(("failed", f"{found['failed']:,}: {codes}"))
+    if found["resent"]:
+        pairs.append(("resent", f"{found['resent']:,} that were in flight when a process ended"))
+    time_text = f"{duration(found['worked_s'])} of work since {found['began']}"
+    if found["legs"] > 1:
+        time_text += f", in {found['legs']:,} legs"
+    pairs.append(("time", time_text))
+    if found["forecast_finish_s"] is not None:
+        pairs.append(("forecast", f"{duration(found['forecast_finish_s'])} in all"))
+    if found["left_s"] is not None:
+        pairs.append(("left", f"about {duration(found['left_s'])} (a rough estimate)"))
+    if len(found["pools"]) > 1:
+        for name, c in found["pools"].items():
+            pairs.append((f"pool {name}", f"{c['done']:,} done, {c['failed']:,} failed, {c['pending']:,} waiting"))
+    for name, held in found["held"].items():
+        of = f" of pool {name}" if len(found["pools"]) > 1 else ""
+        pairs.append(("set", f"{', '.join(words_of(held))}{of}: until changed, or withdrawn by `paceline unset`"))
+    pairs += [("changed", text) for text in found["changes"]]
+    pairs += [("asked", " ".join(words)) for words in found["waiting_commands"]]
+    if found["purged"]:
+        pairs.append(("purged", "prompts and answers were removed"))
+    return pairs

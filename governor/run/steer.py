@@ -1,0 +1,219 @@
+"""What steers a live run from outside: signals, questions to somebody at a terminal, commands of other processes.
+
+What lives here: how these arrive. What must not: what a pause or changed settings mean (`driver`, the law).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from governor.journal.journal import PAUSE, RESUME, SET, UNSET, Journal
+from governor.journal.records import Command
+from governor.model.errors import BadSetting, quoted
+from governor.model.policy import KNOB_BY_ENV, KNOBS, Policy
+
+# Before the words of a command: the pool that is meant.
+POOL_WORD = "pool="
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Signals:
+    """SIGINT, SIGTERM, SIGHUP: the first asks to stop (`stopping`), a second cancels (`cancelling`). Use it in a loop.
+
+    `names`: those that came. A SIGHUP that is ignored stays so: that is what `nohup` is for.
+    """
+
+    def __init__(self, came: Callable[[str], None]) -> None:
+        self.names: list[str] = []
+        self.stopping = asyncio.Event()
+        self.cancelling = asyncio.Event()
+        self._came = came
+
+    def _on(self, number: signal.Signals) -> None:
+        self.names.append(number.name)
+        (self.cancelling if len(self.names) > 1 else self.stopping).set()
+        self._came(number.name)
+
+    @contextmanager
+    def handled(self) -> Iterator[None]:
+        """In this block signals come here; afterwards to whoever had them before."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        loop = asyncio.get_running_loop()
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        if before[signal.SIGHUP] is signal.SIG_IGN:
+            del before[signal.SIGHUP]
+        for number in before:
+            loop.add_signal_handler(number, self._on, number)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                loop.remove_signal_handler(number)
+                signal.signal(number, handler)
+
+
+async def answered(ask: Callable[[str], bool], question: str) -> bool:
+    """What somebody at the terminal says. In a thread that nobody waits for: who does not answer holds up nothing."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[bool] = loop.create_future()
+
+    def given(yes: bool) -> None:
+        if not future.done():
+            future.set_result(yes)
+
+    def run() -> None:
+        try:
+            yes = ask(question)
+        except (EOFError, OSError, KeyboardInterrupt):
+            yes = False
+        loop.call_soon_threadsafe(given, yes)
+
+    threading.Thread(target=run, name="question", daemon=True).start()
+    return await future
+
+
+# ---------------------------------------------------------------- commands of other processes
+
+
+class Steered(Protocol):
+    """One pool as commands see it."""
+
+    policy: Policy
+
+    def pause(self) -> None:
+        """Launches nothing until `resume`."""
+
+    def resume(self) -> None:
+        """Goes on."""
+
+    def change(self, policy: Policy) -> None:
+        """Takes other settings over and records them."""
+
+
+class Commands:
+    """Takes up what other processes ask of the run. `started`: the policies without what `set` has changed."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        pools: Mapping[str, Steered],
+        started: Mapping[str, Policy],
+        say: Callable[[str], None],
+    ) -> None:
+        self._journal = journal
+        self._pools = pools
+        self._started = started
+        self._held = held_settings(journal.commands(), pools)
+        self._say = say
+
+    def at_start(self, at_s: float) -> None:
+        """What was asked while nobody ran the journal: a pause of then is over, changed settings count."""
+        for command in self._journal.asked():
+            if command.name in (SET, UNSET):
+                self._take(command, at_s)
+            else:
+                self._journal.taken(command, at_s, "no process ran the journal then")
+
+    def look(self, at_s: float) -> None:
+        """Takes up what was asked since."""
+        for command in self._journal.asked():
+            self._take(command, at_s)
+
+    def _take(self, command: Command, at_s: float) -> None:
+        outcome = ""
+        try:
+            self._obey(command)
+        except BadSetting as error:
+            outcome = str(error)
+            self._say(f"{command.name} was refused: {outcome}")
+        self._journal.taken(command, at_s, outcome)
+
+    def _obey(self, command: Command) -> None:
+        names, words = split_words(command.words, self._pools)
+        pools = [self._pools[name] for name in names]
+        if command.name == PAUSE:
+            for pool in pools:
+                pool.pause()
+            self._say("paused by `paceline pause`: those in flight go on, `paceline resume` launches again")
+        elif command.name == RESUME:
+            for pool in pools:
+                pool.resume()
+            self._say("resumed by `paceline resume`")
+        else:
+            held = {name: _with(self._held[name], command.name, words) for name in names}
+            # All are checked before the first is changed.
+            policies = {name: self._started[name].set_values(words_of(held[name])) for name in names}
+            self._held |= held
+            for pool, policy in zip(pools, policies.values(), strict=True):
+                changes = changes_text(pool.policy, policy)
+                pool.change(policy)
+                nothing = "nothing, the settings were so already"
+                self._say(f"changed by `paceline {command.name}`: {changes or nothing}")
+
+
+# ---------------------------------------------------------------- settings that hold
+
+
+def held_settings(commands: Iterable[Command], pools: Iterable[str]) -> dict[str, dict[str, str]]:
+    """By pool, the settings that `paceline set` has changed for good: name -> value. They hold until `unset`.
+
+    Refused commands count for nothing; those that wait do, since the next process takes them up.
+    """
+    held: dict[str, dict[str, str]] = {name: {} for name in pools}
+    for command in commands:
+        if command.name in (SET, UNSET) and not command.outcome:
+            named = [word.removeprefix(POOL_WORD) for word in command.words if word.startswith(POOL_WORD)]
+            words = [word for word in command.words if not word.startswith(POOL_WORD)]
+            for name in named or held:
+                if name in held:
+                    held[name] = _with(held[name], command.name, words)
+    return held
+
+
+def _with(held: Mapping[str, str], command: str, words: Sequence[str]) -> dict[str, str]:
+    """What is held of a pool after a `set` or an `unset`; without names, `unset` withdraws all."""
+    if command == UNSET:
+        return {name: value for name, value in held.items() if words and name not in words}
+    pairs = (word.partition("=") for word in words)
+    return dict(held) | {name.strip(): value for name, _, value in pairs}
+
+
+def words_of(held: Mapping[str, str]) -> list[str]:
+    """The same as NAME=VALUE words."""
+    return [f"{name}={value}" for name, value in held.items()]
+
+
+def check_unset(names: Sequence[str], held: Mapping[str, str]) -> None:
+    """BadSetting for a name that is no setting's, or that `paceline set` has not changed."""
+    for name in names:
+        if name not in KNOB_BY_ENV:
+            Policy().set_values([f"{name}=x"])  # says which is near
+        if name not in held:
+            now = f"changed are {', '.join(held)}" if held else "no setting was changed"
+            raise BadSetting(f"{name} was not changed by `paceline set`: {now}", name)
+
+
+def split_words(words: tuple[str, ...], pools: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """The pools that a command means (all, unless it names one) and its NAME=VALUE words."""
+    names = [word.removeprefix(POOL_WORD) for word in words if word.startswith(POOL_WORD)]
+    for name in names:
+        if name not in pools:
+            raise BadSetting(f"there is no pool {quoted(name)}: {', '.join(pools)}")
+    return names or list(pools), [word for word in words if not word.startswith(POOL_WORD)]
+
+
+def changes_text(old: Policy, new: Policy) -> str:
+    """The settings that differ: "OPENAI_STAGGER_SECONDS 15 -> 25"."""
+    changed = []
+    for knob in KNOBS:
+        before, after = getattr(old, knob.name), getattr(new, knob.name)
+        if before != after:
+            changed.append(f"{knob.env} {knob.text(before)} -> {knob.text(after)}")
+    return ", ".join(changed)

@@ -1,0 +1,1 @@
+"""The HTTP interface: routes, bodies, authentication, events, the page."""

@@ -1,0 +1,303 @@
+"""A batch on its way in: read as a stream, judged, and only then written and accepted.
+
+A small batch stays in memory from the reading to the one transaction of its acceptance. A large one is read twice: for
+the verdict, of which 80 bytes a request remain, and once more to be written, a few hundred requests at a time, under a
+batch that nobody can see yet. A process that dies before the acceptance leaves nothing: the replica that takes its
+batches over removes it. A refused batch is never written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import anyio.to_thread
+from sqlalchemy import Connection
+
+from governor.forecast.forecast import Demand, Outlook
+from governor.forecast.preflight import InUse, Verdict, fluid_forecast, preflight
+from governor.journal.database import JournalError
+from governor.journal.schema import to_json
+from governor.model.errors import BadInput
+from governor.model.pools import Pool
+from governor.model.requests import Request, read_requests
+from governor.run.intake import pooled, work_of
+from governor.scheduler.driver import Work
+from governor.service.errors import INVALID_REQUEST, NOT_READY, RATE_LIMITED, ApiError
+from governor.service.store.store import QUEUED, RECEIVING, BatchRow, Key, new_id
+from governor.service.store.tables import BATCH_REQUESTS_MOST
+from governor.service.worker.policies import checked_overrides
+from governor.service.worker.worker import Worker
+
+# Requests, and about how many bytes of bodies, that are held before they are written.
+CHUNK, CHUNK_BYTES = 500, 4 * 2**20
+# With so many forecasts before it, a batch is accepted on the fluid one: it says so, and does not wait for theirs.
+FORECASTS_MOST = 4
+# What the database needs for a request beside its body; and how often a body stands on the disk: in the write-ahead log
+# and in the file.
+ROW_BYTES, COPIES = 600, 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What somebody wants of a batch. `template`: id and version, None = raw lines."""
+
+    who: str
+    deadline_s: float | None = None
+    finalize: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    template: tuple[str, int] | None = None
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """The verdict on a batch, and the pool that it is about: the one that refuses, or that will end last."""
+
+    pool: str
+    verdict: Verdict
+
+    def to_json_dict(self) -> dict[str, Any]:
+        names = list(Verdict.__dataclass_fields__)
+        return {"pool": self.pool} | {name: getattr(self.verdict, name) for name in names}
+
+    def refusal(self) -> ApiError:
+        """The 503 of a batch that may not start."""
+        v = self.verdict
+        names = ("projected_tokens", "budget_tokens", "in_use_tokens", "suggested_wait_s", "retryable", "max_runs_now")
+        details = {name: getattr(v, name) for name in names} | {"pool": self.pool}
+        headers = {} if v.suggested_wait_s is None else {"Retry-After": str(v.suggested_wait_s)}
+        return ApiError(503, RATE_LIMITED, v.reason, details, headers)
+
+
+class Incoming:
+    """One batch on its way in: `read`, `judge`, then `accept` or `discard`, which leaves nothing.
+
+    `stores`: whether it may be accepted; a mere preflight keeps nothing. `left`: set once the client has gone.
+    """
+
+    def __init__(self, worker: Worker, wish: Wish, *, stores: bool = True) -> None:
+        self.wish = wish
+        self.left = threading.Event()
+        self.demands: dict[str, Demand] = {}
+        self.pools: list[Pool] = []
+        self.own: dict[str, str] = {}
+        self._worker = worker
+        self._stores = stores
+        self._replica = worker.replica
+        self._batch_id = new_id("batch")
+        self._number = 0  # what was written stands under it
+        self._lines: Callable[[], Iterable[str | bytes]] = lambda: ()
+        self._name = ""
+        self._runs: int | None = None
+        self._is_large = False
+        self._buffer: list[Work] = []
+        self._bytes = 0
+        for pool, policy in worker.policies.in_force().items():
+            own = checked_overrides(policy, wish.settings)
+            self.own = own
+            stated = next(each for each in worker.config.pools if each.name == pool)
+            words = [f"{name}={value}" for name, value in own.items()]
+            self.pools.append(replace(stated, policy=policy.set_values(words)))
+            self.demands[pool] = Demand()
+
+    @property
+    def count(self) -> int:
+        """Requests read so far."""
+        return sum(demand.requests for demand in self.demands.values())
+
+    # ------------------------------------------------------------ in a thread
+
+    def read(self, lines: Callable[[], Iterable[str | bytes]], name: str, runs: int | None = None) -> None:
+        """Reads the batch once. BadInput for a line that is wrong; `ApiError` where the client has left. Blocks.
+
+        `lines`: gives the same lines each time. `runs`: so many requests of each, called `ID-r0` and so on.
+        """
+        self._lines, self._name, self._runs = lines, name, runs
+        size = 0
+        for work in self._works():
+            request = work.request
+            self.demands[request.pool].add(request.model, request.sizes, int(work.reserve))
+            if not self._stores or self._is_large:
+                continue
+            size += 0 if self._buffer and self._buffer[-1].request.body is request.body else request.sizes.chars
+            self._buffer.append(work)
+            if len(self._buffer) >= CHUNK or size >= CHUNK_BYTES:
+                self._is_large, self._buffer = True, []
+
+    def _works(self) -> Iterator[Work]:
+        for request, pool in pooled(self._requests(), self.pools, self._name):
+            if request.index >= BATCH_REQUESTS_MOST:
+                raise BadInput(f"more than {BATCH_REQUESTS_MOST:,} requests: send several batches", self._name)
+            yield work_of(request, pool.policy)
+
+    def _requests(self) -> Iterator[Request]:
+        runs = self._runs
+        for request in read_requests(self._measured(), self._name):
+            if runs is None:
+                yield request
+                continue
+            for run in range(runs):
+                yield replace(request, index=request.index * runs + run, custom_id=f"{request.custom_id}-r{run}")
+
+    def _measured(self) -> Iterator[str | bytes]:
+        """The lines, as long as somebody waits for the answer; adds up their bytes."""
+        self._bytes = 0
+        most = self._worker.config.upload_bytes
+        for line in self._lines():
+            if self.left.is_set():
+                raise ApiError(400, INVALID_REQUEST, "the client has left")
+            self._bytes += len(line)
+            if self._bytes > most:
+                raise BadInput(f"the requests are larger than {most:,} bytes: send several batches", self._name)
+            yield line
+
+    def _write(self) -> None:
+        """Writes all of a large batch, under a number that nobody sees yet."""
+        size = 0
+        for work in self._works():
+            same = self._buffer and self._buffer[-1].request.body is work.request.body
+            self._buffer.append(work)
+            size += 0 if same else work.request.sizes.chars
+            if len(self._buffer) >= CHUNK or size >= CHUNK_BYTES:
+                self._spill()
+                size = 0
+
+    def _spill(self) -> None:
+        store, ledger = self._worker.store, self._worker.ledger
+        with store.database.writing() as c:
+            number = self._number
+            if not number:
+                number = store.add_batch(c, self._values(RECEIVING, self._batch_id, {}))
+            elif not self._is_ours(c):
+                raise JournalError("this replica's lease was lost while a batch came in", retryable=True)
+            ledger.write(c, number, self._buffer)
+        # Not before it is committed: a number of a transaction that was rolled back is soon another batch's.
+        self._number = number
+        self._buffer = []
+
+    def _is_ours(self, c: Connection) -> bool:
+        """Whether what was written is still there: who took this replica for dead has removed it."""
+        return self._worker.store.receives(c, self._number, self._batch_id)
+
+    def _values(self, state: str, batch_id: str, details: Mapping[str, Any]) -> dict[str, Any]:
+        wish = self.wish
+        template_id, version = wish.template or ("", 0)
+        return {
+            "batch_id": batch_id,
+            "state": state,
+            "owner": self._replica,
+            "requests": self.count,
+            "who": wish.who[:255],
+            "name": wish.name,
+            "template_id": template_id,
+            "template_version": version,
+            "finalize": int(wish.finalize),
+            "deadline_s": -1.0 if wish.deadline_s is None else wish.deadline_s,
+            "details": details,
+        }
+
+    def discard(self) -> None:
+        """Removes what was written, and nothing that another batch has written under that number since. Blocks."""
+        if self._number:
+            worker = self._worker
+            worker.ledger.erase(self._number, self._is_ours)
+            with worker.store.database.writing() as c:
+                if self._is_ours(c):
+                    worker.store.remove_batch(c, self._number)
+            self._number = 0
+
+    def _accepted(self, judged: Judged, key: Key | None, answer: Callable[[BatchRow], dict[str, Any]]) -> BatchRow:
+        """The acceptance: everything that makes the batch, in one transaction. Blocks."""
+        v, store = judged.verdict, self._worker.store
+        store.database.check_room(COPIES * self._bytes + ROW_BYTES * self.count)
+        if self._is_large:
+            self._write()
+        busy = [name for name, demand in self.demands.items() if demand.requests]
+        details = {
+            "settings": self.own,
+            "pools": busy,
+            "tokens": sum(demand.total for demand in self.demands.values()),
+            "forecast": {"finish_s": v.forecast_finish_s, "by": v.forecast_by, "bound": v.forecast_bound},
+        }
+        with store.database.writing() as c:
+            if not store.holds(c, self._replica) or (self._number and not self._is_ours(c)):
+                raise JournalError("this replica's lease was lost while a batch came in", retryable=True)
+            number = self._number
+            if number:
+                values = {"state": QUEUED, "requests": self.count, "details": to_json(details)}
+                store.change_batch(c, number, **values)
+            else:
+                number = store.add_batch(c, self._values(QUEUED, self._batch_id, details))
+            self._worker.ledger.write(c, number, self._buffer)
+            row = store.numbered(c, number)
+            if key is not None:
+                store.keep(c, key, 202, to_json(answer(row)))
+        self._buffer = []
+        return row
+
+    # ------------------------------------------------------------ in the event loop
+
+    async def judge(self) -> Judged:
+        """Whether the batch may start now, pool by pool: each has its own budget, and counts its own runs alone."""
+        if not self._worker.ready:
+            text = f"the service takes no batches right now: {self._worker.trouble}"
+            raise ApiError(503, NOT_READY, text, {"retryable": True}, {"Retry-After": "2"})
+        found: list[Judged] = []
+        for pool in self.pools:
+            demand = self.demands[pool.name]
+            if not demand.requests and len(self.pools) > 1 and self.count:
+                continue
+            judged = await self._judged(pool, demand)
+            if not judged.verdict.ok:
+                return judged
+            found.append(judged)
+        return max(found, key=lambda each: each.verdict.forecast_finish_s or math.inf)
+
+    async def _judged(self, pool: Pool, demand: Demand) -> Judged:
+        lane = self._worker.lanes.get(pool.name)
+        booked = lane.booked() if lane is not None else InUse()
+        service_s = (lane.meter.service_s if lane is not None else 0.0) or demand.assumed_service_s()
+        deadline_s, load = self.wish.deadline_s, demand.load()
+        verdict = preflight(pool.policy, load, booked=booked, service_s=service_s)
+        if not verdict.ok:
+            return Judged(pool.name, verdict)
+        simulate = self._worker.config.forecast
+        alone_s = None
+        worker = self._worker
+        if simulate is not None and load.count and worker.forecasts < FORECASTS_MOST:
+            outlook = Outlook(pool=pool, demand=demand, finalize=self.wish.finalize)
+            worker.forecasts += 1
+            try:
+                # One at a time: side by side they would not be done sooner.
+                async with worker.simulating:
+                    alone_s = await anyio.to_thread.run_sync(simulate, outlook)
+            finally:
+                worker.forecasts -= 1
+        fluid_s = fluid_forecast(pool.policy, load, service_s=service_s).finish_s
+        finish_s = fluid_s if alone_s is None else alone_s
+        # What runs already and what is booked come on top, as a fluid: so much can be known of them.
+        ahead, tokens = self._worker.ahead_of(load.count, float(load.total), pool.name)
+        if lane is not None and not lane.blocked and not lane.governor.s.paused:
+            lane.assumed_s = lane.assumed_s or service_s
+            finish_s += max(0.0, min(1e9, lane.eta_s(ahead, tokens)) - fluid_s)
+        verdict = preflight(
+            pool.policy, load, booked=booked, deadline_s=deadline_s, forecast=lambda: finish_s, service_s=service_s
+        )
+        if alone_s is None:
+            verdict = replace(verdict, forecast_by="fluid")
+        return Judged(pool.name, verdict)
+
+    async def accept(self, judged: Judged, key: Key | None, answer: Callable[[BatchRow], dict[str, Any]]) -> BatchRow:
+        """Makes the batch durable, and begins it. `KeyTakenError` where the same was accepted a moment ago."""
+        # Shielded: a client that goes away now does not leave it half done.
+        return await asyncio.shield(self._accept(judged, key, answer))
+
+    async def _accept(self, judged: Judged, key: Key | None, answer: Callable[[BatchRow], dict[str, Any]]) -> BatchRow:
+        row = await asyncio.to_thread(self._accepted, judged, key, answer)
+        await self._worker.adopt(row)
+        return row

@@ -1,0 +1,141 @@
+"""The application: its parts put together, its life, its OpenAPI.
+
+What lives here: what no single route is about. What must not: routes (`routes_*`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import anyio.to_thread
+from fastapi import FastAPI
+
+from governor import __version__
+from governor.service.api import routes_batches, routes_rest, routes_templates
+from governor.service.api.auth import Authority, Door
+from governor.service.api.bodies import ErrorOut
+from governor.service.api.elsewhere import Elsewhere
+from governor.service.api.events import Events
+from governor.service.api.gauges import Gauges
+from governor.service.api.incoming import MODELS
+from governor.service.api.page import add_page
+from governor.service.api.quick import Quick
+from governor.service.api.state import Service
+from governor.service.config import ServiceConfig
+from governor.service.errors import HANDLERS
+from governor.service.store.base import ServiceDatabase
+from governor.service.store.ledger import Ledger
+from governor.service.store.store import Store
+from governor.service.worker.worker import Worker
+from governor.telemetry.metrics import Metrics
+
+# Threads that wait for the database or read uploads.
+THREADS = 32
+DESCRIPTION = (
+    "Runs batches of LLM calls within one quota: templates, guarded batches, what-if. Errors are "
+    '`{"error": {"code", "message", "details"}}`; codes do not change.'
+)
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorOut, "description": text}
+    for status, text in (
+        (400, "It cannot be read."),
+        (401, "A bearer token is needed, or is not known."),
+        (403, "The token's scope does not include this."),
+        (404, "There is no such thing."),
+        (405, "Not with this method."),
+        (409, "It contradicts what was asked before, or what is already over."),
+        (413, "The body is too large."),
+        (415, "Not this kind of body."),
+        (422, "It has not the shape that it must have, or a value that is not allowed."),
+        (500, "A bug in the service."),
+        (501, "What it needs is not installed."),
+        (503, "Not right now."),
+    )
+}
+
+
+def service_of(config: ServiceConfig) -> Service:
+    """The parts. Opens, locks and migrates the database: JournalError where that cannot be."""
+    database = ServiceDatabase(config.database)
+    try:
+        database.prepared()
+        store = Store(database)
+        metrics = Metrics()
+        worker, elsewhere = Worker(config, store, Ledger(store), metrics), Elsewhere(store)
+        Gauges(worker, metrics.registry)
+    except BaseException:
+        database.closed()
+        raise
+    return Service(config, store, worker, elsewhere, Events(worker, elsewhere), metrics)
+
+
+def app_of(service: Service) -> FastAPI:
+    """The application over these parts; its worker lives as long as it does."""
+    app = FastAPI(
+        title="Paceline",
+        version=__version__,
+        description=DESCRIPTION,
+        lifespan=_lifespan,
+        responses=_ERRORS,
+        exception_handlers=HANDLERS,
+        separate_input_output_schemas=False,
+        strict_content_type=False,  # one that is stated is looked at, by `takes_json`
+        docs_url=None,  # FastAPI's own load their scripts from elsewhere
+        redoc_url=None,
+    )
+    app.state.service = service
+    app.state.authority = Authority(service.config, service.store)
+    for router in (routes_templates.router, routes_batches.router, routes_rest.router):
+        app.include_router(router)
+    add_page(app)
+    app.add_middleware(Door, config=service.config, authority=app.state.authority)
+    _described(app)
+    return app
+
+
+def served(service: Service) -> Quick:
+    """The same as it is served: who asks for progress does not come as far."""
+    app = app_of(service)
+    return Quick(app, service.worker, service.elsewhere, app.state.authority)
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    service: Service = app.state.service
+    anyio.to_thread.current_default_thread_limiter().total_tokens = THREADS
+    work = asyncio.create_task(service.worker.run())
+    try:
+        yield
+    finally:
+        service.events.close()
+        service.worker.stop()
+        with suppress(asyncio.CancelledError):
+            await work
+        service.store.database.closed()
+
+
+def _described(app: FastAPI) -> None:
+    """OpenAPI as FastAPI makes it, with what it cannot see: bodies that a route reads by itself."""
+    made = app.openapi
+
+    def described() -> dict[str, Any]:
+        fresh = app.openapi_schema is None
+        found = made()
+        if fresh:
+            schemas = found["components"]["schemas"]
+            for name, model in MODELS.items():
+                stated = model.model_json_schema(ref_template="#/components/schemas/{model}")
+                schemas.update(stated.pop("$defs", {}))
+                schemas[name] = stated
+            if app.state.authority.open:
+                # On loopback nobody needs a token.
+                for operations in found["paths"].values():
+                    for operation in operations.values():
+                        if "security" in operation:
+                            operation["security"] = [*operation["security"], {}]
+        return found
+
+    app.openapi = described  # type: ignore[method-assign]

@@ -1,0 +1,32 @@
+"""What every route reaches: the parts of the running service."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastapi import Request
+
+from governor.service.api.elsewhere import Elsewhere
+from governor.service.api.events import Events
+from governor.service.config import ServiceConfig
+from governor.service.store.store import Store
+from governor.service.worker.worker import Worker
+from governor.telemetry.metrics import Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """The parts, made together in `app`."""
+
+    config: ServiceConfig
+    store: Store
+    worker: Worker
+    elsewhere: Elsewhere
+    events: Events
+    metrics: Metrics
+
+
+def service_of(request: Request) -> Service:
+    """The dependency of a route."""
+    found: Service = request.app.state.service
+    return found

@@ -1,0 +1,197 @@
+"""The service's database: opened, brought to the newest schema, and safe to be used from many threads.
+
+What lives here: the connection, migrations, the database's own clock. What must not: rows and what they mean.
+
+SQLite: one process at a time (it holds the journal's lock); its threads write one after another, since a writer that
+polls a locked database waits longer than one that queues. PostgreSQL: any number of processes, each with a lease (see
+`worker`), whose time is the server's.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, inspect, make_url, text
+from sqlalchemy.exc import ArgumentError
+
+from governor.journal import schema
+from governor.journal.database import Database, JournalError
+from governor.service.store import tables
+
+APPLICATION_ID = 0x50414353  # "PACS"
+# Two processes that migrate at once take turns: an advisory lock of PostgreSQL's, of this number.
+_MIGRATING = 0x50414353
+# How long a transaction may do nothing.
+FROZEN_MS = 5_000
+# Free bytes below which nothing more is accepted or launched: room for the answers in flight and the write-ahead log.
+ROOM_KEPT = 64 * 2**20
+
+
+class NoRoomError(JournalError):
+    """The disk has no room for what should be written. It may have it later."""
+
+
+class ServiceDatabase(Database):
+    """See the module. `where`: a path, or the URL of a PostgreSQL or SQLite database."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(_postgres_url(where))
+        self.where = where
+        self._turn = Turns() if self.is_sqlite else nullcontext()
+
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """A transaction that is durable when the block is left, and leaves no trace if it raises."""
+        with self._turn, super().writing() as connection:
+            yield connection
+
+    def now(self, connection: Connection) -> float:
+        """Seconds since 1970 by the clock that all replicas share."""
+        if self.is_sqlite:
+            return time.time()
+        return float(connection.execute(text("SELECT extract(epoch FROM clock_timestamp())")).scalar_one())
+
+    def check_room(self, wanted: int = 0) -> None:
+        """`NoRoomError` where the disk of a SQLite file has no room for so many bytes and what answers may need.
+
+        The write-ahead log lies on the same disk: callers count it in. Of other databases the disk is not known.
+        """
+        if self.path is None:
+            return
+        free = shutil.disk_usage(self.path.parent).free
+        if free - wanted < ROOM_KEPT:
+            needed = f"{wanted / 2**20:,.1f} MiB for requests and " if wanted else ""
+            text = f"its disk has {free / 2**20:,.1f} MiB free and needs {needed}{ROOM_KEPT >> 20} MiB for answers"
+            raise NoRoomError(f"{self.name}: {text}: make room", retryable=True)
+
+    def prepared(self) -> None:
+        """Made if need be, locked (SQLite), and migrated to the newest schema."""
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.is_empty():
+                self.made()
+            self._check_ours()
+            self.locked()
+            self.check_room()
+        self._migrate()
+
+    def looked_at(self, *, make: bool) -> None:
+        """Ready for a short look beside a service that runs. `make`: also where there is none yet."""
+        if self.path is not None:
+            if self.is_empty() and not make:
+                raise JournalError(f"{self.name}: there is no such database: `paceline serve` makes one")
+            if self.is_empty():
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.made()
+            self._check_ours()
+        self._migrate()
+
+    def _check_ours(self) -> None:
+        with self.bare() as connection:
+            tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+            mark = connection.execute("PRAGMA application_id").fetchone()[0]
+            if tables and mark != APPLICATION_ID:
+                raise JournalError(f"{self.name}: this database is not the service's: name another with --database")
+            if not tables:
+                connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
+
+    def _migrate(self) -> None:
+        """A new database is made of the tables as they are; one that is there is brought up to date, step by step."""
+        from alembic import command
+
+        with self.writing() as connection:
+            if not self.is_sqlite:
+                connection.execute(text(f"SELECT pg_advisory_xact_lock({_MIGRATING})"))
+            config = alembic_config()
+            config.attributes["connection"] = connection
+            current = _current(connection)
+            for metadata in (schema.metadata, tables.metadata):
+                metadata.create_all(connection)
+            if not current:
+                command.stamp(config, "head")
+            elif _newest(config) not in current:
+                command.upgrade(config, "head")
+            self._check_tables(connection)
+
+    def _check_tables(self, connection: Connection) -> None:
+        """JournalError where a table is not as this version writes it: found out in the middle of a batch, it costs."""
+        found = inspect(connection)
+        for table in (*schema.metadata.sorted_tables, *tables.metadata.sorted_tables):
+            there = {column["name"] for column in found.get_columns(table.name)}
+            missing = [column.name for column in table.columns if column.name not in there]
+            if missing:
+                text = f"table {table.name} lacks {', '.join(missing)}: it was made by another version of Paceline"
+                raise JournalError(f"{self.name}: {text}: use that version, or name another with --database")
+
+
+class Turns:
+    """A lock that threads get in the order in which they came: one that commits all the time starves nobody."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._is_taken = False
+        self._waiting: deque[threading.Lock] = deque()
+
+    def __enter__(self) -> None:
+        with self._guard:
+            if not self._is_taken:
+                self._is_taken = True
+                return
+            mine = threading.Lock()
+            mine.acquire()
+            self._waiting.append(mine)
+        mine.acquire()  # whoever leaves hands it over
+
+    def __exit__(self, *exception: object) -> None:
+        with self._guard:
+            if self._waiting:
+                self._waiting.popleft().release()
+            else:
+                self._is_taken = False
+
+
+def _postgres_url(where: str) -> str:
+    """A URL of PostgreSQL with its driver, and with the end of whoever holds a lock and does nothing; else as it is.
+
+    A process that is frozen, or whose host is gone, in the middle of a transaction would hold up everybody who takes
+    its batches over.
+    """
+    scheme, found, rest = where.partition("://")
+    if not found or scheme not in ("postgres", "postgresql", "postgresql+psycopg"):
+        return where
+    try:
+        url = make_url(f"postgresql+psycopg://{rest}")
+    except (ArgumentError, ValueError):
+        return where  # the error is said, without the URL, by whoever opens it
+    if "options" not in url.query:
+        url = url.update_query_dict({"options": f"-c idle_in_transaction_session_timeout={FROZEN_MS}"})
+    return url.render_as_string(hide_password=False)
+
+
+def alembic_config() -> Any:
+    """Alembic's configuration; its connection comes in by `attributes`."""
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(str(files("governor.service"))) / "migrations"))
+    return config
+
+
+def _newest(config: Any) -> str:
+    from alembic.script import ScriptDirectory
+
+    return str(ScriptDirectory.from_config(config).get_current_head())
+
+
+def _current(connection: Connection) -> set[str]:
+    if not inspect(connection).has_table("alembic_version"):
+        return set()
+    return set(connection.execute(text("SELECT version_num FROM alembic_version")).scalars())

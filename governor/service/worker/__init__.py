@@ -1,0 +1,1 @@
+"""One replica at work: its lease, its batches, one lane per pool."""

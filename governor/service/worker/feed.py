@@ -1,0 +1,138 @@
+"""Whose line is next in one pool: batches take turns by the tokens that they have had.
+
+What lives here: a cursor per batch, which reads its pending requests a chunk ahead in a thread, and the order among
+cursors. What must not: when a line may go (the law), which lines of a batch come first (the settings, by `Records`).
+
+Theory of operation. Each cursor counts the tokens it has handed out; the next line comes from the one with the least
+(start-time fair queueing, Goyal et al. 1996, with whole lines). One that joins starts where the least of the others
+stands, so that it neither overtakes for what it missed nor waits for them to catch up. A governor pulls one line ahead;
+an empty feed is not the end: `more` is called when there is something again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+from governor.journal.records import Pending, Records
+from governor.scheduler.driver import Begun, Work
+
+CHUNK = 100
+
+
+class Cursor:
+    """The lines of one batch in one pool, as they come to be launched. `is_new`: none of them was before.
+
+    `work_of`: a pending request as work, under the settings of the moment at which it is handed out. `begun`: since
+    when the batch waits. `drained`: every line that was pending has been handed out.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        records: Records,
+        pool: str,
+        *,
+        longest_first: bool,
+        is_new: bool,
+        work_of: Callable[[Pending, Begun], Work],
+        begun: Begun,
+    ) -> None:
+        self.batch = batch
+        self.served = 0.0
+        self.drained = False
+        self.closed = False
+        self._rows = records.pending(pool, longest_first=longest_first, is_new=is_new)
+        self._work_of = work_of
+        self._begun = begun
+        self._ready: deque[Pending] = deque()
+        self._reading: asyncio.Task[None] | None = None
+
+    @property
+    def has_some(self) -> bool:
+        """Whether a line is at hand."""
+        return bool(self._ready)
+
+    def next(self) -> Work:
+        """The next line; `has_some` must be true."""
+        work = self._work_of(self._ready.popleft(), self._begun)
+        self.served += work.reserve
+        return work
+
+    def wants_more(self) -> bool:
+        """Whether the next chunk should be read now."""
+        return not (self.drained or self.closed) and len(self._ready) < CHUNK // 2 and self._reading is None
+
+    def read(self, then: Callable[[], None], failed: Callable[[BaseException], None]) -> None:
+        """Reads the next chunk in a thread, then calls `then`, in the event loop; `failed` with what went wrong."""
+        self._reading = asyncio.create_task(self._read(then, failed))
+
+    async def _read(self, then: Callable[[], None], failed: Callable[[BaseException], None]) -> None:
+        try:
+            rows = await asyncio.to_thread(lambda: list(islice(self._rows, CHUNK)))
+        except BaseException as error:
+            self._reading = None
+            if not isinstance(error, asyncio.CancelledError):
+                failed(error)
+            return
+        self._reading = None
+        if self.closed:
+            return
+        self.drained = len(rows) < CHUNK
+        self._ready.extend(rows)
+        then()
+
+    async def close(self) -> None:
+        """Hands out nothing more."""
+        self.closed = True
+        self._ready.clear()
+        if self._reading is not None:
+            await asyncio.wait([self._reading])
+
+
+class Feed(Iterator[Work]):
+    """The source of one pool's governor: an iterator that may have more after it had none.
+
+    `more`: called, in the event loop, when there is something again. `failed`: when a cursor cannot be read.
+    """
+
+    def __init__(self, more: Callable[[], None], failed: Callable[[BaseException], None]) -> None:
+        self.cursors: dict[int, Cursor] = {}
+        self.filled = asyncio.Event()
+        self._more = more
+        self._failed = failed
+
+    def add(self, cursor: Cursor) -> None:
+        """A batch joins in."""
+        cursor.served = min((other.served for other in self.cursors.values()), default=0.0)
+        self.cursors[cursor.batch] = cursor
+        cursor.read(self._came, self._failed)
+
+    def remove(self, batch: int) -> Cursor | None:
+        """The batch hands out nothing more; close its cursor."""
+        cursor = self.cursors.pop(batch, None)
+        if cursor is not None:
+            cursor.closed = True
+        return cursor
+
+    def __next__(self) -> Work:
+        ready = [cursor for cursor in self.cursors.values() if cursor.has_some]
+        if not ready:
+            self.filled.clear()
+            raise StopIteration
+        cursor = min(ready, key=lambda each: each.served)
+        work = cursor.next()
+        if cursor.drained and not cursor.has_some:
+            del self.cursors[cursor.batch]
+        elif cursor.wants_more():
+            cursor.read(self._came, self._failed)
+        return work
+
+    def _came(self) -> None:
+        for cursor in [each for each in self.cursors.values() if each.drained and not each.has_some]:
+            del self.cursors[cursor.batch]
+        if any(cursor.has_some for cursor in self.cursors.values()):
+            self.filled.set()
+            self._more()

@@ -1,0 +1,278 @@
+"""One pool of this replica: one governor for all of its batches, and everybody who listens to it.
+
+What lives here: the governor's life (it runs while there is work), observers, the series that a page shows. What must
+not: which batches there are (`worker`), rules of pacing (the law), storage.
+
+A governor that is stopped, because the account refuses, leaves its batches where they stand: `blocked` says why until
+somebody resumes one of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from governor.forecast.preflight import InUse, Load, fluid_forecast, in_use
+from governor.forecast.summary import CAUSES
+from governor.journal.recorder import Recorder
+from governor.law import FINALIZE, TPM, Params, used_in
+from governor.model.keyed import attempt_key
+from governor.model.policy import Policy
+from governor.model.pools import Pool
+from governor.model.prices import Spent
+from governor.model.requests import Answer, Attempt, Outcome, Request
+from governor.provider.openai_adapter import capped
+from governor.provider.sending import PoolSender
+from governor.run.pool_run import Manner, Sender, governor_of
+from governor.scheduler.driver import Governor, Job, Observer
+from governor.service.store.tables import BATCH_BITS
+from governor.service.worker.feed import Feed
+from governor.telemetry.metrics import Metrics
+from governor.telemetry.watch import Alarms, Meter, Together, waiting_for
+
+THROTTLES = (Outcome.THROTTLED, Outcome.SLOW_DOWN)
+# The series: so many buckets of so many seconds.
+BUCKET_S, BUCKETS = 5.0, 180
+
+log = logging.getLogger("paceline.service")
+
+
+@dataclass(slots=True)
+class Bucket:
+    """Some seconds of a pool's life. `at`: their beginning, seconds since 1970."""
+
+    at: float
+    launches: int = 0
+    throttled: int = 0
+    answers: int = 0
+    failed: int = 0
+    tokens: float = 0.0
+
+    def to_json_dict(self) -> dict[str, float]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+class Series(Observer):
+    """Launches, 429s and results of the last quarter of an hour, in constant memory."""
+
+    def __init__(self) -> None:
+        self.buckets: deque[Bucket] = deque(maxlen=BUCKETS)
+
+    def now(self) -> Bucket:
+        """The bucket of this moment."""
+        at = time.time() // BUCKET_S * BUCKET_S
+        if not self.buckets or self.buckets[-1].at < at:
+            self.buckets.append(Bucket(at))
+        return self.buckets[-1]
+
+    def launched(self, job: Job, now: float) -> None:
+        bucket = self.now()
+        bucket.launches += 1
+        bucket.tokens += job.reserve
+
+    def attempted(self, attempt: Attempt, answer: Answer, failure: str) -> None:
+        self.now().throttled += attempt.outcome in THROTTLES
+
+    def ended(self, request: Request, failure: str, answer: Answer | None, now: float) -> None:
+        bucket = self.now()
+        bucket.answers += not failure
+        bucket.failed += bool(failure)
+
+
+class Told(Observer):
+    """Tells the worker, by batch. Its methods are `launched`, `attempted` and `ended` of a batch's number."""
+
+    def __init__(self, worker: Any) -> None:
+        self._worker = worker
+
+    def launched(self, job: Job, now: float) -> None:
+        self._worker.on_launched(job.index >> BATCH_BITS, job.index)
+
+    def attempted(self, attempt: Attempt, answer: Answer, failure: str) -> None:
+        self._worker.on_attempted(attempt.request >> BATCH_BITS, attempt)
+
+    def ended(self, request: Request, failure: str, answer: Answer | None, now: float) -> None:
+        self._worker.on_ended(request.index >> BATCH_BITS, failure)
+
+
+class LaneSender(PoolSender):
+    """Sends for many batches. `cap_of`: the output cap of a finalize pass, by the batch's number."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        environment: Mapping[str, str],
+        cap_of: Callable[[int], int],
+        lease_held: Callable[[], Awaitable[None]],
+    ) -> None:
+        super().__init__(pool, environment)
+        self._cap_of = cap_of
+        self._lease_held = lease_held
+
+    async def __call__(self, job: Job, timeout_s: float) -> Answer:
+        """One attempt; nothing is sent any more once the lease may be another replica's."""
+        await self._lease_held()
+        assert job.work is not None
+        request = job.work.request
+        cap = self._cap_of(request.index >> BATCH_BITS)
+        overrides = capped(request, cap) if job.lane == FINALIZE else None
+        key = attempt_key(job.lane, job.attempt)
+        return await self._adapter.send(request, attempt=key, body_overrides=overrides, timeout_s=timeout_s)
+
+
+@dataclass(slots=True, kw_only=True)
+class Lane:
+    """See the module. Made inside the event loop by `lane_of`."""
+
+    pool: Pool
+    policy: Policy
+    governor: Governor
+    recorder: Recorder
+    meter: Meter
+    alarms: Alarms
+    series: Series
+    feed: Feed
+    send: Sender
+    assumed_s: float = 0.0
+    blocked: str = ""
+    opened: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def name(self) -> str:
+        return self.pool.name
+
+    @property
+    def trouble(self) -> str:
+        """Why nothing at all is launched, "" = it is not so."""
+        # Of a governor whose quota is shared alone.
+        if not getattr(self.governor, "is_connected", True):
+            return "the Redis of PACELINE_REDIS_URL cannot be used right now: nothing is launched"
+        return self.blocked
+
+    async def live(self, on_blocked: Callable[[str, str], None]) -> None:
+        """Runs whatever the feed has, for ever; `on_blocked(pool, why)` when the governor has stopped."""
+        while True:
+            await self.feed.filled.wait()
+            why = await self.governor.run(self.feed, self.send, finalize=True)
+            if not why:
+                continue
+            self.blocked = why
+            self.opened.clear()
+            on_blocked(self.name, why)
+            await self.opened.wait()
+            self.governor.reopen()
+
+    def open(self) -> None:
+        """Somebody wants to go on after the governor had stopped."""
+        self.blocked = ""
+        self.opened.set()
+
+    def change(self, policy: Policy) -> None:
+        """Takes other settings over; they are recorded with the time."""
+        self.policy = policy
+        self.meter.policy = policy
+        self.alarms.repriced(policy)
+        self.governor.reprice(policy.params())
+        self.recorder.policy_changed(policy, self.governor.now())
+
+    # ------------------------------------------------------------ figures
+
+    def booked(self) -> InUse:
+        """What running work holds of this minute's tokens."""
+        return in_use(self.governor.p, self.governor.s, self.governor.now())
+
+    @property
+    def service_s(self) -> float:
+        """Mean time of an answer, measured or assumed."""
+        return self.meter.service_s or self.assumed_s
+
+    def eta_s(self, requests: int, tokens: float) -> float:
+        """Seconds until so many requests more, beside those in flight, have ended, by the law; inf while nothing is
+        launched."""
+        governor = self.governor
+        if governor.s.paused or self.blocked:
+            return float("inf")
+        if requests <= 0:
+            return 0.0
+        now = governor.now()
+        mean = max(1, round(tokens / requests))
+        load = Load(requests, mean * requests, mean, mean)
+        found = fluid_forecast(self.policy, load, booked=self.booked(), service_s=self.service_s)
+        return max(0.0, governor.s.hold_until - now, governor.s.next_slot_at - now) + found.finish_s
+
+    def to_json_dict(self, *, series: bool) -> dict[str, Any]:
+        """What a page shows of this pool right now."""
+        governor, tally = self.governor, self.meter.tally
+        now = governor.now()
+        p: Params = governor.p
+        wake_s = governor.wake_at - now
+        found = {
+            "pool": self.name,
+            "in_flight": governor.in_flight,
+            "max_concurrency": p.max_concurrency,
+            "tokens_in_use": used_in(p, governor.s, TPM, now),
+            "tokens_budget": p.budget[TPM],
+            "tokens_limit": p.limit[TPM],
+            "tokens_last_minute": self.meter.tokens_per_minute(now),
+            "window": self.policy.tpm_window,
+            "waiting_for": waiting_for(governor.cause),
+            "next_launch_s": max(0.0, wake_s) if wake_s < 1e9 else None,
+            "attempts": tally.attempts,
+            "throttled": tally.throttled,
+            "deferrals": {cause: tally.deferrals[i] for i, cause in enumerate(CAUSES) if 0 < i < len(tally.deferrals)},
+            "answer_s": self.service_s,
+            "blocked": self.trouble,
+        }
+        if series:
+            self.series.now()
+            found["series"] = [bucket.to_json_dict() for bucket in self.series.buckets]
+            found["series_s"] = BUCKET_S
+        return found
+
+
+def lane_of(
+    pool: Pool,
+    policy: Policy,
+    recorder: Recorder,
+    *,
+    seed: int,
+    start_s: float,
+    metrics: Metrics,
+    worker: Any,
+    send: Sender,
+) -> Lane:
+    """A pool ready to run, inside the event loop. `worker` is told of each event by batch."""
+    spent = Spent(worker.config.prices, worker.config.today())
+    meter = Meter(pool, spent, left=0, left_tokens=0.0)
+    alarms = Alarms(pool, log.warning, log.warning)
+    series = Series()
+    # The recorder first: nobody speaks of what is not recorded.
+    observers: list[Observer] = [recorder, meter, alarms, series, metrics.observer(pool.name), Told(worker)]
+    governor = governor_of(
+        replace(pool, policy=policy),
+        Manner(redis=worker.config.redis, time_scale=worker.config.time_scale),
+        log.warning,
+        seed=seed,
+        observer=Together(observers),
+        state=recorder.state,
+        start_s=start_s,
+    )
+    metrics.watch(pool.name, governor)
+    lane = Lane(
+        pool=pool,
+        policy=policy,
+        governor=governor,
+        recorder=recorder,
+        meter=meter,
+        alarms=alarms,
+        series=series,
+        feed=Feed(governor.more, worker.on_failure),
+        send=send,
+    )
+    meter.policy = policy
+    return lane

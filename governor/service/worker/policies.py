@@ -1,0 +1,137 @@
+"""The settings in force: what the process was started with, and the changes since, which outlive it.
+
+What lives here: how a change is checked, recorded and found again. What must not: carrying it out (`lane`).
+
+A change is recorded by name, before and after; later ones win, and null takes a name back to what the process was
+started with. Every replica reads the changes of all, in order, so all have the same settings within a second.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from governor.model.errors import BadSetting, quoted
+from governor.model.policy import KNOB_BY_ENV, KNOBS, Policy
+from governor.model.pools import Pool
+from governor.service.store.store import Store
+
+# Settings that a batch may have of its own: how its requests are reserved and ordered. All others are the quota's.
+OF_A_BATCH = (
+    "OPENAI_CHARGE_RULE",
+    "OPENAI_EST_TOKENS_PER_RUN",
+    "OPENAI_LAUNCH_ORDER",
+    "FINALIZE_MAX_TOKENS",
+    "PREFLIGHT_MODE",
+)
+
+
+# So many of the latest changes are looked at again.
+LATE = 50
+
+
+class Policies:
+    """See the module."""
+
+    def __init__(self, pools: Sequence[Pool], store: Store) -> None:
+        self._base = {pool.name: pool.policy for pool in pools}
+        self._store = store
+        self._known: set[int] = set()
+        self._own: dict[str, dict[str, str]] = {name: {} for name in self._base}
+        self._turn = threading.Lock()
+        # What else a change must pass, by the policies that would be in force; and what hears of a change.
+        self.checks: list[Callable[[Mapping[str, Policy]], object]] = []
+        self.changed: list[Callable[[Mapping[str, Policy]], None]] = []
+
+    def refresh(self) -> bool:
+        """Reads what was changed since, by whomever; whether there was anything. Blocks.
+
+        Two changes made at once may become visible in the other order, so some are looked at again; then all are
+        carried out anew, by their numbers, as every other replica does.
+        """
+        with self._turn:
+            found = self._store.changes(max(self._known, default=0) - LATE)
+            if all(change.number in self._known for change in found):
+                return False
+            own: dict[str, dict[str, str]] = {name: {} for name in self._base}
+            for change in (changes := self._store.changes()):
+                of_pool = own.setdefault(change.pool, {})
+                for name, (_, after) in change.changes.items():
+                    if after is None:
+                        of_pool.pop(name, None)
+                    else:
+                        of_pool[name] = after
+            self._own, self._known = own, {change.number for change in changes}
+        return True
+
+    def in_force(self) -> dict[str, Policy]:
+        """The settings of each pool."""
+        found = {}
+        for name, base in self._base.items():
+            words = [f"{env}={value}" for env, value in self._own[name].items() if env in KNOB_BY_ENV]
+            found[name] = base.set_values(words)
+        return found
+
+    def of(self, pool: str) -> Policy:
+        """The settings of one pool; BadSetting where there is none of that name."""
+        if pool not in self._base:
+            raise BadSetting(f"there is no pool {quoted(pool)}: {', '.join(self._base)}")
+        return self.in_force()[pool]
+
+    def change(self, who: str, pool: str, wanted: Mapping[str, Any]) -> dict[str, tuple[str, str | None]]:
+        """Checks, records and returns a change: name -> (before, after). BadSetting for what is not allowed. Blocks."""
+        before = self.of(pool)
+        started = self._base[pool]
+        changes: dict[str, tuple[str, str | None]] = {}
+        words = []
+        for env, value in wanted.items():
+            knob = KNOB_BY_ENV.get(env)
+            if knob is None:
+                before.set_values([f"{env}=x"])  # says that there is none, and which is near
+                raise AssertionError(env)
+            old = knob.text(getattr(before, knob.name))
+            new = knob.text(getattr(started, knob.name)) if value is None else words_of(value)
+            words.append(f"{env}={new}")
+            changes[env] = (old, None if value is None else new)
+        after = before.set_values(words)
+        for check in self.checks:
+            check(self.in_force() | {pool: after})
+        told: dict[str, tuple[str, str | None]] = {}
+        for env, (old, new_text) in changes.items():
+            knob = KNOB_BY_ENV[env]
+            text = knob.text(getattr(after, knob.name))
+            if text != old or new_text is None:
+                told[env] = (old, None if new_text is None else text)
+        if told:
+            self._store.add_change(who, pool, told)
+            self.refresh()
+        return told
+
+
+def words_of(value: Any) -> str:
+    """A JSON value as it stands in an env file."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return str(int(value))
+    return str(value)
+
+
+def checked_overrides(policy: Policy, wanted: Mapping[str, Any]) -> dict[str, str]:
+    """A batch's own settings as texts; BadSetting for one that is not a batch's to have."""
+    for env in wanted:
+        if env in KNOB_BY_ENV and env not in OF_A_BATCH:
+            raise BadSetting(
+                f"{env} is the whole pool's, not one batch's: change it with PUT /settings; a batch may set "
+                f"{', '.join(OF_A_BATCH)}",
+                env,
+            )
+    words = [f"{env}={words_of(value)}" for env, value in wanted.items()]
+    made = policy.set_values(words)
+    return {env: KNOB_BY_ENV[env].text(getattr(made, KNOB_BY_ENV[env].name)) for env in wanted}
+
+
+def values_of(policy: Policy) -> dict[str, Any]:
+    """Every setting by its environment name, as JSON values."""
+    return {knob.env: getattr(policy, knob.name) for knob in KNOBS}

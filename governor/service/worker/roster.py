@@ -1,0 +1,411 @@
+"""The batches that this replica owns: fed to their pools, held, resumed, cancelled, counted, finished.
+
+What lives here: `Running`, one batch as it stands in memory, and `Roster`, all of them. What must not: leases and lives
+(`worker`), which line is next (`feed`), pacing (the law).
+
+A batch that is held has nothing in a queue: its cursors are closed, what waits is withdrawn, what is in flight ends,
+and what would back off or be finalized is withdrawn when it comes back. To go on, it is read again from the records,
+once they hold all that has happened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import Any
+
+from governor.journal.records import Pending
+from governor.model.policy import Policy
+from governor.model.requests import Attempt
+from governor.run.intake import work_of
+from governor.scheduler.driver import Begun, Work
+from governor.service.store.ledger import FencedWriter, Ledger, Patience
+from governor.service.store.store import (
+    CANCEL,
+    CANCELLED,
+    CANCELLING,
+    COMPLETED,
+    PAUSE,
+    PAUSED,
+    QUEUED,
+    RESUME,
+    RUN,
+    RUNNING,
+    STOPPED,
+    BatchRow,
+    Store,
+)
+from governor.service.store.tables import BATCH_BITS
+from governor.service.worker.feed import Cursor
+from governor.service.worker.lane import THROTTLES, Lane
+
+# So many batches are estimated at a time; an ETA that has moved by less than this share is not written down.
+ESTIMATED, ETA_RATIO = 50, 0.02
+
+log = logging.getLogger("paceline.service")
+
+
+@dataclass(slots=True)
+class Running:
+    """One batch that this replica owns. `flying`: the numbers of its requests that are in flight."""
+
+    row: BatchRow
+    state: str
+    done: int
+    failed: int
+    attempts: int
+    throttled: int
+    resent: int
+    left_tokens: float
+    reason: str = ""
+    flying: set[int] = field(default_factory=set)
+    changed: bool = True
+    eta_s: float = -1.0
+    busy: bool = False
+
+    @property
+    def number(self) -> int:
+        return self.row.number
+
+    @property
+    def left(self) -> int:
+        """Requests that have not ended."""
+        return self.row.requests - self.done - self.failed
+
+    @property
+    def waiting(self) -> tuple[int, float]:
+        """Requests that are neither over nor in flight, whose tokens are booked already; and their tokens."""
+        count = max(0, self.left - len(self.flying))
+        return count, self.left_tokens * count / max(1, self.left)
+
+    def now(self) -> BatchRow:
+        """The batch as it stands, in the shape in which it is stored."""
+        return replace(
+            self.row,
+            state=self.state,
+            reason=self.reason,
+            done=self.done,
+            failed=self.failed,
+            in_flight=len(self.flying),
+            attempts=self.attempts,
+            throttled=self.throttled,
+            resent=self.resent,
+            eta_s=self.eta_s,
+        )
+
+
+class Line:
+    """Batches that share a pool, as (requests, tokens) that wait: what goes before the end of any of them.
+
+    Turns go by tokens: of a longer batch only as much goes first as a shorter one has itself. Added up once, so that
+    asking for each of a thousand batches does not mean a million looks.
+    """
+
+    def __init__(self, batches: Iterable[tuple[int, float]]) -> None:
+        known = sorted((tokens, float(requests)) for requests, tokens in batches if tokens > 0.0)
+        self._tokens = [tokens for tokens, _ in known]
+        # Before the i-th: all that shorter ones have. From it on: requests per token, times as much as is asked for.
+        self._before = list(accumulate(known, _added, initial=(0.0, 0.0)))
+        rates = accumulate((requests / tokens for tokens, requests in reversed(known)), initial=0.0)
+        self._rates = list(rates)[::-1]
+
+    def ahead_of(self, requests: int, tokens: float, *, is_in: bool) -> tuple[int, float]:
+        """Requests and tokens launched by the end of a batch of that size, itself included; `is_in`: one of these."""
+        if is_in and tokens > 0.0:
+            requests, own = 0, 0.0  # it is among them
+        else:
+            own = tokens
+        i = bisect_right(self._tokens, tokens)
+        sum_tokens, total = self._before[i]
+        sum_tokens += own + (len(self._tokens) - i) * tokens
+        total += requests + self._rates[i] * tokens
+        return round(total), sum_tokens
+
+
+def _added(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:
+    return a[0] + b[0], a[1] + b[1]
+
+
+class Roster:
+    """See the module. Lives as long as one life of the worker; all of it in the event loop.
+
+    `spawn`: makes a task whose failure ends that life. `since_s`: now, on the clock of the governors. `over`: called
+    when a batch has come to its end.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        ledger: Ledger,
+        replica: int,
+        writer: FencedWriter,
+        lanes: Mapping[str, Lane],
+        patience: Patience,
+        *,
+        spawn: Callable[[Coroutine[Any, Any, None]], None],
+        since_s: Callable[[], float],
+        over: Callable[[], None],
+    ) -> None:
+        self.running: dict[int, Running] = {}
+        self.by_id: dict[str, int] = {}
+        self._store = store
+        self._ledger = ledger
+        self._replica = replica
+        self._writer = writer
+        self._lanes = lanes
+        self._patience = patience
+        self._spawn = spawn
+        self._since_s = since_s
+        self._over = over
+
+    def batch(self, batch_id: str) -> BatchRow | None:
+        """A batch as it stands; None where it is not here."""
+        number = self.by_id.get(batch_id)
+        return None if number is None else self.running[number].now()
+
+    # ------------------------------------------------------------ batches come
+
+    async def adopt(self, row: BatchRow, *, fresh: bool = False) -> None:
+        """A batch of this replica's begins, or goes on. One of an earlier life is claimed anew instead."""
+        if row.owner != self._replica or row.number in self.running:
+            return
+        done = failed = resent = 0
+        if not fresh:
+            counts = await asyncio.to_thread(self._ledger.records(row.number, self._patience).counts)
+            done, failed, resent = counts.done, counts.failed, counts.resent
+            if row.owner != self._replica or row.number in self.running:
+                return  # this life ended meanwhile
+        batch = Running(
+            row,
+            state=row.state,
+            done=done,
+            failed=failed,
+            attempts=row.attempts,
+            throttled=row.throttled,
+            resent=max(row.resent, resent),
+            left_tokens=float(row.details.get("tokens", 0.0)) * (1.0 - (done + failed) / max(1, row.requests)),
+            reason=row.reason,
+        )
+        self.running[row.number] = batch
+        self.by_id[row.batch_id] = row.number
+        if row.wanted == CANCEL:
+            await self.obey(batch, CANCEL)
+        elif row.wanted == PAUSE or row.state in (PAUSED, STOPPED):
+            batch.state = STOPPED if row.state == STOPPED and row.wanted == RUN else PAUSED
+        elif batch.left <= 0:
+            self._spawn(self._finish(batch))
+        else:
+            self._feed(batch, is_new=fresh)
+
+    def _feed(self, batch: Running, *, is_new: bool = False) -> None:
+        """Its pending requests join the feeds of their pools. `is_new`: nothing of it was ever launched."""
+        batch.state = RUNNING if batch.attempts else QUEUED
+        batch.reason = ""
+        batch.changed = True
+        for name in batch.row.details.get("pools", list(self._lanes)):
+            lane = self._lanes.get(name)
+            if lane is None:
+                log.error("batch %s: there is no pool %s any more", batch.row.batch_id, name)
+                batch.state, batch.reason = STOPPED, f"there is no pool {name}: start the service with it again"
+                continue
+            if lane.blocked:
+                lane.open()
+            policy = batch_policy(lane.policy, batch.row)
+            lane.feed.add(
+                Cursor(
+                    batch.number,
+                    self._ledger.records(batch.number, self._patience),
+                    name,
+                    longest_first=policy.launch_order == "longest_first",
+                    is_new=is_new,
+                    work_of=self._work_of(lane, batch.row),
+                    begun=lane.governor.mark(),
+                )
+            )
+
+    def _work_of(self, lane: Lane, row: BatchRow) -> Callable[[Pending, Begun], Work]:
+        def made(pending: Pending, begun: Begun) -> Work:
+            work = work_of(pending.work.request, batch_policy(lane.policy, row), before=pending.work)
+            return replace(work, finalizes=bool(row.finalize), begun=begun)
+
+        return made
+
+    def cap_of(self, number: int) -> int:
+        batch = self.running[number]
+        name = next(iter(batch.row.details.get("pools", self._lanes)))
+        return batch_policy(self._lanes[name].policy, batch.row).finalize_max_tokens
+
+    # ------------------------------------------------------------ what is asked of a batch
+
+    async def obey(self, batch: Running, wanted: str) -> None:
+        if batch.busy or batch.state in (CANCELLED, COMPLETED):
+            return
+        held = batch.state in (PAUSED, STOPPED)
+        if wanted == CANCEL:
+            batch.state, batch.changed = CANCELLING, True
+            await self._withdraw(batch)
+            self._end_if_over(batch)
+        elif wanted == PAUSE and batch.state in (QUEUED, RUNNING):
+            batch.state, batch.changed = PAUSED, True
+            await self._withdraw(batch)
+        elif wanted == RUN and held and not batch.busy:
+            batch.busy = True
+            try:
+                # What was withdrawn is read again from the records: first they must hold all that has happened.
+                await self._writer.flushed()
+                await asyncio.to_thread(self._patience, self._ledger.put_back, batch.number, tuple(batch.flying))
+            finally:
+                batch.busy = False
+            if batch.left - len(batch.flying) > 0:
+                self._feed(batch)
+            else:
+                batch.state, batch.changed = RUNNING, True
+                self._end_if_over(batch)
+
+    async def _withdraw(self, batch: Running) -> None:
+        """Launches none of its lines any more; those in flight go on."""
+        cursors = [cursor for lane in self._lanes.values() if (cursor := lane.feed.remove(batch.number)) is not None]
+        self._withdraw_waiting(batch)
+        for cursor in cursors:
+            await cursor.close()
+
+    def _withdraw_waiting(self, batch: Running) -> None:
+        number = batch.number
+        for lane in self._lanes.values():
+            lane.governor.withdraw(lambda request: request.index >> BATCH_BITS == number)
+
+    def on_blocked(self, pool: str, why: str) -> None:
+        """The account refuses: the pool's batches stop where they stand."""
+        if why == "SHUTDOWN":
+            return
+        log.error("pool %s: stopped (%s); resume a batch when that is mended", pool, why)
+        for batch in self.running.values():
+            if batch.state in (QUEUED, RUNNING) and pool in batch.row.details.get("pools", ()):
+                batch.state, batch.reason, batch.changed = STOPPED, why, True
+                self._spawn(self._withdraw(batch))
+
+    # ------------------------------------------------------------ what the lanes tell
+
+    def on_launched(self, number: int, index: int) -> None:
+        """A request of that batch is about to be sent."""
+        batch = self.running[number]
+        batch.flying.add(index)
+        batch.attempts += 1
+        batch.changed = True
+        if batch.state == QUEUED:
+            batch.state = RUNNING
+
+    def on_attempted(self, number: int, attempt: Attempt) -> None:
+        """An attempt is over."""
+        batch = self.running[number]
+        batch.flying.discard(attempt.request)
+        batch.throttled += attempt.outcome in THROTTLES
+        batch.changed = True
+        if batch.state in (PAUSED, CANCELLING, STOPPED):
+            # It may back off, or have a finalize pass before it: neither may be launched.
+            asyncio.get_running_loop().call_soon(self._after_hold, batch)
+
+    def _after_hold(self, batch: Running) -> None:
+        if batch.state in (PAUSED, CANCELLING, STOPPED) and batch.number in self.running:
+            self._withdraw_waiting(batch)
+            self._end_if_over(batch)
+
+    def on_ended(self, number: int, failure: str) -> None:
+        """A request is over."""
+        batch = self.running[number]
+        batch.left_tokens *= 1.0 - 1.0 / max(1, batch.left)
+        if failure:
+            batch.failed += 1
+        else:
+            batch.done += 1
+        batch.changed = True
+        self._end_if_over(batch)
+
+    def _end_if_over(self, batch: Running) -> None:
+        over = batch.left <= 0 or (batch.state == CANCELLING and not batch.flying)
+        if over and not batch.busy and batch.state not in (CANCELLED, COMPLETED):
+            batch.busy = True
+            self._spawn(self._finish(batch))
+
+    async def _finish(self, batch: Running) -> None:
+        """The batch is over, once all of it is on the disk."""
+        await self._writer.flushed()
+        if batch.left > 0:
+            batch.failed += await asyncio.to_thread(self._patience, self._ledger.cancel, batch.number, self._since_s())
+        state = CANCELLED if batch.state == CANCELLING else COMPLETED
+        ended_at = time.time()
+        row = progress_of(batch) | {"state": state, "reason": "", "eta_s": 0.0, "ended_at": ended_at}
+        await asyncio.to_thread(self._patience, self._store.progress, self._replica, [row])
+        # Over is what is written down as over, with its time.
+        batch.state, batch.reason, batch.eta_s = state, "", 0.0
+        batch.row = replace(batch.row, ended_at=ended_at)
+        log.info("batch %s: %s, %d done, %d failed", batch.row.batch_id, state, batch.done, batch.failed)
+        self._over()
+        self.running.pop(batch.number, None)
+        self.by_id.pop(batch.row.batch_id, None)
+
+    # ------------------------------------------------------------ when it will be done
+
+    async def obey_elsewhere(self, batch: Running, wanted: str) -> None:
+        """What was asked through another replica."""
+        pauses = wanted == PAUSE and batch.state in (QUEUED, RUNNING)
+        cancels = wanted == CANCEL and batch.state != CANCELLING
+        if wanted == RESUME:
+            # Once: it may stop again before long.
+            await asyncio.to_thread(self._patience, self._store.resumed, batch.number)
+            await self.obey(batch, RUN)
+        elif pauses or cancels or (wanted == RUN and batch.state == PAUSED):
+            await self.obey(batch, wanted)
+
+    async def estimate(self) -> None:
+        """When each batch will be done: those of a pool share its quota alike, whatever their lengths."""
+        lines = {name: self._line(name) for name in self._lanes}
+        for i, batch in enumerate(list(self.running.values()), 1):
+            if i % ESTIMATED == 0:
+                await asyncio.sleep(0)  # somebody may be waiting for an answer
+            eta_s = 0.0
+            if batch.state in (PAUSED, STOPPED):
+                eta_s = -1.0
+            for name in batch.row.details.get("pools", ()) if eta_s == 0.0 else ():
+                lane = self._lanes.get(name)
+                if lane is None:
+                    continue
+                is_in = batch.state in (QUEUED, RUNNING)
+                if batch.waiting[0] and batch.state != CANCELLING:
+                    ahead_s = lane.eta_s(*lines[name].ahead_of(*batch.waiting, is_in=is_in))
+                else:
+                    ahead_s = lane.service_s
+                eta_s = max(eta_s, min(1e9, ahead_s))
+            if abs(eta_s - batch.eta_s) > max(0.5, ETA_RATIO * batch.eta_s):
+                batch.changed = True
+            batch.eta_s = eta_s
+
+    def _line(self, pool: str) -> Line:
+        """The batches that share a pool right now."""
+        return Line(
+            batch.waiting
+            for batch in self.running.values()
+            if batch.state in (QUEUED, RUNNING) and pool in batch.row.details["pools"]
+        )
+
+    def ahead_of(self, requests: int, tokens: float, pool: str) -> tuple[int, float]:
+        """Requests and tokens that a pool will have launched by the end of a new batch of that size, with it."""
+        return self._line(pool).ahead_of(requests, tokens, is_in=False)
+
+
+def batch_policy(policy: Policy, row: BatchRow) -> Policy:
+    """The settings of a pool with a batch's own on top."""
+    own: Mapping[str, str] = row.details.get("settings", {})
+    return policy.set_values([f"{name}={value}" for name, value in own.items()]) if own else policy
+
+
+def progress_of(batch: Running) -> dict[str, Any]:
+    """The columns of a batch that change while it runs."""
+    names = ("state", "reason", "done", "failed", "in_flight", "attempts", "throttled", "resent", "eta_s")
+    row = batch.now()
+    return {"number": batch.number} | {name: getattr(row, name) for name in names}

@@ -1,0 +1,1 @@
+"""One quota over many processes, kept in Redis and decided by the same law."""

@@ -1,0 +1,615 @@
+"""One process's membership of a shared pool: what it reports, what it hears, and its turns at deciding.
+
+What lives here: the loop that tells the store what has happened and decides when it is this process's turn, the loop
+that waits for news, entering a pool, and what to do when the store is away or has lost its memory. What must not: what
+an event means (`quota`), jobs (`shared`), Redis itself (`store`).
+
+Theory of operation. A turn appends what is new to the inbox and reads, in one script. Where anything stands in the
+inbox, or the head may launch, or a lease has lapsed, this process decides and replaces the image; if somebody was
+quicker it has that one's image in hand already, and is done if its own events are in it. News for others goes into
+their lists; our own is heard at once. A turn comes when something was reported, when the head is ours and its moment
+has come, and at least RENEW_RATIO of a lease after the last, which renews the lease and catches what a dead process
+left undone.
+
+Entering. A process that comes, or has missed anything, says all of itself in one `Join`: what it holds and waits for,
+and the events and launches that the image may lack. News of before is void: an entry has its own list. After every loss
+of a connection a process enters anew, even within its lease: an event may have been sent and never arrived, and a grant
+may have been taken from the list and never been heard of. Two more checks catch losses that no connection tells of:
+events that were sent are in the image or the inbox, and the count of news in the image is reached within a pause.
+
+Memory. An image is believed if it names the server that holds it, can be read, has the lease of each owner beside it,
+and is not older than one that this process had heard of before it asked. Else whoever notices takes it away, rings for
+the others and meets them at the muster: each leaves its `Join` and the newest image that it knows. When all owners of
+the newest of these have come, and GATHER_S are over (others may have entered since), or after MUSTER_S, one of them
+rebuilds the pool and all go on. The newest image among
+the living, and the launches that came after it, are everything that was decided unless its decider died. The image of
+another version of Paceline is left alone as long as one of its processes lives.
+
+Failures. Whatever goes wrong with the store once the pool was entered is "away": said, and tried again, at the address
+that was configured. What cannot be right from the start (a password) ends the run, and so does the same bug of ours
+over and over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import msgpack
+
+from governor.journal.verify import Numbers, numbers_of
+from governor.law import Params
+from governor.model.errors import PacelineError
+from governor.model.timeline import ServerClock, server_s
+from governor.sharedquota.quota import (
+    CALL,
+    FORMAT,
+    HEAD,
+    LEAVE,
+    REPRICE,
+    SERVER_BYTES,
+    Call,
+    Decided,
+    Event,
+    Image,
+    Join,
+    Launch,
+    News,
+    UnreadableImageError,
+    begun,
+    decide,
+    newest,
+    rebuilt,
+)
+
+LEASE_S = 10.0
+RENEW_RATIO = 0.25
+MUSTER_S = 3.0
+MUSTER_TICK_S = 0.1
+# Processes that no image names yet are waited for so long: longer than the longest pause before an attempt to connect.
+# A pool that nobody knows begins after the shorter time, in which whoever is connected has heard the bell.
+GATHER_S, BEGIN_S = 1.0, 0.2
+# After a failure the next attempt comes so much later, doubling, at most.
+AGAIN_S, AGAIN_MAX_S = 0.05, 0.5
+# Events sent in one batch.
+BATCH = 500
+# So often in a row something unexpected is survived by entering anew.
+FAULTS = 5
+
+
+class StoreLostError(Exception):
+    """The store cannot be reached, for the reason that the text says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """Who answers: an id that changes with each start of a server, and for how many seconds it has been up."""
+
+    id: bytes
+    up_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What the store held at one moment. `image`: empty = none. `leases`: until when, milliseconds since 1970."""
+
+    server_us: int
+    image: bytes
+    inbox: list[bytes]
+    leases: Mapping[str, int]
+
+
+class Store(Protocol):
+    """Keeps one pool for its owners. StoreLostError where it is away, PacelineError where it refuses us."""
+
+    @property
+    def place(self) -> str:
+        """Where it is, for people."""
+
+    async def connect(self) -> Server:
+        """Connects anew; who answers."""
+
+    async def close(self) -> None:
+        """Closes all connections."""
+
+    async def tell(self, batch: bytes) -> Reading:
+        """Appends the batch to the inbox if this server holds an image, renews the owner's lease, and reads."""
+
+    async def replace(
+        self, head: bytes, image: bytes, taken: int, news: Mapping[tuple[str, int], bytes]
+    ) -> Reading | None:
+        """Puts the image in the place of the one named by `head`, and tells the owners; else a reading: too late.
+
+        `taken`: batches of the inbox that it has in it, -1 = all, whatever they are. `news`: by owner and entry.
+        """
+
+    async def muster(self, record: bytes, doubted: bytes, *, removes: bool) -> tuple[Reading, dict[str, bytes]]:
+        """Leaves a record for whoever rebuilds the image; what all have left. None at all where that is done.
+
+        `doubted`: the head of an image that does not count though it names this server; `removes`: it is taken away.
+        Whoever waits for news gets empty news. Beside the owners' records stands, under "", when the first came:
+        milliseconds since 1970.
+        """
+
+    async def news(self, entry: int) -> list[bytes]:
+        """Waits for news of this entry, for a while; what came, oldest first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What a process says of itself when it enters: permits, open finalize passes, what waits, and what it launched.
+
+    `launches`, `used`, `before`: see `Join`.
+    """
+
+    holds: int
+    finalizes: int
+    wants: list[Event]
+    launches: list[Launch]
+    used: float
+    before: tuple[float, ...]
+
+
+class Host(Protocol):
+    """Whose membership it is. All methods are quick; none raises."""
+
+    records: bool
+
+    def standing(self, known: Image | None) -> Standing:
+        """What it holds and wants, now. `known`: the newest image that it has."""
+
+    def heard(self, image: Image, news: News | None = None) -> None:
+        """The pool as it is now, and what this process has just decided for itself."""
+
+    def news(self, news: News) -> None:
+        """What another process decided for it."""
+
+    def decided(self, params: Params, before: Numbers, image: Image, calls: list[Call]) -> None:
+        """This process has decided: under which settings, on which state, by which calls, with which outcome.
+
+        Only if it `records`.
+        """
+
+    def missed(self, why: str) -> None:
+        """The store cannot be reached: nothing is launched."""
+
+    def back(self) -> None:
+        """The store is back."""
+
+    def failed(self, error: PacelineError) -> None:
+        """For good."""
+
+
+class _EnterError(Exception):
+    """The image does not have us in it (any more), or is not to be believed, or we have missed something."""
+
+
+async def ended(*tasks: asyncio.Task[None], every_s: float) -> None:
+    """Cancels tasks until all are done: a client in the middle of a handshake may swallow a cancellation."""
+    while pending := [task for task in tasks if not task.done()]:
+        for task in pending:
+            task.cancel()
+        await asyncio.wait(pending, timeout=every_s)
+
+
+class Member:
+    """A membership. Make it, `start()` it inside a running event loop, `aclose()` it in the end."""
+
+    def __init__(
+        self,
+        host: Host,
+        store: Callable[[str], Store],
+        params: Params,
+        *,
+        clock: ServerClock,
+        lease_s: float = LEASE_S,
+    ) -> None:
+        self.owner = os.urandom(6).hex()
+        self.clock = clock
+        self.image: Image | None = None
+        self.is_in = False
+        self._host = host
+        self._store = store(self.owner)
+        self._lease_s = lease_s
+        self._known = b""  # the newest image that was in the store, as far as we know
+        self._params: tuple[float, ...] | None = packed_params(params)  # to be stated at the next entry
+        self._lineage = int.from_bytes(os.urandom(7))
+        self._loop = asyncio.get_running_loop()
+        self._entry = 0
+        self._server_id = b""
+        self._newest = (0, 0)  # the newest image that we have heard of
+        self._suspect = b""  # the head of an image that nothing could be decided on
+        self._told = 0  # news heard since the latest entry
+        self._owed: tuple[int, float] | None = None  # news that the image counts and we lack, and since when
+        self._number = 0  # of the newest event
+        self._unheard: deque[tuple[int, Event]] = deque()  # events that may not be in an image yet, numbered
+        self._sent = 0
+        self._due = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._working: list[asyncio.Task[None]] = []
+        self._was_in = False
+        self._faults = 0
+        self._is_away = False
+        self._leaving = False
+
+    def start(self) -> None:
+        """Connects, enters the pool and stays until `aclose`."""
+        self._task = self._loop.create_task(self._stay())
+        self._task.add_done_callback(self._over)
+
+    def _over(self, task: asyncio.Task[None]) -> None:
+        """A bug of ours must never be a run that waits for good."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._host.failed(PacelineError(f"{self._store.place}: internal error in the shared pool: {error!r}"))
+
+    def post(self, event: Event) -> None:
+        """Something has happened; it is told soon, together with what else happens now."""
+        self._number += 1
+        self._unheard.append((self._number, event))
+        self._due.set()
+
+    def look(self) -> None:
+        """It may be time for a decision."""
+        self._due.set()
+
+    def reprice(self, params: Params) -> None:
+        """Other settings for the whole pool."""
+        self._params = packed_params(params)
+        self.post([REPRICE, list(self._params)])
+
+    @property
+    def reprices(self) -> bool:
+        """Whether settings of ours are on their way."""
+        return not self.is_in or self._has_reprice()
+
+    def _has_reprice(self) -> bool:
+        return any(event[0] == REPRICE for _, event in self._unheard)
+
+    async def aclose(self) -> None:
+        """Leaves the pool, where it can be reached, and closes all connections."""
+        if self._task is None:
+            return
+        task, self._task = self._task, None
+        self._leaving = True
+        if self.is_in:
+            self.post([LEAVE])
+            await asyncio.wait({task}, timeout=2.0 * self.clock.scale)
+        every_s = MUSTER_TICK_S * self.clock.scale
+        await ended(task, every_s=every_s)
+        await ended(*self._working, every_s=every_s)
+        await self._store.close()
+
+    # ------------------------------------------------------------ staying
+
+    async def _stay(self) -> None:
+        again_s = AGAIN_S
+        server: Server | None = None
+        while True:
+            try:
+                if server is None:
+                    server = await self._store.connect()
+                await self._enter(server)
+                again_s = AGAIN_S
+                await self._both()
+                return
+            except _EnterError:
+                self.is_in = False
+            except Exception as error:
+                self.is_in, server = False, None
+                if not self._survives(error):
+                    return
+                await asyncio.sleep(again_s * self.clock.scale)
+                again_s = min(2.0 * again_s, AGAIN_MAX_S)
+
+    def _survives(self, error: Exception) -> bool:
+        """Whether to try again after this, which is said; else the host has failed."""
+        place = self._store.place
+        if isinstance(error, StoreLostError):
+            self._away(f"{place} cannot be reached ({error})")
+        elif isinstance(error, PacelineError) and self._was_in:
+            self._away(str(error))
+        elif isinstance(error, PacelineError):
+            self._host.failed(error)
+            return False
+        else:
+            self._faults += 1
+            if self._faults > FAULTS:
+                text = f"{place}: internal error in the shared pool, {self._faults} times in a row: {error!r}"
+                self._host.failed(PacelineError(text))
+                return False
+            self._away(f"{place}: what it holds cannot be used ({error!r})")
+        return True
+
+    def _away(self, why: str) -> None:
+        if not self._is_away:
+            self._is_away = True
+            self._host.missed(why)
+
+    async def _both(self) -> None:
+        """Takes turns and waits for news, until one of both cannot go on, or we have left."""
+        turns = self._loop.create_task(self._turns())
+        listens = self._loop.create_task(self._listens(self._entry))
+        self._working = [turns, listens]
+        try:
+            await asyncio.wait(self._working, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            # News that was fetched must have been heard before we enter again and say what we hold.
+            await ended(turns, listens, every_s=MUSTER_TICK_S * self.clock.scale)
+        for task in (turns, listens):
+            if not task.cancelled():
+                task.result()
+        if not self._leaving:
+            raise StoreLostError("its connection has ended")
+
+    async def _listens(self, entry: int) -> None:
+        while True:
+            for each in await self._store.news(entry):
+                if each:
+                    self._hear(News.decoded(each))
+                else:
+                    self._due.set()  # somebody rings: the image is gone
+
+    def _hear(self, news: News) -> None:
+        self._told += 1
+        self._newest = max(self._newest, (news.incarnation, news.version))
+        self._host.news(news)
+
+    async def _turns(self) -> None:
+        pause_s = RENEW_RATIO * self._lease_s * self.clock.scale
+        while True:
+            if not self._due.is_set():
+                with contextlib.suppress(asyncio.TimeoutError):
+                    async with asyncio.timeout(pause_s):
+                        await self._due.wait()
+            self._due.clear()
+            await self._turn()
+            if self._leaving and not self._unheard:
+                return
+
+    # ------------------------------------------------------------ a turn
+
+    async def _turn(self, join: Join | None = None) -> None:
+        """Tells what is new, and decides if that is ours to do. `join`: in place of all events."""
+        if join is not None:
+            batch = [self.owner, join.last, [join.packed()]]
+        else:
+            fresh = [event for event in self._unheard if event[0] > self._sent][:BATCH]
+            batch = [self.owner, fresh[0][0], [event for _, event in fresh]] if fresh else []
+            if fresh:
+                self._sent = fresh[-1][0]
+                if self._sent < self._number:
+                    self._due.set()
+        known, asked_at = self._newest, self._loop.time()
+        reading = await self._store.tell(msgpack.packb(batch) if batch else b"")
+        while True:
+            now = self.clock.heard(reading.server_us, asked_at, self._loop.time())
+            leases = self._leases(reading)
+            image = self._image_of(reading, known)
+            if image is None:
+                raise _EnterError
+            try:
+                batches = [tuple(msgpack.unpackb(each)) for each in reading.inbox]
+                is_ours = self._takes_over(image, reading.image)
+                if join is None and not (is_ours and self._has_missed_nothing(image, batches)):
+                    raise _EnterError
+                if is_ours and not batches and not image.is_due(now) and not image.lapsed(leases, now):
+                    self._host.heard(image)
+                    self._faults = 0
+                    return
+                head, params = image.head, image.p
+                before = numbers_of((image.s,)) if self._host.records else ()
+                self.image = None  # what is being decided is nobody's image yet
+                decided = decide(image, batches, leases, now, self._lease_s * self.clock.scale)
+            except _EnterError:
+                raise
+            except Exception:
+                self._suspect = reading.image[: HEAD.size]
+                raise
+            known, asked_at = self._newest, self._loop.time()
+            late = await self._replace(head, image, len(batches), decided, params, before)
+            if late is None:
+                self._faults = 0
+                return
+            reading = late
+
+    def _has_missed_nothing(self, image: Image, batches: Sequence[Any]) -> bool:
+        """Whether all that we sent has arrived, and all that we were told was heard, but for what is on its way."""
+        own = image.owners.get(self.owner)
+        if own is None:
+            return True  # we have left
+        arrived = max((first + len(events) - 1 for name, first, events in batches if name == self.owner), default=0)
+        if max(arrived, own.last) < self._sent:
+            return False
+        now = self._loop.time()
+        if own.told <= self._told or (self._owed is not None and self._told >= self._owed[0]):
+            self._owed = None
+        if own.told > self._told and self._owed is None:
+            self._owed = own.told, now
+        return self._owed is None or now < self._owed[1] + RENEW_RATIO * self._lease_s * self.clock.scale
+
+    async def _replace(
+        self, head: bytes, image: Image, taken: int, decided: Decided, params: Params, before: Numbers
+    ) -> Reading | None:
+        """Puts a decision into the store; None = done and heard of, else what was there instead."""
+        others = {
+            (name, image.owners[name].joined): each.encoded()
+            for name, each in decided.news.items()
+            if name != self.owner and name in image.owners
+        }
+        data = image.encoded()
+        late = await self._store.replace(head, data, taken, others)
+        if late is None:
+            self._told += self.owner in decided.news
+            self._takes_over(image, data)
+            if self._host.records:
+                self._host.decided(params, before, image, decided.calls)
+            self._host.heard(image, decided.news.get(self.owner))
+        return late
+
+    def _image_of(self, reading: Reading, known: tuple[int, int]) -> Image | None:
+        """The image, if it is to be believed. `known`: the newest that we had heard of before we asked."""
+        if self._is_elsewhere(reading) or reading.image[: HEAD.size] == self._suspect:
+            return None
+        with contextlib.suppress(UnreadableImageError):
+            image = Image.decoded(reading.image)
+            if image.age >= known and all(name in reading.leases for name in image.living()):
+                return image
+        return None
+
+    def _is_elsewhere(self, reading: Reading) -> bool:
+        """Whether there is no image, or only what another server, or an earlier start of this one, had made."""
+        return reading.image[:SERVER_BYTES].rstrip(b"\0") != self._server_id
+
+    def _leases(self, reading: Reading) -> dict[str, float]:
+        return {name: server_s(until * 1000, self.clock.scale) for name, until in reading.leases.items()}
+
+    def _takes_over(self, image: Image, data: bytes) -> bool:
+        """Keeps an image, and forgets the events that are in it; whether it has us in it, as of our latest entry."""
+        own = image.owners.get(self.owner)
+        if own is None or own.gone_at >= 0.0 or own.joined != self._entry:
+            if self._leaving and own is None:
+                self._unheard.clear()
+                self._keep(image, data)
+                return True
+            return False
+        self._keep(image, data)
+        while self._unheard and self._unheard[0][0] <= own.last:
+            self._unheard.popleft()
+        if not self._has_reprice():
+            self._params = None  # they count for the pool by now, or others have changed them since
+        return True
+
+    def _keep(self, image: Image, data: bytes) -> None:
+        self.image, self._known = image, data
+        self._newest = max(self._newest, image.age)
+
+    # ------------------------------------------------------------ entering
+
+    async def _enter(self, server: Server) -> None:
+        """Enters the pool, which is rebuilt before if it has lost its memory."""
+        self._server_id = server.id
+        entry = self._entry
+        for _ in range(100):
+            known = self._newest
+            reading = await self._store.tell(b"")
+            image = self._image_of(reading, known)
+            try:
+                if image is None:
+                    await self._muster(server, reading)
+                # Only an entry of now counts: what an earlier connection had sent and fetched may be lost.
+                elif entry == self._entry or not self._takes_over(image, reading.image):
+                    await self._turn(self._join())
+            except _EnterError:
+                continue  # lost again in this moment
+            own = self.image.owners.get(self.owner) if self.image is not None else None
+            if own is not None and own.joined == self._entry > entry:
+                self._entered()
+                return
+        raise StoreLostError("it changes faster than anybody can enter")
+
+    def _join(self) -> Join:
+        """All that is to be said of this process, as its next entry."""
+        self._entry += 1
+        self._sent = self._number
+        self._told, self._owed, self.image = 0, None, None
+        known = Image.decoded(self._known) if self._known else None
+        standing = self._host.standing(known)
+        return Join(
+            number=self._entry,
+            last=self._number,
+            params=self._params,
+            holds=standing.holds,
+            finalizes=standing.finalizes,
+            calls=[(number, event) for number, event in self._unheard if event[0] == CALL],
+            wants=standing.wants,
+            launches=standing.launches,
+            lineage=known.lineage if known is not None else self._lineage,
+            used=standing.used,
+            before=standing.before,
+            seen=self._newest[0],
+        )
+
+    def _entered(self) -> None:
+        self.is_in = self._was_in = True
+        if self._leaving:
+            self.post([LEAVE])
+        if self._is_away:
+            self._is_away = False
+            self._host.back()
+        self._due.set()
+
+    async def _muster(self, server: Server, reading: Reading) -> None:
+        """Meets the others, and sees to it that the pool is rebuilt. `reading`: with the image that does not count."""
+        doubted, stale, is_foreign = reading.image[: HEAD.size], None, False
+        if reading.image:
+            try:
+                stale = Image.decoded(reading.image)
+            except UnreadableImageError as error:
+                is_foreign = error.is_foreign
+        known = newest([*([stale] if stale else []), *([Image.decoded(self._known)] if self._known else [])])
+        if self._was_in:
+            self._away(f"{self._store.place} has lost the state of this pool, which is put together again")
+        record = msgpack.packb([FORMAT, self._join().packed(), known.encoded() if known is not None else b""])
+        mustered: set[str] = set()
+        began_at = self._loop.time()
+        while True:
+            asked_at = self._loop.time()
+            reading, records = await self._store.muster(record, doubted, removes=not is_foreign)
+            now = self.clock.heard(reading.server_us, asked_at, self._loop.time())
+            if not records:
+                return
+            began_ms = int(records.pop(""))
+            mustered |= set(records)
+            entries = {name: found for name, each in records.items() if (found := _record(each)) is not None}
+            others = [name for name, until in self._leases(reading).items() if until >= now and name not in entries]
+            if is_foreign and others:
+                raise StoreLostError(
+                    "another version of Paceline shares this pool: wait for its processes, or end them"
+                )
+            images = [image for _, image in entries.values() if image is not None]
+            here_s = (asked_at - began_at) / self.clock.scale
+            waited_s = max((reading.server_us / 1000 - began_ms) / 1000, here_s)
+            is_begun = not images and not doubted and server.up_s >= MUSTER_S and here_s >= BEGIN_S
+            is_complete = _complete(images, entries) and mustered == set(records) and here_s >= GATHER_S
+            if is_complete or is_begun or waited_s >= MUSTER_S:
+                joins = {name: entry for name, (entry, _) in entries.items()}
+                best = newest(images) or begun(joins, now)
+                params, before = best.p, numbers_of((best.s,))
+                image, decided = rebuilt(
+                    joins,
+                    best,
+                    self._server_id,
+                    now,
+                    self._lease_s * self.clock.scale,
+                    chance=int.from_bytes(os.urandom(4)),
+                    # Where an image was there, whoever still lives may know of launches that are in none.
+                    absent=len(entries) < len(records) or bool(doubted and others),
+                )
+                await self._replace(reading.image[: HEAD.size], image, -1, decided, params, before)
+                return
+            await asyncio.sleep(MUSTER_TICK_S * self.clock.scale)
+
+
+def packed_params(params: Params) -> tuple[float, ...]:
+    """Settings as numbers."""
+    return numbers_of((params,))
+
+
+def _record(data: bytes) -> tuple[Join, Image | None] | None:
+    """A record of the muster; None for one that another version of Paceline has left."""
+    try:
+        found, packed, image = msgpack.unpackb(data)
+        return (Join(*packed[1:]), Image.decoded(image) if image else None) if found == FORMAT else None
+    except (TypeError, ValueError):
+        return None
+
+
+def _complete(images: list[Image], entries: dict[str, Any]) -> bool:
+    """Whether all owners of the newest image have come."""
+    best = newest(images)
+    return best is not None and all(name in entries for name in best.living())

@@ -1,0 +1,564 @@
+"""A shared pool as its store holds it, and what is decided on it: pure, the same wherever processes share a quota.
+
+What lives here: `Image` (the law's state, who shares it, who waits) with its encoding, the events that processes
+report, and `decide`, which leads an image through them. What must not: I/O, a clock (`now` comes in), and any rule of
+admission, pacing, order or retry: those are calls of the law.
+
+Theory of operation. Processes append batches of events to an inbox. Whoever decides takes the newest image and the
+whole inbox, applies the events in order (settlements and the like are calls of the law), drops owners whose lease has
+lapsed, and launches heads of the queue as long as the law says "now". The image that comes out replaces the one that
+went in only if nobody was quicker (`head` names the version); what each owner must hear of is `Decided.news`.
+
+An owner is one process's membership. Its events are numbered, so that one that arrives twice counts once; `holds` and
+`finalizes` are what comes back when it dies. What it had reserved stays booked and ages out: the provider has charged
+it.
+
+Incarnations. Each rebuilding of a lost image begins an incarnation: a counter, and chance below it, so that two halves
+of a split brain never use the same one. `cuts` says at which version each earlier incarnation was left. A launch is
+booked in an image if its incarnation is there and its version is not beyond the cut; every other launch of the living
+is booked again when its process enters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import struct
+from bisect import insort
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
+from math import inf
+from typing import Any
+
+import msgpack
+
+from governor import law
+from governor.forecast.summary import CAUSES
+from governor.journal.verify import numbers_of, params_of
+from governor.law import HOLDING, RETRY, Params, State
+
+# Kinds of event.
+WANT, WITHDRAW, CALL, REPRICE, LEAVE, JOIN = range(6)
+# Before an image: the server that holds it, its incarnation and version. Unequal = somebody else has decided.
+HEAD = struct.Struct(">40sQQ")
+SERVER_BYTES = 40
+# An owner that has gone is remembered for so many leases, so that what it reported counts once should it come back.
+REMEMBERED_LEASES = 60.0
+# So many rounds an owner may make up for that it came late to.
+CREDIT = 20
+# So many earlier incarnations are known; launches of older ones count as not booked.
+CUTS = 100
+UNTOLD = ("", 0, inf, law.NOTHING)
+
+Call = tuple[str, tuple[Any, ...], Any]
+Event = list[Any]
+# Of one owner: the number of the first event, and the events.
+Batch = tuple[str, int, list[Event]]
+# Incarnation, version, tokens reserved, standing, time, and the uniform number of the stagger.
+Launch = tuple[int, int, float, int, float, float]
+
+
+@dataclass(slots=True)
+class Waiter:
+    """One attempt that wants to launch. `ticket` counts within its owner.
+
+    `turn`: its arrival, in rounds in which each owner has one, so that owners with much to do take turns.
+    """
+
+    owner: str
+    ticket: int
+    lane: int
+    attempt: int
+    standing: int
+    expected: float
+    reserve: float
+    u: float
+    turn: int
+
+    def key(self, p: Params) -> tuple[float, ...]:
+        """Its place in the queue, as the law orders it; of two equal ones, who came first."""
+        return law.rank(p, self.lane, self.attempt, self.expected, self.reserve, float(self.turn), self.standing)
+
+
+@dataclass(slots=True)
+class Owner:
+    """One process's membership. `joined`: the number of its latest entry; `last`: of its newest event in the image.
+
+    `turn`: of its newest attempt in the queue. `gone_at`: when its lease lapsed, -1 = it lives. `told`: news for it
+    since that entry. `since`: the incarnation that it entered; its launches of earlier ones are booked.
+    """
+
+    joined: int
+    last: int
+    holds: int = 0
+    finalizes: int = 0
+    turn: int = 0
+    gone_at: float = -1.0
+    told: int = 0
+    since: int = 0
+
+
+@dataclass(slots=True)
+class Join:
+    """What a process says of itself when it enters, or enters again because it missed something.
+
+    `number`: of this entry. `last`: of its newest event. `params`: its settings, where they are to count for the pool.
+    `calls`: events since the last one that it knows to be in an image, numbered. `wants`: its attempts that wait.
+    `launches`: its launches that an image may lack. `lineage`,
+    `used`: the pool that it knew, and the tokens in use there. `before`: in use by dimension of the law when an earlier
+    run of this process ended, for a pool that nobody knows. `seen`: the newest incarnation that it has heard of.
+    """
+
+    number: int
+    last: int
+    params: tuple[float, ...] | None
+    holds: int
+    finalizes: int
+    calls: list[tuple[int, Event]]
+    wants: list[Event]
+    launches: list[Launch]
+    lineage: int = 0
+    used: float = 0.0
+    before: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
+    seen: int = 0
+
+    def packed(self) -> list[Any]:
+        """As an event."""
+        return [JOIN, *(getattr(self, each.name) for each in fields(self))]
+
+
+@dataclass(slots=True)
+class News:
+    """What one owner hears of a decision. `wake`: ticket, moment and cause, where its attempt is the pool's head.
+
+    `clock`: seconds that the pool's head has waited, by cause. `grants`: tickets that may launch at `now`, each with
+    what had been booked by then. `refused`: tickets that can never be launched.
+    """
+
+    incarnation: int
+    version: int
+    now: float
+    cause: int
+    clock: list[float]
+    wake: tuple[int, float, int] | None = None
+    grants: list[tuple[int, list[float]]] = field(default_factory=list)
+    refused: list[int] = field(default_factory=list)
+
+    def encoded(self) -> bytes:
+        """As bytes."""
+        return bytes(msgpack.packb([getattr(self, each.name) for each in fields(self)]))
+
+    @staticmethod
+    def decoded(data: bytes) -> News:
+        """The news that `encoded` wrote."""
+        return News(*msgpack.unpackb(data))
+
+
+# Policies are few and never change in place, and every image names one.
+_known_params = lru_cache(maxsize=32)(params_of)
+_FRESH = State()
+_STATE = tuple(each.name for each in fields(State))
+_FIRST: tuple[Any, ...] = tuple(getattr(_FRESH, name) for name in _STATE)
+
+
+class UnreadableImageError(ValueError):
+    """What the store holds is no image of this version. `is_foreign`: another version of Paceline wrote it."""
+
+    def __init__(self, is_foreign: bool) -> None:
+        super().__init__("another version of Paceline shares this pool" if is_foreign else "it is no state of a pool")
+        self.is_foreign = is_foreign
+
+
+@dataclass(slots=True)
+class Image:
+    """A pool at one version. Times are on the pool's timeline, in seconds.
+
+    `server`: which server holds it. `incarnation`, `cuts`: see the module. `lineage`: drawn when the pool was made.
+    `wake_at`, `cause`: when and why the head must wait. `told`: owner and ticket that know of it. `clock`: seconds that
+    a head has waited, by cause. `turn`: of the latest launch.
+    """
+
+    p: Params
+    lineage: int
+    server: bytes = b""
+    incarnation: int = 0
+    version: int = 0
+    s: State = field(default_factory=State)
+    now: float = -inf
+    wake_at: float = inf
+    cause: int = law.NOTHING
+    told: tuple[str, int, float, int] = UNTOLD
+    clock: list[float] = field(default_factory=lambda: [0.0] * len(CAUSES))
+    turn: int = 0
+    cuts: dict[int, int] = field(default_factory=dict)
+    owners: dict[str, Owner] = field(default_factory=dict)
+    waiters: list[Waiter] = field(default_factory=list)
+
+    @property
+    def head(self) -> bytes:
+        """What names this version, 56 bytes."""
+        return HEAD.pack(self.server, self.incarnation, self.version)
+
+    def encoded(self) -> bytes:
+        """As bytes, exactly; lists of the state that are as at first take one."""
+        s = self.s
+        values = [getattr(s, name) for name in _STATE]
+        state = [
+            None if isinstance(each, list) and each == first else each
+            for each, first in zip(values, _FIRST, strict=True)
+        ]
+        body = [
+            FORMAT,
+            numbers_of((self.p,)),
+            state,
+            [[name, *_values(owner)] for name, owner in self.owners.items()],
+            [_values(w) for w in self.waiters],
+            *(getattr(self, name) for name in _PLAIN),
+        ]
+        return self.head + bytes(msgpack.packb(body))
+
+    @staticmethod
+    def decoded(data: bytes) -> Image:
+        """The image that `encoded` wrote. UnreadableImageError for anything else."""
+        try:
+            server, incarnation, version = HEAD.unpack_from(data)
+            found, *body = msgpack.unpackb(memoryview(data)[HEAD.size :], strict_map_key=False)
+        except Exception:  # whatever a decoder raises on garbage
+            raise UnreadableImageError(is_foreign=False) from None
+        if found != FORMAT:
+            raise UnreadableImageError(is_foreign=isinstance(found, str) and found.startswith(FORMAT_NAME))
+        try:
+            params, state, owners, waiters, *plain = body
+            rest = dict(zip(_PLAIN, plain, strict=True))
+            values: list[Any] = [list(f) if each is None else each for each, f in zip(state, _FIRST, strict=True)]
+            return Image(
+                p=_known_params(tuple(params)),
+                server=server.rstrip(b"\0"),
+                incarnation=incarnation,
+                version=version,
+                s=State(*values),
+                owners={name: Owner(*each) for name, *each in owners},
+                waiters=[Waiter(*each) for each in waiters],
+                **rest | {"told": tuple(rest["told"])},
+            )
+        except (TypeError, ValueError, KeyError):
+            raise UnreadableImageError(is_foreign=False) from None
+
+    @property
+    def age(self) -> tuple[int, int]:
+        """What orders the images of a pool: the larger, the newer."""
+        return self.incarnation, self.version
+
+    def living(self) -> list[str]:
+        """Owners that have not gone."""
+        return [name for name, o in self.owners.items() if o.gone_at < 0.0]
+
+    def is_due(self, now: float) -> bool:
+        """Whether the head may launch by now."""
+        return bool(self.waiters) and self.wake_at <= now
+
+    def lapsed(self, leases: Mapping[str, float], now: float) -> list[str]:
+        """Owners whose lease is over, or unknown."""
+        return [name for name in self.living() if leases.get(name, -inf) < now]
+
+
+# What of an image is encoded as it is.
+_PLAIN = ("lineage", "now", "wake_at", "cause", "told", "clock", "turn", "cuts")
+
+
+def _values(of: Waiter | Owner) -> list[Any]:
+    return [getattr(of, name) for name in of.__slots__]
+
+
+def _format() -> str:
+    """The name of this format: it changes with every field of what is encoded, and with the length of its lists."""
+    shapes = [[name, len(v) if isinstance(v, list) else 0] for name, v in zip(_STATE, _FIRST, strict=True)]
+    names = [[each.name for each in fields(of)] for of in (Params, Owner, Waiter, Join, News)]
+    return FORMAT_NAME + hashlib.sha256(repr((shapes, names, _PLAIN, CAUSES)).encode()).hexdigest()[:12]
+
+
+FORMAT_NAME = "paceline "
+FORMAT = _format()
+
+
+@dataclass(slots=True)
+class Decided:
+    """What a decision led to, beside the image: the calls of the law in order, and who hears what."""
+
+    calls: list[Call]
+    news: dict[str, News]
+
+
+def decide(
+    image: Image,
+    batches: Iterable[Batch],
+    leases: Mapping[str, float],
+    now: float,
+    lease_s: float,
+) -> Decided:
+    """Leads the image through these batches of events (owner, number of the first, events) and launches what may go.
+
+    `now`: the store's time, raised to the last decision's. `leases`: until when each owner's lives. The image becomes
+    its next version.
+    """
+    decision = _Decision(image, now, lease_s)
+    for owner, first, events in batches:
+        for number, event in enumerate(events, first):
+            decision.happened(owner, number, event)
+    decision.lapse(image.lapsed(leases, decision.now))
+    return decision.done()
+
+
+def rebuilt(
+    joins: Mapping[str, Join],
+    best: Image,
+    server: bytes,
+    now: float,
+    lease_s: float,
+    *,
+    chance: int = 0,
+    absent: bool = False,
+) -> tuple[Image, Decided]:
+    """The pool again, from what the living know of it: the newest of their images, and what each has done since.
+
+    `joins`: by owner, its entry. An owner of the image who is not among them may have launched what nobody knows of
+    (`absent`: so may others): the rest of the budget is booked for it. The image becomes the pool's next incarnation.
+    `chance`: 32 bits drawn by the caller.
+    """
+    image = best
+    cuts = image.cuts | {image.incarnation: image.version}
+    image.cuts = {number: cuts[number] for number in sorted(cuts)[-CUTS:]}
+    newest_known = max(image.incarnation, *(join.seen for join in joins.values()))
+    image.server, image.incarnation = server, (newest_known >> 32) + 1 << 32 | chance
+    decision = _Decision(image, now, lease_s)
+    launches = [(each, name) for name, join in joins.items() for each in decision.unbooked(name, join)]
+    decision.booked_again(each for each, _ in sorted(launches, key=lambda pair: pair[0][4]))
+    missing = [name for name in image.living() if name not in joins]
+    if missing or absent:
+        decision.filled()
+    decision.lapse(missing)
+    for name, join in joins.items():
+        join.launches = []
+        decision.joins(name, join)
+    return image, decision.done()
+
+
+def begun(joins: Mapping[str, Join], now: float) -> Image:
+    """The image of a pool that nobody knows yet: with the settings that the first of these states, and what was used
+    in their earlier runs."""
+    first = next(join for join in joins.values() if join.params is not None)
+    assert first.params is not None
+    image = Image(params_of(tuple(first.params)), lineage=first.lineage)
+    used = [sum(join.before[d] for join in joins.values()) for d in range(4)]
+    if used[law.TPM] > 0.0:
+        law.launched(image.p, image.s, used[law.TPM], RETRY, now, 0.5)
+        law.released(image.p, image.s)
+    law.day_started(image.p, image.s, used[law.TPD], used[law.RPD], now)
+    return image
+
+
+def newest(images: Iterable[Image]) -> Image | None:
+    """Of several images of one pool the one that was decided last."""
+    return max(images, key=lambda image: image.age, default=None)
+
+
+class _Decision:
+    """One decision under way."""
+
+    def __init__(self, image: Image, now: float, lease_s: float) -> None:
+        self.image = image
+        self.now = max(now, image.now)
+        self.lease_s = lease_s
+        self.calls: list[Call] = []
+        self.news: dict[str, News] = {}
+        if image.now > -inf:
+            image.clock[image.cause] += self.now - image.now
+        image.now = self.now
+
+    def law(self, name: str, *arguments: Any, owner: Owner | None = None) -> Any:
+        """The law decides; permits and finalize passes that it moves are this owner's."""
+        p, s = self.image.p, self.image.s
+        flying, finalizing = s.in_flight, s.finalize_open
+        result = getattr(law, name)(p, s, *arguments)
+        self.calls.append((name, arguments, result))
+        if owner is not None:
+            owner.holds += s.in_flight - flying
+            owner.finalizes += s.finalize_open - finalizing
+        return result
+
+    # ------------------------------------------------------------ events
+
+    def happened(self, name: str, number: int, event: Event) -> None:
+        """One event of an owner. From one who is unknown here only its entry counts: it hears that it must enter."""
+        kind = event[0]
+        if kind == JOIN:
+            self.joins(name, Join(*event[1:]))
+            return
+        owner = self.image.owners.get(name)
+        if owner is None or owner.gone_at >= 0.0 or number <= owner.last:
+            return
+        owner.last = number
+        if kind == WANT:
+            self.wants(name, event)
+        elif kind == WITHDRAW:
+            self.image.waiters = [w for w in self.image.waiters if (w.owner, w.ticket) != (name, event[1])]
+        elif kind == CALL:
+            self.called(owner, event)
+        elif kind == REPRICE:
+            self.repriced(params_of(tuple(event[1])))
+        else:
+            assert kind == LEAVE, kind
+            self.leaves(name, owner)
+            del self.image.owners[name]
+
+    def wants(self, name: str, event: Event, turn: int = 0) -> None:
+        """An attempt enters the queue: in its owner's next turn, or in the one that it had."""
+        image = self.image
+        owner = image.owners[name]
+        owner.turn = turn or max(image.turn - CREDIT, owner.turn) + 1
+        insort(image.waiters, Waiter(*[name, *event[1:], owner.turn]), key=lambda w: w.key(image.p))
+
+    def called(self, owner: Owner, event: Event) -> None:
+        """A call of the law that an owner reports. Its own word counts for whether a permit came back with it."""
+        _, name, arguments, frees = event
+        if name == "synced":
+            arguments[BOOKED_SINCE] = self.image.s.booked[int(arguments[0])] - arguments[BOOKED_SINCE]
+        held = owner.holds
+        self.law(name, *arguments, owner=owner)
+        self.holds(owner, held - frees)
+
+    def holds(self, owner: Owner, count: int) -> None:
+        """So many permits are the owner's: it says so. One taken again books a request, and no tokens."""
+        while owner.holds > count:
+            self.law("released", owner=owner)
+        while owner.holds < count:
+            self.law("launched", 0.0, RETRY, self.now, 0.5, owner=owner)
+
+    def repriced(self, p: Params) -> None:
+        """Other settings for the whole pool."""
+        image = self.image
+        if p == image.p:
+            return
+        law.repriced(image.p, p, image.s, self.now)
+        self.calls.append(("repriced", (p, self.now), None))
+        image.p = p
+        image.waiters.sort(key=lambda w: w.key(p))
+
+    # ------------------------------------------------------------ coming and going
+
+    def joins(self, name: str, join: Join) -> None:
+        """A process enters: what it says of itself replaces what the image knew of it."""
+        image = self.image
+        owner = image.owners.setdefault(name, Owner(join.number - 1, 0))
+        if join.number <= owner.joined:
+            return
+        self.booked_again(self.unbooked(name, join))
+        owner.joined, owner.gone_at, owner.told, owner.since = join.number, -1.0, 0, image.incarnation
+        image.told = UNTOLD
+        if join.params is not None:
+            self.repriced(params_of(tuple(join.params)))
+        if join.lineage != image.lineage and join.used > 0.0:
+            self.law("launched", join.used, RETRY, self.now, 0.5)
+            self.law("released")
+        calls = [event for number, event in join.calls if number > owner.last]
+        self.holds(owner, join.holds + sum(event[3] for event in calls))
+        for event in calls:
+            self.called(owner, event)
+        while owner.finalizes < join.finalizes:
+            self.law("finalize_opened", owner=owner)
+        while owner.finalizes > join.finalizes:
+            self.law("finalize_closed", owner=owner)
+        owner.last = join.last
+        places = {w.ticket: w.turn for w in image.waiters if w.owner == name}
+        image.waiters = [w for w in image.waiters if w.owner != name]
+        for event in join.wants:
+            self.wants(name, event, places.get(event[1], 0))
+
+    def unbooked(self, name: str, join: Join) -> list[Launch]:
+        """The launches of an entry that the image lacks."""
+        image = self.image
+        if join.lineage != image.lineage:
+            return []  # `used` has them
+        owner = image.owners.get(name)
+        since = owner.since if owner is not None else 0
+        return [
+            launch
+            for launch in join.launches
+            if since <= launch[0] < image.incarnation and launch[1] > image.cuts.get(launch[0], -1)
+        ]
+
+    def booked_again(self, launches: Iterable[Launch]) -> None:
+        """Books launches that the image lacks; their permits are counted elsewhere."""
+        for _, _, reserve, standing, at, u in launches:
+            self.law("launched", reserve, RETRY if standing == HOLDING else standing, at, u)
+            self.law("released")
+
+    def filled(self) -> None:
+        """Books what is left of the minute's budget."""
+        p, s = self.image.p, self.image.s
+        room = p.budget[law.TPM] * s.scale[law.TPM] - law.used_in(p, s, law.TPM, self.now)
+        if p.limit[law.TPM] > 0.0 and room > 0.0:
+            self.law("launched", room, RETRY, self.now, 0.5)
+            self.law("released")
+
+    def leaves(self, name: str, owner: Owner) -> None:
+        """What the owner holds comes back, and it waits for nothing more."""
+        self.holds(owner, 0)
+        while owner.finalizes > 0:
+            self.law("finalize_closed", owner=owner)
+        self.image.waiters = [w for w in self.image.waiters if w.owner != name]
+
+    def lapse(self, names: Iterable[str]) -> None:
+        """These have not renewed their lease. Who has been gone for long is forgotten."""
+        owners = self.image.owners
+        for name in names:
+            self.leaves(name, owners[name])
+            owners[name].gone_at = self.now
+        forget_s = REMEMBERED_LEASES * self.lease_s
+        for name in [name for name, o in owners.items() if 0.0 <= o.gone_at < self.now - forget_s]:
+            del owners[name]
+
+    # ------------------------------------------------------------ launches
+
+    def news_of(self, name: str) -> News:
+        """What this owner will hear."""
+        image = self.image
+        if name not in self.news:
+            image.owners[name].told += 1
+            self.news[name] = News(image.incarnation, image.version + 1, self.now, 0, image.clock)
+        return self.news[name]
+
+    def done(self) -> Decided:
+        """Launches what the law admits now; who is the head then hears when it may, if that is new."""
+        image, p = self.image, self.image.p
+        image.wake_at, image.cause = inf, law.NOTHING
+        told = UNTOLD
+        taken = 0
+        for w in image.waiters:
+            if law.never_fits(p, w.reserve):
+                self.news_of(w.owner).refused.append(w.ticket)
+                taken += 1
+                continue
+            at, cause = self.law("admission", w.reserve, w.standing, self.now)
+            if at > self.now:
+                image.wake_at, image.cause = at, cause
+                told = (w.owner, w.ticket, at, cause)
+                break
+            self.law("launched", w.reserve, w.standing, self.now, w.u, owner=image.owners[w.owner])
+            image.turn = max(image.turn, w.turn)
+            self.news_of(w.owner).grants.append((w.ticket, image.s.booked.copy() if p.sync_headers else []))
+            taken += 1
+        del image.waiters[:taken]
+        if told != image.told and told[0]:
+            self.news_of(told[0]).wake = told[1:]
+        image.told = told
+        image.version += 1
+        for news in self.news.values():
+            news.cause = image.cause
+        return Decided(self.calls, self.news)
+
+
+# Where `synced` takes what was booked since: an owner reports what had been booked at its launch, and the difference is
+# made when the call is.
+BOOKED_SINCE = tuple(inspect.signature(law.synced).parameters).index("booked_since") - 2

@@ -1,0 +1,262 @@
+"""Redis, as far as a shared pool needs it: the only module that imports it.
+
+What lives here: the keys, three short scripts, connections and their errors. What must not: what an image means (it is
+bytes here, behind a head that names its version), and any rule: the scripts compare, append and replace.
+
+Keys. All of a pool's begin with `paceline:{POOL}:`, so that a Redis Cluster holds them in one place: `image`; `inbox`,
+a list of batches of events; `leases`, until when each owner lives; `to:OWNER:N`, a list of news for one owner's N-th
+entry; `muster`, where owners meet when the image has been lost; `bell`, which calls them there.
+
+Time is the server's own: every answer states it, read within the script that it belongs to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+from redis import exceptions as broken
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from governor.model.errors import BadSetting, PacelineError
+from governor.sharedquota.member import LEASE_S, Reading, Server, StoreLostError
+from governor.sharedquota.quota import HEAD, SERVER_BYTES
+from governor.sharedquota.sharing import REDIS_URL, checked_redis_url
+
+# How long a pool that nobody uses is remembered: longer than the longest window, a day. News that nobody fetches.
+KEPT_S = 2 * 86_400
+NEWS_KEPT_S = 60
+# So many processes hear the bell at once.
+BELLS = 100
+CONNECT_S = 5.0
+ANSWER_S = 10.0
+BLOCK_S = 20.0
+
+# What a reading returns: time, image, inbox and leases, in one moment.
+_READ = """
+local function read(now)
+  local leases = redis.call('ZRANGE', KEYS[3], 0, -1, 'WITHSCORES')
+  return {now[1], now[2], redis.call('GET', KEYS[1]) or '', redis.call('LRANGE', KEYS[2], 0, -1), leases}
+end
+"""
+# Appends a batch, where there is an image of this server, renews the lease, reads. ARGV: server, owner, lease, batch.
+_TELL = f"""{_READ}
+local now = redis.call('TIME')
+redis.call('ZADD', KEYS[3], now[1] * 1000 + math.floor(now[2] / 1000) + ARGV[3], ARGV[2])
+if ARGV[4] ~= '' and redis.call('GETRANGE', KEYS[1], 0, {SERVER_BYTES - 1}) == ARGV[1] then
+  redis.call('RPUSH', KEYS[2], ARGV[4])
+end
+return read(now)
+"""
+# Replaces the image if it is still the one that is named, takes so many batches from the inbox, tells the owners of
+# KEYS 6 and on; else reads. ARGV: head, image, batches, seconds, seconds, news.
+_REPLACE = f"""{_READ}
+if redis.call('GETRANGE', KEYS[1], 0, {HEAD.size - 1}) ~= ARGV[1] then
+  return read(redis.call('TIME'))
+end
+redis.call('SET', KEYS[1], ARGV[2], 'EX', ARGV[4])
+if ARGV[3] == '-1' then
+  redis.call('DEL', KEYS[2], KEYS[4], KEYS[5])
+else
+  redis.call('LTRIM', KEYS[2], ARGV[3], -1)
+end
+local now = redis.call('TIME')[1]
+redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', (now - ARGV[5]) * 1000)
+for i = 6, #KEYS do
+  redis.call('RPUSH', KEYS[i], ARGV[i])
+  redis.call('EXPIRE', KEYS[i], ARGV[5])
+end
+return 1
+"""
+# Leaves a record for whoever rebuilds the image, unless that is done, rings for all that wait for news, and reads.
+# ARGV: server, owner, lease, record, seconds, head of an image that does not count, whether it is taken away.
+_MUSTER = f"""{_READ}
+local now = redis.call('TIME')
+local head = redis.call('GETRANGE', KEYS[1], 0, {HEAD.size - 1})
+if string.sub(head, 1, {SERVER_BYTES}) == ARGV[1] and head ~= ARGV[6] then
+  return {{read(now), {{}}}}
+end
+if head == ARGV[6] and ARGV[7] == '1' then
+  redis.call('DEL', KEYS[1])
+end
+redis.call('ZADD', KEYS[3], now[1] * 1000 + math.floor(now[2] / 1000) + ARGV[3], ARGV[2])
+redis.call('HSETNX', KEYS[4], '', now[1] * 1000 + math.floor(now[2] / 1000))
+redis.call('HSET', KEYS[4], ARGV[2], ARGV[4])
+redis.call('EXPIRE', KEYS[4], ARGV[5])
+for i = redis.call('LLEN', KEYS[5]) + 1, {BELLS} do
+  redis.call('RPUSH', KEYS[5], '')
+end
+redis.call('EXPIRE', KEYS[5], ARGV[5])
+return {{read(now), redis.call('HGETALL', KEYS[4])}}
+"""
+
+# What a user has to mend; anything else that it says means that the store cannot be had right now.
+REFUSED = (broken.AuthenticationError, broken.AuthorizationError, broken.NoPermissionError)
+MISTAKES = ("unknown command", "DB index is out of range", "wrong number of arguments", "invalid DB index")
+
+
+class RedisStore:
+    """One process's connections to the keys of one pool: a `member.Store`.
+
+    `scale`: how many times as fast as the machine's the event loop's clock runs.
+    """
+
+    def __init__(self, url: str, pool: str, owner: str, *, lease_s: float, scale: float = 1.0) -> None:
+        self._url = checked_redis_url(url)
+        self._owner = owner
+        self._lease_ms = round(lease_s * 1000)
+        self._scale = scale
+        self._prefix = f"paceline:{{{pool}}}:"
+        self._keys = [self._prefix + name for name in ("image", "inbox", "leases", "muster", "bell")]
+        self._at: tuple[str, int] | None = None  # the node of a cluster that holds the keys, once known
+        self._client: Redis | None = None
+        self._blocking: Redis | None = None
+        self._server = b""
+        self._shas: dict[str, str] = {}
+
+    @property
+    def place(self) -> str:
+        """Host and port, for people; never the password."""
+        parts = urlsplit(self._url)
+        host, port = self._at or (parts.hostname, parts.port or 6379)
+        return f"Redis at {host}:{port}"
+
+    async def connect(self) -> Server:
+        """Connects anew; who answers."""
+        await self.close()
+        self._client = self._made(ANSWER_S)
+        self._blocking = self._made(BLOCK_S + ANSWER_S)
+        await self._called(self._client.exists(self._keys[0]))  # a cluster's node may send us to another
+        info = await self._called(self._client.info("server"))
+        self._server = str(info.get("run_id", "")).encode()[:40].ljust(40, b"\0")
+        self._shas = {}
+        return Server(self._server.rstrip(b"\0"), float(info.get("uptime_in_seconds", 0.0)))
+
+    def _made(self, answer_s: float) -> Redis:
+        url = self._url
+        if self._at is not None:
+            parts = urlsplit(url)
+            user, at, _ = parts.netloc.rpartition("@")
+            host = f"[{self._at[0]}]" if ":" in self._at[0] else self._at[0]
+            url = parts._replace(netloc=f"{user}{at}{host}:{self._at[1]}").geturl()
+        connections = 0
+
+        async def greet(connection: Any) -> None:
+            # A client that connects anew unasked may have come to another server, whose memory is not what we know.
+            nonlocal connections
+            connections += 1
+            if connections > 1:
+                raise broken.ConnectionError("the connection was closed")
+            await connection.on_connect()
+
+        return Redis.from_url(
+            url,
+            protocol=2,
+            retry=Retry(NoBackoff(), 0),
+            redis_connect_func=greet,
+            socket_timeout=answer_s * self._scale,
+            socket_connect_timeout=CONNECT_S * self._scale,
+        )
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        clients, self._client, self._blocking = (self._client, self._blocking), None, None
+        for client in clients:
+            if client is not None:
+                with contextlib.suppress(broken.RedisError, OSError, TimeoutError):
+                    async with asyncio.timeout(CONNECT_S * self._scale):
+                        await client.aclose()
+
+    async def _called(self, answer: Any) -> Any:
+        try:
+            return await answer
+        except REFUSED as error:
+            text = (
+                f"{self.place} refuses us ({str(error).rstrip('.')}): look at the user and the password in {REDIS_URL}"
+            )
+            raise BadSetting(text, REDIS_URL) from None
+        except broken.MovedError as error:
+            self._at = error.host or str(urlsplit(self._url).hostname), error.port
+            raise StoreLostError("the cluster keeps this pool on another node") from None
+        except broken.NoScriptError:
+            raise
+        except (broken.RedisError, OSError, TimeoutError) as error:
+            self._at = None  # the next attempt goes to the address that was configured
+            text = str(error) or type(error).__name__
+            if any(each in text for each in MISTAKES):
+                raise PacelineError(f"{self.place}: {text}") from None
+            if "WRONGTYPE" in text and self._client is not None:
+                with contextlib.suppress(broken.RedisError, OSError, TimeoutError):
+                    await self._client.delete(*self._keys)
+                text = "something else lay under the keys of this pool, and was removed"
+            raise StoreLostError(text) from None
+
+    async def _run(self, script: str, keys: Sequence[str], *arguments: object) -> Any:
+        client = self._client
+        assert client is not None
+        for _ in range(3):
+            sha = self._shas.get(script)
+            if sha is None:
+                sha = self._shas[script] = await self._called(client.script_load(script))
+            try:
+                return await self._called(client.evalsha(sha, len(keys), *keys, *arguments))  # type: ignore[arg-type]
+            except broken.NoScriptError:
+                self._shas = {}
+        raise StoreLostError("it forgets scripts as soon as they are loaded")
+
+    # ------------------------------------------------------------ what a member does
+
+    async def tell(self, batch: bytes) -> Reading:
+        """See `member.Store`."""
+        return _reading(await self._run(_TELL, self._keys[:3], self._server, self._owner, self._lease_ms, batch))
+
+    async def replace(
+        self, head: bytes, image: bytes, taken: int, news: Mapping[tuple[str, int], bytes]
+    ) -> Reading | None:
+        """See `member.Store`."""
+        keys = [*self._keys, *(self._list(*to) for to in news)]
+        answer = await self._run(_REPLACE, keys, head, image, taken, KEPT_S, NEWS_KEPT_S, *news.values())
+        return None if answer == 1 else _reading(answer)
+
+    async def muster(self, record: bytes, doubted: bytes, *, removes: bool) -> tuple[Reading, dict[str, bytes]]:
+        """See `member.Store`."""
+        arguments = self._server, self._owner, self._lease_ms, record, NEWS_KEPT_S, doubted, int(removes)
+        answer, pairs = await self._run(_MUSTER, self._keys, *arguments)
+        names = [name.decode() for name in pairs[::2]]
+        return _reading(answer), dict(zip(names, pairs[1::2], strict=True))
+
+    async def news(self, entry: int) -> list[bytes]:
+        """See `member.Store`."""
+        client = self._blocking
+        assert client is not None
+        key = self._list(self._owner, entry)
+        first = await self._called(client.blpop([key, self._keys[4]], BLOCK_S))
+        if first is None:
+            return []
+        more = await self._called(client.lpop(key, 1000))
+        return [first[1], *(more or [])]
+
+    def _list(self, owner: str, entry: int) -> str:
+        return f"{self._prefix}to:{owner}:{entry}"
+
+
+def _reading(answer: Any) -> Reading:
+    seconds, microseconds, image, inbox, leases = answer
+    names = [name.decode() for name in leases[::2]]
+    until = dict(zip(names, (int(float(score)) for score in leases[1::2]), strict=True))
+    return Reading(int(seconds) * 1_000_000 + int(microseconds), image, inbox, until)
+
+
+def in_redis(url: str, pool: str, *, lease_s: float = LEASE_S, scale: float = 1.0) -> Callable[[str], RedisStore]:
+    """Where the pool of that name is kept: makes a member's store, given its owner's name. BadSetting for a bad URL.
+
+    Rehearsals on faster clocks have a pool of their own: whoever came later would find its time stand still.
+    """
+    checked_redis_url(url)
+    name = pool if scale == 1.0 else f"{pool}:x{scale:g}"
+    return lambda owner: RedisStore(url, name, owner, lease_s=lease_s, scale=scale)

@@ -1,0 +1,422 @@
+"""A governor whose quota several processes share through Redis: the driver of `driver`, the law's state elsewhere.
+
+What lives here: `SharedGovernor`, which differs from `Governor` in where the law is asked: it publishes the heads of
+its queue and launches what is granted, and reports settlements and the like in place of making them. What must not:
+what is decided (`quota`, by the law), and how it gets there (`member`, `store`).
+
+Theory of operation. The law's calls that end an attempt are made twice: here, on a state that nobody keeps, since their
+answer (when to try again) depends on policy and arguments alone, and by whoever decides, on the pool's state. Times
+here count from this run's zero, the pool's from another: `_zero_s` lies between, a binary fraction, so that a launch's
+time survives the way there and back to the bit.
+
+Up to AHEAD attempts wait in the pool's queue, so that one decision may launch several; retries and finalize passes go
+there at once, since they go first. Where the pool cannot be reached nothing is launched, and the wait counts as a
+pause.
+
+The journal. Each decision of the pool is recorded by the process that made it, in its own journal, after what others
+changed since (`patched`): so `verify` decides it again. What another process decided for this one is in that one's.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import fields
+from heapq import heappush
+from math import inf
+from typing import Any
+
+from governor import law
+from governor.journal.verify import CALLS, PATCHED, RESTORED, SHARED, Numbers, numbers_of, patch_of
+from governor.law import FIRST, HOLDING, Params, State
+from governor.model.errors import FailureCode, PacelineError
+from governor.model.timeline import QUANTUM_S, ServerClock, floored, moved
+from governor.scheduler.driver import Governor, Job, Observer
+from governor.sharedquota.member import LEASE_S, RENEW_RATIO, Member, Standing, Store
+from governor.sharedquota.quota import CALL, WANT, WITHDRAW, Call, Event, Image, Launch, News
+
+# Attempts of one process that wait in the pool's queue, as long as all of them are new work.
+AHEAD = 8
+# Launches are remembered for a window's length, for a pool that must be rebuilt.
+REMEMBERED_S = law.MINUTE_S
+# Of outages that follow on each other, one is told in so many seconds.
+QUIET_S = 10.0
+# Which arguments of a call of the law are times.
+TIMES = {"now", "as_of", "admitted_by", "launched_at", "first_launched_at"}
+_TIMES = {name: tuple(i for i, each in enumerate(call.names) if each in TIMES) for name, call in CALLS.items()}
+
+
+class SharedGovernor(Governor):
+    """One process's part of a pool that others share. Make it inside a running event loop; `aclose` it in the end.
+
+    `store`: where the pool is kept (`store.in_redis(url, sharing.pool_key(pool))`). `say`: told in a line when the
+    store is away, when it is back, and when another process changed the settings. `time_scale`: of the event loop's
+    clock. The settings of the latest process to come, or to be repriced, count for all. `pause` holds this
+    process alone. `in_flight` counts this process's permits; `s` is the pool's state when last heard of, on this run's
+    timeline. Other arguments: as for `Governor`.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        *,
+        store: Callable[[str], Store],
+        say: Callable[[str], None] = lambda line: None,
+        time_scale: float = 1.0,
+        lease_s: float = LEASE_S,
+        seed: int = 0,
+        observer: Observer | None = None,
+        pool: str = "default",
+        state: State | None = None,
+        start_s: float = 0.0,
+    ) -> None:
+        super().__init__(params, seed=seed, observer=observer, pool=pool, state=state, start_s=start_s)
+        self.records = self._tells
+        self._say = say
+        self._zero_s = 0.0  # the pool's time at this run's zero, once known
+        self._is_timed = False
+        self._scratch = State()
+        self._given = state
+        self._chain: Numbers = numbers_of((self.s,))  # the state to which this process's records lead
+        self._chain_p = params
+        self._ticket = 0
+        self._asked: dict[int, Job] = {}
+        self._tickets: dict[Job, int] = {}
+        self._keys: dict[int, tuple[float, ...]] = {}
+        self._withdrawn: dict[int, int] = {}  # standing, by ticket
+        self._holds = 0
+        self._finalizing = 0
+        self._launches: deque[Launch] = deque()
+        self._is_held = False
+        self._is_told = False  # that the store is away
+        self._quiet_until = -inf
+        self._late_s = RENEW_RATIO * lease_s * time_scale  # a grant that is heard so late is not used
+        self._heard_version = (0, 0)
+        self._offset: list[float] | None = None  # this process's clock of causes, less the pool's
+        self._member = Member(
+            self,
+            store,
+            params,
+            clock=ServerClock(time_scale),
+            lease_s=lease_s,
+        )
+        self.loop.call_soon(self._member.start)
+
+    # ------------------------------------------------------------ from outside
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether this process is a member of its pool right now."""
+        return self._member.is_in
+
+    @property
+    def in_flight(self) -> int:
+        """Permits that this process holds."""
+        return self._holds
+
+    async def aclose(self) -> None:
+        """Leaves the pool and closes the connections."""
+        await self._member.aclose()
+
+    def pause(self) -> None:
+        """Launches nothing in this process until `resume`."""
+        self._is_held = True
+        self.s.paused = 1
+        self._soon()
+
+    def resume(self) -> None:
+        """Goes on after `pause`."""
+        self._is_held = False
+        self.s.paused = 0
+        self._soon()
+
+    def reprice(self, params: Params) -> None:
+        """Takes changed settings over, for the whole pool."""
+        self._advance(self.now())
+        self._adopt(params)
+        self._member.reprice(params)
+
+    def _adopt(self, params: Params) -> None:
+        self.p = params
+        for job in self._waiting():
+            self._watch_deadline(job)
+        self._soon()
+
+    # ------------------------------------------------------------ what is reported
+
+    def _law(self, name: str, *arguments: Any) -> Any:
+        """Reports a call of the law; its answer comes from a copy of the state that is good for that alone."""
+        shared = list(arguments)
+        for place in _TIMES[name]:
+            shared[place] = floored(arguments[place] + self._zero_s)
+        frees, result = 0, None
+        if name != "synced":
+            s = self._scratch
+            flying, finalizing = s.in_flight, s.finalize_open
+            result = getattr(law, name)(self.p, s, *shared)
+            frees = flying - s.in_flight
+            self._holds -= frees
+            self._finalizing += s.finalize_open - finalizing
+        self._member.post([CALL, name, shared, frees])
+        if isinstance(result, float) and result < inf:
+            result -= self._zero_s
+        return result
+
+    def _booked_since(self, job: Job, d: int) -> float:
+        """What had been booked at the launch: whoever decides makes the difference, when it does."""
+        return job.booked[d]
+
+    # ------------------------------------------------------------ what is wanted
+
+    def _pump(self, now: float) -> None:
+        """Publishes the heads of this process's queue, and looks at the pool's if its moment has come."""
+        if self.stopped or self._is_held:
+            self._take_back()
+        else:
+            while (job := self._first()) is not None:
+                if law.never_fits(self.p, job.reserve):
+                    self._taken(job)
+                    self._give_up(job, now, FailureCode.REQUEST_TOO_LARGE)
+                elif job.first_launched_s >= 0.0 and law.deadline_at(self.p, job.first_launched_s) <= now:
+                    self._taken(job)
+                    self._give_up(job, now, FailureCode.DEADLINE_EXCEEDED)
+                elif len(self._asked) < AHEAD or self._goes_first(job):
+                    self._taken(job)
+                    self._ask(job)
+                else:
+                    break
+        if self.wake_at <= now:
+            self.wake_at = inf
+            self._member.look()
+        self._set_timer()
+        self._look_if_done()
+
+    def _goes_first(self, job: Job) -> bool:
+        """Whether the law ranks a job before one of those that wait in the pool's queue already."""
+        return job is not self._head and self._queue[0][0] < max(self._keys.values())
+
+    def _ask(self, job: Job) -> None:
+        self._ticket += 1
+        place = float(self._ticket)
+        self._asked[self._ticket] = job
+        self._tickets[job] = self._ticket
+        self._keys[self._ticket] = law.rank(
+            self.p, job.lane, job.attempt, job.expected, job.reserve, place, job.standing
+        )
+        self._member.post(self._want(self._ticket, job))
+
+    def _want(self, ticket: int, job: Job) -> Event:
+        sizes = [float(job.expected), float(job.reserve)]
+        return [WANT, ticket, job.lane, job.attempt, job.standing, *sizes, self._jitter_u(job)]
+
+    def _forget(self, job: Job) -> bool:
+        """The job waits for nothing more in the pool's queue; whether it did."""
+        ticket = self._tickets.pop(job, 0)
+        if not ticket:
+            return False
+        del self._asked[ticket], self._keys[ticket]
+        self._withdrawn[ticket] = job.standing
+        self._member.post([WITHDRAW, ticket])
+        return True
+
+    def _take_back(self) -> None:
+        """What waits in the pool's queue waits here again: nothing more is to be launched."""
+        for ticket, job in list(self._asked.items()):
+            key = self._keys[ticket]
+            self._forget(job)
+            if not self.stopped:
+                self._sequence += 1
+                heappush(self._queue, (key, self._sequence, job))
+        if self._is_held:
+            self.cause, self.wake_at = law.PAUSED, inf
+
+    def _waiting(self) -> list[Job]:
+        return [*super()._waiting(), *self._asked.values()]
+
+    def _dropped(self, job: Job) -> None:
+        self._forget(job)
+        super()._dropped(job)
+
+    def _give_up(self, job: Job, now: float, code: str) -> None:
+        self._forget(job)
+        super()._give_up(job, now, code)
+
+    # ------------------------------------------------------------ what is heard: the methods of `member.Host`
+
+    def standing(self, known: Image | None) -> Standing:
+        """What this process holds and waits for."""
+        self._withdrawn.clear()
+        used = 0.0
+        if known is not None:
+            used = law.used_in(known.p, known.s, law.TPM, self.now() + self._zero_s)
+            used += sum(launch[2] for launch in self._launches if launch[:2] > known.age)
+        wants = [self._want(ticket, job) for ticket, job in self._asked.items()]
+        before: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
+        if self._given is not None:
+            before = tuple(law.used_in(self.p, self._given, d, self.now()) for d in range(4))
+        return Standing(self._holds, self._finalizing, wants, list(self._launches), used, before)
+
+    def heard(self, image: Image, news: News | None = None) -> None:
+        """The pool as it is now, and what this process decided for itself."""
+        self._guarded(lambda: self._hear(image, news))
+
+    def _hear(self, image: Image, news: News | None) -> None:
+        self._tell_time()
+        version = self._heard_version = image.age
+        self.s = moved(image.s, -self._zero_s)
+        self.s.paused = int(self._is_held)
+        if image.p is not self.p and image.p != self.p and not self._member.reprices:
+            self._say(f"pool {self.pool} is shared, and another process has changed {_differences(self.p, image.p)}")
+            self._adopt(image.p)
+        self._time_was(image.now, image.clock)
+        if news is not None:
+            self._take(version, news)
+        owner, ticket, at, cause = image.told
+        self._time_is(image.cause)
+        self._head_is(ticket if owner == self._member.owner else 0, at, cause)
+        if news is not None:
+            self._pump(self.now())
+
+    def _tell_time(self) -> None:
+        """Follows the pool's clock, of which this run's time is a fixed distance away."""
+        ahead_s = self._member.clock.ahead_s
+        if not self._is_timed:
+            self._is_timed = True
+            self._zero_s = floored(ahead_s + self.loop.time() - self.now())
+            if self._tells:
+                self._tell(self.observer.decided, SHARED, (self._zero_s,), None)
+        self.zero = self._zero_s - ahead_s
+
+    def _time_was(self, at: float, clock: list[float]) -> None:
+        """The pool's own count of what its head has waited for, up to the last decision."""
+        then_s = at - self._zero_s
+        if self._offset is None:
+            self._advance(then_s)
+            self._offset = [mine - theirs for mine, theirs in zip(self.clock, clock, strict=True)]
+        elif not self._is_held:
+            self.clock[:] = [offset + theirs for offset, theirs in zip(self._offset, clock, strict=True)]
+            self.clock_at = then_s
+
+    def _time_is(self, cause: int) -> None:
+        """What the head has waited for since."""
+        now = self.now()
+        if not self._is_held:
+            self.cause = cause
+        self._advance(now)
+
+    def _head_is(self, ticket: int, at: float, cause: int) -> None:
+        """The attempt of that ticket is the pool's head, and may launch then; 0 = the head is another's."""
+        job = self._asked.get(ticket)
+        # Two grains later, so that the pool's time, which is rounded down, has come when the timer rings.
+        self.wake_at = inf if job is None or at == inf else floored(at) + 2.0 * QUANTUM_S - self._zero_s
+        if job is not None and not job.asked & 1 << cause:
+            job.asked |= 1 << cause
+            self._tell(self.observer.deferred, cause)
+        self._set_timer()
+
+    def news(self, news: News) -> None:
+        """What another process decided for this one."""
+        self._guarded(lambda: self._learn(news))
+
+    def _learn(self, news: News) -> None:
+        version = news.incarnation, news.version
+        is_newest = version > self._heard_version and self._offset is not None
+        if is_newest:
+            self._heard_version = version
+            self._time_was(news.now, news.clock)
+        self._take(version, news)
+        if is_newest:
+            self._time_is(news.cause)
+            if news.wake is not None:
+                self._head_is(*news.wake)
+        self._pump(self.now())
+
+    def _take(self, version: tuple[int, int], news: News) -> None:
+        """Grants and refusals."""
+        for ticket, booked in news.grants:
+            self._granted_by(version, news.now, ticket, booked)
+        for ticket in news.refused:
+            job = self._asked.get(ticket)
+            if job is not None:
+                self._give_up(job, self.now(), FailureCode.REQUEST_TOO_LARGE)
+
+    def _granted_by(self, version: tuple[int, int], at: float, ticket: int, booked: list[float]) -> None:
+        job = self._asked.pop(ticket, None)
+        standing = self._withdrawn.pop(ticket, FIRST) if job is None else job.standing
+        self._holds += standing != HOLDING
+        if job is None:
+            if standing != HOLDING:
+                self._law("released")
+            return
+        del self._tickets[job], self._keys[ticket]
+        if self.now() + self._zero_s - at > self._late_s:
+            # This process stood still, or its connection did: sent now, it would come on top of what others sent since.
+            if standing != HOLDING:
+                self._law("released")
+            self._ask(job)
+            return
+        while self._launches and self._launches[0][4] < at - REMEMBERED_S:
+            self._launches.popleft()
+        self._launches.append((*version, job.reserve, job.standing, at, self._jitter_u(job)))
+        launched_s = at - self._zero_s
+        # The pool's time is rounded down: by a hair, it may lie before the moment at which we believed to ask.
+        job.eligible_s = min(job.eligible_s, launched_s)
+        job.holds = True
+        if job.granted is not None and job.granted.done():
+            self._dropped(job)
+        elif job.first_launched_s >= 0.0 and law.deadline_at(self.p, job.first_launched_s) <= launched_s:
+            self._give_up(job, launched_s, FailureCode.DEADLINE_EXCEEDED)
+        else:
+            self._off(job, launched_s, booked)
+
+    def _waited(self, job: Job) -> list[float]:
+        """By cause. What was ascribed to one before its news came is taken from the longest."""
+        waits_s = super()._waited(job)
+        short_s = -sum(each for each in waits_s if each < 0.0)
+        if short_s > 0.0:
+            waits_s = [max(0.0, each) for each in waits_s]
+            longest = max(range(len(waits_s)), key=waits_s.__getitem__)
+            waits_s[longest] = max(0.0, waits_s[longest] - short_s)
+        return waits_s
+
+    def decided(self, params: Params, before: Numbers, image: Image, calls: list[Call]) -> None:
+        """This process has decided: what the others changed since its last decision, then the calls of the law."""
+        if not self._tells:
+            return
+        told = self.observer.decided
+        if params != self._chain_p:
+            self._tell(told, "repriced", (params, floored(self.now() + self._zero_s)), None)
+            self._tell(told, RESTORED, before, None)
+        elif before != self._chain:
+            self._tell(told, PATCHED, patch_of(self._chain, before), None)
+        for call in calls:
+            self._tell(told, *call)
+        self._chain, self._chain_p = numbers_of((image.s,)), image.p
+
+    def missed(self, why: str) -> None:
+        """Nothing can be granted: what waits here waits for the pool."""
+        self._guarded(lambda: self._miss(why))
+
+    def _miss(self, why: str) -> None:
+        if self.loop.time() >= self._quiet_until:
+            self._is_told, self._quiet_until = True, self.loop.time() + QUIET_S
+            self._say(f"{why}: nothing is launched until it is back")
+        self._advance(self.now())
+        self.cause, self.wake_at, self._offset = law.PAUSED, inf, None
+        self._set_timer()
+
+    def back(self) -> None:
+        """The pool is back, and all that waited waits there again."""
+        if self._is_told:
+            self._is_told = False
+            self._guarded(lambda: self._say("the store of shared quotas is back"))
+
+    def failed(self, error: PacelineError) -> None:
+        """The pool cannot be used at all."""
+        self._fail(error)
+
+
+def _differences(before: Params, after: Params) -> str:
+    """The settings that differ, by their fields' names."""
+    names = [each.name for each in fields(Params) if getattr(before, each.name) != getattr(after, each.name)]
+    return ", ".join(name for name in names if name not in ("budget", "rate_per_s"))

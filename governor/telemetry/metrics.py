@@ -1,0 +1,308 @@
+"""Prometheus metrics of a run, fed by the same events as its journal, and the webhook that tells of its end.
+
+What lives here: names, the observer that counts, an HTTP port, a textfile for jobs that end between two scrapes, and
+`notify`. What must not: anything that decides. The five `contestra_*` names are those of the guardrails' dashboards:
+totals over all pools, without a pool label; ours stand beside them, with one.
+
+    contestra_openai_active_concurrency          permits taken right now; 0 when idle
+    contestra_openai_next_slot_epoch             when the stagger allows the next launch, earliest pool; 0 = none yet
+    contestra_openai_stagger_delays_total        requests that waited for a launch slot, each counted once
+    contestra_openai_tpm_window_deferrals_total  the same for the tokens per minute
+    contestra_llm_rate_limit_events_total        429s that ask to slow down, by vendor
+    paceline_in_flight                           permits taken, by pool
+    paceline_attempts_total                      attempts that ended, by pool and outcome
+    paceline_requests_total                      requests that ended, by pool and result (ok, or the failure code)
+    paceline_deferrals_total                     requests deferred at the head of the queue, by pool and cause
+    paceline_tokens_total                        tokens, by pool and kind: reserved, charged, prompt, output
+    paceline_wait_seconds                        histogram of how long attempts waited, by pool and cause
+    paceline_answer_seconds                      histogram of launch to answer, by pool
+
+The two gauges are read from the law's state at the moment of a scrape, so no lost event can leave them wrong. Labels
+are names of pools, causes and outcomes: no request, prompt or key is ever in them. The registry is our own, so that a
+program that embeds a governor keeps its metrics to itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol, Self
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+    start_http_server,
+    write_to_textfile,
+)
+from prometheus_client.metrics_core import Metric
+
+from governor import law
+from governor.forecast.summary import CAUSES
+from governor.model import requests
+from governor.model.errors import BadInput, BadSetting
+from governor.model.requests import Answer, Attempt, Outcome
+from governor.model.work import Observer
+
+HOST = "127.0.0.1"
+VENDOR = "openai"
+THROTTLES = (Outcome.THROTTLED, Outcome.SLOW_DOWN)
+SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 900.0, 3_600.0, 14_400.0)
+NOTIFY_S = 10.0
+
+
+class Live(Protocol):
+    """What the gauges read of a governor."""
+
+    @property
+    def in_flight(self) -> int:
+        """Permits taken."""
+
+    @property
+    def next_slot_epoch(self) -> float:
+        """When the stagger allows the next launch, seconds since 1970; 0 = no launch yet."""
+
+
+class _Registry(CollectorRegistry):
+    """Without the `_created` series, which nobody asked for and which double the number of names."""
+
+    def collect(self) -> Iterable[Metric]:
+        for metric in super().collect():
+            metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
+            yield metric
+
+
+class Metrics:
+    """All metrics of this process. One `observer` for each pool; `watch` its governor while it runs."""
+
+    def __init__(self) -> None:
+        self.registry = _Registry()
+        self._live: dict[str, Live] = {}
+        r = self.registry
+        self._active = Gauge("contestra_openai_active_concurrency", "Requests in flight, all pools", registry=r)
+        self._active.set_function(lambda: float(sum(live.in_flight for live in self._all_live())))
+        self._slot = Gauge("contestra_openai_next_slot_epoch", "Next launch slot, seconds since 1970", registry=r)
+        self._slot.set_function(self._next_slot_epoch)
+        # The client adds `_total` to the names of counters.
+        self.stagger_delays = Counter(
+            "contestra_openai_stagger_delays", "Requests that waited for a launch slot", registry=r
+        )
+        self.tpm_deferrals = Counter(
+            "contestra_openai_tpm_window_deferrals", "Requests that waited for tokens per minute", registry=r
+        )
+        self.rate_limit_events = Counter(
+            "contestra_llm_rate_limit_events", "429s that ask to slow down", ["vendor"], registry=r
+        )
+        # Shown from the start, as 0: a dashboard cannot tell a name that is missing from one that never counted.
+        self.rate_limit_events.labels(VENDOR)
+        self.in_flight = Gauge("paceline_in_flight", "Requests in flight", ["pool"], registry=r)
+        self.attempts = Counter("paceline_attempts", "Attempts that ended", ["pool", "outcome"], registry=r)
+        self.requests = Counter("paceline_requests", "Requests that ended", ["pool", "result"], registry=r)
+        self.deferrals = Counter(
+            "paceline_deferrals", "Requests deferred, once per cause", ["pool", "cause"], registry=r
+        )
+        self.tokens = Counter("paceline_tokens", "Tokens of attempts that ended", ["pool", "kind"], registry=r)
+        self.waits = Histogram(
+            "paceline_wait_seconds", "Waiting before a launch", ["pool", "cause"], buckets=SECONDS, registry=r
+        )
+        self.answers = Histogram("paceline_answer_seconds", "Launch to answer", ["pool"], buckets=SECONDS, registry=r)
+
+    def _all_live(self) -> tuple[Live, ...]:
+        # A copy: a scrape runs in a thread of its own.
+        return tuple(self._live.values())
+
+    def _next_slot_epoch(self) -> float:
+        return min((live.next_slot_epoch for live in self._all_live() if live.next_slot_epoch > 0.0), default=0.0)
+
+    def observer(self, pool: str = "default", vendor: str = VENDOR) -> PoolMetrics:
+        """What counts the events of one pool."""
+        return PoolMetrics(self, pool, vendor)
+
+    def watch(self, pool: str, governor: Live) -> None:
+        """From now on the gauges show this governor; call `unwatch` when its run is over."""
+        self._live[pool] = governor
+
+    def shown(self, pool: str) -> None:
+        """From now on the pool has its own gauge of what is in flight: 0 while nobody watches it."""
+        self.in_flight.labels(pool).set_function(
+            lambda: float(live.in_flight) if (live := self._live.get(pool)) is not None else 0.0
+        )
+
+    def unwatch(self, pool: str) -> None:
+        """The pool is idle: nothing in flight, no slot booked."""
+        self._live.pop(pool, None)
+
+    def text(self) -> str:
+        """All metrics in Prometheus' text format."""
+        return generate_latest(self.registry).decode()
+
+    def serve(self, port: int, host: str = HOST) -> Endpoint:
+        """Serves `/metrics` from a thread; port 0 takes a free one. BadSetting where the port cannot be had."""
+        try:
+            server, thread = start_http_server(port, host, self.registry)
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise BadSetting(
+                f"--metrics-port {port} cannot be used on {host}: {reason}: name another", "--metrics-port"
+            ) from None
+        return Endpoint(server, thread, host)
+
+    def write_textfile(self, path: str | os.PathLike[str]) -> None:
+        """Writes all metrics for node_exporter's textfile collector, which never sees half a file (atomic rename).
+
+        BadInput where it cannot be written. (The collector only reads names that end in `.prom`.)
+        """
+        name = os.fspath(path)
+        try:
+            write_to_textfile(name, self.registry)
+        except OSError as error:
+            raise BadInput(f"the metrics cannot be written: {error.strerror or error}", name) from None
+
+
+class Endpoint:
+    """The metrics' HTTP port; close it at the end."""
+
+    def __init__(self, server: Any, thread: threading.Thread, host: str) -> None:
+        self._server = server
+        self._thread = thread
+        self.port: int = server.server_port
+        self.url = f"http://{host}:{self.port}/metrics"
+
+    def close(self) -> None:
+        """Stops serving."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class PoolMetrics(Observer):
+    """Counts the events of one pool. A labelled child is looked up once and kept: an event costs microseconds."""
+
+    def __init__(self, metrics: Metrics, pool: str, vendor: str = VENDOR) -> None:
+        self.metrics = metrics
+        self.pool = pool
+        metrics.shown(pool)
+        self._throttles = metrics.rate_limit_events.labels(vendor)
+        self._answers = metrics.answers.labels(pool)
+        self._tokens = {kind: metrics.tokens.labels(pool, kind) for kind in ("reserved", "charged", "prompt", "output")}
+        self._waits = [(f"waited_{cause}_s", metrics.waits.labels(pool, cause)) for cause in CAUSES[1:]]
+        self._deferrals = {cause: metrics.deferrals.labels(pool, CAUSES[cause]) for cause in range(1, law.PAUSED + 1)}
+        self._attempts = _Children(lambda outcome: metrics.attempts.labels(pool, outcome))
+        self._requests = _Children(lambda result: metrics.requests.labels(pool, result))
+
+    def attempted(self, attempt: Attempt, answer: Answer, failure: str) -> None:
+        """An attempt is over."""
+        self._attempts[attempt.outcome].inc()
+        if attempt.outcome in THROTTLES:
+            self._throttles.inc()
+        self._answers.observe(max(0.0, attempt.finished_s - attempt.launched_s))
+        tokens = self._tokens
+        tokens["reserved"].inc(attempt.reserved_tokens)
+        for kind, count in (
+            ("charged", attempt.charged_tokens),
+            ("prompt", attempt.prompt_tokens),
+            ("output", attempt.output_tokens),
+        ):
+            if count > 0:
+                tokens[kind].inc(count)
+        for name, histogram in self._waits:
+            waited_s = getattr(attempt, name)
+            if waited_s > 0.0:
+                histogram.observe(waited_s)
+
+    def ended(self, request: requests.Request, failure: str, answer: Answer | None, now: float) -> None:
+        """A request is over."""
+        self._requests[failure or "ok"].inc()
+
+    def deferred(self, cause: int) -> None:
+        """A request at the head has to wait."""
+        self._deferrals[cause].inc()
+        if cause == law.STAGGER:
+            self.metrics.stagger_delays.inc()
+        elif cause == law.BY_TPM:
+            self.metrics.tpm_deferrals.inc()
+
+
+class _Children(dict[str, Any]):
+    """Labelled children by name, each made when it is first asked for."""
+
+    def __init__(self, make: Callable[[str], Any]) -> None:
+        self.make = make
+
+    def __missing__(self, name: str) -> Any:
+        self[name] = child = self.make(str(name))
+        return child
+
+
+# ---------------------------------------------------------------- the webhook
+
+
+class _NoRedirect(HTTPRedirectHandler):
+    """A hook that moved would turn the POST into a GET without its content: better to say that it failed."""
+
+    def redirect_request(self, *arguments: Any, **keywords: Any) -> None:
+        return None
+
+
+class Notice:
+    """A message on its way to a webhook. `wait` before the process ends; `error` is "" if it arrived."""
+
+    def __init__(self, url: str, event: Mapping[str, Any], timeout_s: float) -> None:
+        self.error = "no answer in time"
+        self.timeout_s = timeout_s
+        # The path of a hook is its secret: only the host is ever named.
+        self.host = urlsplit(url).hostname or ""
+        self._thread = threading.Thread(target=self._run, args=(url, dict(event)), name="webhook", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> bool:
+        """Waits until it has arrived or failed, at most for its time-out; whether it arrived."""
+        self._thread.join(self.timeout_s)
+        return not self._thread.is_alive() and not self.error
+
+    def _run(self, url: str, event: dict[str, Any]) -> None:
+        try:
+            body = json.dumps(event, default=str).encode()
+            headers = {"Content-Type": "application/json", "User-Agent": "paceline"}
+            request = Request(url, data=body, headers=headers, method="POST")
+            with build_opener(_NoRedirect).open(request, timeout=self.timeout_s):
+                self.error = ""
+        except HTTPError as error:
+            self.error = f"status {error.code}"
+            error.close()
+        except Exception as error:
+            reason = getattr(error, "reason", None)
+            self.error = type(reason if isinstance(reason, BaseException) else error).__name__
+
+
+def checked_hook(url: str) -> str:
+    """The address of a webhook. BadSetting, without repeating it, where it is no http(s) address."""
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        good = False
+    if not good:
+        raise BadSetting("--notify is no address: write https://HOST/...", "--notify")
+    return url
+
+
+def notify(url: str, event: Mapping[str, Any], timeout_s: float = NOTIFY_S) -> Notice:
+    """Posts an event (finished, late, stopped ...) as JSON to a webhook, from a thread. Never raises, never blocks.
+
+    `event`: plain values; the caller's choice, never a prompt or a key. What went wrong stands in `Notice.error`.
+    """
+    return Notice(url, event, timeout_s)

@@ -1,0 +1,274 @@
+"""How far a live run is: a bar on a terminal, one line every 30 seconds anywhere else, nothing with --quiet.
+
+What lives here: the reading of the pools' meters, the ETA, and how both are shown. What must not: counting (`watch`).
+
+The ETA comes from the law, not from the average so far: what is left to do, at the settings in force, with what is
+booked right now (`preflight.fluid_forecast`), and with answers as long as those measured in this run.
+
+All of it goes to standard error, so that standard output holds the result alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from math import inf
+from typing import Any, Protocol, TextIO
+
+from governor import law
+from governor.forecast.preflight import Load, fluid_forecast, in_use
+from governor.law import TPM
+from governor.model.words import WAITED_FOR, duration, percent
+from governor.scheduler.driver import Governor
+from governor.telemetry.watch import Meter, waiting_for
+
+EVERY_S = 30.0
+REFRESH_S = 0.25
+
+
+@dataclass(slots=True)
+class Lane:
+    """One pool under way: its governor, its meter, the mean answer time assumed until one is measured."""
+
+    governor: Governor
+    meter: Meter
+    assumed_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Where a run stands. `tokens_per_minute`: reserved by the launches of the last minute; `limit`: 0 = none.
+
+    `waiting`: the cause right now, "" = none. `eta_s`: until the end by the law; inf = not while it is paused.
+    """
+
+    total: int
+    ended: int
+    failed: int
+    in_flight: int
+    throttled: int
+    tokens_per_minute: float
+    limit: float
+    waiting: str
+    eta_s: float
+    stopped: str = ""
+
+    def line(self) -> str:
+        """One line for a log."""
+        share = self.ended / self.total if self.total else 1.0
+        parts = [f"{self.ended:,} of {self.total:,} done ({percent(share)})"]
+        if self.failed:
+            parts.append(f"{self.failed:,} failed")
+        parts += [f"{self.in_flight:,} in flight", f"{self.throttled:,} 429s", self.tokens_text()]
+        parts.append(self.state_text())
+        return ", ".join(parts)
+
+    def short(self) -> str:
+        """The same for a bar, what matters most first: a narrow terminal cuts it short."""
+        share = self.ended / self.total if self.total else 1.0
+        failed = f", {self.failed:,} failed" if self.failed else ""
+        left = self.state_text() if self.stopped or self.waiting == "paused" else f"{duration(self.eta_s)} left"
+        waits = f", waits for {self.waiting}" if self.waiting not in ("", "paused") else ""
+        rest = f"{self.in_flight:,} in flight, {self.throttled:,} 429s{waits}, {self.tokens_text()}"
+        return f"{self.ended:,}/{self.total:,} ({percent(share)}{failed}), {left}, {rest}"
+
+    def tokens_text(self) -> str:
+        """ "24,300 of 30,000 tokens/min"."""
+        of = f" of {self.limit:,.0f}" if self.limit else ""
+        return f"{self.tokens_per_minute:,.0f}{of} tokens/min"
+
+    def state_text(self) -> str:
+        """Why it waits right now, and how long it will take."""
+        if self.stopped:
+            return "stopping: waits for what is in flight"
+        if self.waiting == "paused":
+            return "paused"
+        waits = f"waits for {WAITED_FOR[self.waiting][1]}, " if self.waiting else ""
+        return f"{waits}about {duration(self.eta_s)} left"
+
+
+def eta_s(lane: Lane) -> float:
+    """Seconds until this pool's last answer, by the law: a fluid of what is left, at the settings in force."""
+    governor, meter = lane.governor, lane.meter
+    flying = meter.in_flight
+    left = max(0, meter.left - flying)
+    service_s = meter.service_s or lane.assumed_s
+    if governor.s.paused:
+        return float("inf")
+    now = governor.now()
+    if left == 0:
+        return service_s if flying else max(0.0, governor.wake_at - now) if governor.wake_at < 1e18 else 0.0
+    mean = max(1, round(meter.left_tokens / max(1, meter.left)))
+    load = Load(left, mean * left, mean, mean)
+    found = fluid_forecast(meter.policy, load, booked=in_use(governor.p, governor.s, now), service_s=service_s)
+    held_s = max(0.0, governor.s.hold_until - now, governor.s.next_slot_at - now)
+    return max(held_s + found.finish_s, governor.backing_off()[1] - now + service_s)
+
+
+def snapshot(lanes: Sequence[Lane], total: int, ended_before: int, failed_before: int) -> Snapshot:
+    """Where all pools together stand. The pool that will end last says what is waited for."""
+    etas = [eta_s(lane) for lane in lanes]
+    last = max(range(len(lanes)), key=lambda i: etas[i])
+    governor = lanes[last].governor
+    tallies = [lane.meter.tally for lane in lanes]
+    limits = [lane.governor.p.limit[TPM] for lane in lanes]
+    return Snapshot(
+        total=total,
+        ended=ended_before + sum(t.requests for t in tallies),
+        failed=failed_before + sum(t.failed for t in tallies),
+        in_flight=sum(lane.meter.in_flight for lane in lanes),
+        throttled=sum(t.throttled for t in tallies),
+        tokens_per_minute=sum(lane.meter.tokens_per_minute(lane.governor.now()) for lane in lanes),
+        limit=sum(limits) if all(limit > 0.0 for limit in limits) else 0.0,
+        waiting=_waiting(lanes[last]),
+        eta_s=etas[last],
+        stopped=governor.stopped if all(lane.governor.stopped for lane in lanes) else "",
+    )
+
+
+def _waiting(lane: Lane) -> str:
+    """What a pool waits for right now: the law's word for the head of the queue, else its backoffs."""
+    governor = lane.governor
+    if governor.s.paused:
+        return "paused"
+    if not lane.meter.in_flight and governor.cause in (law.NOTHING, law.CONCURRENCY):
+        return "backoff" if governor.backing_off()[0] < inf else ""
+    return waiting_for(governor.cause)
+
+
+# ---------------------------------------------------------------- on the terminal, or not
+
+
+class Shown(Protocol):
+    """What shows a run's progress; lines of text go through it, so that a bar is not torn."""
+
+    def start(self) -> None:
+        """The run begins."""
+
+    def show(self, now: Snapshot) -> None:
+        """How far it is; called a few times a second."""
+
+    def say(self, line: str) -> None:
+        """A line that stays: something that should be known."""
+
+    def inform(self, line: str) -> None:
+        """The same for what is only of interest, and left out with --quiet."""
+
+    def stop(self) -> None:
+        """The run is over."""
+
+
+class Quiet:
+    """--quiet: nothing but warnings."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.stream = stream or sys.stderr
+
+    def start(self) -> None:
+        pass
+
+    def show(self, now: Snapshot) -> None:
+        pass
+
+    def say(self, line: str) -> None:
+        # Whoever read it may have gone (a pipe into `head`), the log's disk may be full: no reason to end a paid run.
+        with contextlib.suppress(OSError):
+            print(line, file=self.stream, flush=True)
+
+    def inform(self, line: str) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
+
+class Lines(Quiet):
+    """Not on a terminal: one line every 30 seconds."""
+
+    def __init__(self, stream: TextIO | None = None, every_s: float = EVERY_S) -> None:
+        super().__init__(stream)
+        self.every_s = every_s
+        self._told_at = 0.0
+
+    def start(self) -> None:
+        self._told_at = time.monotonic()
+
+    def inform(self, line: str) -> None:
+        self.say(line)
+
+    def show(self, now: Snapshot) -> None:
+        if time.monotonic() - self._told_at >= self.every_s:
+            self._told_at = time.monotonic()
+            self.say(f"{time.strftime('%H:%M:%S')} {now.line()}")
+
+
+class JsonLines(Lines):
+    """Beside a log in JSON: the same lines as its objects, so that whoever reads the log can read all of it."""
+
+    def say(self, line: str) -> None:
+        at = datetime.now(UTC).isoformat(timespec="milliseconds")
+        super().say(json.dumps({"time": at, "event": "note", "text": line}, separators=(",", ":")))
+
+    def show(self, now: Snapshot) -> None:
+        if time.monotonic() - self._told_at >= self.every_s:
+            self._told_at = time.monotonic()
+            self.say(now.line())
+
+
+class QuietJson(JsonLines):
+    """The same with --quiet."""
+
+    def inform(self, line: str) -> None:
+        pass
+
+    def show(self, now: Snapshot) -> None:
+        pass
+
+
+class Bar:
+    """On a terminal: a bar that vanishes at the end, and lines above it."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+        from rich.table import Column
+
+        self.console = Console(file=stream or sys.stderr, highlight=False, markup=False, soft_wrap=True)
+        self._bar: Any = Progress(
+            BarColumn(bar_width=16),
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
+            console=self.console,
+            transient=True,
+            refresh_per_second=4,
+        )
+        self._task = self._bar.add_task("starting", total=None)
+
+    def start(self) -> None:
+        self._bar.start()
+
+    def show(self, now: Snapshot) -> None:
+        self._bar.update(self._task, completed=now.ended, total=max(1, now.total), description=now.short())
+
+    def say(self, line: str) -> None:
+        self.console.print(line)
+
+    def inform(self, line: str) -> None:
+        self.say(line)
+
+    def stop(self) -> None:
+        self._bar.stop()
+
+
+def shown(*, quiet: bool, logs: str | None = None, stream: TextIO | None = None) -> Shown:
+    """What shows the progress of a run. `logs`: the form of a log beside it; then lines, and not a bar."""
+    target = stream or sys.stderr
+    if logs == "json":
+        return QuietJson(target) if quiet else JsonLines(target)
+    if quiet:
+        return Quiet(target)
+    return Bar(target) if target.isatty() and logs is None else Lines(target)

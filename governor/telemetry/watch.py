@@ -1,0 +1,270 @@
+"""What a live run notices while it runs: figures for its progress, and what somebody should be told of once.
+
+What lives here: observers of one pool (`driver.Observer`). `Meter` counts; `Alarms` speaks, once each, of limits that
+are not as the settings say, of an account that is refused, of a provider that cannot be reached, of the first request
+that fails for a reason, of ten identical refusals in a row (of long waits speaks `longwaits`); `Together` is several
+observers in one. What must not: writing to a terminal (`progress`, `eventlog`), storage (`journal`), decisions (the
+law).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from governor import law
+from governor.forecast.guard import Measured
+from governor.forecast.summary import CAUSES, Tally
+from governor.model.errors import quoted
+from governor.model.policy import KNOB_BY_ENV, Policy
+from governor.model.pools import Pool
+from governor.model.prices import Spent, usage_in
+from governor.model.requests import ACCOUNT_REFUSES, Answer, Attempt, Outcome, Request
+from governor.run.longwaits import moment_text
+from governor.scheduler.driver import Job, Observer, PoolState
+
+THROTTLES = (Outcome.THROTTLED, Outcome.SLOW_DOWN)
+# So many refusals with the same words mean that the rest of the file would be refused too.
+SAME_REFUSALS = 10
+# Granted and configured limits closer than this are the same: providers round.
+LIMITS_DIFFER = 0.01
+_WAITED = tuple(f"waited_{cause}_s" for cause in CAUSES[1:])
+
+
+class Together(Observer):
+    """Several observers as one, told in order; what stores comes first, so that nobody speaks of what is not kept."""
+
+    def __init__(self, observers: Iterable[Observer]) -> None:
+        each = tuple(observers)
+        self._launched = _given(each, "launched")
+        self._attempted = _given(each, "attempted")
+        self._backed_off = _given(each, "backed_off")
+        self._ended = _given(each, "ended")
+        self._deferred = _given(each, "deferred")
+        self._decided = _given(each, "decided")
+        self._flushed = _given(each, "flushed")
+        self._began = _given(each, "began")
+
+    @property
+    def hears_decisions(self) -> bool:
+        return bool(self._decided)
+
+    def began(self, governor: PoolState) -> None:
+        for told in self._began:
+            told(governor)
+
+    def launched(self, job: Job, now: float) -> None:
+        for told in self._launched:
+            told(job, now)
+
+    async def flushed(self) -> None:
+        for told in self._flushed:
+            await told()
+
+    def attempted(self, attempt: Attempt, answer: Answer, failure: str) -> None:
+        for told in self._attempted:
+            told(attempt, answer, failure)
+
+    def backed_off(self, attempt: Attempt, answer: Answer, retry_at_s: float) -> None:
+        for told in self._backed_off:
+            told(attempt, answer, retry_at_s)
+
+    def ended(self, request: Request, failure: str, answer: Answer | None, now: float) -> None:
+        for told in self._ended:
+            told(request, failure, answer, now)
+
+    def deferred(self, cause: int) -> None:
+        for told in self._deferred:
+            told(cause)
+
+    def decided(self, name: str, arguments: tuple[Any, ...], result: Any) -> None:
+        for told in self._decided:
+            told(name, arguments, result)
+
+
+def _given(observers: tuple[Observer, ...], name: str) -> list[Any]:
+    """That method of those observers that define it: what nobody wants costs nothing."""
+    return [getattr(o, name) for o in observers if getattr(type(o), name) is not getattr(Observer, name)]
+
+
+# ---------------------------------------------------------------- figures
+
+
+class Meter(Observer):
+    """The figures of one pool in this process: a `Tally`, the last minute's tokens, means of what answers are like.
+
+    `ended_before`: requests that had ended in earlier legs of the run. `left`, `left_tokens`: what is still to be done
+    and reserved.
+    """
+
+    def __init__(self, pool: Pool, spent: Spent, *, left: int, left_tokens: float) -> None:
+        self.policy = pool.policy
+        self.spent = spent
+        self.tally = Tally()
+        self.left = left
+        self.left_tokens = left_tokens
+        self.answers = 0
+        self.answer_s = 0.0
+        self.answer_tokens = 0
+        self.in_flight = 0
+        self._minute = [0.0] * 60
+        self._minute_at = 0
+        self._reserve_of: dict[int, float] = {}
+
+    def launched(self, job: Job, now: float) -> None:
+        self.tally.launched()
+        self.in_flight += 1
+        self._roll(now)
+        self._minute[int(now) % 60] += job.reserve
+        self._reserve_of.setdefault(job.index, job.reserve)
+
+    def attempted(self, attempt: Attempt, answer: Answer, failure: str) -> None:
+        self.in_flight -= 1
+        prompt, output = max(attempt.prompt_tokens, 0), max(attempt.output_tokens, 0)
+        self.tally.answered(
+            attempt.reserved_tokens, attempt.charged_tokens, prompt + output, attempt.outcome in THROTTLES
+        )
+        waits_s = self.tally.waits_s
+        for i, name in enumerate(_WAITED, 1):
+            waits_s[i] += getattr(attempt, name)
+        self.spent.attempted(attempt, usage_in(answer.body))
+        if attempt.outcome is not Outcome.OK:
+            return
+        service_s = attempt.finished_s - attempt.launched_s
+        self.answers += 1
+        self.answer_s += service_s
+        self.answer_tokens += output
+        used = prompt + output if attempt.prompt_tokens >= 0 and attempt.output_tokens >= 0 else -1
+        if attempt.lane == "main":
+            self.tally.work.add(0.0, attempt.charged_tokens, used, service_s)
+        else:
+            self.tally.work.finalized(attempt.charged_tokens, used)
+
+    def ended(self, request: Request, failure: str, answer: Answer | None, now: float) -> None:
+        self.tally.ended(failure, now)
+        self.left -= 1
+        self.left_tokens -= self._reserve_of.pop(request.index, 0.0)
+
+    def deferred(self, cause: int) -> None:
+        self.tally.deferrals[cause] += 1
+
+    def _roll(self, now: float) -> None:
+        """Empties the seconds that have passed since the last launch."""
+        second = int(now)
+        for passed in range(self._minute_at + 1, min(second, self._minute_at + 60) + 1):
+            self._minute[passed % 60] = 0.0
+        self._minute_at = max(second, self._minute_at)
+
+    def tokens_per_minute(self, now: float) -> float:
+        """Tokens reserved by launches of the last minute."""
+        self._roll(now)
+        return sum(self._minute)
+
+    @property
+    def service_s(self) -> float:
+        """Mean time of an answer so far, 0 before the first."""
+        return self.answer_s / self.answers if self.answers else 0.0
+
+    def measured(self, paused: bool = False) -> Measured:
+        """The same figures for the comparison with a forecast."""
+        t = self.tally
+        mean_tokens = self.answer_tokens / self.answers if self.answers else 0.0
+        return Measured(t.requests, t.failed, t.throttled, t.attempts, self.service_s, mean_tokens, paused)
+
+
+# ---------------------------------------------------------------- what somebody should know
+
+
+class Alarms(Observer):
+    """Speaks of what is out of order in one pool, each thing once. `say(line)`; `refused(line)` after ten refusals.
+
+    `granted`: the account's limits as last stated, by dimension.
+    """
+
+    def __init__(self, pool: Pool, say: Callable[[str], None], refused: Callable[[str], None]) -> None:
+        self.policy = pool.policy
+        self._of = "" if pool.name == "default" else f"pool {pool.name}: "
+        self._say = say
+        self._refused = refused
+        self.granted: dict[str, float] = {}
+        self._told: set[str] = set()
+        self._asked: set[tuple[str, str]] = set()
+        self._last = ("", "")
+        self._same = 0
+
+    def repriced(self, policy: Policy) -> None:
+        """Other settings are in force: compare with these."""
+        self.policy = policy
+        self._told.clear()
+
+    def attempted(self, attempt: Attempt, answer: Answer, failure: str) -> None:
+        for limit in answer.limits:
+            self.granted[limit.dimension] = limit.limit
+            if limit.dimension not in self._told:
+                self._compare(limit.dimension, limit.limit)
+        if answer.outcome in ACCOUNT_REFUSES and "account" not in self._told:
+            self._told.add("account")
+            self._say(self._of + account_text(answer))
+        if answer.outcome in (Outcome.DROPPED, Outcome.LOCAL) and answer.outcome not in self._told:
+            # A wrong address looks just so, and would be tried again and again without a word.
+            self._told.add(answer.outcome)
+            self._say(self._of + (_words(answer) or "a connection dropped before its answer was there"))
+        elif failure and answer.outcome not in ACCOUNT_REFUSES and failure not in self._told:
+            self._told.add(failure)
+            self._say(f"{self._of}request {quoted(attempt.custom_id)} failed: {failure}: {_words(answer)}".rstrip(": "))
+        if answer.outcome is Outcome.BAD_REQUEST:
+            self._count(answer)
+        elif answer.outcome is Outcome.OK:
+            self._same = 0
+
+    def _compare(self, dimension: str, granted: float) -> None:
+        text = limit_text(dimension, granted, self.policy)
+        if text:
+            self._told.add(dimension)
+            self._say(self._of + text)
+
+    def _count(self, answer: Answer) -> None:
+        words = (answer.error_code, answer.message)
+        self._same = self._same + 1 if words == self._last else 1
+        self._last = words
+        if self._same >= SAME_REFUSALS and words not in self._asked:
+            # Once for each reason: whoever went on does not want to be asked again.
+            self._asked.add(words)
+            message = _words(answer)[:200] or answer.error_code or "no reason given"
+            self._refused(f"{self._of}{SAME_REFUSALS} requests in a row were refused as bad: {message}")
+
+
+def limit_text(dimension: str, granted: float, policy: Policy) -> str:
+    """What to say where an account's limit is not what the settings say; "" where they agree."""
+    knob = KNOB_BY_ENV[f"OPENAI_{dimension}_LIMIT"]
+    ours = float(getattr(policy, knob.name))
+    if abs(granted - ours) <= LIMITS_DIFFER * granted:
+        return ""
+    what = "tokens" if dimension[0] == "T" else "requests"
+    per = "minute" if dimension[2] == "M" else "day"
+    stated = f"the account grants {granted:,.0f} {what} per {per}"
+    if ours <= 0.0:
+        # A limit that nobody configured matters where it would bind; without one there is nothing to compare with.
+        return f"{stated}, {knob.env} is not set: set {knob.env}={granted:.0f}" if dimension == "RPM" else ""
+    if granted < ours:
+        return f"{stated}, {knob.env}={ours:.0f} says more: expect 429s, or set {knob.env}={granted:.0f}"
+    return f"{stated}, {knob.env}={ours:.0f} uses less of it: the run could be faster with {knob.env}={granted:.0f}"
+
+
+def _words(answer: Answer) -> str:
+    """What the provider said, on one line."""
+    return " ".join(answer.message.split())[:300]
+
+
+def account_text(answer: Answer) -> str:
+    """Why the provider serves this account no more, in its own words as far as it has any."""
+    what = "the account's quota is used up" if answer.outcome is Outcome.QUOTA else "the key or the model is refused"
+    words = _words(answer)
+    code = f" ({answer.status} {answer.error_code})" if answer.error_code else f" ({answer.status})"
+    until = f"; access returns {moment_text(answer.returns_at)}" if answer.returns_at is not None else ""
+    return f"{what}{code}: {words}{until}" if words else what + code + until
+
+
+def waiting_for(cause: int) -> str:
+    """The law's cause as in records; "" for nothing."""
+    return CAUSES[cause] if cause != law.NOTHING else ""

@@ -1,0 +1,1 @@
+"""The planning commands and the Python API."""

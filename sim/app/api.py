@@ -1,0 +1,396 @@
+"""What a program or a notebook asks: `simulate` and `plan`, and the results that they return.
+
+What lives here: two functions over what the commands of the same names use, and two results that hand out tables
+(`frames`), figures and text of what was found. What must not: how anything is simulated or searched, and a second way
+to say it.
+
+A result keeps its scenario and makes what it shows when it is asked for: rows of attempts come from a second run of the
+same seed, which is the same run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from governor.forecast.summary import Summary
+from governor.model.errors import BadSetting
+from governor.model.policy import Policy, knob_named
+from governor.model.requests import Attempt
+from sim.app.inputs import EFFORTS, Wishes
+from sim.app.outputs import GUARDRAILS, RECOMMENDED, ROLLBACK, page, prepared_folder, settings_files, write_plan
+from sim.app.plan_command import prices_of
+from sim.base.arguments import is_a, number, one_of, whole
+from sim.des.engines import Engine
+from sim.experiment.experiment import Pool, attempts_of, case_of, replicate, summary_of
+from sim.experiment.results import Estimate, Forecast, Heat, Plan, paired_difference
+from sim.reporting import dataframes as frames
+from sim.reporting import figures
+from sim.reporting import terminal as shown
+from sim.scenario.scenario import Scenario
+from sim.selection import planner
+
+if TYPE_CHECKING:
+    from sim.app.shared_quota import Shared
+
+TEXT_WIDTH = 100
+PROCESSES_MAX = 64
+MAKE_ONE = "make one of your file, Scenario('requests.jsonl', tpm=30_000)"
+
+
+@dataclass(frozen=True)
+class SimulationResult:
+    """What would happen: `simulate` returns it. `str()` of it is what `paceline simulate` prints."""
+
+    scenario: Scenario
+    forecast: Forecast
+    """Every figure over the replications, with intervals; `forecast["makespan_s"].mean` in seconds."""
+
+    @cached_property
+    def summary(self) -> Summary:
+        """The first run's figures, as `paceline simulate --json` prints them."""
+        return summary_of(case_of(self.scenario), self.scenario.seed)
+
+    @cached_property
+    def rows(self) -> list[Attempt]:
+        """The first run's attempts, in order of their ends."""
+        return attempts_of(self.scenario, self.scenario.seed)[0]
+
+    @cached_property
+    def attempts(self) -> pd.DataFrame:
+        """One row per attempt of the first run; see `governor.model.requests.Attempt`."""
+        return frames.attempts_frame(self.rows)
+
+    @cached_property
+    def timeline(self) -> pd.DataFrame:
+        """The first run over time: tokens charged in the last minute, requests in flight, launches and 429s."""
+        return frames.timeline_frame(self.rows)
+
+    @cached_property
+    def runs(self) -> pd.DataFrame:
+        """One row per replication, by seed."""
+        return frames.runs_frame(self.forecast.runs)
+
+    @cached_property
+    def estimates(self) -> pd.DataFrame:
+        """One row per figure: mean, 95 % interval of it, quantiles of the runs."""
+        return frames.estimates_frame(self.forecast)
+
+    @cached_property
+    def waits(self) -> pd.DataFrame:
+        """Who made the requests wait, and the knob that decides it; means over the runs."""
+        return frames.waits_frame(self.forecast.waits_s, self.forecast.requests)
+
+    def minus(self, other: SimulationResult, figure: str = "makespan_s") -> Estimate:
+        """This result's figure less the other's, run by run under the same seeds, with a 95 % interval of the mean.
+
+        BadSetting where the two share no seeds, and for a figure that there is not.
+        """
+        is_a("other", other, SimulationResult, "simulate the other scenario, too")
+        one_of("figure", figure, tuple(self.runs.columns))
+        found = paired_difference(self.forecast, other.forecast, figure)
+        if not found.n:
+            raise BadSetting("the two results share no seeds: simulate both with the same seed")
+        return found
+
+    def figure(self, title: str = "") -> Figure:
+        """The first run as a picture: tokens per minute, requests in flight, launches with 429s, causes of waiting."""
+        from sim.reporting.figures_time import timeline
+
+        return timeline(self.rows, self.scenario.grant(), title=title)
+
+    def __repr__(self) -> str:
+        span, lost = self.forecast["makespan_s"], self.forecast.lost
+        return (
+            f"<SimulationResult: {self.forecast.requests:,} requests in {span.mean:,.1f} s, "
+            f"{self.forecast['throttled_per_100'].mean:.3g} 429s per 100, {lost:,} lost; runs: {span.n or 1}>"
+        )
+
+    def _repr_html_(self) -> str:
+        from sim.reporting.notebook import simulation_html
+
+        return simulation_html(self)
+
+    def __str__(self) -> str:
+        if len(self.forecast.runs) == 1:
+            return shown.summary_text(self.scenario, self.summary, TEXT_WIDTH)
+        return shown.forecast_text(self.scenario, self.forecast, TEXT_WIDTH)
+
+
+def simulate(
+    scenario: Scenario,
+    *,
+    replications: int | None = None,
+    seed: int | None = None,
+    workers: int = 0,
+    engine: Engine = "auto",
+) -> SimulationResult:
+    """What would happen in this scenario: finish time, 429s, losses, and who makes the requests wait.
+
+    `replications`: how many runs, each under its own seed; the scenario's own number, else one. `seed`: of the first,
+    from 0; the scenario's own if not given. `workers`: how many runs go on side by side, 0 = one per core. `engine`: as
+    `--engine`. The same arguments give the same figures, to the bit. Oversized where a request can never run.
+    """
+    is_a("scenario", scenario, Scenario, MAKE_ONE)
+    if replications is not None:
+        whole("replications", replications, 1)
+    whole("workers", workers, 0)
+    one_of("engine", engine, get_args(Engine))
+    changes = {"seed": seed, "replications": replications}
+    scenario = scenario.with_(**{name: value for name, value in changes.items() if value is not None}).fitted()
+    return SimulationResult(
+        scenario, replicate(scenario, scenario.replications or 1, pool=Pool(workers, engine=engine))
+    )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several scenarios under the same seeds, by name: `compare` returns it."""
+
+    results: Mapping[str, SimulationResult]
+
+    def __getitem__(self, name: str) -> SimulationResult:
+        return self.results[name]
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """One row per name: finish time with its 95 % interval, latency, efficiency, 429s and losses."""
+        return frames.forecasts_frame({name: result.forecast for name, result in self.results.items()})
+
+    def figure(self) -> Figure:
+        """Finish time, 429s and losses as bars, in the order of the names."""
+        from sim.reporting.figures_compare import compared
+
+        return compared({name: result.forecast for name, result in self.results.items()})
+
+    def __repr__(self) -> str:
+        return f"<Comparison: {', '.join(self.results)}>"
+
+
+def compare(
+    scenarios: Mapping[str, Scenario], *, replications: int | None = None, seed: int | None = None, workers: int = 0
+) -> Comparison:
+    """Simulates several scenarios, each `replications` times under the same seeds, so that their differences are sharp.
+
+    As `simulate`; BadSetting where there is nothing to compare.
+    """
+    if not isinstance(scenarios, Mapping) or not scenarios:
+        raise BadSetting('nothing to compare: name some scenarios, {"today": ..., "quicker": ...}')
+    for name, scenario in scenarios.items():
+        is_a(f"scenarios[{name!r}]", scenario, Scenario, MAKE_ONE)
+    first = next(iter(scenarios.values())).seed if seed is None else seed
+    return Comparison(
+        {
+            name: simulate(scenario, replications=replications, seed=first, workers=workers)
+            for name, scenario in scenarios.items()
+        }
+    )
+
+
+def simulate_processes(
+    scenario: Scenario, processes: int, *, store_rtt_s: float = 0.001, crash_at_s: float | None = None
+) -> Shared:
+    """The batch dealt out to so many processes that share its quota through a store; what `--processes` does.
+
+    `store_rtt_s`: how far away the store is. `crash_at_s`: when the first process dies; another takes over. Needs the
+    extra `redis`. BadSetting for arrivals over time: it is for a batch.
+    """
+    from sim.app.shared_quota import Arrangement, shared_run
+
+    if is_a("scenario", scenario, Scenario, MAKE_ONE).arrivals == "trace":
+        raise BadSetting("processes share a batch: this scenario's requests arrive over time")
+    whole("processes", processes, 1, PROCESSES_MAX)
+    number("store_rtt_s", store_rtt_s)
+    if crash_at_s is not None:
+        number("crash_at_s", crash_at_s)
+    crash_at = math.inf if crash_at_s is None else crash_at_s
+    arrangement = Arrangement(processes=processes, rtt_s=store_rtt_s, crash_at=crash_at)
+    # Its event loop of virtual time cannot run inside another: a notebook's is always running.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(shared_run, scenario.fitted(), arrangement).result()
+
+
+def knob_map(
+    scenario: Scenario, x: str, xs: Sequence[float], y: str, ys: Sequence[float], *, replications: int = 1
+) -> Heat:
+    """Finish time, 429s and losses over two knobs (by any of their names), each cell a mean over the replications.
+
+    `figures.heat` draws it. Marked as recommended is the cell that loses nothing and is fastest, among those within one
+    429 per 100 requests if any is.
+    """
+    is_a("scenario", scenario, Scenario, MAKE_ONE)
+    whole("replications", replications, 1)
+    if not len(xs) or not len(ys):
+        raise BadSetting(f"a map needs values of {x if not len(xs) else y}: write some")
+    if x == y:
+        raise BadSetting(f"a map is over two knobs, not over {x} twice")
+    policies = [[scenario.policy.with_(**{x: a, y: b}) for a in xs] for b in ys]
+    seeds = range(scenario.seed, scenario.seed + replications)
+    tasks = [(case_of(scenario, policy), seeds) for row in policies for policy in row]
+    runs = Pool(foreseen=float(len(tasks) * replications * len(scenario.workload))).run(tasks)
+    shape = len(ys), len(xs)
+    values = {
+        name: np.array([np.mean([run[name] for run in cell]) for cell in runs]).reshape(shape)
+        for name in ("makespan_s", "throttled_per_100", "failed")
+    }
+    too_many = values["throttled_per_100"] > 1.0
+    order = np.lexsort([values["makespan_s"].ravel(), too_many.ravel(), values["failed"].ravel()])
+    best_y, best_x = divmod(int(order[0]), len(xs))
+    knobs = [knob for knob in (knob_named(x), knob_named(y)) if knob is not None]
+    return Heat(
+        x_env=knobs[0].env,
+        y_env=knobs[1].env,
+        x_values=tuple(float(a) for a in xs),
+        y_values=tuple(float(b) for b in ys),
+        objective_s=values["makespan_s"],
+        throttled_per_100=values["throttled_per_100"],
+        lost=values["failed"],
+        now=(float(getattr(scenario.policy, knobs[0].name)), float(getattr(scenario.policy, knobs[1].name))),
+        recommended=(float(xs[best_x]), float(ys[best_y])),
+    )
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """What would do better: `plan` returns it. `str()` of it is what `paceline plan` prints."""
+
+    scenario: Scenario
+    wishes: Wishes
+    found: Plan
+    """Everything that the search found, with its evidence; see `sim.experiment.results.Plan`."""
+
+    @property
+    def policy(self) -> Policy:
+        """The recommended settings, of everything that the law can do."""
+        return self.found.full.policy
+
+    @property
+    def guardrails(self) -> Policy:
+        """The recommended settings where only the eight guardrail knobs may change."""
+        return self.found.guardrails.policy
+
+    @cached_property
+    def env(self) -> str:
+        """The recommended settings as the text of an env file, today's values as comments."""
+        return settings_files(self.found)[RECOMMENDED]
+
+    @cached_property
+    def guardrails_env(self) -> str:
+        """The same for `guardrails`."""
+        return settings_files(self.found)[GUARDRAILS]
+
+    @cached_property
+    def rollback_env(self) -> str:
+        """The way back: today's settings as the text of an env file."""
+        return settings_files(self.found)[ROLLBACK]
+
+    @property
+    def recommended(self) -> Scenario:
+        """The scenario under the recommended settings, ready for `simulate`."""
+        return self.scenario.with_(policy=self.policy)
+
+    @cached_property
+    def comparison(self) -> pd.DataFrame:
+        """Today's settings, guardrails only, recommended and runner-up on the same fresh seeds: the deciding means."""
+        return frames.comparison_frame(self.found)
+
+    @cached_property
+    def changes(self) -> pd.DataFrame:
+        """One row per changed knob: what the change gains on top of those before it, and why, in words."""
+        return frames.changes_frame(self.found)
+
+    @cached_property
+    def front(self) -> pd.DataFrame:
+        """The settings than which none is better in both time and 429s, fastest first, with the knobs that differ."""
+        return frames.points_frame([p for p in self.found.points if p.on_front], self.found.objective)
+
+    @cached_property
+    def tried(self) -> pd.DataFrame:
+        """Every setting that was tried and kept for the picture, in the same form as `front`."""
+        return frames.points_frame(self.found.points, self.found.objective)
+
+    @cached_property
+    def stress(self) -> pd.DataFrame:
+        """What the plan's settings do where one assumption is wrong, a row per condition and settings."""
+        return frames.stress_frame(self.found)
+
+    def figure(self) -> Figure:
+        """The front as a picture: 429s against the objective, for everything that was tried."""
+        marks = {"now": self.found.now, "guardrails": self.found.guardrails.forecast}
+        marks["recommended"] = self.found.full.forecast
+        limit = self.wishes.max_throttled_per_100
+        return figures.front(self.found.points, marks, objective=self.found.objective, throttled_limit=limit)
+
+    def write(self, folder: str | Path) -> Path:
+        """Writes what `paceline plan --out` writes (report, env files, scenario) and returns the report's path.
+
+        BadInput where the folder cannot be written into.
+        """
+        with prepared_folder(str(folder)) as place:
+            text = page(self.scenario, self.found, place)
+            notes = tuple(shown.plan_notes(self.scenario, self.found))
+            return write_plan(place, self.scenario, self.wishes, self.found, text, notes).report
+
+    def __repr__(self) -> str:
+        now, then = self.found.now["makespan_s"].mean, self.found.full.forecast["makespan_s"].mean
+        changed = ", ".join(step.env for step in self.found.full.steps) or "nothing"
+        return f"<PlanResult: {now:,.1f} s now, {then:,.1f} s recommended; changes {changed}>"
+
+    def _repr_html_(self) -> str:
+        from sim.reporting.notebook import plan_html
+
+        return plan_html(self)
+
+    def __str__(self) -> str:
+        return shown.plan_text(self.scenario, self.found, TEXT_WIDTH)
+
+
+def plan(
+    scenario: Scenario,
+    *,
+    objective: Literal["makespan", "p95_latency"] = "makespan",
+    max_throttled_per_100: float = 1.0,
+    max_lost: float = 0.0,
+    finish_by_s: float | None = None,
+    effort: EFFORTS = "normal",
+    prices: str | Path | None = None,
+    workers: int = 0,
+    say: Callable[[str], None] | None = None,
+) -> PlanResult:
+    """Which settings would do better, with the evidence; what `paceline plan` does.
+
+    `objective`: what should become short. `max_throttled_per_100`: 429s per 100 requests, at most; `max_lost`: share of
+    requests lost, 0 to 1. `finish_by_s`: seconds from the start by which it should be done. `effort`: how long to
+    search. `prices`: a file of prices in place of those that come along. `workers`: 0 = one per core. `say` is told
+    what is going on. The same arguments give the same plan, to the bit. BadSetting for a wish out of range.
+    """
+    scenario = is_a("scenario", scenario, Scenario, MAKE_ONE).fitted()
+    whole("workers", workers, 0)
+    wishes = Wishes().with_given(
+        objective=objective,
+        max_throttled_per_100=number("max_throttled_per_100", max_throttled_per_100),
+        max_lost=number("max_lost", max_lost),
+        finish_by_s=None if finish_by_s is None else number("finish_by_s", finish_by_s),
+        effort=effort,
+        prices=None if prices is None else str(Path(prices).absolute()),
+    )
+    foreseen = max(planner.EFFORTS[wishes.effort], planner.LEAST_RUNS * len(scenario.workload))
+    found = planner.plan(
+        scenario,
+        wishes.goal(),
+        effort=wishes.effort,
+        pool=Pool(workers, foreseen=foreseen),
+        say=say or (lambda what: None),
+        unknowns=wishes.unknowns,
+        prices=prices_of(wishes),
+    )
+    return PlanResult(scenario, wishes, found)

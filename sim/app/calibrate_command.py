@@ -1,0 +1,124 @@
+"""The command `paceline calibrate`: logs of real requests into a scenario, with a table and a picture of the fits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from governor.model.errors import BadSetting, PacelineError
+
+if TYPE_CHECKING:
+    from sim.calibration.calibrate import Calibration, Outlook
+    from sim.calibration.fits import Figure
+
+NEEDS_SIM = "calibrating needs paceline[sim]: pip install 'paceline[sim]'"
+
+
+def calibrate(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...",
+            help="A journal, a log (CSV, JSONL), batch output, or spans exported as JSON.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[str, typer.Option(metavar="SCENARIO.yaml", help="The scenario.", show_default=False)],
+    columns: Annotated[
+        str, typer.Option(metavar="ROLE=NAME,...", help="Columns of a log; a time may carry a unit: latency=took:ms.")
+    ] = "",
+    provider: Annotated[
+        str, typer.Option(metavar="TIER|FILE.yaml", help="Where the log cannot tell, that provider's values.")
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="The figures as one JSON object.")] = False,
+) -> None:
+    """Learn a scenario from logs of real requests.
+
+    Lengths, times, arrivals, and from the headers the charge rule, the limit and what others take of it; each with an
+    interval. What a log cannot tell is said and left at its default. Beside the scenario: its rows as CSV, and a PNG of
+    data against fit.
+    """
+    try:
+        from sim.app.inputs import named_provider
+        from sim.calibration import calibrate as cal
+        from sim.reporting.figures_calibrate import write_figure
+        from sim.scenario.trace_columns import parse_columns
+    except ImportError as error:
+        raise PacelineError(f"{NEEDS_SIM} ({error.name} is missing)") from None
+    path = Path(out)
+    if path.suffix.lower() not in (".yaml", ".yml"):
+        raise BadSetting(f"--out {out}: a scenario's name ends in .yaml", "--out")
+    if not path.parent.is_dir():
+        raise BadSetting(f"--out {out}: there is no folder {path.parent}", "--out")
+    observed = cal.read_sources(sources, parse_columns(columns) if columns else {})
+    found = cal.calibrate(observed, base=named_provider(provider) if provider else None)
+    scenario = found.write(path)
+    picture = path.with_suffix(".png")
+    write_figure(found, picture)
+    ahead = cal.outlook(scenario) if len(scenario.workload) > 1 else None
+    if as_json:
+        print(
+            json.dumps({**found.to_json_dict(), "outlook": _outlook_json(ahead)}, indent=2, allow_nan=False), flush=True
+        )
+        return
+    print(text_of(found, ahead), flush=True)
+    print(f"\nscenario: {path}\npicture: {picture}\nnext: paceline simulate {path}", flush=True)
+
+
+def _outlook_json(ahead: Outlook | None) -> dict[str, Any] | None:
+    if ahead is None:
+        return None
+    names = ("median", "low", "high")
+    rate = None if ahead.tokens_per_min is None else dict(zip(names, ahead.tokens_per_min, strict=True))
+    makespan = dict(zip(names, ahead.makespan_s, strict=True))
+    return {"requests": ahead.requests, "tokens_per_min": rate, "makespan_s": makespan}
+
+
+def text_of(found: Calibration, ahead: Outlook | None) -> str:
+    """The figures as a table, then what cannot be told, then the forecast."""
+    told = [figure for figure in found.figures if figure.known]
+    lines = [
+        f"learnt from {len(found.observed):,} attempts of {found.observed.label} (intervals hold together: 95 %)",
+        "",
+    ]
+    for figure in told:
+        lines.append(f"  {figure.name:<26}{_value(figure):<33} {figure.how}")
+    for name, families in (("prompt", found.prompts), ("output", found.outputs)):
+        if families:
+            fits = ", ".join(f"{family.name} {family.ks:.3f}" for family in families)
+            lines.append(f"  {name + ' families (KS)':<26}{fits}")
+    lines += ["", "cannot be told, left as it was:"]
+    lines += [
+        f"  {figure.name:<26}{_plain(figure.default):<14}{figure.how}" for figure in found.figures if not figure.known
+    ]
+    lines += [f"  {note}" for note in found.notes]
+    if ahead is not None:
+        lines += ["", f"another {ahead.requests:,} requests of this kind, with 95 %:"]
+        if ahead.tokens_per_min is not None:
+            lines.append("  {:<26}{:,.0f} ({:,.0f} to {:,.0f})".format("tokens per minute", *ahead.tokens_per_min))
+        lines.append(
+            "  {:<26}{:,.0f} s ({:,.0f} to {:,.0f}), under the scenario's settings".format(
+                "makespan", *ahead.makespan_s
+            )
+        )
+    return "\n".join(lines)
+
+
+def _value(figure: Figure) -> str:
+    unit = f" {figure.unit}" if figure.unit else ""
+    if figure.low is None or figure.high is None:
+        return _plain(figure.value)
+    if figure.low == figure.high:
+        return f"{_plain(figure.value)}{unit}"
+    return f"{_plain(figure.value)}{unit} ({_plain(figure.low)} to {_plain(figure.high)})"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1_000 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else "none" if value is None else str(value)

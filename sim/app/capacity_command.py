@@ -1,0 +1,140 @@
+"""The command `paceline capacity`: which of its questions is asked, and the answer as object, text and picture.
+
+What lives here: the options together. What must not: their declaration (`cli`), and the answering (`capacity`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from governor.model.errors import BadInput, BadSetting
+from governor.model.prices import SHIPPED, read_prices
+from sim.app.inputs import Inputs, pool_of
+from sim.app.options import Options, duration_s
+from sim.app.outputs import check_file
+from sim.base.files import write_atomically
+from sim.base.progress import Progress
+from sim.experiment.results import CONFIDENCE
+from sim.reporting.batch_text import ways_text
+from sim.reporting.capacity_text import capacity_text, how_many_text
+from sim.selection.batch_api import Terms, Way, ways
+from sim.selection.capacity import PROBES_FORESEEN, TUNING_RUNS, How, Search, capacity, default_runs, how_many
+from sim.selection.capacity_results import Capacity
+from sim.selection.steady import steady_capacity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What the command line asks for; None and "" = not given."""
+
+    finish_by_s: float | None
+    p95_wait_s: float | None
+    how_many: bool
+    confidence: float | None
+    retune: bool
+    tiers: str
+    picture: str | None
+    batch: Terms | None = None
+    prices: str | None = None
+
+    def check(self) -> None:
+        """BadSetting or BadInput for options that do not go together, before any work is done."""
+        if (self.finish_by_s is None) == (self.p95_wait_s is None):
+            raise BadSetting("give one of --finish-by (when the batch should be done) and --p95-wait (steady traffic)")
+        if self.how_many and self.p95_wait_s is not None:
+            raise BadSetting("--how-many is for a batch: give --finish-by")
+        if self.how_many and self.picture:
+            raise BadSetting("--out draws finish time against the limit: leave it or --how-many out")
+        if self.batch is not None and (self.finish_by_s is None or self.how_many):
+            raise BadSetting("--batch-queue compares ways to finish a batch: give --finish-by, without --how-many")
+        if self.how_many and self.tiers:
+            raise BadSetting("--tiers names limits to try, --how-many is for the present ones: leave one of them out")
+        if self.batch is None and self.prices:
+            raise BadSetting("--prices is for --batch-queue: give both")
+        if self.confidence == 0.0:
+            raise BadSetting("--confidence 0 is met by anything: give a share above 0, for example 0.95")
+        check_file(self.picture, "--out", (".png",))
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """The answer: as an object, as text, what to be careful about, and whether anything is enough."""
+
+    found: dict[str, Any]
+    text: str
+    notes: tuple[str, ...]
+    enough: bool
+
+
+def terms_of(
+    queue_tokens: int | None, turnaround: str | None, discount: float | None, cached_share: float | None
+) -> Terms | None:
+    """The Batch API as the options assume it, None where it is not asked for.
+
+    BadSetting for a turnaround that is not two durations in this order, and for terms without a queue.
+    """
+    given = {"--batch-turnaround": turnaround, "--batch-discount": discount, "--cached-share": cached_share}
+    if queue_tokens is None:
+        for name, value in given.items():
+            if value is not None:
+                raise BadSetting(f"{name} is for --batch-queue: give both")
+        return None
+    terms = Terms(queue_tokens)
+    if turnaround is not None:
+        times = [duration_s(word) or 0.0 for word in turnaround.split(",")]
+        if len(times) != 2 or not 0.0 < times[0] < times[1]:
+            raise BadSetting(f"--batch-turnaround {turnaround!r} is not P50,P95, the first the smaller: write 4h,20h")
+        terms = replace(terms, turnaround_s=(times[0], times[1]))
+    if discount is not None:
+        terms = replace(terms, discount=discount)
+    return terms if cached_share is None else replace(terms, cached_share=cached_share)
+
+
+def answered(given: Options, inputs: Inputs, asked: Asked, width: int) -> Answered:
+    """Answers the question."""
+    scenario = inputs.scenario
+    if asked.how_many and scenario.arrivals == "trace":
+        raise BadInput("--how-many is for a batch: leave out --arrivals trace")
+    runs = scenario.replications or default_runs(len(scenario.workload))
+    foreseen = (runs + (TUNING_RUNS if asked.retune else 0)) * PROBES_FORESEEN
+    # Read before the work: a list that is not there should show at once.
+    prices = read_prices(asked.prices or SHIPPED) if asked.batch is not None else None
+    compared: tuple[Way, ...] = ()
+    with Progress("looking for the smallest limit", foreseen) as bar:
+        common: How = {
+            "confidence": CONFIDENCE if asked.confidence is None else asked.confidence,
+            "replications": scenario.replications,
+            "retune": asked.retune,
+            "pool": pool_of(given, bar, foreseen * len(scenario.workload)),
+            "say": bar.say,
+        }
+        if asked.how_many:
+            assert asked.finish_by_s is not None
+            many = how_many(scenario, asked.finish_by_s, **common)
+            return Answered(many.to_json_dict(), how_many_text(scenario, many, width), (), many.most is not None)
+        more: dict[str, Any] = {"model": asked.tiers, "grid": bool(asked.picture)}
+        if asked.p95_wait_s is not None:
+            found = steady_capacity(scenario, asked.p95_wait_s, **common, **more)
+        else:
+            assert asked.finish_by_s is not None
+            found = capacity(scenario, asked.finish_by_s, **common, **more)
+            if asked.batch is not None:
+                compared = ways(Search(scenario, asked.finish_by_s, **common), asked.batch, prices)
+        if asked.picture:
+            _draw(asked.picture, found)
+    enough = found.smallest is not None or found.tier is not None
+    shown, text = found.to_json_dict(), capacity_text(scenario, found, width)
+    if asked.batch is not None:
+        shown |= {"ways": [way.to_json_dict() for way in compared], "batch_api_assumed": asdict(asked.batch)}
+        text = f"{text}\n\n{ways_text(compared, asked.batch, found.confidence, width)}"
+    return Answered(shown, text, (), enough)
+
+
+def _draw(path: str, found: Capacity) -> None:
+    from sim.base.style import png_of
+    from sim.reporting.capacity_figure import capacity_figure
+
+    picture = png_of(capacity_figure(found))
+    with write_atomically(path) as unfinished:
+        unfinished.write_bytes(picture)

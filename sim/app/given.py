@@ -1,0 +1,132 @@
+"""What a program hands over in place of a command line: a file or rows at hand, and how to read them.
+
+What lives here: the keywords of `Scenario(...)`, and their translation into the options that `inputs` reads. What must
+not: any meaning of an option (`inputs`), the reading of rows (`readers`).
+
+Rows at hand go the way of rows from standard input: written as a file would hold them, checked line by line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypedDict
+
+import numpy as np
+
+from governor.model.errors import BadInput, BadSetting
+from governor.model.estimate import CHAT, kind_of
+from governor.model.policy import Policy, knob_named
+from governor.model.requests import url_of
+from sim.app.inputs import read_inputs
+from sim.app.options import Options
+from sim.model.provider_config import ProviderConfig
+from sim.scenario.readers import Source
+from sim.scenario.scenario import Scenario, made_policy, made_provider, plain_number
+
+
+class Reading(TypedDict, total=False):
+    """How rows, settings and a provider are read where a program names them: what the command line's options say.
+
+    `env_file`: today's settings; the process's environment is never looked at. `tpm`, `rpm`: what the provider grants
+    per minute (0 = no limit); the settings' own limits follow unless they are named. `provider_charge`: its charge
+    rule, `provider_settles`: whether real use replaces the charge. `latency`: a measured model's name, or "S,S" for
+    seconds to the first token and per token. `columns`: role -> column of a trace (prompt, output, arrival,
+    max_tokens, latency, id, model). `outputs_from`: old results, for the answers' lengths; `output_tokens`: their P50
+    and P95. `max_tokens`: the output cap that every row of a trace declares, -1 = none. `first`: so many rows only.
+    """
+
+    env_file: str | Path | None
+    tpm: int | None
+    rpm: int | None
+    provider_charge: Literal["auto", "prompt_chars4", "prompt_plus_max", "max_of", "responses", "fixed"] | None
+    provider_settles: bool | None
+    latency: str | None
+    columns: Mapping[str, str] | None
+    outputs_from: str | Path | None
+    output_tokens: tuple[float, float] | None
+    max_tokens: int | None
+    first: int
+
+
+class Frame(Protocol):
+    """A table with named columns: pandas' DataFrame."""
+
+    def to_csv(self, path_or_buf: None = ..., *, index: bool = ...) -> str: ...
+
+
+Requests = str | os.PathLike[str] | Iterable[Mapping[str, Any]] | Frame
+
+
+def scenario_of(
+    requests: Requests,
+    reading: Reading,
+    *,
+    provider: ProviderConfig | Mapping[str, Any] | str | None,
+    policy: Policy | Mapping[str, Any] | str | None,
+    **fields: Any,
+) -> Scenario:
+    """A scenario of a file or of rows at hand, read as the command line reads it; see `Reading` and `Options`."""
+    if not isinstance(provider, str | Mapping):
+        made_provider(provider)
+    path, opened = _rows_at_hand(requests)
+    words: dict[str, Any] = {name: value for name, value in reading.items() if value is not None}
+    if isinstance(words.get("columns"), Mapping):
+        words["columns"] = [f"{role}={column}" for role, column in words["columns"].items()]
+    if "output_tokens" in words:
+        p50, p95 = words["output_tokens"]
+        words["output_tokens"] = f"{p50:g},{p95:g}"
+    words |= {name: os.fspath(words[name]) for name in ("env_file", "outputs_from") if name in words}
+    unknown = [name for name in words if name not in Reading.__annotations__]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], [*Reading.__annotations__, *Scenario.__dataclass_fields__], 1)
+        raise BadSetting(f"a scenario takes no {unknown[0]!r}" + "".join(f": did you mean {name}?" for name in close))
+    if isinstance(policy, Mapping):
+        words["assignments"] = _assignments(policy)
+    # A name may also be a file's, which is read together with the rest.
+    named, habits = (provider, None) if isinstance(provider, str) else (None, provider)
+    settings = None if policy is None or isinstance(policy, Mapping) else made_policy(policy)
+    options = Options(workload=path, provider=named, **words, **fields)
+    return read_inputs(options, {}, opened=opened, settings=settings, habits=habits).scenario
+
+
+def _assignments(knobs: Mapping[str, Any]) -> list[str]:
+    """Knobs under any of their names as `--set` takes them; BadSetting for what is none."""
+    Policy().with_(**{name: plain_number(value) for name, value in knobs.items()})
+    named = {knob: value for name, value in knobs.items() if (knob := knob_named(name)) is not None}
+    return [f"{knob.env}={knob.text(plain_number(value))}" for knob, value in named.items()]
+
+
+def _rows_at_hand(requests: Requests) -> tuple[str, Source | None]:
+    """The path, or `-` and the bytes of rows that a program holds."""
+    if isinstance(requests, str | os.PathLike):
+        return os.fspath(requests), None
+    if isinstance(requests, Iterable) and not hasattr(requests, "to_csv"):
+        lines = [json.dumps(_line(i, row), default=_plain) for i, row in enumerate(requests)]
+        data = "".join(f"{line}\n" for line in lines)
+    elif hasattr(requests, "to_csv"):
+        data = requests.to_csv(index=False)
+    else:
+        raise BadInput(f"{type(requests).__name__} where a file, rows or a DataFrame should be", "requests")
+    if not data.strip():
+        raise BadInput("there are no rows", "requests")
+    return "-", Source("requests", "-", data.encode())
+
+
+def _line(number: int, row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row as a line of a file: a chat body alone becomes a batch line."""
+    if not isinstance(row, Mapping):
+        raise BadInput(f"{kind_of(row)} where a request should be (a mapping)", "requests", number + 1)
+    if "messages" not in row:
+        return row
+    return {"custom_id": f"request-{number}", "method": "POST", "url": url_of(CHAT), "body": row}
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers, of which JSON knows nothing."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise BadInput(f"{type(value).__name__} in a row, which is nothing that JSON can hold", "requests")

@@ -1,0 +1,296 @@
+"""What the options mean together: a workload, a provider, a policy and a seed become one `Scenario`.
+
+What lives here: the order of precedence, and a plan's wishes (`Wishes`) with their place in a scenario file. What must
+not: the options themselves (`options`), reading rows (`readers`), env files (`governor/model/settings.py`).
+
+Precedence of settings: the guardrails' defaults, then the environment or, where one is named, the env file, then
+`--set`. A scenario file stands in place of defaults and environment: it re-runs as it was written, wherever it is run.
+
+Limits. The provider grants what `--tpm` and `--rpm` or its preset or file say; where nothing says it, what the settings
+believe is taken for true, and labelled as assumed. The other way round the settings' own limits follow the provider's,
+unless the settings name them: in a scenario file they are always named, and follow where they agreed with its provider.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field
+
+from governor.model.errors import BadInput, BadSetting
+from governor.model.policy import Policy
+from governor.model.settings import policy_of
+from sim.app.options import Options, quantiles
+from sim.base.progress import Progress
+from sim.experiment.experiment import Pool
+from sim.model.presets import LATENCIES
+from sim.model.provider_config import Config, ProviderConfig, checked
+from sim.model.workload import Workload
+from sim.scenario.readers import SCENARIO, Source
+from sim.scenario.scenario import Scenario, following, limits_moved
+from sim.scenario.scenario_file import FileSource, ModelSource, parsed_yaml
+from sim.scenario.trace_columns import parse_columns
+from sim.scenario.unknowns import Unknowns
+from sim.selection.search import Goal
+
+EFFORTS = Literal["quick", "normal", "thorough"]
+# A model's name may carry the day of its snapshot.
+_SNAPSHOT = re.compile(r"-\d{4}-\d{2}-\d{2}$")
+
+
+class Wishes(Config):
+    """What a plan is asked for: the `plan` section of a scenario file. See `Goal`; `effort` as in `plan`.
+
+    `unknowns`: the ranges that conditions are drawn from. `prices`: a file of prices; "" = the one that comes along.
+    """
+
+    objective: Literal["makespan", "p95_latency"] = "makespan"
+    max_throttled_per_100: Annotated[float, Field(ge=0, le=10**6)] = 1.0
+    max_lost: Annotated[float, Field(ge=0, le=1)] = 0.0
+    finish_by_s: Annotated[float, Field(gt=0, le=10**9)] | None = None
+    effort: EFFORTS = "normal"
+    prices: str = ""
+    unknowns: Unknowns = Unknowns()
+
+    def goal(self) -> Goal:
+        """The same for the search."""
+        return Goal(self.objective, self.max_throttled_per_100, self.max_lost, self.finish_by_s)
+
+    def with_given(self, **changes: Any) -> Wishes:
+        """These wishes with those of the command line that were given (not None) on top."""
+        given = {name: value for name, value in changes.items() if value is not None}
+        return checked(Wishes, {**self.model_dump(), **given}, "plan")
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """A scenario, what a plan of it is asked for, and what its user should know: one line each."""
+
+    scenario: Scenario
+    wishes: Wishes
+    notes: tuple[str, ...]
+
+
+def read_inputs(
+    o: Options,
+    environment: Mapping[str, str],
+    *,
+    fit: bool = True,
+    opened: Source | None = None,
+    settings: Policy | None = None,
+    habits: ProviderConfig | Mapping[str, Any] | None = None,
+) -> Inputs:
+    """Reads everything that the options name. BadInput and BadSetting for whatever is wrong, Oversized as in `fitted`.
+
+    Without `fit`, requests that are charged more than the limit stay, unless they are to be left out. `opened`: the
+    workload's bytes where they have no file. `settings`: what an env file and `--set` go on top of, in place of the
+    defaults or of a scenario file's; `habits`: a provider in place of `--provider`, or some of its keys on top.
+    """
+    opened = opened or Source.open(o.workload)
+    stated, wishes = _stated(opened) if opened.kind() == SCENARIO else (None, Wishes())
+    # Before the rows are read: a slip in a setting should show at once.
+    policy = policy_of(
+        o.env_file,
+        environment=environment if stated is None else {},
+        assignments=o.assignments or (),
+        base=settings or (None if stated is None else stated.policy),
+    )
+    provider = _provider(o, policy, stated, habits)
+    if stated is None:
+        source: FileSource | ModelSource = checked(FileSource, {"path": o.workload, **_row_options(o)}, "")
+        workload = source.load(opened)
+        provider = _with_latency_of(provider, workload, o, habits)
+    else:
+        source = _changed_source(stated.source, o)
+        workload = stated.workload if source == stated.source else source.load()
+    policy = _agreed(policy, provider, stated, o)
+    scenario = Scenario(
+        source=source,
+        workload=workload,
+        provider=provider,
+        policy=following(policy, provider),
+        seed=_first(o.seed, stated.seed if stated else 0),
+        replications=_first(o.replications, stated.replications if stated else 0),
+        arrivals=_first(o.arrivals, stated.arrivals if stated else "batch"),
+        finalize=_first(o.finalize, stated.finalize if stated else False),
+    )
+    skip = o.skip_oversized or (stated is not None and stated.skip_oversized)
+    fitted = scenario.fitted(skip_oversized=skip) if fit or skip else scenario
+    # Asked here and not in mid-run: whether the trace has arrivals at all.
+    fitted.columns()
+    return Inputs(fitted, wishes, tuple(_notes(scenario, fitted, o)))
+
+
+def pool_of(given: Options, bar: Progress, foreseen: float = 0.0) -> Pool:
+    """Who makes the runs, as the options ask for it; `bar` is told of each. `foreseen`: simulated requests in all."""
+    return Pool(given.workers, bar.add, engine=given.engine, foreseen=foreseen, backend=given.backend)
+
+
+def _first(given: Any, otherwise: Any) -> Any:
+    return otherwise if given is None else given
+
+
+# ---------------------------------------------------------------- scenario files
+
+
+def _stated(source: Source) -> tuple[Scenario, Wishes]:
+    """The scenario in a file and, where it has a section `plan`, what a plan of it was asked for."""
+    with source.stream() as stream:
+        text = stream.read().decode("utf-8-sig", errors="replace")
+    data = parsed_yaml(text, source.name)
+    if "plan" not in data:
+        return Scenario.read(source), Wishes()
+    try:
+        wishes = checked(Wishes, data.pop("plan"), "plan")
+    except BadSetting as error:
+        raise BadInput(str(error), source.name) from None
+    folder = Path(".") if source.path == "-" else Path(source.path).parent
+    return Scenario.from_yaml(yaml.safe_dump(data, sort_keys=False), folder=folder, name=source.name), wishes
+
+
+def scenario_text(scenario: Scenario, wishes: Wishes, folder: str | Path) -> str:
+    """The scenario as YAML with paths relative to `folder`, and the wishes where they are not the default ones."""
+    text = scenario.to_yaml(folder)
+    asked = wishes.model_dump(mode="json", exclude_defaults=True)
+    return text + yaml.safe_dump({"plan": asked}, sort_keys=False) if asked else text
+
+
+def _row_options(o: Options) -> dict[str, Any]:
+    """The options that say how a workload is read, as fields of its source; only those that were given."""
+    given = {
+        "columns": parse_columns(",".join(o.columns)) if o.columns else None,
+        "outputs_from": o.outputs_from,
+        "output_tokens": quantiles(o.output_tokens) if o.output_tokens is not None else None,
+        "max_tokens": o.max_tokens,
+        "first": o.first or None,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _changed_source(source: FileSource | ModelSource, o: Options) -> FileSource | ModelSource:
+    """A scenario file's source with the command line's options on top; the same object where none was given."""
+    changes = _row_options(o)
+    if not changes:
+        return source
+    if isinstance(source, ModelSource):
+        for name in ("columns", "outputs_from"):
+            if name in changes:
+                raise BadSetting(f"--{name.replace('_', '-')} is for files: this scenario draws its workload")
+        first = changes.pop("first", source.requests)
+        changes["requests"] = min(first, source.requests)
+        return checked(ModelSource, {**source.model_dump(), **changes}, "workload")
+    if source.path == "-":
+        raise BadInput("the scenario reads its rows from standard input: name a file", "-")
+    return checked(FileSource, {**source.model_dump(), **changes}, "workload")
+
+
+# ---------------------------------------------------------------- provider
+
+
+def _provider(
+    o: Options, policy: Policy, stated: Scenario | None, habits: ProviderConfig | Mapping[str, Any] | None
+) -> ProviderConfig:
+    """The provider that the options, the scenario file or, for want of both, the settings describe."""
+    if isinstance(habits, ProviderConfig):
+        provider = habits
+    elif o.provider is not None:
+        provider = named_provider(o.provider)
+    elif stated is not None:
+        provider = stated.provider
+    else:
+        provider = ProviderConfig(
+            tpm=policy.tpm_limit, rpm=policy.rpm_limit, tpd=policy.tpd_limit, rpd=policy.rpd_limit
+        )
+    changes: dict[str, Any] = {
+        "tpm": o.tpm,
+        "rpm": o.rpm,
+        "charge_rule": o.provider_charge,
+        "settles": o.provider_settles,
+        "latency": None if o.latency is None else latency_of(o.latency),
+    }
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if isinstance(habits, Mapping):
+        changes |= habits
+    return provider.with_(**changes) if changes else provider
+
+
+def named_provider(name: str) -> ProviderConfig:
+    """A published tier by name, or what a YAML file says: the provider's own keys, or a scenario that has one."""
+    if not (name.lower().endswith((".yaml", ".yml")) or os.sep in name or os.path.exists(name)):
+        return ProviderConfig.of(name)
+    source = Source.open(name)
+    with source.stream() as stream:
+        data = parsed_yaml(stream.read().decode("utf-8-sig", errors="replace"), source.name)
+    try:
+        return checked(ProviderConfig, data.get("provider", data), "provider")
+    except BadSetting as error:
+        raise BadInput(str(error), source.name) from None
+
+
+def latency_of(text: str) -> str | dict[str, float]:
+    """A measured model's name, or `S,S_PER_TOKEN` as the fields of a latency."""
+    words = text.split(",")
+    if len(words) == 1:
+        return text
+    try:
+        first_token_s, per_token_s = (float(word) for word in words)
+    except ValueError:
+        raise BadSetting(
+            f"--latency {text!r} is neither a measured model nor seconds to the first token and per token (0.6,0.008)"
+        ) from None
+    return {"first_token_s": first_token_s, "per_token_s": per_token_s}
+
+
+def _with_latency_of(
+    provider: ProviderConfig, workload: Workload, o: Options, habits: ProviderConfig | Mapping[str, Any] | None
+) -> ProviderConfig:
+    """The provider with the latency of the one model that the requests name, unless something else states it."""
+    given = "latency" in habits if isinstance(habits, Mapping) else habits is not None
+    if o.latency is not None or o.provider is not None or given or not isinstance(workload.models, str):
+        return provider
+    model = _SNAPSHOT.sub("", workload.models)
+    return provider.with_(latency=model) if model in LATENCIES else provider
+
+
+def _agreed(policy: Policy, provider: ProviderConfig, stated: Scenario | None, o: Options) -> Policy:
+    """A scenario file's policy, its limits changed with the provider's where they were the same and nothing names them.
+
+    `--set` and an env file name a limit; the scenario file names all of them, by writing them down.
+    """
+    if stated is None:
+        return policy
+    moved = limits_moved(stated.policy, stated.provider, provider)
+    changes = {name: limit for name, limit in moved.items() if getattr(policy, name) == getattr(stated.policy, name)}
+    named = policy_of(o.env_file, assignments=o.assignments or ()).model_fields_set
+    return policy.with_(**{name: value for name, value in changes.items() if name not in named})
+
+
+def _notes(scenario: Scenario, fitted: Scenario, o: Options) -> list[str]:
+    """What the user should know of these inputs beyond where each comes from."""
+    notes = []
+    left_out = len(scenario.workload) - len(fitted.workload)
+    if left_out:
+        limit = min(limit for limit in (scenario.provider.tpm, scenario.provider.tpd) if limit)
+        notes.append(
+            f"{left_out:,} of {len(scenario.workload):,} requests left out: charged more than {limit:,} tokens"
+        )
+    policy, provider = fitted.policy, fitted.provider
+    for env, ours, theirs, what in (
+        ("OPENAI_TPM_LIMIT", policy.tpm_limit, provider.tpm, "tokens"),
+        ("OPENAI_RPM_LIMIT", policy.rpm_limit, provider.rpm, "requests"),
+    ):
+        if ours and theirs and ours > theirs:
+            notes.append(f"{env}={ours:,} is more than the {theirs:,} {what} per minute that the provider grants")
+        elif ours and theirs and ours < theirs:
+            notes.append(
+                f"{env}={ours:,} leaves unused what the provider grants beyond it: {theirs:,} {what} per minute"
+            )
+    if not provider.tpm and not provider.rpm:
+        notes.append("the provider has no limit per minute: only the settings hold the batch back")
+    return notes

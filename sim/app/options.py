@@ -1,0 +1,279 @@
+"""The options that the planning commands share, as they are typed, and the parsing of single values.
+
+What lives here: declarations and text -> value, light enough for `--help`. What must not: reading any file, and what
+the options mean together (`inputs`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from datetime import datetime, timedelta
+from functools import wraps
+from typing import Annotated, Any, Literal, get_type_hints
+
+import typer
+
+from governor.model.errors import BadSetting
+
+_THOUSANDS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
+_UNITS_S = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3_600.0, "d": 86_400.0}
+
+
+def count(text: str) -> int:
+    """A whole number from 0 up, for people: 450000, 450_000, 450k, 2M."""
+    found = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)\s*([kKmMgG]?)", text.strip(), re.ASCII)
+    value = float(found[1].replace("_", "")) * _THOUSANDS[found[2].lower()] if found else -1.0
+    if not 0 <= value <= 1e12 or value != int(value):
+        raise typer.BadParameter(f"{text!r} is not a whole number from 0 to 10^12: write 450000, 450k or 2M")
+    return int(value)
+
+
+def quantiles(text: str) -> tuple[float, float]:
+    """`P50,P95` of `--output-tokens`, two numbers from 1 up in this order."""
+    words = text.split(",")
+    try:
+        p50, p95 = (float(word) for word in words)
+    except ValueError:
+        raise BadSetting(f"--output-tokens {text!r} is not P50,P95: write for example 250,900") from None
+    if not 1.0 <= p50 <= p95 < 1e8:
+        raise BadSetting(f"--output-tokens {text!r}: P50 and P95 must be tokens from 1 up, P95 not below P50")
+    return p50, p95
+
+
+def duration_s(text: str) -> float | None:
+    """Seconds of a duration above 0: 6h, 90m, 90min, 1h30m, 45s, 2d, 1.5h; None for anything else."""
+    word = re.sub(r"[\s_]+", "", text.lower())
+    parts = re.findall(r"(\d+\.?\d*|\.\d+)(sec|min|[smhd])", word, re.ASCII)
+    if not parts or "".join(number + unit for number, unit in parts) != word:
+        return None
+    seconds = sum(float(number) * _UNITS_S[unit] for number, unit in parts)
+    return seconds if 0.0 < seconds <= 1e9 else None
+
+
+def round_trip_s(text: str) -> float:
+    """Seconds of a round trip: 1ms, 500us, 0.02s; at most 10 s."""
+    found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(us|ms|s)", text.strip().lower(), re.ASCII)
+    value = float(found[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0}[found[2]] if found else -1.0
+    if not 0.0 <= value <= 10.0:
+        raise typer.BadParameter(f"{text!r} is no time from 0 to 10 s: write 1ms, 500us or 0.02s")
+    return value
+
+
+def finish_by_s(text: str, now: datetime | None = None) -> float:
+    """Seconds from `now` (the clock's, if none is given) to a wanted end: a duration, or the next HH:MM local time."""
+    seconds = duration_s(text)
+    if seconds is not None:
+        return seconds
+    clock = re.fullmatch(r"([01]?\d|2[0-3]):([0-5]\d)", text.strip(), re.ASCII)
+    if clock is None:
+        raise typer.BadParameter(f"{text!r} is neither a duration above 0 (6h, 90m, 1h30m) nor a time of day (06:00)")
+    now = (now or datetime.now()).astimezone()
+    end = now.replace(hour=int(clock[1]), minute=int(clock[2]), second=0, microsecond=0)
+    if end <= now:
+        end += timedelta(days=1)
+    # By way of naive local times, so that a night in which the clocks change has its own length.
+    return end.replace(tzinfo=None).astimezone().timestamp() - now.timestamp()
+
+
+def wait_s(text: str) -> float:
+    """Seconds of a duration: 30s, 2m."""
+    seconds = duration_s(text)
+    if seconds is None:
+        raise typer.BadParameter(f"{text!r} is not a duration above 0 (30s, 2m)")
+    return seconds
+
+
+def share(text: str) -> float:
+    """A share from 0 to 1: 0.01, or 1%."""
+    word = text.strip()
+    try:
+        value = float(word[:-1]) / 100.0 if word.endswith("%") else float(word)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value <= 1.0:
+        raise typer.BadParameter(f"{text!r} is not a share from 0 to 1 (0.01, or 1%)")
+    return value
+
+
+FinishBy = Annotated[
+    float | None,
+    typer.Option(
+        metavar="6h|06:00",
+        parser=finish_by_s,
+        help="When it should be done: from its beginning, or the next such time of day.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else there.")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What `simulate`, `plan` and `capacity` have in common; None and empty = not given."""
+
+    workload: Annotated[
+        str,
+        typer.Argument(
+            metavar="WORKLOAD",
+            help="Requests in OpenAI's batch format (JSONL), a trace with token counts (CSV, JSONL), a scenario "
+            "(YAML), or - for standard input.",
+            show_default=False,
+        ),
+    ]
+
+    first: Annotated[int, typer.Option(metavar="N", min=0, help="Only the first N rows; 0 = all.")] = 0
+    arrivals: Annotated[
+        Literal["batch", "trace"] | None,
+        typer.Option(help="All requests there at the start (the default), or as the trace says."),
+    ] = None
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ROLE=NAME,...",
+            help="Which column of a trace is what: prompt, output, arrival (arrival=NAME:ms), max_tokens, latency, "
+            "id, model; Azure's, vidur's and Mooncake's names are known.",
+        ),
+    ] = None
+    outputs_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.jsonl",
+            help="Answer lengths from an old run's results, by custom_id.",
+        ),
+    ] = None
+    output_tokens: Annotated[
+        str | None,
+        typer.Option(
+            metavar="P50,P95",
+            help="Answer lengths drawn from a log-normal with these quantiles.",
+        ),
+    ] = None
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=-1,
+            help="The output cap that every row of a trace declares; -1 = none.",
+        ),
+    ] = None
+    skip_oversized: Annotated[
+        bool,
+        typer.Option(
+            "--skip-oversized",
+            help="Leave out requests that are charged more than the limit; else they are an error.",
+        ),
+    ] = False
+
+    env_file: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Today's settings (see `paceline settings`); other names in the file are ignored. Without it, the "
+            "environment's.",
+        ),
+    ] = None
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="One setting on top; may be repeated."),
+    ] = None
+    finalize: Annotated[
+        bool | None,
+        typer.Option(
+            help="Finish answers that were cut off without text by one more call.",
+            show_default=False,
+        ),
+    ] = None
+
+    tpm: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            parser=count,
+            help="Tokens per minute that the provider grants, 0 = no limit; OPENAI_TPM_LIMIT follows unless set.",
+        ),
+    ] = None
+    rpm: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            parser=count,
+            help="Requests per minute that it grants, 0 = no limit; OPENAI_RPM_LIMIT follows unless set.",
+        ),
+    ] = None
+    provider: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PRESET|FILE",
+            help="The provider's habits: a YAML file, or a published tier such as gpt-4o-tier2.",
+        ),
+    ] = None
+    provider_charge: Annotated[
+        Literal["auto", "prompt_chars4", "prompt_plus_max", "max_of", "responses", "fixed"] | None,
+        typer.Option(
+            metavar="RULE",
+            help="How many tokens an admission takes: auto (as measured), prompt_chars4, prompt_plus_max, max_of, "
+            "responses, fixed.",
+        ),
+    ] = None
+    provider_settles: Annotated[
+        bool | None,
+        typer.Option(help="Whether real use replaces the charge on completion.", show_default=False),
+    ] = None
+    latency: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Time of an answer, as measured for gpt-4o, gpt-4o-mini, gpt-4.1, ...; or seconds to the first token "
+            "and per token (0.6,0.008). If not given: that of the requests' own model, else gpt-4o.",
+        ),
+    ] = None
+
+    seed: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=0, max=2**32 - 1, help="Seed of the first run."),
+    ] = None
+    replications: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, max=10**6, help="How many runs, each with its own seed."),
+    ] = None
+    workers: Annotated[
+        int,
+        typer.Option(metavar="N", min=0, max=1024, help="How many runs go on side by side; 0 = one per core."),
+    ] = 0
+    engine: Annotated[
+        Literal["auto", "compiled", "simpy"],
+        typer.Option(
+            help="What simulates: machine code or SimPy, with the same figures to the last bit; auto is the first if "
+            "numba is installed."
+        ),
+    ] = "auto"
+    backend: Annotated[
+        Literal["local", "ray"],
+        typer.Option(help="Where the runs are made: on this machine, or on the Ray cluster that RAY_ADDRESS names."),
+    ] = "local"
+    json: AsJson = False
+
+
+def takes_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command all fields of `Options` as its own options; they reach it as one `Options`, its first argument.
+
+    Typer reads a function's signature, so the signature is made of both: no option stands twice in the source.
+    """
+    given = inspect.signature(command, eval_str=True).parameters
+    own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in list(given.values())[1:]]
+    hints = get_type_hints(Options, include_extras=True)
+    shared = []
+    for name, stated in inspect.signature(Options).parameters.items():
+        shared.append(stated.replace(annotation=hints[name]))
+    names = [field.name for field in fields(Options)]
+
+    @wraps(command)
+    def run(**values: Any) -> None:
+        command(Options(**{name: values.pop(name) for name in names}), **values)
+
+    # The workload is an argument: it has no default and comes first.
+    run.__signature__ = inspect.Signature([*shared, *own])  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in (*shared, *own)}
+    return run

@@ -1,0 +1,271 @@
+"""What `plan` leaves in its folder, and the early check that files can be written at all.
+
+What lives here: which files there are, what stands in them, and that they appear together. What must not: how a single
+file appears whole (`files`), the report (`report`), text for the terminal (`shown`).
+
+All files are filled under hidden names first and take their own names in one go at the end: whatever fails before that,
+a full disk or Ctrl-C, leaves an older set as it was. Of the settings only our own names are written; what else an env
+file holds has never been kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shlex
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from governor import __version__
+from governor.model.errors import BadInput
+from governor.model.policy import GUARDRAIL_KNOBS, KNOBS, Knob, Policy
+from sim.app.inputs import Wishes, scenario_text
+from sim.base.files import write_atomically
+from sim.experiment.results import Plan, SoFar
+from sim.reporting.figure_process import Drawing
+from sim.reporting.terminal import headline, plain
+from sim.scenario.readers import save_rows
+from sim.scenario.scenario import Scenario
+from sim.scenario.scenario_file import FileSource
+from sim.scenario.stress import stress_notes
+from sim.selection.searchlog import NAME as JOURNAL
+
+REPORT = "report.html"
+RECOMMENDED = "recommended.env"
+GUARDRAILS = "recommended-guardrails.env"
+ROLLBACK = "rollback.env"
+SCENARIO = "scenario.yaml"
+ROWS = "scenario.workload.csv"
+PLAN = "plan.json"
+# What an interrupted search leaves, until a plan is made: other names, so that an older plan stays as it was.
+FRONT_SO_FAR = "front-so-far.json"
+RECOMMENDED_SO_FAR = "recommended-so-far.env"
+# Of no use any more once the plan is made.
+OBSOLETE = (FRONT_SO_FAR, RECOMMENDED_SO_FAR, JOURNAL)
+
+
+def check_file(path: str | None, option: str, endings: tuple[str, ...]) -> None:
+    """BadInput, before any work is done, where `path` cannot be written or its ending is none of `endings`."""
+    if path is None:
+        return
+    if not path.lower().endswith(endings):
+        raise BadInput(f"{option} writes {' or '.join(endings)}: name a file with that ending", path)
+    # Opens and removes a hidden file beside the target: permissions, a missing folder and a full disk show now.
+    with contextlib.suppress(_Tried), write_atomically(path):
+        raise _Tried
+
+
+class _Tried(Exception):  # noqa: N818  (no error: it ends a trial before anything is replaced)
+    pass
+
+
+@contextlib.contextmanager
+def prepared_folder(path: str) -> Iterator[Path]:
+    """The folder to write into, made if it is not there, and removed again if the work comes to nothing.
+
+    BadInput where it cannot be made or nothing can be written in it.
+    """
+    folder = Path(path)
+    made: list[Path] = []
+    try:
+        for each in (*reversed(folder.parents), folder):
+            if not each.exists():
+                each.mkdir()
+                made.append(each)
+        with tempfile.TemporaryFile(dir=folder) as trial:
+            trial.write(b" ")
+    except OSError as error:
+        _remove(made)
+        reason = "this is not a folder" if isinstance(error, NotADirectoryError) else error.strerror or str(error)
+        raise BadInput(f"cannot be written into: {reason}", path) from None
+    try:
+        yield folder
+    except BaseException:
+        _remove(made)
+        raise
+
+
+def _remove(folders: list[Path]) -> None:
+    for folder in reversed(folders):
+        # One that is not empty stays: somebody else has put something there.
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A plan's files by name, and the command that makes the same plan again."""
+
+    folder: Path
+    names: tuple[str, ...]
+    command: str
+
+    @property
+    def report(self) -> Path:
+        """The page to open."""
+        return self.folder / REPORT
+
+
+def rerun_command(folder: Path) -> str:
+    """What makes the same plan again: everything that it depends on stands in the scenario file."""
+    out = "" if str(folder) == "out" else f" --out {shlex.quote(str(folder))}"
+    return f"paceline plan {shlex.quote(str(folder / SCENARIO))}{out}"
+
+
+def plan_json(scenario: Scenario, wishes: Wishes, plan: Plan, notes: tuple[str, ...], command: str) -> dict[str, Any]:
+    """The plan with its inputs, each labelled, as plain values: what `--json` prints and plan.json holds."""
+    inputs = {name: {"label": label, "text": text} for name, (label, text) in scenario.provenance().items()}
+    found: dict[str, Any] = plain(plan.to_json_dict())
+    return {
+        "paceline_version": __version__,
+        "asked": wishes.model_dump(mode="json"),
+        **found,
+        "inputs": inputs,
+        "notes": list(notes),
+        "command": command,
+    }
+
+
+def page(scenario: Scenario, plan: Plan, folder: Path, drawing: Drawing | None = None) -> str:
+    """The report as one self-contained page. `drawing`: who has its figures under way; else they are drawn here."""
+    # Templates take a moment to import, and only this needs them.
+    from sim.reporting.report import render
+
+    return render(
+        plan,
+        title=headline(scenario),
+        command=rerun_command(folder),
+        grant=scenario.grant(),
+        provenance=scenario.provenance(),
+        version=__version__,
+        stress_notes=stress_notes(scenario),
+        figures=None if drawing is None else drawing.figures(plan),
+    )
+
+
+def settings_files(plan: Plan) -> dict[str, str]:
+    """The env files: both recommendations with today's values as comments, and the way back."""
+    now = plan.now.policy
+    return {
+        RECOMMENDED: _env("Recommended settings: everything that Paceline's law can do.", plan.full.policy, now),
+        GUARDRAILS: _env(
+            "Recommended settings for a deployment that has the eight guardrail knobs alone.",
+            plan.guardrails.policy,
+            now,
+        ),
+        ROLLBACK: _env("The way back: the settings of before the plan.", now, plan.full.policy),
+    }
+
+
+def _env(title: str, policy: Policy, old: Policy) -> str:
+    # Which names the user's own file held must not matter, or the plan made again would read otherwise.
+    # The eight guardrail knobs always stand there, the others where they say something.
+    told = {k.name: getattr(policy, k.name) for k in KNOBS if k in GUARDRAIL_KNOBS or _says_something(k, policy, old)}
+    return f"# {title}\n\n{Policy.model_validate(told).to_env(old)}"
+
+
+def _says_something(knob: Knob, policy: Policy, old: Policy) -> bool:
+    value = getattr(policy, knob.name)
+    return bool(value != knob.guardrails or value != getattr(old, knob.name))
+
+
+def write_plan(
+    folder: Path, scenario: Scenario, wishes: Wishes, plan: Plan, report: str, notes: tuple[str, ...] = ()
+) -> Written:
+    """Writes all files of a plan, or none. `report`: the page's text."""
+    command = rerun_command(folder)
+    texts = {REPORT: report, **settings_files(plan)}
+    rerun = scenario
+    if isinstance(scenario.source, FileSource) and scenario.source.path == "-":
+        # Rows from standard input have no file to be read from again: they go beside the scenario.
+        rows = FileSource(path=str(folder / ROWS), provenance=dict(scenario.workload.provenance))
+        rerun = scenario.with_(source=rows, skip_oversized=False)
+    texts[SCENARIO] = scenario_text(rerun, wishes, folder)
+    texts[PLAN] = json.dumps(plan_json(scenario, wishes, plan, notes, command), indent=2, allow_nan=False) + "\n"
+    _write_together(folder, texts, scenario if rerun is not scenario else None)
+    return Written(folder, tuple(texts), command)
+
+
+def write_so_far(folder: Path, so_far: SoFar) -> tuple[str, ...]:
+    """Writes what an interrupted search had found; the names of the files."""
+    title = "Best settings so far of an interrupted search: not proved on fresh seeds, nor under the whole stress set."
+    texts = {
+        FRONT_SO_FAR: json.dumps(plain(so_far.to_json_dict()), indent=2, allow_nan=False) + "\n",
+        RECOMMENDED_SO_FAR: _env(title, so_far.best.policy, so_far.now.policy),
+    }
+    for name, text in texts.items():
+        with write_atomically(folder / name) as unfinished:
+            unfinished.write_text(text, encoding="utf-8", newline="\n")
+    return tuple(texts)
+
+
+def _write_together(folder: Path, texts: Mapping[str, str], rows: Scenario | None) -> None:
+    """All files under hidden names first, each forced to the disk; then they take their names, all or none."""
+    with contextlib.ExitStack() as stack:
+        for name, text in texts.items():
+            unfinished = stack.enter_context(write_atomically(folder / name))
+            with open(unfinished, "w", encoding="utf-8", newline="\n") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+        if rows is not None:
+            save_rows(rows.workload, stack.enter_context(write_atomically(folder / ROWS)))
+        # From here on only names change: too short a time to be interrupted in.
+        with _undisturbed(), _all_or_none([folder / name for name in (*texts, ROWS)]):
+            stack.close()
+            for name in OBSOLETE:
+                with contextlib.suppress(OSError):
+                    (folder / name).unlink()
+
+
+@contextlib.contextmanager
+def _all_or_none(paths: list[Path]) -> Iterator[None]:
+    """If the block fails, the files are again what they were before it, or not there."""
+    before: dict[Path, Path | None] = {}
+    try:
+        for path in (Path(os.path.realpath(path)) for path in paths):
+            before[path] = None
+            if path.is_file():
+                kept = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.old")
+                before[path] = kept
+                shutil.copy2(path, kept)
+        try:
+            yield
+        except BaseException:
+            for path, kept_as in before.items():
+                if kept_as is not None:
+                    os.replace(kept_as, path)
+                else:
+                    path.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise BadInput(f"cannot be written: {error.strerror or error}", str(paths[0].parent)) from None
+    finally:
+        for kept_as in filter(None, before.values()):
+            with contextlib.suppress(OSError):
+                kept_as.unlink()
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C waits until the block is over."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    came: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            raise KeyboardInterrupt

@@ -1,0 +1,176 @@
+"""What the service asks of the simulator: a quick forecast before it accepts a batch, and "what if" beside today.
+
+What lives here: both callables, which `sim/app/cli.py` injects by way of `beside`. What must not: HTTP, and what the
+question is about (`governor/service/api/whatif.py` puts it together).
+
+Theory of operation. Both policies meet the same answers, latencies and faults, seed by seed, on the provider that
+today's settings believe in: proposing a higher limit does not make the provider grant it. Somebody drags a slider, so
+time is what is given: runs are added, always in the same order of seeds, until the time for them is used up. What is
+known of an answer (its tokens, its seconds) is taken as it was; the rest is drawn anew in each run.
+
+The compiled engine must first be compiled, once per machine and for many seconds, and that would hold up a server: a
+process of its own does it, and until then SimPy's answers, which are the same, to the bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from governor.forecast.forecast import Demand, Outlook
+from governor.forecast.summary import CAUSES
+from governor.model.estimate import EMBEDDINGS, Sizes
+from governor.model.policy import KNOBS, Policy
+from governor.model.pools import Pool
+from sim.des.engines import Engine, is_available, is_kept, simulated
+from sim.model.provider_config import ProviderConfig
+from sim.model.workload import Workload, constant, with_outputs_assumed
+from sim.validation.foresight import SHARES, Run, believed_provider, case_of, run_once, workload_of
+
+# Seconds of simulation for one answer; a pair of runs is made at least.
+TIME_S = 0.12
+RUNS_MOST = 39
+# For a batch that somebody waits to have accepted.
+FORECAST_REQUESTS = {"auto": 20_000, "simpy": 1_000}
+FORECAST_RUNS = 5
+
+
+_is_begun = threading.Lock()
+_is_ready = threading.Event()
+
+
+def _engine() -> Engine:
+    """The engine that answers right now; the first who asks begins to make the compiled one ready."""
+    begin()
+    return "auto" if _is_ready.is_set() else "simpy"
+
+
+def begin() -> None:
+    """Begins to make the compiled engine ready, unless that has begun already."""
+    if _is_begun.acquire(blocking=False):
+        threading.Thread(target=_make_ready, name="compile", daemon=True).start()
+
+
+def _make_ready() -> None:
+    if is_available():
+        if not is_kept():
+            command = [sys.executable, "-c", "from sim.app.whatif import load; load()"]
+            with contextlib.suppress(OSError):
+                subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        load()
+    _is_ready.set()
+
+
+def load() -> None:
+    """Makes the compiled engine ready in this process, by a run of one request."""
+    demand = Demand()
+    demand.add("", Sizes(0, 1, 4, 0, 1, 0, 0, 1, 1), 1)
+    workload, models = workload_of(Outlook(pool=Pool(), demand=demand))
+    provider = believed_provider(Policy(), models)
+    run_once(with_outputs_assumed(workload, 0), Policy(), provider, finalize=False, seed=0, engine="compiled")
+
+
+def quick_forecast(outlook: Outlook) -> float | None:
+    """When such a batch would be done in an idle pool: the median of some runs. None where that takes too long."""
+    n = outlook.demand.requests
+    engine = _engine()
+    if not 0 < n <= FORECAST_REQUESTS[engine]:
+        return None
+    workload, models = workload_of(outlook)
+    policy = outlook.pool.policy
+    provider = believed_provider(policy, models)
+    runs = max(1, min(FORECAST_RUNS, FORECAST_REQUESTS[engine] // n))
+    finishes = []
+    for seed in range(outlook.seed, outlook.seed + runs):
+        case = case_of(with_outputs_assumed(workload, seed), policy, provider, finalize=outlook.finalize)
+        finishes.append(float(simulated(case, seed, engine=engine).last_s))
+    return float(np.median(finishes))
+
+
+def what_if(question: Mapping[str, Any]) -> dict[str, Any]:
+    """See `governor/service/api/bodies.py` for the answer's shape."""
+    begun, engine = time.perf_counter(), _engine()
+    today, proposed = question["today"], question["proposed"]
+    workload = _workload(question)
+    models = np.full(len(workload), question["model"], dtype=object)
+    provider = believed_provider(today, models)
+    runs: list[tuple[Run, Run]] = []
+    wanted = question["runs"]
+    while len(runs) < (wanted or RUNS_MOST):
+        seed = question["seed"] + len(runs)
+        drawn = _answered(workload, seed)
+        finalize = question["finalize"]
+        other = first = run_once(drawn, today, provider, finalize=finalize, seed=seed, engine=engine)
+        if proposed != today:
+            other = run_once(drawn, proposed, provider, finalize=finalize, seed=seed, engine=engine)
+        runs.append((first, other))
+        used_s = time.perf_counter() - begun
+        if not wanted and used_s * (len(runs) + 1) / len(runs) > TIME_S:
+            break
+    return {
+        "requests": len(workload),
+        "runs": len(runs),
+        "took_ms": (time.perf_counter() - begun) * 1_000.0,
+        "today": _bands([run for run, _ in runs], today, provider),
+        "proposed": _bands([run for _, run in runs], proposed, provider),
+        "changes": question["changes"],
+    }
+
+
+def _workload(question: Mapping[str, Any]) -> Workload:
+    """The batch in columns; answers that nobody knows are 0 until they are drawn."""
+    sizes: dict[str, Any] = {name: np.frombuffer(question["sizes"][name], np.int64) for name in Sizes.__slots__}
+    count = len(question["output_tokens"])
+    return Workload(
+        **sizes,
+        output_tokens=np.frombuffer(question["output_tokens"], np.int64),
+        arrival_s=constant(0.0, count, np.float64),
+        recorded_s=np.frombuffer(question["service_s"], np.float64),
+    )
+
+
+def _answered(workload: Workload, seed: int) -> Workload:
+    """The workload with what is not known of its answers drawn."""
+    known = np.asarray(workload.output_tokens)
+    missing = (known < 0) & (np.asarray(workload.endpoint) != EMBEDDINGS)
+    if not missing.any():
+        return replace(workload, output_tokens=np.maximum(known, 0))
+    drawn = with_outputs_assumed(workload, seed)
+    return replace(drawn, output_tokens=np.where(known < 0, drawn.output_tokens, known))
+
+
+def _bands(runs: list[Run], policy: Policy, provider: ProviderConfig) -> dict[str, Any]:
+    finishes = [run.finish_s for run in runs]
+    waits_s = {cause: float(np.mean([run.waits_s[i] for run in runs])) for i, cause in enumerate(CAUSES) if i}
+    bound = max(waits_s, key=waits_s.__getitem__)
+    ends = np.quantile(np.array([run.ends_at for run in runs]), (0.05, 0.5, 0.95), axis=0)
+    milestones = [
+        {"share": share, "p5_s": float(low), "p50_s": float(middle), "p95_s": float(high)}
+        for share, low, middle, high in zip(SHARES, *ends, strict=True)
+    ]
+    efficiencies = [run.efficiency for run in runs if run.efficiency is not None]
+    return {
+        "finish_s": _quantiles(finishes),
+        "throttled": _quantiles([float(run.throttled) for run in runs]),
+        "failed": float(np.mean([run.failed for run in runs])),
+        "waits_s": waits_s,
+        "bound": bound if waits_s[bound] > 0.0 else "",
+        "efficiency": float(np.mean(efficiencies)) if efficiencies else None,
+        "milestones": milestones,
+        "settings": {knob.env: getattr(policy, knob.name) for knob in KNOBS},
+    }
+
+
+def _quantiles(values: list[float]) -> dict[str, float]:
+    p5, p50, p95 = (float(value) for value in np.quantile(values, (0.05, 0.5, 0.95)))
+    assert math.isfinite(p95), "a run that never ends"
+    return {"p5": p5, "p50": p50, "p95": p95}

@@ -1,0 +1,1 @@
+"""What every room uses: text, colours, files, progress."""

@@ -1,0 +1,147 @@
+"""The look of every figure: colours, markers, the house style, time axes, and saving to SVG and PNG.
+
+What lives here: what two figures share. What must not: any one figure (`figures`, `figures_time`), files, HTML, and
+what texts need as well (`palette`).
+
+Theory of operation. Matplotlib's object interface only: no pyplot, no global state that outlives a call, no backend to
+choose. A function marked `styled` runs under the house style, whatever the user's matplotlibrc says, and the same
+values give the same bytes. Ink, grid and surface are four colours that occur nowhere else, so that the report can
+exchange them for those of the reader's light or dark theme.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+import re
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import matplotlib.style
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from sim.base.palette import GRID, INK, MUTED, SURFACE
+from sim.base.words import time_unit
+
+RC: dict[str, Any] = {
+    "figure.dpi": 100,
+    "savefig.dpi": 150,
+    "font.family": "DejaVu Sans",
+    "font.size": 9.0,
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "hatch.linewidth": 0.5,
+    "figure.facecolor": SURFACE,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "paceline",
+}
+
+# What a page counts as an inch; it shows 9 inches as 864 points.
+POINTS_PER_INCH = 96.0
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def styled(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """The function under the house style, and under nothing else."""
+
+    @functools.wraps(function)
+    def inner(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with matplotlib.style.context(["default", RC]):
+            return function(*args, **kwargs)
+
+    return inner
+
+
+@styled
+def svg_of(figure: Figure) -> str:
+    """The figure as one `<svg>` element, without prologue, date or random ids; text stays text."""
+    arranged(figure)
+    out = io.StringIO()
+    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    text = out.getvalue()
+    return re.sub(r"\s*<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+
+
+def arranged(figure: Figure) -> None:
+    """Places the figure's parts, once and for all: saving would do so twice, and draw everything twice for it."""
+    layout = figure.get_layout_engine()
+    if layout is not None:
+        layout.execute(figure)
+        figure.set_layout_engine("none")
+
+
+@styled
+def png_of(figure: Figure) -> bytes:
+    """The figure as a PNG on a white ground."""
+    out = io.BytesIO()
+    figure.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()
+
+
+class Picture(Figure):
+    """A figure that a notebook shows by itself, in the house style and at the size that it was made for."""
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, float]]:
+        width_in, height_in = self.get_size_inches()
+        # More pixels than the page's own: sharp on the screens of today.
+        return png_of(self), {"width": POINTS_PER_INCH * width_in, "height": POINTS_PER_INCH * height_in}
+
+
+def new_figure(width_in: float, height_in: float) -> Picture:
+    """An empty figure of that size in inches, whose parts arrange themselves."""
+    return Picture(figsize=(width_in, height_in), layout="constrained")
+
+
+def in_time_units(axis: Any, span_s: float, label: str) -> float:
+    """Labels an axis that holds seconds in the unit that suits the span; returns seconds per unit for the data."""
+    per, unit = time_unit(span_s)
+    steps = [1, 2, 2.5, 5, 10] if unit == "days" else [1, 2, 3, 5, 10] if unit == "min" else [1, 2, 5, 10]
+    axis.set_major_locator(MaxNLocator(nbins=8, steps=steps))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axis.set_label_text(f"{label}, {unit}" if label else unit)
+    return per
+
+
+def time_scale(axis: Any, low_s: float, high_s: float, label: str) -> float:
+    """Like `in_time_units`, for times between `low_s` and `high_s`: logarithmic where they are far apart.
+
+    Sets scale, limits, round ticks and label; returns seconds per unit for the data.
+    """
+    per, unit = time_unit(max(low_s, high_s / 8.0))
+    axis.set_label_text(f"{label}, {unit}")
+    x_or_y = axis.axis_name
+    low, high = low_s / per, high_s / per
+    if high > 3.0 * low > 0.0:
+        axis.axes.set(**{f"{x_or_y}scale": "log"})
+        fine = (1, 2, 3, 4, 6) if high < 30.0 * low else (1, 2, 5) if high < 300.0 * low else (1,)
+        decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
+        ticks = [m * 10.0**decade for decade in decades for m in fine]
+        axis.set_ticks([tick for tick in ticks if 0.8 * low <= tick <= 1.25 * high])
+        axis.set_ticks([], minor=True)
+        axis.axes.set(**{f"{x_or_y}lim": (0.85 * low, 1.18 * high)})
+    else:
+        margin = max(0.08 * (high - low), 0.02 * high) or 1.0
+        axis.axes.set(**{f"{x_or_y}lim": (low - margin, high + margin)})
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    return per

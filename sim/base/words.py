@@ -1,0 +1,108 @@
+"""Figures in words: durations, shares, intervals and "none seen", the same in tables, figures and on the terminal.
+
+What lives here: pure functions from numbers to short texts. A text never says more than is known: rounding is to what a
+reader can use, an upper limit is rounded up, and nan reads "not known".
+"""
+
+from __future__ import annotations
+
+import math
+
+from sim.experiment.results import Estimate, Forecast
+
+# Seconds per unit of a time axis, from small to large, and the span from which on the unit reads better.
+TIME_UNITS = ((1.0, "s", 0.0), (60.0, "min", 180.0), (3_600.0, "h", 3.0 * 3_600.0), (86_400.0, "days", 3.0 * 86_400.0))
+
+
+def duration(seconds: float) -> str:
+    """A duration in its two largest units: "0.35 s", "42 s", "24 min 10 s", "1 h 28 min", "2 d 4 h"."""
+    if math.isnan(seconds):
+        return "not known"
+    if math.isinf(seconds):
+        return "never"
+    sign, s = ("−", -seconds) if seconds < 0.0 else ("", seconds)
+    if s < 0.0005:
+        return "0 s"
+    if s < 9.95:
+        return f"{sign}{s:.2g} s"
+    # Rounded before it is split, so that 59.7 s reads "1 min" and not "60 s".
+    if round(s) < 60:
+        return f"{sign}{round(s)} s"
+    if round(s) < 3_600:
+        return sign + _two(round(s), 60, "min", "s")
+    if round(s / 60.0) < 1_440:
+        return sign + _two(round(s / 60.0), 60, "h", "min")
+    return sign + _two(round(s / 3_600.0), 24, "d", "h")
+
+
+def _two(small: int, ratio: int, big_unit: str, small_unit: str) -> str:
+    big, rest = divmod(small, ratio)
+    return f"{big:,} {big_unit} {rest} {small_unit}" if rest else f"{big:,} {big_unit}"
+
+
+def seconds_text(seconds: float) -> str:
+    """The same duration in seconds alone, for tooltips and for those who calculate: "5,280 s"."""
+    if not math.isfinite(seconds):
+        return duration(seconds)
+    return f"{seconds:,.0f} s" if abs(seconds) >= 100.0 else f"{seconds:.3g} s"
+
+
+def number(value: float) -> str:
+    """A count or a mean of counts: whole numbers as such, others with two decimals below 10 and one below 100."""
+    if math.isnan(value):
+        return "not known"
+    if value < 0.0:
+        return f"−{number(-value)}"
+    if value == round(value) or value >= 100.0:
+        return f"{round(value):,}"
+    text = f"{value:.{2 if value < 9.995 else 1}f}"
+    return f"{value:.1g}" if float(text) == 0.0 else text
+
+
+def percent(ratio: float) -> str:
+    """A share: "73 %", "0.41 %", "99.8 %": two digits, and never 100 % for what is less."""
+    if math.isnan(ratio):
+        return "not known"
+    sign, value = ("−", -100.0 * ratio) if ratio < 0.0 else ("", 100.0 * ratio)
+    if 99.0 <= value < 100.0:
+        return f"{sign}{math.floor(10.0 * value) / 10.0:.1f} %"
+    return f"{sign}{value:.0f} %" if value >= 9.95 or value == 0.0 else f"{sign}{value:.2g} %"
+
+
+def percent_at_most(ratio: float) -> str:
+    """An upper limit as a share, rounded up to two digits so that it stays one."""
+    value = 100.0 * ratio
+    if value <= 0.0:
+        return "0 %"
+    step = 10.0 ** (math.floor(math.log10(value)) - 1)
+    # 1e-9: what is two digits already stays as it is.
+    return f"{min(100.0, math.ceil(value / step - 1e-9) * step):.6g} %"
+
+
+def time_unit(span_s: float) -> tuple[float, str]:
+    """The unit in which a time axis of this length reads best: (seconds per unit, its name)."""
+    found = TIME_UNITS[0]
+    for unit in TIME_UNITS:
+        if span_s >= unit[2]:
+            found = unit
+    return found[0], found[1]
+
+
+def interval(estimate: Estimate, form: str = "duration") -> str:
+    """The 95 % interval of the mean, "from to": `form` is duration, number or percent. One run: says so."""
+    if estimate.n < 2:
+        return "one run: no interval"
+    return between(estimate.low, estimate.high, form)
+
+
+def between(low: float, high: float, form: str = "duration") -> str:
+    """Two figures as a range: "24 min to 25 min"; one where they read the same."""
+    write = {"duration": duration, "number": number, "percent": percent}[form]
+    first, last = write(low), write(high)
+    return first if first == last else f"{first} to {last}"
+
+
+def lost_text(forecast: Forecast) -> str:
+    """How many requests were lost in all runs together: "0 of 12,000, at most 0.025 % at 95 %"."""
+    seen = f"{forecast.lost:,} of {forecast.trials:,}"
+    return f"{seen}, at most {percent_at_most(forecast.lost_at_most)} at 95 %"

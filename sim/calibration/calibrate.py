@@ -1,0 +1,324 @@
+"""Logs of real requests into a scenario: what was fitted, with intervals, and what the data cannot tell.
+
+What lives here: `calibrate`, which reads the sources and puts the fits together, and `Calibration`: the scenario, the
+figures and the forecast for another stretch of the same kind. What must not: the fits (`fits`, `fits_quota`), readers
+(`observed`, `logs`, `spans`), the picture (`figures_calibrate`), the command (`calibrate_cli`).
+
+Theory of operation. The workload is empirical: whole rows as they were, prompts and answers together, with their
+arrivals. Times come from the fitted model where its shape passes, so that what a different setting would have met is
+drawn anew; else from the rows' own recorded times. The rest of the provider is the fitted figures, each with its
+interval; what the log cannot tell keeps the default, and is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from governor.model.errors import BadInput
+from governor.model.policy import Policy
+from sim.calibration import fits
+from sim.calibration.fits import ArrivalFit, Family, Figure, LatencyFit, unknown
+from sim.calibration.fits_quota import QuotaFit, quota
+from sim.calibration.logs import of_log, of_results
+from sim.calibration.observed import Observed, of_journal, pooled, workload_of
+from sim.calibration.spans import looks_like_spans, of_spans
+from sim.des.engines import simulated
+from sim.experiment.experiment import case_of
+from sim.model.provider_config import ProviderConfig
+from sim.model.workload import Workload, redrawn
+from sim.scenario.readers import BATCH, SCENARIO, Source
+from sim.scenario.scenario import Scenario, following
+from sim.scenario.scenario_file import FileSource
+
+Real = NDArray[np.float64]
+SQLITE = b"SQLite format 3\0"
+# Runs of the forecast; its ends are quantiles of as many draws.
+DRAWS = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """A scenario and where its figures come from. `scenario.source` is standard input's until it is written.
+
+    `prompts`, `outputs`: parametric families beside the empirical lengths, best first. `correlation`: Spearman's, of
+    prompt and answer.
+    """
+
+    scenario: Scenario
+    observed: Observed
+    figures: tuple[Figure, ...]
+    latency: LatencyFit | None
+    arrivals: ArrivalFit | None
+    quota: QuotaFit
+    prompts: list[Family]
+    outputs: list[Family]
+    notes: tuple[str, ...]
+
+    def __getitem__(self, name: str) -> Figure:
+        return next(figure for figure in self.figures if figure.name == name)
+
+    def write(self, path: str | Path) -> Scenario:
+        """Writes scenario.yaml and, beside it, its rows as scenario.workload.csv."""
+        return self.scenario.write(path)
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        names = ("name", "value", "low", "high", "unit", "how", "default")
+        return {
+            "attempts": len(self.observed),
+            "requests": len(self.scenario.workload),
+            "confidence_together": fits.CONFIDENCE,
+            "figures": [{name: getattr(figure, name) for name in names} for figure in self.figures],
+            "prompt_families": [{"name": f.name, "ks": f.ks, "aic": f.aic} for f in self.prompts],
+            "output_families": [{"name": f.name, "ks": f.ks, "aic": f.aic} for f in self.outputs],
+            "notes": list(self.notes),
+        }
+
+
+def read_sources(paths: Sequence[str], columns: Mapping[str, str]) -> Observed:
+    """The attempts in all the sources. BadInput, in one line, for the first thing that is wrong."""
+    return pooled([_read(path, columns) for path in paths])
+
+
+def _read(path: str, columns: Mapping[str, str]) -> Observed:
+    if "://" in path:
+        return of_journal(path)
+    source = Source.open(path)
+    with source.stream() as stream:
+        head = stream.read(65_536)
+    if head.startswith(SQLITE):
+        return of_journal(path)
+    if looks_like_spans(head) and head.lstrip()[:1] in (b"{", b"["):
+        return of_spans(source)
+    kind = source.kind()
+    if kind == SCENARIO:
+        raise BadInput("this is a scenario, not a log of requests", source.name)
+    if kind == BATCH or b'"response"' in head.split(b"\n", 1)[0]:
+        return of_results(source)
+    return of_log(source, columns)
+
+
+def calibrate(observed: Observed, *, base: ProviderConfig | None = None, policy: Policy | None = None) -> Calibration:
+    """What the attempts teach. `base`: the provider whose values are left where the data cannot tell.
+
+    `policy`: of the scenario; that of the journal if not given, else the guardrails' defaults under the fitted limits.
+    """
+    base = base or ProviderConfig()
+    rows = observed.rows()
+    # Finalize passes are answers, too; what was answered twice tells of time twice.
+    done = observed.answered
+    times = fits.latency(
+        observed.tries.output_tokens[done].astype(np.float64), observed.took_s[done], observed.first_s[done]
+    )
+    workload = workload_of(observed)
+    come = fits.arrivals(workload.arrival_s) if workload.has_arrivals else None
+    found = quota(observed, base)
+    figures = (
+        *_lengths(observed, rows),
+        *_times(times, base),
+        *_arrivals(come, observed),
+        *found.figures,
+    )
+    recorded = times is not None and times.ks > times.ks_limit
+    provider = _provider(base, found, times, recorded, observed.label)
+    notes = (*observed.notes, *_notes(observed, times, recorded, found))
+    policy = policy or observed.policy or following(Policy(), provider)
+    scenario = Scenario(
+        source=FileSource(path="-", provenance=dict(workload.provenance)),
+        workload=workload,
+        provider=provider,
+        policy=policy,
+        arrivals="trace" if workload.has_arrivals else "batch",
+        skip_oversized=True,
+    ).fitted(skip_oversized=True)
+    answers = observed.tries.output_tokens[rows[done[rows]]]
+    return Calibration(
+        scenario=scenario,
+        observed=observed,
+        figures=figures,
+        latency=times,
+        arrivals=come,
+        quota=found,
+        prompts=fits.families(observed.tries.prompt_tokens[rows]),
+        outputs=fits.families(answers),
+        notes=notes,
+    )
+
+
+# ---------------------------------------------------------------- parts
+
+
+def _lengths(observed: Observed, rows: NDArray[np.int64]) -> tuple[Figure, ...]:
+    found = []
+    answered = rows[observed.answered[rows]]
+    for name, which, values in (
+        ("prompt tokens", rows, observed.tries.prompt_tokens[rows]),
+        ("output tokens", answered, observed.tries.output_tokens[answered]),
+    ):
+        for q in (0.5, 0.95):
+            how = f"{len(which):,} requests; the scenario has the rows themselves"
+            found.append(fits.quantile(f"{name} P{100 * q:.0f}", values.astype(np.float64), q, "tokens", how))
+    rows = answered
+    prompt, output = (getattr(observed.tries, name)[rows] for name in ("prompt_tokens", "output_tokens"))
+    name = "prompt-output correlation"
+    if len(rows) < 10 or np.ptp(prompt) == 0 or np.ptp(output) == 0:
+        few = len(rows) < 10
+        return (*found, unknown(name, None, "fewer than 10 answers" if few else "one of the two does not vary"))
+    rho = float(stats.spearmanr(prompt, output).statistic)
+    # Fisher's transform, with Bonett and Wright's (2000) variance for Spearman's rho.
+    half = float(stats.norm.ppf(0.5 + fits.EACH / 2.0)) * np.sqrt((1.0 + rho**2 / 2.0) / (len(rows) - 3))
+    z = np.arctanh(min(0.999999, max(-0.999999, rho)))
+    how = "Spearman's rank correlation; rows are kept whole"
+    return (*found, Figure(name, rho, float(np.tanh(z - half)), float(np.tanh(z + half)), "", how))
+
+
+def _times(times: LatencyFit | None, base: ProviderConfig) -> tuple[Figure, ...]:
+    late = base.latency
+    if times is None:
+        why = f"fewer than {fits.LEAST_ANSWERS} answers have a time"
+        return (
+            unknown("first token", late.first_token_s, why, "s"),
+            unknown("per output token", late.per_token_s, why, "s"),
+            unknown("noise (sigma)", late.sigma, why),
+            unknown("stalls", late.stall_ratio, why),
+        )
+    return times.first_token_s, times.per_token_s, times.sigma, times.stall_ratio
+
+
+def _arrivals(come: ArrivalFit | None, observed: Observed) -> tuple[Figure, ...]:
+    if come is not None:
+        return come.rate_per_s, come.cv
+    why = "a batch: all requests are there at the start" if observed.batch else "the log has no times of arrival"
+    if not observed.batch and (observed.arrived_s >= 0.0).any():
+        why = f"fewer than {fits.LEAST_ANSWERS} requests with a time of arrival, or all at one moment"
+    return (unknown("arrivals", None, why, "per s"),)
+
+
+# The provider's inputs, as its `provenance` names them, by the figures that they are learnt with.
+LEARNT = {
+    "limits": "tokens per minute",
+    "charge rule": "charge rule",
+    "settling": "settles",
+    "refused requests": "refusals count",
+    "Retry-After": "Retry-After",
+    "other users of the quota": "share of others",
+    "faults": "server errors",
+}
+
+
+def _provider(
+    base: ProviderConfig, found: QuotaFit, times: LatencyFit | None, recorded: bool, label: str
+) -> ProviderConfig:
+    changes: dict[str, Any] = {
+        "preset": "",
+        "tpm": int(found["tokens per minute"].used),
+        "rpm": int(found["requests per minute"].used),
+        "charge_rule": found["charge rule"].used,
+        "settles": found["settles"].used,
+        "failed_requests_count": found["refusals count"].used,
+        "retry_after": found["Retry-After"].used,
+        "limit_changes": tuple({"at_s": at_s, "factor": factor} for at_s, factor in found.changes),
+        "cotenant": {"share": found["share of others"].used, "burst_s": 0.0, "period_s": 0.0},
+        "faults": {
+            **base.faults.model_dump(),
+            "error_ratio": found["server errors"].used,
+            "drop_ratio": found["dropped"].used,
+            "refusal_s": found["refusal"].used,
+        },
+    }
+    if times is not None:
+        changes["latency"] = {
+            "first_token_s": times.first_token_s.used,
+            "per_token_s": times.per_token_s.used,
+            "sigma": min(3.0, times.sigma.used),
+            "stall_ratio": times.stall_ratio.used,
+            "stall_min_s": times.stall_min_s,
+            "stall_max_s": times.stall_max_s,
+            "recorded": recorded,
+        }
+        if recorded:
+            # The stalls are in the recorded times already.
+            changes["latency"]["stall_ratio"] = 0.0
+    learnt = [name for name, figure in LEARNT.items() if found[figure].known]
+    learnt += ["latency"] if times is not None else []
+    return base.with_(**changes, learnt=tuple(learnt), learnt_from=label)
+
+
+def _notes(observed: Observed, times: LatencyFit | None, recorded: bool, found: QuotaFit) -> tuple[str, ...]:
+    notes = []
+    if recorded and times is not None:
+        notes.append(
+            f"the times are not of the model's shape (KS {times.ks:.3f}, allowed {times.ks_limit:.3f}): the scenario "
+            "repeats each row's own time"
+        )
+    if found["share of others"].known and found["share of others"].used > 0.0:
+        notes.append("others are taken to use their share evenly: whether they come in bursts is not fitted")
+    if (observed.tries.max_tokens < 0).all():
+        notes.append("the log states no output caps: none is declared")
+    notes.append(
+        "not fitted, left at the defaults: daily limits, slices of a minute, ramp limits, cut answers without text"
+    )
+    return tuple(notes)
+
+
+# ---------------------------------------------------------------- another stretch of the same kind
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What another log of so many requests would show: (median, low, high), 95 % of draws between the two.
+
+    `tokens_per_min`: prompt and output, over its whole length; None without arrivals. `makespan_s`: of the scenario.
+    """
+
+    requests: int
+    tokens_per_min: tuple[float, float, float] | None
+    makespan_s: tuple[float, float, float]
+
+
+def outlook(scenario: Scenario, requests: int = 0, *, draws: int = DRAWS) -> Outlook:
+    """The forecast for another `requests` requests of the same kind (0 = as many as the scenario has).
+
+    Each draw has other rows (`redrawn`, in stretches by `fits.block_s`) and other chance.
+    """
+    workload = scenario.workload
+    requests = requests or len(workload)
+    tokens = (workload.prompt_tokens + workload.output_tokens).astype(np.float64)
+    at_s = workload.arrival_s if workload.has_arrivals else np.arange(len(workload), dtype=np.float64)
+    length = fits.block_s(at_s, tokens) if len(workload) > 1 else 1.0
+    rates, ends = [], []
+    for seed in range(draws):
+        drawn = redrawn(workload, requests, length, seed)
+        rates.append(tokens_per_min(drawn))
+        case = case_of(scenario.with_(workload=drawn))
+        ends.append(simulated(case, scenario.seed + seed).summary(case.grant).makespan_s)
+    stretches = max(2, round((float(np.ptp(at_s)) or 1.0) / length)) if workload.has_arrivals else 16
+    rate = _spread(rates, stretches) if workload.has_arrivals else None
+    return Outlook(requests, rate, _spread(ends, stretches))
+
+
+def tokens_per_min(workload: Workload) -> float:
+    """Prompt and output tokens per minute of a workload with arrivals, over its whole length."""
+    span_s = float(np.ptp(workload.arrival_s))
+    total = float((workload.prompt_tokens + workload.output_tokens).sum())
+    return 60.0 * total / span_s if span_s > 0.0 else 0.0
+
+
+def _spread(values: Sequence[float], stretches: int) -> tuple[float, float, float]:
+    """Median and the interval in which another log lies with 95 %: normal in logarithms, whose tails draws lack.
+
+    The draws are as many as one likes, but their variance is known from so many `stretches` of the log only, and is
+    short of theirs by one: Student's t of that many, and the bootstrap's factor.
+    """
+    logs = np.log(np.maximum(values, 1e-9))
+    factor = float(stats.t.ppf(0.975, stretches - 1)) * float(np.sqrt(stretches / (stretches - 1.0)))
+    half = factor * float(logs.std(ddof=1)) * float(np.sqrt(1.0 + 1.0 / len(logs)))
+    middle = float(logs.mean())
+    return float(np.median(values)), float(np.exp(middle - half)), float(np.exp(middle + half))

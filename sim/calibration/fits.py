@@ -1,0 +1,350 @@
+"""What a log tells of lengths, times and arrivals: estimates with intervals, and how well a model fits.
+
+What lives here: `Figure`, and the fits that need nothing but the rows. What must not: what the headers tell of the
+quota (`fits_quota`), reading (`observed`), putting it together (`calibrate`).
+
+Theory of operation. All intervals of one calibration hold together: each is made at 1 - 0.05 / FIGURES (Bonferroni), so
+that of a hundred logs about five have any figure outside of its interval.
+
+Latency is the provider's own model (`sim/model/provider.py`): (first token + per token x output) times log-normal noise, and
+now and then a stall on top. It is a mixture, fitted by expectation and maximisation: the line by least squares of the
+logarithms, each answer weighted by its chance of not having stalled (Dempster, Laird and Rubin, 1977); the line's
+interval is that of the weighted least squares, sigma's that of chi-square, the share of stalls' that of Clopper and
+Pearson. Quantiles have distribution-free intervals from the order statistics; the rate of arrivals has batch means,
+which hold for bursty ones, too.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import optimize, stats
+
+from sim.model.presets import STALL_MAX_S, STALL_MIN_S
+
+Real = NDArray[np.float64]
+
+CONFIDENCE = 0.95
+# First token, per token, sigma, stalls, errors, drops, share of others, rate, burstiness, refusals, two quantiles each.
+FIGURES = 14
+EACH = 1.0 - (1.0 - CONFIDENCE) / FIGURES
+ROUNDS = 60
+SIGMA_LEAST = 1e-4
+# A stall lies so many sigmas above the line, and so many seconds.
+STALL_SIGMAS = 5.0
+STALL_LEAST_S = 2.0
+LEAST_ANSWERS = 20
+BATCHES = 20
+RESAMPLES = 400
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One fitted figure. `value` None: the data cannot tell, and `default` is left. `low`, `high`: None = no interval.
+
+    `how`: from what, or why not, in words.
+    """
+
+    name: str
+    value: Any
+    low: float | None
+    high: float | None
+    unit: str
+    how: str
+    default: Any = None
+
+    @property
+    def known(self) -> bool:
+        """Whether the data could tell."""
+        return self.value is not None
+
+    @property
+    def used(self) -> Any:
+        """What goes into the scenario."""
+        return self.value if self.value is not None else self.default
+
+
+def unknown(name: str, default: Any, why: str, unit: str = "") -> Figure:
+    """A figure that the data cannot tell."""
+    return Figure(name, None, None, None, unit, why, default)
+
+
+def share(name: str, hits: float, of: float, how: str) -> Figure:
+    """A share with the interval of Clopper and Pearson; `hits` may be a sum of chances."""
+    alpha = 1.0 - EACH
+    low = float(stats.beta.ppf(alpha / 2.0, hits, of - hits + 1.0)) if hits > 0.0 else 0.0
+    high = float(stats.beta.ppf(1.0 - alpha / 2.0, hits + 1.0, of - hits)) if hits < of else 1.0
+    return Figure(name, hits / of, low, high, "", how)
+
+
+def quantile(name: str, values: Real, q: float, unit: str, how: str) -> Figure:
+    """A quantile with its distribution-free interval: order statistics whose ranks a binomial count covers."""
+    ordered = np.sort(values)
+    n = len(ordered)
+    alpha = 1.0 - EACH
+    ranks = [float(stats.binom.ppf(p, n, q)) for p in (alpha / 2.0, 1.0 - alpha / 2.0)]
+    low, high = (ordered[min(n - 1, max(0, int(rank) + shift))] for rank, shift in zip(ranks, (-1, 1), strict=True))
+    return Figure(name, float(np.quantile(ordered, q)), float(low), float(high), unit, how)
+
+
+# ---------------------------------------------------------------- lengths
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One parametric family fitted to token counts. `ks`: the largest distance of the two distribution functions."""
+
+    name: str
+    parameters: tuple[float, ...]
+    ks: float
+    aic: float
+
+
+FAMILIES = {"log-normal": stats.lognorm, "gamma": stats.gamma, "Weibull": stats.weibull_min}
+
+
+def families(values: NDArray[Any]) -> list[Family]:
+    """The families, best first by Akaike's criterion. Empty where all values are alike.
+
+    With estimated parameters the KS distance has no simple p-value (Lilliefors), so that none is stated.
+    """
+    values = np.maximum(values.astype(np.float64), 0.5)
+    if len(values) < LEAST_ANSWERS or np.ptp(values) == 0.0:
+        return []
+    found = []
+    for name, family in FAMILIES.items():
+        parameters = tuple(float(p) for p in family.fit(values, floc=0.0))
+        likelihood = float(np.sum(family.logpdf(values, *parameters)))
+        if not math.isfinite(likelihood):
+            continue
+        ks = float(stats.kstest(values, family.cdf, args=parameters).statistic)
+        found.append(Family(name, parameters, ks, 4.0 - 2.0 * likelihood))
+    return sorted(found, key=lambda family: family.aic)
+
+
+# ---------------------------------------------------------------- latency
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyFit:
+    """Figures of the provider's model of time. `stall`: chance that each answer stalled; `ks`: of the noise's shape."""
+
+    first_token_s: Figure
+    per_token_s: Figure
+    sigma: Figure
+    stall_ratio: Figure
+    stall_min_s: float
+    stall_max_s: float
+    stall: Real
+    ks: float
+    ks_limit: float
+
+    def line(self, output: Real) -> Real:
+        """The median time of an answer of that length, seconds."""
+        found: Real = self.first_token_s.used + self.per_token_s.used * output
+        return found
+
+
+def latency(output: Real, took_s: Real, first_s: Real) -> LatencyFit | None:
+    """The model of time of answered attempts; None for fewer than LEAST_ANSWERS times.
+
+    `first_s`: times of first tokens where they were measured, else -1.
+    """
+    usable = took_s > 0.0
+    if usable.sum() < LEAST_ANSWERS:
+        return None
+    x, y = output[usable].astype(np.float64), took_s[usable]
+    tied = bool(np.ptp(x) == 0.0)
+    line = _start(x, y, tied)
+    weight = np.ones(len(x))
+    sigma, q, low_s, high_s = _spread(x, y, line, weight), 0.0, STALL_MIN_S, STALL_MAX_S
+    for _ in range(ROUNDS):
+        mu = line[0] + line[1] * x
+        sure = y - mu > np.maximum(STALL_LEAST_S, mu * math.expm1(min(3.0, STALL_SIGMAS * sigma)))
+        low_s, high_s = _ends(y[sure] - mu[sure])
+        before = (*line, sigma, q)
+        q = max(q, float(sure.mean()))
+        weight = _body_chance(y, mu, sigma, q, low_s, high_s)
+        weight[sure] = 0.0
+        line = _weighted_line(x, y, weight, line, tied)
+        sigma = _spread(x, y, line, weight)
+        q = float(1.0 - weight.mean())
+        if np.allclose(before, (*line, sigma, q), rtol=1e-6, atol=1e-9):
+            break
+    return _figures(x, y, first_s[usable], line, sigma, weight, (low_s, high_s), tied, usable)
+
+
+def _start(x: Real, y: Real, tied: bool) -> tuple[float, float]:
+    """A line that a few stalls do not move: least absolute-like residuals of the logarithms."""
+    if tied:
+        return float(np.median(y)), 0.0
+    scale = max(1.0, float(np.median(x)))
+
+    def residuals(p: Real) -> Real:
+        return np.log(np.maximum(p[0] + p[1] * x / scale, 1e-9)) - np.log(y)
+
+    middle = float(np.median(y)) / 2.0
+    found = optimize.least_squares(residuals, [middle, middle], bounds=(1e-9, np.inf), loss="soft_l1", f_scale=0.1)
+    return float(found.x[0]), float(found.x[1] / scale)
+
+
+def _weighted_line(x: Real, y: Real, w: Real, line: tuple[float, float], tied: bool) -> tuple[float, float]:
+    root = np.sqrt(w)
+    if tied:
+        return float(np.exp(np.sum(w * np.log(y)) / np.sum(w))), 0.0
+    scale = max(1.0, float(np.median(x)))
+
+    def residuals(p: Real) -> Real:
+        return root * (np.log(np.maximum(p[0] + p[1] * x / scale, 1e-9)) - np.log(y))
+
+    start = [max(line[0], 1e-6), max(line[1] * scale, 1e-6)]
+    found = optimize.least_squares(residuals, start, bounds=(1e-9, np.inf), x_scale=start)
+    return float(found.x[0]), float(found.x[1] / scale)
+
+
+def _spread(x: Real, y: Real, line: tuple[float, float], w: Real) -> float:
+    """Standard deviation of the logarithms about the line."""
+    r = np.log(y) - np.log(np.maximum(line[0] + line[1] * x, 1e-9))
+    if (w == 1.0).all():
+        return max(SIGMA_LEAST, 1.4826 * float(np.median(np.abs(r - np.median(r)))))
+    return max(SIGMA_LEAST, math.sqrt(float(np.sum(w * r * r)) / max(1.0, float(w.sum()) - 2.0)))
+
+
+def _ends(stalls: Real) -> tuple[float, float]:
+    """The shortest and the longest stall, a little beyond those seen; the defaults where fewer than three were."""
+    if len(stalls) < 3:
+        return STALL_MIN_S, STALL_MAX_S
+    step = float(np.ptp(stalls)) / (len(stalls) - 1)
+    return max(0.0, float(stalls.min()) - step), float(stalls.max()) + step
+
+
+def _body_chance(y: Real, mu: Real, sigma: float, q: float, low_s: float, high_s: float) -> Real:
+    """The chance that each answer did not stall."""
+    if q <= 0.0:
+        return np.ones(len(y))
+    body = (1.0 - q) * stats.norm.pdf(np.log(y), np.log(np.maximum(mu, 1e-9)), sigma) / y
+    over = y - mu
+    stalled = q * ((over >= low_s) & (over <= high_s)) / max(1e-9, high_s - low_s)
+    total = body + stalled
+    return np.where(total > 0.0, body / np.maximum(total, 1e-300), (over < low_s).astype(np.float64))
+
+
+def _figures(
+    x: Real,
+    y: Real,
+    first_s: Real,
+    line: tuple[float, float],
+    sigma: float,
+    weight: Real,
+    ends: tuple[float, float],
+    tied: bool,
+    usable: NDArray[np.bool_],
+) -> LatencyFit:
+    n = float(weight.sum())
+    free = max(1.0, n - (1.0 if tied else 2.0))
+    mu = np.maximum(line[0] + line[1] * x, 1e-9)
+    r = np.log(y) - np.log(mu)
+    spread = math.sqrt(float(np.sum(weight * r * r)) / free)
+    jacobian = np.column_stack([1.0 / mu, x / mu])[:, : 1 if tied else 2]
+    covariance = spread**2 * np.linalg.pinv(jacobian.T @ (weight[:, None] * jacobian))
+    half = float(stats.t.ppf(0.5 + EACH / 2.0, free)) * np.sqrt(np.maximum(0.0, np.diag(covariance)))
+    how = f"{len(x):,} answered attempts, by output length"
+    first = Figure("first token", line[0], max(0.0, line[0] - half[0]), line[0] + half[0], "s", how)
+    if (first_s > 0.0).sum() >= LEAST_ANSWERS:
+        first = _first_token(first_s[first_s > 0.0])
+    if tied:
+        per_token = unknown(
+            "per output token", 0.0, "all answers have one length: their time is the first token's", "s"
+        )
+    else:
+        per_token = Figure("per output token", line[1], max(0.0, line[1] - half[1]), line[1] + half[1], "s", how)
+    alpha = 1.0 - EACH
+    low, high = (spread * math.sqrt(free / float(stats.chi2.ppf(p, free))) for p in (1.0 - alpha / 2.0, alpha / 2.0))
+    noise = Figure("noise (sigma)", spread, low, high, "", f"{how}, about the line")
+    body = weight > 0.5
+    shape = stats.kstest(r[body] / max(spread, 1e-12), "norm")
+    stall = np.zeros(len(usable))
+    stall[usable] = 1.0 - weight
+    return LatencyFit(
+        first_token_s=first,
+        per_token_s=per_token,
+        sigma=noise,
+        stall_ratio=share("stalls", float(len(x) - n), float(len(x)), f"{how}: beyond the noise"),
+        stall_min_s=ends[0],
+        stall_max_s=ends[1],
+        stall=stall,
+        ks=float(shape.statistic),
+        # Lilliefors' 5 % bound for a normal shape with estimated mean and variance, large samples.
+        ks_limit=0.886 / math.sqrt(max(1.0, float(body.sum()))),
+    )
+
+
+def _first_token(first_s: Real) -> Figure:
+    """The first token where its time was measured: the geometric mean, which is the median of log-normal times."""
+    logs = np.log(first_s)
+    half = float(stats.t.ppf(0.5 + EACH / 2.0, len(logs) - 1)) * float(logs.std(ddof=1)) / math.sqrt(len(logs))
+    middle = float(logs.mean())
+    how = f"{len(logs):,} measured times to the first token"
+    return Figure("first token", math.exp(middle), math.exp(middle - half), math.exp(middle + half), "s", how)
+
+
+# ---------------------------------------------------------------- arrivals
+
+
+@dataclass(frozen=True, slots=True)
+class ArrivalFit:
+    """`rate_per_s`, `cv` (of the gaps: 1 = Poisson) and `dispersion` (variance over mean of counts per minute)."""
+
+    rate_per_s: Figure
+    cv: Figure
+    dispersion: float
+    block_s: float
+
+
+def arrivals(at_s: Real) -> ArrivalFit | None:
+    """Rate and burstiness of arrivals; None where they are fewer than LEAST_ANSWERS or all at one moment."""
+    at_s = np.sort(at_s[at_s >= 0.0])
+    span = float(np.ptp(at_s)) if len(at_s) else 0.0
+    if len(at_s) < LEAST_ANSWERS or span <= 0.0:
+        return None
+    batches = min(BATCHES, len(at_s) // 5)
+    counts = np.histogram(at_s, batches)[0] / (span / batches)
+    half = float(stats.t.ppf(0.5 + EACH / 2.0, batches - 1)) * float(counts.std(ddof=1)) / math.sqrt(batches)
+    rate = len(at_s) / span
+    gaps = np.diff(at_s)
+    rng = np.random.default_rng(0)
+    drawn = rng.choice(gaps, (RESAMPLES, len(gaps)))
+    spread = np.log(np.maximum(drawn.std(axis=1) / drawn.mean(axis=1), 1e-12))
+    cv = float(gaps.std() / gaps.mean())
+    wide = float(stats.norm.ppf(0.5 + EACH / 2.0)) * float(spread.std(ddof=1))
+    per_minute = np.bincount((at_s / 60.0).astype(np.int64))
+    how = f"{len(at_s):,} arrivals in {span:,.0f} s"
+    return ArrivalFit(
+        rate_per_s=Figure("arrivals", rate, max(0.0, rate - half), rate + half, "per s", f"{how}, batch means"),
+        cv=Figure("burstiness (CV of gaps)", cv, cv * math.exp(-wide), cv * math.exp(wide), "", how),
+        dispersion=float(per_minute.var() / max(1e-9, per_minute.mean())),
+        block_s=block_s(at_s, np.ones(len(at_s))),
+    )
+
+
+def block_s(at_s: Real, tokens: Real) -> float:
+    """The length of stretch that is drawn as a whole, seconds: that at which the mean's variance is seen largest.
+
+    Shorter ones cut through what belongs together (bursts, slow drift) and show too small a variance; longer ones are
+    too few to show any. Tried are halvings of a quarter of the log down to 15 s.
+    """
+    span = float(np.ptp(at_s))
+    best, widest = max(1.0, span / 4.0), -1.0
+    length = best
+    while length >= min(15.0, span / 4.0):
+        parts = max(2, int(span // length))
+        sums = np.histogram(at_s - at_s.min(), parts, weights=tokens)[0]
+        variance = float(sums.var(ddof=1)) / parts * (parts / max(1.0, float(sums.sum()))) ** 2
+        if variance > widest:
+            best, widest = length, variance
+        length /= 2.0
+    return best

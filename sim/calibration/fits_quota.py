@@ -1,0 +1,345 @@
+"""What the headers and refusals of a log tell of the quota: charge rule, settling, limits, others, refusals.
+
+What lives here: the comparison of each possible provider with what was stated. What must not: the provider itself,
+which is `sim/model/provider.py`, led through the attempts by `others.gaps`.
+
+Theory of operation. Each charge rule, settling or not, is a provider. From one count to the next each predicts what
+remains; the rule whose predictions are off by least explains the log. What all requests of a log are charged alike by
+several rules cannot be told apart, and is said so. Others on the quota take at a rate: a share of the limit times the
+time between two counts, never less than nothing; that is fitted with each rule and not counted against it. A bucket
+that ran empty between two counts hides what was taken before, so that only gaps in which it cannot have are fitted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from governor.law import RPM, TPM
+from governor.model.estimate import RULES
+from sim.calibration.fits import EACH, Figure, quantile, share, unknown
+from sim.calibration.observed import LOST, REFUSED, SERVER_FAULT, Observed
+from sim.calibration.others import NOBODY_RATIO, Count, Gap, gaps
+from sim.model.provider_config import ProviderConfig
+from sim.model.workload import charges
+
+Real = NDArray[np.float64]
+
+# Counts that a rule is tried on: more would not change the answer, but take long.
+COUNTS_MOST = 3_000
+LEAST_GAPS = 10
+RESAMPLES = 400
+BLOCKS = 20
+# A count that is off by this share of the median charge is not explained; nor is a log, by a rule that misses so many.
+REACH_RATIO = 0.1
+UNEXPLAINED_MOST = 0.5
+# Busy periods of the bucket: the shortest that is used, how much of them is needed, and how they are cut.
+BUSY_LEAST_S = 8.0
+BUSY_TOTAL_S = 60.0
+PIECE_S = 20.0
+# Rounding of two stated counts.
+ROUNDING = 1.0
+TICK_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One provider, and how far it was off. `loss`: per gap, 0 to 1. `alike`: the rules that charge the same."""
+
+    rule: str
+    settles: bool
+    loss: Real
+    found: list[Gap]
+    refused: list[Gap]
+    alike: tuple[str, ...] = ()
+
+    @property
+    def mean_loss(self) -> float:
+        """The share of the counts that it does not explain."""
+        return float(self.loss.mean())
+
+
+@dataclass(frozen=True, slots=True)
+class QuotaFit:
+    """What is known of the quota. `changes`: (when, factor) of the minute limit. `rules`: those tried, best first."""
+
+    figures: tuple[Figure, ...]
+    changes: tuple[tuple[float, float], ...]
+    rules: tuple[Rule, ...]
+
+    def __getitem__(self, name: str) -> Figure:
+        return next(figure for figure in self.figures if figure.name == name)
+
+
+def quota(found: Observed, base: ProviderConfig) -> QuotaFit:
+    """The quota's figures; those that the log cannot tell keep `base`'s."""
+    counts = found.counts()
+    stated = [count for count in counts if any(d == TPM for d, _, _ in count.stated)]
+    limit, changes = _limit("tokens per minute", TPM, counts, base.tpm)
+    requests, _ = _limit("requests per minute", RPM, counts, base.rpm)
+    granted = base.with_(tpm=int(limit.used), rpm=int(requests.used))
+    rules: tuple[Rule, ...] = ()
+    why = "no header states what remains of the tokens"
+    if (found.stated[:, 1] >= 0.0).any():
+        why = "headers state what remains, but the log has no times, or no limit beside it"
+    rule: Figure = unknown("charge rule", base.charge_rule, why)
+    settles = unknown("settles", base.settles, why)
+    others = unknown("share of others", base.cotenant.share, why)
+    counting = unknown("refusals count", base.failed_requests_count, "no refusal states what remains")
+    if len(stated) >= LEAST_GAPS and not changes:
+        rules = _rules(found, counts[:COUNTS_MOST], granted)
+        rule, settles = _told(rules, base)
+        best = rules[0]
+        others = _others(best, base) if rule.known else unknown("share of others", base.cotenant.share, rule.how)
+        counting = _counting(best, charges(found.tries, best.rule, 0, base.as_of), base)
+    elif stated:
+        why = "the limit changed in mid-run" if changes else f"only {len(stated)} headers state what remains"
+        rule, settles = unknown("charge rule", base.charge_rule, why), unknown("settles", base.settles, why)
+        others = unknown("share of others", base.cotenant.share, why)
+    if not limit.known:
+        limit = _limit_from_refusals(found, counts, base, limit)
+    figures = (limit, requests, rule, settles, others, counting, *_refusals(found, base), *_faults(found, base))
+    return QuotaFit(figures, changes, rules)
+
+
+# ---------------------------------------------------------------- limits
+
+
+def _limit(name: str, d: int, counts: Sequence[Count], default: int) -> tuple[Figure, tuple[tuple[float, float], ...]]:
+    """The limit that headers state, and when it changed. The first is the limit, later ones are factors of it."""
+    said = [(count.launched_s, limit) for count in counts for dim, limit, _ in count.stated if dim == d]
+    if not said:
+        return unknown(name, default, "no header states it"), ()
+    first = said[0][1]
+    changes: list[tuple[float, float]] = []
+    current = first
+    for at_s, limit in said:
+        if limit != current:
+            changes.append((at_s, limit / first))
+            current = limit
+    how = f"stated in {len(said):,} headers"
+    if changes:
+        how += f"; it changed {len(changes)} times"
+    return Figure(name, first, first, first, "", how), tuple(changes[:8])
+
+
+def _limit_from_refusals(found: Observed, counts: Sequence[Count], base: ProviderConfig, nothing: Figure) -> Figure:
+    """Without headers: the bucket that would have let in what was let in and refused what was refused.
+
+    A bucket of limit L is led through the attempts for each L of a grid; where the fewest come out otherwise lies the
+    limit, and its interval is where they are within the noise of that count. Needs refusals.
+    """
+    refused = sum(not count.let_in for count in counts)
+    if refused < 5 or len(counts) < 20:
+        return Figure(nothing.name, None, None, None, "", "no header states it, and too few refusals show it", base.tpm)
+    charged = charges(found.tries, base.charge_rule, base.tpm, base.as_of)
+    times = np.array([count.launched_s for count in counts])
+    amount = np.array([charged[count.place] for count in counts])
+    let_in = np.array([count.let_in for count in counts])
+    span = max(60.0, float(np.ptp(times)))
+    rate = float(amount[let_in].sum()) / span * 60.0
+    grid = np.geomspace(max(float(amount.max()), rate / 4.0), 8.0 * max(rate, float(amount.max())), 120)
+    wrong = np.array([_surprises(limit, times, amount, let_in) for limit in grid])
+    least = int(wrong.min())
+    near = grid[wrong <= least + max(2.0, 2.0 * math.sqrt(least))]
+    best = float(np.median(grid[wrong == least]))
+    # The true limit lies between the points of the grid: the neighbours of those that fit bound it.
+    step = float(grid[1] / grid[0])
+    low, high = float(near.min()) / step, float(near.max()) * step
+    how = f"{refused:,} refusals, charged by {base.charge_rule}: {least:,} attempts came out otherwise"
+    if len(near) > 60:
+        return Figure(nothing.name, None, None, None, "", "the refusals fit any limit alike", base.tpm)
+    return Figure(nothing.name, round(best), low, high, "", how)
+
+
+def _surprises(limit: float, times: Real, amount: Real, let_in: NDArray[np.bool_]) -> int:
+    """How many attempts a plain bucket of that limit would have treated otherwise."""
+    used, at, wrong = 0.0, float(times[0]), 0
+    for t, charge, inside in zip(times.tolist(), amount.tolist(), let_in.tolist(), strict=True):
+        used = max(0.0, used - (t - at) * limit / 60.0)
+        at = t
+        wrong += (used + charge <= limit) != inside
+        if inside:
+            used = min(limit, used + charge)
+    return wrong
+
+
+# ---------------------------------------------------------------- rules
+
+
+def _rules(found: Observed, counts: Sequence[Count], granted: ProviderConfig) -> tuple[Rule, ...]:
+    """Every charge rule, settling and not, by how well it explains the counts; the best first."""
+    groups: list[tuple[list[str], Real]] = []
+    for name in RULES:
+        if name == "fixed":
+            continue
+        charged = charges(found.tries, name, 0, granted.as_of)
+        same = next((names for names, known in groups if np.array_equal(known, charged)), None)
+        if same is not None:
+            same.append(name)
+        else:
+            groups.append(([name], charged))
+    tried = []
+    for names, charged in groups:
+        name = "auto" if "auto" in names else names[0]
+        for settles in (False, True):
+            seen = [gap for gap in gaps(counts, charged, granted.with_(settles=settles)) if gap.d == TPM]
+            let_in = [gap for gap in seen if gap.said.let_in]
+            refused = [gap for gap in seen if not gap.said.let_in]
+            tried.append(Rule(name, settles, _loss(let_in), let_in, refused, tuple(names)))
+    return tuple(sorted(tried, key=lambda rule: rule.mean_loss))
+
+
+def _loss(found: Sequence[Gap]) -> Real:
+    """How far each count is from the prediction, 0 to 1: 1 = by a tenth of the median charge, or more.
+
+    Others are nobody in this gap, or take at one rate. The distance is cut off there, so that a burst of others, which
+    no rule explains, counts alike for all: what tells is how many counts a rule hits.
+    """
+    more = np.array([gap.more for gap in found])
+    room = np.array([gap.limit * (gap.at_s - gap.since_s) / 60.0 for gap in found])
+    busy = (np.array([gap.before for gap in found]) > room) & (room > 0.0)
+    rate = 0.0
+    if busy.sum() >= LEAST_GAPS:
+        rate = min(1.0, max(0.0, float(np.median(more[busy] / room[busy]))))
+    off = np.where(busy, np.minimum(np.abs(more), np.abs(more - rate * room)), np.abs(more))
+    reach = max(4.0 * ROUNDING, REACH_RATIO * float(np.median([gap.own for gap in found])))
+    loss: Real = np.minimum(1.0, np.maximum(0.0, off - ROUNDING) / reach)
+    return loss
+
+
+def _told(rules: Sequence[Rule], base: ProviderConfig) -> tuple[Figure, Figure]:
+    """Rule and settling: told where the best wins in nearly all resamples of the counts, in blocks."""
+    best = rules[0]
+    others = [rule for rule in rules[1:] if rule.rule != best.rule]
+    opposite = next((rule for rule in rules if rule.rule == best.rule and rule.settles != best.settles), None)
+    hits = f"it explains {1.0 - best.mean_loss:.0%} of {len(best.loss):,} counts"
+    if best.mean_loss > UNEXPLAINED_MOST:
+        why = f"no rule explains the headers: the best, {best.rule}, only {1.0 - best.mean_loss:.0%} of the counts"
+        return unknown("charge rule", base.charge_rule, why), unknown("settles", base.settles, why)
+    rival = others[0] if others else None
+    alike = f"; charged alike by {', '.join(best.alike)}" if len(best.alike) > 1 else ""
+    if rival is not None and not _wins(best, rival):
+        why = f"{best.rule} and {rival.rule} explain the headers equally well"
+        return unknown("charge rule", base.charge_rule, why), unknown("settles", base.settles, why)
+    next_one = f"; next {rival.rule}: {1.0 - rival.mean_loss:.0%}" if rival is not None else ""
+    rule = Figure("charge rule", best.rule, None, None, "", f"{hits}{next_one}{alike}", base.charge_rule)
+    if opposite is None or not _wins(best, opposite):
+        return rule, unknown("settles", base.settles, "both explain the headers equally well")
+    words = f"{hits}; otherwise {1.0 - opposite.mean_loss:.0%}"
+    return rule, Figure("settles", best.settles, None, None, "", words, base.settles)
+
+
+def _wins(best: Rule, rival: Rule) -> bool:
+    n = min(len(best.loss), len(rival.loss))
+    difference = rival.loss[:n] - best.loss[:n]
+    if not difference.any():
+        return False
+    blocks = np.array_split(difference, min(BLOCKS, n))
+    sums = np.array([block.sum() for block in blocks])
+    drawn = np.random.default_rng(0).choice(sums, (RESAMPLES, len(sums))).sum(axis=1)
+    return bool((drawn > 0.0).mean() >= 0.5 + EACH / 2.0)
+
+
+# ---------------------------------------------------------------- others, refusals, faults
+
+
+def _others(best: Rule, base: ProviderConfig) -> Figure:
+    """The share of the limit that others take, as a ratio of sums with a jackknife over busy periods.
+
+    A busy period is a run of counts between which the bucket can have been neither empty nor full. Others come in
+    lumps, and a period tends to begin with one: each is uncertain by what a second of theirs amounts to.
+    """
+    name, default = "share of others", base.cotenant.share
+    periods = [period for period in _busy(best.found) if period[1] >= BUSY_LEAST_S * period[2]]
+    if len(periods) < 3 or sum(period[1] / period[2] for period in periods) < BUSY_TOTAL_S:
+        return unknown(name, default, "too few counts in a row between which the bucket was neither empty nor full")
+    more, room, a_second = np.array(periods).T
+    n = len(periods)
+    value = float(more.sum() / room.sum())
+    left_out = (more.sum() - more) / (room.sum() - room)
+    error = math.sqrt((n - 1) / n * float(((left_out - left_out.mean()) ** 2).sum()))
+    lumps = abs(value) * float(a_second.sum()) / float(room.sum())
+    half = float(stats.t.ppf(0.5 + EACH / 2.0, n - 1)) * error + lumps
+    if abs(value) <= NOBODY_RATIO:
+        half = max(half, NOBODY_RATIO)
+    how = f"{n:,} busy periods, {room.sum() / a_second.mean():,.0f} s in all"
+    low, high = (min(1.0, max(0.0, value + sign * half)) for sign in (-1.0, 1.0))
+    return Figure(name, min(1.0, max(0.0, value)), low, high, "", how)
+
+
+def _busy(found: Sequence[Gap]) -> list[tuple[float, float, float]]:
+    """(taken by others, what the bucket refills, that of a second) of each busy period; long ones in pieces."""
+    periods: list[tuple[float, float, float]] = []
+    more, room, a_second = 0.0, 0.0, 0.0
+    for gap in found:
+        refill = gap.limit * (gap.at_s - gap.since_s) / 60.0
+        # A full bucket turns others away: what they would have taken cannot be seen.
+        is_open = gap.before > refill and gap.before + gap.own < 0.9 * gap.limit
+        if is_open:
+            more, room, a_second = more + gap.more, room + refill, gap.limit / 60.0
+        if room > 0.0 and (not is_open or room > PIECE_S * a_second):
+            periods.append((more, room, a_second))
+            more, room = 0.0, 0.0
+    if room > 0.0:
+        periods.append((more, room, a_second))
+    return periods
+
+
+def _counting(best: Rule, charged: Real, base: ProviderConfig) -> Figure:
+    """Whether a refusal takes its charge: what its own header states beside the count before."""
+    name, default = "refusals count", base.failed_requests_count
+    votes: list[bool] = []
+    for gap in best.refused:
+        base_used = gap.limit - next(left for d, _, left in gap.said.stated if d == TPM) - gap.more
+        would = max(0.0, min(gap.limit - base_used, float(charged[gap.said.place])))
+        if would > 4.0 * ROUNDING + gap.limit * TICK_S / 60.0:
+            votes.append(abs(gap.more - would) < abs(gap.more))
+    if len(votes) < 3:
+        return unknown(name, default, "too few refusals state what remains, or it was nothing anyway")
+    found = share(name, float(sum(votes)), float(len(votes)), "")
+    if 0.25 < found.value < 0.75:
+        return unknown(name, default, f"{sum(votes)} of {len(votes)} refusals took their charge, the others did not")
+    how = f"{sum(votes)} of {len(votes)} refusals took their charge"
+    return Figure(name, bool(found.value > 0.5), None, None, "", how, default)
+
+
+def _refusals(found: Observed, base: ProviderConfig) -> tuple[Figure, Figure]:
+    """What a refusal says about waiting, and how long it takes to come."""
+    refused = found.kind == REFUSED
+    count = int(refused.sum())
+    if count < 3:
+        why = f"{count} refusals are in the log"
+        return unknown("Retry-After", base.retry_after, why), unknown("refusal", base.faults.refusal_s, why, "s")
+    waits = found.retry_after_s[refused]
+    said = waits[waits >= 0.0]
+    whole = bool((np.abs(said - np.rint(said)) < 1e-6).all())
+    word = "absent" if len(said) < count / 2.0 else "seconds" if whole else "ms"
+    how = f"{len(said):,} of {count:,} refusals state a wait"
+    took = found.took_s[refused & (found.took_s >= 0.0)]
+    late: Any = unknown("refusal", base.faults.refusal_s, "no refusal has a time", "s")
+    if len(took) >= 3:
+        late = quantile("refusal", took, 0.5, "s", f"{len(took):,} refusals, median")
+    return Figure("Retry-After", word, None, None, "", how, base.retry_after), late
+
+
+def _faults(found: Observed, base: ProviderConfig) -> tuple[Figure, Figure]:
+    """Server errors and dropped connections, of the attempts that were let in."""
+    if not found.outcomes:
+        why = "the log does not say what became of its requests"
+        return (
+            unknown("server errors", base.faults.error_ratio, why),
+            unknown("dropped", base.faults.drop_ratio, why),
+        )
+    let_in = float((found.kind != REFUSED).sum())
+    how = f"of {let_in:,.0f} attempts that were let in"
+    return (
+        share("server errors", float((found.kind == SERVER_FAULT).sum()), let_in, how),
+        share("dropped", float((found.kind == LOST).sum()), let_in, how),
+    )

@@ -1,0 +1,369 @@
+"""What a log says of each attempt, as columns: the one form into which every source of `calibrate` is read.
+
+What lives here: `Observed`, its making from checked rows, and from a Paceline journal. What must not: file formats
+(`logs`, `spans`), anything that is estimated (`fits`, `fits_quota`).
+
+Theory of operation. One row per attempt, refused ones included, since a refusal tells of the limit. Sizes are those of
+the request, but for prompt tokens, which are the measured ones where an answer stated them. What a source does not say
+is -1. Times are seconds from the first one in the log; a moment that is only known by its end is the end less what the
+attempt took.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from governor.journal.journal import Journal
+from governor.model.errors import BadInput
+from governor.model.policy import Policy
+from governor.model.requests import Outcome, Request, Sizes
+from governor.model.work import DIMENSIONS, TURNED_AWAY
+from sim.calibration.others import Count, find_ways
+from sim.model.workload import MEASURED, Workload, constant, similar_outputs
+
+Real = NDArray[np.float64]
+# What became of an attempt.
+ANSWERED, REFUSED, SERVER_FAULT, LOST, OTHER = range(5)
+_KINDS = {
+    Outcome.OK: ANSWERED,
+    Outcome.THROTTLED: REFUSED,
+    Outcome.SLOW_DOWN: REFUSED,
+    Outcome.SERVER_ERROR: SERVER_FAULT,
+    Outcome.OVERLOADED: SERVER_FAULT,
+    Outcome.MALFORMED: SERVER_FAULT,
+    Outcome.DROPPED: LOST,
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Observed:
+    """Attempts in order of launch; arrays of one length, -1 = not known.
+
+    `tries`: their sizes (`output_tokens` of those answered, else 0). `request`: a number per request. `final`: whether
+    this answer ended its request, and was no finalize pass. `first_s`: until the first token. `stated`: the headers'
+    tokens limit and remaining, requests limit and remaining, shape (attempts, 4). `policy`: the settings of the run,
+    where a journal knows them. `batch`: all requests were there at the start. `outcomes`: they are stated.
+    """
+
+    label: str
+    tries: Workload
+    request: NDArray[np.int64]
+    final: NDArray[np.bool_]
+    kind: NDArray[np.int64]
+    launched_s: Real
+    arrived_s: Real
+    took_s: Real
+    first_s: Real
+    processing_s: Real
+    retry_after_s: Real
+    stated: Real
+    day: NDArray[np.bool_]
+    policy: Policy | None = None
+    batch: bool = False
+    outcomes: bool = True
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.request)
+
+    @property
+    def answered(self) -> NDArray[np.bool_]:
+        """Which attempts were answered."""
+        return self.kind == ANSWERED
+
+    def rows(self) -> NDArray[np.int64]:
+        """The attempts that stand for their requests in a scenario: the last answer of each, or else the last try.
+
+        Those that were lost asked for the quota as well. A refused row without an id is nobody's in particular.
+        """
+        chosen = {int(self.request[i]): i for i in range(len(self)) if self.request[i] >= 0}
+        chosen |= {int(self.request[i]): i for i in np.flatnonzero(self.final & self.answered).tolist()}
+        return np.array(sorted(chosen.values()), np.int64)
+
+    def counts(self) -> list[Count]:
+        """The attempts whose moment is known, with what their headers stated, as `others` reads them."""
+        found = []
+        for i in np.flatnonzero(self.launched_s >= 0.0).tolist():
+            took_s = max(0.0, float(self.took_s[i]))
+            processing_s = float(self.processing_s[i])
+            stated = []
+            limit, left, requests, requests_left = self.stated[i].tolist()
+            if limit > 0.0 and left >= 0.0:
+                stated.append((0, limit, left))
+            if requests > 0.0 and requests_left >= 0.0 and not self.day[i]:
+                stated.append((1, requests, requests_left))
+            let_in = self.kind[i] != REFUSED
+            used = float(self.tries.prompt_tokens[i] + self.tries.output_tokens[i]) if self.answered[i] else -1.0
+            found.append(
+                Count(
+                    place=i,
+                    is_first=False,
+                    launched_s=float(self.launched_s[i]),
+                    ended_s=float(self.launched_s[i]) + took_s,
+                    there_s=0.0,
+                    round_s=max(0.0, took_s - processing_s) if processing_s >= 0.0 else 0.0,
+                    let_in=bool(let_in),
+                    charge=-1.0,
+                    used=used,
+                    stated=tuple(stated),
+                )
+            )
+        found.sort(key=lambda count: count.launched_s)
+        if (self.processing_s >= 0.0).any():
+            find_ways(found)
+        return found
+
+
+TEXT_DEFAULTS = {"chars": -1, "role_chars": 4, "messages": 1, "images": 0, "tools": 0, "n": 1, "endpoint": 0}
+
+
+def observed_of(label: str, rows: Mapping[str, Sequence[Any]], *, source: str, notes: tuple[str, ...] = ()) -> Observed:
+    """The attempts of checked columns: see `logs.ROLES` for their names; a role that is not there is unknown.
+
+    BadInput where there is no answer among them.
+    """
+    count = len(next(iter(rows.values())))
+
+    def numbers(role: str, absent: float = -1.0) -> Real:
+        return np.asarray(rows[role], np.float64) if role in rows else np.full(count, absent)
+
+    def whole(role: str) -> NDArray[np.int64]:
+        return numbers(role, TEXT_DEFAULTS.get(role, -1)).astype(np.int64)
+
+    kind = numbers("kind", ANSWERED).astype(np.int64)
+    launched, finished, took = numbers("launched"), numbers("finished"), numbers("latency")
+    arrived = numbers("arrival")
+    if not (launched >= 0.0).any() and not ((finished >= 0.0) & (took >= 0.0)).any() and (arrived >= 0.0).any():
+        # A log of one moment per attempt: without it, nothing that its headers state could be used.
+        launched = arrived
+        notes = (*notes, f"{label}: its only moments are taken for those at which attempts were sent")
+    launched = np.where((launched < 0.0) & (finished >= 0.0) & (took >= 0.0), finished - took, launched)
+    took = np.where((took < 0.0) & (finished >= 0.0) & (launched >= 0.0), finished - launched, took)
+    known = [values[values >= 0.0].min() for values in (launched, arrived) if (values >= 0.0).any()]
+    zero = min(known, default=0.0)
+    launched, arrived = (np.where(values >= 0.0, values - zero, -1.0) for values in (launched, arrived))
+    arrived = np.where(arrived < 0.0, launched, arrived)
+    prompt, output = whole("prompt"), whole("output")
+    ids = list(rows["id"]) if "id" in rows else [""] * count
+    order = np.argsort(np.where(launched >= 0.0, launched, arrived), kind="stable")
+    code: dict[str, int] = {}
+    request = np.array([code.setdefault(x, len(code)) if x else -2 - i for i, x in enumerate(ids)], np.int64)
+    # What was known of a request by one of its attempts holds for the others, whose refusal states no usage.
+    prompt = _from_siblings(request, prompt)
+    usable = (kind == ANSWERED) & (prompt >= 0) & (output >= 0)
+    if not usable.any():
+        raise BadInput("no answered request with prompt and output tokens in it: nothing to learn from", source)
+    chars = whole("chars")
+    prompt_known = _filled(prompt, prompt[usable])
+    tries = Workload(
+        endpoint=whole("endpoint"),
+        prompt_tokens=prompt_known,
+        chars=np.where(chars >= 0, chars, 4 * prompt_known),
+        role_chars=whole("role_chars"),
+        messages=whole("messages"),
+        images=whole("images"),
+        tools=whole("tools"),
+        n=np.maximum(1, whole("n")),
+        max_tokens=whole("max_tokens"),
+        output_tokens=np.maximum(0, output),
+        arrival_s=np.maximum(0.0, arrived),
+        recorded_s=took,
+        custom_ids=[x or f"request-{i + 1}" for i, x in enumerate(ids)],
+        models=list(rows["model"]) if "model" in rows else None,
+    ).take(order)
+    lane = numbers("finalize", 0.0)
+    found = Observed(
+        label=label,
+        tries=tries,
+        request=request[order],
+        final=((lane == 0.0) & usable)[order],
+        kind=np.where((kind == ANSWERED) & ~usable, OTHER, kind)[order],
+        launched_s=launched[order],
+        arrived_s=arrived[order],
+        took_s=took[order],
+        first_s=numbers("first_token")[order],
+        processing_s=numbers("processing")[order],
+        retry_after_s=numbers("retry_after")[order],
+        stated=np.column_stack([numbers(role) for role in STATED])[order],
+        day=numbers("day", 0.0)[order] > 0.0,
+        outcomes="kind" in rows,
+        notes=notes,
+    )
+    final = _last_of_each(found)
+    again = int(found.final.sum()) - int(final.sum())
+    if again:
+        notes = (*notes, f"{label}: {again:,} answers are to requests (by id) with a later one, which counts alone")
+    return replace(found, final=final, notes=notes)
+
+
+def _filled(prompt: NDArray[np.int64], known: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Prompts that are not known (-1) as quantiles of those that are, in mixed order: their distribution stays."""
+    missing = np.flatnonzero(prompt < 0)
+    filled = prompt.copy()
+    ranks = (np.random.default_rng(0).permutation(len(missing)) + 0.5) / max(1, len(missing))
+    filled[missing] = np.sort(known)[(ranks * len(known)).astype(np.int64)]
+    return filled
+
+
+STATED = ("limit_tokens", "remaining_tokens", "limit_requests", "remaining_requests")
+
+
+def _from_siblings(request: NDArray[np.int64], prompt: NDArray[np.int64]) -> NDArray[np.int64]:
+    known: dict[int, int] = {}
+    for number, tokens in zip(request.tolist(), prompt.tolist(), strict=True):
+        if tokens >= 0:
+            known[number] = tokens
+    return np.array([known.get(number, -1) for number in request.tolist()], np.int64)
+
+
+def _last_of_each(found: Observed) -> NDArray[np.bool_]:
+    """Of several answers to one request the last one counts."""
+    last = {int(found.request[i]): i for i in np.flatnonzero(found.final).tolist()}
+    final = np.zeros(len(found), np.bool_)
+    final[list(last.values())] = True
+    return final
+
+
+# ---------------------------------------------------------------- journals
+
+
+def of_journal(path: str) -> Observed:
+    """The attempts in a Paceline journal. BadInput where none has ended. Several pools are taken as one source."""
+    with Journal.open(path) as journal:
+        requests: dict[int, Request] = {result.request.index: result.request for result in journal.results()}
+        requests |= {request.index: request for request in journal.unfinished()}
+        heard = [each for each in journal.heard() if each.attempt.request in requests]
+        settings = journal.settings()
+    if not heard:
+        raise BadInput("no attempt has ended yet: nothing to learn from", path)
+    rows: dict[str, list[Any]] = {}
+    for a, limits, processing_s in heard:
+        request = requests[a.request]
+        stated = {limit.dimension: (limit.limit, limit.remaining) for limit in limits}
+        tokens, day = stated.get("TPM", (-1.0, -1.0)), "RPD" in stated
+        per_request = stated.get("RPM", stated.get("RPD", (-1.0, -1.0)))
+        sizes = {name: getattr(request.sizes, name) for name in Sizes.__slots__}
+        finalize = a.lane == "finalize"
+        if finalize and settings:
+            sizes["max_tokens"] = settings[0].policy.finalize_max_tokens
+        answered = a.outcome is Outcome.OK
+        row = {
+            **{name: sizes[name] for name in ("endpoint", "chars", "role_chars", "messages", "images", "tools", "n")},
+            "id": f"{a.request}",
+            "model": a.model,
+            "prompt": a.prompt_tokens if answered and a.prompt_tokens >= 0 else sizes["prompt_tokens"],
+            "output": a.output_tokens if answered else -1,
+            "max_tokens": sizes["max_tokens"],
+            "launched": a.launched_s,
+            "arrival": a.launched_s,
+            "finished": a.finished_s,
+            "kind": _KINDS.get(a.outcome, OTHER),
+            "retry_after": a.retry_after_s,
+            "processing": processing_s,
+            "finalize": float(finalize),
+            "day": float(day),
+            **dict(zip(STATED, (*tokens, *per_request), strict=True)),
+        }
+        for name, value in row.items():
+            rows.setdefault(name, []).append(value)
+    found = observed_of(f"journal {path}", rows, source=path)
+    return replace(found, policy=settings[0].policy if settings else None, batch=True)
+
+
+def pooled(parts: Sequence[Observed]) -> Observed:
+    """Several sources as one, laid one after the other in time where each has a clock of its own."""
+    if len(parts) == 1:
+        return parts[0]
+    shift, requests = 0.0, 0
+    moved = []
+    for part in parts:
+        # A quarter of an hour between them: whatever was used in one is gone in the next.
+        launched_s, arrived_s = (np.where(v >= 0.0, v + shift, -1.0) for v in (part.launched_s, part.arrived_s))
+        moved.append(replace(part, request=part.request + requests, launched_s=launched_s, arrived_s=arrived_s))
+        shift = float(max(launched_s.max(), arrived_s.max(), 0.0)) + 900.0
+        requests += 2 * len(part) + 2
+    columns = ("request", "final", "kind", "launched_s", "arrived_s", "took_s", "first_s", "processing_s")
+    joined: dict[str, Any] = {
+        name: np.concatenate([getattr(part, name) for part in moved])
+        for name in (*columns, "retry_after_s", "stated", "day")
+    }
+    merged: Any = replace
+    found: Observed = merged(
+        moved[0],
+        **joined,
+        label=", ".join(part.label for part in parts),
+        tries=_joined([part.tries for part in moved]),
+        batch=all(part.batch for part in parts),
+        notes=tuple(note for part in parts for note in part.notes),
+    )
+    return found
+
+
+def _joined(parts: Sequence[Workload]) -> Workload:
+    from sim.model.workload import ARRAYS
+
+    columns: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in ARRAYS}
+    names = [part.models for part in parts]
+    models = [part.model(i) for part in parts for i in range(len(part))] if any(names) else None
+    return Workload(
+        **columns,
+        custom_ids=[part.custom_id(i) for part in parts for i in range(len(part))],
+        models=models,
+    )
+
+
+def workload_of(found: Observed) -> Workload:
+    """The requests, for a scenario: whole rows, with their recorded times and arrivals.
+
+    One that was never answered takes the answer of one with a similar prompt.
+    """
+    rows = found.rows()
+    taken, answered = found.tries.take(rows), found.answered[rows]
+    arrived = found.arrived_s[rows]
+    if not answered.all():
+        outputs = similar_outputs(taken, np.where(answered, taken.output_tokens, -1), 0)
+        taken = taken.with_(output_tokens=outputs, recorded_s=np.where(answered, taken.recorded_s, -1.0))
+    timed = not found.batch and bool((arrived >= 0.0).all()) and float(np.ptp(arrived)) > 0.0
+    arrival_s = arrived - arrived.min() if timed else constant(0.0, len(rows), np.float64)
+    caps = taken.max_tokens * taken.n
+    # Cut by its cap: how much longer it would have been nobody knows; one token more makes it a cut one again.
+    cut = (taken.max_tokens > 0) & (taken.output_tokens >= caps)
+    ids = taken.custom_ids or []
+    repeated = len(set(ids)) < len(ids)
+    taken = taken.with_(
+        arrival_s=arrival_s,
+        has_arrivals=timed,
+        output_tokens=np.where(cut, caps + 1, taken.output_tokens),
+        custom_ids=[f"request-{i + 1}" for i in range(len(ids))] if repeated else ids,
+        provenance={
+            "requests": (
+                MEASURED,
+                f"{len(rows):,} requests of {found.label}, {int(answered.sum()):,} of them answered",
+            ),
+            "prompt tokens": (MEASURED, found.label),
+            "output tokens": (MEASURED, found.label),
+            "latency": (MEASURED, found.label),
+            **({"arrivals": (MEASURED, found.label)} if timed else {}),
+        },
+    )
+    if not timed:
+        return taken
+    order = np.argsort(arrival_s, kind="stable")
+    return taken.take(order)
+
+
+def refused_by(kind: str) -> int:
+    """What became of an attempt whose outcome a log names in our own words; OTHER for a word that is none."""
+    try:
+        outcome = Outcome(kind)
+    except ValueError:
+        return OTHER
+    return REFUSED if outcome in TURNED_AWAY and outcome in _KINDS else _KINDS.get(outcome, OTHER)
+
+
+assert DIMENSIONS["TPM"] == 0, "counts name dimensions by the law's numbers"

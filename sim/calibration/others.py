@@ -1,0 +1,213 @@
+"""What a journal tells of the way to the provider, and of others on the quota: from what the headers stated.
+
+What lives here: `Count` (one answered attempt with the counts of its headers), the moments at which requests were let
+in, and `takings`, what others must have used in between. What must not: the simulation that is given them (`twin`).
+
+Moments. An attempt takes longer than the provider's own time for it (`openai-processing-ms`) by its way there and back.
+The shortest such difference of a run is taken for a way in both directions without any queue; what an attempt took
+beyond half of it, it took on the way there: behind others of the same burst, or for a first connection. Of those
+launched at one instant, the one after which least remained was let in last.
+
+Others. The run's own attempts go through the provider's model (`sim/model/provider.py`) in order of admission. Where a header
+says that more is used than the model holds, somebody else has used the difference since the count before; where it says
+less, the moments were not exact, and that is set off against the next difference. After each count the model holds what
+the provider said, so that nothing adds up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from governor.journal.records import Heard
+from governor.law import RPM, TPM
+from governor.model.requests import Outcome
+from governor.model.work import DIMENSIONS, TURNED_AWAY
+from sim.model import provider as prov
+from sim.model.provider_config import ProviderConfig
+
+# What others took is spread over pieces of this length; fewer where two counts are closer.
+PIECE_S = 1.0
+PIECES_MOST = 600
+# Takings below this share of the run's own charges are what inexact moments make of nobody.
+NOBODY_RATIO = 0.02
+
+
+@dataclass(slots=True)
+class Count:
+    """One attempt that was heard of. Times in seconds since the first launch.
+
+    `place`: of its request in the workload. `there_s`: its way to the provider, `round_s`: there and back; -1 =
+    unknown. `charge`: believed, of a finalize pass; -1 = the workload says it. `stated`: dimension, limit, remaining.
+    """
+
+    place: int
+    is_first: bool
+    launched_s: float
+    ended_s: float
+    there_s: float
+    round_s: float
+    let_in: bool
+    charge: float
+    used: float
+    stated: tuple[tuple[int, float, float], ...]
+
+    @property
+    def left(self) -> float:
+        """What remained of the tokens per minute; 0 where that was not stated."""
+        return next((remaining for d, _, remaining in self.stated if d == TPM), 0.0)
+
+
+class Taking(NamedTuple):
+    """Others used `amount` of dimension `d` (TPM or RPM) at `at_s` on the provider's clock."""
+
+    at_s: float
+    d: int
+    amount: float
+
+
+def counts_of(heard: Iterable[Heard], place: dict[int, int], clock: Callable[[float], float]) -> list[Count]:
+    """What is known of each attempt whose request is in `place`, in order of launch."""
+    found = []
+    for a, limits, processing_s in heard:
+        if a.request not in place:
+            continue
+        took_s = a.finished_s - a.launched_s
+        found.append(
+            Count(
+                place=place[a.request],
+                is_first=a.attempt == 1 and a.lane == "main",
+                launched_s=clock(a.launched_s),
+                ended_s=clock(a.finished_s),
+                there_s=-1.0,
+                round_s=min(took_s, max(0.0, took_s - processing_s)) if processing_s >= 0.0 else -1.0,
+                let_in=a.outcome not in TURNED_AWAY,
+                charge=-1.0 if a.lane == "main" else float(max(0, a.charged_tokens)),
+                used=float(a.prompt_tokens + a.output_tokens) if a.outcome is Outcome.OK else -1.0,
+                stated=tuple((DIMENSIONS[x.dimension], x.limit, x.remaining) for x in limits),
+            )
+        )
+    found.sort(key=lambda count: count.launched_s)
+    find_ways(found)
+    return found
+
+
+def find_ways(counts: Sequence[Count]) -> None:
+    """Splits each round trip into the way there and the way back; see the module's docstring."""
+    known = [count.round_s for count in counts if count.round_s >= 0.0]
+    if not known:
+        return
+    back_s, usual_s = min(known) / 2.0, float(np.median(known))
+    for _, group in groupby(counts, key=lambda count: count.launched_s):
+        burst = list(group)
+        ways = sorted(max(0.0, (c.round_s if c.round_s >= 0.0 else usual_s) - back_s) for c in burst)
+        for there_s, count in zip(ways, sorted(burst, key=lambda c: -c.left), strict=True):
+            count.there_s = there_s
+
+
+def ways_of(counts: Sequence[Count], requests: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(way there, way there and back) of each request's first attempt, the usual ones where unknown. Shape (requests,).
+
+    Zeros where no header has stated the provider's own time.
+    """
+    found = []
+    for name in ("there_s", "round_s"):
+        known = [getattr(count, name) for count in counts if getattr(count, name) >= 0.0]
+        values = np.full(requests, float(np.median(known)) if known else 0.0)
+        for count in counts:
+            if count.is_first and getattr(count, name) >= 0.0:
+                values[count.place] = getattr(count, name)
+        found.append(values)
+    return found[0], np.maximum(found[1], found[0])
+
+
+def began_s(counts: Sequence[Count]) -> float:
+    """When the first attempt reached the provider, seconds since the first launch; 0 where no way is known."""
+    return min((count.launched_s + count.there_s for count in counts if count.there_s >= 0.0), default=0.0)
+
+
+class Gap(NamedTuple):
+    """What one count of dimension `d` holds more than the model: `more`, gathered between `since_s` and `at_s`.
+
+    `before`: what was used by the count before; `own`: what the attempt itself has added, by the model.
+    """
+
+    d: int
+    since_s: float
+    at_s: float
+    more: float
+    before: float
+    own: float
+    limit: float
+    said: Count
+
+
+def gaps(counts: Sequence[Count], charges: NDArray[np.float64], provider: ProviderConfig) -> Iterator[Gap]:
+    """Each stated count beside the model, which then holds what was stated: nothing adds up.
+
+    `charges`: what the provider charges for each request. The provider's own neighbours are left out of the model.
+    """
+    pp = provider.with_(cotenant={"share": 0.0, "burst_s": 0.0, "period_s": 0.0}).params()
+    ps = prov.ProviderState()
+    prov.day_started(ps, float(provider.day_tokens_used), float(provider.day_requests_used))
+    known = [count for count in counts if count.there_s >= 0.0]
+    zero_s = began_s(counts)
+    events = [(count.launched_s + count.there_s - zero_s, 0, count) for count in known]
+    events += [
+        (count.ended_s - (count.round_s - count.there_s) - zero_s, 1, count) for count in known if count.used >= 0.0
+    ]
+    events.sort(key=lambda event: event[:2])
+    since_s, held = [0.0, 0.0], [0.0, 0.0]
+    for at_s, is_end, count in events:
+        charge = count.charge if count.charge >= 0.0 else float(charges[count.place])
+        if is_end:
+            prov.settled(pp, ps, 0, charge, count.used, max(at_s, ps.at))
+            continue
+        prov.advanced(pp, ps, 0, at_s)
+        stated = {d: (limit, remaining) for d, limit, remaining in count.stated}
+        for d in (TPM, RPM):
+            own = (charge if d == TPM else 1.0) if count.let_in else 0.0
+            if d not in stated:
+                ps.used[d] += own if pp.limit[d] > 0.0 else 0.0
+                continue
+            limit, remaining = stated[d]
+            used = limit - remaining
+            yield Gap(d, since_s[d], at_s, used - ps.used[d] - own, held[d], own, limit, count)
+            ps.used[d], since_s[d], held[d] = used, at_s, used
+
+
+def takings(counts: Sequence[Count], charges: NDArray[np.float64], provider: ProviderConfig) -> tuple[Taking, ...]:
+    """What others used, in order of time; empty where it is no more than inexact moments explain.
+
+    `charges`: what the provider charges for each request of the workload. Its own neighbours are left out of the model.
+    """
+    found: list[Taking] = []
+    owed = [0.0, 0.0]
+    for gap in gaps(counts, charges, provider):
+        # A refusal that counts fills the bucket: how full it was before nobody can tell.
+        if gap.said.let_in or not provider.failed_requests_count:
+            taken = max(0.0, gap.more - owed[gap.d])
+            owed[gap.d] = max(0.0, owed[gap.d] - gap.more)
+            found += _spread(gap.d, taken, gap.since_s, gap.at_s)
+    total = sum(taking.amount for taking in found if taking.d == TPM)
+    return tuple(sorted(found)) if total > NOBODY_RATIO * float(charges.sum()) else ()
+
+
+def _spread(d: int, amount: float, since_s: float, until_s: float) -> list[Taking]:
+    if amount <= 0.0:
+        return []
+    pieces = min(PIECES_MOST, max(1, math.ceil((until_s - since_s) / PIECE_S)))
+    length_s = (until_s - since_s) / pieces
+    return [Taking(since_s + (i + 0.5) * length_s, d, amount / pieces) for i in range(pieces)]
+
+
+def gone_by_others(pp: Any, ps: Any, seed: int, taking: Taking) -> None:
+    """Others use what they did."""
+    prov.advanced(pp, ps, seed, max(taking.at_s, ps.at))
+    prov.taken_by_others(pp, ps, taking.d, taking.amount)

@@ -1,0 +1,367 @@
+"""The compiled engine: law, chance, provider and event loop as machine code, by numba, from their own sources.
+
+What lives here: what stands around the event loop of `sim/des/engine.py`: a case as records and arrays, the chunks that it
+reads and the buffers that it fills, and the `Tally` that comes out. What must not: any rule, and any event.
+
+Theory of operation. `proceed` runs until the end, or until it wants something: more rows, an emptied buffer, or larger
+arrays. It holds no lock of the interpreter meanwhile, so that runs in several threads go on side by side. Per request
+nothing is kept: latencies go into the tally's sketch and answered requests into its sums, buffer by buffer.
+
+A plan makes thousands of runs of a few hundred requests, each done in a fraction of a millisecond. So what runs have in
+common is made once: a `Batch` for all runs of a case, the rows of a workload for all cases that launch it in the same
+order, and the arrays that a run works in, which the next one takes over.
+
+The first use on a machine compiles for some seconds; later ones load the machine code (see `machine`).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from governor import law
+from governor.model.errors import FailureCode
+from governor.model.policy import Policy
+from sim.des import engine
+from sim.des.engines import BESIDE, ROOT, SOURCES
+from sim.des.machine import Function, argument, function_of
+from sim.des.packing import array_of, dtype_of, places
+from sim.des.run import SPENT, AttemptSink, Tally, arrival_order, deciding_keys, rows_of
+from sim.model import provider as prov
+
+if TYPE_CHECKING:
+    from sim.experiment.experiment import Case
+
+ENTRY = "proceed"
+# What every request passes through: inlined it is half as fast again. (All of it would take longer to compile.)
+INLINED = frozenset(
+    (
+        *("_step", "_on_answer", "_on_ok", "_worked", "_ended", "_close", "_launch", "_taken", "_next", "_advance"),
+        *("_schedule", "_drop_soonest", "_sooner", "_has_room", "admission", "launched", "settled"),
+        *("answered", "admitted", "_drained"),
+    )
+)
+
+CHUNK = 8192
+BUFFER = 4096
+SLOTS = 512
+# Chunks of rows that are kept for the next case, at most.
+ROWS_KEPT = 256
+CODES = (*SPENT, FailureCode.DEADLINE_EXCEEDED)
+
+PARAMS = dtype_of(Policy().params())
+STATE = dtype_of(law.State())
+PROVIDER = dtype_of(prov.ProviderParams())
+PROVIDER_STATE = dtype_of(prov.ProviderState())
+RUN = dtype_of(engine.Run())
+ROW = dtype_of(engine.Row())
+JOB = dtype_of(engine.Job())
+EVENT = dtype_of(engine.Event())
+ENTRY_OF_QUEUE = dtype_of(engine.Entry())
+ANSWERS = dtype_of(engine.Answers())
+ENDED = dtype_of(engine.Ended())
+RECORDS = (PARAMS, STATE, PROVIDER, PROVIDER_STATE, RUN, ROW, JOB, EVENT, ENTRY_OF_QUEUE, ANSWERS, ENDED)
+
+# The run's record as one flat array of numbers, as it is before a run.
+PLACES = places(RUN)
+BEGINNING = array_of(engine.Run(), RUN).view(np.int64)
+_SEED, _REQUESTS, _FINALIZE, _FROM_TRACE, _RECORDING, _ROWS_UNTIL = (
+    PLACES[name].start for name in ("seed", "requests", "finalize_max_tokens", "from_trace", "recording", "rows_until")
+)
+
+_LOCK = threading.Lock()
+_LOADED: list[Function] = []
+
+
+def _proceed() -> Function:
+    """The compiled event loop, loaded once per process."""
+    if not _LOADED:
+        with _LOCK:
+            if not _LOADED:
+                function, _ = function_of(SOURCES, ROOT, ENTRY, RECORDS, beside=BESIDE, inlined=INLINED)
+                _LOADED.append(function)
+    return _LOADED[0]
+
+
+def is_loaded() -> bool:
+    """Whether the machine code is in this process."""
+    return bool(_LOADED)
+
+
+# ---------------------------------------------------------------- what runs have in common
+
+
+class _Kept:
+    """What was made of some objects, by their identity (they are kept, so that it lasts): the `most` used last."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.found: OrderedDict[tuple[Any, ...], tuple[tuple[Any, ...], Any]] = OrderedDict()
+        self.lock = threading.Lock()
+
+    def get(self, objects: tuple[Any, ...], make: Callable[[], Any], more: tuple[Any, ...] = ()) -> Any:
+        """What was made of these objects (and of `more`, by its value), or is made now."""
+        key = (*map(id, objects), *more)
+        with self.lock:
+            if key in self.found:
+                self.found.move_to_end(key)
+                return self.found[key][1]
+        made = make()
+        with self.lock:
+            self.found[key] = objects, made
+            while len(self.found) > self.most:
+                self.found.popitem(last=False)
+        return made
+
+
+_policies, _providers, _orders, _rows = _Kept(64), _Kept(64), _Kept(256), _Kept(ROWS_KEPT)
+_NEW, _NEW_ARRAY = law.State(), array_of(law.State(), STATE)
+
+
+class Batch:
+    """A case made ready: what its runs share. Runs of one batch may go on in several threads.
+
+    `s`, `ps`: the states of law and provider to begin with, as flat arrays.
+    """
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.p = _policies.get((case.params,), lambda: array_of(case.params, PARAMS))
+        self.pp = _providers.get((case.provider,), lambda: array_of(case.provider, PROVIDER))
+        s, ps = law.State(), prov.ProviderState()
+        tokens, requests = case.grant.day_tokens_used, case.grant.day_requests_used
+        law.day_started(case.params, s, tokens, requests, 0.0)
+        prov.day_started(ps, tokens, requests)
+        # Most often nothing was used before: to make that array anew takes as long as half a run.
+        self.s = (_NEW_ARRAY if s == _NEW else array_of(s, STATE)).view(np.int64)
+        self.ps = array_of(ps, PROVIDER_STATE).view(np.int64)
+        columns = case.columns
+        self.requests = len(columns)
+        self.order = self._order()
+        self.first = self._first()
+        self.arguments = argument(self.p), argument(self.pp), argument(self.first)
+
+    def _order(self) -> NDArray[Any] | None:
+        c = self.case.columns
+        if self.case.from_trace:
+            return arrival_order(c)
+        keys = deciding_keys(c, self.case.params)
+        if not keys or self.requests > CHUNK:
+            return np.lexsort(keys) if keys else None
+        order: NDArray[Any] = _orders.get((), lambda: np.lexsort(keys), tuple(key.tobytes() for key in keys))
+        return order
+
+    def _first(self) -> NDArray[Any]:
+        """The first rows, which are all in a small workload: those are kept for whoever launches them in this order."""
+        if self.requests > CHUNK:
+            return self.rows(0)
+        c = self.case.columns
+        read: tuple[Any, ...] = (c.arrival_s, c.cap, c.output_tokens, c.reserve, c.charge, c.prompt_tokens)
+        read += (c.recorded_s, c.finalize_reserve, c.finalize_charge)
+        order = b"" if self.order is None else self.order.tobytes()
+        more = (order, self.case.from_trace, self.case.finalize_max_tokens)
+        rows: NDArray[Any] = _rows.get(read, lambda: self.rows(0), more)
+        return rows
+
+    def rows(self, start: int) -> NDArray[Any]:
+        """A chunk of the requests in order of launch or of arrival, from the `start`-th on."""
+        case, c = self.case, self.case.columns
+        i = rows_of(self.order, start, min(start + CHUNK, self.requests))
+        rows = np.zeros(len(i), ROW)
+        cap, uncapped = c.cap[i], c.output_tokens[i]
+        rows["index"] = i
+        if case.from_trace:
+            rows["arrival_s"] = c.arrival_s[i]
+        rows["expected"] = cap
+        rows["reserve"] = c.reserve[i]
+        rows["charge"] = c.charge[i]
+        rows["prompt"] = c.prompt_tokens[i]
+        rows["output"] = np.where(cap > 0, np.minimum(uncapped, cap), uncapped)
+        rows["recorded_s"] = c.recorded_s[i]
+        if case.finalize_max_tokens:
+            rows["cut"] = (cap > 0) & (cap < uncapped)
+            rows["last_reserve"] = c.finalize_reserve[i]
+            rows["last_charge"] = c.finalize_charge[i]
+            rows["last_output"] = np.minimum(uncapped, case.finalize_max_tokens)
+        return rows
+
+
+# ---------------------------------------------------------------- a run
+
+
+class EndedAttempt:
+    """An attempt as it comes out: what the SimPy driver's `Job` says of it, under the same names."""
+
+    __slots__ = (
+        *("index", "lane", "attempt", "outcome", "code", "arrived_s", "submitted_s", "eligible_s", "launched_s", "now"),
+        *("reserve", "charged", "output", "retry_after_s", "waits_s"),
+    )
+
+    code: int
+    now: float
+
+    def __init__(self, values: Iterable[Any]) -> None:
+        for name, value in zip(self.__slots__, values, strict=True):
+            setattr(self, name, value)
+
+
+class Runner:
+    """The arrays that a run works in, for one run after another: what is left of the last one is never read."""
+
+    def __init__(self) -> None:
+        self.s, self.ps, self.state = np.zeros(1, STATE), np.zeros(1, PROVIDER_STATE), np.zeros(1, RUN)
+        self.jobs = np.zeros(SLOTS, JOB)
+        self.calendar = np.zeros(2 * SLOTS, EVENT)
+        self.queue = np.zeros(SLOTS, ENTRY_OF_QUEUE)
+        self.answers = np.zeros(BUFFER, ANSWERS)
+        self.attempts = np.zeros(1, ENDED)
+        self.result = np.zeros(2, np.int64)
+        # Records as flat arrays: copied field by field they would take a tenth of the run.
+        self._s_numbers, self._ps_numbers = self.s.view(np.int64), self.ps.view(np.int64)
+        self.run = self.state[0]
+        self.whole, self.real = self.state.view(np.int64), self.state.view(np.float64)
+        self._located()
+
+    def _located(self) -> None:
+        """Where the arrays are now."""
+        self._result = self.result.ctypes.data
+        self._fixed = [argument(array) for array in (self.s, self.ps, self.state)]
+        buffers = (self.jobs, self.calendar, self.queue, self.answers, self.attempts)
+        self._buffers = tuple(number for array in buffers for number in argument(array))
+
+    def simulate(self, batch: Batch, seed: int, on_attempt: AttemptSink | None = None) -> Tally:
+        """A run to the end of the last request. Every request has then ended exactly once (asserted)."""
+        proceed = _proceed()
+        self._begin(batch, seed, on_attempt is not None)
+        # The chunk is held by its name: machine code knows its address alone.
+        rows, tally, run = batch.first, Tally(), self.run
+        p, pp, chunk = batch.arguments
+        s, ps, state = self._fixed
+        while proceed(self._result, *p, *s, *pp, *ps, *state, *chunk, *self._buffers):
+            self._emptied(tally, on_attempt)
+            if run["row"] == run["rows_until"] < run["requests"]:
+                rows = batch.rows(int(run["row"]))
+                chunk = argument(rows)
+                run["rows_from"] = run["row"]
+                run["rows_until"] += len(rows)
+            self._enlarged()
+        self._emptied(tally, on_attempt)
+        ended = int(run["ended"])
+        assert ended == batch.requests, f"{batch.requests - ended} of {batch.requests} requests never ended"
+        left = self.s[0]
+        assert left["in_flight"] == 0, f"{left['in_flight']} permits leaked"
+        assert left["finalize_open"] == 0, f"{left['finalize_open']} finalize passes never closed"
+        return self._tallied(tally)
+
+    def _begin(self, batch: Batch, seed: int, recording: bool) -> None:
+        self._s_numbers[:] = batch.s
+        self._ps_numbers[:] = batch.ps
+        if recording and len(self.attempts) < BUFFER:
+            self.attempts = np.zeros(BUFFER, ENDED)
+            self._located()
+        case, whole = batch.case, self.whole
+        whole[:] = BEGINNING
+        whole[_SEED] = seed
+        whole[_REQUESTS] = batch.requests
+        whole[_FINALIZE] = case.finalize_max_tokens
+        whole[_FROM_TRACE] = case.from_trace
+        whole[_RECORDING] = recording
+        whole[_ROWS_UNTIL] = len(batch.first)
+
+    def _emptied(self, tally: Tally, on_attempt: AttemptSink | None) -> None:
+        """What has come out goes into the tally, and attempts to whoever asked for them."""
+        run, answers = self.run, self.answers
+        tally.latencies_s.extend(answers["latency_s"][: run["latencies_size"]])
+        late = answers[: run["answered_size"]]
+        if len(late):
+            work = tally.work
+            work.arrivals_s.frombytes(late["arrived_s"].tobytes())
+            work.charges.frombytes(late["charge"].tobytes())
+            work.counts.frombytes(late["counted"].tobytes())
+            work.services_s.frombytes(late["service_s"].tobytes())
+        run["latencies_size"] = run["answered_size"] = 0
+        if on_attempt is not None:
+            for values in self.attempts[: run["attempts_size"]].tolist():
+                ended = EndedAttempt(values)
+                on_attempt(ended, ended.now, CODES[ended.code] if ended.code > 0 else "")
+            run["attempts_size"] = 0
+
+    def _enlarged(self) -> None:
+        """Twice the room wherever half of it is used."""
+        run = self.run
+        if 2 * run["jobs_made"] >= len(self.jobs):
+            self.jobs = _twice(self.jobs)
+        if 2 * run["calendar_size"] >= len(self.calendar):
+            self.calendar = _twice(self.calendar)
+        if 2 * run["queue_size"] >= len(self.queue):
+            self.queue = _twice(self.queue)
+        self._located()
+
+    def _tallied(self, tally: Tally) -> Tally:
+        # Of a record's fields one by one this would take longer than the run.
+        whole, real, work = self.whole.tolist(), self.real.tolist(), tally.work
+        tally.requests = whole[PLACES["ended"].start]
+        for name, at in _COUNTS:
+            setattr(tally, name, whole[at])
+        for name, at in _SUMS:
+            setattr(tally, name, real[at])
+        tally.waits_s = real[PLACES["waits_s"]]
+        tally.deferrals = [int(count) for count in real[PLACES["deferrals"]]]
+        for code, count in zip(CODES, real[PLACES["failures"]], strict=True):
+            if count:
+                tally.failures[code] = tally.failures.get(code, 0) + int(count)
+        work.requests = whole[PLACES["work_requests"].start]
+        for name, at in _WORK:
+            setattr(work, name, real[at])
+        return tally
+
+
+def _at(names: Iterable[str], prefix: str = "") -> tuple[tuple[str, int], ...]:
+    return tuple((name, PLACES[prefix + name].start) for name in names)
+
+
+_COUNTS = _at(("completed", "failed", "attempts", "throttled", "peak_in_flight", "finalize_passes"))
+_SUMS = _at(
+    ("last_s", "reserved_tokens", "charged_tokens", "used_tokens", "extra_prompt_tokens", "extra_output_tokens")
+)
+_WORK = _at(("charged", "counted", "returned", "shortest_s", "latest_s"), "work_")
+
+
+def _twice(array: NDArray[Any]) -> NDArray[Any]:
+    larger = np.zeros(2 * len(array), array.dtype)
+    larger[: len(array)] = array
+    return larger
+
+
+# ---------------------------------------------------------------- runs
+
+# Runners that nobody uses now; one that has grown is not kept.
+_idle: list[Runner] = []
+
+
+def _simulated(batch: Batch, seed: int, on_attempt: AttemptSink | None = None) -> Tally:
+    try:
+        runner = _idle.pop()
+    except IndexError:
+        runner = Runner()
+    tally = runner.simulate(batch, seed, on_attempt)
+    if len(runner.jobs) <= SLOTS and len(runner.queue) <= SLOTS:
+        _idle.append(runner)
+    return tally
+
+
+def simulated(case: Case, seed: int, on_attempt: AttemptSink | None = None) -> Tally:
+    """One run of the case, as the SimPy driver would have it, to the bit."""
+    return _simulated(Batch(case), seed, on_attempt)
+
+
+def simulations(case: Case, seeds: Iterable[int]) -> Iterator[Tally]:
+    """Runs of the case under these seeds, one after the other."""
+    batch = Batch(case)
+    for seed in seeds:
+        yield _simulated(batch, seed)

@@ -1,0 +1,895 @@
+"""The event loop of one simulated run in numbers alone: the twin of `sim/des/driver.py`, to be read side by side with it.
+
+What lives here: the queue, the timer and the clock, as functions over NumPy records and arrays. What must not: any rule
+of admission, pacing or retry (they stand in `governor/law.py`) and any habit of the provider (`sim/model/provider.py`): those
+are called. `sim/des/compiled.py` loads a second copy of this module with compiled functions, and calls it.
+
+Theory of operation. What the SimPy driver keeps in objects stands in slots of arrays here; every function has the name
+that it has there, and `w`, the `World`, stands where `self` does. The calendar holds answers and retries. The next
+arrival and the one live timer need no entry: at one instant they come after those, in this order
+(`sim/des/driver.py` says why), and a superseded timer does nothing in either engine.
+
+Nothing is allocated here, so nothing is counted or collected either. Requests come in by chunks of `rows`, in order of
+launch or of arrival; latencies, answered work and attempts go out by buffers. Where one of these, or a heap, might
+overflow at the next event, `proceed` returns: the caller reads on, empties or enlarges, and calls again. The state of
+the run is all in the arrays, so it goes on as if nothing had been.
+
+Compiled as it stands: numbers, records and arrays only, no dicts, lists, strings, None or exceptions in the functions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import inf
+from typing import Any, NamedTuple
+
+from governor import law
+from governor.forecast import summary
+from governor.model.keyed import JITTER_RETRY, JITTER_STAGGER, attempt_key, keyed_uniform
+from sim.des.run import CHARGED, TIMEOUT
+from sim.model import provider as prov
+
+# Why `proceed` returned.
+DONE = 0
+FULL = 1
+
+# Order of events at one instant: answers, then retries and deadlines; between equals, the order of scheduling.
+ANSWER = 0
+RETRY_DUE = 1 << 60
+
+# How a request ended: 0 = answered; the outcome of its last attempt where those are spent; or late.
+DEADLINE_EXCEEDED = 8
+ENDS = 9
+
+CAUSES = len(summary.CAUSES)
+BACKOFF = summary.BACKOFF
+NONE = -1
+
+
+def _causes() -> list[float]:
+    return [0.0] * CAUSES
+
+
+def _ends() -> list[float]:
+    return [0.0] * ENDS
+
+
+def _booked() -> list[float]:
+    return [0.0] * 4
+
+
+@dataclass(slots=True)
+class Row:
+    """One request as it is read: see `Columns`. `output`: after its cap; `cut`: whether the cap cut it.
+
+    `last_*`: the same for its finalize pass.
+    """
+
+    index: int = 0
+    arrival_s: float = 0.0
+    expected: float = 0.0
+    reserve: float = 0.0
+    charge: float = 0.0
+    prompt: float = 0.0
+    output: float = 0.0
+    recorded_s: float = 0.0
+    cut: int = 0
+    last_reserve: float = 0.0
+    last_charge: float = 0.0
+    last_output: float = 0.0
+
+
+@dataclass(slots=True)
+class Job:
+    """One request on its way, as in the SimPy driver. `number`: of all jobs ever made. `next_free`: of a free slot.
+
+    `since`: the clock by cause when the job became eligible; from its launch on, what it has waited. Only where
+    attempts are recorded. `stated_*`: what the answer's headers will say, and `booked`, what the law had booked by its
+    launch; only where the policy reads them.
+    """
+
+    number: int = 0
+    next_free: int = 0
+    index: int = 0
+    lane: int = 0
+    attempt: int = 0
+    standing: int = 0
+    asked: int = 0
+    ended: int = 0
+    outcome: int = 0
+    cut: int = 0
+    expected: float = 0.0
+    reserve: float = 0.0
+    charge: float = 0.0
+    prompt: float = 0.0
+    output: float = 0.0
+    recorded_s: float = 0.0
+    last_reserve: float = 0.0
+    last_charge: float = 0.0
+    last_output: float = 0.0
+    arrived_s: float = 0.0
+    submitted_s: float = 0.0
+    eligible_s: float = 0.0
+    first_launched_s: float = 0.0
+    launched_s: float = 0.0
+    charged: float = 0.0
+    retry_after_s: float = 0.0
+    stated_tokens_limit: float = 0.0
+    stated_tokens_left: float = 0.0
+    stated_d: int = 0
+    stated_requests_limit: float = 0.0
+    stated_requests_left: float = 0.0
+    booked: list[float] = field(default_factory=_booked)
+    since: list[float] = field(default_factory=_causes)
+
+
+@dataclass(slots=True)
+class Event:
+    """An entry of the calendar. `order`: what goes first at one instant.
+
+    `number`, `attempt`: of a deadline, the job and attempt that it was set for; NONE for answers and retries.
+    """
+
+    at: float = 0.0
+    order: int = 0
+    slot: int = 0
+    number: int = 0
+    attempt: int = 0
+
+
+@dataclass(slots=True)
+class Entry:
+    """An entry of the queue: the law's rank, then the order of queueing. `again`: a retry or a finalize pass."""
+
+    first: float = 0.0
+    second: float = 0.0
+    third: float = 0.0
+    fourth: float = 0.0
+    sequence: int = 0
+    slot: int = 0
+    again: int = 0
+
+
+@dataclass(slots=True)
+class Answers:
+    """Two columns of what comes out, each filled on its own.
+
+    `latency_s`: of the requests that were answered, from arrival to the last answer. The others: what the bound needs
+    of answered requests that arrived after 0, as in `summary.Work`.
+    """
+
+    latency_s: float = 0.0
+    arrived_s: float = 0.0
+    charge: float = 0.0
+    counted: float = 0.0
+    service_s: float = 0.0
+
+
+@dataclass(slots=True)
+class Ended:
+    """An attempt that ended at `now`; `code`: how its request ended with it, NONE = it goes on."""
+
+    index: int = 0
+    lane: int = 0
+    attempt: int = 0
+    outcome: int = 0
+    code: int = 0
+    arrived_s: float = 0.0
+    submitted_s: float = 0.0
+    eligible_s: float = 0.0
+    launched_s: float = 0.0
+    now: float = 0.0
+    reserve: float = 0.0
+    charged: float = 0.0
+    output: float = 0.0
+    retry_after_s: float = 0.0
+    waits_s: list[float] = field(default_factory=_causes)
+
+
+@dataclass(slots=True)
+class Run:
+    """The run's own numbers: what stands in the SimPy driver's attributes, its tally, and how full the arrays are.
+
+    `row`: requests taken from `rows` so far; these hold the requests from `rows_from` to before `rows_until`. `urgent`:
+    retries and finalize passes in the queue, those included that have ended there.
+    """
+
+    seed: int = 0
+    requests: int = 0
+    finalize_max_tokens: int = 0
+    from_trace: int = 0
+    recording: int = 0
+    # How far it is.
+    begun: int = 0
+    pumping: int = 1
+    now: float = 0.0
+    row: int = 0
+    rows_from: int = 0
+    rows_until: int = 0
+    head: int = NONE
+    sequence: int = 0
+    events: int = 0
+    clock_at: float = 0.0
+    cause: int = 0
+    waiting: int = 0
+    timer_at: float = inf
+    stopped: int = 0
+    clock: list[float] = field(default_factory=_causes)
+    # How full the arrays are.
+    jobs_made: int = 0
+    free: int = NONE
+    calendar_size: int = 0
+    queue_size: int = 0
+    urgent: int = 0
+    latencies_size: int = 0
+    answered_size: int = 0
+    attempts_size: int = 0
+    # The tally.
+    ended: int = 0
+    completed: int = 0
+    failed: int = 0
+    attempts: int = 0
+    throttled: int = 0
+    finalize_passes: int = 0
+    peak_in_flight: int = 0
+    last_s: float = 0.0
+    reserved_tokens: float = 0.0
+    charged_tokens: float = 0.0
+    used_tokens: float = 0.0
+    extra_prompt_tokens: float = 0.0
+    extra_output_tokens: float = 0.0
+    work_requests: int = 0
+    work_charged: float = 0.0
+    work_counted: float = 0.0
+    work_returned: float = 0.0
+    work_shortest_s: float = inf
+    work_latest_s: float = 0.0
+    waits_s: list[float] = field(default_factory=_causes)
+    deferrals: list[float] = field(default_factory=_causes)
+    failures: list[float] = field(default_factory=_ends)
+
+
+class World(NamedTuple):
+    """All that a run works on: records of law, provider and run, and arrays of the other dataclasses above."""
+
+    p: Any
+    s: Any
+    pp: Any
+    ps: Any
+    run: Any
+    rows: Any
+    jobs: Any
+    calendar: Any
+    queue: Any
+    answers: Any
+    attempts: Any
+
+
+# ---------------------------------------------------------------- the heaps
+
+
+def _sooner(a: Any, b: Any) -> bool:
+    """Whether event `a` goes before `b`."""
+    return a.at < b.at or (a.at == b.at and a.order < b.order)
+
+
+def _schedule(w: World, at: float, kind: int, slot: int, number: int, attempt: int) -> None:
+    """An answer, a retry or a deadline enters the calendar."""
+    run, calendar = w.run, w.calendar
+    run.events += 1
+    order = kind + run.events
+    i = run.calendar_size
+    run.calendar_size += 1
+    while i > 0:
+        parent = (i - 1) >> 1
+        if calendar[parent].at < at or (calendar[parent].at == at and calendar[parent].order < order):
+            break
+        calendar[i] = calendar[parent]
+        i = parent
+    event = calendar[i]
+    event.at = at
+    event.order = order
+    event.slot = slot
+    event.number = number
+    event.attempt = attempt
+
+
+def _drop_soonest(w: World) -> None:
+    """Removes the first event of the calendar."""
+    run, calendar = w.run, w.calendar
+    run.calendar_size -= 1
+    size = run.calendar_size
+    i, child = 0, 1
+    while child < size:
+        if child + 1 < size and _sooner(calendar[child + 1], calendar[child]):
+            child += 1
+        if _sooner(calendar[size], calendar[child]):
+            break
+        calendar[i] = calendar[child]
+        i = child
+        child = 2 * i + 1
+    calendar[i] = calendar[size]
+
+
+def _ranks_before(a: Any, b: Any) -> bool:
+    """Whether queue entry `a` goes before `b`."""
+    if a.first != b.first:
+        return a.first < b.first
+    if a.second != b.second:
+        return a.second < b.second
+    if a.third != b.third:
+        return a.third < b.third
+    if a.fourth != b.fourth:
+        return a.fourth < b.fourth
+    return a.sequence < b.sequence
+
+
+def _queued(w: World, slot: int, again: int) -> None:
+    """The job enters the queue, in the law's order: what comes again goes before new work."""
+    run, queue, job = w.run, w.queue, w.jobs[slot]
+    run.sequence += 1
+    key = law.rank(w.p, job.lane, job.attempt, job.expected, job.reserve, float(run.sequence), job.standing)
+    i = run.queue_size
+    run.queue_size += 1
+    # The entry itself waits behind the last one while it is sifted up.
+    entry = queue[run.queue_size]
+    entry.first, entry.second, entry.third, entry.fourth = key
+    entry.sequence = run.sequence
+    entry.slot = slot
+    entry.again = again
+    run.urgent += again
+    while i > 0:
+        parent = (i - 1) >> 1
+        if not _ranks_before(entry, queue[parent]):
+            break
+        queue[i] = queue[parent]
+        i = parent
+    queue[i] = entry
+
+
+def _drop_first(w: World) -> None:
+    """Removes the first entry of the queue."""
+    run, queue = w.run, w.queue
+    run.urgent -= queue[0].again
+    run.queue_size -= 1
+    size = run.queue_size
+    i, child = 0, 1
+    while child < size:
+        if child + 1 < size and _ranks_before(queue[child + 1], queue[child]):
+            child += 1
+        if _ranks_before(queue[size], queue[child]):
+            break
+        queue[i] = queue[child]
+        i = child
+        child = 2 * i + 1
+    queue[i] = queue[size]
+
+
+# ---------------------------------------------------------------- the queue
+
+
+def _new_slot(w: World) -> int:
+    """A slot for a new job."""
+    run = w.run
+    slot = run.free
+    if slot == NONE:
+        slot = run.jobs_made
+        run.jobs_made += 1
+    else:
+        run.free = w.jobs[slot].next_free
+    return slot
+
+
+def _freed(w: World, slot: int) -> None:
+    """Nobody needs the job any more; an event that was made for it finds another number, or none."""
+    job = w.jobs[slot]
+    job.number = NONE
+    job.next_free = w.run.free
+    w.run.free = slot
+
+
+def _begun(w: World, slot: int, submitted_s: float) -> None:
+    """What every new job starts with."""
+    run, job = w.run, w.jobs[slot]
+    run.events += 1
+    job.number = run.events
+    job.attempt = 1
+    job.standing = law.FIRST
+    job.asked = 0
+    job.ended = 0
+    job.submitted_s = submitted_s
+    job.eligible_s = submitted_s
+
+
+def _next(w: World) -> int:
+    """New work in order of launch (a batch) or of arrival (a trace): the next job, NONE after the last."""
+    run = w.run
+    if run.row >= run.requests:
+        return NONE
+    row = w.rows[run.row - run.rows_from]
+    run.row += 1
+    slot = _new_slot(w)
+    job = w.jobs[slot]
+    _begun(w, slot, row.arrival_s)
+    job.index = row.index
+    job.lane = law.MAIN
+    job.expected = row.expected
+    job.reserve = row.reserve
+    job.charge = row.charge
+    job.prompt = row.prompt
+    job.output = row.output
+    job.recorded_s = row.recorded_s
+    job.arrived_s = row.arrival_s
+    job.first_launched_s = -1.0
+    if run.finalize_max_tokens:
+        job.cut = row.cut
+        job.last_reserve = row.last_reserve
+        job.last_charge = row.last_charge
+        job.last_output = row.last_output
+    if run.recording:
+        for cause in range(CAUSES):
+            job.since[cause] = 0.0
+    return slot
+
+
+def _may_go(w: World, slot: int, now: float, again: int) -> None:
+    """The job becomes eligible: from now on its waiting is counted. `again`: 0 for new work, else 1."""
+    run, job = w.run, w.jobs[slot]
+    job.eligible_s = now
+    job.asked = 0
+    job.ended = 0
+    if run.recording:
+        for cause in range(CAUSES):
+            job.since[cause] = run.clock[cause]
+    run.waiting += 1
+    _queued(w, slot, again)
+
+
+def _first(w: World) -> int:
+    run = w.run
+    while run.urgent > 0 and w.jobs[w.queue[0].slot].ended:
+        _freed(w, w.queue[0].slot)
+        _drop_first(w)
+    if run.queue_size > 0:
+        return w.queue[0].slot
+    return run.head
+
+
+def _taken(w: World, slot: int) -> None:
+    """Removes the head from its queue."""
+    run = w.run
+    run.waiting -= 1
+    if slot == run.head:
+        run.head = _next(w)
+    else:
+        _drop_first(w)
+
+
+# ---------------------------------------------------------------- time
+
+
+def _advance(w: World, now: float) -> None:
+    """Time has passed until `now`, under the cause that has held since the last event."""
+    run = w.run
+    passed = now - run.clock_at
+    if passed > 0.0:
+        run.clock[run.cause] += passed
+        run.waits_s[run.cause] += passed * run.waiting
+        run.clock_at = now
+
+
+def _has_room(w: World) -> bool:
+    """Whether whatever one event, or one launch, may bring finds its place, and the next request has been read."""
+    run = w.run
+    return (
+        (run.row < run.rows_until or run.row == run.requests)
+        and run.jobs_made + 2 <= len(w.jobs)
+        and run.calendar_size + 3 <= len(w.calendar)
+        and run.queue_size + 3 <= len(w.queue)
+        and run.latencies_size < len(w.answers)
+        and run.answered_size < len(w.answers)
+        and run.attempts_size < len(w.attempts)
+    )
+
+
+def _pump(w: World, now: float) -> bool:
+    """Launches what the law admits now, and sets the timer to the moment at which it will admit the next.
+
+    False: it could not finish for want of room, and wants to be called again.
+    """
+    p, s, run = w.p, w.s, w.run
+    while _has_room(w):
+        slot = _first(w)
+        if slot == NONE:
+            run.cause = law.NOTHING
+            run.timer_at = inf
+            return True
+        job = w.jobs[slot]
+        if not job.asked and law.never_fits(p, job.reserve):
+            _taken(w, slot)
+            _give_up(w, slot, now, prov.TOO_LARGE)
+            continue
+        at, cause = law.admission(p, s, job.reserve, job.standing, now)
+        if at > now:
+            run.cause = cause
+            bit = 1 << cause
+            if not job.asked & bit:
+                job.asked |= bit
+                run.deferrals[cause] += 1.0
+            run.timer_at = at
+            return True
+        if job.first_launched_s >= 0.0 and law.deadline_at(p, job.first_launched_s) <= now:
+            _taken(w, slot)
+            _give_up(w, slot, now, DEADLINE_EXCEEDED)
+            continue
+        _launch(w, slot, now)
+    return False
+
+
+def _launch(w: World, slot: int, now: float) -> None:
+    """One attempt goes out: the law books it, the provider answers it, its answer enters the calendar."""
+    p, s, run, job = w.p, w.s, w.run, w.jobs[slot]
+    _taken(w, slot)
+    key = attempt_key(job.lane, job.attempt)
+    u = 0.5
+    if p.stagger_s > 0.0 and job.standing == law.FIRST:
+        u = keyed_uniform(run.seed, job.index, key, JITTER_STAGGER)
+    law.launched(p, s, job.reserve, job.standing, now, u)
+    run.peak_in_flight = max(run.peak_in_flight, s.in_flight)
+    run.attempts += 1
+    run.reserved_tokens += job.reserve
+    job.launched_s = now
+    if job.attempt == 1 and job.lane == law.MAIN:
+        job.first_launched_s = now
+    outcome, service_s, _, retry_after_s = prov.answered(
+        w.pp, w.ps, run.seed, job.index, key, job.charge, job.output, job.recorded_s, now
+    )
+    job.charged = job.charge if outcome in CHARGED else 0.0
+    run.charged_tokens += job.charged
+    if p.sync_headers:
+        for d in range(4):
+            job.booked[d] = s.booked[d]
+        _state(w, slot)
+    if run.recording:
+        for cause in range(CAUSES):
+            job.since[cause] = run.clock[cause] - job.since[cause]
+    at = now + service_s
+    expires_at = law.expires_at(p, job.first_launched_s, now)
+    if at > expires_at:
+        at = expires_at
+        outcome = TIMEOUT
+        retry_after_s = -1.0
+    job.outcome = outcome
+    job.retry_after_s = retry_after_s
+    _schedule(w, at, ANSWER, slot, NONE, NONE)
+
+
+def _state(w: World, slot: int) -> None:
+    """What the answer's headers will say: limit and remaining of tokens, then of the tighter requests limit."""
+    pp, ps, job = w.pp, w.ps, w.jobs[slot]
+    d = prov.requests_dimension(pp, ps)
+    job.stated_tokens_limit = prov.limit_now(pp, ps, law.TPM)
+    job.stated_tokens_left = prov.remaining(pp, ps, law.TPM)
+    job.stated_d = d
+    if d >= 0:
+        job.stated_requests_limit = prov.limit_now(pp, ps, d)
+        job.stated_requests_left = prov.remaining(pp, ps, d)
+
+
+# ---------------------------------------------------------------- what happens: true where the head is to be asked
+
+
+def _on_arrival(w: World, now: float) -> bool:
+    _advance(w, now)
+    _may_go(w, _next(w), now, 0)
+    if w.run.stopped:
+        _stop(w, now, w.run.stopped)
+    return True
+
+
+def _on_retry_due(w: World, slot: int, now: float) -> bool:
+    _advance(w, now)
+    if w.run.stopped:
+        _give_up(w, slot, now, w.run.stopped)
+        return False
+    _may_go(w, slot, now, 1)
+    _watch_deadline(w, slot)
+    return True
+
+
+def _watch_deadline(w: World, slot: int) -> None:
+    job = w.jobs[slot]
+    gives_up_at = law.deadline_at(w.p, job.first_launched_s)
+    if gives_up_at < inf:
+        _schedule(w, gives_up_at, RETRY_DUE, slot, job.number, job.attempt)
+
+
+def _on_deadline(w: World, slot: int, number: int, attempt: int, now: float) -> bool:
+    """A retry or finalize pass that still waits for its launch when its request's time is over ends there."""
+    job = w.jobs[slot]
+    if job.number != number or job.ended or job.attempt != attempt or job.launched_s >= job.eligible_s:
+        return False
+    _advance(w, now)
+    w.run.waiting -= 1
+    job.ended = 1
+    _given_up(w, slot, now, DEADLINE_EXCEEDED)
+    return True
+
+
+def _on_wake(w: World, now: float) -> bool:
+    w.run.timer_at = inf
+    _advance(w, now)
+    return True
+
+
+def _on_answer(w: World, slot: int, now: float) -> bool:
+    p, s, run, job = w.p, w.s, w.run, w.jobs[slot]
+    _advance(w, now)
+    outcome = job.outcome
+    unheard = outcome == TIMEOUT or outcome == prov.DROPPED
+    if unheard or (outcome == prov.OK and job.lane == law.FINALIZE):
+        run.extra_prompt_tokens += job.prompt
+        run.extra_output_tokens += job.output
+    if not unheard:
+        _left(w, slot, now)
+        if p.sync_headers:
+            _sync(w, slot, now)
+    if outcome == prov.OK:
+        in_wait = run.cause
+        _on_ok(w, slot, now)
+        return law.answer_may_admit(p, in_wait) or run.urgent > 0
+    if outcome == prov.TOO_LARGE or outcome == prov.QUOTA:
+        law.released(p, s)
+        _ended(w, slot, now, outcome)
+        if outcome == prov.QUOTA:
+            _stop(w, now, prov.QUOTA)
+        return True
+    u = keyed_uniform(run.seed, job.index, attempt_key(job.lane, job.attempt), JITTER_RETRY)
+    if outcome == prov.THROTTLED or outcome == prov.SLOW_DOWN:
+        run.throttled += 1
+        at = law.throttled(
+            p, s, job.reserve, job.attempt, job.retry_after_s, job.first_launched_s, job.launched_s, now, u
+        )
+    else:
+        at = law.failed(p, s, job.attempt, job.retry_after_s, job.first_launched_s, now, u)
+    _again(w, slot, now, at)
+    return True
+
+
+def _left(w: World, slot: int, now: float) -> None:
+    """The answer leaves the provider: it books real use, then states its counts if it dates them by the answer."""
+    pp, ps, run, job = w.pp, w.ps, w.run, w.jobs[slot]
+    if job.outcome == prov.OK:
+        prov.settled(pp, ps, run.seed, job.charge, job.prompt + job.output, now)
+    if pp.counts == prov.COUNTS_AT_ANSWER:
+        prov.advanced(pp, ps, run.seed, now)
+        _state(w, slot)
+
+
+def _sync(w: World, slot: int, now: float) -> None:
+    """What the headers state, beside what has been booked since the launch."""
+    p, s, job = w.p, w.s, w.jobs[slot]
+    at, refused = job.launched_s, int(job.outcome not in CHARGED)
+    if not prov.states_counts(w.pp, refused > 0):
+        return
+    if job.stated_tokens_limit > 0.0:
+        limit, left = job.stated_tokens_limit, job.stated_tokens_left
+        since = s.booked[law.TPM] - job.booked[law.TPM]
+        law.synced(p, s, law.TPM, limit, left, job.reserve, refused, since, at, at, now)
+    d = job.stated_d
+    if d >= 0:
+        limit, left = job.stated_requests_limit, job.stated_requests_left
+        since = s.booked[d] - job.booked[d]
+        law.synced(p, s, d, limit, left, 1.0, refused, since, at, at, now)
+
+
+def _on_ok(w: World, slot: int, now: float) -> None:
+    run, job = w.run, w.jobs[slot]
+    used = job.prompt + job.output
+    law.settled(w.p, w.s, job.reserve, used, job.launched_s, now)
+    run.used_tokens += used
+    if job.lane == law.MAIN:
+        _worked(w, job.arrived_s, job.charge, used, now - job.launched_s)
+    elif job.charge > used:
+        run.work_returned += job.charge - used
+    if run.finalize_max_tokens and job.lane == law.MAIN and _came_back_empty(w, slot):
+        _open_finalize(w, slot, now)
+    else:
+        _ended(w, slot, now, 0)
+
+
+def _worked(w: World, arrived_s: float, charge: float, used: float, service_s: float) -> None:
+    """The bound's input: `Work.add` in place."""
+    run = w.run
+    counted = min(charge, used)
+    run.work_latest_s = max(run.work_latest_s, arrived_s + service_s)
+    if arrived_s <= 0.0:
+        run.work_requests += 1
+        run.work_charged += charge
+        run.work_counted += counted
+        run.work_shortest_s = min(run.work_shortest_s, service_s)
+    else:
+        answered = w.answers[run.answered_size]
+        run.answered_size += 1
+        answered.arrived_s = arrived_s
+        answered.charge = charge
+        answered.counted = counted
+        answered.service_s = service_s
+
+
+def _came_back_empty(w: World, slot: int) -> bool:
+    job = w.jobs[slot]
+    return job.cut > 0 and prov.cut_without_text(w.pp, w.run.seed, job.index)
+
+
+def _open_finalize(w: World, slot: int, now: float) -> None:
+    """The answer was cut off and has no usable text: one more call, before new work."""
+    run, job = w.run, w.jobs[slot]
+    if run.recording:
+        _record(w, slot, now, NONE)
+    law.finalize_opened(w.p, w.s)
+    run.finalize_passes += 1
+    # The same slot becomes the finalize pass; index, prompt, recorded time, arrival and first launch stay.
+    _begun(w, slot, now)
+    job.lane = law.FINALIZE
+    job.reserve = job.last_reserve
+    job.charge = job.last_charge
+    job.output = job.last_output
+    job.launched_s = -1.0
+    _may_go(w, slot, now, 1)
+    _watch_deadline(w, slot)
+    if run.stopped:
+        _stop(w, now, run.stopped)
+
+
+def _again(w: World, slot: int, now: float, at: float) -> None:
+    """After a throttle or a failure: try again at `at`, or never (inf)."""
+    run, job = w.run, w.jobs[slot]
+    if at == inf:
+        _ended(w, slot, now, job.outcome if job.attempt >= w.p.max_attempts else DEADLINE_EXCEEDED)
+        return
+    if run.recording:
+        _record(w, slot, now, NONE)
+    run.waits_s[BACKOFF] += at - now
+    job.attempt += 1
+    job.standing = law.keeps_permit(w.p)
+    job.submitted_s = now
+    _schedule(w, at, RETRY_DUE, slot, NONE, NONE)
+
+
+def _give_up(w: World, slot: int, now: float, code: int) -> None:
+    """A job that stands in no queue and will not be launched any more."""
+    _given_up(w, slot, now, code)
+    _freed(w, slot)
+
+
+def _given_up(w: World, slot: int, now: float, code: int) -> None:
+    if w.jobs[slot].standing == law.HOLDING:
+        law.released(w.p, w.s)
+    _close(w, slot, now, code)
+
+
+def _stop(w: World, now: float, code: int) -> None:
+    """Nothing is launched any more (the credit is gone): everything that waits ends here, unlaunched."""
+    run = w.run
+    run.stopped = code
+    slot = _first(w)
+    while slot != NONE and slot != run.head:
+        _taken(w, slot)
+        _give_up(w, slot, now, code)
+        slot = _first(w)
+    if slot == NONE:
+        return
+    # New work of a batch, read or not: nothing has happened to it yet, so that it is only counted.
+    count = run.requests - run.row
+    run.row = run.requests
+    run.waiting -= count
+    run.ended += count
+    run.failed += count
+    run.failures[code] += count
+    _taken(w, slot)
+    _give_up(w, slot, now, code)
+
+
+def _ended(w: World, slot: int, now: float, code: int) -> None:
+    """The request is over with this attempt: answered (0) or lost."""
+    if w.run.recording:
+        _record(w, slot, now, code)
+    _close(w, slot, now, code)
+    _freed(w, slot)
+
+
+def _close(w: World, slot: int, now: float, code: int) -> None:
+    run, job = w.run, w.jobs[slot]
+    if job.lane == law.FINALIZE:
+        law.finalize_closed(w.p, w.s)
+    run.ended += 1
+    if code:
+        run.failed += 1
+        run.failures[code] += 1.0
+    else:
+        run.completed += 1
+        w.answers[run.latencies_size].latency_s = now - job.arrived_s
+        run.latencies_size += 1
+    run.last_s = max(run.last_s, now)
+
+
+def _record(w: World, slot: int, now: float, code: int) -> None:
+    run, job = w.run, w.jobs[slot]
+    row = w.attempts[run.attempts_size]
+    run.attempts_size += 1
+    row.index = job.index
+    row.lane = job.lane
+    row.attempt = job.attempt
+    row.outcome = job.outcome
+    row.code = code
+    row.arrived_s = job.arrived_s
+    row.submitted_s = job.submitted_s
+    row.eligible_s = job.eligible_s
+    row.launched_s = job.launched_s
+    row.now = now
+    row.reserve = job.reserve
+    row.charged = job.charged
+    row.output = job.output
+    row.retry_after_s = job.retry_after_s
+    for cause in range(CAUSES):
+        row.waits_s[cause] = job.since[cause]
+
+
+def _step(w: World) -> bool:
+    """The next event. Whether the head is to be asked after it."""
+    run = w.run
+    arrives_at = inf
+    if run.from_trace and run.row < run.requests:
+        arrives_at = w.rows[run.row - run.rows_from].arrival_s
+    event = w.calendar[0]
+    if run.calendar_size > 0 and event.at <= arrives_at and event.at <= run.timer_at:
+        at, order, slot, number, attempt = event.at, event.order, event.slot, event.number, event.attempt
+        _drop_soonest(w)
+        run.now = at
+        if order < RETRY_DUE:
+            return _on_answer(w, slot, at)
+        if number == NONE:
+            return _on_retry_due(w, slot, at)
+        return _on_deadline(w, slot, number, attempt, at)
+    run.now = min(arrives_at, run.timer_at)
+    if arrives_at <= run.timer_at:
+        return _on_arrival(w, arrives_at)
+    return _on_wake(w, run.timer_at)
+
+
+def proceed(
+    p: Any,
+    s: Any,
+    pp: Any,
+    ps: Any,
+    run: Any,
+    rows: Any,
+    jobs: Any,
+    calendar: Any,
+    queue: Any,
+    answers: Any,
+    attempts: Any,
+) -> int:
+    """Runs on: DONE after the last event, FULL where the caller must read, empty or enlarge first.
+
+    Arrays as in `World`; the five records come as arrays of one.
+    """
+    w = World(p[0], s[0], pp[0], ps[0], run[0], rows, jobs, calendar, queue, answers, attempts)
+    r = w.run
+    if not r.begun:
+        r.begun = 1
+        if not r.from_trace:
+            r.waiting = r.requests
+            r.head = _next(w)
+    while True:
+        if r.pumping:
+            if not _pump(w, r.now):
+                return FULL
+            r.pumping = 0
+        if r.calendar_size == 0 and r.timer_at == inf and (not r.from_trace or r.row == r.requests):
+            return DONE
+        if not _has_room(w):
+            return FULL
+        if _step(w):
+            r.pumping = 1

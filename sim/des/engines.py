@@ -1,0 +1,123 @@
+"""Which engine simulates: SimPy's, event by event in Python, or the compiled one.
+
+What lives here: the one function that runs a case, and the choice between the engines. What must not: the engines
+(`driver`, `compiled`), many runs side by side (`experiment`).
+
+Theory of operation. Both give the same run, to the bit, so that the choice is one of time alone. Machine code simulates
+a hundred times as many requests per second, but has to be loaded first, and on its first day compiled. `auto` begins
+with SimPy and changes over as soon as what was simulated, with what is known to come, would have paid for that: as in
+the ski rental problem, nobody waits for more than twice the shorter of the two. Where numba is missing, it stays there.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from governor.model.errors import BadInput
+from sim.des.run import AttemptSink, Tally
+
+if TYPE_CHECKING:
+    from sim.experiment.experiment import Case
+
+Engine = Literal["auto", "compiled", "simpy"]
+Chosen = Literal["compiled", "simpy"]
+
+# Seconds: SimPy's per request, and before the first request of the compiled engine, with and without machine code at
+# hand (`benchmarks/bench_engine.py` measures all three).
+SIMPY_S = 20e-6
+LOADS_S = 0.15
+COMPILES_S = 15.0
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = tuple(
+    ROOT / path for path in ("governor/model/keyed.py", "governor/law.py", "sim/model/provider.py", "sim/des/engine.py")
+)
+# What else goes into the machine code: constants, and how it is made.
+_OURS = tuple(f"sim/{name}.py" for name in ("run", "copies", "packing", "machine", "compiled"))
+BESIDE = tuple(ROOT / path for path in ("governor/forecast/summary.py", *_OURS))
+
+NO_NUMBA = "numba is not installed: pip install 'paceline[sim]'"
+
+
+class _Simulated:
+    """Requests that SimPy has simulated in this process for want of enough of them."""
+
+    requests = 0.0
+
+
+def is_available() -> bool:
+    """Whether the compiled engine can work here at all."""
+    return find_spec("numba") is not None
+
+
+def is_kept() -> bool:
+    """Whether machine code is on the disk: then it is loaded in a moment instead of being compiled."""
+    from sim.des.cache import has_code
+
+    return has_code((*SOURCES, *BESIDE))
+
+
+def checked(wanted: Engine, *, learns: bool = False) -> tuple[str, ...]:
+    """What a user who asks for this engine should know: nothing, or one line. BadInput where it cannot be had.
+
+    `learns`: the policy's estimates learn (OPENAI_CHARGE_RULE=learned), which only SimPy simulates.
+    """
+    if learns and wanted == "compiled":
+        raise BadInput("--engine compiled: estimates that learn are simulated with SimPy only: leave the option out")
+    if learns and wanted == "auto":
+        return ("simulated with SimPy, which takes longer: the compiled engine has no estimates that learn",)
+    if wanted == "simpy" or is_available():
+        return ()
+    if wanted == "compiled":
+        raise BadInput(f"--engine compiled: {NO_NUMBA}, or leave the option out to simulate with SimPy")
+    return (f"simulated with SimPy, which takes longer: {NO_NUMBA}",)
+
+
+def chosen(wanted: Engine, requests: float) -> Chosen:
+    """The engine for so many simulated requests, now and soon after. BadInput as in `checked`."""
+    checked(wanted)
+    if wanted != "auto" or not is_available():
+        return "compiled" if wanted == "compiled" else "simpy"
+    compiled = sys.modules.get("sim.des.compiled")
+    if compiled is not None and compiled.is_loaded():
+        return "compiled"
+    waited_s = (_Simulated.requests + requests) * SIMPY_S
+    if waited_s <= LOADS_S:
+        return "simpy"
+    return "compiled" if waited_s > COMPILES_S or is_kept() else "simpy"
+
+
+def simulated(case: Case, seed: int, on_attempt: AttemptSink | None = None, *, engine: Engine = "auto") -> Tally:
+    """One run of the case: what was counted, the same with either engine."""
+    requests = len(case.columns)
+    if case.columns.kind is None and chosen(engine, requests) == "compiled":
+        from sim.des import compiled
+
+        return compiled.simulated(case, seed, on_attempt)
+    from sim.des.driver import Simulation
+
+    _Simulated.requests += requests
+    return Simulation(
+        case.columns,
+        case.params,
+        case.provider,
+        seed=seed,
+        day_tokens_used=case.grant.day_tokens_used,
+        day_requests_used=case.grant.day_requests_used,
+        finalize_max_tokens=case.finalize_max_tokens,
+        from_trace=case.from_trace,
+        on_attempt=on_attempt,
+    ).run()
+
+
+def simulations(case: Case, seeds: Iterable[int], *, engine: Chosen) -> Iterator[Tally]:
+    """Runs of the case under these seeds, one after the other; what they share is made ready once."""
+    if engine == "compiled" and case.columns.kind is None:
+        from sim.des import compiled
+
+        return compiled.simulations(case, seeds)
+    return (simulated(case, seed, engine="simpy") for seed in seeds)

@@ -1,0 +1,221 @@
+"""The process that speaks to a Ray cluster, for `spread`: `python -m sim.experiment.ray_side`, messages on stdin and stdout.
+
+What lives here: finding the cluster, running tasks on it, and noticing that it has gone. What must not: anything that
+is not asked for by a message. This is the only module that imports Ray.
+
+Messages are pickled. From here first ("ready", workers) or ("refused", why); then, for each call (fingerprint,
+function, workers, shared, rows) that comes in, ("result", value) per row (index of its shared part, its own part), in
+order, or one ("raised", exception) or ("lost", why) instead, after which nothing more of that call is begun. The few
+tasks of it that are under way then run to their end unheard: `ray.cancel` beside a task that is just ending brings the
+whole process down (an internal check of Ray 2.60). An end of stdin ends the process.
+
+Theory of operation. RAY_ADDRESS names the cluster by Ray's own rules; without it one is started on this machine, on
+loopback, and ends with this process. Plain remote tasks serve, not Ray's backend for joblib: that one gives no result
+before all are there, and sends what tasks share again with each. Whether anything answers at the address is asked
+first, and by a thread again and again: Ray by itself would wait for minutes. Every node must have the same sources as
+the process that asks: another version would give other results without saying so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import pickle
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, BinaryIO
+
+from governor.model.errors import BadSetting, quoted
+from sim.experiment.spread import fingerprint
+
+ADDRESS = "RAY_ADDRESS"
+NEEDS_RAY = "--backend ray needs paceline[ray]: pip install 'paceline[ray]'"
+# So many tasks per worker are under way: enough that none waits for the next, few enough to hold no queue of results.
+AHEAD = 3
+# How often the cluster is asked whether it is there, how long it may take, and how often it may fail in a row.
+ASK_EVERY_S, ANSWER_S, ASK_TIMES = 5.0, 3.0, 3
+# How often Ray tries a task whose worker died, after the first time.
+RETRIES = 2
+# RFC 9113, section 3.4: both sides begin with a frame of settings, the client with a fixed text before it.
+HTTP2_HEADER, HTTP2_SETTINGS = 9, 4
+HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, HTTP2_SETTINGS, 0, 0, 0, 0, 0))
+
+
+class Line:
+    """The way back: messages from several threads, one at a time."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream = stream
+        self.lock = threading.Lock()
+
+    def tell(self, kind: str, value: Any) -> None:
+        """Sends a message."""
+        with self.lock:
+            pickle.dump((kind, value), self.stream, pickle.HIGHEST_PROTOCOL)
+            self.stream.flush()
+
+
+def main() -> None:
+    """Answers calls until stdin ends."""
+    # Whatever Ray prints must not come between the messages.
+    line = Line(os.fdopen(os.dup(1), "wb"))
+    os.dup2(2, 1)
+    try:
+        ray, address = connected()
+    except BadSetting as error:
+        line.tell("refused", str(error))
+        return
+    threading.Thread(target=_watch, args=(address, line), daemon=True).start()
+    line.tell("ready", max(1, int(ray.cluster_resources().get("CPU", 1))))
+    while True:
+        try:
+            wanted, function, workers, shared, rows = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            break
+        for kind, value in answered(ray, wanted, function, workers, shared, rows):
+            line.tell(kind, value)
+    ray.shutdown()
+
+
+def answered(
+    ray: Any, wanted: str, function: Callable[[Any, Any], Any], workers: int, shared: Sequence[Any], rows: Sequence[Any]
+) -> Iterator[tuple[str, Any]]:
+    """The messages that answer one call."""
+    remote = ray.remote(num_cpus=1, max_retries=RETRIES)(_checked)
+    most = workers or AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    put: dict[int, Any] = {}
+    under_way: dict[Any, int] = {}
+    found: dict[int, Any] = {}
+    started = done = 0
+    try:
+        while done < len(rows):
+            while started < len(rows) and len(under_way) < most:
+                i, own = rows[started]
+                if i not in put:
+                    put[i] = ray.put(shared[i])
+                under_way[remote.remote(function, wanted, put[i], own)] = started
+                started += 1
+            if done in found:
+                yield "result", found.pop(done)
+                done += 1
+                continue
+            ready = ray.wait(list(under_way))[0][0]
+            found[under_way[ready]] = ray.get(ready)
+            del under_way[ready]
+    except ray.exceptions.RayTaskError as error:
+        yield "raised", error.cause if isinstance(error.cause, Exception) else RuntimeError(str(error))
+    except ray.exceptions.WorkerCrashedError:
+        yield "lost", f"a Ray worker was lost {RETRIES + 1} times at one task"
+    except (ray.exceptions.RayError, ConnectionError) as error:
+        yield "lost", f"a task was lost on the Ray cluster ({_first_line(error)})"
+
+
+def _checked(function: Callable[[Any, Any], Any], wanted: str, shared: Any, own: Any) -> Any:
+    """The task, on a worker of the cluster: `function`, if that machine has the same sources."""
+    if fingerprint() != wanted:
+        raise BadSetting(
+            f"a node of the Ray cluster ({socket.gethostname()}) has another version of paceline than this machine: "
+            "install the same on all"
+        )
+    return function(shared, own)
+
+
+def _watch(address: str, line: Line) -> None:
+    """Ends this process, with a word, when the cluster has not answered for a while."""
+    silent = 0
+    while silent < ASK_TIMES:
+        time.sleep(ASK_EVERY_S)
+        silent = 0 if answers(address) else silent + 1
+    with contextlib.suppress(OSError):
+        line.tell("lost", f"the Ray cluster at {address} is gone")
+    os._exit(1)
+
+
+# ---------------------------------------------------------------- finding the cluster
+
+
+def connected() -> tuple[Any, str]:
+    """Ray, connected to the cluster that RAY_ADDRESS names or to one of our own, and the address of its head.
+
+    BadSetting, in one line, where Ray is not installed or no cluster answers at the address.
+    """
+    named = os.environ.get(ADDRESS, "")
+    own = named in ("", "local")
+    if not own and named != "auto":
+        check_address(named)
+    if own or is_loopback(named):
+        # Ray would replace loopback by this machine's own address, and listen there; this is its own switch against it.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    # It reports usage to its makers over the network unless told not to.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError:
+        raise BadSetting(NEEDS_RAY) from None
+    quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "configure_logging": False}
+    if own:
+        quiet |= {"address": "local", "include_dashboard": False}
+    try:
+        ray.init(**quiet)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise BadSetting(f"{ADDRESS}={quoted(named)}: no Ray cluster can be used there: {_first_line(error)}") from None
+    return ray, ray.get_runtime_context().gcs_address
+
+
+def check_address(named: str) -> None:
+    """BadSetting where `named` is no HOST:PORT, or no cluster answers there."""
+    if _host_and_port(named)[1] < 0:
+        raise BadSetting(
+            f"{ADDRESS}={quoted(named)} is not an address that can be used: write the head node's HOST:PORT, or 'auto'"
+        )
+    if not answers(named):
+        raise BadSetting(f"{ADDRESS}={quoted(named)}: no Ray cluster answers there: is it running?")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    """Host and port; the port is -1 where it is not an address."""
+    host, colon, port = address.rpartition(":")
+    good = bool(colon and host) and "/" not in address and port.isdecimal() and 0 < int(port) < 65_536
+    return host.strip("[]"), int(port) if good else -1
+
+
+def answers(address: str) -> bool:
+    """Whether a server that may be a Ray cluster's head answers at HOST:PORT: one that speaks HTTP/2, as gRPC does.
+
+    Anything else there would keep Ray waiting for minutes. Under TLS only the connection is tried.
+    """
+    try:
+        with socket.create_connection(_host_and_port(address), ANSWER_S) as talk:
+            if os.environ.get("RAY_USE_TLS", "0").lower() not in ("", "0", "false"):
+                return True
+            talk.settimeout(ANSWER_S)
+            talk.sendall(HTTP2_HELLO)
+            frame = b""
+            while len(frame) < HTTP2_HEADER and (more := talk.recv(HTTP2_HEADER - len(frame))):
+                frame += more
+    except OSError:
+        return False
+    return len(frame) == HTTP2_HEADER and frame[3] == HTTP2_SETTINGS
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address HOST:PORT is of this machine alone."""
+    host, _ = _host_and_port(address)
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+if __name__ == "__main__":
+    main()

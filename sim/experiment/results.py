@@ -1,0 +1,409 @@
+"""What `simulate` and `plan` find: figures of single runs, estimates over replications, and a plan's evidence.
+
+What lives here: frozen values, the statistics that turn runs into estimates, and their JSON form. What must not:
+running anything (`experiment`, `planner`) and drawing anything (`report`).
+
+Statistics. Replications are independent draws under keyed seeds, so a mean has a Student-t interval; a difference of
+two policies is taken seed by seed (common random numbers) and has the interval of the paired differences. Quantiles of
+a figure are those of its replications, with a bootstrap interval where one is shown. An event that was never seen in n
+trials has the upper limit 1 - 0.05^(1/n) at 95 % (Clopper and Pearson 1934, one-sided): "0 of N, at most x".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from governor.model.policy import Policy
+from governor.model.requests import Attempt
+from sim.experiment.effects import Sensitivity
+from sim.experiment.robustness import Drawn
+
+# The figures of a run that are estimated, in the order in which they are shown.
+FIGURES = (
+    "makespan_s",
+    "efficiency",
+    "throttled",
+    "throttled_per_100",
+    "failed",
+    "attempts",
+    "latency_p50_s",
+    "latency_p95_s",
+    "bound_s",
+    "reserved_tokens",
+    "charged_tokens",
+    "used_tokens",
+    "peak_in_flight",
+    "stagger_delays",
+    "tpm_deferrals",
+    "finalize_passes",
+)
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """The figures of one run: a `Summary` as numbers. `efficiency` is nan where the run lost a request."""
+
+    seed: int
+    requests: int
+    completed: int
+    values: Mapping[str, float]
+    waits_s: Mapping[str, float]
+    failures: Mapping[str, int]
+
+    def __getitem__(self, name: str) -> float:
+        return self.values[name]
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """One figure over replications: its mean with a 95 % interval of the mean, and the spread of single runs.
+
+    `low`, `high`: Student-t interval of the mean, equal to it with a single run (`n` = 1: no interval is known).
+    `p5`, `p50`, `p95`: quantiles of the runs themselves.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p5: float
+    p50: float
+    p95: float
+    n: int
+
+    @property
+    def half_width(self) -> float:
+        """Half the interval of the mean."""
+        return (self.high - self.low) / 2.0
+
+
+def estimate(values: Sequence[float] | NDArray[Any]) -> Estimate:
+    """The estimate of a figure from its values over replications; nan is left out (`n` counts the rest)."""
+    x = np.asarray(values, dtype=np.float64)
+    x = x[~np.isnan(x)]
+    n = len(x)
+    if n == 0:
+        return Estimate(math.nan, math.nan, math.nan, math.nan, math.nan, math.nan, 0)
+    mean = float(x.mean())
+    half = 0.0
+    if n > 1:
+        # Not scipy.stats, the same function: that takes half a second more to import.
+        from scipy.special import stdtrit
+
+        half = float(stdtrit(n - 1, 0.5 + CONFIDENCE / 2.0) * x.std(ddof=1) / math.sqrt(n))
+    p5, p50, p95 = (float(q) for q in np.quantile(x, (0.05, 0.5, 0.95)))
+    return Estimate(mean, mean - half, mean + half, p5, p50, p95, n)
+
+
+def bootstrap_interval(
+    values: Sequence[float] | NDArray[Any], quantile: float, *, seed: int, draws: int = 2_000
+) -> tuple[float, float]:
+    """Percentile bootstrap interval (95 %) of a quantile of the runs (Efron 1979). (value, value) with one run."""
+    x = np.asarray(values, dtype=np.float64)
+    if len(x) < 2:
+        return float(x[0]), float(x[0])
+    rng = np.random.default_rng(seed)
+    drawn = np.quantile(x[rng.integers(0, len(x), (draws, len(x)))], quantile, axis=1)
+    low, high = np.quantile(drawn, (0.5 - CONFIDENCE / 2.0, 0.5 + CONFIDENCE / 2.0))
+    return float(low), float(high)
+
+
+def at_most(seen: int, trials: int) -> float:
+    """Upper 95 % limit of a probability, `seen` events in `trials` (Clopper and Pearson, one-sided)."""
+    if trials <= 0 or seen >= trials:
+        return 1.0
+    if seen == 0:
+        return float(1.0 - (1.0 - CONFIDENCE) ** (1.0 / trials))
+    from scipy.special import betaincinv
+
+    return float(betaincinv(seen + 1, trials - seen, CONFIDENCE))
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What one policy does in one scenario, over replications: an `Estimate` per name of FIGURES, and mean waits.
+
+    `requests`: per run. `failures`: requests lost per run, by code.
+    """
+
+    policy: Policy
+    requests: int
+    estimates: Mapping[str, Estimate]
+    waits_s: Mapping[str, float]
+    failures: Mapping[str, float]
+    runs: tuple[Figures, ...] = field(repr=False)
+
+    def __getitem__(self, name: str) -> Estimate:
+        return self.estimates[name]
+
+    @property
+    def lost(self) -> int:
+        """Requests lost in all runs together."""
+        return int(sum(run["failed"] for run in self.runs))
+
+    @property
+    def trials(self) -> int:
+        """Requests of all runs together."""
+        return self.requests * len(self.runs)
+
+    @property
+    def lost_at_most(self) -> float:
+        """Upper 95 % limit of the probability that a request is lost."""
+        return at_most(self.lost, self.trials)
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """Plain numbers; nan becomes null."""
+        return {
+            "settings": settings_of(self.policy),
+            "requests": self.requests,
+            "replications": len(self.runs),
+            "figures": {name: _plain(asdict(e)) for name, e in self.estimates.items()},
+            "waits_s": dict(self.waits_s),
+            "failures": dict(self.failures),
+            "lost": self.lost,
+            "lost_of": self.trials,
+            "lost_probability_at_most": self.lost_at_most,
+        }
+
+
+def forecast_of(policy: Policy, runs: Sequence[Figures]) -> Forecast:
+    """The forecast made of these runs, at least one, all of the same policy and workload."""
+    names = FIGURES if "extra_usd" not in runs[0].values else (*FIGURES, "extra_usd")
+    estimates = {name: estimate([run[name] for run in runs]) for name in names}
+    causes = runs[0].waits_s
+    codes = sorted({code for run in runs for code in run.failures})
+    return Forecast(
+        policy=policy,
+        requests=runs[0].requests,
+        estimates=estimates,
+        waits_s={cause: float(np.mean([run.waits_s[cause] for run in runs])) for cause in causes},
+        failures={code: float(np.mean([run.failures.get(code, 0) for run in runs])) for code in codes},
+        runs=tuple(runs),
+    )
+
+
+def paired_difference(a: Forecast, b: Forecast, name: str) -> Estimate:
+    """`a` - `b` in one figure, seed by seed: both must have run under the same seeds."""
+    of_b = {run.seed: run[name] for run in b.runs}
+    return estimate([run[name] - of_b[run.seed] for run in a.runs if run.seed in of_b])
+
+
+def settings_of(policy: Policy) -> dict[str, Any]:
+    """A policy as env name -> value."""
+    from governor.model.policy import KNOBS
+
+    return {knob.env: getattr(policy, knob.name) for knob in KNOBS}
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no nan: null instead."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+# ---------------------------------------------------------------- what a plan finds
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One setting that was tried: its mean makespan (or p95 latency), throttles per 100 requests and lost per run.
+
+    `origin`: `now`, `guardrails` (only the eight guardrail knobs changed) or `paceline`. `on_front`: no other setting
+    that loses as little is at least as good in all and better in one. `extra_usd`: paid beside the answers, per run
+    (time-outs, re-sends, finalize passes), None where prices are not known.
+    """
+
+    policy: Policy
+    origin: str
+    objective_s: float
+    throttled_per_100: float
+    lost: float
+    replications: int
+    on_front: bool
+    extra_usd: float | None = None
+
+    def to_json_dict(self, objective: str) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "settings": settings_of(self.policy),
+            "origin": self.origin,
+            f"{objective}_s": _plain(self.objective_s),
+            "throttled_per_100": self.throttled_per_100,
+            "lost": self.lost,
+            "extra_usd": self.extra_usd,
+            "replications": self.replications,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class StressRow:
+    """One condition of the stress set, and what each of the plan's policies does under it, by name of the policy."""
+
+    name: str
+    forecasts: Mapping[str, Forecast]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One changed knob. `objective_s` after this change on top of those before it, and `gain_s` of it (< 0 = a loss).
+
+    `left_out_s`: how much worse the recommendation is without this change alone. `reason`: one line for people.
+    """
+
+    env: str
+    old: Any
+    new: Any
+    objective_s: float
+    gain_s: float
+    left_out_s: float
+    throttled_per_100: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Heat:
+    """A map over two knobs around the recommendation. Matrices have shape (len(y_values), len(x_values))."""
+
+    x_env: str
+    y_env: str
+    x_values: tuple[float, ...]
+    y_values: tuple[float, ...]
+    objective_s: NDArray[np.float64]
+    throttled_per_100: NDArray[np.float64]
+    lost: NDArray[np.float64]
+    now: tuple[float, float]
+    recommended: tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Recommendation:
+    """A policy, its forecast on fresh seeds, the knobs that it changes, and what it gains over today's, paired.
+
+    `unguarded`: the fastest setting of the same knobs, where it is faster and was passed over because it does not keep
+    the limits under the stress set; `risk` says in words under which condition it breaks them worst.
+    """
+
+    forecast: Forecast
+    steps: tuple[Step, ...]
+    gain_s: Estimate
+    unguarded: Forecast | None = None
+    risk: str = ""
+
+    @property
+    def policy(self) -> Policy:
+        """The recommended settings."""
+        return self.forecast.policy
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that `paceline plan` found. Forecasts of `now`, both recommendations and the runner-up share seeds.
+
+    `guardrails`: only the eight guardrail knobs changed; `full`: everything that the law can do. `limits`: the
+    constraints that were asked for; `broken`: those that `full` cannot keep, in words. `already_good`: today's settings
+    are within the indifference zone of the best. `timelines`: attempts of one run each, by name, for curves over time.
+    `drawn`: the plan's policies under conditions drawn from ranges; `sensitivity`: which knob matters around the
+    recommendation; `answers_usd`: what all answers cost once (None: no prices); what is paid beside them is the figure
+    `extra_usd` of the forecasts.
+    """
+
+    objective: str
+    now: Forecast
+    guardrails: Recommendation
+    full: Recommendation
+    runner_up: Forecast
+    points: tuple[Point, ...]
+    stress: tuple[StressRow, ...]
+    heats: tuple[Heat, ...]
+    timelines: Mapping[str, Sequence[Attempt]]
+    limits: Mapping[str, float]
+    already_good: bool
+    broken: tuple[str, ...]
+    settings_tried: int
+    runs_simulated: int
+    requests_simulated: int
+    seed: int
+    drawn: Drawn | None = None
+    sensitivity: Sensitivity | None = None
+    answers_usd: float | None = None
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """The plan without its timelines, as plain values."""
+        return {
+            "objective": self.objective,
+            "now": self.now.to_json_dict(),
+            "guardrails_only": _recommendation_json(self.guardrails),
+            "recommended": _recommendation_json(self.full),
+            "runner_up": self.runner_up.to_json_dict(),
+            "front": [point.to_json_dict(self.objective) for point in self.points if point.on_front],
+            "stress": [
+                {
+                    "name": row.name,
+                    **{
+                        who: {
+                            "makespan_s": _plain(f["makespan_s"].mean),
+                            "throttled_per_100": f["throttled_per_100"].mean,
+                            "lost": f["failed"].mean,
+                        }
+                        for who, f in row.forecasts.items()
+                    },
+                }
+                for row in self.stress
+            ],
+            "drawn": None if self.drawn is None else self.drawn.to_json_dict(self.objective),
+            "sensitivity": None if self.sensitivity is None else self.sensitivity.to_json_dict(),
+            "answers_usd": self.answers_usd,
+            "constraints": dict(self.limits),
+            "constraints_broken": list(self.broken),
+            "already_good": self.already_good,
+            "settings_tried": self.settings_tried,
+            "runs_simulated": self.runs_simulated,
+            "requests_simulated": self.requests_simulated,
+            "seed": self.seed,
+            "validated_against_live_runs": 0,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class SoFar:
+    """What an interrupted search had found: today's point, the best so far, the front; `stage`: what it was doing."""
+
+    objective: str
+    now: Point
+    best: Point
+    front: tuple[Point, ...]
+    settings_tried: int
+    runs_simulated: int
+    stage: str
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "interrupted_while": self.stage,
+            "objective": self.objective,
+            "now": self.now.to_json_dict(self.objective),
+            "best": self.best.to_json_dict(self.objective),
+            "front": [point.to_json_dict(self.objective) for point in self.front],
+            "settings_tried": self.settings_tried,
+            "runs_simulated": self.runs_simulated,
+        }
+
+
+def _recommendation_json(found: Recommendation) -> dict[str, Any]:
+    steps = [_plain(asdict(step)) for step in found.steps]
+    unguarded = None if found.unguarded is None else {**found.unguarded.to_json_dict(), "risk": found.risk}
+    return {
+        **found.forecast.to_json_dict(),
+        "changes": steps,
+        "gain_s": _plain(asdict(found.gain_s)),
+        "faster_but_unguarded": unguarded,
+    }

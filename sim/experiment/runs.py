@@ -1,0 +1,138 @@
+"""The runs of a search: each made once, whoever asks for it, and kept.
+
+What lives here: the store between those who compare settings and the pool that runs them. What must not: comparing
+(`search`), and how a run is made (`experiment`).
+
+A run is told by its condition, its policy and its seed. `requests` counts what was asked for in simulated requests,
+whether it was simulated now or comes from the journal of an interrupted search: the search's effort is measured by it,
+so that a resumed search finds what an uninterrupted one would have found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from governor.model.policy import Policy
+from sim.experiment.experiment import Case, Pool, case_of
+from sim.experiment.results import Figures
+from sim.experiment.spread import WorkersLost
+from sim.scenario.scenario import Scenario
+from sim.selection.searchlog import Key, SearchLog, digest_of
+from sim.selection.tariff import Tariff
+
+PolicyKey = tuple[Any, ...]
+
+# Simulated requests that are handed to the pool at a time: what is lost of the journal if the process is killed.
+BATCH_REQUESTS = 4_000_000
+
+
+def key_of(policy: Policy) -> PolicyKey:
+    """What makes two policies the same, whichever knobs were named."""
+    # All knobs are plain values: a dump would copy them one by one, at ten times the cost.
+    return tuple(policy.__dict__.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """A scenario under a name: "" as assumed, else one of the stress set."""
+
+    name: str
+    scenario: Scenario
+
+
+class Runs:
+    """All runs of one search. `log`: its journal; `tariff`: adds `extra_usd` to each run's values."""
+
+    def __init__(self, pool: Pool, *, log: SearchLog | None = None, tariff: Tariff | None = None) -> None:
+        self.pool = pool
+        self.log = log
+        self.tariff = tariff
+        self.made = 0
+        self.requests = 0
+        self._known: dict[tuple[str, PolicyKey], dict[int, Figures]] = {}
+        self._cases: dict[tuple[str, PolicyKey], Case] = {}
+
+    def require(self, wanted: Iterable[tuple[Condition, Policy, Sequence[int]]]) -> None:
+        """Makes sure that each of these has run under its seeds."""
+        tasks: list[tuple[str, PolicyKey, Case, list[int]]] = []
+        asked: dict[tuple[str, PolicyKey], set[int]] = {}
+        for condition, policy, seeds in wanted:
+            key = key_of(policy)
+            mine = self._known.setdefault((condition.name, key), {})
+            # Who is asked for twice in one call runs once under each of its seeds.
+            under_way = asked.setdefault((condition.name, key), set())
+            missing = [seed for seed in dict.fromkeys(seeds) if seed not in mine and seed not in under_way]
+            under_way.update(missing)
+            if missing:
+                missing = self._from_log(condition.name, key, missing)
+                if missing:
+                    tasks.append((condition.name, key, self._case(condition, policy, key), missing))
+        while tasks:
+            batch: list[tuple[str, PolicyKey, Case, list[int]]] = []
+            size = 0
+            while tasks and (not batch or size < BATCH_REQUESTS):
+                batch.append(tasks.pop(0))
+                size += len(batch[-1][2].columns) * len(batch[-1][3])
+            self._make(batch)
+
+    def figures(self, condition: Condition, policy: Policy, seeds: Sequence[int]) -> list[Figures]:
+        """The runs under these seeds, made now where they are missing."""
+        mine = self._known.get((condition.name, key_of(policy)), {})
+        if not all(seed in mine for seed in seeds):
+            self.require([(condition, policy, seeds)])
+            mine = self._known[condition.name, key_of(policy)]
+        return [mine[seed] for seed in seeds]
+
+    def known(self, condition: Condition, key: PolicyKey, seeds: range) -> list[Figures]:
+        """The runs that were made so far, of these seeds."""
+        return [run for seed, run in self._known.get((condition.name, key), {}).items() if seed in seeds]
+
+    def _case(self, condition: Condition, policy: Policy, key: PolicyKey) -> Case:
+        # Only for settings that come back for more seeds: others are not worth the memory.
+        case = self._cases.get((condition.name, key))
+        if case is None:
+            case = case_of(condition.scenario, policy)
+            if condition.name == "":
+                self._cases["", key] = case
+        return case
+
+    def _make(self, batch: Sequence[tuple[str, PolicyKey, Case, list[int]]]) -> None:
+        try:
+            self._keep(batch, self.pool.run([(case, seeds) for _, _, case, seeds in batch]))
+        except WorkersLost as lost:
+            self._keep(batch, lost.found or [[] for _ in batch])
+            raise
+
+    def _keep(self, batch: Sequence[tuple[str, PolicyKey, Case, list[int]]], found: Sequence[list[Figures]]) -> None:
+        lines: list[tuple[Key, Figures]] = []
+        for (name, key, _, _), figures in zip(batch, found, strict=True):
+            digest = digest_of(key) if self.log is not None else ""
+            for run in figures:
+                self._take(name, key, run)
+                lines.append(((name, digest, run.seed), run))
+        if self.log is not None:
+            self.log.add(lines)
+
+    def _from_log(self, name: str, key: PolicyKey, seeds: list[int]) -> list[int]:
+        """Takes what the journal knows; returns the seeds that it does not."""
+        if self.log is None or not self.log.known:
+            return seeds
+        digest = digest_of(key)
+        missing = []
+        for seed in seeds:
+            run = self.log.known.get((name, digest, seed))
+            if run is None:
+                missing.append(seed)
+            else:
+                self._take(name, key, run)
+        self.pool.on_runs(len(seeds) - len(missing))
+        return missing
+
+    def _take(self, name: str, key: PolicyKey, run: Figures) -> None:
+        if self.tariff is not None:
+            run = replace(run, values={**run.values, "extra_usd": self.tariff.extra_usd(run)})
+        self._known[name, key][run.seed] = run
+        self.made += 1
+        self.requests += run.requests

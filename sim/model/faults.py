@@ -1,0 +1,142 @@
+"""What goes wrong on purpose: the events of a faults file, and which of them strike an attempt.
+
+What lives here: the file's form and its reading, and the choice of the event. What must not: HTTP (`server`), and the
+faults that the provider has by itself (`provider_config`: error and drop ratios, limit changes, co-tenant, credit),
+which the file may set too. Example:
+
+    provider:
+      limit_changes: [{at_s: 120, factor: 0.5}]         # limits cut to half in the middle
+      cotenant: {share: 0.25, burst_s: 15, period_s: 60}
+      quota_requests: 40                                # the credit is gone after 40 admitted requests
+    events:
+      - {kind: server_error, at_s: 30, for_s: 5, status: 503}
+      - {kind: stall, ratio: 0.02, stall_s: 30}
+      - {kind: throttled, attempts: 2}                  # the first two attempts of every request
+
+Times are the provider's seconds since its first request. Events are asked in their order, the first that strikes
+counts. Those at the door (throttled, slow_down, quota, overloaded, unauthorized, model_not_found) come in the place of
+an admission: nothing is charged. The others (server_error, stall, drop, truncate, malformed) strike after admission:
+the charge is taken. A forced 429 speaks of requests per minute, whatever the headers beside it show. Chance is keyed by
+request and attempt, like all chance here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from governor.model.errors import BadSetting
+from governor.model.keyed import keyed_uniform
+from governor.model.yamlfile import read_yaml
+from governor.provider.codes import QUOTA_CODES
+from sim.model.provider_config import Config, ProviderConfig, Ratio, Requests, Seconds, checked
+
+AT_THE_DOOR = ("throttled", "slow_down", "quota", "overloaded", "unauthorized", "model_not_found")
+AFTER_ADMISSION = ("server_error", "stall", "drop", "truncate", "malformed")
+EVENTS_MAX = 24
+# The purposes of `keyed` from here on belong to the events, one each.
+EVENT = 40
+
+
+_BELONGS = {
+    "status": ("server_error",),
+    "stall_s": ("stall",),
+    "code": ("quota",),
+    "retry_after_s": ("throttled", "slow_down", "overloaded"),
+}
+
+
+class Event(Config):
+    """One thing that goes wrong, and when: in a span of time, from a count of requests on, by chance, or at first.
+
+    `at_s`, `for_s`: when it begins and for how long (0 = to the end). `after_requests`: so many requests are seen
+    before. `times`: strikes at most so often, `attempts`: only the first so many attempts of a request (0 = without
+    bound). `ratio`: chance of each attempt. `status` is that of a server_error, `stall_s` the length of a stall,
+    `retry_after_s` what a refusal states (-1 = nothing), `code` the word of a quota refusal.
+    """
+
+    kind: Literal[
+        "throttled",
+        "slow_down",
+        "quota",
+        "overloaded",
+        "unauthorized",
+        "model_not_found",
+        "server_error",
+        "stall",
+        "drop",
+        "truncate",
+        "malformed",
+    ]
+    at_s: float = Field(default=0.0, ge=0, le=10**9)
+    for_s: float = Field(default=0.0, ge=0, le=10**9)
+    after_requests: Requests = 0
+    times: Requests = 0
+    attempts: Requests = 0
+    ratio: Ratio = 1.0
+    status: Annotated[int, Field(ge=500, le=599)] = 500
+    stall_s: Seconds = 30.0
+    retry_after_s: float = Field(default=-1.0, ge=-1, le=10**9)
+    code: str = "insufficient_quota"
+
+    @model_validator(mode="after")
+    def _belongs(self) -> Self:
+        for name, kinds in _BELONGS.items():
+            if name in self.model_fields_set and self.kind not in kinds:
+                raise ValueError(f"{name} belongs to {' or '.join(kinds)}, not to {self.kind}")
+        if self.kind == "quota" and self.code not in QUOTA_CODES:
+            raise ValueError(f"code must be one of {', '.join(sorted(QUOTA_CODES))}")
+        return self
+
+
+class Faults(Config):
+    """A faults file: fields of the provider, and events."""
+
+    provider: dict[str, Any] = Field(default_factory=dict)
+    events: Annotated[tuple[Event, ...], Field(max_length=EVENTS_MAX, strict=False)] = ()
+
+    def applied(self, config: ProviderConfig) -> ProviderConfig:
+        """The provider with the file's fields in place of its own; BadSetting as for any provider."""
+        return config.with_(**self.provider) if self.provider else config
+
+
+def read_faults(path: str | Path) -> Faults:
+    """The faults in a YAML file. BadInput for what is not YAML or cannot be read, BadSetting for a wrong value."""
+    data = read_yaml(path)
+    try:
+        faults = checked(Faults, data, "")
+        faults.applied(ProviderConfig())
+    except BadSetting as error:
+        raise BadSetting(f"{path}: {error}", error.name) from None
+    return faults
+
+
+class Trouble:
+    """The events of one run, and how often each has struck."""
+
+    def __init__(self, events: Sequence[Event], seed: int) -> None:
+        self.events = tuple(events)
+        self.seed = seed
+        self.struck = [0] * len(self.events)
+
+    def strikes(self, door: bool, now: float, request: int, attempt: int, arrivals: int, seen: int) -> Event | None:
+        """The event that strikes this attempt at the door, or after its admission; None = it goes well.
+
+        `request`, `attempt`: the keys of its chance. `arrivals`: how often this request has come, this time included.
+        `seen`: all requests so far, this one included.
+        """
+        for i, event in enumerate(self.events):
+            if (event.kind in AT_THE_DOOR) is not door:
+                continue
+            if now < event.at_s or (event.for_s > 0.0 and now >= event.at_s + event.for_s):
+                continue
+            if seen <= event.after_requests or 0 < event.attempts < arrivals or 0 < event.times <= self.struck[i]:
+                continue
+            if event.ratio < 1.0 and keyed_uniform(self.seed, request, attempt, EVENT + i % EVENTS_MAX) >= event.ratio:
+                continue
+            self.struck[i] += 1
+            return event
+        return None

@@ -1,0 +1,434 @@
+"""The synthetic provider, sans I/O: limiter, faults and latency as plain functions over numbers.
+
+It stands where OpenAI stands: `answered` takes one attempt at `now` and says what comes back, when, and what the
+rate-limit headers would state. The SimPy driver, the compiled engine and the HTTP server call this same code, which is
+why it keeps the law's rules for compiling (numbers and fixed-size arrays, `math` only, chance and time from outside).
+
+Theory of operation (docs/explanation/provider.md#buckets). Each dimension is a continuous bucket: `used` drains at
+limit per window length, an attempt is admitted iff used + requested <= limit in every dimension, the charge is taken at
+admission, and a refusal states (used + requested - limit) / limit * length, floored to milliseconds. A charge above
+the limit never succeeds. What is not settled about the real one is a knob: settling, counted refusals, slices, minute
+counters, the ramp.
+
+A co-tenant is drained in ticks of one second: it takes its share of the limit, all the time or in bursts at keyed
+moments, as far as there is room. A limit that changes keeps what is used; what is above the new limit must drain first.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+from governor.model.keyed import (
+    COTENANT,
+    FAULT,
+    FINALIZE_TEXT,
+    LATENCY,
+    STALL,
+    STALL_LENGTH,
+    keyed_uniform,
+    normal_quantile,
+)
+
+# Dimensions, as in the law.
+TPM = 0
+RPM = 1
+TPD = 2
+RPD = 3
+
+# Outcomes of an attempt.
+OK = 0
+THROTTLED = 1
+QUOTA = 2
+TOO_LARGE = 3
+SLOW_DOWN = 4
+SERVER_ERROR = 5
+DROPPED = 6
+
+# Whether a refusal says how long to wait.
+SAYS_NOTHING = 0
+SAYS_MILLISECONDS = 1  # "Please try again in 644ms": the wait, floored to ms
+SAYS_SECONDS = 2  # Retry-After: whole seconds, rounded up
+
+# Which answers state the counts in their headers, and of which moment.
+COUNTS_NONE = 0
+COUNTS_AT_ADMISSION = 1
+COUNTS_AT_ANSWER = 2  # as middleware does that adds its headers on the way out
+COUNTS_ON_REFUSALS = 3
+
+MINUTE_S = 60.0
+DAY_S = 86400.0
+RAMP_WINDOW_S = 900.0
+RAMP_GROWTH = 1.5
+TICK_S = 1.0
+CHANGES = 8
+# Rounding of sums of drained amounts, far below one token: a governor that mirrors the bucket exactly is not refused.
+ROUNDING = 1e-6
+
+
+def _none() -> list[float]:
+    return [0.0] * 4
+
+
+@dataclass(slots=True)
+class ProviderParams:
+    """One provider quota as numbers. Times in seconds, 0 = no such limit, fault or habit.
+
+    `limit`: TPM, RPM, TPD, RPD. `slice_s`: requests are also limited to their share of that time (1 = per second), and
+    tokens to `slice_tokens` per slice. `minute_reset`: a counter emptied each minute (Azure) in place of the bucket.
+    `ramp_tpm`: above it, tokens per minute may grow by half per 15 minutes (`slow_down`). `change_at`, `change_factor`:
+    from that moment the minute limits are so many times the first ones (inf = unused). `cotenant_share` of the limit is
+    used by others; in bursts of `cotenant_burst_s` once per `cotenant_period_s` if that is > 0. `quota_requests`: after
+    so many admitted requests the credit is gone. Latency of an answer: (first_token_s + per_token_s * output) times a
+    log-normal factor of that sigma, and with probability `stall_ratio` a stall of `stall_min_s` to `stall_max_s` more.
+    `refusal_s`: time until a refusal arrives. `empty_cut_ratio`: chance that a cut answer has no usable text.
+    `counts`: which answers state what remains; stated is that share of it (`counts_share`: a header that speaks of a
+    slice of the limit), rounded to the nearest multiple of `counts_rounded_to`, below zero only with `counts_negative`.
+    """
+
+    limit: list[float] = field(default_factory=_none)
+    minute_reset: int = 0
+    slice_s: float = 0.0
+    slice_tokens: float = 0.0
+    settles: int = 0
+    failed_count: int = 0
+    retry_after: int = SAYS_MILLISECONDS
+    ramp_tpm: float = 0.0
+    change_at: list[float] = field(default_factory=lambda: [math.inf] * CHANGES)
+    change_factor: list[float] = field(default_factory=lambda: [1.0] * CHANGES)
+    cotenant_share: float = 0.0
+    cotenant_burst_s: float = 0.0
+    cotenant_period_s: float = 0.0
+    quota_requests: float = 0.0
+    first_token_s: float = 0.6
+    per_token_s: float = 0.008
+    sigma: float = 0.0
+    stall_ratio: float = 0.0
+    stall_min_s: float = 10.0
+    stall_max_s: float = 60.0
+    error_ratio: float = 0.0
+    drop_ratio: float = 0.0
+    refusal_s: float = 0.05
+    empty_cut_ratio: float = 0.5
+    counts: int = COUNTS_AT_ADMISSION
+    counts_share: float = 1.0
+    counts_rounded_to: float = 1.0
+    counts_negative: int = 0
+
+
+@dataclass(slots=True)
+class ProviderState:
+    """What the provider remembers: `used` per dimension as of `at`, slices, the ramp, the co-tenant's next tick."""
+
+    at: float = 0.0
+    used: list[float] = field(default_factory=_none)
+    factor: float = 1.0
+    next_change: int = 0
+    tick: int = 0
+    slice_requests: float = 0.0
+    slice_used_tokens: float = 0.0
+    ramp_minute: float = 0.0
+    ramp_tokens: float = 0.0
+    ramp_window: float = 0.0
+    ramp_peak: float = 0.0
+    ramp_peak_before: float = 0.0
+    admitted: float = 0.0
+    throttled: float = 0.0
+
+
+def day_started(ps: ProviderState, tokens_used: float, requests_used: float) -> None:
+    """Starts the daily buckets with what was already used of them."""
+    ps.used[TPD] = tokens_used
+    ps.used[RPD] = requests_used
+
+
+def limit_now(pp: ProviderParams, ps: ProviderState, d: int) -> float:
+    """The limit of dimension `d` in force at the last advance; daily limits do not change."""
+    return pp.limit[d] * ps.factor if d <= RPM else pp.limit[d]
+
+
+def _drained(pp: ProviderParams, ps: ProviderState, to: float) -> None:
+    """Lets every bucket drain until `to`; a minute counter is emptied when a new minute begins."""
+    passed = to - ps.at
+    if passed <= 0.0:
+        return
+    for d in range(4):
+        used = ps.used[d]
+        if used > 0.0:
+            if d >= TPD:
+                used -= passed * pp.limit[d] / DAY_S
+            elif not pp.minute_reset:
+                used -= passed * pp.limit[d] * ps.factor / MINUTE_S
+            elif math.floor(to / MINUTE_S) > math.floor(ps.at / MINUTE_S):
+                used = 0.0
+            ps.used[d] = used if used > 0.0 else 0.0
+    if pp.slice_s > 0.0:
+        ps.slice_requests = max(0.0, ps.slice_requests - passed * limit_now(pp, ps, RPM) / MINUTE_S)
+        ps.slice_used_tokens = max(0.0, ps.slice_used_tokens - passed * limit_now(pp, ps, TPM) / MINUTE_S)
+    ps.at = to
+
+
+def _drained_over_changes(pp: ProviderParams, ps: ProviderState, to: float) -> None:
+    while ps.next_change < CHANGES and pp.change_at[ps.next_change] <= to:
+        _drained(pp, ps, pp.change_at[ps.next_change])
+        ps.factor = pp.change_factor[ps.next_change]
+        ps.next_change += 1
+    _drained(pp, ps, to)
+
+
+def _cotenant_rate(pp: ProviderParams, seed: int, tick: int) -> float:
+    """Share of the limit that others ask for in this tick. A burst asks for its whole period's share at once."""
+    if pp.cotenant_period_s <= 0.0:
+        return pp.cotenant_share
+    t = tick * TICK_S
+    period = math.floor(t / pp.cotenant_period_s)
+    start = keyed_uniform(seed, int(period), 0, COTENANT) * (pp.cotenant_period_s - pp.cotenant_burst_s)
+    into = t - period * pp.cotenant_period_s
+    if start <= into < start + pp.cotenant_burst_s:
+        return pp.cotenant_share * pp.cotenant_period_s / pp.cotenant_burst_s
+    return 0.0
+
+
+def taken_by_others(pp: ProviderParams, ps: ProviderState, d: int, amount: float) -> None:
+    """Others on the quota use `amount` of a limit per minute, as far as it goes."""
+    limit = limit_now(pp, ps, d)
+    if limit > 0.0:
+        ps.used[d] = max(ps.used[d], min(limit, ps.used[d] + amount))
+
+
+def advanced(pp: ProviderParams, ps: ProviderState, seed: int, now: float) -> None:
+    """Brings the provider to `now`: limit changes, the co-tenant's use and the draining, in order of time."""
+    if pp.cotenant_share > 0.0:
+        last = math.floor(now / TICK_S)
+        while ps.tick <= last:
+            _drained_over_changes(pp, ps, ps.tick * TICK_S)
+            rate = _cotenant_rate(pp, seed, ps.tick)
+            if rate > 0.0:
+                for d in range(2):
+                    taken_by_others(pp, ps, d, rate * limit_now(pp, ps, d) * TICK_S / MINUTE_S)
+            ps.tick += 1
+    if pp.change_at[min(ps.next_change, CHANGES - 1)] <= now:
+        _drained_over_changes(pp, ps, now)
+    else:
+        _drained(pp, ps, now)
+
+
+def _wait_ms(pp: ProviderParams, ps: ProviderState, d: int, excess: float, limit: float) -> float:
+    """(used + requested - limit) / limit * length. A minute counter waits for the next minute.
+
+    Milliseconds, multiplied in this order: so rounded and then floored, it is the printed wait of all log-quoted
+    messages but the free tier's. Through seconds, "Limit 30000, Used 29937, Requested 385" is 643 for a printed 644.
+    """
+    if d >= TPD:
+        return excess / limit * (DAY_S * 1000.0)
+    if pp.minute_reset:
+        return ((math.floor(ps.at / MINUTE_S) + 1.0) * MINUTE_S - ps.at) * 1000.0
+    return excess / limit * (MINUTE_S * 1000.0)
+
+
+def _slice_wait_ms(pp: ProviderParams, ps: ProviderState, d: int, requested: float) -> float:
+    """The same for this second's share (`slice_s` of the minute's limit), -1 where it fits or is not sliced."""
+    limit = limit_now(pp, ps, d)
+    if limit <= 0.0 or d >= TPD:
+        return -1.0
+    if d == RPM:
+        capacity = max(1.0, limit * pp.slice_s / MINUTE_S)
+        excess = ps.slice_requests + requested - capacity
+    else:
+        if pp.slice_tokens <= 0.0:
+            return -1.0
+        capacity = max(pp.slice_tokens, limit * pp.slice_s / MINUTE_S)
+        excess = ps.slice_used_tokens + min(requested, capacity) - capacity
+    return -1.0 if excess <= ROUNDING else excess / limit * (MINUTE_S * 1000.0)
+
+
+def _ramp_refuses(pp: ProviderParams, ps: ProviderState, charge: float, now: float) -> bool:
+    """Whether this minute grows too fast: above `ramp_tpm`, by more than half over the last quarter hour's peak."""
+    minute = math.floor(now / MINUTE_S)
+    if minute > ps.ramp_minute:
+        ps.ramp_peak = max(ps.ramp_peak, ps.ramp_tokens)
+        ps.ramp_tokens = 0.0
+        ps.ramp_minute = minute
+    window = math.floor(now / RAMP_WINDOW_S)
+    if window > ps.ramp_window:
+        ps.ramp_peak_before = ps.ramp_peak if window == ps.ramp_window + 1.0 else 0.0
+        ps.ramp_peak = 0.0
+        ps.ramp_window = window
+    return ps.ramp_tokens + charge > max(pp.ramp_tpm, RAMP_GROWTH * ps.ramp_peak_before)
+
+
+def _booked(pp: ProviderParams, ps: ProviderState, charge: float) -> None:
+    """Takes charge and request out of every bucket."""
+    for d in range(4):
+        if pp.limit[d] > 0.0:
+            ps.used[d] += charge if d & 1 == 0 else 1.0
+    if pp.slice_s > 0.0:
+        ps.slice_requests += 1.0
+        ps.slice_used_tokens += charge
+
+
+def _refusal_booked(pp: ProviderParams, ps: ProviderState, charge: float) -> None:
+    """A refusal that counts takes its charge too, but never fills a bucket beyond its limit."""
+    for d in range(4):
+        limit = limit_now(pp, ps, d)
+        if limit > 0.0:
+            used = ps.used[d] + (charge if d & 1 == 0 else 1.0)
+            ps.used[d] = max(ps.used[d], min(used, limit))
+
+
+def admitted(pp: ProviderParams, ps: ProviderState, seed: int, charge: float, now: float) -> tuple[int, int, float]:
+    """One attempt at the door: (outcome, dimension, wait in milliseconds). Books it if it is let in.
+
+    Outcome OK, THROTTLED, TOO_LARGE, SLOW_DOWN or QUOTA. The dimension and the exact wait are those of the limit that
+    takes longest; wait is -1 where waiting does not help or nothing is known.
+    """
+    advanced(pp, ps, seed, now)
+    if 0.0 < pp.quota_requests <= ps.admitted:
+        return QUOTA, -1, -1.0
+    tightest = -1
+    wait_ms = -1.0
+    for d in range(4):
+        limit = pp.limit[d]
+        if limit > 0.0:
+            if d < TPD:
+                limit *= ps.factor
+            requested = charge if d & 1 == 0 else 1.0
+            if requested > limit and d & 1 == 0:
+                return TOO_LARGE, d, -1.0
+            excess = ps.used[d] + requested - limit
+            if excess > ROUNDING:
+                w = _wait_ms(pp, ps, d, excess, limit)
+                if w > wait_ms:
+                    wait_ms = w
+                    tightest = d
+            if pp.slice_s > 0.0:
+                w = _slice_wait_ms(pp, ps, d, requested)
+                if w > wait_ms:
+                    wait_ms = w
+                    tightest = d
+    if tightest >= 0:
+        ps.throttled += 1.0
+        if pp.failed_count:
+            _refusal_booked(pp, ps, charge)
+        return THROTTLED, tightest, wait_ms
+    if pp.ramp_tpm > 0.0:
+        if _ramp_refuses(pp, ps, charge, now):
+            ps.throttled += 1.0
+            return SLOW_DOWN, TPM, -1.0
+        ps.ramp_tokens += charge
+    ps.admitted += 1.0
+    _booked(pp, ps, charge)
+    return OK, -1, -1.0
+
+
+def stated_wait_s(pp: ProviderParams, wait_ms: float) -> float:
+    """The wait that a refusal states, seconds; -1 = it says nothing."""
+    if wait_ms < 0.0 or pp.retry_after == SAYS_NOTHING:
+        return -1.0
+    if pp.retry_after == SAYS_SECONDS:
+        return math.ceil(wait_ms / 1000.0)
+    return math.floor(wait_ms) / 1000.0
+
+
+def settled(pp: ProviderParams, ps: ProviderState, seed: int, charge: float, used: float, now: float) -> None:
+    """The answer is complete: a provider that settles books what was really used, never beyond its limit."""
+    if not pp.settles:
+        return
+    advanced(pp, ps, seed, now)
+    for d in range(0, 4, 2):
+        limit = limit_now(pp, ps, d)
+        if limit > 0.0:
+            booked = ps.used[d] + used - charge
+            ps.used[d] = max(0.0, booked if used <= charge else max(ps.used[d], min(limit, booked)))
+
+
+def smooth_latency_s(pp: ProviderParams, output_tokens: float, recorded_s: float, u: float) -> float:
+    """Seconds from admission to the whole answer but for a stall; `u` is the uniform number behind its noise.
+
+    A recorded time (>= 0, from a trace) takes the model's place.
+    """
+    if recorded_s >= 0.0:
+        return recorded_s
+    service_s = pp.first_token_s + pp.per_token_s * output_tokens
+    if pp.sigma > 0.0:
+        service_s *= math.exp(pp.sigma * normal_quantile(u))
+    return service_s
+
+
+def stall_s(pp: ProviderParams, seed: int, request: int, attempt: int) -> float:
+    """How long an answer that stalls does so, seconds."""
+    u = keyed_uniform(seed, request, attempt, STALL_LENGTH)
+    return pp.stall_min_s + (pp.stall_max_s - pp.stall_min_s) * u
+
+
+def latency_s(
+    pp: ProviderParams, seed: int, request: int, attempt: int, output_tokens: float, recorded_s: float
+) -> float:
+    """Seconds from admission to the whole answer."""
+    u = 0.5
+    if pp.sigma > 0.0 and recorded_s < 0.0:
+        u = keyed_uniform(seed, request, attempt, LATENCY)
+    service_s = smooth_latency_s(pp, output_tokens, recorded_s, u)
+    if pp.stall_ratio > 0.0 and keyed_uniform(seed, request, attempt, STALL) < pp.stall_ratio:
+        service_s += stall_s(pp, seed, request, attempt)
+    return service_s
+
+
+def answered(
+    pp: ProviderParams,
+    ps: ProviderState,
+    seed: int,
+    request: int,
+    attempt: int,
+    charge: float,
+    output_tokens: float,
+    recorded_s: float,
+    now: float,
+    drawn_s: float = -1.0,
+) -> tuple[int, float, int, float]:
+    """Everything that happens to one attempt: (outcome, seconds until its answer, dimension, stated wait or -1).
+
+    `attempt` is the key of the attempt (unique over lanes), `output_tokens` what the answer will have after its cap,
+    `drawn_s` its `latency_s` where the caller has drawn it ahead.
+    A fault strikes after admission: the charge is taken, and a 5xx arrives at the time of the first token.
+    """
+    outcome, dimension, wait_ms = admitted(pp, ps, seed, charge, now)
+    if outcome != OK:
+        return outcome, pp.refusal_s, dimension, stated_wait_s(pp, wait_ms)
+    service_s = drawn_s
+    if drawn_s < 0.0:
+        service_s = latency_s(pp, seed, request, attempt, output_tokens, recorded_s)
+    if pp.error_ratio > 0.0 or pp.drop_ratio > 0.0:
+        u = keyed_uniform(seed, request, attempt, FAULT)
+        if u < pp.error_ratio:
+            return SERVER_ERROR, min(service_s, pp.first_token_s), -1, -1.0
+        if u < pp.error_ratio + pp.drop_ratio:
+            return DROPPED, service_s, -1, -1.0
+    return OK, service_s, -1, -1.0
+
+
+def cut_without_text(pp: ProviderParams, seed: int, request: int) -> bool:
+    """Whether an answer that was cut at its cap came back without usable text."""
+    return keyed_uniform(seed, request, 1, FINALIZE_TEXT) < pp.empty_cut_ratio
+
+
+def requests_dimension(pp: ProviderParams, ps: ProviderState) -> int:
+    """Of which requests limit the headers speak: the tighter of RPM and RPD. -1 = there is none."""
+    if pp.limit[RPD] <= 0.0:
+        return RPM if pp.limit[RPM] > 0.0 else -1
+    if pp.limit[RPM] <= 0.0:
+        return RPD
+    day_left = pp.limit[RPD] - ps.used[RPD]
+    return RPD if day_left < limit_now(pp, ps, RPM) - ps.used[RPM] else RPM
+
+
+def states_counts(pp: ProviderParams, is_refused: bool) -> bool:
+    """Whether the headers of an answer, or of a refusal, state limits and what remains of them."""
+    return pp.counts == COUNTS_AT_ADMISSION or pp.counts == COUNTS_AT_ANSWER or (pp.counts > 0 and is_refused)
+
+
+def remaining(pp: ProviderParams, ps: ProviderState, d: int) -> float:
+    """What the header of dimension `d` states as remaining at the last advance: whole, as `ProviderParams` says."""
+    limit = limit_now(pp, ps, d)
+    left = pp.counts_share * (limit - ps.used[d]) + ROUNDING
+    if pp.counts_rounded_to > 1.0:
+        left = min(limit, pp.counts_rounded_to * math.floor(left / pp.counts_rounded_to + 0.5))
+    return math.floor(left) if pp.counts_negative else max(0.0, math.floor(left))

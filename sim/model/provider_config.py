@@ -1,0 +1,419 @@
+"""A provider as a user describes it: every habit of the synthetic provider with its unit, range and default.
+
+What lives here: `ProviderConfig` and its parts, checked by pydantic; their numbers for the engines (`params`, `grant`);
+where each comes from (`provenance`); and `checked`, which turns pydantic's complaints into one line that names the
+place (`provider.cotenant.share`), the value and what is allowed. What must not: the habits themselves (`provider`), the
+published figures (`presets`), files.
+
+Defaults follow docs/explanation/provider.md: continuous buckets, the charge measured for the endpoint, no settling, a
+stated wait in milliseconds. Refused requests count against the limits because the documentation says so; nobody
+measured it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Mapping
+from datetime import date
+from itertools import pairwise
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from governor.forecast.summary import Grant
+from governor.model.errors import BadSetting, quoted
+from governor.model.estimate import kind_of
+from sim.model.presets import (
+    CHECKED_ON,
+    DEFAULT_LATENCY,
+    DEFAULT_TIER,
+    LATENCIES,
+    SIGMA,
+    STALL_MAX_S,
+    STALL_MIN_S,
+    STALL_RATIO,
+    latency_preset,
+    tier_preset,
+    tier_source,
+)
+from sim.model.provider import (
+    CHANGES,
+    COUNTS_AT_ADMISSION,
+    COUNTS_AT_ANSWER,
+    COUNTS_NONE,
+    COUNTS_ON_REFUSALS,
+    SAYS_MILLISECONDS,
+    SAYS_NOTHING,
+    SAYS_SECONDS,
+    ProviderParams,
+)
+from sim.model.workload import ASSUMED, MEASURED, Provenance
+
+Ratio = Annotated[float, Field(ge=0, le=1)]
+Requests = Annotated[int, Field(ge=0, le=10**12)]
+Seconds = Annotated[float, Field(ge=0, le=86_400)]
+Tokens = Annotated[int, Field(ge=0, le=10**12)]
+
+
+def _real_day(text: str) -> str:
+    date.fromisoformat(text)
+    return text
+
+
+Day = Annotated[
+    str,
+    # YAML reads 2026-11-23 as a date.
+    BeforeValidator(lambda value: value.isoformat() if type(value) is date else value),
+    Field(pattern=r"^\d{4}-\d{2}-\d{2}$"),
+    AfterValidator(_real_day),
+]
+_COUNTS = {
+    "none": COUNTS_NONE,
+    "admission": COUNTS_AT_ADMISSION,
+    "answer": COUNTS_AT_ANSWER,
+    "refusals": COUNTS_ON_REFUSALS,
+}
+_SAYS = {"absent": SAYS_NOTHING, "ms": SAYS_MILLISECONDS, "seconds": SAYS_SECONDS}
+
+
+def _completed(data: Any, preset: Any) -> Any:
+    """A preset's name as its fields; fields with a `preset` on top of that one's."""
+    if isinstance(data, str):
+        data = {"preset": data}
+    if isinstance(data, dict) and isinstance(data.get("preset"), str) and data["preset"]:
+        return {**preset(data["preset"]), **data}
+    return data
+
+
+class Config(BaseModel):
+    """What all parts of a scenario share: frozen, strict about types, and no key that is not known."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Latency(Config):
+    """Time of an answer: (first token + per token x output tokens), log-normal noise, rare stalls.
+
+    Written as the name of a measured model, or as fields, with `preset` naming the model that the others start from.
+    `scale` multiplies it all but the stalls; `recorded`: where the workload has recorded times, these are used instead.
+    """
+
+    preset: str = ""
+    first_token_s: Seconds = LATENCIES[DEFAULT_LATENCY].first_token_s
+    per_token_s: Seconds = LATENCIES[DEFAULT_LATENCY].per_token_s
+    sigma: Annotated[float, Field(ge=0, le=3)] = SIGMA
+    stall_ratio: Ratio = STALL_RATIO
+    stall_min_s: Seconds = STALL_MIN_S
+    stall_max_s: Seconds = STALL_MAX_S
+    scale: Annotated[float, Field(gt=0, le=1_000)] = 1.0
+    recorded: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_preset(cls, data: Any) -> Any:
+        return _completed(data, latency_preset)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.stall_min_s > self.stall_max_s:
+            raise ValueError(f"stall_min_s {self.stall_min_s:g} is above stall_max_s {self.stall_max_s:g}")
+        return self
+
+    def provenance(self) -> tuple[str, str]:
+        """Measured or assumed, and how."""
+        line = f"{self.first_token_s:.3g} s + {1_000 * self.per_token_s:.3g} ms per output token"
+        if self.scale != 1.0:
+            line += f", times {self.scale:g}"
+        rest = f"noise (sigma {self.sigma:.3g}) and stalls ({self.stall_ratio:.3g} of answers) assumed"
+        known = LATENCIES.get(self.preset)
+        if known is None or (self.first_token_s, self.per_token_s) != known[:2] or self.scale != 1.0:
+            return ASSUMED, f"{line}; {rest}"
+        return MEASURED, f"{self.preset}: {line}, from {known.recordings} recordings; {rest}"
+
+
+class Cotenant(Config):
+    """Others on the same quota: the share of it that they use, all the time or in bursts once per period."""
+
+    share: Ratio = 0.0
+    burst_s: Seconds = 0.0
+    period_s: Seconds = 0.0
+
+    @model_validator(mode="after")
+    def _burst_within_period(self) -> Self:
+        if self.period_s > 0.0 and not 0.0 < self.burst_s <= self.period_s:
+            raise ValueError(f"burst_s {self.burst_s:g} must be above 0 and at most period_s {self.period_s:g}")
+        if self.burst_s > 0.0 and self.period_s <= 0.0:
+            raise ValueError("burst_s needs a period_s: one burst per so many seconds")
+        return self
+
+
+class LimitChange(Config):
+    """From `at_s` on, the limits per minute are `factor` times the first ones."""
+
+    at_s: float = Field(ge=0, le=10**9)
+    factor: float = Field(gt=0, le=1_000)
+
+
+class Faults(Config):
+    """What goes wrong after admission, as a share of attempts (cut answers without text: of those cut by their cap)."""
+
+    error_ratio: Ratio = 0.0
+    drop_ratio: Ratio = 0.0
+    empty_cut_ratio: Ratio = 0.5
+    refusal_s: Seconds = 0.05
+
+    @model_validator(mode="after")
+    def _at_most_all(self) -> Self:
+        if self.error_ratio + self.drop_ratio > 1.0:
+            raise ValueError("error_ratio and drop_ratio together are above 1")
+        return self
+
+
+class ProviderConfig(Config):
+    """One provider quota. Limits per minute (`tpm`, `rpm`) and day (`tpd`, `rpd`), 0 = none.
+
+    Written as the name of a published tier, or as fields, with `preset` naming the tier that the others start from.
+    `charge_rule`, as of a day, is what an admission takes; see `ProviderParams` for the meaning of the other habits.
+    `counts`: whether headers state what remains: of the moment of admission or of the answer, on refusals only, or not.
+    `day_*_used`: what was used of the daily limits before the run. `learnt`: which inputs (names as in `provenance`)
+    were learnt from a log, and `learnt_from`: its name.
+    """
+
+    preset: str = ""
+    tpm: Tokens = 30_000
+    rpm: Requests = 0
+    tpd: Tokens = 0
+    rpd: Requests = 0
+    day_tokens_used: Tokens = 0
+    day_requests_used: Requests = 0
+    charge_rule: Literal["fixed", "prompt_chars4", "prompt_plus_max", "max_of", "responses", "auto"] = "auto"
+    as_of: Day = CHECKED_ON
+    settles: bool = False
+    failed_requests_count: bool = True
+    retry_after: Literal["absent", "ms", "seconds"] = "ms"
+    counts: Literal["admission", "answer", "refusals", "none"] = "admission"
+    counts_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    counts_rounded_to: Annotated[int, Field(ge=1, le=10**9)] = 1
+    counts_negative: bool = False
+    minute_reset: bool = False
+    slice_s: Annotated[float, Field(ge=0, le=60)] = 0.0
+    slice_tokens: Tokens = 0
+    ramp_tpm: Tokens = 0
+    quota_requests: Requests = 0
+    limit_changes: Annotated[tuple[LimitChange, ...], Field(max_length=CHANGES, strict=False)] = ()
+    cotenant: Cotenant = Cotenant()
+    faults: Faults = Faults()
+    latency: Latency = Latency(preset=DEFAULT_LATENCY)
+    learnt: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    learnt_from: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_preset(cls, data: Any) -> Any:
+        return _completed(data, tier_preset)
+
+    @model_validator(mode="after")
+    def _changes_in_order(self) -> Self:
+        times = [change.at_s for change in self.limit_changes]
+        if any(b <= a for a, b in pairwise(times)):
+            raise ValueError("limit_changes must be in order of time, each at_s above the one before")
+        return self
+
+    @staticmethod
+    def of(name: str = DEFAULT_TIER) -> ProviderConfig:
+        """The provider of a published tier. BadSetting for a name that does not exist."""
+        return checked(ProviderConfig, name, "provider")
+
+    def with_(self, **changes: Any) -> ProviderConfig:
+        """This provider with some fields changed and checked again: `with_(tpm=450_000, latency="gpt-4o-mini")`."""
+        given = {name for field, name in _INPUTS.items() if field in changes}
+        learnt = tuple(name for name in self.learnt if name not in given)
+        return checked(ProviderConfig, {**self.model_dump(), "learnt": learnt, **changes}, "provider")
+
+    def params(self) -> ProviderParams:
+        """The numbers that the engines work on."""
+        changes = ProviderParams()
+        for i, change in enumerate(self.limit_changes):
+            changes.change_at[i] = change.at_s
+            changes.change_factor[i] = change.factor
+        late = self.latency
+        return ProviderParams(
+            limit=[float(limit) for limit in (self.tpm, self.rpm, self.tpd, self.rpd)],
+            minute_reset=int(self.minute_reset),
+            slice_s=self.slice_s,
+            slice_tokens=float(self.slice_tokens),
+            settles=int(self.settles),
+            failed_count=int(self.failed_requests_count),
+            retry_after=_SAYS[self.retry_after],
+            ramp_tpm=float(self.ramp_tpm),
+            change_at=changes.change_at,
+            change_factor=changes.change_factor,
+            cotenant_share=self.cotenant.share,
+            cotenant_burst_s=self.cotenant.burst_s,
+            cotenant_period_s=self.cotenant.period_s,
+            quota_requests=float(self.quota_requests),
+            first_token_s=late.first_token_s * late.scale,
+            per_token_s=late.per_token_s * late.scale,
+            sigma=late.sigma,
+            stall_ratio=late.stall_ratio,
+            stall_min_s=late.stall_min_s,
+            stall_max_s=late.stall_max_s,
+            error_ratio=self.faults.error_ratio,
+            drop_ratio=self.faults.drop_ratio,
+            refusal_s=self.faults.refusal_s,
+            empty_cut_ratio=self.faults.empty_cut_ratio,
+            counts=_COUNTS[self.counts],
+            counts_share=self.counts_share,
+            counts_rounded_to=float(self.counts_rounded_to),
+            counts_negative=int(self.counts_negative),
+        )
+
+    def grant(self) -> Grant:
+        """What the bound on any schedule needs to know."""
+        return Grant(
+            tpm_limit=float(self.tpm),
+            rpm_limit=float(self.rpm),
+            tpd_limit=float(self.tpd),
+            rpd_limit=float(self.rpd),
+            settles=self.settles,
+            minute_reset=self.minute_reset,
+            changes=tuple((change.at_s, change.factor) for change in self.limit_changes),
+            day_tokens_used=float(self.day_tokens_used),
+            day_requests_used=float(self.day_requests_used),
+        )
+
+    def provenance(self) -> Provenance:
+        """Input -> (measured or assumed, from where or how), for the report."""
+        tpm, rpm = (f"{limit:,}" if limit else "no limit on" for limit in (self.tpm, self.rpm))
+        limits = f"as given: {tpm} tokens and {rpm} requests per minute"
+        found: Provenance = {"limits": (ASSUMED, limits)}
+        if self.preset and (self.tpm, self.rpm) == _pair(tier_preset(self.preset)):
+            found["limits"] = (MEASURED, tier_source(self.preset))
+        if self.charge_rule == "auto":
+            found["charge rule"] = (MEASURED, f"recorded headers, by endpoint, as of {self.as_of}")
+        else:
+            found["charge rule"] = (ASSUMED, self.charge_rule)
+        never = f"no: real use is never booked{_OPEN}"
+        found["settling"] = (ASSUMED, "yes: real use is booked on completion" if self.settles else never)
+        counts = "count against the limits, as documented" if self.failed_requests_count else "do not count"
+        found["refused requests"] = (ASSUMED, counts)
+        stated = {"ms": "the wait formula of logged messages, in ms", "seconds": "whole seconds", "absent": "none"}
+        found["Retry-After"] = (MEASURED if self.retry_after == "ms" else ASSUMED, stated[self.retry_after])
+        found["counts in headers"] = (ASSUMED, self._counts_text())
+        found["latency"] = self.latency.provenance()
+        model = self.preset.rpartition("-tier")[0]
+        if model and model not in LATENCIES and self.latency.preset == DEFAULT_LATENCY:
+            text = f"that of {found['latency'][1]}, for want of a measurement of {model}"
+            found["latency"] = (ASSUMED, text)
+        found["other users of the quota"] = (ASSUMED, _cotenant_text(self.cotenant))
+        faults = self.faults
+        found["faults"] = (ASSUMED, f"{faults.error_ratio:.3g} server errors, {faults.drop_ratio:.3g} dropped")
+        for name in self.learnt:
+            text = found[name][1].removeprefix("as given: ").removesuffix(" assumed").removesuffix(_OPEN)
+            found[name] = (MEASURED, f"learnt from {self.learnt_from}: {text}")
+        return found
+
+    def _counts_text(self) -> str:
+        text = {
+            "admission": "as of the admission",
+            "answer": "as of the answer",
+            "refusals": "on refusals only",
+            "none": "none",
+        }[self.counts]
+        if self.counts_share < 1.0:
+            text += f", {self.counts_share:.0%} of what remains"
+        return f"{text}, to {self.counts_rounded_to:,}" if self.counts_rounded_to > 1 else text
+
+
+# The inputs by the fields that give them.
+_INPUTS = {
+    "tpm": "limits",
+    "rpm": "limits",
+    "charge_rule": "charge rule",
+    "settles": "settling",
+    "failed_requests_count": "refused requests",
+    "retry_after": "Retry-After",
+    "counts": "counts in headers",
+    "cotenant": "other users of the quota",
+    "faults": "faults",
+    "latency": "latency",
+}
+_OPEN = "; what recordings show does not exclude it"
+
+
+def _pair(preset: Mapping[str, Any]) -> tuple[int, int]:
+    return preset["tpm"], preset["rpm"]
+
+
+def _cotenant_text(cotenant: Cotenant) -> str:
+    if cotenant.share <= 0.0:
+        return "none"
+    how = f"{cotenant.share:.0%} of it"
+    return f"{how}, in bursts of {cotenant.burst_s:g} s every {cotenant.period_s:g} s" if cotenant.burst_s else how
+
+
+# ---------------------------------------------------------------- complaints in one line
+
+Kind = TypeVar("Kind", bound=BaseModel)
+
+
+def checked(kind: type[Kind], data: Any, place: str) -> Kind:
+    """`data` as a `kind`; BadSetting, in one line that begins with the place, for the first thing that is wrong."""
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        path = ".".join(str(part) for part in (*filter(None, [place]), *first["loc"]))
+        raise BadSetting(f"{path}{_complaint(kind, first)}", path) from None
+    except (OverflowError, RecursionError):
+        raise BadSetting(f"{place or 'the document'} holds a number or a nesting beyond all bounds") from None
+
+
+def _complaint(kind: type[BaseModel], error: Any) -> str:
+    what, context, value = error["type"], error.get("ctx", {}), error["input"]
+    if what == "extra_forbidden":
+        known = _names_at(kind, error["loc"][:-1])
+        close = difflib.get_close_matches(str(error["loc"][-1]), known, 1)
+        return f" is not known: did you mean {close[0]}?" if close else f" is not known: use {', '.join(known)}"
+    if what == "missing":
+        return " is missing"
+    if what == "value_error":
+        return f": {context['error']}"
+    if what in ("model_type", "model_attributes_type", "dict_type"):
+        return f" is {kind_of(value)}, not names with values"
+    return f"={quoted(value)}: {_wanted(what, context, error['msg'])}"
+
+
+def _wanted(what: str, context: Mapping[str, Any], message: str) -> str:
+    bounds = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    for key, words in bounds.items():
+        if key in context:
+            return f"must be {words} {context[key]:,}"
+    nouns = {
+        "int_type": "a whole number",
+        "int_from_float": "a whole number",
+        "float_type": "a number (as text it does not count: write 1000000, not 1e6)",
+        "bool_type": "true or false",
+        "string_type": "text (in quotes)",
+        "string_pattern_mismatch": "a day, YYYY-MM-DD",
+        "finite_number": "a finite number",
+        "tuple_type": "a list",
+        "too_long": f"a list of at most {context.get('max_length')}",
+        "literal_error": context.get("expected", ""),
+    }
+    return f"must be {nouns[what]}" if what in nouns else message[:1].lower() + message[1:]
+
+
+def _names_at(kind: type[BaseModel], place: tuple[Any, ...]) -> list[str]:
+    """The names that are known at a place inside a model."""
+    for part in place:
+        if isinstance(part, str) and part in kind.model_fields:
+            kind = _model_in(kind.model_fields[part].annotation) or kind
+    return list(kind.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model_in, typing.get_args(annotation))), None)

@@ -1,0 +1,501 @@
+"""Requests to simulate, as columns: what is known of each when it is submitted, and the answer that nobody knows yet.
+
+What lives here: `Workload` (the rows, and where each input comes from), models of answer lengths, synthetic workloads,
+and `Columns`, the form in which the engines read a workload under one policy and one provider. What must not: file
+formats (`readers`), the charge rules themselves (`governor/model/estimate.py`).
+
+Theory of operation. A workload has a visible side (sizes as in `Sizes`) and a hidden one: the length the model would
+write if nothing cut it, and a recorded latency. `columns` keeps them apart: reservations come from the visible side
+alone, so that no policy can profit from an answer it could not know. The reserve side and the charge side are cached
+apart, by rule: a search that asks for a hundred policies computes a handful of columns.
+
+Chance is keyed by seed and row (`governor/model/keyed.py`), evaluated over whole columns by the same function: a row keeps
+its answer whatever stands before or after it in the draw. Every input carries its provenance, "measured" or "assumed".
+
+Memory: 8 bytes per number; a column with one value for all rows takes 8 bytes in all (a view with stride 0).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from numpy.typing import NDArray
+
+from governor.model.errors import BadInput
+from governor.model.estimate import CHAT, EMBEDDINGS, LEARNED, charge
+from governor.model.keyed import ARRIVAL, OUTPUT_LENGTH, RESAMPLE, keyed_uniform
+from governor.model.requests import url_of
+
+Whole = NDArray[np.int64]
+Real = NDArray[np.float64]
+Arrivals = Literal["batch", "trace"]
+Provenance = dict[str, tuple[str, str]]
+
+MEASURED = "measured"
+ASSUMED = "assumed"
+
+# More tokens than this in one request mean that some other column was read: no model is within a factor of ten.
+TOKENS_MAX = 100_000_000
+# What a request of a trace declares as its output cap where the trace has no such column. The same for every row: a cap
+# made from the row's own answer would tell the governor what it cannot know.
+CAP_ASSUMED = 4_096
+# Of the answers' length where nothing is known. The public traces have P95/P50 = 3.5 (Azure conversations) and 4.4
+# (arXiv summaries), log-normal sigma 0.76 and 0.90. With the median at a quarter of the cap, 4 % are cut by it: caps
+# are set so that few answers are. A cap above 2,000 is taken for a safety net that says nothing of the length.
+SIGMA_ASSUMED = 0.8
+P50_OF_CAP = 0.25
+P50_ASSUMED_MAX = 500.0
+P50_ASSUMED_NO_CAP = 200.0
+# Standard normal value of the 95th percentile.
+Z95 = 1.6448536269514722
+# A request without an old result takes the answer of one of this many with the most similar prompts.
+NEIGHBOURS = 32
+# Rows that are worked on at once: what is made on the way stays small, however many rows there are.
+BLOCK = 65_536
+# The cache of one workload: bytes of columns kept, and at least this many.
+CACHE_BYTES = 64 * 2**20
+CACHE_MIN = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """What the engines read, one entry per request in order of submission; all of one length and read-only.
+
+    `arrival_s`: zeros for a batch. `output_tokens`: what the model would write uncapped (hidden), over all `n` answers.
+    `cap`: declared maximum over all `n` answers, -1 = none. `reserve`, `charge`: ours and the provider's, whole tokens;
+    `finalize_*`: the same request with the finalize pass's cap. `recorded_s`: latency from the trace, -1 = none.
+    `kind`: a number per model, endpoint and declared cap where our reservations learn by it, else None.
+    """
+
+    arrival_s: Real
+    prompt_tokens: Whole
+    output_tokens: Whole
+    cap: Whole
+    reserve: Real
+    charge: Real
+    finalize_reserve: Real
+    finalize_charge: Real
+    recorded_s: Real
+    kind: Whole | None = None
+
+    def __len__(self) -> int:
+        return len(self.reserve)
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class Workload:
+    """Requests in order of submission. Arrays of one length; see `Sizes` for the visible ones (`max_tokens` -1 = none).
+
+    Hidden: `output_tokens` (uncapped, reasoning included, over all `n` answers) and `recorded_s` (seconds, -1 = none).
+    `arrival_s` counts from the first arrival and never falls; zeros, and `has_arrivals` False, where nothing is known.
+    `models`: one name, or one per request. `provenance`: input -> (MEASURED or ASSUMED, from where or how).
+    """
+
+    endpoint: Whole
+    prompt_tokens: Whole
+    chars: Whole
+    role_chars: Whole
+    messages: Whole
+    images: Whole
+    tools: Whole
+    n: Whole
+    max_tokens: Whole
+    output_tokens: Whole
+    arrival_s: Real
+    recorded_s: Real
+    custom_ids: list[str] | None = None
+    models: str | list[str] | None = None
+    has_arrivals: bool = False
+    provenance: Provenance = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        lengths = {name: len(getattr(self, name)) for name in ARRAYS}
+        assert len(set(lengths.values())) == 1, f"columns of different lengths: {lengths}"
+        for rows in (self.custom_ids, self.models):
+            assert not isinstance(rows, list) or len(rows) == len(self), f"{len(rows)} names for {len(self)} requests"
+        for name in ARRAYS:
+            # A view, so that the caller's own array stays writable.
+            column = getattr(self, name).view()
+            column.flags.writeable = False
+            object.__setattr__(self, name, column)
+
+    def __len__(self) -> int:
+        return len(self.prompt_tokens)
+
+    def custom_id(self, row: int) -> str:
+        """The request's own id, or one made of its row, counted from 1."""
+        return self.custom_ids[row] if self.custom_ids is not None else f"request-{row + 1}"
+
+    def model(self, row: int) -> str:
+        """The model that the request names, "" where it names none."""
+        return self.models[row] if isinstance(self.models, list) else self.models or ""
+
+    def url(self, row: int) -> str:
+        """The endpoint's path."""
+        return url_of(int(self.endpoint[row]))
+
+    def take(self, rows: NDArray[Any]) -> Workload:
+        """The workload of these rows, in this order: row numbers, or one boolean per row."""
+        picked = np.flatnonzero(rows) if rows.dtype == np.bool_ else rows
+        return replace(
+            self,
+            **{name: _taken(getattr(self, name), picked) for name in ARRAYS},  # type: ignore[arg-type]
+            custom_ids=_names_taken(self.custom_ids, picked),
+            models=_names_taken(self.models, picked) if isinstance(self.models, list) else self.models,
+        )
+
+    def with_(self, **changes: Any) -> Workload:
+        """This workload with some columns changed; `provenance` given here is merged into what stands."""
+        provenance = {**self.provenance, **changes.pop("provenance", {})}
+        return replace(self, provenance=provenance, **changes)
+
+
+ARRAYS = tuple(f.name for f in fields(Workload))[:12]
+VISIBLE = ARRAYS[:9]
+
+
+def constant(value: float, count: int, kind: type[np.generic] = np.int64) -> NDArray[Any]:
+    """A read-only column with one value for all rows, 8 bytes in all."""
+    return np.broadcast_to(np.asarray(value, kind), (count,))
+
+
+def _taken(column: NDArray[Any], rows: NDArray[Any]) -> NDArray[Any]:
+    if len(column) and column.strides == (0,):
+        return constant(column[0], len(rows), column.dtype.type)
+    return column[rows]
+
+
+def _names_taken(names: list[str] | None, rows: NDArray[Any]) -> list[str] | None:
+    return None if names is None else [names[row] for row in rows.tolist()]
+
+
+# ---------------------------------------------------------------- what the engines read
+
+_CACHES: WeakKeyDictionary[Workload, dict[Hashable, tuple[NDArray[Any], ...]]] = WeakKeyDictionary()
+
+
+def columns(
+    workload: Workload,
+    *,
+    reserve_rule: str,
+    est_tokens_per_run: int,
+    charge_rule: str,
+    as_of: str = "",
+    finalize_max_tokens: int = 6_000,
+    arrivals: Arrivals = "batch",
+    recorded_scale: float = 1.0,
+) -> Columns:
+    """The workload under one reserve rule (ours) and one charge rule (the provider's, as of a day YYYY-MM-DD).
+
+    Our rule takes the newest formulas, as it does live. `recorded_scale` multiplies recorded latencies; 0 leaves them
+    out. BadInput where `arrivals` is trace and the workload has none; BadSetting for a rule that does not exist.
+    """
+    if arrivals == "trace" and not workload.has_arrivals:
+        raise BadInput(
+            "the workload has no arrival times: use --arrivals batch, or name their column with --columns arrival=NAME"
+        )
+    est = est_tokens_per_run
+    reserved = _charged(workload, reserve_rule, est, "", finalize_max_tokens)
+    charged = _charged(workload, charge_rule, est, as_of, finalize_max_tokens)
+    cap, zeros = _cached(workload, "cap", lambda: _cap_and_zeros(workload))
+    (recorded,) = _cached(workload, ("recorded", recorded_scale), lambda: (_recorded(workload, recorded_scale),))
+    return Columns(
+        arrival_s=workload.arrival_s if arrivals == "trace" else zeros,
+        prompt_tokens=workload.prompt_tokens,
+        output_tokens=workload.output_tokens,
+        cap=cap,
+        reserve=reserved[0],
+        finalize_reserve=reserved[1],
+        charge=charged[0],
+        finalize_charge=charged[1],
+        recorded_s=recorded,
+        kind=_cached(workload, "kind", lambda: (_kinds(workload),))[0] if reserve_rule == LEARNED else None,
+    )
+
+
+def _kinds(workload: Workload) -> Whole:
+    """A number per model, endpoint and declared cap: what the requests of one template share (see `Learner`)."""
+    models = np.zeros(len(workload), np.int64)
+    if isinstance(workload.models, list):
+        models = np.unique(np.array(workload.models), return_inverse=True)[1].astype(np.int64)
+    rows = np.column_stack([models, workload.endpoint, workload.max_tokens])
+    kinds: Whole = np.unique(rows, axis=0, return_inverse=True)[1].reshape(-1).astype(np.int64)
+    return kinds
+
+
+def _cached(workload: Workload, key: Hashable, make: Any) -> tuple[NDArray[Any], ...]:
+    """The arrays under `key`, made at most once while they are kept; those unused for longest go first."""
+    cache = _CACHES.setdefault(workload, {})
+    arrays = cache.pop(key, None)
+    if arrays is None:
+        arrays = make()
+        for array in arrays:
+            array.flags.writeable = False
+        room = max(CACHE_MIN, CACHE_BYTES // (16 * max(1, len(workload))))
+        while len(cache) >= room:
+            del cache[next(iter(cache))]
+    cache[key] = arrays
+    return arrays
+
+
+def _cap_and_zeros(workload: Workload) -> tuple[Whole, Real]:
+    most, n = workload.max_tokens, workload.n
+    zeros = constant(0.0, len(workload), np.float64)
+    if len(workload) and most.strides == n.strides == (0,):
+        return constant(-1 if most[0] < 0 else most[0] * n[0], len(workload)), zeros
+    return np.where(most < 0, -1, most * n), zeros
+
+
+def _recorded(workload: Workload, scale: float) -> Real:
+    if scale == 1.0:
+        return workload.recorded_s
+    if scale <= 0.0:
+        return constant(-1.0, len(workload), np.float64)
+    return np.where(workload.recorded_s < 0.0, -1.0, workload.recorded_s * scale)
+
+
+def _charged(workload: Workload, rule: str, est: int, as_of: str, finalize_cap: int) -> tuple[NDArray[Any], ...]:
+    """Charges under one rule, with the declared caps and with the finalize pass's; one array where they agree."""
+    key = (rule, est if rule in ("fixed", LEARNED) else 0, as_of if rule == "auto" else "", finalize_cap)
+
+    def make() -> tuple[Real, Real]:
+        main = charges(workload, rule, est, as_of)
+        cap = constant(finalize_cap, len(workload))
+        blocks = _charge_blocks(workload, rule, est, as_of, cap)
+        same = all(np.array_equal(main[block], tokens) for block, tokens in blocks)
+        return main, main if same else charges(workload, rule, est, as_of, cap)
+
+    return _cached(workload, key, make)
+
+
+def charges(workload: Workload, rule: str, est: int = 0, as_of: str = "", max_tokens: Whole | None = None) -> Real:
+    """Tokens that one rule charges for each request, whole; `max_tokens` in place of the declared caps if given."""
+    tokens = np.empty(len(workload))
+    for block, charged in _charge_blocks(workload, rule, est, as_of, max_tokens):
+        tokens[block] = charged
+    return tokens
+
+
+def _charge_blocks(
+    workload: Workload, rule: str, est: int, as_of: str, max_tokens: Whole | None
+) -> Iterator[tuple[slice, NDArray[Any]]]:
+    """The same for some rows after others: (rows, tokens)."""
+    visible = {name: getattr(workload, name) for name in VISIBLE}
+    if max_tokens is not None:
+        visible["max_tokens"] = max_tokens
+    # At least one block, also of no rows: an unknown rule is told of.
+    for start in range(0, max(1, len(workload)), BLOCK):
+        block = slice(start, start + BLOCK)
+        rows = {name: column[block].astype(np.int64, copy=False) for name, column in visible.items()}
+        yield block, charge(rule, **rows, est_tokens_per_run=est, as_of=as_of)
+
+
+# ---------------------------------------------------------------- chance
+
+
+def uniforms(seed: int, count: int, purpose: int) -> Real:
+    """One keyed uniform number per row, the same that `keyed_uniform` gives row by row."""
+    drawn = np.empty(count)
+    for start in range(0, count, BLOCK):
+        rows = np.arange(start, min(start + BLOCK, count), dtype=np.uint64)
+        drawn[start : start + BLOCK] = keyed_uniform(seed, rows, 0, purpose)  # type: ignore[arg-type]
+    return drawn
+
+
+def lognormal_tokens(seed: int, p50: float | Real, sigma: float, count: int, purpose: int = OUTPUT_LENGTH) -> Whole:
+    """Token counts, at least 1, log-normal with that median (a number, or one per row), keyed by seed and row."""
+    # Not SciPy's `ndtri`, the same function: a quarter of a second to import is more than most batches are worth.
+    from statistics import NormalDist
+
+    u = uniforms(seed, count, purpose)
+    tokens = np.empty(count, np.int64)
+    for start in range(0, count, BLOCK):
+        block = slice(start, start + BLOCK)
+        normal = np.array([*map(NormalDist().inv_cdf, u[block].tolist())])
+        lengths = (p50[block] if isinstance(p50, np.ndarray) else p50) * np.exp(sigma * normal)
+        tokens[block] = np.rint(np.clip(lengths, 1.0, TOKENS_MAX))
+    return tokens
+
+
+def sigma_of(p50: float, p95: float) -> float:
+    """The log-normal's sigma whose median and 95th percentile these are: ln(P95 / P50) / 1.645."""
+    return math.log(p95 / p50) / Z95
+
+
+def with_outputs_drawn(workload: Workload, p50: float, p95: float, seed: int) -> Workload:
+    """The workload with answers drawn from the log-normal of these two quantiles; embeddings have none."""
+    drawn = lognormal_tokens(seed, p50, sigma_of(p50, p95), len(workload))
+    text = f"log-normal with the given P50 {p50:,.6g} and P95 {p95:,.6g} tokens"
+    return workload.with_(
+        output_tokens=np.where(workload.endpoint == EMBEDDINGS, 0, drawn),
+        provenance={"output tokens": (ASSUMED, text)},
+    )
+
+
+def with_outputs_assumed(workload: Workload, seed: int) -> Workload:
+    """The workload with answers drawn from the model for want of anything better (see SIGMA_ASSUMED for the reason)."""
+    quarter = np.clip(P50_OF_CAP * workload.max_tokens, 1.0, P50_ASSUMED_MAX)
+    p50 = np.where(workload.max_tokens < 0, P50_ASSUMED_NO_CAP, quarter)
+    drawn = workload.n * lognormal_tokens(seed, p50, SIGMA_ASSUMED, len(workload))
+    text = (
+        f"log-normal, P50 a quarter of the declared cap, at most {P50_ASSUMED_MAX:.0f} "
+        f"({P50_ASSUMED_NO_CAP:.0f} without a cap), P95 {math.exp(SIGMA_ASSUMED * Z95):.1f} times that; "
+        "--outputs-from or --output-tokens replaces it"
+    )
+    return workload.with_(
+        output_tokens=np.where(workload.endpoint == EMBEDDINGS, 0, drawn),
+        provenance={"output tokens": (ASSUMED, text)},
+    )
+
+
+def similar_outputs(workload: Workload, known: Whole, seed: int) -> Whole:
+    """Answers for the rows where `known` is -1, drawn from the joint distribution of prompt and answer of the others.
+
+    Each takes the answer of one of the 32 known rows whose prompts are nearest in rank to its own; keyed by row. At
+    least one must be known.
+    """
+    present = np.flatnonzero(known >= 0)
+    ordered = present[np.argsort(workload.prompt_tokens[present], kind="stable")]
+    missing = np.flatnonzero(known < 0)
+    rank = np.searchsorted(workload.prompt_tokens[ordered], workload.prompt_tokens[missing])
+    width = min(NEIGHBOURS, len(ordered))
+    first = np.clip(rank - width // 2, 0, len(ordered) - width)
+    picked = first + (uniforms(seed, len(workload), RESAMPLE)[missing] * width).astype(np.int64)
+    filled = known.copy()
+    filled[missing] = known[ordered[picked]]
+    return filled
+
+
+# ---------------------------------------------------------------- workloads without a file
+
+
+def _narrow(column: Whole) -> Whole:
+    """The column in half the memory, where its numbers allow it: charges are worked out in 64 bits all the same."""
+    return column.astype(np.int32) if int(column.max(initial=0)) < 2**31 else column
+
+
+def from_tokens(
+    prompt_tokens: Whole,
+    output_tokens: Whole,
+    *,
+    max_tokens: int | Whole = CAP_ASSUMED,
+    arrival_s: Real | None = None,
+    recorded_s: Real | None = None,
+    provenance: Mapping[str, tuple[str, str]] | None = None,
+    **columns: Any,
+) -> Workload:
+    """A workload of which token counts are known and no text: chat, one message of 4 characters per token.
+
+    `columns`: any other column of `Workload`, in place of what is taken here.
+    """
+    count = len(prompt_tokens)
+    given: dict[str, Any] = {
+        "endpoint": constant(CHAT, count),
+        "chars": _narrow(4 * prompt_tokens) if len(prompt_tokens) > BLOCK else 4 * prompt_tokens,
+        "role_chars": constant(len("user"), count),
+        "messages": constant(1, count),
+        "images": constant(0, count),
+        "tools": constant(0, count),
+        "n": constant(1, count),
+        "max_tokens": constant(max_tokens, count) if isinstance(max_tokens, int) else max_tokens,
+        "arrival_s": constant(0.0, count, np.float64) if arrival_s is None else arrival_s,
+        "recorded_s": constant(-1.0, count, np.float64) if recorded_s is None else recorded_s,
+        "has_arrivals": arrival_s is not None,
+        "provenance": dict(provenance or {}),
+        **columns,
+    }
+    return Workload(prompt_tokens=prompt_tokens, output_tokens=output_tokens, **given)
+
+
+def parametric(
+    count: int,
+    *,
+    prompt_tokens: tuple[float, float],
+    output_tokens: tuple[float, float],
+    max_tokens: int = CAP_ASSUMED,
+    arrival_rate_per_s: float = 0.0,
+    seed: int = 0,
+) -> Workload:
+    """`count` requests with log-normal prompts and answers, each given as (P50, P95) tokens and independent.
+
+    `max_tokens`: the declared cap, -1 = none. `arrival_rate_per_s`: Poisson arrivals from time 0; 0 = none are known.
+    """
+    # Prompts and answers need different draws from one row: the resampling draw is free here.
+    prompts = lognormal_tokens(seed, prompt_tokens[0], sigma_of(*prompt_tokens), count, RESAMPLE)
+    outputs = lognormal_tokens(seed, output_tokens[0], sigma_of(*output_tokens), count)
+    arrival_s = None
+    provenance = {
+        "prompt tokens": (ASSUMED, f"log-normal, P50 {prompt_tokens[0]:,.6g}, P95 {prompt_tokens[1]:,.6g}"),
+        "output tokens": (ASSUMED, f"log-normal, P50 {output_tokens[0]:,.6g}, P95 {output_tokens[1]:,.6g}"),
+        "output cap": (ASSUMED, "none is declared" if max_tokens < 0 else f"{max_tokens:,} for every request"),
+    }
+    if arrival_rate_per_s > 0.0:
+        gaps = -np.log(uniforms(seed, count, ARRIVAL)) / arrival_rate_per_s
+        arrival_s = np.cumsum(gaps)
+        provenance["arrivals"] = (ASSUMED, f"Poisson, {arrival_rate_per_s:,.6g} per second")
+    return from_tokens(prompts, outputs, max_tokens=max_tokens, arrival_s=arrival_s, provenance=provenance)
+
+
+def resampled(workload: Workload, count: int, seed: int = 0) -> Workload:
+    """`count` whole rows of `workload` drawn with replacement, keyed by row: prompts and answers stay together.
+
+    Arrivals are left out, and so are custom ids, which would repeat.
+    """
+    if not len(workload):
+        raise BadInput("an empty workload cannot be resampled: give one with at least one request")
+    rows = (uniforms(seed, count, RESAMPLE) * len(workload)).astype(np.int64)
+    drawn = replace(workload, custom_ids=None).take(rows)
+    return drawn.with_(
+        arrival_s=constant(0.0, count, np.float64),
+        has_arrivals=False,
+        provenance={
+            "requests": (ASSUMED, f"{count:,} drawn with replacement from {len(workload):,}, whole rows"),
+        },
+    )
+
+
+def redrawn(workload: Workload, count: int, block_s: float, seed: int = 0) -> Workload:
+    """`count` whole rows as another day like this one might bring them: stretches of `block_s` seconds, drawn whole.
+
+    Bursts and slow drift stay as they are within a stretch. Drawn in two stages: first as many stretches as the log
+    has, anew, then the rows from those: what is drawn differs from the log as much as the log itself may differ from
+    its own kind (a nested bootstrap). Without arrivals a stretch is as many rows as come to 16 in the log. A stretch
+    may begin anywhere and goes on at the beginning behind the end (circular block bootstrap, Politis and Romano, 1992).
+    """
+    if not len(workload):
+        raise BadInput("an empty workload cannot be drawn from: give one with at least one request")
+    n = len(workload)
+    at_s = workload.arrival_s if workload.has_arrivals else np.arange(n, dtype=np.float64)
+    span = float(at_s[-1]) + (float(at_s[-1]) / max(1, n - 1) or 1.0)
+    length = min(span, block_s) if workload.has_arrivals else min(span, max(1.0, n / 16.0))
+    anchors = max(1, round(span / length))
+    starts = uniforms(seed, anchors, RESAMPLE) * span
+    rows: list[NDArray[np.int64]] = []
+    times: list[Real] = []
+    drawn, total = 0, 0
+    # Stretches may be empty, but on average they are not: bounded all the same.
+    limit = anchors + 64 * (1 + math.ceil(count * length / max(1e-9, n)) + math.ceil(count / n) * anchors)
+    while total < count and drawn < limit:
+        pick = keyed_uniform(seed, drawn, 1, RESAMPLE)
+        start = float(starts[min(anchors - 1, int(pick * anchors))])
+        for low, high, shift in ((start, min(span, start + length), 0.0), (0.0, start + length - span, span)):
+            i = np.arange(np.searchsorted(at_s, low), np.searchsorted(at_s, high)) if high > low else np.empty(0, int)
+            rows.append(i)
+            times.append(at_s[i] + shift - start + drawn * length)
+            total += len(i)
+        drawn += 1
+    picked = np.concatenate(rows)[:count].astype(np.int64)
+    arrival_s = np.concatenate(times)[:count]
+    return (
+        replace(workload, custom_ids=None)
+        .take(picked)
+        .with_(
+            arrival_s=arrival_s - arrival_s[0] if workload.has_arrivals else constant(0.0, len(picked), np.float64),
+            provenance={"requests": (ASSUMED, f"{len(picked):,} drawn from {n:,}, in stretches of {length:,.3g} s")},
+        )
+    )

@@ -1,0 +1,167 @@
+"""Which limit is needed, and how many requests fit, as text for a terminal or a pipe.
+
+What lives here: pure functions from results to lines. What must not: printing, columns and paragraphs (`layout`), and
+the wording of single figures (`words`).
+"""
+
+from __future__ import annotations
+
+from governor.model.policy import KNOB_BY_NAME, Policy
+from sim.base import words
+from sim.base.layout import table, wrapped
+from sim.reporting.terminal import headline, held_back, inputs_text
+from sim.scenario.scenario import Scenario
+from sim.selection.capacity_results import Capacity, HowMany, Probe
+from sim.selection.space import changed_knobs
+
+
+def capacity_text(scenario: Scenario, found: Capacity, width: int) -> str:
+    """Which limit is needed, for people."""
+    steady = found.wait_p95_s >= 0.0
+    probes = _telling(found)
+    rows = [["tokens/min", "requests/min", *_measures(steady), "in time", "429s/100", "lost", ""]]
+    rows += [[*_limits(p), *_figures(p, steady), p.name or _role(found, p)] for p in probes]
+    parts = [
+        wrapped(headline(scenario), width),
+        wrapped(_answer(scenario, found), width),
+        table(rows, width=width),
+        *_settings(scenario, found.smallest, found.tuned, width),
+        inputs_text({k: v for k, v in scenario.provenance().items() if k != "limits"}, width),
+    ]
+    if steady:
+        parts.insert(2, wrapped(_warm_up(scenario, found), width))
+    return "\n\n".join(parts)
+
+
+def how_many_text(scenario: Scenario, found: HowMany, width: int) -> str:
+    """How many requests fit, for people."""
+    wish = f"within {words.duration(found.finish_by_s)}"
+    provider = scenario.provider
+    limits = [f"{provider.tpm:,} tokens"] if provider.tpm else []
+    limits += [f"{provider.rpm:,} requests"] if provider.rpm else []
+    under = f"at {' and '.join(limits)} per minute" if limits else "without a limit"
+    if found.most is None:
+        said = f"Not even one request like these is done {wish} {under}."
+    else:
+        beyond = "" if found.above else " (the largest batch that was tried)"
+        said = (
+            f"{found.requests:,} requests like these are done {wish} {under}{beyond}. "
+            f"{_share(found.most, found.confidence)}"
+        )
+    rows = [["requests", *_measures(False), "in time", "429s/100", "lost", ""]]
+    for probe, role in ((found.most, "most that fit"), (found.above, "too many")):
+        if probe is not None:
+            rows.append([f"{probe.forecast.requests:,}", *_figures(probe, False), role])
+    parts = [
+        wrapped(headline(scenario), width),
+        wrapped(said, width),
+        table(rows, width=width),
+        *_settings(scenario, found.most, found.tuned, width),
+        inputs_text(scenario.provenance(), width),
+    ]
+    return "\n\n".join(parts)
+
+
+# ---------------------------------------------------------------- parts
+
+
+def _measures(steady: bool) -> list[str]:
+    return ["P95 wait", "up to"] if steady else ["P50", "P95"]
+
+
+def _limits(probe: Probe) -> list[str]:
+    return [f"{probe.tpm:,}", f"{probe.rpm:,}" if probe.rpm else "no limit"]
+
+
+def _figures(probe: Probe, steady: bool) -> list[str]:
+    e = probe.forecast["wait_p95_s" if steady else "makespan_s"]
+    answered = probe.forecast.lost < probe.forecast.trials
+    return [
+        words.duration(e.p50) if answered else "-",
+        words.duration(e.p95) if answered else "-",
+        f"{probe.on_time:,} of {probe.runs:,}",
+        words.number(probe.forecast["throttled_per_100"].mean),
+        f"{probe.forecast.lost:,}",
+    ]
+
+
+def _telling(found: Capacity) -> list[Probe]:
+    """The probes that tell the story: the largest that misses, the smallest that meets, no binding limit, the tiers."""
+    limits = (found.below, found.smallest, found.unlimited)
+    return [*(probe for probe in limits if probe is not None), *found.tiers]
+
+
+def _role(found: Capacity, probe: Probe) -> str:
+    if probe is found.smallest:
+        return "smallest that meets it"
+    return "misses it" if probe is found.below else "tokens never bind"
+
+
+def _wish(found: Capacity) -> str:
+    if found.wait_p95_s >= 0.0:
+        return f"keep the 95th percentile of waits within {words.duration(found.wait_p95_s)}"
+    return f"finish within {words.duration(found.finish_by_s)}"
+
+
+def _share(probe: Probe, confidence: float) -> str:
+    return (
+        f"{probe.on_time:,} of {probe.runs:,} runs on fresh seeds were in time ({words.percent(confidence)} were asked "
+        f"for): at least {words.percent(probe.on_time_at_least)} of all are, at 95 % confidence."
+    )
+
+
+def _answer(scenario: Scenario, found: Capacity) -> str:
+    """The answer in a few sentences."""
+    wish = _wish(found)
+    settings = "with settings tuned to it" if found.tuned else "with these settings"
+    sentences = []
+    if found.smallest is None:
+        free = found.unlimited
+        waits = held_back(free.forecast.waits_s, free.forecast.policy, 0.0, 0.0)
+        after = words.duration(free.forecast["makespan_s"].p50)
+        better = "" if found.tuned else " Without --keep-settings better ones are looked for."
+        sentences.append(
+            f"No limit of tokens per minute is enough to {wish} {settings}: even where it never binds, "
+            f"the batch finishes after {after} (P50). {waits}{better}"
+        )
+    else:
+        sentences.append(f"To {wish}: {found.smallest.tpm:,} tokens per minute, {settings}.")
+        sentences.append(_share(found.smallest, found.confidence))
+    if found.tier is not None:
+        sentences.append(f"Smallest published tier: {found.tier.name} ({found.tier.tpm:,} tokens per minute).")
+    else:
+        sentences.append(f"No published tier of {found.model} is enough.")
+    if found.too_small_tiers:
+        sentences.append(f"Too small for the largest request: {', '.join(found.too_small_tiers)}.")
+    return " ".join(sentences)
+
+
+def _warm_up(scenario: Scenario, found: Capacity) -> str:
+    """What was left out, and how much of the limit the traffic takes."""
+    load = f"The trace offers {found.steady_load_tpm:,.0f} tokens per minute on average"
+    if found.smallest:
+        load += f", {words.percent(found.steady_load_tpm / found.smallest.tpm)} of that limit"
+    return (
+        f"{load}; below that waits would grow without end. Wait: from arrival to the launch that was answered. Left "
+        f"out as warm-up: the first {found.warm_up_requests:,.0f} of {len(scenario.workload):,} requests (MSER-5, "
+        f"median over runs). The trace lasts {words.duration(float(scenario.workload.arrival_s.max()))}, and its first "
+        "minute's worth of tokens is there at the start: a trace of a few minutes is answered on the bright side."
+    )
+
+
+def _settings(scenario: Scenario, probe: Probe | None, tuned: bool, width: int) -> list[str]:
+    """The settings that suit the answer, as env lines; nothing where they are today's."""
+    if not tuned or probe is None:
+        return []
+    policy: Policy = probe.forecast.policy
+    names = [name for name in changed_knobs(scenario.policy, policy) if name not in ("tpm_limit", "rpm_limit")]
+    if not names:
+        return [wrapped("No setting needs to change but the limits.", width)]
+    knobs = [KNOB_BY_NAME[name] for name in names]
+    said = ", ".join(f"{knob.env}={knob.text(getattr(policy, knob.name))}" for knob in knobs)
+    return [
+        wrapped(
+            f"Settings tuned to it: {said}. Found by a short search; `paceline plan` goes further, and under stress.",
+            width,
+        )
+    ]

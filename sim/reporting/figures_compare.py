@@ -1,0 +1,100 @@
+"""Figures of several settings side by side, and of recorded against simulated: for notebooks.
+
+Pure functions: values in, a matplotlib Figure out. The look stands in `style`; maps of two knobs are in `figures`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from governor.model.requests import Attempt
+from sim.base.palette import BLUE, INK, ORANGE, VERMILLION
+from sim.base.style import in_time_units, new_figure, styled
+from sim.base.words import duration, number
+from sim.experiment.results import Forecast
+from sim.reporting import series
+
+
+@styled
+def compared(forecasts: Mapping[str, Forecast]) -> Figure:
+    """Finish time, 429s and losses of several settings, one row each, in the given order from the top.
+
+    Bars are means over the runs; the line on a finish time goes from the 5th to the 95th percentile of the runs.
+    """
+    names = list(forecasts)
+    figure = new_figure(9.0, 0.9 + 0.34 * len(names))
+    axes: list[Axes] = list(figure.subplots(1, 3, sharey=True, width_ratios=(1.5, 1.0, 1.0)))
+    spans = [forecasts[name]["makespan_s"] for name in names]
+    per = in_time_units(axes[0].xaxis, max(e.p95 for e in spans), "")
+    axes[0].set_xlabel("")
+    rows = np.arange(len(names))
+    axes[0].barh(rows, [e.mean / per for e in spans], color=BLUE, height=0.62)
+    axes[0].hlines(rows, [e.p5 / per for e in spans], [e.p95 / per for e in spans], color=INK, linewidth=1.4)
+    _told(axes[0], rows, [e.p95 / per for e in spans], [duration(e.mean) for e in spans])
+    unit = {1.0: "s", 60.0: "min", 3_600.0: "h"}.get(per, "days")
+    axes[0].set_title(f"finishes after, {unit}")
+    for ax, figure_name, title, colour in (
+        (axes[1], "throttled_per_100", "429s per 100 requests", ORANGE),
+        (axes[2], "failed", "requests lost per run", VERMILLION),
+    ):
+        values = [forecasts[name][figure_name].mean for name in names]
+        ax.barh(rows, values, color=colour, height=0.62)
+        _told(ax, rows, values, [number(value) for value in values])
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+        ax.set_title(title)
+    axes[0].set_yticks(rows, names)
+    axes[0].invert_yaxis()
+    for ax in axes:
+        ax.tick_params(axis="y", length=0)
+        ax.grid(axis="x")
+        ax.locator_params(axis="x", nbins=5)
+        ax.spines["left"].set_visible(False)
+    return figure
+
+
+def _told(ax: Axes, rows: Sequence[int] | np.ndarray, ends: Sequence[float], texts: Sequence[str]) -> None:
+    """A text behind the end of each bar, with room for it."""
+    for row, end, text in zip(rows, ends, texts, strict=True):
+        ax.annotate(text, (end, float(row)), (4, 0), textcoords="offset points", va="center", fontsize=8)
+    # Where all are 0 an axis of its own making would end at a billionth.
+    ax.set_xlim(0.0, 1.35 * (max(ends) or 1.0))
+
+
+@styled
+def side_by_side(measured: Sequence[Attempt], simulated: Mapping[int, Sequence[Attempt]], limit: float = 0.0) -> Figure:
+    """Requests answered over time: a live run against simulations of it, each by its seed; the rate against the limit.
+
+    `limit`: the provider's tokens per minute, 0 = none.
+    """
+    figure = new_figure(9.0, 3.4)
+    left, right = figure.subplots(1, 2)
+    end_s = max(a.finished_s for rows in (measured, *simulated.values()) for a in rows)
+    for ax in (left, right):
+        per = in_time_units(ax.xaxis, end_s, "time since the start")
+        ax.set_xlim(0.0, 1.01 * end_s / per)
+        ax.grid(axis="both")
+    for i, (rows, colour, width, label) in enumerate(
+        [*((rows, ORANGE, 0.9, "simulated") for rows in simulated.values()), (measured, BLUE, 1.8, "measured")]
+    ):
+        done = np.sort([a.finished_s for a in rows if a.outcome == "ok"])
+        label = label if label == "measured" or not i else "_"
+        look = {"color": colour, "linewidth": width, "label": label}
+        left.step(np.append(done, end_s) / per, np.append(np.arange(1, len(done) + 1), len(done)), where="post", **look)
+        times, tokens = series.charged_per_minute(rows)
+        kept = times <= end_s
+        right.step(times[kept] / per, tokens[kept], where="post", **look)
+    left.set_title("Requests answered")
+    right.set_title("Tokens charged in the last 60 s")
+    if limit > 0.0:
+        right.axhline(limit, color=INK, linewidth=1.1, linestyle="--", label=f"limit: {limit:,.0f} per minute")
+    for ax in (left, right):
+        ax.set_ylim(bottom=0.0)
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    handles, labels = right.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", ncols=3)
+    return figure

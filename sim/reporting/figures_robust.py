@@ -1,0 +1,126 @@
+"""Figures of what a plan's result hangs on: which knob matters, and the spread over drawn conditions.
+
+Pure functions: values in, a matplotlib Figure out. The look that all figures share is in `style`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from sim.base.palette import BLUE, INK, MUTED, OBJECTIVES, ORANGE, STYLES
+from sim.base.style import in_time_units, new_figure, styled, time_scale
+from sim.base.words import duration, number
+from sim.experiment.effects import Effect, Sensitivity
+from sim.experiment.robustness import Drawn
+
+# Knobs below this share of the largest effect would not show.
+LEAST = 0.002
+# Effects on a figure per 100 requests that are all below this are not worth a panel.
+LEAST_PER_100 = 0.05
+
+
+@styled
+def sensitivity(found: Sensitivity) -> Figure:
+    """The effect of each knob, with its 95 % interval: one panel per figure in which anything moves.
+
+    Panels share their rows, ordered by the effect on the objective.
+    """
+    name, objective = OBJECTIVES[found.objective]
+    panels = [(figure, effects) for figure, effects in found.effects.items() if _told(found, figure, effects)]
+    if not panels:
+        figure = new_figure(9.0, 1.2)
+        figure.text(0.5, 0.5, "No knob changes anything here.", ha="center", va="center")
+        return figure
+    ranked = found.effects[objective] if panels[0][0] == objective else panels[0][1]
+    shown = [e.env for e in ranked if any(_shows(effects, e.env) for _, effects in panels)]
+    figure = new_figure(9.0, 1.15 + 0.28 * len(shown))
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for ax, (which, effects) in zip(axes, panels, strict=True):
+        by_env = {e.env: e for e in effects}
+        sizes = [by_env[env].size for env in shown]
+        widths = [by_env[env].half_width for env in shown]
+        most = max(size + width for size, width in zip(sizes, widths, strict=True))
+        per, title = 1.0, _title(which, name)
+        if found.method == "morris" and which == objective:
+            per = in_time_units(ax.xaxis, most, title)
+        else:
+            ax.set_xlabel(title if found.method == "morris" else f"{title}: share of variance")
+        colour = BLUE if which == objective else ORANGE
+        rows = range(len(shown))
+        ax.barh(rows, [size / per for size in sizes], height=0.62, color=colour, edgecolor=INK, linewidth=0.5)
+        low = [min(size, width) / per for size, width in zip(sizes, widths, strict=True)]
+        error = (low, [width / per for width in widths])
+        ax.errorbar(
+            [s / per for s in sizes], rows, xerr=error, fmt="none", ecolor=MUTED, elinewidth=1.3, capsize=2.5, zorder=4
+        )
+        for row, size, width in zip(rows, sizes, widths, strict=True):
+            text = duration(size) if found.method == "morris" and which == objective else number(size)
+            place = ((size + width) / per, row)
+            ax.annotate(text, place, (5, 0), textcoords="offset points", va="center", fontsize=8)
+        ax.set_xlim(0.0, 1.25 * most / per)
+        ax.tick_params(axis="y", length=0)
+        ax.grid(axis="x")
+    axes[0].set_yticks(range(len(shown)), shown)
+    axes[0].invert_yaxis()
+    return figure
+
+
+def _told(found: Sensitivity, figure: str, effects: tuple[Effect, ...]) -> bool:
+    """Whether a figure's effects are worth a panel: something moves, and shares of variance are known."""
+    if found.method == "sobol":
+        return any(e.size > 0.0 for e in effects) and all(e.half_width < 1.0 for e in effects)
+    least = 0.0 if figure == OBJECTIVES[found.objective][1] else LEAST_PER_100
+    return any(e.size > least for e in effects)
+
+
+def _shows(effects: tuple[Effect, ...], env: str) -> bool:
+    most = max(e.size for e in effects)
+    return any(e.env == env and e.size > LEAST * most for e in effects)
+
+
+def _title(figure: str, objective: str) -> str:
+    return {"throttled_per_100": "429s per 100 requests", "lost_per_100": "lost per 100 requests"}.get(
+        figure, f"change of {objective}"
+    )
+
+
+@styled
+def drawn(found: Drawn, *, objective: str = "makespan", throttled_limit: float = 1.0) -> Figure:
+    """How many of the drawn conditions each policy is done by: time against the share of draws, one curve per policy.
+
+    Throttles have a second panel, where there are any. Marked: what one draw in 20 exceeds, and the worst.
+    """
+    panels = [("objective_s", OBJECTIVES[objective][0])]
+    if any(each.worst("throttled_per_100") > 0.0 for each in found.outcomes.values()):
+        panels.append(("throttled_per_100", "429s per 100 requests"))
+    figure = new_figure(9.0, 3.3)
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for ax, (name, title) in zip(axes, panels, strict=True):
+        values = {who: np.sort(getattr(each, name)) for who, each in found.outcomes.items() if who in STYLES}
+        finite = [v[np.isfinite(v)] for v in values.values()]
+        low, high = min(float(v.min()) for v in finite if len(v)), max(float(v.max()) for v in finite if len(v))
+        per = 1.0
+        if name == "objective_s":
+            per = time_scale(ax.xaxis, low, high, title)
+        else:
+            ax.set_xlabel(title)
+            ax.axvline(throttled_limit, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
+        for who, times in values.items():
+            style = STYLES[who]
+            share = (np.arange(len(times)) + 1.0) / len(times)
+            ax.step(times / per, 100.0 * share, where="post", color=style.colour, linewidth=1.5, label=style.label)
+            bad, worst = found.outcomes[who].bad(name), found.outcomes[who].worst(name)
+            for value, height in ((bad, 95.0), (worst, 100.0)):
+                if math.isfinite(value):
+                    size = 80 if style.marker == "*" else 28
+                    mark = {"s": size, "marker": style.marker, "color": style.colour, "edgecolors": INK}
+                    ax.scatter(value / per, height, linewidths=0.5, zorder=4, **mark)
+        ax.grid(axis="both")
+        ax.set_ylim(0.0, 104.0)
+    axes[0].set_ylabel("draws done by then, %")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=4)
+    return figure

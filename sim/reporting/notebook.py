@@ -1,0 +1,89 @@
+"""Results as a notebook shows them: HTML with the tables that the command line prints, and a small figure.
+
+What lives here: pure functions from results to HTML. What must not: the wording (`shown`), the figures themselves
+(`figures`, `figures_time`). Text and lines take the notebook's own colours, for light and dark themes alike.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from matplotlib.figure import Figure
+
+from governor.forecast.summary_html import summary_html
+from sim.base.style import POINTS_PER_INCH, png_of
+from sim.reporting import terminal as shown
+
+if TYPE_CHECKING:
+    from sim.app.api import PlanResult, SimulationResult
+    from sim.scenario.scenario import Scenario
+
+# A run of more attempts is not simulated again for the sake of a figure that nobody asked for.
+GLANCE_ATTEMPTS = 50_000
+
+
+def simulation_html(result: SimulationResult) -> str:
+    """What a simulation found: the figures (with intervals for several runs), and the first run's course."""
+    from sim.reporting.figures_time import glance
+
+    forecast, scenario = result.forecast, result.scenario
+    held = shown.held_back(
+        forecast.waits_s, scenario.policy, forecast["reserved_tokens"].mean, forecast["charged_tokens"].mean
+    )
+    parts = [paragraph(shown.headline(scenario))]
+    if len(forecast.runs) == 1:
+        parts.append(summary_html(result.summary))
+    else:
+        parts += [table(shown.figures_rows(forecast)), paragraph(f"Runs: {len(forecast.runs):,}.")]
+    parts.append(paragraph(held))
+    if forecast["attempts"].mean <= GLANCE_ATTEMPTS:
+        parts.append(picture(glance(result.rows, scenario.grant()), "the first run over time"))
+    return f"<div>{''.join(parts)}</div>"
+
+
+def plan_html(result: PlanResult) -> str:
+    """What a plan found: the comparison, the changes with their reasons, what to be careful about, the front."""
+    found = result.found
+    parts = [paragraph(shown.headline(result.scenario)), table(shown.comparison_rows(found))]
+    for title, recommendation in (("Recommended", found.full), ("Guardrails only", found.guardrails)):
+        if recommendation.steps:
+            parts.append(table(shown.changes_rows(title, recommendation)))
+    parts += [paragraph(note) for note in shown.plan_notes(result.scenario, found)]
+    parts.append(picture(result.figure(), "settings that were tried: 429s against the objective"))
+    return f"<div>{''.join(parts)}</div>"
+
+
+def scenario_html(scenario: Scenario) -> str:
+    """What a scenario says, and where each part of it comes from."""
+    provenance = scenario.provenance()
+    rows = [["", "", "from"], *([name, label, text] for name, (label, text) in provenance.items())]
+    return f"<div>{paragraph(repr(scenario).strip('<>'))}{table(rows)}</div>"
+
+
+# ---------------------------------------------------------------- parts of a page
+
+
+def table(rows: Iterable[Sequence[str]]) -> str:
+    """Rows of cells, the first row a header."""
+    first, *rest = rows
+    head = "".join(f'<th style="text-align:left">{html.escape(cell)}</th>' for cell in first)
+    lines = [[f'<td style="text-align:left">{html.escape(cell)}</td>' for cell in row] for row in rest]
+    body = "".join(f"<tr>{''.join(cells)}</tr>" for cells in lines)
+    return f'<table style="margin:0"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def paragraph(text: str) -> str:
+    """A paragraph of plain text."""
+    return f"<p>{html.escape(text)}</p>"
+
+
+def picture(figure: Figure, alt: str) -> str:
+    """A figure as an image in the page itself."""
+    data = base64.b64encode(png_of(figure)).decode()
+    width = POINTS_PER_INCH * figure.get_size_inches()[0]
+    return (
+        f'<img alt="{html.escape(alt)}" style="max-width:100%" width="{width:.0f}" src="data:image/png;base64,{data}">'
+    )

@@ -1,0 +1,362 @@
+"""The report: one HTML file that a manager can read, with all evidence and without any need of a network.
+
+What lives here: what stands in each table. What must not: the page's layout (`templates/report.html.j2`), its sentences
+(`report_text`), its figures (`report_figures`).
+
+Theory of operation. A plan goes in, a text comes out; the same plan gives the same bytes, for nothing here looks at a
+clock or a machine.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, StrictUndefined
+
+from governor.forecast.summary import Grant
+from governor.model.policy import KNOB_BY_ENV
+from governor.model.prices import dollars_text
+from sim.base import palette, words
+from sim.base.files import write_atomically
+from sim.base.words import duration, interval, number, percent, seconds_text
+from sim.experiment.results import Estimate, Forecast, Plan, Recommendation, Step, at_most, bootstrap_interval
+from sim.reporting import report_text as text
+
+Provenance = Mapping[str, tuple[str, str]]
+ProviderText = Mapping[str, tuple[str, str]] | Iterable[tuple[str, str, str]]
+
+NEVER = "never yet"
+_MARKS = {"": "✓", "over": "▲", "lost": "✕"}
+
+
+class Cell(NamedTuple):
+    """One cell: text, small print below it, a tooltip; `kind` lost, over, kept or "", and that kind's symbol."""
+
+    text: str
+    detail: str = ""
+    tip: str = ""
+    kind: str = ""
+    mark: str = ""
+
+
+class Row(NamedTuple):
+    """One row of a table: its heading with a line of small print, and its cells."""
+
+    name: str
+    about: str
+    cells: list[Cell]
+
+
+def render(
+    plan: Plan,
+    *,
+    title: str,
+    command: str,
+    grant: Grant,
+    provenance: Provenance,
+    provider_text: ProviderText = (),
+    version: str,
+    generated: str = "",
+    validated: str = NEVER,
+    stress_notes: Iterable[tuple[str, str]] = (),
+    figures: Mapping[str, Any] | None = None,
+) -> str:
+    """The report as one HTML text.
+
+    `command`: what reproduces the plan. `grant`: the provider's limits, for the curves. `provenance`: input ->
+    (measured or assumed, from where); `provider_text`: more of them, as (name, value, measured or assumed) or as a
+    mapping like `provenance`. `generated`: a date to print, none by default, so that equal plans give equal files.
+    `validated`: how often the forecasts were checked against live runs. `stress_notes`: conditions left out, and why.
+    `figures`: as `report_figures.drawn` gives them; drawn now if they are not given.
+    """
+    inputs = _inputs(provenance, provider_text)
+    assumed = [each["name"] for each in inputs if each["kind"] == "assumed"]
+    page = _environment().from_string(_template())
+    return page.render(
+        title=title,
+        command=command,
+        version=version,
+        generated=generated,
+        validated=validated,
+        inputs=inputs,
+        about=text.about(grant),
+        sentences=text.answer(plan),
+        broken=plan.broken,
+        replications=_count(len(plan.now.runs), "run"),
+        columns=_columns(plan),
+        headline=_headline(plan),
+        objective=palette.OBJECTIVES[plan.objective][0],
+        recommendations=[_recommendation(plan, plan.full, "all"), _recommendation(plan, plan.guardrails, "few")],
+        held=text.held_back(plan),
+        figures=_drawn(plan, grant) if figures is None else figures,
+        over_time_caption=text.over_time_caption(grant),
+        tried=text.tried(plan),
+        front_caption=text.front_caption(plan),
+        stress_text=text.kept_counts(plan),
+        stress_names=[palette.STYLES[who].label for who in _stress_order(plan)],
+        stress_rows=_stress_rows(plan),
+        stress_runs=_count(min((len(f.runs) for row in plan.stress for f in row.forecasts.values()), default=0), "run"),
+        stress_notes=list(stress_notes),
+        drawn_text=text.drawn_text(plan),
+        drawn_rows=_drawn_rows(plan),
+        sensitivity_text=text.sensitivity_text(plan),
+        throttled_limit=f"{text.throttled_limit(plan):g}",
+        lost_allowed=f" (allowed: {percent(plan.limits['max_lost'])})" if plan.limits.get("max_lost") else "",
+        noise_text=_noise_text(plan),
+        noise=text.noise(plan),
+        unknown_text="More runs do not help here; measuring the assumed inputs does. From the stress set:",
+        unknown=text.unknown(plan, assumed),
+        effort=(
+            f"Seed {plan.seed}; {_count(plan.settings_tried, 'setting')} tried, {_count(plan.runs_simulated, 'run')} "
+            f"of {_count(plan.now.requests, 'request')} simulated. Published figures come from seeds that the search "
+            "never saw."
+        ),
+    )
+
+
+def _drawn(plan: Plan, grant: Grant) -> dict[str, Any]:
+    # To import a library that draws takes longer than all else here.
+    from sim.reporting import report_figures
+
+    return report_figures.drawn(plan, grant)
+
+
+def write(path: str | Path, plan: Plan, **options: Any) -> None:
+    """Writes the report, whole or not at all; `options` are those of `render`. BadInput names a path that fails."""
+    page = render(plan, **options)
+    with write_atomically(path) as unfinished:
+        unfinished.write_text(page, encoding="utf-8")
+
+
+def _environment() -> Environment:
+    return Environment(autoescape=True, undefined=StrictUndefined, finalize=_unbroken)
+
+
+_UNIT = re.compile(r"(?<=\d) (?=(?:%|s|min|h|d)(?![\w]))")
+
+
+def _unbroken(value: Any) -> Any:
+    """Keeps a number and its unit on one line. What is markup already stays as it is."""
+    return _UNIT.sub("\N{NO-BREAK SPACE}", value) if type(value) is str else value
+
+
+def _template() -> str:
+    return (resources.files("sim") / "templates" / "report.html.j2").read_text(encoding="utf-8")
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'s' if n != 1 else ''}"
+
+
+def _inputs(provenance: Provenance, provider_text: ProviderText) -> list[dict[str, str]]:
+    """Every input once, the assumed ones first: they are what a reader must know."""
+    found = {name: (kind, words) for name, (kind, words) in provenance.items()}
+    if isinstance(provider_text, Mapping):
+        found |= dict(provider_text)
+    else:
+        found |= {name: (kind, value) for name, value, kind in provider_text}
+    rows = [{"name": name, "kind": kind, "text": words} for name, (kind, words) in found.items()]
+    return sorted(rows, key=lambda row: row["kind"] != "assumed")
+
+
+# ---------------------------------------------------------------- the headline
+
+
+def _columns(plan: Plan) -> list[dict[str, str]]:
+    about = {
+        "now": "today's settings",
+        "guardrails": f"{_changes(plan.guardrails)} among the eight knobs, no new code",
+        "recommended": f"{_changes(plan.full)}, everything Paceline can do",
+    }
+    return [{"name": who, "label": palette.STYLES[who].label, "about": about[who]} for who in text.policies_of(plan)]
+
+
+def _changes(found: Recommendation) -> str:
+    return _count(len(found.steps), "change") if found.steps else "no change"
+
+
+def _headline(plan: Plan) -> list[Row]:
+    """The table of the answer: a row per figure, a column per policy."""
+    forecasts = text.policies_of(plan)
+
+    def row(name: str, about: str, cell: Callable[[Forecast], Cell]) -> Row:
+        return Row(name, about, [cell(f) for f in forecasts.values()])
+
+    rows = [
+        row("Finish time, P50", "half of the runs are done by then", lambda f: _quantile(f, 0.5, plan.seed)),
+        row("Finish time, P95", "19 of 20 runs are done by then", lambda f: _quantile(f, 0.95, plan.seed)),
+    ]
+    if plan.objective == "p95_latency":
+        rows.append(row("Latency, P95", "19 of 20 requests are answered within", lambda f: _timed(f["latency_p95_s"])))
+    rows += [
+        row("429s per 100 requests", "attempts that the provider refuses", lambda f: _throttled(f, plan)),
+        row("Requests lost", "of all that were simulated", _lost),
+        row("Efficiency", "shortest possible time / time needed", _efficiency),
+    ]
+    if plan.answers_usd is not None:
+        rows.append(
+            row("Cost", "all answers once, and what is paid beside", lambda f: _cost(f, plan.answers_usd or 0.0))
+        )
+    gains = [Cell("–", "the yardstick"), *(_gained(plan, found) for found in (plan.guardrails, plan.full))]
+    name = palette.OBJECTIVES[plan.objective][0]
+    return [*rows, Row("Gain", f"in mean {name}, run by run under the same chance", gains)]
+
+
+def _quantile(f: Forecast, quantile: float, seed: int) -> Cell:
+    times = [run["makespan_s"] for run in f.runs]
+    value = f["makespan_s"].p50 if quantile == 0.5 else f["makespan_s"].p95
+    low, high = bootstrap_interval(times, quantile, seed=seed)
+    detail = words.between(low, high) if len(times) > 1 else "one run: no interval"
+    return Cell(duration(value), detail, seconds_text(value))
+
+
+def _timed(e: Estimate) -> Cell:
+    return Cell(duration(e.mean), interval(e), seconds_text(e.mean))
+
+
+def _throttled(f: Forecast, plan: Plan) -> Cell:
+    e = f["throttled_per_100"]
+    kind = "over" if e.mean > text.throttled_limit(plan) else ""
+    attempts = round(sum(run["attempts"] for run in f.runs))
+    if e.mean == 0.0:
+        return Cell("0", f"0 of {attempts:,} attempts, at most {words.percent_at_most(at_most(0, attempts))} at 95 %")
+    mark = "▲ " if kind else ""
+    return Cell(mark + number(e.mean), interval(e, "number"), f"{number(f['throttled'].mean)} in a run", kind)
+
+
+def _lost(f: Forecast) -> Cell:
+    limit = f"at most {words.percent_at_most(f.lost_at_most)} at 95 %"
+    codes = ", ".join(f"{code}: {number(count)} per run" for code, count in f.failures.items())
+    seen = f"{'✕ ' if f.lost else ''}{f.lost:,} of {f.trials:,}"
+    return Cell(seen, f"{percent(f.lost / f.trials)}, {limit}" if f.lost else limit, codes, "lost" if f.lost else "")
+
+
+def _efficiency(f: Forecast) -> Cell:
+    e = f["efficiency"]
+    if f.lost:
+        return Cell("not quoted", "because requests were lost")
+    if not e.n:
+        return Cell("not known", "the bound does not apply here")
+    return Cell(percent(e.mean), interval(e, "percent"))
+
+
+def _cost(f: Forecast, answers_usd: float) -> Cell:
+    extra = f["extra_usd"]
+    beside = f"{dollars_text(extra.mean)} for time-outs, re-sends and finalize passes"
+    return Cell(dollars_text(answers_usd + extra.mean), beside if extra.mean > 0.0 else "nothing beside the answers")
+
+
+def _gained(plan: Plan, found: Recommendation) -> Cell:
+    gain, share = found.gain_s, text.gain_share(found, plan)
+    if not found.steps:
+        return Cell("none", "these are today's settings")
+    return Cell(f"{duration(gain.mean)} ({percent(share)})", interval(gain), seconds_text(gain.mean))
+
+
+def _noise_text(plan: Plan) -> str:
+    n = len(plan.now.runs)
+    return (
+        f"Other seeds would have given other figures, within the intervals (95 %). They rest on {_count(n, 'run')} per "
+        "policy; four times as many would halve them."
+    )
+
+
+# ---------------------------------------------------------------- what to change
+
+
+def _recommendation(plan: Plan, found: Recommendation, which: str) -> dict[str, Any]:
+    headings = {"all": "Recommended: everything that Paceline can do", "few": "With the eight guardrail knobs alone"}
+    about = "These are today's settings: nothing that was tried is better."
+    if found.unguarded:
+        about = "These are today's settings: nothing faster keeps the limits whatever the provider does."
+    if found.steps:
+        name, figure = palette.OBJECTIVES[plan.objective]
+        mean, today = found.forecast[figure].mean, plan.now[figure].mean
+        about = (
+            f"{_count(len(found.steps), 'setting')} changed: mean {name} from {duration(today)} to {duration(mean)}."
+        )
+    widest = max((abs(step.gain_s) for step in found.steps), default=0.0)
+    return {
+        "heading": headings[which],
+        "about": about,
+        "steps": [_step(plan, step, widest) for step in found.steps],
+        "unguarded": text.unguarded(found, plan),
+    }
+
+
+def _step(plan: Plan, step: Step, widest: float) -> dict[str, Any]:
+    today = plan.now[palette.OBJECTIVES[plan.objective][1]].mean
+    knob = KNOB_BY_ENV[step.env]
+    # A tenth of a percent is what the search tells apart; less reads as nothing.
+    nothing = abs(step.gain_s) < 0.0005 * today
+    same = abs(step.left_out_s) < 0.0005 * today
+    return {
+        "env": step.env,
+        "meaning": knob.meaning,
+        "unit": knob.unit,
+        "old": knob.text(step.old),
+        "new": knob.text(step.new),
+        "gain": "none by itself" if nothing else duration(step.gain_s),
+        "gain_tip": seconds_text(step.gain_s),
+        "share": "" if nothing else percent(step.gain_s / today),
+        "width": 0 if nothing else max(1, round(100.0 * abs(step.gain_s) / widest)),
+        "less": step.gain_s < 0.0,
+        "then": duration(step.objective_s),
+        "then_tip": seconds_text(step.objective_s),
+        "throttled": number(step.throttled_per_100),
+        "left_out": "no difference" if same else duration(abs(step.left_out_s)),
+        "left_out_how": "" if same else "slower" if step.left_out_s > 0.0 else "faster",
+        "left_out_tip": seconds_text(step.left_out_s),
+        "reason": step.reason,
+    }
+
+
+# ---------------------------------------------------------------- the stress table
+
+
+def _stress_order(plan: Plan) -> list[str]:
+    known = {who for row in plan.stress for who in row.forecasts}
+    return [who for who in ("now", "guardrails", "recommended", "runner_up") if who in known]
+
+
+def _stress_rows(plan: Plan) -> list[dict[str, Any]]:
+    plain = text.policies_of(plan) | {"runner_up": plan.runner_up}
+    rows = (
+        [("as assumed", f"the published estimate, {_count(len(plan.now.runs), 'run')}", plain)] if plan.stress else []
+    )
+    rows += [(row.name, "", dict(row.forecasts)) for row in plan.stress]
+    order = _stress_order(plan)
+    return [
+        {"name": name, "note": note, "cells": [_stress_cell(plan, found.get(who)) for who in order]}
+        for name, note, found in rows
+    ]
+
+
+def _stress_cell(plan: Plan, f: Forecast | None) -> Cell:
+    if f is None:
+        return Cell("–")
+    kind = text.broken_in(f, plan.limits)
+    name, figure = palette.OBJECTIVES[plan.objective]
+    mean = f[figure].mean
+    detail = f"429s per 100: {number(f['throttled_per_100'].mean)}\nlost: {f.lost:,} of {f.trials:,}"
+    return Cell(duration(mean), detail, f"{name} {seconds_text(mean)}", kind or "kept", _MARKS[kind])
+
+
+# ---------------------------------------------------------------- the drawn conditions
+
+
+def _drawn_rows(plan: Plan) -> list[dict[str, Any]]:
+    """A row per policy: median, what one in 20 draws exceeds, worst of the objective; of the others the latter two."""
+    if plan.drawn is None:
+        return []
+    rows = []
+    for who, found in plan.drawn.outcomes.items():
+        cells = [duration(value("objective_s")) for value in (found.median, found.bad, found.worst)]
+        for name in ("throttled_per_100", "lost_per_100"):
+            cells.append(f"{number(found.bad(name))} / {number(found.worst(name))}")
+        rows.append({"name": palette.STYLES[who].label, "cells": cells})
+    return rows

@@ -1,0 +1,282 @@
+"""What the report says in sentences: the answer, what holds the batch back, what is noise and what is not known.
+
+What lives here: pure functions from a plan to plain English for a reader who knows neither the code nor statistics.
+What must not: HTML, figures, files. A sentence states only what the figures beside it show.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from governor.forecast.summary import Grant
+from sim.base.palette import CAUSE_LABELS, OBJECTIVES, STYLES
+from sim.base.words import between, duration, interval, lost_text, number, percent, percent_at_most
+from sim.experiment.results import Forecast, Plan, Recommendation, at_most
+
+# Below this share of the objective a gain is not worth a word.
+SAME = 0.005
+# From this efficiency on, the provider's limit is what holds the batch back, whatever the queue's head waits for.
+SATURATED = 0.9
+
+
+def policies_of(plan: Plan) -> dict[str, Forecast]:
+    """The three columns of the headline, by a name of STYLES."""
+    return {"now": plan.now, "guardrails": plan.guardrails.forecast, "recommended": plan.full.forecast}
+
+
+def throttled_limit(plan: Plan) -> float:
+    """429s per 100 requests that are allowed."""
+    return plan.limits.get("max_throttled_per_100", 1.0)
+
+
+def broken_in(f: Forecast, limits: Mapping[str, float]) -> str:
+    """Which of the plan's limits a forecast breaks: "lost", "over" (too many 429s) or "" for none."""
+    if f.lost / max(1, f.trials) > limits.get("max_lost", 0.0):
+        return "lost"
+    return "over" if f["throttled_per_100"].mean > limits.get("max_throttled_per_100", math.inf) else ""
+
+
+def about(grant: Grant) -> str:
+    """What the provider grants, in one line."""
+    limits = [
+        f"{limit:,.0f} {unit}"
+        for limit, unit in (
+            (grant.tpm_limit, "tokens per minute"),
+            (grant.rpm_limit, "requests per minute"),
+            (grant.tpd_limit, "tokens per day"),
+            (grant.rpd_limit, "requests per day"),
+        )
+        if limit > 0.0
+    ]
+    return f"The quota: {_listed(limits) or 'no limit is stated'}."
+
+
+def answer(plan: Plan) -> list[str]:
+    """The answer in a few sentences, the most important first."""
+    now, few, best = plan.now, plan.guardrails, plan.full
+    said = f"With today's settings the {now.requests:,} requests {_fares(now, plan)}."
+    if plan.already_good:
+        first = "Nothing needs to change: today's settings are as good as any of the "
+        found = [f"{first}{plan.settings_tried:,} that were tried.", said]
+        if best.steps and best.gain_s.mean > 0.0:
+            found.append(f"The best that was found would gain {_gain(best, plan)}.")
+        return [*found, *_deadline(plan)]
+    said += f" With the recommended settings they {_fares(best.forecast, plan)}: {_change(best, plan)}."
+    if few.steps:
+        alone = f"Changing the eight guardrail knobs alone, with the code as it is, they {_fares(few.forecast, plan)}"
+        return [said, f"{alone}: {_change(few, plan)}.", *_deadline(plan)]
+    return [said, "Changing the eight guardrail knobs alone, nothing better was found.", *_deadline(plan)]
+
+
+def _fares(f: Forecast, plan: Plan) -> str:
+    """How a policy does: "finish after about 3 min 13 s, with no 429 and no request lost"."""
+    when = f"finish after about {duration(f['makespan_s'].p50)}"
+    if plan.objective == "p95_latency":
+        when += f" and 19 of 20 are answered within {duration(f['latency_p95_s'].mean)}"
+    throttled, lost = f["throttled"].mean, f["failed"].mean
+    refused = (
+        "no refusal (429)" if not throttled else f"{number(throttled)} refusal{'s' if throttled != 1 else ''} (429)"
+    )
+    gone = "no request lost" if not lost else f"{number(lost)} request{'s' if lost != 1 else ''} lost"
+    return f"{when}, with {refused} and {gone}"
+
+
+def _gain(found: Recommendation, plan: Plan) -> str:
+    return f"{duration(found.gain_s.mean)} ({percent(gain_share(found, plan))})"
+
+
+def gain_share(found: Recommendation, plan: Plan) -> float:
+    """What a recommendation gains, as a share of today's objective; nan where today's is not known."""
+    today = plan.now[OBJECTIVES[plan.objective][1]].mean
+    return found.gain_s.mean / today if today > 0.0 else math.nan
+
+
+def _change(found: Recommendation, plan: Plan) -> str:
+    share = gain_share(found, plan)
+    sooner, later = ("sooner", "later") if plan.objective == "makespan" else ("faster", "slower")
+    if math.isnan(share):
+        return "a gain that cannot be stated, because today's settings complete nothing"
+    if abs(share) < SAME:
+        return "as fast as today" if broken_in(plan.now, plan.limits) == "" else "as fast, but within the limits"
+    text = f"{percent(abs(share))} {sooner if share > 0.0 else later}"
+    if share < -0.5:
+        text = f"{1.0 - share:.2g} times as long"
+    if share < 0.0 and broken_in(plan.now, plan.limits):
+        text += ", the price of keeping the limits, which today's settings break"
+    return text
+
+
+def _deadline(plan: Plan) -> list[str]:
+    wish = plan.limits.get("finish_by_s")
+    if wish is None:
+        return []
+    late = plan.full.forecast["makespan_s"].p95
+    kept = "which keeps" if late <= wish else "which misses"
+    return [f"19 of 20 runs are done after {duration(late)}, {kept} the wanted {duration(wish)}."]
+
+
+def held_back(plan: Plan) -> str:
+    """Which causes the waiting is for, today and with the recommendation."""
+    today, then = _causes(plan.now), _causes(plan.full.forecast)
+    said = f"Today {today}." if today else "Today no request waits for anything."
+    said += f" With the recommended settings {then}." if then else " With the recommended settings none waits."
+    efficiency = plan.full.forecast["efficiency"].mean
+    if efficiency >= SATURATED:
+        said += (
+            f" Then {percent(efficiency)} of what any scheduler could reach with this quota is reached: beyond that, "
+            "only a higher limit or fewer tokens help."
+        )
+    return said
+
+
+def _causes(f: Forecast) -> str:
+    total = sum(f.waits_s.values())
+    if total < 0.05 * f.requests:
+        return ""
+    ranked = sorted(f.waits_s.items(), key=lambda item: -item[1])
+    parts = [f"{percent(s / total)} of all waiting is for {CAUSE_LABELS[cause][0]}" for cause, s in ranked[:1]]
+    parts += [f"{percent(s / total)} for {CAUSE_LABELS[cause][0]}" for cause, s in ranked[1:3] if s > 0.02 * total]
+    return _listed(parts)
+
+
+def tried(plan: Plan) -> str:
+    """How much was searched, and how to read the front."""
+    return (
+        f"{plan.settings_tried:,} settings were tried in {plan.runs_simulated:,} simulated runs "
+        f"({plan.requests_simulated:,} requests in all), each judged by its {OBJECTIVES[plan.objective][0]} and by how "
+        "often the provider refuses. Those that lose requests never win over those that lose none."
+    )
+
+
+def unguarded(found: Recommendation, plan: Plan) -> str:
+    """Why a faster setting was not recommended; "" where there is none."""
+    if found.unguarded is None:
+        return ""
+    name, figure = OBJECTIVES[plan.objective]
+    faster = found.unguarded[figure]
+    return f"a setting with a {name} of {duration(faster.mean)} was found ({interval(faster)}), but {found.risk}."
+
+
+def kept_counts(plan: Plan) -> str:
+    """In how many conditions of the stress set each policy keeps the limits."""
+    if not plan.stress:
+        return "No other conditions were simulated."
+    parts = []
+    for who in ("recommended", "guardrails", "now"):
+        known = [row.forecasts[who] for row in plan.stress if who in row.forecasts]
+        kept = sum(not broken_in(f, plan.limits) for f in known)
+        parts.append(f"{STYLES[who].label} in {kept}")
+    return (
+        f"The plan was tested under {len(plan.stress)} other conditions, one thing changed in each. "
+        f"The limits are kept: {_listed(parts)} of them."
+    )
+
+
+def drawn_text(plan: Plan) -> str:
+    """What was drawn, and in how many draws each policy keeps the limits; "" where nothing was drawn."""
+    found = plan.drawn
+    if found is None:
+        return ""
+    limits = throttled_limit(plan), plan.limits.get("max_lost", 0.0)
+    kept = [f"{STYLES[who].label} in {found.kept(who, *limits)}" for who in ("recommended", "guardrails", "now")]
+    return (
+        f"All that is not known at once, drawn {found.draws} times from these ranges: {found.ranges}. The limits are "
+        f"kept: {_listed(kept)} of {found.draws} draws."
+    )
+
+
+def drawn_line(plan: Plan) -> str:
+    """The recommendation over the draws, in one line; "" where nothing was drawn."""
+    if plan.drawn is None or "recommended" not in plan.drawn.outcomes:
+        return ""
+    found = plan.drawn.outcomes["recommended"]
+    times = [duration(value) for value in (found.median("objective_s"), found.bad("objective_s"))]
+    worst = duration(found.worst("objective_s"))
+    throttled, lost = found.worst("throttled_per_100"), found.worst("lost_per_100")
+    return (
+        f"{OBJECTIVES[plan.objective][0]} over {plan.drawn.draws} drawn conditions: median {times[0]}, one in 20 above "
+        f"{times[1]}, worst {worst}; at worst {number(throttled)} 429s and {number(lost)} lost per 100 requests"
+    )
+
+
+def sensitivity_text(plan: Plan) -> str:
+    """How to read the sensitivities."""
+    found = plan.sensitivity
+    if found is None:
+        return ""
+    return (
+        "Each setting is moved alone by two thirds of the range around the recommendation (two steps of the search's "
+        "values to either side; switches and rules in full), from many places: the bar is the mean change, "
+        f"whichever way, the line its 95 % interval (Morris' elementary effects, {found.runs:,} runs). A setting with "
+        "a short bar may stand where it is convenient."
+    )
+
+
+# ---------------------------------------------------------------- how sure
+
+
+def noise(plan: Plan) -> list[str]:
+    """How far the figures would move with other seeds: what more replications narrow."""
+    name, figure = OBJECTIVES[plan.objective]
+    found = []
+    for who, f in policies_of(plan).items():
+        e = f[figure]
+        width = f"± {duration(e.half_width)}" if e.n > 1 else "(one run: no interval)"
+        spread = f"; 9 of 10 runs: {between(e.p5, e.p95)}" if e.n > 1 else ""
+        found.append(f"{STYLES[who].label}: mean {name} {duration(e.mean)} {width}{spread}")
+    gain = plan.full.gain_s
+    if gain.n > 1:
+        found.append(f"gain: {duration(gain.mean)} ± {duration(gain.half_width)}, run by run under the same chance")
+    found.append(f"requests lost with the recommended settings: {lost_text(plan.full.forecast)}")
+    return found
+
+
+def unknown(plan: Plan, assumed: Sequence[str]) -> list[str]:
+    """The spread of the recommendation over the stress set, and the names of the inputs that are assumed."""
+    name, figure = OBJECTIVES[plan.objective]
+    under = [(row.forecasts["recommended"], row.name) for row in plan.stress if "recommended" in row.forecasts]
+    found = []
+    timed = sorted((f[figure].mean, at) for f, at in under if math.isfinite(f[figure].mean))
+    if timed:
+        (low, at_low), (high, at_high) = timed[0], timed[-1]
+        here = plan.full.forecast[figure].mean
+        spread = f"{duration(low)} ({at_low}) to {duration(high)} ({at_high})"
+        found.append(f"{name} with the recommended settings: {spread}; as assumed {duration(here)}")
+    if under:
+        refused, at = max((f["throttled_per_100"].mean, at) for f, at in under)
+        found.append(f"429s per 100 requests: at most {number(refused)} ({at})" if refused else "429s: none")
+        gone, at = max((f.lost / max(1, f.trials), at) for f, at in under)
+        trials = sum(f.trials for f, _ in under)
+        none = f"requests lost: 0 of {trials:,}, at most {percent_at_most(at_most(0, trials))} at 95 %"
+        found.append(f"requests lost: up to {percent(gone)} ({at})" if gone else none)
+    line = drawn_line(plan)
+    if line:
+        found.append(line)
+    return [*found, f"assumed, not measured: {_listed(assumed) or 'nothing'} (described below)"]
+
+
+def over_time_caption(grant: Grant) -> str:
+    """How to read the curves over time."""
+    text = "One run of each, under the same chance. Tokens count from the moment at which the provider admits them."
+    if grant.tpm_limit > 0.0 and not grant.minute_reset:
+        text += (
+            " The limit is a bucket that refills continuously: at the start, when it is full, and after a quiet spell "
+            "one minute may carry up to twice the limit."
+        )
+    return text + " The lower panel has one time axis for all: steeper is faster, and each curve ends with its run."
+
+
+def _listed(parts: Iterable[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
+    words = list(parts)
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def front_caption(plan: Plan) -> str:
+    """How to read the front."""
+    return (
+        "Every mark is a setting; further down is faster, further left is refused less often. Large marks are the "
+        "published estimates, on fresh seeds; small ones are from the search, with fewer runs each. Right of the "
+        f"dashed line the provider refuses more than {throttled_limit(plan):g} per 100 requests."
+    )

@@ -1,0 +1,99 @@
+"""Sliders for notebooks: move a setting, and see the run under it.
+
+What lives here: widgets around `simulate`'s own means. What must not: anything that a program without a screen needs.
+Needs ipywidgets (the extra `notebook`). Without a browser the widgets show their first state, so that a notebook that
+holds them can be executed anywhere. The picture is a widget of its own and no captured output: a client without a
+browser answers captured output on the channel on which it waits for the cell's end, and may then wait in vain until its
+time-out (nbclient 0.11: two minutes in place of a second, now and then).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ipywidgets import HTML, FloatSlider, Image, IntSlider, VBox, Widget
+
+from governor.model.policy import KNOB_BY_NAME, Policy, knob_named
+from sim.app.whatif import begin
+from sim.base.style import POINTS_PER_INCH, png_of
+from sim.base.words import duration, percent
+from sim.des.engines import is_available
+from sim.experiment.experiment import attempts_of
+from sim.reporting import terminal as shown
+from sim.reporting.figures_time import glance
+from sim.reporting.notebook import paragraph
+from sim.scenario.scenario import Scenario
+
+# (first, last, step) of a slider; a setting beyond its ends widens it.
+RANGES = {
+    "stagger_seconds": (0.0, 30.0, 0.5),
+    "tpm_headroom": (0.0, 0.5, 0.01),
+    "max_concurrency": (1, 50, 1),
+    "est_tokens_per_run": (200, 10_000, 100),
+    "retry_max_attempts": (1, 12, 1),
+    "backoff_base_seconds": (0.5, 30.0, 0.5),
+}
+USUAL = ("stagger_s", "tpm_headroom", "max_concurrency", "est_tokens_per_run")
+# Of the figure, inches.
+WIDTH_IN = 9.0
+# From this size on a run by SimPy can be felt, and machine code is made in the background.
+LARGE = 5_000
+
+
+def what_if(scenario: Scenario, *knobs: str) -> Widget:
+    """One slider per knob (by any of its names; the usual four if none is given) and the run under them.
+
+    Each move simulates the scenario once, with the settings that have no slider as they are.
+    ValueError for a knob that has no slider.
+    """
+    if is_available() and len(scenario.workload) >= LARGE:
+        begin()
+    sliders = {name: _slider(name, scenario.policy) for name in knobs or USUAL}
+
+    picture = Image(format="png", width=round(POINTS_PER_INCH * WIDTH_IN))
+    words = HTML()
+
+    def show(_: object = None) -> None:
+        picture.value, text = _seen(scenario, {name: slider.value for name, slider in sliders.items()})
+        words.value = paragraph(text)
+
+    for slider in sliders.values():
+        slider.observe(show, "value")
+    show()
+    return VBox([*sliders.values(), picture, words])
+
+
+def _seen(scenario: Scenario, values: Mapping[str, Any]) -> tuple[bytes, str]:
+    """One run under these settings: a picture with its figures, and the knob that holds it back."""
+    policy = scenario.policy.with_(**values)
+    changed = scenario.with_(policy=policy).fitted()
+    rows, tally = attempts_of(changed, changed.seed)
+    summary = tally.summary(changed.grant())
+    efficiency = "not quoted" if summary.efficiency is None else percent(summary.efficiency)
+    title = (
+        f"{duration(summary.makespan_s)}; efficiency {efficiency}; {summary.throttled:,} 429s, {summary.failed:,} lost"
+    )
+    held = shown.held_back(summary.waits_s, policy, summary.reserved_tokens, summary.charged_tokens)
+    return png_of(glance(rows, changed.grant(), title=title)), held
+
+
+def _slider(name: str, policy: Policy) -> Widget:
+    knob = knob_named(name)
+    if knob is None or knob.name not in RANGES:
+        raise ValueError(f"{name} has no slider: choose from {', '.join(RANGES)}")
+    value = getattr(policy, knob.name)
+    low, high, step = RANGES[knob.name]
+    kind = IntSlider if KNOB_BY_NAME[knob.name].kind == "integer" else FloatSlider
+    unit = f", {knob.unit}" if knob.unit not in ("", "ratio") else ""
+    label = f"{name.removesuffix('_s').replace('_', ' ')}{unit}"
+    return kind(
+        value=value,
+        min=min(low, value),
+        max=max(high, value),
+        step=step,
+        description=label,
+        continuous_update=False,
+        style={"description_width": "14em"},
+        layout={"width": "40em"},
+    )

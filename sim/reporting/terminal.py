@@ -1,0 +1,380 @@
+"""Results as text for a terminal or a pipe: the tables of `simulate` and `plan`.
+
+What lives here: pure functions from results to lines. What must not: printing, files, columns and paragraphs
+(`layout`), and the wording of single figures (`words`).
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from governor.forecast.summary import CAUSES, Summary
+from governor.model.phrases import plural
+from governor.model.policy import KNOB_BY_ENV, Policy
+from governor.model.prices import dollars_text
+from sim.base import words
+from sim.base.layout import facts, table, wrapped
+from sim.experiment.results import Estimate, Forecast, Plan, Recommendation, at_most
+from sim.model.workload import ASSUMED, MEASURED, Provenance
+from sim.scenario.scenario import Scenario
+from sim.scenario.stress import stress_notes
+
+if TYPE_CHECKING:
+    from sim.app.shared_quota import Shared
+
+# What everybody in the queue waited for, by cause, and the knob that decides it.
+WAITED_FOR = {
+    "concurrency": ("OPENAI_MAX_CONCURRENCY", "for a free place in flight"),
+    "stagger": ("OPENAI_STAGGER_SECONDS", "for the next launch slot"),
+    "tpm": ("OPENAI_TPM_LIMIT", "for tokens of the budget per minute"),
+    "rpm": ("OPENAI_RPM_LIMIT", "for requests of the budget per minute"),
+    "day": ("OPENAI_TPD_LIMIT", "for the budget of the day"),
+    "hold": ("OPENAI_HOLD_ON_THROTTLE", "for the end of a hold after a 429"),
+    "paused": ("", "for the pause to end"),
+    "backoff": ("OPENAI_BACKOFF_BASE_SECONDS", "for the backoff after a 429 or an error"),
+}
+# A flat reservation that is so many times the charge is the reason why the budget binds.
+OVER_RESERVED = 1.5
+# A second cause of at least this share of the first is named beside it: mending one alone would gain little.
+EQUALLY = 0.8
+
+FORMS = {
+    "makespan_s": ("finishes after", "duration"),
+    "efficiency": ("efficiency", "percent"),
+    "throttled": ("429s", "number"),
+    "throttled_per_100": ("429s per 100 requests", "number"),
+    "failed": ("requests lost", "number"),
+    "attempts": ("attempts", "number"),
+    "latency_p50_s": ("latency P50", "duration"),
+    "latency_p95_s": ("latency P95", "duration"),
+    "bound_s": ("shortest possible", "duration"),
+    "reserved_tokens": ("tokens reserved", "number"),
+    "charged_tokens": ("tokens charged", "number"),
+    "used_tokens": ("tokens used", "number"),
+    "peak_in_flight": ("in flight, at most", "number"),
+    "stagger_delays": ("requests that waited for a slot", "number"),
+    "tpm_deferrals": ("requests that waited for tokens", "number"),
+    "finalize_passes": ("finalize passes", "number"),
+}
+_WRITE: dict[str, Callable[[float], str]] = {
+    "duration": words.duration,
+    "percent": words.percent,
+    "number": words.number,
+}
+
+
+# ---------------------------------------------------------------- sentences
+
+
+def headline(scenario: Scenario) -> str:
+    """The workload in a few words."""
+    workload = scenario.workload
+    label, text = workload.provenance.get("requests", (ASSUMED, "drawn"))
+    models = sorted(set(workload.models)) if isinstance(workload.models, list) else [workload.models or ""]
+    named = ", ".join(filter(None, models[:3])) + (", ..." if len(models) > 3 else "")
+    what = plural(len(workload), "request") + (f" to {named}" if named else "")
+    return f"{what} ({text})" if label == MEASURED else f"{what} ({label}: {text})"
+
+
+def waits_text(waits_s: Mapping[str, float]) -> str:
+    """Who made us wait: shares of all waiting, the largest first."""
+    total = sum(waits_s.values())
+    if total <= 0.0:
+        return "nobody waited"
+    ranked = sorted(waits_s.items(), key=lambda item: -item[1])
+    return ", ".join(f"{cause} {words.percent(wait / total)}" for cause, wait in ranked if wait / total >= 0.005)
+
+
+def held_back(waits_s: Mapping[str, float], policy: Policy, reserved: float, charged: float) -> str:
+    """The knob that holds the batch back, in one sentence; two where they hold it about equally.
+
+    `reserved`, `charged`: tokens of the run.
+    """
+    total = sum(waits_s.values())
+    ranked = sorted(CAUSES[1:], key=lambda name: -waits_s.get(name, 0.0))
+    if total <= 0.0 or waits_s[ranked[0]] <= 0.0:
+        return "Nothing held it back: no request waited, the answers' own time decides."
+    causes = [cause for cause in ranked[:2] if waits_s[cause] >= EQUALLY * waits_s[ranked[0]]]
+    named = [_knob_of(cause, policy) for cause in causes]
+    shares = [f"{words.percent(waits_s[cause] / total)} {WAITED_FOR[cause][1]}" for cause in causes]
+    parts = [f"of all waiting, {' and '.join(shares)}"]
+    flat = charged > 0.0 and policy.charge_rule == "fixed" and reserved > OVER_RESERVED * charged
+    if "tpm" in causes and flat:
+        est = f"OPENAI_EST_TOKENS_PER_RUN={policy.est_tokens_per_run}"
+        parts.append(f"{est} reserves {reserved / charged:.1f} times what the provider charges")
+    return f"Held back by {' and '.join(named)}: {'; '.join(parts)}."
+
+
+def _knob_of(cause: str, policy: Policy) -> str:
+    """The knob that decides a cause, with its value."""
+    env = WAITED_FOR[cause][0]
+    if cause == "day" and not policy.tpd_limit:
+        env = "OPENAI_RPD_LIMIT"
+    if not env:
+        return "a pause"
+    knob = KNOB_BY_ENV[env]
+    named = f"{knob.env}={knob.text(getattr(policy, knob.name))}"
+    budget = cause in ("tpm", "rpm", "day") and policy.tpm_headroom > 0.0
+    return f"{named} (less {words.percent(policy.tpm_headroom)} headroom)" if budget else named
+
+
+def inputs_text(provenance: Provenance, width: int) -> str:
+    """What was measured, and from where, and what assumed."""
+    rows = [("", name, text, label) for name, (label, text) in provenance.items()]
+    rows.sort(key=lambda row: row[3] != MEASURED)
+    lines = [[row[3], row[1], row[2]] for row in rows]
+    for before, row in reversed(list(pairwise(lines))):
+        if row[0] == before[0]:
+            row[0] = ""
+    widths = [max(len(row[i]) for row in lines) for i in range(2)]
+    room = max(24, width - sum(widths) - 4)
+    out = []
+    for row in lines:
+        first, *rest = textwrap.wrap(row[2], room) or [""]
+        out.append(f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {first}")
+        out += [" " * (sum(widths) + 4) + more for more in rest]
+    return "\n".join(out)
+
+
+# ---------------------------------------------------------------- simulate
+
+
+def shared_text(scenario: Scenario, run: Shared, width: int) -> str:
+    """One run over several processes, for people."""
+    s, shares = run.summary, run.shares()
+    lost = f"{s.failed:,} of {s.requests:,}" + (f"; sent again after the crash: {run.resent:,}" if run.resent else "")
+    spread = f"{words.percent(min(shares))} to {words.percent(max(shares))} of an equal share"
+    pairs = [
+        ("finishes after", f"{words.duration(s.makespan_s)} ({words.seconds_text(s.makespan_s)})"),
+        ("shortest possible", f"{words.duration(s.bound_s)} on this provider, whatever the settings"),
+        ("429s", f"{s.throttled:,} in {s.attempts:,} attempts"),
+        ("lost", lost),
+        ("launches by process", f"{spread}, until the first had no more"),
+        ("decisions", f"{run.decisions:,}, and {run.late:,} that another process was quicker to make"),
+        ("waited for", waits_text(s.waits_s)),
+    ]
+    pairs += [("stopped", ", ".join(run.stopped))] if run.stopped else []
+    title = f"{headline(scenario)}, dealt out to {len(shares)} processes that share the quota"
+    return "\n\n".join([wrapped(title, width), facts(pairs, width), inputs_text(scenario.provenance(), width)])
+
+
+def summary_text(scenario: Scenario, s: Summary, width: int) -> str:
+    """One run, for people."""
+    n = s.requests
+    lost = f"{s.failed:,} of {n:,}, at most {words.percent_at_most(at_most(s.failed, n))} at 95 %"
+    if s.failures:
+        lost += ": " + ", ".join(f"{code} {count:,}" for code, count in s.failures.items())
+    efficiency = "not quoted: requests were lost" if s.efficiency is None else words.percent(s.efficiency)
+    pairs = [
+        ("finishes after", f"{words.duration(s.makespan_s)} ({words.seconds_text(s.makespan_s)})"),
+        ("shortest possible", f"{words.duration(s.bound_s)} on this provider, whatever the settings"),
+        ("efficiency", efficiency),
+        ("429s", f"{s.throttled:,} in {s.attempts:,} attempts"),
+        ("lost", lost),
+        ("in flight, at most", f"{s.peak_in_flight:,}"),
+        ("tokens", f"{s.reserved_tokens:,} reserved, {s.charged_tokens:,} charged, {s.used_tokens:,} used"),
+        ("waited for", waits_text(s.waits_s)),
+    ]
+    parts = [
+        wrapped(headline(scenario), width),
+        facts(pairs, width),
+        wrapped(held_back(s.waits_s, scenario.policy, s.reserved_tokens, s.charged_tokens), width),
+        inputs_text(scenario.provenance(), width),
+        wrapped(
+            f"One run (seed {scenario.seed}); --replications N shows how much runs differ, which is not all that is "
+            "unknown: what is assumed above stays so.",
+            width,
+        ),
+    ]
+    return "\n\n".join(parts)
+
+
+def figures_table(forecast: Forecast) -> str:
+    """Every figure over replications."""
+    return table(figures_rows(forecast))
+
+
+def figures_rows(forecast: Forecast) -> list[list[str]]:
+    """The same as rows of cells, the first a header."""
+    rows = [["", "mean", "95 % interval of it", "P5", "P50", "P95"]]
+    for name, (title, form) in FORMS.items():
+        e = forecast[name]
+        write = _WRITE[form]
+        rows.append([title, write(e.mean), words.interval(e, form), write(e.p5), write(e.p50), write(e.p95)])
+    return rows
+
+
+def forecast_text(scenario: Scenario, forecast: Forecast, width: int) -> str:
+    """Many runs of one policy, for people."""
+    reserved, charged = forecast["reserved_tokens"].mean, forecast["charged_tokens"].mean
+    lost = words.lost_text(forecast)
+    if forecast.failures:
+        lost += ": " + ", ".join(f"{code} {words.number(mean)} per run" for code, mean in forecast.failures.items())
+    runs = len(forecast.runs)
+    parts = [
+        wrapped(headline(scenario), width),
+        figures_table(forecast),
+        facts([("lost, all runs", lost), ("waited for", waits_text(forecast.waits_s))], width),
+        wrapped(held_back(forecast.waits_s, scenario.policy, reserved, charged), width),
+        inputs_text(scenario.provenance(), width),
+        wrapped(
+            f"{runs:,} runs (seeds {scenario.seed} to {scenario.seed + runs - 1}); the intervals show how much runs "
+            "differ, which is not all that is unknown: what is assumed above stays so.",
+            width,
+        ),
+    ]
+    return "\n\n".join(parts)
+
+
+# ---------------------------------------------------------------- plan
+
+
+def forecast_json(scenario: Scenario, forecast: Forecast) -> dict[str, Any]:
+    """Many runs as one object: the keys of `Summary` hold means, `estimates` holds every figure with its intervals.
+
+    `efficiency` is null as soon as one run lost a request, as for a single run; `estimates.efficiency.n` says how many
+    runs have one. `waits_s` and `failures` are means per run. `lost` speaks of all runs together.
+    """
+    means = {name: e.mean for name, e in forecast.estimates.items()}
+    failed = means["failed"]
+    values: dict[str, Any] = {
+        "requests": forecast.requests,
+        "completed": forecast.requests - failed,
+        "efficiency": means["efficiency"] if not forecast.lost else None,
+        "waits_s": dict(forecast.waits_s),
+        "failures": dict(forecast.failures),
+        "cost_usd": None,
+    }
+    found = {column.name: values.get(column.name, means.get(column.name)) for column in fields(Summary)}
+    return found | {
+        "replications": len(forecast.runs),
+        "seed": scenario.seed,
+        "lost": {"seen": forecast.lost, "of": forecast.trials, "probability_at_most": forecast.lost_at_most},
+        "estimates": {name: asdict(e) for name, e in forecast.estimates.items()},
+    }
+
+
+# ---------------------------------------------------------------- plan
+
+
+def plan_text(scenario: Scenario, plan: Plan, width: int) -> str:
+    """What a plan found, for people: the comparison, the changes, and what to be careful about."""
+    parts = [wrapped(headline(scenario), width), table(comparison_rows(plan))]
+    now = plan.now
+    reserved, charged = now["reserved_tokens"].mean, now["charged_tokens"].mean
+    parts.append(wrapped("Now: " + held_back(now.waits_s, now.policy, reserved, charged), width))
+    if plan.already_good:
+        parts.append(wrapped("Today's settings are already as good as any that were tried.", width))
+    for title, found in (("Recommended", plan.full), ("Guardrails only", plan.guardrails)):
+        parts.append(_changes(title, found, width))
+    robust = [line for line in (_drawn(plan), _matters(plan)) if line]
+    if robust:
+        parts.append("\n".join(wrapped(line, width) for line in robust))
+    parts.append(inputs_text(scenario.provenance(), width))
+    return "\n\n".join(parts)
+
+
+def _drawn(plan: Plan) -> str:
+    """The recommendation where all that is unknown is drawn at once."""
+    if plan.drawn is None:
+        return ""
+    best = plan.drawn.outcomes["recommended"]
+    times = [words.duration(value("objective_s")) for value in (best.median, best.bad, best.worst)]
+    return (
+        f"If the assumptions are wrong: over {plan.drawn.draws} drawn conditions ({plan.drawn.ranges}), the "
+        f"recommendation takes {times[0]} in the median; one condition in 20 takes longer than {times[1]}, the worst "
+        f"takes {times[2]}. None has more than {words.number(best.worst('throttled_per_100'))} 429s or loses more than "
+        f"{words.number(best.worst('lost_per_100'))} per 100 requests."
+    )
+
+
+def _matters(plan: Plan) -> str:
+    """Which settings the recommendation hangs on."""
+    if plan.sensitivity is None:
+        return ""
+    effects = plan.sensitivity.effects[{"makespan": "makespan_s", "p95_latency": "latency_p95_s"}[plan.objective]]
+    told = [f"{e.env} (± {words.duration(e.size)})" for e in effects[:3] if e.size > 0.0]
+    return f"What matters most around it: {', '.join(told)}." if told else ""
+
+
+def comparison_rows(plan: Plan) -> list[list[str]]:
+    """Now, guardrails only, recommended: the figures that decide, side by side; the first row is a header."""
+    forecasts = (plan.now, plan.guardrails.forecast, plan.full.forecast)
+    gains: list[Estimate | None] = [None, plan.guardrails.gain_s, plan.full.gain_s]
+    objective = {"makespan": "makespan_s", "p95_latency": "latency_p95_s"}[plan.objective]
+    base = plan.now[objective].mean
+
+    def gain(e: Estimate | None) -> str:
+        if e is None:
+            return ""
+        return f"{words.duration(e.mean)}, {words.percent(e.mean / base)}" if base > 0.0 else words.duration(e.mean)
+
+    rows = [["", "now", "guardrails only", "recommended"]]
+    rows.append(["finishes after, P50", *(words.duration(f["makespan_s"].p50) for f in forecasts)])
+    rows.append(["finishes after, P95", *(words.duration(f["makespan_s"].p95) for f in forecasts)])
+    if objective != "makespan_s":
+        rows.append(["latency P95, mean", *(words.duration(f[objective].mean) for f in forecasts)])
+    rows.append(["gain", *map(gain, gains)])
+    rows.append(["gain, 95 % interval", "", *(words.interval(e) if e else "" for e in gains[1:])])
+    rows.append(["429s per 100 requests", *(words.number(f["throttled_per_100"].mean) for f in forecasts)])
+    rows.append(["lost", *(f"{f.lost:,} of {f.trials:,}" for f in forecasts)])
+    rows.append(["lost, at most at 95 %", *(words.percent_at_most(f.lost_at_most) for f in forecasts)])
+    rows.append(["efficiency", *(words.percent(f["efficiency"].mean) for f in forecasts)])
+    if plan.answers_usd is not None:
+        costs = [plan.answers_usd + f["extra_usd"].mean for f in forecasts]
+        rows.append(["cost", *map(dollars_text, costs)])
+        if any(f["extra_usd"].mean > 0.0 for f in forecasts):
+            rows.append(["  of it beside the answers", *(dollars_text(f["extra_usd"].mean) for f in forecasts)])
+    return rows
+
+
+def _changes(title: str, found: Recommendation, width: int) -> str:
+    """The changed settings with what each gains, and why."""
+    if not found.steps:
+        return f"{title}: change nothing."
+    text = table(changes_rows(title, found), width=width)
+    if found.unguarded is not None:
+        faster = found.unguarded["makespan_s"].mean
+        text += "\n" + wrapped(
+            f"Passed over: a setting that finishes after {words.duration(faster)}, because {found.risk}.", width
+        )
+    return text
+
+
+def changes_rows(title: str, found: Recommendation) -> list[list[str]]:
+    """The changed settings as rows of cells, the first a header."""
+    rows = [[title, "now", "then", "gain", "why"]]
+    for step in found.steps:
+        knob = KNOB_BY_ENV[step.env]
+        rows.append([step.env, knob.text(step.old), knob.text(step.new), words.duration(step.gain_s), step.reason])
+    return rows
+
+
+def plan_notes(scenario: Scenario, plan: Plan) -> list[str]:
+    """What to be careful about: wishes that cannot be kept, and conditions that could not be tried."""
+    notes = [f"not even the recommendation keeps the limits: {what}" for what in plan.broken]
+    notes += [f"stress condition '{name}': {why}" for name, why in stress_notes(scenario)]
+    if plan.now.lost:
+        notes.append(f"today's settings lose {words.lost_text(plan.now)}")
+    return notes
+
+
+# ---------------------------------------------------------------- notes and JSON
+
+
+def notes_text(notes: Sequence[str], width: int) -> str:
+    """Warnings, one line each."""
+    return "\n".join(wrapped(f"note: {note}", width, "  ") for note in notes)
+
+
+def plain(value: Any) -> Any:
+    """`value` with nan and infinities as null, which JSON has."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))) else value

@@ -1,0 +1,1 @@
+"""What is simulated: workloads, traces, scenario files, stress conditions."""

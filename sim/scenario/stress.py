@@ -1,0 +1,133 @@
+"""The stress set: the conditions that a recommendation must survive, each the scenario with one assumption changed.
+
+What lives here: the listed conditions, and what must be said of those that cannot be applied. What must not: conditions
+that are drawn (`unknowns`), running them (`hardening`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from governor.model.estimate import RULES
+from sim.model.provider import CHANGES
+from sim.scenario.scenario import Scenario
+
+COTENANT_SHARE = 0.25
+COTENANT_BURST_S = 15.0
+COTENANT_PERIOD_S = 60.0
+HALVED_FROM_S = 120.0
+HALVED_FOR_S = 600.0
+
+
+def stress_set(scenario: Scenario) -> list[tuple[str, Scenario]]:
+    """The conditions under which a recommendation must lose nothing, by name: each the scenario with one thing changed.
+
+    Every other charge rule that charges this workload differently, settling the other way, a co-tenant that takes 25 %
+    in bursts, per-second slices, latency doubled, no Retry-After, the limit halved for ten minutes. What could not be
+    applied, because some request could then never run, is in `stress_notes`.
+    """
+    return [(name, changed) for name, changed, _ in _conditions(scenario) if changed is not None]
+
+
+def stress_notes(scenario: Scenario) -> list[tuple[str, str]]:
+    """Conditions of the stress set that were left out or softened, by name, and why."""
+    return [(name, note) for name, _, note in _conditions(scenario) if note]
+
+
+Condition = tuple[str, Scenario | None, str]
+
+
+def _conditions(scenario: Scenario) -> Iterator[Condition]:
+    """Name, changed scenario (None = cannot be applied), and what must be said about it."""
+    provider = scenario.provider
+
+    def changed(**changes: Any) -> Scenario:
+        return scenario.with_(provider=provider.with_(**changes))
+
+    largest = _largest_charge(scenario)
+    yield from _other_charge_rules(scenario)
+    yield ("does not settle" if provider.settles else "settles"), changed(settles=not provider.settles), ""
+    cotenant = {
+        "share": max(COTENANT_SHARE, provider.cotenant.share),
+        "burst_s": COTENANT_BURST_S,
+        "period_s": COTENANT_PERIOD_S,
+    }
+    yield f"co-tenant takes {cotenant['share']:.0%} in bursts", changed(cotenant=cotenant), ""
+    if provider.slice_s == 0.0 and (provider.tpm or provider.rpm):
+        # A slice of tokens below the largest charge would let that request through only by the limiter's grace.
+        yield "per-second slices", changed(slice_s=1.0, slice_tokens=math.ceil(largest)), ""
+    late = provider.latency.model_dump()
+    yield "latency x 2", changed(latency={**late, "scale": min(1_000.0, 2.0 * provider.latency.scale)}), ""
+    if provider.retry_after != "absent":
+        yield "no Retry-After", changed(retry_after="absent"), ""
+    if provider.tpm or provider.rpm:
+        yield _limit_halved(scenario, largest)
+
+
+def _largest_charge(scenario: Scenario) -> float:
+    """The largest charge of any request under the scenario's rule, finalize passes included where there are any."""
+    c = scenario.columns()
+    largest = float(c.charge.max(initial=0.0))
+    return max(largest, float(c.finalize_charge.max(initial=0.0))) if scenario.finalize else largest
+
+
+def _other_charge_rules(scenario: Scenario) -> Iterator[Condition]:
+    provider = scenario.provider
+    limits = [limit for limit in (provider.tpm, provider.tpd) if limit]
+    known = [scenario.charges()]
+    for rule in RULES:
+        # `fixed` is a policy's way to reserve; a provider that charges so is no condition to expect.
+        if rule in ("fixed", provider.charge_rule):
+            continue
+        other = scenario.with_(provider=provider.with_(charge_rule=rule))
+        charged = other.charges()
+        if any(np.array_equal(charged, before) for before in known):
+            continue
+        known.append(charged)
+        largest = _largest_charge(other)
+        name = f"charge rule {rule}"
+        if largest > min(limits, default=math.inf):
+            yield name, None, f"left out: a request would be charged {largest:,.0f}, above the limit of {min(limits):,}"
+        else:
+            yield name, other, ""
+
+
+def _limit_halved(scenario: Scenario, largest: float) -> Condition:
+    """The limit halved for ten minutes inside the run; by less where half of it would refuse a request for good."""
+    provider = scenario.provider
+    factor, note = 0.5, ""
+    if provider.tpm and largest > 0.5 * provider.tpm:
+        factor = math.ceil(100.0 * largest / provider.tpm) / 100.0
+        note = f"lowered to {factor:.0%} only: the largest request is charged {largest:,.0f} of {provider.tpm:,}"
+    start_s = _inside(scenario)
+    end_s = start_s + HALVED_FOR_S
+    name = f"limit {'halved' if factor == 0.5 else f'x {factor:.2f}'} from {start_s:g} s to {end_s:g} s"
+    before = [(change.at_s, change.factor) for change in provider.limit_changes]
+    times = sorted({at_s for at_s, _ in before} | {start_s, end_s})
+    if factor >= 1.0 or len(times) > CHANGES:
+        why = note if factor >= 1.0 else f"left out: more than {CHANGES} changes of the limit"
+        return name, None, why.replace(f"lowered to {factor:.0%} only", "left out")
+    changes = []
+    for at_s in times:
+        own = [f for since_s, f in before if since_s <= at_s]
+        lowered = factor if start_s <= at_s < end_s else 1.0
+        changes.append({"at_s": at_s, "factor": lowered * (own[-1] if own else 1.0)})
+    return name, scenario.with_(provider=provider.with_(limit_changes=changes)), note
+
+
+def _inside(scenario: Scenario) -> float:
+    """When the ten minutes begin: after two minutes, sooner where even the limits alone would let the run end by then.
+
+    A quarter of the shortest time in which the limits let everything through, in whole seconds.
+    """
+    provider = scenario.provider
+    fluid_s = 60.0 * len(scenario.workload) / provider.rpm if provider.rpm else 0.0
+    if provider.tpm:
+        fluid_s = max(fluid_s, 60.0 * float(scenario.charges().sum()) / provider.tpm)
+    if scenario.arrivals == "trace":
+        fluid_s = max(fluid_s, float(scenario.workload.arrival_s.max(initial=0.0)))
+    return min(HALVED_FROM_S, math.floor(fluid_s / 4.0))

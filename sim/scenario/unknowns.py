@@ -1,0 +1,110 @@
+"""What nobody knows beforehand, as ranges, and conditions drawn from them: the other half of the stress set.
+
+What lives here: `Unknowns`, stated in a scenario file's `plan` section or by default, and the scenarios drawn from it.
+What must not: the listed conditions (`scenario.stress_set`), running anything.
+
+Theory of operation. The listed conditions change one thing at a time, and by how much is ours to say; what comes is a
+mixture. So all unknowns are drawn at once, each from its range: which charge rule the provider has, whether it settles,
+which share of the quota others take and in what bursts, by how much latency has drifted, by how much answers are longer
+than assumed. Factors are log-uniform, shares uniform. Draw i is keyed by the scenario's seed and i, like all chance
+here: more draws do not change those before them. A charge rule under which some request could never run is not drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from governor.model.keyed import SEARCH, keyed_uniform
+from sim.experiment.runs import Condition
+from sim.model.provider_config import Config
+from sim.scenario.scenario import Scenario
+from sim.scenario.stress import stress_set
+
+Range = Annotated[tuple[float, float], Field(strict=False)]
+
+BURST_S, PERIOD_S = (5.0, 30.0), 60.0
+
+
+class Unknowns(Config):
+    """Ranges, each (lowest, highest): what plans must hold for.
+
+    `latency_factor`, `output_factor`: of the assumed latency and answer lengths. `cotenant_share`: of the quota, in
+    bursts. `settles`: probability that the provider settles. `charge_rules`: whether another charge rule may hold.
+    """
+
+    charge_rules: bool = True
+    settles: Annotated[float, Field(ge=0, le=1)] = 0.5
+    cotenant_share: Range = (0.0, 0.3)
+    latency_factor: Range = (0.7, 2.5)
+    output_factor: Range = (0.6, 2.0)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        for name, least, most in (
+            ("cotenant_share", 0.0, 0.95),
+            ("latency_factor", 0.01, 100.0),
+            ("output_factor", 0.01, 100.0),
+        ):
+            low, high = getattr(self, name)
+            if not least <= low <= high <= most:
+                raise ValueError(f"{name} [{low:g}, {high:g}] must be two numbers from {least:g} to {most:g} in order")
+        return self
+
+    def text(self) -> str:
+        """The ranges in one line, for people."""
+        shares = f"others on the quota {_span(self.cotenant_share, percent=True)} in bursts"
+        parts = [
+            "any other charge rule that fits" if self.charge_rules else "",
+            f"settling with probability {self.settles:g}",
+            shares,
+            f"latency x {_span(self.latency_factor)}",
+            f"answers x {_span(self.output_factor)} as long",
+        ]
+        return ", ".join(filter(None, parts))
+
+
+def _span(values: tuple[float, float], *, percent: bool = False) -> str:
+    low, high = values
+    return f"{low:.0%} to {high:.0%}" if percent else f"{low:g} to {high:g}"
+
+
+def drawn(scenario: Scenario, unknowns: Unknowns, draws: range) -> list[Condition]:
+    """The conditions of these draws: all unknowns at once, each from its range."""
+    rules: list[str] = [scenario.provider.charge_rule]
+    if unknowns.charge_rules:
+        listed = [changed.provider.charge_rule for _, changed in stress_set(scenario)]
+        rules += [rule for rule in listed if rule not in rules]
+    return [Condition(f"draw {i + 1}", _one(scenario, unknowns, rules, i)) for i in draws]
+
+
+def _one(scenario: Scenario, unknowns: Unknowns, rules: list[str], i: int) -> Scenario:
+    def u(unknown: int) -> float:
+        # In the places of request and attempt: the draw, and which unknown it is for.
+        return keyed_uniform(scenario.seed, i, unknown, SEARCH)
+
+    def between(span: tuple[float, float], unknown: int) -> float:
+        return span[0] + (span[1] - span[0]) * u(unknown)
+
+    def factor(span: tuple[float, float], unknown: int) -> float:
+        return math.exp(between((math.log(span[0]), math.log(span[1])), unknown))
+
+    provider, workload = scenario.provider, scenario.workload
+    share = max(provider.cotenant.share, between(unknowns.cotenant_share, 2))
+    cotenant = {"share": share, "burst_s": between(BURST_S, 3), "period_s": PERIOD_S} if share > 0.0 else {}
+    late = provider.latency.model_dump()
+    scale = min(1_000.0, late["scale"] * factor(unknowns.latency_factor, 4))
+    longer = factor(unknowns.output_factor, 5)
+    outputs = np.maximum(1, np.rint(workload.output_tokens * longer)).astype(np.int64)
+    return scenario.with_(
+        workload=workload.with_(output_tokens=np.where(workload.output_tokens > 0, outputs, 0)),
+        provider=provider.with_(
+            charge_rule=rules[min(len(rules) - 1, int(len(rules) * u(0)))],
+            settles=u(1) < unknowns.settles,
+            cotenant=cotenant,
+            latency={**late, "scale": scale},
+        ),
+    )

@@ -1,0 +1,1 @@
+"""The choice of settings: plan, race, search space, sensitivity, capacity, split."""

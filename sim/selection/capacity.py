@@ -1,0 +1,363 @@
+"""The inverse question: which limit, or which published tier, is needed to finish by then, and how many requests fit?
+
+What lives here: the search for the smallest limit and for the largest batch over replications. What must not: its
+results as values (`capacity_results`) and as text (`capacity_text`), how settings are found (`tuning`), and waits in
+steady traffic (`steady`).
+
+A limit meets the deadline if at least a share `confidence` of the runs ends in time and none of them loses a request.
+At each limit the settings are tuned anew, unless they are to stay as they are; settings that suit a limit are tried at
+the next one as well. All limits are compared under the same seeds, so the runs that are late at one limit are mostly
+those that are late at the next, and more tokens per minute hardly ever make a run longer. That makes the question one
+of bisection, on a logarithmic scale, between
+
+* the limit below which no scheduler could be in time, or the largest request never run: max(largest charge,
+  sum of charges / (minutes + 1)), since a bucket gives its capacity once and refills by that per minute; and
+* the limit above which the provider's tokens never bind: the whole batch at once. What does not end in time there ends
+  in time nowhere: then something else holds the batch back, and the result says what.
+
+The limit that is found is tried again under fresh seeds, which nothing was chosen by, and raised step by step until it
+holds there; only these runs are published. A limit is stopped early when more of its runs were late than are allowed.
+
+How many requests fit under the present limits is the same bisection over their number: rows are drawn from the workload
+with replacement, keyed by row, so that a smaller batch is the beginning of a larger one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypedDict, Unpack
+
+from governor.model.errors import BadSetting
+from governor.model.policy import Policy
+from sim.experiment.experiment import Case, Pool, case_of
+from sim.experiment.results import Figures, Forecast, forecast_of
+from sim.experiment.spread import WorkersLost
+from sim.model.presets import DEFAULT_TIER, TIERS, tier_names, tier_preset
+from sim.model.workload import resampled
+from sim.scenario.scenario import Scenario, limits_of
+from sim.selection.capacity_results import Capacity, HowMany, Probe
+from sim.selection.search import Goal
+from sim.selection.tuning import tuned
+
+# Limits closer than this are one: nobody is granted 41,237 tokens per minute.
+RESOLUTION = 0.01
+# The step by which a limit that fails under fresh seeds is raised, and how often.
+RAISE = 1.02
+RAISES = 40
+FRESH_SEEDS = 1_000_000
+# Runs are made in so many parts, so that a hopeless limit is dropped early.
+PARTS = 4
+# Runs per limit: 60 in time are needed to know that 95 % are, at 95 % confidence; large workloads get fewer.
+RUNS_MOST, RUNS_LEAST, RUNS_REQUESTS = 60, 20, 30_000
+# For a progress bar: about so many pairs of limits are tried in full, with so many runs to tune the settings at each.
+PROBES_FORESEEN, TUNING_RUNS = 12, 150
+# Limits that are tried for the figure alone, and how far they reach beyond the answer.
+GRID, GRID_REACH = 7, 4.0
+# Settings for a batch of unknown size are found on one of at most so many requests.
+EFFORT_REQUESTS = 1_000
+# The largest batch that is tried for how many requests fit.
+REQUESTS_MOST = 1_000_000
+
+
+def at_limits(scenario: Scenario, tpm: int, rpm: int) -> Scenario:
+    """The scenario on a provider with these limits (0 = none), the policy's own limits following."""
+    provider = scenario.provider.with_(tpm=tpm, rpm=rpm)
+    return scenario.with_(provider=provider, policy=scenario.policy.with_(**limits_of(provider)))
+
+
+class How(TypedDict, total=False):
+    """How a question is answered; see `Search`."""
+
+    confidence: float
+    replications: int
+    retune: bool
+    pool: Pool | None
+    say: Callable[[str], None]
+
+
+class Search:
+    """Probes of one scenario against one deadline.
+
+    `confidence`: share of the runs that must be in time. `replications`: runs per limit, 0 = see `default_runs`.
+    `retune`: find the settings anew at each limit, else they stay but for the limits. `say` is told what goes on.
+    """
+
+    goal = Goal()
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        finish_by_s: float,
+        *,
+        confidence: float = 0.95,
+        replications: int = 0,
+        retune: bool = True,
+        pool: Pool | None = None,
+        say: Callable[[str], None] = lambda what: None,
+    ) -> None:
+        self.scenario = scenario
+        self.finish_by_s = finish_by_s
+        self.confidence = confidence
+        self.replications = replications = replications or default_runs(len(scenario.workload))
+        self.retune = retune
+        self.pool = pool or Pool()
+        self.say = say
+        # 1e-9: 20 runs at 0.95 allow one late run, not 0.9999.
+        self.late_allowed = math.floor((1.0 - confidence) * replications + 1e-9)
+        self.probes: dict[int, Probe] = {}
+        # The settings that suited each pair of limits, the best first.
+        self.suited: dict[tuple[int, int], list[Policy]] = {}
+
+    def in_time(self, run: Figures) -> bool:
+        """Whether a run ended in time without losing anything."""
+        return run["failed"] == 0 and run["makespan_s"] <= self.finish_by_s
+
+    def made(self, case: Case, seeds: range) -> list[Figures]:
+        """The runs of a case."""
+        return self.pool.run([(case, seeds)])[0]
+
+    def forecast(self, policy: Policy, runs: Sequence[Figures]) -> Forecast:
+        """The runs of one probe together."""
+        return forecast_of(policy, runs)
+
+    def suited_to(self, scenario: Scenario) -> list[Policy]:
+        """The settings for a scenario at its limits, the best first: its own alone, or those found for it."""
+        if not self.retune:
+            return [scenario.policy]
+        limits = scenario.provider.tpm, scenario.provider.rpm
+        if limits not in self.suited:
+            near = sorted(self.suited.items(), key=lambda item: abs(math.log((item[0][0] or 1) / (limits[0] or 1))))
+            first = [policies[0].with_(**limits_of(scenario.provider)) for _, policies in near[:2]]
+            self.suited[limits] = tuned(scenario, self.goal, pool=self.pool, first=first)
+        return self.suited[limits]
+
+    def probe(self, tpm: int, rpm: int, *, fresh: bool = False, whole: bool = False, name: str = "") -> Probe:
+        """One pair of limits over the replications, dropped early where too many are late unless `whole`."""
+        scenario = at_limits(self.scenario, tpm, rpm)
+        return self.best_tried(scenario, self.suited_to(scenario), fresh=fresh, whole=whole, name=name)
+
+    def best_tried(self, scenario: Scenario, policies: list[Policy], **how: Any) -> Probe:
+        """A scenario under the first of these settings that meets the deadline, which then stands first among them.
+
+        The others are tried only where the first loses requests: a few runs do not show that to who tunes, and it says
+        nothing against the limit. Where none meets it: the first one's probe.
+        """
+        first = found = self.tried(scenario.with_(policy=policies[0]), **how)
+        for policy in policies[1:]:
+            if found.meets or not first.forecast.lost:
+                break
+            found = self.tried(scenario.with_(policy=policy), **how)
+            if found.meets:
+                policies.remove(policy)
+                policies.insert(0, policy)
+        return found if found.meets else first
+
+    def tried(self, scenario: Scenario, *, fresh: bool = False, name: str = "", whole: bool = False) -> Probe:
+        """A scenario over the replications, dropped early where too many are late unless `whole`."""
+        case = case_of(scenario)
+        start = scenario.seed + (FRESH_SEEDS if fresh else 0)
+        runs: list[Figures] = []
+        step = math.ceil(self.replications / PARTS)
+        while len(runs) < self.replications:
+            done = len(runs)
+            runs += self.made(case, range(start + done, start + min(done + step, self.replications)))
+            if sum(not self.in_time(run) for run in runs) > self.late_allowed and not whole:
+                break
+        on_time = sum(self.in_time(run) for run in runs)
+        return Probe(
+            tpm=scenario.provider.tpm,
+            rpm=scenario.provider.rpm,
+            on_time=on_time,
+            meets=len(runs) == self.replications and len(runs) - on_time <= self.late_allowed and not _lost(runs),
+            forecast=self.forecast(scenario.policy, runs),
+            name=name,
+        )
+
+    def bracket(self) -> tuple[int, int]:
+        """The limit below which nothing can be in time, and the one above which tokens never bind."""
+        columns, provider = self.scenario.columns(), self.scenario.provider
+        low = float(columns.charge.max(initial=1.0))
+        # Tokens handed back, or a limit that rises in mid-run, would let more through than this.
+        if not provider.settles and all(change.factor <= 1.0 for change in provider.limit_changes):
+            low = max(low, self.fluid_tpm())
+        usable = 1.0 - self.scenario.policy.tpm_headroom
+        high = max(float(columns.charge.sum()), float(columns.reserve.sum())) / usable
+        return max(1, math.floor(low)), max(math.ceil(high), math.ceil(low) + 1)
+
+    def fluid_tpm(self) -> float:
+        """The tokens per minute without which no scheduler could do it."""
+        return float(self.scenario.columns().charge.sum()) / (self.finish_by_s / 60.0 + 1.0)
+
+    def smallest(self, low: int, high: int) -> Probe | None:
+        """The smallest limit that meets the deadline under fresh seeds as well; None where `high` does not."""
+        rpm = self.scenario.provider.rpm
+        while high > math.ceil(low * (1.0 + RESOLUTION)):
+            middle = min(high - 1, max(low + 1, rounded_up(math.sqrt(low * high))))
+            self.say(f"trying {middle:,} tokens per minute")
+            self.probes[middle] = self.probe(middle, rpm)
+            low, high = (low, middle) if self.probes[middle].meets else (middle, high)
+        tpm = rounded_up(high)
+        for _ in range(RAISES):
+            self.say(f"checking {tpm:,} tokens per minute on fresh seeds")
+            found = self.probe(tpm, rpm, fresh=True)
+            if found.meets:
+                return found
+            self.probes[tpm] = found
+            tpm = rounded_up(tpm * RAISE)
+        return None
+
+    def grid(self, around: int) -> None:
+        """Limits around an answer, for the figure: every one of them in full."""
+        first = max(float(self.scenario.columns().charge.max(initial=1.0)), around / 2.0)
+        steps = [first * (GRID_REACH * around / first) ** (i / (GRID - 1)) for i in range(GRID)]
+        for tpm in sorted({rounded_up(step) for step in steps} | set(self.probes)):
+            before = self.probes.get(tpm)
+            if (before is None or before.runs < self.replications) and first <= tpm <= GRID_REACH * around:
+                self.say(f"drawing {tpm:,} tokens per minute")
+                self.probes[tpm] = self.probe(tpm, self.scenario.provider.rpm, whole=True)
+
+    def how_many(self) -> HowMany:
+        """The largest batch that is done in time; see `how_many`."""
+        scenario = self.scenario
+        probes: dict[int, Probe] = {}
+        policies = [scenario.policy]
+        low, high = 0, min(REQUESTS_MOST, self._fluid_requests())
+        if self.retune:
+            self.say("tuning the settings")
+            policies = self.suited_to(self._resized(min(high, EFFORT_REQUESTS)))
+
+        def probe(n: int, fresh: bool = False) -> Probe:
+            self.say(f"trying {n:,} requests")
+            return self.best_tried(self._resized(n), policies, fresh=fresh)
+
+        probes[high] = probe(high)
+        if probes[high].meets:
+            low = high
+        while high - low > max(1, math.floor(RESOLUTION * low)):
+            middle = (low + high) // 2 if low == 0 else min(high - 1, max(low + 1, round(math.sqrt(low * high))))
+            probes[middle] = probe(middle)
+            low, high = (middle, high) if probes[middle].meets else (low, middle)
+        most: Probe | None = None
+        for _ in range(RAISES):
+            if low < 1:
+                break
+            found = probe(low, fresh=True)
+            if found.meets:
+                most = found
+                break
+            probes[low] = found
+            low = min(low - 1, math.floor(low / RAISE))
+        above = [p for n, p in sorted(probes.items()) if not p.meets and n > (most.forecast.requests if most else 0)]
+        everything = tuple(p for _, p in sorted(probes.items()))
+        return HowMany(self.finish_by_s, self.confidence, self.retune, most, above[0] if above else None, everything)
+
+    def _resized(self, n: int) -> Scenario:
+        return self.scenario.with_(workload=resampled(self.scenario.workload, n, self.scenario.seed))
+
+    def _fluid_requests(self) -> int:
+        """More requests than this cannot be done by then, whoever schedules them."""
+        provider, minutes = self.scenario.provider, self.finish_by_s / 60.0 + 1.0
+        if provider.settles or any(change.factor > 1.0 for change in provider.limit_changes):
+            return REQUESTS_MOST
+        # The sample's mean may be above that of the rows drawn.
+        mean = float(self.scenario.columns().charge.mean())
+        most = [1.1 * provider.tpm * minutes / mean] if provider.tpm and mean > 0.0 else []
+        most += [provider.rpm * minutes] if provider.rpm else []
+        return max(1, math.ceil(min(most, default=REQUESTS_MOST)))
+
+    def tiers(self, model: str) -> tuple[list[Probe], list[str]]:
+        """The model's tiers from the first up to one that meets the deadline, and those that no request fits into."""
+        largest = float(self.scenario.charges().max(initial=0.0))
+        tried: list[Probe] = []
+        too_small: list[str] = []
+        for name in tier_names():
+            if name.rpartition("-tier")[0] != model:
+                continue
+            limits = tier_preset(name)
+            if limits["tpm"] < largest:
+                too_small.append(name)
+                continue
+            self.say(f"trying {name}")
+            tried.append(self.probe(limits["tpm"], limits["rpm"], fresh=True, name=name))
+            if tried[-1].meets:
+                break
+        return tried, too_small
+
+
+def rounded_up(value: float, digits: int = 3) -> int:
+    """A whole number of so many significant digits, not below `value`."""
+    step = 10 ** max(0, math.floor(math.log10(max(1.0, value))) - digits + 1)
+    return math.ceil(value / step - 1e-9) * step
+
+
+def model_of(scenario: Scenario, model: str = "") -> str:
+    """Whose tiers to try: the named model's, else the provider preset's, else the workload's, else the default's."""
+    if model:
+        if model not in TIERS:
+            raise BadSetting(f"there are no published tiers of {model!r}: use one of {', '.join(TIERS)}", "--tiers")
+        return model
+    named = scenario.workload.models
+    for known in (scenario.provider.preset.rpartition("-tier")[0], named if isinstance(named, str) else ""):
+        if known in TIERS:
+            return known
+    return DEFAULT_TIER.rpartition("-tier")[0]
+
+
+def default_runs(requests: int) -> int:
+    """Runs per limit where no number is given, for a workload of so many requests."""
+    return max(RUNS_LEAST, min(RUNS_MOST, RUNS_REQUESTS // max(1, requests)))
+
+
+def capacity(
+    scenario: Scenario, finish_by_s: float, *, model: str = "", grid: bool = False, **how: Unpack[How]
+) -> Capacity:
+    """The smallest limit of tokens per minute, and the smallest published tier, that finish the scenario in time.
+
+    The limit of requests per minute stays as it is but for tiers, which bring their own. Requests that are charged more
+    than the scenario's present limit are no error here: the limit is what is asked for. `grid`: try more limits around
+    the answer, for a figure. `how`: see `Search`.
+    """
+    return found_by(Search(scenario, finish_by_s, **how), model_of(scenario, model), grid=grid)
+
+
+def found_by(search: Search, model: str, *, grid: bool = False, **more: float) -> Capacity:
+    """The answer of a search. `more`: further fields of `Capacity`."""
+    low, high = search.bracket()
+    search.say("trying without a limit that binds")
+    try:
+        unlimited = search.probe(high, search.scenario.provider.rpm)
+        smallest = search.smallest(low, high) if unlimited.meets else None
+        tried, too_small = search.tiers(model)
+    except WorkersLost as lost:
+        known = [f"{tpm:,} {'meets it' if p.meets else 'misses it'}" for tpm, p in sorted(search.probes.items())]
+        raise WorkersLost(f"{lost}; tokens per minute tried so far: {', '.join(known) or 'none'}") from None
+    missed = [p for tpm, p in sorted(search.probes.items()) if not p.meets and (not smallest or tpm < smallest.tpm)]
+    if grid and smallest:
+        search.grid(smallest.tpm)
+    return Capacity(
+        finish_by_s=search.finish_by_s,
+        confidence=search.confidence,
+        replications=search.replications,
+        model=model,
+        smallest=smallest,
+        # Of the limits that missed, the nearest below the answer tells how sharp it is.
+        below=missed[-1] if missed else None,
+        unlimited=unlimited,
+        tier=next((probe for probe in tried if probe.meets), None),
+        tiers=tuple(tried),
+        too_small_tiers=tuple(too_small),
+        probes=tuple(probe for _, probe in sorted(search.probes.items())),
+        tuned=search.retune,
+        **more,
+    )
+
+
+def how_many(scenario: Scenario, finish_by_s: float, **how: Unpack[How]) -> HowMany:
+    """How many requests like the scenario's are done by then, under its limits. `how`: see `Search`."""
+    how["replications"] = how.get("replications", 0) or RUNS_LEAST
+    return Search(scenario, finish_by_s, **how).how_many()
+
+
+def _lost(runs: Sequence[Figures]) -> bool:
+    return any(run["failed"] > 0 for run in runs)

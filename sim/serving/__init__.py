@@ -1,0 +1,1 @@
+"""The synthetic provider behind HTTP, and rehearsals against it."""

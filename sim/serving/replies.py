@@ -1,0 +1,395 @@
+"""What the synthetic provider answers to one request, and what it counts: everything of `sim/serving/server.py` but the HTTP.
+
+What lives here: reading a request, its keys of chance, and the functions of `sim/model/provider.py`, called as they stand,
+turned into a `Reply`. What must not: sockets, clocks, waiting (`server`), wordings (`wire`), the choice of what goes
+wrong on purpose (`faults`).
+
+**Chance** is keyed by request and attempt, never streamed: the order of arrival changes nothing. A request that carries
+our own client id (`paceline-RUN-INDEX-ATTEMPT`, as `governor/provider/openai_adapter.py` sends it) draws under that index and
+attempt, exactly as row INDEX of a simulation with the same seed; any other one under a hash of its content, without
+caps, and the count of its arrivals. The answer's length is the one that `workload` assumes for want of better
+(log-normal, the median a quarter of the cap first seen), or what the header `x-paceline-output-tokens` or
+`metadata.paceline_output_tokens` says; then the cap cuts it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from governor.model.errors import BadInput
+from governor.model.estimate import CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, Sizes, charge_of, sizes_of
+from governor.model.keyed import OUTPUT_LENGTH, keyed_uniform, normal_quantile
+from governor.model.requests import URLS
+from sim.model import provider as prov
+from sim.model.faults import Event, Trouble
+from sim.model.provider import ProviderState
+from sim.model.provider_config import ProviderConfig
+from sim.model.workload import P50_ASSUMED_MAX, P50_ASSUMED_NO_CAP, P50_OF_CAP, SIGMA_ASSUMED, TOKENS_MAX
+from sim.serving import wire
+from sim.serving.wire import Headers, Written
+
+# A policy's own estimate per run, in whose place the provider's rule `fixed` charges.
+FIXED_CHARGE = 7_000
+# What is remembered of requests, at most: how often each came and how long its answer is.
+REMEMBERED_MAX = 1_000_000
+OUTPUT_HEADER = b"x-paceline-output-tokens"
+OUTPUT_METADATA = "paceline_output_tokens"
+
+_CLIENT_ID = re.compile(rb"(paceline-[0-9A-Za-z]{1,64}-([0-9]{1,15}))-([0-9]{1,9})")
+_PROMPTS = {CHAT: ("messages",), RESPONSES: ("instructions", "input"), EMBEDDINGS: ("input",), COMPLETIONS: ("prompt",)}
+_REFUSED = (prov.THROTTLED, prov.TOO_LARGE, prov.QUOTA, prov.SLOW_DOWN)
+
+# How a reply goes out.
+FULL = 0
+DROPPED = 1
+TRUNCATED = 2
+
+
+@dataclass(slots=True)
+class Call:
+    """One attempt as it came in. `request`, `attempt`: the keys of its chance; `arrivals`: how often it has come."""
+
+    model: str
+    body: dict[str, Any]
+    sizes: Sizes
+    request: int
+    attempt: int
+    arrivals: int
+    output_tokens: int
+
+
+@dataclass(slots=True)
+class Reply:
+    """What goes back, when (provider's seconds from admission) and how; `written`: the answer, in place of a body.
+
+    `counts`: the headers that state limits and what remains.
+    """
+
+    outcome: str
+    status: int = 200
+    body: bytes = b""
+    extra: Headers = field(default_factory=list)
+    service_s: float = 0.0
+    way: int = FULL
+    written: Written | None = None
+    charge: int = 0
+    content_type: bytes = wire.JSON
+    counts: Headers = field(default_factory=list)
+
+
+class Stats:
+    """Counts of what the provider saw; never a body, never a key. Times in the provider's seconds."""
+
+    def __init__(self) -> None:
+        self.requests = 0
+        self.outcomes: Counter[str] = Counter()
+        self.endpoints: Counter[str] = Counter()
+        self.retry_counts: Counter[str] = Counter()
+        self.charged_tokens = 0
+        self.prompt_tokens = 0
+        self.output_tokens = 0
+        self.in_flight = 0
+        self.in_flight_max = 0
+        self.came_again = 0
+        self.first_s = -1.0
+        self.last_s = -1.0
+        self.used_max = [0.0] * 4
+        self.used_ratio_max = [0.0] * 4
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `GET /_stats` prints; see `Desk.stats`."""
+        names = [name for name in vars(self) if name not in ("used_max", "used_ratio_max")]
+        return {name: dict(value) if isinstance(value := getattr(self, name), Counter) else value for name in names}
+
+
+class Desk:
+    """One provider quota at work: attempts in, replies out. Times are the provider's seconds.
+
+    `scale`: what it states (waits, resets) is divided by this. See `server.Provider` for the other arguments.
+    """
+
+    def __init__(
+        self,
+        config: ProviderConfig,
+        *,
+        seed: int = 0,
+        events: Sequence[Event] = (),
+        scale: float = 1.0,
+        fixed_charge: int = FIXED_CHARGE,
+        ms_header: bool = False,
+    ) -> None:
+        self.config = config
+        self.pp = config.params()
+        self.ps = ProviderState()
+        prov.day_started(self.ps, config.day_tokens_used, config.day_requests_used)
+        self.seed = seed
+        self.trouble = Trouble(events, seed)
+        self.scale = scale
+        self.fixed_charge = fixed_charge
+        self.ms_header = ms_header
+        self.count = Stats()
+        self.remembered: dict[bytes, list[int]] = {}
+
+    def came(self, endpoint: int, headers: dict[bytes, bytes], now: float) -> int:
+        """Counts an attempt that arrives; its number, from 1."""
+        count = self.count
+        count.requests += 1
+        count.first_s = now if count.first_s < 0.0 else count.first_s
+        count.last_s = now
+        count.endpoints[URLS[endpoint]] += 1
+        count.retry_counts[headers.get(b"x-stainless-retry-count", b"none")[:8].decode("latin-1")] += 1
+        count.in_flight += 1
+        count.in_flight_max = max(count.in_flight_max, count.in_flight)
+        return count.requests
+
+    def ended(self, reply: Reply, hung_up: bool, now: float) -> None:
+        """Counts an attempt whose time has come. An answer is settled, unless its client does not wait any longer."""
+        count = self.count
+        count.in_flight -= 1
+        count.outcomes["hung_up" if hung_up else reply.outcome] += 1
+        a = reply.written
+        if not hung_up and reply.outcome == "ok" and a is not None:
+            count.prompt_tokens += a.prompt_tokens
+            count.output_tokens += a.output_tokens
+            used = float(a.prompt_tokens + a.output_tokens)
+            prov.settled(self.pp, self.ps, self.seed, float(reply.charge), used, max(self.ps.at, now))
+        if self.pp.counts == prov.COUNTS_AT_ANSWER:
+            prov.advanced(self.pp, self.ps, self.seed, max(self.ps.at, now))
+            reply.counts = self._counts(reply)
+
+    def stats(self) -> dict[str, Any]:
+        """Counts so far: requests by outcome, endpoint and the SDK's retry count, tokens, the most in flight, requests
+        that came more than once, how often each event struck, and how full each limit was at its fullest (`windows`).
+        """
+        windows = {
+            name: {
+                "limit": self.pp.limit[d],
+                "limit_now": prov.limit_now(self.pp, self.ps, d),
+                "used_max": self.count.used_max[d],
+                "used_ratio_max": self.count.used_ratio_max[d],
+            }
+            for d, name in enumerate(wire.DIMENSIONS)
+            if self.pp.limit[d] > 0.0
+        }
+        events = [[event.kind, times] for event, times in zip(self.trouble.events, self.trouble.struck, strict=True)]
+        return {**self.count.as_dict(), "windows": windows, "events": events}
+
+    def headers(self, reply: Reply, number: int) -> Headers:
+        """What every reply carries: call it after `ended`."""
+        return [
+            (b"x-request-id", b"req_%032x" % number),
+            (b"openai-organization", wire.ORGANIZATION.encode()),
+            (b"openai-version", b"2020-10-01"),
+            (b"openai-processing-ms", b"%d" % (reply.service_s * 1000.0 / self.scale)),
+            *reply.counts,
+            *reply.extra,
+        ]
+
+    def _counts(self, reply: Reply) -> Headers:
+        """Limits and what remains of them now, where this reply states them."""
+        states = prov.states_counts(self.pp, reply.status == 429)
+        return wire.limit_headers(self.pp, self.ps, self.scale) if states else []
+
+    # ------------------------------------------------------------ what comes back
+
+    def decided(self, endpoint: int, headers: dict[bytes, bytes], raw: bytes, now: float) -> Reply:
+        """What happens to one attempt that arrives at `now`; the provider's state is changed accordingly."""
+        reply = self._decided(endpoint, headers, raw, now)
+        reply.counts = self._counts(reply)
+        return reply
+
+    def _decided(self, endpoint: int, headers: dict[bytes, bytes], raw: bytes, now: float) -> Reply:
+        pp, ps = self.pp, self.ps
+        prov.advanced(pp, ps, self.seed, now)
+        try:
+            call = self._call(endpoint, headers, raw)
+        except BadInput as error:
+            return self._refusal("bad_request", wire.error_body(error.reason, "invalid_request_error"), 400)
+        keys = now, call.request, call.attempt, call.arrivals, self.count.requests
+        event = self.trouble.strikes(True, *keys)
+        if event is not None:
+            return self._refused_by(event, call, headers)
+        used_before = list(ps.used)
+        sizes = call.sizes
+        charge = charge_of(self.config.charge_rule, sizes, self.fixed_charge, self.config.as_of)
+        cap = sizes.max_tokens * sizes.n
+        output = min(call.output_tokens, cap) if cap > 0 else call.output_tokens
+        outcome, service_s, d, wait_s = prov.answered(
+            pp, ps, self.seed, call.request, call.attempt, float(charge), float(output), -1.0, now
+        )
+        self._note_use()
+        if outcome in _REFUSED:
+            requested = float(charge) if d & 1 == 0 else 1.0
+            return self._refused(outcome, call.model, d, used_before, requested, wait_s)
+        self.count.charged_tokens += charge
+        if outcome == prov.SERVER_ERROR:
+            return self._server_error(500, service_s)
+        if outcome == prov.DROPPED:
+            return Reply("dropped", service_s=service_s, way=DROPPED)
+        reply = self._answer(call, output, charge, service_s)
+        event = self.trouble.strikes(False, *keys)
+        return reply if event is None else self._spoiled(event, reply)
+
+    def _call(self, endpoint: int, headers: dict[bytes, bytes], raw: bytes) -> Call:
+        """The attempt that a request's bytes make. BadInput for what no endpoint could take."""
+        try:
+            body = json.loads(raw)
+        except (ValueError, RecursionError):
+            raise BadInput("We could not parse the JSON body of your request.") from None
+        if not isinstance(body, dict):
+            raise BadInput("The JSON body of a request must be an object.")
+        if body.get("stream"):
+            raise BadInput("Streaming is not supported here: leave 'stream' out.")
+        model = body.get("model")
+        if not isinstance(model, str) or not model:
+            raise BadInput("you must provide a model parameter")
+        sizes = sizes_of(endpoint, body)
+        found = _CLIENT_ID.fullmatch(headers.get(b"x-client-request-id", b""))
+        if found is not None:
+            name, request, attempt = found[1], int(found[2]), int(found[3])
+        else:
+            prompt = json.dumps([endpoint, model, [body.get(key) for key in _PROMPTS[endpoint]]])
+            name = hashlib.blake2b(prompt.encode(), digest_size=8).digest()
+            request, attempt = int.from_bytes(name, "big") >> 1, 0
+        seen = self.remembered.get(name)
+        if seen is None:
+            if len(self.remembered) >= REMEMBERED_MAX:
+                del self.remembered[next(iter(self.remembered))]
+            seen = self.remembered[name] = [0, self._length(sizes, request)]
+        seen[0] += 1
+        if seen[0] == 2:
+            self.count.came_again += 1
+        stated = _stated_output(headers, body)
+        output = 0 if endpoint == EMBEDDINGS else stated if stated >= 0 else seen[1]
+        return Call(model, body, sizes, request, attempt or seen[0], seen[0], output)
+
+    def _length(self, sizes: Sizes, request: int) -> int:
+        """Tokens that the model would write if nothing cut it: `workload`'s assumption, row by row."""
+        quarter = min(max(P50_OF_CAP * sizes.max_tokens, 1.0), P50_ASSUMED_MAX)
+        p50 = P50_ASSUMED_NO_CAP if sizes.max_tokens < 0 else quarter
+        u = keyed_uniform(self.seed, request, 0, OUTPUT_LENGTH)
+        length = p50 * math.exp(SIGMA_ASSUMED * normal_quantile(u))
+        return sizes.n * round(min(max(length, 1.0), TOKENS_MAX))
+
+    def _answer(self, call: Call, output: int, charge: int, service_s: float) -> Reply:
+        sizes, body = call.sizes, call.body
+        cut_off = output < call.output_tokens
+        inputs = body.get("input")
+        many = sizes.endpoint == EMBEDDINGS and isinstance(inputs, list) and not isinstance(inputs[0], int)
+        written = Written(
+            endpoint=sizes.endpoint,
+            model=call.model,
+            key=call.request,
+            created=int(time.time()),
+            prompt_tokens=sizes.prompt_tokens,
+            output_tokens=output,
+            answers=len(inputs) if many and isinstance(inputs, list) else sizes.n,
+            cut_off=cut_off,
+            empty=cut_off and prov.cut_without_text(self.pp, self.seed, call.request),
+            dimensions=_dimensions(body.get("dimensions")),
+            as_base64=body.get("encoding_format") == "base64",
+        )
+        return Reply("ok", service_s=service_s, written=written, charge=charge)
+
+    def _note_use(self) -> None:
+        """How full the limits are now, at the most so far."""
+        count = self.count
+        for d in range(4):
+            used = self.ps.used[d]
+            if used > count.used_max[d]:
+                count.used_max[d] = used
+            if used > 0.0 and (limit := prov.limit_now(self.pp, self.ps, d)) > 0.0:
+                count.used_ratio_max[d] = max(count.used_ratio_max[d], used / limit)
+
+    # ------------------------------------------------------------ refusals and faults
+
+    def _refused(self, outcome: int, model: str, d: int, used: list[float], requested: float, wait_s: float) -> Reply:
+        """What the provider itself refuses; `used`: what each limit held before this attempt."""
+        if outcome == prov.QUOTA:
+            return self._refusal("quota", wire.quota_error())
+        if outcome == prov.SLOW_DOWN:
+            return self._refusal("slow_down", wire.slow_down_error())
+        limit = prov.limit_now(self.pp, self.ps, d)
+        if outcome == prov.TOO_LARGE:
+            return self._refusal("too_large", wire.too_large_error(model, d, limit, requested))
+        stated_s = self._stated(wait_s)
+        reply = self._refusal("throttled", wire.rate_error(model, d, limit, used[d], requested, stated_s))
+        if self.pp.retry_after == prov.SAYS_SECONDS:
+            reply.extra += wire.retry_after(stated_s)
+        if self.ms_header:
+            reply.extra += wire.retry_after_ms(stated_s)
+        return reply
+
+    def _refused_by(self, event: Event, call: Call, headers: dict[bytes, bytes]) -> Reply:
+        """An event at the door."""
+        stated_s = self._stated(event.retry_after_s)
+        if event.kind == "throttled":
+            limit = max(1.0, prov.limit_now(self.pp, self.ps, prov.RPM))
+            body = wire.rate_error(call.model, prov.RPM, limit, limit, 1.0, stated_s)
+            reply = self._refusal("throttled", body)
+        elif event.kind == "slow_down":
+            reply = self._refusal("slow_down", wire.slow_down_error())
+        elif event.kind == "quota":
+            reply = self._refusal("quota", wire.quota_error(event.code))
+        elif event.kind == "overloaded":
+            reply = self._server_error(503, self.pp.refusal_s)
+        elif event.kind == "model_not_found":
+            reply = self._refusal("unauthorized", wire.unknown_model_error(call.model), 404)
+        else:
+            key = headers.get(b"authorization", b"").removeprefix(b"Bearer ") or headers.get(b"api-key", b"")
+            reply = self._refusal("unauthorized", wire.unauthorized_error(key.decode("latin-1")), 401)
+        reply.extra += wire.retry_after(stated_s)
+        return reply
+
+    def _stated(self, wait_s: float) -> float:
+        """A wait as it is told to the client, -1 = none."""
+        return wire.floored_ms(wait_s / self.scale) if wait_s >= 0.0 else -1.0
+
+    def _refusal(self, outcome: str, body: bytes, status: int = 429) -> Reply:
+        return Reply(outcome, status, body, service_s=self.pp.refusal_s)
+
+    def _server_error(self, status: int, service_s: float) -> Reply:
+        body, content_type = wire.server_error(status)
+        outcome = "overloaded" if status == 503 else "server_error"
+        return Reply(outcome, status, body, service_s=service_s, content_type=content_type)
+
+    def _spoiled(self, event: Event, reply: Reply) -> Reply:
+        """An event after admission strikes the answer that would have come."""
+        if event.kind == "server_error":
+            return self._server_error(event.status, min(reply.service_s, self.pp.first_token_s))
+        if event.kind == "drop":
+            return Reply("dropped", service_s=reply.service_s, way=DROPPED)
+        if event.kind == "stall":
+            reply.service_s += event.stall_s
+        elif event.kind == "truncate":
+            reply.outcome, reply.way = "truncated", TRUNCATED
+        else:
+            reply.outcome = "malformed"
+        return reply
+
+
+def _dimensions(value: object) -> int:
+    if type(value) is not int:
+        return wire.EMBEDDING_DIMENSIONS
+    return min(max(value, 1), wire.EMBEDDING_DIMENSIONS_MAX)
+
+
+def _stated_output(headers: dict[bytes, bytes], body: dict[str, Any]) -> int:
+    """The answer's length as the request itself states it, -1 where it does not. BadInput for what is no count."""
+    metadata = body.get("metadata")
+    stated = headers.get(OUTPUT_HEADER, b"").decode("latin-1")
+    if not stated and isinstance(metadata, dict):
+        stated = str(metadata.get(OUTPUT_METADATA, ""))
+    if not stated:
+        return -1
+    if not re.fullmatch("[0-9]{1,9}", stated):
+        raise BadInput(f"{OUTPUT_METADATA} must be a whole number of tokens")
+    return min(int(stated), TOKENS_MAX)

@@ -1,0 +1,406 @@
+"""The synthetic provider behind real HTTP, on loopback only: OpenAI-compatible enough for the official SDK.
+
+What lives here: the ASGI app, its clock, and its serving by uvicorn, in a thread (`serve`), in a process of its own
+(`spawn`) or as a command (`run_provider`). What must not: what is answered (`replies`), and how it is worded (`wire`).
+No key is checked, none is kept, and no body is.
+
+**Time.** The provider's clock stands at 0 until its first request, so that limit changes, bursts and events of a faults
+file count from the start of a run. With a time scale X it runs X times as fast as the machine's: all waits are divided
+by X, and its limits "per minute" are per 60/X real seconds. What it states (Retry-After, "try again in", resets,
+openai-processing-ms) is in the client's real seconds, divided by X too, which serves a client that knows nothing of
+the scale. `stated_time="provider"` leaves them undivided, for a client whose own clock is sped by the same X: only
+such a client can keep a bucket of one minute's capacity that refills in 60/X seconds.
+
+**A client that hangs up** leaves its charge, and nothing is settled: as a timed-out attempt in simulation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+from urllib.request import urlopen
+
+import uvicorn
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+from governor.model.errors import BadSetting
+from governor.model.requests import URLS
+from sim.model.faults import Event, Faults, read_faults
+from sim.model.provider_config import ProviderConfig, checked
+from sim.serving import wire
+from sim.serving.replies import DROPPED, FIXED_CHARGE, TRUNCATED, Desk, Reply
+
+HOST = "127.0.0.1"
+MODELS = ("gpt-4o", "gpt-4o-mini", "gpt-4.1", "text-embedding-3-small")
+START_S = 30.0
+
+_ENDPOINTS = {url: code for code, url in enumerate(URLS)}
+# Azure's paths: /openai/deployments/NAME/chat/completions, /openai/responses.
+_AZURE = re.compile(r"/openai(?:/deployments/[^/]+|/v1)?(/.+)")
+
+
+class Provider:
+    """The ASGI app of one provider quota.
+
+    `config`, `events`: the provider, and what goes wrong beyond its own habits. `fixed_charge`: tokens that the charge
+    rule `fixed` takes. `ms_header`: stated waits also as `retry-after-ms`, which no recorded OpenAI answer has, but
+    the official SDK understands. `time_scale`, `stated_time`: see this module. BadSetting for a scale out of range.
+    """
+
+    def __init__(
+        self,
+        config: ProviderConfig,
+        *,
+        seed: int = 0,
+        events: Sequence[Event] = (),
+        time_scale: float = 1.0,
+        stated_time: Literal["client", "provider"] = "client",
+        fixed_charge: int = FIXED_CHARGE,
+        ms_header: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if not 0.001 <= time_scale <= 1_000.0:
+            raise BadSetting(f"--time-scale {time_scale:g} is out of range: from 0.001 to 1000", "--time-scale")
+        self.config = config
+        self.time_scale = time_scale
+        self.clock = clock
+        self._made_from: dict[str, Any] = {
+            "seed": seed,
+            "events": tuple(events),
+            "scale": time_scale if stated_time == "client" else 1.0,
+            "fixed_charge": fixed_charge,
+            "ms_header": ms_header,
+        }
+        self.reset()
+
+    def reset(self) -> None:
+        """Starts anew: buckets as at first, no memory, the clock stands until the next request (`POST /_reset`)."""
+        self.desk = Desk(self.config, **self._made_from)
+        self.zero: float | None = None
+
+    def now(self) -> float:
+        """The provider's clock: seconds since its first request, times the scale; 0 before it."""
+        return 0.0 if self.zero is None else (self.clock() - self.zero) * self.time_scale
+
+    def stats(self) -> dict[str, Any]:
+        """The counts of `Desk.stats`, and the clock: what `GET /_stats` prints."""
+        return {**self.desk.stats(), "now_s": self.now(), "time_scale": self.time_scale}
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """One HTTP request."""
+        assert scope["type"] == "http", scope["type"]
+        path, method = scope["path"], scope["method"]
+        if (found := _AZURE.fullmatch(path)) is not None:
+            path = f"/v1{found[1]}"
+        if method == "POST" and path in _ENDPOINTS:
+            await self._serve_attempt(_ENDPOINTS[path], scope, receive, send)
+        elif method == "GET" and path == "/_stats":
+            await _sent(send, 200, json.dumps(self.stats()).encode())
+        elif method == "POST" and path == "/_reset":
+            self.reset()
+            await _sent(send, 200, b"{}")
+        elif method == "GET" and path == "/v1/models":
+            await _sent(send, 200, wire.models_body(MODELS))
+        else:
+            await _sent(send, 404, wire.error_body(f"Invalid URL ({method} {path})", "invalid_request_error"))
+
+    async def _serve_attempt(self, endpoint: int, scope: Any, receive: Any, send: Any) -> None:
+        """An API request: decided on arrival, answered when its time has come."""
+        raw = await _read(receive)
+        if raw is None:
+            return
+        # Bound here: a reset while this waits must not mix two runs.
+        desk = self.desk
+        arrived = self.clock()
+        if self.zero is None:
+            self.zero = arrived
+        zero = self.zero
+        now = (arrived - zero) * self.time_scale
+        headers = dict(scope["headers"])
+        number = desk.came(endpoint, headers, now)
+        reply = desk.decided(endpoint, headers, raw, now)
+        transport = scope.get("state", {}).get("transport")
+        try:
+            await asyncio.sleep(max(0.0, arrived + reply.service_s / self.time_scale - self.clock()))
+        except asyncio.CancelledError:
+            if transport is None or not transport.is_closing():
+                raise
+            return  # the server has been stopped: uvicorn need not report it as an error of the app
+        hung_up = transport is not None and transport.is_closing()
+        desk.ended(reply, hung_up, (self.clock() - zero) * self.time_scale)
+        if not hung_up:
+            await _write(reply, desk.headers(reply, number), transport, send)
+
+
+async def _write(reply: Reply, headers: wire.Headers, transport: asyncio.Transport | None, send: Any) -> None:
+    """Sends a reply, whole or broken off as it says."""
+    assert reply.way == 0 or transport is not None, "only a server of this module can break a connection"
+    if reply.way == DROPPED and transport is not None:
+        transport.abort()
+        await asyncio.sleep(0)  # so that uvicorn knows that nobody waits for a response
+        return
+    body = reply.body if reply.written is None else wire.answer_body(reply.written)
+    if reply.outcome == "malformed":
+        body = body[: len(body) // 2]
+    own = [(b"content-type", reply.content_type), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": reply.status, "headers": own + headers})
+    if reply.way == TRUNCATED and transport is not None:
+        await send({"type": "http.response.body", "body": body[: len(body) // 2], "more_body": True})
+        transport.close()
+        await asyncio.sleep(0)
+        return
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _read(receive: Any) -> bytes | None:
+    """A request's whole body; None where the client went away before its end."""
+    parts = []
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return None
+        parts.append(message["body"])
+        if not message.get("more_body", False):
+            return b"".join(parts) if len(parts) > 1 else parts[0]
+
+
+async def _sent(send: Any, status: int, body: bytes) -> None:
+    headers = [(b"content-type", wire.JSON), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+# ---------------------------------------------------------------- serving
+
+
+class _Protocol(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
+    """uvicorn's HTTP protocol, whose connection the app may break: what a dropped answer needs."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self.app_state = {"transport": transport}
+
+
+def _uvicorn(provider: Provider, log_level: str | None = None) -> uvicorn.Server:
+    return uvicorn.Server(
+        uvicorn.Config(
+            provider,
+            http=_Protocol,
+            ws="none",
+            lifespan="off",
+            loop="asyncio",
+            # A host program's logging stays as it is.
+            log_config=None,
+            log_level=log_level,
+            access_log=False,
+            server_header=False,
+            # Far above any client's, so that no connection is closed in the moment in which it is used again.
+            timeout_keep_alive=3_600,
+            timeout_graceful_shutdown=1,
+        )
+    )
+
+
+def _listening(port: int) -> socket.socket:
+    """A socket bound to loopback; port 0 takes a free one. BadSetting where the port cannot be had."""
+    # The protocol by name, which accepted sockets inherit: else asyncio does not know that they are TCP and leaves them
+    # Nagle's algorithm, by which an answer's body waits 40 ms for the acknowledgement of its head.
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((HOST, port))
+        # From here on a client may connect: it is served as soon as the server runs.
+        listener.listen(2_048)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        reason = getattr(error, "strerror", None) or str(error)
+        raise BadSetting(f"--port {port} cannot be used on {HOST}: {reason}: name another", "--port") from None
+    return listener
+
+
+class Served:
+    """A provider that is being served; a context manager that stops it at the end."""
+
+    port: int
+
+    @property
+    def url(self) -> str:
+        """The server's root."""
+        return f"http://{HOST}:{self.port}"
+
+    @property
+    def base_url(self) -> str:
+        """What goes into OPENAI_BASE_URL."""
+        return f"{self.url}/v1"
+
+    def stats(self) -> dict[str, Any]:
+        """What `GET /_stats` prints."""
+        with urlopen(f"{self.url}/_stats", timeout=10.0) as response:
+            counts: dict[str, Any] = json.load(response)
+        return counts
+
+    def stop(self) -> None:
+        """Stops serving at once: who waits for an answer finds the connection closed. May be called twice."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+
+class Running(Served):
+    """Served by a thread of this process: light, for tests; it shares the interpreter with its client."""
+
+    def __init__(self, provider: Provider, port: int) -> None:
+        self.provider = provider
+        self._listener = _listening(port)
+        self.port = int(self._listener.getsockname()[1])
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), name="provider", daemon=True)
+        self._thread.start()
+        assert self._started.wait(START_S), f"the provider did not start within {START_S:g} s"
+
+    def stop(self) -> None:
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stopping.set)
+            self._thread.join(START_S)
+
+    async def _main(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stopping = asyncio.Event()
+        server = _uvicorn(self.provider)
+        # What uvicorn's own `serve` does, less its signals and its ticks of 0.1 s.
+        server.config.load()
+        server.lifespan = server.config.lifespan_class(server.config)
+        await server.startup(sockets=[self._listener])
+        self._started.set()
+        await self._stopping.wait()
+        for listening in server.servers:
+            listening.close()
+        for connection in list(server.server_state.connections):
+            connection.transport.abort()
+        await asyncio.sleep(0)  # so that every connection knows that it is lost
+        tasks = list(server.server_state.tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def serve(config: ProviderConfig, port: int = 0, **options: Any) -> Running:
+    """Serves a provider on loopback from a thread; port 0 takes a free one. `options`: as for `Provider`."""
+    return Running(Provider(config, **options), port)
+
+
+class Spawned(Served):
+    """Served by a process of its own: what measurements need."""
+
+    def __init__(self, config: ProviderConfig, port: int, options: dict[str, Any]) -> None:
+        events = [event.model_dump(exclude_unset=True) for event in options.pop("events", ())]
+        order = {"config": config.model_dump(), "events": events, "port": port, "options": options}
+        # The packages lie where this one does, installed or not.
+        paths = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "sim.serving.server"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        said = self._process.stdout.readline().strip()
+        if not said.isdecimal():
+            self.stop()
+            raise BadSetting(said or "the provider's process did not start", "--port")
+        self.port = int(said)
+        self.pid = self._process.pid
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait(START_S)
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+def spawn(config: ProviderConfig, port: int = 0, **options: Any) -> Spawned:
+    """Serves a provider on loopback from a process of its own. `options`: as for `Provider`, but for the clock.
+
+    It ends with its parent: when the pipe between them closes.
+    """
+    return Spawned(config, port, options)
+
+
+def _serve_as_told() -> None:
+    """The other end of `spawn`: the order in one line on standard input, the port on standard output."""
+    order = json.loads(sys.stdin.readline())
+    config = checked(ProviderConfig, order["config"], "provider")
+    events = [checked(Event, event, "events") for event in order["events"]]
+    try:
+        running = serve(config, order["port"], events=events, **order["options"])
+    except BadSetting as error:
+        print(error, flush=True)
+        return
+    with running:
+        print(running.port, flush=True)
+        sys.stdin.read()
+
+
+def run_provider(
+    port: int,
+    config: ProviderConfig,
+    *,
+    faults: str | Faults | None = None,
+    say: Callable[[str], None] = print,
+    **options: Any,
+) -> None:
+    """Serves a provider until a signal ends it, and says where: the command `paceline provider`.
+
+    `faults`: the path of a faults file, or its content. `options`: as for `Provider`. BadSetting and BadInput for what
+    is wrong with them or with the port. SIGINT ends it quietly, SIGTERM as it ends any program.
+    """
+    if isinstance(faults, str):
+        faults = read_faults(faults)
+    if faults is not None:
+        config = faults.applied(config)
+        options["events"] = faults.events
+    provider = Provider(config, **options)
+    listener = _listening(port)
+    say(f"OPENAI_BASE_URL=http://{HOST}:{listener.getsockname()[1]}/v1")
+    say(_described(provider))
+    try:
+        _uvicorn(provider, "critical").run(sockets=[listener])
+    except KeyboardInterrupt:
+        pass
+    finally:
+        listener.close()
+
+
+def _described(provider: Provider) -> str:
+    """One line: what this provider grants."""
+    config, pp = provider.config, provider.desk.pp
+    limits = [f"{pp.limit[d]:,.0f} {name}" for d, name in enumerate(wire.DIMENSIONS) if pp.limit[d] > 0.0]
+    settles = "settles" if config.settles else "does not settle"
+    words = [config.preset or "provider", ", ".join(limits) or "no limits", f"charge {config.charge_rule}", settles]
+    if provider.time_scale != 1.0:
+        words.append(f"{provider.time_scale:g} times as fast as the clock")
+    if provider.desk.trouble.events:
+        words.append(f"events: {', '.join(event.kind for event in provider.desk.trouble.events)}")
+    return "; ".join(words)
+
+
+if __name__ == "__main__":
+    _serve_as_told()

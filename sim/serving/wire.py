@@ -1,0 +1,291 @@
+"""What the synthetic provider writes: bodies and headers in OpenAI's own shapes and words.
+
+What lives here: bytes of answers and errors, and the rate-limit headers, from numbers that the caller has. What must
+not: any decision (`provider`), time and HTTP (`server`). Formats and wordings: docs/explanation/provider.md#headers and
+#errors; usage and objects as the official SDK 3.54 types them.
+
+Answers are put together as text rather than by a JSON encoder: a body costs microseconds, so that one core serves
+thousands of tiny answers per second. Whatever comes from a request (its model's name) passes the encoder.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import json
+import math
+import struct
+from dataclasses import dataclass
+
+from governor.model.estimate import CHAT, COMPLETIONS, RESPONSES
+from governor.provider.stated import DAY_S, MINUTE_S, duration_text, refill_reset_s
+from sim.model import provider as prov
+from sim.model.provider import ProviderParams, ProviderState
+
+Headers = list[tuple[bytes, bytes]]
+
+ORGANIZATION = "org-paceline"
+LIMITS_PAGE = "https://platform.openai.com/account/rate-limits"
+DIMENSIONS = ("TPM", "RPM", "TPD", "RPD")
+_DIMENSION_WORDS = ("tokens per min (TPM)", "requests per min (RPM)", "tokens per day (TPD)", "requests per day (RPD)")
+_KINDS = ("tokens", "requests", "tokens", "requests")
+
+CHARS_PER_TOKEN = 4
+_TEXT = "The quick brown fox jumps over the lazy dog, and nobody counts it. " * 64
+EMBEDDING_DIMENSIONS = 1_536
+EMBEDDING_DIMENSIONS_MAX = 4_096
+
+
+# ---------------------------------------------------------------- answers
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """An answer to write down. `answers`: how many were asked for (embeddings: inputs); tokens are over all of them.
+
+    `key` makes the answer's id: the same request gets the same id again. `empty`: cut off before any usable text.
+    `dimensions`, `as_base64`: for embeddings.
+    """
+
+    endpoint: int
+    model: str
+    key: int
+    created: int
+    prompt_tokens: int
+    output_tokens: int
+    answers: int = 1
+    cut_off: bool = False
+    empty: bool = False
+    dimensions: int = EMBEDDING_DIMENSIONS
+    as_base64: bool = False
+
+
+def answer_body(a: Written) -> bytes:
+    """The body of a 200."""
+    if a.endpoint == CHAT:
+        text = _chat(a)
+    elif a.endpoint == RESPONSES:
+        text = _response(a)
+    elif a.endpoint == COMPLETIONS:
+        text = _completion(a)
+    else:
+        text = _embeddings(a)
+    return text.encode("ascii")
+
+
+@functools.lru_cache(maxsize=256)
+def _quoted(name: str) -> str:
+    return json.dumps(name)
+
+
+def prose(tokens: int) -> str:
+    """Text of so many tokens, 4 characters each, that needs no escaping in JSON."""
+    chars = CHARS_PER_TOKEN * tokens
+    return (_TEXT * (chars // len(_TEXT) + 1))[:chars]
+
+
+def _share(a: Written, position: int) -> int:
+    """Tokens of one of several answers: an even split, the first ones take the rest."""
+    return a.output_tokens // a.answers + (position < a.output_tokens % a.answers)
+
+
+def _chat(a: Written) -> str:
+    reason = "length" if a.cut_off else "stop"
+    choices = ",".join(
+        f'{{"index":{i},"message":{{"role":"assistant","content":"{"" if a.empty else prose(_share(a, i))}",'
+        f'"refusal":null,"annotations":[]}},"logprobs":null,"finish_reason":"{reason}"}}'
+        for i in range(a.answers)
+    )
+    return (
+        f'{{"id":"chatcmpl-{a.key:016x}","object":"chat.completion","created":{a.created},"model":{_quoted(a.model)},'
+        f'"choices":[{choices}],"usage":{{"prompt_tokens":{a.prompt_tokens},"completion_tokens":{a.output_tokens},'
+        f'"total_tokens":{a.prompt_tokens + a.output_tokens},'
+        '"prompt_tokens_details":{"cached_tokens":0,"audio_tokens":0},'
+        f'"completion_tokens_details":{{"reasoning_tokens":{a.output_tokens if a.empty else 0},"audio_tokens":0,'
+        '"accepted_prediction_tokens":0,"rejected_prediction_tokens":0}},"service_tier":"default",'
+        '"system_fingerprint":"fp_paceline"}'
+    )
+
+
+def _completion(a: Written) -> str:
+    reason = "length" if a.cut_off else "stop"
+    choices = ",".join(
+        f'{{"text":"{"" if a.empty else prose(_share(a, i))}","index":{i},"logprobs":null,"finish_reason":"{reason}"}}'
+        for i in range(a.answers)
+    )
+    return (
+        f'{{"id":"cmpl-{a.key:016x}","object":"text_completion","created":{a.created},"model":{_quoted(a.model)},'
+        f'"choices":[{choices}],"usage":{{"prompt_tokens":{a.prompt_tokens},"completion_tokens":{a.output_tokens},'
+        f'"total_tokens":{a.prompt_tokens + a.output_tokens}}}}}'
+    )
+
+
+def _response(a: Written) -> str:
+    status = "incomplete" if a.cut_off else "completed"
+    if a.empty:
+        # All of it went into thinking.
+        output = f'{{"id":"rs_{a.key:016x}","type":"reasoning","summary":[],"status":"incomplete"}}'
+    else:
+        output = (
+            f'{{"id":"msg_{a.key:016x}","type":"message","status":"{status}","role":"assistant","content":'
+            f'[{{"type":"output_text","text":"{prose(a.output_tokens)}","annotations":[],"logprobs":[]}}]}}'
+        )
+    details = '{"reason":"max_output_tokens"}' if a.cut_off else "null"
+    return (
+        f'{{"id":"resp_{a.key:016x}","object":"response","created_at":{a.created},"status":"{status}",'
+        f'"background":false,"error":null,"incomplete_details":{details},"instructions":null,"max_output_tokens":null,'
+        f'"model":{_quoted(a.model)},"output":[{output}],"parallel_tool_calls":true,"previous_response_id":null,'
+        '"reasoning":{"effort":null,"summary":null},"service_tier":"default","store":false,"temperature":1.0,'
+        '"text":{"format":{"type":"text"}},"tool_choice":"auto","tools":[],"top_p":1.0,"truncation":"disabled",'
+        f'"usage":{{"input_tokens":{a.prompt_tokens},"input_tokens_details":{{"cached_tokens":0,"cache_write_tokens":0}},'
+        f'"output_tokens":{a.output_tokens},"output_tokens_details":{{"reasoning_tokens":'
+        f'{a.output_tokens if a.empty else 0}}},"total_tokens":{a.prompt_tokens + a.output_tokens}}},'
+        '"user":null,"metadata":{}}'
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _vector(dimensions: int, as_base64: bool) -> str:
+    """A vector of length 1, as JSON writes it; the same for every input, since nobody reads it."""
+    values = [1.0 / math.sqrt(dimensions)] * dimensions
+    if as_base64:
+        return json.dumps(base64.b64encode(struct.pack(f"<{dimensions}f", *values)).decode("ascii"))
+    return json.dumps(values, separators=(",", ":"))
+
+
+def _embeddings(a: Written) -> str:
+    vector = _vector(a.dimensions, a.as_base64)
+    data = ",".join(f'{{"object":"embedding","index":{i},"embedding":{vector}}}' for i in range(a.answers))
+    return (
+        f'{{"object":"list","data":[{data}],"model":{_quoted(a.model)},'
+        f'"usage":{{"prompt_tokens":{a.prompt_tokens},"total_tokens":{a.prompt_tokens}}}}}'
+    )
+
+
+def models_body(names: tuple[str, ...]) -> bytes:
+    """The list of models."""
+    data = [{"id": name, "object": "model", "created": 1_700_000_000, "owned_by": "paceline"} for name in names]
+    return json.dumps({"object": "list", "data": data}).encode()
+
+
+# ---------------------------------------------------------------- errors
+
+
+def error_body(message: str, kind: str, code: str | None = None, param: str | None = None) -> bytes:
+    """The one shape of all errors."""
+    return json.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}}).encode()
+
+
+def wait_text(wait_s: float) -> str:
+    """The sentence that states a wait, "" where none is stated (-1)."""
+    return f" Please try again in {duration_text(wait_s)}." if wait_s >= 0.0 else ""
+
+
+def rate_error(model: str, d: int, limit: float, used: float, requested: float, wait_s: float) -> bytes:
+    """A 429 of dimension `d`; `wait_s` in the client's seconds, -1 = not stated.
+
+    Used is printed whole, rounded up: who reads "Used 30000" of 30,000 must not conclude that one more would fit.
+    """
+    message = (
+        f"Rate limit reached for {model} in organization {ORGANIZATION} on {_DIMENSION_WORDS[d]}: Limit {int(limit)}, "
+        f"Used {math.ceil(used - 1e-6)}, Requested {int(requested)}.{wait_text(wait_s)} "
+        f"Visit {LIMITS_PAGE} to learn more."
+    )
+    return error_body(message, _KINDS[d], "rate_limit_exceeded")
+
+
+def too_large_error(model: str, d: int, limit: float, requested: float) -> bytes:
+    """The 429 that no waiting helps."""
+    message = (
+        f"Request too large for {model} in organization {ORGANIZATION} on {_DIMENSION_WORDS[d]}: Limit {int(limit)}, "
+        f"Requested {int(requested)}. The input or output tokens must be reduced in order to run successfully. "
+        f"Visit {LIMITS_PAGE} to learn more."
+    )
+    return error_body(message, _KINDS[d], "rate_limit_exceeded")
+
+
+_QUOTA_WORDS = {
+    "insufficient_quota": "You exceeded your current quota, please check your plan and billing details. For more "
+    "information on this error, read the docs: https://platform.openai.com/docs/guides/error-codes/api-errors.",
+    "credit_balance_exhausted": "You have no credits remaining. Add credits to continue.",
+}
+
+
+def quota_error(code: str = "insufficient_quota") -> bytes:
+    """The 429 of an account without credit, in the classic form or with one of the newer codes."""
+    message = _QUOTA_WORDS.get(code, f"Your account has reached a limit ({code}). Please check your billing details.")
+    return error_body(message, "insufficient_quota", code)
+
+
+def slow_down_error() -> bytes:
+    """The 429 of a ramp that is too steep."""
+    message = "Your request rate is growing too fast. Please slow down and increase it gradually."
+    return error_body(message, "rate_limit_error", "slow_down")
+
+
+def server_error(status: int) -> tuple[bytes, bytes]:
+    """Body and content type of a 5xx: OpenAI's own words, or for 502 and 504 those of a proxy before it."""
+    if status in (502, 504):
+        words = "502 Bad Gateway" if status == 502 else "504 Gateway Time-out"
+        page = f"<html>\r\n<head><title>{words}</title></head>\r\n<body><center><h1>{words}</h1></center></body></html>"
+        return page.encode(), b"text/html"
+    if status == 503:
+        message = "The server is currently overloaded with other requests. Sorry about that! Please retry later."
+        return error_body(message, "service_unavailable_error", "server_is_overloaded"), JSON
+    message = "The server had an error while processing your request. Sorry about that!"
+    return error_body(message, "server_error"), JSON
+
+
+def unauthorized_error(key: str) -> bytes:
+    """The 401, which quotes the refused key in part, as the real one does."""
+    shown = f"{key[:8]}{'*' * 8}{key[-4:]}" if len(key) > 12 else "*" * len(key)
+    message = f"Incorrect API key provided: {shown}. You can find your API key at https://platform.openai.com/account/api-keys."
+    return error_body(message, "invalid_request_error", "invalid_api_key")
+
+
+def unknown_model_error(model: str) -> bytes:
+    """The 404 of a model that does not exist, or that the account may not use."""
+    message = f"The model `{model}` does not exist or you do not have access to it."
+    return error_body(message, "invalid_request_error", "model_not_found")
+
+
+# ---------------------------------------------------------------- headers
+
+JSON = b"application/json"
+
+
+def floored_ms(seconds: float) -> float:
+    """Seconds floored to milliseconds, as everything that is printed."""
+    # The tiny addition keeps 0.644 s at 644 ms after a division by a time scale.
+    return math.floor(seconds * 1000.0 + 1e-6) / 1000.0
+
+
+def retry_after(wait_s: float) -> Headers:
+    """A stated wait as Retry-After: whole seconds where it is whole; nothing for -1."""
+    return [(b"retry-after", f"{wait_s:.3f}".rstrip("0").rstrip(".").encode())] if wait_s >= 0.0 else []
+
+
+def retry_after_ms(wait_s: float) -> Headers:
+    """A stated wait in milliseconds, in the header that the official SDK reads first; nothing for -1."""
+    return [(b"retry-after-ms", b"%d" % round(wait_s * 1000.0))] if wait_s >= 0.0 else []
+
+
+def reset_s(pp: ProviderParams, ps: ProviderState, d: int) -> float:
+    """Until the bucket of dimension `d` is full again; a minute counter: until the next minute. Provider's seconds."""
+    if pp.minute_reset and d < prov.TPD:
+        return 0.0 if ps.used[d] <= 0.0 else MINUTE_S - ps.at % MINUTE_S
+    limit = prov.limit_now(pp, ps, d)
+    return refill_reset_s(limit, limit - ps.used[d], DAY_S if d >= prov.TPD else MINUTE_S)
+
+
+def limit_headers(pp: ProviderParams, ps: ProviderState, scale: float) -> Headers:
+    """The x-ratelimit-* triples as of the last admission; resets divided by `scale`. No limit, no triple."""
+    headers: Headers = []
+    for word, d in ((b"requests", prov.requests_dimension(pp, ps)), (b"tokens", prov.TPM)):
+        if d >= 0 and pp.limit[d] > 0.0:
+            limit, left = prov.limit_now(pp, ps, d), prov.remaining(pp, ps, d)
+            reset = duration_text(floored_ms(reset_s(pp, ps, d) / scale))
+            headers.append((b"x-ratelimit-limit-" + word, b"%d" % limit))
+            headers.append((b"x-ratelimit-remaining-" + word, b"%d" % left))
+            headers.append((b"x-ratelimit-reset-" + word, reset.encode()))
+    return headers

@@ -1,0 +1,1 @@
+"""How true the twin is: backtest, and the forecast before a run."""

@@ -1,0 +1,330 @@
+"""The twin of one live run: the same batch in simulation, with what only the run itself could teach.
+
+What lives here: `Lesson` (what is read from a journal), and `Twin`, the simulation with a live loop's lateness and with
+the changes of settings that were made on the way. What must not: the comparison and its statistics (`backtest`).
+
+Theory of operation. Sizes, settings and seed were known before the first launch, and are read as such. Of what came
+after, only this is taken: the length of each answer, the time of each answered request and how much of it was its way
+to the provider, the median time of a refusal, how many answers failed or were cut without text, what others used of the
+quota (`others`), how late the loop's timers rang, and when somebody changed the settings. Not taken: when anything was
+launched, what was throttled, how long anything waited. A request without an answer takes a length from those with
+similar prompts, and its time from a line fitted to the answered ones.
+
+How late timers rang is read from the journal, for each launch that one had been set for.
+
+Time is counted from the first launch, and the idle time between two legs is left out.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from governor import law
+from governor.journal.journal import Journal
+from governor.model.errors import BadInput
+from governor.model.estimate import EMBEDDINGS, Sizes
+from governor.model.policy import Policy
+from governor.model.requests import Attempt, Outcome
+from sim.calibration.others import Count, Taking, counts_of, gone_by_others
+from sim.des import driver
+from sim.des.driver import Job, Simulation
+from sim.model import provider as prov
+from sim.model.provider_config import ProviderConfig
+from sim.model.workload import MEASURED, Workload, constant, similar_outputs
+
+# The provider's limit changes come second among the events of one instant (docs/explanation/law.md#ties); so do ours.
+CHANGE = 1
+Change = tuple[float, law.Params | str]
+REFUSED = (Outcome.THROTTLED, Outcome.SLOW_DOWN)
+SERVER_FAULTS = (Outcome.SERVER_ERROR, Outcome.OVERLOADED, Outcome.MALFORMED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lesson:
+    """One pool of one run. `workload`: its ended requests, with the answers and times that were measured.
+
+    `late_s`: how late timers rang, seconds each. `counts`: its attempts, with what their headers stated. `latency`,
+    `faults`: fields of the provider's configuration. `changes`: (when, new settings | "paused" | "resumed").
+    `makespan_s`, `throttled`, `launches`: what was measured.
+    """
+
+    pool: str
+    model: str
+    policy: Policy
+    seed: int
+    workload: Workload
+    late_s: NDArray[np.float64]
+    counts: list[Count]
+    latency: dict[str, float]
+    faults: dict[str, float]
+    changes: tuple[Change, ...]
+    finalize: bool
+    began_s: float
+    makespan_s: float
+    throttled: int
+    launches: int
+    unfinished: int
+    unanswered: int
+
+
+class Clock:
+    """Time as the run itself worked: from its first launch, without the idle time between two legs."""
+
+    def __init__(self, begins: Sequence[float], ends: Sequence[float], first_s: float) -> None:
+        self.begins, self.ends = begins, ends
+        self.zero_s = self._worked(first_s)
+
+    def _worked(self, at_s: float) -> float:
+        i = bisect_right(self.begins, at_s)
+        before = sum(end - begin for begin, end in zip(self.begins[: i - 1], self.ends, strict=False)) if i else 0.0
+        return before + min(at_s, self.ends[i - 1]) - self.begins[i - 1] if i else 0.0
+
+    def __call__(self, at_s: float) -> float:
+        return self._worked(at_s) - self.zero_s
+
+
+def lessons(journal: Journal) -> list[Lesson]:
+    """What a journal teaches, pool by pool. BadInput where no request has ended yet."""
+    attempts = list(journal.attempts())
+    if not attempts:
+        raise BadInput("no attempt has ended yet: nothing to compare with", journal.name)
+    clock = _clock(journal, attempts)
+    names = dict.fromkeys(stated.pool for stated in journal.settings())
+    found = [_lesson(journal, name, [a for a in attempts if a.pool == name], clock) for name in names]
+    return [lesson for lesson in found if lesson is not None]
+
+
+def _clock(journal: Journal, attempts: list[Attempt]) -> Clock:
+    legs = journal.legs()
+    begins = [leg.began_s for leg in legs]
+    last = list(begins)
+    for attempt in attempts:
+        i = max(0, bisect_right(begins, attempt.finished_s) - 1)
+        last[i] = max(last[i], attempt.finished_s)
+    return Clock(begins, last, min(attempt.launched_s for attempt in attempts))
+
+
+def _lesson(journal: Journal, pool: str, attempts: list[Attempt], clock: Clock) -> Lesson | None:
+    history = [stated for stated in journal.settings() if stated.pool == pool]
+    ended = {end.request: end.ended_s for end in journal.ends(pool)}
+    rows = [result.request for result in journal.results() if result.request.pool == pool]
+    # A request that was never let out (it was oversized) ended without an attempt, and takes no part.
+    tried = {attempt.request for attempt in attempts}
+    rows = [request for request in rows if request.index in tried]
+    if not rows:
+        return None
+    unfinished = sum(1 for _ in journal.unfinished(pool))
+    place = {request.index: i for i, request in enumerate(rows)}
+    mine = [attempt for attempt in attempts if attempt.request in place]
+    policy = history[0].policy
+    visible = {name: np.array([getattr(request.sizes, name) for request in rows], np.int64) for name in Sizes.__slots__}
+    output, recorded = _answers(mine, place, visible, policy.finalize_max_tokens)
+    answered = output >= 0
+    seed = journal.run().seed
+    sizes: dict[str, Any] = visible
+    bare = Workload(
+        **sizes,
+        output_tokens=np.where(visible["endpoint"] == EMBEDDINGS, 0, np.maximum(output, 0)),
+        arrival_s=constant(0.0, len(rows), np.float64),
+        recorded_s=recorded,
+        custom_ids=[request.custom_id for request in rows],
+        models=[request.model for request in rows],
+        provenance={"output tokens": (MEASURED, "the journal"), "latency": (MEASURED, "the journal")},
+    )
+    workload = bare.with_(output_tokens=similar_outputs(bare, output, seed)) if 0 < answered.sum() < len(rows) else bare
+    names = [request.model for request in rows]
+    return Lesson(
+        pool=pool,
+        model=max(dict.fromkeys(names), key=names.count),
+        policy=policy,
+        seed=seed,
+        workload=workload,
+        late_s=np.array(journal.lateness(pool)),
+        counts=counts_of(journal.heard(pool), place, clock),
+        latency=_latency(mine, answered, workload),
+        faults=_faults(mine, visible),
+        changes=_changes(journal, [(stated.at_s, stated.policy) for stated in history], clock),
+        finalize=any(attempt.lane == "finalize" for attempt in mine),
+        began_s=clock(journal.legs()[0].began_s),
+        makespan_s=max(clock(ended[request.index]) for request in rows),
+        throttled=sum(attempt.outcome in REFUSED for attempt in mine),
+        launches=len(mine),
+        unfinished=unfinished,
+        unanswered=int((~answered).sum()),
+    )
+
+
+def _answers(
+    attempts: list[Attempt], place: dict[int, int], visible: dict[str, NDArray[Any]], finalize_cap: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Length of each answer had it not been cut (-1 = none came), and the time of the attempt that brought it."""
+    output = np.full(len(place), -1, np.int64)
+    recorded = np.full(len(place), -1.0)
+    caps = np.where(visible["max_tokens"] < 0, -1, visible["max_tokens"] * visible["n"])
+    for a in attempts:
+        if a.outcome is not Outcome.OK:
+            continue
+        i, length = place[a.request], max(0, a.output_tokens)
+        if a.lane == "finalize":
+            output[i] = max(output[i], length + (length >= finalize_cap))
+            continue
+        recorded[i] = a.finished_s - a.launched_s
+        # Cut by its cap: how much longer it would have been nobody knows, and it makes no difference.
+        output[i] = max(output[i], length + (0 < caps[i] <= length))
+    return output, recorded
+
+
+def _latency(attempts: list[Attempt], answered: NDArray[np.bool_], workload: Workload) -> dict[str, float]:
+    """The line through the measured times, for attempts whose time nobody has measured."""
+    answers = [a for a in attempts if a.outcome is Outcome.OK]
+    if len(answers) < 2 or not answered.any():
+        return {}
+    x = np.array([max(0, a.output_tokens) for a in answers], np.float64)
+    y = np.array([a.finished_s - a.launched_s for a in answers])
+    slope = 0.0 if np.ptp(x) == 0.0 else max(0.0, float(np.polyfit(x, y, 1)[0]))
+    first = max(0.0, float(np.mean(y) - slope * np.mean(x)))
+    line = np.maximum(first + slope * x, 1e-6)
+    sigma = float(np.std(np.log(np.maximum(y, 1e-6) / line)))
+    return {"first_token_s": first, "per_token_s": slope, "sigma": min(3.0, sigma)}
+
+
+def _faults(attempts: list[Attempt], visible: dict[str, NDArray[Any]]) -> dict[str, float]:
+    """Shares of attempts that failed after they were let in, and the median time of a refusal."""
+    let_in = [a for a in attempts if a.outcome not in REFUSED]
+    count = max(1, len(let_in))
+    found = {
+        "error_ratio": sum(a.outcome in SERVER_FAULTS for a in let_in) / count,
+        "drop_ratio": sum(a.outcome is Outcome.DROPPED for a in let_in) / count,
+    }
+    refused = [a.finished_s - a.launched_s for a in attempts if a.outcome in REFUSED]
+    if refused:
+        found["refusal_s"] = float(np.median(refused))
+    passes = sum(a.lane == "finalize" and a.attempt == 1 for a in attempts)
+    if passes:
+        caps = visible["max_tokens"] * visible["n"]
+        cut = sum(
+            a.lane == "main" and a.outcome is Outcome.OK and a.output_tokens in set(caps.tolist()) for a in attempts
+        )
+        found["empty_cut_ratio"] = min(1.0, passes / max(passes, cut))
+    return found
+
+
+def _changes(journal: Journal, history: list[tuple[float, Policy]], clock: Clock) -> tuple[Change, ...]:
+    """What was changed on the way: settings, and pauses that were asked for from outside."""
+    found: list[Change] = []
+    for (_, before), (at_s, after) in pairwise(history):
+        if after != before:
+            found.append((max(0.0, clock(at_s)), after.params()))
+    words = {"pause": "paused", "resume": "resumed"}
+    for command in journal.commands():
+        if command.name in words and command.taken_s >= 0.0:
+            found.append((max(0.0, clock(command.taken_s)), words[command.name]))
+    return tuple(sorted(found, key=lambda change: change[0]))
+
+
+def believed(lesson: Lesson) -> ProviderConfig:
+    """The provider as the settings believe it to be: their limits, their charge rule, settling as they settle."""
+    policy = lesson.policy
+    return ProviderConfig(
+        tpm=policy.tpm_limit,
+        rpm=policy.rpm_limit,
+        tpd=policy.tpd_limit,
+        rpd=policy.rpd_limit,
+        charge_rule="auto" if policy.charge_rule == "fixed" or policy.charge_rule == "learned" else policy.charge_rule,
+        settles=policy.settle,
+    )
+
+
+def taught(provider: ProviderConfig, lesson: Lesson) -> ProviderConfig:
+    """The provider with the times and faults that the run has met. Stalls are in the measured times already."""
+    latency = {**lesson.latency, "stall_ratio": 0.0} if lesson.latency else {"stall_ratio": 0.0}
+    return provider.with_(
+        latency={**provider.latency.model_dump(), **latency, "preset": "", "scale": 1.0, "recorded": True},
+        faults={**provider.faults.model_dump(), **lesson.faults},
+    )
+
+
+class Twin(Simulation):
+    """The simulation of a live run: timers ring late as they did, and settings change when they did.
+
+    `there_s`, `round_s`: the way of each request to the provider, and there and back, shape (requests,). `began_s`:
+    when the first one reached it, where its clock begins. `takings`: what others use of the quota, on that clock.
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        late_s: NDArray[np.float64],
+        rng: np.random.Generator,
+        changes: Sequence[Change] = (),
+        there_s: NDArray[np.float64] | None = None,
+        round_s: NDArray[np.float64] | None = None,
+        began_s: float = 0.0,
+        takings: Sequence[Taking] = (),
+        **rest: Any,
+    ) -> None:
+        super().__init__(*arguments, **rest)
+        self._late_s, self._rng = late_s, rng
+        self._there_s = there_s.tolist() if there_s is not None else [0.0] * len(self.columns)
+        self._round_s = round_s.tolist() if round_s is not None else [0.0] * len(self.columns)
+        self._began_s = began_s
+        for taking in takings:
+            driver._Moment(self.env, began_s + taking.at_s, CHANGE, self._on_taking, taking)
+        for at, change in changes:
+            driver._Moment(self.env, at, CHANGE, self._on_change, change)
+
+    def _on_wake(self, event: Any) -> None:
+        """The law's moment has come; the loop notices a little later, unless something else wakes it before."""
+        if event is self.timer and not getattr(event, "_value", None) and len(self._late_s):
+            at = self.env._now + float(self._rng.choice(self._late_s))
+            self.timer = driver._Moment(self.env, at, driver.WAKE, self._on_wake, True)
+            return
+        super()._on_wake(event)
+
+    def _answer(self, job: Job, key: int, now: float) -> tuple[int, float, int, float]:
+        """The provider sees the attempt when it has arrived, on a clock of its own."""
+        there_s = self._there_s[job.index]
+        answer = super()._answer(job, key, max(self.ps.at, now + there_s - self._began_s))
+        if self.pp.settles or self.pp.counts == prov.COUNTS_AT_ANSWER:
+            left_s = max(now, now + answer[1] - (self._round_s[job.index] - there_s))
+            driver._Moment(self.env, left_s, driver.ANSWER, self._on_left, job)
+        return answer
+
+    def _left(self, job: Job, now: float) -> None:
+        """It has left the provider before."""
+
+    def _on_left(self, event: Any) -> None:
+        super()._left(event._value, max(self.ps.at, self.env._now - self._began_s))
+
+    def _admitted_by(self, job: Job) -> float:
+        return job.launched_s + self._round_s[job.index]
+
+    def _on_taking(self, event: Any) -> None:
+        gone_by_others(self.pp, self.ps, self.seed, event._value)
+
+    def _on_change(self, event: Any) -> None:
+        if self.tally.requests == len(self.columns):
+            return
+        now, change = self.env._now, event._value
+        self._advance(now)
+        if isinstance(change, str):
+            getattr(law, change)(self.p, self.s)
+        else:
+            law.repriced(self.p, change, self.s, now)
+            self.p = change
+        self._pump(now)
+
+
+def jittered(workload: Workload, late_s: NDArray[np.float64], rng: np.random.Generator) -> Workload:
+    """The workload with each measured time moved by the difference of two latenesses: the loop's own share of it."""
+    if not len(late_s):
+        return workload
+    moved = workload.recorded_s + rng.choice(late_s, len(workload)) - rng.choice(late_s, len(workload))
+    return replace(workload, recorded_s=np.where(workload.recorded_s < 0.0, -1.0, np.maximum(moved, 0.0)))

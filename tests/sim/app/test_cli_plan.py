@@ -1,0 +1,405 @@
+"""`paceline plan` as a user meets it: the table, the folder of files, the same plan again, and what never gets out."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from governor.model.policy import GUARDRAIL_KNOBS, KNOBS, Policy
+from governor.model.settings import policy_of
+from sim.app.cli import main
+from sim.app.inputs import read_inputs
+from sim.app.options import Options
+from sim.base import files
+from sim.experiment.experiment import Pool
+from sim.reporting import report
+from sim.scenario.scenario import Scenario
+from sim.selection import planner as planning
+from sim.selection import searchlog
+
+Run = Callable[..., tuple[int, str, str]]
+NAMES = [
+    "plan.json",
+    "recommended-guardrails.env",
+    "recommended.env",
+    "report.html",
+    "rollback.env",
+    "scenario.yaml",
+]
+SECRET = "sk-do-not-copy-me-anywhere"
+ENV = f"""\
+APP_ENV=production
+DATABASE_URL=postgresql://user:{SECRET}@db/x
+OPENAI_API_KEY={SECRET}
+OPENAI_MODEL=gpt-4o-{SECRET}
+OPENAI_MAX_CONCURRENCY=3
+OPENAI_STAGGER_SECONDS=15
+OPENAI_TPM_LIMIT=30000
+OPENAI_TPM_HEADROOM=0.15
+"""
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch) -> None:
+    """A search of a second, a page without figures, and nothing from the environment."""
+    monkeypatch.setitem(planning.EFFORTS, "quick", 15_000)
+    monkeypatch.setattr(planning, "LEAST_RUNS", 1)
+    monkeypatch.setattr(report, "render", lambda plan, **told: f"<!doctype html><code>{told['command']}</code>")
+    for knob in KNOBS:
+        monkeypatch.delenv(knob.env, raising=False)
+
+
+@pytest.fixture
+def run(capsys) -> Run:
+    """Runs one command in this process: exit code, stdout, stderr."""
+
+    def call(*args: object) -> tuple[int, str, str]:
+        code = main([str(arg) for arg in args])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def work(tmp_path: Path, root: Path, monkeypatch) -> Path:
+    """A folder with a small batch and today's settings, as the current one."""
+    lines = (root / "examples" / "batch.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "batch.jsonl").write_text("".join(lines[:20]))
+    (tmp_path / "today.env").write_text(ENV)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+RENDER = report.render
+QUICK = ("--effort", "quick", "--workers", "1")
+PLAN = ("plan", "batch.jsonl", "--env-file", "today.env", *QUICK)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_the_files_and_the_table(run: Run, work: Path, monkeypatch) -> None:
+    monkeypatch.setattr(report, "render", RENDER)
+    code, out, err = run(*PLAN)
+    assert (code, err) == (0, "")
+    assert sorted(contents(work / "out")) == NAMES
+    assert out.rstrip().endswith(f"report: {Path('out', 'report.html')}")
+    assert "again: paceline plan out/scenario.yaml\n" in out
+    assert {"now", "guardrails", "recommended"} <= set(out.split())
+    found = json.loads((work / "out" / "plan.json").read_text())
+    for figure in ("makespan_s", "throttled_per_100", "efficiency"):
+        assert found["now"]["figures"][figure]["n"] == found["recommended"]["figures"][figure]["n"] > 1
+    # The table's last word on each change is the plan's.
+    for change in found["recommended"]["changes"]:
+        assert change["env"] in out
+    page = (work / "out" / "report.html").read_text()
+    assert "paceline plan out/scenario.yaml" in page
+    assert "data:image/png;base64," in page or "<svg" in page
+
+
+def test_json_is_plan_json_and_nothing_else(run: Run, work: Path) -> None:
+    code, out, err = run(*PLAN, "--json")
+    assert (code, err) == (0, "")
+    assert out == (work / "out" / "plan.json").read_text()
+    found = json.loads(out)
+    assert found["asked"]["effort"] == "quick"
+    assert found["command"] == "paceline plan out/scenario.yaml"
+    assert {"measured", "assumed"} == {each["label"] for each in found["inputs"].values()}
+
+
+def test_the_env_files_are_policies(run: Run, work: Path) -> None:
+    run(*PLAN)
+    found = json.loads((work / "out" / "plan.json").read_text())
+    today = policy_of("today.env")
+    new = policy_of("out/recommended.env")
+    assert {knob.env: getattr(new, knob.name) for knob in KNOBS} == found["recommended"]["settings"]
+    few = policy_of("out/recommended-guardrails.env")
+    assert {knob.env: getattr(few, knob.name) for knob in KNOBS} == found["guardrails_only"]["settings"]
+    changed = {knob for knob in KNOBS if getattr(few, knob.name) != getattr(today, knob.name)}
+    assert changed <= set(GUARDRAIL_KNOBS)
+    # The way back: applied on top of the recommended settings, every value is today's again.
+    assert policy_of("out/rollback.env") == today
+    assert policy_of("out/rollback.env", base=new).model_dump() == today.model_dump()
+    # Old values as comments, one for each change.
+    text = (work / "out" / "recommended.env").read_text()
+    differing = [knob for knob in KNOBS if getattr(new, knob.name) != getattr(today, knob.name)]
+    assert differing
+    assert text.count("# was: ") == len(differing)
+    for knob in differing:
+        was, now = knob.text(getattr(today, knob.name)), knob.text(getattr(new, knob.name))
+        assert f"# was: {was}\n{knob.env}={now}\n" in text
+
+
+def test_foreign_names_and_secrets_are_never_copied(run: Run, work: Path, monkeypatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    code, out, err = run(*PLAN, "--json")
+    assert code == 0
+    for text in (out, err, *(data.decode() for data in contents(work / "out").values())):
+        assert SECRET not in text
+        for foreign in ("DATABASE_URL", "APP_ENV", "OPENAI_API_KEY", "OPENAI_MODEL"):
+            assert foreign not in text
+
+
+def test_the_scenario_makes_the_same_plan_again(run: Run, work: Path) -> None:
+    wishes = ("--max-throttled-per-100", "0.5", "--finish-by", "2h", "--seed", "3", "--provider-charge", "max_of")
+    assert run(*PLAN, *wishes)[0] == 0
+    before = contents(work / "out")
+    asked = json.loads(before["plan.json"])["asked"]
+    assert asked == {
+        "objective": "makespan",
+        "max_throttled_per_100": 0.5,
+        "max_lost": 0.0,
+        "finish_by_s": 7_200.0,
+        "effort": "quick",
+        "prices": "",
+        "unknowns": {
+            "charge_rules": True,
+            "settles": 0.5,
+            "cotenant_share": [0.0, 0.3],
+            "latency_factor": [0.7, 2.5],
+            "output_factor": [0.6, 2.0],
+        },
+    }
+    (work / "today.env").unlink()
+    assert run("plan", "out/scenario.yaml", "--workers", "1")[0] == 0
+    assert contents(work / "out") == before
+    # From another folder too: paths are relative to the file.
+    os.chdir(work.parent)
+    assert run("plan", work / "out" / "scenario.yaml", "--workers", "1", "--out", work / "again")[0] == 0
+    again = contents(work / "again")
+    assert again["recommended.env"] == before["recommended.env"]
+    first, second = (json.loads(files["plan.json"]) for files in (before, again))
+    assert {**second, "command": first["command"]} == first
+
+
+def test_rows_from_standard_input_are_kept_beside_the_scenario(run: Run, work: Path, monkeypatch) -> None:
+    class Stdin:
+        buffer = open(work / "batch.jsonl", "rb")  # noqa: SIM115  (closed below)
+
+    monkeypatch.setattr(sys, "stdin", Stdin)
+    assert run("plan", "-", *QUICK)[0] == 0
+    Stdin.buffer.close()
+    assert sorted(contents(work / "out")) == sorted([*NAMES, "scenario.workload.csv"])
+    before = contents(work / "out")
+    assert run("plan", "out/scenario.yaml", "--workers", "1")[0] == 0
+    assert contents(work / "out") == before
+
+
+def test_a_scenario_of_default_wishes_is_one_for_everybody(run: Run, work: Path, monkeypatch) -> None:
+    monkeypatch.setitem(planning.EFFORTS, "normal", 15_000)
+    assert run("plan", "batch.jsonl", "--workers", "1")[0] == 0
+    assert Scenario.read(work / "out" / "scenario.yaml").policy.model_dump() == Policy().model_dump()
+
+
+def test_wishes_that_cannot_be_kept_are_said(run: Run, work: Path) -> None:
+    code, out, err = run(*PLAN, "--finish-by", "1s")
+    assert code == 0
+    assert err.startswith("note: not even the recommendation keeps the limits: finishes after ")
+    assert "note:" not in out
+
+
+# ---------------------------------------------------------------- all files or none
+
+
+def test_a_failure_while_writing_leaves_the_older_plan(run: Run, work: Path, monkeypatch) -> None:
+    assert run(*PLAN)[0] == 0
+    before = contents(work / "out")
+    # The search itself is not what fails: its result is found once.
+    inputs = read_inputs(Options(workload="batch.jsonl", seed=9), {})
+    other = planning.plan(inputs.scenario, effort="quick", pool=Pool(1))
+    monkeypatch.setattr(planning, "plan", lambda *args, **how: other)
+    # Each file is forced to the disk twice: when it is filled, and just before it takes its name.
+    for allowed in range(2 * len(NAMES)):
+        left = [allowed]
+
+        def full(number: int, left: list[int] = left) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files.os, "fsync", full)
+            code, out, err = run(*PLAN, "--seed", "9")
+        assert (code, out) == (2, "")
+        assert err.count("\n") == 1
+        assert "the disk is full" in err
+        assert contents(work / "out") == before
+
+
+def test_a_failure_in_the_search_or_the_report_leaves_no_folder(run: Run, work: Path, monkeypatch) -> None:
+    def stop(*args: object, **how: object) -> None:
+        raise KeyboardInterrupt
+
+    for place in ("sim.reporting.report.render", "sim.selection.planner.plan"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, stop)
+            assert run(*PLAN, "--out", "deep/new") == (130, "", "interrupted: no file was left unfinished\n")
+        assert sorted(contents_names(work)) == ["batch.jsonl", "today.env"]
+
+
+def contents_names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
+
+
+def test_an_interruption_while_files_take_their_names_waits(run: Run, work: Path, monkeypatch) -> None:
+    """Ctrl-C between two renames: all files are renamed first, then it is obeyed."""
+    assert run(*PLAN)[0] == 0
+    before = contents(work / "out")
+    renamed = []
+    replace = os.replace
+
+    def interrupted(source: object, target: object) -> None:
+        replace(source, target)  # type: ignore[arg-type]
+        renamed.append(target)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "replace", interrupted)
+        code, _, err = run(*PLAN, "--seed", "9")
+    assert (code, err) == (130, "interrupted: no file was left unfinished\n")
+    assert len(renamed) == len(NAMES)
+    after = contents(work / "out")
+    assert sorted(after) == NAMES
+    assert json.loads(after["plan.json"])["seed"] == 9 != json.loads(before["plan.json"])["seed"]
+
+
+SO_FAR = ["front-so-far.json", "recommended-so-far.env", "search.journal"]
+
+
+def test_ctrl_c_in_the_middle_of_the_search(root: Path, work: Path) -> None:
+    """A real process with workers: one line, exit code 130, and the best so far beside the journal."""
+    # The journal begins at once, not after some seconds, and the search is not over before it is seen.
+    code = """
+import sys, time
+from sim import cli, experiment, searchlog
+searchlog.AFTER_S = 0.0
+run = experiment.Pool.run
+experiment.Pool.run = lambda pool, tasks: (run(pool, tasks), time.sleep(0.2))[0]
+sys.exit(cli.main())
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "plan", "batch.jsonl", "--effort", "thorough", "--workers", "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    until = time.monotonic() + 120.0
+    while not (work / "out" / "search.journal").exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err.count("\n")) == (130, "", 1)
+    assert err.startswith("interrupted while ")
+    assert "the same command goes on from here" in err
+    assert sorted(contents(work / "out")) == SO_FAR
+
+
+class Impatient(Pool):
+    """A pool in which Ctrl-C is pressed after so many of its runs."""
+
+    left = 1 << 62
+
+    def run(self, tasks: Any) -> Any:
+        found = super().run(tasks)
+        Impatient.left -= sum(len(each) for each in found)
+        if Impatient.left < 0:
+            raise KeyboardInterrupt
+        return found
+
+
+@pytest.fixture
+def interrupted(run: Run, work: Path, monkeypatch) -> Callable[..., tuple[int, str, str]]:
+    """`plan` with Ctrl-C after so many runs; its journal begins at once."""
+    monkeypatch.setattr(searchlog, "AFTER_S", 0.0)
+    monkeypatch.setattr(searchlog, "EVERY_S", 0.0)
+
+    def call(runs: int, *more: object) -> tuple[int, str, str]:
+        with monkeypatch.context() as patch:
+            patch.setattr("sim.app.inputs.Pool", Impatient)
+            patch.setattr(Impatient, "left", runs)
+            return run(*PLAN, *more)
+
+    return call
+
+
+def test_an_interrupted_search_goes_on_and_finds_the_same(run: Run, work: Path, interrupted, monkeypatch) -> None:
+    assert run(*PLAN, "--out", "whole")[0] == 0
+    code, out, err = interrupted(150)
+    assert (code, out, err.count("\n")) == (130, "", 1)
+    assert sorted(contents(work / "out")) == SO_FAR
+    front = json.loads((work / "out" / "front-so-far.json").read_text())
+    assert front["best"]["makespan_s"] <= front["now"]["makespan_s"]
+    best = policy_of("out/recommended-so-far.env")
+    assert {knob.env: getattr(best, knob.name) for knob in KNOBS} == front["best"]["settings"]
+    # A second interruption, further on; then it is left alone.
+    known = (work / "out" / "search.journal").read_bytes().count(b"\n") - 1
+    assert interrupted(100)[0] == 130
+    more = (work / "out" / "search.journal").read_bytes().count(b"\n") - 1
+    assert more > known
+    code, _, err = run(*PLAN)
+    assert code == 0
+    assert err == f"note: resumed: {more:,} runs of an interrupted search are taken from out/search.journal\n"
+    assert sorted(contents(work / "out")) == NAMES
+    whole, resumed = (json.loads((work / folder / "plan.json").read_text()) for folder in ("whole", "out"))
+    assert {**whole, "command": resumed["command"]} == resumed
+
+
+def test_what_an_interruption_leaves_of_an_older_plan(run: Run, work: Path, interrupted) -> None:
+    assert run(*PLAN)[0] == 0
+    before = contents(work / "out")
+    assert interrupted(150, "--seed", "9")[0] == 130
+    after = contents(work / "out")
+    assert {name: after[name] for name in before} == before
+    assert sorted(after) == sorted([*before, *SO_FAR])
+
+
+def test_a_damaged_journal_is_used_up_to_the_damage(run: Run, work: Path, interrupted) -> None:
+    assert interrupted(200)[0] == 130
+    path = work / "out" / "search.journal"
+    lines = path.read_bytes().split(b"\n")
+    assert len(lines) > 60
+    lines[50] = lines[50].replace(b"makespan_s", b"makespan_x")
+    path.write_bytes(b"\n".join(lines))
+    code, _, err = run(*PLAN)
+    assert code == 0
+    told = " ".join(err.split())
+    damage = "search journal out/search.journal is damaged at line 51: the 49 runs before it are used, the rest is"
+    assert told.startswith(f"note: {damage} simulated again note: resumed: 49 runs")
+    # Without a sound head nobody can tell whose it is: it is kept aside, and the search begins anew.
+    assert interrupted(200)[0] == 130
+    path.write_bytes(b"\0" * 100 + path.read_bytes())
+    damaged = path.read_bytes()
+    code, _, err = run(*PLAN)
+    assert code == 0
+    assert "is damaged from its first line on: kept as search.journal.damaged" in " ".join(err.split())
+    assert (work / "out" / "search.journal.damaged").read_bytes() == damaged
+    assert sorted(contents(work / "out")) == sorted([*NAMES, "search.journal.damaged"])
+
+
+def test_a_journal_of_other_inputs_is_not_used(run: Run, work: Path, interrupted) -> None:
+    assert interrupted(150)[0] == 130
+    code, _, err = run(*PLAN, "--seed", "9")
+    assert (code, err) == (0, "note: search journal out/search.journal is of another search: begun anew\n")
+    assert interrupted(150)[0] == 130
+    assert run(*PLAN, "--no-resume")[::2] == (0, "")
+
+
+def test_a_plan_is_the_same_for_any_number_of_workers(run: Run, work: Path) -> None:
+    assert run(*PLAN)[0] == 0
+    before = contents(work / "out")
+    assert run("plan", "batch.jsonl", "--env-file", "today.env", "--effort", "quick", "--workers", "2")[0] == 0
+    assert contents(work / "out") == before

@@ -1,0 +1,91 @@
+"""Which knob matters: against what each knob can do, by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from governor.model.policy import KNOB_BY_NAME, Policy
+from sim.app.cli import main
+from sim.experiment.experiment import Pool
+from sim.experiment.runs import Runs
+from sim.model.provider_config import ProviderConfig
+from sim.scenario.scenario import Scenario
+from sim.selection.search import Goal
+from sim.selection.sensitivity import MOVE, sensitivity
+from sim.selection.space import full_space
+from tests.scenarios import batch
+
+ROWS = 12
+
+
+@pytest.fixture(scope="module")
+def plain() -> Scenario:
+    """Requests of 1 s each, no noise, no limit that binds: nothing but stagger and concurrency can matter."""
+    base = Scenario.of("examples/batch.jsonl")
+    policy = Policy(jitter_ratio=0.0, tpm_limit=10**9, tpm_headroom=0.0, max_concurrency=3)
+    provider = ProviderConfig().with_(tpm=10**9, rpm=0)
+    return base.with_(workload=batch([100] * ROWS, 1.0, cap=100), policy=policy, provider=provider, seed=3)
+
+
+@pytest.mark.parametrize(("method", "size"), [("morris", 12), ("sobol", 16)])
+def test_knobs_that_can_change_nothing_have_no_effect(plain: Scenario, method, size: int) -> None:
+    found = sensitivity(plain, Goal(), method=method, size=size, runs=Runs(Pool(1, engine="simpy")))
+    effects = {e.env: e for e in found.effects["makespan_s"]}
+    assert set(effects) == {KNOB_BY_NAME[name].env for name in full_space(plain).ladders}
+    for name in ("backoff_base_seconds", "retry_max_attempts", "hold_on_throttle", "sync_headers", "launch_order"):
+        effect = effects[KNOB_BY_NAME[name].env]
+        assert (effect.size, effect.half_width, effect.other) == (0.0, 0.0, 0.0)
+    first, second = found.effects["makespan_s"][:2]
+    assert first.env == "OPENAI_STAGGER_SECONDS"
+    assert second.env == "OPENAI_MAX_CONCURRENCY"
+    assert first.size > second.size > 0.0
+    assert first.half_width > 0.0
+    assert all(e.size == 0.0 for name in ("throttled_per_100", "lost_per_100") for e in found.effects[name])
+    if method == "sobol":
+        assert 0.0 < first.other <= first.size <= 1.2
+
+
+def test_an_elementary_effect_is_the_change_over_two_thirds_of_the_ladder(plain: Scenario) -> None:
+    """With many places the makespan is 11 staggers + 1 s: a move goes from the low third to the high one, or back."""
+    wide = plain.with_(policy=plain.policy.with_(max_concurrency=ROWS))
+    space = full_space(wide)
+    ladder = np.array(space.ladders["stagger_seconds"])
+    last = len(ladder) - 1
+    moves = [(0, round(MOVE * last)), (round(last / 3.0), last)]
+    steps = [(ROWS - 1) * (ladder[high] - ladder[low]) for low, high in moves]
+    found = sensitivity(wide, Goal(), size=16, runs=Runs(Pool(1, engine="simpy")))
+    stagger = found.effects["makespan_s"][0]
+    # Less where a low concurrency holds things back: 12 s in a row at the most.
+    assert min(steps) - ROWS <= stagger.size <= max(steps)
+
+
+def test_near_stays_within_two_steps(plain: Scenario) -> None:
+    found = sensitivity(plain, Goal(), size=4, near=True, runs=Runs(Pool(1, engine="simpy")))
+    ladder = full_space(plain).ladders["stagger_seconds"]
+    at = ladder.index(plain.policy.stagger_seconds)
+    assert found.values["OPENAI_STAGGER_SECONDS"] == ladder[at - 2 : at + 3]
+    assert found.values["OPENAI_SETTLE"] == (False, True)
+
+
+def test_the_command(root: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(root)
+    for knob in KNOB_BY_NAME.values():
+        monkeypatch.delenv(knob.env, raising=False)
+    words = ["sensitivity", "examples/batch.jsonl", "--first", "12", "--size", "4", "--workers", "1"]
+    figure = tmp_path / "effects.svg"
+    assert main([*words, "--figure", str(figure)]) == 0
+    out = capsys.readouterr().out
+    assert "OPENAI_STAGGER_SECONDS" in figure.read_text()
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["method"] == "morris"
+    for effect in found["effects"]["makespan_s"]:
+        assert effect["env"] in out
+    assert main([*words[:-4], "--size", "12", "--method", "sobol"]) == 2
+    assert "--size 12 is no power of 2" in capsys.readouterr().err
+    assert main([*words, "--figure", str(tmp_path / "effects.pdf")]) == 2
+    assert ".png or .svg" in capsys.readouterr().err

@@ -1,0 +1,89 @@
+"""The forecast of a live run: against closed forms, and true to what it says of its interval."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from governor.forecast.forecast import Demand, Outlook, fluid
+from governor.model.estimate import CHAT, Sizes
+from governor.model.policy import Policy
+from governor.model.pools import Pool
+from governor.run.intake import reserve_of
+from sim.model.workload import with_outputs_assumed
+from sim.validation import foresight
+from sim.validation.foresight import foresee
+
+FREE = Policy(stagger_seconds=0.0, max_concurrency=1_000, tpm_limit=10**9, charge_rule="auto", tpm_window="bucket")
+
+
+def outlook(
+    count: int, policy: Policy, models: tuple[str, ...] = ("gpt-4o",), cap: int = 400, **how: object
+) -> Outlook:
+    demand = Demand()
+    sizes = Sizes(CHAT, 100, 400, 4, 1, 0, 0, 1, cap)
+    for _, model in zip(range(count), itertools.cycle(models), strict=False):
+        demand.add(model, sizes, reserve_of(policy, sizes))
+    return Outlook(pool=Pool(policy=policy), demand=demand, **how)  # type: ignore[arg-type]
+
+
+def test_a_stagger_alone_has_a_closed_form() -> None:
+    policy = FREE.with_(stagger_seconds=10.0, jitter_ratio=0.0)
+    e = foresee(outlook(31, policy))
+    assert (e.by, e.runs, e.requests, e.bound) == ("simulation", 39, 31, "stagger")
+    # 30 gaps of 10 s and one answer of a few seconds.
+    assert 300.0 < e.finish_s < 310.0
+    assert e.low_s <= e.finish_s <= e.high_s
+    assert (e.throttled, e.attempts) == (0.0, 31.0)
+    shares = [share for share, _, _ in e.milestones]
+    assert shares == sorted(shares)
+    assert (shares[0], shares[-1]) == (0.0, 1.0)
+    for share, earliest, latest in e.milestones[1:]:
+        assert earliest <= latest
+        assert 300.0 * share - 15.0 <= earliest
+        assert latest <= e.high_s
+
+
+def test_tokens_of_a_bucket_have_one_too() -> None:
+    policy = FREE.with_(tpm_limit=30_000, tpm_headroom=0.0, charge_rule="prompt_plus_max")
+    # 101 + 400 tokens each: 240 of them are 120,240, of which the first 30,000 go at once.
+    e = foresee(outlook(240, policy))
+    assert e.bound == "tpm"
+    assert e.low_s == pytest.approx((240 * 501 - 30_000) / 500.0, rel=0.05)
+
+
+def test_answers_are_told_apart_by_model() -> None:
+    e = foresee(outlook(3_000, FREE, ("gpt-4o", "gpt-4o", "gpt-4.1")))
+    assert set(e.answer_tokens) == {"gpt-4o", "gpt-4.1"}
+    # Drawn from one log-normal: twice as many requests, about twice the tokens.
+    assert e.answer_tokens["gpt-4o"] / e.answer_tokens["gpt-4.1"] == pytest.approx(2.0, rel=0.1)
+
+
+def test_the_same_seed_gives_the_same_forecast() -> None:
+    assert foresee(outlook(50, FREE, seed=4)) == foresee(outlook(50, FREE, seed=4))
+    assert foresee(outlook(50, FREE, seed=4)) != foresee(outlook(50, FREE, seed=5))
+
+
+def test_a_batch_too_long_to_simulate_gets_the_fluid_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(foresight, "REQUESTS_MOST", 99)
+    long = outlook(100, FREE)
+    assert foresee(long) == fluid(long)
+    assert foresee(outlook(0, FREE)).by == "fluid"
+
+
+def test_the_next_run_falls_into_the_interval_as_often_as_stated(seed: int) -> None:
+    policy = FREE.with_(max_concurrency=4)
+    asked = outlook(20, policy)
+    workload, models = foresight.workload_of(asked)
+    provider = foresight.believed_provider(policy, models)
+    inside = 0
+    trials = 200
+    for i in range(trials):
+        e = foresee(outlook(20, policy, seed=seed + 1_000 * i))
+        other = seed + 1_000 * i + 500
+        drawn = with_outputs_assumed(workload, other)
+        fresh = foresight.run_once(drawn, policy, provider, finalize=False, seed=other)
+        inside += e.low_s <= fresh.finish_s <= e.high_s
+    # 95 % of 200 are 190; below 178 or above 199 is chance in less than one of a thousand.
+    assert 178 <= inside <= 199
