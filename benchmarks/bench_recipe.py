@@ -2,12 +2,12 @@
 
     python -m benchmarks.bench_recipe [--short] [--seed N]
 
-The recipe (`sim.selection.space.recipe`): the provider's bucket mirrored, 1 % headroom, first in first out, 1,000 in flight, the
-documented charge rule or, where the operator knows it, the provider's. The kinds of scenario: a bursty co-tenant, a
-charge rule that is not the documented one, RPM-bound, slow latency, few requests, many requests. For each: makespan of
-both under the same fresh seeds, their paired difference with its 95 % interval, and whether each keeps the limits (no
-request lost, at most 1 throttle per 100, or 1 in a batch of fewer). The headline is over the scenarios in which both
-keep them.
+The recipe (`sim.selection.space.recipe`): the provider's bucket mirrored, 1 % headroom, first in first out, 1,000 in
+flight, the documented charge rule or, where the operator knows it, the provider's. The kinds of scenario: a bursty
+co-tenant, a charge rule that is not the documented one, RPM-bound, slow latency, few requests, many requests. For each:
+makespan of both under the same fresh seeds, their paired difference with its 95 % interval, and whether each keeps the
+limits (no request lost, at most 1 throttle per 100, or 1 in a batch of fewer). The headline is over the scenarios in
+which both keep them.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The peer: a closed batch against a rate-limited provider, as one would write it in plain SimPy.
 
-What lives here is the yardstick for the speed of `sim/des/driver.py`, so it shares no code with `governor` or `sim`, and
-its source was fixed before that driver was tuned. It is meant to be an honest model in SimPy's usual idiom, not a slow
-one: one process per request, all started at once, a `simpy.Resource` for the permits and another of capacity 1 as the
-launch gate. Nobody polls: who stands at the gate asks the buckets once when there is room, and sleeps until then.
+What lives here is the yardstick for the speed of `sim/des/driver.py`, so it shares no code with `governor` or `sim`,
+and its source was fixed before that driver was tuned. It is meant to be an honest model in SimPy's usual idiom, not a
+slow one: one process per request, all started at once, a `simpy.Resource` for the permits and another of capacity 1 as
+the launch gate. Nobody polls: who stands at the gate asks the buckets once when there is room, and sleeps until then.
 
 The rules, in the words of the knobs that give the same behaviour elsewhere: OPENAI_TPM_WINDOW=bucket,
 OPENAI_LAUNCH_ORDER=fifo, OPENAI_SETTLE=false, OPENAI_BACKOFF_KEEPS_PERMIT=true, OPENAI_HOLD_ON_THROTTLE=false,

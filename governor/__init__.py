@@ -6,8 +6,8 @@
     async with governor.permit(tokens) as permit:
         ...
 
-Everything else is imported from its module (`governor.law`, `governor.model.requests`, ...). What stands here is fetched when
-it is first asked for, so that importing the pure half never pulls in the edges.
+Everything else is imported from its module (`governor.law`, `governor.model.requests`, ...). What stands here is
+fetched when it is first asked for, so that importing the pure half never pulls in the edges.
 """
 
 from __future__ import annotations

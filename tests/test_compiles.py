@@ -33,7 +33,14 @@ CALLS = 250
 
 @pytest.fixture(scope="module")
 def copies(root: Path) -> dict[str, ModuleType]:
-    return compiled([root / "governor" / "law.py", root / "governor" / "keyed.py", root / "sim" / "provider.py"], root)
+    return compiled(
+        [
+            root / "governor" / "law.py",
+            root / "governor" / "model" / "keyed.py",
+            root / "sim" / "model" / "provider.py",
+        ],
+        root,
+    )
 
 
 def bits(value: Any) -> Any:

@@ -1,8 +1,8 @@
 """The twin is exact: the asyncio driver and the SimPy driver, same scenario and seed, give the same run, to the bit.
 
-The live driver runs on a virtual loop and sends to `sim/model/provider.py`, the simulated one runs as it always does. What is
-compared: every column of every attempt in order of their ends, how and when each request ended, the deferrals by cause,
-and the law's state when all is over. Nothing is rounded, and nothing is sorted first.
+The live driver runs on a virtual loop and sends to `sim/model/provider.py`, the simulated one runs as it always does.
+What is compared: every column of every attempt in order of their ends, how and when each request ended, the deferrals
+by cause, and the law's state when all is over. Nothing is rounded, and nothing is sorted first.
 
 Ties. In SimPy, events of one instant have an order (docs/explanation/law.md#ties); a real loop has no instants of that
 kind. The virtual loop is told the same order here, so that scenarios full of round times are compared like the others;

@@ -2,8 +2,8 @@
 
 What lives here: a simulation that notes every change of state and which function of the law made it, the conditions
 that bring out every cause of waiting, and the picture. What must not: a state or an arrow of its own. The waiting
-states are the law's causes (`governor.forecast.summary.CAUSES`, by the law's numbers); where a cause is never reached, or a
-state appears that has no place in the picture, the build fails rather than draw yesterday's law.
+states are the law's causes (`governor.forecast.summary.CAUSES`, by the law's numbers); where a cause is never reached,
+or a state appears that has no place in the picture, the build fails rather than draw yesterday's law.
 """
 
 from __future__ import annotations

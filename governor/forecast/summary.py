@@ -43,7 +43,8 @@ from governor.model.requests import Attempt, Outcome
 BACKOFF = PAUSED + 1
 CAUSES = ("nothing", "concurrency", "stagger", "tpm", "rpm", "day", "hold", "paused", "backoff")
 
-# By so much of one token (or request) a provider may overshoot its limit in floating point: sim/model/provider.py's ROUNDING.
+# By so much of one token (or request) a provider may overshoot its limit in floating point: sim/model/provider.py's
+# ROUNDING.
 _ROUNDING = 1e-6
 _THROTTLES = (Outcome.THROTTLED, Outcome.SLOW_DOWN)
 

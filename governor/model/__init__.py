@@ -1,1 +1,2 @@
-"""The values that everything else speaks of: requests, token estimates, policy and settings, keyed chance, prices, pools."""
+"""The values that everything else speaks of: requests, token estimates, policy and settings, keyed chance, prices,
+pools."""

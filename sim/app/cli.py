@@ -5,7 +5,8 @@ not: anything that costs time to import; a command fetches what it needs when it
 the live commands run without the extra `sim`.
 
 Exit codes: 0, 2 for bad input, 3 where nothing can meet a wish (`capacity`), 130 after Ctrl-C, 143 and 129 after
-SIGTERM and SIGHUP, 141 where the reader of a pipe has gone; the others are the live commands' (`governor/model/errors.py`).
+SIGTERM and SIGHUP, 141 where the reader of a pipe has gone; the others are the live commands'
+(`governor/model/errors.py`).
 """
 
 from __future__ import annotations

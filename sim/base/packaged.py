@@ -13,7 +13,7 @@ from typing import NamedTuple
 from governor.model.errors import BadInput, BadSetting
 from sim.base.files import write_atomically
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 # In a wheel everything lies in one folder; beside it, where each is worked on.
 SHARED = HERE / "share"
 PLACES = {"notebooks": (SHARED / "notebooks", HERE.parent / "notebooks"), "": (SHARED, HERE.parent / "examples")}

@@ -6,12 +6,12 @@ quota (`fits_quota`), reading (`observed`), putting it together (`calibrate`).
 Theory of operation. All intervals of one calibration hold together: each is made at 1 - 0.05 / FIGURES (Bonferroni), so
 that of a hundred logs about five have any figure outside of its interval.
 
-Latency is the provider's own model (`sim/model/provider.py`): (first token + per token x output) times log-normal noise, and
-now and then a stall on top. It is a mixture, fitted by expectation and maximisation: the line by least squares of the
-logarithms, each answer weighted by its chance of not having stalled (Dempster, Laird and Rubin, 1977); the line's
-interval is that of the weighted least squares, sigma's that of chi-square, the share of stalls' that of Clopper and
-Pearson. Quantiles have distribution-free intervals from the order statistics; the rate of arrivals has batch means,
-which hold for bursty ones, too.
+Latency is the provider's own model (`sim/model/provider.py`): (first token + per token x output) times log-normal
+noise, and now and then a stall on top. It is a mixture, fitted by expectation and maximisation: the line by least
+squares of the logarithms, each answer weighted by its chance of not having stalled (Dempster, Laird and Rubin, 1977);
+the line's interval is that of the weighted least squares, sigma's that of chi-square, the share of stalls' that of
+Clopper and Pearson. Quantiles have distribution-free intervals from the order statistics; the rate of arrivals has
+batch means, which hold for bursty ones, too.
 """
 
 from __future__ import annotations

@@ -8,10 +8,10 @@ The shortest such difference of a run is taken for a way in both directions with
 beyond half of it, it took on the way there: behind others of the same burst, or for a first connection. Of those
 launched at one instant, the one after which least remained was let in last.
 
-Others. The run's own attempts go through the provider's model (`sim/model/provider.py`) in order of admission. Where a header
-says that more is used than the model holds, somebody else has used the difference since the count before; where it says
-less, the moments were not exact, and that is set off against the next difference. After each count the model holds what
-the provider said, so that nothing adds up.
+Others. The run's own attempts go through the provider's model (`sim/model/provider.py`) in order of admission. Where a
+header says that more is used than the model holds, somebody else has used the difference since the count before; where
+it says less, the moments were not exact, and that is set off against the next difference. After each count the model
+holds what the provider said, so that nothing adds up.
 """
 
 from __future__ import annotations

@@ -32,12 +32,12 @@ SIMPY_S = 20e-6
 LOADS_S = 0.15
 COMPILES_S = 15.0
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SOURCES = tuple(
     ROOT / path for path in ("governor/model/keyed.py", "governor/law.py", "sim/model/provider.py", "sim/des/engine.py")
 )
 # What else goes into the machine code: constants, and how it is made.
-_OURS = tuple(f"sim/{name}.py" for name in ("run", "copies", "packing", "machine", "compiled"))
+_OURS = tuple(f"sim/des/{name}.py" for name in ("run", "copies", "packing", "machine", "compiled"))
 BESIDE = tuple(ROOT / path for path in ("governor/forecast/summary.py", *_OURS))
 
 NO_NUMBA = "numba is not installed: pip install 'paceline[sim]'"

@@ -2,8 +2,8 @@
 
 Up to `EXACT` numbers are held and their quantiles are exact (linear between neighbours, as NumPy has them). Beyond that
 a t-digest (Dunning and Ertl 2019, by Apache DataSketches) takes them over: half a megabyte, and within 0.1 % of the
-exact quantile on log-normal latencies of three million requests (`tests/sim/des/test_quantiles.py` measures it). It draws
-no random numbers, so that the same numbers in the same order give the same answer, however they were handed over.
+exact quantile on log-normal latencies of three million requests (`tests/sim/des/test_quantiles.py` measures it). It
+draws no random numbers, so that the same numbers in the same order give the same answer, however they were handed over.
 """
 
 from __future__ import annotations

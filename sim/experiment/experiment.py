@@ -4,14 +4,16 @@ What lives here: one run as `Figures`, by either engine, many runs, and how many
 settings (`planner`), the engines themselves (`driver`, `compiled`) and the choice of one (`engines`).
 
 Theory of operation. A `Case` is everything that one run needs, as numbers. Run r of any case uses seed + r, and chance
-is keyed by what it is for (`governor/model/keyed.py`), so two policies under one seed meet the same latencies, faults and
-neighbours: their difference is estimated seed by seed, with far fewer runs than independent ones would take. Because a
-run depends on nothing but its case and its seed, results are the same for any number of workers and any order.
+is keyed by what it is for (`governor/model/keyed.py`), so two policies under one seed meet the same latencies, faults
+and neighbours: their difference is estimated seed by seed, with far fewer runs than independent ones would take.
+Because a run depends on nothing but its case and its seed, results are the same for any number of workers and any
+order.
 
-The engines of `sim/des/engines.py` give the same run, to the bit, and so the choice between them is one of time. Runs are
-spread in chunks large enough to pay for their transport: over threads where the compiled engine works on this machine
-(it does not hold the interpreter's lock), unless there is so much to do in Python itself that processes are done
-sooner; else over the workers of `spread`, local processes or a Ray cluster. Small amounts of work stay where they are.
+The engines of `sim/des/engines.py` give the same run, to the bit, and so the choice between them is one of time. Runs
+are spread in chunks large enough to pay for their transport: over threads where the compiled engine works on this
+machine (it does not hold the interpreter's lock), unless there is so much to do in Python itself that processes are
+done sooner; else over the workers of `spread`, local processes or a Ray cluster. Small amounts of work stay where they
+are.
 """
 
 from __future__ import annotations

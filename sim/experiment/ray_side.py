@@ -1,4 +1,4 @@
-"""The process that speaks to a Ray cluster, for `spread`: `python -m sim.experiment.ray_side`, messages on stdin and stdout.
+"""The process that speaks to a Ray cluster for `spread`, by messages on stdin and stdout.
 
 What lives here: finding the cluster, running tasks on it, and noticing that it has gone. What must not: anything that
 is not asked for by a message. This is the only module that imports Ray.

@@ -41,7 +41,7 @@ RAY_SIDE = "sim.experiment.ray_side"
 # How long that process may take to leave a cluster.
 ENDS_S = 10.0
 # Modules whose source decides what a run gives.
-DECIDING = ("governor/*.py", "sim/*.py")
+DECIDING = ("governor/**/*.py", "sim/**/*.py")
 
 
 class WorkersLost(PacelineError):  # noqa: N818  (as in governor/model/errors.py)
@@ -238,7 +238,7 @@ def disconnect() -> None:
 @functools.cache
 def fingerprint() -> str:
     """A hash of the sources that decide what a run gives."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     found = hashlib.sha256()
     for pattern in DECIDING:
         for path in sorted(root.glob(pattern)):

@@ -9,8 +9,9 @@ write if nothing cut it, and a recorded latency. `columns` keeps them apart: res
 alone, so that no policy can profit from an answer it could not know. The reserve side and the charge side are cached
 apart, by rule: a search that asks for a hundred policies computes a handful of columns.
 
-Chance is keyed by seed and row (`governor/model/keyed.py`), evaluated over whole columns by the same function: a row keeps
-its answer whatever stands before or after it in the draw. Every input carries its provenance, "measured" or "assumed".
+Chance is keyed by seed and row (`governor/model/keyed.py`), evaluated over whole columns by the same function: a row
+keeps its answer whatever stands before or after it in the draw. Every input carries its provenance, "measured" or
+"assumed".
 
 Memory: 8 bytes per number; a column with one value for all rows takes 8 bytes in all (a view with stride 0).
 """

@@ -145,7 +145,7 @@ def _unbroken(value: Any) -> Any:
 
 
 def _template() -> str:
-    return (resources.files("sim") / "templates" / "report.html.j2").read_text(encoding="utf-8")
+    return (resources.files("sim.reporting") / "templates" / "report.html.j2").read_text(encoding="utf-8")
 
 
 def _count(n: int, noun: str) -> str:

@@ -49,9 +49,9 @@ class Scenario:
 
     `requests`: a file (batch JSONL, a trace as CSV or JSONL, a scenario as YAML), rows as mappings (lines of a batch
     file, chat bodies, or token counts), or a pandas DataFrame of token counts. With it the rest is read as the command
-    line reads it, its further keywords in `sim.app.given.Reading`; `provider` is a configuration, a published tier's name,
-    a YAML file, or some of its keys; `policy` a policy, a preset's name, or some knobs on top of the defaults. What is
-    wrong is said in one line by BadInput, BadSetting or Oversized.
+    line reads it, its further keywords in `sim.app.given.Reading`; `provider` is a configuration, a published tier's
+    name, a YAML file, or some of its keys; `policy` a policy, a preset's name, or some knobs on top of the defaults.
+    What is wrong is said in one line by BadInput, BadSetting or Oversized.
 
     `workload` is what `source` holds, read once; where both are given there is nothing to read. `seed`: of the first
     replication. `replications`: 0 = as many as the precision asks for. `arrivals`: all at the start, or as the trace

@@ -46,7 +46,7 @@ def fingerprint(texts: Iterable[str | bytes]) -> str:
         found.update(text.encode() if isinstance(text, str) else text)
         found.update(b"\0")
     for package in ("governor", "sim"):
-        for path in sorted((Path(__file__).parent.parent / package).glob("*.py")):
+        for path in sorted((Path(__file__).parents[2] / package).rglob("*.py")):
             found.update(path.read_bytes())
     return found.hexdigest()
 

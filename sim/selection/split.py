@@ -6,8 +6,8 @@ costs or how long it takes (`batch_api`), and how a line is read (`governor/mode
 A Batch file (docs/explanation/provider.md#batch-files) holds requests of one model to one endpoint, at most 50,000
 lines and 200 MB. The provider also limits the input tokens that are enqueued per model at a time, so files come in
 waves: those of one wave fit into the queue together, and the next may be handed in when they have ended. Tokens are
-estimated from the text (`governor/model/estimate.py`), hence a share of the queue is left free. Lines go out byte for byte as
-they came in, but for a missing `method`, which the Batch API demands.
+estimated from the text (`governor/model/estimate.py`), hence a share of the queue is left free. Lines go out byte for
+byte as they came in, but for a missing `method`, which the Batch API demands.
 
 The input is read once, line by line; of a line that was written only 8 bytes remain, a hash of its custom_id, by which
 one that stands there twice is found. Files are written into a hidden folder that takes its name when all are complete.

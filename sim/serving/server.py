@@ -309,7 +309,7 @@ class Spawned(Served):
         events = [event.model_dump(exclude_unset=True) for event in options.pop("events", ())]
         order = {"config": config.model_dump(), "events": events, "port": port, "options": options}
         # The packages lie where this one does, installed or not.
-        paths = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
+        paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "sim.serving.server"],
             stdin=subprocess.PIPE,

@@ -1,8 +1,8 @@
 """The forecast that a live run asks for before it starts: its own requests, simulated under its own settings.
 
 What lives here: `foresee`, the callable that `governor` is given in place of its fluid estimate. What must not: the
-decision whether a run may start (`governor/forecast/guard.py`), and anything that the run could not know beforehand: answers are
-drawn from the assumed model, the provider is taken to grant and charge as the settings believe.
+decision whether a run may start (`governor/forecast/guard.py`), and anything that the run could not know beforehand:
+answers are drawn from the assumed model, the provider is taken to grant and charge as the settings believe.
 
 Theory of operation. Each simulated run has its own seed and its own draw of the answers, so that the interval holds
 what chance does; it does not hold what is assumed. Of n runs, smallest and largest enclose the next one with

@@ -29,7 +29,7 @@ from governor.journal.verify import verify
 from tests.disks import mount, read_only
 from tests.governor.journals import EPOCH_S, FREE, answer, begun, created, ends, job, recorded, refusal, work
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 CONCURRENCY = 12  # as in mortal.py
 
 

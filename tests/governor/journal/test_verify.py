@@ -343,7 +343,7 @@ def law_calls(path: Path) -> Iterator[str]:
 
 
 def test_every_call_that_the_driver_reports_can_be_repeated(root: Path) -> None:
-    reported = set(law_calls(root / "governor" / "driver.py"))
+    reported = set(law_calls(root / "governor" / "scheduler" / "driver.py"))
     assert {"admission", "launched", "settled"} <= reported
     assert reported <= set(verify.CALLS)
 

@@ -78,7 +78,10 @@ class TestImports:
                 package.nothing  # noqa: B018
 
     def test_no_module_takes_the_name_of_a_function(self) -> None:
-        code = "import sim, sim.app.cli, sim.app.plan_command, sim.selection.planner; print(callable(sim.plan), callable(sim.simulate))"
+        code = (
+            "import sim, sim.app.cli, sim.app.plan_command, sim.selection.planner\n"
+            "print(callable(sim.plan), callable(sim.simulate))"
+        )
         assert words(code) == "True True"
 
     def test_without_the_extra_it_says_what_to_install(self) -> None:

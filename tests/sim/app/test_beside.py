@@ -85,7 +85,8 @@ def test_it_answers_as_this_process_does_and_is_replaced_when_it_ends(
 def test_a_process_of_one_thread_forks_and_takes_its_child_along() -> None:
     """As `paceline serve` starts it; however the parent ends, the child does too."""
     code = (
-        "import os, signal, sys; from sim.app.side_process import Beside; from tests.sim.app.test_beside import outlook;"
+        "import os, signal, sys; from sim.app.side_process import Beside;"
+        "from tests.sim.app.test_beside import outlook;"
         "b = Beside(); b.forecast(outlook(0)); assert b.child()._end.__name__ == '<lambda>';"
         "print(b.forecast(outlook(7)), b.child().pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )

@@ -42,7 +42,7 @@ LOOP = "import law\n\n\ndef proceed(a):\n    return law.rule(a[0])\n"
 
 def small(folder: Path, **environment: str) -> tuple[int, int]:
     """What the small engine answers, and whether it was loaded instead of compiled, which then is not even imported."""
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     paths = os.pathsep.join([str(root), str(folder)])
     command = [sys.executable, "-c", SMALL, str(folder)]
     variables = {**os.environ, "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1", **environment}
@@ -87,7 +87,7 @@ def test_every_source_of_the_engine_names_its_folder(tmp_path: Path) -> None:
     assert len(names) == len(copies) + 1
     # Whatever the event loop imports of ours is among them: nothing else could be compiled in.
     imported = {line.split()[1] for line in SOURCES[-1].read_text().splitlines() if line.startswith("from sim")}
-    assert imported == {"sim", "sim.des.run"}
+    assert imported == {"sim.model", "sim.des.run"}
 
 
 def test_code_of_the_same_file_in_another_place_is_none(sources: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -132,7 +132,7 @@ def test_old_folders_go(tmp_path: Path, monkeypatch: Any) -> None:
 
 
 def test_processes_may_compile_at_once(sources: Path, tmp_path: Path) -> None:
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     variables = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
     variables["PYTHONPATH"] = os.pathsep.join([str(root), str(sources)])
     command = [sys.executable, "-c", SMALL, str(sources)]

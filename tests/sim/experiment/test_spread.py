@@ -251,7 +251,7 @@ class Cluster:
     def __init__(self, root: Path, nodes: int) -> None:
         self.log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115  (closed by `close`)
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("ray_cluster.py")), str(nodes)],
+            [sys.executable, str(root / "tests" / "sim" / "ray_cluster.py"), str(nodes)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,

@@ -80,7 +80,10 @@ def test_a_picture_is_the_same_bytes_each_time(sample_plan: Plan) -> None:
 
 
 def test_pyplot_and_its_global_figures_are_never_loaded() -> None:
-    code = "import sys, sim.reporting.figures, sim.reporting.figures_time, sim.reporting.report; print('matplotlib.pyplot' in sys.modules)"
+    code = (
+        "import sys, sim.reporting.figures, sim.reporting.figures_time, sim.reporting.report\n"
+        "print('matplotlib.pyplot' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 

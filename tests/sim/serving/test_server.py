@@ -471,7 +471,8 @@ def test_the_command_says_where_and_ends_by_signal(tmp_path: Path, root: Path) -
     faults = tmp_path / "faults.yaml"
     faults.write_text("provider: {tpm: 1234}\nevents: [{kind: drop, at_s: 5}]\n")
     program = (
-        "import sys\nfrom sim.model.provider_config import ProviderConfig\nfrom sim.serving.server import run_provider\n"
+        "import sys\nfrom sim.model.provider_config import ProviderConfig\n"
+        "from sim.serving.server import run_provider\n"
         "run_provider(0, ProviderConfig.of('gpt-4o-tier1'), faults=sys.argv[1], time_scale=2.0, "
         "say=lambda line: print(line, flush=True))\n"
     )
