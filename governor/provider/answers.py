@@ -46,6 +46,8 @@ _KEY = re.compile(r"\bsk-[\w*.-]{4,}")
 # What would steer a terminal, or reorder what stands there: C0 and C1 controls, bidirectional marks, half surrogates.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _HIDDEN = "***"
+_JSON = json.JSONDecoder(parse_constant=lambda _: None)
+_HOLDERS = {dict, list}
 
 
 # ---------------------------------------------------------------- answers
@@ -76,6 +78,8 @@ def classify(
     if content is not None and success and not error.words and not error.message:
         error, finished = _failed_choice(content)
     fields = fields_of(headers, *error.holders)
+    if hide:
+        fields = {name: value.replace(hide, _HIDDEN) for name, value in fields.items()}
     wait_s = wait_in(fields, error.message, now_epoch)
     returns_at = None
     if not success or error.words or error.message or finished is not None:
@@ -242,7 +246,7 @@ def _decoded(body: object) -> str:
 
 def _loaded(text: str) -> object:
     """Servers in Python write NaN and Infinity, which no JSON has: null stands in their place."""
-    return json.loads(text, parse_constant=lambda _: None)
+    return _JSON.decode(text)
 
 
 def _unescaped(text: str, hide: str) -> str:
@@ -270,14 +274,15 @@ def _is_deep(body: dict[str, Any]) -> bool:
     """Whether a body is nested deeper than any answer."""
     level: list[Any] = [body]
     for _ in range(DEPTH_MAX):
-        level = [
-            each
-            for holder in level
-            for each in (holder.values() if isinstance(holder, dict) else holder)
-            if isinstance(each, dict | list)
-        ]
-        if not level:
+        inner: list[Any] = []
+        for holder in level:
+            values = holder.values() if type(holder) is dict else holder
+            # Long lists hold numbers, and are passed over as a whole.
+            if not _HOLDERS.isdisjoint(map(type, values)):
+                inner += [each for each in values if type(each) in _HOLDERS]
+        if not inner:
             return False
+        level = inner
     return True
 
 

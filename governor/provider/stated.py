@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import lru_cache
 from typing import Any
 
 from governor.model.requests import Limit
@@ -276,22 +277,28 @@ def limits_in(fields: Mapping[str, str], now_epoch: float = -1.0) -> tuple[Limit
     """The same, of `fields_of`."""
     counts: dict[tuple[str, ...], dict[str, str]] = {}
     for name, text in fields.items():
-        if "limit" not in name:
-            continue
-        own = name.removeprefix(_UPSTREAM).replace("x-rate-limit-", "x-ratelimit-")
-        named = next((match for match in (pattern.fullmatch(own) for pattern in _COUNTS) if match), None)
-        if named is not None:
-            words = named.groupdict()
-            what = words.get("what") or ("tokens" if own.startswith("x-ai-") else "requests")
-            upstream = _UPSTREAM if name.startswith(_UPSTREAM) else ""
-            key = (own[:2], what, words.get("window") or "", words.get("scope") or "", upstream)
-            counts.setdefault(key, {})[words["part"]] = text
+        if "limit" in name and (named := _named(name)) is not None:
+            key, part = named
+            counts.setdefault(key, {})[part] = text
     found: dict[str, Limit] = {}
-    for (_, what, window, *_), parts in counts.items():
+    for (what, window, *_), parts in counts.items():
         limit = _limit(what, window, parts, now_epoch)
         if limit is not None and (limit.dimension not in found or limit.limit < found[limit.dimension].limit):
             found[limit.dimension] = limit
     return tuple(found.values())
+
+
+@lru_cache(1_024)
+def _named(name: str) -> tuple[tuple[str, ...], str] | None:
+    """What a header counts (what, window, scope, ...) and which part of it; None for a header of another kind."""
+    own = name.removeprefix(_UPSTREAM).replace("x-rate-limit-", "x-ratelimit-")
+    found = next((match for match in (pattern.fullmatch(own) for pattern in _COUNTS) if match), None)
+    if found is None:
+        return None
+    words = found.groupdict()
+    what = words.get("what") or ("tokens" if own.startswith("x-ai-") else "requests")
+    upstream = _UPSTREAM if name.startswith(_UPSTREAM) else ""
+    return (what, words.get("window") or "", words.get("scope") or "", upstream, own[:2]), words["part"]
 
 
 def _limit(what: str, window: str, parts: Mapping[str, str], now_epoch: float) -> Limit | None:
