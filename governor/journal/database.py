@@ -12,8 +12,10 @@ One process runs a journal at a time: two would send everything twice. It holds 
 beside the journal (`-lock`), which the operating system gives back however the process ends. A file of the journal's
 own is never opened but by SQLite: closing it would drop SQLite's locks on it (POSIX).
 
-Another database is named by its URL and must be this journal's alone. It is not locked: there, that only one process
-runs a journal is the operator's to see to.
+Another database is named by its URL and must be this journal's alone. On PostgreSQL the process that runs it holds an
+advisory lock, in a session of its own, which the server gives back when that ends; before each write it looks whether
+the session is still there, and takes the lock anew after a server's restart. On others, that only one process runs a
+journal is the operator's to see to.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import (
     ArgumentError,
     DBAPIError,
@@ -41,6 +43,14 @@ from governor.model.errors import OPERATOR, PacelineError
 BUSY_TIMEOUT_S = 30.0
 LOCK_TIMEOUT_S = 0.5  # longer than anybody takes who only asks whether it is held
 WAL_BYTES_KEPT = 64 * 2**20
+# One journal per schema of a database.
+_KEY = {"key": 0x50414345}
+_TAKE = text("SELECT pg_try_advisory_lock(:key, hashtext(current_schema()))")
+_IS_HELD = text(
+    "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND granted AND classid::bigint = :key"
+    " AND objid::bigint = (hashtext(current_schema())::bigint & 4294967295)"
+    " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+)
 COMPANIONS = ("-wal", "-shm", "-journal", "-lock")
 # After these nobody knows what reached the disk: a write that failed so must not be tried again.
 _LASTING_IO = {sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_IOERR_DIR_FSYNC, sqlite3.SQLITE_IOERR_READ}
@@ -81,6 +91,7 @@ class Database:
         self.engine = _engine(url, self.name)
         self.writer = self.engine.execution_options(paceline_writes=True)
         self._lock: sqlite3.Connection | None = None
+        self._session: Connection | None = None
 
     @property
     def is_sqlite(self) -> bool:
@@ -97,6 +108,8 @@ class Database:
     @contextmanager
     def writing(self) -> Iterator[Connection]:
         """A transaction that is durable when the block is left, and leaves no trace if it raises."""
+        if self._session is not None:
+            self._still_locked(self._session)
         with self.explaining(), self.writer.begin() as connection:
             yield connection
 
@@ -208,14 +221,17 @@ class Database:
 
     def locked(self) -> None:
         """Becomes the one process that runs this journal, until `closed`. `JournalError` while another one does."""
-        if self.path is None or self._lock is not None:
+        if self._lock is not None or self._session is not None:
             return
-        if not self._takes_lock(LOCK_TIMEOUT_S):
+        if not (self._takes_lock(LOCK_TIMEOUT_S) if self.is_sqlite else self._takes_session()):
             text = "another process is running this journal: wait for it, or steer it with `paceline pause` or `set`"
             raise JournalError(f"{self.name}: {text}", retryable=True)
 
     def is_locked(self) -> bool:
-        """Whether some process runs this journal now. False for other databases than SQLite, where nobody knows."""
+        """Whether some process runs this journal now. False for databases that are not locked (see the module)."""
+        if self.engine.dialect.name == "postgresql":
+            with self.reading() as connection:
+                return bool(connection.execute(_IS_HELD, _KEY).scalar())
         if self.path is None or not os.path.exists(f"{self.path}-lock"):
             return False
         if self._lock is not None:
@@ -242,15 +258,41 @@ class Database:
         self._lock = lock
         return True
 
+    def _takes_session(self) -> bool:
+        if self.engine.dialect.name != "postgresql":
+            return True
+        with self.explaining():
+            session = self.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+            if session.execute(_TAKE, _KEY).scalar():
+                self._session = session
+                return True
+            session.close()
+            return False
+
+    def _still_locked(self, session: Connection) -> None:
+        """JournalError where the lock went with its session and another process took it."""
+        try:
+            session.execute(text("SELECT 1"))
+        except SQLAlchemyError:
+            session.invalidate()
+            session.close()
+            self._session = None
+            self.locked()
+
     def _unlocked(self) -> None:
+        if self._session is not None:
+            # Ended, not kept for later: the lock is the session's.
+            self._session.invalidate()
+            self._session.close()
+            self._session = None
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
     def closed(self) -> None:
         """Gives connections and lock back."""
-        self.engine.dispose()
         self._unlocked()
+        self.engine.dispose()
 
     def removed(self) -> None:
         """Closes, and removes the file with all that stands beside it."""

@@ -890,7 +890,7 @@ def test_a_run_on_another_database(request: pytest.FixtureRequest) -> None:
     batch = [work(0, text="\x00 \ud83d \\"), *(work(index, cap=index % 5) for index in range(1, 250))]
     journal = created(url, batch, seed=2**63 - 1)
     try:
-        with pytest.raises(JournalError, match="it holds tables of these names already"):
+        with pytest.raises(JournalError, match="another process is running this journal"):
             Journal.create(url, fingerprint="x", seed=1, epoch_s=EPOCH_S)
 
         async def send(job: Job, timeout_s: float) -> Answer:

@@ -28,6 +28,7 @@ from governor.journal.records import Counts
 from governor.journal.verify import verify
 from tests.disks import mount, read_only
 from tests.governor.journals import EPOCH_S, FREE, answer, begun, created, ends, job, recorded, refusal, work
+from tests.postgres import PostgresServer
 
 HERE = Path(__file__).resolve().parents[1]
 CONCURRENCY = 12  # as in mortal.py
@@ -523,6 +524,34 @@ def test_only_one_process_runs_a_journal(path: Path) -> None:
     with Journal.open(path) as other:
         assert not other.is_running()
     Journal.open(path, to_run=True).close()
+
+
+def test_only_one_process_runs_a_journal_on_postgresql(postgres: PostgresServer) -> None:
+    url = postgres.database("two_runners").replace("postgresql://", "postgresql+psycopg://")
+    refused = "another process is running this journal: wait for it"
+    with created(url, 3) as journal:
+        with Journal.open(url) as other:
+            assert other.is_running()
+        with pytest.raises(JournalError, match=refused):
+            Journal.open(url, to_run=True)
+        script = "import sys; from governor.journal import Journal; Journal.open(sys.argv[1], to_run=True)"
+        assert refused in python(script, url).stderr.splitlines()[-1]
+        # The server ends the session that holds the lock: the next write takes it anew.
+        ended = "SELECT pg_terminate_backend(pid, 5000) FROM pg_locks WHERE locktype = 'advisory'"
+        postgres.execute(ended)
+        assert not journal.is_running()
+        journal.begin({"default": FREE}, 0.0)
+        assert journal.is_running()
+        # Unless another process was quicker.
+        postgres.execute(ended)
+        with Journal.open(url, to_run=True), pytest.raises(JournalError, match=refused):
+            journal.finish(1.0, "stopped")
+    with Journal.open(url) as other:
+        assert not other.is_running()
+    # However its process ends, the lock is given back.
+    script = "import os, sys; from governor.journal import Journal; Journal.open(sys.argv[1], to_run=True); os._exit(9)"
+    assert python(script, url).returncode == 9
+    Journal.open(url, to_run=True).close()
 
 
 def test_a_reader_sees_whole_events_while_the_run_goes_on(path: Path) -> None:
