@@ -32,8 +32,8 @@ from typing import Any, Self
 from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, inspect, select, update
 
 from governor import __version__
-from governor.checkpoint import rebuilt, taken_from
 from governor.forecast.summary import CAUSES
+from governor.journal.checkpoint import rebuilt, taken_from
 from governor.journal.database import Database, JournalError
 from governor.journal.recorder import FullRecorder, Recorder, Writer
 from governor.journal.records import Command, Records

@@ -28,7 +28,7 @@ from typing import Any
 
 from sqlalchemy import Double, bindparam, func, insert, update
 
-from governor.checkpoint import Checkpoint, taken_from
+from governor.journal.checkpoint import Checkpoint, taken_from
 from governor.journal.database import Database, JournalError
 from governor.journal.schema import (
     DONE,

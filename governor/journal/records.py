@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Column, ColumnElement, Select, Table, and_, func, or_, select, true
 
-from governor.checkpoint import Checkpoint, Launch
 from governor.forecast.summary import CAUSES, Ended
+from governor.journal.checkpoint import Checkpoint, Launch
 from governor.journal.database import Database, JournalError
 from governor.journal.schema import (
     DONE,

@@ -36,7 +36,7 @@ from sqlalchemy import BigInteger, Column, Dialect, Double, Index, Integer, Larg
 from sqlalchemy.dialects.mysql import LONGBLOB, LONGTEXT
 from sqlalchemy.types import TypeDecorator
 
-from governor.checkpoint import Checkpoint, Moment, read_back
+from governor.journal.checkpoint import Checkpoint, Moment, read_back
 from governor.model.errors import PacelineError
 from governor.model.policy import Policy
 from governor.model.prices import usage_in

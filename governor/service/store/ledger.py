@@ -28,8 +28,8 @@ from sqlalchemy import Connection, Select, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from governor import __version__
-from governor.checkpoint import taken_from
 from governor.forecast.summary import CAUSES
+from governor.journal.checkpoint import taken_from
 from governor.journal.database import JournalError
 from governor.journal.journal import chunks, pool_numbers, stock_taken
 from governor.journal.recorder import Batch, Writer

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from governor import checkpoint, law
-from governor.checkpoint import Checkpoint, Moment, read_back, taken_from
+from governor.journal import checkpoint, law
+from governor.journal.checkpoint import Checkpoint, Moment, read_back, taken_from
 from governor.journal.journal import Journal
 from governor.law import State
 from governor.model.policy import Policy
