@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from datetime import datetime, timedelta
 
 from governor.model.errors import BadSetting, quoted
@@ -61,3 +62,11 @@ def knob_text(cause: str, policy: Policy) -> str:
     if cause in ("tpm", "rpm", "day") and policy.tpm_headroom:
         text += f" (less {percent(policy.tpm_headroom)} headroom)"
     return text
+
+
+def moment_text(epoch_s: float) -> str:
+    """A moment for people, in local time: "Wed 25 Nov 18:23"."""
+    try:
+        return time.strftime("%a %d %b %H:%M", time.localtime(epoch_s))
+    except (ValueError, OverflowError, OSError):
+        return "never"

@@ -10,14 +10,13 @@ a word.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 from governor.model.errors import FailureCode
 from governor.model.policy import Policy
 from governor.model.pools import Pool
 from governor.model.requests import Answer, Attempt, Outcome
-from governor.model.words import duration
+from governor.model.words import duration, moment_text
 from governor.model.work import THROTTLES
 from governor.provider.stated import quoted_numbers
 from governor.scheduler.driver import Governor, Observer
@@ -121,14 +120,6 @@ def held_text(governor: Governor, moment: Callable[[float], float]) -> str:
         f"an earlier 429 asked to wait until {moment_text(moment(until_s))}: nothing is launched for "
         f"{duration(wait_s)}; --set OPENAI_HOLD_ON_THROTTLE=false tries at once"
     )
-
-
-def moment_text(epoch_s: float) -> str:
-    """A moment for people, in local time: "Wed 25 Nov 18:23"."""
-    try:
-        return time.strftime("%a %d %b %H:%M", time.localtime(epoch_s))
-    except (ValueError, OverflowError, OSError):
-        return "never"
 
 
 # ---------------------------------------------------------------- rather end than sleep

@@ -20,7 +20,7 @@ from governor.model.policy import KNOB_BY_ENV, Policy
 from governor.model.pools import Pool
 from governor.model.prices import Spent, usage_in
 from governor.model.requests import ACCOUNT_REFUSES, Answer, Attempt, Outcome, Request
-from governor.run.longwaits import moment_text
+from governor.model.words import moment_text
 from governor.scheduler.driver import Job, Observer, PoolState
 
 THROTTLES = (Outcome.THROTTLED, Outcome.SLOW_DOWN)

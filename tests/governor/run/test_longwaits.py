@@ -14,6 +14,7 @@ from governor.model.errors import FailureCode
 from governor.model.policy import Policy
 from governor.model.pools import Pool
 from governor.model.requests import Answer, Outcome
+from governor.model.words import moment_text
 from governor.run.longwaits import (
     FINISH_BY,
     LONG_WAIT,
@@ -22,7 +23,6 @@ from governor.run.longwaits import (
     LongWaits,
     asker,
     held_text,
-    moment_text,
     too_late,
     too_late_text,
 )
