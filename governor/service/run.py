@@ -20,7 +20,7 @@ from uvicorn.config import STARTUP_FAILURE
 from governor.forecast.forecast import Demand, Outlook
 from governor.model.errors import BadSetting
 from governor.run.scaledloop import loop_factory
-from governor.service.api.app import served, service_of
+from governor.service.api.app import app_of, service_of
 from governor.service.api.connections import Connection, Gate, accept, descriptors, places
 from governor.service.api.events import Events
 from governor.service.config import ServiceConfig
@@ -128,7 +128,7 @@ def run_service(config: ServiceConfig, *, quiet: bool = False) -> int:
         print(f"listening on http://{shown}:{port}", flush=True)
         # No access log: a line per request says nothing that the metrics do not, and may say too much.
         settings = uvicorn.Config(
-            served(service),
+            app_of(service),
             lifespan="on",
             access_log=False,
             log_config=None,

@@ -17,12 +17,10 @@ from governor import __version__
 from governor.service.api import routes_batches, routes_rest, routes_templates
 from governor.service.api.auth import Authority, Door
 from governor.service.api.bodies import ErrorOut
-from governor.service.api.elsewhere import Elsewhere
 from governor.service.api.events import Events
 from governor.service.api.gauges import Gauges
 from governor.service.api.incoming import MODELS
 from governor.service.api.page import add_page
-from governor.service.api.quick import Quick
 from governor.service.api.state import Service
 from governor.service.config import ServiceConfig
 from governor.service.errors import HANDLERS
@@ -64,12 +62,12 @@ def service_of(config: ServiceConfig) -> Service:
         database.prepared()
         store = Store(database)
         metrics = Metrics()
-        worker, elsewhere = Worker(config, store, Ledger(store), metrics), Elsewhere(store)
+        worker, authority = Worker(config, store, Ledger(store), metrics), Authority(config, store)
         Gauges(worker, metrics.registry)
     except BaseException:
         database.closed()
         raise
-    return Service(config, store, worker, elsewhere, Events(worker, elsewhere), metrics)
+    return Service(config, store, worker, authority, Events(worker, store, authority), metrics)
 
 
 def app_of(service: Service) -> FastAPI:
@@ -87,19 +85,13 @@ def app_of(service: Service) -> FastAPI:
         redoc_url=None,
     )
     app.state.service = service
-    app.state.authority = Authority(service.config, service.store)
+    app.state.authority = service.authority
     for router in (routes_templates.router, routes_batches.router, routes_rest.router):
         app.include_router(router)
     add_page(app)
     app.add_middleware(Door, config=service.config, authority=app.state.authority)
     _described(app)
     return app
-
-
-def served(service: Service) -> Quick:
-    """The same as it is served: who asks for progress does not come as far."""
-    app = app_of(service)
-    return Quick(app, service.worker, service.elsewhere, app.state.authority)
 
 
 @asynccontextmanager

@@ -1,15 +1,13 @@
 """Server-sent events: what changes, told to any number of listeners, in memory that does not grow.
 
-What lives here: the streams. What must not: what is told (`live`).
+No listener has a queue. The worker ticks twice a second; after each tick a listener compares the current state with
+what it sent last, and sends the state if it is another. A slow listener skips states, and never has more than one to
+send. A line that means nothing goes out every 15 s, so that proxies keep a quiet stream open and a listener that has
+left is noticed.
 
-Nobody has a queue of their own. The worker ticks twice a second; after each tick a listener compares the current state
-with what it sent last, and sends the state if it is another. Listeners are woken in groups, one shortly after the
-other: hundreds at once would hold up whoever asks for anything in that moment. A slow listener skips states, and never
-has more than one to send. What all listeners of a batch send is made once, as bytes. A line that means nothing goes out
-every 15 s, so that proxies keep a quiet stream open and a listener that went away is noticed.
-
-Each event says all there is to say, so one who comes back needs nothing of what was missed. Only the end has an id: a
-browser's EventSource comes back when a stream ends, for ever, unless it is told that there is no more.
+Each event says all there is to say, so a client that comes back needs nothing of what it missed. Only the end has an
+id: a browser's EventSource comes back when a stream ends, for ever, unless it is told that there is no more. A stream
+ends when its token is removed.
 """
 
 from __future__ import annotations
@@ -21,16 +19,14 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from governor.journal.database import JournalError
-from governor.service.api.elsewhere import Elsewhere
-from governor.service.store.store import ENDED, BatchRow
+from governor.service.api.auth import Authority, Caller
+from governor.service.store.store import ENDED, BatchRow, Store
 from governor.service.worker.live import batch_json, live_json
 from governor.service.worker.worker import Worker
 
 QUIET_S = 15.0
-# The id of the last event of a batch. So many made events are kept.
-END, KEPT = "end", 1_000
-# So many groups, so far apart: the last is woken before the next tick.
-GROUPS, APART_S = 8, 0.05
+# The id of the last event of a batch.
+END = "end"
 
 
 def event(name: str, content: Any) -> bytes:
@@ -40,14 +36,13 @@ def event(name: str, content: Any) -> bytes:
 
 
 class Events:
-    """See the module. `closed` ends all streams."""
+    """See the module. `close` ends all streams."""
 
-    def __init__(self, worker: Worker, elsewhere: Elsewhere) -> None:
+    def __init__(self, worker: Worker, store: Store, authority: Authority) -> None:
         self._worker = worker
-        self._ticks = [asyncio.Event() for _ in range(GROUPS)]
-        self._joined = 0
-        self._made: dict[str, tuple[BatchRow, bytes]] = {}
-        self._elsewhere = elsewhere
+        self._store = store
+        self._authority = authority
+        self._tick = asyncio.Event()
         self._live: tuple[float, bytes] = (-1.0, b"")
         self._closed = False
         self._late: asyncio.TimerHandle | None = None
@@ -55,86 +50,66 @@ class Events:
         worker.ticked.append(self._ticked)
 
     def _ticked(self) -> None:
-        """Wakes everybody who listens, group by group."""
-        self._wake(0)
-        if self.listeners:
-            loop = asyncio.get_running_loop()
-            for group in range(1, GROUPS):
-                loop.call_later(group * APART_S, self._wake, group)
+        """Wakes all listeners."""
+        tick, self._tick = self._tick, asyncio.Event()
+        tick.set()
         if self._late is not None:
             self._late.cancel()
             self._late = None
-        if not self.listeners:
-            self._made.clear()
-
-    def _wake(self, group: int) -> None:
-        tick, self._ticks[group] = self._ticks[group], asyncio.Event()
-        tick.set()
 
     def close(self) -> None:
         """No stream goes on."""
         self._closed = True
-        for group in range(GROUPS):
-            self._wake(group)
+        self._ticked()
 
-    async def batch(self, batch_id: str) -> AsyncIterator[bytes]:
+    async def batch(self, batch_id: str, caller: Caller) -> AsyncIterator[bytes]:
         """Each state of a batch, `progress` until it is over and `end` then."""
         self.listeners += 1
         try:
-            sent: bytes = b""
-            async for quiet in self._moments():
+            sent: BatchRow | None = None
+            async for quiet in self._moments(caller):
                 row = self._worker.batch(batch_id)
                 if row is None:
                     try:
-                        row = await self._elsewhere.batch(batch_id)
+                        row = await asyncio.to_thread(self._store.batch, batch_id)
                     except JournalError:
                         continue  # it is away for a moment: what was sent last stands
                 if row is None:
                     return
-                made = self._bytes_of(row)
-                if made != sent:
-                    sent = made
-                    yield made
+                if row != sent:
+                    sent = row
+                    yield event(END if row.state in ENDED else "progress", batch_json(row))
                 elif quiet:
                     yield quiet
                 if row.state in ENDED:
-                    self._made.pop(batch_id, None)
                     return
         finally:
             self.listeners -= 1
 
-    async def live(self) -> AsyncIterator[bytes]:
+    async def live(self, caller: Caller) -> AsyncIterator[bytes]:
         """What goes on, at each tick."""
         self.listeners += 1
         try:
-            async for _ in self._moments():
+            async for _ in self._moments(caller):
                 yield self._live_bytes()
         finally:
             self.listeners -= 1
 
-    async def _moments(self) -> AsyncIterator[bytes]:
+    async def _moments(self, caller: Caller) -> AsyncIterator[bytes]:
         """Now, then each tick; with a comment to send now and then, for those who have nothing else to say."""
         yield b""
-        self._joined += 1
-        group, last = self._joined % GROUPS, time.monotonic()
+        last = time.monotonic()
         while not self._closed:
             if self._late is None:
                 # One timer for all: a worker between two lives does not tick.
                 self._late = asyncio.get_running_loop().call_later(QUIET_S, self._ticked)
-            await self._ticks[group].wait()
+            await self._tick.wait()
+            if self._closed or not await self._authority.still_knows(caller):
+                return
             quiet = b""
             if time.monotonic() - last >= QUIET_S:
                 quiet, last = b": \n\n", time.monotonic()
             yield quiet
-
-    def _bytes_of(self, row: BatchRow) -> bytes:
-        known = self._made.get(row.batch_id)
-        if known is None or known[0] != row:
-            if len(self._made) >= KEPT:
-                self._made.clear()  # whoever left before the end
-            name = END if row.state in ENDED else "progress"
-            known = self._made[row.batch_id] = (row, event(name, batch_json(row)))
-        return known[1]
 
     def _live_bytes(self) -> bytes:
         now = time.monotonic()

@@ -256,7 +256,7 @@ async def get_events(batch_id: BatchId, request: Request, caller: Reader, servic
     if row.state in ENDED and request.headers.get("last-event-id") == END:
         return Response(status_code=204)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(service.events.batch(batch_id), 200, headers, media_type="text/event-stream")
+    return StreamingResponse(service.events.batch(batch_id, caller), 200, headers, media_type="text/event-stream")
 
 
 # ---------------------------------------------------------------- steering

@@ -122,7 +122,7 @@ async def get_live(
 async def get_live_events(caller: Reader, service: Here) -> Response:
     """The same without the series, as it changes."""
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(service.events.live(), 200, headers, media_type="text/event-stream")
+    return StreamingResponse(service.events.live(caller), 200, headers, media_type="text/event-stream")
 
 
 @router.get(
@@ -153,7 +153,7 @@ async def readyz(service: Here) -> Response:
     worker = service.worker
     if not worker.ready:
         return JSONResponse({"status": "not ready", "detail": worker.trouble}, 503)
-    notes = [f"pool {lane.name}: {lane.trouble}" for lane in worker.lanes.values() if lane.trouble]
+    notes = [f"pool {lane.name}: {note}" for lane in worker.lanes.values() for note in lane.notes]
     if worker.neighbours and not service.config.redis:
         notes.append(f"{worker.neighbours} other replicas, and no PACELINE_REDIS_URL: each takes the whole quota")
     return JSONResponse({"status": "ok", "detail": "; ".join(notes)})

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fastapi import Request
 
-from governor.service.api.elsewhere import Elsewhere
+from governor.service.api.auth import Authority
 from governor.service.api.events import Events
 from governor.service.config import ServiceConfig
 from governor.service.store.store import Store
@@ -21,7 +21,7 @@ class Service:
     config: ServiceConfig
     store: Store
     worker: Worker
-    elsewhere: Elsewhere
+    authority: Authority
     events: Events
     metrics: Metrics
 

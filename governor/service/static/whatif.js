@@ -18,13 +18,13 @@ const KNOBS = [
   { key: "concurrency", env: "OPENAI_MAX_CONCURRENCY", label: "Concurrency", min: 1, max: 64, step: 1, unit: "requests" },
 ];
 const RULES = {
-  fixed: "the estimate for each request",
-  auto: "as measured for the endpoint",
-  learned: "what such requests really used",
-  prompt_chars4: "the prompt, by its characters",
-  prompt_plus_max: "prompt plus output cap",
-  max_of: "the larger of prompt and output cap",
-  responses: "prompt tokens and a constant",
+  fixed: "the estimate",
+  auto: "as measured",
+  learned: "as really used",
+  prompt_chars4: "prompt characters",
+  prompt_plus_max: "prompt and cap",
+  max_of: "the larger one",
+  responses: "prompt tokens",
 };
 const WINDOWS = { fixed: "fixed minutes", sliding: "last 60 s", bucket: "continuous refill" };
 const CHOICES = [

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
+from math import inf
 from typing import Any
 
 from governor.forecast.preflight import InUse, Load, fluid_forecast, in_use
@@ -26,8 +27,10 @@ from governor.model.policy import Policy
 from governor.model.pools import Pool
 from governor.model.prices import Spent
 from governor.model.requests import Answer, Attempt, Outcome, Request
+from governor.model.words import duration
 from governor.provider.openai_adapter import capped
 from governor.provider.sending import PoolSender
+from governor.run.longwaits import LongWaits, moment_text
 from governor.run.pool_run import Manner, Sender, governor_of
 from governor.scheduler.driver import Governor, Job, Observer
 from governor.service.store.tables import BATCH_BITS
@@ -38,6 +41,8 @@ from governor.telemetry.watch import Alarms, Meter, Together, waiting_for
 THROTTLES = (Outcome.THROTTLED, Outcome.SLOW_DOWN)
 # The series: so many buckets of so many seconds.
 BUCKET_S, BUCKETS = 5.0, 180
+# A wait that an operator should know of.
+LONG_HOLD_S = 60.0
 
 log = logging.getLogger("paceline.service")
 
@@ -135,9 +140,11 @@ class Lane:
     recorder: Recorder
     meter: Meter
     alarms: Alarms
+    waits: LongWaits
     series: Series
     feed: Feed
     send: Sender
+    time_scale: float = 1.0
     assumed_s: float = 0.0
     blocked: str = ""
     opened: asyncio.Event = field(default_factory=asyncio.Event)
@@ -145,6 +152,20 @@ class Lane:
     @property
     def name(self) -> str:
         return self.pool.name
+
+    @property
+    def notes(self) -> list[str]:
+        """What an operator should know of this pool right now: why it launches nothing, and until when."""
+        found = [self.trouble] if self.trouble else []
+        hold_s = self.governor.s.hold_until - self.governor.now()
+        if hold_s > LONG_HOLD_S:
+            until = moment_text(time.time() + hold_s / self.time_scale)
+            found.append(f"a 429 asked for a wait: nothing is launched for {duration(hold_s)}, until {until}")
+        first_s, _ = self.governor.backing_off()
+        wait_s = first_s - self.governor.now()
+        if LONG_HOLD_S < wait_s < inf and hold_s <= LONG_HOLD_S:
+            found.append(f"requests wait for {duration(wait_s)} and longer, as the provider asked; others go on")
+        return found
 
     @property
     def trouble(self) -> str:
@@ -176,6 +197,7 @@ class Lane:
         """Takes other settings over; they are recorded with the time."""
         self.policy = policy
         self.meter.policy = policy
+        self.waits.policy = policy
         self.alarms.repriced(policy)
         self.governor.reprice(policy.params())
         self.recorder.policy_changed(policy, self.governor.now())
@@ -251,8 +273,10 @@ def lane_of(
     meter = Meter(pool, spent, left=0, left_tokens=0.0)
     alarms = Alarms(pool, log.warning, log.warning)
     series = Series()
+    waits = LongWaits(pool, log.warning, log.warning)
+    waits.moment = lambda at_s: time.time() + (at_s - governor.now()) / worker.config.time_scale
     # The recorder first: nobody speaks of what is not recorded.
-    observers: list[Observer] = [recorder, meter, alarms, series, metrics.observer(pool.name), Told(worker)]
+    observers: list[Observer] = [recorder, meter, alarms, waits, series, metrics.observer(pool.name), Told(worker)]
     governor = governor_of(
         replace(pool, policy=policy),
         Manner(redis=worker.config.redis, time_scale=worker.config.time_scale),
@@ -270,9 +294,11 @@ def lane_of(
         recorder=recorder,
         meter=meter,
         alarms=alarms,
+        waits=waits,
         series=series,
         feed=Feed(governor.more, worker.on_failure),
         send=send,
+        time_scale=worker.config.time_scale,
     )
     meter.policy = policy
     return lane

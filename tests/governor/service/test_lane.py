@@ -20,14 +20,20 @@ from governor.service.worker.worker import Worker
     ("governor", "blocked", "says"),
     [
         ({}, "", ""),
+        ({"hold_s": 411_480.0}, "", "pool default: a 429 asked for a wait: nothing is launched for 4 d 18 h, until "),
+        ({"hold_s": 5.0}, "", ""),
+        ({"backoff_s": 300.0}, "", "pool default: requests wait for 5 min"),
         ({"is_connected": True}, "", ""),
         ({"is_connected": False}, "", "pool default: the Redis of PACELINE_REDIS_URL cannot be used"),
         ({}, "INSUFFICIENT_QUOTA", "pool default: INSUFFICIENT_QUOTA"),
     ],
 )
-def test_readiness_names_a_pool_that_launches_nothing(governor: dict[str, bool], blocked: str, says: str) -> None:
-    rest: dict[str, Any] = dict.fromkeys(("recorder", "meter", "alarms", "series", "feed", "send"))
-    bare: Any = SimpleNamespace(**governor)
+def test_readiness_names_a_pool_that_launches_nothing(governor: dict[str, Any], blocked: str, says: str) -> None:
+    rest: dict[str, Any] = dict.fromkeys(("recorder", "meter", "alarms", "waits", "series", "feed", "send"))
+    now_s = 1_000.0
+    held = SimpleNamespace(hold_until=now_s + governor.pop("hold_s", -now_s))
+    backs_off = (now_s + governor.pop("backoff_s", float("inf")), -float("inf"))
+    bare: Any = SimpleNamespace(**governor, s=held, now=lambda: now_s, backing_off=lambda: backs_off)
     lane = Lane(pool=Pool(), policy=Policy(), governor=bare, blocked=blocked, **rest)
     worker = SimpleNamespace(ready=True, neighbours=0, lanes={"default": lane})
     service: Any = SimpleNamespace(worker=worker, config=SimpleNamespace(redis="redis://127.0.0.1"))
