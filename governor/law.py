@@ -60,6 +60,7 @@ BY_RPM = 4
 BY_DAY = 5
 HOLD = 6
 PAUSED = 7
+OUTAGE = HOLD
 
 MINUTE_S = 60.0
 DAY_S = 86400.0
@@ -79,6 +80,16 @@ SURPRISE_FADES_S = 600.0
 ORDER_S = 0.1
 ORDER_CELLS = 128
 UNDER_WAY_CELLS = 32
+# So many attempts in a row, of two requests or more, that ended without an answer are an outage. The first probe goes
+# out after the base of the backoff, but not sooner than this; the gap doubles up to its maximum. A request that has
+# just failed lets another one have the next probe: it waits this much longer. After a day attempts count again.
+OUTAGE_FAILURES = 3
+PROBE_GAP_MIN_S = 1.0
+PROBE_GAP_MAX_S = 60.0
+PROBE_TURN_S = 0.01
+OUTAGE_MAX_S = 86400.0
+# A request that was spared by so many outages may be what fails.
+FRESH_OUTAGES = 2
 # Before the first count arrives, so much of the limit is kept free for what it will tell (an unknown charge rule, a
 # neighbour). It costs no throughput: a bucket that is not full refills meanwhile.
 UNHEARD_RATIO = 0.5
@@ -135,6 +146,11 @@ class State:
     `booked_after`: what was booked before and after it (TPM's cells, then RPM's), `given_back` and `added`: by how many
     tokens settlements and refunds lowered and raised that in it. `pace_at`: when the launches so far would have been
     spread evenly; it binds until `paced_until`.
+
+    The circuit breaker: `unanswered` counts the attempts that have failed since the last answer, the first of them at
+    `silent_since`; `failing`: the first request among them that is above suspicion; `several`: there are two. The latest outage lasts from
+    `outage_from`, its first failure, to `outage_until` (inf = it goes on), and was recognized at `outage_opened_at`.
+    While it goes on, nothing is launched before `probe_at` (-inf = no outage), and the next after `probe_gap_s` more.
     """
 
     in_flight: int = 0
@@ -162,6 +178,15 @@ class State:
     added: list[float] = field(default_factory=lambda: [0.0] * ORDER_CELLS)
     pace_at: float = -math.inf
     paced_until: float = -math.inf
+    unanswered: int = 0
+    failing: int = -1
+    several: int = 0
+    silent_since: float = -math.inf
+    outage_from: float = -math.inf
+    outage_opened_at: float = -math.inf
+    outage_until: float = -math.inf
+    probe_at: float = -math.inf
+    probe_gap_s: float = 0.0
 
 
 # ---------------------------------------------------------------- budgets
@@ -478,6 +503,9 @@ def admission(p: Params, s: State, reserve: float, standing: int, now: float) ->
         if paced_at > at:
             at = paced_at
             cause = BY_TPM
+    if s.probe_at > at:
+        at = s.probe_at
+        cause = OUTAGE
     if s.hold_until > at:
         return s.hold_until, HOLD
     return at, cause
@@ -519,6 +547,9 @@ def launched(p: Params, s: State, reserve: float, standing: int, now: float, u: 
     if standing == FIRST:
         s.last_launch_at = now
         s.next_slot_at = now + stagger_gap_s(p, u)
+    if s.probe_at > -math.inf:
+        s.probe_gap_s = min(2.0 * s.probe_gap_s, PROBE_GAP_MAX_S)
+        s.probe_at = now + s.probe_gap_s
 
 
 # ---------------------------------------------------------------- the end of an attempt
@@ -534,8 +565,64 @@ def released(p: Params, s: State) -> None:
 def settled(p: Params, s: State, reserve: float, used: float, launched_at: float, now: float) -> None:
     """An answer arrived: frees the permit and, if the policy settles, books what was really used in the same place."""
     released(p, s)
+    answered(p, s, now)
     if p.settles:
         _rebook_tokens(p, s, used - reserve, launched_at, now)
+
+
+def answered(p: Params, s: State, now: float) -> None:
+    """The provider answered an attempt, be it with a refusal: there is no outage, or no more. The probe was admitted,
+    so the rest may follow."""
+    if s.unanswered > 0:
+        s.unanswered = 0
+        _outage_over(s, now)
+
+
+def _outage_over(s: State, now: float) -> None:
+    if s.probe_at > -math.inf:
+        s.outage_until = now
+        s.probe_at = -math.inf
+
+
+def _unanswered(p: Params, s: State, request: int, is_fresh: bool, now: float) -> None:
+    """An attempt failed without an answer. Where that is all that has lately come back, the breaker opens.
+
+    A single request may be at fault itself (it always times out, or crashes the server), so two must have failed that
+    are above suspicion: `is_fresh`, it has not failed before while others were answered.
+    """
+    s.unanswered += 1
+    if s.unanswered == 1:
+        s.silent_since = now
+        s.failing = -1
+        s.several = 0
+    if is_fresh:
+        if s.failing < 0:
+            s.failing = request
+        elif request != s.failing:
+            s.several = 1
+    if s.probe_at > -math.inf:
+        if now - s.outage_from >= OUTAGE_MAX_S:
+            _outage_over(s, now)
+    elif s.several and s.unanswered >= OUTAGE_FAILURES and s.outage_from != s.silent_since:
+        s.outage_from = s.silent_since
+        s.outage_opened_at = now
+        s.outage_until = math.inf
+        s.probe_gap_s = min(max(p.backoff_base_s, PROBE_GAP_MIN_S), PROBE_GAP_MAX_S)
+        s.probe_at = now + s.probe_gap_s
+
+
+def spared(p: Params, s: State, outages: int, launched_at: float, failed_at: float) -> int:
+    """Whether an attempt that failed at `failed_at` does not count, since it did in the latest outage; -1 = it counts.
+
+    `outages`: by how many outages the request has been spared so far. Returned is that number with this one: a probe is
+    always spared, an attempt that was launched before the breaker opened only as often as a request may be tried, since
+    one that is there whenever the breaker opens may be the cause.
+    """
+    if not s.outage_from <= failed_at <= s.outage_until:
+        return -1
+    if launched_at >= s.outage_opened_at:
+        return outages
+    return outages + 1 if outages < p.max_attempts else -1
 
 
 def deadline_at(p: Params, first_launched_at: float) -> float:
@@ -560,17 +647,19 @@ def keeps_permit(p: Params) -> int:
     return HOLDING if p.backoff_keeps_permit else RETRY
 
 
-def _retry_at(
-    p: Params, s: State, wait_s: float, attempt: int, first_launched_at: float, now: float, u: float
-) -> float:
-    """When to try again: the wait and a positive jitter (no herd, never early). inf = attempts or time exhausted."""
-    at = now + wait_s + min(wait_s * p.jitter_ratio, p.jitter_cap_s) * u
-    if attempt >= p.max_attempts or at >= deadline_at(p, first_launched_at):
+def _retry_at(p: Params, s: State, at: float, is_last: bool, standing: int, first_launched_at: float) -> float:
+    """`at`, or inf where attempts or time are exhausted; the permit goes back unless it is kept for a retry."""
+    if is_last or at >= deadline_at(p, first_launched_at):
         released(p, s)
         return math.inf
-    if not p.backoff_keeps_permit:
+    if standing != HOLDING:
         released(p, s)
     return at
+
+
+def _jittered_at(p: Params, wait_s: float, now: float, u: float) -> float:
+    """The end of a wait and of its jitter, which is positive: no herd, never early."""
+    return now + wait_s + min(wait_s * p.jitter_ratio, p.jitter_cap_s) * u
 
 
 def throttled(
@@ -589,6 +678,7 @@ def throttled(
     A stated Retry-After (seconds, > 0) wins over the backoff; -1 = absent. The reservation stays booked unless the
     policy refunds: a provider may count refused requests. With hold-on-throttle nobody launches before the retry does.
     """
+    answered(p, s, now)
     if p.refunds_throttled:
         _rebook_tokens(p, s, -reserve, launched_at, now)
     if p.sync_headers:
@@ -596,7 +686,8 @@ def throttled(
     wait_s = backoff_s(p, attempt)
     if retry_after_s > 0.0:
         wait_s = retry_after_s + RETRY_AFTER_SLACK_S
-    at = _retry_at(p, s, wait_s, attempt, first_launched_at, now, u)
+    at = _jittered_at(p, wait_s, now, u)
+    at = _retry_at(p, s, at, attempt >= p.max_attempts, keeps_permit(p), first_launched_at)
     if p.hold_on_throttle:
         # Until the retry itself, whose jitter would else let newer work take the tokens that it waited for. An absurd
         # wait (114 h was seen) must not freeze a pool whose requests would all have been given up by then.
@@ -606,13 +697,38 @@ def throttled(
 
 
 def failed(
-    p: Params, s: State, attempt: int, retry_after_s: float, first_launched_at: float, now: float, u: float
-) -> float:
-    """The same for 5xx, time-outs and dropped connections: no hold, and no refund, since the provider charged it."""
+    p: Params,
+    s: State,
+    request: int,
+    attempt: int,
+    outages: int,
+    is_answer: int,
+    retry_after_s: float,
+    first_launched_at: float,
+    launched_at: float,
+    now: float,
+    u: float,
+) -> tuple[float, int]:
+    """The same for 5xx, time-outs and dropped connections, with the standing in which the request will ask again.
+
+    No hold, and no refund, since the provider charged it. `is_answer`: a 4xx that may be tried again, which shows that
+    the provider is there. In an outage no attempt is the last, and `spared` says afterwards whether it counts; nor is a
+    place in flight kept where nothing is answered, so that another request can be tried.
+    """
+    if is_answer:
+        answered(p, s, now)
+    else:
+        _unanswered(p, s, request, attempt == 1 and outages < FRESH_OUTAGES, now)
     wait_s = backoff_s(p, attempt)
     if retry_after_s > 0.0:
         wait_s = retry_after_s + RETRY_AFTER_SLACK_S
-    return _retry_at(p, s, wait_s, attempt, first_launched_at, now, u)
+    at = _jittered_at(p, wait_s, now, u)
+    is_last = attempt >= p.max_attempts
+    if s.probe_at > -math.inf:
+        at = max(at, s.probe_at + PROBE_TURN_S)
+        is_last = is_last and spared(p, s, outages, launched_at, now) < 0
+    standing = keeps_permit(p) if s.unanswered < 2 else RETRY
+    return _retry_at(p, s, at, is_last, standing, first_launched_at), standing
 
 
 def finalize_opened(p: Params, s: State) -> None:
@@ -639,7 +755,7 @@ def resumed(p: Params, s: State) -> None:
 
 
 def rank(
-    p: Params, lane: int, attempt: int, expected: float, reserve: float, sequence: float, standing: int = RETRY
+    p: Params, lane: int, attempt: int, expected: float, reserve: float, sequence: float, standing: int = FIRST
 ) -> tuple[float, float, float, float]:
     """Sort key of a waiting attempt, smallest first: retries, then finalize passes, then new work.
 
@@ -648,7 +764,7 @@ def rank(
     arrays of `expected`, `reserve` and `sequence` too. Of retries, those HOLDING their place go first: after a change
     of settings both kinds wait, and one without a place would wait for the places of those behind it.
     """
-    if attempt > 1:
+    if attempt > 1 or standing != FIRST:
         return 0.0, -1.0 if standing == HOLDING else 0.0, 0.0, sequence
     if lane == FINALIZE:
         return 1.0, 0.0, 0.0, sequence

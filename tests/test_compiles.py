@@ -161,9 +161,12 @@ def law_calls(r: random.Random, both: Both) -> None:
             if kind == 4:
                 both("throttled", p, s, reserve, attempt, wait, first_at, launched_at, now, u)
             elif kind == 5:
-                both("failed", p, s, attempt, wait, first_at, now, u)
+                history = r.randrange(3), attempt, r.randrange(7), r.randrange(2)
+                both("failed", p, s, *history, wait, first_at, launched_at, now, u)
+                both("spared", p, s, r.randrange(7), launched_at, now - r.choice([0.0, 100.0]))
             elif kind == 6:
                 both("released", p, s)
+                both("answered", p, s, now)
             else:
                 both("settled", p, s, reserve, float(r.randint(0, int(2 * reserve) + 1)), launched_at, now)
         elif kind == 9:

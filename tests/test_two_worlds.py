@@ -182,7 +182,7 @@ class Provider:
         output = min(uncapped, most) if most > 0 else uncapped
         charge = float(job.charge)
         outcome, service_s, _, retry_after_s = prov.answered(
-            pp, ps, seed, i, attempt_key(job.lane, job.attempt), charge, float(output), recorded_s, now
+            pp, ps, seed, i, attempt_key(job.lane, job.tries), charge, float(output), recorded_s, now
         )
         limits = self.limits(outcome)
         at = now + service_s

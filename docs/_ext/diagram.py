@@ -78,10 +78,10 @@ class Watched(Simulation):
         self._moved(job, FLYING, "launched")
         super()._launch(job, now)
 
-    def _again(self, job: Job, now: float, at: float) -> None:
+    def _again(self, job: Job, now: float, at: float, standing: int) -> None:
         if at < inf:
             self._moved(job, BACKING_OFF, _unanswered(job))
-        super()._again(job, now, at)
+        super()._again(job, now, at, standing)
 
     def _ended(self, job: Job, now: float, code: str) -> None:
         final = job.outcome in (prov.TOO_LARGE, prov.QUOTA)

@@ -83,10 +83,12 @@ class Checkpoint:
     def carried_over(self, params: Params, at_s: float, by_s: float = 0.0) -> State:
         """The state with which a new process begins at `at_s`, under these settings, its times `by_s` later.
 
-        What was used stays used. Nothing is in flight any more, and a new process is not paused.
+        What was used stays used. Nothing is in flight any more, and a new process is not paused. One that begins in an
+        outage may probe at once.
         """
         s = moved(self.state, by_s) if by_s else copied(self.state)
         s.in_flight = s.finalize_open = s.alone = s.paused = 0
+        s.probe_at = min(s.probe_at, at_s)
         if params != self.params:
             law.repriced(self.params, params, s, at_s)
         return s

@@ -428,9 +428,9 @@ class Recorder(Observer):
             first_s = -1.0 if attempt.attempt == 1 and attempt.lane == LANES[0] else None
             batch.moved(attempt.request, _Move(PENDING, attempt.lane, attempt.attempt, attempt.launched_s, first_s))
 
-    def backed_off(self, attempt: Attempt, answer: Answer, retry_at_s: float) -> None:
+    def backed_off(self, attempt: Attempt, answer: Answer, retry_at_s: float, next_attempt: int) -> None:
         """The request is pending until its next attempt."""
-        move = _Move(PENDING, attempt.lane, attempt.attempt + 1, attempt.launched_s, None, retry_at_s)
+        move = _Move(PENDING, attempt.lane, next_attempt, attempt.launched_s, None, retry_at_s)
         self._reported().moved(attempt.request, move)
 
     def ended(self, request: Request, failure: str, answer: Answer | None, now: float) -> None:

@@ -24,6 +24,10 @@ EPOCH_S = 1_767_225_600
 QUANTUM_S = 2.0**-16
 # More than two quartz clocks differ by.
 DRIFT_RATIO = 5e-4
+_BREAKER_TIMES = ("silent_since", "outage_from", "outage_opened_at", "outage_until", "probe_at")
+_TIMES = ("last_launch_at", "next_slot_at", "hold_until", "pace_at", "paced_until", *_BREAKER_TIMES)
+# The circuit breaker's fields of a state.
+BREAKER = ("unanswered", "failing", "several", "probe_gap_s", *_BREAKER_TIMES)
 _FIELDS = tuple(each.name for each in fields(State))
 
 
@@ -65,7 +69,7 @@ def moved(s: State, by_s: float) -> State:
     values: list[Any] = [getattr(s, name) for name in _FIELDS]
     copies: list[Any] = [each.copy() if isinstance(each, list) else each for each in values]
     t = State(*copies)
-    for name in ("last_launch_at", "next_slot_at", "hold_until", "pace_at", "paced_until"):
+    for name in _TIMES:
         setattr(t, name, getattr(t, name) + by_s)
     for times in (t.full_at, t.window_at, t.mirror_at, t.synced_at):
         times[:] = [at + by_s for at in times]

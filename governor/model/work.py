@@ -110,8 +110,11 @@ class Observer:
     def attempted(self, attempt: Attempt, answer: Answer, failure: str) -> None:
         """An attempt is over; `failure` is the request's failure code if it is lost with it."""
 
-    def backed_off(self, attempt: Attempt, answer: Answer, retry_at_s: float) -> None:
-        """Told after `attempted`: the request is not lost with that attempt, it may be launched again at that time."""
+    def backed_off(self, attempt: Attempt, answer: Answer, retry_at_s: float, next_attempt: int) -> None:
+        """Told after `attempted`: the request is not lost with that attempt, it may be launched again at that time.
+
+        `next_attempt`: the number under which it will be, the same one where this attempt did not count.
+        """
 
     def ended(self, request: Request, failure: str, answer: Answer | None, now: float) -> None:
         """A request is over: answered (""), or lost with that code. `answer` is its last one, None if unsent since."""
@@ -140,6 +143,7 @@ class Job:
         *("work", "index", "lane", "attempt", "standing", "reserve", "expected", "charge"),
         *("submitted_s", "eligible_s", "first_launched_s", "launched_s"),
         *("since", "waits_s", "asked", "ended", "flying", "holds", "expired", "booked", "granted"),
+        *("tries", "failed_s", "outages"),
     )
     # Set at launch, and by whoever queues the job: slots without a value until then.
     since: list[float]
@@ -167,6 +171,9 @@ class Job:
         self.holds = False
         self.expired = False  # its attempt was cancelled since its time was over
         self.granted: asyncio.Future[bool] | None = None
+        self.tries = 0  # launches so far, those that do not count as attempts included
+        self.failed_s = -1.0  # when its last attempt failed without an answer
+        self.outages = 0  # by which it was spared
 
 
 def attempt_of(job: Job, pool: str, answer: Answer, now: float, failure: str) -> Attempt:
@@ -174,7 +181,7 @@ def attempt_of(job: Job, pool: str, answer: Answer, now: float, failure: str) ->
     assert job.work is not None
     request = job.work.request
     waits_s = job.waits_s[law.CONCURRENCY : law.PAUSED + 1]
-    waits_s.append(job.eligible_s - job.submitted_s if job.attempt > 1 else 0.0)
+    waits_s.append(job.eligible_s - job.submitted_s if job.tries > 1 else 0.0)
     return Attempt(
         request.index,
         request.custom_id,

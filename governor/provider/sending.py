@@ -28,7 +28,7 @@ class PoolSender:
         assert job.work is not None
         request = job.work.request
         overrides = capped(request, self._finalize_max_tokens) if job.lane == FINALIZE else None
-        key = attempt_key(job.lane, job.attempt)
+        key = attempt_key(job.lane, job.tries)
         return await self._adapter.send(request, attempt=key, body_overrides=overrides, timeout_s=timeout_s)
 
     async def aclose(self) -> None:

@@ -69,7 +69,7 @@ class LongWaits(Observer):
                     f"{duration(answer.retry_after_s)}, OPENAI_DEADLINE_SECONDS={self.policy.deadline_seconds:g}"
                 )
 
-    def backed_off(self, attempt: Attempt, answer: Answer, retry_at_s: float) -> None:
+    def backed_off(self, attempt: Attempt, answer: Answer, retry_at_s: float, next_attempt: int) -> None:
         if answer.retry_after_s > LONG_WAIT_S:
             held = self.policy.hold_on_throttle and answer.outcome in THROTTLES
             self._tell(answer, retry_at_s, waits_text(held=held))

@@ -46,7 +46,7 @@ from governor.model.work import Work as Work
 from governor.scheduler.learning import Learner
 
 # Heap entries. In the calendar: when, sequence, whether it is a deadline (else a retry that has backed off), job and
-# the attempt that is meant.
+# how often it had been launched by then.
 Entry = tuple[tuple[float, ...], int, Job]
 Moment = tuple[float, int, bool, Job, int]
 _LAW = vars(law)
@@ -357,6 +357,7 @@ class Governor:
         begun = work.begun or self._begun
         job = Job(work, work.request.index, reserve, work.expected, charge, begun[0])
         job.lane, job.attempt, job.first_launched_s = work.lane, work.attempt, work.first_launched_s
+        job.tries = work.attempt - 1
         if job.attempt > 1:
             job.standing = RETRY
         if work.retry_at_s > self.clock_at:
@@ -531,7 +532,7 @@ class Governor:
             job.eligible_s = when
         if len(self._calendar) > self._calendar_sweep:
             self._calendar_sweep = _swept(self._calendar, _stale)
-        heappush(self._calendar, (when, self._sequence, is_deadline, job, job.attempt))
+        heappush(self._calendar, (when, self._sequence, is_deadline, job, job.tries))
 
     # ------------------------------------------------------------ an attempt
 
@@ -545,13 +546,16 @@ class Governor:
     def _jitter_u(self, job: Job) -> float:
         """The uniform number that moves the next launch slot."""
         if self.p.stagger_s > 0.0 and job.standing == FIRST:
-            return keyed_uniform(self.seed, job.index, attempt_key(job.lane, job.attempt), JITTER_STAGGER)
+            return keyed_uniform(self.seed, job.index, attempt_key(job.lane, job.tries + 1), JITTER_STAGGER)
         return 0.5
 
     def _off(self, job: Job, now: float, booked: list[float]) -> None:
         """The attempt is booked: it goes out. `booked`: what had been booked by then, for counts of the provider."""
         job.flying = job.holds = True
         job.expired = False
+        if job.failed_s >= 0.0:
+            self._spare(job)
+        job.tries += 1
         job.launched_s = now
         if job.first_launched_s < 0.0:
             job.first_launched_s = now
@@ -568,6 +572,22 @@ class Governor:
         task = self.loop.create_task(self._attempt(job, self._send))
         self._tasks[task] = job
         task.add_done_callback(self._task_over)
+
+    def _spare(self, job: Job) -> None:
+        """Its last attempt failed; if that was in an outage, as far as is known by now, it does not count."""
+        outages = self._spared(job)
+        if outages >= 0:
+            job.outages = outages
+            job.attempt -= 1
+        job.failed_s = -1.0
+
+    def _spared(self, job: Job) -> int:
+        return law.spared(self.p, self.s, job.outages, job.launched_s, job.failed_s)
+
+    @property
+    def _breaker(self) -> State:
+        """The state that knows of the circuit breaker."""
+        return self.s
 
     def _waited(self, job: Job) -> list[float]:
         """How long the job has waited since it became eligible, by cause."""
@@ -645,12 +665,14 @@ class Governor:
         if outcome == Outcome.OK:
             self._ok(job, answer, now)
         elif outcome in STOPPING:
+            self._law("answered", now)
             self._dropped(job)
             self._record(job, answer, now, "")
             self.stop(STOPPING[outcome])
         elif outcome in FINAL:
             job.flying = job.holds = False
             self._law("released")
+            self._law("answered", now)
             self._ended(job, answer, now, SPENT[outcome])
         else:
             self._again(job, answer, now)
@@ -705,7 +727,7 @@ class Governor:
         """After a throttle or a failure: try again when the law says so, or never (inf)."""
         spent = job.attempt >= self.p.max_attempts
         row = attempt_of(job, self.pool, answer, now, "") if self._shows else None
-        at = self._retry_at(job, answer.outcome, answer.retry_after_s, now)
+        at = self._retry_at(job, answer.outcome, answer.retry_after_s, now, answer.status)
         if at == inf:
             self._ended(job, answer, now, SPENT[answer.outcome] if spent else FailureCode.DEADLINE_EXCEEDED)
             return
@@ -713,22 +735,28 @@ class Governor:
         self._at(at, False, job)
         if row is not None:
             self._tell(self.observer.attempted, row, answer, "")
-            self._tell(self.observer.backed_off, row, answer, at)
+            self._tell(self.observer.backed_off, row, answer, at, job.attempt)
 
-    def _retry_at(self, job: Job, outcome: Outcome, retry_after_s: float, now: float) -> float:
+    def _retry_at(self, job: Job, outcome: Outcome, retry_after_s: float, now: float, status: int = 0) -> float:
         """When the law lets the job try again, inf = never; readies it for that."""
-        u = keyed_uniform(self.seed, job.index, attempt_key(job.lane, job.attempt), JITTER_RETRY)
+        u = keyed_uniform(self.seed, job.index, attempt_key(job.lane, job.tries), JITTER_RETRY)
         first, last = job.first_launched_s, job.launched_s
         at: float
         if outcome in THROTTLES:
             at = self._law("throttled", job.reserve, job.attempt, retry_after_s, first, last, now, u)
+            standing = law.keeps_permit(self.p)
         else:
-            at = self._law("failed", job.attempt, retry_after_s, first, now, u)
+            is_answer = int(400 <= status < 500)
+            history = job.index, job.attempt, job.outages, is_answer
+            at, standing = self._law("failed", *history, retry_after_s, first, last, now, u)
+            job.failed_s = -1.0 if is_answer else now
         job.flying = False
-        job.holds = at < inf and law.keeps_permit(self.p) == HOLDING
+        job.holds = at < inf and standing == HOLDING
         if at < inf:
             job.attempt += 1
-            job.standing = law.keeps_permit(self.p)
+            job.standing = standing
+            if job.failed_s >= 0.0 and self._breaker.probe_at > -inf:
+                self._spare(job)
         return at
 
     # ------------------------------------------------------------ the end of a request, and of a run
@@ -821,8 +849,8 @@ def _gone(job: Job) -> bool:
 
 def _stale(moment: Moment) -> bool:
     """Whether what was meant to happen then has lost its object."""
-    _, _, is_deadline, job, attempt = moment
-    return _gone(job) or job.attempt != attempt or (is_deadline and job.launched_s >= job.eligible_s)
+    _, _, is_deadline, job, tries = moment
+    return _gone(job) or job.tries != tries or (is_deadline and job.launched_s >= job.eligible_s)
 
 
 def _swept(heap: list[Any], is_over: Callable[[Any], bool]) -> int:

@@ -30,7 +30,7 @@ from governor import law
 from governor.journal.verify import CALLS, PATCHED, RESTORED, SHARED, Numbers, numbers_of, patch_of
 from governor.law import FIRST, HOLDING, Params, State
 from governor.model.errors import FailureCode, PacelineError
-from governor.model.timeline import QUANTUM_S, ServerClock, floored, moved
+from governor.model.timeline import BREAKER, QUANTUM_S, ServerClock, floored, moved
 from governor.scheduler.driver import Governor, Job, Observer
 from governor.sharedquota.member import LEASE_S, RENEW_RATIO, Member, Standing, Store
 from governor.sharedquota.quota import CALL, WANT, WITHDRAW, Call, Event, Image, Launch, News
@@ -42,7 +42,7 @@ REMEMBERED_S = law.MINUTE_S
 # Of outages that follow on each other, one is told in so many seconds.
 QUIET_S = 10.0
 # Which arguments of a call of the law are times.
-TIMES = {"now", "as_of", "admitted_by", "launched_at", "first_launched_at"}
+TIMES = {"now", "as_of", "admitted_by", "launched_at", "first_launched_at", "failed_at"}
 _TIMES = {name: tuple(i for i, each in enumerate(call.names) if each in TIMES) for name, call in CALLS.items()}
 
 
@@ -149,7 +149,8 @@ class SharedGovernor(Governor):
         shared = list(arguments)
         for place in _TIMES[name]:
             shared[place] = floored(arguments[place] + self._zero_s)
-        frees, result = 0, None
+        frees = 0
+        result: Any = None
         if name != "synced":
             s = self._scratch
             flying, finalizing = s.in_flight, s.finalize_open
@@ -158,9 +159,20 @@ class SharedGovernor(Governor):
             self._holds -= frees
             self._finalizing += s.finalize_open - finalizing
         self._member.post([CALL, name, shared, frees])
+        if name == "failed":
+            return result[0] - self._zero_s, result[1]
         if isinstance(result, float) and result < inf:
             result -= self._zero_s
         return result
+
+    def _spared(self, job: Job) -> int:
+        launched_at, failed_at = (floored(each + self._zero_s) for each in (job.launched_s, job.failed_s))
+        return law.spared(self.p, self._scratch, job.outages, launched_at, failed_at)
+
+    @property
+    def _breaker(self) -> State:
+        """The pool's as last heard of, and what this process has met since."""
+        return self._scratch
 
     def _booked_since(self, job: Job, d: int) -> float:
         """What had been booked at the launch: whoever decides makes the difference, when it does."""
@@ -264,6 +276,8 @@ class SharedGovernor(Governor):
         self._tell_time()
         version = self._heard_version = image.age
         self.s = moved(image.s, -self._zero_s)
+        for field in BREAKER:
+            setattr(self._scratch, field, getattr(image.s, field))
         self.s.paused = int(self._is_held)
         if image.p is not self.p and image.p != self.p and not self._member.reprices:
             self._say(f"pool {self.pool} is shared, and another process has changed {_differences(self.p, image.p)}")

@@ -65,9 +65,9 @@ class Together(Observer):
         for told in self._attempted:
             told(attempt, answer, failure)
 
-    def backed_off(self, attempt: Attempt, answer: Answer, retry_at_s: float) -> None:
+    def backed_off(self, attempt: Attempt, answer: Answer, retry_at_s: float, next_attempt: int) -> None:
         for told in self._backed_off:
-            told(attempt, answer, retry_at_s)
+            told(attempt, answer, retry_at_s, next_attempt)
 
     def ended(self, request: Request, failure: str, answer: Answer | None, now: float) -> None:
         for told in self._ended:

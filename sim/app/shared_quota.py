@@ -230,7 +230,7 @@ class Somewhere:
         most = cap if job.lane == MAIN else self.case.finalize_max_tokens
         output = min(uncapped, most) if most > 0 else uncapped
         charge = float(job.charge)
-        key = attempt_key(job.lane, job.attempt)
+        key = attempt_key(job.lane, job.tries)
         outcome, service_s, _, retry_after_s = prov.answered(
             pp, ps, seed, i, key, charge, float(output), recorded_s, loop.time()
         )

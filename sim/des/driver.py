@@ -58,7 +58,7 @@ class Job:
         *("drawn_s", "jitter_u"),
         *("arrived_s", "submitted_s", "eligible_s", "first_launched_s", "launched_s"),
         *("outcome", "charged", "retry_after_s", "stated", "booked"),
-        *("since", "waits_s", "asked", "ended"),
+        *("since", "waits_s", "asked", "ended", "tries", "failed_s", "outages"),
     )
     # Set at launch, and by whoever queues the job: slots without a value until then.
     launched_s: float
@@ -101,6 +101,9 @@ class Job:
         self.asked = 0
         self.ended = False
         self.booked = NOT_BOOKED
+        self.tries = 0
+        self.failed_s = -1.0
+        self.outages = 0
 
 
 class _Moment(simpy.Event):
@@ -286,7 +289,10 @@ class Simulation:
             self.head = next(self.coming, None)
         else:
             self._taken(job)
-        key = attempt_key(job.lane, job.attempt)
+        if job.failed_s >= 0.0:
+            self._spare(job)
+        job.tries += 1
+        key = attempt_key(job.lane, job.tries)
         u = job.jitter_u
         if u < 0.0:
             drawn = p.stagger_s > 0.0 and job.standing == law.FIRST
@@ -297,7 +303,7 @@ class Simulation:
         tally.attempts += 1
         tally.reserved_tokens += job.reserve
         job.launched_s = now
-        if job.attempt == 1 and job.lane == law.MAIN:
+        if job.first_launched_s < 0.0:
             job.first_launched_s = now
         job.outcome, service_s, _, job.retry_after_s = self._answer(job, key, now)
         job.charged = job.charge if job.outcome in CHARGED else 0.0
@@ -314,6 +320,14 @@ class Simulation:
             job.outcome = TIMEOUT
             job.retry_after_s = -1.0
         _Moment(self.env, at, ANSWER, self._on_answer, job)
+
+    def _spare(self, job: Job) -> None:
+        """Its last attempt failed; if that was in an outage, as far as is known by now, it does not count."""
+        outages = law.spared(self.p, self.s, job.outages, job.launched_s, job.failed_s)
+        if outages >= 0:
+            job.outages = outages
+            job.attempt -= 1
+        job.failed_s = -1.0
 
     def _answer(self, job: Job, key: int, now: float) -> tuple[int, float, int, float]:
         """What the provider does with an attempt: see `provider.answered`."""
@@ -373,12 +387,12 @@ class Simulation:
     def _watch_deadline(self, job: Job) -> None:
         gives_up_at = law.deadline_at(self.p, job.first_launched_s)
         if gives_up_at < inf:
-            _Moment(self.env, gives_up_at, RETRY_DUE, self._on_deadline, (job, job.attempt))
+            _Moment(self.env, gives_up_at, RETRY_DUE, self._on_deadline, (job, job.tries))
 
     def _on_deadline(self, event: _Moment) -> None:
         """A retry or finalize pass that still waits for its launch when its request's time is over ends there."""
-        (job, attempt), now = event._value, self.env._now
-        if job.ended or job.attempt != attempt or job.launched_s >= job.eligible_s:
+        (job, tries), now = event._value, self.env._now
+        if job.ended or job.tries != tries or job.launched_s >= job.eligible_s:
             return
         self._advance(now)
         self.waiting -= 1
@@ -413,20 +427,23 @@ class Simulation:
                 return
         elif outcome in (prov.THROTTLED, prov.SLOW_DOWN):
             self.tally.throttled += 1
-            u = keyed_uniform(self.seed, job.index, attempt_key(job.lane, job.attempt), JITTER_RETRY)
+            u = keyed_uniform(self.seed, job.index, attempt_key(job.lane, job.tries), JITTER_RETRY)
             at = law.throttled(
                 p, s, job.reserve, job.attempt, job.retry_after_s, job.first_launched_s, job.launched_s, now, u
             )
-            self._again(job, now, at)
+            self._again(job, now, at, law.keeps_permit(p))
         elif outcome in (prov.TOO_LARGE, prov.QUOTA):
             law.released(p, s)
+            law.answered(p, s, now)
             self._ended(job, now, SPENT[outcome])
             if outcome == prov.QUOTA:
                 self._stop(now, FailureCode.INSUFFICIENT_QUOTA)
         else:
-            u = keyed_uniform(self.seed, job.index, attempt_key(job.lane, job.attempt), JITTER_RETRY)
-            at = law.failed(p, s, job.attempt, job.retry_after_s, job.first_launched_s, now, u)
-            self._again(job, now, at)
+            u = keyed_uniform(self.seed, job.index, attempt_key(job.lane, job.tries), JITTER_RETRY)
+            history, times = (job.index, job.attempt, job.outages, 0), (job.first_launched_s, job.launched_s, now)
+            at, standing = law.failed(p, s, *history, job.retry_after_s, *times, u)
+            job.failed_s = now
+            self._again(job, now, at, standing)
         self._pump(now)
 
     def _sync(self, job: Job, now: float) -> None:
@@ -482,7 +499,7 @@ class Simulation:
         if self.stopped:
             self._stop(now, self.stopped)
 
-    def _again(self, job: Job, now: float, at: float) -> None:
+    def _again(self, job: Job, now: float, at: float, standing: int) -> None:
         """After a throttle or a failure: try again at `at`, or never (inf)."""
         if at == inf:
             spent = job.attempt >= self.p.max_attempts
@@ -492,8 +509,10 @@ class Simulation:
             self._record(job, now, "")
         self.tally.waits_s[BACKOFF] += at - now
         job.attempt += 1
+        if job.failed_s >= 0.0 and self.s.probe_at > -inf:
+            self._spare(job)
         job.drawn_s = job.jitter_u = -1.0
-        job.standing = law.keeps_permit(self.p)
+        job.standing = standing
         job.submitted_s = now
         _Moment(self.env, at, RETRY_DUE, self._on_retry_due, job)
 

@@ -96,6 +96,9 @@ class Job:
     standing: int = 0
     asked: int = 0
     ended: int = 0
+    tries: int = 0
+    outages: int = 0
+    failed_s: float = 0.0
     outcome: int = 0
     cut: int = 0
     expected: float = 0.0
@@ -127,14 +130,14 @@ class Job:
 class Event:
     """An entry of the calendar. `order`: what goes first at one instant.
 
-    `number`, `attempt`: of a deadline, the job and attempt that it was set for; NONE for answers and retries.
+    `number`, `tries`: of a deadline, the job that it was set for and its launches so far; NONE for answers and retries.
     """
 
     at: float = 0.0
     order: int = 0
     slot: int = 0
     number: int = 0
-    attempt: int = 0
+    tries: int = 0
 
 
 @dataclass(slots=True)
@@ -273,7 +276,7 @@ def _sooner(a: Any, b: Any) -> bool:
     return a.at < b.at or (a.at == b.at and a.order < b.order)
 
 
-def _schedule(w: World, at: float, kind: int, slot: int, number: int, attempt: int) -> None:
+def _schedule(w: World, at: float, kind: int, slot: int, number: int, tries: int) -> None:
     """An answer, a retry or a deadline enters the calendar."""
     run, calendar = w.run, w.calendar
     run.events += 1
@@ -291,7 +294,7 @@ def _schedule(w: World, at: float, kind: int, slot: int, number: int, attempt: i
     event.order = order
     event.slot = slot
     event.number = number
-    event.attempt = attempt
+    event.tries = tries
 
 
 def _drop_soonest(w: World) -> None:
@@ -397,6 +400,9 @@ def _begun(w: World, slot: int, submitted_s: float) -> None:
     job.standing = law.FIRST
     job.asked = 0
     job.ended = 0
+    job.tries = 0
+    job.outages = 0
+    job.failed_s = -1.0
     job.submitted_s = submitted_s
     job.eligible_s = submitted_s
 
@@ -530,7 +536,10 @@ def _launch(w: World, slot: int, now: float) -> None:
     """One attempt goes out: the law books it, the provider answers it, its answer enters the calendar."""
     p, s, run, job = w.p, w.s, w.run, w.jobs[slot]
     _taken(w, slot)
-    key = attempt_key(job.lane, job.attempt)
+    if job.failed_s >= 0.0:
+        _spare(w, slot)
+    job.tries += 1
+    key = attempt_key(job.lane, job.tries)
     u = 0.5
     if p.stagger_s > 0.0 and job.standing == law.FIRST:
         u = keyed_uniform(run.seed, job.index, key, JITTER_STAGGER)
@@ -539,7 +548,7 @@ def _launch(w: World, slot: int, now: float) -> None:
     run.attempts += 1
     run.reserved_tokens += job.reserve
     job.launched_s = now
-    if job.attempt == 1 and job.lane == law.MAIN:
+    if job.first_launched_s < 0.0:
         job.first_launched_s = now
     outcome, service_s, _, retry_after_s = prov.answered(
         w.pp, w.ps, run.seed, job.index, key, job.charge, job.output, job.recorded_s, now
@@ -562,6 +571,16 @@ def _launch(w: World, slot: int, now: float) -> None:
     job.outcome = outcome
     job.retry_after_s = retry_after_s
     _schedule(w, at, ANSWER, slot, NONE, NONE)
+
+
+def _spare(w: World, slot: int) -> None:
+    """Its last attempt failed; if that was in an outage, as far as is known by now, it does not count."""
+    job = w.jobs[slot]
+    outages = law.spared(w.p, w.s, job.outages, job.launched_s, job.failed_s)
+    if outages >= 0:
+        job.outages = outages
+        job.attempt -= 1
+    job.failed_s = -1.0
 
 
 def _state(w: World, slot: int) -> None:
@@ -601,13 +620,13 @@ def _watch_deadline(w: World, slot: int) -> None:
     job = w.jobs[slot]
     gives_up_at = law.deadline_at(w.p, job.first_launched_s)
     if gives_up_at < inf:
-        _schedule(w, gives_up_at, RETRY_DUE, slot, job.number, job.attempt)
+        _schedule(w, gives_up_at, RETRY_DUE, slot, job.number, job.tries)
 
 
-def _on_deadline(w: World, slot: int, number: int, attempt: int, now: float) -> bool:
+def _on_deadline(w: World, slot: int, number: int, tries: int, now: float) -> bool:
     """A retry or finalize pass that still waits for its launch when its request's time is over ends there."""
     job = w.jobs[slot]
-    if job.number != number or job.ended or job.attempt != attempt or job.launched_s >= job.eligible_s:
+    if job.number != number or job.ended or job.tries != tries or job.launched_s >= job.eligible_s:
         return False
     _advance(w, now)
     w.run.waiting -= 1
@@ -640,19 +659,34 @@ def _on_answer(w: World, slot: int, now: float) -> bool:
         return law.answer_may_admit(p, in_wait) or run.urgent > 0
     if outcome == prov.TOO_LARGE or outcome == prov.QUOTA:
         law.released(p, s)
+        law.answered(p, s, now)
         _ended(w, slot, now, outcome)
         if outcome == prov.QUOTA:
             _stop(w, now, prov.QUOTA)
         return True
-    u = keyed_uniform(run.seed, job.index, attempt_key(job.lane, job.attempt), JITTER_RETRY)
+    u = keyed_uniform(run.seed, job.index, attempt_key(job.lane, job.tries), JITTER_RETRY)
     if outcome == prov.THROTTLED or outcome == prov.SLOW_DOWN:
         run.throttled += 1
         at = law.throttled(
             p, s, job.reserve, job.attempt, job.retry_after_s, job.first_launched_s, job.launched_s, now, u
         )
+        standing = law.keeps_permit(p)
     else:
-        at = law.failed(p, s, job.attempt, job.retry_after_s, job.first_launched_s, now, u)
-    _again(w, slot, now, at)
+        at, standing = law.failed(
+            p,
+            s,
+            job.index,
+            job.attempt,
+            job.outages,
+            0,
+            job.retry_after_s,
+            job.first_launched_s,
+            job.launched_s,
+            now,
+            u,
+        )
+        job.failed_s = now
+    _again(w, slot, now, at, standing)
     return True
 
 
@@ -742,7 +776,7 @@ def _open_finalize(w: World, slot: int, now: float) -> None:
         _stop(w, now, run.stopped)
 
 
-def _again(w: World, slot: int, now: float, at: float) -> None:
+def _again(w: World, slot: int, now: float, at: float, standing: int) -> None:
     """After a throttle or a failure: try again at `at`, or never (inf)."""
     run, job = w.run, w.jobs[slot]
     if at == inf:
@@ -752,7 +786,9 @@ def _again(w: World, slot: int, now: float, at: float) -> None:
         _record(w, slot, now, NONE)
     run.waits_s[BACKOFF] += at - now
     job.attempt += 1
-    job.standing = law.keeps_permit(w.p)
+    if job.failed_s >= 0.0 and w.s.probe_at > -inf:
+        _spare(w, slot)
+    job.standing = standing
     job.submitted_s = now
     _schedule(w, at, RETRY_DUE, slot, NONE, NONE)
 
@@ -844,14 +880,14 @@ def _step(w: World) -> bool:
         arrives_at = w.rows[run.row - run.rows_from].arrival_s
     event = w.calendar[0]
     if run.calendar_size > 0 and event.at <= arrives_at and event.at <= run.timer_at:
-        at, order, slot, number, attempt = event.at, event.order, event.slot, event.number, event.attempt
+        at, order, slot, number, tries = event.at, event.order, event.slot, event.number, event.tries
         _drop_soonest(w)
         run.now = at
         if order < RETRY_DUE:
             return _on_answer(w, slot, at)
         if number == NONE:
             return _on_retry_due(w, slot, at)
-        return _on_deadline(w, slot, number, attempt, at)
+        return _on_deadline(w, slot, number, tries, at)
     run.now = min(arrives_at, run.timer_at)
     if arrives_at <= run.timer_at:
         return _on_arrival(w, arrives_at)

@@ -145,7 +145,7 @@ def attempt_rows(scenario: Scenario, take: Callable[[Attempt], Any]) -> AttemptS
 
     def sink(job: Any, now: float, failure: str) -> None:
         answered = job.outcome == 0
-        retry_at_s = job.eligible_s - job.submitted_s if job.attempt > 1 else 0.0
+        retry_at_s = job.eligible_s - job.submitted_s
         take(
             Attempt(
                 request=job.index,

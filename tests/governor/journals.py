@@ -174,7 +174,7 @@ def again(recorder: Recorder, done: Job, came: Answer, at_s: float) -> None:
     row = attempt(done, came, at_s)
     recorder.attempted(row, came, "")
     if came.outcome not in (Outcome.OK, Outcome.QUOTA, Outcome.UNAUTHORIZED):
-        recorder.backed_off(row, came, at_s + BACKOFF_S)
+        recorder.backed_off(row, came, at_s + BACKOFF_S, row.attempt + 1)
 
 
 def finalizing(done: Work, launched_s: float, first_s: float) -> Job:

@@ -80,6 +80,8 @@ class Job:
     first_launched_at: float = -1.0
     launched_at: float = -1.0
     asked: set[int] = field(default_factory=set)
+    failed_at: float = -1.0
+    outages: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +227,8 @@ class Pool:
         if job.standing == law.HOLDING:
             self.holding -= 1
         self.in_air += 1
+        if job.failed_at >= 0.0:
+            self._spare(job)
         job.launched_at = now
         if job.first_launched_at < 0.0:
             job.first_launched_at = now
@@ -247,6 +251,7 @@ class Pool:
             law.released(p, s)
             self.ends.append((now, job.index, GONE))
             return
+        standing = law.keeps_permit(p)
         if reply.kind == THROTTLED:
             at = law.throttled(
                 p,
@@ -262,15 +267,26 @@ class Pool:
             if p.refunds_throttled:
                 self.bookings.append(Booking(now, number, 0.0, False))
         else:
-            at = law.failed(p, s, job.attempt, reply.retry_after_s, job.first_launched_at, now, reply.u)
+            history, times = (job.index, job.attempt, job.outages, 0), (job.first_launched_at, job.launched_at, now)
+            at, standing = law.failed(p, s, *history, reply.retry_after_s, *times, reply.u)
+            job.failed_at = now
         if at == math.inf:
             self.ends.append((now, job.index, EXHAUSTED))
             return
         assert at >= now
         job.attempt += 1
-        job.standing = law.keeps_permit(p)
+        if job.failed_at >= 0.0 and self.s.probe_at > -math.inf:
+            self._spare(job)
+        job.standing = standing
         self.holding += job.standing == law.HOLDING
         self.at(at, lambda then: self._queued(job), 2)
+
+    def _spare(self, job: Job) -> None:
+        outages = law.spared(self.p, self.s, job.outages, job.launched_at, job.failed_at)
+        if outages >= 0:
+            job.attempt -= 1
+            job.outages = outages
+        job.failed_at = -1.0
 
     def _queued(self, job: Job) -> None:
         self.sequence += 1

@@ -60,7 +60,7 @@ def test_a_429_stays_booked_unless_the_policy_refunds(window: int, refunds: int,
     # The request itself was made: it counts in any case. And a 5xx was charged: no refund.
     assert law.used_in(p, s, RPM, 0.0) == pytest.approx(1.0)
     law.launched(p, s, 100.0, law.RETRY, 0.0, 0.5)
-    law.failed(p, s, 1, -1.0, 0.0, 0.0, 0.0)
+    law.failed(p, s, 0, 1, 0, 0, -1.0, 0.0, 0.0, 0.0, 0.0)
     assert law.used_in(p, s, TPM, 0.0) == pytest.approx(left + 100.0)
 
 

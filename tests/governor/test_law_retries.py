@@ -90,7 +90,7 @@ def test_a_kept_permit_needs_no_second_one_and_a_finalize_pass_cannot_take_it_aw
     for at in (0.0, 1.0):
         law.launched(p, s, 1.0, law.FIRST, at, 0.5)
     law.finalize_opened(p, s)
-    assert law.failed(p, s, 1, -1.0, 0.0, 2.0, 0.0) == 4.0
+    assert law.failed(p, s, 0, 1, 0, 0, -1.0, 0.0, 0.0, 2.0, 0.0)[0] == 4.0
     assert s.in_flight == 2
     assert law.admission(p, s, 1.0, law.HOLDING, 4.0) == (4.0, law.NOTHING)
     assert law.admission(p, s, 1.0, law.RETRY, 4.0) == (INF, law.CONCURRENCY)
@@ -101,11 +101,11 @@ def test_a_kept_permit_needs_no_second_one_and_a_finalize_pass_cannot_take_it_aw
 def test_the_last_attempt_and_the_deadline_give_the_permit_back() -> None:
     for attempt, deadline_s, first in ((5, 0.0, 0.0), (1, 10.0, 0.0), (1, 12.0, 0.0)):
         p, s = free(deadline_s=deadline_s), law.State(in_flight=2)
-        assert law.failed(p, s, attempt, -1.0, first, 10.0, 0.0) == INF
+        assert law.failed(p, s, 0, attempt, 0, 0, -1.0, first, first, 10.0, 0.0)[0] == INF
         assert s.in_flight == 1
     # One moment more, and the retry at 12 s still counts.
     p, s = free(deadline_s=12.1), law.State(in_flight=2)
-    assert law.failed(p, s, 1, -1.0, 0.0, 10.0, 0.0) == 12.0
+    assert law.failed(p, s, 0, 1, 0, 0, -1.0, 0.0, 0.0, 10.0, 0.0)[0] == 12.0
     assert s.in_flight == 2
 
 
@@ -144,7 +144,7 @@ def test_a_hold_never_shrinks_and_its_jitter_does_not_let_new_work_overtake() ->
 
 def test_failures_hold_nobody() -> None:
     p, s = free(hold_on_throttle=1), law.State(in_flight=1)
-    law.failed(p, s, 1, 30.0, 0.0, 1.0, 0.0)
+    law.failed(p, s, 0, 1, 0, 0, 30.0, 0.0, 0.0, 1.0, 0.0)
     assert s.hold_until == -INF
 
 

@@ -126,7 +126,7 @@ class LaneSender(PoolSender):
         request = job.work.request
         cap = self._cap_of(request.index >> BATCH_BITS)
         overrides = capped(request, cap) if job.lane == FINALIZE else None
-        key = attempt_key(job.lane, job.attempt)
+        key = attempt_key(job.lane, job.tries)
         return await self._adapter.send(request, attempt=key, body_overrides=overrides, timeout_s=timeout_s)
 
 

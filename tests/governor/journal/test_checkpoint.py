@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from governor.journal import checkpoint, law
+from governor import law
+from governor.journal import checkpoint
 from governor.journal.checkpoint import Checkpoint, Moment, read_back, taken_from
 from governor.journal.journal import Journal
 from governor.law import State

@@ -126,11 +126,13 @@ def ended(scribe: Scribe, r: random.Random, reserve: float, launched_at: float, 
     if kind == 0:
         scribe.call("settled", reserve, reserve * r.random(), launched_at, now)
     elif kind < 3:
+        standing = law.keeps_permit(scribe.p)
         if kind == 1:
             again_at = scribe.call("throttled", reserve, attempt, wait_s, launched_at, launched_at, now, r.random())
         else:
-            again_at = scribe.call("failed", attempt, wait_s, launched_at, now, r.random())
-        if again_at < math.inf and law.keeps_permit(scribe.p) == law.HOLDING:
+            history = r.randrange(3), attempt, r.randrange(3), r.randrange(2)
+            again_at, standing = scribe.call("failed", *history, wait_s, launched_at, launched_at, now, r.random())
+        if again_at < math.inf and standing == law.HOLDING:
             scribe.call("released")  # given up while it backed off: else its place would be taken for ever
     else:
         scribe.call("released")

@@ -51,7 +51,7 @@ class Heard:
     def back_off(self, answer: Answer) -> None:
         row = journals.attempt(journals.job(journals.work(0)), answer, 10.0)
         self.watch.attempted(row, answer, "")
-        self.watch.backed_off(row, answer, 10.0 + answer.retry_after_s)
+        self.watch.backed_off(row, answer, 10.0 + answer.retry_after_s, row.attempt + 1)
 
     def lose(self, answer: Answer, failure: str = LATE) -> None:
         self.watch.attempted(journals.attempt(journals.job(journals.work(0)), answer, 10.0, failure), answer, failure)

@@ -117,6 +117,7 @@ def test_a_decision_is_calls_of_the_law_and_nothing_else(seed: int) -> None:
 def test_it_is_known_of_every_argument_of_the_law_whether_it_is_a_time() -> None:
     others = {"d", "limit", "remaining", "amount", "is_refused", "booked_since", "reserve", "used", "standing", "u"}
     others |= {"attempt", "retry_after_s", "tokens_used", "requests_used", "cause"}
+    others |= {"request", "outages", "is_answer"}
     named = {name for call in CALLS.values() for name in call.names}
     assert named >= TIMES
     assert named - TIMES <= others, "another argument: say in governor/sharedquota/shared.py whether it is a time"

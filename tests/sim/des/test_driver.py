@@ -295,10 +295,10 @@ def test_finalize_passes_only_where_the_cut_answer_has_no_text_and_they_are_aske
 
 
 def test_tokens_that_are_billed_beside_the_answers_are_counted() -> None:
-    # Every answer takes 30 s and is given up after 20: both attempts of both requests are paid for and come to nothing.
+    # The answer takes 30 s and is given up after 20: both attempts are paid for and come to nothing.
     policy = quiet(request_timeout_seconds=20.0, retry_max_attempts=2)
-    tally = run(scenario_of(batch([70] * 2, 30.0, outputs=[40, 50], cap=100), policy)).tally
-    assert (tally.extra_prompt_tokens, tally.extra_output_tokens) == (2 * (70 + 70), 2 * (40 + 50))
+    tally = run(scenario_of(batch([70], 30.0, outputs=[40], cap=100), policy)).tally
+    assert (tally.extra_prompt_tokens, tally.extra_output_tokens) == (2 * 70, 2 * 40)
     # A finalize pass sends the prompt again and writes its answer anew; a refusal costs nothing.
     workload = batch([70] * 3, 1.0, outputs=[900, 50, 50], cap=100)
     provider = {**EMPTY_CUTS, "tpm": 1_200, "retry_after": "absent"}
