@@ -138,7 +138,7 @@ async def _sends(order: Order, ready: Barrier, did: Did) -> None:
     send = PoolSender(pool, {})
     adapter = send._adapter
     governor = _governor(
-        order, policy, did, lambda job: adapter.client_request_id(job.index, attempt_key(job.lane, job.attempt))
+        order, policy, did, lambda job: adapter.client_request_id(job.index, attempt_key(job.lane, job.tries))
     )
     # The first request of a process takes a tenth of a second more, which sped-up clocks would make seconds.
     await adapter._lanes[0].client.models.list()
