@@ -148,9 +148,10 @@ class State:
     spread evenly; it binds until `paced_until`.
 
     The circuit breaker: `unanswered` counts the attempts that have failed since the last answer, the first of them at
-    `silent_since`; `failing`: the first request among them that is above suspicion; `several`: there are two. The latest outage lasts from
-    `outage_from`, its first failure, to `outage_until` (inf = it goes on), and was recognized at `outage_opened_at`.
-    While it goes on, nothing is launched before `probe_at` (-inf = no outage), and the next after `probe_gap_s` more.
+    `silent_since`; `failing`: the first request among them that is above suspicion; `several`: there are two. The
+    latest outage lasts from `outage_from`, its first failure, to `outage_until` (inf = it goes on), and was recognized
+    at `outage_opened_at`. While it goes on nothing is launched before `probe_at` (-inf = no outage), and the next only
+    after `probe_gap_s` more.
     """
 
     in_flight: int = 0
