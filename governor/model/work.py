@@ -26,7 +26,6 @@ SPENT = {
     Outcome.OVERLOADED: FailureCode.SERVER_ERROR,
     Outcome.SERVER_ERROR: FailureCode.SERVER_ERROR,
     Outcome.MALFORMED: FailureCode.UNREADABLE_ANSWER,
-    Outcome.LOCAL: FailureCode.CONNECTION_DROPPED,
     Outcome.TIMEOUT: FailureCode.TIMEOUT,
     Outcome.DROPPED: FailureCode.CONNECTION_DROPPED,
     Outcome.TOO_LARGE: FailureCode.REQUEST_TOO_LARGE,

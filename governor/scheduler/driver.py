@@ -725,7 +725,7 @@ class Governor:
 
     def _again(self, job: Job, answer: Answer, now: float) -> None:
         """After a throttle or a failure: try again when the law says so, or never (inf)."""
-        spent = job.attempt >= self.p.max_attempts
+        spent = job.attempt >= self.p.max_attempts and answer.outcome is not Outcome.LOCAL
         row = attempt_of(job, self.pool, answer, now, "") if self._shows else None
         at = self._retry_at(job, answer.outcome, answer.retry_after_s, now, answer.status)
         if at == inf:
@@ -747,9 +747,12 @@ class Governor:
             standing = law.keeps_permit(self.p)
         else:
             is_answer = int(400 <= status < 500)
-            history = job.index, job.attempt, job.outages, is_answer
+            # What this machine could not send is no attempt: 0 is never the last one.
+            counted = int(outcome is not Outcome.LOCAL)
+            history = job.index, job.attempt * counted, job.outages, is_answer
             at, standing = self._law("failed", *history, retry_after_s, first, last, now, u)
-            job.failed_s = -1.0 if is_answer else now
+            job.failed_s = now if counted and not is_answer else -1.0
+            job.attempt -= 1 - counted
         job.flying = False
         job.holds = at < inf and standing == HOLDING
         if at < inf:

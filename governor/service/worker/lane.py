@@ -27,10 +27,10 @@ from governor.model.policy import Policy
 from governor.model.pools import Pool
 from governor.model.prices import Spent
 from governor.model.requests import Answer, Attempt, Outcome, Request
-from governor.model.words import duration
+from governor.model.words import duration, moment_text
 from governor.provider.openai_adapter import capped
 from governor.provider.sending import PoolSender
-from governor.run.longwaits import LongWaits, moment_text
+from governor.run.longwaits import LongWaits
 from governor.run.pool_run import Manner, Sender, governor_of
 from governor.scheduler.driver import Governor, Job, Observer
 from governor.service.store.tables import BATCH_BITS

@@ -69,6 +69,18 @@ def test_ten_runs_of_7000_tokens_keep_the_guardrails() -> None:
     assert ran.desk.timeouts == [600.0] * 10
 
 
+def test_what_this_machine_could_not_send_is_no_attempt() -> None:
+    """Twenty times without descriptors, then a failure, then an answer, with two attempts in all."""
+    none_left = Answer(Outcome.LOCAL, message="this machine could not send it: [Errno 24] Too many open files")
+    desk = Desk(script={0: [(0.0, none_left)] * 20 + [(0.0, BROKEN), (0.0, none_left), (1.0, OK)]})
+    ran = Ran(quiet(max_attempts=2), desk, works(1))
+    assert [(index, failure) for index, failure, _ in ran.log.ends] == [(0, "")]
+    assert [a.attempt for a in ran.log.rows] == [1] * 21 + [2, 2]
+    assert sum(a.charged_tokens for a in ran.log.rows) == 160, "the provider saw two"
+    # Half the base of the backoff each time, since it passes as soon as something else is closed.
+    assert desk.at(0)[1:21] == pytest.approx([float(n) for n in range(1, 21)])
+
+
 def test_five_throttles_end_a_request() -> None:
     desk = Desk(script={0: [(REFUSAL_S, THROTTLED)] * 5})
     ran = Ran(quiet(), desk, works(2))
