@@ -16,7 +16,7 @@ from typing import Any
 
 from openai import AsyncOpenAI
 
-from governor import Governor, Policy
+from governor import Governor, governor_from_env
 from governor.model.requests import Outcome
 from governor.provider.answers import classify
 
@@ -54,9 +54,11 @@ async def main() -> None:
         return answer.output_text
 
     async with AsyncOpenAI(max_retries=0) as client:
-        ask = governed(Governor(Policy.from_env(os.environ)), call, reserve=lambda prompt: len(prompt) / 4 + 200)
+        governor = governor_from_env(os.environ)
+        ask = governed(governor, call, reserve=lambda prompt: len(prompt) / 4 + 200)
         for answer in await asyncio.gather(*(ask(f"Say the number {n} in French.") for n in range(10))):
             print(answer)
+        await governor.aclose()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import os
 
 from openai import AsyncOpenAI, RateLimitError
 
-from governor import Governor, Policy
+from governor import Governor, governor_from_env
 from governor.model.requests import Outcome
 from governor.provider.answers import classify
 
@@ -31,11 +31,12 @@ async def ask(governor: Governor, client: AsyncOpenAI, prompt: str, cap: int = 2
 
 
 async def main() -> None:
-    governor = Governor(Policy.from_env(os.environ))
+    governor = governor_from_env(os.environ)  # its quota is shared where PACELINE_REDIS_URL is set
     async with AsyncOpenAI(max_retries=0) as client:  # retries are the governor's: the SDK's own would burst
         prompts = [f"Say the number {n} in French." for n in range(10)]
         for answer in await asyncio.gather(*(ask(governor, client, prompt) for prompt in prompts)):
             print(answer)
+    await governor.aclose()
 
 
 if __name__ == "__main__":

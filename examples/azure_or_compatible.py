@@ -11,7 +11,7 @@ import asyncio
 import os
 import sys
 
-from governor import Governor, Policy
+from governor import Governor, Policy, governor_from_env
 from governor.model.estimate import charge_of, sizes_of
 from governor.model.pools import Pool, default_pools, pool_for, read_pools
 from governor.model.requests import CHAT, Answer, Outcome, Request, url_of
@@ -40,7 +40,7 @@ async def ask(pool: Pool, governor: Governor, adapter: Adapter, request: Request
 async def main(words: list[str]) -> None:
     policy = Policy.from_env(os.environ)
     pools = read_pools(words[0], policy) if words else default_pools(policy, os.environ)
-    governors = {pool.name: Governor(pool.policy, pool=pool.name) for pool in pools}
+    governors = {pool.name: governor_from_env(os.environ, pool) for pool in pools}
     adapters = {pool.name: Adapter(pool) for pool in pools}
     calls = []
     for index, model in enumerate(("gpt-4o", "gpt-4o-mini", "llama-3")):
@@ -50,6 +50,7 @@ async def main(words: list[str]) -> None:
             calls.append(ask(pool, governors[pool.name], adapters[pool.name], request))
     for answer in await asyncio.gather(*calls):
         print(answer.outcome, answer.used_output_tokens, answer.message)
+    await asyncio.gather(*(governor.aclose() for governor in governors.values()))
     await asyncio.gather(*(adapter.aclose() for adapter in adapters.values()))
 
 

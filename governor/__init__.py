@@ -19,14 +19,16 @@ if TYPE_CHECKING:
     from governor.model.errors import PacelineError as PacelineError
     from governor.model.policy import Policy as Policy
     from governor.scheduler.driver import Governor as Governor
+    from governor.sharedquota.sharing import governor_from_env as governor_from_env
 
 __version__ = "0.1.0"
-__all__ = ["Governor", "PacelineError", "Policy", "__version__"]
+__all__ = ["Governor", "PacelineError", "Policy", "__version__", "governor_from_env"]
 
 _MODULES = {
     "Governor": "governor.scheduler.driver",
     "PacelineError": "governor.model.errors",
     "Policy": "governor.model.policy",
+    "governor_from_env": "governor.sharedquota.sharing",
 }
 
 

@@ -17,9 +17,11 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 WAIT_S = 30.0
 TLS = Path(__file__).parent / "tls"
@@ -102,6 +104,93 @@ class RedisServer:
         """Ends it and removes its folder."""
         self.kill()
         self._folder.cleanup()
+
+
+class Dropper:
+    """A relay that loses one message with its connection: the n-th of a kind, or of all, or every n-th.
+
+    A kind is the command's name, in capitals. `answers`: the server's answer is lost, else the command. `seen`: how
+    many there were, by kind.
+    """
+
+    def __init__(
+        self, port: int, n: int = 0, kind: str = "", *, answers: bool = False, each: bool = False, times: int = 10**9
+    ) -> None:
+        self.to = port
+        self._n, self._kind, self._answers, self._each, self._times = n, kind, answers, each, times
+        self.seen: Counter[str] = Counter()
+        self.is_black_hole = False
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        self._lock = threading.Lock()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        """What goes into PACELINE_REDIS_URL."""
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                threading.Thread(target=self._relay, args=(client,), daemon=True).start()
+
+    def _is_lost(self, kind: str) -> bool:
+        with self._lock:
+            self.seen[kind] += 1
+            count = self.seen[kind] if self._kind else self.seen.total()
+            meant = self._n > 0 and self._times > 0 and kind.startswith(self._kind)
+            lost = meant and (count % self._n == 0 if self._each else count == self._n)
+            self._times -= lost
+            return lost
+
+    def _relay(self, client: socket.socket) -> None:
+        server = socket.create_connection(("127.0.0.1", self.to))
+        mute = threading.Event()
+
+        def answer() -> None:
+            with contextlib.suppress(OSError):
+                while data := server.recv(2**16):
+                    if mute.is_set():
+                        break
+                    if not self.is_black_hole:
+                        client.sendall(data)
+            self._close(client, server)
+
+        threading.Thread(target=answer, daemon=True).start()
+        with contextlib.suppress(OSError, ValueError), client.makefile("rb") as commands:
+            while command := _command(commands):
+                if self.is_black_hole:
+                    continue
+                if self._is_lost(command.split(b"\r\n", 3)[2].decode().upper()):
+                    if not self._answers:
+                        break
+                    mute.set()
+                server.sendall(command)
+        if not mute.is_set():
+            self._close(client, server)
+
+    @staticmethod
+    def _close(*sockets: socket.socket) -> None:
+        for each in sockets:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+
+    def stop(self) -> None:
+        """Accepts nothing more."""
+        self._listener.close()
+
+
+def _command(stream: BinaryIO) -> bytes:
+    """One command in Redis' protocol, an array of strings; nothing at the end."""
+    first = stream.readline()
+    parts = [first]
+    for _ in range(int(first[1:]) if first else 0):
+        size = stream.readline()
+        parts += [size, stream.read(int(size[1:]) + 2)]
+    return b"".join(parts)
 
 
 class TlsRelay:

@@ -8,22 +8,30 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import chain, cycle
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from governor.model.errors import BadSetting
 from governor.model.policy import Policy
+from governor.model.requests import Answer
+from governor.run.scaledloop import ScaledLoop
+from governor.scheduler.driver import Governor, Job
 from governor.sharedquota import redis_store as store
 from governor.sharedquota.redis_store import in_redis
 from governor.sharedquota.shared import SharedGovernor
-from governor.sharedquota.sharing import REDIS_URL, checked_redis_url
+from governor.sharedquota.sharing import REDIS_URL, checked_redis_url, governor_from_env
+from tests.governor.desks import OK, Log, works
 from tests.live import WAIT_S, Cli, batch, check_whole, run_args, shared_cli
-from tests.servers import TLS, RedisServer, TlsRelay, free_port, redis_server
+from tests.servers import TLS, Dropper, RedisServer, TlsRelay, free_port, redis_server
 from tests.shared_runs import ENV, SCALE, TPM, Runs, never_above_the_limit, provider
 from tests.sharing import Crew, Order, shares
 
@@ -145,7 +153,7 @@ def test_a_wrong_password_and_a_wrong_address_are_one_line(cli: Cli, tmp_path: P
 PARAMS = Policy(max_concurrency=3, stagger_seconds=0.0).params()
 
 
-async def granted(governor: SharedGovernor) -> None:
+async def granted(governor: Governor) -> None:
     async with asyncio.timeout(WAIT_S), governor.permit(100.0):
         pass
 
@@ -245,3 +253,256 @@ def test_the_node_of_a_cluster_that_keeps_the_pool_is_found() -> None:
         assert (did.why, sorted(did.answered)) == ("", list(range(len(did.launches))))
         assert len(did.launches) > 5
     assert json.dumps([did.said for did in found]).count("another node") <= 2
+
+
+# ---------------------------------------------------------------- embedding
+
+
+def test_a_program_of_ones_own_shares_its_quota_or_refuses_to_start(
+    redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = {"OPENAI_MAX_CONCURRENCY": "1", "OPENAI_STAGGER_SECONDS": "0"}
+
+    async def story(environment: dict[str, str]) -> None:
+        with pytest.raises(BadSetting, match=r"PACELINE_REDIS_URL is set, but Governor\(\) keeps its quota to itself"):
+            Governor(Policy.from_env(environment))
+        assert Governor(Policy.from_env(environment), own_quota=True).p.max_concurrency == 1
+        one, two = (governor_from_env(environment) for _ in range(2))
+        async with one.permit(10.0):
+            other = asyncio.create_task(granted(two))
+            await asyncio.sleep(0.3)
+            assert not other.done()
+        await other
+        await asyncio.gather(one.aclose(), two.aclose())
+
+    monkeypatch.setenv(REDIS_URL, redis.url)
+    asyncio.run(story(policy | {REDIS_URL: redis.url}))
+    monkeypatch.delenv(REDIS_URL)
+
+    async def alone() -> None:
+        governor = governor_from_env(policy)
+        assert type(governor) is Governor
+        await granted(governor)
+        await governor.aclose()
+
+    asyncio.run(alone())
+
+
+# ---------------------------------------------------------------- faults of connections and of the server
+
+FAST = 10.0
+BINDING = {
+    "max_concurrency": 20, "stagger_seconds": 0.0, "tpm_limit": 6_000, "tpm_headroom": 0.05, "tpm_window": "bucket",
+    "charge_rule": "prompt_plus_max",
+}  # fmt: skip
+
+
+def survives(
+    processes: int,
+    requests: int,
+    urls: Callable[[int], str],
+    *,
+    spoil: Callable[[], None] = lambda: None,
+    every_s: float = 0.05,
+) -> list[str]:
+    """Governors on one pool, on a clock ten times as fast: all is answered once, and the quota never exceeded.
+
+    `spoil` happens every so many seconds. Returns what was said.
+    """
+    said: list[str] = []
+    logs = [Log() for _ in range(processes)]
+    times: list[float] = []
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        store = [in_redis(urls(i), "default:faults", scale=FAST) for i in range(processes)]
+        governors = [
+            SharedGovernor(
+                Policy(**BINDING).params(), store=store[i], time_scale=FAST, observer=logs[i], say=said.append, seed=i
+            )
+            for i in range(processes)
+        ]
+
+        async def send(job: Job, timeout_s: float) -> Answer:
+            times.append(loop.time())
+            await asyncio.sleep(0.5)
+            return OK
+
+        async def spoils() -> None:
+            while True:
+                await asyncio.sleep(every_s * FAST)
+                await loop.run_in_executor(None, spoil)
+
+        async def ran(governor: SharedGovernor) -> str:
+            why = await governor.run(works(requests, 300.0), send)
+            await governor.aclose()
+            return why
+
+        spoiling = asyncio.create_task(spoils())
+        async with asyncio.timeout(WAIT_S * FAST):
+            assert await asyncio.gather(*map(ran, governors)) == [""] * processes
+        spoiling.cancel()
+        await asyncio.gather(spoiling, return_exceptions=True)
+
+    with asyncio.Runner(loop_factory=lambda: ScaledLoop(FAST)) as runner:
+        runner.run(main())
+    for log in logs:
+        assert sorted(index for index, failure, _ in log.ends if not failure) == list(range(requests)), said
+        assert len(log.launches) == requests
+    times.sort()
+    # Half a second of leeway: what the event loop of a busy machine may put between two grants and their sends.
+    for first, since in enumerate(times):
+        for last in range(first, len(times)):
+            assert (last - first + 1) * 300.0 <= 6_000 * (1.0 + (times[last] - since + 0.5) / 60.0), said
+    return said
+
+
+def dropped(processes: int, requests: int, **how: Any) -> Counter[str]:
+    """The first of these goes through a relay that drops."""
+    with redis_server() as server:
+        relay = Dropper(server.port, **how)
+        try:
+            survives(processes, requests, lambda i: relay.url if i == 0 else server.url)
+        finally:
+            relay.stop()
+        return relay.seen
+
+
+@pytest.mark.parametrize("answers", [False, True], ids=["command", "answer"])
+@pytest.mark.parametrize("n", [1, 3, 4, 9])
+def test_a_dropped_message_hangs_nothing(n: int, answers: bool) -> None:
+    dropped(1, 3, n=n, answers=answers)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [1, 8])
+def test_any_dropped_message_of_any_kind_hangs_nothing(processes: int) -> None:
+    kinds = dropped(processes, 8)
+    for kind, count in kinds.items():
+        for n in {1, 2, 3, 5, 8, 13, count} - {n for n in range(20) if n > count}:
+            for answers in (False, True):
+                dropped(processes, 8, n=n, kind=kind, answers=answers)
+
+
+@pytest.mark.parametrize(
+    ("processes", "rounds"),
+    [(8, 1), pytest.param(1, 10, marks=pytest.mark.long), pytest.param(8, 10, marks=pytest.mark.long)],
+)
+def test_clients_are_killed_twenty_times(redis: RedisServer, processes: int, rounds: int) -> None:
+    for _ in range(rounds):
+        asked(redis.port, "FLUSHALL")
+        left = iter(range(20))
+
+        def kill() -> None:
+            if next(left, None) is not None:  # noqa: B023 - used within the round
+                asked(redis.port, "CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+
+        said = survives(processes, 40 // processes, lambda i: redis.url, spoil=kill)
+        assert any("cannot be reached" in line for line in said)
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(8, marks=pytest.mark.long)])
+def test_flushed_twice_a_second(redis: RedisServer, processes: int) -> None:
+    said = survives(processes, 32 // processes, lambda i: redis.url, spoil=lambda: asked(redis.port, "FLUSHALL"))
+    assert any("has lost the state" in line for line in said)
+
+
+REFUSALS = {
+    "NOREPLICAS": ("min-replicas-to-write", "1", "0"),
+    "OOM": ("maxmemory", "1", "0"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+@pytest.mark.parametrize("processes", [1, pytest.param(8, marks=pytest.mark.long)])
+def test_a_server_that_refuses_to_write_is_away(redis: RedisServer, processes: int, name: str) -> None:
+    setting, bad, good = REFUSALS[name]
+    states = cycle([bad, bad, bad, good, good, good, good, good])
+    asked(redis.port, "FLUSHALL")
+    try:
+        said = survives(
+            processes,
+            32 // processes,
+            lambda i: redis.url,
+            spoil=lambda: asked(redis.port, "CONFIG", "SET", setting, next(states)),
+            every_s=0.1,
+        )
+    finally:
+        asked(redis.port, "CONFIG", "SET", setting, good)
+    assert any(name in line or "not enough" in line.lower() or "memory" in line for line in said), said
+
+
+def test_other_things_under_our_keys_end_nothing(redis: RedisServer) -> None:
+    pool = "paceline:{default:faults:x10}:"
+    rng = random.Random(1)
+
+    def spoil() -> None:
+        key = pool + rng.choice(["image", "inbox", "leases", "muster", "bell"])
+        value = rng.choice(["", "garbage", "x" * 500])
+        asked(redis.port, *rng.choice([("SET", key, value), ("DEL", key), ("RPUSH", key, value)]))
+
+    survives(4, 6, lambda i: redis.url, spoil=spoil, every_s=0.15)
+
+
+def test_a_password_that_is_changed_in_mid_run_is_waited_for() -> None:
+    with redis_server(password=PASSWORD) as server:
+        states = chain([PASSWORD] * 2, cycle(["another", PASSWORD, PASSWORD]))
+
+        def spoil() -> None:
+            new = next(states)
+            asked_as(server, "CONFIG", "SET", "requirepass", new)
+            server.password = new
+            asked_as(server, "CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+
+        url = server.url
+        said = survives(2, 12, lambda i: url, spoil=spoil, every_s=0.3)
+    assert any("refuses us" in line for line in said)
+    assert PASSWORD not in "".join(said)
+
+
+def asked_as(server: RedisServer, *words: object) -> None:
+    """One command with the server's password."""
+    lines = [("AUTH", server.password), words]
+    with socket.create_connection(("127.0.0.1", server.port), 5.0) as connection:
+        for line in lines:
+            parts = [str(word).encode() for word in line]
+            connection.sendall(b"*%d\r\n" % len(parts) + b"".join(b"$%d\r\n%s\r\n" % (len(p), p) for p in parts))
+            assert connection.recv(100)[:1] in b"+:"
+
+
+def test_a_black_hole_is_left_again() -> None:
+    with redis_server() as server:
+        relay = Dropper(server.port)
+        states = cycle([True, True, True, True, False, False, False, False])
+
+        def spoil() -> None:
+            relay.is_black_hole = next(states)
+
+        try:
+            survives(3, 8, lambda i: relay.url if i == 0 else server.url, spoil=spoil, every_s=0.4)
+        finally:
+            relay.stop()
+
+
+def test_a_failover_back_to_a_stale_master_is_not_believed() -> None:
+    """Two servers behind one address: to the replica, which becomes a master, and back to the old one."""
+    with redis_server() as old, redis_server() as new:
+        asked(new.port, "REPLICAOF", "127.0.0.1", old.port)
+        relay = Dropper(old.port)
+        turns = iter([new, old])
+
+        def fail_over() -> None:
+            to = next(turns, None)
+            if to is None:
+                return
+            if to is new:
+                asked(new.port, "REPLICAOF", "NO", "ONE")
+            relay.to = to.port
+            for each in (old, new):
+                asked(each.port, "CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+
+        try:
+            said = survives(8, 5, lambda i: relay.url, spoil=fail_over, every_s=2.0)
+        finally:
+            relay.stop()
+    assert sum("has lost the state" in line or "cannot be reached" in line for line in said) >= 8

@@ -26,7 +26,7 @@ from governor.run.longwaits import LongWaits
 from governor.run.outputs import Followed
 from governor.scheduler.driver import Governor, Job, Observer, kind_of
 from governor.scheduler.learning import Learner
-from governor.sharedquota.sharing import pool_key
+from governor.sharedquota.sharing import shared_governor
 from governor.telemetry.eventlog import EventLog, Format
 from governor.telemetry.metrics import Metrics
 from governor.telemetry.progress import Lane
@@ -181,26 +181,17 @@ def governor_of(
     pool: Pool, manner: Manner, say: Callable[[str], None], *, observer: Observer, seed: int = 0, **continued: Any
 ) -> Governor:
     """The governor of a pool, whose quota is its own or one that is shared. `continued`: as for `Governor`."""
-    params = pool.policy.params()
     learner = continued.pop("learner", None) or (Learner() if pool.policy.charge_rule == LEARNED else None)
     if not manner.redis:
-        return Governor(params, seed=seed, observer=observer, pool=pool.name, learner=learner, **continued)
+        return Governor(
+            pool.policy, seed=seed, observer=observer, pool=pool.name, learner=learner, own_quota=True, **continued
+        )
     if learner is not None:
         say(
             f"pool '{pool.name}': on a quota that processes share, estimates do not learn: what is declared is reserved"
         )
-    from governor.sharedquota.redis_store import in_redis
-    from governor.sharedquota.shared import SharedGovernor  # what these two need is an extra
-
-    return SharedGovernor(
-        params,
-        store=in_redis(manner.redis, pool_key(pool), scale=manner.time_scale),
-        say=say,
-        time_scale=manner.time_scale,
-        seed=seed,
-        observer=observer,
-        pool=pool.name,
-        **continued,
+    return shared_governor(
+        pool, manner.redis, say, time_scale=manner.time_scale, seed=seed, observer=observer, **continued
     )
 
 

@@ -22,6 +22,7 @@ can vouch for; what is in flight is paid for and may end; then `run` raises it.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Iterator
 from heapq import heapify, heappop, heappush
@@ -44,6 +45,7 @@ from governor.model.work import PoolState as PoolState
 from governor.model.work import Send as Send
 from governor.model.work import Work as Work
 from governor.scheduler.learning import Learner
+from governor.sharedquota.sharing import check_own_quota
 
 # Heap entries. In the calendar: when, sequence, whether it is a deadline (else a retry that has backed off), job and
 # how often it had been launched by then.
@@ -61,7 +63,8 @@ class Governor:
 
     `permit` serves a program's own calls, `run` a whole batch; both at once share the quota, permits first. `state`
     and `start_s` continue an earlier run, at so many seconds since that began, with nothing in flight. `day_*_used`:
-    what was used of the daily limits before. `learner`: estimates what waits at the head anew. `stopped`: why nothing
+    what was used of the daily limits before. `learner`: estimates what waits at the head anew. `own_quota`: not
+    shared, even if PACELINE_REDIS_URL is set (BadSetting without it: see `sharing`). `stopped`: why nothing
     is launched any more, "" while it is. `cause`: the law's reason for which the head of the queue waits right now.
     """
 
@@ -77,7 +80,10 @@ class Governor:
         day_tokens_used: float = 0.0,
         day_requests_used: float = 0.0,
         learner: Learner | None = None,
+        own_quota: bool = False,
     ) -> None:
+        if type(self) is Governor and not own_quota:
+            check_own_quota(os.environ)
         self.p = params.params() if isinstance(params, Policy) else params
         self.learner = learner
         self.s = state or State()

@@ -1,19 +1,25 @@
-"""Whether a quota is shared with other processes, and by which name: what can be said before anything is connected.
+"""Whether a quota is shared with other processes, and by which name; makes the governor that an environment describes.
 
-What lives here: the variable that switches it on, its check, and a pool's name in the store. What must not: Redis
-(`store`), which the base installation lacks.
+Redis itself is in `store`, which the base installation lacks.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from governor.model.errors import BadSetting
-from governor.model.pools import Pool
 
+if TYPE_CHECKING:
+    from governor.model.pools import Pool
+    from governor.scheduler.driver import Governor
+    from governor.sharedquota.shared import SharedGovernor
+
+_LOG = logging.getLogger("governor")
 REDIS_URL = "PACELINE_REDIS_URL"
 EXTRA = ("hiredis", "msgpack", "redis")
 
@@ -46,3 +52,54 @@ def pool_key(pool: Pool) -> str:
     """What a pool is called in the store: its name, and a digest of its quota's address, organisation and project."""
     digest = hashlib.sha256("\n".join((pool.address, pool.organization, pool.project)).encode()).hexdigest()[:8]
     return f"{pool.name}:{digest}"
+
+
+def governor_from_env(
+    environment: Mapping[str, str],
+    pool: Pool | None = None,
+    *,
+    say: Callable[[str], None] = _LOG.warning,
+    **options: Any,
+) -> Governor:
+    """The governor that an environment describes, for a program of one's own. Make it inside a running event loop.
+
+    Its settings are the OPENAI_* variables' (or the `pool`'s), and its quota is shared where PACELINE_REDIS_URL is set;
+    `aclose` it in the end. `say`: told in a line when Redis is away and when it is back, by default the log.
+    `options`: as for `Governor`. BadSetting where a variable cannot be obeyed.
+    """
+    from governor.model.policy import Policy
+    from governor.model.pools import default_pools
+    from governor.scheduler.driver import Governor  # what is not needed to read a URL
+
+    if pool is None:
+        (pool,) = default_pools(Policy.from_env(environment), environment)
+    if url := redis_url(environment):
+        return shared_governor(pool, url, say, **options)
+    return Governor(pool.policy, pool=pool.name, own_quota=True, **options)
+
+
+def shared_governor(
+    pool: Pool, url: str, say: Callable[[str], None], *, time_scale: float = 1.0, **options: Any
+) -> SharedGovernor:
+    """The governor of a pool that is shared through that Redis."""
+    from governor.sharedquota.redis_store import in_redis
+    from governor.sharedquota.shared import SharedGovernor  # what these two need is an extra
+
+    return SharedGovernor(
+        pool.policy.params(),
+        store=in_redis(url, pool_key(pool), scale=time_scale),
+        say=say,
+        time_scale=time_scale,
+        pool=pool.name,
+        **options,
+    )
+
+
+def check_own_quota(environment: Mapping[str, str]) -> None:
+    """BadSetting where a quota of one's own would silently ignore that it is to be shared."""
+    if environment.get(REDIS_URL, "").strip():
+        raise BadSetting(
+            f"{REDIS_URL} is set, but Governor() keeps its quota to itself: make it by governor_from_env(os.environ), "
+            "which shares it, or with own_quota=True",
+            REDIS_URL,
+        )
