@@ -216,7 +216,7 @@ class Adapter:
         if exhausted is not None:
             return local(f"this machine could not send it: {exhausted}")
         # No such host, or a certificate of another's: the address may be wrong.
-        astray = any(isinstance(each, socket.gaierror | ssl.SSLCertVerificationError) for each in chain)
+        astray = any(map(_is_astray, chain))
         return dropped(f"no answer from {self.address}: {message}", misaddressed=astray)
 
 
@@ -275,6 +275,13 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
             seen.add(id(each))
             yield each
             left += [each.__cause__, each.__context__, *getattr(each, "exceptions", ())]
+
+
+def _is_astray(error: BaseException) -> bool:
+    """Whether the name does not exist, which is not the same as one that cannot be looked up now."""
+    if isinstance(error, socket.gaierror):
+        return error.errno in (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
+    return isinstance(error, ssl.SSLCertVerificationError)
 
 
 def _is_local(error: BaseException) -> bool:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gzip
 import json
 import resource
+import socket
+import ssl
 import subprocess
 import sys
 import zlib
@@ -13,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
 from governor.model.estimate import sizes_of
@@ -155,6 +159,40 @@ def test_what_would_steer_a_terminal_is_escaped() -> None:
     assert answer.message.isprintable()
     assert answer.error_code.isprintable()
     assert answer.message.startswith("\\u001b]0;owned\\u0007\\u001b[2Jbad request")
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome", "scope"),
+    [
+        (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), Outcome.DROPPED, Scope.ADDRESS),
+        (socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"), Outcome.DROPPED, Scope.REQUEST),
+        (socket.gaierror(socket.EAI_MEMORY, "Memory allocation failure"), Outcome.LOCAL, Scope.REQUEST),
+        (ssl.SSLCertVerificationError("certificate verify failed"), Outcome.DROPPED, Scope.ADDRESS),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), Outcome.DROPPED, Scope.REQUEST),
+        (OSError(errno.EMFILE, "Too many open files"), Outcome.LOCAL, Scope.REQUEST),
+        (OSError(errno.EADDRNOTAVAIL, "Cannot assign requested address"), Outcome.LOCAL, Scope.REQUEST),
+        (MemoryError(), Outcome.LOCAL, Scope.REQUEST),
+    ],
+)
+def test_why_nothing_was_sent(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, outcome: Outcome, scope: Scope
+) -> None:
+    """What the transport says, however deep its cause lies: a wrong address, this machine, or a network away."""
+
+    async def refuse(*_: object, **__: object) -> None:
+        try:
+            raise error
+        except Exception as cause:
+            raise OSError("All connection attempts failed") from cause
+
+    monkeypatch.setattr(anyio, "connect_tcp", refuse)
+
+    async def main() -> Answer:
+        async with Adapter(Pool(base_url="http://127.0.0.1:9/v1"), {"OPENAI_API_KEY": KEY}) as adapter:
+            return await adapter.send(REQUEST, timeout_s=10.0)
+
+    answer = asyncio.run(main())
+    assert (answer.outcome, answer.scope) == (outcome, scope), answer
 
 
 def test_without_descriptors_the_attempt_is_this_machines_failure() -> None:
