@@ -6,6 +6,7 @@ The suite kills at 8 random moments, the slow form (`-m slow`) at 100.
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import signal
 import sqlite3
@@ -338,30 +339,65 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_full_disk_is_one_line_and_the_run_resumes_when_there_is_room(
-    cli: Cli, tmp_path: Path, small_disk: Path
+def filled(folder: Path) -> Path:
+    """A file that takes all that is left of its disk."""
+    ballast = folder / "ballast"
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    return ballast
+
+
+def said(process: Process, text: str) -> None:
+    until = time.monotonic() + WAIT_S
+    while text not in process.err.read_text():
+        assert time.monotonic() < until, f"never said {text!r}: {process.err.read_text()}"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("gives_up", [False, True])
+def test_with_a_full_disk_answers_wait_in_memory_and_none_is_bought_twice(
+    cli: Cli, tmp_path: Path, small_disk: Path, gives_up: bool
 ) -> None:
+    subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
     batch(tmp_path / "requests.jsonl", 60, cap=3000)
     journal = small_disk / "run.db"
-    long = {"first_token_s": 0.02, "per_token_s": 0.0, "sigma": 0.0, "stall_ratio": 0.0}
-    with provider(latency=long) as served:
+    with provider(latency=LATENCY) as served:
         args = ["run", tmp_path / "requests.jsonl", "--out", tmp_path / "results.jsonl", "--base-url", served.base_url]
-        ran = cli.run(*args, "--journal", journal, "--yes", env=ENV)
-        assert ran.code == 2, ran.err
-        assert "the disk is full" in ran.err
-        assert "run the same command again" in ran.err
+        args += ["--journal", journal, "--yes", "--grace", "0.5s"]
+        process = cli.start(*args, env=ENV)
+        while served.stats()["requests"] < 5:
+            time.sleep(0.01)
+        ballast = filled(small_disk)
+        said(
+            process, "the disk is full (0.0 MiB free): nothing more is sent, and answers are kept in memory until there"
+        )
+        time.sleep(0.5)
         seen = served.stats()["requests"]
-        assert 0 < seen < 60
-        with Journal.open(journal) as opened:
-            assert opened.complaints() == []
-            done = opened.counts().done
-        subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
-        ran = cli.run(*args, "--journal", journal, env=ENV)
-        assert ran.code == 0, ran.err
-        assert served.stats()["requests"] <= 60 + IN_FLIGHT + seen - done
+        assert seen < 60
+        time.sleep(1.0)
+        assert served.stats()["requests"] == seen, "something was sent that nobody can record"
+        if gives_up:
+            process.signal(signal.SIGINT)
+            said(process, "nothing more is launched")
+            process.signal(signal.SIGINT)
+            ran = process.wait()
+            assert ran.code == 2, ran.err
+            assert "make room and run the same command again" in ran.err
+        ballast.unlink()
+        if gives_up:
+            assert cli.run(*args, env=ENV).code == 0
+            # Somebody insisted: what was in memory alone was lost, and no more than that.
+            assert served.stats()["requests"] <= 60 + IN_FLIGHT
+        else:
+            ran = process.wait()
+            assert ran.code == 0, ran.err
+            assert "there is room again, the run goes on" in ran.err
+            assert served.stats()["requests"] == 60
     with Journal.open(journal) as opened:
         assert opened.complaints() == []
         assert opened.counts().done == 60
+        assert gives_up or opened.counts().resent == 0
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 60
 
 
@@ -372,6 +408,24 @@ def test_a_disk_that_is_too_small_is_refused_before_the_start(cli: Cli, tmp_path
     assert ran.code == 3
     assert "MiB are free: make room" in ran.err
     assert list(small_disk.iterdir()) == []
+
+
+def test_the_disk_is_looked_at_before_a_resume_too(cli: Cli, tmp_path: Path, small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
+    batch(tmp_path / "requests.jsonl", 60)
+    with provider(events=[{"kind": "quota", "after_requests": 5}]) as served:
+        args = [*run_args(tmp_path, served.base_url), "--journal", small_disk / "run.db"]
+        assert cli.run(*args, env=ENV).code == 4
+        seen = served.stats()["requests"]
+        ballast = filled(small_disk)
+        os.truncate(ballast, ballast.stat().st_size - 400 * 1024)  # to open it there is room enough
+        ran = cli.run(*args, env=ENV)
+        assert (ran.code, served.stats()["requests"]) == (3, seen), ran.err
+        assert "0 MiB are free: make room" in ran.err
+        ballast.unlink()
+    with provider() as served:
+        args = [*run_args(tmp_path, served.base_url), "--journal", small_disk / "run.db"]
+        assert cli.run(*args, env=ENV).code == 0
 
 
 def test_a_read_only_output_folder_is_refused_before_anything_is_sent(

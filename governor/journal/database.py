@@ -59,14 +59,16 @@ _LASTING_IO = {sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_IOERR_DIR_FSYNC, sqlit
 class JournalError(PacelineError):
     """A journal that cannot be opened, read or written. What was committed before is intact unless it says otherwise.
 
-    `retryable`: the same call can succeed once the cause is mended (room on the disk, another process gone).
+    `retryable`: the same call can succeed once the cause is mended (room on the disk, another process gone). `full`:
+    how full the disk is, where that is the cause, else "".
     """
 
     exit_code = 2
     fault = OPERATOR
 
-    def __init__(self, message: str, *, retryable: bool = False) -> None:
+    def __init__(self, message: str, *, retryable: bool = False, full: str = "") -> None:
         self.retryable = retryable
+        self.full = full
         super().__init__(message)
 
 
@@ -145,8 +147,9 @@ class Database:
         kind = code & 0xFF
         if kind == sqlite3.SQLITE_FULL or (kind == sqlite3.SQLITE_IOERR and code not in _LASTING_IO):
             full = "the disk is full" if kind == sqlite3.SQLITE_FULL else "the disk takes no more (full, or a quota)"
-            text = f"{full}{self._free()}: make room and run the same command again; what was recorded is intact"
-            return JournalError(f"{self.name}: {text}", retryable=True)
+            full += self._free()
+            text = f"{full}: make room and run the same command again; what was recorded is intact"
+            return JournalError(f"{self.name}: {text}", retryable=True, full=full)
         if kind in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH):
             text = "cannot be written: its folder or file is read-only, or not yours; name another with --journal"
             return JournalError(f"{self.name}: {text}", retryable=True)

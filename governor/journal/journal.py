@@ -339,6 +339,14 @@ class Journal(Records):
             row = {"leg": self._leg, "at_s": at_s, "launched_before": before, "json": to_json(dict(content))}
             connection.execute(insert(forecasts), row)
 
+    def wait_for_room(self, tell: Callable[[str], None]) -> None:
+        """See `Writer.wait_for_room`."""
+        self._running().wait_for_room(tell)
+
+    def give_up(self) -> None:
+        """See `Writer.give_up`."""
+        self._running().give_up()
+
     async def flushed(self) -> None:
         """Returns when all that the recorders were told is on the disk."""
         await self._running().flushed()

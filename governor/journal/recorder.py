@@ -15,7 +15,8 @@ checkpoint of the law's state in every pool that reported: what it says is used 
 
 Failure. A commit that fails (no room on the disk) leaves nothing behind; its batch goes back in front of what came
 since, and every task that waited gets the `JournalError`, so that nothing is sent on an unrecorded launch. The next
-flush tries again, unless nobody can know what the disk has kept.
+flush tries again, unless nobody can know what the disk has kept. A run would rather wait for room on a full disk
+(`wait_for_room`): meanwhile nothing is sent, and the answers that come are kept in memory.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,6 +60,8 @@ from governor.scheduler.driver import Job, Observer, PoolState
 
 # How long a result may be known and not yet on the disk: well below any launch gap or service time.
 LINGER_S = 0.02
+# Between two attempts to write to a full disk.
+ROOM_S = 0.5
 
 _MOVED = (
     update(requests)
@@ -266,6 +270,19 @@ class Writer:
         self._commit: _Commit | None = None
         self._hearing = threading.Lock()
         self._timer: asyncio.TimerHandle | None = None
+        self._on_full: Callable[[str], None] | None = None
+        self._gave_up = threading.Event()
+
+    def wait_for_room(self, tell: Callable[[str], None]) -> None:
+        """From now on a full disk is waited for.
+
+        `tell`: called from another thread with how full it is, and with "" when there is room again.
+        """
+        self._on_full = tell
+
+    def give_up(self) -> None:
+        """Waits for room no longer: what is not on the disk fails."""
+        self._gave_up.set()
 
     def touched(self) -> None:
         """Something was reported: it is committed soon, whether anybody waits for it or not."""
@@ -367,6 +384,23 @@ class Writer:
                 self.batch = commit.batch.followed_by(self.batch)
 
     def _write(self, batch: Batch) -> None:
+        was_full = False
+        while True:
+            try:
+                self._write_once(batch)
+            except JournalError as error:
+                if self._on_full is None or not error.full or self._gave_up.is_set():
+                    raise
+                if not was_full:
+                    self._on_full(error.full)
+                was_full = True
+                self._gave_up.wait(ROOM_S)
+            else:
+                if was_full and self._on_full is not None:
+                    self._on_full("")
+                return
+
+    def _write_once(self, batch: Batch) -> None:
         with self.database.writing() as connection:
             for statement, rows in batch.statements():
                 if rows:

@@ -22,7 +22,7 @@ from typing import BinaryIO
 from governor.forecast.forecast import Demand
 from governor.forecast.guard import check_fits
 from governor.journal.database import JournalError
-from governor.journal.journal import Journal, fingerprint_of
+from governor.journal.journal import INGEST_BYTES, Journal, fingerprint_of
 from governor.model.errors import BadInput, Oversized, Refused, quoted
 from governor.model.estimate import LEARNED, Sizes, charge_of
 from governor.model.policy import Policy
@@ -35,6 +35,8 @@ from governor.scheduler.driver import Work
 JOURNAL_BYTES_PER_INPUT_BYTE = 1.3
 JOURNAL_BYTES_PER_REQUEST = 4_000
 RESULT_BYTES_PER_REQUEST = 2_500
+# SQLite's log: 4 MiB, and the largest transaction (while a journal is filled) on top.
+WAL_BYTES = 4 * 2**20 + 2 * INGEST_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +181,7 @@ def prepare(
 
 
 def _made(path: Path, where: str | Path, pools: Sequence[Pool], seed: int, skip_oversized: bool) -> Begun:
-    _check_disk(path, where)
+    _check_disk(path, where, None)
     demands = {pool.name: Demand() for pool in pools}
     oversized = 0
 
@@ -267,6 +269,7 @@ def _resumed(
         retried = 0 if retry_failed is None else counts.failures.get(retry_failed, 0) if retry_failed else counts.failed
         left = counts.pending + counts.in_flight + retried
         demands, oversized = _left(journal, pools, skip_oversized, retry_failed, left)
+        _check_disk(path, where, left)
     except BaseException:
         journal.close()
         raise
@@ -301,9 +304,12 @@ def _left(
     return demands, oversized
 
 
-def _check_disk(path: Path, where: str | Path) -> None:
-    """Refused where the journal and the results would hardly fit beside each other."""
-    if "://" in str(where):
+def _check_disk(path: Path, where: str | Path, left: int | None) -> None:
+    """Refused where the journal, its log and the results would hardly fit beside each other.
+
+    `left`: requests of a journal that is there and holds their bodies already; None = it is to be made.
+    """
+    if "://" in str(where) or left == 0:
         return
     folder = Path(where).absolute().parent
     try:
@@ -313,7 +319,7 @@ def _check_disk(path: Path, where: str | Path) -> None:
         free = shutil.disk_usage(folder).free
     except OSError:
         return  # what is wrong with either is said elsewhere, in its own words
-    needed = disk_needed(size, lines)
+    needed = disk_needed(size, lines) if left is None else disk_needed(0, left)
     if needed > free:
         raise Refused(
             f"the journal and the results need about {needed / 2**20:,.0f} MiB in {os.fspath(folder)}, "
@@ -322,6 +328,9 @@ def _check_disk(path: Path, where: str | Path) -> None:
 
 
 def disk_needed(size: int, lines: int) -> int:
-    """Bytes that journal and results of a batch file of this size will take, roughly."""
-    per_line = JOURNAL_BYTES_PER_REQUEST + RESULT_BYTES_PER_REQUEST
-    return round(size * JOURNAL_BYTES_PER_INPUT_BYTE + lines * per_line)
+    """Bytes that journal and results of a batch file of this size will take, roughly.
+
+    The journal's write-ahead log repeats what is written, until it is taken over into the file every few MiB.
+    """
+    journal = round(size * JOURNAL_BYTES_PER_INPUT_BYTE + lines * JOURNAL_BYTES_PER_REQUEST)
+    return journal + min(journal, WAL_BYTES) + lines * RESULT_BYTES_PER_REQUEST

@@ -111,11 +111,13 @@ class LiveRun:
                 ticker = asyncio.create_task(self._tick(commands))
                 try:
                     await self._until_over(signals, ticker)
+                    await self._until_written(signals)
                 finally:
                     for task in (ticker, *self._asking):
                         task.cancel()
                     await asyncio.gather(ticker, *self._asking, return_exceptions=True)
         finally:
+            self.leg.journal.give_up()  # what is left to write is no answer
             self.shown.stop()
             await self._close_down()
         runs = self.runs.values()
@@ -132,6 +134,11 @@ class LiveRun:
     def _begin(self) -> None:
         """Begins the leg: recorders, governors, and the forecast, before anything is launched."""
         leg, loop = self.leg, asyncio.get_running_loop()
+
+        def on_full(full: str) -> None:
+            loop.call_soon_threadsafe(self._on_full, full)
+
+        leg.journal.wait_for_room(on_full)
         stated = leg.journal.run()
         zero = loop.time() - leg.journal.now_s(self.manner.time_scale)
         policies = {name: pool.policy for name, pool in leg.pools.items()}
@@ -215,6 +222,21 @@ class LiveRun:
             for task in (work, stopping, cancelling):
                 task.cancel()
             await asyncio.gather(work, stopping, cancelling, return_exceptions=True)
+
+    async def _until_written(self, signals: Signals) -> None:
+        """Until every answer is on the disk; one more signal gives up those for which there is no room."""
+        written = asyncio.create_task(self.leg.journal.flushed())
+        enough = asyncio.create_task((signals.cancelling if signals.names else signals.stopping).wait())
+        await asyncio.wait({written, enough}, return_when=asyncio.FIRST_COMPLETED)
+        enough.cancel()
+        if not written.done():
+            self.leg.journal.give_up()
+        await written
+
+    def _on_full(self, full: str) -> None:
+        """The disk is full, or there is room again ("")."""
+        text = f"{full}: nothing more is sent, and answers are kept in memory until there is room" if full else ""
+        self.say(f"{self.leg.journal.name}: {text or 'there is room again, the run goes on'}")
 
     async def _work(self) -> None:
         """The canary, then everything."""

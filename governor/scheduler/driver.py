@@ -604,7 +604,8 @@ class Governor:
         await self.observer.flushed()
         task = asyncio.current_task()
         assert task is not None
-        expires_at = law.expires_at(self.p, job.first_launched_s, job.launched_s)
+        # From now on: to record the launch may have taken long, if the disk was full.
+        expires_at = law.expires_at(self.p, job.first_launched_s, self.now())
         self._watch_expiry(expires_at, task)
         try:
             answer = await send(job, max(0.0, expires_at - self.now()))

@@ -534,7 +534,7 @@ def test_only_one_process_runs_a_journal_on_postgresql(postgres: PostgresServer)
             assert other.is_running()
         with pytest.raises(JournalError, match=refused):
             Journal.open(url, to_run=True)
-        script = "import sys; from governor.journal import Journal; Journal.open(sys.argv[1], to_run=True)"
+        script = "import sys; from governor.journal.journal import Journal; Journal.open(sys.argv[1], to_run=True)"
         assert refused in python(script, url).stderr.splitlines()[-1]
         # The server ends the session that holds the lock: the next write takes it anew.
         ended = "SELECT pg_terminate_backend(pid, 5000) FROM pg_locks WHERE locktype = 'advisory'"
@@ -549,7 +549,7 @@ def test_only_one_process_runs_a_journal_on_postgresql(postgres: PostgresServer)
     with Journal.open(url) as other:
         assert not other.is_running()
     # However its process ends, the lock is given back.
-    script = "import os, sys; from governor.journal import Journal; Journal.open(sys.argv[1], to_run=True); os._exit(9)"
+    script = f"import os; {script}; os._exit(9)"
     assert python(script, url).returncode == 9
     Journal.open(url, to_run=True).close()
 

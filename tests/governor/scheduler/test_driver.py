@@ -377,11 +377,11 @@ def test_a_launch_is_told_and_flushed_before_it_is_sent() -> None:
     assert told == [
         "0 launched 0",
         "0.5 flushed",
-        "0.5 sent 0, 59.5 s left",
+        "0.5 sent 0, 60 s left",
         "2.5 ended 0",
         "2.5 launched 1",
         "3 flushed",
-        "3 sent 1, 59.5 s left",
+        "3 sent 1, 60 s left",
         "5 ended 1",
     ]
 
