@@ -60,7 +60,7 @@ BY_RPM = 4
 BY_DAY = 5
 HOLD = 6
 PAUSED = 7
-OUTAGE = HOLD
+OUTAGE = HOLD  # in the records of waiting: launches are held
 
 MINUTE_S = 60.0
 DAY_S = 86400.0

@@ -202,6 +202,9 @@ def _provider(rng: random.Random, workload: Workload, tpm: int) -> dict[str, Any
     elif rng.random() < 0.3:
         bursty = {"burst_s": rng.choice([5.0, 15.0]), "period_s": 60.0} if rng.random() < 0.5 else {}
         config["cotenant"] = {"share": rng.choice([0.1, 0.25, 0.6]), **bursty}
+    if rng.random() < 0.15:
+        at, kind = float(rng.randint(0, 60)), rng.choice(["drops", "5xx", "hang"])
+        config["outages"] = [{"at_s": at, "length_s": float(rng.choice([5, 60, 300])), "kind": kind}]
     return config
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import datetime
+from math import inf
 from typing import Any
 
 from governor.forecast.forecast import Demand, Outlook, fluid
@@ -44,6 +45,7 @@ def status_json(journal: Journal) -> dict[str, Any]:
         "failures": counts.failures,
         "attempts": sum(outcomes.values()),
         "throttled": outcomes.get(Outcome.THROTTLED, 0) + outcomes.get(Outcome.SLOW_DOWN, 0),
+        "outage_s": _outages(journal, pools) if is_running else {},
         "began": datetime.fromtimestamp(run.epoch_s).astimezone().isoformat(timespec="seconds"),
         "legs": len(legs),
         "ending": "" if is_running else legs[-1].ending if legs else "",
@@ -74,6 +76,16 @@ def _paused(journal: Records, pools: Iterable[str], since_s: float) -> list[str]
         named = {word.removeprefix(POOL_WORD) for word in command.words if word.startswith(POOL_WORD)}
         paused = paused | (named or set(pools)) if command.name == PAUSE else paused - (named or set(pools))
     return sorted(paused)
+
+
+def _outages(journal: Records, pools: Iterable[str]) -> dict[str, float]:
+    """For how long nothing has been answered in each pool whose circuit breaker was open at its last commit."""
+    found = {name: journal.checkpoint(name) for name in pools}
+    return {
+        name: last.at_s - last.state.outage_from
+        for name, last in found.items()
+        if last is not None and last.state.probe_at > -inf
+    }
 
 
 def _forecast_finish(content: dict[str, Any]) -> float | None:
@@ -124,6 +136,9 @@ def status_pairs(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("in flight", f"{found['in_flight']:,}, {found['pending']:,} waiting"),
         ("429s", f"{found['throttled']:,} in {plural(found['attempts'], 'attempt')}"),
     ]
+    if found["outage_s"]:
+        pools = "; ".join(f"pool {name}, {duration(silent_s)}" for name, silent_s in found["outage_s"].items())
+        pairs.append(("no answer", f"{pools}: it waits for the provider, attempts do not count"))
     if found["failed"]:
         codes = ", ".join(f"{code} {count:,}" for code, count in found["failures"].items())
         pairs.append(("failed", f"{found['failed']:,}: {codes}"))

@@ -15,8 +15,8 @@ from typing import Any, Literal, TextIO
 from governor.forecast.summary import CAUSES
 from governor.journal.schema import LANES
 from governor.model.requests import Answer, Attempt, Outcome, Request
-from governor.scheduler.driver import Job, Observer
-from governor.telemetry.watch import THROTTLES
+from governor.scheduler.driver import Job, Observer, PoolState
+from governor.telemetry.watch import THROTTLES, OutageWatch
 
 Format = Literal["text", "json"]
 
@@ -30,6 +30,10 @@ class EventLog(Observer):
         self.stream = stream or sys.stderr
         self.zero_epoch = 0.0
         self._now = 0.0
+        self._outage = OutageWatch()
+
+    def began(self, governor: PoolState) -> None:
+        self._outage.state = governor
 
     def launched(self, job: Job, now: float) -> None:
         self._now = now
@@ -64,6 +68,9 @@ class EventLog(Observer):
             waited_s={cause: round(wait_s, 3) for cause, wait_s in waits.items() if wait_s >= 0.0005},
             request_id=answer.request_id,
         )
+        if self._outage.changed():
+            since_s = round(self._outage.since_s, 3)
+            self._line(attempt.finished_s, "outage" if since_s >= 0.0 else "back", since_s=since_s)
 
     def ended(self, request: Request, failure: str, answer: Answer | None, now: float) -> None:
         self._now = now

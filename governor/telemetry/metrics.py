@@ -27,6 +27,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, Self
 from urllib.error import HTTPError
@@ -49,7 +50,8 @@ from governor.forecast.summary import CAUSES
 from governor.model import requests
 from governor.model.errors import BadInput, BadSetting
 from governor.model.requests import Answer, Attempt, Outcome
-from governor.model.work import Observer
+from governor.model.work import Observer, PoolState
+from governor.telemetry.watch import OutageWatch
 
 HOST = "127.0.0.1"
 VENDOR = "openai"
@@ -103,6 +105,9 @@ class Metrics:
         # Shown from the start, as 0: a dashboard cannot tell a name that is missing from one that never counted.
         self.rate_limit_events.labels(VENDOR)
         self.in_flight = Gauge("paceline_in_flight", "Requests in flight", ["pool"], registry=r)
+        self.outage_since = Gauge(
+            "paceline_outage_since_epoch", "Since when nothing is answered, 0 = no outage", ["pool"], registry=r
+        )
         self.attempts = Counter("paceline_attempts", "Attempts that ended", ["pool", "outcome"], registry=r)
         self.requests = Counter("paceline_requests", "Requests that ended", ["pool", "result"], registry=r)
         self.deferrals = Counter(
@@ -201,10 +206,18 @@ class PoolMetrics(Observer):
         self._waits = [(f"waited_{cause}_s", metrics.waits.labels(pool, cause)) for cause in CAUSES[1:]]
         self._deferrals = {cause: metrics.deferrals.labels(pool, CAUSES[cause]) for cause in range(1, law.PAUSED + 1)}
         self._attempts = _Children(lambda outcome: metrics.attempts.labels(pool, outcome))
+        self._outage = OutageWatch()
+        self._outage_since = metrics.outage_since.labels(pool)
         self._requests = _Children(lambda result: metrics.requests.labels(pool, result))
+
+    def began(self, governor: PoolState) -> None:
+        """Whose circuit breaker is shown."""
+        self._outage.state = governor
 
     def attempted(self, attempt: Attempt, answer: Answer, failure: str) -> None:
         """An attempt is over."""
+        if self._outage.changed():
+            self._outage_since.set(time.time() if self._outage.since_s >= 0.0 else 0.0)
         self._attempts[attempt.outcome].inc()
         if attempt.outcome in THROTTLES:
             self._throttles.inc()

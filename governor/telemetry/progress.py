@@ -28,6 +28,8 @@ from governor.scheduler.driver import Governor
 from governor.telemetry.watch import Meter, waiting_for
 
 EVERY_S = 30.0
+# What a pool waits for whose circuit breaker is open.
+OUTAGE = "outage"
 REFRESH_S = 0.25
 
 
@@ -44,7 +46,8 @@ class Lane:
 class Snapshot:
     """Where a run stands. `tokens_per_minute`: reserved by the launches of the last minute; `limit`: 0 = none.
 
-    `waiting`: the cause right now, "" = none. `eta_s`: until the end by the law; inf = not while it is paused.
+    `waiting`: the cause right now, "" = none; `silent_s`: for how long nothing has been answered, -1 = no
+    outage. `eta_s`: until the end by the law; inf = not while it is paused.
     """
 
     total: int
@@ -57,6 +60,7 @@ class Snapshot:
     waiting: str
     eta_s: float
     stopped: str = ""
+    silent_s: float = -1.0
 
     def line(self) -> str:
         """One line for a log."""
@@ -72,8 +76,10 @@ class Snapshot:
         """The same for a bar, what matters most first: a narrow terminal cuts it short."""
         share = self.ended / self.total if self.total else 1.0
         failed = f", {self.failed:,} failed" if self.failed else ""
-        left = self.state_text() if self.stopped or self.waiting == "paused" else f"{duration(self.eta_s)} left"
-        waits = f", waits for {self.waiting}" if self.waiting not in ("", "paused") else ""
+        left = (
+            self.state_text() if self.stopped or self.waiting in ("paused", OUTAGE) else f"{duration(self.eta_s)} left"
+        )
+        waits = f", waits for {self.waiting}" if self.waiting not in ("", "paused", OUTAGE) else ""
         rest = f"{self.in_flight:,} in flight, {self.throttled:,} 429s{waits}, {self.tokens_text()}"
         return f"{self.ended:,}/{self.total:,} ({percent(share)}{failed}), {left}, {rest}"
 
@@ -88,6 +94,8 @@ class Snapshot:
             return "stopping: waits for what is in flight"
         if self.waiting == "paused":
             return "paused"
+        if self.waiting == OUTAGE:
+            return f"no answer for {duration(self.silent_s)}: waits for the provider, attempts do not count"
         waits = f"waits for {WAITED_FOR[self.waiting][1]}, " if self.waiting else ""
         return f"{waits}about {duration(self.eta_s)} left"
 
@@ -127,6 +135,7 @@ def snapshot(lanes: Sequence[Lane], total: int, ended_before: int, failed_before
         limit=sum(limits) if all(limit > 0.0 for limit in limits) else 0.0,
         waiting=_waiting(lanes[last]),
         eta_s=etas[last],
+        silent_s=governor.now() - governor.s.outage_from if governor.s.probe_at > -inf else -1.0,
         stopped=governor.stopped if all(lane.governor.stopped for lane in lanes) else "",
     )
 
@@ -136,6 +145,8 @@ def _waiting(lane: Lane) -> str:
     governor = lane.governor
     if governor.s.paused:
         return "paused"
+    if governor.s.probe_at > -inf:
+        return OUTAGE
     if not lane.meter.in_flight and governor.cause in (law.NOTHING, law.CONCURRENCY):
         return "backoff" if governor.backing_off()[0] < inf else ""
     return waiting_for(governor.cause)

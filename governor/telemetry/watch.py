@@ -10,17 +10,19 @@ law).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from math import inf
 from typing import Any
 
 from governor import law
 from governor.forecast.guard import Measured
 from governor.forecast.summary import CAUSES, Tally
+from governor.law import PROBE_GAP_MAX_S
 from governor.model.errors import quoted
 from governor.model.policy import KNOB_BY_ENV, Policy
 from governor.model.pools import Pool
 from governor.model.prices import Spent, usage_in
 from governor.model.requests import ACCOUNT_REFUSES, Answer, Attempt, Outcome, Request
-from governor.model.words import moment_text
+from governor.model.words import duration, moment_text
 from governor.scheduler.driver import Job, Observer, PoolState
 
 THROTTLES = (Outcome.THROTTLED, Outcome.SLOW_DOWN)
@@ -85,6 +87,26 @@ class Together(Observer):
 def _given(observers: tuple[Observer, ...], name: str) -> list[Any]:
     """That method of those observers that define it: what nobody wants costs nothing."""
     return [getattr(o, name) for o in observers if getattr(type(o), name) is not getattr(Observer, name)]
+
+
+# ---------------------------------------------------------------- the circuit breaker
+
+
+class OutageWatch:
+    """Sees the circuit breaker of a pool open and close. `since_s`: of the outage that goes on, -1 = there is none."""
+
+    def __init__(self) -> None:
+        self.state: PoolState | None = None
+        self.since_s = -1.0
+
+    def changed(self) -> bool:
+        """Whether an outage has begun or ended since the last call."""
+        s = self.state.s if self.state is not None else None
+        since_s = s.outage_from if s is not None and s.probe_at > -inf else -1.0
+        if since_s == self.since_s:
+            return False
+        self.since_s = since_s
+        return True
 
 
 # ---------------------------------------------------------------- figures
@@ -191,6 +213,10 @@ class Alarms(Observer):
         self._asked: set[tuple[str, str]] = set()
         self._last = ("", "")
         self._same = 0
+        self._outage = OutageWatch()
+
+    def began(self, governor: PoolState) -> None:
+        self._outage.state = governor
 
     def repriced(self, policy: Policy) -> None:
         """Other settings are in force: compare with these."""
@@ -202,6 +228,8 @@ class Alarms(Observer):
             self.granted[limit.dimension] = limit.limit
             if limit.dimension not in self._told:
                 self._compare(limit.dimension, limit.limit)
+        if self._outage.changed():
+            self._say(self._of + outage_text(self._outage, answer))
         if answer.outcome in ACCOUNT_REFUSES and "account" not in self._told:
             self._told.add("account")
             self._say(self._of + account_text(answer))
@@ -232,6 +260,20 @@ class Alarms(Observer):
             self._asked.add(words)
             message = _words(answer)[:200] or answer.error_code or "no reason given"
             self._refused(f"{self._of}{SAME_REFUSALS} requests in a row were refused as bad: {message}")
+
+
+def outage_text(outage: OutageWatch, answer: Answer) -> str:
+    """What to say of an outage that has just begun, or ended."""
+    assert outage.state is not None
+    s = outage.state.s
+    if outage.since_s < 0.0:
+        return f"the provider answers again, after {duration(s.outage_until - s.outage_from)}: it goes on"
+    lately = duration(outage.state.now() - s.outage_from)
+    why = _words(answer) or (f"status {answer.status}" if answer.status else str(answer.outcome))
+    return (
+        f"no answer for {lately} ({why}): waits for the provider and probes it, at most {PROBE_GAP_MAX_S:g} s apart; "
+        "attempts that fail meanwhile do not count; check the address and the network if it should be there"
+    )
 
 
 def limit_text(dimension: str, granted: float, policy: Policy) -> str:

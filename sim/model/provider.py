@@ -60,6 +60,13 @@ RAMP_WINDOW_S = 900.0
 RAMP_GROWTH = 1.5
 TICK_S = 1.0
 CHANGES = 8
+OUTAGES = 4
+# Kinds of outage: connections are dropped, everything is answered by a 5xx, or nothing is answered at all.
+DROPS = 0
+ERRORS = 1
+HANGS = 2
+# An answer that never comes: beyond any time-out.
+NEVER_S = 1e9
 # Rounding of sums of drained amounts, far below one token: a governor that mirrors the bucket exactly is not refused.
 ROUNDING = 1e-6
 
@@ -79,6 +86,7 @@ class ProviderParams:
     used by others; in bursts of `cotenant_burst_s` once per `cotenant_period_s` if that is > 0. `quota_requests`: after
     so many admitted requests the credit is gone. Latency of an answer: (first_token_s + per_token_s * output) times a
     log-normal factor of that sigma, and with probability `stall_ratio` a stall of `stall_min_s` to `stall_max_s` more.
+    From `outage_at` to `outage_until` (inf = unused) the provider is out, in that `outage_kind`.
     `refusal_s`: time until a refusal arrives. `empty_cut_ratio`: chance that a cut answer has no usable text.
     `counts`: which answers state what remains; stated is that share of it (`counts_share`: a header that speaks of a
     slice of the limit), rounded to the nearest multiple of `counts_rounded_to`, below zero only with `counts_negative`.
@@ -106,6 +114,9 @@ class ProviderParams:
     stall_max_s: float = 60.0
     error_ratio: float = 0.0
     drop_ratio: float = 0.0
+    outage_at: list[float] = field(default_factory=lambda: [math.inf] * OUTAGES)
+    outage_until: list[float] = field(default_factory=lambda: [math.inf] * OUTAGES)
+    outage_kind: list[float] = field(default_factory=lambda: [0.0] * OUTAGES)
     refusal_s: float = 0.05
     empty_cut_ratio: float = 0.5
     counts: int = COUNTS_AT_ADMISSION
@@ -388,8 +399,44 @@ def answered(
 
     `attempt` is the key of the attempt (unique over lanes), `output_tokens` what the answer will have after its cap,
     `drawn_s` its `latency_s` where the caller has drawn it ahead.
-    A fault strikes after admission: the charge is taken, and a 5xx arrives at the time of the first token.
+    A fault strikes after admission: the charge is taken, and a 5xx arrives at the time of the first token. In an outage
+    nothing is admitted, and what was under way as it began dies in that moment.
     """
+    outage = 0
+    while pp.outage_until[outage] <= now and outage < OUTAGES - 1:
+        outage += 1
+    at = pp.outage_at[outage]
+    if at <= now < pp.outage_until[outage]:
+        return _died(pp, outage, pp.refusal_s)
+    outcome, service_s, dimension, wait_s = _served(
+        pp, ps, seed, request, attempt, charge, output_tokens, recorded_s, now, drawn_s
+    )
+    if now + service_s > at:
+        return _died(pp, outage, at - now)
+    return outcome, service_s, dimension, wait_s
+
+
+def _died(pp: ProviderParams, outage: int, after_s: float) -> tuple[int, float, int, float]:
+    """What an attempt meets that this outage strikes so many seconds after its launch."""
+    kind = pp.outage_kind[outage]
+    if kind == ERRORS:
+        return SERVER_ERROR, after_s, -1, -1.0
+    return DROPPED, NEVER_S if kind == HANGS else after_s, -1, -1.0
+
+
+def _served(
+    pp: ProviderParams,
+    ps: ProviderState,
+    seed: int,
+    request: int,
+    attempt: int,
+    charge: float,
+    output_tokens: float,
+    recorded_s: float,
+    now: float,
+    drawn_s: float,
+) -> tuple[int, float, int, float]:
+    """The same where there is no outage."""
     outcome, dimension, wait_ms = admitted(pp, ps, seed, charge, now)
     if outcome != OK:
         return outcome, pp.refusal_s, dimension, stated_wait_s(pp, wait_ms)

@@ -43,6 +43,10 @@ from sim.model.provider import (
     COUNTS_AT_ANSWER,
     COUNTS_NONE,
     COUNTS_ON_REFUSALS,
+    DROPS,
+    ERRORS,
+    HANGS,
+    OUTAGES,
     SAYS_MILLISECONDS,
     SAYS_NOTHING,
     SAYS_SECONDS,
@@ -74,6 +78,7 @@ _COUNTS = {
     "answer": COUNTS_AT_ANSWER,
     "refusals": COUNTS_ON_REFUSALS,
 }
+_OUTAGES = {"drops": DROPS, "5xx": ERRORS, "hang": HANGS}
 _SAYS = {"absent": SAYS_NOTHING, "ms": SAYS_MILLISECONDS, "seconds": SAYS_SECONDS}
 
 
@@ -155,6 +160,14 @@ class LimitChange(Config):
     factor: float = Field(gt=0, le=1_000)
 
 
+class Outage(Config):
+    """From `at_s` on, for `length_s`, nothing is served: connections drop, everything is a 5xx, or answers hang."""
+
+    at_s: float = Field(ge=0, le=10**9)
+    length_s: float = Field(gt=0, le=10**9)
+    kind: Literal["drops", "5xx", "hang"] = "drops"
+
+
 class Faults(Config):
     """What goes wrong after admission, as a share of attempts (cut answers without text: of those cut by their cap)."""
 
@@ -202,6 +215,7 @@ class ProviderConfig(Config):
     ramp_tpm: Tokens = 0
     quota_requests: Requests = 0
     limit_changes: Annotated[tuple[LimitChange, ...], Field(max_length=CHANGES, strict=False)] = ()
+    outages: Annotated[tuple[Outage, ...], Field(max_length=OUTAGES, strict=False)] = ()
     cotenant: Cotenant = Cotenant()
     faults: Faults = Faults()
     latency: Latency = Latency(preset=DEFAULT_LATENCY)
@@ -218,6 +232,8 @@ class ProviderConfig(Config):
         times = [change.at_s for change in self.limit_changes]
         if any(b <= a for a, b in pairwise(times)):
             raise ValueError("limit_changes must be in order of time, each at_s above the one before")
+        if any(after.at_s < before.at_s + before.length_s for before, after in pairwise(self.outages)):
+            raise ValueError("outages must be in order of time, none before the end of the one before")
         return self
 
     @staticmethod
@@ -237,6 +253,10 @@ class ProviderConfig(Config):
         for i, change in enumerate(self.limit_changes):
             changes.change_at[i] = change.at_s
             changes.change_factor[i] = change.factor
+        for i, outage in enumerate(self.outages):
+            changes.outage_at[i] = outage.at_s
+            changes.outage_until[i] = outage.at_s + outage.length_s
+            changes.outage_kind[i] = float(_OUTAGES[outage.kind])
         late = self.latency
         return ProviderParams(
             limit=[float(limit) for limit in (self.tpm, self.rpm, self.tpd, self.rpd)],
@@ -249,6 +269,9 @@ class ProviderConfig(Config):
             ramp_tpm=float(self.ramp_tpm),
             change_at=changes.change_at,
             change_factor=changes.change_factor,
+            outage_at=changes.outage_at,
+            outage_until=changes.outage_until,
+            outage_kind=changes.outage_kind,
             cotenant_share=self.cotenant.share,
             cotenant_burst_s=self.cotenant.burst_s,
             cotenant_period_s=self.cotenant.period_s,

@@ -157,7 +157,11 @@ class Lane:
     def notes(self) -> list[str]:
         """What an operator should know of this pool right now: why it launches nothing, and until when."""
         found = [self.trouble] if self.trouble else []
-        hold_s = self.governor.s.hold_until - self.governor.now()
+        s, now = self.governor.s, self.governor.now()
+        if s.probe_at > -inf:
+            waited = duration(now - s.outage_from)
+            found.append(f"no answer for {waited}: waits for the provider, next probe in {duration(s.probe_at - now)}")
+        hold_s = s.hold_until - now
         if hold_s > LONG_HOLD_S:
             until = moment_text(time.time() + hold_s / self.time_scale)
             found.append(f"a 429 asked for a wait: nothing is launched for {duration(hold_s)}, until {until}")
