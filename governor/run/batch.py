@@ -11,6 +11,7 @@ account itself) is refused, 5 a budget of money or time is used up, 130, 143 and
 from __future__ import annotations
 
 import asyncio
+import resource
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -48,6 +49,9 @@ from governor.run.scaledloop import loop_factory
 from governor.run.steer import SIGNALS, changes_text, held_settings, words_of
 from governor.telemetry.metrics import Metrics, checked_hook
 from governor.telemetry.progress import Shown
+
+# Descriptors beside those of requests in flight: journal, files, connections that close, name look-ups.
+OWN_DESCRIPTORS = 50
 
 ALL_WELL, SOME_FAILED, CANNOT, QUOTA, BUDGET = 0, 1, 3, 4, 5
 SIGNAL_CODES = {number.name: 128 + number for number in SIGNALS}
@@ -223,6 +227,7 @@ def _guard(begun: Begun, orders: Orders, foresee: Foresee | None, shown: Shown) 
     busy = [pool for pool in orders.pools if demands[pool.name].requests]
     if not busy:
         return expectations
+    _check_descriptors(sum(min(pool.policy.max_concurrency, demands[pool.name].requests) for pool in busy))
     for pool in busy:
         for line in forecast_lines(pool, demands[pool.name], expectations[pool.name], orders, named=len(busy) > 1):
             shown.inform(line)
@@ -231,6 +236,27 @@ def _guard(begun: Begun, orders: Orders, foresee: Foresee | None, shown: Shown) 
         e = expectations[last.name]
         check_finish(e.finish_s, orders.finish_by_s, held_back_text(e, last))
     return expectations
+
+
+def descriptors() -> int:
+    """How many this process may have, once it has asked for all that it may ask for."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
+    if soft < most or soft == resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        return most
+    return soft
+
+
+def _check_descriptors(in_flight: int) -> None:
+    available = descriptors()
+    if in_flight + OWN_DESCRIPTORS > available:
+        raise BadSetting(
+            f"{in_flight:,} requests in flight need {in_flight + OWN_DESCRIPTORS:,} descriptors, and this process may "
+            f"have {available:,}: lower OPENAI_MAX_CONCURRENCY to {max(1, available - OWN_DESCRIPTORS):,} in all, or "
+            "raise `ulimit -n`",
+            "OPENAI_MAX_CONCURRENCY",
+        )
 
 
 def _check_prices(orders: Orders, demands: Mapping[str, Demand]) -> None:

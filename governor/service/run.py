@@ -19,9 +19,10 @@ from uvicorn.config import STARTUP_FAILURE
 
 from governor.forecast.forecast import Demand, Outlook
 from governor.model.errors import BadSetting
+from governor.run.batch import descriptors
 from governor.run.scaledloop import loop_factory
 from governor.service.api.app import app_of, service_of
-from governor.service.api.connections import Connection, Gate, accept, descriptors, places
+from governor.service.api.connections import Connection, Gate, accept, places
 from governor.service.api.events import Events
 from governor.service.config import ServiceConfig
 

@@ -52,7 +52,7 @@ def asked(writing: Writing, times: int = 1) -> tuple[list[Answer], int]:
             if written is not None:
                 await written
             await writer.drain()
-        except (ConnectionError, asyncio.IncompleteReadError):
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
         finally:
             writer.close()

@@ -6,6 +6,10 @@ The server answers by a word in the prompt, oddly the first time or always, and 
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -17,7 +21,7 @@ from typing import Any
 import pytest
 
 from tests.answers.forms import NO_CREDIT, anthropic, chat, error, openrouter, page
-from tests.live import Cli, line, lines_of, run_args, shared_cli, write_batch
+from tests.live import FREE, KEY, ROOT, Cli, line, lines_of, run_args, shared_cli, write_batch
 
 ACCESS = "You have reached your specified API usage limits. You will regain access on 2099-01-01 at 00:00 UTC."
 
@@ -165,3 +169,17 @@ def test_numbers_that_json_has_not_become_null(cli: Cli, tmp_path: Path) -> None
     assert "null,null" in text
     assert "NaN" not in text
     assert "Infinity" not in text
+
+
+def test_more_in_flight_than_descriptors_allow_is_refused_with_the_figure(cli: Cli, tmp_path: Path) -> None:
+    asked_of(tmp_path, fine=200)
+    args = " ".join(map(str, run_args(tmp_path, "http://127.0.0.1:9/v1", "--yes")))
+    command = f"import sys; sys.argv[0] = 'paceline'; from sim.app.cli import main; sys.exit(main({args.split()!r}))"
+    env = {**os.environ, "OPENAI_API_KEY": KEY, **FREE, "OPENAI_MAX_CONCURRENCY": "100"}
+    shell = f"ulimit -n 120; exec {shlex.quote(sys.executable)} -c {shlex.quote(command)}"
+    ran = subprocess.run(["bash", "-c", shell], env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode == 2, ran.stderr
+    assert ran.stderr.splitlines()[-1].endswith(
+        "100 requests in flight need 150 descriptors, and this process may have 120: lower OPENAI_MAX_CONCURRENCY to "
+        "70 in all, or raise `ulimit -n`"
+    )

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import resource
 import socket
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -22,6 +21,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from governor.model.errors import BadSetting
 from governor.model.policy import Policy
+from governor.run.batch import descriptors
 from governor.service.errors import NOT_READY, ApiError, answer_of
 
 log = logging.getLogger("paceline.service")
@@ -38,16 +38,6 @@ OWN = 80
 # A client may hold a file for its upload.
 PER_CLIENT = 2
 CLIENTS_LEAST = 16
-
-
-def descriptors() -> int:
-    """How many this process may have, once it has asked for all that it may ask for."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
-    if soft < most or soft == resource.RLIM_INFINITY:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-        return most
-    return soft
 
 
 def places(policies: Iterable[Policy], available: int) -> int:
