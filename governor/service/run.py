@@ -148,7 +148,7 @@ def _socket(config: ServiceConfig) -> socket.socket:
     """Listens, before anything is said."""
     try:
         family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-        found = socket.socket(family)
+        found = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # else asyncio sets no TCP_NODELAY
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind((config.host.strip("[]"), config.port))
         found.listen(BACKLOG)

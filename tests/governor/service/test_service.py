@@ -529,7 +529,7 @@ def test_an_answer_that_forbids_a_method_names_all_that_are_allowed(served: Serv
 
 def test_neither_key_nor_prompt_is_ever_logged(cli: Cli, tmp_path: Path) -> None:
     secret = "a-very-private-question"
-    events = [{"kind": "model_not_found", "after_requests": 2, "times": 1}, {"kind": "drop", "ratio": 0.3}]
+    events = [{"kind": "unauthorized", "after_requests": 2, "times": 1}, {"kind": "drop", "ratio": 0.3}]
     with provider(events=events) as llm, serving(cli, tmp_path, llm.base_url) as served:
         template = served.template(prompt=secret + " {{ name }}")
         first = good(served.run(template, 3))["batch_id"]
