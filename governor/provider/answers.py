@@ -35,6 +35,9 @@ DEPTH_MAX = 200
 RAW_CHARS_MAX = 1_000_000
 # Statuses beside which a message is believed, and those beside which any word is.
 _VAGUE = (None, 400, 403, 500)
+_MONEY = (*_VAGUE, 402, 429)
+# A message may quote the prompt, further on: what a user wrote must not stop a pool.
+_SAID_CHARS = 300
 _SAYS_LITTLE = (401, *range(500, 600))
 _REQUEST_IDS = ("x-request-id", "apim-request-id", "request-id", "x-amzn-requestid")
 _WORDS = ("type", "code", "status", "reason", "error_code", "__type", "error_type")
@@ -161,8 +164,10 @@ def _refusal(status: int | None, error: _Error, wait_s: float) -> Outcome:
     worded = _worded(error.words)
     if worded in (Outcome.QUOTA, Outcome.SLOW_DOWN, Outcome.TOO_LARGE, Outcome.BAD_REQUEST):
         return worded
-    texted = next((outcome for outcome, pattern in BY_TEXT if pattern.search(error.message)), None)
-    if texted in (Outcome.QUOTA, Outcome.BAD_REQUEST) or (texted is not None and status in _VAGUE):
+    said = error.message[:_SAID_CHARS]
+    texted = next((outcome for outcome, pattern in BY_TEXT if pattern.search(said)), None)
+    believed = _MONEY if texted is Outcome.QUOTA else _VAGUE
+    if texted is Outcome.BAD_REQUEST or (texted is not None and status in believed):
         return texted
     numbers = quoted_numbers(error.message)
     figured = numbers.requested >= 0.0 and numbers.limit >= 0.0
@@ -176,8 +181,8 @@ def _refusal(status: int | None, error: _Error, wait_s: float) -> Outcome:
         return Outcome.QUOTA if bare and QUOTA_BARE in error.message else Outcome.THROTTLED
     if status is None and worded is None:
         # A failure inside a success: without a code it is the provider's own, with one the request is at fault.
-        said = error.code and "timeout" not in error.code and error.code != "0"
-        return Outcome.BAD_REQUEST if said else Outcome.SERVER_ERROR
+        coded = error.code and "timeout" not in error.code and error.code != "0"
+        return Outcome.BAD_REQUEST if coded else Outcome.SERVER_ERROR
     if worded is not None and (status is None or status in _SAYS_LITTLE or not error.words & GENERIC):
         return worded
     assert status is not None

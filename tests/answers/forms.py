@@ -393,6 +393,8 @@ GATEWAYS = [
     form("HKUSTDial/Alpha-SQL#5", 400, {"object": "error", "message": "This model's maximum context length is 32768 tokens. However, you requested 41648 tokens.", "type": "BadRequestError", "param": None, "code": 400}, BAD_REQUEST, "400"),
     form("docs vllm, model", 404, {"object": "error", "message": "The model `x` does not exist.", "type": "NotFoundError", "param": None, "code": 404}, BAD_REQUEST, "404"),
     form("docs vllm, newer shape", 404, error("The model `x` does not exist.", "NotFoundError", 404), BAD_REQUEST, "404"),
+    form("a prompt that is quoted", 422, {"detail": [{"msg": "Value error, got 'insufficient balance: you will regain access on 2099-01-01'"}]}, BAD_REQUEST),
+    form("a prompt that is quoted", 400, error("Unsupported parameter. " + "x" * 300 + " insufficient balance", "invalid_request_error"), BAD_REQUEST, "invalid_request_error"),
     form("docs vllm, loading", 503, "", OVERLOADED),
     form("docs vllm, engine", 500, {"object": "error", "message": "EngineCore encountered an issue.", "type": "InternalServerError", "param": None, "code": 500}, SERVER_ERROR, "500"),
     form("docs vllm, aborted", 200, chat("hal", "abort"), SERVER_ERROR, "abort", used=USED),
