@@ -43,7 +43,7 @@ ROW_BYTES, COPIES = 600, 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
+class BatchSpec:
     """What somebody wants of a batch. `template`: id and version, None = raw lines."""
 
     who: str
@@ -55,7 +55,7 @@ class Wish:
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class PoolVerdict:
     """The verdict on a batch, and the pool that it is about: the one that refuses, or that will end last."""
 
     pool: str
@@ -80,8 +80,8 @@ class Incoming:
     `stores`: whether it may be accepted; a mere preflight keeps nothing. `left`: set once the client has gone.
     """
 
-    def __init__(self, worker: Worker, wish: Wish, *, stores: bool = True) -> None:
-        self.wish = wish
+    def __init__(self, worker: Worker, spec: BatchSpec, *, stores: bool = True) -> None:
+        self.spec = spec
         self.left = threading.Event()
         self.demands: dict[str, Demand] = {}
         self.pools: list[Pool] = []
@@ -98,7 +98,7 @@ class Incoming:
         self._buffer: list[Work] = []
         self._bytes = 0
         for pool, policy in worker.policies.in_force().items():
-            own = checked_overrides(policy, wish.settings)
+            own = checked_overrides(policy, spec.settings)
             self.own = own
             stated = next(each for each in worker.config.pools if each.name == pool)
             words = [f"{name}={value}" for name, value in own.items()]
@@ -185,19 +185,19 @@ class Incoming:
         return self._worker.store.receives(c, self._number, self._batch_id)
 
     def _values(self, state: str, batch_id: str, details: Mapping[str, Any]) -> dict[str, Any]:
-        wish = self.wish
-        template_id, version = wish.template or ("", 0)
+        spec = self.spec
+        template_id, version = spec.template or ("", 0)
         return {
             "batch_id": batch_id,
             "state": state,
             "owner": self._replica,
             "requests": self.count,
-            "who": wish.who[:255],
-            "name": wish.name,
+            "who": spec.who[:255],
+            "name": spec.name,
             "template_id": template_id,
             "template_version": version,
-            "finalize": int(wish.finalize),
-            "deadline_s": -1.0 if wish.deadline_s is None else wish.deadline_s,
+            "finalize": int(spec.finalize),
+            "deadline_s": -1.0 if spec.deadline_s is None else spec.deadline_s,
             "details": details,
         }
 
@@ -211,7 +211,7 @@ class Incoming:
                     worker.store.remove_batch(c, self._number)
             self._number = 0
 
-    def _accepted(self, judged: Judged, key: Key | None, answer: Callable[[BatchRow], dict[str, Any]]) -> BatchRow:
+    def _accepted(self, judged: PoolVerdict, key: Key | None, answer: Callable[[BatchRow], dict[str, Any]]) -> BatchRow:
         """The acceptance: everything that makes the batch, in one transaction. Blocks."""
         v, store = judged.verdict, self._worker.store
         store.database.check_room(COPIES * self._bytes + ROW_BYTES * self.count)
@@ -242,12 +242,12 @@ class Incoming:
 
     # ------------------------------------------------------------ in the event loop
 
-    async def judge(self) -> Judged:
+    async def judge(self) -> PoolVerdict:
         """Whether the batch may start now, pool by pool: each has its own budget, and counts its own runs alone."""
         if not self._worker.ready:
             text = f"the service takes no batches right now: {self._worker.trouble}"
             raise ApiError(503, NOT_READY, text, {"retryable": True}, {"Retry-After": "2"})
-        found: list[Judged] = []
+        found: list[PoolVerdict] = []
         for pool in self.pools:
             demand = self.demands[pool.name]
             if not demand.requests and len(self.pools) > 1 and self.count:
@@ -258,19 +258,19 @@ class Incoming:
             found.append(judged)
         return max(found, key=lambda each: each.verdict.forecast_finish_s or math.inf)
 
-    async def _judged(self, pool: Pool, demand: Demand) -> Judged:
+    async def _judged(self, pool: Pool, demand: Demand) -> PoolVerdict:
         lane = self._worker.lanes.get(pool.name)
         booked = lane.booked() if lane is not None else InUse()
         service_s = (lane.meter.service_s if lane is not None else 0.0) or demand.assumed_service_s()
-        deadline_s, load = self.wish.deadline_s, demand.load()
+        deadline_s, load = self.spec.deadline_s, demand.load()
         verdict = preflight(pool.policy, load, booked=booked, service_s=service_s)
         if not verdict.ok:
-            return Judged(pool.name, verdict)
+            return PoolVerdict(pool.name, verdict)
         simulate = self._worker.config.forecast
         alone_s = None
         worker = self._worker
         if simulate is not None and load.count and worker.forecasts < FORECASTS_MOST:
-            outlook = Outlook(pool=pool, demand=demand, finalize=self.wish.finalize)
+            outlook = Outlook(pool=pool, demand=demand, finalize=self.spec.finalize)
             worker.forecasts += 1
             try:
                 # One at a time: side by side they would not be done sooner.
@@ -290,14 +290,18 @@ class Incoming:
         )
         if alone_s is None:
             verdict = replace(verdict, forecast_by="fluid")
-        return Judged(pool.name, verdict)
+        return PoolVerdict(pool.name, verdict)
 
-    async def accept(self, judged: Judged, key: Key | None, answer: Callable[[BatchRow], dict[str, Any]]) -> BatchRow:
+    async def accept(
+        self, judged: PoolVerdict, key: Key | None, answer: Callable[[BatchRow], dict[str, Any]]
+    ) -> BatchRow:
         """Makes the batch durable, and begins it. `KeyTakenError` where the same was accepted a moment ago."""
         # Shielded: a client that goes away now does not leave it half done.
         return await asyncio.shield(self._accept(judged, key, answer))
 
-    async def _accept(self, judged: Judged, key: Key | None, answer: Callable[[BatchRow], dict[str, Any]]) -> BatchRow:
+    async def _accept(
+        self, judged: PoolVerdict, key: Key | None, answer: Callable[[BatchRow], dict[str, Any]]
+    ) -> BatchRow:
         row = await asyncio.to_thread(self._accepted, judged, key, answer)
         await self._worker.adopt(row)
         return row

@@ -15,7 +15,7 @@ from fastapi import FastAPI
 
 from governor import __version__
 from governor.service.api import routes_batches, routes_rest, routes_templates
-from governor.service.api.auth import Authority, Door
+from governor.service.api.auth import Authority, RequestGuard
 from governor.service.api.bodies import ErrorOut
 from governor.service.api.events import Events
 from governor.service.api.gauges import Gauges
@@ -89,7 +89,7 @@ def app_of(service: Service) -> FastAPI:
     for router in (routes_templates.router, routes_batches.router, routes_rest.router):
         app.include_router(router)
     add_page(app)
-    app.add_middleware(Door, config=service.config, authority=app.state.authority)
+    app.add_middleware(RequestGuard, config=service.config, authority=app.state.authority)
     _described(app)
     return app
 

@@ -1,7 +1,6 @@
-"""Who may do what: bearer tokens with a scope, and the door that every request comes through.
+"""Who may do what: bearer tokens with a scope, and the guard that every request passes first.
 
-What lives here: tokens, the check of address and origin, and the limit of a body's size. What must not: what a token
-is good for in a single route (`Depends(needs(...))` there).
+The guard checks address, origin and the size of the body; routes state the scope that they need (`needs`).
 
 A token has 256 random bits, so its SHA-256 is as good as a slow hash, and that alone is stored. Scopes include each
 other: admin may run, run may read. On loopback without tokens whoever is on this machine is admin; then a browser must
@@ -138,7 +137,7 @@ def needs(scope: str) -> Callable[..., Any]:
     return checked
 
 
-class Door:
+class RequestGuard:
     """The first that sees a request: where it comes from, and how much it brings."""
 
     def __init__(self, app: ASGIApp, config: ServiceConfig, authority: Authority) -> None:

@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from governor.journal.schema import to_json
 from governor.run.account import line_of
-from governor.service.api.accept import Incoming, Wish
+from governor.service.api.accept import BatchSpec, Incoming
 from governor.service.api.auth import Caller, needs
 from governor.service.api.bodies import Accepted, BatchList, BatchName, BatchOut, ErrorOut
 from governor.service.api.events import END
@@ -151,7 +151,8 @@ async def post_batch(
         fingerprint = fingerprint_of(upload.sha256, deadline_s, finalize, own, name)
         key = key_of(request, caller.name, fingerprint)
         incoming = Incoming(
-            service.worker, Wish(who=caller.name, deadline_s=deadline_s, finalize=finalize, settings=own, name=name)
+            service.worker,
+            BatchSpec(who=caller.name, deadline_s=deadline_s, finalize=finalize, settings=own, name=name),
         )
         return await accepted(
             request, incoming, service, key, lambda: incoming.read(lambda: _from_start(upload.file), "batch")

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.responses import JSONResponse
 
 from governor.journal.schema import to_json
-from governor.service.api.accept import Incoming, Wish
+from governor.service.api.accept import BatchSpec, Incoming
 from governor.service.api.bodies import (
     Accepted,
     BatchRun,
@@ -167,7 +167,7 @@ async def delete_template(template_id: TemplateId, caller: Runner, service: Here
 
 
 def _incoming(service: Service, body: BatchRun, who: str, row: TemplateRow, *, stores: bool) -> Incoming:
-    wish = Wish(
+    spec = BatchSpec(
         who=who,
         deadline_s=body.deadline_s,
         finalize=body.finalize,
@@ -175,7 +175,7 @@ def _incoming(service: Service, body: BatchRun, who: str, row: TemplateRow, *, s
         template=(row.template_id, row.version),
         name=body.name,
     )
-    return Incoming(service.worker, wish, stores=stores)
+    return Incoming(service.worker, spec, stores=stores)
 
 
 def _reader(incoming: Incoming, row: TemplateRow, run: RunBody) -> Callable[[], None]:

@@ -89,7 +89,7 @@ class Series(Observer):
         bucket.failed += bool(failure)
 
 
-class Told(Observer):
+class BatchReports(Observer):
     """Tells the worker, by batch. Its methods are `launched`, `attempted` and `ended` of a batch's number."""
 
     def __init__(self, worker: Any) -> None:
@@ -280,7 +280,15 @@ def lane_of(
     waits = LongWaits(pool, log.warning, log.warning)
     waits.moment = lambda at_s: time.time() + (at_s - governor.now()) / worker.config.time_scale
     # The recorder first: nobody speaks of what is not recorded.
-    observers: list[Observer] = [recorder, meter, alarms, waits, series, metrics.observer(pool.name), Told(worker)]
+    observers: list[Observer] = [
+        recorder,
+        meter,
+        alarms,
+        waits,
+        series,
+        metrics.observer(pool.name),
+        BatchReports(worker),
+    ]
     governor = governor_of(
         replace(pool, policy=policy),
         Manner(redis=worker.config.redis, time_scale=worker.config.time_scale),

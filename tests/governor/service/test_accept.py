@@ -18,8 +18,8 @@ from governor.model.policy import Policy
 from governor.model.pools import Pool
 from governor.model.prices import SHIPPED, read_prices
 from governor.service.api import accept
-from governor.service.api.accept import Incoming, Judged, Wish
-from governor.service.api.auth import Authority, Door
+from governor.service.api.accept import BatchSpec, Incoming, PoolVerdict
+from governor.service.api.auth import Authority, RequestGuard
 from governor.service.config import ServiceConfig
 from governor.service.errors import ApiError
 from governor.service.store import base
@@ -64,7 +64,7 @@ def replica(migrated: Path, tmp_path: Path) -> Iterator[Worker]:
 
 
 def incoming(replica: Worker, count: int, *, runs: int | None = None, text: str = "How are you?") -> Incoming:
-    made = Incoming(replica, Wish(who="me"))
+    made = Incoming(replica, BatchSpec(who="me"))
     made.read(lambda: (json.dumps(line(f"q-{i}", text=text)) for i in range(count)), "batch", runs)
     return made
 
@@ -72,7 +72,7 @@ def incoming(replica: Worker, count: int, *, runs: int | None = None, text: str 
 def accepted(made: Incoming, key: Key | None = None) -> Any:
     (pool,) = made.pools
     verdict = preflight(pool.policy, made.demands[pool.name].load())
-    return made._accepted(Judged(pool.name, verdict), key, lambda row: {"batch_id": row.batch_id})
+    return made._accepted(PoolVerdict(pool.name, verdict), key, lambda row: {"batch_id": row.batch_id})
 
 
 def counts(replica: Worker, number: int) -> int:
@@ -161,7 +161,7 @@ def test_a_body_is_stored_once_for_all_runs_of_an_input(
 
 
 def test_reading_ends_when_the_client_has_left(replica: Worker) -> None:
-    made = Incoming(replica, Wish(who="me"))
+    made = Incoming(replica, BatchSpec(who="me"))
     read = 0
 
     def lines() -> Iterator[str]:
@@ -230,7 +230,7 @@ def test_what_is_held_in_memory_is_limited_as_such(replica: Worker) -> None:
 
         headers = [(b"content-type", kind.encode()), (b"content-length", str(size).encode())]
         scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
-        await Door(app, config, Authority(config, replica.store))(scope, receive, send)
+        await RequestGuard(app, config, Authority(config, replica.store))(scope, receive, send)
         return int(told[0]["status"])
 
     form, plain = "multipart/form-data; boundary=x", "application/json"
