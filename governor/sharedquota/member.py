@@ -234,7 +234,7 @@ class Member:
         self._working: list[asyncio.Task[None]] = []
         self._was_in = False
         self._faults = 0
-        self._is_away = False
+        self._whys: set[str] = set()  # why the store is away; each reason is told once
         self._leaving = False
 
     def start(self) -> None:
@@ -326,8 +326,8 @@ class Member:
         return True
 
     def _away(self, why: str) -> None:
-        if not self._is_away:
-            self._is_away = True
+        if why not in self._whys:
+            self._whys.add(why)
             self._host.missed(why)
 
     async def _both(self) -> None:
@@ -340,9 +340,10 @@ class Member:
         finally:
             # News that was fetched must have been heard before we enter again and say what we hold.
             await ended(turns, listens, every_s=MUSTER_TICK_S * self.clock.scale)
-        for task in (turns, listens):
-            if not task.cancelled():
-                task.result()
+        errors = [task.exception() for task in (turns, listens) if not task.cancelled()]
+        for error in errors:
+            if error is not None:
+                raise error
         if not self._leaving:
             raise StoreLostError("its connection has ended")
 
@@ -538,8 +539,8 @@ class Member:
         self.is_in = self._was_in = True
         if self._leaving:
             self.post([LEAVE])
-        if self._is_away:
-            self._is_away = False
+        if self._whys:
+            self._whys.clear()
             self._host.back()
         self._due.set()
 

@@ -412,7 +412,7 @@ class SharedGovernor(Governor):
         self._guarded(lambda: self._miss(why))
 
     def _miss(self, why: str) -> None:
-        if self.loop.time() >= self._quiet_until:
+        if self._is_told or self.loop.time() >= self._quiet_until:
             self._is_told, self._quiet_until = True, self.loop.time() + QUIET_S
             self._say(f"{why}: nothing is launched until it is back")
         self._advance(self.now())
