@@ -69,6 +69,8 @@ CELL_S = 0.5
 CELLS_BEHIND = 120
 CELLS = 121  # the current half second and 120 full ones behind it
 
+# So many answers in a row, no success between them, that ask for a longer wait than is obeyed: access ends for now.
+OUTWAITED = 3
 # A provider floors the wait that it prints to milliseconds: who sleeps exactly that is up to 1 ms early.
 RETRY_AFTER_SLACK_S = 0.002
 # A count above our image of it is a surprise from this share of the limit on (below it: rounding, clocks), and is
@@ -114,6 +116,7 @@ class Params:
     max_attempts: int
     backoff_base_s: float
     backoff_cap_s: float
+    retry_after_cap_s: float
     backoff_keeps_permit: int
     hold_on_throttle: int
     sync_headers: int
@@ -139,6 +142,8 @@ class State:
     minute; `cell_at`, `cells`: newest cell and ring of the sliding window (TPM's 121 cells, then RPM's), whose sum
     stands in `window_used` too. `scale`: granted limit over configured limit where the provider grants less.
 
+    `outwaited`: refusals since the last success that asked for a longer wait than is obeyed.
+
     With header sync, per dimension: `granted`, the limit that the provider stated (0 = not yet); `mirror_at`, when its
     own bucket is full again, as far as we know; `booked`, all that was ever booked, settlements and refunds included;
     `surprise`, by how much its count has lately been above our image of it; `synced_at`, the newest count's moment.
@@ -161,6 +166,7 @@ class State:
     last_launch_at: float = -math.inf
     next_slot_at: float = -math.inf
     hold_until: float = -math.inf
+    outwaited: int = 0
     full_at: list[float] = field(default_factory=lambda: _four(-math.inf))
     window_at: list[float] = field(default_factory=lambda: _four(-math.inf))
     window_used: list[float] = field(default_factory=lambda: _four(0.0))
@@ -567,6 +573,7 @@ def settled(p: Params, s: State, reserve: float, used: float, launched_at: float
     """An answer arrived: frees the permit and, if the policy settles, books what was really used in the same place."""
     released(p, s)
     answered(p, s, now)
+    s.outwaited = 0
     if p.settles:
         _rebook_tokens(p, s, used - reserve, launched_at, now)
 
@@ -643,6 +650,28 @@ def backoff_s(p: Params, attempt: int) -> float:
     return min(math.ldexp(p.backoff_base_s, attempt - 1), p.backoff_cap_s)
 
 
+def outlasts(p: Params, retry_after_s: float) -> bool:
+    """Whether a stated wait is longer than any that is obeyed: than the cap, or than a request may take in all."""
+    return retry_after_s > p.retry_after_cap_s or 0.0 < p.deadline_s <= retry_after_s
+
+
+def is_spent(p: Params, attempt: int, retry_after_s: float) -> bool:
+    """Whether a request that is not tried again was ended by its attempts or by the cap of waits, not its deadline."""
+    return attempt >= p.max_attempts or retry_after_s > p.retry_after_cap_s
+
+
+def is_shut_out(s: State) -> bool:
+    """Whether a batch should stop, since all that it asks for meets a wait that is not obeyed."""
+    return s.outwaited >= OUTWAITED
+
+
+def _wait_s(p: Params, attempt: int, retry_after_s: float) -> float:
+    """How long to wait after an attempt that failed: as the provider says, as far as that is obeyed, else a backoff."""
+    if 0.0 < retry_after_s <= p.retry_after_cap_s:
+        return retry_after_s + RETRY_AFTER_SLACK_S
+    return backoff_s(p, attempt)
+
+
 def keeps_permit(p: Params) -> int:
     """The standing in which a request that now backs off will ask again: HOLDING or RETRY."""
     return HOLDING if p.backoff_keeps_permit else RETRY
@@ -676,22 +705,23 @@ def throttled(
 ) -> float:
     """A 429 arrived for attempt 1, 2, ...: absolute retry time, or inf = exhausted (attempts, or the deadline).
 
-    A stated Retry-After (seconds, > 0) wins over the backoff; -1 = absent. The reservation stays booked unless the
-    policy refunds: a provider may count refused requests. With hold-on-throttle nobody launches before the retry does.
+    A stated Retry-After (seconds, > 0) wins over the backoff; -1 = absent. One above the cap (114 h was seen) ends the
+    request, and counts for the hold as if it had not been stated. The reservation stays booked unless the policy
+    refunds: a provider may count refused requests. With hold-on-throttle nobody launches before the retry does.
     """
     answered(p, s, now)
     if p.refunds_throttled:
         _rebook_tokens(p, s, -reserve, launched_at, now)
     if p.sync_headers:
         _hidden_limit_met(p, s, reserve, launched_at, now)
-    wait_s = backoff_s(p, attempt)
-    if retry_after_s > 0.0:
-        wait_s = retry_after_s + RETRY_AFTER_SLACK_S
+    wait_s = _wait_s(p, attempt, retry_after_s)
+    if outlasts(p, retry_after_s):
+        s.outwaited += 1
     at = _jittered_at(p, wait_s, now, u)
-    at = _retry_at(p, s, at, attempt >= p.max_attempts, keeps_permit(p), first_launched_at)
+    at = _retry_at(p, s, at, is_spent(p, attempt, retry_after_s), keeps_permit(p), first_launched_at)
     if p.hold_on_throttle:
-        # Until the retry itself, whose jitter would else let newer work take the tokens that it waited for. An absurd
-        # wait (114 h was seen) must not freeze a pool whose requests would all have been given up by then.
+        # Until the retry itself, whose jitter would else let newer work take the tokens that it waited for; but no
+        # longer than a request has that is launched now.
         held_until = now + wait_s if at == math.inf else at
         s.hold_until = max(s.hold_until, min(held_until, deadline_at(p, now)))
     return at
@@ -720,11 +750,8 @@ def failed(
         answered(p, s, now)
     else:
         _unanswered(p, s, request, attempt == 1 and outages < FRESH_OUTAGES, now)
-    wait_s = backoff_s(p, attempt)
-    if retry_after_s > 0.0:
-        wait_s = retry_after_s + RETRY_AFTER_SLACK_S
-    at = _jittered_at(p, wait_s, now, u)
-    is_last = attempt >= p.max_attempts
+    at = _jittered_at(p, _wait_s(p, attempt, retry_after_s), now, u)
+    is_last = is_spent(p, attempt, retry_after_s)
     if s.probe_at > -math.inf:
         at = max(at, s.probe_at + PROBE_TURN_S)
         is_last = is_last and spared(p, s, outages, launched_at, now) < 0
@@ -865,9 +892,9 @@ def synced(
 def repriced(p_old: Params, p_new: Params, s: State, now: float) -> None:
     """Carries the state over to changed settings in mid-run: what is used stays used, and the next slot moves.
 
-    Permits and open finalize passes stay, and so does a hold, but no longer than the new deadline, counted from now:
-    an absurd wait must not outlast settings that were made against it. Settings without holds end it. A kind of window
-    that changes takes the content over as one booking made now: never looser than before.
+    Permits and open finalize passes stay, and so does a hold, but no longer than the new deadline and cap of waits,
+    counted from now: an absurd wait must not outlast settings that were made against it. Settings without holds end it.
+    A kind of window that changes takes the content over as one booking made now: never looser than before.
     """
     for d in range(4):
         used = used_in(p_old, s, d, now)
@@ -890,4 +917,5 @@ def repriced(p_old: Params, p_new: Params, s: State, now: float) -> None:
         gap_s = p_new.stagger_s
     if s.last_launch_at > -math.inf:
         s.next_slot_at = s.last_launch_at + gap_s
-    s.hold_until = min(s.hold_until, deadline_at(p_new, now)) if p_new.hold_on_throttle else -math.inf
+    latest = min(deadline_at(p_new, now), now + p_new.retry_after_cap_s)
+    s.hold_until = min(s.hold_until, latest) if p_new.hold_on_throttle else -math.inf

@@ -103,6 +103,9 @@ def run(
         str | None,
         typer.Option("--retry-failed", metavar="[=CODE]", help="Try failed requests again: all, or those of a code."),
     ] = None,
+    resend_changed: Annotated[
+        bool, typer.Option("--resend-changed", help="Send lines again that changed after they were answered.")
+    ] = False,
     follow: Annotated[
         bool, typer.Option("--follow", help="Write results as they come, in order only at the end.")
     ] = False,
@@ -139,7 +142,8 @@ def run(
 ) -> None:
     """Run a batch, or go on with it.
 
-    The same command again resumes: what has finished is never sent again. Exit codes: 0 all succeeded, 1 some failed,
+    The same command again resumes: what has finished is never sent again, and of a corrected file only the lines that
+    are new or changed. Exit codes: 0 all succeeded, 1 some failed,
     2 bad input, 3 refused or cannot finish, 4 the account's quota is used up or its key is refused, 5 a budget is used
     up, 130, 143 and 129 after Ctrl-C, SIGTERM and SIGHUP.
     """
@@ -184,6 +188,7 @@ def run(
         skip_oversized=skip_oversized,
         overwrite=overwrite,
         retry_failed=retry_failed,
+        resend_changed=resend_changed,
         follow=follow,
         metrics_port=metrics_port,
     )

@@ -25,9 +25,9 @@ REMEDIES = {
     "STOP_AFTER": "--stop-after is over: run the same command again to go on",
     "FINISH_BY": "the next launch would come after --finish-by: run the same command again then",
     "LONG_WAIT": "the next launch is more than a day away: run the same command again then, or add --yes to wait",
-    "OUTWAITED": "ten requests in a row were given up, since the provider asks to wait longer than "
-    "OPENAI_DEADLINE_SECONDS: run the same command again later",
-    "BAD_REQUESTS": "ten requests in a row were refused alike: see the errors with `paceline export`",
+    "OUTWAITED": "the provider asks to wait longer than OPENAI_RETRY_AFTER_CAP_SECONDS or OPENAI_DEADLINE_SECONDS: "
+    "run the same command again when access returns",
+    "REFUSED": "all requests are refused alike: mend what the line above names, then run the same command again",
     "CANARY": "the canary was worse than forecast: change the settings, or add --yes",
     "SIGINT": "interrupted: run the same command again to go on",
     "SIGTERM": "terminated: run the same command again to go on",

@@ -26,6 +26,7 @@ import io
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -206,6 +207,11 @@ class Journal(Records):
             with self._database.writing() as connection:
                 metadata.drop_all(connection)
         self._database.removed()
+
+    def writing(self) -> AbstractContextManager[Connection]:
+        """A transaction of the process that runs the journal, for what stands in modules of its own (`amend`)."""
+        self._running()
+        return self._database.writing()
 
     def _running(self) -> Writer:
         assert self._writer is not None, "opened to look, not to run"

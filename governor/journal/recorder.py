@@ -55,7 +55,7 @@ from governor.journal.schema import (
 from governor.journal.verify import RESTORED, numbers_of, result_of, stored
 from governor.law import State
 from governor.model.policy import Policy
-from governor.model.requests import ACCOUNT_REFUSES, Answer, Attempt, Request
+from governor.model.requests import Answer, Attempt, Request
 from governor.scheduler.driver import Job, Observer, PoolState
 
 # How long a result may be known and not yet on the disk: well below any launch gap or service time.
@@ -453,14 +453,16 @@ class Recorder(Observer):
     def attempted(self, attempt: Attempt, answer: Answer, failure: str) -> None:
         """A row of `attempts`.
 
-        After an answer the request stays `in_flight` until `ended` comes, or the launch of its finalize pass. Where the
-        account was refused it is pending, as if this attempt had never been.
+        After an answer the request stays `in_flight` until `ended` comes, or the launch of its finalize pass.
         """
         batch = self._reported()
         batch.attempts.append((attempt, answer))
-        if attempt.outcome in ACCOUNT_REFUSES:  # the attempt does not count against the request
-            first_s = -1.0 if attempt.attempt == 1 and attempt.lane == LANES[0] else None
-            batch.moved(attempt.request, _Move(PENDING, attempt.lane, attempt.attempt, attempt.launched_s, first_s))
+
+    def suspended(self, attempt: Attempt, answer: Answer) -> None:
+        """The request is pending, as if this attempt had never been."""
+        first_s = -1.0 if attempt.attempt == 1 and attempt.lane == LANES[0] else None
+        move = _Move(PENDING, attempt.lane, attempt.attempt, attempt.launched_s, first_s)
+        self._reported().moved(attempt.request, move)
 
     def backed_off(self, attempt: Attempt, answer: Answer, retry_at_s: float, next_attempt: int) -> None:
         """The request is pending until its next attempt."""

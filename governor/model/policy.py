@@ -105,6 +105,14 @@ class Policy(BaseModel):
     )
     jitter_cap_seconds: float = _knob("OPENAI_JITTER_CAP_SECONDS", 3.0, "s", "jitter, at most", ge=0, le=3_600)
     backoff_cap_seconds: float = _knob("OPENAI_BACKOFF_CAP_SECONDS", 60.0, "s", "one backoff, at most", gt=0, le=86_400)
+    retry_after_cap_seconds: float = _knob(
+        "OPENAI_RETRY_AFTER_CAP_SECONDS",
+        600.0,
+        "s",
+        "longest Retry-After that is obeyed; one above it ends its request, three in a row the run",
+        gt=0,
+        le=31_536_000,
+    )
     request_timeout_seconds: float = _knob(
         "OPENAI_REQUEST_TIMEOUT_SECONDS", 600.0, "s", "how long an answer is awaited", gt=0, le=86_400
     )
@@ -221,6 +229,7 @@ class Policy(BaseModel):
             max_attempts=self.retry_max_attempts,
             backoff_base_s=self.backoff_base_seconds,
             backoff_cap_s=self.backoff_cap_seconds,
+            retry_after_cap_s=self.retry_after_cap_seconds,
             backoff_keeps_permit=int(self.backoff_keeps_permit),
             hold_on_throttle=int(self.hold_on_throttle),
             sync_headers=int(self.sync_headers),

@@ -35,6 +35,8 @@ THROTTLES = (Outcome.THROTTLED, Outcome.SLOW_DOWN)
 FINAL = (Outcome.TOO_LARGE, Outcome.BAD_REQUEST, Outcome.MALFORMED)
 # The account, not the request, is at fault: nothing more is sent, and what was not answered stays pending.
 STOPPING = {Outcome.QUOTA: FailureCode.INSUFFICIENT_QUOTA, Outcome.UNAUTHORIZED: FailureCode.UNAUTHORIZED}
+# Nor is anything where all that is asked for meets a wait that is not obeyed (`law.is_shut_out`).
+OUTWAITED = "OUTWAITED"
 # Turned away at the door, so not charged. A bad request is let in: recorded 400s cost tokens
 # (docs/explanation/provider.md#charge).
 TURNED_AWAY = (*THROTTLES, *STOPPING, Outcome.TOO_LARGE, Outcome.LOCAL)
@@ -89,7 +91,7 @@ class Observer:
     """Told of everything that a run does, in order. Methods are quick and synchronous; what one raises ends the run.
 
     Each may call the governor's `stop`, `pause`, `resume` and `reprice`. What a subclass does not define costs nothing;
-    who wants to hear of `backed_off` defines `attempted` too.
+    who wants to hear of `backed_off` or `suspended` defines `attempted` too.
     """
 
     @property
@@ -108,6 +110,12 @@ class Observer:
 
     def attempted(self, attempt: Attempt, answer: Answer, failure: str) -> None:
         """An attempt is over; `failure` is the request's failure code if it is lost with it."""
+
+    def suspended(self, attempt: Attempt, answer: Answer) -> None:
+        """Told after `attempted`: the attempt does not count, and its request is pending until it is launched again.
+
+        Or until `ended` comes: it was refused, and it may be that all requests are.
+        """
 
     def backed_off(self, attempt: Attempt, answer: Answer, retry_at_s: float, next_attempt: int) -> None:
         """Told after `attempted`: the request is not lost with that attempt, it may be launched again at that time.

@@ -41,7 +41,7 @@ from governor.model.prices import Prices, Spent
 from governor.model.words import duration, plural
 from governor.run.account import grant_of, lines_of, merged, spent_before, summary_of
 from governor.run.intake import Begun, prepare, reserve_of
-from governor.run.live import ACCOUNT, BAD_REQUESTS, CANARY, MAX_COST, Ended, Leg, LiveRun
+from governor.run.live import ACCOUNT, CANARY, MAX_COST, REFUSED, Ended, Leg, LiveRun
 from governor.run.longwaits import FINISH_BY, LONG_WAIT, OUTWAITED, STOP_AFTER
 from governor.run.outputs import Followed, check_apart, check_writable, claimed, errors_path, write_results
 from governor.run.pool_run import Connect, Manner
@@ -59,7 +59,7 @@ _CODE_OF = {
     **dict.fromkeys(ACCOUNT, QUOTA),
     MAX_COST: BUDGET,
     **dict.fromkeys((STOP_AFTER, FINISH_BY, LONG_WAIT, OUTWAITED), BUDGET),
-    BAD_REQUESTS: CANNOT,
+    REFUSED: CANNOT,
     CANARY: CANNOT,
     **SIGNAL_CODES,
 }
@@ -86,6 +86,7 @@ class Orders:
     skip_oversized: bool = False
     overwrite: bool = False
     retry_failed: str | None = None
+    resend_changed: bool = False
     follow: bool = False
     metrics_port: int | None = None
 
@@ -120,12 +121,15 @@ def run_batch(orders: Orders, *, foresee: Foresee | None, connect: Connect, show
         skip_oversized=orders.skip_oversized,
         overwrite=orders.overwrite,
         retry_failed=orders.retry_failed,
+        resend_changed=orders.resend_changed,
     )
     journal = begun.journal
     try:
         with claimed(orders.out):
             _say_what_is_left(begun, orders, shown)
             expectations = _guard(begun, orders, foresee, shown)
+            if begun.amended is not None:
+                begun.amended.apply()
             if begun.retried:
                 journal.retry_failed(orders.retry_failed or "")
             return _run(begun, orders, started, expectations, foresee, connect, shown)
@@ -200,6 +204,9 @@ def _say_what_is_left(begun: Begun, orders: Orders, shown: Shown) -> None:
         shown.say(f"note: no request failed{with_code}: --retry-failed has nothing to try again")
     counts = begun.journal.counts()
     left = counts.pending + counts.in_flight + begun.retried
+    if begun.amended is not None:
+        shown.say(begun.amended.amendment.text)
+        left += begun.amended.amendment.more
     failed = counts.failed - begun.retried
     parts = [f"{counts.done:,} of {counts.requests:,} done"]
     parts += [f"{failed:,} failed"] if failed else []
@@ -326,6 +333,7 @@ def _run(
                 pools={pool.name: pool for pool in orders.pools},
                 started=started,
                 left={name: (c.pending + c.in_flight, float(begun.demands[name].total)) for name, c in left.items()},
+                models={name: frozenset(demand.models) for name, demand in begun.demands.items()},
                 expectations=expectations,
                 canaries=_canaries(begun, orders, foresee, shown) if manner.canary else {},
                 spent=spent,

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -28,6 +28,7 @@ from governor.model.estimate import LEARNED, Sizes, charge_of
 from governor.model.policy import Policy
 from governor.model.pools import Pool, pool_for
 from governor.model.requests import Request, read_requests
+from governor.run.amend import Amendment
 from governor.run.outputs import errors_path
 from governor.scheduler.driver import Work
 
@@ -43,8 +44,9 @@ WAL_BYTES = 4 * 2**20 + 2 * INGEST_BYTES
 class Begun:
     """A journal ready to run. `demands`: what is left, by pool. `is_new`: this command made it.
 
-    `oversized`: requests that will end unsent (`--skip-oversized`). `retried`: failed ones that are tried again, once
-    the run may start (`Journal.retry_failed`): a refusal leaves them as they were.
+    `oversized`: requests that will end unsent (`--skip-oversized`). What changes the journal waits until the run may
+    start, so that a refusal leaves all as it was: `retried`, failed ones that are tried again (`Journal.retry_failed`),
+    and `amended`, what a corrected input file asks for.
     """
 
     journal: Journal
@@ -52,6 +54,20 @@ class Begun:
     is_new: bool
     oversized: int
     retried: int
+    amended: Amended | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Amended:
+    """A corrected input, not yet taken over. `works()` reads it anew; see `amend` for the figures."""
+
+    amendment: Amendment
+    works: Callable[[], Iterator[Work]]
+    fingerprint: str
+
+    def apply(self) -> None:
+        """Takes it over into the journal."""
+        self.amendment.apply(self.works(), self.fingerprint)
 
 
 def reserve_of(policy: Policy, sizes: Sizes) -> int:
@@ -153,11 +169,13 @@ def prepare(
     skip_oversized: bool = False,
     overwrite: bool = False,
     retry_failed: str | None = None,
+    resend_changed: bool = False,
 ) -> Begun:
     """The journal of this run: made from the input, or the one that is there. What is wrong is found before a send.
 
-    `retry_failed`: None = no, "" = all that failed, else those with this failure code. BadInput, Oversized or
-    JournalError; a journal that was being made is removed again.
+    `resend_changed`: lines that changed after they were answered are sent again. `retry_failed`: None = no, "" = all
+    that failed, else those with this failure code. BadInput, Oversized or JournalError; a journal that was being made
+    is removed again.
     """
     if Journal.exists(where):
         return _resumed(
@@ -168,6 +186,7 @@ def prepare(
             skip_oversized=skip_oversized,
             overwrite=overwrite,
             retry_failed=retry_failed,
+            resend_changed=resend_changed,
         )
     for file in (out, errors_path(out)):
         # An empty one holds nothing to lose: a run that was ended before its first answer may have left it.
@@ -246,10 +265,11 @@ def _resumed(
     skip_oversized: bool,
     overwrite: bool,
     retry_failed: str | None,
+    resend_changed: bool,
 ) -> Begun:
     with _opened(path) as file:
         fingerprint = fingerprint_of(file)  # type: ignore[arg-type]
-    journal = Journal.open(where, to_run=True, fingerprint=fingerprint)
+    journal = Journal.open(where, to_run=True)
     try:
         if journal.run().purged_epoch_s >= 0.0:
             raise JournalError(f"{journal.name}: it was purged, nothing is left to send or to write: start a new one")
@@ -268,32 +288,70 @@ def _resumed(
         counts = journal.counts()
         retried = 0 if retry_failed is None else counts.failures.get(retry_failed, 0) if retry_failed else counts.failed
         left = counts.pending + counts.in_flight + retried
-        demands, oversized = _left(journal, pools, skip_oversized, retry_failed, left)
+        amended = None
+        if journal.run().fingerprint != fingerprint:
+            amended = _amended(path, journal, pools, fingerprint, resend_changed=resend_changed)
+        demands, oversized = _left(journal, pools, skip_oversized, retry_failed, left, amended)
         _check_disk(path, where, left)
     except BaseException:
         journal.close()
         raise
-    return Begun(journal, demands, False, oversized, retried)
+    return Begun(journal, demands, False, oversized, retried, amended)
+
+
+def _amended(path: Path, journal: Journal, pools: Sequence[Pool], fingerprint: str, *, resend_changed: bool) -> Amended:
+    """What a corrected input changes, once `works` has been read to its end."""
+    amendment = Amendment(journal)
+
+    def works() -> Iterator[Work]:
+        with _opened(path) as file:
+            hashed = _Hashed(file)
+            read = read_requests(hashed, str(path))
+            changes = amendment.changes(read, resend=resend_changed, name=str(path))
+            for request, pool in pooled(changes, pools, str(path)):
+                yield work_of(request, pool.policy)
+            if hashed.sha256.hexdigest() != fingerprint:
+                raise BadInput("it changed while it was read: let it be written to its end, then run again", str(path))
+
+    return Amended(amendment, works, fingerprint)
 
 
 def _left(
-    journal: Journal, pools: Sequence[Pool], skip_oversized: bool, retry_failed: str | None, left: int
+    journal: Journal,
+    pools: Sequence[Pool],
+    skip_oversized: bool,
+    retry_failed: str | None,
+    left: int,
+    amended: Amended | None,
 ) -> tuple[dict[str, Demand], int]:
     """What a journal still has to do (`left` in all), under today's settings, and how many requests can never run."""
     demands = {pool.name: Demand() for pool in pools}
     oversized = taken = 0
-    for pool in pools:
-        for request in journal.unfinished(pool.name, failed=retry_failed):
-            reserve = reserve_of(pool.policy, request.sizes)
-            taken += 1
-            try:
-                check_fits(request, reserve, pool)
-            except Oversized:
-                if not skip_oversized:
-                    raise
-                oversized += 1
-            else:
-                demands[pool.name].add(request.model, request.sizes, reserve)
+    by_name = {pool.name: pool for pool in pools}
+
+    def to_do() -> Iterator[Request]:
+        nonlocal taken
+        replaced: set[int] = set()
+        if amended is not None:
+            yield from (work.request for work in amended.works())
+            replaced = amended.amendment.numbers
+        for pool in pools:
+            for request in journal.unfinished(pool.name, failed=retry_failed):
+                taken += 1
+                if request.index not in replaced:
+                    yield request
+
+    for request in to_do():
+        pool = by_name[request.pool]
+        reserve = reserve_of(pool.policy, request.sizes)
+        try:
+            check_fits(request, reserve, pool)
+        except Oversized:
+            if not skip_oversized:
+                raise
+            oversized += 1
+        else:
+            demands[pool.name].add(request.model, request.sizes, reserve)
     if taken < left:
         names = ", ".join(pool.name for pool in pools)
         raise BadInput(

@@ -41,13 +41,14 @@ TICK_S = 0.2
 COMMANDS_S, TRACK_S, TEXTFILE_S = 0.4, 1.0, 15.0
 
 # Why a run stopped before its end, beside the driver's failure codes, the names of signals and those of `longwaits`.
-MAX_COST, BAD_REQUESTS, CANARY, FAILED_INSIDE = "MAX_COST", "BAD_REQUESTS", "CANARY", "ERROR"
+MAX_COST, REFUSED, CANARY, FAILED_INSIDE = "MAX_COST", "REFUSED", "CANARY", "ERROR"
 ACCOUNT = (FailureCode.INSUFFICIENT_QUOTA, FailureCode.UNAUTHORIZED)
 
 
 @dataclass(frozen=True, slots=True)
 class Leg:
-    """What a leg works on. By pool: what is left (requests, tokens reserved), what is expected of it and its canary.
+    """What a leg works on. By pool: what is left (requests, tokens reserved; their models), what is expected of it and
+    its canary.
 
     `started`: the pools' policies without what `paceline set` has changed. `request_usd`: what one request is expected
     to cost, as long as none has been answered.
@@ -57,6 +58,7 @@ class Leg:
     pools: Mapping[str, Pool]
     started: Mapping[str, Policy]
     left: Mapping[str, tuple[int, float]]
+    models: Mapping[str, frozenset[str]]
     expectations: Mapping[str, Expectation]
     canaries: Mapping[str, Expectation]
     spent: Spent
@@ -94,7 +96,6 @@ class LiveRun:
         self.resent = 0
         self._before = leg.journal.counts()
         self._cost_before, self._unpriced_before = leg.spent.cost_usd, leg.spent.unpriced
-        self._asking: set[asyncio.Task[None]] = set()
         self._signalled = False
         self._textfile_failed = False
 
@@ -113,9 +114,8 @@ class LiveRun:
                     await self._until_over(signals, ticker)
                     await self._until_written(signals)
                 finally:
-                    for task in (ticker, *self._asking):
-                        task.cancel()
-                    await asyncio.gather(ticker, *self._asking, return_exceptions=True)
+                    ticker.cancel()
+                    await asyncio.gather(ticker, return_exceptions=True)
         finally:
             self.leg.journal.give_up()  # what is left to write is no answer
             self.shown.stop()
@@ -155,6 +155,8 @@ class LiveRun:
                 begun.recorders[name],
                 leg.expectations[name],
                 left=leg.left[name],
+                models=leg.models[name],
+                answered=leg.journal.counts(name).done > 0,
                 seed=stated.seed,
                 start_s=self.began_s,
                 learner=learner_of(leg.journal, name, pool.policy),
@@ -170,14 +172,10 @@ class LiveRun:
 
     def _said(self, name: str) -> Said:
         def refused(line: str) -> None:
-            self._refused(
-                name, line, BAD_REQUESTS, "the rest may be refused as well; mend the file, or retry it as it is"
-            )
+            self.say(self._of(name) + line)
+            self.runs[name].governor.stop(REFUSED)
 
-        def outwaited(line: str) -> None:
-            self._refused(name, line, OUTWAITED, "the rest would be lost as well; go on later with the same command")
-
-        return Said(self.say, refused, outwaited, self._over_budget)
+        return Said(self.say, refused, self._over_budget)
 
     def _say_overdue(self, name: str, pool: Pool) -> None:
         """Requests whose time ran out while no process ran them end at once, and somebody should know why."""
@@ -250,7 +248,11 @@ class LiveRun:
 
     async def _side_by_side(self, source: Callable[[PoolRun], Iterator[Work]]) -> None:
         async def one(run: PoolRun) -> None:
-            run.ending = await run.governor.run(source(run), run.send, finalize=self.manner.finalize)
+            run.ending = await run.governor.run(
+                source(run), run.send, finalize=self.manner.finalize, refusals=run.refusals
+            )
+            if run.ending == OUTWAITED:
+                self.say(self._of(run.name) + run.long_waits.stopped_text())
 
         tasks = [asyncio.create_task(one(run)) for run in self.runs.values()]
         try:
@@ -288,24 +290,6 @@ class LiveRun:
         flying = self._in_flight()
         grace = f", {flying:,} in flight may end within {duration(self.manner.grace_s)}; again to cancel"
         self.say(f"{name}: nothing more is launched{grace if flying else ''}")
-
-    def _refused(self, name: str, line: str, why: str, since: str) -> None:
-        """Ten requests in a row were lost alike: somebody decides, or it stops."""
-        run = self.runs[name]
-        if self.manner.ask is None:
-            self.say(f"{line}: stopped, since {since}")
-            run.governor.stop(why)
-            return
-        run.governor.pause()
-        task = asyncio.create_task(self._decide(run, line, why))
-        self._asking.add(task)
-        task.add_done_callback(self._asking.discard)
-
-    async def _decide(self, run: PoolRun, line: str, why: str) -> None:
-        if await self._asked(f"{line}. Go on with the rest?"):
-            run.governor.resume()
-        else:
-            run.governor.stop(why)
 
     async def _asked(self, question: str) -> bool:
         assert self.manner.ask is not None

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from governor.law import OUTWAITED as OUTWAITS
 from governor.model.errors import FailureCode
 from governor.model.policy import Policy
 from governor.model.pools import Pool
-from governor.model.requests import Answer, Attempt, Outcome
+from governor.model.requests import Answer, Attempt
 from governor.model.words import duration, moment_text
+from governor.model.work import OUTWAITED as OUTWAITED
 from governor.model.work import THROTTLES
 from governor.provider.stated import quoted_numbers
 from governor.scheduler.driver import Governor, Observer
@@ -25,11 +27,9 @@ LONG_WAIT_S = 120.0
 DAY_S = 86_400.0
 # Once told, only a wait so many times as long is news.
 NEWS_RATIO = 2.0
-# So many requests in a row given up for such a wait mean that the rest would be lost, too.
-SAME_GIVEN_UP = 10
 
-# Why a run ends that would sleep too long, or would lose every request to its deadline.
-STOP_AFTER, FINISH_BY, LONG_WAIT, OUTWAITED = "STOP_AFTER", "FINISH_BY", "LONG_WAIT", "OUTWAITED"
+# Why a run ends that would sleep too long, beside `OUTWAITED`.
+STOP_AFTER, FINISH_BY, LONG_WAIT = "STOP_AFTER", "FINISH_BY", "LONG_WAIT"
 
 _COUNTED = {
     "TPM": "tokens per minute",
@@ -40,39 +40,39 @@ _COUNTED = {
 
 
 class LongWaits(Observer):
-    """Speaks of long waits in one pool. `say(line)`; `outwaited(line)` after ten requests in a row given up for them.
+    """Speaks of long waits in one pool, by `say(line)`.
 
     `moment`: the wall's time of a time of the run, once it is known.
     """
 
-    def __init__(self, pool: Pool, say: Callable[[str], None], outwaited: Callable[[str], None]) -> None:
+    def __init__(self, pool: Pool, say: Callable[[str], None]) -> None:
         self.policy = pool.policy
         self.moment: Callable[[float], float] = lambda at_s: at_s
         self._of = "" if pool.name == "default" else f"pool {pool.name}: "
         self._say = say
-        self._outwaited = outwaited
         self._longest_s = LONG_WAIT_S / NEWS_RATIO
-        self._given_up = 0
+        self._outwaited = ""
 
     def attempted(self, attempt: Attempt, answer: Answer, failure: str) -> None:
-        if answer.outcome is Outcome.OK:
-            self._given_up = 0
-        if not failure or answer.retry_after_s <= LONG_WAIT_S:
+        if failure and answer.retry_after_s > LONG_WAIT_S:
+            late = failure == FailureCode.DEADLINE_EXCEEDED
+            self._tell(answer, attempt.finished_s + answer.retry_after_s, lost_text(self.policy, late=late))
+
+    def suspended(self, attempt: Attempt, answer: Answer) -> None:
+        if answer.outcome not in THROTTLES:
             return
-        late = failure == FailureCode.DEADLINE_EXCEEDED
-        self._tell(answer, attempt.finished_s + answer.retry_after_s, lost_text(self.policy, late=late))
-        if late and answer.outcome in THROTTLES:
-            self._given_up += 1
-            if self._given_up == SAME_GIVEN_UP:
-                self._outwaited(
-                    f"{self._of}{SAME_GIVEN_UP} requests in a row were given up: {asker(answer)} asks to wait "
-                    f"{duration(answer.retry_after_s)}, OPENAI_DEADLINE_SECONDS={self.policy.deadline_seconds:g}"
-                )
+        until_s = attempt.finished_s + answer.retry_after_s
+        self._outwaited = f"{asker(answer)} asks to wait until {moment_text(self.moment(until_s))}"
+        self._tell(answer, until_s, outwaited_text(self.policy, answer.retry_after_s))
 
     def backed_off(self, attempt: Attempt, answer: Answer, retry_at_s: float, next_attempt: int) -> None:
         if answer.retry_after_s > LONG_WAIT_S:
             held = self.policy.hold_on_throttle and answer.outcome in THROTTLES
             self._tell(answer, retry_at_s, waits_text(held=held))
+
+    def stopped_text(self) -> str:
+        """What to say of a run that stopped because every request met such a wait."""
+        return f"{self._outwaited}, and {OUTWAITS} in a row met that: stopped; the same command goes on then"
 
     def _tell(self, answer: Answer, until_s: float, then: str) -> None:
         if answer.retry_after_s < NEWS_RATIO * self._longest_s:
@@ -108,6 +108,13 @@ def lost_text(policy: Policy, *, late: bool) -> str:
     if policy.hold_on_throttle:
         text += f"; nothing is launched for {duration(policy.deadline_seconds)}"
     return text
+
+
+def outwaited_text(policy: Policy, wait_s: float) -> str:
+    """The same for a wait that is longer than any that is obeyed."""
+    cap_s, deadline_s = policy.retry_after_cap_seconds, policy.deadline_seconds
+    name, limit_s = ("RETRY_AFTER_CAP", cap_s) if wait_s > cap_s else ("DEADLINE", deadline_s)
+    return f"longer than OPENAI_{name}_SECONDS={limit_s:g}: the request is given up, or all of them where all meet it"
 
 
 def held_text(governor: Governor, moment: Callable[[float], float]) -> str:

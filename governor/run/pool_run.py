@@ -26,6 +26,7 @@ from governor.run.longwaits import LongWaits
 from governor.run.outputs import Followed
 from governor.scheduler.driver import Governor, Job, Observer, kind_of
 from governor.scheduler.learning import Learner
+from governor.scheduler.refusals import Refusals
 from governor.sharedquota.sharing import shared_governor
 from governor.telemetry.eventlog import EventLog, Format
 from governor.telemetry.metrics import Metrics
@@ -86,6 +87,7 @@ class PoolRun(Lane):
     long_waits: LongWaits
     track: Track
     send: Sender
+    refusals: Refusals | None
     ending: str = ""
 
     def pause(self) -> None:
@@ -108,13 +110,11 @@ class PoolRun(Lane):
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """Whom a pool speaks to: `say(line)` for what somebody should know, `refused(line)` after ten bad requests in a
-    row, `outwaited(line)` after ten given up for a long wait, `spending()` after each launch and each answer, where
-    there is a budget."""
+    """Whom a pool speaks to: `say(line)` for what somebody should know, `refused(line)` where all requests are refused
+    alike, `spending()` after each launch and each answer, where there is a budget."""
 
     say: Callable[[str], None]
     refused: Callable[[str], None]
-    outwaited: Callable[[str], None]
     spending: Callable[[], None]
 
 
@@ -124,6 +124,8 @@ def pool_run(
     expectation: Expectation,
     *,
     left: tuple[int, float],
+    models: frozenset[str],
+    answered: bool,
     seed: int,
     start_s: float,
     learner: Learner | None,
@@ -132,10 +134,13 @@ def pool_run(
     manner: Manner,
     said: Said,
 ) -> PoolRun:
-    """A pool ready to run, inside an event loop. `left`: requests, and tokens reserved for them."""
+    """A pool ready to run, inside an event loop.
+
+    `left`: requests, and tokens reserved for them; `models`: those that they ask for. `answered`: some were before.
+    """
     meter = Meter(pool, spent, left=left[0], left_tokens=left[1])
-    alarms = Alarms(pool, said.say, said.refused)
-    long_waits = LongWaits(pool, said.say, said.outwaited)
+    alarms = Alarms(pool, said.say)
+    long_waits = LongWaits(pool, said.say)
     log = EventLog(manner.log_format, pool.name) if manner.log_format is not None else None
     observers: list[Observer | None] = [
         recorder,  # first: nobody speaks of what is not recorded
@@ -174,6 +179,7 @@ def pool_run(
         long_waits=long_waits,
         track=Track(expectation, RESUMED_SLACK_S if start_s > 0.0 else SLACK_S),
         send=send,
+        refusals=None if manner.insist else Refusals(models, answered=answered, halt=said.refused),
     )
 
 

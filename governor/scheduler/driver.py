@@ -37,7 +37,17 @@ from governor.model.errors import FailureCode, PacelineError
 from governor.model.keyed import JITTER_RETRY, JITTER_STAGGER, attempt_key, keyed_uniform
 from governor.model.policy import Policy
 from governor.model.requests import Answer, Limit, Outcome, Request
-from governor.model.work import DIMENSIONS, FINAL, SPENT, STOPPING, THROTTLES, TIMED_OUT, TURNED_AWAY, attempt_of
+from governor.model.work import (
+    DIMENSIONS,
+    FINAL,
+    OUTWAITED,
+    SPENT,
+    STOPPING,
+    THROTTLES,
+    TIMED_OUT,
+    TURNED_AWAY,
+    attempt_of,
+)
 from governor.model.work import Begun as Begun
 from governor.model.work import Job as Job
 from governor.model.work import Observer as Observer
@@ -45,6 +55,7 @@ from governor.model.work import PoolState as PoolState
 from governor.model.work import Send as Send
 from governor.model.work import Work as Work
 from governor.scheduler.learning import Learner
+from governor.scheduler.refusals import Refusals
 from governor.sharedquota.sharing import check_own_quota
 
 # Heap entries. In the calendar: when, sequence, whether it is a deadline (else a retry that has backed off), job and
@@ -117,6 +128,8 @@ class Governor:
         self._expiry_timer: asyncio.TimerHandle | None = None
         self._send: Send | None = None
         self._finalizes = False
+        self._refusals: Refusals | None = None
+        self._aside: list[tuple[Job, Answer, float, FailureCode]] = []  # lost, unless all others meet the same
         self._done: asyncio.Future[None] | None = None
         self._error: BaseException | None = None
         if day_tokens_used > 0.0 or day_requests_used > 0.0:
@@ -138,18 +151,21 @@ class Governor:
         self._sequence += 1
         return Permit(self, Job(None, self._sequence, reserve, expected, -1, 0.0))
 
-    async def run(self, source: Iterator[Work], send: Send, *, finalize: bool = False) -> str:
+    async def run(
+        self, source: Iterator[Work], send: Send, *, finalize: bool = False, refusals: Refusals | None = None
+    ) -> str:
         """Runs all work of the source, in its order; returns "" or why it stopped before the end: see `stopped`.
 
         What was launched before comes first in the source: attempts go on counting, deadlines go on running, and an
         open finalize pass is opened again.
 
-        `finalize`: a cut answer without text gets one more call. Where it stops, what waits stays where it came from,
+        `finalize`: a cut answer without text gets one more call. `refusals`: notices where all requests are refused
+        alike; without it each refusal ends its own. Where it stops, what waits stays where it came from,
         unended. Cancelling this cancels what is in flight. What a send, the observer or the source raises is raised
         here, when all that was in flight has ended.
         """
         assert self._send is None, "one batch at a time"
-        self._source, self._send, self._finalizes = source, send, finalize
+        self._source, self._send, self._finalizes, self._refusals = source, send, finalize, refusals
         now = self._event()
         self._begun = now, self.clock.copy()
         self._head = self._next()
@@ -189,7 +205,9 @@ class Governor:
         The source must have stopped giving it before. What holds a place in flight while it backs off gives it back.
         """
         self._advance(self.now())
-        found = [job for job in self._waiting() if job.work is not None and is_meant(job.work.request)]
+        waiting = [*self._waiting(), *(each[0] for each in self._aside)]
+        found = [job for job in waiting if job.work is not None and is_meant(job.work.request)]
+        self._aside = [each for each in self._aside if each[0] not in found]
         for job in found:
             self._dropped(job)
         count = len(found)
@@ -674,13 +692,13 @@ class Governor:
         elif outcome in STOPPING:
             self._law("answered", now)
             self._dropped(job)
-            self._record(job, answer, now, "")
+            self._suspend(job, answer, now)
             self.stop(STOPPING[outcome])
         elif outcome in FINAL:
             job.flying = job.holds = False
             self._law("released")
             self._law("answered", now)
-            self._ended(job, answer, now, SPENT[outcome])
+            self._lost(job, answer, now, SPENT[outcome])
         else:
             self._again(job, answer, now)
 
@@ -711,6 +729,9 @@ class Governor:
                 self.learner.saw(kind, prompt_tokens, used)
         job.flying = job.holds = False
         self._law("settled", job.reserve, used, job.launched_s, now)
+        if self._refusals is not None:
+            self._refusals.succeeded()
+        self._end_aside()
         assert job.work is not None
         finalizes = self._finalizes and job.work.finalizes
         if finalizes and job.lane == MAIN and answer.cut_off and not answer.has_text:
@@ -732,12 +753,16 @@ class Governor:
 
     def _again(self, job: Job, answer: Answer, now: float) -> None:
         """After a throttle or a failure: try again when the law says so, or never (inf)."""
-        spent = job.attempt >= self.p.max_attempts and answer.outcome is not Outcome.LOCAL
+        spent = law.is_spent(self.p, job.attempt, answer.retry_after_s) and answer.outcome is not Outcome.LOCAL
         row = attempt_of(job, self.pool, answer, now, "") if self._shows else None
         at = self._retry_at(job, answer.outcome, answer.retry_after_s, now, answer.status)
         if at == inf:
-            self._ended(job, answer, now, SPENT[answer.outcome] if spent else FailureCode.DEADLINE_EXCEEDED)
+            self._lost(job, answer, now, SPENT[answer.outcome] if spent else FailureCode.DEADLINE_EXCEEDED)
+            if law.is_shut_out(self.s):
+                self.stop(OUTWAITED)
             return
+        if self._refusals is not None and job.work is not None and self._refusals.may_concern_all(answer):
+            self._refusals.refused(job.work.request, answer)
         job.submitted_s = now
         self._at(at, False, job)
         if row is not None:
@@ -789,6 +814,32 @@ class Governor:
         self._record(job, answer, now, code)
         self._close(job, answer, now, code)
 
+    def _lost(self, job: Job, answer: Answer, now: float, code: FailureCode) -> None:
+        """The request is over without an answer; or set aside, as long as all the others may meet the same."""
+        refusals = self._refusals
+        in_doubt = refusals is not None and refusals.may_concern_all(answer)
+        if not in_doubt and not (answer.outcome in THROTTLES and law.outlasts(self.p, answer.retry_after_s)):
+            self._ended(job, answer, now, code)
+            return
+        assert job.work is not None
+        self._suspend(job, answer, now, code)
+        self._aside.append((job, answer, now, code))
+        if in_doubt and refusals is not None:
+            refusals.refused(job.work.request, answer)
+
+    def _end_aside(self) -> None:
+        """It is known that what was refused is at fault itself: it ended when it was refused."""
+        aside, self._aside = self._aside, []
+        for job, answer, at, code in aside:
+            self._close(job, answer, at, code)
+
+    def _suspend(self, job: Job, answer: Answer, now: float, code: str = "") -> None:
+        """The attempt is over, and its request as if it had not been made. `code`: what it is lost with if it is."""
+        if self._shows:
+            row = attempt_of(job, self.pool, answer, now, code)
+            self._tell(self.observer.attempted, row, answer, "")
+            self._tell(self.observer.suspended, row, answer)
+
     def _close(self, job: Job, answer: Answer | None, now: float, code: str) -> None:
         if job.lane == FINALIZE:
             self._law("finalize_closed")
@@ -808,6 +859,8 @@ class Governor:
 
     def _look_if_done(self) -> None:
         done = self._done
+        if self._aside and not self._tasks and not self.stopped and len(self._aside) == self._unfinished:
+            self._end_aside()  # too few to be sure, and nothing else is left
         if done is not None and not self._tasks and (self.stopped or not self._unfinished) and not done.done():
             done.set_result(None)
 
@@ -836,7 +889,8 @@ class Governor:
         try:
             await asyncio.gather(*tasks, return_exceptions=True)
         finally:
-            for job in self._waiting():
+            aside, self._aside = self._aside, []
+            for job in [*self._waiting(), *(each[0] for each in aside)]:
                 if job.work is not None:
                     self._dropped(job)
             self._guarded(self._event)

@@ -2,9 +2,9 @@
 
 What lives here: observers of one pool (`driver.Observer`). `Meter` counts; `Alarms` speaks, once each, of limits that
 are not as the settings say, of an account that is refused, of a provider that cannot be reached, of the first request
-that fails for a reason, of ten identical refusals in a row (of long waits speaks `longwaits`); `Together` is several
-observers in one. What must not: writing to a terminal (`progress`, `eventlog`), storage (`journal`), decisions (the
-law).
+that fails for a reason (of refusals that all requests meet speaks `refusals`, of long waits `longwaits`); `Together` is
+several observers in one. What must not: writing to a terminal (`progress`, `eventlog`), storage (`journal`), decisions
+(the law).
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ from governor.model.words import duration, moment_text
 from governor.scheduler.driver import Job, Observer, PoolState
 
 THROTTLES = (Outcome.THROTTLED, Outcome.SLOW_DOWN)
-# So many refusals with the same words mean that the rest of the file would be refused too.
-SAME_REFUSALS = 10
 # Granted and configured limits closer than this are the same: providers round.
 LIMITS_DIFFER = 0.01
 _WAITED = tuple(f"waited_{cause}_s" for cause in CAUSES[1:])
@@ -40,6 +38,7 @@ class Together(Observer):
         each = tuple(observers)
         self._launched = _given(each, "launched")
         self._attempted = _given(each, "attempted")
+        self._suspended = _given(each, "suspended")
         self._backed_off = _given(each, "backed_off")
         self._ended = _given(each, "ended")
         self._deferred = _given(each, "deferred")
@@ -66,6 +65,10 @@ class Together(Observer):
     def attempted(self, attempt: Attempt, answer: Answer, failure: str) -> None:
         for told in self._attempted:
             told(attempt, answer, failure)
+
+    def suspended(self, attempt: Attempt, answer: Answer) -> None:
+        for told in self._suspended:
+            told(attempt, answer)
 
     def backed_off(self, attempt: Attempt, answer: Answer, retry_at_s: float, next_attempt: int) -> None:
         for told in self._backed_off:
@@ -198,21 +201,17 @@ class Meter(Observer):
 
 
 class Alarms(Observer):
-    """Speaks of what is out of order in one pool, each thing once. `say(line)`; `refused(line)` after ten refusals.
+    """Speaks of what is out of order in one pool, each thing once, by `say(line)`.
 
     `granted`: the account's limits as last stated, by dimension.
     """
 
-    def __init__(self, pool: Pool, say: Callable[[str], None], refused: Callable[[str], None]) -> None:
+    def __init__(self, pool: Pool, say: Callable[[str], None]) -> None:
         self.policy = pool.policy
         self._of = "" if pool.name == "default" else f"pool {pool.name}: "
         self._say = say
-        self._refused = refused
         self.granted: dict[str, float] = {}
         self._told: set[str] = set()
-        self._asked: set[tuple[str, str]] = set()
-        self._last = ("", "")
-        self._same = 0
         self._outage = OutageWatch()
 
     def began(self, governor: PoolState) -> None:
@@ -237,29 +236,18 @@ class Alarms(Observer):
             # A wrong address looks just so, and would be tried again and again without a word.
             self._told.add(answer.outcome)
             self._say(self._of + (_words(answer) or "a connection dropped before its answer was there"))
-        elif failure and answer.outcome not in ACCOUNT_REFUSES and failure not in self._told:
-            self._told.add(failure)
-            self._say(f"{self._of}request {quoted(attempt.custom_id)} failed: {failure}: {_words(answer)}".rstrip(": "))
-        if answer.outcome is Outcome.BAD_REQUEST:
-            self._count(answer)
-        elif answer.outcome is Outcome.OK:
-            self._same = 0
+
+    def ended(self, request: Request, failure: str, answer: Answer | None, now: float) -> None:
+        if not failure or answer is None or failure in self._told:
+            return
+        self._told.add(failure)
+        self._say(f"{self._of}request {quoted(request.custom_id)} failed: {failure}: {_words(answer)}".rstrip(": "))
 
     def _compare(self, dimension: str, granted: float) -> None:
         text = limit_text(dimension, granted, self.policy)
         if text:
             self._told.add(dimension)
             self._say(self._of + text)
-
-    def _count(self, answer: Answer) -> None:
-        words = (answer.error_code, answer.message)
-        self._same = self._same + 1 if words == self._last else 1
-        self._last = words
-        if self._same >= SAME_REFUSALS and words not in self._asked:
-            # Once for each reason: whoever went on does not want to be asked again.
-            self._asked.add(words)
-            message = _words(answer)[:200] or answer.error_code or "no reason given"
-            self._refused(f"{self._of}{SAME_REFUSALS} requests in a row were refused as bad: {message}")
 
 
 def outage_text(outage: OutageWatch, answer: Answer) -> str:

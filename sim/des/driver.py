@@ -502,8 +502,10 @@ class Simulation:
     def _again(self, job: Job, now: float, at: float, standing: int) -> None:
         """After a throttle or a failure: try again at `at`, or never (inf)."""
         if at == inf:
-            spent = job.attempt >= self.p.max_attempts
+            spent = law.is_spent(self.p, job.attempt, job.retry_after_s)
             self._ended(job, now, SPENT[job.outcome] if spent else FailureCode.DEADLINE_EXCEEDED)
+            if law.is_shut_out(self.s):
+                self._stop(now, FailureCode.RATE_LIMIT_EXHAUSTED)
             return
         if self.on_attempt is not None:
             self._record(job, now, "")
@@ -524,7 +526,7 @@ class Simulation:
         self._close(job, now, code)
 
     def _stop(self, now: float, code: str) -> None:
-        """Nothing is launched any more (the credit is gone): everything that waits ends here, unlaunched."""
+        """Nothing is launched any more (no credit, or only waits too long): what waits ends here, unlaunched."""
         self.stopped = code
         job = self._first()
         while job is not None:

@@ -780,7 +780,9 @@ def _again(w: World, slot: int, now: float, at: float, standing: int) -> None:
     """After a throttle or a failure: try again at `at`, or never (inf)."""
     run, job = w.run, w.jobs[slot]
     if at == inf:
-        _ended(w, slot, now, job.outcome if job.attempt >= w.p.max_attempts else DEADLINE_EXCEEDED)
+        _ended(w, slot, now, job.outcome if law.is_spent(w.p, job.attempt, job.retry_after_s) else DEADLINE_EXCEEDED)
+        if law.is_shut_out(w.s):
+            _stop(w, now, prov.THROTTLED)
         return
     if run.recording:
         _record(w, slot, now, NONE)
@@ -806,7 +808,7 @@ def _given_up(w: World, slot: int, now: float, code: int) -> None:
 
 
 def _stop(w: World, now: float, code: int) -> None:
-    """Nothing is launched any more (the credit is gone): everything that waits ends here, unlaunched."""
+    """Nothing is launched any more (no credit, or only waits too long): what waits ends here, unlaunched."""
     run = w.run
     run.stopped = code
     slot = _first(w)

@@ -16,7 +16,7 @@ from governor.journal.recorder import FullRecorder, Recorder
 from governor.law import FINALIZE, MAIN, Params, State
 from governor.model.estimate import sizes_of
 from governor.model.policy import Policy
-from governor.model.requests import CHAT, Answer, Attempt, Limit, Outcome, Request, url_of
+from governor.model.requests import ACCOUNT_REFUSES, CHAT, Answer, Attempt, Limit, Outcome, Request, url_of
 from governor.scheduler.driver import Governor, Job, Work
 
 EPOCH_S = 1_700_000_000.0
@@ -173,7 +173,9 @@ def again(recorder: Recorder, done: Job, came: Answer, at_s: float) -> None:
     """The attempt is over, its request is not: it backs off, unless it was answered or the account is at fault."""
     row = attempt(done, came, at_s)
     recorder.attempted(row, came, "")
-    if came.outcome not in (Outcome.OK, Outcome.QUOTA, Outcome.UNAUTHORIZED):
+    if came.outcome in ACCOUNT_REFUSES:
+        recorder.suspended(row, came)
+    elif came.outcome is not Outcome.OK:
         recorder.backed_off(row, came, at_s + BACKOFF_S, row.attempt + 1)
 
 

@@ -48,6 +48,7 @@ def params(
         refunds_throttled=0,
         finalize_lowers=1,
         finalize_max_concurrency=2,
+        retry_after_cap_s=math.inf,
         timeout_s=600.0,
         deadline_s=0.0,
         limit=limit,

@@ -275,7 +275,7 @@ def lane_of(
     """A pool ready to run, inside the event loop. `worker` is told of each event by batch."""
     spent = Spent(worker.config.prices, worker.config.today())
     meter = Meter(pool, spent, left=0, left_tokens=0.0)
-    alarms = Alarms(pool, log.warning, log.warning)
+    alarms = Alarms(pool, log.warning)
     series = Series()
     waits = LongWaits(pool, log.warning, log.warning)
     waits.moment = lambda at_s: time.time() + (at_s - governor.now()) / worker.config.time_scale

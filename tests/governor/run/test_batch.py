@@ -62,7 +62,7 @@ def request(index: int = 0) -> Request:
         (9, 5, {"a": "UNAUTHORIZED"}, (), 4),
         (0, 5, {"a": "MAX_COST"}, (), 5),
         (0, 5, {"a": "STOP_AFTER", "b": "INSUFFICIENT_QUOTA"}, (), 5),
-        (0, 5, {"a": "BAD_REQUESTS"}, (), 3),
+        (0, 5, {"a": "REFUSED"}, (), 3),
         (0, 5, {"a": "CANARY"}, (), 3),
         (0, 5, {"a": "SIGINT"}, ("SIGINT",), 130),
         (0, 5, {"a": "SIGTERM"}, ("SIGTERM", "SIGINT"), 143),

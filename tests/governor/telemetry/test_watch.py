@@ -17,7 +17,7 @@ from governor.model.requests import Answer, Attempt, Limit, Outcome, Request
 from governor.provider.answers import dropped
 from governor.scheduler.driver import Job, Work
 from governor.telemetry.eventlog import EventLog
-from governor.telemetry.watch import SAME_REFUSALS, Alarms, Meter, Together, limit_text
+from governor.telemetry.watch import Alarms, Meter, Together, limit_text
 
 SIZES = Sizes(CHAT, 100, 400, 4, 1, 0, 0, 1, 50)
 PRICES = Prices({"m": (Price(date(2026, 1, 1), 1.0, 1.0, 2.0),)})
@@ -131,10 +131,9 @@ def test_tokens_of_the_last_minute_against_a_naive_window() -> None:
 # ---------------------------------------------------------------- alarms
 
 
-def alarms(policy: Policy | None = None) -> tuple[Alarms, list[str], list[str]]:
+def alarms(policy: Policy | None = None) -> tuple[Alarms, list[str]]:
     said: list[str] = []
-    refused: list[str] = []
-    return Alarms(Pool(policy=policy or Policy()), said.append, refused.append), said, refused
+    return Alarms(Pool(policy=policy or Policy()), said.append), said
 
 
 def with_limits(*limits: Limit) -> Answer:
@@ -142,7 +141,7 @@ def with_limits(*limits: Limit) -> Answer:
 
 
 def test_limits_that_differ_are_told_once_each_with_the_setting() -> None:
-    watch, said, _ = alarms()
+    watch, said = alarms()
     for _ in range(3):
         answer = with_limits(Limit("TPM", 20_000.0, 1.0), Limit("RPM", 500.0, 1.0))
         watch.attempted(attempt(0, answer), answer, "")
@@ -163,7 +162,7 @@ def test_limits_that_agree_and_those_that_are_larger() -> None:
 
 
 def test_after_a_change_of_settings_it_compares_again() -> None:
-    watch, said, _ = alarms()
+    watch, said = alarms()
     answer = with_limits(Limit("TPM", 20_000.0, 1.0))
     watch.attempted(attempt(0, answer), answer, "")
     watch.repriced(Policy(tpm_limit=20_000))
@@ -173,34 +172,23 @@ def test_after_a_change_of_settings_it_compares_again() -> None:
     assert len(said) == 2
 
 
-def test_ten_identical_refusals_in_a_row_and_only_those() -> None:
-    watch, _, refused = alarms()
-    other = Answer(Outcome.BAD_REQUEST, 400, error_code="invalid_value", message="another")
-    for answer in [BAD] * (SAME_REFUSALS - 1) + [OK] + [BAD] * (SAME_REFUSALS - 1) + [other] + [BAD] * 9:
-        watch.attempted(attempt(0, answer), answer, "BAD_REQUEST")
-    assert refused == []
-    for _ in range(2 * SAME_REFUSALS):
-        watch.attempted(attempt(0, BAD), BAD, "BAD_REQUEST")
-    assert len(refused) == 1
-    assert refused[0].startswith("10 requests in a row were refused as bad")
-
-
 def test_a_pool_s_name_stands_in_front() -> None:
     said: list[str] = []
-    watch = Alarms(Pool(name="eu"), said.append, said.append)
+    watch = Alarms(Pool(name="eu"), said.append)
     answer = with_limits(Limit("TPM", 1.0, 1.0))
     watch.attempted(attempt(0, answer), answer, "")
     assert said[0].startswith("pool eu: the account grants 1 tokens")
 
 
 def test_a_provider_out_of_reach_is_told_once_and_the_first_failure_of_each_kind() -> None:
-    watch, said, _ = alarms()
+    watch, said = alarms()
     away = dropped("no answer from http://127.0.0.1:9: ConnectError: all attempts failed")
     slow = Answer(Outcome.TIMEOUT)
     for i in range(3):
         watch.attempted(attempt(i, away), away, "")
-        watch.attempted(attempt(i, away), away, "OPENAI_CONNECTION_DROPPED")
+        watch.ended(request(i), "OPENAI_CONNECTION_DROPPED", away, 1.0)
         watch.attempted(attempt(i, slow), slow, "" if i == 0 else "OPENAI_TIMEOUT")
+        watch.ended(request(i), "" if i == 0 else "OPENAI_TIMEOUT", slow, 1.0)
     assert said == [
         "no answer from http://127.0.0.1:9: ConnectError: all attempts failed",
         "request 'q 0' failed: OPENAI_CONNECTION_DROPPED: no answer from http://127.0.0.1:9: ConnectError: all "

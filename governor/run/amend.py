@@ -1,0 +1,150 @@
+"""A corrected input file: what differs, by custom_id, from the lines that a journal holds, and how it takes that over.
+
+Lines that are as they were keep what came of them, ended or not. Changed and added lines are run; one that was answered
+as it was is named, and sent again only on demand. Lines that are gone are not sent any more; what has ended stays. So a
+file that holds only the rest is accepted as well as the whole one.
+
+`Amendment` reads the file once to say what it would do, and again to do it, once the run may start. A process that is
+killed in between has changed nothing that the next one would not change.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from itertools import islice
+from typing import NamedTuple, TypeVar
+
+from sqlalchemy import delete, insert, select, update
+
+from governor.journal.database import JournalError
+from governor.journal.journal import Journal, chunks
+from governor.journal.schema import DONE, FAILED, bodies, requests, results, run
+from governor.model.errors import BadInput, quoted
+from governor.model.requests import Request
+from governor.model.words import plural
+from governor.scheduler.driver import Work
+
+T = TypeVar("T")
+# Lines compared at a time.
+CHUNK = 500
+# So many answered lines are named.
+NAMED = 3
+
+
+class _Known(NamedTuple):
+    """A line as the journal holds it."""
+
+    state: str
+    url: str
+    body: str
+
+
+class Amendment:
+    """What a corrected input changes in a journal. `journal`: opened to run; nothing is written before `apply`.
+
+    `numbers`: requests of the journal that are replaced or go; `more`: by how many those to do become more.
+    """
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        c = requests.c
+        with journal.writing() as connection:
+            rows = connection.execute(select(c.custom_id, c.request, c.state)).all()
+        self._numbers = {custom_id: number for custom_id, number, _ in rows}
+        self._states = {number: state for _, number, state in rows}
+        self._next = max(self._states, default=-1) + 1
+        self.numbers: set[int] = set()
+        self.added = self.changed = self.gone = self.more = 0
+        self._gone: list[int] = []
+
+    def changes(self, read: Iterable[Request], *, resend: bool, name: str) -> Iterator[Request]:
+        """The requests that are to be run anew, as the journal will number them; at the end what is gone is known.
+
+        `read`: the lines of the corrected file. `resend`: those that were answered before they changed are sent again.
+        BadInput, naming them, where they are not; JournalError where the file has no line in common with the journal.
+        """
+        self.added = self.changed = self.gone = self.more = 0
+        self.numbers = set()
+        left = dict(self._states)
+        answered: list[Request] = []
+        following = self._next
+        for lines in _chunks(read):
+            known = self._known([self._numbers[line.custom_id] for line in lines if line.custom_id in self._numbers])
+            for line in lines:
+                number = self._numbers.get(line.custom_id)
+                if number is None:
+                    self.added += 1
+                    self.more += 1
+                    yield replace(line, index=following)
+                    following += 1
+                    continue
+                del left[number]
+                before = known[number]
+                if before.url == line.url and _canonical(json.loads(before.body)) == _canonical(line.body):
+                    continue
+                self.changed += 1
+                self.more += before.state in (DONE, FAILED)
+                self.numbers.add(number)
+                if before.state == DONE and not resend:
+                    answered.append(line)
+                yield replace(line, index=number)
+        if len(left) == len(self._states):
+            text = "it was made from another input: name another file with --journal, or that input again"
+            raise JournalError(f"{self._journal.name}: {text}")
+        if answered:
+            names = ", ".join(quoted(line.custom_id) for line in answered[:NAMED])
+            names += f" and {len(answered) - NAMED:,} more" if len(answered) > NAMED else ""
+            raise BadInput(
+                f"{plural(len(answered), 'line')} ({names}) changed after the answer came: put back what was sent, or "
+                "add --resend-changed to send it again as it is now, which is paid for again",
+                name,
+            )
+        self._gone = [number for number, state in left.items() if state not in (DONE, FAILED)]
+        self.gone = len(self._gone)
+        self.more -= self.gone
+        self.numbers.update(self._gone)
+
+    def _known(self, numbers: list[int]) -> Mapping[int, _Known]:
+        c = requests.c
+        query = select(c.request, c.state, c.url, bodies.c.body).join(bodies, bodies.c.request == c.request)
+        with self._journal.writing() as connection:
+            rows = connection.execute(query.where(c.request.in_(numbers))).all()
+        return {number: _Known(*rest) for number, *rest in rows}
+
+    def apply(self, works: Iterable[Work], fingerprint: str) -> None:
+        """Writes the changes down. `works`: what `changes` gave, sized; the journal is then of that input."""
+        for rows, texts in chunks(works):
+            with self._journal.writing() as connection:
+                places = [row["request"] for row in rows]
+                for table in (requests, bodies, results):
+                    connection.execute(delete(table).where(table.c.request.in_(places)))
+                connection.execute(insert(requests), rows)
+                connection.execute(insert(bodies), texts)
+        with self._journal.writing() as connection:
+            for part in _chunks(self._gone):
+                for table in (requests, bodies):
+                    connection.execute(delete(table).where(table.c.request.in_(part)))
+            count = len(self._states) + self.added - self.gone
+            connection.execute(update(run).values(fingerprint=fingerprint, requests=count))
+
+    @property
+    def text(self) -> str:
+        """What it changes, in a line."""
+        parts = [
+            f"{count:,} {what}"
+            for count, what in ((self.changed, "changed"), (self.added, "added"), (self.gone, "gone and not sent"))
+            if count
+        ]
+        return f"the input was corrected: {', '.join(parts) or 'no line of it, but for their order'}"
+
+
+def _chunks(each: Iterable[T]) -> Iterator[list[T]]:
+    left = iter(each)
+    return iter(lambda: list(islice(left, CHUNK)), [])
+
+
+def _canonical(body: object) -> str:
+    """A body without regard to the order of its keys; `1` and `true` differ."""
+    return json.dumps(body, sort_keys=True)

@@ -1,0 +1,95 @@
+"""When refusals are no longer the fault of single requests: the first ones of a run all meet the same, none succeeds.
+
+A refusal ends its own request. But a model that does not exist, a base URL without /v1 or a key without rights refuse
+every request alike, and a run would send all of a file to learn it. So while nothing has succeeded, the driver sets
+refused requests aside undecided; `Refusals` says when so many alike have come that the run should stop. Those set
+aside are then pending, and the same command sends them again once the cause is mended. The first success ends them
+one by one, and from then on each refusal ends its request.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+
+from governor.model.errors import quoted
+from governor.model.requests import Answer, Outcome, Request, Scope
+
+# So many alike, where the address, the account or the model is refused: nothing of the request decides that.
+SAME_REFUSALS = 3
+# A bad request may be the fault of a kind of lines that stands first in the file: more of them, and still no cost.
+SAME_BAD_REQUESTS = 10
+# Refusals of what one line holds say nothing of the next line, however many come first: the longest may go first.
+_OF_INPUT = re.compile(
+    r"content.?(filter|policy|management)|moderation|flagged|safety|context.?(length|window)|too.(long|large)|"
+    r"maximum.{0,20}length|invalid.prompt",
+    re.IGNORECASE,
+)
+# What differs between answers that are alike: figures, ids, times.
+_FIGURES = re.compile(r"\w*[0-9]\w*")
+_BY_STATUS = {
+    402: "check the account's credit, or lower max_tokens",
+    403: "check what this key may use, and from where",
+    404: "check the model's name, and that this account has access to it",
+}
+_ADDRESS = (
+    "what is there is not the API: check the base URL (OPENAI_BASE_URL, --base-url or the pool's base_url; most end in "
+    "/v1)"
+)
+_LINE = "check what these lines ask for"
+
+
+class Refusals:
+    """The refusals of one run, or of one batch. Not for use by several threads.
+
+    `models`: those that the run asks for; a refusal that may concern a model stops it only once each of them has met
+    enough. `answered`: an earlier leg had answers, so that only the address is still in doubt. `halt(line)` is called
+    once, where the run should stop: a line that names the request, the refusal and what to check.
+    """
+
+    def __init__(self, models: Iterable[str] = (), *, answered: bool = False, halt: Callable[[str], None]) -> None:
+        self._models = frozenset(models)
+        self._answered = answered
+        self._halt = halt
+        self._succeeded = False
+        # By model, "" for the address: the latest refusal, and how many alike have come in a row.
+        self._alike: dict[str, tuple[tuple[str, ...], int]] = {}
+
+    def succeeded(self) -> None:
+        """A request was answered: from now on refusals are single requests' own."""
+        self._succeeded = True
+        self._alike.clear()
+
+    def may_concern_all(self, answer: Answer) -> bool:
+        """Whether this refusal could be every request's, so that its request is not yet lost with it."""
+        if self._succeeded:
+            return False
+        if answer.scope is Scope.ADDRESS:
+            return True
+        if self._answered or answer.outcome is not Outcome.BAD_REQUEST:
+            return False
+        return answer.status in (402, 404) or not _OF_INPUT.search(f"{answer.error_code} {answer.message}")
+
+    def refused(self, request: Request, answer: Answer) -> None:
+        """A refusal that may concern all has come. Calls `halt` where it shows that it does."""
+        group = "" if answer.scope is Scope.ADDRESS else request.model
+        words = (str(answer.status), answer.error_code, _FIGURES.sub("", answer.message))
+        last, count = self._alike.get(group, (words, 0))
+        self._alike[group] = words, (count + 1 if words == last else 1)
+        enough = SAME_REFUSALS if group == "" or answer.status in _BY_STATUS else SAME_BAD_REQUESTS
+        groups = [group] if group == "" else self._models | {group}
+        if all(self._alike.get(each, (words, 0))[1] >= enough for each in groups):
+            self._halt(halt_text(request, answer, enough))
+            self._succeeded = True  # it is decided
+
+
+def halt_text(request: Request, answer: Answer, count: int) -> str:
+    """Why a run stops: the request, what it met, and what to check."""
+    check = _ADDRESS if answer.scope is Scope.ADDRESS else _BY_STATUS.get(answer.status, _LINE)
+    said = " ".join((answer.message or answer.raw or json.dumps(answer.body or {})).split())[:300]
+    what = " ".join(str(part) for part in (answer.status or "", answer.error_code) if part)
+    return (
+        f"the first {count} requests met the same and none has succeeded: request {quoted(request.custom_id)}: "
+        f"{f'{what}: ' if what else ''}{said}: {check}; then the same command sends them again (--yes goes on as it is)"
+    )
