@@ -143,6 +143,7 @@ class FailureCode(StrEnum):
     UNREADABLE_ANSWER = "UNREADABLE_ANSWER"
     UNAUTHORIZED = "UNAUTHORIZED"
     BATCH_CANCELLED = "BATCH_CANCELLED"
+    OUTWAITED = "OUTWAITED"
 
     @property
     def fault(self) -> str:
@@ -168,4 +169,5 @@ _FAULT_AND_RETRYABLE = {
     FailureCode.UNREADABLE_ANSWER: (PROVIDER, False),
     FailureCode.UNAUTHORIZED: (OPERATOR, False),
     FailureCode.BATCH_CANCELLED: (CALLER, True),
+    FailureCode.OUTWAITED: (OPERATOR, True),
 }

@@ -35,8 +35,6 @@ THROTTLES = (Outcome.THROTTLED, Outcome.SLOW_DOWN)
 FINAL = (Outcome.TOO_LARGE, Outcome.BAD_REQUEST, Outcome.MALFORMED)
 # The account, not the request, is at fault: nothing more is sent, and what was not answered stays pending.
 STOPPING = {Outcome.QUOTA: FailureCode.INSUFFICIENT_QUOTA, Outcome.UNAUTHORIZED: FailureCode.UNAUTHORIZED}
-# Nor is anything where all that is asked for meets a wait that is not obeyed (`law.is_shut_out`).
-OUTWAITED = "OUTWAITED"
 # Turned away at the door, so not charged. A bad request is let in: recorded 400s cost tokens
 # (docs/explanation/provider.md#charge).
 TURNED_AWAY = (*THROTTLES, *STOPPING, Outcome.TOO_LARGE, Outcome.LOCAL)

@@ -42,7 +42,7 @@ from governor.model.words import duration, plural
 from governor.run.account import grant_of, lines_of, merged, spent_before, summary_of
 from governor.run.intake import Begun, prepare, reserve_of
 from governor.run.live import ACCOUNT, CANARY, MAX_COST, REFUSED, Ended, Leg, LiveRun
-from governor.run.longwaits import FINISH_BY, LONG_WAIT, OUTWAITED, STOP_AFTER
+from governor.run.longwaits import FINISH_BY, LONG_WAIT, STOP_AFTER
 from governor.run.outputs import Followed, check_apart, check_writable, claimed, errors_path, write_results
 from governor.run.pool_run import Connect, Manner
 from governor.run.scaledloop import loop_factory
@@ -58,7 +58,7 @@ SIGNAL_CODES = {number.name: 128 + number for number in SIGNALS}
 _CODE_OF = {
     **dict.fromkeys(ACCOUNT, QUOTA),
     MAX_COST: BUDGET,
-    **dict.fromkeys((STOP_AFTER, FINISH_BY, LONG_WAIT, OUTWAITED), BUDGET),
+    **dict.fromkeys((STOP_AFTER, FINISH_BY, LONG_WAIT, FailureCode.OUTWAITED), BUDGET),
     REFUSED: CANNOT,
     CANARY: CANNOT,
     **SIGNAL_CODES,

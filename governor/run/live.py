@@ -28,7 +28,7 @@ from governor.model.pools import Pool
 from governor.model.prices import Spent, dollars_text
 from governor.model.words import duration, plural
 from governor.run.intake import work_of
-from governor.run.longwaits import FINISH_BY, OUTWAITED, STOP_AFTER, held_text, too_late, too_late_text
+from governor.run.longwaits import FINISH_BY, STOP_AFTER, held_text, too_late, too_late_text
 from governor.run.pool_run import Connect, Manner, PoolRun, Said, learner_of, pool_run
 from governor.run.steer import Commands, Signals, answered
 from governor.scheduler.driver import Work
@@ -251,7 +251,7 @@ class LiveRun:
             run.ending = await run.governor.run(
                 source(run), run.send, finalize=self.manner.finalize, refusals=run.refusals
             )
-            if run.ending == OUTWAITED:
+            if run.ending == FailureCode.OUTWAITED:
                 self.say(self._of(run.name) + run.long_waits.stopped_text())
 
         tasks = [asyncio.create_task(one(run)) for run in self.runs.values()]

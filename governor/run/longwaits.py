@@ -12,13 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from governor.law import OUTWAITED as OUTWAITS
+from governor.law import OUTWAITED
 from governor.model.errors import FailureCode
 from governor.model.policy import Policy
 from governor.model.pools import Pool
 from governor.model.requests import Answer, Attempt
 from governor.model.words import duration, moment_text
-from governor.model.work import OUTWAITED as OUTWAITED
 from governor.model.work import THROTTLES
 from governor.provider.stated import quoted_numbers
 from governor.scheduler.driver import Governor, Observer
@@ -28,7 +27,7 @@ DAY_S = 86_400.0
 # Once told, only a wait so many times as long is news.
 NEWS_RATIO = 2.0
 
-# Why a run ends that would sleep too long, beside `OUTWAITED`.
+# Why a run ends that would sleep too long, beside `FailureCode.OUTWAITED`.
 STOP_AFTER, FINISH_BY, LONG_WAIT = "STOP_AFTER", "FINISH_BY", "LONG_WAIT"
 
 _COUNTED = {
@@ -72,7 +71,7 @@ class LongWaits(Observer):
 
     def stopped_text(self) -> str:
         """What to say of a run that stopped because every request met such a wait."""
-        return f"{self._outwaited}, and {OUTWAITS} in a row met that: stopped; the same command goes on then"
+        return f"{self._outwaited}, and {OUTWAITED} in a row met that: stopped; the same command goes on then"
 
     def _tell(self, answer: Answer, until_s: float, then: str) -> None:
         if answer.retry_after_s < NEWS_RATIO * self._longest_s:

@@ -40,7 +40,6 @@ from governor.model.requests import Answer, Limit, Outcome, Request
 from governor.model.work import (
     DIMENSIONS,
     FINAL,
-    OUTWAITED,
     SPENT,
     STOPPING,
     THROTTLES,
@@ -759,7 +758,7 @@ class Governor:
         if at == inf:
             self._lost(job, answer, now, SPENT[answer.outcome] if spent else FailureCode.DEADLINE_EXCEEDED)
             if law.is_shut_out(self.s):
-                self.stop(OUTWAITED)
+                self.stop(FailureCode.OUTWAITED)
             return
         if self._refusals is not None and job.work is not None and self._refusals.may_concern_all(answer):
             self._refusals.refused(job.work.request, answer)

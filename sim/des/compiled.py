@@ -52,7 +52,7 @@ BUFFER = 4096
 SLOTS = 512
 # Chunks of rows that are kept for the next case, at most.
 ROWS_KEPT = 256
-CODES = (*SPENT, FailureCode.DEADLINE_EXCEEDED)
+CODES = (*SPENT, FailureCode.DEADLINE_EXCEEDED, FailureCode.OUTWAITED)
 
 PARAMS = dtype_of(Policy().params())
 STATE = dtype_of(law.State())

@@ -505,7 +505,7 @@ class Simulation:
             spent = law.is_spent(self.p, job.attempt, job.retry_after_s)
             self._ended(job, now, SPENT[job.outcome] if spent else FailureCode.DEADLINE_EXCEEDED)
             if law.is_shut_out(self.s):
-                self._stop(now, FailureCode.RATE_LIMIT_EXHAUSTED)
+                self._stop(now, FailureCode.OUTWAITED)
             return
         if self.on_attempt is not None:
             self._record(job, now, "")

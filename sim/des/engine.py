@@ -37,9 +37,10 @@ FULL = 1
 ANSWER = 0
 RETRY_DUE = 1 << 60
 
-# How a request ended: 0 = answered; the outcome of its last attempt where those are spent; or late.
+# How a request ended: 0 = answered; the outcome of its last attempt where those are spent; or late, or not sent.
 DEADLINE_EXCEEDED = 8
-ENDS = 9
+OUTWAITED = 9
+ENDS = 10
 
 CAUSES = len(summary.CAUSES)
 BACKOFF = summary.BACKOFF
@@ -782,7 +783,7 @@ def _again(w: World, slot: int, now: float, at: float, standing: int) -> None:
     if at == inf:
         _ended(w, slot, now, job.outcome if law.is_spent(w.p, job.attempt, job.retry_after_s) else DEADLINE_EXCEEDED)
         if law.is_shut_out(w.s):
-            _stop(w, now, prov.THROTTLED)
+            _stop(w, now, OUTWAITED)
         return
     if run.recording:
         _record(w, slot, now, NONE)

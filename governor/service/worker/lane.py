@@ -277,7 +277,7 @@ def lane_of(
     meter = Meter(pool, spent, left=0, left_tokens=0.0)
     alarms = Alarms(pool, log.warning)
     series = Series()
-    waits = LongWaits(pool, log.warning, log.warning)
+    waits = LongWaits(pool, log.warning)
     waits.moment = lambda at_s: time.time() + (at_s - governor.now()) / worker.config.time_scale
     # The recorder first: nobody speaks of what is not recorded.
     observers: list[Observer] = [

@@ -18,7 +18,6 @@ from governor.model.words import moment_text
 from governor.run.longwaits import (
     FINISH_BY,
     LONG_WAIT,
-    OUTWAITED,
     STOP_AFTER,
     LongWaits,
     asker,
@@ -115,7 +114,7 @@ def daily(wait_s: float) -> Answer:
 def test_where_all_meet_such_a_wait_the_run_stops_and_loses_nothing(hold: int, limits: dict[str, float]) -> None:
     desk = Desk(script={i: [(1.0, daily(HOURS))] for i in range(5, 100)})
     ran = Ran(quiet(max_concurrency=1, hold_on_throttle=hold, **limits), desk, works(100))
-    assert (ran.why, len(ran.log.ends), len(desk.sent)) == (OUTWAITED, 5, 5 + law.OUTWAITED)
+    assert (ran.why, len(ran.log.ends), len(desk.sent)) == (FailureCode.OUTWAITED, 5, 5 + law.OUTWAITED)
 
 
 @pytest.mark.parametrize("hold", [0, 1])
