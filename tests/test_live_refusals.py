@@ -103,7 +103,7 @@ def test_a_corrected_line_is_tried_and_the_others_are_not(cli: Cli, tmp_path: Pa
     good = {f"q-{i}": "gpt-4o-mini" for i in range(40)}
     of_names(tmp_path / "requests.jsonl", good | {"q-7": "gpt-9"})
     with stranger(picky) as server:
-        args = run_args(tmp_path, server.base_url, "--json")
+        args = run_args(tmp_path, server.base_url, "--json", "--record")
         ran = cli.run(*args)
         assert (ran.code, ran.json["completed"], ran.json["failed"]) == (1, 39, 1)
         before = len(server.bodies)
