@@ -114,6 +114,7 @@ class ProviderParams:
     stall_max_s: float = 60.0
     error_ratio: float = 0.0
     drop_ratio: float = 0.0
+    hang_ratio: float = 0.0
     outage_at: list[float] = field(default_factory=lambda: [math.inf] * OUTAGES)
     outage_until: list[float] = field(default_factory=lambda: [math.inf] * OUTAGES)
     outage_kind: list[float] = field(default_factory=lambda: [0.0] * OUTAGES)
@@ -443,12 +444,14 @@ def _served(
     service_s = drawn_s
     if drawn_s < 0.0:
         service_s = latency_s(pp, seed, request, attempt, output_tokens, recorded_s)
-    if pp.error_ratio > 0.0 or pp.drop_ratio > 0.0:
+    if pp.error_ratio > 0.0 or pp.drop_ratio > 0.0 or pp.hang_ratio > 0.0:
         u = keyed_uniform(seed, request, attempt, FAULT)
         if u < pp.error_ratio:
             return SERVER_ERROR, min(service_s, pp.first_token_s), -1, -1.0
         if u < pp.error_ratio + pp.drop_ratio:
             return DROPPED, service_s, -1, -1.0
+        if u < pp.error_ratio + pp.drop_ratio + pp.hang_ratio:
+            return DROPPED, NEVER_S, -1, -1.0
     return OK, service_s, -1, -1.0
 
 

@@ -173,13 +173,14 @@ class Faults(Config):
 
     error_ratio: Ratio = 0.0
     drop_ratio: Ratio = 0.0
+    hang_ratio: Ratio = 0.0
     empty_cut_ratio: Ratio = 0.5
     refusal_s: Seconds = 0.05
 
     @model_validator(mode="after")
     def _at_most_all(self) -> Self:
-        if self.error_ratio + self.drop_ratio > 1.0:
-            raise ValueError("error_ratio and drop_ratio together are above 1")
+        if self.error_ratio + self.drop_ratio + self.hang_ratio > 1.0:
+            raise ValueError("error_ratio, drop_ratio and hang_ratio together are above 1")
         return self
 
 
@@ -284,6 +285,7 @@ class ProviderConfig(Config):
             stall_max_s=late.stall_max_s,
             error_ratio=self.faults.error_ratio,
             drop_ratio=self.faults.drop_ratio,
+            hang_ratio=self.faults.hang_ratio,
             refusal_s=self.faults.refusal_s,
             empty_cut_ratio=self.faults.empty_cut_ratio,
             counts=_COUNTS[self.counts],
@@ -331,7 +333,10 @@ class ProviderConfig(Config):
             found["latency"] = (ASSUMED, text)
         found["other users of the quota"] = (ASSUMED, _cotenant_text(self.cotenant))
         faults = self.faults
-        found["faults"] = (ASSUMED, f"{faults.error_ratio:.3g} server errors, {faults.drop_ratio:.3g} dropped")
+        text = f"{faults.error_ratio:.3g} server errors, {faults.drop_ratio:.3g} dropped"
+        text += f", {faults.hang_ratio:.3g} never answered" if faults.hang_ratio else ""
+        text += "".join(f", out for {o.length_s:g} s from {o.at_s:g} s on ({o.kind})" for o in self.outages)
+        found["faults"] = (ASSUMED, text)
         for name in self.learnt:
             text = found[name][1].removeprefix("as given: ").removesuffix(" assumed").removesuffix(_OPEN)
             found[name] = (MEASURED, f"learnt from {self.learnt_from}: {text}")

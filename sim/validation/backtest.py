@@ -187,7 +187,8 @@ def _replicated(lesson: Lesson, provider: ProviderConfig, runs: int) -> np.ndarr
     if any(count.stated for count in lesson.counts):
         # What others did stands in the headers: it need not be drawn.
         provider = provider.with_(cotenant={"share": 0.0, "burst_s": 0.0, "period_s": 0.0})
-    by_chance = provider.cotenant.share + provider.faults.error_ratio + provider.faults.drop_ratio > 0.0
+    faults = provider.faults
+    by_chance = provider.cotenant.share + sum((faults.error_ratio, faults.drop_ratio, faults.hang_ratio)) > 0.0
     by_chance = by_chance or bool((lesson.workload.recorded_s < 0.0).any())
     values = np.zeros((runs, 3))
     for r in range(runs):

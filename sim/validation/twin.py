@@ -202,6 +202,7 @@ def _faults(attempts: list[Attempt], visible: dict[str, NDArray[Any]]) -> dict[s
     found = {
         "error_ratio": sum(a.outcome in SERVER_FAULTS for a in let_in) / count,
         "drop_ratio": sum(a.outcome is Outcome.DROPPED for a in let_in) / count,
+        "hang_ratio": sum(a.outcome is Outcome.TIMEOUT for a in let_in) / count,
     }
     refused = [a.finished_s - a.launched_s for a in attempts if a.outcome in REFUSED]
     if refused:

@@ -87,7 +87,13 @@ def test_answers_are_those_of_the_attempt_that_was_answered() -> None:
     assert output.tolist() == [7, 500, 33, -1]
     assert recorded.tolist() == [4.0, 2.0, 2.0, -1.0]
     faults = _faults(attempts, visible)
-    assert faults == {"error_ratio": 0.2, "drop_ratio": 0.0, "refusal_s": 0.5, "empty_cut_ratio": 1.0}
+    assert faults == {
+        "error_ratio": 0.2,
+        "drop_ratio": 0.0,
+        "hang_ratio": 0.0,
+        "refusal_s": 0.5,
+        "empty_cut_ratio": 1.0,
+    }
 
 
 def test_latency_is_the_line_through_the_answers() -> None:
