@@ -73,17 +73,17 @@ def test_the_same_command_again_sends_nothing(cli: Cli, tmp_path: Path) -> None:
 
 def test_failures_go_into_the_errors_file_and_can_be_tried_again(cli: Cli, tmp_path: Path) -> None:
     batch(tmp_path / "requests.jsonl", 12)
-    faults = {"kind": "server_error", "times": 9}
+    faults = {"kind": "throttled", "times": 9}  # an answer, so no outage
     env = {"OPENAI_RETRY_MAX_ATTEMPTS": "1"}
     with provider(events=[faults]) as served:
         args = run_args(tmp_path, served.base_url, "--json")
         ran = cli.run(*args, env=env)
         assert ran.code == 1
-        assert ran.json["failures"] == {"OPENAI_SERVER_ERROR": 9}
+        assert ran.json["failures"] == {"OPENAI_RATE_LIMIT_EXHAUSTED": 9}
         check_whole(tmp_path, 12)
         errors = lines_of(tmp_path / "results.errors.jsonl")
-        assert {each["error"]["code"] for each in errors} == {"OPENAI_SERVER_ERROR"}
-        assert all(each["response"]["status_code"] == 500 for each in errors)
+        assert {each["error"]["code"] for each in errors} == {"OPENAI_RATE_LIMIT_EXHAUSTED"}
+        assert all(each["response"]["status_code"] == 429 for each in errors)
         # Another code: nothing is sent again.
         unknown = cli.run(*args, "--retry-failed=BAD", env=env)
         assert (unknown.code, "'BAD' is no failure code: use one of OPENAI_RATE" in unknown.err) == (2, True)
