@@ -330,7 +330,7 @@ class Journal(Records):
             found, why = None, "its checkpoint cannot be read"
         if found is None:
             notes.append(f"{of}{why}: what was used is counted from the attempts on record, holds are forgotten")
-            return rebuilt(params, self.launches(pool, at_s - DAY_S))
+            return rebuilt(params, self.launches(pool, at_s - DAY_S, settled=policy.settle))
         if found.unlike:
             names = ", ".join(found.unlike)
             notes.append(f"{of}the checkpoint is from another version of Paceline, {names} not carried over")

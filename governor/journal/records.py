@@ -438,13 +438,16 @@ class Records:
         with self._undamaged():
             return checkpoint_of(rows[0]) if rows else None
 
-    def launches(self, pool: str, since_s: float) -> list[Launch]:
-        """What a pool has launched since, in order of time: the tokens that answers used, or else what was reserved."""
+    def launches(self, pool: str, since_s: float, *, settled: bool = False) -> list[Launch]:
+        """What a pool has launched since, in order of time, with what was reserved.
+
+        `settled`: with what answers used, where they say so.
+        """
         columns = attempts.c
         query = select(attempts).where(columns.pool == pool, columns.launched_s >= since_s)
         found = []
         for row in self._all(query):
-            told = row.outcome == Outcome.OK and row.prompt_tokens >= 0 and row.output_tokens >= 0
+            told = settled and row.outcome == Outcome.OK and row.prompt_tokens >= 0 and row.output_tokens >= 0
             tokens = float(row.prompt_tokens + row.output_tokens if told else row.reserved_tokens)
             found.append(Launch(row.launched_s, tokens, row.attempt == 1 and row.lane == LANES[0]))
         c = requests.c

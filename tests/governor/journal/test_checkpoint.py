@@ -261,8 +261,8 @@ def test_an_older_journal_can_be_read_and_goes_on(path: Path) -> None:
         )
         state = begun.recorders["default"].state
         assert state is not None
-        # The answer's 10 + 7 tokens, and what is reserved for the one in flight.
-        assert used(state, 20.0)[:2] == [17.0 + 501.0, 2.0]
+        # What was reserved for the one that was answered and for the one in flight.
+        assert used(state, 20.0)[:2] == [501.0 + 501.0, 2.0]
         assert (state.in_flight, state.next_slot_at) == (0, 25.0)
         assert journal.run().schema == 3
     with Journal.open(path, to_run=True) as journal:
@@ -280,7 +280,7 @@ def test_a_checkpoint_that_cannot_be_read_is_counted_anew_and_said(path: Path) -
         assert begun.notes[0].startswith("its checkpoint cannot be read: what was used is counted from the attempts")
         state = begun.recorders["default"].state
         assert state is not None
-        assert used(state, 20.0)[:2] == [518.0, 2.0]
+        assert used(state, 20.0)[:2] == [1_002.0, 2.0]
 
 
 def test_fields_of_another_version_are_said(path: Path) -> None:
@@ -318,6 +318,8 @@ def test_attempts_of_other_pools_are_not_counted(path: Path) -> None:
         recorders["default"].ended(work(0).request, "", answer(0), 4.0)
         recorders["other"].launched(job(work(1, pool="other"), launched_s=5.0), 5.0)
         journal._running().commit()
-        assert [tuple(each) for each in journal.launches("default", 0.0)] == [(3.0, 17.0, True)]
+        assert [tuple(each) for each in journal.launches("default", 0.0)] == [(3.0, 501.0, True)]
+        # The answer used 10 + 7 tokens.
+        assert [tuple(each) for each in journal.launches("default", 0.0, settled=True)] == [(3.0, 17.0, True)]
         assert [tuple(each) for each in journal.launches("other", 0.0)] == [(5.0, 501.0, True)]
         assert journal.launches("default", 3.5) == []
