@@ -817,7 +817,9 @@ class Governor:
         """The request is over without an answer; or set aside, as long as all the others may meet the same."""
         refusals = self._refusals
         in_doubt = refusals is not None and refusals.may_concern_all(answer)
-        if not in_doubt and not (answer.outcome in THROTTLES and law.outlasts(self.p, answer.retry_after_s)):
+        outwaited = answer.outcome in THROTTLES and law.outlasts(self.p, answer.retry_after_s)
+        # A finalize pass is over at once: while it is open, the lower cap holds for all others.
+        if job.lane == FINALIZE or not (in_doubt or outwaited):
             self._ended(job, answer, now, code)
             return
         assert job.work is not None
