@@ -20,7 +20,7 @@ Budgets. Four dimensions share one code path and differ in length and kind of wi
     TPD    tokens      86,400 s  bucket: a rolling day, docs/explanation/provider.md#buckets
     RPD    requests    86,400 s  bucket
 
-`fixed` is a minute anchored at the first launch after the last one expired. `sliding` keeps the last 60 s in
+`fixed` is a minute and a tenth of a second, anchored at the first launch after the last one expired. `sliding` keeps the last 60 s in
 half-second cells: the current one and the 120 full ones behind it, so that a booking counts for 60 to 60.5 s. `bucket`
 refills continuously and is held as one number, the moment at which it will be full again (as in GCRA).
 
@@ -65,6 +65,7 @@ OUTAGE = HOLD  # in the records of waiting: launches are held
 MINUTE_S = 60.0
 DAY_S = 86400.0
 LENGTH_S = (MINUTE_S, MINUTE_S, DAY_S, DAY_S)  # of the window of each dimension
+FIXED_S = MINUTE_S + 0.1  # a launch at the very end of the provider's minute may still be counted in it
 CELL_S = 0.5
 CELLS_BEHIND = 120
 CELLS = 121  # the current half second and 120 full ones behind it
@@ -73,15 +74,13 @@ CELLS = 121  # the current half second and 120 full ones behind it
 OUTWAITED = 3
 # A provider floors the wait that it prints to milliseconds: who sleeps exactly that is up to 1 ms early.
 RETRY_AFTER_SLACK_S = 0.002
-# A count above our image of it is a surprise from this share of the limit on (below it: rounding, clocks), and is
-# forgotten with this time constant.
-SURPRISE_FROM = 0.001
+# What others have used is told from our own use by counts of about a minute; the most of it is kept free, and forgotten
+# with this time constant. Launches that a hidden limit makes even are even for as long.
 SURPRISE_FADES_S = 600.0
-# Launches within one such cell of time or two neighbouring ones may reach the provider in another order than they left
-# in. So many cells are remembered, and so many are looked through for settlements that were under way.
-ORDER_S = 0.1
-ORDER_CELLS = 128
-UNDER_WAY_CELLS = 32
+# Launches within this time may reach the provider in another order than they left in.
+BURST_S = 0.1
+# After a hold, launches go at distances that halve until they are this small.
+REOPENED_S = 0.01
 # So many attempts in a row, of two requests or more, that ended without an answer are an outage. The first probe goes
 # out after the base of the backoff, but not sooner than this; the gap doubles up to its maximum. A request that has
 # just failed lets another one have the next probe: it waits this much longer. After a day attempts count again.
@@ -92,8 +91,8 @@ PROBE_TURN_S = 0.01
 OUTAGE_MAX_S = 86400.0
 # A request that was spared by so many outages may be what fails.
 FRESH_OUTAGES = 2
-# Before the first count arrives, so much of the limit is kept free for what it will tell (an unknown charge rule, a
-# neighbour). It costs no throughput: a bucket that is not full refills meanwhile.
+# Before the first answer arrives, so much of the limit is kept free for what it will tell (an unknown charge rule, a
+# neighbour), and never more later on. It costs no throughput: a bucket that is not full refills meanwhile.
 UNHEARD_RATIO = 0.5
 
 
@@ -144,13 +143,15 @@ class State:
 
     `outwaited`: refusals since the last success that asked for a longer wait than is obeyed.
 
-    With header sync, per dimension: `granted`, the limit that the provider stated (0 = not yet); `mirror_at`, when its
-    own bucket is full again, as far as we know; `booked`, all that was ever booked, settlements and refunds included;
-    `surprise`, by how much its count has lately been above our image of it; `synced_at`, the newest count's moment.
-    `order_cell`: ring of the last cells of time in which anything was booked. For each of them `booked_before` and
-    `booked_after`: what was booked before and after it (TPM's cells, then RPM's), `given_back` and `added`: by how many
-    tokens settlements and refunds lowered and raised that in it. `pace_at`: when the launches so far would have been
-    spread evenly; it binds until `paced_until`.
+    `reopening_s`: after a hold, the distance from the next launch to the one behind it.
+
+    With header sync, per dimension: `granted`, the limit that the provider stated (0 = not yet); `stated` and `left`,
+    limit and rest by its newest count, and `synced_at`, when the request of that count was launched; `mirror_at`, when
+    its own bucket is full again, as far as we know; `doubt`, by what the newest count differed from that and was not
+    believed; `booked`, all that was ever booked, settlements and refunds included, and `booked_before`, as it was
+    before the burst that began at `burst_at`; `others`, what counts have lately shown beyond our own bookings, and
+    `surprise`, the most of it since a refusal. `pace_at`: when the launches since the hidden limit was met would have
+    been spread evenly; it binds until `paced_until`.
 
     The circuit breaker: `unanswered` counts the attempts that have failed since the last answer, the first of them at
     `silent_since`; `failing`: the first request among them that is above suspicion; `several`: there are two. The
@@ -167,6 +168,7 @@ class State:
     next_slot_at: float = -math.inf
     hold_until: float = -math.inf
     outwaited: int = 0
+    reopening_s: float = 0.0
     full_at: list[float] = field(default_factory=lambda: _four(-math.inf))
     window_at: list[float] = field(default_factory=lambda: _four(-math.inf))
     window_used: list[float] = field(default_factory=lambda: _four(0.0))
@@ -174,15 +176,16 @@ class State:
     cells: list[float] = field(default_factory=lambda: [0.0] * (2 * CELLS))
     scale: list[float] = field(default_factory=lambda: _four(1.0))
     granted: list[float] = field(default_factory=lambda: _four(0.0))
-    mirror_at: list[float] = field(default_factory=lambda: _four(-math.inf))
-    booked: list[float] = field(default_factory=lambda: _four(0.0))
-    surprise: list[float] = field(default_factory=lambda: _four(0.0))
+    stated: list[float] = field(default_factory=lambda: _four(0.0))
+    left: list[float] = field(default_factory=lambda: _four(math.inf))
     synced_at: list[float] = field(default_factory=lambda: _four(-math.inf))
-    order_cell: list[float] = field(default_factory=lambda: [-1.0] * ORDER_CELLS)
-    booked_before: list[float] = field(default_factory=lambda: [0.0] * (2 * ORDER_CELLS))
-    booked_after: list[float] = field(default_factory=lambda: [0.0] * (2 * ORDER_CELLS))
-    given_back: list[float] = field(default_factory=lambda: [0.0] * ORDER_CELLS)
-    added: list[float] = field(default_factory=lambda: [0.0] * ORDER_CELLS)
+    mirror_at: list[float] = field(default_factory=lambda: _four(-math.inf))
+    doubt: list[float] = field(default_factory=lambda: _four(0.0))
+    booked: list[float] = field(default_factory=lambda: _four(0.0))
+    booked_before: list[float] = field(default_factory=lambda: _four(0.0))
+    burst_at: float = -math.inf
+    others: list[float] = field(default_factory=lambda: _four(0.0))
+    surprise: list[float] = field(default_factory=lambda: _four(0.0))
     pace_at: float = -math.inf
     paced_until: float = -math.inf
     unanswered: int = 0
@@ -265,7 +268,7 @@ def _ready_at(p: Params, s: State, d: int, amount: float, now: float) -> float:
         return s.full_at[d] - spare / (p.rate_per_s[d] * scale)
     if p.window == SLIDING:
         return _sliding_ready_at(p, s, d, amount, now)
-    expires_at = s.window_at[d] + MINUTE_S
+    expires_at = s.window_at[d] + FIXED_S
     if now >= expires_at:
         return now
     budget = p.budget[d] * s.scale[d]
@@ -295,7 +298,7 @@ def _book(p: Params, s: State, d: int, amount: float, now: float) -> None:
         _roll(s, d, cell)
         s.cells[d * CELLS + int(s.cell_at[d]) % CELLS] += amount
         s.window_used[d] += amount
-    elif now >= s.window_at[d] + MINUTE_S:
+    elif now >= s.window_at[d] + FIXED_S:
         s.window_at[d] = now
         s.window_used[d] = amount
     else:
@@ -318,22 +321,15 @@ def _rebook(p: Params, s: State, d: int, change: float, booked_at: float) -> Non
         s.window_used[d] += change
 
 
-def _rebook_tokens(p: Params, s: State, change: float, booked_at: float, now: float) -> None:
+def _rebook_tokens(p: Params, s: State, change: float, booked_at: float) -> None:
     for d in range(0, 4, 2):
         if p.limit[d] > 0.0:
             _rebook(p, s, d, change, booked_at)
         if p.sync_headers:
-            place = _order_place(s, now)
             s.booked[d] += change
-            if d == TPM:
-                s.booked_after[place] = s.booked[d]
-                if change < 0.0:
-                    s.given_back[place] -= change
-                else:
-                    s.added[place] += change
-            limit = _stated_limit(p, s, d)
-            if limit > 0.0:
-                s.mirror_at[d] += change * LENGTH_S[d] / limit
+            _mirror_moved(p, s, d, change)
+            if d == TPM and p.limit[d] > 0.0:
+                s.pace_at += change * MINUTE_S / _stated_limit(p, s, d)
 
 
 # ---------------------------------------------------------------- the image of the provider's own bucket
@@ -345,7 +341,7 @@ def _stated_limit(p: Params, s: State, d: int) -> float:
 
 
 def _mirror_ready_at(p: Params, s: State, d: int, amount: float) -> float:
-    """When `amount` fits into the provider's bucket, as far as its headers tell, with room for a surprise.
+    """When `amount` fits into the provider's bucket, as far as its answers tell, with room for a surprise.
 
     The room is what makes a pool quiet that shares its quota, or whose reservations are below the provider's charge: it
     costs a delay once, not throughput, since the bucket refills all the same. Of a day nothing is kept free: the delay
@@ -356,20 +352,23 @@ def _mirror_ready_at(p: Params, s: State, d: int, amount: float) -> float:
         return -math.inf
     kept = 0.0
     if d < TPD:
-        kept = s.surprise[d] if s.synced_at[d] > -math.inf else UNHEARD_RATIO * limit
+        kept = UNHEARD_RATIO * limit
+        if s.synced_at[d] > -math.inf:
+            kept = min(kept, s.surprise[d])
     return s.mirror_at[d] - max(0.0, limit - amount - kept) * LENGTH_S[d] / limit
 
 
 def _mirror_book(p: Params, s: State, reserve: float, now: float) -> None:
-    """Books a launch in the image, and how long it takes the limits per minute to refill what it took."""
+    """Books a launch in the image and, while launches are to be even, the time in which the limits refill it."""
     refill_s = 0.0
-    place = _order_place(s, now)
+    begins = now - s.burst_at > BURST_S
+    if begins:
+        s.burst_at = now
     for d in range(4):
         amount = reserve if d & 1 == 0 else 1.0
-        booked = s.booked[d] + amount
-        s.booked[d] = booked
-        if d < TPD:
-            s.booked_after[d * ORDER_CELLS + place] = booked
+        if begins:
+            s.booked_before[d] = s.booked[d]
+        s.booked[d] += amount
         limit = s.granted[d] or p.limit[d]
         if limit > 0.0:
             taken_s = amount * LENGTH_S[d] / limit
@@ -377,63 +376,66 @@ def _mirror_book(p: Params, s: State, reserve: float, now: float) -> None:
             s.mirror_at[d] = (full_at if full_at > now else now) + taken_s
             if d < TPD and taken_s > refill_s:
                 refill_s = taken_s
-    s.pace_at = max(s.pace_at, now) + refill_s
+    if now < s.paced_until:
+        s.pace_at = max(s.pace_at, now) + refill_s
 
 
-def _order_place(s: State, now: float) -> int:
-    """The place in the ring of the cell in which something is about to be booked."""
-    cell = math.floor(now / ORDER_S)
-    place = cell % ORDER_CELLS
-    if s.order_cell[place] != cell:
-        s.order_cell[place] = cell
-        for d in range(2):
-            s.booked_before[d * ORDER_CELLS + place] = s.booked[d]
-            s.booked_after[d * ORDER_CELLS + place] = s.booked[d]
-        s.given_back[place] = 0.0
-        s.added[place] = 0.0
-    return place
-
-
-def _booked_since(
-    s: State, d: int, amount: float, in_order: float, as_of: float, admitted_by: float
-) -> tuple[float, float]:
-    """What was booked after an admission at `as_of` or a little later, (at least, at most).
-
-    `amount` is that request's own booking; `in_order` is the answer if all happened at the provider in the order in
-    which it happened here. What left at about that time may have come sooner or later. And a settlement is booked by
-    the provider when its answer leaves, by us when it arrives: what we booked within a way there and back may have been
-    booked there before. Of a day's limit so little does not matter.
-    """
-    cells = s.order_cell
-    cell = math.floor(as_of / ORDER_S)
-    if d >= TPD or cells[cell % ORDER_CELLS] != cell:
-        return in_order, in_order
-    first = cell - 1 if cells[(cell - 1) % ORDER_CELLS] == cell - 1 else cell
-    last = cell + 1 if cells[(cell + 1) % ORDER_CELLS] == cell + 1 else cell
-    booked = s.booked[d]
-    most = booked - s.booked_before[d * ORDER_CELLS + first % ORDER_CELLS] - amount
-    least = booked - s.booked_after[d * ORDER_CELLS + last % ORDER_CELLS]
-    if d == TPM:
-        until = max(last, min(cell + UNDER_WAY_CELLS, math.floor((2.0 * admitted_by - as_of) / ORDER_S)))
-        for j in range(first, until + 1):
-            place = j % ORDER_CELLS
-            if cells[place] == j:
-                most += s.given_back[place]
-                least -= s.given_back[place] if j <= last else s.added[place]
-    return min(in_order, least), max(in_order, most)
-
-
-def _has_room(p: Params, s: State, d: int, amount: float, now: float) -> bool:
+def _mirror_moved(p: Params, s: State, d: int, change: float) -> None:
+    """Changes what the image holds."""
     limit = _stated_limit(p, s, d)
-    return limit <= 0.0 or max(0.0, s.mirror_at[d] - now) * limit / LENGTH_S[d] + amount + s.surprise[d] <= limit
+    if limit > 0.0:
+        s.mirror_at[d] += change * LENGTH_S[d] / limit
 
 
-def _hidden_limit_met(p: Params, s: State, reserve: float, launched_at: float, now: float) -> None:
-    """A refusal although the provider's own count had room: a limit that its headers do not show, such as a share of
-    the minute per second. From now on launches are spread evenly, which costs bursts but no throughput."""
-    heard = s.synced_at[TPM] >= launched_at or s.synced_at[RPM] >= launched_at
-    if heard and _has_room(p, s, TPM, reserve, now) and _has_room(p, s, RPM, 1.0, now):
+def _corrected(p: Params, s: State, d: int, change: float, now: float) -> None:
+    """The provider's bucket holds so much more than our image of it: so does the image, and our own bucket too.
+
+    A bucket of ours thereby holds what is really charged. A fixed or sliding window keeps what we reserved.
+    """
+    s.mirror_at[d] = max(now, s.mirror_at[d])
+    _mirror_moved(p, s, d, change)
+    s.others[d] = max(0.0, s.others[d] + change)
+    if p.limit[d] > 0.0 and (p.window == BUCKET or d >= TPD):
+        s.full_at[d] = max(now, s.full_at[d]) + change / (p.rate_per_s[d] * s.scale[d])
+
+
+def _refused(p: Params, s: State, reserve: float, attempt: int, wait_s: float, launched_at: float, now: float) -> None:
+    """A refusal is evidence of its own: its reservation is not in the provider's bucket, and fits in `wait_s`.
+
+    No sooner than that in the dimension that is fullest by our image, and no later in any, whatever counts have said.
+    From then on, what others use at the most is kept free. But where all counts had room for the request, the limit
+    that it met is one that headers do not show, such as a share of the minute per second: launches are then spread
+    evenly for a while, which costs bursts but no throughput.
+    """
+    fits_at = now + min(max(0.0, wait_s), MINUTE_S)
+    fullest = -1
+    latest_s = -math.inf
+    room = math.inf
+    for d in range(4):
+        amount = reserve if d & 1 == 0 else 1.0
+        if d & 1 or not p.refunds_throttled:
+            _mirror_moved(p, s, d, -amount)
+        limit = _stated_limit(p, s, d)
+        if d < TPD and limit > 0.0:
+            if s.synced_at[d] >= launched_at:
+                # The bucket has refilled on the way here, if the count is of the answer.
+                room = min(room, s.left[d] - (now - launched_at) * limit / MINUTE_S - amount)
+            s.mirror_at[d] = max(now, s.mirror_at[d])
+            late_s = _mirror_ready_at(p, s, d, amount) - fits_at
+            if late_s > latest_s:
+                fullest = d
+                latest_s = late_s
+    if 0.0 <= room < math.inf:
         s.paced_until = now + SURPRISE_FADES_S
+    elif fullest >= 0:
+        if latest_s < 0.0:
+            _corrected(p, s, fullest, -latest_s * _stated_limit(p, s, fullest) / MINUTE_S, now)
+        s.surprise[fullest] = max(1.0, s.surprise[fullest], s.others[fullest])
+    if wait_s > 0.0 and attempt == 1:
+        for d in range(4):
+            late_s = _mirror_ready_at(p, s, d, reserve if d & 1 == 0 else 1.0) - now - wait_s
+            if late_s > 0.0:
+                _corrected(p, s, d, -late_s * _stated_limit(p, s, d) / LENGTH_S[d], now)
 
 
 def used_in(p: Params, s: State, d: int, now: float) -> float:
@@ -444,7 +446,7 @@ def used_in(p: Params, s: State, d: int, now: float) -> float:
         return max(0.0, s.full_at[d] - now) * p.rate_per_s[d] * s.scale[d]
     if p.window == SLIDING:
         return _sliding_used(s, d, math.floor(now / CELL_S))
-    if now >= s.window_at[d] + MINUTE_S:
+    if now >= s.window_at[d] + FIXED_S:
         return 0.0
     return s.window_used[d]
 
@@ -551,6 +553,10 @@ def launched(p: Params, s: State, reserve: float, standing: int, now: float, u: 
             _book(p, s, d, reserve if d & 1 == 0 else 1.0, now)
     if p.sync_headers:
         _mirror_book(p, s, reserve, now)
+    if s.reopening_s > 0.0:
+        # The first after a hold goes alone until a refusal would have been heard, the others at ever smaller distances.
+        s.hold_until = max(s.hold_until, now + s.reopening_s)
+        s.reopening_s = s.reopening_s / 2.0 if s.reopening_s > REOPENED_S else 0.0
     if standing == FIRST:
         s.last_launch_at = now
         s.next_slot_at = now + stagger_gap_s(p, u)
@@ -574,8 +580,12 @@ def settled(p: Params, s: State, reserve: float, used: float, launched_at: float
     released(p, s)
     answered(p, s, now)
     s.outwaited = 0
+    if p.sync_headers:
+        for d in range(4):
+            if s.synced_at[d] == -math.inf:
+                s.synced_at[d] = launched_at
     if p.settles:
-        _rebook_tokens(p, s, used - reserve, launched_at, now)
+        _rebook_tokens(p, s, used - reserve, launched_at)
 
 
 def answered(p: Params, s: State, now: float) -> None:
@@ -711,19 +721,24 @@ def throttled(
     """
     answered(p, s, now)
     if p.refunds_throttled:
-        _rebook_tokens(p, s, -reserve, launched_at, now)
+        _rebook_tokens(p, s, -reserve, launched_at)
     if p.sync_headers:
-        _hidden_limit_met(p, s, reserve, launched_at, now)
+        _refused(p, s, reserve, attempt, retry_after_s, launched_at, now)
     wait_s = _wait_s(p, attempt, retry_after_s)
+    more_s = 0.0
+    if retry_after_s <= 0.0 and attempt == p.max_attempts - 1 and deadline_at(p, first_launched_at) == math.inf:
+        # Nobody said when to come back: the last attempt comes when a limit per minute must have opened again.
+        more_s = max(0.0, first_launched_at + FIXED_S - now - wait_s)
     if outlasts(p, retry_after_s):
         s.outwaited += 1
-    at = _jittered_at(p, wait_s, now, u)
+    at = _jittered_at(p, wait_s + more_s, now, u)
     at = _retry_at(p, s, at, is_spent(p, attempt, retry_after_s), keeps_permit(p), first_launched_at)
     if p.hold_on_throttle:
         # Until the retry itself, whose jitter would else let newer work take the tokens that it waited for; but no
         # longer than a request has that is launched now.
-        held_until = now + wait_s if at == math.inf else at
+        held_until = now + wait_s if at == math.inf or more_s > 0.0 else at
         s.hold_until = max(s.hold_until, min(held_until, deadline_at(p, now)))
+        s.reopening_s = now - launched_at
     return at
 
 
@@ -826,67 +841,62 @@ def synced(
     amount: float,
     is_refused: int,
     booked_since: float,
-    as_of: float,
-    admitted_by: float,
+    launched_at: float,
     now: float,
 ) -> None:
-    """The provider's own count corrects ours in dimension `d`.
+    """The provider's own count corrects ours in dimension `d`. Call it after `settled`, and before `throttled`.
 
-    `limit` and `remaining` are what it stated about the moment of admission: not before `as_of`, when the request left,
-    and not after `admitted_by`, which is later by the time that it spent on the way there and back. `amount` is what it
-    had booked, `is_refused` whether it was turned away; `booked_since` is what this pool has booked in that dimension
-    after it (`booked[d]` now, less its value just after that request's own booking). So at `now` the provider has
-    min(limit, remaining + refill) - booked_since left. Ignored: counts older than the one last taken over, counts older
-    than the window, and implausible ones (negative, above the limit, not a number).
+    `limit` and `remaining` are what it stated, of any moment from the launch to the answer; below zero, more than the
+    limit is used. `amount` is what the request had booked, `is_refused` whether it was turned away; `booked_since` is
+    what this pool has booked in that dimension since before the launch: `booked[d]` now, less `booked_before[d]` then.
 
-    What left at about the same time may have been counted before or after, whatever the order in which it left, and so
-    may settlements. So a count says that at least so much is used and at most so much (`_booked_since`). An image
-    between the two stays as it is; one outside moves to the nearer end. Of the refill only that since `admitted_by` is
-    sure.
+    Nobody knows when a provider counts. Of the launch, its bucket now holds what was used then, less what has refilled,
+    and what was booked since, by requests that left a moment before, too. Of the answer, it holds what was used. Of the
+    two corrections to our image only what both ask for is made, and of that only what the count before asked for, too:
+    one count is never believed against all others, and errors of either sign, such as rounding, do not add up. A
+    refusal confirms what it states. A limit other than the known one is believed when it is stated twice in a row.
 
-    The difference to our image of its bucket is a charge, a refund or a neighbour that we did not know of, and is
-    booked in our own budget too: in both directions in a bucket, which thereby holds what is really charged, upward
-    only in a fixed or sliding window. What was refused stays booked there: a refusal in spite of a count with room
-    comes from a limit that the headers do not show. A rise beyond rounding is a surprise; the largest one fades.
+    Ignored: counts of launches before the last one taken over, counts older than the window, and implausible ones
+    (above the limit or below zero by more than that, not a number).
     """
     length_s = LENGTH_S[d]
-    if not (p.sync_headers and 0.0 < limit < math.inf and 0.0 <= remaining <= limit):
+    if not (p.sync_headers and 0.0 < limit < math.inf and -limit <= remaining <= limit):
         return
-    heard_at = s.synced_at[d]
-    if as_of < heard_at or now - as_of > length_s:
+    if now - launched_at > length_s or launched_at < s.synced_at[d]:
         return
-    if limit != s.granted[d] or limit < p.limit[d]:
+    passed_s = launched_at - s.synced_at[d]
+    is_known = limit == s.stated[d] or limit == _stated_limit(p, s, d)
+    s.synced_at[d] = launched_at
+    s.left[d] = remaining
+    s.stated[d] = limit
+    if not is_known:
+        return
+    if limit != s.granted[d]:
         _granted(p, s, d, limit, now)
-    if admitted_by < as_of:
-        admitted_by = as_of
-    used = limit - min(limit, remaining + limit / length_s * (now - admitted_by))
-    refused = amount if is_refused else 0.0
-    # What was turned away is in our image, and not in the provider's bucket whatever the order.
-    mirror_at = max(now, s.mirror_at[d])
-    ours = (mirror_at - now) * limit / length_s - refused
-    least_since, most_since = _booked_since(s, d, amount, booked_since, as_of, admitted_by)
-    rise = max(0.0, used + least_since) - ours
-    if rise < 0.0:
-        rise = min(0.0, max(0.0, used + most_since) - ours)
-    s.mirror_at[d] = mirror_at + (rise - refused) * length_s / limit
+    s.others[d] *= math.exp(-passed_s / MINUTE_S)
+    s.surprise[d] *= math.exp(-passed_s / SURPRISE_FADES_S)
+    # What was turned away is in our image, and not in the provider's bucket.
+    ours = max(0.0, s.mirror_at[d] - now) * limit / length_s - (amount if is_refused else 0.0)
+    used = limit - remaining
+    refilled = limit / length_s * (now - launched_at)
+    change = _nearer(used - ours, max(0.0, used - refilled) + booked_since - amount - ours)
+    if remaining == 0.0:
+        change = max(0.0, change)  # how much more than all of it is used, nobody knows
+    if not (is_refused and remaining < amount):
+        doubt = s.doubt[d]
+        s.doubt[d] = change
+        change = _nearer(change, doubt)
+    s.doubt[d] -= change
+    _corrected(p, s, d, change, now)
     if s.surprise[d] > 0.0:
-        s.surprise[d] *= math.exp((heard_at - as_of) / SURPRISE_FADES_S)
-    s.synced_at[d] = as_of
-    # Booked before or after a bucket was full again, and when exactly it was counted, the count does not tell: our
-    # image takes the worse case, but only what is certain is a surprise.
-    certain = max(0.0, limit - remaining - limit / length_s * (now - as_of) + least_since) - ours
-    if certain > 1.0 + SURPRISE_FROM * limit:
-        s.surprise[d] = max(s.surprise[d], certain)
-    if p.limit[d] <= 0.0 or rise == 0.0:
-        return
-    if p.window == BUCKET or d >= TPD:
-        s.full_at[d] = max(s.full_at[d], now) + rise / (p.rate_per_s[d] * s.scale[d])
-    elif rise > 0.0:
-        # Never beyond the provider's own level: what is booked here stays for a minute, and the inaccuracies of single
-        # counts, each of them small, would add up.
-        rise = min(rise, used + least_since - used_in(p, s, d, now))
-        if rise > 0.0:
-            _book(p, s, d, rise, now)
+        s.surprise[d] = max(s.surprise[d], s.others[d])
+
+
+def _nearer(a: float, b: float) -> float:
+    """The one nearer to 0 of two changes of one sign, else 0."""
+    if a > 0.0:
+        return max(0.0, min(a, b))
+    return min(0.0, max(a, b))
 
 
 def repriced(p_old: Params, p_new: Params, s: State, now: float) -> None:

@@ -174,9 +174,7 @@ def law_calls(r: random.Random, both: Both) -> None:
             limit = r.choice([p.bag.limit[d], r.uniform(0.0, 1e5), r.choice([math.inf, math.nan, -1.0])])
             left, since = limit * r.uniform(-0.1, 1.1), r.choice([0.0, r.uniform(0.0, 1e4)])
             as_of = now - r.choice([r.uniform(0.0, 0.3), r.uniform(0.0, 70.0)])
-            both(
-                "synced", p, s, d, limit, left, reserve, r.randrange(2), since, as_of, as_of + r.uniform(-0.1, 1.0), now
-            )
+            both("synced", p, s, d, limit, left, reserve, r.randrange(2), since, as_of, now)
         elif kind == 10 and r.random() < 0.1:
             new = Pair(drawn_policy(r))
             both("repriced", p, new, s, now)

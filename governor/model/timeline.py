@@ -17,7 +17,7 @@ import math
 from dataclasses import fields
 from typing import Any
 
-from governor.law import CELL_S, CELLS, CELLS_BEHIND, ORDER_CELLS, RPM, TPM, State
+from governor.law import CELL_S, CELLS, CELLS_BEHIND, RPM, TPM, State
 
 # 2026-01-01, so that a time has bits to spare for its fraction.
 EPOCH_S = 1_767_225_600
@@ -25,7 +25,7 @@ QUANTUM_S = 2.0**-16
 # More than two quartz clocks differ by.
 DRIFT_RATIO = 5e-4
 _BREAKER_TIMES = ("silent_since", "outage_from", "outage_opened_at", "outage_until", "probe_at")
-_TIMES = ("last_launch_at", "next_slot_at", "hold_until", "pace_at", "paced_until", *_BREAKER_TIMES)
+_TIMES = ("last_launch_at", "next_slot_at", "hold_until", "burst_at", "pace_at", "paced_until", *_BREAKER_TIMES)
 # The circuit breaker's fields of a state.
 BREAKER = ("unanswered", "failing", "several", "probe_gap_s", *_BREAKER_TIMES)
 _FIELDS = tuple(each.name for each in fields(State))
@@ -63,8 +63,7 @@ class ServerClock:
 def moved(s: State, by_s: float) -> State:
     """A copy of a state, all its times `by_s` later: the same pool seen from another zero.
 
-    The cells of a sliding window move by whole cells, up to one more: never looser. Which launches were close to each
-    other is forgotten, as after a restart.
+    The cells of a sliding window move by whole cells, up to one more: never looser.
     """
     values: list[Any] = [getattr(s, name) for name in _FIELDS]
     copies: list[Any] = [each.copy() if isinstance(each, list) else each for each in values]
@@ -83,5 +82,4 @@ def moved(s: State, by_s: float) -> State:
         for cell in range(newest - CELLS_BEHIND, newest + 1):
             t.cells[d * CELLS + (cell + passed) % CELLS] = ring[cell % CELLS]
         t.cell_at[d] = float(newest + passed)
-    t.order_cell[:] = [-1.0] * ORDER_CELLS
     return t

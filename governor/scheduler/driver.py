@@ -320,12 +320,12 @@ class Governor:
         """The permit's request is over, and used so many tokens (-1 = unknown: the reservation stays booked)."""
         now = self.now()
         self._advance(now)
-        self._sync(job, limits, False, now)
         job.flying = job.holds = False
         if used >= 0.0:
             self._law("settled", job.reserve, used, job.launched_s, now)
         else:
             self._law("released")
+        self._sync(job, limits, False, now)
         if law.answer_may_admit(self.p, self.cause):
             self._pump(now)
 
@@ -563,7 +563,7 @@ class Governor:
         """The law books the attempt, and it is sent or, for a permit, granted."""
         self._taken(job)
         self._law("launched", job.reserve, job.standing, now, self._jitter_u(job))
-        self._off(job, now, self.s.booked.copy() if self.p.sync_headers else [])
+        self._off(job, now, self.s.booked_before.copy() if self.p.sync_headers else [])
         self.late_s = -1.0
 
     def _jitter_u(self, job: Job) -> float:
@@ -573,7 +573,7 @@ class Governor:
         return 0.5
 
     def _off(self, job: Job, now: float, booked: list[float]) -> None:
-        """The attempt is booked: it goes out. `booked`: what had been booked by then, for counts of the provider."""
+        """The attempt is booked: it goes out. `booked`: what had been booked before, for counts of the provider."""
         job.flying = job.holds = True
         job.expired = False
         if job.failed_s >= 0.0:
@@ -685,10 +685,11 @@ class Governor:
 
     def _answered(self, job: Job, answer: Answer, now: float) -> None:
         outcome = answer.outcome
-        self._sync(job, answer.limits, outcome in TURNED_AWAY, now, answer.processing_s)
         if outcome == Outcome.OK:
             self._ok(job, answer, now)
-        elif outcome in STOPPING:
+            return
+        self._sync(job, answer.limits, outcome in TURNED_AWAY, now)
+        if outcome in STOPPING:
             self._law("answered", now)
             self._dropped(job)
             self._suspend(job, answer, now)
@@ -701,22 +702,19 @@ class Governor:
         else:
             self._again(job, answer, now)
 
-    def _sync(
-        self, job: Job, limits: tuple[Limit, ...], turned_away: bool, now: float, processing_s: float = -1.0
-    ) -> None:
-        """What the headers state about the moment of admission, beside what has been booked since."""
+    def _sync(self, job: Job, limits: tuple[Limit, ...], turned_away: bool, now: float) -> None:
+        """What the headers state, beside what has been booked since the launch."""
         if not (limits and self.p.sync_headers and job.booked):
             return
-        admitted_by = max(job.launched_s, now - processing_s) if processing_s >= 0.0 else job.launched_s
-        refused, launched_s = int(turned_away), job.launched_s
         for limit in limits:
             d = DIMENSIONS[limit.dimension]
             amount = job.reserve if d in (law.TPM, law.TPD) else 1.0
             since = self._booked_since(job, d)
-            self._law("synced", d, limit.limit, limit.remaining, amount, refused, since, launched_s, admitted_by, now)
+            stated = d, limit.limit, limit.remaining
+            self._law("synced", *stated, amount, int(turned_away), since, job.launched_s, now)
 
     def _booked_since(self, job: Job, d: int) -> float:
-        """What has been booked in a dimension since the job's own booking."""
+        """What has been booked in a dimension since before the job's launch."""
         return self.s.booked[d] - job.booked[d]
 
     def _ok(self, job: Job, answer: Answer, now: float) -> None:
@@ -731,6 +729,7 @@ class Governor:
         if self._refusals is not None:
             self._refusals.succeeded()
         self._end_aside()
+        self._sync(job, answer.limits, False, now)
         assert job.work is not None
         finalizes = self._finalizes and job.work.finalizes
         if finalizes and job.lane == MAIN and answer.cut_off and not answer.has_text:

@@ -133,7 +133,7 @@ class News:
     """What one owner hears of a decision. `wake`: ticket, moment and cause, where its attempt is the pool's head.
 
     `clock`: seconds that the pool's head has waited, by cause. `grants`: tickets that may launch at `now`, each with
-    what had been booked by then. `refused`: tickets that can never be launched.
+    what had been booked before. `refused`: tickets that can never be launched.
     """
 
     incarnation: int
@@ -547,7 +547,7 @@ class _Decision:
                 break
             self.law("launched", w.reserve, w.standing, self.now, w.u, owner=image.owners[w.owner])
             image.turn = max(image.turn, w.turn)
-            self.news_of(w.owner).grants.append((w.ticket, image.s.booked.copy() if p.sync_headers else []))
+            self.news_of(w.owner).grants.append((w.ticket, image.s.booked_before.copy() if p.sync_headers else []))
             taken += 1
         del image.waiters[:taken]
         if told != image.told and told[0]:

@@ -42,7 +42,7 @@ REMEMBERED_S = law.MINUTE_S
 # Of outages that follow on each other, one is told in so many seconds.
 QUIET_S = 10.0
 # Which arguments of a call of the law are times.
-TIMES = {"now", "as_of", "admitted_by", "launched_at", "first_launched_at", "failed_at"}
+TIMES = {"now", "launched_at", "first_launched_at", "failed_at"}
 _TIMES = {name: tuple(i for i, each in enumerate(call.names) if each in TIMES) for name, call in CALLS.items()}
 
 

@@ -309,7 +309,7 @@ class Simulation:
         job.charged = job.charge if job.outcome in CHARGED else 0.0
         tally.charged_tokens += job.charged
         if p.sync_headers:
-            job.booked = s.booked.copy()
+            job.booked = s.booked_before.copy()
             self._state(job)
         if self.on_attempt is not None:
             job.waits_s = [reading - before for reading, before in zip(self.clock, job.since, strict=True)]
@@ -346,10 +346,6 @@ class Simulation:
         if pp.counts == prov.COUNTS_AT_ANSWER:
             prov.advanced(pp, ps, self.seed, now)
             self._state(job)
-
-    def _admitted_by(self, job: Job) -> float:
-        """The latest moment at which the attempt can have been let in: here there is no way to the provider."""
-        return job.launched_s
 
     def _state(self, job: Job) -> None:
         """What the answer's headers will say: limit and remaining of tokens, then of the tighter requests limit."""
@@ -418,7 +414,7 @@ class Simulation:
             self.tally.extra_output_tokens += job.output
         if not unheard:
             self._left(job, now)
-            if p.sync_headers and job.booked:
+            if outcome != prov.OK:
                 self._sync(job, now)
         if outcome == prov.OK:
             in_wait = self.cause
@@ -448,17 +444,17 @@ class Simulation:
 
     def _sync(self, job: Job, now: float) -> None:
         """What the headers state, beside what has been booked since the launch."""
+        p, s, at = self.p, self.s, job.launched_s
         refused = int(job.outcome not in CHARGED)
-        if not prov.states_counts(self.pp, refused > 0):
+        if not (p.sync_headers and job.booked and prov.states_counts(self.pp, refused > 0)):
             return
         tokens_limit, tokens_left, d, requests_limit, requests_left = job.stated
-        p, s, at, by = self.p, self.s, job.launched_s, self._admitted_by(job)
         if tokens_limit > 0.0:
             since = s.booked[law.TPM] - job.booked[law.TPM]
-            law.synced(p, s, law.TPM, tokens_limit, tokens_left, job.reserve, refused, since, at, by, now)
+            law.synced(p, s, law.TPM, tokens_limit, tokens_left, job.reserve, refused, since, at, now)
         if d >= 0:
             since = s.booked[d] - job.booked[d]
-            law.synced(p, s, d, requests_limit, requests_left, 1.0, refused, since, at, by, now)
+            law.synced(p, s, d, requests_limit, requests_left, 1.0, refused, since, at, now)
 
     def _on_ok(self, job: Job, now: float) -> None:
         tally = self.tally
@@ -466,6 +462,7 @@ class Simulation:
         if self.learner is not None and self.columns.kind is not None and job.lane == law.MAIN:
             self.learner.saw(int(self.columns.kind[job.index]), job.prompt, used)
         law.settled(self.p, self.s, job.reserve, used, job.launched_s, now)
+        self._sync(job, now)
         tally.used_tokens += used
         if job.lane == law.MAIN:
             tally.work.add(job.arrived_s, job.charge, used, now - job.launched_s)

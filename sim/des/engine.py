@@ -558,7 +558,7 @@ def _launch(w: World, slot: int, now: float) -> None:
     run.charged_tokens += job.charged
     if p.sync_headers:
         for d in range(4):
-            job.booked[d] = s.booked[d]
+            job.booked[d] = s.booked_before[d]
         _state(w, slot)
     if run.recording:
         for cause in range(CAUSES):
@@ -652,7 +652,7 @@ def _on_answer(w: World, slot: int, now: float) -> bool:
         run.extra_output_tokens += job.output
     if not unheard:
         _left(w, slot, now)
-        if p.sync_headers:
+        if outcome != prov.OK:
             _sync(w, slot, now)
     if outcome == prov.OK:
         in_wait = run.cause
@@ -705,23 +705,24 @@ def _sync(w: World, slot: int, now: float) -> None:
     """What the headers state, beside what has been booked since the launch."""
     p, s, job = w.p, w.s, w.jobs[slot]
     at, refused = job.launched_s, int(job.outcome not in CHARGED)
-    if not prov.states_counts(w.pp, refused > 0):
+    if not (p.sync_headers and prov.states_counts(w.pp, refused > 0)):
         return
     if job.stated_tokens_limit > 0.0:
         limit, left = job.stated_tokens_limit, job.stated_tokens_left
         since = s.booked[law.TPM] - job.booked[law.TPM]
-        law.synced(p, s, law.TPM, limit, left, job.reserve, refused, since, at, at, now)
+        law.synced(p, s, law.TPM, limit, left, job.reserve, refused, since, at, now)
     d = job.stated_d
     if d >= 0:
         limit, left = job.stated_requests_limit, job.stated_requests_left
         since = s.booked[d] - job.booked[d]
-        law.synced(p, s, d, limit, left, 1.0, refused, since, at, at, now)
+        law.synced(p, s, d, limit, left, 1.0, refused, since, at, now)
 
 
 def _on_ok(w: World, slot: int, now: float) -> None:
     run, job = w.run, w.jobs[slot]
     used = job.prompt + job.output
     law.settled(w.p, w.s, job.reserve, used, job.launched_s, now)
+    _sync(w, slot, now)
     run.used_tokens += used
     if job.lane == law.MAIN:
         _worked(w, job.arrived_s, job.charge, used, now - job.launched_s)

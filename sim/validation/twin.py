@@ -304,9 +304,6 @@ class Twin(Simulation):
     def _on_left(self, event: Any) -> None:
         super()._left(event._value, max(self.ps.at, self.env._now - self._began_s))
 
-    def _admitted_by(self, job: Job) -> float:
-        return job.launched_s + self._round_s[job.index]
-
     def _on_taking(self, event: Any) -> None:
         gone_by_others(self.pp, self.ps, self.seed, event._value)
 

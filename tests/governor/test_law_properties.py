@@ -87,7 +87,7 @@ def fixed_minutes_exceeded(bookings: list[Booking], budget: float, tokens: bool)
         if tokens or booking.launches:
             held[booking.launch] = booking.tokens if tokens else 1.0
         if booking.launches:
-            if booking.at >= begun + 60.0:
+            if booking.at >= begun + law.FIXED_S:
                 begun, members = booking.at, []
             members.append(booking.launch)
             total = sum(held[member] for member in members)
@@ -173,7 +173,7 @@ def test_no_budget_is_ever_exceeded_in_the_sense_of_its_window(
 def test_the_brute_force_sees_an_excess() -> None:
     """The checks above are worth what they find: 101 of 100 in each kind of window, and none where there is none."""
     near = [Booking(0.0, 0, 60.0, True), Booking(30.0, 1, 41.0, True)]
-    astride = [Booking(0.0, 0, 60.0, True), Booking(59.0, 1, 40.0, True), Booking(60.0, 2, 61.0, True)]
+    astride = [Booking(0.0, 0, 60.0, True), Booking(59.0, 1, 40.0, True), Booking(60.2, 2, 61.0, True)]
     assert fixed_minutes_exceeded(near, 100.0, True)
     assert any_minute_exceeded(near, 100.0, True)
     assert not fixed_minutes_exceeded(astride[:2], 100.0, True)
@@ -202,7 +202,7 @@ def interruption(pool: Pool, kind: str, numbers: tuple[float, ...], other: law.P
         limit = max(pool.p.limit[dimension], 10.0) * (0.001 + 3.0 * b * b)
         remaining = limit * (1.2 * c - 0.05)
         as_of = now - 90.0 * d
-        law.synced(pool.p, pool.s, dimension, limit, remaining, 50.0, int(d > 0.9), 300.0 * a, as_of, as_of, now)
+        law.synced(pool.p, pool.s, dimension, limit, remaining, 50.0, int(d > 0.9), 300.0 * a, as_of, now)
 
     def repriced(now: float) -> None:
         law.repriced(pool.p, other, pool.s, now)

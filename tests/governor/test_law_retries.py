@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from governor import law
-from governor.law import SLIDING
+from governor.law import BUCKET, FIXED, SLIDING
 from tests.governor import laws
 from tests.governor.laws import INF, WINDOWS, Pool, Reply, after, by_attempt, free, params
 
@@ -16,17 +16,23 @@ from tests.governor.laws import INF, WINDOWS, Pool, Reply, after, by_attempt, fr
 
 def test_backoff_starts_2_4_8_16_s_after_each_429_and_then_it_is_exhausted() -> None:
     pool = Pool(params(), [7_000.0], after(0.5, kind=laws.THROTTLED)).run()
-    # The fixed window has room for three per minute; the fourth attempt is due at 16 s and the fifth at 76.5 s.
-    assert pool.times() == [0.0, 2.5, 7.0, 60.0, 76.5]
-    assert pool.ends == [(77.0, 0, laws.EXHAUSTED)]
+    # The fixed window has room for three per minute; the fourth attempt is due at 16 s and the fifth at 76.6 s.
+    assert pool.times() == pytest.approx([0.0, 2.5, 7.0, 60.1, 76.6])
+    assert pool.ends == [(pytest.approx(77.1), 0, laws.EXHAUSTED)]
     assert pool.s.in_flight == 0
 
 
 def test_backoff_waits_alone() -> None:
-    """Where no budget is in the way: 2, 4, 8, 16 s after the 429 was received, to the instant."""
-    pool = Pool(free(), [7_000.0], after(0.5, kind=laws.THROTTLED)).run()
-    received = [at + 0.5 for at in pool.times()]
-    assert [later - sooner for sooner, later in zip(received, pool.times()[1:], strict=False)] == [2, 4, 8, 16]
+    """Where no budget is in the way: 2, 4, 8 s after the 429 was received, to the instant, and then the minute's end.
+
+    With a deadline, or a longer backoff than what is left of the minute, the last wait is the backoff.
+    """
+    for changes, last in (({}, 43.6 + 0.5), ({"deadline_s": 100.0}, 16.0), ({"backoff_base_s": 6.0}, 48.0)):
+        pool = Pool(free(**changes), [7_000.0], after(0.5, kind=laws.THROTTLED)).run()
+        received = [at + 0.5 for at in pool.times()]
+        waits = [later - sooner for sooner, later in zip(received, pool.times()[1:], strict=False)]
+        base = changes.get("backoff_base_s", 2.0)
+        assert waits == pytest.approx([base, 2 * base, 4 * base, last])
 
 
 def test_the_32_s_wait_is_reached_from_six_attempts_on_and_the_cap_from_seven() -> None:
@@ -127,8 +133,8 @@ def test_a_429_holds_the_whole_pool_until_its_retry_goes() -> None:
     replies = {1: by_attempt(Reply(1.0, laws.THROTTLED, retry_after_s=20.0), Reply(1.0))}
     pool = Pool(p, [1.0] * 5, lambda job, now: replies.get(job.index, after(1.0))(job, now)).run()
     launches = [(round(launch.at, 9), launch.index) for launch in pool.launches]
-    # Refused at 6 s; retried first at 26.002 s. The slot of 10 s has long come.
-    assert launches == [(0, 0), (5, 1), (26.002, 1), (26.002, 2), (31.002, 3), (36.002, 4)]
+    # Refused at 6 s; retried first at 26.002 s, and alone as long as a refusal takes. The slot of 10 s has long come.
+    assert launches == [(0, 0), (5, 1), (26.002, 1), (27.002, 2), (32.002, 3), (37.002, 4)]
     assert pool.deferrals[law.HOLD] == 1
 
 
@@ -164,6 +170,6 @@ def test_after_a_hold_the_budgets_still_bind(window: int) -> None:
     law.launched(p, s, 1_000.0, law.FIRST, 0.0, 0.5)
     law.throttled(p, s, 1_000.0, 1, 10.0, 0.0, 0.0, 0.1, 0.0)
     at, cause = laws.promised(p, s, 1_000.0, law.HOLDING, 0.1)
-    assert (at, cause) == (pytest.approx(60.5 if window == SLIDING else 60.0), law.BY_TPM)
+    assert (at, cause) == (pytest.approx({FIXED: 60.1, SLIDING: 60.5, BUCKET: 60.0}[window]), law.BY_TPM)
     law.throttled(p, s, 1_000.0, 1, 90.0, 0.0, 0.0, 0.1, 0.0)
     assert laws.promised(p, s, 1_000.0, law.HOLDING, 0.1) == (s.hold_until, law.HOLD)

@@ -120,7 +120,7 @@ def random_run(seed: int, pool: str = "default", leg: int = 1, calls: int = CALL
 def ended(scribe: Scribe, r: random.Random, reserve: float, launched_at: float, attempt: int, now: float) -> None:
     limit = scribe.p.limit[law.TPM]
     stated = r.choice([limit, limit / 2]), r.random() * limit / 2
-    scribe.call("synced", law.TPM, *stated, reserve, r.randrange(2), r.random() * 500, launched_at, launched_at, now)
+    scribe.call("synced", law.TPM, *stated, reserve, r.randrange(2), r.random() * 500, launched_at, now)
     wait_s = r.choice([-1.0, 3.25])
     kind = r.randrange(4)
     if kind == 0:
@@ -287,7 +287,7 @@ def test_what_is_missing_or_out_of_order_is_named() -> None:
         ({"name": "_book"}, "this version's law has no function of that name"),
         ({"arguments": (1.0,)}, "this version's law takes 3 arguments there, not 1"),
         ({"arguments": (1.0, math.inf, 0.0)}, "the law cannot decide that: cannot convert float infinity to integer"),
-        ({"name": "synced", "arguments": (7.0, 9.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)}, "tuple index out of range"),
+        ({"name": "synced", "arguments": (7.0, 9.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0)}, "tuple index out of range"),
         ({"name": REPRICED, "arguments": (1.0, 2.0)}, "1 numbers where 32 should be"),
         ({"name": RESTORED, "arguments": ()}, "0 numbers where"),
         ({"name": BEGAN, "arguments": ()}, "0 numbers where"),

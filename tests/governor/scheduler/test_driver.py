@@ -59,13 +59,13 @@ def replayed(p: law.Params, decisions: list[tuple[str, tuple[Any, ...], Any]]) -
 def test_ten_runs_of_7000_tokens_keep_the_guardrails() -> None:
     ran = Ran(params(jitter_ratio=0.0), Desk(20.0), works(10, 7_000.0))
     # Three of 7,000 fit into 25,500; each minute is anchored by its first launch, and two launches are 15 s apart.
-    minutes = (0.0, 60.0, 120.0, 180.0)
-    assert [at for at, _ in ran.sent] == [m + s for m in minutes for s in (0.0, 15.0, 30.0)][:10]
+    minutes = (0.0, 60.1, 120.2, 180.3)
+    assert [at for at, _ in ran.sent] == pytest.approx([m + s for m in minutes for s in (0.0, 15.0, 30.0)][:10])
     assert ran.log.ends == [(i, "", at + 20.0) for at, i in ran.sent]
     assert sorted(ran.log.deferrals) == [law.STAGGER] * 6 + [law.BY_TPM] * 3
     fourth = next(a for a in ran.log.rows if a.request == 3)
     # Its own cause each moment: the slot until 45, then the minute.
-    assert (fourth.waited_stagger_s, fourth.waited_tpm_s) == (30.0, 30.0)
+    assert (fourth.waited_stagger_s, fourth.waited_tpm_s) == pytest.approx((30.0, 30.1))
     assert ran.desk.timeouts == [600.0] * 10
 
 
@@ -84,7 +84,7 @@ def test_what_this_machine_could_not_send_is_no_attempt() -> None:
 def test_five_throttles_end_a_request() -> None:
     desk = Desk(script={0: [(REFUSAL_S, THROTTLED)] * 5})
     ran = Ran(quiet(), desk, works(2))
-    waits = [2.0, 4.0, 8.0, 16.0]
+    waits = [2.0, 4.0, 8.0, law.FIXED_S - 14.0 - 4 * REFUSAL_S]
     assert desk.at(0) == pytest.approx([sum(waits[:n]) + n * REFUSAL_S for n in range(5)])
     assert [a.waited_backoff_s for a in ran.log.rows if a.request == 0] == pytest.approx([0.0, *waits])
     assert ran.log.ends == [(1, "", 1.0), (0, FailureCode.RATE_LIMIT_EXHAUSTED, desk.at(0)[-1] + REFUSAL_S)]
@@ -226,16 +226,16 @@ def test_the_source_is_read_one_request_ahead() -> None:
     assert ahead[-1] == 0
 
 
-def test_headers_speak_of_the_moment_of_admission() -> None:
+def test_headers_are_told_beside_what_was_booked_since_the_launch() -> None:
     limits = (Limit("TPM", 1_000.0, 200.0), Limit("RPM", 60.0, 59.0))
-    stated = Answer(Outcome.OK, 200, limits=limits, processing_s=5.5)
+    stated = Answer(Outcome.OK, 200, limits=limits)
     log = Log()
     Ran(quiet(tpm=1_000, sync_headers=1, window=law.BUCKET), Desk(script={0: [(6.0, stated)]}), works(1), log=log)
     calls = [arguments for name, arguments, _ in log.decisions if name == "synced"]
-    #        dimension, limit, remaining, booked by itself, refused, booked since, as of, admitted by, now
+    #        dimension, limit, remaining, booked by itself, refused, booked since, launched, now
     assert calls == [
-        (law.TPM, 1_000.0, 200.0, 100.0, 0, 0.0, 0.0, 0.5, 6.0),
-        (law.RPM, 60.0, 59.0, 1.0, 0, 0.0, 0.0, 0.5, 6.0),
+        (law.TPM, 1_000.0, 200.0, 100.0, 0, 100.0, 0.0, 6.0),
+        (law.RPM, 60.0, 59.0, 1.0, 0, 1.0, 0.0, 6.0),
     ]
 
 
@@ -310,7 +310,7 @@ def test_a_deadline_may_come_and_go_in_mid_run() -> None:
     # And the other way round: set at first, taken away while they wait.
     steps = [(6.0, lambda governor: governor.reprice(quiet(**held)))]
     script = {0: [(1.0, BROKEN)], 1: [(2.0, says)]}
-    ran = Ran(quiet(deadline_s=7.5, **held), Desk(script=script), works(2), steps=[])
+    ran = Ran(quiet(deadline_s=12.5, **held), Desk(script=script), works(2), steps=[])
     assert [failure for _, failure, _ in ran.log.ends] == ["", ""]
     # 1 is given up at once, and holds the pool until a deadline from then on, 9.5. 0 would have been given up at 7.5.
     later = {0: [(1.0, BROKEN)], 1: [(2.0, Answer(Outcome.THROTTLED, 429, retry_after_s=50.0))]}
@@ -390,7 +390,7 @@ def test_a_deferral_counts_once_per_request_and_cause() -> None:
     # Request 1 waits for its slot, is asked about at 1 and at 2 when others end, and for its minute after that.
     p = quiet(stagger_s=5.0, tpm=150, max_concurrency=10)
     ran = Ran(p, Desk(1.0), works(2))
-    assert ran.sent == [(0.0, 0), (60.0, 1)]
+    assert ran.sent == [(0.0, 0), (60.1, 1)]
     assert ran.log.deferrals == [law.BY_TPM]
     steps = [(float(at), Governor.pause if at % 2 else Governor.resume) for at in range(1, 20)]
     steps.append((20.0, Governor.resume))
@@ -671,10 +671,10 @@ def test_an_earlier_run_is_continued() -> None:
 
     run_virtual(resume(run_virtual(begin())))
     # The minute that began at 0 is used up; its clock went on.
-    assert second.launches == [(60.0, 0)]
+    assert second.launches == [(60.1, 0)]
     assert second.rows[0].submitted_s == 20.0
-    assert second.rows[0].waited_tpm_s == 40.0
-    assert second.ends == [(0, "", 61.0)]
+    assert second.rows[0].waited_tpm_s == pytest.approx(40.1)
+    assert second.ends == [(0, "", pytest.approx(61.1))]
 
 
 # ---------------------------------------------------------------- the clock

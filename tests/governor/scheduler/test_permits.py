@@ -37,7 +37,7 @@ def test_permits_are_granted_as_a_batch_would_be() -> None:
         nothing_held(governor)
 
     run_virtual(main())
-    assert granted == [(0, 0.0), (1, 15.0), (2, 30.0), (3, 60.0), (4, 75.0)]
+    assert granted == [(0, 0.0), (1, 15.0), (2, 30.0), (3, 60.1), (4, 75.1)]
 
 
 def test_real_use_is_booked_where_the_policy_settles() -> None:
@@ -83,12 +83,13 @@ def test_a_throttled_permit_waits_inside_its_block_and_goes_before_the_others() 
 
     for keeps in (0, 1):
         run_virtual(main(keeps))
-        # Retries need no slot. The others wait for them: the slot at 15 is within the second hold.
+        # Retries need no slot. The others wait for them: the slot at 15 is within the second hold, which they leave as
+        # long after the retry as its refusal took.
         assert told == [
             ("attempt 1", 0.0),
             ("attempt 2", pytest.approx(9.102)),
             ("attempt 3", pytest.approx(18.204)),
-            ("other", pytest.approx(18.204)),
+            ("other", pytest.approx(18.304)),
         ]
 
 
@@ -123,7 +124,7 @@ def test_a_permit_that_waits_past_its_deadline_is_told_so() -> None:
 def test_headers_of_a_permits_answer_are_heard() -> None:
     async def main(left: float) -> float:
         governor = Governor(quiet(tpm=1_000, sync_headers=1, window=law.BUCKET))
-        for _ in range(2):
+        for _ in range(3):
             async with governor.permit(100.0) as permit:
                 launched_s = permit.launched_s
                 permit.used(100.0, (Limit("TPM", 1_000.0, left),))
@@ -140,8 +141,8 @@ def test_headers_of_a_permits_answer_are_heard() -> None:
     # Dimension, limit, what is left, what it had booked, and whether it was turned away.
     assert run_virtual(refused()) == [(law.TPM, 1_000.0, 50.0, 100.0, 1), (law.RPM, 60.0, 59.0, 1.0, 0)]
     assert run_virtual(main(900.0)) == 0.0
-    # Others hold 850 of it: there is room for 50 and for what refills, less a margin for the next surprise.
-    assert run_virtual(main(50.0)) > 3.0
+    # Two counts agree that others hold 850 of it: there is room for 50 and for what refills.
+    assert run_virtual(main(50.0)) == pytest.approx(3.0)
 
 
 def test_what_never_fits_is_refused_with_the_figures() -> None:
@@ -191,7 +192,7 @@ def test_a_batch_ends_although_somebody_waits_for_a_permit() -> None:
         assert await governor.run(works(0), Desk().send) == ""
         governor.resume()
         permit = await waiter
-        assert governor.loop.time() == 60.0
+        assert governor.loop.time() == 60.1
         await permit.__aexit__()
         await holder.__aexit__()
         nothing_held(governor)

@@ -83,7 +83,7 @@ def story(rng: random.Random, image: Image) -> Iterator[tuple[float, list[tuple[
                     [CALL, "settled", [1_000.0, 400.0, launched, now], 1],
                     [CALL, "released", [], 1],
                     [CALL, "throttled", [1_000.0, 1, 2.0, launched, launched, now, u], 1],
-                    [CALL, "synced", [law.TPM, 6_000.0, 3_000.0, 1_000.0, 0, 0.0, launched, launched, now], 0],
+                    [CALL, "synced", [law.TPM, 6_000.0, 3_000.0, 1_000.0, 0, 0.0, launched, now], 0],
                 ]
                 events.append(rng.choice(ends))
             if rng.random() < 0.05:

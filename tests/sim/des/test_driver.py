@@ -63,7 +63,7 @@ def test_ten_runs_of_7000_tokens_keep_the_guardrails(run_seed: int) -> None:
     done = run(scenario)
     at = [launched_at(done, i)[0] for i in range(10)]
     # Three of 7,000 fit into 25,500, so every fourth waits for the next minute, which its own launch anchors.
-    assert at[0::3] == [0.0, 60.0, 120.0, 180.0]
+    assert at[0::3] == pytest.approx([0.0, 60.1, 120.2, 180.3])
     gaps = [b - a for i, (a, b) in enumerate(pairwise(at)) if i % 3 != 2]
     assert all(12.0 <= gap <= 18.0 for gap in gaps)
     assert len(set(gaps)) == len(gaps)  # jitter: no two alike
@@ -96,7 +96,7 @@ def test_a_deferral_counts_once_however_often_it_is_asked_about() -> None:
     # Request 3 stands at the head from 0 to 60 while 40 answers come and go, and each makes the driver ask again.
     policy = quiet(tpm_limit=43_000, tpm_window="fixed")
     done = run(scenario_of(batch([1_000] * 40 + [7_000], [0.5 + i for i in range(40)] + [1.0]), policy))
-    assert launched_at(done, 40) == [60.0]
+    assert launched_at(done, 40) == [60.1]
     assert done.tally.summary(done.case.grant).tpm_deferrals == 1
     # Two requests defer for two causes each: four.
     policy = quiet(max_concurrency=1, stagger_seconds=10.0)
@@ -113,19 +113,22 @@ def refusing(size: int, **changes: Any) -> dict[str, Any]:
     return {"tpd": size, "day_tokens_used": size, "retry_after": "absent", **changes}
 
 
-def test_retries_start_2_4_8_16_s_after_the_429_was_received_and_then_it_is_exhausted() -> None:
-    # 5 attempts of 5,000 fit into one minute's 25,500, so nothing but the backoff makes them wait.
+def test_retries_start_2_4_8_s_after_the_429_was_received_and_the_last_after_a_minute() -> None:
+    # 5 attempts of 5,000 fit into one minute's 25,500, so nothing but the backoff makes them wait. The last one comes
+    # when a limit per minute must have opened again.
     scenario = scenario_of(batch([5_000]), Policy(jitter_ratio=0.0, est_tokens_per_run=5_000), provider=refusing(5_000))
     done = run(scenario)
     received = [a.finished_s for a in done.rows]
-    assert [b.launched_s - at for at, b in zip(received, done.rows[1:], strict=False)] == pytest.approx([2, 4, 8, 16])
+    assert [b.launched_s - at for at, b in zip(received, done.rows[1:], strict=False)] == pytest.approx(
+        [2, 4, 8, 60.1 - 14 - 4 * REFUSAL_S]
+    )
     assert [a.finished_s - a.launched_s for a in done.rows] == pytest.approx([REFUSAL_S] * 5)
     assert [a.error_code for a in done.rows] == ["", "", "", "", "OPENAI_RATE_LIMIT_EXHAUSTED"]
     assert {a.outcome for a in done.rows} == {Outcome.THROTTLED}
     assert {a.status for a in done.rows} == {429}
     assert [a.retry_after_s for a in done.rows] == [-1.0] * 5
     assert done.tally.failures == {"OPENAI_RATE_LIMIT_EXHAUSTED": 1}
-    assert done.tally.waits_s[8] == pytest.approx(30.0)
+    assert done.tally.waits_s[8] == pytest.approx(60.1 - 4 * REFUSAL_S)
 
 
 def test_backoff_doubles_to_32_and_is_capped_at_60_from_six_attempts_on() -> None:
@@ -151,7 +154,7 @@ def test_jitter_of_a_backoff_only_adds_a_fifth_at_most_and_3_s_at_most() -> None
 
 
 def test_retries_take_no_stagger_slot() -> None:
-    policy = Policy(jitter_ratio=0.0, est_tokens_per_run=2_000, retry_max_attempts=3)
+    policy = Policy(jitter_ratio=0.0, est_tokens_per_run=2_000, retry_max_attempts=3, deadline_seconds=100.0)
     done = run(scenario_of(batch([2_000] * 2), policy, provider=refusing(2_000)))
     # The second run's slot stays at 15 s, between and in spite of the first one's retries.
     assert launches(done) == [
@@ -168,9 +171,9 @@ def test_retries_go_through_the_budget() -> None:
     # 3 x 7,000 are booked: the fourth attempt (due at 14.15) waits for the next minute.
     done = run(scenario_of(batch([7_000]), Policy(jitter_ratio=0.0), provider=refusing(7_000)))
     fourth = done.rows[3]
-    assert (fourth.attempt, fourth.launched_s) == (4, 60.0)
+    assert (fourth.attempt, fourth.launched_s) == (4, 60.1)
     assert fourth.eligible_s == pytest.approx(14.15)
-    assert fourth.waited_tpm_s == pytest.approx(60.0 - 14.15)
+    assert fourth.waited_tpm_s == pytest.approx(60.1 - 14.15)
 
 
 @pytest.mark.parametrize(("style", "wait_s"), [("ms", 12.3), ("seconds", 13.0)])
@@ -197,9 +200,10 @@ def test_a_hold_keeps_new_work_back_until_the_retry_has_gone() -> None:
     done = run(scenario_of(workload, quiet(stagger_seconds=1.0, hold_on_throttle=True), provider=provider))
     assert launched_at(done, 1) == [1.0, retry_at]
     last = next(a for a in done.rows if a.request == 2)
-    assert last.launched_s == retry_at
+    # As long after the retry as its refusal took: by then another one would have been heard.
+    assert last.launched_s == pytest.approx(1.0 + 11.3 + 2 * REFUSAL_S, abs=0.003)
     # Its slot came a second after the refused launch; the rest of its time at the head was the hold's.
-    assert last.waited_hold_s == pytest.approx(11.3, abs=0.003)
+    assert last.waited_hold_s == pytest.approx(11.3 + REFUSAL_S, abs=0.003)
 
 
 def test_who_backs_off_keeps_its_place_or_gives_it_to_the_next() -> None:
@@ -209,7 +213,7 @@ def test_who_backs_off_keeps_its_place_or_gives_it_to_the_next() -> None:
         # At 2.05 the other one's refusal arrives and its own retry falls due: nobody is in the way.
         (False, [(0.0, 0), (0.05, 1), (2.05, 0), (2.1, 1), (6.1, 0), (6.15, 1)]),
     ):
-        policy = quiet(max_concurrency=1, backoff_keeps_permit=keeps, retry_max_attempts=3)
+        policy = quiet(max_concurrency=1, backoff_keeps_permit=keeps, retry_max_attempts=3, deadline_seconds=50.0)
         done = run(scenario_of(batch([1, 1]), policy, provider=provider))
         assert [(at, request) for at, request, _, _ in launches(done)] == expected
         assert in_flight_max(done) == 1
@@ -432,7 +436,7 @@ def test_at_one_instant_answers_come_before_retries_and_these_before_arrivals() 
         (8.0, 3, "main", 1),
     ]
     # With one place only, the answer lets in who waited; the retry that falls due at the same instant comes after it.
-    policy = quiet(max_concurrency=1, backoff_keeps_permit=False, backoff_base_seconds=3.0, retry_max_attempts=2)
+    policy = quiet(max_concurrency=1, backoff_keeps_permit=False, backoff_base_seconds=3.0, retry_max_attempts=3)
     provider = {"rpd": 1, "day_requests_used": 1, "retry_after": "absent", "faults": {"refusal_s": 2.0}}
     done = run(scenario_of(batch([1] * 4), policy, provider=provider))
     assert [(at, request) for at, request, _, _ in launches(done)][:4] == [(0.0, 0), (2.0, 1), (4.0, 2), (6.0, 0)]
@@ -463,7 +467,7 @@ def test_waiting_goes_to_the_knob_that_holds_the_head() -> None:
 def test_every_budget_has_its_own_cause() -> None:
     for knobs, column, wait_s in (
         ({"tpm_limit": 60, "tpm_window": "bucket"}, "waited_tpm_s", 40.0),
-        ({"rpm_limit": 1, "tpm_window": "fixed"}, "waited_rpm_s", 60.0),
+        ({"rpm_limit": 1, "tpm_window": "fixed"}, "waited_rpm_s", 60.1),
         ({"rpd_limit": 1}, "waited_day_s", 86_400.0),
         ({"tpd_limit": 80}, "waited_day_s", 21_600.0),
     ):

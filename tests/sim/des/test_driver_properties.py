@@ -177,6 +177,9 @@ def test_retries_never_come_before_their_backoff(seed: int) -> None:
             wait_s = min(policy.backoff_base_seconds * 2.0 ** (before.attempt - 1), policy.backoff_cap_seconds)
             if before.retry_after_s > 0.0:
                 wait_s = before.retry_after_s + 0.002
+            elif before.outcome in REFUSED and after.attempt == policy.retry_max_attempts and not policy.deadline_seconds:
+                first_s = min(a.launched_s for a in done.rows if a.request == before.request)
+                wait_s = max(wait_s, first_s + law.FIXED_S - before.finished_s)
             jitter_s = min(policy.jitter_ratio * wait_s, policy.jitter_cap_seconds)
             backoff_s = after.eligible_s - before.finished_s
             # In an outage a request that has just failed lets another one have the next probe.
@@ -274,7 +277,7 @@ def excess_of_anchored_minutes(taken: list[tuple[float, float]], budget: float) 
     """By how much any minute, anchored at the first launch after the last one expired, holds more than the budget."""
     worst, anchor, used = 0.0, -math.inf, 0.0
     for at, amount in taken:
-        if at >= anchor + 60.0:
+        if at >= anchor + law.FIXED_S:
             anchor, used = at, 0.0
         # Above the budget it may go as the first of its minute, alone.
         worst = max(worst, used + (min(amount, budget) if used == 0.0 else amount) - budget)
