@@ -20,9 +20,14 @@ Budgets. Four dimensions share one code path and differ in length and kind of wi
     TPD    tokens      86,400 s  bucket: a rolling day, docs/explanation/provider.md#buckets
     RPD    requests    86,400 s  bucket
 
-`fixed` is a minute and a tenth of a second, anchored at the first launch after the last one expired. `sliding` keeps the last 60 s in
-half-second cells: the current one and the 120 full ones behind it, so that a booking counts for 60 to 60.5 s. `bucket`
-refills continuously and is held as one number, the moment at which it will be full again (as in GCRA).
+`fixed` is a minute and a tenth of a second, anchored at the first launch after the last one expired. `sliding` keeps
+the last 60 s in half-second cells: the current one and the 120 full ones behind it, so that a booking counts for 60 to
+60.5 s. `bucket` refills continuously and is held as one number, the moment at which it will be full again (as in GCRA).
+
+Counts. Where the policy syncs, the law keeps an image of the provider's own bucket, which also binds. Launches and
+settlements move it, counts in headers correct it (`synced`), and a refusal says what it held (`throttled`). When a
+count was taken, in which order requests had arrived and to what it was rounded, nobody knows: so it corrects the image
+by no more than two counts in a row agree on, each taken for one of the launch as well as for one of the answer.
 
 Compiled as it stands: numbers and fixed-size float arrays only, `math` and nothing else. Interpreted, `p` and `s` are
 the dataclasses below; compiled, they are NumPy records with the same field names.

@@ -177,7 +177,9 @@ def test_retries_never_come_before_their_backoff(seed: int) -> None:
             wait_s = min(policy.backoff_base_seconds * 2.0 ** (before.attempt - 1), policy.backoff_cap_seconds)
             if before.retry_after_s > 0.0:
                 wait_s = before.retry_after_s + 0.002
-            elif before.outcome in REFUSED and after.attempt == policy.retry_max_attempts and not policy.deadline_seconds:
+            elif (
+                before.outcome in REFUSED and after.attempt == policy.retry_max_attempts and not policy.deadline_seconds
+            ):
                 first_s = min(a.launched_s for a in done.rows if a.request == before.request)
                 wait_s = max(wait_s, first_s + law.FIXED_S - before.finished_s)
             jitter_s = min(policy.jitter_ratio * wait_s, policy.jitter_cap_seconds)
