@@ -87,7 +87,7 @@ def drawn(seed: int, number: int) -> Drawn:
         settles=settles,
         cotenant=cotenant,
         latency=MODEL,
-        minute_reset=window == "fixed",
+        window="clock" if window == "fixed" else "bucket",
     )
     policy = Policy.preset("paceline").with_(
         tpm_limit=tpm,

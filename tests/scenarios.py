@@ -164,9 +164,11 @@ def _provider(rng: random.Random, workload: Workload, tpm: int) -> dict[str, Any
         "rpm": rng.choice([0, 0, rng.randint(1, 6), rng.randint(6, 60)]),
         "charge_rule": rng.choice(RULES),
         "settles": rng.random() < 0.4,
-        "failed_requests_count": rng.random() < 0.5,
-        "retry_after": rng.choice(["absent", "ms", "seconds"]),
-        "minute_reset": rng.random() < 0.15,
+        "charged": rng.choice(["admission", "admission", "admission", "answer"]),
+        "failed_requests_count": rng.choice([False, False, True, True, "tokens", "requests"]),
+        "retry_after": rng.choice(["absent", "ms", "seconds", float(rng.randint(1, 60))]),
+        "retry_after_min_s": rng.choice([0.0, 1.0]),
+        **rng.choice([{}, {}, {}, {"burst_s": 20.0}, {"window": "anchored"}, {"window": "sliding"}, _clock(rng)]),
         "counts": rng.choice(["admission", "admission", "answer", "refusals", "none"]),
         "counts_share": rng.choice([1.0, 1.0, 0.1]),
         "counts_rounded_to": rng.choice([1, 1, 100]),
@@ -206,6 +208,10 @@ def _provider(rng: random.Random, workload: Workload, tpm: int) -> dict[str, Any
         at, kind = float(rng.randint(0, 60)), rng.choice(["drops", "5xx", "hang"])
         config["outages"] = [{"at_s": at, "length_s": float(rng.choice([5, 60, 300])), "kind": kind}]
     return config
+
+
+def _clock(rng: random.Random) -> dict[str, Any]:
+    return {"window": "clock", "phase_s": float(rng.randrange(60))}
 
 
 def _policy(rng: random.Random, tpm: int, config: dict[str, Any]) -> dict[str, Any]:

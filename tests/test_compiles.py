@@ -26,21 +26,15 @@ from tests.governor.laws import params
 
 DECISIONS = 40_000
 # They make the empty arrays of the dataclasses, and are called by those alone.
-FACTORIES = {"_four", "_none"}
+FACTORIES = {"_four", "_none", "_empty_log"}
 # Calls in one sequence: enough for states to fill up, few enough to see many policies.
 CALLS = 250
 
 
 @pytest.fixture(scope="module")
 def copies(root: Path) -> dict[str, ModuleType]:
-    return compiled(
-        [
-            root / "governor" / "law.py",
-            root / "governor" / "model" / "keyed.py",
-            root / "sim" / "model" / "provider.py",
-        ],
-        root,
-    )
+    names = ("governor/law.py", "governor/model/keyed.py", "sim/model/windows.py", "sim/model/provider.py")
+    return compiled([root / name for name in names], root)
 
 
 def bits(value: Any) -> Any:
@@ -241,12 +235,21 @@ def drawn_provider(r: random.Random) -> prov.ProviderParams:
             float(r.choice([0, r.randint(10_000, 10**7)])),
             float(r.choice([0, 200, 10_000])),
         ],
-        minute_reset=r.randrange(2),
+        window=r.randrange(4),
+        phase_s=r.choice([0.0, 17.5]),
+        burst_ratio=r.choice([1.0, 1.0, 0.25]),
+        charged_at_answer=r.randrange(4) // 3,
+        retry_after_s=r.choice([1.0, 60.0]),
+        retry_after_min_s=r.choice([0.0, 1.0]),
+        counts=r.randrange(4),
+        counts_share=r.choice([1.0, 0.1]),
+        counts_rounded_to=r.choice([1.0, 1_000.0]),
+        counts_negative=r.randrange(2),
         slice_s=r.choice([0.0, 1.0, 10.0]),
         slice_tokens=r.choice([0.0, 5_000.0]),
         settles=r.randrange(2),
-        failed_count=r.randrange(2),
-        retry_after=r.randrange(3),
+        failed_count=r.randrange(4),
+        retry_after=r.randrange(4),
         ramp_tpm=r.choice([0.0, 20_000.0]),
         quota_requests=r.choice([0.0, 0.0, 60.0]),
         first_token_s=r.uniform(0.0, 1.0),
@@ -294,7 +297,7 @@ def provider_calls(r: random.Random, both: Both) -> None:
             both("advanced", pp, ps, chance, now)
             for d in range(4):
                 both("remaining", pp, ps, d)
-                both("limit_now", pp, ps, d)
+                both("states_counts", pp, d > 1)
             both("requests_dimension", pp, ps)
             both("taken_by_others", pp, ps, r.randrange(2), r.uniform(0.0, 5_000.0))
         else:

@@ -53,8 +53,9 @@ _THROTTLES = (Outcome.THROTTLED, Outcome.SLOW_DOWN)
 class Grant:
     """What the provider grants, as far as the bound needs it. Limits per minute and day, 0 = none.
 
-    `settles`: a completed request counts what it used. `minute_reset`: a counter emptied each minute, counted from the
-    run's beginning, in place of the bucket. `changes`: (from_s, factor) in order of time, the minute limits from then
+    `settles`: a completed request counts what it used. `minute_reset`: a counter emptied each minute, in place of the
+    bucket; the run begins `phase_s` into one. `burst_ratio`: what the minute's bucket holds, as a share of the limit.
+    `changes`: (from_s, factor) in order of time, the minute limits from then
     on as multiples of the first ones. `day_*_used`: what was used of the daily limits before the run.
     """
 
@@ -64,6 +65,8 @@ class Grant:
     rpd_limit: float = 0.0
     settles: bool = False
     minute_reset: bool = False
+    phase_s: float = 0.0
+    burst_ratio: float = 1.0
     changes: tuple[tuple[float, float], ...] = ()
     day_tokens_used: float = 0.0
     day_requests_used: float = 0.0
@@ -155,10 +158,21 @@ class Work:
 
 
 class _Bucket:
-    """A limit that refills continuously. `used`: at time 0. `changes`: factors on the limit over time."""
+    """A limit that refills continuously. `used`: at time 0. `changes`: factors on the limit over time.
 
-    def __init__(self, limit: float, length_s: float, used: float, changes: tuple[tuple[float, float], ...]) -> None:
+    `burst_ratio`: its capacity as a share of the limit, at least 1.
+    """
+
+    def __init__(
+        self,
+        limit: float,
+        length_s: float,
+        used: float,
+        changes: tuple[tuple[float, float], ...],
+        burst_ratio: float = 1.0,
+    ) -> None:
         self.used = used
+        self.burst_ratio = burst_ratio
         self.pieces: list[tuple[float, float, float, float, float]] = []  # from, to, limit, rate, drained until from
         drained = 0.0
         for from_s, to_s, granted in _pieces(limit, changes):
@@ -177,20 +191,26 @@ class _Bucket:
                 return max(from_s, t)
             if target == -math.inf:
                 target = max(drained + rate_per_s * (t - from_s), self.used) + demand - _ROUNDING
-            at = from_s + (target - drained - limit) / rate_per_s
+            capacity = max(1.0, limit * self.burst_ratio) if self.burst_ratio < 1.0 else limit
+            at = from_s + (target - drained - capacity) / rate_per_s
             if at < to_s:
                 return max(at, from_s, t)
         raise AssertionError("the last piece has no end")
 
 
 class _Counter:
-    """A limit counted afresh in each minute from time 0."""
+    """A limit counted afresh in each minute; time 0 lies `phase_s` into one."""
 
-    def __init__(self, limit: float, changes: tuple[tuple[float, float], ...]) -> None:
+    def __init__(self, limit: float, changes: tuple[tuple[float, float], ...], phase_s: float = 0.0) -> None:
+        self.phase_s = phase_s
+        changes = tuple((max(0.0, at_s) + phase_s, factor) for at_s, factor in changes)
         self.pieces = list(_pieces(limit, changes))
 
     def admits_at(self, t: float, demand: float) -> float:
         """As for `_Bucket`: the beginning of the minute in which the last of `demand` was let in, at least `t`."""
+        return self._admits_at(t + self.phase_s, demand) - self.phase_s
+
+    def _admits_at(self, t: float, demand: float) -> float:
         minute = math.floor(t / MINUTE_S)
         left = demand
         while left > 0.0:
@@ -232,8 +252,8 @@ def bound_s(grant: Grant, work: Work) -> float:
     request_limits: list[_Bucket | _Counter] = []
     for limit, limits in ((grant.tpm_limit, token_limits), (grant.rpm_limit, request_limits)):
         if limit > 0.0:
-            bucket = _Bucket(limit, MINUTE_S, 0.0, grant.changes)
-            limits.append(_Counter(limit, grant.changes) if grant.minute_reset else bucket)
+            bucket = _Bucket(limit, MINUTE_S, 0.0, grant.changes, grant.burst_ratio)
+            limits.append(_Counter(limit, grant.changes, grant.phase_s) if grant.minute_reset else bucket)
     if grant.tpd_limit > 0.0:
         token_limits.append(_Bucket(grant.tpd_limit, DAY_S, grant.day_tokens_used, ()))
     if grant.rpd_limit > 0.0:

@@ -30,6 +30,7 @@ from governor.law import RPM, TPM
 from governor.model.requests import Outcome
 from governor.model.work import DIMENSIONS, TURNED_AWAY
 from sim.model import provider as prov
+from sim.model import windows as win
 from sim.model.provider_config import ProviderConfig
 
 # What others took is spread over pieces of this length; fewer where two counts are closer.
@@ -174,12 +175,21 @@ def gaps(counts: Sequence[Count], charges: NDArray[np.float64], provider: Provid
         for d in (TPM, RPM):
             own = (charge if d == TPM else 1.0) if count.let_in else 0.0
             if d not in stated:
-                ps.used[d] += own if pp.limit[d] > 0.0 else 0.0
+                if pp.limit[d] > 0.0:
+                    _hold(pp, ps, d, ps.used[d] + own)
                 continue
             limit, remaining = stated[d]
             used = limit - remaining
             yield Gap(d, since_s[d], at_s, used - ps.used[d] - own, held[d], own, limit, count)
-            ps.used[d], since_s[d], held[d] = used, at_s, used
+            _hold(pp, ps, d, used)
+            since_s[d], held[d] = at_s, used
+
+
+def _hold(pp: Any, ps: Any, d: int, used: float) -> None:
+    """The model's minute holds so much of dimension `d`, whatever it held before."""
+    more, ps.used[d] = used - ps.used[d], used
+    if pp.window == win.SLIDING:
+        win.logged(ps, more if d == TPM else 0.0, more if d == RPM else 0.0)
 
 
 def takings(counts: Sequence[Count], charges: NDArray[np.float64], provider: ProviderConfig) -> tuple[Taking, ...]:

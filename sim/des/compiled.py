@@ -43,7 +43,7 @@ INLINED = frozenset(
     (
         *("_step", "_on_answer", "_on_ok", "_worked", "_ended", "_close", "_launch", "_taken", "_next", "_advance"),
         *("_schedule", "_drop_soonest", "_sooner", "_has_room", "admission", "launched", "settled"),
-        *("answered", "admitted", "_drained"),
+        *("answered", "admitted", "drained", "taken", "room_in_ms", "capacity_of"),
     )
 )
 
@@ -58,6 +58,9 @@ PARAMS = dtype_of(Policy().params())
 STATE = dtype_of(law.State())
 PROVIDER = dtype_of(prov.ProviderParams())
 PROVIDER_STATE = dtype_of(prov.ProviderState())
+# What a run's provider begins with, in numbers of 8 bytes: all but the sliding log, of which nothing is read before it
+# is written.
+_WITHOUT_LOG = places(PROVIDER_STATE)["log_at"].start
 RUN = dtype_of(engine.Run())
 ROW = dtype_of(engine.Row())
 JOB = dtype_of(engine.Job())
@@ -139,7 +142,7 @@ class Batch:
         prov.day_started(ps, tokens, requests)
         # Most often nothing was used before: to make that array anew takes as long as half a run.
         self.s = (_NEW_ARRAY if s == _NEW else array_of(s, STATE)).view(np.int64)
-        self.ps = array_of(ps, PROVIDER_STATE).view(np.int64)
+        self.ps = array_of(ps, PROVIDER_STATE).view(np.int64)[:_WITHOUT_LOG]
         columns = case.columns
         self.requests = len(columns)
         self.order = self._order()
@@ -222,7 +225,7 @@ class Runner:
         self.attempts = np.zeros(1, ENDED)
         self.result = np.zeros(2, np.int64)
         # Records as flat arrays: copied field by field they would take a tenth of the run.
-        self._s_numbers, self._ps_numbers = self.s.view(np.int64), self.ps.view(np.int64)
+        self._s_numbers, self._ps_numbers = self.s.view(np.int64), self.ps.view(np.int64)[:_WITHOUT_LOG]
         self.run = self.state[0]
         self.whole, self.real = self.state.view(np.int64), self.state.view(np.float64)
         self._located()

@@ -33,9 +33,14 @@ LOADS_S = 0.15
 COMPILES_S = 15.0
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = tuple(
-    ROOT / path for path in ("governor/model/keyed.py", "governor/law.py", "sim/model/provider.py", "sim/des/engine.py")
+_COMPILED = (
+    "governor/model/keyed.py",
+    "governor/law.py",
+    "sim/model/windows.py",
+    "sim/model/provider.py",
+    "sim/des/engine.py",
 )
+SOURCES = tuple(ROOT / path for path in _COMPILED)
 # What else goes into the machine code: constants, and how it is made.
 _OURS = tuple(f"sim/des/{name}.py" for name in ("run", "copies", "packing", "machine", "compiled"))
 BESIDE = tuple(ROOT / path for path in ("governor/forecast/summary.py", *_OURS))

@@ -4,11 +4,11 @@ It stands where OpenAI stands: `answered` takes one attempt at `now` and says wh
 rate-limit headers would state. The SimPy driver, the compiled engine and the HTTP server call this same code, which is
 why it keeps the law's rules for compiling (numbers and fixed-size arrays, `math` only, chance and time from outside).
 
-Theory of operation (docs/explanation/provider.md#buckets). Each dimension is a continuous bucket: `used` drains at
-limit per window length, an attempt is admitted iff used + requested <= limit in every dimension, the charge is taken at
-admission, and a refusal states (used + requested - limit) / limit * length, floored to milliseconds. A charge above
-the limit never succeeds. What is not settled about the real one is a knob: settling, counted refusals, slices, minute
-counters, the ramp.
+Theory of operation (docs/explanation/provider.md#buckets). Each dimension is a continuous bucket, or another window of
+`windows`: an attempt is admitted iff used + requested <= limit in every dimension, the charge is taken at admission,
+and a refusal states how long it takes until it would fit, floored to milliseconds; of a bucket, that is
+(used + requested - limit) / limit * length. A charge above the limit never succeeds. What is not settled about the real
+one is a knob: settling, charges booked after the answer, counted refusals, slices, windows, the ramp.
 
 A co-tenant is drained in ticks of one second: it takes its share of the limit, all the time or in bursts at keyed
 moments, as far as there is room. A limit that changes keeps what is used; what is above the new limit must drain first.
@@ -27,12 +27,24 @@ from governor.model.keyed import (
     keyed_uniform,
     normal_quantile,
 )
-
-# Dimensions, as in the law.
-TPM = 0
-RPM = 1
-TPD = 2
-RPD = 3
+from sim.model.windows import (
+    BUCKET,
+    LOG,
+    MINUTE_S,
+    ROUNDING,
+    SLIDING,
+    capacity_of,
+    drained,
+    logged,
+    opened,
+    room_in_ms,
+    taken,
+)
+from sim.model.windows import RPD as RPD
+from sim.model.windows import RPM as RPM
+from sim.model.windows import TPD as TPD
+from sim.model.windows import TPM as TPM
+from sim.model.windows import limit_now as limit_now
 
 # Outcomes of an attempt.
 OK = 0
@@ -47,6 +59,11 @@ DROPPED = 6
 SAYS_NOTHING = 0
 SAYS_MILLISECONDS = 1  # "Please try again in 644ms": the wait, floored to ms
 SAYS_SECONDS = 2  # Retry-After: whole seconds, rounded up
+SAYS_CONSTANT = 3  # Retry-After: the same on every refusal
+
+# What a refusal counts, added up.
+REFUSAL_TOKENS = 1
+REFUSAL_REQUESTS = 2
 
 # Which answers state the counts in their headers, and of which moment.
 COUNTS_NONE = 0
@@ -54,8 +71,6 @@ COUNTS_AT_ADMISSION = 1
 COUNTS_AT_ANSWER = 2  # as middleware does that adds its headers on the way out
 COUNTS_ON_REFUSALS = 3
 
-MINUTE_S = 60.0
-DAY_S = 86400.0
 RAMP_WINDOW_S = 900.0
 RAMP_GROWTH = 1.5
 TICK_S = 1.0
@@ -67,12 +82,14 @@ ERRORS = 1
 HANGS = 2
 # An answer that never comes: beyond any time-out.
 NEVER_S = 1e9
-# Rounding of sums of drained amounts, far below one token: a governor that mirrors the bucket exactly is not refused.
-ROUNDING = 1e-6
 
 
 def _none() -> list[float]:
     return [0.0] * 4
+
+
+def _empty_log() -> list[float]:
+    return [0.0] * LOG
 
 
 @dataclass(slots=True)
@@ -80,7 +97,10 @@ class ProviderParams:
     """One provider quota as numbers. Times in seconds, 0 = no such limit, fault or habit.
 
     `limit`: TPM, RPM, TPD, RPD. `slice_s`: requests are also limited to their share of that time (1 = per second), and
-    tokens to `slice_tokens` per slice. `minute_reset`: a counter emptied each minute (Azure) in place of the bucket.
+    tokens to `slice_tokens` per slice. `window`, `phase_s`, `burst_ratio`: how minutes are counted, see `windows`.
+    `charged_at_answer`: no tokens are taken at admission, which only asks whether any are left; real use is booked
+    when the answer leaves. `failed_count`: what a refusal counts. `retry_after_s`: the constant stated wait;
+    `retry_after_min_s`: the shortest.
     `ramp_tpm`: above it, tokens per minute may grow by half per 15 minutes (`slow_down`). `change_at`, `change_factor`:
     from that moment the minute limits are so many times the first ones (inf = unused). `cotenant_share` of the limit is
     used by others; in bursts of `cotenant_burst_s` once per `cotenant_period_s` if that is > 0. `quota_requests`: after
@@ -93,12 +113,17 @@ class ProviderParams:
     """
 
     limit: list[float] = field(default_factory=_none)
-    minute_reset: int = 0
+    window: int = BUCKET
+    phase_s: float = 0.0
+    burst_ratio: float = 1.0
     slice_s: float = 0.0
     slice_tokens: float = 0.0
     settles: int = 0
+    charged_at_answer: int = 0
     failed_count: int = 0
     retry_after: int = SAYS_MILLISECONDS
+    retry_after_s: float = 0.0
+    retry_after_min_s: float = 0.0
     ramp_tpm: float = 0.0
     change_at: list[float] = field(default_factory=lambda: [math.inf] * CHANGES)
     change_factor: list[float] = field(default_factory=lambda: [1.0] * CHANGES)
@@ -128,7 +153,11 @@ class ProviderParams:
 
 @dataclass(slots=True)
 class ProviderState:
-    """What the provider remembers: `used` per dimension as of `at`, slices, the ramp, the co-tenant's next tick."""
+    """What the provider remembers: `used` per dimension as of `at`, slices, the ramp, the co-tenant's next tick.
+
+    `window_until`: the end of an anchored window. `log_*`: the sliding log, a ring of `log_size` entries from
+    `log_first` on; the last fields, so that a run that begins with an empty log need not write them.
+    """
 
     at: float = 0.0
     used: list[float] = field(default_factory=_none)
@@ -144,6 +173,12 @@ class ProviderState:
     ramp_peak_before: float = 0.0
     admitted: float = 0.0
     throttled: float = 0.0
+    window_until: float = -math.inf
+    log_first: int = 0
+    log_size: int = 0
+    log_at: list[float] = field(default_factory=_empty_log)
+    log_tokens: list[float] = field(default_factory=_empty_log)
+    log_requests: list[float] = field(default_factory=_empty_log)
 
 
 def day_started(ps: ProviderState, tokens_used: float, requests_used: float) -> None:
@@ -152,38 +187,12 @@ def day_started(ps: ProviderState, tokens_used: float, requests_used: float) -> 
     ps.used[RPD] = requests_used
 
 
-def limit_now(pp: ProviderParams, ps: ProviderState, d: int) -> float:
-    """The limit of dimension `d` in force at the last advance; daily limits do not change."""
-    return pp.limit[d] * ps.factor if d <= RPM else pp.limit[d]
-
-
-def _drained(pp: ProviderParams, ps: ProviderState, to: float) -> None:
-    """Lets every bucket drain until `to`; a minute counter is emptied when a new minute begins."""
-    passed = to - ps.at
-    if passed <= 0.0:
-        return
-    for d in range(4):
-        used = ps.used[d]
-        if used > 0.0:
-            if d >= TPD:
-                used -= passed * pp.limit[d] / DAY_S
-            elif not pp.minute_reset:
-                used -= passed * pp.limit[d] * ps.factor / MINUTE_S
-            elif math.floor(to / MINUTE_S) > math.floor(ps.at / MINUTE_S):
-                used = 0.0
-            ps.used[d] = used if used > 0.0 else 0.0
-    if pp.slice_s > 0.0:
-        ps.slice_requests = max(0.0, ps.slice_requests - passed * limit_now(pp, ps, RPM) / MINUTE_S)
-        ps.slice_used_tokens = max(0.0, ps.slice_used_tokens - passed * limit_now(pp, ps, TPM) / MINUTE_S)
-    ps.at = to
-
-
 def _drained_over_changes(pp: ProviderParams, ps: ProviderState, to: float) -> None:
     while ps.next_change < CHANGES and pp.change_at[ps.next_change] <= to:
-        _drained(pp, ps, pp.change_at[ps.next_change])
+        drained(pp, ps, pp.change_at[ps.next_change])
         ps.factor = pp.change_factor[ps.next_change]
         ps.next_change += 1
-    _drained(pp, ps, to)
+    drained(pp, ps, to)
 
 
 def _cotenant_rate(pp: ProviderParams, seed: int, tick: int) -> float:
@@ -201,9 +210,12 @@ def _cotenant_rate(pp: ProviderParams, seed: int, tick: int) -> float:
 
 def taken_by_others(pp: ProviderParams, ps: ProviderState, d: int, amount: float) -> None:
     """Others on the quota use `amount` of a limit per minute, as far as it goes."""
-    limit = limit_now(pp, ps, d)
+    limit, used = limit_now(pp, ps, d), ps.used[d]
     if limit > 0.0:
-        ps.used[d] = max(ps.used[d], min(limit, ps.used[d] + amount))
+        opened(pp, ps)
+        ps.used[d] = max(used, min(limit, used + amount))
+        if pp.window == SLIDING:
+            logged(ps, ps.used[d] - used if d == TPM else 0.0, ps.used[d] - used if d == RPM else 0.0)
 
 
 def advanced(pp: ProviderParams, ps: ProviderState, seed: int, now: float) -> None:
@@ -220,20 +232,7 @@ def advanced(pp: ProviderParams, ps: ProviderState, seed: int, now: float) -> No
     if pp.change_at[min(ps.next_change, CHANGES - 1)] <= now:
         _drained_over_changes(pp, ps, now)
     else:
-        _drained(pp, ps, now)
-
-
-def _wait_ms(pp: ProviderParams, ps: ProviderState, d: int, excess: float, limit: float) -> float:
-    """(used + requested - limit) / limit * length. A minute counter waits for the next minute.
-
-    Milliseconds, multiplied in this order: so rounded and then floored, it is the printed wait of all log-quoted
-    messages but the free tier's. Through seconds, "Limit 30000, Used 29937, Requested 385" is 643 for a printed 644.
-    """
-    if d >= TPD:
-        return excess / limit * (DAY_S * 1000.0)
-    if pp.minute_reset:
-        return ((math.floor(ps.at / MINUTE_S) + 1.0) * MINUTE_S - ps.at) * 1000.0
-    return excess / limit * (MINUTE_S * 1000.0)
+        drained(pp, ps, now)
 
 
 def _slice_wait_ms(pp: ProviderParams, ps: ProviderState, d: int, requested: float) -> float:
@@ -268,22 +267,11 @@ def _ramp_refuses(pp: ProviderParams, ps: ProviderState, charge: float, now: flo
 
 
 def _booked(pp: ProviderParams, ps: ProviderState, charge: float) -> None:
-    """Takes charge and request out of every bucket."""
-    for d in range(4):
-        if pp.limit[d] > 0.0:
-            ps.used[d] += charge if d & 1 == 0 else 1.0
+    """Takes charge and request out of every window."""
+    taken(pp, ps, charge, 1.0, False)
     if pp.slice_s > 0.0:
         ps.slice_requests += 1.0
         ps.slice_used_tokens += charge
-
-
-def _refusal_booked(pp: ProviderParams, ps: ProviderState, charge: float) -> None:
-    """A refusal that counts takes its charge too, but never fills a bucket beyond its limit."""
-    for d in range(4):
-        limit = limit_now(pp, ps, d)
-        if limit > 0.0:
-            used = ps.used[d] + (charge if d & 1 == 0 else 1.0)
-            ps.used[d] = max(ps.used[d], min(used, limit))
 
 
 def admitted(pp: ProviderParams, ps: ProviderState, seed: int, charge: float, now: float) -> tuple[int, int, float]:
@@ -295,6 +283,9 @@ def admitted(pp: ProviderParams, ps: ProviderState, seed: int, charge: float, no
     advanced(pp, ps, seed, now)
     if 0.0 < pp.quota_requests <= ps.admitted:
         return QUOTA, -1, -1.0
+    opened(pp, ps)
+    # A charge that is not known yet asks for no more than that something be left.
+    asked, booked = (1.0, 0.0) if pp.charged_at_answer else (charge, charge)
     tightest = -1
     wait_ms = -1.0
     for d in range(4):
@@ -302,12 +293,13 @@ def admitted(pp: ProviderParams, ps: ProviderState, seed: int, charge: float, no
         if limit > 0.0:
             if d < TPD:
                 limit *= ps.factor
-            requested = charge if d & 1 == 0 else 1.0
-            if requested > limit and d & 1 == 0:
+            requested = asked if d & 1 == 0 else 1.0
+            capacity = capacity_of(pp, d, limit)
+            if requested > capacity and d & 1 == 0:
                 return TOO_LARGE, d, -1.0
-            excess = ps.used[d] + requested - limit
+            excess = ps.used[d] + requested - capacity
             if excess > ROUNDING:
-                w = _wait_ms(pp, ps, d, excess, limit)
+                w = room_in_ms(pp, ps, d, excess, limit)
                 if w > wait_ms:
                     wait_ms = w
                     tightest = d
@@ -319,7 +311,8 @@ def admitted(pp: ProviderParams, ps: ProviderState, seed: int, charge: float, no
     if tightest >= 0:
         ps.throttled += 1.0
         if pp.failed_count:
-            _refusal_booked(pp, ps, charge)
+            tokens = booked if pp.failed_count & REFUSAL_TOKENS else 0.0
+            taken(pp, ps, tokens, 1.0 if pp.failed_count & REFUSAL_REQUESTS else 0.0, True)
         return THROTTLED, tightest, wait_ms
     if pp.ramp_tpm > 0.0:
         if _ramp_refuses(pp, ps, charge, now):
@@ -327,7 +320,7 @@ def admitted(pp: ProviderParams, ps: ProviderState, seed: int, charge: float, no
             return SLOW_DOWN, TPM, -1.0
         ps.ramp_tokens += charge
     ps.admitted += 1.0
-    _booked(pp, ps, charge)
+    _booked(pp, ps, booked)
     return OK, -1, -1.0
 
 
@@ -335,21 +328,24 @@ def stated_wait_s(pp: ProviderParams, wait_ms: float) -> float:
     """The wait that a refusal states, seconds; -1 = it says nothing."""
     if wait_ms < 0.0 or pp.retry_after == SAYS_NOTHING:
         return -1.0
+    if pp.retry_after == SAYS_CONSTANT:
+        return pp.retry_after_s
     if pp.retry_after == SAYS_SECONDS:
-        return math.ceil(wait_ms / 1000.0)
-    return math.floor(wait_ms) / 1000.0
+        return max(pp.retry_after_min_s, math.ceil(wait_ms / 1000.0))
+    return max(pp.retry_after_min_s, math.floor(wait_ms) / 1000.0)
 
 
 def settled(pp: ProviderParams, ps: ProviderState, seed: int, charge: float, used: float, now: float) -> None:
-    """The answer is complete: a provider that settles books what was really used, never beyond its limit."""
-    if not pp.settles:
-        return
-    advanced(pp, ps, seed, now)
-    for d in range(0, 4, 2):
-        limit = limit_now(pp, ps, d)
-        if limit > 0.0:
-            booked = ps.used[d] + used - charge
-            ps.used[d] = max(0.0, booked if used <= charge else max(ps.used[d], min(limit, booked)))
+    """The answer is complete: a provider that settles books what was really used, never beyond its limit.
+
+    One that charges at the answer does so whatever there is left.
+    """
+    if pp.charged_at_answer:
+        advanced(pp, ps, seed, now)
+        taken(pp, ps, used, 0.0, False)
+    elif pp.settles:
+        advanced(pp, ps, seed, now)
+        taken(pp, ps, used - charge, 0.0, True)
 
 
 def smooth_latency_s(pp: ProviderParams, output_tokens: float, recorded_s: float, u: float) -> float:
@@ -478,7 +474,7 @@ def states_counts(pp: ProviderParams, is_refused: bool) -> bool:
 def remaining(pp: ProviderParams, ps: ProviderState, d: int) -> float:
     """What the header of dimension `d` states as remaining at the last advance: whole, as `ProviderParams` says."""
     limit = limit_now(pp, ps, d)
-    left = pp.counts_share * (limit - ps.used[d]) + ROUNDING
+    left = pp.counts_share * (capacity_of(pp, d, limit) - ps.used[d]) + ROUNDING
     if pp.counts_rounded_to > 1.0:
         left = min(limit, pp.counts_rounded_to * math.floor(left / pp.counts_rounded_to + 0.5))
     return math.floor(left) if pp.counts_negative else max(0.0, math.floor(left))

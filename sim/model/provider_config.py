@@ -47,11 +47,15 @@ from sim.model.provider import (
     ERRORS,
     HANGS,
     OUTAGES,
+    REFUSAL_REQUESTS,
+    REFUSAL_TOKENS,
+    SAYS_CONSTANT,
     SAYS_MILLISECONDS,
     SAYS_NOTHING,
     SAYS_SECONDS,
     ProviderParams,
 )
+from sim.model.windows import ANCHORED, BUCKET, CLOCK, MINUTE_S, SLIDING
 from sim.model.workload import ASSUMED, MEASURED, Provenance
 
 Ratio = Annotated[float, Field(ge=0, le=1)]
@@ -79,6 +83,8 @@ _COUNTS = {
     "refusals": COUNTS_ON_REFUSALS,
 }
 _OUTAGES = {"drops": DROPS, "5xx": ERRORS, "hang": HANGS}
+_WINDOWS = {"bucket": BUCKET, "clock": CLOCK, "anchored": ANCHORED, "sliding": SLIDING}
+_REFUSALS = {False: 0, "tokens": REFUSAL_TOKENS, "requests": REFUSAL_REQUESTS, True: REFUSAL_TOKENS | REFUSAL_REQUESTS}
 _SAYS = {"absent": SAYS_NOTHING, "ms": SAYS_MILLISECONDS, "seconds": SAYS_SECONDS}
 
 
@@ -190,6 +196,10 @@ class ProviderConfig(Config):
     Written as the name of a published tier, or as fields, with `preset` naming the tier that the others start from.
     `charge_rule`, as of a day, is what an admission takes; see `ProviderParams` for the meaning of the other habits.
     `counts`: whether headers state what remains: of the moment of admission or of the answer, on refusals only, or not.
+    `window`: how minutes are counted (see `windows`): of the clock, into one of which the run begins by `phase_s`, from
+    the first request on, as a sliding log, or as a bucket, whose capacity is the limit of `burst_s`. `charged`: at
+    admission, or by real use at the answer. `failed_requests_count`: whether refusals count, or as what alone they do.
+    `retry_after`: a number states the same seconds always. `header_names`: under which names counts are stated.
     `day_*_used`: what was used of the daily limits before the run. `learnt`: which inputs (names as in `provenance`)
     were learnt from a log, and `learnt_from`: its name.
     """
@@ -204,13 +214,18 @@ class ProviderConfig(Config):
     charge_rule: Literal["fixed", "prompt_chars4", "prompt_plus_max", "max_of", "responses", "auto"] = "auto"
     as_of: Day = CHECKED_ON
     settles: bool = False
-    failed_requests_count: bool = True
-    retry_after: Literal["absent", "ms", "seconds"] = "ms"
+    charged: Literal["admission", "answer"] = "admission"
+    failed_requests_count: bool | Literal["tokens", "requests"] = True
+    retry_after: Literal["absent", "ms", "seconds"] | Seconds = "ms"
+    retry_after_min_s: Seconds = 0.0
+    header_names: Literal["openai", "plain", "api_key", "llm_provider"] = "openai"
     counts: Literal["admission", "answer", "refusals", "none"] = "admission"
     counts_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     counts_rounded_to: Annotated[int, Field(ge=1, le=10**9)] = 1
     counts_negative: bool = False
-    minute_reset: bool = False
+    window: Literal["bucket", "clock", "anchored", "sliding"] = "bucket"
+    phase_s: Annotated[float, Field(ge=0, lt=MINUTE_S)] = 0.0
+    burst_s: Annotated[float, Field(gt=0, le=MINUTE_S)] = MINUTE_S
     slice_s: Annotated[float, Field(ge=0, le=60)] = 0.0
     slice_tokens: Tokens = 0
     ramp_tpm: Tokens = 0
@@ -226,7 +241,12 @@ class ProviderConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _from_preset(cls, data: Any) -> Any:
-        return _completed(data, tier_preset)
+        data = _completed(data, tier_preset)
+        if isinstance(data, dict) and type(data.get("minute_reset")) is bool:
+            # The name that `window: clock` had before there were other windows.
+            resets = {"window": "clock"} if data["minute_reset"] else {}
+            data = {**{name: value for name, value in data.items() if name != "minute_reset"}, **resets}
+        return data
 
     @model_validator(mode="after")
     def _changes_in_order(self) -> Self:
@@ -235,6 +255,14 @@ class ProviderConfig(Config):
             raise ValueError("limit_changes must be in order of time, each at_s above the one before")
         if any(after.at_s < before.at_s + before.length_s for before, after in pairwise(self.outages)):
             raise ValueError("outages must be in order of time, none before the end of the one before")
+        return self
+
+    @model_validator(mode="after")
+    def _fits_the_window(self) -> Self:
+        if self.phase_s > 0.0 and self.window != "clock":
+            raise ValueError(f"phase_s {self.phase_s:g} needs window: clock, which alone has minutes of its own")
+        if self.burst_s < MINUTE_S and self.window != "bucket":
+            raise ValueError(f"burst_s {self.burst_s:g} needs window: bucket: others hold a whole minute's limit")
         return self
 
     @staticmethod
@@ -261,12 +289,17 @@ class ProviderConfig(Config):
         late = self.latency
         return ProviderParams(
             limit=[float(limit) for limit in (self.tpm, self.rpm, self.tpd, self.rpd)],
-            minute_reset=int(self.minute_reset),
+            window=_WINDOWS[self.window],
+            phase_s=self.phase_s,
+            burst_ratio=self.burst_s / MINUTE_S,
             slice_s=self.slice_s,
             slice_tokens=float(self.slice_tokens),
             settles=int(self.settles),
-            failed_count=int(self.failed_requests_count),
-            retry_after=_SAYS[self.retry_after],
+            charged_at_answer=int(self.charged == "answer"),
+            failed_count=_REFUSALS[self.failed_requests_count],
+            retry_after=SAYS_CONSTANT if isinstance(self.retry_after, float) else _SAYS[self.retry_after],
+            retry_after_s=self.retry_after if isinstance(self.retry_after, float) else 0.0,
+            retry_after_min_s=self.retry_after_min_s,
             ramp_tpm=float(self.ramp_tpm),
             change_at=changes.change_at,
             change_factor=changes.change_factor,
@@ -297,12 +330,15 @@ class ProviderConfig(Config):
     def grant(self) -> Grant:
         """What the bound on any schedule needs to know."""
         return Grant(
-            tpm_limit=float(self.tpm),
+            # What is charged at the answer binds no launch: all may go before the first answer is there.
+            tpm_limit=0.0 if self.charged == "answer" else float(self.tpm),
             rpm_limit=float(self.rpm),
-            tpd_limit=float(self.tpd),
+            tpd_limit=0.0 if self.charged == "answer" else float(self.tpd),
             rpd_limit=float(self.rpd),
             settles=self.settles,
-            minute_reset=self.minute_reset,
+            minute_reset=self.window != "bucket",
+            phase_s=self.phase_s,
+            burst_ratio=self.burst_s / MINUTE_S,
             changes=tuple((change.at_s, change.factor) for change in self.limit_changes),
             day_tokens_used=float(self.day_tokens_used),
             day_requests_used=float(self.day_requests_used),
@@ -321,10 +357,18 @@ class ProviderConfig(Config):
             found["charge rule"] = (ASSUMED, self.charge_rule)
         never = f"no: real use is never booked{_OPEN}"
         found["settling"] = (ASSUMED, "yes: real use is booked on completion" if self.settles else never)
-        counts = "count against the limits, as documented" if self.failed_requests_count else "do not count"
-        found["refused requests"] = (ASSUMED, counts)
+        if self.charged == "answer":
+            found["settling"] = (ASSUMED, "tokens are charged at the answer alone, by real use")
+        counts = {True: "count against the limits, as documented", False: "do not count"}
+        kind = self.failed_requests_count
+        found["refused requests"] = (ASSUMED, counts[kind] if isinstance(kind, bool) else f"count as {kind} only")
         stated = {"ms": "the wait formula of logged messages, in ms", "seconds": "whole seconds", "absent": "none"}
-        found["Retry-After"] = (MEASURED if self.retry_after == "ms" else ASSUMED, stated[self.retry_after])
+        wait = self.retry_after
+        text = stated[wait] if isinstance(wait, str) else f"{wait:g} s, whatever is missing"
+        text += f", at least {self.retry_after_min_s:g} s" if self.retry_after_min_s and wait != "absent" else ""
+        found["Retry-After"] = (MEASURED if text == stated["ms"] else ASSUMED, text)
+        plain = self.window == "bucket" and self.burst_s == MINUTE_S
+        found["window"] = (MEASURED if plain else ASSUMED, self._window_text())
         found["counts in headers"] = (ASSUMED, self._counts_text())
         found["latency"] = self.latency.provenance()
         model = self.preset.rpartition("-tier")[0]
@@ -341,6 +385,15 @@ class ProviderConfig(Config):
             text = found[name][1].removeprefix("as given: ").removesuffix(" assumed").removesuffix(_OPEN)
             found[name] = (MEASURED, f"learnt from {self.learnt_from}: {text}")
         return found
+
+    def _window_text(self) -> str:
+        burst = f", bursts of at most {self.burst_s:g} s" if self.burst_s < MINUTE_S else ""
+        return {
+            "bucket": f"a bucket that refills continuously{burst}",
+            "clock": f"minutes of the clock; the run begins {self.phase_s:g} s into one",
+            "anchored": "minutes that begin with the first request after the last one",
+            "sliding": "any 60 s in a row",
+        }[self.window]
 
     def _counts_text(self) -> str:
         text = {
@@ -363,6 +416,8 @@ _INPUTS = {
     "failed_requests_count": "refused requests",
     "retry_after": "Retry-After",
     "counts": "counts in headers",
+    "window": "window",
+    "charged": "settling",
     "cotenant": "other users of the quota",
     "faults": "faults",
     "latency": "latency",

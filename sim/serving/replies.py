@@ -196,7 +196,7 @@ class Desk:
     def _counts(self, reply: Reply) -> Headers:
         """Limits and what remains of them now, where this reply states them."""
         states = prov.states_counts(self.pp, reply.status == 429)
-        return wire.limit_headers(self.pp, self.ps, self.scale) if states else []
+        return wire.limit_headers(self.pp, self.ps, self.scale, self.config.header_names) if states else []
 
     # ------------------------------------------------------------ what comes back
 
@@ -322,7 +322,7 @@ class Desk:
             return self._refusal("too_large", wire.too_large_error(model, d, limit, requested))
         stated_s = self._stated(wait_s)
         reply = self._refusal("throttled", wire.rate_error(model, d, limit, used[d], requested, stated_s))
-        if self.pp.retry_after == prov.SAYS_SECONDS:
+        if self.pp.retry_after in (prov.SAYS_SECONDS, prov.SAYS_CONSTANT):
             reply.extra += wire.retry_after(stated_s)
         if self.ms_header:
             reply.extra += wire.retry_after_ms(stated_s)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from governor.model.estimate import CHAT, COMPLETIONS, RESPONSES
 from governor.provider.stated import DAY_S, MINUTE_S, duration_text, refill_reset_s
 from sim.model import provider as prov
+from sim.model import windows as win
 from sim.model.provider import ProviderParams, ProviderState
 
 Headers = list[tuple[bytes, bytes]]
@@ -271,21 +272,35 @@ def retry_after_ms(wait_s: float) -> Headers:
 
 
 def reset_s(pp: ProviderParams, ps: ProviderState, d: int) -> float:
-    """Until the bucket of dimension `d` is full again; a minute counter: until the next minute. Provider's seconds."""
-    if pp.minute_reset and d < prov.TPD:
-        return 0.0 if ps.used[d] <= 0.0 else MINUTE_S - ps.at % MINUTE_S
+    """Until dimension `d` is as at first, if nobody uses more of it. Provider's seconds."""
+    if pp.window != win.BUCKET and d < prov.TPD:
+        return 0.0 if ps.used[d] <= 0.0 else win.empty_at(pp, ps, d) - ps.at
     limit = prov.limit_now(pp, ps, d)
     return refill_reset_s(limit, limit - ps.used[d], DAY_S if d >= prov.TPD else MINUTE_S)
 
 
-def limit_headers(pp: ProviderParams, ps: ProviderState, scale: float) -> Headers:
-    """The x-ratelimit-* triples as of the last admission; resets divided by `scale`. No limit, no triple."""
+# What stands before and within the names of counts.
+_PREFIXES = {"openai": "x-ratelimit-", "api_key": "x-ratelimit-api_key-", "llm_provider": "llm_provider-x-ratelimit-"}
+
+
+def limit_headers(pp: ProviderParams, ps: ProviderState, scale: float, names: str = "openai") -> Headers:
+    """The x-ratelimit-* triples as of the last admission; resets divided by `scale`. No limit, no triple.
+
+    `names`: as OpenAI has them, behind a gateway's prefix, or `plain`: x-ratelimit-limit, -remaining and -reset alone,
+    of the limit that is closest, in whole seconds, as middleware for web applications states them.
+    """
+    known = [("requests", prov.requests_dimension(pp, ps)), ("tokens", prov.TPM)]
+    known = [(word, d) for word, d in known if d >= 0 and pp.limit[d] > 0.0]
+    if names == "plain":
+        known = sorted(known, key=lambda each: prov.remaining(pp, ps, each[1]) / pp.limit[each[1]])[:1]
     headers: Headers = []
-    for word, d in ((b"requests", prov.requests_dimension(pp, ps)), (b"tokens", prov.TPM)):
-        if d >= 0 and pp.limit[d] > 0.0:
-            limit, left = prov.limit_now(pp, ps, d), prov.remaining(pp, ps, d)
-            reset = duration_text(floored_ms(reset_s(pp, ps, d) / scale))
-            headers.append((b"x-ratelimit-limit-" + word, b"%d" % limit))
-            headers.append((b"x-ratelimit-remaining-" + word, b"%d" % left))
-            headers.append((b"x-ratelimit-reset-" + word, reset.encode()))
+    for word, d in known:
+        limit, left = prov.limit_now(pp, ps, d), prov.remaining(pp, ps, d)
+        wait_s = reset_s(pp, ps, d) / scale
+        if names == "plain":
+            first, last, reset = "x-ratelimit-", "", f"{math.ceil(wait_s)}"
+        else:
+            first, last, reset = _PREFIXES[names], f"-{word}", duration_text(floored_ms(wait_s))
+        for kind, value in (("limit", f"{limit:.0f}"), ("remaining", f"{left:.0f}"), ("reset", reset)):
+            headers.append((f"{first}{kind}{last}".encode(), value.encode()))
     return headers

@@ -110,7 +110,7 @@ def test_a_provider_file(batch: str, tmp_path: Path) -> None:
     path = tmp_path / "azure.yaml"
     path.write_text("tpm: 60000\nminute_reset: true\n")
     s = scenario(batch, provider=str(path), provider_charge="max_of", provider_settles=True)
-    assert (s.provider.tpm, s.provider.minute_reset, s.policy.tpm_limit) == (60_000, True, 60_000)
+    assert (s.provider.tpm, s.provider.window, s.policy.tpm_limit) == (60_000, "clock", 60_000)
     assert (s.provider.charge_rule, s.provider.settles) == ("max_of", True)
     # A scenario's provider part serves as well.
     path.write_text("provider:\n  preset: gpt-4o-tier2\n")

@@ -530,7 +530,7 @@ def _habits(scenario: Scenario) -> dict[str, bool]:
         "day": config.rpd > 0 or config.tpd > 0,
         "steady neighbour": config.cotenant.share > 0.0 and config.cotenant.period_s == 0.0,
         "bursty neighbour": config.cotenant.period_s > 0.0,
-        "minute reset": config.minute_reset,
+        "clock": config.window == "clock",
         "settles": config.settles,
         "stalls": config.latency.stall_ratio > 0.0,
     }

@@ -18,8 +18,9 @@ from scipy.stats import norm, theilslopes
 
 from governor.model.errors import BadSetting, PacelineError
 from sim.model import presets
-from sim.model.provider import COUNTS_AT_ANSWER, SAYS_NOTHING, ProviderParams
+from sim.model.provider import COUNTS_AT_ANSWER, REFUSAL_REQUESTS, SAYS_CONSTANT, ProviderParams
 from sim.model.provider_config import Latency, LimitChange, ProviderConfig, checked
+from sim.model.windows import CLOCK
 
 OBSERVED = "openai-observed/ratelimit_header_observations.csv"
 
@@ -128,9 +129,13 @@ def test_every_field_reaches_the_engines() -> None:
         tpd=3,
         rpd=4,
         settles=True,
-        failed_requests_count=True,
-        retry_after="absent",
-        minute_reset=True,
+        failed_requests_count="requests",
+        retry_after=30.0,
+        window="clock",
+        phase_s=5.5,
+        burst_s=60.0,
+        charged="answer",
+        retry_after_min_s=1.5,
         counts="answer",
         counts_share=0.1,
         counts_rounded_to=1_000,
@@ -139,6 +144,7 @@ def test_every_field_reaches_the_engines() -> None:
         slice_tokens=6,
         ramp_tpm=7,
         quota_requests=8,
+        outages=({"at_s": 20.0, "length_s": 30.0, "kind": "hang"},),
         limit_changes=(LimitChange(at_s=9.0, factor=0.5), LimitChange(at_s=10.0, factor=2.0)),
         cotenant={"share": 0.11, "burst_s": 12.0, "period_s": 13.0},
         outages=({"at_s": 30.0, "length_s": 5.0, "kind": "hang"},),
@@ -162,12 +168,16 @@ def test_every_field_reaches_the_engines() -> None:
     inf = math.inf
     expected = ProviderParams(
         limit=[1, 2, 3, 4],
-        minute_reset=1,
+        window=CLOCK,
+        phase_s=5.5,
+        charged_at_answer=1,
+        retry_after_s=30.0,
+        retry_after_min_s=1.5,
         slice_s=5,
         slice_tokens=6,
         settles=1,
-        failed_count=1,
-        retry_after=SAYS_NOTHING,
+        failed_count=REFUSAL_REQUESTS,
+        retry_after=SAYS_CONSTANT,
         ramp_tpm=7,
         change_at=[9, 10, inf, inf, inf, inf, inf, inf],
         change_factor=[0.5, 2, 1, 1, 1, 1, 1, 1],
@@ -175,6 +185,9 @@ def test_every_field_reaches_the_engines() -> None:
         cotenant_burst_s=12,
         cotenant_period_s=13,
         quota_requests=8,
+        outage_at=[20, inf, inf, inf],
+        outage_until=[50, inf, inf, inf],
+        outage_kind=[2, 0, 0, 0],
         first_token_s=3,
         per_token_s=6,
         sigma=0.18,
@@ -197,7 +210,8 @@ def test_every_field_reaches_the_engines() -> None:
     assert provider.params() == expected
     # None of them stands at its default, so that none can be forgotten unseen.
     blank = ProviderParams()
-    assert [f.name for f in fields(blank) if getattr(blank, f.name) == getattr(expected, f.name)] == []
+    assert [f.name for f in fields(blank) if getattr(blank, f.name) == getattr(expected, f.name)] == ["burst_ratio"]
+    assert ProviderConfig(burst_s=15.0).params().burst_ratio == 0.25  # of a bucket, which a clock is not
 
 
 def test_the_grant_is_what_the_limits_say() -> None:

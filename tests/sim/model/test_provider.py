@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from governor.provider import stated
 from sim.model import provider as prov
+from sim.model import windows as win
 from sim.model.provider import RPD, RPM, TPD, TPM, ProviderParams, ProviderState
 from tests.sim.doors import changing, knock, quota, taken
 
@@ -153,7 +154,7 @@ def test_a_refusal_books_nothing() -> None:
 
 
 def test_a_refusal_that_counts_fills_up_to_the_limit_and_not_beyond() -> None:
-    pp, ps = quota(tpm=1_000, rpm=10, failed_count=1), ProviderState()
+    pp, ps = quota(tpm=1_000, rpm=10, failed_count=3), ProviderState()
     assert knock(pp, ps, 900.0, 0.0)[0] == prov.OK
     assert knock(pp, ps, 150.0, 0.0) == (prov.THROTTLED, TPM, 3.0)
     # "Used 2000000" at a limit of 2000000: whoever knocks on finds it exactly full.
@@ -255,7 +256,7 @@ def test_a_token_slice_is_never_smaller_than_it_was_made_and_takes_a_larger_requ
 
 
 def test_a_minute_counter_is_emptied_when_the_minute_begins_and_never_drains_before() -> None:
-    pp, ps = quota(tpm=1_000, rpm=5, tpd=86_400, minute_reset=1), ProviderState()
+    pp, ps = quota(tpm=1_000, rpm=5, tpd=86_400, window=win.CLOCK), ProviderState()
     assert taken(pp, ps, 500.0, 0.5) == 1_000
     assert knock(pp, ps, 1.0, 59.25) == (prov.THROTTLED, TPM, 0.75)
     assert taken(pp, ps, 500.0, 60.0) == 1_000

@@ -76,16 +76,16 @@ def test_a_burst_beyond_the_limit_takes_what_is_there_and_no_more() -> None:
     used=st.tuples(*[st.integers(0, 9_000)] * 4),
     share=st.sampled_from([0.0, 0.25, 0.9]),
     period_s=st.sampled_from([0.0, 45.0]),
-    minute_reset=st.integers(0, 1),
+    window=st.integers(0, 3),
     seed=st.integers(0, 2**32),
 )
 def test_one_leap_in_time_or_many_steps_come_to_the_same(
-    steps: list[int], used: tuple[int, ...], share: float, period_s: float, minute_reset: int, seed: int
+    steps: list[int], used: tuple[int, ...], share: float, period_s: float, window: int, seed: int
 ) -> None:
     """Changes of the limit, ticks and minutes happen at their own moments, not when somebody happens to knock."""
     pp = changing(quota(6_000, 60, 50_000, 1_000, slice_s=1.0), (33.5, 0.5), (47.0, 0.1), (200.0, 1.0))
     pp.cotenant_share, pp.cotenant_period_s, pp.cotenant_burst_s = share, period_s, 10.0
-    pp.minute_reset = minute_reset
+    pp.window, pp.phase_s = window, 12.0
     leap, walk = ProviderState(used=[float(n) for n in used]), ProviderState(used=[float(n) for n in used])
     leap.slice_requests = walk.slice_requests = 50.0
     end = sum(steps) / 20.0
