@@ -22,7 +22,8 @@ from typing import Any
 
 from governor.model.policy import Policy
 from governor.model.requests import CHAT, Answer, Attempt, Limit, Outcome, Request, Sizes, url_of
-from governor.scheduler.driver import Governor, Job, Observer, Work
+from governor.model.work import Job, Observer, Work
+from governor.scheduler.driver import Governor
 
 REPEATS = 5
 LIMIT_US = 50.0

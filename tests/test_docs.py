@@ -17,10 +17,10 @@ import governor
 import sim
 from governor import law
 from governor.cli import serve as serve_cli
-from governor.forecast.summary import CAUSES
 from governor.journal import schema
 from governor.journal.schema import metadata
 from governor.model.policy import KNOBS
+from governor.model.requests import CAUSES
 from governor.run import longwaits, outputs
 from sim.app.capacity_command import terms_of
 from sim.app.inputs import Wishes

@@ -24,8 +24,9 @@ import pytest
 from governor.model.errors import BadSetting
 from governor.model.policy import Policy
 from governor.model.requests import Answer
+from governor.model.work import Job
 from governor.run.scaledloop import ScaledLoop
-from governor.scheduler.driver import Governor, Job
+from governor.scheduler.driver import Governor
 from governor.sharedquota import redis_store as store
 from governor.sharedquota.redis_store import in_redis
 from governor.sharedquota.shared import SharedGovernor

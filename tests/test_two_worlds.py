@@ -28,12 +28,12 @@ import numpy as np
 import pytest
 
 from governor import law
-from governor.forecast.summary import CAUSES
 from governor.model.errors import FailureCode
 from governor.model.keyed import attempt_key
 from governor.model.policy import Policy
-from governor.model.requests import Answer, Attempt, Limit, Outcome, Request
-from governor.scheduler.driver import TIMED_OUT, Governor, Job, Observer, Work
+from governor.model.requests import CAUSES, Answer, Attempt, Limit, Outcome, Request
+from governor.model.work import TIMED_OUT, Job, Observer, Work
+from governor.scheduler.driver import Governor
 from sim.des import driver
 from sim.des.driver import Simulation
 from sim.des.run import launch_order

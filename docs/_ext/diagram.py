@@ -2,7 +2,7 @@
 
 What lives here: a simulation that notes every change of state and which function of the law made it, the conditions
 that bring out every cause of waiting, and the picture. What must not: a state or an arrow of its own. The waiting
-states are the law's causes (`governor.forecast.summary.CAUSES`, by the law's numbers); where a cause is never reached,
+states are the law's causes (`governor.model.requests.CAUSES`, by the law's numbers); where a cause is never reached,
 or a state appears that has no place in the picture, the build fails rather than draw yesterday's law.
 """
 
@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from governor import law
-from governor.forecast.summary import CAUSES
 from governor.model.errors import FailureCode
 from governor.model.policy import Policy
+from governor.model.requests import CAUSES
 from sim.base.palette import CAUSE_LABELS, INK, MUTED, SURFACE
 from sim.base.style import styled
 from sim.des.driver import WAKE, Job, Simulation, _Moment

@@ -21,9 +21,10 @@ import typer.main
 from pydantic import BaseModel
 
 from governor import law
-from governor.forecast.summary import CAUSES, Summary
+from governor.forecast.summary import Summary
 from governor.journal import schema
 from governor.model import errors, policy, requests
+from governor.model.requests import CAUSES
 from governor.run.account import ATTEMPT_COLUMNS
 from governor.telemetry import metrics
 from sim.app import cli, inputs

@@ -34,14 +34,10 @@ import math
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any
 
-from governor.law import BY_TPM, DAY_S, MINUTE_S, PAUSED, STAGGER
-from governor.model.requests import Attempt, Outcome
-
-# Waiting causes by the law's numbers, and after them the one that only records know.
-BACKOFF = PAUSED + 1
-CAUSES = ("nothing", "concurrency", "stagger", "tpm", "rpm", "day", "hold", "paused", "backoff")
+from governor.law import BY_TPM, DAY_S, MINUTE_S, STAGGER
+from governor.model.requests import CAUSES, Attempt, Ended, Outcome
 
 # By so much of one token (or request) a provider may overshoot its limit in floating point: sim/model/provider.py's
 # ROUNDING.
@@ -404,14 +400,6 @@ class Tally:
             failures={str(code): count for code, count in sorted(self.failures.items())},
             cost_usd=cost_usd,
         )
-
-
-class Ended(NamedTuple):
-    """How a request ended: `failure` is "" or its failure code. A request may end without any attempt."""
-
-    request: int
-    ended_s: float
-    failure: str
 
 
 def summarize(

@@ -33,7 +33,6 @@ from typing import Any, Self
 from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, inspect, select, update
 
 from governor import __version__
-from governor.forecast.summary import CAUSES
 from governor.journal.checkpoint import rebuilt, taken_from
 from governor.journal.database import Database, JournalError
 from governor.journal.recorder import FullRecorder, Recorder, Writer
@@ -42,7 +41,6 @@ from governor.journal.schema import (
     APPLICATION_ID,
     FAILED,
     IN_FLIGHT,
-    LANES,
     OLDEST_SCHEMA,
     PENDING,
     SCHEMA,
@@ -67,8 +65,8 @@ from governor.journal.schema import (
 )
 from governor.law import DAY_S, State
 from governor.model.policy import Policy
-from governor.model.requests import Outcome, Request
-from governor.scheduler.driver import Work
+from governor.model.requests import CAUSES, LANES, Outcome, Request
+from governor.model.work import Work
 
 # Requests written in one transaction while a journal is filled, and about how many bytes of bodies.
 INGEST_ROWS = 500

@@ -36,7 +36,6 @@ from governor.journal.schema import (
     DONE,
     FAILED,
     IN_FLIGHT,
-    LANES,
     PENDING,
     attempt_row,
     attempts,
@@ -55,8 +54,8 @@ from governor.journal.schema import (
 from governor.journal.verify import RESTORED, numbers_of, result_of, stored
 from governor.law import State
 from governor.model.policy import Policy
-from governor.model.requests import Answer, Attempt, Request
-from governor.scheduler.driver import Job, Observer, PoolState
+from governor.model.requests import LANES, Answer, Attempt, Request
+from governor.model.work import Job, Observer, PoolState
 
 # How long a result may be known and not yet on the disk: well below any launch gap or service time.
 LINGER_S = 0.02

@@ -18,14 +18,12 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Column, ColumnElement, Select, Table, and_, func, or_, select, true
 
-from governor.forecast.summary import CAUSES, Ended
 from governor.journal.checkpoint import Checkpoint, Launch
 from governor.journal.database import Database, JournalError
 from governor.journal.schema import (
     DONE,
     FAILED,
     IN_FLIGHT,
-    LANES,
     PENDING,
     SCHEMA,
     STATES,
@@ -55,8 +53,8 @@ from governor.journal.schema import (
 from governor.journal.verify import BEGAN, Decision, numbers_of, read_back
 from governor.model.policy import Policy
 from governor.model.prices import Usage
-from governor.model.requests import Answer, Attempt, Limit, Outcome, Request
-from governor.scheduler.driver import Work
+from governor.model.requests import CAUSES, LANES, Answer, Attempt, Ended, Limit, Outcome, Request
+from governor.model.work import Work
 
 # Rows with bodies in memory at once; rows without.
 CHUNK = 100

@@ -50,7 +50,6 @@ APPLICATION_ID = 0x50414345
 
 PENDING, IN_FLIGHT, DONE, FAILED = "pending", "in_flight", "done", "failed"
 STATES = (PENDING, IN_FLIGHT, DONE, FAILED)
-LANES = ("main", "finalize")
 
 # ---------------------------------------------------------------- text
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple
 
+from governor import law
 from governor.model.errors import BadInput, quoted
 from governor.model.estimate import CHAT as CHAT
 from governor.model.estimate import COMPLETIONS as COMPLETIONS
@@ -61,6 +62,12 @@ def url_of(endpoint: int) -> str:
 
 
 # ---------------------------------------------------------------- values
+
+
+LANES = ("main", "finalize")
+# Waiting causes by the law's numbers, and after them the one that only records know.
+BACKOFF = law.PAUSED + 1
+CAUSES = ("nothing", "concurrency", "stagger", "tpm", "rpm", "day", "hold", "paused", "backoff")
 
 
 @dataclass(frozen=True, slots=True)
@@ -389,3 +396,11 @@ def _line(request: Request, response: dict[str, Any] | None, error: dict[str, st
         # Servers in Python write NaN and Infinity, which no JSON has: the answer is paid for, and the line must be one.
         record = json.loads(json.dumps(record), parse_constant=lambda _: None)
         return json.dumps(record, separators=(",", ":"), allow_nan=False)
+
+
+class Ended(NamedTuple):
+    """How a request ended: `failure` is "" or its failure code. A request may end without any attempt."""
+
+    request: int
+    ended_s: float
+    failure: str

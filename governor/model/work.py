@@ -15,10 +15,9 @@ from typing import Any, Protocol
 from governor import law
 from governor.law import Params, State
 from governor.model.errors import FailureCode
-from governor.model.requests import Answer, Attempt, Outcome, Request
+from governor.model.requests import LANES, Answer, Attempt, Outcome, Request
 
 DIMENSIONS = {"TPM": law.TPM, "RPM": law.RPM, "TPD": law.TPD, "RPD": law.RPD}
-LANES = ("main", "finalize")
 # What a request becomes when its last attempt failed so.
 SPENT = {
     Outcome.THROTTLED: FailureCode.RATE_LIMIT_EXHAUSTED,

@@ -5,15 +5,28 @@ What lives here: the few lines between `driver` and `openai_adapter`. What must 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Protocol
 
 from governor.law import FINALIZE
 from governor.model.keyed import attempt_key
 from governor.model.pools import Pool
 from governor.model.requests import Answer
+from governor.model.work import Job
 from governor.provider.openai_adapter import Adapter, capped
-from governor.run.pool_run import Connect, Sender
-from governor.scheduler.driver import Job
+
+
+class Sender(Protocol):
+    """Sends the attempts of one pool."""
+
+    def __call__(self, job: Job, timeout_s: float) -> Awaitable[Answer]:
+        """One attempt; see `driver.Send`."""
+
+    async def aclose(self) -> None:
+        """Closes all connections."""
+
+
+Connect = Callable[[Pool], Sender]
 
 
 class PoolSender:

@@ -16,14 +16,14 @@ from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any
 
-from governor.forecast.summary import CAUSES, Ended, Grant, Summary, efficiency_of, summarize
+from governor.forecast.summary import Grant, Summary, efficiency_of, summarize
 from governor.journal.journal import Journal
 from governor.journal.records import Result
 from governor.law import BY_TPM, STAGGER
 from governor.model.errors import FailureCode
 from governor.model.policy import Policy
 from governor.model.prices import Prices, Spent
-from governor.model.requests import Attempt, error_line, result_line
+from governor.model.requests import CAUSES, Attempt, Ended, error_line, result_line
 
 MESSAGES = {
     FailureCode.RATE_LIMIT_EXHAUSTED: "every attempt was refused with a 429",

@@ -24,7 +24,7 @@ from governor.journal.schema import DONE, FAILED, bodies, requests, results, run
 from governor.model.errors import BadInput, quoted
 from governor.model.requests import Request
 from governor.model.words import plural
-from governor.scheduler.driver import Work
+from governor.model.work import Work
 
 T = TypeVar("T")
 # Lines compared at a time.

@@ -15,8 +15,8 @@ from governor.model.estimate import CHAT, sizes_of
 from governor.model.pools import Pool, key_of
 from governor.model.requests import Answer, Outcome, Request, Scope, url_of
 from governor.model.words import duration
-from governor.run.pool_run import Connect
-from governor.scheduler.driver import Job, Work
+from governor.model.work import Job, Work
+from governor.provider.sending import Connect
 from governor.telemetry.watch import limit_text
 
 TIMEOUT_S = 30.0

@@ -28,9 +28,9 @@ from governor.model.estimate import LEARNED, Sizes, charge_of
 from governor.model.policy import Policy
 from governor.model.pools import Pool, pool_for
 from governor.model.requests import Request, read_requests
+from governor.model.work import Work
 from governor.run.amend import Amendment
 from governor.run.outputs import errors_path
-from governor.scheduler.driver import Work
 
 # A journal holds each line about twice (its body, its answer) and some hundred bytes of records per attempt.
 JOURNAL_BYTES_PER_INPUT_BYTE = 1.3

@@ -18,9 +18,9 @@ from governor.model.policy import Policy
 from governor.model.pools import Pool
 from governor.model.requests import Answer, Attempt
 from governor.model.words import duration, moment_text
-from governor.model.work import THROTTLES
+from governor.model.work import THROTTLES, Observer
 from governor.provider.stated import quoted_numbers
-from governor.scheduler.driver import Governor, Observer
+from governor.scheduler.driver import Governor
 
 LONG_WAIT_S = 120.0
 DAY_S = 86_400.0

@@ -7,10 +7,10 @@ whole (`live`), counting (`watch`), storage (`recorder`).
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from governor.forecast.forecast import Expectation
 from governor.forecast.guard import RESUMED_SLACK_S, SLACK_S, Track
@@ -21,10 +21,12 @@ from governor.model.policy import Policy
 from governor.model.pools import Pool
 from governor.model.prices import Spent
 from governor.model.requests import Answer, Attempt, Outcome, Request
+from governor.model.work import Job, Observer
+from governor.provider.sending import Sender
 from governor.run.account import line_of
 from governor.run.longwaits import LongWaits
 from governor.run.outputs import Followed
-from governor.scheduler.driver import Governor, Job, Observer, kind_of
+from governor.scheduler.driver import Governor, kind_of
 from governor.scheduler.learning import Learner
 from governor.scheduler.refusals import Refusals
 from governor.sharedquota.sharing import shared_governor
@@ -32,19 +34,6 @@ from governor.telemetry.eventlog import EventLog, Format
 from governor.telemetry.metrics import Metrics
 from governor.telemetry.progress import Lane
 from governor.telemetry.watch import Alarms, Meter, Together
-
-
-class Sender(Protocol):
-    """Sends the attempts of one pool."""
-
-    def __call__(self, job: Job, timeout_s: float) -> Awaitable[Answer]:
-        """One attempt; see `driver.Send`."""
-
-    async def aclose(self) -> None:
-        """Closes all connections."""
-
-
-Connect = Callable[[Pool], Sender]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,12 +31,11 @@ from operator import sub
 from typing import Any
 
 from governor import law
-from governor.forecast.summary import CAUSES
 from governor.law import FINALIZE, FIRST, HOLDING, MAIN, RETRY, Params, State
 from governor.model.errors import FailureCode, PacelineError
 from governor.model.keyed import JITTER_RETRY, JITTER_STAGGER, attempt_key, keyed_uniform
 from governor.model.policy import Policy
-from governor.model.requests import Answer, Limit, Outcome, Request
+from governor.model.requests import CAUSES, Answer, Limit, Outcome, Request
 from governor.model.work import (
     DIMENSIONS,
     FINAL,
@@ -45,14 +44,14 @@ from governor.model.work import (
     THROTTLES,
     TIMED_OUT,
     TURNED_AWAY,
+    Begun,
+    Job,
+    Observer,
+    Send,
+    Work,
     attempt_of,
 )
-from governor.model.work import Begun as Begun
-from governor.model.work import Job as Job
-from governor.model.work import Observer as Observer
 from governor.model.work import PoolState as PoolState
-from governor.model.work import Send as Send
-from governor.model.work import Work as Work
 from governor.scheduler.learning import Learner
 from governor.scheduler.refusals import Refusals
 from governor.sharedquota.sharing import check_own_quota

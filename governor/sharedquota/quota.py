@@ -34,9 +34,9 @@ from typing import Any
 import msgpack
 
 from governor import law
-from governor.forecast.summary import CAUSES
 from governor.journal.verify import numbers_of, params_of
 from governor.law import HOLDING, RETRY, Params, State
+from governor.model.requests import CAUSES
 
 # Kinds of event.
 WANT, WITHDRAW, CALL, REPRICE, LEAVE, JOIN = range(6)

@@ -31,7 +31,8 @@ from governor.journal.verify import CALLS, PATCHED, RESTORED, SHARED, Numbers, n
 from governor.law import FIRST, HOLDING, Params, State
 from governor.model.errors import FailureCode, PacelineError
 from governor.model.timeline import BREAKER, QUANTUM_S, ServerClock, floored, moved
-from governor.scheduler.driver import Governor, Job, Observer
+from governor.model.work import Job, Observer
+from governor.scheduler.driver import Governor
 from governor.sharedquota.member import LEASE_S, RENEW_RATIO, Member, Standing, Store
 from governor.sharedquota.quota import CALL, WANT, WITHDRAW, Call, Event, Image, Launch, News
 

@@ -12,10 +12,8 @@ import sys
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
 
-from governor.forecast.summary import CAUSES
-from governor.journal.schema import LANES
-from governor.model.requests import Answer, Attempt, Outcome, Request
-from governor.scheduler.driver import Job, Observer, PoolState
+from governor.model.requests import CAUSES, LANES, Answer, Attempt, Outcome, Request
+from governor.model.work import Job, Observer, PoolState
 from governor.telemetry.watch import THROTTLES, OutageWatch
 
 Format = Literal["text", "json"]

@@ -46,10 +46,9 @@ from prometheus_client import (
 from prometheus_client.metrics_core import Metric
 
 from governor import law
-from governor.forecast.summary import CAUSES
 from governor.model import requests
 from governor.model.errors import BadInput, BadSetting
-from governor.model.requests import Answer, Attempt, Outcome
+from governor.model.requests import CAUSES, Answer, Attempt, Outcome
 from governor.model.work import Observer, PoolState
 from governor.telemetry.watch import OutageWatch
 

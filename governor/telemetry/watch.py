@@ -15,15 +15,15 @@ from typing import Any
 
 from governor import law
 from governor.forecast.guard import Measured
-from governor.forecast.summary import CAUSES, Tally
+from governor.forecast.summary import Tally
 from governor.law import PROBE_GAP_MAX_S
 from governor.model.errors import quoted
 from governor.model.policy import KNOB_BY_ENV, Policy
 from governor.model.pools import Pool
 from governor.model.prices import Spent, usage_in
-from governor.model.requests import ACCOUNT_REFUSES, Answer, Attempt, Outcome, Request
+from governor.model.requests import ACCOUNT_REFUSES, CAUSES, Answer, Attempt, Outcome, Request
 from governor.model.words import duration, moment_text
-from governor.scheduler.driver import Job, Observer, PoolState
+from governor.model.work import Job, Observer, PoolState
 
 THROTTLES = (Outcome.THROTTLED, Outcome.SLOW_DOWN)
 # Granted and configured limits closer than this are the same: providers round.

@@ -19,12 +19,12 @@ from math import inf
 from typing import Any
 
 from governor import law
-from governor.forecast.summary import CAUSES, Summary, Tally
+from governor.forecast.summary import Summary, Tally
 from governor.law import MAIN, TPM
 from governor.model.keyed import attempt_key
-from governor.model.requests import Answer, Attempt, Limit, Outcome, Request
+from governor.model.requests import CAUSES, Answer, Attempt, Limit, Outcome, Request
 from governor.model.timeline import EPOCH_S
-from governor.scheduler.driver import Job, Observer, Work
+from governor.model.work import Job, Observer, Work
 from governor.sharedquota.member import LEASE_S, Reading, Server, StoreLostError
 from governor.sharedquota.quota import HEAD, SERVER_BYTES
 from governor.sharedquota.shared import SharedGovernor

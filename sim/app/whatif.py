@@ -27,10 +27,10 @@ from typing import Any
 import numpy as np
 
 from governor.forecast.forecast import Demand, Outlook
-from governor.forecast.summary import CAUSES
 from governor.model.estimate import EMBEDDINGS, Sizes
 from governor.model.policy import KNOBS, Policy
 from governor.model.pools import Pool
+from governor.model.requests import CAUSES
 from sim.des.engines import Engine, is_available, is_kept, simulated
 from sim.model.provider_config import ProviderConfig
 from sim.model.workload import Workload, constant, with_outputs_assumed

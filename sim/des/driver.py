@@ -28,7 +28,7 @@ import numpy as np
 import simpy
 
 from governor import law
-from governor.forecast import summary
+from governor.model import requests
 from governor.model.errors import FailureCode
 from governor.model.keyed import JITTER_RETRY, JITTER_STAGGER, attempt_key, keyed_uniform
 from governor.scheduler.learning import Learner
@@ -44,8 +44,8 @@ RETRY_DUE = 2
 ARRIVAL = 3
 WAKE = 4
 
-CAUSES = len(summary.CAUSES)
-BACKOFF = summary.BACKOFF
+CAUSES = len(requests.CAUSES)
+BACKOFF = requests.BACKOFF
 CHUNK = 4096
 NOT_BOOKED: list[float] = []
 

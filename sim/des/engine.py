@@ -24,7 +24,7 @@ from math import inf
 from typing import Any, NamedTuple
 
 from governor import law
-from governor.forecast import summary
+from governor.model import requests
 from governor.model.keyed import JITTER_RETRY, JITTER_STAGGER, attempt_key, keyed_uniform
 from sim.des.run import CHARGED, TIMEOUT
 from sim.model import provider as prov
@@ -42,8 +42,8 @@ DEADLINE_EXCEEDED = 8
 OUTWAITED = 9
 ENDS = 10
 
-CAUSES = len(summary.CAUSES)
-BACKOFF = summary.BACKOFF
+CAUSES = len(requests.CAUSES)
+BACKOFF = requests.BACKOFF
 NONE = -1
 
 

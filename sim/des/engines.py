@@ -43,7 +43,7 @@ _COMPILED = (
 SOURCES = tuple(ROOT / path for path in _COMPILED)
 # What else goes into the machine code: constants, and how it is made.
 _OURS = tuple(f"sim/des/{name}.py" for name in ("run", "copies", "packing", "machine", "compiled"))
-BESIDE = tuple(ROOT / path for path in ("governor/forecast/summary.py", *_OURS))
+BESIDE = tuple(ROOT / path for path in ("governor/model/requests.py", *_OURS))
 
 NO_NUMBA = "numba is not installed: pip install 'paceline[sim]'"
 

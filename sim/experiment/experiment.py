@@ -26,9 +26,9 @@ from functools import lru_cache, partial
 from typing import Any
 
 from governor import law
-from governor.forecast.summary import CAUSES, Grant, Summary
+from governor.forecast.summary import Grant, Summary
 from governor.model.policy import Policy
-from governor.model.requests import Attempt, Outcome
+from governor.model.requests import CAUSES, Attempt, Outcome
 from sim.des import engines
 from sim.des.engines import Chosen, Engine, simulated, simulations
 from sim.des.run import AttemptSink, Tally

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from governor.forecast.summary import CAUSES
 from governor.model.policy import KNOBS
-from governor.model.requests import Attempt
+from governor.model.requests import CAUSES, Attempt
 from sim.experiment.results import Figures, Forecast, Plan, Point
 from sim.reporting import series
 from sim.reporting.terminal import WAITED_FOR

@@ -16,8 +16,8 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from governor.forecast.summary import CAUSES
 from governor.model.policy import KNOB_BY_ENV
+from governor.model.requests import CAUSES
 from sim.base.palette import BLUE, CAUSE_LABELS, GRID, INK, MUTED, OBJECTIVES, SKY, STYLES, SURFACE, VERMILLION
 from sim.base.style import arranged, in_time_units, new_figure, styled, time_scale
 from sim.base.words import duration, time_unit

@@ -25,9 +25,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from governor.forecast.summary import BACKOFF, CAUSES
 from governor.law import MINUTE_S
-from governor.model.requests import Attempt, Outcome
+from governor.model.requests import BACKOFF, CAUSES, Attempt, Outcome
 
 Real = NDArray[np.float64]
 Steps = tuple[Real, Real]

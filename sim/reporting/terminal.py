@@ -12,10 +12,11 @@ from dataclasses import asdict, fields
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from governor.forecast.summary import CAUSES, Summary
+from governor.forecast.summary import Summary
 from governor.model.phrases import plural
 from governor.model.policy import KNOB_BY_ENV, Policy
 from governor.model.prices import dollars_text
+from governor.model.requests import CAUSES
 from sim.base import words
 from sim.base.layout import facts, table, wrapped
 from sim.experiment.results import Estimate, Forecast, Plan, Recommendation, at_most

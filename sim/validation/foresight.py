@@ -23,9 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from governor.forecast.forecast import Expectation, Outlook, fluid
-from governor.forecast.summary import CAUSES
 from governor.model.estimate import Sizes
 from governor.model.policy import Policy
+from governor.model.requests import CAUSES
 from sim.des.engines import Engine, chosen, simulated
 from sim.experiment.experiment import Case
 from sim.experiment.results import CONFIDENCE

@@ -11,7 +11,8 @@ from typing import Any
 
 from governor import law
 from governor.model.requests import CHAT, Answer, Attempt, Outcome, Request, Sizes, url_of
-from governor.scheduler.driver import Governor, Job, Observer, Work
+from governor.model.work import Job, Observer, Work
+from governor.scheduler.driver import Governor
 from tests.governor.laws import params
 from tests.virtual_loop import VirtualLoop, run_virtual
 

@@ -17,7 +17,8 @@ from governor.law import FINALIZE, MAIN, Params, State
 from governor.model.estimate import sizes_of
 from governor.model.policy import Policy
 from governor.model.requests import ACCOUNT_REFUSES, CHAT, Answer, Attempt, Limit, Outcome, Request, url_of
-from governor.scheduler.driver import Governor, Job, Work
+from governor.model.work import Job, Work
+from governor.scheduler.driver import Governor
 
 EPOCH_S = 1_700_000_000.0
 BACKOFF_S = 2.0

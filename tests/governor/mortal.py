@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from governor.journal.journal import Journal
 from governor.model.keyed import keyed_uniform
 from governor.model.requests import Answer
-from governor.scheduler.driver import Governor, Job
+from governor.model.work import Job
+from governor.scheduler.driver import Governor
 from tests.governor.journals import FREE, answer, refusal, works
 
 CONCURRENCY = 12

@@ -28,7 +28,6 @@ from sqlalchemy import Connection, Select, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from governor import __version__
-from governor.forecast.summary import CAUSES
 from governor.journal.checkpoint import taken_from
 from governor.journal.database import JournalError
 from governor.journal.journal import chunks, pool_numbers, stock_taken
@@ -55,7 +54,8 @@ from governor.journal.schema import (
 from governor.law import State
 from governor.model.errors import FailureCode
 from governor.model.policy import Policy
-from governor.scheduler.driver import Work
+from governor.model.requests import CAUSES
+from governor.model.work import Work
 from governor.service.store.base import ServiceDatabase
 from governor.service.store.store import Store
 from governor.service.store.tables import BATCH_BITS, replicas

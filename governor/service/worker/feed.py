@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 
 from governor.journal.records import Pending, Records
-from governor.scheduler.driver import Begun, Work
+from governor.model.work import Begun, Work
 
 CHUNK = 100
 

@@ -19,20 +19,20 @@ from math import inf
 from typing import Any
 
 from governor.forecast.preflight import InUse, Load, fluid_forecast, in_use
-from governor.forecast.summary import CAUSES
 from governor.journal.recorder import Recorder
 from governor.law import FINALIZE, TPM, Params, used_in
 from governor.model.keyed import attempt_key
 from governor.model.policy import Policy
 from governor.model.pools import Pool
 from governor.model.prices import Spent
-from governor.model.requests import Answer, Attempt, Outcome, Request
+from governor.model.requests import CAUSES, Answer, Attempt, Outcome, Request
 from governor.model.words import duration, moment_text
+from governor.model.work import Job, Observer
 from governor.provider.openai_adapter import capped
-from governor.provider.sending import PoolSender
+from governor.provider.sending import PoolSender, Sender
 from governor.run.longwaits import LongWaits
-from governor.run.pool_run import Manner, Sender, governor_of
-from governor.scheduler.driver import Governor, Job, Observer
+from governor.run.pool_run import Manner, governor_of
+from governor.scheduler.driver import Governor
 from governor.service.store.tables import BATCH_BITS
 from governor.service.worker.feed import Feed
 from governor.telemetry.metrics import Metrics

@@ -22,8 +22,8 @@ from typing import Any
 from governor.journal.records import Pending
 from governor.model.policy import Policy
 from governor.model.requests import Attempt
+from governor.model.work import Begun, Work
 from governor.run.intake import work_of
-from governor.scheduler.driver import Begun, Work
 from governor.service.store.ledger import FencedWriter, Ledger, Patience
 from governor.service.store.store import (
     CANCEL,

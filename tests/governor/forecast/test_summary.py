@@ -18,20 +18,9 @@ from itertools import pairwise
 import pytest
 
 from governor import law
-from governor.forecast.summary import (
-    BACKOFF,
-    CAUSES,
-    Ended,
-    Grant,
-    Summary,
-    Tally,
-    Work,
-    bound_s,
-    efficiency_of,
-    summarize,
-)
+from governor.forecast.summary import Grant, Summary, Tally, Work, bound_s, efficiency_of, summarize
 from governor.model.errors import FailureCode
-from governor.model.requests import Attempt, Outcome
+from governor.model.requests import BACKOFF, CAUSES, Attempt, Ended, Outcome
 from tests.governor.costs import lines_run
 
 Item = tuple[float, int, int, float]  # arrival, charge, use, service

@@ -27,7 +27,7 @@ from sqlalchemy.dialects import mysql, postgresql
 from sqlalchemy.schema import CreateIndex, CreateTable
 
 from governor import law
-from governor.forecast.summary import CAUSES, Grant, summarize
+from governor.forecast.summary import Grant, summarize
 from governor.journal import schema
 from governor.journal.database import JournalError
 from governor.journal.journal import PAUSE, RESUME, SET, Journal, fingerprint_of
@@ -35,8 +35,8 @@ from governor.journal.records import Counts
 from governor.journal.verify import verify
 from governor.model.errors import FailureCode
 from governor.model.policy import Policy
-from governor.model.requests import Answer, Attempt, Limit, Outcome, error_line, result_line
-from governor.scheduler.driver import Job, Work
+from governor.model.requests import CAUSES, Answer, Attempt, Limit, Outcome, error_line, result_line
+from governor.model.work import Job, Work
 from tests.governor.journals import (
     BACKOFF_S,
     EPOCH_S,

@@ -12,14 +12,15 @@ from pathlib import Path
 import pytest
 
 from governor import law
-from governor.forecast.summary import CAUSES, Summary
+from governor.forecast.summary import Summary
 from governor.journal.journal import Journal
 from governor.journal.records import Result
 from governor.model.errors import BadInput, Oversized
 from governor.model.policy import Policy
 from governor.model.pools import Pool
 from governor.model.prices import Price, Prices, Spent
-from governor.model.requests import Answer, Outcome, Request, read_requests
+from governor.model.requests import CAUSES, Answer, Outcome, Request, read_requests
+from governor.model.work import Job, Work
 from governor.run.account import (
     ATTEMPT_COLUMNS,
     Worked,
@@ -35,7 +36,7 @@ from governor.run.account import (
 from governor.run.batch import exit_code
 from governor.run.intake import disk_needed, prepare, read_demands, reserve_of, work_of
 from governor.run.steer import changes_text, split_words
-from governor.scheduler.driver import Governor, Job, Work
+from governor.scheduler.driver import Governor
 from governor.telemetry.eventlog import EventLog
 from governor.telemetry.progress import Bar, Lane, Lines, Quiet, Snapshot, eta_s, shown, snapshot
 from governor.telemetry.watch import Meter

@@ -22,7 +22,8 @@ import pytest
 from governor import law
 from governor.model.errors import FailureCode, PacelineError
 from governor.model.requests import Answer, Limit, Outcome, Request
-from governor.scheduler.driver import Governor, Job, Observer, Work
+from governor.model.work import Job, Observer, Work
+from governor.scheduler.driver import Governor
 from tests.governor.desks import (
     BROKEN,
     CUT,

@@ -12,7 +12,8 @@ import pytest
 from governor import law
 from governor.journal.records import Records
 from governor.model.requests import Request
-from governor.scheduler.driver import Governor, Work
+from governor.model.work import Work
+from governor.scheduler.driver import Governor
 from tests.governor.desks import CUT, OK, THROTTLED, Desk, Log, nothing_held, quiet, work
 from tests.governor.journals import answer as answer_to
 from tests.governor.journals import begun, created, run_through

@@ -16,9 +16,9 @@ from governor.model.errors import BadInput
 from governor.model.estimate import CHAT, LEARNED, Sizes, charge_of
 from governor.model.policy import Policy
 from governor.model.requests import Answer, Attempt, Outcome, Request
-from governor.model.work import Observer
+from governor.model.work import Job, Observer, Work
 from governor.run.pool_run import learner_of
-from governor.scheduler.driver import Governor, Job, Work, kind_of
+from governor.scheduler.driver import Governor, kind_of
 from governor.scheduler.learning import GROWTH, LEAST, QUANTILE, Learner
 from sim.des import engines
 from sim.des.driver import Simulation

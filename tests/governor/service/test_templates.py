@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from governor.journal.records import Pending
 from governor.model.errors import BadInput
 from governor.model.requests import read_requests
-from governor.scheduler.driver import Begun, Work
+from governor.model.work import Begun, Work
 from governor.service.api.bodies import Template
 from governor.service.api.templates import RENDERED_MOST, body_of, checked, lines_of, rendered
 from governor.service.errors import ApiError

@@ -18,7 +18,7 @@ from governor.journal.verify import BEGAN, Decision, numbers_of, result_of, veri
 from governor.law import Params
 from governor.model.errors import FailureCode, PacelineError
 from governor.model.timeline import EPOCH_S
-from governor.scheduler.driver import Observer
+from governor.model.work import Observer
 from governor.sharedquota import member
 from governor.sharedquota.member import LEASE_S, StoreLostError
 from governor.sharedquota.quota import FORMAT_NAME, HEAD, Image

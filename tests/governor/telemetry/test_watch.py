@@ -14,8 +14,8 @@ from governor.model.policy import Policy
 from governor.model.pools import Pool
 from governor.model.prices import Price, Prices, Spent
 from governor.model.requests import Answer, Attempt, Limit, Outcome, Request
+from governor.model.work import Job, Work
 from governor.provider.answers import dropped
-from governor.scheduler.driver import Job, Work
 from governor.telemetry.eventlog import EventLog
 from governor.telemetry.watch import Alarms, Meter, Together, limit_text
 

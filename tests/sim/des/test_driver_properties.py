@@ -22,8 +22,8 @@ from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
 from governor import law
-from governor.forecast.summary import CAUSES, Ended, summarize
-from governor.model.requests import Attempt, Outcome
+from governor.forecast.summary import summarize
+from governor.model.requests import CAUSES, Attempt, Ended, Outcome
 from sim.des.run import launch_order
 from sim.experiment.experiment import simulated
 from sim.scenario.scenario import Scenario

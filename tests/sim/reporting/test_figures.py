@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from governor.forecast.summary import CAUSES, Grant
-from governor.model.requests import Attempt, Outcome
+from governor.forecast.summary import Grant
+from governor.model.requests import CAUSES, Attempt, Outcome
 from sim.base import palette, style
 from sim.base.words import duration
 from sim.experiment.results import Heat, Plan, Point

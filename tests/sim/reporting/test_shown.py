@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from governor.forecast.summary import CAUSES
 from governor.model.policy import KNOB_BY_ENV, Policy
+from governor.model.requests import CAUSES
 from sim.base.layout import facts, table
 from sim.reporting.terminal import WAITED_FOR, held_back, inputs_text, plain, waits_text
 
