@@ -37,6 +37,7 @@ _ADDRESS = (
     "what is there is not the API: check the base URL (OPENAI_BASE_URL, --base-url or the pool's base_url; most end in "
     "/v1)"
 )
+THEN = "then the same command sends them again (--yes goes on as it is)"
 _LINE = "check what these lines ask for"
 
 
@@ -45,13 +46,16 @@ class Refusals:
 
     `models`: those that the run asks for; a refusal that may concern a model stops it only once each of them has met
     enough. `answered`: an earlier leg had answers, so that only the address is still in doubt. `halt(line)` is called
-    once, where the run should stop: a line that names the request, the refusal and what to check.
+    once, where the run should stop: a line that names the request, the refusal, what to check, and what to do `then`.
     """
 
-    def __init__(self, models: Iterable[str] = (), *, answered: bool = False, halt: Callable[[str], None]) -> None:
+    def __init__(
+        self, models: Iterable[str] = (), *, answered: bool = False, halt: Callable[[str], None], then: str = THEN
+    ) -> None:
         self._models = frozenset(models)
         self._answered = answered
         self._halt = halt
+        self._then = then
         self._succeeded = False
         # By model, "" for the address: the latest refusal, and how many alike have come in a row.
         self._alike: dict[str, tuple[tuple[str, ...], int]] = {}
@@ -80,7 +84,7 @@ class Refusals:
         enough = SAME_REFUSALS if group == "" or answer.status in _BY_STATUS else SAME_BAD_REQUESTS
         groups = [group] if group == "" else self._models | {group}
         if all(self._alike.get(each, (words, 0))[1] >= enough for each in groups):
-            self._halt(halt_text(request, answer, enough))
+            self._halt(f"{halt_text(request, answer, enough)}; {self._then}")
             self._succeeded = True  # it is decided
 
 
@@ -91,5 +95,5 @@ def halt_text(request: Request, answer: Answer, count: int) -> str:
     what = " ".join(str(part) for part in (answer.status or "", answer.error_code) if part)
     return (
         f"the first {count} requests met the same and none has succeeded: request {quoted(request.custom_id)}: "
-        f"{f'{what}: ' if what else ''}{said}: {check}; then the same command sends them again (--yes goes on as it is)"
+        f"{f'{what}: ' if what else ''}{said}: {check}"
     )

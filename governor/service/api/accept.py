@@ -40,6 +40,8 @@ FORECASTS_MOST = 4
 # What the database needs for a request beside its body; and how often a body stands on the disk: in the write-ahead log
 # and in the file.
 ROW_BYTES, COPIES = 600, 2
+# So many models of a batch are kept with it, to tell a refusal of one of them from one of all its requests.
+MODELS_MOST = 50
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,6 +226,9 @@ class Incoming:
             "tokens": sum(demand.total for demand in self.demands.values()),
             "forecast": {"finish_s": v.forecast_finish_s, "by": v.forecast_by, "bound": v.forecast_bound},
         }
+        models = sorted({model for demand in self.demands.values() for model in demand.models})
+        if len(models) <= MODELS_MOST:
+            details["models"] = models
         with store.database.writing() as c:
             if not store.holds(c, self._replica) or (self._number and not self._is_ours(c)):
                 raise JournalError("this replica's lease was lost while a batch came in", retryable=True)

@@ -102,7 +102,7 @@ class BatchReports(Observer):
         self._worker.on_attempted(attempt.request >> BATCH_BITS, attempt)
 
     def ended(self, request: Request, failure: str, answer: Answer | None, now: float) -> None:
-        self._worker.on_ended(request.index >> BATCH_BITS, failure)
+        self._worker.on_ended(request.index >> BATCH_BITS, failure, request, answer)
 
 
 class LaneSender(PoolSender):

@@ -21,9 +21,10 @@ from typing import Any
 
 from governor.journal.records import Pending
 from governor.model.policy import Policy
-from governor.model.requests import Attempt
+from governor.model.requests import Answer, Attempt, Outcome, Request
 from governor.model.work import Begun, Work
 from governor.run.intake import work_of
+from governor.scheduler.refusals import Refusals
 from governor.service.store.ledger import FencedWriter, Ledger, Patience
 from governor.service.store.store import (
     CANCEL,
@@ -47,6 +48,9 @@ from governor.service.worker.lane import THROTTLES, Lane
 # So many batches are estimated at a time; an ETA that has moved by less than this share is not written down.
 ESTIMATED, ETA_RATIO = 50, 0.02
 
+# As long as the column.
+REASON_MOST = 255
+
 log = logging.getLogger("paceline.service")
 
 
@@ -67,6 +71,7 @@ class Running:
     changed: bool = True
     eta_s: float = -1.0
     busy: bool = False
+    refusals: Refusals | None = None
 
     @property
     def number(self) -> int:
@@ -191,6 +196,7 @@ class Roster:
             left_tokens=float(row.details.get("tokens", 0.0)) * (1.0 - (done + failed) / max(1, row.requests)),
             reason=row.reason,
         )
+        self._watch_refusals(batch)
         self.running[row.number] = batch
         self.by_id[row.batch_id] = row.number
         if row.wanted == CANCEL:
@@ -201,6 +207,19 @@ class Roster:
             self._spawn(self._finish(batch))
         else:
             self._feed(batch, is_new=fresh)
+
+    def _watch_refusals(self, batch: Running) -> None:
+        """A batch whose first requests all meet the same refusal stops; other batches of its pools go on."""
+        models = batch.row.details.get("models")
+        if models is not None:  # those that were accepted by an earlier version do not say
+            then, answered = "then resume the batch", batch.done > 0
+            batch.refusals = Refusals(models, answered=answered, halt=lambda line: self._halt(batch, line), then=then)
+
+    def _halt(self, batch: Running, line: str) -> None:
+        if batch.state in (QUEUED, RUNNING) and batch.left > 0:
+            log.error("batch %s: stopped: %s", batch.row.batch_id, line)
+            batch.state, batch.reason, batch.changed = STOPPED, line[:REASON_MOST], True
+            self._spawn(self._withdraw(batch))
 
     def _feed(self, batch: Running, *, is_new: bool = False) -> None:
         """Its pending requests join the feeds of their pools. `is_new`: nothing of it was ever launched."""
@@ -261,6 +280,7 @@ class Roster:
                 await asyncio.to_thread(self._patience, self._ledger.put_back, batch.number, tuple(batch.flying))
             finally:
                 batch.busy = False
+            self._watch_refusals(batch)
             if batch.left - len(batch.flying) > 0:
                 self._feed(batch)
             else:
@@ -305,6 +325,8 @@ class Roster:
         batch = self.running[number]
         batch.flying.discard(attempt.request)
         batch.throttled += attempt.outcome in THROTTLES
+        if batch.refusals is not None and attempt.outcome is Outcome.OK:
+            batch.refusals.succeeded()
         batch.changed = True
         if batch.state in (PAUSED, CANCELLING, STOPPED):
             # It may back off, or have a finalize pass before it: neither may be launched.
@@ -315,7 +337,7 @@ class Roster:
             self._withdraw_waiting(batch)
             self._end_if_over(batch)
 
-    def on_ended(self, number: int, failure: str) -> None:
+    def on_ended(self, number: int, failure: str, request: Request, answer: Answer | None) -> None:
         """A request is over."""
         batch = self.running[number]
         batch.left_tokens *= 1.0 - 1.0 / max(1, batch.left)
@@ -324,6 +346,9 @@ class Roster:
         else:
             batch.done += 1
         batch.changed = True
+        refusals = batch.refusals
+        if failure and answer is not None and refusals is not None and refusals.may_concern_all(answer):
+            refusals.refused(request, answer)
         self._end_if_over(batch)
 
     def _end_if_over(self, batch: Running) -> None:

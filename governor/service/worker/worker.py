@@ -23,7 +23,7 @@ from typing import Any
 from governor.journal.database import JournalError
 from governor.journal.recorder import Recorder
 from governor.model.errors import PacelineError
-from governor.model.requests import Attempt
+from governor.model.requests import Answer, Attempt, Request
 from governor.service.config import ServiceConfig
 from governor.service.store.ledger import FencedWriter, LeaseLostError, Ledger, Patience
 from governor.service.store.store import (
@@ -344,9 +344,9 @@ class Worker:
         """An attempt is over."""
         self._present().on_attempted(number, attempt)
 
-    def on_ended(self, number: int, failure: str) -> None:
+    def on_ended(self, number: int, failure: str, request: Request, answer: Answer | None) -> None:
         """A request is over."""
-        self._present().on_ended(number, failure)
+        self._present().on_ended(number, failure, request, answer)
 
     def _present_cap(self, number: int) -> int:
         return self._present().cap_of(number)

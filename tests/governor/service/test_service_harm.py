@@ -126,6 +126,62 @@ class Huge(BaseHTTPRequestHandler):
         pass
 
 
+class ByModel(BaseHTTPRequestHandler):
+    """A provider that does not know the model `nope`, and answers all others."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        usage = {"prompt_tokens": 5, "completion_tokens": 5, "total_tokens": 10}
+        message = {"role": "assistant", "content": "hello"}
+        status, content = 200, {"choices": [{"index": 0, "finish_reason": "stop", "message": message}], "usage": usage}
+        if asked["model"] == "nope":
+            error = {"message": "The model `nope` does not exist", "code": "model_not_found", "type": "invalid"}
+            status, content = 404, {"error": error}
+        text = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def answering(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The base URL of such a provider, until the block ends."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+        finally:
+            server.shutdown()
+
+
+def test_a_batch_that_is_refused_stops_itself_and_never_the_pool(cli: Cli, tmp_path: Path) -> None:
+    with answering(ByModel) as url:
+        served = ready(started(cli, tmp_path, url, env={"OPENAI_MAX_CONCURRENCY": "1"}))
+        nope = lines(40, "nope").replace(b"gpt-4o-mini", b"nope")
+        refused = good(served.client.post("/batches", content=nope))["batch_id"]
+        row = until("its stop", lambda: (row := served.get(f"/batches/{refused}"))["state"] == "stopped" and row)
+        assert "model_not_found" in row["reason"]
+        assert row["done"] == 0
+        assert row["failed"] <= 4
+        assert (served.client.get("/readyz").status_code, served.get("/readyz")["detail"]) == (200, "")
+        # One of its requests asks for what there is not: that one fails, whatever comes first.
+        mixed = lines(40, "mixed").replace(b"gpt-4o-mini", b"nope", 1)
+        row = served.over(good(served.client.post("/batches", content=mixed))["batch_id"])
+        assert (row["state"], row["done"], row["failed"]) == ("completed", 39, 1)
+        # To go on with it is somebody's decision; it stops again for the same reason.
+        good(served.client.post(f"/batches/{refused}/resume"))
+        until("its second stop", lambda: served.get(f"/batches/{refused}")["failed"] > 4 or None)
+        until("its second stop", lambda: served.get(f"/batches/{refused}")["state"] == "stopped")
+        served.stop(signal.SIGKILL)
+
+
 def peak_mb(served: Served) -> float:
     """The most memory that the process ever had."""
     status = Path(f"/proc/{served.process.pid}/status").read_text()
