@@ -21,7 +21,7 @@ from governor.forecast.forecast import Demand, Outlook
 from governor.model.errors import BadSetting
 from governor.run.batch import descriptors
 from governor.run.scaledloop import loop_factory
-from governor.service.api.app import app_of, service_of
+from governor.service.api.app import served, service_of
 from governor.service.api.connections import Connection, Gate, accept, places
 from governor.service.api.events import Events
 from governor.service.config import ServiceConfig
@@ -129,7 +129,7 @@ def run_service(config: ServiceConfig, *, quiet: bool = False) -> int:
         print(f"listening on http://{shown}:{port}", flush=True)
         # No access log: a line per request says nothing that the metrics do not, and may say too much.
         settings = uvicorn.Config(
-            app_of(service),
+            served(service),
             lifespan="on",
             access_log=False,
             log_config=None,

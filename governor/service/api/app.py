@@ -17,10 +17,12 @@ from governor import __version__
 from governor.service.api import routes_batches, routes_rest, routes_templates
 from governor.service.api.auth import Authority, RequestGuard
 from governor.service.api.bodies import ErrorOut
+from governor.service.api.elsewhere import Elsewhere
 from governor.service.api.events import Events
 from governor.service.api.gauges import Gauges
 from governor.service.api.incoming import MODELS
 from governor.service.api.page import add_page
+from governor.service.api.quick import Quick
 from governor.service.api.state import Service
 from governor.service.config import ServiceConfig
 from governor.service.errors import HANDLERS
@@ -63,11 +65,12 @@ def service_of(config: ServiceConfig) -> Service:
         store = Store(database)
         metrics = Metrics()
         worker, authority = Worker(config, store, Ledger(store), metrics), Authority(config, store)
+        elsewhere = Elsewhere(store)
         Gauges(worker, metrics.registry)
     except BaseException:
         database.closed()
         raise
-    return Service(config, store, worker, authority, Events(worker, store, authority), metrics)
+    return Service(config, store, worker, authority, elsewhere, Events(worker, elsewhere, authority), metrics)
 
 
 def app_of(service: Service) -> FastAPI:
@@ -92,6 +95,11 @@ def app_of(service: Service) -> FastAPI:
     app.add_middleware(RequestGuard, config=service.config, authority=app.state.authority)
     _described(app)
     return app
+
+
+def served(service: Service) -> Quick:
+    """The application as it is served."""
+    return Quick(app_of(service), service.worker, service.elsewhere, service.authority)
 
 
 @asynccontextmanager

@@ -20,13 +20,17 @@ from typing import Any
 
 from governor.journal.database import JournalError
 from governor.service.api.auth import Authority, Caller
-from governor.service.store.store import ENDED, BatchRow, Store
+from governor.service.api.elsewhere import Elsewhere
+from governor.service.store.store import ENDED, BatchRow
 from governor.service.worker.live import batch_json, live_json
 from governor.service.worker.worker import Worker
 
 QUIET_S = 15.0
 # The id of the last event of a batch.
 END = "end"
+# Listeners wake in so many groups, so far apart: hundreds at once would hold up all requests of that moment (figures in
+# `quick`). The last group wakes before the next tick.
+GROUPS, APART_S = 8, 0.05
 
 
 def event(name: str, content: Any) -> bytes:
@@ -38,11 +42,12 @@ def event(name: str, content: Any) -> bytes:
 class Events:
     """See the module. `close` ends all streams."""
 
-    def __init__(self, worker: Worker, store: Store, authority: Authority) -> None:
+    def __init__(self, worker: Worker, elsewhere: Elsewhere, authority: Authority) -> None:
         self._worker = worker
-        self._store = store
+        self._elsewhere = elsewhere
         self._authority = authority
-        self._tick = asyncio.Event()
+        self._ticks = [asyncio.Event() for _ in range(GROUPS)]
+        self._joined = 0
         self._live: tuple[float, bytes] = (-1.0, b"")
         self._closed = False
         self._late: asyncio.TimerHandle | None = None
@@ -50,17 +55,25 @@ class Events:
         worker.ticked.append(self._ticked)
 
     def _ticked(self) -> None:
-        """Wakes all listeners."""
-        tick, self._tick = self._tick, asyncio.Event()
-        tick.set()
+        """Wakes all listeners, group by group."""
+        self._wake(0)
+        if self.listeners:
+            loop = asyncio.get_running_loop()
+            for group in range(1, GROUPS):
+                loop.call_later(group * APART_S, self._wake, group)
         if self._late is not None:
             self._late.cancel()
             self._late = None
 
+    def _wake(self, group: int) -> None:
+        tick, self._ticks[group] = self._ticks[group], asyncio.Event()
+        tick.set()
+
     def close(self) -> None:
         """No stream goes on."""
         self._closed = True
-        self._ticked()
+        for group in range(GROUPS):
+            self._wake(group)
 
     async def batch(self, batch_id: str, caller: Caller) -> AsyncIterator[bytes]:
         """Each state of a batch, `progress` until it is over and `end` then."""
@@ -71,7 +84,7 @@ class Events:
                 row = self._worker.batch(batch_id)
                 if row is None:
                     try:
-                        row = await asyncio.to_thread(self._store.batch, batch_id)
+                        row = await self._elsewhere.batch(batch_id)
                     except JournalError:
                         continue  # it is away for a moment: what was sent last stands
                 if row is None:
@@ -98,12 +111,13 @@ class Events:
     async def _moments(self, caller: Caller) -> AsyncIterator[bytes]:
         """Now, then each tick; with a comment to send now and then, for those who have nothing else to say."""
         yield b""
-        last = time.monotonic()
+        self._joined += 1
+        group, last = self._joined % GROUPS, time.monotonic()
         while not self._closed:
             if self._late is None:
                 # One timer for all: a worker between two lives does not tick.
                 self._late = asyncio.get_running_loop().call_later(QUIET_S, self._ticked)
-            await self._tick.wait()
+            await self._ticks[group].wait()
             if self._closed or not await self._authority.still_knows(caller):
                 return
             quiet = b""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fastapi import Request
 
 from governor.service.api.auth import Authority
+from governor.service.api.elsewhere import Elsewhere
 from governor.service.api.events import Events
 from governor.service.config import ServiceConfig
 from governor.service.store.store import Store
@@ -22,6 +23,7 @@ class Service:
     store: Store
     worker: Worker
     authority: Authority
+    elsewhere: Elsewhere
     events: Events
     metrics: Metrics
 

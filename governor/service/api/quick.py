@@ -1,0 +1,81 @@
+"""The progress of a batch, `GET /batches/{id}`, answered before FastAPI sees it: as `routes_batches.get_batch` would.
+
+Hundreds of clients ask for it several times a second and are told the same, so the answer is made once for each state
+of the batch, and a batch of another replica is read once for all who ask within a quarter of a second. Without this
+and the groups of `events`, under 200 readers, 20 posters and 200 listeners (`bench_service`, other programs taking 1.5
+of 2 cores), reads took 25 ms at the median and 671 ms at the 99th percentile in place of 1.3 and 338, posts 137 and
+1,375 in place of 34 and 428. Whatever is not plainly this case goes on to the application.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from governor.journal.database import JournalError
+from governor.service.api.auth import Authority, is_ours
+from governor.service.api.elsewhere import Elsewhere
+from governor.service.store.store import BatchRow
+from governor.service.worker.live import batch_json
+from governor.service.worker.worker import Worker
+
+PATH = re.compile(r"/batches/([A-Za-z0-9_-]{1,64})")
+KEPT = 1_000
+
+
+class Quick:
+    """See the module."""
+
+    def __init__(self, app: ASGIApp, worker: Worker, elsewhere: Elsewhere, authority: Authority) -> None:
+        self._app = app
+        self._worker = worker
+        self._elsewhere = elsewhere
+        self._authority = authority
+        self._made: dict[str, tuple[BatchRow, bytes]] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = None
+        if scope["type"] == "http" and scope["method"] == "GET" and not scope["query_string"]:
+            path = PATH.fullmatch(scope["path"])
+            if path is not None and self._may_read(scope):
+                body = await self._body(path[1])
+        if body is None:
+            await self._app(scope, receive, send)
+            return
+        headers = [(b"content-length", str(len(body)).encode()), (b"content-type", b"application/json")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    async def _body(self, batch_id: str) -> bytes | None:
+        row = self._worker.batch(batch_id)
+        if row is None:
+            try:
+                row = await self._elsewhere.batch(batch_id)
+            except JournalError:
+                return None
+        if row is None:
+            return None
+        known = self._made.get(batch_id)
+        if known is None or known[0] != row:
+            if len(self._made) >= KEPT:
+                self._made.clear()
+            known = self._made[batch_id] = (row, json.dumps(batch_json(row), separators=(",", ":")).encode())
+        return known[1]
+
+    def _may_read(self, scope: Scope) -> bool:
+        """Whether that is known without asking anybody: any scope may read."""
+        stated = host = b""
+        for name, value in scope["headers"]:
+            if name == b"authorization":
+                stated = value
+            elif name == b"host":
+                host = value
+        authority = self._authority
+        if authority.open and not is_ours(host.decode("latin-1")):
+            return False
+        if not stated:
+            return authority.open
+        kind, _, token = stated.decode("latin-1").partition(" ")
+        return kind.lower() == "bearer" and authority.is_fresh and authority.knows(token)
