@@ -133,7 +133,7 @@ def test_a_large_batch_that_is_wrong_at_its_end_leaves_nothing(served: Served) -
     with sqlite3.connect(served.database) as connection:
         for table in ("requests", "bodies"):
             (last,) = connection.execute(f"SELECT max(request & 0xffffff) FROM {table}").fetchone()
-            assert last < 1_000
+            assert (last or 0) < 1_000
         assert connection.execute("SELECT count(*) FROM service_batches WHERE state = 'receiving'").fetchone() == (0,)
 
 
