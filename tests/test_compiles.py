@@ -154,6 +154,9 @@ def law_calls(r: random.Random, both: Both) -> None:
             wait = r.choice([-1.0, 0.0, r.uniform(0.0, 30.0), 411_480.0])
             if kind == 4:
                 both("throttled", p, s, reserve, attempt, wait, first_at, launched_at, now, u)
+                both("outlasts", p, wait)
+                both("is_spent", p, attempt, wait)
+                both("is_shut_out", s)
             elif kind == 5:
                 history = r.randrange(3), attempt, r.randrange(7), r.randrange(2)
                 both("failed", p, s, *history, wait, first_at, launched_at, now, u)
