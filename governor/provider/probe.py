@@ -175,15 +175,18 @@ async def _settling(probe: Probe, rule: Told, answer: Answer, charged: float, se
     kept = max(0.0, charged - (after_s - sent_s) * probe.rate_per_s)
     # A correction upwards came as the call ended, a moment ago, whatever had come back by then.
     corrected = max(0.0, kept + real - charged)
-    apart = abs(corrected - kept)
-    if apart <= 2.0 * (MOMENT_S * probe.rate_per_s / math.sqrt(probe.time_scale) + ROUNDING):
-        why = (
-            f"both ways would leave about {kept:,.0f} tokens used: the limit refills too fast, or the answer was short"
-        )
-        return Told("settles", None, why)
-    value = abs(left - corrected) < abs(left - kept)
-    why = f"{left:,.0f} tokens used after it had ended; {corrected:,.0f} if corrected to use, {kept:,.0f} if not"
-    return Told("settles", value, why)
+    # What would be used now: (settled?, amount). A bucket has refilled; a counter or a log of a minute has not.
+    expected = ((False, kept), (True, corrected), (False, charged), (True, real))
+    tolerance = MOMENT_S * probe.rate_per_s / math.sqrt(probe.time_scale) + ROUNDING
+    fitting = {settled for settled, amount in expected if abs(left - amount) <= tolerance}
+    why = (
+        f"{left:,.0f} tokens used after it had ended; in a bucket {corrected:,.0f} if corrected to use, {kept:,.0f} "
+        f"if not; in a counter of a minute {real:,.0f} or {charged:,.0f}"
+    )
+    if len(fitting) == 1:
+        return Told("settles", fitting.pop(), why)
+    problem = "both ways fit: the limit refills too fast, or the answer was short" if fitting else "none of these fits"
+    return Told("settles", None, f"{why}: {problem}")
 
 
 def _charge(rule: str, sizes: Sizes, answer: Answer) -> float:

@@ -73,6 +73,18 @@ def test_hidden_rules_are_told_apart(rule: str, settles: bool, tmp_path: Path) -
     assert config.failed_requests_count is counts
 
 
+@pytest.mark.parametrize("settles", [False, True])
+def test_settling_is_never_told_wrongly_where_minutes_are_counted(settles: bool) -> None:
+    """A counter does not refill: what is left after the call is compared with that, too."""
+    told = []
+    for window in ("clock", "anchored", "sliding"):
+        found, _ = ask(charge_rule="prompt_plus_max", settles=settles, window=window, rpm=0)
+        told.append(found["settles"].value)
+        assert told[-1] in (settles, None), (window, found["settles"].why)
+    # A minute that ends between the two calls is not told.
+    assert settles in told
+
+
 def test_no_call_is_made_that_could_cost_too_much() -> None:
     found, probe = ask(max_cost_usd=0.0002)
     assert probe.spent_usd <= 0.0002
