@@ -14,6 +14,7 @@ import numpy as np
 
 from governor.model.estimate import RULES
 from sim.model.provider import CHANGES
+from sim.model.windows import MINUTE_S
 from sim.scenario.scenario import Scenario
 
 COTENANT_SHARE = 0.25
@@ -27,7 +28,8 @@ def stress_set(scenario: Scenario) -> list[tuple[str, Scenario]]:
     """The conditions under which a recommendation must lose nothing, by name: each the scenario with one thing changed.
 
     Every other charge rule that charges this workload differently, settling the other way, a co-tenant that takes 25 %
-    in bursts, per-second slices, latency doubled, no Retry-After, the limit halved for ten minutes. What could not be
+    in bursts, per-second slices, latency doubled, no Retry-After, counts of the answer and rounded, minutes of the
+    clock where no published tier is named, the limit halved for ten minutes. What could not be
     applied, because some request could then never run, is in `stress_notes`.
     """
     return [(name, changed) for name, changed, _ in _conditions(scenario) if changed is not None]
@@ -64,6 +66,12 @@ def _conditions(scenario: Scenario) -> Iterator[Condition]:
     yield "latency x 2", changed(latency={**late, "scale": min(1_000.0, 2.0 * provider.latency.scale)}), ""
     if provider.retry_after != "absent":
         yield "no Retry-After", changed(retry_after="absent"), ""
+    if provider.counts == "admission":
+        yield "counts of the answer, in thousands", changed(counts="answer", counts_rounded_to=1_000), ""
+    if provider.window == "bucket" and not provider.preset and (provider.tpm or provider.rpm):
+        # What a published tier grants has been seen to refill continuously; of another limiter nobody knows.
+        clock = {"window": "clock", "burst_s": MINUTE_S, "phase_s": MINUTE_S / 2.0}
+        yield "minutes of the clock, begun in the middle of one", changed(**clock), ""
     if provider.tpm or provider.rpm:
         yield _limit_halved(scenario, largest)
 

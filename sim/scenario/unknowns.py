@@ -34,9 +34,11 @@ class Unknowns(Config):
 
     `latency_factor`, `output_factor`: of the assumed latency and answer lengths. `cotenant_share`: of the quota, in
     bursts. `settles`: probability that the provider settles. `charge_rules`: whether another charge rule may hold.
+    `counts_at_answer`: probability that counts in headers speak of the moment of the answer.
     """
 
     charge_rules: bool = True
+    counts_at_answer: Annotated[float, Field(ge=0, le=1)] = 0.5
     settles: Annotated[float, Field(ge=0, le=1)] = 0.5
     cotenant_share: Range = (0.0, 0.3)
     latency_factor: Range = (0.7, 2.5)
@@ -60,6 +62,7 @@ class Unknowns(Config):
         parts = [
             "any other charge rule that fits" if self.charge_rules else "",
             f"settling with probability {self.settles:g}",
+            f"counts dated at the answer with probability {self.counts_at_answer:g}",
             shares,
             f"latency x {_span(self.latency_factor)}",
             f"answers x {_span(self.output_factor)} as long",
@@ -104,6 +107,7 @@ def _one(scenario: Scenario, unknowns: Unknowns, rules: list[str], i: int) -> Sc
         provider=provider.with_(
             charge_rule=rules[min(len(rules) - 1, int(len(rules) * u(0)))],
             settles=u(1) < unknowns.settles,
+            counts="answer" if provider.counts == "admission" and u(6) < unknowns.counts_at_answer else provider.counts,
             cotenant=cotenant,
             latency={**late, "scale": scale},
         ),

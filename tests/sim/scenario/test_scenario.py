@@ -20,6 +20,7 @@ from governor.model.policy import KNOBS, Policy
 from governor.model.requests import CHAT
 from sim.experiment.experiment import case_of, summary_of
 from sim.model.provider_config import ProviderConfig
+from sim.model.windows import CLOCK
 from sim.model.workload import Columns, columns, from_tokens
 from sim.scenario.readers import Source
 from sim.scenario.scenario import Scenario, following
@@ -367,6 +368,7 @@ def test_the_stress_set_changes_one_thing_at_a_time(data_file: Callable[[str], P
         "per-second slices": {"slice_s", "slice_tokens"},
         "latency x 2": {"latency"},
         "no Retry-After": {"retry_after"},
+        "counts of the answer, in thousands": {"counts", "counts_rounded_to"},
         "limit halved from 120 s to 720 s": {"limit_changes"},
     }
     assert stress_notes(base) == []
@@ -385,6 +387,18 @@ def test_the_stressed_numbers() -> None:
     assert (slow.first_token_s, slow.per_token_s) == (2 * plain.first_token_s, 2 * plain.per_token_s)
     halved = by_name["limit halved from 120 s to 720 s"]
     assert list(zip(halved.change_at, halved.change_factor, strict=True))[:2] == [(120.0, 0.5), (720.0, 1.0)]
+
+
+def test_minutes_of_the_clock_are_stressed_where_no_published_tier_is_named() -> None:
+    base = trace((100, 10))
+    name = "minutes of the clock, begun in the middle of one"
+    unknown = base.with_(provider=base.provider.with_(preset="", burst_s=20.0))
+    params = dict(stress_set(unknown))[name].provider_params()
+    assert (params.window, params.phase_s, params.burst_ratio) == (CLOCK, 30.0, 1.0)
+    tier = base.with_(provider=base.provider.with_(preset="gpt-4o-tier1"))
+    sliding = unknown.with_(provider=unknown.provider.with_(burst_s=60.0, window="sliding"))
+    assert name not in dict(stress_set(tier))
+    assert name not in dict(stress_set(sliding))
 
 
 def test_settling_is_stressed_in_either_direction() -> None:
