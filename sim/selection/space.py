@@ -89,7 +89,15 @@ def full_space(scenario: Scenario) -> Space:
     ladders["launch_order"] = ("fifo", "longest_first")
     for flag in FLAGS:
         ladders[flag] = (False, True)
+    if not _returns_unused(scenario):
+        # Counts in headers would put right what the simulation settles wrongly; on the account nobody can rely on that.
+        del ladders["settle"]
     return Space(ladders)
+
+
+def _returns_unused(scenario: Scenario) -> bool:
+    """Whether the provider ends up counting what was used, so that settling is right."""
+    return scenario.provider.settles or scenario.provider.charged == "answer"
 
 
 def _rounded(value: float) -> float:
@@ -129,6 +137,7 @@ def recipe(scenario: Scenario) -> Policy:
         max_concurrency=1_000,
         launch_order="fifo",
         backoff_keeps_permit=False,
+        settle=_returns_unused(scenario),
     )
 
 
@@ -149,7 +158,6 @@ def full_anchors(scenario: Scenario) -> list[Policy]:
                             launch_order=order,
                             sync_headers=sync,
                             hold_on_throttle=sync,
-                            settle=scenario.provider.settles,
                         )
                     )
     return anchors
@@ -177,7 +185,9 @@ def safer_variants(policy: Policy, space: Space, gap_s: float) -> list[Policy]:
     wished += [{"retry_max_attempts": a} for a in ladders["retry_max_attempts"] if a > policy.retry_max_attempts]
     wished += [{"max_concurrency": c} for c in ladders["max_concurrency"] if c < policy.max_concurrency][-1:-6:-2]
     if "sync_headers" in ladders:
-        wished += [{"hold_on_throttle": not policy.hold_on_throttle}, {"settle": not policy.settle}]
+        wished += [{"hold_on_throttle": not policy.hold_on_throttle}]
+    if "settle" in ladders:
+        wished += [{"settle": not policy.settle}]
     return [policy.with_(**changes) for changes in wished]
 
 

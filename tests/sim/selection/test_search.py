@@ -17,7 +17,7 @@ from sim.scenario.scenario import ModelSource, Scenario
 from sim.selection.hardening import Stress
 from sim.selection.search import Goal, Searcher, _with_front, better
 from sim.selection.searchlog import SearchLog, digest_of
-from sim.selection.space import guardrail_space
+from sim.selection.space import full_anchors, full_space, guardrail_space, safer_variants
 from sim.selection.tariff import Tariff, tariff_of
 from tests.scenarios import batch
 
@@ -206,3 +206,17 @@ def test_a_journal_that_cannot_be_written_is_a_note_and_no_end(tmp_path, monkeyp
     log.close()
     assert len(log.notes) == 1
     assert "cannot be written" in log.notes[0]
+
+
+@pytest.mark.parametrize(("habits", "settles"), [({}, False), ({"settles": True}, True), ({"charged": "answer"}, True)])
+def test_settling_is_tried_only_where_the_provider_ends_up_counting_use(
+    small: Scenario, habits: dict[str, object], settles: bool
+) -> None:
+    """Simulated headers repair what the law settles wrongly, so that a search would find it for its speed alone."""
+    scenario = small.with_(provider=small.provider.with_(**habits), policy=small.policy.with_(settle=not settles))
+    space = full_space(scenario)
+    assert ("settle" in space.ladders) == settles
+    anchors = [policy for policy in full_anchors(scenario) if policy != scenario.policy]
+    assert {policy.settle for policy in anchors} == {settles}
+    tried = [near for policy in anchors for near in (*space.neighbours(policy), *safer_variants(policy, space, 1.0))]
+    assert settles or not any(policy.settle for policy in tried)
