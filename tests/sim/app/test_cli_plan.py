@@ -166,6 +166,7 @@ def test_the_scenario_makes_the_same_plan_again(run: Run, work: Path) -> None:
         "prices": "",
         "unknowns": {
             "charge_rules": True,
+            "counts_at_answer": 0.5,
             "settles": 0.5,
             "cotenant_share": [0.0, 0.3],
             "latency_factor": [0.7, 2.5],
@@ -283,7 +284,9 @@ def test_ctrl_c_in_the_middle_of_the_search(root: Path, work: Path) -> None:
     # The journal begins at once, not after some seconds, and the search is not over before it is seen.
     code = """
 import sys, time
-from sim import cli, experiment, searchlog
+from sim.app import cli
+from sim.experiment import experiment
+from sim.selection import searchlog
 searchlog.AFTER_S = 0.0
 run = experiment.Pool.run
 experiment.Pool.run = lambda pool, tasks: (run(pool, tasks), time.sleep(0.2))[0]
