@@ -1,19 +1,15 @@
-"""The README stays true: its table of settings is the policy's own, and its commands exist."""
+"""The README stays short and true: its commands and links exist."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-from governor.model.policy import knob_table
-
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_the_table_of_settings_is_the_policys_own() -> None:
-    text = README.read_text(encoding="utf-8")
-    begin = text.index("-->", text.index("<!-- knobs")) + len("-->")
-    assert text[begin : text.index("<!-- /knobs -->")].strip() == knob_table().strip()
+def test_it_is_short() -> None:
+    assert len(README.read_text(encoding="utf-8").split()) <= 1_300
 
 
 def test_every_make_target_named_exists() -> None:
