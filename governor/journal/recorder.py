@@ -51,8 +51,8 @@ from governor.journal.schema import (
     settings_of,
     timers,
 )
-from governor.journal.verify import RESTORED, numbers_of, result_of, stored
 from governor.law import State
+from governor.model.lawcalls import RESTORED, numbers_of, result_of, stored
 from governor.model.policy import Policy
 from governor.model.requests import LANES, Answer, Attempt, Request
 from governor.model.work import Job, Observer, PoolState

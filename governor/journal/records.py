@@ -50,7 +50,8 @@ from governor.journal.schema import (
     run,
     timers,
 )
-from governor.journal.verify import BEGAN, Decision, numbers_of, read_back
+from governor.journal.verify import Decision
+from governor.model.lawcalls import BEGAN, numbers_of, read_back
 from governor.model.policy import Policy
 from governor.model.prices import Usage
 from governor.model.requests import CAUSES, LANES, Answer, Attempt, Ended, Limit, Outcome, Request

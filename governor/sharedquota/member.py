@@ -42,9 +42,9 @@ from typing import Any, Protocol
 
 import msgpack
 
-from governor.journal.verify import Numbers, numbers_of
 from governor.law import Params
 from governor.model.errors import PacelineError
+from governor.model.lawcalls import Numbers, numbers_of
 from governor.model.timeline import ServerClock, server_s
 from governor.sharedquota.quota import (
     CALL,

@@ -34,8 +34,8 @@ from typing import Any
 import msgpack
 
 from governor import law
-from governor.journal.verify import numbers_of, params_of
 from governor.law import HOLDING, RETRY, Params, State
+from governor.model.lawcalls import numbers_of, params_of
 from governor.model.requests import CAUSES
 
 # Kinds of event.

@@ -27,9 +27,9 @@ from math import inf
 from typing import Any
 
 from governor import law
-from governor.journal.verify import CALLS, PATCHED, RESTORED, SHARED, Numbers, numbers_of, patch_of
 from governor.law import FIRST, HOLDING, Params, State
 from governor.model.errors import FailureCode, PacelineError
+from governor.model.lawcalls import CALLS, PATCHED, RESTORED, SHARED, Numbers, numbers_of, patch_of
 from governor.model.timeline import BREAKER, QUANTUM_S, ServerClock, floored, moved
 from governor.model.work import Job, Observer
 from governor.scheduler.driver import Governor

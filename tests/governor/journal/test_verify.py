@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 
 from governor import law
 from governor.journal import verify
-from governor.journal.verify import BEGAN, REPRICED, RESTORED, Decision, Replay, Verified
+from governor.journal.verify import Decision, Replay, Verified
 from governor.law import Params, State
+from governor.model.lawcalls import BEGAN, REPRICED, RESTORED
 from governor.model.policy import Policy
 
 CALLS = 400

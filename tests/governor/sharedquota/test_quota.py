@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from governor import law
-from governor.journal.verify import CALLS, PATCHED, Replay, numbers_of, packed, patch_of, result_of, state_of
+from governor.journal.verify import Replay
 from governor.law import FIRST, HOLDING, MAIN, RETRY, Params, State
+from governor.model.lawcalls import CALLS, PATCHED, numbers_of, packed, patch_of, result_of, state_of
 from governor.sharedquota.quota import (
     CALL,
     LEAVE,

@@ -14,9 +14,10 @@ import msgpack
 import pytest
 
 from governor import law
-from governor.journal.verify import BEGAN, Decision, numbers_of, result_of, verify
+from governor.journal.verify import Decision, verify
 from governor.law import Params
 from governor.model.errors import FailureCode, PacelineError
+from governor.model.lawcalls import BEGAN, numbers_of, result_of
 from governor.model.timeline import EPOCH_S
 from governor.model.work import Observer
 from governor.sharedquota import member

@@ -1,0 +1,155 @@
+"""Calls of the law as plain numbers: how a record keeps them and how a message carries them.
+
+Beside the law's own functions these names stand in a chain of calls: `began` opens it (the policy's numbers),
+`repriced` changes the policy (the new numbers, then `now`), `restored` replaces the state (its numbers). In a pool that
+several processes share, `shared` says that times count from another zero, so many seconds before the run's own, and
+`patched` what other processes have changed in the state since (place and value, in turn).
+"""
+
+from __future__ import annotations
+
+import inspect
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any, NamedTuple
+
+from governor import law
+from governor.law import Params, State
+from governor.model.policy import Policy
+
+BEGAN = "began"
+REPRICED = "repriced"
+RESTORED = "restored"
+SHARED = "shared"
+PATCHED = "patched"
+
+Numbers = tuple[float, ...]
+
+
+_PACKERS: dict[int, struct.Struct] = {}
+
+
+def packed(numbers: Numbers) -> bytes:
+    """Numbers as little-endian doubles, 8 bytes each: exact, inf and -0.0 included."""
+    packer = _PACKERS.get(len(numbers))
+    if packer is None:
+        packer = _PACKERS[len(numbers)] = struct.Struct(f"<{len(numbers)}d")
+    return packer.pack(*numbers)
+
+
+# Before the numbers of a stored call: length of its name, number of arguments, number of results. Then the name.
+_HEAD = struct.Struct("<BHH")
+_HEADS: dict[tuple[str, int, int], bytes] = {}
+
+
+def stored(calls: Iterable[tuple[str, Numbers, Numbers]]) -> bytes:
+    """Calls of the law (name, arguments, result) as bytes, exactly; `read_back` reads them."""
+    parts = []
+    for name, arguments, result in calls:
+        key = name, len(arguments), len(result)
+        head = _HEADS.get(key)
+        if head is None:
+            text = name.encode("ascii")
+            head = _HEADS[key] = _HEAD.pack(len(text), len(arguments), len(result)) + text
+        parts.append(head)
+        parts.append(packed(arguments + result))
+    return b"".join(parts)
+
+
+def read_back(data: bytes) -> Iterator[tuple[str, Numbers, Numbers]]:
+    """The calls that `stored` wrote. ValueError where the bytes end in the middle of one, or make no sense."""
+    place = 0
+    while place < len(data):
+        if place + _HEAD.size > len(data):
+            raise ValueError("a stored call is cut off")
+        letters, arguments, results = _HEAD.unpack_from(data, place)
+        start = place + _HEAD.size
+        place = start + letters + 8 * (arguments + results)
+        if place > len(data):
+            raise ValueError("a stored call is cut off")
+        numbers = struct.unpack_from(f"<{arguments + results}d", data, start + letters)
+        yield data[start : start + letters].decode("ascii"), numbers[:arguments], numbers[arguments:]
+
+
+def numbers_of(values: Iterable[Any]) -> Numbers:
+    """A call's arguments, or its result, as plain numbers; a bag (`Params`, `State`) becomes its fields in order."""
+    flat: list[float] = []
+    for value in values:
+        if is_dataclass(value):
+            flat.extend(numbers_of(getattr(value, column.name) for column in fields(value)))
+        elif isinstance(value, list):
+            flat.extend(map(float, value))
+        else:
+            flat.append(float(value))
+    return tuple(flat)
+
+
+def result_of(value: Any) -> Numbers:
+    """What a function of the law returned, as numbers: nothing, one number or several."""
+    if value is None:
+        return ()
+    return numbers_of(value) if isinstance(value, tuple) else (float(value),)
+
+
+def params_of(numbers: Numbers) -> Params:
+    """The bag whose fields, in order, are these numbers. ValueError if there are too many or too few."""
+    return Params(**_fields_of(_PARAMS, numbers))
+
+
+def state_of(numbers: Numbers) -> State:
+    """The same for a state."""
+    return State(**_fields_of(_STATE, numbers))
+
+
+def patch_of(before: Numbers, after: Numbers) -> Numbers:
+    """What makes the one state's numbers the other's: place and value, in turn."""
+    changes = ((float(i), new) for i, (old, new) in enumerate(zip(before, after, strict=True)) if old != new)
+    return tuple(number for change in changes for number in change)
+
+
+def _fields_of(model: Params | State, numbers: Numbers) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    place = 0
+    for column in fields(model):
+        like = getattr(model, column.name)
+        if isinstance(like, list):
+            values[column.name] = list(numbers[place : place + len(like)])
+            place += len(like)
+        else:
+            # A slice, so that numbers that end too soon are complained of below and not here.
+            values[column.name] = sum(map(type(like), numbers[place : place + 1]))
+            place += 1
+    if place != len(numbers):
+        raise ValueError(f"{len(numbers)} numbers where {place} should be")
+    return values
+
+
+_PARAMS = Policy().params()
+_STATE = State()
+PARAMS_NUMBERS = len(numbers_of((_PARAMS,)))
+
+# ---------------------------------------------------------------- replay
+
+
+class _Call(NamedTuple):
+    """A function of the law with the names and types of its arguments after `p` and `s`; `now`: the time's place."""
+
+    function: Callable[..., Any]
+    names: tuple[str, ...]
+    kinds: tuple[type, ...]
+    now: int
+
+
+def _calls() -> dict[str, _Call]:
+    found = {}
+    for name, function in inspect.getmembers(law, inspect.isfunction):
+        names = tuple(inspect.signature(function).parameters)
+        if names[:2] == ("p", "s") and not name.startswith("_"):
+            names = names[2:]
+            kinds = tuple(int if function.__annotations__[each] is int else float for each in names)
+            found[name] = _Call(function, names, kinds, names.index("now") if "now" in names else -1)
+    return found
+
+
+CALLS = _calls()
