@@ -23,6 +23,7 @@ from governor import law
 from governor.journal import verify
 from governor.journal.verify import Decision, Replay, Verified
 from governor.law import Params, State
+from governor.model import lawcalls
 from governor.model.lawcalls import BEGAN, REPRICED, RESTORED
 from governor.model.policy import Policy
 
@@ -154,7 +155,7 @@ def ended(scribe: Scribe, r: random.Random, reserve: float, launched_at: float, 
     )
 )
 def test_stored_calls_come_back_to_the_bit(calls: list[tuple[str, tuple[float, ...], tuple[float, ...]]]) -> None:
-    again = list(verify.read_back(verify.stored(calls)))
+    again = list(lawcalls.read_back(lawcalls.stored(calls)))
     assert [name for name, _, _ in again] == [name for name, _, _ in calls]
     for (_, *before), (_, *after) in zip(calls, again, strict=True):
         assert [[bits(x) for x in numbers] for numbers in before] == [[bits(x) for x in numbers] for numbers in after]
@@ -162,22 +163,22 @@ def test_stored_calls_come_back_to_the_bit(calls: list[tuple[str, tuple[float, .
 
 def test_stored_calls_that_are_cut_off_are_refused_and_not_misread() -> None:
     calls = [("launched", (1.0, math.inf), ()), ("admission", (-0.0,), (2.5, 3.0))]
-    data = verify.stored(calls)
-    whole = {0, len(verify.stored(calls[:1])), len(data)}
+    data = lawcalls.stored(calls)
+    whole = {0, len(lawcalls.stored(calls[:1])), len(data)}
     for length in range(len(data) + 1):
         if length in whole:
-            assert list(verify.read_back(data[:length])) == calls[: sorted(whole).index(length)]
+            assert list(lawcalls.read_back(data[:length])) == calls[: sorted(whole).index(length)]
         else:
             with pytest.raises(ValueError, match="cut off"):
-                list(verify.read_back(data[:length]))
+                list(lawcalls.read_back(data[:length]))
 
 
 @pytest.mark.parametrize("number", range(20))
 def test_policies_and_states_survive_as_numbers(number: int, seed: int) -> None:
     scribe = random_run(seed + number, calls=100)
-    assert verify.params_of(verify.numbers_of((scribe.p,))) == scribe.p
-    assert verify.numbers_of((scribe.p,)) == flat(scribe.p)
-    again = verify.state_of(verify.numbers_of((scribe.s,)))
+    assert lawcalls.params_of(lawcalls.numbers_of((scribe.p,))) == scribe.p
+    assert lawcalls.numbers_of((scribe.p,)) == flat(scribe.p)
+    again = lawcalls.state_of(lawcalls.numbers_of((scribe.s,)))
     assert again == scribe.s
     for name in State.__slots__:
         assert type(getattr(again, name)) is type(getattr(State(), name)), name
@@ -187,7 +188,7 @@ def test_policies_and_states_survive_as_numbers(number: int, seed: int) -> None:
 def test_numbers_of_another_version_s_policy_are_refused(change: int) -> None:
     numbers = flat(Policy().params())
     with pytest.raises(ValueError, match=f"{len(numbers) + change} numbers where {len(numbers)} should be"):
-        verify.params_of(numbers[:change] if change < 0 else (*numbers, 1.0))
+        lawcalls.params_of(numbers[:change] if change < 0 else (*numbers, 1.0))
 
 
 # ---------------------------------------------------------------- replay
@@ -328,7 +329,7 @@ def test_a_state_that_was_restored_goes_on_as_the_old_one(seed: int) -> None:
             assert replay.check(decision) is None
         head = [
             Decision("default", 2, -1, BEGAN, flat(replay.params), ()),
-            Decision("default", 2, 0, RESTORED, verify.numbers_of((replay.state,)), ()),
+            Decision("default", 2, 0, RESTORED, lawcalls.numbers_of((replay.state,)), ()),
         ]
         rest = [d._replace(leg=2, sequence=i) for i, d in enumerate(scribe.decisions[place:], 1)]
         assert verify.verify(head + rest) == Verified(len(rest) + 1, 1, None), f"seed {seed}, cut at {place}"
@@ -348,7 +349,7 @@ def law_calls(path: Path) -> Iterator[str]:
 def test_every_call_that_the_driver_reports_can_be_repeated(root: Path) -> None:
     reported = set(law_calls(root / "governor" / "scheduler" / "driver.py"))
     assert {"admission", "launched", "settled"} <= reported
-    assert reported <= set(verify.CALLS)
+    assert reported <= set(lawcalls.CALLS)
 
 
 def without_effect(function: Callable[..., Any]) -> bool:
@@ -356,11 +357,11 @@ def without_effect(function: Callable[..., Any]) -> bool:
 
 
 def test_times_and_whole_numbers_are_known_for_what_they_are() -> None:
-    call = verify.CALLS["throttled"]
+    call = lawcalls.CALLS["throttled"]
     assert call.names[call.now] == "now"
     assert call.kinds == tuple(int if name == "attempt" else float for name in call.names)
-    assert verify.CALLS["released"].now == -1
-    assert not [name for name, call in verify.CALLS.items() if without_effect(call.function)]
+    assert lawcalls.CALLS["released"].now == -1
+    assert not [name for name, call in lawcalls.CALLS.items() if without_effect(call.function)]
 
 
 def test_replaying_leaves_the_records_alone(seed: int) -> None:
