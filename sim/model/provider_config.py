@@ -55,7 +55,7 @@ from sim.model.provider import (
     SAYS_SECONDS,
     ProviderParams,
 )
-from sim.model.windows import ANCHORED, BUCKET, CLOCK, MINUTE_S, SLIDING
+from sim.model.windows import ANCHORED, BUCKET, CLOCK, DAY_S, MINUTE_S, SLIDING
 from sim.model.workload import ASSUMED, MEASURED, Provenance
 
 Ratio = Annotated[float, Field(ge=0, le=1)]
@@ -84,8 +84,29 @@ _COUNTS = {
 }
 _OUTAGES = {"drops": DROPS, "5xx": ERRORS, "hang": HANGS}
 _WINDOWS = {"bucket": BUCKET, "clock": CLOCK, "anchored": ANCHORED, "sliding": SLIDING}
-_REFUSALS = {False: 0, "tokens": REFUSAL_TOKENS, "requests": REFUSAL_REQUESTS, True: REFUSAL_TOKENS | REFUSAL_REQUESTS}
+_REFUSALS: dict[bool | str, int] = {
+    False: 0,
+    "tokens": REFUSAL_TOKENS,
+    "requests": REFUSAL_REQUESTS,
+    True: REFUSAL_TOKENS | REFUSAL_REQUESTS,
+}
 _SAYS = {"absent": SAYS_NOTHING, "ms": SAYS_MILLISECONDS, "seconds": SAYS_SECONDS}
+
+
+# One check for each of these two, so that what is wrong is said once and not by each type that it might have had.
+def _refusals_count(value: Any) -> Any:
+    if type(value) is bool or value in ("tokens", "requests"):
+        return value
+    raise ValueError(f"{quoted(value)} must be true, false, tokens or requests")
+
+
+def _stated_wait(value: Any) -> Any:
+    if isinstance(value, str) and value in _SAYS:
+        return value
+    if type(value) in (int, float) and 0.0 <= value <= DAY_S:
+        return float(value)
+    wanted = f"must be 'absent', 'ms' or 'seconds', or the same number of seconds always, 0 to {DAY_S:,.0f}"
+    raise ValueError(f"{quoted(value)} {wanted}")
 
 
 def _completed(data: Any, preset: Any) -> Any:
@@ -215,8 +236,8 @@ class ProviderConfig(Config):
     as_of: Day = CHECKED_ON
     settles: bool = False
     charged: Literal["admission", "answer"] = "admission"
-    failed_requests_count: bool | Literal["tokens", "requests"] = True
-    retry_after: Literal["absent", "ms", "seconds"] | Seconds = "ms"
+    failed_requests_count: Annotated[bool | str, BeforeValidator(_refusals_count)] = True
+    retry_after: Annotated[str | float, BeforeValidator(_stated_wait)] = "ms"
     retry_after_min_s: Seconds = 0.0
     header_names: Literal["openai", "plain", "api_key", "llm_provider"] = "openai"
     counts: Literal["admission", "answer", "refusals", "none"] = "admission"

@@ -279,3 +279,27 @@ def test_any_data_makes_a_provider_or_one_line(data: dict[str, Any]) -> None:
         assert provider.provenance()
         return
     assert "\n" not in str(refused)
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"window": "fixed"}, "provider.window='fixed': must be 'bucket', 'clock', 'anchored' or 'sliding'"),
+        ({"phase_s": 5.0}, "provider: phase_s 5 needs window: clock"),
+        ({"window": "clock", "burst_s": 5.0}, "provider: burst_s 5 needs window: bucket"),
+        ({"retry_after": "often"}, "provider.retry_after: 'often' must be 'absent', 'ms' or 'seconds', or"),
+        ({"retry_after": -1.0}, "provider.retry_after: -1.0 must be 'absent', 'ms' or 'seconds', or"),
+        ({"failed_requests_count": "none"}, "provider.failed_requests_count: 'none' must be true, false, tokens"),
+        ({"counts": "never"}, "provider.counts='never': must be 'admission', 'answer', 'refusals' or 'none'"),
+        ({"counts_share": 0.0}, "provider.counts_share=0.0: must be above 0"),
+    ],
+)
+def test_what_is_wrong_with_a_habit_is_said_in_one_line(fields: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(BadSetting) as caught:
+        ProviderConfig().with_(**fields)
+    assert str(caught.value).startswith(complaint)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_constant_wait_is_a_number_of_seconds() -> None:
+    assert ProviderConfig(retry_after=60).params().retry_after_s == 60.0

@@ -433,6 +433,33 @@ def test_counts_are_of_the_admission_or_of_the_answer() -> None:
     assert left("refusals", False, full) == left("admission", False, full) == [0]
 
 
+@pytest.mark.parametrize(
+    ("names", "stated"),
+    [
+        ("api_key", {"x-ratelimit-api_key-limit-tokens": "60000", "x-ratelimit-api_key-remaining-tokens": "40000"}),
+        ("api_key", {"x-ratelimit-api_key-limit-requests": "100", "x-ratelimit-api_key-remaining-requests": "99"}),
+        ("llm_provider", {"llm_provider-x-ratelimit-limit-tokens": "60000"}),
+        ("llm_provider", {"llm_provider-x-ratelimit-remaining-requests": "99"}),
+        # The limit that is closest, whichever it is; 20,000 tokens are back after 20 s.
+        ("plain", {"x-ratelimit-limit": "60000", "x-ratelimit-remaining": "40000", "x-ratelimit-reset": "20"}),
+    ],
+)
+def test_counts_stand_under_gateways_names(names: str, stated: dict[str, str]) -> None:
+    desk = Desk(PLAIN.with_(tpm=60_000, rpm=100, charge_rule="prompt_plus_max", header_names=names))
+    reply = asked(desk, chat("x" * 31_996, max_tokens=12_000))
+    headers = {name.decode(): value.decode() for name, value in desk.headers(reply, 1)}
+    assert headers.items() >= stated.items()
+    assert "x-ratelimit-limit-tokens" not in headers
+
+
+def test_a_refusal_states_a_constant_wait_in_its_header() -> None:
+    desk = Desk(PLAIN.with_(rpm=1, retry_after=60.0, window="anchored"))
+    asked(desk, chat())
+    answer = parsed(desk, asked(desk, chat(), 50.0))
+    assert (answer.outcome, answer.retry_after_s) == (Outcome.THROTTLED, 60.0)
+    assert asked(desk, chat(), 60.0).outcome == "ok"
+
+
 def test_no_limit_no_header() -> None:
     desk = Desk(PLAIN)
     assert parsed(desk, asked(desk, chat())).limits == ()
