@@ -34,9 +34,10 @@ test: $(STAMP_ALL)  ## the whole test suite, a process more than cores (PYTEST_A
 proofs: $(STAMP_ALL)  ## the long forms of tests: a hundred kills, a million requests in both worlds
 	@$(BIN)/python -m pytest -m long --timeout 3600 $(PYTEST_ARGS)
 
-lint: $(STAMP_ALL)  ## ruff and mypy
+lint: $(STAMP_ALL)  ## ruff, the rooms' imports and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports
 	@$(BIN)/mypy
 
 docs: $(STAMP_ALL)  ## the documentation (out/site/index.html); a warning or a dead link is an error

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from governor.sharedquota.sharing import REDIS_URL
+from governor.model.pools import REDIS_URL
 from sim.model.provider_config import ProviderConfig
 from sim.serving.server import Spawned, spawn
 from tests.live import WAIT_S, Cli, batch, check_whole, run_args

@@ -56,6 +56,9 @@ _LIMITS = {
 _KEYS = ("name", "models", "key", "base_url", "organization", "project", "azure", "limits", "settings")
 _AZURE_KEYS = ("endpoint", "deployment", "api_version")
 
+# Names the Redis through which processes share their quotas.
+REDIS_URL = "PACELINE_REDIS_URL"
+
 
 @dataclass(frozen=True, slots=True)
 class Azure:
@@ -270,3 +273,13 @@ def _text(entry: Mapping[str, Any], key: str, place: str, name: str, absent: str
     if not isinstance(value, str) or not value.strip():
         raise BadInput(f"{place}{key} is missing" if value is None else f"{place}{key} must be text", name)
     return value.strip()
+
+
+def check_own_quota(environment: Mapping[str, str]) -> None:
+    """BadSetting where a quota of one's own would silently ignore that it is to be shared."""
+    if environment.get(REDIS_URL, "").strip():
+        raise BadSetting(
+            f"{REDIS_URL} is set, but Governor() keeps its quota to itself: make it by governor_from_env(os.environ), "
+            "which shares it, or with own_quota=True",
+            REDIS_URL,
+        )

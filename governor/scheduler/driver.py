@@ -35,6 +35,7 @@ from governor.law import FINALIZE, FIRST, HOLDING, MAIN, RETRY, Params, State
 from governor.model.errors import FailureCode, PacelineError
 from governor.model.keyed import JITTER_RETRY, JITTER_STAGGER, attempt_key, keyed_uniform
 from governor.model.policy import Policy
+from governor.model.pools import check_own_quota
 from governor.model.requests import CAUSES, Answer, Limit, Outcome, Request
 from governor.model.work import (
     DIMENSIONS,
@@ -54,7 +55,6 @@ from governor.model.work import (
 from governor.model.work import PoolState as PoolState
 from governor.scheduler.learning import Learner
 from governor.scheduler.refusals import Refusals
-from governor.sharedquota.sharing import check_own_quota
 
 # Heap entries. In the calendar: when, sequence, whether it is a deadline (else a retry that has backed off), job and
 # how often it had been launched by then.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from governor.model.errors import BadSetting
+from governor.model.pools import REDIS_URL
 
 if TYPE_CHECKING:
     from governor.model.pools import Pool
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from governor.sharedquota.shared import SharedGovernor
 
 _LOG = logging.getLogger("governor")
-REDIS_URL = "PACELINE_REDIS_URL"
 EXTRA = ("hiredis", "msgpack", "redis")
 
 
@@ -93,13 +93,3 @@ def shared_governor(
         pool=pool.name,
         **options,
     )
-
-
-def check_own_quota(environment: Mapping[str, str]) -> None:
-    """BadSetting where a quota of one's own would silently ignore that it is to be shared."""
-    if environment.get(REDIS_URL, "").strip():
-        raise BadSetting(
-            f"{REDIS_URL} is set, but Governor() keeps its quota to itself: make it by governor_from_env(os.environ), "
-            "which shares it, or with own_quota=True",
-            REDIS_URL,
-        )
