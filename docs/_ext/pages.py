@@ -6,9 +6,12 @@ What lives here: functions without arguments that return markdown, by the name o
 
 from __future__ import annotations
 
+import ast
+import functools
 import inspect
 import json
 import re
+import tomllib
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -84,6 +87,27 @@ def listed(docstring: str | None) -> list[tuple[str, str]]:
 def first_lines(item: object) -> str:
     """The docstring as markdown, its indented blocks as they stand."""
     return inspect.getdoc(item) or ""
+
+
+# ---------------------------------------------------------------- the house
+
+
+def rooms(package: str) -> str:
+    """The rooms of a package from the top down, as import-linter keeps them: what each is for, and its modules."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    contracts = project["tool"]["importlinter"]["contracts"]
+    (layers,) = (each["layers"] for each in contracts if each.get("containers") == [package])
+    rows = []
+    for room in re.findall(r"\w+", " ".join(layers)):
+        folder = ROOT / package / room
+        if not folder.is_dir():
+            rows.append((_code(f"{package}/{room}.py"), "The decisions, as pure functions over numbers.", ""))
+            continue
+        paths = sorted(path.relative_to(folder) for path in folder.rglob("*.py") if path.stem != "__init__")
+        modules = [path.with_suffix("").as_posix() for path in paths if "migrations" not in path.parts]
+        tree = ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))
+        rows.append((_code(f"{package}/{room}/"), (ast.get_docstring(tree) or "").split("\n\n")[0], ", ".join(modules)))
+    return _table(("room", "what it is for", "modules"), rows)
 
 
 # ---------------------------------------------------------------- settings and causes
@@ -372,6 +396,8 @@ def usual_answers() -> str:
 
 
 PARTS: dict[str, Callable[[], str]] = {
+    "rooms_governor.md": functools.partial(rooms, "governor"),
+    "rooms_sim.md": functools.partial(rooms, "sim"),
     "settings.md": settings,
     "causes.md": causes,
     "rules.md": rules,
