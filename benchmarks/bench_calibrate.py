@@ -1,8 +1,8 @@
 """Is what `calibrate` says true? Logs of known providers, and the halves of real traces.
 
 Round trip: a provider, a workload and arrivals are drawn, a run against them is simulated and written as a log, and
-`calibrate` reads the log. A scenario is recovered when every figure that it states lies in its interval (or, for rules,
-is the true one), and nothing true is missing that this log could tell.
+`calibrate` reads the log. A figure is recovered when the truth lies in its interval of 95 % (for rules, when it is the
+true one); how often that is so over many logs is `bench_coverage`'s to say.
 
 Halves: from the first half of a real trace the tokens per minute of the second are forecast, and the makespan of its
 requests under a limit.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import random
 import tempfile
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from governor.model.policy import Policy
 from sim.app.example_log import write_log
 from sim.calibration import calibrate as cal
 from sim.calibration.calibrate import Calibration, calibrate, outlook, read_sources, tokens_per_min
+from sim.calibration.fits import Figure
 from sim.des.engines import simulated
 from sim.experiment.experiment import case_of
 from sim.model.provider_config import ProviderConfig
@@ -122,6 +124,13 @@ def drawn(seed: int, requests: int = 0) -> Known:
     return Known(scenario.with_(provider=provider), truth)
 
 
+def holds(figure: Figure, true: float) -> bool:
+    """Whether the truth lies in a figure's interval; an end that is not bounded excludes nothing."""
+    low = -math.inf if figure.low is None else figure.low
+    high = math.inf if figure.high is None else figure.high
+    return low - 1e-9 <= true <= high + 1e-9
+
+
 def misses(found: Calibration, truth: dict[str, Any]) -> list[str]:
     """The figures that are stated and wrong, in words."""
     wrong = []
@@ -129,34 +138,32 @@ def misses(found: Calibration, truth: dict[str, Any]) -> list[str]:
         figure = found[name]
         if not figure.known:
             continue
-        if figure.low is None or figure.high is None:
+        if figure.low is None and figure.high is None:
             alike = next((rule.alike for rule in found.quota.rules if rule.rule == figure.value), ())
             if figure.value != true and true not in alike:
                 wrong.append(f"{name} {figure.value}, true {true} ({figure.how})")
-        elif not figure.low - 1e-9 <= true <= figure.high + 1e-9:
-            wrong.append(f"{name} {figure.value:.4g} [{figure.low:.4g}, {figure.high:.4g}], true {true:.4g}")
+        elif not holds(figure, true):
+            wrong.append(f"{name} {figure.value:.4g} [{figure.low}, {figure.high}], true {true:.4g}")
     return wrong
 
 
 def round_trips(
     count: int, folder: Path, requests: int = 0, first_seed: int = 1, errors: list[tuple[float, float]] | None = None
-) -> tuple[int, int, list[str]]:
-    """(recovered, figures that were told, what was missed) over `count` drawn scenarios.
+) -> tuple[int, list[str]]:
+    """(figures that were told, what was missed) over `count` drawn scenarios.
 
     `errors` takes the relative errors of the time per token: ours, and that of SciPy's plain regression, the peer.
     """
-    recovered, told = 0, 0
+    told = 0
     missed: list[str] = []
     for seed in range(first_seed, first_seed + count):
         known = drawn(seed, requests)
         found = calibrate(read_sources([str(write_log(known.scenario, folder / f"log-{seed}.csv"))], {}))
         if errors is not None:
             errors.append(_slope_errors(found, known.truth["per output token"]))
-        wrong = misses(found, known.truth)
-        recovered += not wrong
         told += sum(found[name].known for name in known.truth)
-        missed += [f"seed {seed}: {text}" for text in wrong]
-    return recovered, told, missed
+        missed += [f"seed {seed}: {text}" for text in misses(found, known.truth)]
+    return told, missed
 
 
 def _slope_errors(found: Calibration, true: float) -> tuple[float, float]:
@@ -205,10 +212,10 @@ def main() -> None:
     count = 10 if short else 50
     with tempfile.TemporaryDirectory() as folder:
         errors: list[tuple[float, float]] = []
-        recovered, told, missed = round_trips(count, Path(folder), errors=errors)
+        told, missed = round_trips(count, Path(folder), errors=errors)
     for line in missed:
         print(f"  missed: {line}")
-    print(f"round trip: {recovered} of {count} scenarios recovered whole; {told} figures told, {len(missed)} missed")
+    print(f"round trip: {count} scenarios, {told} figures told, {1 - len(missed) / told:.1%} of them right")
     ours, plain = np.median(np.array(errors), axis=0)
     print(
         f"time per token, median error: {ours:.1%}; scipy.stats.linregress {plain:.1%}: {plain / ours:.1f} times ours"

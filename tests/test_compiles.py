@@ -267,6 +267,10 @@ def drawn_provider(r: random.Random) -> prov.ProviderParams:
         pp.cotenant_period_s = r.choice([0.0, 60.0, 45.5])
         pp.cotenant_burst_s = 0.0 if pp.cotenant_period_s == 0.0 else r.uniform(1.0, 40.0)
     at = 0.0
+    for i in range(r.choice([0, 0, 1, prov.NOISE_GROUPS])):
+        pp.noise_from[i] = 1_000.0 * i
+        shape = sorted(r.gauss(0.0, 1.0) for _ in range(prov.NOISE_KNOTS))
+        pp.noise[i * prov.NOISE_KNOTS : (i + 1) * prov.NOISE_KNOTS] = shape
     for i in range(r.randrange(prov.CHANGES + 1)):
         at = later(r, at)
         pp.change_at[i] = at

@@ -81,7 +81,7 @@ def text_of(found: Calibration, ahead: Outlook | None) -> str:
     """The figures as a table, then what cannot be told, then the forecast."""
     told = [figure for figure in found.figures if figure.known]
     lines = [
-        f"learnt from {len(found.observed):,} attempts of {found.observed.label} (intervals hold together: 95 %)",
+        f"learnt from {len(found.observed):,} attempts of {found.observed.label} (each interval holds with 95 %)",
         "",
     ]
     for figure in told:
@@ -95,6 +95,7 @@ def text_of(found: Calibration, ahead: Outlook | None) -> str:
         f"  {figure.name:<26}{_plain(figure.default):<14}{figure.how}" for figure in found.figures if not figure.known
     ]
     lines += [f"  {note}" for note in found.notes]
+    lines += ["", "a plan of it draws what is still unknown:", f"  {found.unknowns.text()}"]
     if ahead is not None:
         lines += ["", f"another {ahead.requests:,} requests of this kind, with 95 %:"]
         if ahead.tokens_per_min is not None:
@@ -109,11 +110,12 @@ def text_of(found: Calibration, ahead: Outlook | None) -> str:
 
 def _value(figure: Figure) -> str:
     unit = f" {figure.unit}" if figure.unit else ""
+    value, low, high = (_plain(each) for each in (figure.value, figure.low, figure.high))
+    if figure.low is None and figure.high is None:
+        return f"{value}{unit}"
     if figure.low is None or figure.high is None:
-        return _plain(figure.value)
-    if figure.low == figure.high:
-        return f"{_plain(figure.value)}{unit}"
-    return f"{_plain(figure.value)}{unit} ({_plain(figure.low)} to {_plain(figure.high)})"
+        return f"{value}{unit} ({f'{low} or more' if figure.high is None else f'{high} or less'})"
+    return f"{value}{unit}" if figure.low == figure.high else f"{value}{unit} ({low} to {high})"
 
 
 def _plain(value: Any) -> str:

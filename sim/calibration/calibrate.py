@@ -1,13 +1,9 @@
 """Logs of real requests into a scenario: what was fitted, with intervals, and what the data cannot tell.
 
-What lives here: `calibrate`, which reads the sources and puts the fits together, and `Calibration`: the scenario, the
-figures and the forecast for another stretch of the same kind. What must not: the fits (`fits`, `fits_quota`), readers
-(`observed`, `logs`, `spans`), the picture (`figures_calibrate`), the command (`calibrate_cli`).
-
-Theory of operation. The workload is empirical: whole rows as they were, prompts and answers together, with their
-arrivals. Times come from the fitted model where its shape passes, so that what a different setting would have met is
-drawn anew; else from the rows' own recorded times. The rest of the provider is the fitted figures, each with its
-interval; what the log cannot tell keeps the default, and is said.
+The workload is empirical: whole rows as they were, prompts and answers together, with their arrivals. Answer times are
+drawn anew in every run, from the fitted line and the noise that predicts best (`fits.noise`): a run that repeated the
+recorded times would show no spread at all. The rest of the provider is the fitted figures, each with its interval;
+what the log cannot tell keeps the default, and is said. What the log has narrowed, plans draw from narrower ranges.
 """
 
 from __future__ import annotations
@@ -18,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 from scipy import stats
 
@@ -36,6 +33,7 @@ from sim.model.workload import Workload, redrawn
 from sim.scenario.readers import BATCH, SCENARIO, Source
 from sim.scenario.scenario import Scenario, following
 from sim.scenario.scenario_file import FileSource
+from sim.scenario.unknowns import Unknowns
 
 Real = NDArray[np.float64]
 SQLITE = b"SQLite format 3\0"
@@ -48,7 +46,7 @@ class Calibration:
     """A scenario and where its figures come from. `scenario.source` is standard input's until it is written.
 
     `prompts`, `outputs`: parametric families beside the empirical lengths, best first. `correlation`: Spearman's, of
-    prompt and answer.
+    prompt and answer. `unknowns`: what plans of it should still draw.
     """
 
     scenario: Scenario
@@ -59,14 +57,16 @@ class Calibration:
     quota: QuotaFit
     prompts: list[Family]
     outputs: list[Family]
+    unknowns: Unknowns
     notes: tuple[str, ...]
 
     def __getitem__(self, name: str) -> Figure:
         return next(figure for figure in self.figures if figure.name == name)
 
     def write(self, path: str | Path) -> Scenario:
-        """Writes scenario.yaml and, beside it, its rows as scenario.workload.csv."""
-        return self.scenario.write(path)
+        """Writes scenario.yaml, with what plans should draw, and beside it its rows as scenario.workload.csv."""
+        draws = {"plan": {"unknowns": self.unknowns.model_dump(mode="json", exclude_defaults=True)}}
+        return self.scenario.write(path, more=yaml.safe_dump(draws, sort_keys=False))
 
     def to_json_dict(self) -> dict[str, Any]:
         """What `--json` prints."""
@@ -74,10 +74,14 @@ class Calibration:
         return {
             "attempts": len(self.observed),
             "requests": len(self.scenario.workload),
-            "confidence_together": fits.CONFIDENCE,
+            "confidence_each": fits.EACH,
             "figures": [{name: getattr(figure, name) for name in names} for figure in self.figures],
             "prompt_families": [{"name": f.name, "ks": f.ks, "aic": f.aic} for f in self.prompts],
             "output_families": [{"name": f.name, "ks": f.ks, "aic": f.aic} for f in self.outputs],
+            "noise": None
+            if self.latency is None
+            else {"shape": self.latency.noise.name, "log_scores": self.latency.noise.scores},
+            "unknowns": self.unknowns.model_dump(mode="json"),
             "notes": list(self.notes),
         }
 
@@ -126,9 +130,8 @@ def calibrate(observed: Observed, *, base: ProviderConfig | None = None, policy:
         *_arrivals(come, observed),
         *found.figures,
     )
-    recorded = times is not None and times.ks > times.ks_limit
-    provider = _provider(base, found, times, recorded, observed.label)
-    notes = (*observed.notes, *_notes(observed, times, recorded, found))
+    provider = _provider(base, found, times, observed.label)
+    notes = (*observed.notes, *_notes(observed, times, found))
     policy = policy or observed.policy or following(Policy(), provider)
     scenario = Scenario(
         source=FileSource(path="-", provenance=dict(workload.provenance)),
@@ -148,6 +151,7 @@ def calibrate(observed: Observed, *, base: ProviderConfig | None = None, policy:
         quota=found,
         prompts=fits.families(observed.tries.prompt_tokens[rows]),
         outputs=fits.families(answers),
+        unknowns=_unknowns(observed, answers, times, found),
         notes=notes,
     )
 
@@ -213,9 +217,7 @@ LEARNT = {
 }
 
 
-def _provider(
-    base: ProviderConfig, found: QuotaFit, times: LatencyFit | None, recorded: bool, label: str
-) -> ProviderConfig:
+def _provider(base: ProviderConfig, found: QuotaFit, times: LatencyFit | None, label: str) -> ProviderConfig:
     changes: dict[str, Any] = {
         "preset": "",
         "tpm": int(found["tokens per minute"].used),
@@ -241,23 +243,43 @@ def _provider(
             "stall_ratio": times.stall_ratio.used,
             "stall_min_s": times.stall_min_s,
             "stall_max_s": times.stall_max_s,
-            "recorded": recorded,
+            "noise": [
+                {"from_tokens": begin, "log_ratios": [round(float(value), 5) for value in shape]}
+                for begin, shape in times.noise.groups
+            ],
         }
-        if recorded:
-            # The stalls are in the recorded times already.
-            changes["latency"]["stall_ratio"] = 0.0
+    changes["latency"] = {**changes.get("latency", base.latency.model_dump()), "recorded": False}
     learnt = [name for name, figure in LEARNT.items() if found[figure].known]
     learnt += ["latency"] if times is not None else []
     return base.with_(**changes, learnt=tuple(learnt), learnt_from=label)
 
 
-def _notes(observed: Observed, times: LatencyFit | None, recorded: bool, found: QuotaFit) -> tuple[str, ...]:
+def _unknowns(observed: Observed, answers: NDArray[np.int64], times: LatencyFit | None, found: QuotaFit) -> Unknowns:
+    """What is still unknown of another stretch like this one; the usual ranges where the log cannot tell."""
+    told: dict[str, Any] = {}
+    if found["charge rule"].known:
+        told["charge_rules"] = False
+    if found["settles"].known:
+        told["settles"] = float(found["settles"].used)
+    others = found["share of others"]
+    if others.low is not None and others.high is not None:
+        told["cotenant_share"] = (others.low, min(0.95, others.high))
+    if times is not None:
+        done = observed.answered
+        took_s = observed.took_s[done]
+        usable = (took_s > 0.0) & (times.stall < 0.5)
+        expected_s = times.line(observed.tries.output_tokens[done].astype(np.float64))
+        told["latency_factor"] = fits.factor(took_s[usable] / expected_s[usable])
+    if len(answers) >= fits.LEAST_ANSWERS:
+        told["output_factor"] = fits.factor(answers.astype(np.float64))
+    return Unknowns(**told)
+
+
+def _notes(observed: Observed, times: LatencyFit | None, found: QuotaFit) -> tuple[str, ...]:
     notes = []
-    if recorded and times is not None:
-        notes.append(
-            f"the times are not of the model's shape (KS {times.ks:.3f}, allowed {times.ks_limit:.3f}): the scenario "
-            "repeats each row's own time"
-        )
+    if times is not None and len(times.noise.scores) > 1:
+        scores = ", ".join(f"{name} {score:.3f}" for name, score in times.noise.scores.items())
+        notes.append(f"noise of the times: {times.noise.name}, by log score of held-out answers ({scores})")
     if found["share of others"].known and found["share of others"].used > 0.0:
         notes.append("others are taken to use their share evenly: whether they come in bursts is not fitted")
     if (observed.tries.max_tokens < 0).all():

@@ -1,17 +1,15 @@
-"""What a log tells of lengths, times and arrivals: estimates with intervals, and how well a model fits.
+"""What a log tells of lengths, times and arrivals: estimates with intervals.
 
-What lives here: `Figure`, and the fits that need nothing but the rows. What must not: what the headers tell of the
-quota (`fits_quota`), reading (`observed`), putting it together (`calibrate`).
+Each interval holds by itself with 95 % (`benchmarks/bench_coverage.py` measures it). Shares have that of Clopper and
+Pearson, quantiles the exact binomial ranks of the order statistics, and no end where the rows are too few to bound it.
 
-Theory of operation. All intervals of one calibration hold together: each is made at 1 - 0.05 / FIGURES (Bonferroni), so
-that of a hundred logs about five have any figure outside of its interval.
-
-Latency is the provider's own model (`sim/model/provider.py`): (first token + per token x output) times log-normal
-noise, and now and then a stall on top. It is a mixture, fitted by expectation and maximisation: the line by least
-squares of the logarithms, each answer weighted by its chance of not having stalled (Dempster, Laird and Rubin, 1977);
-the line's interval is that of the weighted least squares, sigma's that of chi-square, the share of stalls' that of
-Clopper and Pearson. Quantiles have distribution-free intervals from the order statistics; the rate of arrivals has
-batch means, which hold for bursty ones, too.
+Latency is the provider's own model (`sim/model/provider.py`): (first token + per token x output) times noise, and now
+and then a stall on top. It is a mixture, fitted by expectation and maximisation: the line by least squares of the
+logarithms, each answer weighted by its chance of not having stalled (Dempster, Laird and Rubin, 1977); the line's
+interval is that of the weighted least squares, sigma's that of chi-square corrected for the kurtosis of the noise. The
+noise itself is log-normal or resampled from the residuals, in groups of answer length or not: whichever predicts best
+what it was not fitted to (cross-validated log score; a less simple one must be better by two standard errors). The
+rate of arrivals has batch means, which hold for bursty ones, too.
 """
 
 from __future__ import annotations
@@ -25,13 +23,11 @@ from numpy.typing import NDArray
 from scipy import optimize, stats
 
 from sim.model.presets import STALL_MAX_S, STALL_MIN_S
+from sim.model.provider import NOISE_GROUPS, NOISE_KNOTS, NOISE_REACH
 
 Real = NDArray[np.float64]
 
-CONFIDENCE = 0.95
-# First token, per token, sigma, stalls, errors, drops, share of others, rate, burstiness, refusals, two quantiles each.
-FIGURES = 14
-EACH = 1.0 - (1.0 - CONFIDENCE) / FIGURES
+EACH = 0.95
 ROUNDS = 60
 SIGMA_LEAST = 1e-4
 # A stall lies so many sigmas above the line, and so many seconds.
@@ -40,13 +36,20 @@ STALL_LEAST_S = 2.0
 LEAST_ANSWERS = 20
 BATCHES = 20
 RESAMPLES = 400
+FOLDS = 5
+# Residuals that a group of answer lengths must have.
+GROUP_LEAST = 100
+SCORES = np.linspace(-NOISE_REACH, NOISE_REACH, NOISE_KNOTS)
+# The flattest that a shape may be, in standard deviations per normal score: recorded times are rounded.
+FLATTEST = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One fitted figure. `value` None: the data cannot tell, and `default` is left. `low`, `high`: None = no interval.
+    """One fitted figure. `value` None: the data cannot tell, and `default` is left.
 
-    `how`: from what, or why not, in words.
+    `low`, `high`: both None = no interval; one of them = the rows do not bound it on that side. `how`: from what, or
+    why not, in words.
     """
 
     name: str
@@ -73,22 +76,41 @@ def unknown(name: str, default: Any, why: str, unit: str = "") -> Figure:
     return Figure(name, None, None, None, unit, why, default)
 
 
-def share(name: str, hits: float, of: float, how: str) -> Figure:
-    """A share with the interval of Clopper and Pearson; `hits` may be a sum of chances."""
-    alpha = 1.0 - EACH
-    low = float(stats.beta.ppf(alpha / 2.0, hits, of - hits + 1.0)) if hits > 0.0 else 0.0
-    high = float(stats.beta.ppf(1.0 - alpha / 2.0, hits + 1.0, of - hits)) if hits < of else 1.0
-    return Figure(name, hits / of, low, high, "", how)
+def share(name: str, hits: int, of: int, how: str) -> Figure:
+    """A share with the interval of Clopper and Pearson."""
+    low, high = stats.binomtest(hits, of).proportion_ci(EACH, method="exact")
+    return Figure(name, hits / of, float(low), float(high), "", how)
 
 
 def quantile(name: str, values: Real, q: float, unit: str, how: str) -> Figure:
-    """A quantile with its distribution-free interval: order statistics whose ranks a binomial count covers."""
+    """A quantile with its distribution-free interval: order statistics whose ranks a binomial count covers.
+
+    An end that would have to lie beyond the values (the upper one of P95 below 72 rows) is None.
+    """
     ordered = np.sort(values)
     n = len(ordered)
-    alpha = 1.0 - EACH
-    ranks = [float(stats.binom.ppf(p, n, q)) for p in (alpha / 2.0, 1.0 - alpha / 2.0)]
-    low, high = (ordered[min(n - 1, max(0, int(rank) + shift))] for rank, shift in zip(ranks, (-1, 1), strict=True))
-    return Figure(name, float(np.quantile(ordered, q)), float(low), float(high), unit, how)
+    low, high = (int(stats.binom.ppf(p, n, q)) for p in (0.5 - EACH / 2.0, 0.5 + EACH / 2.0))
+    return Figure(
+        name,
+        float(np.quantile(ordered, q)),
+        float(ordered[low - 1]) if low > 0 else None,
+        float(ordered[high]) if high < n else None,
+        unit,
+        how if low > 0 and high < n else f"{how}; not bounded by {n:,} rows",
+    )
+
+
+def factor(values: Real) -> tuple[float, float]:
+    """By how much the mean of as many other values may differ from that of these, as factors: 95 % of such stretches.
+
+    `values`, above 0, in order of time. By batch means, which slow drift widens: Student's t, in logarithms, with the
+    variance of both means.
+    """
+    batches = min(BATCHES, len(values) // 5)
+    means = np.log(np.maximum([float(part.mean()) for part in np.array_split(values, batches)], 1e-9))
+    half = float(stats.t.ppf(0.5 + EACH / 2.0, batches - 1) * means.std(ddof=1) * math.sqrt(2.0 / batches))
+    half = min(half, math.log(100.0))
+    return float(f"{math.exp(-half):.3g}"), float(f"{math.exp(half):.3g}")
 
 
 # ---------------------------------------------------------------- lengths
@@ -128,10 +150,84 @@ def families(values: NDArray[Any]) -> list[Family]:
 
 # ---------------------------------------------------------------- latency
 
+LOG_NORMAL, MEASURED, BY_LENGTH = "log-normal", "as measured", "as measured, by answer length"
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseFit:
+    """The shape of the noise that predicts best. `scores`: mean log density of held-out residuals, by shape.
+
+    `groups`: (from how many tokens on, the logarithms at `SCORES`), none for the log-normal shape.
+    """
+
+    name: str
+    groups: tuple[tuple[float, Real], ...]
+    scores: dict[str, float]
+
+
+def noise(x: Real, r: Real) -> NoiseFit:
+    """The shape of residuals `r` (logarithms about the line) of answers of lengths `x`, chosen by cross-validation."""
+    edges = _edges(x)
+    starts = {LOG_NORMAL: None, MEASURED: (0.0,)} | ({BY_LENGTH: edges} if len(edges) > 1 else {})
+    held = {name: np.empty(len(r)) for name in starts}
+    fold = np.arange(len(r)) % FOLDS
+    for k in range(FOLDS):
+        train, test = fold != k, fold == k
+        for name, begins in starts.items():
+            held[name][test] = _log_density(x[train], r[train], x[test], r[test], begins)
+    chosen = LOG_NORMAL
+    for name in starts:
+        gain = held[name] - held[chosen]
+        if gain.mean() > 2.0 * gain.std(ddof=1) / math.sqrt(len(gain)):
+            chosen = name
+    begins = starts[chosen] or ()
+    groups = tuple((begin, _shape(part)) for begin, part in _parts(x, r, begins))
+    return NoiseFit(chosen, groups, {name: float(values.mean()) for name, values in held.items()})
+
+
+def _edges(x: Real) -> tuple[float, ...]:
+    """Where groups of answer lengths begin: as many as have GROUP_LEAST each, of about one size."""
+    count = min(NOISE_GROUPS, len(x) // GROUP_LEAST)
+    inner = np.unique(np.quantile(x, np.arange(1, count) / count)) if count > 1 else np.empty(0)
+    return (0.0, *(float(edge) for edge in inner if (x < edge).sum() >= GROUP_LEAST / 2))
+
+
+def _parts(x: Real, r: Real, begins: tuple[float, ...]) -> list[tuple[float, Real]]:
+    """The residuals of each group that has any."""
+    group = np.searchsorted(begins, x, side="right") - 1
+    return [(begin, r[group == i]) for i, begin in enumerate(begins)]
+
+
+def _shape(r: Real) -> Real:
+    """Logarithms of the noise at `SCORES`: the residuals' quantiles, going on beyond them as a normal shape would."""
+    ordered, spread = np.sort(r), max(SIGMA_LEAST, float(r.std()))
+    at = stats.norm.ppf((np.arange(len(r)) + 0.5) / len(r))
+    beyond = spread * (np.minimum(0.0, SCORES - at[0]) + np.maximum(0.0, SCORES - at[-1]))
+    shape = np.interp(SCORES, at, ordered) + beyond
+    steps = np.maximum(np.diff(shape), FLATTEST * spread * (SCORES[1] - SCORES[0]))
+    middle = NOISE_KNOTS // 2
+    rising = np.concatenate([[0.0], np.cumsum(steps)])
+    return np.asarray(rising - rising[middle] + shape[middle])
+
+
+def _log_density(x: Real, r: Real, at_x: Real, at_r: Real, begins: tuple[float, ...] | None) -> Real:
+    """Logarithm of the density that residuals `r` of lengths `x` predict for others."""
+    if begins is None:
+        return np.asarray(stats.norm.logpdf(at_r, 0.0, max(SIGMA_LEAST, math.sqrt(float((r * r).mean())))))
+    found = np.empty(len(at_r))
+    group = np.searchsorted(begins, at_x, side="right") - 1
+    for i, (_, part) in enumerate(_parts(x, r, begins)):
+        shape, here = _shape(part), group == i
+        knot = np.clip(np.searchsorted(shape, at_r[here]) - 1, 0, NOISE_KNOTS - 2)
+        slope = (np.diff(shape) / np.diff(SCORES))[knot]
+        score = SCORES[knot] + (at_r[here] - shape[knot]) / slope
+        found[here] = stats.norm.logpdf(score) - np.log(slope)
+    return found
+
 
 @dataclass(frozen=True, slots=True)
 class LatencyFit:
-    """Figures of the provider's model of time. `stall`: chance that each answer stalled; `ks`: of the noise's shape."""
+    """Figures of the provider's model of time. `stall`: chance that each answer stalled."""
 
     first_token_s: Figure
     per_token_s: Figure
@@ -140,8 +236,7 @@ class LatencyFit:
     stall_min_s: float
     stall_max_s: float
     stall: Real
-    ks: float
-    ks_limit: float
+    noise: NoiseFit
 
     def line(self, output: Real) -> Real:
         """The median time of an answer of that length, seconds."""
@@ -262,24 +357,25 @@ def _figures(
         )
     else:
         per_token = Figure("per output token", line[1], max(0.0, line[1] - half[1]), line[1] + half[1], "s", how)
-    alpha = 1.0 - EACH
-    low, high = (spread * math.sqrt(free / float(stats.chi2.ppf(p, free))) for p in (1.0 - alpha / 2.0, alpha / 2.0))
-    noise = Figure("noise (sigma)", spread, low, high, "", f"{how}, about the line")
     body = weight > 0.5
-    shape = stats.kstest(r[body] / max(spread, 1e-12), "norm")
+    shape = noise(x[body], r[body])
+    # The variance of a variance grows with the kurtosis: as many normal residuals would have told as much.
+    like = free / max(1.0, 1.0 + float(stats.kurtosis(r[body])) / 2.0)
+    low, high = (
+        spread * math.sqrt(like / float(stats.chi2.ppf(p, like))) for p in (0.5 + EACH / 2.0, 0.5 - EACH / 2.0)
+    )
+    sigma_figure = Figure("noise (sigma)", spread, low, high, "", f"{how}, about the line; {shape.name}")
     stall = np.zeros(len(usable))
     stall[usable] = 1.0 - weight
     return LatencyFit(
         first_token_s=first,
         per_token_s=per_token,
-        sigma=noise,
-        stall_ratio=share("stalls", float(len(x) - n), float(len(x)), f"{how}: beyond the noise"),
+        sigma=sigma_figure,
+        stall_ratio=share("stalls", round(len(x) - n), len(x), f"{how}: beyond the noise"),
         stall_min_s=ends[0],
         stall_max_s=ends[1],
         stall=stall,
-        ks=float(shape.statistic),
-        # Lilliefors' 5 % bound for a normal shape with estimated mean and variance, large samples.
-        ks_limit=0.886 / math.sqrt(max(1.0, float(body.sum()))),
+        noise=shape,
     )
 
 

@@ -133,7 +133,7 @@ def _limit_from_refusals(found: Observed, counts: Sequence[Count], base: Provide
     """Without headers: the bucket that would have let in what was let in and refused what was refused.
 
     A bucket of limit L is led through the attempts for each L of a grid; where the fewest come out otherwise lies the
-    limit, and its interval is where they are within the noise of that count. Needs refusals.
+    limit. Which limits explain the log nearly as well is said; that is no interval of known coverage. Needs refusals.
     """
     refused = sum(not count.let_in for count in counts)
     if refused < 5 or len(counts) < 20:
@@ -152,10 +152,13 @@ def _limit_from_refusals(found: Observed, counts: Sequence[Count], base: Provide
     # The true limit lies between the points of the grid: the neighbours of those that fit bound it.
     step = float(grid[1] / grid[0])
     low, high = float(near.min()) / step, float(near.max()) * step
-    how = f"{refused:,} refusals, charged by {base.charge_rule}: {least:,} attempts came out otherwise"
+    how = (
+        f"{refused:,} refusals, charged by {base.charge_rule}: {least:,} attempts came out otherwise, hardly more at "
+        f"{low:,.0f} to {high:,.0f}"
+    )
     if len(near) > 60:
         return Figure(nothing.name, None, None, None, "", "the refusals fit any limit alike", base.tpm)
-    return Figure(nothing.name, round(best), low, high, "", how)
+    return Figure(nothing.name, round(best), None, None, "", how)
 
 
 def _surprises(limit: float, times: Real, amount: Real, let_in: NDArray[np.bool_]) -> int:
@@ -303,11 +306,11 @@ def _counting(best: Rule, charged: Real, base: ProviderConfig) -> Figure:
             votes.append(abs(gap.more - would) < abs(gap.more))
     if len(votes) < 3:
         return unknown(name, default, "too few refusals state what remains, or it was nothing anyway")
-    found = share(name, float(sum(votes)), float(len(votes)), "")
-    if 0.25 < found.value < 0.75:
+    ratio = sum(votes) / len(votes)
+    if 0.25 < ratio < 0.75:
         return unknown(name, default, f"{sum(votes)} of {len(votes)} refusals took their charge, the others did not")
     how = f"{sum(votes)} of {len(votes)} refusals took their charge"
-    return Figure(name, bool(found.value > 0.5), None, None, "", how, default)
+    return Figure(name, ratio > 0.5, None, None, "", how, default)
 
 
 def _refusals(found: Observed, base: ProviderConfig) -> tuple[Figure, Figure]:
@@ -337,9 +340,9 @@ def _faults(found: Observed, base: ProviderConfig) -> tuple[Figure, Figure]:
             unknown("server errors", base.faults.error_ratio, why),
             unknown("dropped", base.faults.drop_ratio, why),
         )
-    let_in = float((found.kind != REFUSED).sum())
-    how = f"of {let_in:,.0f} attempts that were let in"
+    let_in = int((found.kind != REFUSED).sum())
+    how = f"of {let_in:,} attempts that were let in"
     return (
-        share("server errors", float((found.kind == SERVER_FAULT).sum()), let_in, how),
-        share("dropped", float((found.kind == LOST).sum()), let_in, how),
+        share("server errors", int((found.kind == SERVER_FAULT).sum()), let_in, how),
+        share("dropped", int((found.kind == LOST).sum()), let_in, how),
     )

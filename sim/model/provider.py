@@ -76,6 +76,10 @@ RAMP_GROWTH = 1.5
 TICK_S = 1.0
 CHANGES = 8
 OUTAGES = 4
+# A measured shape of noise: groups of answer lengths, and normal scores from -4 to 4, a quarter apart.
+NOISE_GROUPS = 4
+NOISE_KNOTS = 33
+NOISE_REACH = 4.0
 # Kinds of outage: connections are dropped, everything is answered by a 5xx, or nothing is answered at all.
 DROPS = 0
 ERRORS = 1
@@ -106,6 +110,8 @@ class ProviderParams:
     used by others; in bursts of `cotenant_burst_s` once per `cotenant_period_s` if that is > 0. `quota_requests`: after
     so many admitted requests the credit is gone. Latency of an answer: (first_token_s + per_token_s * output) times a
     log-normal factor of that sigma, and with probability `stall_ratio` a stall of `stall_min_s` to `stall_max_s` more.
+    Where `noise_from` is set, the factor has a measured shape instead: `noise` holds its logarithms at NOISE_KNOTS
+    normal scores from -NOISE_REACH to NOISE_REACH, in turn for each group of answers, which begin at that many tokens.
     From `outage_at` to `outage_until` (inf = unused) the provider is out, in that `outage_kind`.
     `refusal_s`: time until a refusal arrives. `empty_cut_ratio`: chance that a cut answer has no usable text.
     `counts`: which answers state what remains; stated is that share of it (`counts_share`: a header that speaks of a
@@ -137,6 +143,8 @@ class ProviderParams:
     stall_ratio: float = 0.0
     stall_min_s: float = 10.0
     stall_max_s: float = 60.0
+    noise: list[float] = field(default_factory=lambda: [0.0] * (NOISE_GROUPS * NOISE_KNOTS))
+    noise_from: list[float] = field(default_factory=lambda: [math.inf] * NOISE_GROUPS)
     error_ratio: float = 0.0
     drop_ratio: float = 0.0
     hang_ratio: float = 0.0
@@ -357,8 +365,21 @@ def smooth_latency_s(pp: ProviderParams, output_tokens: float, recorded_s: float
         return recorded_s
     service_s = pp.first_token_s + pp.per_token_s * output_tokens
     if pp.sigma > 0.0:
-        service_s *= math.exp(pp.sigma * normal_quantile(u))
+        service_s *= math.exp(_log_noise(pp, output_tokens, normal_quantile(u)))
     return service_s
+
+
+def _log_noise(pp: ProviderParams, output_tokens: float, score: float) -> float:
+    """Logarithm of the noise of an answer's time at a normal score: sigma times it, or the measured shape there."""
+    if pp.noise_from[0] == math.inf:
+        return pp.sigma * score
+    group = 0
+    while group < NOISE_GROUPS - 1 and pp.noise_from[group + 1] <= output_tokens:
+        group += 1
+    place = min(max(score / NOISE_REACH + 1.0, 0.0), 2.0) * (NOISE_KNOTS - 1) / 2.0
+    knot = min(int(place), NOISE_KNOTS - 2)
+    low = pp.noise[group * NOISE_KNOTS + knot]
+    return low + (pp.noise[group * NOISE_KNOTS + knot + 1] - low) * (place - knot)
 
 
 def stall_s(pp: ProviderParams, seed: int, request: int, attempt: int) -> float:

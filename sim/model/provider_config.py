@@ -46,6 +46,8 @@ from sim.model.provider import (
     DROPS,
     ERRORS,
     HANGS,
+    NOISE_GROUPS,
+    NOISE_KNOTS,
     OUTAGES,
     REFUSAL_REQUESTS,
     REFUSAL_TOKENS,
@@ -124,11 +126,28 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class NoiseShape(Config):
+    """The measured shape of the noise in the times of answers of at least `from_tokens` output tokens.
+
+    `log_ratios`: logarithms of time over its median, one per normal score from -4 to 4, a quarter apart; never falling.
+    """
+
+    from_tokens: Annotated[float, Field(ge=0)] = 0.0
+    log_ratios: Annotated[tuple[float, ...], Field(strict=False, min_length=NOISE_KNOTS, max_length=NOISE_KNOTS)]
+
+    @model_validator(mode="after")
+    def _rising(self) -> Self:
+        if any(after < before for before, after in pairwise(self.log_ratios)):
+            raise ValueError("log_ratios must not fall: they are quantiles")
+        return self
+
+
 class Latency(Config):
     """Time of an answer: (first token + per token x output tokens), log-normal noise, rare stalls.
 
     Written as the name of a measured model, or as fields, with `preset` naming the model that the others start from.
     `scale` multiplies it all but the stalls; `recorded`: where the workload has recorded times, these are used instead.
+    `noise`: measured shapes in place of the log-normal one, by answer length, each longer than the one before.
     """
 
     preset: str = ""
@@ -140,6 +159,7 @@ class Latency(Config):
     stall_max_s: Seconds = STALL_MAX_S
     scale: Annotated[float, Field(gt=0, le=1_000)] = 1.0
     recorded: bool = True
+    noise: Annotated[tuple[NoiseShape, ...], Field(max_length=NOISE_GROUPS, strict=False)] = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -150,6 +170,10 @@ class Latency(Config):
     def _in_order(self) -> Self:
         if self.stall_min_s > self.stall_max_s:
             raise ValueError(f"stall_min_s {self.stall_min_s:g} is above stall_max_s {self.stall_max_s:g}")
+        if any(after.from_tokens <= before.from_tokens for before, after in pairwise(self.noise)):
+            raise ValueError("noise must be in order of from_tokens")
+        if self.noise and self.sigma == 0.0:
+            raise ValueError("noise has a shape, but sigma is 0: state its spread, or leave the shape out")
         return self
 
     def provenance(self) -> tuple[str, str]:
@@ -157,7 +181,8 @@ class Latency(Config):
         line = f"{self.first_token_s:.3g} s + {1_000 * self.per_token_s:.3g} ms per output token"
         if self.scale != 1.0:
             line += f", times {self.scale:g}"
-        rest = f"noise (sigma {self.sigma:.3g}) and stalls ({self.stall_ratio:.3g} of answers) assumed"
+        shape = ", of its measured shape" if self.noise else ""
+        rest = f"noise (sigma {self.sigma:.3g}{shape}) and stalls ({self.stall_ratio:.3g} of answers) assumed"
         known = LATENCIES.get(self.preset)
         if known is None or (self.first_token_s, self.per_token_s) != known[:2] or self.scale != 1.0:
             return ASSUMED, f"{line}; {rest}"
@@ -308,6 +333,9 @@ class ProviderConfig(Config):
             changes.outage_until[i] = outage.at_s + outage.length_s
             changes.outage_kind[i] = float(_OUTAGES[outage.kind])
         late = self.latency
+        for i, shape in enumerate(late.noise):
+            changes.noise_from[i] = shape.from_tokens
+            changes.noise[i * NOISE_KNOTS : (i + 1) * NOISE_KNOTS] = shape.log_ratios
         return ProviderParams(
             limit=[float(limit) for limit in (self.tpm, self.rpm, self.tpd, self.rpd)],
             window=_WINDOWS[self.window],
@@ -337,6 +365,8 @@ class ProviderConfig(Config):
             stall_ratio=late.stall_ratio,
             stall_min_s=late.stall_min_s,
             stall_max_s=late.stall_max_s,
+            noise=changes.noise,
+            noise_from=changes.noise_from,
             error_ratio=self.faults.error_ratio,
             drop_ratio=self.faults.drop_ratio,
             hang_ratio=self.faults.hang_ratio,

@@ -1,7 +1,7 @@
 """The picture of a calibration: the log beside what was fitted to it.
 
-What lives here: four panels in one figure (lengths, time by output length, the noise's shape, what explains the
-headers or how arrivals come). What must not: any fit.
+Four panels in one figure: lengths, time by output length, the noise's shape, and what explains the headers or how
+arrivals come.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from scipy import stats
 from sim.base.palette import BLUE, GREY, INK, MUTED, ORANGE, VERMILLION
 from sim.base.style import new_figure, styled
 from sim.calibration.calibrate import Calibration
-from sim.calibration.fits import FAMILIES, Family
+from sim.calibration.fits import FAMILIES, SCORES, Family
 
 POINTS_MOST = 4_000
 BINS = 12
@@ -113,10 +113,11 @@ def _noise(axes: Any, found: Calibration) -> None:
     axes.plot(expected, z, ".", color=BLUE, markersize=3)
     ends = [float(expected[0]), float(expected[-1])]
     axes.plot(ends, ends, color=INK, linestyle="--", linewidth=0.9)
-    verdict = "of the model's shape" if fit.ks <= fit.ks_limit else "not of the model's shape: rows keep their times"
-    axes.text(
-        0.03, 0.95, f"KS {fit.ks:.3f}, allowed {fit.ks_limit:.3f}:\n{verdict}", transform=axes.transAxes, va="top"
-    )
+    for i, (_, shape) in enumerate(fit.noise.groups):
+        scaled = shape / max(1e-9, fit.sigma.used)
+        axes.plot(SCORES, scaled, color=ORANGE, linewidth=0.9, label=None if i else "drawn")
+    axes.text(0.03, 0.95, f"drawn: {fit.noise.name}", transform=axes.transAxes, va="top")
+    axes.set_xlim(expected[0] - 0.2, expected[-1] + 0.2)
     axes.set_xlabel("standard normal")
     axes.set_ylabel("measured, in sigmas")
 

@@ -302,10 +302,11 @@ class Scenario:
         folder = Path(".") if source.path == "-" else Path(source.path).parent
         return Scenario.from_yaml(text, folder=folder, name=source.name)
 
-    def write(self, path: str | Path) -> Scenario:
+    def write(self, path: str | Path, *, more: str = "") -> Scenario:
         """Writes the scenario to a YAML file that re-runs it, and returns it as that file states it.
 
-        Rows from standard input go beside it, into NAME.workload.csv. Each file appears whole or not at all.
+        `more`: further keys, as YAML. Rows from standard input go beside it, into NAME.workload.csv. Each file appears
+        whole or not at all.
         """
         path = Path(path)
         written = self
@@ -314,7 +315,7 @@ class Scenario:
             save_rows(self.workload, rows)
             written = self.with_(source=FileSource(path=str(rows), provenance=dict(self.workload.provenance)))
         unfinished = path.with_name(path.name + ".part")
-        unfinished.write_text(written.to_yaml(path.parent), encoding="utf-8")
+        unfinished.write_text(written.to_yaml(path.parent) + more, encoding="utf-8")
         unfinished.replace(path)
         return written
 

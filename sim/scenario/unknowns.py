@@ -57,17 +57,22 @@ class Unknowns(Config):
         return self
 
     def text(self) -> str:
-        """The ranges in one line, for people."""
-        shares = f"others on the quota {_span(self.cotenant_share, percent=True)} in bursts"
+        """The ranges in one line, for people; in brackets what the range is where nothing is known."""
+        usual = Unknowns()
+
+        def span(name: str, *, percent: bool = False) -> str:
+            text, most = (_span(getattr(each, name), percent=percent) for each in (self, usual))
+            return text if text == most else f"{text} (in place of {most})"
+
         parts = [
-            "any other charge rule that fits" if self.charge_rules else "",
-            f"settling with probability {self.settles:g}",
+            "any other charge rule that fits" if self.charge_rules else "the charge rule as known",
+            {0.0: "no settling", 1.0: "settling"}.get(self.settles, f"settling with probability {self.settles:g}"),
             f"counts dated at the answer with probability {self.counts_at_answer:g}",
-            shares,
-            f"latency x {_span(self.latency_factor)}",
-            f"answers x {_span(self.output_factor)} as long",
+            f"others on the quota {span('cotenant_share', percent=True)} in bursts",
+            f"latency x {span('latency_factor')}",
+            f"answers x {span('output_factor')} as long",
         ]
-        return ", ".join(filter(None, parts))
+        return ", ".join(parts)
 
 
 def _span(values: tuple[float, float], *, percent: bool = False) -> str:
@@ -96,7 +101,9 @@ def _one(scenario: Scenario, unknowns: Unknowns, rules: list[str], i: int) -> Sc
         return math.exp(between((math.log(span[0]), math.log(span[1])), unknown))
 
     provider, workload = scenario.provider, scenario.workload
-    share = max(provider.cotenant.share, between(unknowns.cotenant_share, 2))
+    share = between(unknowns.cotenant_share, 2)
+    if "other users of the quota" not in provider.learnt:
+        share = max(provider.cotenant.share, share)
     cotenant = {"share": share, "burst_s": between(BURST_S, 3), "period_s": PERIOD_S} if share > 0.0 else {}
     late = provider.latency.model_dump()
     scale = min(1_000.0, late["scale"] * factor(unknowns.latency_factor, 4))

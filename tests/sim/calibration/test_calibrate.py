@@ -11,28 +11,37 @@ import pytest
 from benchmarks.bench_calibrate import DATA, drawn, halves, misses, round_trips, write_log
 from sim.app.calibrate_command import text_of
 from sim.app.cli import main
+from sim.app.inputs import _stated
 from sim.calibration import fits
-from sim.calibration.calibrate import LEARNT, calibrate, read_sources
+from sim.calibration.calibrate import LEARNT, calibrate, outlook, read_sources
 from sim.calibration.observed import ANSWERED, REFUSED, Observed
 from sim.calibration.spans import of_spans
+from sim.model.draws import first_latencies_s
 from sim.model.workload import from_tokens, parametric, redrawn
 from sim.scenario.readers import Source
 from sim.scenario.scenario import Scenario
+from sim.scenario.unknowns import Unknowns
+from sim.scenario.unknowns import drawn as conditions_drawn
 from tests import live
 
 # ---------------------------------------------------------------- the round trip
 
 
 def test_known_scenarios_are_recovered(tmp_path: Path) -> None:
-    recovered, told, missed = round_trips(5, tmp_path, requests=400, first_seed=101)
-    assert recovered >= 4, missed
+    told, missed = round_trips(5, tmp_path, requests=400, first_seed=101)
+    assert len(missed) <= _at_most(told), missed
     assert told > 5 * 12, "most figures can be told"
+
+
+def _at_most(told: int) -> float:
+    """How many of so many intervals of 95 % may miss, at four standard errors."""
+    return told * (1.0 - fits.EACH) + 4.0 * (told * fits.EACH * (1.0 - fits.EACH)) ** 0.5
 
 
 @pytest.mark.long
 def test_fifty_known_scenarios_are_recovered(tmp_path: Path) -> None:
-    recovered, _, missed = round_trips(50, tmp_path)
-    assert recovered >= 45, missed
+    told, missed = round_trips(50, tmp_path)
+    assert len(missed) <= _at_most(told), missed
 
 
 @pytest.mark.parametrize("name", ["code", "conv"])
@@ -49,8 +58,8 @@ def test_a_wrong_scenario_is_not_recovered(tmp_path: Path) -> None:
     known = drawn(101, 400)
     found = calibrate(read_sources([str(write_log(known.scenario, tmp_path / "log.csv"))], {}))
     wrong = {**known.truth, "first token": 2.0 * known.truth["first token"]}
-    assert not misses(found, known.truth)
-    assert len(misses(found, wrong)) == 1
+    (one,) = set(misses(found, wrong)) - set(misses(found, known.truth))
+    assert one.startswith("first token")
 
 
 # ---------------------------------------------------------------- fits
@@ -58,17 +67,57 @@ def test_a_wrong_scenario_is_not_recovered(tmp_path: Path) -> None:
 
 def test_intervals_hold_as_often_as_they_say(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    inside, trials = 0, 120
+    truth = {"first_token_s": 0.5, "per_token_s": 0.02, "sigma": 0.2}
+    trials, inside = 200, dict.fromkeys(truth, 0)
     for _ in range(trials):
         x = rng.lognormal(5.0, 0.8, 150)
-        y = (0.5 + 0.02 * x) * rng.lognormal(0.0, 0.2, 150)
-        fit = fits.latency(x, y, np.full(150, -1.0))
+        fit = fits.latency(x, (0.5 + 0.02 * x) * rng.lognormal(0.0, 0.2, 150), np.full(150, -1.0))
         assert fit is not None
-        figures = ((fit.first_token_s, 0.5), (fit.per_token_s, 0.02), (fit.sigma, 0.2), (fit.stall_ratio, 0.0))
-        inside += all(f.low <= true <= f.high for f, true in figures)
-    # Four figures at EACH: all of them in 1 - 4 x 0.05 / FIGURES at the least; four standard errors below that.
-    least = 1.0 - 4.0 * (1.0 - fits.EACH)
-    assert inside / trials >= least - 4.0 * (least * (1.0 - least) / trials) ** 0.5
+        assert fit.stall_ratio.value == 0.0
+        for name, true in truth.items():
+            inside[name] += getattr(fit, name).low <= true <= getattr(fit, name).high
+    # Four standard errors about what is stated, on either side: too wide is wrong as well.
+    for name, hits in inside.items():
+        assert abs(hits / trials - fits.EACH) <= 4.0 * (fits.EACH * (1.0 - fits.EACH) / trials) ** 0.5 + 0.01, name
+
+
+@pytest.mark.parametrize("n", [20, 71, 72, 500])
+def test_percentiles_are_bounded_by_as_many_rows_as_it_takes(n: int, seed: int) -> None:
+    """0.95^72 < 2.5 %: from 72 rows on the largest bounds P95 from above; below that nothing does."""
+    rng = np.random.default_rng(seed)
+    hits, trials = 0, 1_000
+    for _ in range(trials):
+        found = fits.quantile("x", rng.random(n), 0.95, "", "rows")
+        assert (found.high is None) == (n < 72)
+        assert found.how.endswith("not bounded by 20 rows") == (n == 20) or n == 71
+        hits += (found.low or 0.0) <= 0.95 <= (1.0 if found.high is None else found.high)
+    assert hits / trials >= 0.95 - 4.0 * (0.05 * 0.95 / trials) ** 0.5
+
+
+@pytest.mark.parametrize("n", [100, 3_000])
+def test_noise_is_log_normal_unless_another_shape_predicts_better(n: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x = rng.lognormal(5.0, 0.8, n)
+    assert fits.noise(x, rng.normal(0.0, 0.2, n)).name == fits.LOG_NORMAL
+    two = np.where(rng.random(n) < 0.5, -0.6, 0.6) + rng.normal(0.0, 0.05, n)
+    found = fits.noise(x, two)
+    assert found.name in (fits.MEASURED, fits.BY_LENGTH)
+    assert found.scores[fits.MEASURED] > found.scores[fits.LOG_NORMAL]
+    # What is drawn from the shape is spread as the residuals are.
+    score = rng.standard_normal(20_000)
+    drawn_ = np.interp(score, fits.SCORES, found.groups[0][1])
+    assert np.quantile(drawn_, [0.05, 0.25, 0.75, 0.95]) == pytest.approx([-0.66, -0.6, 0.6, 0.66], abs=0.06)
+
+
+def test_noise_that_differs_by_answer_length_is_kept_apart(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x = rng.lognormal(5.0, 0.8, 2_000)
+    long = x > np.median(x)
+    found = fits.noise(x, rng.normal(0.0, np.where(long, 0.4, 0.05)))
+    assert found.name == fits.BY_LENGTH
+    assert found.groups[0][0] == 0.0
+    spreads = [float(np.ptp(np.interp([-1.0, 1.0], fits.SCORES, shape))) / 2.0 for _, shape in found.groups]
+    assert spreads == pytest.approx([0.05, 0.05, 0.4, 0.4], rel=0.2)
 
 
 def test_stalls_are_told_from_noise(seed: int) -> None:
@@ -84,7 +133,7 @@ def test_stalls_are_told_from_noise(seed: int) -> None:
     assert 55.0 <= fit.stall_max_s <= 65.0
 
 
-def test_shape_that_is_none_of_the_model_keeps_the_rows_times(tmp_path: Path) -> None:
+def test_runs_of_a_calibrated_log_differ_whatever_the_shape_of_its_times(tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
     took = np.where(rng.random(300) < 0.5, 1.0, 4.0) * rng.lognormal(0.0, 0.02, 300)
     rows = "".join(
@@ -93,9 +142,59 @@ def test_shape_that_is_none_of_the_model_keeps_the_rows_times(tmp_path: Path) ->
     path = tmp_path / "log.csv"
     path.write_text("prompt_tokens,output_tokens,launched_s,latency_s\n" + rows)
     found = calibrate(read_sources([str(path)], {}))
-    assert found.scenario.provider.latency.recorded
     assert not found["server errors"].known, "a log without outcomes"
-    assert any("repeats each row's own time" in note for note in found.notes)
+    assert found.latency is not None
+    assert found.latency.noise.name != fits.LOG_NORMAL
+    written = found.write(tmp_path / "scenario.yaml")
+    again = Scenario.read(tmp_path / "scenario.yaml")
+    assert again.provider == written.provider
+    low, high = outlook(again).makespan_s[1:]
+    assert low < high
+    # Drawn answers take about 1 s or about 4 s, as the log's do.
+    c = again.columns()
+    assert (c.recorded_s < 0.0).all()
+    times = np.array(
+        first_latencies_s(again.provider_params(), 1, np.arange(len(c)), c.output_tokens.astype(float), c.recorded_s)
+    )
+    assert ((times > 2.0) & (times < 3.3)).mean() < 0.15
+    assert 0.4 < (times > 2.6).mean() < 0.6
+
+
+def test_what_a_log_has_narrowed_is_drawn_from_narrower_ranges(tmp_path: Path) -> None:
+    known = drawn(101, 400)
+    found = calibrate(read_sources([str(write_log(known.scenario, tmp_path / "log.csv"))], {}))
+    usual = Unknowns()
+    for name in ("latency_factor", "output_factor"):
+        (low, high), (least, most) = getattr(found.unknowns, name), getattr(usual, name)
+        assert least < low < 1.0 < high < most
+    assert not found.unknowns.charge_rules
+    assert found.unknowns.settles == float(found["settles"].value)
+    found.write(tmp_path / "scenario.yaml")
+    _, wishes = _stated(Source.open(tmp_path / "scenario.yaml"))
+    assert wishes.unknowns == found.unknowns
+    low, high = found.unknowns.latency_factor
+    assert f"latency x {low:g} to {high:g} (in place of 0.7 to 2.5)" in text_of(found, None)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2])
+def test_the_share_of_others_is_drawn_from_its_interval(share: float, seed: int) -> None:
+    """A learnt share is the middle of its range, not its floor."""
+    base = Scenario.of("examples/batch.jsonl").with_(seed=seed % 1_000)
+    others = base.provider.with_(cotenant={"share": share, "burst_s": 0.0, "period_s": 0.0})
+    learnt = base.with_(provider=others.with_(learnt=("other users of the quota",), learnt_from="log.csv"))
+    unknowns = Unknowns(cotenant_share=(0.1, 0.3))
+    shares = [each.scenario.provider.cotenant.share for each in conditions_drawn(learnt, unknowns, range(100))]
+    assert np.mean(shares) == pytest.approx(0.2, abs=4.0 * 0.2 / 12**0.5 / 10.0)
+
+
+def test_factors_cover_another_stretch_of_the_same_kind(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    inside, trials = 0, 1_000
+    for _ in range(trials):
+        first, second = rng.lognormal(0.0, 0.7, (2, 300))
+        low, high = fits.factor(first)
+        inside += low <= second.mean() / first.mean() <= high
+    assert inside / trials == pytest.approx(0.95, abs=0.03)
 
 
 def test_families_name_the_one_that_was_drawn(seed: int) -> None:
@@ -268,9 +367,11 @@ def test_a_log_of_one_moment_per_attempt_tells_of_the_quota(tmp_path: Path) -> N
     assert "only moments" in found.notes[0]
     bucket_log(path, headers=False)
     limit = calibrate(read_sources([str(path)], {}))["tokens per minute"]
-    assert limit.low is not None
-    assert limit.high is not None
-    assert limit.low < 22_000 < limit.high < 1.2 * limit.low
+    assert limit.value == pytest.approx(22_000, rel=0.05)
+    # Where hardly more attempts come out otherwise is no interval, and is not printed as one.
+    assert limit.low is limit.high is None
+    low, high = (float(text.replace(",", "")) for text in limit.how.rpartition(" at ")[2].split(" to "))
+    assert low < 22_000 < high < 1.2 * low
 
 
 def test_batch_output_teaches_lengths_and_says_what_it_cannot(tmp_path: Path) -> None:

@@ -161,6 +161,7 @@ def test_every_field_reaches_the_engines() -> None:
             "stall_min_s": 20.0,
             "stall_max_s": 21.0,
             "scale": 3.0,
+            "noise": ({"from_tokens": 5.0, "log_ratios": [0.25] * 33},),
         },
     )
     inf = math.inf
@@ -189,6 +190,8 @@ def test_every_field_reaches_the_engines() -> None:
         stall_ratio=0.19,
         stall_min_s=20,
         stall_max_s=21,
+        noise=[0.25] * 33 + [0.0] * 99,
+        noise_from=[5.0, inf, inf, inf],
         error_ratio=0.14,
         drop_ratio=0.15,
         hang_ratio=0.22,
