@@ -185,6 +185,7 @@ def _provider(rng: random.Random, workload: Workload, tpm: int) -> dict[str, Any
     }
     if rng.random() < 0.3:
         config["faults"] |= {"error_ratio": rng.choice([0.0, 0.1, 0.5]), "drop_ratio": rng.choice([0.0, 0.1, 0.4])}
+        config["faults"]["hang_ratio"] = rng.choice([0.0, 0.0, 0.1])
     if rng.random() < 0.2:
         config |= {"slice_s": rng.choice([0.5, 1.0, 10.0]), "slice_tokens": rng.choice([0, tpm // 10])}
     if rng.random() < 0.1:

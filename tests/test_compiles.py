@@ -261,6 +261,7 @@ def drawn_provider(r: random.Random) -> prov.ProviderParams:
         stall_ratio=r.choice([0.0, 0.1]),
         error_ratio=r.choice([0.0, 0.1]),
         drop_ratio=r.choice([0.0, 0.1]),
+        hang_ratio=r.choice([0.0, 0.1]),
     )
     if r.random() < 0.5:
         pp.cotenant_share = r.random()
@@ -275,6 +276,11 @@ def drawn_provider(r: random.Random) -> prov.ProviderParams:
         at = later(r, at)
         pp.change_at[i] = at
         pp.change_factor[i] = r.choice([0.5, 1.0, r.uniform(0.01, 2.0)])
+    at = 0.0
+    for i in range(r.randrange(prov.OUTAGES)):
+        pp.outage_at[i] = later(r, at)
+        pp.outage_until[i] = at = pp.outage_at[i] + r.choice([0.5, 60.0, r.expovariate(0.1)])
+        pp.outage_kind[i] = float(r.randrange(3))
     return pp
 
 

@@ -50,7 +50,9 @@ def compared(seed: int, counts: dict[str, int]) -> None:
     rows, tally = run(scenario, "simpy")
     their_rows, their_tally = run(scenario, "compiled")
     assert not difference(rows, their_rows), f"{difference(rows, their_rows)}\nin {shown(seed, scenario)}"
-    differing = {name: (tally[name], their_tally[name]) for name in tally if tally[name] != their_tally[name]}
+    # As text, in which 0 and 0.0, and another order of failures, differ too.
+    both = {name: (repr(tally[name]), repr(their_tally[name])) for name in tally}
+    differing = {name: values for name, values in both.items() if values[0] != values[1]}
     assert not differing, f"{differing}\nin {shown(seed, scenario)}"
     seen(scenario, rows, tally, counts)
 
@@ -84,10 +86,13 @@ def seen(scenario: Scenario, rows: list[Attempt], tally: dict[str, Any], counts:
         f"charged at {provider.charged}": len(rows),
         "day": sum(a.waited_day_s > 0.0 for a in rows),
         "stalls": len(rows) * (provider.latency.stall_ratio > 0.0),
+        "outages": len(rows) * bool(provider.outages),
+        "hangs": len(rows) * (provider.faults.hang_ratio > 0.0),
         "recorded": int((scenario.workload.recorded_s >= 0.0).sum()),
         "late": tally["failures"].get(FailureCode.DEADLINE_EXCEEDED, 0),
         "too large": tally["failures"].get(FailureCode.REQUEST_TOO_LARGE, 0),
         "credit gone": tally["failures"].get(FailureCode.INSUFFICIENT_QUOTA, 0),
+        "waits too long": tally["failures"].get(FailureCode.OUTWAITED, 0),
     }
     for name, count in happened.items():
         counts[name] = counts.get(name, 0) + int(count)

@@ -339,9 +339,9 @@ class Tally:
     attempts: int = 0
     throttled: int = 0
     last_s: float = 0.0
-    reserved_tokens: float = 0
-    charged_tokens: float = 0
-    used_tokens: float = 0
+    reserved_tokens: float = 0.0
+    charged_tokens: float = 0.0
+    used_tokens: float = 0.0
     in_flight: int = 0
     peak_in_flight: int = 0
     waits_s: list[float] = field(default_factory=lambda: [0.0] * len(CAUSES))

@@ -318,6 +318,7 @@ class Runner:
         for code, count in zip(CODES, real[PLACES["failures"]], strict=True):
             if count:
                 tally.failures[code] = tally.failures.get(code, 0) + int(count)
+        tally.failures = dict(sorted(tally.failures.items()))
         work.requests = whole[PLACES["work_requests"].start]
         for name, at in _WORK:
             setattr(work, name, real[at])

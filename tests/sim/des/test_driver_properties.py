@@ -39,9 +39,10 @@ seeds = st.integers(0, 2**40)
 
 WAITS = tuple(f"waited_{cause}_s" for cause in CAUSES[1:])
 REFUSED = (Outcome.THROTTLED, Outcome.SLOW_DOWN, Outcome.QUOTA, Outcome.TOO_LARGE)
-# Failures of requests that may end while nothing of theirs is under way.
+# No answer, so perhaps an outage.
 UNANSWERED = (Outcome.SERVER_ERROR, Outcome.DROPPED, Outcome.TIMEOUT)
-UNLAUNCHED = {"REQUEST_TOO_LARGE", "INSUFFICIENT_QUOTA", "OPENAI_DEADLINE_EXCEEDED"}
+# Failures of requests that may end while nothing of theirs is under way.
+UNLAUNCHED = {"REQUEST_TOO_LARGE", "INSUFFICIENT_QUOTA", "OPENAI_DEADLINE_EXCEEDED", "OUTWAITED"}
 # No sync, no settling, no refunds: then a budget holds what was launched and nothing else.
 PLAIN = {"sync_headers": False, "settle": False, "refund_throttled": False}
 
@@ -64,6 +65,32 @@ def lanes(rows: Iterable[Attempt]) -> dict[tuple[int, str], list[Attempt]]:
 def firsts(done: Run) -> list[Attempt]:
     """The first attempt of each request in each lane."""
     return [rows[0] for rows in lanes(done.rows).values()]
+
+
+def silence(done: Run) -> list[int]:
+    """Per row: how many attempts in a row, with this one, had ended without an answer; 0 for an answer."""
+    counts = [0]
+    for a in done.rows:
+        counts.append(counts[-1] + 1 if a.outcome in UNANSWERED else 0)
+    return counts[1:]
+
+
+def outages(done: Run) -> list[tuple[float, float]]:
+    """From when to when so many attempts in a row, of two requests at least, ended without an answer."""
+    found: list[tuple[float, float]] = []
+    spell: list[Attempt] = []
+    for a in done.rows:
+        if a.outcome in UNANSWERED:
+            spell.append(a)
+            continue
+        found += _outage(spell, a.finished_s)
+        spell = []
+    return found + _outage(spell, math.inf)
+
+
+def _outage(spell: list[Attempt], until: float) -> list[tuple[float, float]]:
+    is_one = len(spell) >= law.OUTAGE_FAILURES and len({a.request for a in spell}) > 1
+    return [(spell[0].finished_s, until)] if is_one else []
 
 
 def waits_of(a: Attempt) -> list[float]:
@@ -111,11 +138,14 @@ def test_every_request_ends_exactly_once(seed: int) -> None:
 @given(seeds)
 def test_attempts_are_numbered_without_gaps_and_never_more_than_allowed(seed: int) -> None:
     done = ran(seed)
+    silent = outages(done)
     for rows in lanes(done.rows).values():
         # An attempt that failed in an outage does not count: the next one has its number.
         assert rows[0].attempt == 1
         assert all(after.attempt - before.attempt in (0, 1) for before, after in pairwise(rows))
-        assert all(after.attempt > before.attempt or before.outcome in UNANSWERED for before, after in pairwise(rows))
+        for before, after in pairwise(rows):
+            met = before.outcome in UNANSWERED and any(a <= before.finished_s <= b for a, b in silent)
+            assert after.attempt > before.attempt or met
         assert rows[-1].attempt <= done.scenario.policy.retry_max_attempts
         assert all(a.outcome != Outcome.OK for a in rows[:-1])
 
@@ -171,7 +201,7 @@ def test_waits_by_cause_add_up_to_the_time_between_submission_and_launch(seed: i
 @given(seeds)
 def test_retries_never_come_before_their_backoff(seed: int) -> None:
     done = ran(seed)
-    policy = done.scenario.policy
+    policy, silent = done.scenario.policy, outages(done)
     for rows in lanes(done.rows).values():
         for before, after in pairwise(rows):
             wait_s = min(policy.backoff_base_seconds * 2.0 ** (before.attempt - 1), policy.backoff_cap_seconds)
@@ -186,7 +216,7 @@ def test_retries_never_come_before_their_backoff(seed: int) -> None:
             backoff_s = after.eligible_s - before.finished_s
             # In an outage a request that has just failed lets another one have the next probe.
             longest_s = wait_s + jitter_s
-            if before.outcome in UNANSWERED:
+            if before.outcome in UNANSWERED and any(a <= before.finished_s < b for a, b in silent):
                 longest_s = max(longest_s, law.PROBE_GAP_MAX_S + law.PROBE_TURN_S)
             assert wait_s - 1e-9 <= backoff_s <= longest_s + 1e-9
             assert after.launched_s >= after.eligible_s
@@ -195,23 +225,32 @@ def test_retries_never_come_before_their_backoff(seed: int) -> None:
 # ---------------------------------------------------------------- permits
 
 
-def keeps(done: Run) -> bool:
-    """Whether whatever backs off keeps its place: as the policy says, but not where nothing is answered."""
-    failures = sum(a.outcome in UNANSWERED for a in done.rows)
-    return done.scenario.policy.backoff_keeps_permit and failures < 2
+def kept(done: Run) -> set[tuple[int, float]]:
+    """The attempts, by request and launch, whose request keeps its place while it backs off.
+
+    That is all of them where the policy says so, but those of which nothing came back, nor of the one before.
+    """
+    if not done.scenario.policy.backoff_keeps_permit:
+        return set()
+    return {(a.request, a.launched_s) for a, count in zip(done.rows, silence(done), strict=True) if count < 2}
 
 
 def held(done: Run, *, longest: bool = False) -> list[tuple[float, float]]:
-    """From when to when each permit is held; a request that backs off keeps its own where the policy says so.
+    """From when to when each permit is held; a request that backs off may keep its own.
 
     One that was given up while it backed off or waited kept it beyond its last row, `longest`: to the end of the run.
     """
-    if not keeps(done):
-        return [(a.launched_s, a.finished_s) for a in done.rows]
+    keeping = kept(done)
     spans = []
     for rows in lanes(done.rows).values():
-        given_up = rows[-1].outcome != Outcome.OK and not rows[-1].error_code
-        spans.append((rows[0].launched_s, done.tally.last_s if given_up and longest else rows[-1].finished_s))
+        begin = rows[0].launched_s
+        for before, after in pairwise(rows):
+            if (before.request, before.launched_s) not in keeping:
+                spans.append((begin, before.finished_s))
+                begin = after.launched_s
+        last = rows[-1]
+        given_up = last.outcome != Outcome.OK and not last.error_code and (last.request, last.launched_s) in keeping
+        spans.append((begin, done.tally.last_s if given_up and longest else last.finished_s))
     return spans
 
 
@@ -235,9 +274,7 @@ def test_never_more_in_flight_than_permits_and_none_leaks(seed: int) -> None:
     peak, cap = most(held(done)), done.scenario.policy.max_concurrency
     assert peak <= cap
     # Answers that arrive at one instant are taken one by one, with launches between them.
-    assert peak <= done.tally.peak_in_flight <= cap
-    if keeps(done) or not done.scenario.policy.backoff_keeps_permit:
-        assert done.tally.peak_in_flight <= most(held(done, longest=True), ends_first=False)
+    assert peak <= done.tally.peak_in_flight <= min(cap, most(held(done, longest=True), ends_first=False))
     assert (done.state.in_flight, done.state.finalize_open, done.state.alone) == (0, 0, 0)
 
 
@@ -251,11 +288,13 @@ def test_while_a_finalize_pass_is_open_nobody_joins_above_the_lower_cap(seed: in
     opened = [
         (by_lane[request, "main"][-1].finished_s, rows) for (request, lane), rows in by_lane.items() if lane != "main"
     ]
-    spans = held(done)
+    spans, keeping = held(done), kept(done)
     for cut_at, rows in opened:
         for lane_rows in by_lane.values():
-            joins = lane_rows[:1] if policy.backoff_keeps_permit else lane_rows  # later ones may have kept their place
-            for a in joins:
+            again = [
+                after for before, after in pairwise(lane_rows) if (before.request, before.launched_s) not in keeping
+            ]
+            for a in lane_rows[:1] + again:
                 # Strictly inside: at the instant of its opening or its end, the order of events decides.
                 if cut_at < a.launched_s < rows[-1].finished_s:
                     others = sum(begin < a.launched_s < end for begin, end in spans)
@@ -516,7 +555,7 @@ def test_the_drawn_scenarios_reach_everything() -> None:
     wanted |= {*CAUSES[1:7], "backoff", "fixed", "sliding", "bucket", "batch", "trace", "finalize", "lossless"}
     wanted |= {"efficient", "above the budget", *_habits(drawn(0))}
     wanted |= {"OPENAI_RATE_LIMIT_EXHAUSTED", "OPENAI_DEADLINE_EXCEEDED", "REQUEST_TOO_LARGE", "INSUFFICIENT_QUOTA"}
-    wanted |= {"OPENAI_SERVER_ERROR", "OPENAI_TIMEOUT", "OPENAI_CONNECTION_DROPPED"}
+    wanted |= {"OUTWAITED", "OPENAI_SERVER_ERROR", "OPENAI_TIMEOUT", "OPENAI_CONNECTION_DROPPED"}
     assert {name for name in wanted if seen[name] < 10} == set()
 
 
@@ -532,5 +571,7 @@ def _habits(scenario: Scenario) -> dict[str, bool]:
         "bursty neighbour": config.cotenant.period_s > 0.0,
         "clock": config.window == "clock",
         "settles": config.settles,
+        "outage": bool(config.outages),
+        "hangs": config.faults.hang_ratio > 0.0,
         "stalls": config.latency.stall_ratio > 0.0,
     }
