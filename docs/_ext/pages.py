@@ -31,11 +31,10 @@ from governor.model.requests import CAUSES
 from governor.run.account import ATTEMPT_COLUMNS
 from governor.telemetry import metrics
 from sim.app import cli, inputs
-from sim.calibration import logs
 from sim.model import provider_config
 from sim.reporting.terminal import WAITED_FOR
+from sim.scenario import columns, unknowns
 from sim.scenario import scenario_file as document
-from sim.scenario import unknowns
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -172,7 +171,7 @@ def roles() -> str:
     """The roles that a log's columns can play, and the names by which they are known."""
     return _table(
         ("role", "known as"),
-        ((_code(role), ", ".join(map(_code, logs.KNOWN.get(role, ())))) for role in logs.ROLES),
+        ((_code(role), ", ".join(map(_code, columns.KNOWN[role]))) for role in columns.ROLES),
     )
 
 

@@ -47,6 +47,28 @@ UNSERVED: dict[str, tuple[tuple[object, ...], str]] = {
     "service_tier": (SERVICE_TIERS, f"no such tier is known: use one of {', '.join(SERVICE_TIERS)}, or leave it out"),
 }
 
+# What a file begins with that is no text of ours, what it is, and the remedy: the same words from every command.
+GZIP = b"\x1f\x8b"
+FOREIGN = {
+    GZIP: "gzip-compressed: unpack it first (gunzip)",
+    b"PK\x03\x04": "a zip archive (or a spreadsheet): unpack or export it first",
+    b"PAR1": "Parquet: export it as JSON lines or CSV first",
+    b"\x28\xb5\x2f\xfd": "zstd-compressed: unpack it first (unzstd)",
+    b"\xff\xfe": "UTF-16 text: save it as UTF-8",
+    b"\xfe\xff": "UTF-16 text: save it as UTF-8",
+}
+
+
+def foreign_format(head: bytes) -> str:
+    """What a file that begins like this is, with the remedy; "" for one that may be text."""
+    return next((what for magic, what in FOREIGN.items() if head.startswith(magic)), "")
+
+
+def one_list(name: str) -> BadInput:
+    """The error of a file that holds one JSON list of requests, where one per line is read."""
+    return BadInput("this is one JSON list: write one object per line (jq -c '.[]')", name, 1)
+
+
 URLS = ("/v1/chat/completions", "/v1/responses", "/v1/embeddings", "/v1/completions")
 
 
@@ -288,10 +310,17 @@ def _objects(lines: Iterable[str | bytes], name: str) -> Iterator[tuple[int, dic
     """Line number and JSON object of every line that is not blank."""
     line = 0
     try:
+        first = True
         for line, raw in enumerate(lines, 1):
+            what = foreign_format(raw) if line == 1 and isinstance(raw, bytes) else ""
+            if what:
+                raise BadInput(f"this is {what}", name)
             text = _text(raw, name, line)
             if not text.strip():
                 continue
+            if first and text.lstrip().startswith("["):
+                raise one_list(name)
+            first = False
             record = _json(text, name, line)
             if not isinstance(record, dict):
                 raise BadInput(f"{kind_of(record)} where a JSON object should be", name, line)

@@ -45,7 +45,7 @@ def calibrate(
         from sim.app.inputs import named_provider
         from sim.calibration import calibrate as cal
         from sim.reporting.figures_calibrate import write_figure
-        from sim.scenario.trace_columns import parse_columns
+        from sim.scenario.columns import parse_columns
     except ImportError as error:
         raise PacelineError(f"{NEEDS_SIM} ({error.name} is missing)") from None
     path = Path(out)

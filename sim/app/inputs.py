@@ -32,10 +32,10 @@ from sim.experiment.experiment import Pool
 from sim.model.presets import LATENCIES
 from sim.model.provider_config import Config, ProviderConfig, checked
 from sim.model.workload import Workload
+from sim.scenario.columns import parse_columns
 from sim.scenario.readers import SCENARIO, Source
 from sim.scenario.scenario import Scenario, following, limits_moved
 from sim.scenario.scenario_file import FileSource, ModelSource, parsed_yaml
-from sim.scenario.trace_columns import parse_columns
 from sim.scenario.unknowns import Unknowns
 from sim.selection.search import Goal
 

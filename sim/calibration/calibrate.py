@@ -23,9 +23,8 @@ from governor.model.policy import Policy
 from sim.calibration import fits
 from sim.calibration.fits import ArrivalFit, Family, Figure, LatencyFit, unknown
 from sim.calibration.fits_quota import QuotaFit, quota
-from sim.calibration.logs import of_log, of_results
+from sim.calibration.logs import of_log
 from sim.calibration.observed import Observed, of_journal, pooled, workload_of
-from sim.calibration.spans import looks_like_spans, of_spans
 from sim.des.engines import simulated
 from sim.experiment.experiment import case_of
 from sim.model.provider_config import ProviderConfig
@@ -96,16 +95,13 @@ def _read(path: str, columns: Mapping[str, str]) -> Observed:
         return of_journal(path)
     source = Source.open(path)
     with source.stream() as stream:
-        head = stream.read(65_536)
-    if head.startswith(SQLITE):
+        is_journal = stream.read(len(SQLITE)) == SQLITE
+    if is_journal:
         return of_journal(path)
-    if looks_like_spans(head) and head.lstrip()[:1] in (b"{", b"["):
-        return of_spans(source)
     kind = source.kind()
-    if kind == SCENARIO:
-        raise BadInput("this is a scenario, not a log of requests", source.name)
-    if kind == BATCH or b'"response"' in head.split(b"\n", 1)[0]:
-        return of_results(source)
+    if kind in (BATCH, SCENARIO):
+        what = "scenario" if kind == SCENARIO else "batch file: its requests have no answers"
+        raise BadInput(f"this is a {what}, not a log of requests", source.name)
     return of_log(source, columns)
 
 

@@ -24,10 +24,11 @@ from scipy import stats
 from governor.law import RPM, TPM
 from governor.model.estimate import RULES
 from sim.calibration.fits import EACH, Figure, quantile, share, unknown
-from sim.calibration.observed import LOST, REFUSED, SERVER_FAULT, Observed
+from sim.calibration.observed import Observed
 from sim.calibration.others import NOBODY_RATIO, Count, Gap, gaps
 from sim.model.provider_config import ProviderConfig
 from sim.model.workload import charges
+from sim.scenario.columns import LOST, REFUSED, SERVER_FAULT
 
 Real = NDArray[np.float64]
 

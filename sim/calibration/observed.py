@@ -22,22 +22,12 @@ from governor.journal.journal import Journal
 from governor.model.errors import BadInput
 from governor.model.policy import Policy
 from governor.model.requests import Outcome, Request, Sizes
-from governor.model.work import DIMENSIONS, TURNED_AWAY
+from governor.model.work import DIMENSIONS
 from sim.calibration.others import Count, find_ways
 from sim.model.workload import MEASURED, Workload, constant, similar_outputs
+from sim.scenario.columns import ANSWERED, OTHER, REFUSED, kind_of_attempt
 
 Real = NDArray[np.float64]
-# What became of an attempt.
-ANSWERED, REFUSED, SERVER_FAULT, LOST, OTHER = range(5)
-_KINDS = {
-    Outcome.OK: ANSWERED,
-    Outcome.THROTTLED: REFUSED,
-    Outcome.SLOW_DOWN: REFUSED,
-    Outcome.SERVER_ERROR: SERVER_FAULT,
-    Outcome.OVERLOADED: SERVER_FAULT,
-    Outcome.MALFORMED: SERVER_FAULT,
-    Outcome.DROPPED: LOST,
-}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -262,7 +252,7 @@ def of_journal(path: str) -> Observed:
             "launched": a.launched_s,
             "arrival": a.launched_s,
             "finished": a.finished_s,
-            "kind": _KINDS.get(a.outcome, OTHER),
+            "kind": kind_of_attempt(a.outcome, -1, ""),
             "retry_after": a.retry_after_s,
             "processing": processing_s,
             "finalize": float(finalize),
@@ -355,15 +345,6 @@ def workload_of(found: Observed) -> Workload:
         return taken
     order = np.argsort(arrival_s, kind="stable")
     return taken.take(order)
-
-
-def refused_by(kind: str) -> int:
-    """What became of an attempt whose outcome a log names in our own words; OTHER for a word that is none."""
-    try:
-        outcome = Outcome(kind)
-    except ValueError:
-        return OTHER
-    return REFUSED if outcome in TURNED_AWAY and outcome in _KINDS else _KINDS.get(outcome, OTHER)
 
 
 assert DIMENSIONS["TPM"] == 0, "counts name dimensions by the law's numbers"

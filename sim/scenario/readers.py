@@ -1,8 +1,4 @@
-"""Files into workloads: OpenAI batch JSONL, traces as CSV or JSONL, and what kind of file this is in the first place.
-
-What lives here: `Source` (a named file, or standard input read once), the recognition of its kind, `read_workload`, and
-the saving of rows that came from standard input. What must not: rows of traces (`traces`), the batch line's own format
-(`governor/model/requests.py`), models of answer lengths (`workload`).
+"""Files into workloads: OpenAI batch JSONL, logs and traces of any format, and what kind of file this is.
 
 A batch file gives sizes by the same code that the live run uses; answers come from an old run's results, from two
 quantiles or from an assumed model, uncapped: the body's cap cuts them at run time. A trace gives token counts, and the
@@ -12,24 +8,26 @@ rest is assumed and said so. Bad input is `BadInput`: one line that begins with 
 from __future__ import annotations
 
 import csv
+import gzip
+import io
 import json
 import os
 import re
 import sys
+import zlib
 from array import array
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
-from io import BytesIO
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
 from governor.model.errors import BadInput, BadSetting, quoted
 from governor.model.estimate import EMBEDDINGS, Sizes
-from governor.model.requests import OldResult, read_requests, read_results
+from governor.model.requests import GZIP, OldResult, foreign_format, one_list, read_requests, read_results
 from sim.model.workload import (
     ASSUMED,
     CAP_ASSUMED,
@@ -43,32 +41,32 @@ from sim.model.workload import (
     with_outputs_assumed,
     with_outputs_drawn,
 )
-from sim.scenario.trace_columns import OUR_COLUMNS, WHOLES, arrival_seconds
-from sim.scenario.traces import BOM, Rows, Table, read_csv, read_jsonl
+from sim.scenario.columns import ANSWERED, OUR_COLUMNS, WHOLES, seconds_from_first
+from sim.scenario.rows import BOM
+from sim.scenario.table import Table, read_table
 
 BATCH = "batch"
-TRACE_JSONL = "JSONL trace"
+TRACE_JSON = "JSON trace"
 TRACE_CSV = "CSV trace"
+TRACE_PARQUET = "Parquet trace"
 SCENARIO = "scenario"
+# The reader of rows for each kind of trace.
+TRACES = {TRACE_JSON: "json", TRACE_CSV: "csv", TRACE_PARQUET: "parquet"}
 
 HEAD_BYTES = 65_536
-_MAGIC = {
-    b"\x1f\x8b": "gzip-compressed: unpack it first (gunzip)",
-    b"PK\x03\x04": "a zip archive (or a spreadsheet): unpack or export it first",
-    b"PAR1": "Parquet: export it as CSV first",
-    b"\x28\xb5\x2f\xfd": "zstd-compressed: unpack it first (unzstd)",
-    b"\xff\xfe": "UTF-16 text: save it as UTF-8",
-    b"\xfe\xff": "UTF-16 text: save it as UTF-8",
-}
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A file by name, or standard input (`-`) with its bytes, which can be read only once. `name` stands in errors."""
+    """A file by name, or standard input (`-`) with its bytes, which can be read only once. `name` stands in errors.
+
+    `packed`: it is gzip-compressed, and is unpacked as it is read.
+    """
 
     name: str
     path: str
     data: bytes | None = None
+    packed: bool = False
 
     @property
     def label(self) -> str:
@@ -92,23 +90,37 @@ class Source:
             else:
                 source = Source(text, text)
             with source.stream() as stream:
-                if not stream.read(1):
-                    raise BadInput("the file is empty", source.name)
+                head = stream.read(len(GZIP))
+            if not head:
+                raise BadInput("the file is empty", source.name)
         except (OSError, ValueError) as error:
             raise BadInput(f"cannot be read: {getattr(error, 'strerror', None) or error}", text) from None
-        return source
+        return replace(source, packed=head == GZIP)
 
     def stream(self) -> BinaryIO:
         """The bytes from their beginning, as an open file."""
-        return BytesIO(self.data) if self.data is not None else open(self.path, "rb")
+        if self.packed:
+            return cast(BinaryIO, gzip.open(self.path if self.data is None else io.BytesIO(self.data)))
+        return io.BytesIO(self.data) if self.data is not None else open(self.path, "rb")
 
     def kind(self) -> str:
-        """BATCH, TRACE_JSONL, TRACE_CSV or SCENARIO, from the first lines and the name's ending."""
-        with self.stream() as stream:
-            head = stream.read(HEAD_BYTES)
-        for magic, what in _MAGIC.items():
-            if head.startswith(magic):
-                raise BadInput(f"this is {what}", self.name)
+        """BATCH, TRACE_JSON, TRACE_CSV, TRACE_PARQUET or SCENARIO, from the first lines and the name's ending."""
+        try:
+            with self.stream() as stream:
+                head = stream.read(HEAD_BYTES)
+        except (OSError, EOFError, zlib.error) as error:
+            raise BadInput(f"gzip that cannot be read: {error}", self.name) from None
+        kind = self._kind_of(head)
+        if kind == BATCH and self.packed:
+            # A run is resumed by lines and bytes of its input, so that none of the commands takes a packed one.
+            raise BadInput(f"this is {foreign_format(GZIP)}", self.name)
+        return kind
+
+    def _kind_of(self, head: bytes) -> str:
+        if head.startswith(b"PAR1"):
+            return TRACE_PARQUET
+        if what := foreign_format(head):
+            raise BadInput(f"this is {what}", self.name)
         if b"\0" in head:
             raise BadInput("this is not a text file", self.name)
         if self.path.lower().endswith((".yaml", ".yml")):
@@ -116,22 +128,29 @@ class Source:
         text = head.removeprefix(BOM).lstrip()
         if not text:
             raise BadInput("nothing but blank lines in it", self.name)
-        if text.startswith(b"["):
-            raise BadInput("this is one JSON list: write one object per line (jq -c '.[]')", self.name, 1)
-        if text.startswith(b"{"):
-            return self._kind_of_json()
+        if text[:1] in (b"{", b"["):
+            return self._kind_of_json(text)
         is_yaml = re.match(rb"(#[^\n]*\n|---[^\n]*\n|\s)*[A-Za-z_][\w]*:(\s|$)", text)
         return SCENARIO if is_yaml else TRACE_CSV
 
-    def _kind_of_json(self) -> str:
-        with self.stream() as stream:
-            line = next(line for line in stream if line.removeprefix(BOM).strip())
+    def _kind_of_json(self, head: bytes) -> str:
+        """BATCH for requests in batch format. A list of them is refused: a run takes one per line."""
+        is_list = head.startswith(b"[")
+        first: Any = None
+        if not is_list:
+            with self.stream() as stream:
+                line = next(line for line in stream if line.removeprefix(BOM).strip()).removeprefix(BOM)
+        else:
+            line = head[1:].lstrip()
         try:
-            first = json.loads(line.removeprefix(BOM))
-            return BATCH if "body" in first or "url" in first else TRACE_JSONL
-        except (ValueError, RecursionError, TypeError):
+            first, _ = json.JSONDecoder().raw_decode(line.decode("utf-8", "replace").lstrip())
+            asks = "body" in first or ("url" in first and not ({"response", "usage", "prompt_tokens"} & first.keys()))
+        except (ValueError, RecursionError, TypeError, AttributeError):
             # Broken: the reader of the likelier kind says where.
-            return BATCH if b'"body"' in line or b'"custom_id"' in line else TRACE_JSONL
+            asks = b'"body"' in line[:200] or b'"custom_id"' in line[:200]
+        if asks and is_list:
+            raise one_list(self.name)
+        return BATCH if asks else TRACE_JSON
 
 
 def read_workload(
@@ -168,10 +187,11 @@ def read_workload(
             raise BadInput("this is a scenario, not a workload", source.name)
         if outputs_from is not None:
             raise BadInput("--outputs-from is for batch files: a trace holds its own output tokens", source.name)
-        read = read_jsonl if source.kind() == TRACE_JSONL else read_csv
-        rows, table = read(source, columns or {}, first, output_tokens is not None)
-        workload = _trace(source, rows, table, max_tokens, first)
+        table = read_table(source, TRACES[source.kind()], columns or {}, first=first, drawn=output_tokens is not None)
+        workload = _trace(source, table, max_tokens, first)
         return workload if output_tokens is None else with_outputs_drawn(workload, *output_tokens, seed)
+    except (EOFError, zlib.error) as error:
+        raise BadInput(f"gzip that cannot be read: {error}", source.name) from None
     except OSError as error:
         raise BadInput(f"cannot be read: {error.strerror or error}", source.name) from None
 
@@ -257,7 +277,7 @@ def _place(error: BadInput) -> tuple[str, int]:
 def _with_old_outputs(workload: Workload, path: str, seed: int) -> Workload:
     """Answers from an old run's results, by custom_id; those not there are drawn from those that are."""
     old = Source.open(path)
-    if old.kind() == SCENARIO or old.kind() == TRACE_CSV:
+    if old.kind() not in (BATCH, TRACE_JSON):
         raise BadInput("this is not a results file (JSONL, one line per request)", path)
     counts: Counter[str] = Counter()
     outputs: dict[str, int] = {}
@@ -303,43 +323,63 @@ def _is_answer(result: OldResult) -> bool:
 
 # ---------------------------------------------------------------- traces
 
-_FROM_ROLE = {role: column for role, column in OUR_COLUMNS.items() if role in WHOLES[3:]} | {"endpoint": "endpoint"}
+_WHOLE_FIELDS = tuple(WHOLES)[4:]
+# A role that a row leaves out.
+_DEFAULTS = {"messages": 1, "role_chars": 4, "n": 1}
 
 
-def _trace(source: Source, rows: Rows, table: Table, max_tokens: int | None, first: int) -> Workload:
+def _trace(source: Source, table: Table, max_tokens: int | None, first: int) -> Workload:
+    """The requests in rows of a log or trace: those that were answered, in order of their arrival."""
     name = source.label
-    prompts = table["prompt"]
+    kept = table.kinds == ANSWERED
+    numbers = {role: values[kept] for role, values in table.numbers.items()}
+    prompts = numbers["prompt"].astype(np.int64)
     count = len(prompts)
-    outputs = table.get("output", constant(0, count))
-    given: dict[str, Any] = {
-        column: np.asarray(table[role], np.int64) for role, column in _FROM_ROLE.items() if role in table
-    }
-    if "id" in table:
-        given["custom_ids"] = table["id"]
-    if "model" in table:
-        models = table["model"]
+    if not count:
+        raise BadInput("no answered request with prompt and output tokens in it", source.name)
+    outputs = numbers["output"].astype(np.int64) if "output" in numbers else constant(0, count)
+    given: dict[str, Any] = {}
+    for role in _WHOLE_FIELDS:
+        if role in numbers:
+            low = _DEFAULTS.get(role, 0)
+            given[role] = np.where(numbers[role] < 0.0, 4.0 * prompts if role == "chars" else low, numbers[role])
+            given[role] = given[role].astype(np.int64)
+    if "endpoint" in numbers:
+        given["endpoint"] = numbers["endpoint"].astype(np.int64)
+    ids = _ids(source, table, kept)
+    if ids is not None:
+        given["custom_ids"] = ids
+    if "model" in table.texts:
+        models = [model for model, is_kept in zip(table.texts["model"], kept, strict=True) if is_kept]
         given["models"] = models[0] if len(set(models)) == 1 else models
+    rows = _rows_text(name, count, first)
+    left = [f"{len(kept) - count:,} rows of requests that failed are left out"] if count < len(kept) else []
+    left += [note.removeprefix(f"{name}: ") for note in table.notes(name)]
     provenance: Provenance = {
-        "requests": (MEASURED, _rows_text(name, count, first)),
-        "prompt tokens": (MEASURED, _column_text(name, rows, "prompt")),
+        "requests": (MEASURED, "; ".join([rows, *left])),
+        "prompt tokens": (MEASURED, _column_text(name, table, "prompt")),
     }
-    if "chars" not in table:
+    if "chars" not in numbers:
         provenance["prompt sizes"] = (ASSUMED, "one message of 4 characters per token")
-    if "output" in table:
-        provenance["output tokens"] = (MEASURED, _column_text(name, rows, "output"))
-    cap, provenance["output cap"] = _trace_cap(name, rows, table, outputs, max_tokens)
-    if "latency" in table and (table["latency"] >= 0.0).any():
-        given["recorded_s"] = table["latency"]
-        recorded = int((table["latency"] >= 0.0).sum())
-        provenance["latency"] = (MEASURED, f"{_column_text(name, rows, 'latency')}, {recorded:,} of {count:,} rows")
+    if "output" in numbers:
+        provenance["output tokens"] = (MEASURED, _column_text(name, table, "output"))
+    cap, provenance["output cap"] = _trace_cap(name, table, numbers, outputs, max_tokens)
+    took_s, text = _latencies(name, table, numbers)
+    if took_s is not None and (took_s >= 0.0).any():
+        given["recorded_s"] = took_s
+        recorded = int((took_s >= 0.0).sum())
+        provenance["latency"] = (MEASURED, f"{text}, {recorded:,} of {count:,} rows")
     order = None
-    if "arrival" in table:
-        column = rows.roles["arrival"]
-        ours = column.name == OUR_COLUMNS["arrival"] and not rows.dates
-        arrival_s = arrival_seconds(table["arrival"], bool(rows.dates), column.unit, ours)
-        if not (arrival_s >= 0.0).all():
-            raise BadInput(f"column {quoted(column.name)} holds arrivals before 0", source.name)
-        text = _column_text(name, rows, "arrival")
+    moments = next((role for role in ("arrival", "launched") if role in numbers), None)
+    if moments is not None:
+        column = table.columns[moments]
+        if (numbers[moments] == -1.0).any():
+            line = int(table.lines[kept][np.argmin(numbers[moments])])
+            raise BadInput(f"column {quoted(column.name)} has no value here", source.name, line)
+        # Our own column counts from the beginning of the run.
+        ours = column.name == OUR_COLUMNS["arrival"] and "date" not in table.units[moments]
+        arrival_s = numbers[moments] if ours else seconds_from_first(numbers[moments], table.units[moments])
+        text = _column_text(name, table, moments)
         if (np.diff(arrival_s) < 0.0).any():
             order = np.argsort(arrival_s, kind="stable")
             text += "; the rows were not in order of arrival and have been sorted"
@@ -349,16 +389,52 @@ def _trace(source: Source, rows: Rows, table: Table, max_tokens: int | None, fir
     return workload if order is None else workload.take(order)
 
 
-def _column_text(name: str, rows: Rows, role: str) -> str:
-    return f"column {rows.roles[role].name} of {name}"
+def _ids(source: Source, table: Table, kept: Any) -> list[str] | None:
+    """The requests' ids. One that stands twice is an error in a column that is named or ours; a guess is dropped."""
+    if "id" not in table.texts:
+        return None
+    ids = [custom_id for custom_id, is_kept in zip(table.texts["id"], kept, strict=True) if is_kept]
+    column = table.columns["id"]
+    if len(set(ids)) == len(ids) and "" not in ids:
+        return ids
+    if column.rank[0] >= 0 and column.name != OUR_COLUMNS["id"]:
+        return None
+    line_of: dict[str, int] = {}
+    for custom_id, line in zip(ids, table.lines[kept].tolist(), strict=True):
+        if not custom_id:
+            raise BadInput(f"column {quoted(column.name)} has no value here", source.name, line)
+        before = line_of.setdefault(custom_id, line)
+        if before != line:
+            raise BadInput(f"custom_id {quoted(custom_id)} stands on line {before} already", source.name, line)
+    raise AssertionError("an id stands twice or is missing")
+
+
+def _latencies(name: str, table: Table, numbers: dict[str, Any]) -> tuple[Any, str]:
+    """What each request took, in seconds, -1 = not known: as stated, or from its beginning to its end."""
+    if "latency" in numbers:
+        return numbers["latency"], _column_text(name, table, "latency")
+    both = ("launched", "finished")
+    if not all(role in numbers for role in both) or table.units["launched"] != table.units["finished"]:
+        return None, ""
+    begun, ended = (numbers[role] for role in both)
+    known = (begun >= 0.0) & (ended >= begun)
+    moments = np.concatenate([begun, ended])
+    seconds = seconds_from_first(moments, table.units["launched"])
+    took_s = np.where(known, seconds[len(begun) :] - seconds[: len(begun)], -1.0)
+    names = " to ".join(table.columns[role].name for role in both)
+    return took_s, f"columns {names} of {name}"
+
+
+def _column_text(name: str, table: Table, role: str) -> str:
+    return f"column {table.columns[role].name} of {name}"
 
 
 def _trace_cap(
-    name: str, rows: Rows, table: Table, outputs: Any, max_tokens: int | None
+    name: str, table: Table, numbers: dict[str, Any], outputs: Any, max_tokens: int | None
 ) -> tuple[Any, tuple[str, str]]:
     """The declared output cap of a trace's rows, and where it comes from."""
-    if max_tokens is None and "max_tokens" in table:
-        return table["max_tokens"], (MEASURED, _column_text(name, rows, "max_tokens"))
+    if max_tokens is None and "max_tokens" in numbers:
+        return numbers["max_tokens"].astype(np.int64), (MEASURED, _column_text(name, table, "max_tokens"))
     cap = CAP_ASSUMED if max_tokens is None else max_tokens
     if cap < 0:
         return cap, (ASSUMED, "none is declared, as given")
@@ -376,7 +452,7 @@ ROLE_FIELDS = {
     "output": "output_tokens",
     "arrival": "arrival_s",
     "latency": "recorded_s",
-    **{role: role for role in ("max_tokens", *WHOLES[3:])},
+    **{role: role for role in tuple(WHOLES)[3:]},
 }
 
 

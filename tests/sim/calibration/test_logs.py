@@ -128,7 +128,7 @@ def test_spans_are_named_by_their_line(refused: Callable[..., str]) -> None:
         '{"key": "gen_ai.usage.output_tokens", "value": {"intValue": "5"}}]}\n'
         "]}]}]}\n"
     )
-    assert ":5: column 'finished': it ended 8 s before it began" in refused(text, "spans.json")
+    assert ":5: column 'endTimeUnixNano': it ended 8 s before it began" in refused(text, "spans.json")
 
 
 def test_wrong_words_are_named(refused: Callable[..., str], tmp_path: Path, capsys) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,21 +21,12 @@ from governor.model.errors import BadInput, BadSetting, PacelineError
 from governor.model.estimate import charge_of, sizes_of
 from governor.model.requests import CHAT
 from sim.model.workload import ARRAYS, Workload, from_tokens
-from sim.scenario import readers, traces
-from sim.scenario.readers import BATCH, SCENARIO, TRACE_CSV, TRACE_JSONL, Source, read_workload, save_rows
-from sim.scenario.trace_columns import parse_columns
+from sim.scenario.columns import parse_columns
+from sim.scenario.readers import BATCH, SCENARIO, TRACE_CSV, TRACE_JSON, Source, read_workload, save_rows
 
 VIDUR = "vidur-arxiv/arxiv_summarization_stats_llama2_tokenizer_filtered_v2.csv"
 CODE = "azure-llm-2023/AzureLLMInferenceTrace_code.csv"
 CONV = "azure-llm-2023/AzureLLMInferenceTrace_conv.csv"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def every_csv_file_is_large() -> Iterator[None]:
-    """Small ones are read line by line; here they are to try the fast reader."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(traces, "SMALL_BYTES", 0)
-        yield
 
 
 def stdin(text: str | bytes) -> Source:
@@ -108,26 +101,24 @@ def test_the_first_rows_are_the_first_rows(data_file: Callable[[str], Path]) -> 
     assert part.provenance["requests"] == ("measured", "the first 400 rows of AzureLLMInferenceTrace_conv.csv")
 
 
-def test_both_readers_of_csv_read_the_same(data_file: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    fast = [read_workload(Source.open(data_file(name)), first=2_000) for name in (CODE, VIDUR)]
-    monkeypatch.setattr(traces, "_fast_table", lambda *args: None)
-    slow = [read_workload(Source.open(data_file(name)), first=2_000) for name in (CODE, VIDUR)]
-    for one, other in zip(fast, slow, strict=True):
-        for name in ARRAYS:
-            np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
-
-
-def test_plain_csv_takes_the_fast_reader(data_file: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise the test above compares the slow reader with itself."""
-    monkeypatch.setattr(traces.Rows, "add", None)
-    assert len(read_workload(Source.open(data_file(CONV)))) == 19_366
-    zoned = "timestamp,input_length,output_length,id\n2026-01-01T00:00:01Z,5,6,a\n2026-01-01T00:00:03.5Z,5,6,b\n"
-    mapped = read(zoned, columns={"arrival": "timestamp", "id": "id"})
-    assert mapped.arrival_s.tolist() == [0.0, 2.5]
-    assert mapped.custom_ids == ["a", "b"]
-    monkeypatch.setattr(traces, "SMALL_BYTES", len(zoned) + 1)
-    with pytest.raises(TypeError):
-        read(zoned)
+def test_the_same_rows_read_the_same_in_every_format(data_file: Callable[[str], Path], tmp_path: Path) -> None:
+    """CSV, JSON lines, one JSON list, Parquet, and the first two packed."""
+    frame = pd.read_csv(data_file(CONV)).head(5_000)
+    frame.to_csv(tmp_path / "rows.csv", index=False)
+    frame.to_json(tmp_path / "rows.jsonl", orient="records", lines=True)
+    frame.to_json(tmp_path / "rows.json", orient="records", indent=1)
+    frame.assign(TIMESTAMP=pd.to_datetime(frame["TIMESTAMP"])).to_parquet(tmp_path / "rows.parquet")
+    for name in ("rows.csv", "rows.jsonl"):
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+    first = read_workload(Source.open(tmp_path / "rows.csv"))
+    assert len(first) == 5_000
+    assert first.prompt_tokens.tolist() == frame["ContextTokens"].tolist()
+    for name in ("rows.jsonl", "rows.json", "rows.parquet", "rows.csv.gz", "rows.jsonl.gz"):
+        other = read_workload(Source.open(tmp_path / name))
+        for column in ARRAYS:
+            np.testing.assert_allclose(
+                getattr(first, column), getattr(other, column), atol=1e-6, err_msg=f"{name} {column}"
+            )
 
 
 # ---------------------------------------------------------------- formats and columns
@@ -229,7 +220,7 @@ def test_answers_can_be_drawn_for_a_trace_that_has_none() -> None:
     [
         (batch(1), BATCH),
         ("\ufeff" + batch(1), BATCH),
-        ('\n\n{"input_length": 1}', TRACE_JSONL),
+        ('\n\n{"input_length": 1}', TRACE_JSON),
         ("a,b\n1,2\n", TRACE_CSV),
         ("prompt tokens: all,b\n", TRACE_CSV),
         ("# mine\nworkload:\n  path: a.csv\n", SCENARIO),
@@ -354,6 +345,8 @@ HEADER = "ContextTokens,GeneratedTokens\n"
         ("ContextTokens,GeneratedTokens\n".encode("utf-16"), ["UTF-16"]),
         (b"\x1f\x8b\x08\x00rest", ["gzip"]),
         (b"PAR1rest", ["Parquet"]),
+        (f"[{line(1)}]", [":1:", "one JSON list", "jq"]),
+        (gzip.compress(line(1).encode()), ["gzip", "gunzip"]),
         (b"\x00\x01\x02", ["not a text file"]),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\nyesterday,1,2\n", [":2:", "'TIMESTAMP'", "'yesterday'"]),
         (
@@ -362,8 +355,11 @@ HEADER = "ContextTokens,GeneratedTokens\n"
         ),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n1763900100,1,2\n1763900100000,1,2\n", [":3:", "in ms since 1970"]),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n5,1,2\n-3,1,2\n", [":3:", "'TIMESTAMP'", "negative time"]),
-        ("TIMESTAMP,ContextTokens,GeneratedTokens\n,1,2\n", [":2:", "'TIMESTAMP'", "no value"]),
-        ('[{"input_length": 1}]', ["one JSON list"]),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\n5,1,2\n,1,2\n", [":3:", "'TIMESTAMP'", "no value"]),
+        ('[{"input_length": 1}]', [":1:", "output=NAME"]),
+        ('[{"input_length": 1, "output_length": 2},\n{"input_length": 1,', [":2:", "not JSON", "cut short"]),
+        ('[{"input_length": 1, "output_length": 2}', ["no end", "cut short"]),
+        ('[{"input_length": 1, "output_length": 2},\n{"input_length": 1}]', [":2:", "'output_length'", "no value"]),
         ('{"input_length": 1, "output_length": 2}\n{"input_len', [":2:", "not JSON", "cut short"]),
         ('{"input_length": 1, "output_length": 2}\n{oops}\n', [":2:", "not JSON", "column 2"]),
         ('{"input_length": 1, "output_length": 2}\n[1]\n', [":2:", "a list where a JSON object"]),
@@ -504,23 +500,14 @@ PLAIN = st.tuples(st.integers(0, 10**6), st.integers(0, 10**5), st.floats(0, 1e6
 
 
 @given(st.lists(PLAIN, min_size=1, max_size=20))
-def test_both_readers_agree_on_any_plain_csv(rows: list[tuple[int, int, float]]) -> None:
-    text = "num_prefill_tokens,num_decode_tokens,arrived_at\n" + "".join(f"{p},{o},{t!r}\n" for p, o, t in rows)
-    fast = read(text)
-    rows_slow, table = traces.read_jsonl(
-        stdin(
-            "".join(
-                json.dumps({"num_prefill_tokens": p, "num_decode_tokens": o, "arrived_at": t}) + "\n"
-                for p, o, t in rows
-            )
-        ),
-        {},
-        0,
-        False,
-    )
-    slow = readers._trace(stdin(text), rows_slow, table, None, 0)
-    for name in ARRAYS:
-        np.testing.assert_array_equal(getattr(fast, name), getattr(slow, name), err_msg=name)
+def test_blocks_of_numbers_read_as_single_ones(rows: list[tuple[int, int, float]]) -> None:
+    """A block is converted at once where all of it is plain; an absent value makes it go one by one."""
+    names = ("num_prefill_tokens", "num_decode_tokens", "latency_s")
+    plain = "".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows)
+    mixed = plain + json.dumps({"num_prefill_tokens": "5", "num_decode_tokens": 1, "latency_s": None}) + "\n"
+    one, other = read(plain), read(mixed)
+    for name in ("prompt_tokens", "output_tokens", "recorded_s"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name)[:-1], err_msg=name)
 
 
 VALUE = st.recursive(
