@@ -234,6 +234,7 @@ def _policy(rng: random.Random, tpm: int, config: dict[str, Any]) -> dict[str, A
         "tpd_limit": rng.choice([0, config.get("tpd", 0), config.get("tpd", 0)]),
         "jitter_ratio": rng.choice([0.0, 0.2, 1.0]),
         "jitter_cap_seconds": rng.choice([0.0, 3.0]),
+        "retry_after_cap_seconds": rng.choice([600.0, 600.0, 2.0]),
         "request_timeout_seconds": rng.choice([600.0, 600.0, 20.0, 3.0]),
         "deadline_seconds": rng.choice([0.0, 0.0, 0.0, 15.0, 90.0, 600.0]),
         "finalize_max_concurrency": rng.choice([1, 2, 4]),

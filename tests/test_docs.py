@@ -18,10 +18,13 @@ import sim
 from governor import law
 from governor.cli import serve as serve_cli
 from governor.journal import schema
+from governor.journal.journal import SET, UNSET
+from governor.journal.records import Command
 from governor.journal.schema import metadata
 from governor.model.policy import KNOBS
 from governor.model.requests import CAUSES
 from governor.run import longwaits, outputs
+from governor.run.steer import held_settings
 from sim.app.capacity_command import terms_of
 from sim.app.inputs import Wishes
 from sim.experiment import results
@@ -106,6 +109,11 @@ def test_what_is_cited_is_there() -> None:
 
 # ---------------------------------------------------------------- help
 
+
+def asked(name: str, *words: str) -> Command:
+    return Command(1, 0.0, name, words, -1.0, "")
+
+
 # What a help text says in words of an option that is left out, and whether it is so; of "all" there is nothing to see.
 LEFT_OUT: dict[tuple[str, str], Callable[[], object]] = {
     ("--objective", "makespan"): lambda: Wishes().objective == "makespan",
@@ -121,6 +129,7 @@ LEFT_OUT: dict[tuple[str, str], Callable[[], object]] = {
     ("--batch-discount", "50%"): lambda: terms_of(1, None, 0.5, None) == terms_of(1, None, None, None),
     ("--cached-share", "0"): lambda: terms_of(1, None, None, 0.0) == terms_of(1, None, None, None),
     ("--pool", "all"): lambda: True,
+    ("names", "all"): lambda: held_settings([asked(SET, "A=1", "B=2"), asked(UNSET)], ["p"]) == {"p": {}},
 }
 _LEFT_OUT = re.compile(r"; (\S+) if not given|default: ([^.;]+)\.|, else ([^ ,;]+)\.")
 

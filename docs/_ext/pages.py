@@ -342,9 +342,10 @@ def openapi() -> dict[str, Any]:
     config = ServiceConfig(
         pools=default_pools(policy.Policy(), {}), environment={}, prices=read_prices(SHIPPED), require_token=True
     )
-    # Whatever else the service is made of, describing it touches none of it.
+    # Whatever else the service is made of, describing it touches none of it but whether a token is required.
     absent: dict[str, Any] = {part.name: types.SimpleNamespace() for part in fields(Service)}
-    return app.app_of(Service(**absent | {"config": config})).openapi()
+    stated = {"config": config, "authority": types.SimpleNamespace(open=not config.require_token)}
+    return app.app_of(Service(**absent | stated)).openapi()
 
 
 def http() -> str:

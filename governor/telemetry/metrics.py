@@ -10,6 +10,7 @@ totals over all pools, without a pool label; ours stand beside them, with one.
     contestra_openai_tpm_window_deferrals_total  the same for the tokens per minute
     contestra_llm_rate_limit_events_total        429s that ask to slow down, by vendor
     paceline_in_flight                           permits taken, by pool
+    paceline_outage_since_epoch                  since when nothing is answered, by pool; 0 = no outage
     paceline_attempts_total                      attempts that ended, by pool and outcome
     paceline_requests_total                      requests that ended, by pool and result (ok, or the failure code)
     paceline_deferrals_total                     requests deferred at the head of the queue, by pool and cause
