@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from governor.cli.run import ScenarioFile, scenario_of
 from governor.model.errors import BadInput, BadSetting
 
 if TYPE_CHECKING:
@@ -36,14 +37,14 @@ TAKEN_S = 5.0
 
 
 @app.command()
-def status(where: Where, as_json: AsJson = False) -> None:
+def status(context: typer.Context, where: Where, scenario: ScenarioFile = None, as_json: AsJson = False) -> None:
     """How far a run is, whether a process works on it, and how it compares with its forecast."""
     from governor.cli.text import pairs_text
     from governor.journal.journal import Journal
     from governor.run.status import status_json, status_pairs
 
     with Journal.open(where) as journal:
-        found = status_json(journal)
+        found = status_json(journal, foresee=context.obj, scenario=scenario_of(scenario, None, {}))
         print(json.dumps(found, indent=2, allow_nan=False) if as_json else pairs_text(status_pairs(found)))
 
 

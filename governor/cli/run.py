@@ -30,8 +30,20 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 EnvFile = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--env-file",
+        metavar="FILE",
+        help="Settings and keys; without it, the environment's. May be repeated: a later file wins.",
+    ),
+]
+ScenarioFile = Annotated[
     str | None,
-    typer.Option("--env-file", metavar="FILE", help="Settings and keys; without it, the environment's."),
+    typer.Option(
+        "--scenario",
+        metavar="FILE.yaml",
+        help="What a plan assumed of the provider, for the forecast; in place of PACELINE_SCENARIO.",
+    ),
 ]
 Assignments = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="One setting on top; may be repeated.")
@@ -70,6 +82,7 @@ def run(
     rpm: Rpm = None,
     pools: PoolsFile = None,
     base_url: BaseUrl = None,
+    scenario: ScenarioFile = None,
     journal: Annotated[
         str | None,
         typer.Option(metavar="FILE.db|URL", help="Where all is recorded; RESULTS.journal.db if not given."),
@@ -178,7 +191,7 @@ def run(
         requests=Path(requests),
         out=results,
         journal=journal if journal is not None else journal_path(results),
-        pools=pools_of(environment, env_file, words_of(assignments, tpm, rpm), pools, base_url),
+        pools=pools_of(environment, env_file, words_of(assignments, tpm, rpm), pools, base_url, scenario),
         environment=environment,
         prices=read_prices(prices if prices is not None else SHIPPED),
         manner=manner,
@@ -228,6 +241,7 @@ def preflight(
     tpm: Tpm = None,
     rpm: Rpm = None,
     pools: PoolsFile = None,
+    scenario: ScenarioFile = None,
     mode: Annotated[
         Literal["strict", "paced"] | None, typer.Option(help="In place of PREFLIGHT_MODE.", show_default=False)
     ] = None,
@@ -247,7 +261,7 @@ def preflight(
     from governor.run.intake import read_demands
 
     words = [*words_of(assignments, tpm, rpm), *([f"PREFLIGHT_MODE={mode}"] if mode else [])]
-    found = pools_of(environment_of(env_file), env_file, words, pools, None)
+    found = pools_of(environment_of(env_file), env_file, words, pools, None, scenario)
     deadline_s = None if deadline is None else until_s(deadline, "--deadline")
     verdicts = {}
     for pool, demand in zip(found, read_demands(Path(requests), found).values(), strict=True):
@@ -325,33 +339,57 @@ def words_of(assignments: Sequence[str] | None, tpm: str | None, rpm: str | None
     return [*words, *(assignments or ())]
 
 
-def environment_of(env_file: str | None) -> dict[str, str]:
-    """Variables by name: the process's own, and the env file's on top. Keys are looked up here and go nowhere else."""
-    from governor.model.settings import read_env_file
+def environment_of(env_files: Sequence[str] | None) -> dict[str, str]:
+    """Variables by name: the process's own, and the env files' on top. Keys are looked up here and go nowhere else."""
+    from governor.model.settings import environment_of as layered
 
-    stated = read_env_file(env_file) if env_file is not None else {}
-    from_file = {name: each.value for name, each in stated.items() if each.value is not None}
-    return {**os.environ, **from_file}
+    return layered(env_files, os.environ)
 
 
 def pools_of(
     environment: Mapping[str, str],
-    env_file: str | None,
+    env_files: Sequence[str] | None,
     words: Sequence[str],
     pools_file: str | None,
     base_url: str | None,
+    scenario: str | None = None,
 ) -> tuple[Pool, ...]:
-    """The pools of a command: of the pools file, or the one of the settings."""
+    """The pools of a command: of the pools file, or the one of the settings. `scenario`: `--scenario`."""
+    from dataclasses import replace
+
     from governor.model.pools import checked_url, default_pools, read_pools
     from governor.model.settings import policy_of
 
-    policy: Policy = policy_of(env_file, environment=environment)
+    policy: Policy = policy_of(env_files, environment=environment)
     if pools_file is None:
         url = checked_url(base_url or "", "--base-url")
-        return default_pools(policy.set_values(words), environment, url)
+        (pool,) = default_pools(policy.set_values(words), environment, url)
+        return (replace(pool, scenario=scenario_of(scenario, env_files, environment)),)
     if base_url is not None:
         raise BadSetting("--base-url is for a run without --pools: state base_url in the pools file")
+    if scenario is not None:
+        raise BadSetting("--scenario is for a run without --pools: state scenario in the pools file")
     try:
         return read_pools(pools_file, policy, words)
     except BadSetting as error:
         raise BadInput(str(error), pools_file) from None
+
+
+def scenario_of(given: str | None, env_files: Sequence[str] | None, environment: Mapping[str, str]) -> str:
+    """The scenario for forecasts: `--scenario`, else what PACELINE_SCENARIO names; "" = none.
+
+    A file that is named on the command line must be there. Settings outlive the plan that made them: where the file
+    that they name is gone, a line says so and the forecast goes by the settings.
+    """
+    from governor.model.settings import SCENARIO, scenario_path
+
+    if given is not None:
+        if not os.path.isfile(given):
+            raise BadInput("there is no such file", given)
+        return given
+    path = scenario_path(env_files, environment)
+    if path and not os.path.isfile(path):
+        text = f"note: {path} ({SCENARIO}) is not there: the forecast takes the provider to be as the settings believe"
+        print(text, file=sys.stderr, flush=True)
+        return ""
+    return path

@@ -11,7 +11,18 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from governor.cli.run import Assignments, BaseUrl, EnvFile, PoolsFile, Rpm, Tpm, environment_of, pools_of, words_of
+from governor.cli.run import (
+    Assignments,
+    BaseUrl,
+    EnvFile,
+    PoolsFile,
+    Rpm,
+    ScenarioFile,
+    Tpm,
+    environment_of,
+    pools_of,
+    words_of,
+)
 from governor.model.errors import BadSetting, PacelineError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -50,6 +61,7 @@ def serve(
     rpm: Rpm = None,
     pools: PoolsFile = None,
     base_url: BaseUrl = None,
+    scenario: ScenarioFile = None,
     prices: Annotated[str | None, typer.Option(metavar="FILE.yaml", help="What models cost.")] = None,
     lease: Annotated[
         str, typer.Option(metavar="15s", help="How long a replica that says nothing keeps its batches.")
@@ -79,7 +91,7 @@ def serve(
     from governor.sharedquota.sharing import redis_url
 
     environment = environment_of(env_file)
-    found = pools_of(environment, env_file, words_of(assignments, tpm, rpm), pools, base_url)
+    found = pools_of(environment, env_file, words_of(assignments, tpm, rpm), pools, base_url, scenario)
     for pool in found:
         key_of(pool, environment)
     lease_s = seconds_of(lease, "--lease")

@@ -100,12 +100,16 @@ def assumed_answer(sizes: Sizes) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outlook:
-    """What a forecast is asked about: one pool's requests that are left."""
+    """What a forecast is asked about: one pool's requests that are left.
+
+    `assumed`: an `Expectation`'s, of an earlier forecast of the same run; the pool's own scenario comes before it.
+    """
 
     pool: Pool
     demand: Demand
     finalize: bool = False
     seed: int = 0
+    assumed: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +118,8 @@ class Expectation:
 
     `low_s`, `high_s`: 95 % interval of one run's finish; both `finish_s` where none is known (`runs` 0). `bound`: the
     cause that holds it back, as in `waits_s`, "" = none. `answer_tokens`: by model. `milestones`: (share done,
-    earliest, latest time), rising.
+    earliest, latest time), rising. `assumed`: what a scenario said of provider and answers, as plain values; None =
+    nothing did, and the provider is taken to be as the settings believe.
     """
 
     by: Literal["fluid", "simulation"]
@@ -133,6 +138,7 @@ class Expectation:
     service_s: float
     answer_tokens: Mapping[str, float]
     milestones: tuple[tuple[float, float, float], ...] = ()
+    assumed: Mapping[str, Any] | None = None
 
     def to_json_dict(self) -> dict[str, Any]:
         """For the journal: everything but the milestones."""

@@ -20,7 +20,8 @@ one, a line goes to the first pool of the file that has a pattern for its model 
         azure: {endpoint: https://example.openai.azure.com, deployment: gpt-41, api_version: 2024-10-21}
 
 Settings come from the guardrails' defaults, then the environment or env file, then the pool, then the command line.
-`limits` is short for the four OPENAI_*_LIMIT settings of that pool.
+`limits` is short for the four OPENAI_*_LIMIT settings of that pool. `scenario` names the scenario file of a plan for
+that pool, relative to the pools file, as PACELINE_SCENARIO does for a run without one.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ _LIMITS = {
     "tpd": "OPENAI_TPD_LIMIT",
     "rpd": "OPENAI_RPD_LIMIT",
 }
-_KEYS = ("name", "models", "key", "base_url", "organization", "project", "azure", "limits", "settings")
+_KEYS = ("name", "models", "key", "base_url", "organization", "project", "azure", "limits", "settings", "scenario")
 _AZURE_KEYS = ("endpoint", "deployment", "api_version")
 
 # Names the Redis through which processes share their quotas.
@@ -73,7 +74,8 @@ class Azure:
 class Pool:
     """One quota. `base_url`, `organization`, `project`: "" = the SDK's own default. `key`: the *name* of a variable.
 
-    `models`: patterns, in order; empty = every model.
+    `models`: patterns, in order; empty = every model. `scenario`: the file that says what a plan assumed of this
+    quota's provider, for forecasts; "" = none.
     """
 
     name: str = DEFAULT
@@ -84,6 +86,7 @@ class Pool:
     organization: str = ""
     project: str = ""
     azure: Azure | None = None
+    scenario: str = ""
 
     def takes(self, model: str) -> bool:
         """Whether a request for this model goes to this pool."""
@@ -95,7 +98,7 @@ class Pool:
         return self.azure.endpoint if self.azure else self.base_url
 
     def to_json_dict(self) -> dict[str, Any]:
-        """Everything but the settings, for the journal; no key is in it."""
+        """Where requests go, for the journal: neither settings nor scenario, and no key."""
         return {
             "name": self.name,
             "models": list(self.models),
@@ -225,7 +228,14 @@ def _pool(entry: dict[str, Any], position: int, base: Policy, assignments: tuple
         organization=_text(entry, "organization", place, name, absent=""),
         project=_text(entry, "project", place, name, absent=""),
         azure=azure,
+        scenario=_scenario(entry, place, name),
     )
+
+
+def _scenario(entry: dict[str, Any], place: str, name: str) -> str:
+    """The path of the pool's scenario, from here."""
+    stated = _text(entry, "scenario", place, name, absent="")
+    return str(Path(name).parent / stated) if stated else ""
 
 
 def _variable(entry: dict[str, Any], absent: str, place: str, name: str) -> str:

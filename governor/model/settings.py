@@ -1,7 +1,8 @@
-"""Where settings come from: an env file or the process's environment, and a command line's `--set` on top.
+"""Where settings come from: env files or the process's environment, and a command line's `--set` on top.
 
-What lives here: the reading of env files, and the order of precedence. What must not: names, ranges and near-misses of
-settings (`policy`), and the process's environment itself, which a caller hands over.
+What lives here: the reading of env files, and the order of precedence: of several files the later one wins. What must
+not: names, ranges and near-misses of settings (`policy`), and the process's environment itself, which a caller hands
+over.
 
 An env file is read by python-dotenv, values only: `${NAME}` stays as it stands, so that nothing of the environment
 gets into a setting unseen. A production file holds foreign names and secrets: of a line that is not ours nothing is
@@ -10,16 +11,23 @@ kept and nothing is repeated, and one that cannot be parsed is passed over, as t
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from dotenv.parser import parse_stream
 
 from governor.model.errors import BadInput, BadSetting
-from governor.model.policy import KNOB_BY_ENV, Policy
+from governor.model.policy import KNOB_BY_ENV, KNOBS, Policy
+
+# The scenario file of a plan: what it assumed of the provider, for every forecast of the same batch.
+SCENARIO = "PACELINE_SCENARIO"
+# The line of a plan's env file that says which settings it was made from, as `settings_digest` has them.
+MADE_FROM = "# made from settings"
+EnvFiles = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
 
 
 class Stated(NamedTuple):
@@ -61,24 +69,62 @@ def read_env_file(path: str | Path) -> dict[str, Stated]:
 
 
 def policy_of(
-    env_file: str | Path | None = None,
+    env_files: EnvFiles = (),
     *,
     environment: Mapping[str, str] | None = None,
     assignments: Iterable[str] = (),
     base: Policy | None = None,
 ) -> Policy:
-    """`base` (else the defaults), then the env file or, where none is named, the environment, then `NAME=VALUE` words.
+    """`base` (else the defaults), then the env files in order or, where none is named, the environment, then `--set`.
 
-    BadSetting for a value that is not allowed and for a near-miss of our names, BadInput with the line where it stands
-    in the file.
+    `assignments`: the NAME=VALUE words of `--set`. BadSetting for a value that is not allowed and for a near-miss of
+    our names, BadInput with the line where it stands in a file.
     """
-    if env_file is not None:
-        stated = read_env_file(env_file)
+    policy = base or Policy()
+    files = paths_of(env_files)
+    for path in files:
+        stated = read_env_file(path)
         try:
-            policy = Policy.from_env({name: each.value for name, each in stated.items()}, base)
+            policy = Policy.from_env({name: each.value for name, each in stated.items()}, policy)
         except BadSetting as error:
             line = stated[error.name].line if error.name in stated else 0
-            raise BadInput(str(error), str(env_file), line) from None
-    else:
-        policy = Policy.from_env(environment or {}, base)
+            raise BadInput(str(error), path, line) from None
+    if not files:
+        policy = Policy.from_env(environment or {}, policy)
     return policy.set_values(assignments)
+
+
+def paths_of(env_files: EnvFiles) -> tuple[str, ...]:
+    """The env files that are named: one, several in order, or none."""
+    if env_files is None:
+        return ()
+    if isinstance(env_files, str | os.PathLike):
+        return (os.fspath(env_files),)
+    return tuple(os.fspath(path) for path in env_files)
+
+
+def environment_of(env_files: EnvFiles, environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables by name: `environment`'s, and what the env files state on top. Keys are looked up here."""
+    found = dict(environment)
+    for path in paths_of(env_files):
+        found |= {name: each.value for name, each in read_env_file(path).items() if each.value is not None}
+    return found
+
+
+def scenario_path(env_files: EnvFiles, environment: Mapping[str, str]) -> str:
+    """The scenario that PACELINE_SCENARIO names, as a path from here; "" = none.
+
+    `environment`: the process's variables. In an env file the path is relative to that file, and of several files the
+    last that names one counts; in the environment it is relative to the working directory.
+    """
+    for path in reversed(paths_of(env_files)):
+        stated = (getattr(read_env_file(path).get(SCENARIO), "value", None) or "").strip()
+        if stated:
+            return os.path.join(os.path.dirname(path), stated)
+    return environment.get(SCENARIO, "").strip()
+
+
+def settings_digest(policy: Policy) -> str:
+    """16 hexadecimal digits that tell these settings from any other, however their file writes them."""
+    text = "\n".join(f"{knob.env}={knob.text(getattr(policy, knob.name))}" for knob in KNOBS)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

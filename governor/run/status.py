@@ -10,10 +10,10 @@ from datetime import datetime
 from math import inf
 from typing import Any
 
-from governor.forecast.forecast import Demand, Outlook, fluid
+from governor.forecast.forecast import Demand, Foresee, Outlook, fluid
 from governor.journal.journal import PAUSE, RESUME, Journal
 from governor.journal.records import Records
-from governor.model.policy import KNOBS
+from governor.model.policy import KNOBS, Policy
 from governor.model.pools import Pool
 from governor.model.requests import Outcome
 from governor.model.words import duration, percent, plural
@@ -22,8 +22,12 @@ from governor.run.intake import reserve_of
 from governor.run.steer import POOL_WORD, changes_text, held_settings, words_of
 
 
-def status_json(journal: Journal) -> dict[str, Any]:
-    """Plain values. `left_s`: a rough estimate of what is left, None when nothing is. Times in seconds of the run."""
+def status_json(journal: Journal, *, foresee: Foresee | None = None, scenario: str = "") -> dict[str, Any]:
+    """Plain values. `left_s`: the forecast of what is left, None when nothing is. Times in seconds of the run.
+
+    `foresee`: who simulates it, on the provider that the run's own forecast assumed or, where it is named, that of
+    `scenario`; without it the estimate is a rough one (`left_by`).
+    """
     run, counts, legs = journal.run(), journal.counts(), journal.legs()
     outcomes = journal.outcomes()
     settings = journal.settings()
@@ -51,7 +55,7 @@ def status_json(journal: Journal) -> dict[str, Any]:
         "ending": "" if is_running else legs[-1].ending if legs else "",
         "worked_s": own.own(journal.last_s()),
         "forecast_finish_s": _forecast_finish(forecasts[-1].content) if forecasts else None,
-        "left_s": _left_s(journal, policies) if counts.pending + counts.in_flight else None,
+        **_left(journal, policies, counts.pending + counts.in_flight, foresee, scenario),
         "pools": {
             name: {"done": c.done, "failed": c.failed, "pending": c.pending, "in_flight": c.in_flight}
             for name, c in pools.items()
@@ -94,16 +98,30 @@ def _forecast_finish(content: dict[str, Any]) -> float | None:
     return max(known) if known else None
 
 
-def _left_s(journal: Journal, policies: dict[str, Any]) -> float:
-    """The fluid estimate of what is left, at the settings in force."""
-    longest = 0.0
+def _left(
+    journal: Journal, policies: dict[str, Policy], requests: int, foresee: Foresee | None, scenario: str
+) -> dict[str, Any]:
+    """The forecast of what is left, at the settings in force, from an idle quota; and whether it is simulated."""
+    if not requests:
+        return {"left_s": None, "left_by": None}
+    written = journal.forecasts()
+    before = written[-1].content if written else {}
+    longest, by = 0.0, "simulation"
     for name, policy in policies.items():
         demand = Demand()
         for request in journal.unfinished(name):
             demand.add(request.model, request.sizes, reserve_of(policy, request.sizes))
-        if demand.requests:
-            longest = max(longest, fluid(Outlook(pool=Pool(name=name, policy=policy), demand=demand)).finish_s)
-    return longest
+        if not demand.requests:
+            continue
+        assumed = before.get(name, {}).get("assumed")
+        outlook = Outlook(pool=Pool(name=name, policy=policy, scenario=scenario), demand=demand, assumed=assumed)
+        try:
+            found = fluid(outlook) if foresee is None else foresee(outlook)
+        except ImportError:  # no simulator is installed
+            found = fluid(outlook)
+        longest = max(longest, found.finish_s)
+        by = found.by if by == "simulation" else by
+    return {"left_s": longest, "left_by": by}
 
 
 def _changes(settings: list[Any]) -> list[str]:
@@ -149,9 +167,10 @@ def status_pairs(found: dict[str, Any]) -> list[tuple[str, str]]:
         time_text += f", in {found['legs']:,} legs"
     pairs.append(("time", time_text))
     if found["forecast_finish_s"] is not None:
-        pairs.append(("forecast", f"{duration(found['forecast_finish_s'])} in all"))
+        pairs.append(("forecast", f"{duration(found['forecast_finish_s'])} in all, before the start"))
     if found["left_s"] is not None:
-        pairs.append(("left", f"about {duration(found['left_s'])} (a rough estimate)"))
+        how = "simulated" if found["left_by"] == "simulation" else "a rough estimate"
+        pairs.append(("left", f"about {duration(found['left_s'])} ({how})"))
     if len(found["pools"]) > 1:
         for name, c in found["pools"].items():
             pairs.append((f"pool {name}", f"{c['done']:,} done, {c['failed']:,} failed, {c['pending']:,} waiting"))

@@ -348,8 +348,10 @@ def backtest(
     provider: Annotated[
         str | None,
         typer.Option(
+            "--provider",
+            "--scenario",
             metavar="TIER|FILE.yaml",
-            help="The provider to assume; what the run's settings believe if not given.",
+            help="The provider to assume, or a scenario that states one; what the run's forecast assumed if not given.",
         ),
     ] = None,
     tpm: Annotated[int | None, typer.Option(metavar="N", min=1, help="Its tokens per minute.")] = None,

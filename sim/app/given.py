@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypedDict
 
@@ -21,6 +21,7 @@ from governor.model.errors import BadInput, BadSetting
 from governor.model.estimate import CHAT, kind_of
 from governor.model.policy import Policy, knob_named
 from governor.model.requests import url_of
+from governor.model.settings import paths_of
 from sim.app.inputs import read_inputs
 from sim.app.options import Options
 from sim.model.provider_config import ProviderConfig
@@ -31,15 +32,16 @@ from sim.scenario.scenario import Scenario, made_policy, made_provider, plain_nu
 class Reading(TypedDict, total=False):
     """How rows, settings and a provider are read where a program names them: what the command line's options say.
 
-    `env_file`: today's settings; the process's environment is never looked at. `tpm`, `rpm`: what the provider grants
-    per minute (0 = no limit); the settings' own limits follow unless they are named. `provider_charge`: its charge
-    rule, `provider_settles`: whether real use replaces the charge. `latency`: a measured model's name, or "S,S" for
-    seconds to the first token and per token. `columns`: role -> column of a trace (prompt, output, arrival,
-    max_tokens, latency, id, model). `outputs_from`: old results, for the answers' lengths; `output_tokens`: their P50
-    and P95. `max_tokens`: the output cap that every row of a trace declares, -1 = none. `first`: so many rows only.
+    `env_file`: today's settings, of several files the later wins; the process's environment is never looked at. `tpm`,
+    `rpm`: what the provider grants per minute (0 = no limit); the settings' own limits follow unless they are named.
+    `provider_charge`: its charge rule, `provider_settles`: whether real use replaces the charge. `latency`: a measured
+    model's name, or "S,S" for seconds to the first token and per token. `columns`: role -> column of a trace (prompt,
+    output, arrival, max_tokens, latency, id, model). `outputs_from`: old results, for the answers' lengths;
+    `output_tokens`: their P50 and P95. `max_tokens`: the output cap that every row of a trace declares, -1 = none.
+    `first`: so many rows only.
     """
 
-    env_file: str | Path | None
+    env_file: str | Path | Sequence[str | Path] | None
     tpm: int | None
     rpm: int | None
     provider_charge: Literal["auto", "prompt_chars4", "prompt_plus_max", "max_of", "responses", "fixed"] | None
@@ -79,7 +81,10 @@ def scenario_of(
     if "output_tokens" in words:
         p50, p95 = words["output_tokens"]
         words["output_tokens"] = f"{p50:g},{p95:g}"
-    words |= {name: os.fspath(words[name]) for name in ("env_file", "outputs_from") if name in words}
+    if "outputs_from" in words:
+        words["outputs_from"] = os.fspath(words["outputs_from"])
+    if "env_file" in words:
+        words["env_file"] = list(paths_of(words["env_file"]))
     unknown = [name for name in words if name not in Reading.__annotations__]
     if unknown:
         close = difflib.get_close_matches(unknown[0], [*Reading.__annotations__, *Scenario.__dataclass_fields__], 1)

@@ -25,7 +25,7 @@ from pydantic import Field
 
 from governor.model.errors import BadInput, BadSetting
 from governor.model.policy import Policy
-from governor.model.settings import policy_of
+from governor.model.settings import policy_of, settings_digest
 from sim.app.options import Options, quantiles
 from sim.base.progress import Progress
 from sim.experiment.experiment import Pool
@@ -48,6 +48,7 @@ class Wishes(Config):
     """What a plan is asked for: the `plan` section of a scenario file. See `Goal`; `effort` as in `plan`.
 
     `unknowns`: the ranges that conditions are drawn from. `prices`: a file of prices; "" = the one that comes along.
+    `settings_read`: the digest of the settings as they were read, before `--set` and limits were put on top.
     """
 
     objective: Literal["makespan", "p95_latency"] = "makespan"
@@ -57,6 +58,7 @@ class Wishes(Config):
     effort: EFFORTS = "normal"
     prices: str = ""
     unknowns: Unknowns = Unknowns()
+    settings_read: Annotated[str, Field(pattern="^([0-9a-f]{16})?$")] = ""
 
     def goal(self) -> Goal:
         """The same for the search."""
@@ -95,12 +97,14 @@ def read_inputs(
     opened = opened or Source.open(o.workload)
     stated, wishes = _stated(opened) if opened.kind() == SCENARIO else (None, Wishes())
     # Before the rows are read: a slip in a setting should show at once.
-    policy = policy_of(
+    as_read = policy_of(
         o.env_file,
         environment=environment if stated is None else {},
-        assignments=o.assignments or (),
         base=settings or (None if stated is None else stated.policy),
     )
+    if o.env_file or stated is None:
+        wishes = wishes.with_given(settings_read=settings_digest(as_read))
+    policy = as_read.set_values(o.assignments or ())
     provider = _provider(o, policy, stated, habits)
     if stated is None:
         source: FileSource | ModelSource = checked(FileSource, {"path": o.workload, **_row_options(o)}, "")

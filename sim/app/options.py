@@ -167,11 +167,11 @@ class Options:
     ] = False
 
     env_file: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             metavar="FILE",
             help="Today's settings (see `paceline settings`); other names in the file are ignored. Without it, the "
-            "environment's.",
+            "environment's. May be repeated: a later file wins.",
         ),
     ] = None
     assignments: Annotated[

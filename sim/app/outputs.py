@@ -19,14 +19,16 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from governor import __version__
-from governor.model.errors import BadInput
+from governor.model.errors import BadInput, PacelineError
 from governor.model.policy import GUARDRAIL_KNOBS, KNOBS, Knob, Policy
+from governor.model.settings import MADE_FROM, policy_of, settings_digest
+from governor.model.settings import SCENARIO as NAMED
 from sim.app.inputs import Wishes, scenario_text
 from sim.base.files import write_atomically
 from sim.experiment.results import Plan, SoFar
@@ -126,7 +128,8 @@ def plan_json(scenario: Scenario, wishes: Wishes, plan: Plan, notes: tuple[str, 
     found: dict[str, Any] = plain(plan.to_json_dict())
     return {
         "paceline_version": __version__,
-        "asked": wishes.model_dump(mode="json"),
+        "asked": wishes.model_dump(mode="json", exclude={"settings_read"}),
+        "settings_read": wishes.settings_read,
         **found,
         "inputs": inputs,
         "notes": list(notes),
@@ -151,25 +154,52 @@ def page(scenario: Scenario, plan: Plan, folder: Path, drawing: Drawing | None =
     )
 
 
-def settings_files(plan: Plan) -> dict[str, str]:
-    """The env files: both recommendations with today's values as comments, and the way back."""
-    now = plan.now.policy
+def settings_files(plan: Plan, settings_read: str = "") -> dict[str, str]:
+    """The env files: both recommendations with today's values as comments, and the way back.
+
+    `settings_read`: the digest of the settings that the plan read. With it the files belong into the plan's folder:
+    they name the scenario beside them, and what they were made from (see `governor.run.apply`).
+    """
+    now, full, guardrails = plan.now.policy, plan.full.policy, plan.guardrails.policy
+    made_from = [settings_read] if settings_read else []
+    recommended = [settings_digest(policy) for policy in (full, guardrails)] if settings_read else []
+    titles = {
+        RECOMMENDED: "Recommended settings: everything that Paceline's law can do.",
+        GUARDRAILS: "Recommended settings for a deployment that has the eight guardrail knobs alone.",
+        ROLLBACK: "The way back: the settings of before the plan.",
+    }
     return {
-        RECOMMENDED: _env("Recommended settings: everything that Paceline's law can do.", plan.full.policy, now),
-        GUARDRAILS: _env(
-            "Recommended settings for a deployment that has the eight guardrail knobs alone.",
-            plan.guardrails.policy,
-            now,
-        ),
-        ROLLBACK: _env("The way back: the settings of before the plan.", now, plan.full.policy),
+        RECOMMENDED: _env(titles[RECOMMENDED], full, now, made_from),
+        GUARDRAILS: _env(titles[GUARDRAILS], guardrails, now, made_from),
+        ROLLBACK: _env(titles[ROLLBACK], now, full, recommended),
     }
 
 
-def _env(title: str, policy: Policy, old: Policy) -> str:
+def _env(title: str, policy: Policy, old: Policy, made_from: Sequence[str] = ()) -> str:
     # Which names the user's own file held must not matter, or the plan made again would read otherwise.
     # The eight guardrail knobs always stand there, the others where they say something.
     told = {k.name: getattr(policy, k.name) for k in KNOBS if k in GUARDRAIL_KNOBS or _says_something(k, policy, old)}
-    return f"# {title}\n\n{Policy.model_validate(told).to_env(old)}"
+    head = f"# {title}\n"
+    if made_from:
+        head += f"{MADE_FROM} {' '.join(made_from)}\n\n"
+        head += (
+            f"# what the plan assumed of the provider, for every forecast under these settings\n{NAMED}={SCENARIO}\n"
+        )
+    return f"{head}\n{Policy.model_validate(told).to_env(old)}"
+
+
+def _keeps_rollback(folder: Path, now: Policy) -> bool:
+    """Whether the settings planned from are a recommendation that this folder's way back belongs to.
+
+    To write the way back anew would lose the settings of before the first plan.
+    """
+    if not (folder / ROLLBACK).is_file():
+        return False
+    for name in (RECOMMENDED, GUARDRAILS):
+        with contextlib.suppress(PacelineError):
+            if policy_of(folder / name).model_dump() == now.model_dump():
+                return True
+    return False
 
 
 def _says_something(knob: Knob, policy: Policy, old: Policy) -> bool:
@@ -182,7 +212,9 @@ def write_plan(
 ) -> Written:
     """Writes all files of a plan, or none. `report`: the page's text."""
     command = rerun_command(folder)
-    texts = {REPORT: report, **settings_files(plan)}
+    texts = {REPORT: report, **settings_files(plan, wishes.settings_read or settings_digest(plan.now.policy))}
+    if _keeps_rollback(folder, plan.now.policy):
+        del texts[ROLLBACK]
     rerun = scenario
     if isinstance(scenario.source, FileSource) and scenario.source.path == "-":
         # Rows from standard input have no file to be read from again: they go beside the scenario.

@@ -3,10 +3,11 @@
 What lives here: both callables, which `sim/app/cli.py` injects by way of `beside`. What must not: HTTP, and what the
 question is about (`governor/service/api/whatif.py` puts it together).
 
-Theory of operation. Both policies meet the same answers, latencies and faults, seed by seed, on the provider that
-today's settings believe in: proposing a higher limit does not make the provider grant it. Somebody drags a slider, so
-time is what is given: runs are added, always in the same order of seeds, until the time for them is used up. What is
-known of an answer (its tokens, its seconds) is taken as it was; the rest is drawn anew in each run.
+Theory of operation. Both policies meet the same answers, latencies and faults, seed by seed, on the provider of the
+pool's scenario, else on the one that today's settings believe in: proposing a higher limit does not make the provider
+grant it. Somebody drags a slider, so time is what is given: runs are added, always in the same order of seeds, until
+the time for them is used up. What is known of an answer (its tokens, its seconds) is taken as it was; the rest is drawn
+anew in each run.
 
 The compiled engine must first be compiled, once per machine and for many seconds, and that would hold up a server: a
 process of its own does it, and until then SimPy's answers, which are the same, to the bit.
@@ -34,7 +35,8 @@ from governor.model.requests import CAUSES
 from sim.des.engines import Engine, is_available, is_kept, simulated
 from sim.model.provider_config import ProviderConfig
 from sim.model.workload import Workload, constant, with_outputs_assumed
-from sim.validation.foresight import SHARES, Run, believed_provider, case_of, run_once, workload_of
+from sim.validation.assumptions import Assumptions, assumptions_of, believed_provider, scenario_assumptions
+from sim.validation.foresight import SHARES, Run, case_of, run_once, workload_of
 
 # Seconds of simulation for one answer; a pair of runs is made at least.
 TIME_S = 0.12
@@ -87,11 +89,13 @@ def quick_forecast(outlook: Outlook) -> float | None:
         return None
     workload, models = workload_of(outlook)
     policy = outlook.pool.policy
-    provider = believed_provider(policy, models)
+    assumed = assumptions_of(outlook)
+    provider = assumed.provider_for(policy, models)
     runs = max(1, min(FORECAST_RUNS, FORECAST_REQUESTS[engine] // n))
+    planned = assumed.as_planned(workload)
     finishes = []
     for seed in range(outlook.seed, outlook.seed + runs):
-        case = case_of(with_outputs_assumed(workload, seed), policy, provider, finalize=outlook.finalize)
+        case = case_of(planned or assumed.answered(workload, seed), policy, provider, finalize=outlook.finalize)
         finishes.append(float(simulated(case, seed, engine=engine).last_s))
     return float(np.median(finishes))
 
@@ -102,12 +106,13 @@ def what_if(question: Mapping[str, Any]) -> dict[str, Any]:
     today, proposed = question["today"], question["proposed"]
     workload = _workload(question)
     models = np.full(len(workload), question["model"], dtype=object)
-    provider = believed_provider(today, models)
+    assumed = scenario_assumptions(question["scenario"]) if question.get("scenario") else Assumptions()
+    provider = assumed.provider_for(today, models)
     runs: list[tuple[Run, Run]] = []
     wanted = question["runs"]
     while len(runs) < (wanted or RUNS_MOST):
         seed = question["seed"] + len(runs)
-        drawn = _answered(workload, seed)
+        drawn = _answered(workload, assumed, seed)
         finalize = question["finalize"]
         other = first = run_once(drawn, today, provider, finalize=finalize, seed=seed, engine=engine)
         if proposed != today:
@@ -138,14 +143,19 @@ def _workload(question: Mapping[str, Any]) -> Workload:
     )
 
 
-def _answered(workload: Workload, seed: int) -> Workload:
+def _answered(workload: Workload, assumed: Assumptions, seed: int) -> Workload:
     """The workload with what is not known of its answers drawn."""
     known = np.asarray(workload.output_tokens)
     missing = (known < 0) & (np.asarray(workload.endpoint) != EMBEDDINGS)
     if not missing.any():
         return replace(workload, output_tokens=np.maximum(known, 0))
-    drawn = with_outputs_assumed(workload, seed)
-    return replace(drawn, output_tokens=np.where(known < 0, drawn.output_tokens, known))
+    drawn = assumed.answered(workload, seed)
+    known_s = np.asarray(workload.recorded_s)
+    return replace(
+        drawn,
+        output_tokens=np.where(known < 0, drawn.output_tokens, known),
+        recorded_s=np.where(known_s < 0.0, drawn.recorded_s, known_s),
+    )
 
 
 def _bands(runs: list[Run], policy: Policy, provider: ProviderConfig) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from sim.base.layout import facts, table, wrapped
 from sim.base.words import between, duration, number
 from sim.calibration.others import began_s, takings, ways_of
 from sim.experiment.results import CONFIDENCE
-from sim.model.provider_config import ProviderConfig
+from sim.model.provider_config import ProviderConfig, checked
 from sim.model.workload import Columns, Workload, columns
 from sim.validation.twin import Lesson, Twin, believed, jittered, lessons, taught
 
@@ -148,8 +148,9 @@ def _row(name: str, c: Compared, form: str) -> list[str]:
 
 
 def backtest(journal: Journal, *, provider: ProviderConfig | None = None, runs: int = 0) -> Backtest:
-    """The twin of the run in a journal, compared with it. `provider`: what is assumed of it, None = as the settings do.
+    """The twin of the run in a journal, compared with it.
 
+    `provider`: what is assumed of it, None = as the run's own forecast did, or the settings where it had no scenario.
     `runs`: replications, 0 = as many as about 60,000 requests make, at least 5 and at most 40. BadInput where no
     request of the journal has ended.
     """
@@ -157,9 +158,10 @@ def backtest(journal: Journal, *, provider: ProviderConfig | None = None, runs: 
     requests = sum(len(lesson.workload) for lesson in found)
     runs = runs or max(RUNS_LEAST, min(RUNS_MOST, REQUESTS_SIMULATED // max(1, requests)))
     predicted = np.zeros((runs, 3))
+    recorded = {} if provider is not None else _recorded(journal)
     for lesson in found:
         # Pools work side by side: the last one ends the run, counts add up.
-        values = _replicated(lesson, provider or believed(lesson), runs)
+        values = _replicated(lesson, provider or recorded.get(lesson.pool) or believed(lesson), runs)
         predicted[:, 0] = np.maximum(predicted[:, 0], values[:, 0])
         predicted[:, 1:] += values[:, 1:]
     measured_s = max(lesson.makespan_s for lesson in found)
@@ -172,9 +174,19 @@ def backtest(journal: Journal, *, provider: ProviderConfig | None = None, runs: 
         replications=runs,
         forecast=forecast,
         forecast_throttled=forecast_throttled,
-        assumed=_assumed(provider, found),
+        assumed=_assumed(provider or (recorded.get(found[0].pool) if len(found) == 1 else None), found),
         notes=_notes(journal, found),
     )
+
+
+def _recorded(journal: Journal) -> dict[str, ProviderConfig]:
+    """The provider that each pool's forecast assumed, where a scenario stated it."""
+    return {
+        pool: checked(ProviderConfig, content["assumed"]["provider"], f"the forecast of pool {pool}")
+        for written in journal.forecasts()
+        for pool, content in written.content.items()
+        if isinstance(content, dict) and content.get("assumed")
+    }
 
 
 def _replicated(lesson: Lesson, provider: ProviderConfig, runs: int) -> np.ndarray[Any, Any]:

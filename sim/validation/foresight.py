@@ -2,7 +2,7 @@
 
 What lives here: `foresee`, the callable that `governor` is given in place of its fluid estimate. What must not: the
 decision whether a run may start (`governor/forecast/guard.py`), and anything that the run could not know beforehand:
-answers are drawn from the assumed model, the provider is taken to grant and charge as the settings believe.
+what is assumed of answers and provider is `assumptions`' to say.
 
 Theory of operation. Each simulated run has its own seed and its own draw of the answers, so that the interval holds
 what chance does; it does not hold what is assumed. Of n runs, smallest and largest enclose the next one with
@@ -15,8 +15,8 @@ where chance averages out.
 from __future__ import annotations
 
 import math
-import re
 from array import array
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -29,15 +29,14 @@ from governor.model.requests import CAUSES
 from sim.des.engines import Engine, chosen, simulated
 from sim.experiment.experiment import Case
 from sim.experiment.results import CONFIDENCE
-from sim.model.presets import LATENCIES
 from sim.model.provider_config import ProviderConfig
-from sim.model.workload import Workload, columns, constant, with_outputs_assumed
+from sim.model.workload import Workload, columns, constant
+from sim.validation.assumptions import assumptions_of
 
 REQUESTS_SIMULATED = 60_000
 RUNS_LEAST, RUNS_MOST = 2, 39
 REQUESTS_MOST = 300_000
 SHARES = tuple(i / 20.0 for i in range(1, 21))
-_SNAPSHOT = re.compile(r"-\d{4}-\d{2}-\d{2}$")
 
 
 def foresee(outlook: Outlook) -> Expectation:
@@ -47,17 +46,26 @@ def foresee(outlook: Outlook) -> Expectation:
     workload, models = workload_of(outlook)
     n = len(workload)
     policy = outlook.pool.policy
-    provider = believed_provider(policy, models)
+    assumed = assumptions_of(outlook)
+    provider = assumed.provider_for(policy, models)
     runs = max(RUNS_LEAST, min(RUNS_MOST, REQUESTS_SIMULATED // max(1, n)))
     engine = chosen("auto", n * runs)
     seeds = range(outlook.seed, outlook.seed + runs)
     found = [
         run_once(
-            with_outputs_assumed(workload, seed), policy, provider, finalize=outlook.finalize, seed=seed, engine=engine
+            assumed.answered(workload, seed), policy, provider, finalize=outlook.finalize, seed=seed, engine=engine
         )
         for seed in seeds
     ]
     finish = _interval([run.finish_s for run in found])
+    planned = assumed.as_planned(workload)
+    if planned is not None:
+        # The plan's figure holds for the answers that it drew once: the same figure here, within what chance does.
+        likely = median(
+            run_once(planned, policy, provider, finalize=outlook.finalize, seed=seed, engine=engine).finish_s
+            for seed in seeds
+        )
+        finish = min(likely, finish[0]), likely, max(likely, finish[2])
     throttled = _interval([float(run.throttled) for run in found])
     attempts = _interval([float(run.attempts) for run in found])
     waits_s = {cause: sum(run.waits_s[i] for run in found) for i, cause in enumerate(CAUSES) if i}
@@ -81,6 +89,7 @@ def foresee(outlook: Outlook) -> Expectation:
         service_s=float(np.mean([run.service_s for run in found])),
         answer_tokens={model: float(answers[models == model].sum()) for model in dict.fromkeys(models.tolist())},
         milestones=((0.0, 0.0, 0.0), *_milestones(ends)),
+        assumed=assumed.to_json_dict(),
     )
 
 
@@ -101,21 +110,6 @@ def workload_of(outlook: Outlook) -> tuple[Workload, NDArray[Any]]:
         recorded_s=constant(-1.0, count, np.float64),
     )
     return workload, np.array(models, dtype=object)
-
-
-def believed_provider(policy: Policy, models: NDArray[Any]) -> ProviderConfig:
-    """The provider as the settings believe it to be."""
-    names, counts = np.unique(models.astype(str), return_counts=True)
-    model = _SNAPSHOT.sub("", str(names[counts.argmax()]))
-    given: dict[str, Any] = {"latency": model} if model in LATENCIES else {}
-    return ProviderConfig(
-        tpm=policy.tpm_limit,
-        rpm=policy.rpm_limit,
-        tpd=policy.tpd_limit,
-        rpd=policy.rpd_limit,
-        charge_rule="auto" if policy.charge_rule == "fixed" or policy.charge_rule == "learned" else policy.charge_rule,
-        settles=policy.settle,
-    ).with_(**given)
 
 
 class Run:

@@ -35,7 +35,8 @@ REQUESTS_MOST = 100_000
 def question_of(body: WhatIf, row: BatchRow | None, service: Service) -> dict[str, Any]:
     """The question. Blocks. `ApiError` or BadInput where it makes no sense.
 
-    `sizes`: by column of `Sizes`; `output_tokens`, `service_s`: -1 = not known; `today`, `proposed`: policies.
+    `sizes`: by column of `Sizes`; `output_tokens`, `service_s`: -1 = not known; `today`, `proposed`: policies;
+    `scenario`: the pool's.
     """
     given = [name for name in ("batch_id", "lines", "shape") if getattr(body, name) is not None]
     if len(given) != 1:
@@ -61,7 +62,9 @@ def question_of(body: WhatIf, row: BatchRow | None, service: Service) -> dict[st
         for knob in KNOBS
         if getattr(today, knob.name) != getattr(proposed, knob.name)
     }
-    rest = {"today": today, "proposed": proposed, "changes": changes, "runs": body.runs, "seed": body.seed}
+    scenario = next((each.scenario for each in service.config.pools if each.name == pool), "")
+    about = {"today": today, "proposed": proposed, "changes": changes, "scenario": scenario}
+    rest = about | {"runs": body.runs, "seed": body.seed}
     return rows | rest | {"finalize": bool(row is not None and row.finalize)}
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from governor.model.errors import BadInput, BadSetting
 from governor.model.policy import Policy
-from governor.model.settings import policy_of, read_env_file
+from governor.model.settings import SCENARIO, environment_of, policy_of, read_env_file, scenario_path
 
 SECRET = "sk-do-not-repeat-me"
 
@@ -52,6 +52,33 @@ def test_a_file_stands_in_place_of_the_environment_and_set_on_top(tmp_path: Path
     assert policy_of(path, assignments=["OPENAI_MAX_CONCURRENCY=9"]) == Policy(max_concurrency=9)
     base = Policy.preset("paceline")
     assert policy_of(path, base=base) == base.with_(max_concurrency=7)
+
+
+def test_of_several_files_the_later_wins_and_each_error_has_its_own_line(tmp_path: Path) -> None:
+    below, above = tmp_path / "below.env", tmp_path / "above.env"
+    below.write_text("OPENAI_MAX_CONCURRENCY=7\nOPENAI_STAGGER_SECONDS=4\nKEY=a\nOTHER=b\n")
+    above.write_text("KEY=c\nOPENAI_STAGGER_SECONDS=2\nOPENAI_MAX_CONCURRENCY=\n")
+    # Stated without a value is as good as not stated.
+    assert policy_of([below, above]) == Policy(max_concurrency=7, stagger_seconds=2.0)
+    assert policy_of([above, below]) == Policy(max_concurrency=7, stagger_seconds=4.0)
+    found = environment_of([below, above], {"KEY": "x", "MINE": "y"})
+    assert (found["KEY"], found["OTHER"], found["MINE"]) == ("c", "b", "y")
+    above.write_text("\nOPENAI_STAGGER_SECONDS=soon\n")
+    with pytest.raises(BadInput, match=r"above\.env:2: OPENAI_STAGGER_SECONDS"):
+        policy_of([below, above])
+
+
+def test_the_scenario_is_relative_to_the_file_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    plan, none, absolute = tmp_path / "out" / "recommended.env", tmp_path / "none.env", tmp_path / "absolute.env"
+    plan.write_text(f"{SCENARIO}=scenario.yaml\n")
+    none.write_text(f"A=1\n{SCENARIO}=\n")
+    absolute.write_text(f"{SCENARIO}='/plans/scenario.yaml'\n")
+    assert scenario_path(plan, {}) == str(tmp_path / "out" / "scenario.yaml")
+    assert scenario_path([plan, none], {SCENARIO: "here.yaml"}) == str(tmp_path / "out" / "scenario.yaml")
+    assert scenario_path([plan, absolute], {}) == "/plans/scenario.yaml"
+    assert scenario_path(none, {SCENARIO: "here.yaml"}) == "here.yaml"
+    assert scenario_path(None, {}) == ""
 
 
 def test_foreign_lines_are_passed_over_however_odd(tmp_path: Path) -> None:

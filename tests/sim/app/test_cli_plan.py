@@ -109,6 +109,39 @@ def test_the_files_and_the_table(run: Run, work: Path, monkeypatch) -> None:
     assert "data:image/png;base64," in page or "<svg" in page
 
 
+def test_a_plan_from_its_own_recommendation_keeps_the_way_back(run: Run, work: Path) -> None:
+    run(*PLAN)
+    before = contents(work / "out")
+    today = policy_of("today.env")
+    assert run("plan", "batch.jsonl", "--env-file", "out/recommended.env", *QUICK)[0] == 0
+    after = contents(work / "out")
+    assert after["rollback.env"] == before["rollback.env"]
+    assert policy_of("out/rollback.env") == today
+    # From other settings it is written anew.
+    assert run(*PLAN, "--set", "OPENAI_STAGGER_SECONDS=9")[0] == 0
+    assert policy_of("out/rollback.env").stagger_seconds == 9.0
+
+
+def test_run_and_plan_say_the_same_of_the_same_batch(run: Run, work: Path) -> None:
+    """The settings reserve by another rule than the provider charges by: only the scenario tells the forecast so."""
+    # So slow that the length of single answers, which is drawn, hardly matters.
+    limits = ("--tpm", 6_000, "--set", "OPENAI_TPM_LIMIT=6000")
+    assert run(*PLAN, *limits, "--provider-charge", "prompt_chars4")[0] == 0
+    planned = json.loads((work / "out" / "plan.json").read_text())["recommended"]["figures"]["makespan_s"]["p50"]
+    code, out, err = run("preflight", "batch.jsonl", "--env-file", "out/recommended.env", "--json")
+    assert (code, err) == (0, "")
+    assert abs(json.loads(out)["forecast_finish_s"] - planned) <= 0.03 * planned
+    # The same scenario by an option, and a plan that has gone: said, and no reason to stop.
+    other = run("preflight", "batch.jsonl", "--env-file", "out/recommended.env", "--scenario", "out/scenario.yaml")
+    assert other[0] == 0
+    (work / "out" / "scenario.yaml").rename(work / "moved.yaml")
+    code, _, err = run("preflight", "batch.jsonl", "--env-file", "out/recommended.env")
+    assert (code, err.count("\n")) == (0, 1)
+    assert "PACELINE_SCENARIO" in err
+    code, _, err = run("preflight", "batch.jsonl", "--env-file", "out/recommended.env", "--scenario", "none.yaml")
+    assert (code, err) == (2, "none.yaml: there is no such file\n")
+
+
 def test_json_is_plan_json_and_nothing_else(run: Run, work: Path) -> None:
     code, out, err = run(*PLAN, "--json")
     assert (code, err) == (0, "")

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from governor.forecast.forecast import Demand, Outlook, fluid
+from governor.model.errors import BadInput
 from governor.model.estimate import CHAT, Sizes
 from governor.model.policy import Policy
 from governor.model.pools import Pool
-from governor.run.intake import reserve_of
-from sim.model.workload import with_outputs_assumed
+from governor.run.intake import read_demands, reserve_of
+from sim.experiment.experiment import replicate
+from sim.model.provider_config import ProviderConfig
+from sim.model.workload import from_tokens, with_outputs_assumed
+from sim.scenario.scenario import Scenario
 from sim.validation import foresight
+from sim.validation.assumptions import Assumptions, believed_provider
 from sim.validation.foresight import foresee
 
 FREE = Policy(stagger_seconds=0.0, max_concurrency=1_000, tpm_limit=10**9, charge_rule="auto", tpm_window="bucket")
@@ -76,7 +85,7 @@ def test_the_next_run_falls_into_the_interval_as_often_as_stated(seed: int) -> N
     policy = FREE.with_(max_concurrency=4)
     asked = outlook(20, policy)
     workload, models = foresight.workload_of(asked)
-    provider = foresight.believed_provider(policy, models)
+    provider = believed_provider(policy, models)
     inside = 0
     trials = 200
     for i in range(trials):
@@ -87,3 +96,59 @@ def test_the_next_run_falls_into_the_interval_as_often_as_stated(seed: int) -> N
         inside += e.low_s <= fresh.finish_s <= e.high_s
     # 95 % of 200 are 190; below 178 or above 199 is chance in less than one of a thousand.
     assert 178 <= inside <= 199
+
+
+def test_a_scenario_says_what_the_provider_is_and_its_forecast_is_that_of_the_plan(tmp_path: Path) -> None:
+    """One batch, one forecast: settings that reserve more than is charged do not make the run seem longer."""
+    path = tmp_path / "batch.jsonl"
+    body = {"model": "gpt-4o", "max_tokens": 800, "messages": [{"role": "user", "content": "x" * 2_000}]}
+    line = {"method": "POST", "url": "/v1/chat/completions", "body": body}
+    path.write_text("".join(json.dumps({"custom_id": f"r{i}", **line}) + "\n" for i in range(150)))
+    provider = ProviderConfig(tpm=40_000, charge_rule="prompt_chars4", latency="gpt-4o-mini")
+    policy = FREE.with_(tpm_limit=40_000, tpm_headroom=0.0, charge_rule="prompt_plus_max", sync_headers=True)
+    Scenario.of(str(path), provider=provider, policy=policy).write(tmp_path / "scenario.yaml")
+    demand = read_demands(path, [Pool(policy=policy)])["default"]
+    told = foresee(Outlook(pool=Pool(policy=policy, scenario=str(tmp_path / "scenario.yaml")), demand=demand))
+    untold = foresee(Outlook(pool=Pool(policy=policy), demand=demand))
+    assert untold.assumed is None
+    assert told.finish_s < 0.7 * untold.finish_s
+    # The plan's own figure for these settings: the same provider, the same rows.
+    scenario = Scenario.read(tmp_path / "scenario.yaml")
+    planned = replicate(scenario, 12)["makespan_s"].p50
+    assert abs(told.finish_s - planned) <= 0.03 * planned
+    # What a journal keeps of it is enough to say the same again, and without the file the provider is still known.
+    later = Outlook(
+        pool=Pool(policy=policy), demand=demand, assumed=json.loads(json.dumps(told.to_json_dict()))["assumed"]
+    )
+    assert foresee(later).finish_s == told.finish_s
+    (tmp_path / "scenario.yaml").unlink()
+    assert abs(foresee(later).finish_s - told.finish_s) <= 0.1 * told.finish_s
+
+
+def test_answers_that_the_scenario_knows_are_taken_as_they_were(tmp_path: Path) -> None:
+    sizes = [Sizes(CHAT, 100 + 10 * i, 400 + 40 * i, 4, 1, 0, 0, 1, 900) for i in range(20)]
+    known = from_tokens(
+        np.array([each.prompt_tokens for each in sizes]),
+        np.arange(20) * 7 + 1,
+        max_tokens=900,
+        recorded_s=np.linspace(1.0, 3.0, 20),
+    )
+    asked = from_tokens(np.array([290, 100, 123, 100]), np.zeros(4, np.int64), max_tokens=900)
+    drawn = Assumptions(provider=ProviderConfig(), rows=known).answered(asked, 3)
+    assert drawn.output_tokens.tolist()[:2] == [19 * 7 + 1, 1]
+    assert drawn.output_tokens[3] == 1
+    assert drawn.output_tokens[2] in (np.arange(20) * 7 + 1).tolist()
+    assert drawn.recorded_s.tolist()[:2] == [3.0, 1.0]
+    assert drawn.recorded_s[2] == -1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [("a,b\n1,2\n", "not a scenario"), ("provider: {tpm: -3}\n", "provider.tpm"), ("workload: [\n", "not YAML")],
+)
+def test_a_wrong_scenario_is_one_line(tmp_path: Path, text: str, complaint: str) -> None:
+    path = tmp_path / ("s.yaml" if ":" in text else "s.csv")
+    path.write_text(text)
+    asked = outlook(5, FREE)
+    with pytest.raises(BadInput, match=complaint):
+        foresee(replace(asked, pool=replace(asked.pool, scenario=str(path))))

@@ -1,0 +1,185 @@
+"""What a forecast assumes of the provider and of the answers: as a plan did, as an earlier forecast did, or neither.
+
+A plan writes its assumptions into its scenario file, and every forecast of the same batch reads them there, so that one
+batch has one forecast. Without a scenario the provider grants and charges as the settings believe, and answers have the
+lengths that are assumed for want of anything better.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from governor.forecast.forecast import Outlook
+from governor.model.errors import BadInput, BadSetting
+from governor.model.estimate import EMBEDDINGS, Sizes
+from governor.model.policy import Policy
+from sim.model.presets import LATENCIES
+from sim.model.provider_config import ProviderConfig, checked
+from sim.model.workload import ASSUMED, Workload, from_tokens, similar_outputs, with_outputs_assumed, with_outputs_drawn
+from sim.scenario.readers import BATCH, SCENARIO, Source
+from sim.scenario.scenario import Scenario
+from sim.scenario.scenario_file import FileSource, parsed_yaml
+
+_SNAPSHOT = re.compile(r"-\d{4}-\d{2}-\d{2}$")
+
+
+# In a larger batch no single answer that a plan drew decides anything, and its file need not be read for them.
+BATCH_BYTES_MOST = 20 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Assumptions:
+    """`provider`: None = as the settings believe. `answers`: P50 and P95 of their tokens, None = not stated.
+
+    `rows`: the scenario's requests with their answers, measured ones (a log's, old results') or, with `is_drawn`, those
+    that the plan drew. `path`: the scenario file, "" = none.
+    """
+
+    provider: ProviderConfig | None = None
+    answers: tuple[float, float] | None = None
+    rows: Workload | None = None
+    is_drawn: bool = False
+    path: str = ""
+
+    def provider_for(self, policy: Policy, models: NDArray[Any]) -> ProviderConfig:
+        """The provider of these requests, whose models have shape (requests,)."""
+        return self.provider or believed_provider(policy, models)
+
+    def answered(self, workload: Workload, seed: int) -> Workload:
+        """The requests with answers: what is known of them as it was, the rest drawn."""
+        if self.rows is not None and not self.is_drawn:
+            return _answered_like(workload, self.rows, seed)
+        if self.answers is not None:
+            return with_outputs_drawn(workload, *self.answers, seed)
+        return with_outputs_assumed(workload, seed)
+
+    def as_planned(self, workload: Workload) -> Workload | None:
+        """The requests with the answers that the plan drew for them; None where it drew none, or planned others."""
+        if self.rows is None or not self.is_drawn:
+            return None
+        found = _same_sizes(workload, self.rows)
+        return None if (found < 0).any() else workload.with_(output_tokens=self.rows.output_tokens[found])
+
+    def to_json_dict(self) -> dict[str, Any] | None:
+        """Plain values for a journal, which a later forecast reads (`assumptions_of`); None where nothing is stated."""
+        if self.provider is None:
+            return None
+        answers = self.answers
+        if self.rows is not None and not self.is_drawn:
+            found = np.quantile(np.maximum(1, self.rows.output_tokens), (0.5, 0.95))
+            answers = float(found[0]), float(found[1])
+        provider = self.provider.model_dump(mode="json")
+        return {"scenario": os.path.abspath(self.path), "provider": provider, "answers": answers and list(answers)}
+
+
+def assumptions_of(outlook: Outlook) -> Assumptions:
+    """Those of the pool's scenario, else of the forecast before, else none. BadInput where the scenario is wrong."""
+    if outlook.pool.scenario:
+        return scenario_assumptions(outlook.pool.scenario)
+    if outlook.assumed is None:
+        return Assumptions()
+    provider = checked(ProviderConfig, outlook.assumed["provider"], "provider")
+    with suppress(BadInput):
+        # Its file knows more of the answers, if it still is what the forecast read.
+        found = scenario_assumptions(str(outlook.assumed["scenario"]))
+        if found.provider == provider:
+            return found
+    answers = outlook.assumed["answers"]
+    return Assumptions(provider, None if answers is None else (float(answers[0]), float(answers[1])))
+
+
+def scenario_assumptions(path: str) -> Assumptions:
+    """The assumptions in a scenario file, or in one that holds a provider alone; read once until it changes."""
+    try:
+        changed = os.stat(path).st_mtime_ns
+    except OSError:
+        changed = 0
+    return _read(path, changed)
+
+
+@lru_cache(maxsize=8)
+def _read(path: str, changed: int) -> Assumptions:
+    source = Source.open(path)
+    if source.kind() != SCENARIO:
+        raise BadInput("this is not a scenario (YAML with workload: and provider:, as `paceline plan` writes it)", path)
+    with source.stream() as stream:
+        data = parsed_yaml(stream.read().decode("utf-8-sig", errors="replace"), path)
+    try:
+        provider = checked(ProviderConfig, data.get("provider", data), "provider")
+    except BadSetting as error:
+        raise BadInput(str(error), path) from None
+    told = data.get("workload")
+    if not isinstance(told, Mapping):
+        return Assumptions(provider, path=path)
+    answers = None
+    if told.get("path") and told.get("output_tokens"):
+        p50, p95 = told["output_tokens"]
+        answers = float(p50), float(p95)
+    file = os.path.join(Path(path).parent, str(told["path"])) if told.get("path") else ""
+    if file and (not os.path.isfile(file) or (not told.get("outputs_from") and _is_large_batch(file))):
+        # A scenario is of use without its rows: the provider is what matters.
+        return Assumptions(provider, answers, path=path)
+    scenario = Scenario.read(source)
+    is_drawn = isinstance(scenario.source, FileSource) and scenario.provenance()["output tokens"][0] == ASSUMED
+    return Assumptions(provider, answers, scenario.workload, is_drawn and not told.get("outputs_from"), path)
+
+
+def _is_large_batch(file: str) -> bool:
+    return os.path.getsize(file) > BATCH_BYTES_MOST and Source.open(file).kind() == BATCH
+
+
+def _same_sizes(workload: Workload, rows: Workload) -> NDArray[np.int64]:
+    """For each request a row of `rows` with its own sizes, in turn where there are several; -1 = there is none."""
+    known: dict[tuple[int, ...], list[int]] = {}
+    for i, key in enumerate(_keys(rows)):
+        known.setdefault(key, []).append(i)
+    seen: dict[tuple[int, ...], int] = {}
+    found = np.full(len(workload), -1, np.int64)
+    for i, key in enumerate(_keys(workload)):
+        if key in known:
+            turn = seen[key] = seen.get(key, -1) + 1
+            found[i] = known[key][turn % len(known[key])]
+    return found
+
+
+def _answered_like(workload: Workload, rows: Workload, seed: int) -> Workload:
+    """Each request takes the answer of the row of its own sizes, else of one with a prompt of similar length."""
+    found = _same_sizes(workload, rows)
+    outputs = np.where(found >= 0, np.asarray(rows.output_tokens, np.int64)[found], -1)
+    outputs[np.asarray(workload.endpoint) == EMBEDDINGS] = 0
+    if (outputs < 0).any():
+        both = from_tokens(
+            np.concatenate([np.asarray(workload.prompt_tokens), np.asarray(rows.prompt_tokens)]),
+            np.concatenate([outputs, np.asarray(rows.output_tokens)]),
+        )
+        outputs = similar_outputs(both, np.asarray(both.output_tokens), seed)[: len(workload)]
+    return workload.with_(output_tokens=outputs, recorded_s=np.where(found >= 0, rows.recorded_s[found], -1.0))
+
+
+def _keys(workload: Workload) -> list[tuple[int, ...]]:
+    return list(zip(*(np.asarray(getattr(workload, name)).tolist() for name in Sizes.__slots__), strict=True))
+
+
+def believed_provider(policy: Policy, models: NDArray[Any]) -> ProviderConfig:
+    """The provider as the settings believe it to be."""
+    names, counts = np.unique(models.astype(str), return_counts=True)
+    model = _SNAPSHOT.sub("", str(names[counts.argmax()]))
+    given: dict[str, Any] = {"latency": model} if model in LATENCIES else {}
+    return ProviderConfig(
+        tpm=policy.tpm_limit,
+        rpm=policy.rpm_limit,
+        tpd=policy.tpd_limit,
+        rpd=policy.rpd_limit,
+        charge_rule="auto" if policy.charge_rule == "fixed" or policy.charge_rule == "learned" else policy.charge_rule,
+        settles=policy.settle,
+    ).with_(**given)
