@@ -12,13 +12,15 @@ import random
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 
 from governor.model.errors import FailureCode
 from governor.model.requests import Attempt, Outcome
 from sim.experiment.experiment import OUTCOMES, attempt_rows, case_of, figures_of, simulated
+from sim.model.workload import from_tokens
 from sim.scenario.scenario import Scenario
-from tests.scenarios import drawn, shown
+from tests.scenarios import drawn, scenario_of, shown
 
 SCENARIOS = 1_000
 # A longer form: PACELINE_ENGINES=5000000 pytest -m long tests/test_engines.py
@@ -125,3 +127,16 @@ def test_both_engines_give_the_same_attempts(seed: int) -> None:
 def test_both_engines_for_longer(seed: int) -> None:
     counts = compared_until(seed + 1, 1_000, LONG_REQUESTS)
     occurred(counts, 1_000)
+
+
+@pytest.mark.parametrize("engine", ["simpy", "compiled"])
+@pytest.mark.parametrize("arrives_s", [0.0, 0.5])
+def test_the_bound_is_of_all_that_was_asked_for(engine: Any, arrives_s: float) -> None:
+    """200 requests a day: 500 take 300 / 200 of a day at least, however many of them a policy gives up."""
+    arrivals: dict[str, Any] = {"arrival_s": np.arange(500) * arrives_s} if arrives_s else {}
+    workload = from_tokens(np.full(500, 10), np.full(500, 5), max_tokens=20, **arrivals)
+    case = case_of(scenario_of(workload, provider={"rpd": 200}, arrivals="trace" if arrives_s else "batch"))
+    summary = simulated(case, 0, engine=engine).summary(case.grant)
+    assert summary.failed > 100
+    assert summary.efficiency is None
+    assert summary.bound_s == pytest.approx(1.5 * 86_400.0, rel=0.01)

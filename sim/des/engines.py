@@ -17,8 +17,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
+from governor.forecast.summary import Work
 from governor.model.errors import BadInput
 from sim.des.run import AttemptSink, Tally
+from sim.model.workload import Columns
 
 if TYPE_CHECKING:
     from sim.experiment.experiment import Case
@@ -102,11 +106,11 @@ def simulated(case: Case, seed: int, on_attempt: AttemptSink | None = None, *, e
     if case.columns.kind is None and chosen(engine, requests) == "compiled":
         from sim.des import compiled
 
-        return compiled.simulated(case, seed, on_attempt)
+        return _with_lost_work(compiled.simulated(case, seed, on_attempt), case.columns)
     from sim.des.driver import Simulation
 
     _Simulated.requests += requests
-    return Simulation(
+    run = Simulation(
         case.columns,
         case.params,
         case.provider,
@@ -116,7 +120,32 @@ def simulated(case: Case, seed: int, on_attempt: AttemptSink | None = None, *, e
         finalize_max_tokens=case.finalize_max_tokens,
         from_trace=case.from_trace,
         on_attempt=on_attempt,
-    ).run()
+    )
+    return _with_lost_work(run.run(), case.columns)
+
+
+def _with_lost_work(tally: Tally, columns: Columns) -> Tally:
+    """The same, but the bound's input is all that was asked for: a run that loses requests does less in less time.
+
+    A lost request counts as what it would have been charged and used; how long its answer would have taken is unknown.
+    """
+    if not tally.failed:
+        return tally
+    output = np.where(columns.cap > 0, np.minimum(columns.output_tokens, columns.cap), columns.output_tokens)
+    counted = np.minimum(columns.charge, (columns.prompt_tokens + output).astype(np.float64))
+    late = columns.arrival_s > 0.0
+    asked = tally.work = Work(
+        requests=int((~late).sum()),
+        charged=float(columns.charge[~late].sum()),
+        counted=float(counted[~late].sum()),
+        shortest_s=0.0,
+        latest_s=tally.work.latest_s,
+        returned=tally.work.returned,
+    )
+    parts = (columns.arrival_s, columns.charge, counted, np.zeros(len(late)))
+    for values, part in zip((asked.arrivals_s, asked.charges, asked.counts, asked.services_s), parts, strict=True):
+        values.frombytes(part[late].astype(np.float64).tobytes())
+    return tally
 
 
 def simulations(case: Case, seeds: Iterable[int], *, engine: Chosen) -> Iterator[Tally]:
@@ -124,5 +153,5 @@ def simulations(case: Case, seeds: Iterable[int], *, engine: Chosen) -> Iterator
     if engine == "compiled" and case.columns.kind is None:
         from sim.des import compiled
 
-        return compiled.simulations(case, seeds)
+        return (_with_lost_work(tally, case.columns) for tally in compiled.simulations(case, seeds))
     return (simulated(case, seed, engine="simpy") for seed in seeds)

@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 
 from governor.model.errors import BadInput, BadSetting, PacelineError
 from governor.model.estimate import charge_of, sizes_of
-from governor.model.requests import CHAT
+from governor.model.requests import CHAT, read_requests
 from sim.model.workload import ARRAYS, Workload, from_tokens
 from sim.scenario.columns import parse_columns
 from sim.scenario.readers import BATCH, SCENARIO, TRACE_CSV, TRACE_JSON, Source, read_workload, save_rows
+from sim.selection.split import split
 
 VIDUR = "vidur-arxiv/arxiv_summarization_stats_llama2_tokenizer_filtered_v2.csv"
 CODE = "azure-llm-2023/AzureLLMInferenceTrace_code.csv"
@@ -429,6 +430,32 @@ def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
 
 def test_a_scenario_is_no_workload() -> None:
     assert "scenario" in refusal("workload: {path: a}\n")
+
+
+@pytest.mark.parametrize(
+    ("data", "remedy"),
+    [
+        (batch(2).encode("utf-16"), "save it as UTF-8"),
+        (batch(2).encode("utf-16-be"), ""),
+        (gzip.compress(batch(2).encode()), "unpack it first (gunzip)"),
+        (f"[{line(0)},\n{line(1)}]".encode(), "jq -c '.[]'"),
+        (json.dumps([json.loads(line(0))], indent=2).encode(), "jq -c '.[]'"),
+        (b"PK\x03\x04 a spreadsheet", "unpack or export it first"),
+    ],
+)
+def test_every_command_names_the_same_remedy(data: bytes, remedy: str, tmp_path: Path) -> None:
+    """`run` and `preflight` read lines, `simulate` and `split` look at the file first."""
+    (tmp_path / "requests.jsonl").write_bytes(data)
+    source = Source.open(tmp_path / "requests.jsonl")
+    with pytest.raises(BadInput) as planned:
+        read_workload(source)
+    with pytest.raises(BadInput) as ran, open(tmp_path / "requests.jsonl", "rb") as stream:
+        list(read_requests(stream, source.name))
+    with pytest.raises(BadInput) as cut:
+        split(source.path, tmp_path / "parts")
+    assert remedy in str(planned.value)
+    if remedy:
+        assert str(ran.value) == str(planned.value) == str(cut.value)
 
 
 # ---------------------------------------------------------------- rows that have no file
