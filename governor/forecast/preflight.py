@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from governor.law import BUCKET, FIXED, MINUTE_S, RPD, RPM, TPD, TPM, Params, State, used_in
+from governor.law import BUCKET, FIXED, FIXED_S, MINUTE_S, RPD, RPM, TPD, TPM, Params, State, used_in
 from governor.model.errors import FailureCode
 from governor.model.policy import Policy
 
@@ -100,12 +100,12 @@ class InUse:
 def in_use(p: Params, s: State, now: float) -> InUse:
     """What the law has booked against the tokens of this minute, as it will free from `now` on."""
     tokens = used_in(p, s, TPM, now)
-    if p.limit[TPM] <= 0.0 or tokens <= 0.0:
+    if p.limit[TPM] <= 0.0 or tokens <= _ROUNDING:
         return InUse()
     if p.window == BUCKET:
         return InUse(tokens, s.full_at[TPM] - now, continuous=True)
     if p.window == FIXED:
-        return InUse(tokens, s.window_at[TPM] + MINUTE_S - now)
+        return InUse(tokens, s.window_at[TPM] + FIXED_S - now)
     releases = []
     before, cell = tokens, math.floor(now / _STEP_S)
     while before > _ROUNDING:

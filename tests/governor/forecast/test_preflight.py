@@ -206,6 +206,19 @@ class TestObeyedWait:
             assert law.admit_at(p, s, need, law.FIRST, now + wait_s) <= now + wait_s + 1e-6
         assert refusals > 20
 
+    @pytest.mark.parametrize("window", WINDOWS)
+    def test_it_can_be_asked_at_any_moment(self, window: str) -> None:
+        """The law's minute is a little longer than a minute, and rounding may leave a billionth of a token."""
+        p = Policy().with_(tpm_window=window).params()
+        s = law.State()
+        law.launched(p, s, 10_000.0, law.FIRST, 0.0, 0.5)
+        for tenths in range(1_250):
+            now = tenths / 20.0
+            booked = law.used_in(p, s, law.TPM, now)
+            assert in_use(p, s, now).after(0.0) == math.ceil(booked - 1e-6)
+        law.launched(p, s, 1e-9, law.FIRST, 200.0, 0.5)
+        assert in_use(p, s, 200.0) == InUse()
+
     def test_tokens_without_a_time_would_be_free_already(self) -> None:
         for frees_in_s in (0.0, -1.0, math.inf, math.nan):
             with pytest.raises(ValueError, match="must free in some time"):
