@@ -371,6 +371,51 @@ def backtest(
 
 
 @app.command()
+def replay(
+    journal: Annotated[str, typer.Argument(metavar="JOURNAL.db", help="The journal of a run.", show_default=False)],
+    env_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Other settings, on top of the run's own.")
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="One other setting; may be repeated."),
+    ] = None,
+    provider: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIER|FILE.yaml",
+            help="The provider to assume; else the one that explains the run best, as believed or as learnt from it.",
+        ),
+    ] = None,
+    tpm: Annotated[int | None, typer.Option(metavar="N", min=1, help="Its tokens per minute.")] = None,
+    pairs: Annotated[
+        str | None, typer.Option(metavar="FILE.csv", help="When each request ended, and when it would have.")
+    ] = None,
+    replications: Annotated[
+        int, typer.Option(metavar="N", min=0, max=10_000, help="Runs to simulate; 0 = as many as need some seconds.")
+    ] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a run would have been under other settings.
+
+    Its very requests meet what they met then: answers, times, faults, other users of the quota. Without settings, the
+    run is reproduced under its own.
+    """
+    from sim.app.replay_command import ReplayOptions, replayed
+
+    options = ReplayOptions(
+        env_file=env_file,
+        assignments=assignments or (),
+        provider=provider,
+        tpm=tpm,
+        runs=replications,
+        pairs=pairs,
+    )
+    found, text = replayed(journal, options, _width())
+    _print(found, text, as_json=as_json)
+
+
+@app.command()
 def split(
     batch: Annotated[str, typer.Argument(metavar="BATCH.jsonl", help="Requests in OpenAI's batch format.")],
     out: Annotated[str, typer.Option(metavar="DIR", help="A new or empty folder for the files.", show_default=False)],

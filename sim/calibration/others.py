@@ -10,7 +10,8 @@ launched at one instant, the one after which least remained was let in last.
 
 Others. The run's own attempts go through the provider's model (`sim/model/provider.py`) in order of admission. Where a
 header says that more is used than the model holds, somebody else has used the difference since the count before; where
-it says less, the moments were not exact, and that is set off against the next difference. After each count the model
+it says less, the moments were not exact, and that is set off against the differences of the minute before, then against
+the next ones. After each count the model
 holds what the provider said, so that nothing adds up.
 """
 
@@ -19,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +33,7 @@ from governor.model.work import DIMENSIONS, TURNED_AWAY
 from sim.model import provider as prov
 from sim.model import windows as win
 from sim.model.provider_config import ProviderConfig
+from sim.model.windows import MINUTE_S
 
 # What others took is spread over pieces of this length; fewer where two counts are closer.
 PIECE_S = 1.0
@@ -197,14 +199,22 @@ def takings(counts: Sequence[Count], charges: NDArray[np.float64], provider: Pro
 
     `charges`: what the provider charges for each request of the workload. Its own neighbours are left out of the model.
     """
-    found: list[Taking] = []
+    taken: tuple[list[tuple[Gap, float]], ...] = ([], [])
     owed = [0.0, 0.0]
     for gap in gaps(counts, charges, provider):
         # A refusal that counts fills the bucket: how full it was before nobody can tell.
         if gap.said.let_in or not provider.failed_requests_count:
-            taken = max(0.0, gap.more - owed[gap.d])
-            owed[gap.d] = max(0.0, owed[gap.d] - gap.more)
-            found += _spread(gap.d, taken, gap.since_s, gap.at_s)
+            more = gap.more - owed[gap.d]
+            while more < 0.0 and taken[gap.d] and taken[gap.d][-1][0].at_s >= gap.at_s - MINUTE_S:
+                before, amount = taken[gap.d].pop()
+                more += amount
+                if more > 0.0:
+                    taken[gap.d].append((before, more))
+                    more = 0.0
+            owed[gap.d] = max(0.0, -more)
+            if more > 0.0:
+                taken[gap.d].append((gap, more))
+    found = [each for gap, amount in chain(*taken) for each in _spread(gap.d, amount, gap.since_s, gap.at_s)]
     total = sum(taking.amount for taking in found if taking.d == TPM)
     return tuple(sorted(found)) if total > NOBODY_RATIO * float(charges.sum()) else ()
 

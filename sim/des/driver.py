@@ -138,11 +138,14 @@ class Simulation:
         finalize_max_tokens: int = 0,
         from_trace: bool = False,
         on_attempt: AttemptSink | None = None,
+        provider_seed: int | None = None,
     ) -> None:
         self.columns = columns
         self.p = params
         self.pp = provider
         self.seed = seed
+        # Another one than the law's where a run's own jitter meets another chance of the provider.
+        self.provider_seed = seed if provider_seed is None else provider_seed
         self.finalize_max_tokens = finalize_max_tokens
         self.on_attempt = on_attempt
         self.s = law.State()
@@ -184,7 +187,7 @@ class Simulation:
             output = output.astype(np.float64)
             sizes = (c.reserve[i], c.charge[i], c.prompt_tokens[i].astype(np.float64), output)
             columns = (i, *sizes, c.recorded_s[i], arrival)
-            drawn_s = first_latencies_s(self.pp, self.seed, i, output, c.recorded_s[i])
+            drawn_s = first_latencies_s(self.pp, self.provider_seed, i, output, c.recorded_s[i])
             jitters = first_jitters(self.p, self.seed, i)
             for row in zip(*(column.tolist() for column in columns), drawn_s, jitters, strict=True):
                 job = Job(*row)
@@ -332,7 +335,16 @@ class Simulation:
     def _answer(self, job: Job, key: int, now: float) -> tuple[int, float, int, float]:
         """What the provider does with an attempt: see `provider.answered`."""
         return prov.answered(
-            self.pp, self.ps, self.seed, job.index, key, job.charge, job.output, job.recorded_s, now, job.drawn_s
+            self.pp,
+            self.ps,
+            self.provider_seed,
+            job.index,
+            key,
+            job.charge,
+            job.output,
+            job.recorded_s,
+            now,
+            job.drawn_s,
         )
 
     def _left(self, job: Job, now: float) -> None:
@@ -340,11 +352,11 @@ class Simulation:
 
         Here in the moment in which the answer arrives.
         """
-        pp, ps = self.pp, self.ps
+        pp, ps, seed = self.pp, self.ps, self.provider_seed
         if job.outcome == prov.OK:
-            prov.settled(pp, ps, self.seed, job.charge, job.prompt + job.output, now)
+            prov.settled(pp, ps, seed, job.charge, job.prompt + job.output, now)
         if pp.counts == prov.COUNTS_AT_ANSWER:
-            prov.advanced(pp, ps, self.seed, now)
+            prov.advanced(pp, ps, seed, now)
             self._state(job)
 
     def _state(self, job: Job) -> None:
@@ -475,7 +487,7 @@ class Simulation:
 
     def _came_back_empty(self, job: Job) -> bool:
         c, i = self.columns, job.index
-        return 0 < c.cap[i] < c.output_tokens[i] and prov.cut_without_text(self.pp, self.seed, i)
+        return 0 < c.cap[i] < c.output_tokens[i] and prov.cut_without_text(self.pp, self.provider_seed, i)
 
     def _open_finalize(self, job: Job, now: float) -> None:
         """The answer was cut off and has no usable text: one more call, before new work."""
@@ -548,9 +560,13 @@ class Simulation:
         assert self.on_attempt is not None
         self.on_attempt(job, now, code)
 
-    def run(self) -> Tally:
-        """Runs to the end of the last request. Every request has then ended exactly once (asserted)."""
-        self._pump(0.0)
+    def run(self, start_s: float = 0.0) -> Tally:
+        """Runs to the end of the last request. Every request has then ended exactly once (asserted).
+
+        `start_s`: the moment of the first launch on the law's clock, whose sliding windows have steps of their own.
+        """
+        self.env._now = self.clock_at = start_s
+        self._pump(start_s)
         self.env.run()
         tally, requests = self.tally, len(self.columns.reserve)
         assert tally.requests == requests, f"{requests - tally.requests} of {requests} requests never ended"

@@ -38,11 +38,11 @@ from sim.des.driver import Job, Simulation
 from sim.model import provider as prov
 from sim.model.provider_config import ProviderConfig
 from sim.model.workload import MEASURED, Workload, constant, similar_outputs
+from sim.validation.recorded import REFUSED, Record, record_of
 
 # The provider's limit changes come second among the events of one instant (docs/explanation/law.md#ties); so do ours.
 CHANGE = 1
-Change = tuple[float, law.Params | str]
-REFUSED = (Outcome.THROTTLED, Outcome.SLOW_DOWN)
+Change = tuple[float, Policy | str]
 SERVER_FAULTS = (Outcome.SERVER_ERROR, Outcome.OVERLOADED, Outcome.MALFORMED)
 
 
@@ -52,6 +52,7 @@ class Lesson:
 
     `late_s`: how late timers rang, seconds each. `counts`: its attempts, with what their headers stated. `latency`,
     `faults`: fields of the provider's configuration. `changes`: (when, new settings | "paused" | "resumed").
+    `record`: each attempt and each end as it was. `answers`: lengths that were measured, -1 = none came.
     `makespan_s`, `throttled`, `launches`: what was measured.
     """
 
@@ -65,6 +66,8 @@ class Lesson:
     latency: dict[str, float]
     faults: dict[str, float]
     changes: tuple[Change, ...]
+    record: Record
+    answers: NDArray[np.int64]
     finalize: bool
     began_s: float
     makespan_s: float
@@ -113,7 +116,7 @@ def _clock(journal: Journal, attempts: list[Attempt]) -> Clock:
 
 def _lesson(journal: Journal, pool: str, attempts: list[Attempt], clock: Clock) -> Lesson | None:
     history = [stated for stated in journal.settings() if stated.pool == pool]
-    ended = {end.request: end.ended_s for end in journal.ends(pool)}
+    ended = {end.request: end for end in journal.ends(pool)}
     rows = [result.request for result in journal.results() if result.request.pool == pool]
     # A request that was never let out (it was oversized) ended without an attempt, and takes no part.
     tried = {attempt.request for attempt in attempts}
@@ -139,7 +142,10 @@ def _lesson(journal: Journal, pool: str, attempts: list[Attempt], clock: Clock) 
         provenance={"output tokens": (MEASURED, "the journal"), "latency": (MEASURED, "the journal")},
     )
     workload = bare.with_(output_tokens=similar_outputs(bare, output, seed)) if 0 < answered.sum() < len(rows) else bare
+    heard = [each for each in journal.heard(pool) if each.attempt.request in place]
     names = [request.model for request in rows]
+    counts = counts_of(heard, place, clock)
+    ends = {place[i]: end for i, end in ended.items() if i in place}
     return Lesson(
         pool=pool,
         model=max(dict.fromkeys(names), key=names.count),
@@ -147,13 +153,15 @@ def _lesson(journal: Journal, pool: str, attempts: list[Attempt], clock: Clock) 
         seed=seed,
         workload=workload,
         late_s=np.array(journal.lateness(pool)),
-        counts=counts_of(journal.heard(pool), place, clock),
+        counts=counts,
         latency=_latency(mine, answered, workload),
         faults=_faults(mine, visible),
         changes=_changes(journal, [(stated.at_s, stated.policy) for stated in history], clock),
+        record=record_of(heard, ends, place, clock, counts),
+        answers=output,
         finalize=any(attempt.lane == "finalize" for attempt in mine),
         began_s=clock(journal.legs()[0].began_s),
-        makespan_s=max(clock(ended[request.index]) for request in rows),
+        makespan_s=max(clock(ended[request.index].ended_s) for request in rows),
         throttled=sum(attempt.outcome in REFUSED for attempt in mine),
         launches=len(mine),
         unfinished=unfinished,
@@ -222,7 +230,7 @@ def _changes(journal: Journal, history: list[tuple[float, Policy]], clock: Clock
     found: list[Change] = []
     for (_, before), (at_s, after) in pairwise(history):
         if after != before:
-            found.append((max(0.0, clock(at_s)), after.params()))
+            found.append((max(0.0, clock(at_s)), after))
     words = {"pause": "paused", "resume": "resumed"}
     for command in journal.commands():
         if command.name in words and command.taken_s >= 0.0:
@@ -284,19 +292,31 @@ class Twin(Simulation):
     def _on_wake(self, event: Any) -> None:
         """The law's moment has come; the loop notices a little later, unless something else wakes it before."""
         if event is self.timer and not getattr(event, "_value", None) and len(self._late_s):
-            at = self.env._now + float(self._rng.choice(self._late_s))
+            at = self.env._now + self._lateness()
             self.timer = driver._Moment(self.env, at, driver.WAKE, self._on_wake, True)
             return
         super()._on_wake(event)
 
+    def _lateness(self) -> float:
+        """How late the timer rings that is due now."""
+        return float(self._rng.choice(self._late_s))
+
     def _answer(self, job: Job, key: int, now: float) -> tuple[int, float, int, float]:
         """The provider sees the attempt when it has arrived, on a clock of its own."""
-        there_s = self._there_s[job.index]
-        answer = super()._answer(job, key, max(self.ps.at, now + there_s - self._began_s))
+        there_s, round_s = self._way(job)
+        answer = self._served(job, key, max(self.ps.at, now + there_s - self._began_s))
         if self.pp.settles or self.pp.counts == prov.COUNTS_AT_ANSWER:
-            left_s = max(now, now + answer[1] - (self._round_s[job.index] - there_s))
+            left_s = max(now, now + answer[1] - (round_s - there_s))
             driver._Moment(self.env, left_s, driver.ANSWER, self._on_left, job)
         return answer
+
+    def _way(self, job: Job) -> tuple[float, float]:
+        """Seconds to the provider, and there and back."""
+        return self._there_s[job.index], self._round_s[job.index]
+
+    def _served(self, job: Job, key: int, at: float) -> tuple[int, float, int, float]:
+        """What the provider does with it at `at` on its own clock."""
+        return super()._answer(job, key, at)
 
     def _left(self, job: Job, now: float) -> None:
         """It has left the provider before."""
@@ -305,7 +325,7 @@ class Twin(Simulation):
         super()._left(event._value, max(self.ps.at, self.env._now - self._began_s))
 
     def _on_taking(self, event: Any) -> None:
-        gone_by_others(self.pp, self.ps, self.seed, event._value)
+        gone_by_others(self.pp, self.ps, self.provider_seed, event._value)
 
     def _on_change(self, event: Any) -> None:
         if self.tally.requests == len(self.columns):
@@ -315,8 +335,9 @@ class Twin(Simulation):
         if isinstance(change, str):
             getattr(law, change)(self.p, self.s)
         else:
-            law.repriced(self.p, change, self.s, now)
-            self.p = change
+            params = change.params()
+            law.repriced(self.p, params, self.s, now)
+            self.p = params
         self._pump(now)
 
 

@@ -137,7 +137,7 @@ def test_an_answer_wakes_the_loop_without_lateness() -> None:
 
 def test_settings_change_when_they_did() -> None:
     policy = Policy.preset("paceline").with_(max_concurrency=1, stagger_seconds=0.0, tpm_limit=10**9)
-    wider = policy.with_(max_concurrency=4).params()
+    wider = policy.with_(max_concurrency=4)
     # Two alone, then the third and three more at 2.5 s, ...: 10 requests, at 2.5 s one is in flight until 3.
     assert run_of(10, policy, 0.0) == pytest.approx(10.0)
     assert run_of(10, policy, 0.0, ((2.5, wider),)) == pytest.approx(4.5)

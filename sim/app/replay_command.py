@@ -1,0 +1,84 @@
+"""The command `paceline replay`: a run again under other settings, paired request by request."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from governor.journal.journal import Journal
+from governor.model.policy import Policy
+from governor.model.settings import policy_of
+from sim.app.inputs import named_provider
+from sim.app.outputs import check_file
+from sim.base.files import write_atomically
+from sim.calibration.calibrate import calibrate
+from sim.calibration.observed import of_journal
+from sim.model.provider_config import ProviderConfig
+from sim.reporting.replay_text import replay_json, replay_text
+from sim.validation.counterfactual import Counterfactual, counterfactual
+from sim.validation.replay import Stage, closest
+from sim.validation.twin import Lesson, believed, lessons
+
+GIVEN, BELIEVED, LEARNT = "as given", "as the settings believe", "as learnt from the run"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplayOptions:
+    """From the command line. `provider`: a tier's name or a YAML file; `runs`: 0 = as many as take some seconds."""
+
+    env_file: str | None = None
+    assignments: Sequence[str] = ()
+    provider: str | None = None
+    tpm: int | None = None
+    runs: int = 0
+    pairs: str | None = None
+
+
+def replayed(path: str, o: ReplayOptions, width: int) -> tuple[dict[str, Any], str]:
+    """The replay as an object and as text. PacelineError for what a user can mend."""
+    check_file(o.pairs, "--pairs", (".csv",))
+
+    def rewrite(policy: Policy) -> Policy:
+        return policy_of(o.env_file, assignments=o.assignments, base=policy)
+
+    rewrite(Policy())  # before anything is read: a slip in a setting should show at once
+    with Journal.open(path) as journal:
+        found = lessons(journal)
+    name, stages = _stages(path, found, o)
+    result = counterfactual(stages, rewrite, runs=o.runs, provider_from=name)
+    if o.pairs is not None:
+        _write_pairs(o.pairs, result)
+    return replay_json(path, result), replay_text(path, result, width)
+
+
+def _stages(path: str, found: Sequence[Lesson], o: ReplayOptions) -> tuple[str, list[Stage]]:
+    """Each pool with its provider: what the command names, else what explains the run best, believed or learnt."""
+    if o.provider is not None or o.tpm is not None:
+        base = None if o.provider is None else named_provider(o.provider)
+        given = [base or believed(lesson) for lesson in found]
+        if o.tpm is not None:
+            given = [provider.with_(tpm=o.tpm) for provider in given]
+        return GIVEN, [Stage(lesson, provider) for lesson, provider in zip(found, given, strict=True)]
+    if len(found) > 1:
+        # A fit takes all attempts of a journal for one quota's.
+        return BELIEVED, [Stage(lesson, believed(lesson)) for lesson in found]
+    base = believed(found[0])
+    name, stage = closest(found[0], [(BELIEVED, base), (LEARNT, _learnt(path, base))])
+    return name, [stage]
+
+
+def _learnt(path: str, base: ProviderConfig) -> ProviderConfig:
+    return calibrate(of_journal(path), base=base).scenario.provider
+
+
+def _write_pairs(path: str, found: Counterfactual) -> None:
+    with write_atomically(path) as unfinished, open(unfinished, "w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["custom_id", "ended_s", "would_end_s", "later_s", "was_lost", "would_be_lost_ratio"])
+        for pair in found.pairs:
+            times = pair.was_s, pair.would_s, pair.would_s - pair.was_s
+            rows.writerow(
+                [pair.custom_id, *(f"{time:.3f}" for time in times), int(pair.was_lost), pair.would_lost_ratio]
+            )

@@ -1,0 +1,298 @@
+"""One run again, under its own settings or others: what each of its attempts met is kept, and who is refused follows.
+
+Theory of operation. A counterfactual in three steps. What happened is first explained by the run's own settings: for
+each launch, how late the loop was; for each attempt that was let in, what it met and how long that took; between the
+counts in the headers, what others used. All this is then kept, the settings are replaced, and the run is simulated
+again. As long as both runs launch the same at the same moments the journal's own answers hold, refusals included, so
+that a replay under the run's own settings is the run. From the first launch that differs the provider's model decides
+what is refused; what an attempt meets once it is let in stays that of the journal, by its place among those of its
+request.
+
+Replications differ in what the journal cannot tell: the answers of requests that never got one, attempts beyond those
+that were made, how late timers and how long the ways to the provider would have been, what others use after the run's
+end (its own pattern, from a random moment on).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from governor.model.policy import Policy
+from governor.model.requests import CAUSES
+from sim.calibration.others import Taking, began_s, takings, ways_of
+from sim.des import driver
+from sim.des.driver import Job
+from sim.model import provider as prov
+from sim.model import windows as win
+from sim.model.provider_config import ProviderConfig
+from sim.model.workload import columns, similar_outputs
+from sim.validation.recorded import Record, Tried
+from sim.validation.twin import CHANGE, Lesson, Twin, taught
+
+Rewrite = Callable[[Policy], Policy]
+Arrivals = Literal["batch", "trace"]
+Delays = dict[tuple[int, int, int], float]
+# Two moments of one launch that differ by less are the same, seconds; and by at most twice the latest timer.
+SLACK_LEAST_S = 0.02
+
+
+class Replay(Twin):
+    """One run again. `record`: what it met; `delays`: how late each launch was, None = to be learnt on the way.
+
+    `coupled`: the journal's own answers hold as long as the run launches as it did; without, the provider's model
+    decides on every refusal. `zero_s`: where this run's clock begins on that of the record. `parted_s`: when it first
+    launched otherwise, None = never.
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        record: Record,
+        zero_s: float,
+        coupled: bool,
+        delays: Delays | None,
+        takings: Sequence[Taking] = (),
+        **rest: Any,
+    ) -> None:
+        super().__init__(*arguments, takings=takings, **rest)
+        self.record, self.zero_s = record, zero_s
+        self.learns, self.delays = delays is None, {} if delays is None else delays
+        self.slack_s = max(SLACK_LEAST_S, 2.0 * float(self._late_s.max(initial=0.0)))
+        self.parted_s: float | None = None if coupled else 0.0
+        self.ends_s = np.zeros(len(self.columns))
+        self.is_lost = np.zeros(len(self.columns), np.bool_)
+        self._let_in: dict[tuple[int, int], int] = {}
+        self._as_it_was: dict[int, Tried] = {}
+        self._due_at: dict[Job, float] = {}
+        self._ways = [tried.way_s for tried in record.tried.values() if tried.way_s is not None]
+        self._pattern = list(takings)
+        if self._pattern:
+            self._lap_s = max(float(record.ended_s.max()) - zero_s, self._pattern[-1].at_s) + 1e-6
+            driver._Moment(self.env, self._began_s + self._lap_s, CHANGE, self._on_lap)
+
+    # ------------------------------------------------------------ how late the loop is
+
+    def _lateness(self) -> float:
+        # Live there is one timer: what backs off until this moment goes first, however late it rings.
+        if self._due_at:
+            return max(self._due_at.values()) - self.env._now
+        job = self._first()
+        assert job is not None, "a timer without a head"
+        return self._late(job)
+
+    def _late(self, job: Job) -> float:
+        """How late the loop is with the job's next launch: as it was in the run, else as any of its launches."""
+        key = job.index, job.lane, job.tries + 1
+        if self.learns:
+            past = self.record.tried.get(key)
+            late_s = -1.0 if past is None else past.launched_s - self.zero_s - self.env._now
+            if not 0.0 <= late_s <= self.slack_s:
+                return 0.0  # it waits for something else
+            self.delays[key] = late_s
+        if key in self.delays:
+            return self.delays[key]
+        return float(self._rng.choice(self._late_s)) if len(self._late_s) else 0.0
+
+    def _on_retry_due(self, event: Any) -> None:
+        job = event._value
+        if job not in self._due_at:
+            at = self._due_at[job] = self.env._now + self._late(job)
+            driver._Moment(self.env, at, driver.RETRY_DUE, self._on_retry_due, job)
+            return
+        del self._due_at[job]
+        super()._on_retry_due(event)
+
+    # ------------------------------------------------------------ what an attempt meets
+
+    def _way(self, job: Job) -> tuple[float, float]:
+        past = self.record.tried.get((job.index, job.lane, job.tries))
+        if self.parted_s is not None and self.seed != self.provider_seed and self._ways:
+            # Launched at another moment, in another burst: any of them.
+            return self._ways[int(self._rng.integers(len(self._ways)))]
+        return super()._way(job) if past is None or past.way_s is None else past.way_s
+
+    def _served(self, job: Job, key: int, at: float) -> tuple[int, float, int, float]:
+        """As it was, as far as the journal tells; refused as the model says, once the runs have parted."""
+        pp, ps = self.pp, self.ps
+        past = self._past(job)
+        answer = super()._served(job, key, at)
+        is_refused = answer[0] in (prov.THROTTLED, prov.SLOW_DOWN)
+        self._as_it_was.pop(job.index, None)
+        if past is not None:
+            self._as_it_was[job.index] = past
+            if past.is_refused != is_refused:
+                # The model holds what the journal says that it does.
+                sign = 1.0 if is_refused else -1.0
+                win.taken(pp, ps, 0.0 if pp.charged_at_answer else sign * job.charge, sign, False)
+            if past.is_refused:
+                return past.outcome, past.took_s, -1, past.retry_after_s
+        elif is_refused:
+            return answer
+        lane = job.index, job.lane
+        nth = self._let_in[lane] = self._let_in.get(lane, -1) + 1
+        met = self.record.let_in.get(lane, ())
+        if nth >= len(met):
+            return answer
+        if met[nth].used >= 0.0:
+            job.output = max(0.0, met[nth].used - job.prompt)
+        return met[nth].outcome, met[nth].took_s, -1, met[nth].retry_after_s
+
+    def _past(self, job: Job) -> Tried | None:
+        """The attempt of the journal that this one is; None once the runs have parted, which they do here."""
+        if self.parted_s is not None:
+            return None
+        at_s = self.env._now + self.zero_s
+        past = self.record.tried.get((job.index, job.lane, job.tries))
+        is_then = past is not None and abs(past.launched_s - at_s) <= self.slack_s
+        if is_then and self.record.is_nth(self.tally.attempts, at_s, self.slack_s):
+            return past
+        self.parted_s = at_s
+        return None
+
+    def _state(self, job: Job) -> None:
+        super()._state(job)
+        past = self._as_it_was.get(job.index)
+        if past is not None:
+            job.stated = past.stated
+
+    def _came_back_empty(self, job: Job) -> bool:
+        """As it did in the run, where the run knows the answer."""
+        if (job.index, 0) in self.record.let_in:
+            return (job.index, 1) in self.record.let_in
+        return super()._came_back_empty(job)
+
+    def _on_lap(self, event: Any) -> None:
+        """The run lasts longer than what is known of others: they go on in their own pattern, from any moment on."""
+        if self.tally.requests == len(self.columns):
+            return
+        start_s = self.env._now - self._began_s
+        shift_s = float(self._rng.uniform(0.0, self._lap_s))
+        for taking in self._pattern:
+            at_s = start_s + (taking.at_s - shift_s) % self._lap_s
+            driver._Moment(self.env, self._began_s + at_s, CHANGE, self._on_taking, taking._replace(at_s=at_s))
+        driver._Moment(self.env, self.env._now + self._lap_s, CHANGE, self._on_lap)
+
+    def _close(self, job: Job, now: float, code: str) -> None:
+        self.ends_s[job.index] = now + self.zero_s
+        self.is_lost[job.index] = bool(code)
+        super()._close(job, now, code)
+
+
+class Rerun(NamedTuple):
+    """One replication. `waits_s`: by cause. `ends_s`, `is_lost`: of each request, shape (requests,)."""
+
+    makespan_s: float
+    throttled: float
+    launches: float
+    waits_s: NDArray[np.float64]
+    ends_s: NDArray[np.float64]
+    is_lost: NDArray[np.bool_]
+    parted_s: float | None
+
+
+class Stage:
+    """A lesson and the provider to play it on. `reruns` plays it, under the run's own settings or others."""
+
+    def __init__(
+        self, lesson: Lesson, provider: ProviderConfig, *, arrivals: Literal["batch", "trace"] = "batch"
+    ) -> None:
+        self.lesson, self.arrivals = lesson, arrivals
+        provider = taught(provider, lesson)
+        self.charges = self._columns(lesson.policy, provider).charge
+        self.takings = takings(lesson.counts, self.charges, provider)
+        if any(count.stated for count in lesson.counts):
+            # What others did stands in the headers: it need not be drawn.
+            provider = provider.with_(cotenant={"share": 0.0, "burst_s": 0.0, "period_s": 0.0})
+        self.provider = provider
+        self.delays: Delays = {}
+        self.own = self._run(None, 0, coupled=True, delays=None)
+
+    def reruns(self, runs: int, rewrite: Rewrite | None = None, *, coupled: bool = True) -> list[Rerun]:
+        """Replications under rewritten settings, None = the run's own."""
+        return [self._run(rewrite, r, coupled=coupled, delays=self.delays) for r in range(runs)]
+
+    def _columns(self, policy: Policy, provider: ProviderConfig, number: int = 0) -> Any:
+        lesson = self.lesson
+        workload = lesson.workload
+        if number and 0 < (lesson.answers >= 0).sum() < len(workload):
+            drawn = similar_outputs(workload, lesson.answers, lesson.seed + number)
+            workload = workload.with_(output_tokens=drawn)
+        return columns(
+            workload,
+            reserve_rule=policy.charge_rule,
+            est_tokens_per_run=policy.est_tokens_per_run,
+            charge_rule=provider.charge_rule,
+            as_of=provider.as_of,
+            finalize_max_tokens=policy.finalize_max_tokens,
+            arrivals=self.arrivals,
+        )
+
+    def _run(self, rewrite: Rewrite | None, number: int, *, coupled: bool, delays: Delays | None) -> Rerun:
+        lesson, provider = self.lesson, self.provider
+        write = rewrite or (lambda policy: policy)
+        policy = write(lesson.policy)
+        # A run from its first launch on, but on the clock of the run itself.
+        start_s, zero_s = 0.0, 0.0
+        if self.arrivals == "batch":
+            start_s = max(0.0, lesson.record.launched_s[0] - lesson.began_s)
+            zero_s = lesson.record.launched_s[0] - start_s
+        there_s, round_s = ways_of(lesson.counts, len(lesson.workload))
+        replay = Replay(
+            self._columns(policy, provider, number),
+            policy.params(),
+            provider.params(),
+            seed=lesson.seed,
+            provider_seed=lesson.seed + number,
+            day_tokens_used=float(provider.day_tokens_used),
+            day_requests_used=float(provider.day_requests_used),
+            finalize_max_tokens=policy.finalize_max_tokens if lesson.finalize else 0,
+            from_trace=self.arrivals == "trace",
+            late_s=lesson.late_s,
+            rng=np.random.default_rng((lesson.seed, number)),
+            changes=[
+                (max(0.0, at_s - zero_s), write(change) if isinstance(change, Policy) else change)
+                for at_s, change in lesson.changes
+            ],
+            there_s=there_s,
+            round_s=round_s,
+            began_s=began_s(lesson.counts) - zero_s,
+            takings=self.takings,
+            record=lesson.record,
+            zero_s=zero_s,
+            coupled=coupled,
+            delays=delays,
+        )
+        tally = replay.run(start_s)
+        if delays is None:
+            self.delays = replay.delays
+        return Rerun(
+            tally.last_s + zero_s,
+            float(tally.throttled),
+            float(tally.attempts),
+            np.array(tally.waits_s[: len(CAUSES)]),
+            replay.ends_s,
+            replay.is_lost,
+            replay.parted_s,
+        )
+
+
+# ---------------------------------------------------------------- the provider
+
+
+def closest(lesson: Lesson, candidates: Sequence[tuple[str, ProviderConfig]]) -> tuple[str, Stage]:
+    """The provider that explains the run best when it alone decides what is refused, the first one among equals.
+
+    What counts is the share of launches by which 429s differ, plus that by which the makespan does.
+    """
+    stages = [(name, Stage(lesson, provider)) for name, provider in candidates]
+
+    def misses(named: tuple[str, Stage]) -> float:
+        alone = named[1].reruns(1, coupled=False)[0]
+        counts = abs(alone.throttled - lesson.throttled) / max(1, lesson.launches)
+        return round(counts + abs(alone.makespan_s - lesson.makespan_s) / max(1e-9, lesson.makespan_s), 3)
+
+    return min(stages, key=misses)
