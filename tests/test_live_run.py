@@ -105,9 +105,10 @@ def test_forced_429s_are_retried_and_five_of_them_end_a_request(cli: Cli, tmp_pa
     assert ran.code == 0
     assert (ran.json["throttled"], ran.json["attempts"]) == (12, 18)
     write_batch(tmp_path / "two.jsonl", [line("q-0"), line("q-1")])
-    with provider(events=[{"kind": "throttled"}]) as served:
-        out = tmp_path / "two"
-        ran = cli.run("run", tmp_path / "two.jsonl", "--out", out, "--base-url", served.base_url, "--json")
+    # Where nothing says when to come back, the last attempt comes a minute after the first: here within a second.
+    with provider(events=[{"kind": "throttled"}], time_scale=60.0) as served:
+        args = ("--out", tmp_path / "two", "--base-url", served.base_url, "--json", "--time-scale", "60")
+        ran = cli.run("run", tmp_path / "two.jsonl", *args)
         assert served.stats()["requests"] == 10
     assert ran.code == 1
     assert ran.json["failures"] == {"OPENAI_RATE_LIMIT_EXHAUSTED": 2}

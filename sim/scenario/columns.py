@@ -419,7 +419,7 @@ _KIND_OF = {
     Outcome.SLOW_DOWN: REFUSED,
     Outcome.SERVER_ERROR: SERVER_FAULT,
     Outcome.OVERLOADED: SERVER_FAULT,
-    Outcome.MALFORMED: SERVER_FAULT,
+    Outcome.MALFORMED: ANSWERED,  # paid for, though nobody could read it
     Outcome.DROPPED: LOST,
 }
 # Words that logs have for a status, and the code that says the same; 0: neither answered nor known why not.

@@ -43,7 +43,9 @@ from sim.validation.recorded import REFUSED, Record, record_of
 # The provider's limit changes come second among the events of one instant (docs/explanation/law.md#ties); so do ours.
 CHANGE = 1
 Change = tuple[float, Policy | str]
-SERVER_FAULTS = (Outcome.SERVER_ERROR, Outcome.OVERLOADED, Outcome.MALFORMED)
+SERVER_FAULTS = (Outcome.SERVER_ERROR, Outcome.OVERLOADED)
+# One that cannot be read is paid for, and ends its request as any other answer does.
+ANSWERS = (Outcome.OK, Outcome.MALFORMED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,14 +174,17 @@ def _lesson(journal: Journal, pool: str, attempts: list[Attempt], clock: Clock) 
 def _answers(
     attempts: list[Attempt], place: dict[int, int], visible: dict[str, NDArray[Any]], finalize_cap: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Length of each answer had it not been cut (-1 = none came), and the time of the attempt that brought it."""
+    """Length of each answer had it not been cut (-1 = not known), and the time of the attempt that brought it."""
     output = np.full(len(place), -1, np.int64)
     recorded = np.full(len(place), -1.0)
     caps = np.where(visible["max_tokens"] < 0, -1, visible["max_tokens"] * visible["n"])
     for a in attempts:
-        if a.outcome is not Outcome.OK:
+        if a.outcome not in ANSWERS:
             continue
         i, length = place[a.request], max(0, a.output_tokens)
+        if a.outcome is Outcome.MALFORMED and a.output_tokens < 0:
+            recorded[i] = a.finished_s - a.launched_s
+            continue
         if a.lane == "finalize":
             output[i] = max(output[i], length + (length >= finalize_cap))
             continue

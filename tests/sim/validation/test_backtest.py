@@ -18,6 +18,7 @@ from sim.model.provider_config import ProviderConfig
 from sim.model.workload import columns, from_tokens
 from sim.validation.backtest import Compared, _interval, backtest_command, provider_of
 from sim.validation.twin import Clock, Twin, _answers, _faults, _latency, jittered
+from tests.live import batch, provider, run_args, shared_cli
 
 STEADY = ProviderConfig(tpm=0, latency={"first_token_s": 1.0, "per_token_s": 0.0, "sigma": 0.0, "stall_ratio": 0.0})
 
@@ -74,7 +75,7 @@ def test_clock_leaves_out_the_time_between_legs() -> None:
 
 
 def test_answers_are_those_of_the_attempt_that_was_answered() -> None:
-    visible = {"max_tokens": np.array([10, -1, 10, 10]), "n": np.ones(4, np.int64)}
+    visible = {"max_tokens": np.array([10, -1, 10, 10, 10]), "n": np.ones(5, np.int64)}
     attempts = [
         attempt(0, outcome=Outcome.THROTTLED, finished_s=1.5),
         attempt(0, attempt=2, launched_s=10.0, finished_s=14.0, output_tokens=7),
@@ -82,13 +83,14 @@ def test_answers_are_those_of_the_attempt_that_was_answered() -> None:
         attempt(2, output_tokens=10),
         attempt(2, lane="finalize", launched_s=5.0, finished_s=50.0, output_tokens=33),
         attempt(3, outcome=Outcome.SERVER_ERROR),
+        attempt(4, outcome=Outcome.MALFORMED),
     ]
-    output, recorded = _answers(attempts, {i: i for i in range(4)}, visible, 6_000)
-    assert output.tolist() == [7, 500, 33, -1]
-    assert recorded.tolist() == [4.0, 2.0, 2.0, -1.0]
+    output, recorded = _answers(attempts, {i: i for i in range(5)}, visible, 6_000)
+    assert output.tolist() == [7, 500, 33, -1, -1]
+    assert recorded.tolist() == [4.0, 2.0, 2.0, -1.0, 2.0], "one that cannot be read has taken its time"
     faults = _faults(attempts, visible)
     assert faults == {
-        "error_ratio": 0.2,
+        "error_ratio": 1 / 6,
         "drop_ratio": 0.0,
         "hang_ratio": 0.0,
         "refusal_s": 0.5,
@@ -205,6 +207,28 @@ def test_a_live_run_is_what_its_twin_says(tmp_path: Path, capsys: pytest.Capture
     first, last = min(a.launched_s for a in attempts), max(a.finished_s for a in attempts)
     assert printed["measured_makespan_s"] == pytest.approx(last - first, abs=1e-6)
     assert printed["measured_launches"] == len(attempts)
+
+
+def test_requests_that_hang_until_the_time_out_are_foreseen(tmp_path: Path) -> None:
+    """A fifth of the attempts is never answered: the run lasts as long as its time-outs, not as long as its answers.
+
+    (Without that, the backtest of such a run said 0.02 s where 3.3 s were measured.)
+    """
+    pytest.importorskip("openai")
+    cli = shared_cli()
+    batch(tmp_path / "requests.jsonl", 60)
+    with provider(faults={"hang_ratio": 0.2}, seed=2) as served:
+        args = run_args(tmp_path, served.base_url, "--json", "--yes")
+        ran = cli.run(*args, env={"OPENAI_REQUEST_TIMEOUT_SECONDS": "1"})
+    assert (ran.code, ran.json["completed"]) == (0, 60), ran.err
+    found = cli.run("backtest", tmp_path / "results.journal.db", "--json").json
+    assert found["measured_makespan_s"] >= 1.0
+    for name, low, high in (
+        ("makespan_s", found["predicted_low_s"], found["predicted_high_s"]),
+        ("launches", found["predicted_launches_low"], found["predicted_launches_high"]),
+    ):
+        assert abs(found[f"measured_{name}"] - found[f"predicted_{name}"]) <= high - low, found
+    assert found["predicted_makespan_s"] >= 1.0
 
 
 def test_what_is_no_journal_is_refused(tmp_path: Path) -> None:
