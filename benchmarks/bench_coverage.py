@@ -8,21 +8,38 @@ coverage is printed with its own interval (Clopper and Pearson, 95 %). The seeds
 from __future__ import annotations
 
 import argparse
+import random
 import tempfile
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 from scipy import stats
 
 from benchmarks.bench_calibrate import drawn, holds
+from governor.model.policy import Policy
 from sim.app.example_log import write_log
-from sim.calibration.calibrate import calibrate, read_sources
+from sim.calibration.calibrate import calibrate, outlook, read_sources, tokens_per_min
+from sim.calibration.fits import SCORES
+from sim.des.engines import simulated
+from sim.experiment.experiment import Pool, case_of, replicate
+from sim.model.provider_config import ProviderConfig
+from sim.scenario.scenario import Scenario
+from sim.scenario.scenario_file import ModelSource
+from sim.selection.capacity import at_limits, capacity
+
+# Noise of answer times: log-normal, of two kinds of answers, and with a heavy tail (Student's t of three degrees).
+NOISES = (
+    (),
+    ({"log_ratios": (np.where(SCORES < 0.0, -0.5, 0.5) + 0.05 * SCORES).tolist()},),
+    ({"log_ratios": (0.2 * stats.t.ppf(stats.norm.cdf(SCORES), 3)).tolist()},),
+)
 
 
 def told(name: str, hits: int, of: int) -> str:
     """One line: a coverage and its interval."""
     low, high = stats.binomtest(hits, of).proportion_ci(0.95, method="exact")
-    return f"{name:<28}{hits:>6,} of {of:<6,} {hits / of:6.1%} ({low:.1%} to {high:.1%})"
+    return f"{name:<33}{hits:>6,} of {of:<6,} {hits / of:6.1%} ({low:.1%} to {high:.1%})"
 
 
 def figures(logs: int, folder: Path, requests: int = 0) -> tuple[Counter[str], Counter[str]]:
@@ -42,17 +59,89 @@ def figures(logs: int, folder: Path, requests: int = 0) -> tuple[Counter[str], C
     return right, stated
 
 
+def outlooks(pairs: int, folder: Path) -> Counter[str]:
+    """How many second logs lie in the outlook of a first one of the same kind, for either of its figures."""
+    right: Counter[str] = Counter()
+    path = folder / "log.csv"
+    for seed in range(1, pairs + 1):
+        known = drawn(20_000 + seed)
+        provider = known.scenario.provider
+        late = {**provider.latency.model_dump(), "noise": NOISES[seed % len(NOISES)]}
+        first = known.scenario.with_(provider=provider.with_(latency=late))
+        source = first.source.model_copy(update={"seed": 30_000 + seed})
+        second = first.with_(source=source, workload=source.load(), seed=30_000 + seed)
+        write_log(first, path)
+        found = calibrate(read_sources([str(path)], {}))
+        # As a batch, in which waits do not hide how long answers take.
+        policy = found.scenario.policy.with_(stagger_seconds=0.0, max_concurrency=8)
+        ahead = outlook(found.scenario.with_(policy=policy, arrivals="batch"), len(second.workload))
+        case = case_of(second.with_(policy=policy, arrivals="batch"))
+        makespan_s = simulated(case, second.seed).summary(case.grant).makespan_s
+        assert ahead.tokens_per_min is not None
+        right["tokens per minute"] += (
+            ahead.tokens_per_min[1] <= tokens_per_min(second.workload) <= ahead.tokens_per_min[2]
+        )
+        right["makespan"] += ahead.makespan_s[1] <= makespan_s <= ahead.makespan_s[2]
+    return right
+
+
+def shares(questions: int, fresh: int) -> tuple[Counter[str], int]:
+    """(answers whose share in time is as stated, answers) of `capacity`, each against `fresh` runs of its own."""
+    right: Counter[str] = Counter()
+    answers = 0
+    pool = Pool(0, engine="compiled")
+    for seed in range(1, questions + 1):
+        rng = random.Random(seed)
+        requests = rng.randint(20, 80)
+        p50, o50 = rng.uniform(200, 1_500), rng.uniform(50, 250)
+        source = ModelSource(
+            requests=requests,
+            prompt_tokens=(p50, p50 * rng.uniform(1.5, 4.0)),
+            output_tokens=(o50, o50 * rng.uniform(1.5, 4.0)),
+            max_tokens=rng.choice([400, 1_000]),
+            seed=seed,
+        )
+        late = {"sigma": rng.uniform(0.1, 0.5), "stall_ratio": rng.choice([0.0, 0.002, 0.01])}
+        others = {"share": rng.choice([0.0, 0.2]), "burst_s": 10.0, "period_s": 60.0}
+        provider = ProviderConfig(cotenant=others, faults={"error_ratio": rng.choice([0.0, 0.01])}, latency=late)
+        policy = Policy.preset("paceline").with_(max_concurrency=rng.choice([4, 16, 64]), stagger_seconds=0.0)
+        scenario = Scenario.of(source, provider=provider, policy=policy, seed=seed)
+        charged = float(scenario.charges().sum())
+        minutes = max(1.0, charged / rng.uniform(20_000, 60_000))
+        found = capacity(scenario, 60.0 * minutes, retune=seed % 5 == 0, pool=pool).smallest
+        if found is None:
+            continue
+        answers += 1
+        limited = at_limits(scenario, found.tpm, found.rpm).with_(
+            policy=found.forecast.policy, seed=10**8 + seed * fresh
+        )
+        runs = replicate(limited, fresh, pool=pool).runs
+        on_time = sum(run["failed"] == 0 and run["makespan_s"] <= 60.0 * minutes for run in runs) / fresh
+        right["the share asked for (95 %)"] += on_time >= 0.95
+        right["the lower limit that is printed"] += on_time >= found.on_time_at_least
+    return right, answers
+
+
 def main() -> None:
     """Prints all three."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="a twentieth of the logs and questions")
-    count = 25 if parser.parse_args().short else 500
+    short = parser.parse_args().short
+    count, fresh = (25, 400) if short else (500, 2_000)
     with tempfile.TemporaryDirectory() as folder:
         right, stated = figures(count, Path(folder))
+        inside = outlooks(count, Path(folder))
     print(f"calibrate: intervals of 95 %, {count} drawn logs")
     for name in stated:
         print(f"  {told(name, right[name], stated[name])}")
     print(f"  {told('all', right.total(), stated.total())}")
+    print(f"calibrate: outlook of 95 %, {count} second logs")
+    for name, hits in inside.items():
+        print(f"  {told(name, hits, count)}")
+    right, answers = shares(count, fresh)
+    print(f"capacity: {answers} answers, each against {fresh:,} runs of its own")
+    for name, hits in right.items():
+        print(f"  {told(name, hits, answers)}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from sim.experiment.results import CONFIDENCE
 from sim.reporting.batch_text import ways_text
 from sim.reporting.capacity_text import capacity_text, how_many_text
 from sim.selection.batch_api import Terms, Way, ways
-from sim.selection.capacity import PROBES_FORESEEN, TUNING_RUNS, How, Search, capacity, default_runs, how_many
+from sim.selection.capacity import PROBES_FORESEEN, TUNING_RUNS, How, Search, capacity, how_many, runs_of
 from sim.selection.capacity_results import Capacity
 from sim.selection.steady import steady_capacity
 
@@ -96,14 +96,15 @@ def answered(given: Options, inputs: Inputs, asked: Asked, width: int) -> Answer
     scenario = inputs.scenario
     if asked.how_many and scenario.arrivals == "trace":
         raise BadInput("--how-many is for a batch: leave out --arrivals trace")
-    runs = scenario.replications or default_runs(len(scenario.workload))
+    confidence = CONFIDENCE if asked.confidence is None else asked.confidence
+    runs = runs_of(len(scenario.workload), confidence, scenario.replications)
     foreseen = (runs + (TUNING_RUNS if asked.retune else 0)) * PROBES_FORESEEN
     # Read before the work: a list that is not there should show at once.
     prices = read_prices(asked.prices or SHIPPED) if asked.batch is not None else None
     compared: tuple[Way, ...] = ()
     with Progress("looking for the smallest limit", foreseen) as bar:
         common: How = {
-            "confidence": CONFIDENCE if asked.confidence is None else asked.confidence,
+            "confidence": confidence,
             "replications": scenario.replications,
             "retune": asked.retune,
             "pool": pool_of(given, bar, foreseen * len(scenario.workload)),

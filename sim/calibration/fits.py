@@ -35,7 +35,7 @@ STALL_SIGMAS = 5.0
 STALL_LEAST_S = 2.0
 LEAST_ANSWERS = 20
 BATCHES = 20
-RESAMPLES = 400
+RESAMPLES = 1_000
 FOLDS = 5
 # Residuals that a group of answer lengths must have.
 GROUP_LEAST = 100
@@ -412,19 +412,35 @@ def arrivals(at_s: Real) -> ArrivalFit | None:
     half = float(stats.t.ppf(0.5 + EACH / 2.0, batches - 1)) * float(counts.std(ddof=1)) / math.sqrt(batches)
     rate = len(at_s) / span
     gaps = np.diff(at_s)
-    rng = np.random.default_rng(0)
-    drawn = rng.choice(gaps, (RESAMPLES, len(gaps)))
-    spread = np.log(np.maximum(drawn.std(axis=1) / drawn.mean(axis=1), 1e-12))
-    cv = float(gaps.std() / gaps.mean())
-    wide = float(stats.norm.ppf(0.5 + EACH / 2.0)) * float(spread.std(ddof=1))
     per_minute = np.bincount((at_s / 60.0).astype(np.int64))
     how = f"{len(at_s):,} arrivals in {span:,.0f} s"
     return ArrivalFit(
         rate_per_s=Figure("arrivals", rate, max(0.0, rate - half), rate + half, "per s", f"{how}, batch means"),
-        cv=Figure("burstiness (CV of gaps)", cv, cv * math.exp(-wide), cv * math.exp(wide), "", how),
+        cv=_burstiness(gaps, how),
         dispersion=float(per_minute.var() / max(1e-9, per_minute.mean())),
         block_s=block_s(at_s, np.ones(len(at_s))),
     )
+
+
+def _burstiness(gaps: Real, how: str) -> Figure:
+    """The coefficient of variation of gaps, with a studentized bootstrap of its logarithm.
+
+    Few long gaps make both the figure and its standard error: resampling the two together allows for that.
+    """
+
+    def log_cv(values: Real) -> tuple[float, float]:
+        mean, spread = float(values.mean()), max(1e-12, float(values.std()))
+        z = (values - mean) / spread
+        influence = (z * z - 1.0) / 2.0 - z * spread / mean
+        return math.log(spread / mean), max(1e-12, float(influence.std())) / math.sqrt(len(values))
+
+    value, error = log_cv(gaps)
+    rng = np.random.default_rng(0)
+    again = (log_cv(rng.choice(gaps, len(gaps))) for _ in range(RESAMPLES))
+    scores = np.array([(drawn - value) / spread for drawn, spread in again])
+    most, least = np.quantile(scores, [0.5 + EACH / 2.0, 0.5 - EACH / 2.0])
+    low, high = (math.exp(value - float(score) * error) for score in (most, least))
+    return Figure("burstiness (CV of gaps)", math.exp(value), low, high, "", how)
 
 
 def block_s(at_s: Real, tokens: Real) -> float:

@@ -1,8 +1,4 @@
-"""Which limit is needed, and how many requests fit, as text for a terminal or a pipe.
-
-What lives here: pure functions from results to lines. What must not: printing, columns and paragraphs (`layout`), and
-the wording of single figures (`words`).
-"""
+"""Which limit is needed, and how many requests fit, as text for a terminal or a pipe."""
 
 from __future__ import annotations
 
@@ -11,7 +7,7 @@ from sim.base import words
 from sim.base.layout import table, wrapped
 from sim.reporting.terminal import headline, held_back, inputs_text
 from sim.scenario.scenario import Scenario
-from sim.selection.capacity_results import Capacity, HowMany, Probe
+from sim.selection.capacity_results import BOUND, LARGEST, SETTINGS, TAIL, Capacity, HowMany, Probe
 from sim.selection.space import changed_knobs
 
 
@@ -105,9 +101,27 @@ def _wish(found: Capacity) -> str:
 
 def _share(probe: Probe, confidence: float) -> str:
     return (
-        f"{probe.on_time:,} of {probe.runs:,} runs on fresh seeds were in time ({words.percent(confidence)} were asked "
-        f"for): at least {words.percent(probe.on_time_at_least)} of all are, at 95 % confidence."
+        f"{probe.on_time:,} of {probe.runs:,} runs on fresh seeds were in time: at least "
+        f"{words.percent(probe.on_time_at_least)} of all are, with 95 % confidence ({words.percent(confidence)} asked)."
     )
+
+
+def _decided(found: Capacity) -> str:
+    """Which constraint decides the answer, and how far off the others are."""
+    d = found.decided
+    if d is None:
+        return ""
+    steady = found.wait_p95_s >= 0.0
+    what = "waits" if steady else "finish times"
+    bound = "the traffic's own average" if steady else "the bound of any schedule"
+    others = f"{bound} is {d.bound_tpm:,.0f}, the largest request needs {d.largest_tpm:,.0f}"
+    return {
+        LARGEST: f"The largest request decides: it needs {d.largest_tpm:,.0f}; {bound} is {d.bound_tpm:,.0f}.",
+        BOUND: f"{bound.capitalize()} decides: {d.bound_tpm:,.0f}; the largest request needs {d.largest_tpm:,.0f}.",
+        TAIL: f"The tail decides: {what} are {words.duration(d.p50_s)} in the median and {words.duration(d.p95_s)} at "
+        f"P95; {others}.",
+        SETTINGS: f"The settings decide, not the provider: {others}.",
+    }[d.by]
 
 
 def _answer(scenario: Scenario, found: Capacity) -> str:
@@ -127,6 +141,7 @@ def _answer(scenario: Scenario, found: Capacity) -> str:
     else:
         sentences.append(f"To {wish}: {found.smallest.tpm:,} tokens per minute, {settings}.")
         sentences.append(_share(found.smallest, found.confidence))
+        sentences.append(_decided(found))
     if found.tier is not None:
         sentences.append(f"Smallest published tier: {found.tier.name} ({found.tier.tpm:,} tokens per minute).")
     else:

@@ -84,7 +84,7 @@ def ways(search: Search, terms: Terms, prices: Prices | None) -> tuple[Way, ...]
         if live.any():
             search.say(f"trying {share:.0%} live")
             part = scenario.with_(workload=scenario.workload.take(live))
-            probe = search.best_tried(part, policies, fresh=True, whole=True)
+            probe = search.confirmed(part, policies, whole=True)
             done = probe.on_time / probe.runs
             times = [run["makespan_s"] if not run["failed"] else math.inf for run in probe.forecast.runs]
         waves = 0

@@ -1,22 +1,21 @@
 """The inverse question: which limit, or which published tier, is needed to finish by then, and how many requests fit?
 
-What lives here: the search for the smallest limit and for the largest batch over replications. What must not: its
-results as values (`capacity_results`) and as text (`capacity_text`), how settings are found (`tuning`), and waits in
-steady traffic (`steady`).
-
-A limit meets the deadline if at least a share `confidence` of the runs ends in time and none of them loses a request.
-At each limit the settings are tuned anew, unless they are to stay as they are; settings that suit a limit are tried at
-the next one as well. All limits are compared under the same seeds, so the runs that are late at one limit are mostly
-those that are late at the next, and more tokens per minute hardly ever make a run longer. That makes the question one
-of bisection, on a logarithmic scale, between
+A limit meets the deadline if at least a share `confidence` of all runs would end in time, and none of those made loses
+a request. It is looked for by bisection, on a logarithmic scale, between
 
 * the limit below which no scheduler could be in time, or the largest request never run: max(largest charge,
   sum of charges / (minutes + 1)), since a bucket gives its capacity once and refills by that per minute; and
 * the limit above which the provider's tokens never bind: the whole batch at once. What does not end in time there ends
   in time nowhere: then something else holds the batch back, and the result says what.
 
-The limit that is found is tried again under fresh seeds, which nothing was chosen by, and raised step by step until it
-holds there; only these runs are published. A limit is stopped early when more of its runs were late than are allowed.
+A limit meets it where so few of its runs are late that Clopper and Pearson's lower 95 % limit of the share in time is
+not below `confidence`, and is dropped as soon as more are. At each limit the settings are tuned anew, unless they are
+to stay as they are; settings that suit a limit are tried at the next one as well. All limits are compared under the
+same seeds, so that more tokens per minute hardly ever make a run longer.
+
+What was chosen on some seeds looks better on them than it is. So limit and settings are then confirmed on as many runs
+that nothing was chosen by; a limit that fails is raised, by twice as much each time, and confirmed on seeds of its own.
+Only these runs are published.
 
 How many requests fit under the present limits is the same bisection over their number: rows are drawn from the workload
 with replacement, keyed by row, so that a smaller batch is the beginning of a larger one.
@@ -26,30 +25,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypedDict, Unpack
+
+import numpy as np
 
 from governor.model.errors import BadSetting
 from governor.model.policy import Policy
 from sim.experiment.experiment import Case, Pool, case_of
-from sim.experiment.results import Figures, Forecast, forecast_of
+from sim.experiment.results import CONFIDENCE, Figures, Forecast, at_most, forecast_of
 from sim.experiment.spread import WorkersLost
 from sim.model.presets import DEFAULT_TIER, TIERS, tier_names, tier_preset
 from sim.model.workload import resampled
 from sim.scenario.scenario import Scenario, limits_of
-from sim.selection.capacity_results import Capacity, HowMany, Probe
+from sim.selection.capacity_results import BOUND, LARGEST, SETTINGS, TAIL, Capacity, Decided, HowMany, Probe
 from sim.selection.search import Goal
 from sim.selection.tuning import tuned
 
 # Limits closer than this are one: nobody is granted 41,237 tokens per minute.
 RESOLUTION = 0.01
-# The step by which a limit that fails under fresh seeds is raised, and how often.
-RAISE = 1.02
-RAISES = 40
+# By how much a limit that is not confirmed is raised at first, and how often: to three times as much at the most.
+RAISE = 0.02
+RAISES = 7
 FRESH_SEEDS = 1_000_000
+# Runs per limit: as many as simulated requests allow, at least what it takes to show the share that is asked for.
+RUNS_MOST, RUNS_REQUESTS, RUNS_ASKED_MOST = 200, 60_000, 3_000
+# A constraint within so much of the answer decides it.
+DECIDES_RATIO = 0.05
 # Runs are made in so many parts, so that a hopeless limit is dropped early.
 PARTS = 4
-# Runs per limit: 60 in time are needed to know that 95 % are, at 95 % confidence; large workloads get fewer.
-RUNS_MOST, RUNS_LEAST, RUNS_REQUESTS = 60, 20, 30_000
 # For a progress bar: about so many pairs of limits are tried in full, with so many runs to tune the settings at each.
 PROBES_FORESEEN, TUNING_RUNS = 12, 150
 # Limits that are tried for the figure alone, and how far they reach beyond the answer.
@@ -79,11 +83,12 @@ class How(TypedDict, total=False):
 class Search:
     """Probes of one scenario against one deadline.
 
-    `confidence`: share of the runs that must be in time. `replications`: runs per limit, 0 = see `default_runs`.
+    `confidence`: share of the runs that must be in time. `replications`: runs per limit at the least; see `runs_of`.
     `retune`: find the settings anew at each limit, else they stay but for the limits. `say` is told what goes on.
     """
 
     goal = Goal()
+    figure = "makespan_s"
 
     def __init__(
         self,
@@ -99,12 +104,14 @@ class Search:
         self.scenario = scenario
         self.finish_by_s = finish_by_s
         self.confidence = confidence
-        self.replications = replications = replications or default_runs(len(scenario.workload))
+        self.replications = runs_of(len(scenario.workload), confidence, replications)
         self.retune = retune
         self.pool = pool or Pool()
         self.say = say
-        # 1e-9: 20 runs at 0.95 allow one late run, not 0.9999.
-        self.late_allowed = math.floor((1.0 - confidence) * replications + 1e-9)
+        self.late_allowed = 0
+        while at_most(self.late_allowed + 1, self.replications) <= 1.0 - confidence:
+            self.late_allowed += 1
+        self.confirmations = 0
         self.probes: dict[int, Probe] = {}
         # The settings that suited each pair of limits, the best first.
         self.suited: dict[tuple[int, int], list[Policy]] = {}
@@ -132,10 +139,20 @@ class Search:
             self.suited[limits] = tuned(scenario, self.goal, pool=self.pool, first=first)
         return self.suited[limits]
 
-    def probe(self, tpm: int, rpm: int, *, fresh: bool = False, whole: bool = False, name: str = "") -> Probe:
+    def probe(self, tpm: int, rpm: int, *, whole: bool = False) -> Probe:
         """One pair of limits over the replications, dropped early where too many are late unless `whole`."""
         scenario = at_limits(self.scenario, tpm, rpm)
-        return self.best_tried(scenario, self.suited_to(scenario), fresh=fresh, whole=whole, name=name)
+        return self.best_tried(scenario, self.suited_to(scenario), whole=whole)
+
+    def confirmed(self, scenario: Scenario, policies: list[Policy], *, name: str = "", whole: bool = False) -> Probe:
+        """A scenario under what is best on the seeds of the search, on runs of its own; only searched where it misses.
+
+        With `whole` all these runs are made, however many are late.
+        """
+        searched = self.best_tried(scenario, policies)
+        if not (searched.meets or whole):
+            return replace(searched, name=name)
+        return self.tried(scenario.with_(policy=searched.forecast.policy), fresh=True, name=name, whole=whole)
 
     def best_tried(self, scenario: Scenario, policies: list[Policy], **how: Any) -> Probe:
         """A scenario under the first of these settings that meets the deadline, which then stands first among them.
@@ -156,12 +173,15 @@ class Search:
     def tried(self, scenario: Scenario, *, fresh: bool = False, name: str = "", whole: bool = False) -> Probe:
         """A scenario over the replications, dropped early where too many are late unless `whole`."""
         case = case_of(scenario)
-        start = scenario.seed + (FRESH_SEEDS if fresh else 0)
+        start, wanted = scenario.seed, self.replications
+        if fresh:
+            start += FRESH_SEEDS + self.confirmations * wanted
+            self.confirmations += 1
         runs: list[Figures] = []
-        step = math.ceil(self.replications / PARTS)
-        while len(runs) < self.replications:
+        step = math.ceil(wanted / PARTS)
+        while len(runs) < wanted:
             done = len(runs)
-            runs += self.made(case, range(start + done, start + min(done + step, self.replications)))
+            runs += self.made(case, range(start + done, start + min(done + step, wanted)))
             if sum(not self.in_time(run) for run in runs) > self.late_allowed and not whole:
                 break
         on_time = sum(self.in_time(run) for run in runs)
@@ -169,7 +189,7 @@ class Search:
             tpm=scenario.provider.tpm,
             rpm=scenario.provider.rpm,
             on_time=on_time,
-            meets=len(runs) == self.replications and len(runs) - on_time <= self.late_allowed and not _lost(runs),
+            meets=len(runs) == wanted and wanted - on_time <= self.late_allowed and not _lost(runs),
             forecast=self.forecast(scenario.policy, runs),
             name=name,
         )
@@ -189,6 +209,34 @@ class Search:
         """The tokens per minute without which no scheduler could do it."""
         return float(self.scenario.columns().charge.sum()) / (self.finish_by_s / 60.0 + 1.0)
 
+    def decided(self, smallest: Probe) -> Decided:
+        """What holds the answer up: the largest request, the bound of any schedule, the tail of runs, or settings."""
+        policy, wish_s = smallest.forecast.policy, self.finish_by_s
+        columns = at_limits(self.scenario, smallest.tpm, smallest.rpm).columns(policy)
+        reserved = float(columns.reserve.max(initial=0.0)) / (1.0 - policy.tpm_headroom)
+        largest, bound = max(float(columns.charge.max(initial=0.0)), reserved), self.bound_tpm()
+        measured = smallest.forecast[self.figure]
+        by = SETTINGS
+        if largest >= smallest.tpm * (1.0 - DECIDES_RATIO):
+            by = LARGEST
+        elif bound >= smallest.tpm * (1.0 - DECIDES_RATIO):
+            by = BOUND
+        elif measured.p50 <= wish_s * (1.0 - DECIDES_RATIO):
+            by = TAIL
+        return Decided(by, largest, bound, measured.p50, measured.p95)
+
+    def bound_tpm(self) -> float:
+        """As `fluid_tpm`, by what is really used where the provider hands back the rest; 0 where the limit rises."""
+        provider, columns = self.scenario.provider, self.scenario.columns()
+        if any(change.factor > 1.0 for change in provider.limit_changes):
+            return 0.0
+        if not provider.settles:
+            return self.fluid_tpm()
+        used = columns.prompt_tokens + np.where(
+            columns.cap < 0, columns.output_tokens, np.minimum(columns.output_tokens, columns.cap)
+        )
+        return self.fluid_tpm() * float(used.sum()) / float(columns.charge.sum())
+
     def smallest(self, low: int, high: int) -> Probe | None:
         """The smallest limit that meets the deadline under fresh seeds as well; None where `high` does not."""
         rpm = self.scenario.provider.rpm
@@ -197,14 +245,15 @@ class Search:
             self.say(f"trying {middle:,} tokens per minute")
             self.probes[middle] = self.probe(middle, rpm)
             low, high = (low, middle) if self.probes[middle].meets else (middle, high)
-        tpm = rounded_up(high)
+        tpm, step = rounded_up(high), RAISE
         for _ in range(RAISES):
-            self.say(f"checking {tpm:,} tokens per minute on fresh seeds")
-            found = self.probe(tpm, rpm, fresh=True)
+            self.say(f"confirming {tpm:,} tokens per minute on fresh seeds")
+            scenario = at_limits(self.scenario, tpm, rpm)
+            found = self.confirmed(scenario, self.suited_to(scenario))
             if found.meets:
                 return found
             self.probes[tpm] = found
-            tpm = rounded_up(tpm * RAISE)
+            tpm, step = rounded_up(tpm * (1.0 + step)), 2.0 * step
         return None
 
     def grid(self, around: int) -> None:
@@ -227,9 +276,9 @@ class Search:
             self.say("tuning the settings")
             policies = self.suited_to(self._resized(min(high, EFFORT_REQUESTS)))
 
-        def probe(n: int, fresh: bool = False) -> Probe:
+        def probe(n: int) -> Probe:
             self.say(f"trying {n:,} requests")
-            return self.best_tried(self._resized(n), policies, fresh=fresh)
+            return self.best_tried(self._resized(n), policies)
 
         probes[high] = probe(high)
         if probes[high].meets:
@@ -239,15 +288,17 @@ class Search:
             probes[middle] = probe(middle)
             low, high = (middle, high) if probes[middle].meets else (low, middle)
         most: Probe | None = None
+        step = RAISE
         for _ in range(RAISES):
             if low < 1:
                 break
-            found = probe(low, fresh=True)
+            self.say(f"confirming {low:,} requests on fresh seeds")
+            found = self.confirmed(self._resized(low), policies)
             if found.meets:
                 most = found
                 break
             probes[low] = found
-            low = min(low - 1, math.floor(low / RAISE))
+            low, step = min(low - 1, math.floor(low / (1.0 + step))), 2.0 * step
         above = [p for n, p in sorted(probes.items()) if not p.meets and n > (most.forecast.requests if most else 0)]
         everything = tuple(p for _, p in sorted(probes.items()))
         return HowMany(self.finish_by_s, self.confidence, self.retune, most, above[0] if above else None, everything)
@@ -279,7 +330,8 @@ class Search:
                 too_small.append(name)
                 continue
             self.say(f"trying {name}")
-            tried.append(self.probe(limits["tpm"], limits["rpm"], fresh=True, name=name))
+            scenario = at_limits(self.scenario, limits["tpm"], limits["rpm"])
+            tried.append(self.confirmed(scenario, self.suited_to(scenario), name=name))
             if tried[-1].meets:
                 break
         return tried, too_small
@@ -304,9 +356,11 @@ def model_of(scenario: Scenario, model: str = "") -> str:
     return DEFAULT_TIER.rpartition("-tier")[0]
 
 
-def default_runs(requests: int) -> int:
-    """Runs per limit where no number is given, for a workload of so many requests."""
-    return max(RUNS_LEAST, min(RUNS_MOST, RUNS_REQUESTS // max(1, requests)))
+def runs_of(requests: int, confidence: float = CONFIDENCE, least: int = 0) -> int:
+    """Runs per limit for a workload of so many requests: `least`, and what shows that share in time, or more."""
+    # So many without a late one: 59 for a share of 0.95.
+    needed = math.ceil(math.log(1.0 - CONFIDENCE) / math.log(confidence)) if confidence < 1.0 else RUNS_ASKED_MOST
+    return max(least, min(RUNS_ASKED_MOST, needed), min(RUNS_MOST, RUNS_REQUESTS // max(1, requests)))
 
 
 def capacity(
@@ -321,12 +375,13 @@ def capacity(
     return found_by(Search(scenario, finish_by_s, **how), model_of(scenario, model), grid=grid)
 
 
-def found_by(search: Search, model: str, *, grid: bool = False, **more: float) -> Capacity:
+def found_by(search: Search, model: str, *, grid: bool = False, **more: Any) -> Capacity:
     """The answer of a search. `more`: further fields of `Capacity`."""
     low, high = search.bracket()
     search.say("trying without a limit that binds")
     try:
-        unlimited = search.probe(high, search.scenario.provider.rpm)
+        free = at_limits(search.scenario, high, search.scenario.provider.rpm)
+        unlimited = search.confirmed(free, search.suited_to(free))
         smallest = search.smallest(low, high) if unlimited.meets else None
         tried, too_small = search.tiers(model)
     except WorkersLost as lost:
@@ -349,13 +404,13 @@ def found_by(search: Search, model: str, *, grid: bool = False, **more: float) -
         too_small_tiers=tuple(too_small),
         probes=tuple(probe for _, probe in sorted(search.probes.items())),
         tuned=search.retune,
+        decided=None if smallest is None else search.decided(smallest),
         **more,
     )
 
 
 def how_many(scenario: Scenario, finish_by_s: float, **how: Unpack[How]) -> HowMany:
     """How many requests like the scenario's are done by then, under its limits. `how`: see `Search`."""
-    how["replications"] = how.get("replications", 0) or RUNS_LEAST
     return Search(scenario, finish_by_s, **how).how_many()
 
 

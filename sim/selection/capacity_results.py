@@ -1,11 +1,8 @@
-"""What a search for the limit that is needed finds: limits that were tried, and the answer, as values and as JSON.
-
-What lives here: frozen values. What must not: running anything (`capacity`), and text for people (`capacity_text`).
-"""
+"""What a search for the limit that is needed finds: limits that were tried, and the answer, as values and as JSON."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sim.experiment.results import Estimate, Forecast, at_most, settings_of
@@ -56,6 +53,24 @@ class Probe:
         }
 
 
+LARGEST, BOUND, TAIL, SETTINGS = "largest request", "bound", "tail", "settings"
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """What decides the smallest limit. `by`: one of the four words above.
+
+    `largest_tpm`: below it the largest request is never admitted. `bound_tpm`: below it no scheduler could do it.
+    `p50_s`, `p95_s`: of the finish times (in steady traffic: of the waits) at that limit.
+    """
+
+    by: str
+    largest_tpm: float
+    bound_tpm: float
+    p50_s: float
+    p95_s: float
+
+
 @dataclass(frozen=True, slots=True)
 class Capacity:
     """What is needed to finish by `finish_by_s`. `smallest`: None where no limit is enough; then see `unlimited`.
@@ -63,9 +78,9 @@ class Capacity:
     `unlimited`: the probe whose limit never binds. `below`: the largest limit that was seen to miss. `tiers`: those of
     `model` from the first one up to the one that meets it, `tier`. `probes`: all limits of the search, by size.
 
-    `tuned`: whether the settings were found anew at each limit. For steady traffic: `wait_p95_s`, the wish that stands
-    in place of `finish_by_s`, `steady_load_tpm`, the tokens per minute that it offers, and `warm_up_requests`, how many
-    were left out at the beginning (median over runs); -1 elsewhere.
+    `decided`: what holds `smallest` up. `tuned`: whether the settings were found anew at each limit. In steady traffic:
+    `wait_p95_s`, the wish in place of `finish_by_s`, `steady_load_tpm`, the tokens per minute that it offers, and
+    `warm_up_requests`, how many were left out at the beginning (median over runs); -1 elsewhere.
     """
 
     finish_by_s: float
@@ -80,6 +95,7 @@ class Capacity:
     too_small_tiers: tuple[str, ...]
     probes: tuple[Probe, ...]
     tuned: bool = False
+    decided: Decided | None = None
     wait_p95_s: float = -1.0
     steady_load_tpm: float = -1.0
     warm_up_requests: float = -1.0
@@ -96,6 +112,7 @@ class Capacity:
             "replications": self.replications,
             "smallest_tpm": self.smallest.tpm if self.smallest else None,
             "smallest_tier": self.tier.name if self.tier else None,
+            "decided": asdict(self.decided) if self.decided else None,
             "smallest": self.smallest.to_json_dict() if self.smallest else None,
             "largest_that_misses": self.below.to_json_dict() if self.below else None,
             "unlimited": self.unlimited.to_json_dict(),

@@ -80,6 +80,7 @@ class _Steady(Search):
     """A search by waits."""
 
     goal = Goal("p95_latency")
+    figure = WAIT
 
     def in_time(self, run: Figures) -> bool:
         """Whether the wait was short enough."""

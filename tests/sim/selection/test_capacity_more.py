@@ -57,12 +57,9 @@ def test_tuned_settings_reach_the_closed_form_where_todays_cannot(root: Path, mo
     # The published run is one of these settings at this limit.
     policy = found.smallest.forecast.policy
     assert policy.tpm_limit == found.smallest.tpm
-    again = replicate(
-        module.at_limits(s, found.smallest.tpm, 0).with_(policy=policy, seed=s.seed + module.FRESH_SEEDS),
-        1,
-        pool=Pool(1),
-    )
-    assert again["makespan_s"].mean == found.smallest.forecast["makespan_s"].mean
+    first = found.smallest.forecast.runs[0]
+    again = replicate(module.at_limits(s, found.smallest.tpm, 0).with_(policy=policy, seed=first.seed), 1, pool=Pool(1))
+    assert again.runs[0]["makespan_s"] == first["makespan_s"]
 
 
 def test_tuning_is_never_worse_than_what_it_began_with(root: Path, monkeypatch) -> None:
@@ -95,7 +92,8 @@ def test_a_provider_that_settles_needs_no_more_than_what_is_used(root: Path, mon
     found = capacity(s, 120.0, replications=20, pool=Pool(1))
     assert found.smallest is not None
     used = float((w.prompt_tokens + w.output_tokens).sum()) / 3.0
-    assert used <= found.smallest.tpm <= 1.15 * used
+    # A refusal now and then makes a tail: 95 of 100 runs need more than the usual one does.
+    assert used <= found.smallest.tpm <= 1.2 * used
 
 
 # ---------------------------------------------------------------- how many requests fit
@@ -168,7 +166,7 @@ def test_a_full_limit_on_steady_traffic(root: Path, monkeypatch) -> None:
     s = scenario(root, monkeypatch, equal_requests(600, 1_000, arrivals), FAST).with_(arrivals="trace")
     load = 60.0 * float(s.charges().sum()) / 599.0
     assert load_tpm(s) == pytest.approx(load)
-    found = steady_capacity(s, 0.5, replications=1, retune=False, pool=Pool(1))
+    found = steady_capacity(s, 0.5, replications=1, retune=False, pool=Pool(1, foreseen=1e7))
     assert found.smallest is not None
     # The full bucket would carry a smaller limit through these ten minutes: it is no answer all the same.
     assert load <= found.smallest.tpm <= 1.03 * load
@@ -212,7 +210,7 @@ def test_the_picture_shows_the_answer(root: Path, monkeypatch) -> None:
     s = scenario(root, monkeypatch, equal_requests(50, 1_000))
     found = capacity(s, 60.0, replications=2, retune=False, grid=True, pool=Pool(1))
     assert found.smallest is not None
-    whole = [p.tpm for p in found.probes if p.runs == 2]
+    whole = [p.tpm for p in found.probes if p.runs == found.replications]
     assert min(whole) < found.smallest.tpm < max(whole)
     figure = capacity_figure(found)
     (ax,) = figure.axes
