@@ -58,6 +58,14 @@ CHARS_PER_TOKEN = 4
 TOKENS_PER_MESSAGE = 4
 TOKENS_PER_REPLY = 3
 TOKENS_PER_IMAGE = 765
+# Assumed of each file, recording, film, stored prompt or earlier response that a request only points to: nothing on
+# this side tells its length. A PDF counts its text and an image of every page, so that this is about three pages.
+TOKENS_PER_FILE = 5_000
+UNSEEN_PARTS = {
+    **dict.fromkeys(("input_file", "file"), "files"),
+    **dict.fromkeys(("input_audio", "audio"), "audio"),
+    **dict.fromkeys(("input_video", "video_url", "video"), "video"),
+}
 # The completions endpoint's default, which the chat endpoint's old charge shares.
 CAP_UNDECLARED = 16
 RESPONSES_EXTRA = 20
@@ -225,10 +233,11 @@ def charge_of(rule: str, sizes: Sizes, est_tokens_per_run: int, as_of: str = "")
 class _Tally:
     """Running sums over one body: characters for the charge rules, bytes for the estimate of tokens."""
 
-    __slots__ = ("chars", "images", "messages", "role_chars", "utf8")
+    __slots__ = ("chars", "images", "messages", "role_chars", "unseen", "utf8")
 
     def __init__(self) -> None:
         self.chars = self.utf8 = self.role_chars = self.messages = self.images = 0
+        self.unseen: list[str] = []
 
     def text(self, text: str) -> None:
         self.chars += len(text)
@@ -254,6 +263,8 @@ class _Tally:
                 raise BadInput(f"{place} holds {kind_of(part)} where a part should be")
             elif part.get("type") in ("image_url", "input_image"):
                 self.images += 1
+            elif part.get("type") in UNSEEN_PARTS:
+                self.unseen.append(UNSEEN_PARTS[part["type"]])
             else:
                 self.text(next((part[key] for key in ("text", "refusal") if isinstance(part.get(key), str)), ""))
 
@@ -265,6 +276,14 @@ class _Tally:
 
 def sizes_of(endpoint: int, body: Mapping[str, Any]) -> Sizes:
     """`Sizes` of a request's body. BadInput, without a place, for a body that the endpoint could not take."""
+    return measured(endpoint, body)[0]
+
+
+def measured(endpoint: int, body: Mapping[str, Any], file_tokens: int = TOKENS_PER_FILE) -> tuple[Sizes, list[str]]:
+    """`Sizes` of a request's body, and what it points to whose length is unknown: "files", "audio", ..., one each.
+
+    `file_tokens` are assumed for each of these, as text of that length.
+    """
     tally = _Tally()
     if endpoint == CHAT:
         _chat(tally, body)
@@ -284,7 +303,10 @@ def sizes_of(endpoint: int, body: Mapping[str, Any]) -> Sizes:
     for schema in (*functions, _answer_schema(body)):
         tally.unread(schema)
     overhead = TOKENS_PER_MESSAGE * tally.messages + TOKENS_PER_REPLY if endpoint in (CHAT, RESPONSES) else 0
-    return Sizes(
+    assumed = CHARS_PER_TOKEN * file_tokens * len(tally.unseen)
+    tally.chars += assumed
+    tally.utf8 += assumed
+    sizes = Sizes(
         endpoint=endpoint,
         prompt_tokens=ceil_div(tally.utf8, CHARS_PER_TOKEN) + overhead,
         chars=tally.chars,
@@ -295,6 +317,7 @@ def sizes_of(endpoint: int, body: Mapping[str, Any]) -> Sizes:
         n=max(_whole(body, "n", 1, 1), _whole(body, "best_of", 1, 1)),
         max_tokens=_declared_cap(endpoint, body),
     )
+    return sizes, tally.unseen
 
 
 def _chat(tally: _Tally, body: Mapping[str, Any]) -> None:
@@ -307,6 +330,9 @@ def _chat(tally: _Tally, body: Mapping[str, Any]) -> None:
         tally.message(message.get("role"))
         tally.content(message.get("content"), f"body.messages[{position}].content")
         tally.unread(message.get("tool_calls", message.get("function_call")))
+        if isinstance(message.get("audio"), dict):
+            # An earlier answer in sound, by its id.
+            tally.unseen.append("audio")
 
 
 def _responses(tally: _Tally, body: Mapping[str, Any]) -> None:
@@ -318,11 +344,16 @@ def _responses(tally: _Tally, body: Mapping[str, Any]) -> None:
         items = [{"role": "user", "content": items}]
     if items is not None and not isinstance(items, list):
         raise BadInput(f"body.input is {kind_of(items)}, not text or a list of items")
-    # Without any input the prompt is one that the provider stores: its size cannot be known here.
+    # Without any input the prompt is one that the provider stores.
+    for field, what in (("prompt", "stored prompts"), ("previous_response_id", "earlier responses")):
+        if body.get(field):
+            tally.unseen.append(what)
     for position, item in enumerate(items or ()):
         if not isinstance(item, dict):
             raise BadInput(f"body.input[{position}] is {kind_of(item)}, not an object")
         tally.message(item.get("role"))
+        if item.get("type") == "item_reference":
+            tally.unseen.append("earlier responses")
         tally.content(item.get("content", item.get("output")), f"body.input[{position}].content")
         tally.unread(item.get("arguments"))
 

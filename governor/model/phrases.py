@@ -6,6 +6,7 @@ A text never says more than is known: rounding is to what a reader can use.
 from __future__ import annotations
 
 import math
+import re
 
 # Each cause of waiting: the knob that decides it, and what is waited for.
 WAITED_FOR = {
@@ -59,3 +60,13 @@ def percent(ratio: float) -> str:
 def plural(count: int, noun: str) -> str:
     """ "1 request", "2,000 requests"."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+_THOUSANDS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
+
+
+def whole_number(text: str) -> int | None:
+    """A whole number from 0 up, as people write it: 450000, 450_000, 450k, 1.5M; None for anything else."""
+    found = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)\s*([kmg]?)", text.strip().lower(), re.ASCII)
+    value = float(found[1].replace("_", "")) * _THOUSANDS[found[2]] if found else -1.0
+    return int(value) if 0 <= value <= 1e12 and value == int(value) else None

@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, Va
 
 from governor.law import BUCKET, DAY_S, FIXED, MINUTE_S, SLIDING, Params, budget_of, rate_of
 from governor.model.errors import BadSetting
+from governor.model.phrases import whole_number
 
 Value = bool | int | float | str
 
@@ -294,6 +295,9 @@ class Knob:
             return _SWITCH[word]
         if self.kind == "integer" and re.fullmatch(r"[+-]?[0-9]{1,30}", word) and self.holds(int(word)):
             return int(word)
+        meant = whole_number(word) if word.endswith(("k", "m")) else None
+        if self.kind in ("integer", "number") and meant is not None and self.holds(meant):
+            return meant if self.kind == "integer" else float(meant)
         if self.kind == "number" and _NUMBER.fullmatch(word) and self.holds(float(word)):
             return float(word)
         if self.kind == "string" and word in self.choices:

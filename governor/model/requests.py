@@ -23,7 +23,7 @@ from governor.model.estimate import CHAT as CHAT
 from governor.model.estimate import COMPLETIONS as COMPLETIONS
 from governor.model.estimate import EMBEDDINGS as EMBEDDINGS
 from governor.model.estimate import RESPONSES as RESPONSES
-from governor.model.estimate import WHOLE_MAX, kind_of, sizes_of
+from governor.model.estimate import TOKENS_PER_FILE, WHOLE_MAX, kind_of, measured
 from governor.model.estimate import Sizes as Sizes
 
 # Tiers by the names of OpenAI and Groq. Another is a slip of the pen, and what it would cost is not known.
@@ -94,7 +94,10 @@ CAUSES = ("nothing", "concurrency", "stagger", "tpm", "rpm", "day", "hold", "pau
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One line of a batch. `index` counts requests from 0 in the order of the file. `body`: None where not kept."""
+    """One line of a batch. `index` counts requests from 0 in the order of the file. `body`: None where not kept.
+
+    `unseen`: what it points to whose length is unknown (see `estimate.measured`).
+    """
 
     index: int
     custom_id: str
@@ -103,6 +106,7 @@ class Request:
     body: dict[str, Any] | None
     sizes: Sizes
     pool: str = "default"
+    unseen: tuple[str, ...] = ()
 
 
 class Outcome(StrEnum):
@@ -244,18 +248,23 @@ class OldResult:
 
 
 def read_requests(
-    lines: Iterable[str | bytes], name: str, *, keep_body: bool = True, pool: str = "default"
+    lines: Iterable[str | bytes],
+    name: str,
+    *,
+    keep_body: bool = True,
+    pool: str = "default",
+    file_tokens: int = TOKENS_PER_FILE,
 ) -> Iterator[Request]:
     """The requests of a batch file, one at a time, in its order.
 
     `lines`: an open file or any iterable of lines; opened in binary, a line that is not UTF-8 is named exactly.
-    `name`: what to call it in errors. `keep_body=False` lets each body go once it is sized. BadInput, naming file and
-    line, for the first line that is wrong; for a file without requests when it ends.
+    `name`: what to call it in errors. `keep_body=False` lets each body go once it is sized. `file_tokens`: as in
+    `measured`. BadInput, naming file and line, for the first line that is wrong; for a file without any when it ends.
     """
     line_of: dict[str, int] = {}
     for line, record in _objects(lines, name):
         try:
-            request = _request(record, len(line_of), keep_body, pool)
+            request = _request(record, len(line_of), keep_body, pool, file_tokens)
         except BadInput as error:
             raise BadInput(error.reason, name, line) from None
         first = line_of.setdefault(request.custom_id, line)
@@ -351,7 +360,7 @@ def _no_constant(word: str) -> object:
     raise ValueError(f"{word} is not a JSON number")
 
 
-def _request(record: dict[str, Any], index: int, keep_body: bool, pool: str) -> Request:
+def _request(record: dict[str, Any], index: int, keep_body: bool, pool: str, file_tokens: int) -> Request:
     custom_id, url, body = (record.get(key) for key in ("custom_id", "url", "body"))
     if not isinstance(custom_id, str) or not custom_id:
         raise BadInput("custom_id is missing" if custom_id is None else "custom_id must be a text that is not empty")
@@ -369,7 +378,33 @@ def _request(record: dict[str, Any], index: int, keep_body: bool, pool: str) -> 
     model = body.get("model", "")
     if not isinstance(model, str):
         raise BadInput(f"body.model is {kind_of(model)}, not text")
-    return Request(index, custom_id, url, model, body if keep_body else None, sizes_of(endpoint, body), pool)
+    sizes, unseen = measured(endpoint, body, file_tokens)
+    return Request(index, custom_id, url, model, body if keep_body else None, sizes, pool, tuple(unseen))
+
+
+class Unseen:
+    """Counts requests that point to content whose length is unknown: a figure that rests on them should say so."""
+
+    def __init__(self, file_tokens: int = TOKENS_PER_FILE) -> None:
+        self.requests = 0
+        self._file_tokens = file_tokens
+        self._kinds: dict[str, None] = {}
+
+    def add(self, request: Request) -> None:
+        """Takes note of a request."""
+        if request.unseen:
+            self.requests += 1
+            self._kinds |= dict.fromkeys(request.unseen)
+
+    @property
+    def text(self) -> str:
+        """One sentence; "" where there are none."""
+        if not self.requests:
+            return ""
+        return (
+            f"{self.requests:,} requests hold {', '.join(self._kinds)} of unknown length: {self._file_tokens:,} tokens "
+            "are assumed for each (--file-tokens)"
+        )
 
 
 def _check_served(body: dict[str, Any]) -> None:

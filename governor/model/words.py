@@ -11,9 +11,9 @@ from governor.model.phrases import WAITED_FOR as WAITED_FOR
 from governor.model.phrases import duration as duration
 from governor.model.phrases import percent as percent
 from governor.model.phrases import plural as plural
+from governor.model.phrases import whole_number
 from governor.model.policy import KNOB_BY_ENV, Policy
 
-_THOUSANDS = {"": 1, "k": 10**3, "m": 10**6}
 _UNITS_S = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3_600.0, "d": 86_400.0}
 
 
@@ -43,11 +43,10 @@ def until_s(text: str, option: str, now: datetime | None = None) -> float:
 
 def count_of(text: str, option: str) -> int:
     """A whole number from 0 up, as people write it: 450000, 450_000, 450k, 2M. BadSetting, naming `option`, else."""
-    found = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)\s*([kKmM]?)", text.strip(), re.ASCII)
-    value = float(found[1].replace("_", "")) * _THOUSANDS[found[2].lower()] if found else -1.0
-    if not 0 <= value <= 1e12 or value != int(value):
+    value = whole_number(text)
+    if value is None:
         raise BadSetting(f"{option} {quoted(text)} is not a whole number from 0 to 10^12: write 450000, 450k or 2M")
-    return int(value)
+    return value
 
 
 def knob_text(cause: str, policy: Policy) -> str:

@@ -33,6 +33,7 @@ from governor.model.errors import BadSetting, PacelineError
 from sim.app.calibrate_command import calibrate
 from sim.app.notebook_command import notebook
 from sim.app.options import AsJson, FinishBy, Options, count, finish_by_s, round_trip_s, share, takes_options, wait_s
+from sim.base.counting import counting
 from sim.base.progress import Progress
 from sim.serving.provider_command import provider
 
@@ -205,8 +206,7 @@ def sensitivity(
         int,
         typer.Option(
             metavar="N",
-            min=0,
-            max=65_536,
+            parser=counting(0, 65_536),
             help="Trajectories (morris) or base samples (sobol, a power of 2); 0 = as many as usual.",
         ),
     ] = 0,
@@ -354,10 +354,13 @@ def backtest(
             help="The provider to assume, or a scenario that states one; what the run's forecast assumed if not given.",
         ),
     ] = None,
-    tpm: Annotated[int | None, typer.Option(metavar="N", min=1, help="Its tokens per minute.")] = None,
+    tpm: Annotated[int | None, typer.Option(metavar="N", parser=counting(1), help="Its tokens per minute.")] = None,
     out: Annotated[str | None, typer.Option(metavar="DIR", help="Folder for the comparison.")] = None,
     replications: Annotated[
-        int, typer.Option(metavar="N", min=0, max=10_000, help="Runs to simulate; 0 = as many as need some seconds.")
+        int,
+        typer.Option(
+            metavar="N", parser=counting(0, 10_000), help="Runs to simulate; 0 = as many as need some seconds."
+        ),
     ] = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -430,6 +433,12 @@ def split(
     live: Annotated[
         float, typer.Option(metavar="P", parser=share, help="Share of requests that goes into live.jsonl anyway.")
     ] = "0",  # type: ignore[assignment]
+    file_tokens: Annotated[
+        int,
+        typer.Option(
+            metavar="N", parser=count, help="Tokens assumed for each file and the like that a request only points to."
+        ),
+    ] = "5k",  # type: ignore[assignment]
     as_json: AsJson = False,
 ) -> None:
     """A batch as files for the Batch API.
@@ -440,7 +449,7 @@ def split(
     from sim.reporting.batch_text import split_text
     from sim.selection.split import split as write
 
-    found = write(batch, out, queue_tokens=batch_queue, rest=rest, live_share=live)
+    found = write(batch, out, queue_tokens=batch_queue, rest=rest, live_share=live, file_tokens=file_tokens)
     _print(found.to_json_dict(), split_text(found, _width()), as_json=as_json)
 
 

@@ -38,7 +38,8 @@ class Reading(TypedDict, total=False):
     model's name, or "S,S" for seconds to the first token and per token. `columns`: role -> column of a trace (prompt,
     output, arrival, max_tokens, latency, id, model). `outputs_from`: old results, for the answers' lengths;
     `output_tokens`: their P50 and P95. `max_tokens`: the output cap that every row of a trace declares, -1 = none.
-    `first`: so many rows only.
+    `first`: so many rows only. `file_tokens`:
+    assumed for each file and the like that a request only points to.
     """
 
     env_file: str | Path | Sequence[str | Path] | None
@@ -52,6 +53,7 @@ class Reading(TypedDict, total=False):
     output_tokens: tuple[float, float] | None
     max_tokens: int | None
     first: int
+    file_tokens: int | None
 
 
 class Frame(Protocol):

@@ -33,7 +33,7 @@ from sim.model.presets import LATENCIES
 from sim.model.provider_config import Config, ProviderConfig, checked
 from sim.model.workload import Workload
 from sim.scenario.columns import parse_columns
-from sim.scenario.readers import SCENARIO, Source
+from sim.scenario.readers import SCENARIO, UNSEEN, Source
 from sim.scenario.scenario import Scenario, following, limits_moved
 from sim.scenario.scenario_file import FileSource, ModelSource, parsed_yaml
 from sim.scenario.unknowns import Unknowns
@@ -173,6 +173,7 @@ def _row_options(o: Options) -> dict[str, Any]:
         "output_tokens": quantiles(o.output_tokens) if o.output_tokens is not None else None,
         "max_tokens": o.max_tokens,
         "first": o.first or None,
+        "file_tokens": o.file_tokens,
     }
     return {name: value for name, value in given.items() if value is not None}
 
@@ -183,7 +184,7 @@ def _changed_source(source: FileSource | ModelSource, o: Options) -> FileSource 
     if not changes:
         return source
     if isinstance(source, ModelSource):
-        for name in ("columns", "outputs_from"):
+        for name in ("columns", "outputs_from", "file_tokens"):
             if name in changes:
                 raise BadSetting(f"--{name.replace('_', '-')} is for files: this scenario draws its workload")
         first = changes.pop("first", source.requests)
@@ -277,7 +278,7 @@ def _agreed(policy: Policy, provider: ProviderConfig, stated: Scenario | None, o
 
 def _notes(scenario: Scenario, fitted: Scenario, o: Options) -> list[str]:
     """What the user should know of these inputs beyond where each comes from."""
-    notes = []
+    notes = [text for name, (_, text) in scenario.workload.provenance.items() if name == UNSEEN]
     left_out = len(scenario.workload) - len(fitted.workload)
     if left_out:
         limit = min(limit for limit in (scenario.provider.tpm, scenario.provider.tpd) if limit)

@@ -17,25 +17,20 @@ from typing import Annotated, Any, Literal, get_type_hints
 import typer
 
 from governor.model.errors import BadSetting
+from governor.model.phrases import whole_number
+from sim.base.counting import counting
 
-_THOUSANDS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 _UNITS_S = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3_600.0, "d": 86_400.0}
 
 
-def count(text: str) -> int:
-    """A whole number from 0 up, for people: 450000, 450_000, 450k, 2M."""
-    found = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)\s*([kKmMgG]?)", text.strip(), re.ASCII)
-    value = float(found[1].replace("_", "")) * _THOUSANDS[found[2].lower()] if found else -1.0
-    if not 0 <= value <= 1e12 or value != int(value):
-        raise typer.BadParameter(f"{text!r} is not a whole number from 0 to 10^12: write 450000, 450k or 2M")
-    return int(value)
+count = counting()
 
 
 def quantiles(text: str) -> tuple[float, float]:
     """`P50,P95` of `--output-tokens`, two numbers from 1 up in this order."""
     words = text.split(",")
     try:
-        p50, p95 = (float(word) for word in words)
+        p50, p95 = (whole_number(word) or float(word) for word in words)
     except ValueError:
         raise BadSetting(f"--output-tokens {text!r} is not P50,P95: write for example 250,900") from None
     if not 1.0 <= p50 <= p95 < 1e8:
@@ -123,7 +118,7 @@ class Options:
         ),
     ]
 
-    first: Annotated[int, typer.Option(metavar="N", min=0, help="Only the first N rows; 0 = all.")] = 0
+    first: Annotated[int, typer.Option(metavar="N", parser=count, help="Only the first N rows; 0 = all.")] = 0
     arrivals: Annotated[
         Literal["batch", "trace"] | None,
         typer.Option(help="All requests there at the start (the default), or as the trace says."),
@@ -154,8 +149,17 @@ class Options:
         int | None,
         typer.Option(
             metavar="N",
-            min=-1,
+            parser=counting(-1, 10**8),
             help="The output cap that every row of a trace declares; -1 = none.",
+        ),
+    ] = None
+    file_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            parser=count,
+            help="Tokens assumed for each file, recording, stored prompt or earlier response that a request of a batch "
+            "only points to (5k if not given).",
         ),
     ] = None
     skip_oversized: Annotated[
@@ -236,7 +240,7 @@ class Options:
     ] = None
     replications: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, max=10**6, help="How many runs, each with its own seed."),
+        typer.Option(metavar="N", parser=counting(1, 10**6), help="How many runs, each with its own seed."),
     ] = None
     workers: Annotated[
         int,

@@ -31,6 +31,8 @@ def split_text(found: Split, width: int) -> str:
             f"Input tokens are estimated from the text; for that {HEADROOM:.0%} of the queue of "
             f"{found.queue_tokens:,} per model is left free."
         )
+    if found.note:
+        said.append(f"{found.note}.")
     if any(part.name == LIVE for part in found.parts):
         said.append(f"`paceline run {found.folder}/{LIVE}` sends the rest live.")
     return "\n\n".join((table(rows, width=width), wrapped(" ".join(said), width)))

@@ -26,8 +26,8 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 
 from governor.model.errors import BadInput, BadSetting, quoted
-from governor.model.estimate import EMBEDDINGS, Sizes
-from governor.model.requests import GZIP, OldResult, foreign_format, one_list, read_requests, read_results
+from governor.model.estimate import EMBEDDINGS, TOKENS_PER_FILE, Sizes
+from governor.model.requests import GZIP, OldResult, Unseen, foreign_format, one_list, read_requests, read_results
 from sim.model.workload import (
     ASSUMED,
     CAP_ASSUMED,
@@ -54,6 +54,8 @@ SCENARIO = "scenario"
 TRACES = {TRACE_JSON: "json", TRACE_CSV: "csv", TRACE_PARQUET: "parquet"}
 
 HEAD_BYTES = 65_536
+# The input of a batch under which stands what it points to and nobody here can count.
+UNSEEN = "content of unknown length"
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,12 +164,14 @@ def read_workload(
     max_tokens: int | None = None,
     first: int = 0,
     seed: int = 0,
+    file_tokens: int = TOKENS_PER_FILE,
 ) -> Workload:
     """The workload in `source`, at most its `first` rows (0 = all). BadInput or BadSetting for anything that is wrong.
 
     `columns`: role -> column of a trace. `outputs_from`: an old results file of the same batch. `output_tokens`: P50
     and P95 of the answers' length. `max_tokens`: the output cap declared by every row of a trace, in place of its
-    column or of the assumed one. `seed`: keys what has to be drawn.
+    column or of the assumed one. `seed`: keys what has to be drawn. `file_tokens`: assumed for each file and the like
+    that a line of a batch only points to.
     """
     if output_tokens is not None:
         p50, p95 = output_tokens
@@ -182,7 +186,7 @@ def read_workload(
             if columns or max_tokens is not None:
                 what = "columns" if columns else "max_tokens"
                 raise BadInput(f"{what} is for traces: a batch file declares its own", source.name)
-            return _batch(source, outputs_from, output_tokens, first, seed)
+            return _batch(source, outputs_from, output_tokens, first, seed, file_tokens)
         if source.kind() == SCENARIO:
             raise BadInput("this is a scenario, not a workload", source.name)
         if outputs_from is not None:
@@ -205,13 +209,17 @@ def _batch(
     output_tokens: tuple[float, float] | None,
     first: int,
     seed: int,
+    file_tokens: int,
 ) -> Workload:
+    unseen = Unseen(file_tokens)
     sizes: dict[str, array[int]] = {name: array("q") for name in Sizes.__slots__}
     ids: list[str] = []
     models: list[str] = []
     try:
         with source.stream() as stream:
-            for request in islice(read_requests(stream, source.name, keep_body=False), first or None):
+            requests = read_requests(stream, source.name, keep_body=False, file_tokens=file_tokens)
+            for request in islice(requests, first or None):
+                unseen.add(request)
                 for name, values in sizes.items():
                     values.append(getattr(request.sizes, name))
                 ids.append(request.custom_id)
@@ -227,7 +235,7 @@ def _batch(
         recorded_s=constant(-1.0, count, np.float64),
         custom_ids=ids,
         models=models[0] if len(set(models)) == 1 else models,
-        provenance=_batch_provenance(source.label, visible["max_tokens"], first),
+        provenance=_batch_provenance(source.label, visible["max_tokens"], first, unseen),
     )
     if output_tokens is not None:
         return with_outputs_drawn(workload, *output_tokens, seed)
@@ -236,10 +244,11 @@ def _batch(
     return with_outputs_assumed(workload, seed)
 
 
-def _batch_provenance(name: str, caps: Any, first: int) -> Provenance:
+def _batch_provenance(name: str, caps: Any, first: int, unseen: Unseen) -> Provenance:
     undeclared = int((caps < 0).sum())
     cap = f"declared in the bodies of {name}"
-    return {
+    found = {UNSEEN: (ASSUMED, unseen.text)} if unseen.text else {}
+    return found | {
         "requests": (MEASURED, _rows_text(name, len(caps), first)),
         "prompt sizes": (MEASURED, f"characters, messages, images and tools of the bodies in {name}"),
         "prompt tokens": (ASSUMED, "estimated from the text: UTF-8 bytes / 4, 4 per message"),

@@ -15,7 +15,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from governor.model.errors import BadInput, BadSetting, quoted
-from governor.model.estimate import kind_of
+from governor.model.estimate import TOKENS_PER_FILE, kind_of
 from governor.model.policy import KNOB_BY_ENV, Policy
 from sim.model.presets import DEFAULT_TIER
 from sim.model.provider_config import Config
@@ -40,6 +40,7 @@ class FileSource(Config):
     output_tokens: Quantiles | None = None
     max_tokens: Cap | None = None
     first: Annotated[int, Field(ge=0)] = 0
+    file_tokens: Annotated[int, Field(ge=0, le=TOKENS_MAX)] = TOKENS_PER_FILE
     seed: Seed = 0
     draw: Annotated[int, Field(ge=0, le=10**8)] = 0
     block_s: Annotated[float, Field(gt=0, le=10**9)] = 60.0
@@ -55,6 +56,7 @@ class FileSource(Config):
             max_tokens=self.max_tokens,
             first=self.first,
             seed=self.seed,
+            file_tokens=self.file_tokens,
         )
         if self.provenance:
             workload = replace(workload, provenance=dict(self.provenance))

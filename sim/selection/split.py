@@ -32,7 +32,8 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from governor.model.errors import BadInput, quoted
-from governor.model.requests import Request, read_requests
+from governor.model.estimate import TOKENS_PER_FILE
+from governor.model.requests import Request, Unseen, read_requests
 from sim.scenario.readers import BATCH, Source
 
 FILE_LINES, FILE_BYTES = 50_000, 200_000_000
@@ -58,11 +59,15 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """What was written: all files, in the order in which they were begun. `queue_tokens`: 0 = no limit was given."""
+    """What was written: all files, in the order in which they were begun. `queue_tokens`: 0 = no limit was given.
+
+    `note`: what of the requests could not be counted, one sentence; "" where all was.
+    """
 
     folder: str
     queue_tokens: int
     parts: tuple[Part, ...]
+    note: str = ""
 
     @property
     def requests(self) -> int:
@@ -81,16 +86,24 @@ class Split:
             "requests": self.requests,
             "waves": self.waves,
             "files": [asdict(part) for part in self.parts],
+            "note": self.note,
         }
 
 
 def split(
-    path: str | Path, out: str | Path, *, queue_tokens: int = 0, rest: Rest = "waves", live_share: float = 0.0
+    path: str | Path,
+    out: str | Path,
+    *,
+    queue_tokens: int = 0,
+    rest: Rest = "waves",
+    live_share: float = 0.0,
+    file_tokens: int = TOKENS_PER_FILE,
 ) -> Split:
     """Writes the files of a batch (JSONL) into the folder `out`, which must be new or empty.
 
     `queue_tokens`: input tokens that may be enqueued per model, 0 = no limit. `rest`: where what goes beyond it goes:
     into further waves, or into `live.jsonl`. `live_share`: of all requests, evenly spread, that go there in any case.
+    `file_tokens`: assumed for each file and the like that a request only points to.
     BadInput, naming the line, for what is wrong; then nothing is left behind.
     """
     folder = Path(out)
@@ -107,7 +120,9 @@ def split(
         unfinished.mkdir()
         with contextlib.closing(_Writer(unfinished, queue_tokens, rest, name)) as writer:
             ids = array("Q")
-            for line, raw, request in _lines(source):
+            unseen = Unseen(file_tokens)
+            for line, raw, request in _lines(source, file_tokens):
+                unseen.add(request)
                 ids.append(_hash_of(request.custom_id))
                 seen = len(ids)
                 live = int(seen * live_share) > int((seen - 1) * live_share)
@@ -115,7 +130,7 @@ def split(
             if not ids:
                 raise BadInput("no requests in it", name)
             _check_unique(ids, source)
-        found = Split(str(out), queue_tokens, tuple(writer.parts))
+        found = Split(str(out), queue_tokens, tuple(writer.parts), unseen.text)
         _write_list(unfinished / LIST, found)
         os.replace(unfinished, folder)
         return found
@@ -133,7 +148,7 @@ def usable_tokens(queue_tokens: int) -> float:
 # ---------------------------------------------------------------- reading
 
 
-def _lines(source: Source) -> Iterator[tuple[int, bytes, Request]]:
+def _lines(source: Source, file_tokens: int = TOKENS_PER_FILE) -> Iterator[tuple[int, bytes, Request]]:
     """Number, bytes with one newline at the end, and request of every line that is not blank."""
     with source.stream() as file:
         for line, raw in enumerate(file, 1):
@@ -142,7 +157,7 @@ def _lines(source: Source) -> Iterator[tuple[int, bytes, Request]]:
                 continue
             try:
                 # One line at a time: the reader would keep every custom_id.
-                (request,) = read_requests([text], "")
+                (request,) = read_requests([text], "", file_tokens=file_tokens)
                 if not request.model:
                     raise BadInput("body.model is missing: a Batch file is for one model")
             except BadInput as error:

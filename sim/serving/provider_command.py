@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from governor.model.errors import PacelineError
+from sim.base.counting import counting
 
 SERVER_EXTRA = "serving a provider needs paceline[sim,server]: pip install 'paceline[sim,server]'"
 
@@ -16,8 +17,10 @@ def provider(
     named: Annotated[
         str, typer.Option("--provider", metavar="TIER|FILE.yaml", help="A published tier, or a provider's file.")
     ] = "",
-    tpm: Annotated[int | None, typer.Option(metavar="N", min=1, help="Tokens per minute.")] = None,
-    rpm: Annotated[int | None, typer.Option(metavar="N", min=0, help="Requests per minute; 0 = no limit.")] = None,
+    tpm: Annotated[int | None, typer.Option(metavar="N", parser=counting(1), help="Tokens per minute.")] = None,
+    rpm: Annotated[
+        int | None, typer.Option(metavar="N", parser=counting(), help="Requests per minute; 0 = no limit.")
+    ] = None,
     charge: Annotated[str | None, typer.Option(metavar="RULE", help="Charge rule, such as prompt_plus_max.")] = None,
     settles: Annotated[
         bool | None, typer.Option("--settles/--no-settles", help="Whether real use is booked on completion.")

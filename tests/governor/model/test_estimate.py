@@ -20,7 +20,18 @@ from hypothesis import strategies as st
 
 from governor.model import estimate
 from governor.model.errors import BadSetting
-from governor.model.estimate import CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, RULES, Sizes, charge_of, sizes_of
+from governor.model.estimate import (
+    CHAT,
+    COMPLETIONS,
+    EMBEDDINGS,
+    RESPONSES,
+    RULES,
+    TOKENS_PER_FILE,
+    Sizes,
+    charge_of,
+    measured,
+    sizes_of,
+)
 
 SWITCH = "2025-03-20"
 # Characters of the roles of a conversation of so many messages, which the recordings leave out: user; system, user;
@@ -410,3 +421,44 @@ def test_estimated_prompt_tokens_against_real_ones(rows: list[Row]) -> None:
         ratios.append(sizes_of(CHAT, body).prompt_tokens / row.prompt_tokens)
     assert len(ratios) > 40
     assert 1.06 - 0.05 <= statistics.median(ratios) <= 1.09 + 0.05
+
+
+# ---------------------------------------------------------------- content of unknown length
+
+HELLO = {"type": "input_text", "text": "Summarise."}
+FILES = [{"type": "file", "file": {"file_id": "f"}}] * 2
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "body", "unseen"),
+    [
+        (
+            RESPONSES,
+            {"input": [{"content": [{"type": "input_file", "file_id": "f"}, HELLO]}]},
+            ["files"],
+        ),
+        (RESPONSES, {"input": "Summarise.", "previous_response_id": "resp_1"}, ["earlier responses"]),
+        (RESPONSES, {"input": [{"type": "item_reference", "id": "msg_1"}]}, ["earlier responses"]),
+        (RESPONSES, {"prompt": {"id": "pmpt_1", "variables": {"city": "Rome"}}}, ["stored prompts"]),
+        (RESPONSES, {"input": "Summarise.", "previous_response_id": None, "prompt": None}, []),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": [{"type": "file", "file": {"file_id": "f"}}] * 2}]},
+            ["files"] * 2,
+        ),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]}, ["audio"]),
+        (CHAT, {"messages": [{"role": "assistant", "content": None, "audio": {"id": "audio_1"}}]}, ["audio"]),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": {}}]}]}, ["video"]),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, []),
+    ],
+)
+def test_what_a_body_only_points_to_is_told_and_assumed(endpoint: int, body: dict[str, Any], unseen: list[str]) -> None:
+    sizes, found = measured(endpoint, body, 1_000)
+    bare, _ = measured(endpoint, body, 0)
+    assert found == unseen
+    assert sizes.prompt_tokens - bare.prompt_tokens == 1_000 * len(unseen)
+    # It counts against the limit under every rule that looks at the prompt.
+    for rule in ("auto", "prompt_chars4", "prompt_plus_max", "responses"):
+        more = charge_of(rule, sizes, 0) - charge_of(rule, bare, 0)
+        assert more == pytest.approx(1_000 * len(unseen), rel=0.01)
+    assert sizes_of(endpoint, body).prompt_tokens - bare.prompt_tokens == TOKENS_PER_FILE * len(unseen)

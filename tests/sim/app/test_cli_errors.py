@@ -71,7 +71,7 @@ FILES = {
     "words.csv": ("ContextTokens,GeneratedTokens\n5,five\n", "words.csv:2: "),
     "columns.csv": (
         "a,b\n1,2\n",
-        "columns.csv: no column of prompt and output tokens: found 'a', 'b'; name it: --columns",
+        "columns.csv:1: no column of prompt and output tokens: found 'a', 'b'; name it: --columns",
     ),
     "minus.jsonl": (line(0) + line(1, max_tokens=-5), "minus.jsonl:2: "),
     "large.jsonl": (

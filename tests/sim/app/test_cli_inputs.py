@@ -11,6 +11,7 @@ import pytest
 import typer
 
 from governor.model.errors import BadInput, BadSetting, Oversized
+from sim.app.cli import main
 from sim.app.inputs import Wishes, read_inputs, scenario_text
 from sim.app.options import Options, count, duration_s, finish_by_s, quantiles, share
 from sim.scenario.scenario import Scenario
@@ -294,3 +295,37 @@ def test_quantiles_and_shares() -> None:
     for text in ("1.1", "-1%", "x", "nan"):
         with pytest.raises(typer.BadParameter, match="share"):
             share(text)
+
+
+# ---------------------------------------------------------------- what nobody here can count
+
+
+def test_files_are_assumed_and_told_of(tmp_path: Path) -> None:
+    content = [{"type": "input_file", "file_id": "file-abc"}, {"type": "input_text", "text": "Summarise."}]
+    body = {"model": "gpt-4o", "input": [{"role": "user", "content": content}], "max_output_tokens": 300}
+    lines = [{"custom_id": f"d{i}", "method": "POST", "url": "/v1/responses", "body": body} for i in range(40)]
+    path = tmp_path / "files.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in lines) + batch_line(40))
+    note = "40 requests hold files of unknown length: {:,} tokens are assumed for each (--file-tokens)"
+    for tokens in (None, 20_000):
+        inputs = read_inputs(Options(workload=str(path), tpm=30_000, file_tokens=tokens), {})
+        assert note.format(tokens or 5_000) in inputs.notes
+        assert int(inputs.scenario.workload.prompt_tokens[0]) == (tokens or 5_000) + 10
+        assert inputs.scenario.charges()[0] > (tokens or 5_000)
+        # The scenario's file keeps the figure.
+        again = Scenario.from_yaml(inputs.scenario.to_yaml(tmp_path), folder=tmp_path)
+        assert again.workload.prompt_tokens.tolist() == inputs.scenario.workload.prompt_tokens.tolist()
+    assert read_inputs(Options(workload=str(path), first=0, tpm=10**9), {}).scenario.workload.prompt_tokens[40] < 200
+
+
+def test_people_write_thousands_everywhere(batch: str, trace: str, capsys) -> None:
+    words = ["--tpm", "60k", "--first", "0.004k", "--replications", "1", "--set", "OPENAI_TPM_LIMIT=60k", "--json"]
+    assert main(["simulate", batch, *words]) == 0
+    assert json.loads(capsys.readouterr().out)["requests"] == 4
+    for cap in ("4k", "-1"):
+        assert main(["simulate", trace, "--columns", "prompt=ctx,output=gen", "--max-tokens", cap, "--json"]) == 0
+        capsys.readouterr()
+    for option, value in (("--first", "ten"), ("--replications", "0"), ("--tpm", "-5"), ("--file-tokens", "1.5")):
+        assert main(["simulate", batch, option, value]) == 2
+        assert "is not a whole number from" in capsys.readouterr().err
+    assert quantiles("0.25k,1k") == (250.0, 1_000.0)

@@ -188,3 +188,20 @@ def test_the_command(tmp_path: Path, capsys) -> None:
     text = capsys.readouterr().out
     assert "live.jsonl" in text
     assert "10" in text
+
+
+def test_what_requests_only_point_to_counts_in_the_queue_and_is_told(tmp_path: Path, capsys) -> None:
+    """Forty requests for a file each: 75,000 of a queue hold 15 at 5,000 tokens, and all at 1,000."""
+    content = [{"type": "input_file", "file_id": "file-abc"}, {"type": "input_text", "text": "Summarise."}]
+    body = {"model": "gpt-4o", "input": [{"role": "user", "content": content}], "max_output_tokens": 300}
+    source = written(tmp_path / "files.jsonl", (line(i, url=URLS[1], body=body) for i in range(40)))
+    words = ["split", str(source), "--batch-queue", "90k"]
+    for tokens, waves in (((), 3), (("--file-tokens", "1k"), 1)):
+        out = tmp_path / f"out-{waves}"
+        assert main([*words, *tokens, "--out", str(out)]) == 0
+        assert "40 requests hold files of unknown length" in " ".join(capsys.readouterr().out.split())
+        assert {int(name[4:6]) for name in files(out)} == set(range(1, waves + 1))
+    found = split(source, tmp_path / "again", queue_tokens=90_000)
+    assert "5,000 tokens are assumed for each (--file-tokens)" in found.note
+    assert found.to_json_dict()["note"] == found.note
+    assert split(written(tmp_path / "plain.jsonl", [line(1)]), tmp_path / "plain").note == ""
