@@ -68,20 +68,17 @@ def provider(words: list[str]) -> Iterator[str]:
 def planned(path: Path) -> str:
     """What the plan had said of these settings, for people."""
     figure = json.loads(path.read_text(encoding="utf-8"))["recommended"]["figures"]["makespan_s"]
-    return (
-        f"The plan had said {duration(figure['p50'])}, before anything was sent. The forecast in the table is made by\n"
-        "the run from its settings alone: not knowing this provider, it takes what they reserve for what is charged."
-    )
+    return f"The plan had said {duration(figure['p50'])}, before anything was sent."
 
 
-def rehearsed(live: Path, settings: Path, scenario: Path, options: list[str], environment: dict[str, str]) -> int:
+def rehearsed(live: Path, settings: Path, options: list[str], environment: dict[str, str]) -> int:
     """The run and its backtest; the exit code of the first that fails."""
     code = run(
         ["run", str(BATCH), "--out", str(live / "results.jsonl"), "--env-file", str(settings), *options], environment
     )
     if code:
         return code
-    code = run(["backtest", str(live / "results.journal.db"), "--provider", str(scenario)], environment)
+    code = run(["backtest", str(live / "results.journal.db")], environment)
     print(f"\n{planned(live.parent / 'plan.json')}")
     return code
 
@@ -109,7 +106,7 @@ def main(words: list[str]) -> int:
         with provider(["provider", "--provider", str(scenario), *scale, "--stated-time", "provider"]) as url:
             if not url:
                 return 1  # it has said why
-            return rehearsed(live, settings, scenario, [*scale, "--base-url", url], environment)
+            return rehearsed(live, settings, [*scale, "--base-url", url], environment)
     except KeyboardInterrupt:
         return 130
 

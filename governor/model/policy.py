@@ -374,11 +374,6 @@ def knob_table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def knob_help() -> str:
-    """The settings as `--help` lists them: name and default, then meaning and what is allowed."""
-    return "\n".join(f"{k.env}={k.text(k.guardrails)}\n    {k.meaning}; {k.allowed}" for k in KNOBS) + "\n"
-
-
 def _shown(text: str) -> str:
     """A user's text inside a one-line message: control characters escaped, no longer than 60 characters."""
     shown = text.encode("unicode_escape").decode("ascii") if not text.isprintable() else text

@@ -21,7 +21,7 @@ from scipy.stats import t
 
 from governor import __version__
 from governor.forecast.summary import Summary
-from governor.model.policy import KNOBS, knob_help, knob_table
+from governor.model.policy import KNOBS, knob_table
 from governor.model.requests import Attempt
 from sim.app.cli import main
 
@@ -294,13 +294,35 @@ def test_help_lists_every_option_of_the_issue(run: Run, monkeypatch) -> None:
 
 def test_version_and_settings(run: Run) -> None:
     assert run("version") == run("--version") == (0, f"paceline {__version__}\n", "")
-    assert run("settings") == (0, knob_help(), "")
     assert run("settings", "--markdown") == (0, knob_table(), "")
-    code, out, _ = run("settings", "--set", "OPENAI_MAX_CONCURRENCY=9", "--preset", "paceline")
-    assert code == 0
-    lines = [line for line in out.splitlines() if line and not line.startswith("#")]
-    assert [line.partition("=")[0] for line in lines] == [knob.env for knob in KNOBS]
-    assert {"OPENAI_MAX_CONCURRENCY=9", "OPENAI_TPM_WINDOW=bucket"} <= set(lines)
+
+
+def test_settings_say_what_is_in_force_and_where_it_comes_from(run: Run, tmp_path: Path, monkeypatch) -> None:
+    for knob in KNOBS:
+        monkeypatch.delenv(knob.env, raising=False)
+    monkeypatch.setenv("OPENAI_STAGGER_SECONDS", "4")
+
+    def shown(*options: str) -> dict[str, str]:
+        code, out, err = run("settings", *options)
+        assert (code, err) == (0, "")
+        return dict(line.split("=", 1) for line in out.splitlines() if not line.startswith(" "))
+
+    found = shown()
+    assert list(found) == [knob.env for knob in KNOBS]
+    assert found["OPENAI_STAGGER_SECONDS"] == "4  (environment)"
+    assert found["OPENAI_MAX_CONCURRENCY"] == "3  (default)"
+    below, above = tmp_path / "below.env", tmp_path / "above.env"
+    below.write_text("# ours\nOPENAI_MAX_CONCURRENCY=7\nOPENAI_TPM_HEADROOM=0.1\nTOKEN=sk-secret\n")
+    above.write_text("OPENAI_TPM_HEADROOM=0.2\nOPENAI_MAX_CONCURRENCY=\n")
+    files = ("--env-file", str(below), "--env-file", str(above))
+    found = shown(*files, "--preset", "paceline", "--set", "OPENAI_TPM_LIMIT=9000")
+    assert found["OPENAI_MAX_CONCURRENCY"] == f"7  ({below}:2)"
+    assert found["OPENAI_TPM_HEADROOM"] == f"0.2  ({above}:1)"
+    assert found["OPENAI_TPM_LIMIT"] == "9000  (--set)"
+    assert found["OPENAI_TPM_WINDOW"] == "bucket  (preset paceline)"
+    assert found["OPENAI_STAGGER_SECONDS"] == "15  (default)"
+    told = json.loads(run("settings", *files, "--json")[1])
+    assert told["OPENAI_TPM_HEADROOM"] == {"value": "0.2", "from": f"{above}:1"}
 
 
 def test_no_command_shows_the_help_and_is_a_mistake(run: Run) -> None:
