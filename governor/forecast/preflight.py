@@ -168,13 +168,14 @@ def _window_s(p: Params, d: int, amount: float, largest: float, n: int, booked: 
     if p.window == BUCKET:
         return _bucket_s(p, d, amount, largest, booked.tokens)
     per_minute = max(1, math.floor(p.budget[d] * n / amount + _ROUNDING))
-    at_once, next_minute_s = per_minute, MINUTE_S
+    minute_s = FIXED_S if p.window == FIXED else MINUTE_S
+    at_once, next_minute_s = per_minute, minute_s
     if booked.tokens > 0.0:
         at_once = math.floor(max(0.0, p.budget[d] - booked.tokens) * n / amount + _ROUNDING)
         next_minute_s = booked.frees_in_s
     if n <= at_once:
         return 0.0
-    return next_minute_s + (math.ceil((n - at_once) / per_minute) - 1) * MINUTE_S
+    return next_minute_s + (math.ceil((n - at_once) / per_minute) - 1) * minute_s
 
 
 # ---------------------------------------------------------------- the verdict

@@ -169,7 +169,7 @@ class TestDeadline:
     def test_without_a_deadline_it_is_only_told(self) -> None:
         verdict = preflight(PACED, TEN_RUNS, service_s=20.0)
         assert not refused(verdict)
-        assert verdict.forecast_finish_s == 200.0
+        assert verdict.forecast_finish_s == pytest.approx(3 * law.FIXED_S + 20.0)
 
 
 class TestObeyedWait:
@@ -244,13 +244,13 @@ class TestFluid:
         assert (fluid.finish_s, fluid.bound) == (30.0, "concurrency")  # 4 + 4 + 2 runs of 10 s
 
     def test_minutes_hold_whole_runs(self) -> None:
-        for window in ("fixed", "sliding"):
+        for window, minute_s in (("fixed", law.FIXED_S), ("sliding", law.MINUTE_S)):
             policy = Policy(stagger_seconds=0.0).with_(tpm_window=window)
             assert fluid_forecast(policy, Load.uniform(3, 7_000)).finish_s == 0.0
             fluid = fluid_forecast(policy, TEN_RUNS)  # 3 per minute: 3, 3, 3, 1
-            assert (fluid.finish_s, fluid.bound) == (180.0, "tpm")
+            assert (fluid.finish_s, fluid.bound) == (pytest.approx(3 * minute_s), "tpm")
             # With 12,000 in use only one fits at once, and the next three when they free.
-            assert fluid_forecast(policy, TEN_RUNS, booked=InUse(12_000, 25.0)).finish_s == 25.0 + 2 * 60.0
+            assert fluid_forecast(policy, TEN_RUNS, booked=InUse(12_000, 25.0)).finish_s == 25.0 + 2 * minute_s
 
     def test_a_bucket_flows(self) -> None:
         policy = Policy(stagger_seconds=0.0, tpm_window="bucket")
@@ -263,12 +263,12 @@ class TestFluid:
         assert large.finish_s == pytest.approx(2 * 28_000 / 425)
 
     def test_runs_above_the_budget_go_one_per_minute(self) -> None:
-        assert fluid_forecast(Policy(stagger_seconds=0.0), Load.uniform(3, 28_000)).finish_s == 120.0
+        assert fluid_forecast(Policy(stagger_seconds=0.0), Load.uniform(3, 28_000)).finish_s == 2 * law.FIXED_S
 
     def test_requests_and_days(self) -> None:
         policy = Policy(stagger_seconds=0.0, tpm_limit=10**9, tpm_headroom=0.0, rpm_limit=4)
         fluid = fluid_forecast(policy, TEN_RUNS)
-        assert (fluid.finish_s, fluid.bound) == (120.0, "rpm")
+        assert (fluid.finish_s, fluid.bound) == (2 * law.FIXED_S, "rpm")
         fluid = fluid_forecast(policy.with_(rpd_limit=6), TEN_RUNS)
         assert fluid.bound == "day"
         assert fluid.finish_s == pytest.approx(4 * 14_400.0)

@@ -35,7 +35,7 @@ from governor.journal.records import Counts
 from governor.journal.verify import verify
 from governor.model.errors import FailureCode
 from governor.model.policy import Policy
-from governor.model.requests import CAUSES, Answer, Attempt, Limit, Outcome, error_line, result_line
+from governor.model.requests import CAUSES, LANES, Answer, Attempt, Limit, Outcome, error_line, result_line
 from governor.model.work import Job, Work
 from tests.governor.journals import (
     BACKOFF_S,
@@ -344,7 +344,7 @@ def test_the_event_loop_goes_on_while_the_disk_is_waited_for(path: Path, monkeyp
 def standing(journal: Journal) -> list[tuple[int, str, int, float, float, int]]:
     """What `pending` says of requests that were launched before."""
     return [
-        (w.request.index, schema.LANES[w.lane], w.attempt, w.first_launched_s, w.retry_at_s, each.resent)
+        (w.request.index, LANES[w.lane], w.attempt, w.first_launched_s, w.retry_at_s, each.resent)
         for each in journal.pending()
         if (w := each.work).first_launched_s >= 0.0
     ]
@@ -664,7 +664,7 @@ def test_a_second_leg_goes_on_in_the_minute_that_the_first_one_used_up(path: Pat
         # The process dies here, with that request in flight.
         state = journal.begin({"default": policy}, 12.0).recorders["default"].state
         assert state is not None
-        assert law.admission(pool.p, state, 500.0, law.FIRST, 12.0) == (70.0, law.BY_TPM)
+        assert law.admission(pool.p, state, 500.0, law.FIRST, 12.0) == (10.0 + law.FIXED_S, law.BY_TPM)
         assert state.in_flight == 0
         assert list(journal.decisions()) == []
 

@@ -54,8 +54,8 @@ def left(index: int, attempt: int, *, first_s: float = -10.0, retry_s: float = -
 def test_attempts_go_on_counting() -> None:
     desk = Desk(script={0: [(REFUSAL_S, THROTTLED)] * 5})
     log = resumed(quiet(), desk, iter([left(0, 4)]))
-    # The fourth at once, since its backoff is over, and after 16 s the fifth and last.
-    assert [(round(at, 9), attempt) for at, _, attempt in desk.sent] == [(0.0, 4), (16.05, 5)]
+    # The fourth at once, since its backoff is over; the last one a minute after the first, 10 s before this leg.
+    assert [(round(at, 9), attempt) for at, _, attempt in desk.sent] == [(0.0, 4), (law.FIXED_S - 10.0, 5)]
     assert [end[:2] for end in log.ends] == [(0, FailureCode.RATE_LIMIT_EXHAUSTED)]
     assert [row.attempt for row in log.rows] == [4, 5]
 
