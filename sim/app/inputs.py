@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import yaml
 from pydantic import Field
 
@@ -33,7 +34,7 @@ from sim.model.presets import LATENCIES
 from sim.model.provider_config import Config, ProviderConfig, checked
 from sim.model.workload import Workload
 from sim.scenario.columns import parse_columns
-from sim.scenario.readers import SCENARIO, UNSEEN, Source
+from sim.scenario.readers import SCENARIO, UNSEEN, Source, is_journal
 from sim.scenario.scenario import Scenario, following, limits_moved
 from sim.scenario.scenario_file import FileSource, ModelSource, parsed_yaml
 from sim.scenario.unknowns import Unknowns
@@ -94,8 +95,15 @@ def read_inputs(
     workload's bytes where they have no file. `settings`: what an env file and `--set` go on top of, in place of the
     defaults or of a scenario file's; `habits`: a provider in place of `--provider`, or some of its keys on top.
     """
-    opened = opened or Source.open(o.workload)
-    stated, wishes = _stated(opened) if opened.kind() == SCENARIO else (None, Wishes())
+    stated: Scenario | None = None
+    told: tuple[str, ...] = ()
+    wishes = Wishes()
+    if opened is None and is_journal(o.workload):
+        stated, wishes, told = _of_run(o)
+    else:
+        opened = opened or Source.open(o.workload)
+        if opened.kind() == SCENARIO:
+            stated, wishes = _stated(opened)
     # Before the rows are read: a slip in a setting should show at once.
     as_read = policy_of(
         o.env_file,
@@ -128,7 +136,7 @@ def read_inputs(
     fitted = scenario.fitted(skip_oversized=skip) if fit or skip else scenario
     # Asked here and not in mid-run: whether the trace has arrivals at all.
     fitted.columns()
-    return Inputs(fitted, wishes, tuple(_notes(scenario, fitted, o)))
+    return Inputs(fitted, wishes, (*told, *_notes(scenario, fitted, o)))
 
 
 def pool_of(given: Options, bar: Progress, foreseen: float = 0.0) -> Pool:
@@ -156,6 +164,30 @@ def _stated(source: Source) -> tuple[Scenario, Wishes]:
         raise BadInput(str(error), source.name) from None
     folder = Path(".") if source.path == "-" else Path(source.path).parent
     return Scenario.from_yaml(yaml.safe_dump(data, sort_keys=False), folder=folder, name=source.name), wishes
+
+
+def _of_run(o: Options) -> tuple[Scenario, Wishes, tuple[str, ...]]:
+    """The requests of a journal with their answers, its settings, and the provider that it teaches."""
+    for name in _row_options(o):
+        option = f"--{name.replace('_', '-')}"
+        raise BadSetting(
+            f"{option} is for files: {o.workload} is a journal, which has its requests and answers", option
+        )
+    # The fits need half a second of imports, which only a journal is worth.
+    from sim.calibration.calibrate import calibrate
+    from sim.calibration.observed import of_journal
+    from sim.validation.assumptions import believed_provider
+
+    observed = of_journal(o.workload)
+    models = np.array([observed.tries.model(i) for i in range(len(observed))])
+    base = believed_provider(observed.policy or Policy(), models)
+    found = calibrate(observed, base=base)
+    learnt = ", ".join(found.scenario.provider.learnt) or "nothing"
+    note = (
+        f"requests, answers and settings of {observed.label}; learnt of the provider: {learnt}; the rest is as the "
+        "settings believe"
+    )
+    return found.scenario, Wishes(unknowns=found.unknowns), (note, *found.notes)
 
 
 def scenario_text(scenario: Scenario, wishes: Wishes, folder: str | Path) -> str:

@@ -113,7 +113,7 @@ class Options:
         typer.Argument(
             metavar="WORKLOAD",
             help="Requests in OpenAI's batch format (JSONL), a trace with token counts (CSV, JSONL), a scenario "
-            "(YAML), or - for standard input.",
+            "(YAML), the journal of a run, or - for standard input.",
             show_default=False,
         ),
     ]

@@ -29,13 +29,12 @@ from sim.des.engines import simulated
 from sim.experiment.experiment import case_of
 from sim.model.provider_config import ProviderConfig
 from sim.model.workload import Workload, redrawn
-from sim.scenario.readers import BATCH, SCENARIO, Source
+from sim.scenario.readers import BATCH, SCENARIO, Source, is_journal
 from sim.scenario.scenario import Scenario, following
 from sim.scenario.scenario_file import FileSource
 from sim.scenario.unknowns import Unknowns
 
 Real = NDArray[np.float64]
-SQLITE = b"SQLite format 3\0"
 # Runs of the forecast; its ends are quantiles of as many draws.
 DRAWS = 40
 
@@ -91,13 +90,9 @@ def read_sources(paths: Sequence[str], columns: Mapping[str, str]) -> Observed:
 
 
 def _read(path: str, columns: Mapping[str, str]) -> Observed:
-    if "://" in path:
+    if is_journal(path):
         return of_journal(path)
     source = Source.open(path)
-    with source.stream() as stream:
-        is_journal = stream.read(len(SQLITE)) == SQLITE
-    if is_journal:
-        return of_journal(path)
     kind = source.kind()
     if kind in (BATCH, SCENARIO):
         what = "scenario" if kind == SCENARIO else "batch file: its requests have no answers"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 from sim.base.layout import facts, table, wrapped
@@ -38,8 +39,12 @@ def replay_text(name: str, found: Counterfactual, width: int) -> str:
     pairs.append(("provider", f"{found.provider_from}: {_provider_text(found)}"))
     pairs += [("not told", text) for text in found.untold]
     pairs.append(("check", check_text(found)))
-    title = f"{name}: {found.requests:,} requests again, {found.replications} times"
-    return "\n\n".join([title, table(rows, width=width), facts(pairs, width), wrapped(answer_text(found), width)])
+    title = wrapped(
+        f"{os.path.basename(name)}: {found.requests:,} requests, simulated {found.replications} times", width
+    )
+    return "\n\n".join(
+        [wrapped(title, width), table(rows, width=width), facts(pairs, width), wrapped(answer_text(found), width)]
+    )
 
 
 def _row(name: str, each: Paired, write: Any) -> list[str]:

@@ -56,6 +56,7 @@ TRACES = {TRACE_JSON: "json", TRACE_CSV: "csv", TRACE_PARQUET: "parquet"}
 HEAD_BYTES = 65_536
 # The input of a batch under which stands what it points to and nobody here can count.
 UNSEEN = "content of unknown length"
+SQLITE = b"SQLite format 3\0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -487,3 +488,13 @@ def save_rows(workload: Workload, path: Path) -> None:
         writer.writerow(header)
         writer.writerows(zip(*fields, strict=True))
     unfinished.replace(path)
+
+
+def is_journal(path: str) -> bool:
+    """Whether a path or URL is that of a journal and not of a text file. BadInput where there is nothing."""
+    if "://" in path:
+        return True
+    if path == "-":
+        return False
+    with Source.open(path).stream() as stream:
+        return stream.read(len(SQLITE)) == SQLITE

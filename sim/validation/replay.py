@@ -68,6 +68,7 @@ class Replay(Twin):
         self._let_in: dict[tuple[int, int], int] = {}
         self._as_it_was: dict[int, Tried] = {}
         self._due_at: dict[Job, float] = {}
+        self._answers_at = {tried.ended_s for tried in record.tried.values()}
         self._ways = [tried.way_s for tried in record.tried.values() if tried.way_s is not None]
         self._pattern = list(takings)
         if self._pattern:
@@ -90,8 +91,8 @@ class Replay(Twin):
         if self.learns:
             past = self.record.tried.get(key)
             late_s = -1.0 if past is None else past.launched_s - self.zero_s - self.env._now
-            if not 0.0 <= late_s <= self.slack_s:
-                return 0.0  # it waits for something else
+            if past is None or not 0.0 <= late_s <= self.slack_s or past.launched_s in self._answers_at:
+                return 0.0  # it waits for something else, such as an answer
             self.delays[key] = late_s
         if key in self.delays:
             return self.delays[key]

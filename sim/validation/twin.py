@@ -38,6 +38,7 @@ from sim.des.driver import Job, Simulation
 from sim.model import provider as prov
 from sim.model.provider_config import ProviderConfig
 from sim.model.workload import MEASURED, Workload, constant, similar_outputs
+from sim.validation.assumptions import believed_provider
 from sim.validation.recorded import REFUSED, Record, record_of
 
 # The provider's limit changes come second among the events of one instant (docs/explanation/law.md#ties); so do ours.
@@ -245,15 +246,7 @@ def _changes(journal: Journal, history: list[tuple[float, Policy]], clock: Clock
 
 def believed(lesson: Lesson) -> ProviderConfig:
     """The provider as the settings believe it to be: their limits, their charge rule, settling as they settle."""
-    policy = lesson.policy
-    return ProviderConfig(
-        tpm=policy.tpm_limit,
-        rpm=policy.rpm_limit,
-        tpd=policy.tpd_limit,
-        rpd=policy.rpd_limit,
-        charge_rule="auto" if policy.charge_rule == "fixed" or policy.charge_rule == "learned" else policy.charge_rule,
-        settles=policy.settle,
-    )
+    return believed_provider(lesson.policy, np.array([lesson.model]))
 
 
 def taught(provider: ProviderConfig, lesson: Lesson) -> ProviderConfig:
