@@ -305,7 +305,7 @@ class PlanResult:
 
     @cached_property
     def changes(self) -> pd.DataFrame:
-        """One row per changed knob: what the change gains on top of those before it, and why, in words."""
+        """One row per changed knob: what the change is worth with all others as recommended, and why, in words."""
         return frames.changes_frame(self.found)
 
     @cached_property

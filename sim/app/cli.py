@@ -150,22 +150,21 @@ def plan(
     finish_by: FinishBy = None,
     effort: Annotated[
         Literal["quick", "normal", "thorough"] | None,
-        typer.Option(help="How long to search; normal if not given."),
+        typer.Option(
+            help="How long to search: about 0.6, 3 or 12 million simulated requests, 240 runs of a larger batch; "
+            "at most 2, 10 or 60 minutes. normal if not given."
+        ),
     ] = None,
     prices: Annotated[
         str | None,
         typer.Option(metavar="FILE.yaml", help="What models cost; a dated list comes with Paceline."),
     ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option(help="Go on with an interrupted search of the same inputs in that folder, or begin anew."),
-    ] = True,
 ) -> None:
-    """Which settings would do better, with the evidence.
+    """Find better settings, with the evidence.
 
     Two recommendations, one with the eight guardrail knobs alone and one with everything that Paceline can do. Into the
     folder go the report, the settings as env files, the way back, and a scenario that makes the same plan again. Ctrl-C
-    leaves the best settings and the front so far; the same command then goes on where it stopped.
+    ends the search and prints the best settings so far.
     """
     from sim.app.inputs import pool_of
     from sim.app.outputs import plan_json, prepared_folder
@@ -185,11 +184,11 @@ def plan(
     with prepared_folder(out) as folder, Progress("planning", _runs_foreseen(scenario, wishes.effort)) as bar:
         foreseen = _runs_foreseen(scenario, wishes.effort) * len(scenario.workload)
         pool = pool_of(given, bar, foreseen)
-        found = planned(scenario, wishes, folder, notes=inputs.notes, pool=pool, say=bar.say, resume=resume)
+        found = planned(scenario, wishes, folder, notes=inputs.notes, pool=pool, say=bar.say)
     command, report = found.written.command, found.written.report
     text = f"{shown.plan_text(scenario, found.plan, _width())}\n\nagain: {command}\nreport: {report}"
     made = plan_json(scenario, wishes, found.plan, found.notes, command)
-    _result(given, made, text, (*found.journal_notes, *found.notes))
+    _result(given, made, text, found.notes)
 
 
 @app.command()

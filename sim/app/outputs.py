@@ -31,14 +31,13 @@ from governor.model.settings import MADE_FROM, policy_of, settings_digest
 from governor.model.settings import SCENARIO as NAMED
 from sim.app.inputs import Wishes, scenario_text
 from sim.base.files import write_atomically
-from sim.experiment.results import Plan, SoFar
+from sim.experiment.results import Plan
 from sim.reporting.figure_process import Drawing
 from sim.reporting.terminal import headline, plain
 from sim.scenario.readers import save_rows
 from sim.scenario.scenario import Scenario
 from sim.scenario.scenario_file import FileSource
 from sim.scenario.stress import stress_notes
-from sim.selection.searchlog import NAME as JOURNAL
 
 REPORT = "report.html"
 RECOMMENDED = "recommended.env"
@@ -47,11 +46,6 @@ ROLLBACK = "rollback.env"
 SCENARIO = "scenario.yaml"
 ROWS = "scenario.workload.csv"
 PLAN = "plan.json"
-# What an interrupted search leaves, until a plan is made: other names, so that an older plan stays as it was.
-FRONT_SO_FAR = "front-so-far.json"
-RECOMMENDED_SO_FAR = "recommended-so-far.env"
-# Of no use any more once the plan is made.
-OBSOLETE = (FRONT_SO_FAR, RECOMMENDED_SO_FAR, JOURNAL)
 
 
 def check_file(path: str | None, option: str, endings: tuple[str, ...]) -> None:
@@ -226,19 +220,6 @@ def write_plan(
     return Written(folder, tuple(texts), command)
 
 
-def write_so_far(folder: Path, so_far: SoFar) -> tuple[str, ...]:
-    """Writes what an interrupted search had found; the names of the files."""
-    title = "Best settings so far of an interrupted search: not proved on fresh seeds, nor under the whole stress set."
-    texts = {
-        FRONT_SO_FAR: json.dumps(plain(so_far.to_json_dict()), indent=2, allow_nan=False) + "\n",
-        RECOMMENDED_SO_FAR: _env(title, so_far.best.policy, so_far.now.policy),
-    }
-    for name, text in texts.items():
-        with write_atomically(folder / name) as unfinished:
-            unfinished.write_text(text, encoding="utf-8", newline="\n")
-    return tuple(texts)
-
-
 def _write_together(folder: Path, texts: Mapping[str, str], rows: Scenario | None) -> None:
     """All files under hidden names first, each forced to the disk; then they take their names, all or none."""
     with contextlib.ExitStack() as stack:
@@ -253,9 +234,6 @@ def _write_together(folder: Path, texts: Mapping[str, str], rows: Scenario | Non
         # From here on only names change: too short a time to be interrupted in.
         with _undisturbed(), _all_or_none([folder / name for name in (*texts, ROWS)]):
             stack.close()
-            for name in OBSOLETE:
-                with contextlib.suppress(OSError):
-                    (folder / name).unlink()
 
 
 @contextlib.contextmanager

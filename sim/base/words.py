@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from sim.experiment.results import Estimate, Forecast
+from sim.experiment.results import Estimate, Forecast, Percentile
 
 # Seconds per unit of a time axis, from small to large, and the span from which on the unit reads better.
 TIME_UNITS = ((1.0, "s", 0.0), (60.0, "min", 180.0), (3_600.0, "h", 3.0 * 3_600.0), (86_400.0, "days", 3.0 * 86_400.0))
@@ -103,6 +103,19 @@ def between(low: float, high: float, form: str = "duration") -> str:
 
 
 def lost_text(forecast: Forecast) -> str:
-    """How many requests were lost in all runs together: "0 of 12,000, at most 0.025 % at 95 %"."""
+    """How many requests were lost in all runs together: "0 of 12,000, below 0.025 % at 95 % confidence"."""
     seen = f"{forecast.lost:,} of {forecast.trials:,}"
-    return f"{seen}, at most {percent_at_most(forecast.lost_at_most)} at 95 %"
+    return f"{seen}, {below(forecast.lost_at_most)}"
+
+
+def below(ratio: float) -> str:
+    """An upper confidence limit of a probability, as words: "below 0.025 % at 95 % confidence"."""
+    return f"below {percent_at_most(ratio)} at 95 % confidence"
+
+
+def limits(found: Percentile) -> str:
+    """The 95 % limits of a percentile, "from to"; where the runs cannot bound it, that."""
+    if found.bounded and math.isfinite(found.low):
+        return between(found.low, found.high)
+    runs = f"{found.n} run{'s' if found.n != 1 else ''}"
+    return f"above {duration(found.low)}: {runs} cannot bound it" if math.isfinite(found.low) else f"{runs}: no limits"

@@ -1,12 +1,13 @@
 """What `simulate` and `plan` find: figures of single runs, estimates over replications, and a plan's evidence.
 
-What lives here: frozen values, the statistics that turn runs into estimates, and their JSON form. What must not:
-running anything (`experiment`, `planner`) and drawing anything (`report`).
+Frozen values, the statistics that turn runs into estimates, and their JSON form.
 
 Statistics. Replications are independent draws under keyed seeds, so a mean has a Student-t interval; a difference of
-two policies is taken seed by seed (common random numbers) and has the interval of the paired differences. Quantiles of
-a figure are those of its replications, with a bootstrap interval where one is shown. An event that was never seen in n
-trials has the upper limit 1 - 0.05^(1/n) at 95 % (Clopper and Pearson 1934, one-sided): "0 of N, at most x".
+two policies is taken seed by seed (common random numbers) and has the interval of the paired differences. A percentile
+is the value below which the next run stays with that probability (Weibull's plotting positions, k / (n + 1)); its
+limits are order statistics, which hold for any distribution (David and Nagaraja, Order Statistics, 2003, section 7.1).
+An event that was never seen in n trials has the upper limit 1 - 0.05^(1/n) at 95 % (Clopper and Pearson 1934,
+one-sided): "0 of N, below x at 95 % confidence".
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ class Estimate:
     """One figure over replications: its mean with a 95 % interval of the mean, and the spread of single runs.
 
     `low`, `high`: Student-t interval of the mean, equal to it with a single run (`n` = 1: no interval is known).
-    `p5`, `p50`, `p95`: quantiles of the runs themselves.
+    `p5`, `p50`, `p95`: the next run stays below with that probability; fewer than 19 runs cannot say so of `p95` (their
+    largest stands for it), see `percentile`.
     """
 
     mean: float
@@ -97,21 +99,67 @@ def estimate(values: Sequence[float] | NDArray[Any]) -> Estimate:
         from scipy.special import stdtrit
 
         half = float(stdtrit(n - 1, 0.5 + CONFIDENCE / 2.0) * x.std(ddof=1) / math.sqrt(n))
-    p5, p50, p95 = (float(q) for q in np.quantile(x, (0.05, 0.5, 0.95)))
+    p5, p50, p95 = (_next_below(x, q) for q in (0.05, 0.5, 0.95))
     return Estimate(mean, mean - half, mean + half, p5, p50, p95, n)
 
 
-def bootstrap_interval(
-    values: Sequence[float] | NDArray[Any], quantile: float, *, seed: int, draws: int = 2_000
-) -> tuple[float, float]:
-    """Percentile bootstrap interval (95 %) of a quantile of the runs (Efron 1979). (value, value) with one run."""
-    x = np.asarray(values, dtype=np.float64)
-    if len(x) < 2:
-        return float(x[0]), float(x[0])
-    rng = np.random.default_rng(seed)
-    drawn = np.quantile(x[rng.integers(0, len(x), (draws, len(x)))], quantile, axis=1)
-    low, high = np.quantile(drawn, (0.5 - CONFIDENCE / 2.0, 0.5 + CONFIDENCE / 2.0))
-    return float(low), float(high)
+def _next_below(x: NDArray[np.float64], ratio: float) -> float:
+    # "weibull" interpolates, and between two infinities there is nothing.
+    with np.errstate(invalid="ignore"):
+        found = float(np.quantile(x, ratio, method="weibull"))
+    return math.inf if math.isnan(found) else found
+
+
+@dataclass(frozen=True, slots=True)
+class Percentile:
+    """A percentile of single runs, from `n` of them, with its 95 % limits.
+
+    `value`: the next run stays below it with probability `ratio`. `low`, `high`: order statistics; -inf and inf where
+    `n` runs cannot bound the percentile on that side.
+    """
+
+    ratio: float
+    value: float
+    low: float
+    high: float
+    n: int
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the runs suffice to bound it from above."""
+        return math.isfinite(self.high)
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """Plain numbers; a side without a limit is null."""
+        return {"value": _plain(self.value), "low": _plain(self.low), "high": _plain(self.high), "n": self.n}
+
+
+def percentile(values: Sequence[float] | NDArray[Any], ratio: float) -> Percentile:
+    """The percentile of a figure from its values over replications, at least one.
+
+    Limits: the closest pair of ranks l < u between which a binomial count of n trials puts the percentile with at least
+    95 %; a rank of 0 or n + 1, beyond all runs, only where no pair within them does.
+    """
+    from scipy.special import bdtr
+
+    x = np.sort(np.asarray(values, dtype=np.float64))
+    n = len(x)
+    below = np.concatenate([[0.0], bdtr(np.arange(n + 1.0), n, ratio)])  # P(fewer than k values lie below), k = 0..n+1
+    found = None
+    for inside in (True, False):
+        ranks = range(1, n + 1) if inside else range(n + 2)
+        pairs = []
+        for low in ranks:
+            # The first rank above `low` that closes the interval.
+            high = int(np.searchsorted(below, below[low] + CONFIDENCE))
+            if low < high <= ranks[-1]:
+                pairs.append((high - low, below[high] - below[low], low, high))
+        if pairs:
+            found = min(pairs)[2:]
+            break
+    low, high = found or (0, n + 1)
+    edges = np.concatenate([[-math.inf], x, [math.inf]])
+    return Percentile(ratio, _next_below(x, ratio), float(edges[low]), float(edges[high]), n)
 
 
 def at_most(seen: int, trials: int) -> float:
@@ -142,6 +190,10 @@ class Forecast:
     def __getitem__(self, name: str) -> Estimate:
         return self.estimates[name]
 
+    def percentile(self, name: str, ratio: float) -> Percentile:
+        """A percentile of single runs in one figure, with its limits."""
+        return percentile([run[name] for run in self.runs], ratio)
+
     @property
     def lost(self) -> int:
         """Requests lost in all runs together."""
@@ -164,6 +216,9 @@ class Forecast:
             "requests": self.requests,
             "replications": len(self.runs),
             "figures": {name: _plain(asdict(e)) for name, e in self.estimates.items()},
+            "finish_time": {
+                f"p{100.0 * ratio:g}_s": self.percentile("makespan_s", ratio).to_json_dict() for ratio in (0.5, 0.95)
+            },
             "waits_s": dict(self.waits_s),
             "failures": dict(self.failures),
             "lost": self.lost,
@@ -254,18 +309,22 @@ class StressRow:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One changed knob. `objective_s` after this change on top of those before it, and `gain_s` of it (< 0 = a loss).
+    """One changed knob, and what the change is worth with all others as recommended.
 
-    `left_out_s`: how much worse the recommendation is without this change alone. `reason`: one line for people.
+    `worth_s`: how much longer the objective takes where this knob alone keeps its old value, paired by seed; negative
+    where the change costs time. `stress_worth_s`: the same in the mean over the stress set. `throttled_per_100`,
+    `lost`: what the old value draws and loses per run. `breaks`: the condition in which the old value breaks the limits
+    worst while the recommendation does not, with its figures; "" = in none.
     """
 
     env: str
     old: Any
     new: Any
-    objective_s: float
-    gain_s: float
-    left_out_s: float
+    worth_s: Estimate
+    stress_worth_s: float
     throttled_per_100: float
+    lost: float
+    breaks: str
     reason: str
 
 
@@ -285,18 +344,29 @@ class Heat:
 
 
 @dataclass(frozen=True, slots=True)
+class PassedOver:
+    """A setting that is faster as assumed and was not recommended: what it is, its forecast, and why, with figures."""
+
+    name: str
+    forecast: Forecast
+    reason: str
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"name": self.name, **self.forecast.to_json_dict(), "reason": self.reason}
+
+
+@dataclass(frozen=True, slots=True)
 class Recommendation:
     """A policy, its forecast on fresh seeds, the knobs that it changes, and what it gains over today's, paired.
 
-    `unguarded`: the fastest setting of the same knobs, where it is faster and was passed over because it does not keep
-    the limits under the stress set; `risk` says in words under which condition it breaks them worst.
+    `passed_over`: faster settings of the same knobs that do not keep the limits under the stress set.
     """
 
     forecast: Forecast
     steps: tuple[Step, ...]
     gain_s: Estimate
-    unguarded: Forecast | None = None
-    risk: str = ""
+    passed_over: tuple[PassedOver, ...] = ()
 
     @property
     def policy(self) -> Policy:
@@ -309,11 +379,12 @@ class Plan:
     """Everything that `paceline plan` found. Forecasts of `now`, both recommendations and the runner-up share seeds.
 
     `guardrails`: only the eight guardrail knobs changed; `full`: everything that the law can do. `limits`: the
-    constraints that were asked for; `broken`: those that `full` cannot keep, in words. `already_good`: today's settings
-    are within the indifference zone of the best. `timelines`: attempts of one run each, by name, for curves over time.
-    `drawn`: the plan's policies under conditions drawn from ranges; `sensitivity`: which knob matters around the
-    recommendation; `answers_usd`: what all answers cost once (None: no prices); what is paid beside them is the figure
-    `extra_usd` of the forecasts.
+    constraints that were asked for; `broken`: where a recommendation breaks them, as assumed or under a condition in
+    which another of the plan's settings keeps them, in words. `already_good`: today's settings are within the
+    indifference zone of the best. `timelines`: attempts of one run each, by name, for curves over time. `drawn`: the
+    plan's policies under conditions drawn from ranges; `sensitivity`: which knob matters around the recommendation;
+    `answers_usd`: what all answers cost once (None: no prices); what is paid beyond them is the figure `extra_usd` of
+    the forecasts. `out_of_time`: the search ended by the clock.
     """
 
     objective: str
@@ -335,11 +406,21 @@ class Plan:
     drawn: Drawn | None = None
     sensitivity: Sensitivity | None = None
     answers_usd: float | None = None
+    out_of_time: bool = False
+
+    @property
+    def promise(self) -> Percentile | None:
+        """The finish time of the recommendation that holds in 95 of 100 of the drawn conditions; None: none drawn."""
+        return None if self.drawn is None else percentile(self.drawn.outcomes["recommended"].makespan_s, 0.95)
 
     def to_json_dict(self) -> dict[str, Any]:
         """The plan without its timelines, as plain values."""
         return {
             "objective": self.objective,
+            "promise": {
+                "as_assumed_s": _plain(self.full.forecast["makespan_s"].p50),
+                "in_95_of_100_conditions_s": None if self.promise is None else self.promise.to_json_dict(),
+            },
             "now": self.now.to_json_dict(),
             "guardrails_only": _recommendation_json(self.guardrails),
             "recommended": _recommendation_json(self.full),
@@ -348,6 +429,7 @@ class Plan:
             "stress": [
                 {
                     "name": row.name,
+                    "runs": len(next(iter(row.forecasts.values())).runs),
                     **{
                         who: {
                             "makespan_s": _plain(f["makespan_s"].mean),
@@ -373,37 +455,10 @@ class Plan:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class SoFar:
-    """What an interrupted search had found: today's point, the best so far, the front; `stage`: what it was doing."""
-
-    objective: str
-    now: Point
-    best: Point
-    front: tuple[Point, ...]
-    settings_tried: int
-    runs_simulated: int
-    stage: str
-
-    def to_json_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return {
-            "interrupted_while": self.stage,
-            "objective": self.objective,
-            "now": self.now.to_json_dict(self.objective),
-            "best": self.best.to_json_dict(self.objective),
-            "front": [point.to_json_dict(self.objective) for point in self.front],
-            "settings_tried": self.settings_tried,
-            "runs_simulated": self.runs_simulated,
-        }
-
-
 def _recommendation_json(found: Recommendation) -> dict[str, Any]:
-    steps = [_plain(asdict(step)) for step in found.steps]
-    unguarded = None if found.unguarded is None else {**found.unguarded.to_json_dict(), "risk": found.risk}
     return {
         **found.forecast.to_json_dict(),
-        "changes": steps,
+        "changes": [_plain(asdict(step)) for step in found.steps],
         "gain_s": _plain(asdict(found.gain_s)),
-        "faster_but_unguarded": unguarded,
+        "passed_over": [each.to_json_dict() for each in found.passed_over],
     }

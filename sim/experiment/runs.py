@@ -3,13 +3,14 @@
 What lives here: the store between those who compare settings and the pool that runs them. What must not: comparing
 (`search`), and how a run is made (`experiment`).
 
-A run is told by its condition, its policy and its seed. `requests` counts what was asked for in simulated requests,
-whether it was simulated now or comes from the journal of an interrupted search: the search's effort is measured by it,
-so that a resumed search finds what an uninterrupted one would have found.
+A run is identified by its condition, its policy and its seed. `requests` counts simulated requests: the search's effort
+is measured by it, so that the same seed finds the same settings on any machine.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,12 +20,11 @@ from sim.experiment.experiment import Case, Pool, case_of
 from sim.experiment.results import Figures
 from sim.experiment.spread import WorkersLost
 from sim.scenario.scenario import Scenario
-from sim.selection.searchlog import Key, SearchLog, digest_of
 from sim.selection.tariff import Tariff
 
 PolicyKey = tuple[Any, ...]
 
-# Simulated requests that are handed to the pool at a time: what is lost of the journal if the process is killed.
+# Simulated requests that are handed to the pool at a time: an interrupted search keeps what came before.
 BATCH_REQUESTS = 4_000_000
 
 
@@ -43,16 +43,24 @@ class Condition:
 
 
 class Runs:
-    """All runs of one search. `log`: its journal; `tariff`: adds `extra_usd` to each run's values."""
+    """All runs of one search. `tariff` adds `extra_usd` to each run's values.
 
-    def __init__(self, pool: Pool, *, log: SearchLog | None = None, tariff: Tariff | None = None) -> None:
+    `ends_at`: a moment of `time.monotonic` after which a search asks for nothing new.
+    """
+
+    def __init__(self, pool: Pool, *, tariff: Tariff | None = None, ends_at: float = math.inf) -> None:
         self.pool = pool
-        self.log = log
         self.tariff = tariff
+        self.ends_at = ends_at
         self.made = 0
         self.requests = 0
         self._known: dict[tuple[str, PolicyKey], dict[int, Figures]] = {}
         self._cases: dict[tuple[str, PolicyKey], Case] = {}
+
+    @property
+    def out_of_time(self) -> bool:
+        """Whether the search has lasted as long as it may."""
+        return time.monotonic() >= self.ends_at
 
     def require(self, wanted: Iterable[tuple[Condition, Policy, Sequence[int]]]) -> None:
         """Makes sure that each of these has run under its seeds."""
@@ -66,9 +74,7 @@ class Runs:
             missing = [seed for seed in dict.fromkeys(seeds) if seed not in mine and seed not in under_way]
             under_way.update(missing)
             if missing:
-                missing = self._from_log(condition.name, key, missing)
-                if missing:
-                    tasks.append((condition.name, key, self._case(condition, policy, key), missing))
+                tasks.append((condition.name, key, self._case(condition, policy, key), missing))
         while tasks:
             batch: list[tuple[str, PolicyKey, Case, list[int]]] = []
             size = 0
@@ -106,29 +112,9 @@ class Runs:
             raise
 
     def _keep(self, batch: Sequence[tuple[str, PolicyKey, Case, list[int]]], found: Sequence[list[Figures]]) -> None:
-        lines: list[tuple[Key, Figures]] = []
         for (name, key, _, _), figures in zip(batch, found, strict=True):
-            digest = digest_of(key) if self.log is not None else ""
             for run in figures:
                 self._take(name, key, run)
-                lines.append(((name, digest, run.seed), run))
-        if self.log is not None:
-            self.log.add(lines)
-
-    def _from_log(self, name: str, key: PolicyKey, seeds: list[int]) -> list[int]:
-        """Takes what the journal knows; returns the seeds that it does not."""
-        if self.log is None or not self.log.known:
-            return seeds
-        digest = digest_of(key)
-        missing = []
-        for seed in seeds:
-            run = self.log.known.get((name, digest, seed))
-            if run is None:
-                missing.append(seed)
-            else:
-                self._take(name, key, run)
-        self.pool.on_runs(len(seeds) - len(missing))
-        return missing
 
     def _take(self, name: str, key: PolicyKey, run: Figures) -> None:
         if self.tariff is not None:

@@ -141,12 +141,12 @@ def forecasts_frame(forecasts: Mapping[str, Forecast]) -> pd.DataFrame:
 
 
 def changes_frame(plan: Plan, *, guardrails_only: bool = False) -> pd.DataFrame:
-    """The recommended changes in order: the knob, its values, what the change gains, and what leaving it out costs."""
+    """The recommended changes: the knob, its values, and what each is worth with all others as recommended."""
     found = plan.guardrails if guardrails_only else plan.full
-    columns = ["knob", "now", "then", "gain_s", "left_out_s", "throttled_per_100", "reason"]
+    columns = ["knob", "now", "then", "worth_s", "worth_low_s", "worth_high_s", "stress_worth_s", "reason"]
     rows: list[list[Any]] = [
-        [step.env, step.old, step.new, step.gain_s, step.left_out_s, step.throttled_per_100, step.reason]
-        for step in found.steps
+        [s.env, s.old, s.new, s.worth_s.mean, s.worth_s.low, s.worth_s.high, s.stress_worth_s, s.reason]
+        for s in found.steps
     ]
     return pd.DataFrame(rows, columns=columns).set_index("knob")
 

@@ -50,7 +50,7 @@ def plan_html(result: PlanResult) -> str:
     parts = [paragraph(shown.headline(result.scenario)), table(shown.comparison_rows(found))]
     for title, recommendation in (("Recommended", found.full), ("Guardrails only", found.guardrails)):
         if recommendation.steps:
-            parts.append(table(shown.changes_rows(title, recommendation)))
+            parts.append(table(shown.changes_rows(title, recommendation, result.found)))
     parts += [paragraph(note) for note in shown.plan_notes(result.scenario, found)]
     parts.append(picture(result.figure(), "settings that were tried: 429s against the objective"))
     return f"<div>{''.join(parts)}</div>"

@@ -23,7 +23,7 @@ from governor.model.prices import dollars_text
 from sim.base import palette, words
 from sim.base.files import write_atomically
 from sim.base.words import duration, interval, number, percent, seconds_text
-from sim.experiment.results import Estimate, Forecast, Plan, Recommendation, Step, at_most, bootstrap_interval
+from sim.experiment.results import Estimate, Forecast, Plan, Recommendation, Step, at_most
 from sim.reporting import report_text as text
 
 Provenance = Mapping[str, tuple[str, str]]
@@ -85,6 +85,8 @@ def render(
         inputs=inputs,
         about=text.about(grant),
         sentences=text.answer(plan),
+        promise=text.promise(plan),
+        promise_note=text.promise_note(plan),
         broken=plan.broken,
         replications=_count(len(plan.now.runs), "run"),
         columns=_columns(plan),
@@ -104,7 +106,7 @@ def render(
         drawn_text=text.drawn_text(plan),
         drawn_rows=_drawn_rows(plan),
         sensitivity_text=text.sensitivity_text(plan),
-        throttled_limit=f"{text.throttled_limit(plan):g}",
+        throttled_limit=f"{text.stress_limits(plan)['max_throttled_per_100']:g}",
         lost_allowed=f" (allowed: {percent(plan.limits['max_lost'])})" if plan.limits.get("max_lost") else "",
         noise_text=_noise_text(plan),
         noise=text.noise(plan),
@@ -187,8 +189,8 @@ def _headline(plan: Plan) -> list[Row]:
         return Row(name, about, [cell(f) for f in forecasts.values()])
 
     rows = [
-        row("Finish time, P50", "half of the runs are done by then", lambda f: _quantile(f, 0.5, plan.seed)),
-        row("Finish time, P95", "19 of 20 runs are done by then", lambda f: _quantile(f, 0.95, plan.seed)),
+        row("Finish time, P50", "half of the runs are done by then", lambda f: _percentile(f, 0.5)),
+        row("Finish time, P95", "19 of 20 runs are done by then", lambda f: _percentile(f, 0.95)),
     ]
     if plan.objective == "p95_latency":
         rows.append(row("Latency, P95", "19 of 20 requests are answered within", lambda f: _timed(f["latency_p95_s"])))
@@ -201,17 +203,14 @@ def _headline(plan: Plan) -> list[Row]:
         rows.append(
             row("Cost", "all answers once, and what is paid beside", lambda f: _cost(f, plan.answers_usd or 0.0))
         )
-    gains = [Cell("–", "the yardstick"), *(_gained(plan, found) for found in (plan.guardrails, plan.full))]
+    gains = [Cell("–", "the baseline"), *(_gained(plan, found) for found in (plan.guardrails, plan.full))]
     name = palette.OBJECTIVES[plan.objective][0]
     return [*rows, Row("Gain", f"in mean {name}, run by run under the same chance", gains)]
 
 
-def _quantile(f: Forecast, quantile: float, seed: int) -> Cell:
-    times = [run["makespan_s"] for run in f.runs]
-    value = f["makespan_s"].p50 if quantile == 0.5 else f["makespan_s"].p95
-    low, high = bootstrap_interval(times, quantile, seed=seed)
-    detail = words.between(low, high) if len(times) > 1 else "one run: no interval"
-    return Cell(duration(value), detail, seconds_text(value))
+def _percentile(f: Forecast, ratio: float) -> Cell:
+    found = f.percentile("makespan_s", ratio)
+    return Cell(duration(found.value), words.limits(found), seconds_text(found.value))
 
 
 def _timed(e: Estimate) -> Cell:
@@ -223,13 +222,13 @@ def _throttled(f: Forecast, plan: Plan) -> Cell:
     kind = "over" if e.mean > text.throttled_limit(plan) else ""
     attempts = round(sum(run["attempts"] for run in f.runs))
     if e.mean == 0.0:
-        return Cell("0", f"0 of {attempts:,} attempts, at most {words.percent_at_most(at_most(0, attempts))} at 95 %")
+        return Cell("0", f"0 of {attempts:,} attempts, {words.below(at_most(0, attempts))}")
     mark = "▲ " if kind else ""
     return Cell(mark + number(e.mean), interval(e, "number"), f"{number(f['throttled'].mean)} in a run", kind)
 
 
 def _lost(f: Forecast) -> Cell:
-    limit = f"at most {words.percent_at_most(f.lost_at_most)} at 95 %"
+    limit = words.below(f.lost_at_most)
     codes = ", ".join(f"{code}: {number(count)} per run" for code, count in f.failures.items())
     seen = f"{'✕ ' if f.lost else ''}{f.lost:,} of {f.trials:,}"
     return Cell(seen, f"{percent(f.lost / f.trials)}, {limit}" if f.lost else limit, codes, "lost" if f.lost else "")
@@ -247,7 +246,7 @@ def _efficiency(f: Forecast) -> Cell:
 def _cost(f: Forecast, answers_usd: float) -> Cell:
     extra = f["extra_usd"]
     beside = f"{dollars_text(extra.mean)} for time-outs, re-sends and finalize passes"
-    return Cell(dollars_text(answers_usd + extra.mean), beside if extra.mean > 0.0 else "nothing beside the answers")
+    return Cell(dollars_text(answers_usd + extra.mean), beside if extra.mean > 0.0 else "no extra cost")
 
 
 def _gained(plan: Plan, found: Recommendation) -> Cell:
@@ -271,7 +270,7 @@ def _noise_text(plan: Plan) -> str:
 def _recommendation(plan: Plan, found: Recommendation, which: str) -> dict[str, Any]:
     headings = {"all": "Recommended: everything that Paceline can do", "few": "With the eight guardrail knobs alone"}
     about = "These are today's settings: nothing that was tried is better."
-    if found.unguarded:
+    if found.passed_over:
         about = "These are today's settings: nothing faster keeps the limits whatever the provider does."
     if found.steps:
         name, figure = palette.OBJECTIVES[plan.objective]
@@ -279,39 +278,34 @@ def _recommendation(plan: Plan, found: Recommendation, which: str) -> dict[str, 
         about = (
             f"{_count(len(found.steps), 'setting')} changed: mean {name} from {duration(today)} to {duration(mean)}."
         )
-    widest = max((abs(step.gain_s) for step in found.steps), default=0.0)
+    widest = max((abs(step.worth_s.mean) for step in found.steps), default=0.0)
     return {
         "heading": headings[which],
         "about": about,
         "steps": [_step(plan, step, widest) for step in found.steps],
-        "unguarded": text.unguarded(found, plan),
+        "passed_over": text.passed_over(found, plan),
     }
 
 
 def _step(plan: Plan, step: Step, widest: float) -> dict[str, Any]:
-    today = plan.now[palette.OBJECTIVES[plan.objective][1]].mean
-    knob = KNOB_BY_ENV[step.env]
-    # A tenth of a percent is what the search tells apart; less reads as nothing.
-    nothing = abs(step.gain_s) < 0.0005 * today
-    same = abs(step.left_out_s) < 0.0005 * today
+    knob, gain = KNOB_BY_ENV[step.env], step.worth_s
+    worth = text.worth(step, plan)
+    nothing = worth == "none as assumed"
     return {
         "env": step.env,
         "meaning": knob.meaning,
         "unit": knob.unit,
         "old": knob.text(step.old),
         "new": knob.text(step.new),
-        "gain": "none by itself" if nothing else duration(step.gain_s),
-        "gain_tip": seconds_text(step.gain_s),
-        "share": "" if nothing else percent(step.gain_s / today),
-        "width": 0 if nothing else max(1, round(100.0 * abs(step.gain_s) / widest)),
-        "less": step.gain_s < 0.0,
-        "then": duration(step.objective_s),
-        "then_tip": seconds_text(step.objective_s),
+        "worth": worth,
+        "worth_tip": seconds_text(gain.mean),
+        "interval": "" if nothing else interval(gain),
+        "width": 0 if nothing else max(1, round(100.0 * abs(gain.mean) / widest)),
+        "less": gain.mean < 0.0,
+        "stress": duration(step.stress_worth_s),
         "throttled": number(step.throttled_per_100),
-        "left_out": "no difference" if same else duration(abs(step.left_out_s)),
-        "left_out_how": "" if same else "slower" if step.left_out_s > 0.0 else "faster",
-        "left_out_tip": seconds_text(step.left_out_s),
-        "reason": step.reason,
+        "lost": number(step.lost),
+        "reason": text.why(step, plan),
     }
 
 
@@ -339,7 +333,7 @@ def _stress_rows(plan: Plan) -> list[dict[str, Any]]:
 def _stress_cell(plan: Plan, f: Forecast | None) -> Cell:
     if f is None:
         return Cell("–")
-    kind = text.broken_in(f, plan.limits)
+    kind = text.broken_in(f, text.stress_limits(plan))
     name, figure = palette.OBJECTIVES[plan.objective]
     mean = f[figure].mean
     detail = f"429s per 100: {number(f['throttled_per_100'].mean)}\nlost: {f.lost:,} of {f.trials:,}"

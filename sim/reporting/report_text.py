@@ -10,12 +10,15 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from governor.forecast.summary import Grant
+from governor.model.policy import KNOB_BY_ENV
 from sim.base.palette import CAUSE_LABELS, OBJECTIVES, STYLES
-from sim.base.words import between, duration, interval, lost_text, number, percent, percent_at_most
-from sim.experiment.results import Forecast, Plan, Recommendation, at_most
+from sim.base.words import below, between, duration, interval, limits, lost_text, number, percent
+from sim.experiment.results import Forecast, Plan, Recommendation, Step, at_most, percentile
 
 # Below this share of the objective a gain is not worth a word.
 SAME = 0.005
+# A change worth less than this share of the objective reads as none: the search does not tell it from nothing.
+NOTHING = 0.001
 # From this efficiency on, the provider's limit is what holds the batch back, whatever the queue's head waits for.
 SATURATED = 0.9
 
@@ -30,11 +33,43 @@ def throttled_limit(plan: Plan) -> float:
     return plan.limits.get("max_throttled_per_100", 1.0)
 
 
+def stress_limits(plan: Plan) -> dict[str, float]:
+    """The limits under stress: in a small batch a refusal or two is no broken limit."""
+    return {**plan.limits, "max_throttled_per_100": plan.limits.get("max_throttled_per_100_under_stress", 1.0)}
+
+
 def broken_in(f: Forecast, limits: Mapping[str, float]) -> str:
     """Which of the plan's limits a forecast breaks: "lost", "over" (too many 429s) or "" for none."""
     if f.lost / max(1, f.trials) > limits.get("max_lost", 0.0):
         return "lost"
     return "over" if f["throttled_per_100"].mean > limits.get("max_throttled_per_100", math.inf) else ""
+
+
+def promise(plan: Plan) -> str:
+    """When the recommendation is done: as assumed, and whatever the provider turns out to be, within reason."""
+    best = plan.full.forecast
+    said = f"{duration(best['makespan_s'].p50)} if the provider is as assumed"
+    held = plan.promise
+    if held is None:
+        return f"{said}; what is not known was not drawn"
+    if held.n < 19:
+        longest = duration(max(plan.drawn.outcomes["recommended"].makespan_s)) if plan.drawn else ""
+        return f"{said}; at the longest {longest} in the {held.n} conditions that were drawn from what is not known"
+    return f"{said}; by {duration(held.value)} in 95 of 100 of the conditions that cannot be ruled out"
+
+
+def promise_note(plan: Plan) -> str:
+    """What the promise rests on; "" where nothing was drawn."""
+    held, found = plan.promise, plan.drawn
+    if held is None or found is None:
+        return ""
+    lossy = int((found.outcomes["recommended"].lost_per_100 > 0.0).sum())
+    lost = f"requests are lost in {lossy} of them" if lossy else "no request is lost in any of them"
+    today = duration(percentile(found.outcomes["now"].makespan_s, 0.95).value)
+    return (
+        f"{found.draws} conditions were drawn: {found.ranges}. 95 % limits of the second time: {limits(held)}; {lost}. "
+        f"Today's settings: {duration(plan.now['makespan_s'].p50)}, and by {today}."
+    )
 
 
 def about(grant: Grant) -> str:
@@ -111,9 +146,13 @@ def _deadline(plan: Plan) -> list[str]:
     wish = plan.limits.get("finish_by_s")
     if wish is None:
         return []
-    late = plan.full.forecast["makespan_s"].p95
-    kept = "which keeps" if late <= wish else "which misses"
-    return [f"19 of 20 runs are done after {duration(late)}, {kept} the wanted {duration(wish)}."]
+    late = plan.full.forecast.percentile("makespan_s", 0.95)
+    if not late.bounded:
+        return [f"{late.n} runs cannot say whether 19 of 20 are done within the wanted {duration(wish)}."]
+    kept = "which keeps" if late.high <= wish else "which misses"
+    return [
+        f"At 95 % confidence 19 of 20 runs are done after {duration(late.high)}, {kept} the wanted {duration(wish)}."
+    ]
 
 
 def held_back(plan: Plan) -> str:
@@ -149,13 +188,34 @@ def tried(plan: Plan) -> str:
     )
 
 
-def unguarded(found: Recommendation, plan: Plan) -> str:
-    """Why a faster setting was not recommended; "" where there is none."""
-    if found.unguarded is None:
-        return ""
+def passed_over(found: Recommendation, plan: Plan) -> list[str]:
+    """Which faster settings were not recommended, and why."""
     name, figure = OBJECTIVES[plan.objective]
-    faster = found.unguarded[figure]
-    return f"a setting with a {name} of {duration(faster.mean)} was found ({interval(faster)}), but {found.risk}."
+    return [
+        f"{each.name} has a {name} of {duration(each.forecast[figure].mean)} as assumed "
+        f"({interval(each.forecast[figure])}), but {each.reason}."
+        for each in found.passed_over
+    ]
+
+
+def worth(step: Step, plan: Plan) -> str:
+    """What a change is worth with all others as recommended: "35 min", "none as assumed", "costs 12 s"."""
+    today = plan.full.forecast[OBJECTIVES[plan.objective][1]].mean
+    if abs(step.worth_s.mean) < NOTHING * today:
+        return "none as assumed"
+    text = duration(abs(step.worth_s.mean))
+    return text if step.worth_s.mean > 0.0 else f"costs {text}"
+
+
+def why(step: Step, plan: Plan) -> str:
+    """Why a setting changes; for one that gains nothing as assumed also what it protects from."""
+    if step.worth_s.mean >= NOTHING * plan.full.forecast[OBJECTIVES[plan.objective][1]].mean:
+        return step.reason
+    if step.breaks:
+        return f"{step.reason}; with {KNOB_BY_ENV[step.env].text(step.old)}, {step.breaks}"
+    if step.stress_worth_s > 0.0:
+        return f"{step.reason}; under the stress set worth {duration(step.stress_worth_s)} on average"
+    return step.reason
 
 
 def kept_counts(plan: Plan) -> str:
@@ -165,7 +225,7 @@ def kept_counts(plan: Plan) -> str:
     parts = []
     for who in ("recommended", "guardrails", "now"):
         known = [row.forecasts[who] for row in plan.stress if who in row.forecasts]
-        kept = sum(not broken_in(f, plan.limits) for f in known)
+        kept = sum(not broken_in(f, stress_limits(plan)) for f in known)
         parts.append(f"{STYLES[who].label} in {kept}")
     return (
         f"The plan was tested under {len(plan.stress)} other conditions, one thing changed in each. "
@@ -178,8 +238,8 @@ def drawn_text(plan: Plan) -> str:
     found = plan.drawn
     if found is None:
         return ""
-    limits = throttled_limit(plan), plan.limits.get("max_lost", 0.0)
-    kept = [f"{STYLES[who].label} in {found.kept(who, *limits)}" for who in ("recommended", "guardrails", "now")]
+    allowed = stress_limits(plan)["max_throttled_per_100"], plan.limits.get("max_lost", 0.0)
+    kept = [f"{STYLES[who].label} in {found.kept(who, *allowed)}" for who in ("recommended", "guardrails", "now")]
     return (
         f"All that is not known at once, drawn {found.draws} times from these ranges: {found.ranges}. The limits are "
         f"kept: {_listed(kept)} of {found.draws} draws."
@@ -245,10 +305,10 @@ def unknown(plan: Plan, assumed: Sequence[str]) -> list[str]:
         found.append(f"{name} with the recommended settings: {spread}; as assumed {duration(here)}")
     if under:
         refused, at = max((f["throttled_per_100"].mean, at) for f, at in under)
-        found.append(f"429s per 100 requests: at most {number(refused)} ({at})" if refused else "429s: none")
+        found.append(f"429s per 100 requests: up to {number(refused)} ({at})" if refused else "429s: none")
         gone, at = max((f.lost / max(1, f.trials), at) for f, at in under)
         trials = sum(f.trials for f, _ in under)
-        none = f"requests lost: 0 of {trials:,}, at most {percent_at_most(at_most(0, trials))} at 95 %"
+        none = f"requests lost: 0 of {trials:,}, {below(at_most(0, trials))}"
         found.append(f"requests lost: up to {percent(gone)} ({at})" if gone else none)
     line = drawn_line(plan)
     if line:

@@ -21,6 +21,7 @@ from sim.base import words
 from sim.base.layout import facts, table, wrapped
 from sim.experiment.results import Estimate, Forecast, Plan, Recommendation, at_most
 from sim.model.workload import ASSUMED, MEASURED, Provenance
+from sim.reporting.report_text import passed_over, promise, why, worth
 from sim.scenario.scenario import Scenario
 from sim.scenario.stress import stress_notes
 
@@ -166,7 +167,7 @@ def shared_text(scenario: Scenario, run: Shared, width: int) -> str:
 def summary_text(scenario: Scenario, s: Summary, width: int) -> str:
     """One run, for people."""
     n = s.requests
-    lost = f"{s.failed:,} of {n:,}, at most {words.percent_at_most(at_most(s.failed, n))} at 95 %"
+    lost = f"{s.failed:,} of {n:,}, {words.below(at_most(s.failed, n))}"
     if s.failures:
         lost += ": " + ", ".join(f"{code} {count:,}" for code, count in s.failures.items())
     efficiency = "not quoted: requests were lost" if s.efficiency is None else words.percent(s.efficiency)
@@ -264,14 +265,15 @@ def forecast_json(scenario: Scenario, forecast: Forecast) -> dict[str, Any]:
 
 def plan_text(scenario: Scenario, plan: Plan, width: int) -> str:
     """What a plan found, for people: the comparison, the changes, and what to be careful about."""
-    parts = [wrapped(headline(scenario), width), table(comparison_rows(plan))]
+    parts = [wrapped(headline(scenario), width), wrapped(f"Done in {promise(plan)}.", width)]
+    parts.append(table(comparison_rows(plan)))
     now = plan.now
     reserved, charged = now["reserved_tokens"].mean, now["charged_tokens"].mean
     parts.append(wrapped("Now: " + held_back(now.waits_s, now.policy, reserved, charged), width))
     if plan.already_good:
         parts.append(wrapped("Today's settings are already as good as any that were tried.", width))
     for title, found in (("Recommended", plan.full), ("Guardrails only", plan.guardrails)):
-        parts.append(_changes(title, found, width))
+        parts.append(_changes(title, found, plan, width))
     robust = [line for line in (_drawn(plan), _matters(plan)) if line]
     if robust:
         parts.append("\n".join(wrapped(line, width) for line in robust))
@@ -317,47 +319,48 @@ def comparison_rows(plan: Plan) -> list[list[str]]:
     rows = [["", "now", "guardrails only", "recommended"]]
     rows.append(["finishes after, P50", *(words.duration(f["makespan_s"].p50) for f in forecasts)])
     rows.append(["finishes after, P95", *(words.duration(f["makespan_s"].p95) for f in forecasts)])
+    rows.append(["  its 95 % limits", *(words.limits(f.percentile("makespan_s", 0.95)) for f in forecasts)])
+    if plan.drawn is not None:
+        outcomes = [plan.drawn.outcomes[who].bad("makespan_s") for who in ("now", "guardrails", "recommended")]
+        rows.append(["in 95 of 100 conditions", *(words.duration(value) for value in outcomes)])
     if objective != "makespan_s":
         rows.append(["latency P95, mean", *(words.duration(f[objective].mean) for f in forecasts)])
     rows.append(["gain", *map(gain, gains)])
     rows.append(["gain, 95 % interval", "", *(words.interval(e) if e else "" for e in gains[1:])])
     rows.append(["429s per 100 requests", *(words.number(f["throttled_per_100"].mean) for f in forecasts)])
     rows.append(["lost", *(f"{f.lost:,} of {f.trials:,}" for f in forecasts)])
-    rows.append(["lost, at most at 95 %", *(words.percent_at_most(f.lost_at_most) for f in forecasts)])
+    rows.append(["lost, below at 95 % conf.", *(words.percent_at_most(f.lost_at_most) for f in forecasts)])
     rows.append(["efficiency", *(words.percent(f["efficiency"].mean) for f in forecasts)])
     if plan.answers_usd is not None:
         costs = [plan.answers_usd + f["extra_usd"].mean for f in forecasts]
         rows.append(["cost", *map(dollars_text, costs)])
         if any(f["extra_usd"].mean > 0.0 for f in forecasts):
-            rows.append(["  of it beside the answers", *(dollars_text(f["extra_usd"].mean) for f in forecasts)])
+            rows.append(["  of it beyond the answers", *(dollars_text(f["extra_usd"].mean) for f in forecasts)])
     return rows
 
 
-def _changes(title: str, found: Recommendation, width: int) -> str:
-    """The changed settings with what each gains, and why."""
+def _changes(title: str, found: Recommendation, plan: Plan, width: int) -> str:
+    """The changed settings with what each is worth, and why."""
     if not found.steps:
         return f"{title}: change nothing."
-    text = table(changes_rows(title, found), width=width)
-    if found.unguarded is not None:
-        faster = found.unguarded["makespan_s"].mean
-        text += "\n" + wrapped(
-            f"Passed over: a setting that finishes after {words.duration(faster)}, because {found.risk}.", width
-        )
-    return text
+    text = table(changes_rows(title, found, plan), width=width)
+    return "\n".join([text, *(wrapped(f"Passed over: {each}", width) for each in passed_over(found, plan))])
 
 
-def changes_rows(title: str, found: Recommendation) -> list[list[str]]:
-    """The changed settings as rows of cells, the first a header."""
-    rows = [[title, "now", "then", "gain", "why"]]
+def changes_rows(title: str, found: Recommendation, plan: Plan) -> list[list[str]]:
+    """The changed settings as rows of cells, the first a header; worth: with all others as recommended."""
+    rows = [[title, "now", "then", "worth", "why"]]
     for step in found.steps:
         knob = KNOB_BY_ENV[step.env]
-        rows.append([step.env, knob.text(step.old), knob.text(step.new), words.duration(step.gain_s), step.reason])
+        rows.append([step.env, knob.text(step.old), knob.text(step.new), worth(step, plan), why(step, plan)])
     return rows
 
 
 def plan_notes(scenario: Scenario, plan: Plan) -> list[str]:
     """What to be careful about: wishes that cannot be kept, and conditions that could not be tried."""
-    notes = [f"not even the recommendation keeps the limits: {what}" for what in plan.broken]
+    notes = [f"a limit is not kept: {what}" for what in plan.broken]
+    if plan.out_of_time:
+        notes.append("the search ended at its limit of time, see --effort: settings that were not tried may be better")
     notes += [f"stress condition '{name}': {why}" for name, why in stress_notes(scenario)]
     if plan.now.lost:
         notes.append(f"today's settings lose {words.lost_text(plan.now)}")

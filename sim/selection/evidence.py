@@ -1,106 +1,147 @@
-"""The evidence for a plan's recommendations: what each change gains, the stress rows, the maps, the drawn conditions.
+"""The evidence for a plan's recommendations: what each change is worth, stress rows, maps, drawn conditions.
 
-What lives here: pure questions to the runs once the settings are chosen. What must not: choosing them (`planner`), and
-how the answers look (`report`).
+All of it is simulated on fresh seeds, which nothing was chosen by.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from governor.model.policy import KNOB_BY_NAME, Policy
-from sim.base.words import number
-from sim.experiment.results import Forecast, Heat, Recommendation, Step, StressRow, forecast_of, paired_difference
+from sim.base.words import duration, number
+from sim.experiment.results import (
+    Figures,
+    Forecast,
+    Heat,
+    PassedOver,
+    Recommendation,
+    Step,
+    StressRow,
+    forecast_of,
+    paired_difference,
+)
 from sim.experiment.robustness import Drawn, Outcomes
-from sim.experiment.runs import Condition, Runs
+from sim.experiment.runs import Condition
 from sim.scenario.unknowns import Unknowns, drawn
 from sim.selection.hardening import Stress
 from sim.selection.reasons import reason_for
-from sim.selection.search import INDIFFERENCE, Goal, Searcher, better, score_of
+from sim.selection.search import Goal, Searcher, score_of
 from sim.selection.space import changed_knobs, full_space
 
 # The plan's policies, in the order in which they are shown.
 NAMES = ("now", "guardrails", "recommended", "runner_up")
+LABELS = {
+    "now": "today's settings",
+    "guardrails": "the guardrails-only settings",
+    "recommended": "the recommended settings",
+    "runner_up": "the runner-up",
+}
+# A passed-over setting that is faster by less than this share is not worth a word.
+WORTH_A_WORD = 0.01
+# Every so many seeds is the precision looked at: the widths of two looks differ by less than they cost.
+GROWTH = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What the questions are put to. `seeds`: runs in the scenario itself.
-
-    `listed`: the rows of the stress set that have names of their own; the others are drawn.
-    """
+    """Questions to runs on fresh seeds. `seeds`: runs per setting where only means are shown."""
 
     searcher: Searcher
     stress: Stress
     seeds: int
-    listed: range
 
     @property
     def goal(self) -> Goal:
         """What the plan is for."""
         return self.searcher.goal
 
-    def recommendation(self, now: Forecast, found: Forecast, bold: Forecast) -> Recommendation:
-        """Each change on top of those before it, what leaving out that one would cost, and what was passed over."""
+    def forecast(self, policy: Policy, seeds: int | None = None) -> Forecast:
+        """A policy's forecast in the scenario as assumed."""
+        return forecast_of(policy, self.searcher.figures(policy, seeds or self.seeds))
+
+    def proved(self, policies: Sequence[Policy], *, first: int, most: int, precision_ratio: float) -> list[Forecast]:
+        """Forecasts of the policies under the same seeds.
+
+        Starts with `first` runs each and doubles until the half-width (95 %) of each mean objective is at most
+        `precision_ratio` of it, or `most` runs are done.
+        """
+        count, figure = min(first, most), self.goal.figure
+        while True:
+            self.searcher.run(policies, count)
+            found = [self.forecast(policy, count) for policy in policies]
+            sharp = all(f[figure].half_width <= precision_ratio * abs(f[figure].mean) for f in found)
+            if count >= most or (count > 1 and sharp):
+                return found
+            count = min(GROWTH * count, most)
+
+    def recommendation(self, now: Forecast, found: Forecast, faster: Mapping[str, Policy]) -> Recommendation:
+        """What each change is worth, and which of the `faster` settings (by name) were passed over, and why."""
+        steps = self._steps(now, found)
+        gain = paired_difference(now, found, self.goal.figure)
+        passed = []
+        for name, policy in faster.items():
+            other = self.forecast(policy)
+            gains = paired_difference(found, other, self.goal.figure).mean
+            reason = self.forbids(policy, found.policy)
+            if gains > WORTH_A_WORD * found[self.goal.figure].mean and reason:
+                passed.append(PassedOver(name, other, reason))
+        return Recommendation(found, steps, gain, tuple(passed))
+
+    def _steps(self, now: Forecast, found: Forecast) -> tuple[Step, ...]:
         names = changed_knobs(now.policy, found.policy)
-        path = [now.policy]
-        for name in names:
-            path.append(path[-1].with_(**{name: getattr(found.policy, name)}))
-        without = [found.policy.with_(**{name: getattr(now.policy, name)}) for name in names]
-        seeds = self.seeds
-        self.searcher.run([*path, *without, found.policy], seeds)
-        figure = self.goal.figure
-        along = [forecast_of(policy, self.searcher.figures(policy, seeds)) for policy in path]
-        end = self.searcher.score(found.policy, seeds)[2]
+        without = {name: found.policy.with_(**{name: getattr(now.policy, name)}) for name in names}
+        self.searcher.run([*without.values(), found.policy], self.seeds)
+        self.stress.run([*without.values(), found.policy])
+        figure, under = self.goal.figure, self.stress.objective(found.policy)
         steps = []
-        for i, name in enumerate(names):
-            before, after = along[i], along[i + 1]
-            left_out_s = self.searcher.score(without[i], seeds)[2] - end
+        for name, policy in without.items():
+            other = self.forecast(policy)
+            worth = paired_difference(other, found, figure)
             steps.append(
                 Step(
                     env=KNOB_BY_NAME[name].env,
                     old=getattr(now.policy, name),
                     new=getattr(found.policy, name),
-                    objective_s=after[figure].mean,
-                    gain_s=before[figure].mean - after[figure].mean,
-                    left_out_s=left_out_s,
-                    throttled_per_100=after["throttled_per_100"].mean,
-                    reason=reason_for(name, now.policy, found.policy, now.waits_s, left_out_s, self.searcher.scenario),
+                    worth_s=worth,
+                    stress_worth_s=self.stress.objective(policy) - under,
+                    throttled_per_100=other["throttled_per_100"].mean,
+                    lost=other["failed"].mean,
+                    breaks=self.forbids(policy, found.policy),
+                    reason=reason_for(name, now.policy, found.policy, now.waits_s, worth.mean, self.searcher.scenario),
                 )
             )
-        gain = paired_difference(now, found, figure)
-        if better(score_of(bold.runs, self.goal), score_of(found.runs, self.goal), 2.0 * INDIFFERENCE):
-            return Recommendation(found, tuple(steps), gain, bold, self._risk(bold.policy))
-        return Recommendation(found, tuple(steps), gain)
+        return tuple(sorted(steps, key=lambda step: -step.worth_s.mean))
 
-    def _risk(self, policy: Policy) -> str:
-        """Under which condition a policy breaks the limits worst, in words."""
-        stress = self.stress
-        stress.run([policy])
-        _, worst = max((stress.score(policy, row), row) for row in range(len(stress.conditions)))
-        figures = stress.figures(policy, worst)
-        lost = sum(f["failed"] for f in figures) / len(figures)
-        throttled = sum(f["throttled_per_100"] for f in figures) / len(figures)
-        name, requests = stress.conditions[worst].name, figures[0].requests
-        # Drawn conditions stand in no table: their number tells a reader nothing.
-        place = f"under '{name}'" if worst in self.listed else "in one of the drawn conditions"
-        gone = f"loses {number(lost)} of {requests:,}" if lost else "loses none"
-        return f"{place} it draws {number(throttled)} throttles per 100 requests and {gone}"
+    def forbids(self, policy: Policy, instead: Policy) -> str:
+        """The condition in which `policy` breaks the limits by most more than `instead`, with figures; "" = none."""
+        worst: tuple[tuple[float, float], str] | None = None
+        for where, goal, mine, other in self._under(policy, instead):
+            (lost, throttled), (least, less) = score_of(mine, goal)[:2], score_of(other, goal)[:2]
+            excess = lost - least, throttled - less if lost >= least else 0.0
+            if excess > (1e-12, 0.0) and (worst is None or excess > worst[0]):
+                worst = excess, f"{where} it {_refusals(mine)}; those recommended: {_figures(other)}"
+        return "" if worst is None else worst[1]
 
-    def stress_rows(self, policies: Sequence[Policy], rows: Sequence[int]) -> tuple[StressRow, ...]:
-        """What the plan's policies (see NAMES) do under these conditions of the stress set."""
-        self.stress.run(policies, rows)
+    def _under(self, policy: Policy, instead: Policy) -> Iterator[tuple[str, Goal, list[Figures], list[Figures]]]:
+        """The runs of two policies in each condition, as assumed first."""
+        here, seeds, stress = self.searcher, self.seeds, self.stress
+        yield "as assumed", self.goal, here.figures(policy, seeds), here.figures(instead, seeds)
+        stress.run([policy, instead])
+        for row, condition in enumerate(stress.conditions):
+            yield f"under '{condition.name}'", stress.goal, stress.figures(policy, row), stress.figures(instead, row)
+
+    def stress_rows(self, policies: Sequence[Policy]) -> tuple[StressRow, ...]:
+        """What the plan's policies (see NAMES) do under each condition of the stress set."""
+        self.stress.run(policies)
         found = []
-        for row in rows:
-            forecasts = {
-                name: forecast_of(policy, self.stress.figures(policy, row))
-                for name, policy in zip(NAMES, policies, strict=True)
-            }
-            found.append(StressRow(self.stress.conditions[row].name, forecasts))
+        for row, condition in enumerate(self.stress.conditions):
+            named = zip(NAMES, policies, strict=True)
+            forecasts = {who: forecast_of(policy, self.stress.figures(policy, row)) for who, policy in named}
+            found.append(StressRow(condition.name, forecasts))
         return tuple(found)
 
     def heats(self, best: Policy, size: int) -> tuple[Heat, ...]:
@@ -128,50 +169,87 @@ class Evidence:
             recommended=(float(getattr(best, x)), float(getattr(best, y))),
         )
 
+    def drawn(self, unknowns: Unknowns, policies: Sequence[Policy], draws: range) -> Drawn:
+        """The plan's policies (see NAMES) under drawn conditions, one run in each."""
+        conditions = drawn(self.searcher.scenario, unknowns, draws)
+        named = dict(zip(NAMES, policies, strict=False))
+        runs, seed = self.searcher.runs, self.searcher.seeds[0]
+        runs.require((condition, policy, [seed]) for condition in conditions for policy in named.values())
+        outcomes = {who: self._outcomes(conditions, policy, seed) for who, policy in named.items()}
+        return Drawn(unknowns.text(), len(conditions), 1, outcomes)
 
-def proved(
-    searcher: Searcher, policies: Sequence[Policy], *, first: int, most: int, seed: int, precision_ratio: float
-) -> list[Forecast]:
-    """Forecasts under the fresh seeds seed, seed + 1, ..., the same for all policies.
+    def _outcomes(self, conditions: Sequence[Condition], policy: Policy, seed: int) -> Outcomes:
+        rows = []
+        for condition in conditions:
+            (run,) = self.searcher.runs.figures(condition, policy, [seed])
+            lost = 100.0 * run["failed"] / run.requests
+            rows.append((run["makespan_s"], score_of([run], self.goal)[2], run["throttled_per_100"], lost))
+        makespan, objective, throttles, lost_per_100 = np.array(rows, dtype=np.float64).T
+        return Outcomes(makespan, objective, throttles, lost_per_100)
 
-    Starts with `first` runs each and doubles until the half-width (95 %) of every paired difference to the first policy
-    in the objective is at most `precision_ratio` of that policy's mean, or `most` runs are done.
+
+def broken_limits(
+    goal: Goal, stressed: Goal, forecasts: Mapping[str, Forecast], stress: Sequence[StressRow]
+) -> tuple[str, ...]:
+    """Where a recommendation breaks the limits, in words with the figures.
+
+    As assumed, by `goal`; or under a condition in which another of the plan's settings keeps them, by `stressed`.
     """
-    runs, condition, figure = searcher.runs, searcher.condition, searcher.goal.figure
-    count = min(first, most)
-    while True:
-        span = range(seed, seed + count)
-        runs.require((condition, policy, span) for policy in policies)
-        forecasts = [forecast_of(policy, runs.figures(condition, policy, span)) for policy in policies]
-        base = forecasts[0]
-        widths = [paired_difference(base, other, figure).half_width for other in forecasts[1:]]
-        if count >= most or (count > 1 and max(widths) <= precision_ratio * abs(base[figure].mean)):
-            return forecasts
-        count = min(2 * count, most)
+    said = []
+    best = forecasts["recommended"]
+    for what, breaks in _breaks(goal, best):
+        said += [f"as assumed the recommended settings {what}"] if breaks else []
+    wish = goal.finish_by_s
+    if wish is not None:
+        late = best.percentile("makespan_s", 0.95)
+        if not late.bounded:
+            said.append(f"{late.n} runs cannot say whether 19 of 20 finish within the wanted {duration(wish)}")
+        elif late.high > wish:
+            said.append(
+                f"19 of 20 runs finish after {duration(late.value)}, at 95 % confidence after {duration(late.high)} at "
+                f"the latest; wanted: {duration(wish)}"
+            )
+    for row in stress:
+        for who in ("recommended", "guardrails"):
+            mine = row.forecasts[who]
+            for i, (what, breaks) in enumerate(_breaks(stressed, mine)):
+                keeps = [n for n, f in row.forecasts.items() if not any(b for _, b in _breaks(stressed, f)[: i + 1])]
+                if breaks and keeps:
+                    # Whoever cannot change code has no use for more than today's settings.
+                    open_to = [n for n in keeps if n == "now"] if who == "guardrails" else keeps
+                    least = min(open_to or keeps, key=lambda name: forecasts[name][goal.figure].mean)
+                    mean_s, other_s = (forecasts[name][goal.figure].mean for name in (who, least))
+                    said.append(
+                        f"under '{row.name}' {LABELS[who]} {what}; {LABELS[least]} would keep the limit there, with "
+                        f"{duration(other_s)} in place of {duration(mean_s)} as assumed"
+                    )
+                    break
+    return tuple(said)
 
 
-def drawn_outcomes(
-    searcher: Searcher, runs: Runs, unknowns: Unknowns, policies: Sequence[Policy], draws: range, seeds: int
-) -> Drawn:
-    """The plan's policies (see NAMES) under conditions that the search has not seen, `seeds` runs in each."""
-    conditions = drawn(searcher.scenario, unknowns, draws)
-    named = dict(zip(NAMES, policies, strict=True))
-    first = searcher.scenario.seed
-    span = range(first, first + seeds)
-    runs.require((condition, policy, span) for condition in conditions for policy in named.values())
-    outcomes = {who: _outcomes(runs, conditions, policy, span, searcher.goal) for who, policy in named.items()}
-    return Drawn(unknowns.text(), len(conditions), seeds, outcomes)
+def _breaks(goal: Goal, f: Forecast) -> list[tuple[str, bool]]:
+    """What a forecast does about each limit, in words, and whether that breaks it: losses first."""
+    lost, throttled = f.lost / max(1, f.trials), f["throttled_per_100"].mean
+    return [
+        (f"lose {f.lost:,} of {f.trials:,} requests (allowed: {goal.max_lost:.3g})", lost > goal.max_lost),
+        (
+            f"draw {number(throttled)} 429s per 100 requests (limit: {goal.max_throttled_per_100:g})",
+            throttled > goal.max_throttled_per_100,
+        ),
+    ]
 
 
-def _outcomes(runs: Runs, conditions: Sequence[Condition], policy: Policy, span: range, goal: Goal) -> Outcomes:
-    rows = []
-    for condition in conditions:
-        figures = runs.figures(condition, policy, span)
-        requests = sum(run.requests for run in figures)
-        throttled = sum(run["throttled_per_100"] for run in figures) / len(figures)
-        rows.append((score_of(figures, goal)[2], throttled, 100.0 * sum(run["failed"] for run in figures) / requests))
-    objective, throttles, lost = np.array(rows, dtype=np.float64).T
-    return Outcomes(objective, throttles, lost)
+def _figures(figures: Sequence[Figures]) -> str:
+    throttled = sum(f["throttled_per_100"] for f in figures) / len(figures)
+    lost, requests = sum(f["failed"] for f in figures), sum(f.requests for f in figures)
+    return f"{number(throttled)} 429s per 100 requests, {lost:,.0f} of {requests:,} lost"
+
+
+def _refusals(figures: Sequence[Figures]) -> str:
+    throttled = sum(f["throttled_per_100"] for f in figures) / len(figures)
+    lost, requests = sum(f["failed"] for f in figures), sum(f.requests for f in figures)
+    gone = f"loses {lost:,.0f} of {requests:,} requests" if lost else "loses none"
+    return f"draws {number(throttled)} 429s per 100 requests and {gone}"
 
 
 def _spread(ladder: Sequence[Any], wanted: Sequence[Any], size: int) -> list[Any]:

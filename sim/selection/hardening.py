@@ -10,16 +10,15 @@ Settings are ranked by their violations first and the objective second, with a p
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from governor.model.policy import Policy
 from sim.experiment.results import Figures
 from sim.experiment.runs import Condition, PolicyKey, Runs, key_of
-from sim.selection.search import SEARCH_SEEDS, Goal, Score, Searcher, better, score_of
+from sim.selection.search import Goal, Score, Searcher, better, score_of
 
 # Excess throttles per 100, summed over the conditions, that a handful of runs cannot tell from none.
 THROTTLE_NOISE = 0.25
@@ -30,47 +29,34 @@ WALKS = 3
 
 
 class Stress:
-    """How settings fare under each condition of a stress set, and what is possible there at all. `seeds`: runs each.
+    """How settings fare under each condition of a stress set, and what is possible there at all.
 
-    Within `quick` one run each has to do.
+    `seeds`: runs of each setting in each condition, under seeds from the scenario's own + `first` on.
     """
 
-    def __init__(self, conditions: Sequence[Condition], goal: Goal, runs: Runs, seeds: int) -> None:
+    def __init__(self, conditions: Sequence[Condition], goal: Goal, runs: Runs, seeds: int, first: int = 0) -> None:
         self.conditions = list(conditions)
         self.goal = goal
         self.runs = runs
         self.seeds = seeds
-        # Loss and excess of throttles by seeds and policy, shape (conditions, 2), nan where it did not run; and by
-        # seeds the least of them that anything tried has reached: throttles count only among those that lose least.
-        self._scores: dict[tuple[int, PolicyKey], np.ndarray] = {}
-        self._leasts: dict[int, np.ndarray] = {}
-
-    @contextlib.contextmanager
-    def quick(self) -> Iterator[None]:
-        """One run in each condition: to see what is worth more."""
-        seeds, self.seeds = self.seeds, 1
-        try:
-            yield
-        finally:
-            self.seeds = seeds
-
-    @property
-    def _least(self) -> np.ndarray:
-        return self._leasts.setdefault(self.seeds, np.full((len(self.conditions), 2), math.inf))
+        self.first = first
+        # Loss and excess of throttles by policy, shape (conditions, 2), nan where it did not run; and the least of them
+        # that anything tried has reached: throttles count only among those that lose least.
+        self._scores: dict[PolicyKey, np.ndarray] = {}
+        self._least = np.full((len(self.conditions), 2), math.inf)
 
     def run(self, policies: Sequence[Policy], rows: Sequence[int] | None = None) -> None:
         """Runs the policies under every condition (or those of `rows`), all in one go."""
         picked = range(len(self.conditions)) if rows is None else rows
         wanted = []
         for policy in {key_of(policy): policy for policy in policies}.values():
-            key = self.seeds, key_of(policy)
-            mine = self._scores.setdefault(key, np.full((len(self.conditions), 2), math.nan))
+            mine = self._scores.setdefault(key_of(policy), np.full((len(self.conditions), 2), math.nan))
             wanted += [(row, policy) for row in picked if math.isnan(mine[row, 0])]
         self.runs.require((self.conditions[row], policy, self._seeds(row)) for row, policy in wanted)
         least = self._least
         for row, policy in wanted:
             score = score_of(self.figures(policy, row), self.goal)[:2]
-            self._scores[self.seeds, key_of(policy)][row] = score
+            self._scores[key_of(policy)][row] = score
             if score < tuple(least[row]):
                 least[row] = score
 
@@ -81,18 +67,18 @@ class Stress:
     def score(self, policy: Policy, row: int) -> tuple[float, float]:
         """Loss and throttles beyond the limits under one condition."""
         self.run([policy], [row])
-        lost, throttled = self._scores[self.seeds, key_of(policy)][row]
+        lost, throttled = self._scores[key_of(policy)][row]
         return float(lost), float(throttled)
 
     def _seeds(self, row: int) -> range:
-        first = self.conditions[row].scenario.seed
-        return range(first, first + min(self.seeds, SEARCH_SEEDS))
+        first = self.conditions[row].scenario.seed + self.first
+        return range(first, first + self.seeds)
 
     def _excess(self, policy: Policy, rows: Sequence[int] | None) -> np.ndarray:
         """Loss and throttles beyond the limits, as far as something that was tried does better, by condition."""
         self.run([policy], rows)
         picked = slice(None) if rows is None else list(rows)
-        mine, least = self._scores[self.seeds, key_of(policy)][picked], self._least[picked]
+        mine, least = self._scores[key_of(policy)][picked], self._least[picked]
         lost = np.maximum(0.0, mine[:, 0] - least[:, 0])
         throttled = np.maximum(0.0, mine[:, 1] - np.where(lost <= 0.0, least[:, 1], 0.0))
         return np.stack([lost, throttled], axis=1)
@@ -133,6 +119,8 @@ class Hardening:
     @property
     def affordable(self) -> int:
         """How many policies can still be put under stress."""
+        if self.searcher.runs.out_of_time:
+            return 0
         return max(0, (self.spend_until - self.searcher.runs.requests) // self.cost)
 
     def rank(self, policy: Policy) -> tuple[float, Score]:
@@ -205,10 +193,20 @@ class Hardening:
             best = found
         return best
 
-    def ranked(self, yardsticks: Sequence[Policy]) -> list[Policy]:
-        """The best of what was put under stress, best first, with all runs in each condition, and `yardsticks`."""
-        with self.stress.quick():
-            best = sorted(self.tried.values(), key=self.rank)[: 3 * FINALISTS]
-        last = {key_of(policy): policy for policy in (*yardsticks, *best)}
-        self.stress.run(list(last.values()))
-        return sorted(last.values(), key=self.rank)
+    def finalists(self, count: int) -> list[Policy]:
+        """The best of what was put under stress, best first."""
+        return sorted(self.tried.values(), key=self.rank)[:count]
+
+    def beats(self, policy: Policy, other: Policy) -> bool:
+        """Whether one policy ranks before the other by more than the indifference zone."""
+        (lost, score), (least, ahead) = self.rank(policy), self.rank(other)
+        return lost < least or (lost == least and better(score, ahead))
+
+    def chosen(self, field: Sequence[Policy]) -> list[Policy]:
+        """The field, the best first: the first of it unless another beats it."""
+        self.require(field)
+        best = field[0]
+        for each in field[1:]:
+            if self.beats(each, best):
+                best = each
+        return [best, *sorted((p for p in field if p != best), key=self.rank)]

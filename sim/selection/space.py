@@ -141,6 +141,11 @@ def recipe(scenario: Scenario) -> Policy:
     )
 
 
+def plain_bucket(scenario: Scenario) -> Policy:
+    """What a knowledgeable user would write down without any search: the mirrored bucket, no stagger, the auto rule."""
+    return recipe(scenario).with_(charge_rule="auto")
+
+
 def full_anchors(scenario: Scenario) -> list[Policy]:
     """Where the search over everything begins: the recipe, and the presets' switches at several concurrencies."""
     base = recipe(scenario)

@@ -314,7 +314,8 @@ class TestPlan:
     def test_tables_hold_the_plans_figures(self, found: PlanResult) -> None:
         gain = found.comparison.loc["now", "makespan_s"] - found.comparison.loc["recommended", "makespan_s"]
         assert gain == pytest.approx(found.found.full.gain_s.mean)
-        assert found.changes["gain_s"].sum() == pytest.approx(gain, rel=0.05)
+        # Each left out alone: no sum of a whole.
+        assert (found.changes["worth_low_s"] <= found.changes["worth_s"]).all()
         assert set(found.changes.index) <= {knob.env for knob in KNOBS}
         assert found.stress.index.get_level_values("settings").unique().tolist() == [
             "now",

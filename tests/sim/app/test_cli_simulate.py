@@ -101,7 +101,7 @@ def test_the_summary_agrees_with_the_attempts(run: Run, batch: Path, tmp_path: P
 def test_the_table_names_what_matters(run: Run, batch: Path) -> None:
     code, out, err = run("simulate", batch)
     assert (code, err) == (0, "")
-    assert "lost                0 of 200, at most 1.5 % at 95 %" in out
+    assert "lost                0 of 200, below 1.5 % at 95 % confidence" in out
     # The sum of the first 199 staggers, without jitter, is a floor of what it takes.
     assert "OPENAI_STAGGER_SECONDS=15" in out
     assert "OPENAI_EST_TOKENS_PER_RUN=7000 reserves" in out

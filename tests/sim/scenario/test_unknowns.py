@@ -17,7 +17,8 @@ from sim.experiment.runs import Condition, Runs
 from sim.model.provider_config import ProviderConfig, checked
 from sim.scenario.scenario import ModelSource, Scenario
 from sim.scenario.unknowns import Unknowns, drawn
-from sim.selection.evidence import NAMES, drawn_outcomes
+from sim.selection.evidence import NAMES, Evidence
+from sim.selection.hardening import Stress
 from sim.selection.search import Goal, Searcher
 
 
@@ -77,24 +78,26 @@ def test_ranges_that_make_no_sense_are_named(wrong: dict) -> None:
         checked(Wishes, {"unknowns": wrong}, "plan")
 
 
-def test_the_5th_percentile_is_counted_from_the_bad_end() -> None:
+def test_what_one_draw_in_20_exceeds() -> None:
     values = np.arange(1.0, 102.0)
-    found = Outcomes(values, values / 100.0, np.zeros(101))
-    assert (found.median("objective_s"), found.bad("objective_s"), found.worst("objective_s")) == (51.0, 96.0, 101.0)
+    found = Outcomes(values, values, values / 100.0, np.zeros(101))
+    # The next draw stays below the k-th of n with probability k / (n + 1): 96.9 of 101.
+    assert found.bad("objective_s") == pytest.approx(0.95 * 102)
+    assert (found.median("objective_s"), found.worst("objective_s")) == (51.0, 101.0)
     spread = Drawn("ranges", 101, 1, {"now": found})
     assert spread.kept("now", 0.5, 0.0) == 50
     plain = spread.to_json_dict("makespan")
-    assert plain["now"]["makespan_s"] == {"median": 51.0, "percentile_5": 96.0, "worst": 101.0}
+    assert plain["now"]["makespan_s"] == {"median": 51.0, "percentile_95": pytest.approx(96.9), "worst": 101.0}
 
 
 def test_outcomes_are_plain_runs_of_the_drawn_scenarios(root: Path) -> None:
     base = scenario()
     runs = Runs(Pool(1, engine="simpy"))
-    searcher = Searcher(Condition("", base), Goal(), runs)
+    searcher = Searcher(Condition("", base), Goal(), runs, first=2)
     quick = base.policy.with_(stagger_seconds=1.0)
-    found = drawn_outcomes(searcher, runs, Unknowns(), [base.policy, quick, quick, quick], range(5, 9), 2)
-    assert (found.draws, found.runs, tuple(found.outcomes)) == (4, 2, NAMES)
-    assert runs.made == 2 * 2 * 4
+    found = Evidence(searcher, Stress([], Goal(), runs, 1), 1).drawn(Unknowns(), [base.policy, quick], range(5, 9))
+    assert (found.draws, found.runs, tuple(found.outcomes)) == (4, 1, NAMES[:2])
+    assert runs.made == 2 * 4
     for i, condition in enumerate(drawn(base, Unknowns(), range(5, 9))):
-        figures = runs.figures(condition, quick, range(7, 9))
-        assert found.outcomes["recommended"].objective_s[i] == np.mean([run["makespan_s"] for run in figures])
+        (run,) = runs.figures(condition, quick, [base.seed + 2])
+        assert found.outcomes["guardrails"].makespan_s[i] == run["makespan_s"]
