@@ -1,12 +1,12 @@
 """Search settings: sequential halving under common random numbers, and a climb over neighbours.
 
 Settings are compared lexicographically: first what must hold (requests lost, throttles per 100), then the objective.
-`race` is sequential halving (Karnin, Koren and Somekh, "Almost optimal exploration in multi-armed bandits", ICML
-2013): all run under the same first seeds, the better half under twice as many, and so on. It estimates nothing but
-means; those close to the leader stay until rare long runs have had their chance to show. `climb` races an incumbent against its
-neighbours until none is better by more than the indifference zone, and never returns to an incumbent. Effort is counted
-in simulated requests, so that the same seed finds the same settings on any machine; a limit of time only ends what
-would take too long.
+`race` is sequential halving (Karnin, Koren and Somekh, "Almost optimal exploration in multi-armed bandits", ICML 2013):
+all run under the same first seeds, the better half under twice as many, and so on. It estimates nothing but means;
+those close to the leader stay until rare long runs have had their chance to show. `climb` races an incumbent against
+its neighbours until none is better by more than the indifference zone, and never returns to an incumbent. Effort is
+counted in simulated requests, so that the same seed finds the same settings on any machine; a limit of time only ends
+what would take too long.
 """
 
 from __future__ import annotations
