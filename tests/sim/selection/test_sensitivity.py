@@ -68,7 +68,7 @@ def test_near_stays_within_two_steps(plain: Scenario) -> None:
     ladder = full_space(plain).ladders["stagger_seconds"]
     at = ladder.index(plain.policy.stagger_seconds)
     assert found.values["OPENAI_STAGGER_SECONDS"] == ladder[at - 2 : at + 3]
-    assert found.values["OPENAI_SETTLE"] == (False, True)
+    assert found.values["OPENAI_SYNC_HEADERS"] == (False, True)
 
 
 def test_the_command(root: Path, tmp_path: Path, monkeypatch, capsys) -> None:
