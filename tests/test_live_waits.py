@@ -108,8 +108,9 @@ def test_attempts_go_on_counting_after_a_stop(cli: Cli, tmp_path: Path, number: 
     """A provider that refuses always: five attempts of each request in all, whatever happens in between."""
     batch(tmp_path / "requests.jsonl", 4)
     journal = tmp_path / "results.journal.db"
-    env = {"OPENAI_BACKOFF_BASE_SECONDS": "0.15", "OPENAI_JITTER_RATIO": "0"}
-    with provider(events=[{"kind": "throttled"}]) as served:
+    env = {"OPENAI_JITTER_RATIO": "0"}
+    # It says when to come back: without that the last attempt would come a minute after the first.
+    with provider(events=[{"kind": "throttled", "retry_after_s": 0.4}]) as served:
         args = run_args(tmp_path, served.base_url, "--json", "--record")
         for _ in range(2):
             process = cli.start(*args, env=env)
@@ -129,9 +130,7 @@ def test_attempts_go_on_counting_after_a_stop(cli: Cli, tmp_path: Path, number: 
         assert rows == [(request, attempt) for request in range(4) for attempt in range(1, 6)]
         assert 20 <= served.stats()["requests"] <= 20 + resent
         # Tried again on purpose, they begin anew.
-        ran = cli.run(
-            *args, "--retry-failed=OPENAI_RATE_LIMIT_EXHAUSTED", env={**env, "OPENAI_BACKOFF_BASE_SECONDS": "0.05"}
-        )
+        ran = cli.run(*args, "--retry-failed=OPENAI_RATE_LIMIT_EXHAUSTED", env=env)
         assert ran.code == 1
         with Journal.open(journal) as opened:
             assert sum(1 for _ in opened.attempts()) == 40
