@@ -17,10 +17,10 @@ TWIN_ARGS ?=
 WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test proofs lint strip hooks docs check bench twin clean
+.PHONY: help install demo test proofs lint strip hooks docs check bench twin twin-outside clean
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
 install: $(STAMP_ALL)  ## the whole set-up: .venv with all extras and the development tools
 
@@ -62,6 +62,9 @@ bench: $(STAMP_ALL)  ## every figure that the README claims (BENCH_ARGS=--short 
 
 twin: $(STAMP_ALL)  ## live runs on loopback against what the simulation says of them (TWIN_ARGS=--short)
 	@$(BIN)/python -m benchmarks.twin $(TWIN_ARGS)
+
+twin-outside: $(STAMP_ALL)  ## the same against rate limiters of others: slowapi, pyrate-limiter (TWIN_ARGS=--short)
+	@$(BIN)/python -m benchmarks.twin_outside $(TWIN_ARGS)
 
 clean:  ## remove the environment, the caches and out/
 	rm -rf $(VENV) $(OUT) docs/made build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache .numba_cache

@@ -1,0 +1,229 @@
+"""Endpoints in OpenAI's form behind rate limiters that we did not write: slowapi (over limits) and pyrate-limiter.
+
+    python -m benchmarks.outside_servers KIND TIME_SCALE
+
+Serves on a free port of loopback, which it prints, until its standard input closes. Each endpoint grants `TPM` tokens
+and `RPM` requests per minute, charged for the prompt and the declared cap, and answers after 0.3 s and 5 ms per output
+token; the request states in its metadata how long its answer is. All clocks run TIME_SCALE times as fast: the
+limiters are given one, or the `time.time` that they read is replaced before they are imported.
+
+`described` says what a user would write into provider.yaml who has read the documentation of the limiter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+
+TPM, RPM = 30_000, 100
+FIRST_TOKEN_S, PER_TOKEN_S = 0.3, 0.005
+# The bursts that the GCRA endpoint grants, as seconds of its limits: the second of two numbers that GCRA has.
+BURST_S = 6.0
+START_S = 60.0
+
+_ALL: dict[str, Any] = {
+    "tpm": TPM,
+    "rpm": RPM,
+    "charge_rule": "prompt_plus_max",
+    "latency": {"first_token_s": FIRST_TOKEN_S, "per_token_s": PER_TOKEN_S, "sigma": 0.0, "stall_ratio": 0.0},
+    "faults": {"refusal_s": 0.02},
+}
+# A request that has too few tokens left has taken its place among the requests: they are asked first, one by one.
+DESCRIBED: dict[str, dict[str, Any]] = {
+    "slowapi fixed": {"window": "anchored", "failed_requests_count": True, "retry_after": "seconds", "counts": "none"},
+    "slowapi moving": {
+        "window": "sliding",
+        "failed_requests_count": "requests",
+        "retry_after": "seconds",
+        "counts": "none",
+    },
+    "pyrate gcra": {
+        "burst_s": BURST_S,
+        "failed_requests_count": "requests",
+        "retry_after": "seconds",
+        "counts": "none",
+    },
+    "pyrate sliding": {
+        "window": "sliding",
+        "failed_requests_count": "requests",
+        "retry_after": "absent",
+        "counts": "none",
+    },
+}
+KINDS = tuple(DESCRIBED)
+
+
+def described(kind: str) -> dict[str, Any]:
+    """The provider of that kind, as fields of a provider file."""
+    return {**_ALL, **DESCRIBED[kind]}
+
+
+@contextmanager
+def served(kind: str, time_scale: float) -> Iterator[str]:
+    """The base URL of such an endpoint, in a process of its own, which ends with this block."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.outside_servers", kind, f"{time_scale:g}"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        try:
+            port = process.stdout.readline().strip()
+            assert port.isdecimal(), f"the endpoint {kind!r} did not start"
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            process.kill()
+
+
+# ---------------------------------------------------------------- the process
+
+
+Answer = Callable[[dict[str, Any]], Awaitable[tuple[dict[str, Any], dict[str, str]]]]
+"""A body in, a completion and its headers out."""
+
+
+def _charge(body: dict[str, Any]) -> int:
+    from governor.model.estimate import CHAT, charge_of, sizes_of
+
+    return charge_of("prompt_plus_max", sizes_of(CHAT, body), 0)
+
+
+def _answer(time_scale: float) -> Answer:
+    """The model behind the limiter."""
+    from governor.model.estimate import CHAT, sizes_of
+
+    async def answer(body: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+        stated = (body.get("metadata") or {}).get("paceline_output_tokens")
+        cap = int(body.get("max_tokens") or body.get("max_completion_tokens") or 16)
+        output = min(cap, int(stated)) if stated is not None else cap
+        begun = time.monotonic()
+        await asyncio.sleep((FIRST_TOKEN_S + PER_TOKEN_S * output) / time_scale)
+        took_ms = round((time.monotonic() - begun) * time_scale * 1_000.0)
+        prompt = sizes_of(CHAT, body).prompt_tokens
+        completion = {
+            "id": "chatcmpl-1",
+            "object": "chat.completion",
+            "created": 0,
+            "model": body["model"],
+            "choices": [
+                {
+                    "index": 0,
+                    "finish_reason": "length" if output >= cap else "stop",
+                    "message": {"role": "assistant", "content": "word " * min(output, 50)},
+                }
+            ],
+            "usage": {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output},
+        }
+        return completion, {"openai-processing-ms": str(took_ms)}
+
+    return answer
+
+
+async def _body_of(request: Request) -> dict[str, Any]:
+    request.state.body = await request.json()
+    return dict(request.state.body)
+
+
+Body = Annotated[dict[str, Any], Depends(_body_of)]
+
+
+def _slowapi(strategy: str, answer: Answer) -> Any:
+    """slowapi as its documentation shows it: two limits on the route, one of them weighted, and its headers."""
+    from slowapi import Limiter, _rate_limit_exceeded_handler
+    from slowapi.errors import RateLimitExceeded
+    from slowapi.util import get_remote_address
+
+    app = FastAPI()
+    limiter = Limiter(key_func=get_remote_address, strategy=strategy, headers_enabled=True)
+    app.state.limiter = limiter
+    app.add_exception_handler(RateLimitExceeded, _rate_limit_exceeded_handler)  # type: ignore[arg-type, unused-ignore]
+
+    @app.post("/v1/chat/completions")
+    @limiter.limit(f"{TPM}/minute", cost=lambda request: _charge(request.state.body))
+    @limiter.limit(f"{RPM}/minute")
+    async def chat(request: Request, response: Response, body: Body) -> dict[str, Any]:
+        completion, headers = await answer(body)
+        response.headers.update(headers)
+        return completion
+
+    return app
+
+
+def _pyrate(kind: str, time_scale: float, answer: Answer) -> Any:
+    """pyrate-limiter with a bucket of requests and one of tokens, asked one after the other."""
+    import pyrate_limiter as pyrate
+
+    class Clock(pyrate.AbstractClock):  # type: ignore[misc, unused-ignore]
+        def now(self) -> int:
+            return int(time.monotonic() * time_scale * 1_000)
+
+    clock, is_gcra = Clock(), kind == "pyrate gcra"
+
+    def limiter(limit: int) -> tuple[Any, Any]:
+        if is_gcra:
+            rate = pyrate.Rate(limit, 60_000, int(limit * BURST_S / 60.0))
+            bucket: Any = pyrate.StateBucket([rate], pyrate.GCRA(), clock=clock)
+        else:
+            bucket = pyrate.InMemoryBucket([pyrate.Rate(limit, 60_000)])
+            bucket._clock = clock
+        return pyrate.Limiter(pyrate.SingleBucketFactory(bucket, schedule_leak=False)), bucket
+
+    requests, tokens = limiter(RPM), limiter(TPM)
+    app = FastAPI()
+
+    async def chat(request: Request) -> Response:
+        body = await request.json()
+        for (each, bucket), weight in ((requests, 1), (tokens, _charge(body))):
+            if not each.try_acquire("all", weight, blocking=False):
+                headers = {}
+                if is_gcra:
+                    item = pyrate.RateItem("all", clock.now(), weight)
+                    headers["retry-after"] = str(max(1, math.ceil(bucket.waiting(item) / 1_000)))
+                return JSONResponse({"error": {"message": "Too many requests"}}, 429, headers)
+        completion, stated = await answer(body)
+        return JSONResponse(completion, headers=stated)
+
+    app.add_api_route("/v1/chat/completions", chat, methods=["POST"], response_model=None)
+    return app
+
+
+def _serve(kind: str, time_scale: float) -> None:
+    import uvicorn
+
+    begun, real = time.time(), time.time
+    time.time = lambda: begun + (real() - begun) * time_scale
+    answer = _answer(time_scale)
+    if kind.startswith("slowapi"):
+        app = _slowapi("fixed-window" if kind == "slowapi fixed" else "moving-window", answer)
+    else:
+        app = _pyrate(kind, time_scale, answer)
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", access_log=False))
+
+    async def run() -> None:
+        serving = asyncio.create_task(server.serve())
+        while not server.started and not serving.done():
+            await asyncio.sleep(0.01)
+        if server.started:
+            print(server.servers[0].sockets[0].getsockname()[1], flush=True)
+            await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+            server.should_exit = True
+        await serving
+
+    asyncio.run(run())
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[1] not in KINDS:
+        sys.exit(f"name one of {json.dumps(KINDS)} and a time scale")
+    _serve(sys.argv[1], float(sys.argv[2]))

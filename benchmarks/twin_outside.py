@@ -1,0 +1,233 @@
+"""The twin against rate limiters that we did not write: plan, run, backtest, beside what others would have used.
+
+    python -m benchmarks.twin_outside [--short] [--kind "slowapi fixed" ...] [--requests 60 200] [--time-scale 5]
+
+For each endpoint of `outside_servers` and each size of batch: settings are planned with the endpoint's provider file,
+and run live over loopback beside the preset `paceline` told the limits and the charge rule, the official SDK with its
+own 10 retries, and aiolimiter with a weight per request and 10 retries. Each contender meets a fresh endpoint. All
+clocks run `--time-scale` times as fast.
+
+Per run: the measured finish time and 429s, each with the backtest's 95 % interval (told the provider file), the
+error, and the forecast that stood in the journal before the first launch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from benchmarks import peers_live
+from benchmarks.live_batch import ENVIRONMENT, Case, drawn, write_lines
+from benchmarks.outside_servers import KINDS, RPM, TPM, described, served
+from governor.journal.journal import Journal
+from governor.model.policy import Policy
+from governor.model.pools import Pool
+from governor.model.prices import Prices
+from governor.provider.sending import connect_with
+from governor.run.batch import Orders, run_batch
+from governor.run.pool_run import Manner
+from governor.run.scaledloop import loop_factory
+from governor.telemetry.progress import Quiet
+from sim.app.api import plan
+from sim.base.layout import table
+from sim.model.provider_config import ProviderConfig, checked
+from sim.scenario.scenario import Scenario
+from sim.scenario.scenario_file import FileSource
+from sim.validation.backtest import Backtest, Compared, backtest
+from sim.validation.foresight import foresee
+
+SCALE = 5.0
+TOKENS = (200, 1_000)
+COUNTS, SHORT = (60, 200), (60,)
+STOP_AFTER_S = 1_200.0
+# Ours may be slower than the better of the two peers by no more, where that one lost nothing.
+SLOWER_MOST = 0.03
+INSIDE_LEAST, THROTTLED_INSIDE_LEAST, ERROR_MOST = 0.9, 0.85, 0.01
+PEERS = ("SDK, 10 retries", "aiolimiter")
+
+
+@dataclass(frozen=True, slots=True)
+class Ours:
+    """One run of ours, with its backtest."""
+
+    kind: str
+    count: int
+    settings: str
+    policy: Policy
+    lost: int
+    found: Backtest
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """One run of a peer: when the last request ended, seconds, and how many were lost."""
+
+    name: str
+    makespan_s: float
+    lost: int
+
+
+def provider_of(kind: str) -> ProviderConfig:
+    """The provider file of an endpoint."""
+    return checked(ProviderConfig, described(kind), "provider")
+
+
+def preset() -> Policy:
+    """The preset, told the two limits and the charge rule, without the stagger, which would decide everything."""
+    return Policy.preset("paceline").with_(
+        tpm_limit=TPM,
+        rpm_limit=RPM,
+        charge_rule="prompt_plus_max",
+        stagger_seconds=0.0,
+        max_concurrency=peers_live.CONCURRENCY,
+        tpm_headroom=peers_live.HEADROOM,
+    )
+
+
+def planned(path: Path, provider: ProviderConfig, seed: int) -> Policy:
+    """What `paceline plan` recommends for that batch on that provider."""
+    scenario = Scenario.of(FileSource(path=str(path)), provider=provider, policy=preset(), seed=seed)
+    return plan(scenario, effort="quick").policy
+
+
+def run_ours(
+    kind: str, count: int, path: Path, name: str, policy: Policy, *, seed: int, time_scale: float, folder: Path
+) -> Ours:
+    """A batch under that policy against a fresh endpoint, and its journal."""
+    folder.mkdir()
+    with served(kind, time_scale) as base_url:
+        orders = Orders(
+            requests=path,
+            out=folder / "results.jsonl",
+            journal=folder / "run.db",
+            pools=[Pool(policy=policy, base_url=base_url)],
+            environment=ENVIRONMENT,
+            prices=Prices({}),
+            manner=Manner(time_scale=time_scale, stop_after_s=STOP_AFTER_S),
+            seed=seed,
+            yes=True,
+        )
+        with (folder / "said.txt").open("w", encoding="utf-8") as said:
+            outcome = run_batch(orders, foresee=foresee, connect=connect_with(ENVIRONMENT), shown=Quiet(said))
+    with Journal.open(folder / "run.db") as journal:
+        found = backtest(journal, provider=provider_of(kind))
+    return Ours(kind, count, name, policy, outcome.summary.failed + outcome.pending, found)
+
+
+def run_peer(kind: str, name: str, batch: Sequence[Case], time_scale: float) -> Peer:
+    """The same batch by a peer, against a fresh endpoint."""
+    work = [(case.body, case.charge) for case in batch]
+    with served(kind, time_scale) as base_url, asyncio.Runner(loop_factory=loop_factory(time_scale)) as runner:
+        ends = runner.run(
+            asyncio.wait_for(peers_live.run(peers_live.CONTENDERS[name], base_url, TPM, work), STOP_AFTER_S)
+        )
+    return Peer(name, max(ends), sum(end < 0.0 for end in ends))
+
+
+def tried(kind: str, count: int, *, seed: int, time_scale: float, folder: Path) -> Iterator[Ours | Peer]:
+    """All contenders on one endpoint."""
+    batch = drawn(seed + count, count, TOKENS)
+    path = folder / "batch.jsonl"
+    write_lines(path, (case.body for case in batch))
+    for name, policy in (("recommended", planned(path, provider_of(kind), seed)), ("paceline", preset())):
+        yield run_ours(kind, count, path, name, policy, seed=seed, time_scale=time_scale, folder=folder / name)
+    for name in PEERS:
+        yield run_peer(kind, name, batch, time_scale)
+
+
+@contextmanager
+def kept_in(keep: Path | None, kind: str, count: int) -> Iterator[Path]:
+    """A folder for the files of one endpoint: one that goes away, or a new one under `keep`."""
+    if keep is None:
+        with tempfile.TemporaryDirectory(prefix="paceline-outside-") as name:
+            yield Path(name)
+    else:
+        folder = keep / f"{kind.replace(' ', '-')}-{count}"
+        folder.mkdir(parents=True)
+        yield folder
+
+
+def _cell(c: Compared | None) -> str:
+    return "-" if c is None else f"{c.measured:.1f} in {c.low:.1f}-{c.high:.1f}{'' if c.covered else ' !'}"
+
+
+def _error(c: Compared | None) -> str:
+    return "-" if c is None or c.error_ratio is None else f"{100.0 * c.error_ratio:+.1f} %"
+
+
+def row(one: Ours) -> list[str]:
+    """One line of the table."""
+    b = one.found
+    cells = [_cell(b.makespan_s), _error(b.makespan_s), _cell(b.throttled), _cell(b.forecast), _error(b.forecast)]
+    return [f"{one.kind}, {one.count}", one.settings, *cells, str(one.lost)]
+
+
+def verdict(ours: Sequence[Ours], slower: Sequence[str]) -> tuple[list[str], bool]:
+    """The figures over all runs, and whether they keep what is promised."""
+    n, found = len(ours), [one.found for one in ours]
+    errors = [abs(b.makespan_s.error_ratio or 0.0) for b in found]
+    inside, counted = sum(b.makespan_s.covered for b in found), sum(b.throttled.covered for b in found)
+    lost = sum(one.lost for one in ours if one.settings == "recommended")
+    forecasts = [b.forecast for b in found if b.forecast is not None]
+    off = [abs(f.error_ratio or 0.0) for f in forecasts] or [0.0]
+    lines = [
+        f"backtest: finish inside its interval in {inside} of {n}, 429s in {counted} of {n}; median absolute error "
+        f"{100 * median(errors):.2f} %, at most {100 * max(errors):.2f} %",
+        f"forecast before the launch: inside in {sum(f.covered for f in forecasts)} of {len(forecasts)}, median "
+        f"absolute error {100 * median(off):.1f} %",
+        f"recommended settings: {lost} requests lost; slower than the better peer by more than "
+        f"{SLOWER_MOST:.0%}: {'; '.join(slower) or 'nowhere'}",
+    ]
+    good = inside >= INSIDE_LEAST * n and counted >= THROTTLED_INSIDE_LEAST * n and median(errors) <= ERROR_MOST
+    return lines, good and not lost and not slower
+
+
+def main(words: list[str]) -> int:
+    """Runs everything, prints the table; 1 where a promise is not kept."""
+    parser = argparse.ArgumentParser(prog="twin_outside")
+    parser.add_argument("--short", action="store_true", help="60 requests only")
+    parser.add_argument("--kind", action="append", choices=KINDS, help="an endpoint; all if none is named")
+    parser.add_argument("--requests", type=int, nargs="+", default=None)
+    parser.add_argument("--time-scale", type=float, default=SCALE)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--keep", type=Path, help="a folder where journals stay")
+    given = parser.parse_args(words)
+    if not 0.0 < given.time_scale <= 10.0:
+        parser.error("--time-scale must be above 0 and at most 10")
+    counts = given.requests or (SHORT if given.short else COUNTS)
+    print(f"seed {given.seed}, {TPM:,} TPM and {RPM} RPM, clocks {given.time_scale:g} times as fast", flush=True)
+    ours: list[Ours] = []
+    rows = [["endpoint", "settings", "finish s", "error", "429s", "forecast s", "error", "lost"]]
+    slower, begun = [], time.monotonic()
+    for kind in given.kind or KINDS:
+        for count in counts:
+            with kept_in(given.keep, kind, count) as folder:
+                best, recommended_s = float("inf"), 0.0
+                for one in tried(kind, count, seed=given.seed, time_scale=given.time_scale, folder=folder):
+                    if isinstance(one, Ours):
+                        ours.append(one)
+                        rows.append(row(one))
+                        if one.settings == "recommended":
+                            recommended_s = one.found.makespan_s.measured
+                    else:
+                        rows.append([f"{kind}, {count}", one.name, f"{one.makespan_s:.1f}", *[""] * 4, str(one.lost)])
+                        best = best if one.lost else min(best, one.makespan_s)
+                    print(" | ".join(rows[-1]), flush=True)
+                if recommended_s > (1.0 + SLOWER_MOST) * best:
+                    slower.append(f"{kind}, {count}: {recommended_s:.1f} s for {best:.1f} s")
+    lines, good = verdict(ours, slower)
+    print(f"\n{table(rows)}\n\n! = outside of its interval")
+    print("\n".join([*lines, f"{time.monotonic() - begun:.0f} s"]))
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
