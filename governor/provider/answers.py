@@ -114,7 +114,7 @@ def classify(
         used_output_tokens=output,
         cut_off=ok and _is_cut_off(content),
         has_text=ok and any(words.strip() for words in _texts(content)),
-        limits=limits_in(fields, now_epoch),
+        limits=limits_in(fields, now_epoch, is_refusal=not ok),
         processing_s=processing_s(fields),
         request_id=printable(next((fields[name] for name in _REQUEST_IDS if fields.get(name)), "")),
         body=content or None,

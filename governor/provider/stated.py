@@ -273,8 +273,12 @@ def limits_of(headers: Mapping[Any, Any] | None, now_epoch: float = -1.0) -> tup
     return limits_in(fields_of(headers), now_epoch)
 
 
-def limits_in(fields: Mapping[str, str], now_epoch: float = -1.0) -> tuple[Limit, ...]:
-    """The same, of `fields_of`."""
+def limits_in(fields: Mapping[str, str], now_epoch: float = -1.0, *, is_refusal: bool = False) -> tuple[Limit, ...]:
+    """The same, of `fields_of`. Of a refusal, counts that do not name what they count are left out.
+
+    They are those of the limit that refused, which may be the tokens': slowapi states 30000 for a weighted limit where
+    its answers state 100 requests, and taken for requests that silenced a pool for five hours.
+    """
     counts: dict[tuple[str, ...], dict[str, str]] = {}
     for name, text in fields.items():
         if "limit" in name and (named := _named(name)) is not None:
@@ -282,7 +286,9 @@ def limits_in(fields: Mapping[str, str], now_epoch: float = -1.0) -> tuple[Limit
             counts.setdefault(key, {})[part] = text
     found: dict[str, Limit] = {}
     for (what, window, *_), parts in counts.items():
-        limit = _limit(what, window, parts, now_epoch)
+        if is_refusal and not what:
+            continue
+        limit = _limit(what or "requests", window, parts, now_epoch)
         if limit is not None and (limit.dimension not in found or limit.limit < found[limit.dimension].limit):
             found[limit.dimension] = limit
     return tuple(found.values())
@@ -296,7 +302,7 @@ def _named(name: str) -> tuple[tuple[str, ...], str] | None:
     if found is None:
         return None
     words = found.groupdict()
-    what = words.get("what") or ("tokens" if own.startswith("x-ai-") else "requests")
+    what = words.get("what") or ("tokens" if own.startswith("x-ai-") else "")
     upstream = _UPSTREAM if name.startswith(_UPSTREAM) else ""
     return (what, words.get("window") or "", words.get("scope") or "", upstream, own[:2]), words["part"]
 
@@ -366,7 +372,12 @@ def _number(text: str) -> float:
 
 
 def _signed(text: str) -> float:
-    """A header's number, which may be negative; inf for what is none or is not finite."""
+    """A header's number, which may be negative; inf for what is none or is not finite.
+
+    One that was sent twice alike ("100, 100": slowapi with two limits on a route) is that number.
+    """
+    if len({part.strip() for part in text.split(",")}) == 1:
+        text = text.partition(",")[0]
     try:
         value = float(text) if len(text) <= HEADER_CHARS_MAX else math.inf
     except ValueError:
