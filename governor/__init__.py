@@ -2,7 +2,7 @@
 
     from governor import Governor, Policy
 
-    governor = Governor(Policy().with_(tpm_limit=450_000, stagger_s=0))  # inside a running event loop
+    governor = Governor(Policy().with_(tpm_limit=450_000, stagger_s=0))
     async with governor.permit(tokens) as permit:
         ...
 

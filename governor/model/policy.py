@@ -44,7 +44,8 @@ def _knob(env: str, default: Value, unit: str, meaning: str, *, paceline: Value 
 class Policy(BaseModel):
     """Settings of one pool, checked and frozen. `model_fields_set` says which were named rather than left at default.
 
-    A value out of range, and a field that does not exist, raise `BadSetting` (one line, with what is allowed).
+    Knobs go by their names here, the same with `_s` for `_seconds`, or their environment names, as in `with_`. A value
+    out of range, and a name that is no knob's, raise `BadSetting` (one line, with what is allowed).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -139,7 +140,7 @@ class Policy(BaseModel):
     @classmethod
     def _one_line_errors(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         try:
-            return handler(data)
+            return handler(by_field(data) if isinstance(data, dict) else data)
         except ValidationError as error:
             raise _bad_setting(error) from None
 

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from heapq import heapify, heappop, heappush
 from math import inf
 from operator import sub
-from typing import Any
+from typing import Any, cast
 
 from governor import law
 from governor.law import FINALIZE, FIRST, HOLDING, MAIN, RETRY, Params, State
@@ -65,8 +65,27 @@ _LAW = vars(law)
 SWEEP = 100
 
 
+class NoLoop:
+    """Stands in for the event loop of a governor that is not used in one yet: time does not pass."""
+
+    def time(self) -> float:
+        """0."""
+        return 0.0
+
+    def is_running(self) -> bool:
+        """No."""
+        return False
+
+    def is_closed(self) -> bool:
+        """As one that is over: nothing can be called in it."""
+        return True
+
+
 class Governor:
-    """One pool's quota: a queue, the law's state and one timer. Make it inside a running event loop.
+    """One pool's quota: a queue, the law's state and one timer.
+
+    It may be made anywhere, and works in the event loop that it is used in: one after the other in several
+    (`asyncio.run` twice), where bookings go on ageing between them, but never in two at once.
 
     `params`: the settings, or the numbers that they mean to the law.
 
@@ -99,7 +118,11 @@ class Governor:
         self.seed = seed
         self.pool = pool
         self.observer = observer or Observer()
-        self.loop = asyncio.get_running_loop()
+        self.loop: asyncio.AbstractEventLoop
+        try:
+            self.loop = asyncio.get_running_loop()
+        except RuntimeError:
+            self.loop = cast(asyncio.AbstractEventLoop, NoLoop())  # until it is used in one
         self.zero = self.loop.time() - start_s
         self.zero_epoch = time.time() - start_s
         self.stopped = ""
@@ -162,6 +185,7 @@ class Governor:
         unended. Cancelling this cancels what is in flight. What a send, the observer or the source raises is raised
         here, when all that was in flight has ended.
         """
+        self._bind()
         assert self._send is None, "one batch at a time"
         self._source, self._send, self._finalizes, self._refusals = source, send, finalize, refusals
         now = self._event()
@@ -294,6 +318,7 @@ class Governor:
 
     async def _granted(self, job: Job, retry_at: float = -inf) -> bool:
         """Returns when a permit's job may be sent (again): True, or False where its time is over before that."""
+        self._bind()
         if self.stopped:
             self._dropped(job)
             raise PacelineError(self._no_more())
@@ -453,7 +478,29 @@ class Governor:
 
     def _soon(self) -> None:
         """The same for what may be asked from anywhere, even by an observer in the middle of a launch."""
-        self.loop.call_soon(self._guarded, self._event)
+        if not self.loop.is_closed():  # whoever uses it next looks anyway
+            self.loop.call_soon(self._guarded, self._event)
+
+    def _bind(self) -> None:
+        """From now on in the loop that runs: the first, or another after the one before has ended."""
+        before, running = self.loop, asyncio.get_running_loop()
+        if running is before:
+            return
+        if before.is_running() or (not before.is_closed() and (self._tasks or self._waiting())):
+            raise PacelineError(
+                f"the governor of pool '{self.pool}' is at work in another event loop: use it in that one, or make one "
+                "for each loop with a share of the quota"
+            )
+        now = self.now()
+        self.loop, self.zero = running, running.time() - now
+        self.zero_epoch = time.time() - now
+        # What the loop before it left behind will never be called again.
+        self._timer, self._timer_at, self._expiry_timer = None, inf, None
+        self._expiring.clear()
+        left = [*self._tasks.values(), *self._waiting()]
+        self._tasks.clear()
+        for job in left:
+            self._dropped(job)
 
     def _pump(self, now: float) -> None:
         """Launches what the law admits now, and leaves one timer for the moment at which it will admit the next."""

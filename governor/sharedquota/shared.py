@@ -19,6 +19,7 @@ changed since (`patched`): so `verify` decides it again. What another process de
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import Callable
 from dataclasses import fields
@@ -32,7 +33,7 @@ from governor.model.errors import FailureCode, PacelineError
 from governor.model.lawcalls import CALLS, PATCHED, RESTORED, SHARED, Numbers, numbers_of, patch_of
 from governor.model.timeline import BREAKER, QUANTUM_S, ServerClock, floored, moved
 from governor.model.work import Job, Observer
-from governor.scheduler.driver import Governor
+from governor.scheduler.driver import Governor, NoLoop
 from governor.sharedquota.member import LEASE_S, RENEW_RATIO, Member, Standing, Store
 from governor.sharedquota.quota import CALL, WANT, WITHDRAW, Call, Event, Image, Launch, News
 
@@ -45,6 +46,7 @@ QUIET_S = 10.0
 # Which arguments of a call of the law are times.
 TIMES = {"now", "launched_at", "first_launched_at", "failed_at"}
 _TIMES = {name: tuple(i for i, each in enumerate(call.names) if each in TIMES) for name, call in CALLS.items()}
+IN_A_LOOP = "a governor that shares its quota works in the event loop that it is made in: make one in each"
 
 
 class SharedGovernor(Governor):
@@ -101,7 +103,14 @@ class SharedGovernor(Governor):
             clock=ServerClock(time_scale),
             lease_s=lease_s,
         )
+        if isinstance(self.loop, NoLoop):
+            raise PacelineError(IN_A_LOOP)
         self.loop.call_soon(self._member.start)
+
+    def _bind(self) -> None:
+        """Its connections belong to the loop that it was made in."""
+        if asyncio.get_running_loop() is not self.loop:
+            raise PacelineError(IN_A_LOOP)
 
     # ------------------------------------------------------------ from outside
 

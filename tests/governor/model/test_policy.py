@@ -96,6 +96,13 @@ class TestTable:
         for knob in KNOBS:
             assert sum(row.startswith(f"| {knob.env} |") for row in rows) == 1
 
+    def test_a_knob_goes_by_any_of_its_names_from_the_beginning(self) -> None:
+        assert Policy(stagger_s=0) == Policy(stagger_seconds=0) == Policy(OPENAI_STAGGER_SECONDS=0)  # type: ignore[call-arg]
+        with pytest.raises(BadSetting, match="OPENAI_STAGGER_SECONDS is given twice, once as stagger_s"):
+            Policy(stagger_seconds=1, stagger_s=0)  # type: ignore[call-arg]
+        with pytest.raises(BadSetting, match=r"there is no setting 'stager_s': did you mean stagger_s\?"):
+            Policy(stager_s=0)  # type: ignore[call-arg]
+
     def test_what_is_allowed_reads_as_a_sentence(self) -> None:
         def allowed(env: str) -> str:
             return KNOB_BY_ENV[env].allowed

@@ -40,6 +40,63 @@ def test_permits_are_granted_as_a_batch_would_be() -> None:
     assert granted == [(0, 0.0), (1, 15.0), (2, 30.0), (3, 60.1), (4, 75.1)]
 
 
+def test_a_governor_may_be_made_before_there_is_a_loop_and_serve_one_after_the_other() -> None:
+    governor = Governor(quiet(tpm=1_000, window=law.BUCKET))
+    governor.pause()
+    governor.resume()
+    assert governor.now() == 0.0
+
+    async def use() -> float:
+        async with governor.permit(600.0) as permit:
+            return permit.launched_s
+
+    # Really slept between the two: nothing. What the first has booked goes on counting in the second.
+    first = run_virtual(use())
+    second = run_virtual(use())
+    assert (first, second) == (0.0, pytest.approx(12.0))
+    assert governor.in_flight == 0
+
+
+def test_what_a_loop_that_has_gone_left_behind_holds_nothing_in_the_next() -> None:
+    governor = Governor(quiet(max_concurrency=1))
+
+    async def abandoned() -> None:
+        holds = asyncio.create_task(permit_for_ever())
+        waits = asyncio.create_task(permit_for_ever())
+        await asyncio.sleep(1.0)
+        assert governor.in_flight == 1
+        assert not holds.done()
+        assert not waits.done()
+
+    async def permit_for_ever() -> None:
+        async with governor.permit(10.0):
+            await asyncio.sleep(1e6)
+
+    async def use() -> bool:
+        async with governor.permit(10.0):
+            return True
+
+    run_virtual(abandoned())
+    assert run_virtual(use())
+    assert governor.in_flight == 0
+
+
+def test_two_loops_at_once_are_refused_in_a_sentence() -> None:
+    governor = Governor(quiet())
+
+    async def elsewhere() -> str:
+        with pytest.raises(PacelineError, match="at work in another event loop: use it in that one") as refused:
+            async with governor.permit(1.0):
+                pass
+        return str(refused.value)
+
+    async def main() -> str:
+        async with governor.permit(1.0):
+            return await asyncio.to_thread(asyncio.run, elsewhere())
+
+    assert "\n" not in asyncio.run(main())
+
+
 def test_real_use_is_booked_where_the_policy_settles() -> None:
     async def when(used: float | None, settles: int) -> float:
         governor = Governor(quiet(tpm=1_000, settles=settles, window=law.BUCKET))
