@@ -175,8 +175,8 @@ class Host(Protocol):
         Only if it `records`.
         """
 
-    def missed(self, why: str) -> None:
-        """The store cannot be reached: nothing is launched."""
+    def missed(self, why: str) -> bool:
+        """The store cannot be reached: nothing is launched. Whether that was said; else it is reported again."""
 
     def back(self) -> None:
         """The store is back."""
@@ -326,9 +326,8 @@ class Member:
         return True
 
     def _away(self, why: str) -> None:
-        if why not in self._whys:
+        if why not in self._whys and self._host.missed(why):
             self._whys.add(why)
-            self._host.missed(why)
 
     async def _both(self) -> None:
         """Takes turns and waits for news, until one of both cannot go on, or we have left."""

@@ -417,12 +417,17 @@ class SharedGovernor(Governor):
             self._tell(told, *call)
         self._chain, self._chain_p = numbers_of((image.s,)), image.p
 
-    def missed(self, why: str) -> None:
-        """Nothing can be granted: what waits here waits for the pool."""
-        self._guarded(lambda: self._miss(why))
+    def missed(self, why: str) -> bool:
+        """Nothing can be granted: what waits here waits for the pool.
 
-    def _miss(self, why: str) -> None:
-        if self._is_told or self.loop.time() >= self._quiet_until:
+        Soon after another loss this is said only if it lasts. Returns whether it was said.
+        """
+        says = self._is_told or self.loop.time() >= self._quiet_until
+        self._guarded(lambda: self._miss(why, says))
+        return says
+
+    def _miss(self, why: str, says: bool) -> None:
+        if says:
             self._is_told, self._quiet_until = True, self.loop.time() + QUIET_S
             self._say(f"{why}: nothing is launched until it is back")
         self._advance(self.now())
