@@ -33,6 +33,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, Self
 from urllib.parse import urlsplit
 
@@ -48,7 +49,7 @@ from openai import (
     Timeout,
 )
 
-from governor.model.errors import BadSetting
+from governor.model.errors import BadSetting, quoted
 from governor.model.estimate import CHAT, EMBEDDINGS, RESPONSES
 from governor.model.pools import BASE_URL, Pool, checked_url, key_of
 from governor.model.requests import Answer, Outcome, Request
@@ -123,8 +124,12 @@ class Adapter:
         key = key_of(self.pool, environment)
         self._key = key.encode("ascii")
         self._is_secret = len(key) >= _KEY_LEAST
-        self._ssl = _ssl_context()
-        self._lanes = [_Lane(_client(self.pool, key, self._ssl))]
+        check_surroundings(os.environ)
+        try:
+            self._ssl = _ssl_context()
+            self._lanes = [_Lane(_client(self.pool, key, self._ssl))]
+        except (OSError, ValueError, ImportError, _transport().InvalidURL) as error:
+            raise BadSetting(_surroundings_text(error)) from None
         _load_transport()
 
     def __repr__(self) -> str:
@@ -335,6 +340,55 @@ def _ssl_context() -> ssl.SSLContext:
     """What each client would make for itself, in some 30 ms during which nothing else happens: one for all of them."""
     context: ssl.SSLContext = _transport().create_ssl_context()
     return context
+
+
+PROXIES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "all_proxy", "https_proxy", "http_proxy")
+CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
+_PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
+
+
+def check_surroundings(environment: Mapping[str, str]) -> None:
+    """BadSetting, naming the variable, where the environment's proxy or certificates cannot be used.
+
+    The SDK's transport reads them by itself. A proxy's address may hold a password, so it is not repeated.
+    """
+    for name in PROXIES:
+        value = environment.get(name, "").strip()
+        if value:
+            complaint = _proxy_fault(value if "://" in value else f"http://{value}")
+            if complaint:
+                raise BadSetting(f"{name} {complaint}, or unset {name}", name)
+    for name, is_there, what in zip(CERTIFICATES, (os.path.isfile, os.path.isdir), ("file", "folder"), strict=True):
+        path = environment.get(name, "").strip()
+        if path and not is_there(path):
+            raise BadSetting(f"{name}: there is no {what} {path!r}: correct the path, or unset {name}", name)
+
+
+def _proxy_fault(url: str) -> str:
+    """What is wrong with a proxy's address, and the remedy; "" for nothing."""
+    try:
+        parts = urlsplit(url)
+        good = bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is none, brackets that do not match
+        good = False
+    if not good:
+        return "is no address of a proxy: write http://HOST:PORT"
+    if parts.scheme not in _PROXY_SCHEMES:
+        return f"names a proxy of an unknown kind ({quoted(parts.scheme)}): write http://HOST:PORT"
+    if parts.scheme.startswith("socks") and find_spec("socksio") is None:
+        return "names a SOCKS proxy, which needs a package that is not installed: pip install socksio"
+    return ""
+
+
+def _surroundings_text(error: Exception) -> str:
+    """Why no client could be made, in one line: whatever `check_surroundings` does not know."""
+    names = CERTIFICATES if isinstance(error, OSError) else PROXIES
+    named = [name for name in names if os.environ.get(name, "").strip()]
+    if isinstance(error, ssl.SSLError):
+        why = "it holds no certificate that can be read (PEM)"
+    else:
+        why = (isinstance(error, OSError) and error.strerror) or type(error).__name__
+    return f"{' or '.join(named) or 'the HTTP client'} cannot be used: {why}: correct or unset it"
 
 
 def _client(pool: Pool, key: str, context: ssl.SSLContext) -> AsyncOpenAI:
