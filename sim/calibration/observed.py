@@ -101,6 +101,7 @@ class Observed:
                     charge=-1.0,
                     used=used,
                     stated=tuple(stated),
+                    retry_s=float(self.retry_after_s[i]),
                 )
             )
         found.sort(key=lambda count: count.launched_s)

@@ -48,6 +48,7 @@ class Count:
 
     `place`: of its request in the workload. `there_s`: its way to the provider, `round_s`: there and back; -1 =
     unknown. `charge`: believed, of a finalize pass; -1 = the workload says it. `stated`: dimension, limit, remaining.
+    `retry_s`: the wait that a refusal states, -1 = none.
     """
 
     place: int
@@ -60,6 +61,7 @@ class Count:
     charge: float
     used: float
     stated: tuple[tuple[int, float, float], ...]
+    retry_s: float = -1.0
 
     @property
     def left(self) -> float:
@@ -94,6 +96,7 @@ def counts_of(heard: Iterable[Heard], place: dict[int, int], clock: Callable[[fl
                 charge=-1.0 if a.lane == "main" else float(max(0, a.charged_tokens)),
                 used=float(a.prompt_tokens + a.output_tokens) if a.outcome is Outcome.OK else -1.0,
                 stated=tuple((DIMENSIONS[x.dimension], x.limit, x.remaining) for x in limits),
+                retry_s=a.retry_after_s,
             )
         )
     found.sort(key=lambda count: count.launched_s)
@@ -202,9 +205,12 @@ def takings(counts: Sequence[Count], charges: NDArray[np.float64], provider: Pro
     taken: tuple[list[tuple[Gap, float]], ...] = ([], [])
     owed = [0.0, 0.0]
     for gap in gaps(counts, charges, provider):
-        # A refusal that counts fills the bucket: how full it was before nobody can tell.
-        if gap.said.let_in or not provider.failed_requests_count:
-            more = gap.more - owed[gap.d]
+        known = gap.more
+        if not gap.said.let_in and provider.failed_requests_count:
+            # A refusal that counts fills the bucket: how full it was before is in the wait that it states, or nowhere.
+            known = _before_refusal(gap, charges, provider)
+        if not math.isnan(known):
+            more = known - owed[gap.d]
             while more < 0.0 and taken[gap.d] and taken[gap.d][-1][0].at_s >= gap.at_s - MINUTE_S:
                 before, amount = taken[gap.d].pop()
                 more += amount
@@ -217,6 +223,21 @@ def takings(counts: Sequence[Count], charges: NDArray[np.float64], provider: Pro
     found = [each for gap, amount in chain(*taken) for each in _spread(gap.d, amount, gap.since_s, gap.at_s)]
     total = sum(taking.amount for taking in found if taking.d == TPM)
     return tuple(sorted(found)) if total > NOBODY_RATIO * float(charges.sum()) else ()
+
+
+def _before_refusal(gap: Gap, charges: NDArray[np.float64], provider: ProviderConfig) -> float:
+    """By how much a bucket was fuller than the model when it refused: its wait is (used + charge - limit) / rate.
+
+    nan where the wait does not say: another dimension may have refused, or waits are not those of a bucket.
+    """
+    said = gap.said
+    requests_left = min((left for d, _, left in said.stated if d != TPM), default=1.0)
+    exact = provider.window == "bucket" and provider.retry_after == "ms" and provider.retry_after_min_s == 0.0
+    if gap.d != TPM or not exact or said.retry_s <= 0.0 or requests_left < 1.0:
+        return math.nan
+    charge = said.charge if said.charge >= 0.0 else float(charges[said.place])
+    model = gap.limit - said.left - gap.more
+    return gap.limit * (1.0 + said.retry_s / MINUTE_S) - charge - model
 
 
 def _spread(d: int, amount: float, since_s: float, until_s: float) -> list[Taking]:

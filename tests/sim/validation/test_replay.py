@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from typing import Any
 
@@ -194,6 +195,40 @@ def test_without_a_matching_provider_the_run_is_still_itself_and_the_interval_sa
     other = asked(truth, policy.with_(max_concurrency=19), wrong)
     missed = truth.tally.throttled - same.alone.throttled
     assert other.throttled.high - other.throttled.low > missed
+
+
+def test_minutes_of_the_clock_are_told_from_a_bucket_by_the_counts() -> None:
+    """The headers alone tell: nothing was refused in either."""
+
+    def counts(window: str) -> list[Count]:
+        used, found = 0.0, []
+        for i in range(40):
+            at_s = 5.0 * i
+            used = 0.0 if window == "clock" and at_s % 60.0 == 0.0 else used
+            used = max(0.0, used - (5.0 * 200.0 if window == "bucket" else 0.0)) + 800.0
+            found.append(
+                Count(i, True, at_s, at_s + 1.0, 0.0, 0.0, True, -1.0, -1.0, ((0, 12_000.0, 12_000.0 - used),))
+            )
+        return found
+
+    workload = from_tokens(np.full(40, 300), np.full(40, 100), max_tokens=500)
+    believed = ProviderConfig(tpm=12_000, charge_rule="prompt_plus_max", window="bucket")
+    truth = Truth(workload, Policy.preset("paceline").with_(tpm_limit=12_000, stagger_seconds=5.0), believed)
+    for window in ("bucket", "clock"):
+        lesson = dataclasses.replace(truth.lesson(), counts=counts(window))
+        name, stage = closest(lesson, [("believed", believed)])
+        assert (name, stage.provider.window) == ("believed", window)
+
+
+def test_a_refusals_wait_says_what_others_had_used() -> None:
+    """1,000 tokens were asked for, and 10 s of refill were missing: others had used all 6,000."""
+    provider = ProviderConfig(tpm=6_000, charge_rule="prompt_plus_max", failed_requests_count=True)
+    refused = Count(0, True, 0.0, 0.1, 0.0, 0.0, False, -1.0, -1.0, ((0, 6_000.0, 0.0), (1, 500.0, 499.0)), 10.0)
+    found = takings([refused], np.full(1, 1_000.0), provider)
+    # used + 1,000 - 6,000 = 10 s at 100 per second
+    assert sum(taking.amount for taking in found) == pytest.approx(6_000.0)
+    silent = dataclasses.replace(refused, retry_s=-1.0)
+    assert takings([silent], np.full(1, 1_000.0), provider) == ()
 
 
 def test_a_count_that_came_late_is_nobodys_use() -> None:
