@@ -74,7 +74,9 @@ def outlooks(pairs: int, folder: Path) -> Counter[str]:
         found = calibrate(read_sources([str(path)], {}))
         # As a batch, in which waits do not hide how long answers take.
         policy = found.scenario.policy.with_(stagger_seconds=0.0, max_concurrency=8)
-        ahead = outlook(found.scenario.with_(policy=policy, arrivals="batch"), len(second.workload))
+        ahead = outlook(
+            found.scenario.with_(policy=policy, arrivals="batch"), len(second.workload), unknowns=found.unknowns
+        )
         case = case_of(second.with_(policy=policy, arrivals="batch"))
         makespan_s = simulated(case, second.seed).summary(case.grant).makespan_s
         assert ahead.tokens_per_min is not None

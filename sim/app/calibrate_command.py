@@ -58,7 +58,7 @@ def calibrate(
     scenario = found.write(path)
     picture = path.with_suffix(".png")
     write_figure(found, picture)
-    ahead = cal.outlook(scenario) if len(scenario.workload) > 1 else None
+    ahead = cal.outlook(scenario, unknowns=found.unknowns) if len(scenario.workload) > 1 else None
     if as_json:
         print(
             json.dumps({**found.to_json_dict(), "outlook": _outlook_json(ahead)}, indent=2, allow_nan=False), flush=True
@@ -110,7 +110,10 @@ def text_of(found: Calibration, ahead: Outlook | None) -> str:
 
 def _value(figure: Figure) -> str:
     unit = f" {figure.unit}" if figure.unit else ""
-    value, low, high = (_plain(each) for each in (figure.value, figure.low, figure.high))
+    wide = 0.0 if figure.low is None or figure.high is None else figure.high - figure.low
+    # A share of 2e-05 (0 to 0.03) is none that was seen.
+    value = 0.0 if wide > 0.0 and abs(figure.value) < wide / 1_000.0 else figure.value
+    value, low, high = (_plain(each) for each in (value, figure.low, figure.high))
     if figure.low is None and figure.high is None:
         return f"{value}{unit}"
     if figure.low is None or figure.high is None:

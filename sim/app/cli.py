@@ -206,20 +206,22 @@ def sensitivity(
         typer.Option(
             metavar="N",
             parser=counting(0, 65_536),
-            help="Trajectories (morris) or base samples (sobol, a power of 2); 0 = as many as usual.",
+            help="Trajectories (morris) or base samples (sobol, a power of 2) of the quantities; 0 = as many as usual.",
         ),
     ] = 0,
     near: Annotated[
-        bool, typer.Option("--near", help="Only values within two steps of these settings, not all that a plan tries.")
+        bool,
+        typer.Option("--near", help="Only quantities within two steps of these settings, not all that a plan tries."),
     ] = False,
     objective: Annotated[
         Literal["makespan", "p95_latency"], typer.Option(help="What should become short.")
     ] = "makespan",
     figure: Annotated[str | None, typer.Option(metavar="FILE.png|.svg", help="The effects as a picture.")] = None,
 ) -> None:
-    """Which setting matters, and which needs no care.
+    """Show which settings matter, and which can stay as they are.
 
-    How much each knob changes finish time, 429s and losses when it moves, with intervals.
+    How much each quantity changes finish time, 429s and losses when it moves, and what each other rule or switch would
+    change in place of the present one, with intervals.
     """
     from sim.app.inputs import pool_of
     from sim.app.outputs import check_file

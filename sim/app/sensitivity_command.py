@@ -1,23 +1,20 @@
-"""`paceline sensitivity` from its inputs to a table and a figure.
-
-What lives here: how many settings are run, the text for people, the figure's file. What must not: the computation
-(`sensitivity`), the drawing (`figures_robust`), options (`cli`).
-"""
+"""`paceline sensitivity` from its inputs to a table and a figure."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 from sim.base import words
 from sim.base.files import write_atomically
 from sim.base.layout import table, wrapped
-from sim.experiment.effects import Effect, Sensitivity
+from sim.experiment.effects import Effect, Level, Sensitivity
 from sim.experiment.experiment import Pool
 from sim.experiment.runs import Runs
 from sim.scenario.scenario import Scenario
 from sim.selection.search import Goal
-from sim.selection.sensitivity import Method, sensitivity
+from sim.selection.sensitivity import LEVEL_SEEDS, Method, sensitivity
 from sim.selection.space import full_space
 
 # Trajectories (Morris) or base samples (Sobol; a power of 2) if none are named.
@@ -31,60 +28,82 @@ UNITS = {
 
 
 def runs_foreseen(scenario: Scenario, method: Method, size: int, seeds: int) -> int:
-    """About how many runs it takes: a design of size x (knobs + 1), or + 2."""
-    knobs = len(full_space(scenario).ladders)
-    return seeds * size * (knobs + (1 if method == "morris" else 2))
+    """About how many runs it takes: a design of size x (quantities + 1), or + 2, and pairs for rules and switches."""
+    ladders = full_space(scenario).ladders.values()
+    levels = [len(ladder) - 1 for ladder in ladders if isinstance(ladder[0], str | bool)]
+    quantities = len(ladders) - len(levels)
+    return seeds * size * (quantities + (1 if method == "morris" else 2)) + LEVEL_SEEDS * (1 + sum(levels))
 
 
 def sensed(
     scenario: Scenario, objective: str, *, method: Method, size: int, seeds: int, near: bool, pool: Pool
 ) -> Sensitivity:
-    """The effect of each knob around the scenario's own settings."""
+    """The effect of each setting around the scenario's own settings."""
     goal = Goal(objective=objective)
     return sensitivity(scenario, goal, method=method, size=size, seeds=seeds, near=near, runs=Runs(pool))
 
 
 def sensitivity_text(scenario: Scenario, found: Sensitivity, width: int) -> str:
-    """The effects as a table, for people."""
+    """The effects as two tables, for people: quantities, then rules and switches."""
     names = list(found.effects)
     by_env = {name: {e.env: e for e in effects} for name, effects in found.effects.items()}
     heads = [UNITS[name][0] for name in names]
-    rows = [["setting", *(head for name in heads for head in (name, "± 95 %")), "tried"]]
+    rows = [["quantity", *(head for name in heads for head in (name, "95 % interval")), "tried"]]
     for effect in found.effects[names[0]]:
         row = [effect.env]
         for name in names:
-            mine = by_env[name][effect.env]
-            row += _cells(mine, UNITS[name][1]) if found.method == "morris" else _shares(mine)
+            row += _cells(by_env[name][effect.env], UNITS[name][1], found.method)
         rows.append([*row, _values(found.values[effect.env])])
+    by_level = {name: {level.assignment: level for level in levels} for name, levels in found.levels.items()}
+    changes = [["rule or switch", *(head for name in heads for head in (name, "95 % interval"))]]
+    for level in found.levels[names[0]]:
+        row = [level.assignment]
+        for name in names:
+            row += _change(by_level[name][level.assignment], UNITS[name][1])
+        changes.append(row)
     about = {
-        "morris": "Mean change of each figure when that setting alone moves by two thirds of its values, from many "
-        "places (Morris' mu*), with its 95 % interval.",
-        "sobol": "Share of each figure's variance that would remain if all other settings were known (Sobol's total "
-        "index), with its 95 % interval; shares overlap where settings interact.",
+        "morris": "Mean change of each figure, up or down, when that quantity alone moves by two thirds of its values, "
+        "from many places (Morris' mu*).",
+        "sobol": "Share of each figure's variance that would remain if all other quantities were known (Sobol's total "
+        "index); shares overlap where quantities interact.",
     }
     parts = [
         table(rows, width=width),
         wrapped(about[found.method], width),
+        table(changes, width=width),
         wrapped(
-            f"{found.settings:,} settings in {found.runs:,} runs of {len(scenario.workload):,} requests, all under the "
-            f"same chance (seed {found.seed}).",
+            "Change of each figure when that value alone takes the place of the present one, run by run under the same "
+            "chance.",
+            width,
+        ),
+        wrapped(
+            f"{found.settings:,} settings in {found.runs:,} runs of {len(scenario.workload):,} requests (seed "
+            f"{found.seed}).",
             width,
         ),
     ]
     return "\n\n".join(parts)
 
 
-def _cells(effect: Effect, write: Callable[[float], str]) -> list[str]:
-    return [write(effect.size), write(effect.half_width)]
+def _cells(effect: Effect, write: Callable[[float], str], method: str) -> list[str]:
+    """A mean change, or a share of variance; a share that the sample cannot tell from any other says so."""
+    size, half = effect.size, effect.half_width
+    if method == "sobol":
+        if half >= 1.0:
+            return ["not known", "-"]
+        write = words.number
+    return [write(size), f"{write(max(0.0, size - half))} to {write(size + half)}"]
 
 
-def _shares(effect: Effect) -> list[str]:
-    """A share of variance; one that the sample cannot tell from any other says so."""
-    return _cells(effect, words.number) if effect.half_width < 1.0 else ["not known", "-"]
+def _change(level: Level, write: Callable[[float], str]) -> list[str]:
+    if math.isnan(level.change):
+        return ["not known", "-"]
+    plus = "+" if level.change > 0.0 else ""
+    return [f"{plus}{write(level.change)}", f"{write(level.low)} to {write(level.high)}"]
 
 
 def _values(values: tuple[object, ...]) -> str:
-    words_ = [str(v).lower() if isinstance(v, bool) else f"{v:g}" if isinstance(v, float) else str(v) for v in values]
+    words_ = [f"{v:g}" if isinstance(v, float) else str(v) for v in values]
     return ", ".join(words_) if len(words_) <= 3 else f"{words_[0]} ... {words_[-1]}"
 
 

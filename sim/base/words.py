@@ -88,6 +88,11 @@ def time_unit(span_s: float) -> tuple[float, str]:
     return found[0], found[1]
 
 
+def longer(what: str, change_s: float) -> str:
+    """What a change adds to a time, or takes off it: "OPENAI_SETTLE=true (4 s longer)"."""
+    return f"{what} ({duration(abs(change_s))} {'longer' if change_s > 0.0 else 'shorter'})"
+
+
 def interval(estimate: Estimate, form: str = "duration") -> str:
     """The 95 % interval of the mean, "from to": `form` is duration, number or percent. One run: says so."""
     if estimate.n < 2:

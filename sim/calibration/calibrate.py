@@ -37,6 +37,7 @@ from sim.scenario.unknowns import Unknowns
 Real = NDArray[np.float64]
 # Runs of the forecast; its ends are quantiles of as many draws.
 DRAWS = 40
+NORMAL_95 = 1.96
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,10 +297,11 @@ class Outlook:
     makespan_s: tuple[float, float, float]
 
 
-def outlook(scenario: Scenario, requests: int = 0, *, draws: int = DRAWS) -> Outlook:
+def outlook(scenario: Scenario, requests: int = 0, *, draws: int = DRAWS, unknowns: Unknowns | None = None) -> Outlook:
     """The forecast for another `requests` requests of the same kind (0 = as many as the scenario has).
 
-    Each draw has other rows (`redrawn`, in stretches by `fits.block_s`) and other chance.
+    Each draw has other rows (`redrawn`, in stretches by `fits.block_s`), other chance, and another provider, as far as
+    the log left its times, stalls and faults open. `unknowns`: those of the calibration.
     """
     workload = scenario.workload
     requests = requests or len(workload)
@@ -310,11 +312,36 @@ def outlook(scenario: Scenario, requests: int = 0, *, draws: int = DRAWS) -> Out
     for seed in range(draws):
         drawn = redrawn(workload, requests, length, seed)
         rates.append(tokens_per_min(drawn))
-        case = case_of(scenario.with_(workload=drawn))
+        case = case_of(scenario.with_(workload=drawn, provider=_refitted(scenario, unknowns, seed)))
         ends.append(simulated(case, scenario.seed + seed).summary(case.grant).makespan_s)
     stretches = max(2, round((float(np.ptp(at_s)) or 1.0) / length)) if workload.has_arrivals else 16
     rate = _spread(rates, stretches) if workload.has_arrivals else None
     return Outlook(requests, rate, _spread(ends, stretches))
+
+
+def _refitted(scenario: Scenario, unknowns: Unknowns | None, seed: int) -> ProviderConfig:
+    """The provider as another log of the same kind might have shown it."""
+    provider, n = scenario.provider, len(scenario.workload)
+    rng = np.random.default_rng(seed)
+
+    def share(ratio: float) -> float:
+        return float(rng.beta(ratio * n + 0.5, (1.0 - ratio) * n + 0.5)) if ratio > 0.0 else 0.0
+
+    # The range holds the error of this log and that of the next; the latter is in the simulation already.
+    spread = 0.0 if unknowns is None else float(np.log(unknowns.latency_factor[1])) / NORMAL_95 / 2.0**0.5
+    late, faults = provider.latency, provider.faults
+    return provider.with_(
+        latency={
+            **late.model_dump(),
+            "scale": late.scale * float(np.exp(spread * rng.standard_normal())),
+            "stall_ratio": share(late.stall_ratio),
+        },
+        faults={
+            **faults.model_dump(),
+            "error_ratio": share(faults.error_ratio),
+            "drop_ratio": share(faults.drop_ratio) * (1.0 - faults.error_ratio),
+        },
+    )
 
 
 def tokens_per_min(workload: Workload) -> float:

@@ -1,10 +1,8 @@
-"""Which knob matters, as values: one `Effect` per knob and figure, with its interval.
-
-What lives here: `Sensitivity` and its JSON form. What must not: computing it (`sensitivity`), drawing it.
-"""
+"""Which setting matters, as values: effects of quantities, and changes by each other value of rules and switches."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,12 +10,12 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """How much one knob moves one figure. `half_width`: of the 95 % interval of `size` (bootstrap).
+    """How much one quantity moves one figure. `half_width`: of the 95 % interval of `size` (bootstrap).
 
-    Morris: `size` is mu*, the mean absolute change of the figure when the knob alone moves half-way through its range,
-    in the figure's unit; `other` is sigma, how much that change itself depends on the other knobs. Sobol: `size` is the
-    total index, the share of the figure's variance that would remain if all other knobs were known; `other` is the
-    first-order index, the share that would vanish if this knob alone were known.
+    Morris: `size` is mu*, the mean absolute change of the figure when the quantity alone moves by two thirds of its
+    range, in the figure's unit; `other` is sigma, how much that change itself depends on the other quantities. Sobol:
+    `size` is the total index, the share of the figure's variance that would remain if all other quantities were known;
+    `other` is the first-order index, the share that would vanish if this one alone were known.
     """
 
     env: str
@@ -27,27 +25,60 @@ class Effect:
 
 
 @dataclass(frozen=True, slots=True)
-class Sensitivity:
-    """The effects of each knob on each figure, largest first. `method`: morris or sobol. `values`: tried, by env name.
+class Level:
+    """What one other value of a rule or switch changes: the mean over pairs of runs, and its 95 % interval.
 
-    `effects`: by name of a figure: makespan_s or latency_p95_s, throttled_per_100, lost_per_100. `runs`: simulated.
+    `change` > 0: the figure is larger with `value` than as recommended. nan where nothing was answered.
+    """
+
+    env: str
+    value: str | bool
+    change: float
+    low: float
+    high: float
+
+    @property
+    def shows(self) -> bool:
+        """Whether the interval leaves nothing out."""
+        return self.low > 0.0 or self.high < 0.0
+
+    @property
+    def assignment(self) -> str:
+        """As it is written: NAME=value."""
+        return f"{self.env}={str(self.value).lower()}"
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """The effects on each figure, largest first. `method`: morris or sobol, of the quantities.
+
+    `values`: of the quantities, by env name. `effects`, `levels`: by name of a figure: makespan_s or latency_p95_s,
+    throttled_per_100, lost_per_100. `settings` tried, in so many `runs`.
     """
 
     method: str
     objective: str
     values: Mapping[str, tuple[Any, ...]]
     effects: Mapping[str, tuple[Effect, ...]]
+    levels: Mapping[str, tuple[Level, ...]]
     settings: int
     runs: int
     seed: int
 
     def to_json_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Plain values; null for a change that is not known."""
         return {
             "method": self.method,
             "objective": self.objective,
             "values": {env: list(values) for env, values in self.values.items()},
             "effects": {name: [asdict(effect) for effect in effects] for name, effects in self.effects.items()},
+            "levels": {
+                name: [
+                    {key: None if isinstance(x, float) and math.isnan(x) else x for key, x in asdict(level).items()}
+                    for level in levels
+                ]
+                for name, levels in self.levels.items()
+            },
             "settings": self.settings,
             "runs": self.runs,
             "seed": self.seed,

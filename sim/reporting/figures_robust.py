@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from sim.base.palette import BLUE, INK, MUTED, OBJECTIVES, ORANGE, STYLES
 from sim.base.style import in_time_units, new_figure, styled, time_scale
 from sim.base.words import duration, number
-from sim.experiment.effects import Effect, Sensitivity
+from sim.experiment.effects import Sensitivity
 from sim.experiment.robustness import Drawn
 
 # Knobs below this share of the largest effect would not show.
@@ -24,43 +24,41 @@ LEAST_PER_100 = 0.05
 
 @styled
 def sensitivity(found: Sensitivity) -> Figure:
-    """The effect of each knob, with its 95 % interval: one panel per figure in which anything moves.
+    """The effect of each quantity and of each other rule or switch: one panel per figure in which anything moves.
 
-    Panels share their rows, ordered by the effect on the objective.
+    Panels share their rows, ordered by the effect on the objective; lines are 95 % intervals. Shares of variance
+    (Sobol) are of quantities alone.
     """
     name, objective = OBJECTIVES[found.objective]
-    panels = [(figure, effects) for figure, effects in found.effects.items() if _told(found, figure, effects)]
+    panels = [(figure, rows) for figure in found.effects if (rows := _bars(found, figure, figure == objective))]
     if not panels:
         figure = new_figure(9.0, 1.2)
-        figure.text(0.5, 0.5, "No knob changes anything here.", ha="center", va="center")
+        figure.text(0.5, 0.5, "No setting changes anything here.", ha="center", va="center")
         return figure
-    ranked = found.effects[objective] if panels[0][0] == objective else panels[0][1]
-    shown = [e.env for e in ranked if any(_shows(effects, e.env) for _, effects in panels)]
+    shown = list(dict.fromkeys(row for _, rows in panels for row in rows))
+    shown.sort(key=lambda row: "=" in row)
     figure = new_figure(9.0, 1.15 + 0.28 * len(shown))
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for ax, (which, effects) in zip(axes, panels, strict=True):
-        by_env = {e.env: e for e in effects}
-        sizes = [by_env[env].size for env in shown]
-        widths = [by_env[env].half_width for env in shown]
-        most = max(size + width for size, width in zip(sizes, widths, strict=True))
+    for ax, (which, bars) in zip(axes, panels, strict=True):
+        in_time = found.method == "morris" and which == objective
+        values = [bars.get(row, (0.0, 0.0, 0.0)) for row in shown]
+        least, most = min(0.0, *(low for _, low, _ in values)), max(0.0, *(high for _, _, high in values))
         per, title = 1.0, _title(which, name)
-        if found.method == "morris" and which == objective:
-            per = in_time_units(ax.xaxis, most, title)
+        if in_time:
+            per = in_time_units(ax.xaxis, max(most, -least), title)
         else:
             ax.set_xlabel(title if found.method == "morris" else f"{title}: share of variance")
+        sizes = np.array([size for size, _, _ in values]) / per
+        ends = np.array([(size - low, high - size) for size, low, high in values]).T / per
+        at = range(len(shown))
         colour = BLUE if which == objective else ORANGE
-        rows = range(len(shown))
-        ax.barh(rows, [size / per for size in sizes], height=0.62, color=colour, edgecolor=INK, linewidth=0.5)
-        low = [min(size, width) / per for size, width in zip(sizes, widths, strict=True)]
-        error = (low, [width / per for width in widths])
-        ax.errorbar(
-            [s / per for s in sizes], rows, xerr=error, fmt="none", ecolor=MUTED, elinewidth=1.3, capsize=2.5, zorder=4
-        )
-        for row, size, width in zip(rows, sizes, widths, strict=True):
-            text = duration(size) if found.method == "morris" and which == objective else number(size)
-            place = ((size + width) / per, row)
+        ax.barh(at, sizes, height=0.62, color=colour, edgecolor=INK, linewidth=0.5)
+        ax.errorbar(sizes, at, xerr=ends, fmt="none", ecolor=MUTED, elinewidth=1.3, capsize=2.5, zorder=4)
+        for row, (size, _, high) in zip(at, values, strict=True):
+            text = duration(size) if in_time else number(size)
+            place = (max(0.0, high) / per, row)
             ax.annotate(text, place, (5, 0), textcoords="offset points", va="center", fontsize=8)
-        ax.set_xlim(0.0, 1.25 * most / per)
+        ax.set_xlim(1.05 * least / per, 1.25 * (most or 1.0) / per)
         ax.tick_params(axis="y", length=0)
         ax.grid(axis="x")
     axes[0].set_yticks(range(len(shown)), shown)
@@ -68,17 +66,19 @@ def sensitivity(found: Sensitivity) -> Figure:
     return figure
 
 
-def _told(found: Sensitivity, figure: str, effects: tuple[Effect, ...]) -> bool:
-    """Whether a figure's effects are worth a panel: something moves, and shares of variance are known."""
-    if found.method == "sobol":
-        return any(e.size > 0.0 for e in effects) and all(e.half_width < 1.0 for e in effects)
-    least = 0.0 if figure == OBJECTIVES[found.objective][1] else LEAST_PER_100
-    return any(e.size > least for e in effects)
-
-
-def _shows(effects: tuple[Effect, ...], env: str) -> bool:
-    most = max(e.size for e in effects)
-    return any(e.env == env and e.size > LEAST * most for e in effects)
+def _bars(found: Sensitivity, figure: str, is_objective: bool) -> dict[str, tuple[float, float, float]]:
+    """What is worth a bar: size, low and high end, by the name of its row. Empty where nothing moves."""
+    effects = found.effects[figure]
+    if found.method == "sobol" and any(e.half_width >= 1.0 for e in effects):
+        return {}
+    bars = {e.env: (e.size, max(0.0, e.size - e.half_width), e.size + e.half_width) for e in effects}
+    if found.method == "morris":
+        known = (level for level in found.levels[figure] if math.isfinite(level.change))
+        bars |= {level.assignment: (level.change, level.low, level.high) for level in known}
+    most = max((abs(size) for size, _, _ in bars.values()), default=0.0)
+    if most <= (0.0 if is_objective or found.method == "sobol" else LEAST_PER_100):
+        return {}
+    return {row: bar for row, bar in bars.items() if abs(bar[0]) > LEAST * most}
 
 
 def _title(figure: str, objective: str) -> str:

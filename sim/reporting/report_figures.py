@@ -144,8 +144,10 @@ FIGURES: dict[str, Callable[[Plan, Grant], Any]] = {
 
 def _largest(plan: Plan) -> str:
     assert plan.sensitivity is not None
-    effects = plan.sensitivity.effects[palette.OBJECTIVES[plan.objective][1]][:3]
-    return _listing({e.env: duration(e.size) for e in effects}) + "."
+    objective = palette.OBJECTIVES[plan.objective][1]
+    quantities = {e.env: duration(e.size) for e in plan.sensitivity.effects[objective][:3]}
+    levels = [level for level in plan.sensitivity.levels[objective] if level.shows][:3]
+    return _listing(quantities | {level.assignment: duration(level.change) for level in levels}) + "."
 
 
 def _waited(f: Forecast) -> str:

@@ -266,10 +266,11 @@ def sensitivity_text(plan: Plan) -> str:
     if found is None:
         return ""
     return (
-        "Each setting is moved alone by two thirds of the range around the recommendation (two steps of the search's "
-        "values to either side; switches and rules in full), from many places: the bar is the mean change, "
-        f"whichever way, the line its 95 % interval (Morris' elementary effects, {found.runs:,} runs). A setting with "
-        "a short bar may stand where it is convenient."
+        "Each quantity is moved alone by two thirds of the range around the recommendation (two steps of the search's "
+        "values to either side), from many places: the bar is the mean change, up or down (Morris' elementary "
+        "effects). Each other value of a rule or switch takes the recommended one's place alone: the bar is the "
+        "change, run by run under the same chance. The line is the 95 % interval "
+        f"({found.runs:,} runs). A setting with a short bar can stay at any convenient value."
     )
 
 

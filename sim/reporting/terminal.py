@@ -299,9 +299,17 @@ def _matters(plan: Plan) -> str:
     """Which settings the recommendation hangs on."""
     if plan.sensitivity is None:
         return ""
-    effects = plan.sensitivity.effects[{"makespan": "makespan_s", "p95_latency": "latency_p95_s"}[plan.objective]]
-    told = [f"{e.env} (± {words.duration(e.size)})" for e in effects[:3] if e.size > 0.0]
-    return f"What matters most around it: {', '.join(told)}." if told else ""
+    objective = {"makespan": "makespan_s", "p95_latency": "latency_p95_s"}[plan.objective]
+    quantities = [e for e in plan.sensitivity.effects[objective][:3] if e.size > 0.0]
+    levels = [level for level in plan.sensitivity.levels[objective] if level.shows][:3]
+    parts = []
+    if quantities:
+        told = [f"{e.env} ({words.duration(e.size)})" for e in quantities]
+        parts.append(f"Quantities that matter most, by the mean change when they move: {', '.join(told)}.")
+    if levels:
+        told = [words.longer(level.assignment, level.change) for level in levels]
+        parts.append(f"Rules and switches: {', '.join(told)}.")
+    return " ".join(parts)
 
 
 def comparison_rows(plan: Plan) -> list[list[str]]:

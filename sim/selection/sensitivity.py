@@ -1,17 +1,18 @@
-"""Which knob matters: Morris' elementary effects or Sobol's indices of the simulated figures.
+"""Which setting matters: quantities by Morris' or Sobol's method, rules and switches by comparing each with the base.
 
-What lives here: from a scenario and a space of values to `Sensitivity`. What must not: the indices' own formulas
-(`morris`; for Sobol's, SALib), their look (`figures_robust`).
+A quantity is one input, uniform over the rungs of its ladder (`space`); SALib's design says which settings to run, all
+of them under the same seeds, so that noise does not count as an effect. Morris (1991; with Campolongo, Cariboni and
+Saltelli's mu*, 2007) moves one quantity at a time by two thirds of its ladder, from many random places: cheap, and in
+the figure's own unit. Sobol's total and first-order indices (Saltelli et al., 2010) are shares of variance and cost
+about ten times as many runs.
 
-Theory of operation. Each knob is one input, uniform over the rungs of its ladder (`space`); a design says which
-settings to run, all of them under the same seeds, so that noise does not count as an effect. Morris (1991; with
-Campolongo, Cariboni and Saltelli's mu*, 2007) moves one knob at a time by two thirds of its ladder, from many random
-places: cheap, and in the figure's own unit. Sobol's total and first-order indices (Saltelli et al., 2010; intervals by
-bootstrap) are shares of variance and cost about ten times as many runs.
+Rules and switches have no order, so no step of theirs is larger than another: each other value takes the base's place
+alone, and the two are compared run by run under the same chance.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -20,23 +21,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from governor.model.policy import KNOB_BY_NAME, Policy
-from sim.experiment.effects import Effect, Sensitivity
+from sim.experiment.effects import Effect, Level, Sensitivity
 from sim.experiment.experiment import Pool
-from sim.experiment.results import Figures
+from sim.experiment.results import Figures, estimate
 from sim.experiment.runs import Condition, Runs
 from sim.scenario.scenario import Scenario
-from sim.selection import morris
 from sim.selection.search import Goal
-from sim.selection.space import Space, full_space
+from sim.selection.space import full_space
 
 Method = Literal["morris", "sobol"]
 
-# Morris: levels of each input; a move is two thirds of the range with four of them.
+# Morris: levels of each input; a move is half of them, which is two thirds of the range with four.
 LEVELS = 4
-MOVE = morris.move_of(LEVELS)
+MOVE = LEVELS / (2.0 * (LEVELS - 1.0))
 # How far `near` reaches on each ladder, in rungs.
 NEAR = 2
 RESAMPLES = 200
+# Runs by which a rule or a switch is compared, at most; as many as there are trajectories if those are fewer.
+LEVEL_SEEDS = 20
 Design = NDArray[np.float64]
 
 
@@ -51,22 +53,24 @@ def sensitivity(
     near: bool = False,
     runs: Runs | None = None,
 ) -> Sensitivity:
-    """The effect of each knob on objective, throttles and losses.
+    """The effect of each setting on objective, throttles and losses.
 
-    `base`: the settings of the knobs that are not in the space, today's if not given. `size`: trajectories (Morris) or
-    the base sample, a power of 2 (Sobol). `near`: only values within two rungs of `base`. `seeds`: runs per setting.
+    `base`: the settings around which is asked, today's if not given. `size`: trajectories (Morris) or the base sample,
+    a power of 2 (Sobol). `near`: only quantities within two rungs of `base`. `seeds`: runs per setting of the design.
     """
     runs = runs or Runs(Pool())
     base = base or scenario.policy
-    ladders = _ladders(full_space(scenario), base, near)
+    ladders, levels = _split(scenario, base, near)
     names = list(ladders)
     problem = {"num_vars": len(names), "names": names, "bounds": [[0.0, 1.0]] * len(names)}
     design, analysed = (_morris if method == "morris" else _sobol)(problem, size, scenario.seed)
     policies = [base.with_(**_values(ladders, names, row, method)) for row in design]
+    others = [base.with_(**{name: value}) for name, value in levels]
     condition = Condition("", scenario)
     span = range(scenario.seed, scenario.seed + seeds)
+    paired = range(scenario.seed, scenario.seed + max(seeds, min(LEVEL_SEEDS, size)))
     before = runs.made
-    runs.require((condition, policy, span) for policy in policies)
+    runs.require([*((condition, p, span) for p in policies), *((condition, p, paired) for p in (base, *others))])
     found = [runs.figures(condition, policy, span) for policy in policies]
     figures: dict[str, Callable[[Figures], float]] = {
         goal.figure: lambda run: run[goal.figure],
@@ -74,32 +78,48 @@ def sensitivity(
         "lost_per_100": lambda run: 100.0 * run["failed"] / run.requests,
     }
     effects = {name: analysed(design, _outputs(found, figure)) for name, figure in figures.items()}
+    kept = runs.figures(condition, base, paired)
+    compared = [
+        (KNOB_BY_NAME[name].env, value, runs.figures(condition, other, paired))
+        for (name, value), other in zip(levels, others, strict=True)
+    ]
+    changes = {
+        which: [_level(env, value, changed, kept, figure) for env, value, changed in compared]
+        for which, figure in figures.items()
+    }
     return Sensitivity(
         method=method,
         objective=goal.objective,
         values={KNOB_BY_NAME[name].env: ladder for name, ladder in ladders.items()},
         effects={name: tuple(sorted(each, key=lambda e: (-e.size, e.env))) for name, each in effects.items()},
-        settings=len({tuple(row) for row in design}),
+        levels={name: tuple(sorted(each, key=lambda level: -abs(level.change))) for name, each in changes.items()},
+        settings=len({tuple(row) for row in design}) + len(others) + 1,
         runs=runs.made - before,
         seed=scenario.seed,
     )
 
 
-def _ladders(space: Space, base: Policy, near: bool) -> dict[str, tuple[Any, ...]]:
-    """The values of each knob; those with a single one are left out."""
-    found: dict[str, tuple[Any, ...]] = {}
-    for name, ladder in space.ladders.items():
+def _split(
+    scenario: Scenario, base: Policy, near: bool
+) -> tuple[dict[str, tuple[Any, ...]], list[tuple[str, str | bool]]]:
+    """The values of each quantity that has several, and each other value of each rule and switch."""
+    ladders: dict[str, tuple[Any, ...]] = {}
+    levels: list[tuple[str, str | bool]] = []
+    for name, ladder in full_space(scenario).ladders.items():
+        if isinstance(ladder[0], str | bool):
+            levels += [(name, value) for value in ladder if value != getattr(base, name)]
+            continue
         values = ladder
-        if near and not isinstance(ladder[0], str | bool):
+        if near:
             at = min(range(len(ladder)), key=lambda i: abs(ladder[i] - getattr(base, name)))
             values = ladder[max(0, at - NEAR) : at + NEAR + 1]
         if len(values) > 1:
-            found[name] = tuple(values)
-    return found
+            ladders[name] = tuple(values)
+    return ladders, levels
 
 
 def _values(ladders: dict[str, tuple[Any, ...]], names: Sequence[str], row: Design, method: str) -> dict[str, Any]:
-    """One row of the design, from 0 to 1 in each knob, as rungs."""
+    """One row of the design, from 0 to 1 in each quantity, as rungs."""
     picked = {}
     for name, u in zip(names, row, strict=True):
         ladder = ladders[name]
@@ -116,18 +136,34 @@ def _outputs(found: Sequence[Sequence[Figures]], figure: Callable[[Figures], flo
     return np.where(known, means, means[known].max() if known.any() else 0.0)
 
 
+def _level(
+    env: str, value: str | bool, changed: Sequence[Figures], kept: Sequence[Figures], figure: Callable[[Figures], float]
+) -> Level:
+    """What the value changes, run by run; nan where no pair of runs has the figure."""
+    pairs = [figure(mine) - figure(theirs) for mine, theirs in zip(changed, kept, strict=True)]
+    known = [change for change in pairs if math.isfinite(change)]
+    e = estimate(known or [math.nan])
+    return Level(env, value, e.mean, e.low, e.high)
+
+
 Analysis = Callable[[Design, NDArray[np.float64]], list[Effect]]
 
 
+# SALib is imported where it is needed: it takes a quarter of a second, which a run or a capacity need not wait for.
+
+
 def _morris(problem: dict[str, Any], size: int, seed: int) -> tuple[Design, Analysis]:
-    names = problem["names"]
-    design = morris.trajectories(len(names), size, levels=LEVELS, seed=seed)
+    from SALib.analyze import morris as analysis
+    from SALib.sample import morris as sampling
+
+    design = sampling.sample(problem, size, num_levels=LEVELS, seed=seed)
 
     def analysed(x: Design, y: NDArray[np.float64]) -> list[Effect]:
-        found = morris.mean_effects(morris.elementary_effects(x, y), resamples=RESAMPLES, seed=seed)
+        found = analysis.analyze(problem, x, y, num_levels=LEVELS, num_resamples=RESAMPLES, seed=seed)
         # Effects are stated per whole range; shown is what one move does.
-        rows = zip(names, *(MOVE * each for each in found), strict=True)
-        return [Effect(KNOB_BY_NAME[name].env, float(m), float(c), float(s)) for name, m, c, s in rows]
+        indices = (MOVE * np.asarray(found[name], np.float64) for name in ("mu_star", "mu_star_conf", "sigma"))
+        rows = zip(problem["names"], *indices, strict=True)
+        return [Effect(KNOB_BY_NAME[n].env, float(m), float(c), float(s)) for n, m, c, s in rows]
 
     return design, analysed
 

@@ -35,10 +35,18 @@ def plain() -> Scenario:
 def test_knobs_that_can_change_nothing_have_no_effect(plain: Scenario, method, size: int) -> None:
     found = sensitivity(plain, Goal(), method=method, size=size, runs=Runs(Pool(1, engine="simpy")))
     effects = {e.env: e for e in found.effects["makespan_s"]}
-    assert set(effects) == {KNOB_BY_NAME[name].env for name in full_space(plain).ladders}
-    for name in ("backoff_base_seconds", "retry_max_attempts", "hold_on_throttle", "sync_headers", "launch_order"):
+    ladders = full_space(plain).ladders
+    unordered = {name for name, ladder in ladders.items() if isinstance(ladder[0], str | bool)}
+    assert set(effects) == {KNOB_BY_NAME[name].env for name in set(ladders) - unordered}
+    for name in ("backoff_base_seconds", "retry_max_attempts", "tpm_headroom"):
         effect = effects[KNOB_BY_NAME[name].env]
         assert (effect.size, effect.half_width, effect.other) == (0.0, 0.0, 0.0)
+    # Every other value of every rule and switch is compared, none of which can change anything here.
+    levels = found.levels["makespan_s"]
+    assert {(level.env, level.value) for level in levels} == {
+        (KNOB_BY_NAME[name].env, value) for name in unordered for value in ladders[name]
+    } - {(KNOB_BY_NAME[name].env, getattr(plain.policy, name)) for name in unordered}
+    assert {(level.change, level.low, level.high, level.shows) for level in levels} == {(0.0, 0.0, 0.0, False)}
     first, second = found.effects["makespan_s"][:2]
     assert first.env == "OPENAI_STAGGER_SECONDS"
     assert second.env == "OPENAI_MAX_CONCURRENCY"
@@ -68,7 +76,22 @@ def test_near_stays_within_two_steps(plain: Scenario) -> None:
     ladder = full_space(plain).ladders["stagger_seconds"]
     at = ladder.index(plain.policy.stagger_seconds)
     assert found.values["OPENAI_STAGGER_SECONDS"] == ladder[at - 2 : at + 3]
-    assert found.values["OPENAI_SYNC_HEADERS"] == (False, True)
+
+
+def test_a_rule_is_compared_with_the_present_one_run_by_run(plain: Scenario) -> None:
+    """Reserving 100,000 for each request lets one go per window of 100,000: what the rule costs is their number."""
+    fixed = plain.policy.with_(
+        charge_rule="prompt_plus_max", stagger_seconds=0.0, max_concurrency=ROWS, est_tokens_per_run=100_000,
+        tpm_limit=100_000, tpm_window="bucket",
+    )  # fmt: skip
+    found = sensitivity(plain, Goal(), base=fixed, size=4, runs=Runs(Pool(1, engine="simpy")))
+    costs = {level.value: level for level in found.levels["makespan_s"] if level.env == "OPENAI_CHARGE_RULE"}
+    assert set(costs) == {"fixed", "prompt_chars4", "auto", "responses", "max_of"}
+    worst = found.levels["makespan_s"][0]
+    assert (worst.assignment, worst.shows) == ("OPENAI_CHARGE_RULE=fixed", True)
+    # A full bucket for the first, a minute for each of the others.
+    assert worst.change == pytest.approx(60.0 * (ROWS - 1), rel=0.01)
+    assert costs["max_of"].change == 0.0
 
 
 def test_the_command(root: Path, tmp_path: Path, monkeypatch, capsys) -> None:
@@ -85,6 +108,9 @@ def test_the_command(root: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     assert found["method"] == "morris"
     for effect in found["effects"]["makespan_s"]:
         assert effect["env"] in out
+    for level in found["levels"]["makespan_s"]:
+        assert f"{level['env']}={str(level['value']).lower()}" in out
+    assert "±" not in out
     assert main([*words[:-4], "--size", "12", "--method", "sobol"]) == 2
     assert "--size 12 is no power of 2" in capsys.readouterr().err
     assert main([*words, "--figure", str(tmp_path / "effects.pdf")]) == 2
