@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,7 +32,7 @@ from governor.service.worker.worker import Worker
 def test_readiness_names_a_pool_that_launches_nothing(governor: dict[str, Any], blocked: str, says: str) -> None:
     rest: dict[str, Any] = dict.fromkeys(("recorder", "meter", "alarms", "waits", "series", "feed", "send"))
     now_s = 1_000.0
-    held = SimpleNamespace(hold_until=now_s + governor.pop("hold_s", -now_s))
+    held = SimpleNamespace(hold_until=now_s + governor.pop("hold_s", -now_s), probe_at=-math.inf)
     backs_off = (now_s + governor.pop("backoff_s", float("inf")), -float("inf"))
     bare: Any = SimpleNamespace(**governor, s=held, now=lambda: now_s, backing_off=lambda: backs_off)
     lane = Lane(pool=Pool(), policy=Policy(), governor=bare, blocked=blocked, **rest)
