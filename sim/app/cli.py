@@ -376,7 +376,12 @@ def backtest(
 
 @app.command()
 def replay(
-    journal: Annotated[str, typer.Argument(metavar="JOURNAL.db", help="The journal of a run.", show_default=False)],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="JOURNAL.db|LOG", help="The journal of a run, or a log of another client.", show_default=False
+        ),
+    ],
     env_file: Annotated[
         str | None, typer.Option(metavar="FILE", help="Other settings, on top of the run's own.")
     ] = None,
@@ -398,6 +403,13 @@ def replay(
     replications: Annotated[
         int, typer.Option(metavar="N", min=0, max=10_000, help="Runs to simulate; 0 = as many as need some seconds.")
     ] = 0,
+    columns: Annotated[
+        str, typer.Option(metavar="ROLE=NAME,...", help="Columns of a log; a time may carry a unit: latency=took:ms.")
+    ] = "",
+    arrivals: Annotated[
+        Literal["batch", "trace"] | None,
+        typer.Option(help="Of a log: all requests there at the start, or as it says (the default where it does)."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a run would have been under other settings.
@@ -414,8 +426,10 @@ def replay(
         tpm=tpm,
         runs=replications,
         pairs=pairs,
+        columns=columns,
+        arrivals=arrivals,
     )
-    found, text = replayed(journal, options, _width())
+    found, text = replayed(source, options, _width())
     _print(found, text, as_json=as_json)
 
 

@@ -1,4 +1,4 @@
-"""The command `paceline replay`: a run again under other settings, paired request by request."""
+"""The command `paceline replay`: a journal or a log again under other settings, paired request by request."""
 
 from __future__ import annotations
 
@@ -8,20 +8,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from governor.journal.journal import Journal
+from governor.model.errors import BadInput, BadSetting
 from governor.model.policy import Policy
 from governor.model.settings import policy_of
 from sim.app.inputs import named_provider
 from sim.app.outputs import check_file
 from sim.base.files import write_atomically
-from sim.calibration.calibrate import calibrate
+from sim.calibration.calibrate import calibrate, read_sources
 from sim.calibration.observed import of_journal
 from sim.model.provider_config import ProviderConfig
 from sim.reporting.replay_text import replay_json, replay_text
+from sim.scenario.columns import parse_columns
+from sim.scenario.readers import is_journal
+from sim.scenario.scenario import following
 from sim.validation.counterfactual import Counterfactual, counterfactual
-from sim.validation.replay import Stage, closest
+from sim.validation.logged import lesson_of
+from sim.validation.replay import Arrivals, Stage, closest
 from sim.validation.twin import Lesson, believed, lessons
 
-GIVEN, BELIEVED, LEARNT = "as given", "as the settings believe", "as learnt from the run"
+GIVEN, BELIEVED, LEARNT = "as given", "as the settings believe", "as learnt from it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +39,8 @@ class ReplayOptions:
     tpm: int | None = None
     runs: int = 0
     pairs: str | None = None
+    columns: str = ""
+    arrivals: Arrivals | None = None
 
 
 def replayed(path: str, o: ReplayOptions, width: int) -> tuple[dict[str, Any], str]:
@@ -44,9 +51,14 @@ def replayed(path: str, o: ReplayOptions, width: int) -> tuple[dict[str, Any], s
         return policy_of(o.env_file, assignments=o.assignments, base=policy)
 
     rewrite(Policy())  # before anything is read: a slip in a setting should show at once
-    with Journal.open(path) as journal:
-        found = lessons(journal)
-    name, stages = _stages(path, found, o)
+    if is_journal(path):
+        if o.columns or o.arrivals:
+            raise BadSetting("--columns and --arrivals are for logs of other clients: this is a journal", "--columns")
+        with Journal.open(path) as journal:
+            found = lessons(journal)
+        name, stages = _stages(path, found, o)
+    else:
+        name, stages = _of_log(path, o)
     result = counterfactual(stages, rewrite, runs=o.runs, provider_from=name)
     if o.pairs is not None:
         _write_pairs(o.pairs, result)
@@ -66,6 +78,24 @@ def _stages(path: str, found: Sequence[Lesson], o: ReplayOptions) -> tuple[str, 
         return BELIEVED, [Stage(lesson, believed(lesson)) for lesson in found]
     base = believed(found[0])
     name, stage = closest(found[0], [(BELIEVED, base), (LEARNT, _learnt(path, base))])
+    return name, [stage]
+
+
+def _of_log(path: str, o: ReplayOptions) -> tuple[str, list[Stage]]:
+    """A log of another client: arrivals as in the log where it has them, and the guardrails' settings."""
+    observed = read_sources([path], parse_columns(o.columns) if o.columns else {})
+    learnt = calibrate(observed).scenario
+    given = None if o.provider is None else named_provider(o.provider)
+    if o.tpm is not None:
+        given = (given or learnt.provider).with_(tpm=o.tpm)
+    policy = learnt.policy if given is None else following(Policy(), given)
+    arrivals = o.arrivals or learnt.arrivals
+    lesson = lesson_of(observed, policy)
+    if arrivals == "trace" and not lesson.workload.has_arrivals:
+        raise BadInput("the log has no arrival times: use --arrivals batch", path)
+    if given is not None:
+        return GIVEN, [Stage(lesson, given, arrivals=arrivals, is_log=True)]
+    name, stage = closest(lesson, [(LEARNT, learnt.provider)], arrivals=arrivals, is_log=True)
     return name, [stage]
 
 

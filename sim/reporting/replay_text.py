@@ -76,6 +76,9 @@ def _later(seconds: float) -> str:
 
 
 def _settings_text(found: Counterfactual) -> str:
+    if found.is_log:
+        told = ", ".join(f"{env}={after}" for env, (_, after) in found.changed.items())
+        return f"guardrails' defaults under the limits found{', with ' + told if told else ''}"
     if not found.changed:
         return "the run's own"
     return ", ".join(f"{env}={after} (was {before})" for env, (before, after) in found.changed.items())
@@ -84,24 +87,26 @@ def _settings_text(found: Counterfactual) -> str:
 def _provider_text(found: Counterfactual) -> str:
     p = found.provider
     settles = "settles to real use" if p.settles else "does not settle"
-    return f"{p.tpm:,} tokens and {p.rpm:,} requests per minute (0 = no limit), charge rule {p.charge_rule}, {settles}"
+    minutes = "" if p.window == "bucket" else f", minutes: {p.window}"
+    text = f"{p.tpm:,} tokens and {p.rpm:,} requests per minute (0 = no limit), charge rule {p.charge_rule}, {settles}"
+    assumed = [name for name in ("limits", "charge rule", "settling") if p.learnt and name not in p.learnt]
+    return text + minutes + (f"; it does not tell, so assumed: {', '.join(assumed)}" if assumed else "")
 
 
 def check_text(found: Counterfactual) -> str:
     """How well the run itself is reproduced."""
-    was_s, alone = found.makespan_s.was, found.alone
-    texts = []
-    if found.own is not None:
-        own = found.own
-        texts.append(
-            f"under its own settings {number(own.launches)} launches of {number(found.launches.was)}, "
-            f"{number(own.throttled)} 429s of {number(found.throttled.was)}, makespan {_off(own.makespan_s, was_s)}"
+    was_s, own, alone = found.makespan_s.was, found.own, found.alone
+    if own is None:
+        return (
+            f"of the log's own launches the provider's model refuses {number(alone.throttled)}, where "
+            f"{number(found.throttled.was)} were refused; the client's own settings are not known"
         )
-        texts.append(
-            f"with the provider's model deciding alone {number(alone.launches)}, {number(alone.throttled)}, "
-            f"{_off(alone.makespan_s, was_s)}"
-        )
-    return "; ".join(texts)
+    return (
+        f"under its own settings {number(own.launches)} launches of {number(found.launches.was)}, "
+        f"{number(own.throttled)} 429s of {number(found.throttled.was)}, makespan {_off(own.makespan_s, was_s)}; "
+        f"with the provider's model deciding alone {number(alone.launches)}, {number(alone.throttled)}, "
+        f"{_off(alone.makespan_s, was_s)}"
+    )
 
 
 def _off(value: float, was: float) -> str:

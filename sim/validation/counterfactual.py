@@ -86,14 +86,16 @@ class Counterfactual:
 
 
 def counterfactual(
-    stages: Sequence[Stage], rewrite: Rewrite, *, runs: int = 0, provider_from: str = "", is_log: bool = False
+    stages: Sequence[Stage], rewrite: Rewrite, *, runs: int = 0, provider_from: str = ""
 ) -> Counterfactual:
     """The run of these pools under rewritten settings. `runs`: replications, 0 = as many as `backtest` makes."""
     requests = sum(len(stage.lesson.workload) for stage in stages)
     runs = runs or max(RUNS_LEAST, min(RUNS_MOST, REQUESTS_SIMULATED // max(1, requests)))
     would = [_together(each) for each in zip(*(stage.reruns(runs, rewrite) for stage in stages), strict=True)]
-    alone = _together([stage.reruns(1, coupled=False)[0] for stage in stages])
-    was = _as_it_was(stages)
+    alone = _together([stage.alone() for stage in stages])
+    was = _together([stage.as_it_was() for stage in stages])
+    own = [stage.own for stage in stages if stage.own is not None]
+    is_log = not own
     parted = [each.parted_s for each in would if each.parted_s is not None]
     has_parted = bool(parted) or is_log
 
@@ -122,7 +124,7 @@ def counterfactual(
             if i and any(each.waits_s[i] > 0.0 for each in (was, *would))
         },
         ends=_ends(was, would, alone if has_parted else was),
-        own=None if is_log else _together([stage.own for stage in stages]),
+        own=_together(own) if own else None,
         alone=alone,
         parted_s=min(parted, default=None),
         provider=stages[0].provider,
@@ -144,23 +146,6 @@ def _together(parts: Sequence[Rerun]) -> Rerun:
         np.concatenate([part.ends_s for part in parts]),
         np.concatenate([part.is_lost for part in parts]),
         min(parted, default=None),
-    )
-
-
-def _as_it_was(stages: Sequence[Stage]) -> Rerun:
-    return _together(
-        [
-            Rerun(
-                stage.lesson.makespan_s,
-                float(stage.lesson.throttled),
-                float(stage.lesson.launches),
-                stage.lesson.record.waits_s,
-                stage.lesson.record.ended_s,
-                stage.lesson.record.is_lost,
-                None,
-            )
-            for stage in stages
-        ]
     )
 
 

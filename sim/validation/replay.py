@@ -31,6 +31,7 @@ from sim.model import provider as prov
 from sim.model import windows as win
 from sim.model.provider_config import ProviderConfig
 from sim.model.workload import charges, columns, similar_outputs
+from sim.validation.logged import refused_alone
 from sim.validation.recorded import Record, Tried
 from sim.validation.twin import CHANGE, Lesson, Twin, taught
 
@@ -199,12 +200,15 @@ class Rerun(NamedTuple):
 
 
 class Stage:
-    """A lesson and the provider to play it on. `reruns` plays it, under the run's own settings or others."""
+    """A lesson and the provider to play it on. `reruns` plays it, under the run's own settings or others.
+
+    `is_log`: it is another client's, whose settings are not known. `own`: under its own settings, None for a log.
+    """
 
     def __init__(
-        self, lesson: Lesson, provider: ProviderConfig, *, arrivals: Literal["batch", "trace"] = "batch"
+        self, lesson: Lesson, provider: ProviderConfig, *, arrivals: Arrivals = "batch", is_log: bool = False
     ) -> None:
-        self.lesson, self.arrivals = lesson, arrivals
+        self.lesson, self.arrivals, self.is_log = lesson, arrivals, is_log
         provider = taught(provider, lesson)
         self.takings = takings(lesson.counts, self._columns(lesson.policy, provider).charge, provider)
         if any(count.stated for count in lesson.counts):
@@ -212,11 +216,26 @@ class Stage:
             provider = provider.with_(cotenant={"share": 0.0, "burst_s": 0.0, "period_s": 0.0})
         self.provider = provider
         self.delays: Delays = {}
-        self.own = self._run(None, 0, coupled=True, delays=None)
+        self.own = None if is_log else self._run(None, 0, coupled=True, delays=None)
 
     def reruns(self, runs: int, rewrite: Rewrite | None = None, *, coupled: bool = True) -> list[Rerun]:
         """Replications under rewritten settings, None = the run's own."""
+        coupled = coupled and not self.is_log
         return [self._run(rewrite, r, coupled=coupled, delays=self.delays) for r in range(runs)]
+
+    def as_it_was(self) -> Rerun:
+        """What was recorded."""
+        lesson, record = self.lesson, self.lesson.record
+        counts = float(lesson.throttled), float(lesson.launches)
+        return Rerun(lesson.makespan_s, *counts, record.waits_s, record.ended_s, record.is_lost, None)
+
+    def alone(self) -> Rerun:
+        """The run where the provider's model decides on every refusal; of a log, only how many it refuses."""
+        if not self.is_log:
+            return self.reruns(1, coupled=False)[0]
+        charges = self._columns(self.lesson.policy, self.provider).charge
+        refused = refused_alone(self.lesson.record, charges, self.provider, self.takings)
+        return self.as_it_was()._replace(throttled=float(refused))
 
     def _columns(self, policy: Policy, provider: ProviderConfig, number: int = 0) -> Any:
         lesson = self.lesson
@@ -286,7 +305,13 @@ class Stage:
 # ---------------------------------------------------------------- the provider
 
 
-def closest(lesson: Lesson, candidates: Sequence[tuple[str, ProviderConfig]]) -> tuple[str, Stage]:
+def closest(
+    lesson: Lesson,
+    candidates: Sequence[tuple[str, ProviderConfig]],
+    *,
+    arrivals: Arrivals = "batch",
+    is_log: bool = False,
+) -> tuple[str, Stage]:
     """The provider that explains the run best, the first one among equals, counted in any form of minutes.
 
     Those are played that explain most counts of the headers: then what counts is also the share of launches by which
@@ -296,13 +321,13 @@ def closest(lesson: Lesson, candidates: Sequence[tuple[str, ProviderConfig]]) ->
     unexplained = [_unexplained(lesson, form) for _, form in forms]
     least = min(unexplained)
     played = [
-        (loss, name, Stage(lesson, form))
+        (loss, name, Stage(lesson, form, arrivals=arrivals, is_log=is_log))
         for loss, (name, form) in sorted(zip(unexplained, forms, strict=True), key=lambda each: each[0])
         if loss <= least + UNEXPLAINED_MORE
     ]
 
     def misses(each: tuple[float, str, Stage]) -> float:
-        alone = each[2].reruns(1, coupled=False)[0]
+        alone = each[2].alone()
         counts = abs(alone.throttled - lesson.throttled) / max(1, lesson.launches)
         return round(each[0] + counts + abs(alone.makespan_s - lesson.makespan_s) / max(1e-9, lesson.makespan_s), 3)
 

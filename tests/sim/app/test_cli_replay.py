@@ -6,13 +6,23 @@ import asyncio
 import csv
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pytest
+import yaml
 
+from governor.model.policy import Policy
 from governor.model.requests import Answer, Outcome
 from governor.model.work import Job
 from sim.app.cli import main
+from sim.app.example_log import write_log
+from sim.des.engines import simulated
+from sim.experiment.experiment import case_of
+from sim.model.provider_config import ProviderConfig
+from sim.model.workload import from_tokens
+from sim.scenario.scenario import Scenario
+from sim.scenario.scenario_file import FileSource
 from tests.governor.journals import FREE, answer, created, refusal, run_through
 
 REQUESTS, REFUSED, FAILED = 16, 4, 6
@@ -114,3 +124,58 @@ def test_a_journal_stands_where_a_workload_does(
     assert again["makespan_s"] == pytest.approx(found["makespan_s"])
     assert main(["simulate", journal, "--first", "3"]) == 2
     assert "journal" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- logs of other clients
+
+PROVIDER = ProviderConfig(
+    tpm=20_000,
+    rpm=100,
+    charge_rule="prompt_plus_max",
+    latency={"first_token_s": 1.0, "per_token_s": 0.02, "sigma": 0.0, "stall_ratio": 0.0},
+)
+
+
+def policy(**changes: Any) -> Policy:
+    base = {"tpm_limit": 20_000, "rpm_limit": 100, "charge_rule": "prompt_plus_max", "stagger_seconds": 0.0}
+    return Policy().with_(**{**base, "tpm_window": "bucket", **changes})
+
+
+@pytest.mark.parametrize("arrivals", ["batch", "trace"])
+def test_a_log_is_replayed_as_a_second_run_would_be(
+    arrivals: Literal["batch", "trace"], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(3)
+    n = 60
+    arrival_s = np.sort(rng.uniform(0.0, 120.0, n)) if arrivals == "trace" else None
+    if arrival_s is not None:
+        arrival_s[0] = 0.0
+    workload = from_tokens(rng.integers(50, 400, n), rng.integers(20, 500, n), max_tokens=500, arrival_s=arrival_s)
+    first = Scenario(
+        source=FileSource(path="-"),
+        workload=workload,
+        provider=PROVIDER,
+        policy=policy(max_concurrency=20),
+        arrivals=arrivals,
+    )
+    write_log(first, tmp_path / "log.csv")
+    (tmp_path / "provider.yaml").write_text(yaml.safe_dump(PROVIDER.model_dump(mode="json")))
+    second = policy(max_concurrency=2)
+    (tmp_path / "second.env").write_text(second.to_env(everything=True))
+    words = [str(tmp_path / "log.csv"), "--env-file", str(tmp_path / "second.env")]
+    found = printed(capsys, "replay", *words, "--provider", str(tmp_path / "provider.yaml"))
+    case = case_of(first.with_(policy=second))
+    other = simulated(case, 0)
+    assert found["own_settings"] is None
+    assert found["provider_alone"]["throttled"] == found["throttled"]["was"]
+    assert found["makespan_s"]["would"] == pytest.approx(float(other.last_s), rel=1e-3)
+    assert found["throttled"]["would"] == other.throttled
+    learnt = printed(capsys, "replay", *words)
+    assert learnt["makespan_s"]["would"] == pytest.approx(float(other.last_s), rel=0.05)
+
+
+def test_a_log_without_moments_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text("prompt_tokens,output_tokens\n" + "100,50\n" * 20)
+    assert main(["replay", str(path)]) == 2
+    assert "launched" in capsys.readouterr().err
