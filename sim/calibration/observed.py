@@ -71,9 +71,10 @@ class Observed:
 
         Those that were lost asked for the quota as well. A refused row without an id is nobody's in particular.
         """
-        chosen = {int(self.request[i]): i for i in range(len(self)) if self.request[i] >= 0}
-        chosen |= {int(self.request[i]): i for i in np.flatnonzero(self.final & self.answered).tolist()}
-        return np.array(sorted(chosen.values()), np.int64)
+        answers = _last_of_each(self.request, self.final & self.answered)
+        tries = _last_of_each(self.request, self.request >= 0)
+        lost = tries[~np.isin(self.request[tries], self.request[answers])]
+        return np.sort(np.concatenate([answers, lost]))
 
     def counts(self) -> list[Count]:
         """The attempts whose moment is known, with what their headers stated, as `others` reads them."""
@@ -140,10 +141,12 @@ def observed_of(label: str, rows: Mapping[str, Sequence[Any]], *, source: str, n
     launched, arrived = (np.where(values >= 0.0, values - zero, -1.0) for values in (launched, arrived))
     arrived = np.where(arrived < 0.0, launched, arrived)
     prompt, output = whole("prompt"), whole("output")
-    ids = list(rows["id"]) if "id" in rows else [""] * count
+    ids = rows["id"] if "id" in rows else [""] * count
     order = np.argsort(np.where(launched >= 0.0, launched, arrived), kind="stable")
     code: dict[str, int] = {}
-    request = np.array([code.setdefault(x, len(code)) if x else -2 - i for i, x in enumerate(ids)], np.int64)
+    numbered = (code.setdefault(x, len(code)) if x else -2 - i for i, x in enumerate(ids))
+    request = np.fromiter(numbered, np.int64, count)
+    code.clear()
     # What was known of a request by one of its attempts holds for the others, whose refusal states no usage.
     prompt = _from_siblings(request, prompt)
     usable = (kind == ANSWERED) & (prompt >= 0) & (output >= 0)
@@ -165,8 +168,10 @@ def observed_of(label: str, rows: Mapping[str, Sequence[Any]], *, source: str, n
         arrival_s=np.maximum(0.0, arrived),
         recorded_s=took,
         custom_ids=[x or f"request-{i + 1}" for i, x in enumerate(ids)],
-        models=list(rows["model"]) if "model" in rows else None,
-    ).take(order)
+        models=_one_or_all(rows["model"]) if "model" in rows else None,
+    )
+    if (np.diff(order) != 1).any():
+        tries = tries.take(order)
     lane = numbers("finalize", 0.0)
     found = Observed(
         label=label,
@@ -185,7 +190,9 @@ def observed_of(label: str, rows: Mapping[str, Sequence[Any]], *, source: str, n
         outcomes="kind" in rows,
         notes=notes,
     )
-    final = _last_of_each(found)
+    # Of several answers to one request the last one counts.
+    final = np.zeros(count, np.bool_)
+    final[_last_of_each(found.request, found.final)] = True
     again = int(found.final.sum()) - int(final.sum())
     if again:
         notes = (*notes, f"{label}: {again:,} answers are to requests (by id) with a later one, which counts alone")
@@ -205,19 +212,22 @@ STATED = ("limit_tokens", "remaining_tokens", "limit_requests", "remaining_reque
 
 
 def _from_siblings(request: NDArray[np.int64], prompt: NDArray[np.int64]) -> NDArray[np.int64]:
-    known: dict[int, int] = {}
-    for number, tokens in zip(request.tolist(), prompt.tolist(), strict=True):
-        if tokens >= 0:
-            known[number] = tokens
-    return np.array([known.get(number, -1) for number in request.tolist()], np.int64)
+    last = _last_of_each(request, prompt >= 0)
+    if not len(last):
+        return prompt
+    place = np.minimum(np.searchsorted(request[last], request), len(last) - 1)
+    return np.where(request[last][place] == request, prompt[last][place], -1)
 
 
-def _last_of_each(found: Observed) -> NDArray[np.bool_]:
-    """Of several answers to one request the last one counts."""
-    last = {int(found.request[i]): i for i in np.flatnonzero(found.final).tolist()}
-    final = np.zeros(len(found), np.bool_)
-    final[list(last.values())] = True
-    return final
+def _last_of_each(request: NDArray[np.int64], where: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """The last attempt of each request among those, in order of their requests' numbers."""
+    places = np.flatnonzero(where)
+    _, from_end = np.unique(request[places][::-1], return_index=True)
+    return places[len(places) - 1 - from_end]
+
+
+def _one_or_all(names: Sequence[str]) -> str | list[str]:
+    return names[0] if len(set(names)) == 1 else list(names)
 
 
 # ---------------------------------------------------------------- journals
@@ -275,7 +285,8 @@ def pooled(parts: Sequence[Observed]) -> Observed:
     for part in parts:
         # A quarter of an hour between them: whatever was used in one is gone in the next.
         launched_s, arrived_s = (np.where(v >= 0.0, v + shift, -1.0) for v in (part.launched_s, part.arrived_s))
-        moved.append(replace(part, request=part.request + requests, launched_s=launched_s, arrived_s=arrived_s))
+        ids = np.where(part.request >= 0, part.request + requests, part.request - requests)
+        moved.append(replace(part, request=ids, launched_s=launched_s, arrived_s=arrived_s))
         shift = float(max(launched_s.max(), arrived_s.max(), 0.0)) + 900.0
         requests += 2 * len(part) + 2
     columns = ("request", "final", "kind", "launched_s", "arrived_s", "took_s", "first_s", "processing_s")

@@ -14,8 +14,9 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -269,9 +270,10 @@ class Columns:
 
     def of(self, name: str) -> list[Column]:
         """The roles that a column plays; none for one that plays no part, or whose role the user gave to another."""
-        if name not in self._found:
-            self._found[name] = self._chosen.get(name) or self._guess(name)
-        return self._found[name]
+        found = self._found.get(name)
+        if found is None:
+            found = self._found[name] = self._chosen.get(name) or self._guess(name)
+        return found
 
     def _guess(self, name: str) -> list[Column]:
         found = guessed(name)
@@ -433,7 +435,8 @@ _WORDS = {
 _SAYS_THROTTLED = re.compile(r"rate.?limit|too.?many.?requests|throttl|resource.?exhausted", re.IGNORECASE)
 
 
-def status_of(value: object) -> int:
+@lru_cache(maxsize=1_024, typed=True)
+def status_of(value: Hashable) -> int:
     """A status as an HTTP code, 0 for a failure without one: "200", 429.0, "429 Too Many Requests", "ok", "failed"."""
     text = str(value).strip().lower()
     number = number_of(text.split(" ")[0])
@@ -443,7 +446,7 @@ def status_of(value: object) -> int:
     return code
 
 
-def span_status_of(value: object) -> int:
+def span_status_of(value: Hashable) -> int:
     """OpenTelemetry's status of a span, which is a number in JSON: 0 unset, 1 ok, 2 error."""
     number = number_of(value)
     return status_of(value) if number is None or number > 2 else (0 if number == 2 else 200)

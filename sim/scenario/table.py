@@ -129,9 +129,13 @@ class Table:
         best: dict[str, tuple[Any, Column]] = {}
         of = self.names.of
         for name, value in pairs:
-            for column in of(name):
+            columns = of(name)
+            # Words for "none" are short: a longer text is not looked at twice.
+            if not columns or ((type(value) is not str or len(value) < 6) and is_absent(columns[0].role, value)):
+                continue
+            for column in columns:
                 held = best.get(column.role)
-                if (held is None or column.rank < held[1].rank) and not is_absent(column.role, value):
+                if held is None or column.rank < held[1].rank:
                     best[column.role] = value, column
         why = self._left_out(best, line)
         if why:
@@ -169,8 +173,8 @@ class Table:
                 self.columns[role] = next(pair[1] for pair in held if pair is not None)
             if role in ("id", "model", "lane"):
                 texts = self.texts.setdefault(role, [""] * count)
-                places = zip(held, block, strict=True)
-                texts.extend("" if pair is None else self._text(pair, line) for pair, (line, _) in places)
+                for pair, (line, _) in zip(held, block, strict=True):
+                    texts.append("" if pair is None else self._text(pair, line))
             elif role in WHOLES or role in DURATIONS or role in MOMENTS or role in COUNTS or role == "endpoint":
                 empty = 0.0 if role == "endpoint" else -1.0
                 numbers = self.numbers.setdefault(role, array("d", [empty]) * count)
@@ -198,9 +202,11 @@ class Table:
         return number
 
     def _text(self, pair: tuple[Any, Column], line: int) -> str:
-        text = str(self._checked(line, pair, lambda value, column: text_of(column.role, value)))
+        value, column = pair
+        if type(value) is not str:
+            value = str(self._checked(line, pair, lambda value, column: text_of(column.role, value)))
         # Few models and lanes have many rows; ids are one per row.
-        return text if pair[1].role == "id" else self._shared.setdefault(text, text)
+        return value if column.role == "id" else self._shared.setdefault(value, value)
 
     def _kind(self, line: int, best: dict[str, tuple[Any, Column]]) -> int:
         """What became of the attempt. One that was answered without usage tells nothing but that it was made."""
@@ -208,8 +214,7 @@ class Table:
         if pair is not None:
             of_span = pair[1].name.endswith("status.code")
             status = int(self._checked(line, pair, lambda v, _: span_status_of(v) if of_span else status_of(v)))
-        texts = (str(best[role][0]).strip() if role in best else "" for role in ("outcome", "error"))
-        outcome, error = texts
+        outcome, error = (str(best[role][0]).strip() if role in best else "" for role in ("outcome", "error"))
         self.has_kinds = self.has_kinds or bool(outcome or error) or pair is not None
         kind = kind_of_attempt(outcome, status, error)
         if kind != ANSWERED:
