@@ -73,12 +73,13 @@ class PoolState(Protocol):
     """What an observer may read of the governor that it observes.
 
     `p`, `s`: settings and state of the law. `late_s`: by how much the timer was late that lets the present launch out,
-    -1 = no timer did.
+    -1 = no timer did. `stopped`: why nothing more is launched, "" = it is.
     """
 
     p: Params
     s: State
     late_s: float
+    stopped: str
 
     def now(self) -> float:
         """Seconds since the run began."""

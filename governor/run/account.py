@@ -28,7 +28,7 @@ from governor.model.requests import CAUSES, Attempt, Ended, error_line, result_l
 MESSAGES = {
     FailureCode.RATE_LIMIT_EXHAUSTED: "every attempt was refused with a 429",
     FailureCode.DEADLINE_EXCEEDED: "OPENAI_DEADLINE_SECONDS passed before an attempt was answered",
-    FailureCode.REQUEST_TOO_LARGE: "it needs more tokens than the limit: it was never sent",
+    FailureCode.REQUEST_TOO_LARGE: "it is larger than what is allowed",
     FailureCode.SERVER_ERROR: "every attempt failed on the provider's side",
     FailureCode.UNREADABLE_ANSWER: "the answer is paid for, but cannot be read: it was not asked for again",
     FailureCode.TIMEOUT: "no attempt was answered in time",
@@ -50,6 +50,8 @@ def line_of(result: Result) -> tuple[bool, str]:
         assert answer is not None
         return True, result_line(result.request, answer)
     ours = MESSAGES.get(FailureCode(failure), "") if failure in FailureCode.__members__.values() else ""
+    if failure == FailureCode.REQUEST_TOO_LARGE and answer is None:
+        ours = "it needs more tokens than the limit: it was never sent"
     theirs = answer.message if answer is not None else ""
     message = ": ".join(filter(None, (ours, " ".join(theirs.split())))) or failure
     return False, error_line(result.request, failure, message, answer)

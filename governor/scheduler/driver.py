@@ -774,7 +774,8 @@ class Governor:
         self._law("settled", job.reserve, used, job.launched_s, now)
         if self._refusals is not None:
             self._refusals.succeeded()
-        self._end_aside()
+        if not self.stopped:
+            self._end_aside()
         self._sync(job, answer.limits, False, now)
         assert job.work is not None
         finalizes = self._finalizes and job.work.finalizes

@@ -56,13 +56,13 @@ class Refusals:
         self._answered = answered
         self._halt = halt
         self._then = then
-        self._succeeded = False
+        self._succeeded = self._halted = False
         # By model, "" for the address: the latest refusal, and how many alike have come in a row.
         self._alike: dict[str, tuple[tuple[str, ...], int]] = {}
 
     def succeeded(self) -> None:
-        """A request was answered: from now on refusals are single requests' own."""
-        self._succeeded = True
+        """A request was answered: from now on refusals are single requests' own, unless it has been decided before."""
+        self._succeeded = not self._halted
         self._alike.clear()
 
     def may_concern_all(self, answer: Answer) -> bool:
@@ -76,7 +76,12 @@ class Refusals:
         return answer.status in (402, 404) or not _OF_INPUT.search(f"{answer.error_code} {answer.message}")
 
     def refused(self, request: Request, answer: Answer) -> None:
-        """A refusal that may concern all has come. Calls `halt` where it shows that it does."""
+        """A refusal that may concern all has come. Calls `halt` where it shows that it does.
+
+        What was in flight by then and is refused as well is set aside like the others.
+        """
+        if self._halted:
+            return
         group = "" if answer.scope is Scope.ADDRESS else request.model
         words = (str(answer.status), answer.error_code, _FIGURES.sub("", answer.message))
         last, count = self._alike.get(group, (words, 0))
@@ -84,8 +89,8 @@ class Refusals:
         enough = SAME_REFUSALS if group == "" or answer.status in _BY_STATUS else SAME_BAD_REQUESTS
         groups = [group] if group == "" else self._models | {group}
         if all(self._alike.get(each, (words, 0))[1] >= enough for each in groups):
+            self._halted = True
             self._halt(f"{halt_text(request, answer, enough)}; {self._then}")
-            self._succeeded = True  # it is decided
 
 
 def halt_text(request: Request, answer: Answer, count: int) -> str:

@@ -227,7 +227,8 @@ class Alarms(Observer):
             self.granted[limit.dimension] = limit.limit
             if limit.dimension not in self._told:
                 self._compare(limit.dimension, limit.limit)
-        if self._outage.changed():
+        state = self._outage.state
+        if self._outage.changed() and state is not None and not state.stopped:
             self._say(self._of + outage_text(self._outage, answer))
         if answer.outcome in ACCOUNT_REFUSES and "account" not in self._told:
             self._told.add("account")
@@ -238,10 +239,11 @@ class Alarms(Observer):
             self._say(self._of + (_words(answer) or "a connection dropped before its answer was there"))
 
     def ended(self, request: Request, failure: str, answer: Answer | None, now: float) -> None:
-        if not failure or answer is None or failure in self._told:
+        if not failure or failure in self._told:
             return
         self._told.add(failure)
-        self._say(f"{self._of}request {quoted(request.custom_id)} failed: {failure}: {_words(answer)}".rstrip(": "))
+        said = _words(answer) if answer is not None else "never sent, or not again"
+        self._say(f"{self._of}request {quoted(request.custom_id)} failed: {failure}: {said}".rstrip(": "))
 
     def _compare(self, dimension: str, granted: float) -> None:
         text = limit_text(dimension, granted, self.policy)

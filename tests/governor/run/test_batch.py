@@ -86,6 +86,8 @@ def test_lines_of_the_errors_file_name_the_reason_in_words() -> None:
     _, text = line_of(Result(request(), "REQUEST_TOO_LARGE", None, 1.0, 0))
     assert "it was never sent" in text
     assert '"response":null' in text
+    _, text = line_of(Result(request(), "REQUEST_TOO_LARGE", Answer(Outcome.TOO_LARGE, 413), 1.0, 0))
+    assert "never sent" not in text
 
 
 # ---------------------------------------------------------------- the run's own time

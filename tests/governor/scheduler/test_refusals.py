@@ -145,3 +145,14 @@ def test_a_host_that_is_not_there_loses_no_request() -> None:
     run = Run(dict.fromkeys(range(20), NO_HOST), max_concurrency=5)
     assert (run.ending, run.log.ends, len(run.said)) == ("REFUSED", [], 1)
     assert len(run.sent) < 5 + SAME_REFUSALS
+
+
+@pytest.mark.parametrize("answer", [NO_MODEL, NO_PAGE, BAD_FIELD])
+@pytest.mark.parametrize("last", [None, 14])
+def test_what_was_in_flight_when_it_stopped_is_not_lost_either(answer: Answer, last: int | None) -> None:
+    """The line says that the same command sends them again: also those that are refused, or answered, after it."""
+    script = {i: answer for i in range(20) if i != last}
+    run = Run(script, max_concurrency=15)
+    assert (run.ending, run.failed, len(run.said)) == ("REFUSED", [], 1)
+    assert len(run.sent) >= 15
+    assert run.done == [last] * (last is not None)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import json
 from datetime import date
+from types import SimpleNamespace
 
 import pytest
 
 from governor.forecast.forecast import Expectation
+from governor.law import State
 from governor.model.estimate import CHAT, Sizes
 from governor.model.policy import Policy
 from governor.model.pools import Pool
@@ -195,6 +197,24 @@ def test_a_provider_out_of_reach_is_told_once_and_the_first_failure_of_each_kind
         "attempts failed",
         "request 'q 1' failed: OPENAI_TIMEOUT",
     ]
+
+
+def test_a_run_that_has_stopped_is_not_said_to_wait() -> None:
+    for stopped in ("", "REFUSED"):
+        watch, said = alarms()
+        state = SimpleNamespace(p=Policy().params(), s=State(), late_s=-1.0, stopped=stopped, now=lambda: 9.0)
+        state.s.probe_at, state.s.outage_from = 10.0, 5.0
+        watch.began(state)
+        answer = Answer(Outcome.SERVER_ERROR, 503, message="down")
+        watch.attempted(attempt(0, answer), answer, "")
+        assert len(said) == (not stopped)
+
+
+def test_what_was_never_sent_is_named_too() -> None:
+    watch, said = alarms()
+    for i in range(2):
+        watch.ended(request(i), "REQUEST_TOO_LARGE", None, 1.0)
+    assert said == ["request 'q 0' failed: REQUEST_TOO_LARGE: never sent, or not again"]
 
 
 # ---------------------------------------------------------------- the log
