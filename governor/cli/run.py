@@ -257,6 +257,7 @@ def preflight(
     """
     from governor.cli.text import verdict_json, verdict_text
     from governor.forecast.preflight import preflight as judge
+    from governor.model.requests import Unseen
     from governor.model.words import until_s
     from governor.run.intake import read_demands
 
@@ -264,7 +265,8 @@ def preflight(
     found = pools_of(environment_of(env_file), env_file, words, pools, None, scenario)
     deadline_s = None if deadline is None else until_s(deadline, "--deadline")
     verdicts = {}
-    for pool, demand in zip(found, read_demands(Path(requests), found).values(), strict=True):
+    unseen = Unseen()
+    for pool, demand in zip(found, read_demands(Path(requests), found, unseen).values(), strict=True):
         verdicts[pool.name] = judge(
             pool.policy,
             demand.load(),
@@ -276,6 +278,8 @@ def preflight(
         print(json.dumps(verdict_json(verdicts), indent=2, allow_nan=False))
     else:
         print(verdict_text(verdicts))
+    if unseen.text:
+        typer.echo(f"note: {unseen.text}", err=True)
     if not all(verdict.ok for verdict in verdicts.values()):
         raise typer.Exit(3)
 

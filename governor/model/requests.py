@@ -25,6 +25,7 @@ from governor.model.estimate import EMBEDDINGS as EMBEDDINGS
 from governor.model.estimate import RESPONSES as RESPONSES
 from governor.model.estimate import TOKENS_PER_FILE, WHOLE_MAX, kind_of, measured
 from governor.model.estimate import Sizes as Sizes
+from governor.model.phrases import plural
 
 # Tiers by the names of OpenAI and Groq. Another is a slip of the pen, and what it would cost is not known.
 SERVICE_TIERS = (
@@ -402,8 +403,8 @@ class Unseen:
         if not self.requests:
             return ""
         return (
-            f"{self.requests:,} requests hold {', '.join(self._kinds)} of unknown length: {self._file_tokens:,} tokens "
-            "are assumed for each (--file-tokens)"
+            f"{plural(self.requests, 'request')} with {', '.join(self._kinds)} whose tokens are unknown: "
+            f"{self._file_tokens:,} are assumed for each"
         )
 
 

@@ -27,7 +27,7 @@ from governor.model.errors import BadInput, Oversized, Refused, quoted
 from governor.model.estimate import LEARNED, Sizes, charge_of
 from governor.model.policy import Policy
 from governor.model.pools import Pool, pool_for
-from governor.model.requests import Request, read_requests
+from governor.model.requests import Request, Unseen, read_requests
 from governor.model.work import Work
 from governor.run.amend import Amendment
 from governor.run.outputs import errors_path
@@ -130,13 +130,18 @@ def pooled(requests: Iterable[Request], pools: Sequence[Pool], name: str) -> Ite
         yield replace(request, pool=pool.name), pool
 
 
-def read_demands(path: Path, pools: Sequence[Pool]) -> dict[str, Demand]:
-    """What a batch file asks of each pool, without sending or keeping anything. BadInput for a file that is wrong."""
+def read_demands(path: Path, pools: Sequence[Pool], unseen: Unseen | None = None) -> dict[str, Demand]:
+    """What a batch file asks of each pool, without sending or keeping anything. BadInput for a file that is wrong.
+
+    `unseen`: is told of every request.
+    """
     demands = {pool.name: Demand() for pool in pools}
     with _opened(path) as file:
         requests = read_requests(file, str(path), keep_body=False)
         for request, pool in pooled(requests, pools, str(path)):
             demands[pool.name].add(request.model, request.sizes, reserve_of(pool.policy, request.sizes))
+            if unseen is not None:
+                unseen.add(request)
     return demands
 
 

@@ -248,7 +248,7 @@ def _batch(
 def _batch_provenance(name: str, caps: Any, first: int, unseen: Unseen) -> Provenance:
     undeclared = int((caps < 0).sum())
     cap = f"declared in the bodies of {name}"
-    found = {UNSEEN: (ASSUMED, unseen.text)} if unseen.text else {}
+    found = {UNSEEN: (ASSUMED, f"{unseen.text} (--file-tokens)")} if unseen.text else {}
     return found | {
         "requests": (MEASURED, _rows_text(name, len(caps), first)),
         "prompt sizes": (MEASURED, f"characters, messages, images and tools of the bodies in {name}"),

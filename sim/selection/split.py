@@ -130,7 +130,7 @@ def split(
             if not ids:
                 raise BadInput("no requests in it", name)
             _check_unique(ids, source)
-        found = Split(str(out), queue_tokens, tuple(writer.parts), unseen.text)
+        found = Split(str(out), queue_tokens, tuple(writer.parts), unseen.text and f"{unseen.text} (--file-tokens)")
         _write_list(unfinished / LIST, found)
         os.replace(unfinished, folder)
         return found

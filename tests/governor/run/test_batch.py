@@ -40,6 +40,7 @@ from governor.scheduler.driver import Governor
 from governor.telemetry.eventlog import EventLog
 from governor.telemetry.progress import Bar, Lane, Lines, Quiet, Snapshot, eta_s, shown, snapshot
 from governor.telemetry.watch import Meter
+from sim.app.cli import main
 from tests.live import batch, line, write_batch
 
 FREE = Policy(stagger_seconds=0.0, max_concurrency=50, tpm_limit=10**9, charge_rule="auto", tpm_window="bucket")
@@ -153,6 +154,17 @@ def test_demands_of_a_file_by_pool(tmp_path: Path) -> None:
     assert found["x"].total == 6 * reserve_of(FREE, request().sizes)
     with pytest.raises(BadInput, match=r"request 0 \('q-0'\) asks for model 'b', which no pool takes"):
         read_demands(path, pools[:1])
+
+
+def test_preflight_says_what_requests_only_point_to(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "files.jsonl"
+    part = {"type": "input_file", "file_id": "file-abc"}
+    body = {"model": "gpt-4o", "input": [{"role": "user", "content": [part]}], "max_output_tokens": 300}
+    path.write_text(json.dumps({"custom_id": "a", "method": "POST", "url": "/v1/responses", "body": body}) + "\n")
+    assert main(["preflight", str(path), "--set", "OPENAI_CHARGE_RULE=responses", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["ok"] is True
+    assert printed.err == "note: 1 request with files whose tokens are unknown: 5,000 are assumed for each\n"
 
 
 def prepared(tmp_path: Path, pool: Pool | None = None, **how: object) -> object:

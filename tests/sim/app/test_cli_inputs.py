@@ -306,7 +306,7 @@ def test_files_are_assumed_and_told_of(tmp_path: Path) -> None:
     lines = [{"custom_id": f"d{i}", "method": "POST", "url": "/v1/responses", "body": body} for i in range(40)]
     path = tmp_path / "files.jsonl"
     path.write_text("".join(json.dumps(each) + "\n" for each in lines) + batch_line(40))
-    note = "40 requests hold files of unknown length: {:,} tokens are assumed for each (--file-tokens)"
+    note = "40 requests with files whose tokens are unknown: {:,} are assumed for each (--file-tokens)"
     for tokens in (None, 20_000):
         inputs = read_inputs(Options(workload=str(path), tpm=30_000, file_tokens=tokens), {})
         assert note.format(tokens or 5_000) in inputs.notes

@@ -199,9 +199,9 @@ def test_what_requests_only_point_to_counts_in_the_queue_and_is_told(tmp_path: P
     for tokens, waves in (((), 3), (("--file-tokens", "1k"), 1)):
         out = tmp_path / f"out-{waves}"
         assert main([*words, *tokens, "--out", str(out)]) == 0
-        assert "40 requests hold files of unknown length" in " ".join(capsys.readouterr().out.split())
+        assert "40 requests with files whose tokens are unknown" in " ".join(capsys.readouterr().out.split())
         assert {int(name[4:6]) for name in files(out)} == set(range(1, waves + 1))
     found = split(source, tmp_path / "again", queue_tokens=90_000)
-    assert "5,000 tokens are assumed for each (--file-tokens)" in found.note
+    assert "5,000 are assumed for each (--file-tokens)" in found.note
     assert found.to_json_dict()["note"] == found.note
     assert split(written(tmp_path / "plain.jsonl", [line(1)]), tmp_path / "plain").note == ""
