@@ -20,7 +20,7 @@ from itertools import islice
 from operator import attrgetter
 from typing import Any, Literal
 
-from governor.forecast.preflight import Load, fluid_forecast
+from governor.forecast.preflight import InUse, Load, fluid_forecast
 from governor.model.estimate import EMBEDDINGS, Sizes
 from governor.model.pools import Pool
 from governor.model.prices import Price, Prices, Usage, dollars_text
@@ -28,6 +28,7 @@ from governor.model.words import duration, knob_text, plural
 
 FIRST_TOKEN_S, PER_TOKEN_S = 0.214, 0.0193
 _SIZES_OF = attrgetter(*Sizes.__slots__)
+IDLE = InUse()
 P50_OF_CAP, P50_MAX, P50_NO_CAP = 0.25, 500.0, 200.0
 
 
@@ -103,6 +104,7 @@ class Outlook:
     """What a forecast is asked about: one pool's requests that are left.
 
     `assumed`: an `Expectation`'s, of an earlier forecast of the same run; the pool's own scenario comes before it.
+    `booked`: what a run that goes on has used of the present minute.
     """
 
     pool: Pool
@@ -110,6 +112,15 @@ class Outlook:
     finalize: bool = False
     seed: int = 0
     assumed: Mapping[str, Any] | None = None
+    booked: InUse = IDLE
+
+    def delay_s(self) -> float:
+        """By how much what is booked already puts the finish off, in the fluid's terms."""
+        load, policy = self.demand.load(), self.pool.policy
+        if self.booked.tokens <= 0.0:
+            return 0.0
+        late_s = fluid_forecast(policy, load, booked=self.booked).finish_s - fluid_forecast(policy, load).finish_s
+        return max(0.0, late_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +164,7 @@ def fluid(outlook: Outlook, *, service_s: float = 0.0) -> Expectation:
     """The expectation that needs no simulator. `service_s`: measured mean time of an answer, 0 = assumed."""
     demand = outlook.demand
     service_s = service_s or demand.assumed_service_s()
-    found = fluid_forecast(outlook.pool.policy, demand.load(), service_s=service_s)
+    found = fluid_forecast(outlook.pool.policy, demand.load(), booked=outlook.booked, service_s=service_s)
     n = float(demand.requests)
     return Expectation(
         by="fluid",

@@ -20,6 +20,7 @@ from datetime import date
 from pathlib import Path
 
 from governor.forecast.forecast import (
+    IDLE,
     Demand,
     Expectation,
     Foresee,
@@ -32,6 +33,7 @@ from governor.forecast.forecast import (
     throttles_text,
 )
 from governor.forecast.guard import check_finish, check_preflight
+from governor.forecast.preflight import InUse, in_use
 from governor.forecast.summary import Summary
 from governor.journal.journal import Journal
 from governor.model.errors import BadSetting, FailureCode, PacelineError, quoted
@@ -231,7 +233,8 @@ def _guard(begun: Begun, orders: Orders, foresee: Foresee | None, shown: Shown) 
         demand = demands[pool.name]
         if demand.requests:
             check_preflight(pool, demand)
-        expectations[pool.name] = _expectation(pool, demand, orders, foresee, shown)
+        booked = _booked(begun, pool, orders.manner.time_scale)
+        expectations[pool.name] = _expectation(pool, demand, orders, foresee, shown, booked)
     busy = [pool for pool in orders.pools if demands[pool.name].requests]
     if not busy:
         return expectations
@@ -276,9 +279,22 @@ def _check_prices(orders: Orders, demands: Mapping[str, Demand]) -> None:
             raise BadSetting(f"--max-cost needs a price for model {unknown[0]!r}: add it to a file of --prices")
 
 
-def _expectation(pool: Pool, demand: Demand, orders: Orders, foresee: Foresee | None, shown: Shown) -> Expectation:
+def _booked(begun: Begun, pool: Pool, time_scale: float) -> InUse:
+    """What the legs before have used of the present minute."""
+    last = None if begun.is_new else begun.journal.checkpoint(pool.name)
+    return IDLE if last is None else in_use(last.params, last.state, last.now_s(time_scale))
+
+
+def _expectation(
+    pool: Pool,
+    demand: Demand,
+    orders: Orders,
+    foresee: Foresee | None,
+    shown: Shown,
+    booked: InUse = IDLE,
+) -> Expectation:
     """What this pool is expected to do: simulated where there is a simulator, else by the fluid estimate."""
-    outlook = Outlook(pool=pool, demand=demand, finalize=orders.manner.finalize, seed=orders.seed)
+    outlook = Outlook(pool=pool, demand=demand, finalize=orders.manner.finalize, seed=orders.seed, booked=booked)
     if foresee is not None and demand.requests:
         try:
             return foresee(outlook)

@@ -11,6 +11,7 @@ from math import inf
 from typing import Any
 
 from governor.forecast.forecast import Demand, Foresee, Outlook, fluid
+from governor.forecast.preflight import InUse, in_use
 from governor.journal.journal import PAUSE, RESUME, Journal
 from governor.journal.records import Records
 from governor.model.policy import KNOBS, Policy
@@ -101,7 +102,8 @@ def _forecast_finish(content: dict[str, Any]) -> float | None:
 def _left(
     journal: Journal, policies: dict[str, Policy], requests: int, foresee: Foresee | None, scenario: str
 ) -> dict[str, Any]:
-    """The forecast of what is left, at the settings in force, from an idle quota; and whether it is simulated."""
+    """The forecast of what is left, at the settings in force; and whether it is simulated."""
+    is_running = journal.is_running()
     if not requests:
         return {"left_s": None, "left_by": None}
     written = journal.forecasts()
@@ -114,7 +116,10 @@ def _left(
         if not demand.requests:
             continue
         assumed = before.get(name, {}).get("assumed")
-        outlook = Outlook(pool=Pool(name=name, policy=policy, scenario=scenario), demand=demand, assumed=assumed)
+        pool, last = Pool(name=name, policy=policy, scenario=scenario), journal.checkpoint(name)
+        # Of a run that stands still nobody knows here how fast its clock is: it begins with an idle quota.
+        booked = in_use(last.params, last.state, last.at_s) if is_running and last is not None else InUse()
+        outlook = Outlook(pool=pool, demand=demand, assumed=assumed, booked=booked)
         try:
             found = fluid(outlook) if foresee is None else foresee(outlook)
         except ImportError:  # no simulator is installed

@@ -35,7 +35,7 @@ from sim.calibration.others import began_s, takings, ways_of
 from sim.experiment.results import CONFIDENCE
 from sim.model.provider_config import ProviderConfig, checked
 from sim.model.workload import Columns, Workload, columns
-from sim.validation.twin import Lesson, Twin, believed, jittered, lessons, taught
+from sim.validation.twin import Lesson, Twin, believed, jittered, lessons, taught, with_gaps
 
 REQUESTS_SIMULATED = 60_000
 RUNS_LEAST, RUNS_MOST = 5, 40
@@ -195,13 +195,15 @@ def _replicated(lesson: Lesson, provider: ProviderConfig, runs: int) -> np.ndarr
     policy, params = lesson.policy, lesson.policy.params()
     there_s, round_s = ways_of(lesson.counts, len(lesson.workload))
     charges = _columns(lesson.workload, policy, provider).charge
-    taken = takings(lesson.counts, charges, provider)
+    foreign = takings(lesson.counts, charges, provider)
     if any(count.stated for count in lesson.counts):
         # What others did stands in the headers: it need not be drawn.
         provider = provider.with_(cotenant={"share": 0.0, "burst_s": 0.0, "period_s": 0.0})
     faults = provider.faults
     by_chance = provider.cotenant.share + sum((faults.error_ratio, faults.drop_ratio, faults.hang_ratio)) > 0.0
     by_chance = by_chance or bool((lesson.workload.recorded_s < 0.0).any())
+    start_s = began_s(lesson.counts)
+    changes, taken, idle_s = with_gaps(lesson, foreign, start_s)
     values = np.zeros((runs, 3))
     for r in range(runs):
         rng = np.random.default_rng((lesson.seed, r))
@@ -217,14 +219,14 @@ def _replicated(lesson: Lesson, provider: ProviderConfig, runs: int) -> np.ndarr
             finalize_max_tokens=policy.finalize_max_tokens if lesson.finalize else 0,
             late_s=lesson.late_s,
             rng=rng,
-            changes=lesson.changes,
+            changes=changes,
             there_s=there_s,
             round_s=round_s,
-            began_s=began_s(lesson.counts),
+            began_s=start_s,
             takings=taken,
         )
         tally = twin.run()
-        values[r] = tally.last_s, tally.throttled, tally.attempts
+        values[r] = tally.last_s - idle_s, tally.throttled, tally.attempts
     return values
 
 
@@ -293,7 +295,7 @@ def _notes(journal: Journal, found: Sequence[Lesson]) -> tuple[str, ...]:
         notes.append(f"{unfinished:,} requests have not ended: only those that have are compared")
     legs = len(journal.legs())
     if legs > 1:
-        notes.append(f"the run had {legs} legs: the time between them is left out, and is taken as one run")
+        notes.append(f"the run had {legs} legs: the time between them is left out, but for what refilled in it")
     unanswered = sum(lesson.unanswered for lesson in found)
     if unanswered:
         notes.append(

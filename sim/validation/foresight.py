@@ -66,6 +66,8 @@ def foresee(outlook: Outlook) -> Expectation:
             for seed in seeds
         )
         finish = min(likely, finish[0]), likely, max(likely, finish[2])
+    late_s = outlook.delay_s()
+    finish = finish[0] + late_s, finish[1] + late_s, finish[2] + late_s
     throttled = _interval([float(run.throttled) for run in found])
     attempts = _interval([float(run.attempts) for run in found])
     waits_s = {cause: sum(run.waits_s[i] for run in found) for i, cause in enumerate(CAUSES) if i}
@@ -88,7 +90,7 @@ def foresee(outlook: Outlook) -> Expectation:
         bound=bound if waits_s[bound] > 0.0 else "",
         service_s=float(np.mean([run.service_s for run in found])),
         answer_tokens={model: float(answers[models == model].sum()) for model in dict.fromkeys(models.tolist())},
-        milestones=((0.0, 0.0, 0.0), *_milestones(ends)),
+        milestones=((0.0, 0.0, 0.0), *_milestones(ends + late_s)),
         assumed=assumed.to_json_dict(),
     )
 

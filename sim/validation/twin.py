@@ -12,7 +12,8 @@ similar prompts, and its time from a line fitted to the answered ones.
 
 How late timers rang is read from the journal, for each launch that one had been set for.
 
-Time is counted from the first launch, and the idle time between two legs is left out.
+Time is counted from the first launch, and the idle time between two legs is left out. In the simulation it is a pause,
+since quotas refill in it (`with_gaps`).
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Lesson:
     `late_s`: how late timers rang, seconds each. `counts`: its attempts, with what their headers stated. `latency`,
     `faults`: fields of the provider's configuration. `changes`: (when, new settings | "paused" | "resumed").
     `record`: each attempt and each end as it was. `answers`: lengths that were measured, -1 = none came.
-    `makespan_s`, `throttled`, `launches`: what was measured.
+    `makespan_s`, `throttled`, `launches`: what was measured. `gaps`: (when a leg ended, how long until the next began).
     """
 
     pool: str
@@ -78,6 +79,7 @@ class Lesson:
     launches: int
     unfinished: int
     unanswered: int
+    gaps: tuple[tuple[float, float], ...] = ()
 
 
 class Clock:
@@ -86,6 +88,7 @@ class Clock:
     def __init__(self, begins: Sequence[float], ends: Sequence[float], first_s: float) -> None:
         self.begins, self.ends = begins, ends
         self.zero_s = self._worked(first_s)
+        self.gaps = tuple((self(end), begin - end) for end, begin in zip(ends, begins[1:], strict=False) if begin > end)
 
     def _worked(self, at_s: float) -> float:
         i = bisect_right(self.begins, at_s)
@@ -169,6 +172,7 @@ def _lesson(journal: Journal, pool: str, attempts: list[Attempt], clock: Clock) 
         launches=len(mine),
         unfinished=unfinished,
         unanswered=int((~answered).sum()),
+        gaps=clock.gaps,
     )
 
 
@@ -242,6 +246,26 @@ def _changes(journal: Journal, history: list[tuple[float, Policy]], clock: Clock
         if command.name in words and command.taken_s >= 0.0:
             found.append((max(0.0, clock(command.taken_s)), words[command.name]))
     return tuple(sorted(found, key=lambda change: change[0]))
+
+
+def with_gaps(
+    lesson: Lesson, takings: Sequence[Taking], began_s: float
+) -> tuple[tuple[Change, ...], list[Taking], float]:
+    """Changes and takings on a clock on which the time between two legs passes as a pause; and how long it is in all.
+
+    `began_s`: see `Twin`.
+    """
+
+    def later_s(at_s: float) -> float:
+        return sum(gap_s for end_s, gap_s in lesson.gaps if end_s <= at_s)
+
+    # What was changed at a leg's beginning comes before the first launch in it.
+    changes: list[Change] = [(at_s + later_s(at_s), change) for at_s, change in lesson.changes]
+    for end_s, gap_s in lesson.gaps:
+        until_s = end_s + later_s(end_s)
+        changes += [(until_s - gap_s, "paused"), (until_s, "resumed")]
+    moved = [each._replace(at_s=each.at_s + later_s(began_s + each.at_s)) for each in takings]
+    return tuple(sorted(changes, key=lambda change: change[0])), moved, sum(gap_s for _, gap_s in lesson.gaps)
 
 
 def believed(lesson: Lesson) -> ProviderConfig:

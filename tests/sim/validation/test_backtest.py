@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,11 +14,12 @@ from governor.journal.journal import Journal
 from governor.model.errors import PacelineError
 from governor.model.policy import Policy
 from governor.model.requests import Attempt, Outcome
+from sim.calibration.others import Taking
 from sim.des.driver import Simulation
 from sim.model.provider_config import ProviderConfig
 from sim.model.workload import columns, from_tokens
 from sim.validation.backtest import Compared, _interval, backtest_command, provider_of
-from sim.validation.twin import Clock, Twin, _answers, _faults, _latency, jittered
+from sim.validation.twin import Clock, Twin, _answers, _faults, _latency, jittered, with_gaps
 from tests.live import batch, provider, run_args, shared_cli
 
 STEADY = ProviderConfig(tpm=0, latency={"first_token_s": 1.0, "per_token_s": 0.0, "sigma": 0.0, "stall_ratio": 0.0})
@@ -72,6 +74,17 @@ def test_clock_leaves_out_the_time_between_legs() -> None:
     assert clock(60.0) == 15.0, "nobody worked"
     assert clock(110.0) == 25.0
     assert clock(2.0) == -3.0
+
+
+def test_between_two_legs_the_quota_refills_and_nothing_is_launched() -> None:
+    """10 requests of 3,000 tokens at 30,000 a minute; after the first 5 the process was away for 100 s."""
+    clock = Clock([0.0, 130.0], [30.0, 160.0], 0.0)
+    assert clock.gaps == ((30.0, 100.0),)
+    lesson = SimpleNamespace(gaps=clock.gaps, changes=((10.0, "a"), (30.0, "b"), (40.0, "c")))
+    changes, taken, idle_s = with_gaps(lesson, [Taking(5.0, 0, 1.0), Taking(35.0, 0, 2.0)], 0.0)  # type: ignore[arg-type]
+    assert changes == ((10.0, "a"), (30.0, "paused"), (130.0, "b"), (130.0, "resumed"), (140.0, "c"))
+    assert [(each.at_s, each.amount) for each in taken] == [(5.0, 1.0), (135.0, 2.0)]
+    assert idle_s == 100.0
 
 
 def test_answers_are_those_of_the_attempt_that_was_answered() -> None:

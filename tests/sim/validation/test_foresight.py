@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from governor.forecast.forecast import Demand, Outlook, fluid
+from governor.forecast.preflight import InUse
 from governor.model.errors import BadInput
 from governor.model.estimate import CHAT, Sizes
 from governor.model.policy import Policy
@@ -152,3 +153,17 @@ def test_a_wrong_scenario_is_one_line(tmp_path: Path, text: str, complaint: str)
     asked = outlook(5, FREE)
     with pytest.raises(BadInput, match=complaint):
         foresee(replace(asked, pool=replace(asked.pool, scenario=str(path))))
+
+
+def test_what_is_booked_already_puts_the_finish_off_by_the_time_that_it_needs_to_flow_back() -> None:
+    policy = FREE.with_(tpm_limit=30_000, tpm_headroom=0.0, charge_rule="prompt_plus_max")
+    idle = outlook(240, policy)
+    # 20,000 tokens at 500 a second.
+    busy = replace(idle, booked=InUse(20_000.0, 40.0, continuous=True))
+    first, then = foresee(idle), foresee(busy)
+    assert then.finish_s - first.finish_s == pytest.approx(40.0)
+    assert fluid(busy).finish_s - fluid(idle).finish_s == pytest.approx(40.0)
+    assert then.milestones[-1][2] - first.milestones[-1][2] == pytest.approx(40.0)
+    # Where something else holds it back longer, the tokens have flowed back by then.
+    slow = outlook(31, FREE.with_(stagger_seconds=10.0, jitter_ratio=0.0))
+    assert foresee(replace(slow, booked=InUse(20_000.0, 1e-3, continuous=True))) == foresee(slow)
