@@ -257,8 +257,8 @@ def _wins(best: Rule, rival: Rule) -> bool:
 def _others(best: Rule, base: ProviderConfig) -> Figure:
     """The share of the limit that others take, as a ratio of sums with a jackknife over busy periods.
 
-    A busy period is a run of counts between which the bucket can have been neither empty nor full. Others come in
-    lumps, and a period tends to begin with one: each is uncertain by what a second of theirs amounts to.
+    A busy period is a run of counts between which the bucket can have been neither empty nor full. A share that may be
+    nobody's, and is no more than inexact moments make of nobody, is 0.
     """
     name, default = "share of others", base.cotenant.share
     periods = [period for period in _busy(best.found) if period[1] >= BUSY_LEAST_S * period[2]]
@@ -269,10 +269,9 @@ def _others(best: Rule, base: ProviderConfig) -> Figure:
     value = float(more.sum() / room.sum())
     left_out = (more.sum() - more) / (room.sum() - room)
     error = math.sqrt((n - 1) / n * float(((left_out - left_out.mean()) ** 2).sum()))
-    lumps = abs(value) * float(a_second.sum()) / float(room.sum())
-    half = float(stats.t.ppf(0.5 + EACH / 2.0, n - 1)) * error + lumps
+    half = float(stats.t.ppf(0.5 + EACH / 2.0, n - 1)) * error
     if abs(value) <= NOBODY_RATIO:
-        half = max(half, NOBODY_RATIO)
+        value, half = 0.0, max(half, NOBODY_RATIO)
     how = f"{n:,} busy periods, {room.sum() / a_second.mean():,.0f} s in all"
     low, high = (min(1.0, max(0.0, value + sign * half)) for sign in (-1.0, 1.0))
     return Figure(name, min(1.0, max(0.0, value)), low, high, "", how)
