@@ -151,8 +151,8 @@ def plan(
     effort: Annotated[
         Literal["quick", "normal", "thorough"] | None,
         typer.Option(
-            help="How long to search: about 0.6, 3 or 12 million simulated requests, 240 runs of a larger batch; "
-            "at most 2, 10 or 60 minutes. normal if not given."
+            help="How long to search: about 0.6, 3 or 12 million simulated requests, 240 runs of a larger batch, "
+            "at most 2, 10 or 60 minutes; normal if not given."
         ),
     ] = None,
     prices: Annotated[
