@@ -6,6 +6,7 @@ What lives here: what `paceline status` shows, as plain values and as text. What
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from datetime import datetime
 from math import inf
 from typing import Any
@@ -119,6 +120,9 @@ def _left(
         pool, last = Pool(name=name, policy=policy, scenario=scenario), journal.checkpoint(name)
         # Of a run that stands still nobody knows here how fast its clock is: it begins with an idle quota.
         booked = in_use(last.params, last.state, last.at_s) if is_running and last is not None else InUse()
+        # What is in flight is booked, and stands among the requests that are left as well.
+        flying = journal.counts(name).in_flight * demand.total / demand.requests
+        booked = replace(booked, tokens=max(0.0, booked.tokens - flying))
         outlook = Outlook(pool=pool, demand=demand, assumed=assumed, booked=booked)
         try:
             found = fluid(outlook) if foresee is None else foresee(outlook)
