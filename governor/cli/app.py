@@ -10,6 +10,7 @@ import typer
 
 from governor import __version__
 from governor.cli.journal import app as journal_app
+from governor.cli.probe import JUDGE as JUDGE
 from governor.cli.probe import app as probe_app
 from governor.cli.run import app as live_app
 from governor.cli.serve import FORECAST as FORECAST

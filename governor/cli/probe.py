@@ -16,13 +16,17 @@ from governor.model.errors import BadSetting
 if TYPE_CHECKING:
     from governor.model.pools import Pool
     from governor.model.prices import Price
-    from governor.provider.probe import Probe, Told
+    from governor.provider.probe import Judge, Probe, Told
+
+# Where whoever mounts this command leaves what judges windows by a simulation, in the context's `meta`.
+JUDGE = "paceline.judge"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 @app.command()
 def probe(
+    context: typer.Context,
     max_cost: Annotated[
         float,
         typer.Option(metavar="USD", min=0.0, help="What all calls together may cost at most.", show_default=False),
@@ -39,8 +43,9 @@ def probe(
 ) -> None:
     """Settle by a few calls what nobody can read in the documentation.
 
-    Is the output cap charged or in the gate, is real use booked later, do 429s count, are there slices of a second?
-    Takes two to four minutes, in which nothing else should use the account. What cannot be told is said.
+    Is the output cap charged or in the gate, is real use booked later, do 429s count, are there slices of a second, and
+    how does the limit count over time? Where headers state nothing, refusals alone are asked, at the limits of the
+    settings. Takes four to seven minutes, in which nothing else should use the account. What cannot be told is said.
     """
     from governor.model.prices import SHIPPED, read_prices
     from governor.provider.probe import provider_text, write_provider
@@ -55,7 +60,7 @@ def probe(
         )
     environment = environment_of(env_file)
     pool = pools_of(environment, env_file, [], None, base_url)[0]
-    found, asked = asyncio.run(_asked(pool, environment, model, price, max_cost, time_scale))
+    found, asked = asyncio.run(_asked(pool, environment, model, price, max_cost, time_scale, context.meta.get(JUDGE)))
     write_provider(path, provider_text(asked, found))
     if as_json:
         told = {each.name: {"value": each.value, "why": each.why} for each in found}
@@ -68,13 +73,20 @@ def probe(
 
 
 async def _asked(
-    pool: Pool, environment: dict[str, str], model: str, price: Price, max_cost_usd: float, time_scale: float
+    pool: Pool,
+    environment: dict[str, str],
+    model: str,
+    price: Price,
+    max_cost_usd: float,
+    time_scale: float,
+    judge: Judge | None,
 ) -> tuple[list[Told], Probe]:
     from governor.provider.probe import Probe, probed
     from governor.provider.sending import connect_with
 
     send = connect_with(environment)(pool)
-    made = Probe(send, model, price, max_cost_usd, time_scale=time_scale)
+    believed = (float(pool.policy.tpm_limit), float(pool.policy.rpm_limit))
+    made = Probe(send, model, price, max_cost_usd, time_scale=time_scale, believed=believed, judge=judge)
     try:
         return await probed(made), made
     finally:

@@ -12,6 +12,8 @@ question waits until the bucket is full again, at most a minute, and asks what t
   slices           more tiny calls at once than a second's share of the requests limit
   refusals count   two calls of 60 % of the limit each: after the second was refused, how much is left?
   gate             where the cap is not charged: is a call refused whose cap is above the limit?
+  window           calls of an eighth of the limit: five at once, eight after 20 s and 62 s, one every 4 s; which of
+                   them were refused, beside what every known window would have refused (`judge`); needs no headers
 
 No call is made that could cost more than what is left of `--max-cost`, its whole cap taken as written. What cannot be
 told (other traffic, a limit so high that it refills before anybody looks, no headers) is said, never guessed.
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +48,35 @@ RULES = ("auto", "prompt_plus_max", "max_of", "responses")
 WORDS = "Count upwards, one number per line, and go on for as long as you may. "
 BRIEF = "Answer with the one word yes. "
 CAP_CHARGED = ("prompt_plus_max", "max_of")
+QUESTIONS = ("charge_rule", "settles", "slice_s", "max_tokens_in_gate", "failed_requests_count")
+
+
+# The question about the window: parts of the limit that one call takes, and how many calls at which second. A minute
+# after the first salvo a counter is empty, and a log still holds the second.
+PARTS = (8, 64)
+SALVOS = (
+    (0.0, 5),
+    (20.0, 8),
+    *((24.0 + 4.0 * i, 1) for i in range(9)),
+    (62.0, 8),
+    *((66.0 + 4.0 * i, 1) for i in range(6)),
+)
+KNOCKS_MOST = sum(calls for _, calls in SALVOS)
+
+
+@dataclass(frozen=True, slots=True)
+class Knock:
+    """One call of the question about the window. Times in seconds of the provider's clock; -1 = unknown.
+
+    `charges`: by each rule. `used`: tokens of the answer. `wait_s`: what its refusal stated.
+    """
+
+    at_s: float
+    ended_s: float
+    let_in: bool
+    wait_s: float
+    used: float
+    charges: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +88,17 @@ class Told:
     why: str
 
 
+Judge = Callable[[Sequence[Knock], float, float], list[Told]]
+"""What knocks tell of the habits of a provider with so many tokens and requests per minute (0 = no limit)."""
+
+
 @dataclass(slots=True)
 class Probe:
-    """One account under question. `price`: of the model; `max_cost_usd`: of all calls. `time_scale`: its clock's."""
+    """One account under question. `price`: of the model; `max_cost_usd`: of all calls. `time_scale`: its clock's.
+
+    `believed`: tokens and requests per minute by the settings, where no header states them. `judge`: None = nobody is
+    asked about the window.
+    """
 
     send: Sender
     model: str
@@ -68,6 +108,8 @@ class Probe:
     spent_usd: float = 0.0
     calls: int = 0
     limits: dict[str, Limit] = field(default_factory=dict)
+    believed: tuple[float, float] = (0.0, 0.0)
+    judge: Judge | None = None
 
     # ------------------------------------------------------------ calls
 
@@ -103,8 +145,13 @@ class Probe:
 
     @property
     def limit(self) -> float:
-        """Tokens per minute."""
-        return self.limits["TPM"].limit
+        """Tokens per minute; 0 = neither headers nor settings say."""
+        return self.limits["TPM"].limit if "TPM" in self.limits else self.believed[0]
+
+    @property
+    def requests_limit(self) -> float:
+        """Requests per minute; 0 = neither headers nor settings say."""
+        return self.limits["RPM"].limit if "RPM" in self.limits else self.believed[1]
 
     @property
     def rate_per_s(self) -> float:
@@ -132,12 +179,74 @@ async def probed(probe: Probe) -> list[Told]:
             f"the first call failed: {first.status} {first.error_code or first.outcome}: {first.message[:200]}"
         )
     if used_in(first) < 0.0:
-        raise PacelineError("the answer states no tokens limit in its headers: nothing can be read from this account")
-    rule, settles = await _charge_and_settling(probe)
-    found = [rule, settles, await _slices(probe)]
-    found.append(await _gate(probe, rule))
-    found.append(await _refusals_count(probe, rule))
-    return found
+        found = [Told(name, None, "the headers state no tokens limit") for name in QUESTIONS]
+    else:
+        rule, settles = await _charge_and_settling(probe)
+        found = [rule, settles, await _slices(probe)]
+        found.append(await _gate(probe, rule))
+        found.append(await _refusals_count(probe, rule))
+    by_refusals = await _window(probe, found[0])
+    told = {each.name: each for each in by_refusals if each.value is not None}
+    found = [told.pop(each.name, each) if each.value is None else each for each in found]
+    names = {each.name for each in found}
+    return found + [each for each in by_refusals if each.name not in names]
+
+
+async def _window(probe: Probe, rule: Told) -> list[Told]:
+    """How the limit counts over time, by refusals alone."""
+    judge = probe.judge
+    if judge is None:
+        return [Told("window", None, "not asked: it needs paceline[sim]")]
+    if probe.limit / PARTS[-1] < 2 * TINY:
+        return [Told("window", None, "neither headers nor OPENAI_TPM_LIMIT state a limit that calls could fill")]
+    why = ""
+    # By caps first: they cost nothing that is not written. Smaller calls where a burst is shorter than one of them.
+    by_caps = [rule.value in CAP_CHARGED] if rule.value is not None else [True, False]
+    for by_cap in by_caps:
+        for part in PARTS:
+            size = math.floor(probe.limit / part)
+            prompt, cap = (10, size) if by_cap else (size, TINY)
+            if not by_cap and size > PROMPT_MOST:
+                why = f"a part of the limit is {size:,} tokens: more than a prompt holds"
+                continue
+            if not probe.affords(prompt, cap, KNOCKS_MOST):
+                why = f"not asked: {KNOCKS_MOST} calls of {size:,} tokens could cost more than what is left"
+                continue
+            knocks = await _knocked(probe, prompt, cap)
+            if all(knock.let_in for knock in knocks):
+                why = f"none of {len(knocks)} calls of {size:,} tokens was refused at a limit of {probe.limit:,.0f}"
+                break
+            if any(knock.let_in for knock in knocks):
+                return judge(knocks, probe.limit, probe.requests_limit)
+            why = f"not even the first of {len(knocks)} calls of {size:,} tokens was let in"
+    return [Told("window", None, why)]
+
+
+async def _knocked(probe: Probe, prompt: int, cap: int) -> list[Knock]:
+    """The calls, in order of their sending."""
+    await asyncio.sleep(61.0 / probe.time_scale)
+    loop = asyncio.get_running_loop()
+    zero_s = loop.time()
+    found: list[Knock] = []
+
+    async def one() -> None:
+        answer, sizes, sent_s = await probe.call(prompt, cap, BRIEF)
+        if answer.outcome not in (Outcome.OK, Outcome.THROTTLED):
+            return
+        let_in = answer.outcome is Outcome.OK
+        used = float(answer.used_prompt_tokens + answer.used_output_tokens) if let_in else -1.0
+        at_s, ended_s = ((at - zero_s) * probe.time_scale for at in (sent_s, loop.time()))
+        charges = {name: _charge(name, sizes, answer) for name in (*RULES, "prompt_chars4")}
+        found.append(Knock(at_s, ended_s, let_in, answer.retry_after_s, used, charges))
+
+    for moment_s, calls in SALVOS:
+        await asyncio.sleep(zero_s + moment_s / probe.time_scale - loop.time())
+        await asyncio.gather(*(one() for _ in range(calls)))
+        # Nothing was let in at the first salvo, or nothing refused by the second: the rest would tell no more.
+        outcomes = {knock.let_in for knock in found}
+        if outcomes == {False} or (moment_s > 0.0 and outcomes == {True}):
+            break
+    return sorted(found, key=lambda knock: knock.at_s)
 
 
 async def _charge_and_settling(probe: Probe) -> tuple[Told, Told]:
@@ -268,7 +377,10 @@ async def _refusals_count(probe: Probe, rule: Told) -> Told:
 
 # ---------------------------------------------------------------- the file
 
-KEYS = ("charge_rule", "settles", "failed_requests_count", "slice_s")
+KEYS = (
+    *("charge_rule", "settles", "failed_requests_count", "slice_s"),
+    *("window", "burst_s", "charged", "retry_after"),
+)
 
 
 def provider_text(probe: Probe, found: list[Told]) -> str:
@@ -278,8 +390,8 @@ def provider_text(probe: Probe, found: list[Told]) -> str:
         known = "not told" if told.value is None else _yaml(told.value)
         lines.append(f"# {told.name}: {known}: {told.why}")
     lines.append(f"tpm: {probe.limit:.0f}")
-    if "RPM" in probe.limits:
-        lines.append(f"rpm: {probe.limits['RPM'].limit:.0f}")
+    if probe.requests_limit:
+        lines.append(f"rpm: {probe.requests_limit:.0f}")
     lines += [f"{told.name}: {_yaml(told.value)}" for told in found if told.name in KEYS and told.value is not None]
     return "\n".join(lines) + "\n"
 

@@ -13,6 +13,7 @@ from governor.model.errors import BadSetting, PacelineError
 if TYPE_CHECKING:
     from sim.calibration.calibrate import Calibration, Outlook
     from sim.calibration.fits import Figure
+    from sim.validation.backtest import Backtest
 
 NEEDS_SIM = "calibrating needs paceline[sim]: pip install 'paceline[sim]'"
 
@@ -37,9 +38,10 @@ def calibrate(
 ) -> None:
     """Learn a scenario from logs of real requests.
 
-    Lengths, times, arrivals, and from the headers the charge rule, the limit and what others take of it; each with an
-    interval. What a log cannot tell is said and left at its default. Beside the scenario: its rows as CSV, and a PNG of
-    data against fit.
+    Lengths, times, arrivals; from the headers the charge rule, the limit and what others take of it; from the refusals
+    how the limit counts over time; each with an interval. A journal's run is simulated again with what was learnt. What
+    a log cannot tell is said and left at its default. Beside the scenario: its rows as CSV, and a PNG of data against
+    fit.
     """
     try:
         from sim.app.inputs import named_provider
@@ -59,13 +61,28 @@ def calibrate(
     picture = path.with_suffix(".png")
     write_figure(found, picture)
     ahead = cal.outlook(scenario, unknowns=found.unknowns) if len(scenario.workload) > 1 else None
+    again = _resimulated(sources, found)
     if as_json:
-        print(
-            json.dumps({**found.to_json_dict(), "outlook": _outlook_json(ahead)}, indent=2, allow_nan=False), flush=True
-        )
+        content = {**found.to_json_dict(), "outlook": _outlook_json(ahead)}
+        content["resimulated"] = None if again is None else again.to_json_dict()
+        print(json.dumps(content, indent=2, allow_nan=False), flush=True)
         return
     print(text_of(found, ahead), flush=True)
+    if again is not None:
+        table, _, _ = again.text().partition("\n\n")
+        print(f"\nthe run itself, simulated with what was learnt:\n{table}", flush=True)
     print(f"\nscenario: {path}\npicture: {picture}\nnext: paceline simulate {path}", flush=True)
+
+
+def _resimulated(sources: list[str], found: Calibration) -> Backtest | None:
+    """The run of one journal again, on the provider that was learnt from it; None for other sources."""
+    from governor.journal.journal import Journal
+    from sim.validation.backtest import backtest
+
+    if len(sources) != 1 or found.observed.policy is None:
+        return None
+    with Journal.open(sources[0]) as journal:
+        return backtest(journal, provider=found.scenario.provider)
 
 
 def _outlook_json(ahead: Outlook | None) -> dict[str, Any] | None:
@@ -96,6 +113,10 @@ def text_of(found: Calibration, ahead: Outlook | None) -> str:
     ]
     lines += [f"  {note}" for note in found.notes]
     lines += ["", "a plan of it draws what is still unknown:", f"  {found.unknowns.text()}"]
+    tried = found.quota.window.tried
+    if tried:
+        attempts = found.quota.window.attempts
+        lines.append(f"  {attempts - tried[0].misses:,} of {attempts:,} attempts come out as the fitted quota says")
     if ahead is not None:
         lines += ["", f"another {ahead.requests:,} requests of this kind, with 95 %:"]
         if ahead.tokens_per_min is not None:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.main import get_command
 
-from governor.cli.app import FORECAST, WHAT_IF
+from governor.cli.app import FORECAST, JUDGE, WHAT_IF
 from governor.cli.app import app as governor_app
 from governor.model.errors import BadSetting, PacelineError
 from sim.app.calibrate_command import calibrate
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from governor.forecast.forecast import Expectation, Outlook
     from governor.forecast.summary import Summary
     from governor.model.requests import Attempt
+    from governor.provider.probe import Knock, Told
     from sim.app.inputs import Inputs
     from sim.des.engines import Engine
     from sim.scenario.scenario import Scenario
@@ -494,9 +495,16 @@ def _start(
 
         beside = Beside()
         context.meta[FORECAST], context.meta[WHAT_IF] = beside.forecast, beside.what_if
+        context.meta[JUDGE] = _judge
 
 
 # ---------------------------------------------------------------- steps
+
+
+def _judge(knocks: Sequence[Knock], tpm: float, rpm: float) -> list[Told]:
+    from sim.calibration.fits_window import judged
+
+    return judged(knocks, tpm, rpm)
 
 
 def _foresee(outlook: Outlook) -> Expectation:

@@ -28,6 +28,7 @@ from sim.calibration.observed import Observed, of_journal, pooled, workload_of
 from sim.des.engines import simulated
 from sim.experiment.experiment import case_of
 from sim.model.provider_config import ProviderConfig
+from sim.model.windows import MINUTE_S
 from sim.model.workload import Workload, redrawn
 from sim.scenario.readers import BATCH, SCENARIO, Source, is_journal
 from sim.scenario.scenario import Scenario, following
@@ -106,7 +107,7 @@ def calibrate(observed: Observed, *, base: ProviderConfig | None = None, policy:
 
     `policy`: of the scenario; that of the journal if not given, else the guardrails' defaults under the fitted limits.
     """
-    base = base or ProviderConfig()
+    base = base or _believed(observed.policy)
     rows = observed.rows()
     # Finalize passes are answers, too; what was answered twice tells of time twice.
     done = observed.answered
@@ -149,6 +150,15 @@ def calibrate(observed: Observed, *, base: ProviderConfig | None = None, policy:
 
 
 # ---------------------------------------------------------------- parts
+
+
+def _believed(policy: Policy | None) -> ProviderConfig:
+    """What is taken for true where neither log nor user says it: limits and charge rule of the run's settings."""
+    if policy is None:
+        return ProviderConfig()
+    rule = "auto" if policy.charge_rule in ("fixed", "learned") else policy.charge_rule
+    limits = {name: getattr(policy, f"{name}_limit") for name in ("tpm", "rpm", "tpd", "rpd")}
+    return ProviderConfig().with_(**limits, charge_rule=rule, settles=policy.settle)
 
 
 def _lengths(observed: Observed, rows: NDArray[np.int64]) -> tuple[Figure, ...]:
@@ -204,6 +214,7 @@ LEARNT = {
     "settling": "settles",
     "refused requests": "refusals count",
     "Retry-After": "Retry-After",
+    "window": "window",
     "other users of the quota": "share of others",
     "faults": "server errors",
 }
@@ -218,6 +229,10 @@ def _provider(base: ProviderConfig, found: QuotaFit, times: LatencyFit | None, l
         "settles": found["settles"].used,
         "failed_requests_count": found["refusals count"].used,
         "retry_after": found["Retry-After"].used,
+        "window": found["window"].used,
+        "phase_s": found["phase"].used if found["window"].used == "clock" else 0.0,
+        "burst_s": found["burst"].used if found["window"].used == "bucket" else MINUTE_S,
+        "charged": found["gate"].used,
         "limit_changes": tuple({"at_s": at_s, "factor": factor} for at_s, factor in found.changes),
         "cotenant": {"share": found["share of others"].used, "burst_s": 0.0, "period_s": 0.0},
         "faults": {

@@ -24,6 +24,7 @@ from scipy import stats
 from governor.law import RPM, TPM
 from governor.model.estimate import RULES
 from sim.calibration.fits import EACH, Figure, quantile, share, unknown
+from sim.calibration.fits_window import WindowFit, retry_after, windows
 from sim.calibration.observed import Observed
 from sim.calibration.others import NOBODY_RATIO, Count, Gap, gaps
 from sim.model.provider_config import ProviderConfig
@@ -68,11 +69,15 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class QuotaFit:
-    """What is known of the quota. `changes`: (when, factor) of the minute limit. `rules`: those tried, best first."""
+    """What is known of the quota. `changes`: (when, factor) of the minute limit. `rules`: those tried, best first.
+
+    `window`: how it counts over time, by which attempts were let in.
+    """
 
     figures: tuple[Figure, ...]
     changes: tuple[tuple[float, float], ...]
     rules: tuple[Rule, ...]
+    window: WindowFit
 
     def __getitem__(self, name: str) -> Figure:
         return next(figure for figure in self.figures if figure.name == name)
@@ -103,10 +108,18 @@ def quota(found: Observed, base: ProviderConfig) -> QuotaFit:
         why = "the limit changed in mid-run" if changes else f"only {len(stated)} headers state what remains"
         rule, settles = unknown("charge rule", base.charge_rule, why), unknown("settles", base.settles, why)
         others = unknown("share of others", base.cotenant.share, why)
-    if not limit.known:
+    granted = granted.with_(charge_rule=rule.used, settles=settles.used)
+    window = windows(counts, charges(found.tries, granted.charge_rule, 0, base.as_of), found.retry_after_s, granted)
+    if not limit.known and not window.explains:
         limit = _limit_from_refusals(found, counts, base, limit)
-    figures = (limit, requests, rule, settles, others, counting, *_refusals(found, base), *_faults(found, base))
-    return QuotaFit(figures, changes, rules)
+    *habits, by_refusals = window.figures
+    figures = (
+        *(limit, requests, rule, settles, others),
+        *(counting if counting.known else by_refusals, *habits),
+        *_refusals(found, base),
+        *_faults(found, base),
+    )
+    return QuotaFit(figures, changes, rules, window)
 
 
 # ---------------------------------------------------------------- limits
@@ -322,8 +335,7 @@ def _refusals(found: Observed, base: ProviderConfig) -> tuple[Figure, Figure]:
         return unknown("Retry-After", base.retry_after, why), unknown("refusal", base.faults.refusal_s, why, "s")
     waits = found.retry_after_s[refused]
     said = waits[waits >= 0.0]
-    whole = bool((np.abs(said - np.rint(said)) < 1e-6).all())
-    word = "absent" if len(said) < count / 2.0 else "seconds" if whole else "ms"
+    word = retry_after(waits)
     how = f"{len(said):,} of {count:,} refusals state a wait"
     took = found.took_s[refused & (found.took_s >= 0.0)]
     late: Any = unknown("refusal", base.faults.refusal_s, "no refusal has a time", "s")

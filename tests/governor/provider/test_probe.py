@@ -15,9 +15,10 @@ from governor.model.policy import Policy
 from governor.model.pools import default_pools
 from governor.model.prices import Price
 from governor.model.requests import Answer, Limit, Outcome
-from governor.provider.probe import Probe, Told, probed, provider_text, write_provider
+from governor.provider.probe import KNOCKS_MOST, PARTS, Judge, Probe, Told, probed, provider_text, write_provider
 from governor.provider.sending import connect_with
 from sim.app.inputs import named_provider
+from sim.calibration.fits_window import judged
 from tests import live
 from tests.virtual_loop import run_virtual
 
@@ -25,7 +26,7 @@ SCALE = 20.0
 PRICE = Price(date.min, 0.15, 0.15, 0.60)
 
 
-def ask(max_cost_usd: float = 1.0, **habits: Any) -> tuple[dict[str, Told], Probe]:
+def ask(max_cost_usd: float = 1.0, judge: Judge | None = None, **habits: Any) -> tuple[dict[str, Told], Probe]:
     given: dict[str, Any] = {
         "tpm": 30_000,
         "rpm": 300,
@@ -39,7 +40,8 @@ def ask(max_cost_usd: float = 1.0, **habits: Any) -> tuple[dict[str, Told], Prob
 
         async def main() -> tuple[list[Told], Probe]:
             send = connect_with(environment)(pool)
-            probe = Probe(send, "gpt-4o-mini", PRICE, max_cost_usd, time_scale=SCALE)
+            probe = Probe(send, "gpt-4o-mini", PRICE, max_cost_usd, time_scale=SCALE, believed=(30_000.0, 300.0))
+            probe.judge = judge
             try:
                 return await probed(probe), probe
             finally:
@@ -47,6 +49,21 @@ def ask(max_cost_usd: float = 1.0, **habits: Any) -> tuple[dict[str, Told], Prob
 
         found, probe = asyncio.run(main())
     return {told.name: told for told in found}, probe
+
+
+@pytest.mark.parametrize("window", ["bucket", "clock", "anchored", "sliding"])
+def test_windows_are_told_by_refusals_alone_or_not_at_all(window: str, tmp_path: Path) -> None:
+    """No header states a count: the limits are those of the settings, and at most a few dozen calls are made."""
+    found, probe = ask(judge=judged, counts="none", window=window, charge_rule="prompt_plus_max", retry_after="seconds")
+    told = {name: each.value for name, each in found.items()}
+    assert told["window"] in (None, window), found["window"].why
+    assert told["charged"] in (None, "admission"), found["charged"].why
+    assert told["failed_requests_count"] in (None, True), found["failed_requests_count"].why
+    assert told["charge_rule"] is None
+    assert 0 < probe.calls <= 1 + 2 * len(PARTS) * KNOCKS_MOST
+    path = tmp_path / "provider.yaml"
+    write_provider(path, provider_text(probe, list(found.values())))
+    assert named_provider(str(path)).tpm == 30_000
 
 
 @pytest.mark.parametrize("settles", [False, True])

@@ -1,0 +1,289 @@
+"""How a quota counts over time, learnt from which attempts were let in: window, phase, burst, gate, refusals.
+
+Theory of operation. Each combination of habits is a synthetic provider (`sim/model/provider.py`). It is led through the
+attempts at their moments and asked about each; whatever it says, it then books what really happened, so that one
+surprise brings no others. The residual of a hypothesis is how many attempts came out otherwise than it says, a refusal
+with another stated wait among them. The best is told where every rival with another value misses clearly more; where
+even the best misses too many, none of them explains the log, and that is said.
+
+A moment is only known to some tenths of a second, so that an attempt is no surprise if it would have come out as it did
+`SLACK_S` earlier or later.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from governor.provider.probe import Knock, Told
+from sim.calibration.fits import Figure, unknown
+from sim.calibration.others import Count, began_s
+from sim.model import provider as prov
+from sim.model import windows as win
+from sim.model.provider_config import ProviderConfig
+
+Real = NDArray[np.float64]
+
+SLACK_S = 0.4
+# A stated wait is as it should be within so many seconds: whole seconds, some add one.
+WAIT_SLACK_S = 1.6
+ATTEMPTS_MOST = 600
+CONSTANT_LEAST_S = 20.0
+LEAST_REFUSALS = 2
+# The best hypothesis may miss so many attempts, as a share of the refusals; a rival must miss so many more.
+UNEXPLAINED_MOST = 0.2
+MORE_MISSES = 3
+BURSTS_S = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 15.0, 20.0, 30.0)
+PHASE_STEP_S = 2.0
+# Figures by their names in a provider file.
+PROBED = {"window": "window", "burst": "burst_s", "gate": "charged", "refusals count": "failed_requests_count"}
+GATES = ("admission", "answer")
+REFUSALS: tuple[bool | str, ...] = (False, True, "tokens", "requests")
+
+
+@dataclass(frozen=True, slots=True)
+class Hypothesis:
+    """One set of habits, and how many attempts it does not explain."""
+
+    habits: dict[str, Any]
+    misses: int
+
+    @property
+    def kind(self) -> tuple[str, bool]:
+        """The window, and whether its bursts are shorter than a minute."""
+        return self.habits["window"], "burst_s" in self.habits
+
+
+@dataclass(frozen=True, slots=True)
+class WindowFit:
+    """The figures; `tried`: all hypotheses, the best first, none where there are too few refusals."""
+
+    figures: tuple[Figure, ...]
+    tried: tuple[Hypothesis, ...] = ()
+    refusals: int = 0
+    attempts: int = 0
+
+    @property
+    def explains(self) -> bool:
+        """Whether the best hypothesis explains the refusals."""
+        return bool(self.tried) and self.tried[0].misses <= max(1.0, UNEXPLAINED_MOST * self.refusals)
+
+
+def retry_after(waits_s: Real) -> str | float:
+    """The form in which refusals state their waits, -1 = one states none: `absent`, `ms`, `seconds`, or a constant."""
+    said = waits_s[waits_s >= 0.0]
+    if len(said) < len(waits_s) / 2.0:
+        return "absent"
+    # A bucket that is asked at a steady rate states one short wait, too.
+    if len(said) >= 4 and float(np.ptp(said)) < 1e-6 and said[0] >= CONSTANT_LEAST_S:
+        return float(said[0])
+    return "seconds" if bool((np.abs(said - np.rint(said)) < 1e-6).all()) else "ms"
+
+
+def windows(counts: Sequence[Count], charges: Real, waits_s: Real, granted: ProviderConfig) -> WindowFit:
+    """The habits of the provider that lets in what was let in. `granted`: its limits and charge rule.
+
+    `charges`, `waits_s`: of each attempt by its place; a wait of -1 = none was stated.
+    """
+    counts = counts[:ATTEMPTS_MOST]
+    refused = [count for count in counts if not count.let_in]
+    names = ("window", "phase", "burst", "gate", "refusals count")
+    defaults = (granted.window, granted.phase_s, granted.burst_s, granted.charged, granted.failed_requests_count)
+    if len(refused) < LEAST_REFUSALS:
+        why = f"{len(refused)} refusals with a time are in the log"
+        return WindowFit(tuple(unknown(name, value, why) for name, value in zip(names, defaults, strict=True)))
+    stated = np.array([waits_s[count.place] for count in refused])
+    said = waits_s if retry_after(stated) in ("ms", "seconds") else np.full(len(waits_s), -1.0)
+
+    def tried(habits: Iterable[dict[str, Any]]) -> list[Hypothesis]:
+        return [Hypothesis(each, misses(granted.with_(**each), counts, charges, said)) for each in habits]
+
+    base = {"phase_s": 0.0, "burst_s": win.MINUTE_S}
+    coarse = tried({**base, **each, **rest} for each in _windows() for rest in _rest(False, True))
+    best = min(coarse, key=_order).habits
+    # Phases finer about the best, then every way in which refusals count, and the gate.
+    near_s = best["phase_s"] if best["window"] == "clock" else None
+    fine = tried({**best, **base, **each} for each in _windows(near_s))
+    best = min([*coarse, *fine], key=_order).habits
+    every = sorted([*coarse, *fine, *tried({**best, **rest} for rest in _rest(*REFUSALS))], key=_order)
+    return _told(tuple(every), len(refused), len(counts), defaults)
+
+
+def judged(knocks: Sequence[Knock], tpm: float, rpm: float) -> list[Told]:
+    """What the calls of `paceline probe` tell: habits by their names in a provider file; see `probe.Judge`.
+
+    Every charge rule is tried; habits are told where all rules that explain the calls agree on them.
+    """
+    counts = [Count(i, False, k.at_s, k.ended_s, 0.0, 0.0, k.let_in, -1.0, k.used, ()) for i, k in enumerate(knocks)]
+    waits_s = np.array([knock.wait_s for knock in knocks])
+    fits = {}
+    for rule in knocks[0].charges:
+        granted = ProviderConfig(tpm=int(tpm), rpm=int(rpm), charge_rule=rule)  # type: ignore[arg-type]
+        fits[rule] = windows(counts, np.array([knock.charges[rule] for knock in knocks]), waits_s, granted)
+    fewest = min(fit.tried[0].misses for fit in fits.values()) if all(fit.tried for fit in fits.values()) else 0
+    near = {rule: fit for rule, fit in fits.items() if fit.tried and fit.tried[0].misses < fewest + MORE_MISSES}
+    found = []
+    for name, key in PROBED.items():
+        figures = [next(figure for figure in fit.figures if figure.name == name) for fit in near.values()]
+        values = {figure.value for figure in figures}
+        agreed = len(values) == 1 and bool(figures) and figures[0].known
+        why = figures[0].how if len(values) == 1 else "it depends on the charge rule, which the refusals leave open"
+        found.append(Told(key, figures[0].value if agreed else None, why if figures else "too few refusals came"))
+    refused = waits_s[[not knock.let_in for knock in knocks]]
+    form = retry_after(refused) if len(refused) >= LEAST_REFUSALS else None
+    return [*found, Told("retry_after", form, f"stated by {(refused >= 0.0).sum()} of {len(refused)} refusals")]
+
+
+def _order(hypothesis: Hypothesis) -> tuple[float, ...]:
+    """Misses; among equals the simpler: whole bursts, charged at admission."""
+    habits = hypothesis.habits
+    return (
+        hypothesis.misses,
+        habits["burst_s"] < win.MINUTE_S,
+        habits["charged"] == "answer",
+        habits["window"] == "clock",
+    )
+
+
+def _windows(near_s: float | None = None) -> list[dict[str, Any]]:
+    phases = np.arange(0.0, win.MINUTE_S, PHASE_STEP_S)
+    if near_s is not None:
+        phases = np.concatenate([phases, near_s + np.arange(-2.0, 2.01, 0.25)]) % win.MINUTE_S
+    found: list[dict[str, Any]] = [{"window": name} for name in ("bucket", "anchored", "sliding")]
+    found += [{"window": "bucket", "burst_s": burst_s} for burst_s in BURSTS_S]
+    found += [{"window": "clock", "phase_s": float(phase_s)} for phase_s in sorted(set(phases.tolist()))]
+    return found
+
+
+def _rest(*refusals: bool | str) -> list[dict[str, Any]]:
+    return [{"charged": gate, "failed_requests_count": each} for gate in GATES for each in refusals]
+
+
+def misses(provider: ProviderConfig, counts: Sequence[Count], charges: Real, waits_s: Real) -> int:
+    """How many attempts that provider would have treated otherwise; see the module's docstring."""
+    pp = provider.with_(cotenant={"share": 0.0, "burst_s": 0.0, "period_s": 0.0}).params()
+    ps = prov.ProviderState()
+    zero_s = began_s(counts)
+    events = [(c.launched_s + max(0.0, c.there_s) - zero_s, 1, c) for c in counts]
+    if pp.charged_at_answer or pp.settles:
+        events += [
+            (max(c.launched_s, c.ended_s - max(0.0, c.round_s - c.there_s)) - zero_s, 0, c)
+            for c in counts
+            if c.used >= 0.0
+        ]
+    wrong = 0
+    for at_s, is_attempt, count in sorted(events, key=lambda event: event[:2]):
+        charge = count.charge if count.charge >= 0.0 else float(charges[count.place])
+        at_s = max(ps.at, at_s)
+        if not is_attempt:
+            prov.settled(pp, ps, 0, charge, count.used, at_s)
+            continue
+        asked, booked = (1.0, 0.0) if pp.charged_at_answer else (charge, charge)
+        prov.advanced(pp, ps, 0, max(ps.at, at_s - SLACK_S))
+        earlier = _wait_ms(pp, ps, asked)[0]
+        prov.advanced(pp, ps, 0, at_s)
+        win.opened(pp, ps)
+        wait_ms, oldest_ms = _wait_ms(pp, ps, asked)
+        if count.let_in:
+            wrong += wait_ms > 1_000.0 * SLACK_S
+            win.taken(pp, ps, booked, 1.0, False)
+            continue
+        stated_s = float(waits_s[count.place])
+        if wait_ms < 0.0 and earlier < 0.0:
+            wrong += 1
+        elif stated_s >= 0.0 and wait_ms >= 0.0:
+            wrong += min(abs(stated_s - wait / 1_000.0) for wait in (wait_ms, oldest_ms)) > WAIT_SLACK_S
+        if pp.failed_count:
+            tokens = booked if pp.failed_count & prov.REFUSAL_TOKENS else 0.0
+            win.taken(pp, ps, tokens, 1.0 if pp.failed_count & prov.REFUSAL_REQUESTS else 0.0, True)
+    return wrong
+
+
+def _wait_ms(pp: Any, ps: Any, asked: float) -> tuple[float, float]:
+    """How long one more attempt would have to wait, -1 = not at all; and until the first of the window is gone.
+
+    Some limiters with a sliding log state the second, which may not be enough.
+    """
+    wait_ms = oldest_ms = -1.0
+    for d, requested in ((win.TPM, asked), (win.RPM, 1.0)):
+        limit = win.limit_now(pp, ps, d)
+        excess = ps.used[d] + requested - win.capacity_of(pp, d, limit)
+        if limit > 0.0 and excess > win.ROUNDING:
+            wait_ms = max(wait_ms, win.room_in_ms(pp, ps, d, excess, limit))
+            first_ms = win.room_in_ms(pp, ps, d, min(excess, 1.0), limit) if pp.window == win.SLIDING else wait_ms
+            oldest_ms = max(oldest_ms, first_ms)
+    return wait_ms, oldest_ms
+
+
+def _told(tried: tuple[Hypothesis, ...], refusals: int, attempts: int, defaults: tuple[Any, ...]) -> WindowFit:
+    """Each habit: told where every hypothesis with another value of it misses clearly more."""
+    best, fit = tried[0], WindowFit((), tried, refusals, attempts)
+    names = ("window", "phase", "burst", "gate", "refusals count")
+    if not fit.explains:
+        why = f"none of the known windows explains the refusals: the best misses {best.misses} of {attempts} attempts"
+        return WindowFit(
+            tuple(unknown(name, value, why) for name, value in zip(names, defaults, strict=True)),
+            tried,
+            refusals,
+            attempts,
+        )
+    readers: tuple[tuple[str, Callable[[dict[str, Any]], Any]], ...] = (
+        ("window", lambda h: (h["window"], h["burst_s"] < win.MINUTE_S)),
+        ("phase", lambda h: None),
+        ("burst", lambda h: h["burst_s"]),
+        ("gate", lambda h: h["charged"]),
+        ("refusals count", lambda h: h["failed_requests_count"]),
+    )
+    found = []
+    hits = f"{attempts - best.misses:,} of {attempts:,} attempts come out as it says"
+    settled = _rival(tried, readers[0][1]) is None
+    for (name, read), default in zip(readers, defaults, strict=True):
+        rival = _rival(tried, read)
+        value = {"window": best.habits["window"], "phase": best.habits["phase_s"]}.get(name, read(best.habits))
+        if name == "phase":
+            found.append(_phase(tried, hits, settled))
+        elif rival is None and (settled or name == "gate"):
+            found.append(Figure(name, value, None, None, "s" if name == "burst" else "", hits, default))
+        else:
+            # What the refusals rule out is not left: one of those that explain them is taken.
+            other = "another window" if rival is None else _text(rival.habits)
+            why = f"{other} explains the refusals as well as {_text(best.habits)}, which is taken"
+            found.append(unknown(name, value, why))
+    return WindowFit(tuple(found), tried, refusals, attempts)
+
+
+def _rival(tried: Sequence[Hypothesis], read: Callable[[dict[str, Any]], Any]) -> Hypothesis | None:
+    best = tried[0]
+    return next(
+        (h for h in tried if read(h.habits) != read(best.habits) and h.misses < best.misses + MORE_MISSES), None
+    )
+
+
+def _phase(tried: Sequence[Hypothesis], hits: str, settled: bool) -> Figure:
+    best = tried[0]
+    if best.habits["window"] != "clock":
+        return unknown("phase", 0.0, "only minutes of the clock have one")
+    alike = [h.habits["phase_s"] for h in tried if h.habits["window"] == "clock" and h.misses == best.misses]
+    # On a circle of a minute: the middle of those that miss as few.
+    angles = np.exp(2j * math.pi * np.array(alike) / win.MINUTE_S)
+    middle = float(np.angle(angles.mean()) / (2.0 * math.pi) * win.MINUTE_S) % win.MINUTE_S
+    apart = [(phase_s - middle + 30.0) % win.MINUTE_S - 30.0 for phase_s in alike]
+    # Beyond those that miss as few the next ones were tried a step away.
+    low, high = middle + min(apart) - PHASE_STEP_S, middle + max(apart) + PHASE_STEP_S
+    value = round(middle, 2) % win.MINUTE_S
+    if not settled:
+        return unknown("phase", value, "another window explains the refusals as well", "s")
+    return Figure("phase", value, low, high, "s", hits)
+
+
+def _text(habits: dict[str, Any]) -> str:
+    burst_s, failed = habits["burst_s"], habits["failed_requests_count"]
+    words = [f"{habits['window']} window" if burst_s == win.MINUTE_S else f"bucket of {burst_s:g} s"]
+    words.append("charged at the answer" if habits["charged"] == "answer" else "")
+    words.append({True: "refusals counted", False: "refusals not counted"}.get(failed, f"refusals counted as {failed}"))
+    return ", ".join(filter(None, words))
