@@ -122,10 +122,11 @@ def observed_of(label: str, rows: Mapping[str, Sequence[Any]], *, source: str, n
     count = len(next(iter(rows.values())))
 
     def numbers(role: str, absent: float = -1.0) -> Real:
-        return np.asarray(rows[role], np.float64) if role in rows else np.full(count, absent)
+        return np.asarray(rows[role], np.float64) if role in rows else constant(absent, count, np.float64)
 
     def whole(role: str) -> NDArray[np.int64]:
-        return numbers(role, TEXT_DEFAULTS.get(role, -1)).astype(np.int64)
+        default = TEXT_DEFAULTS.get(role, -1)
+        return numbers(role).astype(np.int64) if role in rows else constant(default, count)
 
     kind = numbers("kind", ANSWERED).astype(np.int64)
     launched, finished, took = numbers("launched"), numbers("finished"), numbers("latency")
@@ -170,23 +171,25 @@ def observed_of(label: str, rows: Mapping[str, Sequence[Any]], *, source: str, n
         custom_ids=[x or f"request-{i + 1}" for i, x in enumerate(ids)],
         models=_one_or_all(rows["model"]) if "model" in rows else None,
     )
-    if (np.diff(order) != 1).any():
-        tries = tries.take(order)
+    # A log in order of time, as most are, is not copied.
+    sort: Any = slice(None) if (np.diff(order) == 1).all() else order
+    tries = tries if isinstance(sort, slice) else tries.take(order)
+    stated = [numbers(role) for role in STATED] if any(role in rows for role in STATED) else None
     lane = numbers("finalize", 0.0)
     found = Observed(
         label=label,
         tries=tries,
-        request=request[order],
-        final=((lane == 0.0) & usable)[order],
-        kind=np.where((kind == ANSWERED) & ~usable, OTHER, kind)[order],
-        launched_s=launched[order],
-        arrived_s=arrived[order],
-        took_s=took[order],
-        first_s=numbers("first_token")[order],
-        processing_s=numbers("processing")[order],
-        retry_after_s=numbers("retry_after")[order],
-        stated=np.column_stack([numbers(role) for role in STATED])[order],
-        day=numbers("day", 0.0)[order] > 0.0,
+        request=request[sort],
+        final=((lane == 0.0) & usable)[sort],
+        kind=np.where((kind == ANSWERED) & ~usable, OTHER, kind)[sort],
+        launched_s=launched[sort],
+        arrived_s=arrived[sort],
+        took_s=took[sort],
+        first_s=numbers("first_token")[sort],
+        processing_s=numbers("processing")[sort],
+        retry_after_s=numbers("retry_after")[sort],
+        stated=np.broadcast_to(-1.0, (count, 4)) if stated is None else np.column_stack(stated)[sort],
+        day=numbers("day", 0.0)[sort] > 0.0,
         outcomes="kind" in rows,
         notes=notes,
     )

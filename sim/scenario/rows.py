@@ -104,13 +104,7 @@ def _json_pairs(source: Named) -> Iterator[tuple[int, Pairs]]:
 
 def json_rows(source: Named) -> Iterator[tuple[int, Row]]:
     """Line and object of every row: JSON lines, or documents of any layout that hold lists of them."""
-    with source.stream() as stream:
-        raw = next((raw for raw in stream if raw.removeprefix(BOM).strip()), b"")
-    try:
-        by_line = isinstance(json.loads(raw.removeprefix(BOM)), dict)
-    except (ValueError, RecursionError):
-        by_line = False
-    for line, document, text in _lines(source) if by_line else _documents(source):
+    for line, document, text in _lines(source) if _is_by_line(source) else _documents(source):
         if not isinstance(document, dict):
             raise BadInput(f"{kind_of(document)} where a JSON object should be", source.name, line)
         if not any(key in document for key in LISTS):
@@ -123,6 +117,20 @@ def json_rows(source: Named) -> Iterator[tuple[int, Row]]:
             if place >= 0:
                 line, at = line + text.count("\n", at, place), place
             yield line, row
+
+
+def _is_by_line(source: Named) -> bool:
+    """Whether the first line that is not blank is an object of its own. A list may be one line of any length."""
+    with source.stream() as stream:
+        head = stream.read(CHUNK_BYTES).removeprefix(BOM).lstrip()
+    if head.startswith(b"["):
+        return False
+    with source.stream() as stream:
+        raw = next((raw for raw in stream if raw.removeprefix(BOM).strip()), b"")
+    try:
+        return isinstance(json.loads(raw.removeprefix(BOM)), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _spread(document: Row) -> Iterator[Row]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import tracemalloc
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -595,3 +596,25 @@ def test_a_log_tells_the_same_as_csv_as_lines_and_as_a_list(
         assert found.took_s.tolist() == pytest.approx(took_s, abs=1e-6), name
         workload = read_workload(Source.open(tmp_path / name))
         assert workload.prompt_tokens.tolist() == prompts.tolist()
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "json"])
+def test_large_files_are_read_as_streams(form: str, tmp_path: Path) -> None:
+    """A million rows stay under 500 MB: at most 500 bytes a row beside what is read ahead, whatever it holds."""
+    count = 20_000
+    allowed = 500 * count + 8 * 2**20
+    row = {"model": "gpt-4o", "prompt_tokens": 500, "completion_tokens": 90, "latency": 2.5, "prompt": "x" * 500}
+    table = [{"request_id": f"chatcmpl-{i:07d}", "startTime": 1_770_000_000 + i, **row} for i in range(count)]
+    texts = {"csv": as_csv, "jsonl": as_lines, "json": json.dumps}
+    path = tmp_path / f"log.{form}"
+    path.write_text(texts[form](table))
+    del table
+    tracemalloc.start()
+    try:
+        assert len(read_workload(Source.open(path))) == count
+        assert tracemalloc.get_traced_memory()[1] < allowed
+        tracemalloc.reset_peak()
+        assert len(read_sources([str(path)], {})) == count
+        assert tracemalloc.get_traced_memory()[1] < allowed
+    finally:
+        tracemalloc.stop()
