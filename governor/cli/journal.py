@@ -143,6 +143,7 @@ def _steer(where: str, name: str, words: Sequence[str], pool: str | None) -> Non
 
     with Journal.open(where) as journal:
         policies = {stated.pool: stated.policy for stated in journal.settings()}
+        words = [_with_its_name(word) for word in words]
         asked = [*([f"{POOL_WORD}{pool}"] if pool is not None else []), *words]
         names, plain = split_words(tuple(asked), policies)
         held = held_settings(journal.commands(), policies)
@@ -160,6 +161,15 @@ def _steer(where: str, name: str, words: Sequence[str], pool: str | None) -> Non
             print("recorded: no process is working on it now, the next one takes it up")
             return
         _wait_until_taken(journal, number, name)
+
+
+def _with_its_name(word: str) -> str:
+    """The word with a setting's short name made the one that is recorded."""
+    from governor.model.policy import knob_named
+
+    name, equals, value = word.partition("=")
+    knob = knob_named(name.strip())
+    return word if knob is None else f"{knob.env}{equals}{value}"
 
 
 def _wait_until_taken(journal: Journal, number: int, name: str) -> None:

@@ -67,7 +67,7 @@ def in_force(
     env_files: list[str] | None, assignments: list[str] | None, preset: str | None
 ) -> tuple[Policy, dict[str, str]]:
     """The settings that these options make, and by name where each that is not a default comes from."""
-    from governor.model.policy import KNOB_BY_ENV, KNOBS, Policy
+    from governor.model.policy import KNOB_BY_ENV, KNOBS, Policy, knob_named
     from governor.model.settings import paths_of, policy_of, read_env_file
 
     base = Policy() if preset is None else Policy.preset(preset)
@@ -79,7 +79,8 @@ def in_force(
                 origins[name] = f"{path}:{stated.line}"
     if not env_files:
         origins |= {name: ENVIRONMENT for name in KNOB_BY_ENV if os.environ.get(name, "").strip()}
-    origins |= {word.partition("=")[0].strip(): SET for word in assignments or ()}
+    named = (knob_named(word.partition("=")[0].strip()) for word in assignments or ())
+    origins |= {knob.env: SET for knob in named if knob is not None}
     return policy, origins
 
 

@@ -180,7 +180,7 @@ class Policy(BaseModel):
         changes: dict[str, Value] = {}
         for assignment in assignments:
             env, equals, text = assignment.partition("=")
-            knob = KNOB_BY_ENV.get(env.strip())
+            knob = knob_named(env.strip())
             if knob is None:
                 raise BadSetting(f"there is no setting {_shown(env)}{_suggestion(env)}", env)
             if not equals or not text.strip():

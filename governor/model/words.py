@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import time
-from datetime import datetime, timedelta
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta, timezone, tzinfo
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from governor.model.errors import BadSetting, quoted
 from governor.model.phrases import WAITED_FOR as WAITED_FOR
@@ -15,6 +17,8 @@ from governor.model.phrases import whole_number
 from governor.model.policy import KNOB_BY_ENV, Policy
 
 _UNITS_S = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3_600.0, "d": 86_400.0}
+
+_ZONE = r"[+-]\d\d:?\d\d|[A-Za-z][\w/+-]*"
 
 
 def seconds_of(text: str, option: str) -> float:
@@ -29,16 +33,37 @@ def seconds_of(text: str, option: str) -> float:
 
 
 def until_s(text: str, option: str, now: datetime | None = None) -> float:
-    """Seconds from `now` (the clock's, if none is given) to a wanted end: a duration, or the next HH:MM local time."""
-    clock = re.fullmatch(r"([01]?\d|2[0-3]):([0-5]\d)", text.strip(), re.ASCII)
+    """Seconds from `now` (the clock's, if none is given) to a wanted end: a duration, or the next such time of day.
+
+    A time of day is local, or in the zone that follows it: 06:00Z, 06:00+02:00, 06:00 Europe/Berlin.
+    """
+    clock = re.fullmatch(rf"([01]?\d|2[0-3]):([0-5]\d)(?:\s*({_ZONE}))?", text.strip(), re.ASCII)
     if clock is None:
         return seconds_of(text, option)
     now = (now or datetime.now()).astimezone()
+    if clock[3]:
+        there = now.astimezone(_zone(clock[3], option))
+        end = there.replace(hour=int(clock[1]), minute=int(clock[2]), second=0, microsecond=0)
+        return (end + timedelta(days=end <= there)).timestamp() - now.timestamp()
     end = now.replace(hour=int(clock[1]), minute=int(clock[2]), second=0, microsecond=0)
     if end <= now:
         end += timedelta(days=1)
     # By way of naive local times, so that a night in which the clocks change has its own length.
     return end.replace(tzinfo=None).astimezone().timestamp() - now.timestamp()
+
+
+def _zone(name: str, option: str) -> tzinfo:
+    """The time zone of that name, or so far from UTC."""
+    if name.upper() in ("Z", "UTC", "GMT"):
+        return UTC
+    if name[0] in "+-":
+        ahead = timedelta(hours=int(name[1:3]), minutes=int(name[-2:]))
+        if ahead < timedelta(days=1):
+            return timezone(ahead if name[0] == "+" else -ahead)
+    else:
+        with suppress(ZoneInfoNotFoundError, ValueError, OSError):
+            return ZoneInfo(name)
+    raise BadSetting(f"{option}: {quoted(name)} is no time zone: write 06:00Z, 06:00+02:00 or 06:00 Europe/Berlin")
 
 
 def count_of(text: str, option: str) -> int:

@@ -10,7 +10,7 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from datetime import datetime, timedelta
+from datetime import datetime
 from functools import wraps
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -18,6 +18,7 @@ import typer
 
 from governor.model.errors import BadSetting
 from governor.model.phrases import whole_number
+from governor.model.words import until_s
 from sim.base.counting import counting
 
 _UNITS_S = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3_600.0, "d": 86_400.0}
@@ -58,19 +59,13 @@ def round_trip_s(text: str) -> float:
 
 
 def finish_by_s(text: str, now: datetime | None = None) -> float:
-    """Seconds from `now` (the clock's, if none is given) to a wanted end: a duration, or the next HH:MM local time."""
-    seconds = duration_s(text)
-    if seconds is not None:
-        return seconds
-    clock = re.fullmatch(r"([01]?\d|2[0-3]):([0-5]\d)", text.strip(), re.ASCII)
-    if clock is None:
-        raise typer.BadParameter(f"{text!r} is neither a duration above 0 (6h, 90m, 1h30m) nor a time of day (06:00)")
-    now = (now or datetime.now()).astimezone()
-    end = now.replace(hour=int(clock[1]), minute=int(clock[2]), second=0, microsecond=0)
-    if end <= now:
-        end += timedelta(days=1)
-    # By way of naive local times, so that a night in which the clocks change has its own length.
-    return end.replace(tzinfo=None).astimezone().timestamp() - now.timestamp()
+    """Seconds from `now` (the clock's, if none is given) to a wanted end: a duration, or a time of day (`until_s`)."""
+    try:
+        return until_s(text, "it", now)
+    except BadSetting:
+        raise typer.BadParameter(
+            f"{text!r} is neither a duration above 0 (6h, 90m, 1h30m) nor a time of day (06:00, 06:00+02:00)"
+        ) from None
 
 
 def wait_s(text: str) -> float:
