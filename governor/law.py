@@ -764,14 +764,15 @@ def failed(
 
     No hold, and no refund, since the provider charged it. `is_answer`: a 4xx that may be tried again, which shows that
     the provider is there. In an outage no attempt is the last, and `spared` says afterwards whether it counts; nor is a
-    place in flight kept where nothing is answered, so that another request can be tried.
+    place in flight kept where nothing is answered, so that another request can be tried. A wait above the cap that
+    comes with a 5xx is not obeyed, and ends nothing: nobody knows when an outage is over.
     """
     if is_answer:
         answered(p, s, now)
     else:
         _unanswered(p, s, request, attempt == 1 and outages < FRESH_OUTAGES, now)
     at = _jittered_at(p, _wait_s(p, attempt, retry_after_s), now, u)
-    is_last = is_spent(p, attempt, retry_after_s)
+    is_last = is_spent(p, attempt, retry_after_s if is_answer else -1.0)
     if s.probe_at > -math.inf:
         at = max(at, s.probe_at + PROBE_TURN_S)
         is_last = is_last and spared(p, s, outages, launched_at, now) < 0

@@ -111,7 +111,7 @@ class Policy(BaseModel):
         "OPENAI_RETRY_AFTER_CAP_SECONDS",
         600.0,
         "s",
-        "longest Retry-After that is obeyed; one above it ends its request, three in a row the run",
+        "longest Retry-After that is obeyed; a 429 above it ends its request, three in a row the run",
         gt=0,
         le=31_536_000,
     )

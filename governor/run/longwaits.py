@@ -65,7 +65,11 @@ class LongWaits(Observer):
         self._tell(answer, until_s, outwaited_text(self.policy, answer.retry_after_s))
 
     def backed_off(self, attempt: Attempt, answer: Answer, retry_at_s: float, next_attempt: int) -> None:
-        if answer.retry_after_s > LONG_WAIT_S:
+        cap_s = self.policy.retry_after_cap_seconds
+        if answer.retry_after_s > max(cap_s, LONG_WAIT_S):
+            then = f"longer than OPENAI_RETRY_AFTER_CAP_SECONDS={cap_s:g}: it is tried again before"
+            self._tell(answer, attempt.finished_s + answer.retry_after_s, then)
+        elif answer.retry_after_s > LONG_WAIT_S:
             held = self.policy.hold_on_throttle and answer.outcome in THROTTLES
             self._tell(answer, retry_at_s, waits_text(held=held))
 

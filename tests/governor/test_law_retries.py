@@ -173,3 +173,12 @@ def test_after_a_hold_the_budgets_still_bind(window: int) -> None:
     assert (at, cause) == (pytest.approx({FIXED: 60.1, SLIDING: 60.5, BUCKET: 60.0}[window]), law.BY_TPM)
     law.throttled(p, s, 1_000.0, 1, 90.0, 0.0, 0.0, 0.1, 0.0)
     assert laws.promised(p, s, 1_000.0, law.HOLDING, 0.1) == (s.hold_until, law.HOLD)
+
+
+def test_a_wait_above_the_cap_ends_no_request_in_an_outage() -> None:
+    """A page of maintenance with `Retry-After: 3600`: the requests wait by our own backoff, and for the provider."""
+    s, p = law.State(), params(retry_after_cap_s=600.0)
+    assert law.failed(p, s, 0, 1, 0, 0, 3_600.0, 0.0, 0.0, 10.0, 0.0)[0] == 10.0 + law.backoff_s(p, 1)
+    assert law.failed(p, s, 0, p.max_attempts, 0, 0, 3_600.0, 0.0, 0.0, 10.0, 0.0)[0] == INF
+    # A 4xx is an answer of a provider that is there.
+    assert law.failed(p, s, 1, 1, 0, 1, 3_600.0, 0.0, 0.0, 10.0, 0.0)[0] == INF

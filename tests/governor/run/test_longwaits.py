@@ -88,6 +88,16 @@ def test_a_lost_request_is_told_with_the_reason() -> None:
     assert heard.said[0].endswith("that was the request's last attempt")
 
 
+def test_a_wait_above_the_cap_that_is_tried_again_is_not_said_to_be_waited_out() -> None:
+    heard = Heard()
+    answer = Answer(Outcome.SERVER_ERROR, 503, message="maintenance", retry_after_s=3_600.0)
+    heard.back_off(answer)
+    heard.back_off(answer)
+    (line,) = heard.said
+    assert line.startswith("the provider asks to wait 1 h, until ")
+    assert line.endswith("longer than OPENAI_RETRY_AFTER_CAP_SECONDS=600: it is tried again before")
+
+
 def test_a_wait_that_is_not_obeyed_says_which_setting_decides_and_until_when() -> None:
     answer = asks(HOURS, DAILY)
     row = journals.attempt(journals.job(journals.work(0)), answer, 10.0)

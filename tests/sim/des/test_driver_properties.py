@@ -205,7 +205,7 @@ def test_retries_never_come_before_their_backoff(seed: int) -> None:
     for rows in lanes(done.rows).values():
         for before, after in pairwise(rows):
             wait_s = min(policy.backoff_base_seconds * 2.0 ** (before.attempt - 1), policy.backoff_cap_seconds)
-            if before.retry_after_s > 0.0:
+            if 0.0 < before.retry_after_s <= policy.retry_after_cap_seconds:
                 wait_s = before.retry_after_s + 0.002
             elif (
                 before.outcome in REFUSED and after.attempt == policy.retry_max_attempts and not policy.deadline_seconds
