@@ -270,7 +270,7 @@ def _unknowns(observed: Observed, answers: NDArray[np.int64], times: LatencyFit 
         told["settles"] = float(found["settles"].used)
     others = found["share of others"]
     if others.low is not None and others.high is not None:
-        told["cotenant_share"] = (others.low, min(0.95, others.high))
+        told["cotenant_share"] = (min(0.95, others.low), min(0.95, others.high))
     if times is not None:
         done = observed.answered
         took_s = observed.took_s[done]

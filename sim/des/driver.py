@@ -317,12 +317,16 @@ class Simulation:
         if self.on_attempt is not None:
             job.waits_s = [reading - before for reading, before in zip(self.clock, job.since, strict=True)]
         at = now + service_s
-        expires_at = law.expires_at(p, job.first_launched_s, now)
+        expires_at = self._expires_at(job, now)
         if at > expires_at:
             at = expires_at
             job.outcome = TIMEOUT
             job.retry_after_s = -1.0
         _Moment(self.env, at, ANSWER, self._on_answer, job)
+
+    def _expires_at(self, job: Job, now: float) -> float:
+        """When the attempt that is launched now has taken too long."""
+        return law.expires_at(self.p, job.first_launched_s, now)
 
     def _spare(self, job: Job) -> None:
         """Its last attempt failed; if that was in an outage, as far as is known by now, it does not count."""

@@ -50,7 +50,8 @@ class Tried(NamedTuple):
 
     `used`: tokens of the answer, prompt included, -1 = not stated. `retry_after_s`: -1 = none. `stated`: tokens limit
     and remaining, then dimension, limit and remaining of the requests limit, as `sim.des.driver.Job.stated`. `way_s`:
-    to the provider, and there and back; None = not known.
+    to the provider, and there and back; None = not known. `eligible_s`: when the loop noticed that it could go, -1 =
+    not known.
     """
 
     launched_s: float
@@ -60,6 +61,7 @@ class Tried(NamedTuple):
     used: float = -1.0
     stated: Stated = NOTHING_STATED
     way_s: tuple[float, float] | None = None
+    eligible_s: float = -1.0
 
     @property
     def is_refused(self) -> bool:
@@ -116,7 +118,7 @@ def record_of(
         lane = place[a.request], LANES.index(a.lane)
         count[lane] = count.get(lane, 0) + 1
         way_s = ways_s.get((lane[0], clock(a.launched_s)))
-        tried[(*lane, count[lane])] = _tried(a, limits, clock)._replace(way_s=way_s)
+        tried[(*lane, count[lane])] = _tried(a, limits, clock)._replace(way_s=way_s, eligible_s=clock(a.eligible_s))
         for cause, name in enumerate(CAUSES[1:], 1):
             waits_s[cause] += getattr(a, f"waited_{name}_s")
     ended_s = np.array([clock(ends[i].ended_s) for i in range(len(ends))])

@@ -16,6 +16,7 @@ end (its own pattern, from a random moment on).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import inf
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -27,6 +28,7 @@ from governor.model.requests import CAUSES
 from sim.calibration.others import Taking, began_s, gaps, takings, ways_of
 from sim.des import driver
 from sim.des.driver import Job
+from sim.des.run import TIMEOUT
 from sim.model import provider as prov
 from sim.model import windows as win
 from sim.model.provider_config import ProviderConfig
@@ -40,6 +42,8 @@ Arrivals = Literal["batch", "trace"]
 Delays = dict[tuple[int, int, int], float]
 # Two moments of one launch that differ by less are the same, seconds; and by at most twice the latest timer.
 SLACK_LEAST_S = 0.02
+# How late a launch may be where no timer of the run was timed, and a retry whose moment is recorded, seconds.
+LATE_UNKNOWN_S, LATE_MOST_S = 0.25, 10.0
 # A provider is played beside the best one if it leaves no more than this of the counts unexplained beyond that one's.
 UNEXPLAINED_MORE = 0.02
 
@@ -48,14 +52,15 @@ class Replay(Twin):
     """One run again. `record`: what it met; `delays`: how late each launch was, None = to be learnt on the way.
 
     `coupled`: the journal's own answers hold as long as the run launches as it did; without, the provider's model
-    decides on every refusal. `zero_s`: where this run's clock begins on that of the record. `parted_s`: when it first
-    launched otherwise, None = never.
+    decides on every refusal. `timeout_s`: that the run had. `zero_s`: where this run's clock begins on that of the
+    record. `parted_s`: when it first launched otherwise, None = never.
     """
 
     def __init__(
         self,
         *arguments: Any,
         record: Record,
+        timeout_s: float,
         zero_s: float,
         coupled: bool,
         delays: Delays | None,
@@ -63,14 +68,16 @@ class Replay(Twin):
         **rest: Any,
     ) -> None:
         super().__init__(*arguments, takings=takings, **rest)
-        self.record, self.zero_s = record, zero_s
+        self.record, self.timeout_s, self.zero_s = record, timeout_s, zero_s
         self.learns, self.delays = delays is None, {} if delays is None else delays
         self.slack_s = max(SLACK_LEAST_S, 2.0 * float(self._late_s.max(initial=0.0)))
+        self.late_most_s = self.slack_s if len(self._late_s) else LATE_UNKNOWN_S
         self.parted_s: float | None = None if coupled else 0.0
         self.ends_s = np.zeros(len(self.columns))
         self.is_lost = np.zeros(len(self.columns), np.bool_)
         self._let_in: dict[tuple[int, int], int] = {}
         self._as_it_was: dict[int, Tried] = {}
+        self._expiry_late_s: dict[int, float] = {}
         self._due_at: dict[Job, float] = {}
         self._answers_at = {tried.ended_s for tried in record.tried.values()}
         self._ways = [tried.way_s for tried in record.tried.values() if tried.way_s is not None]
@@ -89,14 +96,20 @@ class Replay(Twin):
         assert job is not None, "a timer without a head"
         return self._late(job)
 
-    def _late(self, job: Job) -> float:
+    def _late(self, job: Job, *, is_retry: bool = False) -> float:
         """How late the loop is with the job's next launch: as it was in the run, else as any of its launches."""
         key = job.index, job.lane, job.tries + 1
         if self.learns:
             past = self.record.tried.get(key)
-            late_s = -1.0 if past is None else past.launched_s - self.zero_s - self.env._now
-            if past is None or not 0.0 <= late_s <= self.slack_s or past.launched_s in self._answers_at:
-                return 0.0  # it waits for something else, such as an answer
+            if past is None:
+                return 0.0
+            # When a retry's moment was noticed is recorded; of what was never launched before, only the launch.
+            is_noticed = is_retry and past.eligible_s >= 0.0
+            late_s = (past.eligible_s if is_noticed else past.launched_s) - self.zero_s - self.env._now
+            if not 0.0 <= late_s <= (LATE_MOST_S if is_noticed else self.late_most_s):
+                return 0.0
+            if not is_noticed and past.launched_s in self._answers_at:
+                return 0.0  # no timer let it out
             self.delays[key] = late_s
         if key in self.delays:
             return self.delays[key]
@@ -105,7 +118,7 @@ class Replay(Twin):
     def _on_retry_due(self, event: Any) -> None:
         job = event._value
         if job not in self._due_at:
-            at = self._due_at[job] = self.env._now + self._late(job)
+            at = self._due_at[job] = self.env._now + self._late(job, is_retry=True)
             driver._Moment(self.env, at, driver.RETRY_DUE, self._on_retry_due, job)
             return
         del self._due_at[job]
@@ -115,7 +128,8 @@ class Replay(Twin):
 
     def _way(self, job: Job) -> tuple[float, float]:
         past = self.record.tried.get((job.index, job.lane, job.tries))
-        if self.parted_s is not None and self.seed != self.provider_seed and self._ways:
+        is_then = past is not None and abs(past.launched_s - self.env._now - self.zero_s) <= self.slack_s
+        if not is_then and self.seed != self.provider_seed and self._ways:
             # Launched at another moment, in another burst: any of them.
             return self._ways[int(self._rng.integers(len(self._ways)))]
         return super()._way(job) if past is None or past.way_s is None else past.way_s
@@ -140,11 +154,19 @@ class Replay(Twin):
         lane = job.index, job.lane
         nth = self._let_in[lane] = self._let_in.get(lane, -1) + 1
         met = self.record.let_in.get(lane, ())
+        self._expiry_late_s.pop(job.index, None)
         if nth >= len(met):
             return answer
+        if met[nth].outcome == TIMEOUT:
+            took_s = met[nth].ended_s - met[nth].launched_s
+            self._expiry_late_s[job.index] = max(0.0, took_s - self.timeout_s)
         if met[nth].used >= 0.0:
             job.output = max(0.0, met[nth].used - job.prompt)
         return met[nth].outcome, met[nth].took_s, -1, met[nth].retry_after_s
+
+    def _expires_at(self, job: Job, now: float) -> float:
+        """As late as the loop gave it up in the run."""
+        return super()._expires_at(job, now) + self._expiry_late_s.get(job.index, 0.0)
 
     def _past(self, job: Job) -> Tried | None:
         """The attempt of the journal that this one is; None once the runs have parted, which they do here."""
@@ -223,6 +245,11 @@ class Stage:
         coupled = coupled and not self.is_log
         return [self._run(rewrite, r, coupled=coupled, delays=self.delays) for r in range(runs)]
 
+    def predictions(self, runs: int) -> list[Rerun]:
+        """The run as it might have been predicted, had its answers, times and faults been known: launch by launch late
+        as any, and refused as the provider's model says."""
+        return [self._run(None, r, coupled=False, delays={}) for r in range(runs)]
+
     def as_it_was(self) -> Rerun:
         """What was recorded."""
         lesson, record = self.lesson, self.lesson.record
@@ -284,6 +311,7 @@ class Stage:
             began_s=began_s(lesson.counts) - zero_s,
             takings=self.takings,
             record=lesson.record,
+            timeout_s=lesson.policy.request_timeout_seconds or inf,
             zero_s=zero_s,
             coupled=coupled,
             delays=delays,
