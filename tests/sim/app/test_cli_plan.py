@@ -96,7 +96,8 @@ def noted(err: str) -> set[str]:
 def test_the_files_and_the_table(run: Run, work: Path, monkeypatch) -> None:
     monkeypatch.setattr(report, "render", RENDER)
     code, out, err = run(*PLAN)
-    assert (code, noted(err)) == (0, {"a limit is not kept"})
+    assert code == 0
+    assert noted(err) <= {"a limit is not kept"}
     assert sorted(contents(work / "out")) == NAMES
     assert out.rstrip().endswith(f"report: {Path('out', 'report.html')}")
     assert "again: paceline plan out/scenario.yaml\n" in out
@@ -147,7 +148,8 @@ def test_run_and_plan_say_the_same_of_the_same_batch(run: Run, work: Path) -> No
 
 def test_json_is_plan_json_and_nothing_else(run: Run, work: Path) -> None:
     code, out, err = run(*PLAN, "--json")
-    assert (code, noted(err)) == (0, {"a limit is not kept"})
+    assert code == 0
+    assert noted(err) <= {"a limit is not kept"}
     assert out == (work / "out" / "plan.json").read_text()
     found = json.loads(out)
     assert found["asked"]["effort"] == "quick"
