@@ -130,7 +130,9 @@ class Expectation:
     `low_s`, `high_s`: 95 % interval of one run's finish; both `finish_s` where none is known (`runs` 0). `bound`: the
     cause that holds it back, as in `waits_s`, "" = none. `answer_tokens`: by model. `milestones`: (share done,
     earliest, latest time), rising. `assumed`: what a scenario said of provider and answers, as plain values; None =
-    nothing did, and the provider is taken to be as the settings believe.
+    nothing did, and the provider is taken to be as the settings believe. `promise_s`: the finish that holds in 95 of
+    100 of the conditions that cannot be ruled out; None = not known: no plan says what these are, or the batch is too
+    large to draw them.
     """
 
     by: Literal["fluid", "simulation"]
@@ -150,6 +152,7 @@ class Expectation:
     answer_tokens: Mapping[str, float]
     milestones: tuple[tuple[float, float, float], ...] = ()
     assumed: Mapping[str, Any] | None = None
+    promise_s: float | None = None
 
     def to_json_dict(self) -> dict[str, Any]:
         """For the journal: everything but the milestones."""
@@ -240,6 +243,16 @@ def finish_text(e: Expectation) -> str:
     return f"done in {duration(e.finish_s)} ({plural(e.runs, 'simulated run')}{between})"
 
 
+def promise_text(e: Expectation) -> str:
+    """The finish as assumed and the one that holds whatever the provider turns out to be; "" where it is not known."""
+    if e.promise_s is None:
+        return ""
+    return (
+        f"{duration(e.finish_s)} if the provider is as assumed; by {duration(e.promise_s)} in 95 of 100 of the "
+        "conditions that cannot be ruled out"
+    )
+
+
 def throttles_text(e: Expectation) -> str:
     """How many 429s are expected."""
     if e.by == "fluid":
@@ -274,6 +287,7 @@ def together(expectations: Iterable[Expectation]) -> Expectation | None:
         bound=last.bound,
         service_s=sum(e.service_s * e.requests for e in found) / max(1, requests),
         answer_tokens=answers,
+        promise_s=None if any(e.promise_s is None for e in found) else max(e.promise_s or 0.0 for e in found),
         **sums,
     )
 

@@ -30,6 +30,7 @@ from governor.forecast.forecast import (
     finish_text,
     fluid,
     held_back_text,
+    promise_text,
     throttles_text,
 )
 from governor.forecast.guard import check_finish, check_preflight
@@ -312,8 +313,10 @@ def forecast_lines(pool: Pool, demand: Demand, e: Expectation, orders: Orders, *
     wall_s = e.finish_s / orders.manner.time_scale
     at = time.strftime("%a %H:%M", time.localtime(time.time() + wall_s)) if wall_s < 1e9 else "never"
     cost = cost_forecast(demand, e.answer_tokens, orders.prices, date.today())
+    promise = promise_text(e)
     return [
         f"{of}{plural(demand.requests, 'request')}{to}; forecast: {finish_text(e)}, {at}; 429s: {throttles_text(e)}",
+        *([f"{of}done in {promise}"] if promise else []),
         f"{of}held back by {held_back_text(e, pool)}; cost: {cost_text(cost, orders.prices)}",
     ]
 

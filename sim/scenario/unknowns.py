@@ -26,6 +26,10 @@ from sim.scenario.stress import stress_set
 
 Range = Annotated[tuple[float, float], Field(strict=False)]
 
+# What is published comes from seeds and draws that no search has seen; a plan and its forecasts share them.
+FRESH_SEEDS = 1_000_000
+FRESH_DRAWS = 1_000
+
 BURST_S, PERIOD_S = (5.0, 30.0), 60.0
 
 

@@ -31,7 +31,7 @@ from sim.experiment.runs import Condition, Runs, key_of
 from sim.experiment.spread import WorkersLost
 from sim.scenario.scenario import Scenario
 from sim.scenario.stress import stress_set
-from sim.scenario.unknowns import Unknowns, drawn
+from sim.scenario.unknowns import FRESH_DRAWS, FRESH_SEEDS, Unknowns, drawn
 from sim.selection.evidence import NAMES, Evidence, broken_limits
 from sim.selection.hardening import Hardening, Stress
 from sim.selection.search import FIRST_STAGE, Goal, Searcher, better, score_of
@@ -58,10 +58,8 @@ LASTS_S = {"quick": 120.0, "normal": 600.0, "thorough": 3_600.0}
 # Simulated requests of each of the published policies, and of each over the drawn conditions: what bounds the number of
 # runs from above. A percentile needs about 100 of them.
 PROOF, RUNS, LEAST = 10_000_000, 100, 10
-# Finalists are told apart on seeds that the search has not seen, published figures come from still others.
+# Finalists are told apart on seeds that the search has not seen; what is published comes from still others.
 CONFIRM_SEEDS = 500_000
-FRESH_SEEDS = 1_000_000
-FRESH_DRAWS = 1_000
 # Published means: half the 95 % interval, as a share of the mean.
 PRECISION = 0.01
 # Today's settings are good enough if the best gains less than this share of the objective.

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from sim.model.workload import ASSUMED, Workload, from_tokens, similar_outputs, 
 from sim.scenario.readers import BATCH, SCENARIO, Source
 from sim.scenario.scenario import Scenario
 from sim.scenario.scenario_file import FileSource, parsed_yaml
+from sim.scenario.unknowns import Unknowns
 
 _SNAPSHOT = re.compile(r"-\d{4}-\d{2}-\d{2}$")
 
@@ -42,7 +43,7 @@ class Assumptions:
     """`provider`: None = as the settings believe. `answers`: P50 and P95 of their tokens, None = not stated.
 
     `rows`: the scenario's requests with their answers, measured ones (a log's, old results') or, with `is_drawn`, those
-    that the plan drew. `path`: the scenario file, "" = none.
+    that the plan drew. `path`: the scenario file, "" = none. `unknowns`: what its plan took for unknown.
     """
 
     provider: ProviderConfig | None = None
@@ -50,6 +51,7 @@ class Assumptions:
     rows: Workload | None = None
     is_drawn: bool = False
     path: str = ""
+    unknowns: Unknowns = field(default_factory=Unknowns)
 
     def provider_for(self, policy: Policy, models: NDArray[Any]) -> ProviderConfig:
         """The provider of these requests, whose models have shape (requests,)."""
@@ -118,9 +120,12 @@ def _read(path: str, changed: int) -> Assumptions:
         provider = checked(ProviderConfig, data.get("provider", data), "provider")
     except BadSetting as error:
         raise BadInput(str(error), path) from None
+    plan = data.get("plan")
+    ranges = plan.get("unknowns") if isinstance(plan, Mapping) else None
+    unknowns = checked(Unknowns, ranges or {}, "plan.unknowns")
     told = data.get("workload")
     if not isinstance(told, Mapping):
-        return Assumptions(provider, path=path)
+        return Assumptions(provider, path=path, unknowns=unknowns)
     answers = None
     if told.get("path") and told.get("output_tokens"):
         p50, p95 = told["output_tokens"]
@@ -128,10 +133,10 @@ def _read(path: str, changed: int) -> Assumptions:
     file = os.path.join(Path(path).parent, str(told["path"])) if told.get("path") else ""
     if file and (not os.path.isfile(file) or (not told.get("outputs_from") and _is_large_batch(file))):
         # A scenario is of use without its rows: the provider is what matters.
-        return Assumptions(provider, answers, path=path)
+        return Assumptions(provider, answers, path=path, unknowns=unknowns)
     scenario = Scenario.read(source)
     is_drawn = isinstance(scenario.source, FileSource) and scenario.provenance()["output tokens"][0] == ASSUMED
-    return Assumptions(provider, answers, scenario.workload, is_drawn and not told.get("outputs_from"), path)
+    return Assumptions(provider, answers, scenario.workload, is_drawn and not told.get("outputs_from"), path, unknowns)
 
 
 def _is_large_batch(file: str) -> bool:

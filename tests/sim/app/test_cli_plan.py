@@ -14,16 +14,19 @@ from typing import Any
 
 import pytest
 
+from governor.forecast.forecast import Expectation, promise_text
 from governor.model.policy import GUARDRAIL_KNOBS, KNOBS, Policy
 from governor.model.settings import policy_of
 from sim.app.cli import main
 from sim.app.inputs import read_inputs
 from sim.app.options import Options
 from sim.base import files
+from sim.base.words import duration
 from sim.experiment.experiment import Pool
 from sim.reporting import report
 from sim.scenario.scenario import Scenario
 from sim.selection import planner as planning
+from sim.validation import foresight
 
 Run = Callable[..., tuple[int, str, str]]
 NAMES = [
@@ -144,6 +147,20 @@ def test_run_and_plan_say_the_same_of_the_same_batch(run: Run, work: Path) -> No
     assert "PACELINE_SCENARIO" in err
     code, _, err = run("preflight", "batch.jsonl", "--env-file", "out/recommended.env", "--scenario", "none.yaml")
     assert (code, err) == (2, "none.yaml: there is no such file\n")
+
+
+def test_a_forecast_of_the_planned_batch_makes_the_plans_promise(run: Run, work: Path, monkeypatch) -> None:
+    assert run(*PLAN)[0] == 0
+    promised = json.loads((work / "out" / "plan.json").read_text())["promise"]["in_95_of_100_conditions_s"]["value"]
+    made: list[Expectation] = []
+    forecast = foresight.foresee
+    monkeypatch.setattr(foresight, "foresee", lambda outlook: made.append(forecast(outlook)) or made[-1])
+    assert run("preflight", "batch.jsonl", "--env-file", "out/recommended.env")[0] == 0
+    assert made[-1].promise_s == pytest.approx(promised)
+    assert f"by {duration(promised)} in 95 of 100" in promise_text(made[-1])
+    # Without a plan nothing says what is not known.
+    assert run("preflight", "batch.jsonl")[0] == 0
+    assert made[-1].promise_s is None
 
 
 def test_json_is_plan_json_and_nothing_else(run: Run, work: Path) -> None:
