@@ -282,11 +282,17 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
             left += [each.__cause__, each.__context__, *getattr(each, "exceptions", ())]
 
 
+# What OpenSSL calls an answer that is no TLS at all: plain HTTP at an address that says https.
+_NO_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE")
+
+
 def _is_astray(error: BaseException) -> bool:
-    """Whether the name does not exist, which is not the same as one that cannot be looked up now."""
+    """Whether the name does not exist, which is not one that cannot be looked up now, or what is there is another."""
     if isinstance(error, socket.gaierror):
         return error.errno in (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
-    return isinstance(error, ssl.SSLCertVerificationError)
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return True
+    return isinstance(error, ssl.SSLError) and getattr(error, "reason", "") in _NO_TLS
 
 
 def _is_local(error: BaseException) -> bool:

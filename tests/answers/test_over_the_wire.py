@@ -161,9 +161,17 @@ def test_what_would_steer_a_terminal_is_escaped() -> None:
     assert answer.message.startswith("\\u001b]0;owned\\u0007\\u001b[2Jbad request")
 
 
+def _tls(reason: str) -> ssl.SSLError:
+    error = ssl.SSLError(1, f"[SSL: {reason}]")
+    error.reason = reason
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "outcome", "scope"),
     [
+        (_tls("WRONG_VERSION_NUMBER"), Outcome.DROPPED, Scope.ADDRESS),
+        (_tls("UNEXPECTED_EOF_WHILE_READING"), Outcome.DROPPED, Scope.REQUEST),
         (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), Outcome.DROPPED, Scope.ADDRESS),
         (socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"), Outcome.DROPPED, Scope.REQUEST),
         (socket.gaierror(socket.EAI_MEMORY, "Memory allocation failure"), Outcome.LOCAL, Scope.REQUEST),
