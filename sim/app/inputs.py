@@ -14,7 +14,6 @@ unless the settings name them: in a scenario file they are always named, and fol
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from governor.model.settings import policy_of, settings_digest
 from sim.app.options import Options, quantiles
 from sim.base.progress import Progress
 from sim.experiment.experiment import Pool
-from sim.model.presets import LATENCIES
+from sim.model.presets import LATENCIES, SNAPSHOT
 from sim.model.provider_config import Config, ProviderConfig, checked
 from sim.model.workload import Workload
 from sim.scenario.columns import parse_columns
@@ -41,8 +40,6 @@ from sim.scenario.unknowns import Unknowns
 from sim.selection.search import Goal
 
 EFFORTS = Literal["quick", "normal", "thorough"]
-# A model's name may carry the day of its snapshot.
-_SNAPSHOT = re.compile(r"-\d{4}-\d{2}-\d{2}$")
 
 
 class Wishes(Config):
@@ -291,7 +288,7 @@ def _with_latency_of(
     given = "latency" in habits if isinstance(habits, Mapping) else habits is not None
     if o.latency is not None or o.provider is not None or given or not isinstance(workload.models, str):
         return provider
-    model = _SNAPSHOT.sub("", workload.models)
+    model = SNAPSHOT.sub("", workload.models)
     return provider.with_(latency=model) if model in LATENCIES else provider
 
 

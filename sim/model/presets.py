@@ -12,10 +12,14 @@ and the rare stalls are assumed: a healthy provider's P99 is about twice its P50
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from governor.model.errors import BadSetting, quoted
+
+# A model's name may carry the day of its snapshot.
+SNAPSHOT = re.compile(r"-\d{4}-\d{2}-\d{2}$")
 
 # The day on which these figures, and the measured charge rules, were checked.
 CHECKED_ON = "2026-11-23"

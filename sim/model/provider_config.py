@@ -186,7 +186,7 @@ class Latency(Config):
         known = LATENCIES.get(self.preset)
         if known is None or (self.first_token_s, self.per_token_s) != known[:2] or self.scale != 1.0:
             return ASSUMED, f"{line}; {rest}"
-        return MEASURED, f"{self.preset}: {line}, from {known.recordings} recordings; {rest}"
+        return MEASURED, f"{self.preset}: {line}, from {known.recordings} recordings, checked {CHECKED_ON}; {rest}"
 
 
 class Cotenant(Config):

@@ -30,6 +30,7 @@ from governor.forecast.summary import Grant
 from governor.model.errors import BadInput, BadSetting, Oversized
 from governor.model.policy import KNOB_BY_NAME, KNOB_BY_SHORT_NAME, KNOBS, Policy, knob_named
 from sim.base.arguments import is_a, one_of, whole
+from sim.model.presets import SNAPSHOT
 from sim.model.provider import ProviderParams
 from sim.model.provider_config import ProviderConfig, checked
 from sim.model.workload import ASSUMED, MEASURED, Arrivals, Columns, Provenance, Workload, charges, columns
@@ -212,12 +213,29 @@ class Scenario:
             found["arrivals"] = (ASSUMED, "all requests are there at the start")
         recorded = int((self.workload.recorded_s >= 0.0).sum())
         if not (recorded and self.provider.latency.recorded):
-            found["latency"] = self.provider.provenance()["latency"]
+            found["latency"] = self._latency_provenance()
         elif recorded < len(self.workload) or self.provider.latency.scale != 1.0:
             label, text = self.provider.provenance()["latency"]
             both = f"{found['latency'][1]}, times {self.provider.latency.scale:g}; the rest {text}"
             found["latency"] = (MEASURED if label == MEASURED and self.provider.latency.scale == 1.0 else ASSUMED, both)
         return found
+
+    def _latency_provenance(self) -> tuple[str, str]:
+        """The provider's, but assumed where its line was measured of another model than the requests are for."""
+        label, text = self.provider.provenance()["latency"]
+        if label != MEASURED:
+            return label, text
+        models = self.workload.models
+        named = {models} if isinstance(models, str) else set(models or ())
+        # Without names it is the model of the published tier whose limits hold.
+        tier = self.provider.preset.rpartition("-tier")[0]
+        own = tier if self.provider.provenance()["limits"][0] == MEASURED else ""
+        named = {SNAPSHOT.sub("", model) for model in named if model} or {own}
+        others = sorted(named - {self.provider.latency.preset})
+        if not others:
+            return label, text
+        why = f"for want of a measurement of {', '.join(others[:3])}" if others[0] else "the requests name no model"
+        return ASSUMED, f"that of {text}; {why}"
 
     def fitted(self, *, skip_oversized: bool | None = None) -> Scenario:
         """This scenario, once no request is charged more than the provider's limit.

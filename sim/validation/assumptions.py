@@ -8,7 +8,6 @@ lengths that are assumed for want of anything better.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -23,16 +22,13 @@ from governor.forecast.forecast import Outlook
 from governor.model.errors import BadInput, BadSetting
 from governor.model.estimate import EMBEDDINGS, Sizes
 from governor.model.policy import Policy
-from sim.model.presets import LATENCIES
+from sim.model.presets import LATENCIES, SNAPSHOT
 from sim.model.provider_config import ProviderConfig, checked
 from sim.model.workload import ASSUMED, Workload, from_tokens, similar_outputs, with_outputs_assumed, with_outputs_drawn
 from sim.scenario.readers import BATCH, SCENARIO, Source
 from sim.scenario.scenario import Scenario
 from sim.scenario.scenario_file import FileSource, parsed_yaml
 from sim.scenario.unknowns import Unknowns
-
-_SNAPSHOT = re.compile(r"-\d{4}-\d{2}-\d{2}$")
-
 
 # In a larger batch no single answer that a plan drew decides anything, and its file need not be read for them.
 BATCH_BYTES_MOST = 20 * 2**20
@@ -178,7 +174,7 @@ def _keys(workload: Workload) -> list[tuple[int, ...]]:
 def believed_provider(policy: Policy, models: NDArray[Any]) -> ProviderConfig:
     """The provider as the settings believe it to be."""
     names, counts = np.unique(models.astype(str), return_counts=True)
-    model = _SNAPSHOT.sub("", str(names[counts.argmax()]))
+    model = SNAPSHOT.sub("", str(names[counts.argmax()]))
     given: dict[str, Any] = {"latency": model} if model in LATENCIES else {}
     return ProviderConfig(
         tpm=policy.tpm_limit,

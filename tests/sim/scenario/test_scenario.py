@@ -460,3 +460,22 @@ def test_every_condition_can_run_to_its_end() -> None:
         pp = scenario.provider_params()
         lowest = min([pp.limit[0], *(pp.limit[0] * f for f in pp.change_factor)])
         assert scenario.columns().charge.max() <= lowest, name
+
+
+@pytest.mark.parametrize(
+    ("models", "provider", "label", "why"),
+    [
+        ("gpt-4o-2024-08-06", {"latency": "gpt-4o"}, "measured", "recordings, checked 20"),
+        ("gpt-5.5", {"latency": "gpt-4o"}, "assumed", "for want of a measurement of gpt-5.5"),
+        (["gpt-4o", "gpt-4.1"], {"latency": "gpt-4o"}, "assumed", "for want of a measurement of gpt-4.1"),
+        ("", {"latency": "gpt-4o", "tpm": 77_000}, "assumed", "the requests name no model"),
+        ("", {"preset": "gpt-4o-mini-tier2"}, "measured", "gpt-4o-mini: "),
+    ],
+)
+def test_a_latency_is_measured_for_its_own_model_alone(
+    models: str | list[str], provider: dict[str, object], label: str, why: str
+) -> None:
+    scenario = Scenario.of(ModelSource(requests=2), provider=ProviderConfig.model_validate(provider))
+    found = scenario.with_(workload=scenario.workload.with_(models=models)).provenance()["latency"]
+    assert found[0] == label
+    assert why in found[1]
