@@ -123,7 +123,7 @@ def calibrate(observed: Observed, *, base: ProviderConfig | None = None, policy:
         *_arrivals(come, observed),
         *found.figures,
     )
-    provider = _provider(base, found, times, observed.label)
+    provider = _provider(base, found, times, observed)
     notes = (*observed.notes, *_notes(observed, times, found))
     policy = policy or observed.policy or following(Policy(), provider)
     scenario = Scenario(
@@ -220,7 +220,16 @@ LEARNT = {
 }
 
 
-def _provider(base: ProviderConfig, found: QuotaFit, times: LatencyFit | None, label: str) -> ProviderConfig:
+def _counts(observed: Observed) -> str:
+    """On which answers headers state what remains: `none` or `refusals`; "" = on others too, or no header was kept."""
+    stated = (observed.stated[:, [1, 3]] >= 0.0).any(axis=1)
+    if (stated & observed.answered).any():
+        return ""
+    # A journal keeps what it hears.
+    return "refusals" if stated.any() else "none" if observed.policy is not None else ""
+
+
+def _provider(base: ProviderConfig, found: QuotaFit, times: LatencyFit | None, observed: Observed) -> ProviderConfig:
     changes: dict[str, Any] = {
         "preset": "",
         "tpm": int(found["tokens per minute"].used),
@@ -233,6 +242,7 @@ def _provider(base: ProviderConfig, found: QuotaFit, times: LatencyFit | None, l
         "phase_s": found["phase"].used if found["window"].used == "clock" else 0.0,
         "burst_s": found["burst"].used if found["window"].used == "bucket" else MINUTE_S,
         "charged": found["gate"].used,
+        "counts": _counts(observed) or base.counts,
         "limit_changes": tuple({"at_s": at_s, "factor": factor} for at_s, factor in found.changes),
         "cotenant": {"share": found["share of others"].used, "burst_s": 0.0, "period_s": 0.0},
         "faults": {
@@ -258,7 +268,8 @@ def _provider(base: ProviderConfig, found: QuotaFit, times: LatencyFit | None, l
     changes["latency"] = {**changes.get("latency", base.latency.model_dump()), "recorded": False}
     learnt = [name for name, figure in LEARNT.items() if found[figure].known]
     learnt += ["latency"] if times is not None else []
-    return base.with_(**changes, learnt=tuple(learnt), learnt_from=label)
+    learnt += ["counts in headers"] if _counts(observed) else []
+    return base.with_(**changes, learnt=tuple(learnt), learnt_from=observed.label)
 
 
 def _unknowns(observed: Observed, answers: NDArray[np.int64], times: LatencyFit | None, found: QuotaFit) -> Unknowns:

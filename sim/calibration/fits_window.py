@@ -169,7 +169,7 @@ def misses(provider: ProviderConfig, counts: Sequence[Count], charges: Real, wai
     pp = provider.with_(cotenant={"share": 0.0, "burst_s": 0.0, "period_s": 0.0}).params()
     ps = prov.ProviderState()
     zero_s = began_s(counts)
-    events = [(c.launched_s + max(0.0, c.there_s) - zero_s, 1, c) for c in counts]
+    events = [(c.launched_s + max(c.there_s, _unsure_s(c)) - zero_s, 1, c) for c in counts]
     if pp.charged_at_answer or pp.settles:
         events += [
             (max(c.launched_s, c.ended_s - max(0.0, c.round_s - c.there_s)) - zero_s, 0, c)
@@ -184,7 +184,8 @@ def misses(provider: ProviderConfig, counts: Sequence[Count], charges: Real, wai
             prov.settled(pp, ps, 0, charge, count.used, at_s)
             continue
         asked, booked = (1.0, 0.0) if pp.charged_at_answer else (charge, charge)
-        prov.advanced(pp, ps, 0, max(ps.at, at_s - SLACK_S))
+        slack_s = SLACK_S + _unsure_s(count)
+        prov.advanced(pp, ps, 0, max(ps.at, at_s - slack_s))
         earlier = _wait_ms(pp, ps, asked)[0]
         prov.advanced(pp, ps, 0, at_s)
         win.opened(pp, ps)
@@ -197,11 +198,18 @@ def misses(provider: ProviderConfig, counts: Sequence[Count], charges: Real, wai
         if wait_ms < 0.0 and earlier < 0.0:
             wrong += 1
         elif stated_s >= 0.0 and wait_ms >= 0.0:
-            wrong += min(abs(stated_s - wait / 1_000.0) for wait in (wait_ms, oldest_ms)) > WAIT_SLACK_S
+            wrong += min(abs(stated_s - wait / 1_000.0) for wait in (wait_ms, oldest_ms)) > WAIT_SLACK_S + _unsure_s(
+                count
+            )
         if pp.failed_count:
             tokens = booked if pp.failed_count & prov.REFUSAL_TOKENS else 0.0
             win.taken(pp, ps, tokens, 1.0 if pp.failed_count & prov.REFUSAL_REQUESTS else 0.0, True)
     return wrong
+
+
+def _unsure_s(count: Count) -> float:
+    """The time of a refusal: it came at some moment before its answer, behind others that were launched after it."""
+    return 0.0 if count.let_in else max(0.0, count.ended_s - count.launched_s)
 
 
 def _wait_ms(pp: Any, ps: Any, asked: float) -> tuple[float, float]:

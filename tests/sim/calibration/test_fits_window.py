@@ -39,7 +39,18 @@ def logged(provider: ProviderConfig, seed: int) -> tuple[list[Count], np.ndarray
             answers.append((now + 2.0, charge, used))
         jitter = rng.uniform(0.0, 0.02)
         counts.append(
-            Count(place, False, now + jitter, now + 2.0, 0.0, 0.0, let_in, -1.0, used if let_in else -1.0, ())
+            Count(
+                place,
+                False,
+                now + jitter,
+                now + (2.0 if let_in else 0.05),
+                0.0,
+                0.0,
+                let_in,
+                -1.0,
+                used if let_in else -1.0,
+                (),
+            )
         )
         charges.append(charge)
         waits.append(-1.0 if let_in else prov.stated_wait_s(pp, wait_ms))
