@@ -187,7 +187,7 @@ class TestScenario:
         for rows, message in (
             ([], "requests: there are no rows"),
             ([ROWS[0], 5], "requests:2: a number where a request should be"),
-            ([{"a": 1}], "requests: no column of prompt and output tokens"),
+            ([{"a": 1}], "requests:1: no column of prompt and output tokens"),
             ([{"prompt_tokens": 1, "output_tokens": {1}}], "requests: set in a row"),
             ("nowhere.jsonl", "nowhere.jsonl: there is no such file"),
         ):
@@ -328,7 +328,12 @@ class TestPlan:
         report = found.write(tmp_path / "out")
         assert report.name == "report.html"
         assert {p.name for p in report.parent.iterdir()} >= {"report.html", "recommended.env", "plan.json"}
-        assert (report.parent / "recommended.env").read_text() == found.env
+        # The text alone has no scenario beside it; the file names the one in its folder.
+        written = (report.parent / "recommended.env").read_text()
+        title, _, settings = found.env.partition("\n\n")
+        assert written.startswith(title)
+        assert written.endswith(settings)
+        assert "PACELINE_SCENARIO=scenario.yaml\n" in written
 
     def test_a_search_finds_what_gains(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(planner.EFFORTS, "quick", 3_000)
