@@ -82,6 +82,8 @@ def test_pause_set_and_resume_a_running_batch(cli: Cli, tmp_path: Path) -> None:
         assert "working on it, paused: `paceline resume` goes on" in cli.run("status", journal).out
         wrong = cli.run("set", journal, "OPENAI_MAX_CONCURENCY=9")
         assert (wrong.code, "did you mean OPENAI_MAX_CONCURRENCY?" in wrong.err) == (2, True)
+        small = cli.run("set", journal, "OPENAI_TPM_LIMIT=10")
+        assert (small.code, "which is still to be sent, needs" in small.err) == (2, True), small.err
         assert cli.run("set", journal, "OPENAI_MAX_CONCURRENCY=20").out == "changed\n"
         purge = cli.run("purge", journal, "--yes")
         assert purge.code == 2

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from governor.cli.run import ScenarioFile, scenario_of
-from governor.model.errors import BadInput, BadSetting
+from governor.model.errors import BadInput, BadSetting, quoted
 
 if TYPE_CHECKING:
     from governor.journal.journal import Journal
+    from governor.model.policy import Policy
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -147,13 +148,17 @@ def _steer(where: str, name: str, words: Sequence[str], pool: str | None) -> Non
         asked = [*([f"{POOL_WORD}{pool}"] if pool is not None else []), *words]
         names, plain = split_words(tuple(asked), policies)
         held = held_settings(journal.commands(), policies)
+        changed: dict[str, Policy] = {}
         for each in names:
             # A slip shows here, and not in the other process's log.
             if name == UNSET:
                 check_unset(plain, held[each])
             else:
-                policies[each].set_values(plain)
+                changed[each] = policies[each].set_values(plain)
         running = journal.is_running()
+        if running:
+            for each, policy in changed.items():
+                _check_still_fit(journal, each, policies[each], policy)
         if not running and name not in (SET, UNSET):
             raise BadInput("no process is working on it: there is nothing to pause or resume", where)
         number = journal.ask(name, asked)
@@ -170,6 +175,25 @@ def _with_its_name(word: str) -> str:
     name, equals, value = word.partition("=")
     knob = knob_named(name.strip())
     return word if knob is None else f"{knob.env}{equals}{value}"
+
+
+def _check_still_fit(journal: Journal, pool: str, old: Policy, new: Policy) -> None:
+    """BadSetting for a limit below what a request needs that is still to be sent: it would be lost, unsent."""
+    from governor.law import TPD, TPM
+    from governor.run.intake import reserve_of
+
+    before, after = old.params().limit, new.params().limit
+    for d, name in ((TPM, "OPENAI_TPM_LIMIT"), (TPD, "OPENAI_TPD_LIMIT")):
+        if after[d] <= 0.0 or 0.0 < before[d] <= after[d]:
+            continue
+        for request in journal.unfinished(pool):
+            reserve = reserve_of(new, request.sizes)
+            if reserve > after[d]:
+                raise BadSetting(
+                    f"{name}={after[d]:.0f}: request {quoted(request.custom_id)}, which is still to be sent, needs "
+                    f"{reserve:,} tokens and would be lost: set {reserve} or more",
+                    name,
+                )
 
 
 def _wait_until_taken(journal: Journal, number: int, name: str) -> None:
