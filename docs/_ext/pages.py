@@ -16,6 +16,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,30 @@ def listed(docstring: str | None) -> list[tuple[str, str]]:
 def first_lines(item: object) -> str:
     """The docstring as markdown, its indented blocks as they stand."""
     return inspect.getdoc(item) or ""
+
+
+def models() -> str:
+    """Every model with published tiers or a measured latency: its price on the list's day, and its latency line."""
+    from governor.model.prices import read_prices
+    from sim.model.presets import DEFAULT_LATENCY, LATENCIES, TIERS
+
+    prices = read_prices()
+    rows = []
+    for model in dict.fromkeys([*TIERS, *LATENCIES]):
+        price = prices.of(model, date.fromisoformat(prices.checked))
+        line = LATENCIES.get(model)
+        rows.append(
+            [
+                model,
+                "published" if model in TIERS else "",
+                f"{price.input:g} / {price.output:g}" if price else "not in the list",
+                f"{line.first_token_s:g} s" if line else f"assumed: that of {DEFAULT_LATENCY}",
+                f"{1_000 * line.per_token_s:.3g} ms" if line else "",
+                line.recordings if line else "none",
+            ]
+        )
+    header = ["model", "tiers", "$ per million tokens, in / out", "first token", "per token", "answers measured"]
+    return _table(header, rows)
 
 
 # ---------------------------------------------------------------- the house
@@ -414,4 +439,5 @@ PARTS: dict[str, Callable[[], str]] = {
     "metrics.md": metric_names,
     "http.md": http,
     "usual_answers.md": usual_answers,
+    "models.md": models,
 }

@@ -475,7 +475,8 @@ def test_every_condition_can_run_to_its_end() -> None:
 def test_a_latency_is_measured_for_its_own_model_alone(
     models: str | list[str], provider: dict[str, object], label: str, why: str
 ) -> None:
-    scenario = Scenario.of(ModelSource(requests=2), provider=ProviderConfig.model_validate(provider))
+    drawn = ModelSource(requests=2, prompt_tokens=(700, 2_000), output_tokens=(150, 600), max_tokens=800)
+    scenario = Scenario.of(drawn, provider=ProviderConfig.model_validate(provider))
     found = scenario.with_(workload=scenario.workload.with_(models=models)).provenance()["latency"]
     assert found[0] == label
     assert why in found[1]
