@@ -107,6 +107,9 @@ def text_of(found: Calibration, ahead: Outlook | None) -> str:
         if families:
             fits = ", ".join(f"{family.name} {family.ks:.3f}" for family in families)
             lines.append(f"  {name + ' families (KS)':<26}{fits}")
+    if found.latency is not None:
+        fits = ", ".join(f"{name} {score:.3f}" for name, score in found.latency.noise.scores.items())
+        lines.append(f"  {'noise (log score)':<26}{fits}")
     lines += ["", "cannot be told, left as it was:"]
     lines += [
         f"  {figure.name:<26}{_plain(figure.default):<14}{figure.how}" for figure in found.figures if not figure.known

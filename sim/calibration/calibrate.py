@@ -124,7 +124,7 @@ def calibrate(observed: Observed, *, base: ProviderConfig | None = None, policy:
         *found.figures,
     )
     provider = _provider(base, found, times, observed)
-    notes = (*observed.notes, *_notes(observed, times, found))
+    notes = (*observed.notes, *_notes(observed, found))
     policy = policy or observed.policy or following(Policy(), provider)
     scenario = Scenario(
         source=FileSource(path="-", provenance=dict(workload.provenance)),
@@ -281,7 +281,7 @@ def _unknowns(observed: Observed, answers: NDArray[np.int64], times: LatencyFit 
         told["settles"] = float(found["settles"].used)
     others = found["share of others"]
     if others.low is not None and others.high is not None:
-        told["cotenant_share"] = (min(0.95, others.low), min(0.95, others.high))
+        told["cotenant_share"] = (min(0.95, round(others.low, 4)), min(0.95, round(others.high, 4)))
     if times is not None:
         done = observed.answered
         took_s = observed.took_s[done]
@@ -293,11 +293,8 @@ def _unknowns(observed: Observed, answers: NDArray[np.int64], times: LatencyFit 
     return Unknowns(**told)
 
 
-def _notes(observed: Observed, times: LatencyFit | None, found: QuotaFit) -> tuple[str, ...]:
+def _notes(observed: Observed, found: QuotaFit) -> tuple[str, ...]:
     notes = []
-    if times is not None and len(times.noise.scores) > 1:
-        scores = ", ".join(f"{name} {score:.3f}" for name, score in times.noise.scores.items())
-        notes.append(f"noise of the times: {times.noise.name}, by log score of held-out answers ({scores})")
     if found["share of others"].known and found["share of others"].used > 0.0:
         notes.append("others are taken to use their share evenly: whether they come in bursts is not fitted")
     if (observed.tries.max_tokens < 0).all():
