@@ -21,9 +21,12 @@ from governor.model.requests import CAUSES
 from sim.des.run import TIMEOUT
 from sim.experiment.results import CONFIDENCE
 from sim.model.provider_config import ProviderConfig
-from sim.validation.backtest import MODEL_SD_RATIO, REQUESTS_SIMULATED, RUNS_LEAST, RUNS_MOST
+from sim.validation.backtest import REQUESTS_SIMULATED, RUNS_LEAST, RUNS_MOST
 from sim.validation.replay import Rerun, Rewrite, Stage
 
+# Standard deviation of (second run - replay) / second run for what no replication varies, such as how the requests of a
+# larger burst arrive: 12 of 16 replays of a fresh seed were off by less than twice as much.
+MODEL_SD_RATIO = 0.015
 # A request ends sooner or later only if by more than this, seconds.
 SAME_S = 0.1
 
