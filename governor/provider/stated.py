@@ -372,12 +372,7 @@ def _number(text: str) -> float:
 
 
 def _signed(text: str) -> float:
-    """A header's number, which may be negative; inf for what is none or is not finite.
-
-    One that was sent twice alike ("100, 100": slowapi with two limits on a route) is that number.
-    """
-    if len({part.strip() for part in text.split(",")}) == 1:
-        text = text.partition(",")[0]
+    """A header's number, which may be negative; inf for what is none or is not finite."""
     try:
         value = float(text) if len(text) <= HEADER_CHARS_MAX else math.inf
     except ValueError:
