@@ -336,6 +336,7 @@ def test_other_slips_of_the_command_line(cli: Cli, tmp_path: Path, request: pyte
         (["--notify", "nowhere"], "--notify is no address"),
         (["--journal", tmp_path / "no" / "j.db"], "there is no folder"),
         (["--max-cost", "1", "--prices", _prices(tmp_path)], "--max-cost needs a price for model 'gpt-4o-mini'"),
+        (["--base-url", ""], "--base-url is empty"),
         (["--base-url", "http://127.0.0.1:99999/v1"], "'http://127.0.0.1:99999/v1' is no address"),
         # One file for two purposes: what is written last would take the place of the other.
         (["--journal", tmp_path / "results.jsonl"], "results.jsonl: --out and --journal are one file: name another"),

@@ -365,6 +365,8 @@ def pools_of(
     from governor.model.settings import policy_of
 
     policy: Policy = policy_of(env_files, environment=environment)
+    if base_url is not None and not base_url.strip():
+        raise BadSetting("--base-url is empty: name an address, or leave the option out for OpenAI's own")
     if pools_file is None:
         url = checked_url(base_url or "", "--base-url")
         (pool,) = default_pools(policy.set_values(words), environment, url)

@@ -149,8 +149,7 @@ def _changes(settings: list[Any]) -> list[str]:
 def status_pairs(found: dict[str, Any]) -> list[tuple[str, str]]:
     """The same for people."""
     total = found["requests"]
-    ended = found["done"] + found["failed"]
-    share = f" ({percent(ended / total)})" if total else ""
+    share = f" ({percent(found['done'] / total)})" if total else ""
     state = "a process is working on it" if found["running"] else f"not running: {found['ending'] or 'it broke off'}"
     if not found["legs"]:
         state = "not begun"
@@ -159,7 +158,7 @@ def status_pairs(found: dict[str, Any]) -> list[tuple[str, str]]:
         state += f", paused{only}: `paceline resume` goes on"
     pairs = [
         ("state", state),
-        ("done", f"{ended:,} of {plural(total, 'request')}{share}"),
+        ("done", f"{found['done']:,} of {plural(total, 'request')}{share}"),
         ("in flight", f"{found['in_flight']:,}, {found['pending']:,} waiting"),
         ("429s", f"{found['throttled']:,} in {plural(found['attempts'], 'attempt')}"),
     ]

@@ -137,6 +137,7 @@ BAD_LINES = [
     (with_body(service_tier="cheap"), "body.service_tier is 'cheap': no such tier is known: use one of auto, default"),
     (with_body(service_tier=["flex"]), "body.service_tier is ['flex']"),
     (with_body(model=5), "body.model is a number, not text"),
+    (with_body(model="gpt\n\u001b[2J"), "holds control characters"),
     (with_body(messages=...), "body has no 'messages'"),
     (with_body(messages=[]), "body has no 'messages'"),
     (with_body(messages=["hi"]), "body.messages[0] is text, not an object"),
