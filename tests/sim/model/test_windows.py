@@ -123,7 +123,7 @@ def test_a_bucket_with_a_small_burst_is_gcra(seed: int, burst_s: float) -> None:
         else:
             refused += 1
             assert wait_s == pytest.approx(lead_s, abs=0.0011)
-    assert refused > 300
+    assert refused > 100
 
 
 @pytest.mark.parametrize("window", [win.BUCKET, win.CLOCK, win.ANCHORED, win.SLIDING])
