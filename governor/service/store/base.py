@@ -9,7 +9,9 @@ polls a locked database waits longer than one that queues. PostgreSQL: any numbe
 
 from __future__ import annotations
 
+import os
 import shutil
+import socket
 import threading
 import time
 from collections import deque
@@ -158,11 +160,22 @@ class Turns:
                 self._is_taken = False
 
 
-def _postgres_url(where: str) -> str:
-    """A URL of PostgreSQL with its driver, and with the end of whoever holds a lock and does nothing; else as it is.
+def replica_name() -> str:
+    """What this process is called among the replicas: its host and its process number."""
+    return f"{socket.gethostname()}:{os.getpid()}"
 
-    A process that is frozen, or whose host is gone, in the middle of a transaction would hold up everybody who takes
-    its batches over.
+
+def session_name(replica: str) -> str:
+    """The `application_name` of a replica's sessions; PostgreSQL keeps 63 bytes of it."""
+    return f"paceline {replica[-50:]}"
+
+
+def _postgres_url(where: str) -> str:
+    """A URL of PostgreSQL with its driver, the replica's name, and an end for idle transactions; else as it is.
+
+    A process that is frozen, or whose host is gone, in the middle of a transaction would hold up every other one that
+    takes its batches over. One that is frozen between two commands of a pipeline does not count as idle: its sessions
+    are ended by name (`Store.free_batches`).
     """
     scheme, found, rest = where.partition("://")
     if not found or scheme not in ("postgres", "postgresql", "postgresql+psycopg"):
@@ -171,6 +184,8 @@ def _postgres_url(where: str) -> str:
         url = make_url(f"postgresql+psycopg://{rest}")
     except (ArgumentError, ValueError):
         return where  # the error is said, without the URL, by whoever opens it
+    if "application_name" not in url.query:
+        url = url.update_query_dict({"application_name": session_name(replica_name())})
     if "options" not in url.query:
         url = url.update_query_dict({"options": f"-c idle_in_transaction_session_timeout={FROZEN_MS}"})
     return url.render_as_string(hide_password=False)

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, delete, insert, select, update
+from sqlalchemy import Connection, bindparam, delete, insert, select, text, update
 from sqlalchemy.exc import IntegrityError
 
 from governor.journal.schema import to_json
-from governor.service.store.base import ServiceDatabase
+from governor.service.store.base import ServiceDatabase, session_name
 from governor.service.store.tables import batches, keys, replicas, settings, templates, tokens, versions
 
 # A batch: on its way in, waiting or running, held, at its end.
@@ -233,16 +233,32 @@ class Store:
         alive = select(r.number).where(r.lost == 0)
         free = select(b.number, b.owner).where(b.state.in_((*ACTIVE, RECEIVING)), b.owner.not_in(alive), b.owner != me)
         with self.database.reading() as c:
-            lapsed = select(r.number).where(r.lost == 0, r.lease_until < self.database.now(c), r.number != me)
-            numbers = list(c.execute(lapsed).scalars())
+            now = self.database.now(c)
+            lapsed = select(r.number, r.name).where(r.lost == 0, r.lease_until < now, r.number != me)
+            names = {row.number: row.name for row in c.execute(lapsed)}
+            living = set(c.execute(select(r.name).where(r.lost == 0, r.number.not_in(names))).scalars())
             found = [(row.number, row.owner) for row in c.execute(free)]
-        if not numbers:
+        if not names:
             return found
+        numbers = list(names)
+        self._end_sessions(set(names.values()) - living)
         with self.database.writing() as c:
             late = (r.number.in_(numbers), r.lease_until < self.database.now(c))
             c.execute(update(replicas).where(*late).values(lost=1))
         with self.database.reading() as c:
             return [(row.number, row.owner) for row in c.execute(free)]
+
+    def _end_sessions(self, names: set[str]) -> None:
+        """Ends what lapsed replicas of these names have open in PostgreSQL: a frozen one would keep its locks."""
+        if self.database.is_sqlite:
+            return
+        query = text(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE application_name = :name AND usename = current_user AND pid <> pg_backend_pid()"
+        )
+        with self.database.reading() as c:
+            for name in names:
+                c.execute(query, {"name": session_name(name)})
 
     def claimed(self, c: Connection, number: int, before: int, me: int) -> BatchRow | None:
         """The batch, if nobody was quicker to take it over from `before`."""

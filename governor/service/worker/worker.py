@@ -13,8 +13,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
-import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -25,6 +23,7 @@ from governor.journal.recorder import Recorder
 from governor.model.errors import PacelineError
 from governor.model.requests import Answer, Attempt, Request
 from governor.service.config import ServiceConfig
+from governor.service.store.base import replica_name
 from governor.service.store.ledger import FencedWriter, LeaseLostError, Ledger, Patience
 from governor.service.store.store import (
     RECEIVING,
@@ -134,8 +133,7 @@ class Worker:
 
     async def _join(self) -> None:
         lease_s, began_at = self.config.lease_s, time.monotonic()
-        name = f"{socket.gethostname()}:{os.getpid()}"
-        self.replica = await asyncio.to_thread(self.store.join, name, lease_s)
+        self.replica = await asyncio.to_thread(self.store.join, replica_name(), lease_s)
         # From the first moment: to take stock may take longer than a lease on a busy machine.
         told = self._teller("lease")
         self._lease = Lease(self.store, self.replica, lease_s, began_at=began_at, told=told)

@@ -11,9 +11,11 @@ import random
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import psycopg
 import pytest
 
 from governor.journal.database import JournalError
@@ -24,7 +26,7 @@ from governor.model.prices import SHIPPED, read_prices
 from governor.model.requests import Answer, Outcome
 from governor.service.api.app import service_of
 from governor.service.config import ServiceConfig
-from governor.service.store.base import ServiceDatabase
+from governor.service.store.base import ServiceDatabase, replica_name, session_name
 from governor.service.store.ledger import FencedWriter, LeaseLostError, Ledger, Patience
 from governor.service.store.store import Store
 from tests.governor.journals import works
@@ -208,6 +210,25 @@ def test_a_replica_that_was_stopped_for_longer_than_its_lease_sends_nothing_more
         assert row["resent"] <= IN_FLIGHT
         for each in (a, b):
             each.stop(signal.SIGKILL)
+
+
+def test_a_lapsed_replica_that_is_frozen_in_a_transaction_keeps_no_lock(postgres: PostgresServer, seed: int) -> None:
+    url = postgres.database(f"frozen{seed}")
+    database = ServiceDatabase(url)
+    database.prepared()
+    try:
+        store = Store(database)
+        lapsed, me = store.join("elsewhere:1", -1.0), store.join(replica_name(), 30.0)
+        with psycopg.connect(url, application_name=session_name("elsewhere:1")) as frozen:
+            frozen.execute("SELECT 1 FROM service_replicas WHERE number = %s FOR UPDATE", [lapsed])
+            with ThreadPoolExecutor(1) as pool:
+                assert pool.submit(store.free_batches, me).result(WAIT_S) == []
+            with pytest.raises(psycopg.OperationalError):
+                frozen.execute("SELECT 1")
+        assert not store.renewed(lapsed, 30.0)
+        assert store.renewed(me, 30.0)
+    finally:
+        database.closed()
 
 
 def test_who_has_lost_the_lease_writes_nothing(tmp_path: Path) -> None:
