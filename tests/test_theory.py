@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 from scipy.stats import t as student
 
+from governor import law
 from governor.model.keyed import ARRIVAL, LATENCY
 from governor.model.policy import Policy
 from sim.des.driver import Job
@@ -86,10 +87,10 @@ def test_a_bucket_of_requests_and_one_of_a_day_do_the_same() -> None:
     assert done.tally.throttled == 0
 
 
-@pytest.mark.parametrize(("window", "cycle_s"), [("fixed", 60.0), ("sliding", 60.5)])
+@pytest.mark.parametrize(("window", "cycle_s"), [("fixed", law.FIXED_S), ("sliding", 60.5)])
 @pytest.mark.parametrize(("count", "size"), [(100, 900), (7, 1_000), (24, 2_550), (25, 2_550)])
 def test_a_window_alone_lets_in_what_fits_once_per_minute(window: str, cycle_s: float, count: int, size: int) -> None:
-    """A sliding window keeps the half second in which a minute ends: 60.5 s from burst to burst."""
+    """A fixed window lasts 0.1 s longer than its minute, and a sliding one keeps the half second in which that ends."""
     policy = only(tpm_limit=30_000, tpm_headroom=0.15, tpm_window=window)
     done = run(scenario_of(batch([size] * count, 4.0), policy, provider={"tpm": 30_000}))
     per_minute = 25_500 // size

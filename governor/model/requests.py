@@ -379,7 +379,7 @@ def _request(record: dict[str, Any], index: int, keep_body: bool, pool: str, fil
     model = body.get("model", "")
     if not isinstance(model, str):
         raise BadInput(f"body.model is {kind_of(model)}, not text")
-    if not model.isprintable():
+    if any(each < " " or "\x7f" <= each < "\xa0" for each in model):
         raise BadInput(f"body.model {quoted(model)} holds control characters: no model is called so")
     sizes, unseen = measured(endpoint, body, file_tokens)
     return Request(index, custom_id, url, model, body if keep_body else None, sizes, pool, tuple(unseen))
