@@ -608,12 +608,10 @@ def test_a_reader_sees_whole_events_while_the_run_goes_on(path: Path) -> None:
 # ---------------------------------------------------------------- memory and speed
 
 MEASURED = """if True:
-    import asyncio, resource, sys, time
+    import asyncio, sys, time
     from tests.governor.journals import *
+    from tests.memory import peak_mib
     from governor.model.requests import Answer
-
-    def peak_mb():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
     count, policy = int(sys.argv[2]), FREE.with_(max_concurrency=100, launch_order=sys.argv[3])
     text = "a prompt of some length " * 40
@@ -635,10 +633,10 @@ MEASURED = """if True:
         return count / (ingested - begin), count / (ended - ingested)
 
     measured(2_000, sys.argv[1] + ".small")
-    small_mb = peak_mb()
+    small_mib = peak_mib()
     ingest, run = measured(count, sys.argv[1])
     print(f"{count:,} requests: {ingest:,.0f} ingested and {run:,.0f} run per second")
-    print(peak_mb() - small_mb)
+    print(peak_mib() - small_mib)
     """
 
 
@@ -650,6 +648,6 @@ def test_memory_stays_flat(path: Path, count: int, order: str) -> None:
     """A whole run holds no more after many requests than after 2,000, whose bodies and answers alone are 4 MB."""
     done = python(MEASURED, path, count, order)
     assert done.returncode == 0, done.stderr
-    figures, grown_mb = done.stdout.splitlines()
+    figures, grown_mib = done.stdout.splitlines()
     print(figures)  # shown with -s or -rP; speed is the machine's, so nothing is asserted of it
-    assert float(grown_mb) < 8.0, figures
+    assert float(grown_mib) < 8.0, figures
