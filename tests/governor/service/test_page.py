@@ -269,6 +269,20 @@ def test_dark_and_at_phone_width_nothing_overflows(browser: Browser, served: Ser
     watched.close()
 
 
+def test_a_chart_that_is_not_drawn_anew_yet_widens_nothing(served: Served, watched: Watched) -> None:
+    """Between a turn of the phone and the next drawing the canvas is as wide as before."""
+    served.over(served.batch(5, prefix="done"))
+    page = watched.page
+    page.goto(f"{watched.url}/#live")
+    expect(page.locator("#pace canvas")).to_be_visible()
+    page.evaluate("requestAnimationFrame = () => 0")
+    page.set_viewport_size({"width": 375, "height": 800})
+    box = page.locator("#pace canvas").bounding_box()
+    assert box
+    assert box["width"] > 375.0
+    assert wide(page) <= 0.0
+
+
 def test_errors_are_said_in_words(served: Served, watched: Watched, tmp_path: Path) -> None:
     page = watched.page
     wrong = tmp_path / "wrong.jsonl"
