@@ -66,6 +66,7 @@ Change = tuple[float, law.Params | str]
 class World:
     """What a run left. `ends`: (request, failure, when), and the number of `rows` that had ended before.
 
+    `stopped_after`: how many rows had ended when the simulated run stopped.
     `tied`: events of several kinds met at one instant.
     """
 
@@ -75,6 +76,7 @@ class World:
     deferrals: list[int] = field(default_factory=lambda: [0] * len(CAUSES))
     state: law.State = field(default_factory=law.State)
     stopped: str = ""
+    stopped_after: int = 0
     tied: bool = False
 
 
@@ -107,6 +109,11 @@ class Changing(Simulation):
         self.world.ends.append((job.index, code, now))
         self.world.ended_after.append(len(self.world.rows))
         super()._close(job, now, code)
+
+    def _stop(self, now: float, code: str) -> None:
+        if not self.stopped:
+            self.world.stopped_after = len(self.world.rows)
+        super()._stop(now, code)
 
     def run(self) -> driver.Tally:
         """Notes on the way which kinds of events meet at one instant: where there is but one kind, there is no tie."""
@@ -312,14 +319,16 @@ def ends_as_told(a: World, p: law.Params) -> list[tuple[int, str, float]]:
     """The simulated ends in the order in which the live driver tells of them.
 
     What stopped the run leaves requests pending. A request that met too long a wait is set aside, and its end is told
-    of when an answer shows that the wait was its own, or when nothing else is left; otherwise it is pending too.
+    of when an answer shows that the wait was its own, or when nothing else is left; otherwise it is pending too. An
+    answer that comes after the stop shows nothing any more: what is set aside by then, or later, is pending.
     """
     told: list[tuple[int, str, float]] = []
     aside: list[tuple[int, str, float]] = []
     seen = 0
+    heard = a.rows[: a.stopped_after] if a.stopped else a.rows
     for end, after in zip(a.ends, a.ended_after, strict=True):
-        new, seen = a.rows[seen:after], after
-        if any(row.outcome == Outcome.OK for row in new):
+        new, shows, seen = a.rows[seen:after], heard[seen:after], after
+        if any(row.outcome == Outcome.OK for row in shows):
             told, aside = told + aside, []
         last = new[-1] if new else None
         is_its_own = last is not None and last.error_code and (last.request, last.finished_s) == (end[0], end[2])

@@ -25,7 +25,7 @@ from governor import law
 from governor.forecast.summary import summarize
 from governor.model.requests import CAUSES, Attempt, Ended, Outcome
 from sim.des.run import launch_order
-from sim.experiment.experiment import simulated
+from sim.experiment.experiment import attempt_rows, simulated
 from sim.scenario.scenario import Scenario
 from tests.scenarios import Run, drawn, run, shown
 
@@ -483,7 +483,15 @@ def test_the_same_seed_gives_the_same_bytes(seed: int) -> None:
     assert repr(first.tally) == repr(second.tally)
     assert repr(first.state) == repr(second.state)
     # Watching changes nothing.
-    assert repr(simulated(first.case, scenario.seed, engine="simpy")) == repr(first.tally)
+    rows: list[Attempt] = []
+    alone = simulated(first.case, scenario.seed, engine="simpy")
+    watched = simulated(first.case, scenario.seed, attempt_rows(scenario, rows.append), engine="simpy")
+    assert repr(alone) == repr(watched)
+    assert repr(rows) == repr(first.rows)
+    # Where requests were lost, the bound's input is all that was asked for, while the driver's is what was answered.
+    work = alone.work if alone.failed else first.tally.work
+    assert repr(alone) == repr(dataclasses.replace(first.tally, work=work))
+    assert alone.work.requests + len(alone.work.arrivals_s) == len(scenario.workload)
 
 
 def test_another_seed_gives_another_run() -> None:
