@@ -437,7 +437,11 @@ def test_a_server_that_refuses_to_write_is_away(redis: RedisServer, processes: i
     assert any(name in line or "not enough" in line.lower() or "memory" in line for line in said), said
 
 
-def test_other_things_under_our_keys_end_nothing(redis: RedisServer) -> None:
+@pytest.mark.parametrize(
+    ("processes", "every_s"),
+    [(2, 0.6), pytest.param(4, 0.15, marks=[pytest.mark.long])],
+)
+def test_other_things_under_our_keys_end_nothing(redis: RedisServer, processes: int, every_s: float) -> None:
     pool = "paceline:{default:faults:x10}:"
     rng = random.Random(1)
 
@@ -446,7 +450,7 @@ def test_other_things_under_our_keys_end_nothing(redis: RedisServer) -> None:
         value = rng.choice(["", "garbage", "x" * 500])
         asked(redis.port, *rng.choice([("SET", key, value), ("DEL", key), ("RPUSH", key, value)]))
 
-    survives(4, 6, lambda i: redis.url, spoil=spoil, every_s=0.15)
+    survives(processes, 6, lambda i: redis.url, spoil=spoil, every_s=every_s)
 
 
 def test_a_password_that_is_changed_in_mid_run_is_waited_for() -> None:
