@@ -96,7 +96,8 @@ class Child:
             if ended_at - self._begun_at < REST_S:
                 self.rests_until = ended_at + REST_S
             for future in self._asked.values():
-                future.set_exception(EndedError())
+                if future.set_running_or_notify_cancel():  # else its caller has given up waiting
+                    future.set_exception(EndedError())
             self._asked.clear()
         code = self._end()
         for pipe in (self._questions, self._answers):

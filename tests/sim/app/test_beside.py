@@ -62,6 +62,12 @@ def test_it_answers_as_this_process_does_and_is_replaced_when_it_ends(
     monkeypatch.undo()
     assert simulator.forecast(asked) == quick_forecast(asked)
 
+    # It may end while a question is still open that its caller has given up.
+    monkeypatch.setattr(beside, "ANSWER_S", 0.05)
+    os.kill(first.pid, signal.SIGSTOP)
+    assert simulator.forecast(asked) is None
+    monkeypatch.undo()
+
     # One that ended soon after its start is not replaced at once: nobody forecasts, and nobody waits.
     monkeypatch.setattr(beside, "REST_S", 1_000.0)
     ended(first)
