@@ -1,8 +1,7 @@
 """Other ways to keep a batch of calls within a limit of tokens per minute: what is installed or written in place of us.
 
-What lives here: the contenders of `bench_live_peers`, each about as long as its own documentation shows it. All send
-through the official SDK with its own retries (ten, where nothing else is said) and at most 20 in flight, know the
-provider's charge of each request exactly, and run in an event loop whose clock is sped up as the provider's is: the
+All send through the official SDK with its own retries (ten, where nothing else is said) and at most 20 in flight, know
+the provider's charge of each request exactly, and run in an event loop whose clock is sped up as the provider's is: the
 SDK, tenacity and aiolimiter read only that clock, pyrate-limiter is given it.
 
 Left out: litellm's Router, which wants 120 MB of packages beside it; openlimit, which has had no release since 2023;

@@ -1,8 +1,4 @@
-"""A provider that writes down each attempt as it comes, and what would have come of launches that take no time to come.
-
-What lives here: the provider in a process of its own, its record, and the comparison of that with the launches. What
-must not: the limiter itself (`sim/provider`), which decides both times.
-"""
+"""A provider that writes down each attempt as it comes, and what would have come of launches that take no time to come."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """The law: every rule of admission, pacing and retry, and the only place where one may stand.
 
-What lives here: plain functions over two bags of numbers, `Params` (the policy, made by `Policy.params()`) and
-`State`. What must not: a clock, a sleep, a random draw, a log line, any I/O. `now` and the uniform number `u` come in
-as arguments, absolute times go out. The asyncio driver, the SimPy driver and the compiled engine call these functions.
+`now` and the uniform number `u` come in as arguments, absolute times go out. The asyncio driver, the SimPy driver and
+the compiled engine call these functions.
 
 Theory of operation. A driver asks `admit_at` when the head of its queue may launch, waits until then, calls `launched`,
 sends the request, and reports the end with exactly one of `settled`, `throttled`, `failed` or `released`. The law

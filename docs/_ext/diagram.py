@@ -1,9 +1,7 @@
 """The state diagram of a request: its states and what moves it, as they are observed while the law runs.
 
-What lives here: a simulation that notes every change of state and which function of the law made it, the conditions
-that bring out every cause of waiting, and the picture. What must not: a state or an arrow of its own. The waiting
-states are the law's causes (`governor.model.requests.CAUSES`, by the law's numbers); where a cause is never reached,
-or a state appears that has no place in the picture, the build fails rather than draw yesterday's law.
+The waiting states are the law's causes (`governor.model.requests.CAUSES`, by the law's numbers); where a cause is never
+reached, or a state appears that has no place in the picture, the build fails rather than draw yesterday's law.
 """
 
 from __future__ import annotations

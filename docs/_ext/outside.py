@@ -1,7 +1,7 @@
 """Looks at a built site as a browser would: a page that loads anything from elsewhere, and a link that is no link.
 
-What lives here: the check, one line for each fault. Internal links and anchors are followed in
-the files; addresses elsewhere are looked at, never opened, so that the check works without a network.
+Internal links and anchors are followed in the files; addresses elsewhere are looked at, never opened, so that the check
+works without a network.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""The parts of the reference that are made from the code: no name, default or meaning is written twice.
-
-What lives here: functions without arguments that return markdown, by the name of the file that they become under
-`docs/made`. What must not: sentences about single settings, commands or columns; those stand with what they describe.
-"""
+"""The parts of the reference that are made from the code: no name, default or meaning is written twice."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""The commands of the live half, as an app that `sim/app/cli.py` mounts; errors and exit codes are handled there.
-
-What lives here: commands that need no simulator. What must not: imports that cost time at start-up; a command fetches
-what it needs when it runs.
-"""
+"""The commands of the live half, as an app that `sim/app/cli.py` mounts; errors and exit codes are handled there."""
 
 from __future__ import annotations
 

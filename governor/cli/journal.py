@@ -1,7 +1,6 @@
 """The commands about a run's journal: status, export, pause, resume, set, unset, verify, purge.
 
-What lives here: options as they are typed, and what is printed. What must not: tables (`schema`), files (`outputs`),
-and imports that cost time at start-up. All of them work while another process runs the journal, but for `purge`.
+All of them work while another process runs the journal, but for `purge`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,5 @@
 """The commands that talk to a provider: run, preflight, doctor. `journal_cli` holds those about a run's journal.
 
-What lives here: options as they are typed, and what they mean together. What must not: imports that cost time at
-start-up (a command fetches what it needs when it runs), exit codes of errors (`sim/app/cli.py` sees to them), and the
-run.
-
 A simulated forecast comes in by the context's object (`Foresee`), which whoever mounts these commands may set; without
 it the fluid estimate of `preflight` serves, and every text says so.
 """

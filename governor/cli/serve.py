@@ -1,8 +1,4 @@
-"""`paceline serve` and `paceline token`: the options of the HTTP service, as they are typed.
-
-What lives here: options and what they mean together. What must not: the service itself (`governor/service`), which is
-imported only when a command runs.
-"""
+"""`paceline serve` and `paceline token`: the options of the HTTP service, as they are typed."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What the live commands print: outcomes, verdicts and the state of a journal, as text and as JSON.
-
-What lives here: pure functions from results to lines. What must not: printing, and the wording of figures (`words`).
-"""
+"""What the live commands print: outcomes, verdicts and the state of a journal, as text and as JSON."""
 
 from __future__ import annotations
 

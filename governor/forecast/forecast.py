@@ -1,8 +1,6 @@
 """What a live run is expected to do: when it is done, what holds it back, what it costs, as far as anyone can say.
 
-What lives here: `Demand` (what is left to do), `Expectation` (a forecast as a run needs it), the fluid one that serves
-where nobody simulates, and the forecast cost. All of it is arithmetic; what must not be here: a clock, I/O, a
-simulator. A simulation comes in as a callable (`Foresee`), made by whoever has a simulator.
+All of it is arithmetic. A simulation comes in as a callable (`Foresee`), made by the caller that has a simulator.
 
 The fluid expectation takes work for a fluid: the largest of what each knob alone would need. It knows no 429s, tails or
 interplay, is mostly too early, and has no interval; every text that shows it says so. Where the time of an answer is

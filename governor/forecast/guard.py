@@ -1,7 +1,6 @@
 """The start guard: whether a run may start, and whether it keeps to what was expected of it.
 
-What lives here: the verdicts before the start, the comparison after a canary, and `Track`, which says when a run leaves
-its forecast, since when, and why. All of it is arithmetic over an `Expectation`; what must not be here: a clock, I/O.
+All of it is arithmetic over an `Expectation`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """What a run leaves: attempts in, one `Summary` out, and the bound that no scheduler could have beaten.
 
-What lives here: pure arithmetic over numbers and `Attempt` rows, the same for simulated and live runs. Two ways lead to
-a `Summary`. A driver keeps a `Tally` while it runs (constant memory for a batch); or `summarize` reads attempt rows
-afterwards, from a journal or a table. A test holds the two to each other.
+Two ways lead to a `Summary`. A driver keeps a `Tally` while it runs (constant memory for a batch); or `summarize` reads
+attempt rows afterwards, from a journal or a table. A test holds the two to each other.
 
 The bound is the time below which no scheduler can go on that provider. Let a request count as c tokens: its charge
 once, or the smaller of charge and use where the provider settles. Take the requests that arrive from t on, D tokens in

@@ -1,8 +1,5 @@
 """A `Summary` as HTML, as a notebook shows it: a table, and a small figure of the time and of who made us wait.
 
-What lives here: a pure function from figures to text. What must not: figures over time and anything that a library
-draws (`sim/reporting/figures.py`).
-
 Colours are Okabe and Ito's (2008), told apart by the colour-blind; each is named beside the figure with its share. Text
 and lines take the notebook's own colour, so that light and dark themes read alike.
 """

@@ -1,8 +1,5 @@
 """The journal's database: how it is opened, who may write, and what its errors mean to a user.
 
-What lives here: engines, pragmas, the mode of the files, the lock of the running process, and the translation of every
-database error into one `JournalError`. What must not: tables and rows (`schema`) and what they mean (`journal`).
-
 SQLite, the default. WAL, so that readers (`status`, `verify`, `set`) and the run do not wait for each other.
 synchronous=FULL: a commit returns when it is on the disk. NORMAL would survive a killed process, but not a power cut,
 after which answers that were paid for would be asked again; commits are grouped, so one fsync serves many records.

@@ -1,8 +1,5 @@
 """The journal of one run: every request, attempt and decision, durable before it counts.
 
-What lives here: how a journal is made, opened, filled, taken up again, steered and purged. What must not: SQL dialects
-and files (`database`), tables (`schema`), what is only read (`records`), what a driver reports (`recorder`).
-
 A run's life is `create`, `ingest`, `begin`, `finish`; after a crash, or to go on, `open`, `begin`, `finish`.
 
     with Journal.create("out.db", fingerprint=print_, seed=1, epoch_s=time.time()) as journal:

@@ -1,8 +1,5 @@
 """The journal's writing half: what a driver reports, gathered in memory and committed together.
 
-What lives here: `Recorder`, the driver's `Observer`, one per pool, and `Writer`, which commits for all of them. What
-must not: reading, and what happens before the first launch and after the last (`journal`).
-
 Theory of operation. Reports are plain appends to a batch. The driver awaits `flushed` before it sends, and a commit
 takes the whole batch to a thread of its own, where JSON is made and the disk is waited for; what is reported meanwhile
 gathers in the next batch. One commit is under way at a time, so however many tasks wait, the disk sees one fsync after

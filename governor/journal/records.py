@@ -1,7 +1,5 @@
 """The journal's reading half: what a run has done, and what is left to do, in streams.
 
-What lives here: all that only reads. What must not: changes (before and after a leg `journal`, in it `recorder`).
-
 Every stream reads in chunks, each in a short transaction of its own that starts after the last row of the one before
 (keyset pagination). So memory stays flat, no old snapshot keeps SQLite's WAL from shrinking, and a reader never holds
 up the run; what it sees is the journal as it was when it read that chunk.

@@ -1,8 +1,5 @@
 """The journal's tables: one row per request, per attempt, per decision, and what was known about the run itself.
 
-What lives here: the tables, the text type that holds any Python string, and the way from values to rows and back. What
-must not: connections (`database`) and the order in which things happen (`recorder`, `journal`).
-
     run        one row: versions, fingerprint of the input, seed, epoch of time zero
     legs       one row per process that worked on the run; a resume begins another leg
     pools      number and name; decisions carry the number

@@ -1,8 +1,5 @@
 """Decides every recorded decision again: the same law on the same inputs must give the same results, to the bit.
 
-What lives here: the shape of a recorded decision, the law's bags as plain numbers, and the replay. What must not: I/O
-(decisions come in as an iterable; `journal` reads them from its tables) and any rule of the law.
-
 Theory of operation. A driver reports each call of the law in order: name, arguments without `p` and `s`, result. The
 law is a function of policy, state and arguments alone, and the state is a function of the calls before. So a fresh
 state that is led through the same calls gives the same answers; the first that differs shows that the law has changed

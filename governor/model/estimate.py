@@ -1,8 +1,5 @@
 """Tokens of a request before it is sent: how large it is, and what is charged for it.
 
-What lives here: `Sizes` (what is known at submission), its extraction from a request's body, and the charge rules.
-What must not: I/O, knowledge of answers, and NumPy, though arrays pass through.
-
 **Sizes.** Prompt tokens are estimated from text, offline: UTF-8 bytes / 4. That is chars/4 for ASCII (1.06 of the real
 tokenizer's count in the median for English, 1.09 for Python) and 0.93 for Chinese, where chars/4 gives 0.57; other
 scripts come out high rather than low. Then 4 per message and 3 for the reply (docs/explanation/provider.md#sizes). JSON

@@ -1,9 +1,8 @@
 """The policy: every knob of the law with its environment name, unit, allowed range, preset values and meaning.
 
 Theory of operation. Each knob stands once, as a field of `Policy`; pydantic checks it, and `KNOBS`, the `--help` text,
-the README's table, `.env` reading and `.env` writing are all derived from the model's own schema. What lives here is
-the reading of names and values; what must not: opening a file or looking at the process's environment. A caller hands
-over a mapping (`from_env`) or `NAME=VALUE` words (`set_values`) and gets a checked policy or one `BadSetting`.
+the README's table, `.env` reading and `.env` writing are all derived from the model's own schema. A caller hands over
+a mapping (`from_env`) or `NAME=VALUE` words (`set_values`) and gets a checked policy or one `BadSetting`.
 
 An env file in production holds foreign names and secrets. A name that is not ours is left alone and its value is never
 repeated, not even in an error; a name that is *nearly* ours is an error, because a limit that is silently ignored is

@@ -1,9 +1,5 @@
 """Pools: which provider quota a request belongs to, and with which settings, address and key variable it is called.
 
-What lives here: `Pool`, the reading of `pools.yaml`, and the way from a model's name to its pool. What must not: keys
-themselves (a pool names the variable that holds its key; `key_of` fetches it at the last moment and nobody keeps it),
-HTTP, the law.
-
 A pool is one quota: a base URL or an Azure deployment, an organisation or project, and a limit name. It has one law
 state. Without a pools file there is one, `default`, made of the OPENAI_* settings and the SDK's own variables. With
 one, a line goes to the first pool of the file that has a pattern for its model (`*` stands for any text):

@@ -1,8 +1,5 @@
 """What a run costs: prices per model, the tokens that are billed, and the budget of `--max-cost`.
 
-What lives here: `prices.yaml` -> `Prices`, usage -> US dollars, and the running total `Spent`. What must not: charges
-against a rate limit (`estimate`): what is billed is what was used, never what was reserved.
-
 Formula, per attempt that was answered: (prompt - cached) x input + cached x cached_input + output x output, each price
 per million tokens. Cached tokens are part of the prompt and reasoning tokens part of the output, as providers state
 them in `usage`; a price without `cached_input` bills cached tokens in full. Refused and failed attempts cost nothing,

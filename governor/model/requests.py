@@ -1,10 +1,5 @@
 """The frozen values that cross boundaries, and the batch file format in and out.
 
-What lives here: `Request` (what is sent), `Answer` and `Limit` (what a provider said), `Attempt` (one row of every
-record), and the reading and writing of OpenAI's batch JSONL (docs/explanation/provider.md#batch-files). What must not:
-I/O (lines come in as an iterable, lines go out as text), sizes and charges (`estimate`; `Sizes` and the endpoint codes
-are handed on from there), and the meaning of statuses, headers and error bodies (`answers`).
-
 A batch file is read as a stream: one request at a time, and of those already read only the custom_ids are held, to
 name both lines of a duplicate (about 15 MB for 100,000). Every complaint is one line that begins with `file:line:`.
 """

@@ -1,9 +1,5 @@
 """Where settings come from: env files or the process's environment, and a command line's `--set` on top.
 
-What lives here: the reading of env files, and the order of precedence: of several files the later one wins. What must
-not: names, ranges and near-misses of settings (`policy`), and the process's environment itself, which a caller hands
-over.
-
 An env file is read by python-dotenv, values only: `${NAME}` stays as it stands, so that nothing of the environment
 gets into a setting unseen. A production file holds foreign names and secrets: of a line that is not ours nothing is
 kept and nothing is repeated, and one that cannot be parsed is passed over, as the programs that own the file do.

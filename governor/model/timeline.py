@@ -1,8 +1,5 @@
 """One time for several processes: the store's clock, each process's idea of it, a state seen from another zero.
 
-What lives here: conversions between the timelines of a shared pool, pure but for the loop's clock that is passed in.
-What must not: I/O, and any rule of the law.
-
 Theory of operation. The store's clock, in microseconds since 1970, becomes seconds since EPOCH_S, times the scale of a
 sped-up rehearsal, rounded down to a binary fraction: differences of two such times are exact, so a process may count
 from its own zero (a fixed distance away) and lose no bit. Between two answers of the store a process goes by its own

@@ -1,9 +1,4 @@
-"""What the driver is given to do and whom it tells: the values and protocols of `governor/scheduler/driver.py`.
-
-What lives here: `Work` (a request with what to reserve for it), `Job` (it, or a permit, on its way), `Observer` and
-`Send` (who listens, and who sends), the row that an attempt leaves, and what each outcome means for the request. What
-must not: anything that happens in time.
-"""
+"""What the driver is given to do and whom it tells: the values and protocols of `governor/scheduler/driver.py`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""YAML files that a user writes for a live run (`pools.yaml`, `prices.yaml`), read with complaints that name the line.
-
-What lives here: text -> plain values. What must not: the meaning of any key (`pools`, `money`).
-"""
+"""YAML files that a user writes for a live run (`pools.yaml`, `prices.yaml`), read with complaints that name the line."""
 
 from __future__ import annotations
 

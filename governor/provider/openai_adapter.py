@@ -1,9 +1,5 @@
 """The official openai SDK on one side, an `Answer` on the other; the only file that imports openai.
 
-What lives here: a pool's clients, with the SDK's own retries off (the governor alone owns retries), the sending of
-one attempt, and its outcome. What must not: pacing, retrying (`driver`), the meaning of statuses and error bodies
-(`answers`), where a key is kept (`pools`).
-
 Theory of operation. The request is sent by the client's own `post`, body as bytes, and comes back raw: headers and
 bytes go to `answers.classify`. The SDK's typed objects are left out, since the results file wants the JSON itself;
 that alone makes a call a quarter cheaper than `chat.completions.create` (1.15 for 1.5 ms of CPU on loopback).

@@ -1,8 +1,5 @@
 """`paceline probe`: the few calls that settle what the documentation leaves open, against one's own account.
 
-What lives here: the questions of docs/explanation/provider.md#open, each with its calls and what their headers show,
-and the provider.yaml that comes of it. What must not: HTTP (`openai_adapter`), the charge rules (`estimate`).
-
 Theory of operation. A bucket that is full before a call shows the call's charge exactly: limit less remaining. So each
 question waits until the bucket is full again, at most a minute, and asks what the possible rules answer differently:
 

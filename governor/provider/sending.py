@@ -1,7 +1,4 @@
-"""From a job of the driver to a call of the adapter: which body, which id, how long.
-
-What lives here: the few lines between `driver` and `openai_adapter`. What must not: HTTP, and the meaning of answers.
-"""
+"""From a job of the driver to a call of the adapter: which body, which id, how long."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 """What a run comes to: its figures out of the journal, as one `Summary` for each pool and for all of them together.
 
-What lives here: the run's own time (without the time in which no process worked on it), costs, and the lines of the
-results and errors files. What must not: terminals, the sending.
-
 Time. Records count seconds from the beginning of the first leg, by the wall. A run that was stopped in the evening and
 resumed in the morning did not take all night: its makespan, and so its efficiency, count only the time of its legs.
 """

@@ -1,9 +1,5 @@
 """`paceline run`: a batch file in, results in the batch output format out, through a journal that survives anything.
 
-What lives here: the order of things before and after the live part: checks, the journal, the start guard, and at the
-end results, summary and exit code. What must not: the live part (`live`), how the input is read (`intake`), figures
-(`account`), options as they are typed (`live_cli`).
-
 Exit codes: 0 all succeeded, 1 some failed, 2 bad input, 3 refused or cannot finish, 4 the account's quota (or the
 account itself) is refused, 5 a budget of money or time is used up, 130, 143 and 129 after a signal.
 """

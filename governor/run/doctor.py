@@ -1,7 +1,4 @@
-"""`paceline doctor`: one tiny call to each pool, and what its answer says of key, model, limits and settings.
-
-What lives here: the call and its findings. What must not: HTTP (`openai_adapter`), the meaning of answers (`answers`).
-"""
+"""`paceline doctor`: one tiny call to each pool, and what its answer says of key, model, limits and settings."""
 
 from __future__ import annotations
 

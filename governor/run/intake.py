@@ -1,8 +1,5 @@
 """From a batch file to a journal that holds all of it, or back to one that was begun: what is left, by pool.
 
-What lives here: reading the input once as a stream, its fingerprint, each line's pool and reservation, the refusal of
-what can never run, and of a journal or results file that belongs to something else. What must not: sending anything.
-
 Memory stays flat: lines go from the file into the journal; what remains here is 80 bytes of sizes per request.
 """
 

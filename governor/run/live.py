@@ -1,9 +1,5 @@
 """The live run itself: pools side by side in one event loop, until nothing is left or somebody stops it.
 
-What lives here: one leg from its beginning to its end, the canary, the budgets of money and time, and what is said
-meanwhile. What must not: reading input (`intake`), the start guard (`batch`), results (`account`), HTTP
-(`openai_adapter`), and any rule of pacing (the law).
-
 Theory of operation. Each pool's governor pulls its work from the journal, a hundred rows at a time. A ticker looks at
 everything that is not an event of the driver: a few times a second it takes up commands, shows the progress, compares
 with the forecast and watches the clock. Whoever wants the run to end calls `stop` with a reason; the governors then

@@ -1,7 +1,6 @@
 """Waits that somebody should know of at once: hours that a provider asks for, and launches that lie past a budget.
 
-What lives here: what is said of them, and when a run should rather end than sleep. What must not: pacing. How long a
-request waits, and whether its pool is held, stands in the law; nothing here makes a wait longer or shorter.
+How long a request waits, and whether its pool is held, stands in the law; nothing here makes a wait longer or shorter.
 
 A limit per minute never asks for more than a minute. What asks for longer is a daily limit, which a run may sit out, or
 something absurd: 114 hours were seen (docs/explanation/provider.md#buckets). Nobody should find a batch asleep without

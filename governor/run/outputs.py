@@ -1,8 +1,5 @@
 """The files that a live run hands over: written whole under a hidden name, then renamed; or followed while it runs.
 
-What lives here: atomic text files, the results and errors files in the batch output format, and `Followed`, which
-appends lines as requests finish. What must not: what a line says (`requests`), where the lines come from (`journal`).
-
 A file of results is paid for. It takes its name in one step, forced to the disk before, so that a reader never sees
 half of it; one that is there already and is not this run's is not overwritten unasked. `--follow` trades this for
 freshness: its file grows line by line in the order of completion, and is replaced by the ordered one at the end.

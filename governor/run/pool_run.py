@@ -1,8 +1,4 @@
-"""One pool of a live run: its governor, everybody who observes it, and what its settings are right now.
-
-What lives here: `Manner` (how a run goes about its work) and `PoolRun` with its observers. What must not: the run as a
-whole (`live`), counting (`watch`), storage (`recorder`).
-"""
+"""One pool of a live run: its governor, everybody who observes it, and what its settings are right now."""
 
 from __future__ import annotations
 

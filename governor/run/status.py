@@ -1,7 +1,4 @@
-"""The state of a run as its journal tells it, to anybody who looks while it goes on or afterwards.
-
-What lives here: what `paceline status` shows, as plain values and as text. What must not: writing anything.
-"""
+"""The state of a run as its journal tells it, to anybody who looks while it goes on or afterwards."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What steers a live run from outside: signals, questions to somebody at a terminal, commands of other processes.
-
-What lives here: how these arrive. What must not: what a pause or changed settings mean (`driver`, the law).
-"""
+"""What steers a live run from outside: signals, questions to somebody at a terminal, commands of other processes."""
 
 from __future__ import annotations
 

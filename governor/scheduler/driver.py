@@ -1,8 +1,5 @@
 """The asyncio driver of the law: the twin of `sim/des/driver.py`, to be read side by side with it.
 
-What lives here: the live clock, the queue, one timer, and the tasks that send. What must not: any rule of admission,
-pacing or retry (they stand in `governor/law.py`), HTTP (`openai_adapter`), storage (`journal`, an `Observer`).
-
 Theory of operation. New work is pulled from its source one request ahead, so that memory stays flat; retries, finalize
 passes and permits wait in a heap, and so does, with its history, what an earlier leg of the run had launched. After
 every event (an answer, a retry that has backed off, a wake-up, a change of settings) `_pump` asks the law about the

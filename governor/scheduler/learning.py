@@ -1,8 +1,5 @@
 """Estimates that learn: what requests of a kind really used, as the reservation of the next of that kind.
 
-What lives here: `Learner`, one per pool. What must not: I/O, clocks, and the declared rule that it starts from
-(`estimate`).
-
 Theory of operation. Under the charge rule `learned` a request first reserves what it declares: prompt and output cap,
 or the estimate per run where it declares no cap. Of every answer the learner notes what was used beyond the estimated
 prompt. From LEAST answers of a kind on, a request of that kind reserves its own prompt's estimate plus the QUANTILE of

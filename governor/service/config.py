@@ -1,8 +1,4 @@
-"""What the service is started with, checked: address, database, pools, who may come in, how much they may send.
-
-What lives here: the values alone, and the rule that nobody listens to a network without tokens. What must not: options
-as they are typed (`governor/cli/serve.py`).
-"""
+"""What the service is started with, checked: address, database, pools, who may come in, how much they may send."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
 """What the service answers when it does not do as asked: one shape, and codes that stay as they are.
 
-What lives here: the codes, the shape, and how an exception becomes an answer. What must not: FastAPI's routes.
-
     {"error": {"code": "BATCH_RATE_LIMITED", "message": "one line with the figures and the remedy", "details": {...}}}
 
 Nothing that was sent is repeated in an answer or in a log but names of fields and settings: it may be a prompt.

@@ -1,7 +1,4 @@
-"""The service as a process: the socket, the server, the log, the signals.
-
-What lives here: what `paceline serve` does once its options are read. What must not: options, routes.
-"""
+"""The service as a process: the socket, the server, the log, the signals."""
 
 from __future__ import annotations
 

@@ -1,9 +1,5 @@
 """One process's membership of a shared pool: what it reports, what it hears, and its turns at deciding.
 
-What lives here: the loop that tells the store what has happened and decides when it is this process's turn, the loop
-that waits for news, entering a pool, and what to do when the store is away or has lost its memory. What must not: what
-an event means (`quota`), jobs (`shared`), Redis itself (`store`).
-
 Theory of operation. A turn appends what is new to the inbox and reads, in one script. Where anything stands in the
 inbox, or the head may launch, or a lease has lapsed, this process decides and replaces the image; if somebody was
 quicker it has that one's image in hand already, and is done if its own events are in it. News for others goes into

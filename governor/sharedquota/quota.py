@@ -1,9 +1,5 @@
 """A shared pool as its store holds it, and what is decided on it: pure, the same wherever processes share a quota.
 
-What lives here: `Image` (the law's state, who shares it, who waits) with its encoding, the events that processes
-report, and `decide`, which leads an image through them. What must not: I/O, a clock (`now` comes in), and any rule of
-admission, pacing, order or retry: those are calls of the law.
-
 Theory of operation. Processes append batches of events to an inbox. Whoever decides takes the newest image and the
 whole inbox, applies the events in order (settlements and the like are calls of the law), drops owners whose lease has
 lapsed, and launches heads of the queue as long as the law says "now". The image that comes out replaces the one that

@@ -1,8 +1,5 @@
 """Redis, as far as a shared pool needs it: the only module that imports it.
 
-What lives here: the keys, three short scripts, connections and their errors. What must not: what an image means (it is
-bytes here, behind a head that names its version), and any rule: the scripts compare, append and replace.
-
 Keys. All of a pool's begin with `paceline:{POOL}:`, so that a Redis Cluster holds them in one place: `image`; `inbox`,
 a list of batches of events; `leases`, until when each owner lives; `to:OWNER:N`, a list of news for one owner's N-th
 entry; `muster`, where owners meet when the image has been lost; `bell`, which calls them there.

@@ -1,9 +1,5 @@
 """A governor whose quota several processes share through Redis: the driver of `driver`, the law's state elsewhere.
 
-What lives here: `SharedGovernor`, which differs from `Governor` in where the law is asked: it publishes the heads of
-its queue and launches what is granted, and reports settlements and the like in place of making them. What must not:
-what is decided (`quota`, by the law), and how it gets there (`member`, `store`).
-
 Theory of operation. The law's calls that end an attempt are made twice: here, on a state that nobody keeps, since their
 answer (when to try again) depends on policy and arguments alone, and by whoever decides, on the pool's state. Times
 here count from this run's zero, the pool's from another: `_zero_s` lies between, a binary fraction, so that a launch's

@@ -1,7 +1,6 @@
 """The log of a live run: one line for each launch, wait, 429 and result, as text or as JSON, on standard error.
 
-What lives here: the observer that writes these lines, and nothing that it could leak: a line holds ids, numbers and
-codes. Prompts, answers and keys never come near it, nor does a provider's message, which may quote either.
+Prompts, answers and keys never come near it, nor does a provider's message, which may quote either.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Prometheus metrics of a run, fed by the same events as its journal, and the webhook that tells of its end.
 
-What lives here: names, the observer that counts, an HTTP port, a textfile for jobs that end between two scrapes, and
-`notify`. What must not: anything that decides. The five `contestra_*` names are those of the guardrails' dashboards:
-totals over all pools, without a pool label; ours stand beside them, with one.
+The five `contestra_*` names are those of the guardrails' dashboards: totals over all pools, without a pool label; ours
+stand beside them, with one.
 
     contestra_openai_active_concurrency          permits taken right now; 0 when idle
     contestra_openai_next_slot_epoch             when the stagger allows the next launch, earliest pool; 0 = none yet

@@ -1,7 +1,5 @@
 """How far a live run is: a bar on a terminal, one line every 30 seconds anywhere else, nothing with --quiet.
 
-What lives here: the reading of the pools' meters, the ETA, and how both are shown. What must not: counting (`watch`).
-
 The ETA comes from the law, not from the average so far: what is left to do, at the settings in force, with what is
 booked right now (`preflight.fluid_forecast`), and with answers as long as those measured in this run.
 

@@ -1,10 +1,8 @@
 """What a live run notices while it runs: figures for its progress, and what somebody should be told of once.
 
-What lives here: observers of one pool (`driver.Observer`). `Meter` counts; `Alarms` speaks, once each, of limits that
-are not as the settings say, of an account that is refused, of a provider that cannot be reached, of the first request
-that fails for a reason (of refusals that all requests meet speaks `refusals`, of long waits `longwaits`); `Together` is
-several observers in one. What must not: writing to a terminal (`progress`, `eventlog`), storage (`journal`), decisions
-(the law).
+`Meter` counts; `Alarms` speaks, once each, of limits that are not as the settings say, of an account that is refused,
+of a provider that cannot be reached, of the first request that fails for a reason (of refusals that all requests meet
+speaks `refusals`, of long waits `longwaits`); `Together` is several observers in one.
 """
 
 from __future__ import annotations

@@ -1,9 +1,5 @@
 """What a program or a notebook asks: `simulate` and `plan`, and the results that they return.
 
-What lives here: two functions over what the commands of the same names use, and two results that hand out tables
-(`frames`), figures and text of what was found. What must not: how anything is simulated or searched, and a second way
-to say it.
-
 A result keeps its scenario and makes what it shows when it is asked for: rows of attempts come from a second run of the
 same seed, which is the same run.
 """

@@ -1,7 +1,4 @@
-"""The command `paceline capacity`: which of its questions is asked, and the answer as object, text and picture.
-
-What lives here: the options together. What must not: their declaration (`cli`), and the answering (`capacity`).
-"""
+"""The command `paceline capacity`: which of its questions is asked, and the answer as object, text and picture."""
 
 from __future__ import annotations
 

@@ -1,9 +1,5 @@
 """The `paceline` command: planning, and the commands of the live half mounted beside it.
 
-What lives here: the commands, and the one place where an error becomes a line on stderr and an exit code. What must
-not: anything that costs time to import; a command fetches what it needs when it runs, so that `--help` is instant and
-the live commands run without the extra `sim`.
-
 Exit codes: 0, 2 for bad input, 3 where nothing can meet a wish (`capacity`), 130 after Ctrl-C, 143 and 129 after
 SIGTERM and SIGHUP, 141 where the reader of a pipe has gone; the others are the live commands'
 (`governor/model/errors.py`).

@@ -1,8 +1,4 @@
-"""A log of requests as some program might have kept it, written from a simulated run: for trying `calibrate`.
-
-What lives here: the attempts of a run as CSV, each with what its response headers stated. What must not: the reading of
-logs (`logs`), and the exact record of a run (`exports`).
-"""
+"""A log of requests as some program might have kept it, written from a simulated run: for trying `calibrate`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 """What a program hands over in place of a command line: a file or rows at hand, and how to read them.
 
-What lives here: the keywords of `Scenario(...)`, and their translation into the options that `inputs` reads. What must
-not: any meaning of an option (`inputs`), the reading of rows (`readers`).
-
 Rows at hand go the way of rows from standard input: written as a file would hold them, checked line by line.
 """
 

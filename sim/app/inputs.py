@@ -1,8 +1,5 @@
 """What the options mean together: a workload, a provider, a policy and a seed become one `Scenario`.
 
-What lives here: the order of precedence, and a plan's wishes (`Wishes`) with their place in a scenario file. What must
-not: the options themselves (`options`), reading rows (`readers`), env files (`governor/model/settings.py`).
-
 Precedence of settings: the guardrails' defaults, then the environment or, where one is named, the env file, then
 `--set`. A scenario file stands in place of defaults and environment: it re-runs as it was written, wherever it is run.
 

@@ -1,8 +1,4 @@
-"""The command `paceline notebook`: copies of the notebooks in a folder of the user's, and JupyterLab on them.
-
-What lives here: the options, what is said, and the start of JupyterLab. What must not: where the notebooks come from
-and what is copied (`packaged`).
-"""
+"""The command `paceline notebook`: copies of the notebooks in a folder of the user's, and JupyterLab on them."""
 
 from __future__ import annotations
 

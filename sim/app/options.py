@@ -1,8 +1,4 @@
-"""The options that the planning commands share, as they are typed, and the parsing of single values.
-
-What lives here: declarations and text -> value, light enough for `--help`. What must not: reading any file, and what
-the options mean together (`inputs`).
-"""
+"""The options that the planning commands share, as they are typed, and the parsing of single values."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 """What `plan` leaves in its folder, and the early check that files can be written at all.
 
-What lives here: which files there are, what stands in them, and that they appear together. What must not: how a single
-file appears whole (`files`), the report (`report`), text for the terminal (`shown`).
-
 All files are filled under hidden names first and take their own names in one go at the end: whatever fails before that,
 a full disk or Ctrl-C, leaves an older set as it was. Of the settings only our own names are written; what else an env
 file holds has never been kept.

@@ -1,9 +1,5 @@
 """One quota over several processes, simulated: the live half's own driver, members and decisions, on virtual time.
 
-What lives here: a store that is only a model (`Shelf`, with a round trip, a memory that can be lost, and members that
-can die), the provider as somebody to send to, and a batch run by N processes over them. What must not: anything that
-decides; `governor/sharedquota/shared.py`, `member.py` and `quota.py` do that here as they do live.
-
 Theory of operation. All processes are governors in one event loop whose clock jumps from timer to timer. What a process
 costs is not modelled: a decision takes no time but its round trips. A process that dies says nothing more, what it had
 in flight is charged and never heard of, and after a while a new one takes over what it had not finished.

@@ -1,7 +1,5 @@
 """The simulator in a process beside the service's: what the service is given in place of `whatif`'s own callables.
 
-What lives here: both ends of the pipe, and the life of the process. What must not: what is simulated (`whatif`).
-
 Theory of operation. A simulation is Python between compiled stretches: in the service's own process it would keep the
 interpreter from everybody who asks for progress, for tens of milliseconds at a time. So a question is pickled into the
 standard input of a child, and what comes back out of its output belongs to whoever asked under that number; the child

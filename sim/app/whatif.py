@@ -1,8 +1,5 @@
 """What the service asks of the simulator: a quick forecast before it accepts a batch, and "what if" beside today.
 
-What lives here: both callables, which `sim/app/cli.py` injects by way of `beside`. What must not: HTTP, and what the
-question is about (`governor/service/api/whatif.py` puts it together).
-
 Theory of operation. Both policies meet the same answers, latencies and faults, seed by seed, on the provider of the
 pool's scenario, else on the one that today's settings believe in: proposing a higher limit does not make the provider
 grant it. Somebody drags a slider, so time is what is given: runs are added, always in the same order of seeds, until

@@ -1,8 +1,4 @@
-"""Arguments of the Python interface, looked at before anything runs: BadSetting, in one line, for what cannot be meant.
-
-What lives here: the few kinds of argument that its functions share. What must not: settings and provider keys, which
-`Policy` and `ProviderConfig` check themselves.
-"""
+"""Arguments of the Python interface, looked at before anything runs: BadSetting, in one line, for what cannot be meant."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
 """Writing files so that none is ever left half-written: the new content appears whole, under its name, or not at all.
 
-What lives here: one context manager for everything that the planning commands write. What must not: any content.
-
 Theory of operation. The content goes into a hidden file beside the target, which is forced to the disk and then takes
 the target's name in one step (`os.replace` is atomic within one file system, hence "beside"). Whatever goes wrong
 before that step removes the hidden file and leaves an older target as it was.

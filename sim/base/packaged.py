@@ -1,8 +1,4 @@
-"""Files that come with Paceline: the example batch and the notebooks. Where they are, and copies for the user.
-
-What lives here: finding these files, in an installed wheel as in the project's own folder, and copying notebooks
-without ever overwriting what somebody has changed. What must not: opening them (`notebook_cli`).
-"""
+"""Files that come with Paceline: the example batch and the notebooks. Where they are, and copies for the user."""
 
 from __future__ import annotations
 

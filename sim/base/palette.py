@@ -1,8 +1,5 @@
 """Names and colours that figures and texts share: policies, causes of waiting, objectives.
 
-What lives here: constants alone, so that a text can be written without a library that draws. What must not: drawing
-(`style`, `figures`), sentences.
-
 Colours are Okabe and Ito's (2008), told apart by the colour-blind, and never alone: series differ in marker or hatch as
 well and carry labels.
 """

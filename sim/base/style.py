@@ -1,8 +1,5 @@
 """The look of every figure: colours, markers, the house style, time axes, and saving to SVG and PNG.
 
-What lives here: what two figures share. What must not: any one figure (`figures`, `figures_time`), files, HTML, and
-what texts need as well (`palette`).
-
 Theory of operation. Matplotlib's object interface only: no pyplot, no global state that outlives a call, no backend to
 choose. A function marked `styled` runs under the house style, whatever the user's matplotlibrc says, and the same
 values give the same bytes. Ink, grid and surface are four colours that occur nowhere else, so that the report can

@@ -1,7 +1,7 @@
 """Figures in words: durations, shares, intervals and "none seen", the same in tables, figures and on the terminal.
 
-What lives here: pure functions from numbers to short texts. A text never says more than is known: rounding is to what a
-reader can use, an upper limit is rounded up, and nan reads "not known".
+A text never says more than is known: rounding is to what a reader can use, an upper limit is rounded up, and nan reads
+"not known".
 """
 
 from __future__ import annotations

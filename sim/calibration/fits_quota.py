@@ -1,8 +1,5 @@
 """What the headers and refusals of a log tell of the quota: charge rule, settling, limits, others, refusals.
 
-What lives here: the comparison of each possible provider with what was stated. What must not: the provider itself,
-which is `sim/model/provider.py`, led through the attempts by `others.gaps`.
-
 Theory of operation. Each charge rule, settling or not, is a provider. From one count to the next each predicts what
 remains; the rule whose predictions are off by least explains the log. What all requests of a log are charged alike by
 several rules cannot be told apart, and is said so. Others on the quota take at a rate: a share of the limit times the

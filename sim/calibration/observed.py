@@ -1,8 +1,5 @@
 """What a log says of each attempt, as columns: the one form into which every source of `calibrate` is read.
 
-What lives here: `Observed`, its making from checked rows, and from a Paceline journal. What must not: file formats
-(`logs`, `spans`), anything that is estimated (`fits`, `fits_quota`).
-
 Theory of operation. One row per attempt, refused ones included, since a refusal tells of the limit. Sizes are those of
 the request, but for prompt tokens, which are the measured ones where an answer stated them. What a source does not say
 is -1. Times are seconds from the first one in the log; a moment that is only known by its end is the end less what the

@@ -1,8 +1,5 @@
 """What a journal tells of the way to the provider, and of others on the quota: from what the headers stated.
 
-What lives here: `Count` (one answered attempt with the counts of its headers), the moments at which requests were let
-in, and `takings`, what others must have used in between. What must not: the simulation that is given them (`twin`).
-
 Moments. An attempt takes longer than the provider's own time for it (`openai-processing-ms`) by its way there and back.
 The shortest such difference of a run is taken for a way in both directions without any queue; what an attempt took
 beyond half of it, it took on the way there: behind others of the same burst, or for a first connection. Of those

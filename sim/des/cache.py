@@ -1,8 +1,5 @@
 """Where machine code is kept: one folder per state of the sources.
 
-What lives here: naming, making and clearing that folder, light enough to ask before numba is imported. What must not:
-compiling (`copies`).
-
 Theory of operation. numba does not notice a change in a file whose functions are called by the one that it keeps, so
 the folder is named by a hash of all of them: an edited rule finds no folder, and is compiled afresh. Where they stand
 counts as well, because numba finds no code that was made of the same file in another place, and a folder that is there

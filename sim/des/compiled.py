@@ -1,8 +1,5 @@
 """The compiled engine: law, chance, provider and event loop as machine code, by numba, from their own sources.
 
-What lives here: what stands around the event loop of `sim/des/engine.py`: a case as records and arrays, the chunks that
-it reads and the buffers that it fills, and the `Tally` that comes out. What must not: any rule, and any event.
-
 Theory of operation. `proceed` runs until the end, or until it wants something: more rows, an emptied buffer, or larger
 arrays. It holds no lock of the interpreter meanwhile, so that runs in several threads go on side by side. Per request
 nothing is kept: latencies go into the tally's sketch and answered requests into its sums, buffer by buffer.

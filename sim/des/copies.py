@@ -1,8 +1,5 @@
 """Compiled copies of the number-only modules, by numba.
 
-What lives here: the loader of a second copy of each such module, compiled as its source stands. What must not: anything
-of a simulation (`compiled`), any rule, where machine code is kept and how it is called (`machine`).
-
 Theory of operation. The source is not touched: each module is loaded once more from its file under another name, and
 every function in it is replaced by its `numba.njit` form before first use, so that helpers called by helpers are
 compiled too. What such a module has imported from another of them, or that module itself, is replaced by the compiled

@@ -1,8 +1,5 @@
 """The SimPy driver of the law: the twin of `governor/scheduler/driver.py`, to be read side by side with it.
 
-What lives here: the queue, the timer and the clock of one simulated run. What must not: any rule of admission, pacing
-or retry (they stand in `governor/law.py`) and any habit of the provider (`sim/model/provider.py`).
-
 Theory of operation. SimPy keeps the calendar; there is no process per request. Four kinds of timed callback move the
 run: an answer arrives, a retry has backed off, a request arrives, a wake-up rings. After each of them `_pump` asks the
 law about the head of the queue, launches as long as the law says "now", and leaves one timer for the moment that it

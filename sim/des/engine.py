@@ -1,8 +1,6 @@
 """The event loop of one simulated run in numbers alone, to be read side by side with its twin `sim/des/driver.py`.
 
-What lives here: the queue, the timer and the clock, as functions over NumPy records and arrays. What must not: any rule
-of admission, pacing or retry (they stand in `governor/law.py`) and any habit of the provider (`sim/model/provider.py`):
-those are called. `sim/des/compiled.py` loads a second copy of this module with compiled functions, and calls it.
+`sim/des/compiled.py` loads a second copy of this module with compiled functions, and calls it.
 
 Theory of operation. What the SimPy driver keeps in objects stands in slots of arrays here; every function has the name
 that it has there, and `w`, the `World`, stands where `self` does. The calendar holds answers and retries. The next

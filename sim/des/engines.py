@@ -1,8 +1,5 @@
 """Which engine simulates: SimPy's, event by event in Python, or the compiled one.
 
-What lives here: the one function that runs a case, and the choice between the engines. What must not: the engines
-(`driver`, `compiled`), many runs side by side (`experiment`).
-
 Theory of operation. Both give the same run, to the bit, so that the choice is one of time alone. Machine code simulates
 a hundred times as many requests per second, but has to be loaded first, and on its first day compiled. `auto` begins
 with SimPy and changes over as soon as what was simulated, with what is known to come, would have paid for that: as in

@@ -1,8 +1,5 @@
 """Machine code of one function: kept on the disk, loaded and called without numba.
 
-What lives here: the file that it is kept in, loading it by LLVM, and the call. What must not: making it (`copies`), the
-folder that it is kept in (`cache`), and what it computes.
-
 Theory of operation. numba compiles through LLVM to an object file, and to import numba takes longer than most
 simulations do. So the object file is kept by itself: a later process gives it to LLVM's own binding (llvmlite, which
 numba brings along) and calls the function by its address. What the code needs from outside is in the C library alone,

@@ -1,8 +1,5 @@
 """Dataclasses of numbers as NumPy records: the form in which machine code reads and writes them.
 
-What lives here: from a dataclass instance to a record type and to a record. What must not: any particular dataclass,
-compiling (`copies`), calling (`machine`).
-
 Theory of operation. Fields keep their order; a whole number becomes i8, a number f8, a list of numbers an array of f8.
 So every field is made of 8-byte numbers, and a record can be read as one flat array of these.
 """

@@ -1,8 +1,4 @@
-"""What the two engines have in common: the order of launch, the outcomes of attempts, and what one run leaves.
-
-What lives here: values and counts, read and written by `sim/des/driver.py` and by the compiled engine alike. What must
-not: an event loop, a clock.
-"""
+"""What the two engines have in common: the order of launch, the outcomes of attempts, and what one run leaves."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 """Running a scenario many times: replications under keyed common random numbers, side by side on the local cores.
 
-What lives here: one run as `Figures`, by either engine, many runs, and how many are enough. What must not: choosing
-settings (`planner`), the engines themselves (`driver`, `compiled`) and the choice of one (`engines`).
-
 Theory of operation. A `Case` is everything that one run needs, as numbers. Run r of any case uses seed + r, and chance
 is keyed by what it is for (`governor/model/keyed.py`), so two policies under one seed meet the same latencies, faults
 and neighbours: their difference is estimated seed by seed, with far fewer runs than independent ones would take.

@@ -1,7 +1,6 @@
 """The process that speaks to a Ray cluster for `spread`, by messages on stdin and stdout.
 
-What lives here: finding the cluster, running tasks on it, and noticing that it has gone. What must not: anything that
-is not asked for by a message. This is the only module that imports Ray.
+This is the only module that imports Ray.
 
 Messages are pickled. From here first ("ready", workers) or ("refused", why); then, for each call (fingerprint,
 function, workers, shared, rows) that comes in, ("result", value) per row (index of its shared part, its own part), in

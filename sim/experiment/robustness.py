@@ -1,7 +1,5 @@
 """How settings fare under conditions drawn from stated ranges, as values: spread, worst, what one in 20 exceeds.
 
-What lives here: `Drawn` and its statistics. What must not: drawing (`unknowns`), running, and how it looks.
-
 "Bad" is what one draw of 20 exceeds: the 95th percentile of times, throttles and losses.
 """
 

@@ -1,8 +1,5 @@
 """The runs of a search: each made once, whoever asks for it, and kept.
 
-What lives here: the store between those who compare settings and the pool that runs them. What must not: comparing
-(`search`), and how a run is made (`experiment`).
-
 A run is identified by its condition, its policy and its seed. `requests` counts simulated requests: the search's effort
 is measured by it, so that the same seed finds the same settings on any machine.
 """

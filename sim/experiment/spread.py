@@ -1,8 +1,5 @@
 """Spreading tasks over workers: processes on this machine by joblib, or a Ray cluster.
 
-What lives here: one function called for many tasks, the results in the order of the tasks, and what happens when a
-worker dies. What must not: what a task is or how large it should be (`experiment`), and Ray itself (`ray_side`).
-
 Theory of operation. A task is (shared, own): `shared` may be the same object in many tasks and travels once where that
 pays, `own` says what is to be done with it. Workers hold no state between tasks and no random state at all, so that the
 results are the same for any number of workers, on either backend, in whatever order the tasks end.

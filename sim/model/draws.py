@@ -1,8 +1,8 @@
 """The chance of first attempts, drawn a chunk of requests at a time.
 
-What lives here: NumPy around the keyed draws, nothing else. A draw depends on what it is for and not on when it is made
-(`governor/model/keyed.py`), so those of a request's first attempt can be made together with its neighbours': the same
-numbers to the bit, at a hundredth of the cost per draw. Retries and finalize passes draw one by one, where they happen.
+A draw depends on what it is for and not on when it is made (`governor/model/keyed.py`), so those of a request's first
+attempt can be made together with its neighbours': the same numbers to the bit, at a hundredth of the cost per draw.
+Retries and finalize passes draw one by one, where they happen.
 """
 
 from __future__ import annotations

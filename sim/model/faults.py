@@ -1,8 +1,6 @@
 """What goes wrong on purpose: the events of a faults file, and which of them strike an attempt.
 
-What lives here: the file's form and its reading, and the choice of the event. What must not: HTTP (`server`), and the
-faults that the provider has by itself (`provider_config`: error and drop ratios, limit changes, co-tenant, credit),
-which the file may set too. Example:
+Example:
 
     provider:
       limit_changes: [{at_s: 120, factor: 0.5}]         # limits cut to half in the middle

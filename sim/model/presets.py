@@ -1,7 +1,6 @@
 """Published tiers and measured latencies, as data: the starting points of a provider's configuration.
 
-What lives here: two tables with their sources, and their look-up by name. What must not: anything computed from them
-(`provider_config`). Both are explained in docs/explanation/provider.md#limits and #latency.
+Both are explained in docs/explanation/provider.md#limits and #latency.
 
 A tier is what a provider publishes, not what an account has: the limits page of the account is the measurement. The
 latency lines are fits (Theil-Sen) of the provider's own processing time against completion tokens, over recordings of

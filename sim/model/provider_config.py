@@ -1,10 +1,5 @@
 """A provider as a user describes it: every habit of the synthetic provider with its unit, range and default.
 
-What lives here: `ProviderConfig` and its parts, checked by pydantic; their numbers for the engines (`params`, `grant`);
-where each comes from (`provenance`); and `checked`, which turns pydantic's complaints into one line that names the
-place (`provider.cotenant.share`), the value and what is allowed. What must not: the habits themselves (`provider`), the
-published figures (`presets`), files.
-
 Defaults follow docs/explanation/provider.md: continuous buckets, the charge measured for the endpoint, no settling, a
 stated wait in milliseconds. Refused requests count against the limits because the documentation says so; nobody
 measured it.

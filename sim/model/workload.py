@@ -1,9 +1,5 @@
 """Requests to simulate, as columns: what is known of each when it is submitted, and the answer that nobody knows yet.
 
-What lives here: `Workload` (the rows, and where each input comes from), models of answer lengths, synthetic workloads,
-and `Columns`, the form in which the engines read a workload under one policy and one provider. What must not: file
-formats (`readers`), the charge rules themselves (`governor/model/estimate.py`).
-
 Theory of operation. A workload has a visible side (sizes as in `Sizes`) and a hidden one: the length the model would
 write if nothing cut it, and a recorded latency. `columns` keeps them apart: reservations come from the visible side
 alone, so that no policy can profit from an answer it could not know. The reserve side and the charge side are cached

@@ -1,7 +1,4 @@
-"""Batch API results as text for a terminal or a pipe: the files of `split`, and live against Batch.
-
-What lives here: pure functions from results to lines. What must not: printing, and columns and paragraphs (`layout`).
-"""
+"""Batch API results as text for a terminal or a pipe: the files of `split`, and live against Batch."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Results as pandas DataFrames, units in the names of the columns: `_s` seconds, `_tokens`, `_ratio` 0 to 1.
-
-What lives here: pure functions from what a run or a plan found to tables for those who go on calculating. What must
-not: running anything, drawing (`figures`), text for people (`shown`).
-"""
+"""Results as pandas DataFrames, units in the names of the columns: `_s` seconds, `_tokens`, `_ratio` 0 to 1."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """What a simulated run leaves for other tools: attempts as CSV or Parquet, a trace for Perfetto, a picture of the run.
 
-What lives here: three file formats. What must not: figures (`figures_time`), the series in them (`series`), and any
-choice of what to write. Every file appears whole or not at all (`files`).
+Every file appears whole or not at all (`files`).
 
 The trace is Chrome's Trace Event Format, which Perfetto (ui.perfetto.dev) and chrome://tracing open. One process holds
 a lane per place in flight, an attempt being one slice named by its outcome; one holds a lane per cause of waiting, with

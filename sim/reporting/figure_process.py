@@ -1,8 +1,5 @@
 """The report's figures, drawn by a second process while the search goes on.
 
-What lives here: that process, from both ends. What must not: the figures (`report_figures`), and when there is
-something to draw (`planner`).
-
 Theory of operation. To import a library that draws takes a second, and to draw takes longer than half of a search. So a
 child process imports while this one searches, and draws each figure as soon as its part of the plan is known. Messages
 are pickles: (name, plan, grant) goes in, (name, element or None) comes out, one after the other, handed over by a

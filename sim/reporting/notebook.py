@@ -1,7 +1,6 @@
 """Results as a notebook shows them: HTML with the tables that the command line prints, and a small figure.
 
-What lives here: pure functions from results to HTML. What must not: the wording (`shown`), the figures themselves
-(`figures`, `figures_time`). Text and lines take the notebook's own colours, for light and dark themes alike.
+Text and lines take the notebook's own colours, for light and dark themes alike.
 """
 
 from __future__ import annotations

@@ -1,8 +1,5 @@
 """The report: one HTML file that a manager can read, with all evidence and without any need of a network.
 
-What lives here: what stands in each table. What must not: the page's layout (`templates/report.html.j2`), its sentences
-(`report_text`), its figures (`report_figures`).
-
 Theory of operation. A plan goes in, a text comes out; the same plan gives the same bytes, for nothing here looks at a
 clock or a machine.
 """

@@ -1,8 +1,5 @@
 """The report's figures: drawn from the plan, captioned, and put into the page as inline SVG.
 
-What lives here: which figures the report shows, what they say to those who cannot see them, and how an SVG becomes part
-of a page. What must not: the drawing itself (`figures`, `figures_time`), tables, files.
-
 In the page a figure's text stays text, its ids are unique, and the four neutral colours are the page's own variables,
 so that it follows the reader's light or dark theme and prints on white.
 """

@@ -1,7 +1,6 @@
 """What the report says in sentences: the answer, what holds the batch back, what is noise and what is not known.
 
-What lives here: pure functions from a plan to plain English for a reader who knows neither the code nor statistics.
-What must not: HTML, figures, files. A sentence states only what the figures beside it show.
+A sentence states only what the figures beside it show.
 """
 
 from __future__ import annotations

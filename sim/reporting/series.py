@@ -1,7 +1,5 @@
 """Series over time out of attempt rows: tokens in the last minute, requests in flight, lanes, and who made us wait.
 
-What lives here: pure arithmetic from attempts to arrays, for figures and exports. What must not: drawing, files.
-
 A step function is a pair (times, values): values[i] holds from times[i] until times[i + 1]. Before the first time it is
 0, and at one instant only the sum of all changes shows: an answer that frees a place and the launch that takes it leave
 no spike.

@@ -1,6 +1,5 @@
 """Sliders for notebooks: move a setting, and see the run under it.
 
-What lives here: widgets around `simulate`'s own means. What must not: anything that a program without a screen needs.
 Needs ipywidgets (the extra `notebook`). Without a browser the widgets show their first state, so that a notebook that
 holds them can be executed anywhere. The picture is a widget of its own and no captured output: a client without a
 browser answers captured output on the channel on which it waits for the cell's end, and may then wait in vain until its

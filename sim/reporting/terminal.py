@@ -1,8 +1,4 @@
-"""Results as text for a terminal or a pipe: the tables of `simulate` and `plan`.
-
-What lives here: pure functions from results to lines. What must not: printing, files, columns and paragraphs
-(`layout`), and the wording of single figures (`words`).
-"""
+"""Results as text for a terminal or a pipe: the tables of `simulate` and `plan`."""
 
 from __future__ import annotations
 

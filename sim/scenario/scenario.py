@@ -1,8 +1,5 @@
 """A scenario: workload x provider x policy x seed, in and out of YAML so that it re-runs exactly.
 
-What lives here: `Scenario`. What must not: running it (`experiment`), the conditions that a recommendation must survive
-(`stress`), the keys of its file (`document`, `provider_config`), reading workloads (`readers`).
-
 Theory of operation. Everything that a run depends on is in the scenario, and everything is written: a later change of a
 default or a preset does not change an old scenario. Paths stand relative to the YAML file. Of the policy only our own
 names are written, never anything else that an environment held. Rows that came from standard input have no file to be

@@ -1,9 +1,4 @@
-"""The written form of a scenario: where its workload comes from, its YAML document, and the reading of both.
-
-What lives here: the parts of a scenario file that are checked key by key, the YAML reader that knows lines, and the
-policy under its environment names. What must not: the scenario itself (`scenario`), the provider's part of the document
-(`provider_config`), the files of the workload (`readers`).
-"""
+"""The written form of a scenario: where its workload comes from, its YAML document, and the reading of both."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""The stress set: the conditions that a recommendation must survive, each the scenario with one assumption changed.
-
-What lives here: the listed conditions, and what must be said of those that cannot be applied. What must not: conditions
-that are drawn (`unknowns`), running them (`hardening`).
-"""
+"""The stress set: the conditions that a recommendation must survive, each the scenario with one assumption changed."""
 
 from __future__ import annotations
 

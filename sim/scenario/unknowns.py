@@ -1,8 +1,5 @@
 """What nobody knows beforehand, as ranges, and conditions drawn from them: the other half of the stress set.
 
-What lives here: `Unknowns`, stated in a scenario file's `plan` section or by default, and the scenarios drawn from it.
-What must not: the listed conditions (`scenario.stress_set`), running anything.
-
 Theory of operation. The listed conditions change one thing at a time, and by how much is ours to say; what comes is a
 mixture. So all unknowns are drawn at once, each from its range: which charge rule the provider has, whether it settles,
 which share of the quota others take and in what bursts, by how much latency has drifted, by how much answers are longer

@@ -1,8 +1,5 @@
 """Live, by the Batch API, or split: what each costs, and how probably it is done by the deadline.
 
-What lives here: a model of the Batch API's time, the cost of the ways, and the choice of a split. What must not:
-writing Batch files (`split`), live runs themselves (`experiment`), and text for people (`batch_text`).
-
 Theory of operation. The Batch API answers within 24 h at a discount and says nothing of when. Its turnaround is an
 assumption, and is said to be one: log-normal with a given P50 and P95, independent from file to file; a file that takes
 longer than 24 h expires and is not done at all. Files come in waves, as `split` writes them: a wave fits into the queue

@@ -1,8 +1,5 @@
 """Settings that hold when the assumptions are wrong: the walk from a fast setting to one that keeps the limits.
 
-What lives here: how settings are judged under a stress set, and the search for those that survive it. What must not:
-the conditions themselves (`scenario`, `unknowns`), the search in the scenario as assumed (`search`).
-
 Theory of operation. A condition may be beyond help, so nobody is asked to do there what nothing tried can do: a setting
 violates a condition by what it loses, or draws in throttles beyond the limit, more than the best of all that was tried.
 Settings are ranked by their violations first and the objective second, with a price on throttles (`Hardening.rank`).

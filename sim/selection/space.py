@@ -1,7 +1,4 @@
-"""The settings that a plan may try: a ladder of values per knob, where a search begins, what lies next to a setting.
-
-What lives here: values and their order. What must not: judging them (`search`), running them (`runs`).
-"""
+"""The settings that a plan may try: a ladder of values per knob, where a search begins, what lies next to a setting."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 """A workload as files for the Batch API, and a rest for a live run: what `paceline split` does.
 
-What lives here: which line goes into which file, and that all files appear together. What must not: what the Batch API
-costs or how long it takes (`batch_api`), and how a line is read (`governor/model/requests.py`).
-
 A Batch file (docs/explanation/provider.md#batch-files) holds requests of one model to one endpoint, at most 50,000
 lines and 200 MB. The provider also limits the input tokens that are enqueued per model at a time, so files come in
 waves: those of one wave fit into the queue together, and the next may be handed in when they have ended. Tokens are

@@ -1,8 +1,5 @@
 """Steady traffic: how long requests wait once a run has settled, and the smallest limit at which that is short enough.
 
-What lives here: the waits of one run, their warm-up, and the search by them. What must not: the search itself
-(`capacity`).
-
 Theory of operation. With arrivals from a trace there is no deadline but a wish for the wait: from a request's arrival
 to the launch of the attempt that answered it, its 95th percentile over the run. A run begins with an empty queue and a
 full bucket, which is not what steady traffic meets: the first requests are left out, as many as MSER-5 says (White

@@ -1,7 +1,5 @@
 """What a batch costs, and what its settings can add to that: time-outs, re-sends and finalize passes.
 
-What lives here: prices of the workload's models -> US dollars per run. What must not: the list itself (`money`).
-
 Every answer is paid for once, whatever the settings: `answers_usd`. What settings change is what is paid beside the
 answers: attempts that timed out or whose connection dropped, which the provider answers and bills all the same,
 and finalize passes, which send the prompt again and write the answer anew. Refused attempts cost nothing. A batch over

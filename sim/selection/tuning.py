@@ -1,9 +1,5 @@
 """Settings that suit one limit, found cheaply: what `capacity` does again at each limit that it tries.
 
-What lives here: a short search, from today's settings and a fixed recipe by a few steps to better neighbours. What must
-not: the race and the climb themselves (`search`), and the full search with its stress set and its evidence (`planner`):
-what is found here only has to be near enough to that one's answer that no limit is refused for want of better settings.
-
 Effort is counted in simulated requests: the same seed finds the same settings on any machine.
 """
 

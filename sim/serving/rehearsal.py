@@ -1,8 +1,5 @@
 """A live run against a synthetic provider on loopback, from a scenario: `paceline run` as anybody would type it.
 
-What lives here: the provider's process, the command, and the journal that it leaves. What must not: the run itself
-(`governor`), the provider's answers (`server`), what is made of the journal (`backtest`).
-
 No key and no network is needed: requests go to 127.0.0.1 alone. Clocks of both sides run `time_scale` times as fast.
 """
 

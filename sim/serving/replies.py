@@ -1,9 +1,5 @@
 """What the synthetic provider answers to one request, and what it counts; `server` puts HTTP around it.
 
-What lives here: reading a request, its keys of chance, and the functions of `sim/model/provider.py`, called as they
-stand, turned into a `Reply`. What must not: sockets, clocks, waiting (`server`), wordings (`wire`), the choice of what
-goes wrong on purpose (`faults`).
-
 **Chance** is keyed by request and attempt, never streamed: the order of arrival changes nothing. A request that carries
 our own client id (`paceline-RUN-INDEX-ATTEMPT`, as `governor/provider/openai_adapter.py` sends it) draws under that
 index and attempt, exactly as row INDEX of a simulation with the same seed; any other one under a hash of its content,

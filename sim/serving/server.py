@@ -1,7 +1,5 @@
 """The synthetic provider behind real HTTP, on loopback only: OpenAI-compatible enough for the official SDK.
 
-What lives here: the ASGI app, its clock, and its serving by uvicorn, in a thread (`serve`), in a process of its own
-(`spawn`) or as a command (`run_provider`). What must not: what is answered (`replies`), and how it is worded (`wire`).
 No key is checked, none is kept, and no body is.
 
 **Time.** The provider's clock stands at 0 until its first request, so that limit changes, bursts and events of a faults

@@ -1,8 +1,7 @@
 """What the synthetic provider writes: bodies and headers in OpenAI's own shapes and words.
 
-What lives here: bytes of answers and errors, and the rate-limit headers, from numbers that the caller has. What must
-not: any decision (`provider`), time and HTTP (`server`). Formats and wordings: docs/explanation/provider.md#headers and
-#errors; usage and objects as the official SDK 3.54 types them.
+Formats and wordings: docs/explanation/provider.md#headers and #errors; usage and objects as the official SDK 3.54 types
+them.
 
 Answers are put together as text rather than by a JSON encoder: a body costs microseconds, so that one core serves
 thousands of tiny answers per second. Whatever comes from a request (its model's name) passes the encoder.

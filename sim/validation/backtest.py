@@ -1,8 +1,5 @@
 """What the twin would have predicted for a live run, against what happened: `paceline backtest`.
 
-What lives here: the replications of a run's twin, the prediction interval, and the result as JSON and as text. What
-must not: what is taken from the journal, and how it is simulated (`twin`).
-
 Statistics. Each replication runs the batch again with the measured answers and times; what differs is the lateness of
 timers (drawn from the run's own), the loop's share in each measured time, and where the provider draws by chance
 (faults, other users of the quota, stalls) its seed. The interval is that in which one more run would lie, Student's

@@ -1,9 +1,5 @@
 """The forecast that a live run asks for before it starts: its own requests, simulated under its own settings.
 
-What lives here: `foresee`, the callable that `governor` is given in place of its fluid estimate. What must not: the
-decision whether a run may start (`governor/forecast/guard.py`), and anything that the run could not know beforehand:
-what is assumed of answers and provider is `assumptions`' to say.
-
 Theory of operation. Each simulated run has its own seed and its own draw of the answers, so that the interval holds
 what chance does; it does not hold what is assumed. Of n runs, smallest and largest enclose the next one with
 probability (n - 1) / (n + 1): 95 % for 39. A batch that allows fewer has Student's prediction interval, mean +- t x sd

@@ -1,8 +1,5 @@
 """The twin of one live run: the same batch in simulation, with what only the run itself could teach.
 
-What lives here: `Lesson` (what is read from a journal), and `Twin`, the simulation with a live loop's lateness and with
-the changes of settings that were made on the way. What must not: the comparison and its statistics (`backtest`).
-
 Theory of operation. Sizes, settings and seed were known before the first launch, and are read as such. Of what came
 after, only this is taken: the length of each answer, the time of each answered request and how much of it was its way
 to the provider, the median time of a refusal, how many answers failed or were cut without text, what others used of the

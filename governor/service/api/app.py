@@ -1,7 +1,4 @@
-"""The application: its parts put together, its life, its OpenAPI.
-
-What lives here: what no single route is about. What must not: routes (`routes_*`).
-"""
+"""The application: its parts put together, its life, its OpenAPI."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What comes in and what goes out, as OpenAPI describes it. Outside input is checked here and nowhere else.
-
-What lives here: pydantic models. What must not: anything that happens.
-"""
+"""What comes in and what goes out, as OpenAPI describes it. Outside input is checked here and nowhere else."""
 
 from __future__ import annotations
 

@@ -1,11 +1,9 @@
 """What Prometheus reads of the service beside the metrics of its pools: readiness, batches, who is late.
 
-What lives here: gauges that are read from the worker at the moment of a scrape. What must not: counting (`metrics`).
-
-    paceline_ready               1 while this replica takes batches
-    paceline_batches             batches that it works on, by state
-    paceline_batch_late_seconds  how far after its deadline the latest of them is forecast to end; 0 = none is late
-    paceline_pool_blocked        1 where a pool launches nothing because the provider refuses the account
+paceline_ready               1 while this replica takes batches
+paceline_batches             batches that it works on, by state
+paceline_batch_late_seconds  how far after its deadline the latest of them is forecast to end; 0 = none is late
+paceline_pool_blocked        1 where a pool launches nothing because the provider refuses the account
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
 """From an HTTP body to an iterator of requests: uploads that stream to the disk, forms, CSV, JSON.
 
-What lives here: reading bodies. What must not: what becomes of the requests (`accept`).
-
 An upload is written to a file of its own as it comes, at most a piece of it in memory, and hashed on the way: only what
 has come whole is looked at.
 """

@@ -1,7 +1,5 @@
 """The page: its files, and the headers that keep everything else away from it.
 
-What lives here: how `static/` is served. What must not: what the page shows, which it asks of the API like any client.
-
 The files are served as they lie in the package: no build step, nothing from elsewhere. The Content-Security-Policy lets
 the browser load and ask this origin alone, run no inline script and no inline style, and be framed by nobody. The page
 itself needs no token; what it asks for may, and it has a field for one.

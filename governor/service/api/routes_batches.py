@@ -1,7 +1,4 @@
-"""The paths of batches: posting one, looking at it, its results, its events, and holding, resuming or cancelling it.
-
-What lives here: the routes. What must not: what happens behind them (`accept`, `worker`).
-"""
+"""The paths of batches: posting one, looking at it, its results, its events, and holding, resuming or cancelling it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""All other paths: settings, what-if, what goes on, metrics, health.
-
-What lives here: the routes. What must not: what happens behind them.
-"""
+"""All other paths: settings, what-if, what goes on, metrics, health."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The paths of templates, and the batches that are made of them.
-
-What lives here: the routes. What must not: rendering (`templates`), acceptance (`accept`).
-"""
+"""The paths of templates, and the batches that are made of them."""
 
 from __future__ import annotations
 

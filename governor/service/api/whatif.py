@@ -1,8 +1,5 @@
 """What is asked of a simulator for `/what-if`: the batch in numbers, today's settings and those asked about.
 
-What lives here: how a question is put together, from the records or from what was sent. What must not: simulating (the
-callable that answers is injected), so plain values and the governor's own types are all that crosses.
-
 Of a batch that runs or is over, answers that have come count as they were, in tokens and in seconds; the rest is
 assumed. The question is always about the whole batch from an idle start, so that settings can be compared.
 """

@@ -1,7 +1,5 @@
 """The service's database: opened, brought to the newest schema, and safe to be used from many threads.
 
-What lives here: the connection, migrations, the database's own clock. What must not: rows and what they mean.
-
 SQLite: one process at a time (it holds the journal's lock); its threads write one after another, since a writer that
 polls a locked database waits longer than one that queues. PostgreSQL: any number of processes, each with a lease (see
 `worker`), whose time is the server's.

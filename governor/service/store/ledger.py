@@ -1,8 +1,5 @@
 """The database as one journal of many batches: requests in and out, legs, and the writer that only a lease lets write.
 
-What lives here: everything about single requests. What must not: batches as a whole (`store`), what a driver reports
-(`recorder`, which is used as it stands).
-
 A batch is the requests numbered from `number << BATCH_BITS` on, in the journal's own tables, so that results, attempts
 and what is left are read by `Records` with `within`. All pools of a process report to one writer: however many batches
 run, one commit carries what all of them had to say.

@@ -1,6 +1,5 @@
 """What the service keeps beside the journal: batches as a whole, templates, settings, leases, keys, tokens.
 
-What lives here: short transactions, each a function of its own. What must not: single requests (`ledger`), HTTP.
 Everything here blocks; who calls it from the event loop does so in a thread.
 """
 

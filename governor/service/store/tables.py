@@ -1,7 +1,5 @@
 """The service's own tables, beside those of the journal (`governor/journal/schema.py`), in the same database.
 
-What lives here: the tables alone. What must not: queries (`store`, `ledger`).
-
     service_batches      one row per batch; its requests are those numbered from `number << BATCH_BITS` on
     service_templates    one row per template, and in service_versions one per version of it
     service_replicas     the processes that work on batches, each with its lease

@@ -1,8 +1,5 @@
 """Whose line is next in one pool: batches take turns by the tokens that they have had.
 
-What lives here: a cursor per batch, which reads its pending requests a chunk ahead in a thread, and the order among
-cursors. What must not: when a line may go (the law), which lines of a batch come first (the settings, by `Records`).
-
 Theory of operation. Each cursor counts the tokens it has handed out; the next line comes from the one with the least
 (start-time fair queueing, Goyal et al. 1996, with whole lines). One that joins starts where the least of the others
 stands, so that it neither overtakes for what it missed nor waits for them to catch up. A governor pulls one line ahead;

@@ -1,8 +1,5 @@
 """One pool of this replica: one governor for all of its batches, and everybody who listens to it.
 
-What lives here: the governor's life (it runs while there is work), observers, the series that a page shows. What must
-not: which batches there are (`worker`), rules of pacing (the law), storage.
-
 A governor that is stopped, because the account refuses, leaves its batches where they stand: `blocked` says why until
 somebody resumes one of them.
 """

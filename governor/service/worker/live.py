@@ -1,7 +1,4 @@
-"""What goes on right now, as plain values: batches as the API shows them, pools as a page shows them.
-
-What lives here: the shapes. What must not: HTTP, and how often somebody is told (`events`).
-"""
+"""What goes on right now, as plain values: batches as the API shows them, pools as a page shows them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
 """The settings in force: what the process was started with, and the changes since, which outlive it.
 
-What lives here: how a change is checked, recorded and found again. What must not: carrying it out (`lane`).
-
 A change is recorded by name, before and after; later ones win, and null takes a name back to what the process was
 started with. Every replica reads the changes of all, in order, so all have the same settings within a second.
 """

@@ -1,8 +1,5 @@
 """The batches that this replica owns: fed to their pools, held, resumed, cancelled, counted, finished.
 
-What lives here: `Running`, one batch as it stands in memory, and `Roster`, all of them. What must not: leases and lives
-(`worker`), which line is next (`feed`), pacing (the law).
-
 A batch that is held has nothing in a queue: its cursors are closed, what waits is withdrawn, what is in flight ends,
 and what would back off or be finalized is withdrawn when it comes back. To go on, it is read again from the records,
 once they hold all that has happened.
