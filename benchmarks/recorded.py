@@ -1,4 +1,4 @@
-"""A provider that writes down each attempt as it comes, and what would have come of launches that take no time to come."""
+"""A provider that writes down each attempt as it comes, and what would have come of launches that take no time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""YAML files that a user writes for a live run (`pools.yaml`, `prices.yaml`), read with complaints that name the line."""
+"""YAML files that a user writes for a run (`pools.yaml`, `prices.yaml`), read with complaints that name the line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arguments of the Python interface, looked at before anything runs: BadSetting, in one line, for what cannot be meant."""
+"""Checks of the Python interface's arguments before anything runs: one-line BadSetting errors."""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
 """What Prometheus reads of the service beside the metrics of its pools: readiness, batches, who is late.
 
-paceline_ready               1 while this replica takes batches
-paceline_batches             batches that it works on, by state
-paceline_batch_late_seconds  how far after its deadline the latest of them is forecast to end; 0 = none is late
-paceline_pool_blocked        1 where a pool launches nothing because the provider refuses the account
+Gauges are read from the worker at the moment of a scrape.
+
+    paceline_ready               1 while this replica takes batches
+    paceline_batches             batches that it works on, by state
+    paceline_batch_late_seconds  how far after its deadline the latest of them is forecast to end; 0 = none is late
+    paceline_pool_blocked        1 where a pool launches nothing because the provider refuses the account
 """
 
 from __future__ import annotations
