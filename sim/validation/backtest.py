@@ -1,8 +1,10 @@
 """What the twin would have predicted for a live run, against what happened: `paceline backtest`.
 
-Statistics. Each replication runs the batch again with the measured answers and times; what differs is the lateness of
-timers (drawn from the run's own), the loop's share in each measured time, and where the provider draws by chance
-(faults, other users of the quota, stalls) its seed. The interval is that in which one more run would lie, Student's
+The run is replayed under its own settings (`replay.Stage.predictions`): each attempt that is let in meets what it met,
+and who is refused is for the provider's model to say.
+
+Statistics. Replications differ in the lateness of timers (drawn from the run's own), the ways to the provider, and in
+what was never answered. The interval is that in which one more run would lie, Student's
 mean +- t x sd x sqrt(1 + 1/n), and the sd has a second part: `MODEL_SD_RATIO`, how far a simulation is from a live run
 for reasons that no replication varies (another program on the processor, moments that are not known exactly). That part
 is not fitted to the run at hand: of 20 rehearsals under another seed than that of the published table 18 were off by at
@@ -24,26 +26,23 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from governor.journal.journal import Journal
-from governor.model.policy import Policy
 from sim.app.inputs import named_provider
 from sim.base.layout import facts, table, wrapped
 from sim.base.words import between, duration, number
-from sim.calibration.others import began_s, takings, ways_of
 from sim.experiment.results import CONFIDENCE
 from sim.model.provider_config import ProviderConfig, checked
-from sim.model.workload import Columns, Workload, columns
-from sim.validation.twin import Lesson, Twin, believed, jittered, lessons, taught, with_gaps
+from sim.validation.replay import Stage
+from sim.validation.twin import Lesson, believed, lessons
 
 REQUESTS_SIMULATED = 60_000
 RUNS_LEAST, RUNS_MOST = 5, 40
 # Standard deviation of (measured - predicted) / measured that no replication accounts for: see the module's docstring.
 MODEL_SD_RATIO = 0.004
 TAKEN = (
-    "the length of each answer",
-    "the time of each answered request, and its way to the provider",
+    "the answer, the time and the fault of each attempt that was let in",
+    "the ways to the provider",
     "what others used of the quota, by the counts in the headers",
     "the median time of a refusal",
-    "the shares of attempts that failed and of cut answers without text",
     "how late the loop's timers rang",
     "when settings were changed and launching was paused",
 )
@@ -158,7 +157,8 @@ def backtest(journal: Journal, *, provider: ProviderConfig | None = None, runs: 
     recorded = {} if provider is not None else _recorded(journal)
     for lesson in found:
         # Pools work side by side: the last one ends the run, counts add up.
-        values = _replicated(lesson, provider or recorded.get(lesson.pool) or believed(lesson), runs)
+        stage = Stage(lesson, provider or recorded.get(lesson.pool) or believed(lesson))
+        values = np.array([each[:3] for each in stage.predictions(runs)])
         predicted[:, 0] = np.maximum(predicted[:, 0], values[:, 0])
         predicted[:, 1:] += values[:, 1:]
     measured_s = max(lesson.makespan_s for lesson in found)
@@ -184,58 +184,6 @@ def _recorded(journal: Journal) -> dict[str, ProviderConfig]:
         for pool, content in written.content.items()
         if isinstance(content, dict) and content.get("assumed")
     }
-
-
-def _replicated(lesson: Lesson, provider: ProviderConfig, runs: int) -> np.ndarray[Any, Any]:
-    """Makespan, 429s and launches of each replication. Shape (runs, 3)."""
-    provider = taught(provider, lesson)
-    policy, params = lesson.policy, lesson.policy.params()
-    there_s, round_s = ways_of(lesson.counts, len(lesson.workload))
-    charges = _columns(lesson.workload, policy, provider).charge
-    foreign = takings(lesson.counts, charges, provider)
-    if any(count.stated for count in lesson.counts):
-        # What others did stands in the headers: it need not be drawn.
-        provider = provider.with_(cotenant={"share": 0.0, "burst_s": 0.0, "period_s": 0.0})
-    faults = provider.faults
-    by_chance = provider.cotenant.share + sum((faults.error_ratio, faults.drop_ratio, faults.hang_ratio)) > 0.0
-    by_chance = by_chance or bool((lesson.workload.recorded_s < 0.0).any())
-    start_s = began_s(lesson.counts)
-    changes, taken, idle_s = with_gaps(lesson, foreign, start_s)
-    values = np.zeros((runs, 3))
-    for r in range(runs):
-        rng = np.random.default_rng((lesson.seed, r))
-        # The stagger's jitter follows from the run's seed: another one is taken only where the provider needs it.
-        seed = lesson.seed + r if by_chance else lesson.seed
-        twin = Twin(
-            _columns(jittered(lesson.workload, lesson.late_s, rng), policy, provider),
-            params,
-            provider.params(),
-            seed=seed,
-            day_tokens_used=float(provider.day_tokens_used),
-            day_requests_used=float(provider.day_requests_used),
-            finalize_max_tokens=policy.finalize_max_tokens if lesson.finalize else 0,
-            late_s=lesson.late_s,
-            rng=rng,
-            changes=changes,
-            there_s=there_s,
-            round_s=round_s,
-            began_s=start_s,
-            takings=taken,
-        )
-        tally = twin.run()
-        values[r] = tally.last_s - idle_s, tally.throttled, tally.attempts
-    return values
-
-
-def _columns(workload: Workload, policy: Policy, provider: ProviderConfig) -> Columns:
-    return columns(
-        workload,
-        reserve_rule=policy.charge_rule,
-        est_tokens_per_run=policy.est_tokens_per_run,
-        charge_rule=provider.charge_rule,
-        as_of=provider.as_of,
-        finalize_max_tokens=policy.finalize_max_tokens,
-    )
 
 
 def _interval(values: np.ndarray[Any, Any], model_sd_ratio: float = 0.0) -> tuple[float, float, float]:

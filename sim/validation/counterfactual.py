@@ -197,9 +197,6 @@ def _untold(stages: Sequence[Stage], would: Sequence[Rerun]) -> tuple[str, ...]:
     unfinished = sum(stage.lesson.unfinished for stage in stages)
     if unfinished:
         notes.append(f"{unfinished:,} requests that have not ended: left out on both sides")
-    legs = 1 + max(len(stage.lesson.gaps) for stage in stages)
-    if legs > 1:
-        notes.append(f"the time between its {legs} legs: left out, as if no quota had refilled in it")
     timed_out = sum(tried.outcome == TIMEOUT for stage in stages for tried in stage.lesson.record.tried.values())
     if timed_out:
         notes.append(f"when {timed_out:,} attempts that timed out would have been answered: never, in both runs")

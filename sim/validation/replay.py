@@ -253,8 +253,8 @@ class Stage:
     def as_it_was(self) -> Rerun:
         """What was recorded."""
         lesson, record = self.lesson, self.lesson.record
-        counts = float(lesson.throttled), float(lesson.launches)
-        return Rerun(lesson.makespan_s, *counts, record.waits_s, record.ended_s, record.is_lost, None)
+        counts, ends_s = (float(lesson.throttled), float(lesson.launches)), lesson.worked_s(record.ended_s)
+        return Rerun(lesson.makespan_s, *counts, record.waits_s, ends_s, record.is_lost, None)
 
     def alone(self) -> Rerun:
         """The run where the provider's model decides on every refusal; of a log, only how many it refuses."""
@@ -320,13 +320,13 @@ class Stage:
         if delays is None:
             self.delays = replay.delays
         return Rerun(
-            tally.last_s + zero_s,
+            float(lesson.worked_s(np.array(tally.last_s + zero_s))),
             float(tally.throttled),
             float(tally.attempts),
             np.array(tally.waits_s[: len(CAUSES)]),
-            replay.ends_s,
+            lesson.worked_s(replay.ends_s),
             replay.is_lost,
-            replay.parted_s,
+            None if replay.parted_s is None else float(lesson.worked_s(np.array(replay.parted_s))),
         )
 
 

@@ -9,14 +9,14 @@ similar prompts, and its time from a line fitted to the answered ones.
 
 How late timers rang is read from the journal, for each launch that one had been set for.
 
-Time is counted from the first launch, and the idle time between two legs is left out. In the simulation it is a pause,
-since quotas refill in it (`with_gaps`).
+Time is counted from the first launch. Between two legs the simulation pauses, since quotas refill meanwhile; what is
+published leaves that time out.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -42,6 +42,8 @@ from sim.validation.recorded import REFUSED, Record, record_of
 # The provider's limit changes come second among the events of one instant (docs/explanation/law.md#ties); so do ours.
 CHANGE = 1
 Change = tuple[float, Policy | str]
+# A leg that launches this soon after its beginning has waited for nothing but itself, seconds.
+START_MOST_S = 10.0
 SERVER_FAULTS = (Outcome.SERVER_ERROR, Outcome.OVERLOADED)
 # One that cannot be read is paid for, and ends its request as any other answer does.
 ANSWERS = (Outcome.OK, Outcome.MALFORMED)
@@ -54,7 +56,8 @@ class Lesson:
     `late_s`: how late timers rang, seconds each. `counts`: its attempts, with what their headers stated. `latency`,
     `faults`: fields of the provider's configuration. `changes`: (when, new settings | "paused" | "resumed").
     `record`: each attempt and each end as it was. `answers`: lengths that were measured, -1 = none came.
-    `makespan_s`, `throttled`, `launches`: what was measured. `gaps`: (when a leg ended, how long until the next began).
+    `makespan_s`, `throttled`, `launches`: what was measured. `gaps`: (when a leg ended, when the next began). Times are
+    in seconds since the first launch, with the gaps; `makespan_s` is without.
     """
 
     pool: str
@@ -78,22 +81,9 @@ class Lesson:
     unanswered: int
     gaps: tuple[tuple[float, float], ...] = ()
 
-
-class Clock:
-    """Time as the run itself worked: from its first launch, without the idle time between two legs."""
-
-    def __init__(self, begins: Sequence[float], ends: Sequence[float], first_s: float) -> None:
-        self.begins, self.ends = begins, ends
-        self.zero_s = self._worked(first_s)
-        self.gaps = tuple((self(end), begin - end) for end, begin in zip(ends, begins[1:], strict=False) if begin > end)
-
-    def _worked(self, at_s: float) -> float:
-        i = bisect_right(self.begins, at_s)
-        before = sum(end - begin for begin, end in zip(self.begins[: i - 1], self.ends, strict=False)) if i else 0.0
-        return before + min(at_s, self.ends[i - 1]) - self.begins[i - 1] if i else 0.0
-
-    def __call__(self, at_s: float) -> float:
-        return self._worked(at_s) - self.zero_s
+    def worked_s(self, at_s: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Moments without the time between two legs."""
+        return at_s - sum((np.clip(at_s - end, 0.0, begin - end) for end, begin in self.gaps), np.zeros_like(at_s))
 
 
 def lessons(journal: Journal) -> list[Lesson]:
@@ -101,23 +91,38 @@ def lessons(journal: Journal) -> list[Lesson]:
     attempts = list(journal.attempts())
     if not attempts:
         raise BadInput("no attempt has ended yet: nothing to compare with", journal.name)
-    clock = _clock(journal, attempts)
+    first_s = min(attempt.launched_s for attempt in attempts)
+    gaps = _gaps(journal, attempts, first_s)
     names = dict.fromkeys(stated.pool for stated in journal.settings())
-    found = [_lesson(journal, name, [a for a in attempts if a.pool == name], clock) for name in names]
+    found = [_lesson(journal, name, [a for a in attempts if a.pool == name], first_s, gaps) for name in names]
     return [lesson for lesson in found if lesson is not None]
 
 
-def _clock(journal: Journal, attempts: list[Attempt]) -> Clock:
-    legs = journal.legs()
-    begins = [leg.began_s for leg in legs]
-    last = list(begins)
+def _gaps(journal: Journal, attempts: list[Attempt], first_s: float) -> tuple[tuple[float, float], ...]:
+    """The time between two legs that launched something, seconds since the first launch.
+
+    What a leg launches soon after it has begun was let out by its beginning, which then counts from there.
+    """
+    begins = [leg.began_s for leg in journal.legs()]
+    spans: dict[int, tuple[float, float]] = {}
     for attempt in attempts:
-        i = max(0, bisect_right(begins, attempt.finished_s) - 1)
-        last[i] = max(last[i], attempt.finished_s)
-    return Clock(begins, last, min(attempt.launched_s for attempt in attempts))
+        i = max(0, bisect_right(begins, attempt.launched_s) - 1)
+        first, last = spans.get(i, (attempt.launched_s, attempt.finished_s))
+        spans[i] = min(first, attempt.launched_s), max(last, attempt.finished_s)
+    found = []
+    for (_, (_, end)), (i, (first, _)) in pairwise(sorted(spans.items())):
+        begin = first if first - begins[i] <= START_MOST_S else begins[i]
+        if begin > end:
+            found.append((end - first_s, begin - first_s))
+    return tuple(found)
 
 
-def _lesson(journal: Journal, pool: str, attempts: list[Attempt], clock: Clock) -> Lesson | None:
+def _lesson(
+    journal: Journal, pool: str, attempts: list[Attempt], first_s: float, gaps: tuple[tuple[float, float], ...]
+) -> Lesson | None:
+    def clock(at_s: float) -> float:
+        return at_s - first_s
+
     history = [stated for stated in journal.settings() if stated.pool == pool]
     ended = {end.request: end for end in journal.ends(pool)}
     rows = [result.request for result in journal.results() if result.request.pool == pool]
@@ -149,7 +154,7 @@ def _lesson(journal: Journal, pool: str, attempts: list[Attempt], clock: Clock) 
     names = [request.model for request in rows]
     counts = counts_of(heard, place, clock)
     ends = {place[i]: end for i, end in ended.items() if i in place}
-    return Lesson(
+    lesson = Lesson(
         pool=pool,
         model=max(dict.fromkeys(names), key=names.count),
         policy=policy,
@@ -159,18 +164,19 @@ def _lesson(journal: Journal, pool: str, attempts: list[Attempt], clock: Clock) 
         counts=counts,
         latency=_latency(mine, answered, workload),
         faults=_faults(mine, visible),
-        changes=_changes(journal, [(stated.at_s, stated.policy) for stated in history], clock),
+        changes=_changes(journal, [(stated.at_s, stated.policy) for stated in history], clock, gaps),
         record=record_of(heard, ends, place, clock, counts),
         answers=output,
         finalize=any(attempt.lane == "finalize" for attempt in mine),
         began_s=clock(journal.legs()[0].began_s),
-        makespan_s=max(clock(ended[request.index].ended_s) for request in rows),
+        makespan_s=0.0,
         throttled=sum(attempt.outcome in REFUSED for attempt in mine),
         launches=len(mine),
         unfinished=unfinished,
         unanswered=int((~answered).sum()),
-        gaps=clock.gaps,
+        gaps=gaps,
     )
+    return replace(lesson, makespan_s=float(lesson.worked_s(lesson.record.ended_s).max()))
 
 
 def _answers(
@@ -232,8 +238,13 @@ def _faults(attempts: list[Attempt], visible: dict[str, NDArray[Any]]) -> dict[s
     return found
 
 
-def _changes(journal: Journal, history: list[tuple[float, Policy]], clock: Clock) -> tuple[Change, ...]:
-    """What was changed on the way: settings, and pauses that were asked for from outside."""
+def _changes(
+    journal: Journal,
+    history: list[tuple[float, Policy]],
+    clock: Callable[[float], float],
+    gaps: tuple[tuple[float, float], ...],
+) -> tuple[Change, ...]:
+    """What was changed on the way: settings, and pauses that were asked for from outside or lay between two legs."""
     found: list[Change] = []
     for (_, before), (at_s, after) in pairwise(history):
         if after != before:
@@ -242,27 +253,9 @@ def _changes(journal: Journal, history: list[tuple[float, Policy]], clock: Clock
     for command in journal.commands():
         if command.name in words and command.taken_s >= 0.0:
             found.append((max(0.0, clock(command.taken_s)), words[command.name]))
+    for end_s, begin_s in gaps:
+        found += [(end_s, "paused"), (begin_s, "resumed")]
     return tuple(sorted(found, key=lambda change: change[0]))
-
-
-def with_gaps(
-    lesson: Lesson, takings: Sequence[Taking], began_s: float
-) -> tuple[tuple[Change, ...], list[Taking], float]:
-    """Changes and takings on a clock on which the time between two legs passes as a pause; and how long it is in all.
-
-    `began_s`: see `Twin`.
-    """
-
-    def later_s(at_s: float) -> float:
-        return sum(gap_s for end_s, gap_s in lesson.gaps if end_s <= at_s)
-
-    # What was changed at a leg's beginning comes before the first launch in it.
-    changes: list[Change] = [(at_s + later_s(at_s), change) for at_s, change in lesson.changes]
-    for end_s, gap_s in lesson.gaps:
-        until_s = end_s + later_s(end_s)
-        changes += [(until_s - gap_s, "paused"), (until_s, "resumed")]
-    moved = [each._replace(at_s=each.at_s + later_s(began_s + each.at_s)) for each in takings]
-    return tuple(sorted(changes, key=lambda change: change[0])), moved, sum(gap_s for _, gap_s in lesson.gaps)
 
 
 def believed(lesson: Lesson) -> ProviderConfig:
@@ -358,11 +351,3 @@ class Twin(Simulation):
             law.repriced(self.p, params, self.s, now)
             self.p = params
         self._pump(now)
-
-
-def jittered(workload: Workload, late_s: NDArray[np.float64], rng: np.random.Generator) -> Workload:
-    """The workload with each measured time moved by the difference of two latenesses: the loop's own share of it."""
-    if not len(late_s):
-        return workload
-    moved = workload.recorded_s + rng.choice(late_s, len(workload)) - rng.choice(late_s, len(workload))
-    return replace(workload, recorded_s=np.where(workload.recorded_s < 0.0, -1.0, np.maximum(moved, 0.0)))

@@ -14,12 +14,11 @@ from governor.journal.journal import Journal
 from governor.model.errors import PacelineError
 from governor.model.policy import Policy
 from governor.model.requests import Attempt, Outcome
-from sim.calibration.others import Taking
 from sim.des.driver import Simulation
 from sim.model.provider_config import ProviderConfig
 from sim.model.workload import columns, from_tokens
 from sim.validation.backtest import Compared, _interval, backtest_command, provider_of
-from sim.validation.twin import Clock, Twin, _answers, _faults, _latency, jittered, with_gaps
+from sim.validation.twin import Lesson, Twin, _answers, _faults, _gaps, _latency
 from tests.live import batch, provider, run_args, shared_cli
 
 STEADY = ProviderConfig(tpm=0, latency={"first_token_s": 1.0, "per_token_s": 0.0, "sigma": 0.0, "stall_ratio": 0.0})
@@ -67,24 +66,15 @@ def test_interval_keeps_the_models_own_error_where_nothing_varies() -> None:
 # ---------------------------------------------------------------- what is read
 
 
-def test_clock_leaves_out_the_time_between_legs() -> None:
-    clock = Clock([2.0, 100.0], [20.0, 130.0], first_s=5.0)
-    assert clock(5.0) == 0.0
-    assert clock(20.0) == 15.0
-    assert clock(60.0) == 15.0, "nobody worked"
-    assert clock(110.0) == 25.0
-    assert clock(2.0) == -3.0
-
-
-def test_between_two_legs_the_quota_refills_and_nothing_is_launched() -> None:
-    """10 requests of 3,000 tokens at 30,000 a minute; after the first 5 the process was away for 100 s."""
-    clock = Clock([0.0, 130.0], [30.0, 160.0], 0.0)
-    assert clock.gaps == ((30.0, 100.0),)
-    lesson = SimpleNamespace(gaps=clock.gaps, changes=((10.0, "a"), (30.0, "b"), (40.0, "c")))
-    changes, taken, idle_s = with_gaps(lesson, [Taking(5.0, 0, 1.0), Taking(35.0, 0, 2.0)], 0.0)  # type: ignore[arg-type]
-    assert changes == ((10.0, "a"), (30.0, "paused"), (130.0, "b"), (130.0, "resumed"), (140.0, "c"))
-    assert [(each.at_s, each.amount) for each in taken] == [(5.0, 1.0), (135.0, 2.0)]
-    assert idle_s == 100.0
+def test_time_between_two_legs_is_no_time_of_the_run() -> None:
+    journal = SimpleNamespace(legs=lambda: [SimpleNamespace(began_s=at_s) for at_s in (2.0, 50.0, 100.0, 300.0)])
+    # The leg of 50 s launched nothing; the one of 100 s soon after its beginning, that of 300 s had to wait.
+    rows = [(5.0, 9.0), (6.0, 20.0), (101.0, 120.0), (340.0, 350.0)]
+    attempts = [attempt(i, launched_s=begin, finished_s=end) for i, (begin, end) in enumerate(rows)]
+    gaps = _gaps(journal, attempts, 5.0)  # type: ignore[arg-type]
+    assert gaps == ((15.0, 96.0), (115.0, 295.0))
+    worked_s = Lesson.worked_s(SimpleNamespace(gaps=gaps), np.array([-3.0, 15.0, 60.0, 106.0, 345.0]))  # type: ignore[arg-type]
+    assert worked_s.tolist() == [-3.0, 15.0, 15.0, 25.0, 345.0 - 81.0 - 180.0]
 
 
 def test_answers_are_those_of_the_attempt_that_was_answered() -> None:
@@ -160,17 +150,6 @@ def test_settings_change_when_they_did() -> None:
     assert run_of(10, policy, 0.0, paused) == pytest.approx(7.5 + 7.0)
 
 
-def test_jitter_has_no_bias_and_leaves_unknown_times_alone() -> None:
-    known = np.where(np.arange(20_000) % 10, 5.0, -1.0)
-    workload = from_tokens(np.ones(20_000, np.int64), np.ones(20_000, np.int64), recorded_s=known)
-    late = np.array([0.01, 0.02, 0.09])
-    moved = jittered(workload, late, np.random.default_rng(3)).recorded_s
-    assert (moved[::10] == -1.0).all()
-    rest = moved[known > 0.0]
-    assert rest.mean() == pytest.approx(5.0, abs=4.0 * rest.std() / len(rest) ** 0.5)
-    assert rest.var() == pytest.approx(2.0 * late.var(), rel=0.05)
-
-
 # ---------------------------------------------------------------- a live run
 
 
@@ -236,12 +215,9 @@ def test_requests_that_hang_until_the_time_out_are_foreseen(tmp_path: Path) -> N
     assert (ran.code, ran.json["completed"]) == (0, 60), ran.err
     found = cli.run("backtest", tmp_path / "results.journal.db", "--json").json
     assert found["measured_makespan_s"] >= 1.0
-    for name, low, high in (
-        ("makespan_s", found["predicted_low_s"], found["predicted_high_s"]),
-        ("launches", found["predicted_launches_low"], found["predicted_launches_high"]),
-    ):
-        assert abs(found[f"measured_{name}"] - found[f"predicted_{name}"]) <= high - low, found
     assert found["predicted_makespan_s"] >= 1.0
+    for name in ("makespan_s", "launches"):
+        assert found[f"predicted_{name}"] == pytest.approx(found[f"measured_{name}"], rel=0.25), found
 
 
 def test_what_is_no_journal_is_refused(tmp_path: Path) -> None:

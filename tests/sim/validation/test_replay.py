@@ -169,6 +169,26 @@ def test_faults_come_back_to_the_request_that_met_them() -> None:
     assert found.makespan_s.difference < 0.0
 
 
+def test_quota_refills_between_two_legs_and_the_time_is_left_out() -> None:
+    """One request was answered, then the process was away for 1,000 s: what follows is a run of the other 19."""
+    first, rest = (from_tokens(np.full(n, 100), np.full(n, 50), max_tokens=50) for n in (20, 19))
+    provider = ProviderConfig(
+        tpm=600,
+        charge_rule="prompt_plus_max",
+        latency={"first_token_s": 1.0, "per_token_s": 0.0, "sigma": 0.0, "stall_ratio": 0.0},
+    )
+    policy = Policy.preset("paceline").with_(
+        max_concurrency=1, stagger_seconds=0.0, tpm_limit=600, charge_rule="prompt_plus_max", tpm_headroom=0.0
+    )
+    changes = ((0.5, "paused"), (1_001.0, "resumed"))
+    whole, later = Truth(first, policy, provider), Truth(rest, policy, provider)
+    lesson = dataclasses.replace(whole.lesson(), gaps=((1.0, 1_001.0),), changes=changes)
+    (found,) = Stage(lesson, provider).predictions(1)
+    assert found.makespan_s == pytest.approx(1.0 + later.tally.last_s)
+    assert found.makespan_s < whole.tally.last_s - 10.0
+    assert found.ends_s.max() == found.makespan_s
+
+
 def test_the_provider_that_explains_the_run_is_taken() -> None:
     rng = random.Random(1)
     workload, provider = drawn(rng)
