@@ -19,7 +19,7 @@ Budgets. Four dimensions share one code path and differ in length and kind of wi
     TPD    tokens      86,400 s  bucket: a rolling day, docs/explanation/provider.md#buckets
     RPD    requests    86,400 s  bucket
 
-`fixed` is a minute and a tenth of a second, anchored at the first launch after the last one expired. `sliding` keeps
+`fixed` is a minute and half a second, anchored at the first launch after the last one expired. `sliding` keeps
 the last 60 s in half-second cells: the current one and the 120 full ones behind it, so that a booking counts for 60 to
 60.5 s. `bucket` refills continuously and is held as one number, the moment at which it will be full again (as in GCRA).
 
@@ -69,7 +69,9 @@ OUTAGE = HOLD  # in the records of waiting: launches are held
 MINUTE_S = 60.0
 DAY_S = 86400.0
 LENGTH_S = (MINUTE_S, MINUTE_S, DAY_S, DAY_S)  # of the window of each dimension
-FIXED_S = MINUTE_S + 0.1  # a launch at the very end of the provider's minute may still be counted in it
+# Our minute begins with a launch and the provider's when it arrives, after a connection was set up: who comes back
+# too soon is refused, and where refusals count, in both minutes.
+FIXED_S = MINUTE_S + 0.5
 CELL_S = 0.5
 CELLS_BEHIND = 120
 CELLS = 121  # the current half second and 120 full ones behind it

@@ -11,7 +11,7 @@ from itertools import pairwise
 import pytest
 
 from governor import law
-from governor.law import BUCKET, FIXED, RPD, SLIDING, TPD, TPM
+from governor.law import BUCKET, FIXED, FIXED_S, RPD, SLIDING, TPD, TPM
 from tests.governor import laws
 from tests.governor.laws import INF, WINDOWS, Pool, Reply, after, by_attempt, free, params
 
@@ -21,10 +21,10 @@ from tests.governor.laws import INF, WINDOWS, Pool, Reply, after, by_attempt, fr
 def test_ten_runs_on_the_guardrails_with_answers_in_no_time() -> None:
     """7,000 each, 25,500 per anchored minute: three launches 15 s apart, then the next minute.
 
-    The fourth slot, at 45 s, would bring the window to 28,000: it waits for the window's end at 60.1 s, and so on.
+    The fourth slot, at 45 s, would bring the window to 28,000: it waits for the window's end, and so on.
     """
     pool = Pool(params(), [7_000.0] * 10, after(5.0)).run()
-    assert pool.times() == pytest.approx([0, 15, 30, 60.1, 75.1, 90.1, 120.2, 135.2, 150.2, 180.3])
+    assert pool.times() == pytest.approx([m * FIXED_S + s for m in range(4) for s in (0, 15, 30)][:10])
     # Each of the nine deferred once: six for their slot, three for the window, whose end comes after their slot.
     assert pool.deferrals == {law.STAGGER: 6, law.BY_TPM: 3}
     assert {cause for _, index, _, cause in pool.waits if index in (3, 6, 9)} == {law.BY_TPM}
@@ -65,12 +65,12 @@ def test_a_fixed_minute_is_anchored_at_the_first_launch_after_the_last_one_expir
     p, s = free(tpm=1_000, headroom=0.0, window=FIXED), law.State()
     law.launched(p, s, 600.0, law.FIRST, 7.0, 0.5)
     law.launched(p, s, 400.0, law.FIRST, 50.0, 0.5)
-    assert law.admit_at(p, s, 1.0, law.FIRST, 50.0) == 67.1
+    assert law.admit_at(p, s, 1.0, law.FIRST, 50.0) == 7.0 + FIXED_S
     assert law.used_in(p, s, TPM, 67.0) == 1_000
-    assert law.used_in(p, s, TPM, 67.1) == 0
-    # Nobody comes at 67.1 s: the next minute begins when somebody does.
+    assert law.used_in(p, s, TPM, 7.0 + FIXED_S) == 0
+    # Nobody comes at once: the next minute begins when somebody does.
     law.launched(p, s, 1_000.0, law.FIRST, 90.0, 0.5)
-    assert law.admit_at(p, s, 1.0, law.FIRST, 100.0) == 150.1
+    assert law.admit_at(p, s, 1.0, law.FIRST, 100.0) == 90.0 + FIXED_S
 
 
 def test_the_sliding_window_lets_go_after_60_to_60_and_a_half_seconds() -> None:
@@ -109,7 +109,7 @@ def test_requests_per_minute_are_counted_in_the_same_kind_of_window(window: int)
         assert law.admission(p, s, 999.0, law.FIRST, at) == (at, law.NOTHING)
         law.launched(p, s, 999.0, law.FIRST, at, 0.5)
     # A bucket of three had refilled one request at 20 s and needs until 40 s for the next one.
-    expected = {FIXED: 60.1, SLIDING: 60.5, BUCKET: 20.0}[window]
+    expected = {FIXED: FIXED_S, SLIDING: 60.5, BUCKET: 20.0}[window]
     at, cause = law.admission(p, s, 999.0, law.FIRST, 20.0)
     assert at == pytest.approx(expected)
     assert cause == (law.NOTHING if window == BUCKET else law.BY_RPM)
@@ -154,7 +154,7 @@ def test_above_the_budget_and_within_the_limit_a_request_runs_alone(window: int)
     assert pool.deferrals == {law.CONCURRENCY: 2}
 
 
-@pytest.mark.parametrize(("window", "empty_at"), [(FIXED, 60.1), (SLIDING, 60.5), (BUCKET, 1_000 / 425)])
+@pytest.mark.parametrize(("window", "empty_at"), [(FIXED, FIXED_S), (SLIDING, 60.5), (BUCKET, 1_000 / 425)])
 def test_an_oversized_request_waits_for_an_empty_window(window: int, empty_at: float) -> None:
     pool = Pool(params(window=window, stagger_s=0.0), [1_000.0, 28_000.0], after(1.0)).run()
     assert pool.times() == pytest.approx([0.0, empty_at])
@@ -201,7 +201,7 @@ def test_retries_that_a_lower_limit_made_oversized_do_not_wait_for_each_other(wi
     pool.run()
     assert sorted(index for _, index, kind in pool.ends if kind == laws.OK) == [0, 1, 2, 3]
     # Each in a window of its own: at 8,000 per minute, a minute (7,000 refilled at 113 per second) apart.
-    apart = {FIXED: 60.1, SLIDING: 60.0, BUCKET: 7_000 / (6_800 / 60)}[window]
+    apart = {FIXED: FIXED_S, SLIDING: 60.0, BUCKET: 7_000 / (6_800 / 60)}[window]
     seconds = pool.times(attempt=2)
     assert all(later - sooner >= apart - 1e-9 for sooner, later in pairwise(seconds))
 

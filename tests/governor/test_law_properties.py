@@ -173,7 +173,7 @@ def test_no_budget_is_ever_exceeded_in_the_sense_of_its_window(
 def test_the_brute_force_sees_an_excess() -> None:
     """The checks above are worth what they find: 101 of 100 in each kind of window, and none where there is none."""
     near = [Booking(0.0, 0, 60.0, True), Booking(30.0, 1, 41.0, True)]
-    astride = [Booking(0.0, 0, 60.0, True), Booking(59.0, 1, 40.0, True), Booking(60.2, 2, 61.0, True)]
+    astride = [Booking(0.0, 0, 60.0, True), Booking(59.0, 1, 40.0, True), Booking(law.FIXED_S, 2, 61.0, True)]
     assert fixed_minutes_exceeded(near, 100.0, True)
     assert any_minute_exceeded(near, 100.0, True)
     assert not fixed_minutes_exceeded(astride[:2], 100.0, True)

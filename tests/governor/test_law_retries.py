@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from governor import law
-from governor.law import BUCKET, FIXED, SLIDING
+from governor.law import BUCKET, FIXED, FIXED_S, SLIDING
 from tests.governor import laws
 from tests.governor.laws import INF, WINDOWS, Pool, Reply, after, by_attempt, free, params
 
@@ -16,9 +16,9 @@ from tests.governor.laws import INF, WINDOWS, Pool, Reply, after, by_attempt, fr
 
 def test_backoff_starts_2_4_8_16_s_after_each_429_and_then_it_is_exhausted() -> None:
     pool = Pool(params(), [7_000.0], after(0.5, kind=laws.THROTTLED)).run()
-    # The fixed window has room for three per minute; the fourth attempt is due at 16 s and the fifth at 76.6 s.
-    assert pool.times() == pytest.approx([0.0, 2.5, 7.0, 60.1, 76.6])
-    assert pool.ends == [(pytest.approx(77.1), 0, laws.EXHAUSTED)]
+    # The fixed window has room for three per minute; the fourth attempt waits for the next, the fifth 16 s.
+    assert pool.times() == pytest.approx([0.0, 2.5, 7.0, FIXED_S, FIXED_S + 16.5])
+    assert pool.ends == [(pytest.approx(FIXED_S + 17.0), 0, laws.EXHAUSTED)]
     assert pool.s.in_flight == 0
 
 
@@ -27,7 +27,7 @@ def test_backoff_waits_alone() -> None:
 
     With a deadline, or a longer backoff than what is left of the minute, the last wait is the backoff.
     """
-    for changes, last in (({}, 43.6 + 0.5), ({"deadline_s": 100.0}, 16.0), ({"backoff_base_s": 6.0}, 48.0)):
+    for changes, last in (({}, FIXED_S - 16.0), ({"deadline_s": 100.0}, 16.0), ({"backoff_base_s": 6.0}, 48.0)):
         pool = Pool(free(**changes), [7_000.0], after(0.5, kind=laws.THROTTLED)).run()
         received = [at + 0.5 for at in pool.times()]
         waits = [later - sooner for sooner, later in zip(received, pool.times()[1:], strict=False)]
@@ -170,7 +170,7 @@ def test_after_a_hold_the_budgets_still_bind(window: int) -> None:
     law.launched(p, s, 1_000.0, law.FIRST, 0.0, 0.5)
     law.throttled(p, s, 1_000.0, 1, 10.0, 0.0, 0.0, 0.1, 0.0)
     at, cause = laws.promised(p, s, 1_000.0, law.HOLDING, 0.1)
-    assert (at, cause) == (pytest.approx({FIXED: 60.1, SLIDING: 60.5, BUCKET: 60.0}[window]), law.BY_TPM)
+    assert (at, cause) == (pytest.approx({FIXED: FIXED_S, SLIDING: 60.5, BUCKET: 60.0}[window]), law.BY_TPM)
     law.throttled(p, s, 1_000.0, 1, 90.0, 0.0, 0.0, 0.1, 0.0)
     assert laws.promised(p, s, 1_000.0, law.HOLDING, 0.1) == (s.hold_until, law.HOLD)
 

@@ -60,13 +60,13 @@ def replayed(p: law.Params, decisions: list[tuple[str, tuple[Any, ...], Any]]) -
 def test_ten_runs_of_7000_tokens_keep_the_guardrails() -> None:
     ran = Ran(params(jitter_ratio=0.0), Desk(20.0), works(10, 7_000.0))
     # Three of 7,000 fit into 25,500; each minute is anchored by its first launch, and two launches are 15 s apart.
-    minutes = (0.0, 60.1, 120.2, 180.3)
+    minutes = [i * law.FIXED_S for i in range(4)]
     assert [at for at, _ in ran.sent] == pytest.approx([m + s for m in minutes for s in (0.0, 15.0, 30.0)][:10])
     assert ran.log.ends == [(i, "", at + 20.0) for at, i in ran.sent]
     assert sorted(ran.log.deferrals) == [law.STAGGER] * 6 + [law.BY_TPM] * 3
     fourth = next(a for a in ran.log.rows if a.request == 3)
     # Its own cause each moment: the slot until 45, then the minute.
-    assert (fourth.waited_stagger_s, fourth.waited_tpm_s) == pytest.approx((30.0, 30.1))
+    assert (fourth.waited_stagger_s, fourth.waited_tpm_s) == pytest.approx((30.0, law.FIXED_S - 30.0))
     assert ran.desk.timeouts == [600.0] * 10
 
 
@@ -391,7 +391,7 @@ def test_a_deferral_counts_once_per_request_and_cause() -> None:
     # Request 1 waits for its slot, is asked about at 1 and at 2 when others end, and for its minute after that.
     p = quiet(stagger_s=5.0, tpm=150, max_concurrency=10)
     ran = Ran(p, Desk(1.0), works(2))
-    assert ran.sent == [(0.0, 0), (60.1, 1)]
+    assert ran.sent == [(0.0, 0), (law.FIXED_S, 1)]
     assert ran.log.deferrals == [law.BY_TPM]
     steps = [(float(at), Governor.pause if at % 2 else Governor.resume) for at in range(1, 20)]
     steps.append((20.0, Governor.resume))
@@ -672,10 +672,10 @@ def test_an_earlier_run_is_continued() -> None:
 
     run_virtual(resume(run_virtual(begin())))
     # The minute that began at 0 is used up; its clock went on.
-    assert second.launches == [(60.1, 0)]
+    assert second.launches == [(law.FIXED_S, 0)]
     assert second.rows[0].submitted_s == 20.0
-    assert second.rows[0].waited_tpm_s == pytest.approx(40.1)
-    assert second.ends == [(0, "", pytest.approx(61.1))]
+    assert second.rows[0].waited_tpm_s == law.FIXED_S - 20.0
+    assert second.ends == [(0, "", law.FIXED_S + 1.0)]
 
 
 # ---------------------------------------------------------------- the clock

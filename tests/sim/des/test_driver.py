@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from governor.law import FIXED_S
 from governor.model.errors import FailureCode
 from governor.model.policy import Policy
 from governor.model.requests import Outcome
@@ -63,7 +64,7 @@ def test_ten_runs_of_7000_tokens_keep_the_guardrails(run_seed: int) -> None:
     done = run(scenario)
     at = [launched_at(done, i)[0] for i in range(10)]
     # Three of 7,000 fit into 25,500, so every fourth waits for the next minute, which its own launch anchors.
-    assert at[0::3] == pytest.approx([0.0, 60.1, 120.2, 180.3])
+    assert at[0::3] == pytest.approx([i * FIXED_S for i in range(4)])
     gaps = [b - a for i, (a, b) in enumerate(pairwise(at)) if i % 3 != 2]
     assert all(12.0 <= gap <= 18.0 for gap in gaps)
     assert len(set(gaps)) == len(gaps)  # jitter: no two alike
@@ -96,7 +97,7 @@ def test_a_deferral_counts_once_however_often_it_is_asked_about() -> None:
     # Request 3 stands at the head from 0 to 60 while 40 answers come and go, and each makes the driver ask again.
     policy = quiet(tpm_limit=43_000, tpm_window="fixed")
     done = run(scenario_of(batch([1_000] * 40 + [7_000], [0.5 + i for i in range(40)] + [1.0]), policy))
-    assert launched_at(done, 40) == [60.1]
+    assert launched_at(done, 40) == [FIXED_S]
     assert done.tally.summary(done.case.grant).tpm_deferrals == 1
     # Two requests defer for two causes each: four.
     policy = quiet(max_concurrency=1, stagger_seconds=10.0)
@@ -120,7 +121,7 @@ def test_retries_start_2_4_8_s_after_the_429_was_received_and_the_last_after_a_m
     done = run(scenario)
     received = [a.finished_s for a in done.rows]
     assert [b.launched_s - at for at, b in zip(received, done.rows[1:], strict=False)] == pytest.approx(
-        [2, 4, 8, 60.1 - 14 - 4 * REFUSAL_S]
+        [2, 4, 8, FIXED_S - 14 - 4 * REFUSAL_S]
     )
     assert [a.finished_s - a.launched_s for a in done.rows] == pytest.approx([REFUSAL_S] * 5)
     assert [a.error_code for a in done.rows] == ["", "", "", "", "OPENAI_RATE_LIMIT_EXHAUSTED"]
@@ -128,7 +129,7 @@ def test_retries_start_2_4_8_s_after_the_429_was_received_and_the_last_after_a_m
     assert {a.status for a in done.rows} == {429}
     assert [a.retry_after_s for a in done.rows] == [-1.0] * 5
     assert done.tally.failures == {"OPENAI_RATE_LIMIT_EXHAUSTED": 1}
-    assert done.tally.waits_s[8] == pytest.approx(60.1 - 4 * REFUSAL_S)
+    assert done.tally.waits_s[8] == pytest.approx(FIXED_S - 4 * REFUSAL_S)
 
 
 def test_backoff_doubles_to_32_and_is_capped_at_60_from_six_attempts_on() -> None:
@@ -171,9 +172,9 @@ def test_retries_go_through_the_budget() -> None:
     # 3 x 7,000 are booked: the fourth attempt (due at 14.15) waits for the next minute.
     done = run(scenario_of(batch([7_000]), Policy(jitter_ratio=0.0), provider=refusing(7_000)))
     fourth = done.rows[3]
-    assert (fourth.attempt, fourth.launched_s) == (4, 60.1)
+    assert (fourth.attempt, fourth.launched_s) == (4, FIXED_S)
     assert fourth.eligible_s == pytest.approx(14.15)
-    assert fourth.waited_tpm_s == pytest.approx(60.1 - 14.15)
+    assert fourth.waited_tpm_s == pytest.approx(FIXED_S - 14.15)
 
 
 @pytest.mark.parametrize(("style", "wait_s"), [("ms", 12.3), ("seconds", 13.0)])
@@ -467,7 +468,7 @@ def test_waiting_goes_to_the_knob_that_holds_the_head() -> None:
 def test_every_budget_has_its_own_cause() -> None:
     for knobs, column, wait_s in (
         ({"tpm_limit": 60, "tpm_window": "bucket"}, "waited_tpm_s", 40.0),
-        ({"rpm_limit": 1, "tpm_window": "fixed"}, "waited_rpm_s", 60.1),
+        ({"rpm_limit": 1, "tpm_window": "fixed"}, "waited_rpm_s", FIXED_S),
         ({"rpd_limit": 1}, "waited_day_s", 86_400.0),
         ({"tpd_limit": 80}, "waited_day_s", 21_600.0),
     ):
