@@ -33,8 +33,8 @@ from benchmarks.live_batch import ENVIRONMENT, run_live, write_lines
 from governor.model.policy import Policy
 from governor.model.pools import Pool
 from governor.model.requests import read_requests
+from governor.model.work import Work, work_of
 from governor.provider.sending import PoolSender
-from governor.run.intake import Work, work_of
 from governor.scheduler.driver import Governor
 from sim.base.layout import table
 from sim.model.provider_config import ProviderConfig

@@ -20,9 +20,8 @@ from governor.model.keyed import attempt_key
 from governor.model.policy import Policy
 from governor.model.pools import Pool
 from governor.model.requests import CHAT, Answer, Attempt, Outcome, Request, Sizes, read_requests, url_of
-from governor.model.work import Job, Observer, Work
+from governor.model.work import Job, Observer, Work, work_of
 from governor.provider.sending import PoolSender
-from governor.run.intake import work_of
 from governor.run.scaledloop import ScaledLoop
 from governor.scheduler.driver import Governor
 from governor.sharedquota.redis_store import in_redis

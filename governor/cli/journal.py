@@ -179,7 +179,7 @@ def _with_its_name(word: str) -> str:
 def _check_still_fit(journal: Journal, pool: str, old: Policy, new: Policy) -> None:
     """BadSetting for a limit below what a request needs that is still to be sent: it would be lost, unsent."""
     from governor.law import TPD, TPM
-    from governor.run.intake import reserve_of
+    from governor.model.work import reserve_of
 
     before, after = old.params().limit, new.params().limit
     for d, name in ((TPM, "OPENAI_TPM_LIMIT"), (TPD, "OPENAI_TPD_LIMIT")):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from governor import law
 from governor.law import Params, State
 from governor.model.errors import FailureCode
+from governor.model.estimate import LEARNED, Sizes, charge_of
+from governor.model.policy import Policy
 from governor.model.requests import LANES, Answer, Attempt, Outcome, Request
 
 DIMENSIONS = {"TPM": law.TPM, "RPM": law.RPM, "TPD": law.TPD, "RPD": law.RPD}
@@ -176,10 +178,13 @@ class Job:
         self.outages = 0  # by which it was spared
 
 
-def attempt_of(job: Job, pool: str, answer: Answer, now: float, failure: str) -> Attempt:
-    """The row of an attempt that has just ended."""
-    assert job.work is not None
-    request = job.work.request
+def attempt_of(
+    job: Job, pool: str, answer: Answer, now: float, failure: str, request: Request | None = None
+) -> Attempt:
+    """The row of an attempt that has just ended. `request`: a permit's, whose job has none."""
+    if request is None:
+        assert job.work is not None
+        request = job.work.request
     waits_s = job.waits_s[law.CONCURRENCY : law.PAUSED + 1]
     waits_s.append(job.eligible_s - job.submitted_s if job.tries > 1 else 0.0)
     return Attempt(
@@ -204,3 +209,33 @@ def attempt_of(job: Job, pool: str, answer: Answer, now: float, failure: str) ->
         answer.retry_after_s,
         *waits_s,
     )
+
+
+def reserve_of(policy: Policy, sizes: Sizes) -> int:
+    """Tokens that we reserve for a request, by the policy's charge rule."""
+    return charge_of(policy.charge_rule, sizes, policy.est_tokens_per_run)
+
+
+def work_of(request: Request, policy: Policy, before: Work | None = None) -> Work:
+    """What the driver needs of a request, under these settings. `before`: its record, whose history it keeps.
+
+    Expected output is the declared cap over all answers. The provider's charge is not known live: what is believed is
+    our own rule, or what is measured for the endpoint where ours is a flat estimate.
+    """
+    sizes = request.sizes
+    rule = policy.charge_rule
+    reserve = reserve_of(policy, sizes)
+    last = replace(sizes, max_tokens=policy.finalize_max_tokens)
+    believed = "auto" if rule in ("fixed", LEARNED) else rule
+    work = Work(
+        request,
+        reserve,
+        expected=float(sizes.max_tokens * sizes.n) if sizes.max_tokens >= 0 else -1.0,
+        finalize_reserve=reserve_of(policy, last),
+        charge=reserve if rule == believed else charge_of(believed, sizes, 0),
+        finalize_charge=charge_of(believed, last, 0),
+    )
+    if before is None or before.first_launched_s < 0.0:
+        return work
+    history = ("lane", "attempt", "first_launched_s", "retry_at_s")
+    return replace(work, **{name: getattr(before, name) for name in history})

@@ -38,9 +38,10 @@ from governor.model.policy import Policy
 from governor.model.pools import Pool, key_of
 from governor.model.prices import Prices, Spent
 from governor.model.words import duration, plural
+from governor.model.work import reserve_of
 from governor.provider.sending import Connect
 from governor.run.account import grant_of, lines_of, merged, spent_before, summary_of
-from governor.run.intake import Begun, prepare, reserve_of
+from governor.run.intake import Begun, prepare
 from governor.run.live import ACCOUNT, CANARY, MAX_COST, REFUSED, Ended, Leg, LiveRun
 from governor.run.longwaits import FINISH_BY, LONG_WAIT, STOP_AFTER
 from governor.run.outputs import Followed, check_apart, check_writable, claimed, errors_path, write_results

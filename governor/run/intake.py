@@ -21,11 +21,9 @@ from governor.forecast.guard import check_fits
 from governor.journal.database import JournalError
 from governor.journal.journal import INGEST_BYTES, Journal, fingerprint_of
 from governor.model.errors import BadInput, Oversized, Refused, quoted
-from governor.model.estimate import LEARNED, Sizes, charge_of
-from governor.model.policy import Policy
 from governor.model.pools import Pool, pool_for
 from governor.model.requests import Request, Unseen, read_requests
-from governor.model.work import Work
+from governor.model.work import Work, reserve_of, work_of
 from governor.run.amend import Amendment
 from governor.run.outputs import errors_path
 
@@ -65,36 +63,6 @@ class Amended:
     def apply(self) -> None:
         """Takes it over into the journal."""
         self.amendment.apply(self.works(), self.fingerprint)
-
-
-def reserve_of(policy: Policy, sizes: Sizes) -> int:
-    """Tokens that we reserve for a request, by the policy's charge rule."""
-    return charge_of(policy.charge_rule, sizes, policy.est_tokens_per_run)
-
-
-def work_of(request: Request, policy: Policy, before: Work | None = None) -> Work:
-    """What the driver needs of a request, under these settings. `before`: its record, whose history it keeps.
-
-    Expected output is the declared cap over all answers. The provider's charge is not known live: what is believed is
-    our own rule, or what is measured for the endpoint where ours is a flat estimate.
-    """
-    sizes = request.sizes
-    rule = policy.charge_rule
-    reserve = reserve_of(policy, sizes)
-    last = replace(sizes, max_tokens=policy.finalize_max_tokens)
-    believed = "auto" if rule in ("fixed", LEARNED) else rule
-    work = Work(
-        request,
-        reserve,
-        expected=float(sizes.max_tokens * sizes.n) if sizes.max_tokens >= 0 else -1.0,
-        finalize_reserve=reserve_of(policy, last),
-        charge=reserve if rule == believed else charge_of(believed, sizes, 0),
-        finalize_charge=charge_of(believed, last, 0),
-    )
-    if before is None or before.first_launched_s < 0.0:
-        return work
-    history = ("lane", "attempt", "first_launched_s", "retry_at_s")
-    return replace(work, **{name: getattr(before, name) for name in history})
 
 
 # ---------------------------------------------------------------- reading the input

@@ -16,8 +16,8 @@ from governor.model.policy import KNOBS, Policy
 from governor.model.pools import Pool
 from governor.model.requests import Outcome
 from governor.model.words import duration, percent, plural
+from governor.model.work import reserve_of
 from governor.run.account import worked
-from governor.run.intake import reserve_of
 from governor.run.steer import POOL_WORD, changes_text, held_settings, words_of
 
 

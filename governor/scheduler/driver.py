@@ -29,7 +29,7 @@ from typing import Any, cast
 
 from governor import law
 from governor.law import FINALIZE, FIRST, HOLDING, MAIN, RETRY, Params, State
-from governor.model.errors import FailureCode, PacelineError
+from governor.model.errors import FailureCode, PacelineError, Refused
 from governor.model.keyed import JITTER_RETRY, JITTER_STAGGER, attempt_key, keyed_uniform
 from governor.model.policy import Policy
 from governor.model.pools import check_own_quota
@@ -84,7 +84,7 @@ class Governor:
     It may be made anywhere, and works in the event loop that it is used in: one after the other in several
     (`asyncio.run` twice), where bookings go on ageing between them, but never in two at once.
 
-    `params`: the settings, or the numbers that they mean to the law.
+    `params`: the settings (kept as `policy`), or the numbers that they mean to the law.
 
     `permit` serves a program's own calls, `run` a whole batch; both at once share the quota, permits first. `state`
     and `start_s` continue an earlier run, at so many seconds since that began, with nothing in flight. `day_*_used`:
@@ -109,6 +109,7 @@ class Governor:
     ) -> None:
         if type(self) is Governor and not own_quota:
             check_own_quota(os.environ)
+        self.policy = params if isinstance(params, Policy) else None
         self.p = params.params() if isinstance(params, Policy) else params
         self.learner = learner
         self.s = state or State()
@@ -141,6 +142,7 @@ class Governor:
         self._timer_at = inf
         self.late_s = -1.0  # by how much the timer that let the next launch out was late, -1 = none did
         self._tasks: dict[asyncio.Task[None], Job] = {}
+        self._permitted: set[Job] = set()  # granted to permits that have not ended
         self._expiring: list[tuple[float, int, asyncio.Task[None]]] = []
         self._expiring_sweep = SWEEP
         self._expiry_timer: asyncio.TimerHandle | None = None
@@ -156,18 +158,42 @@ class Governor:
 
     # ------------------------------------------------------------ from outside
 
-    def permit(self, reserve: float, *, expected: float = -1.0) -> Permit:
+    def permit(
+        self,
+        reserve: float,
+        *,
+        expected: float = -1.0,
+        charge: int = -1,
+        request: Request | None = None,
+        max_wait_s: float = inf,
+    ) -> Permit:
         """`async with governor.permit(tokens) as permit:` waits until a request that reserves so many may be sent.
 
-        `expected`: its declared output cap, for the order of launches. Raises PacelineError for what can never be sent,
-        and where the pool has stopped.
+        `expected`: its declared output cap, for the order of launches. `max_wait_s`: Refused, if it may not be sent
+        within so many seconds. `request`, `charge`: what observers are told about each attempt, and without which they
+        are not. Raises PacelineError for what can never be sent, and where the pool has stopped.
         """
         if not reserve >= 0.0:
             raise PacelineError(f"a request of {reserve} tokens: reserve a number of tokens from 0 up")
         if law.never_fits(self.p, reserve):
             raise PacelineError(self._too_large(reserve))
         self._sequence += 1
-        return Permit(self, Job(None, self._sequence, reserve, expected, -1, 0.0))
+        return Permit(self, Job(None, self._sequence, reserve, expected, charge, 0.0), request, max_wait_s)
+
+    def try_permit(self, reserve: float, *, expected: float = -1.0) -> Permit | None:
+        """A permit that is granted already, where the request may be sent right now; None where it would have to wait.
+
+        Enter it (`async with`) at once: it holds its place from here on. Raises as `permit` does.
+        """
+        permit = self.permit(reserve, expected=expected)
+        self._bind()
+        granted = self._asks(permit._job)
+        if not granted.done():
+            self._dropped(permit._job)
+            self._event()
+            return None
+        granted.result()
+        return permit
 
     async def run(
         self, source: Iterator[Work], send: Send, *, finalize: bool = False, refusals: Refusals | None = None
@@ -313,22 +339,11 @@ class Governor:
 
     # ------------------------------------------------------------ permits
 
-    async def _granted(self, job: Job, retry_at: float = -inf) -> bool:
+    async def _granted(self, job: Job, retry_at: float = -inf, max_wait_s: float = inf) -> bool:
         """Returns when a permit's job may be sent (again): True, or False where its time is over before that."""
         self._bind()
-        if self.stopped:
-            self._dropped(job)
-            raise PacelineError(self._no_more())
-        now = self.now()
-        self._advance(now)
-        job.submitted_s = now
-        granted: asyncio.Future[bool] = self.loop.create_future()
-        job.granted = granted
-        if retry_at > -inf:
-            self._at(retry_at, False, job)
-        else:
-            self._may_go(job, now)
-        self._pump(now)
+        granted = self._asks(job, retry_at)
+        patience = self.loop.call_later(max_wait_s, self._too_long, granted, max_wait_s) if max_wait_s < inf else None
         try:
             return await granted
         except BaseException:
@@ -336,30 +351,92 @@ class Governor:
             self._dropped(job)
             self._event()
             raise
+        finally:
+            if patience is not None:
+                patience.cancel()
 
-    def _given_back(self, job: Job, used: float, limits: tuple[Limit, ...]) -> None:
+    def _asks(self, job: Job, retry_at: float = -inf) -> asyncio.Future[bool]:
+        """The permit's job waits from now on; what it waits for."""
+        if self.stopped:
+            self._dropped(job)
+            raise PacelineError(self._no_more())
+        now = self.now()
+        self._advance(now)
+        job.submitted_s = now
+        job.granted = self.loop.create_future()
+        if retry_at > -inf:
+            self._at(retry_at, False, job)
+        else:
+            self._may_go(job, now)
+        self._pump(now)
+        return job.granted
+
+    def _too_long(self, granted: asyncio.Future[bool], max_wait_s: float) -> None:
+        if not granted.done():
+            text = f"pool '{self.pool}' cannot send a request within {max_wait_s:g} s: answer that it is busy, or wait"
+            granted.set_exception(Refused(text, max_wait_s))
+
+    def _given_back(self, job: Job, used: float, limits: tuple[Limit, ...], outcome: Outcome = Outcome.OK) -> None:
         """The permit's request is over, and used so many tokens (-1 = unknown: the reservation stays booked)."""
         now = self.now()
         self._advance(now)
         job.flying = job.holds = False
+        self._permitted.discard(job)
         if used >= 0.0:
             self._law("settled", job.reserve, used, job.launched_s, now)
         else:
             self._law("released")
-        self._sync(job, limits, False, now)
+            if outcome != Outcome.OK:
+                self._law("answered", now)
+        self._sync(job, limits, outcome in TURNED_AWAY, now)
         if law.answer_may_admit(self.p, self.cause):
             self._pump(now)
 
+    async def _heard(self, job: Job, request: Request | None, answer: Answer) -> bool:
+        """The answer to a permit's attempt: whether it may be sent again, which is then waited for."""
+        outcome = answer.outcome
+        now = self.now()
+        row = attempt_of(job, self.pool, answer, now, "", request) if request is not None and self._shows else None
+        failure: str = ""
+        at = inf
+        if outcome == Outcome.OK or outcome in FINAL or outcome in STOPPING:
+            known = outcome == Outcome.OK and min(answer.used_prompt_tokens, answer.used_output_tokens) >= 0
+            used = float(answer.used_prompt_tokens + answer.used_output_tokens) if known else -1.0
+            self._given_back(job, used, answer.limits, outcome)
+            if outcome != Outcome.OK:
+                failure = STOPPING.get(outcome) or SPENT[outcome]
+        else:
+            spent = law.is_spent(self.p, job.attempt, answer.retry_after_s) and outcome is not Outcome.LOCAL
+            at = self._missed(job, outcome, answer.retry_after_s, answer.limits, answer.status)
+            if at == inf:
+                failure = SPENT[outcome] if spent else FailureCode.DEADLINE_EXCEEDED
+        if row is not None:
+            self._tell(self.observer.attempted, row, answer, failure)
+        if at < inf:
+            if await self._granted(job, at):
+                return True
+            failure = FailureCode.DEADLINE_EXCEEDED
+        if request is not None:
+            self._tell(self.observer.ended, request, failure, answer, self.now())
+        return False
+
     async def _once_more(self, job: Job, outcome: Outcome, retry_after_s: float, limits: tuple[Limit, ...]) -> bool:
         """The permit's request failed so: waits until it may be sent again, or says that its attempts are spent."""
+        at = self._missed(job, outcome, retry_after_s, limits)
+        return at < inf and await self._granted(job, at)
+
+    def _missed(
+        self, job: Job, outcome: Outcome, retry_after_s: float, limits: tuple[Limit, ...], status: int = 0
+    ) -> float:
+        """When the permit's request, which failed so, may be tried again; inf = never."""
         now = self.now()
         self._advance(now)
+        self._permitted.discard(job)
         self._sync(job, limits, outcome in TURNED_AWAY, now)
-        at = self._retry_at(job, outcome, retry_after_s, now)
-        if at < inf:
-            return await self._granted(job, at)
-        self._pump(now)
-        return False
+        at = self._retry_at(job, outcome, retry_after_s, now, status)
+        if at == inf:
+            self._pump(now)
+        return at
 
     def _too_large(self, reserve: float) -> str:
         limit = min(limit for limit in (self.p.limit[law.TPM], self.p.limit[law.TPD]) if limit > 0.0)
@@ -494,7 +571,7 @@ class Governor:
         # What the loop before it left behind will never be called again.
         self._timer, self._timer_at, self._expiry_timer = None, inf, None
         self._expiring.clear()
-        left = [*self._tasks.values(), *self._waiting()]
+        left = [*self._tasks.values(), *self._permitted, *self._waiting()]
         self._tasks.clear()
         for job in left:
             self._dropped(job)
@@ -626,11 +703,12 @@ class Governor:
         if job.first_launched_s < 0.0:
             job.first_launched_s = now
         job.booked = booked
-        if job.granted is not None:
-            job.granted.set_result(True)
-            return
         if self._shows:
             job.waits_s = self._waited(job)
+        if job.granted is not None:
+            self._permitted.add(job)
+            job.granted.set_result(True)
+            return
         if not self._tell(self.observer.launched, job, now):
             self._dropped(job)  # never send what no record knows of
             return
@@ -895,6 +973,7 @@ class Governor:
         """Neither answered nor lost: the job gives back what it holds, and its request stays pending."""
         job.ended = True
         job.flying = False
+        self._permitted.discard(job)
         if job.holds:
             job.holds = False
             self._law("released")
@@ -976,20 +1055,27 @@ class Permit:
     for its next attempt. `limits`: what the answer's headers stated, if anything (see `answers`).
     """
 
-    __slots__ = ("_governor", "_job", "_limits", "_used")
+    __slots__ = ("_governor", "_job", "_limits", "_max_wait_s", "_request", "_used")
 
-    def __init__(self, governor: Governor, job: Job) -> None:
+    def __init__(self, governor: Governor, job: Job, request: Request | None = None, max_wait_s: float = inf) -> None:
         self._governor = governor
         self._job = job
+        self._request = request
+        self._max_wait_s = max_wait_s
         self._used = -1.0
         self._limits: tuple[Limit, ...] = ()
 
     async def __aenter__(self) -> Permit:
-        assert self._job.granted is None, "a permit is used once"
-        await self._governor._granted(self._job)
+        if not self._job.flying:  # by `try_permit`
+            assert self._job.granted is None, "a permit is used once"
+            await self._governor._granted(self._job, max_wait_s=self._max_wait_s)
         return self
 
     async def __aexit__(self, *exception: object) -> None:
+        self.give_back()
+
+    def give_back(self) -> None:
+        """Ends the permit, as leaving the block does. Nothing happens where it has ended already."""
         if self._job.flying:
             self._governor._given_back(self._job, self._used, self._limits)
 
@@ -998,11 +1084,23 @@ class Permit:
         """When the permit was last granted, seconds since the governor began."""
         return self._job.launched_s
 
+    @property
+    def attempt(self) -> int:
+        """The number of the attempt that the permit is granted for, from 1."""
+        return self._job.attempt
+
     def used(self, tokens: float, limits: tuple[Limit, ...] = ()) -> None:
         """The request is answered and used so many tokens, prompt and output; below 0 = not known."""
         if not tokens < inf:
             raise PacelineError(f"an answer that used {tokens} tokens: tell a number of tokens, -1 = not known")
         self._used, self._limits = tokens, limits
+
+    async def answered(self, answer: Answer) -> bool:
+        """What came back, whatever it is: returns True when the request may be sent again, False where it is over.
+
+        See `answers.classify`. In the place of `used`, `throttled` and `failed`, for who does not tell answers apart.
+        """
+        return await self._governor._heard(self._job, self._request, answer)
 
     async def throttled(self, retry_after_s: float = -1.0, limits: tuple[Limit, ...] = ()) -> bool:
         """The request drew a 429, with that Retry-After (-1 = none): returns True when it may be sent again.

@@ -25,8 +25,8 @@ from governor.journal.schema import to_json
 from governor.model.errors import BadInput
 from governor.model.pools import Pool
 from governor.model.requests import Request, read_requests
-from governor.model.work import Work
-from governor.run.intake import pooled, work_of
+from governor.model.work import Work, work_of
+from governor.run.intake import pooled
 from governor.service.errors import INVALID_REQUEST, NOT_READY, RATE_LIMITED, ApiError
 from governor.service.store.store import QUEUED, RECEIVING, BatchRow, Key, new_id
 from governor.service.store.tables import BATCH_REQUESTS_MOST

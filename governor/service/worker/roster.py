@@ -19,8 +19,7 @@ from typing import Any
 from governor.journal.records import Pending
 from governor.model.policy import Policy
 from governor.model.requests import Answer, Attempt, Outcome, Request
-from governor.model.work import Begun, Work
-from governor.run.intake import work_of
+from governor.model.work import Begun, Work, work_of
 from governor.scheduler.refusals import Refusals
 from governor.service.store.ledger import FencedWriter, Ledger, Patience
 from governor.service.store.store import (

@@ -20,7 +20,7 @@ from governor.model.policy import Policy
 from governor.model.pools import Pool
 from governor.model.prices import Price, Prices, Spent
 from governor.model.requests import CAUSES, Answer, Outcome, Request, read_requests
-from governor.model.work import Job, Work
+from governor.model.work import Job, Work, reserve_of, work_of
 from governor.run.account import (
     ATTEMPT_COLUMNS,
     Worked,
@@ -34,7 +34,7 @@ from governor.run.account import (
     worked,
 )
 from governor.run.batch import exit_code
-from governor.run.intake import disk_needed, prepare, read_demands, reserve_of, work_of
+from governor.run.intake import disk_needed, prepare, read_demands
 from governor.run.steer import changes_text, split_words
 from governor.scheduler.driver import Governor
 from governor.telemetry.eventlog import EventLog

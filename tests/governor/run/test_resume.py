@@ -20,8 +20,7 @@ from governor.journal.verify import verify
 from governor.model.errors import FailureCode
 from governor.model.policy import Policy
 from governor.model.requests import Answer, Attempt, Outcome
-from governor.model.work import Job, Work
-from governor.run.intake import work_of
+from governor.model.work import Job, Work, work_of
 from governor.scheduler.driver import Governor
 from tests.governor import journals
 from tests.governor.desks import BROKEN, OK, REFUSAL_S, THROTTLED, Desk, Log, nothing_held, quiet, work, works

@@ -16,7 +16,8 @@ from governor.model.errors import BadInput
 from governor.model.estimate import CHAT, Sizes
 from governor.model.policy import Policy
 from governor.model.pools import Pool
-from governor.run.intake import read_demands, reserve_of
+from governor.model.work import reserve_of
+from governor.run.intake import read_demands
 from sim.experiment.experiment import replicate
 from sim.model.provider_config import ProviderConfig
 from sim.model.workload import from_tokens, with_outputs_assumed
