@@ -1,10 +1,9 @@
-"""The commands of the live half, as an app that `sim/app/cli.py` mounts; errors and exit codes are handled there."""
+"""The commands that need no simulator, as one app that `sim/app/cli.py` mounts; it handles errors and exit codes."""
 
 from __future__ import annotations
 
 import typer
 
-from governor import __version__
 from governor.cli.journal import app as journal_app
 from governor.cli.probe import JUDGE as JUDGE
 from governor.cli.probe import app as probe_app
@@ -15,14 +14,5 @@ from governor.cli.serve import app as serve_app
 from governor.cli.settings import app as settings_app
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-app.add_typer(live_app)
-app.add_typer(journal_app)
-app.add_typer(probe_app)
-app.add_typer(serve_app)
-app.add_typer(settings_app)
-
-
-@app.command()
-def version() -> None:
-    """Print the version."""
-    typer.echo(f"paceline {__version__}")
+for commands in (live_app, journal_app, probe_app, serve_app, settings_app):
+    app.add_typer(commands)

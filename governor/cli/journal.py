@@ -1,6 +1,6 @@
 """The commands about a run's journal: status, export, pause, resume, set, unset, verify, purge.
 
-All of them work while another process runs the journal, but for `purge`.
+All but `purge` work while another process runs the journal. A command imports what it needs when it runs.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ Where = Annotated[
     str,
     typer.Argument(metavar="JOURNAL.db", help="The journal of a run: a path or a database URL.", show_default=False),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else there.")]
-PoolName = Annotated[str | None, typer.Option("--pool", metavar="NAME", help="That pool alone; all if not given.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
+PoolName = Annotated[str | None, typer.Option("--pool", metavar="NAME", help="Only this pool; all if not given.")]
 
-# How long a running process is given to take a command up; it looks a few times per second.
+# How long a running process is given to apply a command; it looks a few times per second.
 TAKEN_S = 5.0
 
 
 @app.command()
 def status(context: typer.Context, where: Where, scenario: ScenarioFile = None, as_json: AsJson = False) -> None:
-    """How far a run is, whether a process works on it, and how it compares with its forecast."""
+    """Show a run's progress against its forecast."""
     from governor.cli.text import pairs_text
     from governor.journal.journal import Journal
     from governor.run.status import status_json, status_pairs
@@ -60,9 +60,9 @@ def export(
     prices: Annotated[
         str | None, typer.Option(metavar="FILE.yaml", help="What models cost; a dated list comes with Paceline.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
 ) -> None:
-    """Write what has finished so far, in order of the input, in the batch output format."""
+    """Write the results so far, in input order."""
     from governor.journal.journal import Journal
     from governor.model.prices import SHIPPED, read_prices
     from governor.model.words import plural
@@ -94,7 +94,10 @@ def export(
 
 @app.command()
 def pause(where: Where, pool: PoolName = None) -> None:
-    """Launch nothing more until `resume`; requests in flight go on."""
+    """Stop launching until `resume`.
+
+    Requests in flight continue.
+    """
     from governor.journal.journal import PAUSE
 
     _steer(where, PAUSE, [], pool)
@@ -102,7 +105,7 @@ def pause(where: Where, pool: PoolName = None) -> None:
 
 @app.command()
 def resume(where: Where, pool: PoolName = None) -> None:
-    """Launch again after `pause`. (To go on with a run that has ended, run the same `paceline run` command again.)"""
+    """Launch again after `pause`. (To continue a run that has ended, repeat its `paceline run` command.)"""
     from governor.journal.journal import RESUME
 
     _steer(where, RESUME, [], pool)
@@ -116,7 +119,10 @@ def set_(
     ],
     pool: PoolName = None,
 ) -> None:
-    """Change settings of a batch, for good: they hold over restarts until they are changed again, or `unset`."""
+    """Change settings of a batch.
+
+    They survive restarts until changed again or `unset`.
+    """
     from governor.journal.journal import SET
 
     _steer(where, SET, assignments, pool)
@@ -130,14 +136,17 @@ def unset(
     ] = None,
     pool: PoolName = None,
 ) -> None:
-    """Withdraw what `set` changed: the settings are those of the run's own command again."""
+    """Withdraw what `set` changed.
+
+    The settings of the run's own command apply again.
+    """
     from governor.journal.journal import UNSET
 
     _steer(where, UNSET, names or [], pool)
 
 
 def _steer(where: str, name: str, words: Sequence[str], pool: str | None) -> None:
-    """Asks the running process, and waits until it has taken the command up."""
+    """Ask the running process, and wait until it has acted on the command."""
     from governor.journal.journal import SET, UNSET, Journal
     from governor.run.steer import POOL_WORD, check_unset, held_settings, split_words
 
@@ -149,7 +158,7 @@ def _steer(where: str, name: str, words: Sequence[str], pool: str | None) -> Non
         held = held_settings(journal.commands(), policies)
         changed: dict[str, Policy] = {}
         for each in names:
-            # A slip shows here, and not in the other process's log.
+            # Report a mistake here rather than in the other process's log.
             if name == UNSET:
                 check_unset(plain, held[each])
             else:
@@ -159,10 +168,10 @@ def _steer(where: str, name: str, words: Sequence[str], pool: str | None) -> Non
             for each, policy in changed.items():
                 _check_still_fit(journal, each, policies[each], policy)
         if not running and name not in (SET, UNSET):
-            raise BadInput("no process is working on it: there is nothing to pause or resume", where)
+            raise BadInput("no process is working on this run, so there is nothing to pause or resume", where)
         number = journal.ask(name, asked)
         if not running:
-            print("recorded: no process is working on it now, the next one takes it up")
+            print("recorded: no process is working on this run now; the next one applies it")
             return
         _wait_until_taken(journal, number, name)
 
@@ -205,12 +214,15 @@ def _wait_until_taken(journal: Journal, number: int, name: str) -> None:
             print({"pause": "paused", "resume": "resumed", "set": "changed", "unset": "withdrawn"}[name])
             return
         time.sleep(0.1)
-    print(f"asked, but the running process has not taken it up within {TAKEN_S:.0f} s: see `paceline status`")
+    print(f"recorded, but the running process has not applied it within {TAKEN_S:.0f} s: see `paceline status`")
 
 
 @app.command()
 def verify(where: Where, as_json: AsJson = False) -> None:
-    """Decide every decision that `run --record` recorded again: equal, or which one is not. Exit code 1 where not."""
+    """Repeat the decisions that `run --record` recorded.
+
+    Shows the first that differs; the exit code is then 1.
+    """
     from governor.journal.journal import Journal
     from governor.journal.verify import verify as decide_again
 
@@ -232,11 +244,11 @@ def verify(where: Where, as_json: AsJson = False) -> None:
 
 @app.command()
 def purge(
-    where: Where, yes: Annotated[bool, typer.Option("--yes", help="Without asking at a terminal.")] = False
+    where: Where, yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False
 ) -> None:
-    """Remove for good what was sent and what came back; counts, attempts and decisions stay.
+    """Remove prompts and answers from a journal.
 
-    Afterwards nothing can be exported from it or resumed.
+    Counts, attempts and decisions stay. The run can no longer be resumed or exported.
     """
     from governor.journal.journal import Journal
 
@@ -251,7 +263,7 @@ def purge(
 
 def _confirm(what: str) -> None:
     if not sys.stdin.isatty():
-        raise BadInput("nobody is at a terminal to ask: add --yes")
+        raise BadInput("there is no terminal to ask for confirmation: add --yes")
     print(f"{what}? [y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise BadInput("nothing was removed")

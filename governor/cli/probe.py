@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from governor.model.prices import Price
     from governor.provider.probe import Judge, Probe, Told
 
-# Where whoever mounts this command leaves what judges windows by a simulation, in the context's `meta`.
+# Key in the context's `meta` under which the mounting app leaves the simulation that judges windows.
 JUDGE = "paceline.judge"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -41,11 +41,13 @@ def probe(
     time_scale: Annotated[float, typer.Option(metavar="X", hidden=True)] = 1.0,
     as_json: AsJson = False,
 ) -> None:
-    """Settle by a few calls what nobody can read in the documentation.
+    """Measure how this account charges and refuses.
 
-    Is the output cap charged or in the gate, is real use booked later, do 429s count, are there slices of a second, and
-    how does the limit count over time? Where headers state nothing, refusals alone are asked, at the limits of the
-    settings. Takes four to seven minutes, in which nothing else should use the account. What cannot be told is said.
+    Is the output cap charged, is real use booked later, do 429s count, are there slices of a second, and which window
+    does the limit use? If headers state nothing, the probe learns from refusals alone, at the limits in the settings.
+    It takes four to seven minutes; nothing else should use the account meanwhile. It reports what it could not decide.
+
+    Example: paceline probe --max-cost 0.10 --env-file .env
     """
     from governor.model.prices import SHIPPED, read_prices
     from governor.provider.probe import provider_text, write_provider

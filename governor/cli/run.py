@@ -1,7 +1,7 @@
-"""The commands that talk to a provider: run, preflight, doctor. `journal_cli` holds those about a run's journal.
+"""The commands that talk to a provider: run, preflight, doctor. `governor/cli/journal.py` has those about a journal.
 
-A simulated forecast comes in by the context's object (`Foresee`), which whoever mounts these commands may set; without
-it the fluid estimate of `preflight` serves, and every text says so.
+The simulated forecast arrives in the context's object (`Foresee`), which the mounting app sets. Without it, the fluid
+estimate of `preflight` is used, and every text says so. A command imports what it needs when it runs.
 """
 
 from __future__ import annotations
@@ -49,10 +49,8 @@ Rpm = Annotated[str | None, typer.Option("--rpm", metavar="N", help="Short for -
 PoolsFile = Annotated[
     str | None, typer.Option("--pools", metavar="FILE.yaml", help="Several quotas side by side, chosen by model.")
 ]
-BaseUrl = Annotated[
-    str | None, typer.Option("--base-url", metavar="URL", help="In place of OPENAI_BASE_URL and of OpenAI's own.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else there.")]
+BaseUrl = Annotated[str | None, typer.Option("--base-url", metavar="URL", help="Overrides OPENAI_BASE_URL.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 RETRY_ALL = "--retry-failed"
 
 
@@ -81,20 +79,21 @@ def run(
     scenario: ScenarioFile = None,
     journal: Annotated[
         str | None,
-        typer.Option(metavar="FILE.db|URL", help="Where all is recorded; RESULTS.journal.db if not given."),
+        typer.Option(metavar="FILE.db|URL", help="Where the run is recorded; RESULTS.journal.db if not given."),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Start whatever the forecast or the canary says.")] = False,
     finish_by: Annotated[
         str | None,
         typer.Option(
-            metavar="6h|06:00", help="Do not start if the forecast is past it, or sleep past it; default: a day."
+            metavar="6h|06:00",
+            help="Do not start if the forecast is later, or wait past it; default: a day.",
         ),
     ] = None,
     stop_after: Annotated[
-        str | None, typer.Option(metavar="6h|06:00", help="Launch nothing more from then on; exit code 5.")
+        str | None, typer.Option(metavar="6h|06:00", help="Stop launching at this time; exit code 5.")
     ] = None,
     max_cost: Annotated[
-        float | None, typer.Option(metavar="USD", min=0.0, help="Launch nothing more once it is spent; exit code 5.")
+        float | None, typer.Option(metavar="USD", min=0.0, help="Stop launching once this is spent; exit code 5.")
     ] = None,
     prices: Annotated[
         str | None, typer.Option(metavar="FILE.yaml", help="What models cost; a dated list comes with Paceline.")
@@ -103,27 +102,27 @@ def run(
         int, typer.Option(metavar="N", min=0, help="Run N requests first and compare them with the forecast.")
     ] = 0,
     finalize: Annotated[
-        bool, typer.Option("--finalize", help="Finish answers cut off without text by one more, paid call.")
+        bool, typer.Option("--finalize", help="Finish answers that were cut off without text by one more, paid call.")
     ] = False,
     skip_oversized: Annotated[
-        bool, typer.Option("--skip-oversized", help="Record requests above the limit as failed, unsent.")
+        bool, typer.Option("--skip-oversized", help="Record requests above the limit as failed without sending them.")
     ] = False,
     retry_failed: Annotated[
         str | None,
-        typer.Option("--retry-failed", metavar="[=CODE]", help="Try failed requests again: all, or those of a code."),
+        typer.Option("--retry-failed", metavar="[=CODE]", help="Retry failed requests: all, or those with CODE."),
     ] = None,
     resend_changed: Annotated[
-        bool, typer.Option("--resend-changed", help="Send lines again that changed after they were answered.")
+        bool, typer.Option("--resend-changed", help="Send again the lines that changed after they were answered.")
     ] = False,
     follow: Annotated[
-        bool, typer.Option("--follow", help="Write results as they come, in order only at the end.")
+        bool, typer.Option("--follow", help="Write results as they arrive; input order is restored at the end.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that are not this run's.")] = False,
     seed: Annotated[int, typer.Option(metavar="N", min=0, max=2**62, help="Seed of the jitter.")] = 0,
     grace: Annotated[
-        str, typer.Option(metavar="30s", help="How long requests in flight may end after Ctrl-C or another signal.")
+        str, typer.Option(metavar="30s", help="Time for requests in flight to end after Ctrl-C or another signal.")
     ] = "30s",
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, warnings alone.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show warnings only, no progress.")] = False,
     log_format: Annotated[
         Literal["text", "json"] | None, typer.Option(help="One line per launch, wait, 429 and result on stderr.")
     ] = None,
@@ -132,14 +131,14 @@ def run(
         typer.Option(metavar="PORT", min=0, max=65_535, help="Prometheus metrics on loopback; 0 = any free."),
     ] = None,
     metrics_textfile: Annotated[
-        str | None, typer.Option(metavar="FILE.prom", help="The same into a file for node_exporter.")
+        str | None, typer.Option(metavar="FILE.prom", help="The same metrics, in a file for node_exporter.")
     ] = None,
     notify: Annotated[
         str | None, typer.Option(metavar="URL", help="POST a message when it finishes, stops or falls behind.")
     ] = None,
     record: Annotated[
         bool,
-        typer.Option("--record", help="Record every decision, for `paceline verify`; a third more disk."),
+        typer.Option("--record", help="Record every decision for `paceline verify`; takes a third more disk."),
     ] = False,
     time_scale: Annotated[
         float,
@@ -149,12 +148,15 @@ def run(
     ] = 1.0,
     as_json: AsJson = False,
 ) -> None:
-    """Run a batch, or go on with it.
+    """Run a batch, or resume it.
 
-    The same command again resumes: what has finished is never sent again, and of a corrected file only the lines that
-    are new or changed. Exit codes: 0 all succeeded, 1 some failed,
-    2 bad input, 3 refused or cannot finish, 4 the account's quota is used up or its key is refused, 5 a budget is used
-    up, 130, 143 and 129 after Ctrl-C, SIGTERM and SIGHUP.
+    Repeat the same command to resume: finished requests are never sent again, and of a corrected file only new or
+    changed lines are sent.
+
+    Exit codes: 0 all succeeded, 1 some failed, 2 bad input, 3 not started or cannot finish, 4 the account has no money
+    left or its key was rejected, 5 a budget is used up; 130, 143 and 129 after Ctrl-C, SIGTERM and SIGHUP.
+
+    Example: paceline run requests.jsonl --out results.jsonl --env-file .env
     """
     from governor.model.prices import SHIPPED, read_prices
     from governor.model.words import seconds_of, until_s
@@ -242,14 +244,16 @@ def preflight(
         Literal["strict", "paced"] | None, typer.Option(help="In place of PREFLIGHT_MODE.", show_default=False)
     ] = None,
     deadline: Annotated[
-        str | None, typer.Option(metavar="6h|06:00", help="When the last answer must be there.")
+        str | None, typer.Option(metavar="6h|06:00", help="When the last answer must have arrived.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """May this batch start now, and if not, how long to wait?
+    """Check whether a batch may start now, or how long to wait.
 
-    `strict` refuses what exceeds one minute's budget, `paced` only what can never run or would end past the deadline.
-    Nothing is sent and no key is needed. Exit code 3 where it is refused.
+    `strict` refuses a batch that exceeds one minute's budget; `paced` refuses only what can never run or would miss the
+    deadline. Sends nothing and needs no key. The exit code is 3 if the batch is refused.
+
+    Example: paceline preflight requests.jsonl --env-file .env --deadline 6h
     """
     from governor.cli.text import verdict_json, verdict_text
     from governor.forecast.preflight import preflight as judge
@@ -281,7 +285,7 @@ def preflight(
 
 
 def _finish(context: typer.Context, pool: Pool, demand: Any) -> Callable[[], float] | None:
-    """The simulated finish of this pool, for whoever asks for it; None where no simulator is installed."""
+    """A function that simulates the finish of this pool; None if no simulator is installed."""
     from governor.forecast.forecast import Demand, Outlook
 
     try:
@@ -307,9 +311,12 @@ def doctor(
     model: Annotated[str, typer.Option(metavar="MODEL", help="The model to call.")] = "gpt-4o-mini",
     as_json: AsJson = False,
 ) -> None:
-    """One tiny call: key, model, the account's limits, and settings that disagree with them.
+    """Check key, model and limits with one tiny call.
 
-    Costs a few tokens for each pool. Exit code 1 where a pool does not answer, 4 where the account is refused.
+    Points out settings that disagree with the account. Costs a few tokens per pool. The exit code is 1 if a pool does
+    not answer, 4 if the account is rejected.
+
+    Example: paceline doctor --env-file .env
     """
     from governor.provider.sending import connect_with
     from governor.run.doctor import Finding, examine

@@ -1,4 +1,4 @@
-"""`paceline serve` and `paceline token`: the options of the HTTP service, as they are typed."""
+"""`paceline serve` and `paceline token`: the options of the HTTP service, which is imported when a command runs."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from governor.cli.run import (
 from governor.model.errors import BadSetting, PacelineError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-tokens = typer.Typer(help="Bearer tokens of the service.", pretty_exceptions_enable=False, rich_markup_mode=None)
+tokens = typer.Typer(help="Manage the service's bearer tokens.", pretty_exceptions_enable=False, rich_markup_mode=None)
 app.add_typer(tokens, name="token")
 
 DATABASE = "PACELINE_DATABASE_URL"
 DEFAULT_DATABASE = "paceline-service.db"
 EXTRA = "the service needs paceline[service]: pip install 'paceline[service]'"
-# Where whoever mounts these commands leaves what simulates, in the context's `meta`.
+# Keys in the context's `meta` under which the mounting app leaves the simulations.
 FORECAST, WHAT_IF = "paceline.forecast", "paceline.what_if"
 
 Where = Annotated[
@@ -70,11 +70,12 @@ def serve(
     time_scale: Annotated[
         float, typer.Option(metavar="X", min=0.001, max=1_000.0, help="A clock X times as fast, for rehearsals.")
     ] = 1.0,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Warnings alone.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show warnings only.")] = False,
 ) -> None:
-    """Serve batches over HTTP: templates, guarded batches, progress, what-if, one quota for all of them.
+    """Serve batches over HTTP, under one quota.
 
-    On loopback whoever is on this machine may do anything. Elsewhere a bearer token is needed (`paceline token add`).
+    Offers templates, guarded batches, progress and what-if questions. On loopback, every user of this machine may do
+    anything; other addresses require a bearer token (`paceline token add`).
     """
     try:
         from governor.service.run import run_service
@@ -138,7 +139,7 @@ def add_token(
     ] = "run",
     database: Where = None,
 ) -> None:
-    """Make a token, or a new one in place of that name's. It is printed once and stored as a hash."""
+    """Create a token, or replace the one with that name. It is printed once and stored as a hash."""
     from governor.service.api.auth import hash_of, new_token
 
     if not (0 < len(name) <= 100 and name.isprintable()):
@@ -154,7 +155,7 @@ def add_token(
 
 @tokens.command("list")
 def list_tokens(database: Where = None) -> None:
-    """Names and scopes."""
+    """List tokens with their scopes."""
     store = _store(database, make=False)
     try:
         found = sorted(store.tokens().values())
@@ -169,7 +170,7 @@ def remove_token(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Whose it is, as `paceline token list` says it.")],
     database: Where = None,
 ) -> None:
-    """Take a token back; running services know within some seconds."""
+    """Revoke a token; running services notice within a few seconds."""
     store = _store(database, make=False)
     try:
         gone = store.remove_token(name)

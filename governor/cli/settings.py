@@ -27,15 +27,18 @@ def settings(
         str | None, typer.Option(metavar="NAME", help="Start from the preset guardrails or paceline.")
     ] = None,
     journal: Annotated[
-        str | None, typer.Option(metavar="FILE.db", help="Those of a run, with what `paceline set` holds.")
+        str | None, typer.Option(metavar="FILE.db", help="Show a run's settings, with those changed by `paceline set`.")
     ] = None,
-    pool: Annotated[str | None, typer.Option("--pool", metavar="NAME", help="With --journal: that pool's.")] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="As a table in markdown, both presets.")] = False,
+    pool: Annotated[
+        str | None, typer.Option("--pool", metavar="NAME", help="With --journal: show this pool's.")
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table with both presets.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List every setting: its value in force, where that comes from, what it means and what it may be.
+    """List every setting with its value and source.
 
-    The same options as for `run` show what a run would take; without any, what the environment states.
+    Shows meaning and allowed range too. With the options of `run` it shows what that run would use; without any, what
+    the environment states.
     """
     from governor.model.errors import BadSetting
     from governor.model.policy import KNOBS, knob_table
@@ -115,13 +118,15 @@ def apply(
     target: Annotated[str, typer.Argument(metavar="TARGET", help="Your env file.", show_default=False)],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change, and write nothing.")] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Though the settings in TARGET have changed since the plan.")
+        bool, typer.Option("--force", help="Write even if the settings in TARGET have changed since the plan.")
     ] = False,
 ) -> None:
-    """Write settings into an env file, and nothing else in it: comments, quotes and other names stay as they are.
+    """Write a plan's settings into an env file.
 
-    Shows the settings that change, never another line, and leaves a backup beside the file. Refused where TARGET states
-    other settings than the plan that made SETTINGS.env had read.
+    Only those settings change: comments, quotes and other names stay as they are. Shows the changed settings and no
+    other line, and leaves a backup beside the file. Refuses if the settings in TARGET have changed since the plan.
+
+    Example: paceline apply out/recommended.env .env
     """
     from governor.model.words import plural
     from governor.run.apply import apply as put_into

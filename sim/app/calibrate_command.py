@@ -27,21 +27,23 @@ def calibrate(
             show_default=False,
         ),
     ],
-    out: Annotated[str, typer.Option(metavar="SCENARIO.yaml", help="The scenario.", show_default=False)],
+    out: Annotated[str, typer.Option(metavar="SCENARIO.yaml", help="Where to write the scenario.", show_default=False)],
     columns: Annotated[
         str, typer.Option(metavar="ROLE=NAME,...", help="Columns of a log; a time may carry a unit: latency=took:ms.")
     ] = "",
     provider: Annotated[
-        str, typer.Option(metavar="TIER|FILE.yaml", help="Where the log cannot tell, that provider's values.")
+        str, typer.Option(metavar="TIER|FILE.yaml", help="Provider whose values are used where the log cannot tell.")
     ] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="The figures as one JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")] = False,
 ) -> None:
     """Learn a scenario from logs of real requests.
 
-    Lengths, times, arrivals; from the headers the charge rule, the limit and what others take of it; from the refusals
-    how the limit counts over time; each with an interval. A journal's run is simulated again with what was learnt. What
-    a log cannot tell is said and left at its default. Beside the scenario: its rows as CSV, and a PNG of data against
-    fit.
+    Learns answer lengths, times and arrivals; from headers the charge rule, the limit and other users' share of it;
+    from refusals how the limit counts over time. Each figure has an interval. The run of a journal is then simulated
+    with what was learnt. What the log cannot tell is listed and keeps its default. Also writes the rows as CSV, and a
+    picture of data against fit.
+
+    Example: paceline calibrate results.journal.db --out mine.yaml
     """
     try:
         from sim.app.inputs import named_provider

@@ -28,9 +28,10 @@ def notebook(
     ] = "paceline-notebooks",
     no_open: Annotated[bool, typer.Option("--no-open", help="Copy only; start nothing.")] = False,
 ) -> None:
-    """Open the notebooks: an operator's questions, answered on the example or on your own data.
+    """Open the worked examples as notebooks.
 
-    They are copied into a folder of yours first, where you may change them; then JupyterLab starts there.
+    They answer an operator's questions on the example or on your own data. Copies are made in a folder of yours, where
+    you may change them; then JupyterLab starts there.
     """
     if any(find_spec(module) is None for module in NEEDED):
         raise PacelineError(NEEDS_NOTEBOOK)

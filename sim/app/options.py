@@ -89,10 +89,10 @@ FinishBy = Annotated[
     typer.Option(
         metavar="6h|06:00",
         parser=finish_by_s,
-        help="When it should be done: from its beginning, or the next such time of day.",
+        help="Deadline: a duration from the start, or the next such time of day.",
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else there.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +112,7 @@ class Options:
     first: Annotated[int, typer.Option(metavar="N", parser=count, help="Only the first N rows; 0 = all.")] = 0
     arrivals: Annotated[
         Literal["batch", "trace"] | None,
-        typer.Option(help="All requests there at the start (the default), or as the trace says."),
+        typer.Option(help="All requests at the start (the default), or at the times of the trace."),
     ] = None
     columns: Annotated[
         list[str] | None,
@@ -231,11 +231,11 @@ class Options:
     ] = None
     replications: Annotated[
         int | None,
-        typer.Option(metavar="N", parser=counting(1, 10**6), help="How many runs, each with its own seed."),
+        typer.Option(metavar="N", parser=counting(1, 10**6), help="How many runs to simulate, each with its own seed."),
     ] = None
     workers: Annotated[
         int,
-        typer.Option(metavar="N", min=0, max=1024, help="How many runs go on side by side; 0 = one per core."),
+        typer.Option(metavar="N", min=0, max=1024, help="How many runs to make in parallel; 0 = one per core."),
     ] = 0
     engine: Annotated[
         Literal["auto", "compiled", "simpy"],
@@ -246,7 +246,7 @@ class Options:
     ] = "auto"
     backend: Annotated[
         Literal["local", "ray"],
-        typer.Option(help="Where the runs are made: on this machine, or on the Ray cluster that RAY_ADDRESS names."),
+        typer.Option(help="Where to simulate: on this machine, or on the Ray cluster that RAY_ADDRESS names."),
     ] = "local"
     json: AsJson = False
 

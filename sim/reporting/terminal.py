@@ -22,7 +22,7 @@ from sim.scenario.scenario import Scenario
 from sim.scenario.stress import stress_notes
 
 if TYPE_CHECKING:
-    from sim.app.shared_quota import Shared
+    pass
 
 # What everybody in the queue waited for, by cause, and the knob that decides it.
 WAITED_FOR = {
@@ -139,25 +139,6 @@ def inputs_text(provenance: Provenance, width: int) -> str:
 
 
 # ---------------------------------------------------------------- simulate
-
-
-def shared_text(scenario: Scenario, run: Shared, width: int) -> str:
-    """One run over several processes, for people."""
-    s, shares = run.summary, run.shares()
-    lost = f"{s.failed:,} of {s.requests:,}" + (f"; sent again after the crash: {run.resent:,}" if run.resent else "")
-    spread = f"{words.percent(min(shares))} to {words.percent(max(shares))} of an equal share"
-    pairs = [
-        ("finishes after", f"{words.duration(s.makespan_s)} ({words.seconds_text(s.makespan_s)})"),
-        ("shortest possible", f"{words.duration(s.bound_s)} on this provider, whatever the settings"),
-        ("429s", f"{s.throttled:,} in {s.attempts:,} attempts"),
-        ("lost", lost),
-        ("launches by process", f"{spread}, until the first had no more"),
-        ("decisions", f"{run.decisions:,}, and {run.late:,} that another process was quicker to make"),
-        ("waited for", waits_text(s.waits_s)),
-    ]
-    pairs += [("stopped", ", ".join(run.stopped))] if run.stopped else []
-    title = f"{headline(scenario)}, dealt out to {len(shares)} processes that share the quota"
-    return "\n\n".join([wrapped(title, width), facts(pairs, width), inputs_text(scenario.provenance(), width)])
 
 
 def summary_text(scenario: Scenario, s: Summary, width: int) -> str:

@@ -28,8 +28,8 @@ def provider(
     latency: Annotated[
         str | None, typer.Option(metavar="MODEL|S,S_PER_TOKEN", help="A measured model, or the line itself.")
     ] = None,
-    faults: Annotated[str | None, typer.Option(metavar="FILE.yaml", help="What goes wrong, and when.")] = None,
-    time_scale: Annotated[float, typer.Option(metavar="X", help="How many times as fast as the clock.")] = 1.0,
+    faults: Annotated[str | None, typer.Option(metavar="FILE.yaml", help="Faults to inject, and when.")] = None,
+    time_scale: Annotated[float, typer.Option(metavar="X", help="Run the clock this many times as fast.")] = 1.0,
     stated_time: Annotated[
         Literal["client", "provider"],
         typer.Option(help="Whose seconds it states; provider's for a run of the same --time-scale."),

@@ -18,12 +18,14 @@ from typing import Any
 
 import pytest
 from scipy.stats import t
+from typer.main import get_command
 
 import sim
 from governor import __version__
 from governor.forecast.summary import Summary
 from governor.model.policy import KNOBS, knob_table
 from governor.model.requests import Attempt
+from sim.app import cli
 from sim.app.cli import main
 
 SUMMARY_KEYS = [column.name for column in fields(Summary)]
@@ -260,16 +262,18 @@ def test_starting_loads_nothing_heavy(root: Path, batch: Path) -> None:
         assert done.returncode == 0, done.stderr
         return set(done.stderr.rpartition("LOADED")[2].split())
 
-    for command in (["--help"], ["plan", "--help"], ["version"], ["settings"]):
+    for command in (["--help"], ["plan", "--help"], ["--version"], ["settings"]):
         assert loaded(*command).isdisjoint({"numpy", "scipy", "pandas", "matplotlib", "joblib", "simpy", "openai"})
     assert loaded("simulate", batch, "--json").isdisjoint({"pandas", "matplotlib", "joblib", "openai", "jinja2"})
 
 
+# The modules of the command line itself, which need no extra.
+KEPT = ("sim.app.cli", "sim.app.options", "sim.app.planning_commands")
+
+
 def test_without_the_extra_one_line_says_what_to_install(run: Run, batch: Path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "numpy", None)
-    for name in [
-        name for name in sys.modules if name.startswith("sim.") and name not in ("sim.app.cli", "sim.app.options")
-    ]:
+    for name in [name for name in sys.modules if name.startswith("sim.") and name not in KEPT]:
         monkeypatch.delitem(sys.modules, name)
         if name.count(".") == 1:
             # What is imported again in its place becomes the package's attribute, which must be the old one afterwards.
@@ -296,8 +300,18 @@ def test_help_lists_every_option_of_the_issue(run: Run, monkeypatch) -> None:
             assert f"--{option} " in out, (command, option)
 
 
+def test_help_names_each_command_once_in_its_group_at_80_columns(run: Run, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = run("-h")
+    assert code == 0
+    assert "Other:" not in out
+    assert sorted(name for names in cli.GROUPS.values() for name in names) == sorted(get_command(cli.app).commands)
+    rows = out.splitlines()[1:]
+    assert not [row for row in rows if len(row) > 80 or row.endswith("...")]
+
+
 def test_version_and_settings(run: Run) -> None:
-    assert run("version") == run("--version") == (0, f"paceline {__version__}\n", "")
+    assert run("--version") == (0, f"paceline {__version__}\n", "")
     assert run("settings", "--markdown") == (0, knob_table(), "")
 
 

@@ -1,0 +1,507 @@
+"""The planning commands: simulate, plan, sensitivity, capacity, backtest, replay, split.
+
+Options as they are typed, and what they mean together. A command imports what it needs when it runs, so that `--help`
+is instant and the live commands run without the extra `sim`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from governor.model.errors import BadSetting
+from sim.app.options import AsJson, FinishBy, Options, count, share, takes_options, wait_s
+from sim.base.counting import counting
+from sim.base.progress import Progress
+
+if TYPE_CHECKING:
+    from governor.forecast.summary import Summary
+    from governor.model.requests import Attempt
+    from sim.app.inputs import Inputs
+    from sim.des.engines import Engine
+    from sim.scenario.scenario import Scenario
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+CANNOT = 3
+# A single run of this many requests takes long enough to show progress.
+LONG_RUN = 50_000
+
+
+@app.command()
+@takes_options
+def simulate(
+    given: Options,
+    attempts: Annotated[
+        str | None,
+        typer.Option(metavar="FILE.csv|.parquet", help="One row per attempt, of the first run."),
+    ] = None,
+    timeline: Annotated[
+        str | None,
+        typer.Option(metavar="FILE.png", help="The first run as a picture."),
+    ] = None,
+    chrome_trace: Annotated[
+        str | None,
+        typer.Option(metavar="FILE.json", help="The first run for Perfetto: a lane per place in flight."),
+    ] = None,
+) -> None:
+    """Show what would happen under these settings.
+
+    Finish time, 429s, lost requests, and the setting that holds the batch back. With --replications, how much runs
+    differ.
+
+    Example: paceline simulate requests.jsonl --env-file .env
+    """
+    from sim.app.inputs import pool_of
+    from sim.app.outputs import check_file
+    from sim.experiment.experiment import replicate_or_keep
+    from sim.reporting import terminal as shown
+
+    check_file(attempts, "--attempts", (".csv", ".parquet"))
+    check_file(timeline, "--timeline", (".png",))
+    check_file(chrome_trace, "--chrome-trace", (".json",))
+    inputs = _inputs(given)
+    scenario = inputs.scenario
+    runs = scenario.replications or 1
+    if attempts or timeline or chrome_trace or runs == 1:
+        summary = _one_run(inputs, attempts, timeline, chrome_trace, given.engine)
+        if runs == 1:
+            text = shown.summary_text(scenario, summary, width())
+            _result(given, summary.to_json_dict(), text, inputs.notes)
+            return
+    with Progress("simulating", runs) as bar:
+        pool = pool_of(given, bar)
+        forecast, lost = replicate_or_keep(scenario, runs, pool=pool)
+    _result(
+        given, shown.forecast_json(scenario, forecast), shown.forecast_text(scenario, forecast, width()), inputs.notes
+    )
+    if lost is not None:
+        raise lost
+
+
+@app.command()
+@takes_options
+def plan(
+    given: Options,
+    out: Annotated[str, typer.Option(metavar="DIR", help="Folder for the report and the settings.")] = "out",
+    objective: Annotated[
+        Literal["makespan", "p95_latency"] | None,
+        typer.Option(help="What should become short; makespan if not given."),
+    ] = None,
+    max_throttled_per_100: Annotated[
+        float | None,
+        typer.Option(metavar="X", min=0.0, help="429s per 100 requests, at most; 1 if not given."),
+    ] = None,
+    max_lost: Annotated[
+        float | None,
+        typer.Option(metavar="P", parser=share, help="Share of requests lost, at most; 0 if not given."),
+    ] = None,
+    finish_by: FinishBy = None,
+    effort: Annotated[
+        Literal["quick", "normal", "thorough"] | None,
+        typer.Option(
+            help="How long to search: about 0.6, 3 or 12 million simulated requests, 240 runs of a larger batch, "
+            "at most 2, 10 or 60 minutes; normal if not given."
+        ),
+    ] = None,
+    prices: Annotated[
+        str | None,
+        typer.Option(metavar="FILE.yaml", help="What models cost; a dated list comes with Paceline."),
+    ] = None,
+) -> None:
+    """Find better settings, with the evidence.
+
+    Makes two recommendations: one that changes only the eight guardrail settings, and one that uses everything. The
+    folder receives the report, the settings as env files (and those of today, to go back to), and a scenario that
+    repeats the plan. Ctrl-C ends the search and prints the best settings so far.
+
+    Example: paceline plan requests.jsonl --env-file .env --finish-by 6h
+    """
+    from sim.app.inputs import pool_of
+    from sim.app.outputs import plan_json, prepared_folder
+    from sim.app.plan_command import planned
+    from sim.reporting import terminal as shown
+
+    inputs = _inputs(given)
+    scenario = inputs.scenario
+    wishes = inputs.wishes.with_given(
+        objective=objective,
+        max_throttled_per_100=max_throttled_per_100,
+        max_lost=max_lost,
+        finish_by_s=finish_by,
+        effort=effort,
+        prices=None if prices is None else os.path.abspath(prices),
+    )
+    with prepared_folder(out) as folder, Progress("planning", _runs_foreseen(scenario, wishes.effort)) as bar:
+        foreseen = _runs_foreseen(scenario, wishes.effort) * len(scenario.workload)
+        pool = pool_of(given, bar, foreseen)
+        found = planned(scenario, wishes, folder, notes=inputs.notes, pool=pool, say=bar.say)
+    command, report = found.written.command, found.written.report
+    text = f"{shown.plan_text(scenario, found.plan, width())}\n\nagain: {command}\nreport: {report}"
+    made = plan_json(scenario, wishes, found.plan, found.notes, command)
+    _result(given, made, text, found.notes)
+
+
+@app.command()
+@takes_options
+def sensitivity(
+    given: Options,
+    method: Annotated[
+        Literal["morris", "sobol"],
+        typer.Option(
+            help="Changes in the figures' own units (morris), or shares of variance (sobol, ten times the runs)."
+        ),
+    ] = "morris",
+    size: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            parser=counting(0, 65_536),
+            help="Trajectories (morris) or base samples (sobol, a power of 2) of the quantities; 0 = as many as usual.",
+        ),
+    ] = 0,
+    near: Annotated[
+        bool,
+        typer.Option("--near", help="Only quantities within two steps of these settings, not all that a plan tries."),
+    ] = False,
+    objective: Annotated[
+        Literal["makespan", "p95_latency"], typer.Option(help="What should become short.")
+    ] = "makespan",
+    figure: Annotated[str | None, typer.Option(metavar="FILE.png|.svg", help="The effects as a picture.")] = None,
+) -> None:
+    """Show which settings matter, and which can stay as they are.
+
+    How much finish time, 429s and losses change as each quantity moves, and what each alternative rule or switch would
+    change, with intervals.
+
+    Example: paceline sensitivity requests.jsonl --env-file .env
+    """
+    from sim.app.inputs import pool_of
+    from sim.app.outputs import check_file
+    from sim.app.sensitivity_command import SIZES, runs_foreseen, sensed, sensitivity_text, write_figure
+
+    check_file(figure, "--figure", (".png", ".svg"))
+    size = size or SIZES[method]
+    if size == 1:
+        raise BadSetting("--size 1 leaves no interval: write 2 or more, or 0 for as many as usual")
+    if method == "sobol" and size & (size - 1):
+        raise BadSetting(f"--size {size} is no power of 2, which --method sobol needs: write {1 << size.bit_length()}")
+    inputs = _inputs(given)
+    scenario = inputs.scenario
+    seeds = scenario.replications or 1
+    runs = runs_foreseen(scenario, method, size, seeds)
+    with Progress("moving each setting", runs) as bar:
+        foreseen = runs * len(scenario.workload)
+        pool = pool_of(given, bar, foreseen)
+        found = sensed(scenario, objective, method=method, size=size, seeds=seeds, near=near, pool=pool)
+    if figure:
+        write_figure(figure, found)
+    _result(given, found.to_json_dict(), sensitivity_text(scenario, found, width()), inputs.notes)
+
+
+@app.command()
+@takes_options
+def capacity(
+    given: Options,
+    finish_by: FinishBy = None,
+    p95_wait: Annotated[
+        float | None,
+        typer.Option(
+            metavar="30s",
+            parser=wait_s,
+            help="For steady traffic (--arrivals trace), in place of --finish-by: how long 95 % of requests may wait.",
+        ),
+    ] = None,
+    how_many: Annotated[
+        bool,
+        typer.Option("--how-many", help="How many requests like these fit under the present limits, instead."),
+    ] = False,
+    confidence: Annotated[
+        float | None,
+        typer.Option(
+            metavar="P",
+            parser=share,
+            help="Share of runs that must be in time; 0.95 if not given.",
+        ),
+    ] = None,
+    keep_settings: Annotated[
+        bool,
+        typer.Option("--keep-settings", help="Keep these settings; else they are tuned anew at each limit."),
+    ] = False,
+    tiers: Annotated[
+        str,
+        typer.Option(
+            metavar="MODEL",
+            help="Whose published tiers to try; the workload's model if not given.",
+            show_default=False,
+        ),
+    ] = "",
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="FILE.png", help="Finish time against the limit, as a picture."),
+    ] = None,
+    batch_queue: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            parser=count,
+            help="Compare with the Batch API, whose queue takes so many input tokens per model; 0 = no limit.",
+        ),
+    ] = None,
+    batch_turnaround: Annotated[
+        str | None,
+        typer.Option(
+            metavar="P50,P95",
+            help="How long it takes over one file: an assumption, nobody publishes it; 4h,20h if not given.",
+        ),
+    ] = None,
+    batch_discount: Annotated[
+        float | None,
+        typer.Option(metavar="P", parser=share, help="What it takes off the price; 50% if not given."),
+    ] = None,
+    cached_share: Annotated[
+        float | None,
+        typer.Option(
+            metavar="P", parser=share, help="Share of prompt tokens that live runs find cached; 0 if not given."
+        ),
+    ] = None,
+    prices: Annotated[
+        str | None,
+        typer.Option(metavar="FILE.yaml", help="Prices per model; those that come along if not given."),
+    ] = None,
+) -> None:
+    """Find the smallest limit or tier that meets a deadline.
+
+    Both the smallest limit of tokens per minute and the smallest published tier, with settings tuned to each. The exit
+    code is 3 if no limit is enough.
+
+    Example: paceline capacity requests.jsonl --finish-by 6h
+    """
+    from sim.app.capacity_command import Asked, answered, terms_of
+
+    asked = Asked(
+        finish_by_s=finish_by,
+        p95_wait_s=p95_wait,
+        how_many=how_many,
+        confidence=confidence,
+        retune=not keep_settings,
+        tiers=tiers,
+        picture=out,
+        batch=terms_of(batch_queue, batch_turnaround, batch_discount, cached_share),
+        prices=prices,
+    )
+    asked.check()
+    inputs = _inputs(given, fit=how_many)
+    found = answered(given, inputs, asked, width())
+    _result(given, found.found, found.text, (*inputs.notes, *found.notes))
+    if not found.enough:
+        raise typer.Exit(CANNOT)
+
+
+@app.command()
+def backtest(
+    journal: Annotated[str, typer.Argument(metavar="JOURNAL.db", help="The journal of a run.", show_default=False)],
+    provider: Annotated[
+        str | None,
+        typer.Option(
+            "--provider",
+            "--scenario",
+            metavar="TIER|FILE.yaml",
+            help="The provider to assume, or a scenario that states one; what the run's forecast assumed if not given.",
+        ),
+    ] = None,
+    tpm: Annotated[int | None, typer.Option(metavar="N", parser=counting(1), help="Its tokens per minute.")] = None,
+    out: Annotated[str | None, typer.Option(metavar="DIR", help="Folder for the comparison.")] = None,
+    replications: Annotated[
+        int,
+        typer.Option(
+            metavar="N", parser=counting(0, 10_000), help="Runs to simulate; 0 = as many as need some seconds."
+        ),
+    ] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Compare a finished run with its simulation.
+
+    The simulation is told only what the run could not know beforehand, above all the length and time of each answer.
+
+    Example: paceline backtest results.journal.db
+    """
+    from sim.validation.backtest import backtest_command
+
+    backtest_command(journal, as_json, out, provider=provider, tpm=tpm, replications=replications, width=width())
+
+
+@app.command()
+def replay(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="JOURNAL.db|LOG", help="The journal of a run, or a log of another client.", show_default=False
+        ),
+    ],
+    env_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Other settings, on top of the run's own.")
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="One other setting; may be repeated."),
+    ] = None,
+    provider: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIER|FILE.yaml",
+            help="The provider to assume; else the one that explains the run best, as believed or as learnt from it.",
+        ),
+    ] = None,
+    tpm: Annotated[int | None, typer.Option(metavar="N", min=1, help="Its tokens per minute.")] = None,
+    pairs: Annotated[
+        str | None, typer.Option(metavar="FILE.csv", help="When each request ended, and when it would have.")
+    ] = None,
+    replications: Annotated[
+        int, typer.Option(metavar="N", min=0, max=10_000, help="Runs to simulate; 0 = as many as need some seconds.")
+    ] = 0,
+    columns: Annotated[
+        str, typer.Option(metavar="ROLE=NAME,...", help="Columns of a log; a time may carry a unit: latency=took:ms.")
+    ] = "",
+    arrivals: Annotated[
+        Literal["batch", "trace"] | None,
+        typer.Option(help="Of a log: all requests there at the start, or as it says (the default where it does)."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show how a run would have gone under other settings.
+
+    The same requests meet what they met then: answers, times, faults, other users of the quota. Without other settings,
+    the run is reproduced under its own.
+
+    Example: paceline replay results.journal.db --set OPENAI_STAGGER_SECONDS=2
+    """
+    from sim.app.replay_command import ReplayOptions, replayed
+
+    options = ReplayOptions(
+        env_file=env_file,
+        assignments=assignments or (),
+        provider=provider,
+        tpm=tpm,
+        runs=replications,
+        pairs=pairs,
+        columns=columns,
+        arrivals=arrivals,
+    )
+    found, text = replayed(source, options, width())
+    _print(found, text, as_json=as_json)
+
+
+@app.command()
+def split(
+    batch: Annotated[str, typer.Argument(metavar="BATCH.jsonl", help="Requests in OpenAI's batch format.")],
+    out: Annotated[str, typer.Option(metavar="DIR", help="A new or empty folder for the files.", show_default=False)],
+    batch_queue: Annotated[
+        int,
+        typer.Option(metavar="N", parser=count, help="Input tokens that may be enqueued per model; 0 = no limit."),
+    ] = "0",  # type: ignore[assignment]
+    rest: Annotated[
+        Literal["waves", "live"],
+        typer.Option(help="What the queue cannot hold at once: further waves of files, or live.jsonl."),
+    ] = "waves",
+    live: Annotated[
+        float, typer.Option(metavar="P", parser=share, help="Share of requests that goes into live.jsonl anyway.")
+    ] = "0",  # type: ignore[assignment]
+    file_tokens: Annotated[
+        int,
+        typer.Option(
+            metavar="N", parser=count, help="Tokens assumed for each file and the like that a request only points to."
+        ),
+    ] = "5k",  # type: ignore[assignment]
+    as_json: AsJson = False,
+) -> None:
+    """Split a batch into files for the Batch API.
+
+    Each file holds one model and one endpoint, at most 50,000 lines and 200 MB; the files of one wave fit into the
+    queue together. Either all files appear, with a list of them, or none.
+
+    Example: paceline split requests.jsonl --out files --batch-queue 2m
+    """
+    from sim.reporting.batch_text import split_text
+    from sim.selection.split import split as write
+
+    found = write(batch, out, queue_tokens=batch_queue, rest=rest, live_share=live, file_tokens=file_tokens)
+    _print(found.to_json_dict(), split_text(found, width()), as_json=as_json)
+
+
+# ---------------------------------------------------------------- steps
+
+
+def _inputs(given: Options, *, fit: bool = True) -> Inputs:
+    from sim.app.inputs import read_inputs
+    from sim.des import engines
+
+    engines.checked(given.engine)
+    inputs = read_inputs(given, os.environ, fit=fit)
+    notes = engines.checked(given.engine, learns=inputs.scenario.policy.charge_rule == "learned")
+    return replace(inputs, notes=(*inputs.notes, *notes))
+
+
+def _runs_foreseen(scenario: Scenario, effort: str) -> float:
+    """About how many runs a plan will make."""
+    from sim.selection.planner import EFFORTS, LEAST_RUNS
+
+    n = len(scenario.workload)
+    return max(EFFORTS[effort], LEAST_RUNS * n) / n
+
+
+def _one_run(
+    inputs: Inputs, attempts: str | None, timeline: str | None, chrome_trace: str | None, engine: Engine
+) -> Summary:
+    """The first run's `Summary`; its attempts go into the files that are named."""
+    from sim.des.engines import simulated
+    from sim.experiment.experiment import attempt_rows, case_of
+    from sim.reporting import exports
+
+    scenario = inputs.scenario
+    n = len(scenario.workload)
+    rows: list[Attempt] = []
+    with contextlib.ExitStack() as files, Progress("simulating", n) as bar:
+        takes: list[Callable[[Attempt], Any]] = []
+        if attempts:
+            takes.append(files.enter_context(exports.attempts_file(attempts)))
+        if timeline or chrome_trace:
+            takes.append(rows.append)
+        if bar.shown and n >= LONG_RUN:
+            takes.append(lambda attempt: bar.add(attempt.attempt == 1))
+        sink = attempt_rows(scenario, lambda attempt: [take(attempt) for take in takes]) if takes else None
+        case = case_of(scenario)
+        summary = simulated(case, scenario.seed, sink, engine=engine).summary(case.grant)
+    if timeline:
+        exports.write_timeline(timeline, rows, scenario.grant())
+    if chrome_trace:
+        exports.write_chrome_trace(chrome_trace, rows)
+    return summary
+
+
+def width() -> int:
+    """Columns for text: the terminal's, or a fixed number in a pipe, so that logs look alike everywhere."""
+    return max(60, min(140, shutil.get_terminal_size((110, 24)).columns)) if sys.stdout.isatty() else 110
+
+
+def _result(given: Options, found: dict[str, Any], text: str, notes: Sequence[str]) -> None:
+    """The result on stdout, as an object or as text; what to be careful about on stderr."""
+    from sim.reporting.terminal import notes_text
+
+    if notes:
+        typer.echo(notes_text(notes, width()), err=True)
+    _print(found, text, as_json=given.json)
+
+
+def _print(found: dict[str, Any], text: str, *, as_json: bool) -> None:
+    from sim.reporting.terminal import plain
+
+    print(json.dumps(plain(found), indent=2, allow_nan=False) if as_json else text, flush=True)
