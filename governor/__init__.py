@@ -18,16 +18,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from governor.model.errors import PacelineError as PacelineError
     from governor.model.policy import Policy as Policy
+    from governor.run.governed import governed as governed
     from governor.scheduler.driver import Governor as Governor
     from governor.sharedquota.sharing import governor_from_env as governor_from_env
 
 __version__ = "0.1.0"
-__all__ = ["Governor", "PacelineError", "Policy", "__version__", "governor_from_env"]
+__all__ = ["Governor", "PacelineError", "Policy", "__version__", "governed", "governor_from_env"]
 
 _MODULES = {
     "Governor": "governor.scheduler.driver",
     "PacelineError": "governor.model.errors",
     "Policy": "governor.model.policy",
+    "governed": "governor.run.governed",
     "governor_from_env": "governor.sharedquota.sharing",
 }
 

@@ -1,6 +1,6 @@
 """Plan a batch of LLM calls before it costs anything, then run it with the settings that were simulated.
 
-    from paceline import Policy, Scenario, governor_from_env, plan, simulate
+    from paceline import Policy, Scenario, governed, plan, simulate
 
 Each name is imported when it is first asked for: `simulate`, `plan` and `Scenario` need the extra `paceline[sim]`, and
 the rest works without it.
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from governor import Governor as Governor
     from governor import PacelineError as PacelineError
     from governor import Policy as Policy
+    from governor import governed as governed
     from governor import governor_from_env as governor_from_env
     from sim import Scenario as Scenario
     from sim import compare as compare
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 _SIM = ("Scenario", "compare", "plan", "simulate")
 __all__ = ["Governor", "PacelineError", "Policy", "Scenario", "__version__", "compare"]
-__all__ += ["governor_from_env", "plan", "simulate"]
+__all__ += ["governed", "governor_from_env", "plan", "simulate"]
 
 
 def __getattr__(name: str) -> Any:

@@ -123,6 +123,7 @@ class Governor:
             self.loop = cast(asyncio.AbstractEventLoop, NoLoop())  # until it is used in one
         self.zero = self.loop.time() - start_s
         self.zero_epoch = time.time() - start_s
+        self.portal: object = None  # see `portal.portal_to`
         self.stopped = ""
         self.clock = [0.0] * len(CAUSES)
         self.clock_at = start_s
@@ -177,6 +178,10 @@ class Governor:
             raise PacelineError(f"a request of {reserve} tokens: reserve a number of tokens from 0 up")
         if law.never_fits(self.p, reserve):
             raise PacelineError(self._too_large(reserve))
+        if request is not None and self.learner is not None:
+            kind, prompt_tokens = kind_of(request)
+            found = self.learner.estimate(kind, prompt_tokens, reserve)
+            reserve = reserve if law.never_fits(self.p, found) else found
         self._sequence += 1
         return Permit(self, Job(None, self._sequence, reserve, expected, charge, 0.0), request, max_wait_s)
 
@@ -229,7 +234,7 @@ class Governor:
         self.stopped = self.stopped or why
         for job in self._waiting():
             if job.granted is not None and not job.granted.done():
-                job.granted.set_exception(PacelineError(self._no_more()))
+                job.granted.set_exception(Refused(self._no_more()))
         self._soon()
 
     def more(self) -> None:
@@ -318,6 +323,11 @@ class Governor:
         """Gives back what this process holds of a quota that it shares (`shared`); nothing where it is its own."""
 
     @property
+    def may_move(self) -> bool:
+        """Whether another event loop may take over: nothing waits, and nothing is in flight."""
+        return not (self._tasks or self._permitted or self._waiting() or self._send)
+
+    @property
     def in_flight(self) -> int:
         """Permits taken: requests that are being sent, and those that back off where the policy keeps their place."""
         return self.s.in_flight
@@ -359,7 +369,7 @@ class Governor:
         """The permit's job waits from now on; what it waits for."""
         if self.stopped:
             self._dropped(job)
-            raise PacelineError(self._no_more())
+            raise Refused(self._no_more())
         now = self.now()
         self._advance(now)
         job.submitted_s = now
@@ -376,8 +386,11 @@ class Governor:
             text = f"pool '{self.pool}' cannot send a request within {max_wait_s:g} s: answer that it is busy, or wait"
             granted.set_exception(Refused(text, max_wait_s))
 
-    def _given_back(self, job: Job, used: float, limits: tuple[Limit, ...], outcome: Outcome = Outcome.OK) -> None:
-        """The permit's request is over, and used so many tokens (-1 = unknown: the reservation stays booked)."""
+    def _given_back(self, job: Job, used: float, limits: tuple[Limit, ...], outcome: Outcome | None = None) -> None:
+        """The permit's request is over, and used so many tokens (-1 = unknown: the reservation stays booked).
+
+        `outcome`: of its answer, None where none is known of.
+        """
         now = self.now()
         self._advance(now)
         job.flying = job.holds = False
@@ -386,7 +399,7 @@ class Governor:
             self._law("settled", job.reserve, used, job.launched_s, now)
         else:
             self._law("released")
-            if outcome != Outcome.OK:
+            if outcome is not None:
                 self._law("answered", now)
         self._sync(job, limits, outcome in TURNED_AWAY, now)
         if law.answer_may_admit(self.p, self.cause):
@@ -394,24 +407,7 @@ class Governor:
 
     async def _heard(self, job: Job, request: Request | None, answer: Answer) -> bool:
         """The answer to a permit's attempt: whether it may be sent again, which is then waited for."""
-        outcome = answer.outcome
-        now = self.now()
-        row = attempt_of(job, self.pool, answer, now, "", request) if request is not None and self._shows else None
-        failure: str = ""
-        at = inf
-        if outcome == Outcome.OK or outcome in FINAL or outcome in STOPPING:
-            known = outcome == Outcome.OK and min(answer.used_prompt_tokens, answer.used_output_tokens) >= 0
-            used = float(answer.used_prompt_tokens + answer.used_output_tokens) if known else -1.0
-            self._given_back(job, used, answer.limits, outcome)
-            if outcome != Outcome.OK:
-                failure = STOPPING.get(outcome) or SPENT[outcome]
-        else:
-            spent = law.is_spent(self.p, job.attempt, answer.retry_after_s) and outcome is not Outcome.LOCAL
-            at = self._missed(job, outcome, answer.retry_after_s, answer.limits, answer.status)
-            if at == inf:
-                failure = SPENT[outcome] if spent else FailureCode.DEADLINE_EXCEEDED
-        if row is not None:
-            self._tell(self.observer.attempted, row, answer, failure)
+        at, failure = self._learnt(job, request, answer, is_last=False)
         if at < inf:
             if await self._granted(job, at):
                 return True
@@ -419,6 +415,42 @@ class Governor:
         if request is not None:
             self._tell(self.observer.ended, request, failure, answer, self.now())
         return False
+
+    def _heard_last(self, job: Job, request: Request | None, answer: Answer) -> None:
+        """The answer to a permit's attempt, after which there is no other, whatever it says."""
+        _, failure = self._learnt(job, request, answer, is_last=True)
+        if request is not None:
+            self._tell(self.observer.ended, request, failure, answer, self.now())
+
+    def _learnt(self, job: Job, request: Request | None, answer: Answer, *, is_last: bool) -> tuple[float, str]:
+        """When a permit's request may be tried again after that answer (inf = never), and its failure if not."""
+        outcome = answer.outcome
+        row = None
+        if request is not None and self._shows:
+            row = attempt_of(job, self.pool, answer, self.now(), "", request)
+        at, failure = inf, ""
+        if outcome == Outcome.OK or outcome in FINAL or outcome in STOPPING:
+            known = outcome == Outcome.OK and min(answer.used_prompt_tokens, answer.used_output_tokens) >= 0
+            used = float(answer.used_prompt_tokens + answer.used_output_tokens) if known else -1.0
+            if known and request is not None and self.learner is not None:
+                kind, prompt_tokens = kind_of(request)
+                self.learner.saw(kind, prompt_tokens, used)
+            self._given_back(job, used, answer.limits, outcome)
+            if outcome != Outcome.OK:
+                failure = STOPPING.get(outcome) or SPENT[outcome]
+        else:
+            spent = is_last or law.is_spent(self.p, job.attempt, answer.retry_after_s)
+            at = self._missed(job, outcome, answer.retry_after_s, answer.limits, answer.status)
+            if is_last and at < inf:
+                at = inf
+                self._dropped(job)
+                self._event()
+            if at == inf:
+                lost = SPENT.get(outcome, FailureCode.CONNECTION_DROPPED)
+                failure = lost if spent else FailureCode.DEADLINE_EXCEEDED
+        if row is not None:
+            self._tell(self.observer.attempted, row, answer, failure)
+        return at, failure
 
     async def _once_more(self, job: Job, outcome: Outcome, retry_after_s: float, limits: tuple[Limit, ...]) -> bool:
         """The permit's request failed so: waits until it may be sent again, or says that its attempts are spent."""
@@ -1089,6 +1121,11 @@ class Permit:
         """The number of the attempt that the permit is granted for, from 1."""
         return self._job.attempt
 
+    @property
+    def attempts_max(self) -> int:
+        """How often the policy lets a request be sent."""
+        return self._governor.p.max_attempts
+
     def used(self, tokens: float, limits: tuple[Limit, ...] = ()) -> None:
         """The request is answered and used so many tokens, prompt and output; below 0 = not known."""
         if not tokens < inf:
@@ -1101,6 +1138,17 @@ class Permit:
         See `answers.classify`. In the place of `used`, `throttled` and `failed`, for who does not tell answers apart.
         """
         return await self._governor._heard(self._job, self._request, answer)
+
+    def over(self, answer: Answer) -> None:
+        """The same where the request is not sent again, whatever came back: a stream has begun, say."""
+        if self._job.flying:
+            self._governor._heard_last(self._job, self._request, answer)
+
+    def stated(self, limits: tuple[Limit, ...]) -> None:
+        """What the answer's headers say, before the answer is over: a stream's body may take long."""
+        if self._job.flying and limits:
+            self._governor._sync(self._job, limits, False, self._governor.now())
+            self._governor._event()
 
     async def throttled(self, retry_after_s: float = -1.0, limits: tuple[Limit, ...] = ()) -> bool:
         """The request drew a 429, with that Retry-After (-1 = none): returns True when it may be sent again.

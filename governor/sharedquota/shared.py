@@ -116,6 +116,11 @@ class SharedGovernor(Governor):
         return self._member.is_in
 
     @property
+    def may_move(self) -> bool:
+        """No: its connections belong to its loop."""
+        return False
+
+    @property
     def in_flight(self) -> int:
         """Permits that this process holds."""
         return self._holds

@@ -1,0 +1,113 @@
+"""`governed(client)`: an SDK's client, the same one, whose calls the governor paces from now on.
+
+    client = governed(AsyncOpenAI())                                       # settings from the environment
+    client = governed(OpenAI(), Governor(Policy().with_(tpm_limit=450_000)))
+
+The client keeps its type, and all that it gives and raises. Its own retries are switched off: the law retries.
+
+Clients that are given no governor share one for each quota, by the settings of the environment; where
+PACELINE_REDIS_URL is set, with other processes too. A quota is an address, an organisation and a project.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from math import inf
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from governor.model.errors import PacelineError, quoted
+from governor.model.estimate import LEARNED
+from governor.model.policy import Policy
+from governor.model.pools import DEFAULT, Pool, default_pools
+from governor.provider.openai_adapter import OPENAI_URL
+from governor.provider.transport import GovernedTransport
+from governor.scheduler.driver import Governor
+from governor.scheduler.learning import Learner
+from governor.scheduler.portal import Portal, portal_to
+from governor.sharedquota.sharing import redis_url, shared_governor
+
+C = TypeVar("C")
+_LOG = logging.getLogger("governor")
+
+_lock = threading.Lock()
+_quotas: dict[Pool, Portal] = {}
+
+
+def governed(client: C, governor: Governor | Policy | None = None, *, max_wait_s: float = inf) -> C:
+    """`client`, whose calls go out when the governor lets them.
+
+    `client`: of any SDK that is built on httpx or httpx2 (AsyncOpenAI, OpenAI, AsyncAzureOpenAI, AsyncAnthropic, ...),
+    or an httpx client. `governor`: a quota that several clients may share, or its settings; by default those of the
+    environment (OPENAI_TPM_LIMIT and so on). `max_wait_s`: a call that may not be sent within so many seconds is
+    answered with a 503 instead of waiting. BadSetting for a setting that cannot be obeyed; PacelineError for a client
+    in which no httpx client is found.
+    """
+    clients = list(_http_clients(client))
+    if not clients:
+        raise PacelineError(
+            f"no httpx client in {quoted(type(client).__name__)}: give its SDK an http_client, and govern that: "
+            "governed(httpx.AsyncClient())"
+        )
+    portal, policy = _quota_of(client, governor)
+    for http in clients:
+        http._transport = _around(http._transport, portal, policy, max_wait_s)
+        for pattern, transport in http._mounts.items():
+            http._mounts[pattern] = None if transport is None else _around(transport, portal, policy, max_wait_s)
+    if hasattr(client, "max_retries"):
+        client.max_retries = 0
+    return client
+
+
+def _around(transport: Any, portal: Portal, policy: Policy, max_wait_s: float) -> GovernedTransport:
+    """A transport around another; one that is governed already is governed anew."""
+    inner = transport.inner if isinstance(transport, GovernedTransport) else transport
+    return GovernedTransport(inner, portal, policy, max_wait_s=max_wait_s)
+
+
+def _http_clients(client: object) -> Iterator[Any]:
+    """The httpx clients by which an SDK sends: itself, its `_client`, or what its configuration holds."""
+    settings = getattr(client, "sdk_configuration", None)
+    candidates = (client, getattr(client, "_client", None))
+    others = (getattr(settings, "client", None), getattr(settings, "async_client", None))
+    for each in (*candidates, *others):
+        if hasattr(each, "_transport") and hasattr(each, "_mounts"):
+            yield each
+
+
+def _quota_of(client: object, governor: Governor | Policy | None) -> tuple[Portal, Policy]:
+    if isinstance(governor, Governor):
+        return portal_to(governor), governor.policy or Policy()
+    policy = governor or Policy.from_env(os.environ)
+    pool = _pool_of(client, policy, os.environ)
+    if governor is not None:
+        return _portal_of(pool), policy
+    with _lock:
+        if pool not in _quotas:
+            _quotas[pool] = _portal_of(pool)
+        return _quotas[pool], policy
+
+
+def _pool_of(client: object, policy: Policy, environment: Mapping[str, str]) -> Pool:
+    """The quota that a client calls. That of `paceline run` in the same environment, if it is the same."""
+    (pool,) = default_pools(policy, environment)
+    address = str(getattr(client, "base_url", "") or "").rstrip("/")
+    url = "" if address == OPENAI_URL else address
+    organization, project = (_text(getattr(client, name, None)) for name in ("organization", "project"))
+    name = DEFAULT if url == pool.base_url else (urlsplit(url).hostname or DEFAULT)
+    return Pool(name=name, policy=policy, base_url=url, organization=organization, project=project)
+
+
+def _portal_of(pool: Pool) -> Portal:
+    """The way to a new governor of that quota, shared with other processes where the environment says so."""
+    if url := redis_url(os.environ):
+        return Portal(make=lambda: shared_governor(pool, url, _LOG.warning))
+    learner = Learner() if pool.policy.charge_rule == LEARNED else None
+    return portal_to(Governor(pool.policy, pool=pool.name, learner=learner, own_quota=True))
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""

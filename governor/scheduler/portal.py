@@ -1,0 +1,268 @@
+"""The way to a governor from any thread and any event loop, and across a fork.
+
+A governor works in one event loop. A program may have several, or none: threads that call a blocking client, a loop
+for each `asyncio.run`, a notebook's beside that of a library. A `Portal` says in which loop its governor is at home:
+the first that uses it, where a permit costs nothing more; or, as soon as a blocking client takes part, that of one
+background thread per process, since a thread that waits for its own loop waits for ever. What a caller from elsewhere
+asks for is done there. When the home is gone, the next caller's loop takes its place, and what had been granted in the
+old one is given back (`Governor._bind`).
+
+A quota that is shared through a store has a governor in each loop instead, each with its own connections.
+
+After a fork the child begins with what was booked and nothing in flight: the parent's permits are the parent's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import weakref
+from collections.abc import Callable, Coroutine
+from concurrent.futures import CancelledError
+from contextlib import suppress
+from math import inf
+from typing import Any, TypeVar, cast
+
+from governor.model.errors import PacelineError
+from governor.model.requests import Answer, Limit
+from governor.model.work import Work
+from governor.scheduler.driver import Governor, NoLoop, Permit
+
+T = TypeVar("T")
+Loop = asyncio.AbstractEventLoop
+# How often somebody who waits in another loop looks whether that still runs.
+LOOK_S = 0.5
+
+
+class Background:
+    """The process's background thread with an event loop, started when it is first asked for."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loop: Loop | None = None
+
+    def loop(self) -> Loop:
+        """Its loop, which runs."""
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=self._loop.run_forever, name="paceline-governor", daemon=True).start()
+            return self._loop
+
+    def is_home(self, loop: Loop) -> bool:
+        """Whether that is its loop."""
+        return loop is self._loop
+
+
+_background = Background()
+
+
+def _in_child() -> None:
+    global _background
+    _background = Background()  # the thread has stayed with the parent
+    for portal in list(_portals):
+        portal.forked()
+
+
+class Portal:
+    """The way to one quota. `make`: a governor for the loop that runs, where each loop needs one of its own.
+
+    `governor`: the one of this process. One of the two is given.
+    """
+
+    def __init__(self, governor: Governor | None = None, make: Callable[[], Governor] | None = None) -> None:
+        assert (governor is None) != (make is None)
+        self._one = governor
+        self._make = make
+        self._made: dict[Loop, Governor] = {}
+        self._home: Loop | None = None
+        self._lock = threading.Lock()
+        self._blocks = False
+        _portals.add(self)
+
+    def forked(self) -> None:
+        """This is a child process from now on."""
+        self._lock = threading.Lock()
+        self._made.clear()
+        self._home = None
+        if self._one is not None:
+            self._one.loop = cast(Loop, NoLoop())
+
+    def home(self, running: Loop | None) -> Loop:
+        """The loop in which the governor works for a caller in that loop; None = a thread that may block."""
+        with self._lock:
+            if self._one is None:
+                return running or _background.loop()
+            self._blocks = self._blocks or running is None
+            if self._home is None and self._one.loop.is_running():
+                self._home = self._one.loop  # in which it runs a batch, or to which its connections belong
+            before = self._home
+            if before is None or not _is_alive(before):
+                self._home = _background.loop() if self._blocks else running
+            elif running is None and before is _running_here():
+                # This thread runs the loop that would have to answer it.
+                self._leave(before)
+                self._home = _background.loop()
+            assert self._home is not None
+            return self._home
+
+    def _leave(self, before: Loop) -> None:
+        assert self._one is not None
+        if not self._one.may_move:
+            raise PacelineError(
+                f"a blocking call in the event loop in which the governor of pool '{self._one.pool}' is at work would "
+                "wait for ever: await an asynchronous client there, or call this one by asyncio.to_thread"
+            )
+        self._one.loop = cast(Loop, NoLoop())
+
+    def governor(self) -> Governor:
+        """The governor at work in the loop that runs."""
+        if self._one is not None:
+            return self._one
+        assert self._make is not None
+        loop = asyncio.get_running_loop()
+        if loop not in self._made:
+            with self._lock:
+                for gone in [each for each in self._made if each.is_closed()]:
+                    del self._made[gone]
+                self._made[loop] = self._make()
+        return self._made[loop]
+
+    def lease(self, work: Work, *, blocking: bool, max_wait_s: float = inf) -> Lease:
+        """A permit for that work, to be begun."""
+        return Lease(self, work, blocking, max_wait_s)
+
+
+_portals: weakref.WeakSet[Portal] = weakref.WeakSet()
+_portals_lock = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
+
+
+def portal_to(governor: Governor) -> Portal:
+    """The one portal of a governor."""
+    with _portals_lock:
+        if governor.portal is None:
+            governor.portal = Portal(governor)
+        assert isinstance(governor.portal, Portal)
+        return governor.portal
+
+
+def _running_here() -> Loop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+def _is_alive(loop: Loop) -> bool:
+    return _background.is_home(loop) or loop.is_running()
+
+
+class Lease:
+    """A permit held from anywhere: what is asked of it is done in the governor's home.
+
+    `blocking`: whoever holds it is a thread, whose coroutines here never wait for its own loop but block instead.
+    """
+
+    def __init__(self, portal: Portal, work: Work, blocking: bool, max_wait_s: float) -> None:
+        self._portal = portal
+        self._work = work
+        self._blocking = blocking
+        self._max_wait_s = max_wait_s
+        self._home: Loop
+        self._is_here = False
+        self._permit: Permit | None = None
+
+    async def begin(self) -> None:
+        """Waits until the request may be sent. Raises as `Governor.permit` does."""
+        while True:
+            running = None if self._blocking else asyncio.get_running_loop()
+            self._home = self._portal.home(running)
+            self._is_here = self._home is running
+            try:
+                return await self._done(self._begun())
+            except _Gone:
+                continue
+
+    async def _begun(self) -> None:
+        work = self._work
+        self._permit = self._portal.governor().permit(
+            work.reserve,
+            expected=work.expected,
+            charge=work.charge,
+            request=work.request,
+            max_wait_s=self._max_wait_s,
+        )
+        await self._permit.__aenter__()
+
+    async def answered(self, answer: Answer) -> bool:
+        """What came back: True when the request may be sent again, which has been waited for. See `Permit.answered`."""
+        assert self._permit is not None
+        try:
+            return await self._done(self._permit.answered(answer))
+        except _Gone:
+            return False
+
+    def over(self, answer: Answer) -> None:
+        """What came back last."""
+        if self._permit is not None:
+            self._post(self._permit.over, answer)
+
+    def stated(self, limits: tuple[Limit, ...]) -> None:
+        """What headers say of a stream that has begun."""
+        if self._permit is not None and limits:
+            self._post(self._permit.stated, limits)
+
+    def give_back(self, *, later: bool = False) -> None:
+        """Ends it. Nothing happens where it is over. `later`: not within this call, which may come at any moment."""
+        self._post(self._give_back, later=later)
+
+    def _give_back(self) -> None:
+        if self._permit is not None:
+            self._permit.give_back()
+
+    @property
+    def attempts_max(self) -> int:
+        """How often the policy lets a request be sent."""
+        assert self._permit is not None
+        return self._permit.attempts_max
+
+    def _post(self, what: Callable[..., None], *arguments: Any, later: bool = False) -> None:
+        if self._is_here and not later and self._home is _running_here():
+            what(*arguments)
+            return
+        with suppress(RuntimeError):  # a loop that is closed: see `Governor._bind`
+            self._home.call_soon_threadsafe(what, *arguments)
+
+    async def _done(self, what: Coroutine[Any, Any, T]) -> T:
+        """What is to be done in the governor's home, done there."""
+        if self._is_here:
+            return await what
+        try:
+            future = asyncio.run_coroutine_threadsafe(what, self._home)
+        except RuntimeError:
+            what.close()
+            raise _Gone from None
+        answer: Any = future if self._blocking else asyncio.wrap_future(future)
+        try:
+            while True:
+                if self._blocking:
+                    with suppress(TimeoutError, CancelledError):
+                        future.exception(LOOK_S)
+                else:
+                    await asyncio.wait([answer], timeout=LOOK_S)
+                if answer.cancelled() or not (answer.done() or _is_alive(self._home)):
+                    raise _Gone
+                if answer.done():
+                    return cast(T, answer.result())
+        except BaseException:
+            # Perhaps in the very moment of the grant.
+            future.cancel()
+            self.give_back(later=True)
+            raise
+
+
+class _Gone(Exception):  # noqa: N818
+    """The loop in which the governor was at home runs no more."""
