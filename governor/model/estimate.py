@@ -46,6 +46,8 @@ CHAT = 0
 RESPONSES = 1
 EMBEDDINGS = 2
 COMPLETIONS = 3
+# Anthropic's endpoint: governed and served, but no line of a batch file names it.
+MESSAGES = 4
 
 RULES = ("fixed", "prompt_chars4", "prompt_plus_max", "max_of", "responses", "auto")
 # How we may reserve: `learned` begins with what is declared, and goes on with what was used (see `learning`).
@@ -59,10 +61,13 @@ TOKENS_PER_IMAGE = 765
 # this side tells its length. A PDF counts its text and an image of every page, so that this is about three pages.
 TOKENS_PER_FILE = 5_000
 UNSEEN_PARTS = {
-    **dict.fromkeys(("input_file", "file"), "files"),
+    **dict.fromkeys(("input_file", "file", "document"), "files"),
     **dict.fromkeys(("input_audio", "audio"), "audio"),
     **dict.fromkeys(("input_video", "video_url", "video"), "video"),
 }
+IMAGE_PARTS = ("image_url", "input_image", "image", "computer_screenshot")
+# Fields of a part or an item whose content the model reads as text: calls of tools, code, patches, what was found.
+READ_FIELDS = ("arguments", "input", "code", "action", "operation", "results", "stdout", "stderr", "thinking")
 # The completions endpoint's default, which the chat endpoint's old charge shares.
 CAP_UNDECLARED = 16
 RESPONSES_EXTRA = 20
@@ -258,12 +263,19 @@ class _Tally:
                 self.text(part)
             elif not isinstance(part, dict):
                 raise BadInput(f"{place} holds {kind_of(part)} where a part should be")
-            elif part.get("type") in ("image_url", "input_image"):
+            elif part.get("type") in IMAGE_PARTS:
                 self.images += 1
             elif part.get("type") in UNSEEN_PARTS:
                 self.unseen.append(UNSEEN_PARTS[part["type"]])
+            elif part.get("type") == "tool_result":
+                self.content(part.get("content"), place)
             else:
                 self.text(next((part[key] for key in ("text", "refusal") if isinstance(part.get(key), str)), ""))
+                self.read_fields(part)
+
+    def read_fields(self, item: Mapping[str, Any]) -> None:
+        for name in READ_FIELDS:
+            self.unread(item.get(name) or None)
 
     def unread(self, value: object) -> None:
         """Text that the model reads but the measured charge does not count: calls of tools, schemas."""
@@ -286,6 +298,9 @@ def measured(endpoint: int, body: Mapping[str, Any], file_tokens: int = TOKENS_P
         _chat(tally, body)
     elif endpoint == RESPONSES:
         _responses(tally, body)
+    elif endpoint == MESSAGES:
+        tally.content(body.get("system"), "body.system")
+        _chat(tally, body)
     elif endpoint == EMBEDDINGS:
         if not body.get("input"):
             raise BadInput("body has no 'input'")
@@ -296,10 +311,11 @@ def measured(endpoint: int, body: Mapping[str, Any], file_tokens: int = TOKENS_P
     tools = body.get("tools") or body.get("functions") or []
     if not isinstance(tools, list):
         raise BadInput(f"body.tools is {kind_of(tools)}, not a list")
-    functions = [tool for tool in tools if isinstance(tool, dict) and tool.get("type", "function") == "function"]
+    kinds = ("function", "custom") if endpoint == MESSAGES else ("function",)
+    functions = [tool for tool in tools if isinstance(tool, dict) and tool.get("type", "function") in kinds]
     for schema in (*functions, _answer_schema(body)):
         tally.unread(schema)
-    overhead = TOKENS_PER_MESSAGE * tally.messages + TOKENS_PER_REPLY if endpoint in (CHAT, RESPONSES) else 0
+    overhead = TOKENS_PER_MESSAGE * tally.messages + TOKENS_PER_REPLY if endpoint in (CHAT, RESPONSES, MESSAGES) else 0
     assumed = CHARS_PER_TOKEN * file_tokens * len(tally.unseen)
     tally.chars += assumed
     tally.utf8 += assumed
@@ -351,8 +367,12 @@ def _responses(tally: _Tally, body: Mapping[str, Any]) -> None:
         tally.message(item.get("role"))
         if item.get("type") == "item_reference":
             tally.unseen.append("earlier responses")
-        tally.content(item.get("content", item.get("output")), f"body.input[{position}].content")
-        tally.unread(item.get("arguments"))
+        content = item.get("content", item.get("output"))
+        # What a tool gave back may be one object: a screenshot.
+        tally.content([content] if isinstance(content, dict) else content, f"body.input[{position}].content")
+        if item.get("type") == "image_generation_call":
+            tally.images += 1
+        tally.read_fields(item)
 
 
 def _texts(tally: _Tally, value: object, place: str) -> None:

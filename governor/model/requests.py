@@ -17,6 +17,7 @@ from governor.model.errors import BadInput, quoted
 from governor.model.estimate import CHAT as CHAT
 from governor.model.estimate import COMPLETIONS as COMPLETIONS
 from governor.model.estimate import EMBEDDINGS as EMBEDDINGS
+from governor.model.estimate import MESSAGES as MESSAGES
 from governor.model.estimate import RESPONSES as RESPONSES
 from governor.model.estimate import TOKENS_PER_FILE, WHOLE_MAX, kind_of, measured
 from governor.model.estimate import Sizes as Sizes
@@ -66,6 +67,8 @@ def one_list(name: str) -> BadInput:
 
 
 URLS = ("/v1/chat/completions", "/v1/responses", "/v1/embeddings", "/v1/completions")
+# Anthropic's: governed and served, but not part of OpenAI's batch format.
+MESSAGES_URL = "/v1/messages"
 
 
 def endpoint_of(url: str) -> int:

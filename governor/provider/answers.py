@@ -389,13 +389,15 @@ def _unreadable(status: int, content: dict[str, Any] | None, text: str) -> str:
 
 
 def _is_answer(content: Mapping[str, Any]) -> bool:
-    """Whether a body has the part that holds an answer: choices, a finished response's output, or embeddings."""
+    """Whether a body has the part that holds an answer: choices, a response's output, a message, embeddings."""
     choices = content.get("choices")
     if isinstance(choices, list):
         return bool(choices) and all(_is_choice(choice) for choice in choices)
     if isinstance(content.get("output"), list):
         # A response that is queued, in progress or cancelled is none yet, or never will be.
         return content.get("status") in (None, "completed", "incomplete")
+    if content.get("type") == "message":
+        return isinstance(content.get("content"), list)
     data = content.get("data")
     return isinstance(data, list) and bool(data) and all(isinstance(each, dict) for each in data)
 
@@ -411,15 +413,18 @@ def _objects(value: object) -> list[dict[str, Any]]:
 def _is_cut_off(content: Mapping[str, Any]) -> bool:
     if any(choice.get("finish_reason") == "length" for choice in _objects(content.get("choices"))):
         return True
+    if content.get("type") == "message":
+        return content.get("stop_reason") == "max_tokens"
     details = content.get("incomplete_details")
     return isinstance(details, dict) and details.get("reason") == "max_output_tokens"
 
 
 def _texts(content: Mapping[str, Any]) -> Iterator[str]:
-    """Every text of an answer that a user could read: chat and completions choices, responses' output."""
+    """Every text of an answer that a user could read: choices, responses' output, the parts of a message."""
     choices = _objects(content.get("choices"))
     messages = _objects([choice.get("message") for choice in choices])
-    for holder in (*choices, *messages, *_objects(content.get("output"))):
+    whole = [content] if content.get("type") == "message" else []
+    for holder in (*choices, *messages, *_objects(content.get("output")), *whole):
         parts = holder.get("content")
         for part in (holder, {"text": parts}, *_objects(parts)):
             yield from (str(part[key]) for key in ("text", "refusal") if isinstance(part.get(key), str))

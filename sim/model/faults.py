@@ -10,11 +10,13 @@ Example:
       - {kind: server_error, at_s: 30, for_s: 5, status: 503}
       - {kind: stall, ratio: 0.02, stall_s: 30}
       - {kind: throttled, attempts: 2}                  # the first two attempts of every request
+      - {kind: error_inside, ratio: 0.05, inside: rate_limit_exceeded}   # in the middle of a stream
 
 Times are the provider's seconds since its first request. Events are asked in their order, the first that strikes
 counts. Those at the door (throttled, slow_down, quota, overloaded, unauthorized, model_not_found) come in the place of
-an admission: nothing is charged. The others (server_error, stall, drop, truncate, malformed) strike after admission:
-the charge is taken. A forced 429 speaks of requests per minute, whatever the headers beside it show. Chance is keyed by
+an admission: nothing is charged. The others (server_error, stall, drop, truncate, malformed, error_inside) strike after
+admission: the charge is taken. `error_inside` is an error within a success: half-way through a stream, or the body
+of a 200. A forced 429 speaks of requests per minute, whatever the headers beside it show. Chance is keyed by
 request and attempt, like all chance here.
 """
 
@@ -33,7 +35,7 @@ from governor.provider.codes import QUOTA_CODES
 from sim.model.provider_config import Config, ProviderConfig, Ratio, Requests, Seconds, checked
 
 AT_THE_DOOR = ("throttled", "slow_down", "quota", "overloaded", "unauthorized", "model_not_found")
-AFTER_ADMISSION = ("server_error", "stall", "drop", "truncate", "malformed")
+AFTER_ADMISSION = ("server_error", "stall", "drop", "truncate", "malformed", "error_inside")
 EVENTS_MAX = 24
 # The purposes of `keyed` from here on belong to the events, one each.
 EVENT = 40
@@ -43,6 +45,7 @@ _BELONGS = {
     "status": ("server_error",),
     "stall_s": ("stall",),
     "code": ("quota",),
+    "inside": ("error_inside",),
     "retry_after_s": ("throttled", "slow_down", "overloaded"),
 }
 
@@ -68,6 +71,7 @@ class Event(Config):
         "drop",
         "truncate",
         "malformed",
+        "error_inside",
     ]
     at_s: float = Field(default=0.0, ge=0, le=10**9)
     for_s: float = Field(default=0.0, ge=0, le=10**9)
@@ -79,6 +83,7 @@ class Event(Config):
     stall_s: Seconds = 30.0
     retry_after_s: float = Field(default=-1.0, ge=-1, le=10**9)
     code: str = "insufficient_quota"
+    inside: Literal["server_error", "server_is_overloaded", "rate_limit_exceeded"] = "server_error"
 
     @model_validator(mode="after")
     def _belongs(self) -> Self:

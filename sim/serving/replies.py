@@ -1,11 +1,15 @@
 """What the synthetic provider answers to one request, and what it counts; `server` puts HTTP around it.
 
+The functions of `sim/model/provider.py` decide, as they stand; the forms are OpenAI's (`wire`, `streams`) or, for the
+messages endpoint, Anthropic's (`anthropic`).
+
 **Chance** is keyed by request and attempt, never streamed: the order of arrival changes nothing. A request that carries
 our own client id (`paceline-RUN-INDEX-ATTEMPT`, as `governor/provider/openai_adapter.py` sends it) draws under that
 index and attempt, exactly as row INDEX of a simulation with the same seed; any other one under a hash of its content,
 without caps, and the count of its arrivals. The answer's length is the one that `workload` assumes for want of better
 (log-normal, the median a quarter of the cap first seen), or what the header `x-paceline-output-tokens` or
 `metadata.paceline_output_tokens` says; then the cap cuts it.
+Calls of tools and JSON (`contents`) have the length that they have.
 """
 
 from __future__ import annotations
@@ -16,20 +20,22 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from governor.model.errors import BadInput
-from governor.model.estimate import CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, Sizes, charge_of, sizes_of
+from governor.model.estimate import CHAT, COMPLETIONS, EMBEDDINGS, MESSAGES, RESPONSES, Sizes, charge_of, sizes_of
 from governor.model.keyed import OUTPUT_LENGTH, keyed_uniform, normal_quantile
-from governor.model.requests import URLS
+from governor.model.requests import MESSAGES_URL, URLS
 from sim.model import provider as prov
 from sim.model.faults import Event, Trouble
 from sim.model.provider import ProviderState
 from sim.model.provider_config import ProviderConfig
 from sim.model.workload import P50_ASSUMED_MAX, P50_ASSUMED_NO_CAP, P50_OF_CAP, SIGMA_ASSUMED, TOKENS_MAX
-from sim.serving import wire
+from sim.serving import anthropic, streams, wire
+from sim.serving.contents import Content, content_of
+from sim.serving.streams import Timed
 from sim.serving.wire import Headers, Written
 
 # A policy's own estimate per run, in whose place the provider's rule `fixed` charges.
@@ -40,7 +46,16 @@ OUTPUT_HEADER = b"x-paceline-output-tokens"
 OUTPUT_METADATA = "paceline_output_tokens"
 
 _CLIENT_ID = re.compile(rb"(paceline-[0-9A-Za-z]{1,64}-([0-9]{1,15}))-([0-9]{1,9})")
-_PROMPTS = {CHAT: ("messages",), RESPONSES: ("instructions", "input"), EMBEDDINGS: ("input",), COMPLETIONS: ("prompt",)}
+PATHS = (*URLS, MESSAGES_URL)
+_PROMPTS = {
+    CHAT: ("messages",),
+    RESPONSES: ("instructions", "input"),
+    EMBEDDINGS: ("input",),
+    COMPLETIONS: ("prompt",),
+    MESSAGES: ("system", "messages"),
+}
+# The model of a stored prompt, which a request need not name.
+STORED_MODEL = "gpt-4o"
 _REFUSED = (prov.THROTTLED, prov.TOO_LARGE, prov.QUOTA, prov.SLOW_DOWN)
 
 # How a reply goes out.
@@ -60,13 +75,15 @@ class Call:
     attempt: int
     arrivals: int
     output_tokens: int
+    content: Content
 
 
 @dataclass(slots=True)
 class Reply:
     """What goes back, when (provider's seconds from admission) and how; `written`: the answer, in place of a body.
 
-    `counts`: the headers that state limits and what remains.
+    `endpoint` tells the forms. `counts`: the headers that state limits and what remains. `first_s`: when a stream
+    begins, -1 where the answer comes whole. `inside`: the code of the error that an answer turns into.
     """
 
     outcome: str
@@ -79,6 +96,35 @@ class Reply:
     charge: int = 0
     content_type: bytes = wire.JSON
     counts: Headers = field(default_factory=list)
+    endpoint: int = CHAT
+    first_s: float = -1.0
+    inside: str = ""
+
+    def whole_body(self) -> bytes:
+        """The body of an answer that comes whole, spoiled as it is to be."""
+        a, words = self.written, _words(self.endpoint)
+        if a is None:
+            return self.body
+        body = words.failure_body(a, self.inside) if self.inside else words.answer_body(a)
+        return body[: len(body) // 2] if self.outcome == "malformed" else body
+
+    def events(self) -> list[Timed]:
+        """A streamed answer as events, spoiled as they are to be: cut off, broken, or ended by an error."""
+        assert self.written is not None
+        forms = anthropic if self.endpoint == MESSAGES else streams
+        events = forms.stream_of(self.written)
+        half = events[: max(1, len(events) // 2)]
+        due, last = half[-1]
+        if self.inside:
+            return [*half, (due, forms.failure_event(self.written, self.inside, len(half)))]
+        if self.outcome == "malformed":
+            return [*half[:-1], (due, last[: len(last) // 2] + b"\n\n")]
+        return half if self.way == TRUNCATED else events
+
+
+def _words(endpoint: int) -> Any:
+    """The module whose forms an endpoint speaks."""
+    return anthropic if endpoint == MESSAGES else wire
 
 
 class Stats:
@@ -140,7 +186,7 @@ class Desk:
         count.requests += 1
         count.first_s = now if count.first_s < 0.0 else count.first_s
         count.last_s = now
-        count.endpoints[URLS[endpoint]] += 1
+        count.endpoints[PATHS[endpoint]] += 1
         count.retry_counts[headers.get(b"x-stainless-retry-count", b"none")[:8].decode("latin-1")] += 1
         count.in_flight += 1
         count.in_flight_max = max(count.in_flight_max, count.in_flight)
@@ -180,25 +226,22 @@ class Desk:
 
     def headers(self, reply: Reply, number: int) -> Headers:
         """What every reply carries: call it after `ended`."""
-        return [
-            (b"x-request-id", b"req_%032x" % number),
-            (b"openai-organization", wire.ORGANIZATION.encode()),
-            (b"openai-version", b"2020-10-01"),
-            (b"openai-processing-ms", b"%d" % (reply.service_s * 1000.0 / self.scale)),
-            *reply.counts,
-            *reply.extra,
-        ]
+        processing_s = (reply.service_s if reply.first_s < 0.0 else reply.first_s) / self.scale
+        return [*_words(reply.endpoint).own_headers(number, processing_s), *reply.counts, *reply.extra]
 
     def _counts(self, reply: Reply) -> Headers:
         """Limits and what remains of them now, where this reply states them."""
-        states = prov.states_counts(self.pp, reply.status == 429)
-        return wire.limit_headers(self.pp, self.ps, self.scale, self.config.header_names) if states else []
+        if not prov.states_counts(self.pp, reply.status == 429):
+            return []
+        write: Callable[..., Headers] = _words(reply.endpoint).limit_headers
+        return write(self.pp, self.ps, self.scale, self.config.header_names, time.time())
 
     # ------------------------------------------------------------ what comes back
 
     def decided(self, endpoint: int, headers: dict[bytes, bytes], raw: bytes, now: float) -> Reply:
         """What happens to one attempt that arrives at `now`; the provider's state is changed accordingly."""
         reply = self._decided(endpoint, headers, raw, now)
+        reply.endpoint = endpoint
         reply.counts = self._counts(reply)
         return reply
 
@@ -208,7 +251,8 @@ class Desk:
         try:
             call = self._call(endpoint, headers, raw)
         except BadInput as error:
-            return self._refusal("bad_request", wire.error_body(error.reason, "invalid_request_error"), 400)
+            body = _words(endpoint).error_body(error.reason, "invalid_request_error")
+            return self._refusal(endpoint, "bad_request", body)
         keys = now, call.request, call.attempt, call.arrivals, self.count.requests
         event = self.trouble.strikes(True, *keys)
         if event is not None:
@@ -224,10 +268,10 @@ class Desk:
         self._note_use()
         if outcome in _REFUSED:
             requested = float(charge) if d & 1 == 0 else 1.0
-            return self._refused(outcome, call.model, d, used_before, requested, wait_s)
+            return self._refused(outcome, call, d, used_before, requested, wait_s)
         self.count.charged_tokens += charge
         if outcome == prov.SERVER_ERROR:
-            return self._server_error(500, service_s)
+            return self._server_error(endpoint, 500, service_s)
         if outcome == prov.DROPPED:
             return Reply("dropped", service_s=service_s, way=DROPPED)
         reply = self._answer(call, output, charge, service_s)
@@ -242,12 +286,13 @@ class Desk:
             raise BadInput("We could not parse the JSON body of your request.") from None
         if not isinstance(body, dict):
             raise BadInput("The JSON body of a request must be an object.")
-        if body.get("stream"):
-            raise BadInput("Streaming is not supported here: leave 'stream' out.")
-        model = body.get("model")
+        model = body.get("model") or (STORED_MODEL if endpoint == RESPONSES and body.get("prompt") else None)
         if not isinstance(model, str) or not model:
             raise BadInput("you must provide a model parameter")
         sizes = sizes_of(endpoint, body)
+        if endpoint == MESSAGES and sizes.max_tokens < 1:
+            raise BadInput("max_tokens: Field required")
+        content = content_of(endpoint, headers, body)
         found = _CLIENT_ID.fullmatch(headers.get(b"x-client-request-id", b""))
         if found is not None:
             name, request, attempt = found[1], int(found[2]), int(found[3])
@@ -265,7 +310,9 @@ class Desk:
             self.count.came_again += 1
         stated = _stated_output(headers, body)
         output = 0 if endpoint == EMBEDDINGS else stated if stated >= 0 else seen[1]
-        return Call(model, body, sizes, request, attempt or seen[0], seen[0], output)
+        if content.tokens() >= 0:
+            output = sizes.n * max(1, content.tokens())
+        return Call(model, body, sizes, request, attempt or seen[0], seen[0], output, content)
 
     def _length(self, sizes: Sizes, request: int) -> int:
         """Tokens that the model would write if nothing cut it: `workload`'s assumption, row by row."""
@@ -278,7 +325,7 @@ class Desk:
     def _answer(self, call: Call, output: int, charge: int, service_s: float) -> Reply:
         sizes, body = call.sizes, call.body
         cut_off = output < call.output_tokens
-        inputs = body.get("input")
+        inputs, options = body.get("input"), body.get("stream_options")
         many = sizes.endpoint == EMBEDDINGS and isinstance(inputs, list) and not isinstance(inputs[0], int)
         written = Written(
             endpoint=sizes.endpoint,
@@ -292,8 +339,16 @@ class Desk:
             empty=cut_off and prov.cut_without_text(self.pp, self.seed, call.request),
             dimensions=_dimensions(body.get("dimensions")),
             as_base64=body.get("encoding_format") == "base64",
+            content=call.content,
+            includes_usage=isinstance(options, dict) and bool(options.get("include_usage")),
         )
-        return Reply("ok", service_s=service_s, written=written, charge=charge)
+        reply = Reply("ok", service_s=service_s, written=written, charge=charge, endpoint=sizes.endpoint)
+        if body.get("stream") and sizes.endpoint != EMBEDDINGS:
+            # The first token's share of the time, noise and stall included.
+            smooth_s = self.pp.first_token_s + self.pp.per_token_s * output
+            reply.first_s = service_s * (self.pp.first_token_s / smooth_s if smooth_s > 0.0 else 1.0)
+            reply.content_type = streams.CONTENT_TYPE
+        return reply
 
     def _note_use(self) -> None:
         """How full the limits are now, at the most so far."""
@@ -307,18 +362,21 @@ class Desk:
 
     # ------------------------------------------------------------ refusals and faults
 
-    def _refused(self, outcome: int, model: str, d: int, used: list[float], requested: float, wait_s: float) -> Reply:
+    def _refused(self, outcome: int, call: Call, d: int, used: list[float], requested: float, wait_s: float) -> Reply:
         """What the provider itself refuses; `used`: what each limit held before this attempt."""
+        endpoint = call.sizes.endpoint
+        words = _words(endpoint)
         if outcome == prov.QUOTA:
-            return self._refusal("quota", wire.quota_error())
+            return self._refusal(endpoint, "quota", words.quota_error())
         if outcome == prov.SLOW_DOWN:
-            return self._refusal("slow_down", wire.slow_down_error())
+            return self._refusal(endpoint, "slow_down", words.slow_down_error())
         limit = prov.limit_now(self.pp, self.ps, d)
         if outcome == prov.TOO_LARGE:
-            return self._refusal("too_large", wire.too_large_error(model, d, limit, requested))
-        stated_s = self._stated(wait_s)
-        reply = self._refusal("throttled", wire.rate_error(model, d, limit, used[d], requested, stated_s))
-        if self.pp.retry_after in (prov.SAYS_SECONDS, prov.SAYS_CONSTANT):
+            return self._refusal(endpoint, "too_large", words.too_large_error(call.model, d, limit, requested))
+        stated_s = words.stated_wait_s(wait_s, self.scale)
+        body = words.rate_error(call.model, d, limit, used[d], requested, stated_s)
+        reply = self._refusal(endpoint, "throttled", body)
+        if endpoint == MESSAGES or self.pp.retry_after in (prov.SAYS_SECONDS, prov.SAYS_CONSTANT):
             reply.extra += wire.retry_after(stated_s)
         if self.ms_header:
             reply.extra += wire.retry_after_ms(stated_s)
@@ -326,47 +384,48 @@ class Desk:
 
     def _refused_by(self, event: Event, call: Call, headers: dict[bytes, bytes]) -> Reply:
         """An event at the door."""
-        stated_s = self._stated(event.retry_after_s)
-        if event.kind == "throttled":
+        endpoint, kind = call.sizes.endpoint, event.kind
+        words = _words(endpoint)
+        stated_s = words.stated_wait_s(event.retry_after_s, self.scale)
+        if kind == "throttled":
             limit = max(1.0, prov.limit_now(self.pp, self.ps, prov.RPM))
-            body = wire.rate_error(call.model, prov.RPM, limit, limit, 1.0, stated_s)
-            reply = self._refusal("throttled", body)
-        elif event.kind == "slow_down":
-            reply = self._refusal("slow_down", wire.slow_down_error())
-        elif event.kind == "quota":
-            reply = self._refusal("quota", wire.quota_error(event.code))
-        elif event.kind == "overloaded":
-            reply = self._server_error(503, self.pp.refusal_s)
-        elif event.kind == "model_not_found":
-            reply = self._refusal("unauthorized", wire.unknown_model_error(call.model), 404)
+            body = words.rate_error(call.model, prov.RPM, limit, limit, 1.0, stated_s)
+        elif kind == "slow_down":
+            body = words.slow_down_error()
+        elif kind == "quota":
+            body = words.quota_error(event.code)
+        elif kind == "overloaded":
+            body = words.server_error(words.STATUS[kind])[0]
+        elif kind == "model_not_found":
+            body = words.unknown_model_error(call.model)
         else:
             key = headers.get(b"authorization", b"").removeprefix(b"Bearer ") or headers.get(b"api-key", b"")
-            reply = self._refusal("unauthorized", wire.unauthorized_error(key.decode("latin-1")), 401)
+            body = words.unauthorized_error(key.decode("latin-1"))
+        reply = self._refusal(endpoint, kind, body)
         reply.extra += wire.retry_after(stated_s)
         return reply
 
-    def _stated(self, wait_s: float) -> float:
-        """A wait as it is told to the client, -1 = none."""
-        return wire.floored_ms(wait_s / self.scale) if wait_s >= 0.0 else -1.0
+    def _refusal(self, endpoint: int, kind: str, body: bytes) -> Reply:
+        outcome = "unauthorized" if kind == "model_not_found" else kind
+        return Reply(outcome, _words(endpoint).STATUS[kind], body, service_s=self.pp.refusal_s)
 
-    def _refusal(self, outcome: str, body: bytes, status: int = 429) -> Reply:
-        return Reply(outcome, status, body, service_s=self.pp.refusal_s)
-
-    def _server_error(self, status: int, service_s: float) -> Reply:
-        body, content_type = wire.server_error(status)
-        outcome = "overloaded" if status == 503 else "server_error"
+    def _server_error(self, endpoint: int, status: int, service_s: float) -> Reply:
+        body, content_type = _words(endpoint).server_error(status)
+        outcome = "overloaded" if status in (503, 529) else "server_error"
         return Reply(outcome, status, body, service_s=service_s, content_type=content_type)
 
     def _spoiled(self, event: Event, reply: Reply) -> Reply:
         """An event after admission strikes the answer that would have come."""
         if event.kind == "server_error":
-            return self._server_error(event.status, min(reply.service_s, self.pp.first_token_s))
+            return self._server_error(reply.endpoint, event.status, min(reply.service_s, self.pp.first_token_s))
         if event.kind == "drop":
             return Reply("dropped", service_s=reply.service_s, way=DROPPED)
         if event.kind == "stall":
             reply.service_s += event.stall_s
         elif event.kind == "truncate":
             reply.outcome, reply.way = "truncated", TRUNCATED
+        elif event.kind == "error_inside":
+            reply.outcome, reply.inside = "error_inside", event.inside
         else:
             reply.outcome = "malformed"
         return reply

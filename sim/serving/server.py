@@ -1,6 +1,7 @@
-"""The synthetic provider behind real HTTP, on loopback only: OpenAI-compatible enough for the official SDK.
+"""The synthetic provider behind real HTTP, on loopback only: enough of OpenAI and Anthropic for their official SDKs.
 
-No key is checked, none is kept, and no body is.
+The ASGI app with its clock, served by uvicorn in a thread (`serve`), in a process of its own (`spawn`) or as a command
+(`run_provider`). What is answered: `replies`. No key is checked, none is kept, and no body is.
 
 **Time.** The provider's clock stands at 0 until its first request, so that limit changes, bursts and events of a faults
 file count from the start of a run. With a time scale X it runs X times as fast as the machine's: all waits are divided
@@ -9,7 +10,8 @@ openai-processing-ms) is in the client's real seconds, divided by X too, which s
 the scale. `stated_time="provider"` leaves them undivided, for a client whose own clock is sped by the same X: only
 such a client can keep a bucket of one minute's capacity that refills in 60/X seconds.
 
-**A client that hangs up** leaves its charge, and nothing is settled: as a timed-out attempt in simulation.
+**A client that hangs up** leaves its charge, and nothing is settled: as a timed-out attempt in simulation. So does
+one that closes a stream before its end.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 from urllib.request import urlopen
@@ -32,17 +34,16 @@ import uvicorn
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from governor.model.errors import BadSetting
-from governor.model.requests import URLS
 from sim.model.faults import Event, Faults, read_faults
 from sim.model.provider_config import ProviderConfig, checked
 from sim.serving import wire
-from sim.serving.replies import DROPPED, FIXED_CHARGE, TRUNCATED, Desk, Reply
+from sim.serving.replies import DROPPED, FIXED_CHARGE, PATHS, TRUNCATED, Desk, Reply
 
 HOST = "127.0.0.1"
 MODELS = ("gpt-4o", "gpt-4o-mini", "gpt-4.1", "text-embedding-3-small")
 START_S = 30.0
 
-_ENDPOINTS = {url: code for code, url in enumerate(URLS)}
+_ENDPOINTS = {url: code for code, url in enumerate(PATHS)}
 # Azure's paths: /openai/deployments/NAME/chat/completions, /openai/responses.
 _AZURE = re.compile(r"/openai(?:/deployments/[^/]+|/v1)?(/.+)")
 
@@ -128,16 +129,61 @@ class Provider:
         number = desk.came(endpoint, headers, now)
         reply = desk.decided(endpoint, headers, raw, now)
         transport = scope.get("state", {}).get("transport")
+
+        async def until(service_s: float) -> bool:
+            """Waits for that moment; whether the client is still there."""
+            await asyncio.sleep(max(0.0, arrived + service_s / self.time_scale - self.clock()))
+            return transport is None or not transport.is_closing()
+
+        def ended(hung_up: bool) -> None:
+            desk.ended(reply, hung_up, (self.clock() - zero) * self.time_scale)
+
         try:
-            await asyncio.sleep(max(0.0, arrived + reply.service_s / self.time_scale - self.clock()))
+            if reply.first_s >= 0.0 and reply.way != DROPPED:
+                await self._stream(reply, lambda: desk.headers(reply, number), until, ended, transport, send)
+                return
+            stays = await until(reply.service_s)
+            ended(not stays)
+            if stays:
+                await _write(reply, desk.headers(reply, number), transport, send)
         except asyncio.CancelledError:
             if transport is None or not transport.is_closing():
                 raise
-            return  # the server has been stopped: uvicorn need not report it as an error of the app
-        hung_up = transport is not None and transport.is_closing()
-        desk.ended(reply, hung_up, (self.clock() - zero) * self.time_scale)
-        if not hung_up:
-            await _write(reply, desk.headers(reply, number), transport, send)
+            # The server has been stopped: uvicorn need not report it as an error of the app.
+
+    async def _stream(
+        self,
+        reply: Reply,
+        headers: Callable[[], wire.Headers],
+        until: Callable[[float], Awaitable[bool]],
+        ended: Callable[[bool], None],
+        transport: asyncio.Transport | None,
+        send: Any,
+    ) -> None:
+        """Sends an answer as events, each when it is due; calls `ended` before the last, which its reader acts upon."""
+        events = reply.events()
+        span_s = reply.service_s - reply.first_s
+        stays = await until(reply.first_s)
+        if stays:
+            own = [(b"content-type", reply.content_type), (b"cache-control", b"no-cache")]
+            await send({"type": "http.response.start", "status": reply.status, "headers": own + headers()})
+        due_s = reply.first_s
+        for i, (share, event) in enumerate(events):
+            if stays and (at_s := reply.first_s + span_s * share) > due_s:
+                due_s = at_s
+                stays = await until(due_s)
+            if not stays:
+                break
+            if i == len(events) - 1:
+                ended(False)
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        if not stays:
+            ended(True)
+        elif reply.way == TRUNCATED and transport is not None:
+            transport.close()
+            await asyncio.sleep(0)
+        else:
+            await send({"type": "http.response.body", "body": b""})
 
 
 async def _write(reply: Reply, headers: wire.Headers, transport: asyncio.Transport | None, send: Any) -> None:
@@ -147,9 +193,7 @@ async def _write(reply: Reply, headers: wire.Headers, transport: asyncio.Transpo
         transport.abort()
         await asyncio.sleep(0)  # so that uvicorn knows that nobody waits for a response
         return
-    body = reply.body if reply.written is None else wire.answer_body(reply.written)
-    if reply.outcome == "malformed":
-        body = body[: len(body) // 2]
+    body = reply.whole_body()
     own = [(b"content-type", reply.content_type), (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": reply.status, "headers": own + headers})
     if reply.way == TRUNCATED and transport is not None:
@@ -377,8 +421,10 @@ def run_provider(
         options["events"] = faults.events
     provider = Provider(config, **options)
     listener = _listening(port)
-    say(f"OPENAI_BASE_URL=http://{HOST}:{listener.getsockname()[1]}/v1")
+    url = f"http://{HOST}:{listener.getsockname()[1]}"
+    say(f"OPENAI_BASE_URL={url}/v1")
     say(_described(provider))
+    say(f"ANTHROPIC_BASE_URL={url}")
     try:
         _uvicorn(provider, "critical").run(sockets=[listener])
     except KeyboardInterrupt:

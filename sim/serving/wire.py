@@ -1,7 +1,7 @@
-"""What the synthetic provider writes: bodies and headers in OpenAI's own shapes and words.
+"""Bodies and headers of the synthetic provider in OpenAI's own shapes and words, from numbers that the caller has.
 
 Formats and wordings: docs/explanation/provider.md#headers and #errors; usage and objects as the official SDK 3.54 types
-them.
+them. Streams: `streams`; Anthropic's forms: `anthropic`.
 
 Answers are put together as text rather than by a JSON encoder: a body costs microseconds, so that one core serves
 thousands of tiny answers per second. Whatever comes from a request (its model's name) passes the encoder.
@@ -15,12 +15,14 @@ import json
 import math
 import struct
 from dataclasses import dataclass
+from typing import Any
 
 from governor.model.estimate import CHAT, COMPLETIONS, RESPONSES
 from governor.provider.stated import DAY_S, MINUTE_S, duration_text, refill_reset_s
 from sim.model import provider as prov
 from sim.model import windows as win
 from sim.model.provider import ProviderParams, ProviderState
+from sim.serving.contents import PROSE, Content
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -44,7 +46,7 @@ class Written:
     """An answer to write down. `answers`: how many were asked for (embeddings: inputs); tokens are over all of them.
 
     `key` makes the answer's id: the same request gets the same id again. `empty`: cut off before any usable text.
-    `dimensions`, `as_base64`: for embeddings.
+    `dimensions`, `as_base64`: for embeddings. `content`: what it says. `includes_usage`: a stream ends with its usage.
     """
 
     endpoint: int
@@ -58,6 +60,20 @@ class Written:
     empty: bool = False
     dimensions: int = EMBEDDING_DIMENSIONS
     as_base64: bool = False
+    content: Content = PROSE
+    includes_usage: bool = False
+
+
+STATUS = {
+    "bad_request": 400,
+    "quota": 429,
+    "slow_down": 429,
+    "throttled": 429,
+    "too_large": 429,
+    "unauthorized": 401,
+    "model_not_found": 404,
+    "overloaded": 503,
+}
 
 
 def answer_body(a: Written) -> bytes:
@@ -84,33 +100,83 @@ def prose(tokens: int) -> str:
     return (_TEXT * (chars // len(_TEXT) + 1))[:chars]
 
 
+def text_of(a: Written, position: int) -> str:
+    """The text of one of several answers: what is given, as far as its tokens reach, or prose."""
+    if a.empty:
+        return ""
+    if a.content.tokens() < 0:
+        return prose(_share(a, position))
+    return (a.content.text or "")[: CHARS_PER_TOKEN * _share(a, position)]
+
+
+def _json_text(a: Written, position: int) -> str:
+    """The same in quotation marks; prose needs no escaping."""
+    text = text_of(a, position)
+    return f'"{text}"' if a.content.text is None else json.dumps(text)
+
+
+def finish_reason(a: Written) -> str:
+    """How a chat choice ended."""
+    return "length" if a.cut_off else "tool_calls" if a.content.calls else "stop"
+
+
+def call_id(a: Written, position: int, call: int) -> str:
+    """The id of a call of a tool."""
+    return f"call_{a.key:016x}{position:03d}{call:02d}"
+
+
 def _share(a: Written, position: int) -> int:
     """Tokens of one of several answers: an even split, the first ones take the rest."""
     return a.output_tokens // a.answers + (position < a.output_tokens % a.answers)
 
 
 def _chat(a: Written) -> str:
-    reason = "length" if a.cut_off else "stop"
+    reason = finish_reason(a)
+    said = _calls if reason == "tool_calls" else lambda a, i: f'"content":{_json_text(a, i)}'
     choices = ",".join(
-        f'{{"index":{i},"message":{{"role":"assistant","content":"{"" if a.empty else prose(_share(a, i))}",'
-        f'"refusal":null,"annotations":[]}},"logprobs":null,"finish_reason":"{reason}"}}'
+        f'{{"index":{i},"message":{{"role":"assistant",{said(a, i)},"refusal":null,"annotations":[]}},'
+        f'"logprobs":null,"finish_reason":"{reason}"}}'
         for i in range(a.answers)
     )
     return (
         f'{{"id":"chatcmpl-{a.key:016x}","object":"chat.completion","created":{a.created},"model":{_quoted(a.model)},'
-        f'"choices":[{choices}],"usage":{{"prompt_tokens":{a.prompt_tokens},"completion_tokens":{a.output_tokens},'
-        f'"total_tokens":{a.prompt_tokens + a.output_tokens},'
-        '"prompt_tokens_details":{"cached_tokens":0,"audio_tokens":0},'
-        f'"completion_tokens_details":{{"reasoning_tokens":{a.output_tokens if a.empty else 0},"audio_tokens":0,'
-        '"accepted_prediction_tokens":0,"rejected_prediction_tokens":0}},"service_tier":"default",'
+        f'"choices":[{choices}],"usage":{json.dumps(chat_usage(a))},"service_tier":"default",'
         '"system_fingerprint":"fp_paceline"}'
     )
+
+
+def _calls(a: Written, position: int) -> str:
+    calls = [
+        {
+            "id": call_id(a, position, k),
+            "type": "function",
+            "function": {"name": call.name, "arguments": call.arguments},
+        }
+        for k, call in enumerate(a.content.calls)
+    ]
+    return f'"content":null,"tool_calls":{json.dumps(calls)}'
+
+
+def chat_usage(a: Written) -> dict[str, Any]:
+    """What a chat answer used."""
+    return {
+        "prompt_tokens": a.prompt_tokens,
+        "completion_tokens": a.output_tokens,
+        "total_tokens": a.prompt_tokens + a.output_tokens,
+        "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
+        "completion_tokens_details": {
+            "reasoning_tokens": a.output_tokens if a.empty else 0,
+            "audio_tokens": 0,
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
+    }
 
 
 def _completion(a: Written) -> str:
     reason = "length" if a.cut_off else "stop"
     choices = ",".join(
-        f'{{"text":"{"" if a.empty else prose(_share(a, i))}","index":{i},"logprobs":null,"finish_reason":"{reason}"}}'
+        f'{{"text":{_json_text(a, i)},"index":{i},"logprobs":null,"finish_reason":"{reason}"}}'
         for i in range(a.answers)
     )
     return (
@@ -125,10 +191,23 @@ def _response(a: Written) -> str:
     if a.empty:
         # All of it went into thinking.
         output = f'{{"id":"rs_{a.key:016x}","type":"reasoning","summary":[],"status":"incomplete"}}'
+    elif a.content.calls and not a.cut_off:
+        calls = [
+            {
+                "id": f"fc_{a.key:016x}{k:02d}",
+                "type": "function_call",
+                "status": "completed",
+                "call_id": call_id(a, 0, k),
+                "name": call.name,
+                "arguments": call.arguments,
+            }
+            for k, call in enumerate(a.content.calls)
+        ]
+        output = json.dumps(calls)[1:-1]
     else:
         output = (
             f'{{"id":"msg_{a.key:016x}","type":"message","status":"{status}","role":"assistant","content":'
-            f'[{{"type":"output_text","text":"{prose(a.output_tokens)}","annotations":[],"logprobs":[]}}]}}'
+            f'[{{"type":"output_text","text":{_json_text(a, 0)},"annotations":[],"logprobs":[]}}]}}'
         )
     details = '{"reason":"max_output_tokens"}' if a.cut_off else "null"
     return (
@@ -174,6 +253,24 @@ def models_body(names: tuple[str, ...]) -> bytes:
 def error_body(message: str, kind: str, code: str | None = None, param: str | None = None) -> bytes:
     """The one shape of all errors."""
     return json.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}}).encode()
+
+
+# Errors inside an answer, by code: type and words.
+_INSIDE = {
+    "server_error": ("server_error", "The server had an error while processing your request. Sorry about that!"),
+    "server_is_overloaded": ("service_unavailable_error", "The server is currently overloaded. Please retry later."),
+    "rate_limit_exceeded": ("tokens", "Rate limit reached on tokens per min (TPM). Please try again in 1s."),
+}
+
+
+def failure_body(a: Written, code: str) -> bytes:
+    """The body of a success that is an error: one at the top, or a response that failed."""
+    kind, message = _INSIDE[code]
+    if a.endpoint != RESPONSES:
+        return error_body(message, kind, code)
+    failed = json.loads(_response(a))
+    failed |= {"status": "failed", "output": [], "usage": None, "incomplete_details": None}
+    return json.dumps({**failed, "error": {"code": code, "message": message}}).encode()
 
 
 def wait_text(wait_s: float) -> str:
@@ -282,7 +379,24 @@ def reset_s(pp: ProviderParams, ps: ProviderState, d: int) -> float:
 _PREFIXES = {"openai": "x-ratelimit-", "api_key": "x-ratelimit-api_key-", "llm_provider": "llm_provider-x-ratelimit-"}
 
 
-def limit_headers(pp: ProviderParams, ps: ProviderState, scale: float, names: str = "openai") -> Headers:
+def own_headers(number: int, processing_s: float) -> Headers:
+    """What every answer carries; `processing_s` in the client's seconds."""
+    return [
+        (b"x-request-id", b"req_%032x" % number),
+        (b"openai-organization", ORGANIZATION.encode()),
+        (b"openai-version", b"2020-10-01"),
+        (b"openai-processing-ms", b"%d" % (processing_s * 1000.0)),
+    ]
+
+
+def stated_wait_s(wait_s: float, scale: float) -> float:
+    """A wait as it is told to the client, floored to milliseconds; -1 = none."""
+    return floored_ms(wait_s / scale) if wait_s >= 0.0 else -1.0
+
+
+def limit_headers(
+    pp: ProviderParams, ps: ProviderState, scale: float, names: str = "openai", epoch_s: float = 0.0
+) -> Headers:
     """The x-ratelimit-* triples as of the last admission; resets divided by `scale`. No limit, no triple.
 
     `names`: as OpenAI has them, behind a gateway's prefix, or `plain`: x-ratelimit-limit, -remaining and -reset alone,

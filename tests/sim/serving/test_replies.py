@@ -478,7 +478,6 @@ def test_no_limit_no_header() -> None:
         b'{"model": 5, "messages": [{"role": "user", "content": "x"}]}',
         b'{"model": "gpt-4o"}',
         b'{"model": "gpt-4o", "messages": []}',
-        b'{"model": "gpt-4o", "messages": [{"role": "user", "content": "x"}], "stream": true}',
         b'{"model": "gpt-4o", "messages": [{"role": "user", "content": "x"}], "max_tokens": -3}',
         b"[" * 100_000,
         b'{"model": "\xff"}',
