@@ -28,7 +28,7 @@ from statistics import median
 from benchmarks.bench_driver import PACED, REFUSED, REPEATS, SEED, Load, held_mb, params, provider, requests
 from governor.forecast.summary import Grant
 from sim.des import compiled, engines
-from sim.des.run import Tally
+from sim.des.run import Tally, quantiles
 from sim.experiment.experiment import Case, Pool, figures_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,7 +91,7 @@ def memory(count: int) -> dict[str, float]:
     drawn, drawn_peak = held_mb(peak=False), held_mb(peak=True)
     taken, tally = timed(lambda: compiled.simulated(work, SEED))
     assert tally.completed == count, tally
-    p50, p95 = tally.latencies_s.quantiles((0.5, 0.95))
+    p50, p95 = quantiles(tally.latencies_s, (0.5, 0.95))
     assert p50 < p95
     return {
         "imported": imported,

@@ -195,7 +195,7 @@ def compare(
 def simulate_processes(
     scenario: Scenario, processes: int, *, store_rtt_s: float = 0.001, crash_at_s: float | None = None
 ) -> Shared:
-    """The batch dealt out to so many processes that share its quota through a store; what `--processes` does.
+    """The batch dealt out to so many processes that share its quota through a store.
 
     `store_rtt_s`: how far away the store is. `crash_at_s`: when the first process dies; another takes over. Needs the
     extra `redis`. BadSetting for arrivals over time: it is for a batch.

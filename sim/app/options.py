@@ -45,15 +45,6 @@ def duration_s(text: str) -> float | None:
     return seconds if 0.0 < seconds <= 1e9 else None
 
 
-def round_trip_s(text: str) -> float:
-    """Seconds of a round trip: 1ms, 500us, 0.02s; at most 10 s."""
-    found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(us|ms|s)", text.strip().lower(), re.ASCII)
-    value = float(found[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0}[found[2]] if found else -1.0
-    if not 0.0 <= value <= 10.0:
-        raise typer.BadParameter(f"{text!r} is no time from 0 to 10 s: write 1ms, 500us or 0.02s")
-    return value
-
-
 def finish_by_s(text: str, now: datetime | None = None) -> float:
     """Seconds from `now` (the clock's, if none is given) to a wanted end: a duration, or a time of day (`until_s`)."""
     try:

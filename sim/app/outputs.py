@@ -29,7 +29,6 @@ from governor.model.settings import SCENARIO as NAMED
 from sim.app.inputs import Wishes, scenario_text
 from sim.base.files import write_atomically
 from sim.experiment.results import Plan
-from sim.reporting.figure_process import Drawing
 from sim.reporting.terminal import headline, plain
 from sim.scenario.readers import save_rows
 from sim.scenario.scenario import Scenario
@@ -128,8 +127,8 @@ def plan_json(scenario: Scenario, wishes: Wishes, plan: Plan, notes: tuple[str, 
     }
 
 
-def page(scenario: Scenario, plan: Plan, folder: Path, drawing: Drawing | None = None) -> str:
-    """The report as one self-contained page. `drawing`: who has its figures under way; else they are drawn here."""
+def page(scenario: Scenario, plan: Plan, folder: Path) -> str:
+    """The report as one self-contained page."""
     # Templates take a moment to import, and only this needs them.
     from sim.reporting.report import render
 
@@ -141,7 +140,6 @@ def page(scenario: Scenario, plan: Plan, folder: Path, drawing: Drawing | None =
         provenance=scenario.provenance(),
         version=__version__,
         stress_notes=stress_notes(scenario),
-        figures=None if drawing is None else drawing.figures(plan),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ from sim.app.outputs import Written, page, write_plan
 from sim.experiment.experiment import Pool
 from sim.experiment.results import Plan
 from sim.experiment.spread import WorkersLost
-from sim.reporting.figure_process import Drawing
 from sim.reporting.terminal import plan_notes
 from sim.scenario.scenario import Scenario
 from sim.selection import planner as planning
@@ -45,28 +43,22 @@ def planned(
 
     Stopped where it is interrupted after something was found: nothing is written then.
     """
-    # Begun first: it needs as long to get ready as the search takes.
-    with contextlib.ExitStack() as stack:
-        drawing = stack.enter_context(Drawing(scenario.grant())) if pool.workers > 1 else None
-        try:
-            found = planning.plan(
-                scenario,
-                wishes.goal(),
-                effort=wishes.effort,
-                pool=pool,
-                say=say,
-                unknowns=wishes.unknowns,
-                prices=prices_of(wishes),
-                **({} if drawing is None else {"on_part": drawing.begin}),
-            )
-        except planning.Interrupted as stop:
-            said = f"{stop.so_far}; no file was written"
-            raise (WorkersLost(f"{stop.reason}; {said}") if stop.reason else Stopped(said)) from None
-        say("writing the report")
-        notes = (*notes, *plan_notes(scenario, found))
-        return Planned(
-            found, write_plan(folder, scenario, wishes, found, page(scenario, found, folder, drawing), notes), notes
+    try:
+        found = planning.plan(
+            scenario,
+            wishes.goal(),
+            effort=wishes.effort,
+            pool=pool,
+            say=say,
+            unknowns=wishes.unknowns,
+            prices=prices_of(wishes),
         )
+    except planning.Interrupted as stop:
+        said = f"{stop.so_far}; no file was written"
+        raise (WorkersLost(f"{stop.reason}; {said}") if stop.reason else Stopped(said)) from None
+    say("writing the report")
+    notes = (*notes, *plan_notes(scenario, found))
+    return Planned(found, write_plan(folder, scenario, wishes, found, page(scenario, found, folder), notes), notes)
 
 
 def prices_of(wishes: Wishes) -> Prices:

@@ -28,8 +28,8 @@ from governor.model.policy import Policy
 from governor.model.requests import CAUSES, Attempt, Outcome
 from sim.des import engines
 from sim.des.engines import Chosen, Engine, simulated, simulations
-from sim.des.run import AttemptSink, Tally
-from sim.experiment.results import Figures, Forecast, forecast_of, paired_difference
+from sim.des.run import AttemptSink, Tally, quantiles
+from sim.experiment.results import Figures, Forecast, forecast_of
 from sim.experiment.spread import Backend, WorkersLost, crew_of
 from sim.model.provider import ProviderParams
 from sim.model.provider_config import ProviderConfig
@@ -99,7 +99,7 @@ def _provider_side(provider: ProviderConfig) -> tuple[ProviderParams, Grant]:
 def figures_of(tally: Tally, grant: Grant, seed: int) -> Figures:
     """One run as numbers."""
     s = tally.summary(grant)
-    p50, p95 = tally.latencies_s.quantiles((0.5, 0.95))
+    p50, p95 = quantiles(tally.latencies_s, (0.5, 0.95))
     values = {
         "makespan_s": s.makespan_s,
         "efficiency": math.nan if s.efficiency is None else s.efficiency,
@@ -291,36 +291,3 @@ def replicate(
     case = case_of(scenario, policy)
     seeds = range(scenario.seed, scenario.seed + replications)
     return forecast_of(policy or scenario.policy, pool.run([(case, seeds)])[0])
-
-
-def replicate_until(
-    scenario: Scenario,
-    policies: Sequence[Policy],
-    *,
-    figure: str,
-    precision_ratio: float,
-    first: int,
-    most: int,
-    seed: int,
-    pool: Pool,
-) -> list[Forecast]:
-    """Forecasts of the policies under the same seeds, with replications until the paired differences are sharp enough.
-
-    Starts with `first` runs each and doubles until the half-width (95 %) of every paired difference to the first policy
-    in `figure` is at most `precision_ratio` of that policy's mean, or `most` runs are done.
-    """
-    cases = [case_of(scenario, policy) for policy in policies]
-    runs: list[list[Figures]] = [[] for _ in cases]
-    done, wanted = 0, min(first, most)
-    while True:
-        for mine, more in zip(runs, pool.run([(c, range(seed + done, seed + wanted)) for c in cases]), strict=True):
-            mine += more
-        done = wanted
-        forecasts = [forecast_of(policy, mine) for policy, mine in zip(policies, runs, strict=True)]
-        base = forecasts[0]
-        aim = precision_ratio * abs(base[figure].mean)
-        widths = [paired_difference(base, other, figure).half_width for other in forecasts[1:]]
-        widths = widths or [base[figure].half_width]
-        if done >= most or (done > 1 and all(width <= aim for width in widths)):
-            return forecasts
-        wanted = min(2 * done, most)

@@ -74,8 +74,6 @@ PLAIN_AHEAD = 0.01
 FINALISTS = 5
 
 Say = Callable[[str], None]
-OnPart = Callable[[str, Plan], None]
-"""Told as soon as what a figure of the report shows is known: its name (see `drawing`), the plan as far as it goes."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -140,10 +138,8 @@ class Planner:
         say: Say,
         unknowns: Unknowns,
         prices: Prices | None,
-        on_part: OnPart = lambda name, plan: None,
     ) -> None:
         self.scenario = scenario
-        self.on_part = on_part
         self.goal = goal
         self.unknowns = unknowns
         self.say = say
@@ -235,24 +231,17 @@ class Planner:
             answers_usd=tariff.answers_usd if tariff is not None else None,
         )
         plan = replace(plan, timelines=self._timelines(*chosen[:3]))
-        self.on_part("over_time", plan)
-        self.on_part("waits", plan)
         self._now("mapping the neighbourhood")
         plan = replace(plan, heats=evidence.heats(best.policy, budget.grid))
-        self.on_part("heats", plan)
         plan = replace(plan, points=self.searcher.points(budget.seeds))
-        self.on_part("front", plan)
         self._now("putting the settings under stress")
         stress = evidence.stress_rows(chosen)
         named = dict(zip(NAMES, (*forecasts, runner_up), strict=True))
         plan = replace(plan, stress=stress, broken=broken_limits(goal, self.stress.goal, named, stress))
-        self.on_part("stress", plan)
         self._now("drawing what is not known")
         draws = range(FRESH_DRAWS, FRESH_DRAWS + budget.fresh)
         plan = replace(plan, drawn=evidence.drawn(self.unknowns, chosen[:3], draws))
-        self.on_part("drawn", plan)
         plan = replace(plan, sensitivity=self._sensitivity(best.policy))
-        self.on_part("sensitivity", plan)
         return replace(
             plan,
             settings_tried=len(self.searcher.policies),
@@ -392,13 +381,12 @@ def plan(
     say: Say = lambda what: None,
     unknowns: Unknowns | None = None,
     prices: Prices | None = None,
-    on_part: OnPart = lambda name, plan: None,
 ) -> Plan:
     """The best settings for the scenario, with the evidence. `effort`: quick, normal or thorough.
 
     `say` is told what is going on, for a progress display. `unknowns`: ranges of what is not known, the usual ones
     if not given. With `prices`, what settings pay beyond the answers counts on the front. Interrupted (a
-    KeyboardInterrupt) says what had been found. `on_part`: see OnPart.
+    KeyboardInterrupt) says what had been found.
 
     The same scenario, goal, effort and seed give the same plan on any machine, for any number of workers, as long as
     the limit of time (`LASTS_S`) does not end the search (`out_of_time`).
@@ -411,6 +399,5 @@ def plan(
         say=say,
         unknowns=unknowns or Unknowns(),
         prices=prices,
-        on_part=on_part,
     )
     return planner.plan()
