@@ -19,8 +19,7 @@ import pytest
 
 from governor import law
 from governor.model import keyed
-from sim.des.copies import compiled
-from sim.des.packing import record_of
+from sim.des.machine import array_of, compiled
 from sim.model import provider as prov
 from tests.governor.laws import params
 
@@ -49,7 +48,7 @@ class Pair:
 
     def __init__(self, bag: Any) -> None:
         self.bag = bag
-        self.record = record_of(bag)
+        self.record = array_of(bag).view(np.recarray)[0]
 
     def differing(self, large: bool = True) -> list[str]:
         """The fields that differ in any bit; `large` ones are looked at too if asked for."""

@@ -26,8 +26,7 @@ from governor.model.errors import FailureCode
 from governor.model.policy import Policy
 from sim.des import engine
 from sim.des.engines import BESIDE, ROOT, SOURCES
-from sim.des.machine import Function, argument, function_of
-from sim.des.packing import array_of, dtype_of, places
+from sim.des.machine import array_of, dtype_of, function_of, places
 from sim.des.run import SPENT, AttemptSink, Tally, arrival_order, deciding_keys, rows_of
 from sim.model import provider as prov
 
@@ -75,10 +74,10 @@ _SEED, _REQUESTS, _FINALIZE, _FROM_TRACE, _RECORDING, _ROWS_UNTIL = (
 )
 
 _LOCK = threading.Lock()
-_LOADED: list[Function] = []
+_LOADED: list[Callable[..., int]] = []
 
 
-def _proceed() -> Function:
+def _proceed() -> Callable[..., int]:
     """The compiled event loop, loaded once per process."""
     if not _LOADED:
         with _LOCK:
@@ -144,7 +143,6 @@ class Batch:
         self.requests = len(columns)
         self.order = self._order()
         self.first = self._first()
-        self.arguments = argument(self.p), argument(self.pp), argument(self.first)
 
     def _order(self) -> NDArray[Any] | None:
         c = self.case.columns
@@ -220,33 +218,21 @@ class Runner:
         self.queue = np.zeros(SLOTS, ENTRY_OF_QUEUE)
         self.answers = np.zeros(BUFFER, ANSWERS)
         self.attempts = np.zeros(1, ENDED)
-        self.result = np.zeros(2, np.int64)
         # Records as flat arrays: copied field by field they would take a tenth of the run.
         self._s_numbers, self._ps_numbers = self.s.view(np.int64), self.ps.view(np.int64)[:_WITHOUT_LOG]
         self.run = self.state[0]
         self.whole, self.real = self.state.view(np.int64), self.state.view(np.float64)
-        self._located()
-
-    def _located(self) -> None:
-        """Where the arrays are now."""
-        self._result = self.result.ctypes.data
-        self._fixed = [argument(array) for array in (self.s, self.ps, self.state)]
-        buffers = (self.jobs, self.calendar, self.queue, self.answers, self.attempts)
-        self._buffers = tuple(number for array in buffers for number in argument(array))
 
     def simulate(self, batch: Batch, seed: int, on_attempt: AttemptSink | None = None) -> Tally:
         """A run to the end of the last request. Every request has then ended exactly once (asserted)."""
         proceed = _proceed()
         self._begin(batch, seed, on_attempt is not None)
-        # The chunk is held by its name: machine code knows its address alone.
         rows, tally, run = batch.first, Tally(), self.run
-        p, pp, chunk = batch.arguments
-        s, ps, state = self._fixed
-        while proceed(self._result, *p, *s, *pp, *ps, *state, *chunk, *self._buffers):
+        fixed = batch.p, self.s, batch.pp, self.ps, self.state
+        while proceed(*fixed, rows, self.jobs, self.calendar, self.queue, self.answers, self.attempts):
             self._emptied(tally, on_attempt)
             if run["row"] == run["rows_until"] < run["requests"]:
                 rows = batch.rows(int(run["row"]))
-                chunk = argument(rows)
                 run["rows_from"] = run["row"]
                 run["rows_until"] += len(rows)
             self._enlarged()
@@ -263,7 +249,6 @@ class Runner:
         self._ps_numbers[:] = batch.ps
         if recording and len(self.attempts) < BUFFER:
             self.attempts = np.zeros(BUFFER, ENDED)
-            self._located()
         case, whole = batch.case, self.whole
         whole[:] = BEGINNING
         whole[_SEED] = seed
@@ -276,7 +261,7 @@ class Runner:
     def _emptied(self, tally: Tally, on_attempt: AttemptSink | None) -> None:
         """What has come out goes into the tally, and attempts to whoever asked for them."""
         run, answers = self.run, self.answers
-        tally.latencies_s.extend(answers["latency_s"][: run["latencies_size"]])
+        tally.latencies_s.frombytes(answers["latency_s"][: run["latencies_size"]].tobytes())
         late = answers[: run["answered_size"]]
         if len(late):
             work = tally.work
@@ -300,7 +285,6 @@ class Runner:
             self.calendar = _twice(self.calendar)
         if 2 * run["queue_size"] >= len(self.queue):
             self.queue = _twice(self.queue)
-        self._located()
 
     def _tallied(self, tally: Tally) -> Tally:
         # Of a record's fields one by one this would take longer than the run.

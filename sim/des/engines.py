@@ -30,7 +30,7 @@ Chosen = Literal["compiled", "simpy"]
 # Seconds: SimPy's per request, and before the first request of the compiled engine, with and without machine code at
 # hand (`benchmarks/bench_engine.py` measures all three).
 SIMPY_S = 20e-6
-LOADS_S = 0.15
+LOADS_S = 0.8
 COMPILES_S = 15.0
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,7 +43,7 @@ _COMPILED = (
 )
 SOURCES = tuple(ROOT / path for path in _COMPILED)
 # What else goes into the machine code: constants, and how it is made.
-_OURS = tuple(f"sim/des/{name}.py" for name in ("run", "copies", "packing", "machine", "compiled"))
+_OURS = tuple(f"sim/des/{name}.py" for name in ("run", "machine", "compiled"))
 BESIDE = tuple(ROOT / path for path in ("governor/model/requests.py", *_OURS))
 
 NO_NUMBA = "numba is not installed: pip install 'paceline[sim]'"
@@ -62,7 +62,7 @@ def is_available() -> bool:
 
 def is_kept() -> bool:
     """Whether machine code is on the disk: then it is loaded in a moment instead of being compiled."""
-    from sim.des.cache import has_code
+    from sim.des.machine import has_code
 
     return has_code((*SOURCES, *BESIDE))
 

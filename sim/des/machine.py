@@ -1,88 +1,61 @@
-"""Machine code of one function: kept on the disk, loaded and called without numba.
+"""Compiled copies of the number-only modules, by numba, and dataclasses of numbers as the records that these read.
 
-Theory of operation. numba compiles through LLVM to an object file, and to import numba takes longer than most
-simulations do. So the object file is kept by itself: a later process gives it to LLVM's own binding (llvmlite, which
-numba brings along) and calls the function by its address. What the code needs from outside is in the C library alone,
-but for `numba_ldexp`, numba's name for C's `ldexp`. The file's name tells the processor and the compilers: on another
-machine it is not found, and its checksum tells a damaged one.
+Theory of operation. The source is not touched: each module is loaded once more from its file under another name, and
+every function in it is replaced by its `numba.njit` form before first use, so that helpers called by helpers are
+compiled too. What such a module has imported from another of them, or that module itself, is replaced by the compiled
+copy's. Functions and originals stay apart: an interpreted caller never meets a compiled function.
 
-Arguments are arrays of records, as numba passes them: for each (meminfo, parent, items, item size, data, shape,
-strides), the first two empty, since these arrays are Python's own and nothing here counts references. Before them stand
-the places for the result and for an exception; what comes back is a status, 0 = well. The call does not hold the
-interpreter's lock.
+numba keeps the machine code of the outermost function, which holds all that it calls, and does not notice a change in
+another file than that function's own. So the folder is named by a hash of all sources: an edited rule finds no folder,
+and is compiled afresh. Where they stand counts as well, because numba finds no code that was made of the same file in
+another place, and a folder that is there should mean that nothing has to be compiled. The folder stands in
+NUMBA_CACHE_DIR, else in the user's cache; where a home cannot be written, among the temporary files; where nothing can,
+there is none, and every process compiles for itself. Several processes may write at once: numba replaces whole files.
+
+A record has the dataclass's fields in their order: a whole number becomes i8, a number f8, a list of numbers an array
+of f8. So every field is made of 8-byte numbers, and a record can be read as one flat array of these.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import functools
 import hashlib
 import importlib.metadata
+import importlib.util
+import inspect
 import os
-import platform
-import secrets
+import shutil
+import stat
 import sys
-from collections.abc import Collection, Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import Any
 
 import numpy as np
-from llvmlite import binding as llvm
-from numpy.typing import NDArray
 
-from sim.des.cache import ENDING, cache_folder
+ALIAS = "compiled_copy_of_"
+# No reference is counted: the functions neither allocate nor keep an array, and their counting takes two thirds of the
+# time. Division by zero is not looked for; the interpreted form of the same function does.
+OPTIONS: dict[str, Any] = {"nogil": True, "_nrt": False}
+# Not called from Python: without the wrappers for that, they compile in two thirds of the time.
+INNER = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
-# llvmlite is not typed.
-_llvm: Any = llvm
-
-# What steers numba's code generation from outside.
-_SETTINGS = tuple(
-    f"NUMBA_{name}" for name in ("CPU_NAME", "CPU_FEATURES", "OPT", "ENABLE_AVX", "LOOP_VECTORIZE", "SLP_VECTORIZE")
-)
-_POINTER, _WHOLE = ctypes.c_void_p, ctypes.c_int64
-_PER_ARRAY = (_POINTER, _POINTER, _WHOLE, _WHOLE, _POINTER, _WHOLE, _WHOLE)
+FOLDER = "engine-"
+# Folders of other sources that are kept: another branch, another installation.
+KEPT = 4
+SETTING = "NUMBA_CACHE_DIR"
 
 
-class Code(NamedTuple):
-    """An object file, and the symbol in it that is to be called."""
-
-    symbol: str
-    data: bytes
+# ---------------------------------------------------------------- compiling
 
 
-class Function:
-    """A loaded function of so many arrays of records. Keep it as long as it may be called."""
-
-    def __init__(self, code: Code, arrays: int) -> None:
-        _llvm.initialize_native_target()
-        _llvm.initialize_native_asmprinter()
-        _llvm.add_symbol("numba_ldexp", ctypes.cast(_c_library().ldexp, ctypes.c_void_p).value)
-        machine = _llvm.Target.from_default_triple().create_target_machine(codemodel="jitdefault", jit=True)
-        self._engine = _llvm.create_mcjit_compiler(_llvm.parse_assembly(""), machine)
-        self._engine.add_object_file(_llvm.ObjectFileRef.from_data(code.data))
-        self._engine.finalize_object()
-        kind = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, *(arrays * _PER_ARRAY))
-        self._call = kind(self._engine.get_function_address(code.symbol))
-
-    def __call__(self, result: int, *arguments: int) -> int:
-        """Calls it: what it returns. `result`: address of two free 8-byte places; `arguments`: see `argument`."""
-        status: int = self._call(result, result + 8, *arguments)
-        assert status == 0, f"machine code ended with status {status}: an error that Python would have raised"
-        return ctypes.c_int64.from_address(result).value
-
-
-def argument(array: NDArray[Any]) -> tuple[int, ...]:
-    """An array as it is passed. It must be kept, and stay where it is, as long as it may be used."""
-    assert array.flags.c_contiguous, "machine code reads records one after the other"
-    size = array.itemsize
-    return 0, 0, len(array), size, array.ctypes.data, len(array), size
-
-
-def _c_library() -> Any:
-    return ctypes.CDLL("ucrtbase") if sys.platform == "win32" else ctypes.CDLL(None)
-
-
-# ---------------------------------------------------------------- from the disk, or made
+def compiled(paths: Iterable[Path], root: Path) -> dict[str, ModuleType]:
+    """Compiled copies by the original's name, for Python to call; a module comes after those that it imports."""
+    return _copies(paths, root, _njit(**OPTIONS))
 
 
 def function_of(
@@ -93,51 +66,190 @@ def function_of(
     *,
     beside: Iterable[Path] = (),
     inlined: Collection[str] = (),
-) -> tuple[Function, bool]:
+) -> tuple[Callable[..., Any], bool]:
     """The function `entry` of the last of the sources, over arrays of these records; whether its code was kept.
 
-    If not, it is compiled now, for some seconds, and kept where that is possible. `beside`: what else decides the code.
+    If not, it is compiled now, for some seconds, and kept where that is possible. `beside`: what else decides the code;
+    `inlined`: functions whose calls are replaced by their code, whatever LLVM thinks of it.
     """
+    import numba  # takes half a second, and small simulations need none of it
+
+    def inner(function: Any) -> Any:
+        if function.__name__ == entry:
+            return function
+        return _njit(**OPTIONS, **INNER, forceinline=function.__name__ in inlined)(function)
+
+    *_, module = _copies(sources, root, inner).values()
+    kinds = tuple(numba.typeof(np.zeros(1, record)) for record in records)
     folder = cache_folder((*sources, *beside))
-    path = None if folder is None else folder / file_name(entry)
-    code = None if path is None else _read(path)
-    kept = code is not None
-    if code is None:
-        # Takes half a second to import, and only this needs it.
-        from sim.des.copies import machine_code
-
-        code = machine_code(sources, root, entry, records, inlined)
-        if path is not None:
-            _write(path, code)
-    return Function(code, len(records)), kept
-
-
-def file_name(entry: str) -> str:
-    """The name of the file for this machine and these compilers."""
-    about = [importlib.metadata.version("llvmlite"), sys.platform, platform.machine(), _llvm.get_host_cpu_name()]
-    about += [_llvm.get_host_cpu_features().flatten(), *(f"{name}={os.environ.get(name)}" for name in _SETTINGS)]
-    return f"{entry}-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}{ENDING}"
-
-
-def _read(path: Path) -> Code | None:
-    """What is kept there; None where nothing is, or nothing sound."""
+    config: Any = numba.config
+    before = config.CACHE_DIR
     try:
-        checksum, symbol, data = path.read_bytes().split(b"\n", 2)
-    except (OSError, ValueError):
-        return None
-    if hashlib.sha256(symbol + data).hexdigest().encode() != checksum:
-        return None
-    return Code(symbol.decode(), data)
+        config.CACHE_DIR = str(folder or "")
+        function: Any = _njit(cache=folder is not None, **OPTIONS)(getattr(module, entry))
+    finally:
+        config.CACHE_DIR = before
+    try:
+        function.compile(kinds)
+    except Exception:
+        if folder is None:
+            raise
+        # What is kept there may be damaged: it is made anew, and where that fails too, it says why.
+        shutil.rmtree(folder, ignore_errors=True)
+        function.compile(kinds)
+    return function, bool(function.stats.cache_hits)
 
 
-def _write(path: Path, code: Code) -> None:
-    """Keeps the code; several processes may do so at once. Where it cannot be kept, the next process makes it anew."""
-    symbol = code.symbol.encode()
-    checksum = hashlib.sha256(symbol + code.data).hexdigest().encode()
-    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+def _njit(**options: Any) -> Any:
+    import numba  # as above
+
+    njit: Any = numba.njit
+    return njit(**options)
+
+
+def _copies(paths: Iterable[Path], root: Path, compiling: Callable[[Any], Any]) -> dict[str, ModuleType]:
+    copies: dict[str, ModuleType] = {}
+    for path in paths:
+        name = ".".join(path.relative_to(root).with_suffix("").parts)
+        copies[name] = _copy(name, path, copies, compiling)
+    return copies
+
+
+def _copy(name: str, path: Path, copies: dict[str, ModuleType], compiling: Callable[[Any], Any]) -> ModuleType:
+    alias = ALIAS + name.replace(".", "_")
+    spec = importlib.util.spec_from_file_location(alias, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Registered before it runs: dataclasses look their own module up, and numba's cache does.
+    sys.modules[alias] = module
+    spec.loader.exec_module(module)
+    for attribute, value in list(vars(module).items()):
+        if inspect.ismodule(value) and value.__name__ in copies:
+            setattr(module, attribute, copies[value.__name__])
+        elif inspect.isfunction(value) and value.__module__ in copies:
+            setattr(module, attribute, getattr(copies[value.__module__], attribute))
+        elif inspect.isfunction(value) and value.__module__ == alias:
+            setattr(module, attribute, compiling(value))
+    return module
+
+
+# ---------------------------------------------------------------- the folder
+
+
+def folder_name(sources: Iterable[Path]) -> str:
+    """The folder's name: what the sources say and where they stand, compiled by this numba."""
+    digest = hashlib.sha256(importlib.metadata.version("numba").encode())
+    for path in sources:
+        digest.update(os.fsencode(path.absolute()))
+        digest.update(path.read_bytes())
+    return FOLDER + digest.hexdigest()[:16]
+
+
+def has_code(sources: Iterable[Path]) -> bool:
+    """Whether machine code of these sources is there."""
+    name = folder_name(sources)
+    return any(next((parent / name).glob("*/*.nbc"), None) is not None for parent in parents())
+
+
+def cache_folder(sources: Iterable[Path]) -> Path | None:
+    """The folder for machine code of these sources, made if need be; None where nothing can be written.
+
+    Of folders of other sources those used last are left, the others are removed.
+    """
+    name = folder_name(sources)
+    for parent in parents():
+        folder = parent / name
+        if _usable(folder):
+            _prune(folder)
+            return folder
+    return None
+
+
+def parents() -> Iterator[Path]:
+    """Where the folder may stand, in order of preference."""
+    from platformdirs import user_cache_path
+
+    if os.environ.get(SETTING):
+        yield Path(os.environ[SETTING])
+    with contextlib.suppress(RuntimeError, OSError):
+        yield user_cache_path("paceline", appauthor=False)
+    yield Path(tempfile.gettempdir()) / f"paceline-{getattr(os, 'getuid', int)()}"
+
+
+def _usable(folder: Path) -> bool:
+    """Whether the folder is there, can be written to, and by nobody else: code of somebody else's is not run."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+        if hasattr(os, "getuid") and (found.st_uid != os.getuid() or found.st_mode & stat.S_IWOTH):
+            return False
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        os.utime(folder)
+    except OSError:
+        return False
+    return True
+
+
+def _prune(mine: Path) -> None:
     with contextlib.suppress(OSError):
-        try:
-            unfinished.write_bytes(b"\n".join([checksum, symbol, code.data]))
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        others = [folder for folder in mine.parent.glob(FOLDER + "*") if folder != mine and folder.is_dir()]
+        others.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
+        for folder in others[KEPT:]:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+# ---------------------------------------------------------------- records
+
+
+def dtype_of(bag: Any) -> np.dtype[Any]:
+    """The record type with the fields of a dataclass instance, in their order: i8, f8, or arrays of f8 for lists."""
+    kind: Any = type(bag)
+    return _dtype(kind, _shapes(values_of(bag)))
+
+
+def array_of(bag: Any, dtype: np.dtype[Any] | None = None) -> np.ndarray[Any, Any]:
+    """An array of one record that holds what the dataclass instance holds; of its own record type if none is given."""
+    values = values_of(bag)
+    kind: Any = type(bag)
+    rows = np.empty(1, _dtype(kind, _shapes(values)) if dtype is None else dtype)
+    rows[0] = values
+    return rows
+
+
+def places(dtype: np.dtype[Any]) -> dict[str, slice]:
+    """Where each field stands in a record that is read as one flat array of 8-byte numbers."""
+    found = {}
+    assert dtype.fields is not None
+    for name, (kind, offset, *_) in dtype.fields.items():
+        found[name] = slice(offset // 8, (offset + kind.itemsize) // 8)
+    return found
+
+
+def values_of(bag: Any) -> tuple[Any, ...]:
+    """The values of a dataclass instance, in order of its fields."""
+    kind: Any = type(bag)
+    return tuple([getattr(bag, name) for name in _names(kind)])
+
+
+@functools.cache
+def _names(kind: Any) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(kind))
+
+
+def _shapes(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What decides the record's type: the length of each list, the type of each number."""
+    return tuple([len(value) if type(value) is list else type(value) for value in values])
+
+
+@functools.cache
+def _dtype(kind: Any, shapes: tuple[Any, ...]) -> np.dtype[Any]:
+    # A batch is run thousands of times: making the type anew each time took as long as the run.
+    columns: list[tuple[Any, ...]] = []
+    for name, shape in zip(_names(kind), shapes, strict=True):
+        if isinstance(shape, int):
+            columns.append((name, np.float64, (shape,)))
+        else:
+            columns.append((name, np.int64 if issubclass(shape, int) else np.float64))
+    return np.dtype(columns)
