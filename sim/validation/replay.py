@@ -245,6 +245,11 @@ class Stage:
         coupled = coupled and not self.is_log
         return [self._run(rewrite, r, coupled=coupled, delays=self.delays) for r in range(runs)]
 
+    def predictions(self, runs: int) -> list[Rerun]:
+        """The run as it might have been predicted, had its answers, times and faults been known: launch by launch late
+        as any, and refused as the provider's model says."""
+        return [self._run(None, r, coupled=False, delays={}) for r in range(runs)]
+
     def as_it_was(self) -> Rerun:
         """What was recorded."""
         lesson, record = self.lesson, self.lesson.record
