@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from math import inf
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
+from weakref import WeakSet
 
 from governor.model.errors import PacelineError, quoted
 from governor.model.estimate import LEARNED
@@ -29,8 +30,11 @@ from governor.scheduler.driver import Governor
 from governor.scheduler.learning import Learner
 from governor.scheduler.portal import Portal, portal_to
 from governor.sharedquota.sharing import redis_url, shared_governor
+from governor.telemetry.metrics import process_metrics
+from governor.telemetry.watch import Together
 
 C = TypeVar("C")
+MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
 _LOG = logging.getLogger("governor")
 
 _lock = threading.Lock()
@@ -80,7 +84,10 @@ def _http_clients(client: object) -> Iterator[Any]:
 
 def _quota_of(client: object, governor: Governor | Policy | None) -> tuple[Portal, Policy]:
     if isinstance(governor, Governor):
-        return portal_to(governor), governor.policy or Policy()
+        portal = portal_to(governor)
+        with _lock:
+            _count(portal, governor.pool, governor)
+        return portal, governor.policy or Policy()
     policy = governor or Policy.from_env(os.environ)
     pool = _pool_of(client, policy, os.environ)
     if governor is not None:
@@ -104,9 +111,36 @@ def _pool_of(client: object, policy: Policy, environment: Mapping[str, str]) -> 
 def _portal_of(pool: Pool) -> Portal:
     """The way to a new governor of that quota, shared with other processes where the environment says so."""
     if url := redis_url(os.environ):
-        return Portal(make=lambda: shared_governor(pool, url, _LOG.warning))
+
+        def make() -> Governor:
+            governor = shared_governor(pool, url, _LOG.warning)
+            _count(portal, pool.name, governor)
+            return governor
+
+        portal = Portal(make=make)
+        return portal
     learner = Learner() if pool.policy.charge_rule == LEARNED else None
-    return portal_to(Governor(pool.policy, pool=pool.name, learner=learner, own_quota=True))
+    governor = Governor(pool.policy, pool=pool.name, learner=learner, own_quota=True)
+    portal = portal_to(governor)
+    _count(portal, pool.name, governor)
+    return portal
+
+
+_counted: WeakSet[Governor] = WeakSet()
+
+
+def _count(portal: Portal, pool: str, governor: Governor) -> None:
+    """The process's metrics show this governor from now on."""
+    if governor in _counted:
+        return
+    _counted.add(governor)
+    metrics = process_metrics()
+    metrics.watch(pool, governor)
+    observer = metrics.observer(pool)
+    observer.began(governor)
+    governor.observe(Together([governor.observer, observer]))
+    if os.environ.get(MULTIPROCESS):
+        portal.heard = lambda: metrics.refresh(pool)
 
 
 def _text(value: object) -> str:

@@ -159,6 +159,12 @@ class Governor:
 
     # ------------------------------------------------------------ from outside
 
+    def observe(self, observer: Observer) -> None:
+        """Tells that observer from now on, in the place of the one before (see `Together`)."""
+        self.observer = observer
+        self._tells = observer.hears_decisions
+        self._shows = type(observer).attempted is not Observer.attempted
+
     def permit(
         self,
         reserve: float,

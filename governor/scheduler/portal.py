@@ -79,6 +79,8 @@ class Portal:
         self._home: Loop | None = None
         self._lock = threading.Lock()
         self._blocks = False
+        # Told in the governor's home when a permit was granted or has come back.
+        self.heard: Callable[[], None] = lambda: None
         _portals.add(self)
 
     def forked(self) -> None:
@@ -196,19 +198,32 @@ class Lease:
             max_wait_s=self._max_wait_s,
         )
         await self._permit.__aenter__()
+        self._portal.heard()
 
     async def answered(self, answer: Answer) -> bool:
         """What came back: True when the request may be sent again, which has been waited for. See `Permit.answered`."""
         assert self._permit is not None
         try:
-            return await self._done(self._permit.answered(answer))
+            return await self._done(self._answered(answer))
         except _Gone:
             return False
+
+    async def _answered(self, answer: Answer) -> bool:
+        assert self._permit is not None
+        try:
+            return await self._permit.answered(answer)
+        finally:
+            self._portal.heard()
 
     def over(self, answer: Answer) -> None:
         """What came back last."""
         if self._permit is not None:
-            self._post(self._permit.over, answer)
+            self._post(self._over, answer)
+
+    def _over(self, answer: Answer) -> None:
+        assert self._permit is not None
+        self._permit.over(answer)
+        self._portal.heard()
 
     def stated(self, limits: tuple[Limit, ...]) -> None:
         """What headers say of a stream that has begun."""
@@ -222,6 +237,7 @@ class Lease:
     def _give_back(self) -> None:
         if self._permit is not None:
             self._permit.give_back()
+            self._portal.heard()
 
     @property
     def attempts_max(self) -> int:

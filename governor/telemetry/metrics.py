@@ -18,13 +18,17 @@ stand beside them, with one.
     paceline_answer_seconds                      histogram of launch to answer, by pool
 
 The two gauges are read from the law's state at the moment of a scrape, so no lost event can leave them wrong. Labels
-are names of pools, causes and outcomes: no request, prompt or key is ever in them. The registry is our own, so that a
-program that embeds a governor keeps its metrics to itself.
+are names of pools, causes and outcomes: no request, prompt or key is ever in them.
+
+A run has a registry of its own. Governed clients (`process_metrics`) count in the process's default registry, beside
+the program's own metrics; where PROMETHEUS_MULTIPROC_DIR is set (several workers of gunicorn or uvicorn) the gauges are
+also written whenever they change (`refresh`), since other processes read files and ask no function.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 import time
@@ -33,8 +37,10 @@ from typing import Any, Protocol, Self
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
+from weakref import WeakSet
 
 from prometheus_client import (
+    REGISTRY,
     CollectorRegistry,
     Counter,
     Gauge,
@@ -53,6 +59,7 @@ from governor.model.work import Observer, PoolState
 from governor.telemetry.watch import OutageWatch
 
 HOST = "127.0.0.1"
+_LOG = logging.getLogger("governor")
 VENDOR = "openai"
 THROTTLES = (Outcome.THROTTLED, Outcome.SLOW_DOWN)
 SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 900.0, 3_600.0, 14_400.0)
@@ -83,13 +90,22 @@ class _Registry(CollectorRegistry):
 class Metrics:
     """All metrics of this process. One `observer` for each pool; `watch` its governor while it runs."""
 
-    def __init__(self) -> None:
-        self.registry = _Registry()
-        self._live: dict[str, Live] = {}
-        r = self.registry
-        self._active = Gauge("contestra_openai_active_concurrency", "Requests in flight, all pools", registry=r)
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        r = self.registry = registry or _Registry()
+        self._live: dict[str, WeakSet[Live]] = {}
+        self._active = Gauge(
+            "contestra_openai_active_concurrency",
+            "Requests in flight, all pools",
+            registry=r,
+            multiprocess_mode="livesum",
+        )
         self._active.set_function(lambda: float(sum(live.in_flight for live in self._all_live())))
-        self._slot = Gauge("contestra_openai_next_slot_epoch", "Next launch slot, seconds since 1970", registry=r)
+        self._slot = Gauge(
+            "contestra_openai_next_slot_epoch",
+            "Next launch slot, seconds since 1970",
+            registry=r,
+            multiprocess_mode="livemax",
+        )
         self._slot.set_function(self._next_slot_epoch)
         # The client adds `_total` to the names of counters.
         self.stagger_delays = Counter(
@@ -103,9 +119,15 @@ class Metrics:
         )
         # Shown from the start, as 0: a dashboard cannot tell a name that is missing from one that never counted.
         self.rate_limit_events.labels(VENDOR)
-        self.in_flight = Gauge("paceline_in_flight", "Requests in flight", ["pool"], registry=r)
+        self.in_flight = Gauge(
+            "paceline_in_flight", "Requests in flight", ["pool"], registry=r, multiprocess_mode="livesum"
+        )
         self.outage_since = Gauge(
-            "paceline_outage_since_epoch", "Since when nothing is answered, 0 = no outage", ["pool"], registry=r
+            "paceline_outage_since_epoch",
+            "Since when nothing is answered, 0 = no outage",
+            ["pool"],
+            registry=r,
+            multiprocess_mode="livemax",
         )
         self.attempts = Counter("paceline_attempts", "Attempts that ended", ["pool", "outcome"], registry=r)
         self.requests = Counter("paceline_requests", "Requests that ended", ["pool", "result"], registry=r)
@@ -120,7 +142,7 @@ class Metrics:
 
     def _all_live(self) -> tuple[Live, ...]:
         # A copy: a scrape runs in a thread of its own.
-        return tuple(self._live.values())
+        return tuple(live for pool in tuple(self._live.values()) for live in tuple(pool))
 
     def _next_slot_epoch(self) -> float:
         return min((live.next_slot_epoch for live in self._all_live() if live.next_slot_epoch > 0.0), default=0.0)
@@ -130,14 +152,21 @@ class Metrics:
         return PoolMetrics(self, pool, vendor)
 
     def watch(self, pool: str, governor: Live) -> None:
-        """From now on the gauges show this governor; call `unwatch` when its run is over."""
-        self._live[pool] = governor
+        """From now on the gauges show this governor too; call `unwatch` when its run is over."""
+        self._live.setdefault(pool, WeakSet()).add(governor)
 
     def shown(self, pool: str) -> None:
         """From now on the pool has its own gauge of what is in flight: 0 while nobody watches it."""
-        self.in_flight.labels(pool).set_function(
-            lambda: float(live.in_flight) if (live := self._live.get(pool)) is not None else 0.0
-        )
+        self.in_flight.labels(pool).set_function(lambda: self._in_flight(pool))
+
+    def _in_flight(self, pool: str) -> float:
+        return float(sum(live.in_flight for live in tuple(self._live.get(pool, ()))))
+
+    def refresh(self, pool: str) -> None:
+        """Writes the gauges down, for other processes to read."""
+        self._active.set(sum(live.in_flight for live in self._all_live()))
+        self._slot.set(self._next_slot_epoch())
+        self.in_flight.labels(pool).set(self._in_flight(pool))
 
     def unwatch(self, pool: str) -> None:
         """The pool is idle: nothing in flight, no slot booked."""
@@ -168,6 +197,26 @@ class Metrics:
             write_to_textfile(name, self.registry)
         except OSError as error:
             raise BadInput(f"the metrics cannot be written: {error.strerror or error}", name) from None
+
+
+_process: Metrics | None = None
+_process_lock = threading.Lock()
+
+
+def process_metrics() -> Metrics:
+    """The metrics in the process's default registry, made when they are first asked for.
+
+    In a registry of their own where the program has metrics of these names already, which is said in the log.
+    """
+    global _process
+    with _process_lock:
+        if _process is None:
+            try:
+                _process = Metrics(REGISTRY)
+            except ValueError as error:
+                _LOG.warning("the metrics of governed clients are not in the default registry: %s", error)
+                _process = Metrics()
+        return _process
 
 
 class Endpoint:

@@ -12,7 +12,8 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from governor import Governor, Policy, governed
-from governor.model.requests import Outcome
+from governor.model.requests import Answer, Attempt, Outcome
+from governor.model.work import Observer
 from tests.live import WAIT_S
 from tests.strangers import Reply, Stranger, chat, chat_stream, error, event, stranger
 
@@ -35,16 +36,14 @@ def quiet(governor: Governor) -> None:
     assert governor.may_move
 
 
-class Told:
-    """What a governor's observer heard of attempts: outcomes, and the tokens used."""
+class Told(Observer):
+    """What is heard of attempts: outcomes, and the tokens used."""
 
-    def __init__(self, governor: Governor) -> None:
+    def __init__(self) -> None:
         self.outcomes: list[Outcome] = []
         self.used: list[tuple[int, int]] = []
-        governor.observer.attempted = self._attempted  # type: ignore[method-assign]
-        governor._shows = True
 
-    def _attempted(self, attempt: Any, answer: Any, failure: str) -> None:
+    def attempted(self, attempt: Attempt, answer: Answer, failure: str) -> None:
         self.outcomes.append(answer.outcome)
         self.used.append((answer.used_prompt_tokens, answer.used_output_tokens))
 
@@ -60,8 +59,8 @@ def asked(server: Stranger, governor: Governor, **more: Any) -> Any:
 
 
 def test_a_throttled_call_is_tried_again_by_the_law_and_ends_as_the_client_knows_it() -> None:
-    governor = Governor(QUICK)
-    told = Told(governor)
+    told = Told()
+    governor = Governor(QUICK, observer=told)
     with stranger(script(error(429, "slow down", "rate_limit_exceeded"), error(500, "oops"), chat("hello"))) as server:
         answer = asked(server, governor)
     assert type(answer).__name__ == "ChatCompletion"
@@ -98,8 +97,8 @@ def test_retries_of_a_wrapper_add_up_and_do_not_multiply() -> None:
 
 
 def test_a_stream_is_passed_on_chunk_by_chunk_and_ends_the_permit_when_it_ends() -> None:
-    governor = Governor(QUICK)
-    told = Told(governor)
+    told = Told()
+    governor = Governor(QUICK, observer=told)
     seen = threading.Event()
 
     def rest() -> bytes:
@@ -124,8 +123,8 @@ def test_a_stream_is_passed_on_chunk_by_chunk_and_ends_the_permit_when_it_ends()
 
 
 def test_a_stream_without_usage_is_estimated_by_what_was_read() -> None:
-    governor = Governor(QUICK)
-    told = Told(governor)
+    told = Told()
+    governor = Governor(QUICK, observer=told)
     with stranger(script((200, {}, chat_stream("x" * 400, "y" * 40)))) as server:
         client = governed(OpenAI(api_key="k", base_url=server.base_url), governor)
         with client:

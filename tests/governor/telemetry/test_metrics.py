@@ -170,9 +170,9 @@ class Slot:
 def test_dashboards_see_totals_over_pools() -> None:
     metrics = Metrics()
     first, second = metrics.observer("main"), metrics.observer("europe", vendor="azure")
-    metrics.watch("main", Slot(3, 1_000.0))
-    metrics.watch("europe", Slot(4, 900.0))
-    metrics.watch("fresh", Slot(0, 0.0))
+    live = {"main": Slot(3, 1_000.0), "europe": Slot(4, 900.0), "fresh": Slot(0, 0.0)}
+    for pool, slot in live.items():
+        metrics.watch(pool, slot)
     for observer in (first, second, second):
         observer.deferred(law.STAGGER)
         throttled = Attempt(
