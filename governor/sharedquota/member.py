@@ -34,6 +34,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Protocol
 
 import msgpack
@@ -45,10 +46,12 @@ from governor.model.timeline import ServerClock, server_s
 from governor.sharedquota.quota import (
     CALL,
     FORMAT,
+    FORMAT_NAME,
     HEAD,
     LEAVE,
     REPRICE,
     SERVER_BYTES,
+    Batch,
     Call,
     Decided,
     Event,
@@ -229,6 +232,7 @@ class Member:
         self._task: asyncio.Task[None] | None = None
         self._working: list[asyncio.Task[None]] = []
         self._was_in = False
+        self._mustered_at = -inf, -inf  # when this process first and last met the others, since it was in the pool
         self._faults = 0
         self._whys: set[str] = set()  # why the store is away; each reason is told once
         self._leaving = False
@@ -294,7 +298,8 @@ class Member:
                 await self._both()
                 return
             except _EnterError:
-                self.is_in = False
+                # A client whose wait for news was cancelled has closed its connection.
+                self.is_in, server = False, None
             except Exception as error:
                 self.is_in, server = False, None
                 if not self._survives(error):
@@ -345,10 +350,12 @@ class Member:
     async def _listens(self, entry: int) -> None:
         while True:
             for each in await self._store.news(entry):
-                if each:
-                    self._hear(News.decoded(each))
+                try:
+                    news = News.decoded(each)
+                except (TypeError, ValueError):
+                    self._due.set()  # the bell, which is empty: the image is gone; or nothing of ours
                 else:
-                    self._due.set()  # somebody rings: the image is gone
+                    self._hear(news)
 
     def _hear(self, news: News) -> None:
         self._told += 1
@@ -389,11 +396,11 @@ class Member:
             if image is None:
                 raise _EnterError
             try:
-                batches = [tuple(msgpack.unpackb(each)) for each in reading.inbox]
+                batches = [each for each in map(_batch, reading.inbox) if each is not None]
                 is_ours = self._takes_over(image, reading.image)
                 if join is None and not (is_ours and self._has_missed_nothing(image, batches)):
                     raise _EnterError
-                if is_ours and not batches and not image.is_due(now) and not image.lapsed(leases, now):
+                if is_ours and not reading.inbox and not image.is_due(now) and not image.lapsed(leases, now):
                     self._host.heard(image)
                     self._faults = 0
                     return
@@ -407,7 +414,7 @@ class Member:
                 self._suspect = reading.image[: HEAD.size]
                 raise
             known, asked_at = self._newest, self._loop.time()
-            late = await self._replace(head, image, len(batches), decided, params, before)
+            late = await self._replace(head, image, len(reading.inbox), decided, params, before)
             if late is None:
                 self._faults = 0
                 return
@@ -532,6 +539,7 @@ class Member:
 
     def _entered(self) -> None:
         self.is_in = self._was_in = True
+        self._mustered_at = -inf, -inf
         if self._leaving:
             self.post([LEAVE])
         if self._whys:
@@ -552,14 +560,19 @@ class Member:
             self._away(f"{self._store.place} has lost the state of this pool, which is put together again")
         record = msgpack.packb([FORMAT, self._join().packed(), known.encoded() if known is not None else b""])
         mustered: set[str] = set()
-        began_at = self._loop.time()
+        here_at = self._loop.time()
+        began_at, last_at = self._mustered_at
+        # A muster that a lost connection interrupts goes on: it must end however often that happens.
+        if last_at < here_at - GATHER_S * self.clock.scale:
+            began_at = here_at
         while True:
             asked_at = self._loop.time()
+            self._mustered_at = began_at, asked_at
             reading, records = await self._store.muster(record, doubted, removes=not is_foreign)
             now = self.clock.heard(reading.server_us, asked_at, self._loop.time())
             if not records:
                 return
-            began_ms = int(records.pop(""))
+            began_ms = _number(records.pop("", b""), reading.server_us // 1000)
             mustered |= set(records)
             entries = {name: found for name, each in records.items() if (found := _record(each)) is not None}
             others = [name for name, until in self._leases(reading).items() if until >= now and name not in entries]
@@ -568,11 +581,12 @@ class Member:
                     "another version of Paceline shares this pool: wait for its processes, or end them"
                 )
             images = [image for _, image in entries.values() if image is not None]
-            here_s = (asked_at - began_at) / self.clock.scale
-            waited_s = max((reading.server_us / 1000 - began_ms) / 1000, here_s)
-            is_begun = not images and not doubted and server.up_s >= MUSTER_S and here_s >= BEGIN_S
-            is_complete = _complete(images, entries) and mustered == set(records) and here_s >= GATHER_S
-            if is_complete or is_begun or waited_s >= MUSTER_S:
+            here_s, whole_s = ((asked_at - at) / self.clock.scale for at in (here_at, began_at))
+            are_all_here = mustered == set(records)
+            is_calm = are_all_here and here_s >= (BEGIN_S if began_at == here_at else GATHER_S)
+            is_begun = not images and not doubted and server.up_s >= MUSTER_S and is_calm
+            is_complete = _complete(images, entries) and are_all_here and whole_s >= GATHER_S
+            if is_complete or is_begun or max(whole_s, (reading.server_us / 1000 - began_ms) / 1000) >= MUSTER_S:
                 joins = {name: entry for name, (entry, _) in entries.items()}
                 best = newest(images) or begun(joins, now)
                 params, before = best.p, numbers_of((best.s,))
@@ -583,8 +597,11 @@ class Member:
                     now,
                     self._lease_s * self.clock.scale,
                     chance=int.from_bytes(os.urandom(4)),
-                    # Where an image was there, whoever still lives may know of launches that are in none.
-                    absent=len(entries) < len(records) or bool(doubted and others),
+                    # Others may know of launches that are in no image: another version, or whoever still lives where
+                    # an image was there; or where there was none, whoever has begun the pool and lost it at once.
+                    absent=any(map(_is_foreign, records.values()))
+                    or bool(doubted and others)
+                    or not (images or is_begun or here_s >= GATHER_S),
                 )
                 await self._replace(reading.image[: HEAD.size], image, -1, decided, params, before)
                 return
@@ -596,13 +613,35 @@ def packed_params(params: Params) -> tuple[float, ...]:
     return numbers_of((params,))
 
 
+def _batch(data: bytes) -> Batch | None:
+    """A batch of the inbox; None for what no process has written."""
+    try:
+        name, first, events = msgpack.unpackb(data)
+        return (name, int(first), events) if isinstance(name, str) and isinstance(events, list) else None
+    except (TypeError, ValueError):
+        return None
+
+
 def _record(data: bytes) -> tuple[Join, Image | None] | None:
-    """A record of the muster; None for one that another version of Paceline has left."""
+    """A record of the muster; None for one that another version of Paceline has left, and for what nobody has."""
     try:
         found, packed, image = msgpack.unpackb(data)
         return (Join(*packed[1:]), Image.decoded(image) if image else None) if found == FORMAT else None
     except (TypeError, ValueError):
         return None
+
+
+def _is_foreign(data: bytes) -> bool:
+    """Whether another version of Paceline has left this record."""
+    try:
+        found = msgpack.unpackb(data)[0]
+    except (TypeError, ValueError, LookupError):
+        return False
+    return isinstance(found, str) and found != FORMAT and found.startswith(FORMAT_NAME)
+
+
+def _number(data: bytes, otherwise: int) -> int:
+    return int(data) if data.isdigit() else otherwise
 
 
 def _complete(images: list[Image], entries: dict[str, Any]) -> bool:

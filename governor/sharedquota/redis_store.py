@@ -34,9 +34,19 @@ BELLS = 100
 CONNECT_S = 5.0
 ANSWER_S = 10.0
 BLOCK_S = 20.0
+# No lease of ours is beyond this, in milliseconds since 1970: the year 2286.
+LEASE_MAX = 1e13
 
-# What a reading returns: time, image, inbox and leases, in one moment.
+# Each script begins by removing whatever of another type lies under a key of the pool, since it would fail for as long
+# as that is there. `read` returns time, image, inbox and leases, in one moment.
 _READ = """
+local types = {'string', 'list', 'zset', 'hash', 'list'}
+for i, key in ipairs(KEYS) do
+  local found = redis.call('TYPE', key).ok
+  if found ~= 'none' and found ~= (types[i] or 'list') then
+    redis.call('DEL', key)
+  end
+end
 local function read(now)
   local leases = redis.call('ZRANGE', KEYS[3], 0, -1, 'WITHSCORES')
   return {now[1], now[2], redis.call('GET', KEYS[1]) or '', redis.call('LRANGE', KEYS[2], 0, -1), leases}
@@ -96,6 +106,10 @@ return {{read(now), redis.call('HGETALL', KEYS[4])}}
 # What a user has to mend; anything else that it says means that the store cannot be had right now.
 REFUSED = (broken.AuthenticationError, broken.AuthorizationError, broken.NoPermissionError)
 MISTAKES = ("unknown command", "DB index is out of range", "wrong number of arguments", "invalid DB index")
+
+
+class _WrongTypeError(Exception):
+    """Something that is not ours lies under one of our keys."""
 
 
 class RedisStore:
@@ -186,12 +200,10 @@ class RedisStore:
         except (broken.RedisError, OSError, TimeoutError) as error:
             self._at = None  # the next attempt goes to the address that was configured
             text = str(error) or type(error).__name__
+            if text.startswith("WRONGTYPE"):
+                raise _WrongTypeError from None
             if any(each in text for each in MISTAKES):
                 raise PacelineError(f"{self.place}: {text}") from None
-            if "WRONGTYPE" in text and self._client is not None:
-                with contextlib.suppress(broken.RedisError, OSError, TimeoutError):
-                    await self._client.delete(*self._keys)
-                text = "something else lay under the keys of this pool, and was removed"
             raise StoreLostError(text) from None
 
     async def _run(self, script: str, keys: Sequence[str], *arguments: object) -> Any:
@@ -225,7 +237,7 @@ class RedisStore:
         """See `member.Store`."""
         arguments = self._server, self._owner, self._lease_ms, record, NEWS_KEPT_S, doubted, int(removes)
         answer, pairs = await self._run(_MUSTER, self._keys, *arguments)
-        names = [name.decode() for name in pairs[::2]]
+        names = [name.decode(errors="replace") for name in pairs[::2]]
         return _reading(answer), dict(zip(names, pairs[1::2], strict=True))
 
     async def news(self, entry: int) -> list[bytes]:
@@ -233,10 +245,15 @@ class RedisStore:
         client = self._blocking
         assert client is not None
         key = self._list(self._owner, entry)
-        first = await self._called(client.blpop([key, self._keys[4]], BLOCK_S))
-        if first is None:
-            return []
-        more = await self._called(client.lpop(key, 1000))
+        try:
+            first = await self._called(client.blpop([key, self._keys[4]], BLOCK_S))
+            if first is None:
+                return []
+            more = await self._called(client.lpop(key, 1000))
+        except _WrongTypeError:
+            # What was lost with it is noticed in the turn that the empty news brings on.
+            await self._called(client.delete(key, self._keys[4]))
+            return [b""]
         return [first[1], *(more or [])]
 
     def _list(self, owner: str, entry: int) -> str:
@@ -245,8 +262,8 @@ class RedisStore:
 
 def _reading(answer: Any) -> Reading:
     seconds, microseconds, image, inbox, leases = answer
-    names = [name.decode() for name in leases[::2]]
-    until = dict(zip(names, (int(float(score)) for score in leases[1::2]), strict=True))
+    names = [name.decode(errors="replace") for name in leases[::2]]
+    until = dict(zip(names, (int(min(max(float(score), 0.0), LEASE_MAX)) for score in leases[1::2]), strict=True))
     return Reading(int(seconds) * 1_000_000 + int(microseconds), image, inbox, until)
 
 

@@ -21,7 +21,7 @@ from governor.model.lawcalls import BEGAN, numbers_of, result_of
 from governor.model.timeline import EPOCH_S
 from governor.model.work import Observer
 from governor.sharedquota import member
-from governor.sharedquota.member import LEASE_S, StoreLostError
+from governor.sharedquota.member import LEASE_S, Server, StoreLostError
 from governor.sharedquota.quota import FORMAT_NAME, HEAD, Image
 from governor.sharedquota.shared import AHEAD, SharedGovernor
 from sim.app.shared_quota import Shelf, Shelved
@@ -357,10 +357,11 @@ def whole_after(
     """Runs so many processes while something happens: no request is lost or doubled, and the quota never exceeded."""
     logs = [Log() for _ in range(processes)]
     lost = rest.pop("lost", lambda i: frozenset())
+    made = rest.pop("made", lambda pool, owner: _brittle(pool, owner, lost(len(pool.stores))))
     limit_s = rest.pop("limit_s", 120.0 + 90.0 * processes * requests * RESERVE / TPM)
 
     async def main(pool: Pool) -> None:
-        pool.made = lambda owner: _brittle(pool, owner, lost(len(pool.stores)))
+        pool.made = lambda owner: made(pool, owner)
         governors = [pool.governor(quiet(**TIGHT | rest), log, seed=i) for i, log in enumerate(logs)]
         beside = happens(pool, governors)
         async with asyncio.timeout(limit_s), asyncio.TaskGroup() as group:
@@ -418,12 +419,6 @@ def test_any_message_may_be_lost_with_its_connection(processes: int) -> None:
         whole_after(processes, 6, nothing, lost=lambda i, n=n: frozenset([n] if i == 0 else []))
 
 
-def test_connections_of_all_break_again_and_again(seed: int) -> None:
-    rng = random.Random(seed)
-    for _ in range(3):
-        whole_after(8, 8, nothing, lost=lambda i: frozenset(rng.sample(range(1, 300), 20)))
-
-
 def every(period_s: float, spoil: Callable[[Shelf], None]) -> Callable[[Pool, list[SharedGovernor]], Awaitable[None]]:
     async def spoils(pool: Pool, governors: list[SharedGovernor]) -> None:
         while True:
@@ -465,25 +460,74 @@ def _part(shelf: Shelf, rng: random.Random, spoiled: bytes | None) -> None:
             shelf.tell(key, spoiled)
 
 
-@pytest.mark.parametrize("processes", [1, 8])
-def test_evicted_parts_are_put_together_again(processes: int, seed: int) -> None:
-    rng = random.Random(seed)
-    for _ in range(2):
-        whole_after(
-            processes,
-            40 // processes,
-            every(rng.uniform(0.3, 2.0), lambda shelf: _part(shelf, rng, None)),
-            limit_s=2_000.0,
-        )
+class Haunted(Shelved):
+    """A way to the shelf on which any message may be lost with its connection, and anything that is kept be spoilt."""
+
+    rng: random.Random
+    loss: float
+    spoil: float
+
+    async def _on_the_way(self) -> None:
+        await super()._on_the_way()
+        if self.rng.random() < self.spoil:
+            texts = [None, b"garbage", b"\xc1" * 100, b"", b"\x93\xa1a\x01\x91\x92\x02\x05", self.rng.randbytes(300)]
+            _part(self._shelf, self.rng, self.rng.choice(texts))
+        if self.rng.random() < self.loss:
+            raise StoreLostError("the connection was reset")
 
 
-@pytest.mark.parametrize("processes", [1, 8])
-def test_garbage_anywhere_ends_no_run(processes: int, seed: int) -> None:
+@pytest.mark.parametrize(
+    ("processes", "loss", "spoil", "rounds"),
+    [
+        (1, 0.0, 0.5, 3),
+        (1, 0.2, 0.3, 3),
+        (8, 0.0, 0.05, 1),
+        (8, 0.02, 0.02, 1),
+        pytest.param(1, 0.2, 0.5, 200, marks=pytest.mark.long),
+        pytest.param(2, 0.1, 0.2, 50, marks=pytest.mark.long),
+        pytest.param(8, 0.05, 0.1, 10, marks=pytest.mark.long),
+        pytest.param(8, 0.1, 0.5, 5, marks=pytest.mark.long),
+    ],
+)
+def test_whatever_is_spoilt_or_lost_at_any_message_every_run_ends(
+    processes: int, loss: float, spoil: float, rounds: int, seed: int
+) -> None:
     rng = random.Random(seed)
-    texts = [b"garbage", b"\xc1" * 100, b"", b"\x93\xa1a\x01\x91\x92\x02\x05", rng.randbytes(300)]
-    for _ in range(2):
-        spoils = every(rng.uniform(1.0, 4.0), lambda shelf: _part(shelf, rng, rng.choice(texts)))
-        whole_after(processes, 40 // processes, spoils, limit_s=2_000.0)
+
+    def made(pool: Pool, owner: str) -> Haunted:
+        store = Haunted(pool.shelf, owner)
+        store.rng, store.loss, store.spoil = rng, loss, spoil
+        return store
+
+    for _ in range(rounds):
+        whole_after(processes, 40 // processes, nothing, made=made, limit_s=20_000.0)
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+def test_a_store_that_is_emptied_while_all_connections_break_twice_a_second_ends_nothing(processes: int) -> None:
+    """No muster of one connection lasts as long as others are waited for."""
+    broken: set[Shelved] = set()
+    stores: list[Shelved] = []
+
+    class Cut(Shelved):
+        async def connect(self) -> Server:
+            broken.discard(self)
+            return await super().connect()
+
+        async def _on_the_way(self) -> None:
+            await super()._on_the_way()
+            if self in broken:
+                raise StoreLostError("the connection was reset")
+
+    def made(pool: Pool, owner: str) -> Shelved:
+        stores.append(Cut(pool.shelf, owner))
+        return stores[-1]
+
+    def spoil(shelf: Shelf) -> None:
+        broken.update(stores)
+        shelf.flush()
+
+    whole_after(processes, 40 // processes, every(0.5, spoil), made=made)
 
 
 def test_an_older_image_is_not_believed() -> None:
