@@ -31,9 +31,10 @@ import numpy as np
 from governor.model.policy import Policy
 from sim.experiment.experiment import Pool, replicate
 from sim.experiment.results import Estimate, Forecast, Plan, estimate, forecast_of
-from sim.experiment.runs import Condition, Runs
+from sim.experiment.runs import Runs
 from sim.model.provider_config import ProviderConfig
 from sim.scenario.scenario import ModelSource, Scenario
+from sim.scenario.stress import Condition
 from sim.selection.planner import FRESH_SEEDS, plan
 from sim.selection.search import Goal
 from sim.selection.space import full_space

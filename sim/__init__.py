@@ -40,7 +40,8 @@ __all__ = [
     "simulate_processes",
 ]
 
-_MODULES = {"Scenario": "sim.scenario.scenario", **dict.fromkeys(set(__all__) - {"Scenario"}, "sim.app.api")}
+# `given` brings along the reader of requests.
+_MODULES = {"Scenario": "sim.app.given", **dict.fromkeys(set(__all__) - {"Scenario"}, "sim.app.api")}
 
 
 def __getattr__(name: str) -> Any:

@@ -201,6 +201,39 @@ def test_the_provider_is_sans_io() -> None:
     complain([f"line {line} imports {name}" for name, line in imports(path) if name.split(".")[0] in SANS_IO])
 
 
+def imports_of(path: Path, names: set[str]) -> set[str]:
+    """Our modules that a module imports, inside functions too, but not for type checkers alone."""
+    found: set[str] = set()
+
+    def look(node: ast.AST) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+                continue
+            if isinstance(child, ast.Import):
+                found.update(alias.name for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                assert not child.level, f"{path}: a relative import"
+                found.update(f"{child.module}.{alias.name}" for alias in child.names)
+                found.add(child.module or "")
+            look(child)
+
+    look(ast.parse(path.read_text(encoding="utf-8")))
+    return found & names
+
+
+def test_no_cycle_between_modules() -> None:
+    """Also by imports inside functions: those are for optional extras and the time of a start, never for a cycle.
+
+    What is left after modules that import none of the rest are taken away, again and again, is a cycle.
+    """
+    paths = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in modules()}
+    left = {name: imports_of(path, set(paths)) - {name} for name, path in paths.items()}
+    while free := [name for name, imported in left.items() if not imported & set(left)]:
+        for name in free:
+            del left[name]
+    assert not left, {name: sorted(imported & set(left)) for name, imported in left.items()}
+
+
 def test_third_party_imports_are_declared_where_they_are_used() -> None:
     base, simulation = names(declared()), names(declared("sim"))
     faults = []

@@ -22,7 +22,7 @@ import pytest
 
 from governor.model.errors import BadSetting
 from governor.model.policy import Policy
-from governor.model.pools import REDIS_URL
+from governor.model.pools import REDIS_URL, checked_redis_url
 from governor.model.requests import Answer
 from governor.model.work import Job
 from governor.run.scaledloop import ScaledLoop
@@ -30,7 +30,7 @@ from governor.scheduler.driver import Governor
 from governor.sharedquota import redis_store as store
 from governor.sharedquota.redis_store import in_redis
 from governor.sharedquota.shared import SharedGovernor
-from governor.sharedquota.sharing import checked_redis_url, governor_from_env
+from governor.sharedquota.sharing import governor_from_env
 from tests.governor.desks import OK, Log, works
 from tests.live import WAIT_S, Cli, batch, check_whole, run_args, shared_cli
 from tests.servers import TLS, Dropper, RedisServer, TlsRelay, free_port, redis_server

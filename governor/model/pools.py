@@ -289,3 +289,16 @@ def check_own_quota(environment: Mapping[str, str]) -> None:
             "which shares it, or with own_quota=True",
             REDIS_URL,
         )
+
+
+def checked_redis_url(url: str) -> str:
+    """The URL; BadSetting where it is none of Redis. What it holds is never repeated: a password may be in it."""
+    try:
+        parts = urlsplit(url)
+        is_sound = parts.scheme in ("redis", "rediss") and bool(parts.hostname) and parts.port != 0
+        is_sound = is_sound and (parts.path.strip("/") or "0").isdecimal()
+    except ValueError:
+        is_sound = False
+    if not is_sound:
+        raise BadSetting(f"{REDIS_URL} is no address of Redis: write redis://HOST:6379/0, rediss:// for TLS", REDIS_URL)
+    return url

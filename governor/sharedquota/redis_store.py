@@ -21,10 +21,9 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from governor.model.errors import BadSetting, PacelineError
-from governor.model.pools import REDIS_URL
+from governor.model.pools import REDIS_URL, checked_redis_url
 from governor.sharedquota.member import LEASE_S, Reading, Server, StoreLostError
 from governor.sharedquota.quota import HEAD, SERVER_BYTES
-from governor.sharedquota.sharing import checked_redis_url
 
 # How long a pool that nobody uses is remembered: longer than the longest window, a day. News that nobody fetches.
 KEPT_S = 2 * 86_400

@@ -10,10 +10,9 @@ import importlib.util
 import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from governor.model.errors import BadSetting
-from governor.model.pools import REDIS_URL
+from governor.model.pools import REDIS_URL, checked_redis_url
 
 if TYPE_CHECKING:
     from governor.model.pools import Pool
@@ -32,19 +31,6 @@ def redis_url(environment: Mapping[str, str]) -> str:
         if any(importlib.util.find_spec(name) is None for name in EXTRA):
             text = f"{REDIS_URL} is set, and sharing a quota needs paceline[redis]: pip install 'paceline[redis]'"
             raise BadSetting(text, REDIS_URL)
-    return url
-
-
-def checked_redis_url(url: str) -> str:
-    """The URL; BadSetting where it is none of Redis. What it holds is never repeated: a password may be in it."""
-    try:
-        parts = urlsplit(url)
-        is_sound = parts.scheme in ("redis", "rediss") and bool(parts.hostname) and parts.port != 0
-        is_sound = is_sound and (parts.path.strip("/") or "0").isdecimal()
-    except ValueError:
-        is_sound = False
-    if not is_sound:
-        raise BadSetting(f"{REDIS_URL} is no address of Redis: write redis://HOST:6379/0, rediss:// for TLS", REDIS_URL)
     return url
 
 

@@ -46,10 +46,10 @@ def calibrate(
     Example: paceline calibrate results.journal.db --out mine.yaml
     """
     try:
-        from sim.app.inputs import named_provider
         from sim.calibration import calibrate as cal
         from sim.reporting.figures_calibrate import write_figure
         from sim.scenario.columns import parse_columns
+        from sim.scenario.scenario_file import named_provider
     except ImportError as error:
         raise PacelineError(f"{NEEDS_SIM} ({error.name} is missing)") from None
     path = Path(out)

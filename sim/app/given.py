@@ -8,9 +8,8 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, Protocol, TypedDict
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -23,45 +22,11 @@ from sim.app.inputs import read_inputs
 from sim.app.options import Options
 from sim.model.provider_config import ProviderConfig
 from sim.scenario.readers import Source
-from sim.scenario.scenario import Scenario, made_policy, made_provider, plain_number
+from sim.scenario.scenario import Scenario, made_policy, made_provider, plain_number, reads_with
+from sim.scenario.scenario_file import Reading, Requests
 
 
-class Reading(TypedDict, total=False):
-    """How rows, settings and a provider are read where a program names them: what the command line's options say.
-
-    `env_file`: today's settings, of several files the later wins; the process's environment is never looked at. `tpm`,
-    `rpm`: what the provider grants per minute (0 = no limit); the settings' own limits follow unless they are named.
-    `provider_charge`: its charge rule, `provider_settles`: whether real use replaces the charge. `latency`: a measured
-    model's name, or "S,S" for seconds to the first token and per token. `columns`: role -> column of a trace (prompt,
-    output, arrival, max_tokens, latency, id, model). `outputs_from`: old results, for the answers' lengths;
-    `output_tokens`: their P50 and P95. `max_tokens`: the output cap that every row of a trace declares, -1 = none.
-    `first`: so many rows only. `file_tokens`:
-    assumed for each file and the like that a request only points to.
-    """
-
-    env_file: str | Path | Sequence[str | Path] | None
-    tpm: int | None
-    rpm: int | None
-    provider_charge: Literal["auto", "prompt_chars4", "prompt_plus_max", "max_of", "responses", "fixed"] | None
-    provider_settles: bool | None
-    latency: str | None
-    columns: Mapping[str, str] | None
-    outputs_from: str | Path | None
-    output_tokens: tuple[float, float] | None
-    max_tokens: int | None
-    first: int
-    file_tokens: int | None
-
-
-class Frame(Protocol):
-    """A table with named columns: pandas' DataFrame."""
-
-    def to_csv(self, path_or_buf: None = ..., *, index: bool = ...) -> str: ...
-
-
-Requests = str | os.PathLike[str] | Iterable[Mapping[str, Any]] | Frame
-
-
+@reads_with
 def scenario_of(
     requests: Requests,
     reading: Reading,

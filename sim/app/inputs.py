@@ -10,7 +10,6 @@ unless the settings name them: in a scenario file they are always named, and fol
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from sim.model.workload import Workload
 from sim.scenario.columns import parse_columns
 from sim.scenario.readers import SCENARIO, UNSEEN, Source, is_journal
 from sim.scenario.scenario import Scenario, following, limits_moved
-from sim.scenario.scenario_file import FileSource, ModelSource, parsed_yaml
+from sim.scenario.scenario_file import FileSource, ModelSource, latency_of, named_provider, parsed_yaml
 from sim.scenario.unknowns import Unknowns
 from sim.selection.search import Goal
 
@@ -249,33 +248,6 @@ def _provider(
     if isinstance(habits, Mapping):
         changes |= habits
     return provider.with_(**changes) if changes else provider
-
-
-def named_provider(name: str) -> ProviderConfig:
-    """A published tier by name, or what a YAML file says: the provider's own keys, or a scenario that has one."""
-    if not (name.lower().endswith((".yaml", ".yml")) or os.sep in name or os.path.exists(name)):
-        return ProviderConfig.of(name)
-    source = Source.open(name)
-    with source.stream() as stream:
-        data = parsed_yaml(stream.read().decode("utf-8-sig", errors="replace"), source.name)
-    try:
-        return checked(ProviderConfig, data.get("provider", data), "provider")
-    except BadSetting as error:
-        raise BadInput(str(error), source.name) from None
-
-
-def latency_of(text: str) -> str | dict[str, float]:
-    """A measured model's name, or `S,S_PER_TOKEN` as the fields of a latency."""
-    words = text.split(",")
-    if len(words) == 1:
-        return text
-    try:
-        first_token_s, per_token_s = (float(word) for word in words)
-    except ValueError:
-        raise BadSetting(
-            f"--latency {text!r} is neither a measured model nor seconds to the first token and per token (0.6,0.008)"
-        ) from None
-    return {"first_token_s": first_token_s, "per_token_s": per_token_s}
 
 
 def _with_latency_of(

@@ -14,7 +14,6 @@ import secrets
 import shlex
 import shutil
 import signal
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,39 +56,6 @@ def check_file(path: str | None, option: str, endings: tuple[str, ...]) -> None:
 
 class _Tried(Exception):  # noqa: N818  (no error: it ends a trial before anything is replaced)
     pass
-
-
-@contextlib.contextmanager
-def prepared_folder(path: str) -> Iterator[Path]:
-    """The folder to write into, made if it is not there, and removed again if the work comes to nothing.
-
-    BadInput where it cannot be made or nothing can be written in it.
-    """
-    folder = Path(path)
-    made: list[Path] = []
-    try:
-        for each in (*reversed(folder.parents), folder):
-            if not each.exists():
-                each.mkdir()
-                made.append(each)
-        with tempfile.TemporaryFile(dir=folder) as trial:
-            trial.write(b" ")
-    except OSError as error:
-        _remove(made)
-        reason = "this is not a folder" if isinstance(error, NotADirectoryError) else error.strerror or str(error)
-        raise BadInput(f"cannot be written into: {reason}", path) from None
-    try:
-        yield folder
-    except BaseException:
-        _remove(made)
-        raise
-
-
-def _remove(folders: list[Path]) -> None:
-    for folder in reversed(folders):
-        # One that is not empty stays: somebody else has put something there.
-        with contextlib.suppress(OSError):
-            folder.rmdir()
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,6 @@ from governor.journal.journal import Journal
 from governor.model.errors import BadInput, BadSetting
 from governor.model.policy import Policy
 from governor.model.settings import policy_of
-from sim.app.inputs import named_provider
 from sim.app.outputs import check_file
 from sim.base.files import write_atomically
 from sim.calibration.calibrate import calibrate, read_sources
@@ -21,6 +20,7 @@ from sim.reporting.replay_text import replay_json, replay_text
 from sim.scenario.columns import parse_columns
 from sim.scenario.readers import is_journal
 from sim.scenario.scenario import following
+from sim.scenario.scenario_file import named_provider
 from sim.validation.counterfactual import Counterfactual, counterfactual
 from sim.validation.logged import lesson_of
 from sim.validation.replay import Arrivals, Stage, closest

@@ -212,9 +212,10 @@ def answer(asked: IO[bytes], out: IO[bytes]) -> None:
         signal.signal(number, signal.SIG_IGN)
     turn = threading.Lock()
     from sim.app import whatif
+    from sim.des import engines
 
     callables: dict[str, Callable[[Any], Any]] = {FORECAST: whatif.quick_forecast, WHAT_IF: whatif.what_if}
-    whatif.begin()
+    engines.begin()
 
     def one(number: int, what: str, content: bytes) -> None:
         try:

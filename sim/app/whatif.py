@@ -12,11 +12,7 @@ process of its own does it, and until then SimPy's answers, which are the same, 
 
 from __future__ import annotations
 
-import contextlib
 import math
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -24,15 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from governor.forecast.forecast import Demand, Outlook
+from governor.forecast.forecast import Outlook
 from governor.model.estimate import EMBEDDINGS, Sizes
 from governor.model.policy import KNOBS, Policy
-from governor.model.pools import Pool
 from governor.model.requests import CAUSES
-from sim.des.engines import Engine, is_available, is_kept, simulated
+from sim.des.engines import engine_at_hand, simulated
 from sim.model.provider_config import ProviderConfig
-from sim.model.workload import Workload, constant, with_outputs_assumed
-from sim.validation.assumptions import Assumptions, assumptions_of, believed_provider, scenario_assumptions
+from sim.model.workload import Workload, constant
+from sim.validation.assumptions import Assumptions, assumptions_of, scenario_assumptions
 from sim.validation.foresight import SHARES, Run, case_of, run_once, workload_of
 
 # Seconds of simulation for one answer; a pair of runs is made at least.
@@ -43,45 +38,10 @@ FORECAST_REQUESTS = {"auto": 20_000, "simpy": 1_000}
 FORECAST_RUNS = 5
 
 
-_is_begun = threading.Lock()
-_is_ready = threading.Event()
-
-
-def _engine() -> Engine:
-    """The engine that answers right now; the first who asks begins to make the compiled one ready."""
-    begin()
-    return "auto" if _is_ready.is_set() else "simpy"
-
-
-def begin() -> None:
-    """Begins to make the compiled engine ready, unless that has begun already."""
-    if _is_begun.acquire(blocking=False):
-        threading.Thread(target=_make_ready, name="compile", daemon=True).start()
-
-
-def _make_ready() -> None:
-    if is_available():
-        if not is_kept():
-            command = [sys.executable, "-c", "from sim.app.whatif import load; load()"]
-            with contextlib.suppress(OSError):
-                subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
-        load()
-    _is_ready.set()
-
-
-def load() -> None:
-    """Makes the compiled engine ready in this process, by a run of one request."""
-    demand = Demand()
-    demand.add("", Sizes(0, 1, 4, 0, 1, 0, 0, 1, 1), 1)
-    workload, models = workload_of(Outlook(pool=Pool(), demand=demand))
-    provider = believed_provider(Policy(), models)
-    run_once(with_outputs_assumed(workload, 0), Policy(), provider, finalize=False, seed=0, engine="compiled")
-
-
 def quick_forecast(outlook: Outlook) -> float | None:
     """When such a batch would be done in an idle pool: the median of some runs. None where that takes too long."""
     n = outlook.demand.requests
-    engine = _engine()
+    engine = engine_at_hand()
     if not 0 < n <= FORECAST_REQUESTS[engine]:
         return None
     workload, models = workload_of(outlook)
@@ -99,7 +59,7 @@ def quick_forecast(outlook: Outlook) -> float | None:
 
 def what_if(question: Mapping[str, Any]) -> dict[str, Any]:
     """See `governor/service/api/bodies.py` for the answer's shape."""
-    begun, engine = time.perf_counter(), _engine()
+    begun, engine = time.perf_counter(), engine_at_hand()
     today, proposed = question["today"], question["proposed"]
     workload = _workload(question)
     models = np.full(len(workload), question["model"], dtype=object)

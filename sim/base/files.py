@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,3 +65,36 @@ def _reason(error: OSError) -> str:
     """One line for people; the system's own words where there is no better one."""
     known = _REMEDIES.get(error.errno or 0)
     return known or error.strerror or " ".join(str(error).split()) or type(error).__name__
+
+
+@contextlib.contextmanager
+def prepared_folder(path: str) -> Iterator[Path]:
+    """The folder to write into, made if it is not there, and removed again if the work comes to nothing.
+
+    BadInput where it cannot be made or nothing can be written in it.
+    """
+    folder = Path(path)
+    made: list[Path] = []
+    try:
+        for each in (*reversed(folder.parents), folder):
+            if not each.exists():
+                each.mkdir()
+                made.append(each)
+        with tempfile.TemporaryFile(dir=folder) as trial:
+            trial.write(b" ")
+    except OSError as error:
+        _remove(made)
+        reason = "this is not a folder" if isinstance(error, NotADirectoryError) else error.strerror or str(error)
+        raise BadInput(f"cannot be written into: {reason}", path) from None
+    try:
+        yield folder
+    except BaseException:
+        _remove(made)
+        raise
+
+
+def _remove(folders: list[Path]) -> None:
+    for folder in reversed(folders):
+        # One that is not empty stays: somebody else has put something there.
+        with contextlib.suppress(OSError):
+            folder.rmdir()

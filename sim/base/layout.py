@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def table(rows: Sequence[Sequence[str]], *, width: int = 0, ruled: bool = True) -> str:
@@ -40,3 +41,20 @@ def facts(pairs: Sequence[tuple[str, str]], width: int) -> str:
 def wrapped(text: str, width: int, indent: str = "") -> str:
     """A paragraph, later lines indented."""
     return textwrap.fill(text, width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
+
+
+# ---------------------------------------------------------------- the same as HTML
+
+
+def html_table(rows: Iterable[Sequence[str]]) -> str:
+    """Rows of cells, the first row a header."""
+    first, *rest = rows
+    head = "".join(f'<th style="text-align:left">{html.escape(cell)}</th>' for cell in first)
+    lines = [[f'<td style="text-align:left">{html.escape(cell)}</td>' for cell in row] for row in rest]
+    body = "".join(f"<tr>{''.join(cells)}</tr>" for cells in lines)
+    return f'<table style="margin:0"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def html_paragraph(text: str) -> str:
+    """A paragraph of plain text."""
+    return f"<p>{html.escape(text)}</p>"

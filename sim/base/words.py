@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import math
 
-from sim.experiment.results import Estimate, Forecast, Percentile
-
 # Seconds per unit of a time axis, from small to large, and the span from which on the unit reads better.
 TIME_UNITS = ((1.0, "s", 0.0), (60.0, "min", 180.0), (3_600.0, "h", 3.0 * 3_600.0), (86_400.0, "days", 3.0 * 86_400.0))
 
@@ -93,13 +91,6 @@ def longer(what: str, change_s: float) -> str:
     return f"{what} ({duration(abs(change_s))} {'longer' if change_s > 0.0 else 'shorter'})"
 
 
-def interval(estimate: Estimate, form: str = "duration") -> str:
-    """The 95 % interval of the mean, "from to": `form` is duration, number or percent. One run: says so."""
-    if estimate.n < 2:
-        return "one run: no interval"
-    return between(estimate.low, estimate.high, form)
-
-
 def between(low: float, high: float, form: str = "duration") -> str:
     """Two figures as a range: "24 min to 25 min"; one where they read the same."""
     write = {"duration": duration, "number": number, "percent": percent}[form]
@@ -107,20 +98,6 @@ def between(low: float, high: float, form: str = "duration") -> str:
     return first if first == last else f"{first} to {last}"
 
 
-def lost_text(forecast: Forecast) -> str:
-    """How many requests were lost in all runs together: "0 of 12,000, below 0.025 % at 95 % confidence"."""
-    seen = f"{forecast.lost:,} of {forecast.trials:,}"
-    return f"{seen}, {below(forecast.lost_at_most)}"
-
-
 def below(ratio: float) -> str:
     """An upper confidence limit of a probability, as words: "below 0.025 % at 95 % confidence"."""
     return f"below {percent_at_most(ratio)} at 95 % confidence"
-
-
-def limits(found: Percentile) -> str:
-    """The 95 % limits of a percentile, "from to"; where the runs cannot bound it, that."""
-    if found.bounded and math.isfinite(found.low):
-        return between(found.low, found.high)
-    runs = f"{found.n} run{'s' if found.n != 1 else ''}"
-    return f"above {duration(found.low)}: {runs} cannot bound it" if math.isfinite(found.low) else f"{runs}: no limits"

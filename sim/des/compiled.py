@@ -25,8 +25,7 @@ from governor import law
 from governor.model.errors import FailureCode
 from governor.model.policy import Policy
 from sim.des import engine
-from sim.des.engines import BESIDE, ROOT, SOURCES
-from sim.des.machine import array_of, dtype_of, function_of, places
+from sim.des.machine import BESIDE, ROOT, SOURCES, array_of, dtype_of, function_of, places
 from sim.des.run import SPENT, AttemptSink, Tally, arrival_order, deciding_keys, rows_of
 from sim.model import provider as prov
 
@@ -77,7 +76,7 @@ _LOCK = threading.Lock()
 _LOADED: list[Callable[..., int]] = []
 
 
-def _proceed() -> Callable[..., int]:
+def load() -> Callable[..., int]:
     """The compiled event loop, loaded once per process."""
     if not _LOADED:
         with _LOCK:
@@ -225,7 +224,7 @@ class Runner:
 
     def simulate(self, batch: Batch, seed: int, on_attempt: AttemptSink | None = None) -> Tally:
         """A run to the end of the last request. Every request has then ended exactly once (asserted)."""
-        proceed = _proceed()
+        proceed = load()
         self._begin(batch, seed, on_attempt is not None)
         rows, tally, run = batch.first, Tally(), self.run
         fixed = batch.p, self.s, batch.pp, self.ps, self.state

@@ -8,16 +8,19 @@ the ski rental problem, nobody waits for more than twice the shorter of the two.
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from governor.forecast.summary import Work
 from governor.model.errors import BadInput
+from sim.des.machine import BESIDE, SOURCES, has_code
 from sim.des.run import AttemptSink, Tally
 from sim.model.workload import Columns
 
@@ -32,19 +35,6 @@ Chosen = Literal["compiled", "simpy"]
 SIMPY_S = 20e-6
 LOADS_S = 0.8
 COMPILES_S = 15.0
-
-ROOT = Path(__file__).resolve().parents[2]
-_COMPILED = (
-    "governor/model/keyed.py",
-    "governor/law.py",
-    "sim/model/windows.py",
-    "sim/model/provider.py",
-    "sim/des/engine.py",
-)
-SOURCES = tuple(ROOT / path for path in _COMPILED)
-# What else goes into the machine code: constants, and how it is made.
-_OURS = tuple(f"sim/des/{name}.py" for name in ("run", "machine", "compiled"))
-BESIDE = tuple(ROOT / path for path in ("governor/model/requests.py", *_OURS))
 
 NO_NUMBA = "numba is not installed: pip install 'paceline[sim]'"
 
@@ -62,8 +52,6 @@ def is_available() -> bool:
 
 def is_kept() -> bool:
     """Whether machine code is on the disk: then it is loaded in a moment instead of being compiled."""
-    from sim.des.machine import has_code
-
     return has_code((*SOURCES, *BESIDE))
 
 
@@ -152,3 +140,34 @@ def simulations(case: Case, seeds: Iterable[int], *, engine: Chosen) -> Iterator
 
         return (_with_lost_work(tally, case.columns) for tally in compiled.simulations(case, seeds))
     return (simulated(case, seed, engine="simpy") for seed in seeds)
+
+
+# ---------------------------------------------------------------- made ready in the background
+
+_is_begun = threading.Lock()
+_is_ready = threading.Event()
+
+
+def engine_at_hand() -> Engine:
+    """The engine that answers right now; the first call begins to make the compiled one ready."""
+    begin()
+    return "auto" if _is_ready.is_set() else "simpy"
+
+
+def begin() -> None:
+    """Begins to make the compiled engine ready, unless that has begun already."""
+    if _is_begun.acquire(blocking=False):
+        threading.Thread(target=_make_ready, name="compile", daemon=True).start()
+
+
+def _make_ready() -> None:
+    if is_available():
+        if not is_kept():
+            # Compiling takes many seconds, and in this process would hold up everything else.
+            command = [sys.executable, "-c", "from sim.des import compiled; compiled.load()"]
+            with contextlib.suppress(OSError):
+                subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        from sim.des import compiled  # numba is an extra
+
+        compiled.load()
+    _is_ready.set()

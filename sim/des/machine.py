@@ -37,6 +37,19 @@ from typing import Any
 
 import numpy as np
 
+ROOT = Path(__file__).resolve().parents[2]
+_COMPILED = (
+    "governor/model/keyed.py",
+    "governor/law.py",
+    "sim/model/windows.py",
+    "sim/model/provider.py",
+    "sim/des/engine.py",
+)
+SOURCES = tuple(ROOT / path for path in _COMPILED)
+# What else goes into the machine code: constants, and how it is made.
+_OURS = tuple(f"sim/des/{name}.py" for name in ("run", "machine", "compiled"))
+BESIDE = tuple(ROOT / path for path in ("governor/model/requests.py", *_OURS))
+
 ALIAS = "compiled_copy_of_"
 # No reference is counted: the functions neither allocate nor keep an array, and their counting takes two thirds of the
 # time. Division by zero is not looked for; the interpreted form of the same function does.

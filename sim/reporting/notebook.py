@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
 from governor.forecast.summary_html import summary_html
+from sim.base.layout import html_paragraph, html_table
 from sim.base.style import POINTS_PER_INCH, png_of
 from sim.reporting import terminal as shown
 
 if TYPE_CHECKING:
     from sim.app.api import PlanResult, SimulationResult
-    from sim.scenario.scenario import Scenario
 
 # A run of more attempts is not simulated again for the sake of a figure that nobody asked for.
 GLANCE_ATTEMPTS = 50_000
@@ -32,12 +31,12 @@ def simulation_html(result: SimulationResult) -> str:
     held = shown.held_back(
         forecast.waits_s, scenario.policy, forecast["reserved_tokens"].mean, forecast["charged_tokens"].mean
     )
-    parts = [paragraph(shown.headline(scenario))]
+    parts = [html_paragraph(shown.headline(scenario))]
     if len(forecast.runs) == 1:
         parts.append(summary_html(result.summary))
     else:
-        parts += [table(shown.figures_rows(forecast)), paragraph(f"Runs: {len(forecast.runs):,}.")]
-    parts.append(paragraph(held))
+        parts += [html_table(shown.figures_rows(forecast)), html_paragraph(f"Runs: {len(forecast.runs):,}.")]
+    parts.append(html_paragraph(held))
     if forecast["attempts"].mean <= GLANCE_ATTEMPTS:
         parts.append(picture(glance(result.rows, scenario.grant()), "the first run over time"))
     return f"<div>{''.join(parts)}</div>"
@@ -46,37 +45,16 @@ def simulation_html(result: SimulationResult) -> str:
 def plan_html(result: PlanResult) -> str:
     """What a plan found: the comparison, the changes with their reasons, what to be careful about, the front."""
     found = result.found
-    parts = [paragraph(shown.headline(result.scenario)), table(shown.comparison_rows(found))]
+    parts = [html_paragraph(shown.headline(result.scenario)), html_table(shown.comparison_rows(found))]
     for title, recommendation in (("Recommended", found.full), ("Guardrails only", found.guardrails)):
         if recommendation.steps:
-            parts.append(table(shown.changes_rows(title, recommendation, result.found)))
-    parts += [paragraph(note) for note in shown.plan_notes(result.scenario, found)]
+            parts.append(html_table(shown.changes_rows(title, recommendation, result.found)))
+    parts += [html_paragraph(note) for note in shown.plan_notes(result.scenario, found)]
     parts.append(picture(result.figure(), "settings that were tried: 429s against the objective"))
     return f"<div>{''.join(parts)}</div>"
 
 
-def scenario_html(scenario: Scenario) -> str:
-    """What a scenario says, and where each part of it comes from."""
-    provenance = scenario.provenance()
-    rows = [["", "", "from"], *([name, label, text] for name, (label, text) in provenance.items())]
-    return f"<div>{paragraph(repr(scenario).strip('<>'))}{table(rows)}</div>"
-
-
 # ---------------------------------------------------------------- parts of a page
-
-
-def table(rows: Iterable[Sequence[str]]) -> str:
-    """Rows of cells, the first row a header."""
-    first, *rest = rows
-    head = "".join(f'<th style="text-align:left">{html.escape(cell)}</th>' for cell in first)
-    lines = [[f'<td style="text-align:left">{html.escape(cell)}</td>' for cell in row] for row in rest]
-    body = "".join(f"<tr>{''.join(cells)}</tr>" for cells in lines)
-    return f'<table style="margin:0"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-
-
-def paragraph(text: str) -> str:
-    """A paragraph of plain text."""
-    return f"<p>{html.escape(text)}</p>"
 
 
 def picture(figure: Figure, alt: str) -> str:

@@ -19,7 +19,7 @@ from governor.model.policy import KNOB_BY_ENV
 from governor.model.prices import dollars_text
 from sim.base import palette, words
 from sim.base.files import write_atomically
-from sim.base.words import duration, interval, number, percent, seconds_text
+from sim.base.words import duration, number, percent, seconds_text
 from sim.experiment.results import Estimate, Forecast, Plan, Recommendation, Step, at_most
 from sim.reporting import report_text as text
 
@@ -207,11 +207,11 @@ def _headline(plan: Plan) -> list[Row]:
 
 def _percentile(f: Forecast, ratio: float) -> Cell:
     found = f.percentile("makespan_s", ratio)
-    return Cell(duration(found.value), words.limits(found), seconds_text(found.value))
+    return Cell(duration(found.value), text.limits_text(found), seconds_text(found.value))
 
 
 def _timed(e: Estimate) -> Cell:
-    return Cell(duration(e.mean), interval(e), seconds_text(e.mean))
+    return Cell(duration(e.mean), text.interval(e), seconds_text(e.mean))
 
 
 def _throttled(f: Forecast, plan: Plan) -> Cell:
@@ -221,7 +221,7 @@ def _throttled(f: Forecast, plan: Plan) -> Cell:
     if e.mean == 0.0:
         return Cell("0", f"0 of {attempts:,} attempts, {words.below(at_most(0, attempts))}")
     mark = "▲ " if kind else ""
-    return Cell(mark + number(e.mean), interval(e, "number"), f"{number(f['throttled'].mean)} in a run", kind)
+    return Cell(mark + number(e.mean), text.interval(e, "number"), f"{number(f['throttled'].mean)} in a run", kind)
 
 
 def _lost(f: Forecast) -> Cell:
@@ -237,7 +237,7 @@ def _efficiency(f: Forecast) -> Cell:
         return Cell("not quoted", "because requests were lost")
     if not e.n:
         return Cell("not known", "the bound does not apply here")
-    return Cell(percent(e.mean), interval(e, "percent"))
+    return Cell(percent(e.mean), text.interval(e, "percent"))
 
 
 def _cost(f: Forecast, answers_usd: float) -> Cell:
@@ -250,7 +250,7 @@ def _gained(plan: Plan, found: Recommendation) -> Cell:
     gain, share = found.gain_s, text.gain_share(found, plan)
     if not found.steps:
         return Cell("none", "these are today's settings")
-    return Cell(f"{duration(gain.mean)} ({percent(share)})", interval(gain), seconds_text(gain.mean))
+    return Cell(f"{duration(gain.mean)} ({percent(share)})", text.interval(gain), seconds_text(gain.mean))
 
 
 def _noise_text(plan: Plan) -> str:
@@ -296,7 +296,7 @@ def _step(plan: Plan, step: Step, widest: float) -> dict[str, Any]:
         "new": knob.text(step.new),
         "worth": worth,
         "worth_tip": seconds_text(gain.mean),
-        "interval": "" if nothing else interval(gain),
+        "interval": "" if nothing else text.interval(gain),
         "width": 0 if nothing else max(1, round(100.0 * abs(gain.mean) / widest)),
         "less": gain.mean < 0.0,
         "stress": duration(step.stress_worth_s),

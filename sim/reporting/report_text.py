@@ -11,8 +11,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from governor.forecast.summary import Grant
 from governor.model.policy import KNOB_BY_ENV
 from sim.base.palette import CAUSE_LABELS, OBJECTIVES, STYLES
-from sim.base.words import below, between, duration, interval, limits, lost_text, number, percent
-from sim.experiment.results import Forecast, Plan, Recommendation, Step, at_most, percentile
+from sim.base.words import below, between, duration, number, percent
+from sim.experiment.results import (
+    Estimate,
+    Forecast,
+    Percentile,
+    Plan,
+    Recommendation,
+    Step,
+    at_most,
+    percentile,
+)
 
 # Below this share of the objective a gain is not worth a word.
 SAME = 0.005
@@ -20,6 +29,27 @@ SAME = 0.005
 NOTHING = 0.001
 # From this efficiency on, the provider's limit is what holds the batch back, whatever the queue's head waits for.
 SATURATED = 0.9
+
+
+def interval(estimate: Estimate, form: str = "duration") -> str:
+    """The 95 % interval of the mean, "from to": `form` is duration, number or percent. One run: says so."""
+    if estimate.n < 2:
+        return "one run: no interval"
+    return between(estimate.low, estimate.high, form)
+
+
+def lost_text(forecast: Forecast) -> str:
+    """How many requests were lost in all runs together: "0 of 12,000, below 0.025 % at 95 % confidence"."""
+    seen = f"{forecast.lost:,} of {forecast.trials:,}"
+    return f"{seen}, {below(forecast.lost_at_most)}"
+
+
+def limits_text(found: Percentile) -> str:
+    """The 95 % limits of a percentile, "from to"; where the runs cannot bound it, that."""
+    if found.bounded and math.isfinite(found.low):
+        return between(found.low, found.high)
+    runs = f"{found.n} run{'s' if found.n != 1 else ''}"
+    return f"above {duration(found.low)}: {runs} cannot bound it" if math.isfinite(found.low) else f"{runs}: no limits"
 
 
 def policies_of(plan: Plan) -> dict[str, Forecast]:
@@ -66,7 +96,8 @@ def promise_note(plan: Plan) -> str:
     lost = f"requests are lost in {lossy} of them" if lossy else "no request is lost in any of them"
     today = duration(percentile(found.outcomes["now"].makespan_s, 0.95).value)
     return (
-        f"{found.draws} conditions were drawn: {found.ranges}. 95 % limits of the second time: {limits(held)}; {lost}. "
+        f"{found.draws} conditions were drawn: {found.ranges}. 95 % limits of the second time: "
+        f"{limits_text(held)}; {lost}. "
         f"Today's settings: {duration(plan.now['makespan_s'].p50)}, and by {today}."
     )
 

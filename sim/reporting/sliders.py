@@ -14,14 +14,13 @@ from typing import Any
 from ipywidgets import HTML, FloatSlider, Image, IntSlider, VBox, Widget
 
 from governor.model.policy import KNOB_BY_NAME, Policy, knob_named
-from sim.app.whatif import begin
+from sim.base.layout import html_paragraph
 from sim.base.style import POINTS_PER_INCH, png_of
 from sim.base.words import duration, percent
-from sim.des.engines import is_available
+from sim.des.engines import begin, is_available
 from sim.experiment.experiment import attempts_of
 from sim.reporting import terminal as shown
 from sim.reporting.figures_time import glance
-from sim.reporting.notebook import paragraph
 from sim.scenario.scenario import Scenario
 
 # (first, last, step) of a slider; a setting beyond its ends widens it.
@@ -55,7 +54,7 @@ def what_if(scenario: Scenario, *knobs: str) -> Widget:
 
     def show(_: object = None) -> None:
         picture.value, text = _seen(scenario, {name: slider.value for name, slider in sliders.items()})
-        words.value = paragraph(text)
+        words.value = html_paragraph(text)
 
     for slider in sliders.values():
         slider.observe(show, "value")

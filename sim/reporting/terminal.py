@@ -17,7 +17,7 @@ from sim.base import words
 from sim.base.layout import facts, table, wrapped
 from sim.experiment.results import Estimate, Forecast, Plan, Recommendation, at_most
 from sim.model.workload import ASSUMED, MEASURED, Provenance
-from sim.reporting.report_text import passed_over, promise, why, worth
+from sim.reporting.report_text import interval, limits_text, lost_text, passed_over, promise, why, worth
 from sim.scenario.scenario import Scenario
 from sim.scenario.stress import stress_notes
 
@@ -183,14 +183,14 @@ def figures_rows(forecast: Forecast) -> list[list[str]]:
     for name, (title, form) in FORMS.items():
         e = forecast[name]
         write = _WRITE[form]
-        rows.append([title, write(e.mean), words.interval(e, form), write(e.p5), write(e.p50), write(e.p95)])
+        rows.append([title, write(e.mean), interval(e, form), write(e.p5), write(e.p50), write(e.p95)])
     return rows
 
 
 def forecast_text(scenario: Scenario, forecast: Forecast, width: int) -> str:
     """Many runs of one policy, for people."""
     reserved, charged = forecast["reserved_tokens"].mean, forecast["charged_tokens"].mean
-    lost = words.lost_text(forecast)
+    lost = lost_text(forecast)
     if forecast.failures:
         lost += ": " + ", ".join(f"{code} {words.number(mean)} per run" for code, mean in forecast.failures.items())
     runs = len(forecast.runs)
@@ -304,14 +304,14 @@ def comparison_rows(plan: Plan) -> list[list[str]]:
     rows = [["", "now", "guardrails only", "recommended"]]
     rows.append(["finishes after, P50", *(words.duration(f["makespan_s"].p50) for f in forecasts)])
     rows.append(["finishes after, P95", *(words.duration(f["makespan_s"].p95) for f in forecasts)])
-    rows.append(["  its 95 % limits", *(words.limits(f.percentile("makespan_s", 0.95)) for f in forecasts)])
+    rows.append(["  its 95 % limits", *(limits_text(f.percentile("makespan_s", 0.95)) for f in forecasts)])
     if plan.drawn is not None:
         outcomes = [plan.drawn.outcomes[who].bad("makespan_s") for who in ("now", "guardrails", "recommended")]
         rows.append(["in 95 of 100 conditions", *(words.duration(value) for value in outcomes)])
     if objective != "makespan_s":
         rows.append(["latency P95, mean", *(words.duration(f[objective].mean) for f in forecasts)])
     rows.append(["gain", *map(gain, gains)])
-    rows.append(["gain, 95 % interval", "", *(words.interval(e) if e else "" for e in gains[1:])])
+    rows.append(["gain, 95 % interval", "", *(interval(e) if e else "" for e in gains[1:])])
     rows.append(["429s per 100 requests", *(words.number(f["throttled_per_100"].mean) for f in forecasts)])
     rows.append(["lost", *(f"{f.lost:,} of {f.trials:,}" for f in forecasts)])
     rows.append(["lost, below at 95 % conf.", *(words.percent_at_most(f.lost_at_most) for f in forecasts)])
@@ -348,7 +348,7 @@ def plan_notes(scenario: Scenario, plan: Plan) -> list[str]:
         notes.append("the search ended at its limit of time, see --effort: settings that were not tried may be better")
     notes += [f"stress condition '{name}': {why}" for name, why in stress_notes(scenario)]
     if plan.now.lost:
-        notes.append(f"today's settings lose {words.lost_text(plan.now)}")
+        notes.append(f"today's settings lose {lost_text(plan.now)}")
     return notes
 
 

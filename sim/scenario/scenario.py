@@ -14,10 +14,10 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Unpack
+from typing import Any, BinaryIO, TypeVar, Unpack
 
 import numpy as np
 import yaml
@@ -27,15 +27,22 @@ from governor.forecast.summary import Grant
 from governor.model.errors import BadInput, BadSetting, Oversized
 from governor.model.policy import KNOB_BY_NAME, KNOB_BY_SHORT_NAME, KNOBS, Policy, knob_named
 from sim.base.arguments import is_a, one_of, whole
+from sim.base.layout import html_paragraph, html_table
 from sim.model.presets import SNAPSHOT
 from sim.model.provider import ProviderParams
 from sim.model.provider_config import ProviderConfig, checked
 from sim.model.workload import ASSUMED, MEASURED, Arrivals, Columns, Provenance, Workload, charges, columns
 from sim.scenario.readers import SCENARIO, Source, save_rows
-from sim.scenario.scenario_file import Document, FileSource, ModelSource, parsed_yaml, policy_of
+from sim.scenario.scenario_file import Document, FileSource, ModelSource, Reading, Requests, parsed_yaml, policy_of
 
-if TYPE_CHECKING:
-    from sim.app.given import Reading, Requests
+Reader = TypeVar("Reader", bound="Callable[..., Scenario]")
+_readers: list[Callable[..., Scenario]] = []
+
+
+def reads_with(reader: Reader) -> Reader:
+    """Registers what makes a scenario of requests: the planning commands' reader, which stands above this room."""
+    _readers[:] = [reader]
+    return reader
 
 
 @dataclass(frozen=True, slots=True, init=False, repr=False)
@@ -47,7 +54,7 @@ class Scenario:
 
     `requests`: a file (batch JSONL, a trace as CSV or JSONL, a scenario as YAML), rows as mappings (lines of a batch
     file, chat bodies, or token counts), or a pandas DataFrame of token counts. With it the rest is read as the command
-    line reads it, its further keywords in `sim.app.given.Reading`; `provider` is a configuration, a published tier's
+    line reads it, its further keywords in `scenario_file.Reading`; `provider` is a configuration, a published tier's
     name, a YAML file, or some of its keys; `policy` a policy, a preset's name, or some knobs on top of the defaults.
     What is wrong is said in one line by BadInput, BadSetting or Oversized.
 
@@ -103,11 +110,11 @@ class Scenario:
                 "skip_oversized": skip_oversized,
             }
         elif requests is not None and source is None and workload is None:
-            from sim.app.given import scenario_of
-
+            if not _readers:
+                raise BadSetting("requests are read by `sim.app`: import Scenario from `sim` or `paceline`")
             given: dict[str, Any] = {"seed": seed, "replications": replications, "arrivals": arrivals}
             given |= {"finalize": finalize, "skip_oversized": skip_oversized}
-            read = scenario_of(requests, reading, provider=provider, policy=policy, **given)
+            read = _readers[0](requests, reading, provider=provider, policy=policy, **given)
             made = {each.name: getattr(read, each.name) for each in fields(read)}
         else:
             raise BadSetting("a scenario is made of requests (a file, rows or a DataFrame), or of a source alone")
@@ -123,9 +130,8 @@ class Scenario:
         return f"<Scenario: {len(self.workload):,} requests{model}, {granted}, {', '.join(named)}, seed={self.seed}>"
 
     def _repr_html_(self) -> str:
-        from sim.reporting.notebook import scenario_html
-
-        return scenario_html(self)
+        rows = [["", "", "from"], *([name, label, text] for name, (label, text) in self.provenance().items())]
+        return f"<div>{html_paragraph(repr(self).strip('<>'))}{html_table(rows)}</div>"
 
     @staticmethod
     def from_file(path: str | os.PathLike[str], **options: Any) -> Scenario:

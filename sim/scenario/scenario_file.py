@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import os
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal, Self
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol, Self, TypedDict
 
 import yaml
 from pydantic import Field, model_validator
@@ -13,7 +15,7 @@ from governor.model.errors import BadInput, BadSetting, quoted
 from governor.model.estimate import TOKENS_PER_FILE, kind_of
 from governor.model.policy import KNOB_BY_ENV, Policy
 from sim.model.presets import DEFAULT_TIER
-from sim.model.provider_config import Config
+from sim.model.provider_config import Config, ProviderConfig, checked
 from sim.model.workload import CAP_ASSUMED, TOKENS_MAX, Workload, parametric, redrawn
 from sim.scenario.readers import Source, read_workload
 
@@ -180,3 +182,69 @@ def parsed_yaml(text: str, name: str) -> dict[str, Any]:
         if not isinstance(key, str):
             raise BadInput(f"{quoted(key)} is not a key of a scenario", name)
     return data
+
+
+# ---------------------------------------------------------------- what is read of whom
+
+
+class Reading(TypedDict, total=False):
+    """How rows, settings and a provider are read where a program names them: what the command line's options say.
+
+    `env_file`: today's settings, of several files the later wins; the process's environment is never looked at. `tpm`,
+    `rpm`: what the provider grants per minute (0 = no limit); the settings' own limits follow unless they are named.
+    `provider_charge`: its charge rule, `provider_settles`: whether real use replaces the charge. `latency`: a measured
+    model's name, or "S,S" for seconds to the first token and per token. `columns`: role -> column of a trace (prompt,
+    output, arrival, max_tokens, latency, id, model). `outputs_from`: old results, for the answers' lengths;
+    `output_tokens`: their P50 and P95. `max_tokens`: the output cap that every row of a trace declares, -1 = none.
+    `first`: so many rows only. `file_tokens`:
+    assumed for each file and the like that a request only points to.
+    """
+
+    env_file: str | Path | Sequence[str | Path] | None
+    tpm: int | None
+    rpm: int | None
+    provider_charge: Literal["auto", "prompt_chars4", "prompt_plus_max", "max_of", "responses", "fixed"] | None
+    provider_settles: bool | None
+    latency: str | None
+    columns: Mapping[str, str] | None
+    outputs_from: str | Path | None
+    output_tokens: tuple[float, float] | None
+    max_tokens: int | None
+    first: int
+    file_tokens: int | None
+
+
+class Frame(Protocol):
+    """A table with named columns: pandas' DataFrame."""
+
+    def to_csv(self, path_or_buf: None = ..., *, index: bool = ...) -> str: ...
+
+
+Requests = str | os.PathLike[str] | Iterable[Mapping[str, Any]] | Frame
+
+
+def named_provider(name: str) -> ProviderConfig:
+    """A published tier by name, or what a YAML file says: the provider's own keys, or a scenario that has one."""
+    if not (name.lower().endswith((".yaml", ".yml")) or os.sep in name or os.path.exists(name)):
+        return ProviderConfig.of(name)
+    source = Source.open(name)
+    with source.stream() as stream:
+        data = parsed_yaml(stream.read().decode("utf-8-sig", errors="replace"), source.name)
+    try:
+        return checked(ProviderConfig, data.get("provider", data), "provider")
+    except BadSetting as error:
+        raise BadInput(str(error), source.name) from None
+
+
+def latency_of(text: str) -> str | dict[str, float]:
+    """A measured model's name, or `S,S_PER_TOKEN` as the fields of a latency."""
+    words = text.split(",")
+    if len(words) == 1:
+        return text
+    try:
+        first_token_s, per_token_s = (float(word) for word in words)
+    except ValueError:
+        raise BadSetting(
+            f"--latency {text!r} is neither a measured model nor seconds to the first token and per token (0.6,0.008)"
+        ) from None
+    return {"first_token_s": first_token_s, "per_token_s": per_token_s}

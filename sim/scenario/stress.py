@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,14 @@ COTENANT_BURST_S = 15.0
 COTENANT_PERIOD_S = 60.0
 HALVED_FROM_S = 120.0
 HALVED_FOR_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """A scenario under a name: "" as assumed, else one of the stress set."""
+
+    name: str
+    scenario: Scenario
 
 
 def stress_set(scenario: Scenario) -> list[tuple[str, Scenario]]:
@@ -36,10 +45,10 @@ def stress_notes(scenario: Scenario) -> list[tuple[str, str]]:
     return [(name, note) for name, _, note in _conditions(scenario) if note]
 
 
-Condition = tuple[str, Scenario | None, str]
+Tried = tuple[str, Scenario | None, str]
 
 
-def _conditions(scenario: Scenario) -> Iterator[Condition]:
+def _conditions(scenario: Scenario) -> Iterator[Tried]:
     """Name, changed scenario (None = cannot be applied), and what must be said about it."""
     provider = scenario.provider
 
@@ -79,7 +88,7 @@ def _largest_charge(scenario: Scenario) -> float:
     return max(largest, float(c.finalize_charge.max(initial=0.0))) if scenario.finalize else largest
 
 
-def _other_charge_rules(scenario: Scenario) -> Iterator[Condition]:
+def _other_charge_rules(scenario: Scenario) -> Iterator[Tried]:
     provider = scenario.provider
     limits = [limit for limit in (provider.tpm, provider.tpd) if limit]
     known = [scenario.charges()]
@@ -100,7 +109,7 @@ def _other_charge_rules(scenario: Scenario) -> Iterator[Condition]:
             yield name, other, ""
 
 
-def _limit_halved(scenario: Scenario, largest: float) -> Condition:
+def _limit_halved(scenario: Scenario, largest: float) -> Tried:
     """The limit halved for ten minutes inside the run; by less where half of it would refuse a request for good."""
     provider = scenario.provider
     factor, note = 0.5, ""

@@ -16,10 +16,9 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from governor.model.keyed import SEARCH, keyed_uniform
-from sim.experiment.runs import Condition
 from sim.model.provider_config import Config
 from sim.scenario.scenario import Scenario
-from sim.scenario.stress import stress_set
+from sim.scenario.stress import Condition, stress_set
 
 Range = Annotated[tuple[float, float], Field(strict=False)]
 

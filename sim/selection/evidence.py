@@ -25,7 +25,7 @@ from sim.experiment.results import (
     paired_difference,
 )
 from sim.experiment.robustness import Drawn, Outcomes
-from sim.experiment.runs import Condition
+from sim.scenario.stress import Condition
 from sim.scenario.unknowns import Unknowns, drawn
 from sim.selection.hardening import Stress
 from sim.selection.reasons import reason_for

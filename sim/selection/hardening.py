@@ -14,7 +14,8 @@ import numpy as np
 
 from governor.model.policy import Policy
 from sim.experiment.results import Figures
-from sim.experiment.runs import Condition, PolicyKey, Runs, key_of
+from sim.experiment.runs import PolicyKey, Runs, key_of
+from sim.scenario.stress import Condition
 from sim.selection.search import Goal, Score, Searcher, better, score_of
 
 # Excess throttles per 100, summed over the conditions, that a handful of runs cannot tell from none.

@@ -27,10 +27,10 @@ from sim.base.words import duration
 from sim.experiment.effects import Sensitivity
 from sim.experiment.experiment import Pool, attempts_of
 from sim.experiment.results import Plan
-from sim.experiment.runs import Condition, Runs, key_of
+from sim.experiment.runs import Runs, key_of, tariff_of
 from sim.experiment.spread import WorkersLost
 from sim.scenario.scenario import Scenario
-from sim.scenario.stress import stress_set
+from sim.scenario.stress import Condition, stress_set
 from sim.scenario.unknowns import FRESH_DRAWS, FRESH_SEEDS, Unknowns, drawn
 from sim.selection.evidence import NAMES, Evidence, broken_limits
 from sim.selection.hardening import Hardening, Stress
@@ -47,7 +47,6 @@ from sim.selection.space import (
     plain_bucket,
     safer_variants,
 )
-from sim.selection.tariff import tariff_of
 
 # Simulated requests, by level of effort; the proof has its own.
 EFFORTS = {"quick": 600_000, "normal": 3_000_000, "thorough": 12_000_000}

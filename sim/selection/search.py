@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 
 from governor.model.policy import Policy
 from sim.experiment.results import Figures, Point
-from sim.experiment.runs import Condition, PolicyKey, Runs, key_of
+from sim.experiment.runs import PolicyKey, Runs, key_of
+from sim.scenario.stress import Condition
 
 # Seeds from the first one on that a searcher may use.
 MOST_SEEDS = 100_000

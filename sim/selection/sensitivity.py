@@ -24,8 +24,9 @@ from governor.model.policy import KNOB_BY_NAME, Policy
 from sim.experiment.effects import Effect, Level, Sensitivity
 from sim.experiment.experiment import Pool
 from sim.experiment.results import Figures, estimate
-from sim.experiment.runs import Condition, Runs
+from sim.experiment.runs import Runs
 from sim.scenario.scenario import Scenario
+from sim.scenario.stress import Condition
 from sim.selection.search import Goal
 from sim.selection.space import full_space
 

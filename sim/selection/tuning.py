@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 from governor.model.policy import Policy
 from sim.experiment.experiment import Pool
-from sim.experiment.runs import Condition, Runs, key_of
+from sim.experiment.runs import Runs, key_of
 from sim.scenario.scenario import Scenario
+from sim.scenario.stress import Condition
 from sim.selection.search import Goal, Searcher
 from sim.selection.space import full_anchors, full_space, recipe
 

@@ -41,8 +41,8 @@ def provider(
     OpenAI-compatible: set OPENAI_BASE_URL to the line that it prints. GET /_stats counts what it saw.
     """
     try:
-        from sim.app.inputs import latency_of, named_provider
         from sim.model.provider_config import ProviderConfig
+        from sim.scenario.scenario_file import latency_of, named_provider
         from sim.serving.server import run_provider
     except ImportError as error:
         raise PacelineError(f"{SERVER_EXTRA} ({error.name} is missing)") from None

@@ -26,11 +26,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from governor.journal.journal import Journal
-from sim.app.inputs import named_provider
 from sim.base.layout import facts, table, wrapped
 from sim.base.words import between, duration, number
 from sim.experiment.results import CONFIDENCE
 from sim.model.provider_config import ProviderConfig, checked
+from sim.scenario.scenario_file import named_provider
 from sim.validation.replay import Stage
 from sim.validation.twin import Lesson, believed, lessons
 
@@ -274,7 +274,7 @@ def backtest_command(
 
     `provider`: a tier's name or a YAML file. PacelineError for what a user can mend.
     """
-    from sim.app.outputs import prepared_folder
+    from sim.base.files import prepared_folder
 
     with Journal.open(journal_path) as journal:
         found = backtest(journal, provider=provider_of(journal, provider, tpm), runs=replications)

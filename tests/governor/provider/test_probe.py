@@ -17,8 +17,8 @@ from governor.model.prices import Price
 from governor.model.requests import Answer, Limit, Outcome
 from governor.provider.probe import KNOCKS_MOST, PARTS, Judge, Probe, Told, probed, provider_text, write_provider
 from governor.provider.sending import connect_with
-from sim.app.inputs import named_provider
 from sim.calibration.fits_window import judged
+from sim.scenario.scenario_file import named_provider
 from tests import live
 from tests.virtual_loop import run_virtual
 

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sim.base.words import between, duration, interval, number, percent, percent_at_most, seconds_text, time_unit
+from sim.base.words import between, duration, number, percent, percent_at_most, seconds_text, time_unit
 from sim.experiment.results import Estimate, at_most
+from sim.reporting.report_text import interval
 
 SECONDS = {"s": 1.0, "min": 60.0, "h": 3_600.0, "d": 86_400.0}
 

@@ -15,8 +15,8 @@ from governor.model.errors import BadInput
 from governor.model.requests import Attempt
 from sim.app import cli
 from sim.des import compiled, engines, machine
-from sim.des.engines import BESIDE, SOURCES, chosen, simulated
-from sim.des.machine import array_of
+from sim.des.engines import chosen, simulated
+from sim.des.machine import BESIDE, SOURCES, array_of
 from sim.experiment.experiment import Pool, attempt_rows, case_of
 from sim.model.workload import parametric
 from tests.scenarios import drawn, scenario_of

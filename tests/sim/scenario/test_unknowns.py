@@ -13,9 +13,10 @@ from governor.model.policy import Policy
 from sim.app.inputs import Wishes
 from sim.experiment.experiment import Pool
 from sim.experiment.robustness import Drawn, Outcomes
-from sim.experiment.runs import Condition, Runs
+from sim.experiment.runs import Runs
 from sim.model.provider_config import ProviderConfig, checked
 from sim.scenario.scenario import ModelSource, Scenario
+from sim.scenario.stress import Condition
 from sim.scenario.unknowns import Unknowns, drawn
 from sim.selection.evidence import NAMES, Evidence
 from sim.selection.hardening import Stress

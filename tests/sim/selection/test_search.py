@@ -11,13 +11,13 @@ from governor.model.policy import Policy
 from governor.model.prices import Price, Prices
 from sim.experiment.experiment import Pool
 from sim.experiment.results import Point
-from sim.experiment.runs import Condition, Runs
+from sim.experiment.runs import Runs, Tariff, tariff_of
 from sim.model.provider_config import ProviderConfig
 from sim.scenario.scenario import ModelSource, Scenario
+from sim.scenario.stress import Condition
 from sim.selection.hardening import Stress
 from sim.selection.search import FIRST_STAGE, LAST, Goal, Searcher, _with_front, better, sequential_halving
 from sim.selection.space import full_anchors, full_space, guardrail_space, safer_variants
-from sim.selection.tariff import Tariff, tariff_of
 from tests.scenarios import batch
 
 
