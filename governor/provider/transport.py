@@ -21,10 +21,14 @@ new set of them: its attempts add up with ours and do not multiply.
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import hashlib
 import json
 import math
+import os
 import re
+import threading
 import time
 import zlib
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -37,6 +41,7 @@ from itertools import count
 from math import inf
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
+from weakref import WeakSet
 
 from governor.model.errors import BadInput, PacelineError, Refused
 from governor.model.estimate import CHARS_PER_TOKEN, CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, Sizes, measured
@@ -45,7 +50,7 @@ from governor.model.requests import Answer, Outcome, Request, usage_of
 from governor.model.work import Work, work_of
 from governor.provider.answers import classify, dropped, timed_out
 from governor.provider.stated import fields_of, limits_in
-from governor.scheduler.portal import Lease, Portal
+from governor.scheduler.portal import Lease, Portal, background_loop, running_loop
 
 if TYPE_CHECKING:
     from httpx2 import AsyncBaseTransport, BaseTransport
@@ -76,6 +81,8 @@ REPLAYED_BYTES_MAX = 32 * 2**20
 # For so long a request that was given up is known, so that a wrapper's own retries do not begin anew.
 GIVEN_UP_S = 60.0
 GIVEN_UP_MAX = 1_000
+# How often it is looked whether streams are read.
+IDLE_S = 15.0
 # An event longer than this is none whose usage could be read.
 EVENT_BYTES_MAX = 4 * 2**20
 _JSON = ("application/json", "text/json")
@@ -451,26 +458,40 @@ class _Watched:
         self._lease = lease
         self._reader = reader
         self._package = package
-        self._is_over = False
+        self._loop = running_loop()
+        self.is_over = False
+        self.is_read = False  # its reader waits for a chunk right now
+        self.rounds = 0
+        _idle.watch(self)
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         try:
+            self.is_read = True
             async for chunk in self._inner:
                 self._reader.feed(chunk)
+                self.is_read, self.rounds = False, 0
                 yield chunk
+                self.is_read = True
         except self._package.TransportError as error:
             self._end(_unanswered(error, self._package))
             raise
+        finally:
+            self.is_read = False
         self._end(self._reader.answer(is_whole=True))
 
     def __iter__(self) -> Iterator[bytes]:
         try:
+            self.is_read = True
             for chunk in self._inner:
                 self._reader.feed(chunk)
+                self.is_read, self.rounds = False, 0
                 yield chunk
+                self.is_read = True
         except self._package.TransportError as error:
             self._end(_unanswered(error, self._package))
             raise
+        finally:
+            self.is_read = False
         self._end(self._reader.answer(is_whole=True))
 
     async def aclose(self) -> None:
@@ -486,14 +507,71 @@ class _Watched:
             self._end(self._reader.answer(is_whole=False))
 
     def __del__(self) -> None:
-        if not self._is_over:  # dropped, perhaps by the garbage collector in the midst of anything
-            self._is_over = True
-            self._lease.give_back(later=True)
+        if self.is_over:
+            return
+        self.is_over = True  # dropped, perhaps by the garbage collector in the midst of anything
+        self._lease.give_back(later=True)
+        with suppress(Exception):
+            if self._loop is None:
+                self._inner.close()
+            else:
+                self._loop.call_soon_threadsafe(_close, self._inner)
 
     def _end(self, answer: Answer) -> None:
-        if not self._is_over:
-            self._is_over = True
+        if not self.is_over:
+            self.is_over = True
             self._lease.over(answer)
+
+
+class _Idle:
+    """Looks after streams that nobody reads: they may be garbage that no collector has met yet.
+
+    A client's stream object and its iterator refer to each other, so that one which is dropped unread, or in the midst,
+    goes with the next full collection. Where all wait for its permit, nothing is allocated and none comes. So for a
+    stream that has not been read for one to two rounds of `IDLE_S` there is a collection, once.
+    """
+
+    def __init__(self) -> None:
+        self._streams: WeakSet[_Watched] = WeakSet()
+        self._lock = threading.Lock()
+        self._loop: Any = None
+        self._process = 0
+
+    def watch(self, stream: _Watched) -> None:
+        """From its beginning."""
+        loop = running_loop() or background_loop()
+        with self._lock:
+            self._streams.add(stream)
+            if self._loop is None or not self._loop.is_running() or self._process != os.getpid():
+                self._loop, self._process = loop, os.getpid()
+                loop.call_soon_threadsafe(loop.call_later, IDLE_S, self._look)
+
+    def _look(self) -> None:
+        if self._is_due():
+            gc.collect()
+
+    def _is_due(self) -> bool:
+        with self._lock:
+            streams = [stream for stream in self._streams if not stream.is_over]
+            self._streams = WeakSet(streams)
+            if streams:
+                self._loop.call_later(IDLE_S, self._look)
+            else:
+                self._loop = None
+        for stream in streams:
+            stream.rounds += not stream.is_read
+        return any(stream.rounds == 2 for stream in streams if not stream.is_read)
+
+
+_idle = _Idle()
+_closing: set[asyncio.Task[None]] = set()
+
+
+def _close(stream: Any) -> None:
+    """Closes a stream that nobody holds any more: its connection would stay open."""
+    task = asyncio.get_running_loop().create_task(stream.aclose())
+    _closing.add(task)
+    task.add_done_callback(_closing.discard)
 
 
 @lru_cache

@@ -58,6 +58,11 @@ class Background:
 _background = Background()
 
 
+def background_loop() -> Loop:
+    """The loop of the process's background thread."""
+    return _background.loop()
+
+
 def _in_child() -> None:
     global _background
     _background = Background()  # the thread has stayed with the parent
@@ -102,7 +107,7 @@ class Portal:
             before = self._home
             if before is None or not _is_alive(before):
                 self._home = _background.loop() if self._blocks else running
-            elif running is None and before is _running_here():
+            elif running is None and before is running_loop():
                 # This thread runs the loop that would have to answer it.
                 self._leave(before)
                 self._home = _background.loop()
@@ -151,7 +156,8 @@ def portal_to(governor: Governor) -> Portal:
         return governor.portal
 
 
-def _running_here() -> Loop | None:
+def running_loop() -> Loop | None:
+    """The loop that runs in this thread, if any."""
     try:
         return asyncio.get_running_loop()
     except RuntimeError:
@@ -246,7 +252,7 @@ class Lease:
         return self._permit.attempts_max
 
     def _post(self, what: Callable[..., None], *arguments: Any, later: bool = False) -> None:
-        if self._is_here and not later and self._home is _running_here():
+        if self._is_here and not later and self._home is running_loop():
             what(*arguments)
             return
         with suppress(RuntimeError):  # a loop that is closed: see `Governor._bind`

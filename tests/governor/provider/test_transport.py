@@ -61,7 +61,9 @@ def asked(server: Stranger, governor: Governor, **more: Any) -> Any:
 def test_a_throttled_call_is_tried_again_by_the_law_and_ends_as_the_client_knows_it() -> None:
     told = Told()
     governor = Governor(QUICK, observer=told)
-    with stranger(script(error(429, "slow down", "rate_limit_exceeded"), error(500, "oops"), chat("hello"))) as server:
+    with stranger(
+        script(error(429, "slow down", "rate_limit_exceeded", Retry_After="0.02"), error(500, "oops"), chat("hello"))
+    ) as server:
         answer = asked(server, governor)
     assert type(answer).__name__ == "ChatCompletion"
     assert answer.choices[0].message.content == "hello"
@@ -83,7 +85,7 @@ def test_what_cannot_pass_is_not_tried_again_and_raises_the_clients_own_exceptio
 def test_retries_of_a_wrapper_add_up_and_do_not_multiply() -> None:
     governor = Governor(QUICK.with_(retry_max_attempts=3))
 
-    with stranger(script(error(429, "slow down", "rate_limit_exceeded"))) as server:
+    with stranger(script(error(429, "slow down", "rate_limit_exceeded", Retry_After="0.02"))) as server:
         client = governed(OpenAI(api_key="k", base_url=server.base_url, max_retries=4), governor)
         for _ in range(4):
             with pytest.raises(openai.RateLimitError, match="slow down"):
