@@ -62,8 +62,8 @@ bench: $(STAMP_ALL)  ## every figure that the README claims (BENCH_ARGS=--short 
 		$(BIN)/python -m "benchmarks.$$name" $(BENCH_ARGS) || missed="$$missed $$name"; \
 	done; [ -z "$$missed" ] || { echo "not as promised:$$missed" >&2; exit 1; }
 
-twin: $(STAMP_ALL)  ## live runs on loopback against what the simulation says of them (TWIN_ARGS=--short)
-	@$(BIN)/python -m benchmarks.twin $(TWIN_ARGS)
+twin: $(STAMP_ALL)  ## 200 pairs of live runs against what is said of them, into docs (TWIN_ARGS=--short: 3, not written)
+	@$(BIN)/python -m benchmarks.twin $(or $(TWIN_ARGS),--write)
 
 twin-outside: $(STAMP_ALL)  ## the same against rate limiters of others: slowapi, pyrate-limiter (TWIN_ARGS=--short)
 	@$(BIN)/python -m benchmarks.twin_outside $(TWIN_ARGS)

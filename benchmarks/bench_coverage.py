@@ -1,5 +1,7 @@
 """How often do stated intervals hold? Known truths are drawn, and what is stated of them is counted as right or wrong.
 
+    python -m benchmarks.bench_coverage [--short] [--part figures|outlooks|capacity] [--write]
+
 Three parts: the figures of `calibrate` over drawn logs; its outlook against a second log of the same kind, under noise
 that is log-normal or not; and the share in time that `capacity` states, against many runs that it never saw. Each
 coverage is printed with its own interval (Clopper and Pearson, 95 %). The seeds are fixed: the same counts everywhere.
@@ -11,12 +13,14 @@ import argparse
 import random
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from scipy import stats
 
 from benchmarks.bench_calibrate import drawn, holds
+from benchmarks.page import publish, rows, told
 from governor.model.policy import Policy
 from sim.app.example_log import write_log
 from sim.calibration.calibrate import calibrate, outlook, read_sources, tokens_per_min
@@ -28,18 +32,13 @@ from sim.scenario.scenario import Scenario
 from sim.scenario.scenario_file import ModelSource
 from sim.selection.capacity import at_limits, capacity
 
+PARTS = ("figures", "outlooks", "capacity")
 # Noise of answer times: log-normal, of two kinds of answers, and with a heavy tail (Student's t of three degrees).
 NOISES = (
     (),
     ({"log_ratios": (np.where(SCORES < 0.0, -0.5, 0.5) + 0.05 * SCORES).tolist()},),
     ({"log_ratios": (0.2 * stats.t.ppf(stats.norm.cdf(SCORES), 3)).tolist()},),
 )
-
-
-def told(name: str, hits: int, of: int) -> str:
-    """One line: a coverage and its interval."""
-    low, high = stats.binomtest(hits, of).proportion_ci(0.95, method="exact")
-    return f"{name:<33}{hits:>6,} of {of:<6,} {hits / of:6.1%} ({low:.1%} to {high:.1%})"
 
 
 def figures(logs: int, folder: Path, requests: int = 0) -> tuple[Counter[str], Counter[str]]:
@@ -124,26 +123,37 @@ def shares(questions: int, fresh: int) -> tuple[Counter[str], int]:
     return right, answers
 
 
+def lines_of(right: Counter[str], stated: Mapping[str, int]) -> list[list[str]]:
+    """A coverage each line."""
+    return [[name, told(right[name], of)] for name, of in stated.items()]
+
+
 def main() -> None:
-    """Prints all three."""
+    """Prints the parts that are asked for, each as soon as it is there."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="a twentieth of the logs and questions")
-    short = parser.parse_args().short
-    count, fresh = (25, 400) if short else (500, 2_000)
-    with tempfile.TemporaryDirectory() as folder:
-        right, stated = figures(count, Path(folder))
-        inside = outlooks(count, Path(folder))
-    print(f"calibrate: intervals of 95 %, {count} drawn logs")
-    for name in stated:
-        print(f"  {told(name, right[name], stated[name])}")
-    print(f"  {told('all', right.total(), stated.total())}")
-    print(f"calibrate: outlook of 95 %, {count} second logs")
-    for name, hits in inside.items():
-        print(f"  {told(name, hits, count)}")
-    right, answers = shares(count, fresh)
-    print(f"capacity: {answers} answers, each against {fresh:,} runs of its own")
-    for name, hits in right.items():
-        print(f"  {told(name, hits, answers)}")
+    parser.add_argument("--part", action="append", choices=PARTS, help="one of them; all if none is named")
+    parser.add_argument("--write", action="store_true", help="write them into docs/explanation/accuracy.md")
+    given = parser.parse_args()
+    count, fresh = (25, 400) if given.short else (500, 2_000)
+    for part in given.part or PARTS:
+        if part == "capacity":
+            right, answers = shares(count, fresh)
+            what = f"capacity, {answers} answers to {count} questions, each against {fresh:,} runs of its own"
+            lines = lines_of(right, dict.fromkeys(right, answers))
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                if part == "figures":
+                    right, stated = figures(count, Path(folder))
+                    what = f"calibrate, intervals of 95 %, {count} drawn logs"
+                    lines = [*lines_of(right, stated), ["all of them", told(right.total(), stated.total())]]
+                else:
+                    right = outlooks(count, Path(folder))
+                    what = f"calibrate's outlook of 95 %, {count} second logs"
+                    lines = lines_of(right, dict.fromkeys(right, count))
+        print(what, *(f"  {name:<33} {coverage}" for name, coverage in lines), sep="\n", flush=True)
+        if given.write:
+            publish(part, rows([what, "holds"], lines), f"python -m benchmarks.bench_coverage --part {part} --write")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How often a plan's published limits hold: percentiles and means of runs, the loss bound, against very many runs.
 
-    python -m benchmarks.bench_percentiles [--short] [--seed N]
+    python -m benchmarks.bench_percentiles [--short] [--seed N] [--write]
 
 Scenarios are drawn (limits, neighbours, stalls, faults, settings). Of each one very many runs are made: all of them
 together are the truth, and blocks of 100, as many as a plan publishes, each give the figures as the plan would. Counted
@@ -15,6 +15,7 @@ import sys
 
 import numpy as np
 
+from benchmarks.page import publish, rows, told
 from governor.model.policy import Policy
 from sim.experiment.experiment import Pool, case_of
 from sim.experiment.results import at_most, estimate, percentile
@@ -73,10 +74,11 @@ def main() -> None:
             if lost:
                 bound = at_most(int(gone), BLOCK * requests)
                 held.setdefault("loss, upper bound", []).append(lost / (len(runs) * requests) <= bound)
-    print(f"seed {begun}; {scenarios} scenarios, {blocks} blocks of {BLOCK} runs each")
-    for name, found in held.items():
-        n, yes = len(found), sum(found)
-        print(f"{name:22s} {yes / n:.3f} [{1.0 - at_most(n - yes, n):.3f}, {at_most(yes, n):.3f}] of {n:,}")
+    what = f"{scenarios} scenarios (seed {begun}), each {blocks} blocks of {BLOCK} runs"
+    lines = [[name, told(sum(found), len(found))] for name, found in held.items()]
+    print(what, *(f"  {name:22s} {coverage}" for name, coverage in lines), sep="\n")
+    if "--write" in sys.argv:
+        publish("percentiles", rows([what, "holds"], lines), "python -m benchmarks.bench_percentiles --write")
 
 
 if __name__ == "__main__":

@@ -1,31 +1,51 @@
-"""How close the twin is: live runs over HTTP against forecast and backtest, over scenarios drawn from a seed.
+"""How close the twin is: live runs over HTTP against what was said of them, over pairs of runs drawn from a seed.
 
-    python -m benchmarks.twin [--short] [--scenarios 20] [--time-scale 8] [--seed 1]
+    python -m benchmarks.twin [--short] [--pairs 200] [--live 8] [--time-scale 4] [--seed 1] [--keep DIR]
+                              [--from DIR] [--minutes M] [--write]
 
-Each scenario draws a batch (sizes, caps, number of requests), a provider (limits, charge rule, settling, others on the
-quota) and settings (window, concurrency, stagger, order of launches). The batch runs live, as `paceline run` does it:
-the official SDK, the asyncio driver, a journal on disk, against `paceline provider` in a process of its own on
-loopback. Clocks of both run X times as fast. The forecast is the one in the journal, written before the first launch
-from the settings alone. The backtest is told the provider and reads from the journal what the run could not know; its
-chance has other seeds than the provider's.
+Each pair draws a batch (sizes, caps, number of requests), a provider (limits, charge rule, settling, others on the
+quota; every third with server errors and dropped connections) and two sets of settings (window, concurrency, stagger,
+order of launches; every third claims more than the limit, so that refusals come). Runs are live, as `paceline run`
+does them: the official SDK, the asyncio driver, a journal on disk, against `paceline provider` in a process of its own
+on loopback, both clocks X times as fast. There are three of each pair: a first run; a second one, of another batch of
+the same kind, with chance of its own; and a third one, of the second's batch and chance under the other settings.
+Times are from the first launch to the last end. Four things are scored:
 
-The table shows each prediction with its 95 % interval, and whether the measured figure lies in it.
+* `rehearsal`: `backtest` of each run, told the provider, and by the journal what the run itself could not know;
+* `second`: the second run by the forecast that a run makes of its batch before the first launch, from a scenario that
+  `calibrate` made of the first run's journal;
+* `changed`: the third run by the same, so after a change of settings;
+* `replay`: second and third run, each by a replay of the other's journal under its own settings, told nothing else.
+
+Each half-width has two parts, as root of the sum of squares: that of the simulation itself, and the model error, a
+share of the prediction. The latter is estimated from the pairs of odd numbers (split conformal: the least share with
+which at least 95 % of them, and one more, would be inside) and counted on the others. `--write` puts the page and the
+shares that commands use (`sim/validation/model_error.json`) in place; `--from DIR` scores runs that `--keep` has kept.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import multiprocessing
+import os
 import random
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
+from benchmarks.page import publish, rows, told
+from governor.forecast.forecast import Demand, Foresee, Outlook
 from governor.journal.journal import Journal
+from governor.model.errors import BadInput, PacelineError
 from governor.model.policy import Policy
 from governor.model.pools import Pool
 from governor.model.prices import Prices
@@ -33,18 +53,31 @@ from governor.provider.sending import connect_with
 from governor.run.batch import Orders, run_batch
 from governor.run.pool_run import Manner
 from governor.telemetry.progress import Quiet
-from sim.base.layout import table
+from sim.app.replay_command import ReplayOptions, staged
+from sim.calibration.calibrate import calibrate
+from sim.calibration.observed import of_journal
 from sim.model.provider_config import ProviderConfig
 from sim.serving.server import spawn
 from sim.validation.backtest import Backtest, backtest
+from sim.validation.counterfactual import counterfactual
 from sim.validation.foresight import foresee
+from sim.validation.model_error import FILE, ModelError, conformal, widened
+from sim.validation.twin import lessons
 
-SCALE, SCALE_MOST = 8.0, 10.0
-SCENARIOS, SHORT = 20, 3
-# A scenario that lasts longer has gone wrong; what ended until then is compared.
+T = TypeVar("T")
+SCALE, SCALE_MOST = 4.0, 20.0
+# Live runs at a time: they mostly wait.
+LIVE = 8
+PAIRS, SHORT = 200, 3
+# A run that lasts longer has gone wrong: its pair is counted as failed.
 STOP_AFTER_S = 600.0
+WORST = 12
 MODEL = "gpt-4o-mini"
-HALF_WIDTH_MOST, ERROR_MOST, COVERED_LEAST = 0.05, 0.02, 0.85
+# Declared caps by kind of batch; a bimodal one has long answers besides.
+CAPS = {"small": (200, 400), "mixed": (200, 2_000), "large": (1_000, 2_500), "bimodal": (150, 150)}
+KINDS = ("rehearsal", "second", "changed", "replay")
+# What is promised: median errors, and shares inside.
+ERROR_MOST = {"rehearsal": 0.005, "second": 0.03, "changed": 0.03, "replay": 0.03}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,34 +85,65 @@ class Drawn:
     """One scenario. `sizes`: (characters of the prompt, declared cap) of each request."""
 
     name: str
+    shape: str
     provider: ProviderConfig
     policy: Policy
     sizes: tuple[tuple[int, int], ...]
     seed: int
 
 
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One prediction of a makespan, seconds, and of 429s. `low_s` to `high_s`: without the model error."""
+
+    kind: str
+    pair: int
+    name: str
+    predicted_s: float
+    low_s: float
+    high_s: float
+    measured_s: float
+    throttled: float
+    throttled_low: float
+    throttled_high: float
+    throttled_measured: float
+
+    @property
+    def error_ratio(self) -> float:
+        """(measured - predicted) / measured."""
+        return (self.measured_s - self.predicted_s) / self.measured_s
+
+    @property
+    def model_error_ratio(self) -> float:
+        """The least model error with which the measured makespan is inside."""
+        off_s = self.measured_s - self.predicted_s
+        own_s = self.high_s - self.predicted_s if off_s > 0.0 else self.predicted_s - self.low_s
+        return max(0.0, off_s**2 - own_s**2) ** 0.5 / self.predicted_s
+
+    @property
+    def counts_inside(self) -> bool:
+        """Whether the 429s are."""
+        return self.throttled_low <= self.throttled_measured <= self.throttled_high
+
+
 def drawn(seed: int, number: int) -> Drawn:
-    """The scenario of that number under a seed: shaped so that it lasts one to three minutes of its own time."""
+    """The scenario of that number under a seed: shaped so that it lasts about a minute of its own time."""
     rng = random.Random(f"{seed}/{number}")
-    shape = rng.choice(["small", "mixed", "large", "bimodal"])
-    count = rng.randint(40, 80)
-    caps = {"small": (200, 400), "mixed": (200, 2_000), "large": (1_000, 2_500), "bimodal": (150, 150)}[shape]
-    sizes = []
-    for _ in range(count):
-        cap = rng.randint(*caps) if shape != "bimodal" or rng.random() < 0.7 else 2_000
-        sizes.append((rng.randint(200, 4_000), cap))
+    shape = rng.choice(list(CAPS))
+    sizes = sizes_of(shape, rng)
     needed = sum(chars // 4 + cap for chars, cap in sizes)
     settles = rng.random() < 0.4
     rule = rng.choice(["prompt_plus_max", "max_of"])
     if rule == "max_of":
         needed = sum(max(chars // 4, cap) for chars, cap in sizes)
     largest = max(chars // 4 + cap for chars, cap in sizes)
-    # About one to two minutes' worth of tokens beyond the first bucket.
-    tpm = round(max(2.5 * largest, needed / rng.uniform(2.0, 3.0)))
+    # About half a minute's to one and a half minutes' worth of tokens beyond the first bucket.
+    tpm = round(max(2.5 * largest, needed / rng.uniform(1.5, 2.5)))
     share = rng.choice([0.0, 0.0, 0.1, 0.25])
     bursts = share > 0.0 and rng.random() < 0.5
     cotenant = {"share": share, "burst_s": 10.0 if bursts else 0.0, "period_s": 30.0 if bursts else 0.0}
     window = rng.choice(["fixed", "sliding", "bucket", "bucket"])
+    faults = {"error_ratio": 0.08, "drop_ratio": 0.04} if number % 3 == 1 else {}
     provider = ProviderConfig(
         tpm=tpm,
         rpm=500,
@@ -88,35 +152,55 @@ def drawn(seed: int, number: int) -> Drawn:
         cotenant=cotenant,
         latency=MODEL,
         window="clock" if window == "fixed" else "bucket",
-    )
+    ).with_(faults=faults)
+    is_over = number % 3 == 2
+    headroom = rng.choice([0.01, 0.05]) if share == 0.0 else rng.choice([0.05, 0.3])
     policy = Policy.preset("paceline").with_(
-        tpm_limit=tpm,
+        tpm_limit=round(1.3 * tpm) if is_over else tpm,
         rpm_limit=500,
         tpm_window=window,
         charge_rule=rule,
         settle=settles,
         max_concurrency=rng.choice([3, 8, 20, 40]),
         stagger_seconds=rng.choice([0.0, 0.0, 0.5, 1.5]),
-        tpm_headroom=rng.choice([0.01, 0.05]) if share == 0.0 else rng.choice([0.05, 0.3]),
+        tpm_headroom=0.0 if is_over else headroom,
         launch_order=rng.choice(["fifo", "longest_first"]),
         # A counter that falls at the full minute states a wait from which its headers read like a limit per day.
         sync_headers=window != "fixed" and rng.random() < 0.5,
     )
-    words = [
-        shape,
-        window,
-        rule,
-        "settles" if settles else "",
-        f"others {share:.0%}" if share else "",
-        "bursts" * bursts,
-    ]
+    others = f"others {share:.0%}{' in bursts' if bursts else ''}" if share else ""
+    words = [shape, window, rule, "settles" if settles else "", others, "faults" if faults else "", "over" * is_over]
     return Drawn(
         name=" ".join(filter(None, words)),
+        shape=shape,
         provider=provider,
         policy=policy,
-        sizes=tuple(sizes),
+        sizes=sizes,
         seed=rng.randrange(2**31),
     )
+
+
+def sizes_of(shape: str, rng: random.Random) -> tuple[tuple[int, int], ...]:
+    """A batch of that kind: (characters of the prompt, declared cap) of each request."""
+    found = []
+    for _ in range(rng.randint(30, 60)):
+        cap = 2_000 if shape == "bimodal" and rng.random() < 0.3 else rng.randint(*CAPS[shape])
+        found.append((rng.randint(200, 4_000), cap))
+    return tuple(found)
+
+
+def pair_of(seed: int, number: int) -> tuple[Drawn, Drawn, Drawn]:
+    """First run, second run, and the second under other settings; see the module's docstring."""
+    first = drawn(seed, number)
+    rng = random.Random(f"{seed}/{number}/second")
+    second = replace(first, sizes=sizes_of(first.shape, rng), seed=rng.randrange(2**31))
+    changes: dict[str, Any] = {
+        "max_concurrency": rng.choice([3, 8, 20, 40]),
+        "stagger_seconds": rng.choice([0.0, 0.5, 1.5]),
+        "launch_order": rng.choice(["fifo", "longest_first"]),
+        "tpm_headroom": rng.choice([0.0, 0.05, 0.2]),
+    }
+    return first, second, replace(second, policy=second.policy.with_(**changes))
 
 
 def written(scenario: Drawn, path: Path) -> None:
@@ -130,11 +214,9 @@ def written(scenario: Drawn, path: Path) -> None:
             file.write(json.dumps(line) + "\n")
 
 
-def rehearsed(scenario: Drawn, time_scale: float, folder: Path | None = None) -> Backtest:
-    """The scenario run live on loopback, and its backtest. `folder`: where its files stay; None = nowhere."""
-    if folder is None:
-        with tempfile.TemporaryDirectory(prefix="paceline-twin-") as name:
-            return rehearsed(scenario, time_scale, Path(name))
+def run_live(scenario: Drawn, time_scale: float, folder: Path, foresee: Foresee | None = None) -> None:
+    """The scenario over HTTP on loopback; its files stay in `folder`. BadInput where it does not end."""
+    folder.mkdir(parents=True, exist_ok=True)
     written(scenario, folder / "batch.jsonl")
     # Another seed than the run's: what the provider draws is not ours to know.
     options: dict[str, Any] = {"seed": scenario.seed ^ 0x5EED, "time_scale": time_scale, "stated_time": "provider"}
@@ -153,76 +235,221 @@ def rehearsed(scenario: Drawn, time_scale: float, folder: Path | None = None) ->
         )
         with (folder / "said.txt").open("w", encoding="utf-8") as said:
             outcome = run_batch(orders, foresee=foresee, connect=connect_with(environment), shown=Quiet(said))
+    if outcome.pending:
+        raise BadInput(f"{outcome.pending} requests were left when it stopped: {outcome.stopped}", scenario.name)
+
+
+def rehearsed(scenario: Drawn, time_scale: float, folder: Path) -> Backtest:
+    """The scenario run live, forecast and all, and its backtest."""
+    run_live(scenario, time_scale, folder, foresee)
     with Journal.open(folder / "run.db") as journal:
-        found = backtest(journal, provider=scenario.provider)
-    return found if not outcome.pending else replace(found, notes=(*found.notes, f"stopped: {outcome.stopped}"))
+        return backtest(journal, provider=scenario.provider)
 
 
-def shown_row(number: int, scenario: Drawn, found: Backtest) -> list[str]:
-    """One line of the table."""
-    m, f = found.makespan_s, found.forecast
-    error = "-" if m.error_ratio is None else f"{100.0 * m.error_ratio:+.2f} %"
-    counts = [
-        f"{c.measured:.0f} in {c.low:.0f}-{c.high:.0f}{'' if c.covered else ' !'}"
-        for c in (found.throttled, found.launches)
-    ]
-    forecast = "-"
-    if f is not None and f.error_ratio is not None:
-        forecast = f"{f.low:.0f}-{f.high:.0f} {100.0 * f.error_ratio:+.0f} %{'' if f.covered else ' !'}"
-    interval = f"{m.low:.1f}-{m.high:.1f}{'' if m.covered else ' !'}"
-    return [f"{number} {scenario.name}", f"{m.measured:.1f}", interval, error, *counts, forecast]
+# ---------------------------------------------------------------- the scores
 
 
-def verdict(found: list[Backtest]) -> tuple[list[str], bool]:
-    """The figures over all scenarios, and whether they keep what is promised."""
-    n = len(found)
-    errors = [abs(b.makespan_s.error_ratio or 0.0) for b in found]
-    widths = [b.makespan_s.half_width_ratio for b in found]
-    covered = sum(b.makespan_s.covered for b in found)
-    lines = [
-        f"backtest: makespan within its interval in {covered} of {n}, half-width median {100 * median(widths):.1f} %, "
-        f"at most {100 * max(widths):.1f} %; median absolute error {100 * median(errors):.2f} %, at most "
-        f"{100 * max(errors):.2f} %",
-        f"backtest: 429s within in {sum(b.throttled.covered for b in found)} of {n}, launches in "
-        f"{sum(b.launches.covered for b in found)} of {n}",
-    ]
-    forecasts = [b.forecast for b in found if b.forecast is not None]
-    if forecasts:
-        off = median(abs(f.error_ratio or 0.0) for f in forecasts)
-        lines.append(
-            f"forecast: makespan within in {sum(f.covered for f in forecasts)} of {len(forecasts)}, median absolute "
-            f"error {100 * off:.1f} %; 429s within in "
-            f"{sum(b.forecast_throttled is not None and b.forecast_throttled.covered for b in found)} of {n}"
+def folders_of(keep: Path, number: int) -> list[Path]:
+    """Where the three runs of a pair are."""
+    return [keep / str(number) / each for each in ("first", "second", "changed")]
+
+
+def ran(seed: int, number: int, time_scale: float, keep: Path, end_s: float) -> bool:
+    """Runs a pair live; False where it would have begun after `end_s` on the machine's clock."""
+    if time.time() > end_s:
+        return False
+    for folder, scenario in zip(folders_of(keep, number), pair_of(seed, number), strict=True):
+        run_live(scenario, time_scale, folder)
+    return True
+
+
+def scored(seed: int, number: int, keep: Path) -> list[Score]:
+    """All scores of a pair that has run."""
+    return list(scores_in(number, folders_of(keep, number), pair_of(seed, number)))
+
+
+def scores_in(number: int, folders: Sequence[Path], scenarios: Sequence[Drawn]) -> Iterator[Score]:
+    """The scores of three runs that have been made."""
+    runs = []
+    for folder, scenario in zip(folders, scenarios, strict=True):
+        with Journal.open(folder / "run.db") as journal:
+            found = backtest(journal, provider=scenario.provider, model_error_ratio=0.0)
+            runs.append((lessons(journal)[0], [result.request.sizes for result in journal.results()]))
+        m, t = found.makespan_s, found.throttled
+        figures = m.predicted, m.low, m.high, m.measured, t.predicted, t.low, t.high, t.measured
+        yield Score("rehearsal", number, scenario.name, *figures)
+    learnt = folders[0] / "learnt.yaml"
+    calibrate(of_journal(str(folders[0] / "run.db"))).write(learnt)
+    for kind, scenario, (lesson, sizes) in zip(KINDS[1:3], scenarios[1:], runs[1:], strict=True):
+        demand = Demand()
+        for each in sizes:
+            demand.add(MODEL, each, 0)
+        pool = Pool(policy=scenario.policy, scenario=str(learnt))
+        f = foresee(Outlook(pool=pool, demand=demand, seed=scenario.seed), 0.0)
+        counts = f.throttled, f.throttled_low, f.throttled_high, float(lesson.throttled)
+        yield Score(kind, number, scenario.name, f.finish_s, f.low_s, f.high_s, lesson.makespan_s, *counts)
+    for i, j in ((1, 2), (2, 1)):
+        measured, policy = runs[j][0], scenarios[j].policy
+        name, stages = staged(str(folders[i] / "run.db"), [runs[i][0]], ReplayOptions())
+        c = counterfactual(stages, lambda _, policy=policy: policy, provider_from=name, model_error_ratio=0.0)  # type: ignore[misc]
+        m, t = c.makespan_s, c.throttled
+        figures = m.would, m.was + m.low, m.was + m.high, measured.makespan_s, t.would, t.was + t.low, t.was + t.high
+        yield Score("replay", number, f"{scenarios[j].name}, {name}", *figures, float(measured.throttled))
+
+
+# ---------------------------------------------------------------- what they come to
+
+
+def error_of(kind: str, scores: Iterable[Score]) -> float:
+    """The model error of a kind, from the pairs of odd numbers. Forecasts before and after a change are of one."""
+    kinds = ("second", "changed") if kind in ("second", "changed") else (kind,)
+    return conformal(s.model_error_ratio for s in scores if s.kind in kinds and s.pair % 2)
+
+
+def summed_up(scores: Sequence[Score]) -> tuple[list[list[str]], bool]:
+    """A row for each kind, and whether it is as promised."""
+    found, good = [], True
+    for kind in KINDS:
+        mine = [score for score in scores if score.kind == kind]
+        held_out = [score for score in mine if score.pair % 2 == 0]
+        if not held_out or len(held_out) == len(mine):
+            continue
+        ratio = error_of(kind, scores)
+        inside = sum(score.model_error_ratio <= ratio for score in held_out)
+        errors = sorted(abs(score.error_ratio) for score in mine)
+        ends = [widened(s.low_s, s.predicted_s, s.high_s, ratio) for s in held_out]
+        widths = [(high - low) / 2.0 / value for low, value, high in ends]
+        counted = sum(score.counts_inside for score in mine)
+        found.append(
+            [
+                kind,
+                f"{len(mine)}",
+                f"{median(errors):.2%}",
+                f"{errors[math.ceil(0.9 * len(errors)) - 1]:.1%}",
+                f"{errors[-1]:.0%}",
+                f"{median(s.error_ratio for s in mine):+.2%}",
+                f"{ratio:.1%}",
+                f"{median(widths):.1%}",
+                told(inside, len(held_out)),
+                told(counted, len(mine)),
+            ]
         )
-    good = covered >= COVERED_LEAST * n and median(errors) <= ERROR_MOST and max(widths) <= HALF_WIDTH_MOST
-    return lines, good
+        good = good and median(errors) <= ERROR_MOST[kind] and 0.93 <= inside / len(held_out) <= 0.97
+    return found, good
 
 
-def main(words: list[str]) -> int:
-    """Runs the scenarios, prints the table; 1 where a promise is not kept."""
+HEADER = ["prediction", "runs", "median error", "90 % below", "worst", "median, signed", "model error", "half-width"]
+HEADER += ["makespan inside, held out", "429s inside, all"]
+
+
+def page_of(scores: Sequence[Score], failures: Sequence[str], given: argparse.Namespace, took_s: float) -> str:
+    """The part of the page that these make."""
+    worst = sorted(scores, key=lambda score: -score.model_error_ratio)[:WORST]
+    off = [
+        [
+            s.kind,
+            f"{s.pair}: {s.name}",
+            f"{s.measured_s:.1f}",
+            f"{s.predicted_s:.1f}",
+            f"{s.error_ratio:+.1%}",
+            f"{s.throttled_measured:.0f} for {s.throttled:.1f}",
+        ]
+        for s in worst
+    ]
+    pairs = len({score.pair for score in scores})
+    lines = [
+        f"{pairs} pairs of seed {given.seed}, three live runs each, clocks {given.time_scale:g} times as fast, "
+        f"{given.live} at a time on {os.cpu_count()} cores; {took_s / 60.0:.0f} minutes. "
+        f"Pairs that failed: {len(failures)}.",
+        *(f"\n* {failure}" for failure in failures),
+        "",
+        rows(HEADER, summed_up(scores)[0]),
+        "",
+        f"The {len(off)} furthest outside:",
+        "",
+        rows(["prediction", "pair", "measured s", "predicted s", "error", "429s"], off),
+    ]
+    return "\n".join(lines)
+
+
+def write(scores: Sequence[Score], page: str, command: str) -> None:
+    """Puts the page and the model errors that commands use in place."""
+    publish("twin", page, command)
+    kinds = {"rehearsal": "rehearsal", "forecast": "second", "replay": "replay"}
+    found = {name: round(error_of(kind, scores), 4) for name, kind in kinds.items()}
+    odd = [score.kind for score in scores if score.pair % 2]
+    counts = [odd.count("rehearsal"), odd.count("second") + odd.count("changed"), odd.count("replay")]
+    error = ModelError(**found, made=datetime.now(UTC).date().isoformat(), command=command, runs=tuple(counts))  # type: ignore[arg-type]
+    FILE.write_text(json.dumps(error._asdict(), indent=2) + "\n", encoding="utf-8")
+
+
+def options(words: list[str]) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="twin")
-    parser.add_argument("--short", action="store_true")
-    parser.add_argument("--scenarios", type=int, default=0)
+    parser.add_argument("--short", action="store_true", help=f"{SHORT} pairs")
+    parser.add_argument("--pairs", type=int, default=0)
+    parser.add_argument("--live", type=int, default=LIVE, help="live runs at a time")
     parser.add_argument("--time-scale", type=float, default=SCALE)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--first", type=int, default=1, help="number of the first scenario")
+    parser.add_argument("--first", type=int, default=1, help="number of the first pair")
+    parser.add_argument("--minutes", type=float, default=0.0, help="no pair begins later; 0 = no bound")
+    parser.add_argument("--keep", type=Path, default=None, help="a folder where the runs stay")
+    parser.add_argument("--from", dest="kept", type=Path, default=None, help="score the runs in such a folder")
+    parser.add_argument("--write", action="store_true", help="write the page and the model error")
     given = parser.parse_args(words)
     if not 0.0 < given.time_scale <= SCALE_MOST:
         parser.error(f"--time-scale must be above 0 and at most {SCALE_MOST:g}")
-    count = given.scenarios or (SHORT if given.short else SCENARIOS)
-    print(f"seed {given.seed}, {count} scenarios, clocks {given.time_scale:g} times as fast", flush=True)
-    rows = [["scenario", "measured s", "backtest s", "error", "429s", "launches", "forecast s"]]
-    found, begun = [], time.monotonic()
-    for number in range(given.first, given.first + count):
-        scenario = drawn(given.seed, number)
-        result = rehearsed(scenario, given.time_scale)
-        found.append(result)
-        rows.append(shown_row(number, scenario, result))
-        print(" | ".join(rows[-1]), flush=True)
-    lines, good = verdict(found)
-    print(f"\n{table(rows)}\n\n! = outside of its interval")
-    print("\n".join([*lines, f"{time.monotonic() - begun:.0f} s"]))
-    return 0 if good else 1
+    given.pairs = given.pairs or (SHORT if given.short else PAIRS)
+    return given
+
+
+def main(words: list[str]) -> int:
+    """Runs the pairs, prints a line per score and the table; 1 where a promise is not kept."""
+    given = options(words)
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="paceline-twin-") as name:
+        keep = given.kept or given.keep or Path(name)
+        numbers = list(range(given.first, given.first + given.pairs))
+        failures: list[str] = []
+        if given.kept is None:
+            end_s = time.time() + 60.0 * given.minutes if given.minutes else math.inf
+            made = _each(ran, [(given.seed, n, given.time_scale, keep, end_s) for n in numbers], given.live, failures)
+            numbers = [n for n, has_run in zip(numbers, made, strict=True) if has_run]
+        else:
+            numbers = [n for n in numbers if (folders_of(keep, n)[-1] / "run.db").exists()]
+        took_s = time.monotonic() - begun
+        # Afterwards, so that no scoring takes the processor from a run.
+        found = _each(scored, [(given.seed, n, keep) for n in numbers], os.cpu_count() or 1, failures)
+    scores = [score for mine in found if mine is not None for score in mine]
+    for s in scores:
+        print(
+            f"{s.pair} {s.kind} {s.name}: {s.measured_s:.1f} s in {s.low_s:.1f}-{s.high_s:.1f}, predicted "
+            f"{s.predicted_s:.1f} ({s.error_ratio:+.2%}); 429s {s.throttled_measured:.0f} in "
+            f"{s.throttled_low:.0f}-{s.throttled_high:.0f}, predicted {s.throttled:.1f}"
+        )
+    if not scores:
+        return 1
+    table, good = summed_up(scores)
+    print(rows(HEADER, table), f"\n{len(failures)} pairs failed; {time.monotonic() - begun:.0f} s", sep="\n")
+    if given.write:
+        command = " ".join(["python -m benchmarks.twin", *words])
+        write(scores, page_of(scores, failures, given, took_s), command)
+    return 0 if good and not failures else 1
+
+
+def _each(work: Callable[..., T], asked: list[tuple[Any, ...]], processes: int, failures: list[str]) -> list[T | None]:
+    """What `work` makes of each, by so many processes; None where it failed, which is printed and noted."""
+    found: list[T | None] = [None] * len(asked)
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as workers:
+        begun = {workers.submit(work, *arguments): i for i, arguments in enumerate(asked)}
+        for done in as_completed(begun):
+            i = begun[done]
+            try:
+                found[i] = done.result()
+            except (PacelineError, OSError, AssertionError, TimeoutError) as error:
+                failures.append(f"pair {asked[i][1]}: {type(error).__name__}: {error}")
+                print(failures[-1], flush=True)
+    return found
 
 
 if __name__ == "__main__":

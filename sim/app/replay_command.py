@@ -56,7 +56,7 @@ def replayed(path: str, o: ReplayOptions, width: int) -> tuple[dict[str, Any], s
             raise BadSetting("--columns and --arrivals are for logs of other clients: this is a journal", "--columns")
         with Journal.open(path) as journal:
             found = lessons(journal)
-        name, stages = _stages(path, found, o)
+        name, stages = staged(path, found, o)
     else:
         name, stages = _of_log(path, o)
     result = counterfactual(stages, rewrite, runs=o.runs, provider_from=name)
@@ -65,7 +65,7 @@ def replayed(path: str, o: ReplayOptions, width: int) -> tuple[dict[str, Any], s
     return replay_json(path, result), replay_text(path, result, width)
 
 
-def _stages(path: str, found: Sequence[Lesson], o: ReplayOptions) -> tuple[str, list[Stage]]:
+def staged(path: str, found: Sequence[Lesson], o: ReplayOptions) -> tuple[str, list[Stage]]:
     """Each pool with its provider: what the command names, else what explains the run best, believed or learnt."""
     if o.provider is not None or o.tpm is not None:
         base = None if o.provider is None else named_provider(o.provider)

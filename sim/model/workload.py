@@ -52,6 +52,8 @@ P50_ASSUMED_NO_CAP = 200.0
 Z95 = 1.6448536269514722
 # A request without an old result takes the answer of one of this many with the most similar prompts.
 NEIGHBOURS = 32
+# Classes of declared caps within which answers are alike: how many at most, and how many known answers each has.
+CLASSES_MOST, CLASS_LEAST = 16, 15
 # Rows that are worked on at once: what is made on the way stays small, however many rows there are.
 BLOCK = 65_536
 # The cache of one workload: bytes of columns kept, and at least this many.
@@ -351,20 +353,28 @@ def with_outputs_assumed(workload: Workload, seed: int) -> Workload:
 
 
 def similar_outputs(workload: Workload, known: Whole, seed: int) -> Whole:
-    """Answers for the rows where `known` is -1, drawn from the joint distribution of prompt and answer of the others.
+    """Answers for the rows where `known` is -1, from the joint distribution of cap, prompt and answer of the others.
 
-    Each takes the answer of one of the 32 known rows whose prompts are nearest in rank to its own; keyed by row. At
-    least one must be known.
+    Known rows are parted by their declared caps into classes of about equal size, one per distinct cap where these are
+    few. Each missing one takes the answer of one of the 32 rows of its class, at most half of a small one, whose
+    prompts are nearest in rank to its own; keyed by row. At least one must be known.
     """
-    present = np.flatnonzero(known >= 0)
-    ordered = present[np.argsort(workload.prompt_tokens[present], kind="stable")]
-    missing = np.flatnonzero(known < 0)
-    rank = np.searchsorted(workload.prompt_tokens[ordered], workload.prompt_tokens[missing])
-    width = min(NEIGHBOURS, len(ordered))
-    first = np.clip(rank - width // 2, 0, len(ordered) - width)
-    picked = first + (uniforms(seed, len(workload), RESAMPLE)[missing] * width).astype(np.int64)
+    present, missing = np.flatnonzero(known >= 0), np.flatnonzero(known < 0)
+    caps, prompts = np.asarray(workload.max_tokens), workload.prompt_tokens
+    classes = min(CLASSES_MOST, len(present) // CLASS_LEAST)
+    shares = np.arange(1, classes) / max(1, classes)
+    edges = np.unique(np.quantile(caps[present], shares, method="inverted_cdf")) if classes > 1 else np.zeros(0)
+    of = np.searchsorted(edges, caps)
+    of = np.minimum(of, of[present].max())
+    u = uniforms(seed, len(workload), RESAMPLE)
     filled = known.copy()
-    filled[missing] = known[ordered[picked]]
+    for each in range(int(of.max()) + 1):
+        mine, rows = present[of[present] == each], missing[of[missing] == each]
+        ordered = mine[np.argsort(prompts[mine], kind="stable")]
+        rank = np.searchsorted(prompts[ordered], prompts[rows])
+        width = min(NEIGHBOURS, (len(ordered) + 1) // 2)
+        first = np.clip(rank - width // 2, 0, len(ordered) - width)
+        filled[rows] = known[ordered[first + (u[rows] * width).astype(np.int64)]]
     return filled
 
 

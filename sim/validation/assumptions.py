@@ -162,6 +162,7 @@ def _answered_like(workload: Workload, rows: Workload, seed: int) -> Workload:
         both = from_tokens(
             np.concatenate([np.asarray(workload.prompt_tokens), np.asarray(rows.prompt_tokens)]),
             np.concatenate([outputs, np.asarray(rows.output_tokens)]),
+            max_tokens=np.concatenate([np.asarray(workload.max_tokens), np.asarray(rows.max_tokens)]),
         )
         outputs = similar_outputs(both, np.asarray(both.output_tokens), seed)[: len(workload)]
     return workload.with_(output_tokens=outputs, recorded_s=np.where(found >= 0, rows.recorded_s[found], -1.0))

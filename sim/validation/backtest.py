@@ -5,14 +5,10 @@ and who is refused is for the provider's model to say.
 
 Statistics. Replications differ in the lateness of timers (drawn from the run's own), the ways to the provider, and in
 what was never answered. The interval is that in which one more run would lie, Student's
-mean +- t x sd x sqrt(1 + 1/n), and the sd has a second part: `MODEL_SD_RATIO`, how far a simulation is from a live run
-for reasons that no replication varies (another program on the processor, moments that are not known exactly). That part
-is not fitted to the run at hand: of 20 rehearsals under another seed than that of the published table 18 were off by at
-most 0.34 %, and a little more is assumed.
+mean +- t x sd x sqrt(1 + 1/n), widened by the error of the model that no replication varies (`model_error`).
 
 Where the interval misses: a refusal more or less moves the end of a run by seconds, and whether one comes can hang on
-tens of milliseconds, as where a provider that counts by the minute begins a new one. The other two of those 20 were off
-by 5 % so.
+tens of milliseconds, as where a provider that counts by the minute begins a new one.
 """
 
 from __future__ import annotations
@@ -31,13 +27,12 @@ from sim.base.words import between, duration, number
 from sim.experiment.results import CONFIDENCE
 from sim.model.provider_config import ProviderConfig, checked
 from sim.scenario.scenario_file import named_provider
+from sim.validation.model_error import measured, widened
 from sim.validation.replay import Stage
 from sim.validation.twin import Lesson, believed, lessons
 
 REQUESTS_SIMULATED = 60_000
 RUNS_LEAST, RUNS_MOST = 5, 40
-# Standard deviation of (measured - predicted) / measured that no replication accounts for: see the module's docstring.
-MODEL_SD_RATIO = 0.004
 TAKEN = (
     "the answer, the time and the fault of each attempt that was let in",
     "the ways to the provider",
@@ -143,15 +138,22 @@ def _row(name: str, c: Compared, form: str) -> list[str]:
 # ---------------------------------------------------------------- the comparison
 
 
-def backtest(journal: Journal, *, provider: ProviderConfig | None = None, runs: int = 0) -> Backtest:
+def backtest(
+    journal: Journal,
+    *,
+    provider: ProviderConfig | None = None,
+    runs: int = 0,
+    model_error_ratio: float | None = None,
+) -> Backtest:
     """The twin of the run in a journal, compared with it.
 
     `provider`: what is assumed of it, None = as the run's own forecast did, or the settings where it had no scenario.
-    `runs`: replications, 0 = as many as about 60,000 requests make, at least 5 and at most 40. BadInput where no
-    request of the journal has ended.
+    `runs`: replications, 0 = as many as about 60,000 requests make, at least 5 and at most 40.
+    `model_error_ratio`: of the makespan, None = as measured. BadInput where no request of the journal has ended.
     """
     found = lessons(journal)
     requests = sum(len(lesson.workload) for lesson in found)
+    ratio = measured().rehearsal if model_error_ratio is None else model_error_ratio
     runs = runs or max(RUNS_LEAST, min(RUNS_MOST, REQUESTS_SIMULATED // max(1, requests)))
     predicted = np.zeros((runs, 3))
     recorded = {} if provider is not None else _recorded(journal)
@@ -164,7 +166,7 @@ def backtest(journal: Journal, *, provider: ProviderConfig | None = None, runs: 
     measured_s = max(lesson.makespan_s for lesson in found)
     forecast, forecast_throttled = _forecast(journal, found)
     return Backtest(
-        makespan_s=Compared(*_interval(predicted[:, 0], MODEL_SD_RATIO), measured_s),
+        makespan_s=Compared(*_interval(predicted[:, 0], ratio), measured_s),
         throttled=Compared(*_counts(predicted[:, 1]), float(sum(lesson.throttled for lesson in found))),
         launches=Compared(*_counts(predicted[:, 2]), float(sum(lesson.launches for lesson in found))),
         requests=requests,
@@ -186,14 +188,15 @@ def _recorded(journal: Journal) -> dict[str, ProviderConfig]:
     }
 
 
-def _interval(values: np.ndarray[Any, Any], model_sd_ratio: float = 0.0) -> tuple[float, float, float]:
+def _interval(values: np.ndarray[Any, Any], model_error_ratio: float = 0.0) -> tuple[float, float, float]:
     """(mean, low, high): in which one more run lies with 95 %; not below 0."""
     from scipy.stats import t
 
     n, mean = len(values), float(values.mean())
     own = float(values.std(ddof=1)) * math.sqrt(1.0 + 1.0 / n) if n > 1 else 0.0
-    half = float(t.ppf(0.5 + CONFIDENCE / 2.0, max(1, n - 1))) * math.hypot(own, model_sd_ratio * mean)
-    return mean, max(0.0, mean - half), mean + half
+    half = float(t.ppf(0.5 + CONFIDENCE / 2.0, max(1, n - 1))) * own
+    low, _, high = widened(mean - half, mean, mean + half, model_error_ratio)
+    return mean, low, high
 
 
 def _counts(values: np.ndarray[Any, Any]) -> tuple[float, float, float]:

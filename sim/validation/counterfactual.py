@@ -2,8 +2,8 @@
 
 Statistics. The interval of a difference is that in which one more run lies, Student's mean +- t x sd x sqrt(1 + 1/n)
 over the replications (`replay` says in what they differ). Its sd has a second part: what the provider's model misses of
-this very run when it decides on every refusal, at least `MODEL_SD_RATIO` of a makespan. It is left out where the two
-runs never part: then the journal has seen all of it.
+this very run when it decides on every refusal; and a makespan's is widened by the error of the model that no
+replication varies (`model_error`). Both are left out where the two runs never part: the journal has seen it all then.
 """
 
 from __future__ import annotations
@@ -22,11 +22,9 @@ from sim.des.run import TIMEOUT
 from sim.experiment.results import CONFIDENCE
 from sim.model.provider_config import ProviderConfig
 from sim.validation.backtest import REQUESTS_SIMULATED, RUNS_LEAST, RUNS_MOST
+from sim.validation.model_error import measured
 from sim.validation.replay import Rerun, Rewrite, Stage
 
-# Standard deviation of (second run - replay) / second run for what no replication varies, such as how the requests of a
-# larger burst arrive: 12 of 16 replays of a fresh seed were off by less than twice as much.
-MODEL_SD_RATIO = 0.015
 # A request ends sooner or later only if by more than this, seconds.
 SAME_S = 0.1
 
@@ -89,9 +87,17 @@ class Counterfactual:
 
 
 def counterfactual(
-    stages: Sequence[Stage], rewrite: Rewrite, *, runs: int = 0, provider_from: str = ""
+    stages: Sequence[Stage],
+    rewrite: Rewrite,
+    *,
+    runs: int = 0,
+    provider_from: str = "",
+    model_error_ratio: float | None = None,
 ) -> Counterfactual:
-    """The run of these pools under rewritten settings. `runs`: replications, 0 = as many as `backtest` makes."""
+    """The run of these pools under rewritten settings. `runs`: replications, 0 = as many as `backtest` makes.
+
+    `model_error_ratio`: of the makespan, None = as measured.
+    """
     requests = sum(len(stage.lesson.workload) for stage in stages)
     runs = runs or max(RUNS_LEAST, min(RUNS_MOST, REQUESTS_SIMULATED // max(1, requests)))
     would = [_together(each) for each in zip(*(stage.reruns(runs, rewrite) for stage in stages), strict=True)]
@@ -102,10 +108,11 @@ def counterfactual(
     parted = [each.parted_s for each in would if each.parted_s is not None]
     has_parted = bool(parted) or is_log
 
-    def pair(of: Callable[[Rerun], float], floor: float = 0.0) -> Paired:
+    def pair(of: Callable[[Rerun], float], model_error_ratio: float = 0.0) -> Paired:
         values = np.array([of(each) for each in would])
-        missed = max(abs(of(alone) - of(was)), floor * float(values.mean())) if has_parted else 0.0
-        return _paired(of(was), values, missed, -of(was))
+        missed = abs(of(alone) - of(was)) if has_parted else 0.0
+        model = model_error_ratio * float(values.mean()) if has_parted else 0.0
+        return _paired(of(was), values, missed, -of(was), model)
 
     changed: dict[str, tuple[str, str]] = {}
     for stage in stages:
@@ -117,7 +124,9 @@ def counterfactual(
         requests=requests,
         replications=runs,
         changed=changed,
-        makespan_s=pair(lambda each: each.makespan_s, MODEL_SD_RATIO),
+        makespan_s=pair(
+            lambda each: each.makespan_s, measured().replay if model_error_ratio is None else model_error_ratio
+        ),
         throttled=pair(lambda each: each.throttled),
         launches=pair(lambda each: each.launches),
         lost=pair(lambda each: float(each.is_lost.sum())),
@@ -152,16 +161,17 @@ def _together(parts: Sequence[Rerun]) -> Rerun:
     )
 
 
-def _paired(was: float, values: NDArray[np.float64], missed: float, least: float) -> Paired:
-    """Mean difference, and the interval in which that of one more run lies; `missed`: the model's own sd.
+def _paired(was: float, values: NDArray[np.float64], missed: float, least: float, model: float = 0.0) -> Paired:
+    """Mean difference, and the interval in which that of one more run lies; `missed`: sd of the provider's model.
 
-    `least`: below which no difference can be.
+    `least`: below which no difference can be. `model`: 95 % half-width of what is not in either.
     """
     from scipy.special import stdtrit
 
     n, mean = len(values), float(values.mean())
     own = float(values.std(ddof=1)) * math.sqrt(1.0 + 1.0 / n) if n > 1 else 0.0
     half = float(stdtrit(max(1, n - 1), 0.5 + CONFIDENCE / 2.0)) * math.hypot(own, missed)
+    half = math.hypot(half, model)
     return Paired(was, mean, mean - was, max(mean - was - half, least), mean - was + half)
 
 

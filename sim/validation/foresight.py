@@ -1,7 +1,8 @@
 """The forecast that a live run asks for before it starts: its own requests, simulated under its own settings.
 
 Theory of operation. Each simulated run has its own seed and its own draw of the answers, so that the interval holds
-what chance does; it does not hold what is assumed. Of n runs, smallest and largest enclose the next one with
+what chance does; it does not hold what is assumed. Of a provider that was learnt from a run it does hold what that run
+left open, and the model's error (`model_error`). Of n runs, smallest and largest enclose the next one with
 probability (n - 1) / (n + 1): 95 % for 39. A batch that allows fewer has Student's prediction interval, mean +- t x sd
 x sqrt(1 + 1/n): there a rare stall of one answer no longer decides the finish. About 60,000 requests are simulated in
 all, some seconds' work, in at least 2 runs; a batch of more than 300,000 gets the fluid estimate, which is not worse
@@ -31,6 +32,7 @@ from sim.scenario.scenario import Scenario
 from sim.scenario.scenario_file import ModelSource
 from sim.scenario.unknowns import FRESH_DRAWS, FRESH_SEEDS, Unknowns, drawn
 from sim.validation.assumptions import assumptions_of
+from sim.validation.model_error import measured, widened
 
 REQUESTS_SIMULATED = 60_000
 RUNS_LEAST, RUNS_MOST = 2, 39
@@ -40,8 +42,11 @@ DRAWS, DRAWS_LEAST = 100, 19
 SHARES = tuple(i / 20.0 for i in range(1, 21))
 
 
-def foresee(outlook: Outlook) -> Expectation:
-    """What this pool's run is expected to do, simulated."""
+def foresee(outlook: Outlook, model_error_ratio: float | None = None) -> Expectation:
+    """What this pool's run is expected to do, simulated.
+
+    `model_error_ratio`: of the finish on a provider that was learnt from a run, None = as measured.
+    """
     if not 0 < outlook.demand.requests <= REQUESTS_MOST:
         return fluid(outlook)
     workload, models = workload_of(outlook)
@@ -52,11 +57,14 @@ def foresee(outlook: Outlook) -> Expectation:
     runs = max(RUNS_LEAST, min(RUNS_MOST, REQUESTS_SIMULATED // max(1, n)))
     engine = chosen("auto", n * runs)
     seeds = range(outlook.seed, outlook.seed + runs)
+    conditions = [(assumed.answered(workload, seed), provider) for seed in seeds]
+    if provider.learnt_from:
+        conditions = [
+            _as_learnt(answered, outlook, on, assumed.unknowns, i) for i, (answered, on) in enumerate(conditions)
+        ]
     found = [
-        run_once(
-            assumed.answered(workload, seed), policy, provider, finalize=outlook.finalize, seed=seed, engine=engine
-        )
-        for seed in seeds
+        run_once(answered, policy, on, finalize=outlook.finalize, seed=seed, engine=engine)
+        for seed, (answered, on) in zip(seeds, conditions, strict=True)
     ]
     finish = _interval([run.finish_s for run in found])
     planned = assumed.as_planned(workload)
@@ -67,6 +75,8 @@ def foresee(outlook: Outlook) -> Expectation:
             for seed in seeds
         )
         finish = min(likely, finish[0]), likely, max(likely, finish[2])
+    if provider.learnt_from:
+        finish = widened(*finish, measured().forecast if model_error_ratio is None else model_error_ratio)
     late_s = outlook.delay_s()
     finish = finish[0] + late_s, finish[1] + late_s, finish[2] + late_s
     promise_s = None
@@ -99,6 +109,28 @@ def foresee(outlook: Outlook) -> Expectation:
         assumed=assumed.to_json_dict(),
         promise_s=None if promise_s is None else promise_s + late_s,
     )
+
+
+def _as_learnt(
+    workload: Workload, outlook: Outlook, provider: ProviderConfig, unknowns: Unknowns, i: int
+) -> tuple[Workload, ProviderConfig]:
+    """Answers and provider as the run that they were learnt from leaves them open.
+
+    Ranges of factors hold the chance of another run, too, which is in the simulation already.
+    """
+    narrower = {
+        name: tuple(each ** (0.5**0.5) for each in getattr(unknowns, name))
+        for name in ("latency_factor", "output_factor")
+    }
+    scenario = Scenario(
+        source=ModelSource.model_construct(),
+        workload=workload,
+        provider=provider,
+        policy=outlook.pool.policy,
+        seed=outlook.seed,
+    )
+    (condition,) = drawn(scenario, unknowns.model_copy(update=narrower), range(i, i + 1))
+    return condition.scenario.workload, condition.scenario.provider
 
 
 def _promise_s(workload: Workload, outlook: Outlook, provider: ProviderConfig, unknowns: Unknowns) -> float | None:

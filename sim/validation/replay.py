@@ -80,7 +80,9 @@ class Replay(Twin):
         self._expiry_late_s: dict[int, float] = {}
         self._due_at: dict[Job, float] = {}
         self._answers_at = {tried.ended_s for tried in record.tried.values()}
-        self._ways = [tried.way_s for tried in record.tried.values() if tried.way_s is not None]
+        self._ways = ways_by_place(record)
+        self._burst = (-1.0, 0)
+        self._way_now: tuple[float, float] | None = None
         self._pattern = list(takings)
         if self._pattern:
             self._lap_s = max(float(record.ended_s.max()) - zero_s, self._pattern[-1].at_s) + 1e-6
@@ -128,11 +130,17 @@ class Replay(Twin):
 
     def _way(self, job: Job) -> tuple[float, float]:
         past = self.record.tried.get((job.index, job.lane, job.tries))
+        at_s, place = self._burst
+        self._burst = (self.env._now, place + 1 if at_s == self.env._now else 0)
         is_then = past is not None and abs(past.launched_s - self.env._now - self.zero_s) <= self.slack_s
-        if not is_then and self.seed != self.provider_seed and self._ways:
-            # Launched at another moment, in another burst: any of them.
-            return self._ways[int(self._rng.integers(len(self._ways)))]
-        return super()._way(job) if past is None or past.way_s is None else past.way_s
+        self._way_now = None
+        if is_then or not self._ways:
+            return super()._way(job) if past is None or past.way_s is None else past.way_s
+        # Launched at another moment, in another burst: as any that was launched in that place of one.
+        ways = self._ways[min(self._burst[1], len(self._ways) - 1)]
+        is_usual = self.seed == self.provider_seed
+        self._way_now = ways[len(ways) // 2] if is_usual else ways[int(self._rng.integers(len(ways)))]
+        return self._way_now
 
     def _served(self, job: Job, key: int, at: float) -> tuple[int, float, int, float]:
         """As it was, as far as the journal tells; refused as the model says, once the runs have parted."""
@@ -157,12 +165,18 @@ class Replay(Twin):
         self._expiry_late_s.pop(job.index, None)
         if nth >= len(met):
             return answer
-        if met[nth].outcome == TIMEOUT:
-            took_s = met[nth].ended_s - met[nth].launched_s
-            self._expiry_late_s[job.index] = max(0.0, took_s - self.timeout_s)
+        outcome, took_s, then, now = met[nth].outcome, met[nth].took_s, met[nth].way_s, self._way_now
+        if outcome == TIMEOUT:
+            waited_s = met[nth].ended_s - met[nth].launched_s
+            self._expiry_late_s[job.index] = max(0.0, waited_s - self.timeout_s)
+            if waited_s < 0.99 * self.timeout_s:
+                outcome, took_s = prov.DROPPED, waited_s  # no connection came about, for which nobody waits as long
         if met[nth].used >= 0.0:
             job.output = max(0.0, met[nth].used - job.prompt)
-        return met[nth].outcome, met[nth].took_s, -1, met[nth].retry_after_s
+        if then is not None and now is not None:
+            # What it took in another burst than that of the run: the provider's time is its own, the way is not.
+            took_s = max(now[1], took_s + now[1] - then[1])
+        return outcome, took_s, -1, met[nth].retry_after_s
 
     def _expires_at(self, job: Job, now: float) -> float:
         """As late as the loop gave it up in the run."""
@@ -207,6 +221,21 @@ class Replay(Twin):
         self.ends_s[job.index] = now + self.zero_s
         self.is_lost[job.index] = bool(code)
         super()._close(job, now, code)
+
+
+def ways_by_place(record: Record) -> list[list[tuple[float, float]]]:
+    """Ways that are known, by place among those launched at one instant, shorter ones first; no place is empty."""
+    bursts: dict[float, list[tuple[float, float]]] = {}
+    for tried in record.tried.values():
+        if tried.way_s is not None:
+            bursts.setdefault(tried.launched_s, []).append(tried.way_s)
+    found: list[list[tuple[float, float]]] = []
+    for burst in bursts.values():
+        for place, way_s in enumerate(sorted(burst)):
+            if place == len(found):
+                found.append([])
+            found[place].append(way_s)
+    return [sorted(ways) for ways in found]
 
 
 class Rerun(NamedTuple):

@@ -264,6 +264,17 @@ def test_missing_answers_come_from_similar_prompts(seed: int) -> None:
     assert len(set(drawn.tolist())) > 300
 
 
+def test_missing_answers_come_from_requests_with_similar_caps(seed: int) -> None:
+    """Answers that follow from the cap alone: two caps, then many."""
+    rng = np.random.default_rng(seed)
+    prompts = rng.integers(50, 1_000, 90)
+    for caps, off in ((rng.choice([150, 2_000], 90), 0.0), (rng.integers(200, 2_000, 90), 0.5)):
+        known = np.where(np.arange(90) % 2, caps // 2, -1)
+        blank = w.from_tokens(prompts, np.zeros_like(prompts), max_tokens=caps)
+        filled = w.similar_outputs(blank, known, seed)
+        assert (np.abs(filled / (caps // 2) - 1.0)[known < 0]).mean() <= off
+
+
 def test_one_known_answer_serves_all() -> None:
     blank = w.from_tokens(np.array([5, 6, 7]), np.zeros(3, np.int64))
     assert w.similar_outputs(blank, np.array([-1, 42, -1]), 0).tolist() == [42, 42, 42]

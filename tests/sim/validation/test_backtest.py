@@ -18,6 +18,7 @@ from sim.des.driver import Simulation
 from sim.model.provider_config import ProviderConfig
 from sim.model.workload import columns, from_tokens
 from sim.validation.backtest import Compared, _interval, backtest_command, provider_of
+from sim.validation.model_error import conformal
 from sim.validation.twin import Lesson, Twin, _answers, _faults, _gaps, _latency
 from tests.live import batch, provider, run_args, shared_cli
 
@@ -56,10 +57,23 @@ def test_interval_holds_one_more_run_as_often_as_it_says() -> None:
     assert inside / trials == pytest.approx(0.95, abs=4.0 * (0.95 * 0.05 / trials) ** 0.5)
 
 
+def test_model_error_of_one_half_holds_for_the_other_as_often_as_it_says() -> None:
+    """Split conformal prediction needs no shape of the errors: here most are nothing, and some are large."""
+    rng = np.random.default_rng(5)
+    inside, trials = 0, 400
+    for _ in range(trials):
+        errors = np.where(rng.random(120) < 0.9, 0.0, rng.exponential(0.1, 120))
+        inside += int((errors[60:] <= conformal(errors[:60])).sum())
+    share = inside / (60 * trials)
+    # At least 95 %, at most 1/61 more; four standard errors, the halves being what is independent.
+    assert 0.95 - 4.0 * 0.029 / trials**0.5 <= share <= 0.95 + 1.0 / 61.0 + 4.0 * 0.029 / trials**0.5
+    assert conformal([0.1, 0.3, 0.2]) == 0.3
+
+
 def test_interval_keeps_the_models_own_error_where_nothing_varies() -> None:
     mean, low, high = _interval(np.full(1_000, 50.0), 0.01)
     assert mean == 50.0
-    assert (high - low) / 2.0 == pytest.approx(1.96 * 0.5, rel=0.01)
+    assert (high - low) / 2.0 == pytest.approx(0.5)
     assert _interval(np.full(10, 3.0)) == (3.0, 3.0, 3.0)
 
 
