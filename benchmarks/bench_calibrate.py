@@ -23,10 +23,10 @@ import numpy as np
 from scipy import stats
 
 from governor.model.policy import Policy
-from sim.app.example_log import write_log
 from sim.calibration import calibrate as cal
 from sim.calibration.calibrate import Calibration, calibrate, outlook, read_sources, tokens_per_min
 from sim.calibration.fits import Figure
+from sim.calibration.logs import write_log
 from sim.des.engines import simulated
 from sim.experiment.experiment import case_of
 from sim.model.provider_config import ProviderConfig

@@ -22,9 +22,9 @@ from scipy import stats
 from benchmarks.bench_calibrate import drawn, holds
 from benchmarks.page import publish, rows, told
 from governor.model.policy import Policy
-from sim.app.example_log import write_log
 from sim.calibration.calibrate import calibrate, outlook, read_sources, tokens_per_min
 from sim.calibration.fits import SCORES
+from sim.calibration.logs import write_log
 from sim.des.engines import simulated
 from sim.experiment.experiment import Pool, case_of, replicate
 from sim.model.provider_config import ProviderConfig

@@ -18,8 +18,8 @@ import pytest
 
 from governor.model.errors import BadInput, BadSetting, PacelineError
 from sim.app import notebook_command as notebook_cli
+from sim.app import notebook_command as packaged
 from sim.app.cli import main
-from sim.base import packaged
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -112,7 +112,7 @@ def test_no_code_stands_in_two_notebooks() -> None:
 
 
 def test_the_wheel_holds_them(tmp_path: Path) -> None:
-    """Laid out as the wheel lays them out, the notebooks and the example lie where `packaged` looks for them."""
+    """Laid out as the wheel lays them out, the notebooks and the example lie where the command looks for them."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     mapping = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
     for origin, target in mapping.items():

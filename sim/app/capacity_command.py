@@ -13,8 +13,7 @@ from sim.app.outputs import check_file
 from sim.base.files import write_atomically
 from sim.base.progress import Progress
 from sim.experiment.results import CONFIDENCE
-from sim.reporting.batch_text import ways_text
-from sim.reporting.capacity_text import capacity_text, how_many_text
+from sim.reporting.capacity_text import capacity_text, how_many_text, ways_text
 from sim.selection.batch_api import Terms, Way, ways
 from sim.selection.capacity import PROBES_FORESEEN, TUNING_RUNS, How, Search, capacity, how_many, runs_of
 from sim.selection.capacity_results import Capacity
@@ -131,7 +130,7 @@ def answered(given: Options, inputs: Inputs, asked: Asked, width: int) -> Answer
 
 def _draw(path: str, found: Capacity) -> None:
     from sim.base.style import png_of
-    from sim.reporting.capacity_figure import capacity_figure
+    from sim.reporting.figures_compare import capacity_figure
 
     picture = png_of(capacity_figure(found))
     with write_atomically(path) as unfinished:

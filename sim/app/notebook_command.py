@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
 
-from governor.model.errors import PacelineError
+from governor.model.errors import BadInput, BadSetting, PacelineError
+from sim.base.files import write_atomically
 
 NEEDS_NOTEBOOK = "notebooks need paceline[notebook]: pip install 'paceline[notebook]'"
 NEEDED = ("jupyterlab", "ipywidgets", "numpy", "matplotlib", "pandas")
@@ -35,7 +37,6 @@ def notebook(
     """
     if any(find_spec(module) is None for module in NEEDED):
         raise PacelineError(NEEDS_NOTEBOOK)
-    from sim.base.packaged import copied_to, named
 
     first = named(name).name if name else ""
     for copy in copied_to(to):
@@ -51,3 +52,71 @@ def notebook(
         return
     if code:
         raise typer.Exit(code)
+
+
+# ---------------------------------------------------------------- what comes with the package
+
+
+HERE = Path(__file__).resolve().parents[1]
+# In a wheel everything lies in one folder; beside it, where each is worked on.
+SHARED = HERE / "share"
+PLACES = {"notebooks": (SHARED / "notebooks", HERE.parent / "notebooks"), "": (SHARED, HERE.parent / "examples")}
+
+
+class Copied(NamedTuple):
+    """A notebook in the user's folder; `kept`: it was there already, and differs from the one that comes along."""
+
+    path: Path
+    kept: bool
+
+
+def example(name: str = "batch.jsonl") -> str:
+    """The path of an example that comes along: `batch.jsonl`, 200 requests in batch format, or `today.env`."""
+    for folder in PLACES[""]:
+        if (folder / name).is_file():
+            return str(folder / name)
+    raise BadInput("there is no such example: batch.jsonl and today.env come with Paceline", name)
+
+
+def notebooks() -> list[Path]:
+    """The notebooks that come along, in order."""
+    found = next((folder for folder in PLACES["notebooks"] if folder.is_dir()), None)
+    return sorted(found.glob("[0-9]*.ipynb")) if found else []
+
+
+def named(name: str) -> Path:
+    """The notebook that a user means by its number, its name or a part of it. BadSetting for none or several."""
+    found = notebooks()
+    word = name.removesuffix(".ipynb").lower().replace("-", "_").replace(" ", "_")
+    # "2" and "02" are numbers, not parts of a name.
+    meant = [p for p in found if p.stem == word or (word.isdigit() and int(p.stem.split("_")[0]) == int(word))]
+    meant = meant or [p for p in found if word and not word.isdigit() and word in p.stem]
+    if len(meant) == 1:
+        return meant[0]
+    stems = [p.stem for p in meant or found]
+    if meant:
+        raise BadSetting(f"{name!r} may be {' or '.join(stems)}: write more of it")
+    near = difflib.get_close_matches(word, [part for stem in stems for part in (stem, *stem.split("_"))], 1)
+    raise BadSetting(f"there is no notebook {name!r}: " + (f"did you mean {near[0]}?" if near else ", ".join(stems)))
+
+
+def copied_to(folder: str | Path) -> list[Copied]:
+    """Copies the notebooks into the folder, made if need be; what is there already stays as it is.
+
+    BadInput where nothing can be written there.
+    """
+    place = Path(folder)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "this is not a folder" if isinstance(error, FileExistsError) else error.strerror or str(error)
+        raise BadInput(f"cannot be written into: {reason}", str(folder)) from None
+    done = []
+    for path in notebooks():
+        target, text = place / path.name, path.read_bytes()
+        is_there = target.exists()
+        if not is_there:
+            with write_atomically(target) as unfinished:
+                unfinished.write_bytes(text)
+        done.append(Copied(target, is_there and target.read_bytes() != text))
+    return done

@@ -431,7 +431,7 @@ def split(
 
     Example: paceline split requests.jsonl --out files --batch-queue 2m
     """
-    from sim.reporting.batch_text import split_text
+    from sim.reporting.capacity_text import split_text
     from sim.selection.split import split as write
 
     found = write(batch, out, queue_tokens=batch_queue, rest=rest, live_share=live, file_tokens=file_tokens)

@@ -34,13 +34,15 @@ from governor.model.errors import BadSetting
 from governor.model.policy import Policy
 from sim.experiment.experiment import Case, Pool, case_of
 from sim.experiment.results import CONFIDENCE, Figures, Forecast, at_most, forecast_of
+from sim.experiment.runs import Runs, key_of
 from sim.experiment.spread import WorkersLost
 from sim.model.presets import DEFAULT_TIER, TIERS, tier_names, tier_preset
 from sim.model.workload import resampled
 from sim.scenario.scenario import Scenario, limits_of
+from sim.scenario.stress import Condition
 from sim.selection.capacity_results import BOUND, LARGEST, SETTINGS, TAIL, Capacity, Decided, HowMany, Probe
-from sim.selection.search import Goal
-from sim.selection.tuning import tuned
+from sim.selection.search import Goal, Searcher
+from sim.selection.space import full_anchors, full_space, recipe
 
 # Limits closer than this are one: nobody is granted 41,237 tokens per minute.
 RESOLUTION = 0.01
@@ -416,3 +418,30 @@ def how_many(scenario: Scenario, finish_by_s: float, **how: Unpack[How]) -> HowM
 
 def _lost(runs: Sequence[Figures]) -> bool:
     return any(run["failed"] > 0 for run in runs)
+
+
+# ---------------------------------------------------------------- settings tuned to a limit
+
+
+# Simulated requests per limit, at most about; half of them for the race that comes first.
+EFFORT = 400_000
+# Runs of one setting, at most.
+SEEDS = 4
+# Settings that are handed on.
+SPARE = 4
+
+
+def tuned(scenario: Scenario, goal: Goal, *, pool: Pool, first: Sequence[Policy] = ()) -> list[Policy]:
+    """Settings that do well in the scenario, the best first, which does so on the seeds tried.
+
+    That one is at least as good there as the scenario's own settings and those of `first`, which suited limits nearby;
+    but a few runs say little of rare losses, and those that come after it are there for them.
+    """
+    requests = len(scenario.workload)
+    searcher = Searcher(Condition("", scenario), goal.allowing(1, requests), Runs(pool), EFFORT)
+    affordable = max(2, EFFORT // (2 * SEEDS * max(1, requests)))
+    field = [scenario.policy, *first, *[recipe(scenario), *full_anchors(scenario)][:affordable]]
+    ranked, _ = searcher.race(field, SEEDS)
+    best = searcher.climb(ranked[0], full_space(scenario).neighbours, SEEDS)
+    others = [policy for policy in ranked if key_of(policy) != key_of(best)]
+    return [best, *others[: SPARE - 1]]

@@ -20,8 +20,7 @@ from typing import Any
 
 from governor.journal.database import JournalError
 from governor.service.api.auth import Authority, Caller
-from governor.service.api.elsewhere import Elsewhere
-from governor.service.store.store import ENDED, BatchRow
+from governor.service.store.store import ENDED, BatchRow, Store
 from governor.service.worker.live import batch_json, live_json
 from governor.service.worker.worker import Worker
 
@@ -130,3 +129,39 @@ class Events:
         if now - self._live[0] >= 0.2:
             self._live = (now, event("live", live_json(self._worker, series=False)))
         return self._live[1]
+
+
+# ---------------------------------------------------------------- batches of other replicas
+
+
+# Whoever owns a batch writes down where it stands twice a second.
+AGE_S = 0.25
+KEPT = 1_000
+
+
+class Elsewhere:
+    """See the module. All of it in the event loop."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._read: dict[str, tuple[float, asyncio.Future[BatchRow | None]]] = {}
+
+    async def batch(self, batch_id: str) -> BatchRow | None:
+        """The batch as it is stored, or was up to AGE_S ago: read once for all who ask. May raise `JournalError`."""
+        now = time.monotonic()
+        known = self._read.get(batch_id)
+        if known is None or now - known[0] >= AGE_S:
+            if len(self._read) >= KEPT:
+                self._read.clear()
+            reading = asyncio.ensure_future(asyncio.to_thread(self._store.batch, batch_id))
+            known = self._read[batch_id] = (now, reading)
+        try:
+            # Shielded: one who goes away takes nobody's reading along.
+            found = await asyncio.shield(known[1])
+        except BaseException:
+            if known[1].done():
+                self._read.pop(batch_id, None)
+            raise
+        if found is None:
+            self._read.pop(batch_id, None)  # it may be accepted the next moment
+        return found

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from governor.journal.database import JournalError
 from governor.service.api.auth import Authority, is_ours
-from governor.service.api.elsewhere import Elsewhere
+from governor.service.api.events import Elsewhere
 from governor.service.store.store import BatchRow
 from governor.service.worker.live import batch_json
 from governor.service.worker.worker import Worker

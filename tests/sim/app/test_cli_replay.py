@@ -16,7 +16,7 @@ from governor.model.policy import Policy
 from governor.model.requests import Answer, Outcome
 from governor.model.work import Job
 from sim.app.cli import main
-from sim.app.example_log import write_log
+from sim.calibration.logs import write_log
 from sim.des.engines import simulated
 from sim.experiment.experiment import case_of
 from sim.model.provider_config import ProviderConfig

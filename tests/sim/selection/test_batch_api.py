@@ -18,7 +18,7 @@ from sim.app.cli import main
 from sim.experiment.experiment import Pool
 from sim.model.provider_config import ProviderConfig
 from sim.model.workload import Z95, from_tokens
-from sim.reporting.batch_text import ways_text
+from sim.reporting.capacity_text import ways_text
 from sim.scenario.scenario import Scenario
 from sim.selection import split as split_module
 from sim.selection.batch_api import DISCOUNT, Terms, batch_finish_s, cost_usd, files_per_wave, ways

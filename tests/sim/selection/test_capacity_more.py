@@ -15,13 +15,12 @@ from sim.base.style import png_of
 from sim.experiment.experiment import Pool, replicate
 from sim.model.provider_config import ProviderConfig
 from sim.model.workload import from_tokens, parametric
-from sim.reporting.capacity_figure import capacity_figure
+from sim.reporting.figures_compare import capacity_figure
 from sim.scenario.scenario import Scenario
 from sim.selection import capacity as module
-from sim.selection.capacity import capacity, how_many
+from sim.selection.capacity import capacity, how_many, tuned
 from sim.selection.search import Goal
 from sim.selection.steady import load_tpm, steady_capacity, truncation, waits_of
-from sim.selection.tuning import tuned
 
 BATCH = "examples/batch.jsonl"
 FAST = Policy(
