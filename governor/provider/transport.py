@@ -44,7 +44,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 from weakref import WeakSet
 
 from governor.model.errors import BadInput, PacelineError, Refused
-from governor.model.estimate import CHARS_PER_TOKEN, CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, Sizes, measured
+from governor.model.estimate import CHARS_PER_TOKEN, CHAT, COMPLETIONS, EMBEDDINGS, MESSAGES, RESPONSES, Sizes, measured
 from governor.model.policy import Policy
 from governor.model.requests import Answer, Outcome, Request, usage_of
 from governor.model.work import Work, work_of
@@ -72,7 +72,7 @@ _ENDPOINTS = (
     ("/responses", RESPONSES),
     ("/embeddings", EMBEDDINGS),
     ("/completions", COMPLETIONS),
-    ("/messages", CHAT),
+    ("/messages", MESSAGES),
 )
 # What is said of a request to any other endpoint: it counts as one, without tokens.
 _NO_SIZES = Sizes(-1, 0, 0, 0, 0, 0, 0, 1, -1)

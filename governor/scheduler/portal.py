@@ -31,6 +31,8 @@ from governor.scheduler.driver import Governor, NoLoop, Permit
 
 T = TypeVar("T")
 Loop = asyncio.AbstractEventLoop
+# Makes the background thread's loop.
+new_loop: Callable[[], Loop] = asyncio.new_event_loop
 # How often somebody who waits in another loop looks whether that still runs.
 LOOK_S = 0.5
 
@@ -46,7 +48,7 @@ class Background:
         """Its loop, which runs."""
         with self._lock:
             if self._loop is None:
-                self._loop = asyncio.new_event_loop()
+                self._loop = new_loop()
                 threading.Thread(target=self._loop.run_forever, name="paceline-governor", daemon=True).start()
             return self._loop
 

@@ -1,0 +1,280 @@
+"""A client of one's own, governed, beside the bare one: what is lost, how long it takes, and what it costs.
+
+    python -m benchmarks.bench_governed [--short] [--seeds 3] [--time-scale 5]
+
+**The case**: a provider of 30,000 tokens per minute (continuous bucket, charged prompt + max_tokens at admission), 60
+requests of 250 to 2,500 tokens, sent by the official SDKs over HTTP on loopback: awaited, streamed, from 20 threads,
+and by Anthropic's SDK. Bare, 20 at once, with each SDK's own two retries; governed, all at once, by `governed(client)`
+with the provider's limits. All clocks run five times as fast, so the figures are seconds of their time. For each: lost,
+429s, and the makespan over the bound, below which no scheduler can go.
+
+**The cost**: no limit binds, 50 in flight, answers at once; requests per second, bare and governed in turn, each pair
+beside the other; and, one at a time, how long a stream's first event takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from statistics import median
+from typing import Any, TypeVar
+
+from anthropic import AnthropicError, AsyncAnthropic
+from openai import AsyncOpenAI, OpenAI, OpenAIError
+
+from benchmarks.bench_live_peers import CASES, REQUESTS, RPM, TOKENS, TPM, provider
+from benchmarks.live_batch import RULE, Case, bound, drawn
+from governor import Governor, Policy, governed
+from governor.run.scaledloop import ScaledLoop
+from governor.scheduler import portal
+from sim.base.layout import table
+from sim.model.provider_config import ProviderConfig
+from sim.serving.server import spawn
+
+CASE = next(iter(CASES))
+SCALE_MOST = 10.0
+SCALE = 5.0
+AT_ONCE = 2
+IN_FLIGHT = 20
+KEY = "no-key-is-needed"
+# Promised of the governed: none lost, at most one 429, and at most this makespan over the bound.
+RATIO_MOST = 1.06
+# Promised of the cost: throughput of at least this part of the bare client's, and a first event at most so much later.
+THROUGHPUT_LEAST = 0.95
+DELAY_MOST_S = 0.001
+COST_IN_FLIGHT = 50
+C = TypeVar("C")
+
+
+def policy() -> Policy:
+    """What somebody sets who knows the provider."""
+    return Policy.preset("paceline").with_(
+        max_concurrency=IN_FLIGHT, stagger_seconds=0.0, tpm_limit=TPM, tpm_headroom=0.01, rpm_limit=RPM,
+        charge_rule=RULE, settle=False,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- the case
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """What one client made of one batch. `ratio`: makespan over bound."""
+
+    name: str
+    governs: bool
+    seed: int
+    lost: int
+    throttled: int
+    ratio: float
+
+
+async def plain(client: AsyncOpenAI, body: dict[str, Any]) -> None:
+    """One awaited call."""
+    await client.chat.completions.create(**body)
+
+
+async def streamed(client: AsyncOpenAI, body: dict[str, Any]) -> None:
+    """One streamed call, read to its end."""
+    async for _ in await client.chat.completions.create(**body, stream=True, stream_options={"include_usage": True}):
+        pass
+
+
+async def messages(client: AsyncAnthropic, body: dict[str, Any]) -> None:
+    """One call of Anthropic's SDK."""
+    await client.messages.create(**body)
+
+
+class Hurried(OpenAI):
+    """A blocking client whose own backoff is on the sped-up clock."""
+
+    scale = 1.0
+
+    def _calculate_retry_timeout(self, *args: Any, **keywords: Any) -> float:
+        return super()._calculate_retry_timeout(*args, **keywords) / self.scale
+
+
+Way = Callable[[Any, dict[str, Any]], Awaitable[None]]
+WAYS: dict[str, tuple[type[Any], Way]] = {
+    "AsyncOpenAI": (AsyncOpenAI, plain),
+    "AsyncOpenAI, streaming": (AsyncOpenAI, streamed),
+    "AsyncAnthropic": (AsyncAnthropic, messages),
+}
+THREADS = "OpenAI in 20 threads"
+
+
+async def awaited(name: str, governs: bool, url: str, batch: Sequence[Case]) -> list[float]:
+    """When each was answered, seconds of the loop's clock; -1 = lost."""
+    kind, way = WAYS[name]
+    address = url.removesuffix("/v1") if kind is AsyncAnthropic else url
+    client = kind(api_key=KEY, base_url=address)
+    if governs:
+        governed(client, Governor(policy()))
+    loop = asyncio.get_running_loop()
+    free = asyncio.Semaphore(REQUESTS if governs else IN_FLIGHT)
+    begun = loop.time()
+
+    async def one(case: Case) -> float:
+        async with free:
+            try:
+                await way(client, case.body)
+            except (OpenAIError, AnthropicError):
+                return -1.0
+        return loop.time() - begun
+
+    async with client:
+        return await asyncio.gather(*(one(case) for case in batch))
+
+
+def threaded(governs: bool, url: str, batch: Sequence[Case], scale: float) -> list[float]:
+    """The same from threads."""
+    client = Hurried(api_key=KEY, base_url=url)
+    client.scale = scale
+    if governs:
+        governed(client, Governor(policy()))
+    begun = time.monotonic()
+
+    def one(case: Case) -> float:
+        try:
+            client.chat.completions.create(**case.body)
+        except OpenAIError:
+            return -1.0
+        return (time.monotonic() - begun) * scale
+
+    with ThreadPoolExecutor(IN_FLIGHT) as pool, client:
+        return list(pool.map(one, batch))
+
+
+def ran(name: str, governs: bool, seed: int, scale: float) -> Ran:
+    """One client, one batch, one provider."""
+    batch = drawn(seed, REQUESTS, TOKENS)
+    with spawn(provider(CASE), seed=seed, time_scale=scale, stated_time="provider") as server:
+        if name == THREADS:
+            portal.new_loop = lambda: ScaledLoop(scale)
+            ends = threaded(governs, server.base_url, batch, scale)
+        else:
+            with asyncio.Runner(loop_factory=lambda: ScaledLoop(scale)) as runner:
+                ends = runner.run(awaited(name, governs, server.base_url, batch))
+        throttled = server.stats()["outcomes"].get("throttled", 0)
+    return Ran(name, governs, seed, ends.count(-1.0), throttled, max(ends) / bound(provider(CASE), batch))
+
+
+def peer_case(seeds: range, scale: float) -> bool:
+    """Its table; whether the governed did as promised."""
+    names = [*WAYS, THREADS]
+    orders = [(name, governs, seed) for name in names for governs in (False, True) for seed in seeds]
+    with ProcessPoolExecutor(AT_ONCE, get_context("spawn")) as pool:
+        done = list(pool.map(ran, *zip(*orders, strict=True), [scale] * len(orders)))
+    rows = [["client", "", f"lost of {REQUESTS}", "429s", "makespan / bound, median", "worst"]]
+    good = True
+    for name in names:
+        for governs in (False, True):
+            runs = [each for each in done if (each.name, each.governs) == (name, governs)]
+            lost, drawn_429 = ([f"{min(n)} to {max(n)}" if min(n) != max(n) else str(n[0])][0] for n in (
+                [each.lost for each in runs], [each.throttled for each in runs]))  # fmt: skip
+            ratios = [each.ratio for each in runs]
+            rows.append([name, "governed" if governs else "bare", lost, drawn_429])
+            rows[-1] += [f"{median(ratios):.3f}", f"{max(ratios):.3f}"]
+            if governs:
+                good &= all(not each.lost and each.throttled <= 1 and each.ratio <= RATIO_MOST for each in runs)
+    print(f"seeds {seeds.start} to {seeds.stop - 1}, clocks {scale:g} times as fast")
+    print(table(rows))
+    print(f"governed: none lost, at most one 429 and {RATIO_MOST:g} times the bound: {'met' if good else 'MISSED'}")
+    return good
+
+
+# ---------------------------------------------------------------- what it costs
+
+
+def free_policy() -> Policy:
+    """No limit binds, all of them are decided on."""
+    return Policy.preset("paceline").with_(
+        max_concurrency=10_000, stagger_seconds=0.0, tpm_limit=2_000_000_000, rpm_limit=10_000_000, charge_rule=RULE
+    )
+
+
+BODY = {"model": "gpt-4o", "max_tokens": 100, "messages": [{"role": "user", "content": "How are you? " * 40}]}
+
+
+async def throughput(client: AsyncOpenAI, count: int) -> tuple[float, float]:
+    """Requests per second of wall time, and per second of this process's CPU time."""
+    free = asyncio.Semaphore(COST_IN_FLIGHT)
+
+    async def one() -> None:
+        async with free:
+            await plain(client, BODY)
+
+    wall, cpu = time.perf_counter(), time.process_time()
+    await asyncio.gather(*(one() for _ in range(count)))
+    return count / (time.perf_counter() - wall), count / (time.process_time() - cpu)
+
+
+async def first_event_s(client: AsyncOpenAI) -> float:
+    """How long a stream's first event takes."""
+    begun = time.perf_counter()
+    stream = await client.chat.completions.create(**BODY, stream=True)  # type: ignore[call-overload]
+    await anext(aiter(stream))
+    took_s = time.perf_counter() - begun
+    await stream.close()
+    return took_s
+
+
+async def costs(url: str, rounds: int, count: int) -> bool:
+    """Its table; whether it is as promised."""
+    async with AsyncOpenAI(api_key=KEY, base_url=url) as bare, AsyncOpenAI(api_key=KEY, base_url=url) as ours:
+        governed(ours, Governor(free_policy()))
+        await throughput(bare, COST_IN_FLIGHT), await throughput(ours, COST_IN_FLIGHT)
+        pairs = []
+        for i in range(rounds):
+            order = (bare, ours) if i % 2 else (ours, bare)
+            found = {id(client): await throughput(client, count) for client in order}
+            pairs.append((found[id(bare)], found[id(ours)]))
+        firsts: dict[int, list[float]] = {id(bare): [], id(ours): []}
+        for _ in range(rounds * 40):
+            for client in (bare, ours):
+                firsts[id(client)].append(await first_event_s(client))
+    by_wall, by_cpu = (median(ours[k] / bare[k] for bare, ours in pairs) for k in (0, 1))
+    bare_s, ours_s = (median(firsts[id(client)]) for client in (bare, ours))
+    rows = [["", "bare", "governed", "governed / bare"]]
+    for k, words, ratio in ((0, "requests/s", by_wall), (1, "requests per CPU second", by_cpu)):
+        rows.append([words, *(f"{median(pair[side][k] for pair in pairs):,.0f}" for side in (0, 1)), f"{ratio:.3f}"])
+    rows.append(["first event, ms", f"{bare_s * 1e3:.2f}", f"{ours_s * 1e3:.2f}", f"+{(ours_s - bare_s) * 1e3:.2f}"])
+    good = by_wall >= THROUGHPUT_LEAST and ours_s - bare_s < DELAY_MOST_S
+    print(table(rows))
+    promised = (
+        f"at least {THROUGHPUT_LEAST:g} of the throughput, a first event less than {DELAY_MOST_S * 1e3:g} ms later"
+    )
+    print(f"{promised}: {'met' if good else 'MISSED'}")
+    return good
+
+
+def main(words: list[str]) -> int:
+    """The tables on standard output; 1 where a promise is not kept."""
+    parser = argparse.ArgumentParser(prog="bench_governed")
+    parser.add_argument("--short", action="store_true")
+    parser.add_argument("--seeds", type=int, default=0)
+    parser.add_argument("--time-scale", type=float, default=SCALE)
+    parser.add_argument("--only", choices=("case", "cost"))
+    given = parser.parse_args(words)
+    if not 0.0 < given.time_scale <= SCALE_MOST:
+        parser.error(f"--time-scale must be above 0 and at most {SCALE_MOST:g}")
+    begun = time.monotonic()
+    good = True
+    if given.only != "cost":
+        good &= peer_case(range(1, 1 + (given.seeds or (1 if given.short else 3))), given.time_scale)
+    if given.only != "case":
+        quick = {"first_token_s": 0.0, "per_token_s": 0.0, "sigma": 0.0, "stall_ratio": 0.0}
+        with spawn(ProviderConfig().with_(tpm=0, rpm=0, latency=quick)) as server:
+            good &= asyncio.run(costs(server.base_url, 5 if given.short else 15, 200 if given.short else 500))
+    print(f"{time.monotonic() - begun:.0f} s")
+    return int(not good)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
