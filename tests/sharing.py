@@ -109,7 +109,7 @@ def _governor(order: Order, policy: Policy, did: Did, name_of: Callable[[Job], s
         observer=watch,
         say=did.said.append,
     )
-    watch.zero_s = lambda: governor._zero_s
+    watch.zero_s = lambda: governor.shared.zero_s
     return governor
 
 

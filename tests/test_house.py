@@ -27,8 +27,9 @@ PACKAGES = ("governor", "sim", "paceline")
 
 UPPER = (
     "law",
-    *(f"model.{name}" for name in ("policy", "keyed", "requests", "estimate", "errors", "phrases")),
-    *("provider.answers", "provider.codes", "provider.stated", "scheduler.learning"),
+    *(f"model.{name}" for name in ("policy", "keyed", "requests", "estimate", "errors", "phrases", "scheduled")),
+    *("provider.answers", "provider.codes", "provider.stated"),
+    *(f"scheduler.{name}" for name in ("interfaces", "learning", "queue", "quota", "scheduler")),
     *("forecast.preflight", "forecast.summary", "forecast.summary_html"),
 )
 # Compiled as they stand, so numbers and `math` are all they may know; a dataclass is the bag, not part of a function.

@@ -33,6 +33,7 @@ from governor.model.keyed import attempt_key
 from governor.model.policy import Policy
 from governor.model.requests import CAUSES, Answer, Attempt, Limit, Outcome, Request
 from governor.model.work import TIMED_OUT, Job, Observer, Work
+from governor.scheduler.attempts import Attempts
 from governor.scheduler.driver import Governor
 from sim.des import driver
 from sim.des.driver import Simulation
@@ -54,7 +55,7 @@ CHANGE = 1
 
 # The live driver's timers in that order; answers, which are nobody's timer, are 0. Its own time-outs come after all
 # answers of the instant: an answer in the last moment is one, and where the send states the time-outs they find nobody.
-TIME_OUTS: dict[Callable[..., Any], int] = {Governor._expire: 1}
+TIME_OUTS: dict[Callable[..., Any], int] = {Attempts.expire: 1}
 TIES = TIME_OUTS | {Governor.pause: 2, Governor.resume: 2, Governor.reprice: 2, Governor._ring: 4}
 
 

@@ -1,4 +1,8 @@
-"""What the driver is given to do and whom it tells: the values and protocols of `governor/scheduler/driver.py`."""
+"""What the governor is given to do and whom it tells: the values and protocols of `governor/scheduler/`.
+
+`Work` is a request with what to reserve for it, `Job` is it (or a permit) on its way, `Observer` listens and `Send`
+sends.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from governor.model.errors import FailureCode
 from governor.model.estimate import LEARNED, Sizes, charge_of
 from governor.model.policy import Policy
 from governor.model.requests import LANES, Answer, Attempt, Outcome, Request
+from governor.model.scheduled import Scheduled
 
 DIMENSIONS = {"TPM": law.TPM, "RPM": law.RPM, "TPD": law.TPD, "RPD": law.RPD}
 # What a request becomes when its last attempt failed so.
@@ -73,10 +78,16 @@ class PoolState(Protocol):
     -1 = no timer did. `stopped`: why nothing more is launched, "" = it is.
     """
 
-    p: Params
-    s: State
     late_s: float
-    stopped: str
+
+    @property
+    def p(self) -> Params: ...
+
+    @property
+    def s(self) -> State: ...
+
+    @property
+    def stopped(self) -> str: ...
 
     def now(self) -> float:
         """Seconds since the run began."""
@@ -138,53 +149,40 @@ class Send(Protocol):
         """After `timeout_s` the call is cancelled, and counts as a time-out."""
 
 
-class Job:
-    """One request on its way, or one permit that somebody waits for (without `work`)."""
+class Job(Scheduled):
+    """A request of a batch on its way, or a permit that a program waits for (without `work`).
 
-    __slots__ = (
-        *("work", "index", "lane", "attempt", "standing", "reserve", "expected", "charge"),
-        *("submitted_s", "eligible_s", "first_launched_s", "launched_s"),
-        *("since", "waits_s", "asked", "ended", "flying", "holds", "expired", "booked", "granted"),
-        *("tries", "failed_s", "outages"),
-    )
-    # Set at launch, and by whoever queues the job: slots without a value until then.
-    since: list[float]
+    `request`: the work's, or what the program said of its own; None = no observer is told of it.
+    """
+
+    __slots__ = ("answer", "charge", "expired", "granted", "request", "waits_s", "work")
+    # Set when an attempt is launched: the wait before it, by cause.
     waits_s: list[float]
-    booked: list[float]
 
     def __init__(
-        self, work: Work | None, index: int, reserve: float, expected: float, charge: int, submitted_s: float
+        self,
+        work: Work | None,
+        index: int,
+        reserve: float,
+        expected: float,
+        charge: int,
+        submitted_s: float,
+        request: Request | None = None,
     ) -> None:
+        super().__init__(index, reserve, expected, submitted_s)
         self.work = work
-        self.index = index
-        self.reserve = reserve
-        self.expected = expected
+        self.request = request if work is None else work.request
+        self.alone = work is None
         self.charge = charge
-        self.lane = law.MAIN
-        self.attempt = 1
-        self.standing = law.FIRST
-        self.submitted_s = submitted_s
-        self.eligible_s = submitted_s
-        self.first_launched_s = -1.0
-        self.launched_s = -1.0
-        self.asked = 0
-        self.ended = False
-        self.flying = False
-        self.holds = False
+        self.answer: Answer | None = None  # to its last attempt
         self.expired = False  # its attempt was cancelled since its time was over
         self.granted: asyncio.Future[bool] | None = None
-        self.tries = 0  # launches so far, those that do not count as attempts included
-        self.failed_s = -1.0  # when its last attempt failed without an answer
-        self.outages = 0  # by which it was spared
 
 
-def attempt_of(
-    job: Job, pool: str, answer: Answer, now: float, failure: str, request: Request | None = None
-) -> Attempt:
-    """The row of an attempt that has just ended. `request`: a permit's, whose job has none."""
-    if request is None:
-        assert job.work is not None
-        request = job.work.request
+def attempt_of(job: Job, pool: str, answer: Answer, now: float, failure: str) -> Attempt:
+    """The row of an attempt that has just ended."""
+    request = job.request
+    assert request is not None
     waits_s = job.waits_s[law.CONCURRENCY : law.PAUSED + 1]
     waits_s.append(job.eligible_s - job.submitted_s if job.tries > 1 else 0.0)
     return Attempt(

@@ -22,7 +22,8 @@ from governor.provider.sending import Sender
 from governor.run.account import line_of
 from governor.run.longwaits import LongWaits
 from governor.run.outputs import Followed
-from governor.scheduler.driver import Governor, kind_of
+from governor.scheduler.batch import kind_of
+from governor.scheduler.driver import Governor
 from governor.scheduler.learning import Learner
 from governor.scheduler.refusals import Refusals
 from governor.sharedquota.sharing import shared_governor

@@ -27,7 +27,9 @@ from typing import Any, TypeVar, cast
 from governor.model.errors import PacelineError
 from governor.model.requests import Answer, Limit
 from governor.model.work import Work
-from governor.scheduler.driver import Governor, NoLoop, Permit
+from governor.scheduler.attempts import NoLoop
+from governor.scheduler.driver import Governor
+from governor.scheduler.permits import Permit
 
 T = TypeVar("T")
 Loop = asyncio.AbstractEventLoop

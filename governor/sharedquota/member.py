@@ -180,7 +180,7 @@ class Host(Protocol):
     def back(self) -> None:
         """The store is back."""
 
-    def failed(self, error: PacelineError) -> None:
+    def broke(self, error: PacelineError) -> None:
         """For good."""
 
 
@@ -245,7 +245,7 @@ class Member:
     def _over(self, task: asyncio.Task[None]) -> None:
         """A bug of ours must never be a run that waits for good."""
         if not task.cancelled() and (error := task.exception()) is not None:
-            self._host.failed(PacelineError(f"{self._store.place}: internal error in the shared pool: {error!r}"))
+            self._host.broke(PacelineError(f"{self._store.place}: internal error in the shared pool: {error!r}"))
 
     def post(self, event: Event) -> None:
         """Something has happened; it is told soon, together with what else happens now."""
@@ -315,13 +315,13 @@ class Member:
         elif isinstance(error, PacelineError) and self._was_in:
             self._away(str(error))
         elif isinstance(error, PacelineError):
-            self._host.failed(error)
+            self._host.broke(error)
             return False
         else:
             self._faults += 1
             if self._faults > FAULTS:
                 text = f"{place}: internal error in the shared pool, {self._faults} times in a row: {error!r}"
-                self._host.failed(PacelineError(text))
+                self._host.broke(PacelineError(text))
                 return False
             self._away(f"{place}: what it holds cannot be used ({error!r})")
         return True

@@ -1,4 +1,4 @@
-"""A governor whose quota several processes share through Redis: the driver of `driver`, the law's state elsewhere.
+"""A quota that several processes share through Redis, as the scheduler of one of them uses it.
 
 Theory of operation. The law's calls that end an attempt are made twice: here, on a state that nobody keeps, since their
 answer (when to try again) depends on policy and arguments alone, and by whoever decides, on the pool's state. Times
@@ -15,21 +15,23 @@ changed since (`patched`): so `verify` decides it again. What another process de
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
-from heapq import heappush
+from functools import partial
 from math import inf
 from typing import Any
 
 from governor import law
-from governor.law import FIRST, HOLDING, Params, State
-from governor.model.errors import FailureCode, PacelineError
+from governor.law import FIRST, HOLDING, NOTHING, Params, State
+from governor.model.errors import PacelineError
 from governor.model.lawcalls import CALLS, PATCHED, RESTORED, SHARED, Numbers, numbers_of, patch_of
 from governor.model.timeline import BREAKER, QUANTUM_S, ServerClock, floored, moved
 from governor.model.work import Job, Observer
-from governor.scheduler.driver import Governor, NoLoop
+from governor.scheduler.attempts import NoLoop
+from governor.scheduler.driver import Governor
+from governor.scheduler.interfaces import TAKEN_OVER
+from governor.scheduler.scheduler import Scheduler
 from governor.sharedquota.member import LEASE_S, RENEW_RATIO, Member, Standing, Store
 from governor.sharedquota.quota import CALL, WANT, WITHDRAW, Call, Event, Image, Launch, News
 
@@ -55,6 +57,8 @@ class SharedGovernor(Governor):
     timeline. Other arguments: as for `Governor`.
     """
 
+    only_loop = IN_A_LOOP
+
     def __init__(
         self,
         params: Params,
@@ -69,15 +73,48 @@ class SharedGovernor(Governor):
         state: State | None = None,
         start_s: float = 0.0,
     ) -> None:
-        super().__init__(params, seed=seed, observer=observer, pool=pool, state=state, start_s=start_s)
-        self.records = self._tells
-        self._say = say
+        self.shared = SharedQuota(params, state)
+        super().__init__(params, seed=seed, observer=observer, pool=pool, start_s=start_s, quota=self.shared)
+        if isinstance(self.loop, NoLoop):
+            raise PacelineError(IN_A_LOOP)
+        self.shared.begin(self, store, say, time_scale, lease_s)
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether this process is a member of its pool right now."""
+        return self.shared.member.is_in
+
+    @property
+    def may_move(self) -> bool:
+        """Never: its connections belong to the loop that it was made in."""
+        return False
+
+    async def aclose(self) -> None:
+        """Leaves the pool and closes the connections."""
+        await self.shared.member.aclose()
+
+
+class SharedQuota:
+    """A pool's quota as one process's scheduler uses it (`interfaces.Quota`), and the host of its membership.
+
+    `p`, `s`: settings and state of the pool when last heard of, on this run's timeline.
+    """
+
+    def __init__(self, p: Params, state: State | None) -> None:
+        self.p = p
+        self.s = state or State()
+        for name in ("settled", "released", "answered", "throttled", "failed", "synced"):
+            setattr(self, name, partial(self._report, name))
+        self.finalize_opened: Callable[[], None] = partial(self._report, "finalize_opened")
+        self.finalize_closed: Callable[[], None] = partial(self._report, "finalize_closed")
+        # When this process's request is the pool's head and may launch, and what the pool's head waits for.
+        self.head: tuple[float, int] | None = (inf, NOTHING)
         self._zero_s = 0.0  # the pool's time at this run's zero, once known
         self._is_timed = False
         self._scratch = State()
         self._given = state
         self._chain: Numbers = numbers_of((self.s,))  # the state to which this process's records lead
-        self._chain_p = params
+        self._chain_p = p
         self._ticket = 0
         self._asked: dict[int, Job] = {}
         self._tickets: dict[Job, int] = {}
@@ -89,73 +126,41 @@ class SharedGovernor(Governor):
         self._is_held = False
         self._is_told = False  # that the store is away
         self._quiet_until = -inf
-        self._late_s = RENEW_RATIO * lease_s * time_scale  # a grant that is heard so late is not used
         self._heard_version = (0, 0)
         self._offset: list[float] | None = None  # this process's clock of causes, less the pool's
-        self._member = Member(
-            self,
-            store,
-            params,
-            clock=ServerClock(time_scale),
-            lease_s=lease_s,
-        )
-        if isinstance(self.loop, NoLoop):
-            raise PacelineError(IN_A_LOOP)
-        self.loop.call_soon(self._member.start)
 
-    def _bind(self) -> None:
-        """Its connections belong to the loop that it was made in."""
-        if asyncio.get_running_loop() is not self.loop:
-            raise PacelineError(IN_A_LOOP)
+    settled: Callable[[float, float, float, float], None]
+    released: Callable[[], None]
+    answered: Callable[[float], None]
+    throttled: Callable[..., float]
+    failed: Callable[..., tuple[float, int]]
+    synced: Callable[..., None]
 
-    # ------------------------------------------------------------ from outside
-
-    @property
-    def is_connected(self) -> bool:
-        """Whether this process is a member of its pool right now."""
-        return self._member.is_in
-
-    @property
-    def may_move(self) -> bool:
-        """No: its connections belong to its loop."""
-        return False
+    def begin(
+        self,
+        governor: SharedGovernor,
+        store: Callable[[str], Store],
+        say: Callable[[str], None],
+        time_scale: float,
+        lease_s: float,
+    ) -> None:
+        """Enters the pool for this governor. See `SharedGovernor`."""
+        self._governor = governor
+        self._scheduler: Scheduler[Job] = governor.scheduler
+        self._say = say
+        self.records = governor.observer.hears_decisions
+        self._late_s = RENEW_RATIO * lease_s * time_scale  # a grant that is heard so late is not used
+        self.member = Member(self, store, self.p, clock=ServerClock(time_scale), lease_s=lease_s)
+        governor.loop.call_soon(self.member.start)
 
     @property
-    def in_flight(self) -> int:
-        """Permits that this process holds."""
-        return self._holds
-
-    async def aclose(self) -> None:
-        """Leaves the pool and closes the connections."""
-        await self._member.aclose()
-
-    def pause(self) -> None:
-        """Launches nothing in this process until `resume`."""
-        self._is_held = True
-        self.s.paused = 1
-        self._soon()
-
-    def resume(self) -> None:
-        """Goes on after `pause`."""
-        self._is_held = False
-        self.s.paused = 0
-        self._soon()
-
-    def reprice(self, params: Params) -> None:
-        """Takes changed settings over, for the whole pool."""
-        self._advance(self.now())
-        self._adopt(params)
-        self._member.reprice(params)
-
-    def _adopt(self, params: Params) -> None:
-        self.p = params
-        for job in self._waiting():
-            self._watch_deadline(job)
-        self._soon()
+    def zero_s(self) -> float:
+        """The pool's time at this run's zero, seconds."""
+        return self._zero_s
 
     # ------------------------------------------------------------ what is reported
 
-    def _law(self, name: str, *arguments: Any) -> Any:
+    def _report(self, name: str, *arguments: Any) -> Any:
         """Reports a call of the law; its answer comes from a copy of the state that is good for that alone."""
         shared = list(arguments)
         for place in _TIMES[name]:
@@ -169,119 +174,138 @@ class SharedGovernor(Governor):
             frees = flying - s.in_flight
             self._holds -= frees
             self._finalizing += s.finalize_open - finalizing
-        self._member.post([CALL, name, shared, frees])
+        self.member.post([CALL, name, shared, frees])
         if name == "failed":
             return result[0] - self._zero_s, result[1]
         if isinstance(result, float) and result < inf:
             result -= self._zero_s
         return result
 
-    def _spared(self, job: Job) -> int:
+    def paused(self) -> None:
+        """Launches nothing in this process until `resumed`."""
+        self._is_held = True
+        self.s.paused = 1
+
+    def resumed(self) -> None:
+        """Goes on after `paused`."""
+        self._is_held = False
+        self.s.paused = 0
+
+    def reprice(self, params: Params, now: float) -> None:
+        """Takes changed settings over, for the whole pool."""
+        self.p = params
+        self.member.reprice(params)
+
+    def spared(self, job: Job) -> int:
+        """`law.spared` of the job's last attempt."""
         launched_at, failed_at = (floored(each + self._zero_s) for each in (job.launched_s, job.failed_s))
         return law.spared(self.p, self._scratch, job.outages, launched_at, failed_at)
 
     @property
-    def _breaker(self) -> State:
+    def breaker(self) -> State:
         """The pool's as last heard of, and what this process has met since."""
         return self._scratch
 
-    def _booked_since(self, job: Job, d: int) -> float:
+    @property
+    def in_flight(self) -> int:
+        """Permits that this process holds."""
+        return self._holds
+
+    def booked_since(self, job: Job, d: int) -> float:
         """What had been booked at the launch: whoever decides makes the difference, when it does."""
         return job.booked[d]
 
+    def waited(self, waits_s: list[float]) -> list[float]:
+        """By cause. What was ascribed to one before its news came is taken from the longest."""
+        short_s = -sum(each for each in waits_s if each < 0.0)
+        if short_s > 0.0:
+            waits_s = [max(0.0, each) for each in waits_s]
+            longest = max(range(len(waits_s)), key=waits_s.__getitem__)
+            waits_s[longest] = max(0.0, waits_s[longest] - short_s)
+        return waits_s
+
     # ------------------------------------------------------------ what is wanted
 
-    def _pump(self, now: float) -> None:
-        """Publishes the heads of this process's queue, and looks at the pool's if its moment has come."""
-        if self.stopped or self._is_held:
-            self._take_back()
-        else:
-            while (job := self._first()) is not None:
-                if law.never_fits(self.p, job.reserve):
-                    self._taken(job)
-                    self._give_up(job, now, FailureCode.REQUEST_TOO_LARGE)
-                elif job.first_launched_s >= 0.0 and law.deadline_at(self.p, job.first_launched_s) <= now:
-                    self._taken(job)
-                    self._give_up(job, now, FailureCode.DEADLINE_EXCEEDED)
-                elif len(self._asked) < AHEAD or self._goes_first(job):
-                    self._taken(job)
-                    self._ask(job)
-                else:
-                    break
-        if self.wake_at <= now:
-            self.wake_at = inf
-            self._member.look()
-        self._set_timer()
-        self._look_if_done()
+    def ask(self, job: Job, now: float) -> tuple[float, int]:
+        """Publishes the job, as long as few enough of this process wait in the pool's queue."""
+        if self._is_held:
+            return inf, law.PAUSED
+        if len(self._asked) < AHEAD or self._goes_first(job):
+            self._ask(job)
+            return TAKEN_OVER, NOTHING
+        return inf, NOTHING
+
+    def book(self, job: Job, now: float, u: float) -> list[float]:
+        """Never called: the pool grants."""
+        raise AssertionError("a shared quota books nothing here")
 
     def _goes_first(self, job: Job) -> bool:
         """Whether the law ranks a job before one of those that wait in the pool's queue already."""
-        return job is not self._head and self._queue[0][0] < max(self._keys.values())
+        return job.queued and self._rank(job, self._ticket + 1) < max(self._keys.values())
+
+    def _rank(self, job: Job, ticket: int) -> tuple[float, ...]:
+        return law.rank(self.p, job.lane, job.attempt, job.expected, job.reserve, float(ticket), job.standing)
 
     def _ask(self, job: Job) -> None:
         self._ticket += 1
-        place = float(self._ticket)
         self._asked[self._ticket] = job
         self._tickets[job] = self._ticket
-        self._keys[self._ticket] = law.rank(
-            self.p, job.lane, job.attempt, job.expected, job.reserve, place, job.standing
-        )
-        self._member.post(self._want(self._ticket, job))
+        self._keys[self._ticket] = self._rank(job, self._ticket)
+        self.member.post(self._want(self._ticket, job))
 
     def _want(self, ticket: int, job: Job) -> Event:
         sizes = [float(job.expected), float(job.reserve)]
-        return [WANT, ticket, job.lane, job.attempt, job.standing, *sizes, self._jitter_u(job)]
+        return [WANT, ticket, job.lane, job.attempt, job.standing, *sizes, self._scheduler.jitter_u(job)]
 
-    def _forget(self, job: Job) -> bool:
-        """The job waits for nothing more in the pool's queue; whether it did."""
+    def forget(self, job: Job) -> None:
+        """The job waits for nothing more in the pool's queue."""
         ticket = self._tickets.pop(job, 0)
-        if not ticket:
-            return False
-        del self._asked[ticket], self._keys[ticket]
-        self._withdrawn[ticket] = job.standing
-        self._member.post([WITHDRAW, ticket])
-        return True
+        if ticket:
+            del self._asked[ticket], self._keys[ticket]
+            self._withdrawn[ticket] = job.standing
+            self.member.post([WITHDRAW, ticket])
 
-    def _take_back(self) -> None:
-        """What waits in the pool's queue waits here again: nothing more is to be launched."""
+    def taken_over(self) -> Iterable[Job]:
+        """The jobs that wait in the pool's queue."""
+        return list(self._asked.values())
+
+    def take_back(self, now: float) -> list[tuple[tuple[float, ...], Job]]:
+        """Looks at the pool's queue if its moment has come. Where nothing more is to be launched, what waits there
+        waits here again."""
+        assert self.head is not None
+        if self.head[0] <= now:
+            self.head = inf, self.head[1]
+            self.member.look()
+        if not (self._scheduler.stopped or self._is_held):
+            return []
+        back = []
         for ticket, job in list(self._asked.items()):
-            key = self._keys[ticket]
-            self._forget(job)
-            if not self.stopped:
-                self._sequence += 1
-                heappush(self._queue, (key, self._sequence, job))
+            if not self._scheduler.stopped:
+                back.append((self._keys[ticket], job))
+            self.forget(job)
         if self._is_held:
-            self.cause, self.wake_at = law.PAUSED, inf
-
-    def _waiting(self) -> list[Job]:
-        return [*super()._waiting(), *self._asked.values()]
-
-    def _dropped(self, job: Job) -> None:
-        self._forget(job)
-        super()._dropped(job)
-
-    def _give_up(self, job: Job, now: float, code: str) -> None:
-        self._forget(job)
-        super()._give_up(job, now, code)
+            self.head = inf, law.PAUSED
+        return back
 
     # ------------------------------------------------------------ what is heard: the methods of `member.Host`
 
     def standing(self, known: Image | None) -> Standing:
         """What this process holds and waits for."""
         self._withdrawn.clear()
+        now = self._governor.now()
         used = 0.0
         if known is not None:
-            used = law.used_in(known.p, known.s, law.TPM, self.now() + self._zero_s)
+            used = law.used_in(known.p, known.s, law.TPM, now + self._zero_s)
             used += sum(launch[2] for launch in self._launches if launch[:2] > known.age)
         wants = [self._want(ticket, job) for ticket, job in self._asked.items()]
         before: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
         if self._given is not None:
-            before = tuple(law.used_in(self.p, self._given, d, self.now()) for d in range(4))
+            before = tuple(law.used_in(self.p, self._given, d, now) for d in range(4))
         return Standing(self._holds, self._finalizing, wants, list(self._launches), used, before)
 
     def heard(self, image: Image, news: News | None = None) -> None:
         """The pool as it is now, and what this process decided for itself."""
-        self._guarded(lambda: self._hear(image, news))
+        self._governor.guarded(lambda: self._hear(image, news))
 
     def _hear(self, image: Image, news: News | None) -> None:
         self._tell_time()
@@ -290,58 +314,67 @@ class SharedGovernor(Governor):
         for field in BREAKER:
             setattr(self._scratch, field, getattr(image.s, field))
         self.s.paused = int(self._is_held)
-        if image.p is not self.p and image.p != self.p and not self._member.reprices:
-            self._say(f"pool {self.pool} is shared, and another process has changed {_differences(self.p, image.p)}")
-            self._adopt(image.p)
+        if image.p is not self.p and image.p != self.p and not self.member.reprices:
+            pool, before = self._governor.pool, self.p
+            self._say(f"pool {pool} is shared, and another process has changed {_differences(before, image.p)}")
+            self.p = image.p
+            self._scheduler.repriced(before)
+            self._governor.soon()
         self._time_was(image.now, image.clock)
         if news is not None:
             self._take(version, news)
         owner, ticket, at, cause = image.told
         self._time_is(image.cause)
-        self._head_is(ticket if owner == self._member.owner else 0, at, cause)
+        self._head_is(ticket if owner == self.member.owner else 0, at, cause)
         if news is not None:
-            self._pump(self.now())
+            self._scheduler.pump(self._governor.now())
+        self._governor.settle()
 
     def _tell_time(self) -> None:
         """Follows the pool's clock, of which this run's time is a fixed distance away."""
-        ahead_s = self._member.clock.ahead_s
+        governor, ahead_s = self._governor, self.member.clock.ahead_s
         if not self._is_timed:
             self._is_timed = True
-            self._zero_s = floored(ahead_s + self.loop.time() - self.now())
-            if self._tells:
-                self._tell(self.observer.decided, SHARED, (self._zero_s,), None)
-        self.zero = self._zero_s - ahead_s
+            self._zero_s = floored(ahead_s + governor.loop.time() - governor.now())
+            if self.records:
+                governor.batch.tell_decision(SHARED, (self._zero_s,), None)
+        governor.zero = self._zero_s - ahead_s
 
     def _time_was(self, at: float, clock: list[float]) -> None:
         """The pool's own count of what its head has waited for, up to the last decision."""
-        then_s = at - self._zero_s
+        scheduler, then_s = self._scheduler, at - self._zero_s
         if self._offset is None:
-            self._advance(then_s)
-            self._offset = [mine - theirs for mine, theirs in zip(self.clock, clock, strict=True)]
+            scheduler.advance(then_s)
+            self._offset = [mine - theirs for mine, theirs in zip(scheduler.clock, clock, strict=True)]
         elif not self._is_held:
-            self.clock[:] = [offset + theirs for offset, theirs in zip(self._offset, clock, strict=True)]
-            self.clock_at = then_s
+            scheduler.clock[:] = [offset + theirs for offset, theirs in zip(self._offset, clock, strict=True)]
+            scheduler.clock_at = then_s
 
     def _time_is(self, cause: int) -> None:
         """What the head has waited for since."""
-        now = self.now()
+        now = self._governor.now()
         if not self._is_held:
-            self.cause = cause
-        self._advance(now)
+            self._waits(inf if self.head is None else self.head[0], cause)
+        self._scheduler.advance(now)
+
+    def _waits(self, at: float, cause: int) -> None:
+        """This process's request may launch then; the pool's head waits for that cause."""
+        self.head = at, cause
+        self._scheduler.head_at, self._scheduler.cause = at, cause
 
     def _head_is(self, ticket: int, at: float, cause: int) -> None:
         """The attempt of that ticket is the pool's head, and may launch then; 0 = the head is another's."""
         job = self._asked.get(ticket)
         # Two grains later, so that the pool's time, which is rounded down, has come when the timer rings.
-        self.wake_at = inf if job is None or at == inf else floored(at) + 2.0 * QUANTUM_S - self._zero_s
+        wake_at = inf if job is None or at == inf else floored(at) + 2.0 * QUANTUM_S - self._zero_s
+        self._waits(wake_at, self._scheduler.cause)
         if job is not None and not job.asked & 1 << cause:
             job.asked |= 1 << cause
-            self._tell(self.observer.deferred, cause)
-        self._set_timer()
+            self._governor.batch.deferred(cause)
 
     def news(self, news: News) -> None:
         """What another process decided for this one."""
-        self._guarded(lambda: self._learn(news))
+        self._governor.guarded(lambda: self._learn(news))
 
     def _learn(self, news: News) -> None:
         version = news.incarnation, news.version
@@ -354,7 +387,8 @@ class SharedGovernor(Governor):
             self._time_is(news.cause)
             if news.wake is not None:
                 self._head_is(*news.wake)
-        self._pump(self.now())
+        self._scheduler.pump(self._governor.now())
+        self._governor.settle()
 
     def _take(self, version: tuple[int, int], news: News) -> None:
         """Grants and refusals."""
@@ -363,7 +397,7 @@ class SharedGovernor(Governor):
         for ticket in news.refused:
             job = self._asked.get(ticket)
             if job is not None:
-                self._give_up(job, self.now(), FailureCode.REQUEST_TOO_LARGE)
+                self._scheduler.refused(job, self._governor.now())
 
     def _granted_by(self, version: tuple[int, int], at: float, ticket: int, booked: list[float]) -> None:
         job = self._asked.pop(ticket, None)
@@ -371,51 +405,32 @@ class SharedGovernor(Governor):
         self._holds += standing != HOLDING
         if job is None:
             if standing != HOLDING:
-                self._law("released")
+                self.released()
             return
         del self._tickets[job], self._keys[ticket]
-        if self.now() + self._zero_s - at > self._late_s:
+        if self._governor.now() + self._zero_s - at > self._late_s:
             # This process stood still, or its connection did: sent now, it would come on top of what others sent since.
             if standing != HOLDING:
-                self._law("released")
+                self.released()
             self._ask(job)
             return
         while self._launches and self._launches[0][4] < at - REMEMBERED_S:
             self._launches.popleft()
-        self._launches.append((*version, job.reserve, job.standing, at, self._jitter_u(job)))
-        launched_s = at - self._zero_s
-        # The pool's time is rounded down: by a hair, it may lie before the moment at which we believed to ask.
-        job.eligible_s = min(job.eligible_s, launched_s)
-        job.holds = True
-        if job.granted is not None and job.granted.done():
-            self._dropped(job)
-        elif job.first_launched_s >= 0.0 and law.deadline_at(self.p, job.first_launched_s) <= launched_s:
-            self._give_up(job, launched_s, FailureCode.DEADLINE_EXCEEDED)
-        else:
-            self._off(job, launched_s, booked)
-
-    def _waited(self, job: Job) -> list[float]:
-        """By cause. What was ascribed to one before its news came is taken from the longest."""
-        waits_s = super()._waited(job)
-        short_s = -sum(each for each in waits_s if each < 0.0)
-        if short_s > 0.0:
-            waits_s = [max(0.0, each) for each in waits_s]
-            longest = max(range(len(waits_s)), key=waits_s.__getitem__)
-            waits_s[longest] = max(0.0, waits_s[longest] - short_s)
-        return waits_s
+        self._launches.append((*version, job.reserve, job.standing, at, self._scheduler.jitter_u(job)))
+        self._scheduler.granted(job, at - self._zero_s, booked)
 
     def decided(self, params: Params, before: Numbers, image: Image, calls: list[Call]) -> None:
         """This process has decided: what the others changed since its last decision, then the calls of the law."""
-        if not self._tells:
+        if not self.records:
             return
-        told = self.observer.decided
+        told = self._governor.batch.tell_decision
         if params != self._chain_p:
-            self._tell(told, "repriced", (params, floored(self.now() + self._zero_s)), None)
-            self._tell(told, RESTORED, before, None)
+            told("repriced", (params, floored(self._governor.now() + self._zero_s)), None)
+            told(RESTORED, before, None)
         elif before != self._chain:
-            self._tell(told, PATCHED, patch_of(self._chain, before), None)
+            told(PATCHED, patch_of(self._chain, before), None)
         for call in calls:
-            self._tell(told, *call)
+            told(*call)
         self._chain, self._chain_p = numbers_of((image.s,)), image.p
 
     def missed(self, why: str) -> bool:
@@ -423,27 +438,28 @@ class SharedGovernor(Governor):
 
         Soon after another loss this is said only if it lasts. Returns whether it was said.
         """
-        says = self._is_told or self.loop.time() >= self._quiet_until
-        self._guarded(lambda: self._miss(why, says))
+        says = self._is_told or self._governor.loop.time() >= self._quiet_until
+        self._governor.guarded(lambda: self._miss(why, says))
         return says
 
     def _miss(self, why: str, says: bool) -> None:
         if says:
-            self._is_told, self._quiet_until = True, self.loop.time() + QUIET_S
+            self._is_told, self._quiet_until = True, self._governor.loop.time() + QUIET_S
             self._say(f"{why}: nothing is launched until it is back")
-        self._advance(self.now())
-        self.cause, self.wake_at, self._offset = law.PAUSED, inf, None
-        self._set_timer()
+        self._scheduler.advance(self._governor.now())
+        self._offset = None
+        self._waits(inf, law.PAUSED)
+        self._governor.settle()
 
     def back(self) -> None:
         """The pool is back, and all that waited waits there again."""
         if self._is_told:
             self._is_told = False
-            self._guarded(lambda: self._say("the store of shared quotas is back"))
+            self._governor.guarded(lambda: self._say("the store of shared quotas is back"))
 
-    def failed(self, error: PacelineError) -> None:
+    def broke(self, error: PacelineError) -> None:
         """The pool cannot be used at all."""
-        self._fail(error)
+        self._governor.fail(error)
 
 
 def _differences(before: Params, after: Params) -> str:

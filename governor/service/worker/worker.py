@@ -184,7 +184,7 @@ class Worker:
         for lane in self.lanes.values():
             lane.governor.stop("SHUTDOWN")
         end = time.monotonic() + self.config.grace_s
-        while any(lane.governor.sending for lane in self.lanes.values()) and time.monotonic() < end:
+        while any(lane.governor.attempts.count for lane in self.lanes.values()) and time.monotonic() < end:
             await asyncio.sleep(0.02 * self.config.time_scale)
         if self.writer is not None and self._away:
             with contextlib.suppress(TimeoutError, JournalError):

@@ -18,7 +18,8 @@ from governor.model.policy import Policy
 from governor.model.requests import Answer, Attempt, Outcome, Request
 from governor.model.work import Job, Observer, Work
 from governor.run.pool_run import learner_of
-from governor.scheduler.driver import Governor, kind_of
+from governor.scheduler.batch import kind_of
+from governor.scheduler.driver import Governor
 from governor.scheduler.learning import GROWTH, LEAST, QUANTILE, Learner
 from sim.des import engines
 from sim.des.driver import Simulation

@@ -12,7 +12,8 @@ import pytest
 from governor import law
 from governor.model.errors import PacelineError
 from governor.model.requests import Limit
-from governor.scheduler.driver import Governor, Permit
+from governor.scheduler.driver import Governor
+from governor.scheduler.permits import Permit
 from tests.governor.desks import Desk, Log, nothing_held, quiet, works
 from tests.governor.laws import params
 from tests.virtual_loop import VirtualLoop, run_virtual
@@ -330,7 +331,7 @@ def test_those_who_gave_up_waiting_are_forgotten() -> None:
                 with pytest.raises(TimeoutError):
                     async with asyncio.timeout(0.01), governor.permit(1.0):
                         pass
-            assert len(governor._queue) < 250
+            assert len(governor.scheduler._queue) < 250
         await (await patient).__aexit__()
         nothing_held(governor)
 
@@ -495,7 +496,7 @@ def test_a_storm_of_cancellations_leaks_nothing(seed: int) -> None:
         ends = await asyncio.gather(*tasks, return_exceptions=True)
         assert all(end is None or isinstance(end, Bug | asyncio.CancelledError | PacelineError) for end in ends)
         nothing_held(governor)
-        assert governor._queue == [] or all(job.ended for _, _, job in governor._queue)
+        assert governor.scheduler._queue == [] or all(job.ended for _, _, job in governor.scheduler._queue)
 
     for _ in range(20):
         cap, keeps, hold = rng.randint(1, 9), rng.randint(0, 1), rng.randint(0, 1)

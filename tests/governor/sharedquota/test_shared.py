@@ -171,7 +171,9 @@ def test_a_cancelled_waiter_that_was_granted_in_that_moment_gives_it_back() -> N
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
             if not task.cancelled():
-                governor._given_back(task.result()._job, 1.0, ())
+                permit = task.result()
+                permit.used(1.0)
+                permit.give_back()
             async with other.permit(1.0):
                 pass
         for each in (governor, other):
@@ -302,7 +304,7 @@ def test_a_process_that_was_cut_off_for_longer_than_its_lease_comes_back() -> No
         pool.stores[0].connect = refused  # type: ignore[method-assign]
         loop.call_at(6.0, cut, True)
         await asyncio.sleep(30.0)
-        assert pool.image.owners[governor._member.owner].gone_at > 0.0
+        assert pool.image.owners[governor.shared.member.owner].gone_at > 0.0
         await runs
 
     shared(main)
@@ -579,15 +581,16 @@ def test_a_process_that_stood_still_sends_nothing_on_an_old_grant() -> None:
         await asyncio.sleep(1.0)
         run = asyncio.create_task(_whole(governor, Desk(0.5), 5))
         await asyncio.sleep(RTT_S / 4)
-        heard = governor._member._host.news
+        heard = governor.shared.member._host.news
         held: list[Any] = []
-        governor._member._host.news = held.append  # type: ignore[method-assign]
-        governor.heard, hear = lambda image, news=None: held.append((image, news)), governor.heard  # type: ignore[method-assign, assignment]
+        governor.shared.member._host.news = held.append  # type: ignore[method-assign]
+        hear = governor.shared.heard
+        governor.shared.heard = lambda image, news=None: held.append((image, news))  # type: ignore[method-assign, assignment]
         await asyncio.sleep(6.0)
         assert held
         assert not log.launches
-        governor._member._host.news = heard  # type: ignore[method-assign]
-        governor.heard = hear  # type: ignore[method-assign]
+        governor.shared.member._host.news = heard  # type: ignore[method-assign]
+        governor.shared.heard = hear  # type: ignore[method-assign]
         for each in held:
             hear(*each) if isinstance(each, tuple) else heard(each)
         assert not log.launches

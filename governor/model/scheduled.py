@@ -1,0 +1,43 @@
+"""One request on its way, as the scheduler knows it. Live and simulated jobs add what their shells need."""
+
+from __future__ import annotations
+
+from governor import law
+
+
+class Scheduled:
+    """One request on its way: what the scheduler must know of it.
+
+    `expected`: the declared output cap, -1 = none. `jitter_u`: the uniform number for the stagger of its next launch
+    where it was drawn ahead, -1 = it was not. `since`: the clock of causes when it became eligible.
+    """
+
+    __slots__ = (
+        *("index", "lane", "attempt", "standing", "reserve", "expected", "jitter_u"),
+        *("submitted_s", "eligible_s", "first_launched_s", "launched_s", "failed_s"),
+        *("since", "asked", "alone", "queued", "flying", "holds", "ended", "booked", "tries", "outages"),
+    )
+    since: list[float]
+    booked: list[float]
+
+    def __init__(self, index: int, reserve: float, expected: float, submitted_s: float, jitter_u: float = -1.0) -> None:
+        self.index = index
+        self.lane = law.MAIN
+        self.attempt = 1
+        self.standing = law.FIRST
+        self.reserve = reserve
+        self.expected = expected
+        self.jitter_u = jitter_u
+        self.submitted_s = submitted_s
+        self.eligible_s = submitted_s
+        self.first_launched_s = -1.0
+        self.launched_s = -1.0
+        self.failed_s = -1.0  # when its last attempt failed without an answer
+        self.asked = 0  # a bit for each cause that it has waited for at the head
+        self.alone = False  # a program's own call: no batch is told of it
+        self.queued = False
+        self.flying = False
+        self.holds = False  # a permit: in flight, or kept during a backoff
+        self.ended = False
+        self.tries = 0  # launches so far, those that do not count as attempts included
+        self.outages = 0  # by which it was spared

@@ -1,0 +1,308 @@
+"""A batch in an event loop: its source, what its answers mean to the scheduler, and who is told of it.
+
+`Batch` carries out the instructions of the scheduler: work is pulled from the source of `Governor.run`, attempts are
+handed to tasks (`attempts`) or to whoever waits for a permit (`permits`), and the observer hears of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from governor.law import FINALIZE, MAIN, RETRY, TPD, TPM, never_fits
+from governor.model.errors import FailureCode, PacelineError, Refused
+from governor.model.requests import Answer, Attempt, Limit, Outcome, Request
+from governor.model.work import (
+    DIMENSIONS,
+    FINAL,
+    SPENT,
+    STOPPING,
+    THROTTLES,
+    TURNED_AWAY,
+    Begun,
+    Job,
+    Observer,
+    Send,
+    Work,
+    attempt_of,
+)
+from governor.scheduler.interfaces import Stated
+from governor.scheduler.learning import Learner
+from governor.scheduler.refusals import Refusals
+
+if TYPE_CHECKING:
+    from governor.scheduler.driver import Governor
+
+# What ends a request at once, whatever it was.
+SPENT_AT_ONCE: dict[Outcome, str] = {**{outcome: SPENT[outcome] for outcome in FINAL}, **STOPPING}
+
+
+class Batch:
+    """The batch that a governor runs, or none: a scheduler's `Shell`."""
+
+    def __init__(self, governor: Governor, learner: Learner | None) -> None:
+        self._governor = governor
+        self._learner = learner
+        self._observer = governor.observer
+        # Rows are made only for who reads them.
+        self._shows = type(governor.observer).attempted is not Observer.attempted
+        self._source: Iterator[Work] = iter(())
+        self._begun: Begun = 0.0, []
+        self._send: Send | None = None
+        self._finalizes = False
+        self._refusals: Refusals | None = None
+        self._row: Attempt | None = None
+        self.granted: set[Job] = set()  # jobs of permits that have not ended
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a batch is under way."""
+        return self._send is not None
+
+    def begin(
+        self, source: Iterator[Work], send: Send, begun: Begun, *, finalize: bool, refusals: Refusals | None
+    ) -> None:
+        """A batch is to be run. `begun`: since when its requests wait. Others: see `Governor.run`."""
+        assert self._send is None, "one batch at a time"
+        self._source, self._send, self._begun = source, send, begun
+        self._finalizes, self._refusals = finalize, refusals
+
+    def end(self) -> None:
+        """The batch is over: nothing more is read or sent."""
+        self._source, self._send = iter(()), None
+
+    # ------------------------------------------------------------ work
+
+    def next_work(self) -> Job | None:
+        """The next new work, from its source. What an earlier leg had launched is taken up on the way."""
+        while True:
+            try:
+                work = next(self._source, None)
+            except Exception as error:
+                self._governor.fail(error)
+                return None
+            if work is None:
+                return None
+            job = self._job(work)
+            if work.first_launched_s < 0.0:
+                return job
+            job.lane, job.attempt, job.first_launched_s = work.lane, work.attempt, work.first_launched_s
+            job.tries = work.attempt - 1
+            if job.attempt > 1:
+                job.standing = RETRY
+            self._governor.scheduler.taken_up(job, work.retry_at_s)
+
+    def _job(self, work: Work) -> Job:
+        begun_s, clock = work.begun or self._begun
+        reserve, charge = work.reserve, work.charge
+        if work.lane == FINALIZE:
+            reserve, charge = work.finalize_reserve, work.finalize_charge
+        job = Job(work, work.request.index, reserve, work.expected, charge, begun_s)
+        job.since = clock
+        return job
+
+    def estimate(self, job: Job) -> tuple[float, float]:
+        """What to reserve for a job by what has been learnt, and what it declares."""
+        if self._learner is None or job.work is None or job.lane != MAIN:
+            return job.reserve, job.reserve
+        kind, prompt_tokens = kind_of(job.work.request)
+        return self._learner.estimate(kind, prompt_tokens, job.work.reserve), job.work.reserve
+
+    def reserved(self, reserve: float, request: Request | None) -> float:
+        """What to reserve for a program's own request by what is known now; as declared where more would never fit.
+
+        PacelineError for what can never be sent.
+        """
+        if not reserve >= 0.0:
+            raise PacelineError(f"a request of {reserve} tokens: reserve a number of tokens from 0 up")
+        if never_fits(self._governor.p, reserve):
+            raise PacelineError(too_large(self._governor, reserve))
+        if self._learner is None or request is None:
+            return reserve
+        found = self._learner.estimate(*kind_of(request), reserve)
+        return reserve if never_fits(self._governor.p, found) else found
+
+    # ------------------------------------------------------------ answers
+
+    def answered(self, job: Job, answer: Answer, *, is_last: bool = False) -> bool:
+        """What came back from an attempt, as an event of the scheduler. Whether it will be tried again.
+
+        `is_last`: it will not, whatever came back.
+        """
+        governor, outcome = self._governor, answer.outcome
+        scheduler, now = governor.scheduler, governor.now()
+        job.answer = answer
+        stated = stated_by(answer.limits) if scheduler.quota.p.sync_headers else ()
+        is_charged = outcome not in TURNED_AWAY
+        if job.alone and (outcome == Outcome.OK or outcome in SPENT_AT_ONCE):
+            used = self._used(job, answer, -1.0)
+            scheduler.returned(job, used, stated, now, is_charged=is_charged, is_answered=True)
+            self.ended(job, now, SPENT_AT_ONCE.get(outcome, ""))
+            return False
+        refusals = None if job.alone else self._refusals
+        if outcome == Outcome.OK:
+            is_empty = answer.cut_off and not answer.has_text and self._finalizes and job.lane == MAIN
+            is_empty = is_empty and job.work is not None and job.work.finalizes
+            if refusals is not None:
+                refusals.succeeded()
+            scheduler.succeeded(job, self._used(job, answer, job.reserve), stated, now, is_empty=is_empty)
+            return False
+        in_doubt = refusals is not None and refusals.may_concern_all(answer)
+        if outcome in STOPPING:
+            scheduler.account_refused(job, stated, now, STOPPING[outcome])
+            return False
+        if outcome in FINAL:
+            scheduler.rejected(job, stated, now, SPENT[outcome], is_charged=is_charged, in_doubt=in_doubt)
+            return False
+        if outcome in THROTTLES:
+            return scheduler.throttled(job, answer.retry_after_s, stated, now, in_doubt=in_doubt, is_last=is_last)
+        return scheduler.failed(
+            job,
+            answer.retry_after_s,
+            stated,
+            now,
+            SPENT.get(outcome, FailureCode.CONNECTION_DROPPED),
+            is_answer=400 <= answer.status < 500,
+            is_local=outcome is Outcome.LOCAL,
+            in_doubt=in_doubt,
+            is_last=is_last,
+        )
+
+    def _used(self, job: Job, answer: Answer, unknown: float) -> float:
+        """Tokens that the answer used, as far as it says so."""
+        if answer.outcome != Outcome.OK or answer.used_prompt_tokens < 0 or answer.used_output_tokens < 0:
+            return unknown
+        used = float(answer.used_prompt_tokens + answer.used_output_tokens)
+        if self._learner is not None and job.request is not None and job.lane == MAIN:
+            kind, prompt_tokens = kind_of(job.request)
+            self._learner.saw(kind, prompt_tokens, used)
+        return used
+
+    # ------------------------------------------------------------ the observer
+
+    def tell(self, report: Callable[..., None], *arguments: Any) -> bool:
+        """Reports to the observer. If that fails the run ends, but who reports goes on: nothing is left half done."""
+        try:
+            report(*arguments)
+        except Exception as error:
+            self._governor.fail(error)
+            return False
+        return True
+
+    def tell_decision(self, name: str, arguments: tuple[Any, ...], result: Any) -> None:
+        """A call of the law, for the observer."""
+        self.tell(self._observer.decided, name, arguments, result)
+
+    # ------------------------------------------------------------ instructions of the scheduler
+
+    def launch(self, job: Job, now: float) -> None:
+        """Sends the attempt, or grants the permit."""
+        governor = self._governor
+        if self._shows:
+            job.waits_s = governor.scheduler.waited(job)
+        if job.granted is not None:
+            self.granted.add(job)
+            job.granted.set_result(True)
+        elif self.tell(self._observer.launched, job, now):
+            assert self._send is not None
+            governor.attempts.start(job, self._send)
+        else:
+            governor.scheduler.drop(job)  # never send what no record knows of
+        governor.late_s = -1.0
+
+    def attempted(self, job: Job, now: float) -> None:
+        """Makes the row of an attempt, for `backed_off`."""
+        self._row = self._row_of(job, now, "")
+
+    def backed_off(self, job: Job, now: float, retry_at: float) -> None:
+        """Tells of an attempt whose request is tried again."""
+        if self._row is not None:
+            self.tell(self._observer.attempted, self._row, job.answer, "")
+            self.tell(self._observer.backed_off, self._row, job.answer, retry_at, job.attempt)
+
+    def finalize(self, job: Job, now: float) -> Job:
+        """Tells of the attempt; the job of the finalize pass."""
+        self._record(job, now, "")
+        work = job.work
+        assert work is not None
+        return Job(work, job.index, work.finalize_reserve, job.expected, work.finalize_charge, now)
+
+    def suspended(self, job: Job, now: float, code: str) -> None:
+        """Tells of an attempt whose request is as if it had not been made."""
+        row = self._row_of(job, now, code)
+        if row is not None:
+            self.tell(self._observer.attempted, row, job.answer, "")
+            self.tell(self._observer.suspended, row, job.answer)
+
+    def doubted(self, job: Job) -> None:
+        """Counts a refusal that may concern every request."""
+        if self._refusals is not None and job.request is not None and job.answer is not None:
+            self._refusals.refused(job.request, job.answer)
+
+    def ended(self, job: Job, now: float, code: str) -> None:
+        """Tells of the attempt and of the request."""
+        self._record(job, now, code)
+        self.lost(job, now, code)
+
+    def lost(self, job: Job, at: float, code: str) -> None:
+        """Tells of the request."""
+        if job.request is not None:
+            self.tell(self._observer.ended, job.request, code, job.answer, at)
+
+    def given_up(self, job: Job, now: float, code: str) -> None:
+        """Tells of the request, and whoever waits for its permit."""
+        if job.granted is None:
+            job.answer = None
+        elif code == FailureCode.REQUEST_TOO_LARGE:
+            job.granted.set_exception(PacelineError(too_large(self._governor, job.reserve)))
+        else:
+            job.granted.set_result(False)
+        self.lost(job, now, code)
+
+    def deferred(self, cause: int) -> None:
+        """Tells of a wait."""
+        self.tell(self._observer.deferred, cause)
+
+    def halted(self) -> None:
+        """Those who wait for a permit get an error."""
+        governor = self._governor
+        for job in governor.scheduler.jobs():
+            if job.granted is not None and not job.granted.done():
+                job.granted.set_exception(no_more(governor))
+        governor.soon()
+
+    def _row_of(self, job: Job, now: float, code: str) -> Attempt | None:
+        """The row of an attempt that is over, where somebody reads it."""
+        if not self._shows or job.request is None or job.answer is None:
+            return None
+        return attempt_of(job, self._governor.pool, job.answer, now, code)
+
+    def _record(self, job: Job, now: float, code: str) -> None:
+        row = self._row_of(job, now, code)
+        if row is not None:
+            self.tell(self._observer.attempted, row, job.answer, code)
+
+
+def too_large(governor: Governor, reserve: float) -> str:
+    """Why a request of so many tokens is refused."""
+    limit = min(limit for limit in (governor.p.limit[TPM], governor.p.limit[TPD]) if limit > 0.0)
+    return (
+        f"a request of {reserve:,.0f} tokens never fits: pool '{governor.pool}' is limited to {limit:,.0f}: shorten "
+        "it, or raise OPENAI_TPM_LIMIT (OPENAI_TPD_LIMIT where that is the smaller one)"
+    )
+
+
+def no_more(governor: Governor) -> Refused:
+    """Why nothing is launched any more."""
+    return Refused(f"pool '{governor.pool}' launches nothing more: {governor.stopped}")
+
+
+def stated_by(limits: tuple[Limit, ...]) -> Stated:
+    """What an answer's headers state, by the law's dimensions."""
+    return [(DIMENSIONS[each.dimension], each.limit, each.remaining) for each in limits]
+
+
+def kind_of(request: Request) -> tuple[tuple[str, int, int], float]:
+    """Of which kind a request is, for `Learner`, and its estimated prompt."""
+    sizes = request.sizes
+    return (request.model, sizes.endpoint, sizes.max_tokens), float(sizes.prompt_tokens)

@@ -1,0 +1,191 @@
+"""Permits: the quota for a program's own calls, one `async with` per request."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from math import inf
+from typing import TYPE_CHECKING
+
+from governor.model.errors import PacelineError, Refused
+from governor.model.requests import Answer, Limit
+from governor.model.work import Job
+from governor.scheduler.batch import no_more, stated_by
+
+if TYPE_CHECKING:
+    from governor.scheduler.driver import Governor
+
+
+class Grant(asyncio.Future[bool]):
+    """What the task that asked for a permit waits for. Cancelled or failed, its job is over at once: the scheduler
+    may be called a moment before the task itself can say so."""
+
+    def __init__(self, job: Job, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop=loop)
+        self._job = job
+
+    def cancel(self, msg: object = None) -> bool:
+        """Cancels the wait."""
+        is_cancelled = super().cancel(msg)
+        self._job.ended = self._job.ended or is_cancelled
+        return is_cancelled
+
+    def set_exception(self, exception: type | BaseException) -> None:
+        """Ends the wait, and the job with it."""
+        self._job.ended = True
+        super().set_exception(exception)
+
+
+class Permit:
+    """The right to send one request, from the beginning of an `async with` to its end.
+
+    It comes back on every way out of the block. An exception or a cancellation leaves the reservation booked, since
+    the provider may have charged it; `used` says more. A request that is refused or fails may wait, inside the block,
+    for its next attempt. `limits`: what the answer's headers stated, if anything (see `answers`).
+    """
+
+    __slots__ = ("_governor", "_job", "_limits", "_max_wait_s", "_used")
+
+    def __init__(self, governor: Governor, job: Job, max_wait_s: float = inf) -> None:
+        self._governor = governor
+        self._job = job
+        self._max_wait_s = max_wait_s
+        self._used = -1.0
+        self._limits: tuple[Limit, ...] = ()
+
+    async def __aenter__(self) -> Permit:
+        if not self._job.flying:  # by `try_permit`
+            assert self._job.granted is None, "a permit is used once"
+            await self._granted(self._ask(), self._max_wait_s)
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        self.give_back()
+
+    def give_back(self) -> None:
+        """Ends the permit, as leaving the block does. Nothing happens where it has ended already."""
+        governor, job = self._governor, self._job
+        if job.flying:
+            governor.batch.granted.discard(job)
+            governor.scheduler.returned(job, self._used, stated_by(self._limits), governor.now())
+            governor.settle()
+
+    @property
+    def launched_s(self) -> float:
+        """When the permit was last granted, seconds since the governor began."""
+        return self._job.launched_s
+
+    @property
+    def attempt(self) -> int:
+        """The number of the attempt that the permit is granted for, from 1."""
+        return self._job.attempt
+
+    @property
+    def attempts_max(self) -> int:
+        """How often the policy lets a request be sent."""
+        return self._governor.p.max_attempts
+
+    def used(self, tokens: float, limits: tuple[Limit, ...] = ()) -> None:
+        """The request is answered and used so many tokens, prompt and output; below 0 = not known."""
+        if not tokens < inf:
+            raise PacelineError(f"an answer that used {tokens} tokens: tell a number of tokens, -1 = not known")
+        self._used, self._limits = tokens, limits
+
+    async def answered(self, answer: Answer) -> bool:
+        """What came back, whatever it is: returns True when the request may be sent again, False where it is over.
+
+        See `answers.classify`. In the place of `used`, `throttled` and `failed`, for who does not tell answers apart.
+        """
+        return await self._once_more(lambda: self._governor.batch.answered(self._job, answer))
+
+    def over(self, answer: Answer) -> None:
+        """The same where the request is not sent again, whatever came back: a stream has begun, say."""
+        governor, job = self._governor, self._job
+        if job.flying:
+            governor.batch.granted.discard(job)
+            governor.batch.answered(job, answer, is_last=True)
+            governor.settle()
+
+    def stated(self, limits: tuple[Limit, ...]) -> None:
+        """What the answer's headers say, before the answer is over: a stream's body may take long."""
+        governor = self._governor
+        if self._job.flying and limits:
+            governor.scheduler.stated(self._job, stated_by(limits), governor.now())
+            governor.settle()
+
+    async def throttled(self, retry_after_s: float = -1.0, limits: tuple[Limit, ...] = ()) -> bool:
+        """The request drew a 429, with that Retry-After (-1 = none): returns True when it may be sent again.
+
+        False: its attempts or its time are spent, and the permit has gone back.
+        """
+        governor, job = self._governor, self._job
+        stated = stated_by(limits)
+        return await self._once_more(lambda: governor.scheduler.throttled(job, retry_after_s, stated, governor.now()))
+
+    async def failed(self, retry_after_s: float = -1.0, limits: tuple[Limit, ...] = ()) -> bool:
+        """The same for a 5xx, a time-out or a dropped connection."""
+        governor, job = self._governor, self._job
+        stated = stated_by(limits)
+        return await self._once_more(lambda: governor.scheduler.failed(job, retry_after_s, stated, governor.now(), ""))
+
+    def is_granted_now(self) -> bool:
+        """Asks for the permit, and takes the request back where it would have to wait."""
+        granted = self._ask()
+        if granted.done():
+            granted.result()
+            return True
+        self._governor.scheduler.drop(self._job)
+        self._governor.event()
+        return False
+
+    def _ask(self) -> Grant:
+        """The request waits from now on; what it waits for."""
+        governor, job = self._governor, self._job
+        governor.bind()
+        self._check_open()
+        job.granted = granted = Grant(job, governor.loop)
+        job.submitted_s = governor.now()
+        governor.scheduler.submitted(job, job.submitted_s)
+        governor.settle()
+        return granted
+
+    async def _once_more(self, happened: Callable[[], bool]) -> bool:
+        """An attempt is over, and the event tells whether there will be another: returns when that may be sent."""
+        governor, job = self._governor, self._job
+        job.granted = granted = Grant(job, governor.loop)
+        governor.batch.granted.discard(job)
+        is_again = happened()
+        governor.settle()
+        if not is_again:
+            return False
+        self._check_open()
+        return await self._granted(granted)
+
+    def _check_open(self) -> None:
+        """Raises where the pool has stopped."""
+        if self._governor.stopped:
+            self._governor.scheduler.drop(self._job)
+            raise no_more(self._governor)
+
+    async def _granted(self, granted: Grant, max_wait_s: float = inf) -> bool:
+        """Returns when the job may be sent (again): True, or False where its time is over before that."""
+        governor, patience = self._governor, None
+        if max_wait_s < inf:
+            patience = governor.loop.call_later(max_wait_s, self._too_long, granted, max_wait_s)
+        try:
+            return await granted
+        except BaseException:
+            # Cancelled, perhaps in the very moment of the grant; or told that there is nothing more to wait for.
+            governor.batch.granted.discard(self._job)
+            governor.scheduler.drop(self._job)
+            governor.event()
+            raise
+        finally:
+            if patience is not None:
+                patience.cancel()
+
+    def _too_long(self, granted: Grant, max_wait_s: float) -> None:
+        if not granted.done():
+            pool = self._governor.pool
+            text = f"pool '{pool}' cannot send a request within {max_wait_s:g} s: answer that it is busy, or wait"
+            granted.set_exception(Refused(text, max_wait_s))

@@ -1,0 +1,214 @@
+"""What waits: the queue in the law's order, the calendar of backoffs and deadlines, and the clock of causes.
+
+Theory of operation. New work is pulled from its source one request ahead, so that memory stays flat. Retries, finalize
+passes and whatever was submitted on its own wait in a heap, in the order of `law.rank`. Backoffs and deadlines stand in
+the calendar. Jobs that are over are left in both until they come to the top, and swept now and then.
+
+Waiting. The cause of waiting is what the quota says of the head, and it holds until the next event. One clock per cause
+advances with it, so that an attempt's wait by cause is the difference of two readings, and the totals need none: each
+advance counts once for all that wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from heapq import heapify, heappop, heappush
+from math import fsum, inf
+from operator import sub
+from typing import Any, Generic
+
+from governor import law
+from governor.law import HOLDING, NOTHING
+from governor.model.requests import CAUSES
+from governor.scheduler.interfaces import J, Quota, Shell
+
+# From this length on, heaps are swept now and then.
+SWEEP = 100
+# The first part of the law's rank of new work; smaller is urgent: a retry or a finalize pass.
+NEW_WORK = 2.0
+
+Rank = tuple[float, ...]
+
+
+class Queue(Generic[J]):
+    """What waits for its launch or for the end of a backoff. See `Scheduler` for the fields."""
+
+    def __init__(self, shell: Shell[J], quota: Quota, start_s: float, backlog: int) -> None:
+        self.shell = shell
+        self.quota = quota
+        self.stopped = ""
+        self.clock = [0.0] * len(CAUSES)
+        self.clock_at = start_s
+        self.waits_s = [0.0] * len(CAUSES)
+        self.cause = NOTHING
+        self.head_at = inf
+        self.backlog = self.waiting = self.unfinished = backlog
+        self._start_s = start_s
+        self._head: J | None = None  # new work
+        self._aside: list[tuple[J, float, str]] = []  # set aside, when, and with which code they are lost if they are
+        self._queue: list[tuple[Rank, int, J]] = []
+        # When, sequence, whether it is a deadline (else the end of a backoff), job, its launches by then.
+        self._calendar: list[tuple[float, int, bool, J, int]] = []
+        self._queue_sweep = self._calendar_sweep = SWEEP
+        self._sequence = 0
+
+    # ------------------------------------------------------------ what is known
+
+    @property
+    def due_at(self) -> float:
+        """When the next backoff ends or the next deadline is reached; inf = none."""
+        calendar = self._calendar
+        while calendar and _is_stale(calendar[0]):
+            heappop(calendar)
+        return calendar[0][0] if calendar else inf
+
+    @property
+    def wake_at(self) -> float:
+        """When `Scheduler.woken` is to be called, unless something else happens before."""
+        return inf if self.stopped else min(self.head_at, self.due_at)
+
+    def first(self) -> J | None:
+        """The job at the head."""
+        queue = self._queue
+        while queue:
+            if not queue[0][2].ended:
+                return queue[0][2]
+            heappop(queue)
+        return self._head
+
+    def jobs(self) -> list[J]:
+        """All that wait for their launch or for the end of a backoff, but for the head of new work."""
+        queued = [job for _, _, job in self._queue if not job.ended]
+        backing_off = [job for _, _, is_deadline, job, _ in self._calendar if not (is_deadline or job.ended)]
+        return [*queued, *backing_off, *self.quota.taken_over()]
+
+    def backing_off(self) -> tuple[float, float]:
+        """When the first and the last of those that back off may be tried again; (inf, -inf) where none does."""
+        ends = [moment[0] for moment in self._calendar if not (moment[2] or moment[3].ended)]
+        return min(ends, default=inf), max(ends, default=-inf)
+
+    def next_launch_at(self, *, is_flying: bool) -> float:
+        """When anything can be launched at the earliest, -inf = at any moment or as soon as something else happens.
+
+        `is_flying`: something is, whose answer may change that, but for a hold.
+        """
+        if self.stopped or self.quota.s.paused or (is_flying and self.cause != law.HOLD):
+            return -inf
+        if self.cause == law.HOLD:
+            return self.head_at
+        at = min(self.head_at, max(self.backing_off()[0], self.quota.s.hold_until))
+        return at if at < inf else -inf
+
+    def waited(self, job: J) -> list[float]:
+        """How long the job has waited since it became eligible, by cause, seconds."""
+        return self.quota.waited(list(map(sub, self.clock, job.since)))
+
+    # ------------------------------------------------------------ what changes
+
+    def advance(self, now: float) -> None:
+        """Time has passed until `now`, under the cause that has held since the last event."""
+        passed = now - self.clock_at
+        if passed > 0.0:
+            self.clock[self.cause] += passed
+            if not self.stopped:
+                self.waits_s[self.cause] += passed * self.waiting
+            self.clock_at = now
+
+    def _next(self) -> None:
+        """Pulls the next new work from its source."""
+        self._head = self.shell.next_work()
+        if self._head is not None:
+            if self.backlog:
+                self.backlog -= 1
+            else:
+                self.waiting += 1
+                self.unfinished += 1
+
+    def _may_go(self, job: J, now: float) -> None:
+        """The job becomes eligible: from now on its waiting is counted."""
+        job.eligible_s = now
+        job.asked = 0
+        job.since = self.clock.copy()
+        job.queued = True
+        self.waiting += 1
+        place = float(self._sequence)
+        rank = law.rank(self.quota.p, job.lane, job.attempt, job.expected, job.reserve, place, job.standing)
+        self._push(rank, job)
+
+    def _push(self, rank: Rank, job: J) -> None:
+        self._sequence += 1
+        if len(self._queue) > self._queue_sweep:
+            self._queue_sweep = swept(self._queue, lambda entry: entry[2].ended)
+        heappush(self._queue, (rank, self._sequence, job))
+
+    def _taken(self, job: J) -> None:
+        """Removes the head from its queue."""
+        if job is self._head:
+            self._next()
+        else:
+            heappop(self._queue)
+
+    def _leave(self, job: J) -> None:
+        """The head waits no more."""
+        job.queued = False
+        self.waiting -= 1
+        self._taken(job)
+
+    def _dequeued(self, job: J) -> None:
+        """The job waits no more, if it did; its entry stays until it comes to the top."""
+        if job.queued:
+            job.queued = False
+            self.waiting -= 1
+
+    def _watch_deadline(self, job: J) -> None:
+        """A request that was launched before is given up at its deadline, should it still wait then."""
+        if job.first_launched_s >= 0.0:
+            gives_up_at = law.deadline_at(self.quota.p, job.first_launched_s)
+            if gives_up_at < inf:
+                self._at(gives_up_at, True, job)
+
+    def _at(self, when: float, is_deadline: bool, job: J) -> None:
+        """Enters a job's deadline, or the end of its backoff, into the calendar."""
+        self._sequence += 1
+        if not is_deadline:
+            job.eligible_s = when
+        if len(self._calendar) > self._calendar_sweep:
+            self._calendar_sweep = swept(self._calendar, _is_stale)
+        heappush(self._calendar, (when, self._sequence, is_deadline, job, job.tries))
+
+    # ------------------------------------------------------------ invariants
+
+    def validate(self, in_flight: Iterable[J]) -> None:
+        """AssertionError where something is in two places, counted wrongly or held for nothing. For tests.
+
+        `in_flight`: the jobs that the shell has been told to launch and has not reported on.
+        """
+        flying, waiting, aside = list(in_flight), self.jobs(), [each[0] for each in self._aside]
+        queued = [job for job in waiting if job.queued]
+        places = [*flying, *waiting, *aside, *([] if self._head is None else [self._head])]
+        assert len(set(places)) == len(places), "a job is in two places"
+        assert all(job.flying and job.holds and not job.queued for job in flying)
+        assert not any(job.flying or job.ended for job in waiting)
+        assert all(job.holds == (job.standing == HOLDING) for job in waiting), "a permit is kept or lost by mistake"
+        assert not any(job.flying or job.holds or job.queued for job in aside)
+        assert self.quota.in_flight == sum(job.holds for job in places), "permits taken are not those held"
+        assert self.waiting == self.backlog + len(queued) + (self._head is not None)
+        if not self.stopped:
+            known = sum(not job.alone for job in places) + self.backlog
+            assert self.unfinished == known, f"{self.unfinished} unfinished, {known} known"
+        assert self.stopped == "" or self.wake_at == inf
+        assert all(each >= 0.0 for each in (*self.clock, *self.waits_s))
+        assert abs(fsum(self.clock) - (self.clock_at - self._start_s)) <= 1e-6 * max(1.0, self.clock_at)
+
+
+def _is_stale(moment: tuple[float, int, bool, Any, int]) -> bool:
+    """Whether what was meant to happen then has lost its object."""
+    _, _, is_deadline, job, tries = moment
+    return job.ended or job.tries != tries or (is_deadline and job.launched_s >= job.eligible_s)
+
+
+def swept(heap: list[Any], is_over: Callable[[Any], bool]) -> int:
+    """Leaves out of a heap what is over, in place; returns at which length to do so again."""
+    heap[:] = [entry for entry in heap if not is_over(entry)]
+    heapify(heap)
+    return SWEEP + 2 * len(heap)

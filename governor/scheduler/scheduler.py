@@ -1,0 +1,492 @@
+"""The scheduler: who goes next, and what becomes of an answer. No clock, no chance but keyed chance, no I/O.
+
+Theory of operation. Events come in as method calls named in the past tense, each with the time at which it happened:
+`submitted`, `succeeded`, `throttled`, `failed`, `woken`, ... What follows goes out as instructions to a `Shell`:
+`launch`, `ended`, `backed_off`, ..., one at a time and in order, since whoever carries one out may stop, pause or
+reprice before the next is decided. Between two events the shell owes one thing: to call `woken` at `wake_at`.
+
+After an event that may have changed something, `pump` asks the quota about the head and launches as long as it says
+"now". A quota that is shared may take requests over instead and grant them later.
+
+In doubt. A request that met a wait longer than any that is obeyed, or a refusal that may concern every request, is set
+aside: it is lost once an answer shows that the others do not meet the same, or when nothing else is left. If the
+scheduler stops before, it stays pending, like all that was not launched, for the next run.
+
+The asyncio shell is `governor/scheduler/driver.py`, the simulated one `sim/des/driver.py`. `sim/des/engine.py` states
+the same steps over arrays, for machine code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from heapq import heappop
+from math import inf
+
+from governor import law
+from governor.law import FINALIZE, FIRST, HOLDING, NOTHING, Params
+from governor.model.errors import FailureCode
+from governor.model.keyed import JITTER_RETRY, JITTER_STAGGER, attempt_key, keyed_uniform
+from governor.model.requests import BACKOFF
+from governor.scheduler.interfaces import TAKEN_OVER, J, Quota, Shell, Stated
+from governor.scheduler.queue import NEW_WORK, Queue
+
+
+class Scheduler(Queue[J]):
+    """The state machine of one pool. Events in order of time; from within an instruction only `stop`, `pause`,
+    `resume` and `reprice` may be called.
+
+    `start_s`: when the clock begins, in the seconds of whoever calls. `backlog`: how many requests the source is known
+    to hold. `estimate`: what to reserve for a job by what is known now, and what it declares; asked whenever it is the
+    head.
+
+    `stopped`: why nothing is launched any more, "" while it is. `cause`: what the head waits for; `head_at`: when it
+    may launch. `clock`: seconds by cause, up to `clock_at`; `waits_s`: the same times the number that waited.
+    `waiting`: how many wait for their launch, the backlog included. `unfinished`: requests of the batch, as far as
+    known, that have not ended.
+    """
+
+    def __init__(
+        self,
+        shell: Shell[J],
+        quota: Quota,
+        *,
+        seed: int,
+        start_s: float = 0.0,
+        backlog: int = 0,
+        estimate: Callable[[J], tuple[float, float]] | None = None,
+    ) -> None:
+        super().__init__(shell, quota, start_s, backlog)
+        self.seed = seed
+        self._estimate = estimate
+
+    # ------------------------------------------------------------ events: work
+
+    def begun(self, now: float) -> None:
+        """There is a source, or it has more."""
+        self.advance(now)
+        if self._head is None:
+            self._next()
+
+    def submitted(self, job: J, now: float) -> None:
+        """A job on its own: a program's, or one that arrives."""
+        self.advance(now)
+        self._may_go(job, now)
+        self.pump(now)
+
+    def taken_up(self, job: J, retry_at: float) -> None:
+        """A request of the source that was launched before goes on where it stood; its place in flight is gone."""
+        self.unfinished += 1
+        if job.lane == FINALIZE:
+            self.quota.finalize_opened()
+        if retry_at > self.clock_at:
+            self._at(retry_at, False, job)
+        else:
+            self._may_go(job, self.clock_at)
+        self._watch_deadline(job)
+
+    def withdrawn(self, is_meant: Callable[[J], bool], now: float) -> int:
+        """Takes out what waits and is meant, unended; returns how many. What is in flight goes on."""
+        self.advance(now)
+        found = [job for job in [*self.jobs(), *(each[0] for each in self._aside)] if is_meant(job)]
+        self._aside = [each for each in self._aside if each[0] not in found]
+        for job in found:
+            self.drop(job)
+        count = len(found)
+        self.unfinished -= count
+        while self._head is not None and is_meant(self._head):
+            self.unfinished -= 1
+            self.waiting -= 1
+            count += 1
+            self._next()
+        return count
+
+    def closed(self) -> None:
+        """The batch is over: what is left of it gives back what it holds, and stays pending."""
+        aside, self._aside = self._aside, []
+        for job in [*self.jobs(), *(each[0] for each in aside)]:
+            if not job.alone:
+                self.drop(job)
+        self.waiting -= self.backlog + (self._head is not None)
+        self._head, self.unfinished, self.backlog = None, 0, 0
+
+    # ------------------------------------------------------------ events: time and settings
+
+    def changed(self, now: float) -> None:
+        """Something outside has changed: the head is looked at again."""
+        self.advance(now)
+        self.pump(now)
+
+    def woken(self, now: float) -> None:
+        """The moment of `wake_at` has come. What is due goes first, one at a time: call again if `due_at` has come."""
+        self.advance(now)
+        if self.due_at <= now:
+            _, _, is_deadline, job, _ = heappop(self._calendar)
+            if not is_deadline:
+                self._may_go(job, now)
+                self._watch_deadline(job)
+            elif law.deadline_at(self.quota.p, job.first_launched_s) <= now:
+                # (Changed settings may have put it off: those set a moment of their own.)
+                self._give_up(job, now, FailureCode.DEADLINE_EXCEEDED)
+        self.pump(now)
+
+    def pause(self) -> None:
+        """Launches nothing until `resume`, from the next event on."""
+        self.quota.paused()
+
+    def resume(self) -> None:
+        """Goes on after `pause`, from the next event on."""
+        self.quota.resumed()
+
+    def reprice(self, params: Params, now: float) -> None:
+        """Takes changed settings over, from the next event on. What was submitted before keeps its place."""
+        self.advance(now)
+        before = self.quota.p
+        self.quota.reprice(params, now)
+        self.repriced(before)
+
+    def repriced(self, before: Params) -> None:
+        """The quota's settings have changed: deadlines move with them."""
+        # Only then: who backs off is given a moment when its backoff ends, and at one instant the order counts.
+        if before.deadline_s != self.quota.p.deadline_s:
+            for job in self.jobs():
+                self._watch_deadline(job)
+
+    def stop(self, why: str) -> None:
+        """Launches nothing more; what is in flight goes on, what waits stays pending. `why`: not empty."""
+        self.stopped = self.stopped or why
+        self.shell.halted()
+
+    # ------------------------------------------------------------ events: the end of an attempt
+
+    def succeeded(self, job: J, used: float, stated: Stated, now: float, *, is_empty: bool = False) -> None:
+        """Answered, having used so many tokens. `is_empty`: cut off without text, so that a finalize pass follows."""
+        self.advance(now)
+        in_wait = self.cause
+        job.flying = job.holds = False
+        self.quota.settled(job.reserve, used, job.launched_s, now)
+        if self._aside and not self.stopped:
+            self._end_aside()
+        if stated:
+            self._sync(job, stated, 0, now)
+        if is_empty:
+            self._open_finalize(job, now)
+        else:
+            self.shell.ended(job, now, "")
+            self._over(job)
+        self._pump_after(in_wait, now)
+
+    def returned(
+        self, job: J, used: float, stated: Stated, now: float, *, is_charged: bool = True, is_answered: bool = False
+    ) -> None:
+        """A program's call is over, and used so many tokens (-1 = unknown: the reservation stays booked).
+
+        `is_answered`: the provider answered. `is_charged`: it was let in.
+        """
+        self.advance(now)
+        job.flying = job.holds = False
+        if used >= 0.0:
+            self.quota.settled(job.reserve, used, job.launched_s, now)
+        else:
+            self.quota.released()
+            if is_answered:
+                self.quota.answered(now)
+        self._sync(job, stated, int(not is_charged), now)
+        self._pump_after(self.cause, now)
+
+    def stated(self, job: J, stated: Stated, now: float) -> None:
+        """What the headers of an answer say that is not over yet."""
+        self.advance(now)
+        self._sync(job, stated, 0, now)
+        self.pump(now)
+
+    def throttled(
+        self,
+        job: J,
+        retry_after_s: float,
+        stated: Stated,
+        now: float,
+        *,
+        in_doubt: bool = False,
+        is_last: bool = False,
+    ) -> bool:
+        """A 429 arrived. Returns whether the job will be tried again.
+
+        `in_doubt`: it may concern every request. `is_last`: whoever sends it does not want it to be tried again.
+        """
+        self.advance(now)
+        self._sync(job, stated, 1, now)
+        p = self.quota.p
+        times = job.first_launched_s, job.launched_s, now, self._retry_u(job)
+        at, standing = self.quota.throttled(job.reserve, job.attempt, retry_after_s, *times), law.keeps_permit(p)
+        if is_last:
+            at = self._renounced(at, standing)
+        if at < inf:
+            self._back_off(job, at, standing, -1.0, 1, now, in_doubt)
+        else:
+            spent = is_last or law.is_spent(p, job.attempt, retry_after_s)
+            code = FailureCode.RATE_LIMIT_EXHAUSTED if spent else FailureCode.DEADLINE_EXCEEDED
+            self._exhausted(job, now, code, in_doubt, in_doubt or law.outlasts(p, retry_after_s))
+        self.pump(now)
+        return at < inf
+
+    def failed(
+        self,
+        job: J,
+        retry_after_s: float,
+        stated: Stated,
+        now: float,
+        code: str,
+        *,
+        is_answer: bool = False,
+        is_local: bool = False,
+        in_doubt: bool = False,
+        is_last: bool = False,
+    ) -> bool:
+        """A server error, a time-out, a dropped connection. `code`: with which the request is lost, were this the last.
+
+        `is_answer`: a 4xx that may be tried again. `is_local`: this machine could not send it, which is no attempt.
+        Returns whether the job will be tried again.
+        """
+        self.advance(now)
+        self._sync(job, stated, 0, now)
+        p, counted = self.quota.p, int(not is_local)
+        # What could not be sent is no attempt: 0 is never the last one.
+        history = job.index, job.attempt * counted, job.outages, int(is_answer), retry_after_s
+        at, standing = self.quota.failed(*history, job.first_launched_s, job.launched_s, now, self._retry_u(job))
+        if is_last:
+            at = self._renounced(at, standing)
+        if at < inf:
+            failed_s = now if counted and not is_answer else -1.0
+            self._back_off(job, at, standing, failed_s, counted, now, in_doubt)
+        else:
+            spent = is_last or (counted and law.is_spent(p, job.attempt, retry_after_s))
+            self._exhausted(job, now, code if spent else FailureCode.DEADLINE_EXCEEDED, in_doubt, in_doubt)
+        self.pump(now)
+        return at < inf
+
+    def rejected(
+        self, job: J, stated: Stated, now: float, code: str, *, is_charged: bool = False, in_doubt: bool = False
+    ) -> None:
+        """An answer that ends the request. `is_charged`: it was let in. `in_doubt`: it may concern every request."""
+        self.advance(now)
+        self._sync(job, stated, int(not is_charged), now)
+        self.quota.released()
+        self.quota.answered(now)
+        self._lose(job, now, code, in_doubt, in_doubt)
+        self.pump(now)
+
+    def account_refused(self, job: J, stated: Stated, now: float, code: str) -> None:
+        """The account, not the request, is at fault: nothing more is launched, and what was not answered is pending."""
+        self.advance(now)
+        self._sync(job, stated, 1, now)
+        self.quota.answered(now)
+        self.drop(job)
+        self.shell.suspended(job, now, "")
+        self.stop(code)
+        self.pump(now)
+
+    def drop(self, job: J) -> None:
+        """Neither answered nor lost: the job gives back what it holds, and its request stays pending."""
+        self.quota.forget(job)
+        self._dequeued(job)
+        job.ended = True
+        job.flying = False
+        if job.holds:
+            job.holds = False
+            self.quota.released()
+        if job.lane == FINALIZE:
+            self.quota.finalize_closed()
+
+    # ------------------------------------------------------------ events: a quota that answers later
+
+    def granted(self, job: J, at: float, booked: list[float]) -> None:
+        """A quota that had taken the job over has booked its launch at `at`."""
+        self._dequeued(job)
+        # The quota's time is rounded down: by a hair, it may lie before the moment at which we believed to ask.
+        job.eligible_s = min(job.eligible_s, at)
+        job.holds = True
+        if job.ended:
+            self.drop(job)
+        elif self._is_late(job, at):
+            self._give_up(job, at, FailureCode.DEADLINE_EXCEEDED)
+        else:
+            self._launch(job, at, booked)
+
+    def refused(self, job: J, now: float) -> None:
+        """A quota that had taken the job over will never admit it."""
+        self._give_up(job, now, FailureCode.REQUEST_TOO_LARGE)
+
+    # ------------------------------------------------------------ launches
+
+    def pump(self, now: float) -> None:
+        """Launches what the quota admits now, and notes when it will admit the next."""
+        quota = self.quota
+        if quota.head is not None:
+            for rank, job in quota.take_back(now):
+                self._push(rank, job)
+        at, cause = inf, NOTHING
+        while not self.stopped:
+            first = self.first() if self._queue else self._head
+            if first is None:
+                at, cause = inf, NOTHING
+                break
+            if self._estimate is not None:
+                found, declared = self._estimate(first)
+                first.reserve = declared if law.never_fits(quota.p, found) else found
+            if law.never_fits(quota.p, first.reserve):
+                self._leave(first)
+                self._give_up(first, now, FailureCode.REQUEST_TOO_LARGE)
+                continue
+            at, cause = quota.ask(first, now)
+            if at > now:
+                if cause != NOTHING and not first.asked & 1 << cause:
+                    first.asked |= 1 << cause
+                    self.shell.deferred(cause)
+                break
+            if at == TAKEN_OVER:
+                first.queued = True
+                self._taken(first)
+                continue
+            self._leave(first)
+            if first.first_launched_s >= 0.0 and self._is_late(first, now):
+                self._give_up(first, now, FailureCode.DEADLINE_EXCEEDED)
+            else:
+                self._launch(first, now, quota.book(first, now, self.jitter_u(first)))
+        else:
+            at, cause = inf, NOTHING
+        self.head_at, self.cause = quota.head or (at, cause)
+        if self._aside and not self.stopped and len(self._aside) == self.unfinished:
+            self._end_aside()  # too few to be sure, and nothing else is left
+
+    def _pump_after(self, in_wait: int, now: float) -> None:
+        """Asks again after an ordinary answer, where that can have brought the head forward, or there is another."""
+        is_urgent = self._queue and self._queue[0][0][0] < NEW_WORK
+        if is_urgent or law.answer_may_admit(self.quota.p, in_wait) or self._estimate is not None:
+            self.pump(now)
+
+    def _is_late(self, job: J, now: float) -> bool:
+        """Whether the deadline of a job that was launched before has come."""
+        return job.first_launched_s >= 0.0 and law.deadline_at(self.quota.p, job.first_launched_s) <= now
+
+    def jitter_u(self, job: J) -> float:
+        """The uniform number that moves the launch slot after the job's next launch."""
+        if job.jitter_u >= 0.0:
+            return job.jitter_u
+        if self.quota.p.stagger_s > 0.0 and job.standing == FIRST:
+            return keyed_uniform(self.seed, job.index, attempt_key(job.lane, job.tries + 1), JITTER_STAGGER)
+        return 0.5
+
+    def _launch(self, job: J, now: float, booked: list[float]) -> None:
+        """The attempt is booked: it goes out."""
+        if job.failed_s >= 0.0:
+            self._spare(job)
+        job.flying = job.holds = True
+        job.tries += 1
+        job.launched_s = now
+        if job.first_launched_s < 0.0:
+            job.first_launched_s = now
+        job.booked = booked
+        self.shell.launch(job, now)
+
+    # ------------------------------------------------------------ after an attempt
+
+    def _retry_u(self, job: J) -> float:
+        return keyed_uniform(self.seed, job.index, attempt_key(job.lane, job.tries), JITTER_RETRY)
+
+    def _spare(self, job: J) -> None:
+        """Its last attempt failed; if that was in an outage, as far as is known by now, it does not count."""
+        outages = self.quota.spared(job)
+        if outages >= 0:
+            job.outages = outages
+            job.attempt -= 1
+        job.failed_s = -1.0
+
+    def _sync(self, job: J, stated: Stated, refused: int, now: float) -> None:
+        """What the headers state, beside what has been booked since the launch."""
+        quota = self.quota
+        if quota.p.sync_headers and job.booked:
+            for d, limit, remaining in stated:
+                amount = job.reserve if d in (law.TPM, law.TPD) else 1.0
+                since = quota.booked_since(job, d)
+                quota.synced(d, limit, remaining, amount, refused, since, job.launched_s, now)
+
+    def _open_finalize(self, job: J, now: float) -> None:
+        """The answer was cut off and has no usable text: one more call, before new work."""
+        last = self.shell.finalize(job, now)
+        self.quota.finalize_opened()
+        last.lane = FINALIZE
+        last.first_launched_s = job.first_launched_s
+        self._may_go(last, now)
+        self._watch_deadline(last)
+
+    def _back_off(
+        self, job: J, at: float, standing: int, failed_s: float, counted: int, now: float, in_doubt: bool
+    ) -> None:
+        """The job is tried again at `at`. `failed_s`: as `Scheduled`; `counted`: whether this was an attempt."""
+        job.flying = False
+        job.holds = standing == HOLDING
+        self.shell.attempted(job, now)
+        self.waits_s[BACKOFF] += at - now
+        job.standing = standing
+        job.attempt += counted
+        job.failed_s = failed_s
+        if failed_s >= 0.0 and self.quota.breaker.probe_at > -inf:
+            self._spare(job)
+        job.jitter_u = -1.0
+        job.submitted_s = now
+        self._at(at, False, job)
+        self.shell.backed_off(job, now, at)
+        if in_doubt:
+            self.shell.doubted(job)
+
+    def _renounced(self, at: float, standing: int) -> float:
+        """A retry that is not wanted: its permit comes back, if it was kept for that."""
+        if at < inf and standing == HOLDING:
+            self.quota.released()
+        return inf
+
+    def _exhausted(self, job: J, now: float, code: str, in_doubt: bool, aside: bool) -> None:
+        """The job is not tried again."""
+        self._lose(job, now, code, in_doubt, aside)
+        if job.alone:
+            return
+        if law.is_shut_out(self.quota.s):
+            self.stop(FailureCode.OUTWAITED)
+
+    def _lose(self, job: J, now: float, code: str, in_doubt: bool, aside: bool) -> None:
+        """The request is over without an answer; or set aside, as long as all the others may meet the same."""
+        job.flying = job.holds = False
+        # A finalize pass is over at once: while it is open, the lower cap holds for all others.
+        if job.alone or job.lane == FINALIZE or not aside:
+            self.shell.ended(job, now, code)
+            self._over(job)
+            return
+        self.shell.suspended(job, now, code)
+        self._aside.append((job, now, code))
+        if in_doubt:
+            self.shell.doubted(job)
+
+    def _end_aside(self) -> None:
+        """It is known that what was refused is at fault itself: it ended when it was refused."""
+        aside, self._aside = self._aside, []
+        for job, at, code in aside:
+            self.shell.lost(job, at, code)
+            self._over(job)
+
+    def _give_up(self, job: J, now: float, code: str) -> None:
+        """A job that will not be launched any more."""
+        self.quota.forget(job)
+        self._dequeued(job)
+        job.ended = True
+        if job.holds:
+            job.holds = False
+            self.quota.released()
+        self.shell.given_up(job, now, code)
+        self._over(job)
+
+    def _over(self, job: J) -> None:
+        """The request has ended."""
+        if job.lane == FINALIZE:
+            self.quota.finalize_closed()
+        if not job.alone:
+            self.unfinished -= 1
