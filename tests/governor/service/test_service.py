@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from governor.law import FIXED_S
 from governor.service.store.base import ServiceDatabase
 from governor.service.store.store import RUN, Store
 from governor.service.worker.worker import Worker
@@ -261,7 +262,7 @@ def test_paced_takes_any_size_and_refuses_what_can_never_run(cli: Cli, llm: Runn
         assert (details["retryable"], details["max_runs_now"]) == (False, 0)
         accepted = good(served.run(template, 50, **estimated(7_000)))
         # ... and the 50th goes in the 17th minute.
-        assert accepted["forecast_finish_s"] == pytest.approx(16 * MINUTE_S, abs=5.0)
+        assert accepted["forecast_finish_s"] == pytest.approx(16 * FIXED_S, abs=5.0)
 
 
 def test_runs_for_other_vendors_do_not_count(cli: Cli, llm: Running, tmp_path: Path) -> None:
