@@ -59,6 +59,8 @@ SALVOS = (
     *((66.0 + 4.0 * i, 1) for i in range(6)),
 )
 KNOCKS_MOST = sum(calls for _, calls in SALVOS)
+# How long all questions take, seconds.
+TAKES_S = (240.0, 420.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +161,28 @@ class Probe:
         """Waits until the bucket must be full again, by its last count."""
         missing = self.limit - self.limits["TPM"].remaining
         await asyncio.sleep(min(65.0 / self.time_scale, missing / self.rate_per_s + 0.3 / self.time_scale + 0.05))
+
+
+def foreseen_usd(price: Price, tpm: float, rpm: float, charge_rule: str) -> float:
+    """Return what all questions cost at most, as a rule, on an account with these limits; 0 = no limit.
+
+    Answers that are asked to go on fill their cap, and the question about the window uses three minutes of the limit.
+    """
+    by_cap = charge_rule in CAP_CHARGED
+    cap = CAP_MOST
+    while cap > 4 * TINY and cap > tpm / 3.0:
+        cap //= 2
+    burst = math.ceil(rpm / 60.0) + 3
+    tiny = 2 + (burst if rpm and burst <= min(BURST_MOST, rpm / 2.0) else 0)
+    prompt, output = 10.0 * tiny + 200.0, float(TINY * tiny + cap)
+    if by_cap:
+        output += FILL_RATIO * tpm
+        prompt += 10.0 * KNOCKS_MOST
+        output += float(TINY * KNOCKS_MOST)
+    else:
+        output += 1.05 * tpm
+        prompt += (FILL_RATIO * tpm if FILL_RATIO * tpm <= PROMPT_MOST else 0.0) + 3.0 * tpm
+    return price.cost_usd(Usage(round(prompt), round(output)))
 
 
 def used_in(answer: Answer) -> float:
@@ -374,10 +398,17 @@ async def _refusals_count(probe: Probe, rule: Told) -> Told:
 
 # ---------------------------------------------------------------- the file
 
-KEYS = (
-    *("charge_rule", "settles", "failed_requests_count", "slice_s"),
-    *("window", "burst_s", "charged", "retry_after"),
-)
+# What the file states, by the name under which a plan keeps what was learnt; "" = part of another.
+KEYS = {
+    "charge_rule": "charge rule",
+    "settles": "settling",
+    "failed_requests_count": "refused requests",
+    "slice_s": "slices",
+    "window": "window",
+    "burst_s": "",
+    "charged": "",
+    "retry_after": "Retry-After",
+}
 
 
 def provider_text(probe: Probe, found: list[Told]) -> str:
@@ -389,7 +420,11 @@ def provider_text(probe: Probe, found: list[Told]) -> str:
     lines.append(f"tpm: {probe.limit:.0f}")
     if probe.requests_limit:
         lines.append(f"rpm: {probe.requests_limit:.0f}")
-    lines += [f"{told.name}: {_yaml(told.value)}" for told in found if told.name in KEYS and told.value is not None]
+    answered = [told for told in found if told.name in KEYS and told.value is not None]
+    lines += [f"{told.name}: {_yaml(told.value)}" for told in answered]
+    learnt = [KEYS[told.name] for told in answered if KEYS[told.name]]
+    if learnt:
+        lines += [f"learnt: [{', '.join(learnt)}]", "learnt_from: paceline probe"]
     return "\n".join(lines) + "\n"
 
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from governor.model.policy import Policy
 from governor.model.requests import Attempt
 from sim.experiment.effects import Sensitivity
+from sim.experiment.information import Finding
 from sim.experiment.robustness import Drawn
 
 # The figures of a run that are estimated, in the order in which they are shown.
@@ -345,15 +346,20 @@ class Heat:
 
 @dataclass(frozen=True, slots=True)
 class PassedOver:
-    """A setting that is faster as assumed and was not recommended: what it is, its forecast, and why, with figures."""
+    """A setting that is faster as assumed and was not recommended.
+
+    `price_s`: by how much, paired by seed: what it costs to be safe from the condition in `reason`, with its figures.
+    """
 
     name: str
     forecast: Forecast
+    price_s: Estimate
     reason: str
 
     def to_json_dict(self) -> dict[str, Any]:
         """Plain values."""
-        return {"name": self.name, **self.forecast.to_json_dict(), "reason": self.reason}
+        price = _plain(asdict(self.price_s))
+        return {"name": self.name, **self.forecast.to_json_dict(), "price_s": price, "reason": self.reason}
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,7 +390,7 @@ class Plan:
     indifference zone of the best. `timelines`: attempts of one run each, by name, for curves over time. `drawn`: the
     plan's policies under conditions drawn from ranges; `sensitivity`: which knob matters around the recommendation;
     `answers_usd`: what all answers cost once (None: no prices); what is paid beyond them is the figure `extra_usd` of
-    the forecasts. `out_of_time`: the search ended by the clock.
+    the forecasts. `out_of_time`: the search ended by the clock. `find_out`: what is worth finding out first.
     """
 
     objective: str
@@ -407,6 +413,7 @@ class Plan:
     sensitivity: Sensitivity | None = None
     answers_usd: float | None = None
     out_of_time: bool = False
+    find_out: tuple[Finding, ...] = ()
 
     @property
     def promise(self) -> Percentile | None:
@@ -441,6 +448,7 @@ class Plan:
                 }
                 for row in self.stress
             ],
+            "find_out_first": [each.to_json_dict() for each in self.find_out],
             "drawn": None if self.drawn is None else self.drawn.to_json_dict(self.objective),
             "sensitivity": None if self.sensitivity is None else self.sensitivity.to_json_dict(),
             "answers_usd": self.answers_usd,

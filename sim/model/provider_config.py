@@ -415,6 +415,9 @@ class ProviderConfig(Config):
         found["Retry-After"] = (MEASURED if text == stated["ms"] else ASSUMED, text)
         plain = self.window == "bucket" and self.burst_s == MINUTE_S
         found["window"] = (MEASURED if plain else ASSUMED, self._window_text())
+        tokens = f" and {self.slice_tokens:,} tokens" if self.slice_tokens else ""
+        share = f"every {self.slice_s:g} s a share of the requests{tokens}"
+        found["slices"] = (ASSUMED, share if self.slice_s else "none: the minute's limit may go at once")
         found["counts in headers"] = (ASSUMED, self._counts_text())
         found["latency"] = self.latency.provenance()
         model = self.preset.rpartition("-tier")[0]
@@ -463,6 +466,8 @@ _INPUTS = {
     "retry_after": "Retry-After",
     "counts": "counts in headers",
     "window": "window",
+    "slice_s": "slices",
+    "slice_tokens": "slices",
     "charged": "settling",
     "cotenant": "other users of the quota",
     "faults": "faults",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup, escape
 
 from governor.forecast.summary import Grant
 from governor.model.policy import KNOB_BY_ENV
@@ -85,6 +86,7 @@ def render(
         promise=text.promise(plan),
         promise_note=text.promise_note(plan),
         broken=plan.broken,
+        find_out=text.find_out(plan),
         replications=_count(len(plan.now.runs), "run"),
         columns=_columns(plan),
         headline=_headline(plan),
@@ -132,7 +134,15 @@ def write(path: str | Path, plan: Plan, **options: Any) -> None:
 
 
 def _environment() -> Environment:
-    return Environment(autoescape=True, undefined=StrictUndefined, finalize=_unbroken)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, finalize=_unbroken)
+    environment.filters["code"] = _code
+    return environment
+
+
+def _code(text: str) -> Markup:
+    """Commands in backquotes as code."""
+    parts = [_unbroken(escape(part)) for part in text.split("`")]
+    return Markup("".join(f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts)))
 
 
 _UNIT = re.compile(r"(?<=\d) (?=(?:%|s|min|h|d)(?![\w]))")
@@ -280,7 +290,7 @@ def _recommendation(plan: Plan, found: Recommendation, which: str) -> dict[str, 
         "heading": headings[which],
         "about": about,
         "steps": [_step(plan, step, widest) for step in found.steps],
-        "passed_over": text.passed_over(found, plan),
+        "robustness": text.robustness(found, plan),
     }
 
 

@@ -10,8 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from governor.forecast.summary import Grant
 from governor.model.policy import KNOB_BY_ENV
+from governor.model.prices import dollars_text
 from sim.base.palette import CAUSE_LABELS, OBJECTIVES, STYLES
 from sim.base.words import below, between, duration, number, percent
+from sim.experiment.information import Finding, Gain
 from sim.experiment.results import (
     Estimate,
     Forecast,
@@ -218,14 +220,47 @@ def tried(plan: Plan) -> str:
     )
 
 
-def passed_over(found: Recommendation, plan: Plan) -> list[str]:
-    """Which faster settings were not recommended, and why."""
+def robustness(found: Recommendation, plan: Plan) -> list[str]:
+    """What it costs to be safe: each faster setting that was passed over, and the condition that forbids it."""
     name, figure = OBJECTIVES[plan.objective]
     return [
-        f"{each.name} has a {name} of {duration(each.forecast[figure].mean)} as assumed "
-        f"({interval(each.forecast[figure])}), but {each.reason}."
+        f"Robustness costs {duration(each.price_s.mean)} ({interval(each.price_s)}): {each.name} has a {name} of "
+        f"{duration(each.forecast[figure].mean)} as assumed, but {each.reason}."
         for each in found.passed_over
     ]
+
+
+def find_out(plan: Plan) -> list[str]:
+    """What is worth finding out before the batch starts: a sentence for each, the best first."""
+    return [f"{_value_of(each, plan)}; {_settled_by(each)}." for each in plan.find_out]
+
+
+def _value_of(found: Finding, plan: Plan) -> str:
+    known = f"Knowing {found.unknown}"
+    promise = "" if found.narrower is None else f"brings the promise down by {_gain_text(found.narrower)}"
+    if_so = ", if it is so" if found.if_so else ""
+    if found.sooner is None:
+        return f"{known} {promise}{if_so}"
+    latency = " of latency P95" if plan.objective == "p95_latency" else ""
+    return f"{known} is worth {_gain_text(found.sooner)}{latency}{f' and {promise}' if promise else ''}{if_so}"
+
+
+def _gain_text(gain: Gain) -> str:
+    return f"{duration(gain.mean_s)} ({between(gain.low_s, gain.high_s)})"
+
+
+def _settled_by(found: Finding) -> str:
+    """The command, and what it costs."""
+    usd = found.cost_usd
+    if not found.requests:
+        cost = "makes a few calls" if usd is None else f"costs up to {dollars_text(usd)}"
+        low_s, high_s = found.takes_s or (0.0, 0.0)
+        return f"`{found.command}` {cost} and takes {low_s / 60.0:.0f} to {high_s / 60.0:.0f} min"
+    source = "the results" if found.command == "--outputs-from" else "a log"
+    older = f"`{found.command}` reads it from {source} of earlier requests"
+    first = f"the first {found.requests:,} of these in about {duration((found.takes_s or (0.0, 0.0))[1])}"
+    cost = "" if usd is None else f", for {dollars_text(usd)} of what the batch costs anyway"
+    return f"{older} at no cost, or from {first}{cost}"
 
 
 def worth(step: Step, plan: Plan) -> str:

@@ -17,7 +17,16 @@ from sim.base import words
 from sim.base.layout import facts, table, wrapped
 from sim.experiment.results import Estimate, Forecast, Plan, Recommendation, at_most
 from sim.model.workload import ASSUMED, MEASURED, Provenance
-from sim.reporting.report_text import interval, limits_text, lost_text, passed_over, promise, why, worth
+from sim.reporting.report_text import (
+    find_out,
+    interval,
+    limits_text,
+    lost_text,
+    promise,
+    robustness,
+    why,
+    worth,
+)
 from sim.scenario.scenario import Scenario
 from sim.scenario.stress import stress_notes
 
@@ -241,7 +250,7 @@ def forecast_json(scenario: Scenario, forecast: Forecast) -> dict[str, Any]:
 
 
 def plan_text(scenario: Scenario, plan: Plan, width: int) -> str:
-    """What a plan found, for people: the comparison, the changes, and what to be careful about."""
+    """What a plan found, for people: the comparison, the changes, the inputs, what to find out before the batch."""
     parts = [wrapped(headline(scenario), width), wrapped(f"Done in {promise(plan)}.", width)]
     parts.append(table(comparison_rows(plan)))
     now = plan.now
@@ -255,6 +264,9 @@ def plan_text(scenario: Scenario, plan: Plan, width: int) -> str:
     if robust:
         parts.append("\n".join(wrapped(line, width) for line in robust))
     parts.append(inputs_text(scenario.provenance(), width))
+    questions = find_out(plan)
+    if questions:
+        parts.append("\n".join(["What to find out first:", *(wrapped(each, width) for each in questions)]))
     return "\n\n".join(parts)
 
 
@@ -329,7 +341,7 @@ def _changes(title: str, found: Recommendation, plan: Plan, width: int) -> str:
     if not found.steps:
         return f"{title}: change nothing."
     text = table(changes_rows(title, found, plan), width=width)
-    return "\n".join([text, *(wrapped(f"Passed over: {each}", width) for each in passed_over(found, plan))])
+    return "\n".join([text, *(wrapped(each, width) for each in robustness(found, plan))])
 
 
 def changes_rows(title: str, found: Recommendation, plan: Plan) -> list[list[str]]:

@@ -19,6 +19,8 @@ COTENANT_BURST_S = 15.0
 COTENANT_PERIOD_S = 60.0
 HALVED_FROM_S = 120.0
 HALVED_FOR_S = 600.0
+# What a provider does the same way every day: once learnt, by these names of `ProviderConfig.learnt`, it is known.
+HABITS = ("charge rule", "settling", "slices", "window", "Retry-After")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,8 @@ def stress_set(scenario: Scenario) -> list[tuple[str, Scenario]]:
     Every other charge rule that charges this workload differently, settling the other way, a co-tenant that takes 25 %
     in bursts, per-second slices, latency doubled, no Retry-After, counts of the answer and rounded, minutes of the
     clock where no published tier is named, the limit halved for ten minutes. What could not be
-    applied, because some request could then never run, is in `stress_notes`.
+    applied, because some request could then never run, is in `stress_notes`. What was learnt of the provider
+    (`ProviderConfig.learnt`) is not doubted, but for what changes from hour to hour: others, latency, the limit.
     """
     return [(name, changed) for name, changed, _ in _conditions(scenario) if changed is not None]
 
@@ -56,24 +59,28 @@ def _conditions(scenario: Scenario) -> Iterator[Tried]:
         return scenario.with_(provider=provider.with_(**changes))
 
     largest = _largest_charge(scenario)
-    yield from _other_charge_rules(scenario)
-    yield ("does not settle" if provider.settles else "settles"), changed(settles=not provider.settles), ""
+    open_to = set(HABITS) - set(provider.learnt)
+    if "charge rule" in open_to:
+        yield from _other_charge_rules(scenario)
+    if "settling" in open_to:
+        yield ("does not settle" if provider.settles else "settles"), changed(settles=not provider.settles), ""
     cotenant = {
         "share": max(COTENANT_SHARE, provider.cotenant.share),
         "burst_s": COTENANT_BURST_S,
         "period_s": COTENANT_PERIOD_S,
     }
     yield f"co-tenant takes {cotenant['share']:.0%} in bursts", changed(cotenant=cotenant), ""
-    if provider.slice_s == 0.0 and (provider.tpm or provider.rpm):
+    if "slices" in open_to and provider.slice_s == 0.0 and (provider.tpm or provider.rpm):
         # A slice of tokens below the largest charge would let that request through only by the limiter's grace.
         yield "per-second slices", changed(slice_s=1.0, slice_tokens=math.ceil(largest)), ""
     late = provider.latency.model_dump()
     yield "latency x 2", changed(latency={**late, "scale": min(1_000.0, 2.0 * provider.latency.scale)}), ""
-    if provider.retry_after != "absent":
+    if "Retry-After" in open_to and provider.retry_after != "absent":
         yield "no Retry-After", changed(retry_after="absent"), ""
     if provider.counts == "admission":
         yield "counts of the answer, in thousands", changed(counts="answer", counts_rounded_to=1_000), ""
-    if provider.window == "bucket" and not provider.preset and (provider.tpm or provider.rpm):
+    counted = provider.window == "bucket" and bool(provider.tpm or provider.rpm)
+    if "window" in open_to and counted and not provider.preset:
         # What a published tier grants has been seen to refill continuously; of another limiter nobody knows.
         clock = {"window": "clock", "burst_s": MINUTE_S, "phase_s": MINUTE_S / 2.0}
         yield "minutes of the clock, begun in the middle of one", changed(**clock), ""

@@ -84,6 +84,7 @@ def drawn(scenario: Scenario, unknowns: Unknowns, draws: range) -> list[Conditio
     """The conditions of these draws: all unknowns at once, each from its range."""
     rules: list[str] = [scenario.provider.charge_rule]
     if unknowns.charge_rules:
+        # Those of the stress set: none where the rule was learnt.
         listed = [changed.provider.charge_rule for _, changed in stress_set(scenario)]
         rules += [rule for rule in listed if rule not in rules]
     return [Condition(f"draw {i + 1}", _one(scenario, unknowns, rules, i)) for i in draws]
@@ -113,7 +114,7 @@ def _one(scenario: Scenario, unknowns: Unknowns, rules: list[str], i: int) -> Sc
         workload=workload.with_(output_tokens=np.where(workload.output_tokens > 0, outputs, 0)),
         provider=provider.with_(
             charge_rule=rules[min(len(rules) - 1, int(len(rules) * u(0)))],
-            settles=u(1) < unknowns.settles,
+            settles=provider.settles if "settling" in provider.learnt else u(1) < unknowns.settles,
             counts="answer" if provider.counts == "admission" and u(6) < unknowns.counts_at_answer else provider.counts,
             cotenant=cotenant,
             latency={**late, "scale": scale},

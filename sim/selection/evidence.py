@@ -27,7 +27,6 @@ from sim.experiment.results import (
 from sim.experiment.robustness import Drawn, Outcomes
 from sim.scenario.scenario import Scenario
 from sim.scenario.stress import Condition
-from sim.scenario.unknowns import Unknowns, drawn
 from sim.selection.hardening import Stress
 from sim.selection.search import Goal, Searcher, score_of
 from sim.selection.space import changed_knobs, full_space
@@ -85,10 +84,10 @@ class Evidence:
         passed = []
         for name, policy in faster.items():
             other = self.forecast(policy)
-            gains = paired_difference(found, other, self.goal.figure).mean
+            price = paired_difference(found, other, self.goal.figure)
             reason = self.forbids(policy, found.policy)
-            if gains > WORTH_A_WORD * found[self.goal.figure].mean and reason:
-                passed.append(PassedOver(name, other, reason))
+            if price.low > 0.0 and price.mean > WORTH_A_WORD * found[self.goal.figure].mean and reason:
+                passed.append(PassedOver(name, other, price, reason))
         return Recommendation(found, steps, gain, tuple(passed))
 
     def _steps(self, now: Forecast, found: Forecast) -> tuple[Step, ...]:
@@ -169,14 +168,13 @@ class Evidence:
             recommended=(float(getattr(best, x)), float(getattr(best, y))),
         )
 
-    def drawn(self, unknowns: Unknowns, policies: Sequence[Policy], draws: range) -> Drawn:
-        """The plan's policies (see NAMES) under drawn conditions, one run in each."""
-        conditions = drawn(self.searcher.scenario, unknowns, draws)
+    def drawn(self, ranges: str, policies: Sequence[Policy], conditions: Sequence[Condition]) -> Drawn:
+        """The plan's policies (see NAMES) under conditions drawn from these ranges, one run in each."""
         named = dict(zip(NAMES, policies, strict=False))
         runs, seed = self.searcher.runs, self.searcher.seeds[0]
         runs.require((condition, policy, [seed]) for condition in conditions for policy in named.values())
         outcomes = {who: self._outcomes(conditions, policy, seed) for who, policy in named.items()}
-        return Drawn(unknowns.text(), len(conditions), 1, outcomes)
+        return Drawn(ranges, len(conditions), 1, outcomes)
 
     def _outcomes(self, conditions: Sequence[Condition], policy: Policy, seed: int) -> Outcomes:
         rows = []

@@ -34,6 +34,7 @@ from sim.scenario.stress import Condition, stress_set
 from sim.scenario.unknowns import FRESH_DRAWS, FRESH_SEEDS, Unknowns, drawn
 from sim.selection.evidence import NAMES, Evidence, broken_limits
 from sim.selection.hardening import Hardening, Stress
+from sim.selection.information import Costs, Information
 from sim.selection.search import FIRST_STAGE, Goal, Searcher, better, score_of
 from sim.selection.sensitivity import sensitivity
 from sim.selection.space import (
@@ -68,8 +69,8 @@ HOLDS = 0.01
 # Throttles in a run that are allowed under stress, where the stated limit per 100 requests comes to less: what one or
 # two refusals in a small batch are worth is nothing to be slower for.
 STRESSED = 2
-# A plain mirrored bucket that is faster by more than this share is only passed over for a stated condition.
-PLAIN_AHEAD = 0.01
+# What is faster by more than this share is only passed over for a stated condition.
+AHEAD = 0.01
 FINALISTS = 5
 
 Say = Callable[[str], None]
@@ -100,6 +101,7 @@ class Budget:
     fresh: int
     stress: int
     grid: int
+    information: int
     trajectories: int
 
     @classmethod
@@ -120,6 +122,7 @@ class Budget:
             fresh=max(LEAST, min(RUNS, PROOF // n)),
             stress=max(1, min(20, runs // 400)),
             grid=max(3, min(7, int((runs / 24) ** 0.5))),
+            information=max(150, min(480, runs // 15)),
             trajectories=max(0, min(40, runs // 100)),
         )
 
@@ -141,6 +144,7 @@ class Planner:
         self.scenario = scenario
         self.goal = goal
         self.unknowns = unknowns
+        self.prices = prices
         self.say = say
         self.stage = "beginning"
         self.best_s: float | None = None
@@ -181,17 +185,16 @@ class Planner:
         best, bold = self._found("paceline", everything, full_space(self.scenario), [few[0], self.plain])
         out_of_time = self.runs.out_of_time
         self._now("estimating again on fresh seeds")
-        if self._plain_is_better(best[0]):
-            best = [self.plain, *(policy for policy in best if policy != self.plain)]
+        for other in (bold, self.plain):
+            if self._is_better(other, best[0]):
+                best = [other, *(policy for policy in best if policy != other)]
         found = self._with_evidence([now, few[0], best[0], self._runner_up(best)], bold_few, bold)
         return replace(found, out_of_time=out_of_time)
 
-    def _plain_is_better(self, best: Policy) -> bool:
-        """Whether a plain mirrored bucket is faster as assumed, and no condition forbids it."""
-        figure = self.goal.figure
-        mine, plain = self.evidence.forecast(best), self.evidence.forecast(self.plain)
-        ahead = plain[figure].mean < (1.0 - PLAIN_AHEAD) * mine[figure].mean
-        return ahead and not self.evidence.forbids(self.plain, best)
+    def _is_better(self, other: Policy, best: Policy) -> bool:
+        """Whether another setting is faster as assumed, and no condition forbids it."""
+        mine, its = (self.evidence.forecast(policy)[self.goal.figure].mean for policy in (best, other))
+        return its < (1.0 - AHEAD) * mine and not self.evidence.forbids(other, best)
 
     def _with_evidence(self, chosen: list[Policy], bold_few: Policy, bold: Policy) -> Plan:
         """The plan around the chosen settings, in the order of NAMES, and the fastest of each space at any risk."""
@@ -238,8 +241,12 @@ class Planner:
         named = dict(zip(NAMES, (*forecasts, runner_up), strict=True))
         plan = replace(plan, stress=stress, broken=broken_limits(goal, self.stress.goal, named, stress))
         self._now("drawing what is not known")
-        draws = range(FRESH_DRAWS, FRESH_DRAWS + budget.fresh)
-        plan = replace(plan, drawn=evidence.drawn(self.unknowns, chosen[:3], draws))
+        fresh = drawn(self.scenario, self.unknowns, range(FRESH_DRAWS, FRESH_DRAWS + budget.fresh))
+        plan = replace(plan, drawn=evidence.drawn(self.unknowns.text(), chosen[:3], fresh))
+        self._now("asking what is worth finding out")
+        information = Information(evidence, self.hardened, best.policy, fresh=fresh, most=budget.information)
+        costs = Costs(self.scenario, best["makespan_s"].p50, tariff, self.prices)
+        plan = replace(plan, find_out=information.findings(self.unknowns, costs))
         plan = replace(plan, sensitivity=self._sensitivity(best.policy))
         return replace(
             plan,
@@ -306,6 +313,7 @@ class Planner:
             hardening.polish(safe, space.neighbours)
         # And from the other side: today's settings are safe as often as not, and step by step they get faster.
         hardening.polish(today, space.neighbours)
+        self.hardened = hardening
         bold = min(hardening.tried.values(), key=lambda p: searcher.score(p, budget.seeds))
         finalists = hardening.finalists(FINALISTS)
         self._now("choosing among the finalists")

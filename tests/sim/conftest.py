@@ -10,6 +10,7 @@ import pytest
 
 from governor.model.policy import KNOB_BY_NAME, Policy
 from sim.experiment.experiment import attempts_of, case_of, figures_of, simulated
+from sim.experiment.information import Finding, Gain
 from sim.experiment.results import (
     Forecast,
     Heat,
@@ -136,7 +137,9 @@ def plan_of(scenario: Scenario) -> Plan:
     full = recommendation(scenario, now, best)
     runner_up = forecast(scenario, best.with_(charge_rule="max_of", tpm_headroom=0.02))
     eager = best.with_(tpm_window="sliding", tpm_headroom=0.0, charge_rule="prompt_chars4", sync_headers=False)
-    passed = PassedOver("the fastest setting tried", forecast(scenario, eager), "under 'x' it draws 9 per 100")
+    faster = forecast(scenario, eager)
+    price = paired_difference(full.forecast, faster, "makespan_s")
+    passed = PassedOver("the fastest setting tried", faster, price, "under 'x' it draws 9 per 100")
     full = dataclasses.replace(full, passed_over=(passed,))
     policies = [(scenario.policy, "now"), (tuned, "guardrails"), (best, "paceline"), (eager, "paceline")]
     for stagger in (0.0, 1.0, 4.0):
@@ -168,4 +171,14 @@ def plan_of(scenario: Scenario) -> Plan:
         runs_simulated=321,
         requests_simulated=38_520,
         seed=5,
-    )
+        find_out=(
+            Finding(
+                "the charge rule", Gain(220.0, 20.0, 180.0, 260.0), Gain(90.0, 10.0, 70.0, 110.0), False,
+                "paceline probe", cost_usd=0.02, takes_s=(240.0, 420.0),
+            ),
+            Finding(
+                "how long the answers are", None, Gain(40.0, 10.0, 20.0, 60.0), False, "--outputs-from",
+                requests=100, cost_usd=0.31, takes_s=(80.0, 80.0),
+            ),
+        ),
+    )  # fmt: skip

@@ -15,7 +15,17 @@ from governor.model.policy import Policy
 from governor.model.pools import default_pools
 from governor.model.prices import Price
 from governor.model.requests import Answer, Limit, Outcome
-from governor.provider.probe import KNOCKS_MOST, PARTS, Judge, Probe, Told, probed, provider_text, write_provider
+from governor.provider.probe import (
+    KNOCKS_MOST,
+    PARTS,
+    Judge,
+    Probe,
+    Told,
+    foreseen_usd,
+    probed,
+    provider_text,
+    write_provider,
+)
 from governor.provider.sending import connect_with
 from sim.calibration.fits_window import judged
 from sim.scenario.scenario_file import named_provider
@@ -82,11 +92,16 @@ def test_hidden_rules_are_told_apart(rule: str, settles: bool, tmp_path: Path) -
     assert told["failed_requests_count"] is counts, why
     assert told["slice_s"] == (1.0 if sliced else 0.0), why
     assert told["max_tokens_in_gate"] is (rule in ("prompt_plus_max", "max_of")), why
-    assert 0.0 < probe.spent_usd <= 1.0
+    foreseen = foreseen_usd(PRICE, 30_000, 300, rule)
+    # Answers of the simulated provider are shorter than those that fill their cap.
+    assert 0.05 * foreseen < probe.spent_usd <= foreseen
     path = tmp_path / "provider.yaml"
     write_provider(path, provider_text(probe, list(found.values())))
     config = named_provider(str(path))
     assert (config.tpm, config.rpm, config.charge_rule, config.settles) == (30_000, 300, rule, settles)
+    # What was asked is neither doubted nor drawn in a plan of it.
+    assert {"charge rule", "settling", "slices", "refused requests"} <= set(config.learnt)
+    assert config.provenance()["charge rule"][1].startswith("learnt from paceline probe: ")
     assert config.failed_requests_count is counts
 
 

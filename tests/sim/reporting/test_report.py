@@ -251,6 +251,25 @@ def test_every_change_stands_with_old_new_gain_and_reason(sample_plan: Plan, sam
     assert "under 'x' it draws 9 per 100" in text
 
 
+def test_what_to_find_out_first_and_the_price_of_robustness(sample_plan: Plan, sample: str) -> None:
+    text = text_of(sample)
+    assert (
+        "Knowing the charge rule is worth 3 min 40 s (3 min to 4 min 20 s) and brings the promise down by 1 min 30 s "
+        "(1 min 10 s to 1 min 50 s); paceline probe costs up to $0.02 and takes 4 to 7 min."
+    ) in text
+    assert (
+        "Knowing how long the answers are brings the promise down by 40 s (20 s to 1 min); --outputs-from reads it "
+        "from the results of earlier requests at no cost, or from the first 100 of these in about 1 min 20 s, for "
+        "$0.31 of what the batch costs anyway."
+    ) in text
+    assert "<code>paceline probe</code>" in sample
+    (passed,) = sample_plan.full.passed_over
+    assert f"Robustness costs {duration(passed.price_s.mean)} (" in text
+    assert "but under 'x' it draws 9 per 100." in text
+    nothing = page_of(dataclasses.replace(sample_plan, find_out=()), _scenario(sample_plan))
+    assert "What to find out first" not in nothing
+
+
 def test_the_stress_table_marks_broken_limits_by_symbol_and_class(reckless_plan: Plan, reckless: str) -> None:
     text = text_of(reckless)
     table = text[text.index("the published estimate, ") : text.index("How sure this is")]
@@ -292,7 +311,7 @@ def _scenario(plan: Plan) -> Any:
 def test_settings_that_are_good_already(sample_plan: Plan) -> None:
     now = sample_plan.now
     same = Recommendation(now, (), paired_difference(now, now, "makespan_s"))
-    plan = dataclasses.replace(sample_plan, guardrails=same, full=same, already_good=True)
+    plan = dataclasses.replace(sample_plan, guardrails=same, full=same, already_good=True, find_out=())
     text = text_of(page_of(plan, _scenario(plan)))
     assert "Nothing needs to change" in text
     assert "sooner" not in text

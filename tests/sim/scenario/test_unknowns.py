@@ -96,9 +96,10 @@ def test_outcomes_are_plain_runs_of_the_drawn_scenarios(root: Path) -> None:
     runs = Runs(Pool(1, engine="simpy"))
     searcher = Searcher(Condition("", base), Goal(), runs, first=2)
     quick = base.policy.with_(stagger_seconds=1.0)
-    found = Evidence(searcher, Stress([], Goal(), runs, 1), 1).drawn(Unknowns(), [base.policy, quick], range(5, 9))
+    conditions = drawn(base, Unknowns(), range(5, 9))
+    found = Evidence(searcher, Stress([], Goal(), runs, 1), 1).drawn("ranges", [base.policy, quick], conditions)
     assert (found.draws, found.runs, tuple(found.outcomes)) == (4, 1, NAMES[:2])
     assert runs.made == 2 * 4
-    for i, condition in enumerate(drawn(base, Unknowns(), range(5, 9))):
+    for i, condition in enumerate(conditions):
         (run,) = runs.figures(condition, quick, [base.seed + 2])
         assert found.outcomes["guardrails"].makespan_s[i] == run["makespan_s"]
