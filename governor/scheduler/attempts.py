@@ -6,6 +6,7 @@ One timer watches for the first answer that is overdue: `asyncio.timeout_at` cos
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from heapq import heappop, heappush
 from math import inf
 from typing import TYPE_CHECKING
@@ -50,6 +51,10 @@ class Attempts:
     def count(self) -> int:
         """How many are under way."""
         return len(self._tasks)
+
+    def jobs(self) -> Iterable[Job]:
+        """What is being sent."""
+        return self._tasks.values()
 
     def start(self, job: Job, send: Send) -> None:
         """Sends an attempt."""

@@ -33,6 +33,8 @@ from governor.scheduler.refusals import Refusals
 if TYPE_CHECKING:
     from governor.scheduler.driver import Governor
 
+# Of the newest answer, in the mean of how long they take.
+ANSWER_WEIGHT = 0.1
 # What ends a request at once, whatever it was.
 SPENT_AT_ONCE: dict[Outcome, str] = {**{outcome: SPENT[outcome] for outcome in FINAL}, **STOPPING}
 
@@ -43,9 +45,8 @@ class Batch:
     def __init__(self, governor: Governor, learner: Learner | None) -> None:
         self._governor = governor
         self._learner = learner
-        self._observer = governor.observer
-        # Rows are made only for who reads them.
-        self._shows = type(governor.observer).attempted is not Observer.attempted
+        self.observe(governor.observer)
+        self.answer_s = 0.0  # how long answers to permits have lately taken
         self._source: Iterator[Work] = iter(())
         self._begun: Begun = 0.0, []
         self._send: Send | None = None
@@ -53,6 +54,12 @@ class Batch:
         self._refusals: Refusals | None = None
         self._row: Attempt | None = None
         self.granted: set[Job] = set()  # jobs of permits that have not ended
+
+    def observe(self, observer: Observer) -> None:
+        """Whom to tell from now on."""
+        self._observer = observer
+        # Rows are made only for who reads them.
+        self._shows = type(observer).attempted is not Observer.attempted
 
     @property
     def is_open(self) -> bool:
@@ -132,6 +139,9 @@ class Batch:
         governor, outcome = self._governor, answer.outcome
         scheduler, now = governor.scheduler, governor.now()
         job.answer = answer
+        if job.alone:
+            weight = ANSWER_WEIGHT if self.answer_s else 1.0
+            self.answer_s += weight * (now - job.launched_s - self.answer_s)
         stated = stated_by(answer.limits) if scheduler.quota.p.sync_headers else ()
         is_charged = outcome not in TURNED_AWAY
         if job.alone and (outcome == Outcome.OK or outcome in SPENT_AT_ONCE):

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from math import inf
 from typing import Any, cast
 
+from governor import law
 from governor.law import Params, State
 from governor.model.errors import PacelineError
 from governor.model.policy import Policy
@@ -31,6 +32,7 @@ from governor.scheduler.permits import Permit
 from governor.scheduler.quota import LocalQuota
 from governor.scheduler.refusals import Refusals
 from governor.scheduler.scheduler import Scheduler
+from governor.scheduler.waiting import wait_s
 
 
 class Governor:
@@ -100,8 +102,7 @@ class Governor:
     def observe(self, observer: Observer) -> None:
         """Tells that observer from now on, in the place of the one before (see `Together`)."""
         self.observer = observer
-        self._tells = observer.hears_decisions
-        self._shows = type(observer).attempted is not Observer.attempted
+        self.batch.observe(observer)
 
     def permit(
         self,
@@ -129,6 +130,19 @@ class Governor:
         """
         permit = self.permit(reserve, expected=expected)
         return permit if permit.is_granted_now() else None
+
+    def wait_s(self, reserve: float, *, expected: float = -1.0) -> float:
+        """How long a request that reserves so many tokens would wait now, about, in seconds: see `waiting`.
+
+        0 = it may go at once; inf = nobody can say (paused, stopped). For a caller who would rather answer that it is
+        busy than wait. Where the quota is shared, what other processes' requests wait for is not known here.
+        """
+        reserve = self.batch.reserved(reserve, None)
+        if self.stopped:
+            return inf
+        ahead = self.scheduler.ahead_of(law.rank(self.p, law.MAIN, 1, expected, reserve, inf))
+        flying = [(job.launched_s, job.reserve) for job in (*self.batch.granted, *self.attempts.jobs())]
+        return wait_s(self.p, self.s, ahead, flying, (reserve, law.FIRST), self.batch.answer_s, self.now())
 
     async def run(
         self, source: Iterator[Work], send: Send, *, finalize: bool = False, refusals: Refusals | None = None

@@ -82,6 +82,11 @@ class Queue(Generic[J]):
         backing_off = [job for _, _, is_deadline, job, _ in self._calendar if not (is_deadline or job.ended)]
         return [*queued, *backing_off, *self.quota.taken_over()]
 
+    def ahead_of(self, rank: Rank) -> list[tuple[float, int]]:
+        """What waits and goes before that rank, in order: reservation and standing. The batch's new work does not."""
+        queued = sorted(entry for entry in self._queue if entry[0] < rank and not entry[2].ended)
+        return [(job.reserve, job.standing) for _, _, job in queued]
+
     def backing_off(self) -> tuple[float, float]:
         """When the first and the last of those that back off may be tried again; (inf, -inf) where none does."""
         ends = [moment[0] for moment in self._calendar if not (moment[2] or moment[3].ended)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import Any
@@ -10,11 +11,11 @@ from typing import Any
 import pytest
 
 from governor import law
-from governor.model.errors import PacelineError
-from governor.model.requests import Limit
+from governor.model.errors import PacelineError, Refused
+from governor.model.requests import Limit, Outcome
 from governor.scheduler.driver import Governor
 from governor.scheduler.permits import Permit
-from tests.governor.desks import Desk, Log, nothing_held, quiet, works
+from tests.governor.desks import BROKEN, OK, THROTTLED, Desk, Log, nothing_held, quiet, work, works
 from tests.governor.laws import params
 from tests.virtual_loop import VirtualLoop, run_virtual
 
@@ -553,3 +554,110 @@ def test_ten_thousand_waiting_tasks_are_woken_once_each() -> None:
     assert wakes[0] == count - 1  # the first need not wait
     assert set(timers) <= {0, 1}
     assert max(timers) == 1
+
+
+# ---------------------------------------------------------------- callers that would rather not wait
+
+
+def test_how_long_it_would_wait_is_how_long_it_waits() -> None:
+    """Equal answers, each request with its own reservation: the law asked ahead says what the law then does."""
+    rng = random.Random(seed := random.randrange(1_000_000))
+    print(f"seed {seed}")
+    told: list[tuple[float, float]] = []
+
+    async def caller(governor: Governor) -> None:
+        reserve = float(rng.randint(1, 900))
+        wait_s, asked_at = governor.wait_s(reserve), governor.loop.time()
+        async with governor.permit(reserve) as permit:
+            told.append((wait_s, governor.loop.time() - asked_at))
+            await asyncio.sleep(2.0)
+            await permit.answered(OK)
+
+    async def main(**settings: Any) -> None:
+        governor = Governor(quiet(tpm=3_000, max_concurrency=3, settles=0, **settings))
+        await caller(governor)
+        tasks = []
+        for _ in range(40):
+            tasks.append(asyncio.create_task(caller(governor)))
+            await asyncio.sleep(rng.expovariate(0.5))
+        await asyncio.gather(*tasks)
+
+    for settings in ({"window": law.BUCKET}, {"window": law.FIXED, "stagger_s": 1.5}):
+        told.clear()
+        run_virtual(main(**settings))
+        assert max(wait for wait, _ in told) > 10.0
+        for wait_s, waited_s in told:
+            assert wait_s == pytest.approx(waited_s, abs=1e-6)
+
+
+def test_nobody_can_say_how_long_a_pause_lasts_and_to_ask_changes_nothing() -> None:
+    async def main() -> None:
+        governor = Governor(quiet(tpm=1_000, window=law.BUCKET))
+        before = repr(governor.s)
+        assert governor.wait_s(1_000.0) == 0.0
+        assert repr(governor.s) == before
+        governor.pause()
+        assert governor.wait_s(1.0) == math.inf
+        with pytest.raises(PacelineError, match="never fits"):
+            governor.wait_s(1_001.0)
+
+    run_virtual(main())
+
+
+def test_a_permit_is_refused_after_its_longest_wait_and_leaves_nothing() -> None:
+    async def main() -> None:
+        governor = Governor(quiet(tpm=1_000, window=law.BUCKET))
+        async with governor.permit(1_000.0, max_wait_s=0.0):
+            pass
+        with pytest.raises(Refused, match="'default' cannot send a request within 5 s") as refused:
+            async with governor.permit(500.0, max_wait_s=5.0):
+                pass
+        assert governor.loop.time() == 5.0
+        assert refused.value.retryable
+        async with governor.permit(500.0, max_wait_s=60.0):
+            assert governor.loop.time() == pytest.approx(30.0)
+        nothing_held(governor)
+
+    run_virtual(main())
+
+
+def test_a_permit_is_tried_without_waiting() -> None:
+    async def main() -> None:
+        governor = Governor(quiet(max_concurrency=1))
+        permit = governor.try_permit(10.0)
+        assert permit is not None
+        assert governor.try_permit(10.0) is None
+        async with permit:
+            assert governor.in_flight == 1
+        again = governor.try_permit(10.0)
+        assert again is not None
+        again.give_back()
+        again.give_back()
+        nothing_held(governor)
+
+    run_virtual(main())
+
+
+def test_a_permit_that_is_told_whole_answers_shows_its_attempts() -> None:
+    log = Log()
+    request = work(7).request
+
+    async def main() -> None:
+        governor = Governor(quiet(), observer=log)
+        async with governor.permit(100.0, request=request, charge=80) as permit:
+            assert await permit.answered(THROTTLED)
+            assert await permit.answered(BROKEN)
+            assert not await permit.answered(OK)
+        async with governor.permit(100.0, request=request) as permit:
+            permit.over(BROKEN)
+        nothing_held(governor)
+
+    run_virtual(main())
+    assert [row.outcome for row in log.rows] == [
+        Outcome.THROTTLED,
+        Outcome.SERVER_ERROR,
+        Outcome.OK,
+        Outcome.SERVER_ERROR,
+    ]
+    assert [row.attempt for row in log.rows] == [1, 2, 3, 1]
+    assert [code for _, code, _ in log.ends] == ["", "OPENAI_SERVER_ERROR"]
