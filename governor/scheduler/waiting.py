@@ -8,10 +8,10 @@ later and goes first, and that answers use less than they reserved.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import fields
 from heapq import heapify, heappop, heappush
 from math import inf
-from typing import Any
 
 from governor import law
 from governor.law import Params, State
@@ -23,8 +23,12 @@ Flying = tuple[float, float]
 
 def copied(s: State) -> State:
     """The same state, which can be changed without changing that one."""
-    values: dict[str, Any] = {each.name: getattr(s, each.name) for each in fields(State)}
-    return State(**{name: list(value) if isinstance(value, list) else value for name, value in values.items()})
+    other = copy(s)
+    for each in fields(State):
+        value = getattr(s, each.name)
+        if isinstance(value, list):
+            setattr(other, each.name, value.copy())
+    return other
 
 
 def wait_s(
