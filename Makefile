@@ -31,7 +31,7 @@ demo: $(STAMP_SIM) examples/batch.jsonl  ## plan the example batch (out/report.h
 # A test that other processes starved may pass at the second try: it is listed as RERUN above the closing line. The
 # seed stays the same, so a random test that fails fails again.
 test: $(STAMP_ALL)  ## the whole test suite, a process more than cores (PYTEST_ARGS='-k law' for a part)
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --reruns 2 $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --reruns 2 $(PYTEST_ARGS)
 
 proofs: $(STAMP_ALL)  ## the long forms of tests: a hundred kills, a million requests in both worlds
 	@$(BIN)/python -m pytest -m long --timeout 3600 $(PYTEST_ARGS)

@@ -67,6 +67,28 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.hypothesis_seed = str(seed)
 
 
+# The files that take longest begin first, so that none of them is left alone at the end (see `--dist loadfile`).
+LONGEST = (
+    "sim/des/test_driver_properties.py",
+    "test_two_worlds.py",
+    "sim/app/test_cli_plan.py",
+    "sim/experiment/test_spread.py",
+    "governor/run/test_resume.py",
+    "test_shared_live.py",
+    "test_notebooks.py",
+    "test_theory.py",
+    "governor/service/test_service.py",
+    "sim/calibration/test_calibrate.py",
+    "test_engines.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tests = ROOT / "tests"
+    place = {tests / name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
+
+
 def pytest_report_header() -> str:
     return f"random tests: {SEED_NAME}={run_seed()} repeats this run"
 

@@ -392,7 +392,7 @@ def test_with_a_full_disk_answers_wait_in_memory_and_none_is_bought_twice(
         else:
             ran = process.wait()
             assert ran.code == 0, ran.err
-            assert "there is room again, the run goes on" in ran.err
+            assert "there is room again: the run continues" in ran.err
             assert served.stats()["requests"] == 60
     with Journal.open(journal) as opened:
         assert opened.complaints() == []

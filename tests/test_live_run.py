@@ -86,7 +86,7 @@ def test_failures_go_into_the_errors_file_and_can_be_tried_again(cli: Cli, tmp_p
         assert all(each["response"]["status_code"] == 429 for each in errors)
         # Another code: nothing is sent again.
         unknown = cli.run(*args, "--retry-failed=BAD", env=env)
-        assert (unknown.code, "'BAD' is no failure code: use one of OPENAI_RATE" in unknown.err) == (2, True)
+        assert (unknown.code, "'BAD' is not a failure code: use one of OPENAI_RATE" in unknown.err) == (2, True)
         other = cli.run(*args, "--retry-failed=BAD_REQUEST", env=env)
         assert (other.code, served.stats()["requests"]) == (1, 12)
         mended = cli.run(*args, "--retry-failed", env=env)
@@ -201,7 +201,7 @@ def test_a_refused_account_stops_the_run_after_those_in_flight(cli: Cli, tmp_pat
     found = ran.json
     assert found["failed"] == 0
     assert 15 <= found["completed"] <= 20
-    assert ("quota is used up" if kind == "quota" else "the key or the model is refused") in ran.err
+    assert ("quota is used up" if kind == "quota" else "the key or the model was rejected") in ran.err
     with provider() as served:
         mended = cli.run(*run_args(tmp_path, served.base_url, "--json"), env=env)
         assert served.stats()["requests"] == 60 - found["completed"]
@@ -333,11 +333,11 @@ def test_other_slips_of_the_command_line(cli: Cli, tmp_path: Path, request: pyte
         (["--tpm", "many"], "--tpm 'many' is not a whole number"),
         (["--prices", tmp_path / "none.yaml"], "there is no such file"),
         (["--pools", tmp_path / "none.yaml"], "--base-url is for a run without --pools"),
-        (["--notify", "nowhere"], "--notify is no address"),
+        (["--notify", "nowhere"], "--notify is not an address"),
         (["--journal", tmp_path / "no" / "j.db"], "there is no folder"),
         (["--max-cost", "1", "--prices", _prices(tmp_path)], "--max-cost needs a price for model 'gpt-4o-mini'"),
         (["--base-url", ""], "--base-url is empty"),
-        (["--base-url", "http://127.0.0.1:99999/v1"], "'http://127.0.0.1:99999/v1' is no address"),
+        (["--base-url", "http://127.0.0.1:99999/v1"], "'http://127.0.0.1:99999/v1' is not an address"),
         # One file for two purposes: what is written last would take the place of the other.
         (["--journal", tmp_path / "results.jsonl"], "results.jsonl: --out and --journal are one file: name another"),
         (

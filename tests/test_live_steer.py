@@ -121,7 +121,7 @@ def test_settings_that_were_set_hold_until_they_are_unset(cli: Cli, tmp_path: Pa
         assert (slip.code, "did you mean OPENAI_TPM_HEADROOM?" in slip.err) == (2, True)
         other = cli.run("unset", journal, "OPENAI_RPM_LIMIT")
         assert (other.code, "changed are OPENAI_TPM_HEADROOM, OPENAI_DEADLINE_SECONDS" in other.err) == (2, True)
-        assert "the next one takes it up" in cli.run("unset", journal, "OPENAI_TPM_HEADROOM").out
+        assert "the next one applies it" in cli.run("unset", journal, "OPENAI_TPM_HEADROOM").out
         process = cli.start(*args, env=env)
         done = status(cli, journal)["done"]
         until("a result", lambda: status(cli, journal)["done"] > done)
@@ -163,7 +163,7 @@ def test_what_is_set_while_nobody_runs_counts_from_the_next_leg(cli: Cli, tmp_pa
     with provider(events=[{"kind": "quota", "after_requests": 4}]) as served:
         assert cli.run(*run_args(tmp_path, served.base_url), env={"OPENAI_MAX_CONCURRENCY": "1"}).code == 4
     journal = tmp_path / "results.journal.db"
-    assert "the next one takes it up" in cli.run("set", journal, "OPENAI_TPM_HEADROOM=0.2").out
+    assert "the next one applies it" in cli.run("set", journal, "OPENAI_TPM_HEADROOM=0.2").out
     with provider() as served:
         ran = cli.run(*run_args(tmp_path, served.base_url))
     assert ran.code == 0
@@ -234,7 +234,7 @@ def test_verify_finds_a_decision_that_was_tampered_with(cli: Cli, tmp_path: Path
 def test_journals_that_are_none(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "text.db").write_text("this is not a database, and it is long enough to look like one " * 20)
     for command in (["status"], ["verify"], ["export", "--out", tmp_path / "x.jsonl"], ["pause"]):
-        for name, complaint in (("none.db", "there is no such journal"), ("text.db", "no journal of Paceline's")):
+        for name, complaint in (("none.db", "there is no such journal"), ("text.db", "not a Paceline journal")):
             ran = cli.run(command[0], tmp_path / name, *command[1:])
             assert (ran.code, complaint in ran.err, ran.err.count("\n")) == (2, True, 1), ran.err
 
@@ -565,7 +565,7 @@ def test_the_doctor_names_key_model_limits_and_what_disagrees(cli: Cli, tmp_path
         assert ran.code == 0
         assert "key and model are good" in ran.out
         assert "TPM 30,000" in ran.out
-        assert "OPENAI_TPM_LIMIT=90000 says more: expect 429s, or set OPENAI_TPM_LIMIT=30000" in ran.out
+        assert "OPENAI_TPM_LIMIT=90000 is higher: expect 429s, or set OPENAI_TPM_LIMIT=30000" in ran.out
         assert served.stats()["requests"] == 1
         found = cli.run("doctor", "--base-url", served.base_url, "--json").json["default"]
         assert (found["outcome"], found["limits"]["RPM"]["limit"]) == ("ok", 500.0)

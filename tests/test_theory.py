@@ -178,7 +178,7 @@ def bound_and_makespan(done: Run) -> tuple[float, float]:
 
 
 @settings(
-    max_examples=10 * settings.default.max_examples,
+    max_examples=4 * settings.default.max_examples,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
     suppress_health_check=[HealthCheck.too_slow],
 )

@@ -46,7 +46,7 @@ from tests.scenarios import drawn, shown
 from tests.virtual_loop import run_virtual
 
 # A scenario whose time-outs are too short meets a day of probes: many attempts come of few requests.
-REQUESTS = 40_000
+REQUESTS = 25_000
 # A longer form: PACELINE_TWO_WORLDS=2000000 pytest -m slow tests/test_two_worlds.py
 SLOW_REQUESTS = int(os.environ.get("PACELINE_TWO_WORLDS", "1000000"))
 

@@ -168,7 +168,7 @@ def _steer(where: str, name: str, words: Sequence[str], pool: str | None) -> Non
             for each, policy in changed.items():
                 _check_still_fit(journal, each, policies[each], policy)
         if not running and name not in (SET, UNSET):
-            raise BadInput("no process is working on this run, so there is nothing to pause or resume", where)
+            raise BadInput("no process is working on it, so there is nothing to pause or resume", where)
         number = journal.ask(name, asked)
         if not running:
             print("recorded: no process is working on this run now; the next one applies it")

@@ -155,7 +155,7 @@ class Database:
             return JournalError(f"{self.name}: {text}", retryable=True)
         if kind == sqlite3.SQLITE_NOTADB:
             return JournalError(
-                f"{self.name}: this is no journal of Paceline's: name another file (`paceline run`: with --journal)"
+                f"{self.name}: this is not a Paceline journal: name another file (`paceline run`: with --journal)"
             )
         if kind == sqlite3.SQLITE_CORRUPT:
             return self.damaged(_first_line(error))

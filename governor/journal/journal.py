@@ -153,7 +153,7 @@ class Journal(Records):
                 _upgraded(database)
             journal = cls(database, Writer(database) if to_run else None)
             if fingerprint and journal.run().fingerprint != fingerprint:
-                text = "it was made from another input: name another file with --journal, or that input again"
+                text = "it belongs to another input: name another file with --journal, or use that input"
                 raise JournalError(f"{database.name}: {text}")
         except BaseException:
             database.closed()
@@ -209,7 +209,7 @@ class Journal(Records):
         return self._database.writing()
 
     def _running(self) -> Writer:
-        assert self._writer is not None, "opened to look, not to run"
+        assert self._writer is not None, "opened for reading, not to run"
         return self._writer
 
     # ------------------------------------------------------------ filling
@@ -428,18 +428,18 @@ def _recognised(database: Database) -> None:
     """JournalError unless this is a journal whose schema we know."""
     if database.path is not None:
         if not database.path.exists():
-            raise JournalError(f"{database.name}: there is no such journal: `paceline run` makes one")
+            raise JournalError(f"{database.name}: there is no such journal: `paceline run` creates one")
         if database.is_empty():
-            text = "it is empty, no run was ever begun in it: remove it, or run again"
+            text = "it is empty, no run was started in it: remove it, or run again"
             raise JournalError(f"{database.name}: {text}")
         with database.bare() as connection:
             application = connection.execute("PRAGMA application_id").fetchone()[0]
         if application != APPLICATION_ID:
-            text = "this database is no journal of Paceline's: name another file (`paceline run`: with --journal)"
+            text = "this database is not a Paceline journal: name another file (`paceline run`: with --journal)"
             raise JournalError(f"{database.name}: {text}")
     with database.reading() as connection:
         if not inspect(connection).has_table(run.name):
-            raise JournalError(f"{database.name}: this database holds no journal of Paceline's: name another")
+            raise JournalError(f"{database.name}: this database holds no Paceline journal: name another")
         rows = connection.execute(select(run.c.schema, run.c.version)).all()
     if len(rows) != 1:
         raise database.damaged(f"{len(rows)} runs in it where one should be")

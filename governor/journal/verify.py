@@ -83,7 +83,7 @@ class Verified:
 
     def __str__(self) -> str:
         if self.difference is None:
-            return f"{self.checked:,} decisions in {self.chains:,} chains decided again: all equal"
+            return f"{self.checked:,} decisions in {self.chains:,} chains repeated: all equal"
         return f"{self.checked:,} decisions are equal, then one is not: {self.difference}"
 
 
@@ -149,7 +149,7 @@ class Replay:
             return self._difference(decision, (), reason)
         if packed(now) == packed(decision.result):
             return None
-        return self._difference(decision, now, f"recorded was {_shown(decision.result)}, the law says {_shown(now)}")
+        return self._difference(decision, now, f"the record says {_shown(decision.result)}, the law says {_shown(now)}")
 
     def _difference(self, decision: Decision, now: Numbers, reason: str) -> Difference:
         names = CALLS[decision.name].names if decision.name in CALLS else ()
@@ -177,10 +177,10 @@ def verify(decisions: Iterable[Decision]) -> Verified:
         elif chain in chains:
             replay, expected = chains[chain]
         else:
-            gap = "nothing says with which policy this chain began"
+            gap = "the policy at the start of this chain is not recorded"
             return Verified(checked, len(chains), Replay()._difference(decision, (), gap))
         if decision.sequence != expected:
-            gap = f"decision {expected:,} should stand here: what was decided in between is not recorded"
+            gap = f"decision {expected:,} is expected here: the decisions in between are not recorded"
             return Verified(checked, len(chains), replay._difference(decision, (), gap))
         difference = replay.check(decision)
         chains[chain] = replay, expected + 1

@@ -57,7 +57,7 @@ class Policy(BaseModel):
     )
     tpm_headroom: float = _knob("OPENAI_TPM_HEADROOM", 0.15, "ratio", "share of each limit left unused", ge=0, lt=1)
     est_tokens_per_run: int = _knob(
-        "OPENAI_EST_TOKENS_PER_RUN", 7_000, "tokens", "reserved per run where nothing better is known", ge=1, le=10**9
+        "OPENAI_EST_TOKENS_PER_RUN", 7_000, "tokens", "reserved per run if nothing better is known", ge=1, le=10**9
     )
     retry_max_attempts: int = _knob(
         "OPENAI_RETRY_MAX_ATTEMPTS", 5, "attempts", "attempts in all, the first included", ge=1, le=100
@@ -115,7 +115,7 @@ class Policy(BaseModel):
         le=31_536_000,
     )
     request_timeout_seconds: float = _knob(
-        "OPENAI_REQUEST_TIMEOUT_SECONDS", 600.0, "s", "how long an answer is awaited", gt=0, le=86_400
+        "OPENAI_REQUEST_TIMEOUT_SECONDS", 600.0, "s", "time to wait for an answer", gt=0, le=86_400
     )
     deadline_seconds: float = _knob(
         "OPENAI_DEADLINE_SECONDS",

@@ -131,7 +131,7 @@ def checked_url(url: str, what: str = "base URL") -> str:
         good = False
     if not good or not url.isprintable() or " " in url:
         shown = "" if "@" in url else f" {quoted(url)}"  # what stands before it may be a password
-        raise BadSetting(f"{what}{shown} is no address: write https://HOST/v1", BASE_URL)
+        raise BadSetting(f"{what}{shown} is not an address: write https://HOST/v1", BASE_URL)
     if parts.username or parts.password:
         raise BadSetting(f"the {what} of {parts.hostname} holds a password: put the key into {KEY} instead", BASE_URL)
     return url.rstrip("/")
@@ -154,7 +154,7 @@ def key_of(pool: Pool, environment: Mapping[str, str]) -> str:
     key = environment.get(pool.key, "").strip()
     if key:
         if not (key.isascii() and key.isprintable() and " " not in key):
-            raise BadSetting(f"{pool.key} holds a mark that no key has: copy the key again", pool.key)
+            raise BadSetting(f"{pool.key} contains a character that no key has: copy the key again", pool.key)
         return key
     if is_loopback(pool.address):
         return NO_KEY

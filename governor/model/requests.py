@@ -362,7 +362,7 @@ def _no_constant(word: str) -> object:
 def _request(record: dict[str, Any], index: int, keep_body: bool, pool: str, file_tokens: int) -> Request:
     custom_id, url, body = (record.get(key) for key in ("custom_id", "url", "body"))
     if not isinstance(custom_id, str) or not custom_id:
-        raise BadInput("custom_id is missing" if custom_id is None else "custom_id must be a text that is not empty")
+        raise BadInput("custom_id is missing" if custom_id is None else "custom_id must be non-empty text")
     if not isinstance(url, str):
         raise BadInput("url is missing" if url is None else f"url is {kind_of(url)}, not text")
     endpoint = endpoint_of(url)
@@ -378,7 +378,7 @@ def _request(record: dict[str, Any], index: int, keep_body: bool, pool: str, fil
     if not isinstance(model, str):
         raise BadInput(f"body.model is {kind_of(model)}, not text")
     if any(each < " " or "\x7f" <= each < "\xa0" for each in model):
-        raise BadInput(f"body.model {quoted(model)} holds control characters: no model is called so")
+        raise BadInput(f"body.model {quoted(model)} holds control characters: no model has such a name")
     sizes, unseen = measured(endpoint, body, file_tokens)
     return Request(index, custom_id, url, model, body if keep_body else None, sizes, pool, tuple(unseen))
 

@@ -29,7 +29,7 @@ def seconds_of(text: str, option: str) -> float:
         seconds = sum(float(number) * _UNITS_S[unit] for number, unit in parts)
         if 0.0 < seconds <= 1e9:
             return seconds
-    raise BadSetting(f"{option} {quoted(text)} is no duration: write 6h, 90m, 1h30m or 45s")
+    raise BadSetting(f"{option} {quoted(text)} is not a duration: write 6h, 90m, 1h30m or 45s")
 
 
 def until_s(text: str, option: str, now: datetime | None = None) -> float:
@@ -63,7 +63,7 @@ def _zone(name: str, option: str) -> tzinfo:
     else:
         with suppress(ZoneInfoNotFoundError, ValueError, OSError):
             return ZoneInfo(name)
-    raise BadSetting(f"{option}: {quoted(name)} is no time zone: write 06:00Z, 06:00+02:00 or 06:00 Europe/Berlin")
+    raise BadSetting(f"{option}: {quoted(name)} is not a time zone: write 06:00Z, 06:00+02:00 or 06:00 Europe/Berlin")
 
 
 def count_of(text: str, option: str) -> int:

@@ -374,7 +374,7 @@ def _proxy_fault(url: str) -> str:
     except ValueError:  # a port that is none, brackets that do not match
         good = False
     if not good:
-        return "is no address of a proxy: write http://HOST:PORT"
+        return "is not an address of a proxy: write http://HOST:PORT"
     if parts.scheme not in _PROXY_SCHEMES:
         return f"names a proxy of an unknown kind ({quoted(parts.scheme)}): write http://HOST:PORT"
     if parts.scheme.startswith("socks") and find_spec("socksio") is None:

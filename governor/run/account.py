@@ -27,10 +27,10 @@ MESSAGES = {
     FailureCode.DEADLINE_EXCEEDED: "OPENAI_DEADLINE_SECONDS passed before an attempt was answered",
     FailureCode.REQUEST_TOO_LARGE: "it is larger than what is allowed",
     FailureCode.SERVER_ERROR: "every attempt failed on the provider's side",
-    FailureCode.UNREADABLE_ANSWER: "the answer is paid for, but cannot be read: it was not asked for again",
+    FailureCode.UNREADABLE_ANSWER: "the answer was paid for but cannot be read, so it was not requested again",
     FailureCode.TIMEOUT: "no attempt was answered in time",
     FailureCode.BATCH_CANCELLED: "the batch was cancelled before it was answered",
-    FailureCode.CONNECTION_DROPPED: "no attempt reached the provider, or every connection broke off",
+    FailureCode.CONNECTION_DROPPED: "no attempt reached the provider, or every connection broke",
 }
 
 
@@ -48,7 +48,7 @@ def line_of(result: Result) -> tuple[bool, str]:
         return True, result_line(result.request, answer)
     ours = MESSAGES.get(FailureCode(failure), "") if failure in FailureCode.__members__.values() else ""
     if failure == FailureCode.REQUEST_TOO_LARGE and answer is None:
-        ours = "it needs more tokens than the limit: it was never sent"
+        ours = "it needs more tokens than the limit and was never sent"
     theirs = answer.message if answer is not None else ""
     message = ": ".join(filter(None, (ours, " ".join(theirs.split())))) or failure
     return False, error_line(result.request, failure, message, answer)

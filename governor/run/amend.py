@@ -91,7 +91,7 @@ class Amendment:
                     answered.append(line)
                 yield replace(line, index=number)
         if len(left) == len(self._states):
-            text = "it was made from another input: name another file with --journal, or that input again"
+            text = "it belongs to another input: name another file with --journal, or use that input"
             raise JournalError(f"{self._journal.name}: {text}")
         if answered:
             names = ", ".join(quoted(line.custom_id) for line in answered[:NAMED])

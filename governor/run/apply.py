@@ -99,7 +99,7 @@ def _wanted(source: Path, target: Path) -> dict[str, str]:
         path = os.path.realpath(source.parent / scenario)
         wanted[SCENARIO] = path if os.path.isabs(scenario) else Path(os.path.relpath(path, folder)).as_posix()
     if not wanted:
-        raise BadInput("it states no setting of Paceline's: see `paceline settings`", str(source))
+        raise BadInput("it contains no Paceline setting: see `paceline settings`", str(source))
     return wanted
 
 
@@ -110,7 +110,7 @@ def _check_unchanged(source: Path, target: Path) -> None:
     if made_from is not None and settings_digest(policy_of(target)) not in made_from[1].split():
         raise BadInput(
             f"its settings are not those that {source} was planned from: plan again with --env-file {target}, or add "
-            "--force to apply it all the same",
+            "--force to apply it anyway",
             str(target),
         )
 

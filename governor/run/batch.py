@@ -161,7 +161,7 @@ def _check(orders: Orders) -> None:
         key_of(pool, orders.environment)
     if orders.retry_failed and orders.retry_failed not in list(FailureCode):
         codes = ", ".join(FailureCode)
-        raise BadSetting(f"--retry-failed {quoted(orders.retry_failed)} is no failure code: use one of {codes}")
+        raise BadSetting(f"--retry-failed {quoted(orders.retry_failed)} is not a failure code: use one of {codes}")
     if orders.manner.hook:
         checked_hook(orders.manner.hook)
     files = {"the input": orders.requests, "--out": orders.out, "the errors file": errors_path(orders.out)}
@@ -202,7 +202,7 @@ def _say_what_is_left(begun: Begun, orders: Orders, shown: Shown) -> None:
         return
     if orders.retry_failed is not None and not begun.retried:
         with_code = f" with {orders.retry_failed}" if orders.retry_failed else ""
-        shown.say(f"note: no request failed{with_code}: --retry-failed has nothing to try again")
+        shown.say(f"note: no request failed{with_code}: --retry-failed has nothing to retry")
     counts = begun.journal.counts()
     left = counts.pending + counts.in_flight + begun.retried
     if begun.amended is not None:
@@ -370,7 +370,7 @@ def _run(
             live.tell("stopped" if outcome.pending else "finished", outcome_text(outcome))
             _delivered(live, shown)
             return outcome
-    shown.inform("nothing is left to send: every request has ended before")
+    shown.inform("nothing is left to send: every request has ended")
     return _closed(journal, orders, spent, ended, shown)
 
 

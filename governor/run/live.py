@@ -230,7 +230,7 @@ class LiveRun:
     def _on_full(self, full: str) -> None:
         """The disk is full, or there is room again ("")."""
         text = f"{full}: nothing more is sent, and answers are kept in memory until there is room" if full else ""
-        self.say(f"{self.leg.journal.name}: {text or 'there is room again, the run goes on'}")
+        self.say(f"{self.leg.journal.name}: {text or 'there is room again: the run continues'}")
 
     async def _work(self) -> None:
         """The canary, then everything."""
@@ -334,8 +334,8 @@ class LiveRun:
         if not findings or self.manner.insist:
             return True
         if self.manner.ask is not None:
-            return await self._asked("The canary is worse than forecast. Go on with the rest?")
-        self.say("canary: stopped before the rest; change the settings, or go on with the same command and --yes")
+            return await self._asked("The canary is worse than forecast. Continue with the rest?")
+        self.say("canary: stopped before the rest; change the settings, or repeat the command with --yes")
         return False
 
     def _canary_cost(self, run: PoolRun) -> str:

@@ -116,7 +116,7 @@ class Commands:
             if command.name in (SET, UNSET):
                 self._take(command, at_s)
             else:
-                self._journal.taken(command, at_s, "no process ran the journal then")
+                self._journal.taken(command, at_s, "no process was running the journal")
 
     def look(self, at_s: float) -> None:
         """Takes up what was asked since."""
@@ -138,7 +138,7 @@ class Commands:
         if command.name == PAUSE:
             for pool in pools:
                 pool.pause()
-            self._say("paused by `paceline pause`: those in flight go on, `paceline resume` launches again")
+            self._say("paused by `paceline pause`: requests in flight continue, `paceline resume` launches again")
         elif command.name == RESUME:
             for pool in pools:
                 pool.resume()
@@ -151,7 +151,7 @@ class Commands:
             for pool, policy in zip(pools, policies.values(), strict=True):
                 changes = changes_text(pool.policy, policy)
                 pool.change(policy)
-                nothing = "nothing, the settings were so already"
+                nothing = "nothing: the settings already had these values"
                 self._say(f"changed by `paceline {command.name}`: {changes or nothing}")
 
 

@@ -124,7 +124,7 @@ class Metrics:
         )
         self.outage_since = Gauge(
             "paceline_outage_since_epoch",
-            "Since when nothing is answered, 0 = no outage",
+            "Time since which nothing has been answered, 0 = no outage",
             ["pool"],
             registry=r,
             multiprocess_mode="livemax",
@@ -357,7 +357,7 @@ def checked_hook(url: str) -> str:
     except ValueError:
         good = False
     if not good:
-        raise BadSetting("--notify is no address: write https://HOST/...", "--notify")
+        raise BadSetting("--notify is not an address: write https://HOST/...", "--notify")
     return url
 
 

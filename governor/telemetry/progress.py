@@ -89,7 +89,7 @@ class Snapshot:
     def state_text(self) -> str:
         """Why it waits right now, and how long it will take."""
         if self.stopped:
-            return "stopping: waits for what is in flight"
+            return "stopping: waiting for requests in flight"
         if self.waiting == "paused":
             return "paused"
         if self.waiting == OUTAGE:

@@ -234,7 +234,7 @@ class Alarms(Observer):
         if answer.outcome in (Outcome.DROPPED, Outcome.LOCAL) and answer.outcome not in self._told:
             # A wrong address looks just so, and would be tried again and again without a word.
             self._told.add(answer.outcome)
-            self._say(self._of + (_words(answer) or "a connection dropped before its answer was there"))
+            self._say(self._of + (_words(answer) or "the connection dropped before the answer arrived"))
 
     def ended(self, request: Request, failure: str, answer: Answer | None, now: float) -> None:
         if not failure or failure in self._told:
@@ -277,7 +277,7 @@ def limit_text(dimension: str, granted: float, policy: Policy) -> str:
         # A limit that nobody configured matters where it would bind; without one there is nothing to compare with.
         return f"{stated}, {knob.env} is not set: set {knob.env}={granted:.0f}" if dimension == "RPM" else ""
     if granted < ours:
-        return f"{stated}, {knob.env}={ours:.0f} says more: expect 429s, or set {knob.env}={granted:.0f}"
+        return f"{stated}, {knob.env}={ours:.0f} is higher: expect 429s, or set {knob.env}={granted:.0f}"
     return f"{stated}, {knob.env}={ours:.0f} uses less of it: the run could be faster with {knob.env}={granted:.0f}"
 
 
@@ -288,7 +288,7 @@ def _words(answer: Answer) -> str:
 
 def account_text(answer: Answer) -> str:
     """Why the provider serves this account no more, in its own words as far as it has any."""
-    what = "the account's quota is used up" if answer.outcome is Outcome.QUOTA else "the key or the model is refused"
+    what = "the account's quota is used up" if answer.outcome is Outcome.QUOTA else "the key or the model was rejected"
     words = _words(answer)
     code = f" ({answer.status} {answer.error_code})" if answer.error_code else f" ({answer.status})"
     until = f"; access returns {moment_text(answer.returns_at)}" if answer.returns_at is not None else ""

@@ -181,7 +181,7 @@ def compare(
     As `simulate`; BadSetting where there is nothing to compare.
     """
     if not isinstance(scenarios, Mapping) or not scenarios:
-        raise BadSetting('nothing to compare: name some scenarios, {"today": ..., "quicker": ...}')
+        raise BadSetting('nothing to compare: name scenarios, {"today": ..., "quicker": ...}')
     for name, scenario in scenarios.items():
         is_a(f"scenarios[{name!r}]", scenario, Scenario, MAKE_ONE)
     first = next(iter(scenarios.values())).seed if seed is None else seed

@@ -112,16 +112,16 @@ def text_of(found: Calibration, ahead: Outlook | None) -> str:
     if found.latency is not None:
         fits = ", ".join(f"{name} {score:.3f}" for name, score in found.latency.noise.scores.items())
         lines.append(f"  {'noise (log score)':<26}{fits}")
-    lines += ["", "cannot be told, left as it was:"]
+    lines += ["", "cannot be told from the log, left as it was:"]
     lines += [
         f"  {figure.name:<26}{_plain(figure.default):<14}{figure.how}" for figure in found.figures if not figure.known
     ]
     lines += [f"  {note}" for note in found.notes]
-    lines += ["", "a plan of it draws what is still unknown:", f"  {found.unknowns.text()}"]
+    lines += ["", "still unknown, and drawn by a plan:", f"  {found.unknowns.text()}"]
     tried = found.quota.window.tried
     if tried:
         attempts = found.quota.window.attempts
-        lines.append(f"  {attempts - tried[0].misses:,} of {attempts:,} attempts come out as the fitted quota says")
+        lines.append(f"  {attempts - tried[0].misses:,} of {attempts:,} attempts end as the fitted quota predicts")
     if ahead is not None:
         lines += ["", f"another {ahead.requests:,} requests of this kind, with 95 %:"]
         if ahead.tokens_per_min is not None:

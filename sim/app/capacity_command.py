@@ -49,7 +49,7 @@ class Asked:
         if self.batch is None and self.prices:
             raise BadSetting("--prices is for --batch-queue: give both")
         if self.confidence == 0.0:
-            raise BadSetting("--confidence 0 is met by anything: give a share above 0, for example 0.95")
+            raise BadSetting("--confidence 0 is always met: give a share above 0, for example 0.95")
         check_file(self.picture, "--out", (".png",))
 
 

@@ -52,7 +52,7 @@ def scenario_of(
     unknown = [name for name in words if name not in Reading.__annotations__]
     if unknown:
         close = difflib.get_close_matches(unknown[0], [*Reading.__annotations__, *Scenario.__dataclass_fields__], 1)
-        raise BadSetting(f"a scenario takes no {unknown[0]!r}" + "".join(f": did you mean {name}?" for name in close))
+        raise BadSetting(f"a scenario has no {unknown[0]!r}" + "".join(f": did you mean {name}?" for name in close))
     if isinstance(policy, Mapping):
         words["assignments"] = _assignments(policy)
     # A name may also be a file's, which is read together with the rest.
@@ -98,4 +98,4 @@ def _plain(value: Any) -> Any:
     """NumPy's numbers, of which JSON knows nothing."""
     if isinstance(value, np.generic):
         return value.item()
-    raise BadInput(f"{type(value).__name__} in a row, which is nothing that JSON can hold", "requests")
+    raise BadInput(f"{type(value).__name__} in a row, which JSON cannot hold", "requests")

@@ -40,7 +40,7 @@ def notebook(
 
     first = named(name).name if name else ""
     for copy in copied_to(to):
-        note = "  (yours, left as it is; it differs from the one that comes along)" if copy.kept else ""
+        note = "  (your copy, left as it is; it differs from the shipped one)" if copy.kept else ""
         print(f"{copy.path}{note}", flush=True)
     if no_open:
         return

@@ -119,9 +119,9 @@ def settings_files(plan: Plan, settings_read: str = "") -> dict[str, str]:
     made_from = [settings_read] if settings_read else []
     recommended = [settings_digest(policy) for policy in (full, guardrails)] if settings_read else []
     titles = {
-        RECOMMENDED: "Recommended settings: everything that Paceline's law can do.",
-        GUARDRAILS: "Recommended settings for a deployment that has the eight guardrail knobs alone.",
-        ROLLBACK: "The way back: the settings of before the plan.",
+        RECOMMENDED: "Recommended settings, using everything that Paceline can do.",
+        GUARDRAILS: "Recommended settings for a deployment that has only the eight guardrail settings.",
+        ROLLBACK: "The settings from before the plan, to go back to.",
     }
     return {
         RECOMMENDED: _env(titles[RECOMMENDED], full, now, made_from),

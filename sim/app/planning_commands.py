@@ -46,7 +46,7 @@ def simulate(
     ] = None,
     timeline: Annotated[
         str | None,
-        typer.Option(metavar="FILE.png", help="The first run as a picture."),
+        typer.Option(metavar="FILE.png", help="Draw the first run."),
     ] = None,
     chrome_trace: Annotated[
         str | None,
@@ -94,7 +94,7 @@ def plan(
     out: Annotated[str, typer.Option(metavar="DIR", help="Folder for the report and the settings.")] = "out",
     objective: Annotated[
         Literal["makespan", "p95_latency"] | None,
-        typer.Option(help="What should become short; makespan if not given."),
+        typer.Option(help="What to minimise; makespan if not given."),
     ] = None,
     max_throttled_per_100: Annotated[
         float | None,
@@ -173,10 +173,8 @@ def sensitivity(
         bool,
         typer.Option("--near", help="Only quantities within two steps of these settings, not all that a plan tries."),
     ] = False,
-    objective: Annotated[
-        Literal["makespan", "p95_latency"], typer.Option(help="What should become short.")
-    ] = "makespan",
-    figure: Annotated[str | None, typer.Option(metavar="FILE.png|.svg", help="The effects as a picture.")] = None,
+    objective: Annotated[Literal["makespan", "p95_latency"], typer.Option(help="What to minimise.")] = "makespan",
+    figure: Annotated[str | None, typer.Option(metavar="FILE.png|.svg", help="Draw the effects.")] = None,
 ) -> None:
     """Show which settings matter, and which can stay as they are.
 
@@ -194,7 +192,9 @@ def sensitivity(
     if size == 1:
         raise BadSetting("--size 1 leaves no interval: write 2 or more, or 0 for as many as usual")
     if method == "sobol" and size & (size - 1):
-        raise BadSetting(f"--size {size} is no power of 2, which --method sobol needs: write {1 << size.bit_length()}")
+        raise BadSetting(
+            f"--size {size} is not a power of 2, which --method sobol needs: write {1 << size.bit_length()}"
+        )
     inputs = _inputs(given)
     scenario = inputs.scenario
     seeds = scenario.replications or 1
@@ -230,24 +230,24 @@ def capacity(
         typer.Option(
             metavar="P",
             parser=share,
-            help="Share of runs that must be in time; 0.95 if not given.",
+            help="Share of runs that must finish in time; 0.95 if not given.",
         ),
     ] = None,
     keep_settings: Annotated[
         bool,
-        typer.Option("--keep-settings", help="Keep these settings; else they are tuned anew at each limit."),
+        typer.Option("--keep-settings", help="Keep these settings instead of tuning them at each limit."),
     ] = False,
     tiers: Annotated[
         str,
         typer.Option(
             metavar="MODEL",
-            help="Whose published tiers to try; the workload's model if not given.",
+            help="Model whose published tiers to try; the workload's model if not given.",
             show_default=False,
         ),
     ] = "",
     out: Annotated[
         str | None,
-        typer.Option(metavar="FILE.png", help="Finish time against the limit, as a picture."),
+        typer.Option(metavar="FILE.png", help="Draw finish time against the limit."),
     ] = None,
     batch_queue: Annotated[
         int | None,
@@ -261,12 +261,12 @@ def capacity(
         str | None,
         typer.Option(
             metavar="P50,P95",
-            help="How long it takes over one file: an assumption, nobody publishes it; 4h,20h if not given.",
+            help="How long one file takes: an assumption, no provider publishes it; 4h,20h if not given.",
         ),
     ] = None,
     batch_discount: Annotated[
         float | None,
-        typer.Option(metavar="P", parser=share, help="What it takes off the price; 50% if not given."),
+        typer.Option(metavar="P", parser=share, help="Discount of the Batch API; 50% if not given."),
     ] = None,
     cached_share: Annotated[
         float | None,
@@ -276,7 +276,7 @@ def capacity(
     ] = None,
     prices: Annotated[
         str | None,
-        typer.Option(metavar="FILE.yaml", help="Prices per model; those that come along if not given."),
+        typer.Option(metavar="FILE.yaml", help="Prices per model; a dated list comes with Paceline."),
     ] = None,
 ) -> None:
     """Find the smallest limit or tier that meets a deadline.

@@ -178,7 +178,7 @@ def _inputs(provenance: Provenance, provider_text: ProviderText) -> list[dict[st
 def _columns(plan: Plan) -> list[dict[str, str]]:
     about = {
         "now": "today's settings",
-        "guardrails": f"{_changes(plan.guardrails)} among the eight knobs, no new code",
+        "guardrails": f"{_changes(plan.guardrails)} among the eight guardrail settings, no new code",
         "recommended": f"{_changes(plan.full)}, everything Paceline can do",
     }
     return [{"name": who, "label": palette.STYLES[who].label, "about": about[who]} for who in text.policies_of(plan)]
@@ -275,7 +275,10 @@ def _noise_text(plan: Plan) -> str:
 
 
 def _recommendation(plan: Plan, found: Recommendation, which: str) -> dict[str, Any]:
-    headings = {"all": "Recommended: everything that Paceline can do", "few": "With the eight guardrail knobs alone"}
+    headings = {
+        "all": "Recommended, using everything that Paceline can do",
+        "few": "With the eight guardrail settings alone",
+    }
     about = "These are today's settings: nothing that was tried is better."
     if found.passed_over:
         about = "These are today's settings: nothing faster keeps the limits whatever the provider does."

@@ -78,7 +78,7 @@ def _front(plan: Plan, grant: Grant) -> str:
     return inline(
         figures.front(plan.points, _forecasts(plan), **_look(plan)),
         "front",
-        f"Settings that were tried, by 429s per 100 requests and {name}. {_facts(plan)}.",
+        f"The settings tried, by 429s per 100 requests and {name}. {_facts(plan)}.",
     )
 
 

@@ -131,9 +131,9 @@ def answer(plan: Plan) -> list[str]:
         return [*found, *_deadline(plan)]
     said += f" With the recommended settings they {_fares(best.forecast, plan)}: {_change(best, plan)}."
     if few.steps:
-        alone = f"Changing the eight guardrail knobs alone, with the code as it is, they {_fares(few.forecast, plan)}"
+        alone = f"Changing only the eight guardrail settings, with the code as it is, they {_fares(few.forecast, plan)}"
         return [said, f"{alone}: {_change(few, plan)}.", *_deadline(plan)]
-    return [said, "Changing the eight guardrail knobs alone, nothing better was found.", *_deadline(plan)]
+    return [said, "Changing only the eight guardrail settings, nothing better was found.", *_deadline(plan)]
 
 
 def _fares(f: Forecast, plan: Plan) -> str:
@@ -190,7 +190,7 @@ def _deadline(plan: Plan) -> list[str]:
 def held_back(plan: Plan) -> str:
     """Which causes the waiting is for, today and with the recommendation."""
     today, then = _causes(plan.now), _causes(plan.full.forecast)
-    said = f"Today {today}." if today else "Today no request waits for anything."
+    said = f"Today {today}." if today else "Today no request waits."
     said += f" With the recommended settings {then}." if then else " With the recommended settings none waits."
     efficiency = plan.full.forecast["efficiency"].mean
     if efficiency >= SATURATED:

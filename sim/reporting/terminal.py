@@ -104,7 +104,7 @@ def held_back(waits_s: Mapping[str, float], policy: Policy, reserved: float, cha
     total = sum(waits_s.values())
     ranked = sorted(CAUSES[1:], key=lambda name: -waits_s.get(name, 0.0))
     if total <= 0.0 or waits_s[ranked[0]] <= 0.0:
-        return "Nothing held it back: no request waited, the answers' own time decides."
+        return "Nothing held it back: no request waited, so the time of the answers decides."
     causes = [cause for cause in ranked[:2] if waits_s[cause] >= EQUALLY * waits_s[ranked[0]]]
     named = [_knob_of(cause, policy) for cause in causes]
     shares = [f"{words.percent(waits_s[cause] / total)} {WAITED_FOR[cause][1]}" for cause in causes]
@@ -257,7 +257,7 @@ def plan_text(scenario: Scenario, plan: Plan, width: int) -> str:
     reserved, charged = now["reserved_tokens"].mean, now["charged_tokens"].mean
     parts.append(wrapped("Now: " + held_back(now.waits_s, now.policy, reserved, charged), width))
     if plan.already_good:
-        parts.append(wrapped("Today's settings are already as good as any that were tried.", width))
+        parts.append(wrapped("Nothing that was tried is better than today's settings.", width))
     for title, found in (("Recommended", plan.full), ("Guardrails only", plan.guardrails)):
         parts.append(_changes(title, found, plan, width))
     robust = [line for line in (_drawn(plan), _matters(plan)) if line]

@@ -408,7 +408,7 @@ def text_of(role: str, value: object) -> Any:
         return text
     code = endpoint_of(re.sub(r"^https?://[^/]+", "", text.strip()))
     if code < 0:
-        raise ValueError("is no endpoint that is known: write for example /v1/chat/completions")
+        raise ValueError("is not a known endpoint: write for example /v1/chat/completions")
     return code
 
 
@@ -442,7 +442,7 @@ def status_of(value: Hashable) -> int:
     number = number_of(text.split(" ")[0])
     code = _WORDS.get(re.sub(r"[\s-]+", "_", text)) if number is None else int(number)
     if code is None or (code and not 100 <= code < 600):
-        raise ValueError("is no status: an HTTP code, or a word like ok, failed or throttled")
+        raise ValueError("is not a status: an HTTP code, or a word like ok, failed or throttled")
     return code
 
 

@@ -237,7 +237,9 @@ class Scenario:
         others = sorted(named - {self.provider.latency.preset})
         if not others:
             return label, text
-        why = f"for want of a measurement of {', '.join(others[:3])}" if others[0] else "the requests name no model"
+        why = (
+            f"for want of a measurement of {', '.join(others[:3])}" if others[0] else "the requests do not name a model"
+        )
         return ASSUMED, f"that of {text}; {why}"
 
     def fitted(self, *, skip_oversized: bool | None = None) -> Scenario:

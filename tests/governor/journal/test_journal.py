@@ -884,7 +884,7 @@ def test_a_run_on_another_database(request: pytest.FixtureRequest) -> None:
     if not url:
         url = request.getfixturevalue("postgres").database("a_run").replace("postgresql://", "postgresql+psycopg://")
     assert not Journal.exists(url)
-    with pytest.raises(JournalError, match="this database holds no journal of Paceline's"):
+    with pytest.raises(JournalError, match="this database holds no Paceline journal"):
         Journal.open(url)
     policy = FREE.with_(launch_order="longest_first")
     batch = [work(0, text="\x00 \ud83d \\"), *(work(index, cap=index % 5) for index in range(1, 250))]

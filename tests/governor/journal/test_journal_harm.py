@@ -359,7 +359,7 @@ def with_sql(statement: str) -> Callable[[Path], None]:
     return change
 
 
-OTHER = "no journal of Paceline's: name another file (`paceline run`: with --journal)"
+OTHER = "not a Paceline journal: name another file (`paceline run`: with --journal)"
 
 
 @pytest.mark.parametrize(
@@ -370,9 +370,9 @@ OTHER = "no journal of Paceline's: name another file (`paceline run`: with --jou
         (lambda path: overwritten(path, 0, b"X"), OTHER),
         (with_sql("PRAGMA application_id = 7"), OTHER),
         (lambda path: (path.unlink(), with_sql("CREATE TABLE run (x)")(path)), OTHER),
-        (lambda path: path.write_bytes(b""), "it is empty, no run was ever begun in it: remove it, or run again"),
+        (lambda path: path.write_bytes(b""), "it is empty, no run was started in it: remove it, or run again"),
         (lambda path: (path.unlink(), path.mkdir()), "this is a folder: name a file with --journal"),
-        (lambda path: path.unlink(), "there is no such journal: `paceline run` makes one"),
+        (lambda path: path.unlink(), "there is no such journal: `paceline run` creates one"),
         (
             with_sql("UPDATE run SET schema = 99, version = '7.8.9'"),
             "made by Paceline 7.8.9 with schema 99, this is {version} and knows {schema}: upgrade it",
@@ -382,7 +382,7 @@ OTHER = "no journal of Paceline's: name another file (`paceline run`: with --jou
             "made by Paceline 0.0.1 with schema 0, this is {version} with {schema}: use that version",
         ),
         (with_sql("DELETE FROM run"), "the journal is damaged (0 runs in it where one should be): restore a copy, or"),
-        (with_sql("DROP TABLE run"), "this database holds no journal of Paceline's: name another"),
+        (with_sql("DROP TABLE run"), "this database holds no Paceline journal: name another"),
         (
             lambda path: overwritten(path, 100, b"\xff" * 400),
             "the journal is damaged (database disk image is malformed)",

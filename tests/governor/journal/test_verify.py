@@ -209,7 +209,7 @@ def test_pools_and_legs_are_chains_of_their_own_however_they_are_interleaved(see
         mixed.append(r.choice([chain for chain in chains if chain]).pop(0))
     found = verify.verify(iter(mixed))
     assert found == Verified(total, 3, None)
-    assert str(found) == f"{total:,} decisions in 3 chains decided again: all equal"
+    assert str(found) == f"{total:,} decisions in 3 chains repeated: all equal"
 
 
 def test_every_single_bit_of_every_result_counts(seed: int) -> None:
@@ -246,7 +246,7 @@ def test_a_changed_input_shows_where_it_first_matters() -> None:
     assert (difference.decision.sequence, difference.now) == (2, (5.0, float(law.NOTHING)))
     assert str(difference) == (
         "decision 2 of pool 'default', leg 1, at 5.000 s: admission(reserve=1000.0, standing=0.0, now=5.0): "
-        "recorded was 15.0, 3.0, the law says 5.0, 0.0"
+        "the record says 15.0, 3.0, the law says 5.0, 0.0"
     )
 
 
@@ -274,10 +274,10 @@ def test_what_is_missing_or_out_of_order_is_named() -> None:
         found = verify.verify(decisions[:place] + decisions[place + 1 :])
         assert found.checked == place - 1
         assert found.difference is not None
-        assert f"decision {place - 1:,} should stand here" in found.difference.reason
+        assert f"decision {place - 1:,} is expected here" in found.difference.reason
     found = verify.verify(decisions[1:])
     assert found.difference is not None
-    assert found.difference.reason == "nothing says with which policy this chain began"
+    assert found.difference.reason == "the policy at the start of this chain is not recorded"
     assert verify.verify([]) == Verified(0, 0, None)
 
 

@@ -134,7 +134,7 @@ def test_what_is_on_this_machine() -> None:
         ("pools: [{name: a, models: [x], settings: {OPENAI_TPM_LIMT: 1}}]\n", "did you mean OPENAI_TPM_LIMIT?"),
         ("pools: [{name: a, models: [x], settings: {OPENAI_TPM_LIMIT: [1]}}]\n", "OPENAI_TPM_LIMIT is a list"),
         ("pools: [{name: a, models: [x], settings: [1]}]\n", "pool a: settings is a list"),
-        ("pools: [{name: a, models: [x], base_url: nowhere}]\n", "pool a: base URL 'nowhere' is no address"),
+        ("pools: [{name: a, models: [x], base_url: nowhere}]\n", "pool a: base URL 'nowhere' is not an address"),
         ("pools: [{name: a, models: [x], azure: {endpoint: 'https://x'}}]\n", "azure: api_version is missing"),
         ("pools: [{name: a, models: [x], azure: here}]\n", "pool a: azure is text"),
         (

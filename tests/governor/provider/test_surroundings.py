@@ -28,11 +28,11 @@ def _bare(monkeypatch: pytest.MonkeyPatch) -> None:
     ("value", "words"),
     [
         (f"nonsense://u:{PASSWORD}@h", "a proxy of an unknown kind ('nonsense')"),
-        (f"http://u:{PASSWORD}@:badport", "is no address of a proxy"),
-        (f"http://u:{PASSWORD}@h:99999", "is no address of a proxy"),
-        ("127.0.0.1:99999", "is no address of a proxy"),
-        ("http://", "is no address of a proxy"),
-        ("http://[::1", "is no address of a proxy"),
+        (f"http://u:{PASSWORD}@:badport", "is not an address of a proxy"),
+        (f"http://u:{PASSWORD}@h:99999", "is not an address of a proxy"),
+        ("127.0.0.1:99999", "is not an address of a proxy"),
+        ("http://", "is not an address of a proxy"),
+        ("http://[::1", "is not an address of a proxy"),
     ],
 )
 def test_a_proxy_that_is_none(monkeypatch: pytest.MonkeyPatch, name: str, value: str, words: str) -> None:

@@ -244,7 +244,11 @@ def test_what_is_wrong_is_one_line(tmp_path: Path, capsys) -> None:
         err = capsys.readouterr().err
         assert (err.count("\n"), words in err) == (1, True), err
     target.write_text("A=1\n")
-    for wrong, words in ((tmp_path, "folder"), (tmp_path / "foreign.env", "states no setting"), (target, "one file")):
+    for wrong, words in (
+        (tmp_path, "folder"),
+        (tmp_path / "foreign.env", "no Paceline setting"),
+        (target, "one file"),
+    ):
         with pytest.raises(PacelineError, match=words):
             apply(wrong, target)
 

@@ -291,7 +291,7 @@ def snap(**changes: object) -> Snapshot:
 def test_lines_say_what_is_waited_for() -> None:
     assert snap().line().endswith("900 tokens/min, waits for tokens of the budget per minute, about 1 min 1 s left")
     assert snap(waiting="paused", eta_s=float("inf")).line().endswith(", paused")
-    assert snap(stopped="SIGINT").line().endswith("stopping: waits for what is in flight")
+    assert snap(stopped="SIGINT").line().endswith("stopping: waiting for requests in flight")
     assert snap(failed=1).short() == (
         "4/10 (40 %, 1 failed), 1 min 1 s left, 2 in flight, 1 429s, waits for tpm, 900 tokens/min"
     )

@@ -352,7 +352,7 @@ def test_nobody_at_the_hook(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.parametrize("url", ["", "file:///etc/passwd", "hooks.example.com/secret", "http://", "http://[secret"])
 def test_an_address_that_is_none_is_not_repeated(url: str) -> None:
-    with pytest.raises(BadSetting, match="--notify is no address: write https") as caught:
+    with pytest.raises(BadSetting, match="--notify is not an address: write https") as caught:
         checked_hook(url)
     assert "secret" not in str(caught.value)
 

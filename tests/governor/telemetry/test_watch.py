@@ -148,7 +148,7 @@ def test_limits_that_differ_are_told_once_each_with_the_setting() -> None:
         answer = with_limits(Limit("TPM", 20_000.0, 1.0), Limit("RPM", 500.0, 1.0))
         watch.attempted(attempt(0, answer), answer, "")
     assert said == [
-        "the account grants 20,000 tokens per minute, OPENAI_TPM_LIMIT=30000 says more: expect 429s, or set "
+        "the account grants 20,000 tokens per minute, OPENAI_TPM_LIMIT=30000 is higher: expect 429s, or set "
         "OPENAI_TPM_LIMIT=20000",
         "the account grants 500 requests per minute, OPENAI_RPM_LIMIT is not set: set OPENAI_RPM_LIMIT=500",
     ]

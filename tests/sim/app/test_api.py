@@ -268,7 +268,7 @@ class TestSimulate:
             (lambda s: simulate(s, workers=-1), "workers=-1"),
             (lambda s: simulate(s, engine="fast"), "engine='fast': must be auto, compiled or simpy"),
             (lambda s: simulate("requests.jsonl"), "scenario is 'requests.jsonl', not a Scenario: make one"),
-            (lambda s: compare([s, s]), "nothing to compare: name some scenarios"),
+            (lambda s: compare([s, s]), "nothing to compare: name scenarios"),
             (lambda s: compare({"a": "requests.jsonl"}), r"scenarios\['a'\] is 'requests.jsonl', not a Scenario"),
             (lambda s: plan(s, finish_by_s="2h"), "finish_by_s='2h': must be a number from 0 up"),
             (lambda s: plan(None), "scenario is None, not a Scenario"),

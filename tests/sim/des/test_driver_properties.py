@@ -31,7 +31,7 @@ from tests.scenarios import Run, drawn, run, shown
 
 # A seed does not shrink: a smaller number is another scenario, not a smaller one.
 any_seed = settings(
-    max_examples=3 * settings.default.max_examples,
+    max_examples=settings.default.max_examples,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
     suppress_health_check=[HealthCheck.too_slow],
 )
@@ -373,7 +373,7 @@ def excesses(done: Run) -> dict[str, float]:
     return found
 
 
-@settings(any_seed, max_examples=6 * settings.default.max_examples)
+@settings(any_seed, max_examples=2 * settings.default.max_examples)
 @given(seeds)
 def test_no_budget_is_exceeded_in_the_sense_of_its_window(seed: int) -> None:
     done = ran(seed, policy=PLAIN)

@@ -468,7 +468,7 @@ def test_every_condition_can_run_to_its_end() -> None:
         ("gpt-4o-2024-08-06", {"latency": "gpt-4o"}, "measured", "recordings, checked 20"),
         ("gpt-5.5", {"latency": "gpt-4o"}, "assumed", "for want of a measurement of gpt-5.5"),
         (["gpt-4o", "gpt-4.1"], {"latency": "gpt-4o"}, "assumed", "for want of a measurement of gpt-4.1"),
-        ("", {"latency": "gpt-4o", "tpm": 77_000}, "assumed", "the requests name no model"),
+        ("", {"latency": "gpt-4o", "tpm": 77_000}, "assumed", "the requests do not name a model"),
         ("", {"preset": "gpt-4o-mini-tier2"}, "measured", "gpt-4o-mini: "),
     ],
 )
