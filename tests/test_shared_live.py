@@ -144,7 +144,7 @@ def test_a_wrong_password_and_a_wrong_address_are_one_line(cli: Cli, tmp_path: P
     for url in ("http://:secret@h/0", "redis://", "redis://h:port", "redis://:secret@h/zero", "h:6379"):
         ran = cli.run(*args, env={REDIS_URL: url})
         assert (ran.code, ran.out) == (2, "")
-        assert "is not an address of Redis: write redis://HOST:6379/0" in ran.err
+        assert "is not a Redis address: write redis://HOST:6379/0" in ran.err
         assert "secret" not in ran.err
         with pytest.raises(BadSetting):
             checked_redis_url(url)

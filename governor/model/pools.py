@@ -300,5 +300,5 @@ def checked_redis_url(url: str) -> str:
     except ValueError:
         is_sound = False
     if not is_sound:
-        raise BadSetting(f"{REDIS_URL} is not an address of Redis: write redis://HOST:6379/0, rediss:// for TLS", REDIS_URL)
+        raise BadSetting(f"{REDIS_URL} is not a Redis address: write redis://HOST:6379/0, rediss:// for TLS", REDIS_URL)
     return url

@@ -121,7 +121,7 @@ BAD_LINES = [
     (b'{"custom_id": "\xff"}', "not UTF-8 text"),
     (a_line(custom_id=...), "custom_id is missing"),  # type: ignore[arg-type]
     (a_line(custom_id=""), "custom_id must be non-empty text"),
-    (a_line(custom_id=5), "custom_id must be a text"),  # type: ignore[arg-type]
+    (a_line(custom_id=5), "custom_id must be non-empty text"),  # type: ignore[arg-type]
     (a_line(url=...), "url is missing"),  # type: ignore[arg-type]
     (a_line(url=5), "url is a number"),  # type: ignore[arg-type]
     (a_line(url="/v1/moderations"), "'/v1/moderations' is not supported: use one of /v1/chat/completions"),
