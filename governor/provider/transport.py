@@ -31,8 +31,8 @@ import re
 import threading
 import time
 import zlib
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import lru_cache
@@ -40,7 +40,7 @@ from importlib import import_module
 from itertools import count
 from math import inf
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, cast
 from weakref import WeakSet
 
 from governor.model.errors import BadInput, PacelineError, Refused
@@ -97,19 +97,59 @@ _BLANK = re.compile(rb"\r?\n\r?\n")
 _inside: ContextVar[bool] = ContextVar("paceline_inside", default=False)
 
 
+class Operation(Protocol):
+    """Who follows one call: see `governor.telemetry.tracing`."""
+
+    def sends(self, waits_s: Sequence[float]) -> AbstractContextManager[object]:
+        """An attempt goes out in this block, having waited so long for each of `CAUSES`."""
+
+    def answered(self, answer: Answer) -> None:
+        """What the attempt came to."""
+
+    def over(self, answer: Answer | None, error: BaseException | None = None) -> None:
+        """The call is over."""
+
+
+class _Unfollowed:
+    """Of a call that nobody follows."""
+
+    def sends(self, waits_s: Sequence[float]) -> AbstractContextManager[object]:
+        return _NOTHING_TO_DO
+
+    def answered(self, answer: Answer) -> None:
+        pass
+
+    def over(self, answer: Answer | None, error: BaseException | None = None) -> None:
+        pass
+
+
+_NOTHING_TO_DO = nullcontext()
+_UNFOLLOWED = _Unfollowed()
+
+
 class GovernedTransport(_Transport):
     """A transport around another, for a client of either kind. Its calls wait until the governor lets them.
 
     `inner`: the transport that sends. `portal`: the way to the governor (`portal_to`). `policy`: whose charge rule
     says what to reserve. `max_wait_s`: a call that may not be sent within so many seconds is answered with a 503. What
-    can never be sent is answered with a 400, so that the client's own exception says why.
+    can never be sent is answered with a 400, so that the client's own exception says why. `follow`: begins to follow a
+    call, by what the governor knows of it and its address.
     """
 
-    def __init__(self, inner: Any, portal: Portal, policy: Policy, *, max_wait_s: float = inf) -> None:
+    def __init__(
+        self,
+        inner: Any,
+        portal: Portal,
+        policy: Policy,
+        *,
+        max_wait_s: float = inf,
+        follow: Callable[[Work, str], Operation] = lambda work, url: _UNFOLLOWED,
+    ) -> None:
         self.inner = inner
         self.portal = portal
         self._policy = policy
         self._max_wait_s = max_wait_s
+        self._follow = follow
         self._given_up: dict[bytes, float] = {}
         self._count = count(1)
 
@@ -157,10 +197,15 @@ class GovernedTransport(_Transport):
         body = await steps.body(request, package)
         work = work_of_request(request, body, self._policy, next(self._count))
         lease = self.portal.lease(work, blocking=steps.blocking, max_wait_s=self._max_wait_s)
+        call = self._follow(work, str(request.url))
         try:
             await lease.begin()
         except PacelineError as error:
+            call.over(None, error)
             return _refusal(error, request, package)
+        except BaseException as error:
+            call.over(None, error)
+            raise
         # A body that can be read once only is sent once only.
         left = 1 if body is None or self._was_given_up(request, body) else lease.attempts_max
         response: Any = None
@@ -170,9 +215,10 @@ class GovernedTransport(_Transport):
                 left -= 1
                 token = _inside.set(True)
                 try:
-                    response, raised = await steps.send(request), None
+                    with call.sends(lease.waits_s):
+                        response, raised = await steps.send(request), None
                     if not _is_whole(response):
-                        return _streamed(response, lease, work, package)
+                        return _streamed(response, lease, call, work, package)
                     answer = _answer_of(response, await steps.read(response, package), work, package)
                 except (package.UnsupportedProtocol, package.LocalProtocolError, package.PoolTimeout):
                     raise  # nothing was sent
@@ -180,6 +226,7 @@ class GovernedTransport(_Transport):
                     raised, answer = error, _unanswered(error, package)
                 finally:
                     _inside.reset(token)
+                call.answered(answer)
                 if left <= 0:
                     lease.over(answer)
                     break
@@ -187,9 +234,11 @@ class GovernedTransport(_Transport):
                     if await lease.answered(answer):
                         continue
                 break
-        except BaseException:
+        except BaseException as error:
             lease.give_back()
+            call.over(None, error)
             raise
+        call.over(answer)
         if answer.outcome in MAY_PASS and body is not None:
             self._gave_up(request, body)
         if raised is not None:
@@ -359,11 +408,11 @@ def _unanswered(error: Exception, package: Any) -> Answer:
     return timed_out(words) if isinstance(error, package.TimeoutException) else dropped(words)
 
 
-def _streamed(response: Any, lease: Lease, work: Work, package: Any) -> Any:
+def _streamed(response: Any, lease: Lease, call: Operation, work: Work, package: Any) -> Any:
     """The response, whose stream ends the permit when it ends."""
     lease.stated(limits_in(fields_of(response.headers), time.time()))
     reader = _Events(response, work.request.sizes) if _kind_of(response) == _EVENTS else _Bytes()
-    response.stream = _stream_type(package)(response.stream, lease, reader, package)
+    response.stream = _stream_type(package)(response.stream, lease, call, reader, package)
     return response
 
 
@@ -453,9 +502,10 @@ def _unpacker(packing: str) -> Callable[[bytes], bytes] | None:
 class _Watched:
     """A stream on its way to the client, chunk by chunk as it comes."""
 
-    def __init__(self, inner: Any, lease: Lease, reader: _Bytes, package: Any) -> None:
+    def __init__(self, inner: Any, lease: Lease, call: Operation, reader: _Bytes, package: Any) -> None:
         self._inner = inner
         self._lease = lease
+        self._call = call
         self._reader = reader
         self._package = package
         self._loop = running_loop()
@@ -512,6 +562,7 @@ class _Watched:
         self.is_over = True  # dropped, perhaps by the garbage collector in the midst of anything
         self._lease.give_back(later=True)
         with suppress(Exception):
+            self._call.over(None)
             if self._loop is None:
                 self._inner.close()
             else:
@@ -521,6 +572,7 @@ class _Watched:
         if not self.is_over:
             self.is_over = True
             self._lease.over(answer)
+            self._call.over(answer)
 
 
 class _Idle:

@@ -31,6 +31,7 @@ from governor.scheduler.learning import Learner
 from governor.scheduler.portal import Portal, portal_to
 from governor.sharedquota.sharing import redis_url, shared_governor
 from governor.telemetry.metrics import process_metrics
+from governor.telemetry.tracing import traces
 from governor.telemetry.watch import Together
 
 C = TypeVar("C")
@@ -69,7 +70,10 @@ def governed(client: C, governor: Governor | Policy | None = None, *, max_wait_s
 def _around(transport: Any, portal: Portal, policy: Policy, max_wait_s: float) -> GovernedTransport:
     """A transport around another; one that is governed already is governed anew."""
     inner = transport.inner if isinstance(transport, GovernedTransport) else transport
-    return GovernedTransport(inner, portal, policy, max_wait_s=max_wait_s)
+    followed = traces()
+    if followed is None:
+        return GovernedTransport(inner, portal, policy, max_wait_s=max_wait_s)
+    return GovernedTransport(inner, portal, policy, max_wait_s=max_wait_s, follow=followed.operation)
 
 
 def _http_clients(client: object) -> Iterator[Any]:
@@ -134,6 +138,8 @@ def _count(portal: Portal, pool: str, governor: Governor) -> None:
     if governor in _counted:
         return
     _counted.add(governor)
+    if (followed := traces()) is not None:
+        followed.watch(governor)
     metrics = process_metrics()
     metrics.watch(pool, governor)
     observer = metrics.observer(pool)

@@ -8,7 +8,7 @@ from math import inf
 from typing import TYPE_CHECKING
 
 from governor.model.errors import PacelineError, Refused
-from governor.model.requests import Answer, Limit
+from governor.model.requests import BACKOFF, Answer, Limit
 from governor.model.work import Job
 from governor.scheduler.batch import no_more, stated_by
 
@@ -74,6 +74,14 @@ class Permit:
     def launched_s(self) -> float:
         """When the permit was last granted, seconds since the governor began."""
         return self._job.launched_s
+
+    @property
+    def waits_s(self) -> list[float]:
+        """How long the request waited until it was last granted, by cause (`CAUSES`), seconds; where observers hear
+        of attempts."""
+        job = self._job
+        waits_s: list[float] = getattr(job, "waits_s", [])
+        return [*waits_s[:BACKOFF], job.eligible_s - job.submitted_s if job.tries > 1 else 0.0] if waits_s else []
 
     @property
     def attempt(self) -> int:

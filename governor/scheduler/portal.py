@@ -250,6 +250,12 @@ class Lease:
             self._portal.heard()
 
     @property
+    def waits_s(self) -> list[float]:
+        """How long the attempt waited, by cause: see `Permit.waits_s`."""
+        assert self._permit is not None
+        return self._permit.waits_s
+
+    @property
     def attempts_max(self) -> int:
         """How often the policy lets a request be sent."""
         assert self._permit is not None
