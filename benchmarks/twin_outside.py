@@ -39,10 +39,11 @@ from governor.run.pool_run import Manner
 from governor.run.scaledloop import loop_factory
 from governor.telemetry.progress import Quiet
 from sim.app.api import plan
+from sim.base.arguments import checked
 from sim.base.layout import table
 from sim.calibration.calibrate import calibrate
 from sim.calibration.observed import of_journal
-from sim.model.provider_config import ProviderConfig, checked
+from sim.model.provider_config import ProviderConfig
 from sim.scenario.scenario import Scenario
 from sim.scenario.scenario_file import FileSource
 from sim.validation.backtest import Backtest, Compared, backtest

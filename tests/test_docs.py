@@ -19,7 +19,7 @@ from governor import law
 from governor.cli import serve as serve_cli
 from governor.journal import schema
 from governor.journal.journal import SET, UNSET
-from governor.journal.records import Command
+from governor.journal.rows import Command
 from governor.journal.schema import metadata
 from governor.model.policy import KNOBS
 from governor.model.requests import CAUSES

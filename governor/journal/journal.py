@@ -22,7 +22,7 @@ import hashlib
 import io
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Self
@@ -33,18 +33,22 @@ from governor import __version__
 from governor.journal.checkpoint import rebuilt, taken_from
 from governor.journal.database import Database, JournalError
 from governor.journal.recorder import FullRecorder, Recorder, Writer
-from governor.journal.records import Command, Records
+from governor.journal.records import Records
+from governor.journal.rows import Command
 from governor.journal.schema import (
     APPLICATION_ID,
     FAILED,
     IN_FLIGHT,
+    INGEST_ROWS,
     OLDEST_SCHEMA,
     PENDING,
     SCHEMA,
+    TIMES,
     attempts,
     bodies,
     checkpoint_row,
     checkpoints,
+    chunks,
     commands,
     deferrals,
     forecasts,
@@ -57,17 +61,14 @@ from governor.journal.schema import (
     results,
     run,
     settings_of,
-    sizes_row,
     to_json,
+    work_row,
 )
 from governor.law import DAY_S, State
 from governor.model.policy import Policy
 from governor.model.requests import CAUSES, LANES, Outcome, Request
 from governor.model.work import Work
 
-# Requests written in one transaction while a journal is filled, and about how many bytes of bodies.
-INGEST_ROWS = 500
-INGEST_BYTES = 4 * 2**20
 # Requests whose contents are removed in one transaction: what is overwritten passes through the WAL.
 PURGE_ROWS = 2_000
 PAUSE, RESUME, SET, UNSET = "pause", "resume", "set", "unset"
@@ -244,7 +245,7 @@ class Journal(Records):
             with self._database.writing() as connection:
                 rows = connection.execute(query.limit(INGEST_ROWS)).all()
                 for row in rows:
-                    sizes = _work_row(work_of(request_of(row, None)))
+                    sizes = work_row(work_of(request_of(row, None)))
                     connection.execute(update(requests).where(c.request == row.request).values(sizes))
             if not rows:
                 return count
@@ -260,7 +261,7 @@ class Journal(Records):
         with self._database.writing() as connection:
             connection.execute(delete(results).where(results.c.request.in_(select(requests.c.request).where(failed))))
             again = {"state": PENDING, "failure": "", "lane": LANES[0], "attempt": 1}
-            times = dict.fromkeys(_TIMES, -1.0)
+            times = dict.fromkeys(TIMES, -1.0)
             return connection.execute(update(requests).where(failed).values(**again, **times)).rowcount
 
     # ------------------------------------------------------------ running
@@ -457,43 +458,6 @@ def _upgraded(database: Database) -> None:
     with database.writing() as connection:
         metadata.create_all(connection)
         connection.execute(update(run).values(schema=SCHEMA))
-
-
-def chunks(works: Iterable[Work]) -> Iterator[tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
-    """Rows of `requests` and `bodies`, as many at a time as one transaction should hold.
-
-    A request with the very body of the one before it gets no row in `bodies`: see `Records.pending`.
-    """
-    rows: list[dict[str, Any]] = []
-    texts: list[dict[str, Any]] = []
-    size = 0
-    last: object = None
-    for work in works:
-        request = work.request
-        assert request.body is not None, "a request without its body cannot be sent"
-        repeats, last = request.body is last, request.body
-        body = "" if repeats else to_json(request.body)
-        names = {"custom_id": request.custom_id, "url": request.url, "model": request.model, "pool": request.pool}
-        start = {"state": PENDING, "lane": LANES[0], "attempt": 1, "resent": 0, "failure": ""}
-        times = dict.fromkeys(_TIMES, -1.0)
-        key = {"request": request.index}
-        rows.append(key | names | start | times | _work_row(work) | sizes_row(request.sizes))
-        if not repeats:
-            texts.append(key | {"body": body})
-        size += len(body)
-        if len(rows) == INGEST_ROWS or size >= INGEST_BYTES:
-            yield rows, texts
-            rows, texts, size = [], [], 0
-    if rows:
-        yield rows, texts
-
-
-_TIMES = ("first_launched_s", "launched_s", "ended_s", "retry_at_s")
-_WORK = ("reserve", "expected", "finalize_reserve", "charge", "finalize_charge")
-
-
-def _work_row(work: Work) -> dict[str, float]:
-    return {name: getattr(work, name) for name in _WORK}
 
 
 def pool_numbers(connection: Connection, names: Iterable[str]) -> dict[str, int]:

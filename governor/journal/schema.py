@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from typing import Any, get_type_hints
 
@@ -37,7 +37,8 @@ from governor.journal.checkpoint import Checkpoint, Moment, read_back
 from governor.model.errors import PacelineError
 from governor.model.policy import Policy
 from governor.model.prices import usage_in
-from governor.model.requests import Answer, Attempt, Limit, Outcome, Request, Sizes
+from governor.model.requests import LANES, Answer, Attempt, Limit, Outcome, Request, Sizes
+from governor.model.work import Work
 
 SCHEMA = 3
 # The oldest one that can be read, and brought up to date by a run.
@@ -381,3 +382,47 @@ def from_json(text: str, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DamagedError(what)
     return value
+
+
+# ---------------------------------------------------------------- a batch
+
+# Requests written in one transaction while a journal is filled, and about how many bytes of bodies.
+INGEST_ROWS = 500
+INGEST_BYTES = 4 * 2**20
+
+
+def chunks(works: Iterable[Work]) -> Iterator[tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
+    """Rows of `requests` and `bodies`, as many at a time as one transaction should hold.
+
+    A request with the very body of the one before it gets no row in `bodies`: see `Records.pending`.
+    """
+    rows: list[dict[str, Any]] = []
+    texts: list[dict[str, Any]] = []
+    size = 0
+    last: object = None
+    for work in works:
+        request = work.request
+        assert request.body is not None, "a request without its body cannot be sent"
+        repeats, last = request.body is last, request.body
+        body = "" if repeats else to_json(request.body)
+        names = {"custom_id": request.custom_id, "url": request.url, "model": request.model, "pool": request.pool}
+        start = {"state": PENDING, "lane": LANES[0], "attempt": 1, "resent": 0, "failure": ""}
+        times = dict.fromkeys(TIMES, -1.0)
+        key = {"request": request.index}
+        rows.append(key | names | start | times | work_row(work) | sizes_row(request.sizes))
+        if not repeats:
+            texts.append(key | {"body": body})
+        size += len(body)
+        if len(rows) == INGEST_ROWS or size >= INGEST_BYTES:
+            yield rows, texts
+            rows, texts, size = [], [], 0
+    if rows:
+        yield rows, texts
+
+
+TIMES = ("first_launched_s", "launched_s", "ended_s", "retry_at_s")
+_WORK = ("reserve", "expected", "finalize_reserve", "charge", "finalize_charge")
+
+
+def work_row(work: Work) -> dict[str, float]:
+    return {name: getattr(work, name) for name in _WORK}

@@ -15,7 +15,7 @@ from typing import Any
 
 from governor.forecast.summary import Grant, Summary, efficiency_of, summarize
 from governor.journal.journal import Journal
-from governor.journal.records import Result
+from governor.journal.rows import Result
 from governor.law import BY_TPM, STAGGER
 from governor.model.errors import FailureCode
 from governor.model.policy import Policy

@@ -19,8 +19,8 @@ from typing import NamedTuple, TypeVar
 from sqlalchemy import delete, insert, select, update
 
 from governor.journal.database import JournalError
-from governor.journal.journal import Journal, chunks
-from governor.journal.schema import DONE, FAILED, bodies, requests, results, run
+from governor.journal.journal import Journal
+from governor.journal.schema import DONE, FAILED, bodies, chunks, requests, results, run
 from governor.model.errors import BadInput, quoted
 from governor.model.requests import Request
 from governor.model.words import plural

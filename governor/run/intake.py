@@ -19,7 +19,8 @@ from typing import BinaryIO
 from governor.forecast.forecast import Demand
 from governor.forecast.guard import check_fits
 from governor.journal.database import JournalError
-from governor.journal.journal import INGEST_BYTES, Journal, fingerprint_of
+from governor.journal.journal import Journal, fingerprint_of
+from governor.journal.schema import INGEST_BYTES
 from governor.model.errors import BadInput, Oversized, Refused, quoted
 from governor.model.pools import Pool, pool_for
 from governor.model.requests import Request, Unseen, read_requests

@@ -11,7 +11,8 @@ from typing import Any
 from governor.forecast.forecast import Expectation
 from governor.forecast.guard import RESUMED_SLACK_S, SLACK_S, Track
 from governor.journal.recorder import Recorder
-from governor.journal.records import Records, Result
+from governor.journal.records import Records
+from governor.journal.rows import Result
 from governor.model.estimate import LEARNED
 from governor.model.policy import Policy
 from governor.model.pools import Pool

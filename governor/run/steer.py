@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from governor.journal.journal import PAUSE, RESUME, SET, UNSET, Journal
-from governor.journal.records import Command
+from governor.journal.rows import Command
 from governor.model.errors import BadSetting, quoted
 from governor.model.policy import KNOB_BY_ENV, KNOBS, Policy
 

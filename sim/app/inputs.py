@@ -23,10 +23,11 @@ from governor.model.errors import BadInput, BadSetting
 from governor.model.policy import Policy
 from governor.model.settings import policy_of, settings_digest
 from sim.app.options import Options, quantiles
+from sim.base.arguments import Config, checked
 from sim.base.progress import Progress
 from sim.experiment.experiment import Pool
 from sim.model.presets import LATENCIES, SNAPSHOT
-from sim.model.provider_config import Config, ProviderConfig, checked
+from sim.model.provider_config import ProviderConfig
 from sim.model.workload import Workload
 from sim.scenario.columns import parse_columns
 from sim.scenario.readers import SCENARIO, UNSEEN, Source, is_journal

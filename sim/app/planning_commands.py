@@ -6,12 +6,11 @@ is instant and the live commands run without the extra `sim`.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -23,17 +22,13 @@ from sim.base.counting import counting
 from sim.base.progress import Progress
 
 if TYPE_CHECKING:
-    from governor.forecast.summary import Summary
-    from governor.model.requests import Attempt
     from sim.app.inputs import Inputs
-    from sim.des.engines import Engine
     from sim.scenario.scenario import Scenario
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 CANNOT = 3
 # A single run of this many requests takes long enough to show progress.
-LONG_RUN = 50_000
 
 
 @app.command()
@@ -63,6 +58,7 @@ def simulate(
     from sim.app.inputs import pool_of
     from sim.app.outputs import check_file
     from sim.experiment.experiment import replicate_or_keep
+    from sim.reporting import exports
     from sim.reporting import terminal as shown
 
     check_file(attempts, "--attempts", (".csv", ".parquet"))
@@ -72,7 +68,7 @@ def simulate(
     scenario = inputs.scenario
     runs = scenario.replications or 1
     if attempts or timeline or chrome_trace or runs == 1:
-        summary = _one_run(inputs, attempts, timeline, chrome_trace, given.engine)
+        summary = exports.first_run(scenario, attempts, timeline, chrome_trace, given.engine)
         if runs == 1:
             text = shown.summary_text(scenario, summary, width())
             _result(given, summary.to_json_dict(), text, inputs.notes)
@@ -457,35 +453,6 @@ def _runs_foreseen(scenario: Scenario, effort: str) -> float:
 
     n = len(scenario.workload)
     return max(EFFORTS[effort], LEAST_RUNS * n) / n
-
-
-def _one_run(
-    inputs: Inputs, attempts: str | None, timeline: str | None, chrome_trace: str | None, engine: Engine
-) -> Summary:
-    """The first run's `Summary`; its attempts go into the files that are named."""
-    from sim.des.engines import simulated
-    from sim.experiment.experiment import attempt_rows, case_of
-    from sim.reporting import exports
-
-    scenario = inputs.scenario
-    n = len(scenario.workload)
-    rows: list[Attempt] = []
-    with contextlib.ExitStack() as files, Progress("simulating", n) as bar:
-        takes: list[Callable[[Attempt], Any]] = []
-        if attempts:
-            takes.append(files.enter_context(exports.attempts_file(attempts)))
-        if timeline or chrome_trace:
-            takes.append(rows.append)
-        if bar.shown and n >= LONG_RUN:
-            takes.append(lambda attempt: bar.add(attempt.attempt == 1))
-        sink = attempt_rows(scenario, lambda attempt: [take(attempt) for take in takes]) if takes else None
-        case = case_of(scenario)
-        summary = simulated(case, scenario.seed, sink, engine=engine).summary(case.grant)
-    if timeline:
-        exports.write_timeline(timeline, rows, scenario.grant())
-    if chrome_trace:
-        exports.write_chrome_trace(chrome_trace, rows)
-    return summary
 
 
 def width() -> int:

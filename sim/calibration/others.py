@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from governor.journal.records import Heard
+from governor.journal.rows import Heard
 from governor.law import RPM, TPM
 from governor.model.requests import Outcome
 from governor.model.work import DIMENSIONS, TURNED_AWAY

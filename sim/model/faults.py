@@ -32,7 +32,8 @@ from governor.model.errors import BadSetting
 from governor.model.keyed import keyed_uniform
 from governor.model.yamlfile import read_yaml
 from governor.provider.codes import QUOTA_CODES
-from sim.model.provider_config import Config, ProviderConfig, Ratio, Requests, Seconds, checked
+from sim.base.arguments import Config, checked
+from sim.model.provider_config import ProviderConfig, Ratio, Requests, Seconds
 
 AT_THE_DOOR = ("throttled", "slow_down", "quota", "overloaded", "unauthorized", "model_not_found")
 AFTER_ADMISSION = ("server_error", "stall", "drop", "truncate", "malformed", "error_inside")

@@ -18,17 +18,23 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from governor.forecast.summary import Grant
+from governor.forecast.summary import Grant, Summary
 from governor.model.errors import BadInput
 from governor.model.requests import Attempt, Outcome
 from sim.base.files import write_atomically
+from sim.base.progress import Progress
+from sim.des.engines import Engine, simulated
+from sim.experiment.experiment import attempt_rows, case_of
 from sim.reporting import series
+from sim.scenario.scenario import Scenario
 
 Take = Callable[[Attempt], None]
 
 COLUMNS = Attempt.columns()
 # Rows per Parquet row group: what is held in memory while a run is written as it goes.
 GROUP_ROWS = 50_000
+# One run of so many requests takes long enough to show how far it is.
+LONG_RUN = 50_000
 ATTEMPT_SUFFIXES = (".csv", ".parquet")
 
 IN_FLIGHT, WAITS, COUNTERS = 1, 2, 3
@@ -194,3 +200,30 @@ def write_timeline(path: str | Path, attempts: Sequence[Attempt], grant: Grant, 
     picture = png_of(timeline(attempts, grant, title=title))
     with write_atomically(path) as unfinished:
         unfinished.write_bytes(picture)
+
+
+# ---------------------------------------------------------------- all of them
+
+
+def first_run(
+    scenario: Scenario, attempts: str | None, timeline: str | None, chrome_trace: str | None, engine: Engine
+) -> Summary:
+    """The first run's `Summary`; its attempts go into the files that are named."""
+    n = len(scenario.workload)
+    rows: list[Attempt] = []
+    with contextlib.ExitStack() as files, Progress("simulating", n) as bar:
+        takes: list[Callable[[Attempt], Any]] = []
+        if attempts:
+            takes.append(files.enter_context(attempts_file(attempts)))
+        if timeline or chrome_trace:
+            takes.append(rows.append)
+        if bar.shown and n >= LONG_RUN:
+            takes.append(lambda attempt: bar.add(attempt.attempt == 1))
+        sink = attempt_rows(scenario, lambda attempt: [take(attempt) for take in takes]) if takes else None
+        case = case_of(scenario)
+        summary = simulated(case, scenario.seed, sink, engine=engine).summary(case.grant)
+    if timeline:
+        write_timeline(timeline, rows, scenario.grant())
+    if chrome_trace:
+        write_chrome_trace(chrome_trace, rows)
+    return summary

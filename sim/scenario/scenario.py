@@ -26,11 +26,11 @@ from numpy.typing import NDArray
 from governor.forecast.summary import Grant
 from governor.model.errors import BadInput, BadSetting, Oversized
 from governor.model.policy import KNOB_BY_NAME, KNOB_BY_SHORT_NAME, KNOBS, Policy, knob_named
-from sim.base.arguments import is_a, one_of, whole
+from sim.base.arguments import checked, is_a, one_of, whole
 from sim.base.layout import html_paragraph, html_table
 from sim.model.presets import SNAPSHOT
 from sim.model.provider import ProviderParams
-from sim.model.provider_config import ProviderConfig, checked
+from sim.model.provider_config import ProviderConfig
 from sim.model.workload import ASSUMED, MEASURED, Arrivals, Columns, Provenance, Workload, charges, columns
 from sim.scenario.readers import SCENARIO, Source, save_rows
 from sim.scenario.scenario_file import Document, FileSource, ModelSource, Reading, Requests, parsed_yaml, policy_of

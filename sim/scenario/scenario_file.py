@@ -14,8 +14,9 @@ from pydantic import Field, model_validator
 from governor.model.errors import BadInput, BadSetting, quoted
 from governor.model.estimate import TOKENS_PER_FILE, kind_of
 from governor.model.policy import KNOB_BY_ENV, Policy
+from sim.base.arguments import Config, checked
 from sim.model.presets import DEFAULT_TIER
-from sim.model.provider_config import Config, ProviderConfig, checked
+from sim.model.provider_config import ProviderConfig
 from sim.model.workload import CAP_ASSUMED, TOKENS_MAX, Workload, parametric, redrawn
 from sim.scenario.readers import Source, read_workload
 

@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from governor.model.keyed import SEARCH, keyed_uniform
-from sim.model.provider_config import Config
+from sim.base.arguments import Config
 from sim.scenario.scenario import Scenario
 from sim.scenario.stress import Condition, stress_set
 

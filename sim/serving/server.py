@@ -34,8 +34,9 @@ import uvicorn
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from governor.model.errors import BadSetting
+from sim.base.arguments import checked
 from sim.model.faults import Event, Faults, read_faults
-from sim.model.provider_config import ProviderConfig, checked
+from sim.model.provider_config import ProviderConfig
 from sim.serving import wire
 from sim.serving.replies import DROPPED, FIXED_CHARGE, PATHS, TRUNCATED, Desk, Reply
 

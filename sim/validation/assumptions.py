@@ -22,8 +22,9 @@ from governor.forecast.forecast import Outlook
 from governor.model.errors import BadInput, BadSetting
 from governor.model.estimate import EMBEDDINGS, Sizes
 from governor.model.policy import Policy
+from sim.base.arguments import checked
 from sim.model.presets import LATENCIES, SNAPSHOT
-from sim.model.provider_config import ProviderConfig, checked
+from sim.model.provider_config import ProviderConfig
 from sim.model.workload import ASSUMED, Workload, from_tokens, similar_outputs, with_outputs_assumed, with_outputs_drawn
 from sim.scenario.readers import BATCH, SCENARIO, Source
 from sim.scenario.scenario import Scenario

@@ -22,10 +22,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from governor.journal.journal import Journal
+from sim.base.arguments import checked
 from sim.base.layout import facts, table, wrapped
 from sim.base.words import between, duration, number
 from sim.experiment.results import CONFIDENCE
-from sim.model.provider_config import ProviderConfig, checked
+from sim.model.provider_config import ProviderConfig
 from sim.scenario.scenario_file import named_provider
 from sim.validation.model_error import measured, widened
 from sim.validation.replay import Stage

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from governor import law
-from governor.journal.records import Heard
+from governor.journal.rows import Heard
 from governor.model.requests import CAUSES, LANES, Attempt, Ended, Limit, Outcome
 from governor.model.work import DIMENSIONS, STOPPING
 from sim.calibration.others import Count

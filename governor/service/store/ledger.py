@@ -27,7 +27,7 @@ from sqlalchemy.exc import IntegrityError
 from governor import __version__
 from governor.journal.checkpoint import taken_from
 from governor.journal.database import JournalError
-from governor.journal.journal import chunks, pool_numbers, stock_taken
+from governor.journal.journal import pool_numbers, stock_taken
 from governor.journal.recorder import Batch, Writer
 from governor.journal.records import Records
 from governor.journal.schema import (
@@ -40,6 +40,7 @@ from governor.journal.schema import (
     checkpoint_of,
     checkpoint_row,
     checkpoints,
+    chunks,
     deferrals,
     legs,
     policies,

@@ -13,7 +13,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import islice
 
-from governor.journal.records import Pending, Records
+from governor.journal.records import Records
+from governor.journal.rows import Pending
 from governor.model.work import Begun, Work
 
 CHUNK = 100

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
-from governor.journal.records import Pending
+from governor.journal.rows import Pending
 from governor.model.policy import Policy
 from governor.model.requests import Answer, Attempt, Outcome, Request
 from governor.model.work import Begun, Work, work_of

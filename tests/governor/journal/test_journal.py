@@ -31,7 +31,7 @@ from governor.forecast.summary import Grant, summarize
 from governor.journal import schema
 from governor.journal.database import JournalError
 from governor.journal.journal import PAUSE, RESUME, SET, Journal, fingerprint_of
-from governor.journal.records import Counts
+from governor.journal.rows import Counts
 from governor.journal.verify import verify
 from governor.model.errors import FailureCode
 from governor.model.policy import Policy

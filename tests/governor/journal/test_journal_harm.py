@@ -24,7 +24,7 @@ import pytest
 from governor.journal import schema
 from governor.journal.database import JournalError
 from governor.journal.journal import PAUSE, Journal
-from governor.journal.records import Counts
+from governor.journal.rows import Counts
 from governor.journal.verify import verify
 from tests.disks import mount, read_only
 from tests.governor.journals import EPOCH_S, FREE, answer, begun, created, ends, job, recorded, refusal, work

@@ -14,7 +14,7 @@ import pytest
 from governor import law
 from governor.forecast.summary import Summary
 from governor.journal.journal import Journal
-from governor.journal.records import Result
+from governor.journal.rows import Result
 from governor.model.errors import BadInput, Oversized
 from governor.model.policy import Policy
 from governor.model.pools import Pool

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from governor.journal.records import Pending
+from governor.journal.rows import Pending
 from governor.model.errors import BadInput
 from governor.model.requests import read_requests
 from governor.model.work import Begun, Work

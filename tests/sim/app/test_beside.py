@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
 import pytest
@@ -30,12 +32,17 @@ def outlook(count: int) -> Outlook:
     return Outlook(pool=Pool(policy=Policy(stagger_seconds=0.5)), demand=demand)
 
 
-def ended(child: beside.Child) -> None:
-    os.kill(child.pid, signal.SIGKILL)
-    until = time.monotonic() + WAIT_S
-    while not child.has_ended:
-        assert time.monotonic() < until, "nobody noticed"
-        time.sleep(0.01)
+def pid_of(simulator: Beside) -> int:
+    found: int = simulator.submit(os.getpid).result(WAIT_S)
+    return found
+
+
+def killed(simulator: Beside, pid: int) -> None:
+    """Ends the process while a question is open; the pool then knows."""
+    question = simulator.submit(time.sleep, 60)
+    os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(BrokenExecutor):
+        question.result(WAIT_S)
 
 
 def test_it_answers_as_this_process_does_and_is_replaced_when_it_ends(
@@ -47,56 +54,49 @@ def test_it_answers_as_this_process_does_and_is_replaced_when_it_ends(
     assert simulator.forecast(outlook(0)) is None
     assert simulator.forecast(outlook(beside.REQUESTS_MOST + 1)) is None
     # What is wrong with a question is told as it would be here; the process goes on.
-    first = simulator.child()
+    first = pid_of(simulator)
     with pytest.raises(RuntimeError, match="KeyError in the simulator's process"):
         simulator.what_if({})
-    assert simulator.child() is first
+    assert pid_of(simulator) == first
 
-    # One that answers nobody any more holds up nobody for ever.
+    # One that answers nobody any more holds up nobody for ever, and may end while a question is still open that its
+    # caller has given up.
     monkeypatch.setattr(beside, "ANSWER_S", 0.2)
-    os.kill(first.pid, signal.SIGSTOP)
+    os.kill(first, signal.SIGSTOP)
     assert simulator.forecast(asked) is None
     with pytest.raises(EndedError, match="not answered for"):
         simulator.what_if({})
-    os.kill(first.pid, signal.SIGCONT)
+    os.kill(first, signal.SIGCONT)
     monkeypatch.undo()
     assert simulator.forecast(asked) == quick_forecast(asked)
 
-    # It may end while a question is still open that its caller has given up.
-    monkeypatch.setattr(beside, "ANSWER_S", 0.05)
-    os.kill(first.pid, signal.SIGSTOP)
-    assert simulator.forecast(asked) is None
-    monkeypatch.undo()
-
     # One that ended soon after its start is not replaced at once: nobody forecasts, and nobody waits.
     monkeypatch.setattr(beside, "REST_S", 1_000.0)
-    ended(first)
+    killed(simulator, first)
     assert simulator.forecast(asked) is None
     with pytest.raises(EndedError, match="ask again") as raised:
         simulator.what_if({})
     assert isinstance(raised.value, PacelineError)
     assert raised.value.retryable
-    assert simulator.child() is first
-    until = time.monotonic() + WAIT_S
-    while "SIGKILL" not in caplog.text:
-        assert time.monotonic() < until, caplog.text
-        time.sleep(0.01)
+    assert "another is started in 1000 s" in caplog.text
 
-    first.rests_until = 0.0
+    simulator.rests_until = 0.0
     assert simulator.forecast(asked) == quick_forecast(asked)
-    assert simulator.child() is not first
-    ended(simulator.child())
+    # And one that ends later is replaced for the question that meets its end.
+    monkeypatch.setattr(beside, "REST_S", 0.0)
+    os.kill(pid_of(simulator), signal.SIGKILL)
+    assert simulator.forecast(asked) == quick_forecast(asked)
+    assert "the next question starts another" in caplog.text
+    killed(simulator, pid_of(simulator))
 
 
-def test_a_process_of_one_thread_forks_and_takes_its_child_along() -> None:
-    """As `paceline serve` starts it; however the parent ends, the child does too."""
+def test_it_ends_with_its_parent() -> None:
     code = (
-        "import os, signal, sys; from sim.app.side_process import Beside;"
-        "from tests.sim.app.test_beside import outlook;"
-        "b = Beside(); b.forecast(outlook(0)); assert b.child()._end.__name__ == '<lambda>';"
-        "print(b.forecast(outlook(7)), b.child().pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+        "import os, signal; from sim.app.side_process import Beside;"
+        "from tests.sim.app.test_beside import outlook, pid_of;"
+        "b = Beside(); print(b.forecast(outlook(7)), pid_of(b), flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
-    env = {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]}
+    env = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]}
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=WAIT_S)
     forecast, pid = ran.stdout.split()
     assert float(forecast) == quick_forecast(outlook(7)), ran.stderr

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from governor.journal.records import Heard
+from governor.journal.rows import Heard
 from governor.law import RPM, TPM
 from governor.model.requests import Attempt, Limit, Outcome
 from sim.calibration.others import Count, began_s, counts_of, takings, ways_of

@@ -8,8 +8,9 @@ import pytest
 
 from governor.model.errors import BadSetting
 from governor.model.policy import Policy
+from sim.base.arguments import checked
 from sim.experiment.experiment import simulated
-from sim.model.provider_config import ProviderConfig, checked
+from sim.model.provider_config import ProviderConfig
 from tests.scenarios import batch, run, scenario_of
 
 FREE = Policy(

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from scipy.stats import norm, theilslopes
 
 from governor.model.errors import BadSetting, PacelineError
+from sim.base.arguments import checked
 from sim.model import presets
 from sim.model.provider import COUNTS_AT_ANSWER, REFUSAL_REQUESTS, SAYS_CONSTANT, ProviderParams
-from sim.model.provider_config import Latency, LimitChange, ProviderConfig, checked
+from sim.model.provider_config import Latency, LimitChange, ProviderConfig
 from sim.model.windows import CLOCK
 
 OBSERVED = "openai-observed/ratelimit_header_observations.csv"

@@ -11,10 +11,11 @@ import pytest
 from governor.model.errors import BadSetting
 from governor.model.policy import Policy
 from sim.app.inputs import Wishes
+from sim.base.arguments import checked
 from sim.experiment.experiment import Pool
 from sim.experiment.robustness import Drawn, Outcomes
 from sim.experiment.runs import Runs
-from sim.model.provider_config import ProviderConfig, checked
+from sim.model.provider_config import ProviderConfig
 from sim.scenario.scenario import ModelSource, Scenario
 from sim.scenario.stress import Condition
 from sim.scenario.unknowns import Unknowns, drawn

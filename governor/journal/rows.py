@@ -1,0 +1,146 @@
+"""What a journal is read into: one value per row, as `Records` hands them out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from governor.journal.schema import DamagedError, request_of
+from governor.model.policy import Policy
+from governor.model.prices import Usage
+from governor.model.requests import LANES, Answer, Attempt, Limit, Request
+from governor.model.work import Work
+
+
+class Run(NamedTuple):
+    """What is known of the run itself. `requests`: -1 until all are in. `purged_epoch_s`: -1 unless it was purged."""
+
+    schema: int
+    version: str
+    fingerprint: str
+    seed: int
+    epoch_s: float
+    requests: int
+    purged_epoch_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """One request that has not ended, with its history. `resent`: how often an attempt was lost without a trace."""
+
+    work: Work
+    resent: int
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One request that has ended, without its body. `failure`: "" or its code. `answer`: None where none ever came."""
+
+    request: Request
+    failure: str
+    answer: Answer | None
+    ended_s: float
+    resent: int
+
+
+class Counts(NamedTuple):
+    """Requests by state, how often one was sent again after a crash, and failed requests by code."""
+
+    requests: int
+    pending: int
+    in_flight: int
+    done: int
+    failed: int
+    resent: int
+    failures: dict[str, int]
+
+
+class Leg(NamedTuple):
+    """One process's share of the run. `ended_s`: -1 while it runs, and for ever if it crashed. `ending`: why it did."""
+
+    leg: int
+    began_s: float
+    ended_s: float
+    ending: str
+    version: str
+
+
+class Settings(NamedTuple):
+    """The policy of a pool from `at_s` on: at the beginning of a leg, or changed in the course of it."""
+
+    leg: int
+    pool: str
+    at_s: float
+    policy: Policy
+
+
+class Forecast(NamedTuple):
+    """What was expected. It is a forecast only if nothing had been launched before it was written."""
+
+    leg: int
+    at_s: float
+    launched_before: int
+    content: dict[str, Any]
+
+
+class Command(NamedTuple):
+    """What somebody asked of the run: `pause`, `resume`, `set` with its `NAME=VALUE` words, or `unset` with names.
+
+    `taken_s`: when the run took it up, -1 = not yet. `outcome`: "" or why it refused.
+    """
+
+    id: int
+    asked_epoch_s: float
+    name: str
+    words: tuple[str, ...]
+    taken_s: float
+    outcome: str
+
+
+class Billed(NamedTuple):
+    """One ended attempt, the provider's id of it, and what it used."""
+
+    attempt: Attempt
+    request_id: str
+    usage: Usage
+
+
+class Heard(NamedTuple):
+    """One ended attempt with what its headers stated; `processing_s`: the provider's own time for it, -1 = unknown."""
+
+    attempt: Attempt
+    limits: tuple[Limit, ...]
+    processing_s: float
+
+
+class Prefixed:
+    """A row of results whose columns carry a prefix, since requests have columns of the same names."""
+
+    __slots__ = ("_row",)
+
+    def __init__(self, row: Any) -> None:
+        self._row = row
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._row, f"r_{name}")
+
+
+def pending_of(row: Any, body: dict[str, Any]) -> Pending:
+    request = request_of(row, body)
+    if row.lane not in LANES:
+        raise DamagedError("a lane")
+    return Pending(
+        Work(
+            request,
+            row.reserve,
+            row.expected,
+            row.finalize_reserve,
+            row.charge,
+            row.finalize_charge,
+            lane=LANES.index(row.lane),
+            attempt=row.attempt,
+            first_launched_s=row.first_launched_s,
+            retry_at_s=row.retry_at_s,
+        ),
+        row.resent,
+    )
