@@ -50,7 +50,7 @@ from governor.model.policy import Policy
 from governor.model.pools import Pool
 from governor.model.prices import Prices
 from governor.provider.sending import connect_with
-from governor.run.batch import Orders, run_batch
+from governor.run.batch import Orders, run_orders
 from governor.run.pool_run import Manner
 from governor.telemetry.progress import Quiet
 from sim.app.replay_command import ReplayOptions, staged
@@ -234,7 +234,7 @@ def run_live(scenario: Drawn, time_scale: float, folder: Path, foresee: Foresee 
             yes=True,
         )
         with (folder / "said.txt").open("w", encoding="utf-8") as said:
-            outcome = run_batch(orders, foresee=foresee, connect=connect_with(environment), shown=Quiet(said))
+            outcome = run_orders(orders, foresee=foresee, connect=connect_with(environment), shown=Quiet(said))
     if outcome.pending:
         raise BadInput(f"{outcome.pending} requests were left when it stopped: {outcome.stopped}", scenario.name)
 

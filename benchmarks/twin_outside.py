@@ -34,7 +34,7 @@ from governor.model.policy import Policy
 from governor.model.pools import Pool
 from governor.model.prices import Prices
 from governor.provider.sending import connect_with
-from governor.run.batch import Orders, run_batch
+from governor.run.batch import Orders, run_orders
 from governor.run.pool_run import Manner
 from governor.run.scaledloop import loop_factory
 from governor.telemetry.progress import Quiet
@@ -122,7 +122,7 @@ def run_ours(
             yes=True,
         )
         with (folder / "said.txt").open("w", encoding="utf-8") as said:
-            outcome = run_batch(orders, foresee=foresee, connect=connect_with(ENVIRONMENT), shown=Quiet(said))
+            outcome = run_orders(orders, foresee=foresee, connect=connect_with(ENVIRONMENT), shown=Quiet(said))
     with Journal.open(folder / "run.db") as journal:
         found = backtest(journal, provider=provider_of(kind))
     return Ours(kind, count, name, policy, outcome.summary.failed + outcome.pending, found)

@@ -19,11 +19,14 @@ if TYPE_CHECKING:
     from governor.model.errors import PacelineError as PacelineError
     from governor.model.policy import Policy as Policy
     from governor.run.governed import governed as governed
+    from governor.run.rows import run_batch as run_batch
+    from governor.run.rows import run_batch_sync as run_batch_sync
     from governor.scheduler.driver import Governor as Governor
     from governor.sharedquota.sharing import governor_from_env as governor_from_env
 
 __version__ = "0.1.0"
 __all__ = ["Governor", "PacelineError", "Policy", "__version__", "governed", "governor_from_env"]
+__all__ += ["run_batch", "run_batch_sync"]
 
 _MODULES = {
     "Governor": "governor.scheduler.driver",
@@ -31,6 +34,8 @@ _MODULES = {
     "Policy": "governor.model.policy",
     "governed": "governor.run.governed",
     "governor_from_env": "governor.sharedquota.sharing",
+    "run_batch": "governor.run.rows",
+    "run_batch_sync": "governor.run.rows",
 }
 
 

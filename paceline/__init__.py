@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from governor import Policy as Policy
     from governor import governed as governed
     from governor import governor_from_env as governor_from_env
+    from governor import run_batch as run_batch
+    from governor import run_batch_sync as run_batch_sync
     from sim import Scenario as Scenario
     from sim import compare as compare
     from sim import plan as plan
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 _SIM = ("Scenario", "compare", "plan", "simulate")
 __all__ = ["Governor", "PacelineError", "Policy", "Scenario", "__version__", "compare"]
-__all__ += ["governed", "governor_from_env", "plan", "simulate"]
+__all__ += ["governed", "governor_from_env", "plan", "run_batch", "run_batch_sync", "simulate"]
 
 
 def __getattr__(name: str) -> Any:

@@ -161,7 +161,7 @@ def run(
     from governor.model.prices import SHIPPED, read_prices
     from governor.model.words import seconds_of, until_s
     from governor.provider.sending import connect_with
-    from governor.run.batch import Orders, run_batch
+    from governor.run.batch import Orders, run_orders
     from governor.run.outputs import journal_path
     from governor.run.pool_run import Manner
     from governor.sharedquota.sharing import redis_url
@@ -204,7 +204,7 @@ def run(
         metrics_port=metrics_port,
     )
     shown = progress.shown(quiet=quiet, logs=log_format)
-    outcome = run_batch(orders, foresee=context.obj, connect=connect_with(environment), shown=shown)
+    outcome = run_orders(orders, foresee=context.obj, connect=connect_with(environment), shown=shown)
     _print(outcome, orders, as_json)
     # Not typer's own exit: after a signal `sim/app/cli.py` would say that nothing was written.
     raise SystemExit(outcome.exit_code)

@@ -65,7 +65,7 @@ def outcome_text(outcome: Outcome, orders: Orders) -> str:
         pairs.append(("stopped", of + REMEDIES.get(why, why)))
     if outcome.pending:
         pairs.append(("so far", f"paceline export {shlex.quote(outcome.journal)} --out FILE.jsonl"))
-    else:
+    elif orders.out is not None:
         pairs.append(("results", f"{orders.out} ({plural(s.completed, 'line')})"))
         if s.failed:
             pairs.append(("errors", f"{errors_path(orders.out)} ({plural(s.failed, 'line')})"))

@@ -149,6 +149,12 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", " ".join(text.split()))
 
 
+def text_of(content: Mapping[str, Any]) -> str:
+    """The text of an answer's body, of its first choice where there are several; "" where it has none."""
+    choices = _objects(content.get("choices"))
+    return "".join(_texts({**content, "choices": choices[:1]} if choices else content))
+
+
 # ---------------------------------------------------------------- which refusal is it?
 
 

@@ -10,7 +10,7 @@ import asyncio
 import resource
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
@@ -68,14 +68,16 @@ _CODE_OF = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Orders:
-    """What `paceline run` was asked to do. `journal`: a path or a database URL. `manner`: how to go about it.
+    """What `paceline run` was asked to do. `out`: None = no files of results. `journal`: a path or a database URL.
+
+    `manner`: how to go about it; its `follow` is told of what has ended before, too.
 
     `finish_by_s`: seconds from now in which the run must end by the forecast, None = a day. `retry_failed`: None = no,
     "" = all that failed, else those with that failure code. `metrics_port`: None = none, 0 = any free one.
     """
 
     requests: Path
-    out: Path
+    out: Path | None
     journal: str | Path
     pools: Sequence[Pool]
     environment: Mapping[str, str] = field(repr=False)
@@ -108,7 +110,7 @@ class Outcome:
     journal: str
 
 
-def run_batch(orders: Orders, *, foresee: Foresee | None, connect: Connect, shown: Shown) -> Outcome:
+def run_orders(orders: Orders, *, foresee: Foresee | None, connect: Connect, shown: Shown) -> Outcome:
     """Runs a batch, or goes on with it. PacelineError, with its exit code, for all that a user can mend."""
     _check(orders)
     started = {pool.name: pool.policy for pool in orders.pools}
@@ -126,7 +128,7 @@ def run_batch(orders: Orders, *, foresee: Foresee | None, connect: Connect, show
     )
     journal = begun.journal
     try:
-        with claimed(orders.out):
+        with claimed(orders.out) if orders.out is not None else nullcontext():
             _say_what_is_left(begun, orders, shown)
             expectations = _guard(begun, orders, foresee, shown)
             if begun.amended is not None:
@@ -164,7 +166,9 @@ def _check(orders: Orders) -> None:
         raise BadSetting(f"--retry-failed {quoted(orders.retry_failed)} is not a failure code: use one of {codes}")
     if orders.manner.hook:
         checked_hook(orders.manner.hook)
-    files = {"the input": orders.requests, "--out": orders.out, "the errors file": errors_path(orders.out)}
+    files = {"the input": orders.requests}
+    if orders.out is not None:
+        files |= {"--out": orders.out, "the errors file": errors_path(orders.out)}
     if "://" not in str(orders.journal):
         files["--journal"] = Path(orders.journal)
     if orders.manner.textfile is not None:
@@ -331,6 +335,9 @@ def _run(
     shown: Shown,
 ) -> Outcome:
     journal, manner = begun.journal, orders.manner
+    if manner.follow is not None:
+        for each in lines_of(journal):
+            manner.follow.add(*each)
     spent = spent_before(journal, orders.prices, date.today())
     left = {pool.name: journal.counts(pool.name) for pool in orders.pools}
     ended: Ended | None = None
@@ -341,7 +348,7 @@ def _run(
             if manner.metrics is not None and orders.metrics_port is not None:
                 endpoint = stack.enter_context(manner.metrics.serve(orders.metrics_port))
                 shown.inform(f"metrics: {endpoint.url}")
-            if orders.follow:
+            if orders.follow and orders.out is not None:
                 followed = Followed(orders.out, lines_of(journal))
                 stack.callback(followed.close)
                 manner = replace(manner, follow=followed)
@@ -411,7 +418,7 @@ def _closed(journal: Journal, orders: Orders, spent: Spent, ended: Ended | None,
     """Results if all is done, the figures, and the exit code."""
     counts = journal.counts()
     pending = counts.pending + counts.in_flight
-    if not pending:
+    if not pending and orders.out is not None:
         write_results(orders.out, lines_of(journal))
     granted = ended.granted if ended is not None else {}
     policies = {stated.pool: stated.policy for stated in journal.settings()}

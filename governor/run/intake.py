@@ -132,7 +132,7 @@ def _opened(path: Path) -> BinaryIO:
 
 def prepare(
     path: Path,
-    out: Path,
+    out: Path | None,
     where: str | Path,
     pools: Sequence[Pool],
     *,
@@ -159,7 +159,7 @@ def prepare(
             retry_failed=retry_failed,
             resend_changed=resend_changed,
         )
-    for file in (out, errors_path(out)):
+    for file in () if out is None else (out, errors_path(out)):
         # An empty one holds nothing to lose: a run that was ended before its first answer may have left it.
         if file.exists() and not overwrite and not (file.is_file() and file.stat().st_size == 0):
             raise BadInput(
@@ -229,7 +229,7 @@ _HEAD_BYTES = 4_096
 
 def _resumed(
     path: Path,
-    out: Path,
+    out: Path | None,
     where: str | Path,
     pools: Sequence[Pool],
     *,
@@ -244,7 +244,7 @@ def _resumed(
     try:
         if journal.run().purged_epoch_s >= 0.0:
             raise JournalError(f"{journal.name}: it was purged, nothing is left to send or to write: start a new one")
-        for target in () if overwrite else (out, errors_path(out)):
+        for target in () if overwrite or out is None else (out, errors_path(out)):
             if target.exists() and not _is_of(journal, target):
                 raise BadInput(
                     f"it exists, and is not what {journal.name} has written: move it away, name another --out, or add "

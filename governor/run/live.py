@@ -104,7 +104,7 @@ class LiveRun:
         self._over_budget()
         self.shown.start()
         try:
-            with signals.handled():
+            with signals.handled(self.manner.stopper):
                 ticker = asyncio.create_task(self._tick(commands))
                 try:
                     await self._until_over(signals, ticker)

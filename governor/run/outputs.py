@@ -14,7 +14,7 @@ import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import Protocol, TextIO
 
 from governor.model.errors import BadInput
 
@@ -70,7 +70,7 @@ def claimed(out: Path) -> Iterator[None]:
             target = Path(os.path.realpath(path))
             hidden = target.with_name(f".{target.name[:200]}.lock")
             try:
-                handle = _locked(hidden)
+                handle = lock_file(hidden)
             except BlockingIOError:
                 text = "another run writes its results there: wait for its end, or name another --out"
                 raise BadInput(text, os.fspath(path)) from None
@@ -81,7 +81,7 @@ def claimed(out: Path) -> Iterator[None]:
         yield
 
 
-def _locked(hidden: Path) -> int:
+def lock_file(hidden: Path) -> int:
     """The handle of a lock file that is locked; BlockingIOError where another process holds it."""
     while True:
         # To read: a file that is open for writing would keep its file system from being made read-only.
@@ -184,6 +184,13 @@ def write_results(out: Path, lines: Iterable[tuple[bool, str]]) -> tuple[int, in
             good += succeeded
             bad += not succeeded
     return good, bad
+
+
+class Follow(Protocol):
+    """Who is told of each result."""
+
+    def add(self, succeeded: bool, line: str) -> None:
+        """One request has ended, with this line of the batch output format."""
 
 
 class Followed:

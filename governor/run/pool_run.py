@@ -22,7 +22,8 @@ from governor.model.work import Job, Observer
 from governor.provider.sending import Sender
 from governor.run.account import line_of
 from governor.run.longwaits import LongWaits
-from governor.run.outputs import Followed
+from governor.run.outputs import Follow
+from governor.run.steer import Stopper
 from governor.scheduler.batch import kind_of
 from governor.scheduler.driver import Governor
 from governor.scheduler.learning import Learner
@@ -40,7 +41,8 @@ class Manner:
 
     `max_cost`: US dollars, `stop_after_s`, `finish_by_s`: seconds of this leg; None = no budget. `grace_s`: how long
     those in flight may end after a signal. `canary`: so many requests of each pool first; `insist`: go on whatever it
-    finds. `records`: every call of the law is written down. `follow`: the results file that grows. `textfile`, `hook`:
+    finds. `records`: every call of the law is written down. `follow`: who is told of each result, such as
+    the file that grows. `stopper`: what stops the run beside signals. `textfile`, `hook`:
     where metrics and messages go. `redis`: the URL through which pools are shared with other processes, "" = they are
     not.
     """
@@ -53,7 +55,8 @@ class Manner:
     canary: int = 0
     insist: bool = False
     log_format: Format | None = None
-    follow: Followed | None = None
+    follow: Follow | None = None
+    stopper: Stopper | None = None
     metrics: Metrics | None = None
     textfile: Path | None = None
     records: bool = False
@@ -223,9 +226,9 @@ class _Purse(Observer):
 
 
 class _Follower(Observer):
-    """Writes each line of the results as its request ends."""
+    """Hands each line of the results on as its request ends."""
 
-    def __init__(self, followed: Followed) -> None:
+    def __init__(self, followed: Follow) -> None:
         self._followed = followed
 
     def ended(self, request: Request, failure: str, answer: Answer | None, now: float) -> None:

@@ -6,7 +6,8 @@ import asyncio
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, Protocol
 
 from governor.journal.journal import PAUSE, RESUME, SET, UNSET, Journal
@@ -37,8 +38,13 @@ class Signals:
         self._came(number.name)
 
     @contextmanager
-    def handled(self) -> Iterator[None]:
-        """In this block signals come here; afterwards to whoever had them before."""
+    def handled(self, stopper: Stopper | None = None) -> Iterator[None]:
+        """In this block signals come here; afterwards to whoever had them before. `stopper` acts like a Ctrl-C."""
+        with stopper.bound(self._on) if stopper is not None else nullcontext(), self._signals():
+            yield
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -54,6 +60,41 @@ class Signals:
             for number, handler in before.items():
                 loop.remove_signal_handler(number)
                 signal.signal(number, handler)
+
+
+class Stopper:
+    """Stops a run from any thread, at any time: `press` is to it what a Ctrl-C is to `paceline run`."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._presses = 0
+        self._then: Callable[[], object] | None = None
+
+    @property
+    def pressed(self) -> bool:
+        """Whether it was pressed."""
+        return self._presses > 0
+
+    def press(self) -> None:
+        """Once: nothing more is launched. Twice: what is in flight is cancelled."""
+        with self._lock:
+            self._presses += 1
+            if self._then is not None:
+                self._then()
+
+    @contextmanager
+    def bound(self, on: Callable[[signal.Signals], None]) -> Iterator[None]:
+        """In this block presses go to `on`, in the running loop; those from before too."""
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            self._then = partial(loop.call_soon_threadsafe, on, signal.SIGINT)
+            for _ in range(self._presses):
+                self._then()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._then = None
 
 
 async def answered(ask: Callable[[str], bool], question: str) -> bool:

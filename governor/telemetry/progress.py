@@ -273,6 +273,32 @@ class Bar:
         self._bar.stop()
 
 
+class Cell(Lines):
+    """In a notebook: one line that is renewed, and lines above it."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        super().__init__(stream, every_s=1.0)
+        self._handle: Any = None
+
+    def show(self, now: Snapshot) -> None:
+        if time.monotonic() - self._told_at < self.every_s:
+            return
+        self._told_at = time.monotonic()
+        from IPython.display import display  # there is one, since a notebook asks
+
+        content = {"text/plain": now.short()}
+        if self._handle is None:
+            self._handle = display(content, raw=True, display_id=True)  # type: ignore[no-untyped-call]
+        else:
+            self._handle.update(content, raw=True)
+
+
+def _is_notebook() -> bool:
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return type(shell).__name__ == "ZMQInteractiveShell"
+
+
 def shown(*, quiet: bool, logs: str | None = None, stream: TextIO | None = None) -> Shown:
     """What shows the progress of a run. `logs`: the form of a log beside it; then lines, and not a bar."""
     target = stream or sys.stderr
@@ -280,4 +306,6 @@ def shown(*, quiet: bool, logs: str | None = None, stream: TextIO | None = None)
         return QuietJson(target) if quiet else JsonLines(target)
     if quiet:
         return Quiet(target)
+    if _is_notebook():
+        return Cell(target)
     return Bar(target) if target.isatty() and logs is None else Lines(target)

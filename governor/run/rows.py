@@ -1,0 +1,469 @@
+"""`run_batch`: rows in Python in, results out, by the same durable run as `paceline run`.
+
+The rows become a batch file, hidden beside the journal, which is removed when the run ends. All else is `paceline run`:
+the same call goes on where the last one ended, sends only what changed, and pays for nothing twice. It runs in a thread
+with a loop of its own, so that a program's loop, or a notebook's, is not held up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import threading
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, TextIO
+
+from governor.journal.journal import Journal
+from governor.model.errors import BadInput, BadSetting, BudgetExhausted, PacelineError, QuotaExhausted, Refused, quoted
+from governor.model.policy import Policy
+from governor.model.pools import checked_url, default_pools
+from governor.model.prices import SHIPPED, read_prices
+from governor.model.requests import CHAT, COMPLETIONS, URLS, endpoint_of, usage_of
+from governor.model.settings import policy_of
+from governor.provider.answers import text_of
+from governor.provider.sending import connect_with
+from governor.run.account import lines_of
+from governor.run.batch import Orders, Outcome, outcome_text, run_orders
+from governor.run.outputs import lock_file, why
+from governor.run.pool_run import Manner
+from governor.run.steer import Stopper
+from governor.sharedquota.sharing import redis_url
+from governor.telemetry.progress import Shown, shown
+
+Rows = Iterable[Mapping[str, Any]] | AsyncIterable[Mapping[str, Any]] | Any
+Prompt = str | Callable[[Mapping[str, Any]], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchResult:
+    """How one row ended. `row`: its number, from 0. `answer`: its text, "" where there is none.
+
+    `body`: the whole answer, or that of the refusal. `error`: the failure's code, "" = it succeeded; `message`: why.
+    Tokens: -1 = the answer does not state them.
+    """
+
+    row: int
+    custom_id: str
+    answer: str
+    body: Mapping[str, Any] | None
+    error: str
+    message: str
+    prompt_tokens: int
+    output_tokens: int
+
+    @property
+    def ok(self) -> bool:
+        """Whether it was answered."""
+        return not self.error
+
+
+def run_batch(
+    rows: Rows,
+    *,
+    journal: str | os.PathLike[str],
+    prompt: Prompt | None = None,
+    model: str = "",
+    body: Mapping[str, Any] | None = None,
+    url: str = URLS[CHAT],
+    policy: Policy | None = None,
+    base_url: str = "",
+    max_cost: float | None = None,
+    retry_failed: bool = False,
+    resend_changed: bool = False,
+    skip_oversized: bool = False,
+    yes: bool = False,
+    progress: bool = True,
+    time_scale: float = 1.0,
+) -> BatchResults:
+    """Answers every row, durably: `async for result in run_batch(rows, journal="x.db")`, in the order of completion.
+
+    `rows`: dicts, an iterator or async iterator of them, or a DataFrame (pandas, polars). Without `prompt` a row is a
+    line of a batch file, or a request's body (`messages`, `input`, ...); with it a row is data: `prompt` is a template
+    ("Summarise {text}") or a function of the row that gives text or messages. `body` and `model` are fields of every
+    request, which a row's own override. A column `custom_id` names a row, else a DataFrame's index or the row's number.
+
+    `journal`: where the run is recorded; the same call with it goes on, and gives what was answered before first.
+    `policy`: by default the environment's settings, as for `paceline run`; the other options are that command's.
+    `progress`: a bar on a terminal or in a notebook, else a line every 30 s.
+
+    Raises what `paceline run` refuses as PacelineError (BadInput for rows that are wrong), and after the last result,
+    where the run stopped before its end, BudgetExhausted, QuotaExhausted or Refused. Ctrl-C lets what is in flight end,
+    a second one cancels it; so does leaving the loop.
+    """
+    environment = dict(os.environ)
+    url = url if url.startswith("/v1/") else f"/v1{url}"
+    if endpoint_of(url) < 0:
+        raise BadSetting(f"url {quoted(url)} is none that a batch can have: use one of {', '.join(URLS)}")
+    settings = policy or policy_of(None, environment=environment)
+    where = str(os.fspath(journal))
+    orders = Orders(
+        requests=_spool_path(where),
+        out=None,
+        journal=where,
+        pools=default_pools(settings, environment, checked_url(base_url, "base_url")),
+        environment=environment,
+        prices=read_prices(SHIPPED),
+        manner=Manner(max_cost=max_cost, insist=yes, time_scale=time_scale, redis=redis_url(environment)),
+        yes=yes,
+        skip_oversized=skip_oversized,
+        retry_failed="" if retry_failed else None,
+        resend_changed=resend_changed,
+    )
+    fields = {**({"model": model} if model else {}), **(body or {})}
+    return BatchResults(_Lines(rows, prompt, fields, url), orders, shown(quiet=not progress))
+
+
+def run_batch_sync(rows: Rows, *, journal: str | os.PathLike[str], **options: Any) -> BatchResults:
+    """The same for scripts: returns when all rows have ended; iterate over what it returns, or take its `to_frame()`.
+
+    `options`: as for `run_batch`. `rows` must not be an async iterator.
+    """
+    results = run_batch(rows, journal=journal, **options)
+    for _ in results:
+        pass
+    return results
+
+
+def _spool_path(where: str) -> Path:
+    """The batch file of a journal: hidden beside it, or in the working folder where that is a database."""
+    place = Path("paceline.db" if "://" in where else where)
+    return place.absolute().with_name(f".{place.name}.rows.jsonl")
+
+
+# ---------------------------------------------------------------- rows to lines
+
+
+class _Lines:
+    """The rows as lines of a batch file. `custom_ids`: of those that were written, by row number."""
+
+    def __init__(self, rows: Rows, prompt: Prompt | None, fields: Mapping[str, Any], url: str) -> None:
+        self.rows = rows
+        self.prompt = prompt
+        self.fields = fields
+        self.url = url
+        self.custom_ids: list[str] = []
+        # Of pandas alone: a list has an `index` too, and polars has none.
+        self.index: Any = getattr(rows, "index", None) if hasattr(rows, "to_dict") else None
+
+    def line(self, row: Any, label: object = None) -> str:
+        """The next row's. BadInput, naming the row, where it makes no request."""
+        number = len(self.custom_ids)
+        if not isinstance(row, Mapping):
+            raise BadInput(f"row {number} is a {type(row).__name__}: a row is a dict or a row of a DataFrame")
+        custom_id = str(row.get("custom_id", number if label is None else label))
+        self.custom_ids.append(custom_id)
+        if self.prompt is None and "body" in row:
+            line = {"method": "POST", "url": self.url, **row, "custom_id": custom_id}
+            line["body"] = {**self.fields, **row["body"]} if isinstance(row["body"], Mapping) else row["body"]
+        else:
+            asked = self._asked(row, number) if self.prompt is not None else _without(row, "custom_id")
+            line = {"custom_id": custom_id, "method": "POST", "url": self.url, "body": {**self.fields, **asked}}
+        try:
+            return json.dumps(line, ensure_ascii=False, allow_nan=False, default=_plain)
+        except (TypeError, ValueError) as error:
+            raise BadInput(f"row {number} ({quoted(custom_id)}) is no JSON: {error}") from None
+
+    def _asked(self, row: Mapping[str, Any], number: int) -> dict[str, Any]:
+        """The fields of the body that the prompt fills."""
+        if callable(self.prompt):
+            said = self.prompt(row)
+        else:
+            assert self.prompt is not None
+            try:
+                said = self.prompt.format_map(row)
+            except KeyError as error:
+                columns = ", ".join(str(name) for name in row)
+                raise BadInput(
+                    f"row {number} has no {quoted(str(error.args[0]))}, which the prompt names: it has {columns}"
+                ) from None
+            except (ValueError, IndexError, AttributeError) as error:
+                raise BadInput(f"the prompt is no template: {error}; write {{{{ and }}}} for braces") from None
+        endpoint = endpoint_of(self.url)
+        if endpoint == CHAT:
+            return {"messages": [{"role": "user", "content": said}] if isinstance(said, str) else said}
+        return {"prompt" if endpoint == COMPLETIONS else "input": said}
+
+    def pairs(self) -> Iterator[tuple[Any, object]]:
+        """Every row with its label, None = it has none."""
+        rows = self.rows
+        if hasattr(rows, "iter_rows"):  # polars
+            yield from ((row, None) for row in rows.iter_rows(named=True))
+        elif hasattr(rows, "to_dict"):  # pandas
+            yield from zip(rows.to_dict("records"), self.index, strict=True)
+        elif isinstance(rows, Iterable) and not isinstance(rows, (str, bytes, Mapping)):
+            yield from ((row, None) for row in rows)
+        else:
+            what = (
+                "an async iterator, which needs run_batch" if isinstance(rows, AsyncIterable) else type(rows).__name__
+            )
+            raise BadInput(f"rows are {what}: give dicts, an iterator of dicts or a DataFrame")
+
+
+def _without(row: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A row as a body. What a DataFrame has no value for is absent."""
+    return {key: value for key, value in row.items() if key != name and value is not None and value == value}
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's scalars and arrays, and dates, as JSON has them."""
+    for convert in ("tolist", "isoformat"):
+        if hasattr(value, convert):
+            return getattr(value, convert)()
+    raise TypeError(f"{type(value).__name__} cannot be sent")
+
+
+# ---------------------------------------------------------------- the run, and its results
+
+# Those of this process, by their batch file.
+_RUNS: dict[Path, tuple[Stopper, threading.Thread]] = {}
+
+
+class _Sink:
+    """Hands lines of results on to whoever reads them, from the run's thread."""
+
+    def __init__(self) -> None:
+        self.queue: SimpleQueue[str | None] = SimpleQueue()
+        self.arrived: Callable[[], object] = lambda: None
+
+    def add(self, succeeded: bool, line: str) -> None:
+        """One result; see `outputs.Follow`."""
+        self.put(line)
+
+    def put(self, line: str | None) -> None:
+        """A line, or None: there are no more."""
+        self.queue.put(line)
+        with contextlib.suppress(RuntimeError):  # the reader's loop may be closed: no reason to end a paid run
+            self.arrived()
+
+
+class BatchResults:
+    """The results of a batch, as they come: iterate over it, with `async for` or `for`, once for the run.
+
+    When it has ended, `summary` holds its figures, iterating again gives the results in the order of the rows, and
+    `to_frame()` all of them as a DataFrame. A loop that is left early stops the run when this object goes.
+    """
+
+    def __init__(self, lines: _Lines, orders: Orders, progress: Shown) -> None:
+        self._lines = lines
+        self._sink = _Sink()
+        self._stopper = Stopper()
+        self._orders = replace(orders, manner=replace(orders.manner, follow=self._sink, stopper=self._stopper))
+        self._shown = progress
+        self._thread: threading.Thread | None = None
+        self._run = _Run()
+        self._taken = False
+        self._spool = _Spool(self._orders.requests)
+        self._numbers: dict[str, int] = {}
+
+    @property
+    def summary(self) -> Any:
+        """The figures of the run (`governor.forecast.summary.Summary`); None until it has ended."""
+        return None if self._run.outcome is None else self._run.outcome.summary
+
+    def __iter__(self) -> Iterator[BatchResult]:
+        if self._taken:
+            yield from self._read()
+            return
+        self._taken = True
+        self._let_end()
+        with self._spool as file:
+            for row, label in self._lines.pairs():
+                file.write(self._lines.line(row, label) + "\n")
+        self._start()
+        try:
+            while (line := self._sink.queue.get()) is not None:
+                yield from self._numbered(line)
+        except BaseException:
+            self._end()
+            raise
+        self._finish()
+
+    async def __aiter__(self) -> AsyncIterator[BatchResult]:
+        if self._taken:
+            for result in self._read():
+                yield result
+            return
+        self._taken = True
+        await asyncio.to_thread(self._let_end)
+        with self._spool as file:
+            if isinstance(self._lines.rows, AsyncIterable):
+                async for row in self._lines.rows:
+                    file.write(self._lines.line(row) + "\n")
+            else:
+                for row, label in self._lines.pairs():
+                    file.write(self._lines.line(row, label) + "\n")
+        loop, arrived = asyncio.get_running_loop(), asyncio.Event()
+        self._sink.arrived = lambda: loop.call_soon_threadsafe(arrived.set)
+        self._start()
+        try:
+            while (line := await self._next(arrived)) is not None:
+                for result in self._numbered(line):
+                    yield result
+        except (asyncio.CancelledError, GeneratorExit):
+            self._stopper.press()
+            while True:
+                try:
+                    while await self._next(arrived) is not None:
+                        pass
+                    break
+                except asyncio.CancelledError:
+                    self._stopper.press()
+            raise
+        self._finish()
+
+    async def _next(self, arrived: asyncio.Event) -> str | None:
+        """The next line; None = there are no more."""
+        while self._sink.queue.empty():
+            await arrived.wait()
+            arrived.clear()
+        return self._sink.queue.get()
+
+    def to_frame(self) -> Any:
+        """Every row that has ended, as a pandas DataFrame: answer, error, message, tokens and body.
+
+        Its index is that of the DataFrame that the rows were, else their custom ids. PacelineError without pandas.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise PacelineError("to_frame() needs pandas: pip install pandas") from None
+        results = list(self._read())
+        names = [name for name in BatchResult.__slots__ if name not in ("row", "custom_id")]
+        columns = {name: [getattr(result, name) for result in results] for name in names}
+        found = [result.row for result in results]
+        ids = self._lines.custom_ids
+        index = self._lines.index
+        labels = index.take(found) if index is not None else pandas.Index([ids[i] for i in found], name="custom_id")
+        return pandas.DataFrame(columns, index=labels)
+
+    def _read(self) -> Iterator[BatchResult]:
+        """What has ended, from the journal, in the order of the rows."""
+        with Journal.open(self._orders.journal) as journal:
+            found = [result for _, line in lines_of(journal) for result in self._numbered(line)]
+        yield from sorted(found, key=lambda result: result.row)
+
+    def _numbered(self, line: str) -> Iterator[BatchResult]:
+        """The result of a line; none of a row that is not among the rows any more."""
+        if not self._numbers:
+            self._numbers = {custom_id: number for number, custom_id in enumerate(self._lines.custom_ids)}
+        data = json.loads(line)
+        number = self._numbers.get(data["custom_id"])
+        if number is not None:
+            yield _result_of(data, number)
+
+    def _let_end(self) -> None:
+        """Waits for a run of the same journal in this process that was stopped: its reader left the loop."""
+        before = _RUNS.get(self._orders.requests)
+        if before is not None and before[0].pressed:
+            before[1].join()
+
+    def _start(self) -> None:
+        run = (self._run, self._orders, self._shown, self._sink, self._spool)
+        # Not a daemon: a program must not end under answers that are paid for and not yet written.
+        self._thread = threading.Thread(target=_Run.work, args=run, name="batch", daemon=False)
+        _RUNS[self._orders.requests] = self._stopper, self._thread
+        self._thread.start()
+
+    def _end(self) -> None:
+        """Stops the run and waits for what is in flight; a second Ctrl-C cancels that."""
+        assert self._thread is not None
+        self._stopper.press()
+        while self._thread.is_alive():
+            try:
+                self._thread.join()
+            except KeyboardInterrupt:
+                self._stopper.press()
+
+    def _finish(self) -> None:
+        """After the last result: what the run's thread raised, or Incomplete."""
+        assert self._thread is not None
+        self._thread.join()
+        if self._run.error is not None:
+            raise self._run.error
+        outcome = self._run.outcome
+        if outcome is not None and outcome.pending:
+            kinds: tuple[type[PacelineError], ...] = (QuotaExhausted, BudgetExhausted)
+            kind = next((kind for kind in kinds if kind.exit_code == outcome.exit_code), Refused)
+            raise kind(f"{outcome_text(outcome)}: the same call goes on with {outcome.journal}")
+
+    def __del__(self) -> None:
+        # A second press would cancel what is in flight.
+        if not self._stopper.pressed:
+            self._stopper.press()
+
+
+class _Run:
+    """What the run's thread does, and what came of it; holds nothing of whoever reads the results."""
+
+    def __init__(self) -> None:
+        self.outcome: Outcome | None = None
+        self.error: BaseException | None = None
+
+    def work(self, orders: Orders, progress: Shown, sink: _Sink, spool: _Spool) -> None:
+        """Runs the batch to its end, and says so."""
+        try:
+            connect = connect_with(orders.environment)
+            self.outcome = run_orders(orders, foresee=None, connect=connect, shown=progress)
+            progress.inform(outcome_text(self.outcome))
+        except BaseException as error:
+            self.error = error
+        finally:
+            _RUNS.pop(orders.requests, None)
+            spool.remove()
+            sink.put(None)
+
+
+class _Spool:
+    """The batch file of a run: hidden, readable by its owner alone, locked against another run of the same journal."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = -1
+        self._file: TextIO | None = None
+
+    def __enter__(self) -> TextIO:
+        try:
+            self._lock = lock_file(self.path)
+            self._file = self.path.open("w", encoding="utf-8", errors="surrogatepass")
+        except BlockingIOError:
+            raise BadInput("another run has this journal: wait for its end, or name another", str(self.path)) from None
+        except OSError as error:
+            raise BadInput(f"cannot be written: {why(error)}", str(self.path)) from None
+        return self._file
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        """The file is whole; where a row was wrong, nothing is left of it."""
+        if self._file is not None:
+            self._file.close()
+        if kind is not None:
+            self.remove()
+
+    def remove(self) -> None:
+        """The run has ended."""
+        if self._lock >= 0:
+            self.path.unlink(missing_ok=True)
+            os.close(self._lock)
+            self._lock = -1
+
+
+def _result_of(data: Mapping[str, Any], row: int) -> BatchResult:
+    """A line of the batch output format, taken apart."""
+    response, error = data["response"] or {}, data["error"] or {}
+    content = response.get("body")
+    found = content if isinstance(content, dict) else {}
+    prompt, output = usage_of(found)
+    return BatchResult(
+        row=row,
+        custom_id=data["custom_id"],
+        answer="" if error else text_of(found),
+        body=content,
+        error=str(error.get("code", "")),
+        message=str(error.get("message", "")),
+        prompt_tokens=prompt,
+        output_tokens=output,
+    )
