@@ -24,12 +24,12 @@ from governor import law
 from governor.forecast.summary import Summary
 from governor.journal import schema
 from governor.model import errors, policy, requests
+from governor.model.phrases import WAITED_FOR
 from governor.model.requests import CAUSES
 from governor.run.account import ATTEMPT_COLUMNS
 from governor.telemetry import metrics
 from sim.app import cli, inputs
 from sim.model import provider_config
-from sim.reporting.terminal import WAITED_FOR
 from sim.scenario import columns, unknowns
 from sim.scenario import scenario_file as document
 
@@ -144,7 +144,7 @@ def causes() -> str:
     for number, name in enumerate(CAUSES[1:], start=1):
         env, what = WAITED_FOR[name]
         constant = _cause_constants().get(number, "")
-        rows.append((_code(name), _code(constant), f"waits {what}", _code(env)))
+        rows.append((_code(name), _code(constant), f"waits for {what}", _code(env)))
     return _table(("cause", "in the law", "meaning", "setting"), rows)
 
 

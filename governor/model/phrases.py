@@ -27,23 +27,25 @@ CENTURIES_S = 200.0 * 365.25 * 86_400.0
 
 def duration(seconds: float) -> str:
     """A duration in its two largest units: "0.35 s", "42 s", "24 min 10 s", "1 h 28 min", "2 d 4 h"; inf: "never"."""
+    if math.isnan(seconds):
+        return "not known"
     if math.isinf(seconds):
         return "never"
-    s = max(0.0, seconds)
+    sign, s = ("−", -seconds) if seconds < 0.0 else ("", seconds)
     if s >= CENTURIES_S:
         return "centuries"
     if s < 0.0005:
         return "0 s"
     if s < 9.95:
-        return f"{s:.2g} s"
+        return f"{sign}{s:.2g} s"
     # Rounded before it is split, so that 59.7 s reads "1 min" and not "60 s".
     if round(s) < 60:
-        return f"{round(s)} s"
+        return f"{sign}{round(s)} s"
     if round(s) < 3_600:
-        return _two(round(s), 60, "min", "s")
+        return sign + _two(round(s), 60, "min", "s")
     if round(s / 60.0) < 1_440:
-        return _two(round(s / 60.0), 60, "h", "min")
-    return _two(round(s / 3_600.0), 24, "d", "h")
+        return sign + _two(round(s / 60.0), 60, "h", "min")
+    return sign + _two(round(s / 3_600.0), 24, "d", "h")
 
 
 def _two(small: int, ratio: int, big_unit: str, small_unit: str) -> str:
@@ -52,9 +54,13 @@ def _two(small: int, ratio: int, big_unit: str, small_unit: str) -> str:
 
 
 def percent(ratio: float) -> str:
-    """A share: "73 %", "0.41 %"."""
-    value = 100.0 * ratio
-    return f"{value:.0f} %" if value >= 9.95 or value == 0.0 else f"{value:.2g} %"
+    """A share: "73 %", "0.41 %", "99.8 %": two digits, and never 100 % for what is less."""
+    if math.isnan(ratio):
+        return "not known"
+    sign, value = ("−", -100.0 * ratio) if ratio < 0.0 else ("", 100.0 * ratio)
+    if 99.0 <= value < 100.0:
+        return f"{sign}{math.floor(10.0 * value) / 10.0:.1f} %"
+    return f"{sign}{value:.0f} %" if value >= 9.95 or value == 0.0 else f"{sign}{value:.2g} %"
 
 
 def plural(count: int, noun: str) -> str:

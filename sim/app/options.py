@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from datetime import datetime
@@ -14,11 +13,8 @@ import typer
 
 from governor.model.errors import BadSetting
 from governor.model.phrases import whole_number
-from governor.model.words import until_s
+from governor.model.words import seconds_of, until_s
 from sim.base.counting import counting
-
-_UNITS_S = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3_600.0, "d": 86_400.0}
-
 
 count = counting()
 
@@ -37,12 +33,10 @@ def quantiles(text: str) -> tuple[float, float]:
 
 def duration_s(text: str) -> float | None:
     """Seconds of a duration above 0: 6h, 90m, 90min, 1h30m, 45s, 2d, 1.5h; None for anything else."""
-    word = re.sub(r"[\s_]+", "", text.lower())
-    parts = re.findall(r"(\d+\.?\d*|\.\d+)(sec|min|[smhd])", word, re.ASCII)
-    if not parts or "".join(number + unit for number, unit in parts) != word:
+    try:
+        return seconds_of(text, "it")
+    except BadSetting:
         return None
-    seconds = sum(float(number) * _UNITS_S[unit] for number, unit in parts)
-    return seconds if 0.0 < seconds <= 1e9 else None
 
 
 def finish_by_s(text: str, now: datetime | None = None) -> float:

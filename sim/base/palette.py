@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from governor.forecast.summary_html import COLOURS
+from governor.model.phrases import WAITED_FOR
+
 # Okabe and Ito's palette; without its yellow, which does not show on white, and its black, which is the ink.
-ORANGE, SKY, GREEN = "#e69f00", "#56b4e9", "#009e73"
-BLUE, VERMILLION, PURPLE, GREY = "#0072b2", "#d55e00", "#cc79a7", "#8c8c8c"
+ORANGE, SKY = "#e69f00", "#56b4e9"
+BLUE, VERMILLION, GREY = "#0072b2", "#d55e00", "#8c8c8c"
 # Exchanged by the report for those of the reader's theme: used for nothing else.
 INK, MUTED, GRID, SURFACE = "#1b1e23", "#5a616b", "#d8dce2", "#fefefe"
 
@@ -31,15 +34,6 @@ STYLES = {
     "runner_up": Style("runner-up", GREY, "^", "xx"),
 }
 # What each cause of waiting is called, and its colour.
-CAUSE_LABELS = {
-    "concurrency": ("a free place in flight", BLUE),
-    "stagger": ("the next launch slot (stagger)", ORANGE),
-    "tpm": ("tokens per minute", GREEN),
-    "rpm": ("requests per minute", SKY),
-    "day": ("a daily limit", PURPLE),
-    "hold": ("the hold after a 429", VERMILLION),
-    "paused": ("the operator (paused)", GREY),
-    "backoff": ("its own backoff after a 429 or a fault", INK),
-}
+CAUSE_LABELS = {cause: (what, COLOURS[cause]) for cause, (_, what) in WAITED_FOR.items()}
 # What a plan is for: its name for people, and the figure of a run that it is.
 OBJECTIVES = {"makespan": ("finish time", "makespan_s"), "p95_latency": ("P95 latency", "latency_p95_s")}

@@ -8,34 +8,11 @@ from __future__ import annotations
 
 import math
 
+from governor.model.phrases import duration as duration
+from governor.model.phrases import percent as percent
+
 # Seconds per unit of a time axis, from small to large, and the span from which on the unit reads better.
 TIME_UNITS = ((1.0, "s", 0.0), (60.0, "min", 180.0), (3_600.0, "h", 3.0 * 3_600.0), (86_400.0, "days", 3.0 * 86_400.0))
-
-
-def duration(seconds: float) -> str:
-    """A duration in its two largest units: "0.35 s", "42 s", "24 min 10 s", "1 h 28 min", "2 d 4 h"."""
-    if math.isnan(seconds):
-        return "not known"
-    if math.isinf(seconds):
-        return "never"
-    sign, s = ("−", -seconds) if seconds < 0.0 else ("", seconds)
-    if s < 0.0005:
-        return "0 s"
-    if s < 9.95:
-        return f"{sign}{s:.2g} s"
-    # Rounded before it is split, so that 59.7 s reads "1 min" and not "60 s".
-    if round(s) < 60:
-        return f"{sign}{round(s)} s"
-    if round(s) < 3_600:
-        return sign + _two(round(s), 60, "min", "s")
-    if round(s / 60.0) < 1_440:
-        return sign + _two(round(s / 60.0), 60, "h", "min")
-    return sign + _two(round(s / 3_600.0), 24, "d", "h")
-
-
-def _two(small: int, ratio: int, big_unit: str, small_unit: str) -> str:
-    big, rest = divmod(small, ratio)
-    return f"{big:,} {big_unit} {rest} {small_unit}" if rest else f"{big:,} {big_unit}"
 
 
 def seconds_text(seconds: float) -> str:
@@ -55,16 +32,6 @@ def number(value: float) -> str:
         return f"{round(value):,}"
     text = f"{value:.{2 if value < 9.995 else 1}f}"
     return f"{value:.1g}" if float(text) == 0.0 else text
-
-
-def percent(ratio: float) -> str:
-    """A share: "73 %", "0.41 %", "99.8 %": two digits, and never 100 % for what is less."""
-    if math.isnan(ratio):
-        return "not known"
-    sign, value = ("−", -100.0 * ratio) if ratio < 0.0 else ("", 100.0 * ratio)
-    if 99.0 <= value < 100.0:
-        return f"{sign}{math.floor(10.0 * value) / 10.0:.1f} %"
-    return f"{sign}{value:.0f} %" if value >= 9.95 or value == 0.0 else f"{sign}{value:.2g} %"
 
 
 def percent_at_most(ratio: float) -> str:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from governor.model.phrases import WAITED_FOR
 from governor.model.policy import KNOBS
 from governor.model.requests import CAUSES, Attempt
 from sim.experiment.results import Figures, Forecast, Plan, Point
 from sim.reporting import series
-from sim.reporting.terminal import WAITED_FOR
 
 if TYPE_CHECKING:
     from sim.app.shared_quota import Shared

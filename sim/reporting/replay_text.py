@@ -6,20 +6,11 @@ import math
 import os
 from typing import Any
 
+from governor.model.phrases import WAITED_FOR
 from sim.base.layout import facts, table, wrapped
 from sim.base.words import between, duration, number, percent
 from sim.validation.counterfactual import SAME_S, Counterfactual, Paired
 
-CAUSES = {
-    "concurrency": "a place in flight",
-    "stagger": "the stagger",
-    "tpm": "tokens per minute",
-    "rpm": "requests per minute",
-    "day": "the daily limit",
-    "hold": "a hold after a 429",
-    "paused": "a pause",
-    "backoff": "backoff",
-}
 CARRIED = (
     "the requests and their order; the length of each answer; what each attempt met that was let in (an answer, an "
     "error, a time-out) and how long it took; its way to the provider; what others used, by the counts in the headers; "
@@ -34,7 +25,7 @@ def replay_text(name: str, found: Counterfactual, width: int) -> str:
     rows.append(_row("429s", found.throttled, number))
     rows.append(_row("launches", found.launches, number))
     rows.append(_row("requests lost", found.lost, number))
-    rows += [_row(f"waits: {CAUSES[cause]}", each, duration) for cause, each in found.waits_s.items()]
+    rows += [_row(f"waits: {WAITED_FOR[cause][1]}", each, duration) for cause, each in found.waits_s.items()]
     pairs = [("requests", _ends_text(found)), ("settings", _settings_text(found)), ("carried over", CARRIED)]
     pairs.append(("provider", f"{found.provider_from}: {_provider_text(found)}"))
     pairs += [("not told", text) for text in found.untold]

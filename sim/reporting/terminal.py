@@ -9,10 +9,11 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from governor.forecast.summary import Summary
-from governor.model.phrases import plural
+from governor.model.phrases import WAITED_FOR, plural
 from governor.model.policy import KNOB_BY_ENV, Policy
 from governor.model.prices import dollars_text
 from governor.model.requests import CAUSES
+from governor.model.words import knob_text
 from sim.base import words
 from sim.base.layout import facts, table, wrapped
 from sim.experiment.results import Estimate, Forecast, Plan, Recommendation, at_most
@@ -33,17 +34,6 @@ from sim.scenario.stress import stress_notes
 if TYPE_CHECKING:
     pass
 
-# What everybody in the queue waited for, by cause, and the knob that decides it.
-WAITED_FOR = {
-    "concurrency": ("OPENAI_MAX_CONCURRENCY", "for a free place in flight"),
-    "stagger": ("OPENAI_STAGGER_SECONDS", "for the next launch slot"),
-    "tpm": ("OPENAI_TPM_LIMIT", "for tokens of the budget per minute"),
-    "rpm": ("OPENAI_RPM_LIMIT", "for requests of the budget per minute"),
-    "day": ("OPENAI_TPD_LIMIT", "for the budget of the day"),
-    "hold": ("OPENAI_HOLD_ON_THROTTLE", "for the end of a hold after a 429"),
-    "paused": ("", "for the pause to end"),
-    "backoff": ("OPENAI_BACKOFF_BASE_SECONDS", "for the backoff after a 429 or an error"),
-}
 # A flat reservation that is so many times the charge is the reason why the budget binds.
 OVER_RESERVED = 1.5
 # A second cause of at least this share of the first is named beside it: mending one alone would gain little.
@@ -106,27 +96,14 @@ def held_back(waits_s: Mapping[str, float], policy: Policy, reserved: float, cha
     if total <= 0.0 or waits_s[ranked[0]] <= 0.0:
         return "Nothing held it back: no request waited, so the time of the answers decides."
     causes = [cause for cause in ranked[:2] if waits_s[cause] >= EQUALLY * waits_s[ranked[0]]]
-    named = [_knob_of(cause, policy) for cause in causes]
-    shares = [f"{words.percent(waits_s[cause] / total)} {WAITED_FOR[cause][1]}" for cause in causes]
+    named = [knob_text(cause, policy) for cause in causes]
+    shares = [f"{words.percent(waits_s[cause] / total)} for {WAITED_FOR[cause][1]}" for cause in causes]
     parts = [f"of all waiting, {' and '.join(shares)}"]
     flat = charged > 0.0 and policy.charge_rule == "fixed" and reserved > OVER_RESERVED * charged
     if "tpm" in causes and flat:
         est = f"OPENAI_EST_TOKENS_PER_RUN={policy.est_tokens_per_run}"
         parts.append(f"{est} reserves {reserved / charged:.1f} times what the provider charges")
     return f"Held back by {' and '.join(named)}: {'; '.join(parts)}."
-
-
-def _knob_of(cause: str, policy: Policy) -> str:
-    """The knob that decides a cause, with its value."""
-    env = WAITED_FOR[cause][0]
-    if cause == "day" and not policy.tpd_limit:
-        env = "OPENAI_RPD_LIMIT"
-    if not env:
-        return "a pause"
-    knob = KNOB_BY_ENV[env]
-    named = f"{knob.env}={knob.text(getattr(policy, knob.name))}"
-    budget = cause in ("tpm", "rpm", "day") and policy.tpm_headroom > 0.0
-    return f"{named} (less {words.percent(policy.tpm_headroom)} headroom)" if budget else named
 
 
 def inputs_text(provenance: Provenance, width: int) -> str:

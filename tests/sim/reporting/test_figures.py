@@ -160,8 +160,8 @@ def test_waits_show_each_cause_that_occurs_with_its_mean(sample_plan: Plan) -> N
         for cause in ("stagger", "tpm"):
             mean_s = f.waits_s[cause] / f.requests
             assert (duration(mean_s) if mean_s > 0.05 else "0 s") in found
-    assert "the next launch slot (stagger)" in found
-    assert "a daily limit" not in found
+    assert "the next launch slot" in found
+    assert "the budget of the day" not in found
 
 
 def test_no_waits_at_all_are_said_in_words(sample_plan: Plan) -> None:
@@ -249,7 +249,7 @@ def test_a_timeline_names_limit_refusals_and_causes(reckless_plan: Plan) -> None
         "limit: 30,000 per minute",
         "429: refused, tried again",
         "request lost",
-        "tokens per minute",
+        "tokens of the budget per minute",
         "time since the start, min",
     ):
         assert text in found

@@ -6,10 +6,11 @@ import math
 
 import pytest
 
+from governor.model.phrases import WAITED_FOR
 from governor.model.policy import KNOB_BY_ENV, Policy
 from governor.model.requests import CAUSES
 from sim.base.layout import facts, table
-from sim.reporting.terminal import WAITED_FOR, held_back, inputs_text, plain, waits_text
+from sim.reporting.terminal import held_back, inputs_text, plain, waits_text
 
 
 def waits(**seconds: float) -> dict[str, float]:
