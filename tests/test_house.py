@@ -54,6 +54,7 @@ DISTRIBUTIONS = {
 }
 # Who may use what beyond the base (governor) and beyond base + `sim` (sim): the extra that a module needs.
 MODULE_EXTRAS = {
+    "governor/run/rows.py": {"sim"},  # `to_frame`
     "sim/serving/server.py": {"server"},
     "sim/experiment/ray_side.py": {"ray"},
     "sim/reporting/sliders.py": {"notebook"},

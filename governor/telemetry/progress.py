@@ -284,11 +284,10 @@ class Cell(Lines):
         if time.monotonic() - self._told_at < self.every_s:
             return
         self._told_at = time.monotonic()
-        from IPython.display import display  # there is one, since a notebook asks
-
+        display: Any = sys.modules["IPython"].display.display
         content = {"text/plain": now.short()}
         if self._handle is None:
-            self._handle = display(content, raw=True, display_id=True)  # type: ignore[no-untyped-call]
+            self._handle = display(content, raw=True, display_id=True)
         else:
             self._handle.update(content, raw=True)
 
