@@ -53,6 +53,8 @@ from sim.selection.space import (
 EFFORTS = {"quick": 600_000, "normal": 3_000_000, "thorough": 12_000_000}
 # Large workloads get at least so many runs, whatever the effort.
 LEAST_RUNS = 240
+# A search may go beyond its effort to finish what it compares, and the proof has runs of its own: see `most_requests`.
+SEARCH_RATIO, PROOF_RUNS = 3, 6_000
 # No new settings are tried after so many seconds, by level of effort.
 LASTS_S = {"quick": 120.0, "normal": 600.0, "thorough": 3_600.0}
 # Simulated requests of each of the published policies, and of each over the drawn conditions: what bounds the number of
@@ -69,11 +71,14 @@ HOLDS = 0.01
 # Throttles in a run that are allowed under stress, where the stated limit per 100 requests comes to less: what one or
 # two refusals in a small batch are worth is nothing to be slower for.
 STRESSED = 2
-# What is faster by more than this share is only passed over for a stated condition.
-AHEAD = 0.01
 FINALISTS = 5
 
 Say = Callable[[str], None]
+
+
+def most_requests(effort: str, n: int) -> int:
+    """The simulated requests that a plan of `n` requests never exceeds, proof and all."""
+    return SEARCH_RATIO * max(EFFORTS[effort], LEAST_RUNS * n) + PROOF_RUNS * n
 
 
 class Interrupted(KeyboardInterrupt):
@@ -99,6 +104,7 @@ class Budget:
     own: int
     confirm: int
     fresh: int
+    pairs: int
     stress: int
     grid: int
     information: int
@@ -120,6 +126,7 @@ class Budget:
             own=max(1, min(RUNS, runs // 70)),
             confirm=max(1, min(6, runs // 1_000)),
             fresh=max(LEAST, min(RUNS, PROOF // n)),
+            pairs=min(2 * RUNS, runs // 30),
             stress=max(1, min(20, runs // 400)),
             grid=max(3, min(7, int((runs / 24) ** 0.5))),
             information=max(150, min(480, runs // 15)),
@@ -161,7 +168,7 @@ class Planner:
         self.confirming = self._hardening(Searcher(here, goal, self.runs, first=CONFIRM_SEEDS), again, budget.own)
         fresh = Stress(listed, hard, self.runs, budget.stress, FRESH_SEEDS)
         seeds = max(1, min(20, (scenario.replications or budget.fresh) // 5))
-        self.evidence = Evidence(Searcher(here, goal, self.runs, first=FRESH_SEEDS), fresh, seeds)
+        self.evidence = Evidence(Searcher(here, goal, self.runs, first=FRESH_SEEDS), fresh, seeds, budget.pairs)
         self.plain = plain_bucket(scenario)
         self.gap_s = gap_s(scenario)
 
@@ -193,8 +200,7 @@ class Planner:
 
     def _is_better(self, other: Policy, best: Policy) -> bool:
         """Whether another setting is faster as assumed, and no condition forbids it."""
-        mine, its = (self.evidence.forecast(policy)[self.goal.figure].mean for policy in (best, other))
-        return its < (1.0 - AHEAD) * mine and not self.evidence.forbids(other, best)
+        return self.evidence.is_ahead(best, other) and not self.evidence.forbids(other, best)
 
     def _with_evidence(self, chosen: list[Policy], bold_few: Policy, bold: Policy) -> Plan:
         """The plan around the chosen settings, in the order of NAMES, and the fastest of each space at any risk."""

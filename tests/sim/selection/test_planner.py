@@ -9,44 +9,15 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
+from benchmarks.bench_scenarios import drawn_scenario
 from governor.model.policy import KNOB_BY_ENV, Policy
 from sim.experiment.experiment import Pool, replicate
-from sim.experiment.results import Forecast, Plan, forecast_of, percentile
-from sim.model.provider_config import ProviderConfig
-from sim.scenario.scenario import ModelSource, Scenario
+from sim.experiment.results import Forecast, Plan, paired_difference, percentile
+from sim.scenario.scenario import Scenario
 from sim.selection.evidence import LABELS
-from sim.selection.planner import EFFORTS, FRESH_SEEDS, plan
+from sim.selection.planner import FRESH_SEEDS, most_requests, plan
 from sim.selection.search import Goal
 from sim.selection.space import plain_bucket
-
-
-def drawn_scenario(seed: int, requests: int = 0) -> Scenario:
-    """A small batch against a provider that is drawn: limits, neighbours, stalls, today's settings."""
-    rng = np.random.default_rng(seed)
-    prompt = float(rng.integers(200, 3_000))
-    source = ModelSource(
-        requests=requests or int(rng.integers(1, 120)),
-        prompt_tokens=(prompt, prompt * float(rng.uniform(1.2, 4.0))),
-        output_tokens=(100.0, float(rng.integers(150, 1_200))),
-        max_tokens=int(rng.choice([800, 1_500, 4_000])),
-        seed=seed,
-    )
-    tpm = int(rng.choice([20_000, 60_000, 500_000]))
-    late = {"first_token_s": float(rng.uniform(0.2, 2.0)), "per_token_s": 0.02, "sigma": float(rng.uniform(0.1, 0.6)),
-            "stall_ratio": float(rng.choice([0.0, 0.02])), "stall_min_s": 10.0, "stall_max_s": 60.0}  # fmt: skip
-    provider = {
-        "tpm": tpm,
-        "rpm": int(rng.choice([60, 500])),
-        "charge_rule": str(rng.choice(["auto", "max_of", "prompt_plus_max", "prompt_chars4"])),
-        "settles": bool(rng.integers(2)),
-        "latency": late,
-        "faults": {"error_ratio": float(rng.choice([0.0, 0.05]))},
-    }
-    if rng.integers(2):
-        provider["cotenant"] = {"share": 0.25, "burst_s": 15.0, "period_s": 60.0}
-    policy = Policy(tpm_limit=tpm, stagger_seconds=float(rng.choice([0.0, 2.0, 15.0])), max_concurrency=3)
-    scenario = Scenario.of(source, provider=ProviderConfig.model_validate(provider), policy=policy, seed=seed)
-    return scenario.fitted(skip_oversized=True)
 
 
 def planned(seed: int, **more: object) -> tuple[Scenario, Plan]:
@@ -64,8 +35,7 @@ def fresh(scenario: Scenario, policy: Policy, runs: int) -> Forecast:
 def test_a_plan_ends_and_keeps_its_word(seed: int, case: int) -> None:
     """On small drawn scenarios: bounded, the limits that are broken are told, and nobody plain is faster unsaid."""
     scenario, found = planned(1_000 * seed + case)
-    # The effort bounds the search; the proof adds to it.
-    assert found.requests_simulated <= 3 * EFFORTS["quick"]
+    assert found.requests_simulated <= most_requests("quick", len(scenario.workload))
     assert not found.out_of_time
     best = found.full.forecast
     assert len(best.runs) >= 100
@@ -81,9 +51,9 @@ def test_a_plan_ends_and_keeps_its_word(seed: int, case: int) -> None:
             told = any(f"under '{row.name}' {LABELS[who]}" in said for said in found.broken)
             assert told == (lost or over), (row.name, who, found.broken)
     # A plain mirrored bucket that is faster by more than 1 % stands in the report, with the condition that forbids it.
-    plain = fresh(scenario, plain_bucket(scenario), 20)
-    mine = forecast_of(best.policy, best.runs[:20])
-    if plain["makespan_s"].mean < 0.99 * mine["makespan_s"].mean:
+    plain, mine = (fresh(scenario, policy, 200) for policy in (plain_bucket(scenario), best.policy))
+    gain = paired_difference(mine, plain, "makespan_s")
+    if gain.low > 0.0 and gain.mean > 0.01 * mine["makespan_s"].mean:
         reasons = [each.reason for each in found.full.passed_over if each.name == "a plain mirrored bucket"]
         assert len(reasons) == 1
         assert "429s per 100 requests" in reasons[0]
