@@ -48,6 +48,7 @@ from governor.sharedquota.quota import (
     FORMAT,
     FORMAT_NAME,
     HEAD,
+    HERE,
     LEAVE,
     REPRICE,
     SERVER_BYTES,
@@ -69,7 +70,7 @@ from governor.sharedquota.quota import (
 LEASE_S = 10.0
 RENEW_RATIO = 0.25
 MUSTER_S = 3.0
-MUSTER_TICK_S = 0.1
+MUSTER_TICK_S, AGAIN_MUSTER_S = 0.1, 0.02
 # Processes that no image names yet are waited for so long: longer than the longest pause before an attempt to connect.
 # A pool that nobody knows begins after the shorter time, in which whoever is connected has heard the bell.
 GATHER_S, BEGIN_S = 1.0, 0.2
@@ -124,7 +125,8 @@ class Store(Protocol):
     ) -> Reading | None:
         """Puts the image in the place of the one named by `head`, and tells the owners; else a reading: too late.
 
-        `taken`: batches of the inbox that it has in it, -1 = all, whatever they are. `news`: by owner and entry.
+        `taken`: batches of the inbox that it has in it. -1 = all, whatever they are, and only if the owner's record of
+        the muster is still there: a rebuilding since would have removed it. `news`: by owner and entry.
         """
 
     async def muster(self, record: bytes, doubted: bytes, *, removes: bool) -> tuple[Reading, dict[str, bytes]]:
@@ -232,7 +234,7 @@ class Member:
         self._task: asyncio.Task[None] | None = None
         self._working: list[asyncio.Task[None]] = []
         self._was_in = False
-        self._mustered_at = -inf, -inf  # when this process first and last met the others, since it was in the pool
+        self._mustered_at = -inf, -inf  # when this process first and last met the others, since a pool was rebuilt
         self._faults = 0
         self._whys: set[str] = set()  # why the store is away; each reason is told once
         self._leaving = False
@@ -511,7 +513,7 @@ class Member:
                 continue  # lost again in this moment
             own = self.image.owners.get(self.owner) if self.image is not None else None
             if own is not None and own.joined == self._entry > entry:
-                self._entered()
+                self._entered(own.silent)
                 return
         raise StoreLostError("it changes faster than anybody can enter")
 
@@ -537,9 +539,10 @@ class Member:
             seen=self._newest[0],
         )
 
-    def _entered(self) -> None:
+    def _entered(self, silent: bool) -> None:
         self.is_in = self._was_in = True
-        self._mustered_at = -inf, -inf
+        if silent:
+            self.post([HERE])
         if self._leaving:
             self.post([LEAVE])
         if self._whys:
@@ -571,7 +574,7 @@ class Member:
             reading, records = await self._store.muster(record, doubted, removes=not is_foreign)
             now = self.clock.heard(reading.server_us, asked_at, self._loop.time())
             if not records:
-                return
+                break  # somebody has done it
             began_ms = _number(records.pop("", b""), reading.server_us // 1000)
             mustered |= set(records)
             entries = {name: found for name, each in records.items() if (found := _record(each)) is not None}
@@ -596,6 +599,7 @@ class Member:
                     self._server_id,
                     now,
                     self._lease_s * self.clock.scale,
+                    by=self.owner,
                     chance=int.from_bytes(os.urandom(4)),
                     # Others may know of launches that are in no image: another version, or whoever still lives where
                     # an image was there; or where there was none, whoever has begun the pool and lost it at once.
@@ -604,8 +608,10 @@ class Member:
                     or not (images or is_begun or here_s >= GATHER_S),
                 )
                 await self._replace(reading.image[: HEAD.size], image, -1, decided, params, before)
-                return
-            await asyncio.sleep(MUSTER_TICK_S * self.clock.scale)
+                break
+            # Where records were lost, all leave theirs again, and must meet before they are lost once more.
+            await asyncio.sleep((MUSTER_TICK_S if are_all_here else AGAIN_MUSTER_S) * self.clock.scale)
+        self._mustered_at = -inf, -inf
 
 
 def packed_params(params: Params) -> tuple[float, ...]:

@@ -35,7 +35,7 @@ from governor.model.lawcalls import numbers_of, params_of
 from governor.model.requests import CAUSES
 
 # Kinds of event.
-WANT, WITHDRAW, CALL, REPRICE, LEAVE, JOIN = range(6)
+WANT, WITHDRAW, CALL, REPRICE, LEAVE, JOIN, HERE = range(7)
 # Before an image: the server that holds it, its incarnation and version. Unequal = somebody else has decided.
 HEAD = struct.Struct(">40sQQ")
 SERVER_BYTES = 40
@@ -82,7 +82,8 @@ class Owner:
     """One process's membership. `joined`: the number of its latest entry; `last`: of its newest event in the image.
 
     `turn`: of its newest attempt in the queue. `gone_at`: when its lease lapsed, -1 = it lives. `told`: news for it
-    since that entry. `since`: the incarnation that it entered; its launches of earlier ones are booked.
+    since that entry. `since`: the incarnation that it entered; its launches of earlier ones are booked. `silent`: it
+    has sent nothing since the pool was rebuilt: a grant might never reach it, and be lost from the budget.
     """
 
     joined: int
@@ -93,6 +94,7 @@ class Owner:
     gone_at: float = -1.0
     told: int = 0
     since: int = 0
+    silent: bool = False
 
 
 @dataclass(slots=True)
@@ -313,6 +315,7 @@ def rebuilt(
     now: float,
     lease_s: float,
     *,
+    by: str,
     chance: int = 0,
     absent: bool = False,
 ) -> tuple[Image, Decided]:
@@ -320,7 +323,8 @@ def rebuilt(
 
     `joins`: by owner, its entry. An owner of the image who is not among them may have launched what nobody knows of
     (`absent`: so may others): the rest of the budget is booked for it. The image becomes the pool's next incarnation.
-    `chance`: 32 bits drawn by the caller.
+    `by`: who rebuilds it; the others are granted nothing before they have found it. `chance`: 32 bits that the caller
+    draws.
     """
     image = best
     cuts = image.cuts | {image.incarnation: image.version}
@@ -337,6 +341,7 @@ def rebuilt(
     for name, join in joins.items():
         join.launches = []
         decision.joins(name, join)
+        image.owners[name].silent = name != by
     return image, decision.done()
 
 
@@ -394,7 +399,7 @@ class _Decision:
         owner = self.image.owners.get(name)
         if owner is None or owner.gone_at >= 0.0 or number <= owner.last:
             return
-        owner.last = number
+        owner.last, owner.silent = number, False
         if kind == WANT:
             self.wants(name, event)
         elif kind == WITHDRAW:
@@ -403,7 +408,7 @@ class _Decision:
             self.called(owner, event)
         elif kind == REPRICE:
             self.repriced(params_of(tuple(event[1])))
-        else:
+        elif kind != HERE:
             assert kind == LEAVE, kind
             self.leaves(name, owner)
             del self.image.owners[name]
@@ -451,6 +456,7 @@ class _Decision:
             return
         self.booked_again(self.unbooked(name, join))
         owner.joined, owner.gone_at, owner.told, owner.since = join.number, -1.0, 0, image.incarnation
+        owner.silent = False
         image.told = UNTOLD
         if join.params is not None:
             self.repriced(params_of(tuple(join.params)))
@@ -530,22 +536,24 @@ class _Decision:
         image, p = self.image, self.image.p
         image.wake_at, image.cause = inf, law.NOTHING
         told = UNTOLD
-        taken = 0
-        for w in image.waiters:
+        waiters: list[Waiter] = []
+        for place, w in enumerate(image.waiters):
+            if image.owners[w.owner].silent:
+                waiters.append(w)
+                continue
             if law.never_fits(p, w.reserve):
                 self.news_of(w.owner).refused.append(w.ticket)
-                taken += 1
                 continue
             at, cause = self.law("admission", w.reserve, w.standing, self.now)
             if at > self.now:
                 image.wake_at, image.cause = at, cause
                 told = (w.owner, w.ticket, at, cause)
+                waiters += image.waiters[place:]
                 break
             self.law("launched", w.reserve, w.standing, self.now, w.u, owner=image.owners[w.owner])
             image.turn = max(image.turn, w.turn)
             self.news_of(w.owner).grants.append((w.ticket, image.s.booked_before.copy() if p.sync_headers else []))
-            taken += 1
-        del image.waiters[:taken]
+        image.waiters = waiters
         if told != image.told and told[0]:
             self.news_of(told[0]).wake = told[1:]
         image.told = told

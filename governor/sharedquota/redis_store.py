@@ -61,9 +61,11 @@ end
 return read(now)
 """
 # Replaces the image if it is still the one that is named, takes so many batches from the inbox, tells the owners of
-# KEYS 6 and on; else reads. ARGV: head, image, batches, seconds, seconds, news.
+# KEYS 6 and on; else reads. An image that is no more may have been rebuilt and lost again since: -1 batches only by an
+# owner whose record of the muster is there. ARGV: head, image, batches, seconds, seconds, owner, news.
 _REPLACE = f"""{_READ}
-if redis.call('GETRANGE', KEYS[1], 0, {HEAD.size - 1}) ~= ARGV[1] then
+if redis.call('GETRANGE', KEYS[1], 0, {HEAD.size - 1}) ~= ARGV[1]
+    or ARGV[3] == '-1' and redis.call('HEXISTS', KEYS[4], ARGV[6]) == 0 then
   return read(redis.call('TIME'))
 end
 redis.call('SET', KEYS[1], ARGV[2], 'EX', ARGV[4])
@@ -75,7 +77,7 @@ end
 local now = redis.call('TIME')[1]
 redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', (now - ARGV[5]) * 1000)
 for i = 6, #KEYS do
-  redis.call('RPUSH', KEYS[i], ARGV[i])
+  redis.call('RPUSH', KEYS[i], ARGV[i + 1])
   redis.call('EXPIRE', KEYS[i], ARGV[5])
 end
 return 1
@@ -229,7 +231,7 @@ class RedisStore:
     ) -> Reading | None:
         """See `member.Store`."""
         keys = [*self._keys, *(self._list(*to) for to in news)]
-        answer = await self._run(_REPLACE, keys, head, image, taken, KEPT_S, NEWS_KEPT_S, *news.values())
+        answer = await self._run(_REPLACE, keys, head, image, taken, KEPT_S, NEWS_KEPT_S, self._owner, *news.values())
         return None if answer == 1 else _reading(answer)
 
     async def muster(self, record: bytes, doubted: bytes, *, removes: bool) -> tuple[Reading, dict[str, bytes]]:

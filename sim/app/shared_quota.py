@@ -152,7 +152,7 @@ class Shelved:
         await self._on_the_way()
         shelf = self._shelf
         late: Reading | None = None
-        if shelf.image[: HEAD.size] != head:
+        if shelf.image[: HEAD.size] != head or (taken < 0 and self._owner not in shelf.muster):
             shelf.late += 1
             late = shelf.reading()
         else:

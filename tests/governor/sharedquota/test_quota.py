@@ -16,6 +16,7 @@ from governor.law import FIRST, HOLDING, MAIN, RETRY, Params, State
 from governor.model.lawcalls import CALLS, PATCHED, numbers_of, packed, patch_of, result_of, state_of
 from governor.sharedquota.quota import (
     CALL,
+    HERE,
     LEAVE,
     REPRICE,
     WANT,
@@ -55,7 +56,7 @@ def want(ticket: int, reserve: float = 1_000.0, *, standing: int = FIRST, attemp
 def pool(p: Params, owners: str = "ab", now: float = 0.0) -> Image:
     """A pool that these owners have entered."""
     joins = {name: join(p) for name in owners}
-    image, _ = rebuilt(joins, begun(joins, now), SERVER, now, LEASE_S)
+    image, _ = rebuilt(joins, begun(joins, now), SERVER, now, LEASE_S, by=owners[0])
     return image
 
 
@@ -298,7 +299,7 @@ def test_a_pool_is_rebuilt_from_what_the_living_know(seed: int) -> None:
             each: join(None, 2, last=numbers[each] - 1, holds=holds[each], calls=unheard[each], launches=launches[each])
             for each in image.owners
         }
-        again, _ = rebuilt(joins, best, b"b" * 40, 20.0, LEASE_S)
+        again, _ = rebuilt(joins, best, b"b" * 40, 20.0, LEASE_S, by="a")
         assert again.s.in_flight == image.s.in_flight == sum(holds.values())
         assert law.used_in(again.p, again.s, law.TPM, 20.0) == law.used_in(image.p, image.s, law.TPM, 20.0)
         assert again.incarnation > image.incarnation
@@ -312,7 +313,7 @@ def test_launches_that_came_after_the_newest_image_are_booked_again() -> None:
     assert granted(found.news) == {"a": [1]}
     launch = (old.incarnation, old.version, 2_500.0, FIRST, 5.0, 0.5)
     joins = {"a": join(None, 2, last=1, holds=1, launches=[launch]), "b": join(None, 2)}
-    again, _ = rebuilt(joins, Image.decoded(data), b"b" * 40, 5.0, LEASE_S)
+    again, _ = rebuilt(joins, Image.decoded(data), b"b" * 40, 5.0, LEASE_S, by="a")
     assert again.s.in_flight == 1
     assert law.used_in(again.p, again.s, law.TPM, 5.0) == law.used_in(old.p, old.s, law.TPM, 5.0) == 2_500.0
     # Who comes late to the rebuilt pool is booked as well, once.
@@ -325,15 +326,25 @@ def test_launches_that_came_after_the_newest_image_are_booked_again() -> None:
 
 def test_whoever_is_missing_may_have_launched_what_was_left() -> None:
     image = pool(some(tpm=6_000))
-    again, found = rebuilt({"a": join(None, 2, last=1, wants=[want(1)])}, image, b"b" * 40, 1.0, LEASE_S)
+    again, found = rebuilt({"a": join(None, 2, last=1, wants=[want(1)])}, image, b"b" * 40, 1.0, LEASE_S, by="a")
     assert law.used_in(again.p, again.s, law.TPM, 1.0) == pytest.approx(6_000)
     assert granted(found.news) == {}
     assert found.news["a"].wake == (1, pytest.approx(11.0), law.BY_TPM)
 
 
+def test_only_who_is_heard_of_after_a_rebuilding_is_granted_anything() -> None:
+    """The grant of one that never finds the rebuilt pool would be lost from the budget."""
+    joins = {name: join(some(), 2, wants=[want(1)]) for name in "ab"}
+    image, found = rebuilt(joins, pool(some()), b"b" * 40, 1.0, LEASE_S, by="b")
+    assert granted(found.news) == {"b": [1]}
+    assert [w.owner for w in image.waiters] == ["a"]
+    assert granted(decide(image, [], alive(image, 2.0), 2.0, LEASE_S).news) == {}
+    assert granted(decide(image, [("a", 1, [[HERE]])], alive(image, 3.0), 3.0, LEASE_S).news) == {"a": [1]}
+
+
 def test_a_pool_that_nobody_knows_begins_with_what_an_earlier_run_had_used() -> None:
     joins = {"a": join(some(tpm=6_000), before=(4_000.0, 0.0, 0.0, 0.0))}
-    image, _ = rebuilt(joins, begun(joins, 3.0), SERVER, 3.0, LEASE_S)
+    image, _ = rebuilt(joins, begun(joins, 3.0), SERVER, 3.0, LEASE_S, by="a")
     assert law.used_in(image.p, image.s, law.TPM, 3.0) == pytest.approx(4_000)
     assert image.s.in_flight == 0
 
@@ -361,7 +372,7 @@ def test_launches_of_any_earlier_incarnation_are_booked_once(seed: int) -> None:
             for other in others:
                 halves[names].owners[other].gone_at = 0.0
         # The one half stays where it was; the other finds itself on another server.
-        halves["cd"], _ = rebuilt(joins_of("cd", 0), halves["cd"], b"b" * 40, 0.0, 1e9, chance=9)
+        halves["cd"], _ = rebuilt(joins_of("cd", 0), halves["cd"], b"b" * 40, 0.0, 1e9, by="c", chance=9)
         for step in range(1, 25):
             names = rng.choice(["ab", "cd"])
             image, old = halves[names], Image.decoded(halves[names].encoded())
@@ -375,9 +386,9 @@ def test_launches_of_any_earlier_incarnation_are_booked_once(seed: int) -> None:
             if rng.random() < 0.5:  # emptied: the newest image that somebody has may be older
                 joins = joins_of(names, image.incarnation)
                 best = rng.choice([image, old])
-                halves[names], _ = rebuilt(joins, best, SERVER, step, 1e9, chance=rng.getrandbits(32))
+                halves[names], _ = rebuilt(joins, best, SERVER, step, 1e9, by=names[0], chance=rng.getrandbits(32))
         best = max(halves.values(), key=lambda each: each.age)
-        both, _ = rebuilt(joins_of("abcd", best.incarnation), best, SERVER, 25.0, 1e9, chance=1)
+        both, _ = rebuilt(joins_of("abcd", best.incarnation), best, SERVER, 25.0, 1e9, by="a", chance=1)
         spent = sum(launch[2] for each in launches.values() for launch in each)
         assert law.used_in(both.p, both.s, law.TPM, 25.0) == spent
         assert both.s.in_flight == sum(map(len, launches.values()))
