@@ -54,10 +54,10 @@ C = TypeVar("C")
 
 
 def policy() -> Policy:
-    """What somebody sets who knows the provider."""
+    """What somebody sets who knows the provider: it does not charge what it refuses."""
     return Policy.preset("paceline").with_(
         max_concurrency=IN_FLIGHT, stagger_seconds=0.0, tpm_limit=TPM, tpm_headroom=0.01, rpm_limit=RPM,
-        charge_rule=RULE, settle=False,
+        charge_rule=RULE, settle=False, refund_throttled=True,
     )  # fmt: skip
 
 
