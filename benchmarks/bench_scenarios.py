@@ -1,8 +1,8 @@
-"""Whether plans of random small scenarios end within their bound, and keep their word on a plain mirrored bucket.
+"""Whether plans of random small scenarios end within their bound, and keep their word on a plain mirrored window.
 
 `python -m benchmarks.bench_scenarios [--scenarios 1000] [--seed 1] [--bimodal 4]`. Each scenario is planned at effort
 quick. Counted: plans beyond the bound that the help of `--effort` names, or stopped by the clock; and recommendations
-that are slower than a plain mirrored bucket by more than 1 % as assumed, on 200 seeds of their own, while the report
+that are slower than a plain mirrored window by more than 1 % as assumed, on 200 seeds of their own, while the report
 shows no condition that forbids it. `--bimodal`: of so many of them the workload is 300 requests of two kinds at 30,000
 tokens per minute. Exit 1 where any of them fails.
 """
@@ -22,7 +22,7 @@ from sim.experiment.results import Plan, paired_difference
 from sim.model.provider_config import ProviderConfig
 from sim.scenario.scenario import ModelSource, Scenario
 from sim.selection.planner import most_requests, plan
-from sim.selection.space import plain_bucket
+from sim.selection.space import plain_mirror
 
 # Seeds that no plan uses.
 OWN_SEEDS, RUNS = 5_000_000, 200
@@ -72,13 +72,13 @@ def bimodal_scenario(seed: int) -> Scenario:
 
 
 def is_unsaid(scenario: Scenario, found: Plan) -> float:
-    """By which share a plain mirrored bucket is faster as assumed, where the report shows no condition; else 0."""
-    if any(each.name == "a plain mirrored bucket" for each in found.full.passed_over):
+    """By which share a plain mirrored window is faster as assumed, where the report shows no condition; else 0."""
+    if any(each.name == "a plain mirrored window" for each in found.full.passed_over):
         return 0.0
     own = replace(scenario, seed=scenario.seed + OWN_SEEDS)
     pool = Pool(1, engine="compiled")
     mine, plain = (
-        replicate(own, RUNS, policy=policy, pool=pool) for policy in (found.full.policy, plain_bucket(scenario))
+        replicate(own, RUNS, policy=policy, pool=pool) for policy in (found.full.policy, plain_mirror(scenario))
     )
     gain = paired_difference(mine, plain, "makespan_s")
     ratio = gain.mean / mine["makespan_s"].mean
@@ -106,7 +106,7 @@ def main() -> None:
         ratio = is_unsaid(scenario, found)
         if ratio:
             unsaid += 1
-            print(f"seed {seed}: a plain mirrored bucket is {ratio:.1%} faster, and the report is silent", flush=True)
+            print(f"seed {seed}: a plain mirrored window is {ratio:.1%} faster, and the report is silent", flush=True)
         shown += bool(found.full.passed_over)
         asks += bool(found.find_out)
         if (i + 1) % 20 == 0:

@@ -31,7 +31,14 @@ FIRST_TOKEN_S, PER_TOKEN_S = 0.3, 0.005
 BURST_S = 6.0
 START_S = 60.0
 
+# Of a limiter whose code one runs, all this is known: a plan need not hold for anything else.
+KNOWN = (
+    *("limits", "charge rule", "settling", "refused requests"),
+    *("Retry-After", "counts in headers", "window", "slices"),
+)
 _ALL: dict[str, Any] = {
+    "learnt": KNOWN,
+    "learnt_from": "the limiter's documentation",
     "tpm": TPM,
     "rpm": RPM,
     "charge_rule": "prompt_plus_max",

@@ -1,15 +1,15 @@
 """The twin against rate limiters that we did not write: plan, run, backtest, beside what others would have used.
 
-    python -m benchmarks.twin_outside [--short] [--kind "slowapi fixed" ...] [--requests 60 200] [--time-scale 5]
+    python -m benchmarks.twin_outside [--short] [--kind "slowapi fixed" ...] [--requests 60 200] [--seeds 1 2 3]
 
-For each endpoint of `outside_servers` and each size of batch: settings are planned with the endpoint's provider file,
-and run live over loopback beside the preset `paceline` told the limits and the charge rule, the official SDK with its
-own 10 retries, and aiolimiter with a weight per request and 10 retries. Each contender meets a fresh endpoint. All
-clocks run `--time-scale` times as fast.
+For each endpoint of `outside_servers`, each size of batch and each seed: the preset `paceline`, told the limits and the
+charge rule, runs live over loopback; then the settings that are planned with the endpoint's provider file; beside them
+the official SDK with its own 10 retries, and aiolimiter with a weight per request and 10 retries. Each contender meets
+a fresh endpoint. All clocks run `--time-scale` times as fast.
 
 Per run: the measured finish time and 429s, each with the backtest's 95 % interval (told the provider file), the
-error, and the forecast that stood in the journal before the first launch; of the recommended settings' run also what
-the journal of the preset's run, calibrated, says of it (`from first`), told the answers but no provider file.
+error, and the forecast that stood in the journal before the first launch. That of the first run was told the provider
+file, and no answers; that of the second run only what `calibrate` learnt from the first run's journal.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -56,12 +57,13 @@ STOP_AFTER_S = 1_200.0
 # Ours may be slower than the better of the two peers by no more, where that one lost nothing.
 SLOWER_MOST = 0.03
 INSIDE_LEAST, THROTTLED_INSIDE_LEAST, ERROR_MOST, SECOND_ERROR_MOST = 0.9, 0.85, 0.01, 0.05
+PRESET, RECOMMENDED = "paceline", "recommended"
 PEERS = ("SDK, 10 retries", "aiolimiter")
 
 
 @dataclass(frozen=True, slots=True)
 class Ours:
-    """One run of ours, with its backtest. `second`: its finish time, as the other run's journal predicts it."""
+    """One run of ours, with its backtest. `is_second`: its forecast is from the calibrated journal of the first."""
 
     kind: str
     count: int
@@ -69,7 +71,7 @@ class Ours:
     policy: Policy
     lost: int
     found: Backtest
-    second: Compared | None = None
+    is_second: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,23 +100,20 @@ def preset() -> Policy:
     )
 
 
-def planned(path: Path, provider: ProviderConfig, seed: int) -> Policy:
-    """What `paceline plan` recommends for that batch on that provider."""
-    scenario = Scenario.of(FileSource(path=str(path)), provider=provider, policy=preset(), seed=seed)
-    return plan(scenario, effort="quick").policy
-
-
 def run_ours(
-    kind: str, count: int, path: Path, name: str, policy: Policy, *, seed: int, time_scale: float, folder: Path
+    kind: str, count: int, path: Path, policy: Policy, scenario: Path, *, seed: int, time_scale: float, folder: Path
 ) -> Ours:
-    """A batch under that policy against a fresh endpoint, and its journal."""
+    """A batch under that policy against a fresh endpoint, its journal and its backtest.
+
+    `scenario`: what its forecast is told. `folder`, a new one, bears the name of the settings.
+    """
     folder.mkdir()
     with served(kind, time_scale) as base_url:
         orders = Orders(
             requests=path,
             out=folder / "results.jsonl",
             journal=folder / "run.db",
-            pools=[Pool(policy=policy, base_url=base_url)],
+            pools=[Pool(policy=policy, base_url=base_url, scenario=str(scenario))],
             environment=ENVIRONMENT,
             prices=Prices({}),
             manner=Manner(time_scale=time_scale, stop_after_s=STOP_AFTER_S),
@@ -125,7 +124,8 @@ def run_ours(
             outcome = run_orders(orders, foresee=foresee, connect=connect_with(ENVIRONMENT), shown=Quiet(said))
     with Journal.open(folder / "run.db") as journal:
         found = backtest(journal, provider=provider_of(kind))
-    return Ours(kind, count, name, policy, outcome.summary.failed + outcome.pending, found)
+    lost = outcome.summary.failed + outcome.pending
+    return Ours(kind, count, folder.name, policy, lost, found, folder.name == RECOMMENDED)
 
 
 def run_peer(kind: str, name: str, batch: Sequence[Case], time_scale: float) -> Peer:
@@ -144,24 +144,25 @@ def tried(kind: str, count: int, *, seed: int, time_scale: float, folder: Path) 
     path = folder / "batch.jsonl"
     write_lines(path, (case.body for case in batch))
     given: dict[str, Any] = {"seed": seed, "time_scale": time_scale}
-    yield run_ours(kind, count, path, "paceline", preset(), folder=folder / "paceline", **given)
-    policy = planned(path, provider_of(kind), seed)
-    ours = run_ours(kind, count, path, "recommended", policy, folder=folder / "recommended", **given)
-    learnt = calibrate(of_journal(str(folder / "paceline" / "run.db"))).scenario.provider
-    with Journal.open(folder / "recommended" / "run.db") as journal:
-        yield replace(ours, second=backtest(journal, provider=learnt).makespan_s)
+    assumed = Scenario.of(FileSource(path=str(path)), provider=provider_of(kind), policy=preset(), seed=seed)
+    scenario, learnt = folder / "scenario.yaml", folder / "learnt.yaml"
+    assumed.write(scenario)
+    yield run_ours(kind, count, path, preset(), scenario, folder=folder / PRESET, **given)
+    calibrate(of_journal(str(folder / PRESET / "run.db"))).write(learnt)
+    policy = plan(assumed, effort="quick").policy
+    yield run_ours(kind, count, path, policy, learnt, folder=folder / RECOMMENDED, **given)
     for name in PEERS:
         yield run_peer(kind, name, batch, time_scale)
 
 
 @contextmanager
-def kept_in(keep: Path | None, kind: str, count: int) -> Iterator[Path]:
-    """A folder for the files of one endpoint: one that goes away, or a new one under `keep`."""
+def kept_in(keep: Path | None, name: str) -> Iterator[Path]:
+    """A folder for the files of one endpoint: one that goes away, or a new one of that name under `keep`."""
     if keep is None:
         with tempfile.TemporaryDirectory(prefix="paceline-outside-") as name:
             yield Path(name)
     else:
-        folder = keep / f"{kind.replace(' ', '-')}-{count}"
+        folder = keep / name
         folder.mkdir(parents=True)
         yield folder
 
@@ -178,7 +179,6 @@ def row(one: Ours) -> list[str]:
     """One line of the table."""
     b = one.found
     cells = [_cell(b.makespan_s), _error(b.makespan_s), _cell(b.throttled), _cell(b.forecast), _error(b.forecast)]
-    cells += [_cell(one.second), _error(one.second)]
     return [f"{one.kind}, {one.count}", one.settings, *cells, str(one.lost)]
 
 
@@ -187,10 +187,10 @@ def verdict(ours: Sequence[Ours], slower: Sequence[str]) -> tuple[list[str], boo
     n, found = len(ours), [one.found for one in ours]
     errors = [abs(b.makespan_s.error_ratio or 0.0) for b in found]
     inside, counted = sum(b.makespan_s.covered for b in found), sum(b.throttled.covered for b in found)
-    lost = sum(one.lost for one in ours if one.settings == "recommended")
-    forecasts = [b.forecast for b in found if b.forecast is not None]
+    lost = sum(one.lost for one in ours if one.settings == RECOMMENDED)
+    forecasts = [one.found.forecast for one in ours if one.found.forecast is not None and not one.is_second]
     off = [abs(f.error_ratio or 0.0) for f in forecasts] or [0.0]
-    seconds = [one.second for one in ours if one.second is not None]
+    seconds = [one.found.forecast for one in ours if one.found.forecast is not None and one.is_second]
     apart = [abs(s.error_ratio or 0.0) for s in seconds] or [0.0]
     lines = [
         f"backtest: finish inside its interval in {inside} of {n}, 429s in {counted} of {n}; median absolute error "
@@ -214,28 +214,29 @@ def main(words: list[str]) -> int:
     parser.add_argument("--kind", action="append", choices=KINDS, help="an endpoint; all if none is named")
     parser.add_argument("--requests", type=int, nargs="+", default=None)
     parser.add_argument("--time-scale", type=float, default=SCALE)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--keep", type=Path, help="a folder where journals stay")
     given = parser.parse_args(words)
     if not 0.0 < given.time_scale <= 10.0:
         parser.error("--time-scale must be above 0 and at most 10")
     counts = given.requests or (SHORT if given.short else COUNTS)
-    print(f"seed {given.seed}, {TPM:,} TPM and {RPM} RPM, clocks {given.time_scale:g} times as fast", flush=True)
+    seeds = ", ".join(map(str, given.seeds))
+    print(f"seeds {seeds}; {TPM:,} TPM and {RPM} RPM, clocks {given.time_scale:g} times as fast", flush=True)
     ours: list[Ours] = []
-    rows = [["endpoint", "settings", "finish s", "error", "429s", "forecast s", "error", "from first", "error", "lost"]]
+    rows = [["endpoint", "settings", "finish s", "error", "429s", "forecast s", "error", "lost"]]
     slower, begun = [], time.monotonic()
     for kind in given.kind or KINDS:
-        for count in counts:
-            with kept_in(given.keep, kind, count) as folder:
+        for count, seed in product(counts, given.seeds):
+            with kept_in(given.keep, f"{kind.replace(' ', '-')}-{count}-{seed}") as folder:
                 best, recommended_s = float("inf"), 0.0
-                for one in tried(kind, count, seed=given.seed, time_scale=given.time_scale, folder=folder):
+                for one in tried(kind, count, seed=seed, time_scale=given.time_scale, folder=folder):
                     if isinstance(one, Ours):
                         ours.append(one)
                         rows.append(row(one))
-                        if one.settings == "recommended":
+                        if one.settings == RECOMMENDED:
                             recommended_s = one.found.makespan_s.measured
                     else:
-                        rows.append([f"{kind}, {count}", one.name, f"{one.makespan_s:.1f}", *[""] * 6, str(one.lost)])
+                        rows.append([f"{kind}, {count}", one.name, f"{one.makespan_s:.1f}", *[""] * 4, str(one.lost)])
                         best = best if one.lost else min(best, one.makespan_s)
                     print(" | ".join(rows[-1]), flush=True)
                 if recommended_s > (1.0 + SLOWER_MOST) * best:

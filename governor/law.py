@@ -19,9 +19,10 @@ Budgets. Four dimensions share one code path and differ in length and kind of wi
     TPD    tokens      86,400 s  bucket: a rolling day, docs/explanation/provider.md#buckets
     RPD    requests    86,400 s  bucket
 
-`fixed` is a minute and half a second, anchored at the first launch after the last one expired. `sliding` keeps
-the last 60 s in half-second cells: the current one and the 120 full ones behind it, so that a booking counts for 60 to
-60.5 s. `bucket` refills continuously and is held as one number, the moment at which it will be full again (as in GCRA).
+`fixed` is a minute and half a second, anchored at the first launch after the last one expired. `sliding` keeps the last
+minute in half-second cells: the current one and the 121 full ones behind it, so that a booking counts for 60.5 to 61 s.
+`bucket` refills continuously and is held as one number, the moment at which it will be full again (as in GCRA); of a
+limit per minute it holds the budget, or less where the provider grants shorter bursts (`burst_ratio`).
 
 Counts. Where the policy syncs, the law keeps an image of the provider's own bucket, which also binds. Launches and
 settlements move it, counts in headers correct it (`synced`), and a refusal says what it held (`throttled`). When a
@@ -69,12 +70,13 @@ OUTAGE = HOLD  # in the records of waiting: launches are held
 MINUTE_S = 60.0
 DAY_S = 86400.0
 LENGTH_S = (MINUTE_S, MINUTE_S, DAY_S, DAY_S)  # of the window of each dimension
-# Our minute begins with a launch and the provider's when it arrives, after a connection was set up: who comes back
-# too soon is refused, and where refusals count, in both minutes.
-FIXED_S = MINUTE_S + 0.5
 CELL_S = 0.5
-CELLS_BEHIND = 120
-CELLS = 121  # the current half second and 120 full ones behind it
+# Our minute begins with a launch and the provider's when it arrives, after a connection was set up: who comes back
+# too soon is refused, and where refusals count, in both minutes. Half a second is allowed for that.
+FIXED_S = MINUTE_S + CELL_S
+CELLS_BEHIND = 121
+CELLS = 122  # the current half second and 121 full ones behind it
+SLIDING_S = CELLS * CELL_S  # until a booking at the beginning of a cell counts no more
 
 # So many answers in a row, no success between them, that ask for a longer wait than is obeyed: access ends for now.
 OUTWAITED = 3
@@ -107,7 +109,8 @@ class Params:
     """A policy as numbers. Times in seconds, limits per minute or day, 0 = no limit. See `Policy` for the meaning.
 
     Arrays have one entry per dimension (TPM, RPM, TPD, RPD). `budget` is the usable part of `limit`, `rate_per_s` its
-    continuous refill; both are made by `budget_of` and `rate_of`.
+    continuous refill; both are made by `budget_of` and `rate_of`. `burst_ratio`: what a bucket of a minute holds at
+    most, as a share of that; 1 for other windows.
     """
 
     max_concurrency: int
@@ -116,6 +119,7 @@ class Params:
     jitter_cap_s: float
     headroom_ratio: float
     window: int
+    burst_ratio: float
     settles: int
     longest_first: int
     max_attempts: int
@@ -144,7 +148,7 @@ class State:
     """What the law remembers of one pool. A new one has launched nothing; change it only through the law's functions.
 
     `full_at`: per dimension, when the bucket is full again. `window_at`, `window_used`: start and content of the fixed
-    minute; `cell_at`, `cells`: newest cell and ring of the sliding window (TPM's 121 cells, then RPM's), whose sum
+    minute; `cell_at`, `cells`: newest cell and ring of the sliding window (TPM's 122 cells, then RPM's), whose sum
     stands in `window_used` too. `scale`: granted limit over configured limit where the provider grants less.
 
     `outwaited`: refusals since the last success that asked for a longer wait than is obeyed.
@@ -225,9 +229,16 @@ def rate_of(limit: float, headroom_ratio: float, length_s: float) -> float:
     return max(limit * (1.0 - headroom_ratio), 1e-9) / length_s
 
 
+def held_of(p: Params, d: int, amount: float) -> float:
+    """What the window of dimension `d` holds of `amount` per minute or day at most: all of it, or a burst's share."""
+    if d >= TPD or p.burst_ratio == 1.0 or amount == math.inf:
+        return amount
+    return max(1.0, amount * p.burst_ratio)
+
+
 def never_fits(p: Params, reserve: float) -> bool:
     """Whether a reservation is above a limit itself, not just above the budget: the provider would never admit it."""
-    return (0.0 < p.limit[TPM] < reserve) or (0.0 < p.limit[TPD] < reserve)
+    return (0.0 < held_of(p, TPM, p.limit[TPM]) < reserve) or (0.0 < p.limit[TPD] < reserve)
 
 
 def _sliding_used(s: State, d: int, cell: float) -> float:
@@ -268,7 +279,7 @@ def _ready_at(p: Params, s: State, d: int, amount: float, now: float) -> float:
     """
     if p.window == BUCKET or d >= TPD:
         scale = s.scale[d]
-        spare = p.budget[d] * scale - amount
+        spare = held_of(p, d, p.budget[d]) * scale - amount
         if spare <= 0.0:
             return s.full_at[d]
         return s.full_at[d] - spare / (p.rate_per_s[d] * scale)
@@ -356,12 +367,13 @@ def _mirror_ready_at(p: Params, s: State, d: int, amount: float) -> float:
     limit = _stated_limit(p, s, d)
     if limit <= 0.0:
         return -math.inf
+    held = held_of(p, d, limit)
     kept = 0.0
     if d < TPD:
-        kept = UNHEARD_RATIO * limit
+        kept = UNHEARD_RATIO * held
         if s.synced_at[d] > -math.inf:
             kept = min(kept, s.surprise[d])
-    return s.mirror_at[d] - max(0.0, limit - amount - kept) * LENGTH_S[d] / limit
+    return s.mirror_at[d] - max(0.0, held - amount - kept) * LENGTH_S[d] / limit
 
 
 def _mirror_book(p: Params, s: State, reserve: float, now: float) -> None:
@@ -492,7 +504,7 @@ def admission(p: Params, s: State, reserve: float, standing: int, now: float) ->
     if (
         standing != HOLDING
         and s.in_flight > 0
-        and (s.alone or s.in_flight >= permits(p, s) or reserve > p.budget[TPM] * s.scale[TPM])
+        and (s.alone or s.in_flight >= permits(p, s) or reserve > held_of(p, TPM, p.budget[TPM]) * s.scale[TPM])
     ):
         return math.inf, CONCURRENCY
     at = now
@@ -552,7 +564,7 @@ def launched(p: Params, s: State, reserve: float, standing: int, now: float, u: 
     """Takes the permit, books the reservation in every budget and, on a first attempt, the next launch slot."""
     if standing != HOLDING:
         s.in_flight += 1
-    if reserve > p.budget[TPM] * s.scale[TPM]:
+    if reserve > held_of(p, TPM, p.budget[TPM]) * s.scale[TPM]:
         s.alone = 1
     for d in range(4):
         if p.limit[d] > 0.0:
@@ -884,7 +896,7 @@ def synced(
     s.surprise[d] *= math.exp(-passed_s / SURPRISE_FADES_S)
     # What was turned away is in our image, and not in the provider's bucket.
     ours = max(0.0, s.mirror_at[d] - now) * limit / length_s - (amount if is_refused else 0.0)
-    used = limit - remaining
+    used = max(0.0, held_of(p, d, limit) - remaining)
     refilled = limit / length_s * (now - launched_at)
     change = _nearer(used - ours, max(0.0, used - refilled) + booked_since - amount - ours)
     if remaining == 0.0:

@@ -117,6 +117,8 @@ def drawn_policy(r: random.Random) -> law.Params:
         *("refunds_throttled", "finalize_lowers"),
     ):
         setattr(p, flag, r.randrange(2))
+    if p.window == law.BUCKET:
+        p.burst_ratio = r.choice([1.0, 0.1, r.uniform(0.001, 1.0)])
     return p
 
 
@@ -128,7 +130,7 @@ def later(r: random.Random, now: float) -> float:
     if kind == 1:
         return math.floor(now * 2.0 + 1.0) / 2.0
     if kind == 2:
-        return now + r.choice([60.0, 60.5, 3_600.0])
+        return now + r.choice([60.0, law.FIXED_S, law.SLIDING_S, 3_600.0])
     return now + r.expovariate(1.0) * r.choice([0.01, 1.0, 10.0])
 
 
@@ -186,6 +188,7 @@ def law_calls(r: random.Random, both: Both) -> None:
             both("permits", p, s)
             both("answer_may_admit", p, standing)
             both("never_fits", p, reserve)
+            both("held_of", p, r.randrange(4), reserve)
         elif kind == 14:
             place = (r.randrange(2), r.randint(1, 3), float(r.randint(-1, 900)), reserve, float(r.randrange(99)))
             both("rank", p, *place)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from governor.law import BUCKET, FIXED, FIXED_S, MINUTE_S, RPD, RPM, TPD, TPM, Params, State, used_in
+from governor.law import BUCKET, FIXED, FIXED_S, MINUTE_S, RPD, RPM, TPD, TPM, Params, State, held_of, used_in
 from governor.model.errors import FailureCode
 from governor.model.policy import Policy
 
@@ -158,7 +158,7 @@ def _bucket_s(p: Params, d: int, amount: float, largest: float, used: float = 0.
     """Until the last of `amount` fits into a bucket that is full but for `used`; one above the budget needs it all."""
     if p.limit[d] <= 0.0:
         return 0.0
-    return max(0.0, used + amount - max(p.budget[d], largest)) / p.rate_per_s[d]
+    return max(0.0, used + amount - max(held_of(p, d, p.budget[d]), largest)) / p.rate_per_s[d]
 
 
 def _window_s(p: Params, d: int, amount: float, largest: float, n: int, booked: InUse) -> float:

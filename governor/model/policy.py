@@ -73,6 +73,9 @@ class Policy(BaseModel):
     tpm_window: Literal["fixed", "sliding", "bucket"] = _knob(
         "OPENAI_TPM_WINDOW", "fixed", "", "anchored minutes, the last 60 s, or continuous refill", paceline="bucket"
     )
+    burst_seconds: float = _knob(
+        "OPENAI_BURST_SECONDS", 60.0, "s", "what a bucket holds, as seconds of its refill", gt=0, le=60
+    )
     charge_rule: Literal["fixed", "prompt_chars4", "prompt_plus_max", "max_of", "responses", "auto", "learned"] = _knob(
         "OPENAI_CHARGE_RULE", "fixed", "", "what is reserved: the estimate per run, or by request", paceline="auto"
     )
@@ -225,6 +228,7 @@ class Policy(BaseModel):
             jitter_cap_s=self.jitter_cap_seconds,
             headroom_ratio=self.tpm_headroom,
             window=_WINDOWS[self.tpm_window],
+            burst_ratio=self.burst_seconds / MINUTE_S if self.tpm_window == "bucket" else 1.0,
             settles=int(self.settle),
             longest_first=int(self.launch_order == "longest_first"),
             max_attempts=self.retry_max_attempts,
@@ -438,7 +442,7 @@ def _bare(words: list[str]) -> tuple[list[str], bool]:
     """The words without our prefix and unit, in alphabetical order, and whether the name is in our name space."""
     named_ours = bool(words) and (words[0] in _OUR_PREFIXES or words[0] in ("FINALIZE", "PREFLIGHT"))
     rest = words[1:] if words and words[0] in _OUR_PREFIXES else words
-    return sorted(rest[:-1] if rest and rest[-1] in _UNITS else rest), named_ours
+    return sorted(word for word in rest if word not in _UNITS), named_ours
 
 
 def _wrong_letters(words: list[str], ours: list[str]) -> float:

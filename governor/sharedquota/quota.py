@@ -499,7 +499,7 @@ class _Decision:
     def filled(self) -> None:
         """Books what is left of the minute's budget."""
         p, s = self.image.p, self.image.s
-        room = p.budget[law.TPM] * s.scale[law.TPM] - law.used_in(p, s, law.TPM, self.now)
+        room = law.held_of(p, law.TPM, p.budget[law.TPM]) * s.scale[law.TPM] - law.used_in(p, s, law.TPM, self.now)
         if p.limit[law.TPM] > 0.0 and room > 0.0:
             self.law("launched", room, RETRY, self.now, 0.5)
             self.law("released")

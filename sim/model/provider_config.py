@@ -458,6 +458,7 @@ _INPUTS = {
     "retry_after": "Retry-After",
     "counts": "counts in headers",
     "window": "window",
+    "burst_s": "window",
     "slice_s": "slices",
     "slice_tokens": "slices",
     "charged": "settling",

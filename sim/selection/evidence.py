@@ -317,6 +317,7 @@ def reason_for(
             "sliding": "tokens free as they age, not all at once when a minute expires",
             "fixed": "whole minutes fit this batch",
         }[new.tpm_window],
+        "burst_seconds": f"the provider grants bursts of {scenario.provider.burst_s:g} s of its limits",
         "charge_rule": {
             "fixed": "one flat reservation is enough here",
             "max_of": "reserves what the documentation says is charged, request by request",

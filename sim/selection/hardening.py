@@ -20,6 +20,9 @@ from sim.selection.search import Goal, Score, Searcher, better, score_of
 
 # Excess throttles per 100, summed over the conditions, that a handful of runs cannot tell from none.
 THROTTLE_NOISE = 0.25
+# What avoiding one throttle per 100 in one condition is worth, as a share of the objective as assumed: a refusal costs
+# a round trip, and what else it costs stands in the objective of its condition.
+THROTTLE_PRICE = 0.01
 # Variants of one step that are put under the whole of the stress set.
 FINALISTS = 4
 # A walk may take so many times the stated steps, as long as each is better than the one before.
@@ -124,13 +127,13 @@ class Hardening:
     def rank(self, policy: Policy) -> tuple[float, Score]:
         """Smaller is better: losses under stress, then the score in the scenario itself, its objective at a price.
 
-        The price: as many times the objective again as there are throttles per 100 beyond what is possible, summed
-        over the conditions. So the limits are kept wherever that costs less than it is worth: half a throttle per 100
-        under one condition is avoided for up to 1.5 times the time, but not for ten times.
+        The price: THROTTLE_PRICE for each throttle per 100 beyond what is possible, summed over the conditions. So the
+        limits are kept wherever that costs less than it is worth: ten throttles per 100 under one condition are avoided
+        for up to a tenth more time as assumed, but not for twice the time.
         """
         lost, throttled = self.stress.violations(policy)
         own = self.searcher.score(policy, self.seeds)
-        price = 1.0 + throttled if throttled > THROTTLE_NOISE else 1.0
+        price = 1.0 + THROTTLE_PRICE * throttled if throttled > THROTTLE_NOISE else 1.0
         return round(lost, 9), (own[0], own[1], own[2] * price)
 
     def keeps(self, policy: Policy) -> bool:

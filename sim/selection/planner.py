@@ -5,7 +5,7 @@ The steps, the same for both recommendations (the eight guardrail knobs alone; e
 1. Race anchors (today's settings, a fixed recipe, presets at several concurrencies), climb from the best.
 2. Harden: among the best and their safer variants, prefer what keeps the limits under every condition of the stress
    set, listed or drawn, in which anything tried keeps them.
-3. Choose among the finalists, a plain mirrored bucket with them, on seeds of their own: those by which settings were
+3. Choose among the finalists, a plain mirrored window with them, on seeds of their own: those by which settings were
    found flatter them.
 4. Drop every change that gains nothing and protects from nothing: a shorter list is easier to trust.
 5. Estimate everything that is published on fresh seeds, which nothing was chosen by.
@@ -45,7 +45,7 @@ from sim.selection.space import (
     gap_s,
     guardrail_anchors,
     guardrail_space,
-    plain_bucket,
+    plain_mirror,
     safer_variants,
 )
 
@@ -169,7 +169,7 @@ class Planner:
         fresh = Stress(listed, hard, self.runs, budget.stress, FRESH_SEEDS)
         seeds = max(1, min(20, (scenario.replications or budget.fresh) // 5))
         self.evidence = Evidence(Searcher(here, goal, self.runs, first=FRESH_SEEDS), fresh, seeds, budget.pairs)
-        self.plain = plain_bucket(scenario)
+        self.plain = plain_mirror(scenario)
         self.gap_s = gap_s(scenario)
 
     def plan(self) -> Plan:
@@ -215,7 +215,7 @@ class Planner:
         runner_up = evidence.forecast(chosen[3])
         self._now("weighing each change")
         guardrails = evidence.recommendation(now, few, {"the fastest setting of these knobs": bold_few})
-        plain = {} if key_of(self.plain) == key_of(best.policy) else {"a plain mirrored bucket": self.plain}
+        plain = {} if key_of(self.plain) == key_of(best.policy) else {"a plain mirrored window": self.plain}
         full = evidence.recommendation(now, best, {**plain, "the fastest setting tried": bold})
         kept = score_of(now.runs, goal)[:2] <= score_of(best.runs, goal)[:2]
         tariff = self.runs.tariff

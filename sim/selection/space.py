@@ -16,7 +16,20 @@ CONCURRENCY = (1, 2, 3, 5, 8, 12, 20, 30, 50, 80, 120, 200, 300, 500, 800, 1200,
 STAGGER = (0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 12.0, 15.0, 20.0, 30.0)
 HEADROOM = (0.0, 0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.15, 0.2, 0.3)
 ATTEMPTS = (3, 5, 8, 12)
+# Costs nothing where nothing is refused, and loses nothing where a limit is lower than assumed and no wait is stated.
+RECIPE_ATTEMPTS = 8
 BACKOFF = (0.5, 1.0, 2.0, 4.0, 8.0)
+# The window of ours that mirrors one of the provider's. Minutes of its clock are mirrored by none: no 60 s of ours hold
+# more than a limit in any of them.
+MIRRORS = {"bucket": "bucket", "anchored": "fixed", "sliding": "sliding", "clock": "sliding"}
+# Where the provider's window is known, those of ours that never ask it for more than it holds. Others may do as well in
+# a simulation, where nothing arrives late, and are refused on the way to a real one.
+WITHIN = {
+    "bucket": ("fixed", "sliding", "bucket"),
+    "anchored": ("fixed", "sliding"),
+    "sliding": ("sliding",),
+    "clock": ("sliding",),
+}
 CHARGE_RULES = ("prompt_chars4", "auto", "responses", "max_of", "prompt_plus_max")
 FLAGS = ("sync_headers", "hold_on_throttle", "backoff_keeps_permit", "settle")
 
@@ -81,7 +94,9 @@ def guardrail_space(scenario: Scenario) -> Space:
 def full_space(scenario: Scenario) -> Space:
     """Everything that the law can do."""
     ladders = dict(guardrail_space(scenario).ladders)
-    ladders["tpm_window"] = ("fixed", "sliding", "bucket")
+    provider = scenario.provider
+    ladders["tpm_window"] = WITHIN[provider.window] if "window" in provider.learnt else WITHIN["bucket"]
+    ladders["burst_seconds"] = _ladder((scenario.provider.burst_s, scenario.policy.burst_seconds), float)
     ladders["charge_rule"] = ("fixed", *CHARGE_RULES)
     ladders["launch_order"] = ("fifo", "longest_first")
     for flag in FLAGS:
@@ -124,23 +139,29 @@ def guardrail_anchors(scenario: Scenario) -> list[Policy]:
 
 
 def recipe(scenario: Scenario) -> Policy:
-    """A fixed recipe without any search: the provider's bucket mirrored, 1 % headroom, first in first out."""
+    """A fixed recipe without any search: the provider's window mirrored, 1 % headroom, first in first out."""
     provider = scenario.provider
     return scenario.policy.with_(
-        tpm_window="bucket",
+        tpm_window=MIRRORS[provider.window],
+        burst_seconds=provider.burst_s,
         charge_rule=provider.charge_rule,
         tpm_headroom=0.01,
         stagger_seconds=0.0,
         max_concurrency=1_000,
         launch_order="fifo",
         backoff_keeps_permit=False,
+        retry_max_attempts=max(RECIPE_ATTEMPTS, scenario.policy.retry_max_attempts),
         settle=_returns_unused(scenario),
     )
 
 
-def plain_bucket(scenario: Scenario) -> Policy:
-    """What a knowledgeable user would write down without any search: the mirrored bucket, no stagger, the auto rule."""
-    return recipe(scenario).with_(charge_rule="auto")
+def plain_mirror(scenario: Scenario) -> Policy:
+    """What a knowledgeable user would write down without any search: the mirrored window, no stagger, the auto rule.
+
+    And the charge rule of the provider, where it is known.
+    """
+    plain = recipe(scenario)
+    return plain if "charge rule" in scenario.provider.learnt else plain.with_(charge_rule="auto")
 
 
 def full_anchors(scenario: Scenario) -> list[Policy]:

@@ -25,6 +25,7 @@ from governor.model.policy import Policy
 from sim.base.arguments import checked
 from sim.model.presets import LATENCIES, SNAPSHOT
 from sim.model.provider_config import ProviderConfig
+from sim.model.windows import MINUTE_S
 from sim.model.workload import ASSUMED, Workload, from_tokens, similar_outputs, with_outputs_assumed, with_outputs_drawn
 from sim.scenario.readers import BATCH, SCENARIO, Source
 from sim.scenario.scenario import Scenario
@@ -185,4 +186,5 @@ def believed_provider(policy: Policy, models: NDArray[Any]) -> ProviderConfig:
         rpd=policy.rpd_limit,
         charge_rule="auto" if policy.charge_rule == "fixed" or policy.charge_rule == "learned" else policy.charge_rule,
         settles=policy.settle,
+        burst_s=policy.burst_seconds if policy.tpm_window == "bucket" else MINUTE_S,
     ).with_(**given)

@@ -37,6 +37,7 @@ def params(
         jitter_cap_s=3.0,
         headroom_ratio=headroom,
         window=law.FIXED,
+        burst_ratio=1.0,
         settles=0,
         longest_first=0,
         max_attempts=5,

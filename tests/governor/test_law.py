@@ -11,7 +11,7 @@ from itertools import pairwise
 import pytest
 
 from governor import law
-from governor.law import BUCKET, FIXED, FIXED_S, RPD, SLIDING, TPD, TPM
+from governor.law import BUCKET, FIXED, FIXED_S, RPD, SLIDING, SLIDING_S, TPD, TPM
 from tests.governor import laws
 from tests.governor.laws import INF, WINDOWS, Pool, Reply, after, by_attempt, free, params
 
@@ -73,13 +73,13 @@ def test_a_fixed_minute_is_anchored_at_the_first_launch_after_the_last_one_expir
     assert law.admit_at(p, s, 1.0, law.FIRST, 100.0) == 90.0 + FIXED_S
 
 
-def test_the_sliding_window_lets_go_after_60_to_60_and_a_half_seconds() -> None:
+def test_the_sliding_window_lets_go_after_60_and_a_half_to_61_seconds() -> None:
     for launched_at in (0.0, 0.25, 0.4999999, 0.5, 17.3, 59.5):
         p, s = free(tpm=1_000, headroom=0.0, window=SLIDING), law.State()
         law.launched(p, s, 1_000.0, law.FIRST, launched_at, 0.5)
         at = law.admit_at(p, s, 1.0, law.FIRST, launched_at)
-        assert at == math.floor(launched_at * 2) / 2 + 60.5
-        assert 60.0 < at - launched_at <= 60.5
+        assert at == math.floor(launched_at * 2) / 2 + SLIDING_S
+        assert FIXED_S < at - launched_at <= SLIDING_S
 
 
 def test_the_sliding_window_frees_what_is_needed_and_no_more() -> None:
@@ -87,9 +87,9 @@ def test_the_sliding_window_frees_what_is_needed_and_no_more() -> None:
     law.launched(p, s, 400.0, law.FIRST, 0.0, 0.5)
     law.launched(p, s, 300.0, law.FIRST, 10.0, 0.5)
     law.launched(p, s, 300.0, law.FIRST, 20.0, 0.5)
-    needs = {1.0: 60.5, 400.0: 60.5, 401.0: 70.5, 700.0: 70.5, 701.0: 80.5, 1_000.0: 80.5}
+    needs = {1.0: 61.0, 400.0: 61.0, 401.0: 71.0, 700.0: 71.0, 701.0: 81.0, 1_000.0: 81.0}
     assert {need: law.admit_at(p, s, need, law.FIRST, 30.0) for need in needs} == needs
-    assert [law.used_in(p, s, TPM, now) for now in (60.4, 60.5, 70.4, 70.5, 80.5)] == [1_000, 600, 600, 300, 0]
+    assert [law.used_in(p, s, TPM, now) for now in (60.9, 61.0, 70.9, 71.0, 81.0)] == [1_000, 600, 600, 300, 0]
 
 
 def test_the_bucket_refills_continuously_and_never_holds_more_than_its_capacity() -> None:
@@ -109,7 +109,7 @@ def test_requests_per_minute_are_counted_in_the_same_kind_of_window(window: int)
         assert law.admission(p, s, 999.0, law.FIRST, at) == (at, law.NOTHING)
         law.launched(p, s, 999.0, law.FIRST, at, 0.5)
     # A bucket of three had refilled one request at 20 s and needs until 40 s for the next one.
-    expected = {FIXED: FIXED_S, SLIDING: 60.5, BUCKET: 20.0}[window]
+    expected = {FIXED: FIXED_S, SLIDING: SLIDING_S, BUCKET: 20.0}[window]
     at, cause = law.admission(p, s, 999.0, law.FIRST, 20.0)
     assert at == pytest.approx(expected)
     assert cause == (law.NOTHING if window == BUCKET else law.BY_RPM)
@@ -154,7 +154,7 @@ def test_above_the_budget_and_within_the_limit_a_request_runs_alone(window: int)
     assert pool.deferrals == {law.CONCURRENCY: 2}
 
 
-@pytest.mark.parametrize(("window", "empty_at"), [(FIXED, FIXED_S), (SLIDING, 60.5), (BUCKET, 1_000 / 425)])
+@pytest.mark.parametrize(("window", "empty_at"), [(FIXED, FIXED_S), (SLIDING, SLIDING_S), (BUCKET, 1_000 / 425)])
 def test_an_oversized_request_waits_for_an_empty_window(window: int, empty_at: float) -> None:
     pool = Pool(params(window=window, stagger_s=0.0), [1_000.0, 28_000.0], after(1.0)).run()
     assert pool.times() == pytest.approx([0.0, empty_at])

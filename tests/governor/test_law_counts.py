@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from governor import law
-from governor.law import BUCKET, FIXED, FIXED_S, RPD, RPM, SLIDING, TPD, TPM
+from governor.law import BUCKET, FIXED, FIXED_S, RPD, RPM, SLIDING, SLIDING_S, TPD, TPM
 from tests.governor import laws
 from tests.governor.laws import INF, WINDOWS, Job, Launch, Pool, Reply, after, by_attempt, free, params
 
@@ -372,9 +372,9 @@ def test_what_is_used_stays_used_whatever_the_window_becomes(before: int, after_
     assert cause == law.BY_TPM
     if before == after_ and before != BUCKET:
         # The same window goes on: its end does not move.
-        assert at == (FIXED_S if before == FIXED else 60.5)
+        assert at == (FIXED_S if before == FIXED else SLIDING_S)
     elif after_ != BUCKET:
-        assert at == 12.0 + (FIXED_S if after_ == FIXED else 60.5)
+        assert at == 12.0 + (FIXED_S if after_ == FIXED else SLIDING_S)
     else:
         assert at == pytest.approx(12.0 + left / (3_000 * 0.85 / 60))
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from governor import law
-from governor.law import BUCKET, FIXED, FIXED_S, SLIDING
+from governor.law import BUCKET, FIXED, FIXED_S, SLIDING, SLIDING_S
 from tests.governor import laws
 from tests.governor.laws import INF, WINDOWS, Pool, Reply, after, by_attempt, free, params
 
@@ -170,7 +170,7 @@ def test_after_a_hold_the_budgets_still_bind(window: int) -> None:
     law.launched(p, s, 1_000.0, law.FIRST, 0.0, 0.5)
     law.throttled(p, s, 1_000.0, 1, 10.0, 0.0, 0.0, 0.1, 0.0)
     at, cause = laws.promised(p, s, 1_000.0, law.HOLDING, 0.1)
-    assert (at, cause) == (pytest.approx({FIXED: FIXED_S, SLIDING: 60.5, BUCKET: 60.0}[window]), law.BY_TPM)
+    assert (at, cause) == (pytest.approx({FIXED: FIXED_S, SLIDING: SLIDING_S, BUCKET: 60.0}[window]), law.BY_TPM)
     law.throttled(p, s, 1_000.0, 1, 90.0, 0.0, 0.0, 0.1, 0.0)
     assert laws.promised(p, s, 1_000.0, law.HOLDING, 0.1) == (s.hold_until, law.HOLD)
 

@@ -172,9 +172,9 @@ def test_a_wall_clock_that_is_set_between_two_legs_changes_nothing(path: Path, c
         state = journal.begin({"default": POLICY}, 30.0).recorders["default"].state
         assert state is not None
         assert used(state, 30.0) == pytest.approx([20_000.0, 1.0, 20_000.0 - 20.0 * 1e6 / 86_400, 1.0 - 20 / 86.4])
-        # 10 s after the launch began the next slot; its minute ends 60 s after it, plus a cell.
+        # 10 s after the launch began the next slot; its minute ends 60.5 s after it, plus a cell.
         assert law.admission(POLICY.params(), state, 1.0, law.FIRST, 30.0)[0] == pytest.approx(30.0, abs=4.0)
-        assert law.admission(POLICY.params(), state, 15_000.0, law.FIRST, 30.0)[0] == 70.5
+        assert law.admission(POLICY.params(), state, 15_000.0, law.FIRST, 30.0)[0] == 10.0 + law.SLIDING_S
 
 
 @pytest.mark.parametrize(("set_s", "at_s"), [(0.0, 310.0), (-HOUR_S, 10.0), (HOUR_S, 3_910.0)])
@@ -192,7 +192,7 @@ def test_after_a_reboot_the_wall_clock_is_assumed_right_and_never_runs_backwards
         assert state is not None
         # Never in the future: at the latest a minute from now there is room.
         at, _ = law.admission(POLICY.params(), state, 25_000.0, law.FIRST, at_s)
-        assert at <= at_s + 60.5
+        assert at <= at_s + law.SLIDING_S
 
 
 # ---------------------------------------------------------------- in the journal

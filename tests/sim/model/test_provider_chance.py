@@ -109,7 +109,7 @@ def test_a_policy_that_mirrors_the_bucket_without_headroom_is_never_refused(seed
         budget=[law.budget_of(30_000.0, 0.0), law.budget_of(500.0, 0.0), math.inf, math.inf],
         rate_per_s=[law.rate_of(30_000.0, 0.0, 60.0), law.rate_of(500.0, 0.0, 60.0), math.inf, math.inf],
     )
-    p.window = law.BUCKET
+    p.window, p.burst_ratio = law.BUCKET, 1.0
     p.max_concurrency = 10**9
     s, now = law.State(), 0.0
     for request in range(3_000):

@@ -17,7 +17,7 @@ from sim.scenario.scenario import Scenario
 from sim.selection.evidence import LABELS
 from sim.selection.planner import FRESH_SEEDS, most_requests, plan
 from sim.selection.search import Goal
-from sim.selection.space import plain_bucket
+from sim.selection.space import plain_mirror
 
 
 def planned(seed: int, **more: object) -> tuple[Scenario, Plan]:
@@ -50,11 +50,11 @@ def test_a_plan_ends_and_keeps_its_word(seed: int, case: int) -> None:
             over = over and any(o["throttled_per_100"].mean <= allowed and o.lost == 0 for o in row.forecasts.values())
             told = any(f"under '{row.name}' {LABELS[who]}" in said for said in found.broken)
             assert told == (lost or over), (row.name, who, found.broken)
-    # A plain mirrored bucket that is faster by more than 1 % stands in the report, with the condition that forbids it.
-    plain, mine = (fresh(scenario, policy, 200) for policy in (plain_bucket(scenario), best.policy))
+    # A plain mirrored window that is faster by more than 1 % stands in the report, with the condition that forbids it.
+    plain, mine = (fresh(scenario, policy, 200) for policy in (plain_mirror(scenario), best.policy))
     gain = paired_difference(mine, plain, "makespan_s")
     if gain.low > 0.0 and gain.mean > 0.01 * mine["makespan_s"].mean:
-        reasons = [each.reason for each in found.full.passed_over if each.name == "a plain mirrored bucket"]
+        reasons = [each.reason for each in found.full.passed_over if each.name == "a plain mirrored window"]
         assert len(reasons) == 1
         assert "429s per 100 requests" in reasons[0]
     json.dumps(found.to_json_dict(), allow_nan=False)
