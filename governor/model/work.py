@@ -214,8 +214,10 @@ def reserve_of(policy: Policy, sizes: Sizes) -> int:
     return charge_of(policy.charge_rule, sizes, policy.est_tokens_per_run)
 
 
-def work_of(request: Request, policy: Policy, before: Work | None = None) -> Work:
+def work_of(request: Request, policy: Policy, before: Work | None = None, *, finalizes: bool = True) -> Work:
     """What the driver needs of a request, under these settings. `before`: its record, whose history it keeps.
+
+    `finalizes`: whether a finalize pass may follow.
 
     Expected output is the declared cap over all answers. The provider's charge is not known live: what is believed is
     our own rule, or what is measured for the endpoint where ours is a flat estimate.
@@ -223,14 +225,18 @@ def work_of(request: Request, policy: Policy, before: Work | None = None) -> Wor
     sizes = request.sizes
     rule = policy.charge_rule
     reserve = reserve_of(policy, sizes)
-    last = replace(sizes, max_tokens=policy.finalize_max_tokens)
     believed = "auto" if rule in ("fixed", LEARNED) else rule
+    expected = float(sizes.max_tokens * sizes.n) if sizes.max_tokens >= 0 else -1.0
+    charge = reserve if rule == believed else charge_of(believed, sizes, 0)
+    if not finalizes:
+        return Work(request, reserve, expected, charge=charge, finalizes=False)
+    last = replace(sizes, max_tokens=policy.finalize_max_tokens)
     work = Work(
         request,
         reserve,
-        expected=float(sizes.max_tokens * sizes.n) if sizes.max_tokens >= 0 else -1.0,
+        expected,
         finalize_reserve=reserve_of(policy, last),
-        charge=reserve if rule == believed else charge_of(believed, sizes, 0),
+        charge=charge,
         finalize_charge=charge_of(believed, last, 0),
     )
     if before is None or before.first_launched_s < 0.0:

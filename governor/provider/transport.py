@@ -342,7 +342,7 @@ def work_of_request(request: Any, body: bytes | None, policy: Policy, index: int
     except (BadInput, ValueError, RecursionError, AttributeError):
         return Work(Request(index, "", path, "", None, _NO_SIZES), float(policy.est_tokens_per_run))
     known = model if isinstance(model, str) else ""
-    return work_of(Request(index, "", path, known, None, sizes, unseen=tuple(unseen)), policy)
+    return work_of(Request(index, "", path, known, None, sizes, unseen=tuple(unseen)), policy, finalizes=False)
 
 
 def _is_replayed(request: Any) -> bool:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from functools import cache
+from functools import cache, lru_cache
 from math import inf
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -89,17 +89,10 @@ class Traces:
     def operation(self, work: Work, url: str) -> Operation:
         """A call has come in."""
         request = work.request
-        parts = urlsplit(url)
-        host = parts.hostname or ""
-        known = {"gen_ai.operation.name": _operation(request.sizes.endpoint, request.url)}
-        known["gen_ai.provider.name"] = next((name for part, name in _PROVIDERS if part in host), "openai")
-        known["server.address"] = host
-        if request.model:
-            known["gen_ai.request.model"] = request.model
+        known = _known(request.sizes.endpoint, url, request.model)
         name = f"{known['gen_ai.operation.name']} {request.model}".rstrip()
         span = self._tracer.start_span(name, kind=trace.SpanKind.CLIENT, attributes=known)
         if span.is_recording():
-            span.set_attribute("server.port", parts.port or (443 if parts.scheme == "https" else 80))
             span.set_attribute("paceline.reserved_tokens", work.reserve)
             if request.sizes.max_tokens >= 0:
                 span.set_attribute("gen_ai.request.max_tokens", request.sizes.max_tokens)
@@ -109,7 +102,7 @@ class Traces:
 class Operation:
     """One call's span, and those of its attempts."""
 
-    def __init__(self, owner: Traces, tracer: Any, span: Span, known: dict[str, str]) -> None:
+    def __init__(self, owner: Traces, tracer: Any, span: Span, known: dict[str, str | int]) -> None:
         self._owner = owner
         self._tracer = tracer
         self._span = span
@@ -167,6 +160,20 @@ def _describe(span: Span, answer: Answer) -> None:
     if answer.outcome is not Outcome.OK:
         span.set_attribute("error.type", answer.error_code or answer.outcome.value)
         span.set_status(trace.StatusCode.ERROR, answer.message[:200])
+
+
+@lru_cache(1_024)
+def _known(endpoint: int, url: str, model: str) -> dict[str, str | int]:
+    """The attributes that all calls of this kind share."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    known: dict[str, str | int] = {
+        "gen_ai.operation.name": _operation(endpoint, parts.path),
+        "gen_ai.provider.name": next((name for part, name in _PROVIDERS if part in host), "openai"),
+        "server.address": host,
+        "server.port": parts.port or (443 if parts.scheme == "https" else 80),
+    }
+    return known | {"gen_ai.request.model": model} if model else known
 
 
 def _operation(endpoint: int, path: str) -> str:
