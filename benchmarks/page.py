@@ -10,7 +10,7 @@ from pathlib import Path
 from scipy import stats
 
 from governor import __version__
-from sim.base.files import write_atomically
+from governor.model.files import write_atomically
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "explanation" / "accuracy.md"
 

@@ -64,10 +64,11 @@ def export(
 ) -> None:
     """Write the results so far, in input order."""
     from governor.journal.journal import Journal
+    from governor.model.files import replaced
     from governor.model.prices import SHIPPED, read_prices
     from governor.model.words import plural
     from governor.run.account import ATTEMPT_COLUMNS, attempt_rows, lines_of
-    from governor.run.outputs import check_apart, errors_path, replaced, write_results
+    from governor.run.outputs import check_apart, errors_path, write_results
 
     results = Path(out)
     listed = read_prices(SHIPPED if prices is None else prices)

@@ -33,8 +33,8 @@ from urllib.parse import urlsplit
 
 from governor.model.errors import BadInput, BadSetting, quoted
 from governor.model.estimate import kind_of
+from governor.model.files import only_keys, read_yaml
 from governor.model.policy import KNOB_BY_ENV, Policy
-from governor.model.yamlfile import only_keys, read_yaml
 
 DEFAULT = "default"
 KEY = "OPENAI_API_KEY"

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 
 from governor.model.errors import BadInput, quoted
 from governor.model.estimate import kind_of
+from governor.model.files import only_keys, read_yaml
 from governor.model.requests import Attempt, Outcome, usage_of
-from governor.model.yamlfile import only_keys, read_yaml
 
 PER = 1_000_000
 SHIPPED = Path(__file__).with_name("prices.yaml")

@@ -34,6 +34,7 @@ from governor.forecast.preflight import InUse, in_use
 from governor.forecast.summary import Summary
 from governor.journal.journal import Journal
 from governor.model.errors import BadSetting, FailureCode, PacelineError, quoted
+from governor.model.files import check_writable
 from governor.model.policy import Policy
 from governor.model.pools import Pool, key_of
 from governor.model.prices import Prices, Spent
@@ -44,7 +45,7 @@ from governor.run.account import grant_of, lines_of, merged, spent_before, summa
 from governor.run.intake import Begun, prepare
 from governor.run.live import ACCOUNT, CANARY, MAX_COST, REFUSED, Ended, Leg, LiveRun
 from governor.run.longwaits import FINISH_BY, LONG_WAIT, STOP_AFTER
-from governor.run.outputs import Followed, check_apart, check_writable, claimed, errors_path, write_results
+from governor.run.outputs import Followed, check_apart, claimed, errors_path, write_results
 from governor.run.pool_run import Manner
 from governor.run.scaledloop import loop_factory
 from governor.run.steer import SIGNALS, changes_text, held_settings, words_of

@@ -11,26 +11,12 @@ import contextlib
 import errno
 import fcntl
 import os
-import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Protocol
 
 from governor.model.errors import BadInput
-
-_REMEDIES = {
-    errno.ENOSPC: "the disk is full: make room, or name another folder",
-    errno.EDQUOT: "the disk quota is used up: make room, or name another folder",
-    errno.EACCES: "no permission to write there: name another folder",
-    errno.EPERM: "no permission to write there: name another folder",
-    errno.EROFS: "that file system is read-only: name another folder",
-    errno.ENAMETOOLONG: "the name is too long for this file system",
-}
-
-
-def why(error: OSError) -> str:
-    """What is wrong with a file, in one line for people."""
-    return _REMEDIES.get(error.errno or 0) or error.strerror or " ".join(str(error).split()) or type(error).__name__
+from governor.model.files import replaced, why
 
 
 def errors_path(out: Path) -> Path:
@@ -41,12 +27,6 @@ def errors_path(out: Path) -> Path:
 def journal_path(out: Path) -> Path:
     """Where the journal stands unless it is named: RESULTS.jsonl -> RESULTS.journal.db."""
     return out.with_name(f"{out.stem}.journal.db")
-
-
-def check_writable(path: Path) -> None:
-    """BadInput, before anything is sent, where a file of that name could not be written at the end."""
-    with contextlib.suppress(_Tried), replaced(path):
-        raise _Tried
 
 
 def check_apart(files: Mapping[str, Path]) -> None:
@@ -117,58 +97,6 @@ def _is_at(handle: int, path: Path) -> bool:
 def _unlink(path: Path) -> None:
     with contextlib.suppress(OSError):
         path.unlink()
-
-
-class _Tried(Exception):  # noqa: N818  (no error: it ends a trial before anything is replaced)
-    pass
-
-
-@contextlib.contextmanager
-def replaced(path: Path, *, mode: int = 0o666) -> Iterator[TextIO]:
-    """A text file to write; when the block ends without an error it becomes `path`, else nothing has happened.
-
-    `mode`: its permissions, less the umask. BadInput, naming the file and what can be done, for whatever the system
-    refuses.
-    """
-    name = os.fspath(path)
-    unfinished: Path | None = None
-    try:
-        target = Path(os.path.realpath(path))
-        _check_target(target, name)
-        hidden = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}.part")
-        handle = os.open(hidden, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode)
-        unfinished = hidden
-        with open(handle, "w", encoding="utf-8", newline="\n") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, target)
-        _sync_folder(target.parent)
-    except OSError as error:
-        raise BadInput(f"cannot be written: {why(error)}", name) from error
-    finally:
-        if unfinished is not None:
-            with contextlib.suppress(OSError):
-                unfinished.unlink()
-
-
-def _check_target(target: Path, name: str) -> None:
-    if target.is_dir():
-        raise BadInput("cannot be written: a folder has this name", name)
-    if target.exists() and not target.is_file():
-        raise BadInput("cannot be written: it exists and is not an ordinary file", name)
-    if not target.parent.is_dir():
-        raise BadInput(f"cannot be written: there is no folder {target.parent}: create it first", name)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename durable; a file system that cannot has made it as durable as it can."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def write_results(out: Path, lines: Iterable[tuple[bool, str]]) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from typing import Any, TextIO
 
 from governor.journal.journal import Journal
 from governor.model.errors import BadInput, BadSetting, BudgetExhausted, PacelineError, QuotaExhausted, Refused, quoted
+from governor.model.files import why
 from governor.model.policy import Policy
 from governor.model.pools import checked_url, default_pools
 from governor.model.prices import SHIPPED, read_prices
@@ -29,7 +30,7 @@ from governor.provider.answers import text_of
 from governor.provider.sending import connect_with
 from governor.run.account import lines_of
 from governor.run.batch import Orders, Outcome, outcome_text, run_orders
-from governor.run.outputs import lock_file, why
+from governor.run.outputs import lock_file
 from governor.run.pool_run import Manner
 from governor.run.steer import Stopper
 from governor.sharedquota.sharing import redis_url

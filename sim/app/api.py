@@ -20,13 +20,13 @@ from matplotlib.figure import Figure
 
 from governor.forecast.summary import Summary
 from governor.model.errors import BadSetting
+from governor.model.files import prepared_folder
 from governor.model.policy import Policy, knob_named
 from governor.model.requests import Attempt
 from sim.app.inputs import EFFORTS, Wishes
 from sim.app.outputs import GUARDRAILS, RECOMMENDED, ROLLBACK, page, settings_files, write_plan
 from sim.app.plan_command import prices_of
 from sim.base.arguments import is_a, number, one_of, whole
-from sim.base.files import prepared_folder
 from sim.des.engines import Engine
 from sim.experiment.experiment import Pool, attempts_of, case_of, replicate, summary_of
 from sim.experiment.results import Estimate, Forecast, Heat, Plan, paired_difference

@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from governor.model.errors import BadInput, BadSetting
+from governor.model.files import write_atomically
 from governor.model.prices import SHIPPED, read_prices
 from sim.app.inputs import Inputs, pool_of
 from sim.app.options import Options, duration_s
 from sim.app.outputs import check_file
-from sim.base.files import write_atomically
 from sim.base.progress import Progress
 from sim.experiment.results import CONFIDENCE
 from sim.reporting.capacity_text import capacity_text, how_many_text, ways_text

@@ -20,6 +20,7 @@ import yaml
 from pydantic import Field
 
 from governor.model.errors import BadInput, BadSetting
+from governor.model.files import parsed_yaml
 from governor.model.policy import Policy
 from governor.model.settings import policy_of, settings_digest
 from sim.app.options import Options, quantiles
@@ -32,7 +33,7 @@ from sim.model.workload import Workload
 from sim.scenario.columns import parse_columns
 from sim.scenario.readers import SCENARIO, UNSEEN, Source, is_journal
 from sim.scenario.scenario import Scenario, following, limits_moved
-from sim.scenario.scenario_file import FileSource, ModelSource, latency_of, named_provider, parsed_yaml
+from sim.scenario.scenario_file import FileSource, ModelSource, latency_of, named_provider
 from sim.scenario.unknowns import Unknowns
 from sim.selection.search import Goal
 
@@ -149,7 +150,7 @@ def _stated(source: Source) -> tuple[Scenario, Wishes]:
     """The scenario in a file and, where it has a section `plan`, what a plan of it was asked for."""
     with source.stream() as stream:
         text = stream.read().decode("utf-8-sig", errors="replace")
-    data = parsed_yaml(text, source.name)
+    data = parsed_yaml(text, source.name, "a scenario (workload:, provider:, policy:, ...)")
     if "plan" not in data:
         return Scenario.read(source), Wishes()
     try:

@@ -12,7 +12,7 @@ from typing import Annotated, NamedTuple
 import typer
 
 from governor.model.errors import BadInput, BadSetting, PacelineError
-from sim.base.files import write_atomically
+from governor.model.files import write_atomically
 
 NEEDS_NOTEBOOK = "notebooks need paceline[notebook]: pip install 'paceline[notebook]'"
 NEEDED = ("jupyterlab", "ipywidgets", "numpy", "matplotlib", "pandas")

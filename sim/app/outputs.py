@@ -22,11 +22,11 @@ from typing import Any
 
 from governor import __version__
 from governor.model.errors import BadInput, PacelineError
+from governor.model.files import check_writable, write_atomically
 from governor.model.policy import GUARDRAIL_KNOBS, KNOBS, Knob, Policy
 from governor.model.settings import MADE_FROM, policy_of, settings_digest
 from governor.model.settings import SCENARIO as NAMED
 from sim.app.inputs import Wishes, scenario_text
-from sim.base.files import write_atomically
 from sim.experiment.results import Plan
 from sim.reporting.terminal import headline, plain
 from sim.scenario.readers import save_rows
@@ -49,13 +49,7 @@ def check_file(path: str | None, option: str, endings: tuple[str, ...]) -> None:
         return
     if not path.lower().endswith(endings):
         raise BadInput(f"{option} writes {' or '.join(endings)}: name a file with that ending", path)
-    # Opens and removes a hidden file beside the target: permissions, a missing folder and a full disk show now.
-    with contextlib.suppress(_Tried), write_atomically(path):
-        raise _Tried
-
-
-class _Tried(Exception):  # noqa: N818  (no error: it ends a trial before anything is replaced)
-    pass
+    check_writable(path)
 
 
 @dataclass(frozen=True, slots=True)

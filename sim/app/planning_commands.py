@@ -122,10 +122,10 @@ def plan(
 
     Example: paceline plan requests.jsonl --env-file .env --finish-by 6h
     """
+    from governor.model.files import prepared_folder
     from sim.app.inputs import pool_of
     from sim.app.outputs import plan_json
     from sim.app.plan_command import planned
-    from sim.base.files import prepared_folder
     from sim.reporting import terminal as shown
 
     inputs = _inputs(given)

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from governor.model.files import write_atomically
 from sim.base import words
-from sim.base.files import write_atomically
 from sim.base.layout import table, wrapped
 from sim.experiment.effects import Effect, Level, Sensitivity
 from sim.experiment.experiment import Pool

@@ -29,8 +29,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from governor.model.errors import BadSetting
+from governor.model.files import read_yaml
 from governor.model.keyed import keyed_uniform
-from governor.model.yamlfile import read_yaml
 from governor.provider.codes import QUOTA_CODES
 from sim.base.arguments import Config, checked
 from sim.model.provider_config import ProviderConfig, Ratio, Requests, Seconds

@@ -20,8 +20,8 @@ from typing import Any, get_type_hints
 
 from governor.forecast.summary import Grant, Summary
 from governor.model.errors import BadInput
+from governor.model.files import write_atomically
 from governor.model.requests import Attempt, Outcome
-from sim.base.files import write_atomically
 from sim.base.progress import Progress
 from sim.des.engines import Engine, simulated
 from sim.experiment.experiment import attempt_rows, case_of

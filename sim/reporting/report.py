@@ -16,10 +16,10 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from governor.forecast.summary import Grant
+from governor.model.files import write_atomically
 from governor.model.policy import KNOB_BY_ENV
 from governor.model.prices import dollars_text
 from sim.base import palette, words
-from sim.base.files import write_atomically
 from sim.base.words import duration, number, percent, seconds_text
 from sim.experiment.results import Estimate, Forecast, Plan, Recommendation, Step, at_most
 from sim.reporting import report_text as text

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from governor.forecast.summary import Grant
 from governor.model.errors import BadInput, BadSetting, Oversized
+from governor.model.files import parsed_yaml
 from governor.model.policy import KNOB_BY_NAME, KNOB_BY_SHORT_NAME, KNOBS, Policy, knob_named
 from sim.base.arguments import checked, is_a, one_of, whole
 from sim.base.layout import html_paragraph, html_table
@@ -33,7 +34,7 @@ from sim.model.provider import ProviderParams
 from sim.model.provider_config import ProviderConfig
 from sim.model.workload import ASSUMED, MEASURED, Arrivals, Columns, Provenance, Workload, charges, columns
 from sim.scenario.readers import SCENARIO, Source, save_rows
-from sim.scenario.scenario_file import Document, FileSource, ModelSource, Reading, Requests, parsed_yaml, policy_of
+from sim.scenario.scenario_file import Document, FileSource, ModelSource, Reading, Requests, policy_of
 
 Reader = TypeVar("Reader", bound="Callable[..., Scenario]")
 _readers: list[Callable[..., Scenario]] = []
@@ -294,7 +295,7 @@ class Scenario:
     @staticmethod
     def from_yaml(text: str, *, folder: str | Path = ".", name: str = "scenario") -> Scenario:
         """The scenario that a YAML text states; its paths are relative to `folder`. BadInput names the key."""
-        data = parsed_yaml(text, name)
+        data = parsed_yaml(text, name, "a scenario (workload:, provider:, policy:, ...)")
         try:
             document = checked(Document, data, "")
             kind: type[FileSource | ModelSource] = FileSource if "path" in document.workload else ModelSource

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, Self, TypedDict
 
-import yaml
 from pydantic import Field, model_validator
 
-from governor.model.errors import BadInput, BadSetting, quoted
+from governor.model.errors import BadInput, BadSetting
 from governor.model.estimate import TOKENS_PER_FILE, kind_of
+from governor.model.files import parsed_yaml
 from governor.model.policy import KNOB_BY_ENV, Policy
 from sim.base.arguments import Config, checked
 from sim.model.presets import DEFAULT_TIER
@@ -143,46 +143,6 @@ def policy_of(stated: str | dict[str, Any]) -> Policy:
 
 
 # ---------------------------------------------------------------- YAML
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, but a key that stands twice is an error: one of the two values would be lost silently."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"{quoted(key.value)} stands twice", key.start_mark
-                    )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        try:
-            return super().construct_object(node, deep)
-        except (ValueError, OverflowError) as error:
-            # A scalar that only looks like a date or a number: PyYAML would not say where.
-            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
-
-
-def parsed_yaml(text: str, name: str) -> dict[str, Any]:
-    """The mapping that a YAML text holds. BadInput names the line where the text is not YAML."""
-    try:
-        data = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise BadInput(f"not YAML: {problem}", name, mark.line + 1 if mark else 0) from None
-    except (ValueError, OverflowError, RecursionError, TypeError, AttributeError) as error:
-        raise BadInput(f"not YAML that can be read: {error}".splitlines()[0], name) from None
-    if not isinstance(data, dict):
-        raise BadInput(f"{kind_of(data)} where a scenario should be (workload:, provider:, policy:, ...)", name)
-    for key in data:
-        if not isinstance(key, str):
-            raise BadInput(f"{quoted(key)} is not a key of a scenario", name)
-    return data
 
 
 # ---------------------------------------------------------------- what is read of whom

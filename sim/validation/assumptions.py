@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from governor.forecast.forecast import Outlook
 from governor.model.errors import BadInput, BadSetting
 from governor.model.estimate import EMBEDDINGS, Sizes
+from governor.model.files import parsed_yaml
 from governor.model.policy import Policy
 from sim.base.arguments import checked
 from sim.model.presets import LATENCIES, SNAPSHOT
@@ -29,7 +30,7 @@ from sim.model.windows import MINUTE_S
 from sim.model.workload import ASSUMED, Workload, from_tokens, similar_outputs, with_outputs_assumed, with_outputs_drawn
 from sim.scenario.readers import BATCH, SCENARIO, Source
 from sim.scenario.scenario import Scenario
-from sim.scenario.scenario_file import FileSource, parsed_yaml
+from sim.scenario.scenario_file import FileSource
 from sim.scenario.unknowns import Unknowns
 
 # In a larger batch no single answer that a plan drew decides anything, and its file need not be read for them.

@@ -278,7 +278,7 @@ def backtest_command(
 
     `provider`: a tier's name or a YAML file. PacelineError for what a user can mend.
     """
-    from sim.base.files import prepared_folder
+    from governor.model.files import prepared_folder
 
     with Journal.open(journal_path) as journal:
         found = backtest(journal, provider=provider_of(journal, provider, tpm), runs=replications)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from governor.model.errors import BadInput
-from governor.run.outputs import Followed, check_writable, claimed, errors_path, journal_path, replaced, write_results
+from governor.model.files import check_writable, replaced
+from governor.run.outputs import Followed, claimed, errors_path, journal_path, write_results
 
 
 def hidden(folder: Path) -> list[str]:

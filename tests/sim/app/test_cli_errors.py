@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from governor.model import files
 from governor.model.policy import KNOBS
 from sim.app.cli import main
-from sim.base import files
 
 Run = Callable[..., tuple[int, str, str]]
 COMMANDS = {

@@ -20,7 +20,7 @@ from governor.model.settings import policy_of
 from sim.app.cli import main
 from sim.app.inputs import read_inputs
 from sim.app.options import Options
-from sim.base import files
+from governor.model import files
 from sim.base.words import duration
 from sim.experiment.experiment import Pool
 from sim.reporting import report

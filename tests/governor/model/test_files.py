@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from governor.model.errors import BadInput
-from sim.base.files import write_atomically
+from governor.model.files import write_atomically
 from tests.disks import read_only
 
 
@@ -68,7 +68,7 @@ def test_a_file_that_outgrows_what_is_allowed_is_not_left_behind(tmp_path: Path)
     script = (
         "import resource, sys\n"
         "from governor.model.errors import BadInput\n"
-        "from sim.base.files import write_atomically\n"
+        "from governor.model.files import write_atomically\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "try:\n"
         "    with write_atomically(sys.argv[1]) as unfinished:\n"
