@@ -49,6 +49,7 @@ SANS_IO = {"asyncio", "http", "logging", "os", "random", "secrets", "simpy", "so
 # Where a distribution's import name is not its own name.
 DISTRIBUTIONS = {
     "dotenv": "python-dotenv",
+    "opentelemetry": "opentelemetry-api",
     "prometheus_client": "prometheus-client",
     "yaml": "pyyaml",
 }
@@ -57,6 +58,7 @@ MODULE_EXTRAS = {
     "governor/run/rows.py": {"sim"},  # `to_frame`
     "sim/serving/server.py": {"server"},
     "sim/experiment/ray_side.py": {"ray"},
+    "governor/telemetry/tracing.py": {"otel"},
     "sim/reporting/sliders.py": {"notebook"},
     **{f"governor/sharedquota/{name}.py": {"redis"} for name in ("member", "quota", "redis_store")},
 }
@@ -89,10 +91,18 @@ def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
-def imports(path: Path) -> Iterator[tuple[str, int]]:
+def nodes(node: ast.AST, *, types: bool = True) -> Iterator[ast.AST]:
+    """All nodes below this one; without `types` not those that type checkers alone read."""
+    for child in ast.iter_child_nodes(node):
+        if types or not isinstance(child, ast.If) or "TYPE_CHECKING" not in ast.dump(child.test):
+            yield child
+            yield from nodes(child, types=types)
+
+
+def imports(path: Path, *, types: bool = True) -> Iterator[tuple[str, int]]:
     """Every module that `path` imports, anywhere in it, in full: `from governor import law` is `governor.law`."""
     package = path.relative_to(ROOT).with_suffix("").parts[:-1]
-    for node in ast.walk(tree(path)):
+    for node in nodes(tree(path), types=types):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -203,33 +213,17 @@ def test_the_provider_is_sans_io() -> None:
     complain([f"line {line} imports {name}" for name, line in imports(path) if name.split(".")[0] in SANS_IO])
 
 
-def imports_of(path: Path, names: set[str]) -> set[str]:
-    """Our modules that a module imports, inside functions too, but not for type checkers alone."""
-    found: set[str] = set()
-
-    def look(node: ast.AST) -> None:
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
-                continue
-            if isinstance(child, ast.Import):
-                found.update(alias.name for alias in child.names)
-            elif isinstance(child, ast.ImportFrom):
-                assert not child.level, f"{path}: a relative import"
-                found.update(f"{child.module}.{alias.name}" for alias in child.names)
-                found.add(child.module or "")
-            look(child)
-
-    look(ast.parse(path.read_text(encoding="utf-8")))
-    return found & names
-
-
 def test_no_cycle_between_modules() -> None:
     """Also by imports inside functions: those are for optional extras and the time of a start, never for a cycle.
 
     What is left after modules that import none of the rest are taken away, again and again, is a cycle.
     """
     paths = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in modules()}
-    left = {name: imports_of(path, set(paths)) - {name} for name, path in paths.items()}
+    left: dict[str, set[str]] = {}
+    for name, path in paths.items():
+        # Of `from a.b import c`, c may be a module or something in one.
+        found = {part for full, _ in imports(path, types=False) for part in (full, full.rpartition(".")[0])}
+        left[name] = found & set(paths) - {name}
     while free := [name for name, imported in left.items() if not imported & set(left)]:
         for name in free:
             del left[name]
@@ -243,7 +237,7 @@ def test_third_party_imports_are_declared_where_they_are_used() -> None:
         allowed = base if path.is_relative_to(ROOT / "governor") else simulation
         for extra in extras_of(path):
             allowed = allowed | names(declared(extra))
-        for imported, line in imports(path):
+        for imported, line in imports(path, types=False):
             top = imported.split(".")[0]
             if top in sys.stdlib_module_names or top in PACKAGES:
                 continue

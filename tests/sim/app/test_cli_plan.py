@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 from governor.forecast.forecast import Expectation, promise_text
+from governor.model import files
 from governor.model.policy import GUARDRAIL_KNOBS, KNOBS, Policy
 from governor.model.settings import policy_of
 from sim.app.cli import main
 from sim.app.inputs import read_inputs
 from sim.app.options import Options
-from governor.model import files
 from sim.base.words import duration
 from sim.experiment.experiment import Pool
 from sim.reporting import report
