@@ -63,13 +63,18 @@ def stranger(answer: Callable[[dict[str, Any]], Reply]) -> Iterator[Stranger]:
         protocol_version = "HTTP/1.1"
 
         def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            raw = self.rfile.read(int(self.headers["Content-Length"]))
+            is_json = self.headers["Content-Type"].startswith("application/json")
+            body = {**(json.loads(raw) if is_json else {"raw": raw.decode("latin-1")}), "path": self.path}
             found.bodies.append(body)
             status, headers, content = answer(body)
             if isinstance(content, list):
                 self.stream(status, headers, content)
                 return
-            text = content.encode() if isinstance(content, str) else json.dumps(content).encode()
+            if isinstance(content, bytes):
+                text = content
+            else:
+                text = content.encode() if isinstance(content, str) else json.dumps(content).encode()
             kind = "text/html" if isinstance(content, str) else "application/json"
             self.send_response(status)
             for name, value in {"Content-Type": kind, **headers, "Content-Length": str(len(text))}.items():
