@@ -29,12 +29,12 @@ OWN_SEEDS, RUNS = 5_000_000, 200
 AHEAD = 0.01
 
 
-def drawn_scenario(seed: int) -> Scenario:
-    """A small batch against a provider that is drawn: limits, neighbours, stalls, today's settings."""
+def drawn_scenario(seed: int, requests: int = 0) -> Scenario:
+    """A batch against a drawn provider: limits, neighbours, stalls, settings."""
     rng = np.random.default_rng(seed)
     prompt = float(rng.integers(200, 3_000))
     source = ModelSource(
-        requests=int(rng.integers(1, 120)),
+        requests=requests or int(rng.integers(1, 120)),
         prompt_tokens=(prompt, prompt * float(rng.uniform(1.2, 4.0))),
         output_tokens=(100.0, float(rng.integers(150, 1_200))),
         max_tokens=int(rng.choice([800, 1_500, 4_000])),

@@ -32,7 +32,8 @@ from sim.selection.search import score_of
 
 # Draws and seeds that settings are chosen by: neither the search nor what is published has seen them.
 TRIAL_DRAWS, TRIAL_SEEDS, TRIALS = 500, 750_000, 48
-CANDIDATES = 10
+# Settings that are chosen from, at the least where runs are dear.
+CANDIDATES = (3, 10)
 # A setting takes the place of another where it is faster by so many standard errors.
 PLAINLY = 2.0
 # Less than this share of the mean time is not worth a question.
@@ -150,19 +151,20 @@ class Information:
             for row in sorted({*range(len(self.conditions))} - {*self._rows(unknown)}):
                 wanted += sorted(mine, key=lambda p: score_of(stress.figures(p, row), stress.goal))[:1]
         candidates = list({key_of(policy): policy for policy in wanted}.values())
-        candidates = candidates[: min(CANDIDATES, self.most // TRIALS)]
+        trials = min(TRIALS, self.most // CANDIDATES[0])
+        candidates = candidates[: min(CANDIDATES[1], self.most // trials)]
         if len(candidates) < 2:
             return self.best, {}
-        draws = drawn(self.scenario, unknowns, range(TRIAL_DRAWS, TRIAL_DRAWS + TRIALS))
+        draws = drawn(self.scenario, unknowns, range(TRIAL_DRAWS, TRIAL_DRAWS + trials))
         trial = Stress(draws, stress.goal, stress.runs, 1, TRIAL_SEEDS)
         trial.run(candidates)
-        outcomes = {key_of(policy): _outcomes(trial, [policy] * TRIALS) for policy in candidates}
+        outcomes = {key_of(policy): _outcomes(trial, [policy] * trials) for policy in candidates}
 
         def choice(name: str, base: Policy, here: NDArray[np.bool_]) -> Policy:
             keys = {key_of(policy) for policy in allowed[name]}
             return _choice([p for p in candidates if key_of(p) in keys], outcomes, base, here)
 
-        base = choice("", self.best, np.ones(TRIALS, dtype=np.bool_))
+        base = choice("", self.best, np.ones(trials, dtype=np.bool_))
         choices: dict[str, tuple[Cuts, dict[Any, Policy]]] = {}
         for unknown in asked:
             values = _values(unknown, draws)

@@ -129,7 +129,7 @@ class Budget:
             pairs=min(2 * RUNS, runs // 30),
             stress=max(1, min(20, runs // 400)),
             grid=max(3, min(7, int((runs / 24) ** 0.5))),
-            information=max(150, min(480, runs // 15)),
+            information=max(75, min(480, runs // 15)),
             trajectories=max(0, min(40, runs // 100)),
         )
 
