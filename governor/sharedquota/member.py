@@ -563,7 +563,8 @@ class Member:
             self._away(f"{self._store.place} has lost the state of this pool, which is put together again")
         record = msgpack.packb([FORMAT, self._join().packed(), known.encoded() if known is not None else b""])
         mustered: set[str] = set()
-        here_at = self._loop.time()
+        here_at = calm_at = self._loop.time()
+        calm_ms = 0
         began_at, last_at = self._mustered_at
         # A muster that a lost connection interrupts goes on: it must end however often that happens.
         if last_at < here_at - GATHER_S * self.clock.scale:
@@ -576,6 +577,9 @@ class Member:
             if not records:
                 break  # somebody has done it
             began_ms = _number(records.pop("", b""), reading.server_us // 1000)
+            if began_ms != calm_ms:
+                # All records were lost since: others may have met, begun the pool and lost it without our seeing them.
+                calm_at, calm_ms = (asked_at if calm_ms else here_at), began_ms
             mustered |= set(records)
             entries = {name: found for name, each in records.items() if (found := _record(each)) is not None}
             others = [name for name, until in self._leases(reading).items() if until >= now and name not in entries]
@@ -584,12 +588,13 @@ class Member:
                     "another version of Paceline shares this pool: wait for its processes, or end them"
                 )
             images = [image for _, image in entries.values() if image is not None]
-            here_s, whole_s = ((asked_at - at) / self.clock.scale for at in (here_at, began_at))
+            calm_s, whole_s = ((asked_at - at) / self.clock.scale for at in (calm_at, began_at))
             are_all_here = mustered == set(records)
-            is_calm = are_all_here and here_s >= (BEGIN_S if began_at == here_at else GATHER_S)
+            is_calm = are_all_here and calm_s >= (BEGIN_S if began_at == here_at else GATHER_S)
             is_begun = not images and not doubted and server.up_s >= MUSTER_S and is_calm
             is_complete = _complete(images, entries) and are_all_here and whole_s >= GATHER_S
-            if is_complete or is_begun or max(whole_s, (reading.server_us / 1000 - began_ms) / 1000) >= MUSTER_S:
+            is_over = max(whole_s, (reading.server_us / 1000 - began_ms) / 1000) >= MUSTER_S
+            if _may_rebuild(self.owner, images, entries) and (is_complete or is_begun or is_over):
                 joins = {name: entry for name, (entry, _) in entries.items()}
                 best = newest(images) or begun(joins, now)
                 params, before = best.p, numbers_of((best.s,))
@@ -605,7 +610,7 @@ class Member:
                     # an image was there; or where there was none, whoever has begun the pool and lost it at once.
                     absent=any(map(_is_foreign, records.values()))
                     or bool(doubted and others)
-                    or not (images or is_begun or here_s >= GATHER_S),
+                    or not (images or is_begun or calm_s >= GATHER_S),
                 )
                 await self._replace(reading.image[: HEAD.size], image, -1, decided, params, before)
                 break
@@ -648,6 +653,17 @@ def _is_foreign(data: bytes) -> bool:
 
 def _number(data: bytes, otherwise: int) -> int:
     return int(data) if data.isdigit() else otherwise
+
+
+def _may_rebuild(name: str, images: list[Image], entries: dict[str, Any]) -> bool:
+    """Whether the newest image has this process in it, or none that is here.
+
+    Else those that are in it rebuild the pool: should what another rebuilds be lost before they have seen it, they
+    would take theirs for the newest.
+    """
+    best = newest(images)
+    known = best.living() if best is not None else []
+    return name in known or not any(each in entries for each in known)
 
 
 def _complete(images: list[Image], entries: dict[str, Any]) -> bool:
