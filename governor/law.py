@@ -19,8 +19,8 @@ Budgets. Four dimensions share one code path and differ in length and kind of wi
     TPD    tokens      86,400 s  bucket: a rolling day, docs/explanation/provider.md#buckets
     RPD    requests    86,400 s  bucket
 
-`fixed` is a minute and half a second, anchored at the first launch after the last one expired. `sliding` keeps the last
-minute in half-second cells: the current one and the 121 full ones behind it, so that a booking counts for 60.5 to 61 s.
+`fixed` is a minute and a second, anchored at the first launch after the last one expired. `sliding` keeps the last
+minute in half-second cells: the current one and the 122 full ones behind it, so that a booking counts for 61 to 61.5 s.
 `bucket` refills continuously and is held as one number, the moment at which it will be full again (as in GCRA); of a
 limit per minute it holds the budget, or less where the provider grants shorter bursts (`burst_ratio`).
 
@@ -71,11 +71,12 @@ MINUTE_S = 60.0
 DAY_S = 86400.0
 LENGTH_S = (MINUTE_S, MINUTE_S, DAY_S, DAY_S)  # of the window of each dimension
 CELL_S = 0.5
-# Our minute begins with a launch and the provider's when it arrives, after a connection was set up: who comes back
-# too soon is refused, and where refusals count, in both minutes. Half a second is allowed for that.
-FIXED_S = MINUTE_S + CELL_S
-CELLS_BEHIND = 121
-CELLS = 122  # the current half second and 121 full ones behind it
+# Our minute begins with a launch and the provider's when it arrives, after a connection was set up and in a crowd: who
+# comes back too soon is refused, and may wait for another minute. So much is allowed for that.
+SLACK_S = 1.0
+FIXED_S = MINUTE_S + SLACK_S
+CELLS_BEHIND = 122
+CELLS = 123  # the current half second and 122 full ones behind it
 SLIDING_S = CELLS * CELL_S  # until a booking at the beginning of a cell counts no more
 
 # So many answers in a row, no success between them, that ask for a longer wait than is obeyed: access ends for now.
@@ -148,7 +149,7 @@ class State:
     """What the law remembers of one pool. A new one has launched nothing; change it only through the law's functions.
 
     `full_at`: per dimension, when the bucket is full again. `window_at`, `window_used`: start and content of the fixed
-    minute; `cell_at`, `cells`: newest cell and ring of the sliding window (TPM's 122 cells, then RPM's), whose sum
+    minute; `cell_at`, `cells`: newest cell and ring of the sliding window (TPM's 123 cells, then RPM's), whose sum
     stands in `window_used` too. `scale`: granted limit over configured limit where the provider grants less.
 
     `outwaited`: refusals since the last success that asked for a longer wait than is obeyed.

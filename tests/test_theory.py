@@ -90,7 +90,7 @@ def test_a_bucket_of_requests_and_one_of_a_day_do_the_same() -> None:
 @pytest.mark.parametrize(("window", "cycle_s"), [("fixed", law.FIXED_S), ("sliding", law.SLIDING_S)])
 @pytest.mark.parametrize(("count", "size"), [(100, 900), (7, 1_000), (24, 2_550), (25, 2_550)])
 def test_a_window_alone_lets_in_what_fits_once_per_minute(window: str, cycle_s: float, count: int, size: int) -> None:
-    """A fixed window lasts half a second longer than a minute; a sliding one keeps the half second that it ends in."""
+    """A fixed window lasts a second longer than a minute; a sliding one keeps the half second that it ends in, too."""
     policy = only(tpm_limit=30_000, tpm_headroom=0.15, tpm_window=window)
     done = run(scenario_of(batch([size] * count, 4.0), policy, provider={"tpm": 30_000}))
     per_minute = 25_500 // size

@@ -73,7 +73,7 @@ def test_a_fixed_minute_is_anchored_at_the_first_launch_after_the_last_one_expir
     assert law.admit_at(p, s, 1.0, law.FIRST, 100.0) == 90.0 + FIXED_S
 
 
-def test_the_sliding_window_lets_go_after_60_and_a_half_to_61_seconds() -> None:
+def test_the_sliding_window_lets_go_after_61_to_61_and_a_half_seconds() -> None:
     for launched_at in (0.0, 0.25, 0.4999999, 0.5, 17.3, 59.5):
         p, s = free(tpm=1_000, headroom=0.0, window=SLIDING), law.State()
         law.launched(p, s, 1_000.0, law.FIRST, launched_at, 0.5)
@@ -87,9 +87,9 @@ def test_the_sliding_window_frees_what_is_needed_and_no_more() -> None:
     law.launched(p, s, 400.0, law.FIRST, 0.0, 0.5)
     law.launched(p, s, 300.0, law.FIRST, 10.0, 0.5)
     law.launched(p, s, 300.0, law.FIRST, 20.0, 0.5)
-    needs = {1.0: 61.0, 400.0: 61.0, 401.0: 71.0, 700.0: 71.0, 701.0: 81.0, 1_000.0: 81.0}
+    needs = {1.0: 61.5, 400.0: 61.5, 401.0: 71.5, 700.0: 71.5, 701.0: 81.5, 1_000.0: 81.5}
     assert {need: law.admit_at(p, s, need, law.FIRST, 30.0) for need in needs} == needs
-    assert [law.used_in(p, s, TPM, now) for now in (60.9, 61.0, 70.9, 71.0, 81.0)] == [1_000, 600, 600, 300, 0]
+    assert [law.used_in(p, s, TPM, now) for now in (61.4, 61.5, 71.4, 71.5, 81.5)] == [1_000, 600, 600, 300, 0]
 
 
 def test_the_bucket_refills_continuously_and_never_holds_more_than_its_capacity() -> None:

@@ -38,9 +38,9 @@ def test_settling_books_real_use_where_the_reservation_stood(window: int) -> Non
 def test_a_settlement_that_comes_after_its_window_changes_nothing(window: int) -> None:
     p, s = free(tpm=1_000, headroom=0.0, window=window, settles=1), law.State()
     law.launched(p, s, 800.0, law.FIRST, 0.0, 0.5)
-    law.launched(p, s, 900.0, law.FIRST, 61.0, 0.5)
-    law.settled(p, s, 800.0, 100.0, 0.0, 61.0)
-    assert law.used_in(p, s, TPM, 61.0) == 900.0
+    law.launched(p, s, 900.0, law.FIRST, SLIDING_S, 0.5)
+    law.settled(p, s, 800.0, 100.0, 0.0, SLIDING_S)
+    assert law.used_in(p, s, TPM, SLIDING_S) == 900.0
 
 
 def test_without_settling_the_reservation_stays() -> None:

@@ -172,7 +172,7 @@ def test_a_wall_clock_that_is_set_between_two_legs_changes_nothing(path: Path, c
         state = journal.begin({"default": POLICY}, 30.0).recorders["default"].state
         assert state is not None
         assert used(state, 30.0) == pytest.approx([20_000.0, 1.0, 20_000.0 - 20.0 * 1e6 / 86_400, 1.0 - 20 / 86.4])
-        # 10 s after the launch began the next slot; its minute ends 60.5 s after it, plus a cell.
+        # 10 s after the launch began the next slot; its minute ends 61 s after it, plus a cell.
         assert law.admission(POLICY.params(), state, 1.0, law.FIRST, 30.0)[0] == pytest.approx(30.0, abs=4.0)
         assert law.admission(POLICY.params(), state, 15_000.0, law.FIRST, 30.0)[0] == 10.0 + law.SLIDING_S
 
