@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperCommand
 
+from governor.cli.counting import counting
 from governor.model.errors import BadInput, BadSetting
 
 if TYPE_CHECKING:
@@ -51,6 +52,14 @@ PoolsFile = Annotated[
 ]
 BaseUrl = Annotated[str | None, typer.Option("--base-url", metavar="URL", help="Overrides OPENAI_BASE_URL.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
+FileTokens = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        parser=counting(),
+        help="Tokens assumed for each file and the like that a request only points to.",
+    ),
+]
 RETRY_ALL = "--retry-failed"
 
 
@@ -107,6 +116,7 @@ def run(
     skip_oversized: Annotated[
         bool, typer.Option("--skip-oversized", help="Record requests above the limit as failed without sending them.")
     ] = False,
+    file_tokens: FileTokens = "5k",  # type: ignore[assignment]
     retry_failed: Annotated[
         str | None,
         typer.Option("--retry-failed", metavar="[=CODE]", help="Retry failed requests: all, or those with CODE."),
@@ -200,6 +210,7 @@ def run(
         overwrite=overwrite,
         retry_failed=retry_failed,
         resend_changed=resend_changed,
+        file_tokens=file_tokens,
         follow=follow,
         metrics_port=metrics_port,
     )
@@ -246,6 +257,7 @@ def preflight(
     deadline: Annotated[
         str | None, typer.Option(metavar="6h|06:00", help="When the last answer must have arrived.")
     ] = None,
+    file_tokens: FileTokens = "5k",  # type: ignore[assignment]
     as_json: AsJson = False,
 ) -> None:
     """Check whether a batch may start now, or how long to wait.
@@ -265,8 +277,9 @@ def preflight(
     found = pools_of(environment_of(env_file), env_file, words, pools, None, scenario)
     deadline_s = None if deadline is None else until_s(deadline, "--deadline")
     verdicts = {}
-    unseen = Unseen()
-    for pool, demand in zip(found, read_demands(Path(requests), found, unseen).values(), strict=True):
+    unseen = Unseen(file_tokens)
+    demands = read_demands(Path(requests), found, unseen, file_tokens=file_tokens)
+    for pool, demand in zip(found, demands.values(), strict=True):
         verdicts[pool.name] = judge(
             pool.policy,
             demand.load(),
@@ -279,7 +292,7 @@ def preflight(
     else:
         print(verdict_text(verdicts))
     if unseen.text:
-        typer.echo(f"note: {unseen.text}", err=True)
+        typer.echo(f"note: {unseen.text} (--file-tokens)", err=True)
     if not all(verdict.ok for verdict in verdicts.values()):
         raise typer.Exit(3)
 

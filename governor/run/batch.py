@@ -34,6 +34,7 @@ from governor.forecast.preflight import InUse, in_use
 from governor.forecast.summary import Summary
 from governor.journal.journal import Journal
 from governor.model.errors import BadSetting, FailureCode, PacelineError, quoted
+from governor.model.estimate import TOKENS_PER_FILE
 from governor.model.files import check_writable
 from governor.model.policy import Policy
 from governor.model.pools import Pool, key_of
@@ -91,6 +92,7 @@ class Orders:
     overwrite: bool = False
     retry_failed: str | None = None
     resend_changed: bool = False
+    file_tokens: int = TOKENS_PER_FILE
     follow: bool = False
     metrics_port: int | None = None
 
@@ -126,6 +128,7 @@ def run_orders(orders: Orders, *, foresee: Foresee | None, connect: Connect, sho
         overwrite=orders.overwrite,
         retry_failed=orders.retry_failed,
         resend_changed=orders.resend_changed,
+        file_tokens=orders.file_tokens,
     )
     journal = begun.journal
     try:

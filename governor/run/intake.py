@@ -22,6 +22,7 @@ from governor.journal.database import JournalError
 from governor.journal.journal import Journal, fingerprint_of
 from governor.journal.schema import INGEST_BYTES
 from governor.model.errors import BadInput, Oversized, Refused, quoted
+from governor.model.estimate import TOKENS_PER_FILE
 from governor.model.pools import Pool, pool_for
 from governor.model.requests import Request, Unseen, read_requests
 from governor.model.work import Work, reserve_of, work_of
@@ -96,14 +97,16 @@ def pooled(requests: Iterable[Request], pools: Sequence[Pool], name: str) -> Ite
         yield replace(request, pool=pool.name), pool
 
 
-def read_demands(path: Path, pools: Sequence[Pool], unseen: Unseen | None = None) -> dict[str, Demand]:
+def read_demands(
+    path: Path, pools: Sequence[Pool], unseen: Unseen | None = None, *, file_tokens: int = TOKENS_PER_FILE
+) -> dict[str, Demand]:
     """What a batch file asks of each pool, without sending or keeping anything. BadInput for a file that is wrong.
 
-    `unseen`: is told of every request.
+    `unseen`: is told of every request. `file_tokens`: assumed for each file and the like that a request only points to.
     """
     demands = {pool.name: Demand() for pool in pools}
     with _opened(path) as file:
-        requests = read_requests(file, str(path), keep_body=False)
+        requests = read_requests(file, str(path), keep_body=False, file_tokens=file_tokens)
         for request, pool in pooled(requests, pools, str(path)):
             demands[pool.name].add(request.model, request.sizes, reserve_of(pool.policy, request.sizes))
             if unseen is not None:
@@ -141,6 +144,7 @@ def prepare(
     overwrite: bool = False,
     retry_failed: str | None = None,
     resend_changed: bool = False,
+    file_tokens: int = TOKENS_PER_FILE,
 ) -> Begun:
     """The journal of this run: made from the input, or the one that is there. What is wrong is found before a send.
 
@@ -158,6 +162,7 @@ def prepare(
             overwrite=overwrite,
             retry_failed=retry_failed,
             resend_changed=resend_changed,
+            file_tokens=file_tokens,
         )
     for file in () if out is None else (out, errors_path(out)):
         # An empty one holds nothing to lose: a run that was ended before its first answer may have left it.
@@ -167,17 +172,19 @@ def prepare(
                 "or add --overwrite",
                 str(file),
             )
-    return _made(path, where, pools, seed, skip_oversized)
+    return _made(path, where, pools, seed, skip_oversized, file_tokens)
 
 
-def _made(path: Path, where: str | Path, pools: Sequence[Pool], seed: int, skip_oversized: bool) -> Begun:
+def _made(
+    path: Path, where: str | Path, pools: Sequence[Pool], seed: int, skip_oversized: bool, file_tokens: int
+) -> Begun:
     _check_disk(path, where, None)
     demands = {pool.name: Demand() for pool in pools}
     oversized = 0
 
     def works(hashed: _Hashed) -> Iterator[Work]:
         nonlocal oversized
-        for request, pool in pooled(read_requests(hashed, str(path)), pools, str(path)):
+        for request, pool in pooled(read_requests(hashed, str(path), file_tokens=file_tokens), pools, str(path)):
             work = work_of(request, pool.policy)
             try:
                 check_fits(request, int(work.reserve), pool)
@@ -237,6 +244,7 @@ def _resumed(
     overwrite: bool,
     retry_failed: str | None,
     resend_changed: bool,
+    file_tokens: int,
 ) -> Begun:
     with _opened(path) as file:
         fingerprint = fingerprint_of(file)  # type: ignore[arg-type]
@@ -255,13 +263,15 @@ def _resumed(
             # Its process was killed while it was filled: nothing was sent yet.
             seed = journal.run().seed
             journal.remove()
-            return _made(path, where, pools, seed, skip_oversized)
+            return _made(path, where, pools, seed, skip_oversized, file_tokens)
         counts = journal.counts()
         retried = 0 if retry_failed is None else counts.failures.get(retry_failed, 0) if retry_failed else counts.failed
         left = counts.pending + counts.in_flight + retried
         amended = None
         if journal.run().fingerprint != fingerprint:
-            amended = _amended(path, journal, pools, fingerprint, resend_changed=resend_changed)
+            amended = _amended(
+                path, journal, pools, fingerprint, resend_changed=resend_changed, file_tokens=file_tokens
+            )
         demands, oversized = _left(journal, pools, skip_oversized, retry_failed, left, amended)
         _check_disk(path, where, left)
     except BaseException:
@@ -270,14 +280,22 @@ def _resumed(
     return Begun(journal, demands, False, oversized, retried, amended)
 
 
-def _amended(path: Path, journal: Journal, pools: Sequence[Pool], fingerprint: str, *, resend_changed: bool) -> Amended:
+def _amended(
+    path: Path,
+    journal: Journal,
+    pools: Sequence[Pool],
+    fingerprint: str,
+    *,
+    resend_changed: bool,
+    file_tokens: int,
+) -> Amended:
     """What a corrected input changes, once `works` has been read to its end."""
     amendment = Amendment(journal)
 
     def works() -> Iterator[Work]:
         with _opened(path) as file:
             hashed = _Hashed(file)
-            read = read_requests(hashed, str(path))
+            read = read_requests(hashed, str(path), file_tokens=file_tokens)
             changes = amendment.changes(read, resend=resend_changed, name=str(path))
             for request, pool in pooled(changes, pools, str(path)):
                 yield work_of(request, pool.policy)

@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
+from governor.cli.counting import counting
 from governor.model.errors import BadSetting
 from governor.model.phrases import whole_number
 from governor.model.words import seconds_of, until_s
-from sim.base.counting import counting
 
 count = counting()
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from governor.cli.counting import counting
 from governor.model.errors import BadSetting
 from sim.app.options import AsJson, FinishBy, Options, count, share, takes_options, wait_s
-from sim.base.counting import counting
 from sim.base.progress import Progress
 
 if TYPE_CHECKING:

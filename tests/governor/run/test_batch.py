@@ -85,7 +85,7 @@ def test_lines_of_the_errors_file_name_the_reason_in_words() -> None:
     assert not good
     assert '"message":"every attempt failed on the provider\'s side: The server had an error"' in text
     _, text = line_of(Result(request(), "REQUEST_TOO_LARGE", None, 1.0, 0))
-    assert "it was never sent" in text
+    assert "was never sent" in text
     assert '"response":null' in text
     _, text = line_of(Result(request(), "REQUEST_TOO_LARGE", Answer(Outcome.TOO_LARGE, 413), 1.0, 0))
     assert "never sent" not in text
@@ -161,10 +161,19 @@ def test_preflight_says_what_requests_only_point_to(tmp_path: Path, capsys) -> N
     part = {"type": "input_file", "file_id": "file-abc"}
     body = {"model": "gpt-4o", "input": [{"role": "user", "content": [part]}], "max_output_tokens": 300}
     path.write_text(json.dumps({"custom_id": "a", "method": "POST", "url": "/v1/responses", "body": body}) + "\n")
-    assert main(["preflight", str(path), "--set", "OPENAI_CHARGE_RULE=responses", "--json"]) == 0
-    printed = capsys.readouterr()
-    assert json.loads(printed.out)["ok"] is True
-    assert printed.err == "note: 1 request with files whose tokens are unknown: 5,000 are assumed for each\n"
+    projected = []
+    for assumed, option in (("5,000", []), ("12,000", ["--file-tokens", "12k"])):
+        assert main(["preflight", str(path), "--set", "OPENAI_CHARGE_RULE=prompt_plus_max", "--json", *option]) == 0
+        printed = capsys.readouterr()
+        assert json.loads(printed.out)["ok"] is True
+        projected.append(json.loads(printed.out)["projected_tokens"])
+        said = f"note: 1 request with files whose tokens are unknown: {assumed} are assumed for each (--file-tokens)\n"
+        assert printed.err == said
+    assert projected[1] - projected[0] == 7_000
+    pools = (Pool(policy=Policy(charge_rule="prompt_plus_max")),)
+    made = prepare(path, tmp_path / "o.jsonl", tmp_path / "j.db", pools, seed=1, file_tokens=12_000)
+    with made.journal:
+        assert made.demands["default"].total == projected[1]
 
 
 def prepared(tmp_path: Path, pool: Pool | None = None, **how: object) -> object:
