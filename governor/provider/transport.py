@@ -193,7 +193,7 @@ class GovernedTransport(_Transport):
 
     async def _exchange(self, request: Any, steps: _Steps) -> Any:
         """From the client's request to the response that it gets, over as many attempts as the law grants."""
-        package = _package_of(request)
+        package = package_of(request)
         body = await steps.body(request, package)
         work = work_of_request(request, body, self._policy, next(self._count))
         lease = self.portal.lease(work, blocking=steps.blocking, max_wait_s=self._max_wait_s)
@@ -219,11 +219,11 @@ class GovernedTransport(_Transport):
                         response, raised = await steps.send(request), None
                     if not _is_whole(response):
                         return _streamed(response, lease, call, work, package)
-                    answer = _answer_of(response, await steps.read(response, package), work, package)
+                    answer = answer_of(response, await steps.read(response, package), work, package)
                 except (package.UnsupportedProtocol, package.LocalProtocolError, package.PoolTimeout):
                     raise  # nothing was sent
                 except package.TransportError as error:
-                    raised, answer = error, _unanswered(error, package)
+                    raised, answer = error, unanswered(error, package)
                 finally:
                     _inside.reset(token)
                 call.answered(answer)
@@ -361,7 +361,7 @@ def _package(name: str) -> ModuleType:
     return import_module(name)
 
 
-def _package_of(request: Any) -> Any:
+def package_of(request: Any) -> Any:
     """httpx or httpx2: whichever the client is built on."""
     return _package(type(request).__module__.partition(".")[0])
 
@@ -391,7 +391,7 @@ def _kind_of(response: Any) -> str:
     return kind.partition(";")[0].strip().lower()
 
 
-def _answer_of(response: Any, raw: bytes, work: Work, package: Any) -> Answer:
+def answer_of(response: Any, raw: bytes, work: Work, package: Any) -> Answer:
     content = raw
     if response.headers.get("content-encoding"):
         with suppress(package.DecodingError):
@@ -402,7 +402,7 @@ def _answer_of(response: Any, raw: bytes, work: Work, package: Any) -> Answer:
     return answer
 
 
-def _unanswered(error: Exception, package: Any) -> Answer:
+def unanswered(error: Exception, package: Any) -> Answer:
     """What an attempt without an answer means."""
     words = f"{type(error).__name__}: {str(error)[:300]}"
     return timed_out(words) if isinstance(error, package.TimeoutException) else dropped(words)
@@ -411,7 +411,7 @@ def _unanswered(error: Exception, package: Any) -> Answer:
 def _streamed(response: Any, lease: Lease, call: Operation, work: Work, package: Any) -> Any:
     """The response, whose stream ends the permit when it ends."""
     lease.stated(limits_in(fields_of(response.headers), time.time()))
-    reader = _Events(response, work.request.sizes) if _kind_of(response) == _EVENTS else _Bytes()
+    reader = Events(response, work.request.sizes) if _kind_of(response) == _EVENTS else _Bytes()
     response.stream = _stream_type(package)(response.stream, lease, call, reader, package)
     return response
 
@@ -427,7 +427,7 @@ class _Bytes:
         return Answer(Outcome.OK, 200)
 
 
-class _Events(_Bytes):
+class Events(_Bytes):
     """The usage, or the error, of a stream of server-sent events."""
 
     def __init__(self, response: Any, sizes: Sizes) -> None:
@@ -523,7 +523,7 @@ class _Watched:
                 yield chunk
                 self.is_read = True
         except self._package.TransportError as error:
-            self._end(_unanswered(error, self._package))
+            self._end(unanswered(error, self._package))
             raise
         finally:
             self.is_read = False
@@ -538,7 +538,7 @@ class _Watched:
                 yield chunk
                 self.is_read = True
         except self._package.TransportError as error:
-            self._end(_unanswered(error, self._package))
+            self._end(unanswered(error, self._package))
             raise
         finally:
             self.is_read = False

@@ -14,17 +14,18 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import inf
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 from weakref import WeakSet
 
-from governor.model.errors import PacelineError, quoted
+from governor.model.errors import BadSetting, PacelineError, quoted
 from governor.model.estimate import LEARNED
 from governor.model.policy import Policy
 from governor.model.pools import DEFAULT, Pool, default_pools
 from governor.provider.openai_adapter import OPENAI_URL
+from governor.provider.shadow import ShadowTransport, shadow_log
 from governor.provider.transport import GovernedTransport
 from governor.scheduler.driver import Governor
 from governor.scheduler.learning import Learner
@@ -35,6 +36,9 @@ from governor.telemetry.tracing import traces
 from governor.telemetry.watch import Together
 
 C = TypeVar("C")
+# "govern", or "shadow", whose journal and whether it holds prompts stand beside it.
+MODE, SHADOW_JOURNAL, SHADOW_PROMPTS = "PACELINE_MODE", "PACELINE_SHADOW_JOURNAL", "PACELINE_SHADOW_PROMPTS"
+DEFAULT_JOURNAL = "paceline-shadow.jsonl"
 MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
 _LOG = logging.getLogger("governor")
 
@@ -42,14 +46,21 @@ _lock = threading.Lock()
 _quotas: dict[Pool, Portal] = {}
 
 
-def governed(client: C, governor: Governor | Policy | None = None, *, max_wait_s: float = inf) -> C:
+def governed(
+    client: C,
+    governor: Governor | Policy | None = None,
+    *,
+    max_wait_s: float = inf,
+    mode: Literal["govern", "shadow"] | None = None,
+) -> C:
     """`client`, whose calls go out when the governor lets them.
 
     `client`: of any SDK that is built on httpx or httpx2 (AsyncOpenAI, OpenAI, AsyncAzureOpenAI, AsyncAnthropic, ...),
     or an httpx client. `governor`: a quota that several clients may share, or its settings; by default those of the
     environment (OPENAI_TPM_LIMIT and so on). `max_wait_s`: a call that may not be sent within so many seconds is
-    answered with a 503 instead of waiting. BadSetting for a setting that cannot be obeyed; PacelineError for a client
-    in which no httpx client is found.
+    answered with a 503 instead of waiting. `mode`: "shadow" delays and changes nothing, and records what is sent and
+    comes back in PACELINE_SHADOW_JOURNAL, for `paceline shadow`; by default what PACELINE_MODE says. BadSetting for a
+    setting that cannot be obeyed; PacelineError for a client in which no httpx client is found.
     """
     clients = list(_http_clients(client))
     if not clients:
@@ -57,19 +68,43 @@ def governed(client: C, governor: Governor | Policy | None = None, *, max_wait_s
             f"no httpx client in {quoted(type(client).__name__)}: give its SDK an http_client, and govern that: "
             "governed(httpx.AsyncClient())"
         )
+    if _mode_of(mode, os.environ) == "shadow":
+        log = shadow_log(
+            os.environ.get(SHADOW_JOURNAL) or DEFAULT_JOURNAL, prompts=bool(os.environ.get(SHADOW_PROMPTS))
+        )
+        _wrap(clients, lambda inner: ShadowTransport(inner, log))
+        return client
     portal, policy = _quota_of(client, governor)
-    for http in clients:
-        http._transport = _around(http._transport, portal, policy, max_wait_s)
-        for pattern, transport in http._mounts.items():
-            http._mounts[pattern] = None if transport is None else _around(transport, portal, policy, max_wait_s)
+    _wrap(clients, lambda inner: _around(inner, portal, policy, max_wait_s))
     if hasattr(client, "max_retries"):
         client.max_retries = 0
     return client
 
 
-def _around(transport: Any, portal: Portal, policy: Policy, max_wait_s: float) -> GovernedTransport:
-    """A transport around another; one that is governed already is governed anew."""
-    inner = transport.inner if isinstance(transport, GovernedTransport) else transport
+def _mode_of(mode: str | None, environment: Mapping[str, str]) -> str:
+    """What is asked for, or what PACELINE_MODE says."""
+    found = mode if mode is not None else environment.get(MODE, "").strip().lower() or "govern"
+    if found not in ("govern", "shadow"):
+        name = "mode" if mode is not None else MODE
+        raise BadSetting(f"{name} {quoted(found)} does not exist: use govern or shadow", name)
+    return found
+
+
+def _wrap(clients: list[Any], around: Callable[[Any], Any]) -> None:
+    """Puts a transport around each one that the clients have; one of ours that is there already is replaced."""
+
+    def wrapped(transport: Any) -> Any:
+        ours = isinstance(transport, GovernedTransport | ShadowTransport)
+        return around(transport.inner if ours else transport)
+
+    for http in clients:
+        http._transport = wrapped(http._transport)
+        for pattern, transport in http._mounts.items():
+            http._mounts[pattern] = None if transport is None else wrapped(transport)
+
+
+def _around(inner: Any, portal: Portal, policy: Policy, max_wait_s: float) -> GovernedTransport:
+    """A governed transport around another."""
     followed = traces()
     if followed is None:
         return GovernedTransport(inner, portal, policy, max_wait_s=max_wait_s)

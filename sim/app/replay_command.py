@@ -58,7 +58,7 @@ def replayed(path: str, o: ReplayOptions, width: int) -> tuple[dict[str, Any], s
             found = lessons(journal)
         name, stages = staged(path, found, o)
     else:
-        name, stages = _of_log(path, o)
+        name, stages = of_log(path, o)
     result = counterfactual(stages, rewrite, runs=o.runs, provider_from=name)
     if o.pairs is not None:
         _write_pairs(o.pairs, result)
@@ -81,7 +81,7 @@ def staged(path: str, found: Sequence[Lesson], o: ReplayOptions) -> tuple[str, l
     return name, [stage]
 
 
-def _of_log(path: str, o: ReplayOptions) -> tuple[str, list[Stage]]:
+def of_log(path: str, o: ReplayOptions) -> tuple[str, list[Stage]]:
     """A log of another client: arrivals as in the log where it has them, and the guardrails' settings."""
     observed = read_sources([path], parse_columns(o.columns) if o.columns else {})
     learnt = calibrate(observed).scenario
