@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from governor.model.errors import BadSetting
+from governor.model.files import write_atomically
 from governor.model.policy import KNOBS, Policy
 from governor.model.settings import policy_of
 from sim.app.api import PlanResult, plan
 from sim.app.outputs import check_file
 from sim.app.replay_command import ReplayOptions, of_log
-from sim.base.files import write_atomically
 from sim.base.layout import facts, table, wrapped
 from sim.base.words import duration, number
 from sim.calibration.calibrate import calibrate, read_sources
