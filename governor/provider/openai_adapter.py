@@ -169,7 +169,9 @@ class Adapter:
         try:
             async with asyncio.timeout(timeout_s):
                 response = await self._post(request.url.removeprefix("/v1"), body, options)
-        except (TimeoutError, APITimeoutError):
+        except (TimeoutError, APITimeoutError) as error:
+            if any(type(each).__name__ == "ConnectTimeout" for each in _causes(error)):
+                return timed_out(f"no connection to {self.address} within {min(timeout_s, CONNECT_S):g} s")
             return timed_out(f"no answer from {self.address} within {timeout_s:g} s")
         except APIStatusError as error:
             response = error.response

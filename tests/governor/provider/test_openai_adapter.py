@@ -23,6 +23,7 @@ from governor.model.errors import BadSetting
 from governor.model.estimate import CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, sizes_of
 from governor.model.pools import Azure, Pool
 from governor.model.requests import Answer, Outcome, Request, endpoint_of, url_of
+from governor.provider import openai_adapter
 from governor.provider.codes import QUOTA_CODES
 from governor.provider.openai_adapter import IDLE_MAX, LANE_MOST, Adapter, capped
 from sim.model.faults import AT_THE_DOOR, Event
@@ -289,6 +290,15 @@ def test_real_limits_become_real_answers() -> None:
     assert 48.036 - 5.0 < second.retry_after_s <= 48.036
     assert second.limits[0].remaining < 2_000
     assert (bad.outcome, bad.status) == (Outcome.BAD_REQUEST, 400)
+
+
+def test_a_connection_that_is_never_made_is_said_with_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai_adapter, "CONNECT_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as mute:  # it speaks no TLS
+        (answer,) = sent(f"https://127.0.0.1:{mute.getsockname()[1]}/v1", request(), timeout_s=30.0)
+    assert answer.outcome is Outcome.TIMEOUT
+    assert answer.message.startswith("no connection to https://127.0.0.1")
+    assert answer.message.endswith("within 0.2 s")
 
 
 def test_a_slow_answer_times_out_for_that_attempt_only() -> None:
