@@ -47,10 +47,12 @@ FIXED = 0
 SLIDING = 1
 BUCKET = 2
 
-# How a launch stands to its request: its first attempt, a retry, or a retry that kept its place in flight.
+# How a launch stands to its request: its first attempt, a retry, or a retry that kept its place in flight. The first
+# attempt of an interactive request, for which somebody waits, goes before a batch's.
 FIRST = 0
 RETRY = 1
 HOLDING = 2
+INTERACTIVE = 3
 
 # Lanes.
 MAIN = 0
@@ -111,7 +113,8 @@ class Params:
 
     Arrays have one entry per dimension (TPM, RPM, TPD, RPD). `budget` is the usable part of `limit`, `rate_per_s` its
     continuous refill; both are made by `budget_of` and `rate_of`. `burst_ratio`: what a bucket of a minute holds at
-    most, as a share of that; 1 for other windows.
+    most, as a share of that; 1 for other windows. `interactive_ratio`: the share of each budget, and of the places in
+    flight, that a batch's first attempts leave free.
     """
 
     max_concurrency: int
@@ -121,6 +124,7 @@ class Params:
     headroom_ratio: float
     window: int
     burst_ratio: float
+    interactive_ratio: float
     settles: int
     longest_first: int
     max_attempts: int
@@ -496,16 +500,24 @@ def permits(p: Params, s: State) -> int:
     return p.max_concurrency
 
 
+def _kept(p: Params, held: float, standing: int) -> float:
+    """What an attempt of that standing leaves of a limit that holds so much: a batch's first attempts alone do."""
+    return held * p.interactive_ratio if standing == FIRST else 0.0
+
+
 def admission(p: Params, s: State, reserve: float, standing: int, now: float) -> tuple[float, int]:
     """The moment at which this reservation may launch, and the knob whose own time is latest. The one rule."""
     if s.paused:
         return math.inf, PAUSED
+    most = permits(p, s)
+    if p.interactive_ratio > 0.0 and standing == FIRST:
+        most = max(1, most - math.ceil(_kept(p, most, standing)))
     # A reservation above the budget runs alone: nothing else in flight, and nobody joins it. Who kept its place does
     # not wait for the others in flight: where the limit fell meanwhile, all of them may be waiting like itself.
     if (
         standing != HOLDING
         and s.in_flight > 0
-        and (s.alone or s.in_flight >= permits(p, s) or reserve > held_of(p, TPM, p.budget[TPM]) * s.scale[TPM])
+        and (s.alone or s.in_flight >= most or reserve > held_of(p, TPM, p.budget[TPM]) * s.scale[TPM])
     ):
         return math.inf, CONCURRENCY
     at = now
@@ -516,14 +528,20 @@ def admission(p: Params, s: State, reserve: float, standing: int, now: float) ->
     for d in range(4):
         # (A bucket that will be full by then has room for anything, and is not asked.)
         if p.limit[d] > 0.0 and (s.full_at[d] > at or p.window != BUCKET):
-            ready_at = _ready_at(p, s, d, reserve if d & 1 == 0 else 1.0, now)
+            amount = reserve if d & 1 == 0 else 1.0
+            if p.interactive_ratio > 0.0:
+                amount += _kept(p, held_of(p, d, p.budget[d]) * s.scale[d], standing)
+            ready_at = _ready_at(p, s, d, amount, now)
             if ready_at > at:
                 at = ready_at
                 cause = BY_DAY if d >= TPD else BY_TPM + d
     if p.sync_headers:
         for d in range(4):
             if s.mirror_at[d] > at:
-                ready_at = _mirror_ready_at(p, s, d, reserve if d & 1 == 0 else 1.0)
+                amount = reserve if d & 1 == 0 else 1.0
+                if p.interactive_ratio > 0.0:
+                    amount += _kept(p, held_of(p, d, _stated_limit(p, s, d)), standing)
+                ready_at = _mirror_ready_at(p, s, d, amount)
                 if ready_at > at:
                     at = ready_at
                     cause = BY_DAY if d >= TPD else BY_TPM + d
@@ -820,13 +838,16 @@ def resumed(p: Params, s: State) -> None:
 def rank(
     p: Params, lane: int, attempt: int, expected: float, reserve: float, sequence: float, standing: int = FIRST
 ) -> tuple[float, float, float, float]:
-    """Sort key of a waiting attempt, smallest first: retries, then finalize passes, then new work.
+    """Sort key of a waiting attempt, smallest first: interactive requests, retries, finalize passes, then new work.
 
     New work goes in order of arrival, or longest expected answer first (`expected` = the declared output cap, ties by
     the larger reservation: never the answer itself), so that a batch does not end on a long tail. Elementwise over
     arrays of `expected`, `reserve` and `sequence` too. Of retries, those HOLDING their place go first: after a change
-    of settings both kinds wait, and one without a place would wait for the places of those behind it.
+    of settings both kinds wait, and one without a place, interactive or not, would wait for the places of those behind
+    it.
     """
+    if standing == INTERACTIVE:
+        return 0.0, -0.5, 0.0, sequence
     if attempt > 1 or standing != FIRST:
         return 0.0, -1.0 if standing == HOLDING else 0.0, 0.0, sequence
     if lane == FINALIZE:

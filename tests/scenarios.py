@@ -238,6 +238,7 @@ def _policy(rng: random.Random, tpm: int, config: dict[str, Any]) -> dict[str, A
         "request_timeout_seconds": rng.choice([600.0, 600.0, 20.0, 3.0]),
         "deadline_seconds": rng.choice([0.0, 0.0, 0.0, 15.0, 90.0, 600.0]),
         "finalize_max_concurrency": rng.choice([1, 2, 4]),
+        "interactive_reserve": rng.choice([0.0, 0.0, 0.25]),
         "finalize_max_tokens": rng.choice([10, tpm // 20, tpm // 2]),
     }
     for name in ("settle", "backoff_keeps_permit", "hold_on_throttle", "sync_headers", "refund_throttled"):

@@ -119,6 +119,7 @@ def drawn_policy(r: random.Random) -> law.Params:
         setattr(p, flag, r.randrange(2))
     if p.window == law.BUCKET:
         p.burst_ratio = r.choice([1.0, 0.1, r.uniform(0.001, 1.0)])
+    p.interactive_ratio = r.choice([0.0, 0.2, r.random()])
     return p
 
 
@@ -142,7 +143,7 @@ def law_calls(r: random.Random, both: Both) -> None:
     out: list[tuple[float, float, float, int]] = []  # reserve, launched, first launched, attempt
     for _ in range(CALLS):
         reserve = float(r.randint(0, r.choice([100, 7_000, 60_000])))
-        standing, u = r.randrange(3), r.random()
+        standing, u = r.randrange(4), r.random()
         at = both("admit_at", p, s, reserve, standing, now)
         kind = r.randrange(16)
         if kind < 4:

@@ -95,6 +95,9 @@ class Policy(BaseModel):
     refund_throttled: bool = _knob(
         "OPENAI_REFUND_THROTTLED", False, "", "a 429 gives its reservation back; right if refusals are not charged"
     )
+    interactive_reserve: float = _knob(
+        "OPENAI_INTERACTIVE_RESERVE", 0.0, "ratio", "share of each limit that batch work leaves free", ge=0, lt=1
+    )
     rpm_limit: int = _knob(
         "OPENAI_RPM_LIMIT", 0, "requests/min", "requests per minute that are granted; 0 = no limit", ge=0, le=10**9
     )
@@ -228,6 +231,7 @@ class Policy(BaseModel):
             jitter_cap_s=self.jitter_cap_seconds,
             headroom_ratio=self.tpm_headroom,
             window=_WINDOWS[self.tpm_window],
+            interactive_ratio=self.interactive_reserve,
             burst_ratio=self.burst_seconds / MINUTE_S if self.tpm_window == "bucket" else 1.0,
             settles=int(self.settle),
             longest_first=int(self.launch_order == "longest_first"),

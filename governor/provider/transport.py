@@ -50,6 +50,7 @@ from governor.model.requests import Answer, Outcome, Request, usage_of
 from governor.model.work import Work, work_of
 from governor.provider.answers import classify, dropped, timed_out
 from governor.provider.stated import fields_of, limits_in
+from governor.scheduler.driver import BATCH
 from governor.scheduler.portal import Lease, Portal, background_loop, running_loop
 
 if TYPE_CHECKING:
@@ -132,7 +133,8 @@ class GovernedTransport(_Transport):
 
     `inner`: the transport that sends. `portal`: the way to the governor (`portal_to`). `policy`: whose charge rule
     says what to reserve. `max_wait_s`: a call that may not be sent within so many seconds is answered with a 503. What
-    can never be sent is answered with a 400, so that the client's own exception says why. `follow`: begins to follow a
+    can never be sent is answered with a 400, so that the client's own exception says why. `lane`: as for
+    `Governor.permit`. `follow`: begins to follow a
     call, by what the governor knows of it and its address.
     """
 
@@ -143,12 +145,14 @@ class GovernedTransport(_Transport):
         policy: Policy,
         *,
         max_wait_s: float = inf,
+        lane: str = BATCH,
         follow: Callable[[Work, str], Operation] = lambda work, url: _UNFOLLOWED,
     ) -> None:
         self.inner = inner
         self.portal = portal
         self._policy = policy
         self._max_wait_s = max_wait_s
+        self._lane = lane
         self._follow = follow
         self._given_up: dict[bytes, float] = {}
         self._count = count(1)
@@ -196,7 +200,8 @@ class GovernedTransport(_Transport):
         package = package_of(request)
         body = await steps.body(request, package)
         work = work_of_request(request, body, self._policy, next(self._count))
-        lease = self.portal.lease(work, blocking=steps.blocking, max_wait_s=self._max_wait_s)
+        blocking, max_wait_s = steps.blocking, self._max_wait_s
+        lease = self.portal.lease(work, blocking=blocking, max_wait_s=max_wait_s, lane=self._lane)
         call = self._follow(work, str(request.url))
         try:
             await lease.begin()

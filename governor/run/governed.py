@@ -27,7 +27,7 @@ from governor.model.pools import DEFAULT, Pool, default_pools
 from governor.provider.openai_adapter import OPENAI_URL
 from governor.provider.shadow import ShadowTransport, shadow_log
 from governor.provider.transport import GovernedTransport
-from governor.scheduler.driver import Governor
+from governor.scheduler.driver import BATCH, Governor, standing_of
 from governor.scheduler.learning import Learner
 from governor.scheduler.portal import Portal, portal_to
 from governor.sharedquota.sharing import redis_url, shared_governor
@@ -51,6 +51,7 @@ def governed(
     governor: Governor | Policy | None = None,
     *,
     max_wait_s: float = inf,
+    lane: str = BATCH,
     mode: Literal["govern", "shadow"] | None = None,
 ) -> C:
     """`client`, whose calls go out when the governor lets them.
@@ -58,8 +59,10 @@ def governed(
     `client`: of any SDK that is built on httpx or httpx2 (AsyncOpenAI, OpenAI, AsyncAzureOpenAI, AsyncAnthropic, ...),
     or an httpx client. `governor`: a quota that several clients may share, or its settings; by default those of the
     environment (OPENAI_TPM_LIMIT and so on). `max_wait_s`: a call that may not be sent within so many seconds is
-    answered with a 503 instead of waiting. `mode`: "shadow" delays and changes nothing, and records what is sent and
-    comes back in PACELINE_SHADOW_JOURNAL, for `paceline shadow`; by default what PACELINE_MODE says. BadSetting for a
+    answered with a 503 instead of waiting. `lane`: "interactive" where somebody waits for the answers: they go before
+    those of lane "batch", and may use the share of each limit that OPENAI_INTERACTIVE_RESERVE keeps. `mode`: "shadow"
+    delays and changes nothing, and records what is sent and comes back in PACELINE_SHADOW_JOURNAL, for `paceline
+    shadow`; by default what PACELINE_MODE says. BadSetting for a
     setting that cannot be obeyed; PacelineError for a client in which no httpx client is found.
     """
     clients = list(_http_clients(client))
@@ -68,6 +71,7 @@ def governed(
             f"no httpx client in {quoted(type(client).__name__)}: give its SDK an http_client, and govern that: "
             "governed(httpx.AsyncClient())"
         )
+    standing_of(lane)
     if _mode_of(mode, os.environ) == "shadow":
         log = shadow_log(
             os.environ.get(SHADOW_JOURNAL) or DEFAULT_JOURNAL, prompts=bool(os.environ.get(SHADOW_PROMPTS))
@@ -75,7 +79,7 @@ def governed(
         _wrap(clients, lambda inner: ShadowTransport(inner, log))
         return client
     portal, policy = _quota_of(client, governor)
-    _wrap(clients, lambda inner: _around(inner, portal, policy, max_wait_s))
+    _wrap(clients, lambda inner: _around(inner, portal, policy, max_wait_s, lane))
     if hasattr(client, "max_retries"):
         client.max_retries = 0
     return client
@@ -103,12 +107,12 @@ def _wrap(clients: list[Any], around: Callable[[Any], Any]) -> None:
             http._mounts[pattern] = None if transport is None else wrapped(transport)
 
 
-def _around(inner: Any, portal: Portal, policy: Policy, max_wait_s: float) -> GovernedTransport:
+def _around(inner: Any, portal: Portal, policy: Policy, max_wait_s: float, lane: str) -> GovernedTransport:
     """A governed transport around another."""
     followed = traces()
     if followed is None:
-        return GovernedTransport(inner, portal, policy, max_wait_s=max_wait_s)
-    return GovernedTransport(inner, portal, policy, max_wait_s=max_wait_s, follow=followed.operation)
+        return GovernedTransport(inner, portal, policy, max_wait_s=max_wait_s, lane=lane)
+    return GovernedTransport(inner, portal, policy, max_wait_s=max_wait_s, lane=lane, follow=followed.operation)
 
 
 def _http_clients(client: object) -> Iterator[Any]:

@@ -19,7 +19,7 @@ from typing import Any, cast
 
 from governor import law
 from governor.law import Params, State
-from governor.model.errors import PacelineError
+from governor.model.errors import BadSetting, PacelineError, quoted
 from governor.model.policy import Policy
 from governor.model.pools import check_own_quota
 from governor.model.requests import Request
@@ -33,6 +33,17 @@ from governor.scheduler.quota import LocalQuota
 from governor.scheduler.refusals import Refusals
 from governor.scheduler.scheduler import Scheduler
 from governor.scheduler.waiting import wait_s
+
+# Lanes of a program's own calls: where nobody waits for the answer, and where somebody does.
+BATCH = "batch"
+INTERACTIVE = "interactive"
+
+
+def standing_of(lane: str) -> int:
+    """How the law sees a first attempt in that lane. BadSetting for one that does not exist."""
+    if lane not in (BATCH, INTERACTIVE):
+        raise BadSetting(f"lane {quoted(lane)} does not exist: use {BATCH} or {INTERACTIVE}")
+    return law.INTERACTIVE if lane == INTERACTIVE else law.FIRST
 
 
 class Governor:
@@ -112,26 +123,31 @@ class Governor:
         charge: int = -1,
         request: Request | None = None,
         max_wait_s: float = inf,
+        lane: str = BATCH,
     ) -> Permit:
         """`async with governor.permit(tokens) as permit:` waits until a request that reserves so many may be sent.
 
         `expected`: its declared output cap, for the order of launches. `max_wait_s`: Refused, if it may not be sent
         within so many seconds. `request`, `charge`: what observers are told about each attempt, and without which they
-        are not. Raises PacelineError for what can never be sent, and where the pool has stopped.
+        are not. `lane`: "interactive" for a request that somebody waits for, which goes before all others, is not
+        staggered and may use what OPENAI_INTERACTIVE_RESERVE keeps; else "batch". Raises PacelineError for what can
+        never be sent, and where the pool has stopped.
         """
         reserve = self.batch.reserved(reserve, request)
         self._calls += 1
-        return Permit(self, Job(None, self._calls, reserve, expected, charge, 0.0, request), max_wait_s)
+        job = Job(None, self._calls, reserve, expected, charge, 0.0, request)
+        job.standing = standing_of(lane)
+        return Permit(self, job, max_wait_s)
 
-    def try_permit(self, reserve: float, *, expected: float = -1.0) -> Permit | None:
+    def try_permit(self, reserve: float, *, expected: float = -1.0, lane: str = BATCH) -> Permit | None:
         """A permit that is granted already, where the request may be sent right now; None where it would have to wait.
 
         Enter it (`async with`) at once: it holds its place from here on. Raises as `permit` does.
         """
-        permit = self.permit(reserve, expected=expected)
+        permit = self.permit(reserve, expected=expected, lane=lane)
         return permit if permit.is_granted_now() else None
 
-    def wait_s(self, reserve: float, *, expected: float = -1.0) -> float:
+    def wait_s(self, reserve: float, *, expected: float = -1.0, lane: str = BATCH) -> float:
         """How long a request that reserves so many tokens would wait now, about, in seconds: see `waiting`.
 
         0 = it may go at once; inf = nobody can say (paused, stopped). For a caller who would rather answer that it is
@@ -140,9 +156,10 @@ class Governor:
         reserve = self.batch.reserved(reserve, None)
         if self.stopped:
             return inf
-        ahead = self.scheduler.ahead_of(law.rank(self.p, law.MAIN, 1, expected, reserve, inf))
+        standing = standing_of(lane)
+        ahead = self.scheduler.ahead_of(law.rank(self.p, law.MAIN, 1, expected, reserve, inf, standing))
         flying = [(job.launched_s, job.reserve) for job in (*self.batch.granted, *self.attempts.jobs())]
-        return wait_s(self.p, self.s, ahead, flying, (reserve, law.FIRST), self.batch.answer_s, self.now())
+        return wait_s(self.p, self.s, ahead, flying, (reserve, standing), self.batch.answer_s, self.now())
 
     async def run(
         self, source: Iterator[Work], send: Send, *, finalize: bool = False, refusals: Refusals | None = None

@@ -28,7 +28,7 @@ from governor.model.errors import PacelineError
 from governor.model.requests import Answer, Limit
 from governor.model.work import Work
 from governor.scheduler.attempts import NoLoop
-from governor.scheduler.driver import Governor
+from governor.scheduler.driver import BATCH, Governor
 from governor.scheduler.permits import Permit
 
 T = TypeVar("T")
@@ -140,9 +140,9 @@ class Portal:
                 self._made[loop] = self._make()
         return self._made[loop]
 
-    def lease(self, work: Work, *, blocking: bool, max_wait_s: float = inf) -> Lease:
-        """A permit for that work, to be begun."""
-        return Lease(self, work, blocking, max_wait_s)
+    def lease(self, work: Work, *, blocking: bool, max_wait_s: float = inf, lane: str = BATCH) -> Lease:
+        """A permit for that work, to be begun. `lane`: as for `Governor.permit`."""
+        return Lease(self, work, blocking, max_wait_s, lane)
 
 
 _portals: weakref.WeakSet[Portal] = weakref.WeakSet()
@@ -178,11 +178,12 @@ class Lease:
     `blocking`: whoever holds it is a thread, whose coroutines here never wait for its own loop but block instead.
     """
 
-    def __init__(self, portal: Portal, work: Work, blocking: bool, max_wait_s: float) -> None:
+    def __init__(self, portal: Portal, work: Work, blocking: bool, max_wait_s: float, lane: str) -> None:
         self._portal = portal
         self._work = work
         self._blocking = blocking
         self._max_wait_s = max_wait_s
+        self._lane = lane
         self._home: Loop
         self._is_here = False
         self._permit: Permit | None = None
@@ -206,6 +207,7 @@ class Lease:
             charge=work.charge,
             request=work.request,
             max_wait_s=self._max_wait_s,
+            lane=self._lane,
         )
         await self._permit.__aenter__()
         self._portal.heard()

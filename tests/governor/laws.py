@@ -38,6 +38,7 @@ def params(
         headroom_ratio=headroom,
         window=law.FIXED,
         burst_ratio=1.0,
+        interactive_ratio=0.0,
         settles=0,
         longest_first=0,
         max_attempts=5,

@@ -299,3 +299,59 @@ def test_retries_go_first_then_finalize_passes_then_new_work() -> None:
         fifo, law.MAIN, 2, 1.0, 1.0, 8.0, law.RETRY
     )
     assert order(longest) == [6, 7, 5, 3, 8, 2, 1, 4]
+
+
+# ---------------------------------------------------------------- interactive requests
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("sync", [0, 1])
+def test_a_batch_leaves_the_interactive_share_of_each_limit_free(window: int, sync: int) -> None:
+    """1,000 tokens and 10 requests a minute of which a fifth is kept: 800 and 8 for the batch, all for the others.
+
+    (A little less or more, so that no sum of them is exactly the limit.)
+    """
+
+    def launches(standing: int, reserve: float) -> int:
+        p = free(tpm=1_000, rpm=10.5, headroom=0.0, window=window, interactive_ratio=0.2, sync_headers=sync)
+        s = law.State(synced_at=[0.0] * 4)
+        count = 0
+        while law.admit_at(p, s, reserve, standing, 0.0) == 0.0:
+            law.launched(p, s, reserve, standing, 0.0, 0.5)
+            count += 1
+        return count
+
+    assert [launches(standing, 98.0) for standing in (law.FIRST, law.RETRY, law.INTERACTIVE)] == [8, 10, 10]
+    assert [launches(standing, 1.0) for standing in (law.FIRST, law.RETRY, law.INTERACTIVE)] == [8, 10, 10]
+
+
+def test_a_batch_leaves_places_in_flight_free_but_never_all() -> None:
+    p = free(max_concurrency=10, interactive_ratio=0.25)
+    s = law.State(in_flight=7)
+    assert [law.admit_at(p, s, 1.0, standing, 0.0) for standing in (law.FIRST, law.INTERACTIVE)] == [INF, 0.0]
+    s.in_flight = 6
+    assert law.admit_at(p, s, 1.0, law.FIRST, 0.0) == 0.0
+    p.max_concurrency, s.in_flight = 1, 0
+    assert law.admit_at(p, s, 1.0, law.FIRST, 0.0) == 0.0
+
+
+def test_a_request_of_the_batch_that_needs_the_share_itself_waits_for_an_empty_window() -> None:
+    p = free(tpm=1_000, headroom=0.0, window=law.BUCKET, interactive_ratio=0.5)
+    s = law.State()
+    assert law.admit_at(p, s, 900.0, law.FIRST, 0.0) == 0.0
+    law.launched(p, s, 100.0, law.INTERACTIVE, 0.0, 0.5)
+    assert law.admit_at(p, s, 900.0, law.FIRST, 0.0) == pytest.approx(6.0)
+    assert law.admit_at(p, s, 900.0, law.INTERACTIVE, 0.0) == 0.0
+
+
+def test_interactive_requests_go_first_and_take_no_launch_slot() -> None:
+    p = params(interactive_ratio=0.2)
+    s = law.State()
+    law.launched(p, s, 100.0, law.FIRST, 0.0, 0.5)
+    slot = s.next_slot_at
+    assert law.admit_at(p, s, 100.0, law.INTERACTIVE, 1.0) == 1.0
+    law.launched(p, s, 100.0, law.INTERACTIVE, 1.0, 0.5)
+    assert s.next_slot_at == slot
+    standings = {"first": law.FIRST, "retry": law.RETRY, "holding": law.HOLDING, "interactive": law.INTERACTIVE}
+    order = sorted(standings, key=lambda name: law.rank(p, law.MAIN, 1, 1.0, 1.0, 1.0, standings[name]))
+    assert order == ["holding", "interactive", "retry", "first"]

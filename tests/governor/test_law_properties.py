@@ -38,6 +38,7 @@ def policies(draw: st.DrawFn, **fixed: Any) -> law.Params:
         "max_attempts": draw(st.integers(1, 6)),
         "backoff_base_s": draw(st.sampled_from([0.1, 2.0, 30.0])),
         "deadline_s": draw(st.sampled_from([0.0, 0.0, 45.0, 900.0])),
+        "interactive_ratio": draw(st.sampled_from([0.0, 0.0, 0.2, 0.9])),
     }
     for flag in ("settles", "backoff_keeps_permit", "hold_on_throttle", "refunds_throttled", "sync_headers"):
         drawn[flag] = draw(st.integers(0, 1))
@@ -286,7 +287,7 @@ def states(draw: st.DrawFn, now: float) -> law.State:
     data=st.data(),
     p=policies(),
     reserve=st.integers(0, 4_000),
-    standing=st.sampled_from([law.FIRST, law.RETRY, law.HOLDING]),
+    standing=st.sampled_from([law.FIRST, law.RETRY, law.HOLDING, law.INTERACTIVE]),
     now=MOMENTS | st.floats(0.0, 1e6),
 )
 def test_in_any_state_at_all_the_law_keeps_its_promises_and_changes_nothing(

@@ -661,3 +661,30 @@ def test_a_permit_that_is_told_whole_answers_shows_its_attempts() -> None:
     ]
     assert [row.attempt for row in log.rows] == [1, 2, 3, 1]
     assert [code for _, code, _ in log.ends] == ["", "OPENAI_SERVER_ERROR"]
+
+
+def test_an_interactive_permit_goes_before_the_batch_and_finds_its_share_free() -> None:
+    granted: list[tuple[str, float]] = []
+
+    async def caller(governor: Governor, lane: str, tokens: float) -> None:
+        async with governor.permit(tokens, lane=lane) as permit:
+            granted.append((lane, governor.loop.time()))
+            await asyncio.sleep(1.0)
+            permit.used(tokens)
+
+    async def main() -> None:
+        governor = Governor(quiet(tpm=6_000, window=law.BUCKET, interactive_ratio=0.2, settles=0, stagger_s=0.0))
+        batch = [asyncio.create_task(caller(governor, "batch", 1_000.0)) for _ in range(8)]
+        await asyncio.sleep(0.5)
+        assert governor.wait_s(1_000.0, lane="interactive") == 0.0
+        assert governor.wait_s(1_000.0) > 30.0
+        await caller(governor, "interactive", 1_000.0)
+        await asyncio.gather(*batch)
+        with pytest.raises(PacelineError, match="lane 'urgent' does not exist: use batch or interactive"):
+            governor.permit(1.0, lane="urgent")
+        nothing_held(governor)
+
+    run_virtual(main())
+    assert [at for lane, at in granted if lane == "interactive"] == [0.5]
+    # 4,800 for the batch at once, and 100 a second from then on, of which the interactive request took 1,000.
+    assert [at for lane, at in granted if lane == "batch"] == pytest.approx([0, 0, 0, 0, 12, 22, 32, 42])
