@@ -289,7 +289,7 @@ def test_what_is_missing_or_out_of_order_is_named() -> None:
         ({"arguments": (1.0,)}, "this version's law takes 3 arguments there, not 1"),
         ({"arguments": (1.0, math.inf, 0.0)}, "the law cannot decide that: cannot convert float infinity to integer"),
         ({"name": "synced", "arguments": (7.0, 9.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0)}, "tuple index out of range"),
-        ({"name": REPRICED, "arguments": (1.0, 2.0)}, "1 numbers where 33 should be"),
+        ({"name": REPRICED, "arguments": (1.0, 2.0)}, "1 numbers where 34 should be"),
         ({"name": RESTORED, "arguments": ()}, "0 numbers where"),
         ({"name": BEGAN, "arguments": ()}, "0 numbers where"),
     ],
