@@ -410,12 +410,14 @@ def summarize(
     stagger_delays: int = 0,
     tpm_deferrals: int = 0,
     cost_usd: float | None = None,
+    lost: Iterable[tuple[float, float]] = (),
 ) -> Summary:
     """The figures of a run from its attempt rows (in any order) and the end of each request.
 
     `permits_kept`: a request that backs off counts as in flight (the policy's `backoff_keeps_permit`). Deferrals are
     counted at the head of the queue, which rows do not show: they come from the driver or the journal. Nor do rows show
-    the waiting of a request that was never launched.
+    the waiting of a request that was never launched. `lost`: charge and least use, in tokens, of each request that was
+    lost and might have been answered: the bound is over these too, as it is in a simulation.
     """
     tally = Tally()
     tally.deferrals[STAGGER] = stagger_delays
@@ -440,6 +442,8 @@ def summarize(
         flights[key] = (min(first, a.launched_s), max(last, a.finished_s))
     for request, answer in answers.items():
         tally.work.add(arrived_s[request], *answer)
+    for charge, used in lost:
+        tally.work.add(0.0, charge, used, 0.0)
     for end in ends:
         tally.ended(end.failure, end.ended_s)
     tally.peak_in_flight = _peak(flights.values())

@@ -62,6 +62,7 @@ from governor.journal.schema import (
     timers,
 )
 from governor.journal.verify import Decision
+from governor.model.errors import FailureCode
 from governor.model.lawcalls import BEGAN, numbers_of, read_back
 from governor.model.policy import Policy
 from governor.model.prices import Usage
@@ -310,6 +311,14 @@ class Records:
         query = select(c.request, c.ended_s, c.failure).where(c.state.in_((DONE, FAILED)))
         for row in self._stream(self._of(query, requests, pool), c.request, NARROW_CHUNK):
             yield Ended(row.request, row.ended_s, row.failure)
+
+    def lost(self, pool: str | None = None) -> Iterator[tuple[int, int]]:
+        """Charge and prompt tokens of each request that failed, and may succeed if it is sent again as it is."""
+        c = requests.c
+        codes = [code.value for code in FailureCode if code.retryable]
+        query = select(c.request, c.charge, c.prompt_tokens).where(c.state == FAILED, c.failure.in_(codes))
+        for row in self._stream(self._of(query, requests, pool), c.request, NARROW_CHUNK):
+            yield row.charge, row.prompt_tokens
 
     def deferrals(self, pool: str | None = None) -> list[int]:
         """Requests that had to wait at the head, by the law's causes: a list like `Tally.deferrals`."""

@@ -120,6 +120,7 @@ def summary_of(journal: Journal, pool: str, policy: Policy, grant: Grant, cost_u
         stagger_delays=deferred[STAGGER],
         tpm_deferrals=deferred[BY_TPM],
         cost_usd=cost_usd,
+        lost=journal.lost(pool),
     )
 
 

@@ -551,6 +551,31 @@ def test_a_summary_can_be_made_of_the_journal_alone(path: Path) -> None:
     assert summary.peak_in_flight == 8
 
 
+def test_the_bound_is_over_requests_that_were_lost_too(path: Path) -> None:
+    """As in a simulation: a run that loses requests does less in less time. What can never succeed does not count."""
+    journal, recorder = begun(path, 30)
+
+    async def send(job: Job, timeout_s: float) -> Answer:
+        await asyncio.sleep(0.002)
+        if job.index == 0:
+            return refusal(Outcome.BAD_REQUEST, 400)
+        return refusal() if job.index < 10 else answer(job.index)
+
+    with journal:
+        run_through(journal, recorder, send, policy=FREE.with_(retry_max_attempts=1))
+        lost = list(journal.lost())
+        ends = {end.request: end.failure for end in journal.ends()}
+        assert [index for index, code in ends.items() if code == FailureCode.RATE_LIMIT_EXHAUSTED] == list(range(1, 10))
+        grant = Grant(rpm_limit=20)
+        answered, asked = (
+            summarize(journal.attempts(), journal.ends(), grant, lost=each).bound_s for each in ((), lost)
+        )
+    assert len(lost) == 9
+    # The limit's bucket is full at first: 20 of them go at once, then one in three seconds.
+    assert answered < 3.0
+    assert asked == pytest.approx((29 - 20) * 3.0, abs=3.0)
+
+
 def test_deferrals_are_counted_by_cause_over_all_legs_and_pools(path: Path) -> None:
     with created(path, 1) as journal:
         for at_s in (0.0, 5.0):
