@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from governor.forecast.summary import Work, bound_s
+from governor.forecast.summary import WorkDone, bound_s
 from governor.model.estimate import CHAT, charge_of, sizes_of
 from governor.model.policy import Policy
 from governor.model.pools import Pool
 from governor.model.prices import Prices
 from governor.provider.sending import connect_with
-from governor.run.batch import Orders, Outcome, run_orders
+from governor.run.batch import Orders, RunOutcome, run_orders
 from governor.run.pool_run import Manner
 from governor.telemetry.progress import Quiet
 from sim.model.provider_config import ProviderConfig
@@ -56,7 +56,7 @@ def drawn(seed: int, count: int, tokens: tuple[int, int]) -> list[Case]:
 
 def bound(provider: ProviderConfig, batch: Sequence[Case]) -> float:
     """No scheduler ends that batch sooner on a provider without noise, seconds."""
-    work = Work()
+    work = WorkDone()
     for case in batch:
         used = sizes_of(CHAT, case.body).prompt_tokens + case.output_tokens
         service_s = provider.latency.first_token_s + provider.latency.per_token_s * case.output_tokens
@@ -72,7 +72,7 @@ def write_lines(path: Path, bodies: Iterable[dict[str, Any]]) -> None:
             file.write(json.dumps(line) + "\n")
 
 
-def run_live(path: Path, policy: Policy, base_url: str, *, time_scale: float = 1.0) -> Outcome:
+def run_live(path: Path, policy: Policy, base_url: str, *, time_scale: float = 1.0) -> RunOutcome:
     """`paceline run` of that file in this process, journal and results beside it; without a simulated forecast."""
     orders = Orders(
         requests=path,
@@ -88,7 +88,7 @@ def run_live(path: Path, policy: Policy, base_url: str, *, time_scale: float = 1
         return run_orders(orders, foresee=None, connect=connect_with(ENVIRONMENT), shown=Quiet(said))
 
 
-def run_cases(batch: Sequence[Case], policy: Policy, base_url: str, *, time_scale: float = 1.0) -> Outcome:
+def run_cases(batch: Sequence[Case], policy: Policy, base_url: str, *, time_scale: float = 1.0) -> RunOutcome:
     """The same for a batch in memory; its files go away."""
     with tempfile.TemporaryDirectory(prefix="paceline-bench-") as name:
         path = Path(name) / "batch.jsonl"

@@ -12,6 +12,7 @@ import importlib.metadata
 import re
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -325,3 +326,33 @@ def test_every_pin_supports_the_oldest_python_promised() -> None:
             and not SpecifierSet(needs).contains(floor)
         ]
     )
+
+
+# ---------------------------------------------------------------- size and names
+
+# Longer than a module should be: the law and the compiled engine for good, the others until somebody divides them.
+LONG = {
+    *("governor/law.py", "sim/des/engine.py"),
+    *("governor/provider/transport.py", "governor/sharedquota/member.py", "governor/sharedquota/quota.py"),
+    *("sim/des/driver.py", "sim/model/workload.py"),
+}
+# Names of more than one class: what the engines state alike, and what the field calls alike. None is to be added.
+SHARED_NAMES = {"Batch", "Ended", "Event", "Forecast", "Grant", "Job", "Operation", "Pool", "Tally"}
+
+
+def test_no_module_is_too_long_and_no_folder_too_full() -> None:
+    lengths = {name_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in modules()}
+    complain([f"{name} has {n} lines" for name, n in lengths.items() if n > 510 and name not in LONG])
+    held = Counter(path.parent for path in modules() if path.name != "__init__.py")
+    complain([f"{name_of(folder)} holds {n} modules" for folder, n in held.items() if n > 16])
+
+
+def test_no_class_has_the_name_of_another() -> None:
+    places: dict[str, set[str]] = {}
+    for path in modules():
+        for node in tree(path).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, set()).add(name_of(path))
+    twice = {name: sorted(at) for name, at in places.items() if len(at) > 1}
+    complain([f"{name}: {at}" for name, at in twice.items() if name not in SHARED_NAMES])
+    assert set(twice) == SHARED_NAMES, "a name that is no longer shared goes off the list"

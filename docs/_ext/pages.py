@@ -256,7 +256,7 @@ def scenario() -> str:
         "`provider`": provider_config.ProviderConfig,
         "`provider.latency`": provider_config.Latency,
         "`provider.cotenant`": provider_config.Cotenant,
-        "`provider.faults`": provider_config.Faults,
+        "`provider.faults`": provider_config.FaultRatios,
         "one of `provider.limit_changes`": provider_config.LimitChange,
         "`plan`": inputs.Wishes,
         "`plan.unknowns`": unknowns.Unknowns,

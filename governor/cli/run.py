@@ -22,7 +22,7 @@ from governor.model.errors import BadInput, BadSetting
 if TYPE_CHECKING:
     from governor.model.policy import Policy
     from governor.model.pools import Pool
-    from governor.run.batch import Outcome
+    from governor.run.batch import RunOutcome
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -221,7 +221,7 @@ def run(
     raise SystemExit(outcome.exit_code)
 
 
-def _print(outcome: Outcome, orders: Any, as_json: bool) -> None:
+def _print(outcome: RunOutcome, orders: Any, as_json: bool) -> None:
     from governor.cli.text import outcome_json, outcome_text
 
     if as_json:
@@ -332,11 +332,11 @@ def doctor(
     Example: paceline doctor --env-file .env
     """
     from governor.provider.sending import connect_with
-    from governor.run.doctor import Finding, examine
+    from governor.run.doctor import Diagnosis, examine
 
     environment = environment_of(env_file)
     found = pools_of(environment, env_file, words_of(assignments, tpm, rpm), pools, base_url)
-    findings: Sequence[Finding] = examine(found, environment, connect_with(environment), model)
+    findings: Sequence[Diagnosis] = examine(found, environment, connect_with(environment), model)
     if as_json:
         print(json.dumps({finding.pool: finding.to_json_dict() for finding in findings}, indent=2))
     else:

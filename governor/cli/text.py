@@ -11,7 +11,7 @@ from governor.forecast.preflight import Verdict
 from governor.forecast.summary import Summary
 from governor.model.prices import dollars_text
 from governor.model.words import duration, percent, plural
-from governor.run.batch import Orders, Outcome
+from governor.run.batch import Orders, RunOutcome
 from governor.run.outputs import errors_path
 
 # What to do about a run that stopped, by the reason.
@@ -41,7 +41,7 @@ def pairs_text(pairs: Sequence[tuple[str, str]]) -> str:
 # ---------------------------------------------------------------- run
 
 
-def outcome_json(outcome: Outcome, *, several: bool) -> dict[str, Any]:
+def outcome_json(outcome: RunOutcome, *, several: bool) -> dict[str, Any]:
     """The `Summary`'s keys; with several pools, the same for each of them under `pools`."""
     found = outcome.summary.to_json_dict()
     if several:
@@ -49,7 +49,7 @@ def outcome_json(outcome: Outcome, *, several: bool) -> dict[str, Any]:
     return found
 
 
-def outcome_text(outcome: Outcome, orders: Orders) -> str:
+def outcome_text(outcome: RunOutcome, orders: Orders) -> str:
     """How a run went, and where its results are."""
     s = outcome.summary
     done = f"{s.completed:,} of {s.requests + outcome.pending:,}"

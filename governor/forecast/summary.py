@@ -72,7 +72,7 @@ def _floats() -> array[float]:
 
 
 @dataclass(slots=True)
-class Work:
+class WorkDone:
     """What a run had to do, as the bound sees it: one `add` per request that was answered, in any order.
 
     Requests that arrive at 0 are held as sums, later arrivals in flat arrays (32 bytes each). Plain fields, so that a
@@ -238,7 +238,7 @@ def _pieces(limit: float, changes: tuple[tuple[float, float], ...]) -> Iterator[
     yield from_s, math.inf, granted
 
 
-def bound_s(grant: Grant, work: Work) -> float:
+def bound_s(grant: Grant, work: WorkDone) -> float:
     """The makespan, seconds from the run's beginning, below which no scheduler can go on that provider.
 
     0 without work. Formula and proof: the module's docstring. O(requests) for arrivals over time, else O(1).
@@ -346,7 +346,7 @@ class Tally:
     waits_s: list[float] = field(default_factory=lambda: [0.0] * len(CAUSES))
     deferrals: list[int] = field(default_factory=lambda: [0] * len(CAUSES))
     failures: dict[str, int] = field(default_factory=dict)
-    work: Work = field(default_factory=Work)
+    work: WorkDone = field(default_factory=WorkDone)
 
     def launched(self) -> None:
         """An attempt went out. It counts once it is recorded: one that was cancelled in flight never is."""

@@ -75,7 +75,7 @@ PAUSE, RESUME, SET, UNSET = "pause", "resume", "set", "unset"
 
 
 @dataclass(frozen=True, slots=True)
-class Begun:
+class LegBegun:
     """What `begin` found. `leg` counts from 1.
 
     `resent`: requests that were in flight when the last process ended. `recorders`: one `Observer` per pool; where its
@@ -280,7 +280,7 @@ class Journal(Records):
 
     def begin(
         self, settings: Mapping[str, Policy], at_s: float, *, records: bool = False, version: str = __version__
-    ) -> Begun:
+    ) -> LegBegun:
         """Begins a leg at `at_s`, seconds since the run began, with these pools and their policies.
 
         `records`: every call of the law is written down, for `verify`.
@@ -311,7 +311,7 @@ class Journal(Records):
         kind = FullRecorder if records else Recorder
         recorders = {pool: kind(writer, leg, numbers[pool], states[pool]) for pool in settings}
         writer.commit()
-        return Begun(leg, resent, recorders, tuple(notes))
+        return LegBegun(leg, resent, recorders, tuple(notes))
 
     def _state_of(self, pool: str, policy: Policy, at_s: float, notes: list[str]) -> State | None:
         """The state with which a pool goes on, None in its first leg."""

@@ -21,14 +21,14 @@ from governor.journal.rows import (
     Billed,
     Command,
     Counts,
-    Forecast,
+    ForecastRow,
     Heard,
-    Leg,
+    LegRow,
     Pending,
     Prefixed,
-    Result,
-    Run,
-    Settings,
+    ResultRow,
+    RunRow,
+    SettingsRow,
     pending_of,
 )
 from governor.journal.schema import (
@@ -120,26 +120,28 @@ class Records:
 
     # ------------------------------------------------------------ the run
 
-    def run(self) -> Run:
+    def run(self) -> RunRow:
         """Versions, seed, fingerprint, epoch."""
-        return Run(*self._all(select(*(run.c[name] for name in Run._fields)))[0])
+        return RunRow(*self._all(select(*(run.c[name] for name in RunRow._fields)))[0])
 
-    def legs(self) -> list[Leg]:
+    def legs(self) -> list[LegRow]:
         """All legs, in order."""
-        return [Leg(*row) for row in self._all(select(*(legs.c[name] for name in Leg._fields)).order_by(legs.c.leg))]
+        return [
+            LegRow(*row) for row in self._all(select(*(legs.c[name] for name in LegRow._fields)).order_by(legs.c.leg))
+        ]
 
-    def settings(self) -> list[Settings]:
+    def settings(self) -> list[SettingsRow]:
         """The history of the policies, in the order in which they were recorded."""
         query = select(policies.c.leg, pools.c.name, policies.c.at_s, policies.c.settings)
         query = query.join(pools, pools.c.pool == policies.c.pool).order_by(policies.c.id)
         with self._undamaged():
-            return [Settings(leg, pool, at_s, policy_of(text)) for leg, pool, at_s, text in self._all(query)]
+            return [SettingsRow(leg, pool, at_s, policy_of(text)) for leg, pool, at_s, text in self._all(query)]
 
-    def forecasts(self) -> list[Forecast]:
+    def forecasts(self) -> list[ForecastRow]:
         """What was expected, in order of writing."""
         with self._undamaged():
             return [
-                Forecast(row.leg, row.at_s, row.launched_before, from_json(row.json, "a forecast"))
+                ForecastRow(row.leg, row.at_s, row.launched_before, from_json(row.json, "a forecast"))
                 for row in self._all(select(forecasts).order_by(forecasts.c.id))
             ]
 
@@ -254,7 +256,7 @@ class Records:
         found = self._all(select(requests.c.custom_id).where(requests.c.request == request))
         return str(found[0][0]) if found else None
 
-    def results(self) -> Iterator[Result]:
+    def results(self) -> Iterator[ResultRow]:
         """What ended, in order of the input."""
         if self.run().purged_epoch_s >= 0.0:
             raise JournalError(f"{self.name}: the journal was purged: its results are gone")
@@ -266,7 +268,7 @@ class Records:
         with self._undamaged():
             for row in self._stream(part, c.request, CHUNK):
                 answer = None if row.answered is None else answer_of(Prefixed(row))
-                yield Result(request_of(row, None), row.failure, answer, row.ended_s, row.resent)
+                yield ResultRow(request_of(row, None), row.failure, answer, row.ended_s, row.resent)
 
     def unfinished(self, pool: str | None = None, *, failed: str | None = None) -> Iterator[Request]:
         """What has not ended, of one pool or of all, without bodies, in order of the input.

@@ -12,7 +12,7 @@ from governor.model.requests import LANES, Answer, Attempt, Limit, Request
 from governor.model.work import Work
 
 
-class Run(NamedTuple):
+class RunRow(NamedTuple):
     """What is known of the run itself. `requests`: -1 until all are in. `purged_epoch_s`: -1 unless it was purged."""
 
     schema: int
@@ -33,7 +33,7 @@ class Pending:
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class ResultRow:
     """One request that has ended, without its body. `failure`: "" or its code. `answer`: None where none ever came."""
 
     request: Request
@@ -55,7 +55,7 @@ class Counts(NamedTuple):
     failures: dict[str, int]
 
 
-class Leg(NamedTuple):
+class LegRow(NamedTuple):
     """One process's share of the run. `ended_s`: -1 while it runs, and for ever if it crashed. `ending`: why it did."""
 
     leg: int
@@ -65,7 +65,7 @@ class Leg(NamedTuple):
     version: str
 
 
-class Settings(NamedTuple):
+class SettingsRow(NamedTuple):
     """The policy of a pool from `at_s` on: at the beginning of a leg, or changed in the course of it."""
 
     leg: int
@@ -74,7 +74,7 @@ class Settings(NamedTuple):
     policy: Policy
 
 
-class Forecast(NamedTuple):
+class ForecastRow(NamedTuple):
     """What was expected. It is a forecast only if nothing had been launched before it was written."""
 
     leg: int

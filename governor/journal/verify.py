@@ -91,7 +91,7 @@ class NoSuchCallError(ValueError):
     """A decision that this version of the law cannot take."""
 
 
-class Replay:
+class LawReplay:
     """One chain's policy and state, led through recorded calls. `at_s`: the latest time seen, 0 before the first."""
 
     def __init__(self) -> None:
@@ -168,17 +168,17 @@ def verify(decisions: Iterable[Decision]) -> Verified:
     `decisions` come in order within each chain; chains may be interleaved. One that does not open with `began`, and one
     that lacks a decision in between, differ there: nothing can be said of what follows.
     """
-    chains: dict[tuple[str, int], tuple[Replay, int]] = {}
+    chains: dict[tuple[str, int], tuple[LawReplay, int]] = {}
     checked = 0
     for decision in decisions:
         chain = (decision.pool, decision.leg)
         if decision.name == BEGAN:
-            replay, expected = Replay(), decision.sequence
+            replay, expected = LawReplay(), decision.sequence
         elif chain in chains:
             replay, expected = chains[chain]
         else:
             gap = "the policy at the start of this chain is not recorded"
-            return Verified(checked, len(chains), Replay()._difference(decision, (), gap))
+            return Verified(checked, len(chains), LawReplay()._difference(decision, (), gap))
         if decision.sequence != expected:
             gap = f"decision {expected:,} is expected here: the decisions in between are not recorded"
             return Verified(checked, len(chains), replay._difference(decision, (), gap))

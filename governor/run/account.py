@@ -15,7 +15,7 @@ from typing import Any
 
 from governor.forecast.summary import Grant, Summary, efficiency_of, summarize
 from governor.journal.journal import Journal
-from governor.journal.rows import Result
+from governor.journal.rows import ResultRow
 from governor.law import BY_TPM, STAGGER
 from governor.model.errors import FailureCode
 from governor.model.policy import Policy
@@ -40,7 +40,7 @@ def lines_of(journal: Journal) -> Iterator[tuple[bool, str]]:
         yield line_of(result)
 
 
-def line_of(result: Result) -> tuple[bool, str]:
+def line_of(result: ResultRow) -> tuple[bool, str]:
     """The line of one request; see `lines_of`."""
     answer, failure = result.answer, result.failure
     if not failure:

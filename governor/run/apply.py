@@ -43,7 +43,7 @@ _VALUE = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class SettingChange:
     """One setting that becomes another. `line`: where it stands in the target, from 1; 0 = it is added at the end."""
 
     name: str
@@ -60,7 +60,7 @@ class Change:
 class Applied:
     """What was changed, or would be. `backup`: None where nothing was written. `content`: the new file's bytes."""
 
-    changes: tuple[Change, ...]
+    changes: tuple[SettingChange, ...]
     backup: Path | None
     content: bytes
 
@@ -83,7 +83,7 @@ def apply(source: Path, target: Path, *, write: bool = True, insist: bool = Fals
     if changed and not insist:
         _check_unchanged(source, target)
     content, lines = with_values(raw, changed)
-    changes = tuple(Change(name, current.get(name, ""), value, lines[name]) for name, value in changed.items())
+    changes = tuple(SettingChange(name, current.get(name, ""), value, lines[name]) for name, value in changed.items())
     if not (changes and write):
         return Applied(changes, None, content)
     return Applied(changes, _replace(target, raw, content), content)

@@ -43,7 +43,7 @@ from governor.model.words import duration, plural
 from governor.model.work import reserve_of
 from governor.provider.sending import Connect
 from governor.run.account import grant_of, lines_of, merged, spent_before, summary_of
-from governor.run.intake import Begun, prepare
+from governor.run.intake import BatchBegun, prepare
 from governor.run.live import ACCOUNT, CANARY, MAX_COST, REFUSED, Ended, Leg, LiveRun
 from governor.run.longwaits import FINISH_BY, LONG_WAIT, STOP_AFTER
 from governor.run.outputs import Followed, check_apart, claimed, errors_path, write_results
@@ -98,7 +98,7 @@ class Orders:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class RunOutcome:
     """What came of it: the figures over all legs, the same by pool, and the exit code.
 
     `stopped`: why, by pool. `journal`: what to call it, never with a password.
@@ -113,7 +113,7 @@ class Outcome:
     journal: str
 
 
-def run_orders(orders: Orders, *, foresee: Foresee | None, connect: Connect, shown: Shown) -> Outcome:
+def run_orders(orders: Orders, *, foresee: Foresee | None, connect: Connect, shown: Shown) -> RunOutcome:
     """Runs a batch, or goes on with it. PacelineError, with its exit code, for all that a user can mend."""
     _check(orders)
     started = {pool.name: pool.policy for pool in orders.pools}
@@ -202,7 +202,7 @@ def _with_held(orders: Orders, shown: Shown) -> Orders:
     return replace(orders, pools=pools)
 
 
-def _say_what_is_left(begun: Begun, orders: Orders, shown: Shown) -> None:
+def _say_what_is_left(begun: BatchBegun, orders: Orders, shown: Shown) -> None:
     """What this command takes up, if it is not all of the file."""
     if begun.oversized:
         shown.say(f"above the limit, recorded as failed and not sent: {plural(begun.oversized, 'request')}")
@@ -230,7 +230,7 @@ def _say_what_is_left(begun: Begun, orders: Orders, shown: Shown) -> None:
             shown.say(f"settings{of} changed since then: {changes}")
 
 
-def _guard(begun: Begun, orders: Orders, foresee: Foresee | None, shown: Shown) -> dict[str, Expectation]:
+def _guard(begun: BatchBegun, orders: Orders, foresee: Foresee | None, shown: Shown) -> dict[str, Expectation]:
     """Forecasts, says them, and refuses what should not start as it is."""
     demands = begun.demands
     _check_prices(orders, demands)
@@ -285,7 +285,7 @@ def _check_prices(orders: Orders, demands: Mapping[str, Demand]) -> None:
             raise BadSetting(f"--max-cost needs a price for model {unknown[0]!r}: add it to a file of --prices")
 
 
-def _booked(begun: Begun, pool: Pool, time_scale: float) -> InUse:
+def _booked(begun: BatchBegun, pool: Pool, time_scale: float) -> InUse:
     """What the legs before have used of the present minute."""
     last = None if begun.is_new else begun.journal.checkpoint(pool.name)
     return IDLE if last is None else in_use(last.params, last.state, last.now_s(time_scale))
@@ -330,14 +330,14 @@ def forecast_lines(pool: Pool, demand: Demand, e: Expectation, orders: Orders, *
 
 
 def _run(
-    begun: Begun,
+    begun: BatchBegun,
     orders: Orders,
     started: Mapping[str, Policy],
     expectations: Mapping[str, Expectation],
     foresee: Foresee | None,
     connect: Connect,
     shown: Shown,
-) -> Outcome:
+) -> RunOutcome:
     journal, manner = begun.journal, orders.manner
     if manner.follow is not None:
         for each in lines_of(journal):
@@ -385,7 +385,7 @@ def _run(
     return _closed(journal, orders, spent, ended, shown)
 
 
-def _request_usd(begun: Begun, orders: Orders, expectations: Mapping[str, Expectation]) -> float:
+def _request_usd(begun: BatchBegun, orders: Orders, expectations: Mapping[str, Expectation]) -> float:
     """What a request that is left is expected to cost in the mean; 0 where it is not known."""
     total, count = 0.0, 0
     for name, demand in begun.demands.items():
@@ -402,7 +402,7 @@ def _delivered(live: LiveRun, shown: Shown) -> None:
             shown.say(f"note: the message to {notice.host} was not delivered: {notice.error}")
 
 
-def _canaries(begun: Begun, orders: Orders, foresee: Foresee | None, shown: Shown) -> dict[str, Expectation]:
+def _canaries(begun: BatchBegun, orders: Orders, foresee: Foresee | None, shown: Shown) -> dict[str, Expectation]:
     """What is expected of the first requests of each pool."""
     found = {}
     for pool in orders.pools:
@@ -418,7 +418,7 @@ def _ending(ended: Ended) -> str:
     return ", ".join(sorted({why for why in ended.why.values() if why})) or "finished"
 
 
-def _closed(journal: Journal, orders: Orders, spent: Spent, ended: Ended | None, shown: Shown) -> Outcome:
+def _closed(journal: Journal, orders: Orders, spent: Spent, ended: Ended | None, shown: Shown) -> RunOutcome:
     """Results if all is done, the figures, and the exit code."""
     counts = journal.counts()
     pending = counts.pending + counts.in_flight
@@ -437,7 +437,7 @@ def _closed(journal: Journal, orders: Orders, spent: Spent, ended: Ended | None,
             by_pool[pool.name] = summary_of(journal, pool.name, policy, grant, None)
     stopped = {name: why for name, why in ended.why.items() if why} if ended is not None else {}
     signals = ended.signals if ended is not None else ()
-    return Outcome(
+    return RunOutcome(
         summary=merged(list(by_pool.values()), spent.total_usd()),
         by_pool=by_pool,
         exit_code=exit_code(counts.failed, pending, stopped, signals),
@@ -457,7 +457,7 @@ def exit_code(failed: int, pending: int, stopped: Mapping[str, str], signals: Se
     return SOME_FAILED if failed else ALL_WELL
 
 
-def outcome_text(outcome: Outcome) -> str:
+def outcome_text(outcome: RunOutcome) -> str:
     """One line: how it ended."""
     s = outcome.summary
     text = f"{s.completed:,} of {s.requests + outcome.pending:,} done, {s.failed:,} failed"

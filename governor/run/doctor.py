@@ -22,7 +22,7 @@ MAX_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Diagnosis:
     """What one pool answered. `disagree`: what to say of settings that are not as the account grants."""
 
     pool: str
@@ -77,18 +77,18 @@ class Finding:
         return "\n".join(lines)
 
 
-def examine(pools: Sequence[Pool], environment: Mapping[str, str], connect: Connect, model: str) -> list[Finding]:
+def examine(pools: Sequence[Pool], environment: Mapping[str, str], connect: Connect, model: str) -> list[Diagnosis]:
     """One call to each pool, one after the other. BadSetting where a key is missing."""
     for pool in pools:
         key_of(pool, environment)
 
-    async def run() -> list[Finding]:
+    async def run() -> list[Diagnosis]:
         return [await _examined(pool, connect, model) for pool in pools]
 
     return asyncio.run(run())
 
 
-async def _examined(pool: Pool, connect: Connect, model: str) -> Finding:
+async def _examined(pool: Pool, connect: Connect, model: str) -> Diagnosis:
     named = next((name for name in pool.models if "*" not in name and "?" not in name), model)
     body: dict[str, Any] = {
         "model": named,
@@ -104,4 +104,4 @@ async def _examined(pool: Pool, connect: Connect, model: str) -> Finding:
         await send.aclose()
     texts = (limit_text(limit.dimension, limit.limit, pool.policy) for limit in answer.limits)
     address = pool.address or "https://api.openai.com/v1"
-    return Finding(pool.name, address, named, answer, time.monotonic() - began, tuple(filter(None, texts)))
+    return Diagnosis(pool.name, address, named, answer, time.monotonic() - began, tuple(filter(None, texts)))

@@ -38,7 +38,7 @@ WAL_BYTES = 4 * 2**20 + 2 * INGEST_BYTES
 
 
 @dataclass(frozen=True, slots=True)
-class Begun:
+class BatchBegun:
     """A journal ready to run. `demands`: what is left, by pool. `is_new`: this command made it.
 
     `oversized`: requests that will end unsent (`--skip-oversized`). What changes the journal waits until the run may
@@ -145,7 +145,7 @@ def prepare(
     retry_failed: str | None = None,
     resend_changed: bool = False,
     file_tokens: int = TOKENS_PER_FILE,
-) -> Begun:
+) -> BatchBegun:
     """The journal of this run: made from the input, or the one that is there. What is wrong is found before a send.
 
     `resend_changed`: lines that changed after they were answered are sent again. `retry_failed`: None = no, "" = all
@@ -177,7 +177,7 @@ def prepare(
 
 def _made(
     path: Path, where: str | Path, pools: Sequence[Pool], seed: int, skip_oversized: bool, file_tokens: int
-) -> Begun:
+) -> BatchBegun:
     _check_disk(path, where, None)
     demands = {pool.name: Demand() for pool in pools}
     oversized = 0
@@ -208,7 +208,7 @@ def _made(
         except BaseException:
             journal.remove()
             raise
-    return Begun(journal, demands, True, oversized, 0)
+    return BatchBegun(journal, demands, True, oversized, 0)
 
 
 def _is_of(journal: Journal, file: Path) -> bool:
@@ -245,7 +245,7 @@ def _resumed(
     retry_failed: str | None,
     resend_changed: bool,
     file_tokens: int,
-) -> Begun:
+) -> BatchBegun:
     with _opened(path) as file:
         fingerprint = fingerprint_of(file)  # type: ignore[arg-type]
     journal = Journal.open(where, to_run=True)
@@ -277,7 +277,7 @@ def _resumed(
     except BaseException:
         journal.close()
         raise
-    return Begun(journal, demands, False, oversized, retried, amended)
+    return BatchBegun(journal, demands, False, oversized, retried, amended)
 
 
 def _amended(

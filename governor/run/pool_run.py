@@ -12,7 +12,7 @@ from governor.forecast.forecast import Expectation
 from governor.forecast.guard import RESUMED_SLACK_S, SLACK_S, Track
 from governor.journal.recorder import Recorder
 from governor.journal.records import Records
-from governor.journal.rows import Result
+from governor.journal.rows import ResultRow
 from governor.model.estimate import LEARNED
 from governor.model.policy import Policy
 from governor.model.pools import Pool
@@ -31,7 +31,7 @@ from governor.scheduler.refusals import Refusals
 from governor.sharedquota.sharing import shared_governor
 from governor.telemetry.eventlog import EventLog, Format
 from governor.telemetry.metrics import Metrics
-from governor.telemetry.progress import Lane
+from governor.telemetry.progress import ProgressLane
 from governor.telemetry.watch import Alarms, Meter, Together
 
 
@@ -67,8 +67,11 @@ class Manner:
 
 
 @dataclass(slots=True)
-class PoolRun(Lane):
-    """One pool under way; `Lane` holds what its progress is read from. `ending`: why it stopped, "" = it did not."""
+class PoolRun(ProgressLane):
+    """One pool under way; `ProgressLane` holds what its progress is read from.
+
+    `ending`: why it stopped, "" = it did not.
+    """
 
     name: str
     policy: Policy
@@ -232,4 +235,4 @@ class _Follower(Observer):
         self._followed = followed
 
     def ended(self, request: Request, failure: str, answer: Answer | None, now: float) -> None:
-        self._followed.add(*line_of(Result(request, failure, answer, now, 0)))
+        self._followed.add(*line_of(ResultRow(request, failure, answer, now, 0)))

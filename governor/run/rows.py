@@ -29,7 +29,7 @@ from governor.model.settings import policy_of
 from governor.provider.answers import text_of
 from governor.provider.sending import connect_with
 from governor.run.account import lines_of
-from governor.run.batch import Orders, Outcome, outcome_text, run_orders
+from governor.run.batch import Orders, RunOutcome, outcome_text, run_orders
 from governor.run.outputs import lock_file
 from governor.run.pool_run import Manner
 from governor.run.steer import Stopper
@@ -402,7 +402,7 @@ class _Run:
     """What the run's thread does, and what came of it; holds nothing of whoever reads the results."""
 
     def __init__(self) -> None:
-        self.outcome: Outcome | None = None
+        self.outcome: RunOutcome | None = None
         self.error: BaseException | None = None
 
     def work(self, orders: Orders, progress: Shown, sink: _Sink, spool: _Spool) -> None:

@@ -95,7 +95,7 @@ class Server:
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class StoreReading:
     """What the store held at one moment. `image`: empty = none. `leases`: until when, milliseconds since 1970."""
 
     server_us: int
@@ -104,7 +104,7 @@ class Reading:
     leases: Mapping[str, int]
 
 
-class Store(Protocol):
+class QuotaStore(Protocol):
     """Keeps one pool for its owners. StoreLostError where it is away, PacelineError where it refuses us."""
 
     @property
@@ -117,19 +117,19 @@ class Store(Protocol):
     async def close(self) -> None:
         """Closes all connections."""
 
-    async def tell(self, batch: bytes) -> Reading:
+    async def tell(self, batch: bytes) -> StoreReading:
         """Appends the batch to the inbox if this server holds an image, renews the owner's lease, and reads."""
 
     async def replace(
         self, head: bytes, image: bytes, taken: int, news: Mapping[tuple[str, int], bytes]
-    ) -> Reading | None:
+    ) -> StoreReading | None:
         """Puts the image in the place of the one named by `head`, and tells the owners; else a reading: too late.
 
         `taken`: batches of the inbox that it has in it. -1 = all, whatever they are, and only if the owner's record of
         the muster is still there: a rebuilding since would have removed it. `news`: by owner and entry.
         """
 
-    async def muster(self, record: bytes, doubted: bytes, *, removes: bool) -> tuple[Reading, dict[str, bytes]]:
+    async def muster(self, record: bytes, doubted: bytes, *, removes: bool) -> tuple[StoreReading, dict[str, bytes]]:
         """Leaves a record for whoever rebuilds the image; what all have left. None at all where that is done.
 
         `doubted`: the head of an image that does not count though it names this server; `removes`: it is taken away.
@@ -204,7 +204,7 @@ class Member:
     def __init__(
         self,
         host: Host,
-        store: Callable[[str], Store],
+        store: Callable[[str], QuotaStore],
         params: Params,
         *,
         clock: ServerClock,
@@ -439,7 +439,7 @@ class Member:
 
     async def _replace(
         self, head: bytes, image: Image, taken: int, decided: Decided, params: Params, before: Numbers
-    ) -> Reading | None:
+    ) -> StoreReading | None:
         """Puts a decision into the store; None = done and heard of, else what was there instead."""
         others = {
             (name, image.owners[name].joined): each.encoded()
@@ -456,7 +456,7 @@ class Member:
             self._host.heard(image, decided.news.get(self.owner))
         return late
 
-    def _image_of(self, reading: Reading, known: tuple[int, int]) -> Image | None:
+    def _image_of(self, reading: StoreReading, known: tuple[int, int]) -> Image | None:
         """The image, if it is to be believed. `known`: the newest that we had heard of before we asked."""
         if self._is_elsewhere(reading) or reading.image[: HEAD.size] == self._suspect:
             return None
@@ -466,11 +466,11 @@ class Member:
                 return image
         return None
 
-    def _is_elsewhere(self, reading: Reading) -> bool:
+    def _is_elsewhere(self, reading: StoreReading) -> bool:
         """Whether there is no image, or only what another server, or an earlier start of this one, had made."""
         return reading.image[:SERVER_BYTES].rstrip(b"\0") != self._server_id
 
-    def _leases(self, reading: Reading) -> dict[str, float]:
+    def _leases(self, reading: StoreReading) -> dict[str, float]:
         return {name: server_s(until * 1000, self.clock.scale) for name, until in reading.leases.items()}
 
     def _takes_over(self, image: Image, data: bytes) -> bool:
@@ -550,7 +550,7 @@ class Member:
             self._host.back()
         self._due.set()
 
-    async def _muster(self, server: Server, reading: Reading) -> None:
+    async def _muster(self, server: Server, reading: StoreReading) -> None:
         """Meets the others, and sees to it that the pool is rebuilt. `reading`: with the image that does not count."""
         doubted, stale, is_foreign = reading.image[: HEAD.size], None, False
         if reading.image:

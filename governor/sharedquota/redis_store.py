@@ -22,7 +22,7 @@ from redis.backoff import NoBackoff
 
 from governor.model.errors import BadSetting, PacelineError
 from governor.model.pools import REDIS_URL, checked_redis_url
-from governor.sharedquota.member import LEASE_S, Reading, Server, StoreLostError
+from governor.sharedquota.member import LEASE_S, Server, StoreLostError, StoreReading
 from governor.sharedquota.quota import HEAD, SERVER_BYTES
 
 # How long a pool that nobody uses is remembered: longer than the longest window, a day. News that nobody fetches.
@@ -222,19 +222,19 @@ class RedisStore:
 
     # ------------------------------------------------------------ what a member does
 
-    async def tell(self, batch: bytes) -> Reading:
+    async def tell(self, batch: bytes) -> StoreReading:
         """See `member.Store`."""
         return _reading(await self._run(_TELL, self._keys[:3], self._server, self._owner, self._lease_ms, batch))
 
     async def replace(
         self, head: bytes, image: bytes, taken: int, news: Mapping[tuple[str, int], bytes]
-    ) -> Reading | None:
+    ) -> StoreReading | None:
         """See `member.Store`."""
         keys = [*self._keys, *(self._list(*to) for to in news)]
         answer = await self._run(_REPLACE, keys, head, image, taken, KEPT_S, NEWS_KEPT_S, self._owner, *news.values())
         return None if answer == 1 else _reading(answer)
 
-    async def muster(self, record: bytes, doubted: bytes, *, removes: bool) -> tuple[Reading, dict[str, bytes]]:
+    async def muster(self, record: bytes, doubted: bytes, *, removes: bool) -> tuple[StoreReading, dict[str, bytes]]:
         """See `member.Store`."""
         arguments = self._server, self._owner, self._lease_ms, record, NEWS_KEPT_S, doubted, int(removes)
         answer, pairs = await self._run(_MUSTER, self._keys, *arguments)
@@ -261,11 +261,11 @@ class RedisStore:
         return f"{self._prefix}to:{owner}:{entry}"
 
 
-def _reading(answer: Any) -> Reading:
+def _reading(answer: Any) -> StoreReading:
     seconds, microseconds, image, inbox, leases = answer
     names = [name.decode(errors="replace") for name in leases[::2]]
     until = dict(zip(names, (int(min(max(float(score), 0.0), LEASE_MAX)) for score in leases[1::2]), strict=True))
-    return Reading(int(seconds) * 1_000_000 + int(microseconds), image, inbox, until)
+    return StoreReading(int(seconds) * 1_000_000 + int(microseconds), image, inbox, until)
 
 
 def in_redis(url: str, pool: str, *, lease_s: float = LEASE_S, scale: float = 1.0) -> Callable[[str], RedisStore]:

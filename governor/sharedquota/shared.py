@@ -32,7 +32,7 @@ from governor.scheduler.attempts import NoLoop
 from governor.scheduler.driver import Governor
 from governor.scheduler.interfaces import TAKEN_OVER
 from governor.scheduler.scheduler import Scheduler
-from governor.sharedquota.member import LEASE_S, RENEW_RATIO, Member, Standing, Store
+from governor.sharedquota.member import LEASE_S, RENEW_RATIO, Member, QuotaStore, Standing
 from governor.sharedquota.quota import CALL, WANT, WITHDRAW, Call, Event, Image, Launch, News
 
 # Attempts of one process that wait in the pool's queue, as long as all of them are new work.
@@ -63,7 +63,7 @@ class SharedGovernor(Governor):
         self,
         params: Params,
         *,
-        store: Callable[[str], Store],
+        store: Callable[[str], QuotaStore],
         say: Callable[[str], None] = lambda line: None,
         time_scale: float = 1.0,
         lease_s: float = LEASE_S,
@@ -139,7 +139,7 @@ class SharedQuota:
     def begin(
         self,
         governor: SharedGovernor,
-        store: Callable[[str], Store],
+        store: Callable[[str], QuotaStore],
         say: Callable[[str], None],
         time_scale: float,
         lease_s: float,

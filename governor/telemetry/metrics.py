@@ -66,7 +66,7 @@ SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 12
 NOTIFY_S = 10.0
 
 
-class Live(Protocol):
+class LiveMetrics(Protocol):
     """What the gauges read of a governor."""
 
     @property
@@ -92,7 +92,7 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         r = self.registry = registry or _Registry()
-        self._live: dict[str, WeakSet[Live]] = {}
+        self._live: dict[str, WeakSet[LiveMetrics]] = {}
         self._active = Gauge(
             "contestra_openai_active_concurrency",
             "Requests in flight, all pools",
@@ -140,7 +140,7 @@ class Metrics:
         )
         self.answers = Histogram("paceline_answer_seconds", "Launch to answer", ["pool"], buckets=SECONDS, registry=r)
 
-    def _all_live(self) -> tuple[Live, ...]:
+    def _all_live(self) -> tuple[LiveMetrics, ...]:
         # A copy: a scrape runs in a thread of its own.
         return tuple(live for pool in tuple(self._live.values()) for live in tuple(pool))
 
@@ -151,7 +151,7 @@ class Metrics:
         """What counts the events of one pool."""
         return PoolMetrics(self, pool, vendor)
 
-    def watch(self, pool: str, governor: Live) -> None:
+    def watch(self, pool: str, governor: LiveMetrics) -> None:
         """From now on the gauges show this governor too; call `unwatch` when its run is over."""
         self._live.setdefault(pool, WeakSet()).add(governor)
 

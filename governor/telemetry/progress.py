@@ -32,7 +32,7 @@ REFRESH_S = 0.25
 
 
 @dataclass(slots=True)
-class Lane:
+class ProgressLane:
     """One pool under way: its governor, its meter, the mean answer time assumed until one is measured."""
 
     governor: Governor
@@ -98,7 +98,7 @@ class Snapshot:
         return f"{waits}about {duration(self.eta_s)} left"
 
 
-def eta_s(lane: Lane) -> float:
+def eta_s(lane: ProgressLane) -> float:
     """Seconds until this pool's last answer, by the law: a fluid of what is left, at the settings in force."""
     governor, meter = lane.governor, lane.meter
     flying = meter.in_flight
@@ -116,7 +116,7 @@ def eta_s(lane: Lane) -> float:
     return max(held_s + found.finish_s, governor.backing_off()[1] - now + service_s)
 
 
-def snapshot(lanes: Sequence[Lane], total: int, ended_before: int, failed_before: int) -> Snapshot:
+def snapshot(lanes: Sequence[ProgressLane], total: int, ended_before: int, failed_before: int) -> Snapshot:
     """Where all pools together stand. The pool that will end last says what is waited for."""
     etas = [eta_s(lane) for lane in lanes]
     last = max(range(len(lanes)), key=lambda i: etas[i])
@@ -138,7 +138,7 @@ def snapshot(lanes: Sequence[Lane], total: int, ended_before: int, failed_before
     )
 
 
-def _waiting(lane: Lane) -> str:
+def _waiting(lane: ProgressLane) -> str:
     """What a pool waits for right now: the law's word for the head of the queue, else its backoffs."""
     governor = lane.governor
     if governor.s.paused:
@@ -273,7 +273,7 @@ class Bar:
         self._bar.stop()
 
 
-class Cell(Lines):
+class ScreenCell(Lines):
     """In a notebook: one line that is renewed, and lines above it."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
@@ -306,5 +306,5 @@ def shown(*, quiet: bool, logs: str | None = None, stream: TextIO | None = None)
     if quiet:
         return Quiet(target)
     if _is_notebook():
-        return Cell(target)
+        return ScreenCell(target)
     return Bar(target) if target.isatty() and logs is None else Lines(target)

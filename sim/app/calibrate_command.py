@@ -11,7 +11,7 @@ import typer
 from governor.model.errors import BadSetting, PacelineError
 
 if TYPE_CHECKING:
-    from sim.calibration.calibrate import Calibration, Outlook
+    from sim.calibration.calibrate import CalibratedForecast, Calibration
     from sim.calibration.fits import Figure
     from sim.validation.backtest import Backtest
 
@@ -87,7 +87,7 @@ def _resimulated(sources: list[str], found: Calibration) -> Backtest | None:
         return backtest(journal, provider=found.scenario.provider)
 
 
-def _outlook_json(ahead: Outlook | None) -> dict[str, Any] | None:
+def _outlook_json(ahead: CalibratedForecast | None) -> dict[str, Any] | None:
     if ahead is None:
         return None
     names = ("median", "low", "high")
@@ -96,7 +96,7 @@ def _outlook_json(ahead: Outlook | None) -> dict[str, Any] | None:
     return {"requests": ahead.requests, "tokens_per_min": rate, "makespan_s": makespan}
 
 
-def text_of(found: Calibration, ahead: Outlook | None) -> str:
+def text_of(found: Calibration, ahead: CalibratedForecast | None) -> str:
     """The figures as a table, then what cannot be told, then the forecast."""
     told = [figure for figure in found.figures if figure.known]
     lines = [

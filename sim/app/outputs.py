@@ -53,7 +53,7 @@ def check_file(path: str | None, option: str, endings: tuple[str, ...]) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class PlanFiles:
     """A plan's files by name, and the command that makes the same plan again."""
 
     folder: Path
@@ -158,7 +158,7 @@ def _says_something(knob: Knob, policy: Policy, old: Policy) -> bool:
 
 def write_plan(
     folder: Path, scenario: Scenario, wishes: Wishes, plan: Plan, report: str, notes: tuple[str, ...] = ()
-) -> Written:
+) -> PlanFiles:
     """Writes all files of a plan, or none. `report`: the page's text."""
     command = rerun_command(folder)
     texts = {REPORT: report, **settings_files(plan, wishes.settings_read or settings_digest(plan.now.policy))}
@@ -172,7 +172,7 @@ def write_plan(
     texts[SCENARIO] = scenario_text(rerun, wishes, folder)
     texts[PLAN] = json.dumps(plan_json(scenario, wishes, plan, notes, command), indent=2, allow_nan=False) + "\n"
     _write_together(folder, texts, scenario if rerun is not scenario else None)
-    return Written(folder, tuple(texts), command)
+    return PlanFiles(folder, tuple(texts), command)
 
 
 def _write_together(folder: Path, texts: Mapping[str, str], rows: Scenario | None) -> None:

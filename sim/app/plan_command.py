@@ -10,7 +10,7 @@ from typing import ClassVar
 from governor.model.errors import PacelineError
 from governor.model.prices import Prices, read_prices
 from sim.app.inputs import Wishes
-from sim.app.outputs import Written, page, write_plan
+from sim.app.outputs import PlanFiles, page, write_plan
 from sim.experiment.experiment import Pool
 from sim.experiment.results import Plan
 from sim.experiment.spread import WorkersLost
@@ -32,7 +32,7 @@ class Planned:
     """A plan, its files, and what its user should know of it."""
 
     plan: Plan
-    written: Written
+    written: PlanFiles
     notes: tuple[str, ...]
 
 

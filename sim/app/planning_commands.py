@@ -106,7 +106,7 @@ def plan(
         typer.Option(
             help="How long to search: about 0.6, 3 or 12 million simulated requests, 240 runs of a larger batch, "
             "never more than three times that; then up to 6,000 runs as proof. No new setting is tried after 2, 10 or "
-            "60 minutes. Normal if not given."
+            "60 minutes; normal if not given."
         ),
     ] = None,
     prices: Annotated[

@@ -21,7 +21,7 @@ from governor.model.keyed import attempt_key
 from governor.model.requests import CAUSES, Answer, Attempt, Limit, Outcome, Request
 from governor.model.timeline import EPOCH_S
 from governor.model.work import Job, Observer, Work
-from governor.sharedquota.member import LEASE_S, Reading, Server, StoreLostError
+from governor.sharedquota.member import LEASE_S, Server, StoreLostError, StoreReading
 from governor.sharedquota.quota import HEAD, SERVER_BYTES
 from governor.sharedquota.shared import SharedGovernor
 from sim.des.run import CHARGED, launch_order
@@ -87,10 +87,10 @@ class Shelf:
         """The owner's lease begins anew."""
         self.leases[owner] = (self.now_us() + round(self.lease_s * 1e6)) // 1000
 
-    def reading(self) -> Reading:
+    def reading(self) -> StoreReading:
         """What is there at this moment."""
         self.reads += 1
-        return Reading(self.now_us(), self.image, list(self.inbox), dict(self.leases))
+        return StoreReading(self.now_us(), self.image, list(self.inbox), dict(self.leases))
 
     def tell(self, key: tuple[str, int], news: bytes) -> None:
         """Puts news into an owner's list."""
@@ -136,7 +136,7 @@ class Shelved:
     async def close(self) -> None:
         pass
 
-    async def tell(self, batch: bytes) -> Reading:
+    async def tell(self, batch: bytes) -> StoreReading:
         await self._on_the_way()
         shelf = self._shelf
         shelf.renewed(self._owner)
@@ -148,10 +148,10 @@ class Shelved:
 
     async def replace(
         self, head: bytes, image: bytes, taken: int, news: Mapping[tuple[str, int], bytes]
-    ) -> Reading | None:
+    ) -> StoreReading | None:
         await self._on_the_way()
         shelf = self._shelf
-        late: Reading | None = None
+        late: StoreReading | None = None
         if shelf.image[: HEAD.size] != head or (taken < 0 and self._owner not in shelf.muster):
             shelf.late += 1
             late = shelf.reading()
@@ -166,7 +166,7 @@ class Shelved:
         await self._on_the_way()
         return late
 
-    async def muster(self, record: bytes, doubted: bytes, *, removes: bool) -> tuple[Reading, dict[str, bytes]]:
+    async def muster(self, record: bytes, doubted: bytes, *, removes: bool) -> tuple[StoreReading, dict[str, bytes]]:
         await self._on_the_way()
         shelf = self._shelf
         records: dict[str, bytes] = {}

@@ -28,7 +28,7 @@ from sim.des.engines import engine_at_hand, simulated
 from sim.model.provider_config import ProviderConfig
 from sim.model.workload import Workload, constant
 from sim.validation.assumptions import Assumptions, assumptions_of, scenario_assumptions
-from sim.validation.foresight import SHARES, Run, case_of, run_once, workload_of
+from sim.validation.foresight import SHARES, ForecastRun, case_of, run_once, workload_of
 
 # Seconds of simulation for one answer; a pair of runs is made at least.
 TIME_S = 0.12
@@ -65,7 +65,7 @@ def what_if(question: Mapping[str, Any]) -> dict[str, Any]:
     models = np.full(len(workload), question["model"], dtype=object)
     assumed = scenario_assumptions(question["scenario"]) if question.get("scenario") else Assumptions()
     provider = assumed.provider_for(today, models)
-    runs: list[tuple[Run, Run]] = []
+    runs: list[tuple[ForecastRun, ForecastRun]] = []
     wanted = question["runs"]
     while len(runs) < (wanted or RUNS_MOST):
         seed = question["seed"] + len(runs)
@@ -115,7 +115,7 @@ def _answered(workload: Workload, assumed: Assumptions, seed: int) -> Workload:
     )
 
 
-def _bands(runs: list[Run], policy: Policy, provider: ProviderConfig) -> dict[str, Any]:
+def _bands(runs: list[ForecastRun], policy: Policy, provider: ProviderConfig) -> dict[str, Any]:
     finishes = [run.finish_s for run in runs]
     waits_s = {cause: float(np.mean([run.waits_s[i] for run in runs])) for i, cause in enumerate(CAUSES) if i}
     bound = max(waits_s, key=waits_s.__getitem__)

@@ -309,7 +309,7 @@ def _notes(observed: Observed, found: QuotaFit) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Outlook:
+class CalibratedForecast:
     """What another log of so many requests would show: (median, low, high), 95 % of draws between the two.
 
     `tokens_per_min`: prompt and output, over its whole length; None without arrivals. `makespan_s`: of the scenario.
@@ -320,7 +320,9 @@ class Outlook:
     makespan_s: tuple[float, float, float]
 
 
-def outlook(scenario: Scenario, requests: int = 0, *, draws: int = DRAWS, unknowns: Unknowns | None = None) -> Outlook:
+def outlook(
+    scenario: Scenario, requests: int = 0, *, draws: int = DRAWS, unknowns: Unknowns | None = None
+) -> CalibratedForecast:
     """The forecast for another `requests` requests of the same kind (0 = as many as the scenario has).
 
     Each draw has other rows (`redrawn`, in stretches by `fits.block_s`), other chance, and another provider, as far as
@@ -339,7 +341,7 @@ def outlook(scenario: Scenario, requests: int = 0, *, draws: int = DRAWS, unknow
         ends.append(simulated(case, scenario.seed + seed).summary(case.grant).makespan_s)
     stretches = max(2, round((float(np.ptp(at_s)) or 1.0) / length)) if workload.has_arrivals else 16
     rate = _spread(rates, stretches) if workload.has_arrivals else None
-    return Outlook(requests, rate, _spread(ends, stretches))
+    return CalibratedForecast(requests, rate, _spread(ends, stretches))
 
 
 def _refitted(scenario: Scenario, unknowns: Unknowns | None, seed: int) -> ProviderConfig:

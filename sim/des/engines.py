@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from governor.forecast.summary import Work
+from governor.forecast.summary import WorkDone
 from governor.model.errors import BadInput
 from sim.des.machine import BESIDE, SOURCES, has_code
 from sim.des.run import AttemptSink, Tally
@@ -119,7 +119,7 @@ def _with_lost_work(tally: Tally, columns: Columns) -> Tally:
     output = np.where(columns.cap > 0, np.minimum(columns.output_tokens, columns.cap), columns.output_tokens)
     counted = np.minimum(columns.charge, (columns.prompt_tokens + output).astype(np.float64))
     late = columns.arrival_s > 0.0
-    asked = tally.work = Work(
+    asked = tally.work = WorkDone(
         requests=int((~late).sum()),
         charged=float(columns.charge[~late].sum()),
         counted=float(counted[~late].sum()),

@@ -63,7 +63,7 @@ TIERS: dict[str, Tiers] = {
 DEFAULT_TIER = "gpt-4o-tier1"
 
 
-class Line(NamedTuple):
+class LatencyLine(NamedTuple):
     """Latency of one model: seconds to the first token, seconds per output token, number of recordings."""
 
     first_token_s: float
@@ -71,15 +71,15 @@ class Line(NamedTuple):
     recordings: int
 
 
-LATENCIES: dict[str, Line] = {
-    "gpt-4o": Line(0.214, 0.0193, 64),
-    "gpt-4o-mini": Line(0.359, 0.0136, 92),
-    "gpt-4.1": Line(0.382, 0.023, 11),
-    "gpt-4.1-nano": Line(0.304, 0.0123, 35),
-    "gpt-3.5-turbo": Line(0.213, 0.0107, 113),
-    "gpt-4": Line(0.296, 0.043, 17),
+LATENCIES: dict[str, LatencyLine] = {
+    "gpt-4o": LatencyLine(0.214, 0.0193, 64),
+    "gpt-4o-mini": LatencyLine(0.359, 0.0136, 92),
+    "gpt-4.1": LatencyLine(0.382, 0.023, 11),
+    "gpt-4.1-nano": LatencyLine(0.304, 0.0123, 35),
+    "gpt-3.5-turbo": LatencyLine(0.213, 0.0107, 113),
+    "gpt-4": LatencyLine(0.296, 0.043, 17),
     # Only the slope is known of this one; the first token is taken from its nearest relative.
-    "gpt-5-nano": Line(0.304, 0.013, 8),
+    "gpt-5-nano": LatencyLine(0.304, 0.013, 8),
 }
 DEFAULT_LATENCY = "gpt-4o"
 

@@ -207,7 +207,7 @@ class Outage(Config):
     kind: Literal["drops", "5xx", "hang"] = "drops"
 
 
-class Faults(Config):
+class FaultRatios(Config):
     """What goes wrong after admission, as a share of attempts (cut answers without text: of those cut by their cap)."""
 
     error_ratio: Ratio = 0.0
@@ -266,7 +266,7 @@ class ProviderConfig(Config):
     limit_changes: Annotated[tuple[LimitChange, ...], Field(max_length=CHANGES, strict=False)] = ()
     outages: Annotated[tuple[Outage, ...], Field(max_length=OUTAGES, strict=False)] = ()
     cotenant: Cotenant = Cotenant()
-    faults: Faults = Faults()
+    faults: FaultRatios = FaultRatios()
     latency: Latency = Latency(preset=DEFAULT_LATENCY)
     learnt: Annotated[tuple[str, ...], Field(strict=False)] = ()
     learnt_from: str = ""

@@ -13,7 +13,7 @@ from sim.base.layout import table, wrapped
 from sim.reporting.terminal import headline, held_back, inputs_text
 from sim.scenario.scenario import Scenario
 from sim.selection.batch_api import Terms, Way
-from sim.selection.capacity_results import BOUND, LARGEST, SETTINGS, TAIL, Capacity, HowMany, Probe
+from sim.selection.capacity_results import BOUND, LARGEST, SETTINGS, TAIL, Capacity, HowMany, LimitProbe
 from sim.selection.space import changed_knobs
 from sim.selection.split import HEADROOM, LIVE, Split
 
@@ -72,11 +72,11 @@ def _measures(steady: bool) -> list[str]:
     return ["P95 wait", "up to"] if steady else ["P50", "P95"]
 
 
-def _limits(probe: Probe) -> list[str]:
+def _limits(probe: LimitProbe) -> list[str]:
     return [f"{probe.tpm:,}", f"{probe.rpm:,}" if probe.rpm else "no limit"]
 
 
-def _figures(probe: Probe, steady: bool) -> list[str]:
+def _figures(probe: LimitProbe, steady: bool) -> list[str]:
     e = probe.forecast["wait_p95_s" if steady else "makespan_s"]
     answered = probe.forecast.lost < probe.forecast.trials
     return [
@@ -88,13 +88,13 @@ def _figures(probe: Probe, steady: bool) -> list[str]:
     ]
 
 
-def _telling(found: Capacity) -> list[Probe]:
+def _telling(found: Capacity) -> list[LimitProbe]:
     """The probes that tell the story: the largest that misses, the smallest that meets, no binding limit, the tiers."""
     limits = (found.below, found.smallest, found.unlimited)
     return [*(probe for probe in limits if probe is not None), *found.tiers]
 
 
-def _role(found: Capacity, probe: Probe) -> str:
+def _role(found: Capacity, probe: LimitProbe) -> str:
     if probe is found.smallest:
         return "smallest that meets it"
     return "misses it" if probe is found.below else "tokens never bind"
@@ -106,7 +106,7 @@ def _wish(found: Capacity) -> str:
     return f"finish within {words.duration(found.finish_by_s)}"
 
 
-def _share(probe: Probe, confidence: float) -> str:
+def _share(probe: LimitProbe, confidence: float) -> str:
     return (
         f"{probe.on_time:,} of {probe.runs:,} runs on fresh seeds were in time: at least "
         f"{words.percent(probe.on_time_at_least)} of all are, with 95 % confidence ({words.percent(confidence)} asked)."
@@ -171,7 +171,7 @@ def _warm_up(scenario: Scenario, found: Capacity) -> str:
     )
 
 
-def _settings(scenario: Scenario, probe: Probe | None, tuned: bool, width: int) -> list[str]:
+def _settings(scenario: Scenario, probe: LimitProbe | None, tuned: bool, width: int) -> list[str]:
     """The settings that suit the answer, as env lines; nothing where they are today's."""
     if not tuned or probe is None:
         return []

@@ -18,7 +18,7 @@ from sim.base.style import in_time_units, new_figure, styled, time_scale
 from sim.base.words import duration, number
 from sim.experiment.results import Forecast
 from sim.reporting import series
-from sim.selection.capacity_results import Capacity, Probe
+from sim.selection.capacity_results import Capacity, LimitProbe
 
 
 @styled
@@ -163,7 +163,7 @@ def capacity_figure(found: Capacity) -> Figure:
     return figure
 
 
-def _tiers(ax: Axes, tiers: tuple[Probe, ...]) -> None:
+def _tiers(ax: Axes, tiers: tuple[LimitProbe, ...]) -> None:
     low, high = ax.get_xlim()
     for tier in tiers:
         if low <= tier.tpm <= high:

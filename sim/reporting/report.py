@@ -41,7 +41,7 @@ class Cell(NamedTuple):
     mark: str = ""
 
 
-class Row(NamedTuple):
+class HeadlineRow(NamedTuple):
     """One row of a table: its heading with a line of small print, and its cells."""
 
     name: str
@@ -188,12 +188,12 @@ def _changes(found: Recommendation) -> str:
     return _count(len(found.steps), "change") if found.steps else "no change"
 
 
-def _headline(plan: Plan) -> list[Row]:
+def _headline(plan: Plan) -> list[HeadlineRow]:
     """The table of the answer: a row per figure, a column per policy."""
     forecasts = text.policies_of(plan)
 
-    def row(name: str, about: str, cell: Callable[[Forecast], Cell]) -> Row:
-        return Row(name, about, [cell(f) for f in forecasts.values()])
+    def row(name: str, about: str, cell: Callable[[Forecast], Cell]) -> HeadlineRow:
+        return HeadlineRow(name, about, [cell(f) for f in forecasts.values()])
 
     rows = [
         row("Finish time, P50", "half of the runs are done by then", lambda f: _percentile(f, 0.5)),
@@ -212,7 +212,7 @@ def _headline(plan: Plan) -> list[Row]:
         )
     gains = [Cell("–", "the baseline"), *(_gained(plan, found) for found in (plan.guardrails, plan.full))]
     name = palette.OBJECTIVES[plan.objective][0]
-    return [*rows, Row("Gain", f"in mean {name}, run by run under the same chance", gains)]
+    return [*rows, HeadlineRow("Gain", f"in mean {name}, run by run under the same chance", gains)]
 
 
 def _percentile(f: Forecast, ratio: float) -> Cell:

@@ -232,7 +232,7 @@ def guessed(path: str) -> tuple[str, tuple[int, int]] | None:
     return None
 
 
-class Columns:
+class RoleColumns:
     """Which column plays which role, found by name as names turn up; the user's choice stands above every guess."""
 
     def __init__(self, chosen: Mapping[str, str]) -> None:

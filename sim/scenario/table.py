@@ -30,7 +30,7 @@ from sim.scenario.columns import (
     UNITS,
     WHOLES,
     Column,
-    Columns,
+    RoleColumns,
     amount_of,
     is_absent,
     kind_of_attempt,
@@ -67,7 +67,7 @@ class Table:
 
     def __init__(self, source: str, chosen: Mapping[str, str], *, drawn: bool = False) -> None:
         self.source = source
-        self.names = Columns(chosen)
+        self.names = RoleColumns(chosen)
         self.columns: dict[str, Column] = {}
         self.numbers: dict[str, Any] = {}
         self.texts: dict[str, list[str]] = {}

@@ -40,7 +40,7 @@ from sim.model.presets import DEFAULT_TIER, TIERS, tier_names, tier_preset
 from sim.model.workload import resampled
 from sim.scenario.scenario import Scenario, limits_of
 from sim.scenario.stress import Condition
-from sim.selection.capacity_results import BOUND, LARGEST, SETTINGS, TAIL, Capacity, Decided, HowMany, Probe
+from sim.selection.capacity_results import BOUND, LARGEST, SETTINGS, TAIL, Capacity, DecidedBy, HowMany, LimitProbe
 from sim.selection.search import Goal, Searcher
 from sim.selection.space import full_anchors, full_space, recipe
 
@@ -114,7 +114,7 @@ class Search:
         while at_most(self.late_allowed + 1, self.replications) <= 1.0 - confidence:
             self.late_allowed += 1
         self.confirmations = 0
-        self.probes: dict[int, Probe] = {}
+        self.probes: dict[int, LimitProbe] = {}
         # The settings that suited each pair of limits, the best first.
         self.suited: dict[tuple[int, int], list[Policy]] = {}
 
@@ -141,12 +141,14 @@ class Search:
             self.suited[limits] = tuned(scenario, self.goal, pool=self.pool, first=first)
         return self.suited[limits]
 
-    def probe(self, tpm: int, rpm: int, *, whole: bool = False) -> Probe:
+    def probe(self, tpm: int, rpm: int, *, whole: bool = False) -> LimitProbe:
         """One pair of limits over the replications, dropped early where too many are late unless `whole`."""
         scenario = at_limits(self.scenario, tpm, rpm)
         return self.best_tried(scenario, self.suited_to(scenario), whole=whole)
 
-    def confirmed(self, scenario: Scenario, policies: list[Policy], *, name: str = "", whole: bool = False) -> Probe:
+    def confirmed(
+        self, scenario: Scenario, policies: list[Policy], *, name: str = "", whole: bool = False
+    ) -> LimitProbe:
         """A scenario under what is best on the seeds of the search, on runs of its own; only searched where it misses.
 
         With `whole` all these runs are made, however many are late.
@@ -156,7 +158,7 @@ class Search:
             return replace(searched, name=name)
         return self.tried(scenario.with_(policy=searched.forecast.policy), fresh=True, name=name, whole=whole)
 
-    def best_tried(self, scenario: Scenario, policies: list[Policy], **how: Any) -> Probe:
+    def best_tried(self, scenario: Scenario, policies: list[Policy], **how: Any) -> LimitProbe:
         """A scenario under the first of these settings that meets the deadline, which then stands first among them.
 
         The others are tried only where the first loses requests: a few runs do not show that to who tunes, and it says
@@ -172,7 +174,7 @@ class Search:
                 policies.insert(0, policy)
         return found if found.meets else first
 
-    def tried(self, scenario: Scenario, *, fresh: bool = False, name: str = "", whole: bool = False) -> Probe:
+    def tried(self, scenario: Scenario, *, fresh: bool = False, name: str = "", whole: bool = False) -> LimitProbe:
         """A scenario over the replications, dropped early where too many are late unless `whole`."""
         case = case_of(scenario)
         start, wanted = scenario.seed, self.replications
@@ -187,7 +189,7 @@ class Search:
             if sum(not self.in_time(run) for run in runs) > self.late_allowed and not whole:
                 break
         on_time = sum(self.in_time(run) for run in runs)
-        return Probe(
+        return LimitProbe(
             tpm=scenario.provider.tpm,
             rpm=scenario.provider.rpm,
             on_time=on_time,
@@ -211,7 +213,7 @@ class Search:
         """The tokens per minute without which no scheduler could do it."""
         return float(self.scenario.columns().charge.sum()) / (self.finish_by_s / 60.0 + 1.0)
 
-    def decided(self, smallest: Probe) -> Decided:
+    def decided(self, smallest: LimitProbe) -> DecidedBy:
         """What holds the answer up: the largest request, the bound of any schedule, the tail of runs, or settings."""
         policy, wish_s = smallest.forecast.policy, self.finish_by_s
         columns = at_limits(self.scenario, smallest.tpm, smallest.rpm).columns(policy)
@@ -225,7 +227,7 @@ class Search:
             by = BOUND
         elif measured.p50 <= wish_s * (1.0 - DECIDES_RATIO):
             by = TAIL
-        return Decided(by, largest, bound, measured.p50, measured.p95)
+        return DecidedBy(by, largest, bound, measured.p50, measured.p95)
 
     def bound_tpm(self) -> float:
         """As `fluid_tpm`, by what is really used where the provider hands back the rest; 0 where the limit rises."""
@@ -239,7 +241,7 @@ class Search:
         )
         return self.fluid_tpm() * float(used.sum()) / float(columns.charge.sum())
 
-    def smallest(self, low: int, high: int) -> Probe | None:
+    def smallest(self, low: int, high: int) -> LimitProbe | None:
         """The smallest limit that meets the deadline under fresh seeds as well; None where `high` does not."""
         rpm = self.scenario.provider.rpm
         while high > math.ceil(low * (1.0 + RESOLUTION)):
@@ -271,14 +273,14 @@ class Search:
     def how_many(self) -> HowMany:
         """The largest batch that is done in time; see `how_many`."""
         scenario = self.scenario
-        probes: dict[int, Probe] = {}
+        probes: dict[int, LimitProbe] = {}
         policies = [scenario.policy]
         low, high = 0, min(REQUESTS_MOST, self._fluid_requests())
         if self.retune:
             self.say("tuning the settings")
             policies = self.suited_to(self._resized(min(high, EFFORT_REQUESTS)))
 
-        def probe(n: int) -> Probe:
+        def probe(n: int) -> LimitProbe:
             self.say(f"trying {n:,} requests")
             return self.best_tried(self._resized(n), policies)
 
@@ -289,7 +291,7 @@ class Search:
             middle = (low + high) // 2 if low == 0 else min(high - 1, max(low + 1, round(math.sqrt(low * high))))
             probes[middle] = probe(middle)
             low, high = (middle, high) if probes[middle].meets else (low, middle)
-        most: Probe | None = None
+        most: LimitProbe | None = None
         step = RAISE
         for _ in range(RAISES):
             if low < 1:
@@ -319,10 +321,10 @@ class Search:
         most += [provider.rpm * minutes] if provider.rpm else []
         return max(1, math.ceil(min(most, default=REQUESTS_MOST)))
 
-    def tiers(self, model: str) -> tuple[list[Probe], list[str]]:
+    def tiers(self, model: str) -> tuple[list[LimitProbe], list[str]]:
         """The model's tiers from the first up to one that meets the deadline, and those that no request fits into."""
         largest = float(self.scenario.charges().max(initial=0.0))
-        tried: list[Probe] = []
+        tried: list[LimitProbe] = []
         too_small: list[str] = []
         for name in tier_names():
             if name.rpartition("-tier")[0] != model:

@@ -9,7 +9,7 @@ from sim.experiment.results import Estimate, Forecast, at_most, settings_of
 
 
 @dataclass(frozen=True, slots=True)
-class Probe:
+class LimitProbe:
     """One pair of limits that was tried: so many of its runs ended in time without losing anything.
 
     `forecast`: of the runs that were made; fewer than wanted where the limit was dropped early. `name`: a tier's.
@@ -57,7 +57,7 @@ LARGEST, BOUND, TAIL, SETTINGS = "largest request", "bound", "tail", "settings"
 
 
 @dataclass(frozen=True, slots=True)
-class Decided:
+class DecidedBy:
     """What decides the smallest limit. `by`: one of the four words above.
 
     `largest_tpm`: below it the largest request is never admitted. `bound_tpm`: below it no scheduler could do it.
@@ -87,15 +87,15 @@ class Capacity:
     confidence: float
     replications: int
     model: str
-    smallest: Probe | None
-    below: Probe | None
-    unlimited: Probe
-    tier: Probe | None
-    tiers: tuple[Probe, ...]
+    smallest: LimitProbe | None
+    below: LimitProbe | None
+    unlimited: LimitProbe
+    tier: LimitProbe | None
+    tiers: tuple[LimitProbe, ...]
     too_small_tiers: tuple[str, ...]
-    probes: tuple[Probe, ...]
+    probes: tuple[LimitProbe, ...]
     tuned: bool = False
-    decided: Decided | None = None
+    decided: DecidedBy | None = None
     wait_p95_s: float = -1.0
     steady_load_tpm: float = -1.0
     warm_up_requests: float = -1.0
@@ -133,9 +133,9 @@ class HowMany:
     finish_by_s: float
     confidence: float
     tuned: bool
-    most: Probe | None
-    above: Probe | None
-    probes: tuple[Probe, ...]
+    most: LimitProbe | None
+    above: LimitProbe | None
+    probes: tuple[LimitProbe, ...]
 
     @property
     def requests(self) -> int:

@@ -42,7 +42,7 @@ Rest = Literal["waves", "live"]
 
 
 @dataclass(slots=True)
-class Part:
+class BatchFile:
     """One file: `wave` counts from 1, 0 = for a live run. `model` and `url` are "" where they differ within it."""
 
     name: str
@@ -63,7 +63,7 @@ class Split:
 
     folder: str
     queue_tokens: int
-    parts: tuple[Part, ...]
+    parts: tuple[BatchFile, ...]
     note: str = ""
 
     @property
@@ -202,8 +202,8 @@ class _Writer:
         self.usable = usable_tokens(queue_tokens)
         self.rest = rest
         self.name = name
-        self.parts: list[Part] = []
-        self._open: dict[tuple[str, str], tuple[Part, BinaryIO]] = {}
+        self.parts: list[BatchFile] = []
+        self._open: dict[tuple[str, str], tuple[BatchFile, BinaryIO]] = {}
         # Per model: the wave that is being filled, and what it holds.
         self._wave: dict[str, int] = {}
         self._queued: dict[str, int] = {}
@@ -239,7 +239,7 @@ class _Writer:
         for key in [key for key in self._open if key[0] == model]:
             self._close(key)
 
-    def _part(self, model: str, url: str, size: int) -> tuple[Part, BinaryIO]:
+    def _part(self, model: str, url: str, size: int) -> tuple[BatchFile, BinaryIO]:
         key = model, url
         if key in self._open:
             part, _ = self._open[key]
@@ -249,13 +249,13 @@ class _Writer:
         wave = self._wave.setdefault(model, 1)
         number = sum(part.wave > 0 for part in self.parts) + 1
         label = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{model}{url.removeprefix('/v1')}")[:80]
-        return self._begin(key, Part(f"wave{wave:02d}-{number:04d}-{label}.jsonl", model, url, wave))
+        return self._begin(key, BatchFile(f"wave{wave:02d}-{number:04d}-{label}.jsonl", model, url, wave))
 
-    def _live(self) -> tuple[Part, BinaryIO]:
+    def _live(self) -> tuple[BatchFile, BinaryIO]:
         key = "", ""
-        return self._open[key] if key in self._open else self._begin(key, Part(LIVE, "", "", 0))
+        return self._open[key] if key in self._open else self._begin(key, BatchFile(LIVE, "", "", 0))
 
-    def _begin(self, key: tuple[str, str], part: Part) -> tuple[Part, BinaryIO]:
+    def _begin(self, key: tuple[str, str], part: BatchFile) -> tuple[BatchFile, BinaryIO]:
         self._open[key] = part, open(self.folder / part.name, "xb")  # noqa: SIM115  (closed in `_close`)
         self.parts.append(part)
         return self._open[key]

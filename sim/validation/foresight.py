@@ -180,7 +180,7 @@ def workload_of(outlook: Outlook) -> tuple[Workload, NDArray[Any]]:
     return workload, np.array(models, dtype=object)
 
 
-class Run:
+class ForecastRun:
     """One simulated run: its figures, and when each share of the requests had ended."""
 
     def __init__(self) -> None:
@@ -215,7 +215,7 @@ def case_of(drawn: Workload, policy: Policy, provider: ProviderConfig, *, finali
 
 def run_once(
     drawn: Workload, policy: Policy, provider: ProviderConfig, *, finalize: bool, seed: int, engine: Engine = "auto"
-) -> Run:
+) -> ForecastRun:
     """One simulated run of requests whose answers are known or drawn."""
     case = case_of(drawn, policy, provider, finalize=finalize)
     ends, services = array("d"), array("d")
@@ -227,7 +227,7 @@ def run_once(
             ends.append(now)
 
     tally = simulated(case, seed, ended, engine=engine)
-    run = Run()
+    run = ForecastRun()
     run.finish_s = float(tally.last_s)
     run.throttled, run.attempts = tally.throttled, tally.attempts
     summary = tally.summary(case.grant)

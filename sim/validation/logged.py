@@ -18,7 +18,7 @@ from sim.calibration.others import Count, Taking, gone_by_others
 from sim.model import provider as prov
 from sim.model.provider_config import ProviderConfig
 from sim.scenario.columns import ANSWERED, LOST, OTHER, REFUSED, SERVER_FAULT
-from sim.validation.recorded import Lane, Record, Tried
+from sim.validation.recorded import Record, RecordedLane, Tried
 from sim.validation.twin import Lesson
 
 # What became neither of an answer nor of a known failure ends its request, as a bad request does.
@@ -47,7 +47,7 @@ def lesson_of(observed: Observed, policy: Policy) -> Lesson:
         order = np.argsort(arrived - arrived.min(), kind="stable")
     place = {int(observed.request[row]): i for i, row in enumerate(rows[order].tolist())}
     tried: dict[tuple[int, int, int], Tried] = {}
-    count: dict[Lane, int] = {}
+    count: dict[RecordedLane, int] = {}
     ended_s = np.zeros(len(rows))
     for i in range(len(observed)):
         at = place.get(int(observed.request[i]))

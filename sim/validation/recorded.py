@@ -42,7 +42,7 @@ SIMULATED = {
 Stated = tuple[float, float, int, float, float]
 NOTHING_STATED: Stated = (0.0, 0.0, -1, 0.0, 0.0)
 # Main or finalize pass of a request, by its place in the workload.
-Lane = tuple[int, int]
+RecordedLane = tuple[int, int]
 
 
 class Tried(NamedTuple):
@@ -82,7 +82,7 @@ class Record:
     ended_s: NDArray[np.float64]
     is_lost: NDArray[np.bool_]
     waits_s: NDArray[np.float64]
-    let_in: dict[Lane, list[Tried]] = field(default_factory=dict)
+    let_in: dict[RecordedLane, list[Tried]] = field(default_factory=dict)
     launched_s: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -110,7 +110,7 @@ def record_of(
     """
     ways_s = {(c.place, c.launched_s): (c.there_s, max(c.there_s, c.round_s)) for c in counts if c.there_s >= 0.0}
     tried: dict[tuple[int, int, int], Tried] = {}
-    count: dict[Lane, int] = {}
+    count: dict[RecordedLane, int] = {}
     waits_s = np.zeros(len(CAUSES))
     for a, limits, _ in sorted(heard, key=lambda each: each.attempt.launched_s):
         if a.outcome in STOPPING:

@@ -16,7 +16,7 @@ from governor.service.store.ledger import AGAIN_S, LOST, LeaseLostError
 from governor.service.store.store import Store
 
 
-class Lease:
+class ReplicaLease:
     """A lease of `lease_s` seconds that began at `began_at`, on the monotonic clock.
 
     `told`: called from the thread with each failure to renew, and with None after a success that followed one. A

@@ -51,7 +51,7 @@ log = logging.getLogger("paceline.service")
 
 
 @dataclass(slots=True)
-class Running:
+class RunningBatch:
     """One batch that this replica owns. `flying`: the numbers of its requests that are in flight."""
 
     row: BatchRow
@@ -100,7 +100,7 @@ class Running:
         )
 
 
-class Line:
+class RosterLine:
     """Batches that share a pool, as (requests, tokens) that wait: what goes before the end of any of them.
 
     Turns go by tokens: of a longer batch only as much goes first as a shorter one has itself. Added up once, so that
@@ -152,7 +152,7 @@ class Roster:
         since_s: Callable[[], float],
         over: Callable[[], None],
     ) -> None:
-        self.running: dict[int, Running] = {}
+        self.running: dict[int, RunningBatch] = {}
         self.by_id: dict[str, int] = {}
         self._store = store
         self._ledger = ledger
@@ -181,7 +181,7 @@ class Roster:
             done, failed, resent = counts.done, counts.failed, counts.resent
             if row.owner != self._replica or row.number in self.running:
                 return  # this life ended meanwhile
-        batch = Running(
+        batch = RunningBatch(
             row,
             state=row.state,
             done=done,
@@ -204,20 +204,20 @@ class Roster:
         else:
             self._feed(batch, is_new=fresh)
 
-    def _watch_refusals(self, batch: Running) -> None:
+    def _watch_refusals(self, batch: RunningBatch) -> None:
         """A batch whose first requests all meet the same refusal stops; other batches of its pools go on."""
         models = batch.row.details.get("models")
         if models is not None:  # those that were accepted by an earlier version do not say
             then, answered = "then resume the batch", batch.done > 0
             batch.refusals = Refusals(models, answered=answered, halt=lambda line: self._halt(batch, line), then=then)
 
-    def _halt(self, batch: Running, line: str) -> None:
+    def _halt(self, batch: RunningBatch, line: str) -> None:
         if batch.state in (QUEUED, RUNNING) and batch.left > 0:
             log.error("batch %s: stopped: %s", batch.row.batch_id, line)
             batch.state, batch.reason, batch.changed = STOPPED, line[:REASON_MOST], True
             self._spawn(self._withdraw(batch))
 
-    def _feed(self, batch: Running, *, is_new: bool = False) -> None:
+    def _feed(self, batch: RunningBatch, *, is_new: bool = False) -> None:
         """Its pending requests join the feeds of their pools. `is_new`: nothing of it was ever launched."""
         batch.state = RUNNING if batch.attempts else QUEUED
         batch.reason = ""
@@ -257,7 +257,7 @@ class Roster:
 
     # ------------------------------------------------------------ what is asked of a batch
 
-    async def obey(self, batch: Running, wanted: str) -> None:
+    async def obey(self, batch: RunningBatch, wanted: str) -> None:
         if batch.busy or batch.state in (CANCELLED, COMPLETED):
             return
         held = batch.state in (PAUSED, STOPPED)
@@ -283,14 +283,14 @@ class Roster:
                 batch.state, batch.changed = RUNNING, True
                 self._end_if_over(batch)
 
-    async def _withdraw(self, batch: Running) -> None:
+    async def _withdraw(self, batch: RunningBatch) -> None:
         """Launches none of its lines any more; those in flight go on."""
         cursors = [cursor for lane in self._lanes.values() if (cursor := lane.feed.remove(batch.number)) is not None]
         self._withdraw_waiting(batch)
         for cursor in cursors:
             await cursor.close()
 
-    def _withdraw_waiting(self, batch: Running) -> None:
+    def _withdraw_waiting(self, batch: RunningBatch) -> None:
         number = batch.number
         for lane in self._lanes.values():
             lane.governor.withdraw(lambda request: request.index >> BATCH_BITS == number)
@@ -328,7 +328,7 @@ class Roster:
             # It may back off, or have a finalize pass before it: neither may be launched.
             asyncio.get_running_loop().call_soon(self._after_hold, batch)
 
-    def _after_hold(self, batch: Running) -> None:
+    def _after_hold(self, batch: RunningBatch) -> None:
         if batch.state in (PAUSED, CANCELLING, STOPPED) and batch.number in self.running:
             self._withdraw_waiting(batch)
             self._end_if_over(batch)
@@ -347,13 +347,13 @@ class Roster:
             refusals.refused(request, answer)
         self._end_if_over(batch)
 
-    def _end_if_over(self, batch: Running) -> None:
+    def _end_if_over(self, batch: RunningBatch) -> None:
         over = batch.left <= 0 or (batch.state == CANCELLING and not batch.flying)
         if over and not batch.busy and batch.state not in (CANCELLED, COMPLETED):
             batch.busy = True
             self._spawn(self._finish(batch))
 
-    async def _finish(self, batch: Running) -> None:
+    async def _finish(self, batch: RunningBatch) -> None:
         """The batch is over, once all of it is on the disk."""
         await self._writer.flushed()
         if batch.left > 0:
@@ -372,7 +372,7 @@ class Roster:
 
     # ------------------------------------------------------------ when it will be done
 
-    async def obey_elsewhere(self, batch: Running, wanted: str) -> None:
+    async def obey_elsewhere(self, batch: RunningBatch, wanted: str) -> None:
         """What was asked through another replica."""
         pauses = wanted == PAUSE and batch.state in (QUEUED, RUNNING)
         cancels = wanted == CANCEL and batch.state != CANCELLING
@@ -406,9 +406,9 @@ class Roster:
                 batch.changed = True
             batch.eta_s = eta_s
 
-    def _line(self, pool: str) -> Line:
+    def _line(self, pool: str) -> RosterLine:
         """The batches that share a pool right now."""
-        return Line(
+        return RosterLine(
             batch.waiting
             for batch in self.running.values()
             if batch.state in (QUEUED, RUNNING) and pool in batch.row.details["pools"]
@@ -425,7 +425,7 @@ def batch_policy(policy: Policy, row: BatchRow) -> Policy:
     return policy.set_values([f"{name}={value}" for name, value in own.items()]) if own else policy
 
 
-def progress_of(batch: Running) -> dict[str, Any]:
+def progress_of(batch: RunningBatch) -> dict[str, Any]:
     """The columns of a batch that change while it runs."""
     names = ("state", "reason", "done", "failed", "in_flight", "attempts", "throttled", "resent", "eta_s")
     row = batch.now()

@@ -34,9 +34,9 @@ from governor.service.store.store import (
     Store,
 )
 from governor.service.worker.lane import Lane, LaneSender, lane_of
-from governor.service.worker.lease import Lease
+from governor.service.worker.lease import ReplicaLease
 from governor.service.worker.policies import Policies
-from governor.service.worker.roster import Roster, Running, progress_of
+from governor.service.worker.roster import Roster, RunningBatch, progress_of
 from governor.telemetry.metrics import Metrics
 
 TICK_S = 0.5
@@ -71,7 +71,7 @@ class Worker:
         self.ticked: list[Callable[[], None]] = []
         self._leg = 0
         self._failure: asyncio.Future[None] | None = None
-        self._lease: Lease | None = None
+        self._lease: ReplicaLease | None = None
         self._away: dict[str, str] = {}  # why the database cannot be used, by what found it out
         self._patience = Patience(lambda error: None)
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -136,7 +136,7 @@ class Worker:
         self.replica = await asyncio.to_thread(self.store.join, replica_name(), lease_s)
         # From the first moment: to take stock may take longer than a lease on a busy machine.
         told = self._teller("lease")
-        self._lease = Lease(self.store, self.replica, lease_s, began_at=began_at, told=told)
+        self._lease = ReplicaLease(self.store, self.replica, lease_s, began_at=began_at, told=told)
 
     async def _begin(self) -> None:
         config, store = self.config, self.store
@@ -214,7 +214,7 @@ class Worker:
         if lease is not None:
             lease.end()
 
-    def _closed(self, writer: FencedWriter | None, batches: list[Running], at_s: float) -> None:
+    def _closed(self, writer: FencedWriter | None, batches: list[RunningBatch], at_s: float) -> None:
         try:
             if writer is not None:
                 writer.close()
@@ -421,7 +421,7 @@ class Worker:
     # ------------------------------------------------------------ for who asks
 
     @property
-    def batches(self) -> Mapping[int, Running]:
+    def batches(self) -> Mapping[int, RunningBatch]:
         """The batches that this replica works on, by number."""
         return {} if self.roster is None else self.roster.running
 

@@ -18,7 +18,7 @@ from itertools import pairwise
 import pytest
 
 from governor import law
-from governor.forecast.summary import Grant, Summary, Tally, Work, bound_s, efficiency_of, summarize
+from governor.forecast.summary import Grant, Summary, Tally, WorkDone, bound_s, efficiency_of, summarize
 from governor.model.errors import FailureCode
 from governor.model.requests import BACKOFF, CAUSES, Attempt, Ended, Outcome
 from tests.governor.costs import lines_run
@@ -26,8 +26,8 @@ from tests.governor.costs import lines_run
 Item = tuple[float, int, int, float]  # arrival, charge, use, service
 
 
-def work_of(items: list[Item]) -> Work:
-    work = Work()
+def work_of(items: list[Item]) -> WorkDone:
+    work = WorkDone()
     for item in items:
         work.add(*item)
     return work
@@ -187,7 +187,7 @@ class TestBoundOfABatch:
         # The limit that takes longest counts, and no limit leaves the longest answer.
         assert bound_s(Grant(rpm_limit=10, tpm_limit=300), work) == pytest.approx(240.0 + 3.0, rel=1e-7)
         assert bound_s(Grant(), work) == 4.0
-        assert bound_s(Grant(tpm_limit=10**9), Work()) == 0.0
+        assert bound_s(Grant(tpm_limit=10**9), WorkDone()) == 0.0
 
     def test_a_day_that_was_begun_has_less_left(self) -> None:
         work = work_of([(0.0, 100, 100, 1.0)] * 10)

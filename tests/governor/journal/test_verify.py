@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from governor import law
 from governor.journal import verify
-from governor.journal.verify import Decision, Replay, Verified
+from governor.journal.verify import Decision, LawReplay, Verified
 from governor.law import Params, State
 from governor.model import lawcalls
 from governor.model.lawcalls import BEGAN, REPRICED, RESTORED
@@ -323,7 +323,7 @@ def test_a_state_that_was_restored_goes_on_as_the_old_one(seed: int) -> None:
     r = random.Random(seed)
     scribe = random_run(seed)
     for place in (r.randrange(2, CALLS - 1) for _ in range(10)):
-        replay = Replay()
+        replay = LawReplay()
         for decision in scribe.decisions[:place]:
             assert replay.check(decision) is None
         head = [

@@ -14,7 +14,7 @@ import pytest
 from governor import law
 from governor.forecast.summary import Summary
 from governor.journal.journal import Journal
-from governor.journal.rows import Result
+from governor.journal.rows import ResultRow
 from governor.model.errors import BadInput, Oversized
 from governor.model.policy import Policy
 from governor.model.pools import Pool
@@ -38,7 +38,7 @@ from governor.run.intake import disk_needed, prepare, read_demands
 from governor.run.steer import changes_text, split_words
 from governor.scheduler.driver import Governor
 from governor.telemetry.eventlog import EventLog
-from governor.telemetry.progress import Bar, Lane, Lines, Quiet, Snapshot, eta_s, shown, snapshot
+from governor.telemetry.progress import Bar, Lines, ProgressLane, Quiet, Snapshot, eta_s, shown, snapshot
 from governor.telemetry.watch import Meter
 from sim.app.cli import main
 from tests.live import batch, line, write_batch
@@ -81,13 +81,13 @@ def test_exit_codes(failed: int, pending: int, stopped: dict[str, str], signals:
 
 def test_lines_of_the_errors_file_name_the_reason_in_words() -> None:
     answer = Answer(Outcome.SERVER_ERROR, 500, message="The server had an error", body={"error": {}})
-    good, text = line_of(Result(request(), "OPENAI_SERVER_ERROR", answer, 1.0, 0))
+    good, text = line_of(ResultRow(request(), "OPENAI_SERVER_ERROR", answer, 1.0, 0))
     assert not good
     assert '"message":"every attempt failed on the provider\'s side: The server had an error"' in text
     _, text = line_of(Result(request(), "REQUEST_TOO_LARGE", None, 1.0, 0))
     assert "was never sent" in text
     assert '"response":null' in text
-    _, text = line_of(Result(request(), "REQUEST_TOO_LARGE", Answer(Outcome.TOO_LARGE, 413), 1.0, 0))
+    _, text = line_of(ResultRow(request(), "REQUEST_TOO_LARGE", Answer(Outcome.TOO_LARGE, 413), 1.0, 0))
     assert "never sent" not in text
 
 
@@ -245,9 +245,9 @@ def test_figures_of_two_legs_from_the_journal_alone(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- progress
 
 
-def lane(policy: Policy, left: int, tokens: float, service_s: float = 2.0) -> Lane:
+def lane(policy: Policy, left: int, tokens: float, service_s: float = 2.0) -> ProgressLane:
     meter = Meter(Pool(policy=policy), Spent(PRICES, date(2026, 6, 1)), left=left, left_tokens=tokens)
-    return Lane(Governor(policy.params()), meter, service_s)
+    return ProgressLane(Governor(policy.params()), meter, service_s)
 
 
 def test_the_eta_is_the_law_s_and_not_the_average_so_far() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from governor.service.worker.roster import Line, Roster, Running
+from governor.service.worker.roster import Roster, RosterLine, RunningBatch
 
 
 def plainly(others: list[tuple[int, float]], requests: int, tokens: float) -> tuple[float, float]:
@@ -22,7 +22,7 @@ def test_what_goes_before_the_end_of_a_batch(seed: int) -> None:
     rng = random.Random(seed)
     for size in (0, 1, 2, 30):
         batches = [(rng.randint(1, 500), float(rng.choice((100, 5_000, rng.randint(1, 10**6))))) for _ in range(size)]
-        line = Line(batches)
+        line = RosterLine(batches)
         for i, (requests, tokens) in enumerate(batches):
             total, sum_tokens = plainly(batches[:i] + batches[i + 1 :], requests, tokens)
             found = line.ahead_of(requests, tokens, is_in=True)
@@ -38,7 +38,7 @@ def test_what_is_in_flight_has_its_tokens_booked_and_goes_before_nobody() -> Non
     nothing: Any = None
     roster = Roster(nothing, nothing, 1, nothing, {}, nothing, spawn=nothing, since_s=lambda: 0.0, over=lambda: None)
     row: Any = SimpleNamespace(requests=4, details={"pools": ["default"]})
-    batch = Running(row, "running", 1, 0, 3, 0, 0, left_tokens=30_000.0, flying={2, 3})
+    batch = RunningBatch(row, "running", 1, 0, 3, 0, 0, left_tokens=30_000.0, flying={2, 3})
     roster.running[7] = batch
     assert batch.waiting == (1, 10_000.0)
     assert roster.ahead_of(1, 10_000.0, "default") == (2, 20_000.0)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from governor import law
-from governor.journal.verify import Replay
+from governor.journal.verify import LawReplay
 from governor.law import FIRST, HOLDING, MAIN, RETRY, Params, State
 from governor.model.lawcalls import CALLS, PATCHED, numbers_of, packed, patch_of, result_of, state_of
 from governor.sharedquota.quota import (
@@ -101,7 +101,7 @@ def test_a_decision_is_calls_of_the_law_and_nothing_else(seed: int) -> None:
     rng = random.Random(seed)
     p = some(tpm=60_000, settles=1, hold_on_throttle=1, sync_headers=1, backoff_keeps_permit=0)
     image = pool(p, "abc")
-    replay = Replay()
+    replay = LawReplay()
     replay.params = p
     replay.state = state_of(numbers_of((image.s,)))
     calls = 0
@@ -130,7 +130,7 @@ def test_a_patch_makes_one_state_of_another(seed: int) -> None:
     rng = random.Random(seed)
     before = numbers_of((State(),))
     after = tuple(rng.random() if rng.random() < 0.01 else each for each in before)
-    replay = Replay()
+    replay = LawReplay()
     replay.decide(PATCHED, patch_of(before, after))
     assert numbers_of((replay.state,)) == tuple(
         float(int(new)) if isinstance(old, float) and i in WHOLE else new

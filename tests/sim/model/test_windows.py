@@ -238,7 +238,7 @@ def test_others_use_the_same_window(window: int) -> None:
     ],
 )
 def test_greedy_launches_meet_the_bound_and_never_beat_it(make: Callable[[], ProviderParams], seed: int) -> None:
-    from governor.forecast.summary import Grant, Work, bound_s
+    from governor.forecast.summary import Grant, WorkDone, bound_s
 
     pp, ps, rng = make(), ProviderState(), random.Random(seed)
     grant = Grant(
@@ -248,7 +248,7 @@ def test_greedy_launches_meet_the_bound_and_never_beat_it(make: Callable[[], Pro
         phase_s=pp.phase_s,
         burst_ratio=pp.burst_ratio,
     )
-    work, now = Work(), 0.0
+    work, now = WorkDone(), 0.0
     for _ in range(400):
         charge = float(rng.choice([50, 100, 200]))
         while (answer := prov.admitted(pp, ps, 0, charge, now))[0] != prov.OK:
