@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperCommand
 
-from governor.cli.counting import counting
 from governor.model.errors import BadInput, BadSetting
+from governor.model.words import counting
 
 if TYPE_CHECKING:
     from governor.model.policy import Policy

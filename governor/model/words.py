@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
@@ -72,6 +73,24 @@ def count_of(text: str, option: str) -> int:
     if value is None:
         raise BadSetting(f"{option} {quoted(text)} is not a whole number from 0 to 10^12: write 450000, 450k or 2M")
     return value
+
+
+def counting(low: int = 0, high: int = 10**12) -> Callable[[str | int], int]:
+    """A parser of whole numbers in that range, as people write them: 450000, 450_000, 450k, 2M."""
+
+    def parse(text: str | int) -> int:
+        word = str(text).strip()
+        value = -1 if word == "-1" else whole_number(word)
+        if value is None or not low <= value <= high:
+            limit = "10^12" if high == 10**12 else f"{high:,}"
+            import typer  # whoever reads no command line has none
+
+            raise typer.BadParameter(
+                f"{word!r} is not a whole number from {low:,} to {limit}: write 450000, 450k or 2M"
+            )
+        return value
+
+    return parse
 
 
 def knob_text(cause: str, policy: Policy) -> str:

@@ -31,7 +31,7 @@ from governor.model.prices import usage_in
 from governor.model.requests import URLS, Answer, Outcome
 from governor.model.work import Work
 from governor.provider.stated import fields_of, limits_in, processing_s
-from governor.provider.transport import Events, answer_of, package_of, unanswered, work_of_request
+from governor.provider.transport import EventStream, answer_of, package_of, unanswered, work_of_request
 
 if TYPE_CHECKING:
     from httpx2 import AsyncBaseTransport, BaseTransport
@@ -207,7 +207,7 @@ def _answer_of(note: _Note, work: Work) -> Answer:
         return unanswered(note.error, package)
     response, raw = note.response, b"".join(note.chunks)
     if "event-stream" in response.headers.get("content-type", "") and response.status_code < 300:
-        events = Events(response, work.request.sizes)
+        events = EventStream(response, work.request.sizes)
         events.feed(raw)
         return events.answer(is_whole=note.is_whole)
     return answer_of(response, raw, work, package)

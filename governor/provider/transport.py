@@ -416,7 +416,7 @@ def unanswered(error: Exception, package: Any) -> Answer:
 def _streamed(response: Any, lease: Lease, call: Operation, work: Work, package: Any) -> Any:
     """The response, whose stream ends the permit when it ends."""
     lease.stated(limits_in(fields_of(response.headers), time.time()))
-    reader = Events(response, work.request.sizes) if _kind_of(response) == _EVENTS else _Bytes()
+    reader = EventStream(response, work.request.sizes) if _kind_of(response) == _EVENTS else _Bytes()
     response.stream = _stream_type(package)(response.stream, lease, call, reader, package)
     return response
 
@@ -432,7 +432,7 @@ class _Bytes:
         return Answer(Outcome.OK, 200)
 
 
-class Events(_Bytes):
+class EventStream(_Bytes):
     """The usage, or the error, of a stream of server-sent events."""
 
     def __init__(self, response: Any, sizes: Sizes) -> None:

@@ -24,8 +24,7 @@ from governor.model.files import prepared_folder
 from governor.model.policy import Policy, knob_named
 from governor.model.requests import Attempt
 from sim.app.inputs import EFFORTS, Wishes
-from sim.app.outputs import GUARDRAILS, RECOMMENDED, ROLLBACK, page, settings_files, write_plan
-from sim.app.plan_command import prices_of
+from sim.app.outputs import GUARDRAILS, RECOMMENDED, ROLLBACK, page, prices_of, settings_files, write_plan
 from sim.base.arguments import is_a, number, one_of, whole
 from sim.des.engines import Engine
 from sim.experiment.experiment import Pool, attempts_of, case_of, replicate, summary_of
@@ -380,7 +379,7 @@ def plan(
         effort=effort,
         prices=None if prices is None else str(Path(prices).absolute()),
     )
-    foreseen = max(planner.EFFORTS[wishes.effort], planner.LEAST_RUNS * len(scenario.workload))
+    foreseen = planner.requests_foreseen(scenario, wishes.effort)
     found = planner.plan(
         scenario,
         wishes.goal(),

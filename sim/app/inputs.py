@@ -10,8 +10,9 @@ unless the settings name them: in a scenario file they are always named, and fol
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,6 +27,7 @@ from governor.model.settings import policy_of, settings_digest
 from sim.app.options import Options, quantiles
 from sim.base.arguments import Config, checked
 from sim.base.progress import Progress
+from sim.des import engines
 from sim.experiment.experiment import Pool
 from sim.model.presets import LATENCIES, SNAPSHOT
 from sim.model.provider_config import ProviderConfig
@@ -132,6 +134,14 @@ def read_inputs(
     # Asked here and not in mid-run: whether the trace has arrivals at all.
     fitted.columns()
     return Inputs(fitted, wishes, (*told, *_notes(scenario, fitted, o)))
+
+
+def inputs_of(given: Options, *, fit: bool = True) -> Inputs:
+    """What a command's options and the environment name; see `read_inputs`. Notes say where an engine falls short."""
+    engines.checked(given.engine)
+    inputs = read_inputs(given, os.environ, fit=fit)
+    notes = engines.checked(given.engine, learns=inputs.scenario.policy.charge_rule == "learned")
+    return replace(inputs, notes=(*inputs.notes, *notes))
 
 
 def pool_of(given: Options, bar: Progress, foreseen: float = 0.0) -> Pool:

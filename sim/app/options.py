@@ -11,10 +11,9 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
-from governor.cli.counting import counting
 from governor.model.errors import BadSetting
 from governor.model.phrases import whole_number
-from governor.model.words import seconds_of, until_s
+from governor.model.words import counting, seconds_of, until_s
 
 count = counting()
 

@@ -1,4 +1,4 @@
-"""What `plan` leaves in its folder, and the early check that files can be written at all.
+"""`plan` from its inputs to its folder: the search, the files that it leaves, and early checks of both.
 
 All files are filled under hidden names first and take their own names in one go at the end: whatever fails before that,
 a full disk or Ctrl-C, leaves an older set as it was. Of the settings only our own names are written; what else an env
@@ -15,20 +15,23 @@ import shlex
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from governor import __version__
 from governor.model.errors import BadInput, PacelineError
 from governor.model.files import check_writable, write_atomically
 from governor.model.policy import GUARDRAIL_KNOBS, KNOBS, Knob, Policy
+from governor.model.prices import Prices, read_prices
 from governor.model.settings import MADE_FROM, policy_of, settings_digest
 from governor.model.settings import SCENARIO as NAMED
 from sim.app.inputs import Wishes, scenario_text
+from sim.experiment.experiment import Pool
 from sim.experiment.results import Plan
-from sim.reporting.terminal import headline, plain
+from sim.experiment.spread import WorkersLost
+from sim.reporting.terminal import headline, plain, plan_notes
 from sim.scenario.readers import save_rows
 from sim.scenario.scenario import Scenario
 from sim.scenario.scenario_file import FileSource
@@ -234,3 +237,57 @@ def _undisturbed() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
         if came:
             raise KeyboardInterrupt
+
+
+# ---------------------------------------------------------------- the search and its files
+
+
+Say = Callable[[str], None]
+
+
+class Stopped(PacelineError):  # noqa: N818  (a name says what happened)
+    """A search was interrupted; the message says what it had found."""
+
+    exit_code: ClassVar[int] = 130
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A plan, its files, and what its user should know of it."""
+
+    plan: Plan
+    written: PlanFiles
+    notes: tuple[str, ...]
+
+
+def planned(
+    scenario: Scenario, wishes: Wishes, folder: Path, *, notes: tuple[str, ...], pool: Pool, say: Say
+) -> Planned:
+    """Search, write the folder, and return what was found.
+
+    Stopped where it is interrupted after something was found: nothing is written then.
+    """
+    # Takes long to import, and of those who check or write a file only this needs it.
+    from sim.selection import planner as planning
+
+    try:
+        found = planning.plan(
+            scenario,
+            wishes.goal(),
+            effort=wishes.effort,
+            pool=pool,
+            say=say,
+            unknowns=wishes.unknowns,
+            prices=prices_of(wishes),
+        )
+    except planning.Interrupted as stop:
+        said = f"{stop.so_far}; no file was written"
+        raise (WorkersLost(f"{stop.reason}; {said}") if stop.reason else Stopped(said)) from None
+    say("writing the report")
+    notes = (*notes, *plan_notes(scenario, found))
+    return Planned(found, write_plan(folder, scenario, wishes, found, page(scenario, found, folder), notes), notes)
+
+
+def prices_of(wishes: Wishes) -> Prices:
+    """The price list that is asked for, or the one that comes with Paceline."""
+    return read_prices(wishes.prices) if wishes.prices else read_prices()

@@ -11,19 +11,17 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from governor.cli.counting import counting
 from governor.model.errors import BadSetting
+from governor.model.words import counting
 from sim.app.options import AsJson, FinishBy, Options, count, share, takes_options, wait_s
 from sim.base.progress import Progress
 
 if TYPE_CHECKING:
-    from sim.app.inputs import Inputs
-    from sim.scenario.scenario import Scenario
+    pass
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -55,7 +53,7 @@ def simulate(
 
     Example: paceline simulate requests.jsonl --env-file .env
     """
-    from sim.app.inputs import pool_of
+    from sim.app.inputs import inputs_of, pool_of
     from sim.app.outputs import check_file
     from sim.experiment.experiment import replicate_or_keep
     from sim.reporting import exports
@@ -64,7 +62,7 @@ def simulate(
     check_file(attempts, "--attempts", (".csv", ".parquet"))
     check_file(timeline, "--timeline", (".png",))
     check_file(chrome_trace, "--chrome-trace", (".json",))
-    inputs = _inputs(given)
+    inputs = inputs_of(given)
     scenario = inputs.scenario
     runs = scenario.replications or 1
     if attempts or timeline or chrome_trace or runs == 1:
@@ -123,12 +121,12 @@ def plan(
     Example: paceline plan requests.jsonl --env-file .env --finish-by 6h
     """
     from governor.model.files import prepared_folder
-    from sim.app.inputs import pool_of
-    from sim.app.outputs import plan_json
-    from sim.app.plan_command import planned
+    from sim.app.inputs import inputs_of, pool_of
+    from sim.app.outputs import plan_json, planned
     from sim.reporting import terminal as shown
+    from sim.selection.planner import requests_foreseen
 
-    inputs = _inputs(given)
+    inputs = inputs_of(given)
     scenario = inputs.scenario
     wishes = inputs.wishes.with_given(
         objective=objective,
@@ -138,8 +136,8 @@ def plan(
         effort=effort,
         prices=None if prices is None else os.path.abspath(prices),
     )
-    with prepared_folder(out) as folder, Progress("planning", _runs_foreseen(scenario, wishes.effort)) as bar:
-        foreseen = _runs_foreseen(scenario, wishes.effort) * len(scenario.workload)
+    foreseen = requests_foreseen(scenario, wishes.effort)
+    with prepared_folder(out) as folder, Progress("planning", foreseen / len(scenario.workload)) as bar:
         pool = pool_of(given, bar, foreseen)
         found = planned(scenario, wishes, folder, notes=inputs.notes, pool=pool, say=bar.say)
     command, report = found.written.command, found.written.report
@@ -180,7 +178,7 @@ def sensitivity(
 
     Example: paceline sensitivity requests.jsonl --env-file .env
     """
-    from sim.app.inputs import pool_of
+    from sim.app.inputs import inputs_of, pool_of
     from sim.app.outputs import check_file
     from sim.app.sensitivity_command import SIZES, runs_foreseen, sensed, sensitivity_text, write_figure
 
@@ -192,7 +190,7 @@ def sensitivity(
         raise BadSetting(
             f"--size {size} is not a power of 2, which --method sobol needs: write {1 << size.bit_length()}"
         )
-    inputs = _inputs(given)
+    inputs = inputs_of(given)
     scenario = inputs.scenario
     seeds = scenario.replications or 1
     runs = runs_foreseen(scenario, method, size, seeds)
@@ -284,6 +282,7 @@ def capacity(
     Example: paceline capacity requests.jsonl --finish-by 6h
     """
     from sim.app.capacity_command import Asked, answered, terms_of
+    from sim.app.inputs import inputs_of
 
     asked = Asked(
         finish_by_s=finish_by,
@@ -297,7 +296,7 @@ def capacity(
         prices=prices,
     )
     asked.check()
-    inputs = _inputs(given, fit=how_many)
+    inputs = inputs_of(given, fit=how_many)
     found = answered(given, inputs, asked, width())
     _result(given, found.found, found.text, (*inputs.notes, *found.notes))
     if not found.enough:
@@ -487,24 +486,6 @@ def split(
 
 
 # ---------------------------------------------------------------- steps
-
-
-def _inputs(given: Options, *, fit: bool = True) -> Inputs:
-    from sim.app.inputs import read_inputs
-    from sim.des import engines
-
-    engines.checked(given.engine)
-    inputs = read_inputs(given, os.environ, fit=fit)
-    notes = engines.checked(given.engine, learns=inputs.scenario.policy.charge_rule == "learned")
-    return replace(inputs, notes=(*inputs.notes, *notes))
-
-
-def _runs_foreseen(scenario: Scenario, effort: str) -> float:
-    """About how many runs a plan will make."""
-    from sim.selection.planner import EFFORTS, LEAST_RUNS
-
-    n = len(scenario.workload)
-    return max(EFFORTS[effort], LEAST_RUNS * n) / n
 
 
 def width() -> int:

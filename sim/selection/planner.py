@@ -134,6 +134,11 @@ class Budget:
         )
 
 
+def requests_foreseen(scenario: Scenario, effort: str) -> float:
+    """About how many simulated requests a plan will take."""
+    return float(max(EFFORTS[effort], LEAST_RUNS * len(scenario.workload)))
+
+
 class Planner:
     """One plan in the making. Make it, call `plan()` once."""
 

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from governor.cli.counting import counting
 from governor.model.errors import PacelineError
+from governor.model.words import counting
 
 SERVER_EXTRA = "serving a provider needs paceline[sim,server]: pip install 'paceline[sim,server]'"
 

@@ -84,7 +84,7 @@ def test_lines_of_the_errors_file_name_the_reason_in_words() -> None:
     good, text = line_of(ResultRow(request(), "OPENAI_SERVER_ERROR", answer, 1.0, 0))
     assert not good
     assert '"message":"every attempt failed on the provider\'s side: The server had an error"' in text
-    _, text = line_of(Result(request(), "REQUEST_TOO_LARGE", None, 1.0, 0))
+    _, text = line_of(ResultRow(request(), "REQUEST_TOO_LARGE", None, 1.0, 0))
     assert "was never sent" in text
     assert '"response":null' in text
     _, text = line_of(ResultRow(request(), "REQUEST_TOO_LARGE", Answer(Outcome.TOO_LARGE, 413), 1.0, 0))

@@ -79,7 +79,7 @@ class TestImports:
 
     def test_no_module_takes_the_name_of_a_function(self) -> None:
         code = (
-            "import sim, sim.app.cli, sim.app.plan_command, sim.selection.planner\n"
+            "import sim, sim.app.cli, sim.app.outputs, sim.selection.planner\n"
             "print(callable(sim.plan), callable(sim.simulate))"
         )
         assert words(code) == "True True"
