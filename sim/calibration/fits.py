@@ -15,6 +15,7 @@ rate of arrivals has batch means, which hold for bursty ones, too.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,8 @@ STALL_LEAST_S = 2.0
 LEAST_ANSWERS = 20
 BATCHES = 20
 RESAMPLES = 1_000
+# Gaps in one resample at the most; and the largest spread of their logarithms that is believed.
+GAPS_MOST, LOG_SPREAD_MOST = 20_000, 2.5
 FOLDS = 5
 # Residuals that a group of answer lengths must have.
 GROUP_LEAST = 100
@@ -423,24 +426,48 @@ def arrivals(at_s: Real) -> ArrivalFit | None:
 
 
 def _burstiness(gaps: Real, how: str) -> Figure:
-    """The coefficient of variation of gaps, with a studentized bootstrap of its logarithm.
+    """The coefficient of variation of gaps, by the wider of two bootstraps of its studentized logarithm.
 
-    Few long gaps make both the figure and its standard error: resampling the two together allows for that.
+    Few long gaps make both the figure and its standard error. Resampling allows for those that the log has seen; draws
+    from the likelier of a gamma and a log-normal distribution allow for those that it happens to lack.
     """
-
-    def log_cv(values: Real) -> tuple[float, float]:
-        mean, spread = float(values.mean()), max(1e-12, float(values.std()))
-        z = (values - mean) / spread
-        influence = (z * z - 1.0) / 2.0 - z * spread / mean
-        return math.log(spread / mean), max(1e-12, float(influence.std())) / math.sqrt(len(values))
-
-    value, error = log_cv(gaps)
+    value, error = _log_cv(gaps)
     rng = np.random.default_rng(0)
-    again = (log_cv(rng.choice(gaps, len(gaps))) for _ in range(RESAMPLES))
-    scores = np.array([(drawn - value) / spread for drawn, spread in again])
-    most, least = np.quantile(scores, [0.5 + EACH / 2.0, 0.5 - EACH / 2.0])
-    low, high = (math.exp(value - float(score) * error) for score in (most, least))
-    return Figure("burstiness (CV of gaps)", math.exp(value), low, high, "", how)
+    draw, centre = _gaps_like(gaps)
+    # Studentized, a larger sample spreads no wider.
+    n = min(len(gaps), GAPS_MOST)
+    low, high = value, value
+    for sample, around in ((lambda: rng.choice(gaps, n), value), (lambda: draw(rng, n), centre)):
+        again = (_log_cv(sample()) for _ in range(RESAMPLES))
+        scores = [(drawn - around) / spread for drawn, spread in again]
+        most, least = np.quantile(scores, [0.5 + EACH / 2.0, 0.5 - EACH / 2.0])
+        low, high = min(low, value - float(most) * error), max(high, value - float(least) * error)
+    return Figure("burstiness (CV of gaps)", math.exp(value), math.exp(low), math.exp(high), "", how)
+
+
+def _log_cv(values: Real) -> tuple[float, float]:
+    """The logarithm of the coefficient of variation, and its standard error by influence."""
+    mean, spread = float(values.mean()), max(1e-12, float(values.std()))
+    z = (values - mean) / spread
+    influence = (z * z - 1.0) / 2.0 - z * spread / mean
+    return math.log(spread / mean), max(1e-12, float(influence.std())) / math.sqrt(len(values))
+
+
+def _gaps_like(gaps: Real) -> tuple[Callable[[np.random.Generator, int], Real], float]:
+    """Draws from the likelier of two families, and the logarithm of its coefficient of variation.
+
+    The gamma's shape is Minka's closed form ("Estimating a gamma distribution", 2002).
+    """
+    mean = float(gaps.mean())
+    logs = np.log(np.maximum(gaps, 1e-9 * mean))
+    middle, sigma = float(logs.mean()), min(LOG_SPREAD_MOST, max(1e-6, float(logs.std())))
+    s = max(1e-9, math.log(mean) - middle)
+    shape = (3.0 - s + math.sqrt((s - 3.0) ** 2 + 24.0 * s)) / (12.0 * s)
+    gamma = (shape - 1.0) * middle - shape - shape * math.log(mean / shape) - math.lgamma(shape)
+    log_normal = -middle - 0.5 * float(logs.var()) / sigma**2 - math.log(sigma * math.sqrt(2.0 * math.pi))
+    if gamma >= log_normal:
+        return lambda rng, n: rng.gamma(shape, size=n), -0.5 * math.log(shape)
+    return lambda rng, n: np.exp(sigma * rng.standard_normal(n)), 0.5 * math.log(math.expm1(sigma * sigma))
 
 
 def block_s(at_s: Real, tokens: Real) -> float:

@@ -219,7 +219,7 @@ class Planner:
         now, few, best = forecasts
         runner_up = evidence.forecast(chosen[3])
         self._now("weighing each change")
-        guardrails = evidence.recommendation(now, few, {"the fastest setting of these knobs": bold_few})
+        guardrails = evidence.recommendation(now, few, {"the fastest combination of these settings": bold_few})
         plain = {} if key_of(self.plain) == key_of(best.policy) else {"a plain mirrored window": self.plain}
         full = evidence.recommendation(now, best, {**plain, "the fastest setting tried": bold})
         kept = score_of(now.runs, goal)[:2] <= score_of(best.runs, goal)[:2]
