@@ -1,20 +1,23 @@
 """How close the twin is: live runs over HTTP against what was said of them, over pairs of runs drawn from a seed.
 
-    python -m benchmarks.twin [--short] [--pairs 200] [--live 8] [--time-scale 4] [--seed 1] [--keep DIR]
+    python -m benchmarks.twin [--short] [--pairs 200] [--live 2] [--time-scale X] [--seed 1] [--keep DIR]
                               [--from DIR] [--minutes M] [--write]
 
 Each pair draws a batch (sizes, caps, number of requests), a provider (limits, charge rule, settling, others on the
 quota; every third with server errors and dropped connections) and two sets of settings (window, concurrency, stagger,
 order of launches; every third claims more than the limit, so that refusals come). Runs are live, as `paceline run`
-does them: the official SDK, the asyncio driver, a journal on disk, against `paceline provider` in a process of its own
-on loopback, both clocks X times as fast. There are three of each pair: a first run; a second one, of another batch of
-the same kind, with chance of its own; and a third one, of the second's batch and chance under the other settings.
-Times are from the first launch to the last end. Four things are scored:
+does them: the official SDK, the asyncio driver, a journal on disk, `paceline provider` over HTTP on loopback. Their
+clock counts waiting and the processor's time for both ends, so that what other programs take of the machine does not
+show (`own_time`); with `--time-scale X` it is the machine's, X times as fast, and the provider is a process of its own.
+There are three runs of each pair: a first one; a second one, of another batch of the same kind, with chance of its own;
+and a third one, of the second's batch and chance under the other settings.
+Times are from the first launch to the last end. Five things are scored:
 
 * `rehearsal`: `backtest` of each run, told the provider, and by the journal what the run itself could not know;
 * `second`: the second run by the forecast that a run makes of its batch before the first launch, from a scenario that
   `calibrate` made of the first run's journal;
 * `changed`: the third run by the same, so after a change of settings;
+* `chance`: both by the same forecast, but told the provider: what is left is chance, and no calibration can undo it;
 * `replay`: second and third run, each by a replay of the other's journal under its own settings, told nothing else.
 
 Each half-width has two parts, as root of the sum of squares: that of the simulation itself, and the model error, a
@@ -42,6 +45,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
 
+from benchmarks.own_time import BASE_URL, OwnTimeLoop, without_threads
 from benchmarks.page import publish, rows, told
 from governor.forecast.forecast import Demand, Foresee, Outlook
 from governor.journal.journal import Journal
@@ -57,7 +61,7 @@ from sim.app.replay_command import ReplayOptions, staged
 from sim.calibration.calibrate import calibrate
 from sim.calibration.observed import of_journal
 from sim.model.provider_config import ProviderConfig
-from sim.serving.server import spawn
+from sim.serving.server import Provider, spawn
 from sim.validation.backtest import Backtest, backtest
 from sim.validation.counterfactual import counterfactual
 from sim.validation.foresight import foresee
@@ -65,19 +69,19 @@ from sim.validation.model_error import FILE, ModelError, conformal, widened
 from sim.validation.twin import lessons
 
 T = TypeVar("T")
-SCALE, SCALE_MOST = 4.0, 20.0
-# Live runs at a time: they mostly wait.
-LIVE = 8
+SCALE_MOST = 20.0
 PAIRS, SHORT = 200, 3
 # A run that lasts longer has gone wrong: its pair is counted as failed.
 STOP_AFTER_S = 600.0
 WORST = 12
+# Replications of each rehearsal and replay.
+RUNS = 12
 MODEL = "gpt-4o-mini"
 # Declared caps by kind of batch; a bimodal one has long answers besides.
 CAPS = {"small": (200, 400), "mixed": (200, 2_000), "large": (1_000, 2_500), "bimodal": (150, 150)}
-KINDS = ("rehearsal", "second", "changed", "replay")
+KINDS = ("rehearsal", "second", "changed", "chance", "replay")
 # What is promised: median errors, and shares inside.
-ERROR_MOST = {"rehearsal": 0.005, "second": 0.03, "changed": 0.03, "replay": 0.03}
+ERROR_MOST = {"rehearsal": 0.005, "second": 0.03, "changed": 0.03, "chance": 1.0, "replay": 0.03}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +123,11 @@ class Score:
         off_s = self.measured_s - self.predicted_s
         own_s = self.high_s - self.predicted_s if off_s > 0.0 else self.predicted_s - self.low_s
         return max(0.0, off_s**2 - own_s**2) ** 0.5 / self.predicted_s
+
+    @property
+    def has_refusals(self) -> bool:
+        """Whether some may come, by the prediction."""
+        return self.throttled_high > 0.0
 
     @property
     def counts_inside(self) -> bool:
@@ -215,26 +224,40 @@ def written(scenario: Drawn, path: Path) -> None:
 
 
 def run_live(scenario: Drawn, time_scale: float, folder: Path, foresee: Foresee | None = None) -> None:
-    """The scenario over HTTP on loopback; its files stay in `folder`. BadInput where it does not end."""
+    """The scenario over HTTP on loopback; its files stay in `folder`. BadInput where it does not end.
+
+    `time_scale`: of the machine's clock, with the provider in a process of its own; 0 = on own time (`own_time`).
+    """
     folder.mkdir(parents=True, exist_ok=True)
     written(scenario, folder / "batch.jsonl")
     # Another seed than the run's: what the provider draws is not ours to know.
-    options: dict[str, Any] = {"seed": scenario.seed ^ 0x5EED, "time_scale": time_scale, "stated_time": "provider"}
-    with spawn(scenario.provider, **options) as server:
-        environment = {"OPENAI_API_KEY": "no-key-is-needed", "OPENAI_BASE_URL": server.base_url}
-        orders = Orders(
-            requests=folder / "batch.jsonl",
-            out=folder / "results.jsonl",
-            journal=folder / "run.db",
-            pools=[Pool(policy=scenario.policy, base_url=server.base_url)],
-            environment=environment,
-            prices=Prices({}),
-            manner=Manner(time_scale=time_scale, stop_after_s=STOP_AFTER_S),
-            seed=scenario.seed,
-            yes=True,
-        )
-        with (folder / "said.txt").open("w", encoding="utf-8") as said:
-            outcome = run_orders(orders, foresee=foresee, connect=connect_with(environment), shown=Quiet(said))
+    seed = scenario.seed ^ 0x5EED
+    if time_scale:
+        options: dict[str, Any] = {"seed": seed, "time_scale": time_scale, "stated_time": "provider"}
+        with spawn(scenario.provider, **options) as server:
+            _run(scenario, server.base_url, Manner(time_scale=time_scale, stop_after_s=STOP_AFTER_S), folder, foresee)
+    else:
+        provider = Provider(scenario.provider, seed=seed)
+        manner = Manner(new_loop=lambda: OwnTimeLoop(provider), stop_after_s=STOP_AFTER_S)
+        with without_threads():
+            _run(scenario, BASE_URL, manner, folder, foresee)
+
+
+def _run(scenario: Drawn, base_url: str, manner: Manner, folder: Path, foresee: Foresee | None) -> None:
+    environment = {"OPENAI_API_KEY": "no-key-is-needed", "OPENAI_BASE_URL": base_url}
+    orders = Orders(
+        requests=folder / "batch.jsonl",
+        out=folder / "results.jsonl",
+        journal=folder / "run.db",
+        pools=[Pool(policy=scenario.policy, base_url=base_url)],
+        environment=environment,
+        prices=Prices({}),
+        manner=manner,
+        seed=scenario.seed,
+        yes=True,
+    )
+    with (folder / "said.txt").open("w", encoding="utf-8") as said:
+        outcome = run_orders(orders, foresee=foresee, connect=connect_with(environment), shown=Quiet(said))
     if outcome.pending:
         raise BadInput(f"{outcome.pending} requests were left when it stopped: {outcome.stopped}", scenario.name)
 
@@ -273,25 +296,27 @@ def scores_in(number: int, folders: Sequence[Path], scenarios: Sequence[Drawn]) 
     runs = []
     for folder, scenario in zip(folders, scenarios, strict=True):
         with Journal.open(folder / "run.db") as journal:
-            found = backtest(journal, provider=scenario.provider, model_error_ratio=0.0)
+            found = backtest(journal, provider=scenario.provider, runs=RUNS, model_error_ratio=0.0)
             runs.append((lessons(journal)[0], [result.request.sizes for result in journal.results()]))
         m, t = found.makespan_s, found.throttled
         figures = m.predicted, m.low, m.high, m.measured, t.predicted, t.low, t.high, t.measured
         yield Score("rehearsal", number, scenario.name, *figures)
-    learnt = folders[0] / "learnt.yaml"
+    learnt, known = (folders[0] / name for name in ("learnt.yaml", "known.yaml"))
     calibrate(of_journal(str(folders[0] / "run.db"))).write(learnt)
-    for kind, scenario, (lesson, sizes) in zip(KINDS[1:3], scenarios[1:], runs[1:], strict=True):
+    known.write_text(json.dumps(scenarios[0].provider.model_dump(mode="json", exclude_defaults=True)), encoding="utf-8")
+    for kind, scenario, (lesson, sizes) in zip(("second", "changed"), scenarios[1:], runs[1:], strict=True):
         demand = Demand()
         for each in sizes:
             demand.add(MODEL, each, 0)
-        pool = Pool(policy=scenario.policy, scenario=str(learnt))
-        f = foresee(Outlook(pool=pool, demand=demand, seed=scenario.seed), 0.0)
-        counts = f.throttled, f.throttled_low, f.throttled_high, float(lesson.throttled)
-        yield Score(kind, number, scenario.name, f.finish_s, f.low_s, f.high_s, lesson.makespan_s, *counts)
+        for by, file in ((kind, learnt), ("chance", known)):
+            pool = Pool(policy=scenario.policy, scenario=str(file))
+            f = foresee(Outlook(pool=pool, demand=demand, seed=scenario.seed), 0.0)
+            counts = f.throttled, f.throttled_low, f.throttled_high, float(lesson.throttled)
+            yield Score(by, number, scenario.name, f.finish_s, f.low_s, f.high_s, lesson.makespan_s, *counts)
     for i, j in ((1, 2), (2, 1)):
         measured, policy = runs[j][0], scenarios[j].policy
         name, stages = staged(str(folders[i] / "run.db"), [runs[i][0]], ReplayOptions())
-        c = counterfactual(stages, lambda _, policy=policy: policy, provider_from=name, model_error_ratio=0.0)  # type: ignore[misc]
+        c = counterfactual(stages, lambda _, policy=policy: policy, runs=RUNS, model_error_ratio=0.0)  # type: ignore[misc]
         m, t = c.makespan_s, c.throttled
         figures = m.would, m.was + m.low, m.was + m.high, measured.makespan_s, t.would, t.was + t.low, t.was + t.high
         yield Score("replay", number, f"{scenarios[j].name}, {name}", *figures, float(measured.throttled))
@@ -300,46 +325,63 @@ def scores_in(number: int, folders: Sequence[Path], scenarios: Sequence[Drawn]) 
 # ---------------------------------------------------------------- what they come to
 
 
-def error_of(kind: str, scores: Iterable[Score]) -> float:
-    """The model error of a kind, from the pairs of odd numbers. Forecasts before and after a change are of one."""
-    kinds = ("second", "changed") if kind in ("second", "changed") else (kind,)
-    return conformal(s.model_error_ratio for s in scores if s.kind in kinds and s.pair % 2)
+FORECASTS = ("second", "changed")
+
+
+def errors_of(kind: str, scores: Iterable[Score]) -> tuple[float, float]:
+    """The model error of a kind, from the pairs of odd numbers, without refusals and with; 0 for chance alone.
+
+    Forecasts before and after a change are of one.
+    """
+    kinds = FORECASTS if kind in FORECASTS else (kind,)
+    mine = [s for s in scores if s.kind in kinds and s.pair % 2]
+    calm, others = ([s.model_error_ratio for s in mine if s.has_refusals is has] for has in (False, True))
+    return (0.0, 0.0) if kind == "chance" else (conformal(calm or others), conformal(others or calm))
 
 
 def summed_up(scores: Sequence[Score]) -> tuple[list[list[str]], bool]:
-    """A row for each kind, and whether it is as promised."""
+    """Rows for each kind, and whether it is as promised."""
     found, good = [], True
     for kind in KINDS:
         mine = [score for score in scores if score.kind == kind]
-        held_out = [score for score in mine if score.pair % 2 == 0]
-        if not held_out or len(held_out) == len(mine):
+        if len({score.pair % 2 for score in mine}) < 2:
             continue
-        ratio = error_of(kind, scores)
-        inside = sum(score.model_error_ratio <= ratio for score in held_out)
-        errors = sorted(abs(score.error_ratio) for score in mine)
-        ends = [widened(s.low_s, s.predicted_s, s.high_s, ratio) for s in held_out]
-        widths = [(high - low) / 2.0 / value for low, value, high in ends]
-        counted = sum(score.counts_inside for score in mine)
-        found.append(
-            [
-                kind,
-                f"{len(mine)}",
-                f"{median(errors):.2%}",
-                f"{errors[math.ceil(0.9 * len(errors)) - 1]:.1%}",
-                f"{errors[-1]:.0%}",
-                f"{median(s.error_ratio for s in mine):+.2%}",
-                f"{ratio:.1%}",
-                f"{median(widths):.1%}",
-                told(inside, len(held_out)),
-                told(counted, len(mine)),
-            ]
-        )
-        good = good and median(errors) <= ERROR_MOST[kind] and 0.93 <= inside / len(held_out) <= 0.97
+        ratios = errors_of(kind, scores)
+        for name, part in (
+            (kind, mine),
+            ("... no 429s foreseen", [s for s in mine if not s.has_refusals]),
+            ("... 429s foreseen", [s for s in mine if s.has_refusals]),
+        ):
+            # Nothing is learnt for chance alone: all of it counts.
+            held_out = [s for s in part if s.pair % 2 == 0 or kind == "chance"]
+            if not held_out:
+                continue
+            inside = sum(s.model_error_ratio <= ratios[s.has_refusals] for s in held_out)
+            errors = sorted(abs(s.error_ratio) for s in part)
+            ends = [widened(s.low_s, s.predicted_s, s.high_s, ratios[s.has_refusals]) for s in held_out]
+            widths = [(high - low) / 2.0 / value for low, value, high in ends]
+            ratio = ratios[part[0].has_refusals]
+            found.append(
+                [
+                    name,
+                    f"{len(part)}",
+                    f"{median(errors):.2%}",
+                    f"{errors[math.ceil(0.9 * len(errors)) - 1]:.1%}",
+                    f"{errors[-1]:.0%}",
+                    f"{median(s.error_ratio for s in part):+.2%}",
+                    "" if part is mine or kind == "chance" else f"{ratio:.2%}",
+                    f"{median(widths):.1%}",
+                    told(inside, len(held_out)),
+                    told(sum(s.counts_inside for s in part), len(part)),
+                ]
+            )
+            if part is mine:
+                good = good and median(errors) <= ERROR_MOST[kind] and 0.93 <= inside / len(held_out) <= 0.97
     return found, good
 
 
-HEADER = ["prediction", "runs", "median error", "90 % below", "worst", "median, signed", "model error", "half-width"]
-HEADER += ["makespan inside, held out", "429s inside, all"]
+HEADER = ["prediction", "runs", "median error", "90 % below", "worst", "median, signed", "model error"]
+HEADER += ["median half-width", "makespan inside", "429s inside"]
 
 
 def page_of(scores: Sequence[Score], failures: Sequence[str], given: argparse.Namespace, took_s: float) -> str:
@@ -357,9 +399,9 @@ def page_of(scores: Sequence[Score], failures: Sequence[str], given: argparse.Na
         for s in worst
     ]
     pairs = len({score.pair for score in scores})
+    clock = f"clocks {given.time_scale:g} times as fast" if given.time_scale else "on own time"
     lines = [
-        f"{pairs} pairs of seed {given.seed}, three live runs each, clocks {given.time_scale:g} times as fast, "
-        f"{given.live} at a time on {os.cpu_count()} cores; {took_s / 60.0:.0f} minutes. "
+        f"{pairs} pairs of seed {given.seed}, three live runs each, {clock}; {took_s / 60.0:.0f} minutes. "
         f"Pairs that failed: {len(failures)}.",
         *(f"\n* {failure}" for failure in failures),
         "",
@@ -376,10 +418,13 @@ def write(scores: Sequence[Score], page: str, command: str) -> None:
     """Puts the page and the model errors that commands use in place."""
     publish("twin", page, command)
     kinds = {"rehearsal": "rehearsal", "forecast": "second", "replay": "replay"}
-    found = {name: round(error_of(kind, scores), 4) for name, kind in kinds.items()}
-    odd = [score.kind for score in scores if score.pair % 2]
-    counts = [odd.count("rehearsal"), odd.count("second") + odd.count("changed"), odd.count("replay")]
-    error = ModelError(**found, made=datetime.now(UTC).date().isoformat(), command=command, runs=tuple(counts))  # type: ignore[arg-type]
+    found: dict[str, Any] = {}
+    runs: dict[str, list[int]] = {}
+    for name, kind in kinds.items():
+        found[name] = [round(ratio, 4) for ratio in errors_of(kind, scores)]
+        mine = [s for s in scores if s.pair % 2 and (s.kind in FORECASTS if kind in FORECASTS else s.kind == kind)]
+        runs[name] = [sum(s.has_refusals is has for s in mine) for has in (False, True)]
+    error = ModelError(**found, made=datetime.now(UTC).date().isoformat(), command=command, runs=runs)
     FILE.write_text(json.dumps(error._asdict(), indent=2) + "\n", encoding="utf-8")
 
 
@@ -388,8 +433,8 @@ def options(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="twin")
     parser.add_argument("--short", action="store_true", help=f"{SHORT} pairs")
     parser.add_argument("--pairs", type=int, default=0)
-    parser.add_argument("--live", type=int, default=LIVE, help="live runs at a time")
-    parser.add_argument("--time-scale", type=float, default=SCALE)
+    parser.add_argument("--live", type=int, default=os.cpu_count() or 1, help="live runs at a time")
+    parser.add_argument("--time-scale", type=float, default=0.0, help="of the machine's clock; 0 = on own time")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--first", type=int, default=1, help="number of the first pair")
     parser.add_argument("--minutes", type=float, default=0.0, help="no pair begins later; 0 = no bound")
@@ -397,8 +442,8 @@ def options(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--from", dest="kept", type=Path, default=None, help="score the runs in such a folder")
     parser.add_argument("--write", action="store_true", help="write the page and the model error")
     given = parser.parse_args(words)
-    if not 0.0 < given.time_scale <= SCALE_MOST:
-        parser.error(f"--time-scale must be above 0 and at most {SCALE_MOST:g}")
+    if not 0.0 <= given.time_scale <= SCALE_MOST:
+        parser.error(f"--time-scale must be from 0 to {SCALE_MOST:g}")
     given.pairs = given.pairs or (SHORT if given.short else PAIRS)
     return given
 

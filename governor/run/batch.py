@@ -369,7 +369,7 @@ def _run(
             )
             live = LiveRun(leg, connect, shown, manner)
             try:
-                with asyncio.Runner(loop_factory=loop_factory(manner.time_scale)) as runner:
+                with asyncio.Runner(loop_factory=manner.new_loop or loop_factory(manner.time_scale)) as runner:
                     ended = runner.run(live.run())
                 journal.finish(ended.at_s, _ending(ended))
             except PacelineError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -44,7 +45,7 @@ class Manner:
     finds. `records`: every call of the law is written down. `follow`: who is told of each result, such as
     the file that grows. `stopper`: what stops the run beside signals. `textfile`, `hook`:
     where metrics and messages go. `redis`: the URL through which pools are shared with other processes, "" = they are
-    not.
+    not. `new_loop`: makes the event loop, None = one whose clock runs `time_scale` times as fast as the machine's.
     """
 
     finalize: bool = False
@@ -63,6 +64,7 @@ class Manner:
     hook: str = ""
     ask: Callable[[str], bool] | None = None
     time_scale: float = 1.0
+    new_loop: Callable[[], asyncio.AbstractEventLoop] | None = None
     redis: str = field(default="", repr=False)
 
 

@@ -29,7 +29,7 @@ from sim.des.engines import simulated
 from sim.experiment.experiment import case_of
 from sim.model.provider_config import ProviderConfig
 from sim.model.windows import MINUTE_S
-from sim.model.workload import Workload, redrawn
+from sim.model.workload import Workload, cap_classes, redrawn
 from sim.scenario.readers import BATCH, SCENARIO, Source, is_journal
 from sim.scenario.scenario import Scenario, following
 from sim.scenario.scenario_file import FileSource
@@ -289,8 +289,21 @@ def _unknowns(observed: Observed, answers: NDArray[np.int64], times: LatencyFit 
         expected_s = times.line(observed.tries.output_tokens[done].astype(np.float64))
         told["latency_factor"] = fits.factor(took_s[usable] / expected_s[usable])
     if len(answers) >= fits.LEAST_ANSWERS:
-        told["output_factor"] = fits.factor(answers.astype(np.float64))
+        told["output_factor"] = fits.factor(_by_expected(observed, answers))
     return Unknowns(**told)
+
+
+def _by_expected(observed: Observed, answers: NDArray[np.int64]) -> Real:
+    """Answers as shares of what requests with such caps get; of a batch in its own order, which tells of time.
+
+    In that of launches it would tell of the settings: long answers come first where these are launched first.
+    """
+    rows = observed.rows()
+    rows = rows[observed.answered[rows]]
+    of = cap_classes(observed.tries.max_tokens[rows], np.arange(len(rows)))
+    expected = np.bincount(of, answers) / np.maximum(1, np.bincount(of))
+    found = answers / np.maximum(expected[of], 1e-9)
+    return found[np.argsort(observed.request[rows], kind="stable")] if observed.batch else found
 
 
 def _notes(observed: Observed, found: QuotaFit) -> tuple[str, ...]:

@@ -355,17 +355,11 @@ def with_outputs_assumed(workload: Workload, seed: int) -> Workload:
 def similar_outputs(workload: Workload, known: Whole, seed: int) -> Whole:
     """Answers for the rows where `known` is -1, from the joint distribution of cap, prompt and answer of the others.
 
-    Known rows are parted by their declared caps into classes of about equal size, one per distinct cap where these are
-    few. Each missing one takes the answer of one of the 32 rows of its class, at most half of a small one, whose
+    Each takes the answer of one of the 32 rows of its class of caps (`cap_classes`), at most half of a small one, whose
     prompts are nearest in rank to its own; keyed by row. At least one must be known.
     """
     present, missing = np.flatnonzero(known >= 0), np.flatnonzero(known < 0)
-    caps, prompts = np.asarray(workload.max_tokens), workload.prompt_tokens
-    classes = min(CLASSES_MOST, len(present) // CLASS_LEAST)
-    shares = np.arange(1, classes) / max(1, classes)
-    edges = np.unique(np.quantile(caps[present], shares, method="inverted_cdf")) if classes > 1 else np.zeros(0)
-    of = np.searchsorted(edges, caps)
-    of = np.minimum(of, of[present].max())
+    prompts, of = workload.prompt_tokens, cap_classes(np.asarray(workload.max_tokens), present)
     u = uniforms(seed, len(workload), RESAMPLE)
     filled = known.copy()
     for each in range(int(of.max()) + 1):
@@ -376,6 +370,18 @@ def similar_outputs(workload: Workload, known: Whole, seed: int) -> Whole:
         first = np.clip(rank - width // 2, 0, len(ordered) - width)
         filled[rows] = known[ordered[first + (u[rows] * width).astype(np.int64)]]
     return filled
+
+
+def cap_classes(caps: Whole, present: Whole) -> Whole:
+    """A class for each row, from 0, in each of which some of the rows `present` are. Shape (rows,).
+
+    Those are parted by their declared caps into classes of about equal size, one per distinct cap where these are few.
+    """
+    count = min(CLASSES_MOST, len(present) // CLASS_LEAST)
+    shares = np.arange(1, count) / max(1, count)
+    edges = np.unique(np.quantile(caps[present], shares, method="inverted_cdf")) if count > 1 else np.zeros(0)
+    of = np.searchsorted(edges, caps)
+    return np.minimum(of, of[present].max())
 
 
 # ---------------------------------------------------------------- workloads without a file

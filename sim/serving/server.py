@@ -234,6 +234,15 @@ class _Protocol(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
         self.app_state = {"transport": transport}
 
 
+def protocol_of(provider: Provider) -> Callable[[], asyncio.Protocol]:
+    """What serves one connection each, for a loop that makes connections itself."""
+    server = _uvicorn(provider)
+    config = server.config
+    config.load()
+    state: Any = server.server_state
+    return lambda: config.http_protocol_class(config=config, server_state=state, app_state={})  # type: ignore[call-arg]
+
+
 def _uvicorn(provider: Provider, log_level: str | None = None) -> uvicorn.Server:
     return uvicorn.Server(
         uvicorn.Config(

@@ -154,7 +154,6 @@ def backtest(
     """
     found = lessons(journal)
     requests = sum(len(lesson.workload) for lesson in found)
-    ratio = measured().rehearsal if model_error_ratio is None else model_error_ratio
     runs = runs or max(RUNS_LEAST, min(RUNS_MOST, REQUESTS_SIMULATED // max(1, requests)))
     predicted = np.zeros((runs, 3))
     recorded = {} if provider is not None else _recorded(journal)
@@ -165,10 +164,12 @@ def backtest(
         predicted[:, 0] = np.maximum(predicted[:, 0], values[:, 0])
         predicted[:, 1:] += values[:, 1:]
     measured_s = max(lesson.makespan_s for lesson in found)
+    throttled = _counts(predicted[:, 1])
+    ratio = measured().rehearsal[throttled[2] > 0.0] if model_error_ratio is None else model_error_ratio
     forecast, forecast_throttled = _forecast(journal, found)
     return Backtest(
         makespan_s=Compared(*_interval(predicted[:, 0], ratio), measured_s),
-        throttled=Compared(*_counts(predicted[:, 1]), float(sum(lesson.throttled for lesson in found))),
+        throttled=Compared(*throttled, float(sum(lesson.throttled for lesson in found))),
         launches=Compared(*_counts(predicted[:, 2]), float(sum(lesson.launches for lesson in found))),
         requests=requests,
         replications=runs,

@@ -114,6 +114,9 @@ def counterfactual(
         model = model_error_ratio * float(values.mean()) if has_parted else 0.0
         return _paired(of(was), values, missed, -of(was), model)
 
+    throttled = pair(lambda each: each.throttled)
+    if model_error_ratio is None:
+        model_error_ratio = measured().replay[throttled.was + throttled.high > 0.0]
     changed: dict[str, tuple[str, str]] = {}
     for stage in stages:
         before, after = stage.lesson.policy, rewrite(stage.lesson.policy)
@@ -124,10 +127,8 @@ def counterfactual(
         requests=requests,
         replications=runs,
         changed=changed,
-        makespan_s=pair(
-            lambda each: each.makespan_s, measured().replay if model_error_ratio is None else model_error_ratio
-        ),
-        throttled=pair(lambda each: each.throttled),
+        makespan_s=pair(lambda each: each.makespan_s, model_error_ratio),
+        throttled=throttled,
         launches=pair(lambda each: each.launches),
         lost=pair(lambda each: float(each.is_lost.sum())),
         waits_s={

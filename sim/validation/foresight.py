@@ -75,15 +75,16 @@ def foresee(outlook: Outlook, model_error_ratio: float | None = None) -> Expecta
             for seed in seeds
         )
         finish = min(likely, finish[0]), likely, max(likely, finish[2])
+    throttled = _interval([float(run.throttled) for run in found])
     if provider.learnt_from:
-        finish = widened(*finish, measured().forecast if model_error_ratio is None else model_error_ratio)
+        ratio = measured().forecast[throttled[2] > 0.0] if model_error_ratio is None else model_error_ratio
+        finish = widened(*finish, ratio)
     late_s = outlook.delay_s()
     finish = finish[0] + late_s, finish[1] + late_s, finish[2] + late_s
     promise_s = None
     # On the way of a run part of what was not known has shown: the promise is one of its beginning.
     if assumed.path and outlook.assumed is None:
         promise_s = _promise_s(planned or assumed.answered(workload, outlook.seed), outlook, provider, assumed.unknowns)
-    throttled = _interval([float(run.throttled) for run in found])
     attempts = _interval([float(run.attempts) for run in found])
     waits_s = {cause: sum(run.waits_s[i] for run in found) for i, cause in enumerate(CAUSES) if i}
     bound = max(waits_s, key=waits_s.__getitem__)

@@ -1,0 +1,84 @@
+"""Live runs as on an idle machine, as fast as they can be computed: an event loop that counts only its own time.
+
+Client and server share one loop, and speak HTTP through pairs of sockets, in which what is written can be read at once.
+The journal is written by no thread, but at once. The loop's clock is the processor time of this process and the time
+for which nobody had anything to do, which is skipped. What other programs take of processor and disk does not show.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import selectors
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sim.serving.server import Provider, protocol_of
+
+# No connection is made to it.
+BASE_URL = "http://127.0.0.1:9/v1"
+
+
+class AtOnce(concurrent.futures.Executor):
+    """Does each piece of work where it is handed in: no clock can jump meanwhile."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[Any]:
+        """The future is done."""
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+@contextmanager
+def without_threads() -> Iterator[None]:
+    """Thread pools that are made meanwhile work at once."""
+    usual = concurrent.futures.ThreadPoolExecutor
+    concurrent.futures.ThreadPoolExecutor = AtOnce  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        concurrent.futures.ThreadPoolExecutor = usual  # type: ignore[misc]
+
+
+class _Skipping(selectors.DefaultSelector):
+    skipped_s = 0.0
+
+    def select(self, timeout: float | None = None) -> Any:
+        events = super().select(0.0 if timeout is not None else None)
+        if not events and timeout is not None:
+            self.skipped_s += max(0.0, timeout)
+        return events
+
+
+class OwnTimeLoop(asyncio.SelectorEventLoop):
+    """See the module. Whoever connects is connected to the provider."""
+
+    def __init__(self, provider: Provider) -> None:
+        self._skipping = _Skipping()
+        super().__init__(self._skipping)
+        provider.clock = self.time
+        self._protocol = protocol_of(provider)
+
+    def time(self) -> float:
+        """Seconds that it has worked or waited."""
+        return time.process_time() + self._skipping.skipped_s
+
+    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:  # type: ignore[override]
+        """At once and here: the clock should not jump while a thread works."""
+        return asyncio.wrap_future(AtOnce().submit(func, *args), loop=self)
+
+    async def create_connection(self, protocol_factory: Any, *_: Any, **__: Any) -> Any:  # type: ignore[override]
+        """One end of a pair; the other is the provider's."""
+        mine, theirs = socket.socketpair()
+        for end in (mine, theirs):
+            end.setblocking(False)
+        await self.connect_accepted_socket(self._protocol, theirs)
+        return await super().create_connection(protocol_factory, sock=mine)
