@@ -448,6 +448,9 @@ def _refused(p: Params, s: State, reserve: float, attempt: int, wait_s: float, l
             if late_s > latest_s:
                 fullest = d
                 latest_s = late_s
+    is_heard = s.stated[TPM] > 0.0 or s.stated[RPM] > 0.0
+    if p.window != BUCKET and wait_s > 0.0 and not is_heard:
+        return  # nothing but the wait is known, and a window empties at once
     if 0.0 <= room < math.inf:
         s.paced_until = now + SURPRISE_FADES_S
     elif fullest >= 0:

@@ -106,7 +106,7 @@ def room_in_ms(pp: Any, ps: Any, d: int, excess: float, limit: float) -> float:
 def taken(pp: Any, ps: Any, tokens: float, requests: float, is_capped: bool) -> None:
     """Takes amounts out of every limit at the last advance; negative ones are given back, as far as there is any.
 
-    `is_capped`: no window is filled beyond its limit, but one that is fuller keeps what it has.
+    `is_capped`: no window is filled beyond what it holds, but one that is fuller keeps what it has.
     """
     tokens_before, requests_before = ps.used[TPM], ps.used[RPM]
     for d in range(4):
@@ -114,8 +114,8 @@ def taken(pp: Any, ps: Any, tokens: float, requests: float, is_capped: bool) -> 
         amount = tokens if d & 1 == 0 else requests
         if limit > 0.0:
             used = ps.used[d] + amount
-            if is_capped and amount > 0.0 and used > limit:
-                used = max(ps.used[d], limit)
+            if is_capped and amount > 0.0 and used > capacity_of(pp, d, limit):
+                used = max(ps.used[d], capacity_of(pp, d, limit))
             ps.used[d] = used if used > 0.0 else 0.0
     if pp.window == SLIDING:
         logged(ps, ps.used[TPM] - tokens_before, ps.used[RPM] - requests_before)

@@ -191,7 +191,7 @@ def safer_variants(policy: Policy, space: Space, gap_s: float) -> list[Policy]:
     ladders = space.ladders
     wished: list[dict[str, Any]] = []
     if "sync_headers" in ladders:
-        watchful = {"sync_headers": True, "hold_on_throttle": True, "tpm_window": "bucket"}
+        watchful = {"sync_headers": True, "hold_on_throttle": True, "tpm_window": ladders["tpm_window"][-1]}
         spaced = {"stagger_seconds": _nearest(ladders["stagger_seconds"], max(policy.stagger_seconds, 0.5 * gap_s))}
         wished += [watchful, watchful | spaced]
         wished += [

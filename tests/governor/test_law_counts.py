@@ -471,3 +471,23 @@ def test_retries_with_and_without_a_place_do_not_wait_for_each_other() -> None:
         (40.002, 1, law.HOLDING),
         (41.002, 0, law.RETRY),
     ]
+
+
+@pytest.mark.parametrize("window", [FIXED, SLIDING])
+def test_after_a_stated_wait_a_minute_that_no_count_speaks_of_opens_at_once(window: int) -> None:
+    """All that has left our own window goes when the wait is over, and not as a bucket would refill."""
+    p, s = free(tpm=30_000, headroom=0.0, window=window, sync_headers=1, hold_on_throttle=1), law.State()
+    for _ in range(29):
+        law.launched(p, s, 1_000.0, law.FIRST, 0.0, 0.5)
+        law.settled(p, s, 1_000.0, 1_000.0, 0.0, 0.5)
+    law.launched(p, s, 1_000.0, law.FIRST, 1.0, 0.5)
+    at = law.throttled(p, s, 1_000.0, 1, 61.0, 1.0, 1.0, 1.1, 0.0)
+    now = law.admit_at(p, s, 1_000.0, law.RETRY, at)
+    assert now == at == pytest.approx(62.1, abs=0.01)
+    launches = []
+    for _ in range(30):
+        now = law.admit_at(p, s, 1_000.0, law.FIRST, now)
+        law.launched(p, s, 1_000.0, law.FIRST, now, 0.5)
+        launches.append(now)
+    # The first goes alone for as long as the refusal took; then at distances that halve.
+    assert launches[-1] - at < 1.0

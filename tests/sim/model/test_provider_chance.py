@@ -100,16 +100,17 @@ def test_one_leap_in_time_or_many_steps_come_to_the_same(
     assert (leap.tick, leap.factor, leap.next_change) == (walk.tick, walk.factor, walk.next_change)
 
 
-def test_a_policy_that_mirrors_the_bucket_without_headroom_is_never_refused(seed: int) -> None:
+@pytest.mark.parametrize("burst", [1.0, 0.1])
+def test_a_policy_that_mirrors_the_bucket_without_headroom_is_never_refused(seed: int, burst: float) -> None:
     """The law's bucket and this one are the same arithmetic written differently: rounding alone must not throttle."""
-    pp, ps = quota(tpm=30_000, rpm=500), ProviderState()
+    pp, ps = quota(tpm=30_000, rpm=500, burst_ratio=burst), ProviderState()
     p = law.Params(
         **dict.fromkeys([slot for slot in law.Params.__slots__ if slot not in ("limit", "budget", "rate_per_s")], 0),
         limit=[30_000.0, 500.0, 0.0, 0.0],
         budget=[law.budget_of(30_000.0, 0.0), law.budget_of(500.0, 0.0), math.inf, math.inf],
         rate_per_s=[law.rate_of(30_000.0, 0.0, 60.0), law.rate_of(500.0, 0.0, 60.0), math.inf, math.inf],
     )
-    p.window, p.burst_ratio = law.BUCKET, 1.0
+    p.window, p.burst_ratio = law.BUCKET, burst
     p.max_concurrency = 10**9
     s, now = law.State(), 0.0
     for request in range(3_000):
@@ -117,6 +118,8 @@ def test_a_policy_that_mirrors_the_bucket_without_headroom_is_never_refused(seed
         now = law.admit_at(p, s, charge, law.FIRST, now)
         law.launched(p, s, charge, law.FIRST, now, 0.5)
         assert prov.admitted(pp, ps, 0, charge, now)[0] == prov.OK, request
+    # It is not refused for want of asking: what has been used is all that was granted but for the last burst.
+    assert ps.used[law.TPM] > 0.9 * burst * 30_000 - 2_000
 
 
 # ---------------------------------------------------------------- latency and faults

@@ -241,3 +241,20 @@ def test_settling_is_tried_only_where_the_provider_ends_up_counting_use(
     assert {policy.settle for policy in anchors} == {settles}
     tried = [near for policy in anchors for near in (*space.neighbours(policy), *safer_variants(policy, space, 1.0))]
     assert settles or not any(policy.settle for policy in tried)
+
+
+@pytest.mark.parametrize("window", ["bucket", "anchored", "sliding", "clock"])
+def test_a_known_window_is_mirrored_and_never_asked_for_too_much(small: Scenario, window: str) -> None:
+    """What nothing delays in a simulation would be refused on the way to a real provider."""
+    burst = {"burst_s": 6.0} if window == "bucket" else {}
+    provider = small.provider.with_(window=window, **burst)
+    known = small.with_(provider=provider.with_(learnt=("window",), learnt_from="a log"))
+    within = {"bucket": {"bucket", "sliding", "fixed"}, "anchored": {"fixed", "sliding"}}.get(window, {"sliding"})
+    assert set(full_space(known).ladders["tpm_window"]) == within
+    assert set(full_space(small.with_(provider=provider)).ladders["tpm_window"]) == {"bucket", "sliding", "fixed"}
+    anchors = [policy for policy in full_anchors(known) if policy != known.policy]
+    assert {policy.tpm_window for policy in anchors} <= within
+    assert {policy.burst_seconds for policy in anchors} == {provider.burst_s}
+    space = full_space(known)
+    tried = [near for policy in anchors for near in (*space.neighbours(policy), *safer_variants(policy, space, 1.0))]
+    assert {policy.tpm_window for policy in tried} <= within
