@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from governor.model.errors import BadInput
-from governor.model.files import check_writable, replaced
+from governor.model.files import check_writable
 from governor.run.outputs import Followed, claimed, errors_path, journal_path, write_results
 
 
@@ -82,16 +82,6 @@ def test_a_followed_file_that_takes_no_more_is_one_line_of_bad_input(tmp_path: P
         with pytest.raises(BadInput, match=r"^/dev/full: cannot be written: the disk is full: make room"):
             followed.add(True, "a line")
         followed.close()
-
-
-def test_a_symbolic_link_stays_one(tmp_path: Path) -> None:
-    target, link = tmp_path / "target.jsonl", tmp_path / "link.jsonl"
-    target.write_text("old")
-    link.symlink_to(target)
-    with replaced(link) as file:
-        file.write("new")
-    assert link.is_symlink()
-    assert target.read_text() == "new"
 
 
 def test_results_are_as_private_as_the_journal(tmp_path: Path) -> None:
