@@ -442,8 +442,8 @@ def summarize(
         flights[key] = (min(first, a.launched_s), max(last, a.finished_s))
     for request, answer in answers.items():
         tally.work.add(arrived_s[request], *answer)
-    for charge, used in lost:
-        tally.work.add(0.0, charge, used, 0.0)
+    for charge, least in lost:
+        tally.work.add(0.0, charge, least, 0.0)
     for end in ends:
         tally.ended(end.failure, end.ended_s)
     tally.peak_in_flight = _peak(flights.values())
