@@ -127,10 +127,12 @@ def _http_clients(client: object) -> Iterator[Any]:
 
 def _quota_of(client: object, governor: Governor | Policy | None) -> tuple[Portal, Policy]:
     if isinstance(governor, Governor):
+        if governor.policy is None:
+            raise PacelineError(f"the governor of pool '{governor.pool}' has no charge rule: make it of a Policy")
         portal = portal_to(governor)
         with _lock:
             _count(portal, governor.pool, governor)
-        return portal, governor.policy or Policy()
+        return portal, governor.policy
     policy = governor or Policy.from_env(os.environ)
     pool = _pool_of(client, policy, os.environ)
     if governor is not None:

@@ -71,7 +71,7 @@ def shared_governor(
     from governor.sharedquota.redis_store import in_redis
     from governor.sharedquota.shared import SharedGovernor  # what these two need is an extra
 
-    return SharedGovernor(
+    governor = SharedGovernor(
         pool.policy.params(),
         store=in_redis(url, pool_key(pool), scale=time_scale),
         say=say,
@@ -79,3 +79,5 @@ def shared_governor(
         pool=pool.name,
         **options,
     )
+    governor.policy = pool.policy
+    return governor

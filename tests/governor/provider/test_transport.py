@@ -257,6 +257,8 @@ def test_an_httpx_client_of_either_package_is_governed_once_however_often() -> N
     quiet(governor)
     with pytest.raises(PacelineError, match="no httpx client in 'int'"):
         governed(5)
+    with pytest.raises(PacelineError, match="pool 'eu' has no charge rule: make it of a Policy"):
+        governed(httpx2.Client(), Governor(QUICK.params(), pool="eu"))
 
 
 def test_a_client_closed_in_the_midst_of_a_stream_gives_its_permit_back() -> None:
