@@ -24,9 +24,9 @@ minute in half-second cells: the current one and the 122 full ones behind it, so
 `bucket` refills continuously and is held as one number, the moment at which it will be full again (as in GCRA); of a
 limit per minute it holds the budget, or less where the provider grants shorter bursts (`burst_ratio`).
 
-Interactive requests, for which somebody waits, go before a batch's and take no launch slot. Of each limit a batch's first
-attempts leave a share free for them (`interactive_ratio`): what a batch may not take of a minute, and what a bucket must
-hold beyond what the batch asks for.
+Interactive requests, for which somebody waits, go before a batch's and take no launch slot. Of each limit a batch's
+first attempts leave a share free for them (`interactive_ratio`): they do not take it of a minute, and a bucket must
+hold it beyond what they ask for.
 
 Counts. Where the policy syncs, the law keeps an image of the provider's own bucket, which also binds. Launches and
 settlements move it, counts in headers correct it (`synced`), and a refusal says what it held (`throttled`). When a
