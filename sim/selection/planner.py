@@ -221,7 +221,8 @@ class Planner:
         self._now("weighing each change")
         guardrails = evidence.recommendation(now, few, {"the fastest combination of these settings": bold_few})
         plain = {} if key_of(self.plain) == key_of(best.policy) else {"a plain mirrored window": self.plain}
-        full = evidence.recommendation(now, best, {**plain, "the fastest setting tried": bold})
+        fastest = {} if key_of(bold) == key_of(self.plain) else {"the fastest setting tried": bold}
+        full = evidence.recommendation(now, best, plain | fastest)
         kept = score_of(now.runs, goal)[:2] <= score_of(best.runs, goal)[:2]
         tariff = self.runs.tariff
         plan = Plan(
