@@ -72,7 +72,7 @@ ONE_DOOR = {
 
 
 # Who lives in such a folder may use that extra.
-FOLDER_EXTRAS = {"governor/service/": {"service"}}
+FOLDER_EXTRAS = {"governor/service/": {"service"}, "governor/adapters/": {"adapters"}}
 
 
 def extras_of(path: Path) -> set[str]:

@@ -9,7 +9,7 @@ exceptions, raw responses) is its own.
 
 Theory of operation. An exchange is written once (`_exchange`), as a coroutine over a few steps: send, read, wait. An
 asynchronous client awaits them. For a blocking one each step blocks its thread and is done then, so that the coroutine
-runs to its end without ever waiting (`_at_once`). Where the governor itself works: `portal`.
+runs to its end without ever waiting (`at_once`). Where the governor itself works: `portal`.
 
 An answer in JSON is read whole before it is handed on, since an error may be inside a success. All else is a stream: it
 goes to the client chunk by chunk as it comes, is never asked for again, and its permit ends when it ends, is closed, or
@@ -169,7 +169,7 @@ class GovernedTransport(_Transport):
         """One call of a blocking client."""
         if _inside.get():
             return self.inner.handle_request(request)
-        return _at_once(self._exchange(request, _BlockingSteps(self.inner)))
+        return at_once(self._exchange(request, _BlockingSteps(self.inner)))
 
     async def aclose(self) -> None:
         """Closes the transport inside."""
@@ -317,7 +317,7 @@ class _BlockingSteps(_Steps):
         return raw
 
 
-def _at_once(exchange: Coroutine[Any, Any, T]) -> T:
+def at_once(exchange: Coroutine[Any, Any, T]) -> T:
     """The result of a coroutine that never waits."""
     try:
         exchange.send(None)

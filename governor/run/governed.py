@@ -57,15 +57,16 @@ def governed(
     """`client`, whose calls go out when the governor lets them.
 
     `client`: of any SDK that is built on httpx or httpx2 (AsyncOpenAI, OpenAI, AsyncAzureOpenAI, AsyncAnthropic, ...),
-    or an httpx client. `governor`: a quota that several clients may share, or its settings; by default those of the
-    environment (OPENAI_TPM_LIMIT and so on). `max_wait_s`: a call that may not be sent within so many seconds is
-    answered with a 503 instead of waiting. `lane`: "interactive" where somebody waits for the answers: they go before
-    those of lane "batch", and may use the share of each limit that OPENAI_INTERACTIVE_RESERVE keeps. `mode`: "shadow"
-    delays and changes nothing, and records what is sent and comes back in PACELINE_SHADOW_JOURNAL, for `paceline
-    shadow`; by default what PACELINE_MODE says. BadSetting for a
-    setting that cannot be obeyed; PacelineError for a client in which no httpx client is found.
+    a chat model of LangChain's on top of one, or an httpx client. `governor`: a quota that several clients may share,
+    or its settings; by default those of the environment (OPENAI_TPM_LIMIT and so on). `max_wait_s`: a call that may not
+    be sent within so many seconds is answered with a 503 instead of waiting. `lane`: "interactive" where somebody waits
+    for the answers: they go before those of lane "batch", and may use the share of each limit that
+    OPENAI_INTERACTIVE_RESERVE keeps. `mode`: "shadow" delays and changes nothing, and records what is sent and comes
+    back in PACELINE_SHADOW_JOURNAL, for `paceline shadow`; by default what PACELINE_MODE says. BadSetting for a setting
+    that cannot be obeyed; PacelineError for a client in which no httpx client is found.
     """
-    clients = list(_http_clients(client))
+    sdks = [client, *_sdks_in(client)]
+    clients = [http for sdk in sdks for http in _http_clients(sdk)]
     if not clients:
         raise PacelineError(
             f"no httpx client in {quoted(type(client).__name__)}: give its SDK an http_client, and govern that: "
@@ -73,16 +74,25 @@ def governed(
         )
     standing_of(lane)
     if _mode_of(mode, os.environ) == "shadow":
+        place = os.environ.get(SHADOW_JOURNAL) or DEFAULT_JOURNAL
         log = shadow_log(
-            os.environ.get(SHADOW_JOURNAL) or DEFAULT_JOURNAL, prompts=bool(os.environ.get(SHADOW_PROMPTS))
+            place, prompts=os.environ.get(SHADOW_PROMPTS, "").strip().lower() in ("1", "true", "yes", "on")
         )
         _wrap(clients, lambda inner: ShadowTransport(inner, log))
         return client
-    portal, policy = _quota_of(client, governor)
+    portal, policy = _quota_of(sdks[-1], governor)
     _wrap(clients, lambda inner: _around(inner, portal, policy, max_wait_s, lane))
-    if hasattr(client, "max_retries"):
-        client.max_retries = 0
+    for sdk in sdks:
+        if hasattr(sdk, "max_retries"):
+            sdk.max_retries = 0
     return client
+
+
+def _sdks_in(model: object) -> list[Any]:
+    """The SDK's clients of a chat model (LangChain's ChatOpenAI, AzureChatOpenAI, ChatAnthropic); none in a client."""
+    names = ("root_client", "root_async_client", "_client", "_async_client")
+    found = (getattr(model, name, None) for name in names)
+    return [each for each in found if hasattr(each, "base_url") and hasattr(each, "_client")]
 
 
 def _mode_of(mode: str | None, environment: Mapping[str, str]) -> str:
@@ -136,10 +146,10 @@ def _quota_of(client: object, governor: Governor | Policy | None) -> tuple[Porta
     policy = governor or Policy.from_env(os.environ)
     pool = _pool_of(client, policy, os.environ)
     if governor is not None:
-        return _portal_of(pool), policy
+        return portal_of(pool), policy
     with _lock:
         if pool not in _quotas:
-            _quotas[pool] = _portal_of(pool)
+            _quotas[pool] = portal_of(pool)
         return _quotas[pool], policy
 
 
@@ -153,7 +163,7 @@ def _pool_of(client: object, policy: Policy, environment: Mapping[str, str]) -> 
     return Pool(name=name, policy=policy, base_url=url, organization=organization, project=project)
 
 
-def _portal_of(pool: Pool) -> Portal:
+def portal_of(pool: Pool) -> Portal:
     """The way to a new governor of that quota, shared with other processes where the environment says so."""
     if url := redis_url(os.environ):
 
