@@ -337,7 +337,7 @@ LONG = {
     *("sim/des/driver.py", "sim/model/workload.py"),
 }
 # Names of more than one class: what the engines state alike, and what the field calls alike. None is to be added.
-SHARED_NAMES = {"Batch", "Ended", "Event", "Forecast", "Grant", "Job", "Operation", "Pool", "Tally"}
+SHARED_NAMES = {"Batch", "Ended", "Event", "Forecast", "Job", "Operation", "Pool", "Tally"}
 
 
 def test_no_module_is_too_long_and_no_folder_too_full() -> None:

@@ -21,7 +21,7 @@ from scipy.stats import t as student
 from governor import law
 from governor.model.keyed import ARRIVAL, LATENCY
 from governor.model.policy import Policy
-from sim.des.driver import Job
+from sim.des.jobs import Job
 from sim.experiment.experiment import case_of, simulated
 from sim.model.workload import uniforms
 from tests.scenarios import Run, batch, drawn, run, scenario_of, shown

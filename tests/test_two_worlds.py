@@ -8,8 +8,7 @@ Ties. In SimPy, events of one instant have an order (docs/explanation/law.md#tie
 kind. The virtual loop is told the same order here, so that scenarios full of round times are compared like the others;
 `test_ties_need_their_order_and_nothing_else_does` shows what becomes of them without it.
 
-Where a quota runs out the simulation ends what still waits, while the live run leaves it pending for a resume: those
-ends are the one thing that is not compared, and every attempt is, those that end after the stop included.
+Where a quota runs out both leave what still waits pending, and every attempt that ends after the stop is compared.
 """
 
 from __future__ import annotations
@@ -35,9 +34,10 @@ from governor.model.requests import CAUSES, Answer, Attempt, Limit, Outcome, Req
 from governor.model.work import TIMED_OUT, Job, Observer, Work
 from governor.scheduler.attempts import Attempts
 from governor.scheduler.driver import Governor
-from sim.des import driver
+from sim.des.calendar import CHANGE, Appointment
 from sim.des.driver import Simulation
-from sim.des.run import launch_order
+from sim.des.jobs import Job as SimulatedJob
+from sim.des.run import CHARGED, Tally, launch_order
 from sim.experiment import experiment
 from sim.experiment.experiment import Case, attempt_rows, case_of
 from sim.model import provider as prov
@@ -49,9 +49,6 @@ from tests.virtual_loop import run_virtual
 REQUESTS = 25_000
 # A longer form: PACELINE_TWO_WORLDS=2000000 pytest -m slow tests/test_two_worlds.py
 SLOW_REQUESTS = int(os.environ.get("PACELINE_TWO_WORLDS", "1000000"))
-
-# Where a change of settings stands among the events of one instant: after answers, before retries and wakes.
-CHANGE = 1
 
 # The live driver's timers in that order; answers, which are nobody's timer, are 0. Its own time-outs come after all
 # answers of the instant: an answer in the last moment is one, and where the send states the time-outs they find nobody.
@@ -65,19 +62,13 @@ Change = tuple[float, law.Params | str]
 
 @dataclass
 class World:
-    """What a run left. `ends`: (request, failure, when), and the number of `rows` that had ended before.
-
-    `stopped_after`: how many rows had ended when the simulated run stopped.
-    `tied`: events of several kinds met at one instant.
-    """
+    """What a run left. `ends`: (request, failure, when). `tied`: events of several kinds met at one instant."""
 
     rows: list[Attempt] = field(default_factory=list)
     ends: list[tuple[int, str, float]] = field(default_factory=list)
-    ended_after: list[int] = field(default_factory=list)
     deferrals: list[int] = field(default_factory=lambda: [0] * len(CAUSES))
     state: law.State = field(default_factory=law.State)
     stopped: str = ""
-    stopped_after: int = 0
     tied: bool = False
 
 
@@ -92,42 +83,24 @@ class Changing(Simulation):
         self.world = world
         self.instants: dict[float, set[int]] = {}
         for at, change in changes:
-            driver._Moment(self.env, at, CHANGE, self._on_change, change)
+            Appointment(self.env, at, CHANGE, lambda event, change=change: self.change(change))  # type: ignore[misc]
 
-    def _on_change(self, event: Any) -> None:
-        if self.tally.requests == len(self.columns):
-            return  # the run is over, and live nobody would be there any more
-        now, change = self.env.now, event._value
-        self._advance(now)
-        if isinstance(change, str):
-            getattr(law, change)(self.p, self.s)
-        else:
-            law.repriced(self.p, change, self.s, now)
-            self.p = change
-        self._pump(now)
+    def over(self, job: SimulatedJob, at: float, code: str) -> None:
+        self.world.ends.append((job.index, code, at))
+        super().over(job, at, code)
 
-    def _close(self, job: driver.Job, now: float, code: str) -> None:
-        self.world.ends.append((job.index, code, now))
-        self.world.ended_after.append(len(self.world.rows))
-        super()._close(job, now, code)
-
-    def _stop(self, now: float, code: str) -> None:
-        if not self.stopped:
-            self.world.stopped_after = len(self.world.rows)
-        super()._stop(now, code)
-
-    def run(self) -> driver.Tally:
+    def run(self, start_s: float = 0.0) -> Tally:
         """Notes on the way which kinds of events meet at one instant: where there is but one kind, there is no tie."""
         env, step = self.env, self.env.step
 
-        def noted() -> None:
-            if env._queue:
+        def keep() -> None:
+            while env._queue:
                 at, kind = env._queue[0][:2]
                 self.instants.setdefault(at, set()).add(kind)
-            step()
+                step()
 
-        env.step = noted
-        return super().run()
+        env.keep = keep  # type: ignore[method-assign]
+        return super().run(start_s)
 
 
 def simulated(scenario: Scenario, case: Case, seed: int, changes: list[Change]) -> World:
@@ -146,7 +119,7 @@ def simulated(scenario: Scenario, case: Case, seed: int, changes: list[Change]) 
         world=world,
     )
     world.deferrals = simulation.run().deferrals
-    world.state, world.stopped = simulation.s, simulation.stopped
+    world.state, world.stopped = simulation.s, simulation.scheduler.stopped
     world.tied = any(len(kinds) > 1 for kinds in simulation.instants.values())
     return world
 
@@ -204,7 +177,7 @@ class Provider:
         expires_at = law.expires_at(self.governor.p, job.first_launched_s, now)
         assert timeout_s == expires_at - now
         if at > expires_at:
-            if outcome not in driver.CHARGED:
+            if outcome not in CHARGED:
                 self.refused_unheard.add((i, now))
             await until(loop, math.inf if self.hangs else expires_at)
             return TIMED_OUT
@@ -233,7 +206,7 @@ class Provider:
     def limits(self, outcome: int) -> tuple[Limit, ...]:
         """What the headers state, in the order in which they stand."""
         pp, ps = self.case.provider, self.state
-        if not prov.states_counts(pp, outcome not in driver.CHARGED):
+        if not prov.states_counts(pp, outcome not in CHARGED):
             return ()
         d = prov.requests_dimension(pp, ps)
         stated = [(law.TPM, "TPM")] if pp.limit[law.TPM] > 0.0 else []
@@ -307,7 +280,7 @@ def live(
 def as_the_provider_knows(a: Attempt, refused_unheard: set[tuple[int, float]]) -> Attempt:
     """A live row with what only the simulation can know: a refusal that was not heard of costs nothing.
 
-    And where the quota has run out, the simulation gives the request up, while live it stays pending without a code.
+    And where the quota has run out, the simulated provider says so in a code of its own.
     """
     if a.outcome == Outcome.TIMEOUT and (a.request, a.launched_s) in refused_unheard:
         return a._replace(charged_tokens=0)
@@ -316,37 +289,7 @@ def as_the_provider_knows(a: Attempt, refused_unheard: set[tuple[int, float]]) -
     return a
 
 
-def ends_as_told(a: World, p: law.Params) -> list[tuple[int, str, float]]:
-    """The simulated ends in the order in which the live driver tells of them.
-
-    What stopped the run leaves requests pending. A request that met too long a wait is set aside, and its end is told
-    of when an answer shows that the wait was its own, or when nothing else is left; otherwise it is pending too. An
-    answer that comes after the stop shows nothing any more: what is set aside by then, or later, is pending.
-    """
-    told: list[tuple[int, str, float]] = []
-    aside: list[tuple[int, str, float]] = []
-    seen = 0
-    heard = a.rows[: a.stopped_after] if a.stopped else a.rows
-    for end, after in zip(a.ends, a.ended_after, strict=True):
-        new, shows, seen = a.rows[seen:after], heard[seen:after], after
-        if any(row.outcome == Outcome.OK for row in shows):
-            told, aside = told + aside, []
-        last = new[-1] if new else None
-        is_its_own = last is not None and last.error_code and (last.request, last.finished_s) == (end[0], end[2])
-        if last is not None and is_its_own and last.lane == "main" and too_long(p, last):
-            aside.append(end)
-        elif not (a.stopped and end[1] == a.stopped):
-            told.append(end)
-    return told if a.stopped else told + aside
-
-
-def too_long(p: law.Params, a: Attempt) -> bool:
-    return a.outcome in (Outcome.THROTTLED, Outcome.SLOW_DOWN) and law.outlasts(p, a.retry_after_s)
-
-
-def differences(
-    a: World, b: World, p: law.Params, refused_unheard: set[tuple[int, float]], changed: bool = False
-) -> str:
+def differences(a: World, b: World, refused_unheard: set[tuple[int, float]]) -> str:
     """The first difference between the simulated run and the live one, "" if there is none."""
     for n, (ours, seen) in enumerate(zip(a.rows, b.rows, strict=False)):
         theirs = as_the_provider_knows(seen, refused_unheard)
@@ -356,13 +299,11 @@ def differences(
             return f"attempt {n} (request {ours.request}, {ours.lane} {ours.attempt}): " + "; ".join(parts)
     if len(a.rows) != len(b.rows):
         return f"{len(a.rows)} attempts simulated, {len(b.rows)} live"
-    ends = ends_as_told(a, p)
-    if ends != b.ends:
-        return f"ends: simulated {ends}, live {b.ends}"
+    if a.ends != b.ends:
+        return f"ends: simulated {a.ends}, live {b.ends}"
     if (a.deferrals, a.stopped) != (b.deferrals, b.stopped):
         return f"deferrals and stop: simulated {a.deferrals, a.stopped}, live {b.deferrals, b.stopped}"
-    # After a stop the simulation waits for what backs off to give it up, and settings may change meanwhile.
-    fields = [] if a.stopped and changed else [f.name for f in dataclasses.fields(law.State)]
+    fields = [f.name for f in dataclasses.fields(law.State)]
     return "; ".join(
         f"state.{name}: simulated {getattr(a.state, name)}, live {getattr(b.state, name)}"
         for name in fields
@@ -417,7 +358,7 @@ def compared(seed: int, counts: dict[str, int]) -> None:
     changes = changes_of(random.Random(seed + 1), scenario.policy)
     ours = simulated(scenario, case, scenario.seed, changes)
     theirs, refused_unheard = live(scenario, case, scenario.seed, changes, hangs=times_out_alone(ours))
-    difference = differences(ours, theirs, case.params, refused_unheard, bool(changes))
+    difference = differences(ours, theirs, refused_unheard)
     assert not difference, f"{difference}\nin {shown(seed, scenario)}, changes {changes}"
     counts["scenarios"] += 1
     counts["requests"] += len(case.columns)
@@ -475,7 +416,7 @@ def test_ties_need_their_order_and_nothing_else_does(seed: int) -> None:
         ours = simulated(scenario, case, scenario.seed, changes)
         hangs = times_out_alone(ours)
         theirs, refused_unheard = live(scenario, case, scenario.seed, changes, hangs=hangs, ordered=False)
-        difference = differences(ours, theirs, case.params, refused_unheard, bool(changes))
+        difference = differences(ours, theirs, refused_unheard)
         assert ours.tied or not difference, f"{difference}\nin {shown(first + n, scenario)}, changes {changes}"
         free += not ours.tied
         tied += ours.tied

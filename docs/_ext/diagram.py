@@ -7,7 +7,6 @@ reached, or a state appears that has no place in the picture, the build fails ra
 from __future__ import annotations
 
 from collections import Counter
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,10 @@ from governor.model.policy import Policy
 from governor.model.requests import CAUSES
 from sim.base.palette import CAUSE_LABELS, INK, MUTED, SURFACE
 from sim.base.style import styled
-from sim.des.driver import WAKE, Job, Simulation, _Moment
+from sim.des.calendar import WAKE, Appointment
+from sim.des.driver import Simulation
+from sim.des.jobs import Job
+from sim.des.run import Tally
 from sim.experiment.experiment import case_of
 from sim.model import provider as prov
 from sim.model.provider_config import ProviderConfig
@@ -33,8 +35,8 @@ NEW, FLYING, CUT, BACKING_OFF, ANSWERED, LOST = "new", "in flight", "cut off", "
 # What a driver asks the law about; the last cause is no rule of admission, but the time that a retry sleeps.
 WAITING = CAUSES[1:-1]
 AT_ONCE = CAUSES[law.NOTHING]
-# The one move that is the driver's: once the account is refused, nothing is asked any more.
-STOP = "(driver stops)"
+# The one move that is not the law's: once the account is refused, nothing is asked any more.
+STOP = "(scheduler stops)"
 Moves = Counter[tuple[str, str, str]]
 
 
@@ -48,13 +50,8 @@ class Watched(Simulation):
         self.moves: Moves = Counter()
         self.state_of: dict[int, str] = {}
         super().__init__(*given, **named)
-        for at, act in zip(paused_s or (), (law.paused, law.resumed), strict=False):
-            _Moment(self.env, at, WAKE, lambda event, act=act: self._operator(act))  # type: ignore[misc]
-
-    def _operator(self, act: Any) -> None:
-        self._advance(self.env.now)
-        act(self.p, self.s)
-        self._pump(self.env.now)
+        for at, change in zip(paused_s or (), ("paused", "resumed"), strict=False):
+            Appointment(self.env, at, WAKE, lambda event, change=change: self.change(change))  # type: ignore[misc]
 
     def _moved(self, job: Job, state: str, by: str) -> None:
         before = self.state_of.get(job.index, NEW)
@@ -66,34 +63,52 @@ class Watched(Simulation):
             self.moves[before, state, by] += 1
             self.state_of[job.index] = state
 
-    def _pump(self, now: float) -> None:
-        super()._pump(now)
-        job = self._first()
-        if job is not None and self.cause != law.NOTHING:
-            self._moved(job, CAUSES[self.cause], "admission")
+    def _settle(self) -> None:
+        super()._settle()
+        job = self.scheduler.first()
+        if job is not None and self.scheduler.cause != law.NOTHING:
+            self._moved(job, CAUSES[self.scheduler.cause], "admission")
 
-    def _launch(self, job: Job, now: float) -> None:
+    def launch(self, job: Job, now: float) -> None:
+        """Books the attempt."""
         self._moved(job, FLYING, "launched")
-        super()._launch(job, now)
+        super().launch(job, now)
 
-    def _again(self, job: Job, now: float, at: float, standing: int) -> None:
-        if at < inf:
+    def attempted(self, job: Job, now: float, code: str = "") -> None:
+        """Comes first of all that ends an attempt: whose request is neither lost nor answered backs off."""
+        if not code and job.outcome != prov.OK:
             self._moved(job, BACKING_OFF, _unanswered(job))
-        super()._again(job, now, at, standing)
+        super().attempted(job, now, code)
 
-    def _ended(self, job: Job, now: float, code: str) -> None:
-        final = job.outcome in (prov.TOO_LARGE, prov.QUOTA)
-        self._moved(job, LOST if code else ANSWERED, ("released" if final else _unanswered(job)) if code else "settled")
-        super()._ended(job, now, code)
+    def ended(self, job: Job, now: float, code: str) -> None:
+        """The request ends with its attempt."""
+        by = "released" if job.outcome == prov.TOO_LARGE else _unanswered(job)
+        self._moved(job, LOST if code else ANSWERED, by if code else "settled")
+        super().ended(job, now, code or "")
 
-    def _give_up(self, job: Job, now: float, code: str) -> None:
+    def suspended(self, job: Job, now: float, code: str) -> None:
+        """The request met what may concern all, or what ends the run."""
+        self._moved(job, LOST, _unanswered(job) if code else "released")
+        super().suspended(job, now, code)
+
+    def given_up(self, job: Job, now: float, code: str) -> None:
+        """The request ends in the queue."""
         by = {FailureCode.REQUEST_TOO_LARGE: "never_fits", FailureCode.DEADLINE_EXCEEDED: "deadline_at"}
-        self._moved(job, LOST, by.get(FailureCode(code), STOP))
-        super()._give_up(job, now, code)
+        self._moved(job, LOST, by[FailureCode(code)])
+        super().given_up(job, now, code)
 
-    def _open_finalize(self, job: Job, now: float) -> None:
+    def finalize(self, job: Job, now: float) -> Job:
+        """The answer was cut off without text."""
         self._moved(job, CUT, "finalize_opened")
-        super()._open_finalize(job, now)
+        return super().finalize(job, now)
+
+    def run(self, start_s: float = 0.0) -> Tally:
+        """What a stop leaves pending is lost to this run."""
+        tally = super().run(start_s)
+        for index in range(len(self.columns)):
+            if self.state_of.get(index) not in (ANSWERED, LOST):
+                self.moves[self.state_of.get(index, NEW), LOST, STOP] += 1
+        return tally
 
 
 def _unanswered(job: Job) -> str:

@@ -1,7 +1,7 @@
 """A batch in an event loop: its source, what its answers mean to the scheduler, and who is told of it.
 
-`Batch` carries out the instructions of the scheduler: work is pulled from the source of `Governor.run`, attempts are
-handed to tasks (`attempts`) or to whoever waits for a permit (`permits`), and the observer hears of each.
+`BatchShell` carries out the instructions of the scheduler: work is pulled from the source of `Governor.run`, attempts
+are handed to tasks (`attempts`) or to whoever waits for a permit (`permits`), and the observer hears of each.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ANSWER_WEIGHT = 0.1
 SPENT_AT_ONCE: dict[Outcome, str] = {**{outcome: SPENT[outcome] for outcome in FINAL}, **STOPPING}
 
 
-class Batch:
+class BatchShell:
     """The batch that a governor runs, or none: a scheduler's `Shell`."""
 
     def __init__(self, governor: Governor, learner: Learner | None) -> None:
@@ -155,7 +155,7 @@ class Batch:
             is_empty = is_empty and job.work is not None and job.work.finalizes
             if refusals is not None:
                 refusals.succeeded()
-            scheduler.succeeded(job, self._used(job, answer, job.reserve), stated, now, is_empty=is_empty)
+            scheduler.succeeded(job, self._used(job, answer, job.reserve), stated, now, is_empty)
             return False
         in_doubt = refusals is not None and refusals.may_concern_all(answer)
         if outcome in STOPPING:

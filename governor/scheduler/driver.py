@@ -2,7 +2,7 @@
 
 Theory of operation. Time is the loop's monotonic clock, in seconds since the run began; a timer that rings early counts
 as its own time (`max(timer_at, clock)`), so that the law's word and the clock cannot disagree. The epoch is only for
-records. Any number of waiting tasks costs one wake-up each, when it is their turn.
+records. A waiting task costs one wake-up, when it is its turn.
 
 When something raises that must not (a send, an observer, the source), nothing more is launched on a state that cannot
 be vouched for; what is in flight is paid for and may end; then `run` raises it.
@@ -25,11 +25,11 @@ from governor.model.pools import check_own_quota
 from governor.model.requests import Request
 from governor.model.work import Begun, Job, Observer, Send, Work
 from governor.scheduler.attempts import Attempts, NoLoop
-from governor.scheduler.batch import Batch
+from governor.scheduler.batch import BatchShell
 from governor.scheduler.interfaces import Quota
 from governor.scheduler.learning import Learner
 from governor.scheduler.permits import Permit
-from governor.scheduler.quota import LocalQuota
+from governor.scheduler.quota import local_quota
 from governor.scheduler.refusals import Refusals
 from governor.scheduler.scheduler import Scheduler
 from governor.scheduler.waiting import wait_s
@@ -92,18 +92,18 @@ class Governor:
         self.zero_epoch = time.time() - start_s
         self.late_s = -1.0
         self.portal: object = None  # see `portal.portal_to`
-        self.batch = Batch(self, learner)
+        self.batch = BatchShell(self, learner)
         self.attempts = Attempts(self)
         if quota is None:
-            told = self.batch.tell_decision if self.observer.hears_decisions else None
-            quota = own = LocalQuota(params.params() if isinstance(params, Policy) else params, state, told)
+            numbers = params.params() if isinstance(params, Policy) else params
+            own = local_quota(numbers, state, self.batch.tell_decision if self.observer.hears_decisions else None)
             if day_tokens_used > 0.0 or day_requests_used > 0.0:
                 own.day_started(day_tokens_used, day_requests_used, start_s)
+            quota = own
         estimate = self.batch.estimate if learner is not None else None
         self.scheduler: Scheduler[Job] = Scheduler(self.batch, quota, seed=seed, start_s=start_s, estimate=estimate)
-        self._calls = 0
+        self._calls, self._timer_at = 0, inf
         self._timer: asyncio.TimerHandle | None = None
-        self._timer_at = inf
         self._done: asyncio.Future[None] | None = None
         self._error: BaseException | None = None
         self.observer.began(self)
@@ -170,9 +170,8 @@ class Governor:
         open finalize pass is opened again.
 
         `finalize`: a cut answer without text gets one more call. `refusals`: notices where all requests are refused
-        alike; without it each refusal ends its own. Where it stops, what waits stays where it came from,
-        unended. Cancelling this cancels what is in flight. What a send, the observer or the source raises is raised
-        here, when all that was in flight has ended.
+        alike; without it each refusal ends its own. Where it stops, what waits stays where it came from. Cancelling
+        this cancels what is in flight. What a send, the observer or the source raises is raised here in the end.
         """
         self.bind()
         self.event()
@@ -263,7 +262,7 @@ class Governor:
 
     @property
     def stopped(self) -> str:
-        """Why nothing is launched any more, "" while it is."""
+        """Why nothing is launched any more."""
         return self.scheduler.stopped
 
     @property
@@ -278,12 +277,12 @@ class Governor:
 
     @property
     def may_move(self) -> bool:
-        """Whether another event loop may take over: nothing waits, and nothing is in flight."""
+        """Whether another event loop may take over: nothing waits or is in flight."""
         return not (self.attempts.count or self.batch.granted or self.scheduler.jobs() or self.batch.is_open)
 
     @property
     def in_flight(self) -> int:
-        """Permits taken: requests that are being sent, and those that back off where the policy keeps their place."""
+        """Permits taken: by requests that are being sent, and by those that back off and keep their place."""
         return self.scheduler.quota.in_flight
 
     @property
@@ -295,8 +294,6 @@ class Governor:
     def next_slot_epoch(self) -> float:
         """The same in seconds since 1970; 0 before the first launch."""
         return self.zero_epoch + self.s.next_slot_at if self.s.next_slot_at > -inf else 0.0
-
-    # ------------------------------------------------------------ for the parts of the shell
 
     def event(self) -> None:
         """Something has changed: the scheduler looks at the head again."""

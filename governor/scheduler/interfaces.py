@@ -1,12 +1,12 @@
 """The two sides of the scheduler: the shell that carries out what it decides, and the quota that it asks.
 
-An instruction is a call of a `Shell`'s method. A `Quota` is the law on a state: its attributes that are named after
+An instruction is a call of a `Shell`'s method. A `Quota` is the law on a state: its methods that are named after
 functions of the law are those functions with policy and state filled in (`governor/law.py` says what each does).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from math import inf
 from typing import Any, Protocol, TypeVar
 
@@ -63,27 +63,39 @@ class Shell(Protocol[J]):
 class Quota(Protocol):
     """A quota as the scheduler uses it.
 
-    `s`: the state, as last heard of. `breaker`: the one that knows of the circuit breaker. `head`: when the head of a
-    shared queue may launch, and the cause for which it waits; None where `ask` says so at once.
+    `ask`: `law.admission` of the scheduler's head; or (TAKEN_OVER, 0), or (inf, law.NOTHING) where the quota takes no
+    more requests over for the moment. `s`: the state, as last heard of. `breaker`: the one that knows of the circuit
+    breaker. `head`: when the head of a shared queue may launch, and what it waits for; None where `ask` says
+    so at once.
     """
 
     p: Params
     s: State
-    settled: Callable[[float, float, float, float], None]
-    released: Callable[[], None]
-    answered: Callable[[float], None]
-    throttled: Callable[..., float]
-    failed: Callable[..., tuple[float, int]]
-    synced: Callable[..., None]
-    finalize_opened: Callable[[], None]
-    finalize_closed: Callable[[], None]
     head: tuple[float, int] | None
 
-    def paused(self) -> None:
-        """Launches nothing until `resumed`."""
+    def ask(self, reserve: float, standing: int, now: float) -> tuple[float, int]: ...
 
-    def resumed(self) -> None:
-        """Goes on after `paused`."""
+    def launched(self, reserve: float, standing: int, now: float, u: float) -> None: ...
+
+    def settled(self, reserve: float, used: float, launched_at: float, now: float) -> None: ...
+
+    def released(self) -> None: ...
+
+    def answered(self, now: float) -> None: ...
+
+    def throttled(self, *arguments: Any) -> float: ...
+
+    def failed(self, *arguments: Any) -> tuple[float, int]: ...
+
+    def synced(self, *arguments: Any) -> None: ...
+
+    def finalize_opened(self) -> None: ...
+
+    def finalize_closed(self) -> None: ...
+
+    def paused(self) -> None: ...
+
+    def resumed(self) -> None: ...
 
     @property
     def breaker(self) -> State: ...
@@ -91,15 +103,6 @@ class Quota(Protocol):
     @property
     def in_flight(self) -> int:
         """Permits that are taken by this scheduler's requests."""
-
-    def ask(self, job: Any, now: float) -> tuple[float, int]:
-        """When the job may launch and what it waits for until then; or (TAKEN_OVER, 0).
-
-        (inf, law.NOTHING): the quota takes no more requests over for the moment.
-        """
-
-    def book(self, job: Any, now: float, u: float) -> list[float]:
-        """Books the launch of a job; what had been booked before, or NOT_BOOKED."""
 
     def booked_since(self, job: Any, d: int) -> float:
         """What has been booked in a dimension since before the job's launch."""

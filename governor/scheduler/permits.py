@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from governor.scheduler.driver import Governor
 
 
-class Grant(asyncio.Future[bool]):
+class PermitFuture(asyncio.Future[bool]):
     """What the task that asked for a permit waits for. Cancelled or failed, its job is over at once: the scheduler
     may be called a moment before the task itself can say so."""
 
@@ -146,12 +146,12 @@ class Permit:
         self._governor.event()
         return False
 
-    def _ask(self) -> Grant:
+    def _ask(self) -> PermitFuture:
         """The request waits from now on; what it waits for."""
         governor, job = self._governor, self._job
         governor.bind()
         self._check_open()
-        job.granted = granted = Grant(job, governor.loop)
+        job.granted = granted = PermitFuture(job, governor.loop)
         job.submitted_s = governor.now()
         governor.scheduler.submitted(job, job.submitted_s)
         governor.settle()
@@ -160,7 +160,7 @@ class Permit:
     async def _once_more(self, happened: Callable[[], bool]) -> bool:
         """An attempt is over, and the event tells whether there will be another: returns when that may be sent."""
         governor, job = self._governor, self._job
-        job.granted = granted = Grant(job, governor.loop)
+        job.granted = granted = PermitFuture(job, governor.loop)
         governor.batch.granted.discard(job)
         is_again = happened()
         governor.settle()
@@ -175,7 +175,7 @@ class Permit:
             self._governor.scheduler.drop(self._job)
             raise no_more(self._governor)
 
-    async def _granted(self, granted: Grant, max_wait_s: float = inf) -> bool:
+    async def _granted(self, granted: PermitFuture, max_wait_s: float = inf) -> bool:
         """Returns when the job may be sent (again): True, or False where its time is over before that."""
         governor, patience = self._governor, None
         if max_wait_s < inf:
@@ -192,7 +192,7 @@ class Permit:
             if patience is not None:
                 patience.cancel()
 
-    def _too_long(self, granted: Grant, max_wait_s: float) -> None:
+    def _too_long(self, granted: PermitFuture, max_wait_s: float) -> None:
         if not granted.done():
             pool = self._governor.pool
             text = f"pool '{pool}' cannot send a request within {max_wait_s:g} s: answer that it is busy, or wait"

@@ -18,7 +18,8 @@ from operator import sub
 from typing import Any, Generic
 
 from governor import law
-from governor.law import HOLDING, NOTHING
+from governor.law import FIRST, HOLDING, NOTHING
+from governor.model.keyed import JITTER_RETRY, JITTER_STAGGER, attempt_key, keyed_uniform
 from governor.model.requests import CAUSES
 from governor.scheduler.interfaces import J, Quota, Shell
 
@@ -33,9 +34,10 @@ Rank = tuple[float, ...]
 class Queue(Generic[J]):
     """What waits for its launch or for the end of a backoff. See `Scheduler` for the fields."""
 
-    def __init__(self, shell: Shell[J], quota: Quota, start_s: float, backlog: int) -> None:
+    def __init__(self, shell: Shell[J], quota: Quota, seed: int, start_s: float, backlog: int) -> None:
         self.shell = shell
         self.quota = quota
+        self.seed = seed
         self.stopped = ""
         self.clock = [0.0] * len(CAUSES)
         self.clock_at = start_s
@@ -48,7 +50,7 @@ class Queue(Generic[J]):
         self._aside: list[tuple[J, float, str]] = []  # set aside, when, and with which code they are lost if they are
         self._queue: list[tuple[Rank, int, J]] = []
         # When, sequence, whether it is a deadline (else the end of a backoff), job, its launches by then.
-        self._calendar: list[tuple[float, int, bool, J, int]] = []
+        self.calendar: list[tuple[float, int, bool, J, int]] = []
         self._queue_sweep = self._calendar_sweep = SWEEP
         self._sequence = 0
 
@@ -57,10 +59,20 @@ class Queue(Generic[J]):
     @property
     def due_at(self) -> float:
         """When the next backoff ends or the next deadline is reached; inf = none."""
-        calendar = self._calendar
+        calendar = self.calendar
         while calendar and _is_stale(calendar[0]):
             heappop(calendar)
         return calendar[0][0] if calendar else inf
+
+    def due_job(self) -> J | None:
+        """The job whose backoff ends next; None where a deadline comes before that, or nothing does."""
+        return self.calendar[0][3] if self.due_at < inf and not self.calendar[0][2] else None
+
+    def postpone(self, until: float) -> None:
+        """What is due next is noticed only then. For the replay of a live loop, whose timers ring late."""
+        _, _, is_deadline, job, tries = heappop(self.calendar)
+        self._sequence += 1
+        heappush(self.calendar, (until, self._sequence, is_deadline, job, tries))
 
     @property
     def wake_at(self) -> float:
@@ -79,7 +91,7 @@ class Queue(Generic[J]):
     def jobs(self) -> list[J]:
         """All that wait for their launch or for the end of a backoff, but for the head of new work."""
         queued = [job for _, _, job in self._queue if not job.ended]
-        backing_off = [job for _, _, is_deadline, job, _ in self._calendar if not (is_deadline or job.ended)]
+        backing_off = [job for _, _, is_deadline, job, _ in self.calendar if not (is_deadline or job.ended)]
         return [*queued, *backing_off, *self.quota.taken_over()]
 
     def ahead_of(self, rank: Rank) -> list[tuple[float, int]]:
@@ -89,7 +101,7 @@ class Queue(Generic[J]):
 
     def backing_off(self) -> tuple[float, float]:
         """When the first and the last of those that back off may be tried again; (inf, -inf) where none does."""
-        ends = [moment[0] for moment in self._calendar if not (moment[2] or moment[3].ended)]
+        ends = [moment[0] for moment in self.calendar if not (moment[2] or moment[3].ended)]
         return min(ends, default=inf), max(ends, default=-inf)
 
     def next_launch_at(self, *, is_flying: bool) -> float:
@@ -177,9 +189,34 @@ class Queue(Generic[J]):
         self._sequence += 1
         if not is_deadline:
             job.eligible_s = when
-        if len(self._calendar) > self._calendar_sweep:
-            self._calendar_sweep = swept(self._calendar, _is_stale)
-        heappush(self._calendar, (when, self._sequence, is_deadline, job, job.tries))
+        if len(self.calendar) > self._calendar_sweep:
+            self._calendar_sweep = swept(self.calendar, _is_stale)
+        heappush(self.calendar, (when, self._sequence, is_deadline, job, job.tries))
+
+    # ------------------------------------------------------------ one job
+
+    def jitter_u(self, job: J) -> float:
+        """The uniform number that moves the launch slot after the job's next launch."""
+        if job.jitter_u >= 0.0:
+            return job.jitter_u
+        if self.quota.p.stagger_s > 0.0 and job.standing == FIRST:
+            return keyed_uniform(self.seed, job.index, attempt_key(job.lane, job.tries + 1), JITTER_STAGGER)
+        return 0.5
+
+    def _retry_u(self, job: J) -> float:
+        return keyed_uniform(self.seed, job.index, attempt_key(job.lane, job.tries), JITTER_RETRY)
+
+    def _is_late(self, job: J, now: float) -> bool:
+        """Whether the deadline of a job that was launched before has come."""
+        return job.first_launched_s >= 0.0 and law.deadline_at(self.quota.p, job.first_launched_s) <= now
+
+    def _spare(self, job: J) -> None:
+        """Its last attempt failed; if that was in an outage, as far as is known by now, it does not count."""
+        outages = self.quota.spared(job)
+        if outages >= 0:
+            job.outages = outages
+            job.attempt -= 1
+        job.failed_s = -1.0
 
     # ------------------------------------------------------------ invariants
 

@@ -7,62 +7,87 @@ in turn.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 from governor import law
 from governor.law import Params, State
 from governor.model.scheduled import Scheduled
 
-# The functions of the law that a scheduler calls: each reads or changes the state.
-REPORTED = (
-    *("admission", "launched", "settled", "released", "answered", "throttled", "failed", "synced"),
-    *("finalize_opened", "finalize_closed", "paused", "resumed", "day_started"),
-)
-# What had been booked at a launch, where no counts of the provider are compared with it.
-NOT_BOOKED: list[float] = []
-
 Told = Callable[[str, tuple[Any, ...], Any], None]
+# The functions of the law that read or change the state, by the method that calls each.
+REPORTED = {
+    name: "admission" if name == "ask" else name
+    for name in (
+        *("ask", "launched", "settled", "released", "answered", "throttled", "failed", "synced"),
+        *("finalize_opened", "finalize_closed", "paused", "resumed", "day_started"),
+    )
+}
 
 
 class LocalQuota:
-    """The quota of one process. `told`: hears name, arguments and result of each call, for a record that can be
-    decided again."""
+    """The quota of one process. See `interfaces.Quota`, and the functions of the law by the same names."""
 
-    settled: Callable[[float, float, float, float], None]
-    released: Callable[[], None]
-    answered: Callable[[float], None]
-    throttled: Callable[..., float]
-    failed: Callable[..., tuple[float, int]]
-    synced: Callable[..., None]
-    finalize_opened: Callable[[], None]
-    finalize_closed: Callable[[], None]
-    paused: Callable[[], None]
-    resumed: Callable[[], None]
-    day_started: Callable[[float, float, float], None]
-    head: tuple[float, int] | None = None
-
-    def __init__(self, p: Params, s: State | None = None, told: Told | None = None) -> None:
+    def __init__(self, p: Params, s: State | None = None) -> None:
+        self.head: tuple[float, int] | None = None
         self.p = p
         self.s = State() if s is None else s
-        self._told = told
-        self._fill()
 
-    def _fill(self) -> None:
-        for name in REPORTED:
-            decide = partial(getattr(law, name), self.p, self.s)
-            setattr(self, name, decide if self._told is None else self._reporting(name, decide, self._told))
-        self._admission: Callable[..., tuple[float, int]] = self.__dict__["admission"]
-        self._launched: Callable[..., None] = self.__dict__["launched"]
+    def ask(self, reserve: float, standing: int, now: float) -> tuple[float, int]:
+        """See `law.admission`."""
+        return law.admission(self.p, self.s, reserve, standing, now)
 
-    @staticmethod
-    def _reporting(name: str, decide: Callable[..., Any], told: Told) -> Callable[..., Any]:
-        def report(*arguments: Any) -> Any:
-            result = decide(*arguments)
-            told(name, arguments, result)
-            return result
+    def launched(self, reserve: float, standing: int, now: float, u: float) -> None:
+        """See `law.launched`."""
+        law.launched(self.p, self.s, reserve, standing, now, u)
 
-        return report
+    def settled(self, reserve: float, used: float, launched_at: float, now: float) -> None:
+        """See `law.settled`."""
+        law.settled(self.p, self.s, reserve, used, launched_at, now)
+
+    def released(self) -> None:
+        """See `law.released`."""
+        law.released(self.p, self.s)
+
+    def answered(self, now: float) -> None:
+        """See `law.answered`."""
+        law.answered(self.p, self.s, now)
+
+    def throttled(self, *arguments: Any) -> float:
+        """See `law.throttled`."""
+        return law.throttled(self.p, self.s, *arguments)
+
+    def failed(self, *arguments: Any) -> tuple[float, int]:
+        """See `law.failed`."""
+        return law.failed(self.p, self.s, *arguments)
+
+    def synced(self, *arguments: Any) -> None:
+        """See `law.synced`."""
+        law.synced(self.p, self.s, *arguments)
+
+    def finalize_opened(self) -> None:
+        """See `law.finalize_opened`."""
+        law.finalize_opened(self.p, self.s)
+
+    def finalize_closed(self) -> None:
+        """See `law.finalize_closed`."""
+        law.finalize_closed(self.p, self.s)
+
+    def paused(self) -> None:
+        """See `law.paused`."""
+        law.paused(self.p, self.s)
+
+    def resumed(self) -> None:
+        """See `law.resumed`."""
+        law.resumed(self.p, self.s)
+
+    def day_started(self, tokens_used: float, requests_used: float, now: float) -> None:
+        """See `law.day_started`."""
+        law.day_started(self.p, self.s, tokens_used, requests_used, now)
+
+    def reprice(self, params: Params, now: float) -> None:
+        """Takes changed settings over."""
+        law.repriced(self.p, params, self.s, now)
+        self.p = params
 
     @property
     def breaker(self) -> State:
@@ -74,15 +99,6 @@ class LocalQuota:
         """Permits that are taken."""
         return self.s.in_flight
 
-    def ask(self, job: Scheduled, now: float) -> tuple[float, int]:
-        """When the job may launch, by the law, and what it waits for until then."""
-        return self._admission(job.reserve, job.standing, now)
-
-    def book(self, job: Scheduled, now: float, u: float) -> list[float]:
-        """Books the launch of a job; what had been booked before."""
-        self._launched(job.reserve, job.standing, now, u)
-        return self.s.booked_before.copy() if self.p.sync_headers else NOT_BOOKED
-
     def booked_since(self, job: Scheduled, d: int) -> float:
         """What has been booked in a dimension since before the job's launch."""
         return self.s.booked[d] - job.booked[d]
@@ -90,14 +106,6 @@ class LocalQuota:
     def spared(self, job: Scheduled) -> int:
         """`law.spared` of the job's last attempt."""
         return law.spared(self.p, self.s, job.outages, job.launched_s, job.failed_s)
-
-    def reprice(self, params: Params, now: float) -> None:
-        """Takes changed settings over, and tells of it."""
-        law.repriced(self.p, params, self.s, now)
-        if self._told is not None:
-            self._told("repriced", (params, now), None)
-        self.p = params
-        self._fill()
 
     def taken_over(self) -> Iterable[Scheduled]:
         """None: this quota answers at once."""
@@ -113,3 +121,37 @@ class LocalQuota:
     def waited(self, waits_s: list[float]) -> list[float]:
         """As they are."""
         return waits_s
+
+
+class RecordedQuota(LocalQuota):
+    """The same, which tells name, arguments and result of each call, for a record that can be decided again."""
+
+    def __init__(self, p: Params, s: State | None, told: Told) -> None:
+        super().__init__(p, s)
+        self.told = told
+
+    def reprice(self, params: Params, now: float) -> None:
+        """Takes changed settings over."""
+        law.repriced(self.p, params, self.s, now)
+        self.told("repriced", (params, now), None)
+        self.p = params
+
+
+def _telling(name: str) -> Callable[..., Any]:
+    decide = getattr(law, name)
+
+    def call(self: RecordedQuota, *arguments: Any) -> Any:
+        result = decide(self.p, self.s, *arguments)
+        self.told(name, arguments, result)
+        return result
+
+    return call
+
+
+def local_quota(p: Params, s: State | None, told: Told | None) -> LocalQuota:
+    """The quota of one process; `told`: hears of its calls."""
+    return LocalQuota(p, s) if told is None else RecordedQuota(p, s, told)
+
+
+for _method, _name in REPORTED.items():
+    setattr(RecordedQuota, _method, _telling(_name))

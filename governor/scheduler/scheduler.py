@@ -23,12 +23,14 @@ from heapq import heappop
 from math import inf
 
 from governor import law
-from governor.law import FINALIZE, FIRST, HOLDING, NOTHING, Params
+from governor.law import FINALIZE, HOLDING, NOTHING, Params
 from governor.model.errors import FailureCode
-from governor.model.keyed import JITTER_RETRY, JITTER_STAGGER, attempt_key, keyed_uniform
 from governor.model.requests import BACKOFF
 from governor.scheduler.interfaces import TAKEN_OVER, J, Quota, Shell, Stated
 from governor.scheduler.queue import NEW_WORK, Queue
+
+# What had been booked at a launch, where no counts of the provider are compared with it.
+NOT_BOOKED: list[float] = []
 
 
 class Scheduler(Queue[J]):
@@ -55,9 +57,9 @@ class Scheduler(Queue[J]):
         backlog: int = 0,
         estimate: Callable[[J], tuple[float, float]] | None = None,
     ) -> None:
-        super().__init__(shell, quota, start_s, backlog)
-        self.seed = seed
+        super().__init__(shell, quota, seed, start_s, backlog)
         self._estimate = estimate
+        self._fitting: J | None = None  # the head, where it is known not to be too large
 
     # ------------------------------------------------------------ events: work
 
@@ -119,8 +121,8 @@ class Scheduler(Queue[J]):
     def woken(self, now: float) -> None:
         """The moment of `wake_at` has come. What is due goes first, one at a time: call again if `due_at` has come."""
         self.advance(now)
-        if self.due_at <= now:
-            _, _, is_deadline, job, _ = heappop(self._calendar)
+        if self.calendar and self.due_at <= now:
+            _, _, is_deadline, job, _ = heappop(self.calendar)
             if not is_deadline:
                 self._may_go(job, now)
                 self._watch_deadline(job)
@@ -145,7 +147,8 @@ class Scheduler(Queue[J]):
         self.repriced(before)
 
     def repriced(self, before: Params) -> None:
-        """The quota's settings have changed: deadlines move with them."""
+        """The quota's settings have changed: deadlines move with them, and the head may be too large now."""
+        self._fitting = None
         # Only then: who backs off is given a moment when its backoff ends, and at one instant the order counts.
         if before.deadline_s != self.quota.p.deadline_s:
             for job in self.jobs():
@@ -158,7 +161,7 @@ class Scheduler(Queue[J]):
 
     # ------------------------------------------------------------ events: the end of an attempt
 
-    def succeeded(self, job: J, used: float, stated: Stated, now: float, *, is_empty: bool = False) -> None:
+    def succeeded(self, job: J, used: float, stated: Stated, now: float, is_empty: bool) -> None:
         """Answered, having used so many tokens. `is_empty`: cut off without text, so that a finalize pass follows."""
         self.advance(now)
         in_wait = self.cause
@@ -172,7 +175,9 @@ class Scheduler(Queue[J]):
             self._open_finalize(job, now)
         else:
             self.shell.ended(job, now, "")
-            self._over(job)
+            self.unfinished -= 1
+            if job.lane == FINALIZE:
+                self.quota.finalize_closed()
         self._pump_after(in_wait, now)
 
     def returned(
@@ -321,7 +326,8 @@ class Scheduler(Queue[J]):
     def pump(self, now: float) -> None:
         """Launches what the quota admits now, and notes when it will admit the next."""
         quota = self.quota
-        if quota.head is not None:
+        is_shared = quota.head is not None
+        if is_shared:
             for rank, job in quota.take_back(now):
                 self._push(rank, job)
         at, cause = inf, NOTHING
@@ -333,28 +339,41 @@ class Scheduler(Queue[J]):
             if self._estimate is not None:
                 found, declared = self._estimate(first)
                 first.reserve = declared if law.never_fits(quota.p, found) else found
-            if law.never_fits(quota.p, first.reserve):
-                self._leave(first)
-                self._give_up(first, now, FailureCode.REQUEST_TOO_LARGE)
-                continue
-            at, cause = quota.ask(first, now)
+            if first is not self._fitting:
+                if law.never_fits(quota.p, first.reserve):
+                    self._leave(first)
+                    self._give_up(first, now, FailureCode.REQUEST_TOO_LARGE)
+                    continue
+                self._fitting = first
+            at, cause = quota.ask(first.reserve, first.standing, now)
             if at > now:
-                if cause != NOTHING and not first.asked & 1 << cause:
-                    first.asked |= 1 << cause
+                bit = 1 << cause
+                if not first.asked & bit and cause != NOTHING:
+                    first.asked |= bit
                     self.shell.deferred(cause)
                 break
             if at == TAKEN_OVER:
                 first.queued = True
                 self._taken(first)
                 continue
-            self._leave(first)
+            self.waiting -= 1
+            if first is self._head:
+                self._next()
+            else:
+                heappop(self._queue)
+                first.queued = False
             if first.first_launched_s >= 0.0 and self._is_late(first, now):
                 self._give_up(first, now, FailureCode.DEADLINE_EXCEEDED)
             else:
-                self._launch(first, now, quota.book(first, now, self.jitter_u(first)))
+                u = first.jitter_u
+                quota.launched(first.reserve, first.standing, now, u if u >= 0.0 else self.jitter_u(first))
+                self._launch(first, now, quota.s.booked_before.copy() if quota.p.sync_headers else NOT_BOOKED)
         else:
             at, cause = inf, NOTHING
-        self.head_at, self.cause = quota.head or (at, cause)
+        if is_shared and quota.head is not None:
+            at, cause = quota.head
+        self.head_at = at
+        self.cause = cause
         if self._aside and not self.stopped and len(self._aside) == self.unfinished:
             self._end_aside()  # too few to be sure, and nothing else is left
 
@@ -363,18 +382,6 @@ class Scheduler(Queue[J]):
         is_urgent = self._queue and self._queue[0][0][0] < NEW_WORK
         if is_urgent or law.answer_may_admit(self.quota.p, in_wait) or self._estimate is not None:
             self.pump(now)
-
-    def _is_late(self, job: J, now: float) -> bool:
-        """Whether the deadline of a job that was launched before has come."""
-        return job.first_launched_s >= 0.0 and law.deadline_at(self.quota.p, job.first_launched_s) <= now
-
-    def jitter_u(self, job: J) -> float:
-        """The uniform number that moves the launch slot after the job's next launch."""
-        if job.jitter_u >= 0.0:
-            return job.jitter_u
-        if self.quota.p.stagger_s > 0.0 and job.standing == FIRST:
-            return keyed_uniform(self.seed, job.index, attempt_key(job.lane, job.tries + 1), JITTER_STAGGER)
-        return 0.5
 
     def _launch(self, job: J, now: float, booked: list[float]) -> None:
         """The attempt is booked: it goes out."""
@@ -389,17 +396,6 @@ class Scheduler(Queue[J]):
         self.shell.launch(job, now)
 
     # ------------------------------------------------------------ after an attempt
-
-    def _retry_u(self, job: J) -> float:
-        return keyed_uniform(self.seed, job.index, attempt_key(job.lane, job.tries), JITTER_RETRY)
-
-    def _spare(self, job: J) -> None:
-        """Its last attempt failed; if that was in an outage, as far as is known by now, it does not count."""
-        outages = self.quota.spared(job)
-        if outages >= 0:
-            job.outages = outages
-            job.attempt -= 1
-        job.failed_s = -1.0
 
     def _sync(self, job: J, stated: Stated, refused: int, now: float) -> None:
         """What the headers state, beside what has been booked since the launch."""

@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import fields
-from functools import partial
 from math import inf
 from typing import Any
 
@@ -103,10 +102,6 @@ class SharedQuota:
     def __init__(self, p: Params, state: State | None) -> None:
         self.p = p
         self.s = state or State()
-        for name in ("settled", "released", "answered", "throttled", "failed", "synced"):
-            setattr(self, name, partial(self._report, name))
-        self.finalize_opened: Callable[[], None] = partial(self._report, "finalize_opened")
-        self.finalize_closed: Callable[[], None] = partial(self._report, "finalize_closed")
         # When this process's request is the pool's head and may launch, and what the pool's head waits for.
         self.head: tuple[float, int] | None = (inf, NOTHING)
         self._zero_s = 0.0  # the pool's time at this run's zero, once known
@@ -128,13 +123,6 @@ class SharedQuota:
         self._quiet_until = -inf
         self._heard_version = (0, 0)
         self._offset: list[float] | None = None  # this process's clock of causes, less the pool's
-
-    settled: Callable[[float, float, float, float], None]
-    released: Callable[[], None]
-    answered: Callable[[float], None]
-    throttled: Callable[..., float]
-    failed: Callable[..., tuple[float, int]]
-    synced: Callable[..., None]
 
     def begin(
         self,
@@ -181,6 +169,39 @@ class SharedQuota:
             result -= self._zero_s
         return result
 
+    def settled(self, reserve: float, used: float, launched_at: float, now: float) -> None:
+        """See `law.settled`."""
+        self._report("settled", reserve, used, launched_at, now)
+
+    def released(self) -> None:
+        """See `law.released`."""
+        self._report("released")
+
+    def answered(self, now: float) -> None:
+        """See `law.answered`."""
+        self._report("answered", now)
+
+    def throttled(self, *arguments: Any) -> float:
+        """See `law.throttled`."""
+        return float(self._report("throttled", *arguments))
+
+    def failed(self, *arguments: Any) -> tuple[float, int]:
+        """See `law.failed`."""
+        at, standing = self._report("failed", *arguments)
+        return at, standing
+
+    def synced(self, *arguments: Any) -> None:
+        """See `law.synced`."""
+        self._report("synced", *arguments)
+
+    def finalize_opened(self) -> None:
+        """See `law.finalize_opened`."""
+        self._report("finalize_opened")
+
+    def finalize_closed(self) -> None:
+        """See `law.finalize_closed`."""
+        self._report("finalize_closed")
+
     def paused(self) -> None:
         """Launches nothing in this process until `resumed`."""
         self._is_held = True
@@ -226,16 +247,18 @@ class SharedQuota:
 
     # ------------------------------------------------------------ what is wanted
 
-    def ask(self, job: Job, now: float) -> tuple[float, int]:
-        """Publishes the job, as long as few enough of this process wait in the pool's queue."""
+    def ask(self, reserve: float, standing: int, now: float) -> tuple[float, int]:
+        """Publishes the scheduler's head, as long as few enough of this process wait in the pool's queue."""
         if self._is_held:
             return inf, law.PAUSED
+        job = self._scheduler.first()
+        assert job is not None
         if len(self._asked) < AHEAD or self._goes_first(job):
             self._ask(job)
             return TAKEN_OVER, NOTHING
         return inf, NOTHING
 
-    def book(self, job: Job, now: float, u: float) -> list[float]:
+    def launched(self, reserve: float, standing: int, now: float, u: float) -> None:
         """Never called: the pool grants."""
         raise AssertionError("a shared quota books nothing here")
 

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from governor.model.errors import BadInput, quoted
 from sim.calibration.observed import STATED, Observed, observed_of
-from sim.des.driver import Job, Simulation
+from sim.des.driver import Simulation
+from sim.des.jobs import Job
 from sim.des.run import CHARGED
 from sim.experiment.experiment import OUTCOMES, case_of
 from sim.model import provider as prov

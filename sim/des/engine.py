@@ -1,11 +1,11 @@
-"""The event loop of one simulated run in numbers alone, to be read side by side with its twin `sim/des/driver.py`.
+"""The scheduler and one simulated run in numbers alone: the only second statement of `governor/scheduler/scheduler.py`.
 
 `sim/des/compiled.py` loads a second copy of this module with compiled functions, and calls it.
 
-Theory of operation. What the SimPy driver keeps in objects stands in slots of arrays here; every function has the name
-that it has there, and `w`, the `World`, stands where `self` does. The calendar holds answers and retries. The next
-arrival and the one live timer need no entry: at one instant they come after those, in this order
-(`sim/des/driver.py` says why), and a superseded timer does nothing in either engine.
+Theory of operation. What the scheduler and its SimPy shell (`sim/des/driver.py`) keep in objects stands in slots of
+arrays here; functions have the names that they have there, and `w`, the `World`, stands where `self` does. The calendar
+holds answers, backoffs and deadlines. The next arrival and the one live timer need no entry: at one instant they come
+after those, in this order (`sim/des/calendar.py`), and a superseded timer does nothing in either engine.
 
 Nothing is allocated here, so nothing is counted or collected either. Requests come in by chunks of `rows`, in order of
 launch or of arrival; latencies, answered work and attempts go out by buffers. Where one of these, or a heap, might
@@ -214,6 +214,11 @@ class Run:
     clock_at: float = 0.0
     cause: int = 0
     waiting: int = 0
+    flying: int = 0
+    # Requests that are set aside: how many, of these by their deadline, and the latest moment at which one was.
+    aside: int = 0
+    aside_late: int = 0
+    aside_last_s: float = 0.0
     timer_at: float = inf
     stopped: int = 0
     clock: list[float] = field(default_factory=_causes)
@@ -479,7 +484,8 @@ def _advance(w: World, now: float) -> None:
     passed = now - run.clock_at
     if passed > 0.0:
         run.clock[run.cause] += passed
-        run.waits_s[run.cause] += passed * run.waiting
+        if not run.stopped:
+            run.waits_s[run.cause] += passed * run.waiting
         run.clock_at = now
 
 
@@ -504,13 +510,15 @@ def _pump(w: World, now: float) -> bool:
     """
     p, s, run = w.p, w.s, w.run
     while _has_room(w):
-        slot = _first(w)
+        slot = NONE if run.stopped else _first(w)
         if slot == NONE:
             run.cause = law.NOTHING
             run.timer_at = inf
+            if run.aside and not run.stopped and run.aside == run.requests - run.ended:
+                _end_aside(w)  # too few to be sure, and nothing else is left
             return True
         job = w.jobs[slot]
-        if not job.asked and law.never_fits(p, job.reserve):
+        if law.never_fits(p, job.reserve):
             _taken(w, slot)
             _give_up(w, slot, now, prov.TOO_LARGE)
             continue
@@ -545,6 +553,7 @@ def _launch(w: World, slot: int, now: float) -> None:
     law.launched(p, s, job.reserve, job.standing, now, u)
     run.peak_in_flight = max(run.peak_in_flight, s.in_flight)
     run.attempts += 1
+    run.flying += 1
     run.reserved_tokens += job.reserve
     job.launched_s = now
     if job.first_launched_s < 0.0:
@@ -600,16 +609,11 @@ def _state(w: World, slot: int) -> None:
 def _on_arrival(w: World, now: float) -> bool:
     _advance(w, now)
     _may_go(w, _next(w), now, 0)
-    if w.run.stopped:
-        _stop(w, now, w.run.stopped)
     return True
 
 
 def _on_retry_due(w: World, slot: int, now: float) -> bool:
     _advance(w, now)
-    if w.run.stopped:
-        _give_up(w, slot, now, w.run.stopped)
-        return False
     _may_go(w, slot, now, 1)
     _watch_deadline(w, slot)
     return True
@@ -643,6 +647,7 @@ def _on_wake(w: World, now: float) -> bool:
 def _on_answer(w: World, slot: int, now: float) -> bool:
     p, s, run, job = w.p, w.s, w.run, w.jobs[slot]
     _advance(w, now)
+    run.flying -= 1
     outcome = job.outcome
     unheard = outcome == TIMEOUT or outcome == prov.DROPPED
     if unheard or (outcome == prov.OK and job.lane == law.FINALIZE):
@@ -656,12 +661,20 @@ def _on_answer(w: World, slot: int, now: float) -> bool:
         in_wait = run.cause
         _on_ok(w, slot, now)
         return law.answer_may_admit(p, in_wait) or run.urgent > 0
-    if outcome == prov.TOO_LARGE or outcome == prov.QUOTA:
+    if outcome == prov.TOO_LARGE:
         law.released(p, s)
         law.answered(p, s, now)
         _ended(w, slot, now, outcome)
-        if outcome == prov.QUOTA:
-            _stop(w, now, prov.QUOTA)
+        return True
+    if outcome == prov.QUOTA:
+        law.released(p, s)
+        law.answered(p, s, now)
+        if job.lane == law.FINALIZE:
+            law.finalize_closed(p, s)
+        if run.recording:
+            _record(w, slot, now, outcome)
+        _freed(w, slot)
+        _stop(w, prov.QUOTA)
         return True
     u = keyed_uniform(run.seed, job.index, attempt_key(job.lane, job.tries), JITTER_RETRY)
     if outcome == prov.THROTTLED or outcome == prov.SLOW_DOWN:
@@ -720,6 +733,8 @@ def _on_ok(w: World, slot: int, now: float) -> None:
     run, job = w.run, w.jobs[slot]
     used = job.prompt + job.output
     law.settled(w.p, w.s, job.reserve, used, job.launched_s, now)
+    if run.aside and not run.stopped:
+        _end_aside(w)
     _sync(w, slot, now)
     run.used_tokens += used
     if job.lane == law.MAIN:
@@ -772,17 +787,25 @@ def _open_finalize(w: World, slot: int, now: float) -> None:
     job.launched_s = -1.0
     _may_go(w, slot, now, 1)
     _watch_deadline(w, slot)
-    if run.stopped:
-        _stop(w, now, run.stopped)
 
 
 def _again(w: World, slot: int, now: float, at: float, standing: int) -> None:
     """After a throttle or a failure: try again at `at`, or never (inf)."""
     run, job = w.run, w.jobs[slot]
     if at == inf:
-        _ended(w, slot, now, job.outcome if law.is_spent(w.p, job.attempt, job.retry_after_s) else DEADLINE_EXCEEDED)
+        code = job.outcome if law.is_spent(w.p, job.attempt, job.retry_after_s) else DEADLINE_EXCEEDED
+        is_refused = job.outcome == prov.THROTTLED or job.outcome == prov.SLOW_DOWN
+        if is_refused and job.lane == law.MAIN and law.outlasts(w.p, job.retry_after_s):
+            if run.recording:
+                _record(w, slot, now, code)
+            run.aside += 1
+            run.aside_late += int(code == DEADLINE_EXCEEDED)
+            run.aside_last_s = now
+            _freed(w, slot)
+        else:
+            _ended(w, slot, now, code)
         if law.is_shut_out(w.s):
-            _stop(w, now, OUTWAITED)
+            _stop(w, OUTWAITED)
         return
     if run.recording:
         _record(w, slot, now, NONE)
@@ -807,26 +830,47 @@ def _given_up(w: World, slot: int, now: float, code: int) -> None:
     _close(w, slot, now, code)
 
 
-def _stop(w: World, now: float, code: int) -> None:
-    """Nothing is launched any more (no credit, or only waits too long): what waits ends here, unlaunched."""
+def _stop(w: World, code: int) -> None:
+    """Nothing is launched any more (no credit, or only waits too long); what waits stays pending."""
+    if not w.run.stopped:
+        w.run.stopped = code
+
+
+def _end_aside(w: World) -> None:
+    """What was set aside is lost: it ended when it was refused."""
     run = w.run
-    run.stopped = code
-    slot = _first(w)
-    while slot != NONE and slot != run.head:
-        _taken(w, slot)
-        _give_up(w, slot, now, code)
-        slot = _first(w)
-    if slot == NONE:
-        return
-    # New work of a batch, read or not: nothing has happened to it yet, so that it is only counted.
-    count = run.requests - run.row
-    run.row = run.requests
-    run.waiting -= count
-    run.ended += count
-    run.failed += count
-    run.failures[code] += count
-    _taken(w, slot)
-    _give_up(w, slot, now, code)
+    run.ended += run.aside
+    run.failed += run.aside
+    run.failures[DEADLINE_EXCEEDED] += run.aside_late
+    run.failures[prov.THROTTLED] += run.aside - run.aside_late
+    run.last_s = max(run.last_s, run.aside_last_s)
+    run.aside = 0
+    run.aside_late = 0
+
+
+def _closed(w: World) -> None:
+    """The run is over: what a stop left pending gives back what it holds, and counts as lost."""
+    run = w.run
+    for i in range(run.calendar_size):
+        if w.calendar[i].number == NONE:
+            _dropped(w, w.calendar[i].slot)
+    for i in range(run.queue_size):
+        if not w.jobs[w.queue[i].slot].ended:
+            _dropped(w, w.queue[i].slot)
+    pending = run.requests - run.ended
+    run.ended += pending
+    run.failed += pending
+    run.failures[run.stopped] += pending
+    if pending:
+        run.last_s = max(run.last_s, run.clock_at)
+
+
+def _dropped(w: World, slot: int) -> None:
+    job = w.jobs[slot]
+    if job.standing == law.HOLDING:
+        law.released(w.p, w.s)
+    if job.lane == law.FINALIZE:
+        law.finalize_closed(w.p, w.s)
 
 
 def _ended(w: World, slot: int, now: float, code: int) -> None:
@@ -878,7 +922,7 @@ def _step(w: World) -> bool:
     """The next event. Whether the head is to be asked after it."""
     run = w.run
     arrives_at = inf
-    if run.from_trace and run.row < run.requests:
+    if run.from_trace and run.row < run.requests and not run.stopped:
         arrives_at = w.rows[run.row - run.rows_from].arrival_s
     event = w.calendar[0]
     if run.calendar_size > 0 and event.at <= arrives_at and event.at <= run.timer_at:
@@ -887,6 +931,10 @@ def _step(w: World) -> bool:
         run.now = at
         if order < RETRY_DUE:
             return _on_answer(w, slot, at)
+        if run.stopped:
+            if number == NONE:
+                _dropped(w, slot)
+            return False
         if number == NONE:
             return _on_retry_due(w, slot, at)
         return _on_deadline(w, slot, number, tries, at)
@@ -925,6 +973,9 @@ def proceed(
             if not _pump(w, r.now):
                 return FULL
             r.pumping = 0
+        if r.flying == 0 and r.stopped:
+            _closed(w)
+            return DONE
         if r.calendar_size == 0 and r.timer_at == inf and (not r.from_trace or r.row == r.requests):
             return DONE
         if not _has_room(w):

@@ -26,16 +26,16 @@ from governor.law import TPM
 from governor.model.policy import Policy
 from governor.model.requests import CAUSES
 from sim.calibration.others import Taking, began_s, gaps, takings, ways_of
-from sim.des import driver
-from sim.des.driver import Job
-from sim.des.run import TIMEOUT
+from sim.des.calendar import CHANGE, Appointment
+from sim.des.jobs import Job
+from sim.des.run import TIMEOUT, Tally
 from sim.model import provider as prov
 from sim.model import windows as win
 from sim.model.provider_config import ProviderConfig
 from sim.model.workload import charges, columns, similar_outputs
 from sim.validation.logged import refused_alone
 from sim.validation.recorded import Record, Tried
-from sim.validation.twin import CHANGE, Lesson, Twin, taught
+from sim.validation.twin import Lesson, Twin, taught
 
 Rewrite = Callable[[Policy], Policy]
 Arrivals = Literal["batch", "trace"]
@@ -73,12 +73,12 @@ class Replay(Twin):
         self.slack_s = max(SLACK_LEAST_S, 2.0 * float(self._late_s.max(initial=0.0)))
         self.late_most_s = self.slack_s if len(self._late_s) else LATE_UNKNOWN_S
         self.parted_s: float | None = None if coupled else 0.0
-        self.ends_s = np.zeros(len(self.columns))
-        self.is_lost = np.zeros(len(self.columns), np.bool_)
+        self.ends_s = np.full(len(self.columns), np.nan)
+        self.is_lost = np.ones(len(self.columns), np.bool_)
         self._let_in: dict[tuple[int, int], int] = {}
         self._as_it_was: dict[int, Tried] = {}
         self._expiry_late_s: dict[int, float] = {}
-        self._due_at: dict[Job, float] = {}
+        self._noticed_at: dict[Job, float] = {}  # of backoffs that have ended
         self._answers_at = {tried.ended_s for tried in record.tried.values()}
         self._ways = ways_by_place(record)
         self._burst = (-1.0, 0)
@@ -86,19 +86,29 @@ class Replay(Twin):
         self._pattern = list(takings)
         if self._pattern:
             self._lap_s = max(float(record.ended_s.max()) - zero_s, self._pattern[-1].at_s) + 1e-6
-            driver._Moment(self.env, self._began_s + self._lap_s, CHANGE, self._on_lap)
+            Appointment(self.env, self._began_s + self._lap_s, CHANGE, self._on_lap)
 
     # ------------------------------------------------------------ how late the loop is
 
     def _lateness(self) -> float:
+        if not len(self._late_s):
+            return 0.0
         # Live there is one timer: what backs off until this moment goes first, however late it rings.
-        if self._due_at:
-            return max(self._due_at.values()) - self.env._now
-        job = self._first()
+        if self._noticed_at:
+            return max(self._noticed_at.values()) - self.env._now
+        job = self.scheduler.first()
         assert job is not None, "a timer without a head"
-        return self._late(job)
+        return self._late_by(job)
 
-    def _late(self, job: Job, *, is_retry: bool = False) -> float:
+    def _postponed(self) -> bool:
+        job = self.scheduler.due_job()
+        if job is None or self._noticed_at.pop(job, None) is not None:
+            return False
+        self._noticed_at[job] = self.env._now + self._late_by(job, is_retry=True)
+        self.scheduler.postpone(self._noticed_at[job])
+        return True
+
+    def _late_by(self, job: Job, *, is_retry: bool = False) -> float:
         """How late the loop is with the job's next launch: as it was in the run, else as any of its launches."""
         key = job.index, job.lane, job.tries + 1
         if self.learns:
@@ -116,15 +126,6 @@ class Replay(Twin):
         if key in self.delays:
             return self.delays[key]
         return float(self._rng.choice(self._late_s)) if len(self._late_s) else 0.0
-
-    def _on_retry_due(self, event: Any) -> None:
-        job = event._value
-        if job not in self._due_at:
-            at = self._due_at[job] = self.env._now + self._late(job, is_retry=True)
-            driver._Moment(self.env, at, driver.RETRY_DUE, self._on_retry_due, job)
-            return
-        del self._due_at[job]
-        super()._on_retry_due(event)
 
     # ------------------------------------------------------------ what an attempt meets
 
@@ -208,19 +209,26 @@ class Replay(Twin):
 
     def _on_lap(self, event: Any) -> None:
         """The run lasts longer than what is known of others: they go on in their own pattern, from any moment on."""
-        if self.tally.requests == len(self.columns):
+        if self.is_over:
             return
         start_s = self.env._now - self._began_s
         shift_s = float(self._rng.uniform(0.0, self._lap_s))
         for taking in self._pattern:
             at_s = start_s + (taking.at_s - shift_s) % self._lap_s
-            driver._Moment(self.env, self._began_s + at_s, CHANGE, self._on_taking, taking._replace(at_s=at_s))
-        driver._Moment(self.env, self.env._now + self._lap_s, CHANGE, self._on_lap)
+            Appointment(self.env, self._began_s + at_s, CHANGE, self._on_taking, taking._replace(at_s=at_s))
+        Appointment(self.env, self.env._now + self._lap_s, CHANGE, self._on_lap)
 
-    def _close(self, job: Job, now: float, code: str) -> None:
-        self.ends_s[job.index] = now + self.zero_s
+    def over(self, job: Job, at: float, code: str) -> None:
+        """Notes when each request ended, and whether it was lost."""
+        self.ends_s[job.index] = at + self.zero_s
         self.is_lost[job.index] = bool(code)
-        super()._close(job, now, code)
+        super().over(job, at, code)
+
+    def run(self, start_s: float = 0.0) -> Tally:
+        """What a stop leaves pending is lost when all is over."""
+        tally = super().run(start_s)
+        self.ends_s[np.isnan(self.ends_s)] = tally.last_s + self.zero_s
+        return tally
 
 
 def ways_by_place(record: Record) -> list[list[tuple[float, float]]]:

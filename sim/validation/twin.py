@@ -19,28 +19,27 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import inf
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from governor import law
 from governor.journal.journal import Journal
 from governor.model.errors import BadInput
 from governor.model.estimate import EMBEDDINGS, Sizes
 from governor.model.policy import Policy
 from governor.model.requests import Attempt, Outcome
 from sim.calibration.others import Count, Taking, counts_of, gone_by_others
-from sim.des import driver
-from sim.des.driver import Job, Simulation
+from sim.des.calendar import ANSWER, CHANGE, Appointment
+from sim.des.driver import Simulation
+from sim.des.jobs import Job
 from sim.model import provider as prov
 from sim.model.provider_config import ProviderConfig
 from sim.model.workload import MEASURED, Workload, constant, similar_outputs
 from sim.validation.assumptions import believed_provider
 from sim.validation.recorded import REFUSED, Record, record_of
 
-# The provider's limit changes come second among the events of one instant (docs/explanation/law.md#ties); so do ours.
-CHANGE = 1
 Change = tuple[float, Policy | str]
 # A leg that launches this soon after its beginning has waited for nothing but itself, seconds.
 START_MOST_S = 10.0
@@ -293,25 +292,41 @@ class Twin(Simulation):
     ) -> None:
         super().__init__(*arguments, **rest)
         self._late_s, self._rng = late_s, rng
+        self._late = -inf, 0.0  # a head's moment, and when it is noticed
         self._there_s = there_s.tolist() if there_s is not None else [0.0] * len(self.columns)
         self._round_s = round_s.tolist() if round_s is not None else [0.0] * len(self.columns)
         self._began_s = began_s
         for taking in takings:
-            driver._Moment(self.env, began_s + taking.at_s, CHANGE, self._on_taking, taking)
+            Appointment(self.env, began_s + taking.at_s, CHANGE, self._on_taking, taking)
         for at, change in changes:
-            driver._Moment(self.env, at, CHANGE, self._on_change, change)
+            Appointment(self.env, at, CHANGE, self._on_change, change)
 
     def _on_wake(self, event: Any) -> None:
-        """The law's moment has come; the loop notices a little later, unless something else wakes it before."""
-        if event is self.timer and not getattr(event, "_value", None) and len(self._late_s):
-            at = self.env._now + self._lateness()
-            self.timer = driver._Moment(self.env, at, driver.WAKE, self._on_wake, True)
-            return
-        super()._on_wake(event)
+        """A moment has come; the loop notices a little later, unless something else wakes it before."""
+        if event is self.timer and event is not None:
+            head_at = self.scheduler.head_at
+            if self.is_due:
+                is_later = self._postponed()
+            else:
+                if head_at != self._late[0]:
+                    self._late = head_at, self.env._now + self._lateness()
+                is_later = self._late[1] > self.env._now
+            if is_later:
+                self.timer, self.timer_at = None, inf
+                self._settle()
+            else:
+                super()._on_wake(event)
+
+    def _next_at(self, head_at: float) -> tuple[float, bool]:
+        return super()._next_at(self._late[1] if head_at == self._late[0] else head_at)
 
     def _lateness(self) -> float:
         """How late the timer rings that is due now."""
-        return float(self._rng.choice(self._late_s))
+        return float(self._rng.choice(self._late_s)) if len(self._late_s) else 0.0
+
+    def _postponed(self) -> bool:
+        """Whether the backoff that has ended is noticed only later."""
+        return False
 
     def _answer(self, job: Job, key: int, now: float) -> tuple[int, float, int, float]:
         """The provider sees the attempt when it has arrived, on a clock of its own."""
@@ -319,7 +334,7 @@ class Twin(Simulation):
         answer = self._served(job, key, max(self.ps.at, now + there_s - self._began_s))
         if self.pp.settles or self.pp.counts == prov.COUNTS_AT_ANSWER:
             left_s = max(now, now + answer[1] - (round_s - there_s))
-            driver._Moment(self.env, left_s, driver.ANSWER, self._on_left, job)
+            Appointment(self.env, left_s, ANSWER, self._on_left, job)
         return answer
 
     def _way(self, job: Job) -> tuple[float, float]:
@@ -340,14 +355,5 @@ class Twin(Simulation):
         gone_by_others(self.pp, self.ps, self.provider_seed, event._value)
 
     def _on_change(self, event: Any) -> None:
-        if self.tally.requests == len(self.columns):
-            return
-        now, change = self.env._now, event._value
-        self._advance(now)
-        if isinstance(change, str):
-            getattr(law, change)(self.p, self.s)
-        else:
-            params = change.params()
-            law.repriced(self.p, params, self.s, now)
-            self.p = params
-        self._pump(now)
+        change = event._value
+        self.change(change if isinstance(change, str) else change.params())

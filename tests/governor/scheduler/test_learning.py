@@ -102,9 +102,9 @@ def test_live_and_simulated_reserve_the_same() -> None:
     simulated_: list[tuple[int, float]] = []
 
     class Watched(Simulation):
-        def _launch(self, job, now):  # type: ignore[no-untyped-def]
+        def launch(self, job, now):  # type: ignore[no-untyped-def]
             simulated_.append((job.index, job.reserve))
-            super()._launch(job, now)
+            super().launch(job, now)
 
     Watched(c, case.params, case.provider, seed=9).run()
     observer = Reserves()

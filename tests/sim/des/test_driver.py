@@ -386,12 +386,12 @@ def test_when_the_credit_is_gone_everything_that_waits_ends_and_nothing_is_launc
     assert done.tally.completed == 1
 
 
-def test_arrivals_after_the_credit_is_gone_end_as_they_come() -> None:
+def test_a_run_is_over_when_the_credit_is_gone_and_what_would_arrive_later_is_lost() -> None:
     workload = batch([5] * 3, 1.0, arrival_s=[0.0, 10.0, 20.0])
     done = run(scenario_of(workload, quiet(), provider={"quota_requests": 1}, arrivals="trace"))
     assert [a.outcome for a in done.rows] == [Outcome.OK, Outcome.QUOTA]
     assert done.tally.failures == {"INSUFFICIENT_QUOTA": 2}
-    assert done.tally.last_s == 20.0
+    assert done.tally.last_s == done.rows[-1].finished_s == 10.0 + REFUSAL_S
 
 
 def test_a_request_above_the_limit_is_refused_at_once_and_one_above_the_budget_runs_alone() -> None:

@@ -106,8 +106,8 @@ class Recorded(Simulation):
         self.log: list[tuple[str, int, int, float, int, float]] = []
         super().__init__(*arguments, **options)
 
-    def _launch(self, job: Any, now: float) -> None:
-        super()._launch(job, now)
+    def launch(self, job: Any, now: float) -> None:
+        super().launch(job, now)
         key = attempt_key(job.lane, job.attempt)
         self.log.append(("launched", job.index, key, now, job.outcome, job.retry_after_s))
 

@@ -12,7 +12,8 @@ import pytest
 from governor.model.policy import Policy
 from governor.model.requests import CAUSES
 from sim.calibration.others import Count, Taking, takings
-from sim.des.driver import Job, Simulation
+from sim.des.driver import Simulation
+from sim.des.jobs import Job
 from sim.model.provider_config import ProviderConfig
 from sim.model.workload import Workload, columns, from_tokens
 from sim.validation.counterfactual import Counterfactual, counterfactual
