@@ -432,7 +432,8 @@ def _refused(p: Params, s: State, reserve: float, attempt: int, wait_s: float, l
     No sooner than that in the dimension that is fullest by our image, and no later in any, whatever counts have said.
     From then on, what others use at the most is kept free. But where all counts had room for the request, the limit
     that it met is one that headers do not show, such as a share of the minute per second: launches are then spread
-    evenly for a while, which costs bursts but no throughput.
+    evenly for a while, which costs bursts but no throughput. A fixed or sliding window of which no count is heard is
+    its own image: the first refusal of a request, or one with a stated wait, changes nothing but the hold.
     """
     fits_at = now + min(max(0.0, wait_s), MINUTE_S)
     fullest = -1
@@ -453,8 +454,8 @@ def _refused(p: Params, s: State, reserve: float, attempt: int, wait_s: float, l
                 fullest = d
                 latest_s = late_s
     is_heard = s.stated[TPM] > 0.0 or s.stated[RPM] > 0.0
-    if p.window != BUCKET and wait_s > 0.0 and not is_heard:
-        return  # nothing but the wait is known, and a window empties at once
+    if p.window != BUCKET and not is_heard and (wait_s > 0.0 or attempt == 1):
+        return  # nothing but a wait is known, or that it was too soon, and a window empties at once
     if 0.0 <= room < math.inf:
         s.paced_until = now + SURPRISE_FADES_S
     elif fullest >= 0:
