@@ -1,1 +1,1 @@
-"""What a run tells while it goes on: Prometheus metrics, the event log, progress."""
+"""What a run or a governed client tells while it goes on: Prometheus metrics, OpenTelemetry, event log, progress."""
