@@ -15,11 +15,11 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from math import inf
-from typing import Any, cast
+from typing import cast
 
 from governor import law
 from governor.law import Params, State
-from governor.model.errors import BadSetting, PacelineError, quoted
+from governor.model.errors import BadSetting, quoted
 from governor.model.policy import Policy
 from governor.model.pools import check_own_quota
 from governor.model.requests import Request
@@ -28,6 +28,7 @@ from governor.scheduler.attempts import Attempts, NoLoop
 from governor.scheduler.batch import BatchShell
 from governor.scheduler.interfaces import Quota
 from governor.scheduler.learning import Learner
+from governor.scheduler.loop import InALoop
 from governor.scheduler.permits import Permit
 from governor.scheduler.quota import local_quota
 from governor.scheduler.refusals import Refusals
@@ -46,7 +47,7 @@ def standing_of(lane: str) -> int:
     return law.INTERACTIVE if lane == INTERACTIVE else law.FIRST
 
 
-class Governor:
+class Governor(InALoop):
     """One pool's quota: a scheduler in an event loop.
 
     It may be made anywhere, and works in the event loop that it is used in: one after the other in several
@@ -60,8 +61,6 @@ class Governor:
     shared, even if PACELINE_REDIS_URL is set (BadSetting without it: see `sharing`). `quota`: another than one of its
     own. `late_s`: by how much the timer that let the next launch out was late, -1 = none did.
     """
-
-    only_loop = ""  # why it may not be used in another event loop than the first
 
     def __init__(
         self,
@@ -102,10 +101,9 @@ class Governor:
             quota = own
         estimate = self.batch.estimate if learner is not None else None
         self.scheduler: Scheduler[Job] = Scheduler(self.batch, quota, seed=seed, start_s=start_s, estimate=estimate)
-        self._calls, self._timer_at = 0, inf
-        self._timer: asyncio.TimerHandle | None = None
-        self._done: asyncio.Future[None] | None = None
-        self._error: BaseException | None = None
+        self._calls = 0
+        self._timer, self._timer_at = None, inf
+        self._done, self._error = None, None
         self.observer.began(self)
 
     # ------------------------------------------------------------ from outside
@@ -235,10 +233,6 @@ class Governor:
     async def aclose(self) -> None:
         """Gives back what this process holds of a quota that it shares (`shared`); nothing where it is its own."""
 
-    def now(self) -> float:
-        """Seconds since the run began; never less than any time already acted upon."""
-        return max(self.loop.time() - self.zero, self.scheduler.clock_at)
-
     def next_launch_at(self) -> float:
         """When anything can be launched at the earliest; -inf = at any moment, or as soon as something else happens.
 
@@ -294,81 +288,6 @@ class Governor:
     def next_slot_epoch(self) -> float:
         """The same in seconds since 1970; 0 before the first launch."""
         return self.zero_epoch + self.s.next_slot_at if self.s.next_slot_at > -inf else 0.0
-
-    def event(self) -> None:
-        """Something has changed: the scheduler looks at the head again."""
-        self.scheduler.changed(self.now())
-        self.settle()
-
-    def soon(self) -> None:
-        """The same for what may be asked from anywhere, even by an observer in the middle of a launch."""
-        if not self.loop.is_closed():  # whoever uses it next looks anyway
-            self.loop.call_soon(self.guarded, self.event)
-
-    def settle(self) -> None:
-        """After each event: sets one timer for the scheduler's next moment, and ends the run where all is done."""
-        at = self.scheduler.wake_at
-        if at != self._timer_at:
-            if self._timer is not None:
-                self._timer.cancel()
-            self._timer_at = at
-            self._timer = self.loop.call_at(self.zero + at, self._ring) if at < inf else None
-        is_over = self._done is not None and not self.attempts.count
-        if is_over and (self.stopped or not self.scheduler.unfinished):
-            self._end()
-
-    def _end(self) -> None:
-        if self._done is not None and not self._done.done():
-            self._done.set_result(None)
-
-    def _ring(self) -> None:
-        self.guarded(self._rung)
-
-    def _rung(self) -> None:
-        """The timer: what is due happens in order of time, else the head's moment has come."""
-        scheduler, timer_at = self.scheduler, self._timer_at
-        now = max(timer_at, self.now())
-        self._timer, self._timer_at = None, inf
-        self.late_s = now - timer_at if scheduler.due_at > now else -1.0
-        scheduler.woken(now)
-        self.late_s = -1.0
-        while scheduler.due_at <= now and not self.stopped:
-            scheduler.woken(now)
-        self.settle()
-
-    def bind(self) -> None:
-        """From now on in the loop that runs: the first, or another after the one before has ended."""
-        before, running = self.loop, asyncio.get_running_loop()
-        if running is before:
-            return
-        if self.only_loop:
-            raise PacelineError(self.only_loop)
-        if before.is_running() or (not before.is_closed() and (self.attempts.count or self.scheduler.jobs())):
-            raise PacelineError(
-                f"the governor of pool '{self.pool}' is at work in another event loop: use it in that one, or make one "
-                "for each loop with a share of the quota"
-            )
-        now = self.now()
-        self.loop, self.zero = running, running.time() - now
-        self.zero_epoch = time.time() - now
-        # What the loop before it left behind will never be called again.
-        self._timer, self._timer_at = None, inf
-        for job in [*self.attempts.forget(), *self.batch.granted, *self.scheduler.jobs()]:
-            self.scheduler.drop(job)
-
-    def fail(self, error: BaseException) -> None:
-        """Somebody's bug, or a disk that is full: the run ends when what is in flight has ended, and raises."""
-        self._error = self._error or error
-        self.stop(str(error) if isinstance(error, PacelineError) else f"internal error: {error!r}")
-
-    def guarded(self, happens: Callable[[], Any]) -> None:
-        """A callback of the loop, where nobody would hear of a bug of ours. The run ends at once, and raises it."""
-        try:
-            happens()
-        except Exception as error:
-            if self._error is None:
-                self.fail(error)
-            self._end()
 
     async def _close_down(self) -> None:
         """Whatever the run leaves behind gives back what it holds."""
