@@ -1,2 +1,1 @@
-"""The values that everything else speaks of: requests, token estimates, policy and settings, keyed chance, prices,
-pools."""
+"""Values that every other room uses: requests, token estimates, policy, settings, keyed chance, prices and pools."""

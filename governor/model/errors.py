@@ -26,7 +26,7 @@ OPERATOR = "operator"
 
 
 def quoted(value: object, width: int = 60) -> str:
-    """`value` as Python writes it, on one line and cut to `width` characters: what a user typed, safe in a message."""
+    """Return `value` as Python writes it, on one line and cut to `width` characters: user input, safe in a message."""
     text = repr(value)
     return text if len(text) <= width else f"{text[: width - 4]}...{text[-1]}"
 
@@ -38,9 +38,9 @@ def _rebuilt(kind: type[PacelineError], args: tuple[Any, ...], state: dict[str, 
 
 
 class PacelineError(Exception):
-    """Anything that Paceline says to its user instead of a result.
+    """Base class of every error that Paceline reports to its user instead of a result.
 
-    `exit_code`: the process's exit code. `fault`: who can mend it: the `caller` (input, settings), the `operator` (the
+    `exit_code`: the process's exit code. `fault`: who can fix it: the `caller` (input, settings), the `operator` (the
     account, the budget) or the `provider`. `retryable`: whether the same call, unchanged, can succeed later.
     """
 
@@ -49,14 +49,15 @@ class PacelineError(Exception):
     retryable: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A simulation's worker process hands its error to the parent; the default rebuilds from the message alone.
+        # A simulation's worker process pickles its error for the parent; the default rebuilds it from the message
+        # alone.
         return _rebuilt, (type(self), self.args, self.__dict__)
 
 
 class BadInput(PacelineError):
-    """A file or a line of it that cannot be read: the message starts with `path:line:` as far as they are known.
+    """Raised for a file, or a line of one, that cannot be read: the message starts with `path:line:` as far as known.
 
-    `path`: the name that the user gave, "" where there is none. `line`: counted from 1, 0 where none is to blame.
+    `path`: the name that the user gave, "" if there is none. `line`: counted from 1, 0 if no line is to blame.
     """
 
     exit_code: ClassVar[int] = 2
@@ -70,7 +71,10 @@ class BadInput(PacelineError):
 
 
 class BadSetting(PacelineError):
-    """A setting that is out of range, unknown or misspelt. `name`: the variable, "" where several are to blame."""
+    """Raised for a setting that is out of range, unknown or misspelt.
+
+    `name`: the variable, "" if several are to blame.
+    """
 
     exit_code: ClassVar[int] = 2
 
@@ -80,9 +84,9 @@ class BadSetting(PacelineError):
 
 
 class Oversized(PacelineError):
-    """A request whose charge exceeds the provider's limit: it can never run, whenever it is sent.
+    """Raised for a request whose charge exceeds the provider's limit: it can never run, whenever it is sent.
 
-    `request`: its number, as in records. `tokens`: its charge. `limit`: what `setting` grants.
+    `request`: its number, as in records. `tokens`: its charge. `limit`: the limit that `setting` grants.
     """
 
     exit_code: ClassVar[int] = 2
@@ -101,9 +105,9 @@ class Oversized(PacelineError):
 
 
 class Refused(PacelineError):
-    """The run may not start, or could not finish in the time allowed.
+    """Raised when the run may not start, or could not finish in the time allowed.
 
-    `retry_after_s`: seconds after which the same call may be granted, -1 where waiting does not help.
+    `retry_after_s`: seconds after which the same call may be granted, -1 if waiting does not help.
     """
 
     exit_code: ClassVar[int] = 3
@@ -115,21 +119,24 @@ class Refused(PacelineError):
 
 
 class QuotaExhausted(PacelineError):
-    """The account has no money or quota left: nothing more is launched, what is pending resumes later."""
+    """Raised when the account has no money or quota left: nothing more is launched. Pending requests resume later."""
 
     exit_code: ClassVar[int] = 4
     fault: ClassVar[str] = OPERATOR
 
 
 class BudgetExhausted(PacelineError):
-    """The run's own budget of money or time is used up: nothing more is launched, what is pending resumes later."""
+    """Raised when the run's own budget of money or time is used up: nothing more is launched.
+
+    Pending requests resume later.
+    """
 
     exit_code: ClassVar[int] = 5
     fault: ClassVar[str] = OPERATOR
 
 
 class FailureCode(StrEnum):
-    """Why a request ended without an answer, as it stands in records, summaries and error files."""
+    """The reason why a request ended without an answer, as written in records, summaries and error files."""
 
     RATE_LIMIT_EXHAUSTED = "OPENAI_RATE_LIMIT_EXHAUSTED"
     DEADLINE_EXCEEDED = "OPENAI_DEADLINE_EXCEEDED"
@@ -147,12 +154,12 @@ class FailureCode(StrEnum):
 
     @property
     def fault(self) -> str:
-        """Who can mend it: see `PacelineError`."""
+        """Return who can fix it: see `PacelineError`."""
         return _FAULT_AND_RETRYABLE[self][0]
 
     @property
     def retryable(self) -> bool:
-        """Whether the same request, sent again unchanged in a later run, can succeed."""
+        """Return whether the same request, sent again unchanged in a later run, can succeed."""
         return _FAULT_AND_RETRYABLE[self][1]
 
 

@@ -1,10 +1,11 @@
-"""Tokens of a request before it is sent: how large it is, and what is charged for it.
+"""Estimate a request's tokens before it is sent: how large it is, and what it is charged against the limit.
 
 **Sizes.** Prompt tokens are estimated from text, offline: UTF-8 bytes / 4. That is chars/4 for ASCII (1.06 of the real
 tokenizer's count in the median for English, 1.09 for Python) and 0.93 for Chinese, where chars/4 gives 0.57; other
-scripts come out high rather than low. Then 4 per message and 3 for the reply (docs/explanation/provider.md#sizes). JSON
-schemas of function tools and of structured output count as text too, which is high: recordings show about 6 of their
-characters per token. An under-estimate costs a 429, an over-estimate only waits.
+scripts are over-estimated rather than under-estimated. Then 4 are added per message and 3 for the reply
+(docs/explanation/provider.md#sizes). JSON schemas of function tools and of structured output count as text too, which
+over-estimates them: recordings show about 6 of their characters per token. An under-estimate costs a 429, an
+over-estimate only waits.
 
 **Charges.** The formulas are those measured from recorded headers (docs/explanation/provider.md#charge):
 
@@ -22,14 +23,14 @@ The responses endpoint under the character rules takes its own measured count (`
 `prompt_chars4` is then the same as `responses`. Every image adds 765 except under `fixed`. (Three images given by URL
 in early 2024 were charged nothing; later ones were.)
 
-A cap that is not declared counts 16 under prompt_plus_max, as measured on the old chat rule, and 0 under max_of: the
-characters alone. Neither then covers the answer, so `auto` is no less safe there. The documentation states max_of;
-recordings fit it nowhere; with a declared cap, prompt_plus_max is the largest. For a trace that knows tokens only, the
-caller passes chars = 4 x prompt tokens, which makes ceil(chars/4) the prompt tokens again.
+An undeclared cap counts 16 under prompt_plus_max, as measured on the old chat rule, and 0 under max_of: the characters
+alone. Neither then covers the answer, so `auto` is no less safe there. The documentation states max_of, but no
+recording fits it; with a declared cap, prompt_plus_max is the largest. For a trace that knows tokens only, the caller
+passes chars = 4 x prompt tokens, which makes ceil(chars/4) the prompt tokens again.
 
-**Ints and arrays alike.** All is elementwise arithmetic on whole numbers, so that a request and a NumPy column of a
-million requests are charged by the same line: -(-x // 4) is a ceiling, a comparison times a value is a choice. For
-whole numbers in, whole numbers of the same type out; `endpoint` may be an array too.
+**Ints and arrays alike.** All formulas are elementwise arithmetic on whole numbers, so that one line charges a single
+request and a NumPy column of a million requests: -(-x // 4) is a ceiling, a comparison times a value is a choice. Whole
+numbers in give whole numbers of the same type out; `endpoint` may be an array too.
 """
 
 from __future__ import annotations
@@ -46,19 +47,19 @@ CHAT = 0
 RESPONSES = 1
 EMBEDDINGS = 2
 COMPLETIONS = 3
-# Anthropic's endpoint: governed and served, but no line of a batch file names it.
+# Anthropic's endpoint is governed and served, but no line of a batch file names it.
 MESSAGES = 4
 
 RULES = ("fixed", "prompt_chars4", "prompt_plus_max", "max_of", "responses", "auto")
-# How we may reserve: `learned` begins with what is declared, and goes on with what was used (see `learning`).
+# How we may reserve: `learned` begins with the declared sizes and goes on with the tokens used (see `learning`).
 LEARNED = "learned"
 
 CHARS_PER_TOKEN = 4
 TOKENS_PER_MESSAGE = 4
 TOKENS_PER_REPLY = 3
 TOKENS_PER_IMAGE = 765
-# Assumed of each file, recording, film, stored prompt or earlier response that a request only points to: nothing on
-# this side tells its length. A PDF counts its text and an image of every page, so that this is about three pages.
+# Assumed for each file, recording, film, stored prompt or earlier response that a request only points to: nothing on
+# this side tells its length. A PDF counts its text and an image of every page, so this is about three pages.
 TOKENS_PER_FILE = 5_000
 UNSEEN_PARTS = {
     **dict.fromkeys(("input_file", "file", "document"), "files"),
@@ -66,7 +67,7 @@ UNSEEN_PARTS = {
     **dict.fromkeys(("input_video", "video_url", "video"), "video"),
 }
 IMAGE_PARTS = ("image_url", "input_image", "image", "computer_screenshot")
-# Fields of a part or an item whose content the model reads as text: calls of tools, code, patches, what was found.
+# Fields of a part or an item whose content the model reads as text: tool calls, code, patches, search results.
 READ_FIELDS = ("arguments", "input", "code", "action", "operation", "results", "stdout", "stderr", "thinking")
 # The completions endpoint's default, which the chat endpoint's old charge shares.
 CAP_UNDECLARED = 16
@@ -74,13 +75,13 @@ RESPONSES_EXTRA = 20
 RESPONSES_EXTRA_TOOLS = 217
 # The switch was seen between 17 and 20 March 2025 on chat; completions were not recorded between 2024-04 and 2025-07.
 CHARS_ALONE_SINCE = "2025-03-20"
-# Far above any model, far below where sums and products of 64-bit arrays would overflow.
+# Far above any model's limit, far below the values at which sums and products of 64-bit arrays overflow.
 WHOLE_MAX = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What is known of a request's size when it is submitted; never anything of its answer.
+    """The sizes of a request that are known when it is submitted; never anything of its answer.
 
     `prompt_tokens`: real or estimated. `chars`: characters of text, roles and schemas excluded; tokens given as numbers
     count 4 each. `role_chars`: characters of role names. `tools`: function tools. `n`: answers asked for (`best_of`
@@ -100,33 +101,36 @@ class Sizes:
 
 # ---------------------------------------------------------------- charges
 
-# An int, or a NumPy array of whole numbers: typed as Any, because what a comparison gives differs between the two.
+# An int, or a NumPy array of whole numbers. Typed as Any because a comparison's result differs between the two.
 Whole = Any
 
 
 def larger(a: Whole, b: Whole) -> Whole:
-    """The larger of the two, elementwise."""
+    """Return the larger of the two, elementwise."""
     return a + (b - a) * (b > a)
 
 
 def ceil_div(a: Whole, b: int) -> Whole:
-    """`a / b` rounded up, elementwise."""
+    """Return `a / b` rounded up, elementwise."""
     return -(-a // b)
 
 
 def chosen(condition: Whole, yes: Whole, no: Whole) -> Whole:
-    """`yes` where `condition` holds (True or 1), else `no`, elementwise."""
+    """Return `yes` if `condition` holds (True or 1), else `no`, elementwise."""
     return no + (yes - no) * condition
 
 
 def chat_chars(chars: Whole, messages: Whole) -> Whole:
-    """0.2504 x chars + 1.0 per message + 1.7, to the nearest token: chat since 2025-03-20, median error 0.7 of 75."""
-    # Over 1,250, with 625 for the rounding: small factors leave room in arrays of few bits.
+    """Return 0.2504 x chars + 1.0 per message + 1.7, to the nearest token.
+
+    Measured on chat since 2025-03-20, median error 0.7 of 75.
+    """
+    # Over 1,250, with 625 for the rounding: small factors do not overflow arrays of narrow integers.
     return (313 * chars + 1_250 * messages + 2_125 + 625) // 1_250
 
 
 def responses_prompt(prompt_tokens: Whole, tools: Whole) -> Whole:
-    """The real input tokens + 20, or + 217 where there are function tools: responses, 2025-05 to 2026-06."""
+    """Return the real input tokens + 20, or + 217 with function tools: the responses endpoint, 2025-05 to 2026-06."""
     return prompt_tokens + chosen(tools > 0, RESPONSES_EXTRA_TOOLS, RESPONSES_EXTRA)
 
 
@@ -177,10 +181,10 @@ def charge(
     est_tokens_per_run: Whole,
     as_of: str = "",
 ) -> Whole:
-    """Tokens counted against the limit for one request, or elementwise for arrays of them; fields as in `Sizes`.
+    """Return the tokens counted against the limit for one request, or elementwise for arrays; fields as in `Sizes`.
 
-    `as_of`: the day, YYYY-MM-DD, whose measured formula `auto` takes; "" = the newest. BadSetting for a rule that does
-    not exist and for a day that is none. Formulas: this module's docstring.
+    `as_of`: the day, YYYY-MM-DD, whose measured formula `auto` takes; "" = the newest. Raise BadSetting for an unknown
+    rule and for an invalid day. Formulas: this module's docstring.
     """
     if rule not in RULES and rule != LEARNED:
         raise BadSetting(f"charge rule {quoted(rule)} does not exist: use one of {', '.join((*RULES, LEARNED))}")
@@ -197,12 +201,12 @@ def charge(
         return counted + pictures
     if rule == "auto":
         rule = "prompt_plus_max" if as_of and as_of < CHARS_ALONE_SINCE else "prompt_chars4"
-        # The responses endpoint was measured after the switch only, and never counted the cap.
+        # The responses endpoint was measured only after the switch, and never counted the cap.
         max_tokens = chosen(endpoint == RESPONSES, 0, max_tokens)
     if rule == "prompt_chars4":
         text = chosen(endpoint == CHAT, chat_chars(chars, messages), ceil_div(chars, CHARS_PER_TOKEN))
         return chosen(endpoint == RESPONSES, counted, text) + pictures
-    # Embeddings have no roles and no answer.
+    # Embeddings have neither roles nor an answer.
     speaks = endpoint != EMBEDDINGS
     text = ceil_div(chars + role_chars * speaks, CHARS_PER_TOKEN)
     text = chosen(endpoint == RESPONSES, counted, text) + pictures
@@ -212,7 +216,7 @@ def charge(
 
 
 def charge_of(rule: str, sizes: Sizes, est_tokens_per_run: int, as_of: str = "") -> int:
-    """`charge` of one request's `Sizes`."""
+    """Return the `charge` of one request's `Sizes`."""
     return charge(
         rule,
         endpoint=sizes.endpoint,
@@ -233,7 +237,7 @@ def charge_of(rule: str, sizes: Sizes, est_tokens_per_run: int, as_of: str = "")
 
 
 class _Tally:
-    """Running sums over one body: characters for the charge rules, bytes for the estimate of tokens."""
+    """Sum up one body: characters for the charge rules, bytes for the estimate of tokens."""
 
     __slots__ = ("chars", "images", "messages", "role_chars", "unseen", "utf8")
 
@@ -250,7 +254,7 @@ class _Tally:
         self.role_chars += len(role) if isinstance(role, str) else 0
 
     def content(self, content: object, place: str) -> None:
-        """Text, a list of parts, or nothing."""
+        """Add text, a list of parts, or nothing."""
         if content is None:
             return
         if isinstance(content, str):
@@ -278,20 +282,24 @@ class _Tally:
             self.unread(item.get(name) or None)
 
     def unread(self, value: object) -> None:
-        """Text that the model reads but the measured charge does not count: calls of tools, schemas."""
+        """Add text that the model reads but the measured charge does not count: tool calls, schemas."""
         if value is not None:
             self.utf8 += _utf8_bytes(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
 def sizes_of(endpoint: int, body: Mapping[str, Any]) -> Sizes:
-    """`Sizes` of a request's body. BadInput, without a place, for a body that the endpoint could not take."""
+    """Return the `Sizes` of a request's body.
+
+    Raise BadInput, without a place, for a body that the endpoint would reject.
+    """
     return measured(endpoint, body)[0]
 
 
 def measured(endpoint: int, body: Mapping[str, Any], file_tokens: int = TOKENS_PER_FILE) -> tuple[Sizes, list[str]]:
-    """`Sizes` of a request's body, and what it points to whose length is unknown: "files", "audio", ..., one each.
+    """Return the `Sizes` of a request's body, and the kinds of content of unknown length that it refers to.
 
-    `file_tokens` are assumed for each of these, as text of that length.
+    The kinds ("files", "audio", ...) are named once each. `file_tokens` are assumed for each such reference, as text of
+    that length.
     """
     tally = _Tally()
     if endpoint == CHAT:
@@ -344,7 +352,7 @@ def _chat(tally: _Tally, body: Mapping[str, Any]) -> None:
         tally.content(message.get("content"), f"body.messages[{position}].content")
         tally.unread(message.get("tool_calls", message.get("function_call")))
         if isinstance(message.get("audio"), dict):
-            # An earlier answer in sound, by its id.
+            # An earlier answer given as audio, by its id.
             tally.unseen.append("audio")
 
 
@@ -368,7 +376,7 @@ def _responses(tally: _Tally, body: Mapping[str, Any]) -> None:
         if item.get("type") == "item_reference":
             tally.unseen.append("earlier responses")
         content = item.get("content", item.get("output"))
-        # What a tool gave back may be one object: a screenshot.
+        # A tool's output may be one object: a screenshot.
         tally.content([content] if isinstance(content, dict) else content, f"body.input[{position}].content")
         if item.get("type") == "image_generation_call":
             tally.images += 1
@@ -376,7 +384,7 @@ def _responses(tally: _Tally, body: Mapping[str, Any]) -> None:
 
 
 def _texts(tally: _Tally, value: object, place: str) -> None:
-    """Embeddings' `input` and completions' `prompt`: text, texts, tokens, or lists of tokens."""
+    """Add embeddings' `input` or completions' `prompt`: text, texts, tokens, or lists of tokens."""
     items = value if isinstance(value, list) else [value]
     if all(type(item) is int for item in items):
         items = [items]
@@ -391,7 +399,7 @@ def _texts(tally: _Tally, value: object, place: str) -> None:
 
 
 def _answer_schema(body: Mapping[str, Any]) -> object:
-    """The JSON schema that the answer must follow, as chat (`response_format`) or responses (`text`) carry it."""
+    """Return the JSON schema that the answer must follow, from chat's `response_format` or from responses' `text`."""
     chat, responses = body.get("response_format"), body.get("text")
     if isinstance(chat, dict):
         return chat.get("json_schema")
@@ -400,7 +408,10 @@ def _answer_schema(body: Mapping[str, Any]) -> object:
 
 
 def _declared_cap(endpoint: int, body: Mapping[str, Any]) -> int:
-    """The output cap that the body declares for each answer; -1 = none. All are checked, the first present counts."""
+    """Return the output cap that the body declares for each answer; -1 = none.
+
+    All are checked, the first present counts.
+    """
     names = ("max_output_tokens",) if endpoint == RESPONSES else ("max_completion_tokens", "max_tokens")
     caps = [_whole(body, name, 0, -1) for name in names]
     return -1 if endpoint == EMBEDDINGS else next((cap for cap in caps if cap >= 0), -1)
@@ -418,11 +429,11 @@ def _whole(body: Mapping[str, Any], name: str, low: int, absent: int) -> int:
 
 
 def _utf8_bytes(text: str) -> int:
-    # JSON may hold half of a surrogate pair, which strict UTF-8 refuses.
+    # JSON may hold half of a surrogate pair, which strict UTF-8 rejects.
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
 def kind_of(value: object) -> str:
-    """What a JSON value is, for messages: "a list", "text", ..."""
+    """Return the kind of a JSON value, for messages: "a list", "text", ..."""
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")

@@ -1,8 +1,8 @@
-"""Files of the user's: YAML read with complaints that name the line, and new files that appear whole or not at all.
+"""Read YAML with error messages that name the line, and write files that appear whole or not at all.
 
 Theory of operation. The content goes into a hidden file beside the target, which is forced to the disk and then takes
-the target's name in one step (`os.replace` is atomic within one file system, hence "beside"). Whatever goes wrong
-before that step removes the hidden file and leaves an older target as it was.
+the target's name in one step (`os.replace` is atomic within one file system, hence "beside"). Any failure before that
+step removes the hidden file and leaves an older target as it was.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, TextIO
 from governor.model.errors import BadInput, quoted
 from governor.model.estimate import kind_of
 
-# What a reader can do about it, for the errors of an ordinary day.
+# Remedies for the common errors.
 _REMEDIES = {
     errno.ENOSPC: "the disk is full: make room, or name another folder",
     errno.EDQUOT: "the disk quota is used up: make room, or name another folder",
@@ -32,7 +32,7 @@ _REMEDIES = {
 
 
 def why(error: OSError) -> str:
-    """What is wrong with a file, in one line for people."""
+    """Return, in one line for people, what is wrong with a file."""
     return _REMEDIES.get(error.errno or 0) or error.strerror or " ".join(str(error).split()) or type(error).__name__
 
 
@@ -41,7 +41,7 @@ def why(error: OSError) -> str:
 
 @functools.cache
 def _loader() -> Any:
-    import yaml  # only some commands read any
+    import yaml  # only some commands read YAML
 
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -59,16 +59,17 @@ def _loader() -> Any:
             try:
                 return super().construct_object(node, deep)
             except (ValueError, OverflowError) as error:
-                # A scalar that only looks like a date or a number: PyYAML would not say where.
+                # For a scalar that only looks like a date or a number PyYAML would not give the place.
                 raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
 
     return Loader
 
 
 def parsed_yaml(text: str, name: str, wanted: str = "a mapping") -> dict[str, Any]:
-    """The mapping that a YAML text holds. BadInput where it is not YAML (with the line), or no mapping of names.
+    """Return the mapping that a YAML text holds.
 
-    A key that stands twice is an error: one of its two values would be lost without a word.
+    Raise BadInput if the text is not YAML (with the line) or not a mapping of names. A key that occurs twice is an
+    error: one of its two values would be lost silently.
     """
     import yaml  # as above
 
@@ -89,7 +90,7 @@ def parsed_yaml(text: str, name: str, wanted: str = "a mapping") -> dict[str, An
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file. BadInput where it cannot be read, and as in `parsed_yaml`."""
+    """Return the mapping in a YAML file. Raise BadInput if it cannot be read, and as `parsed_yaml` does."""
     name = os.fspath(path)
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -103,7 +104,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def only_keys(data: dict[str, Any], allowed: tuple[str, ...], place: str, name: str) -> None:
-    """BadInput for a key that is not one of `allowed`: a misspelt setting that is ignored is worse than none."""
+    """Raise BadInput for a key that is not one of `allowed`: a misspelt setting that is ignored is worse than none."""
     for key in data:
         if key not in allowed:
             raise BadInput(f"{place}there is no key {quoted(key)}: use {', '.join(allowed)}", name)
@@ -114,11 +115,11 @@ def only_keys(data: dict[str, Any], allowed: tuple[str, ...], place: str, name: 
 
 @contextlib.contextmanager
 def write_atomically(path: str | Path, *, mode: int = 0o666) -> Iterator[Path]:
-    """Yields the path of an empty file to fill; when the block ends without an error it becomes `path`.
+    """Yield the path of an empty file to fill; when the block ends without an error it becomes `path`.
 
-    The block should read and write no other file: an `OSError` in it (a full disk, a folder that vanished) leaves as
-    one line of `BadInput` that names `path`. Any other exception passes through; in both cases nothing is left behind.
-    A symbolic link stays one, what it points to is replaced. `mode`: its permissions, less the umask.
+    The block should read and write no other file: an `OSError` in it (a full disk, a folder that vanished) is raised as
+    a one-line `BadInput` that names `path`. Any other exception passes through; in both cases nothing is left behind. A
+    symbolic link stays a link, and its target is replaced. `mode`: the file's permissions, less the umask.
     """
     name = os.fspath(path)
     target = Path(os.path.realpath(name))
@@ -132,7 +133,7 @@ def write_atomically(path: str | Path, *, mode: int = 0o666) -> Iterator[Path]:
         os.replace(unfinished, target)
         _sync_folder(target.parent)
     except (ConnectionError, ChildProcessError):
-        raise  # somebody else's pipe or process, never a file
+        raise  # another program's pipe or process, never a file
     except OSError as error:
         raise BadInput(f"cannot be written: {why(error)}", name) from error
     finally:
@@ -142,7 +143,7 @@ def write_atomically(path: str | Path, *, mode: int = 0o666) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replaced(path: str | Path, *, mode: int = 0o666) -> Iterator[TextIO]:
-    """A text file to write, as `write_atomically` makes it."""
+    """Yield a text file to write, with the guarantees of `write_atomically`."""
     with write_atomically(path, mode=mode) as unfinished, open(unfinished, "w", encoding="utf-8", newline="\n") as file:
         yield file
 
@@ -157,7 +158,7 @@ def _check_target(target: Path, name: str) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes a rename durable; a file system that cannot has made it as durable as it can."""
+    """Make a rename durable; a file system without support for this has already made it as durable as it can."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -167,7 +168,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def check_writable(path: str | Path) -> None:
-    """BadInput, before anything is sent, where a file of that name could not be written at the end."""
+    """Raise BadInput, before anything is sent, if a file of that name could not be written at the end."""
     with contextlib.suppress(_Tried), write_atomically(path):
         raise _Tried
 
@@ -178,9 +179,9 @@ class _Tried(Exception):  # noqa: N818  (no error: it ends a trial before anythi
 
 @contextlib.contextmanager
 def prepared_folder(path: str) -> Iterator[Path]:
-    """The folder to write into, made if it is not there, and removed again if the work comes to nothing.
+    """Yield the folder to write into: create it if it is missing, and remove it again if the work fails.
 
-    BadInput where it cannot be made or nothing can be written in it.
+    Raise BadInput if it cannot be created or written to.
     """
     folder = Path(path)
     made: list[Path] = []
@@ -204,6 +205,6 @@ def prepared_folder(path: str) -> Iterator[Path]:
 
 def _remove(folders: list[Path]) -> None:
     for folder in reversed(folders):
-        # One that is not empty stays: somebody else has put something there.
+        # A folder that is not empty stays: another program has put something there.
         with contextlib.suppress(OSError):
             folder.rmdir()

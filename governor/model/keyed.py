@@ -31,7 +31,7 @@ SEARCH = 13
 
 
 def keyed_uniform(seed: int, request: int, attempt: int, purpose: int) -> float:
-    """A uniform number in the open interval (0, 1) for this seed, request, attempt and purpose.
+    """Return a uniform number in the open interval (0, 1) for this seed, request, attempt and purpose.
 
     Arguments are whole numbers of at most 63 bits, not negative. Resolution 2**-52; the ends are never reached, so the
     result may go straight into a logarithm or a quantile function.
@@ -39,7 +39,7 @@ def keyed_uniform(seed: int, request: int, attempt: int, purpose: int) -> float:
     tag = attempt * 64 + purpose
     low = (seed & MASK) * 0x9E3779B1 + (request & MASK) * 0x85EBCA77 + (tag & MASK) * 0xC2B2AE3D
     high = (seed >> 32 & MASK) * 0x27D4EB2F + (request >> 32 & MASK) * 0x165667B1 + (request & MASK) * 0x7FEB352D
-    # The finalizer twice, written out: a call costs more than the arithmetic. The second lane, which hears of every
+    # The finalizer twice, written out: a call costs more than the arithmetic. The second lane, which depends on every
     # input, gives the leading bits.
     a = (low + 0x6C62272E) & MASK
     a = ((a ^ (a >> 16)) * 0x85EBCA6B) & MASK
@@ -53,12 +53,12 @@ def keyed_uniform(seed: int, request: int, attempt: int, purpose: int) -> float:
 
 
 def attempt_key(lane: int, attempt: int) -> int:
-    """The number under which an attempt draws: a finalize pass (lane 1) shares none with the main lane."""
+    """Return the number under which an attempt draws: a finalize pass (lane 1) shares no number with the main lane."""
     return attempt + 100_000 * lane
 
 
 def normal_quantile(u: float) -> float:
-    """The standard normal value below which a share `u` of the mass lies, 0 < u < 1.
+    """Return the standard normal value below which a share `u` of the mass lies, 0 < u < 1.
 
     Algorithm AS 241, PPND16 (Wichura 1988), about 1e-16 relative. One uniform makes one normal, monotonically, so that
     common random numbers stay common after the transformation.

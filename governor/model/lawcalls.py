@@ -1,9 +1,9 @@
-"""Calls of the law as plain numbers: how a record keeps them and how a message carries them.
+"""Represent calls of the law as plain numbers, as records keep them and messages carry them.
 
-Beside the law's own functions these names stand in a chain of calls: `began` opens it (the policy's numbers),
+Besides the law's own functions these names occur in a chain of calls: `began` opens it (the policy's numbers),
 `repriced` changes the policy (the new numbers, then `now`), `restored` replaces the state (its numbers). In a pool that
 several processes share, `shared` says that times count from another zero, so many seconds before the run's own, and
-`patched` what other processes have changed in the state since (place and value, in turn).
+`patched` lists what other processes have changed in the state since (place and value, in turn).
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ _PACKERS: dict[int, struct.Struct] = {}
 
 
 def packed(numbers: Numbers) -> bytes:
-    """Numbers as little-endian doubles, 8 bytes each: exact, inf and -0.0 included."""
+    """Return numbers as little-endian doubles, 8 bytes each: exact, inf and -0.0 included."""
     packer = _PACKERS.get(len(numbers))
     if packer is None:
         packer = _PACKERS[len(numbers)] = struct.Struct(f"<{len(numbers)}d")
     return packer.pack(*numbers)
 
 
-# Before the numbers of a stored call: length of its name, number of arguments, number of results. Then the name.
+# The header of a stored call: length of its name, number of arguments, number of results. The name follows.
 _HEAD = struct.Struct("<BHH")
 _HEADS: dict[tuple[str, int, int], bytes] = {}
 
 
 def stored(calls: Iterable[tuple[str, Numbers, Numbers]]) -> bytes:
-    """Calls of the law (name, arguments, result) as bytes, exactly; `read_back` reads them."""
+    """Return calls of the law (name, arguments, result) as bytes, exactly; `read_back` reads them."""
     parts = []
     for name, arguments, result in calls:
         key = name, len(arguments), len(result)
@@ -58,7 +58,10 @@ def stored(calls: Iterable[tuple[str, Numbers, Numbers]]) -> bytes:
 
 
 def read_back(data: bytes) -> Iterator[tuple[str, Numbers, Numbers]]:
-    """The calls that `stored` wrote. ValueError where the bytes end in the middle of one, or make no sense."""
+    """Yield the calls that `stored` wrote.
+
+    Raise ValueError if the bytes are malformed or end in the middle of a call.
+    """
     place = 0
     while place < len(data):
         if place + _HEAD.size > len(data):
@@ -73,7 +76,7 @@ def read_back(data: bytes) -> Iterator[tuple[str, Numbers, Numbers]]:
 
 
 def numbers_of(values: Iterable[Any]) -> Numbers:
-    """A call's arguments, or its result, as plain numbers; a bag (`Params`, `State`) becomes its fields in order."""
+    """Return a call's arguments or result as plain numbers; a bag (`Params`, `State`) becomes its fields in order."""
     flat: list[float] = []
     for value in values:
         if is_dataclass(value):
@@ -86,24 +89,24 @@ def numbers_of(values: Iterable[Any]) -> Numbers:
 
 
 def result_of(value: Any) -> Numbers:
-    """What a function of the law returned, as numbers: nothing, one number or several."""
+    """Return the result of one of the law's functions as a sequence of numbers: none, one or several."""
     if value is None:
         return ()
     return numbers_of(value) if isinstance(value, tuple) else (float(value),)
 
 
 def params_of(numbers: Numbers) -> Params:
-    """The bag whose fields, in order, are these numbers. ValueError if there are too many or too few."""
+    """Return the bag whose fields, in order, are these numbers. Raise ValueError if there are too many or too few."""
     return Params(**_fields_of(_PARAMS, numbers))
 
 
 def state_of(numbers: Numbers) -> State:
-    """The same for a state."""
+    """Return the state whose fields, in order, are these numbers. Raise ValueError if there are too many or too few."""
     return State(**_fields_of(_STATE, numbers))
 
 
 def patch_of(before: Numbers, after: Numbers) -> Numbers:
-    """What makes the one state's numbers the other's: place and value, in turn."""
+    """Return the patch that turns the numbers of state `before` into those of `after`: place and value, in turn."""
     changes = ((float(i), new) for i, (old, new) in enumerate(zip(before, after, strict=True)) if old != new)
     return tuple(number for change in changes for number in change)
 
@@ -117,7 +120,7 @@ def _fields_of(model: Params | State, numbers: Numbers) -> dict[str, Any]:
             values[column.name] = list(numbers[place : place + len(like)])
             place += len(like)
         else:
-            # A slice, so that numbers that end too soon are complained of below and not here.
+            # A slice, so that numbers that end too soon are reported below and not here.
             values[column.name] = sum(map(type(like), numbers[place : place + 1]))
             place += 1
     if place != len(numbers):

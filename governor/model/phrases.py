@@ -1,6 +1,6 @@
-"""Figures in words: durations, shares, counts, and what is waited for. Pure functions from numbers to short texts.
+"""Put figures into words: durations, shares, counts and causes of waiting. Pure functions from numbers to short texts.
 
-A text never says more than is known: rounding is to what a reader can use.
+A text never claims more precision than a reader can use.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 
-# Each cause of waiting: the knob that decides it, and what is waited for.
+# Each cause of waiting: the knob that decides it, and what the request waits for.
 WAITED_FOR = {
     "concurrency": ("OPENAI_MAX_CONCURRENCY", "a free place in flight"),
     "stagger": ("OPENAI_STAGGER_SECONDS", "the next launch slot"),
@@ -21,12 +21,15 @@ WAITED_FOR = {
 }
 
 
-# From here on the figures of an absurd duration only fill a line.
+# The figures of a duration longer than this would only fill a line.
 CENTURIES_S = 200.0 * 365.25 * 86_400.0
 
 
 def duration(seconds: float) -> str:
-    """A duration in its two largest units: "0.35 s", "42 s", "24 min 10 s", "1 h 28 min", "2 d 4 h"; inf: "never"."""
+    """Return a duration in its two largest units.
+
+    Examples: "0.35 s", "42 s", "24 min 10 s", "1 h 28 min", "2 d 4 h"; inf is "never".
+    """
     if math.isnan(seconds):
         return "not known"
     if math.isinf(seconds):
@@ -38,7 +41,7 @@ def duration(seconds: float) -> str:
         return "0 s"
     if s < 9.95:
         return f"{sign}{s:.2g} s"
-    # Rounded before it is split, so that 59.7 s reads "1 min" and not "60 s".
+    # Round before splitting, so that 59.7 s reads "1 min" and not "60 s".
     if round(s) < 60:
         return f"{sign}{round(s)} s"
     if round(s) < 3_600:
@@ -54,7 +57,7 @@ def _two(small: int, ratio: int, big_unit: str, small_unit: str) -> str:
 
 
 def percent(ratio: float) -> str:
-    """A share: "73 %", "0.41 %", "99.8 %": two digits, and never 100 % for what is less."""
+    """Return a share to two digits: "73 %", "0.41 %", "99.8 %"; a share below 1 never reads 100 %."""
     if math.isnan(ratio):
         return "not known"
     sign, value = ("−", -100.0 * ratio) if ratio < 0.0 else ("", 100.0 * ratio)
@@ -64,7 +67,7 @@ def percent(ratio: float) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """ "1 request", "2,000 requests"."""
+    """Return a count with its noun: "1 request", "2,000 requests"."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
@@ -72,7 +75,7 @@ _THOUSANDS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
 
 def whole_number(text: str) -> int | None:
-    """A whole number from 0 up, as people write it: 450000, 450_000, 450k, 1.5M; None for anything else."""
+    """Return a whole number from 0 up as people write it: 450000, 450_000, 450k, 1.5M; None for anything else."""
     found = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)\s*([kmg]?)", text.strip().lower(), re.ASCII)
     value = float(found[1].replace("_", "")) * _THOUSANDS[found[2]] if found else -1.0
     return int(value) if 0 <= value <= 1e12 and value == int(value) else None

@@ -1,16 +1,16 @@
 """The policy: every knob of the law with its environment name, unit, allowed range, preset values and meaning.
 
-Theory of operation. Each knob stands once, as a field of `Policy`; pydantic checks it, and `KNOBS`, the `--help` text,
-the README's table, `.env` reading and `.env` writing are all derived from the model's own schema. A caller hands over
+Theory of operation. Each knob is defined once, as a field of `Policy`; pydantic checks it, and `KNOBS`, the `--help`
+text, the README's table, `.env` reading and `.env` writing are all derived from the model's own schema. A caller passes
 a mapping (`from_env`) or `NAME=VALUE` words (`set_values`) and gets a checked policy or one `BadSetting`.
 
-An env file in production holds foreign names and secrets. A name that is not ours is left alone and its value is never
-repeated, not even in an error; a name that is *nearly* ours is an error, because a limit that is silently ignored is
-worse than a run that does not start. How near is near is decided by `near_miss`.
+An env file in production holds foreign names and secrets. A foreign name is left alone and its value is never repeated,
+not even in an error; a name that is *nearly* ours is an error, because a limit that is silently ignored is worse than a
+run that does not start. `near_miss` decides how near is near.
 
 Presets. `guardrails` holds the defaults: the rate-limit guardrails that the first user runs in production. `paceline`
-is where our own recommendations start: it keeps the eight guardrail knobs, which are the planner's to search, and
-switches on what the law can do besides. What depends on the provider is the planner's to fill in, and stands as in
+is the starting point of our own recommendations: it keeps the eight guardrail knobs, which the planner searches, and
+switches on the law's further abilities. Knobs that depend on the provider are left for the planner to fill in and equal
 `guardrails` until then: `settle` (as the provider does), the RPM and the daily limits (as granted).
 """
 
@@ -35,16 +35,20 @@ _WINDOWS = {"fixed": FIXED, "sliding": SLIDING, "bucket": BUCKET}
 
 
 def _knob(env: str, default: Value, unit: str, meaning: str, *, paceline: Value | None = None, **allowed: Any) -> Any:
-    """One knob: `allowed` are pydantic's bounds (ge, gt, le, lt); without `paceline` both presets share the default."""
+    """Return one knob; `allowed` are pydantic's bounds (ge, gt, le, lt).
+
+    Without `paceline` both presets share the default.
+    """
     extra: dict[str, Any] = {"env": env, "unit": unit, "paceline": default if paceline is None else paceline}
     return Field(default, description=meaning, json_schema_extra=extra, **allowed)
 
 
 class Policy(BaseModel):
-    """Settings of one pool, checked and frozen. `model_fields_set` says which were named rather than left at default.
+    """The settings of one pool, checked and frozen.
 
-    Knobs go by their names here, the same with `_s` for `_seconds`, or their environment names, as in `with_`. A value
-    out of range, and a name that is no knob's, raise `BadSetting` (one line, with what is allowed).
+    `model_fields_set` tells which were named rather than left at default. Knobs go by their field names here, by the
+    same with `_s` for `_seconds`, or by their environment names, as in `with_`. Raise BadSetting (one line, with the
+    allowed values) for a value out of range and for an unknown name.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -69,7 +73,7 @@ class Policy(BaseModel):
         "FINALIZE_LOWERS_CONCURRENCY", True, "", "while a finalize pass is open, its lower concurrency cap holds"
     )
 
-    # Added by us.
+    # The knobs beyond the guardrails.
     tpm_window: Literal["fixed", "sliding", "bucket"] = _knob(
         "OPENAI_TPM_WINDOW", "fixed", "", "anchored minutes, the last 60 s, or continuous refill", paceline="bucket"
     )
@@ -151,7 +155,7 @@ class Policy(BaseModel):
 
     @classmethod
     def preset(cls, name: str) -> Policy:
-        """`guardrails` (the defaults) or `paceline`."""
+        """Return the preset of that name: `guardrails` (the defaults) or `paceline`."""
         if name == "guardrails":
             return cls()
         if name == "paceline":
@@ -160,15 +164,15 @@ class Policy(BaseModel):
 
     @classmethod
     def from_env(cls, environment: Mapping[str, str | None], base: Policy | None = None) -> Policy:
-        """`base` (else the defaults) with what an environment or a parsed env file names on top.
+        """Return `base` (else the defaults) overlaid with the knobs that an environment or a parsed env file names.
 
-        Foreign names are ignored, an empty value is as good as none. Raises `BadSetting` for a value that is not
-        allowed and for a near-miss of one of our names.
+        Foreign names are ignored, and an empty value counts as absent. Raise BadSetting for a value that is not allowed
+        and for a near-miss of one of our names.
         """
         for env in environment:
             meant = near_miss(env)
             if meant:
-                # Without its value: only the name is nearly ours, what it holds may be a secret.
+                # Do not show the value: only the name is nearly ours, the value may be a secret.
                 raise BadSetting(f"there is no setting {_shown(env)}: did you mean {meant}?", env)
         changes: dict[str, Value] = {}
         for knob in KNOBS:
@@ -178,9 +182,9 @@ class Policy(BaseModel):
         return (base or cls()).with_(**changes)
 
     def set_values(self, assignments: Iterable[str]) -> Policy:
-        """This policy with `NAME=VALUE` words (a command line's `--set`) on top; the last of equal names wins.
+        """Return this policy overlaid with `NAME=VALUE` words (a command line's `--set`); the last of equal names wins.
 
-        Raises `BadSetting`, also for any name that is not a knob's: here none can be foreign.
+        Raise BadSetting for a value that is not allowed and for any unknown name: here none can be foreign.
         """
         changes: dict[str, Value] = {}
         for assignment in assignments:
@@ -194,19 +198,20 @@ class Policy(BaseModel):
         return self.with_(**changes)
 
     def with_(self, **changes: Value) -> Policy:
-        """This policy with some knobs changed, and checked again.
+        """Return this policy with some knobs changed, and checked again.
 
-        A knob goes by its python name, by that with `_s` for `_seconds`, or by its environment name: `stagger_s=5` is
-        `stagger_seconds=5` is `OPENAI_STAGGER_SECONDS=5`. BadSetting for any other name, and for one given twice.
+        A knob goes by its Python name, by that with `_s` for `_seconds`, or by its environment name: `stagger_s=5` is
+        `stagger_seconds=5` is `OPENAI_STAGGER_SECONDS=5`. Raise BadSetting for any other name, and for a knob given
+        twice.
         """
         named: dict[str, Value] = {name: getattr(self, name) for name in self.model_fields_set}
         return Policy.model_validate(named | by_field(changes))
 
     def to_env(self, old: Policy | None = None, *, everything: bool = False) -> str:
-        """This policy as the text of an env file, our names only; `from_env` of it gives an equal policy.
+        """Return this policy as the text of an env file, our names only; `from_env` of it gives an equal policy.
 
-        Written are the knobs that differ from the guardrails default or from `old`, and those that were named; all of
-        them with `everything`. A value that differs from `old` has the old one beside it as a comment.
+        The text holds the knobs that differ from the guardrails default or from `old` and those that were named; with
+        `everything`, all of them. A value that differs from `old` has the old value beside it as a comment.
         """
         blocks = []
         for knob in KNOBS:
@@ -221,7 +226,7 @@ class Policy(BaseModel):
         return "\n".join(blocks)
 
     def params(self) -> Params:
-        """The numbers that the law works on. The headroom applies to each limit, daily ones included."""
+        """Return the numbers that the law works on. The headroom applies to each limit, daily ones included."""
         limit = [float(n) for n in (self.tpm_limit, self.rpm_limit, self.tpd_limit, self.rpd_limit)]
         lengths_s = (MINUTE_S, MINUTE_S, DAY_S, DAY_S)
         return Params(
@@ -258,7 +263,7 @@ class Policy(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Knob:
-    """One row of the table. `kind`: the schema's integer, number, boolean or string; the last has `choices`.
+    """One row of the table of knobs. `kind`: the schema's integer, number, boolean or string; the last has `choices`.
 
     `low`, `high`: the range of a number; `low_open`, `high_open`: that end itself is not allowed.
     """
@@ -278,7 +283,7 @@ class Knob:
 
     @property
     def allowed(self) -> str:
-        """What a value may be, for people: "a whole number from 1 to 100,000 (requests)"."""
+        """Return the allowed values, for people: "a whole number from 1 to 100,000 (requests)"."""
         if self.kind == "boolean":
             return "true or false"
         if self.kind == "string":
@@ -289,7 +294,7 @@ class Knob:
         return f"{noun} {low}{high} ({self.unit})"
 
     def text(self, value: Value) -> str:
-        """A value as it stands in an env file; `parsed` gives it back exactly."""
+        """Return a value as an env file writes it; `parsed` gives it back exactly."""
         if isinstance(value, bool):
             return "true" if value else "false"
         if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
@@ -297,7 +302,10 @@ class Knob:
         return str(value)
 
     def parsed(self, text: str) -> Value:
-        """The value that a text means, surrounding blanks and letter case aside; `BadSetting` if it is not allowed."""
+        """Return the value that a text means, ignoring surrounding blanks and letter case.
+
+        Raise BadSetting if it is not allowed.
+        """
         word = text.strip().lower()
         if self.kind == "boolean" and word in _SWITCH:
             return _SWITCH[word]
@@ -313,12 +321,12 @@ class Knob:
         raise self.refused(text.strip())
 
     def holds(self, value: float) -> bool:
-        """Whether a number is in range."""
+        """Return whether a number is in range."""
         above = value > self.low if self.low_open else value >= self.low
         return above and (value < self.high if self.high_open else value <= self.high)
 
     def refused(self, value: object) -> BadSetting:
-        """The error for a value that is not allowed."""
+        """Return the error for a value that is not allowed."""
         return BadSetting(f"{self.env}={_shown(str(value))} is not allowed: {self.allowed}", self.env)
 
 
@@ -327,7 +335,7 @@ _SWITCH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0"
 
 
 def _knobs() -> tuple[Knob, ...]:
-    """The rows, in the order of the fields."""
+    """Return the table's rows, in the order of the fields."""
     rows = []
     for name, schema in Policy.model_json_schema()["properties"].items():
         rows.append(
@@ -352,19 +360,19 @@ def _knobs() -> tuple[Knob, ...]:
 KNOBS = _knobs()
 KNOB_BY_ENV = {knob.env: knob for knob in KNOBS}
 KNOB_BY_NAME = {knob.name: knob for knob in KNOBS}
-# As programs name them: the units of a name are `_s`, like everywhere outside the env files.
+# Programs name knobs with `_s` for the unit, as everywhere outside the env files.
 KNOB_BY_SHORT_NAME = {knob.name.replace("_seconds", "_s"): knob for knob in KNOBS}
-# What a deployment that runs the guardrails can change today, without new code.
+# The knobs that a deployment running the guardrails can change today, without new code.
 GUARDRAIL_KNOBS = KNOBS[:8]
 
 
 def knob_named(name: str) -> Knob | None:
-    """The knob of that field, short or environment name; None where there is none."""
+    """Return the knob of that field, short or environment name; None if there is none."""
     return KNOB_BY_NAME.get(name) or KNOB_BY_SHORT_NAME.get(name) or KNOB_BY_ENV.get(name)
 
 
 def by_field(changes: Mapping[str, Value]) -> dict[str, Value]:
-    """Changes under the names of the fields, however they were named (see `Policy.with_`); the values as they are."""
+    """Return changes under the names of the fields, however they were named (see `Policy.with_`), values unchanged."""
     found: dict[str, Value] = {}
     for name, value in changes.items():
         knob = knob_named(name)
@@ -375,7 +383,7 @@ def by_field(changes: Mapping[str, Value]) -> dict[str, Value]:
 
 
 def knob_table() -> str:
-    """The README's table of knobs, markdown."""
+    """Return the README's table of knobs as markdown."""
     lines = ["| env name | guardrails | paceline | allowed | meaning |", "|---|---|---|---|---|"]
     for k in KNOBS:
         lines.append(f"| {k.env} | {k.text(k.guardrails)} | {k.text(k.paceline)} | {k.allowed} | {k.meaning} |")
@@ -383,13 +391,13 @@ def knob_table() -> str:
 
 
 def _shown(text: str) -> str:
-    """A user's text inside a one-line message: control characters escaped, no longer than 60 characters."""
+    """Return a user's text for a one-line message: control characters escaped, no longer than 60 characters."""
     shown = text.encode("unicode_escape").decode("ascii") if not text.isprintable() else text
     return f"'{shown[:57]}...'" if len(shown) > 60 else f"'{shown}'"
 
 
 def _bad_setting(error: ValidationError) -> BadSetting:
-    """The first of pydantic's complaints, in our words."""
+    """Return the first of pydantic's complaints as a BadSetting."""
     first = error.errors(include_url=False)[0]
     name = str(first["loc"][0]) if first["loc"] else ""
     knob = KNOB_BY_NAME.get(name)
@@ -397,7 +405,7 @@ def _bad_setting(error: ValidationError) -> BadSetting:
         if not name:
             return BadSetting("a policy is a mapping of settings to values")
         ours = {knob.name: short for short, knob in KNOB_BY_SHORT_NAME.items()}
-        # Whoever writes a unit means the name that has one of ours.
+        # A name that carries a unit means the knob whose name has one of ours.
         meant = near_miss(name) if name.isupper() else None
         near_by = [meant] if meant else difflib.get_close_matches(name.lower(), [*ours.values(), *ours], 1)
         close = [f": did you mean {near}?" for near in near_by]
@@ -408,23 +416,24 @@ def _bad_setting(error: ValidationError) -> BadSetting:
 
 # ---------------------------------------------------------------- names that are nearly ours
 
-# Words that other programs put into names like ours, and that are no slips of the pen for one of our words.
+# Words that other programs put into names like ours, and that are not misspellings of one of our words.
 _OTHER_WORDS = frozenset(["API", "IPM", "LOG", "MODEL", "MODELS", "QPM", "QPS", "RPH", "RPS", "TPH", "TPS"])
-# Names that read like ours with the unit left out or in milliseconds, but are other clients' own.
+# Names that look like ours with the unit left out or in milliseconds, but belong to other clients.
 _FOREIGN = frozenset(("OPENAI_REQUEST_TIMEOUT", "OPENAI_REQUEST_TIMEOUT_MS"))
 _UNITS = frozenset(["MIN", "MINS", "MINUTES", "MS", "RATIO", "S", "SEC", "SECOND", "SECONDS", "SECS"])
 _OUR_PREFIXES = ("OPENAI", "PACELINE")
-# Nobody else's words: with our prefix, a name that holds one means a knob.
+# Words that no other program uses: with our prefix, a name that holds one means a knob.
 _OUR_WORDS = frozenset(("HEADROOM", "STAGGER"))
 
 
 def near_miss(env: str) -> str | None:
-    """The knob's name that `env` was probably meant to be; None for a name that is ours or foreign.
+    """Return the knob's name that `env` was probably meant to be; None for a name that is ours or foreign.
 
-    Near is: other letter case or separators; one or two letters wrong (one in a short word); the same words in another
-    order or with another unit (OPENAI_STAGGER_MS); a prefix of ours where the knob has none (OPENAI_PREFLIGHT_MODE).
-    Foreign is everything else, above all the SDK's and other programs' names (OPENAI_API_KEY, OPENAI_TIMEOUT,
-    OPENAI_MAX_RETRIES, OPENAI_RPM), names without a prefix (MAX_CONCURRENCY) and with another (AZURE_OPENAI_...).
+    A near miss differs from ours by letter case or separators; by one or two wrong letters (one in a short word); by
+    the order of its words or another unit (OPENAI_STAGGER_MS); or by a prefix of ours that the knob does not have
+    (OPENAI_PREFLIGHT_MODE). Every other name is foreign, above all those of the SDK and of other programs
+    (OPENAI_API_KEY, OPENAI_TIMEOUT, OPENAI_MAX_RETRIES, OPENAI_RPM), names without a prefix (MAX_CONCURRENCY) and names
+    with another prefix (AZURE_OPENAI_...).
     """
     if env in KNOB_BY_ENV or env in _FOREIGN:
         return None
@@ -443,14 +452,14 @@ def near_miss(env: str) -> str | None:
 
 
 def _bare(words: list[str]) -> tuple[list[str], bool]:
-    """The words without our prefix and unit, in alphabetical order, and whether the name is in our name space."""
+    """Return the words without our prefix and unit, sorted, and whether the name is in our name space."""
     named_ours = bool(words) and (words[0] in _OUR_PREFIXES or words[0] in ("FINALIZE", "PREFLIGHT"))
     rest = words[1:] if words and words[0] in _OUR_PREFIXES else words
     return sorted(word for word in rest if word not in _UNITS), named_ours
 
 
 def _wrong_letters(words: list[str], ours: list[str]) -> float:
-    """How many letters are wrong in all; inf where a word is another: more than 2, or than 1 of up to 6."""
+    """Return how many letters are wrong in all; inf if a word has more than 2 (1 in words of up to 6)."""
     if len(words) != len(ours):
         return math.inf
     wrong = 0
@@ -464,7 +473,7 @@ def _wrong_letters(words: list[str], ours: list[str]) -> float:
 
 
 def _slips(a: str, b: str) -> int:
-    """Letters inserted, left out, replaced or swapped with their neighbour (optimal string alignment distance)."""
+    """Count letters inserted, omitted, replaced or swapped with a neighbour (optimal string alignment distance)."""
     before: list[int] = []
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
@@ -477,7 +486,7 @@ def _slips(a: str, b: str) -> int:
 
 
 def _suggestion(env: str) -> str:
-    """What to say about a name that must be ours and is not."""
+    """Return the hint for a name that must be ours and is not."""
     meant = near_miss(env)
     close = [meant] if meant else difflib.get_close_matches(env.strip().upper(), KNOB_BY_ENV, 1, 0.6)
     return f": did you mean {close[0]}?" if close else "; `paceline settings` lists them all"

@@ -1,8 +1,8 @@
 """Pools: which provider quota a request belongs to, and with which settings, address and key variable it is called.
 
 A pool is one quota: a base URL or an Azure deployment, an organisation or project, and a limit name. It has one law
-state. Without a pools file there is one, `default`, made of the OPENAI_* settings and the SDK's own variables. With
-one, a line goes to the first pool of the file that has a pattern for its model (`*` stands for any text):
+state. Without a pools file there is a single pool, `default`, made of the OPENAI_* settings and the SDK's own
+variables. With a pools file, a line goes to the first pool that has a pattern for its model (`*` stands for any text):
 
     pools:
       - name: main
@@ -17,7 +17,7 @@ one, a line goes to the first pool of the file that has a pattern for its model 
 
 Settings come from the guardrails' defaults, then the environment or env file, then the pool, then the command line.
 `limits` is short for the four OPENAI_*_LIMIT settings of that pool. `scenario` names the scenario file of a plan for
-that pool, relative to the pools file, as PACELINE_SCENARIO does for a run without one.
+that pool, relative to the pools file, as PACELINE_SCENARIO does for a run without a pools file.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ AZURE_KEY = "AZURE_OPENAI_API_KEY"
 BASE_URL = "OPENAI_BASE_URL"
 ORGANIZATION = "OPENAI_ORG_ID"
 PROJECT = "OPENAI_PROJECT_ID"
-# What is sent to a server on this machine where no key is set: the SDK insists on one, a synthetic provider does not.
+# Sent to a server on this machine if no key is set: the SDK insists on a key, a synthetic provider does not.
 NO_KEY = "no-key-is-needed-on-loopback"
 _LIMITS = {
     "tpm": "OPENAI_TPM_LIMIT",
@@ -53,13 +53,13 @@ _LIMITS = {
 _KEYS = ("name", "models", "key", "base_url", "organization", "project", "azure", "limits", "settings", "scenario")
 _AZURE_KEYS = ("endpoint", "deployment", "api_version")
 
-# Names the Redis through which processes share their quotas.
+# Names the Redis server through which processes share their quotas.
 REDIS_URL = "PACELINE_REDIS_URL"
 
 
 @dataclass(frozen=True, slots=True)
 class Azure:
-    """An Azure deployment; `deployment` "" = each request's model is the deployment's name."""
+    """An Azure deployment; with an empty `deployment`, each request's model is the deployment's name."""
 
     endpoint: str
     api_version: str
@@ -85,16 +85,16 @@ class Pool:
     scenario: str = ""
 
     def takes(self, model: str) -> bool:
-        """Whether a request for this model goes to this pool."""
+        """Return whether a request for this model goes to this pool."""
         return not self.models or any(fnmatch.fnmatchcase(model, pattern) for pattern in self.models)
 
     @property
     def address(self) -> str:
-        """Where this pool's requests go, for people; "" = the SDK's default."""
+        """Return the address to which this pool's requests go, for people; "" = the SDK's default."""
         return self.azure.endpoint if self.azure else self.base_url
 
     def to_json_dict(self) -> dict[str, Any]:
-        """Where requests go, for the journal: neither settings nor scenario, and no key."""
+        """Return the address to which requests go, for the journal: neither settings nor scenario, and no key."""
         return {
             "name": self.name,
             "models": list(self.models),
@@ -113,7 +113,10 @@ class Pool:
 
 
 def default_pools(policy: Policy, environment: Mapping[str, str], base_url: str = "") -> tuple[Pool, ...]:
-    """The one pool of a run without a pools file. `base_url` from the command line wins over the environment's."""
+    """Return the one pool of a run without a pools file.
+
+    `base_url` (the command line's) wins over the environment's.
+    """
     url = base_url or environment.get(BASE_URL, "").strip()
     organization, project = (environment.get(name, "").strip() for name in (ORGANIZATION, PROJECT))
     pool = Pool(policy=policy, base_url=checked_url(url), organization=organization, project=project)
@@ -121,16 +124,16 @@ def default_pools(policy: Policy, environment: Mapping[str, str], base_url: str 
 
 
 def checked_url(url: str, what: str = "base URL") -> str:
-    """The URL, without a slash at its end; BadSetting where it is no http(s) address."""
+    """Return the URL without a trailing slash. Raise BadSetting if it is not an http(s) address."""
     if not url:
         return ""
     try:
         parts = urlsplit(url)
         good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # brackets that do not match, a port that is none
+    except ValueError:  # unmatched brackets, or an invalid port
         good = False
     if not good or not url.isprintable() or " " in url:
-        shown = "" if "@" in url else f" {quoted(url)}"  # what stands before it may be a password
+        shown = "" if "@" in url else f" {quoted(url)}"  # the text before the @ may be a password
         raise BadSetting(f"{what}{shown} is not an address: write https://HOST/v1", BASE_URL)
     if parts.username or parts.password:
         raise BadSetting(f"the {what} of {parts.hostname} holds a password: put the key into {KEY} instead", BASE_URL)
@@ -138,7 +141,7 @@ def checked_url(url: str, what: str = "base URL") -> str:
 
 
 def is_loopback(url: str) -> bool:
-    """Whether an address is on this machine."""
+    """Return whether an address is on this machine."""
     host = urlsplit(url).hostname or ""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
@@ -147,9 +150,10 @@ def is_loopback(url: str) -> bool:
 
 
 def key_of(pool: Pool, environment: Mapping[str, str]) -> str:
-    """The pool's key out of its variable. BadSetting, naming the variable, where it is not set or cannot be sent.
+    """Return the pool's key from its variable.
 
-    A server on this machine gets a stand-in, so that a synthetic provider needs no set-up.
+    Raise BadSetting, naming the variable, if it is not set or cannot be sent. A server on this machine gets a stand-in,
+    so that a synthetic provider needs no set-up.
     """
     key = environment.get(pool.key, "").strip()
     if key:
@@ -163,7 +167,7 @@ def key_of(pool: Pool, environment: Mapping[str, str]) -> str:
 
 
 def pool_for(model: str, pools: Iterable[Pool]) -> Pool | None:
-    """The first pool that takes this model, or None."""
+    """Return the first pool that takes this model, or None."""
     return next((pool for pool in pools if pool.takes(model)), None)
 
 
@@ -171,9 +175,9 @@ def pool_for(model: str, pools: Iterable[Pool]) -> Pool | None:
 
 
 def read_pools(path: str | Path, base: Policy, assignments: Iterable[str] = ()) -> tuple[Pool, ...]:
-    """The pools of a file, in its order. `base`: the settings under the pools' own; `assignments`: those above them.
+    """Return the pools of a file, in its order. Raise BadInput, naming the pool and the key, if an entry is wrong.
 
-    BadInput names the pool and the key that is wrong.
+    `base`: the settings beneath the pools' own; `assignments`: those that override them.
     """
     name = str(path)
     data = read_yaml(path)
@@ -229,13 +233,13 @@ def _pool(entry: dict[str, Any], position: int, base: Policy, assignments: tuple
 
 
 def _scenario(entry: dict[str, Any], place: str, name: str) -> str:
-    """The path of the pool's scenario, from here."""
+    """Return the path of the pool's scenario, relative to the working directory."""
     stated = _text(entry, "scenario", place, name, absent="")
     return str(Path(name).parent / stated) if stated else ""
 
 
 def _variable(entry: dict[str, Any], absent: str, place: str, name: str) -> str:
-    """The name of the key's variable. What is not one may be the key itself, so it is never repeated."""
+    """Return the name of the key's variable. An invalid name may be the key itself, so it is never repeated."""
     variable = _text(entry, "key", place, name, absent=absent)
     if not re.fullmatch(r"[A-Z][A-Z0-9_]*", variable):
         raise BadInput(f"{place}key must be the name of the variable that holds the key, such as {KEY}", name)
@@ -243,7 +247,7 @@ def _variable(entry: dict[str, Any], absent: str, place: str, name: str) -> str:
 
 
 def _settings(entry: dict[str, Any], place: str, name: str) -> list[str]:
-    """The pool's own settings as NAME=VALUE words, its limits first."""
+    """Return the pool's own settings as NAME=VALUE words, its limits first."""
     limits, settings = entry.get("limits") or {}, entry.get("settings") or {}
     for key, value in (("limits", limits), ("settings", settings)):
         if not isinstance(value, dict):
@@ -263,7 +267,7 @@ def _azure(stated: Any, place: str, name: str) -> Azure:
         raise BadInput(f"{place}azure is {kind_of(stated)}, not a mapping with {', '.join(_AZURE_KEYS)}", name)
     only_keys(stated, _AZURE_KEYS, f"{place}azure: ", name)
     place = f"{place}azure: "
-    # YAML takes an API version for a date.
+    # YAML reads an API version as a date.
     values = {key: str(value) for key, value in stated.items() if value is not None}
     try:
         endpoint = checked_url(_text(values, "endpoint", place, name), "endpoint")
@@ -282,7 +286,7 @@ def _text(entry: Mapping[str, Any], key: str, place: str, name: str, absent: str
 
 
 def check_own_quota(environment: Mapping[str, str]) -> None:
-    """BadSetting where a quota of one's own would silently ignore that it is to be shared."""
+    """Raise BadSetting if a private quota would silently ignore that the quota is to be shared."""
     if environment.get(REDIS_URL, "").strip():
         raise BadSetting(
             f"{REDIS_URL} is set, but Governor() keeps its quota to itself: make it by governor_from_env(os.environ), "
@@ -292,7 +296,7 @@ def check_own_quota(environment: Mapping[str, str]) -> None:
 
 
 def checked_redis_url(url: str) -> str:
-    """The URL; BadSetting where it is none of Redis. What it holds is never repeated: a password may be in it."""
+    """Return the URL. Raise BadSetting if it is not a Redis URL; its text is never repeated, it may hold a password."""
     try:
         parts = urlsplit(url)
         is_sound = parts.scheme in ("redis", "rediss") and bool(parts.hostname) and parts.port != 0

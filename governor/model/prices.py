@@ -1,12 +1,12 @@
-"""What a run costs: prices per model, the tokens that are billed, and the budget of `--max-cost`.
+"""Cost of a run: prices per model, the tokens that are billed, and the budget of `--max-cost`.
 
 Formula, per attempt that was answered: (prompt - cached) x input + cached x cached_input + output x output, each price
 per million tokens. Cached tokens are part of the prompt and reasoning tokens part of the output, as providers state
-them in `usage`; a price without `cached_input` bills cached tokens in full. Refused and failed attempts cost nothing,
-but for those whose body states what they used: a success that cannot be read is paid for.
+them in `usage`; a price without `cached_input` bills cached tokens in full. Rejected and failed attempts cost nothing,
+except those whose body states what they used: a success that cannot be read is paid for.
 
-A file of prices is dated and the user's to edit (`--prices FILE`); the one that comes with the package stands beside
-this module. A model whose price is not known has no cost: the total is then not known either, and is never shown as if
+A price file is dated and meant to be edited by the user (`--prices FILE`); the file shipped with the package lies
+beside this module. A model without a known price has no cost: the total is then unknown too, and is never shown as if
 it were complete.
 """
 
@@ -28,7 +28,7 @@ from governor.model.requests import Attempt, Outcome, usage_of
 
 PER = 1_000_000
 SHIPPED = Path(__file__).with_name("prices.yaml")
-# A model's name may carry the day of its snapshot.
+# A model's name may carry the date of its snapshot.
 _SNAPSHOT = re.compile(r"-\d{4}-?\d{2}-?\d{2}$")
 _KEYS = ("since", "input", "cached_input", "output")
 
@@ -43,7 +43,7 @@ class Usage(NamedTuple):
 
 
 def usage_in(body: Mapping[str, Any] | None) -> Usage:
-    """The usage in a response's body, whatever its endpoint; unknown where it states none. Never raises."""
+    """Return the usage in a response's body, whatever its endpoint; unknown if the body states none. Never raises."""
     if body is None:
         return Usage()
     prompt, output = usage_of(body)
@@ -65,7 +65,7 @@ def _detail(usage: Mapping[str, Any], groups: tuple[str, ...], key: str) -> int:
 
 
 class Price(NamedTuple):
-    """US dollars per million tokens, from a day on."""
+    """US dollars per million tokens, valid from a given day."""
 
     since: date
     input: float
@@ -73,7 +73,7 @@ class Price(NamedTuple):
     output: float
 
     def cost_usd(self, usage: Usage) -> float:
-        """What this usage costs; what is not stated costs nothing."""
+        """Return the cost of this usage in US dollars; counts that are not stated cost nothing."""
         prompt, output = max(usage.prompt, 0), max(usage.output, 0)
         whole = (prompt - usage.cached) * self.input + usage.cached * self.cached_input + output * self.output
         return whole / PER
@@ -81,14 +81,14 @@ class Price(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """A price list. `checked`: the day on which somebody last compared it with the provider's own; "" = not said."""
+    """A price list. `checked`: the day on which it was last compared with the provider's own; "" = not stated."""
 
     models: Mapping[str, tuple[Price, ...]]
     name: str = ""
     checked: str = ""
 
     def of(self, model: str, day: date) -> Price | None:
-        """The price of a model on a day: its own name first, then that without a snapshot's date, then patterns."""
+        """Return the price of a model on a day: by its full name, then without the snapshot's date, then by pattern."""
         for name in (model, _SNAPSHOT.sub("", model)):
             if name in self.models:
                 return _newest(self.models[name], day)
@@ -98,7 +98,7 @@ class Prices:
         return None
 
     def unknown(self, models: Mapping[str, int], day: date) -> list[str]:
-        """Those of the models that have no price, most frequent first."""
+        """Return the models that have no price, most frequent first."""
         missing = [model for model in models if self.of(model, day) is None]
         return sorted(missing, key=lambda model: (-models[model], model))
 
@@ -111,7 +111,7 @@ def _newest(prices: tuple[Price, ...], day: date) -> Price | None:
 class Spent:
     """The running total of a run. `cost_usd` is a sum over answers whose price is known; `unpriced` counts the rest.
 
-    `since_usd`: what earlier sessions of the same run have cost.
+    `since_usd`: the cost of earlier sessions of the same run.
     """
 
     def __init__(self, prices: Prices, day: date, since_usd: float = 0.0) -> None:
@@ -124,18 +124,18 @@ class Spent:
         self._known: dict[str, Price | None] = {}
 
     def price(self, model: str) -> Price | None:
-        """The price of a model on the day of the run."""
+        """Return the price of a model on the day of the run."""
         if model not in self._known:
             self._known[model] = self._prices.of(model, self._day)
         return self._known[model]
 
     def attempted(self, attempt: Attempt, usage: Usage) -> float:
-        """An attempt is over; returns what it cost, -1 = not known."""
+        """Add an attempt that is over; return its cost in US dollars, -1 = unknown."""
         is_paid = attempt.outcome is Outcome.OK or usage.prompt >= 0
         return self.answered(attempt.model, usage) if is_paid else 0.0
 
     def answered(self, model: str, usage: Usage) -> float:
-        """An answer came; returns what it cost, -1 = not known."""
+        """Add an answer; return its cost in US dollars, -1 = unknown."""
         self.cached_tokens += usage.cached
         self.reasoning_tokens += usage.reasoning
         price = self.price(model)
@@ -147,7 +147,7 @@ class Spent:
         return cost
 
     def total_usd(self) -> float | None:
-        """The cost, or None where some of it is not known."""
+        """Return the cost, or None if part of it is unknown."""
         return None if self.unpriced else self.cost_usd
 
 
@@ -155,7 +155,7 @@ class Spent:
 
 
 def read_prices(path: str | Path = SHIPPED) -> Prices:
-    """The price list in a YAML file; BadInput names the model and the key that is wrong."""
+    """Return the price list in a YAML file. Raise BadInput, naming the model and the key, if an entry is wrong."""
     name = str(path)
     data = read_yaml(path)
     only_keys(data, ("checked", "models"), "", name)
@@ -167,7 +167,7 @@ def read_prices(path: str | Path = SHIPPED) -> Prices:
 
 
 def _entries(model: str, stated: Any, name: str) -> tuple[Price, ...]:
-    """One price, or a list of them with different days."""
+    """Return a model's prices: one, or a list of them with different days."""
     place = f"models.{model}: "
     entries = stated if isinstance(stated, list) else [stated]
     prices = []
@@ -196,7 +196,7 @@ def _dollars(value: Any, place: str, name: str) -> float:
 
 
 def dollars_text(cost_usd: float | None) -> str:
-    """A sum for people: "$12.40", "$0.0031"; what is not known says so."""
+    """Return a sum for people: "$12.40", "$0.0031"; an unknown sum says so."""
     if cost_usd is None:
         return "not known"
     if cost_usd >= 0.0995 or cost_usd == 0.0:

@@ -1,7 +1,7 @@
 """The frozen values that cross boundaries, and the batch file format in and out.
 
-A batch file is read as a stream: one request at a time, and of those already read only the custom_ids are held, to
-name both lines of a duplicate (about 15 MB for 100,000). Every complaint is one line that begins with `file:line:`.
+A batch file is read as a stream: one request at a time, and of those already read only the custom_ids are held, to name
+both lines of a duplicate (about 15 MB for 100,000). Every error is one line that begins with `file:line:`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from governor.model.estimate import TOKENS_PER_FILE, WHOLE_MAX, kind_of, measure
 from governor.model.estimate import Sizes as Sizes
 from governor.model.phrases import plural
 
-# Tiers by the names of OpenAI and Groq. Another is a slip of the pen, and what it would cost is not known.
+# Tiers by the names of OpenAI and Groq. Any other name is a misspelling, and its price is unknown.
 SERVICE_TIERS = (
     *("auto", "default", "flex", "scale", "priority", "fast", "ultrafast"),
     *("on_demand", "performance"),
 )
-# Body fields that change what comes back, so that there would be no answer to keep, or another one with each attempt:
-# the values that a batch can carry beside null, and for all others the reason with its remedy.
+# Body fields that would leave no answer to keep, or a different one with each attempt: the values that a batch may
+# carry besides null, and for all other values the reason with its remedy.
 UNSERVED: dict[str, tuple[tuple[object, ...], str]] = {
     "stream": ((False,), "a batch cannot stream: leave it out"),
     "background": (
@@ -44,7 +44,7 @@ UNSERVED: dict[str, tuple[tuple[object, ...], str]] = {
     "service_tier": (SERVICE_TIERS, f"no such tier is known: use one of {', '.join(SERVICE_TIERS)}, or leave it out"),
 }
 
-# What a file begins with that is no text of ours, what it is, and the remedy: the same words from every command.
+# The first bytes of files that are not text of ours, what such a file is, and the remedy: every command says the same.
 GZIP = b"\x1f\x8b"
 FOREIGN = {
     GZIP: "gzip-compressed: unpack it first (gunzip)",
@@ -57,28 +57,28 @@ FOREIGN = {
 
 
 def foreign_format(head: bytes) -> str:
-    """What a file that begins like this is, with the remedy; "" for one that may be text."""
+    """Return what a file that begins with these bytes is, with the remedy; "" if it may be text."""
     return next((what for magic, what in FOREIGN.items() if head.startswith(magic)), "")
 
 
 def one_list(name: str) -> BadInput:
-    """The error of a file that holds one JSON list of requests, where one per line is read."""
+    """Return the error for a file that holds one JSON list of requests instead of one request per line."""
     return BadInput("this is one JSON list: write one object per line (jq -c '.[]')", name, 1)
 
 
 URLS = ("/v1/chat/completions", "/v1/responses", "/v1/embeddings", "/v1/completions")
-# Anthropic's: governed and served, but not part of OpenAI's batch format.
+# Anthropic's endpoint is governed and served, but not part of OpenAI's batch format.
 MESSAGES_URL = "/v1/messages"
 
 
 def endpoint_of(url: str) -> int:
-    """The endpoint code of a line's `url`, with or without `/v1` (Azure leaves it out); -1 = unsupported."""
+    """Return the endpoint code of a line's `url`, with or without `/v1` (Azure omits it); -1 = unsupported."""
     full = url if url.startswith("/v1/") else f"/v1{url}"
     return URLS.index(full) if full in URLS else -1
 
 
 def url_of(endpoint: int) -> str:
-    """The url of an endpoint code."""
+    """Return the url of an endpoint code."""
     return URLS[endpoint]
 
 
@@ -86,16 +86,16 @@ def url_of(endpoint: int) -> str:
 
 
 LANES = ("main", "finalize")
-# Waiting causes by the law's numbers, and after them the one that only records know.
+# Waiting causes have the law's numbers; this one follows them and is known to records only.
 BACKOFF = law.PAUSED + 1
 CAUSES = ("nothing", "concurrency", "stagger", "tpm", "rpm", "day", "hold", "paused", "backoff")
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One line of a batch. `index` counts requests from 0 in the order of the file. `body`: None where not kept.
+    """One line of a batch. `index` counts requests from 0 in file order. `body`: None if it was not kept.
 
-    `unseen`: what it points to whose length is unknown (see `estimate.measured`).
+    `unseen`: the kinds of content of unknown length that it points to (see `estimate.measured`).
     """
 
     index: int
@@ -109,7 +109,7 @@ class Request:
 
 
 class Outcome(StrEnum):
-    """What an answer means for the request. See `answers.classify` for which is which.
+    """The meaning of an answer for its request. `answers.classify` decides which applies.
 
     `malformed` is a success that cannot be read: it is paid for, and never bought again. `local` is a failure of this
     machine (descriptors, memory, disk): the provider never saw the attempt, so it does not count as one.
@@ -131,7 +131,7 @@ class Outcome(StrEnum):
 
 
 class Scope(StrEnum):
-    """Whom a refusal concerns: this request, the whole account (money or key), or the address (it is not the API)."""
+    """The scope of a refusal: this request, the whole account (money or key), or the address (it is not the API)."""
 
     REQUEST = "request"
     ACCOUNT = "account"
@@ -152,14 +152,14 @@ class Limit:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back from one attempt.
+    """The result of one attempt.
 
-    `status`: HTTP, 0 where none arrived. `retry_after_s`: the provider's word, -1 = absent. `used_*_tokens`: -1 = not
-    stated. `cut_off`: ended by its token limit. `has_text`: holds text that a user could use. `limits`: plausible
-    limits, at most one per dimension. `processing_s`: the provider's own time for it, -1 = not stated. `body`: the
-    parsed JSON object, None where there was none. `raw`: the text of a success that could not be read as an answer.
-    `returns_at`: seconds since 1970 at which the account has access again, None where the refusal does not say.
-    `misaddressed`: what answered does not look like the API.
+    `status`: HTTP, 0 if none arrived. `retry_after_s`: the provider's figure, -1 = absent. `used_*_tokens`: -1 = not
+    stated. `cut_off`: the answer was ended by its token limit. `has_text`: it holds text that a user could use.
+    `limits`: plausible limits, at most one per dimension. `processing_s`: the provider's own processing time, -1 = not
+    stated. `body`: the parsed JSON object, None if there was none. `raw`: the text of a success that could not be read
+    as an answer. `returns_at`: seconds since 1970 at which the account has access again, None if the refusal does not
+    say. `misaddressed`: the response does not look like the API's.
     """
 
     outcome: Outcome
@@ -181,14 +181,14 @@ class Answer:
 
     @property
     def scope(self) -> Scope:
-        """Whom it concerns: the account's own state stops a pool, all else ends or retries its own request."""
+        """Return the scope: the account's own state stops a pool, other refusals concern their own request."""
         if self.outcome in ACCOUNT_REFUSES:
             return Scope.ACCOUNT
         return Scope.ADDRESS if self.misaddressed else Scope.REQUEST
 
 
 class Attempt(NamedTuple):
-    """One row per attempt, the same columns live and simulated, in this order.
+    """One row per attempt, with the same columns in the same order live and simulated.
 
     Times are seconds since the run began. `lane`: main or finalize. `attempt` counts from 1. `reserved_tokens` is ours,
     `charged_tokens` the provider's; -1 = unknown. `waited_*_s` split by cause the wait that ends at `launched_s`.
@@ -224,17 +224,17 @@ class Attempt(NamedTuple):
 
     @staticmethod
     def columns() -> tuple[str, ...]:
-        """The names of the columns, in order."""
+        """Return the names of the columns, in order."""
         return Attempt._fields
 
     def row(self) -> tuple[Any, ...]:
-        """The values, in the order of `columns()`."""
+        """Return the values, in the order of `columns()`."""
         return tuple(self)
 
 
 @dataclass(frozen=True, slots=True)
 class OldResult:
-    """One line of an earlier run's results. `status`: 0 where there was no response; tokens: -1 = not stated."""
+    """One line of an earlier run's results. `status`: 0 if there was no response; tokens: -1 = not stated."""
 
     custom_id: str
     status: int
@@ -254,11 +254,12 @@ def read_requests(
     pool: str = "default",
     file_tokens: int = TOKENS_PER_FILE,
 ) -> Iterator[Request]:
-    """The requests of a batch file, one at a time, in its order.
+    """Yield the requests of a batch file, one at a time, in file order.
 
-    `lines`: an open file or any iterable of lines; opened in binary, a line that is not UTF-8 is named exactly.
-    `name`: what to call it in errors. `keep_body=False` lets each body go once it is sized. `file_tokens`: as in
-    `measured`. BadInput, naming file and line, for the first line that is wrong; for a file without any when it ends.
+    `lines`: an open file or any iterable of lines; if it is opened in binary, a line that is not UTF-8 is named
+    exactly. `name`: the file's name in errors. `keep_body=False` drops each body once it is sized. `file_tokens`: as in
+    `measured`. Raise BadInput, naming file and line, for the first invalid line, and at the end for a file without
+    requests.
     """
     line_of: dict[str, int] = {}
     for line, record in _objects(lines, name):
@@ -275,7 +276,10 @@ def read_requests(
 
 
 def read_results(lines: Iterable[str | bytes], name: str) -> Iterator[OldResult]:
-    """The lines of an old results file (ours or OpenAI's), one at a time; BadInput as for `read_requests`."""
+    """Yield the lines of an old results file (ours or OpenAI's), one at a time.
+
+    Raise BadInput as `read_requests` does.
+    """
     empty = True
     for line, record in _objects(lines, name):
         try:
@@ -289,9 +293,9 @@ def read_results(lines: Iterable[str | bytes], name: str) -> Iterator[OldResult]
 
 
 def usage_of(body: Mapping[str, Any]) -> tuple[int, int]:
-    """Prompt and output tokens that a response's `usage` states: chat, completions, responses, embeddings; -1 = absent.
+    """Return the prompt and output tokens in a response's `usage`, whatever its endpoint; -1 = absent.
 
-    Embeddings state no output, which is 0. What is not a whole number from 0 up counts as absent.
+    Embeddings state no output, which is 0. Any value but a whole number from 0 up counts as absent.
     """
     usage = body.get("usage")
     if not isinstance(usage, Mapping):
@@ -310,12 +314,12 @@ def _first(usage: Mapping[str, Any], keys: tuple[str, ...]) -> object:
 
 
 def _count(value: object) -> int:
-    """`value` where it is a whole number from 0 up, else -1."""
+    """Return `value` if it is a whole number from 0 up, else -1."""
     return value if type(value) is int and 0 <= value <= WHOLE_MAX else -1
 
 
 def _objects(lines: Iterable[str | bytes], name: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and JSON object of every line that is not blank."""
+    """Yield line number and JSON object of every line that is not blank."""
     line = 0
     try:
         first = True
@@ -334,7 +338,7 @@ def _objects(lines: Iterable[str | bytes], name: str) -> Iterator[tuple[int, dic
                 raise BadInput(f"{kind_of(record)} where a JSON object should be", name, line)
             yield line, record
     except UnicodeDecodeError as error:
-        # A file opened as text decodes ahead of the lines that it hands out, so that the place is not known exactly.
+        # A file opened as text decodes ahead of the lines that it yields, so the exact place is unknown.
         raise BadInput(f"not UTF-8 text somewhere after line {line}: {error.reason}", name) from None
 
 
@@ -384,7 +388,7 @@ def _request(record: dict[str, Any], index: int, keep_body: bool, pool: str, fil
 
 
 class Unseen:
-    """Counts requests that point to content whose length is unknown: a figure that rests on them should say so."""
+    """Count requests that point to content of unknown length: a figure that rests on them needs a note."""
 
     def __init__(self, file_tokens: int = TOKENS_PER_FILE) -> None:
         self.requests = 0
@@ -392,14 +396,14 @@ class Unseen:
         self._kinds: dict[str, None] = {}
 
     def add(self, request: Request) -> None:
-        """Takes note of a request."""
+        """Count a request."""
         if request.unseen:
             self.requests += 1
             self._kinds |= dict.fromkeys(request.unseen)
 
     @property
     def text(self) -> str:
-        """One sentence; "" where there are none."""
+        """Return one sentence; "" if there are none."""
         if not self.requests:
             return ""
         return (
@@ -409,7 +413,7 @@ class Unseen:
 
 
 def _check_served(body: dict[str, Any]) -> None:
-    """BadInput for a field that changes what comes back; see `UNSERVED`."""
+    """Raise BadInput for a field that changes the kind of answer; see `UNSERVED`."""
     for field, (served, reason) in UNSERVED.items():
         value = body.get(field)
         if value is not None and value not in served:
@@ -439,12 +443,12 @@ def _object(value: object) -> dict[str, Any]:
 
 
 def result_line(request: Request, answer: Answer) -> str:
-    """The line of the results file for a request that succeeded, without the newline."""
+    """Return the line of the results file for a request that succeeded, without the newline."""
     return _line(request, _response(answer), None)
 
 
 def error_line(request: Request, code: str, message: str, answer: Answer | None = None) -> str:
-    """The line of the errors file: `code` and `message` are ours; the provider's last response stands beside them."""
+    """Return the line of the errors file: our `code` and `message`, and beside them the provider's last response."""
     response = _response(answer) if answer is not None and answer.status else None
     return _line(request, response, {"code": code, "message": message})
 
@@ -458,13 +462,14 @@ def _line(request: Request, response: dict[str, Any] | None, error: dict[str, st
     try:
         return json.dumps(record, separators=(",", ":"), allow_nan=False)
     except ValueError:
-        # Servers in Python write NaN and Infinity, which no JSON has: the answer is paid for, and the line must be one.
+        # Servers in Python write NaN and Infinity, which JSON does not have: the answer is paid for, so keep it as
+        # valid JSON.
         record = json.loads(json.dumps(record), parse_constant=lambda _: None)
         return json.dumps(record, separators=(",", ":"), allow_nan=False)
 
 
 class Ended(NamedTuple):
-    """How a request ended: `failure` is "" or its failure code. A request may end without any attempt."""
+    """The end of a request: `failure` is "" or its failure code. A request may end without any attempt."""
 
     request: int
     ended_s: float

@@ -1,4 +1,4 @@
-"""One request on its way, as the scheduler knows it. Live and simulated jobs add what their shells need."""
+"""One request on its way, as the scheduler knows it. Live and simulated jobs add the fields that their shells need."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from governor import law
 
 
 class Scheduled:
-    """One request on its way: what the scheduler must know of it.
+    """One request on its way: the fields that the scheduler needs.
 
-    `expected`: the declared output cap, -1 = none. `jitter_u`: the uniform number for the stagger of its next launch
-    where it was drawn ahead, -1 = it was not. `since`: the clock of causes when it became eligible.
+    `expected`: the declared output cap, -1 = none. `jitter_u`: the uniform number for the stagger of its next launch,
+    -1 if it was not drawn ahead. `since`: the clock of causes when it became eligible.
     """
 
     __slots__ = (
@@ -34,10 +34,10 @@ class Scheduled:
         self.launched_s = -1.0
         self.failed_s = -1.0  # when its last attempt failed without an answer
         self.asked = 0  # a bit for each cause that it has waited for at the head
-        self.alone = False  # a program's own call: no batch is told of it
+        self.alone = False  # a program's own call: not reported to any batch
         self.queued = False
         self.flying = False
         self.holds = False  # a permit: in flight, or kept during a backoff
         self.ended = False
-        self.tries = 0  # launches so far, those that do not count as attempts included
-        self.outages = 0  # by which it was spared
+        self.tries = 0  # launches so far, including those that do not count as attempts
+        self.outages = 0  # outages that did not count as its attempts

@@ -1,8 +1,8 @@
-"""Where settings come from: env files or the process's environment, and a command line's `--set` on top.
+"""Sources of settings: env files or the process's environment, and a command line's `--set` on top.
 
-An env file is read by python-dotenv, values only: `${NAME}` stays as it stands, so that nothing of the environment
-gets into a setting unseen. A production file holds foreign names and secrets: of a line that is not ours nothing is
-kept and nothing is repeated, and one that cannot be parsed is passed over, as the programs that own the file do.
+An env file is read by python-dotenv, values only: `${NAME}` stays as written, so that no environment variable enters a
+setting unseen. A production file holds foreign names and secrets: nothing of a foreign line is kept or repeated, and a
+line that cannot be parsed is skipped, as the programs that own the file do.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from dotenv.parser import parse_stream
 from governor.model.errors import BadInput, BadSetting
 from governor.model.policy import KNOB_BY_ENV, KNOBS, Policy
 
-# The scenario file of a plan: what it assumed of the provider, for every forecast of the same batch.
+# The scenario file of a plan: what the plan assumed of the provider, for every forecast of the same batch.
 SCENARIO = "PACELINE_SCENARIO"
-# The line of a plan's env file that says which settings it was made from, as `settings_digest` has them.
+# The line of a plan's env file that identifies the settings it was made from, by their `settings_digest`.
 MADE_FROM = "# made from settings"
 EnvFiles = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
 
 
 class Stated(NamedTuple):
-    """What an env file says of one name: the value as text, None without `=`; the line counts from 1."""
+    """An env file's entry for one name: the value as text, None without `=`; the line counts from 1."""
 
     value: str | None
     line: int
 
 
 def read_env_file(path: str | Path) -> dict[str, Stated]:
-    """Every name in an env file, ours and foreign; the last of equal names wins.
+    """Return every name in an env file, ours and foreign; the last of equal names wins.
 
-    BadInput where the file cannot be read or is empty (/dev/null is not: it states nothing on purpose), and for a line
-    that names a setting of ours but is no NAME=VALUE.
+    Raise BadInput if the file cannot be read or is empty (/dev/null is accepted: it states nothing on purpose), and for
+    a line that names a setting of ours but is not NAME=VALUE.
     """
     name = str(path)
     try:
@@ -71,10 +71,11 @@ def policy_of(
     assignments: Iterable[str] = (),
     base: Policy | None = None,
 ) -> Policy:
-    """`base` (else the defaults), then the env files in order or, where none is named, the environment, then `--set`.
+    """Return `base` (else the defaults) overlaid with env files or the environment, then with `--set`.
 
-    `assignments`: the NAME=VALUE words of `--set`. BadSetting for a value that is not allowed and for a near-miss of
-    our names, BadInput with the line where it stands in a file.
+    Env files count in order; the environment counts only if no env file is named. `assignments`: the NAME=VALUE words
+    of `--set`. Raise BadSetting for a value that is not allowed and for a near-miss of our names; BadInput, with the
+    line, if it is in a file.
     """
     policy = base or Policy()
     files = paths_of(env_files)
@@ -91,7 +92,7 @@ def policy_of(
 
 
 def paths_of(env_files: EnvFiles) -> tuple[str, ...]:
-    """The env files that are named: one, several in order, or none."""
+    """Return the named env files: one, several in order, or none."""
     if env_files is None:
         return ()
     if isinstance(env_files, str | os.PathLike):
@@ -100,7 +101,10 @@ def paths_of(env_files: EnvFiles) -> tuple[str, ...]:
 
 
 def environment_of(env_files: EnvFiles, environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables by name: `environment`'s, and what the env files state on top. Keys are looked up here."""
+    """Return variables by name: those of `environment`, overlaid with those of the env files.
+
+    Keys are looked up here.
+    """
     found = dict(environment)
     for path in paths_of(env_files):
         found |= {name: each.value for name, each in read_env_file(path).items() if each.value is not None}
@@ -108,10 +112,10 @@ def environment_of(env_files: EnvFiles, environment: Mapping[str, str]) -> dict[
 
 
 def scenario_path(env_files: EnvFiles, environment: Mapping[str, str]) -> str:
-    """The scenario that PACELINE_SCENARIO names, as a path from here; "" = none.
+    """Return the scenario that PACELINE_SCENARIO names, as a path relative to the working directory; "" = none.
 
     `environment`: the process's variables. In an env file the path is relative to that file, and of several files the
-    last that names one counts; in the environment it is relative to the working directory.
+    last that names a scenario counts; in the environment it is relative to the working directory.
     """
     for path in reversed(paths_of(env_files)):
         stated = (getattr(read_env_file(path).get(SCENARIO), "value", None) or "").strip()
@@ -121,6 +125,6 @@ def scenario_path(env_files: EnvFiles, environment: Mapping[str, str]) -> str:
 
 
 def settings_digest(policy: Policy) -> str:
-    """16 hexadecimal digits that tell these settings from any other, however their file writes them."""
+    """Return 16 hexadecimal digits that distinguish these settings from any other, however their file writes them."""
     text = "\n".join(f"{knob.env}={knob.text(getattr(policy, knob.name))}" for knob in KNOBS)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

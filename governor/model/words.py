@@ -1,4 +1,4 @@
-"""Words for the live half: what people write turned into numbers, and settings named; figures in words: `phrases`."""
+"""Parse durations, times of day and counts as people write them, and name settings in words. Figures: see `phrases`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ _ZONE = r"[+-]\d\d:?\d\d|[A-Za-z][\w/+-]*"
 
 
 def seconds_of(text: str, option: str) -> float:
-    """Seconds of a duration as people write it: 6h, 90m, 1h30m, 45s, 2d, 1.5h. BadSetting, naming `option`, else."""
+    """Return the seconds of a duration as people write it: 6h, 90m, 1h30m, 45s, 2d, 1.5h.
+
+    Raise BadSetting, naming `option`, for any other text.
+    """
     word = re.sub(r"[\s_]+", "", text.lower())
     parts = re.findall(r"(\d+\.?\d*|\.\d+)(sec|min|[smhd])", word, re.ASCII)
     if parts and "".join(number + unit for number, unit in parts) == word:
@@ -34,7 +37,7 @@ def seconds_of(text: str, option: str) -> float:
 
 
 def until_s(text: str, option: str, now: datetime | None = None) -> float:
-    """Seconds from `now` (the clock's, if none is given) to a wanted end: a duration, or the next such time of day.
+    """Return seconds from `now` (default: the clock) to a wanted end: a duration, or the next such time of day.
 
     A time of day is local, or in the zone that follows it: 06:00Z, 06:00+02:00, 06:00 Europe/Berlin.
     """
@@ -49,12 +52,12 @@ def until_s(text: str, option: str, now: datetime | None = None) -> float:
     end = now.replace(hour=int(clock[1]), minute=int(clock[2]), second=0, microsecond=0)
     if end <= now:
         end += timedelta(days=1)
-    # By way of naive local times, so that a night in which the clocks change has its own length.
+    # Through naive local times, so that a night in which the clocks change has its own length.
     return end.replace(tzinfo=None).astimezone().timestamp() - now.timestamp()
 
 
 def _zone(name: str, option: str) -> tzinfo:
-    """The time zone of that name, or so far from UTC."""
+    """Return the time zone of that name, or of that offset from UTC."""
     if name.upper() in ("Z", "UTC", "GMT"):
         return UTC
     if name[0] in "+-":
@@ -68,7 +71,10 @@ def _zone(name: str, option: str) -> tzinfo:
 
 
 def count_of(text: str, option: str) -> int:
-    """A whole number from 0 up, as people write it: 450000, 450_000, 450k, 2M. BadSetting, naming `option`, else."""
+    """Return a whole number from 0 up, as people write it: 450000, 450_000, 450k, 2M.
+
+    Raise BadSetting, naming `option`, for any other text.
+    """
     value = whole_number(text)
     if value is None:
         raise BadSetting(f"{option} {quoted(text)} is not a whole number from 0 to 10^12: write 450000, 450k or 2M")
@@ -76,14 +82,14 @@ def count_of(text: str, option: str) -> int:
 
 
 def counting(low: int = 0, high: int = 10**12) -> Callable[[str | int], int]:
-    """A parser of whole numbers in that range, as people write them: 450000, 450_000, 450k, 2M."""
+    """Return a parser of whole numbers in that range, as people write them: 450000, 450_000, 450k, 2M."""
 
     def parse(text: str | int) -> int:
         word = str(text).strip()
         value = -1 if word == "-1" else whole_number(word)
         if value is None or not low <= value <= high:
             limit = "10^12" if high == 10**12 else f"{high:,}"
-            import typer  # whoever reads no command line has none
+            import typer  # only a command line needs it
 
             raise typer.BadParameter(
                 f"{word!r} is not a whole number from {low:,} to {limit}: write 450000, 450k or 2M"
@@ -94,7 +100,7 @@ def counting(low: int = 0, high: int = 10**12) -> Callable[[str | int], int]:
 
 
 def knob_text(cause: str, policy: Policy) -> str:
-    """The setting behind a cause of waiting, with its value: "OPENAI_TPM_LIMIT=30000 (less 15 % headroom)"."""
+    """Return the setting behind a cause of waiting, with its value: "OPENAI_TPM_LIMIT=30000 (less 15 % headroom)"."""
     env, what = WAITED_FOR.get(cause, ("", ""))
     if cause == "day" and not policy.tpd_limit:
         env = "OPENAI_RPD_LIMIT"
@@ -108,7 +114,7 @@ def knob_text(cause: str, policy: Policy) -> str:
 
 
 def moment_text(epoch_s: float) -> str:
-    """A moment for people, in local time: "Wed 25 Nov 18:23"."""
+    """Return a moment for people, in local time: "Wed 25 Nov 18:23"."""
     try:
         return time.strftime("%a %d %b %H:%M", time.localtime(epoch_s))
     except (ValueError, OverflowError, OSError):

@@ -1,7 +1,7 @@
-"""What the governor is given to do and whom it tells: the values and protocols of `governor/scheduler/`.
+"""The values that the scheduler works on and the protocols through which it sends and reports.
 
-`Work` is a request with what to reserve for it, `Job` is it (or a permit) on its way, `Observer` listens and `Send`
-sends.
+`Work` is a request with its reservations, `Job` is that request (or a permit) on its way, `Observer` is told of events
+and `Send` sends attempts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from governor.model.requests import LANES, Answer, Attempt, Outcome, Request
 from governor.model.scheduled import Scheduled
 
 DIMENSIONS = {"TPM": law.TPM, "RPM": law.RPM, "TPD": law.TPD, "RPD": law.RPD}
-# What a request becomes when its last attempt failed so.
+# The failure code of a request whose last attempt failed with that outcome.
 SPENT = {
     Outcome.THROTTLED: FailureCode.RATE_LIMIT_EXHAUSTED,
     Outcome.SLOW_DOWN: FailureCode.RATE_LIMIT_EXHAUSTED,
@@ -34,27 +34,28 @@ SPENT = {
 }
 THROTTLES = (Outcome.THROTTLED, Outcome.SLOW_DOWN)
 FINAL = (Outcome.TOO_LARGE, Outcome.BAD_REQUEST, Outcome.MALFORMED)
-# The account, not the request, is at fault: nothing more is sent, and what was not answered stays pending.
+# The account, not the request, is at fault: nothing more is sent, and unanswered requests stay pending.
 STOPPING = {Outcome.QUOTA: FailureCode.INSUFFICIENT_QUOTA, Outcome.UNAUTHORIZED: FailureCode.UNAUTHORIZED}
-# Turned away at the door, so not charged. A bad request is let in: recorded 400s cost tokens
+# Rejected before processing, so not charged. A bad request is not among them: recorded 400s cost tokens
 # (docs/explanation/provider.md#charge).
 TURNED_AWAY = (*THROTTLES, *STOPPING, Outcome.TOO_LARGE, Outcome.LOCAL)
 TIMED_OUT = Answer(Outcome.TIMEOUT, message="no answer within the request's time-out or deadline")
 
 
-# A moment of a run, and what its clock of causes showed then: from here a request's waiting is counted.
+# A moment of a run and the reading of its clock of causes at that moment: a request's waiting counts from here.
 Begun = tuple[float, list[float]]
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One request to run: what to reserve for it and for its finalize pass, and its declared cap (-1 = none).
+    """One request to run: its reservations for the request and its finalize pass, and its declared cap (-1 = none).
 
-    `charge`, `finalize_charge`: what the provider is believed to charge, for the records; -1 = unknown. `finalizes`:
-    whether a run with finalize passes may open one for it. `begun`: since when it waits, if not since the run began.
+    `charge`, `finalize_charge`: the provider's presumed charge, for the records; -1 = unknown. `finalizes`: whether a
+    run with finalize passes may open one for it. `begun`: the moment from which it waits, if not since the run began.
 
-    The rest is history, of a request that an earlier leg has launched: `lane` and `attempt` are those to launch next,
-    `first_launched_s` is when it was first launched (-1 = never), `retry_at_s` the moment at which its backoff ends.
+    The other fields are the history of a request that an earlier leg has launched: `lane` and `attempt` are the next to
+    launch, `first_launched_s` is when it was first launched (-1 = never), `retry_at_s` the moment at which its backoff
+    ends.
     """
 
     request: Request
@@ -72,10 +73,10 @@ class Work:
 
 
 class PoolState(Protocol):
-    """What an observer may read of the governor that it observes.
+    """The part of the governor that its observer may read.
 
-    `p`, `s`: settings and state of the law. `late_s`: by how much the timer was late that lets the present launch out,
-    -1 = no timer did. `stopped`: why nothing more is launched, "" = it is.
+    `p`, `s`: settings and state of the law. `late_s`: how late the timer behind the present launch was, -1 = no timer
+    was involved. `stopped`: why nothing more is launched, "" = launching goes on.
     """
 
     late_s: float
@@ -90,69 +91,69 @@ class PoolState(Protocol):
     def stopped(self) -> str: ...
 
     def now(self) -> float:
-        """Seconds since the run began."""
+        """Return seconds since the run began."""
 
 
 class Observer:
-    """Told of everything that a run does, in order. Methods are quick and synchronous; what one raises ends the run.
+    """Receives every event of a run, in order. Methods are quick and synchronous; an exception from one ends the run.
 
-    Each may call the governor's `stop`, `pause`, `resume` and `reprice`. What a subclass does not define costs nothing;
-    who wants to hear of `backed_off` or `suspended` defines `attempted` too.
+    Each may call the governor's `stop`, `pause`, `resume` and `reprice`. Methods that a subclass does not define cost
+    nothing; a subclass that defines `backed_off` or `suspended` must define `attempted` too.
     """
 
     @property
     def hears_decisions(self) -> bool:
-        """Whether `decided` is to be called."""
+        """Return whether `decided` is to be called."""
         return type(self).decided is not Observer.decided
 
     def began(self, governor: PoolState) -> None:
-        """Told first: whose reports these are."""
+        """Receive, first of all, the governor whose reports follow."""
 
     def launched(self, job: Job, now: float) -> None:
         """An attempt is about to be sent."""
 
     async def flushed(self) -> None:
-        """Awaited before each send: returns when what was told so far is durable."""
+        """Return once every event reported so far is durable; awaited before each send."""
 
     def attempted(self, attempt: Attempt, answer: Answer, failure: str) -> None:
-        """An attempt is over; `failure` is the request's failure code if it is lost with it."""
+        """An attempt is over; `failure` is the request's failure code if the request is lost with it."""
 
     def suspended(self, attempt: Attempt, answer: Answer) -> None:
-        """Told after `attempted`: the attempt does not count, and its request is pending until it is launched again.
+        """The attempt just reported does not count: its request is pending until it is launched again.
 
-        Or until `ended` comes: it was refused, and it may be that all requests are.
+        Or until `ended` comes: it was refused, and perhaps every request is.
         """
 
     def backed_off(self, attempt: Attempt, answer: Answer, retry_at_s: float, next_attempt: int) -> None:
-        """Told after `attempted`: the request is not lost with that attempt, it may be launched again at that time.
+        """The request survives that attempt and may be launched again at `retry_at_s`; follows `attempted`.
 
-        `next_attempt`: the number under which it will be, the same one where this attempt did not count.
+        `next_attempt`: the number of the next attempt, unchanged if this attempt did not count.
         """
 
     def ended(self, request: Request, failure: str, answer: Answer | None, now: float) -> None:
-        """A request is over: answered (""), or lost with that code. `answer` is its last one, None if unsent since."""
+        """A request is over: answered (""), or lost with that code. `answer`: its last answer, None if unsent since."""
 
     def deferred(self, cause: int) -> None:
         """A job at the head has to wait for this cause of the law; counted once per job, attempt and cause."""
 
     def decided(self, name: str, arguments: tuple[Any, ...], result: Any) -> None:
-        """The law's function of that name, called with these arguments after `p` and `s`, returned that.
+        """The law's function `name`, called with these arguments after `p` and `s`, returned `result`.
 
-        `repriced` stands for the change of settings as well: its arguments are the new settings and the time.
+        `repriced` also stands for the change of settings: its arguments are the new settings and the time.
         """
 
 
 class Send(Protocol):
-    """Sends one attempt and says what came back. Raises nothing: what the provider does wrong is an answer too."""
+    """Sends one attempt and returns its answer. Raises nothing: a provider's fault is an answer too."""
 
     def __call__(self, job: Job, timeout_s: float) -> Awaitable[Answer]:
-        """After `timeout_s` the call is cancelled, and counts as a time-out."""
+        """Send the job's attempt; after `timeout_s` the call is cancelled and counts as a time-out."""
 
 
 class Job(Scheduled):
     """A request of a batch on its way, or a permit that a program waits for (without `work`).
 
-    `request`: the work's, or what the program said of its own; None = no observer is told of it.
+    `request`: the work's, or the program's own description; None = no observer is told of it.
     """
 
     __slots__ = ("answer", "charge", "expired", "granted", "request", "waits_s", "work")
@@ -175,12 +176,12 @@ class Job(Scheduled):
         self.alone = work is None
         self.charge = charge
         self.answer: Answer | None = None  # to its last attempt
-        self.expired = False  # its attempt was cancelled since its time was over
+        self.expired = False  # its attempt was cancelled because its time was over
         self.granted: asyncio.Future[bool] | None = None
 
 
 def attempt_of(job: Job, pool: str, answer: Answer, now: float, failure: str) -> Attempt:
-    """The row of an attempt that has just ended."""
+    """Return the row of an attempt that has just ended."""
     request = job.request
     assert request is not None
     waits_s = job.waits_s[law.CONCURRENCY : law.PAUSED + 1]
@@ -210,17 +211,17 @@ def attempt_of(job: Job, pool: str, answer: Answer, now: float, failure: str) ->
 
 
 def reserve_of(policy: Policy, sizes: Sizes) -> int:
-    """Tokens that we reserve for a request, by the policy's charge rule."""
+    """Return the tokens that we reserve for a request, by the policy's charge rule."""
     return charge_of(policy.charge_rule, sizes, policy.est_tokens_per_run)
 
 
 def work_of(request: Request, policy: Policy, before: Work | None = None, *, finalizes: bool = True) -> Work:
-    """What the driver needs of a request, under these settings. `before`: its record, whose history it keeps.
+    """Return a request as the driver needs it under these settings. `before`: its record, whose history it keeps.
 
     `finalizes`: whether a finalize pass may follow.
 
-    Expected output is the declared cap over all answers. The provider's charge is not known live: what is believed is
-    our own rule, or what is measured for the endpoint where ours is a flat estimate.
+    Expected output is the declared cap over all answers. The provider's charge is not known live: the presumed charge
+    is our own rule's, or, if ours is a flat estimate, that of the rule measured for the endpoint.
     """
     sizes = request.sizes
     rule = policy.charge_rule
