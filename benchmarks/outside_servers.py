@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request, Response
@@ -93,6 +94,26 @@ def served(kind: str, time_scale: float) -> Iterator[str]:
             process.kill()
 
 
+class OwnTime:
+    """Such an endpoint as an application for `own_time`, which sets its clock."""
+
+    def __init__(self, kind: str) -> None:
+        self.clock: Callable[[], float] = time.monotonic
+        if kind.startswith("slowapi"):
+            import limits.storage.memory
+            import limits.strategies
+            import slowapi.extension
+
+            clock = SimpleNamespace(time=lambda: START_S + self.clock())
+            for module in (limits.storage.memory, limits.strategies, slowapi.extension):
+                if "time" in vars(module):
+                    vars(module)["time"] = clock
+        self._app = _app(kind, lambda: self.clock(), _answer(lambda: self.clock(), 1.0))
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self._app(scope, receive, send)
+
+
 # ---------------------------------------------------------------- the process
 
 
@@ -106,17 +127,17 @@ def _charge(body: dict[str, Any]) -> int:
     return charge_of("prompt_plus_max", sizes_of(CHAT, body), 0)
 
 
-def _answer(time_scale: float) -> Answer:
-    """The model behind the limiter."""
+def _answer(clock: Callable[[], float], time_scale: float) -> Answer:
+    """The model behind the limiter. `clock`: so many times as fast as the loop's."""
     from governor.model.estimate import CHAT, sizes_of
 
     async def answer(body: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
         stated = (body.get("metadata") or {}).get("paceline_output_tokens")
         cap = int(body.get("max_tokens") or body.get("max_completion_tokens") or 16)
         output = min(cap, int(stated)) if stated is not None else cap
-        begun = time.monotonic()
+        begun = clock()
         await asyncio.sleep((FIRST_TOKEN_S + PER_TOKEN_S * output) / time_scale)
-        took_ms = round((time.monotonic() - begun) * time_scale * 1_000.0)
+        took_ms = round((clock() - begun) * 1_000.0)
         prompt = sizes_of(CHAT, body).prompt_tokens
         completion = {
             "id": "chatcmpl-1",
@@ -167,13 +188,13 @@ def _slowapi(strategy: str, answer: Answer) -> Any:
     return app
 
 
-def _pyrate(kind: str, time_scale: float, answer: Answer) -> Any:
+def _pyrate(kind: str, seconds: Callable[[], float], answer: Answer) -> Any:
     """pyrate-limiter with a bucket of requests and one of tokens, asked one after the other."""
     import pyrate_limiter as pyrate
 
     class Clock(pyrate.AbstractClock):  # type: ignore[misc, unused-ignore]
         def now(self) -> int:
-            return int(time.monotonic() * time_scale * 1_000)
+            return int(seconds() * 1_000)
 
     clock, is_gcra = Clock(), kind == "pyrate gcra"
 
@@ -205,16 +226,22 @@ def _pyrate(kind: str, time_scale: float, answer: Answer) -> Any:
     return app
 
 
+def _app(kind: str, clock: Callable[[], float], answer: Answer) -> Any:
+    if kind.startswith("slowapi"):
+        return _slowapi("fixed-window" if kind == "slowapi fixed" else "moving-window", answer)
+    return _pyrate(kind, clock, answer)
+
+
 def _serve(kind: str, time_scale: float) -> None:
     import uvicorn
 
     begun, real = time.time(), time.time
     time.time = lambda: begun + (real() - begun) * time_scale
-    answer = _answer(time_scale)
-    if kind.startswith("slowapi"):
-        app = _slowapi("fixed-window" if kind == "slowapi fixed" else "moving-window", answer)
-    else:
-        app = _pyrate(kind, time_scale, answer)
+
+    def clock() -> float:
+        return time.monotonic() * time_scale
+
+    app = _app(kind, clock, _answer(clock, time_scale))
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", access_log=False))
 
     async def run() -> None:

@@ -5,7 +5,8 @@
 For each endpoint of `outside_servers`, each size of batch and each seed: the preset `paceline`, told the limits and the
 charge rule, runs live over loopback; then the settings that are planned with the endpoint's provider file; beside them
 the official SDK with its own 10 retries, and aiolimiter with a weight per request and 10 retries. Each contender meets
-a fresh endpoint. All clocks run `--time-scale` times as fast.
+a fresh endpoint. Clocks count waiting and the processor's time of both ends (`own_time`), so that a busy machine does
+not show; with `--time-scale X` they are the machine's, X times as fast, and each endpoint is a process of its own.
 
 Per run: the measured finish time and 429s, each with the backtest's 95 % interval (told the provider file), the
 error, and the forecast that stood in the journal before the first launch. That of the first run was told the provider
@@ -19,7 +20,7 @@ import asyncio
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -29,7 +30,8 @@ from typing import Any
 
 from benchmarks import peers_live
 from benchmarks.live_batch import ENVIRONMENT, Case, drawn, write_lines
-from benchmarks.outside_servers import KINDS, RPM, TPM, described, served
+from benchmarks.outside_servers import KINDS, RPM, TPM, OwnTime, described, served
+from benchmarks.own_time import BASE_URL, OwnTimeLoop, without_threads
 from governor.journal.journal import Journal
 from governor.model.policy import Policy
 from governor.model.pools import Pool
@@ -50,7 +52,6 @@ from sim.scenario.scenario_file import FileSource
 from sim.validation.backtest import Backtest, Compared, backtest
 from sim.validation.foresight import foresee
 
-SCALE = 5.0
 TOKENS = (200, 1_000)
 COUNTS, SHORT = (60, 200), (60,)
 STOP_AFTER_S = 1_200.0
@@ -100,6 +101,18 @@ def preset() -> Policy:
     )
 
 
+@contextmanager
+def endpoint(kind: str, time_scale: float) -> Iterator[tuple[str, Callable[[], asyncio.AbstractEventLoop] | None]]:
+    """A fresh endpoint's base URL, and what makes loops for its clients. `time_scale` 0: on own time (`own_time`)."""
+    if time_scale > 0.0:
+        with served(kind, time_scale) as base_url:
+            yield base_url, loop_factory(time_scale)
+    else:
+        with without_threads():
+            app: Any = OwnTime(kind)
+            yield BASE_URL, lambda: OwnTimeLoop(app)
+
+
 def run_ours(
     kind: str, count: int, path: Path, policy: Policy, scenario: Path, *, seed: int, time_scale: float, folder: Path
 ) -> Ours:
@@ -108,7 +121,7 @@ def run_ours(
     `scenario`: what its forecast is told. `folder`, a new one, bears the name of the settings.
     """
     folder.mkdir()
-    with served(kind, time_scale) as base_url:
+    with endpoint(kind, time_scale) as (base_url, loop):
         orders = Orders(
             requests=path,
             out=folder / "results.jsonl",
@@ -116,7 +129,7 @@ def run_ours(
             pools=[Pool(policy=policy, base_url=base_url, scenario=str(scenario))],
             environment=ENVIRONMENT,
             prices=Prices({}),
-            manner=Manner(time_scale=time_scale, stop_after_s=STOP_AFTER_S),
+            manner=Manner(time_scale=time_scale or 1.0, new_loop=loop, stop_after_s=STOP_AFTER_S),
             seed=seed,
             yes=True,
         )
@@ -131,7 +144,7 @@ def run_ours(
 def run_peer(kind: str, name: str, batch: Sequence[Case], time_scale: float) -> Peer:
     """The same batch by a peer, against a fresh endpoint."""
     work = [(case.body, case.charge) for case in batch]
-    with served(kind, time_scale) as base_url, asyncio.Runner(loop_factory=loop_factory(time_scale)) as runner:
+    with endpoint(kind, time_scale) as (base_url, loop), asyncio.Runner(loop_factory=loop) as runner:
         ends = runner.run(
             asyncio.wait_for(peers_live.run(peers_live.CONTENDERS[name], base_url, TPM, work), STOP_AFTER_S)
         )
@@ -213,15 +226,16 @@ def main(words: list[str]) -> int:
     parser.add_argument("--short", action="store_true", help="60 requests only")
     parser.add_argument("--kind", action="append", choices=KINDS, help="an endpoint; all if none is named")
     parser.add_argument("--requests", type=int, nargs="+", default=None)
-    parser.add_argument("--time-scale", type=float, default=SCALE)
+    parser.add_argument("--time-scale", type=float, default=0.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--keep", type=Path, help="a folder where journals stay")
     given = parser.parse_args(words)
-    if not 0.0 < given.time_scale <= 10.0:
-        parser.error("--time-scale must be above 0 and at most 10")
+    if not 0.0 <= given.time_scale <= 10.0:
+        parser.error("--time-scale must be from 0 (own time) to 10")
     counts = given.requests or (SHORT if given.short else COUNTS)
     seeds = ", ".join(map(str, given.seeds))
-    print(f"seeds {seeds}; {TPM:,} TPM and {RPM} RPM, clocks {given.time_scale:g} times as fast", flush=True)
+    clocks = f"clocks {given.time_scale:g} times as fast" if given.time_scale else "on own time"
+    print(f"seeds {seeds}; {TPM:,} TPM and {RPM} RPM, {clocks}", flush=True)
     ours: list[Ours] = []
     rows = [["endpoint", "settings", "finish s", "error", "429s", "forecast s", "error", "lost"]]
     slower, begun = [], time.monotonic()
