@@ -106,7 +106,7 @@ def test_every_request_ends_exactly_once(seed: int) -> None:
     done = ran(seed)
     by_lane = lanes(done.rows)
     failures: Counter[str] = Counter()
-    completed = 0
+    completed = aside = 0
     for i in range(len(done.scenario.workload)):
         main, last = by_lane.get((i, "main"), []), by_lane.get((i, "finalize"), [])
         rows = main + last
@@ -122,10 +122,13 @@ def test_every_request_ends_exactly_once(seed: int) -> None:
             completed += 1
         elif end is not None and end.error_code:
             failures[end.error_code] += 1
+            aside += end.lane == "main" and law.outlasts(done.case.params, end.retry_after_s)
     # Who is neither answered nor lost with an attempt ended without one under way, for one of three reasons; among
     # the answered there may be some whose finalize pass was never launched.
     rest = Counter(done.tally.failures) - failures
-    assert not failures - Counter(done.tally.failures)
+    # Who met too long a wait is set aside, and where the run stops before that is decided, lost by the stop.
+    undecided = (failures - Counter(done.tally.failures)).total()
+    assert undecided <= (aside if {"OUTWAITED", "INSUFFICIENT_QUOTA"} & set(done.tally.failures) else 0)
     assert set(rest) <= UNLAUNCHED
     assert done.tally.requests == len(done.scenario.workload) == done.tally.completed + done.tally.failed
     assert done.tally.failed == sum(done.tally.failures.values())
