@@ -180,7 +180,7 @@ def test_another_file_is_refused(cli: Cli, tmp_path: Path) -> None:
         of_names(tmp_path / "requests.jsonl", {"other-0": "gpt-4o-mini"})
         ran = cli.run(*args)
         assert (ran.code, len(server.bodies)) == (2, 1)
-        assert "it was made from another input" in ran.err
+        assert "it belongs to another input" in ran.err
 
 
 def test_what_waits_and_is_gone_from_the_file_is_not_sent(cli: Cli, tmp_path: Path) -> None:

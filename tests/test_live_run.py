@@ -273,7 +273,7 @@ def test_a_forecast_past_a_day_or_finish_by_refuses(cli: Cli, tmp_path: Path) ->
         assert "--finish-by allows 30 s" in ran.err
         ran = cli.run(*args, "--finish-by", "soon")
         assert ran.code == 2
-        assert "--finish-by 'soon' is no duration" in ran.err
+        assert "--finish-by 'soon' is not a duration" in ran.err
 
 
 def test_a_journal_of_another_input_and_results_of_another_run_are_refused(cli: Cli, tmp_path: Path) -> None:
@@ -294,7 +294,7 @@ def test_a_journal_of_another_input_and_results_of_another_run_are_refused(cli: 
         write_batch(tmp_path / "requests.jsonl", [line(f"other-{i}") for i in range(4)])
         ran = cli.run(*args)
         assert ran.code == 2
-        assert "it was made from another input" in ran.err
+        assert "it belongs to another input" in ran.err
         (tmp_path / "results.journal.db").unlink()
         ran = cli.run(*args)
         assert ran.code == 2
@@ -423,5 +423,5 @@ def test_limits_that_are_not_as_the_settings_say_are_told_once(cli: Cli, tmp_pat
         env = {"OPENAI_TPM_LIMIT": "10000000", "OPENAI_RPM_LIMIT": "100000"}
         ran = cli.run(*run_args(tmp_path, served.base_url), env=env)
     assert ran.code == 0
-    assert ran.err.count("the account grants 5,000,000 tokens per minute, OPENAI_TPM_LIMIT=10000000 says more") == 1
+    assert ran.err.count("the account grants 5,000,000 tokens per minute, OPENAI_TPM_LIMIT=10000000 is higher") == 1
     assert "OPENAI_RPM_LIMIT" not in ran.err

@@ -709,7 +709,7 @@ def test_the_run_s_own_data_and_legs(path: Path) -> None:
             journal.begin({"default": FREE}, 0.0)
         assert journal.ingest(works(2)) == 2
         assert journal.run().requests == 2
-    with pytest.raises(JournalError, match="made from another input: name another file with --journal"):
+    with pytest.raises(JournalError, match="belongs to another input: name another file with --journal"):
         Journal.open(path, fingerprint="0" * 64)
     Journal.open(path, fingerprint=fingerprint).close()
 

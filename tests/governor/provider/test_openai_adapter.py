@@ -418,7 +418,7 @@ def test_a_missing_key_names_its_variable() -> None:
 
 @pytest.mark.parametrize("key", ["sk-two words", "sk-line\nbreak", "sk-umlaut-ä", "sk-\x00"])
 def test_a_key_that_no_header_can_carry_is_not_repeated(key: str) -> None:
-    with pytest.raises(BadSetting, match="OPENAI_API_KEY holds a mark that no key has") as caught:
+    with pytest.raises(BadSetting, match="OPENAI_API_KEY contains a character that no key has") as caught:
         Adapter(Pool(), {"OPENAI_API_KEY": key})
     assert key not in str(caught.value)
 

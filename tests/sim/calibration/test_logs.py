@@ -75,8 +75,8 @@ def test_a_status_that_is_none_is_named(refused: Callable[..., str]) -> None:
     rows = (
         "prompt_tokens,output_tokens,status\n10,5,200\n10,5,ok\n10,,429 Too Many Requests\n10,,throttled\n10,,timeout\n"
     )
-    assert ":7: column 'status': '20' is no status" in refused(rows + "10,5,20\n")
-    assert ":7: column 'status': 'what' is no status" in refused(rows + "10,5,what\n")
+    assert ":7: column 'status': '20' is not a status" in refused(rows + "10,5,20\n")
+    assert ":7: column 'status': 'what' is not a status" in refused(rows + "10,5,what\n")
     # A failure that says so nowhere: where it could.
     said = refused("prompt_tokens,output_tokens\n10,5\n10,\n")
     assert ":3: column 'output_tokens' has no value here" in said

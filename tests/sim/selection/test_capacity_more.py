@@ -142,7 +142,7 @@ def test_how_many_on_the_command_line(root: Path, monkeypatch, capsys) -> None:
         (["--p95-wait", "soon"], "is not a duration"),
         (["--finish-by", "1h", "--out", "a.pdf"], "--out writes .png"),
         (["--finish-by", "1h", "--how-many", "--tiers", "gpt-4o"], "leave one of them out"),
-        (["--finish-by", "1h", "--confidence", "0"], "--confidence 0 is met by anything"),
+        (["--finish-by", "1h", "--confidence", "0"], "--confidence 0 is always met"),
         (["--finish-by", "1h", "--prices", "none.yaml"], "--prices is for --batch-queue"),
         (["--finish-by", "1h", "--batch-discount", "30%"], "--batch-discount is for --batch-queue"),
         (["--finish-by", "1h", "--cached-share", "30%"], "--cached-share is for --batch-queue"),

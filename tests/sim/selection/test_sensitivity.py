@@ -113,6 +113,6 @@ def test_the_command(root: Path, tmp_path: Path, monkeypatch, capsys) -> None:
         assert f"{level['env']}={str(level['value']).lower()}" in out
     assert "±" not in out
     assert main([*words[:-4], "--size", "12", "--method", "sobol"]) == 2
-    assert "--size 12 is no power of 2" in capsys.readouterr().err
+    assert "--size 12 is not a power of 2" in capsys.readouterr().err
     assert main([*words, "--figure", str(tmp_path / "effects.pdf")]) == 2
     assert ".png or .svg" in capsys.readouterr().err
