@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
@@ -57,15 +58,15 @@ def foresee(outlook: Outlook, model_error_ratio: float | None = None) -> Expecta
     runs = max(RUNS_LEAST, min(RUNS_MOST, REQUESTS_SIMULATED // max(1, n)))
     engine = chosen("auto", n * runs)
     seeds = range(outlook.seed, outlook.seed + runs)
-    conditions = [(assumed.answered(workload, seed), provider) for seed in seeds]
-    if provider.learnt_from:
-        conditions = [
-            _as_learnt(answered, outlook, on, assumed.unknowns, i) for i, (answered, on) in enumerate(conditions)
+    answers = [assumed.answered(workload, seed) for seed in seeds]
+
+    def runs_on(conditions: Sequence[tuple[Workload, ProviderConfig]]) -> list[ForecastRun]:
+        return [
+            run_once(answered, policy, on, finalize=outlook.finalize, seed=seed, engine=engine)
+            for seed, (answered, on) in zip(seeds, conditions, strict=True)
         ]
-    found = [
-        run_once(answered, policy, on, finalize=outlook.finalize, seed=seed, engine=engine)
-        for seed, (answered, on) in zip(seeds, conditions, strict=True)
-    ]
+
+    found = runs_on([(answered, provider) for answered in answers])
     finish = _interval([run.finish_s for run in found])
     planned = assumed.as_planned(workload)
     if planned is not None:
@@ -77,6 +78,15 @@ def foresee(outlook: Outlook, model_error_ratio: float | None = None) -> Expecta
         finish = min(likely, finish[0]), likely, max(likely, finish[2])
     throttled = _interval([float(run.throttled) for run in found])
     if provider.learnt_from:
+        # The likely finish is the one as learnt; how far it may be off, that of what was left open.
+        drawn_from = [
+            _as_learnt(answered, outlook, provider, assumed.unknowns, i) for i, answered in enumerate(answers)
+        ]
+        others = runs_on(drawn_from)
+        low, _, high = _interval([run.finish_s for run in others])
+        finish = min(low, finish[0]), finish[1], max(high, finish[2])
+        counts = _interval([float(run.throttled) for run in others])
+        throttled = min(counts[0], throttled[0]), throttled[1], max(counts[2], throttled[2])
         ratio = measured().forecast[throttled[2] > 0.0] if model_error_ratio is None else model_error_ratio
         finish = widened(*finish, ratio)
     late_s = outlook.delay_s()
@@ -89,7 +99,7 @@ def foresee(outlook: Outlook, model_error_ratio: float | None = None) -> Expecta
     waits_s = {cause: sum(run.waits_s[i] for run in found) for i, cause in enumerate(CAUSES) if i}
     bound = max(waits_s, key=waits_s.__getitem__)
     ends = np.array([run.ends_at for run in found])
-    answers = np.mean([run.answer_tokens for run in found], axis=0)
+    tokens = np.mean([run.answer_tokens for run in found], axis=0)
     return Expectation(
         by="simulation",
         runs=runs,
@@ -105,7 +115,7 @@ def foresee(outlook: Outlook, model_error_ratio: float | None = None) -> Expecta
         attempts_high=attempts[2],
         bound=bound if waits_s[bound] > 0.0 else "",
         service_s=float(np.mean([run.service_s for run in found])),
-        answer_tokens={model: float(answers[models == model].sum()) for model in dict.fromkeys(models.tolist())},
+        answer_tokens={model: float(tokens[models == model].sum()) for model in dict.fromkeys(models.tolist())},
         milestones=((0.0, 0.0, 0.0), *_milestones(ends + late_s)),
         assumed=assumed.to_json_dict(),
         promise_s=None if promise_s is None else promise_s + late_s,
