@@ -336,7 +336,13 @@ def errors_of(kind: str, scores: Iterable[Score]) -> tuple[float, float]:
     kinds = FORECASTS if kind in FORECASTS else (kind,)
     mine = [s for s in scores if s.kind in kinds and s.pair % 2]
     calm, others = ([s.model_error_ratio for s in mine if s.has_refusals is has] for has in (False, True))
-    return (0.0, 0.0) if kind == "chance" else (conformal(calm or others), conformal(others or calm))
+    if kind == "chance":
+        return 0.0, 0.0
+    # Rounded up to a thousandth: less than that no clock but its own can be trusted with.
+    calm_ratio, other_ratio = (
+        math.ceil(1_000.0 * conformal(each)) / 1_000.0 for each in (calm or others, others or calm)
+    )
+    return calm_ratio, other_ratio
 
 
 def summed_up(scores: Sequence[Score]) -> tuple[list[list[str]], bool]:
