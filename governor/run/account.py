@@ -1,7 +1,8 @@
-"""What a run comes to: its figures out of the journal, as one `Summary` for each pool and for all of them together.
+"""Account for a run: its figures from the journal, as one `Summary` for each pool and one for all of them together.
 
-Time. Records count seconds from the beginning of the first leg, by the wall. A run that was stopped in the evening and
-resumed in the morning did not take all night: its makespan, and so its efficiency, count only the time of its legs.
+Time. Records count seconds from the beginning of the first leg, by the wall clock. A run that was stopped in the
+evening and resumed in the morning did not take all night: its makespan, and so its efficiency, count only the time of
+its legs.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ MESSAGES = {
 
 
 def lines_of(journal: Journal) -> Iterator[tuple[bool, str]]:
-    """(succeeded, line of the batch output format) of every request that has ended, in order of the input."""
+    """Yield (succeeded, line of the batch output format) for every request that has ended, in order of the input."""
     for result in journal.results():
         yield line_of(result)
 
 
 def line_of(result: ResultRow) -> tuple[bool, str]:
-    """The line of one request; see `lines_of`."""
+    """Return the line of one request; see `lines_of`."""
     answer, failure = result.answer, result.failure
     if not failure:
         assert answer is not None
@@ -64,7 +65,7 @@ class Worked:
     stretches: tuple[tuple[float, float], ...]
 
     def own(self, at_s: float) -> float:
-        """How long the run had worked at that moment."""
+        """Return how long the run had worked at that moment."""
         begins = [begin for begin, _ in self.stretches]
         i = bisect_right(begins, at_s)
         before = math.fsum(end - begin for begin, end in self.stretches[: max(0, i - 1)])
@@ -75,7 +76,7 @@ class Worked:
 
 
 def worked(journal: Journal) -> Worked:
-    """The legs of a run. One that crashed has no end of its own: the last thing recorded in it is taken."""
+    """Return the legs of a run. A leg that crashed has no recorded end: its last record counts as its end."""
     legs = journal.legs()
     last = [leg.began_s for leg in legs]
     begins = list(last)
@@ -92,7 +93,7 @@ def worked(journal: Journal) -> Worked:
 
 
 def grant_of(policy: Policy, granted: Mapping[str, float] | None = None) -> Grant:
-    """What the provider grants: as its headers stated it (by dimension), else as the settings believe."""
+    """Return the provider's grant: from its response headers (by dimension), else from the settings."""
     granted = granted or {}
     return Grant(
         tpm_limit=granted.get("TPM", float(policy.tpm_limit)),
@@ -104,7 +105,7 @@ def grant_of(policy: Policy, granted: Mapping[str, float] | None = None) -> Gran
 
 
 def summary_of(journal: Journal, pool: str, policy: Policy, grant: Grant, cost_usd: float | None) -> Summary:
-    """The figures of one pool over all legs, from the journal alone."""
+    """Return the figures of one pool over all legs, from the journal alone."""
     time = worked(journal)
     attempts = journal.attempts(pool)
     ends: Iterable[Ended] = journal.ends(pool)
@@ -125,7 +126,7 @@ def summary_of(journal: Journal, pool: str, policy: Policy, grant: Grant, cost_u
 
 
 def _moved(attempt: Attempt, time: Worked) -> Attempt:
-    """The attempt on the run's own clock. A batch is there from the beginning, whichever leg comes to a request."""
+    """Return the attempt on the run's own clock. Every request of a batch counts as submitted at the beginning."""
     first = attempt.attempt == 1 and attempt.lane == "main"
     return attempt._replace(
         submitted_s=0.0 if first else time.own(attempt.submitted_s),
@@ -136,7 +137,7 @@ def _moved(attempt: Attempt, time: Worked) -> Attempt:
 
 
 def spent_before(journal: Journal, prices: Prices, day: date) -> Spent:
-    """What the answers so far have cost, from the attempts in the journal."""
+    """Return the cost of the answers so far, from the attempts in the journal."""
     spent = Spent(prices, day)
     for attempt, _, usage in journal.billed():
         spent.attempted(attempt, usage)
@@ -147,7 +148,7 @@ ATTEMPT_COLUMNS = (*Attempt.columns(), "request_id", "cached_tokens", "reasoning
 
 
 def attempt_rows(journal: Journal, prices: Prices, day: date) -> Iterator[tuple[Any, ...]]:
-    """Every ended attempt as a row of ATTEMPT_COLUMNS; a cost that is not known is empty, and so is what is absent."""
+    """Yield every ended attempt as a row of ATTEMPT_COLUMNS; absent values and unknown costs are empty."""
     spent = Spent(prices, day)
     for attempt, request_id, usage in journal.billed():
         cost = spent.attempted(attempt, usage)
@@ -156,7 +157,7 @@ def attempt_rows(journal: Journal, prices: Prices, day: date) -> Iterator[tuple[
 
 
 def merged(summaries: Sequence[Summary], cost_usd: float | None) -> Summary:
-    """Several pools side by side, as one run. Their peaks need not have been at one moment: the sum is the most."""
+    """Return several pools side by side as one run. Their peaks need not coincide: the sum is an upper bound."""
     if len(summaries) == 1:
         return replace(summaries[0], cost_usd=cost_usd)
     failures: dict[str, int] = {}

@@ -1,8 +1,8 @@
-"""A corrected input file: what differs, by custom_id, from the lines that a journal holds, and how it takes that over.
+"""Take over a corrected input file: how it differs, by custom_id, from the lines that a journal holds.
 
-Lines that are as they were keep what came of them, ended or not. Changed and added lines are run; one that was answered
-as it was is named, and sent again only on demand. Lines that are gone are not sent any more; what has ended stays. So a
-file that holds only the rest is accepted as well as the whole one.
+Unchanged lines keep their outcome, whether they have ended or not. Changed and added lines are run; a line that changed
+after it was answered is reported, and sent again only on demand. Lines that are gone are not sent any more; ended
+requests stay. So a file that holds only the rest is accepted as well as the whole one.
 
 `Amendment` reads the file once to say what it would do, and again to do it, once the run may start. A process that is
 killed in between has changed nothing that the next one would not change.
@@ -29,7 +29,7 @@ from governor.model.work import Work
 T = TypeVar("T")
 # Lines compared at a time.
 CHUNK = 500
-# So many answered lines are named.
+# At most so many answered lines are named.
 NAMED = 3
 
 
@@ -42,9 +42,9 @@ class _Known(NamedTuple):
 
 
 class Amendment:
-    """What a corrected input changes in a journal. `journal`: opened to run; nothing is written before `apply`.
+    """The changes of a corrected input to a journal. `journal`: opened to run; nothing is written before `apply`.
 
-    `numbers`: requests of the journal that are replaced or go; `more`: by how many those to do become more.
+    `numbers`: requests of the journal that are replaced or removed; `more`: by how many the requests left increase.
     """
 
     def __init__(self, journal: Journal) -> None:
@@ -60,10 +60,11 @@ class Amendment:
         self._gone: list[int] = []
 
     def changes(self, read: Iterable[Request], *, resend: bool, name: str) -> Iterator[Request]:
-        """The requests that are to be run anew, as the journal will number them; at the end what is gone is known.
+        """Yield the requests to be run anew, as the journal will number them; at the end the removed ones are known.
 
-        `read`: the lines of the corrected file. `resend`: those that were answered before they changed are sent again.
-        BadInput, naming them, where they are not; JournalError where the file has no line in common with the journal.
+        `read`: the lines of the corrected file. `resend`: lines that were answered before they changed are sent again.
+        Raise BadInput, naming them, if `resend` is off and there are such lines; JournalError if the file has no line
+        in common with the journal.
         """
         self.added = self.changed = self.gone = self.more = 0
         self.numbers = set()
@@ -114,7 +115,10 @@ class Amendment:
         return {number: _Known(*rest) for number, *rest in rows}
 
     def apply(self, works: Iterable[Work], fingerprint: str) -> None:
-        """Writes the changes down. `works`: what `changes` gave, sized; the journal is then of that input."""
+        """Write the changes into the journal, which then belongs to that input.
+
+        `works`: the requests of `changes`, sized.
+        """
         for rows, texts in chunks(works):
             with self._journal.writing() as connection:
                 places = [row["request"] for row in rows]
@@ -131,7 +135,7 @@ class Amendment:
 
     @property
     def text(self) -> str:
-        """What it changes, in a line."""
+        """Return the changes, in a line."""
         parts = [
             f"{count:,} {what}"
             for count, what in ((self.changed, "changed"), (self.added, "added"), (self.gone, "gone and not sent"))
@@ -146,5 +150,5 @@ def _chunks(each: Iterable[T]) -> Iterator[list[T]]:
 
 
 def _canonical(body: object) -> str:
-    """A body without regard to the order of its keys; `1` and `true` differ."""
+    """Return a body as text, regardless of the order of its keys; `1` and `true` differ."""
     return json.dumps(body, sort_keys=True)

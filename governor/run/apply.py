@@ -1,12 +1,12 @@
-"""`paceline apply`: the settings of one env file written into another, and nothing else in it touched.
+"""`paceline apply`: write the settings of one env file into another and touch nothing else in it.
 
 A production file holds secrets, comments and other programs' names, in its own quotes and line ends. Of a line that
-states a setting of ours the value alone is replaced, where several lines state it that of the last, which is the one
-that counts; settings that the file does not state go to its end. Every other byte stays as it was, and only our own
-names and values are ever shown.
+states a setting of ours only the value is replaced; if several lines state it, that of the last, which is the one that
+counts. Settings that the file does not state are appended. Every other byte stays as it was, and only our own names and
+values are ever shown.
 
-A plan's env file says which settings it was made from. Applied to others it would not do what the plan said, so that is
-refused. The old file stays beside the new one as a backup that only its owner can read.
+A plan's env file says which settings it was made from. Applied to other settings it would not do what the plan said, so
+that is refused. The old file stays beside the new one as a backup that only its owner can read.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _VALUE = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class SettingChange:
-    """One setting that becomes another. `line`: where it stands in the target, from 1; 0 = it is added at the end."""
+    """One setting that changes. `line`: its place in the target, from 1; 0 = it is appended."""
 
     name: str
     old: str
@@ -58,7 +58,7 @@ class SettingChange:
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What was changed, or would be. `backup`: None where nothing was written. `content`: the new file's bytes."""
+    """The changes made, or to be made. `backup`: None if nothing was written. `content`: the new file's bytes."""
 
     changes: tuple[SettingChange, ...]
     backup: Path | None
@@ -66,11 +66,11 @@ class Applied:
 
 
 def apply(source: Path, target: Path, *, write: bool = True, insist: bool = False) -> Applied:
-    """Write the settings that `source` states into `target`, a file that is there.
+    """Write the settings that `source` states into `target`, an existing file.
 
-    Without `write` only what would change is returned. With `insist` it is done though a plan made `source` from other
-    settings than the target's. BadInput, in one line, for files that cannot be read or written, hold no settings of
-    ours, or have changed since the plan; then the target is as it was.
+    Without `write` the changes are only returned. With `insist` they are made even if a plan made `source` from other
+    settings than the target's. Raise BadInput, in one line, for files that cannot be read or written, hold no settings
+    of ours, or have changed since the plan; then the target is as it was.
     """
     check_apart({"the settings": source, "the target": target})
     wanted = _wanted(source, target)
@@ -90,7 +90,7 @@ def apply(source: Path, target: Path, *, write: bool = True, insist: bool = Fals
 
 
 def _wanted(source: Path, target: Path) -> dict[str, str]:
-    """Our names in the source with their values; the scenario's path as it is seen from the target."""
+    """Return our names in the source with their values; the scenario's path is made relative to the target."""
     stated = read_env_file(source)
     policy = policy_of(source)
     wanted = {knob.env: knob.text(getattr(policy, knob.name)) for knob in KNOBS if knob.name in policy.model_fields_set}
@@ -105,7 +105,7 @@ def _wanted(source: Path, target: Path) -> dict[str, str]:
 
 
 def _check_unchanged(source: Path, target: Path) -> None:
-    """BadInput where the source was made from other settings than those that the target states now."""
+    """Raise BadInput if the source was made from other settings than those that the target states now."""
     text = source.read_text(encoding="utf-8-sig")
     made_from = re.search(rf"^{re.escape(MADE_FROM)}((?: [0-9a-f]{{16}})+)\s*$", text, re.MULTILINE)
     if made_from is not None and settings_digest(policy_of(target)) not in made_from[1].split():
@@ -120,7 +120,7 @@ def _check_unchanged(source: Path, target: Path) -> None:
 
 
 def with_values(raw: bytes, values: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
-    """The file's bytes with these values of our names; and the line of each, 0 where it was added."""
+    """Return the file's bytes with these values of our names, and the line of each, 0 if it was appended."""
     bom = _BOM if raw.startswith(_BOM) else b""
     text = raw.removeprefix(_BOM).decode("utf-8")
     parts = list(parse_stream(io.StringIO(text, newline="")))
@@ -141,13 +141,13 @@ def with_values(raw: bytes, values: Mapping[str, str]) -> tuple[bytes, dict[str,
 
 
 def _replaced_value(part: Binding, value: str) -> str:
-    """The line with another value, in the quotes that it has."""
+    """Return the line with another value, in its present quotes."""
     text = part.original.string
     found = _VALUE.fullmatch(text)
     assert found is not None, "dotenv has read it"
     old = found["value"]
     if not part.value and old[:1] not in ("'", '"'):
-        # An empty value: what the pattern took for one is the comment behind it.
+        # An empty value: the text that the pattern took for it is the comment behind it.
         return found["before"] + _written(value) + text[len(found["before"]) :]
     quote = old[0] if old[:1] in ("'", '"') and old[-1:] == old[0] and len(old) > 1 else ""
     new = f"{quote}{value}{quote}" if quote else _written(value)
@@ -155,7 +155,7 @@ def _replaced_value(part: Binding, value: str) -> str:
 
 
 def _written(value: str) -> str:
-    """A value as it stands without quotes, or in them where it must."""
+    """Return a value as it is written: without quotes, or quoted if it must be."""
     return (
         value if re.fullmatch(r"[\w./:@%+,-]*", value) else "'" + value.replace("\\", "\\\\").replace("'", r"\'") + "'"
     )
@@ -172,8 +172,10 @@ def _bytes_of(target: Path) -> bytes:
 
 
 def _replace(target: Path, raw: bytes, content: bytes) -> Path:
-    """Writes the backup, then the new file in the old one's place, with its permissions and owner; where that fails,
-    the target is as it was. A symbolic link stays one."""
+    """Write the backup, then put the new file in the old one's place, with its permissions and owner.
+
+    If that fails, the target is as it was. A symbolic link stays a link.
+    """
     real = Path(os.path.realpath(target))
     before = real.stat()
     if not stat.S_ISREG(before.st_mode):
@@ -183,7 +185,7 @@ def _replace(target: Path, raw: bytes, content: bytes) -> Path:
     try:
         with _private(unfinished) as file:
             _write_all(file, content)
-        # Mode, owner, and whatever else the file system knows of it; the time of the change is now.
+        # Mode, owner, and whatever else the file system records; the time of the change is now.
         with contextlib.suppress(OSError):
             shutil.copystat(real, unfinished)
         os.utime(unfinished)
@@ -206,7 +208,7 @@ def _replace(target: Path, raw: bytes, content: bytes) -> Path:
 
 
 def _backed_up(real: Path, raw: bytes) -> Path:
-    """A copy that only its owner can read, under a name that is free."""
+    """Write a copy that only its owner can read, under an unused name."""
     moment = time.strftime("%Y%m%d-%H%M%S")
     for number in range(1, 100):
         backup = real.with_name(f"{real.name}.{moment}{f'-{number}' if number > 1 else ''}.bak")

@@ -53,7 +53,7 @@ from governor.run.steer import SIGNALS, changes_text, held_settings, words_of
 from governor.telemetry.metrics import Metrics, checked_hook
 from governor.telemetry.progress import Shown
 
-# Descriptors beside those of requests in flight: journal, files, connections that close, name look-ups.
+# Descriptors besides those of requests in flight: journal, files, closing connections, name look-ups.
 OWN_DESCRIPTORS = 50
 
 ALL_WELL, SOME_FAILED, CANNOT, QUOTA, BUDGET = 0, 1, 3, 4, 5
@@ -70,9 +70,9 @@ _CODE_OF = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Orders:
-    """What `paceline run` was asked to do. `out`: None = no files of results. `journal`: a path or a database URL.
+    """The options of `paceline run`. `out`: None = no result files. `journal`: a path or a database URL.
 
-    `manner`: how to go about it; its `follow` is told of what has ended before, too.
+    `manner`: how the batch is run; its `follow` also receives results that ended before.
 
     `finish_by_s`: seconds from now in which the run must end by the forecast, None = a day. `retry_failed`: None = no,
     "" = all that failed, else those with that failure code. `metrics_port`: None = none, 0 = any free one.
@@ -99,9 +99,9 @@ class Orders:
 
 @dataclass(frozen=True, slots=True)
 class RunOutcome:
-    """What came of it: the figures over all legs, the same by pool, and the exit code.
+    """The outcome of a run: the figures over all legs, the same by pool, and the exit code.
 
-    `stopped`: why, by pool. `journal`: what to call it, never with a password.
+    `stopped`: the reason, by pool. `journal`: its name for the user, never with a password.
     """
 
     summary: Summary
@@ -114,7 +114,7 @@ class RunOutcome:
 
 
 def run_orders(orders: Orders, *, foresee: Foresee | None, connect: Connect, shown: Shown) -> RunOutcome:
-    """Runs a batch, or goes on with it. PacelineError, with its exit code, for all that a user can mend."""
+    """Run a batch, or resume it. Raise PacelineError, with its exit code, for every error that a user can fix."""
     _check(orders)
     started = {pool.name: pool.policy for pool in orders.pools}
     orders = _with_held(orders, shown)
@@ -150,7 +150,7 @@ def run_orders(orders: Orders, *, foresee: Foresee | None, connect: Connect, sho
 
 
 def _nothing_happened(journal: Journal) -> bool:
-    """Whether no request was launched or ended: what cannot be read may hold answers that were paid for."""
+    """Return whether no request was launched or ended; False if unreadable: it may hold paid answers."""
     try:
         counts = journal.counts()
         return counts.pending == counts.requests and not journal.outcomes()
@@ -162,7 +162,7 @@ def _nothing_happened(journal: Journal) -> bool:
 
 
 def _check(orders: Orders) -> None:
-    """Everything that can be wrong before a line is read."""
+    """Check everything that can be wrong before a line is read."""
     for pool in orders.pools:
         key_of(pool, orders.environment)
     if orders.retry_failed and orders.retry_failed not in list(FailureCode):
@@ -183,7 +183,7 @@ def _check(orders: Orders) -> None:
 
 
 def _with_held(orders: Orders, shown: Shown) -> Orders:
-    """The orders with the settings that `paceline set` has changed in the journal, which hold until `unset`."""
+    """Return the orders with the settings that `paceline set` has changed in the journal, which hold until `unset`."""
     if not Journal.exists(orders.journal):
         return orders
     with Journal.open(orders.journal) as journal:
@@ -203,7 +203,7 @@ def _with_held(orders: Orders, shown: Shown) -> Orders:
 
 
 def _say_what_is_left(begun: BatchBegun, orders: Orders, shown: Shown) -> None:
-    """What this command takes up, if it is not all of the file."""
+    """Say which requests this command takes up, if not all of the file."""
     if begun.oversized:
         shown.say(f"above the limit, recorded as failed and not sent: {plural(begun.oversized, 'request')}")
     if begun.is_new:
@@ -231,7 +231,7 @@ def _say_what_is_left(begun: BatchBegun, orders: Orders, shown: Shown) -> None:
 
 
 def _guard(begun: BatchBegun, orders: Orders, foresee: Foresee | None, shown: Shown) -> dict[str, Expectation]:
-    """Forecasts, says them, and refuses what should not start as it is."""
+    """Compute and show the forecasts, and refuse a run that should not start as it is."""
     demands = begun.demands
     _check_prices(orders, demands)
     expectations = {}
@@ -256,7 +256,7 @@ def _guard(begun: BatchBegun, orders: Orders, foresee: Foresee | None, shown: Sh
 
 
 def descriptors() -> int:
-    """How many this process may have, once it has asked for all that it may ask for."""
+    """Return how many descriptors this process may have, after raising its limit as far as allowed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
     if soft < most or soft == resource.RLIM_INFINITY:
@@ -286,7 +286,7 @@ def _check_prices(orders: Orders, demands: Mapping[str, Demand]) -> None:
 
 
 def _booked(begun: BatchBegun, pool: Pool, time_scale: float) -> InUse:
-    """What the legs before have used of the present minute."""
+    """Return the use that earlier legs have made of the present minute."""
     last = None if begun.is_new else begun.journal.checkpoint(pool.name)
     return IDLE if last is None else in_use(last.params, last.state, last.now_s(time_scale))
 
@@ -299,7 +299,7 @@ def _expectation(
     shown: Shown,
     booked: InUse = IDLE,
 ) -> Expectation:
-    """What this pool is expected to do: simulated where there is a simulator, else by the fluid estimate."""
+    """Return this pool's expected course: simulated if there is a simulator, else by the fluid estimate."""
     outlook = Outlook(pool=pool, demand=demand, finalize=orders.manner.finalize, seed=orders.seed, booked=booked)
     if foresee is not None and demand.requests:
         try:
@@ -310,7 +310,7 @@ def _expectation(
 
 
 def forecast_lines(pool: Pool, demand: Demand, e: Expectation, orders: Orders, *, named: bool) -> list[str]:
-    """The forecast of one pool, for people. `named`: there are several."""
+    """Return the forecast of one pool, for people. `named`: there are several pools."""
     models = ", ".join(model or "no model" for model in sorted(demand.models)[:3])
     models += ", ..." if len(demand.models) > 3 else ""
     of = f"pool {pool.name}: " if named else ""
@@ -386,7 +386,7 @@ def _run(
 
 
 def _request_usd(begun: BatchBegun, orders: Orders, expectations: Mapping[str, Expectation]) -> float:
-    """What a request that is left is expected to cost in the mean; 0 where it is not known."""
+    """Return the expected mean cost of a remaining request in US dollars; 0 if unknown."""
     total, count = 0.0, 0
     for name, demand in begun.demands.items():
         found = cost_forecast(demand, expectations[name].answer_tokens, orders.prices, date.today())
@@ -396,14 +396,14 @@ def _request_usd(begun: BatchBegun, orders: Orders, expectations: Mapping[str, E
 
 
 def _delivered(live: LiveRun, shown: Shown) -> None:
-    """Waits for the messages to the webhook; one that got lost is no reason to fail."""
+    """Wait for the webhook's messages; a lost message is no reason to fail."""
     for notice in live.notices:
         if not notice.wait():
             shown.say(f"note: the message to {notice.host} was not delivered: {notice.error}")
 
 
 def _canaries(begun: BatchBegun, orders: Orders, foresee: Foresee | None, shown: Shown) -> dict[str, Expectation]:
-    """What is expected of the first requests of each pool."""
+    """Return the expected course of the first requests of each pool."""
     found = {}
     for pool in orders.pools:
         part = begun.demands[pool.name].first(
@@ -419,7 +419,7 @@ def _ending(ended: Ended) -> str:
 
 
 def _closed(journal: Journal, orders: Orders, spent: Spent, ended: Ended | None, shown: Shown) -> RunOutcome:
-    """Results if all is done, the figures, and the exit code."""
+    """Write the results if all is done; return the figures and the exit code."""
     counts = journal.counts()
     pending = counts.pending + counts.in_flight
     if not pending and orders.out is not None:
@@ -449,7 +449,7 @@ def _closed(journal: Journal, orders: Orders, spent: Spent, ended: Ended | None,
 
 
 def exit_code(failed: int, pending: int, stopped: Mapping[str, str], signals: Sequence[str]) -> int:
-    """The process's exit code: a signal first, then the gravest reason to stop, then whether all succeeded."""
+    """Return the process's exit code: a signal first, then the gravest reason to stop, then whether all succeeded."""
     if signals:
         return SIGNAL_CODES[signals[0]]
     if pending:
@@ -458,7 +458,7 @@ def exit_code(failed: int, pending: int, stopped: Mapping[str, str], signals: Se
 
 
 def outcome_text(outcome: RunOutcome) -> str:
-    """One line: how it ended."""
+    """Return one line that says how the run ended."""
     s = outcome.summary
     text = f"{s.completed:,} of {s.requests + outcome.pending:,} done, {s.failed:,} failed"
     text += f", {s.throttled:,} 429s in {s.attempts:,} attempts, {duration(s.makespan_s)}"

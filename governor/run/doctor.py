@@ -1,4 +1,4 @@
-"""`paceline doctor`: one tiny call to each pool, and what its answer says of key, model, limits and settings."""
+"""`paceline doctor`: send one tiny call to each pool and report on key, model, limits and settings."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from governor.provider.sending import Connect
 from governor.telemetry.watch import limit_text
 
 TIMEOUT_S = 30.0
-# Newer models refuse less than 16.
+# Newer models reject fewer than 16.
 MAX_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """What one pool answered. `disagree`: what to say of settings that are not as the account grants."""
+    """The answer of one pool. `disagree`: remarks on settings that differ from the account's grant."""
 
     pool: str
     address: str
@@ -34,13 +34,13 @@ class Diagnosis:
 
     @property
     def exit_code(self) -> int:
-        """0 = it answers, 4 = the account is refused, 1 = anything else."""
+        """Return 0 if the pool answers, 4 if the account is refused, 1 for anything else."""
         if self.answer.scope is Scope.ACCOUNT:
             return 4
         return 0 if self.answer.outcome is Outcome.OK else 1
 
     def to_json_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values."""
         a = self.answer
         return {
             "address": self.address,
@@ -55,7 +55,7 @@ class Diagnosis:
         }
 
     def text(self, *, named: bool) -> str:
-        """For people."""
+        """Return the diagnosis for people."""
         a = self.answer
         lines = [f"{f'pool {self.pool}: ' if named else ''}{self.address}, model {self.model}"]
         if a.outcome is Outcome.OK:
@@ -78,7 +78,7 @@ class Diagnosis:
 
 
 def examine(pools: Sequence[Pool], environment: Mapping[str, str], connect: Connect, model: str) -> list[Diagnosis]:
-    """One call to each pool, one after the other. BadSetting where a key is missing."""
+    """Send one call to each pool, one after the other. Raise BadSetting if a key is missing."""
     for pool in pools:
         key_of(pool, environment)
 

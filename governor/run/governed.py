@@ -1,12 +1,12 @@
-"""`governed(client)`: an SDK's client, the same one, whose calls the governor paces from now on.
+"""`governed(client)`: the same SDK client, whose calls the governor paces from now on.
 
     client = governed(AsyncOpenAI())                                       # settings from the environment
     client = governed(OpenAI(), Governor(Policy().with_(tpm_limit=450_000)))
 
-The client keeps its type, and all that it gives and raises. Its own retries are switched off: the law retries.
+The client keeps its type, its results and its exceptions. Its own retries are switched off: the law retries.
 
-Clients that are given no governor share one for each quota, by the settings of the environment; where
-PACELINE_REDIS_URL is set, with other processes too. A quota is an address, an organisation and a project.
+Clients without an explicit governor share one per quota, by the settings of the environment; if PACELINE_REDIS_URL is
+set, with other processes too. A quota is an address, an organisation and a project.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from governor.telemetry.tracing import traces
 from governor.telemetry.watch import Together
 
 C = TypeVar("C")
-# "govern", or "shadow", whose journal and whether it holds prompts stand beside it.
+# "govern" or "shadow"; for shadow, the journal to record in and whether it holds prompts.
 MODE, SHADOW_JOURNAL, SHADOW_PROMPTS = "PACELINE_MODE", "PACELINE_SHADOW_JOURNAL", "PACELINE_SHADOW_PROMPTS"
 DEFAULT_JOURNAL = "paceline-shadow.jsonl"
 MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
@@ -54,16 +54,16 @@ def governed(
     lane: str = BATCH,
     mode: Literal["govern", "shadow"] | None = None,
 ) -> C:
-    """`client`, whose calls go out when the governor lets them.
+    """Return `client`, whose calls are sent when the governor permits.
 
     `client`: of any SDK that is built on httpx or httpx2 (AsyncOpenAI, OpenAI, AsyncAzureOpenAI, AsyncAnthropic, ...),
-    a chat model of LangChain's on top of one, or an httpx client. `governor`: a quota that several clients may share,
-    or its settings; by default those of the environment (OPENAI_TPM_LIMIT and so on). `max_wait_s`: a call that may not
-    be sent within so many seconds is answered with a 503 instead of waiting. `lane`: "interactive" where somebody waits
-    for the answers: they go before those of lane "batch", and may use the share of each limit that
-    OPENAI_INTERACTIVE_RESERVE keeps. `mode`: "shadow" delays and changes nothing, and records what is sent and comes
-    back in PACELINE_SHADOW_JOURNAL, for `paceline shadow`; by default what PACELINE_MODE says. BadSetting for a setting
-    that cannot be obeyed; PacelineError for a client in which no httpx client is found.
+    a LangChain chat model on top of one, or an httpx client. `governor`: a quota that several clients may share, or its
+    settings; by default those of the environment (OPENAI_TPM_LIMIT and so on). `max_wait_s`: a call that cannot be sent
+    within so many seconds is answered with a 503 instead of waiting. `lane`: "interactive" if a user waits for the
+    answers: such calls go before those of lane "batch", and may use the share of each limit that
+    OPENAI_INTERACTIVE_RESERVE keeps. `mode`: "shadow" delays and changes nothing, and records requests and answers in
+    PACELINE_SHADOW_JOURNAL, for `paceline shadow`; by default the value of PACELINE_MODE. Raise BadSetting for a
+    setting that cannot be obeyed, PacelineError for a client in which no httpx client is found.
     """
     sdks = [client, *_sdks_in(client)]
     clients = [http for sdk in sdks for http in _http_clients(sdk)]
@@ -89,14 +89,14 @@ def governed(
 
 
 def _sdks_in(model: object) -> list[Any]:
-    """The SDK's clients of a chat model (LangChain's ChatOpenAI, AzureChatOpenAI, ChatAnthropic); none in a client."""
+    """Return a chat model's SDK clients (LangChain's ChatOpenAI, AzureChatOpenAI, ChatAnthropic), if any."""
     names = ("root_client", "root_async_client", "_client", "_async_client")
     found = (getattr(model, name, None) for name in names)
     return [each for each in found if hasattr(each, "base_url") and hasattr(each, "_client")]
 
 
 def _mode_of(mode: str | None, environment: Mapping[str, str]) -> str:
-    """What is asked for, or what PACELINE_MODE says."""
+    """Return the mode asked for, or PACELINE_MODE's."""
     found = mode if mode is not None else environment.get(MODE, "").strip().lower() or "govern"
     if found not in ("govern", "shadow"):
         name = "mode" if mode is not None else MODE
@@ -105,7 +105,7 @@ def _mode_of(mode: str | None, environment: Mapping[str, str]) -> str:
 
 
 def _wrap(clients: list[Any], around: Callable[[Any], Any]) -> None:
-    """Puts a transport around each one that the clients have; one of ours that is there already is replaced."""
+    """Put a transport around each transport of the clients; replace one of ours that is already there."""
 
     def wrapped(transport: Any) -> Any:
         ours = isinstance(transport, GovernedTransport | ShadowTransport)
@@ -118,7 +118,7 @@ def _wrap(clients: list[Any], around: Callable[[Any], Any]) -> None:
 
 
 def _around(inner: Any, portal: Portal, policy: Policy, max_wait_s: float, lane: str) -> GovernedTransport:
-    """A governed transport around another."""
+    """Return a governed transport around another."""
     followed = traces()
     if followed is None:
         return GovernedTransport(inner, portal, policy, max_wait_s=max_wait_s, lane=lane)
@@ -126,7 +126,7 @@ def _around(inner: Any, portal: Portal, policy: Policy, max_wait_s: float, lane:
 
 
 def _http_clients(client: object) -> Iterator[Any]:
-    """The httpx clients by which an SDK sends: itself, its `_client`, or what its configuration holds."""
+    """Yield the httpx clients by which an SDK sends: itself, its `_client`, or those in its configuration."""
     settings = getattr(client, "sdk_configuration", None)
     candidates = (client, getattr(client, "_client", None))
     others = (getattr(settings, "client", None), getattr(settings, "async_client", None))
@@ -154,7 +154,7 @@ def _quota_of(client: object, governor: Governor | Policy | None) -> tuple[Porta
 
 
 def _pool_of(client: object, policy: Policy, environment: Mapping[str, str]) -> Pool:
-    """The quota that a client calls. That of `paceline run` in the same environment, if it is the same."""
+    """Return the quota that a client calls: the quota of `paceline run` in the same environment, if it is the same."""
     (pool,) = default_pools(policy, environment)
     address = str(getattr(client, "base_url", "") or "").rstrip("/")
     url = "" if address == OPENAI_URL else address
@@ -164,7 +164,7 @@ def _pool_of(client: object, policy: Policy, environment: Mapping[str, str]) -> 
 
 
 def portal_of(pool: Pool) -> Portal:
-    """The way to a new governor of that quota, shared with other processes where the environment says so."""
+    """Return the portal to a new governor of that quota, shared with other processes if the environment says so."""
     if url := redis_url(os.environ):
 
         def make() -> Governor:
@@ -185,7 +185,7 @@ _counted: WeakSet[Governor] = WeakSet()
 
 
 def _count(portal: Portal, pool: str, governor: Governor) -> None:
-    """The process's metrics show this governor from now on."""
+    """Include this governor in the process's metrics from now on."""
     if governor in _counted:
         return
     _counted.add(governor)

@@ -1,6 +1,6 @@
-"""From a batch file to a journal that holds all of it, or back to one that was begun: what is left, by pool.
+"""Read a batch file into a journal that holds all of it, or return to an existing journal: the work left, by pool.
 
-Memory stays flat: lines go from the file into the journal; what remains here is 80 bytes of sizes per request.
+Memory stays flat: lines go from the file into the journal; only 80 bytes of sizes per request remain here.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ WAL_BYTES = 4 * 2**20 + 2 * INGEST_BYTES
 
 @dataclass(frozen=True, slots=True)
 class BatchBegun:
-    """A journal ready to run. `demands`: what is left, by pool. `is_new`: this command made it.
+    """A journal ready to run. `demands`: the work left, by pool. `is_new`: this command created it.
 
-    `oversized`: requests that will end unsent (`--skip-oversized`). What changes the journal waits until the run may
-    start, so that a refusal leaves all as it was: `retried`, failed ones that are tried again (`Journal.retry_failed`),
-    and `amended`, what a corrected input file asks for.
+    `oversized`: requests that will end unsent (`--skip-oversized`). Changes to the journal wait until the run may
+    start, so that a refusal leaves everything as it was: `retried`, failed requests to be tried again
+    (`Journal.retry_failed`), and `amended`, the changes of a corrected input file.
     """
 
     journal: Journal
@@ -56,14 +56,14 @@ class BatchBegun:
 
 @dataclass(frozen=True, slots=True)
 class Amended:
-    """A corrected input, not yet taken over. `works()` reads it anew; see `amend` for the figures."""
+    """A corrected input, not yet adopted. `works()` reads it anew; see `amend` for the figures."""
 
     amendment: Amendment
     works: Callable[[], Iterator[Work]]
     fingerprint: str
 
     def apply(self) -> None:
-        """Takes it over into the journal."""
+        """Write the corrected input into the journal."""
         self.amendment.apply(self.works(), self.fingerprint)
 
 
@@ -71,7 +71,7 @@ class Amended:
 
 
 class _Hashed:
-    """The lines of a binary file, and the SHA-256 of what was read."""
+    """The lines of a binary file, and the SHA-256 of the bytes read."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.sha256 = hashlib.sha256()
@@ -84,7 +84,7 @@ class _Hashed:
 
 
 def pooled(requests: Iterable[Request], pools: Sequence[Pool], name: str) -> Iterator[tuple[Request, Pool]]:
-    """Each request with its pool; BadInput, naming the request, where none takes its model."""
+    """Yield each request with its pool; raise BadInput, naming the request, if no pool takes its model."""
     found: dict[str, Pool] = {}
     for request in requests:
         pool = found.get(request.model)
@@ -100,9 +100,10 @@ def pooled(requests: Iterable[Request], pools: Sequence[Pool], name: str) -> Ite
 def read_demands(
     path: Path, pools: Sequence[Pool], unseen: Unseen | None = None, *, file_tokens: int = TOKENS_PER_FILE
 ) -> dict[str, Demand]:
-    """What a batch file asks of each pool, without sending or keeping anything. BadInput for a file that is wrong.
+    """Return a batch file's demand on each pool, without sending or keeping anything.
 
-    `unseen`: is told of every request. `file_tokens`: assumed for each file and the like that a request only points to.
+    Raise BadInput for an invalid file. `unseen`: is told of every request. `file_tokens`: assumed for each file or
+    other content that a request only points to.
     """
     demands = {pool.name: Demand() for pool in pools}
     with _opened(path) as file:
@@ -146,10 +147,10 @@ def prepare(
     resend_changed: bool = False,
     file_tokens: int = TOKENS_PER_FILE,
 ) -> BatchBegun:
-    """The journal of this run: made from the input, or the one that is there. What is wrong is found before a send.
+    """Return the journal of this run, created from the input or already there. All errors are found before a send.
 
     `resend_changed`: lines that changed after they were answered are sent again. `retry_failed`: None = no, "" = all
-    that failed, else those with this failure code. BadInput, Oversized or JournalError; a journal that was being made
+    that failed, else those with this failure code. Raise BadInput, Oversized or JournalError; an unfinished new journal
     is removed again.
     """
     if Journal.exists(where):
@@ -165,7 +166,7 @@ def prepare(
             file_tokens=file_tokens,
         )
     for file in () if out is None else (out, errors_path(out)):
-        # An empty one holds nothing to lose: a run that was ended before its first answer may have left it.
+        # An empty file holds nothing to lose: a run that was ended before its first answer may have left it.
         if file.exists() and not overwrite and not (file.is_file() and file.stat().st_size == 0):
             raise BadInput(
                 f"it exists, and no journal at {where} says that it is this run's: move it away, name another --out, "
@@ -212,7 +213,7 @@ def _made(
 
 
 def _is_of(journal: Journal, file: Path) -> bool:
-    """Whether a file of results or errors is this run's, by its first line; nothing is lost with an empty one.
+    """Return whether a file of results or errors is this run's, by its first line; an empty one may be replaced.
 
     A crash under `--follow` may have cut that line short.
     """
@@ -220,7 +221,7 @@ def _is_of(journal: Journal, file: Path) -> bool:
         with file.open("rb") as opened:
             first = opened.readline(_HEAD_BYTES)
     except OSError:
-        return True  # what is wrong with it is said elsewhere, in its own words
+        return True  # the open that follows reports the error in its own words
     number = _FIRST.match(first)
     if number is None:
         return not first.strip() or first in b'{"id":"batch_req_'
@@ -229,7 +230,7 @@ def _is_of(journal: Journal, file: Path) -> bool:
     return custom_id is not None and (first.startswith(head[:_HEAD_BYTES]) or head.startswith(first))
 
 
-# How a line of ours begins, and how much of it tells whose it is.
+# The beginning of our lines, by which a file's run is recognised.
 _FIRST = re.compile(rb'\{"id":"batch_req_([0-9]{1,15})"')
 _HEAD_BYTES = 4_096
 
@@ -260,7 +261,7 @@ def _resumed(
                     str(target),
                 )
         if journal.run().requests < 0:
-            # Its process was killed while it was filled: nothing was sent yet.
+            # Its process was killed while filling it: nothing has been sent yet.
             seed = journal.run().seed
             journal.remove()
             return _made(path, where, pools, seed, skip_oversized, file_tokens)
@@ -289,7 +290,7 @@ def _amended(
     resend_changed: bool,
     file_tokens: int,
 ) -> Amended:
-    """What a corrected input changes, once `works` has been read to its end."""
+    """Return the changes of a corrected input; they are known once `works` has been read to its end."""
     amendment = Amendment(journal)
 
     def works() -> Iterator[Work]:
@@ -313,7 +314,7 @@ def _left(
     left: int,
     amended: Amended | None,
 ) -> tuple[dict[str, Demand], int]:
-    """What a journal still has to do (`left` in all), under today's settings, and how many requests can never run."""
+    """Return a journal's work left (`left` in all), under today's settings, and how many requests can never run."""
     demands = {pool.name: Demand() for pool in pools}
     oversized = taken = 0
     by_name = {pool.name: pool for pool in pools}
@@ -352,9 +353,9 @@ def _left(
 
 
 def _check_disk(path: Path, where: str | Path, left: int | None) -> None:
-    """Refused where the journal, its log and the results would hardly fit beside each other.
+    """Raise Refused if the journal, its log and the results would hardly fit on the disk together.
 
-    `left`: requests of a journal that is there and holds their bodies already; None = it is to be made.
+    `left`: requests left in an existing journal, which holds their bodies already; None = a journal to be created.
     """
     if "://" in str(where) or left == 0:
         return
@@ -365,7 +366,7 @@ def _check_disk(path: Path, where: str | Path, left: int | None) -> None:
             lines = sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
         free = shutil.disk_usage(folder).free
     except OSError:
-        return  # what is wrong with either is said elsewhere, in its own words
+        return  # the open that follows reports the error in its own words
     needed = disk_needed(size, lines) if left is None else disk_needed(0, left)
     if needed > free:
         raise Refused(
@@ -375,9 +376,9 @@ def _check_disk(path: Path, where: str | Path, left: int | None) -> None:
 
 
 def disk_needed(size: int, lines: int) -> int:
-    """Bytes that journal and results of a batch file of this size will take, roughly.
+    """Return the approximate bytes that journal and results of a batch file of this size will take.
 
-    The journal's write-ahead log repeats what is written, until it is taken over into the file every few MiB.
+    The journal's write-ahead log repeats every write until it is merged into the file every few MiB.
     """
     journal = round(size * JOURNAL_BYTES_PER_INPUT_BYTE + lines * JOURNAL_BYTES_PER_REQUEST)
     return journal + min(journal, WAL_BYTES) + lines * RESULT_BYTES_PER_REQUEST

@@ -1,9 +1,9 @@
-"""The live run itself: pools side by side in one event loop, until nothing is left or somebody stops it.
+"""The live run: pools side by side in one event loop, until no work is left or the run is stopped.
 
-Theory of operation. Each pool's governor pulls its work from the journal, a hundred rows at a time. A ticker looks at
+Theory of operation. Each pool's governor pulls its work from the journal, a hundred rows at a time. A ticker handles
 everything that is not an event of the driver: a few times a second it takes up commands, shows the progress, compares
-with the forecast and watches the clock. Whoever wants the run to end calls `stop` with a reason; the governors then
-launch nothing more, and what is in flight has the grace period to end.
+with the forecast and watches the clock. Any part that wants to end the run calls `stop` with a reason; the governors
+then launch nothing more, and requests in flight have the grace period to end.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from governor.telemetry.metrics import Notice, notify
 from governor.telemetry.progress import Shown, snapshot
 from governor.telemetry.watch import waiting_for
 
-# What the ticker does, every so many seconds of the machine's clock.
+# Periods of the ticker's tasks, in seconds of the machine's clock.
 TICK_S = 0.2
 COMMANDS_S, TRACK_S, TEXTFILE_S = 0.4, 1.0, 15.0
 
-# Why a run stopped before its end, beside the driver's failure codes, the names of signals and those of `longwaits`.
+# Reasons for stopping early, besides the driver's failure codes, the names of signals and those of `longwaits`.
 MAX_COST, REFUSED, CANARY, FAILED_INSIDE = "MAX_COST", "REFUSED", "CANARY", "ERROR"
 ACCOUNT = (FailureCode.INSUFFICIENT_QUOTA, FailureCode.UNAUTHORIZED)
 
 
 @dataclass(frozen=True, slots=True)
 class Leg:
-    """What a leg works on. By pool: what is left (requests, tokens reserved; their models), what is expected of it and
-    its canary.
+    """The work of one leg.
 
-    `started`: the pools' policies without what `paceline set` has changed. `request_usd`: what one request is expected
-    to cost, as long as none has been answered.
+    By pool: the work left (requests, tokens reserved; their models), the forecast, the canary's. `started`: the pools'
+    policies without the changes of `paceline set`. `request_usd`: the expected cost of one request, until one has been
+    answered.
     """
 
     journal: Journal
@@ -63,10 +63,10 @@ class Leg:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a leg ended. By pool: `why` it stopped ("" = nothing was left), limits that its headers stated, its counts.
+    """The end of a leg. By pool: `why` it stopped ("" = no work was left), limits from its headers, its counts.
 
-    `at_s`: when, seconds since the run began. `resent`: requests that a crash had left in flight. `signals`: those that
-    came, by name.
+    `at_s`: seconds since the run began. `resent`: requests that a crash had left in flight. `signals`: the names of the
+    signals received.
     """
 
     why: Mapping[str, str]
@@ -79,7 +79,7 @@ class Ended:
 
 
 class LiveRun:
-    """One leg of a run. Make it, await `run()` once."""
+    """One leg of a run. Create it and await `run()` once."""
 
     def __init__(self, leg: Leg, connect: Connect, shown: Shown, manner: Manner) -> None:
         self.leg = leg
@@ -96,7 +96,7 @@ class LiveRun:
         self._textfile_failed = False
 
     async def run(self) -> Ended:
-        """Runs until nothing is left or it is stopped. JournalError where nothing can be recorded any more."""
+        """Run until no work is left or the run is stopped. Raise JournalError if nothing can be recorded any more."""
         self._begin()
         signals = Signals(self._on_signal)
         commands = Commands(self.leg.journal, self.runs, self.leg.started, self.say)
@@ -113,7 +113,7 @@ class LiveRun:
                     ticker.cancel()
                     await asyncio.gather(ticker, return_exceptions=True)
         finally:
-            self.leg.journal.give_up()  # what is left to write is no answer
+            self.leg.journal.give_up()  # nothing that is still unwritten is an answer
             self.shown.stop()
             await self._close_down()
         runs = self.runs.values()
@@ -128,7 +128,7 @@ class LiveRun:
         )
 
     def _begin(self) -> None:
-        """Begins the leg: recorders, governors, and the forecast, before anything is launched."""
+        """Begin the leg: recorders, governors, and the forecast, before anything is launched."""
         leg, loop = self.leg, asyncio.get_running_loop()
 
         def on_full(full: str) -> None:
@@ -174,7 +174,7 @@ class LiveRun:
         return Said(self.say, refused, self._over_budget)
 
     def _say_overdue(self, name: str, pool: Pool) -> None:
-        """Requests whose time ran out while no process ran them end at once, and somebody should know why."""
+        """Report requests whose time ran out while no process ran them: they end at once."""
         deadline_s = pool.policy.deadline_seconds
         count = self.leg.journal.overdue(name, self.began_s - deadline_s) if deadline_s > 0.0 else 0
         if count:
@@ -193,14 +193,14 @@ class LiveRun:
     # ------------------------------------------------------------ the work
 
     async def _until_over(self, signals: Signals, ticker: asyncio.Task[None]) -> None:
-        """Until every pool has nothing left, or has stopped and those in flight have ended or were cancelled."""
+        """Wait until every pool has no work left, or has stopped and nothing of it is in flight."""
         work = asyncio.create_task(self._work())
         stopping = asyncio.create_task(signals.stopping.wait())
         cancelling = asyncio.create_task(signals.cancelling.wait())
         try:
             await asyncio.wait({work, stopping, ticker}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
-                # A signal; or the ticker has failed, which nothing in flight should pay for either.
+                # A signal; or the ticker has failed, which requests in flight should not suffer for.
                 self.stop(signals.names[0] if signals.names else FAILED_INSIDE)
                 grace_s = self.manner.grace_s * self.manner.time_scale
                 await asyncio.wait({work, cancelling}, timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
@@ -218,7 +218,7 @@ class LiveRun:
             await asyncio.gather(work, stopping, cancelling, return_exceptions=True)
 
     async def _until_written(self, signals: Signals) -> None:
-        """Until every answer is on the disk; one more signal gives up those for which there is no room."""
+        """Wait until every answer is on the disk; one more signal gives up those for which there is no room."""
         written = asyncio.create_task(self.leg.journal.flushed())
         enough = asyncio.create_task((signals.cancelling if signals.names else signals.stopping).wait())
         await asyncio.wait({written, enough}, return_when=asyncio.FIRST_COMPLETED)
@@ -228,12 +228,12 @@ class LiveRun:
         await written
 
     def _on_full(self, full: str) -> None:
-        """The disk is full, or there is room again ("")."""
+        """Report that the disk is full, or that there is room again ("")."""
         text = f"{full}: nothing more is sent, and answers are kept in memory until there is room" if full else ""
         self.say(f"{self.leg.journal.name}: {text or 'there is room again: the run continues'}")
 
     async def _work(self) -> None:
-        """The canary, then everything."""
+        """Run the canary, then everything."""
         count = self.manner.canary
         if count:
             await self._side_by_side(lambda run: islice(self._works(run, longest_first=False), count))
@@ -262,14 +262,14 @@ class LiveRun:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     def _works(self, run: PoolRun, *, longest_first: bool) -> Iterator[Work]:
-        """What is left of a pool, estimated under the settings of the moment at which it is pulled."""
+        """Yield the work left in a pool, estimated under the settings of the moment at which it is pulled."""
         for pending in self.leg.journal.pending(run.name, longest_first=longest_first):
             yield work_of(pending.work.request, run.policy, before=pending.work)
 
     # ------------------------------------------------------------ stopping
 
     def stop(self, why: str) -> None:
-        """Launches nothing more in any pool."""
+        """Launch nothing more in any pool."""
         for run in self.runs.values():
             run.governor.stop(why)
 
@@ -281,7 +281,7 @@ class LiveRun:
 
     def _on_signal(self, name: str) -> None:
         if self._signalled:
-            return  # what is cancelled is told when it is
+            return  # cancelled requests are reported when they end
         self._signalled = True
         flying = self._in_flight()
         grace = f", {flying:,} in flight may end within {duration(self.manner.grace_s)}; again to cancel"
@@ -296,9 +296,10 @@ class LiveRun:
             self.shown.start()
 
     def _over_budget(self) -> None:
-        """Asked after each launch and answer. What is in flight is expected to cost what answers have cost so far.
+        """Stop if the budget is used up; called after each launch and answer.
 
-        An answer that states no usage has cost money as well: what was expected of it.
+        Requests in flight count at the mean cost so far. An answer that states no usage has cost money as well: its
+        expected cost counts.
         """
         limit, spent = self.manner.max_cost, self.leg.spent
         if limit is None or self._stopped():
@@ -315,7 +316,7 @@ class LiveRun:
     # ------------------------------------------------------------ the canary
 
     async def _canary_passed(self) -> bool:
-        """Whether the first requests did as they were expected to, or somebody wants to go on anyway."""
+        """Return whether the first requests behaved as expected, or the user wants to go on anyway."""
         findings = []
         for name, run in self.runs.items():
             if run.ending:
@@ -339,7 +340,7 @@ class LiveRun:
         return False
 
     def _canary_cost(self, run: PoolRun) -> str:
-        """What the rest of a pool would cost at the canary's rate."""
+        """Return the cost of the rest of a pool at the canary's rate, as text."""
         spent, answers = self.leg.spent, run.meter.answers
         if spent.total_usd() is None or not answers or len(self.runs) > 1:
             return ""
@@ -352,11 +353,11 @@ class LiveRun:
     # ------------------------------------------------------------ what is said meanwhile
 
     def say(self, line: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         self.shown.say(line)
 
     async def _tick(self, commands: Commands) -> None:
-        """Everything that is not an event of the driver."""
+        """Handle everything that is not an event of the driver."""
         before = self._before
         ticks = 0
         while True:
@@ -378,7 +379,7 @@ class LiveRun:
                 self.stop(STOP_AFTER)
 
     def _look_ahead(self) -> None:
-        """A pool that could launch nothing before its budget of time is over ends at once, rather than sleep."""
+        """End at once a pool that could launch nothing before its budget of time is over, rather than sleep."""
         manner = self.manner
         for name, run in self.runs.items():
             at, now = run.governor.next_launch_at(), run.governor.now()
@@ -396,7 +397,7 @@ class LiveRun:
                 run.governor.stop(why)
 
     def _compare(self) -> None:
-        """Whether each pool keeps to its forecast."""
+        """Check whether each pool keeps to its forecast."""
         for name, run in self.runs.items():
             if run.governor.stopped:
                 continue
@@ -409,7 +410,7 @@ class LiveRun:
                     self.tell("late", self._of(name) + line)
 
     def write_textfile(self) -> None:
-        """The metrics as they are now, into the file for the collector if one is named. A run goes on without it."""
+        """Write the current metrics into the collector's textfile, if one is named. A failure does not stop the run."""
         if self.manner.metrics is None or self.manner.textfile is None:
             return
         try:
@@ -422,7 +423,7 @@ class LiveRun:
             self._textfile_failed = False
 
     def tell(self, event: str, text: str) -> None:
-        """A message to the webhook, if there is one."""
+        """Send a message to the webhook, if there is one."""
         if self.manner.hook:
             ended = sum(run.meter.tally.requests for run in self.runs.values())
             content = {"event": event, "text": f"paceline: {text}", "ended": ended, "requests": self._before.requests}

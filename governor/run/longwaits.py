@@ -1,10 +1,11 @@
-"""Waits that somebody should know of at once: hours that a provider asks for, and launches that lie past a budget.
+"""Report unusually long waits at once: hours that a provider asks for, and launches that lie past a budget.
 
-How long a request waits, and whether its pool is held, stands in the law; nothing here makes a wait longer or shorter.
+The law alone decides how long a request waits, and whether its pool is held; nothing here makes a wait longer or
+shorter.
 
-A limit per minute never asks for more than a minute. What asks for longer is a daily limit, which a run may sit out, or
-something absurd: 114 hours were seen (docs/explanation/provider.md#buckets). Nobody should find a batch asleep without
-a word.
+A limit per minute never asks for more than a minute. A longer wait comes from a daily limit, which a run may sit out,
+or is absurd: 114 hours were seen (docs/explanation/provider.md#buckets). A batch should never sleep that long without a
+message.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from governor.scheduler.driver import Governor
 
 LONG_WAIT_S = 120.0
 DAY_S = 86_400.0
-# Once told, only a wait so many times as long is news.
+# After a report, only a wait so many times as long is reported again.
 NEWS_RATIO = 2.0
 
-# Why a run ends that would sleep too long, beside `FailureCode.OUTWAITED`.
+# Reasons for ending a run that would sleep too long, besides `FailureCode.OUTWAITED`.
 STOP_AFTER, FINISH_BY, LONG_WAIT = "STOP_AFTER", "FINISH_BY", "LONG_WAIT"
 
 _COUNTED = {
@@ -38,9 +39,9 @@ _COUNTED = {
 
 
 class LongWaits(Observer):
-    """Speaks of long waits in one pool, by `say(line)`.
+    """Reports long waits in one pool, through `say(line)`.
 
-    `moment`: the wall's time of a time of the run, once it is known.
+    `moment`: maps a time of the run to wall time, once that is known.
     """
 
     def __init__(self, pool: Pool, say: Callable[[str], None]) -> None:
@@ -73,7 +74,7 @@ class LongWaits(Observer):
             self._tell(answer, retry_at_s, waits_text(held=held))
 
     def stopped_text(self) -> str:
-        """What to say of a run that stopped because every request met such a wait."""
+        """Return the message for a run that stopped because every request met such a wait."""
         return f"{self._outwaited}, and {OUTWAITED} in a row met that: stopped; the same command goes on then"
 
     def _tell(self, answer: Answer, until_s: float, then: str) -> None:
@@ -85,7 +86,7 @@ class LongWaits(Observer):
 
 
 def asker(answer: Answer) -> str:
-    """Who asks to wait: the limit that the message names, else the provider."""
+    """Return the origin of the wait: the limit that the message names, else the provider."""
     quoted = quoted_numbers(answer.message)
     if not quoted.dimension:
         return "the provider"
@@ -94,7 +95,7 @@ def asker(answer: Answer) -> str:
 
 
 def waits_text(*, held: bool) -> str:
-    """What such a wait means for a request that will be tried again, and what to do about it."""
+    """Return what such a wait means for a request that will be tried again, and the remedy."""
     then = "nothing is launched until then" if held else "that request waits, the others go on"
     return (
         f"{then}; Ctrl-C and the same command later go on from here, `paceline set` OPENAI_DEADLINE_SECONDS=N gives up "
@@ -103,7 +104,7 @@ def waits_text(*, held: bool) -> str:
 
 
 def lost_text(policy: Policy, *, late: bool) -> str:
-    """The same for a request that is lost with it. `late`: to its deadline, not to its number of attempts."""
+    """Return what it means for a request that is lost. `late`: lost to its deadline, not to its number of attempts."""
     if not late:
         return "that was the request's last attempt"
     text = f"OPENAI_DEADLINE_SECONDS={policy.deadline_seconds:g} is over before that, the request is given up"
@@ -113,14 +114,14 @@ def lost_text(policy: Policy, *, late: bool) -> str:
 
 
 def outwaited_text(policy: Policy, wait_s: float) -> str:
-    """The same for a wait that is longer than any that is obeyed."""
+    """Return what it means if the wait is longer than any that is obeyed."""
     cap_s, deadline_s = policy.retry_after_cap_seconds, policy.deadline_seconds
     name, limit_s = ("RETRY_AFTER_CAP", cap_s) if wait_s > cap_s else ("DEADLINE", deadline_s)
     return f"longer than OPENAI_{name}_SECONDS={limit_s:g}: the request is given up, or all of them where all meet it"
 
 
 def held_text(governor: Governor, moment: Callable[[float], float]) -> str:
-    """What to say of a leg that begins in a long hold, drawn by a 429 of an earlier one; "" where it does not."""
+    """Return the message for a leg that begins in a long hold, caused by an earlier leg's 429; "" if it does not."""
     until_s = governor.s.hold_until
     wait_s = until_s - governor.now()
     if wait_s <= LONG_WAIT_S:
@@ -137,10 +138,10 @@ def held_text(governor: Governor, moment: Callable[[float], float]) -> str:
 def too_late(
     next_s: float, now_s: float, *, stop_after_s: float | None, finish_by_s: float | None, insist: bool = False
 ) -> str:
-    """Why a run should end now, since its next launch lies past a budget; "" = it need not.
+    """Return why a run should end now because its next launch lies past a budget; "" = it need not.
 
-    All seconds since the leg began; `next_s`: when anything can be launched at the earliest. `insist`: `--yes`, which
-    lifts the guard of a day. A run that is late by little is not ended for `--finish-by`: only a long wait is.
+    All seconds since the leg began; `next_s`: the earliest possible launch. `insist`: `--yes`, which lifts the guard of
+    a day. A run that is slightly late is not ended for `--finish-by`: only a long wait ends it.
     """
     if stop_after_s is not None and next_s >= stop_after_s:
         return STOP_AFTER
@@ -151,7 +152,7 @@ def too_late(
 
 
 def too_late_text(why: str, wait_s: float, epoch_s: float, budget_s: float | None) -> str:
-    """What to say then. `epoch_s`: when the next launch would be; `budget_s`: the option's value."""
+    """Return the message for that end. `epoch_s`: when the next launch would be; `budget_s`: the option's value."""
     past = {
         STOP_AFTER: f"past --stop-after {duration(budget_s or 0.0)}",
         FINISH_BY: f"past --finish-by {duration(budget_s or 0.0)}",

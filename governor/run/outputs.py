@@ -1,7 +1,7 @@
-"""The files that a live run hands over: written whole under a hidden name, then renamed; or followed while it runs.
+"""Output files of a live run: written whole under a hidden name, then renamed; or followed while it runs.
 
-A file of results is paid for. It takes its name in one step, forced to the disk before, so that a reader never sees
-half of it; one that is there already and is not this run's is not overwritten unasked. `--follow` trades this for
+Results have been paid for. Their file takes its name in one step, after being forced to the disk, so that a reader
+never sees half of it; an existing file that is not this run's is not overwritten unasked. `--follow` trades this for
 freshness: its file grows line by line in the order of completion, and is replaced by the ordered one at the end.
 """
 
@@ -20,17 +20,17 @@ from governor.model.files import replaced, why
 
 
 def errors_path(out: Path) -> Path:
-    """Where the failures go: RESULTS.jsonl -> RESULTS.errors.jsonl."""
+    """Return the path of the errors file: RESULTS.jsonl -> RESULTS.errors.jsonl."""
     return out.with_name(f"{out.stem}.errors{out.suffix or '.jsonl'}")
 
 
 def journal_path(out: Path) -> Path:
-    """Where the journal stands unless it is named: RESULTS.jsonl -> RESULTS.journal.db."""
+    """Return the default path of the journal: RESULTS.jsonl -> RESULTS.journal.db."""
     return out.with_name(f"{out.stem}.journal.db")
 
 
 def check_apart(files: Mapping[str, Path]) -> None:
-    """BadInput where two of these, by what a user calls them, are one file: one would take the other's place."""
+    """Raise BadInput if two of these files, keyed by their names for the user, are one: it would be overwritten."""
     seen: dict[str, str] = {}
     for what, path in files.items():
         place = os.path.realpath(path)
@@ -41,9 +41,10 @@ def check_apart(files: Mapping[str, Path]) -> None:
 
 @contextlib.contextmanager
 def claimed(out: Path) -> Iterator[None]:
-    """The right to write these results and their errors; BadInput where another process has it. It ends with the block.
+    """Hold the right to write these results and their errors within the block.
 
-    Held by a lock on a hidden file beside each, which the operating system gives back however the process ends.
+    Raise BadInput if another process has it. Held by a lock on a hidden file beside each, which the operating system
+    releases however the process ends.
     """
     with contextlib.ExitStack() as stack:
         for path in (out, errors_path(out)):
@@ -62,9 +63,9 @@ def claimed(out: Path) -> Iterator[None]:
 
 
 def lock_file(hidden: Path) -> int:
-    """The handle of a lock file that is locked; BlockingIOError where another process holds it."""
+    """Return the handle of a locked lock file. Raise BlockingIOError if another process holds it."""
     while True:
-        # To read: a file that is open for writing would keep its file system from being made read-only.
+        # Opened for reading: a file open for writing would keep its file system from being remounted read-only.
         handle = os.open(hidden, os.O_CREAT | os.O_RDONLY, 0o600)
         try:
             with _no_locks_no_matter():
@@ -74,12 +75,12 @@ def lock_file(hidden: Path) -> int:
         except BaseException:
             os.close(handle)
             raise
-        os.close(handle)  # its holder removed it just now
+        os.close(handle)  # its holder has just removed it
 
 
 @contextlib.contextmanager
 def _no_locks_no_matter() -> Iterator[None]:
-    """Some network file systems have no such locks: no reason to refuse a run there."""
+    """Ignore a missing lock service: some network file systems have none, which is no reason to refuse a run there."""
     try:
         yield
     except OSError as error:
@@ -100,9 +101,9 @@ def _unlink(path: Path) -> None:
 
 
 def write_results(out: Path, lines: Iterable[tuple[bool, str]]) -> tuple[int, int]:
-    """Writes both files from (succeeded, line) in order; returns how many lines each has.
+    """Write both files from (succeeded, line) in order; return how many lines each has.
 
-    The errors file appears even where nothing failed: an old one must not stand beside new results.
+    The errors file is written even if nothing failed: an old one must not remain beside new results.
     """
     good = bad = 0
     # Answers are as private as the journal that holds them.
@@ -115,22 +116,22 @@ def write_results(out: Path, lines: Iterable[tuple[bool, str]]) -> tuple[int, in
 
 
 class Follow(Protocol):
-    """Who is told of each result."""
+    """Receives each result."""
 
     def add(self, succeeded: bool, line: str) -> None:
-        """One request has ended, with this line of the batch output format."""
+        """Receive the line, in the batch output format, of a request that has ended."""
 
 
 class Followed:
-    """`--follow`: both files, growing as requests finish. `lines`: what had finished before, written first."""
+    """`--follow`: both files, growing as requests finish. `lines`: those finished before, written first."""
 
     def __init__(self, out: Path, lines: Iterable[tuple[bool, str]] = ()) -> None:
-        # Whole and new, since a crash may have left half a line.
+        # Rewrite the files, since a crash may have left half a line.
         write_results(out, lines)
         self._files = tuple(path.open("a", encoding="utf-8", newline="\n") for path in (out, errors_path(out)))
 
     def add(self, succeeded: bool, line: str) -> None:
-        """One more line, there to be read at once. Its durability is the journal's matter."""
+        """Append a line, readable at once. The journal, not this file, makes it durable."""
         file = self._files[0 if succeeded else 1]
         try:
             file.write(line + "\n")
@@ -139,7 +140,7 @@ class Followed:
             raise BadInput(f"cannot be written: {why(error)}", file.name) from error
 
     def close(self) -> None:
-        """Ends the following; the files stay as they are."""
+        """Stop following; the files stay as they are."""
         for file in self._files:
             with contextlib.suppress(OSError):
                 file.close()

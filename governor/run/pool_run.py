@@ -1,4 +1,4 @@
-"""One pool of a live run: its governor, everybody who observes it, and what its settings are right now."""
+"""One pool of a live run: its governor, its observers, and its present settings."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ from governor.telemetry.watch import Alarms, Meter, Together
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manner:
-    """How a run goes about its work. `ask`: puts a question to somebody at a terminal, None = nobody is there.
+    """Options for carrying out a run. `ask`: puts a question to the user at a terminal, None = no terminal.
 
     `max_cost`: US dollars, `stop_after_s`, `finish_by_s`: seconds of this leg; None = no budget. `grace_s`: how long
-    those in flight may end after a signal. `canary`: so many requests of each pool first; `insist`: go on whatever it
-    finds. `records`: every call of the law is written down. `follow`: who is told of each result, such as
-    the file that grows. `stopper`: what stops the run beside signals. `textfile`, `hook`:
-    where metrics and messages go. `redis`: the URL through which pools are shared with other processes, "" = they are
-    not. `new_loop`: makes the event loop, None = one whose clock runs `time_scale` times as fast as the machine's.
+    requests in flight may take after a signal. `canary`: number of first requests of each pool to try; `insist`: go on
+    whatever the canary finds. `records`: every call of the law is recorded. `follow`: receives each result, such as the
+    file that grows. `stopper`: stops the run, besides signals. `textfile`, `hook`: targets of metrics and messages.
+    `redis`: the URL through which pools are shared with other processes, "" = they are not shared. `new_loop`: creates
+    the event loop, None = a loop whose clock runs `time_scale` times as fast as the machine's.
     """
 
     finalize: bool = False
@@ -70,7 +70,7 @@ class Manner:
 
 @dataclass(slots=True)
 class PoolRun(ProgressLane):
-    """One pool under way; `ProgressLane` holds what its progress is read from.
+    """One pool under way; `ProgressLane` holds the fields from which its progress is read.
 
     `ending`: why it stopped, "" = it did not.
     """
@@ -86,15 +86,15 @@ class PoolRun(ProgressLane):
     ending: str = ""
 
     def pause(self) -> None:
-        """Launches nothing until `resume`."""
+        """Launch nothing until `resume`."""
         self.governor.pause()
 
     def resume(self) -> None:
-        """Goes on."""
+        """Launch again."""
         self.governor.resume()
 
     def change(self, policy: Policy) -> None:
-        """Takes other settings over; they are recorded with the time."""
+        """Adopt other settings; they are recorded with the time."""
         self.policy = policy
         self.meter.policy = policy
         self.alarms.repriced(policy)
@@ -105,8 +105,10 @@ class PoolRun(ProgressLane):
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """Whom a pool speaks to: `say(line)` for what somebody should know, `refused(line)` where all requests are refused
-    alike, `spending()` after each launch and each answer, where there is a budget."""
+    """The callbacks of a pool: `say(line)` for the user, `refused(line)` if all requests are refused alike.
+
+    `spending()` is called after each launch and each answer, if there is a budget.
+    """
 
     say: Callable[[str], None]
     refused: Callable[[str], None]
@@ -129,16 +131,16 @@ def pool_run(
     manner: Manner,
     said: Said,
 ) -> PoolRun:
-    """A pool ready to run, inside an event loop.
+    """Return a pool ready to run, inside an event loop.
 
-    `left`: requests, and tokens reserved for them; `models`: those that they ask for. `answered`: some were before.
+    `left`: requests left, and tokens reserved for them; `models`: their models. `answered`: some were answered before.
     """
     meter = Meter(pool, spent, left=left[0], left_tokens=left[1])
     alarms = Alarms(pool, said.say)
     long_waits = LongWaits(pool, said.say)
     log = EventLog(manner.log_format, pool.name) if manner.log_format is not None else None
     observers: list[Observer | None] = [
-        recorder,  # first: nobody speaks of what is not recorded
+        recorder,  # first: nothing is reported before it is recorded
         meter,
         alarms,
         long_waits,
@@ -157,7 +159,7 @@ def pool_run(
         start_s=start_s,
         learner=learner,
     )
-    # Of the clocks alone, since the run's may be faster than the wall's.
+    # From the clocks alone, since the run's may be faster than the wall's.
     long_waits.moment = lambda at_s: time.time() + (at_s - governor.now()) / manner.time_scale
     if manner.metrics is not None:
         manner.metrics.watch(pool.name, governor)
@@ -181,7 +183,7 @@ def pool_run(
 def governor_of(
     pool: Pool, manner: Manner, say: Callable[[str], None], *, observer: Observer, seed: int = 0, **continued: Any
 ) -> Governor:
-    """The governor of a pool, whose quota is its own or one that is shared. `continued`: as for `Governor`."""
+    """Return the governor of a pool, whose quota is private or shared. `continued`: as for `Governor`."""
     learner = continued.pop("learner", None) or (Learner() if pool.policy.charge_rule == LEARNED else None)
     if not manner.redis:
         return Governor(
@@ -197,7 +199,7 @@ def governor_of(
 
 
 def learner_of(journal: Records, pool: str, policy: Policy) -> Learner | None:
-    """What the pool's answers so far have taught, where its estimates learn: a resumed leg knows what the run knew."""
+    """Return a learner of the pool's answers so far, if its estimates learn: a resumed leg knows what the run knew."""
     if policy.charge_rule != LEARNED:
         return None
     learner = Learner()
@@ -217,7 +219,7 @@ def _present(observers: Iterable[Observer | None]) -> list[Observer]:
 
 
 class _Purse(Observer):
-    """Calls back whenever money was spent, or will be."""
+    """Calls back after each launch and each answer: money was or will be spent."""
 
     def __init__(self, then: Callable[[], None]) -> None:
         self._then = then
@@ -231,7 +233,7 @@ class _Purse(Observer):
 
 
 class _Follower(Observer):
-    """Hands each line of the results on as its request ends."""
+    """Passes on each line of the results as its request ends."""
 
     def __init__(self, followed: Follow) -> None:
         self._followed = followed

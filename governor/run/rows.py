@@ -1,8 +1,8 @@
 """`run_batch`: rows in Python in, results out, by the same durable run as `paceline run`.
 
-The rows become a batch file, hidden beside the journal, which is removed when the run ends. All else is `paceline run`:
-the same call goes on where the last one ended, sends only what changed, and pays for nothing twice. It runs in a thread
-with a loop of its own, so that a program's loop, or a notebook's, is not held up.
+The rows become a batch file, hidden beside the journal, which is removed when the run ends. Everything else works as in
+`paceline run`: the same call resumes where the last one ended, sends only what changed, and pays for nothing twice. The
+run has a thread and a loop of its own, so that a program's loop, or a notebook's, is not held up.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ Prompt = str | Callable[[Mapping[str, Any]], Any]
 
 @dataclass(frozen=True, slots=True)
 class BatchResult:
-    """How one row ended. `row`: its number, from 0. `answer`: its text, "" where there is none.
+    """The result of one row. `row`: its number, from 0. `answer`: its text, "" if there is none.
 
-    `body`: the whole answer, or that of the refusal. `error`: the failure's code, "" = it succeeded; `message`: why.
-    Tokens: -1 = the answer does not state them.
+    `body`: the whole response body, also of a refusal. `error`: the failure's code, "" = it succeeded; `message`: the
+    reason. Tokens: -1 = the answer does not state them.
     """
 
     row: int
@@ -59,7 +59,7 @@ class BatchResult:
 
     @property
     def ok(self) -> bool:
-        """Whether it was answered."""
+        """Return whether it was answered."""
         return not self.error
 
 
@@ -81,20 +81,20 @@ def run_batch(
     progress: bool = True,
     time_scale: float = 1.0,
 ) -> BatchResults:
-    """Answers every row, durably: `async for result in run_batch(rows, journal="x.db")`, in the order of completion.
+    """Answer every row, durably: `async for result in run_batch(rows, journal="x.db")`, in the order of completion.
 
     `rows`: dicts, an iterator or async iterator of them, or a DataFrame (pandas, polars). Without `prompt` a row is a
     line of a batch file, or a request's body (`messages`, `input`, ...); with it a row is data: `prompt` is a template
-    ("Summarise {text}") or a function of the row that gives text or messages. `body` and `model` are fields of every
+    ("Summarise {text}") or a function of the row that returns text or messages. `body` and `model` are fields of every
     request, which a row's own override. A column `custom_id` names a row, else a DataFrame's index or the row's number.
 
-    `journal`: where the run is recorded; the same call with it goes on, and gives what was answered before first.
+    `journal`: where the run is recorded; the same call with it resumes, and first yields the rows already answered.
     `policy`: by default the environment's settings, as for `paceline run`; the other options are that command's.
     `progress`: a bar on a terminal or in a notebook, else a line every 30 s.
 
-    Raises what `paceline run` refuses as PacelineError (BadInput for rows that are wrong), and after the last result,
-    where the run stopped before its end, BudgetExhausted, QuotaExhausted or Refused. Ctrl-C lets what is in flight end,
-    a second one cancels it; so does leaving the loop.
+    Raise PacelineError for whatever `paceline run` refuses (BadInput for invalid rows), and after the last result, if
+    the run stopped before its end, BudgetExhausted, QuotaExhausted or Refused. Ctrl-C lets requests in flight end, a
+    second one cancels them; so does leaving the loop.
     """
     environment = dict(os.environ)
     url = url if url.startswith("/v1/") else f"/v1{url}"
@@ -120,7 +120,7 @@ def run_batch(
 
 
 def run_batch_sync(rows: Rows, *, journal: str | os.PathLike[str], **options: Any) -> BatchResults:
-    """The same for scripts: returns when all rows have ended; iterate over what it returns, or take its `to_frame()`.
+    """Run `run_batch` for scripts: return when all rows have ended; iterate over the results or call `to_frame()`.
 
     `options`: as for `run_batch`. `rows` must not be an async iterator.
     """
@@ -131,7 +131,7 @@ def run_batch_sync(rows: Rows, *, journal: str | os.PathLike[str], **options: An
 
 
 def _spool_path(where: str) -> Path:
-    """The batch file of a journal: hidden beside it, or in the working folder where that is a database."""
+    """Return the path of a journal's batch file: hidden beside it, or in the working folder if it is a database."""
     place = Path("paceline.db" if "://" in where else where)
     return place.absolute().with_name(f".{place.name}.rows.jsonl")
 
@@ -140,7 +140,7 @@ def _spool_path(where: str) -> Path:
 
 
 class _Lines:
-    """The rows as lines of a batch file. `custom_ids`: of those that were written, by row number."""
+    """The rows as lines of a batch file. `custom_ids`: those of the lines written, by row number."""
 
     def __init__(self, rows: Rows, prompt: Prompt | None, fields: Mapping[str, Any], url: str) -> None:
         self.rows = rows
@@ -148,11 +148,11 @@ class _Lines:
         self.fields = fields
         self.url = url
         self.custom_ids: list[str] = []
-        # Of pandas alone: a list has an `index` too, and polars has none.
+        # Only pandas' index counts: a list has an `index` too, and polars has none.
         self.index: Any = getattr(rows, "index", None) if hasattr(rows, "to_dict") else None
 
     def line(self, row: Any, label: object = None) -> str:
-        """The next row's. BadInput, naming the row, where it makes no request."""
+        """Return the line of the next row. Raise BadInput, naming the row, if it does not make a request."""
         number = len(self.custom_ids)
         if not isinstance(row, Mapping):
             raise BadInput(f"row {number} is a {type(row).__name__}: a row is a dict or a row of a DataFrame")
@@ -170,7 +170,7 @@ class _Lines:
             raise BadInput(f"row {number} ({quoted(custom_id)}) is no JSON: {error}") from None
 
     def _asked(self, row: Mapping[str, Any], number: int) -> dict[str, Any]:
-        """The fields of the body that the prompt fills."""
+        """Return the fields of the body that the prompt fills."""
         if callable(self.prompt):
             said = self.prompt(row)
         else:
@@ -190,7 +190,7 @@ class _Lines:
         return {"prompt" if endpoint == COMPLETIONS else "input": said}
 
     def pairs(self) -> Iterator[tuple[Any, object]]:
-        """Every row with its label, None = it has none."""
+        """Yield every row with its label, None = it has none."""
         rows = self.rows
         if hasattr(rows, "iter_rows"):  # polars
             yield from ((row, None) for row in rows.iter_rows(named=True))
@@ -206,12 +206,12 @@ class _Lines:
 
 
 def _without(row: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A row as a body. What a DataFrame has no value for is absent."""
+    """Return a row as a body, without the fields for which a DataFrame has no value."""
     return {key: value for key, value in row.items() if key != name and value is not None and value == value}
 
 
 def _plain(value: Any) -> Any:
-    """NumPy's scalars and arrays, and dates, as JSON has them."""
+    """Return NumPy's scalars and arrays, and dates, as JSON has them."""
     for convert in ("tolist", "isoformat"):
         if hasattr(value, convert):
             return getattr(value, convert)()
@@ -220,23 +220,23 @@ def _plain(value: Any) -> Any:
 
 # ---------------------------------------------------------------- the run, and its results
 
-# Those of this process, by their batch file.
+# The runs of this process, by their batch file.
 _RUNS: dict[Path, tuple[Stopper, threading.Thread]] = {}
 
 
 class _Sink:
-    """Hands lines of results on to whoever reads them, from the run's thread."""
+    """Hands lines of results from the run's thread to the reader."""
 
     def __init__(self) -> None:
         self.queue: SimpleQueue[str | None] = SimpleQueue()
         self.arrived: Callable[[], object] = lambda: None
 
     def add(self, succeeded: bool, line: str) -> None:
-        """One result; see `outputs.Follow`."""
+        """Pass on one result; see `outputs.Follow`."""
         self.put(line)
 
     def put(self, line: str | None) -> None:
-        """A line, or None: there are no more."""
+        """Pass on a line, or None: there are no more."""
         self.queue.put(line)
         with contextlib.suppress(RuntimeError):  # the reader's loop may be closed: no reason to end a paid run
             self.arrived()
@@ -245,8 +245,9 @@ class _Sink:
 class BatchResults:
     """The results of a batch, as they come: iterate over it, with `async for` or `for`, once for the run.
 
-    When it has ended, `summary` holds its figures, iterating again gives the results in the order of the rows, and
-    `to_frame()` all of them as a DataFrame. A loop that is left early stops the run when this object goes.
+    When the run has ended, `summary` holds its figures, iterating again yields the results in the order of the rows,
+    and `to_frame()` returns all of them as a DataFrame. If a loop is left early, the run stops when this object is
+    deleted.
     """
 
     def __init__(self, lines: _Lines, orders: Orders, progress: Shown) -> None:
@@ -263,7 +264,7 @@ class BatchResults:
 
     @property
     def summary(self) -> Any:
-        """The figures of the run (`governor.forecast.summary.Summary`); None until it has ended."""
+        """Return the figures of the run (`governor.forecast.summary.Summary`); None until it has ended."""
         return None if self._run.outcome is None else self._run.outcome.summary
 
     def __iter__(self) -> Iterator[BatchResult]:
@@ -318,16 +319,16 @@ class BatchResults:
         self._finish()
 
     async def _next(self, arrived: asyncio.Event) -> str | None:
-        """The next line; None = there are no more."""
+        """Return the next line; None = there are no more."""
         while self._sink.queue.empty():
             await arrived.wait()
             arrived.clear()
         return self._sink.queue.get()
 
     def to_frame(self) -> Any:
-        """Every row that has ended, as a pandas DataFrame: answer, error, message, tokens and body.
+        """Return every row that has ended, as a pandas DataFrame: answer, error, message, tokens and body.
 
-        Its index is that of the DataFrame that the rows were, else their custom ids. PacelineError without pandas.
+        Its index is that of the DataFrame given as rows, else the custom ids. Raise PacelineError without pandas.
         """
         try:
             import pandas
@@ -343,13 +344,13 @@ class BatchResults:
         return pandas.DataFrame(columns, index=labels)
 
     def _read(self) -> Iterator[BatchResult]:
-        """What has ended, from the journal, in the order of the rows."""
+        """Yield the results of requests that have ended, from the journal, in the order of the rows."""
         with Journal.open(self._orders.journal) as journal:
             found = [result for _, line in lines_of(journal) for result in self._numbered(line)]
         yield from sorted(found, key=lambda result: result.row)
 
     def _numbered(self, line: str) -> Iterator[BatchResult]:
-        """The result of a line; none of a row that is not among the rows any more."""
+        """Yield the result of a line; nothing for a row that is no longer among the rows."""
         if not self._numbers:
             self._numbers = {custom_id: number for number, custom_id in enumerate(self._lines.custom_ids)}
         data = json.loads(line)
@@ -358,20 +359,20 @@ class BatchResults:
             yield _result_of(data, number)
 
     def _let_end(self) -> None:
-        """Waits for a run of the same journal in this process that was stopped: its reader left the loop."""
+        """Wait for a stopped run of the same journal in this process: its reader left the loop."""
         before = _RUNS.get(self._orders.requests)
         if before is not None and before[0].pressed:
             before[1].join()
 
     def _start(self) -> None:
         run = (self._run, self._orders, self._shown, self._sink, self._spool)
-        # Not a daemon: a program must not end under answers that are paid for and not yet written.
+        # Not a daemon: a program must not end while answers that are paid for are not yet written.
         self._thread = threading.Thread(target=_Run.work, args=run, name="batch", daemon=False)
         _RUNS[self._orders.requests] = self._stopper, self._thread
         self._thread.start()
 
     def _end(self) -> None:
-        """Stops the run and waits for what is in flight; a second Ctrl-C cancels that."""
+        """Stop the run and wait for requests in flight; a second Ctrl-C cancels them."""
         assert self._thread is not None
         self._stopper.press()
         while self._thread.is_alive():
@@ -381,7 +382,7 @@ class BatchResults:
                 self._stopper.press()
 
     def _finish(self) -> None:
-        """After the last result: what the run's thread raised, or Incomplete."""
+        """Raise, after the last result, the exception of the run's thread, or Incomplete."""
         assert self._thread is not None
         self._thread.join()
         if self._run.error is not None:
@@ -399,14 +400,14 @@ class BatchResults:
 
 
 class _Run:
-    """What the run's thread does, and what came of it; holds nothing of whoever reads the results."""
+    """The work of the run's thread and its outcome; holds no reference to the reader of the results."""
 
     def __init__(self) -> None:
         self.outcome: RunOutcome | None = None
         self.error: BaseException | None = None
 
     def work(self, orders: Orders, progress: Shown, sink: _Sink, spool: _Spool) -> None:
-        """Runs the batch to its end, and says so."""
+        """Run the batch to its end, and tell the reader."""
         try:
             connect = connect_with(orders.environment)
             self.outcome = run_orders(orders, foresee=None, connect=connect, shown=progress)
@@ -438,14 +439,14 @@ class _Spool:
         return self._file
 
     def __exit__(self, kind: object, *rest: object) -> None:
-        """The file is whole; where a row was wrong, nothing is left of it."""
+        """Finish the file; if a row was invalid, leave nothing of it."""
         if self._file is not None:
             self._file.close()
         if kind is not None:
             self.remove()
 
     def remove(self) -> None:
-        """The run has ended."""
+        """Remove the file: the run has ended."""
         if self._lock >= 0:
             self.path.unlink(missing_ok=True)
             os.close(self._lock)
@@ -453,7 +454,7 @@ class _Spool:
 
 
 def _result_of(data: Mapping[str, Any], row: int) -> BatchResult:
-    """A line of the batch output format, taken apart."""
+    """Return a line of the batch output format as a result."""
     response, error = data["response"] or {}, data["error"] or {}
     content = response.get("body")
     found = content if isinstance(content, dict) else {}

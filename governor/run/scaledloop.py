@@ -13,7 +13,7 @@ from typing import Any
 
 
 class _Selector(selectors.DefaultSelector):
-    """Waits for a part of the time that it is told."""
+    """Waits for the requested time divided by the scale."""
 
     scale = 1.0
 
@@ -22,7 +22,7 @@ class _Selector(selectors.DefaultSelector):
 
 
 class ScaledLoop(asyncio.SelectorEventLoop):
-    """See the module."""
+    """An event loop on the faster clock; see this module's docstring."""
 
     def __init__(self, scale: float) -> None:
         selector = _Selector()
@@ -31,10 +31,10 @@ class ScaledLoop(asyncio.SelectorEventLoop):
         super().__init__(selector)
 
     def time(self) -> float:
-        """Seconds on the faster clock."""
+        """Return seconds on the faster clock."""
         return super().time() * self._scale
 
 
 def loop_factory(scale: float) -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """What `asyncio.Runner` makes its loop with; None = the usual one."""
+    """Return the factory from which `asyncio.Runner` makes its loop; None = the usual one."""
     return None if scale == 1.0 else lambda: ScaledLoop(scale)

@@ -1,4 +1,4 @@
-"""The state of a run as its journal tells it, to anybody who looks while it goes on or afterwards."""
+"""The state of a run according to its journal, for any reader, during the run or afterwards."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ from governor.run.steer import POOL_WORD, changes_text, held_settings, words_of
 
 
 def status_json(journal: Journal, *, foresee: Foresee | None = None, scenario: str = "") -> dict[str, Any]:
-    """Plain values. `left_s`: the forecast of what is left, None when nothing is. Times in seconds of the run.
+    """Return a run's state as plain values, times in seconds of the run.
 
-    `foresee`: who simulates it, on the provider that the run's own forecast assumed or, where it is named, that of
-    `scenario`; without it the estimate is a rough one (`left_by`).
+    `left_s`: the forecast of the remaining time, None if no work is left. `foresee`: the simulator, on the provider
+    that the run's own forecast assumed or, if it is named, that of `scenario`; without it the estimate is rough
+    (`left_by`).
     """
     run, counts, legs = journal.run(), journal.counts(), journal.legs()
     outcomes = journal.outcomes()
@@ -71,7 +72,7 @@ def status_json(journal: Journal, *, foresee: Foresee | None = None, scenario: s
 
 
 def _paused(journal: Records, pools: Iterable[str], since_s: float) -> list[str]:
-    """The pools that the run has paused in the leg that began at that time, as far as commands asked for it."""
+    """Return the pools that the run has paused in the leg that began at that time, according to its commands."""
     paused: set[str] = set()
     for command in journal.commands():
         if command.taken_s < since_s or command.outcome or command.name not in (PAUSE, RESUME):
@@ -82,7 +83,7 @@ def _paused(journal: Records, pools: Iterable[str], since_s: float) -> list[str]
 
 
 def _outages(journal: Records, pools: Iterable[str]) -> dict[str, float]:
-    """For how long nothing has been answered in each pool whose circuit breaker was open at its last commit."""
+    """Return the seconds without an answer for each pool whose circuit breaker was open at its last commit."""
     found = {name: journal.checkpoint(name) for name in pools}
     return {
         name: last.at_s - last.state.outage_from
@@ -100,7 +101,7 @@ def _forecast_finish(content: dict[str, Any]) -> float | None:
 def _left(
     journal: Journal, policies: dict[str, Policy], requests: int, foresee: Foresee | None, scenario: str
 ) -> dict[str, Any]:
-    """The forecast of what is left, at the settings in force; and whether it is simulated."""
+    """Return the forecast of the remaining work, at the settings in force, and whether it is simulated."""
     is_running = journal.is_running()
     if not requests:
         return {"left_s": None, "left_by": None}
@@ -115,9 +116,9 @@ def _left(
             continue
         assumed = before.get(name, {}).get("assumed")
         pool, last = Pool(name=name, policy=policy, scenario=scenario), journal.checkpoint(name)
-        # Of a run that stands still nobody knows here how fast its clock is: it begins with an idle quota.
+        # The clock speed of a run that stands still is unknown here, so it begins with an idle quota.
         booked = in_use(last.params, last.state, last.at_s) if is_running and last is not None else InUse()
-        # What is in flight is booked, and stands among the requests that are left as well.
+        # Requests in flight are booked, and are counted among the remaining requests as well.
         flying = journal.counts(name).in_flight * demand.total / demand.requests
         booked = replace(booked, tokens=max(0.0, booked.tokens - flying))
         outlook = Outlook(pool=pool, demand=demand, assumed=assumed, booked=booked)
@@ -131,7 +132,7 @@ def _left(
 
 
 def _changes(settings: list[Any]) -> list[str]:
-    """Each change of settings in the course of the run, with its time."""
+    """Return each change of settings in the course of the run, with its time."""
     last: dict[str, Any] = {}
     found = []
     for stated in settings:
@@ -144,7 +145,7 @@ def _changes(settings: list[Any]) -> list[str]:
 
 
 def status_pairs(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """The same for people."""
+    """Return the state as pairs of texts, for people."""
     total = found["requests"]
     share = f" ({percent(found['done'] / total)})" if total else ""
     state = "a process is working on it" if found["running"] else f"not running: {found['ending'] or 'it broke off'}"

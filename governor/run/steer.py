@@ -1,4 +1,4 @@
-"""What steers a live run from outside: signals, questions to somebody at a terminal, commands of other processes."""
+"""Steering of a live run from outside: signals, questions at a terminal, commands of other processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from governor.journal.rows import Command
 from governor.model.errors import BadSetting, quoted
 from governor.model.policy import KNOB_BY_ENV, KNOBS, Policy
 
-# Before the words of a command: the pool that is meant.
+# The prefix of a command's word that names the pool.
 POOL_WORD = "pool="
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -23,7 +23,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class Signals:
     """SIGINT, SIGTERM, SIGHUP: the first asks to stop (`stopping`), a second cancels (`cancelling`). Use it in a loop.
 
-    `names`: those that came. A SIGHUP that is ignored stays so: that is what `nohup` is for.
+    `names`: the signals received. A SIGHUP that is ignored stays ignored, as `nohup` needs.
     """
 
     def __init__(self, came: Callable[[str], None]) -> None:
@@ -39,7 +39,7 @@ class Signals:
 
     @contextmanager
     def handled(self, stopper: Stopper | None = None) -> Iterator[None]:
-        """In this block signals come here; afterwards to whoever had them before. `stopper` acts like a Ctrl-C."""
+        """Receive signals within this block; afterwards the former handlers are back. `stopper` acts like a Ctrl-C."""
         with stopper.bound(self._on) if stopper is not None else nullcontext(), self._signals():
             yield
 
@@ -63,7 +63,7 @@ class Signals:
 
 
 class Stopper:
-    """Stops a run from any thread, at any time: `press` is to it what a Ctrl-C is to `paceline run`."""
+    """Stops a run from any thread, at any time: `press` acts like a Ctrl-C on `paceline run`."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -72,11 +72,11 @@ class Stopper:
 
     @property
     def pressed(self) -> bool:
-        """Whether it was pressed."""
+        """Return whether it was pressed."""
         return self._presses > 0
 
     def press(self) -> None:
-        """Once: nothing more is launched. Twice: what is in flight is cancelled."""
+        """Launch nothing more; on a second press, cancel what is in flight."""
         with self._lock:
             self._presses += 1
             if self._then is not None:
@@ -84,7 +84,7 @@ class Stopper:
 
     @contextmanager
     def bound(self, on: Callable[[signal.Signals], None]) -> Iterator[None]:
-        """In this block presses go to `on`, in the running loop; those from before too."""
+        """Pass presses to `on` in the running loop within this block, earlier presses included."""
         loop = asyncio.get_running_loop()
         with self._lock:
             self._then = partial(loop.call_soon_threadsafe, on, signal.SIGINT)
@@ -98,7 +98,10 @@ class Stopper:
 
 
 async def answered(ask: Callable[[str], bool], question: str) -> bool:
-    """What somebody at the terminal says. In a thread that nobody waits for: who does not answer holds up nothing."""
+    """Return the user's answer at the terminal.
+
+    It is asked in a thread that is never awaited, so silence holds up nothing.
+    """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[bool] = loop.create_future()
 
@@ -126,17 +129,17 @@ class Steered(Protocol):
     policy: Policy
 
     def pause(self) -> None:
-        """Launches nothing until `resume`."""
+        """Launch nothing until `resume`."""
 
     def resume(self) -> None:
-        """Goes on."""
+        """Launch again."""
 
     def change(self, policy: Policy) -> None:
-        """Takes other settings over and records them."""
+        """Adopt other settings and record them."""
 
 
 class Commands:
-    """Takes up what other processes ask of the run. `started`: the policies without what `set` has changed."""
+    """Carries out the commands of other processes. `started`: the policies without the changes of `set`."""
 
     def __init__(
         self,
@@ -152,7 +155,7 @@ class Commands:
         self._say = say
 
     def at_start(self, at_s: float) -> None:
-        """What was asked while nobody ran the journal: a pause of then is over, changed settings count."""
+        """Take up commands given while no process ran the journal: a pause of then is over, changed settings count."""
         for command in self._journal.asked():
             if command.name in (SET, UNSET):
                 self._take(command, at_s)
@@ -160,7 +163,7 @@ class Commands:
                 self._journal.taken(command, at_s, "no process was running the journal")
 
     def look(self, at_s: float) -> None:
-        """Takes up what was asked since."""
+        """Take up commands given since the last look."""
         for command in self._journal.asked():
             self._take(command, at_s)
 
@@ -186,7 +189,7 @@ class Commands:
             self._say("resumed by `paceline resume`")
         else:
             held = {name: _with(self._held[name], command.name, words) for name in names}
-            # All are checked before the first is changed.
+            # Check all of them before changing the first.
             policies = {name: self._started[name].set_values(words_of(held[name])) for name in names}
             self._held |= held
             for pool, policy in zip(pools, policies.values(), strict=True):
@@ -200,9 +203,9 @@ class Commands:
 
 
 def held_settings(commands: Iterable[Command], pools: Iterable[str]) -> dict[str, dict[str, str]]:
-    """By pool, the settings that `paceline set` has changed for good: name -> value. They hold until `unset`.
+    """Return, by pool, the settings that `paceline set` has changed: name -> value. They hold until `unset`.
 
-    Refused commands count for nothing; those that wait do, since the next process takes them up.
+    Refused commands do not count; waiting commands do, since the next process takes them up.
     """
     held: dict[str, dict[str, str]] = {name: {} for name in pools}
     for command in commands:
@@ -216,7 +219,7 @@ def held_settings(commands: Iterable[Command], pools: Iterable[str]) -> dict[str
 
 
 def _with(held: Mapping[str, str], command: str, words: Sequence[str]) -> dict[str, str]:
-    """What is held of a pool after a `set` or an `unset`; without names, `unset` withdraws all."""
+    """Return a pool's held settings after a `set` or an `unset`; without names, `unset` withdraws all."""
     if command == UNSET:
         return {name: value for name, value in held.items() if words and name not in words}
     pairs = (word.partition("=") for word in words)
@@ -224,22 +227,22 @@ def _with(held: Mapping[str, str], command: str, words: Sequence[str]) -> dict[s
 
 
 def words_of(held: Mapping[str, str]) -> list[str]:
-    """The same as NAME=VALUE words."""
+    """Return held settings as NAME=VALUE words."""
     return [f"{name}={value}" for name, value in held.items()]
 
 
 def check_unset(names: Sequence[str], held: Mapping[str, str]) -> None:
-    """BadSetting for a name that is no setting's, or that `paceline set` has not changed."""
+    """Raise BadSetting for a name that is not a setting, or that `paceline set` has not changed."""
     for name in names:
         if name not in KNOB_BY_ENV:
-            Policy().set_values([f"{name}=x"])  # says which is near
+            Policy().set_values([f"{name}=x"])  # its error names the nearest setting
         if name not in held:
             now = f"changed are {', '.join(held)}" if held else "no setting was changed"
             raise BadSetting(f"{name} was not changed by `paceline set`: {now}", name)
 
 
 def split_words(words: tuple[str, ...], pools: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """The pools that a command means (all, unless it names one) and its NAME=VALUE words."""
+    """Return the pools that a command means (all, unless it names one) and its NAME=VALUE words."""
     names = [word.removeprefix(POOL_WORD) for word in words if word.startswith(POOL_WORD)]
     for name in names:
         if name not in pools:
@@ -248,7 +251,7 @@ def split_words(words: tuple[str, ...], pools: Mapping[str, Any]) -> tuple[list[
 
 
 def changes_text(old: Policy, new: Policy) -> str:
-    """The settings that differ: "OPENAI_STAGGER_SECONDS 15 -> 25"."""
+    """Return the settings that differ, as text: "OPENAI_STAGGER_SECONDS 15 -> 25"."""
     changed = []
     for knob in KNOBS:
         before, after = getattr(old, knob.name), getattr(new, knob.name)
