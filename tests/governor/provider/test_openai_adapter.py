@@ -282,7 +282,9 @@ def test_real_limits_become_real_answers() -> None:
         (large,) = sent(server.base_url, request(max_tokens=20_000))
         (first,) = sent(server.base_url, request(max_tokens=9_000))
         (second,) = sent(server.base_url, request(max_tokens=9_000))
-        (bad,) = sent(server.base_url, request(max_tokens=9_000, messages="not a list"))
+        wrong = request(max_tokens=9_000)
+        wrong.body["messages"] = "not a list"
+        (bad,) = sent(server.base_url, wrong)
     assert (large.outcome, large.retry_after_s) == (Outcome.TOO_LARGE, -1.0)
     assert first.outcome is Outcome.OK
     assert second.outcome is Outcome.THROTTLED
