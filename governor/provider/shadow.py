@@ -276,6 +276,10 @@ class ShadowTransport(_Transport):
     def _followed(self, note: _Note, response: Any) -> Any:
         try:
             note.response = response
+            if response.is_closed:  # a stand-in's, or a cache's: there is no stream to follow
+                note.chunks, note.is_whole, note.took_s = [response.content], True, time.monotonic() - note.began
+                self.log.put(note)
+                return response
             response.stream = _stream_type(package_of(note.request))(response.stream, note, self.log)
         except Exception as own:
             self.log.swallow(own)

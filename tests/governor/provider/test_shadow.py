@@ -119,6 +119,17 @@ def test_errors_of_ours_are_swallowed_and_counted(
     assert caplog.text.count("calls are not affected") == 1
 
 
+def test_an_answer_that_has_been_read_already_is_written_down(tmp_path: Path) -> None:
+    log = ShadowLog(tmp_path / "x.jsonl")
+    usage = {"prompt_tokens": 5, "completion_tokens": 7}
+    body = {"choices": [{"message": {"content": "Hi"}}], "usage": usage}
+    inner = httpx2.MockTransport(lambda request: httpx2.Response(200, json=body))
+    with httpx2.Client(transport=ShadowTransport(inner, log)) as http:
+        assert http.post("http://127.0.0.1/v1/chat/completions", json=HELLO).json() == body
+    log.flush(30.0)
+    assert json.loads((tmp_path / "x.jsonl").read_text())["output_tokens"] == 7
+
+
 def test_what_there_is_no_room_for_is_dropped_and_counted(
     server: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
