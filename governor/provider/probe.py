@@ -178,7 +178,8 @@ def foreseen_usd(price: Price, tpm: float, rpm: float, charge_rule: str) -> floa
     if by_cap:
         output += FILL_RATIO * tpm
         prompt += 10.0 * KNOCKS_MOST
-        output += float(TINY * KNOCKS_MOST)
+        # Brief answers, to three minutes of caps.
+        output += 0.1 * 3.0 * tpm
     else:
         output += 1.05 * tpm
         prompt += (FILL_RATIO * tpm if FILL_RATIO * tpm <= PROMPT_MOST else 0.0) + 3.0 * tpm
