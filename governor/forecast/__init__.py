@@ -1,1 +1,1 @@
-"""What a run is expected to do and what it did: preflight, forecast, start guard, summary."""
+"""Expected and actual results of a run: preflight, forecast, start guard, summary."""

@@ -1,10 +1,11 @@
-"""What a live run is expected to do: when it is done, what holds it back, what it costs, as far as anyone can say.
+"""Forecast a live run: when it finishes, what limits it and what it costs, as far as these can be known.
 
-All of it is arithmetic. A simulation comes in as a callable (`Foresee`), made by the caller that has a simulator.
+Every forecast here is arithmetic. A simulation comes in as a callable (`Foresee`), made by a caller that has a
+simulator.
 
-The fluid expectation takes work for a fluid: the largest of what each knob alone would need. It knows no 429s, tails or
-interplay, is mostly too early, and has no interval; every text that shows it says so. Where the time of an answer is
-not known, it is assumed from the measured median model (0.21 s + 19.3 ms per output token:
+The fluid expectation treats work as a fluid: the largest of the times that each knob alone would need. It ignores 429s,
+tails and interplay, is mostly too early, and has no interval; every text that shows it says so. If the time of an
+answer is not known, it is assumed from the measured median model (0.21 s + 19.3 ms per output token:
 docs/explanation/provider.md#latency) and answers of a quarter of the declared cap, at most 500 tokens, 200 without one.
 """
 
@@ -31,7 +32,7 @@ P50_OF_CAP, P50_MAX, P50_NO_CAP = 0.25, 500.0, 200.0
 
 
 class Demand:
-    """What is left to do in one pool, added up in one pass over its requests, and their sizes (80 bytes a request).
+    """The remaining work of one pool, summed in one pass over its requests, and their sizes (80 bytes a request).
 
     `total`, `largest`, `smallest`: tokens reserved by our charge rule. `prompt_tokens`, `answer_tokens` (as assumed),
     `cap_tokens` (declared): by model; `uncapped`: how many requests declare no cap.
@@ -48,7 +49,7 @@ class Demand:
         self._numbers: dict[str, int] = {}
 
     def add(self, model: str, sizes: Sizes, reserve: int) -> None:
-        """One more request."""
+        """Add one request."""
         self.smallest = reserve if not self.requests else min(self.smallest, reserve)
         self.largest = max(self.largest, reserve)
         self.requests += 1
@@ -64,32 +65,32 @@ class Demand:
         self._model_of.append(self._numbers.setdefault(model, len(self._numbers)))
 
     def rows(self) -> Iterator[tuple[str, Sizes]]:
-        """Model and sizes of each request, in the order in which they were added."""
+        """Yield model and sizes of each request, in the order in which they were added."""
         names = list(self._numbers)
         width = len(Sizes.__slots__)
         for i, number in enumerate(self._model_of):
             yield names[number], Sizes(*self._sizes[i * width : (i + 1) * width])
 
     def first(self, count: int, reserve_of: Callable[[Sizes], int]) -> Demand:
-        """The first `count` requests alone."""
+        """Return the demand of the first `count` requests alone."""
         part = Demand()
         for model, sizes in islice(self.rows(), count):
             part.add(model, sizes, reserve_of(sizes))
         return part
 
     def load(self) -> Load:
-        """The same for `preflight`."""
+        """Return the demand as `preflight` takes it."""
         return Load(self.requests, self.total, self.largest, self.smallest)
 
     def assumed_service_s(self) -> float:
-        """The mean time of an answer, as assumed."""
+        """Return the assumed mean time of an answer."""
         if not self.requests:
             return 0.0
         return FIRST_TOKEN_S + PER_TOKEN_S * sum(self.answer_tokens.values()) / self.requests
 
 
 def assumed_answer(sizes: Sizes) -> float:
-    """Output tokens of a request whose answer nobody knows; see the module's docstring."""
+    """Return the assumed output tokens of a request whose answer is unknown; see the module's docstring."""
     if sizes.endpoint == EMBEDDINGS:
         return 0.0
     if sizes.max_tokens < 0:
@@ -99,10 +100,10 @@ def assumed_answer(sizes: Sizes) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outlook:
-    """What a forecast is asked about: one pool's requests that are left.
+    """The input of a forecast: one pool's remaining requests.
 
-    `assumed`: an `Expectation`'s, of an earlier forecast of the same run; the pool's own scenario comes before it.
-    `booked`: what a run that goes on has used of the present minute.
+    `assumed`: that of an `Expectation`, from an earlier forecast of the same run; the pool's own scenario takes
+    precedence. `booked`: the part of the present minute that a resumed run has used.
     """
 
     pool: Pool
@@ -113,7 +114,7 @@ class Outlook:
     booked: InUse = IDLE
 
     def delay_s(self) -> float:
-        """By how much what is booked already puts the finish off, in the fluid's terms."""
+        """Return by how much the present bookings delay the finish, by the fluid estimate."""
         load, policy = self.demand.load(), self.pool.policy
         if self.booked.tokens <= 0.0:
             return 0.0
@@ -123,14 +124,14 @@ class Outlook:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expectation:
-    """What one pool's run is expected to do. Times in seconds from the start.
+    """The expected course of one pool's run. Times in seconds from the start.
 
-    `low_s`, `high_s`: 95 % interval of one run's finish; both `finish_s` where none is known (`runs` 0). `bound`: the
-    cause that holds it back, as in `waits_s`, "" = none. `answer_tokens`: by model. `milestones`: (share done,
-    earliest, latest time), rising. `assumed`: what a scenario said of provider and answers, as plain values; None =
-    nothing did, and the provider is taken to be as the settings believe. `promise_s`: the finish that holds in 95 of
-    100 of the conditions that cannot be ruled out; None = not known: no plan says what these are, or the batch is too
-    large to draw them.
+    `low_s`, `high_s`: 95 % interval of one run's finish; both `finish_s` if none is known (`runs` 0). `bound`: the
+    cause that limits it, as in `waits_s`, "" = none. `answer_tokens`: by model. `milestones`: (share done, earliest,
+    latest time), rising. `assumed`: a scenario's statements on provider and answers, as plain values; None = there is
+    no scenario, and the provider is taken to match the settings. `promise_s`: the finish that holds in 95 of 100 of the
+    conditions that cannot be ruled out; None = unknown: no plan states these conditions, or the batch is too large to
+    draw them.
     """
 
     by: Literal["fluid", "simulation"]
@@ -153,7 +154,7 @@ class Expectation:
     promise_s: float | None = None
 
     def to_json_dict(self) -> dict[str, Any]:
-        """For the journal: everything but the milestones."""
+        """Return everything but the milestones, for the journal."""
         names = [name for name in self.__slots__ if name not in ("milestones", "answer_tokens")]
         return {name: getattr(self, name) for name in names} | {"answer_tokens": dict(self.answer_tokens)}
 
@@ -162,7 +163,7 @@ Foresee = Callable[[Outlook], Expectation]
 
 
 def fluid(outlook: Outlook, *, service_s: float = 0.0) -> Expectation:
-    """The expectation that needs no simulator. `service_s`: measured mean time of an answer, 0 = assumed."""
+    """Return the expectation that needs no simulator. `service_s`: measured mean time of an answer, 0 = assumed."""
     demand = outlook.demand
     service_s = service_s or demand.assumed_service_s()
     found = fluid_forecast(outlook.pool.policy, demand.load(), booked=outlook.booked, service_s=service_s)
@@ -192,8 +193,11 @@ def fluid(outlook: Outlook, *, service_s: float = 0.0) -> Expectation:
 
 @dataclass(frozen=True, slots=True)
 class CostForecast:
-    """US dollars. `expected`: None where a model has no price. `most`: with every declared cap used up, None where it
-    is not known or a request declares none. `unpriced`: models without a price."""
+    """US dollars. `expected`: None if a model has no price.
+
+    `most`: with every declared cap used up, None if it is not known or a request declares none. `unpriced`: models
+    without a price.
+    """
 
     expected: float | None
     most: float | None
@@ -201,7 +205,7 @@ class CostForecast:
 
 
 def cost_forecast(demand: Demand, answer_tokens: Mapping[str, float], prices: Prices, day: date) -> CostForecast:
-    """What the requests that are left would cost."""
+    """Return the cost of the remaining requests."""
     unpriced = tuple(prices.unknown(demand.models, day))
     if unpriced:
         return CostForecast(None, None, unpriced)
@@ -216,7 +220,7 @@ def cost_forecast(demand: Demand, answer_tokens: Mapping[str, float], prices: Pr
 
 
 def cost_text(cost: CostForecast, prices: Prices) -> str:
-    """The forecast cost in one line."""
+    """Return the forecast cost in one line."""
     if cost.expected is None:
         models = ", ".join(model or "requests without a model" for model in cost.unpriced[:3]) + (
             ", ..." if len(cost.unpriced) > 3 else ""
@@ -231,7 +235,7 @@ def cost_text(cost: CostForecast, prices: Prices) -> str:
 
 
 def finish_text(e: Expectation) -> str:
-    """When it will be done, and how that is known."""
+    """Return the expected finish and how it is known, as text."""
     if e.by == "fluid":
         return (
             f"done in about {duration(e.finish_s)} (a rough estimate without simulation: 429s and tails are left out)"
@@ -242,7 +246,7 @@ def finish_text(e: Expectation) -> str:
 
 
 def promise_text(e: Expectation) -> str:
-    """The finish as assumed and the one that holds whatever the provider turns out to be; "" where it is not known."""
+    """Return the finish as assumed and the finish that holds under all plausible conditions, as text; "" if unknown."""
     if e.promise_s is None:
         return ""
     return (
@@ -252,7 +256,7 @@ def promise_text(e: Expectation) -> str:
 
 
 def throttles_text(e: Expectation) -> str:
-    """How many 429s are expected."""
+    """Return how many 429s are expected, as text."""
     if e.by == "fluid":
         return "not estimated"
     low, high = round(e.throttled_low), round(e.throttled_high)
@@ -260,7 +264,7 @@ def throttles_text(e: Expectation) -> str:
 
 
 def together(expectations: Iterable[Expectation]) -> Expectation | None:
-    """Several pools side by side: the last to finish decides, the rest adds up. None of none."""
+    """Return several pools side by side: the last to finish decides, the rest adds up. None for no pools."""
     found = list(expectations)
     if len(found) <= 1:
         return found[0] if found else None
@@ -291,5 +295,5 @@ def together(expectations: Iterable[Expectation]) -> Expectation | None:
 
 
 def held_back_text(e: Expectation, pool: Pool) -> str:
-    """The knob that holds a pool back, with its value."""
+    """Return the knob that limits a pool, with its value."""
     return knob_text(e.bound, pool.policy) if e.bound else "the answers' own time"

@@ -1,6 +1,6 @@
-"""The start guard: whether a run may start, and whether it keeps to what was expected of it.
+"""The start guard: decide whether a run may start, and check whether it keeps to its forecast.
 
-All of it is arithmetic over an `Expectation`.
+Every check is arithmetic over an `Expectation`.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ DAY_S = 86_400.0
 LATE_RATIO = {"simulation": 0.05, "fluid": 0.5}
 SLACK_S = 1.0
 RESUMED_SLACK_S = 60.0
-# Before so much is done, the answers so far say little of the rest: the longest may have gone first.
+# Below this share of requests, the answers so far say little about the rest: the longest may have gone first.
 TELLING_SHARE = 0.3
-# A canary that needs so many times what was expected of it is a warning.
+# A canary that needs so many times its forecast is a warning.
 CANARY_RATIO = 1.5
 
 # ---------------------------------------------------------------- before the start
 
 
 def check_fits(request: Request, reserve: int, pool: Pool) -> None:
-    """Oversized for a request that reserves more than a limit: the provider would never let it in."""
+    """Raise Oversized for a request that reserves more than a limit: the provider would never admit it."""
     p = pool.policy.params()
     for d, setting in ((TPM, "OPENAI_TPM_LIMIT"), (TPD, "OPENAI_TPD_LIMIT")):
         if 0.0 < p.limit[d] < reserve:
@@ -45,7 +45,7 @@ def check_fits(request: Request, reserve: int, pool: Pool) -> None:
 
 
 def check_preflight(pool: Pool, demand: Demand) -> None:
-    """Refused where this pool's preflight says no."""
+    """Raise Refused if this pool's preflight fails."""
     verdict = preflight(pool.policy, demand.load(), service_s=demand.assumed_service_s())
     if not verdict.ok:
         strict = (
@@ -58,7 +58,7 @@ def check_preflight(pool: Pool, demand: Demand) -> None:
 
 
 def check_finish(finish_s: float, allowed_s: float | None, held_back: str) -> None:
-    """Refused where the forecast is past what the caller allows: `allowed_s`, or a day where nothing was said."""
+    """Raise Refused if the forecast exceeds the time allowed: `allowed_s`, or a day if none was given."""
     limit_s = DAY_S if allowed_s is None else allowed_s
     if finish_s <= limit_s:
         return
@@ -75,7 +75,7 @@ def check_finish(finish_s: float, allowed_s: float | None, held_back: str) -> No
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What a run has shown so far, to be held against an expectation."""
+    """The figures that a run has shown so far, for comparison with an expectation."""
 
     ended: int
     failed: int
@@ -87,10 +87,11 @@ class Measured:
 
 
 class Track:
-    """Whether one pool's run keeps to its forecast. Ask `look` now and then; it speaks when something has changed.
+    """Compares one pool's run with its forecast. Call `look` now and then; it reports changes only.
 
-    `late_since_s`: when it fell behind, seconds since the start; -1 = it keeps to it. `slack_s`: so much later is no
-    news, beside a share of the forecast: a resumed leg may find its minute used up, which no forecast knew.
+    `late_since_s`: when it fell behind, seconds since the start; -1 = it is on time. `slack_s`: a delay that is not
+    reported, in addition to a share of the forecast: a resumed leg may find its minute used up, unknown to the
+    forecast.
     """
 
     def __init__(self, expectation: Expectation, slack_s: float = SLACK_S) -> None:
@@ -101,7 +102,7 @@ class Track:
         self._shares = [share for share, _, _ in expectation.milestones]
 
     def share_due(self, now: float) -> float:
-        """The share of requests that should be done by `now` at the latest, the tolerance allowed for."""
+        """Return the share of requests that must be done by `now`, after the tolerance."""
         now -= self._slack_s
         i = bisect_right(self._times, now)
         if i == 0:
@@ -113,7 +114,7 @@ class Track:
         return self._shares[i - 1] + part * (self._shares[i] - self._shares[i - 1])
 
     def look(self, now: float, seen: Measured, cause: str) -> str:
-        """One line when the run falls behind its forecast or is back within it, else "". `cause`: what it waits for."""
+        """Return one line when the run falls behind its forecast or catches up, else "". `cause`: what it waits for."""
         due = math.floor(self.share_due(now) * self.e.requests)
         late = seen.ended < due
         if late and self.late_since_s < 0.0:
@@ -126,7 +127,7 @@ class Track:
         return ""
 
     def _why(self, seen: Measured, cause: str) -> str:
-        """What differs from what was expected, the plainest first."""
+        """Return how the run differs from its forecast, the plainest difference first."""
         e = self.e
         reasons = []
         share = max(1e-9, seen.ended / max(1, e.requests))
@@ -146,7 +147,7 @@ class Track:
 
 
 def canary_verdict(e: Expectation, seen: Measured, took_s: float) -> list[str]:
-    """What a canary of `e.requests` requests found to be worse than expected; nothing = go on."""
+    """Return the ways in which a canary of `e.requests` requests did worse than expected; none = go on."""
     found = []
     if seen.failed:
         found.append(f"{seen.failed:,} of {seen.ended:,} failed ({percent(seen.failed / max(1, seen.ended))})")
@@ -158,7 +159,10 @@ def canary_verdict(e: Expectation, seen: Measured, took_s: float) -> list[str]:
 
 
 def canary_note(e: Expectation, seen: Measured) -> str:
-    """What a canary found of the answers' length; "" where it is as assumed. No reason to stop: time and cost are."""
+    """Return a note if the canary's answers differ in length from the assumption, else "".
+
+    Only time and cost stop a run.
+    """
     mean = sum(e.answer_tokens.values()) / max(1, e.requests)
     if seen.ended == seen.failed or mean / CANARY_RATIO <= seen.answer_tokens <= CANARY_RATIO * mean:
         return ""

@@ -1,19 +1,19 @@
-"""May this batch start, and if not, how long to wait? Pure arithmetic: no clock, no simulation, no I/O.
+"""Decide whether a batch may start, and if not, how long to wait. Pure arithmetic: no clock, no simulation, no I/O.
 
 Two modes, because the guardrails' literal rule would refuse the very batch that their own checklist starts (ten runs of
 7,000 tokens against 25,500 usable ones):
 
-* `strict` is that rule: runs x estimate must fit into one minute's budget, beside what is booked in it already.
-* `paced` trusts the governor to pace a batch of any size, and refuses only what could not start or never finish: a
-  request larger than a limit, or a window so full that not even the smallest request fits into it now.
+* `strict` is that rule: runs x estimate must fit into one minute's budget, in addition to what is already booked in it.
+* `paced` trusts the governor to pace a batch of any size, and refuses only a batch that could not start or never
+  finish: a request larger than a limit, or a window so full that not even the smallest request fits into it now.
 
-In both, a forecast past the caller's deadline is refused. Waiting helps where only the booked tokens stand in the way;
-the suggested wait is in whole seconds, as Retry-After has it: the smallest number of them that is enough, so it is
-never a second too long. Where it cannot help there is none.
+In both, a forecast past the caller's deadline is refused. Waiting helps if only the booked tokens stand in the way; the
+suggested wait is in whole seconds, as in Retry-After: the smallest number that is enough, so it is never a second too
+long. If waiting cannot help, no wait is suggested.
 
-The forecast is a callable that simulates, injected by whoever has a simulator. Without one, `fluid_forecast` serves:
-the largest of what each knob alone would need, as if work were a fluid. It knows no tails, throttles or interplay and
-is mostly too early; the verdict says which of the two spoke.
+The forecast is a callable that simulates, injected by a caller that has a simulator. Without one, `fluid_forecast`
+serves: the largest of the times that each knob alone would need, as if work were a fluid. It ignores tails, throttles
+and interplay and is mostly too early; the verdict says which of the two was used.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from governor.law import BUCKET, FIXED, FIXED_S, MINUTE_S, RPD, RPM, TPD, TPM, P
 from governor.model.errors import FailureCode
 from governor.model.policy import Policy
 
-# Bookings are sums of floating-point shares of whole tokens: what is below this is no token.
+# Bookings are sums of floating-point shares of whole tokens: anything below this is not a token.
 _ROUNDING = 1e-6
-_STEP_S = 0.5  # resolution in which a sliding window empties, the law's cells
+_STEP_S = 0.5  # resolution at which a sliding window empties, the law's cells
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a batch would reserve: number of runs, tokens in all, and of its largest and smallest run."""
+    """A batch's reservations: number of runs, and the tokens of all runs, of the largest and of the smallest."""
 
     count: int
     total: int
@@ -43,7 +43,7 @@ class Load:
 
     @classmethod
     def of(cls, reservations: Iterable[int]) -> Load:
-        """The load of single reservations, read once."""
+        """Return the load of single reservations, read once."""
         count, total, largest, smallest = 0, 0, 0, 0
         for tokens in reservations:
             smallest = tokens if count == 0 else min(smallest, tokens)
@@ -54,7 +54,7 @@ class Load:
 
     @classmethod
     def uniform(cls, runs: int, tokens_per_run: int) -> Load:
-        """`runs` equal runs: the guardrails' runs x estimate."""
+        """Return the load of `runs` equal runs: the guardrails' runs x estimate."""
         return cls(runs, runs * tokens_per_run, tokens_per_run, tokens_per_run)
 
 
@@ -63,7 +63,7 @@ class InUse:
     """Tokens booked in the window now, and how they free if nothing else is launched.
 
     `frees_in_s`: seconds until none is left. `continuous`: they free evenly over that time (a bucket), else all at its
-    end (a fixed minute). `releases`: (seconds from now, tokens) where they free in steps instead (a sliding window).
+    end (a fixed minute). `releases`: (seconds from now, tokens) if they free in steps instead (a sliding window). Raise
     ValueError for tokens without a time: they would count as free already.
     """
 
@@ -77,7 +77,7 @@ class InUse:
             raise ValueError(f"{self.tokens:,.0f} tokens in use must free in some time, not {self.frees_in_s} s")
 
     def after(self, wait_s: float) -> int:
-        """Whole tokens still booked after a wait."""
+        """Return the whole tokens still booked after a wait."""
         if self.releases:
             left = self.tokens - math.fsum(tokens for at_s, tokens in self.releases if at_s <= wait_s)
         elif wait_s >= self.frees_in_s:
@@ -89,7 +89,7 @@ class InUse:
         return max(0, math.ceil(left - _ROUNDING))
 
     def wait_for(self, room: int) -> int:
-        """Whole seconds until at most `room` tokens (0 or more) are booked: the smallest number that is enough."""
+        """Return the smallest number of whole seconds until at most `room` tokens (0 or more) are booked."""
         low, high = -1, math.ceil(self.frees_in_s)
         while high - low > 1:
             middle = (low + high) // 2
@@ -98,7 +98,7 @@ class InUse:
 
 
 def in_use(p: Params, s: State, now: float) -> InUse:
-    """What the law has booked against the tokens of this minute, as it will free from `now` on."""
+    """Return the law's bookings against this minute's tokens, and how they free from `now` on."""
     tokens = used_in(p, s, TPM, now)
     if p.limit[TPM] <= 0.0 or tokens <= _ROUNDING:
         return InUse()
@@ -122,10 +122,10 @@ def in_use(p: Params, s: State, now: float) -> InUse:
 
 @dataclass(frozen=True, slots=True)
 class Fluid:
-    """A forecast that takes work for a fluid. `bound`: the cause that needs longest, as in `waits_s`; "" = none does.
+    """A forecast that treats work as a fluid. `bound`: the cause that needs longest, as in `waits_s`; "" = none.
 
-    `finish_s`: seconds from the start, the last answer included where the service time is known. `last_launch_s`: what
-    each knob alone would need until the last launch.
+    `finish_s`: seconds from the start, the last answer included if the service time is known. `last_launch_s`: the
+    times that each knob alone would need until the last launch.
     """
 
     finish_s: float
@@ -134,7 +134,7 @@ class Fluid:
 
 
 def fluid_forecast(policy: Policy, load: Load, *, booked: InUse = InUse(), service_s: float = 0.0) -> Fluid:
-    """When a batch would finish at this policy: the largest of the times that single knobs need.
+    """Return when a batch would finish under this policy: the largest of the times that single knobs need.
 
     `service_s`: mean time of an answer, 0 = unknown (then concurrency costs nothing and the last answer takes no time).
     """
@@ -155,14 +155,17 @@ def fluid_forecast(policy: Policy, load: Load, *, booked: InUse = InUse(), servi
 
 
 def _bucket_s(p: Params, d: int, amount: float, largest: float, used: float = 0.0) -> float:
-    """Until the last of `amount` fits into a bucket that is full but for `used`; one above the budget needs it all."""
+    """Return seconds until the last of `amount` fits into a bucket that is full except for `used`.
+
+    A run above the budget needs the whole bucket.
+    """
     if p.limit[d] <= 0.0:
         return 0.0
     return max(0.0, used + amount - max(held_of(p, d, p.budget[d]), largest)) / p.rate_per_s[d]
 
 
 def _window_s(p: Params, d: int, amount: float, largest: float, n: int, booked: InUse) -> float:
-    """The same for a minute's limit in the policy's kind of window; whole runs per minute, all of the mean size."""
+    """Return the same for a per-minute limit in the policy's kind of window: whole runs of the mean size."""
     if p.limit[d] <= 0.0 or amount <= 0.0:
         return 0.0
     if p.window == BUCKET:
@@ -183,12 +186,12 @@ def _window_s(p: Params, d: int, amount: float, largest: float, n: int, booked: 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """Whether a batch may start. A refusal is `503 BATCH_RATE_LIMITED` with these fields.
+    """The verdict on a batch. A refusal is `503 BATCH_RATE_LIMITED` with these fields.
 
     `code`: "" or BATCH_RATE_LIMITED. `reason`: one line with the figures and the remedy. `suggested_wait_s`: whole
-    seconds, also for Retry-After; None where waiting does not help, and then `retryable` is false. `max_runs_now`: so
-    many of the runs, whichever they are, would be let in now. `forecast_finish_s`: None where it never finishes.
-    `forecast_bound`: what holds the batch back by the fluid forecast, a cause as in `waits_s`.
+    seconds, also for Retry-After; None if waiting does not help, and then `retryable` is false. `max_runs_now`: how
+    many of the runs, whichever they are, would be admitted now. `forecast_finish_s`: None if it never finishes.
+    `forecast_bound`: the cause that limits the batch by the fluid forecast, as in `waits_s`.
     """
 
     ok: bool
@@ -214,11 +217,11 @@ def preflight(
     forecast: Callable[[], float] | None = None,
     service_s: float = 0.0,
 ) -> Verdict:
-    """Whether a batch of this load may start now, by the policy's `preflight_mode`.
+    """Return whether a batch of this load may start now, by the policy's `preflight_mode`.
 
-    `booked`: what running work holds. `deadline_s`: seconds from now in which the caller needs the last answer; waiting
-    does not move that moment, so a forecast past it is final. `forecast`: simulates this batch and returns its finish
-    in seconds (inf = never), asked only where nothing else refuses. `service_s`: as for `fluid_forecast`.
+    `booked`: tokens held by running work. `deadline_s`: seconds from now within which the caller needs the last answer;
+    waiting does not move that moment, so a forecast past it is final. `forecast`: simulates this batch and returns its
+    finish in seconds (inf = never), called only if nothing else refuses. `service_s`: as for `fluid_forecast`.
     """
     fluid = fluid_forecast(policy, load, booked=booked, service_s=service_s)
     budget = int(policy.params().budget[TPM])
@@ -256,7 +259,7 @@ _Refusal = tuple[str, int | None, int]  # reason, wait in whole seconds or None,
 
 
 def _never(policy: Policy, load: Load) -> _Refusal | None:
-    """A run that can never be let in."""
+    """Return a refusal if some run can never be admitted."""
     for env, limit in (("OPENAI_TPM_LIMIT", policy.tpm_limit), ("OPENAI_TPD_LIMIT", policy.tpd_limit)):
         if 0 < limit < load.largest:
             reason = f"a run needs {load.largest:,} tokens, the limit is {limit:,}: shorten it or raise {env}"
@@ -265,7 +268,7 @@ def _never(policy: Policy, load: Load) -> _Refusal | None:
 
 
 def _full(policy: Policy, load: Load, booked: InUse, budget: int) -> _Refusal | None:
-    """A minute without room: for the whole batch (`strict`), or for any of its runs (`paced`)."""
+    """Return a refusal if the minute has no room for the whole batch (`strict`), or for any of its runs (`paced`)."""
     if load.count == 0:
         return None
     held = booked.after(0.0)
@@ -293,7 +296,7 @@ def _full(policy: Policy, load: Load, booked: InUse, budget: int) -> _Refusal | 
 def _runs_within(
     policy: Policy, load: Load, booked: InUse, service_s: float, deadline_s: float, finish_s: float
 ) -> int:
-    """About how many of the runs would finish in time: the fluid forecast, stretched to agree on the whole batch."""
+    """Estimate how many of the runs would finish in time: the fluid forecast, scaled to agree on the whole batch."""
 
     def fluid_s(runs: int) -> float:
         part = Load(runs, math.ceil(load.total * runs / load.count), load.largest, load.smallest)

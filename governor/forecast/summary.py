@@ -1,19 +1,19 @@
-"""What a run leaves: attempts in, one `Summary` out, and the bound that no scheduler could have beaten.
+"""Results of a run: attempts in, one `Summary` out, and the bound that no scheduler could have beaten.
 
-Two ways lead to a `Summary`. A driver keeps a `Tally` while it runs (constant memory for a batch); or `summarize` reads
-attempt rows afterwards, from a journal or a table. A test holds the two to each other.
+A `Summary` is made in two ways. A driver keeps a `Tally` while it runs (constant memory for a batch); or `summarize`
+reads attempt rows afterwards, from a journal or a table. A test checks that the two agree.
 
 The bound is the time below which no scheduler can go on that provider. Let a request count as c tokens: its charge
-once, or the smaller of charge and use where the provider settles. Take the requests that arrive from t on, D tokens in
-all, and let T be the moment at which the last of them is let in. The provider keeps `used`, which drains at most at the
-limit's rate, and lets nobody in above the limit (docs/explanation/provider.md#buckets). So, with L(T) the limit in
-force and R(a, b) what drains from a to b,
+once, or the smaller of charge and use if the provider settles. Take the requests that arrive from t on, D tokens in
+all, and let T be the moment at which the last of them is admitted. The provider keeps `used`, which drains at most at
+the limit's rate, and admits no request above the limit (docs/explanation/provider.md#buckets). So, with L(T) the limit
+in force and R(a, b) the amount that drains from a to b,
 
     used(t) + D - R(t, T) <= used(T) <= L(T),   hence   T >= the first moment with L(T) + R(t, T) >= used(t) + D.
 
-That last one still takes its own service time, at least the shortest of theirs, and every request takes its own from
-its arrival: makespan >= max(T + shortest service, latest of arrival + service). Any t gives a valid bound, the largest
-counts; a batch has t = 0 only. Notes on each term:
+That last request still takes its own service time, at least the shortest of theirs, and every request takes its own
+from its arrival: makespan >= max(T + shortest service, latest of arrival + service). Any t gives a valid bound, the
+largest counts; a batch has t = 0 only. Notes on each term:
 
 * used(t) >= 0, and for a day that was begun >= what was used before, less what has drained since.
 * Where the provider settles, requests from before t may still hand tokens back after t, at most the sum of (charge -
@@ -21,10 +21,10 @@ counts; a batch has t = 0 only. Notes on each term:
   what is handed back was charged within the run.
 * A limit that changes keeps what is used: R integrates the rate over time, L(T) is the limit of that moment. So no
   capacity is won when a limit falls, and none is lost that was used before.
-* A minute counter (Azure) lets in at most the limit, the highest one of that minute, once per minute from t's on.
+* A minute counter (Azure) admits at most the limit, the highest one of that minute, once per minute from t's on.
 * Requests, per minute and per day, go by the same formula with c = 1.
 * Rejected, failed and finalize attempts, co-tenants, slices and ramps only take capacity away, and do not appear.
-* What is not known (-1) counts as nothing, so the bound stays below the truth.
+* Unknown figures (-1) count as nothing, so the bound stays below the truth.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from typing import Any
 from governor.law import BY_TPM, DAY_S, MINUTE_S, STAGGER
 from governor.model.requests import CAUSES, Attempt, Ended, Outcome
 
-# By so much of one token (or request) a provider may overshoot its limit in floating point: sim/model/provider.py's
+# A provider may overshoot its limit in floating point by so much of one token (or request): sim/model/provider.py's
 # ROUNDING.
 _ROUNDING = 1e-6
 _THROTTLES = (Outcome.THROTTLED, Outcome.SLOW_DOWN)
@@ -46,12 +46,12 @@ _THROTTLES = (Outcome.THROTTLED, Outcome.SLOW_DOWN)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grant:
-    """What the provider grants, as far as the bound needs it. Limits per minute and day, 0 = none.
+    """The provider's grant, as far as the bound needs it. Limits per minute and day, 0 = none.
 
-    `settles`: a completed request counts what it used. `minute_reset`: a counter emptied each minute, in place of the
-    bucket; the run begins `phase_s` into one. `burst_ratio`: what the minute's bucket holds, as a share of the limit.
-    `changes`: (from_s, factor) in order of time, the minute limits from then
-    on as multiples of the first ones. `day_*_used`: what was used of the daily limits before the run.
+    `settles`: a completed request counts its use. `minute_reset`: a counter emptied each minute, in place of the
+    bucket; the run begins `phase_s` into one. `burst_ratio`: the capacity of the minute's bucket, as a share of the
+    limit. `changes`: (from_s, factor) in order of time, the minute limits from then on as multiples of the first ones.
+    `day_*_used`: the part of the daily limits that was used before the run.
     """
 
     tpm_limit: float = 0.0
@@ -73,7 +73,7 @@ def _floats() -> array[float]:
 
 @dataclass(slots=True)
 class WorkDone:
-    """What a run had to do, as the bound sees it: one `add` per request that was answered, in any order.
+    """The work of a run, as the bound sees it: one `add` per request that was answered, in any order.
 
     Requests that arrive at 0 are held as sums, later arrivals in flat arrays (32 bytes each). Plain fields, so that a
     compiled engine can fill them in: `requests`, `charged`, `counted` (smaller of charge and use), `shortest_s` of the
@@ -92,7 +92,7 @@ class WorkDone:
     services_s: array[float] = field(default_factory=_floats)
 
     def add(self, arrived_s: float, charge: float, used: float, service_s: float) -> None:
-        """One answered request: its arrival, the provider's charge and use (-1 = unknown), the answer's own time."""
+        """Add one answered request: its arrival, the provider's charge and use (-1 = unknown), its service time."""
         if charge < 0.0:
             charge = 0.0
         counted = charge if charge < used else used if used > 0.0 else 0.0
@@ -111,12 +111,12 @@ class WorkDone:
             self.services_s.append(service_s)
 
     def finalized(self, charge: float, used: float) -> None:
-        """A finalize pass was answered: no demand of its own, but a provider that settles hands tokens back."""
+        """Add an answered finalize pass: no demand of its own, but a provider that settles hands tokens back."""
         if charge > used:
             self.returned += charge - max(used, 0.0)
 
     def suffixes(self, settles: bool) -> Iterator[tuple[float, float, int, float]]:
-        """For each moment of arrival t, latest first: (t, tokens demanded from t on, requests, shortest service).
+        """Yield (t, tokens demanded from t on, requests, shortest service) per arrival t, latest first.
 
         With `settles` the tokens are net of what requests from before t may hand back.
         """
@@ -175,7 +175,10 @@ class _Bucket:
             drained += granted / length_s * (to_s - from_s)
 
     def admits_at(self, t: float, demand: float) -> float:
-        """No earlier can `demand`, none of it there before `t`, have been let in. Seconds, at least `t`."""
+        """Return the earliest time by which `demand`, none of it there before `t`, can be admitted.
+
+        Seconds, at least `t`.
+        """
         if demand <= 0.0:
             return t
         target = -math.inf
@@ -202,7 +205,7 @@ class _Counter:
         self.pieces = list(_pieces(limit, changes))
 
     def admits_at(self, t: float, demand: float) -> float:
-        """As for `_Bucket`: the beginning of the minute in which the last of `demand` was let in, at least `t`."""
+        """Return the start of the minute in which the last of `demand` was admitted, at least `t`."""
         return self._admits_at(t + self.phase_s, demand) - self.phase_s
 
     def _admits_at(self, t: float, demand: float) -> float:
@@ -211,7 +214,8 @@ class _Counter:
         while left > 0.0:
             begins_s, ends_s = minute * MINUTE_S, (minute + 1) * MINUTE_S
             here = [piece for piece in self.pieces if piece[0] < ends_s and piece[1] > begins_s]
-            # Until the next change all minutes are alike; one in which the limit changes grants the highest of them.
+            # Until the next change all minutes are alike; a minute in which the limit changes grants the highest of
+            # them.
             alike = math.inf if len(here) == 1 and here[0][1] == math.inf else 1.0
             if len(here) == 1 and alike == 1.0:
                 alike = max(1.0, math.floor(here[0][1] / MINUTE_S) - minute)
@@ -228,7 +232,7 @@ class _Counter:
 
 
 def _pieces(limit: float, changes: tuple[tuple[float, float], ...]) -> Iterator[tuple[float, float, float]]:
-    """(from, to, limit) in order of time, from 0 to inf."""
+    """Yield (from, to, limit) in order of time, from 0 to inf."""
     from_s, granted = 0.0, limit
     for at_s, factor in changes:
         if at_s > from_s:
@@ -239,7 +243,7 @@ def _pieces(limit: float, changes: tuple[tuple[float, float], ...]) -> Iterator[
 
 
 def bound_s(grant: Grant, work: WorkDone) -> float:
-    """The makespan, seconds from the run's beginning, below which no scheduler can go on that provider.
+    """Return the makespan, seconds from the run's beginning, below which no scheduler can go on that provider.
 
     0 without work. Formula and proof: the module's docstring. O(requests) for arrivals over time, else O(1).
     """
@@ -265,9 +269,9 @@ def bound_s(grant: Grant, work: WorkDone) -> float:
 
 
 def efficiency_of(bound: float, makespan_s: float, failed: int) -> float | None:
-    """bound / makespan, 0 to 1. None for a run that lost a request or had nothing to do: it may not quote one.
+    """Return bound / makespan, 0 to 1; None for a run that lost a request or had no work: it may not quote one.
 
-    None too where the run beat its bound by more than rounding: then the grant does not describe that provider.
+    Also None if the run beat its bound by more than rounding: then the grant does not describe that provider.
     """
     if failed or makespan_s <= 0.0 or bound > makespan_s * (1.0 + 1e-9):
         return None
@@ -283,8 +287,8 @@ class Summary:
 
     `throttled`: attempts refused with a rate-limit 429. Tokens are sums over attempts, as far as they are known.
     `stagger_delays`, `tpm_deferrals`: requests that had to wait for that cause at the head of the queue, each counted
-    once. `waits_s`: by cause, summed over attempts. `failures`: requests by failure code. `efficiency`: None where a
-    request was lost. `cost_usd`: None where prices are not known.
+    once. `waits_s`: by cause, summed over attempts. `failures`: requests by failure code. `efficiency`: None if a
+    request was lost. `cost_usd`: None if prices are not known.
     """
 
     requests: int
@@ -306,7 +310,7 @@ class Summary:
     cost_usd: float | None
 
     def to_json_dict(self) -> dict[str, Any]:
-        """The keys in order, with plain numbers, None and dicts only."""
+        """Return the keys in order, with plain numbers, None and dicts only."""
         values = {column.name: getattr(self, column.name) for column in fields(self)}
         return values | {"waits_s": dict(self.waits_s), "failures": dict(self.failures)}
 
@@ -318,7 +322,7 @@ class Summary:
         )
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: a table, and the time and the waiting as a small figure."""
+        """Return the HTML for a notebook: a table, and the time and the waiting as a small figure."""
         from governor.forecast.summary_html import summary_html
 
         return summary_html(self)
@@ -326,7 +330,7 @@ class Summary:
 
 @dataclass(slots=True)
 class Tally:
-    """Counts of a run under way, in constant memory for a batch: what a driver adds to, and a `Summary` is made from.
+    """Counts of a run under way, in constant memory for a batch; a driver adds to it and a `Summary` is made from it.
 
     Drivers either call the methods (well under a microsecond each) or add to the fields. `waits_s`, `deferrals`: by the
     law's causes CONCURRENCY to PAUSED, and BACKOFF. `last_s`: when the last request ended. `work`: the bound's input.
@@ -349,13 +353,13 @@ class Tally:
     work: WorkDone = field(default_factory=WorkDone)
 
     def launched(self) -> None:
-        """An attempt went out. It counts once it is recorded: one that was cancelled in flight never is."""
+        """Count an attempt in flight. It enters the totals once it is recorded, which a cancelled attempt never is."""
         self.in_flight += 1
         if self.in_flight > self.peak_in_flight:
             self.peak_in_flight = self.in_flight
 
     def answered(self, reserved: float, charged: float, used: float, throttled: bool) -> None:
-        """An attempt came to its end, in whatever way. Tokens that are not known: -1."""
+        """Count an attempt that ended, in whatever way. Unknown tokens: -1."""
         self.in_flight -= 1
         self.attempts += 1
         self.reserved_tokens += reserved
@@ -367,7 +371,7 @@ class Tally:
             self.used_tokens += used
 
     def ended(self, failure: str, now: float) -> None:
-        """A request is over: answered (""), or lost with that code."""
+        """Count a request that is over: answered (""), or lost with that code."""
         self.requests += 1
         if failure:
             self.failed += 1
@@ -378,7 +382,7 @@ class Tally:
             self.last_s = now
 
     def summary(self, grant: Grant, cost_usd: float | None = None) -> Summary:
-        """The figures so far, against what the provider grants."""
+        """Return the figures so far, against the provider's grant."""
         bound = bound_s(grant, self.work)
         return Summary(
             requests=self.requests,
@@ -412,7 +416,7 @@ def summarize(
     cost_usd: float | None = None,
     lost: Iterable[tuple[float, float]] = (),
 ) -> Summary:
-    """The figures of a run from its attempt rows (in any order) and the end of each request.
+    """Return the figures of a run from its attempt rows (in any order) and the end of each request.
 
     `permits_kept`: a request that backs off counts as in flight (the policy's `backoff_keeps_permit`). Deferrals are
     counted at the head of the queue, which rows do not show: they come from the driver or the journal. Nor do rows show
@@ -454,7 +458,10 @@ _WAITED = tuple(f"waited_{cause}_s" for cause in CAUSES[1:])
 
 
 def _peak(flights: Iterable[tuple[float, float]]) -> int:
-    """Most of these (from, to) at once. At one instant answers come before launches, a flight of no length after."""
+    """Return the most of these (from, to) at once.
+
+    At one instant answers precede launches, and empty flights come last.
+    """
     events: list[tuple[float, int]] = []
     for from_s, to_s in flights:
         events += ((from_s, 1), (to_s, 2 if to_s == from_s else 0))

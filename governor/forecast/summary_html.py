@@ -1,7 +1,7 @@
-"""A `Summary` as HTML, as a notebook shows it: a table, and a small figure of the time and of who made us wait.
+"""Render a `Summary` as HTML for a notebook: a table, and a small figure of the time and of the causes of waiting.
 
-Colours are Okabe and Ito's (2008), told apart by the colour-blind; each is named beside the figure with its share. Text
-and lines take the notebook's own colour, so that light and dark themes read alike.
+Colours are Okabe and Ito's (2008), which colour-blind readers can tell apart; each is named beside the figure with its
+share. Text and lines take the notebook's own colour, so that light and dark themes read alike.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ COLOURS = {
     "paused": "#8c8c8c",
     "backoff": "#5a616b",
 }
-# A share below this is a hair on the figure and a word too many beside it.
+# A share below this is a hair on the figure and a needless word beside it.
 SMALLEST = 0.005
 WIDTH, BAR = 560, 14
 
 
 def summary_html(s: Summary) -> str:
-    """The summary as one `<div>`."""
+    """Return the summary as one `<div>`."""
     rows = "".join(
         f'<tr><th style="text-align:left">{name}</th><td style="text-align:left">{text}</td></tr>'
         for name, text in _rows(s)
@@ -52,7 +52,7 @@ def _rows(s: Summary) -> Iterator[tuple[str, str]]:
 
 
 def _figure(s: Summary) -> str:
-    """Two bars: how much of the time nobody could have saved, and what the requests waited for."""
+    """Return two bars: how much of the time no scheduler could have saved, and what the requests waited for."""
     shares = shares_of(s.waits_s)
     needed = min(1.0, s.bound_s / s.makespan_s) if s.makespan_s > 0.0 else 0.0
     bars = _bar(0, [("currentColor", needed, f"shortest possible: {duration(s.bound_s)}")], "time")
@@ -72,14 +72,14 @@ def _figure(s: Summary) -> str:
 
 
 def shares_of(waits_s: Mapping[str, float]) -> list[tuple[str, float]]:
-    """Causes with their share of all waiting, largest first; none below what can be seen."""
+    """Return causes with their share of all waiting, largest first; none that is too small to be seen."""
     total = sum(waits_s.values())
     ranked = sorted(waits_s.items(), key=lambda item: -item[1])
     return [(cause, wait / total) for cause, wait in ranked if total > 0.0 and wait / total >= SMALLEST]
 
 
 def _bar(row: int, parts: list[tuple[str, float, str]], name: str) -> str:
-    """A bar of the whole width in parts, each with its colour, share and tooltip; a frame around what is left."""
+    """Return a full-width bar in parts, each with its colour, share and tooltip, with a frame around the rest."""
     left, y = 64.0, row * (BAR + 8) + 4
     room = WIDTH - left - 1.0
     text = f'<text x="0" y="{y + BAR - 3}" font-size="12" fill="currentColor">{name}</text>'

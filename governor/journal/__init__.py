@@ -1,1 +1,1 @@
-"""The durable record of a run in SQLite or PostgreSQL: what was sent, what came back, what was decided."""
+"""The durable record of a run in SQLite or PostgreSQL: requests sent, answers received, decisions made."""

@@ -1,8 +1,8 @@
-"""The journal's reading half: what a run has done, and what is left to do, in streams.
+"""The journal's reading half: stream what a run has done and what is left to do.
 
 Every stream reads in chunks, each in a short transaction of its own that starts after the last row of the one before
 (keyset pagination). So memory stays flat, no old snapshot keeps SQLite's WAL from shrinking, and a reader never holds
-up the run; what it sees is the journal as it was when it read that chunk.
+up the run; it sees the journal as it was when that chunk was read.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ from governor.model.policy import Policy
 from governor.model.prices import Usage
 from governor.model.requests import CAUSES, LANES, Attempt, Ended, Outcome, Request
 
-# Rows with bodies in memory at once; rows without.
+# Rows with bodies held in memory at once; rows without.
 CHUNK = 100
 NARROW_CHUNK = 2_000
 
@@ -76,8 +76,8 @@ NARROW_CHUNK = 2_000
 class Records:
     """Reads an open journal. Every method may raise `JournalError`.
 
-    `within`: (first, last) number of the requests that it is about, None = all. What is not of single requests (legs,
-    settings, decisions, deferrals) is the whole journal's all the same.
+    `within`: (first, last) number of the requests to read, None = all. Records that do not belong to single requests
+    (legs, settings, decisions, deferrals) are still those of the whole journal.
     """
 
     def __init__(self, database: Database, within: tuple[int, int] | None = None) -> None:
@@ -86,14 +86,14 @@ class Records:
 
     @property
     def name(self) -> str:
-        """What to call it in messages: the path as it was given, or the URL without its password."""
+        """Return the journal's name for messages: the path as it was given, or the URL without its password."""
         return self._database.name
 
     # ------------------------------------------------------------ how it is read
 
     @contextmanager
     def _undamaged(self) -> Iterator[None]:
-        """A row that makes no sense inside this block is a damaged journal."""
+        """Treat a row that makes no sense inside this block as a damaged journal."""
         try:
             yield
         except DamagedError as error:
@@ -104,7 +104,7 @@ class Records:
             return list(connection.execute(query))
 
     def _stream(self, query: Select[Any], key: Column[int], chunk: int) -> Iterator[Any]:
-        """The rows in order of `key`, a whole number that the query selects."""
+        """Yield the rows in order of `key`, a whole number that the query selects."""
         rows = self._all(query.order_by(key).limit(chunk))
         while rows:
             yield from rows
@@ -113,7 +113,7 @@ class Records:
             rows = self._all(query.where(key > getattr(rows[-1], key.name)).order_by(key).limit(chunk))
 
     def _of(self, query: Select[Any], table: Table, pool: str | None = None) -> Select[Any]:
-        """The rows of `requests` or `attempts` that this is about; of one pool, or of all."""
+        """Return the query limited to the rows of `requests` or `attempts` within range; of one pool, or of all."""
         if self._within is not None:
             query = query.where(table.c.request.between(*self._within))
         return query if pool is None else query.where(table.c.pool == pool)
@@ -121,24 +121,24 @@ class Records:
     # ------------------------------------------------------------ the run
 
     def run(self) -> RunRow:
-        """Versions, seed, fingerprint, epoch."""
+        """Return versions, seed, fingerprint, epoch."""
         return RunRow(*self._all(select(*(run.c[name] for name in RunRow._fields)))[0])
 
     def legs(self) -> list[LegRow]:
-        """All legs, in order."""
+        """Return all legs, in order."""
         return [
             LegRow(*row) for row in self._all(select(*(legs.c[name] for name in LegRow._fields)).order_by(legs.c.leg))
         ]
 
     def settings(self) -> list[SettingsRow]:
-        """The history of the policies, in the order in which they were recorded."""
+        """Return the history of the policies, in the order in which they were recorded."""
         query = select(policies.c.leg, pools.c.name, policies.c.at_s, policies.c.settings)
         query = query.join(pools, pools.c.pool == policies.c.pool).order_by(policies.c.id)
         with self._undamaged():
             return [SettingsRow(leg, pool, at_s, policy_of(text)) for leg, pool, at_s, text in self._all(query)]
 
     def forecasts(self) -> list[ForecastRow]:
-        """What was expected, in order of writing."""
+        """Return the forecasts, in order of writing."""
         with self._undamaged():
             return [
                 ForecastRow(row.leg, row.at_s, row.launched_before, from_json(row.json, "a forecast"))
@@ -146,7 +146,7 @@ class Records:
             ]
 
     def last_s(self) -> float:
-        """The latest moment in the records, seconds since the run began: time must not run backwards in a new leg."""
+        """Return the latest recorded moment, seconds since the run began: a new leg must not go back in time."""
         columns = (attempts.c.finished_s, requests.c.launched_s, requests.c.ended_s, legs.c.began_s, legs.c.ended_s)
         latest = [self._all(select(func.max(column)))[0][0] for column in columns]
         return max((float(value) for value in latest if value is not None), default=0.0)
@@ -154,7 +154,7 @@ class Records:
     # ------------------------------------------------------------ requests
 
     def counts(self, pool: str | None = None) -> Counts:
-        """How many requests stand where, as far as it is on the disk; of one pool, or of all."""
+        """Return the number of requests in each state, as far as it is on the disk; of one pool, or of all."""
         c = requests.c
         query = select(c.state, c.failure, func.count(), func.sum(c.resent)).group_by(c.state, c.failure)
         rows = self._all(self._of(query, requests, pool))
@@ -167,15 +167,16 @@ class Records:
         return Counts(sum(by_state.values()), *states, resent, failures)
 
     def pending(self, pool: str = "default", *, longest_first: bool = False, is_new: bool = False) -> Iterator[Pending]:
-        """What is left to do of a pool when its leg begins: read it once per leg, while that runs.
+        """Yield the requests of a pool that are left to do when its leg begins: read it once per leg, while that runs.
 
-        `is_new`: nothing of it can have been launched before, so nobody looks for it.
+        `is_new`: none of them can have been launched before, so launched requests are not searched for.
 
-        First what was launched before, in order of the input, then the rest: in that order, or `longest_first`, by
-        expected answer, ties by reservation. Requests that the leg itself puts back (they back off) do not come again.
+        Requests that were launched before come first, in order of the input, then the rest: in that order, or
+        `longest_first`, by expected answer, ties by reservation. Requests that the leg itself puts back (they back off)
+        do not come again.
 
-        In a part (`within`), a request without a row in `bodies` has the nearest body before its own: runs of one
-        input share one row, and one dict in memory.
+        In a part (`within`), a request without a row in `bodies` has the nearest body before its own: runs of one input
+        share one row, and one dict in memory.
         """
         if self._within is None and self.run().purged_epoch_s >= 0.0:
             raise JournalError(f"{self.name}: the journal was purged, nothing is left to send: start a new one")
@@ -208,7 +209,7 @@ class Records:
         return str(found[0][0])
 
     def _longest(self, query: Select[Any]) -> Iterator[Any]:
-        """The rows by expected answer and reservation, largest first, ties in order of the input.
+        """Yield the rows by expected answer and reservation, largest first, ties in order of the input.
 
         "After the last row" in an order of mixed directions is three ranges, each of which the index finds at once.
         """
@@ -233,7 +234,7 @@ class Records:
             ]
 
     def _longest_of_part(self, query: Select[Any]) -> Iterator[Any]:
-        """The same for a part, whose rows the index of the whole would not find: 8 bytes a request, sorted once."""
+        """Yield the same for a part, whose rows the whole's index would not find: sorted once, 8 bytes a request."""
         c = requests.c
         keys = query.with_only_columns(c.request).order_by(c.expected.desc(), c.reserve.desc(), c.request)
         with self._database.reading() as connection:
@@ -241,23 +242,23 @@ class Records:
         for start in range(0, len(numbers), CHUNK):
             part = numbers[start : start + CHUNK].tolist()
             rows = {row.request: row for row in self._all(query.where(c.request.in_(part)))}
-            # One that has been launched or has ended since is left out.
+            # Leave out a row that has been launched or has ended since.
             yield from (rows[number] for number in part if number in rows)
 
     def overdue(self, pool: str, before_s: float) -> int:
-        """Requests of a pool that have not ended and were first launched at that time or earlier."""
+        """Return how many requests of a pool have not ended and were first launched at that time or earlier."""
         c = requests.c
         launched = c.first_launched_s.between(0.0, before_s)
         query = select(func.count()).where(c.state.in_((PENDING, IN_FLIGHT)), launched)
         return int(self._all(self._of(query, requests, pool))[0][0])
 
     def custom_id(self, request: int) -> str | None:
-        """The name of the request of that number, None where there is none."""
+        """Return the custom_id of the request of that number, None if there is none."""
         found = self._all(select(requests.c.custom_id).where(requests.c.request == request))
         return str(found[0][0]) if found else None
 
     def results(self) -> Iterator[ResultRow]:
-        """What ended, in order of the input."""
+        """Yield the requests that have ended, in order of the input."""
         if self.run().purged_epoch_s >= 0.0:
             raise JournalError(f"{self.name}: the journal was purged: its results are gone")
         c = requests.c
@@ -271,9 +272,9 @@ class Records:
                 yield ResultRow(request_of(row, None), row.failure, answer, row.ended_s, row.resent)
 
     def unfinished(self, pool: str | None = None, *, failed: str | None = None) -> Iterator[Request]:
-        """What has not ended, of one pool or of all, without bodies, in order of the input.
+        """Yield the requests that have not ended, of one pool or of all, without bodies, in order of the input.
 
-        `failed`: and what has failed with that code, "" = with any.
+        `failed`: include those that failed with that code, "" = with any.
         """
         c = requests.c
         wanted: ColumnElement[bool] = c.state.in_((PENDING, IN_FLIGHT))
@@ -286,14 +287,14 @@ class Records:
     # ------------------------------------------------------------ what a summary is made of
 
     def attempts(self, pool: str | None = None) -> Iterator[Attempt]:
-        """All ended attempts, of one pool or of all, in the order in which they ended."""
+        """Yield all ended attempts, of one pool or of all, in the order in which they ended."""
         query = self._of(select(attempts), attempts, pool)
         with self._undamaged():
             for row in self._stream(query, attempts.c.number, NARROW_CHUNK):
                 yield attempt_of(row)
 
     def billed(self, pool: str | None = None) -> Iterator[Billed]:
-        """The same with what was used in each, for bills and exports."""
+        """Yield the same with the tokens used in each, for bills and exports."""
         query = self._of(select(attempts), attempts, pool)
         with self._undamaged():
             for row in self._stream(query, attempts.c.number, NARROW_CHUNK):
@@ -301,21 +302,21 @@ class Records:
                 yield Billed(attempt_of(row), row.request_id, usage)
 
     def heard(self, pool: str | None = None) -> Iterator[Heard]:
-        """The same with what the headers of each stated."""
+        """Yield the same with the figures that the headers of each stated."""
         query = self._of(select(attempts), attempts, pool)
         with self._undamaged():
             for row in self._stream(query, attempts.c.number, NARROW_CHUNK):
                 yield Heard(attempt_of(row), limits_of(row), row.processing_s)
 
     def ends(self, pool: str | None = None) -> Iterator[Ended]:
-        """How each request ended that has, of one pool or of all, in order of the input."""
+        """Yield the end of each request that has ended, of one pool or of all, in order of the input."""
         c = requests.c
         query = select(c.request, c.ended_s, c.failure).where(c.state.in_((DONE, FAILED)))
         for row in self._stream(self._of(query, requests, pool), c.request, NARROW_CHUNK):
             yield Ended(row.request, row.ended_s, row.failure)
 
     def lost(self, pool: str | None = None) -> Iterator[tuple[int, int]]:
-        """Charge and prompt tokens of each request that failed, and may succeed if it is sent again as it is."""
+        """Yield charge and prompt tokens of each failed request that may succeed if it is sent again unchanged."""
         c = requests.c
         codes = [code.value for code in FailureCode if code.retryable]
         query = select(c.request, c.charge, c.prompt_tokens).where(c.state == FAILED, c.failure.in_(codes))
@@ -323,7 +324,7 @@ class Records:
             yield row.charge, row.prompt_tokens
 
     def deferrals(self, pool: str | None = None) -> list[int]:
-        """Requests that had to wait at the head, by the law's causes: a list like `Tally.deferrals`."""
+        """Return how many requests had to wait at the head, by the law's causes: a list like `Tally.deferrals`."""
         counts = [0] * len(CAUSES)
         query = select(deferrals.c.cause, func.sum(deferrals.c.requests)).group_by(deferrals.c.cause)
         query = query.join(pools, pools.c.pool == deferrals.c.pool)
@@ -332,7 +333,7 @@ class Records:
         return counts
 
     def outcomes(self) -> dict[Outcome, int]:
-        """Ended attempts by outcome."""
+        """Return the number of ended attempts by outcome."""
         query = select(attempts.c.outcome, func.count()).group_by(attempts.c.outcome).order_by(attempts.c.outcome)
         try:
             return {Outcome(outcome): count for outcome, count in self._all(self._of(query, attempts))}
@@ -340,7 +341,7 @@ class Records:
             raise self._database.damaged("an outcome cannot be read") from None
 
     def lateness(self, pool: str) -> list[float]:
-        """How late each launch of a pool was that a timer had been set for, seconds; none where it was not recorded."""
+        """Return how late each timed launch of a pool was, seconds; empty if it was not recorded."""
         if self.run().schema < SCHEMA:
             return []
         query = select(timers.c.late_s).join(pools, pools.c.pool == timers.c.pool).where(pools.c.name == pool)
@@ -349,7 +350,7 @@ class Records:
     # ------------------------------------------------------------ what is used
 
     def checkpoint(self, pool: str) -> Checkpoint | None:
-        """What a pool had used by the latest commit; None where no leg of it was begun, or by an older Paceline."""
+        """Return a pool's use as of the latest commit; None if no leg of it was begun, or by an older Paceline."""
         if self.run().schema < SCHEMA:
             return None
         query = select(checkpoints).join(pools, pools.c.pool == checkpoints.c.pool).where(pools.c.name == pool)
@@ -358,9 +359,9 @@ class Records:
             return checkpoint_of(rows[0]) if rows else None
 
     def launches(self, pool: str, since_s: float, *, settled: bool = False) -> list[Launch]:
-        """What a pool has launched since, in order of time, with what was reserved.
+        """Return a pool's launches since that time, in order of time, with their reservations.
 
-        `settled`: with what answers used, where they say so.
+        `settled`: with the tokens that answers used, if they say so.
         """
         columns = attempts.c
         query = select(attempts).where(columns.pool == pool, columns.launched_s >= since_s)
@@ -377,9 +378,9 @@ class Records:
     # ------------------------------------------------------------ decisions
 
     def decisions(self, pool: str | None = None, leg: int | None = None) -> Iterator[Decision]:
-        """What `verify` decides again, where it was recorded: each chain opened by `began`, made from its policy.
+        """Yield the recorded decisions for `verify` to repeat: each chain opened by `began`, made from its policy.
 
-        `pool`, `leg`: only that one's; None = all, chain after chain.
+        `pool`, `leg`: only that pool's or leg's; None = all, chain after chain.
         """
         chains: dict[tuple[int, str], Policy] = {}
         for settings in self.settings():
@@ -401,7 +402,7 @@ class Records:
     # ------------------------------------------------------------ commands
 
     def commands(self, after: int = 0, *, waiting: bool = False) -> list[Command]:
-        """What was asked of the run after the command of that id, in order; `waiting`: only what nobody took up."""
+        """Return the commands given after the command of that id, in order; `waiting`: only those not yet taken up."""
         query = select(*(commands.c[name] for name in Command._fields)).where(commands.c.id > after)
         if waiting:
             query = query.where(commands.c.taken_s < 0)
@@ -414,7 +415,10 @@ class Records:
     # ------------------------------------------------------------ health
 
     def complaints(self) -> list[str]:
-        """What SQLite finds wrong with the whole file (`PRAGMA integrity_check`): normally nothing. Reads all of it."""
+        """Return SQLite's complaints about the whole file (`PRAGMA integrity_check`): normally none.
+
+        Reads all of it.
+        """
         if not self._database.is_sqlite:
             return []
         with self._database.bare() as connection:

@@ -1,4 +1,4 @@
-"""What a journal is read into: one value per row, as `Records` hands them out."""
+"""The values that a journal's rows are read into, as `Records` returns them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from governor.model.work import Work
 
 
 class RunRow(NamedTuple):
-    """What is known of the run itself. `requests`: -1 until all are in. `purged_epoch_s`: -1 unless it was purged."""
+    """The record of the run itself. `requests`: -1 until all are in. `purged_epoch_s`: -1 unless it was purged."""
 
     schema: int
     version: str
@@ -34,7 +34,7 @@ class Pending:
 
 @dataclass(frozen=True, slots=True)
 class ResultRow:
-    """One request that has ended, without its body. `failure`: "" or its code. `answer`: None where none ever came."""
+    """One request that has ended, without its body. `failure`: "" or its code. `answer`: None if none ever came."""
 
     request: Request
     failure: str
@@ -56,7 +56,10 @@ class Counts(NamedTuple):
 
 
 class LegRow(NamedTuple):
-    """One process's share of the run. `ended_s`: -1 while it runs, and for ever if it crashed. `ending`: why it did."""
+    """One process's share of the run. `ended_s`: -1 while it runs, and for ever if it crashed.
+
+    `ending`: why it ended.
+    """
 
     leg: int
     began_s: float
@@ -75,7 +78,7 @@ class SettingsRow(NamedTuple):
 
 
 class ForecastRow(NamedTuple):
-    """What was expected. It is a forecast only if nothing had been launched before it was written."""
+    """A forecast. It counts as one only if nothing had been launched before it was written."""
 
     leg: int
     at_s: float
@@ -84,9 +87,9 @@ class ForecastRow(NamedTuple):
 
 
 class Command(NamedTuple):
-    """What somebody asked of the run: `pause`, `resume`, `set` with its `NAME=VALUE` words, or `unset` with names.
+    """A command to the run: `pause`, `resume`, `set` with its `NAME=VALUE` words, or `unset` with names.
 
-    `taken_s`: when the run took it up, -1 = not yet. `outcome`: "" or why it refused.
+    `taken_s`: when the run took it up, -1 = not yet. `outcome`: "" or why it was refused.
     """
 
     id: int
@@ -98,7 +101,7 @@ class Command(NamedTuple):
 
 
 class Billed(NamedTuple):
-    """One ended attempt, the provider's id of it, and what it used."""
+    """One ended attempt, the provider's id of it, and the tokens used."""
 
     attempt: Attempt
     request_id: str
@@ -106,7 +109,7 @@ class Billed(NamedTuple):
 
 
 class Heard(NamedTuple):
-    """One ended attempt with what its headers stated; `processing_s`: the provider's own time for it, -1 = unknown."""
+    """One ended attempt with its headers' figures; `processing_s`: the provider's own time, -1 = unknown."""
 
     attempt: Attempt
     limits: tuple[Limit, ...]

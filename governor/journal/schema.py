@@ -1,24 +1,24 @@
-"""The journal's tables: one row per request, per attempt, per decision, and what was known about the run itself.
+"""The journal's tables: one row per request, per attempt, per decision, and facts about the run itself.
 
     run        one row: versions, fingerprint of the input, seed, epoch of time zero
     legs       one row per process that worked on the run; a resume begins another leg
     pools      number and name; decisions carry the number
     policies   the settings of each pool at the beginning of each leg, and each change with its time
-    requests   one row per line of the input: what it reserves, and where it stands
-    bodies     what is sent, apart from `requests` so that a change of state rewrites a short row
-    results    what came back last, for requests that ended
-    attempts   one row per ended attempt: `Attempt`'s columns, request id, what the headers stated of limits and time
-    checkpoints  what each pool of the latest leg has used, rewritten with each commit (`checkpoint`)
-    timers     how late each launch was that a timer had been set for
+    requests   one row per line of the input: its reservation and its state
+    bodies     request bodies, apart from `requests` so that a change of state rewrites a short row
+    results    the last response, for requests that ended
+    attempts   one row per ended attempt: `Attempt`'s columns, request id, limits and time from the headers
+    checkpoints  the use of each pool of the latest leg, rewritten with each commit (`checkpoint`)
+    timers     how late each timed launch was
     decisions  with `--record`, every call of the law: one row per pool and commit, from the `first` on
     deferrals  per leg, pool and cause: requests that had to wait for it at the head of the queue
-    forecasts  what was expected, as JSON; `launched_before` says how much had happened when it was written
-    commands   what another process asked of the run: pause, resume, set, unset
+    forecasts  forecasts as JSON; `launched_before` counts the launches before it was written
+    commands   commands from other processes: pause, resume, set, unset
 
-A request is `pending`, `in_flight` (sent, or about to be), `done` or `failed`. One that backs off is pending: nothing
-of it is with the provider. Times are seconds since the run began, -1 = not yet.
+A request is `pending`, `in_flight` (sent, or about to be), `done` or `failed`. A request that backs off is pending: no
+attempt of it is with the provider. Times are seconds since the run began, -1 = not yet.
 
-Nothing else is written: no header but the limits read from it, no key. What a refusal quotes of a key is blotted out.
+Nothing else is written: no header except the limits read from it, no key. A key quoted by a refusal is redacted.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from governor.model.requests import LANES, Answer, Attempt, Limit, Outcome, Requ
 from governor.model.work import Work
 
 SCHEMA = 3
-# The oldest one that can be read, and brought up to date by a run.
+# The oldest schema that can be read, and that a run brings up to date.
 OLDEST_SCHEMA = 2
-# "PACE", in the header of the SQLite file, where `file` and we ourselves find it.
+# "PACE", in the header of the SQLite file, by which `file` and Paceline recognise it.
 APPLICATION_ID = 0x50414345
 
 PENDING, IN_FLIGHT, DONE, FAILED = "pending", "in_flight", "done", "failed"
@@ -57,19 +57,22 @@ _KEYS = re.compile(r"\bsk-[\w*.-]{4,}|\bBearer\s+[\w.~+/=-]{8,}", re.IGNORECASE)
 
 
 def escaped(text: str) -> str:
-    """`text` with what databases cannot hold (NUL, half of a surrogate pair) as \\uXXXX, and the backslash as well."""
+    """Return `text` with characters that databases cannot hold (NUL, half of a surrogate pair) as \\uXXXX.
+
+    The backslash is escaped as well.
+    """
     if _UNSTORABLE.search(text) is None:
         return text
     return _UNSTORABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def unescaped(text: str) -> str:
-    """The text of which `escaped` made this."""
+    """Return the text from which `escaped` made this."""
     return _ESCAPE.sub(lambda found: chr(int(found[1], 16)), text) if "\\" in text else text
 
 
 class Words(TypeDecorator[str]):
-    """A column of text that takes any Python string and gives the same one back."""
+    """A column of text that takes any Python string and returns the same string."""
 
     impl = Text
     cache_ok = True
@@ -82,13 +85,13 @@ class Words(TypeDecorator[str]):
 
 
 def to_json(value: object) -> str:
-    """Compact JSON in ASCII, which every database holds; floats come back exactly."""
+    """Return compact JSON in ASCII, which every database holds; floats come back exactly."""
     return json.dumps(value, separators=(",", ":"))
 
 
 # ---------------------------------------------------------------- tables
 
-# What may exceed 64 kB, which is all that a plain TEXT or BLOB of MySQL holds.
+# For text that may exceed 64 kB, which is all that a plain TEXT or BLOB of MySQL holds.
 _LONG = Text().with_variant(LONGTEXT(), "mysql", "mariadb")
 _LONG_BINARY = LargeBinary().with_variant(LONGBLOB(), "mysql", "mariadb")
 
@@ -100,7 +103,7 @@ def _id(name: str, *, given: bool = True) -> Column[int]:
 
 
 def _number_of_request() -> Column[int]:
-    """64 bits everywhere: SQLite's own key has them under the name of INTEGER only."""
+    """Return a 64-bit column on every database: SQLite's own key has 64 bits under the name of INTEGER only."""
     return Column("request", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=False)
 
 
@@ -117,11 +120,11 @@ def _text(name: str) -> Column[str]:
 
 
 def _short(name: str) -> Column[str]:
-    """Text that we choose ourselves, or that stands in an index."""
+    """Return a column for text that we choose ourselves, or that is part of an index."""
     return Column(name, String(255), nullable=False)
 
 
-# `schema` and `version` stay as they are in every later schema: by them an older Paceline knows that it is one.
+# `schema` and `version` stay as they are in every later schema: by them an older Paceline recognises a newer journal.
 run = Table(
     "run",
     metadata,
@@ -203,9 +206,9 @@ attempts = Table(
     _id("number", given=False),
     *(_COLUMN_OF[type_](name) for name, type_ in get_type_hints(Attempt).items()),
     _text("request_id"),
-    _whole("cached_tokens"),  # part of the prompt's, 0 where nothing is said
+    _whole("cached_tokens"),  # part of the prompt's, 0 if not stated
     _whole("reasoning_tokens"),  # part of the output's
-    _number("processing_s"),  # the provider's own time, -1 where it does not say
+    _number("processing_s"),  # the provider's own time, -1 if not stated
     Column("limits", Text, nullable=False),
 )
 Index("attempts_by_request", attempts.c.request)
@@ -261,7 +264,7 @@ commands = Table(
 
 
 class DamagedError(ValueError):
-    """A row whose content cannot be right; whoever reads it names the journal."""
+    """Raised for a row whose content cannot be right; the caller adds the journal's name."""
 
 
 _SIZES = tuple(column.name for column in fields(Sizes))
@@ -273,20 +276,20 @@ _ANSWER = (
 
 
 def request_of(row: Any, body: dict[str, Any] | None) -> Request:
-    """The request of a row of `requests`."""
+    """Return the request of a row of `requests`."""
     sizes = Sizes(*(getattr(row, name) for name in _SIZES))
     return Request(row.request, row.custom_id, row.url, row.model, body, sizes, row.pool)
 
 
 def sizes_row(sizes: Sizes) -> dict[str, int]:
-    """The columns of `requests` that hold sizes."""
+    """Return the columns of `requests` that hold sizes."""
     return {name: getattr(sizes, name) for name in _SIZES}
 
 
 def result_row(request: int, answer: Answer) -> dict[str, Any]:
-    """The row of `results`. A refusal may quote the key that it refuses: that is blotted out.
+    """Return the row of `results`. A refusal may quote the key that it refuses: the key is redacted.
 
-    What could not be read as an answer stands as one JSON string in the place of the body.
+    A response that could not be read as an answer is stored as one JSON string in place of the body.
     """
     body = to_json(answer.raw) if answer.raw else None if answer.body is None else to_json(answer.body)
     row = {name: getattr(answer, name) for name in _ANSWER}
@@ -298,12 +301,15 @@ def result_row(request: int, answer: Answer) -> dict[str, Any]:
 
 
 def without_keys(text: str) -> str:
-    """`text` with whatever looks like a key blotted out."""
+    """Return `text` with everything that looks like a key redacted."""
     return _KEYS.sub("***", text)
 
 
 def answer_of(row: Any) -> Answer:
-    """The answer of a row of `results`; limits stand with the attempts. `DamagedError` where the row makes no sense."""
+    """Return the answer of a row of `results`; its limits are with the attempts.
+
+    Raise `DamagedError` if it makes no sense.
+    """
     try:
         outcome = Outcome(row.outcome)
         raw = str(json.loads(row.body)) if row.body is not None and row.body.startswith('"') else ""
@@ -315,7 +321,7 @@ def answer_of(row: Any) -> Answer:
 
 
 def attempt_row(attempt: Attempt, answer: Answer) -> dict[str, Any]:
-    """The row of `attempts`."""
+    """Return the row of `attempts`."""
     row = dict(zip(_ATTEMPT, attempt.row(), strict=True))
     limits = [[limit.dimension, limit.limit, limit.remaining] for limit in answer.limits]
     usage = usage_in(answer.body)
@@ -324,13 +330,13 @@ def attempt_row(attempt: Attempt, answer: Answer) -> dict[str, Any]:
 
 
 def checkpoint_row(leg: int, pool: int, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The row of `checkpoints`."""
+    """Return the row of `checkpoints`."""
     row = {"leg": leg, "pool": pool, "at_s": checkpoint.at_s, "state": checkpoint.text()}
     return row | checkpoint.moment._asdict()
 
 
 def checkpoint_of(row: Any) -> Checkpoint:
-    """The checkpoint of a row; `DamagedError` where it makes no sense."""
+    """Return the checkpoint of a row. Raise `DamagedError` if it makes no sense."""
     try:
         return read_back(row.state, row.at_s, Moment(row.epoch_s, row.boot, row.boot_s))
     except (TypeError, ValueError):
@@ -338,7 +344,7 @@ def checkpoint_of(row: Any) -> Checkpoint:
 
 
 def limits_of(row: Any) -> tuple[Limit, ...]:
-    """The limits of a row of `attempts`."""
+    """Return the limits of a row of `attempts`."""
     try:
         return tuple(Limit(str(d), float(limit), float(left)) for d, limit, left in json.loads(row.limits))
     except (TypeError, ValueError):
@@ -346,7 +352,7 @@ def limits_of(row: Any) -> tuple[Limit, ...]:
 
 
 def attempt_of(row: Any) -> Attempt:
-    """The attempt of a row of `attempts`."""
+    """Return the attempt of a row of `attempts`."""
     values = {name: getattr(row, name) for name in _ATTEMPT}
     try:
         return Attempt(**values | {"outcome": Outcome(row.outcome)})
@@ -355,14 +361,14 @@ def attempt_of(row: Any) -> Attempt:
 
 
 def settings_of(policy: Policy) -> str:
-    """A policy as stored: every value, since a later version may have other defaults, and which ones were named."""
+    """Return a policy as stored: every value, as defaults may change later, and which were named."""
     return to_json({"values": policy.model_dump(), "named": sorted(policy.model_fields_set)})
 
 
 def policy_of(settings: str) -> Policy:
-    """The policy of `settings_of`, equal in every value and in what was named.
+    """Return the policy of `settings_of`, equal in every value and in the set of named ones.
 
-    Settings that this version does not have are left out, those that were not there yet are at their defaults.
+    Settings unknown to this version are omitted, settings newer than the record have their defaults.
     """
     stored = from_json(settings, "settings")
     try:
@@ -374,7 +380,7 @@ def policy_of(settings: str) -> Policy:
 
 
 def from_json(text: str, what: str) -> dict[str, Any]:
-    """The object that `to_json` wrote. `DamagedError`, naming `what`, if it is none."""
+    """Return the object that `to_json` wrote. Raise `DamagedError`, naming `what`, if it is not an object."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -386,15 +392,15 @@ def from_json(text: str, what: str) -> dict[str, Any]:
 
 # ---------------------------------------------------------------- a batch
 
-# Requests written in one transaction while a journal is filled, and about how many bytes of bodies.
+# Requests written in one transaction while a journal is filled, and the approximate bytes of their bodies.
 INGEST_ROWS = 500
 INGEST_BYTES = 4 * 2**20
 
 
 def chunks(works: Iterable[Work]) -> Iterator[tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
-    """Rows of `requests` and `bodies`, as many at a time as one transaction should hold.
+    """Yield rows of `requests` and `bodies`, as many at a time as one transaction takes.
 
-    A request with the very body of the one before it gets no row in `bodies`: see `Records.pending`.
+    A request with the same body as the one before it gets no row in `bodies`: see `Records.pending`.
     """
     rows: list[dict[str, Any]] = []
     texts: list[dict[str, Any]] = []

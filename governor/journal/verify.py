@@ -1,18 +1,18 @@
-"""Decides every recorded decision again: the same law on the same inputs must give the same results, to the bit.
+"""Repeat every recorded decision: the same law on the same inputs must give the same results, to the bit.
 
 Theory of operation. A driver reports each call of the law in order: name, arguments without `p` and `s`, result. The
 law is a function of policy, state and arguments alone, and the state is a function of the calls before. So a fresh
 state that is led through the same calls gives the same answers; the first that differs shows that the law has changed
-since, or that the record has. Compared are the 64 bits of each number: inf, -0.0 and the last digit count.
+since, or that the record has. The 64 bits of each number are compared: inf, -0.0 and the last digit count.
 
-A chain is what one pool's state went through in one leg of a run (one process's share of it). Beside the law's own
-functions these names stand in it: `began` opens it (the policy's numbers), `repriced` changes the policy (the new
-numbers, then `now`), `restored` replaces the state (its numbers). Calls that return nothing are checked by what the
-calls after them answer.
+A chain is the history of one pool's state in one leg of a run (one process's share of it). Besides the law's own
+functions these names occur in it: `began` opens it (the policy's numbers), `repriced` changes the policy (the new
+numbers, then `now`), `restored` replaces the state (its numbers). Calls that return nothing are checked by the results
+of the calls after them.
 
-Of a pool that several processes share, a chain holds the decisions that this process made, for whomever. `shared` says
-that their times count from another zero, so many seconds before the run's own; `patched` is what other processes
-changed in the state since (place and value, in turn): their decisions stand in their journals.
+For a pool that several processes share, a chain holds the decisions that this process made, for itself or for others.
+`shared` says that their times count from another zero, so many seconds before the run's own; `patched` lists what other
+processes changed in the state since (place and value, in turn): their decisions are in their own journals.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ class Decision(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """The first decision that does not come out as recorded. `at_s`: its time, or the last one known before it.
+    """The first decision whose result is not as recorded. `at_s`: its time, or the last one known before it.
 
-    `arguments`: name and value each. `now`: what the law answers today, empty where it has no answer. `reason`: why.
+    `arguments`: name and value each. `now`: the law's result today, empty if it has none. `reason`: why.
     """
 
     decision: Decision
@@ -75,7 +75,10 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """What a replay found. `checked`: decisions that came out the same, up to the first difference if there is one."""
+    """The result of a replay.
+
+    `checked`: decisions that came out the same, up to the first difference if there is one.
+    """
 
     checked: int
     chains: int
@@ -88,7 +91,7 @@ class Verified:
 
 
 class NoSuchCallError(ValueError):
-    """A decision that this version of the law cannot take."""
+    """Raised for a decision that this version of the law cannot make."""
 
 
 class LawReplay:
@@ -101,10 +104,10 @@ class LawReplay:
         self.zero_s = 0.0  # the chain's time at the run's zero
 
     def decide(self, name: str, arguments: Numbers) -> Numbers:
-        """Makes the call and returns its result as numbers.
+        """Make the call and return its result as numbers.
 
-        `NoSuchCallError` where this version's law has no such call; what the law raises on impossible arguments goes
-        through.
+        Raise `NoSuchCallError` if this version's law has no such call; exceptions that the law raises on impossible
+        arguments pass through.
         """
         if name == BEGAN:
             self.params, self.state = params_of(arguments), State()
@@ -141,7 +144,7 @@ class LawReplay:
         self.at_s = max(self.at_s, now - self.zero_s) if math.isfinite(now) else self.at_s
 
     def check(self, decision: Decision) -> Difference | None:
-        """Makes the decision again; None if it comes out as recorded."""
+        """Make the decision again; return None if the result is as recorded."""
         try:
             now = self.decide(decision.name, decision.arguments)
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
@@ -163,10 +166,10 @@ def _shown(result: Numbers) -> str:
 
 
 def verify(decisions: Iterable[Decision]) -> Verified:
-    """Decides again, on fresh states, what was decided; stops at the first difference.
+    """Repeat recorded decisions on fresh states; stop at the first difference.
 
-    `decisions` come in order within each chain; chains may be interleaved. One that does not open with `began`, and one
-    that lacks a decision in between, differ there: nothing can be said of what follows.
+    `decisions` come in order within each chain; chains may be interleaved. A chain that does not open with `began`, or
+    that lacks a decision in between, differs at that point: nothing can be said of the decisions that follow.
     """
     chains: dict[tuple[str, int], tuple[LawReplay, int]] = {}
     checked = 0
