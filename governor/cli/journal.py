@@ -178,7 +178,7 @@ def _steer(where: str, name: str, words: Sequence[str], pool: str | None) -> Non
 
 
 def _with_its_name(word: str) -> str:
-    """The word with a setting's short name made the one that is recorded."""
+    """Return the word with a setting's short name replaced by the recorded one."""
     from governor.model.policy import knob_named
 
     name, equals, value = word.partition("=")
@@ -187,7 +187,7 @@ def _with_its_name(word: str) -> str:
 
 
 def _check_still_fit(journal: Journal, pool: str, old: Policy, new: Policy) -> None:
-    """BadSetting for a limit below what a request needs that is still to be sent: it would be lost, unsent."""
+    """Raise BadSetting for a limit below the need of a request still to be sent: the request would be lost, unsent."""
     from governor.law import TPD, TPM
     from governor.model.work import reserve_of
 

@@ -1,7 +1,7 @@
 """The commands that talk to a provider: run, preflight, doctor. `governor/cli/journal.py` has those about a journal.
 
 The simulated forecast arrives in the context's object (`Foresee`), which the mounting app sets. Without it, the fluid
-estimate of `preflight` is used, and every text says so. A command imports what it needs when it runs.
+estimate of `preflight` is used, and every text says so. A command imports its dependencies when it runs.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ RETRY_ALL = "--retry-failed"
 
 
 class _Run(TyperCommand):
-    """`--retry-failed` may stand alone or with a code, which an option with a value cannot."""
+    """Lets `--retry-failed` stand alone or with a code, which an option with a value cannot."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, [f"{RETRY_ALL}=" if arg == RETRY_ALL else arg for arg in args])
@@ -348,7 +348,7 @@ def doctor(
 
 
 def words_of(assignments: Sequence[str] | None, tpm: str | None, rpm: str | None) -> list[str]:
-    """The settings of the command line, the special ones first, so that a --set wins."""
+    """Return the settings of the command line, the special ones first, so that a --set wins."""
     from governor.model.words import count_of
 
     words = []
@@ -360,7 +360,10 @@ def words_of(assignments: Sequence[str] | None, tpm: str | None, rpm: str | None
 
 
 def environment_of(env_files: Sequence[str] | None) -> dict[str, str]:
-    """Variables by name: the process's own, and the env files' on top. Keys are looked up here and go nowhere else."""
+    """Return variables by name: the process's own, overlaid with the env files'.
+
+    Keys are looked up here and go nowhere else.
+    """
     from governor.model.settings import environment_of as layered
 
     return layered(env_files, os.environ)
@@ -374,7 +377,7 @@ def pools_of(
     base_url: str | None,
     scenario: str | None = None,
 ) -> tuple[Pool, ...]:
-    """The pools of a command: of the pools file, or the one of the settings. `scenario`: `--scenario`."""
+    """Return the pools of a command: of the pools file, or the one of the settings. `scenario`: `--scenario`."""
     from dataclasses import replace
 
     from governor.model.pools import checked_url, default_pools, read_pools
@@ -398,10 +401,10 @@ def pools_of(
 
 
 def scenario_of(given: str | None, env_files: Sequence[str] | None, environment: Mapping[str, str]) -> str:
-    """The scenario for forecasts: `--scenario`, else what PACELINE_SCENARIO names; "" = none.
+    """Return the scenario for forecasts: `--scenario`, else that of PACELINE_SCENARIO; "" = none.
 
-    A file that is named on the command line must be there. Settings outlive the plan that made them: where the file
-    that they name is gone, a line says so and the forecast goes by the settings.
+    A file that is named on the command line must exist. Settings outlive the plan that made them: if the file that they
+    name is gone, a line says so and the forecast goes by the settings.
     """
     from governor.model.settings import SCENARIO, scenario_path
 

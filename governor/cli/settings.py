@@ -1,4 +1,4 @@
-"""The commands about settings: what is in force and where it comes from, and the way into another env file."""
+"""Commands about settings: show those in force with their sources, and write them into another env file."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def settings(
 def in_force(
     env_files: list[str] | None, assignments: list[str] | None, preset: str | None
 ) -> tuple[Policy, dict[str, str]]:
-    """The settings that these options make, and by name where each that is not a default comes from."""
+    """Return the settings that these options make, and by name the source of each that is not a default."""
     from governor.model.policy import KNOB_BY_ENV, KNOBS, Policy, knob_named
     from governor.model.settings import paths_of, policy_of, read_env_file
 
@@ -88,7 +88,7 @@ def in_force(
 
 
 def _of_run(where: str, pool: str | None) -> tuple[Policy, dict[str, str]]:
-    """The settings in force of a run's pool."""
+    """Return the settings in force of a run's pool."""
     from governor.journal.journal import Journal
     from governor.model.errors import BadInput, BadSetting
     from governor.model.policy import KNOBS
@@ -104,7 +104,7 @@ def _of_run(where: str, pool: str | None) -> tuple[Policy, dict[str, str]]:
     name = next(iter(policies)) if pool is None else pool
     if name not in policies:
         raise BadSetting(f"there is no pool {name!r}: {', '.join(policies)}")
-    # What was asked while no process ran it counts for the next one.
+    # Commands given while no process ran it count for the next one.
     policy = policies[name].set_values(words_of(held[name]))
     stated = {k.env: COMMAND for k in KNOBS if getattr(policy, k.name) != k.guardrails}
     return policy, stated | dict.fromkeys(held[name], HELD)

@@ -1,4 +1,4 @@
-"""What the live commands print: outcomes, verdicts and the state of a journal, as text and as JSON."""
+"""Output of the live commands: outcomes, verdicts and the state of a journal, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from governor.model.words import duration, percent, plural
 from governor.run.batch import Orders, RunOutcome
 from governor.run.outputs import errors_path
 
-# What to do about a run that stopped, by the reason.
+# Remedies for a run that stopped, by the reason.
 REMEDIES = {
     "INSUFFICIENT_QUOTA": "the account's quota is used up: raise it, then run the same command again",
     "UNAUTHORIZED": "the provider refuses the key or the model: mend that, then run the same command again",
@@ -33,7 +33,7 @@ REMEDIES = {
 
 
 def pairs_text(pairs: Sequence[tuple[str, str]]) -> str:
-    """Names with texts, the texts aligned."""
+    """Return names with texts, the texts aligned."""
     width = max(len(name) for name, _ in pairs)
     return "\n".join(f"{name:<{width}}  {text}".rstrip() for name, text in pairs)
 
@@ -42,7 +42,7 @@ def pairs_text(pairs: Sequence[tuple[str, str]]) -> str:
 
 
 def outcome_json(outcome: RunOutcome, *, several: bool) -> dict[str, Any]:
-    """The `Summary`'s keys; with several pools, the same for each of them under `pools`."""
+    """Return the `Summary`'s keys; with several pools, the same for each of them under `pools`."""
     found = outcome.summary.to_json_dict()
     if several:
         found["pools"] = {name: summary.to_json_dict() for name, summary in outcome.by_pool.items()}
@@ -50,7 +50,7 @@ def outcome_json(outcome: RunOutcome, *, several: bool) -> dict[str, Any]:
 
 
 def outcome_text(outcome: RunOutcome, orders: Orders) -> str:
-    """How a run went, and where its results are."""
+    """Return how a run went, and where its results are."""
     s = outcome.summary
     done = f"{s.completed:,} of {s.requests + outcome.pending:,}"
     if outcome.pending:
@@ -74,7 +74,7 @@ def outcome_text(outcome: RunOutcome, orders: Orders) -> str:
 
 
 def summary_pairs(s: Summary) -> list[tuple[str, str]]:
-    """A summary, for people."""
+    """Return a summary, for people."""
     failed = f"{s.failed:,}"
     if s.failures:
         failed += ": " + ", ".join(f"{code} {count:,}" for code, count in s.failures.items())
@@ -97,7 +97,7 @@ def _in_short(s: Summary) -> str:
 
 
 def waits_text(waits_s: Mapping[str, float]) -> str:
-    """Who made us wait: shares of all waiting, the largest first."""
+    """Return the causes of waiting: shares of all waiting, the largest first."""
     total = sum(waits_s.values())
     if total <= 0.0:
         return "nothing"
@@ -109,7 +109,7 @@ def waits_text(waits_s: Mapping[str, float]) -> str:
 
 
 def verdict_json(verdicts: Mapping[str, Verdict]) -> dict[str, Any]:
-    """The fields of the one verdict; of several, whether all may start and each under `pools`."""
+    """Return the fields of the only verdict; of several, whether all may start and each under `pools`."""
     if len(verdicts) == 1:
         return asdict(next(iter(verdicts.values())))
     return {
@@ -119,7 +119,7 @@ def verdict_json(verdicts: Mapping[str, Verdict]) -> dict[str, Any]:
 
 
 def verdict_text(verdicts: Mapping[str, Verdict]) -> str:
-    """Each verdict in a few lines."""
+    """Return each verdict in a few lines."""
     blocks = []
     for name, v in verdicts.items():
         of = f"pool {name}: " if len(verdicts) > 1 else ""

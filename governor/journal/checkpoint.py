@@ -1,12 +1,12 @@
-"""What a pool has used, as it outlives its process: the law's state and settings as text, and how they are dated.
+"""Checkpoints of a pool's use, which outlive its process: the law's state and settings as text, and their dating.
 
 A checkpoint is written in the same transaction as the launches and answers that led to it. It is read by name, so that
 another version of the law takes over every field that it knows.
 
-Time. A run counts its own seconds, and a process that takes it up must know how many have passed since the checkpoint.
-On the same boot of the same machine the boot clock says so, whatever became of the wall clock. After a reboot, or on
+Time. A run counts its own seconds, and a process that resumes it must know how many have passed since the checkpoint.
+On the same boot of the same machine the boot clock tells, even if the wall clock was changed. After a reboot, or on
 another machine, the wall clocks are compared, and are assumed to be right; a clock that went back counts as no time at
-all, so that nothing used ever lies in the future or is forgotten early.
+all, so that recorded use never lies in the future or is forgotten early.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from governor.model.policy import Policy
 from governor.model.timeline import moved
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-# Runs on while the machine sleeps, which the monotonic clock of Linux does not.
+# Continues while the machine sleeps, which the monotonic clock of Linux does not.
 _BOOT_CLOCK = getattr(time, "CLOCK_BOOTTIME", None)
 
 
@@ -37,14 +37,14 @@ class Moment(NamedTuple):
     boot_s: float
 
     def elapsed_s(self, later: Moment) -> float:
-        """Seconds from this moment to a later one, never below 0: by the boot clock if both have the same."""
+        """Return seconds from this moment to a later one, never below 0: by the boot clock if both have the same."""
         if self.boot and self.boot == later.boot and later.boot_s >= self.boot_s:
             return later.boot_s - self.boot_s
         return max(0.0, later.epoch_s - self.epoch_s)
 
 
 def this_moment() -> Moment:
-    """Now, by all clocks."""
+    """Return the present moment by all clocks."""
     if _BOOT_CLOCK is None:
         return Moment(time.time(), "", 0.0)
     return Moment(time.time(), _boot_id(), time.clock_gettime(_BOOT_CLOCK))
@@ -60,9 +60,9 @@ def _boot_id() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A pool's settings and state at `at_s` of its run's time, which was that moment.
+    """A pool's settings and state at `at_s` of its run's time; `moment` dates it.
 
-    `state`: not to be changed. `unlike`: fields that this version of the law lacks, or that its version lacked.
+    `state`: must not be changed. `unlike`: fields that this version of the law lacks, or that its version lacked.
     """
 
     params: Params
@@ -72,19 +72,19 @@ class Checkpoint:
     unlike: tuple[str, ...] = ()
 
     def now_s(self, scale: float = 1.0) -> float:
-        """The run's time now; `scale`: how many times as fast as the machine's its clock runs."""
+        """Return the run's time now; `scale`: how many times as fast as the machine's its clock runs."""
         return self.at_s + self.moment.elapsed_s(this_moment()) * scale
 
     def text(self) -> str:
-        """Settings and state as JSON, by name."""
+        """Return settings and state as JSON, by name."""
         both = {"params": _short(self.params), "state": _short(self.state)}
         return json.dumps(both, separators=(",", ":"))
 
     def carried_over(self, params: Params, at_s: float, by_s: float = 0.0) -> State:
-        """The state with which a new process begins at `at_s`, under these settings, its times `by_s` later.
+        """Return the state with which a new process begins at `at_s`, under these settings, its times `by_s` later.
 
-        What was used stays used. Nothing is in flight any more, and a new process is not paused. One that begins in an
-        outage may probe at once.
+        Used tokens stay used. Nothing is in flight any more, and a new process is not paused. A process that begins in
+        an outage may probe at once.
         """
         s = moved(self.state, by_s) if by_s else copied(self.state)
         s.in_flight = s.finalize_open = s.alone = s.paused = 0
@@ -95,23 +95,23 @@ class Checkpoint:
 
 
 def taken_from(params: Params, state: State, at_s: float) -> Checkpoint:
-    """A checkpoint of this moment: the state is copied, the settings never change."""
+    """Return a checkpoint of this moment: the state is copied, the settings never change."""
     return Checkpoint(params, copied(state), at_s, this_moment())
 
 
 def copied(state: State) -> State:
-    """A state of its own with the same numbers."""
+    """Return a separate state with the same numbers."""
     return State(**values_of(state))
 
 
 def values_of(bag: Params | State) -> dict[str, Any]:
-    """The fields by name, lists copied."""
+    """Return the fields by name, lists copied."""
     values = ((each, getattr(bag, each)) for each in type(bag).__slots__)
     return {name: value.copy() if isinstance(value, list) else value for name, value in values}
 
 
 def _short(bag: Params | State) -> dict[str, Any]:
-    """The same with lists of one value throughout, as most are, written as `[length, value]` in a list."""
+    """Return the same, with lists of one repeated value (most are) written as `[length, value]` in a list."""
     return {
         name: [[len(value), value[0]]] if isinstance(value, list) and value.count(value[0]) == len(value) > 1 else value
         for name, value in values_of(bag).items()
@@ -119,7 +119,7 @@ def _short(bag: Params | State) -> dict[str, Any]:
 
 
 def read_back(text: str, at_s: float, moment: Moment) -> Checkpoint:
-    """The checkpoint that `text` wrote. ValueError where it is none."""
+    """Return the checkpoint that `text` wrote. Raise ValueError if it is not one."""
     found = json.loads(text)
     unlike: list[str] = []
     params, state = Policy().params(), State()
@@ -131,7 +131,7 @@ def read_back(text: str, at_s: float, moment: Moment) -> Checkpoint:
 
 
 def _fill(bag: Any, stored: dict[str, Any], unlike: list[str]) -> None:
-    """Takes over by name what has the same shape; what has not, on either side, is `unlike`."""
+    """Take over, by name, the fields of the same shape; fields without a match on either side are `unlike`."""
     known = type(bag).__slots__
     unlike += [name for name in stored if name not in known]
     for name in known:
@@ -155,9 +155,9 @@ class Launch(NamedTuple):
 
 
 def rebuilt(params: Params, launches: Iterable[Launch]) -> State:
-    """The state that these launches leave, in order of time: for a journal without a checkpoint that can be read.
+    """Return the state that these launches leave, in order of time: for a journal without a readable checkpoint.
 
-    Holds and what headers said are not known any more; what was refused counts as used.
+    Holds and figures from headers are lost; refused launches count as used.
     """
     s = State()
     for launch in launches:

@@ -1,18 +1,18 @@
-"""The journal's database: how it is opened, who may write, and what its errors mean to a user.
+"""The journal's database: how it is opened, which process may write, and what its errors mean to a user.
 
 SQLite, the default. WAL, so that readers (`status`, `verify`, `set`) and the run do not wait for each other.
 synchronous=FULL: a commit returns when it is on the disk. NORMAL would survive a killed process, but not a power cut,
-after which answers that were paid for would be asked again; commits are grouped, so one fsync serves many records.
-The file is made with mode 0600 before SQLite sees it; the -wal and -shm files take that mode over.
+after which answers that were paid for would be asked for again; commits are grouped, so one fsync serves many records.
+The file is created with mode 0600 before SQLite sees it; the -wal and -shm files inherit that mode.
 
 One process runs a journal at a time: two would send everything twice. It holds the exclusive lock on an empty database
-beside the journal (`-lock`), which the operating system gives back however the process ends. A file of the journal's
-own is never opened but by SQLite: closing it would drop SQLite's locks on it (POSIX).
+beside the journal (`-lock`), which the operating system releases however the process ends. A file of the journal is
+never opened except by SQLite: closing it would drop SQLite's locks on it (POSIX).
 
 Another database is named by its URL and must be this journal's alone. On PostgreSQL the process that runs it holds an
-advisory lock, in a session of its own, which the server gives back when that ends; before each write it looks whether
-the session is still there, and takes the lock anew after a server's restart. On others, that only one process runs a
-journal is the operator's to see to.
+advisory lock, in a separate session, which the server releases when that ends; before each write the process checks
+that the session is still there, and takes the lock anew after a server's restart. On other databases the operator must
+see to it that only one process runs a journal.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from sqlalchemy.exc import (
 from governor.model.errors import OPERATOR, PacelineError
 
 BUSY_TIMEOUT_S = 30.0
-LOCK_TIMEOUT_S = 0.5  # longer than anybody takes who only asks whether it is held
+LOCK_TIMEOUT_S = 0.5  # longer than any process holds it just to check the lock
 WAL_BYTES_KEPT = 64 * 2**20
 # One journal per schema of a database.
 _KEY = {"key": 0x50414345}
@@ -49,15 +49,15 @@ _IS_HELD = text(
     " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
 )
 COMPANIONS = ("-wal", "-shm", "-journal", "-lock")
-# After these nobody knows what reached the disk: a write that failed so must not be tried again.
+# After these it is unknown what reached the disk: a write that failed so must not be tried again.
 _LASTING_IO = {sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_IOERR_DIR_FSYNC, sqlite3.SQLITE_IOERR_READ}
 
 
 class JournalError(PacelineError):
-    """A journal that cannot be opened, read or written. What was committed before is intact unless it says otherwise.
+    """Raised for a journal that cannot be opened, read or written. Earlier commits are intact unless it says otherwise.
 
-    `retryable`: the same call can succeed once the cause is mended (room on the disk, another process gone). `full`:
-    how full the disk is, where that is the cause, else "".
+    `retryable`: the same call can succeed once the cause is removed (room on the disk, another process gone). `full`:
+    how full the disk is, if that is the cause, else "".
     """
 
     exit_code = 2
@@ -70,7 +70,7 @@ class JournalError(PacelineError):
 
 
 class Database:
-    """One open database. `name`: what to call it in messages, never with a password.
+    """One open database. `name`: its name in messages, never with a password.
 
     `where`: a path or a database URL. `writable=False` is for looking: a file in a folder that cannot be written is
     then read as it stands. Nothing is touched until the first connection.
@@ -100,13 +100,16 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """A short transaction that sees one moment. Keep it short: an old one keeps SQLite's WAL from shrinking."""
+        """Open a short transaction that sees one moment.
+
+        Keep it short: an old one keeps SQLite's WAL from shrinking.
+        """
         with self.explaining(), self.engine.connect() as connection:
             yield connection
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
-        """A transaction that is durable when the block is left, and leaves no trace if it raises."""
+        """Open a transaction that is durable when the block is left, and leaves no trace if it raises."""
         if self._session is not None:
             self._still_locked(self._session)
         with self.explaining(), self.writer.begin() as connection:
@@ -114,7 +117,7 @@ class Database:
 
     @contextmanager
     def bare(self) -> Iterator[sqlite3.Connection]:
-        """SQLite's own connection without a transaction, for what it does not allow in one (VACUUM, checkpoints)."""
+        """Open SQLite's own connection without a transaction, for operations barred in one (VACUUM, checkpoints)."""
         with self.explaining():
             connection = self.engine.raw_connection()
             try:
@@ -125,11 +128,11 @@ class Database:
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
-        """Whatever the database complains of in this block becomes a `JournalError`."""
+        """Turn every database error in this block into a `JournalError`."""
         try:
             yield
         except DBAPIError as error:
-            # Anything else than these (a value out of range, a missing column) fails in the same way each time.
+            # Any other error (a value out of range, a missing column) fails in the same way each time.
             passing = isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated
             raise self._explained(error.orig, passing=passing) from None
         except sqlite3.Error as error:
@@ -165,7 +168,7 @@ class Database:
         return JournalError(f"{self.name}: the database refused: {_first_line(error)}")
 
     def damaged(self, detail: str) -> JournalError:
-        """The error for contents that cannot be right."""
+        """Return the error for contents that cannot be right."""
         text = "restore a copy, or start again with another file (--journal)"
         return JournalError(f"{self.name}: the journal is damaged ({detail}): {text}")
 
@@ -179,18 +182,18 @@ class Database:
     # ------------------------------------------------------------ files
 
     def made(self) -> None:
-        """Makes the file, mode 0600, in WAL mode. What is there already must be an empty file or database."""
+        """Create the file, mode 0600, in WAL mode. An existing one must be an empty file or database."""
         if self.path is None:
             return
         self._touched(self.path)
         with self.bare() as connection:
-            # Before anything is changed in what may be somebody else's database.
+            # Before anything is changed in what may be another program's database.
             if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
                 raise JournalError(f"{self.name}: there is a database already: continue its run, or name another file")
             connection.execute("PRAGMA journal_mode=WAL")
 
     def is_empty(self) -> bool:
-        """Whether there is no file, or a database without a table in it."""
+        """Return whether there is no file, or a database without a table in it."""
         assert self.path is not None
         if not self.path.exists():
             return True
@@ -199,13 +202,13 @@ class Database:
             return not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
 
     def _check_file(self, path: Path) -> None:
-        """JournalError for what is there and no file: of /dev/null, above all, the mode must stay as it is."""
+        """Raise JournalError for a path that exists but is not a file: /dev/null must keep its mode."""
         if not path.is_file():
             what = "this is a folder" if path.is_dir() else "this is not a file"
             raise JournalError(f"{self.name}: {what}: name a file with --journal")
 
     def _touched(self, path: Path) -> None:
-        """Makes an empty file that only its owner can read. One that is there is not opened: see the module."""
+        """Create an empty file that only its owner can read. An existing file is not opened: see the module."""
         try:
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         except FileExistsError:
@@ -220,7 +223,10 @@ class Database:
             raise JournalError(f"{self.name}: {text}", retryable=True) from None
 
     def locked(self) -> None:
-        """Becomes the one process that runs this journal, until `closed`. `JournalError` while another one does."""
+        """Become the one process that runs this journal, until `closed`.
+
+        Raise `JournalError` while another one does.
+        """
         if self._lock is not None or self._session is not None:
             return
         if not (self._takes_lock(LOCK_TIMEOUT_S) if self.is_sqlite else self._takes_session()):
@@ -228,7 +234,10 @@ class Database:
             raise JournalError(f"{self.name}: {text}", retryable=True)
 
     def is_locked(self) -> bool:
-        """Whether some process runs this journal now. False for databases that are not locked (see the module)."""
+        """Return whether some process runs this journal now.
+
+        False for databases that are not locked (see the module).
+        """
         if self.engine.dialect.name == "postgresql":
             with self.reading() as connection:
                 return bool(connection.execute(_IS_HELD, _KEY).scalar())
@@ -239,7 +248,7 @@ class Database:
         try:
             taken = self._takes_lock(0.0)
         except JournalError:
-            return False  # nobody can write here
+            return False  # no process can write here
         self._unlocked()
         return not taken
 
@@ -270,7 +279,7 @@ class Database:
             return False
 
     def _still_locked(self, session: Connection) -> None:
-        """JournalError where the lock went with its session and another process took it."""
+        """Raise JournalError if the lock went with its session and another process took it."""
         try:
             session.execute(text("SELECT 1"))
         except SQLAlchemyError:
@@ -281,7 +290,7 @@ class Database:
 
     def _unlocked(self) -> None:
         if self._session is not None:
-            # Ended, not kept for later: the lock is the session's.
+            # Ended, not kept for later: the lock belongs to the session.
             self._session.invalidate()
             self._session.close()
             self._session = None
@@ -290,12 +299,12 @@ class Database:
             self._lock = None
 
     def closed(self) -> None:
-        """Gives connections and lock back."""
+        """Release connections and lock."""
         self._unlocked()
         self.engine.dispose()
 
     def removed(self) -> None:
-        """Closes, and removes the file with all that stands beside it."""
+        """Close, and remove the file with its companion files."""
         self.closed()
         if self.path is not None:
             for suffix in ("", *COMPANIONS):
@@ -312,14 +321,14 @@ def _url_of(where: str | os.PathLike[str]) -> URL:
     try:
         return make_url(os.fspath(where))
     except (ArgumentError, ValueError):
-        # Without the text: it may hold a password.
+        # Do not show the text: it may hold a password.
         raise JournalError("the journal's URL cannot be read: write dialect://user@host/database, or a path") from None
 
 
 def _file_url(path: Path, writable: bool) -> URL:
-    """The URL of a SQLite file. Only to look at, in a folder without write permission: as a file that cannot change.
+    """Return the URL of a SQLite file. For reading in a folder without write permission: as a file that cannot change.
 
-    SQLite makes its shared memory beside a WAL database even to read it, unless it is told that nobody writes.
+    SQLite creates its shared memory beside a WAL database even to read it, unless it is told that no process writes.
     """
     wal = Path(f"{path}-wal")
     if writable or os.access(path.parent, os.W_OK) or (wal.exists() and wal.stat().st_size):

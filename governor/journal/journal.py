@@ -9,11 +9,11 @@ A run's life is `create`, `ingest`, `begin`, `finish`; after a crash, or to go o
         await governor.run((pending.work for pending in journal.pending()), send)
         journal.finish(governor.now(), "finished")
 
-`begin` takes stock: what was in flight when the last process ended is pending again and counts as resent, what had
-ended is never sent again, and the law's state goes on from the checkpoint that was committed last, so that a new leg
-does not burst into a minute that the old one had used up.
+`begin` takes stock: requests in flight when the last process ended are pending again and count as resent, ended
+requests are never sent again, and the law's state continues from the last committed checkpoint, so that a new leg does
+not burst into a minute that the old leg had used up.
 
-Another process may look at any time (`open`), and may ask something of the run (`ask`).
+Another process may read at any time (`open`), and may send the run a command (`ask`).
 """
 
 from __future__ import annotations
@@ -69,18 +69,18 @@ from governor.model.policy import Policy
 from governor.model.requests import CAUSES, LANES, Outcome, Request
 from governor.model.work import Work
 
-# Requests whose contents are removed in one transaction: what is overwritten passes through the WAL.
+# Requests whose contents are removed in one transaction: overwritten contents pass through the WAL.
 PURGE_ROWS = 2_000
 PAUSE, RESUME, SET, UNSET = "pause", "resume", "set", "unset"
 
 
 @dataclass(frozen=True, slots=True)
 class LegBegun:
-    """What `begin` found. `leg` counts from 1.
+    """The result of `begin`. `leg` counts from 1.
 
-    `resent`: requests that were in flight when the last process ended. `recorders`: one `Observer` per pool; where its
-    `state` is not None, the governor must begin with that (`Governor(state=..., start_s=at_s)`). `notes`: what somebody
-    should know of where those states come from.
+    `resent`: requests that were in flight when the last process ended. `recorders`: one `Observer` per pool; if its
+    `state` is not None, the governor must begin with that (`Governor(state=..., start_s=at_s)`). `notes`: messages for
+    the user on where those states come from.
     """
 
     leg: int
@@ -113,17 +113,17 @@ class Journal(Records):
         epoch_s: float,
         version: str = __version__,
     ) -> Self:
-        """A new journal at that path or database URL, and the right to run it.
+        """Create a journal at that path or database URL, with the right to run it.
 
-        `fingerprint`: of the input, see `fingerprint_of`. `epoch_s`: time zero of the run, seconds since 1970. What is
-        there already is never overwritten, but for an empty database.
+        `fingerprint`: of the input, see `fingerprint_of`. `epoch_s`: time zero of the run, seconds since 1970. Existing
+        contents are never overwritten, except an empty database.
         """
         database = Database(where)
         try:
             database.made()
             database.locked()
             with database.writing() as connection:
-                # Again, since another process may have been quicker; elsewhere than in SQLite for the first time.
+                # Check again, since another process may have been quicker; outside SQLite this is the first check.
                 taken = sorted(set(inspect(connection).get_table_names()) & set(metadata.tables))
                 if taken:
                     text = f"it holds tables of these names already ({', '.join(taken)}): name an empty database"
@@ -141,10 +141,10 @@ class Journal(Records):
 
     @classmethod
     def open(cls, where: str | os.PathLike[str], *, to_run: bool = False, fingerprint: str = "") -> Self:
-        """The journal that is there: to look at it and to ask something of its run, or `to_run` it.
+        """Open an existing journal: to read it and to send its run commands, or `to_run` it.
 
-        JournalError if there is none, if it is not ours, from a newer Paceline or damaged, if its input was another one
-        (`fingerprint`, where given), and, `to_run`, if another process runs it.
+        Raise JournalError if there is none, if it is not ours, from a newer Paceline or damaged, if its input was
+        another one (`fingerprint`, if given), and, `to_run`, if another process runs it.
         """
         database = Database(where, writable=to_run)
         try:
@@ -163,7 +163,7 @@ class Journal(Records):
 
     @staticmethod
     def exists(where: str | os.PathLike[str]) -> bool:
-        """Whether to `open` rather than to `create`: something is there (what it is, `open` says)."""
+        """Return whether to `open` rather than to `create`: something is there (`open` determines what it is)."""
         database = Database(where, writable=False)
         try:
             if not database.is_sqlite:
@@ -176,7 +176,7 @@ class Journal(Records):
             database.closed()
 
     def is_running(self) -> bool:
-        """Whether a process runs this journal now."""
+        """Return whether a process runs this journal now."""
         return self._database.is_locked()
 
     def __enter__(self) -> Self:
@@ -186,7 +186,7 @@ class Journal(Records):
         self.close()
 
     def close(self) -> None:
-        """Commits what was reported and gives everything back, also if committing fails (JournalError)."""
+        """Commit the reports and release everything, also if committing fails (JournalError)."""
         try:
             if self._writer is not None:
                 self._writer.close()
@@ -195,7 +195,7 @@ class Journal(Records):
             self._database.closed()
 
     def remove(self) -> None:
-        """Closes the journal and removes it: for one whose input turned out to be wrong while it was filled."""
+        """Close the journal and remove it: for a journal whose input turned out to be invalid while it was filled."""
         if self._writer is not None:
             self._writer.abandon()
             self._writer = None
@@ -205,7 +205,7 @@ class Journal(Records):
         self._database.removed()
 
     def writing(self) -> AbstractContextManager[Connection]:
-        """A transaction of the process that runs the journal, for what stands in modules of its own (`amend`)."""
+        """Open a transaction of the process that runs the journal, for code in separate modules (`amend`)."""
         self._running()
         return self._database.writing()
 
@@ -216,9 +216,9 @@ class Journal(Records):
     # ------------------------------------------------------------ filling
 
     def ingest(self, works: Iterable[Work]) -> int:
-        """Takes all requests of the input in, in its order, and returns how many; their bodies must be there.
+        """Store all requests of the input, in its order, and return how many; they must have bodies.
 
-        Streams, in transactions of a few hundred. A process that was killed before the end begins again.
+        Streams, in transactions of a few hundred. After a process that was killed before the end, it begins again.
         """
         self._running()
         assert self.run().requests < 0, "filled already"
@@ -236,7 +236,7 @@ class Journal(Records):
         return count
 
     def resize(self, work_of: Callable[[Request], Work]) -> int:
-        """Estimates anew what has not ended, after a change of settings; `work_of` gets requests without bodies."""
+        """Re-estimate unended requests after a change of settings; `work_of` gets requests without bodies."""
         self._running()
         c = requests.c
         count, last = 0, -1
@@ -252,7 +252,7 @@ class Journal(Records):
             count, last = count + len(rows), rows[-1].request
 
     def retry_failed(self, code: str = "") -> int:
-        """Makes failed requests (with that failure code, or all) pending again, as if never sent; returns how many.
+        """Make failed requests (with that failure code, or all) pending again, as if never sent; return how many.
 
         Their attempts and their deadline begin anew, on purpose; the rows of the attempts so far stay.
         """
@@ -267,9 +267,9 @@ class Journal(Records):
     # ------------------------------------------------------------ running
 
     def now_s(self, scale: float = 1.0) -> float:
-        """This moment in seconds since the run began: 0 before its first leg, and never before what is recorded.
+        """Return this moment in seconds since the run began: 0 before its first leg, and never before the last record.
 
-        `scale`: how many times as fast as the machine's the run's clock is. See `checkpoint` for what is assumed.
+        `scale`: how many times as fast as the machine's the run's clock is. See `checkpoint` for the assumptions.
         """
         if not self.legs():
             return 0.0
@@ -281,9 +281,9 @@ class Journal(Records):
     def begin(
         self, settings: Mapping[str, Policy], at_s: float, *, records: bool = False, version: str = __version__
     ) -> LegBegun:
-        """Begins a leg at `at_s`, seconds since the run began, with these pools and their policies.
+        """Begin a leg at `at_s`, seconds since the run began, with these pools and their policies.
 
-        `records`: every call of the law is written down, for `verify`.
+        `records`: every call of the law is recorded, for `verify`.
         """
         writer = self._running()
         if self.run().requests < 0:
@@ -303,7 +303,7 @@ class Journal(Records):
                 connection.execute(insert(policies), row)
                 counts = [{"leg": leg, "pool": number, "cause": i, "requests": 0} for i in range(len(CAUSES))]
                 connection.execute(insert(deferrals), counts)
-                # With the leg: from its first moment, a kill finds what was used before.
+                # Together with the leg, so that after a kill at any moment the earlier use is known.
                 connection.execute(delete(checkpoints).where(checkpoints.c.pool == number))
                 state = taken_from(policy.params(), states[pool] or State(), at_s)
                 connection.execute(insert(checkpoints), checkpoint_row(leg, number, state))
@@ -314,7 +314,7 @@ class Journal(Records):
         return LegBegun(leg, resent, recorders, tuple(notes))
 
     def _state_of(self, pool: str, policy: Policy, at_s: float, notes: list[str]) -> State | None:
-        """The state with which a pool goes on, None in its first leg."""
+        """Return the state from which a pool continues, None in its first leg."""
         if all(stated.pool != pool for stated in self.settings()):
             return None
         of = f"pool {pool!r}: " if len(self.settings()) > 1 else ""
@@ -333,7 +333,7 @@ class Journal(Records):
         return found.carried_over(params, at_s)
 
     def forecast(self, content: Mapping[str, Any], at_s: float) -> None:
-        """Writes down what is expected; before the first launch, for what comes later is no forecast."""
+        """Record a forecast; before the first launch, since a later one does not count as a forecast."""
         self._running()
         launched = select(func.count()).select_from(requests).where(requests.c.first_launched_s >= 0)
         with self._database.writing() as connection:
@@ -350,11 +350,11 @@ class Journal(Records):
         self._running().give_up()
 
     async def flushed(self) -> None:
-        """Returns when all that the recorders were told is on the disk."""
+        """Return when all reports to the recorders are on the disk."""
         await self._running().flushed()
 
     def finish(self, at_s: float, ending: str) -> None:
-        """Ends the leg in good order: nothing is in flight any more. `ending`: why, in a word."""
+        """End the leg in good order: nothing is in flight any more. `ending`: why, in a word."""
         self._running().commit()
         with self._database.writing() as connection:
             stock_taken(connection)
@@ -363,9 +363,9 @@ class Journal(Records):
     # ------------------------------------------------------------ steering from another process
 
     def ask(self, name: str, words: Iterable[str] = ()) -> int:
-        """Asks the run to `pause`, to `resume`, to `set` NAME=VALUE words or `unset` names; returns the command's id.
+        """Send the run a command: `pause`, `resume`, `set` NAME=VALUE words or `unset` names; return the command's id.
 
-        Where no process runs the journal, the next one finds it waiting.
+        If no process runs the journal, the next one finds the command waiting.
         """
         assert name in (PAUSE, RESUME, SET, UNSET), name
         row = {"asked_epoch_s": time.time(), "name": name, "words": to_json({"words": list(words)})}
@@ -376,14 +376,14 @@ class Journal(Records):
             return int(key[0])
 
     def asked(self) -> list[Command]:
-        """What was asked since the last call and waits to be taken up: cheap, to be called a few times per second."""
+        """Return new commands that wait to be taken up: cheap, to be called a few times per second."""
         found = self.commands(self._asked, waiting=True)
         if found:
             self._asked = found[-1].id
         return found
 
     def taken(self, command: Command, at_s: float, outcome: str = "") -> None:
-        """A command was taken up, or refused with a reason."""
+        """Mark a command as taken up, or as refused with a reason."""
         writer = self._running()
         writer.batch.taken.append((command.id, at_s, outcome))
         writer.touched()
@@ -391,10 +391,10 @@ class Journal(Records):
     # ------------------------------------------------------------ the end
 
     def purge(self) -> None:
-        """Removes for good what was sent and what came back; counts, attempts and decisions stay.
+        """Remove request and answer contents for good; counts, attempts and decisions stay.
 
-        SQLite overwrites what is deleted, then the file is rebuilt without it. What the file system or the disk keeps
-        of freed blocks is beyond reach. JournalError while a process runs the journal.
+        SQLite overwrites deleted contents, then the file is rebuilt without them. Copies in blocks that the file system
+        or the disk has freed are beyond reach. Raise JournalError while a process runs the journal.
         """
         self._database.locked()
         if self._writer is not None:
@@ -418,7 +418,7 @@ class Journal(Records):
 
 
 def fingerprint_of(file: io.BufferedIOBase) -> str:
-    """The SHA-256 of a file opened in binary, from where it stands to its end, as 64 hexadecimal digits."""
+    """Return the SHA-256 of a file opened in binary, from its position to its end, as 64 hexadecimal digits."""
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -426,7 +426,7 @@ def fingerprint_of(file: io.BufferedIOBase) -> str:
 
 
 def _recognised(database: Database) -> None:
-    """JournalError unless this is a journal whose schema we know."""
+    """Raise JournalError unless this is a journal whose schema we know."""
     if database.path is not None:
         if not database.path.exists():
             raise JournalError(f"{database.name}: there is no such journal: `paceline run` creates one")
@@ -454,14 +454,14 @@ def _recognised(database: Database) -> None:
 
 
 def _upgraded(database: Database) -> None:
-    """Adds what an older schema lacks."""
+    """Add everything that an older schema lacks."""
     with database.writing() as connection:
         metadata.create_all(connection)
         connection.execute(update(run).values(schema=SCHEMA))
 
 
 def pool_numbers(connection: Connection, names: Iterable[str]) -> dict[str, int]:
-    """The number of each pool; new ones get the next."""
+    """Return the number of each pool; new pools get the next numbers."""
     numbers = {name: number for number, name in connection.execute(select(pools.c.pool, pools.c.name))}
     for name in names:
         if name not in numbers:
@@ -471,12 +471,12 @@ def pool_numbers(connection: Connection, names: Iterable[str]) -> dict[str, int]
 
 
 def stock_taken(connection: Connection, among: ColumnElement[bool] | None = None) -> int:
-    """Makes what is in flight pending again, since nobody is there to hear its answer; returns how many are resent.
+    """Make requests in flight pending again, since their answers cannot be received; return how many are resent.
 
     `among`: only of these rows of `requests`.
 
-    Not resent is a request whose main answer did arrive, cut off, and whose finalize pass had not been launched: that
-    pass is what is left of it.
+    A request whose main answer did arrive, cut off, and whose finalize pass had not been launched is not resent: only
+    that pass is left of it.
     """
     c, a = requests.c, attempts.c
     flying = c.state == IN_FLIGHT if among is None else and_(c.state == IN_FLIGHT, among)

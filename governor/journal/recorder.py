@@ -1,19 +1,19 @@
-"""The journal's writing half: what a driver reports, gathered in memory and committed together.
+"""The journal's writing half: a driver's reports are gathered in memory and committed together.
 
 Theory of operation. Reports are plain appends to a batch. The driver awaits `flushed` before it sends, and a commit
-takes the whole batch to a thread of its own, where JSON is made and the disk is waited for; what is reported meanwhile
-gathers in the next batch. One commit is under way at a time, so however many tasks wait, the disk sees one fsync after
-another and each carries all that had been reported when it began (group commit). What nobody waits for, such as a
-result with no launch after it, is committed LINGER_S after the first report.
+takes the whole batch to a thread of its own, which makes the JSON and waits for the disk; meanwhile further reports
+gather in the next batch. One commit is under way at a time, so however many tasks wait, the disk sees one fsync after
+another and each carries all reports made before it began (group commit). Reports that no task waits for, such as a
+result with no launch after it, are committed LINGER_S after the first report.
 
-Order. Batches are committed in order and each in one transaction, so the journal always holds a prefix of what was
-reported: a result is never there without the launch before it, nor half of what one event reported. With each goes a
-checkpoint of the law's state in every pool that reported: what it says is used is what the other rows say was sent.
+Order. Batches are committed in order and each in one transaction, so the journal always holds a prefix of the reports:
+a result is never there without the launch before it, nor half of an event's report. With each batch goes a checkpoint
+of the law's state in every pool that reported, so its use agrees with the launches in the other rows.
 
-Failure. A commit that fails (no room on the disk) leaves nothing behind; its batch goes back in front of what came
-since, and every task that waited gets the `JournalError`, so that nothing is sent on an unrecorded launch. The next
-flush tries again, unless nobody can know what the disk has kept. A run would rather wait for room on a full disk
-(`wait_for_room`): meanwhile nothing is sent, and the answers that come are kept in memory.
+Failure. A commit that fails (no room on the disk) leaves nothing behind; its batch goes back in front of later reports,
+and every waiting task gets the `JournalError`, so that nothing is sent on an unrecorded launch. The next flush tries
+again, unless it is unknowable what the disk has kept. A run would rather wait for room on a full disk
+(`wait_for_room`): meanwhile nothing is sent, and arriving answers are kept in memory.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ _TAKEN = (
 
 @dataclass(slots=True)
 class _Move:
-    """Where a request stands after its latest launch or attempt. `first_launched_s`: None = as it was.
+    """The state of a request after its latest launch or attempt. `first_launched_s`: None = unchanged.
 
     `retry_at_s`: when its backoff ends, -1 = it does not back off.
     """
@@ -143,7 +143,7 @@ class _Calls:
 
 @dataclass(slots=True)
 class Batch:
-    """What was reported and is not yet on the disk, in the order of the reports within each kind."""
+    """Reports that are not yet on the disk, in the order of the reports within each kind."""
 
     moves: dict[int, _Move] = field(default_factory=dict)
     attempts: list[tuple[Attempt, Answer]] = field(default_factory=list)
@@ -157,7 +157,7 @@ class Batch:
     checkpoints: dict[tuple[int, int], Checkpoint] = field(default_factory=dict)
 
     def holds_any(self) -> bool:
-        """Whether there is anything to commit."""
+        """Return whether there is anything to commit."""
         return bool(
             self.pools
             or self.decisions
@@ -170,19 +170,19 @@ class Batch:
         )
 
     def checkpoint(self) -> None:
-        """Takes each pool's state as it is now, with all that has been reported and no more."""
+        """Take each pool's present state, which reflects all reports so far and no more."""
         for chain, pool in self.pools.items():
             self.checkpoints[chain] = taken_from(pool.p, pool.s, pool.now())
 
     def moved(self, request: int, move: _Move) -> None:
-        """The request stands elsewhere now."""
+        """Record the request's new state."""
         before = self.moves.get(request)
         if before is not None and move.first_launched_s is None:
             move.first_launched_s = before.first_launched_s
         self.moves[request] = move
 
     def followed_by(self, later: Batch) -> Batch:
-        """This batch with what came after it."""
+        """Return this batch followed by a later one."""
         for request, move in later.moves.items():
             self.moved(request, move)
         self.attempts += later.attempts
@@ -201,7 +201,10 @@ class Batch:
         return self
 
     def statements(self) -> list[tuple[Any, list[dict[str, Any]]]]:
-        """What to execute, and with which rows. Moves come before ends: an end is a request's last word."""
+        """Return the statements to execute, with their rows.
+
+        Moves come before ends: an end is a request's last state.
+        """
         ends, answers = [], []
         for request, failure, answer, ended_s in self.ends:
             state = FAILED if failure else DONE
@@ -248,11 +251,12 @@ class _Commit:
 
 
 class Writer:
-    """Commits what gathers in `batch`. Used from one thread: the event loop's, or a program's own.
+    """Commits the reports gathered in `batch`. Used from one thread: the event loop's, or a program's own.
 
-    Once nobody reports any more, it may be closed from another thread, while the loop still hears of a commit.
+    Once reports have stopped, it may be closed from another thread, while the loop still waits for a commit.
 
-    `trouble`: the error of the latest commit, None once one succeeds; after a lasting one nothing is written any more.
+    `trouble`: the error of the latest commit, None once one succeeds; after a lasting error nothing is written any
+    more.
     """
 
     def __init__(self, database: Database) -> None:
@@ -270,23 +274,23 @@ class Writer:
         self._gave_up = threading.Event()
 
     def wait_for_room(self, tell: Callable[[str], None]) -> None:
-        """From now on a full disk is waited for.
+        """Wait for room on a full disk from now on.
 
         `tell`: called from another thread with how full it is, and with "" when there is room again.
         """
         self._on_full = tell
 
     def give_up(self) -> None:
-        """Waits for room no longer: what is not on the disk fails."""
+        """Stop waiting for room: reports that are not on the disk fail."""
         self._gave_up.set()
 
     def touched(self) -> None:
-        """Something was reported: it is committed soon, whether anybody waits for it or not."""
+        """Have the reports committed soon, whether a task waits for it or not."""
         if self._timer is None:
             try:
                 loop = asyncio.get_running_loop()
             except RuntimeError:
-                return  # outside an event loop whoever reports commits, too
+                return  # outside an event loop the reporting program commits, too
             self._timer = loop.call_later(LINGER_S, self._lingered)
 
     def _lingered(self) -> None:
@@ -297,7 +301,7 @@ class Writer:
             self._begin(asyncio.get_running_loop())
 
     async def flushed(self) -> None:
-        """Returns when all that was reported before the call is on the disk; JournalError if it cannot be."""
+        """Return when all earlier reports are on the disk. Raise JournalError if they cannot be written."""
         wanted = self._filling if self.batch.holds_any() else self._filling - 1
         while self._durable < wanted:
             if self._is_broken():
@@ -306,16 +310,16 @@ class Writer:
             loop = asyncio.get_running_loop()
             commit = self._commit or self._begin(loop)
             if commit.future.done():
-                self._settled(commit)  # over, and the event loop has not yet come to say so
+                self._settled(commit)  # over, and the event loop has not yet been told
                 continue
             over = commit.over
             if over is None or over.get_loop() is not loop:
                 over = asyncio.wrap_future(commit.future, loop=loop)  # of a loop that has ended meanwhile
-            # Shielded: a task that is cancelled while it waits takes nobody's commit with it.
+            # Shielded: a task that is cancelled while it waits must not cancel the others' commit.
             await asyncio.shield(over)
 
     def commit(self) -> None:
-        """The same for a program without an event loop, and for the end of a run: waits in place."""
+        """Commit and wait in place: for a program without an event loop, and for the end of a run."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -332,14 +336,14 @@ class Writer:
                 raise self.trouble
 
     def close(self) -> None:
-        """Commits what is left and ends the thread, also if that fails (JournalError)."""
+        """Commit the remaining reports and end the thread, also if that fails (JournalError)."""
         try:
             self.commit()
         finally:
             self._thread.shutdown()
 
     def abandon(self) -> None:
-        """Ends the thread and forgets what is not on the disk."""
+        """End the thread and drop reports that are not on the disk."""
         self.batch = Batch()
         self._thread.shutdown()
 
@@ -355,17 +359,20 @@ class Writer:
         self._filling += 1
         if loop is not None:
             commit.over = asyncio.wrap_future(commit.future, loop=loop)
-            # First in line: who waits for the commit finds it settled.
+            # First in line: tasks that wait for the commit find it settled.
             commit.over.add_done_callback(lambda over: self._heard(over, commit))
         return commit
 
     def _heard(self, over: asyncio.Future[None], commit: _Commit) -> None:
         if not over.cancelled():
-            over.exception()  # else asyncio complains where nobody waited
+            over.exception()  # else asyncio complains if no task waited
         self._settled(commit)
 
     def _settled(self, commit: _Commit) -> None:
-        """The commit is over: its batch is on the disk, or comes back. Once per commit, whoever hears of it first."""
+        """Settle a finished commit: its batch is on the disk, or comes back.
+
+        Runs once per commit, from either thread.
+        """
         with self._hearing:
             if commit is not self._commit:
                 return
@@ -407,9 +414,9 @@ class Writer:
 
 
 class Recorder(Observer):
-    """Writes down what the driver of one pool reports in one leg. Reports never raise; `flushed` may (JournalError).
+    """Records the reports of one pool's driver in one leg. Reports never raise; `flushed` may (JournalError).
 
-    `state`: where the law's state goes on, for the governor; None in a first leg, which begins with a fresh one.
+    `state`: the law's state for the governor to continue from; None in a first leg, which begins with a fresh one.
     `trouble`: why the latest commit failed, None if it did not.
     """
 
@@ -420,7 +427,7 @@ class Recorder(Observer):
         self._pool: PoolState | None = None
 
     def began(self, governor: PoolState) -> None:
-        """Its state is checkpointed from now on."""
+        """Checkpoint this governor's state from now on."""
         self._pool = governor
 
     @property
@@ -428,14 +435,14 @@ class Recorder(Observer):
         return self._writer.trouble
 
     def launched(self, job: Job, now: float) -> None:
-        """The request is marked `in_flight`; with `flushed`, before it is sent."""
+        """Mark the request `in_flight`; durable, after `flushed`, before it is sent."""
         move = _Move(IN_FLIGHT, LANES[job.lane], job.attempt, now, job.first_launched_s)
         self._reported().moved(job.index, move)
         if self._pool is not None and self._pool.late_s >= 0.0:
             self._writer.batch.timers.append((self._chain[1], self._pool.late_s))
 
     def _reported(self) -> Batch:
-        """The batch that takes a report; it is committed soon."""
+        """Return the batch that takes a report; it is committed soon."""
         batch = self._writer.batch
         if self._pool is not None:
             batch.pools[self._chain] = self._pool
@@ -443,11 +450,11 @@ class Recorder(Observer):
         return batch
 
     async def flushed(self) -> None:
-        """Returns when what was reported so far is on the disk."""
+        """Return when all reports so far are on the disk."""
         await self._writer.flushed()
 
     def attempted(self, attempt: Attempt, answer: Answer, failure: str) -> None:
-        """A row of `attempts`.
+        """Add a row of `attempts`.
 
         After an answer the request stays `in_flight` until `ended` comes, or the launch of its finalize pass.
         """
@@ -455,43 +462,43 @@ class Recorder(Observer):
         batch.attempts.append((attempt, answer))
 
     def suspended(self, attempt: Attempt, answer: Answer) -> None:
-        """The request is pending, as if this attempt had never been."""
+        """Mark the request pending, as if this attempt had never been."""
         first_s = -1.0 if attempt.attempt == 1 and attempt.lane == LANES[0] else None
         move = _Move(PENDING, attempt.lane, attempt.attempt, attempt.launched_s, first_s)
         self._reported().moved(attempt.request, move)
 
     def backed_off(self, attempt: Attempt, answer: Answer, retry_at_s: float, next_attempt: int) -> None:
-        """The request is pending until its next attempt."""
+        """Mark the request pending until its next attempt."""
         move = _Move(PENDING, attempt.lane, next_attempt, attempt.launched_s, None, retry_at_s)
         self._reported().moved(attempt.request, move)
 
     def ended(self, request: Request, failure: str, answer: Answer | None, now: float) -> None:
-        """The request is `done` or `failed`, and what came back last is kept."""
+        """Mark the request `done` or `failed`, and keep its last answer."""
         self._reported().ends.append((request.index, failure, answer, now))
 
     def deferred(self, cause: int) -> None:
-        """One more request that had to wait for that cause."""
+        """Count one more request that had to wait for that cause."""
         counts = self._reported().deferrals
         key = (*self._chain, cause)
         counts[key] = counts.get(key, 0) + 1
 
     def policy_changed(self, policy: Policy, at_s: float) -> None:
-        """The settings from `at_s` on."""
+        """Record the settings from `at_s` on."""
         self._reported().policies.append((*self._chain, at_s, policy))
 
 
 class FullRecorder(Recorder):
-    """One that writes every call of the law down as well, for `verify`."""
+    """A recorder that also records every call of the law, for `verify`."""
 
     def __init__(self, writer: Writer, leg: int, pool: int, state: State | None = None) -> None:
         super().__init__(writer, leg, pool, state)
         self._sequence = 0
         if state is not None:
-            # As numbers at once: the governor changes the state from now on.
+            # Converted to numbers at once: the governor changes the state from now on.
             self.decided(RESTORED, numbers_of((state,)), None)
 
     def decided(self, name: str, arguments: tuple[Any, ...], result: Any) -> None:
-        """One more call in `decisions`. Bags among the arguments must not change afterwards."""
+        """Add one call to `decisions`. Bags among the arguments must not change afterwards."""
         chains = self._reported().decisions
         calls = chains.get(self._chain)
         if calls is None:

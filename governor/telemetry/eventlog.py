@@ -1,6 +1,6 @@
 """The log of a live run: one line for each launch, wait, 429 and result, as text or as JSON, on standard error.
 
-Prompts, answers and keys never come near it, nor does a provider's message, which may quote either.
+Prompts, answers and keys are never logged, nor is a provider's message, which may quote any of them.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class EventLog(Observer):
         self._line(self._now, "wait", cause=CAUSES[cause])
 
     def _line(self, now: float, event: str, **values: Any) -> None:
-        """One line; what is absent ("" or -1) is left out of the text form and null in the JSON form."""
+        """Write one line; absent values ("" or -1) are omitted from the text form and null in the JSON form."""
         if self.form == "json":
             absent = {name: None if value in ("", -1, -1.0) else value for name, value in values.items()}
             at = datetime.fromtimestamp(self.zero_epoch + now, UTC).isoformat(timespec="milliseconds")
@@ -87,7 +87,7 @@ class EventLog(Observer):
             pairs = [f"{name}={_shown(value)}" for name, value in values.items() if value not in ("", -1, -1.0, {})]
             pool = "" if self.pool == "default" else f" pool={self.pool}"
             text = f"{now:10.3f} {event:<9}{pool} {' '.join(pairs)}"
-        # As for progress: a log that cannot be written ends no run.
+        # As for progress: a log that cannot be written does not end a run.
         with contextlib.suppress(OSError):
             print(text, file=self.stream)
 
@@ -96,7 +96,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return ",".join(f"{name}:{number:g}" for name, number in value.items())
     if isinstance(value, str):
-        # An id may hold anything; a line stays a line.
+        # An id may hold anything; a line must stay one line.
         plain = value.isprintable() and " " not in value and value
         return value if plain else json.dumps(value)
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,7 +1,7 @@
-"""Prometheus metrics of a run, fed by the same events as its journal, and the webhook that tells of its end.
+"""Prometheus metrics of a run, fed by the same events as its journal, and the webhook that reports its end.
 
-The five `contestra_*` names are those of the guardrails' dashboards: totals over all pools, without a pool label; ours
-stand beside them, with one.
+The five `contestra_*` names are those of the guardrails' dashboards: totals over all pools, without a pool label; our
+own metrics have one.
 
     contestra_openai_active_concurrency          permits taken right now; 0 when idle
     contestra_openai_next_slot_epoch             when the stagger allows the next launch, earliest pool; 0 = none yet
@@ -20,9 +20,9 @@ stand beside them, with one.
 The two gauges are read from the law's state at the moment of a scrape, so no lost event can leave them wrong. Labels
 are names of pools, causes and outcomes: no request, prompt or key is ever in them.
 
-A run has a registry of its own. Governed clients (`process_metrics`) count in the process's default registry, beside
-the program's own metrics; where PROMETHEUS_MULTIPROC_DIR is set (several workers of gunicorn or uvicorn) the gauges are
-also written whenever they change (`refresh`), since other processes read files and ask no function.
+A run has a registry of its own. Governed clients (`process_metrics`) count in the process's default registry, together
+with the program's own metrics; if PROMETHEUS_MULTIPROC_DIR is set (several workers of gunicorn or uvicorn) the gauges
+are also written whenever they change (`refresh`), since other processes read files and cannot call functions.
 """
 
 from __future__ import annotations
@@ -67,19 +67,19 @@ NOTIFY_S = 10.0
 
 
 class LiveMetrics(Protocol):
-    """What the gauges read of a governor."""
+    """The fields of a governor that the gauges read."""
 
     @property
     def in_flight(self) -> int:
-        """Permits taken."""
+        """Return the permits taken."""
 
     @property
     def next_slot_epoch(self) -> float:
-        """When the stagger allows the next launch, seconds since 1970; 0 = no launch yet."""
+        """Return when the stagger allows the next launch, seconds since 1970; 0 = no launch yet."""
 
 
 class _Registry(CollectorRegistry):
-    """Without the `_created` series, which nobody asked for and which double the number of names."""
+    """A registry without the `_created` series, which are not used and would double the number of names."""
 
     def collect(self) -> Iterable[Metric]:
         for metric in super().collect():
@@ -117,7 +117,7 @@ class Metrics:
         self.rate_limit_events = Counter(
             "contestra_llm_rate_limit_events", "429s that ask to slow down", ["vendor"], registry=r
         )
-        # Shown from the start, as 0: a dashboard cannot tell a name that is missing from one that never counted.
+        # Shown from the start, as 0: a dashboard cannot tell a missing name from one that never counted.
         self.rate_limit_events.labels(VENDOR)
         self.in_flight = Gauge(
             "paceline_in_flight", "Requests in flight", ["pool"], registry=r, multiprocess_mode="livesum"
@@ -148,36 +148,36 @@ class Metrics:
         return min((live.next_slot_epoch for live in self._all_live() if live.next_slot_epoch > 0.0), default=0.0)
 
     def observer(self, pool: str = "default", vendor: str = VENDOR) -> PoolMetrics:
-        """What counts the events of one pool."""
+        """Return the observer that counts the events of one pool."""
         return PoolMetrics(self, pool, vendor)
 
     def watch(self, pool: str, governor: LiveMetrics) -> None:
-        """From now on the gauges show this governor too; call `unwatch` when its run is over."""
+        """Include this governor in the gauges from now on; call `unwatch` when its run is over."""
         self._live.setdefault(pool, WeakSet()).add(governor)
 
     def shown(self, pool: str) -> None:
-        """From now on the pool has its own gauge of what is in flight: 0 while nobody watches it."""
+        """Give the pool a separate gauge of requests in flight from now on: 0 while no governor is watched."""
         self.in_flight.labels(pool).set_function(lambda: self._in_flight(pool))
 
     def _in_flight(self, pool: str) -> float:
         return float(sum(live.in_flight for live in tuple(self._live.get(pool, ()))))
 
     def refresh(self, pool: str) -> None:
-        """Writes the gauges down, for other processes to read."""
+        """Write the gauges, for other processes to read."""
         self._active.set(sum(live.in_flight for live in self._all_live()))
         self._slot.set(self._next_slot_epoch())
         self.in_flight.labels(pool).set(self._in_flight(pool))
 
     def unwatch(self, pool: str) -> None:
-        """The pool is idle: nothing in flight, no slot booked."""
+        """Show the pool as idle: nothing in flight, no slot booked."""
         self._live.pop(pool, None)
 
     def text(self) -> str:
-        """All metrics in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry).decode()
 
     def serve(self, port: int, host: str = HOST) -> Endpoint:
-        """Serves `/metrics` from a thread; port 0 takes a free one. BadSetting where the port cannot be had."""
+        """Serve `/metrics` from a thread; port 0 takes a free one. Raise BadSetting if the port is not available."""
         try:
             server, thread = start_http_server(port, host, self.registry)
         except (OSError, OverflowError) as error:
@@ -188,9 +188,9 @@ class Metrics:
         return Endpoint(server, thread, host)
 
     def write_textfile(self, path: str | os.PathLike[str]) -> None:
-        """Writes all metrics for node_exporter's textfile collector, which never sees half a file (atomic rename).
+        """Write all metrics for node_exporter's textfile collector, which never sees half a file (atomic rename).
 
-        BadInput where it cannot be written. (The collector only reads names that end in `.prom`.)
+        Raise BadInput if it cannot be written. (The collector only reads names that end in `.prom`.)
         """
         name = os.fspath(path)
         try:
@@ -204,9 +204,9 @@ _process_lock = threading.Lock()
 
 
 def process_metrics() -> Metrics:
-    """The metrics in the process's default registry, made when they are first asked for.
+    """Return the metrics in the process's default registry, created on first use.
 
-    In a registry of their own where the program has metrics of these names already, which is said in the log.
+    If the program already has metrics of these names, they are in a separate registry, and the log says so.
     """
     global _process
     with _process_lock:
@@ -229,7 +229,7 @@ class Endpoint:
         self.url = f"http://{host}:{self.port}/metrics"
 
     def close(self) -> None:
-        """Stops serving."""
+        """Stop serving."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -259,11 +259,11 @@ class PoolMetrics(Observer):
         self._requests = _Children(lambda result: metrics.requests.labels(pool, result))
 
     def began(self, governor: PoolState) -> None:
-        """Whose circuit breaker is shown."""
+        """Show this governor's circuit breaker."""
         self._outage.state = governor
 
     def attempted(self, attempt: Attempt, answer: Answer, failure: str) -> None:
-        """An attempt is over."""
+        """Count an attempt that is over."""
         if self._outage.changed():
             self._outage_since.set(time.time() if self._outage.since_s >= 0.0 else 0.0)
         self._attempts[attempt.outcome].inc()
@@ -285,11 +285,11 @@ class PoolMetrics(Observer):
                 histogram.observe(waited_s)
 
     def ended(self, request: requests.Request, failure: str, answer: Answer | None, now: float) -> None:
-        """A request is over."""
+        """Count a request that is over."""
         self._requests[failure or "ok"].inc()
 
     def deferred(self, cause: int) -> None:
-        """A request at the head has to wait."""
+        """Count a request at the head that has to wait."""
         self._deferrals[cause].inc()
         if cause == law.STAGGER:
             self.metrics.stagger_delays.inc()
@@ -298,7 +298,7 @@ class PoolMetrics(Observer):
 
 
 class _Children(dict[str, Any]):
-    """Labelled children by name, each made when it is first asked for."""
+    """Labelled children by name, each created on first use."""
 
     def __init__(self, make: Callable[[str], Any]) -> None:
         self.make = make
@@ -312,7 +312,7 @@ class _Children(dict[str, Any]):
 
 
 class _NoRedirect(HTTPRedirectHandler):
-    """A hook that moved would turn the POST into a GET without its content: better to say that it failed."""
+    """Refuses redirects: one would turn the POST into a GET without its content, so failing is better."""
 
     def redirect_request(self, *arguments: Any, **keywords: Any) -> None:
         return None
@@ -330,7 +330,7 @@ class Notice:
         self._thread.start()
 
     def wait(self) -> bool:
-        """Waits until it has arrived or failed, at most for its time-out; whether it arrived."""
+        """Wait until it has arrived or failed, at most for its time-out; return whether it arrived."""
         self._thread.join(self.timeout_s)
         return not self._thread.is_alive() and not self.error
 
@@ -350,7 +350,7 @@ class Notice:
 
 
 def checked_hook(url: str) -> str:
-    """The address of a webhook. BadSetting, without repeating it, where it is no http(s) address."""
+    """Return the address of a webhook. Raise BadSetting, without repeating it, if it is not an http(s) address."""
     try:
         parts = urlsplit(url)
         good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -362,8 +362,8 @@ def checked_hook(url: str) -> str:
 
 
 def notify(url: str, event: Mapping[str, Any], timeout_s: float = NOTIFY_S) -> Notice:
-    """Posts an event (finished, late, stopped ...) as JSON to a webhook, from a thread. Never raises, never blocks.
+    """Post an event (finished, late, stopped ...) as JSON to a webhook, from a thread. Never raises, never blocks.
 
-    `event`: plain values; the caller's choice, never a prompt or a key. What went wrong stands in `Notice.error`.
+    `event`: plain values; the caller's choice, never a prompt or a key. `Notice.error` says what went wrong.
     """
     return Notice(url, event, timeout_s)

@@ -1,9 +1,9 @@
-"""How far a live run is: a bar on a terminal, one line every 30 seconds anywhere else, nothing with --quiet.
+"""Show the progress of a live run: a bar on a terminal, one line every 30 seconds elsewhere, nothing with --quiet.
 
-The ETA comes from the law, not from the average so far: what is left to do, at the settings in force, with what is
-booked right now (`preflight.fluid_forecast`), and with answers as long as those measured in this run.
+The ETA comes from the law, not from the average so far: the remaining work, at the settings in force, with the present
+bookings (`preflight.fluid_forecast`), and with answers as long as those measured in this run.
 
-All of it goes to standard error, so that standard output holds the result alone.
+All output goes to standard error, so that standard output holds the result alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from governor.scheduler.driver import Governor
 from governor.telemetry.watch import Meter, waiting_for
 
 EVERY_S = 30.0
-# What a pool waits for whose circuit breaker is open.
+# The cause of waiting while a pool's circuit breaker is open.
 OUTAGE = "outage"
 REFRESH_S = 0.25
 
@@ -42,10 +42,10 @@ class ProgressLane:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Where a run stands. `tokens_per_minute`: reserved by the launches of the last minute; `limit`: 0 = none.
+    """The progress of a run. `tokens_per_minute`: reserved by the launches of the last minute; `limit`: 0 = none.
 
-    `waiting`: the cause right now, "" = none; `silent_s`: for how long nothing has been answered, -1 = no
-    outage. `eta_s`: until the end by the law; inf = not while it is paused.
+    `waiting`: the cause right now, "" = none; `silent_s`: for how long nothing has been answered, -1 = no outage.
+    `eta_s`: until the end by the law; inf = not while it is paused.
     """
 
     total: int
@@ -61,7 +61,7 @@ class Snapshot:
     silent_s: float = -1.0
 
     def line(self) -> str:
-        """One line for a log."""
+        """Return one line for a log."""
         share = self.ended / self.total if self.total else 1.0
         parts = [f"{self.ended:,} of {self.total:,} done ({percent(share)})"]
         if self.failed:
@@ -71,7 +71,7 @@ class Snapshot:
         return ", ".join(parts)
 
     def short(self) -> str:
-        """The same for a bar, what matters most first: a narrow terminal cuts it short."""
+        """Return the same for a bar, the most important first: a narrow terminal cuts it short."""
         share = self.ended / self.total if self.total else 1.0
         failed = f", {self.failed:,} failed" if self.failed else ""
         left = (
@@ -82,12 +82,12 @@ class Snapshot:
         return f"{self.ended:,}/{self.total:,} ({percent(share)}{failed}), {left}, {rest}"
 
     def tokens_text(self) -> str:
-        """ "24,300 of 30,000 tokens/min"."""
+        """Return the token rate against the limit: "24,300 of 30,000 tokens/min"."""
         of = f" of {self.limit:,.0f}" if self.limit else ""
         return f"{self.tokens_per_minute:,.0f}{of} tokens/min"
 
     def state_text(self) -> str:
-        """Why it waits right now, and how long it will take."""
+        """Return why the run waits right now, and for how long."""
         if self.stopped:
             return "stopping: waiting for requests in flight"
         if self.waiting == "paused":
@@ -99,7 +99,7 @@ class Snapshot:
 
 
 def eta_s(lane: ProgressLane) -> float:
-    """Seconds until this pool's last answer, by the law: a fluid of what is left, at the settings in force."""
+    """Return seconds until this pool's last answer, by the law: a fluid estimate at the settings in force."""
     governor, meter = lane.governor, lane.meter
     flying = meter.in_flight
     left = max(0, meter.left - flying)
@@ -117,7 +117,7 @@ def eta_s(lane: ProgressLane) -> float:
 
 
 def snapshot(lanes: Sequence[ProgressLane], total: int, ended_before: int, failed_before: int) -> Snapshot:
-    """Where all pools together stand. The pool that will end last says what is waited for."""
+    """Return the progress of all pools together. The pool that will end last gives the cause of waiting."""
     etas = [eta_s(lane) for lane in lanes]
     last = max(range(len(lanes)), key=lambda i: etas[i])
     governor = lanes[last].governor
@@ -139,7 +139,7 @@ def snapshot(lanes: Sequence[ProgressLane], total: int, ended_before: int, faile
 
 
 def _waiting(lane: ProgressLane) -> str:
-    """What a pool waits for right now: the law's word for the head of the queue, else its backoffs."""
+    """Return the cause for which a pool waits right now: the law's for the head of the queue, else its backoffs."""
     governor = lane.governor
     if governor.s.paused:
         return "paused"
@@ -154,26 +154,26 @@ def _waiting(lane: ProgressLane) -> str:
 
 
 class Shown(Protocol):
-    """What shows a run's progress; lines of text go through it, so that a bar is not torn."""
+    """Shows a run's progress; lines of text go through it, so that a bar is not torn."""
 
     def start(self) -> None:
-        """The run begins."""
+        """Begin the run."""
 
     def show(self, now: Snapshot) -> None:
-        """How far it is; called a few times a second."""
+        """Show the progress; called a few times a second."""
 
     def say(self, line: str) -> None:
-        """A line that stays: something that should be known."""
+        """Print a lasting line: something that the user should know."""
 
     def inform(self, line: str) -> None:
-        """The same for what is only of interest, and left out with --quiet."""
+        """Print a line that is only of interest; omitted with --quiet."""
 
     def stop(self) -> None:
-        """The run is over."""
+        """End the run."""
 
 
 class Quiet:
-    """--quiet: nothing but warnings."""
+    """--quiet: warnings only."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stderr
@@ -185,7 +185,7 @@ class Quiet:
         pass
 
     def say(self, line: str) -> None:
-        # Whoever read it may have gone (a pipe into `head`), the log's disk may be full: no reason to end a paid run.
+        # Its reader may be gone (a pipe into `head`), or the log's disk full: no reason to end a paid run.
         with contextlib.suppress(OSError):
             print(line, file=self.stream, flush=True)
 
@@ -217,7 +217,7 @@ class Lines(Quiet):
 
 
 class JsonLines(Lines):
-    """Beside a log in JSON: the same lines as its objects, so that whoever reads the log can read all of it."""
+    """With a log in JSON: the same lines as JSON objects, so that a reader of the log can parse all of it."""
 
     def say(self, line: str) -> None:
         at = datetime.now(UTC).isoformat(timespec="milliseconds")
@@ -230,7 +230,7 @@ class JsonLines(Lines):
 
 
 class QuietJson(JsonLines):
-    """The same with --quiet."""
+    """JSON lines with --quiet."""
 
     def inform(self, line: str) -> None:
         pass
@@ -299,7 +299,10 @@ def _is_notebook() -> bool:
 
 
 def shown(*, quiet: bool, logs: str | None = None, stream: TextIO | None = None) -> Shown:
-    """What shows the progress of a run. `logs`: the form of a log beside it; then lines, and not a bar."""
+    """Return the progress display of a run.
+
+    `logs`: the format of an accompanying log; then lines, not a bar, are shown.
+    """
     target = stream or sys.stderr
     if logs == "json":
         return QuietJson(target) if quiet else JsonLines(target)

@@ -1,13 +1,13 @@
 """OpenTelemetry of governed clients: spans by the GenAI conventions, token metrics, and gauges of the limits.
 
-One client span per operation, from the call to its last byte, named and described as the conventions say
-(`gen_ai.operation.name`, `gen_ai.request.model`, `gen_ai.usage.input_tokens`, ...). Below it one span per attempt, from
-its launch to its answer, with how long it had waited before, by cause (`paceline.wait.tpm_s`, ...). Prompts and answers
-are in neither. Metrics: `gen_ai.client.token.usage`, `gen_ai.client.operation.duration`, and per pool and dimension
+One client span per operation, from the call to its last byte, is named and described by the conventions
+(`gen_ai.operation.name`, `gen_ai.request.model`, `gen_ai.usage.input_tokens`, ...). Below it is one span per attempt,
+from its launch to its answer, with its preceding wait by cause (`paceline.wait.tpm_s`, ...). Neither holds prompts or
+answers. Metrics: `gen_ai.client.token.usage`, `gen_ai.client.operation.duration`, and per pool and dimension
 `paceline.limit`, `paceline.remaining` (by the provider's headers) and `paceline.budget_left` (by the law).
 
-Only the API is used. Where the program has configured no SDK of OpenTelemetry, nothing is recorded; where not even the
-API is installed, `traces` is None.
+Only the API is used. If the program has configured no OpenTelemetry SDK, nothing is recorded; if not even the API is
+installed, `traces` returns None.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from governor.scheduler.driver import Governor
 try:
     from opentelemetry import metrics, trace
     from opentelemetry.metrics import CallbackOptions, Observation
-except ImportError:  # an extra
+except ImportError:  # an optional extra
     metrics = trace = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ _SECONDS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 2
 
 @cache
 def traces() -> Traces | None:
-    """The process's, made when it is first asked for; None where OpenTelemetry is not installed."""
+    """Return the process's traces, created on first use; None if OpenTelemetry is not installed."""
     return None if trace is None else Traces()
 
 
@@ -73,7 +73,7 @@ class Traces:
             meter.create_observable_gauge(f"paceline.{name}", [self._reader(value)], description=words)
 
     def watch(self, governor: Governor) -> None:
-        """The gauges show this governor from now on."""
+        """Include this governor in the gauges from now on."""
         self._governors.add(governor)
 
     def _reader(self, value: Callable[[Governor, int], float]) -> Any:
@@ -87,7 +87,7 @@ class Traces:
         return read
 
     def operation(self, work: Work, url: str) -> Operation:
-        """A call has come in."""
+        """Begin the span of an incoming call."""
         request = work.request
         known = _known(request.sizes.endpoint, url, request.model)
         name = f"{known['gen_ai.operation.name']} {request.model}".rstrip()
@@ -100,7 +100,7 @@ class Traces:
 
 
 class Operation:
-    """One call's span, and those of its attempts."""
+    """The span of one call, and those of its attempts."""
 
     def __init__(self, owner: Traces, tracer: Any, span: Span, known: dict[str, str | int]) -> None:
         self._owner = owner
@@ -112,7 +112,7 @@ class Operation:
         self._attempt: Span | None = None
 
     def sends(self, waits_s: Sequence[float]) -> AbstractContextManager[object]:
-        """An attempt goes out, in the block that this is; it had waited so long for each of `CAUSES`."""
+        """Span one attempt for the duration of the block; `waits_s`: its preceding waits for each of `CAUSES`."""
         self._attempts += 1
         within = trace.set_span_in_context(self._span)
         self._attempt = span = self._tracer.start_span(f"attempt {self._attempts}", within)
@@ -124,14 +124,14 @@ class Operation:
         return trace.use_span(span, end_on_exit=False, record_exception=False, set_status_on_exception=False)
 
     def answered(self, answer: Answer) -> None:
-        """What the attempt came to."""
+        """Record the answer of the attempt."""
         span, self._attempt = self._attempt, None
         if span is not None:
             _describe(span, answer)
             span.end()
 
     def over(self, answer: Answer | None, error: BaseException | None = None) -> None:
-        """The call is over, with that answer or, where there is none, by that exception."""
+        """End the call, with that answer or, if there is none, with that exception."""
         if answer is None:
             kind = type(error).__name__ if error is not None else "abandoned"
             answer = Answer(Outcome.DROPPED, error_code=kind, message=kind)
@@ -164,7 +164,7 @@ def _describe(span: Span, answer: Answer) -> None:
 
 @lru_cache(1_024)
 def _known(endpoint: int, url: str, model: str) -> dict[str, str | int]:
-    """The attributes that all calls of this kind share."""
+    """Return the attributes that all calls of this kind share."""
     parts = urlsplit(url)
     host = parts.hostname or ""
     known: dict[str, str | int] = {

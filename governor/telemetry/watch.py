@@ -1,8 +1,8 @@
-"""What a live run notices while it runs: figures for its progress, and what somebody should be told of once.
+"""Observe a live run: figures for its progress, and conditions to report to the user once.
 
-`Meter` counts; `Alarms` speaks, once each, of limits that are not as the settings say, of an account that is refused,
-of a provider that cannot be reached, of the first request that fails for a reason (of refusals that all requests meet
-speaks `refusals`, of long waits `longwaits`); `Together` is several observers in one.
+`Meter` counts; `Alarms` reports, once each, limits that differ from the settings, an account that is refused, a
+provider that cannot be reached, and the first request that fails for a reason (`refusals` reports refusals that all
+requests meet, `longwaits` long waits); `Together` is several observers in one.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from governor.model.words import duration, moment_text
 from governor.model.work import Job, Observer, PoolState
 
 THROTTLES = (Outcome.THROTTLED, Outcome.SLOW_DOWN)
-# Granted and configured limits closer than this are the same: providers round.
+# Granted and configured limits closer than this count as equal: providers round.
 LIMITS_DIFFER = 0.01
 _WAITED = tuple(f"waited_{cause}_s" for cause in CAUSES[1:])
 
 
 class Together(Observer):
-    """Several observers as one, told in order; what stores comes first, so that nobody speaks of what is not kept."""
+    """Several observers as one, called in order; a store comes first, so that nothing is reported before it is kept."""
 
     def __init__(self, observers: Iterable[Observer]) -> None:
         each = tuple(observers)
@@ -86,7 +86,7 @@ class Together(Observer):
 
 
 def _given(observers: tuple[Observer, ...], name: str) -> list[Any]:
-    """That method of those observers that define it: what nobody wants costs nothing."""
+    """Return that method of those observers that define it: a method that none defines costs nothing."""
     return [getattr(o, name) for o in observers if getattr(type(o), name) is not getattr(Observer, name)]
 
 
@@ -94,14 +94,14 @@ def _given(observers: tuple[Observer, ...], name: str) -> list[Any]:
 
 
 class OutageWatch:
-    """Sees the circuit breaker of a pool open and close. `since_s`: of the outage that goes on, -1 = there is none."""
+    """Sees the circuit breaker of a pool open and close. `since_s`: start of the present outage, -1 = there is none."""
 
     def __init__(self) -> None:
         self.state: PoolState | None = None
         self.since_s = -1.0
 
     def changed(self) -> bool:
-        """Whether an outage has begun or ended since the last call."""
+        """Return whether an outage has begun or ended since the last call."""
         s = self.state.s if self.state is not None else None
         since_s = s.outage_from if s is not None and s.probe_at > -inf else -1.0
         if since_s == self.since_s:
@@ -114,10 +114,10 @@ class OutageWatch:
 
 
 class Meter(Observer):
-    """The figures of one pool in this process: a `Tally`, the last minute's tokens, means of what answers are like.
+    """The figures of one pool in this process: a `Tally`, the last minute's tokens, means over the answers.
 
-    `ended_before`: requests that had ended in earlier legs of the run. `left`, `left_tokens`: what is still to be done
-    and reserved.
+    `ended_before`: requests that had ended in earlier legs of the run. `left`, `left_tokens`: remaining requests and
+    their reservations.
     """
 
     def __init__(self, pool: Pool, spent: Spent, *, left: int, left_tokens: float) -> None:
@@ -172,24 +172,24 @@ class Meter(Observer):
         self.tally.deferrals[cause] += 1
 
     def _roll(self, now: float) -> None:
-        """Empties the seconds that have passed since the last launch."""
+        """Clear the seconds that have passed since the last launch."""
         second = int(now)
         for passed in range(self._minute_at + 1, min(second, self._minute_at + 60) + 1):
             self._minute[passed % 60] = 0.0
         self._minute_at = max(second, self._minute_at)
 
     def tokens_per_minute(self, now: float) -> float:
-        """Tokens reserved by launches of the last minute."""
+        """Return the tokens reserved by launches of the last minute."""
         self._roll(now)
         return sum(self._minute)
 
     @property
     def service_s(self) -> float:
-        """Mean time of an answer so far, 0 before the first."""
+        """Return the mean time of an answer so far, 0 before the first."""
         return self.answer_s / self.answers if self.answers else 0.0
 
     def measured(self, paused: bool = False) -> Measured:
-        """The same figures for the comparison with a forecast."""
+        """Return the same figures for the comparison with a forecast."""
         t = self.tally
         mean_tokens = self.answer_tokens / self.answers if self.answers else 0.0
         return Measured(t.requests, t.failed, t.throttled, t.attempts, self.service_s, mean_tokens, paused)
@@ -199,7 +199,7 @@ class Meter(Observer):
 
 
 class Alarms(Observer):
-    """Speaks of what is out of order in one pool, each thing once, by `say(line)`.
+    """Reports irregularities in one pool, each once, through `say(line)`.
 
     `granted`: the account's limits as last stated, by dimension.
     """
@@ -216,7 +216,7 @@ class Alarms(Observer):
         self._outage.state = governor
 
     def repriced(self, policy: Policy) -> None:
-        """Other settings are in force: compare with these."""
+        """Compare with these settings from now on."""
         self.policy = policy
         self._told.clear()
 
@@ -232,7 +232,7 @@ class Alarms(Observer):
             self._told.add("account")
             self._say(self._of + account_text(answer))
         if answer.outcome in (Outcome.DROPPED, Outcome.LOCAL) and answer.outcome not in self._told:
-            # A wrong address looks just so, and would be tried again and again without a word.
+            # A wrong address looks the same, and would be retried forever without a message.
             self._told.add(answer.outcome)
             self._say(self._of + (_words(answer) or "the connection dropped before the answer arrived"))
 
@@ -251,7 +251,7 @@ class Alarms(Observer):
 
 
 def outage_text(outage: OutageWatch, answer: Answer) -> str:
-    """What to say of an outage that has just begun, or ended."""
+    """Return the message for an outage that has just begun, or ended."""
     assert outage.state is not None
     s = outage.state.s
     if outage.since_s < 0.0:
@@ -265,7 +265,7 @@ def outage_text(outage: OutageWatch, answer: Answer) -> str:
 
 
 def limit_text(dimension: str, granted: float, policy: Policy) -> str:
-    """What to say where an account's limit is not what the settings say; "" where they agree."""
+    """Return the message for an account's limit that differs from the settings; "" if they agree."""
     knob = KNOB_BY_ENV[f"OPENAI_{dimension}_LIMIT"]
     ours = float(getattr(policy, knob.name))
     if abs(granted - ours) <= LIMITS_DIFFER * granted:
@@ -274,7 +274,7 @@ def limit_text(dimension: str, granted: float, policy: Policy) -> str:
     per = "minute" if dimension[2] == "M" else "day"
     stated = f"the account grants {granted:,.0f} {what} per {per}"
     if ours <= 0.0:
-        # A limit that nobody configured matters where it would bind; without one there is nothing to compare with.
+        # An unconfigured limit matters only if it would bind; without a bound there is nothing to compare with.
         return f"{stated}, {knob.env} is not set: set {knob.env}={granted:.0f}" if dimension == "RPM" else ""
     if granted < ours:
         return f"{stated}, {knob.env}={ours:.0f} is higher: expect 429s, or set {knob.env}={granted:.0f}"
@@ -282,12 +282,12 @@ def limit_text(dimension: str, granted: float, policy: Policy) -> str:
 
 
 def _words(answer: Answer) -> str:
-    """What the provider said, on one line."""
+    """Return the provider's message, on one line."""
     return " ".join(answer.message.split())[:300]
 
 
 def account_text(answer: Answer) -> str:
-    """Why the provider serves this account no more, in its own words as far as it has any."""
+    """Return why the provider no longer serves this account, in its own words as far as it has any."""
     what = "the account's quota is used up" if answer.outcome is Outcome.QUOTA else "the key or the model was rejected"
     words = _words(answer)
     code = f" ({answer.status} {answer.error_code})" if answer.error_code else f" ({answer.status})"
@@ -296,5 +296,5 @@ def account_text(answer: Answer) -> str:
 
 
 def waiting_for(cause: int) -> str:
-    """The law's cause as in records; "" for nothing."""
+    """Return the law's cause as in records; "" for nothing."""
     return CAUSES[cause] if cause != law.NOTHING else ""
