@@ -1,17 +1,18 @@
-"""The law: every rule of admission, pacing and retry, and the only place where one may stand.
+"""The law: the only module that holds rules of admission, pacing and retry.
 
-`now` and the uniform number `u` come in as arguments, absolute times go out. The asyncio driver, the SimPy driver and
-the compiled engine call these functions.
+`now` and the uniform number `u` come in as arguments; absolute times go out. The asyncio driver, the SimPy driver and
+the compiled engine all call these functions.
 
 Theory of operation. A driver asks `admit_at` when the head of its queue may launch, waits until then, calls `launched`,
-sends the request, and reports the end with exactly one of `settled`, `throttled`, `failed` or `released`. The law
-answers a retry with the absolute time of the next attempt, or inf: give up.
+sends the request, and reports its end with exactly one of `settled`, `throttled`, `failed` or `released`. After a
+refusal or a failure, the law returns the absolute time of the next attempt; inf means that the request is given up.
 
-Decide by time, never by level. Each budget answers with the *moment* at which an amount fits, computed from state alone
-and then raised to `now`. Asked again at the moment that it named, it admits. (Waiting for deficit/rate until the level
-suffices livelocks in simulated time: rounding leaves the level a hair short, and the wait rounds to nothing.)
+Decide by time, never by level. Each budget returns the *moment* at which an amount fits, computed from the state alone
+and then raised to `now`. If the driver asks again at that moment, the law admits the request. (Waiting for deficit/rate
+until the level suffices livelocks in simulated time: rounding leaves the level a hair short, and the remaining wait
+rounds to zero.)
 
-Budgets. Four dimensions share one code path and differ in length and kind of window:
+Budgets. Four dimensions share one code path and differ in the length and kind of their window:
 
     index  dimension   length    kind
     TPM    tokens      60 s      `fixed`, `sliding` or `bucket`, as the policy says
@@ -19,22 +20,23 @@ Budgets. Four dimensions share one code path and differ in length and kind of wi
     TPD    tokens      86,400 s  bucket: a rolling day, docs/explanation/provider.md#buckets
     RPD    requests    86,400 s  bucket
 
-`fixed` is a minute and a second, anchored at the first launch after the last one expired. `sliding` keeps the last
-minute in half-second cells: the current one and the 122 full ones behind it, so that a booking counts for 61 to 61.5 s.
-`bucket` refills continuously and is held as one number, the moment at which it will be full again (as in GCRA); of a
-limit per minute it holds the budget, or less where the provider grants shorter bursts (`burst_ratio`).
+`fixed` lasts a minute and a second and starts with the first launch after the previous window has expired. `sliding`
+keeps the last minute in half-second cells: the current one and the 122 full ones behind it, so that a booking counts
+for 61 to 61.5 s. `bucket` refills continuously and is stored as one number, the moment at which it will be full again
+(as in GCRA). A bucket for a limit per minute holds the budget, or less if the provider grants shorter bursts
+(`burst_ratio`).
 
-Interactive requests, for which somebody waits, go before a batch's and take no launch slot. Of each limit a batch's
-first attempts leave a share free for them (`interactive_ratio`): they do not take it of a minute, and a bucket must
-hold it beyond what they ask for.
+Interactive requests, whose user is waiting, go before a batch and take no launch slot. A batch's first attempts leave a
+share of each limit free for them (`interactive_ratio`): they do not use that share of a minute, and a bucket must hold
+it in addition to the amount that they ask for.
 
-Counts. Where the policy syncs, the law keeps an image of the provider's own bucket, which also binds. Launches and
-settlements move it, counts in headers correct it (`synced`), and a refusal says what it held (`throttled`). When a
-count was taken, in which order requests had arrived and to what it was rounded, nobody knows: so it corrects the image
-by no more than two counts in a row agree on, each taken for one of the launch as well as for one of the answer.
+Counts. If the policy syncs, the law keeps an image of the provider's own bucket, and that image binds too. Launches and
+settlements move it, counts in headers correct it (`synced`), and a refusal shows what it held (`throttled`). The moment
+of a count, the order in which requests had arrived and the rounding are unknown. A count therefore corrects the image
+only by as much as two counts in a row agree on, whether each is read as taken at the launch or at the answer.
 
-Compiled as it stands: numbers and fixed-size float arrays only, `math` and nothing else. Interpreted, `p` and `s` are
-the dataclasses below; compiled, they are NumPy records with the same field names.
+The module compiles as it stands: it uses numbers, fixed-size float arrays and `math` only. When interpreted, `p` and
+`s` are the dataclasses below; when compiled, they are NumPy records with the same field names.
 """
 
 import math
@@ -51,8 +53,8 @@ FIXED = 0
 SLIDING = 1
 BUCKET = 2
 
-# How a launch stands to its request: its first attempt, a retry, or a retry that kept its place in flight. The first
-# attempt of an interactive request, for which somebody waits, goes before a batch's.
+# The standing of a launch: a first attempt, a retry, or a retry that kept its place in flight. The first attempt of an
+# interactive request, whose user is waiting, goes before a batch's.
 FIRST = 0
 RETRY = 1
 HOLDING = 2
@@ -77,37 +79,38 @@ MINUTE_S = 60.0
 DAY_S = 86400.0
 LENGTH_S = (MINUTE_S, MINUTE_S, DAY_S, DAY_S)  # of the window of each dimension
 CELL_S = 0.5
-# Our minute begins with a launch and the provider's when it arrives, after a connection was set up and in a crowd: who
-# comes back too soon is refused, and may wait for another minute. So much is allowed for that.
+# Our minute begins with a launch; the provider's begins when that request arrives, after connection setup and queueing.
+# A request that comes back too soon is refused and may wait for another minute. This allowance prevents that.
 SLACK_S = 1.0
 FIXED_S = MINUTE_S + SLACK_S
 CELLS_BEHIND = 122
 CELLS = 123  # the current half second and 122 full ones behind it
 SLIDING_S = CELLS * CELL_S  # until a booking at the beginning of a cell counts no more
 
-# So many answers in a row, no success between them, that ask for a longer wait than is obeyed: access ends for now.
+# After this many answers in a row without a success, each asking for a longer wait than is obeyed, a batch stops.
 OUTWAITED = 3
-# A provider floors the wait that it prints to milliseconds: who sleeps exactly that is up to 1 ms early.
+# Providers round the stated wait down to milliseconds: a sleep of exactly that length ends up to 1 ms early.
 RETRY_AFTER_SLACK_S = 0.002
-# What others have used is told from our own use by counts of about a minute; the most of it is kept free, and forgotten
-# with this time constant. Launches that a hidden limit makes even are even for as long.
+# Counts of about a minute show how much other clients have used. The largest such amount is kept free and is forgotten
+# with this time constant. Launches stay evenly spaced for as long after a hidden limit was met.
 SURPRISE_FADES_S = 600.0
-# Launches within this time may reach the provider in another order than they left in.
+# Launches within this time may reach the provider in a different order.
 BURST_S = 0.1
-# After a hold, launches go at distances that halve until they are this small.
+# After a hold, the gap between launches halves until it is this small.
 REOPENED_S = 0.01
-# So many attempts in a row, of two requests or more, that ended without an answer are an outage. The first probe goes
-# out after the base of the backoff, but not sooner than this; the gap doubles up to its maximum. A request that has
-# just failed lets another one have the next probe: it waits this much longer. After a day attempts count again.
+# An outage is recognized after this many attempts in a row, of at least two requests, have ended without an answer. The
+# first probe goes out after the backoff's base, but not before the minimum gap; the gap doubles up to its maximum. A
+# request that has just failed waits PROBE_TURN_S longer, so that another one gets the next probe. After a day, failed
+# attempts count again.
 OUTAGE_FAILURES = 3
 PROBE_GAP_MIN_S = 1.0
 PROBE_GAP_MAX_S = 60.0
 PROBE_TURN_S = 0.01
 OUTAGE_MAX_S = 86400.0
-# A request that was spared by so many outages may be what fails.
+# A request that this many outages have spared may itself be the cause.
 FRESH_OUTAGES = 2
-# Before the first answer arrives, so much of the limit is kept free for what it will tell (an unknown charge rule, a
-# neighbour), and never more later on. It costs no throughput: a bucket that is not full refills meanwhile.
+# Until the first answer arrives, this share of the limit stays free for surprises (an unknown charge rule, other
+# clients); it is also the maximum later on. It costs no throughput: a bucket that is not full refills meanwhile.
 UNHEARD_RATIO = 0.5
 
 
@@ -115,9 +118,9 @@ UNHEARD_RATIO = 0.5
 class Params:
     """A policy as numbers. Times in seconds, limits per minute or day, 0 = no limit. See `Policy` for the meaning.
 
-    Arrays have one entry per dimension (TPM, RPM, TPD, RPD). `budget` is the usable part of `limit`, `rate_per_s` its
-    continuous refill; both are made by `budget_of` and `rate_of`. `burst_ratio`: what a bucket of a minute holds at
-    most, as a share of that; 1 for other windows. `interactive_ratio`: the share of each budget, and of the places in
+    Arrays have one entry per dimension (TPM, RPM, TPD, RPD). `budget` is the usable part of `limit` (see `budget_of`)
+    and `rate_per_s` its continuous refill (see `rate_of`). `burst_ratio` is the share of a minute's budget that a
+    bucket holds at most; 1 for other windows. `interactive_ratio` is the share of each budget, and of the places in
     flight, that a batch's first attempts leave free.
     """
 
@@ -154,29 +157,29 @@ def _four(value: float) -> list[float]:
 
 @dataclass(slots=True)
 class State:
-    """What the law remembers of one pool. A new one has launched nothing; change it only through the law's functions.
+    """The law's memory of one pool. A new state has launched nothing; change it only through the law's functions.
 
     `full_at`: per dimension, when the bucket is full again. `window_at`, `window_used`: start and content of the fixed
-    minute; `cell_at`, `cells`: newest cell and ring of the sliding window (TPM's 123 cells, then RPM's), whose sum
-    stands in `window_used` too. `scale`: granted limit over configured limit where the provider grants less.
+    minute; `cell_at`, `cells`: newest cell and ring of the sliding window (TPM's 123 cells, then RPM's), whose sum is
+    kept in `window_used` too. `scale`: granted limit over configured limit if the provider grants less.
 
     `outwaited`: refusals since the last success that asked for a longer wait than is obeyed.
 
-    `reopening_s`: after a hold, the distance from the next launch to the one behind it.
+    `reopening_s`: after a hold, the gap between the next launch and the one after it.
 
     With header sync, per dimension: `granted`, the limit that the provider stated (0 = not yet); `stated` and `left`,
-    limit and rest by its newest count, and `synced_at`, when the request of that count was launched; `mirror_at`, when
-    its own bucket is full again, as far as we know; `doubt`, by what the newest count differed from that and was not
-    believed; `booked`, all that was ever booked, settlements and refunds included, and `booked_before`, as it was
-    before the burst that began at `burst_at`; `others`, what counts have lately shown beyond our own bookings, and
-    `surprise`, the most of it since a refusal. `pace_at`: when the launches since the hidden limit was met would have
-    been spread evenly; it binds until `paced_until`.
+    the limit and the remaining amount in its newest count; `synced_at`, when the request of that count was launched;
+    `mirror_at`, when the provider's own bucket is full again, as far as we know; `doubt`, the part of the newest
+    count's correction that was not applied; `booked`, the total ever booked, settlements and refunds included;
+    `booked_before`, that total before the burst that began at `burst_at`; `others`, the use beyond our own bookings
+    that recent counts show; `surprise`, the largest such use since a refusal. `pace_at`: when evenly spread launches
+    would have ended, counted since the hidden limit was met; it binds until `paced_until`.
 
     The circuit breaker: `unanswered` counts the attempts that have failed since the last answer, the first of them at
-    `silent_since`; `failing`: the first request among them that is above suspicion; `several`: there are two. The
-    latest outage lasts from `outage_from`, its first failure, to `outage_until` (inf = it goes on), and was recognized
-    at `outage_opened_at`. While it goes on nothing is launched before `probe_at` (-inf = no outage), and the next only
-    after `probe_gap_s` more.
+    `silent_since`; `failing` is the first request among them that is above suspicion; `several`: there are at least
+    two. The latest outage lasts from `outage_from`, its first failure, to `outage_until` (inf = it goes on), and was
+    recognized at `outage_opened_at`. During an outage nothing is launched before `probe_at` (-inf = no outage), and
+    after a probe nothing for another `probe_gap_s`.
     """
 
     in_flight: int = 0
@@ -222,9 +225,9 @@ class State:
 
 
 def budget_of(limit: float, headroom_ratio: float) -> float:
-    """Whole tokens (or requests) of `limit` that may be used, at least one: floor(limit * (1 - headroom)).
+    """Return the whole tokens (or requests) of `limit` that may be used, at least one: floor(limit * (1 - headroom)).
 
-    The tiny addition keeps an exact product whole: 30,000 at 15 % is 25,500, not 25,499.
+    Without a limit (0): inf. The tiny addition keeps an exact product whole: 30,000 at 15 % is 25,500, not 25,499.
     """
     if limit <= 0.0:
         return math.inf
@@ -232,26 +235,26 @@ def budget_of(limit: float, headroom_ratio: float) -> float:
 
 
 def rate_of(limit: float, headroom_ratio: float, length_s: float) -> float:
-    """Refill per second of a bucket of that limit: the whole budget once per window length."""
+    """Return the refill per second of a bucket of that limit: the whole budget once per window length."""
     if limit <= 0.0:
         return math.inf
     return max(limit * (1.0 - headroom_ratio), 1e-9) / length_s
 
 
 def held_of(p: Params, d: int, amount: float) -> float:
-    """What the window of dimension `d` holds of `amount` per minute or day at most: all of it, or a burst's share."""
+    """Return how much of `amount` per minute or day the window of dimension `d` holds: all of it, or a burst's share."""
     if d >= TPD or p.burst_ratio == 1.0 or amount == math.inf:
         return amount
     return max(1.0, amount * p.burst_ratio)
 
 
 def never_fits(p: Params, reserve: float) -> bool:
-    """Whether a reservation is above a limit itself, not just above the budget: the provider would never admit it."""
+    """Return whether a reservation exceeds a limit itself, not just the budget: the provider would never admit it."""
     return (0.0 < held_of(p, TPM, p.limit[TPM]) < reserve) or (0.0 < p.limit[TPD] < reserve)
 
 
 def _sliding_used(s: State, d: int, cell: float) -> float:
-    """Content of the sliding window once `cell` is the current one: the stored sum less the cells that fell out."""
+    """Return the sliding window's content once `cell` is the current one: the stored sum less the expired cells."""
     passed = cell - s.cell_at[d]
     if passed <= 0.0:
         return s.window_used[d]
@@ -265,7 +268,7 @@ def _sliding_used(s: State, d: int, cell: float) -> float:
 
 
 def _sliding_ready_at(p: Params, s: State, d: int, amount: float, now: float) -> float:
-    """The moment at which enough old cells have left the sliding window for `amount` to fit."""
+    """Return the moment at which enough old cells have left the sliding window for `amount` to fit."""
     cell = math.floor(now / CELL_S)
     budget = p.budget[d] * s.scale[d]
     need = min(amount, budget)
@@ -281,10 +284,10 @@ def _sliding_ready_at(p: Params, s: State, d: int, amount: float, now: float) ->
 
 
 def _ready_at(p: Params, s: State, d: int, amount: float, now: float) -> float:
-    """When dimension `d` has room for `amount`, seconds; may lie in the past. Above the budget: an empty window.
+    """Return when dimension `d` has room for `amount`, seconds; may lie in the past.
 
-    For a bucket, level(t) = capacity - (full_at - t) * rate >= amount, solved for t
-    (docs/explanation/provider.md#buckets).
+    An amount above the budget fits when the window is empty. For a bucket, level(t) = capacity - (full_at - t) * rate
+    >= amount, solved for t (docs/explanation/provider.md#buckets).
     """
     if p.window == BUCKET or d >= TPD:
         scale = s.scale[d]
@@ -304,7 +307,7 @@ def _ready_at(p: Params, s: State, d: int, amount: float, now: float) -> float:
 
 
 def _roll(s: State, d: int, cell: float) -> None:
-    """Makes `cell` the current one of the sliding window, emptying those that fell out."""
+    """Make `cell` the current one of the sliding window and empty the expired cells."""
     if cell <= s.cell_at[d]:
         return
     s.window_used[d] = _sliding_used(s, d, cell)
@@ -315,7 +318,7 @@ def _roll(s: State, d: int, cell: float) -> None:
 
 
 def _book(p: Params, s: State, d: int, amount: float, now: float) -> None:
-    """Books `amount` in dimension `d` at `now`."""
+    """Book `amount` in dimension `d` at `now`."""
     if p.window == BUCKET or d >= TPD:
         full_at = s.full_at[d]
         s.full_at[d] = (full_at if full_at > now else now) + amount / (p.rate_per_s[d] * s.scale[d])
@@ -332,14 +335,14 @@ def _book(p: Params, s: State, d: int, amount: float, now: float) -> None:
 
 
 def _rebook(p: Params, s: State, d: int, change: float, booked_at: float) -> None:
-    """Changes a booking made at `booked_at` by `change`, if the window (or cell) that holds it still counts."""
+    """Change a booking made at `booked_at` by `change`, if the window (or cell) that holds it still counts."""
     if p.window == BUCKET or d >= TPD:
         s.full_at[d] += change / (p.rate_per_s[d] * s.scale[d])
     elif p.window == SLIDING:
         cell = math.floor(booked_at / CELL_S)
         if cell >= s.cell_at[d] - CELLS_BEHIND:
             i = d * CELLS + int(cell) % CELLS
-            # What was carried over from another kind of window stands in a later cell; less than nothing is in none.
+            # A booking carried over from another kind of window is in a later cell, and no cell may become negative.
             change = max(change, -s.cells[i])
             s.cells[i] += change
             s.window_used[d] += change
@@ -362,16 +365,16 @@ def _rebook_tokens(p: Params, s: State, change: float, booked_at: float) -> None
 
 
 def _stated_limit(p: Params, s: State, d: int) -> float:
-    """The provider's limit: as its headers state it, else as the policy assumes it. 0 = none known."""
+    """Return the provider's limit: as its headers state it, else as the policy assumes it. 0 = none known."""
     return s.granted[d] or p.limit[d]
 
 
 def _mirror_ready_at(p: Params, s: State, d: int, amount: float) -> float:
-    """When `amount` fits into the provider's bucket, as far as its answers tell, with room for a surprise.
+    """Return when `amount` fits into the provider's bucket, as far as its answers show, with room for a surprise.
 
-    The room is what makes a pool quiet that shares its quota, or whose reservations are below the provider's charge: it
-    costs a delay once, not throughput, since the bucket refills all the same. Of a day nothing is kept free: the delay
-    would be hours, what earlier runs used is no surprise, and a day's count need never be heard.
+    The room keeps a pool free of refusals if others share its quota or its reservations are below the provider's
+    charge. It costs one delay, not throughput, since the bucket refills meanwhile. A daily limit keeps nothing free:
+    the delay would be hours, the use of earlier runs is no surprise, and a daily count may never arrive.
     """
     limit = _stated_limit(p, s, d)
     if limit <= 0.0:
@@ -386,7 +389,7 @@ def _mirror_ready_at(p: Params, s: State, d: int, amount: float) -> float:
 
 
 def _mirror_book(p: Params, s: State, reserve: float, now: float) -> None:
-    """Books a launch in the image and, while launches are to be even, the time in which the limits refill it."""
+    """Book a launch in the image and, while launches are evenly spaced, the time in which the limits refill it."""
     refill_s = 0.0
     begins = now - s.burst_at > BURST_S
     if begins:
@@ -408,16 +411,16 @@ def _mirror_book(p: Params, s: State, reserve: float, now: float) -> None:
 
 
 def _mirror_moved(p: Params, s: State, d: int, change: float) -> None:
-    """Changes what the image holds."""
+    """Change the content of the image by `change`."""
     limit = _stated_limit(p, s, d)
     if limit > 0.0:
         s.mirror_at[d] += change * LENGTH_S[d] / limit
 
 
 def _corrected(p: Params, s: State, d: int, change: float, now: float) -> None:
-    """The provider's bucket holds so much more than our image of it: so does the image, and our own bucket too.
+    """Add `change`, the use that the provider's bucket shows beyond our image, to the image and to our own bucket.
 
-    A bucket of ours thereby holds what is really charged. A fixed or sliding window keeps what we reserved.
+    Our bucket thereby holds the real charge. A fixed or sliding window keeps the reservations.
     """
     s.mirror_at[d] = max(now, s.mirror_at[d])
     _mirror_moved(p, s, d, change)
@@ -427,13 +430,13 @@ def _corrected(p: Params, s: State, d: int, change: float, now: float) -> None:
 
 
 def _refused(p: Params, s: State, reserve: float, attempt: int, wait_s: float, launched_at: float, now: float) -> None:
-    """A refusal is evidence of its own: its reservation is not in the provider's bucket, and fits in `wait_s`.
+    """Learn from a refusal: its reservation is not in the provider's bucket, and would fit in `wait_s`.
 
-    No sooner than that in the dimension that is fullest by our image, and no later in any, whatever counts have said.
-    From then on, what others use at the most is kept free. But where all counts had room for the request, the limit
-    that it met is one that headers do not show, such as a share of the minute per second: launches are then spread
-    evenly for a while, which costs bursts but no throughput. A fixed or sliding window of which no count is heard is
-    its own image: the first refusal of a request, or one with a stated wait, changes nothing but the hold.
+    The reservation fits no sooner than that in the dimension that is fullest by our image, and no later in any
+    dimension, whatever counts have said. From then on the largest use by others is kept free. But if all counts had
+    room for the request, it met a limit that headers do not show, such as a share of the minute per second: launches
+    are then spread evenly for a while, which costs bursts but no throughput. A fixed or sliding window for which no
+    count arrives is its own image: a request's first refusal, or one with a stated wait, changes nothing but the hold.
     """
     fits_at = now + min(max(0.0, wait_s), MINUTE_S)
     fullest = -1
@@ -446,7 +449,7 @@ def _refused(p: Params, s: State, reserve: float, attempt: int, wait_s: float, l
         limit = _stated_limit(p, s, d)
         if d < TPD and limit > 0.0:
             if s.synced_at[d] >= launched_at:
-                # The bucket has refilled on the way here, if the count is of the answer.
+                # If the count was taken at the answer, the bucket has refilled since the launch.
                 room = min(room, s.left[d] - (now - launched_at) * limit / MINUTE_S - amount)
             s.mirror_at[d] = max(now, s.mirror_at[d])
             late_s = _mirror_ready_at(p, s, d, amount) - fits_at
@@ -455,7 +458,7 @@ def _refused(p: Params, s: State, reserve: float, attempt: int, wait_s: float, l
                 latest_s = late_s
     is_heard = s.stated[TPM] > 0.0 or s.stated[RPM] > 0.0
     if p.window != BUCKET and not is_heard and (wait_s > 0.0 or attempt == 1):
-        return  # nothing but a wait is known, or that it was too soon, and a window empties at once
+        return  # the refusal shows only a wait, or that the launch was too early, and a window empties all at once
     if 0.0 <= room < math.inf:
         s.paced_until = now + SURPRISE_FADES_S
     elif fullest >= 0:
@@ -470,7 +473,7 @@ def _refused(p: Params, s: State, reserve: float, attempt: int, wait_s: float, l
 
 
 def used_in(p: Params, s: State, d: int, now: float) -> float:
-    """Tokens (or requests) of dimension `d` that count against its budget at `now`. 0 where there is no limit."""
+    """Return the tokens (or requests) of dimension `d` that count against its budget at `now`. 0 if there is no limit."""
     if p.limit[d] <= 0.0:
         return 0.0
     if p.window == BUCKET or d >= TPD:
@@ -483,7 +486,7 @@ def used_in(p: Params, s: State, d: int, now: float) -> float:
 
 
 def day_started(p: Params, s: State, tokens_used: float, requests_used: float, now: float) -> None:
-    """Starts the daily budgets with what was already used of them."""
+    """Start the daily budgets with the amounts that were already used."""
     if p.limit[TPD] > 0.0 and tokens_used > 0.0:
         s.full_at[TPD] = now + tokens_used / p.rate_per_s[TPD]
     if p.limit[RPD] > 0.0 and requests_used > 0.0:
@@ -494,34 +497,34 @@ def day_started(p: Params, s: State, tokens_used: float, requests_used: float, n
 
 
 def answer_may_admit(p: Params, cause: int) -> bool:
-    """Whether an ordinary answer can bring forward a head that waits for `cause`; if not, nobody need ask again.
+    """Return whether an ordinary answer can bring forward a head that waits for `cause`; else no driver need ask again.
 
-    A place that comes back helps only who waits for one; a budget changes only where real use or counts are booked.
+    A returned place helps only a head that waits for one; a budget changes only if actual use or counts are booked.
     """
     return cause in (CONCURRENCY, NOTHING) or p.settles > 0 or p.sync_headers > 0
 
 
 def permits(p: Params, s: State) -> int:
-    """Requests that may be in flight now. While a finalize pass is open the lower cap holds; nobody is pre-empted."""
+    """Return how many requests may be in flight now. An open finalize pass lowers the cap; running requests continue."""
     if p.finalize_lowers and s.finalize_open > 0 and p.finalize_max_concurrency < p.max_concurrency:
         return p.finalize_max_concurrency
     return p.max_concurrency
 
 
 def _kept(p: Params, held: float, standing: int) -> float:
-    """What an attempt of that standing leaves of a limit that holds so much: a batch's first attempts alone do."""
+    """Return the part of a limit's content that an attempt leaves free: only a batch's first attempts leave any."""
     return held * p.interactive_ratio if standing == FIRST else 0.0
 
 
 def admission(p: Params, s: State, reserve: float, standing: int, now: float) -> tuple[float, int]:
-    """The moment at which this reservation may launch, and the knob whose own time is latest. The one rule."""
+    """Return when this reservation may launch, and the setting that delays it longest. This is the rule of admission."""
     if s.paused:
         return math.inf, PAUSED
     most = permits(p, s)
     if p.interactive_ratio > 0.0 and standing == FIRST:
         most = max(1, most - math.ceil(_kept(p, most, standing)))
-    # A reservation above the budget runs alone: nothing else in flight, and nobody joins it. Who kept its place does
-    # not wait for the others in flight: where the limit fell meanwhile, all of them may be waiting like itself.
+    # A reservation above the budget runs alone: nothing else is in flight, and no other request joins it. A retry that
+    # holds its place does not wait for the others in flight: if the limit fell meanwhile, they may all be waiting too.
     if (
         standing != HOLDING
         and s.in_flight > 0
@@ -534,7 +537,7 @@ def admission(p: Params, s: State, reserve: float, standing: int, now: float) ->
         at = s.next_slot_at
         cause = STAGGER
     for d in range(4):
-        # (A bucket that will be full by then has room for anything, and is not asked.)
+        # (A bucket that will be full by then has room for any amount and need not be asked.)
         if p.limit[d] > 0.0 and (s.full_at[d] > at or p.window != BUCKET):
             amount = reserve if d & 1 == 0 else 1.0
             if p.interactive_ratio > 0.0:
@@ -566,29 +569,29 @@ def admission(p: Params, s: State, reserve: float, standing: int, now: float) ->
 
 
 def admit_at(p: Params, s: State, reserve: float, standing: int, now: float) -> float:
-    """Absolute time at which this reservation may launch, never before `now`; inf = not before something settles.
+    """Return the absolute time at which this reservation may launch, at least `now`; inf = an attempt must end first.
 
-    `standing` is FIRST, RETRY (takes a permit and tokens but no stagger slot) or HOLDING (a retry whose permit was
-    kept). Asked again at the time that it named, with the state unchanged, it names that same time.
+    `standing` is FIRST, RETRY (takes a permit and tokens but no stagger slot), HOLDING (a retry whose permit was kept)
+    or INTERACTIVE. Asked again at the time that it returned, with the state unchanged, it returns that same time.
     """
     return admission(p, s, reserve, standing, now)[0]
 
 
 def blocked_by(p: Params, s: State, reserve: float, standing: int, now: float) -> int:
-    """The knob whose own time is latest for this reservation, NOTHING if it may launch now.
+    """Return the setting that delays this reservation longest, NOTHING if it may launch now.
 
-    Every knob's time is absolute, so the answer stays the same until the state changes or the request launches.
+    Each setting's time is absolute, so the answer stays the same until the state changes or the request launches.
     """
     return admission(p, s, reserve, standing, now)[1]
 
 
 def stagger_gap_s(p: Params, u: float) -> float:
-    """Time from one launch to the next slot: the stagger, +-`jitter_ratio` of it but at most `jitter_cap_s`."""
+    """Return the time from one launch to the next slot: the stagger, +-`jitter_ratio` of it but at most `jitter_cap_s`."""
     return p.stagger_s + min(p.stagger_s * p.jitter_ratio, p.jitter_cap_s) * (2.0 * u - 1.0)
 
 
 def launched(p: Params, s: State, reserve: float, standing: int, now: float, u: float) -> None:
-    """Takes the permit, books the reservation in every budget and, on a first attempt, the next launch slot."""
+    """Take the permit, book the reservation in every budget and, on a first attempt, the next launch slot."""
     if standing != HOLDING:
         s.in_flight += 1
     if reserve > held_of(p, TPM, p.budget[TPM]) * s.scale[TPM]:
@@ -599,7 +602,7 @@ def launched(p: Params, s: State, reserve: float, standing: int, now: float, u: 
     if p.sync_headers:
         _mirror_book(p, s, reserve, now)
     if s.reopening_s > 0.0:
-        # The first after a hold goes alone until a refusal would have been heard, the others at ever smaller distances.
+        # The first launch after a hold goes alone until its refusal would have arrived; the gaps after it shrink.
         s.hold_until = max(s.hold_until, now + s.reopening_s)
         s.reopening_s = s.reopening_s / 2.0 if s.reopening_s > REOPENED_S else 0.0
     if standing == FIRST:
@@ -614,14 +617,14 @@ def launched(p: Params, s: State, reserve: float, standing: int, now: float, u: 
 
 
 def released(p: Params, s: State) -> None:
-    """Gives a permit back with nothing learned: cancelled, refused for good, or given up while it backed off."""
+    """Give a permit back with nothing learned: a request was cancelled, rejected, or given up during its backoff."""
     s.in_flight -= 1
     if s.in_flight == 0:
         s.alone = 0
 
 
 def settled(p: Params, s: State, reserve: float, used: float, launched_at: float, now: float) -> None:
-    """An answer arrived: frees the permit and, if the policy settles, books what was really used in the same place."""
+    """Free the permit of an answered attempt and, if the policy settles, replace its reservation by the tokens used."""
     released(p, s)
     answered(p, s, now)
     s.outwaited = 0
@@ -634,8 +637,10 @@ def settled(p: Params, s: State, reserve: float, used: float, launched_at: float
 
 
 def answered(p: Params, s: State, now: float) -> None:
-    """The provider answered an attempt, be it with a refusal: there is no outage, or no more. The probe was admitted,
-    so the rest may follow."""
+    """Note that the provider answered an attempt, even with a refusal: any outage is over.
+
+    The probe was admitted, so the other requests may follow.
+    """
     if s.unanswered > 0:
         s.unanswered = 0
         _outage_over(s, now)
@@ -648,10 +653,10 @@ def _outage_over(s: State, now: float) -> None:
 
 
 def _unanswered(p: Params, s: State, request: int, is_fresh: bool, now: float) -> None:
-    """An attempt failed without an answer. Where that is all that has lately come back, the breaker opens.
+    """Note that an attempt failed without an answer. If recent attempts ended in nothing else, the breaker opens.
 
-    A single request may be at fault itself (it always times out, or crashes the server), so two must have failed that
-    are above suspicion: `is_fresh`, it has not failed before while others were answered.
+    A single request may itself be at fault (it always times out, or crashes the server), so two requests above
+    suspicion must have failed: `is_fresh` means that the request has not failed before while others were answered.
     """
     s.unanswered += 1
     if s.unanswered == 1:
@@ -675,11 +680,11 @@ def _unanswered(p: Params, s: State, request: int, is_fresh: bool, now: float) -
 
 
 def spared(p: Params, s: State, outages: int, launched_at: float, failed_at: float) -> int:
-    """Whether an attempt that failed at `failed_at` does not count, since it did in the latest outage; -1 = it counts.
+    """Return the outages that have spared a request, this one included, if its failure at `failed_at` does not count.
 
-    `outages`: by how many outages the request has been spared so far. Returned is that number with this one: a probe is
-    always spared, an attempt that was launched before the breaker opened only as often as a request may be tried, since
-    one that is there whenever the breaker opens may be the cause.
+    -1 = the attempt counts. `outages`: how many outages have spared the request so far. A probe is always spared. An
+    attempt launched before the breaker opened is spared only as often as a request may be tried, since a request that
+    is in flight whenever the breaker opens may be the cause.
     """
     if not s.outage_from <= failed_at <= s.outage_until:
         return -1
@@ -689,51 +694,51 @@ def spared(p: Params, s: State, outages: int, launched_at: float, failed_at: flo
 
 
 def deadline_at(p: Params, first_launched_at: float) -> float:
-    """When a request is given up, retries included, counted from its first launch. inf without a deadline."""
+    """Return when a request is given up, retries included, counted from its first launch. inf without a deadline."""
     if p.deadline_s <= 0.0:
         return math.inf
     return first_launched_at + p.deadline_s
 
 
 def expires_at(p: Params, first_launched_at: float, launched_at: float) -> float:
-    """Until when the answer to an attempt is awaited: the time-out, or the request's deadline if that is sooner."""
+    """Return until when an attempt's answer is awaited: its time-out, or the request's deadline if that is sooner."""
     return min(launched_at + p.timeout_s, deadline_at(p, first_launched_at))
 
 
 def backoff_s(p: Params, attempt: int) -> float:
-    """Our own wait after a failed attempt (1, 2, ...): base, doubling, at most the cap. Jitter comes on top."""
+    """Return our own wait after a failed attempt (1, 2, ...): base, doubling, at most the cap. Jitter comes on top."""
     return min(math.ldexp(p.backoff_base_s, attempt - 1), p.backoff_cap_s)
 
 
 def outlasts(p: Params, retry_after_s: float) -> bool:
-    """Whether a stated wait is longer than any that is obeyed: than the cap, or than a request may take in all."""
+    """Return whether a stated wait is too long to obey: longer than the cap or than a request may take in all."""
     return retry_after_s > p.retry_after_cap_s or 0.0 < p.deadline_s <= retry_after_s
 
 
 def is_spent(p: Params, attempt: int, retry_after_s: float) -> bool:
-    """Whether a request that is not tried again was ended by its attempts or by the cap of waits, not its deadline."""
+    """Return whether a request that is given up was ended by its attempts or the cap on waits, not by its deadline."""
     return attempt >= p.max_attempts or retry_after_s > p.retry_after_cap_s
 
 
 def is_shut_out(s: State) -> bool:
-    """Whether a batch should stop, since all that it asks for meets a wait that is not obeyed."""
+    """Return whether a batch should stop because its requests keep meeting waits that are not obeyed."""
     return s.outwaited >= OUTWAITED
 
 
 def _wait_s(p: Params, attempt: int, retry_after_s: float) -> float:
-    """How long to wait after an attempt that failed: as the provider says, as far as that is obeyed, else a backoff."""
+    """Return the wait after a failed attempt, seconds: the stated one if it is obeyed, else our backoff."""
     if 0.0 < retry_after_s <= p.retry_after_cap_s:
         return retry_after_s + RETRY_AFTER_SLACK_S
     return backoff_s(p, attempt)
 
 
 def keeps_permit(p: Params) -> int:
-    """The standing in which a request that now backs off will ask again: HOLDING or RETRY."""
+    """Return the standing in which a request that now backs off will ask again: HOLDING or RETRY."""
     return HOLDING if p.backoff_keeps_permit else RETRY
 
 
 def _retry_at(p: Params, s: State, at: float, is_last: bool, standing: int, first_launched_at: float) -> float:
-    """`at`, or inf where attempts or time are exhausted; the permit goes back unless it is kept for a retry."""
+    """Return `at`, or inf if attempts or time are exhausted; give the permit back unless it is kept for a retry."""
     if is_last or at >= deadline_at(p, first_launched_at):
         released(p, s)
         return math.inf
@@ -743,7 +748,7 @@ def _retry_at(p: Params, s: State, at: float, is_last: bool, standing: int, firs
 
 
 def _jittered_at(p: Params, wait_s: float, now: float, u: float) -> float:
-    """The end of a wait and of its jitter, which is positive: no herd, never early."""
+    """Return the end of a wait and its jitter. The jitter is positive: retries spread out and are never early."""
     return now + wait_s + min(wait_s * p.jitter_ratio, p.jitter_cap_s) * u
 
 
@@ -758,11 +763,11 @@ def throttled(
     now: float,
     u: float,
 ) -> float:
-    """A 429 arrived for attempt 1, 2, ...: absolute retry time, or inf = exhausted (attempts, or the deadline).
+    """Return when to retry after a 429 to attempt 1, 2, ...: absolute time, or inf = attempts or time are exhausted.
 
-    A stated Retry-After (seconds, > 0) wins over the backoff; -1 = absent. One above the cap (114 h was seen) ends the
-    request, and counts for the hold as if it had not been stated. The reservation stays booked unless the policy
-    refunds: a provider may count refused requests. With hold-on-throttle nobody launches before the retry does.
+    A stated Retry-After (seconds, > 0) takes precedence over the backoff; -1 = absent. One above the cap (114 h has
+    been seen) ends the request, and counts for the hold as if it were absent. The reservation stays booked unless the
+    policy refunds: a provider may count refused requests. With hold-on-throttle nothing launches before the retry.
     """
     answered(p, s, now)
     if p.refunds_throttled:
@@ -772,15 +777,15 @@ def throttled(
     wait_s = _wait_s(p, attempt, retry_after_s)
     more_s = 0.0
     if retry_after_s <= 0.0 and attempt == p.max_attempts - 1 and deadline_at(p, first_launched_at) == math.inf:
-        # Nobody said when to come back: the last attempt comes when a limit per minute must have opened again.
+        # No wait was stated: the last attempt comes when a limit per minute must have opened again.
         more_s = max(0.0, first_launched_at + FIXED_S - now - wait_s)
     if outlasts(p, retry_after_s):
         s.outwaited += 1
     at = _jittered_at(p, wait_s + more_s, now, u)
     at = _retry_at(p, s, at, is_spent(p, attempt, retry_after_s), keeps_permit(p), first_launched_at)
     if p.hold_on_throttle:
-        # Until the retry itself, whose jitter would else let newer work take the tokens that it waited for; but no
-        # longer than a request has that is launched now.
+        # Hold until the retry itself, else its jitter would let newer work take the tokens that it waited for; but no
+        # longer than the deadline of a request that is launched now.
         held_until = now + wait_s if at == math.inf or more_s > 0.0 else at
         s.hold_until = max(s.hold_until, min(held_until, deadline_at(p, now)))
         s.reopening_s = now - launched_at
@@ -800,12 +805,13 @@ def failed(
     now: float,
     u: float,
 ) -> tuple[float, int]:
-    """The same for 5xx, time-outs and dropped connections, with the standing in which the request will ask again.
+    """Return when to retry after a 5xx, time-out or dropped connection, and with which standing; inf = give up.
 
-    No hold, and no refund, since the provider charged it. `is_answer`: a 4xx that may be tried again, which shows that
-    the provider is there. In an outage no attempt is the last, and `spared` says afterwards whether it counts; nor is a
-    place in flight kept where nothing is answered, so that another request can be tried. A wait above the cap that
-    comes with a 5xx is not obeyed, and ends nothing: nobody knows when an outage is over.
+    There is no hold and no refund, since the provider charged the attempt. `is_answer`: the failure is a 4xx that may
+    be retried, which shows that the provider is up. During an outage no attempt is the last, and `spared` tells
+    afterwards whether it counts; nor does a request keep its place while nothing is answered, so that another can be
+    tried. A wait above the cap that comes with a 5xx is not obeyed and ends nothing: the end of an outage cannot be
+    predicted.
     """
     if is_answer:
         answered(p, s, now)
@@ -821,22 +827,22 @@ def failed(
 
 
 def finalize_opened(p: Params, s: State) -> None:
-    """A cut answer asks for a finalize pass: from now to its own end the lower concurrency cap holds."""
+    """Open a finalize pass, which a truncated answer asks for: the lower concurrency cap holds until the pass ends."""
     s.finalize_open += 1
 
 
 def finalize_closed(p: Params, s: State) -> None:
-    """A finalize pass has ended, in whatever way."""
+    """Close a finalize pass, however it ended."""
     s.finalize_open -= 1
 
 
 def paused(p: Params, s: State) -> None:
-    """Stops all launches until `resumed`. Requests in flight go on."""
+    """Stop all launches until `resumed`. Requests in flight continue."""
     s.paused = 1
 
 
 def resumed(p: Params, s: State) -> None:
-    """Launches may go on."""
+    """Allow launches again."""
     s.paused = 0
 
 
@@ -846,13 +852,13 @@ def resumed(p: Params, s: State) -> None:
 def rank(
     p: Params, lane: int, attempt: int, expected: float, reserve: float, sequence: float, standing: int = FIRST
 ) -> tuple[float, float, float, float]:
-    """Sort key of a waiting attempt, smallest first: interactive requests, retries, finalize passes, then new work.
+    """Return the sort key of a waiting attempt, smallest first: interactive, retries, finalize passes, new work.
 
-    New work goes in order of arrival, or longest expected answer first (`expected` = the declared output cap, ties by
-    the larger reservation: never the answer itself), so that a batch does not end on a long tail. Elementwise over
-    arrays of `expected`, `reserve` and `sequence` too. Of retries, those HOLDING their place go first: after a change
-    of settings both kinds wait, and one without a place, interactive or not, would wait for the places of those behind
-    it.
+    New work goes in order of arrival, or longest expected answer first, so that a batch does not end on a long tail
+    (`expected` is the declared output cap, never the answer itself; ties go to the larger reservation). Works
+    elementwise on arrays of `expected`, `reserve` and `sequence` too. Retries HOLDING their place go before other
+    retries: after a change of settings both kinds wait, and one without a place, interactive or not, would wait for the
+    places of those behind it.
     """
     if standing == INTERACTIVE:
         return 0.0, -0.5, 0.0, sequence
@@ -869,7 +875,7 @@ def rank(
 
 
 def _granted(p: Params, s: State, d: int, limit: float, now: float) -> None:
-    """The provider states its limit: the image takes it over, and a smaller one than the policy's scales the budget."""
+    """Take over the limit that the provider states: the image adopts it, and one below the policy's scales the budget."""
     before = _stated_limit(p, s, d)
     s.granted[d] = limit
     if before != limit and before > 0.0:
@@ -893,20 +899,22 @@ def synced(
     launched_at: float,
     now: float,
 ) -> None:
-    """The provider's own count corrects ours in dimension `d`. Call it after `settled`, and before `throttled`.
+    """Correct our count in dimension `d` by the provider's. Call it after `settled` and before `throttled`.
 
-    `limit` and `remaining` are what it stated, of any moment from the launch to the answer; below zero, more than the
-    limit is used. `amount` is what the request had booked, `is_refused` whether it was turned away; `booked_since` is
-    what this pool has booked in that dimension since before the launch: `booked[d]` now, less `booked_before[d]` then.
+    `limit` and `remaining` are the stated figures, valid at some moment between launch and answer; a negative rest
+    means that more than the limit is used. `amount` is the request's booking, `is_refused` whether it was refused;
+    `booked_since` is what this pool has booked in that dimension since before the launch: `booked[d]` now, less
+    `booked_before[d]` then.
 
-    Nobody knows when a provider counts. Of the launch, its bucket now holds what was used then, less what has refilled,
-    and what was booked since, by requests that left a moment before, too. Of the answer, it holds what was used. Of the
-    two corrections to our image only what both ask for is made, and of that only what the count before asked for, too:
-    one count is never believed against all others, and errors of either sign, such as rounding, do not add up. A
-    refusal confirms what it states. A limit other than the known one is believed when it is stated twice in a row.
+    The moment of the provider's count is unknown. If the count was taken at the launch, the bucket now holds what was
+    used then, less what has refilled, plus what was booked since, including by requests that left a moment before. If
+    it was taken at the answer, the bucket holds what was used. Of these two corrections to our image only the part
+    common to both is made, and of that only the part that the previous count also asked for: one count never overrules
+    all others, and errors of either sign, such as rounding, do not add up. A refusal confirms the count that it states.
+    A limit other than the known one is believed when it is stated twice in a row.
 
-    Ignored: counts of launches before the last one taken over, counts older than the window, and implausible ones
-    (above the limit or below zero by more than that, not a number).
+    Ignored are counts of launches before the last one taken over, counts older than the window, and implausible ones
+    (above the limit, below zero by more than the limit, not a number).
     """
     length_s = LENGTH_S[d]
     if not (p.sync_headers and 0.0 < limit < math.inf and -limit <= remaining <= limit):
@@ -924,13 +932,13 @@ def synced(
         _granted(p, s, d, limit, now)
     s.others[d] *= math.exp(-passed_s / MINUTE_S)
     s.surprise[d] *= math.exp(-passed_s / SURPRISE_FADES_S)
-    # What was turned away is in our image, and not in the provider's bucket.
+    # A refused request is in our image but not in the provider's bucket.
     ours = max(0.0, s.mirror_at[d] - now) * limit / length_s - (amount if is_refused else 0.0)
     used = max(0.0, held_of(p, d, limit) - remaining)
     refilled = limit / length_s * (now - launched_at)
     change = _nearer(used - ours, max(0.0, used - refilled) + booked_since - amount - ours)
     if remaining == 0.0:
-        change = max(0.0, change)  # how much more than all of it is used, nobody knows
+        change = max(0.0, change)  # a rest of zero does not show how far the use exceeds the limit
     if not (is_refused and remaining < amount):
         doubt = s.doubt[d]
         s.doubt[d] = change
@@ -942,18 +950,19 @@ def synced(
 
 
 def _nearer(a: float, b: float) -> float:
-    """The one nearer to 0 of two changes of one sign, else 0."""
+    """Return the smaller in magnitude of two changes of the same sign, else 0."""
     if a > 0.0:
         return max(0.0, min(a, b))
     return min(0.0, max(a, b))
 
 
 def repriced(p_old: Params, p_new: Params, s: State, now: float) -> None:
-    """Carries the state over to changed settings in mid-run: what is used stays used, and the next slot moves.
+    """Carry the state over to settings changed in mid-run: used amounts stay used, and the next slot moves.
 
-    Permits and open finalize passes stay, and so does a hold, but no longer than the new deadline and cap of waits,
-    counted from now: an absurd wait must not outlast settings that were made against it. Settings without holds end it.
-    A kind of window that changes takes the content over as one booking made now: never looser than before.
+    Permits and open finalize passes stay. A hold stays too, but ends no later than the new deadline and cap on waits
+    allow, counted from now: an absurd wait must not outlast settings that were made against it. Settings without holds
+    end it. If the kind of window changes, its content is carried over as one booking made now, which is never looser
+    than before.
     """
     for d in range(4):
         used = used_in(p_old, s, d, now)
