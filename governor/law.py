@@ -242,7 +242,7 @@ def rate_of(limit: float, headroom_ratio: float, length_s: float) -> float:
 
 
 def held_of(p: Params, d: int, amount: float) -> float:
-    """Return how much of `amount` per minute or day the window of dimension `d` holds: all of it, or a burst's share."""
+    """Return how much of `amount` per minute or day dimension `d`'s window holds: all of it, or a burst's share."""
     if d >= TPD or p.burst_ratio == 1.0 or amount == math.inf:
         return amount
     return max(1.0, amount * p.burst_ratio)
@@ -473,7 +473,7 @@ def _refused(p: Params, s: State, reserve: float, attempt: int, wait_s: float, l
 
 
 def used_in(p: Params, s: State, d: int, now: float) -> float:
-    """Return the tokens (or requests) of dimension `d` that count against its budget at `now`. 0 if there is no limit."""
+    """Return the tokens (or requests) that count against the budget of dimension `d` at `now`; 0 without a limit."""
     if p.limit[d] <= 0.0:
         return 0.0
     if p.window == BUCKET or d >= TPD:
@@ -505,7 +505,7 @@ def answer_may_admit(p: Params, cause: int) -> bool:
 
 
 def permits(p: Params, s: State) -> int:
-    """Return how many requests may be in flight now. An open finalize pass lowers the cap; running requests continue."""
+    """Return how many requests may be in flight now. An open finalize pass lowers the cap but pre-empts none."""
     if p.finalize_lowers and s.finalize_open > 0 and p.finalize_max_concurrency < p.max_concurrency:
         return p.finalize_max_concurrency
     return p.max_concurrency
@@ -517,7 +517,7 @@ def _kept(p: Params, held: float, standing: int) -> float:
 
 
 def admission(p: Params, s: State, reserve: float, standing: int, now: float) -> tuple[float, int]:
-    """Return when this reservation may launch, and the setting that delays it longest. This is the rule of admission."""
+    """Return when this reservation may launch, and the setting that delays it longest: the rule of admission."""
     if s.paused:
         return math.inf, PAUSED
     most = permits(p, s)
@@ -586,7 +586,7 @@ def blocked_by(p: Params, s: State, reserve: float, standing: int, now: float) -
 
 
 def stagger_gap_s(p: Params, u: float) -> float:
-    """Return the time from one launch to the next slot: the stagger, +-`jitter_ratio` of it but at most `jitter_cap_s`."""
+    """Return the time from a launch to the next slot: the stagger +-`jitter_ratio` of it, at most `jitter_cap_s`."""
     return p.stagger_s + min(p.stagger_s * p.jitter_ratio, p.jitter_cap_s) * (2.0 * u - 1.0)
 
 
@@ -875,7 +875,7 @@ def rank(
 
 
 def _granted(p: Params, s: State, d: int, limit: float, now: float) -> None:
-    """Take over the limit that the provider states: the image adopts it, and one below the policy's scales the budget."""
+    """Adopt the limit that the provider states in the image; one below the policy's scales the budget."""
     before = _stated_limit(p, s, d)
     s.granted[d] = limit
     if before != limit and before > 0.0:

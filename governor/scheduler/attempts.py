@@ -1,6 +1,6 @@
-"""The tasks that send: one per attempt, each with an end to its time.
+"""The tasks that send requests: one per attempt, each with a time limit.
 
-One timer watches for the first answer that is overdue: `asyncio.timeout_at` costs more than an admission.
+One timer watches for the first overdue answer: `asyncio.timeout_at` costs more than an admission.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ if TYPE_CHECKING:
 
 
 class NoLoop:
-    """Stands in for the event loop of a governor that is not used in one yet: time does not pass."""
+    """A placeholder for the event loop of a governor that no loop uses yet: time does not pass."""
 
     def time(self) -> float:
-        """0."""
+        """Return 0."""
         return 0.0
 
     def is_running(self) -> bool:
-        """No."""
+        """Return False."""
         return False
 
     def is_closed(self) -> bool:
-        """As one that is over: nothing can be called in it."""
+        """Return True, as for a loop that has ended: nothing can be called in it."""
         return True
 
 
 class Attempts:
-    """The attempts of a governor's batch that are under way."""
+    """The running attempts of a governor's batch."""
 
     def __init__(self, governor: Governor) -> None:
         self._governor = governor
@@ -49,29 +49,29 @@ class Attempts:
 
     @property
     def count(self) -> int:
-        """How many are under way."""
+        """The number of running attempts."""
         return len(self._tasks)
 
     def jobs(self) -> Iterable[Job]:
-        """What is being sent."""
+        """Return the jobs that are being sent."""
         return self._tasks.values()
 
     def start(self, job: Job, send: Send) -> None:
-        """Sends an attempt."""
+        """Start the task that sends an attempt."""
         job.expired = False
         task = self._governor.loop.create_task(self._attempt(job, send))
         self._tasks[task] = job
         task.add_done_callback(self._over)
 
     async def cancelled(self) -> None:
-        """Cancels all, and returns when they have ended."""
+        """Cancel all attempts, and return when they have ended."""
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def forget(self) -> list[Job]:
-        """Their loop has ended without them: the jobs that they were to send."""
+        """Forget all attempts, because their event loop has ended without them, and return their jobs."""
         jobs = list(self._tasks.values())
         self._tasks.clear()
         self._expiring.clear()
@@ -79,19 +79,19 @@ class Attempts:
         return jobs
 
     async def _attempt(self, job: Job, send: Send) -> None:
-        """Sends one attempt and takes its answer, whatever it is."""
+        """Send one attempt and report its answer, whatever it is."""
         governor = self._governor
         await governor.observer.flushed()
         task = asyncio.current_task()
         assert task is not None
-        # From now on: to record the launch may have taken long, if the disk was full.
+        # Compute the time limit only now: recording the launch may have taken long if the disk was full.
         expires_at = law.expires_at(governor.p, job.first_launched_s, governor.now())
         self._watch(expires_at, task)
         try:
             answer = await send(job, max(0.0, expires_at - governor.now()))
         except asyncio.CancelledError:
             if not job.expired or task.cancelling() > 1:
-                raise  # by somebody else (too)
+                raise  # the task was (also) cancelled from outside
             answer = TIMED_OUT
         if job.expired:
             task.uncancel()
@@ -107,7 +107,7 @@ class Attempts:
         if not task.cancelled():
             error = task.exception()
         elif not governor.batch.is_open:
-            error = None  # we did that ourselves
+            error = None  # `cancelled` has cancelled it
         else:
             error = PacelineError(f"sending request {job.index} was cancelled by something inside it")
         if error is not None:
@@ -117,7 +117,7 @@ class Attempts:
     # ------------------------------------------------------------ time-outs
 
     def _watch(self, at: float, task: asyncio.Task[None]) -> None:
-        """Cancels an attempt's task then, should it still run."""
+        """Cancel an attempt's task at that time if it is still running."""
         expiring = self._expiring
         if len(expiring) > self._sweep:
             self._sweep = swept(expiring, lambda entry: entry[2] not in self._tasks)
@@ -134,7 +134,7 @@ class Attempts:
         self._timer = governor.loop.call_at(governor.zero + at, self.expire, at) if at < inf else None
 
     def expire(self, now: float) -> None:
-        """Cancels those whose time is over, and forgets those that have ended before."""
+        """Cancel the overdue attempts, and forget those that have already ended."""
         expiring = self._expiring
         while expiring and (expiring[0][0] <= now or expiring[0][2] not in self._tasks):
             task = heappop(expiring)[2]

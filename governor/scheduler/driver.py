@@ -1,11 +1,11 @@
 """The governor: a scheduler in an event loop, for a program's own calls and for whole batches.
 
-Theory of operation. Time is the loop's monotonic clock, in seconds since the run began; a timer that rings early counts
-as its own time (`max(timer_at, clock)`), so that the law's word and the clock cannot disagree. The epoch is only for
-records. A waiting task costs one wake-up, when it is its turn.
+Theory of operation. Time is the loop's monotonic clock, in seconds since the run began. If a timer rings early, its own
+time counts (`max(timer_at, clock)`), so that the law and the clock cannot disagree. Epoch times are only for records. A
+waiting task costs one wake-up, when its turn has come.
 
-When something raises that must not (a send, an observer, the source), nothing more is launched on a state that cannot
-be vouched for; what is in flight is paid for and may end; then `run` raises it.
+If an unexpected exception is raised (by a send, an observer or the source), nothing more is launched, because the state
+can no longer be trusted. Requests in flight are paid for and may end; then `run` raises the exception.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from governor.scheduler.refusals import Refusals
 from governor.scheduler.scheduler import Scheduler
 from governor.scheduler.waiting import wait_s
 
-# Lanes of a program's own calls: where nobody waits for the answer, and where somebody does.
+# Lanes of a program's own calls: without and with a user who waits for the answer.
 BATCH = "batch"
 INTERACTIVE = "interactive"
 
 
 def standing_of(lane: str) -> int:
-    """How the law sees a first attempt in that lane. BadSetting for one that does not exist."""
+    """Return the law's standing for a first attempt in that lane. Raise BadSetting if the lane does not exist."""
     if lane not in (BATCH, INTERACTIVE):
         raise BadSetting(f"lane {quoted(lane)} does not exist: use {BATCH} or {INTERACTIVE}")
     return law.INTERACTIVE if lane == INTERACTIVE else law.FIRST
@@ -50,16 +50,17 @@ def standing_of(lane: str) -> int:
 class Governor(InALoop):
     """One pool's quota: a scheduler in an event loop.
 
-    It may be made anywhere, and works in the event loop that it is used in: one after the other in several
-    (`asyncio.run` twice), where bookings go on ageing between them, but never in two at once.
+    A governor may be created anywhere. It works in the event loop that uses it, and in several if they run one after
+    another (`asyncio.run` twice; bookings keep ageing in between), but never in two at once.
 
-    `params`: the settings (kept as `policy`), or the numbers that they mean to the law.
+    `params`: the settings (kept as `policy`), or the law's numbers for them. `state` and `start_s` continue an earlier
+    run at that many seconds since it began, with nothing in flight. `day_*_used`: prior use of the daily limits.
+    `learner`: estimates the reservation of the head anew. `own_quota`: do not share the quota even if
+    PACELINE_REDIS_URL is set (with False, BadSetting is raised in that case: see `sharing`). `quota`: use this quota in
+    place of a new one.
 
-    `permit` serves a program's own calls, `run` a whole batch; both at once share the quota, permits first. `state`
-    and `start_s` continue an earlier run, at so many seconds since that began, with nothing in flight. `day_*_used`:
-    what was used of the daily limits before. `learner`: estimates what waits at the head anew. `own_quota`: not
-    shared, even if PACELINE_REDIS_URL is set (BadSetting without it: see `sharing`). `quota`: another than one of its
-    own. `late_s`: by how much the timer that let the next launch out was late, -1 = none did.
+    `permit` serves a program's own calls, `run` a whole batch. Both can share the quota at the same time; permits go
+    first. `late_s`: how late the timer rang that triggered the next launch, -1 = no timer did.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Governor(InALoop):
         try:
             self.loop = asyncio.get_running_loop()
         except RuntimeError:
-            self.loop = cast(asyncio.AbstractEventLoop, NoLoop())  # until it is used in one
+            self.loop = cast(asyncio.AbstractEventLoop, NoLoop())  # until an event loop uses this governor
         self.zero = self.loop.time() - start_s
         self.zero_epoch = time.time() - start_s
         self.late_s = -1.0
@@ -109,7 +110,7 @@ class Governor(InALoop):
     # ------------------------------------------------------------ from outside
 
     def observe(self, observer: Observer) -> None:
-        """Tells that observer from now on, in the place of the one before (see `Together`)."""
+        """Report to this observer from now on, in place of the previous one (see `Together`)."""
         self.observer = observer
         self.batch.observe(observer)
 
@@ -123,13 +124,13 @@ class Governor(InALoop):
         max_wait_s: float = inf,
         lane: str = BATCH,
     ) -> Permit:
-        """`async with governor.permit(tokens) as permit:` waits until a request that reserves so many may be sent.
+        """Return a permit: `async with governor.permit(tokens)` waits until a request of that reservation may be sent.
 
-        `expected`: its declared output cap, for the order of launches. `max_wait_s`: Refused, if it may not be sent
-        within so many seconds. `request`, `charge`: what observers are told about each attempt, and without which they
-        are not. `lane`: "interactive" for a request that somebody waits for, which goes before all others, is not
-        staggered and may use what OPENAI_INTERACTIVE_RESERVE keeps; else "batch". Raises PacelineError for what can
-        never be sent, and where the pool has stopped.
+        `expected`: the request's declared output cap, for the order of launches. `max_wait_s`: entering raises Refused
+        if the request may not be sent within that many seconds. `request`, `charge`: what observers are told about each
+        attempt; without `request` they are not told. `lane`: "interactive" for a request whose user is waiting, which
+        goes before all others, is not staggered and may use the share that OPENAI_INTERACTIVE_RESERVE keeps free; else
+        "batch". Raises PacelineError if the request can never be sent, or if the pool has stopped.
         """
         reserve = self.batch.reserved(reserve, request)
         self._calls += 1
@@ -138,7 +139,7 @@ class Governor(InALoop):
         return Permit(self, job, max_wait_s)
 
     def try_permit(self, reserve: float, *, expected: float = -1.0, lane: str = BATCH) -> Permit | None:
-        """A permit that is granted already, where the request may be sent right now; None where it would have to wait.
+        """Return a permit that is already granted, or None if the request would have to wait.
 
         Enter it (`async with`) at once: it holds its place from here on. Raises as `permit` does.
         """
@@ -146,10 +147,10 @@ class Governor(InALoop):
         return permit if permit.is_granted_now() else None
 
     def wait_s(self, reserve: float, *, expected: float = -1.0, lane: str = BATCH) -> float:
-        """How long a request that reserves so many tokens would wait now, about, in seconds: see `waiting`.
+        """Estimate how long a request that reserves that many tokens would wait now, in seconds: see `waiting`.
 
-        0 = it may go at once; inf = nobody can say (paused, stopped). For a caller who would rather answer that it is
-        busy than wait. Where the quota is shared, what other processes' requests wait for is not known here.
+        0 = it may go at once; inf = unpredictable (paused or stopped). A caller can use this to answer "busy" rather
+        than wait. With a shared quota, the requests that wait in other processes are not known here.
         """
         reserve = self.batch.reserved(reserve, None)
         if self.stopped:
@@ -162,14 +163,15 @@ class Governor(InALoop):
     async def run(
         self, source: Iterator[Work], send: Send, *, finalize: bool = False, refusals: Refusals | None = None
     ) -> str:
-        """Runs all work of the source, in its order; returns "" or why it stopped before the end: see `stopped`.
+        """Run all work of the source, in its order; return "" or why the run stopped before the end: see `stopped`.
 
-        What was launched before comes first in the source: attempts go on counting, deadlines go on running, and an
-        open finalize pass is opened again.
+        Requests launched in an earlier run come first in the source: their attempts and deadlines continue to count,
+        and an open finalize pass is opened again.
 
-        `finalize`: a cut answer without text gets one more call. `refusals`: notices where all requests are refused
-        alike; without it each refusal ends its own. Where it stops, what waits stays where it came from. Cancelling
-        this cancels what is in flight. What a send, the observer or the source raises is raised here in the end.
+        `finalize`: a truncated answer without text gets one more call. `refusals`: detects that all requests are
+        refused alike; without it each refusal ends only its own request. If the run stops, waiting requests stay in the
+        source's records. Cancelling this coroutine cancels the requests in flight. An exception raised by a send, the
+        observer or the source is raised here at the end.
         """
         self.bind()
         self.event()
@@ -186,82 +188,83 @@ class Governor(InALoop):
         return self.stopped
 
     def stop(self, why: str) -> None:
-        """Launches nothing more; what is in flight goes on, who waits for a permit gets an error. `why`: not empty."""
+        """Launch nothing more; requests in flight continue, waiting callers get an error. `why`: not empty."""
         self.scheduler.stop(why)
 
     def more(self) -> None:
-        """The source of `run`, which had said that there is no more, has more. Nothing happens where no run goes on."""
+        """Continue reading the source of `run` after it had reported its end. Does nothing if no run is active."""
         if self._done is not None and not self._done.done():
             self.scheduler.begun(self.now())
             self.soon()
 
     def mark(self) -> Begun:
-        """This moment, for work that is submitted now and launched later (`Work.begun`)."""
+        """Return this moment, for work that is submitted now and launched later (`Work.begun`)."""
         now = self.now()
         self.scheduler.advance(now)
         return now, self.scheduler.clock.copy()
 
     def withdraw(self, is_meant: Callable[[Request], bool]) -> int:
-        """Takes out of the queue what waits and is meant, unended; returns how many. What is in flight goes on.
+        """Remove the waiting requests that `is_meant` selects, without ending them, and return how many.
 
-        The source must have stopped giving it before. What holds a place in flight while it backs off gives it back.
+        Requests in flight continue. The source must have stopped yielding the selected requests before. A request that
+        holds a place in flight during its backoff gives it back.
         """
         count = self.scheduler.withdrawn(lambda job: job.work is not None and is_meant(job.work.request), self.now())
         self.soon()
         return count
 
     def reopen(self) -> None:
-        """Launches again after `stop`, in the next `run`."""
+        """Allow launches again after `stop`, in the next `run`."""
         assert not self.batch.is_open, "a batch is still running"
         self.scheduler.stopped = ""
 
     def pause(self) -> None:
-        """Launches nothing until `resume`."""
+        """Launch nothing until `resume`."""
         self.scheduler.pause()
         self.soon()
 
     def resume(self) -> None:
-        """Goes on after `pause`."""
+        """Continue after `pause`."""
         self.scheduler.resume()
         self.soon()
 
     def reprice(self, params: Params) -> None:
-        """Takes changed settings over in mid-run. What was submitted before keeps its place in the queue."""
+        """Adopt changed settings in mid-run. Requests submitted before keep their places in the queue."""
         self.scheduler.reprice(params, self.now())
         self.soon()
 
     async def aclose(self) -> None:
-        """Gives back what this process holds of a quota that it shares (`shared`); nothing where it is its own."""
+        """Give back what this process holds of a shared quota (`shared`); does nothing if the quota is not shared."""
 
     def next_launch_at(self) -> float:
-        """When anything can be launched at the earliest; -inf = at any moment, or as soon as something else happens.
+        """Return the earliest time of the next launch; -inf = at any moment, or as soon as something else happens.
 
-        What is in flight may change that by its answer, but for a hold.
+        The answer of a request in flight may change that time, unless a hold is the cause.
         """
         return self.scheduler.next_launch_at(is_flying=self.attempts.count > 0)
 
     def backing_off(self) -> tuple[float, float]:
-        """When the first and the last of those that back off may be tried again; (inf, -inf) where nobody does."""
+        """Return when the first and the last backing-off request may be tried again; (inf, -inf) if there is none."""
         return self.scheduler.backing_off()
 
     @property
     def p(self) -> Params:
-        """The settings, as numbers of the law."""
+        """The settings as the law's numbers."""
         return self.scheduler.quota.p
 
     @property
     def s(self) -> State:
-        """The law's state, as far as it is known."""
+        """The law's state, as far as it is known here."""
         return self.scheduler.quota.s
 
     @property
     def stopped(self) -> str:
-        """Why nothing is launched any more."""
+        """Why nothing is launched any more; "" while launches go on."""
         return self.scheduler.stopped
 
     @property
     def cause(self) -> int:
-        """The law's reason for which the head of the queue waits right now."""
+        """The law's reason why the head of the queue waits right now."""
         return self.scheduler.cause
 
     @property
@@ -271,12 +274,12 @@ class Governor(InALoop):
 
     @property
     def may_move(self) -> bool:
-        """Whether another event loop may take over: nothing waits or is in flight."""
+        """Whether another event loop may take over, because no request waits or is in flight."""
         return not (self.attempts.count or self.batch.granted or self.scheduler.jobs() or self.batch.is_open)
 
     @property
     def in_flight(self) -> int:
-        """Permits taken: by requests that are being sent, and by those that back off and keep their place."""
+        """The number of permits taken by requests that are being sent or that keep their place during a backoff."""
         return self.scheduler.quota.in_flight
 
     @property
@@ -286,11 +289,11 @@ class Governor(InALoop):
 
     @property
     def next_slot_epoch(self) -> float:
-        """The same in seconds since 1970; 0 before the first launch."""
+        """`next_slot_at` in seconds since 1970; 0 before the first launch."""
         return self.zero_epoch + self.s.next_slot_at if self.s.next_slot_at > -inf else 0.0
 
     async def _close_down(self) -> None:
-        """Whatever the run leaves behind gives back what it holds."""
+        """Give back everything that the run's remaining requests hold."""
         self._done = None
         self.batch.end()
         try:

@@ -17,21 +17,24 @@ if TYPE_CHECKING:
 
 
 class PermitFuture(asyncio.Future[bool]):
-    """What the task that asked for a permit waits for. Cancelled or failed, its job is over at once: the scheduler
-    may be called a moment before the task itself can say so."""
+    """The future on which the task that asked for a permit waits.
+
+    If it is cancelled or fails, its job ends at once: an event may reach the scheduler before the task itself can
+    report.
+    """
 
     def __init__(self, job: Job, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(loop=loop)
         self._job = job
 
     def cancel(self, msg: object = None) -> bool:
-        """Cancels the wait."""
+        """Cancel the wait, and end the job with it."""
         is_cancelled = super().cancel(msg)
         self._job.ended = self._job.ended or is_cancelled
         return is_cancelled
 
     def set_exception(self, exception: type | BaseException) -> None:
-        """Ends the wait, and the job with it."""
+        """End the wait with an exception, and the job with it."""
         self._job.ended = True
         super().set_exception(exception)
 
@@ -39,9 +42,9 @@ class PermitFuture(asyncio.Future[bool]):
 class Permit:
     """The right to send one request, from the beginning of an `async with` to its end.
 
-    It comes back on every way out of the block. An exception or a cancellation leaves the reservation booked, since
-    the provider may have charged it; `used` says more. A request that is refused or fails may wait, inside the block,
-    for its next attempt. `limits`: what the answer's headers stated, if anything (see `answers`).
+    The permit is given back on every way out of the block. After an exception or a cancellation the reservation stays
+    booked, since the provider may have charged it; `used` reports the tokens of an answer. A request that is refused or
+    fails may wait for its next attempt inside the block.
     """
 
     __slots__ = ("_governor", "_job", "_limits", "_max_wait_s", "_used")
@@ -54,7 +57,7 @@ class Permit:
         self._limits: tuple[Limit, ...] = ()
 
     async def __aenter__(self) -> Permit:
-        if not self._job.flying:  # by `try_permit`
+        if not self._job.flying:  # else `try_permit` has granted it
             assert self._job.granted is None, "a permit is used once"
             await self._granted(self._ask(), self._max_wait_s)
         return self
@@ -63,7 +66,7 @@ class Permit:
         self.give_back()
 
     def give_back(self) -> None:
-        """Ends the permit, as leaving the block does. Nothing happens where it has ended already."""
+        """End the permit, as leaving the block does. Does nothing if it has already ended."""
         governor, job = self._governor, self._job
         if job.flying:
             governor.batch.granted.discard(job)
@@ -77,37 +80,43 @@ class Permit:
 
     @property
     def waits_s(self) -> list[float]:
-        """How long the request waited until it was last granted, by cause (`CAUSES`), seconds; where observers hear
-        of attempts."""
+        """How long the request waited before the last grant, seconds by cause (`CAUSES`).
+
+        Empty unless an observer is told about attempts.
+        """
         job = self._job
         waits_s: list[float] = getattr(job, "waits_s", [])
         return [*waits_s[:BACKOFF], job.eligible_s - job.submitted_s if job.tries > 1 else 0.0] if waits_s else []
 
     @property
     def attempt(self) -> int:
-        """The number of the attempt that the permit is granted for, from 1."""
+        """The number of the granted attempt, from 1."""
         return self._job.attempt
 
     @property
     def attempts_max(self) -> int:
-        """How often the policy lets a request be sent."""
+        """How often the policy allows a request to be sent."""
         return self._governor.p.max_attempts
 
     def used(self, tokens: float, limits: tuple[Limit, ...] = ()) -> None:
-        """The request is answered and used so many tokens, prompt and output; below 0 = not known."""
+        """Report that the request was answered and used this many tokens, prompt and output; below 0 = unknown.
+
+        `limits`: the counts in the answer's headers (see `answers`). Raises PacelineError if `tokens` is inf or not a
+        number.
+        """
         if not tokens < inf:
             raise PacelineError(f"an answer that used {tokens} tokens: tell a number of tokens, -1 = not known")
         self._used, self._limits = tokens, limits
 
     async def answered(self, answer: Answer) -> bool:
-        """What came back, whatever it is: returns True when the request may be sent again, False where it is over.
+        """Report any answer; return True when the request may be sent again, False if it is over.
 
-        See `answers.classify`. In the place of `used`, `throttled` and `failed`, for who does not tell answers apart.
+        Use it in place of `used`, `throttled` and `failed` if `answers.classify` has produced the answer.
         """
         return await self._once_more(lambda: self._governor.batch.answered(self._job, answer))
 
     def over(self, answer: Answer) -> None:
-        """The same where the request is not sent again, whatever came back: a stream has begun, say."""
+        """Report the last answer of a request that is never sent again, such as one whose stream has begun."""
         governor, job = self._governor, self._job
         if job.flying:
             governor.batch.granted.discard(job)
@@ -115,29 +124,29 @@ class Permit:
             governor.settle()
 
     def stated(self, limits: tuple[Limit, ...]) -> None:
-        """What the answer's headers say, before the answer is over: a stream's body may take long."""
+        """Report the headers' counts before the answer is complete: the body of a stream may take long."""
         governor = self._governor
         if self._job.flying and limits:
             governor.scheduler.stated(self._job, stated_by(limits), governor.now())
             governor.settle()
 
     async def throttled(self, retry_after_s: float = -1.0, limits: tuple[Limit, ...] = ()) -> bool:
-        """The request drew a 429, with that Retry-After (-1 = none): returns True when it may be sent again.
+        """Report a 429 with its Retry-After (-1 = none); return True when the request may be sent again.
 
-        False: its attempts or its time are spent, and the permit has gone back.
+        False: the request's attempts or time are exhausted, and the permit has been given back.
         """
         governor, job = self._governor, self._job
         stated = stated_by(limits)
         return await self._once_more(lambda: governor.scheduler.throttled(job, retry_after_s, stated, governor.now()))
 
     async def failed(self, retry_after_s: float = -1.0, limits: tuple[Limit, ...] = ()) -> bool:
-        """The same for a 5xx, a time-out or a dropped connection."""
+        """Report a 5xx, a time-out or a dropped connection; returns as `throttled` does."""
         governor, job = self._governor, self._job
         stated = stated_by(limits)
         return await self._once_more(lambda: governor.scheduler.failed(job, retry_after_s, stated, governor.now(), ""))
 
     def is_granted_now(self) -> bool:
-        """Asks for the permit, and takes the request back where it would have to wait."""
+        """Ask for the permit and return whether it was granted; if not, take the request back."""
         granted = self._ask()
         if granted.done():
             granted.result()
@@ -147,7 +156,7 @@ class Permit:
         return False
 
     def _ask(self) -> PermitFuture:
-        """The request waits from now on; what it waits for."""
+        """Queue the request, and return the future of its grant."""
         governor, job = self._governor, self._job
         governor.bind()
         self._check_open()
@@ -158,7 +167,7 @@ class Permit:
         return granted
 
     async def _once_more(self, happened: Callable[[], bool]) -> bool:
-        """An attempt is over, and the event tells whether there will be another: returns when that may be sent."""
+        """Report the end of an attempt; return True when the next may be sent, False if there is none."""
         governor, job = self._governor, self._job
         job.granted = granted = PermitFuture(job, governor.loop)
         governor.batch.granted.discard(job)
@@ -170,20 +179,20 @@ class Permit:
         return await self._granted(granted)
 
     def _check_open(self) -> None:
-        """Raises where the pool has stopped."""
+        """Raise Refused if the pool has stopped."""
         if self._governor.stopped:
             self._governor.scheduler.drop(self._job)
             raise no_more(self._governor)
 
     async def _granted(self, granted: PermitFuture, max_wait_s: float = inf) -> bool:
-        """Returns when the job may be sent (again): True, or False where its time is over before that."""
+        """Return True when the job may be sent (again), or False if its time is over before that."""
         governor, patience = self._governor, None
         if max_wait_s < inf:
             patience = governor.loop.call_later(max_wait_s, self._too_long, granted, max_wait_s)
         try:
             return await granted
         except BaseException:
-            # Cancelled, perhaps in the very moment of the grant; or told that there is nothing more to wait for.
+            # The wait was cancelled, perhaps at the moment of the grant, or ended with an error.
             governor.batch.granted.discard(self._job)
             governor.scheduler.drop(self._job)
             governor.event()

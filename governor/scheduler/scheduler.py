@@ -1,16 +1,18 @@
-"""The scheduler: who goes next, and what becomes of an answer. No clock, no chance but keyed chance, no I/O.
+"""The scheduler: decides which request goes next and what follows from an answer, without a clock or I/O.
+
+Its only chance is keyed: the same seed and request give the same numbers.
 
 Theory of operation. Events come in as method calls named in the past tense, each with the time at which it happened:
-`submitted`, `succeeded`, `throttled`, `failed`, `woken`, ... What follows goes out as instructions to a `Shell`:
-`launch`, `ended`, `backed_off`, ..., one at a time and in order, since whoever carries one out may stop, pause or
-reprice before the next is decided. Between two events the shell owes one thing: to call `woken` at `wake_at`.
+`submitted`, `succeeded`, `throttled`, `failed`, `woken`, ... Instructions go out to a `Shell`: `launch`, `ended`,
+`backed_off`, ..., one at a time and in order, since carrying one out may stop, pause or reprice the scheduler before
+the next is decided. Between two events the shell has one duty: to call `woken` at `wake_at`.
 
-After an event that may have changed something, `pump` asks the quota about the head and launches as long as it says
-"now". A quota that is shared may take requests over instead and grant them later.
+After an event that may have changed something, `pump` asks the quota about the head and launches as long as the quota
+says "now". A shared quota may take requests over instead and grant them later.
 
-In doubt. A request that met a wait longer than any that is obeyed, or a refusal that may concern every request, is set
-aside: it is lost once an answer shows that the others do not meet the same, or when nothing else is left. If the
-scheduler stops before, it stays pending, like all that was not launched, for the next run.
+Undecided requests. A request that met a wait longer than any that is obeyed, or a refusal that may concern every
+request, is set aside: it is lost once an answer shows that other requests do not meet the same, or when nothing else is
+left. If the scheduler stops before that, the request stays pending for the next run, like all unlaunched requests.
 
 The asyncio shell is `governor/scheduler/driver.py`, the simulated one `sim/des/driver.py`. `sim/des/engine.py` states
 the same steps over arrays, for machine code.
@@ -29,22 +31,22 @@ from governor.model.requests import BACKOFF
 from governor.scheduler.interfaces import TAKEN_OVER, J, Quota, Shell, Stated
 from governor.scheduler.queue import NEW_WORK, Queue
 
-# What had been booked at a launch, where no counts of the provider are compared with it.
+# The bookings before a launch, if no counts of the provider are compared with them.
 NOT_BOOKED: list[float] = []
 
 
 class Scheduler(Queue[J]):
-    """The state machine of one pool. Events in order of time; from within an instruction only `stop`, `pause`,
-    `resume` and `reprice` may be called.
+    """The state machine of one pool. Events must come in order of time; an instruction may call only `stop`, `pause`,
+    `resume` and `reprice`.
 
-    `start_s`: when the clock begins, in the seconds of whoever calls. `backlog`: how many requests the source is known
-    to hold. `estimate`: what to reserve for a job by what is known now, and what it declares; asked whenever it is the
-    head.
+    `start_s`: when the clock begins, in the caller's seconds. `backlog`: how many requests the source is known to hold.
+    `estimate`: returns for a job what to reserve by current knowledge, and what it declares; called whenever the job is
+    at the head.
 
-    `stopped`: why nothing is launched any more, "" while it is. `cause`: what the head waits for; `head_at`: when it
-    may launch. `clock`: seconds by cause, up to `clock_at`; `waits_s`: the same times the number that waited.
-    `waiting`: how many wait for their launch, the backlog included. `unfinished`: requests of the batch, as far as
-    known, that have not ended.
+    `stopped`: why nothing is launched any more, "" while launches go on. `cause`: what the head waits for; `head_at`:
+    when it may launch. `clock`: seconds by cause, up to `clock_at`; `waits_s`: the same seconds times the number of
+    waiting requests. `waiting`: how many requests wait for their launch, the backlog included. `unfinished`: requests
+    of the batch, as far as known, that have not ended.
     """
 
     def __init__(
@@ -59,24 +61,24 @@ class Scheduler(Queue[J]):
     ) -> None:
         super().__init__(shell, quota, seed, start_s, backlog)
         self._estimate = estimate
-        self._fitting: J | None = None  # the head, where it is known not to be too large
+        self._fitting: J | None = None  # the head, once it is known not to be too large
 
     # ------------------------------------------------------------ events: work
 
     def begun(self, now: float) -> None:
-        """There is a source, or it has more."""
+        """Start on the source, or continue because it has more work."""
         self.advance(now)
         if self._head is None:
             self._next()
 
     def submitted(self, job: J, now: float) -> None:
-        """A job on its own: a program's, or one that arrives."""
+        """Queue a job outside the batch: a program's call, or a simulated arrival."""
         self.advance(now)
         self._may_go(job, now)
         self.pump(now)
 
     def taken_up(self, job: J, retry_at: float) -> None:
-        """A request of the source that was launched before goes on where it stood; its place in flight is gone."""
+        """Continue a request of the source that was launched in an earlier run; its place in flight is gone."""
         self.unfinished += 1
         if job.lane == FINALIZE:
             self.quota.finalize_opened()
@@ -87,7 +89,10 @@ class Scheduler(Queue[J]):
         self._watch_deadline(job)
 
     def withdrawn(self, is_meant: Callable[[J], bool], now: float) -> int:
-        """Takes out what waits and is meant, unended; returns how many. What is in flight goes on."""
+        """Remove the waiting jobs that `is_meant` selects, without ending them, and return how many.
+
+        Requests in flight continue.
+        """
         self.advance(now)
         found = [job for job in [*self.jobs(), *(each[0] for each in self._aside)] if is_meant(job)]
         self._aside = [each for each in self._aside if each[0] not in found]
@@ -103,7 +108,7 @@ class Scheduler(Queue[J]):
         return count
 
     def closed(self) -> None:
-        """The batch is over: what is left of it gives back what it holds, and stays pending."""
+        """End the batch: its remaining jobs give back what they hold and stay pending."""
         aside, self._aside = self._aside, []
         for job in [*self.jobs(), *(each[0] for each in aside)]:
             if not job.alone:
@@ -114,12 +119,12 @@ class Scheduler(Queue[J]):
     # ------------------------------------------------------------ events: time and settings
 
     def changed(self, now: float) -> None:
-        """Something outside has changed: the head is looked at again."""
+        """Look at the head again because something outside has changed."""
         self.advance(now)
         self.pump(now)
 
     def woken(self, now: float) -> None:
-        """The moment of `wake_at` has come. What is due goes first, one at a time: call again if `due_at` has come."""
+        """Act on the arrival of `wake_at`, one due entry at a time: call again if `due_at` has come."""
         self.advance(now)
         if self.calendar and self.due_at <= now:
             _, _, is_deadline, job, _ = heappop(self.calendar)
@@ -127,42 +132,46 @@ class Scheduler(Queue[J]):
                 self._may_go(job, now)
                 self._watch_deadline(job)
             elif law.deadline_at(self.quota.p, job.first_launched_s) <= now:
-                # (Changed settings may have put it off: those set a moment of their own.)
+                # (Changed settings may have postponed the deadline; the calendar then holds the new one too.)
                 self._give_up(job, now, FailureCode.DEADLINE_EXCEEDED)
         self.pump(now)
 
     def pause(self) -> None:
-        """Launches nothing until `resume`, from the next event on."""
+        """Launch nothing until `resume`, from the next event on."""
         self.quota.paused()
 
     def resume(self) -> None:
-        """Goes on after `pause`, from the next event on."""
+        """Continue after `pause`, from the next event on."""
         self.quota.resumed()
 
     def reprice(self, params: Params, now: float) -> None:
-        """Takes changed settings over, from the next event on. What was submitted before keeps its place."""
+        """Adopt changed settings from the next event on. Jobs submitted before keep their places."""
         self.advance(now)
         before = self.quota.p
         self.quota.reprice(params, now)
         self.repriced(before)
 
     def repriced(self, before: Params) -> None:
-        """The quota's settings have changed: deadlines move with them, and the head may be too large now."""
+        """Adjust to the quota's changed settings: deadlines move with them, and the head may now be too large."""
         self._fitting = None
-        # Only then: who backs off is given a moment when its backoff ends, and at one instant the order counts.
+        # Only if the deadline changed: a job that backs off enters its deadline when the backoff ends, and entries
+        # of the same instant are handled in the order in which they were made.
         if before.deadline_s != self.quota.p.deadline_s:
             for job in self.jobs():
                 self._watch_deadline(job)
 
     def stop(self, why: str) -> None:
-        """Launches nothing more; what is in flight goes on, what waits stays pending. `why`: not empty."""
+        """Launch nothing more; requests in flight continue, waiting ones stay pending. `why`: not empty."""
         self.stopped = self.stopped or why
         self.shell.halted()
 
     # ------------------------------------------------------------ events: the end of an attempt
 
     def succeeded(self, job: J, used: float, stated: Stated, now: float, is_empty: bool) -> None:
-        """Answered, having used so many tokens. `is_empty`: cut off without text, so that a finalize pass follows."""
+        """Settle an answered job that used `used` tokens.
+
+        `is_empty`: the answer was cut off without text, so a finalize pass follows.
+        """
         self.advance(now)
         in_wait = self.cause
         job.flying = job.holds = False
@@ -183,9 +192,9 @@ class Scheduler(Queue[J]):
     def returned(
         self, job: J, used: float, stated: Stated, now: float, *, is_charged: bool = True, is_answered: bool = False
     ) -> None:
-        """A program's call is over, and used so many tokens (-1 = unknown: the reservation stays booked).
+        """End a program's call that used `used` tokens (-1 = unknown: the reservation stays booked).
 
-        `is_answered`: the provider answered. `is_charged`: it was let in.
+        `is_answered`: the provider answered. `is_charged`: the provider admitted the request.
         """
         self.advance(now)
         job.flying = job.holds = False
@@ -199,7 +208,7 @@ class Scheduler(Queue[J]):
         self._pump_after(self.cause, now)
 
     def stated(self, job: J, stated: Stated, now: float) -> None:
-        """What the headers of an answer say that is not over yet."""
+        """Take over the counts in the headers of an answer that is still arriving."""
         self.advance(now)
         self._sync(job, stated, 0, now)
         self.pump(now)
@@ -214,9 +223,9 @@ class Scheduler(Queue[J]):
         in_doubt: bool = False,
         is_last: bool = False,
     ) -> bool:
-        """A 429 arrived. Returns whether the job will be tried again.
+        """Handle a 429 and return whether the job will be tried again.
 
-        `in_doubt`: it may concern every request. `is_last`: whoever sends it does not want it to be tried again.
+        `in_doubt`: the refusal may concern every request. `is_last`: the caller does not want another attempt.
         """
         self.advance(now)
         self._sync(job, stated, 1, now)
@@ -247,15 +256,16 @@ class Scheduler(Queue[J]):
         in_doubt: bool = False,
         is_last: bool = False,
     ) -> bool:
-        """A server error, a time-out, a dropped connection. `code`: with which the request is lost, were this the last.
+        """Handle a server error, a time-out or a dropped connection; return whether the job will be tried again.
 
-        `is_answer`: a 4xx that may be tried again. `is_local`: this machine could not send it, which is no attempt.
-        Returns whether the job will be tried again.
+        `code`: the failure code if this attempt was the last. `is_answer`: the failure is a 4xx that may be retried.
+        `is_local`: this machine could not send the request, which does not count as an attempt. `in_doubt`, `is_last`:
+        as for `throttled`.
         """
         self.advance(now)
         self._sync(job, stated, 0, now)
         p, counted = self.quota.p, int(not is_local)
-        # What could not be sent is no attempt: 0 is never the last one.
+        # A request that could not be sent has made no attempt: number 0 is never the last one.
         history = job.index, job.attempt * counted, job.outages, int(is_answer), retry_after_s
         at, standing = self.quota.failed(*history, job.first_launched_s, job.launched_s, now, self._retry_u(job))
         if is_last:
@@ -272,7 +282,10 @@ class Scheduler(Queue[J]):
     def rejected(
         self, job: J, stated: Stated, now: float, code: str, *, is_charged: bool = False, in_doubt: bool = False
     ) -> None:
-        """An answer that ends the request. `is_charged`: it was let in. `in_doubt`: it may concern every request."""
+        """End a request by an answer that is final.
+
+        `is_charged`: the provider admitted it. `in_doubt`: the rejection may concern every request.
+        """
         self.advance(now)
         self._sync(job, stated, int(not is_charged), now)
         self.quota.released()
@@ -281,7 +294,7 @@ class Scheduler(Queue[J]):
         self.pump(now)
 
     def account_refused(self, job: J, stated: Stated, now: float, code: str) -> None:
-        """The account, not the request, is at fault: nothing more is launched, and what was not answered is pending."""
+        """Stop because the account, not the request, was refused; unanswered requests stay pending."""
         self.advance(now)
         self._sync(job, stated, 1, now)
         self.quota.answered(now)
@@ -291,7 +304,7 @@ class Scheduler(Queue[J]):
         self.pump(now)
 
     def drop(self, job: J) -> None:
-        """Neither answered nor lost: the job gives back what it holds, and its request stays pending."""
+        """Remove a job that is neither answered nor lost: it gives back its permit, and its request stays pending."""
         self.quota.forget(job)
         self._dequeued(job)
         job.ended = True
@@ -305,9 +318,9 @@ class Scheduler(Queue[J]):
     # ------------------------------------------------------------ events: a quota that answers later
 
     def granted(self, job: J, at: float, booked: list[float]) -> None:
-        """A quota that had taken the job over has booked its launch at `at`."""
+        """Launch a job at `at`: the quota that had taken it over has booked the launch."""
         self._dequeued(job)
-        # The quota's time is rounded down: by a hair, it may lie before the moment at which we believed to ask.
+        # The quota rounds its time down, so that it may lie slightly before the moment at which we asked.
         job.eligible_s = min(job.eligible_s, at)
         job.holds = True
         if job.ended:
@@ -318,13 +331,13 @@ class Scheduler(Queue[J]):
             self._launch(job, at, booked)
 
     def refused(self, job: J, now: float) -> None:
-        """A quota that had taken the job over will never admit it."""
+        """Give up a job that the quota had taken over and will never admit."""
         self._give_up(job, now, FailureCode.REQUEST_TOO_LARGE)
 
     # ------------------------------------------------------------ launches
 
     def pump(self, now: float) -> None:
-        """Launches what the quota admits now, and notes when it will admit the next."""
+        """Launch what the quota admits now, and note when it will admit the next."""
         quota = self.quota
         is_shared = quota.head is not None
         if is_shared:
@@ -375,16 +388,16 @@ class Scheduler(Queue[J]):
         self.head_at = at
         self.cause = cause
         if self._aside and not self.stopped and len(self._aside) == self.unfinished:
-            self._end_aside()  # too few to be sure, and nothing else is left
+            self._end_aside()  # too few refusals to be sure, but nothing else is left
 
     def _pump_after(self, in_wait: int, now: float) -> None:
-        """Asks again after an ordinary answer, where that can have brought the head forward, or there is another."""
+        """Pump after an ordinary answer, if it can have brought the head forward or changed which job is the head."""
         is_urgent = self._queue and self._queue[0][0][0] < NEW_WORK
         if is_urgent or law.answer_may_admit(self.quota.p, in_wait) or self._estimate is not None:
             self.pump(now)
 
     def _launch(self, job: J, now: float, booked: list[float]) -> None:
-        """The attempt is booked: it goes out."""
+        """Send an attempt whose launch is booked."""
         if job.failed_s >= 0.0:
             self._spare(job)
         job.flying = job.holds = True
@@ -398,7 +411,7 @@ class Scheduler(Queue[J]):
     # ------------------------------------------------------------ after an attempt
 
     def _sync(self, job: J, stated: Stated, refused: int, now: float) -> None:
-        """What the headers state, beside what has been booked since the launch."""
+        """Pass on the counts that headers state, with what has been booked since the launch."""
         quota = self.quota
         if quota.p.sync_headers and job.booked:
             for d, limit, remaining in stated:
@@ -407,7 +420,7 @@ class Scheduler(Queue[J]):
                 quota.synced(d, limit, remaining, amount, refused, since, job.launched_s, now)
 
     def _open_finalize(self, job: J, now: float) -> None:
-        """The answer was cut off and has no usable text: one more call, before new work."""
+        """Queue one more call, ahead of new work, for an answer that was cut off without usable text."""
         last = self.shell.finalize(job, now)
         self.quota.finalize_opened()
         last.lane = FINALIZE
@@ -418,7 +431,7 @@ class Scheduler(Queue[J]):
     def _back_off(
         self, job: J, at: float, standing: int, failed_s: float, counted: int, now: float, in_doubt: bool
     ) -> None:
-        """The job is tried again at `at`. `failed_s`: as `Scheduled`; `counted`: whether this was an attempt."""
+        """Schedule the next attempt at `at`. `failed_s`: as in `Scheduled`; `counted`: whether this was an attempt."""
         job.flying = False
         job.holds = standing == HOLDING
         self.shell.attempted(job, now)
@@ -436,13 +449,13 @@ class Scheduler(Queue[J]):
             self.shell.doubted(job)
 
     def _renounced(self, at: float, standing: int) -> float:
-        """A retry that is not wanted: its permit comes back, if it was kept for that."""
+        """Return inf for a retry that the caller does not want, and give back the permit if it was kept for it."""
         if at < inf and standing == HOLDING:
             self.quota.released()
         return inf
 
     def _exhausted(self, job: J, now: float, code: str, in_doubt: bool, aside: bool) -> None:
-        """The job is not tried again."""
+        """End a job that is not tried again, and stop if the provider has shut the pool out."""
         self._lose(job, now, code, in_doubt, aside)
         if job.alone:
             return
@@ -450,9 +463,9 @@ class Scheduler(Queue[J]):
             self.stop(FailureCode.OUTWAITED)
 
     def _lose(self, job: J, now: float, code: str, in_doubt: bool, aside: bool) -> None:
-        """The request is over without an answer; or set aside, as long as all the others may meet the same."""
+        """End the request without an answer, or set it aside while all others may meet the same."""
         job.flying = job.holds = False
-        # A finalize pass is over at once: while it is open, the lower cap holds for all others.
+        # A finalize pass ends at once: while it is open, the lower cap holds for all others.
         if job.alone or job.lane == FINALIZE or not aside:
             self.shell.ended(job, now, code)
             self._over(job)
@@ -463,14 +476,14 @@ class Scheduler(Queue[J]):
             self.shell.doubted(job)
 
     def _end_aside(self) -> None:
-        """It is known that what was refused is at fault itself: it ended when it was refused."""
+        """End the requests set aside, since each is known to be at fault itself, at the time of its refusal."""
         aside, self._aside = self._aside, []
         for job, at, code in aside:
             self.shell.lost(job, at, code)
             self._over(job)
 
     def _give_up(self, job: J, now: float, code: str) -> None:
-        """A job that will not be launched any more."""
+        """End a job that will not be launched any more."""
         self.quota.forget(job)
         self._dequeued(job)
         job.ended = True
@@ -481,7 +494,7 @@ class Scheduler(Queue[J]):
         self._over(job)
 
     def _over(self, job: J) -> None:
-        """The request has ended."""
+        """Count the request as ended."""
         if job.lane == FINALIZE:
             self.quota.finalize_closed()
         if not job.alone:
