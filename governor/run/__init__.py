@@ -1,1 +1,1 @@
-"""A batch from its file to its results (intake, pools, outputs, steering, status), and clients that are governed."""
+"""Run a batch from its file to its results (intake, pools, outputs, steering, status), and govern clients."""

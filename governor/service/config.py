@@ -1,4 +1,4 @@
-"""What the service is started with, checked: address, database, pools, who may come in, how much they may send."""
+"""The service's checked start options: address, database, pools, access, and limits on request size."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ MIB = 2**20
 
 
 class Forecast(Protocol):
-    """Simulates what a service wants to know before it accepts: quick, and None where nobody can."""
+    """Simulates a batch before the service accepts it: fast, and None if there is no simulator."""
 
     def __call__(self, outlook: Outlook) -> float | None:
-        """Seconds until the last answer, inf = never, in an idle pool."""
+        """Return seconds until the last answer, inf = never, in an idle pool."""
 
 
 WhatIf = Callable[[Mapping[str, Any]], dict[str, Any]]
@@ -28,11 +28,11 @@ WhatIf = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceConfig:
-    """See the module. `forecast`, `what_if`: who simulates, None = nobody.
+    """The service's options. `forecast`, `what_if`: simulators, None = there is none.
 
-    `lease_s`: how long a replica that says nothing keeps its batches. `upload_bytes`: the largest batch file;
-    `body_bytes`: the largest of any other request. `require_token`: also on loopback. `time_scale`: as in a run.
-    `redis`: the URL of the Redis that shares the quota with other processes, "" = it is not shared.
+    `lease_s`: how long a silent replica keeps its batches. `upload_bytes`: the largest batch file; `body_bytes`: the
+    largest of any other request. `require_token`: also on loopback. `time_scale`: as in a run. `redis`: the URL of the
+    Redis that shares the quota with other processes, "" = it is not shared.
     """
 
     host: str = "127.0.0.1"
@@ -54,12 +54,12 @@ class ServiceConfig:
 
     @property
     def is_local(self) -> bool:
-        """Whether it listens to this machine alone."""
+        """Return whether it listens to this machine alone."""
         return is_local_host(self.host)
 
 
 def is_local_host(host: str) -> bool:
-    """Whether a host's name or address is this machine's own and nobody else's way in."""
+    """Return whether a host's name or address is this machine's own and unreachable from elsewhere."""
     name = host.strip("[]").lower()
     if name == "localhost":
         return True

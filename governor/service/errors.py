@@ -1,8 +1,8 @@
-"""What the service answers when it does not do as asked: one shape, and codes that stay as they are.
+"""The service's error answers: one shape, and codes that stay as they are.
 
     {"error": {"code": "BATCH_RATE_LIMITED", "message": "one line with the figures and the remedy", "details": {...}}}
 
-Nothing that was sent is repeated in an answer or in a log but names of fields and settings: it may be a prompt.
+An answer or a log repeats nothing of a request except names of fields and settings: the rest may be a prompt.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _BY_STATUS = {
 
 
 class ApiError(Exception):
-    """An answer other than what was asked for."""
+    """Raised to answer with an error."""
 
     def __init__(
         self,
@@ -61,24 +61,24 @@ class ApiError(Exception):
 
 
 def content_of(code: str, message: str, details: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The body of an error."""
+    """Return the body of an error."""
     return {"error": {"code": code, "message": message, "details": details or {}}}
 
 
 def answer_of(error: ApiError) -> JSONResponse:
-    """The response for an error."""
+    """Return the response for an error."""
     content = jsonable_encoder(content_of(error.code, str(error), error.details))
     return JSONResponse(content, error.status, error.headers)
 
 
 async def on_api_error(request: Request, error: Exception) -> JSONResponse:
-    """See `ApiError`."""
+    """Answer an `ApiError`."""
     assert isinstance(error, ApiError)
     return answer_of(error)
 
 
 async def on_invalid(request: Request, error: Exception) -> JSONResponse:
-    """A request that does not have the shape that it must have; what it held is not repeated."""
+    """Answer a request of an invalid shape; its content is not repeated."""
     assert isinstance(error, RequestValidationError)
     found = [_complaint(each) for each in error.errors()]
     first = found[0] if found else {"where": "body", "what": "it cannot be read"}
@@ -88,7 +88,7 @@ async def on_invalid(request: Request, error: Exception) -> JSONResponse:
 
 
 def _complaint(each: Mapping[str, Any]) -> dict[str, str]:
-    """One of pydantic's complaints; of a body that is no JSON it says the character, as if that were a field."""
+    """Return one of pydantic's complaints; if the body is not JSON, it names a character instead of a field."""
     *where, last = each["loc"] or ("body",)
     if each["type"] == "json_invalid" and isinstance(last, int):
         what = f"not JSON at character {last}: {each.get('ctx', {}).get('error', each['msg'])}"
@@ -98,7 +98,7 @@ def _complaint(each: Mapping[str, Any]) -> dict[str, str]:
 
 
 async def on_http(request: Request, error: Exception) -> JSONResponse:
-    """What the framework itself refuses: no such path, no such method, a body that is no form."""
+    """Answer what the framework itself refuses: no such path, no such method, a body that is not a form."""
     assert isinstance(error, HTTPException)
     code = _BY_STATUS.get(error.status_code, INVALID_REQUEST if error.status_code < 500 else INTERNAL_ERROR)
     message = f"{request.method} {request.url.path[:200]}: {error.detail}"
@@ -109,7 +109,7 @@ async def on_http(request: Request, error: Exception) -> JSONResponse:
 
 
 def _methods(request: Request) -> str:
-    """What may be done at a path of the interface, "" = it is none: the router names those of its first route alone."""
+    """Return the methods allowed at a path, "" = no such path: the router names those of its first route alone."""
     found: set[str] = set()
     for path, operations in request.app.openapi()["paths"].items():
         if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", path), request.url.path):
@@ -118,13 +118,13 @@ def _methods(request: Request) -> str:
 
 
 async def on_paceline(request: Request, error: Exception) -> JSONResponse:
-    """What the rest of Paceline says to its user."""
+    """Answer a `PacelineError` of the rest of Paceline."""
     assert isinstance(error, PacelineError)
     return answer_of(api_error(error))
 
 
 def api_error(error: PacelineError) -> ApiError:
-    """The same as an answer."""
+    """Return the error as an `ApiError`."""
     if isinstance(error, NoRoomError):
         log.error("%s", error)
         return ApiError(503, NO_ROOM, f"the service has no room: {error}", {"retryable": True}, {"Retry-After": "60"})
@@ -142,7 +142,7 @@ def api_error(error: PacelineError) -> ApiError:
 
 
 async def on_os_error(request: Request, error: Exception) -> JSONResponse:
-    """What this machine refuses: a full disk under uploads, no more descriptors."""
+    """Answer an error of this machine: a full disk during uploads, no more descriptors."""
     assert isinstance(error, OSError)
     if error.errno not in EXHAUSTED:
         return await on_bug(request, error)
@@ -152,7 +152,7 @@ async def on_os_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def on_bug(request: Request, error: Exception) -> JSONResponse:
-    """A bug of ours."""
+    """Answer a bug of ours."""
     log.error("%s %s failed", request.method, request.url.path, exc_info=error)
     return answer_of(ApiError(500, INTERNAL_ERROR, "something went wrong inside the service; its log says what"))
 

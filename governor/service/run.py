@@ -31,7 +31,7 @@ log = logging.getLogger("paceline.service")
 
 
 class _Server(uvicorn.Server):
-    """Takes connections in through a gate; at its end, streams end first (uvicorn would wait for them)."""
+    """Accepts connections through a gate; at its end, streams end first (uvicorn would wait for them)."""
 
     def __init__(self, config: uvicorn.Config, streams: Events, gate: Gate) -> None:
         super().__init__(config)
@@ -78,9 +78,12 @@ class _Server(uvicorn.Server):
 
 
 class _Settled:
-    """At the first tick all is loaded, and it stays: looking through half a million objects for garbage again and
-    again would hold up everybody for a tenth of a second each time. And what waits is many objects that are no garbage
-    either: it is looked through less often than a program's that makes cycles all the time."""
+    """Freezes the loaded objects at the first tick and makes collections rarer.
+
+    Everything loaded by then stays: searching half a million objects for garbage again and again would hold up every
+    request for a tenth of a second each time. Waiting requests are many objects that are not garbage either, so they
+    are searched less often than in a program that makes cycles all the time.
+    """
 
     def __init__(self) -> None:
         self._is_done = False
@@ -94,15 +97,18 @@ class _Settled:
 
 
 def run_service(config: ServiceConfig, *, quiet: bool = False) -> int:
-    """Serves until a signal; the exit code. BadSetting where it may not or cannot listen; JournalError likewise."""
+    """Serve until a signal; return the exit code.
+
+    Raise BadSetting if it may not or cannot listen; JournalError likewise.
+    """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
     log.setLevel(logging.WARNING if quiet else logging.INFO)
-    # Each statement that a thread gives SQLite lets go of the interpreter and wants it back, and the event loop would
+    # Each statement that a thread gives SQLite releases the interpreter and wants it back, and the event loop would
     # keep it for ten times as long: a transaction of some statements then takes a second under load.
     sys.setswitchinterval(SWITCH_S)
     if config.forecast is not None:
-        # A forecast of nothing costs nothing, and whoever simulates begins to make itself ready: before there are
-        # threads, connections and a socket, of which a child should have none.
+        # A forecast of nothing costs nothing, and lets the simulator prepare itself: before there are threads,
+        # connections and a socket, none of which a child may inherit.
         config.forecast(Outlook(pool=config.pools[0], demand=Demand()))
     service = service_of(config)
     try:
@@ -124,7 +130,7 @@ def run_service(config: ServiceConfig, *, quiet: bool = False) -> int:
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         print(f"listening on http://{shown}:{port}", flush=True)
-        # No access log: a line per request says nothing that the metrics do not, and may say too much.
+        # No access log: a line per request adds nothing to the metrics, and may reveal too much.
         settings = uvicorn.Config(
             served(service),
             lifespan="on",
@@ -142,10 +148,10 @@ def run_service(config: ServiceConfig, *, quiet: bool = False) -> int:
 
 
 def _socket(config: ServiceConfig) -> socket.socket:
-    """Listens, before anything is said."""
+    """Listen before anything is printed."""
     try:
         family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-        found = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # else asyncio sets no TCP_NODELAY
+        found = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # else asyncio does not set TCP_NODELAY
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind((config.host.strip("[]"), config.port))
         found.listen(BACKLOG)

@@ -1,1 +1,1 @@
-"""What a run or a governed client tells while it goes on: Prometheus metrics, OpenTelemetry, event log, progress."""
+"""Live reports of runs and governed clients: Prometheus metrics, OpenTelemetry, event log, progress."""

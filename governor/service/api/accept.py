@@ -1,8 +1,8 @@
-"""A batch on its way in: read as a stream, judged, and only then written and accepted.
+"""An incoming batch: read as a stream, judged, and only then written and accepted.
 
 A small batch stays in memory from the reading to the one transaction of its acceptance. A large one is read twice: for
 the verdict, of which 80 bytes a request remain, and once more to be written, a few hundred requests at a time, under a
-batch that nobody can see yet. A process that dies before the acceptance leaves nothing: the replica that takes its
+batch that is not visible yet. A process that dies before the acceptance leaves nothing: the replica that takes its
 batches over removes it. A refused batch is never written.
 """
 
@@ -33,20 +33,20 @@ from governor.service.store.tables import BATCH_REQUESTS_MOST
 from governor.service.worker.policies import checked_overrides
 from governor.service.worker.worker import Worker
 
-# Requests, and about how many bytes of bodies, that are held before they are written.
+# Requests, and approximate bytes of bodies, that are held before they are written.
 CHUNK, CHUNK_BYTES = 500, 4 * 2**20
-# With so many forecasts before it, a batch is accepted on the fluid one: it says so, and does not wait for theirs.
+# With so many forecasts pending, a batch is accepted on the fluid forecast: it says so, and does not wait.
 FORECASTS_MOST = 4
-# What the database needs for a request beside its body; and how often a body stands on the disk: in the write-ahead log
-# and in the file.
+# The database's bytes for a request besides its body; and the copies of a body on the disk: in the write-ahead log and
+# in the file.
 ROW_BYTES, COPIES = 600, 2
-# So many models of a batch are kept with it, to tell a refusal of one of them from one of all its requests.
+# So many models of a batch are kept with it, to tell a refusal of one model from a refusal of all its requests.
 MODELS_MOST = 50
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchSpec:
-    """What somebody wants of a batch. `template`: id and version, None = raw lines."""
+    """The options of a posted batch. `template`: id and version, None = raw lines."""
 
     who: str
     deadline_s: float | None = None
@@ -58,7 +58,7 @@ class BatchSpec:
 
 @dataclass(frozen=True, slots=True)
 class PoolVerdict:
-    """The verdict on a batch, and the pool that it is about: the one that refuses, or that will end last."""
+    """The verdict on a batch, and the pool that it is about: the pool that refuses, or that will end last."""
 
     pool: str
     verdict: Verdict
@@ -68,7 +68,7 @@ class PoolVerdict:
         return {"pool": self.pool} | {name: getattr(self.verdict, name) for name in names}
 
     def refusal(self) -> ApiError:
-        """The 503 of a batch that may not start."""
+        """Return the 503 of a batch that may not start."""
         v = self.verdict
         names = ("projected_tokens", "budget_tokens", "in_use_tokens", "suggested_wait_s", "retryable", "max_runs_now")
         details = {name: getattr(v, name) for name in names} | {"pool": self.pool}
@@ -77,7 +77,7 @@ class PoolVerdict:
 
 
 class Incoming:
-    """One batch on its way in: `read`, `judge`, then `accept` or `discard`, which leaves nothing.
+    """An incoming batch: `read`, `judge`, then `accept` or `discard`, which leaves nothing.
 
     `stores`: whether it may be accepted; a mere preflight keeps nothing. `left`: set once the client has gone.
     """
@@ -92,7 +92,7 @@ class Incoming:
         self._stores = stores
         self._replica = worker.replica
         self._batch_id = new_id("batch")
-        self._number = 0  # what was written stands under it
+        self._number = 0  # written requests are stored under it
         self._lines: Callable[[], Iterable[str | bytes]] = lambda: ()
         self._name = ""
         self._runs: int | None = None
@@ -109,15 +109,15 @@ class Incoming:
 
     @property
     def count(self) -> int:
-        """Requests read so far."""
+        """Return the requests read so far."""
         return sum(demand.requests for demand in self.demands.values())
 
     # ------------------------------------------------------------ in a thread
 
     def read(self, lines: Callable[[], Iterable[str | bytes]], name: str, runs: int | None = None) -> None:
-        """Reads the batch once. BadInput for a line that is wrong; `ApiError` where the client has left. Blocks.
+        """Read the batch once. Raise BadInput for an invalid line, `ApiError` if the client has left. Blocks.
 
-        `lines`: gives the same lines each time. `runs`: so many requests of each, called `ID-r0` and so on.
+        `lines`: returns the same lines each time. `runs`: so many requests of each, called `ID-r0` and so on.
         """
         self._lines, self._name, self._runs = lines, name, runs
         size = 0
@@ -147,7 +147,7 @@ class Incoming:
                 yield replace(request, index=request.index * runs + run, custom_id=f"{request.custom_id}-r{run}")
 
     def _measured(self) -> Iterator[str | bytes]:
-        """The lines, as long as somebody waits for the answer; adds up their bytes."""
+        """Yield the lines while the client waits for the answer; add up their bytes."""
         self._bytes = 0
         most = self._worker.config.upload_bytes
         for line in self._lines():
@@ -159,7 +159,7 @@ class Incoming:
             yield line
 
     def _write(self) -> None:
-        """Writes all of a large batch, under a number that nobody sees yet."""
+        """Write all of a large batch, under a number that is not visible yet."""
         size = 0
         for work in self._works():
             same = self._buffer and self._buffer[-1].request.body is work.request.body
@@ -178,12 +178,12 @@ class Incoming:
             elif not self._is_ours(c):
                 raise JournalError("this replica's lease was lost while a batch came in", retryable=True)
             ledger.write(c, number, self._buffer)
-        # Not before it is committed: a number of a transaction that was rolled back is soon another batch's.
+        # Not before it is committed: the number of a transaction that was rolled back is soon another batch's.
         self._number = number
         self._buffer = []
 
     def _is_ours(self, c: Connection) -> bool:
-        """Whether what was written is still there: who took this replica for dead has removed it."""
+        """Return whether the written requests remain: a replica that took this one for dead removes them."""
         return self._worker.store.receives(c, self._number, self._batch_id)
 
     def _values(self, state: str, batch_id: str, details: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,7 +204,7 @@ class Incoming:
         }
 
     def discard(self) -> None:
-        """Removes what was written, and nothing that another batch has written under that number since. Blocks."""
+        """Remove the written requests, but not those of another batch written under that number since. Blocks."""
         if self._number:
             worker = self._worker
             worker.ledger.erase(self._number, self._is_ours)
@@ -214,7 +214,7 @@ class Incoming:
             self._number = 0
 
     def _accepted(self, judged: PoolVerdict, key: Key | None, answer: Callable[[BatchRow], dict[str, Any]]) -> BatchRow:
-        """The acceptance: everything that makes the batch, in one transaction. Blocks."""
+        """Accept the batch: write everything that makes it, in one transaction. Blocks."""
         v, store = judged.verdict, self._worker.store
         store.database.check_room(COPIES * self._bytes + ROW_BYTES * self.count)
         if self._is_large:
@@ -248,7 +248,7 @@ class Incoming:
     # ------------------------------------------------------------ in the event loop
 
     async def judge(self) -> PoolVerdict:
-        """Whether the batch may start now, pool by pool: each has its own budget, and counts its own runs alone."""
+        """Return whether the batch may start now; each pool has its own budget and counts its own runs alone."""
         if not self._worker.ready:
             text = f"the service takes no batches right now: {self._worker.trouble}"
             raise ApiError(503, NOT_READY, text, {"retryable": True}, {"Retry-After": "2"})
@@ -278,14 +278,14 @@ class Incoming:
             outlook = Outlook(pool=pool, demand=demand, finalize=self.spec.finalize)
             worker.forecasts += 1
             try:
-                # One at a time: side by side they would not be done sooner.
+                # One at a time: in parallel they would not finish sooner.
                 async with worker.simulating:
                     alone_s = await anyio.to_thread.run_sync(simulate, outlook)
             finally:
                 worker.forecasts -= 1
         fluid_s = fluid_forecast(pool.policy, load, service_s=service_s).finish_s
         finish_s = fluid_s if alone_s is None else alone_s
-        # What runs already and what is booked come on top, as a fluid: so much can be known of them.
+        # Running and booked work comes on top, as a fluid: more cannot be known of it.
         ahead, tokens = self._worker.ahead_of(load.count, float(load.total), pool.name)
         if lane is not None and not lane.blocked and not lane.governor.s.paused:
             lane.assumed_s = lane.assumed_s or service_s
@@ -300,7 +300,7 @@ class Incoming:
     async def accept(
         self, judged: PoolVerdict, key: Key | None, answer: Callable[[BatchRow], dict[str, Any]]
     ) -> BatchRow:
-        """Makes the batch durable, and begins it. `KeyTakenError` where the same was accepted a moment ago."""
+        """Make the batch durable and begin it. Raise `KeyTakenError` if the same was accepted a moment ago."""
         # Shielded: a client that goes away now does not leave it half done.
         return await asyncio.shield(self._accept(judged, key, answer))
 

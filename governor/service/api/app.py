@@ -1,4 +1,4 @@
-"""The application: its parts put together, its life, its OpenAPI."""
+"""The application: its assembly, its lifetime, its OpenAPI."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 def service_of(config: ServiceConfig) -> Service:
-    """The parts. Opens, locks and migrates the database: JournalError where that cannot be."""
+    """Return the parts. Open, lock and migrate the database; raise JournalError if that fails."""
     database = ServiceDatabase(config.database)
     try:
         database.prepared()
@@ -74,7 +74,7 @@ def service_of(config: ServiceConfig) -> Service:
 
 
 def app_of(service: Service) -> FastAPI:
-    """The application over these parts; its worker lives as long as it does."""
+    """Return the application over these parts; its worker lives as long as it does."""
     app = FastAPI(
         title="Paceline",
         version=__version__,
@@ -83,7 +83,7 @@ def app_of(service: Service) -> FastAPI:
         responses=_ERRORS,
         exception_handlers=HANDLERS,
         separate_input_output_schemas=False,
-        strict_content_type=False,  # one that is stated is looked at, by `takes_json`
+        strict_content_type=False,  # a stated type is checked, by `takes_json`
         docs_url=None,  # FastAPI's own load their scripts from elsewhere
         redoc_url=None,
     )
@@ -98,7 +98,7 @@ def app_of(service: Service) -> FastAPI:
 
 
 def served(service: Service) -> Quick:
-    """The application as it is served."""
+    """Return the application as it is served."""
     return Quick(app_of(service), service.worker, service.elsewhere, service.authority)
 
 
@@ -118,7 +118,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 def _described(app: FastAPI) -> None:
-    """OpenAPI as FastAPI makes it, with what it cannot see: bodies that a route reads by itself."""
+    """Extend FastAPI's OpenAPI with what it cannot see: bodies that a route reads by itself."""
     made = app.openapi
 
     def described() -> dict[str, Any]:
@@ -131,7 +131,7 @@ def _described(app: FastAPI) -> None:
                 schemas.update(stated.pop("$defs", {}))
                 schemas[name] = stated
             if app.state.authority.open:
-                # On loopback nobody needs a token.
+                # On loopback no token is needed.
                 for operations in found["paths"].values():
                     for operation in operations.values():
                         if "security" in operation:
@@ -152,7 +152,7 @@ HEADERS = {
     ),
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    # Asked again each time, and answered "not modified": after an upgrade no part of the page is of the day before.
+    # Requested again each time, and answered "not modified": after an upgrade the page never mixes two versions.
     "Cache-Control": "no-cache",
 }
 
@@ -161,7 +161,7 @@ class PageFiles(StaticFiles):
     """Files below `static/`, with the page's headers."""
 
     def file_response(self, full_path: str | os.PathLike[str], *args: Any, **rest: Any) -> Response:
-        """As Starlette's, with the page's headers."""
+        """Return Starlette's response with the page's headers."""
         response = super().file_response(full_path, *args, **rest)
         response.headers.update(HEADERS)
         return response
@@ -173,14 +173,14 @@ async def index() -> FileResponse:
 
 
 async def docs() -> FileResponse:
-    """The interface, to be read and tried: Swagger UI, of this package's own files."""
-    # Its pictures stand in its style sheet.
+    """Show the interface, to be read and tried: Swagger UI, from this package's own files."""
+    # Its pictures are in its style sheet.
     policy = HEADERS["Content-Security-Policy"].replace("img-src 'self'", "img-src 'self' data:")
     return FileResponse(STATIC / "docs.html", headers=HEADERS | {"Content-Security-Policy": policy})
 
 
 def add_page(app: FastAPI) -> None:
-    """Serves the page at `/`, the interface's at `/docs`, and what both load below `/static`."""
+    """Serve the page at `/`, the interface's at `/docs`, and the files of both below `/static`."""
     app.add_api_route("/", index, include_in_schema=False, response_class=FileResponse)
     app.add_api_route("/docs", docs, include_in_schema=False, response_class=FileResponse)
     app.mount("/static", PageFiles(directory=STATIC), name="static")

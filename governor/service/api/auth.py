@@ -1,11 +1,11 @@
-"""Who may do what: bearer tokens with a scope, and the guard that every request passes first.
+"""Access control: bearer tokens with a scope, and the guard that every request passes first.
 
 The guard checks address, origin and the size of the body; routes state the scope that they need (`needs`).
 
 A token has 256 random bits, so its SHA-256 is as good as a slow hash, and that alone is stored. Scopes include each
-other: admin may run, run may read. On loopback without tokens whoever is on this machine is admin; then a browser must
-not be a way in from elsewhere, so the Host must be this machine's own name (no DNS rebinding), and what changes
-something must not come from another origin's page.
+other: admin may run, run may read. On loopback without tokens every user of this machine is admin; then a browser must
+not be a way in from elsewhere, so the Host must be this machine's own name (no DNS rebinding), and a request that
+changes something must not come from another origin's page.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PREFIX = "pcl_"
 REFRESH_S = 2.0
 SAFE = ("GET", "HEAD", "OPTIONS")
 UPLOADS = ("/batches",)
-# The largest body where no inputs are sent: a template, settings.
+# The largest body without inputs: a template, settings.
 SMALL_BYTES = 2 * 2**20
 PUBLIC = ("/", "/docs", "/openapi.json", "/healthz", "/readyz")
 _bearer = HTTPBearer(auto_error=False, description="A token of `paceline token add`.")
@@ -45,14 +45,17 @@ Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks. `name`: as it is recorded; `scope`: the most that they may do; `sha256`: of their token, "" = none."""
+    """The author of a request.
+
+    `name`: as it is recorded; `scope`: the widest granted; `sha256`: of the token, "" = none.
+    """
 
     name: str
     scope: str
     sha256: str = field(default="", repr=False)
 
     def may(self, scope: str) -> bool:
-        """Whether their scope includes that one."""
+        """Return whether the caller's scope includes that one."""
         return SCOPES.index(self.scope) >= SCOPES.index(scope)
 
 
@@ -60,17 +63,17 @@ LOCAL = Caller("local", "admin")
 
 
 def new_token() -> str:
-    """A token that nobody guesses."""
+    """Return a token that cannot be guessed."""
     return PREFIX + secrets.token_urlsafe(32)
 
 
 def hash_of(token: str) -> str:
-    """What is stored of a token."""
+    """Return the stored form of a token."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
 class Authority:
-    """Knows the tokens, at most some seconds late."""
+    """Knows the tokens, with a delay of a few seconds at most."""
 
     def __init__(self, config: ServiceConfig, store: Store) -> None:
         self.open = config.is_local and not config.require_token
@@ -81,21 +84,21 @@ class Authority:
 
     @property
     def is_fresh(self) -> bool:
-        """Whether what is known was read a moment ago."""
+        """Return whether the known tokens were read a moment ago."""
         return time.monotonic() - self._read_at < REFRESH_S
 
     def knows(self, token: str) -> bool:
-        """Whether the token is among those known."""
+        """Return whether the token is among those known."""
         return hash_of(token) in self._known
 
     async def caller(self, token: str) -> Caller:
-        """Who presents that token, "" = none. `ApiError` 401 for nobody we know."""
+        """Return the caller that presents that token, "" = none. Raise `ApiError` 401 for an unknown one."""
         if not token:
             if self.open:
                 return LOCAL
             raise _unknown("a bearer token is needed: send `Authorization: Bearer TOKEN`")
         await self._refresh()
-        # Looked up by its hash, so the time that it takes says nothing of the token.
+        # Looked up by its hash, so the time that it takes reveals nothing of the token.
         sha256 = hash_of(token)
         found = self._known.get(sha256)
         if found is None:
@@ -103,7 +106,7 @@ class Authority:
         return Caller(*found, sha256)
 
     async def still_knows(self, caller: Caller) -> bool:
-        """Whether the token of a caller who came in a while ago has not been removed; yes while that cannot be read."""
+        """Return whether the token of an earlier caller is still valid; True while that cannot be read."""
         if caller.sha256:
             with suppress(JournalError):
                 await self._refresh()
@@ -111,7 +114,7 @@ class Authority:
 
     async def _refresh(self) -> None:
         if not self.is_fresh:
-            async with self._turn:  # the first who finds it old reads for all
+            async with self._turn:  # the first caller to find it old reads for all
                 if not self.is_fresh:
                     begun_at = time.monotonic()
                     self._known = await anyio.to_thread.run_sync(self._store.tokens)
@@ -123,7 +126,7 @@ def _unknown(message: str) -> ApiError:
 
 
 def needs(scope: str) -> Callable[..., Any]:
-    """The dependency of a route that asks for a scope; it hands over the `Caller`."""
+    """Return the dependency of a route that needs a scope; it provides the `Caller`."""
 
     async def checked(request: Request, credentials: Credentials) -> Caller:
         authority: Authority = request.app.state.authority
@@ -138,7 +141,7 @@ def needs(scope: str) -> Callable[..., Any]:
 
 
 class RequestGuard:
-    """The first that sees a request: where it comes from, and how much it brings."""
+    """Checks each request first: where it comes from, and how much it brings."""
 
     def __init__(self, app: ASGIApp, config: ServiceConfig, authority: Authority) -> None:
         self._app = app
@@ -157,7 +160,7 @@ class RequestGuard:
             limit = self._limit(scope["path"], headers.get(b"content-type", ""))
             stated = headers.get(b"content-length", "")
             if not (self._authority.open or _is_public(scope["path"])):
-                # Nothing of a stranger's is read, however small.
+                # Nothing of a stranger's body is read, however small.
                 await self._authority.caller(_token_in(headers.get(b"authorization", "")))
             if stated.isdecimal() and int(stated) > limit:
                 raise _too_large(limit)
@@ -170,7 +173,7 @@ class RequestGuard:
         body = _Body(receive, limit)
 
         async def sent(message: Message) -> None:
-            # What reads a body may take the end of it for its own failure.
+            # The reader of a body may take its early end for a failure of its own.
             if not body.is_too_large:
                 await send(message)
 
@@ -179,7 +182,7 @@ class RequestGuard:
             await answer_of(_too_large(limit))(scope, receive, send)
 
     def _limit(self, path: str, content_type: str) -> int:
-        """What streams to the disk may be long; what is taken as a whole into memory may not."""
+        """Return a body's limit: it may be long if it streams to the disk, not if it is held in memory."""
         if path in UPLOADS:
             return self._config.upload_bytes
         if path.endswith(("/batch-run", "/preflight")) and content_type.lower().startswith("multipart/form-data"):
@@ -190,12 +193,12 @@ class RequestGuard:
 
 
 def _is_public(path: str) -> bool:
-    """Whether anybody may ask: the page's files, what the interface is, and whether it is well."""
+    """Return whether a path is open to every client: the page's files, the interface's description, the health."""
     return path in PUBLIC or path.startswith("/static/")
 
 
 def _token_in(stated: str) -> str:
-    """The token of an Authorization header, "" = there is none. `ApiError` 401 for one of another kind."""
+    """Return the token of an Authorization header, "" = there is none. Raise `ApiError` 401 for another kind."""
     kind, _, token = stated.partition(" ")
     if stated and (kind.lower() != "bearer" or not token):
         raise _unknown("the Authorization header is not `Bearer TOKEN`")
@@ -212,7 +215,7 @@ class _Body:
         self._seen = 0
 
     async def receive(self) -> Message:
-        """The next piece."""
+        """Return the next piece."""
         message = await self._receive()
         if message["type"] == "http.request":
             self._seen += len(message.get("body", b""))
@@ -229,7 +232,7 @@ def _too_large(limit: int) -> ApiError:
 
 @lru_cache(256)
 def is_ours(host: str) -> bool:
-    """Whether a Host header names this machine, or nothing."""
+    """Return whether a Host header names this machine, or nothing."""
     try:
         return not host or is_local_host(urlsplit(f"//{host}").hostname or "")
     except ValueError:

@@ -1,4 +1,4 @@
-"""What comes in and what goes out, as OpenAPI describes it. Outside input is checked here and nowhere else."""
+"""Request and response bodies, as OpenAPI describes them. Outside input is checked here and nowhere else."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Value = bool | int | float | Annotated[str, Field(max_length=100)]
 Settings = Annotated[
     dict[str, Value], Field(max_length=100, description="Settings by their environment names.", examples=[{}])
 ]
-# What a request sent on to the provider may hold within each other.
+# The deepest nesting of a request sent on to the provider.
 DEPTH_MOST = 100
 
 
 def _plain(value: dict[str, Any]) -> dict[str, Any]:
-    """ValueError for what would come in, and could never be sent on or shown again."""
+    """Return the value. Raise ValueError for one that could be read, but never sent on or shown again."""
     waiting: list[tuple[Any, int]] = [(value, 1)]
     for each, depth in waiting:
         if depth > DEPTH_MOST:
@@ -41,7 +41,7 @@ def _plain(value: dict[str, Any]) -> dict[str, Any]:
 
 
 Plain = Annotated[dict[str, Any], AfterValidator(_plain)]
-# What a batch is called, for people; no control characters.
+# A batch's name, for people; no control characters.
 BatchName = Annotated[
     str, Field(max_length=100, pattern=r"^[^\x00-\x1f\x7f]*$", description="What the batch is called, for people.")
 ]
@@ -49,13 +49,13 @@ DEADLINE = Field(None, gt=0, le=1e9, description="Seconds from now in which the 
 
 
 class In(BaseModel):
-    """What comes in: nothing that is not named, no infinities."""
+    """A request body: unknown fields and infinities are refused."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class Out(BaseModel):
-    """What goes out."""
+    """A response body."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -269,7 +269,7 @@ class WhatIfOut(Out):
 
 
 class ErrorContent(Out):
-    """What went wrong."""
+    """The error."""
 
     code: str
     message: str
@@ -283,14 +283,14 @@ class ErrorOut(Out):
 
 
 class Health(Out):
-    """`ok`, or what is wrong."""
+    """`ok`, or the fault."""
 
     status: str
     detail: str = ""
 
 
 class Live(Out):
-    """What goes on right now."""
+    """The live state of this replica."""
 
     at: float
     pools: list[dict[str, Any]]

@@ -1,10 +1,10 @@
-"""Connections of clients: how many there may be, how long each may keep the service waiting, and what stays for calls.
+"""Client connections: how many there may be, how long each may keep the service waiting, and the reserve for calls.
 
-Descriptors come first to the calls in flight and the database; clients share what is left. A connection that has not
-sent a whole request head within HEAD_S is closed, and so is one whose body or whose reading stands still. When all
-places are taken, the connection that has been waiting for a head for the longest gives way; while none does, further
-clients wait in the system's backlog. One client alone has at most CLIENT_RATIO of the places for its requests: more of
-them are answered with 503.
+Descriptors go first to the calls in flight and the database; clients share the rest. A connection that has not sent a
+whole request head within HEAD_S is closed, and so is one whose body or whose reading stands still. When all places are
+taken, the connection that has been waiting for a head for the longest gives way; while none does, further clients wait
+in the system's backlog. A single client has at most CLIENT_RATIO of the places for its requests: further ones are
+answered with 503.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from governor.service.errors import NOT_READY, ApiError, answer_of
 
 log = logging.getLogger("paceline.service")
 
-# Seconds for a request head; without a byte of a body; without a byte taken of an answer.
+# Seconds for a request head; without a byte of a body; without a byte of an answer taken.
 HEAD_S, BODY_S, READ_S = 10.0, 30.0, 60.0
 HEAD_BYTES = 64 * 1024
-# A head comes at once from any client that has one: before that none gives way to another.
+# A head comes at once from any client that has one: before that, no connection gives way to another.
 GRACE_S = 0.25
 CLIENT_RATIO = 0.75
-# Descriptors beside those of clients and calls: files, the database's connections (15, of 3 files each under SQLite),
+# Descriptors besides those of clients and calls: files, the database's connections (15, of 3 files each under SQLite),
 # time for connections to the provider to close.
 OWN = 80
 # A client may hold a file for its upload.
@@ -41,7 +41,7 @@ CLIENTS_LEAST = 16
 
 
 def places(policies: Iterable[Policy], available: int) -> int:
-    """Connections of clients that there may be. `BadSetting` where calls in flight leave too few for any."""
+    """Return how many client connections there may be. Raise `BadSetting` if calls in flight leave too few."""
     in_flight = sum(policy.max_concurrency for policy in policies)
     left = (available - OWN - in_flight) // PER_CLIENT
     if left < CLIENTS_LEAST:
@@ -56,7 +56,7 @@ def places(policies: Iterable[Policy], available: int) -> int:
 
 
 class Gate:
-    """Counts connections, closes those that keep the service waiting, and says whether another may come in.
+    """Counts connections, closes those that keep the service waiting, and tells whether another may come in.
 
     `busy`: requests under way, by client.
     """
@@ -68,22 +68,22 @@ class Gate:
         self.busy: Counter[str] = Counter()
 
     def change(self, policies: Mapping[str, Policy]) -> None:
-        """The settings have changed: more or fewer calls may be in flight."""
+        """Adopt changed settings: more or fewer calls may be in flight."""
         self.most = places(policies.values(), descriptors())
 
     def began(self, host: str) -> bool:
-        """A client begins a request; False where it has too many under way."""
+        """Begin a client's request; return False if the client has too many under way."""
         self.busy[host] += 1
         return self.busy[host] <= CLIENT_RATIO * self.most
 
     def ended(self, host: str) -> None:
-        """A request is over."""
+        """End a request."""
         self.busy[host] -= 1
         if not self.busy[host]:
             del self.busy[host]
 
     async def room(self) -> None:
-        """Returns when another connection may come in."""
+        """Return when another connection may come in."""
         while len(self.open) >= self.most:
             now = asyncio.get_running_loop().time()
             oldest = min(self.open, key=lambda each: each.waits_since)
@@ -94,21 +94,24 @@ class Gate:
                 await asyncio.sleep(0.02 * self.scale)
 
     def sweep(self) -> None:
-        """Closes what has kept the service waiting for too long."""
+        """Close connections that have kept the service waiting for too long."""
         now = asyncio.get_running_loop().time() / self.scale
         for each in [each for each in self.open if each.is_late(now)]:
             each.transport.abort()
 
 
 async def too_many(scope: Scope, receive: Receive, send: Send) -> None:
-    """What a client is answered that has too many requests under way."""
+    """Answer a client that has too many requests under way."""
     text = "too many requests at once from one address: send fewer at a time"
     error = ApiError(503, NOT_READY, text, {"retryable": True}, {"Retry-After": "1"})
     await answer_of(error)(scope, receive, send)
 
 
 class Connection(HttpToolsProtocol):
-    """uvicorn's, with an eye on time. `waits_since`: when it began to wait for a request's head, inf = it does not."""
+    """uvicorn's connection, with time limits.
+
+    `waits_since`: when it began to wait for a request's head, inf = not waiting.
+    """
 
     def __init__(self, gate: Gate, **rest: Any) -> None:
         super().__init__(**rest)
@@ -184,7 +187,7 @@ class Connection(HttpToolsProtocol):
         self._read_at = float("inf")
 
     def is_late(self, now: float) -> bool:
-        """Whether it has kept the service waiting for too long. `now`: seconds of the machine's clock."""
+        """Return whether it has kept the service waiting for too long. `now`: seconds of the machine's clock."""
         scale = self._gate.scale
         body_at = float("inf") if self.flow.read_paused else self._body_at
         return (
@@ -195,7 +198,7 @@ class Connection(HttpToolsProtocol):
 
 
 async def accept(listening: socket.socket, gate: Gate, connection: Any) -> None:
-    """Takes connections in while there is room for them, for ever. `connection`: makes the protocol of one."""
+    """Accept connections while there is room for them, for ever. `connection`: creates a connection's protocol."""
     loop = asyncio.get_running_loop()
     listening.setblocking(False)
     while True:
@@ -204,6 +207,6 @@ async def accept(listening: socket.socket, gate: Gate, connection: Any) -> None:
             accepted, _ = await loop.sock_accept(listening)
             await loop.connect_accepted_socket(connection, accepted)
         except OSError as error:
-            # No descriptor, no memory, or a client that left at once: the next one may fare better.
+            # No descriptor, no memory, or a client that left at once: the next one may succeed.
             log.warning("a connection was not taken: %s", error.strerror or error)
             await asyncio.sleep(0.05 * gate.scale)

@@ -1,13 +1,12 @@
-"""Server-sent events: what changes, told to any number of listeners, in memory that does not grow.
+"""Server-sent events: changes of state, sent to any number of listeners, in memory that does not grow.
 
-No listener has a queue. The worker ticks twice a second; after each tick a listener compares the current state with
-what it sent last, and sends the state if it is another. A slow listener skips states, and never has more than one to
-send. A line that means nothing goes out every 15 s, so that proxies keep a quiet stream open and a listener that has
-left is noticed.
+No listener has a queue. The worker ticks twice a second; after each tick a listener compares the current state with the
+one it sent last, and sends it if it differs. A slow listener skips states, and never has more than one to send. A
+comment line goes out every 15 s, so that proxies keep a quiet stream open and a listener that has left is noticed.
 
-Each event says all there is to say, so a client that comes back needs nothing of what it missed. Only the end has an
-id: a browser's EventSource comes back when a stream ends, for ever, unless it is told that there is no more. A stream
-ends when its token is removed.
+Each event holds the whole state, so a client that reconnects needs nothing of what it missed. Only the end has an id: a
+browser's EventSource reconnects when a stream ends, for ever, unless it is told that there is no more. A stream ends
+when its token is removed.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ GROUPS, APART_S = 8, 0.05
 
 
 def event(name: str, content: Any) -> bytes:
-    """One event."""
+    """Return one event."""
     last = f"id: {END}\n" if name == END else ""
     return f"event: {name}\n{last}data: {json.dumps(content, separators=(',', ':'))}\n\n".encode()
 
 
 class Events:
-    """See the module. `close` ends all streams."""
+    """The streams of events; see the module. `close` ends all of them."""
 
     def __init__(self, worker: Worker, elsewhere: Elsewhere, authority: Authority) -> None:
         self._worker = worker
@@ -54,7 +53,7 @@ class Events:
         worker.ticked.append(self._ticked)
 
     def _ticked(self) -> None:
-        """Wakes all listeners, group by group."""
+        """Wake all listeners, group by group."""
         self._wake(0)
         if self.listeners:
             loop = asyncio.get_running_loop()
@@ -69,13 +68,13 @@ class Events:
         tick.set()
 
     def close(self) -> None:
-        """No stream goes on."""
+        """End all streams."""
         self._closed = True
         for group in range(GROUPS):
             self._wake(group)
 
     async def batch(self, batch_id: str, caller: Caller) -> AsyncIterator[bytes]:
-        """Each state of a batch, `progress` until it is over and `end` then."""
+        """Yield each state of a batch, `progress` until it is over and `end` then."""
         self.listeners += 1
         try:
             sent: BatchRow | None = None
@@ -85,7 +84,7 @@ class Events:
                     try:
                         row = await self._elsewhere.batch(batch_id)
                     except JournalError:
-                        continue  # it is away for a moment: what was sent last stands
+                        continue  # the database is away for a moment: the last state stands
                 if row is None:
                     return
                 if row != sent:
@@ -99,7 +98,7 @@ class Events:
             self.listeners -= 1
 
     async def live(self, caller: Caller) -> AsyncIterator[bytes]:
-        """What goes on, at each tick."""
+        """Yield the live state, at each tick."""
         self.listeners += 1
         try:
             async for _ in self._moments(caller):
@@ -108,7 +107,7 @@ class Events:
             self.listeners -= 1
 
     async def _moments(self, caller: Caller) -> AsyncIterator[bytes]:
-        """Now, then each tick; with a comment to send now and then, for those who have nothing else to say."""
+        """Yield now, then at each tick, now and then with a comment to send if there is nothing else."""
         yield b""
         self._joined += 1
         group, last = self._joined % GROUPS, time.monotonic()
@@ -134,20 +133,20 @@ class Events:
 # ---------------------------------------------------------------- batches of other replicas
 
 
-# Whoever owns a batch writes down where it stands twice a second.
+# A batch's owner records its state twice a second.
 AGE_S = 0.25
 KEPT = 1_000
 
 
 class Elsewhere:
-    """See the module. All of it in the event loop."""
+    """Batches of other replicas; see the module. Used in the event loop only."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._read: dict[str, tuple[float, asyncio.Future[BatchRow | None]]] = {}
 
     async def batch(self, batch_id: str) -> BatchRow | None:
-        """The batch as it is stored, or was up to AGE_S ago: read once for all who ask. May raise `JournalError`."""
+        """Return the batch as stored, at most AGE_S ago: read once for all callers. May raise `JournalError`."""
         now = time.monotonic()
         known = self._read.get(batch_id)
         if known is None or now - known[0] >= AGE_S:
@@ -156,7 +155,7 @@ class Elsewhere:
             reading = asyncio.ensure_future(asyncio.to_thread(self._store.batch, batch_id))
             known = self._read[batch_id] = (now, reading)
         try:
-            # Shielded: one who goes away takes nobody's reading along.
+            # Shielded: a caller that goes away must not cancel the others' read.
             found = await asyncio.shield(known[1])
         except BaseException:
             if known[1].done():

@@ -1,11 +1,11 @@
-"""What Prometheus reads of the service beside the metrics of its pools: readiness, batches, who is late.
+"""Prometheus gauges of the service, besides the metrics of its pools: readiness, batches, lateness.
 
 Gauges are read from the worker at the moment of a scrape.
 
     paceline_ready               1 while this replica takes batches
     paceline_batches             batches that it works on, by state
     paceline_batch_late_seconds  how far after its deadline the latest of them is forecast to end; 0 = none is late
-    paceline_pool_blocked        1 where a pool launches nothing because the provider refuses the account
+    paceline_pool_blocked        1 if a pool launches nothing because the provider refuses the account
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from governor.service.worker.worker import Worker
 
 
 def late_s(row: BatchRow, now: float) -> float:
-    """How far after its deadline a batch is forecast to end, 0 = it is not, or has none. `now`: seconds since 1970."""
+    """Return how far after its deadline a batch is forecast to end, 0 = it is not, or has none. `now`: since 1970."""
     if row.deadline_s < 0.0:
         return 0.0
     left_s = row.eta_s if row.eta_s > 0.0 else 0.0
@@ -31,7 +31,7 @@ def late_s(row: BatchRow, now: float) -> float:
 
 
 class Gauges(Collector):
-    """See the module; registers itself."""
+    """The service's gauges; registers itself."""
 
     def __init__(self, worker: Worker, registry: CollectorRegistry) -> None:
         self._worker = worker

@@ -1,7 +1,7 @@
-"""From an HTTP body to an iterator of requests: uploads that stream to the disk, forms, CSV, JSON.
+"""Turn an HTTP body into an iterator of requests: uploads that stream to the disk, forms, CSV, JSON.
 
-An upload is written to a file of its own as it comes, at most a piece of it in memory, and hashed on the way: only what
-has come whole is looked at.
+An upload is written to a file of its own as it comes, at most a piece of it in memory, and hashed on the way: only a
+complete upload is parsed.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ IN_MEMORY = 2**20
 KEY_PATTERN = re.compile(r"[\x21-\x7e]{1,200}")
 KEY_HEADER = "idempotency-key"
 FORM, JSON = "multipart/form-data", "application/json"
-# The fields of a form beside its file; each is a JSON value.
+# The fields of a form besides its file; each is a JSON value.
 _FIELDS = ("runs", "deadline_s", "finalize", "settings", "name")
-# A field may be as long as a prompt; by itself the module takes an eighth of that.
+# A field may be as long as a prompt; by default the module takes an eighth of that.
 csv.field_size_limit(RENDERED_MOST)
 
 
 @dataclass(slots=True)
 class Upload:
-    """A body that has come whole. `sha256` of its bytes; close the file."""
+    """A complete body. `sha256` of its bytes; close the file."""
 
     file: IO[bytes]
     sha256: str
 
 
 async def spooled(request: Request) -> Upload:
-    """The body, on the disk if it is long. BadInput for an empty one."""
+    """Return the body, on the disk if it is long. Raise BadInput for an empty one."""
     file = cast(IO[bytes], tempfile.SpooledTemporaryFile(IN_MEMORY))  # noqa: SIM115  (who gets it closes it)
     hashed = hashlib.sha256()
     size = 0
@@ -68,7 +68,7 @@ async def spooled(request: Request) -> Upload:
 
 
 def key_of(request: Request, who: str, fingerprint: str) -> Key | None:
-    """The request's Idempotency-Key, if it has one. `ApiError` for one that cannot be kept."""
+    """Return the request's Idempotency-Key, if it has one. Raise `ApiError` for a key that cannot be kept."""
     key = request.headers.get(KEY_HEADER)
     if key is None:
         return None
@@ -79,19 +79,19 @@ def key_of(request: Request, who: str, fingerprint: str) -> Key | None:
 
 
 def fingerprint_of(*parts: object) -> str:
-    """A hash of what a request asks for."""
+    """Return a hash of a request's content."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 async def takes_json(request: Request) -> None:
-    """`ApiError` 415 for a body that is stated to be anything else than JSON."""
+    """Raise `ApiError` 415 for a body that is declared as anything but JSON."""
     kind = _kind(request)
     if not _is_json(kind):
         raise ApiError(415, UNSUPPORTED_MEDIA, f"content type {kind[:100]!r}: send application/json")
 
 
 async def takes_lines(request: Request) -> None:
-    """The dependency of a route whose body is lines: `ApiError` 415 for a form, and for what is compressed."""
+    """Check a route whose body is lines: raise `ApiError` 415 for a form, and for compressed content."""
     if _kind(request) == FORM:
         text = "send the lines themselves as the body, not a form: curl --data-binary @FILE"
         raise ApiError(415, UNSUPPORTED_MEDIA, f"content type {FORM!r}: {text}")
@@ -101,7 +101,7 @@ async def takes_lines(request: Request) -> None:
 
 
 def _kind(request: Request) -> str:
-    """The content type; JSON where none is stated."""
+    """Return the content type; JSON if none is stated."""
     return request.headers.get("content-type", JSON).partition(";")[0].strip().lower()
 
 
@@ -110,7 +110,7 @@ def _is_json(kind: str) -> bool:
 
 
 async def knows_its_query(request: Request) -> None:
-    """The dependency of all posts: `ApiError` 422 for a parameter that no one reads, since it was meant to count."""
+    """Check a post's query: raise `ApiError` 422 for an unknown parameter, since it was meant to count."""
     if request.method == "GET" or not request.query_params:
         return
     known = [each.alias for each in request.scope["route"].dependant.query_params]
@@ -126,7 +126,7 @@ MODELS: dict[str, type[BaseModel]] = {"BatchRun": BatchRun}
 
 
 def json_body(model: type[Model]) -> Any:
-    """The dependency of a route that gets a JSON body of this model, read in a thread: a large one stalls nobody."""
+    """Return the dependency of a route with a JSON body of this model, parsed in a thread: it may be large."""
     MODELS[model.__name__] = model
 
     async def read(request: Request) -> Model:
@@ -138,7 +138,7 @@ def json_body(model: type[Model]) -> Any:
 
 
 def described(model: type[BaseModel]) -> dict[str, Any]:
-    """What OpenAPI says of such a body."""
+    """Return OpenAPI's description of such a body."""
     schema = {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}
     return {"requestBody": {"required": True, "content": {JSON: schema}}}
 
@@ -148,7 +148,7 @@ def described(model: type[BaseModel]) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class RunBody:
-    """A batch-run as it came: its inputs, to be read as often as needed, and the rest. Close it."""
+    """The body of a batch-run: its inputs, to be read as often as needed, and the rest. Close it."""
 
     body: BatchRun
     file: IO[bytes] | None
@@ -156,20 +156,20 @@ class RunBody:
     fingerprint: str
 
     def inputs(self) -> Iterator[Mapping[str, Any]]:
-        """One mapping of fields for each input. Blocks. BadInput for a file that is wrong."""
+        """Yield one mapping of fields for each input. Blocks. Raise BadInput for an invalid file."""
         if self.file is None:
             return iter(self.body.inputs)
         self.file.seek(0)
         return _csv_rows(self.file) if self.is_csv else _json_rows(self.file)
 
     def close(self) -> None:
-        """Gives the file back."""
+        """Release the file."""
         if self.file is not None:
             self.file.close()
 
 
 async def run_body(request: Request) -> RunBody:
-    """The body of a batch-run or a preflight: JSON, or a form with a file of inputs."""
+    """Return the body of a batch-run or a preflight: JSON, or a form with a file of inputs."""
     kind = _kind(request)
     if kind == FORM:
         return await _form(request)
@@ -253,7 +253,7 @@ def _csv_rows(file: IO[bytes]) -> Iterator[Mapping[str, Any]]:
         if not found:
             raise BadInput("no inputs in it", "file")
     except UnicodeDecodeError:
-        # It is decoded ahead of the rows that are handed out.
+        # It is decoded ahead of the rows that are yielded.
         raise BadInput(f"not UTF-8 text somewhere after line {reader.line_num}", "file") from None
     except csv.Error as error:
         raise BadInput(f"not CSV: {error}", "file", reader.reader.line_num) from None

@@ -1,13 +1,13 @@
-"""The progress of a batch, `GET /batches/{id}`, answered before FastAPI sees it: as `routes_batches.get_batch` would.
+"""Answer `GET /batches/{id}`, a batch's progress, before FastAPI sees it: as `routes_batches.get_batch` would.
 
-Hundreds of clients ask for it several times a second and are told the same, so the answer is made once for each state
-of the batch, and a batch of another replica is read once for all who ask within a quarter of a second. Whatever is not
-plainly this case goes on to the application.
+Hundreds of clients ask for it several times a second and get the same answer, so the answer is made once for each state
+of the batch, and a batch of another replica is read once for all clients within a quarter of a second. Any request that
+is not plainly this case goes on to the application.
 
-Why it is here: in one pair of runs of `bench_service --short` (200 readers, 20 posters, 200 listeners; other programs
+Why it exists: in one pair of runs of `bench_service --short` (200 readers, 20 posters, 200 listeners; other programs
 took 1.5 of 2 cores), a version without this, without the groups of `events` and without its cache of made events had
-reads at 25 ms (median) and 671 ms (99th percentile), the version with all three 1.3 and 338 ms. Which of the three does
-how much was not measured.
+reads at 25 ms (median) and 671 ms (99th percentile), the version with all three 1.3 and 338 ms. The share of each of
+the three was not measured.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ KEPT = 1_000
 
 
 class Quick:
-    """See the module."""
+    """Answers requests for progress; see the module."""
 
     def __init__(self, app: ASGIApp, worker: Worker, elsewhere: Elsewhere, authority: Authority) -> None:
         self._app = app
@@ -68,7 +68,7 @@ class Quick:
         return known[1]
 
     def _may_read(self, scope: Scope) -> bool:
-        """Whether that is known without asking anybody: any scope may read."""
+        """Return whether that is known without a lookup: any scope may read."""
         stated = host = b""
         for name, value in scope["headers"]:
             if name == b"authorization":

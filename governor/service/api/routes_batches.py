@@ -1,4 +1,4 @@
-"""The paths of batches: posting one, looking at it, its results, its events, and holding, resuming or cancelling it."""
+"""The paths of batches: post, show, fetch results, follow events, pause, resume and cancel."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from governor.service.errors import CONFLICT, KEY_REUSED, NOT_FOUND, ApiError
 from governor.service.store.store import CANCEL, ENDED, PAUSE, RUN, BatchRow, Key, KeyTakenError
 from governor.service.worker.live import accepted_json, batch_json
 
-# About so many bytes of results go out at a time.
+# Approximate bytes of results sent at a time.
 PIECE = 64 * 1024
 ID = r"^[A-Za-z0-9_-]{1,64}$"
 BatchId = Annotated[str, Path(pattern=ID, description="As it was answered when the batch was posted.")]
@@ -54,7 +54,7 @@ router = APIRouter(tags=["batches"], dependencies=QUERY)
 
 
 async def replayed(service: Service, key: Key | None) -> Response | None:
-    """What was answered to the same request before, if it was."""
+    """Return the earlier answer to the same request, if there was one."""
     if key is None:
         return None
     kept = await anyio.to_thread.run_sync(service.store.kept, key)
@@ -67,7 +67,7 @@ async def replayed(service: Service, key: Key | None) -> Response | None:
 
 
 async def while_there(request: Request, incoming: Incoming, read: Callable[[], None]) -> None:
-    """Reads a batch in a thread, for as long as its client waits for the answer."""
+    """Read a batch in a thread, for as long as its client waits for the answer."""
 
     async def watch() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -85,7 +85,7 @@ async def while_there(request: Request, incoming: Incoming, read: Callable[[], N
 async def accepted(
     request: Request, incoming: Incoming, service: Service, key: Key | None, read: Callable[[], None]
 ) -> Response:
-    """Reads, judges and accepts a batch: 202, or what was answered before; ApiError 503 where it is refused."""
+    """Read, judge and accept a batch: 202, or the earlier answer. Raise ApiError 503 if it is refused."""
     before = await replayed(service, key)
     if before is not None:
         return before
@@ -141,7 +141,7 @@ async def post_batch(
     ] = None,
     name: Annotated[BatchName, Query()] = "",
 ) -> Response:
-    """Runs a batch of raw lines. It streams in; 202 when all of it is durable."""
+    """Run a batch of raw lines. It streams in; 202 when all of it is durable."""
     own = dict(each.split("=", 1) for each in settings or ())
     upload = await spooled(request)
     try:
@@ -167,7 +167,7 @@ def _from_start(file: IO[bytes]) -> IO[bytes]:
 
 
 async def found(batch_id: str, service: Service) -> BatchRow:
-    """The batch of that id as it stands. `ApiError` 404 where there is none."""
+    """Return the present state of the batch of that id. Raise `ApiError` 404 if there is none."""
     row = service.worker.batch(batch_id)
     if row is None:
         row = await anyio.to_thread.run_sync(service.store.batch, batch_id)
@@ -183,7 +183,7 @@ async def get_batches(
     limit: Annotated[int, Query(ge=1, le=500)] = 50,
     before: Annotated[int, Query(ge=0, le=2**53, description="`next` of the page before.")] = 0,
 ) -> Response:
-    """Batches, newest first."""
+    """List batches, newest first."""
     rows = await anyio.to_thread.run_sync(service.store.batches, limit, before)
     shown = [batch_json(service.worker.batch(row.batch_id) or row) for row in rows]
     return JSONResponse({"batches": shown, "next": rows[-1].number if len(rows) == limit else None})
@@ -191,12 +191,12 @@ async def get_batches(
 
 @router.get("/batches/{batch_id}", response_model=BatchOut)
 async def get_batch(batch_id: BatchId, caller: Reader, service: Here) -> Response:
-    """A batch as it stands, with progress and ETA."""
+    """Show a batch with its progress and ETA."""
     return JSONResponse(batch_json(await found(batch_id, service)))
 
 
 def _pieces(service: Service, row: BatchRow, *, good: bool) -> Iterator[bytes]:
-    """The lines of results or errors so far, many at a time."""
+    """Yield the lines of results or errors so far, many at a time."""
     parts: list[str] = []
     size = 0
     for result in service.worker.ledger.records(row.number).results():
@@ -227,13 +227,13 @@ async def _lines(batch_id: str, service: Service, *, good: bool) -> Response:
 
 @router.get("/batches/{batch_id}/results", response_class=StreamingResponse, responses=_LINES)
 async def get_results(batch_id: BatchId, caller: Reader, service: Here) -> Response:
-    """What succeeded so far, streamed as JSONL."""
+    """Stream the results so far as JSONL."""
     return await _lines(batch_id, service, good=True)
 
 
 @router.get("/batches/{batch_id}/errors", response_class=StreamingResponse, responses=_LINES)
 async def get_errors(batch_id: BatchId, caller: Reader, service: Here) -> Response:
-    """What failed so far, streamed as JSONL."""
+    """Stream the failures so far as JSONL."""
     return await _lines(batch_id, service, good=False)
 
 
@@ -249,7 +249,7 @@ async def get_errors(batch_id: BatchId, caller: Reader, service: Here) -> Respon
     },
 )
 async def get_events(batch_id: BatchId, request: Request, caller: Reader, service: Here) -> Response:
-    """What changes, as it changes."""
+    """Stream the batch's changes as server-sent events."""
     row = await found(batch_id, service)
     if row.state in ENDED and request.headers.get("last-event-id") == END:
         return Response(status_code=204)
@@ -265,7 +265,7 @@ async def _asked(request: Request, batch_id: str, wanted: str, who: str, service
     key = key_of(request, who, fingerprint_of(batch_id, wanted))
     before = await replayed(service, key)
     if before is not None:
-        # One whose answer was never kept, since its process died, was asked for all the same.
+        # A command whose answer was never kept, since its process died, has been recorded all the same.
         return before if before.body else JSONResponse(batch_json(row), headers=REPLAYED)
     if row.state in ENDED or (row.wanted == CANCEL and wanted != CANCEL):
         raise ApiError(409, CONFLICT, f"batch {batch_id} is {row.state}: it cannot be asked for anything any more")
@@ -291,17 +291,17 @@ _STEER: dict[str, Any] = {
 
 @router.post("/batches/{batch_id}/cancel", **_STEER)
 async def cancel(batch_id: BatchId, request: Request, caller: Runner, service: Here) -> Response:
-    """Launches nothing more of it; what is in flight ends, the rest is recorded as BATCH_CANCELLED."""
+    """Cancel the batch: launch nothing more, let requests in flight end, record the rest as BATCH_CANCELLED."""
     return await _asked(request, batch_id, CANCEL, caller.name, service)
 
 
 @router.post("/batches/{batch_id}/pause", **_STEER)
 async def pause(batch_id: BatchId, request: Request, caller: Runner, service: Here) -> Response:
-    """Launches none of its lines until `resume`; other batches go on."""
+    """Pause the batch: launch none of its lines until `resume`; other batches go on."""
     return await _asked(request, batch_id, PAUSE, caller.name, service)
 
 
 @router.post("/batches/{batch_id}/resume", **_STEER)
 async def resume(batch_id: BatchId, request: Request, caller: Runner, service: Here) -> Response:
-    """Goes on with a batch that was paused, or that has stopped."""
+    """Resume a batch that was paused, or that has stopped."""
     return await _asked(request, batch_id, RUN, caller.name, service)

@@ -1,4 +1,4 @@
-"""All other paths: settings, what-if, what goes on, metrics, health."""
+"""All other paths: settings, what-if, live state, metrics, health."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from governor.service.worker.live import live_json
 from governor.service.worker.policies import values_of
 
 Admin = Annotated[Caller, Depends(needs("admin"))]
-# Changes that are shown beside the settings.
+# Changes that are shown with the settings.
 SHOWN_CHANGES = 50
 
 router = APIRouter(dependencies=QUERY)
@@ -60,7 +60,7 @@ async def get_settings(
     service: Here,
     pool: Annotated[str, Query(pattern=r"^[A-Za-z0-9_.-]{0,64}$")] = "",
 ) -> Response:
-    """The policy in force, and its latest changes."""
+    """Show the policy in force, and its latest changes."""
     return await _settings(service, _pool(service, pool))
 
 
@@ -70,7 +70,7 @@ async def get_settings(
 async def put_settings(
     body: Annotated[bodies.SettingsChange, json_body(bodies.SettingsChange)], caller: Admin, service: Here
 ) -> Response:
-    """Changes settings, without a restart; recorded with who and when. What is not named stays as it is."""
+    """Change settings without a restart, recorded with author and time. Settings not named stay as they are."""
     pool = _pool(service, body.pool)
     worker = service.worker
     if pool not in worker.policies.in_force():
@@ -85,7 +85,7 @@ async def put_settings(
 
 @router.post("/what-if", response_model=bodies.WhatIfOut, tags=["what-if"], openapi_extra=described(bodies.WhatIf))
 async def what_if(body: Annotated[bodies.WhatIf, json_body(bodies.WhatIf)], caller: Reader, service: Here) -> Response:
-    """The same batch under other settings, simulated beside today's: summary and bands."""
+    """Simulate the same batch under other settings and under today's: summary and bands."""
     simulate = service.config.what_if
     if simulate is None:
         raise ApiError(501, NO_SIMULATOR, "no simulator is installed: pip install 'paceline[sim]' beside the service")
@@ -101,7 +101,7 @@ async def what_if(body: Annotated[bodies.WhatIf, json_body(bodies.WhatIf)], call
 async def get_live(
     caller: Reader, service: Here, series: Annotated[bool, Query(description="With the last 15 minutes.")] = True
 ) -> Response:
-    """Slots, token window, queue by cause, batches with ETA, and launches and 429s over time, of this replica."""
+    """Show slots, token window, queue by cause, batches with ETA, and launches and 429s over time, of this replica."""
     return JSONResponse(live_json(service.worker, series=series))
 
 
@@ -117,7 +117,7 @@ async def get_live(
     },
 )
 async def get_live_events(caller: Reader, service: Here) -> Response:
-    """The same without the series, as it changes."""
+    """Stream the same without the series, as it changes."""
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return StreamingResponse(service.events.live(caller), 200, headers, media_type="text/event-stream")
 
@@ -129,13 +129,13 @@ async def get_live_events(caller: Reader, service: Here) -> Response:
     responses={200: {"description": "Prometheus' text format."}},
 )
 async def metrics(caller: Reader, service: Here) -> Response:
-    """Prometheus metrics of this replica."""
+    """Show Prometheus metrics of this replica."""
     return PlainTextResponse(service.metrics.text())
 
 
 @router.get("/healthz", response_model=bodies.Health, tags=["operations"])
 async def healthz() -> Response:
-    """Whether the process answers."""
+    """Report whether the process answers."""
     return JSONResponse({"status": "ok", "detail": ""})
 
 
@@ -146,7 +146,7 @@ async def healthz() -> Response:
     responses={503: {"model": bodies.Health, "description": "It takes no batches right now."}},
 )
 async def readyz(service: Here) -> Response:
-    """Whether it takes batches, and if not, why."""
+    """Report whether it takes batches, and if not, why."""
     worker = service.worker
     if not worker.ready:
         return JSONResponse({"status": "not ready", "detail": worker.trouble}, 503)

@@ -1,4 +1,4 @@
-"""The paths of templates, and the batches that are made of them."""
+"""The paths of templates, and of the batches made from them."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ _RUN_BODY: dict[str, Any] = {
 
 
 def shown(row: TemplateRow) -> dict[str, Any]:
-    """A version of a template; see `bodies.TemplateOut`."""
+    """Return a version of a template; see `bodies.TemplateOut`."""
     rest = {"version": row.version, "created_at": row.created_at, "created_by": row.who}
     return {"template_id": row.template_id} | row.content | rest
 
 
 async def found(template_id: str, service: Service, version: int | None = None) -> TemplateRow:
-    """The template. `ApiError` 404 where there is none."""
+    """Return the template. Raise `ApiError` 404 if there is none."""
     row = await anyio.to_thread.run_sync(service.store.template, template_id, version)
     if row is None:
         of = "" if version is None else f" in version {version}"
@@ -91,7 +91,7 @@ async def found(template_id: str, service: Service, version: int | None = None) 
     openapi_extra={"parameters": [IDEMPOTENT], **described(Template)},
 )
 async def post_template(body: Posted, request: Request, caller: Runner, service: Here) -> Response:
-    """A new template."""
+    """Create a template."""
     await anyio.to_thread.run_sync(checked, body)
     key = key_of(request, caller.name, fingerprint_of(body.model_dump()))
     before = await replayed(service, key)
@@ -117,7 +117,7 @@ async def get_templates(
     limit: Annotated[int, Query(ge=1, le=500)] = 50,
     after: Annotated[str, Query(pattern=r"^[A-Za-z0-9_-]{0,64}$", description="`next` of the page before.")] = "",
 ) -> Response:
-    """Templates, by id."""
+    """List templates, by id."""
     rows = await anyio.to_thread.run_sync(service.store.templates, limit, after)
     following = rows[-1].template_id if len(rows) == limit else None
     return JSONResponse({"templates": [shown(row) for row in rows], "next": following})
@@ -130,13 +130,13 @@ async def get_template(
     service: Here,
     version: Annotated[int | None, Query(ge=1, le=2**31, description="An older one; else the newest.")] = None,
 ) -> Response:
-    """A template."""
+    """Show a template."""
     return JSONResponse(shown(await found(template_id, service, version)))
 
 
 @router.get("/templates/{template_id}/versions", response_model=TemplateVersions)
 async def get_versions(template_id: TemplateId, caller: Reader, service: Here) -> Response:
-    """Every version of a template."""
+    """List every version of a template."""
     await found(template_id, service)
     rows = await anyio.to_thread.run_sync(service.store.template_versions, template_id)
     return JSONResponse({"versions": [shown(row) for row in rows]})
@@ -144,7 +144,7 @@ async def get_versions(template_id: TemplateId, caller: Reader, service: Here) -
 
 @router.put("/templates/{template_id}", response_model=TemplateOut, openapi_extra=described(Template))
 async def put_template(template_id: TemplateId, body: Posted, caller: Runner, service: Here) -> Response:
-    """A new version of a template; batches that run go on with theirs."""
+    """Create a new version of a template; running batches continue with theirs."""
     await anyio.to_thread.run_sync(checked, body)
     row = await anyio.to_thread.run_sync(service.store.change_template, template_id, body.model_dump(), caller.name)
     if row is None:
@@ -154,7 +154,7 @@ async def put_template(template_id: TemplateId, body: Posted, caller: Runner, se
 
 @router.delete("/templates/{template_id}", status_code=204, response_class=Response)
 async def delete_template(template_id: TemplateId, caller: Runner, service: Here) -> Response:
-    """Takes a template out of use. Batches that were made of it go on."""
+    """Delete a template. Batches made from it go on."""
     if not await anyio.to_thread.run_sync(service.store.delete_template, template_id):
         raise ApiError(404, NOT_FOUND, f"there is no template {template_id!r}")
     return Response(status_code=204)
@@ -184,7 +184,7 @@ def _reader(incoming: Incoming, row: TemplateRow, run: RunBody) -> Callable[[], 
     "/templates/{template_id}/preflight", response_model=VerdictOut, responses=REFUSED, openapi_extra=_RUN_BODY
 )
 async def preflight(template_id: TemplateId, request: Request, caller: Runner, service: Here) -> Response:
-    """The verdict alone: whether such a batch may start now. Nothing is kept."""
+    """Return only the verdict: whether such a batch may start now. Nothing is kept."""
     row = await found(template_id, service)
     run = await run_body(request)
     try:
@@ -204,7 +204,7 @@ async def preflight(template_id: TemplateId, request: Request, caller: Runner, s
     openapi_extra={"parameters": [IDEMPOTENT], **_RUN_BODY},
 )
 async def batch_run(template_id: TemplateId, request: Request, caller: Runner, service: Here) -> Response:
-    """Runs a template on inputs: 202 with the forecast finish, or 503 where it may not start."""
+    """Run a template on inputs: 202 with the forecast finish, or 503 if it may not start."""
     row = await found(template_id, service)
     run = await run_body(request)
     try:

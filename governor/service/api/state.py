@@ -1,4 +1,4 @@
-"""What every route reaches: the parts of the running service."""
+"""The parts of the running service, as every route reaches them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from governor.telemetry.metrics import Metrics
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """The parts, made together in `app`."""
+    """The service's parts, created together in `app`."""
 
     config: ServiceConfig
     store: Store
@@ -28,6 +28,6 @@ class Service:
 
 
 def service_of(request: Request) -> Service:
-    """The dependency of a route."""
+    """Return the service, as the dependency of a route."""
     found: Service = request.app.state.service
     return found

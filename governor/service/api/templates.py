@@ -1,9 +1,9 @@
 """Prompt templates: text with `{{ field }}` in it, and the requests that are made of them.
 
 A template fills in the fields of one input and has no logic: `{{ name }}`, `{{ user.name }}`, `{{ items.0 }}`. A text
-is filled in as it is, any other value as JSON. Braces that are meant as text are quoted: `{{ "{{" }}`.
+is inserted as it is, any other value as JSON. Braces that are meant as text are quoted: `{{ "{{" }}`.
 
-Reading and filling in take time proportional to the text. (With a regular expression, each `{{` without an end would be
+Parsing and filling take time proportional to the text. (With a regular expression, each `{{` without an end would be
 searched to the end of the text.)
 """
 
@@ -35,7 +35,7 @@ class Part(NamedTuple):
 
 
 def checked(template: Template) -> list[Part]:
-    """The template, ready to fill in. `ApiError` 422 for one that is wrong."""
+    """Return the template, ready to fill in. Raise `ApiError` 422 for an invalid one."""
     for name in template.parameters:
         if name in _OURS:
             raise _bad(f"parameters.{name}: the template fills that in itself")
@@ -78,7 +78,7 @@ def _parts(prompt: str) -> list[Part]:
 
 
 def _tag(prompt: str, found: int) -> tuple[str, int]:
-    """What stands between `{{` at `found` and its end, and the place after that; quoted braces are no end."""
+    """Return the text between `{{` at `found` and its end, and the place after that; quoted braces do not end it."""
     start = found + len(_OPEN)
     begin = start
     while begin < len(prompt) and prompt[begin].isspace():
@@ -104,7 +104,7 @@ def _bad(message: str) -> ApiError:
 
 
 def rendered(parts: Iterable[Part], fields: Mapping[str, Any], place: str) -> str:
-    """The prompt for one input. BadInput, naming the input, where that cannot be."""
+    """Return the prompt for one input. Raise BadInput, naming the input, if it cannot be filled in."""
     texts: list[str] = []
     size = 0
     for text, field in parts:
@@ -120,7 +120,7 @@ def rendered(parts: Iterable[Part], fields: Mapping[str, Any], place: str) -> st
 
 def _value(fields: Mapping[str, Any], field: str, place: str) -> Any:
     if field in fields:
-        return fields[field]  # a column may have a point in its name
+        return fields[field]  # a column's name may contain a dot
     value: Any = fields
     for name in field.split("."):
         if isinstance(value, Mapping) and name in value:
@@ -145,7 +145,7 @@ def _text_of(value: Any, field: str, place: str) -> str:
 
 
 def lines_of(template: Template, inputs: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """A line of the batch format for each input; custom_id `i3` is that of the fourth."""
+    """Yield a line of the batch format for each input; custom_id `i3` is the fourth input's."""
     parts = checked(template)
     for i, fields in enumerate(inputs):
         body = body_of(template, rendered(parts, fields, f"input {i}"))
@@ -154,7 +154,7 @@ def lines_of(template: Template, inputs: Iterable[Mapping[str, Any]]) -> Iterato
 
 
 def body_of(template: Template, prompt: str) -> dict[str, Any]:
-    """What is sent for a rendered prompt."""
+    """Return the body to send for a rendered prompt."""
     body: dict[str, Any] = {"model": template.model, **template.parameters}
     cap = template.max_output_tokens
     if template.endpoint == "/v1/chat/completions":
@@ -175,5 +175,5 @@ def body_of(template: Template, prompt: str) -> dict[str, Any]:
 
 
 def _reasons(model: str) -> bool:
-    """Whether a chat model takes its cap under the newer name only."""
+    """Return whether a chat model takes its cap under the newer name only."""
     return model.startswith(("o1", "o3", "o4", "gpt-5", "gpt-6"))

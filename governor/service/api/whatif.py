@@ -1,7 +1,7 @@
-"""What is asked of a simulator for `/what-if`: the batch in numbers, today's settings and those asked about.
+"""Prepare the simulator's input for `/what-if`: the batch in numbers, today's settings and the proposed ones.
 
-Of a batch that runs or is over, answers that have come count as they were, in tokens and in seconds; the rest is
-assumed. The question is always about the whole batch from an idle start, so that settings can be compared.
+For a batch that runs or is over, received answers count as they were, in tokens and in seconds; the rest is assumed.
+The question is always about the whole batch from an idle start, so that settings can be compared.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ REQUESTS_MOST = 100_000
 
 
 def question_of(body: WhatIf, row: BatchRow | None, service: Service) -> dict[str, Any]:
-    """The question. Blocks. `ApiError` or BadInput where it makes no sense.
+    """Return the question. Blocks. Raise `ApiError` or BadInput if it makes no sense.
 
     `sizes`: by column of `Sizes`; `output_tokens`, `service_s`: -1 = not known; `today`, `proposed`: policies;
     `scenario`: the pool's.

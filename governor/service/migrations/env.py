@@ -1,4 +1,4 @@
-"""What Alembic runs: the migrations, on the connection that whoever calls has opened. No address, no logging set up."""
+"""Run Alembic's migrations on the connection that the caller has opened. No address, no logging set up."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What the service keeps in its database, and the journal of its batches."""
+"""The service's database: its own tables, and the journal of its batches."""

@@ -1,4 +1,4 @@
-"""The service's database: opened, brought to the newest schema, and safe to be used from many threads.
+"""The service's database: opened, migrated to the newest schema, and safe to be used from many threads.
 
 SQLite: one process at a time (it holds the journal's lock); its threads write one after another, since a writer that
 polls a locked database waits longer than one that queues. PostgreSQL: any number of processes, each with a lease (see
@@ -29,18 +29,18 @@ from governor.service.store import tables
 APPLICATION_ID = 0x50414353  # "PACS"
 # Two processes that migrate at once take turns: an advisory lock of PostgreSQL's, of this number.
 _MIGRATING = 0x50414353
-# How long a transaction may do nothing.
+# The longest time that a transaction may be idle.
 FROZEN_MS = 5_000
 # Free bytes below which nothing more is accepted or launched: room for the answers in flight and the write-ahead log.
 ROOM_KEPT = 64 * 2**20
 
 
 class NoRoomError(JournalError):
-    """The disk has no room for what should be written. It may have it later."""
+    """Raised if the disk has no room for a write. There may be room later."""
 
 
 class ServiceDatabase(Database):
-    """See the module. `where`: a path, or the URL of a PostgreSQL or SQLite database."""
+    """The service's database; see the module. `where`: a path, or the URL of a PostgreSQL or SQLite database."""
 
     def __init__(self, where: str) -> None:
         super().__init__(_postgres_url(where))
@@ -49,20 +49,20 @@ class ServiceDatabase(Database):
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
-        """A transaction that is durable when the block is left, and leaves no trace if it raises."""
+        """Open a transaction that is durable when the block is left, and leaves no trace if it raises."""
         with self._turn, super().writing() as connection:
             yield connection
 
     def now(self, connection: Connection) -> float:
-        """Seconds since 1970 by the clock that all replicas share."""
+        """Return seconds since 1970 by the clock that all replicas share."""
         if self.is_sqlite:
             return time.time()
         return float(connection.execute(text("SELECT extract(epoch FROM clock_timestamp())")).scalar_one())
 
     def check_room(self, wanted: int = 0) -> None:
-        """`NoRoomError` where the disk of a SQLite file has no room for so many bytes and what answers may need.
+        """Raise `NoRoomError` if a SQLite file's disk lacks room for so many bytes and the answers' reserve.
 
-        The write-ahead log lies on the same disk: callers count it in. Of other databases the disk is not known.
+        The write-ahead log is on the same disk: callers count it in. The disks of other databases are unknown.
         """
         if self.path is None:
             return
@@ -73,7 +73,7 @@ class ServiceDatabase(Database):
             raise NoRoomError(f"{self.name}: {text}: make room", retryable=True)
 
     def prepared(self) -> None:
-        """Made if need be, locked (SQLite), and migrated to the newest schema."""
+        """Create it if need be, lock it (SQLite), and migrate it to the newest schema."""
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.is_empty():
@@ -84,7 +84,7 @@ class ServiceDatabase(Database):
         self._migrate()
 
     def looked_at(self, *, make: bool) -> None:
-        """Ready for a short look beside a service that runs. `make`: also where there is none yet."""
+        """Prepare for a short look beside a service that runs. `make`: also if there is no database yet."""
         if self.path is not None:
             if self.is_empty() and not make:
                 raise JournalError(f"{self.name}: there is no such database: `paceline serve` makes one")
@@ -104,7 +104,7 @@ class ServiceDatabase(Database):
                 connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
 
     def _migrate(self) -> None:
-        """A new database is made of the tables as they are; one that is there is brought up to date, step by step."""
+        """Create a new database from the present tables; bring an existing one up to date, step by step."""
         from alembic import command
 
         with self.writing() as connection:
@@ -122,7 +122,7 @@ class ServiceDatabase(Database):
             self._check_tables(connection)
 
     def _check_tables(self, connection: Connection) -> None:
-        """JournalError where a table is not as this version writes it: found out in the middle of a batch, it costs."""
+        """Raise JournalError if a table differs from this version's: in the middle of a batch that is costly."""
         found = inspect(connection)
         for table in (*schema.metadata.sorted_tables, *tables.metadata.sorted_tables):
             there = {column["name"] for column in found.get_columns(table.name)}
@@ -133,7 +133,7 @@ class ServiceDatabase(Database):
 
 
 class Turns:
-    """A lock that threads get in the order in which they came: one that commits all the time starves nobody."""
+    """A lock that threads get in the order in which they came: a thread that commits all the time starves no other."""
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
@@ -148,7 +148,7 @@ class Turns:
             mine = threading.Lock()
             mine.acquire()
             self._waiting.append(mine)
-        mine.acquire()  # whoever leaves hands it over
+        mine.acquire()  # the leaving thread passes it on
 
     def __exit__(self, *exception: object) -> None:
         with self._guard:
@@ -159,21 +159,21 @@ class Turns:
 
 
 def replica_name() -> str:
-    """What this process is called among the replicas: its host and its process number."""
+    """Return this process's name among the replicas: its host and its process number."""
     return f"{socket.gethostname()}:{os.getpid()}"
 
 
 def session_name(replica: str) -> str:
-    """The `application_name` of a replica's sessions; PostgreSQL keeps 63 bytes of it."""
+    """Return the `application_name` of a replica's sessions; PostgreSQL keeps 63 bytes of it."""
     return f"paceline {replica[-50:]}"
 
 
 def _postgres_url(where: str) -> str:
-    """A URL of PostgreSQL with its driver, the replica's name, and an end for idle transactions; else as it is.
+    """Return a PostgreSQL URL with its driver, the replica's name and an end for idle transactions; else unchanged.
 
-    A process that is frozen, or whose host is gone, in the middle of a transaction would hold up every other one that
-    takes its batches over. One that is frozen between two commands of a pipeline does not count as idle: its sessions
-    are ended by name (`Store.free_batches`).
+    A process that is frozen, or whose host is gone, in the middle of a transaction would hold up every other process
+    that takes its batches over. A process frozen between two commands of a pipeline does not count as idle: its
+    sessions are ended by name (`Store.free_batches`).
     """
     scheme, found, rest = where.partition("://")
     if not found or scheme not in ("postgres", "postgresql", "postgresql+psycopg"):
@@ -181,7 +181,7 @@ def _postgres_url(where: str) -> str:
     try:
         url = make_url(f"postgresql+psycopg://{rest}")
     except (ArgumentError, ValueError):
-        return where  # the error is said, without the URL, by whoever opens it
+        return where  # the error is reported, without the URL, when it is opened
     if "application_name" not in url.query:
         url = url.update_query_dict({"application_name": session_name(replica_name())})
     if "options" not in url.query:
@@ -190,7 +190,7 @@ def _postgres_url(where: str) -> str:
 
 
 def alembic_config() -> Any:
-    """Alembic's configuration; its connection comes in by `attributes`."""
+    """Return Alembic's configuration; its connection comes in by `attributes`."""
     from alembic.config import Config
 
     config = Config()

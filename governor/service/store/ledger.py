@@ -1,15 +1,15 @@
-"""The database as one journal of many batches: requests in and out, legs, and the writer that only a lease lets write.
+"""The database as one journal of many batches: requests in and out, legs, and the writer that writes only with a lease.
 
 A batch is the requests numbered from `number << BATCH_BITS` on, in the journal's own tables, so that results, attempts
-and what is left are read by `Records` with `within`. All pools of a process report to one writer: however many batches
-run, one commit carries what all of them had to say.
+and remaining requests are read by `Records` with `within`. All pools of a process report to one writer: however many
+batches run, one commit carries all of their reports.
 
-Fenced. Each commit looks first, in its own transaction, whether this replica still has its lease, and takes that row's
+Fenced. Each commit checks first, in its own transaction, that this replica still has its lease, and takes that row's
 lock. So a replica that was taken for dead writes nothing after another has taken its batches over: none of its launches
-becomes durable, and what is not durable is not sent.
+becomes durable, and a launch that is not durable is not sent.
 
-Legs. A journal's leg is one process's share. What a pool has used goes on from the checkpoint of the last replica that
-is no more.
+Legs. A journal's leg is one process's share. A pool's use continues from the checkpoint of the last replica that is
+gone.
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ log = logging.getLogger("paceline.service")
 
 
 class LeaseLostError(JournalError):
-    """This replica was taken for dead: another one has its batches."""
+    """Raised when this replica was taken for dead: another one has its batches."""
 
 
 class Patience:
-    """Repeats what the database refuses for a while (it restarts, its disk is full) until it succeeds, or `end`.
+    """Repeats operations that the database refuses for a while (restart, full disk) until they succeed, or `end`.
 
-    `tell`: hears of each failure, and None after a success that followed one. Blocks; safe from any thread.
+    `tell`: called with each failure, and with None after a success that followed one. Blocks; safe from any thread.
     """
 
     def __init__(self, tell: Callable[[JournalError | None], None]) -> None:
@@ -82,7 +82,7 @@ class Patience:
         self._ended = threading.Event()
 
     def end(self) -> None:
-        """The next failure is raised."""
+        """Raise the next failure instead of waiting."""
         self._ended.set()
 
     def __call__(self, work: Callable[..., T], *arguments: Any) -> T:
@@ -103,10 +103,11 @@ class Patience:
 
 
 class FencedWriter(Writer):
-    """A writer that writes only while its replica has the lease, and tries again for as long as it has.
+    """A writer that writes only while its replica has the lease, and retries for as long as it has.
 
     Launches wait for their commit and answers gather in memory, so an outage of the database costs time, but no answer.
-    Commits are numbered in the replica's row: one whose acknowledgement was lost with its connection is not repeated.
+    Commits are numbered in the replica's row: a commit whose acknowledgement was lost with its connection is not
+    repeated.
     """
 
     def __init__(self, store: Store, replica: int, patience: Patience) -> None:
@@ -145,13 +146,13 @@ class PatientRecords(Records):
 
 
 def part_of(number: int) -> tuple[int, int]:
-    """The numbers of the first and the last request that a batch can have."""
+    """Return the numbers of the first and the last request that a batch can have."""
     first = number << BATCH_BITS
     return first, first + (1 << BATCH_BITS) - 1
 
 
 class Ledger:
-    """See the module. Everything here blocks but what says otherwise."""
+    """The database as a journal of batches; see the module. Every method blocks unless it says otherwise."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -161,14 +162,14 @@ class Ledger:
         self.epoch_s, self.seed = stated.epoch_s, stated.seed
 
     def _run_row(self) -> None:
-        """The journal's one row about itself; the first process writes it."""
+        """Write the journal's one row about itself, in the first process."""
         with self.database.writing() as c:
             if c.execute(select(run.c.id)).first() is None:
                 row = {"id": 1, "schema": SCHEMA, "version": __version__, "fingerprint": "service", "seed": 0}
                 c.execute(insert(run), row | {"epoch_s": time.time(), "requests": -1, "purged_epoch_s": -1.0})
 
     def records(self, number: int, patience: Patience | None = None) -> Records:
-        """What is recorded of one batch. `patience`: for a reader that waits while the database is away."""
+        """Return the records of one batch. `patience`: for a reader that waits while the database is away."""
         if patience is not None:
             return PatientRecords(self.database, part_of(number), patience)
         return Records(self.database, part_of(number))
@@ -176,7 +177,7 @@ class Ledger:
     # ------------------------------------------------------------ requests in
 
     def write(self, c: Connection, number: int, works: Iterable[Work]) -> int:
-        """Writes requests, numbered from 0 as they came, under the batch's numbers; returns how many."""
+        """Write requests, numbered from 0 in their order, under the batch's numbers; return how many."""
         first = number << BATCH_BITS
         count = 0
         for rows, texts in chunks(replace(w, request=replace(w.request, index=first + w.request.index)) for w in works):
@@ -187,7 +188,7 @@ class Ledger:
         return count
 
     def erase(self, number: int, is_ours: Callable[[Connection], bool] = lambda c: True) -> None:
-        """Removes the requests of a batch that was not accepted, some thousand at a time, as long as it `is_ours`."""
+        """Remove the requests of a batch that was not accepted, some thousand at a time, as long as it `is_ours`."""
         first, last = part_of(number)
         while True:
             with self.database.writing() as c:
@@ -203,18 +204,18 @@ class Ledger:
     # ------------------------------------------------------------ taking over, giving up
 
     def taken_over(self, c: Connection, number: int) -> int:
-        """What a dead replica had in flight is pending again; returns how many requests that were."""
+        """Make a dead replica's requests in flight pending again; return how many there were."""
         return stock_taken(c, requests.c.request.between(*part_of(number)))
 
     def put_back(self, number: int, flying: Iterable[int]) -> None:
-        """What was withdrawn before its finalize pass was launched is pending again; `flying`: what really flies."""
+        """Make requests withdrawn before their finalize pass pending again; `flying`: those really in flight."""
         c = requests.c
         with self.database.writing() as connection:
             among = c.request.between(*part_of(number)) & c.request.not_in(list(flying))
             stock_taken(connection, among)
 
     def cancel(self, number: int, at_s: float) -> int:
-        """Ends what has not ended; nothing may be in flight. Returns how many requests that were."""
+        """End requests that have not ended; none may be in flight. Return how many there were."""
         c = requests.c
         mine = (c.request.between(*part_of(number)), c.state.in_((PENDING, IN_FLIGHT)))
         values = {"state": FAILED, "failure": FailureCode.BATCH_CANCELLED.value, "ended_s": at_s}
@@ -224,9 +225,9 @@ class Ledger:
     # ------------------------------------------------------------ legs
 
     def last_states(self, settings: Mapping[str, Policy], at_s: float, scale: float) -> dict[str, State]:
-        """The law's state of each pool as the last replica that is no more left it, where there was one.
+        """Return the law's state of each pool as the last replica that is gone left it, if there was one.
 
-        Its times are moved to this process's, so that what it used is as long ago as it is.
+        Its times are moved to this process's, so that its use keeps its age.
         """
         dead = select(service_legs.c.leg).join(replicas, replicas.c.number == service_legs.c.replica)
         query = select(checkpoints).join(pools, pools.c.pool == checkpoints.c.pool)
@@ -249,7 +250,7 @@ class Ledger:
     def begin_leg(
         self, replica: int, settings: Mapping[str, Policy], states: Mapping[str, State], at_s: float
     ) -> tuple[int, dict[str, int]]:
-        """Begins a leg in these states; returns its number and the numbers of the pools."""
+        """Begin a leg in these states; return its number and the numbers of the pools."""
         for _ in range(100):
             try:
                 with self.database.writing() as c:
@@ -271,11 +272,11 @@ class Ledger:
                         c.execute(insert(checkpoints), checkpoint_row(leg, number, first))
                 return leg, numbers
             except _TakenError:
-                continue  # another replica began the same leg in this moment
+                continue  # another replica began the same leg at this moment
         raise JournalError(f"{self.database.name}: no leg could be begun: another replica begins them all the time")
 
     def end_leg(self, leg: int, at_s: float, ending: str) -> None:
-        """Ends a leg in good order."""
+        """End a leg in good order."""
         with self.database.writing() as c:
             c.execute(update(legs).where(legs.c.leg == leg).values(ended_s=at_s, ending=ending))
 

@@ -1,6 +1,6 @@
-"""What the service keeps beside the journal: batches as a whole, templates, settings, leases, keys, tokens.
+"""The service's own records beside the journal: batches as a whole, templates, settings, leases, keys, tokens.
 
-Everything here blocks; who calls it from the event loop does so in a thread.
+Every method blocks; callers in the event loop use a thread.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RECEIVING, QUEUED, RUNNING, PAUSED, STOPPED = "receiving", "queued", "running", 
 CANCELLING, CANCELLED, COMPLETED = "cancelling", "cancelled", "completed"
 ACTIVE = (QUEUED, RUNNING, PAUSED, STOPPED, CANCELLING)
 ENDED = (CANCELLED, COMPLETED)
-# `resume` is said once: its owner makes `run` of it.
+# `resume` is said once: the batch's owner turns it into `run`.
 RUN, PAUSE, CANCEL, RESUME = "run", "pause", "cancel", "resume"
 KEY_DAYS = 7.0
 
@@ -59,7 +59,7 @@ class BatchRow:
 
 @dataclass(frozen=True, slots=True)
 class TemplateRow:
-    """One version of a template; `content` is what was posted."""
+    """One version of a template; `content` is the posted body."""
 
     template_id: str
     version: int
@@ -81,7 +81,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What was answered under an Idempotency-Key. `fingerprint`: of the request that it was answered to."""
+    """The answer given under an Idempotency-Key. `fingerprint`: of the request that it answered."""
 
     fingerprint: str
     status: int
@@ -90,7 +90,7 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """An Idempotency-Key as it came, with whom it belongs to and the fingerprint of its request."""
+    """An Idempotency-Key as received, with its owner and the fingerprint of its request."""
 
     scope: str
     key: str
@@ -98,11 +98,11 @@ class Key:
 
 
 class KeyTakenError(Exception):
-    """Another request with the same Idempotency-Key was quicker."""
+    """Raised if another request with the same Idempotency-Key was quicker."""
 
 
 def new_id(kind: str) -> str:
-    """`batch_4f0c...`: 96 bits, so that nobody guesses one."""
+    """Return an id such as `batch_4f0c...`: 96 bits, so that it cannot be guessed."""
     return f"{kind}_{secrets.token_hex(12)}"
 
 
@@ -115,23 +115,23 @@ class Store:
     # ------------------------------------------------------------ batches
 
     def batch(self, batch_id: str) -> BatchRow | None:
-        """The batch of that id, if it has been accepted."""
+        """Return the batch of that id, if it has been accepted."""
         with self.database.reading() as c:
             row = c.execute(select(batches).where(batches.c.batch_id == batch_id)).first()
         return None if row is None or row.state == RECEIVING else _batch(row)
 
     def numbered(self, c: Connection, number: int) -> BatchRow:
-        """The batch of that number, in a transaction of the caller's."""
+        """Return the batch of that number, in the caller's transaction."""
         return _batch(c.execute(select(batches).where(batches.c.number == number)).one())
 
     def batches(self, limit: int, before: int = 0) -> list[BatchRow]:
-        """The newest batches, newest first; `before`: only those that are older than that number (0 = all)."""
+        """Return the newest batches, newest first; `before`: only those that are older than that number (0 = all)."""
         query = select(batches).where(batches.c.state != RECEIVING).order_by(batches.c.number.desc()).limit(limit)
         with self.database.reading() as c:
             return [_batch(row) for row in c.execute(query.where(batches.c.number < before) if before else query)]
 
     def add_batch(self, c: Connection, values: Mapping[str, Any]) -> int:
-        """A new batch in a transaction of the caller's; returns its number."""
+        """Add a batch in the caller's transaction; return its number."""
         start: dict[str, Any] = {"name": "", "wanted": RUN, "reason": "", "created_at": self.database.now(c)}
         start |= {"ended_at": -1.0, "eta_s": -1.0}
         start |= dict.fromkeys(("done", "failed", "in_flight", "attempts", "throttled", "resent"), 0)
@@ -141,23 +141,23 @@ class Store:
         return int(key[0])
 
     def receives(self, c: Connection, number: int, batch_id: str) -> bool:
-        """Whether that batch is still on its way in, under that number: a number may become another batch's."""
+        """Return whether that batch is still on its way in, under that number: a number may become another batch's."""
         b = batches.c
         query = select(b.number).where(b.number == number, b.batch_id == batch_id, b.state == RECEIVING)
         return c.execute(query).first() is not None
 
     def remove_batch(self, c: Connection, number: int) -> None:
-        """Forgets a batch that was not accepted."""
+        """Remove a batch that was not accepted."""
         c.execute(delete(batches).where(batches.c.number == number))
 
     def change_batch(self, c: Connection, number: int, **values: Any) -> bool:
-        """Changes columns of a batch; whether it is there."""
+        """Change columns of a batch; return whether it exists."""
         return bool(c.execute(update(batches).where(batches.c.number == number).values(values)).rowcount)
 
     def want(self, number: int, wanted: str, key: Key | None = None) -> None:
-        """Asks whoever owns the batch to run, pause or cancel it; what was cancelled stays so.
+        """Ask the batch's owner to run, pause or cancel it; a cancelled batch stays cancelled.
 
-        `key`: kept with it, its answer to follow (`answered`). `KeyTakenError` where the same was asked before.
+        `key`: kept with it, its answer to follow (`answered`). Raise `KeyTakenError` if the same was asked before.
         """
         query = update(batches).where(batches.c.number == number, batches.c.wanted != CANCEL)
         with self.database.writing() as c:
@@ -166,20 +166,20 @@ class Store:
             c.execute(query.where(batches.c.state.in_(ACTIVE)).values(wanted=wanted))
 
     def resumed(self, number: int) -> None:
-        """Its owner has heard that a batch is to go on."""
+        """Record that its owner knows that a batch is to go on."""
         mine = (batches.c.number == number, batches.c.wanted == RESUME)
         with self.database.writing() as c:
             c.execute(update(batches).where(*mine).values(wanted=RUN))
 
     def progress(self, owner: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Writes down where batches stand, as far as they are this owner's."""
+        """Record the progress of batches, as far as they are this owner's."""
         b = batches.c
         by_names: dict[tuple[str, ...], list[dict[str, Any]]] = {}
         for row in rows:
             by_names.setdefault(tuple(row), []).append({f"b_{name}": value for name, value in row.items()})
         with self.database.writing() as c:
             for names, values in by_names.items():
-                # A batch that is over is left alone: this may have been noted before it was.
+                # Leave a batch that is over alone: this may have been noted before it was.
                 mine = (b.number == bindparam("b_number"), b.owner == owner, *(b.state != ended for ended in ENDED))
                 new: dict[str, Any] = {name: bindparam(f"b_{name}") for name in names if name != "number"}
                 c.execute(update(batches).where(*mine).values(new), values)
@@ -187,7 +187,7 @@ class Store:
     # ------------------------------------------------------------ leases
 
     def join(self, name: str, lease_s: float) -> int:
-        """A new replica; returns its number. Where only one process can be alive (SQLite), all others are lost."""
+        """Add a replica; return its number. If only one process can be alive (SQLite), all others are lost."""
         with self.database.writing() as c:
             if self.database.is_sqlite:
                 c.execute(update(replicas).values(lost=1))
@@ -197,7 +197,7 @@ class Store:
             return int(key[0])
 
     def renewed(self, number: int, lease_s: float) -> bool:
-        """Prolongs a lease; False where it was lost."""
+        """Prolong a lease; return False if it was lost."""
         r = replicas.c
         with self.database.writing() as c:
             until = self.database.now(c) + lease_s
@@ -205,28 +205,28 @@ class Store:
             return bool(c.execute(query).rowcount)
 
     def left(self, number: int) -> None:
-        """A replica ends in good order: what it still owns is anybody's at once."""
+        """End a replica in good order: its remaining batches are free at once."""
         with self.database.writing() as c:
             c.execute(update(replicas).where(replicas.c.number == number).values(lost=1))
 
     def holds(self, c: Connection, number: int) -> bool:
-        """Whether the replica still has its lease; until the transaction ends nobody can take it away."""
+        """Return whether the replica still has its lease; it cannot be taken away until the transaction ends."""
         query = select(replicas.c.number).where(replicas.c.number == number, replicas.c.lost == 0)
         return c.execute(query.with_for_update(read=True)).first() is not None
 
     def commit_of(self, c: Connection, number: int) -> int | None:
-        """The number of the replica's last commit, None where its lease was lost; locks its row until the end."""
+        """Return the number of the replica's last commit, None if its lease was lost; lock its row until the end."""
         r = replicas.c
         query = select(r.commits).where(r.number == number, r.lost == 0).with_for_update()
         found: int | None = c.execute(query).scalar()
         return found
 
     def committed(self, c: Connection, number: int, serial: int) -> None:
-        """The transaction at hand is the replica's commit of that number."""
+        """Mark the present transaction as the replica's commit of that number."""
         c.execute(update(replicas).where(replicas.c.number == number).values(commits=serial))
 
     def free_batches(self, me: int) -> list[tuple[int, int]]:
-        """(number, owner) of active batches that belong to nobody who is alive; marks lapsed replicas as lost first."""
+        """Return (number, owner) of active batches without a living owner; mark lapsed replicas as lost first."""
         r, b = replicas.c, batches.c
         # A replica that ended, or whose row is gone, owns nothing.
         alive = select(r.number).where(r.lost == 0)
@@ -248,7 +248,7 @@ class Store:
             return [(row.number, row.owner) for row in c.execute(free)]
 
     def _end_sessions(self, names: set[str]) -> None:
-        """Ends what lapsed replicas of these names have open in PostgreSQL: a frozen one would keep its locks."""
+        """End the open PostgreSQL sessions of lapsed replicas of these names: a frozen one would keep its locks."""
         if self.database.is_sqlite:
             return
         query = text(
@@ -260,21 +260,21 @@ class Store:
                 c.execute(query, {"name": session_name(name)})
 
     def claimed(self, c: Connection, number: int, before: int, me: int) -> BatchRow | None:
-        """The batch, if nobody was quicker to take it over from `before`."""
+        """Return the batch, if no other replica was quicker to take it over from `before`."""
         query = update(batches).where(batches.c.number == number, batches.c.owner == before).values(owner=me)
         if not c.execute(query).rowcount:
             return None
         return self.numbered(c, number)
 
     def wanted(self, owner: int) -> dict[int, str]:
-        """What was asked for each of the owner's active batches."""
+        """Return the wanted state of each of the owner's active batches."""
         query = select(batches.c.number, batches.c.wanted)
         query = query.where(batches.c.owner == owner, batches.c.state.in_(ACTIVE))
         with self.database.reading() as c:
             return {row.number: row.wanted for row in c.execute(query)}
 
     def neighbours(self, me: int) -> int:
-        """How many other replicas are alive."""
+        """Return how many other replicas are alive."""
         with self.database.reading() as c:
             r = replicas.c
             query = select(r.number).where(r.lost == 0, r.number != me, r.lease_until >= self.database.now(c))
@@ -283,7 +283,7 @@ class Store:
     # ------------------------------------------------------------ templates
 
     def template(self, template_id: str, version: int | None = None) -> TemplateRow | None:
-        """A template as it is now, or as it was in that version; None for one that is not there or was deleted."""
+        """Return a template's newest version, or that version; None if it does not exist or was deleted."""
         t, v = templates.c, versions.c
         with self.database.reading() as c:
             row = c.execute(select(templates).where(t.template_id == template_id, t.deleted == 0)).first()
@@ -294,7 +294,7 @@ class Store:
         return None if found is None else _template(found)
 
     def templates(self, limit: int, after: str = "") -> list[TemplateRow]:
-        """The templates as they are now, by id; `after`: only those behind that one."""
+        """Return the templates' newest versions, by id; `after`: only those that follow that id."""
         t, v = templates.c, versions.c
         query = select(versions).join(templates, (t.template_id == v.template_id) & (t.version == v.version))
         query = query.where(t.deleted == 0, t.template_id > after).order_by(t.template_id).limit(limit)
@@ -302,7 +302,7 @@ class Store:
             return [_template(row) for row in c.execute(query)]
 
     def template_versions(self, template_id: str) -> list[TemplateRow]:
-        """Every version of a template, the oldest first; also of one that was deleted."""
+        """Return every version of a template, the oldest first; also of a deleted one."""
         query = select(versions).where(versions.c.template_id == template_id).order_by(versions.c.version)
         with self.database.reading() as c:
             return [_template(row) for row in c.execute(query)]
@@ -314,7 +314,7 @@ class Store:
         key: Key | None = None,
         answer: Callable[[TemplateRow], str] | None = None,
     ) -> TemplateRow:
-        """A new template, version 1. `answer`: what is kept under the Idempotency-Key, if there is one."""
+        """Add a template, version 1. `answer`: makes the answer kept under the Idempotency-Key, if there is one."""
         template_id = new_id("tmpl")
         with self.database.writing() as c:
             now = self.database.now(c)
@@ -326,19 +326,19 @@ class Store:
             return made
 
     def change_template(self, template_id: str, content: Mapping[str, Any], who: str) -> TemplateRow | None:
-        """A new version of a template; None where there is none."""
+        """Add a version of a template; return None if there is no such template."""
         t = templates.c
         with self.database.writing() as c:
             now = self.database.now(c)
             mine = (t.template_id == template_id, t.deleted == 0)
-            # First the change, which takes the row's lock: two at once get two versions.
+            # The change first, which takes the row's lock: two at once get two versions.
             if not c.execute(update(templates).where(*mine).values(version=t.version + 1)).rowcount:
                 return None
             version = int(c.execute(select(t.version).where(*mine)).scalar_one())
             return _new_version(c, template_id, version, now, who, content)
 
     def delete_template(self, template_id: str) -> bool:
-        """Takes a template out of use; its versions stay, since batches were made of them."""
+        """Delete a template; its versions stay, since batches were made from them."""
         t = templates.c
         query = update(templates).where(t.template_id == template_id, t.deleted == 0).values(deleted=1)
         with self.database.writing() as c:
@@ -347,7 +347,7 @@ class Store:
     # ------------------------------------------------------------ settings
 
     def changes(self, after: int = 0, limit: int = 1_000_000, *, newest: bool = False) -> list[Change]:
-        """Changes of settings behind that number, in order (`newest`: the last ones, newest first)."""
+        """Return changes of settings after that number, in order (`newest`: the last ones, newest first)."""
         s = settings.c
         query = select(settings).where(s.number > after).order_by(s.number.desc() if newest else s.number).limit(limit)
         with self.database.reading() as c:
@@ -359,7 +359,7 @@ class Store:
             ]
 
     def add_change(self, who: str, pool: str, changes: Mapping[str, tuple[str, str | None]]) -> int:
-        """Records a change of settings; returns its number."""
+        """Record a change of settings; return its number."""
         with self.database.writing() as c:
             content = to_json({name: list(pair) for name, pair in changes.items()})
             row = {"at": self.database.now(c), "who": who[:255], "pool": pool, "changes": content}
@@ -370,14 +370,17 @@ class Store:
     # ------------------------------------------------------------ Idempotency-Keys
 
     def kept(self, key: Key) -> Kept | None:
-        """What was answered under that key before."""
+        """Return the earlier answer under that key."""
         query = select(keys).where(keys.c.scope == key.scope, keys.c.key == key.key)
         with self.database.reading() as c:
             row = c.execute(query).first()
         return None if row is None else Kept(row.fingerprint, row.status, row.answer)
 
     def keep(self, c: Connection, key: Key, status: int, answer: str) -> None:
-        """Keeps an answer, in the transaction that makes it true. `KeyTakenError` where another request was quicker."""
+        """Keep an answer, in the transaction that makes it true.
+
+        Raise `KeyTakenError` if another request was quicker.
+        """
         now = self.database.now(c)
         row = {"scope": key.scope, "key": key.key, "at": now, "fingerprint": key.fingerprint}
         try:
@@ -386,32 +389,32 @@ class Store:
             raise KeyTakenError from None
 
     def answered(self, key: Key, answer: str) -> None:
-        """Keeps the answer under a key that was kept without one."""
+        """Keep the answer under a key that was kept without one."""
         mine = (keys.c.scope == key.scope, keys.c.key == key.key)
         with self.database.writing() as c:
             c.execute(update(keys).where(*mine).values(answer=answer))
 
     def forget_keys(self) -> None:
-        """Removes keys that nobody will send again."""
+        """Remove keys too old to be sent again."""
         with self.database.writing() as c:
             c.execute(delete(keys).where(keys.c.at < self.database.now(c) - KEY_DAYS * 86_400.0))
 
     # ------------------------------------------------------------ tokens
 
     def tokens(self) -> dict[str, tuple[str, str]]:
-        """Hash -> (name, scope)."""
+        """Return hash -> (name, scope)."""
         with self.database.reading() as c:
             return {row.sha256: (row.name, row.scope) for row in c.execute(select(tokens))}
 
     def add_token(self, name: str, sha256: str, scope: str) -> None:
-        """A new token, or a new one in place of that name's."""
+        """Add a token, or replace that name's."""
         with self.database.writing() as c:
             c.execute(delete(tokens).where(tokens.c.name == name))
             row = {"name": name, "sha256": sha256, "scope": scope, "created_at": self.database.now(c)}
             c.execute(insert(tokens), row)
 
     def remove_token(self, name: str) -> bool:
-        """Whether there was one of that name."""
+        """Remove that name's token; return whether there was one."""
         with self.database.writing() as c:
             return bool(c.execute(delete(tokens).where(tokens.c.name == name)).rowcount)
 

@@ -4,12 +4,12 @@
     service_templates    one row per template, and in service_versions one per version of it
     service_replicas     the processes that work on batches, each with its lease
     service_legs         which replica wrote which leg of the journal
-    service_settings     every change of settings: who, when, what
-    service_keys         Idempotency-Keys and what was answered under them
+    service_settings     every change of settings: author, time, content
+    service_keys         Idempotency-Keys and the answers given under them
     service_tokens       bearer tokens, hashed
 
-A batch belongs to the replica `owner` (0 = to nobody); one whose lease has lapsed is marked `lost`, in a transaction,
-before anybody takes its batches over. Times are seconds since 1970.
+A batch belongs to the replica `owner` (0 = no owner); a replica whose lease has lapsed is marked `lost`, in a
+transaction, before another takes its batches over. Times are seconds since 1970.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ batches = Table(
     metadata,
     _key("number"),
     _short("batch_id", unique=True),
-    _short("name"),  # what its owner calls it, "" = nothing
+    _short("name"),  # its owner's name for it, "" = none
     _short("state"),
-    _short("wanted"),  # what somebody asked for: run, pause, cancel; resume: once, to another replica
+    _short("wanted"),  # the wanted state: run, pause, cancel; resume: once, to another replica
     _short("reason"),  # why it has stopped
     _whole("owner"),
     _number("created_at"),
@@ -118,7 +118,7 @@ settings = Table(
     _number("at"),
     _short("who"),
     _short("pool"),
-    _long("changes"),  # JSON: name -> [before, after] as texts; after null = back to what the process was started with
+    _long("changes"),  # JSON: name -> [before, after] as texts; after null = reset to its value at the start
 )
 
 keys = Table(

@@ -1,9 +1,9 @@
-"""Whose line is next in one pool: batches take turns by the tokens that they have had.
+"""Choose whose line is next in one pool: batches take turns by the tokens that they have had.
 
-Theory of operation. Each cursor counts the tokens it has handed out; the next line comes from the one with the least
-(start-time fair queueing, Goyal et al. 1996, with whole lines). One that joins starts where the least of the others
-stands, so that it neither overtakes for what it missed nor waits for them to catch up. A governor pulls one line ahead;
-an empty feed is not the end: `more` is called when there is something again.
+Theory of operation. Each cursor counts the tokens it has handed out; the next line comes from the cursor with the least
+(start-time fair queueing, Goyal et al. 1996, with whole lines). A cursor that joins starts where the least of the
+others stands, so that it neither overtakes for missed turns nor waits for the others to catch up. A governor pulls one
+line ahead; an empty feed is not the end: `more` is called when there is something again.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ CHUNK = 100
 
 
 class Cursor:
-    """The lines of one batch in one pool, as they come to be launched. `is_new`: none of them was before.
+    """The lines of one batch in one pool, as they come to be launched. `is_new`: none of them was launched before.
 
-    `work_of`: a pending request as work, under the settings of the moment at which it is handed out. `begun`: since
-    when the batch waits. `drained`: every line that was pending has been handed out.
+    `work_of`: returns a pending request as work, under the settings of the moment at which it is handed out. `begun`:
+    the moment from which the batch waits. `drained`: every line that was pending has been handed out.
     """
 
     def __init__(
@@ -50,21 +50,21 @@ class Cursor:
 
     @property
     def has_some(self) -> bool:
-        """Whether a line is at hand."""
+        """Return whether a line is at hand."""
         return bool(self._ready)
 
     def next(self) -> Work:
-        """The next line; `has_some` must be true."""
+        """Return the next line; `has_some` must be true."""
         work = self._work_of(self._ready.popleft(), self._begun)
         self.served += work.reserve
         return work
 
     def wants_more(self) -> bool:
-        """Whether the next chunk should be read now."""
+        """Return whether the next chunk is to be read now."""
         return not (self.drained or self.closed) and len(self._ready) < CHUNK // 2 and self._reading is None
 
     def read(self, then: Callable[[], None], failed: Callable[[BaseException], None]) -> None:
-        """Reads the next chunk in a thread, then calls `then`, in the event loop; `failed` with what went wrong."""
+        """Read the next chunk in a thread, then call `then`, in the event loop; call `failed` with an exception."""
         self._reading = asyncio.create_task(self._read(then, failed))
 
     async def _read(self, then: Callable[[], None], failed: Callable[[BaseException], None]) -> None:
@@ -83,7 +83,7 @@ class Cursor:
         then()
 
     async def close(self) -> None:
-        """Hands out nothing more."""
+        """Hand out nothing more."""
         self.closed = True
         self._ready.clear()
         if self._reading is not None:
@@ -103,13 +103,13 @@ class Feed(Iterator[Work]):
         self._failed = failed
 
     def add(self, cursor: Cursor) -> None:
-        """A batch joins in."""
+        """Add a batch's cursor."""
         cursor.served = min((other.served for other in self.cursors.values()), default=0.0)
         self.cursors[cursor.batch] = cursor
         cursor.read(self._came, self._failed)
 
     def remove(self, batch: int) -> Cursor | None:
-        """The batch hands out nothing more; close its cursor."""
+        """Remove a batch, which hands out nothing more, and return its cursor for closing."""
         cursor = self.cursors.pop(batch, None)
         if cursor is not None:
             cursor.closed = True

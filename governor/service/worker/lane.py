@@ -1,7 +1,7 @@
-"""One pool of this replica: one governor for all of its batches, and everybody who listens to it.
+"""One pool of this replica: one governor for all of its batches, and its observers.
 
-A governor that is stopped, because the account refuses, leaves its batches where they stand: `blocked` says why until
-somebody resumes one of them.
+A governor that stopped because the account was refused leaves its batches where they stand: `blocked` says why, until
+one of them is resumed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from governor.telemetry.watch import Alarms, Meter, Together, waiting_for
 THROTTLES = (Outcome.THROTTLED, Outcome.SLOW_DOWN)
 # The series: so many buckets of so many seconds.
 BUCKET_S, BUCKETS = 5.0, 180
-# A wait that an operator should know of.
+# A wait of which an operator needs to know.
 LONG_HOLD_S = 60.0
 
 log = logging.getLogger("paceline.service")
@@ -66,7 +66,7 @@ class Series(Observer):
         self.buckets: deque[Bucket] = deque(maxlen=BUCKETS)
 
     def now(self) -> Bucket:
-        """The bucket of this moment."""
+        """Return the bucket of this moment."""
         at = time.time() // BUCKET_S * BUCKET_S
         if not self.buckets or self.buckets[-1].at < at:
             self.buckets.append(Bucket(at))
@@ -87,7 +87,7 @@ class Series(Observer):
 
 
 class BatchReports(Observer):
-    """Tells the worker, by batch. Its methods are `launched`, `attempted` and `ended` of a batch's number."""
+    """Reports to the worker, by batch. It calls `launched`, `attempted` and `ended` with a batch's number."""
 
     def __init__(self, worker: Any) -> None:
         self._worker = worker
@@ -117,7 +117,7 @@ class LaneSender(PoolSender):
         self._lease_held = lease_held
 
     async def __call__(self, job: Job, timeout_s: float) -> Answer:
-        """One attempt; nothing is sent any more once the lease may be another replica's."""
+        """Send one attempt; nothing is sent any more once the lease may be another replica's."""
         await self._lease_held()
         assert job.work is not None
         request = job.work.request
@@ -129,7 +129,7 @@ class LaneSender(PoolSender):
 
 @dataclass(slots=True, kw_only=True)
 class Lane:
-    """See the module. Made inside the event loop by `lane_of`."""
+    """One pool's lane; see the module. Created inside the event loop by `lane_of`."""
 
     pool: Pool
     policy: Policy
@@ -152,7 +152,7 @@ class Lane:
 
     @property
     def notes(self) -> list[str]:
-        """What an operator should know of this pool right now: why it launches nothing, and until when."""
+        """Return notes for an operator on this pool: why it launches nothing, and until when."""
         found = [self.trouble] if self.trouble else []
         s, now = self.governor.s, self.governor.now()
         if s.probe_at > -inf:
@@ -170,14 +170,14 @@ class Lane:
 
     @property
     def trouble(self) -> str:
-        """Why nothing at all is launched, "" = it is not so."""
-        # Of a governor whose quota is shared alone.
+        """Return why nothing at all is launched, "" = launching goes on."""
+        # Only a governor whose quota is shared has it.
         if not getattr(self.governor, "is_connected", True):
             return "the Redis of PACELINE_REDIS_URL cannot be used right now: nothing is launched"
         return self.blocked
 
     async def live(self, on_blocked: Callable[[str, str], None]) -> None:
-        """Runs whatever the feed has, for ever; `on_blocked(pool, why)` when the governor has stopped."""
+        """Run the feed's work for ever; call `on_blocked(pool, why)` when the governor has stopped."""
         while True:
             await self.feed.filled.wait()
             why = await self.governor.run(self.feed, self.send, finalize=True)
@@ -190,12 +190,12 @@ class Lane:
             self.governor.reopen()
 
     def open(self) -> None:
-        """Somebody wants to go on after the governor had stopped."""
+        """Launch again after the governor had stopped."""
         self.blocked = ""
         self.opened.set()
 
     def change(self, policy: Policy) -> None:
-        """Takes other settings over; they are recorded with the time."""
+        """Adopt other settings; they are recorded with the time."""
         self.policy = policy
         self.meter.policy = policy
         self.waits.policy = policy
@@ -206,17 +206,19 @@ class Lane:
     # ------------------------------------------------------------ figures
 
     def booked(self) -> InUse:
-        """What running work holds of this minute's tokens."""
+        """Return this minute's tokens that running work holds."""
         return in_use(self.governor.p, self.governor.s, self.governor.now())
 
     @property
     def service_s(self) -> float:
-        """Mean time of an answer, measured or assumed."""
+        """Return the mean time of an answer, measured or assumed."""
         return self.meter.service_s or self.assumed_s
 
     def eta_s(self, requests: int, tokens: float) -> float:
-        """Seconds until so many requests more, beside those in flight, have ended, by the law; inf while nothing is
-        launched."""
+        """Return seconds until so many more requests, besides those in flight, have ended, by the law.
+
+        Return inf while nothing is launched.
+        """
         governor = self.governor
         if governor.s.paused or self.blocked:
             return float("inf")
@@ -229,7 +231,7 @@ class Lane:
         return max(0.0, governor.s.hold_until - now, governor.s.next_slot_at - now) + found.finish_s
 
     def to_json_dict(self, *, series: bool) -> dict[str, Any]:
-        """What a page shows of this pool right now."""
+        """Return the pool's present state for a page."""
         governor, tally = self.governor, self.meter.tally
         now = governor.now()
         p: Params = governor.p
@@ -269,14 +271,14 @@ def lane_of(
     worker: Any,
     send: Sender,
 ) -> Lane:
-    """A pool ready to run, inside the event loop. `worker` is told of each event by batch."""
+    """Return a pool ready to run, inside the event loop. `worker` receives each event by batch."""
     spent = Spent(worker.config.prices, worker.config.today())
     meter = Meter(pool, spent, left=0, left_tokens=0.0)
     alarms = Alarms(pool, log.warning)
     series = Series()
     waits = LongWaits(pool, log.warning)
     waits.moment = lambda at_s: time.time() + (at_s - governor.now()) / worker.config.time_scale
-    # The recorder first: nobody speaks of what is not recorded.
+    # The recorder first: nothing is reported before it is recorded.
     observers: list[Observer] = [
         recorder,
         meter,

@@ -1,4 +1,4 @@
-"""This replica's lease: renewed by a thread of its own, which no request and no busy event loop can starve.
+"""This replica's lease, renewed by a separate thread, which no request and no busy event loop can starve.
 
 On SQLite there is nothing to renew: the lock on the file lets one process in at a time.
 """
@@ -19,8 +19,8 @@ from governor.service.store.store import Store
 class ReplicaLease:
     """A lease of `lease_s` seconds that began at `began_at`, on the monotonic clock.
 
-    `told`: called from the thread with each failure to renew, and with None after a success that followed one. A
-    `LeaseLostError` is the last that it hears.
+    `told`: called from the thread with each failure to renew, and with None after a success that followed one. After a
+    `LeaseLostError` it is not called again.
     """
 
     def __init__(
@@ -47,9 +47,10 @@ class ReplicaLease:
             self._thread.start()
 
     async def held(self) -> None:
-        """Returns while the lease is this replica's, after a renewal if it has lapsed. `LeaseLostError` once it is not.
+        """Return while the lease is this replica's, after a renewal if it has lapsed.
 
-        Asked before each send: a process that was frozen for longer than its lease sends nothing.
+        Raise `LeaseLostError` once it is not. Called before each send: a process that was frozen for longer than its
+        lease sends nothing.
         """
         while not self._lost:
             if time.monotonic() < self._until:
@@ -58,11 +59,11 @@ class ReplicaLease:
         raise LeaseLostError(LOST)
 
     def end(self) -> None:
-        """Renews it no more."""
+        """Stop renewing it."""
         self._ended.set()
 
     def _renew(self) -> None:
-        # A connection of its own: requests may have taken all others.
+        # A separate connection: requests may have taken all others.
         database = ServiceDatabase(self._where)
         store = Store(database)
         wait_s = self._lease_s / 3.0

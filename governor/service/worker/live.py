@@ -1,4 +1,4 @@
-"""What goes on right now, as plain values: batches as the API shows them, pools as a page shows them."""
+"""The live state as plain values: batches as the API shows them, pools as a page shows them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from governor.service.worker.worker import Worker
 
 
 def batch_json(row: BatchRow) -> dict[str, Any]:
-    """A batch as it stands; see `bodies.BatchOut`."""
+    """Return the present state of a batch; see `bodies.BatchOut`."""
     details = row.details
     over = row.state in ENDED
     return {
@@ -42,7 +42,7 @@ def batch_json(row: BatchRow) -> dict[str, Any]:
 
 
 def accepted_json(row: BatchRow) -> dict[str, Any]:
-    """What whoever posted a batch is told; see `bodies.Accepted`."""
+    """Return the answer to the client that posted a batch; see `bodies.Accepted`."""
     forecast = row.details["forecast"]
     return {
         "batch_id": row.batch_id,
@@ -55,7 +55,7 @@ def accepted_json(row: BatchRow) -> dict[str, Any]:
 
 
 def queue_of(rows: Iterable[BatchRow], pool: str, head: str) -> dict[str, int]:
-    """Requests that wait in a pool, by cause: what holds their batch, else what the head of the queue waits for."""
+    """Return a pool's waiting requests, by cause: their batch's hold, else the cause at the head of the queue."""
     found: dict[str, int] = {}
     for row in rows:
         if pool not in row.details.get("pools", ()) or row.state not in (QUEUED, RUNNING, PAUSED, STOPPED):
@@ -68,7 +68,10 @@ def queue_of(rows: Iterable[BatchRow], pool: str, head: str) -> dict[str, int]:
 
 
 def live_json(worker: Worker, *, series: bool) -> dict[str, Any]:
-    """This replica's pools and the batches that it works on; see `bodies.Live`. `series`: with the last 15 minutes."""
+    """Return this replica's pools and the batches that it works on; see `bodies.Live`.
+
+    `series`: with the last 15 minutes.
+    """
     rows = [batch.now() for batch in worker.batches.values()]
     pools = []
     for lane in worker.lanes.values():

@@ -1,7 +1,7 @@
-"""The settings in force: what the process was started with, and the changes since, which outlive it.
+"""The settings in force: those that the process was started with, and later changes, which outlive it.
 
-A change is recorded by name, before and after; later ones win, and null takes a name back to what the process was
-started with. Every replica reads the changes of all, in order, so all have the same settings within a second.
+A change is recorded by name, before and after; later changes win, and null resets a name to its value at the start.
+Every replica reads the changes of all, in order, so all have the same settings within a second.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ OF_A_BATCH = (
 )
 
 
-# So many of the latest changes are looked at again.
+# So many of the latest changes are checked again.
 LATE = 50
 
 
 class Policies:
-    """See the module."""
+    """The settings in force, per pool; see the module."""
 
     def __init__(self, pools: Sequence[Pool], store: Store) -> None:
         self._base = {pool.name: pool.policy for pool in pools}
@@ -38,15 +38,15 @@ class Policies:
         self._known: set[int] = set()
         self._own: dict[str, dict[str, str]] = {name: {} for name in self._base}
         self._turn = threading.Lock()
-        # What else a change must pass, by the policies that would be in force; and what hears of a change.
+        # Further checks of a change, by the policies that would be in force; they also learn of the change.
         self.checks: list[Callable[[Mapping[str, Policy]], object]] = []
         self.changed: list[Callable[[Mapping[str, Policy]], None]] = []
 
     def refresh(self) -> bool:
-        """Reads what was changed since, by whomever; whether there was anything. Blocks.
+        """Read changes made since, by any replica; return whether there were any. Blocks.
 
-        Two changes made at once may become visible in the other order, so some are looked at again; then all are
-        carried out anew, by their numbers, as every other replica does.
+        Two changes made at once may become visible in the other order, so some are read again; then all are applied
+        anew, by their numbers, as every other replica does.
         """
         with self._turn:
             found = self._store.changes(max(self._known, default=0) - LATE)
@@ -64,7 +64,7 @@ class Policies:
         return True
 
     def in_force(self) -> dict[str, Policy]:
-        """The settings of each pool."""
+        """Return the settings of each pool."""
         found = {}
         for name, base in self._base.items():
             words = [f"{env}={value}" for env, value in self._own[name].items() if env in KNOB_BY_ENV]
@@ -72,13 +72,16 @@ class Policies:
         return found
 
     def of(self, pool: str) -> Policy:
-        """The settings of one pool; BadSetting where there is none of that name."""
+        """Return the settings of one pool. Raise BadSetting if there is no pool of that name."""
         if pool not in self._base:
             raise BadSetting(f"there is no pool {quoted(pool)}: {', '.join(self._base)}")
         return self.in_force()[pool]
 
     def change(self, who: str, pool: str, wanted: Mapping[str, Any]) -> dict[str, tuple[str, str | None]]:
-        """Checks, records and returns a change: name -> (before, after). BadSetting for what is not allowed. Blocks."""
+        """Check, record and return a change: name -> (before, after). Raise BadSetting for a value not allowed.
+
+        Blocks.
+        """
         before = self.of(pool)
         started = self._base[pool]
         changes: dict[str, tuple[str, str | None]] = {}
@@ -86,7 +89,7 @@ class Policies:
         for env, value in wanted.items():
             knob = KNOB_BY_ENV.get(env)
             if knob is None:
-                before.set_values([f"{env}=x"])  # says that there is none, and which is near
+                before.set_values([f"{env}=x"])  # its error says that there is none, and names the nearest
                 raise AssertionError(env)
             old = knob.text(getattr(before, knob.name))
             new = knob.text(getattr(started, knob.name)) if value is None else words_of(value)
@@ -108,7 +111,7 @@ class Policies:
 
 
 def words_of(value: Any) -> str:
-    """A JSON value as it stands in an env file."""
+    """Return a JSON value as an env file writes it."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
@@ -117,7 +120,7 @@ def words_of(value: Any) -> str:
 
 
 def checked_overrides(policy: Policy, wanted: Mapping[str, Any]) -> dict[str, str]:
-    """A batch's own settings as texts; BadSetting for one that is not a batch's to have."""
+    """Return a batch's own settings as texts. Raise BadSetting for a setting that a batch cannot have."""
     for env in wanted:
         if env in KNOB_BY_ENV and env not in OF_A_BATCH:
             raise BadSetting(
@@ -131,5 +134,5 @@ def checked_overrides(policy: Policy, wanted: Mapping[str, Any]) -> dict[str, st
 
 
 def values_of(policy: Policy) -> dict[str, Any]:
-    """Every setting by its environment name, as JSON values."""
+    """Return every setting by its environment name, as JSON values."""
     return {knob.env: getattr(policy, knob.name) for knob in KNOBS}

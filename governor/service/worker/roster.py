@@ -1,8 +1,8 @@
 """The batches that this replica owns: fed to their pools, held, resumed, cancelled, counted, finished.
 
-A batch that is held has nothing in a queue: its cursors are closed, what waits is withdrawn, what is in flight ends,
-and what would back off or be finalized is withdrawn when it comes back. To go on, it is read again from the records,
-once they hold all that has happened.
+A batch that is held has nothing in a queue: its cursors are closed, waiting requests are withdrawn, requests in flight
+end, and those that would back off or be finalized are withdrawn when they come back. When it resumes, it is read again
+from the records, once they hold everything that has happened.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ from governor.service.store.tables import BATCH_BITS
 from governor.service.worker.feed import Cursor
 from governor.service.worker.lane import THROTTLES, Lane
 
-# So many batches are estimated at a time; an ETA that has moved by less than this share is not written down.
+# The batches estimated at a time; and the relative change below which an ETA is not written again.
 ESTIMATED, ETA_RATIO = 50, 0.02
 
-# As long as the column.
+# The length of the column.
 REASON_MOST = 255
 
 log = logging.getLogger("paceline.service")
@@ -75,17 +75,17 @@ class RunningBatch:
 
     @property
     def left(self) -> int:
-        """Requests that have not ended."""
+        """Return the number of requests that have not ended."""
         return self.row.requests - self.done - self.failed
 
     @property
     def waiting(self) -> tuple[int, float]:
-        """Requests that are neither over nor in flight, whose tokens are booked already; and their tokens."""
+        """Return requests neither over nor in flight (those are booked already), and their tokens."""
         count = max(0, self.left - len(self.flying))
         return count, self.left_tokens * count / max(1, self.left)
 
     def now(self) -> BatchRow:
-        """The batch as it stands, in the shape in which it is stored."""
+        """Return the present state of the batch, in the shape in which it is stored."""
         return replace(
             self.row,
             state=self.state,
@@ -101,22 +101,22 @@ class RunningBatch:
 
 
 class RosterLine:
-    """Batches that share a pool, as (requests, tokens) that wait: what goes before the end of any of them.
+    """Batches that share a pool, as (requests, tokens) that wait: the work that precedes the end of any of them.
 
-    Turns go by tokens: of a longer batch only as much goes first as a shorter one has itself. Added up once, so that
-    asking for each of a thousand batches does not mean a million looks.
+    Turns go by tokens: only as much of a longer batch goes first as a shorter one has itself. The sums are made once,
+    so that asking for each of a thousand batches does not take a million steps.
     """
 
     def __init__(self, batches: Iterable[tuple[int, float]]) -> None:
         known = sorted((tokens, float(requests)) for requests, tokens in batches if tokens > 0.0)
         self._tokens = [tokens for tokens, _ in known]
-        # Before the i-th: all that shorter ones have. From it on: requests per token, times as much as is asked for.
+        # Before the i-th: all that shorter batches have. From it on: requests per token, times as much as is asked for.
         self._before = list(accumulate(known, _added, initial=(0.0, 0.0)))
         rates = accumulate((requests / tokens for tokens, requests in reversed(known)), initial=0.0)
         self._rates = list(rates)[::-1]
 
     def ahead_of(self, requests: int, tokens: float, *, is_in: bool) -> tuple[int, float]:
-        """Requests and tokens launched by the end of a batch of that size, itself included; `is_in`: one of these."""
+        """Return requests and tokens launched by the end of a batch of that size, with it; `is_in`: one of these."""
         if is_in and tokens > 0.0:
             requests, own = 0, 0.0  # it is among them
         else:
@@ -133,9 +133,9 @@ def _added(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float
 
 
 class Roster:
-    """See the module. Lives as long as one life of the worker; all of it in the event loop.
+    """The batches of one life of the worker; used in the event loop only.
 
-    `spawn`: makes a task whose failure ends that life. `since_s`: now, on the clock of the governors. `over`: called
+    `spawn`: starts a task whose failure ends that life. `since_s`: now, on the clock of the governors. `over`: called
     when a batch has come to its end.
     """
 
@@ -165,14 +165,14 @@ class Roster:
         self._over = over
 
     def batch(self, batch_id: str) -> BatchRow | None:
-        """A batch as it stands; None where it is not here."""
+        """Return the present state of a batch; None if it is not here."""
         number = self.by_id.get(batch_id)
         return None if number is None else self.running[number].now()
 
     # ------------------------------------------------------------ batches come
 
     async def adopt(self, row: BatchRow, *, fresh: bool = False) -> None:
-        """A batch of this replica's begins, or goes on. One of an earlier life is claimed anew instead."""
+        """Begin or continue a batch of this replica's. One of an earlier life is claimed anew instead."""
         if row.owner != self._replica or row.number in self.running:
             return
         done = failed = resent = 0
@@ -205,9 +205,9 @@ class Roster:
             self._feed(batch, is_new=fresh)
 
     def _watch_refusals(self, batch: RunningBatch) -> None:
-        """A batch whose first requests all meet the same refusal stops; other batches of its pools go on."""
+        """Stop a batch whose first requests all meet the same refusal; other batches of its pools go on."""
         models = batch.row.details.get("models")
-        if models is not None:  # those that were accepted by an earlier version do not say
+        if models is not None:  # batches accepted by an earlier version do not say
             then, answered = "then resume the batch", batch.done > 0
             batch.refusals = Refusals(models, answered=answered, halt=lambda line: self._halt(batch, line), then=then)
 
@@ -218,7 +218,7 @@ class Roster:
             self._spawn(self._withdraw(batch))
 
     def _feed(self, batch: RunningBatch, *, is_new: bool = False) -> None:
-        """Its pending requests join the feeds of their pools. `is_new`: nothing of it was ever launched."""
+        """Add its pending requests to the feeds of their pools. `is_new`: none of them was ever launched."""
         batch.state = RUNNING if batch.attempts else QUEUED
         batch.reason = ""
         batch.changed = True
@@ -271,7 +271,8 @@ class Roster:
         elif wanted == RUN and held and not batch.busy:
             batch.busy = True
             try:
-                # What was withdrawn is read again from the records: first they must hold all that has happened.
+                # Withdrawn requests are read again from the records: first these must hold everything that has
+                # happened.
                 await self._writer.flushed()
                 await asyncio.to_thread(self._patience, self._ledger.put_back, batch.number, tuple(batch.flying))
             finally:
@@ -284,7 +285,7 @@ class Roster:
                 self._end_if_over(batch)
 
     async def _withdraw(self, batch: RunningBatch) -> None:
-        """Launches none of its lines any more; those in flight go on."""
+        """Launch none of its lines any more; those in flight go on."""
         cursors = [cursor for lane in self._lanes.values() if (cursor := lane.feed.remove(batch.number)) is not None]
         self._withdraw_waiting(batch)
         for cursor in cursors:
@@ -296,7 +297,7 @@ class Roster:
             lane.governor.withdraw(lambda request: request.index >> BATCH_BITS == number)
 
     def on_blocked(self, pool: str, why: str) -> None:
-        """The account refuses: the pool's batches stop where they stand."""
+        """Stop the pool's batches where they stand: the account is refused."""
         if why == "SHUTDOWN":
             return
         log.error("pool %s: stopped (%s); resume a batch when that is mended", pool, why)
@@ -354,7 +355,7 @@ class Roster:
             self._spawn(self._finish(batch))
 
     async def _finish(self, batch: RunningBatch) -> None:
-        """The batch is over, once all of it is on the disk."""
+        """End the batch, once all of it is on the disk."""
         await self._writer.flushed()
         if batch.left > 0:
             batch.failed += await asyncio.to_thread(self._patience, self._ledger.cancel, batch.number, self._since_s())
@@ -362,7 +363,7 @@ class Roster:
         ended_at = time.time()
         row = progress_of(batch) | {"state": state, "reason": "", "eta_s": 0.0, "ended_at": ended_at}
         await asyncio.to_thread(self._patience, self._store.progress, self._replica, [row])
-        # Over is what is written down as over, with its time.
+        # The batch counts as over only once that is recorded, with its time.
         batch.state, batch.reason, batch.eta_s = state, "", 0.0
         batch.row = replace(batch.row, ended_at=ended_at)
         log.info("batch %s: %s, %d done, %d failed", batch.row.batch_id, state, batch.done, batch.failed)
@@ -373,7 +374,7 @@ class Roster:
     # ------------------------------------------------------------ when it will be done
 
     async def obey_elsewhere(self, batch: RunningBatch, wanted: str) -> None:
-        """What was asked through another replica."""
+        """Carry out a command received by another replica."""
         pauses = wanted == PAUSE and batch.state in (QUEUED, RUNNING)
         cancels = wanted == CANCEL and batch.state != CANCELLING
         if wanted == RESUME:
@@ -384,11 +385,11 @@ class Roster:
             await self.obey(batch, wanted)
 
     async def estimate(self) -> None:
-        """When each batch will be done: those of a pool share its quota alike, whatever their lengths."""
+        """Estimate when each batch will be done: those of a pool share its quota equally, whatever their lengths."""
         lines = {name: self._line(name) for name in self._lanes}
         for i, batch in enumerate(list(self.running.values()), 1):
             if i % ESTIMATED == 0:
-                await asyncio.sleep(0)  # somebody may be waiting for an answer
+                await asyncio.sleep(0)  # let waiting clients be answered
             eta_s = 0.0
             if batch.state in (PAUSED, STOPPED):
                 eta_s = -1.0
@@ -407,7 +408,7 @@ class Roster:
             batch.eta_s = eta_s
 
     def _line(self, pool: str) -> RosterLine:
-        """The batches that share a pool right now."""
+        """Return the batches that share a pool right now."""
         return RosterLine(
             batch.waiting
             for batch in self.running.values()
@@ -415,18 +416,18 @@ class Roster:
         )
 
     def ahead_of(self, requests: int, tokens: float, pool: str) -> tuple[int, float]:
-        """Requests and tokens that a pool will have launched by the end of a new batch of that size, with it."""
+        """Return requests and tokens that a pool will have launched by the end of a new batch of that size, with it."""
         return self._line(pool).ahead_of(requests, tokens, is_in=False)
 
 
 def batch_policy(policy: Policy, row: BatchRow) -> Policy:
-    """The settings of a pool with a batch's own on top."""
+    """Return the settings of a pool overlaid with a batch's own."""
     own: Mapping[str, str] = row.details.get("settings", {})
     return policy.set_values([f"{name}={value}" for name, value in own.items()]) if own else policy
 
 
 def progress_of(batch: RunningBatch) -> dict[str, Any]:
-    """The columns of a batch that change while it runs."""
+    """Return the columns of a batch that change while it runs."""
     names = ("state", "reason", "done", "failed", "in_flight", "attempts", "throttled", "resent", "eta_s")
     row = batch.now()
     return {"number": batch.number} | {name: getattr(row, name) for name in names}

@@ -1,11 +1,11 @@
-"""This process as a replica: its lease, the batches that it has claimed, one lane for each pool, and what they report.
+"""This process as a replica: its lease, the batches that it has claimed, one lane per pool, and their reports.
 
 Theory of operation. A replica holds a lease (`lease`); it runs the batches that it owns and claims those whose owner is
-gone. While the database is away or its disk is full, nothing is launched; what is in flight ends, and its answers stay
-in memory until they can be written. A lost lease or a bug ends this life of the replica: what is in flight may end (not
-after a lost lease: another replica sends it), its batches are free to be claimed, and the replica begins again after a
-moment by taking stock, as a new process would. What is asked of a batch (pause, resume, cancel) is written down first
-and then done by the replica that owns it.
+gone. While the database is away or its disk is full, nothing is launched; requests in flight end, and their answers
+stay in memory until they can be written. A lost lease or a bug ends this life of the replica: requests in flight may
+end (not after a lost lease: another replica sends them), its batches are free to be claimed, and the replica begins
+again after a moment by taking stock, as a new process would. A command for a batch (pause, resume, cancel) is recorded
+first and then carried out by the replica that owns it.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from governor.service.worker.roster import Roster, RunningBatch, progress_of
 from governor.telemetry.metrics import Metrics
 
 TICK_S = 0.5
-# Between two lives; and what counts as one that did not fail at once.
+# The rest between two lives, and the length of a life that did not fail at once.
 REST_S, REST_MOST_S, LONG_LIFE_S = 0.5, 60.0, 10.0
 
 log = logging.getLogger("paceline.service")
 
 
 class Worker:
-    """See the module. `ready`: whether it may accept; `trouble`: why not, in a line."""
+    """A replica; see the module. `ready`: whether it may accept batches; `trouble`: why not, in a line."""
 
     def __init__(
         self,
@@ -72,17 +72,17 @@ class Worker:
         self._leg = 0
         self._failure: asyncio.Future[None] | None = None
         self._lease: ReplicaLease | None = None
-        self._away: dict[str, str] = {}  # why the database cannot be used, by what found it out
+        self._away: dict[str, str] = {}  # why the database cannot be used, by the part that found out
         self._patience = Patience(lambda error: None)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stopping = asyncio.Event()
         self.simulating = asyncio.Lock()
-        self.forecasts = 0  # that are made, or wait for their turn
+        self.forecasts = 0  # under way or waiting for their turn
 
     # ------------------------------------------------------------ lives
 
     async def run(self) -> None:
-        """Works until `stop`; begins anew after a failure, after a longer rest each time that it fails at once."""
+        """Work until `stop`; begin anew after a failure, after a longer rest each time that it fails at once."""
         rest_s = REST_S
         while not self._stopping.is_set():
             begun_at = time.monotonic()
@@ -98,7 +98,7 @@ class Worker:
                 await asyncio.wait_for(self._stopping.wait(), rest_s * self.config.time_scale)
 
     def stop(self) -> None:
-        """Launches nothing more; `run` returns when what is in flight has ended, or the grace period has."""
+        """Launch nothing more; `run` returns when requests in flight have ended, or the grace period is over."""
         self._stopping.set()
 
     def _say_trouble(self, text: str) -> None:
@@ -134,7 +134,7 @@ class Worker:
     async def _join(self) -> None:
         lease_s, began_at = self.config.lease_s, time.monotonic()
         self.replica = await asyncio.to_thread(self.store.join, replica_name(), lease_s)
-        # From the first moment: to take stock may take longer than a lease on a busy machine.
+        # From the first moment: taking stock may take longer than a lease on a busy machine.
         told = self._teller("lease")
         self._lease = ReplicaLease(self.store, self.replica, lease_s, began_at=began_at, told=told)
 
@@ -171,15 +171,15 @@ class Worker:
             over=self._tell,
         )
         await self._claim()
-        await self._lease_held()  # a frozen process may have held that up for longer than a lease
+        await self._lease_held()  # a frozen process may have been held up for longer than a lease
         self.ready, self.trouble = True, ""
 
     def _since_s(self) -> float:
-        """Seconds since the journal began, on the clock of the governors."""
+        """Return seconds since the journal began, on the clock of the governors."""
         return max(0.0, (time.time() - self.ledger.epoch_s) * self.config.time_scale)
 
     async def _wind_down(self, why: str) -> None:
-        """Launches nothing more; what is in flight has the grace period to end, and to be written down."""
+        """Launch nothing more; requests in flight have the grace period to end, and to be recorded."""
         self.ready, self.trouble = False, why
         for lane in self.lanes.values():
             lane.governor.stop("SHUTDOWN")
@@ -191,7 +191,7 @@ class Worker:
                 await asyncio.wait_for(self.writer.flushed(), max(0.0, end - time.monotonic()) * self.config.time_scale)
 
     async def _end(self, tasks: Iterable[asyncio.Task[Any]]) -> None:
-        """This life is over: everything is given back, as far as the database can be reached."""
+        """End this life: release everything, as far as the database can be reached."""
         self.ready = False
         self._patience.end()
         for task in (*tasks, *self._tasks):
@@ -234,7 +234,7 @@ class Worker:
         await self._lease.held()
 
     def _teller(self, source: str) -> Callable[[JournalError | None], None]:
-        """What a thread calls with a failure of the database, and with None once it is over."""
+        """Return the function that a thread calls with a failure of the database, and with None once it is over."""
         loop, life = asyncio.get_running_loop(), self._failure
 
         def heard(error: JournalError | None) -> None:
@@ -248,7 +248,7 @@ class Worker:
         return told
 
     def _on_database(self, source: str, error: JournalError | None) -> None:
-        """The database failed, as `source` found out, or (None) that is over: launches pause as long as one fails."""
+        """Handle a database failure found by `source`, or (None) its end: launches pause while any lasts."""
         if isinstance(error, LeaseLostError):
             self.on_failure(error)
             return
@@ -273,12 +273,12 @@ class Worker:
                 self.ready, self.trouble = True, ""
 
     def on_failure(self, error: BaseException) -> None:
-        """Something that must not happen: this life ends."""
+        """End this life after a failure that must not happen."""
         if self._failure is not None and not self._failure.done():
             self._failure.set_exception(error)
 
     def _spawn(self, work: Any) -> None:
-        """A task whose failure ends this life."""
+        """Start a task whose failure ends this life."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._spawned)
@@ -291,7 +291,7 @@ class Worker:
     # ------------------------------------------------------------ batches come and go
 
     async def _claim(self) -> None:
-        """Takes over what belongs to nobody."""
+        """Take over batches without an owner."""
         for number, owner in await asyncio.to_thread(self.store.free_batches, self.replica):
             row = await asyncio.to_thread(self._patience, self._claimed, number, owner)
             if row is not None:
@@ -307,7 +307,7 @@ class Worker:
                 self.store.change_batch(c, number, resent=row.resent + resent, in_flight=0)
             row = replace(row, owner=self.replica)
         if row.state == RECEIVING:
-            # Its upload ended with its process: nobody was told that it was accepted.
+            # Its upload ended with its process: no client was told that it was accepted.
             self.ledger.erase(number)
             with self.store.database.writing() as c:
                 self.store.remove_batch(c, number)
@@ -316,16 +316,16 @@ class Worker:
         return replace(row, resent=row.resent + resent)
 
     async def adopt(self, row: BatchRow) -> None:
-        """A batch that was accepted begins. One of an earlier life of this replica is claimed by the present one."""
+        """Begin a batch that was accepted. One of an earlier life of this replica is claimed by the present one."""
         if self.roster is not None and row.owner == self.replica:
             await self.roster.adopt(row, fresh=True)
 
     # ------------------------------------------------------------ what is asked of a batch
 
     async def ask(self, row: BatchRow, wanted: str, key: Key | None = None) -> None:
-        """Writes down what somebody wants, and does it if the batch is this replica's. `key`: see `Store.want`."""
+        """Record a command, and carry it out if the batch is this replica's. `key`: see `Store.want`."""
         batch = self.batches.get(row.number)
-        # Of one that has stopped by itself, "run" says nothing new to its owner.
+        # For a batch that has stopped by itself, "run" says nothing new to its owner.
         written = RESUME if wanted == RUN and batch is None else wanted
         await asyncio.to_thread(self.store.want, row.number, written, key)
         batch = self.batches.get(row.number)
@@ -356,7 +356,7 @@ class Worker:
     # ------------------------------------------------------------ the ticker
 
     async def _tick(self) -> None:
-        """Everything that is not an event: twice a second."""
+        """Handle everything that is not an event, twice a second."""
         ticks = 0
         while True:
             await asyncio.sleep(TICK_S * self.config.time_scale)
@@ -373,7 +373,7 @@ class Worker:
                 self._on_database("tick", None)
 
     async def _look_around(self, ticks: int) -> None:
-        """Writes progress, does what was asked through other replicas, takes over what is free."""
+        """Write progress, carry out commands from other replicas, take over free batches."""
         changed = [batch for batch in self.batches.values() if batch.changed and not batch.busy]
         rows = [progress_of(batch) for batch in changed]
         for batch in changed:
@@ -396,7 +396,7 @@ class Worker:
             await asyncio.to_thread(self.store.forget_keys)
 
     def _look(self, rows: list[dict[str, Any]]) -> tuple[dict[int, str], bool]:
-        """In a thread: writes the progress, reads what was asked, and whether somebody's batches are free."""
+        """In a thread: write the progress, and read the commands and whether any batches are free."""
         self.store.database.check_room()
         if rows:
             self.store.progress(self.replica, rows)
@@ -410,7 +410,7 @@ class Worker:
     # ------------------------------------------------------------ settings
 
     def apply_policies(self) -> None:
-        """The settings in force are those of `policies` from now on."""
+        """Put the settings of `policies` in force from now on."""
         for name, policy in self.policies.in_force().items():
             lane = self.lanes.get(name)
             if lane is not None and lane.policy != policy:
@@ -422,11 +422,11 @@ class Worker:
 
     @property
     def batches(self) -> Mapping[int, RunningBatch]:
-        """The batches that this replica works on, by number."""
+        """Return the batches that this replica works on, by number."""
         return {} if self.roster is None else self.roster.running
 
     def batch(self, batch_id: str) -> BatchRow | None:
-        """A batch of this replica's as it stands; None where it is another's, or over."""
+        """Return the present state of a batch of this replica's; None if it is another's, or over."""
         return None if self.roster is None else self.roster.batch(batch_id)
 
     def ahead_of(self, requests: int, tokens: float, pool: str) -> tuple[int, float]:

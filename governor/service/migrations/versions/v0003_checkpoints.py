@@ -1,4 +1,4 @@
-"""What each pool has used, and how late timers rang, in place of the replay of recorded decisions."""
+"""Record each pool's use, and how late timers rang, in place of the replay of recorded decisions."""
 
 from __future__ import annotations
 
