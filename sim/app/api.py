@@ -1,7 +1,7 @@
-"""What a program or a notebook asks: `simulate` and `plan`, and the results that they return.
+"""The Python API for programs and notebooks: `simulate`, `compare` and `plan`, and the results that they return.
 
-A result keeps its scenario and makes what it shows when it is asked for: rows of attempts come from a second run of the
-same seed, which is the same run.
+A result keeps its scenario and computes tables and figures on demand: rows of attempts come from a second run with the
+same seed, which repeats the first run exactly.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MAKE_ONE = "make one of your file, Scenario('requests.jsonl', tpm=30_000)"
 
 @dataclass(frozen=True)
 class SimulationResult:
-    """What would happen: `simulate` returns it. `str()` of it is what `paceline simulate` prints."""
+    """The predicted outcome of a scenario, returned by `simulate`. Its `str()` is what `paceline simulate` prints."""
 
     scenario: Scenario
     forecast: Forecast
@@ -53,43 +53,43 @@ class SimulationResult:
 
     @cached_property
     def summary(self) -> Summary:
-        """The first run's figures, as `paceline simulate --json` prints them."""
+        """Return the first run's figures, as `paceline simulate --json` prints them."""
         return summary_of(case_of(self.scenario), self.scenario.seed)
 
     @cached_property
     def rows(self) -> list[Attempt]:
-        """The first run's attempts, in order of their ends."""
+        """Return the first run's attempts, ordered by when they ended."""
         return attempts_of(self.scenario, self.scenario.seed)[0]
 
     @cached_property
     def attempts(self) -> pd.DataFrame:
-        """One row per attempt of the first run; see `governor.model.requests.Attempt`."""
+        """Return one row per attempt of the first run; `governor.model.requests.Attempt` describes the columns."""
         return frames.attempts_frame(self.rows)
 
     @cached_property
     def timeline(self) -> pd.DataFrame:
-        """The first run over time: tokens charged in the last minute, requests in flight, launches and 429s."""
+        """Return the first run over time: tokens charged in the last minute, requests in flight, launches and 429s."""
         return frames.timeline_frame(self.rows)
 
     @cached_property
     def runs(self) -> pd.DataFrame:
-        """One row per replication, by seed."""
+        """Return one row per replication, indexed by seed."""
         return frames.runs_frame(self.forecast.runs)
 
     @cached_property
     def estimates(self) -> pd.DataFrame:
-        """One row per figure: mean, 95 % interval of it, quantiles of the runs."""
+        """Return one row per figure: its mean, the 95 % interval of that mean, and quantiles over the runs."""
         return frames.estimates_frame(self.forecast)
 
     @cached_property
     def waits(self) -> pd.DataFrame:
-        """Who made the requests wait, and the knob that decides it; means over the runs."""
+        """Return what made the requests wait and which knob controls each cause, as means over the runs."""
         return frames.waits_frame(self.forecast.waits_s, self.forecast.requests)
 
     def minus(self, other: SimulationResult, figure: str = "makespan_s") -> Estimate:
-        """This result's figure less the other's, run by run under the same seeds, with a 95 % interval of the mean.
+        """Return this result's `figure` minus that of `other`, paired by seed, with a 95 % interval of the mean.
 
-        BadSetting where the two share no seeds, and for a figure that there is not.
+        Raise BadSetting if the two results share no seeds or if `figure` does not exist.
         """
         is_a("other", other, SimulationResult, "simulate the other scenario, too")
         one_of("figure", figure, tuple(self.runs.columns))
@@ -99,7 +99,7 @@ class SimulationResult:
         return found
 
     def figure(self, title: str = "") -> Figure:
-        """The first run as a picture: tokens per minute, requests in flight, launches with 429s, causes of waiting."""
+        """Plot the first run: tokens per minute, requests in flight, launches with 429s, and causes of waiting."""
         from sim.reporting.figures_time import timeline
 
         return timeline(self.rows, self.scenario.grant(), title=title)
@@ -130,11 +130,12 @@ def simulate(
     workers: int = 0,
     engine: Engine = "auto",
 ) -> SimulationResult:
-    """What would happen in this scenario: finish time, 429s, losses, and who makes the requests wait.
+    """Simulate a scenario and return its finish time, 429s, losses, and what makes its requests wait.
 
-    `replications`: how many runs, each under its own seed; the scenario's own number, else one. `seed`: of the first,
-    from 0; the scenario's own if not given. `workers`: how many runs go on side by side, 0 = one per core. `engine`: as
-    `--engine`. The same arguments give the same figures, to the bit. Oversized where a request can never run.
+    `replications`: number of runs, each with its own seed; defaults to the scenario's number, or one if it states none.
+    `seed`: seed of the first run, from 0; defaults to the scenario's. `workers`: number of runs in parallel, 0 = one
+    per core. `engine`: as for `--engine`. The same arguments give the same figures, to the bit. Raise Oversized if a
+    request can never run.
     """
     is_a("scenario", scenario, Scenario, MAKE_ONE)
     if replications is not None:
@@ -150,7 +151,7 @@ def simulate(
 
 @dataclass(frozen=True)
 class Comparison:
-    """Several scenarios under the same seeds, by name: `compare` returns it."""
+    """Several scenarios simulated under the same seeds, by name; returned by `compare`."""
 
     results: Mapping[str, SimulationResult]
 
@@ -159,11 +160,11 @@ class Comparison:
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """One row per name: finish time with its 95 % interval, latency, efficiency, 429s and losses."""
+        """Return one row per name: finish time with its 95 % interval, latency, efficiency, 429s and losses."""
         return frames.forecasts_frame({name: result.forecast for name, result in self.results.items()})
 
     def figure(self) -> Figure:
-        """Finish time, 429s and losses as bars, in the order of the names."""
+        """Plot finish time, 429s and losses as bars, in the order of the names."""
         from sim.reporting.figures_compare import compared
 
         return compared({name: result.forecast for name, result in self.results.items()})
@@ -175,9 +176,10 @@ class Comparison:
 def compare(
     scenarios: Mapping[str, Scenario], *, replications: int | None = None, seed: int | None = None, workers: int = 0
 ) -> Comparison:
-    """Simulates several scenarios, each `replications` times under the same seeds, so that their differences are sharp.
+    """Simulate several scenarios, each `replications` times under the same seeds, and return the comparison.
 
-    As `simulate`; BadSetting where there is nothing to compare.
+    Common seeds narrow the intervals of the differences. The arguments are those of `simulate`. Raise BadSetting if
+    there is nothing to compare.
     """
     if not isinstance(scenarios, Mapping) or not scenarios:
         raise BadSetting('nothing to compare: name scenarios, {"today": ..., "quicker": ...}')
@@ -195,10 +197,11 @@ def compare(
 def simulate_processes(
     scenario: Scenario, processes: int, *, store_rtt_s: float = 0.001, crash_at_s: float | None = None
 ) -> Shared:
-    """The batch dealt out to so many processes that share its quota through a store.
+    """Simulate the batch split over `processes` processes that share its quota through a store.
 
-    `store_rtt_s`: how far away the store is. `crash_at_s`: when the first process dies; another takes over. Needs the
-    extra `redis`. BadSetting for arrivals over time: it is for a batch.
+    `store_rtt_s`: round-trip time to the store, in seconds. `crash_at_s`: when the first process dies, in seconds from
+    the start; another process takes over its work. Needs the extra `redis`. Raise BadSetting if the scenario has
+    arrivals over time: only a batch can be split.
     """
     from sim.app.shared_quota import Arrangement, shared_run
 
@@ -210,7 +213,7 @@ def simulate_processes(
         number("crash_at_s", crash_at_s)
     crash_at = math.inf if crash_at_s is None else crash_at_s
     arrangement = Arrangement(processes=processes, rtt_s=store_rtt_s, crash_at=crash_at)
-    # Its event loop of virtual time cannot run inside another: a notebook's is always running.
+    # Its virtual-time event loop cannot run inside another event loop, and a notebook's is always running.
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(shared_run, scenario.fitted(), arrangement).result()
 
@@ -218,10 +221,10 @@ def simulate_processes(
 def knob_map(
     scenario: Scenario, x: str, xs: Sequence[float], y: str, ys: Sequence[float], *, replications: int = 1
 ) -> Heat:
-    """Finish time, 429s and losses over two knobs (by any of their names), each cell a mean over the replications.
+    """Return finish time, 429s and losses over two knobs (by any of their names) as means over replications.
 
-    `figures.heat` draws it. Marked as recommended is the cell that loses nothing and is fastest, among those within one
-    429 per 100 requests if any is.
+    `figures.heat` draws it. The recommended cell is the fastest one that loses nothing and stays within one 429 per 100
+    requests; if no cell stays within that, it is the fastest one that loses nothing.
     """
     is_a("scenario", scenario, Scenario, MAKE_ONE)
     whole("replications", replications, 1)
@@ -257,7 +260,7 @@ def knob_map(
 
 @dataclass(frozen=True)
 class PlanResult:
-    """What would do better: `plan` returns it. `str()` of it is what `paceline plan` prints."""
+    """Recommended settings and their evidence, returned by `plan`. Its `str()` is what `paceline plan` prints."""
 
     scenario: Scenario
     wishes: Wishes
@@ -266,70 +269,70 @@ class PlanResult:
 
     @property
     def policy(self) -> Policy:
-        """The recommended settings, of everything that the law can do."""
+        """Return the recommended settings when every knob of the law may change."""
         return self.found.full.policy
 
     @property
     def guardrails(self) -> Policy:
-        """The recommended settings where only the eight guardrail knobs may change."""
+        """Return the recommended settings when only the eight guardrail knobs may change."""
         return self.found.guardrails.policy
 
     @cached_property
     def env(self) -> str:
-        """The recommended settings as the text of an env file, today's values as comments."""
+        """Return the recommended settings as the text of an env file, with today's values as comments."""
         return settings_files(self.found)[RECOMMENDED]
 
     @cached_property
     def guardrails_env(self) -> str:
-        """The same for `guardrails`."""
+        """Return the `guardrails` settings as the text of an env file, with today's values as comments."""
         return settings_files(self.found)[GUARDRAILS]
 
     @cached_property
     def rollback_env(self) -> str:
-        """The way back: today's settings as the text of an env file."""
+        """Return today's settings as the text of an env file, to roll back to."""
         return settings_files(self.found)[ROLLBACK]
 
     @property
     def recommended(self) -> Scenario:
-        """The scenario under the recommended settings, ready for `simulate`."""
+        """Return the scenario under the recommended settings, ready for `simulate`."""
         return self.scenario.with_(policy=self.policy)
 
     @cached_property
     def comparison(self) -> pd.DataFrame:
-        """Today's settings, guardrails only, recommended and runner-up on the same fresh seeds: the deciding means."""
+        """Return the deciding means on the same new seeds: today, guardrails only, recommended, runner-up."""
         return frames.comparison_frame(self.found)
 
     @cached_property
     def changes(self) -> pd.DataFrame:
-        """One row per changed knob: what the change is worth with all others as recommended, and why, in words."""
+        """Return one row per changed knob: the change's gain with all other knobs as recommended, and the reason."""
         return frames.changes_frame(self.found)
 
     @cached_property
     def front(self) -> pd.DataFrame:
-        """The settings than which none is better in both time and 429s, fastest first, with the knobs that differ."""
+        """Return the Pareto front of time against 429s, fastest first, with the knobs that differ."""
         return frames.points_frame([p for p in self.found.points if p.on_front], self.found.objective)
 
     @cached_property
     def tried(self) -> pd.DataFrame:
-        """Every setting that was tried and kept for the picture, in the same form as `front`."""
+        """Return every candidate that was tried and kept for the figure, in the same form as `front`."""
         return frames.points_frame(self.found.points, self.found.objective)
 
     @cached_property
     def stress(self) -> pd.DataFrame:
-        """What the plan's settings do where one assumption is wrong, a row per condition and settings."""
+        """Return how the plan's settings perform if one assumption is wrong, one row per condition and settings."""
         return frames.stress_frame(self.found)
 
     def figure(self) -> Figure:
-        """The front as a picture: 429s against the objective, for everything that was tried."""
+        """Plot the front: 429s against the objective, for every candidate that was tried."""
         marks = {"now": self.found.now, "guardrails": self.found.guardrails.forecast}
         marks["recommended"] = self.found.full.forecast
         limit = self.wishes.max_throttled_per_100
         return figures.front(self.found.points, marks, objective=self.found.objective, throttled_limit=limit)
 
     def write(self, folder: str | Path) -> Path:
-        """Writes what `paceline plan --out` writes (report, env files, scenario) and returns the report's path.
+        """Write the files of `paceline plan --out` (report, env files, scenario) and return the report's path.
 
-        BadInput where the folder cannot be written into.
+        Raise BadInput if the folder cannot be written to.
         """
         with prepared_folder(str(folder)) as place:
             text = page(self.scenario, self.found, place)
@@ -362,12 +365,13 @@ def plan(
     workers: int = 0,
     say: Callable[[str], None] | None = None,
 ) -> PlanResult:
-    """Which settings would do better, with the evidence; what `paceline plan` does.
+    """Find the settings that would do better, with the evidence, as `paceline plan` does.
 
-    `objective`: what should become short. `max_throttled_per_100`: 429s per 100 requests, at most; `max_lost`: share of
-    requests lost, 0 to 1. `finish_by_s`: seconds from the start by which it should be done. `effort`: how long to
-    search. `prices`: a file of prices in place of those that come along. `workers`: 0 = one per core. `say` is told
-    what is going on. The same arguments give the same plan, to the bit. BadSetting for a wish out of range.
+    `objective`: what to minimise. `max_throttled_per_100`: most 429s allowed per 100 requests; `max_lost`: largest
+    share of requests that may be lost, 0 to 1. `finish_by_s`: deadline in seconds from the start. `effort`: how long to
+    search. `prices`: a price file to use in place of the built-in prices. `workers`: 0 = one per core. `say` is called
+    with progress messages. The same arguments give the same plan, to the bit. Raise BadSetting if a limit is out of
+    range.
     """
     scenario = is_a("scenario", scenario, Scenario, MAKE_ONE).fitted()
     whole("workers", workers, 0)

@@ -1,1 +1,1 @@
-"""What is simulated: workloads, traces, scenario files, stress conditions."""
+"""Inputs of a simulation: workloads, traces, scenario files and stress conditions."""

@@ -3,10 +3,10 @@
 One table serves `simulate`, `plan`, `capacity` and `calibrate`. Names are compared without regard to case, separators
 and a unit at the end, so that `promptTokens`, `prompt_tokens` and `Prompt Tokens` are one name, and `latency_ms` is
 `latency` in milliseconds. Nested fields are named by their path (`usage.prompt_tokens`); the containers that tools wrap
-them in do not count. What the user states with `--columns` stands above every guess.
+them in are ignored. A role that the user states with `--columns` overrides every guess.
 
-A check raises ValueError with the end of a sentence ("is not a whole number ..."); the reader of the row (`rows`) knows
-file, line and column, and says so.
+A check raises ValueError with the end of a sentence ("is not a whole number ..."); the reader of the row (`rows`) adds
+file, line and column.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ MOMENTS: dict[str, tuple[str, ...]] = {
     ),
     "first_token_at": ("completion_start_time", "first_token_time", "first_token_at"),
 }
-# What the provider's headers state of its limits.
+# What the provider's headers state about its limits.
 COUNTS: dict[str, tuple[str, ...]] = {
     role: (role, *(f"{before}x-ratelimit-{role}" for before in ("", "llm_provider-", "http.response.header.")))
     for role in ("limit_tokens", "remaining_tokens", "limit_requests", "remaining_requests")
@@ -122,10 +122,11 @@ TEXTS: dict[str, tuple[str, ...]] = {
 }
 KNOWN: dict[str, tuple[str, ...]] = {**WHOLES, **DURATIONS, **MOMENTS, **COUNTS, **TEXTS}
 ROLES = tuple(KNOWN)
-# Columns that only exports of spans and of gateways have: there, rows that are no call of a model are left out.
+# Columns found only in exports of spans and gateways: in such files, rows that are not model calls are skipped.
 MARKERS = ("span_id", "context.span_id", "trace_id", "context.trace_id", "call_type", "run_type", "observation_type")
 
-# Containers whose name says nothing; the second group holds what users write, too: only figures are taken from there.
+# Containers whose name carries no meaning. The second group also holds text written by users, so only numbers are
+# taken from it.
 WRAPPERS = (
     *(
         "attributes",
@@ -143,10 +144,10 @@ WRAPPERS = (
 )
 USER_WRAPPERS = ("metadata", "extra", "properties", "labels", "body", "response")
 FIGURES = ("prompt", "output", "cached", "max_tokens", "model", "error", "status", *COUNTS, "retry_after", "processing")
-# Containers of a call's usage, wherever they are; within them plain words are known.
+# Containers of a call's usage, at any depth; inside them plain words such as `input` are recognised.
 USAGE = ("usage", "usage_details", "token_usage", "usage_metadata", "usage_object", "metrics", "token_counts")
 USAGE_NAMES = {"prompt": ("input", "prompt"), "output": ("output", "completion"), "cached": ("cache_read",)}
-# Formats whose times have a unit that nothing states: a column that marks the format, and the column with its unit.
+# Formats that do not state the unit of their times: a column that identifies the format, and the column with its unit.
 UNSTATED = {"input_length": ("timestamp", "ms"), "req_units": ("response_time", "ms")}
 
 UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
@@ -158,7 +159,7 @@ _UNIT_WORDS = {
 }
 _UNIT_END = re.compile(rf"[-_. (]+({'|'.join(_UNIT_WORDS)})\)?$|(?<=[a-z])(Ms|Us|Ns|Nanos?|Millis|Seconds)$")
 
-# What `readers.save_rows` writes: times in seconds, from 0.
+# Columns that `readers.save_rows` writes: times in seconds, from 0.
 OUR_COLUMNS = {
     "prompt": "prompt_tokens",
     "output": "output_tokens",
@@ -172,7 +173,7 @@ OUR_COLUMNS = {
 
 
 class Column(NamedTuple):
-    """A column and the role it plays. `rank`: the lower is taken; `unit` of a time, "" = to be seen from its values."""
+    """A column and the role it plays. `rank`: the lowest wins; `unit` of a time, "" = inferred from its values."""
 
     role: str
     name: str
@@ -185,7 +186,7 @@ def _plain(name: str) -> str:
 
 
 def unit_named(name: str) -> str:
-    """The unit that a column's name ends in: "ms" of `latency_ms`, `delayMs` and `Latency (ms)`; "" if none."""
+    """Return the unit that a column's name ends in: "ms" of `latency_ms`, `delayMs` and `Latency (ms)`; "" if none."""
     ending = _UNIT_END.search(name)
     return _UNIT_WORDS[(ending[1] or ending[2]).lower()] if ending else ""
 
@@ -199,18 +200,18 @@ _MARKERS = {_plain(name) for name in MARKERS}
 
 
 def is_container(name: str) -> bool:
-    """Whether a cell under that name may hold an object written as text."""
+    """Return whether a cell under that name may hold an object written as text."""
     last = _plain(name.rpartition(".")[2])
     return last in _WRAPPERS or last in _USER_WRAPPERS or last in _USAGE
 
 
 def is_marker(name: str) -> bool:
-    """Whether only exports of spans and gateways have a column of that name."""
+    """Return whether only exports of spans and gateways have a column of that name."""
     return _plain(name) in _MARKERS
 
 
 def guessed(path: str) -> tuple[str, tuple[int, int]] | None:
-    """The role that a column is known to play, and how well its name fits; None for one that is not known."""
+    """Return the role that a column plays and how well its name fits; None for an unknown column."""
     parts = path.split(".")
     plain = [_plain(part) for part in parts]
     figures_only = False
@@ -233,7 +234,7 @@ def guessed(path: str) -> tuple[str, tuple[int, int]] | None:
 
 
 class RoleColumns:
-    """Which column plays which role, found by name as names turn up; the user's choice stands above every guess."""
+    """Map of roles to columns, matched by name as names turn up; the user's choice overrides every guess."""
 
     def __init__(self, chosen: Mapping[str, str]) -> None:
         self._chosen: dict[str, list[Column]] = {}
@@ -254,7 +255,7 @@ class RoleColumns:
         self.marked = False
 
     def begin(self, names: list[str]) -> None:
-        """Takes note of the names of the first rows: the unit of a time may be stated by its neighbours alone."""
+        """Record the column names of the first rows: the unit of a time may be evident only from other columns."""
         self._found.clear()
         self.names = names
         self.marked = any(is_marker(name) for name in names)
@@ -265,11 +266,14 @@ class RoleColumns:
 
     @property
     def missing(self) -> list[tuple[str, str]]:
-        """(role, column) of what the user chose and no row has had so far."""
+        """Return (role, column) for each column that the user chose and no row has had so far."""
         return [(c.role, name) for name, columns in self._chosen.items() if name not in self.names for c in columns]
 
     def of(self, name: str) -> list[Column]:
-        """The roles that a column plays; none for one that plays no part, or whose role the user gave to another."""
+        """Return the roles that a column plays.
+
+        Empty if it plays none or if the user gave its role to another column.
+        """
         found = self._found.get(name)
         if found is None:
             found = self._found[name] = self._chosen.get(name) or self._guess(name)
@@ -287,7 +291,7 @@ class RoleColumns:
 
 
 def parse_columns(text: str) -> dict[str, str]:
-    """The mapping that `--columns prompt=NAME,output=NAME,...` states: role -> column name. BadSetting if malformed."""
+    """Parse `--columns prompt=NAME,output=NAME,...` into role -> column name. Raise BadSetting if it is malformed."""
     chosen: dict[str, str] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         role, equals, name = (word.strip() for word in part.partition("="))
@@ -309,13 +313,13 @@ SECONDS_MAX = 1e8
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
-# From which number on a moment without a unit is since 1970 in that one: 1e11 s would be in the year 5138.
+# Smallest value at which a moment without a unit is read as time since 1970 in that unit: 1e11 s is the year 5138.
 _SINCE_1970 = (("ns", 1e17), ("us", 1e14), ("ms", 1e11))
 _UTC = re.compile(r"(?<=\d)\s*(?:UTC|GMT|Z)$|(?<=\d)\s+(?=[+-]\d\d:?\d\d)| UTC$", re.IGNORECASE)
 
 
 def is_absent(role: str, value: object) -> bool:
-    """Whether a row has no value there; -1 stands for none, too. A custom_id may be any text, "null" included."""
+    """Return whether the value is absent; -1 also means absent. A custom_id may be any text, including "null"."""
     if value is None or value != value:
         return True
     if isinstance(value, str):
@@ -324,7 +328,7 @@ def is_absent(role: str, value: object) -> bool:
 
 
 def number_of(value: object) -> float | None:
-    """The number that a value of a row is, None where it is none."""
+    """Return the value as a number, or None if it is not one."""
     if isinstance(value, str):
         text = value.strip()
         return float(text) if len(text) <= 400 and _NUMBER.fullmatch(text) else None
@@ -334,7 +338,7 @@ def number_of(value: object) -> float | None:
 
 
 def whole_of(role: str, value: object) -> float:
-    """A count of tokens, characters or the like; -1 = none stated."""
+    """Return a count of tokens, characters or the like; -1 = not stated."""
     low = LOWEST.get(role, 0)
     number = number_of(value)
     if number == -1.0:
@@ -345,7 +349,7 @@ def whole_of(role: str, value: object) -> float:
 
 
 def amount_of(role: str, unit: str, value: object) -> float:
-    """A duration in seconds, or what a header counts; -1, in any unit, stands for none."""
+    """Return a duration in seconds, or a header's count; -1, in any unit, means not stated."""
     number = number_of(value)
     if number is None:
         raise ValueError("is not a number: write it in the column's unit, without one of its own")
@@ -358,7 +362,7 @@ def amount_of(role: str, unit: str, value: object) -> float:
 
 
 def moment_of(value: object, unit: str) -> tuple[str, float]:
-    """(what it is counted in, its number): microseconds since 1970 for "date" and "zoned date", else as it stands."""
+    """Return (unit, number) of a moment: microseconds since 1970 for "date" and "zoned date", else as given."""
     number = number_of(value)
     if number is not None and abs(number) < 1e20:
         if number < 0.0 and number != -1.0:
@@ -388,19 +392,22 @@ def _date_of(value: object) -> datetime:
 
 
 def unit_words(unit: str) -> str:
-    """A unit of moments in a sentence; dates are one as well, and those that state their time zone another."""
+    """Return the words for a unit of moments; dates, and dates with a time zone, count as units too."""
     dates = {"date": "dates without a time zone", "zoned date": "dates with a time zone"}
     return dates.get(unit) or ("seconds" if unit == "s" else f"{unit} since 1970")
 
 
 def seconds_from_first(numbers: NDArray[np.float64], unit: str) -> NDArray[np.float64]:
-    """Moments as seconds from the earliest of them. Dates are in microseconds; see `moment_of`."""
+    """Return moments as seconds from the earliest, same shape as `numbers`.
+
+    Dates are in microseconds: see `moment_of`.
+    """
     per_second = 1_000_000 if "date" in unit else round(1.0 / UNITS[unit])
     return (numbers - numbers.min()) / per_second
 
 
 def text_of(role: str, value: object) -> Any:
-    """A name as text, or the code of an endpoint's url, with or without its host."""
+    """Return a name as text, or the code of an endpoint for its URL, with or without the host."""
     if isinstance(value, dict | list) or (isinstance(value, bool) and role in ("id", "model", "endpoint")):
         raise ValueError("is not text")
     text = str(value)
@@ -421,10 +428,10 @@ _KIND_OF = {
     Outcome.SLOW_DOWN: REFUSED,
     Outcome.SERVER_ERROR: SERVER_FAULT,
     Outcome.OVERLOADED: SERVER_FAULT,
-    Outcome.MALFORMED: ANSWERED,  # paid for, though nobody could read it
+    Outcome.MALFORMED: ANSWERED,  # paid for, although it could not be parsed
     Outcome.DROPPED: LOST,
 }
-# Words that logs have for a status, and the code that says the same; 0: neither answered nor known why not.
+# Words that logs use for a status, with the equivalent HTTP code; 0: not answered, for an unknown reason.
 _WORDS = {
     **dict.fromkeys(("ok", "success", "succeeded", "successful", "completed", "done", "true", "unset", "default"), 200),
     **dict.fromkeys(("info", "debug", "warning", "status_code_ok", "status_code_unset"), 200),
@@ -437,7 +444,10 @@ _SAYS_THROTTLED = re.compile(r"rate.?limit|too.?many.?requests|throttl|resource.
 
 @lru_cache(maxsize=1_024, typed=True)
 def status_of(value: Hashable) -> int:
-    """A status as an HTTP code, 0 for a failure without one: "200", 429.0, "429 Too Many Requests", "ok", "failed"."""
+    """Return a status as an HTTP code, 0 for a failure without one.
+
+    Reads "200", 429.0, "429 Too Many Requests", "ok" and "failed".
+    """
     text = str(value).strip().lower()
     number = number_of(text.split(" ")[0])
     code = _WORDS.get(re.sub(r"[\s-]+", "_", text)) if number is None else int(number)
@@ -447,13 +457,13 @@ def status_of(value: Hashable) -> int:
 
 
 def span_status_of(value: Hashable) -> int:
-    """OpenTelemetry's status of a span, which is a number in JSON: 0 unset, 1 ok, 2 error."""
+    """Return OpenTelemetry's span status as an HTTP code; in JSON it is a number: 0 unset, 1 ok, 2 error."""
     number = number_of(value)
     return status_of(value) if number is None or number > 2 else (0 if number == 2 else 200)
 
 
 def kind_of_attempt(outcome: str, status: int, error: str) -> int:
-    """What became of an attempt: by our own word, else by status (-1 = none stated) and error; else it was answered."""
+    """Return how an attempt ended: by our outcome word, else status (-1 = not stated) and error, else answered."""
     if outcome:
         try:
             word = Outcome(outcome)

@@ -1,8 +1,8 @@
-"""Files into workloads: OpenAI batch JSONL, logs and traces of any format, and what kind of file this is.
+"""Read files into workloads: OpenAI batch JSONL, and logs and traces of any format; and detect the kind of a file.
 
-A batch file gives sizes by the same code that the live run uses; answers come from an old run's results, from two
-quantiles or from an assumed model, uncapped: the body's cap cuts them at run time. A trace gives token counts, and the
-rest is assumed and said so. Bad input is `BadInput`: one line that begins with `file:line:`.
+A batch file yields sizes by the same code that the live run uses. Its answers come from an old run's results, from two
+quantiles or from an assumed model, uncapped: the body's cap cuts them at run time. A trace yields token counts; the
+rest is assumed and marked as such. Bad input raises `BadInput`: one line that begins with `file:line:`.
 """
 
 from __future__ import annotations
@@ -50,20 +50,20 @@ TRACE_JSON = "JSON trace"
 TRACE_CSV = "CSV trace"
 TRACE_PARQUET = "Parquet trace"
 SCENARIO = "scenario"
-# The reader of rows for each kind of trace.
+# The row reader for each kind of trace.
 TRACES = {TRACE_JSON: "json", TRACE_CSV: "csv", TRACE_PARQUET: "parquet"}
 
 HEAD_BYTES = 65_536
-# The input of a batch under which stands what it points to and nobody here can count.
+# The input of a batch that lists files and the like that it only points to, whose tokens cannot be counted here.
 UNSEEN = "content of unknown length"
 SQLITE = b"SQLite format 3\0"
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A file by name, or standard input (`-`) with its bytes, which can be read only once. `name` stands in errors.
+    """A named file, or standard input (`-`) with its bytes, which can be read only once. Errors state `name`.
 
-    `packed`: it is gzip-compressed, and is unpacked as it is read.
+    `packed`: the source is gzip-compressed and is unpacked as it is read.
     """
 
     name: str
@@ -73,12 +73,12 @@ class Source:
 
     @property
     def label(self) -> str:
-        """The name without folders, for reports."""
+        """Return the name without folders, for reports."""
         return os.path.basename(self.name)
 
     @staticmethod
     def open(path: str | Path, stdin: BinaryIO | None = None) -> Source:
-        """The source at `path`; BadInput where there is none, where it is a folder, or where nothing is in it."""
+        """Return the source at `path`. Raise BadInput if it does not exist, is a folder, or is empty."""
         text = str(path)
         try:
             if text == "-":
@@ -101,13 +101,13 @@ class Source:
         return replace(source, packed=head == GZIP)
 
     def stream(self) -> BinaryIO:
-        """The bytes from their beginning, as an open file."""
+        """Return the bytes from the beginning, as an open file."""
         if self.packed:
             return cast(BinaryIO, gzip.open(self.path if self.data is None else io.BytesIO(self.data)))
         return io.BytesIO(self.data) if self.data is not None else open(self.path, "rb")
 
     def kind(self) -> str:
-        """BATCH, TRACE_JSON, TRACE_CSV, TRACE_PARQUET or SCENARIO, from the first lines and the name's ending."""
+        """Return BATCH, TRACE_JSON, TRACE_CSV, TRACE_PARQUET or SCENARIO, by the first lines and the file extension."""
         try:
             with self.stream() as stream:
                 head = stream.read(HEAD_BYTES)
@@ -115,7 +115,7 @@ class Source:
             raise BadInput(f"gzip that cannot be read: {error}", self.name) from None
         kind = self._kind_of(head)
         if kind == BATCH and self.packed:
-            # A run is resumed by lines and bytes of its input, so that none of the commands takes a packed one.
+            # A run resumes by line and byte position in its input, so no command accepts a compressed batch.
             raise BadInput(f"this is {foreign_format(GZIP)}", self.name)
         return kind
 
@@ -137,7 +137,10 @@ class Source:
         return SCENARIO if is_yaml else TRACE_CSV
 
     def _kind_of_json(self, head: bytes) -> str:
-        """BATCH for requests in batch format. A list of them is refused: a run takes one per line."""
+        """Return BATCH for requests in batch format.
+
+        A JSON list of them is rejected: a run reads one request per line.
+        """
         is_list = head.startswith(b"[")
         first: Any = None
         if not is_list:
@@ -149,7 +152,7 @@ class Source:
             first, _ = json.JSONDecoder().raw_decode(line.decode("utf-8", "replace").lstrip())
             asks = "body" in first or ("url" in first and not ({"response", "usage", "prompt_tokens"} & first.keys()))
         except (ValueError, RecursionError, TypeError, AttributeError):
-            # Broken: the reader of the likelier kind says where.
+            # Malformed: the reader of the likelier kind reports where.
             asks = b'"body"' in line[:200] or b'"custom_id"' in line[:200]
         if asks and is_list:
             raise one_list(self.name)
@@ -167,12 +170,14 @@ def read_workload(
     seed: int = 0,
     file_tokens: int = TOKENS_PER_FILE,
 ) -> Workload:
-    """The workload in `source`, at most its `first` rows (0 = all). BadInput or BadSetting for anything that is wrong.
+    """Return the workload in `source`, at most its `first` rows (0 = all).
+
+    Raise BadInput or BadSetting if anything in the file or the options is wrong.
 
     `columns`: role -> column of a trace. `outputs_from`: an old results file of the same batch. `output_tokens`: P50
-    and P95 of the answers' length. `max_tokens`: the output cap declared by every row of a trace, in place of its
-    column or of the assumed one. `seed`: keys what has to be drawn. `file_tokens`: assumed for each file and the like
-    that a line of a batch only points to.
+    and P95 of answer lengths. `max_tokens`: the output cap that every row of a trace declares, in place of its column
+    or the assumed one. `seed`: the seed of anything drawn. `file_tokens`: tokens assumed for each file and the like
+    that a batch line only points to.
     """
     if output_tokens is not None:
         p50, p95 = output_tokens
@@ -264,7 +269,7 @@ def _rows_text(name: str, count: int, first: int) -> str:
 
 
 def explained(source: Source, error: BadInput) -> BadInput:
-    """The error of a line with what only the whole file can tell: the line is cut short, or is of another kind."""
+    """Return a line's error, extended by what only the whole file shows: the line is cut short, or of another kind."""
     if not error.line:
         return error
     with source.stream() as stream:
@@ -285,7 +290,10 @@ def _place(error: BadInput) -> tuple[str, int]:
 
 
 def _with_old_outputs(workload: Workload, path: str, seed: int) -> Workload:
-    """Answers from an old run's results, by custom_id; those not there are drawn from those that are."""
+    """Return the workload with answers from an old run's results, by custom_id.
+
+    Missing ones are drawn from the others.
+    """
     old = Source.open(path)
     if old.kind() not in (BATCH, TRACE_JSON):
         raise BadInput("this is not a results file (JSONL, one line per request)", path)
@@ -311,7 +319,7 @@ def _with_old_outputs(workload: Workload, path: str, seed: int) -> Workload:
         )
     cap = workload.n * workload.max_tokens
     cut = (known > 0) & (cap > 0) & (known >= cap)
-    # How long a cut answer would have become is not known: one token more makes it a cut one again.
+    # The uncut length of a cut answer is unknown; one token more makes the cap cut it again.
     known[cut] = cap[cut] + 1
     text = f"usage in {old.label} for {found:,} of {len(workload):,} requests"
     missing = len(workload) - found
@@ -334,12 +342,12 @@ def _is_answer(result: OldResult) -> bool:
 # ---------------------------------------------------------------- traces
 
 _WHOLE_FIELDS = tuple(WHOLES)[4:]
-# A role that a row leaves out.
+# A role that a row leaves empty.
 _DEFAULTS = {"messages": 1, "role_chars": 4, "n": 1}
 
 
 def _trace(source: Source, table: Table, max_tokens: int | None, first: int) -> Workload:
-    """The requests in rows of a log or trace: those that were answered, in order of their arrival."""
+    """Return the answered requests of a log or trace, in order of arrival."""
     name = source.label
     kept = table.kinds == ANSWERED
     numbers = {role: values[kept] for role, values in table.numbers.items()}
@@ -386,7 +394,7 @@ def _trace(source: Source, table: Table, max_tokens: int | None, first: int) -> 
         if (numbers[moments] == -1.0).any():
             line = int(table.lines[kept][np.argmin(numbers[moments])])
             raise BadInput(f"column {quoted(column.name)} has no value here", source.name, line)
-        # Our own column counts from the beginning of the run.
+        # Our own column counts from the start of the run.
         ours = column.name == OUR_COLUMNS["arrival"] and "date" not in table.units[moments]
         arrival_s = numbers[moments] if ours else seconds_from_first(numbers[moments], table.units[moments])
         text = _column_text(name, table, moments)
@@ -400,7 +408,7 @@ def _trace(source: Source, table: Table, max_tokens: int | None, first: int) -> 
 
 
 def _ids(source: Source, table: Table, kept: Any) -> list[str] | None:
-    """The requests' ids. One that stands twice is an error in a column that is named or ours; a guess is dropped."""
+    """Return the requests' ids. A duplicate is an error in a column that is ours or user-stated; a guess is dropped."""
     if "id" not in table.texts:
         return None
     ids = [custom_id for custom_id, is_kept in zip(table.texts["id"], kept, strict=True) if is_kept]
@@ -420,7 +428,7 @@ def _ids(source: Source, table: Table, kept: Any) -> list[str] | None:
 
 
 def _latencies(name: str, table: Table, numbers: dict[str, Any]) -> tuple[Any, str]:
-    """What each request took, in seconds, -1 = not known: as stated, or from its beginning to its end."""
+    """Return each request's latency in seconds, -1 = unknown: as stated, or from its start to its end."""
     if "latency" in numbers:
         return numbers["latency"], _column_text(name, table, "latency")
     both = ("launched", "finished")
@@ -442,7 +450,7 @@ def _column_text(name: str, table: Table, role: str) -> str:
 def _trace_cap(
     name: str, table: Table, numbers: dict[str, Any], outputs: Any, max_tokens: int | None
 ) -> tuple[Any, tuple[str, str]]:
-    """The declared output cap of a trace's rows, and where it comes from."""
+    """Return the declared output cap of a trace's rows, and its provenance."""
     if max_tokens is None and "max_tokens" in numbers:
         return numbers["max_tokens"].astype(np.int64), (MEASURED, _column_text(name, table, "max_tokens"))
     cap = CAP_ASSUMED if max_tokens is None else max_tokens
@@ -467,7 +475,7 @@ ROLE_FIELDS = {
 
 
 def save_rows(workload: Workload, path: Path) -> None:
-    """Writes the workload as a CSV that `read_workload` reads back exactly; the file appears whole or not at all."""
+    """Write the workload as a CSV that `read_workload` reads back exactly; the file is replaced atomically."""
     header = [OUR_COLUMNS[role] for role in ROLE_FIELDS]
     fields = [getattr(workload, name).tolist() for name in ROLE_FIELDS.values()]
     if not workload.has_arrivals:
@@ -491,7 +499,7 @@ def save_rows(workload: Workload, path: Path) -> None:
 
 
 def is_journal(path: str) -> bool:
-    """Whether a path or URL is that of a journal and not of a text file. BadInput where there is nothing."""
+    """Return whether a path or URL is a journal rather than a text file. Raise BadInput if nothing is there."""
     if "://" in path:
         return True
     if path == "-":

@@ -1,7 +1,7 @@
 """Rows of a file as (path, value) pairs: CSV, JSON lines, JSON documents of any layout, Parquet.
 
 Files are read as streams, a JSON list element by element. Nested objects are flattened to paths
-(`usage.prompt_tokens`), those written as text in a cell included. Complaints name the line.
+(`usage.prompt_tokens`), including those written as text in a cell. Errors name the line.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PARQUET_ROWS = 2_048
 DEEPEST = 8
 Row = Mapping[str, Any]
 Pairs = list[tuple[str, Any]]
-# Keys under which documents hold lists of spans, or of calls.
+# Keys under which documents hold lists of spans or of calls.
 LISTS = (
     *("resourceSpans", "scopeSpans", "instrumentationLibrarySpans", "spans", "batches", "data", "runs"),
     *("observations", "generations", "results", "items", "rows", "traces"),
@@ -33,22 +33,22 @@ LISTS = (
 
 
 class Named(Protocol):
-    """Bytes that can be read more than once, and the name that they have in errors."""
+    """Bytes that can be read more than once, and the name that errors use for them."""
 
     @property
     def name(self) -> str: ...
 
     def stream(self) -> BinaryIO:
-        """The bytes from their beginning."""
+        """Return the bytes from the beginning."""
 
 
 def pairs_of(source: Named, kind: str) -> Iterator[tuple[int, Pairs]]:
-    """Line and values of every row of a file of that kind: "csv", "json" or "parquet"."""
+    """Return line number and values of every row of a file of that kind: "csv", "json" or "parquet"."""
     return {"csv": _csv_pairs, "json": _json_pairs, "parquet": _parquet_pairs}[kind](source)
 
 
 def _flat(row: Row, before: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """(path, value) of all plain values in a row, those of objects written as text in a cell included."""
+    """Yield (path, value) for every plain value in a row, including those of objects written as text in a cell."""
     for key, value in row.items():
         if isinstance(value, str) and value[:1] == "{" and _may_hold(key):
             value = _object_in(value)
@@ -56,7 +56,7 @@ def _flat(row: Row, before: str = "", depth: int = 0) -> Iterator[tuple[str, Any
             if key.endswith("ttributes"):
                 value = _attributes(value)
             elif len(value) == 1:
-                # A header with one value.
+                # A header with a single value.
                 value = value[0]
         if isinstance(value, dict):
             if depth < DEEPEST:
@@ -69,7 +69,7 @@ _may_hold = cache(is_container)
 
 
 def _object_in(text: str) -> Any:
-    """The object that a cell holds as JSON, or as pandas writes one; the text itself where it is neither."""
+    """Return the object that a cell holds as JSON or in pandas' notation; the text itself if it holds neither."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -81,7 +81,7 @@ def _object_in(text: str) -> Any:
 
 
 def _attributes(parts: list[Any]) -> Row:
-    """OTLP's list of typed attributes as an object."""
+    """Return OTLP's list of typed attributes as an object."""
     found: dict[str, Any] = {}
     for part in parts:
         typed = part.get("value") if isinstance(part, dict) else None
@@ -103,7 +103,7 @@ def _json_pairs(source: Named) -> Iterator[tuple[int, Pairs]]:
 
 
 def json_rows(source: Named) -> Iterator[tuple[int, Row]]:
-    """Line and object of every row: JSON lines, or documents of any layout that hold lists of them."""
+    """Yield line number and object of every row: JSON lines, or documents of any layout that hold lists of rows."""
     for line, document, text in _lines(source) if _is_by_line(source) else _documents(source):
         if not isinstance(document, dict):
             raise BadInput(f"{kind_of(document)} where a JSON object should be", source.name, line)
@@ -120,7 +120,7 @@ def json_rows(source: Named) -> Iterator[tuple[int, Row]]:
 
 
 def _is_by_line(source: Named) -> bool:
-    """Whether the first line that is not blank is an object of its own. A list may be one line of any length."""
+    """Return whether the first non-blank line is a complete object. A list may be one line of any length."""
     with source.stream() as stream:
         head = stream.read(CHUNK_BYTES).removeprefix(BOM).lstrip()
     if head.startswith(b"["):
@@ -134,7 +134,7 @@ def _is_by_line(source: Named) -> bool:
 
 
 def _spread(document: Row) -> Iterator[Row]:
-    """The rows in a document, however deep they lie in lists; the document itself where it has its own usage."""
+    """Yield the rows in a document, at any depth of lists; the document itself if it has its own usage."""
     inner = [part for key in LISTS if isinstance(document.get(key), list) for part in document[key]]
     if not inner or any((guessed(key) or ("",))[0] in ("prompt", "output") for key in document):
         yield document
@@ -172,7 +172,7 @@ def _decoded(raw: bytes, name: str, line: int) -> str:
 
 
 def _documents(source: Named) -> Iterator[tuple[int, Any, str]]:
-    """Line, value and text of each JSON value, or of each element of a list, decoded one by one as the file is read."""
+    """Yield line, value and text of each JSON value or list element, decoded one by one as the file is read."""
     decode = codecs.getincrementaldecoder("utf-8-sig")().decode
     parse = json.JSONDecoder().raw_decode
     text, at, line, in_list, ended, size = "", 0, 1, False, False, CHUNK_BYTES
@@ -223,7 +223,10 @@ def _not_json(problem: Exception | None, text: str, at: int, name: str, line: in
 
 
 def _csv_pairs(source: Named) -> Iterator[tuple[int, Pairs]]:
-    """The rows of a CSV with a header line; `,`, `;`, tab or `|` between. BadInput where there is only a header."""
+    """Yield the rows of a CSV with a header line, separated by `,`, `;`, tab or `|`.
+
+    Raise BadInput if it has no rows.
+    """
     names, separator, header = _header_of(source)
     containers = any(map(is_container, names))
     empty = True
@@ -236,7 +239,7 @@ def _csv_pairs(source: Named) -> Iterator[tuple[int, Pairs]]:
 
 
 def _header_of(source: Named) -> tuple[list[str], str, int]:
-    """Names, separator and line number of the header: the first line that is not blank."""
+    """Return column names, separator and line number of the header, which is the first non-blank line."""
     text, line = "", 0
     with source.stream() as stream:
         for line, raw in enumerate(stream, 1):
@@ -257,7 +260,7 @@ def _header_of(source: Named) -> tuple[list[str], str, int]:
 
 
 def _is_value(text: str) -> bool:
-    """Whether a word is a number or a date, as no column is called."""
+    """Return whether a word is a number or a date, which no column name is."""
     try:
         moment_of(text, "")
     except ValueError:
@@ -266,7 +269,7 @@ def _is_value(text: str) -> bool:
 
 
 def _csv_rows(source: Named, names: list[str], separator: str, header: int) -> Iterator[tuple[int, list[str]]]:
-    # The default of 128 KiB is less than a prompt in a cell may have.
+    # A prompt in a cell may exceed the default of 128 KiB.
     csv.field_size_limit(2**31 - 1)
     with source.stream() as stream:
         lines = (_decoded(raw, source.name, line) for line, raw in enumerate(stream, 1) if line > header)
@@ -274,7 +277,7 @@ def _csv_rows(source: Named, names: list[str], separator: str, header: int) -> I
         at = header
         try:
             for values in reader:
-                # A quoted value may hold line breaks: a row is named by its first line.
+                # A quoted value may hold line breaks: errors name a row by its first line.
                 start, at = at + 1, header + reader.line_num
                 if len(values) == len(names):
                     yield start, values
@@ -292,7 +295,7 @@ def _csv_rows(source: Named, names: list[str], separator: str, header: int) -> I
 
 
 def _parquet_pairs(source: Named) -> Iterator[tuple[int, Pairs]]:
-    """The rows of a Parquet file, counted from 1 in place of lines."""
+    """Yield the rows of a Parquet file, numbered from 1 in place of lines."""
     # Arrow takes longer to import than most files take to read.
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -1,12 +1,12 @@
-"""A scenario: workload x provider x policy x seed, in and out of YAML so that it re-runs exactly.
+"""A scenario: workload x provider x policy x seed, written to and read from YAML so that it re-runs exactly.
 
-Theory of operation. Everything that a run depends on is in the scenario, and everything is written: a later change of a
-default or a preset does not change an old scenario. Paths stand relative to the YAML file. Of the policy only our own
-names are written, never anything else that an environment held. Rows that came from standard input have no file to be
-read from again: `write` puts them beside the YAML as a CSV that reads back exactly.
+Theory of operation. A scenario holds everything that a run depends on, and all of it is written: a later change of a
+default or a preset does not change an old scenario. Paths are relative to the YAML file. Only our own names are written
+of the policy, never anything else from the environment. Rows from standard input have no file to be read from again, so
+`write` puts them beside the YAML as a CSV that reads back exactly.
 
-What is drawn while the workload is read (`workload.seed`) is apart from the seed of the runs: another run seed does not
-change the requests.
+Draws made while the workload is read (`workload.seed`) are independent of the seed of the runs: another run seed does
+not change the requests.
 """
 
 from __future__ import annotations
@@ -41,28 +41,28 @@ _readers: list[Callable[..., Scenario]] = []
 
 
 def reads_with(reader: Reader) -> Reader:
-    """Registers what makes a scenario of requests: the planning commands' reader, which stands above this room."""
+    """Register the function that turns requests into a scenario: the planning commands' reader, in a higher layer."""
     _readers[:] = [reader]
     return reader
 
 
 @dataclass(frozen=True, slots=True, init=False, repr=False)
 class Scenario:
-    """Everything that a run depends on: workload, provider, policy and seed. Immutable; `with_` makes a changed one.
+    """Everything that a run depends on: workload, provider, policy and seed. Immutable; `with_` returns a changed copy.
 
         Scenario("requests.jsonl", tpm=30_000, rpm=500, policy={"stagger_s": 5})
         Scenario([{"prompt_tokens": 900, "output_tokens": 200}] * 400, provider="gpt-4o-tier1")
 
     `requests`: a file (batch JSONL, a trace as CSV or JSONL, a scenario as YAML), rows as mappings (lines of a batch
-    file, chat bodies, or token counts), or a pandas DataFrame of token counts. With it the rest is read as the command
-    line reads it, its further keywords in `scenario_file.Reading`; `provider` is a configuration, a published tier's
-    name, a YAML file, or some of its keys; `policy` a policy, a preset's name, or some knobs on top of the defaults.
-    What is wrong is said in one line by BadInput, BadSetting or Oversized.
+    file, chat bodies, or token counts), or a pandas DataFrame of token counts. The other arguments are
+    then read as the command line reads its options; `scenario_file.Reading` lists further keywords. `provider` is a
+    configuration, a published tier's name, a YAML file, or some of its keys; `policy` is a policy, a preset's name, or
+    some knobs on top of the defaults. Errors are one line: BadInput, BadSetting or Oversized.
 
-    `workload` is what `source` holds, read once; where both are given there is nothing to read. `seed`: of the first
-    replication. `replications`: 0 = as many as the precision asks for. `arrivals`: all at the start, or as the trace
-    says. `finalize`: whether cut answers without text get a finalize pass. `skip_oversized`: requests that can never
-    run are left out (see `fitted`).
+    `workload` is the content of `source`, read once; if both are given, nothing is read. `seed`: seed of the first
+    replication. `replications`: 0 = as many as the precision requires. `arrivals`: all at the start, or as the trace
+    states. `finalize`: whether cut answers without text get a finalize pass. `skip_oversized`: leave out requests that
+    can never run (see `fitted`).
     """
 
     source: FileSource | ModelSource
@@ -136,7 +136,7 @@ class Scenario:
 
     @staticmethod
     def from_file(path: str | os.PathLike[str], **options: Any) -> Scenario:
-        """The scenario of a file, with the same options: `Scenario(path, ...)`."""
+        """Return the scenario of a file, with the same options as `Scenario(path, ...)`."""
         return Scenario(os.fspath(path), **options)
 
     @staticmethod
@@ -148,9 +148,9 @@ class Scenario:
         opened: Source | None = None,
         **rest: Any,
     ) -> Scenario:
-        """A scenario of a workload (a path suffices), with the default provider and policy where none is given.
+        """Return a scenario of a workload (or its path), with the default provider and policy unless they are given.
 
-        `opened`: the source's bytes where they were looked at already. `rest`: the other fields of `Scenario`.
+        `opened`: the source's bytes if they were opened already. `rest`: the other fields of `Scenario`.
         """
         if isinstance(source, str | Path):
             source = FileSource(path=str(source))
@@ -158,12 +158,12 @@ class Scenario:
         return Scenario(source=source, workload=workload, provider=provider, policy=policy, **rest)
 
     def with_(self, **changes: Any) -> Scenario:
-        """This scenario with some fields changed; the workload stays as it was read.
+        """Return this scenario with some fields changed; the workload stays as it was read.
 
         `changes`: fields, of which `policy` may also be a preset's name (under the provider's limits per minute) or
         some knobs, and `provider` a tier's name or some keys; single knobs by any of their names (`stagger_s=5`, see
-        `Policy.with_`); `tpm` and `rpm`, what the provider grants per minute: the settings' own limits follow where
-        they were the same. BadSetting for any other name.
+        `Policy.with_`); `tpm` and `rpm`, the limits that the provider grants per minute: the settings' own limits
+        follow if they were equal before. Raise BadSetting for any other name.
         """
         ours = {name: changes.pop(name) for name in list(changes) if name in Scenario.__dataclass_fields__}
         limits = {name: plain_number(changes.pop(name)) for name in ("tpm", "rpm") if name in changes}
@@ -184,7 +184,7 @@ class Scenario:
         return replace(self, **ours | {"policy": policy, "provider": provider})
 
     def columns(self, policy: Policy | None = None) -> Columns:
-        """What the engines read, under `policy` (the scenario's own if none is given)."""
+        """Return the columns that the engines read, under `policy` (default: the scenario's own)."""
         policy = policy or self.policy
         late = self.provider.latency
         return columns(
@@ -199,19 +199,19 @@ class Scenario:
         )
 
     def provider_params(self) -> ProviderParams:
-        """The provider's numbers for the engines."""
+        """Return the provider's parameters for the engines."""
         return self.provider.params()
 
     def grant(self) -> Grant:
-        """What the bound on any schedule needs to know of the provider."""
+        """Return the provider's limits, as the lower bound on any schedule needs them."""
         return self.provider.grant()
 
     def charges(self) -> NDArray[np.float64]:
-        """The provider's charge for each request, whole tokens."""
+        """Return the provider's charge for each request, whole tokens, shape (requests,)."""
         return charges(self.workload, self.provider.charge_rule, self.policy.est_tokens_per_run, self.provider.as_of)
 
     def provenance(self) -> Provenance:
-        """Every input -> (measured or assumed, from where or how): the workload's and the provider's."""
+        """Return input -> (measured or assumed, source or method), for the workload and the provider."""
         found = self.provider.provenance() | self.workload.provenance
         if self.arrivals == "batch":
             found["arrivals"] = (ASSUMED, "all requests are there at the start")
@@ -225,13 +225,13 @@ class Scenario:
         return found
 
     def _latency_provenance(self) -> tuple[str, str]:
-        """The provider's, but assumed where its line was measured of another model than the requests are for."""
+        """Return the provider's latency provenance, or "assumed" if it was measured on a model not requested here."""
         label, text = self.provider.provenance()["latency"]
         if label != MEASURED:
             return label, text
         models = self.workload.models
         named = {models} if isinstance(models, str) else set(models or ())
-        # Without names it is the model of the published tier whose limits hold.
+        # Requests without model names are taken to be for the published tier's model.
         tier = self.provider.preset.rpartition("-tier")[0]
         own = tier if self.provider.provenance()["limits"][0] == MEASURED else ""
         named = {SNAPSHOT.sub("", model) for model in named if model} or {own}
@@ -244,10 +244,11 @@ class Scenario:
         return ASSUMED, f"that of {text}; {why}"
 
     def fitted(self, *, skip_oversized: bool | None = None) -> Scenario:
-        """This scenario, once no request is charged more than the provider's limit.
+        """Return this scenario with no request charged more than the provider's limit.
 
-        Raises Oversized, naming the first that is; with `skip_oversized` (its own field if not given) those are left
-        out, and the provenance says how many. A scenario of which nothing would remain is refused in either case.
+        Raise Oversized, naming the first such request. With `skip_oversized` (default: the scenario's own field) they
+        are left out instead, and the provenance states how many; if none would remain, Oversized is raised all the
+        same.
         """
         skip = self.skip_oversized if skip_oversized is None else skip_oversized
         limits = [limit for limit in (self.provider.tpm, self.provider.tpd) if limit]
@@ -273,7 +274,7 @@ class Scenario:
     # ------------------------------------------------------------ YAML
 
     def to_yaml(self, folder: str | Path | None = None) -> str:
-        """The scenario as YAML; with `folder`, paths are written relative to it. Not for rows from standard input."""
+        """Return the scenario as YAML, with paths relative to `folder` if given. Not for rows from standard input."""
         source = self.source
         if isinstance(source, FileSource) and source.path == "-":
             raise BadInput("rows from standard input have no file: write the scenario with `write`", "-")
@@ -294,7 +295,7 @@ class Scenario:
 
     @staticmethod
     def from_yaml(text: str, *, folder: str | Path = ".", name: str = "scenario") -> Scenario:
-        """The scenario that a YAML text states; its paths are relative to `folder`. BadInput names the key."""
+        """Return the scenario in a YAML text, whose paths are relative to `folder`. Raise BadInput, naming the key."""
         data = parsed_yaml(text, name, "a scenario (workload:, provider:, policy:, ...)")
         try:
             document = checked(Document, data, "")
@@ -311,7 +312,10 @@ class Scenario:
 
     @staticmethod
     def read(path: str | Path | Source, stdin: BinaryIO | None = None) -> Scenario:
-        """The scenario in a YAML file; paths in it are relative to the file, or to here where it is standard input."""
+        """Return the scenario in a YAML file.
+
+        Its paths are relative to the file, or to the working directory if it is standard input.
+        """
         source = path if isinstance(path, Source) else Source.open(path, stdin)
         if source.kind() != SCENARIO:
             raise BadInput("this is a workload, not a scenario", source.name)
@@ -327,10 +331,10 @@ class Scenario:
         return Scenario.from_yaml(text, folder=folder, name=source.name)
 
     def write(self, path: str | Path, *, more: str = "") -> Scenario:
-        """Writes the scenario to a YAML file that re-runs it, and returns it as that file states it.
+        """Write the scenario to a YAML file that re-runs it, and return the scenario as that file states it.
 
-        `more`: further keys, as YAML. Rows from standard input go beside it, into NAME.workload.csv. Each file appears
-        whole or not at all.
+        `more`: further keys, as YAML. Rows from standard input are written beside it, to NAME.workload.csv. Each file
+        is replaced atomically.
         """
         path = Path(path)
         written = self
@@ -344,21 +348,21 @@ class Scenario:
         return written
 
 
-# OPENAI_TPM_LIMIT has no word for none: the largest that it may be never binds.
+# OPENAI_TPM_LIMIT has no value for "no limit"; its largest value never binds.
 NO_TPM_LIMIT = int(KNOB_BY_NAME["tpm_limit"].high)
 
 _CHANGEABLE = (*Scenario.__dataclass_fields__, "tpm", "rpm")
 
 
 def plain_number(value: Any) -> Any:
-    """NumPy's numbers as Python's, which settings are; anything else as it is."""
+    """Return NumPy numbers as Python numbers, as settings require; anything else unchanged."""
     return value.item() if isinstance(value, np.generic) else value
 
 
 def made_provider(
     provider: ProviderConfig | Mapping[str, Any] | str | None, base: ProviderConfig | None = None
 ) -> ProviderConfig:
-    """A configuration, a published tier by name, or `base` (else the default tier) with these keys changed."""
+    """Return a configuration, a published tier by name, or `base` (else the default tier) with these keys changed."""
     if isinstance(provider, Mapping):
         return (base or ProviderConfig.of()).with_(**provider)
     if isinstance(provider, str):
@@ -369,7 +373,7 @@ def made_provider(
 
 
 def made_policy(policy: Policy | Mapping[str, Any] | str | None, base: Policy | None = None) -> Policy:
-    """A policy, a preset by name, or `base` (else the defaults) with these knobs changed."""
+    """Return a policy, a preset by name, or `base` (else the defaults) with these knobs changed."""
     if isinstance(policy, str):
         return Policy.preset(policy)
     if isinstance(policy, Mapping):
@@ -380,12 +384,12 @@ def made_policy(policy: Policy | Mapping[str, Any] | str | None, base: Policy | 
 
 
 def limits_of(provider: ProviderConfig) -> dict[str, int]:
-    """What a policy's own limits per minute are where they mirror the provider's."""
+    """Return a policy's own limits per minute when they mirror the provider's."""
     return {"tpm_limit": provider.tpm or NO_TPM_LIMIT, "rpm_limit": provider.rpm}
 
 
 def limits_moved(policy: Policy, before: ProviderConfig, after: ProviderConfig) -> dict[str, int]:
-    """The policy's limits per minute that were the provider's `before` and are not those `after`: their new values."""
+    """Return new values for the policy's limits per minute that equalled the provider's `before` and must follow it."""
     old = limits_of(before)
     return {
         name: limit
@@ -395,7 +399,7 @@ def limits_moved(policy: Policy, before: ProviderConfig, after: ProviderConfig) 
 
 
 def following(policy: Policy, provider: ProviderConfig) -> Policy:
-    """The policy with the provider's limits per minute, where its settings do not name their own."""
+    """Return the policy with the provider's limits per minute, unless its settings name their own."""
     named = policy.model_fields_set
     changes = {
         name: limit

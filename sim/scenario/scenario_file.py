@@ -1,4 +1,4 @@
-"""The written form of a scenario: where its workload comes from, its YAML document, and the reading of both."""
+"""The written form of a scenario: its workload's source, its YAML document, and how both are read."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ Cap = Annotated[int, Field(ge=-1, le=TOKENS_MAX)]
 class FileSource(Config):
     """A workload in a file (`-`: standard input) and how to read it; see `read_workload` for the options.
 
-    `draw`: so many requests drawn from the file's, in stretches of `block_s` seconds (see `redrawn`); 0 = its own rows.
-    `provenance`: that of rows saved from standard input, whose own file no longer tells.
+    `draw`: number of requests drawn from the file's, in stretches of `block_s` seconds (see `redrawn`); 0 = its own
+    rows. `provenance`: kept for rows saved from standard input, since the saved file no longer shows it.
     """
 
     path: Annotated[str, Field(min_length=1)]
@@ -45,7 +45,7 @@ class FileSource(Config):
     provenance: dict[str, Annotated[tuple[str, str], Field(strict=False)]] = Field(default_factory=dict)
 
     def load(self, opened: Source | None = None) -> Workload:
-        """Reads the workload, from `opened` where its bytes are at hand already."""
+        """Read the workload, from `opened` if its bytes were read already."""
         workload = read_workload(
             opened or Source.open(self.path),
             columns=self.columns,
@@ -61,7 +61,7 @@ class FileSource(Config):
         return redrawn(workload, self.draw, self.block_s, self.seed) if self.draw else workload
 
     def moved(self, move: Callable[[str], str]) -> FileSource:
-        """The same with other paths to the same files."""
+        """Return this source with its paths rewritten by `move`."""
         changes = {"path": self.path if self.path == "-" else move(self.path)}
         if self.outputs_from:
             changes["outputs_from"] = move(self.outputs_from)
@@ -69,7 +69,7 @@ class FileSource(Config):
 
 
 class ModelSource(Config):
-    """A workload that is drawn: see `parametric`."""
+    """A workload drawn from a model: see `parametric`."""
 
     requests: Annotated[int, Field(ge=1, le=10**8)]
     prompt_tokens: Quantiles
@@ -87,7 +87,7 @@ class ModelSource(Config):
         return self
 
     def load(self, opened: Source | None = None) -> Workload:
-        """Draws the workload."""
+        """Draw the workload."""
         return parametric(
             self.requests,
             prompt_tokens=self.prompt_tokens,
@@ -98,14 +98,14 @@ class ModelSource(Config):
         )
 
     def moved(self, move: Callable[[str], str]) -> ModelSource:
-        """Has no paths."""
+        """Return this source unchanged: it has no paths."""
         return self
 
 
 class Document(Config):
-    """The YAML form; its parts are checked one by one, each under its own name.
+    """The YAML form of a scenario; its parts are checked one by one, each under its own name.
 
-    `plan`: what a plan of it was asked for, which is `sim.app.inputs`'s to read and changes no run.
+    `plan`: the options of a plan of this scenario, read by `sim.app.inputs`; they do not affect any run.
     """
 
     workload: dict[str, Any]
@@ -123,9 +123,9 @@ class Document(Config):
 
 
 def policy_of(stated: str | dict[str, Any]) -> Policy:
-    """The policy that a scenario states: a preset's name, or our environment names with values, `preset` among them.
+    """Return the policy that a scenario states: a preset's name, or our environment names with values and `preset`.
 
-    BadSetting for a name that is not ours: in a scenario none can be foreign.
+    Raise BadSetting for an unknown name: unlike an environment, a scenario holds no foreign names.
     """
     if isinstance(stated, str):
         return Policy.preset(stated)
@@ -145,20 +145,20 @@ def policy_of(stated: str | dict[str, Any]) -> Policy:
 # ---------------------------------------------------------------- YAML
 
 
-# ---------------------------------------------------------------- what is read of whom
+# ---------------------------------------------------------------- how inputs are read
 
 
 class Reading(TypedDict, total=False):
-    """How rows, settings and a provider are read where a program names them: what the command line's options say.
+    """Keywords with which a program states how rows, settings and a provider are read: the command line's options.
 
-    `env_file`: today's settings, of several files the later wins; the process's environment is never looked at. `tpm`,
-    `rpm`: what the provider grants per minute (0 = no limit); the settings' own limits follow unless they are named.
-    `provider_charge`: its charge rule, `provider_settles`: whether real use replaces the charge. `latency`: a measured
-    model's name, or "S,S" for seconds to the first token and per token. `columns`: role -> column of a trace (prompt,
-    output, arrival, max_tokens, latency, id, model). `outputs_from`: old results, for the answers' lengths;
-    `output_tokens`: their P50 and P95. `max_tokens`: the output cap that every row of a trace declares, -1 = none.
-    `first`: so many rows only. `file_tokens`:
-    assumed for each file and the like that a request only points to.
+    `env_file`: today's settings; of several files the last wins, and the process's environment is never read. `tpm`,
+    `rpm`: limits that the provider grants per minute (0 = no limit); the settings' own limits follow unless stated.
+    `provider_charge`: the provider's charge rule; `provider_settles`: whether real use replaces the charge. `latency`:
+    a measured model's name, or "S,S" for seconds to the first token and per token. `columns`: role -> column of a trace
+    (prompt, output, arrival, max_tokens, latency, id, model). `outputs_from`: old results that supply answer lengths;
+    `output_tokens`: P50 and P95 of answer lengths. `max_tokens`: the output cap that every row of a trace declares,
+    -1 = none. `first`: read only this many rows. `file_tokens`: tokens assumed for each file and the like that a
+    request only points to.
     """
 
     env_file: str | Path | Sequence[str | Path] | None
@@ -176,7 +176,7 @@ class Reading(TypedDict, total=False):
 
 
 class Frame(Protocol):
-    """A table with named columns: pandas' DataFrame."""
+    """A table with named columns, such as a pandas DataFrame."""
 
     def to_csv(self, path_or_buf: None = ..., *, index: bool = ...) -> str: ...
 
@@ -185,7 +185,7 @@ Requests = str | os.PathLike[str] | Iterable[Mapping[str, Any]] | Frame
 
 
 def named_provider(name: str) -> ProviderConfig:
-    """A published tier by name, or what a YAML file says: the provider's own keys, or a scenario that has one."""
+    """Return a published tier by name, or the provider in a YAML file: its own keys, or those of a scenario."""
     if not (name.lower().endswith((".yaml", ".yml")) or os.sep in name or os.path.exists(name)):
         return ProviderConfig.of(name)
     source = Source.open(name)
@@ -198,7 +198,7 @@ def named_provider(name: str) -> ProviderConfig:
 
 
 def latency_of(text: str) -> str | dict[str, float]:
-    """A measured model's name, or `S,S_PER_TOKEN` as the fields of a latency."""
+    """Return a measured model's name unchanged, or `S,S_PER_TOKEN` as the fields of a latency."""
     words = text.split(",")
     if len(words) == 1:
         return text

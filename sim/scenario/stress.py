@@ -1,4 +1,4 @@
-"""The stress set: the conditions that a recommendation must survive, each the scenario with one assumption changed."""
+"""The stress set: conditions that a recommendation must survive, each a scenario with one assumption changed."""
 
 from __future__ import annotations
 
@@ -19,32 +19,33 @@ COTENANT_BURST_S = 15.0
 COTENANT_PERIOD_S = 60.0
 HALVED_FROM_S = 120.0
 HALVED_FOR_S = 600.0
-# What a provider does the same way every day: once learnt, by these names of `ProviderConfig.learnt`, it is known.
+# Provider behaviour that does not change from day to day, by its names in `ProviderConfig.learnt`: once learnt, it is
+# not doubted again.
 HABITS = ("charge rule", "settling", "slices", "window", "Retry-After")
 
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """A scenario under a name: "" as assumed, else one of the stress set."""
+    """A named scenario: "" for the assumed one, else a condition of the stress set."""
 
     name: str
     scenario: Scenario
 
 
 def stress_set(scenario: Scenario) -> list[tuple[str, Scenario]]:
-    """The conditions under which a recommendation must lose nothing, by name: each the scenario with one thing changed.
+    """Return the named conditions under which a recommendation must lose nothing, each with one assumption changed.
 
-    Every other charge rule that charges this workload differently, settling the other way, a co-tenant that takes 25 %
-    in bursts, per-second slices, latency doubled, no Retry-After, counts of the answer and rounded, minutes of the
-    clock where no published tier is named, the limit halved for ten minutes. What could not be
-    applied, because some request could then never run, is in `stress_notes`. What was learnt of the provider
-    (`ProviderConfig.learnt`) is not doubted, but for what changes from hour to hour: others, latency, the limit.
+    They are: every other charge rule that charges this workload differently; settling the other way; a co-tenant that
+    takes 25 % in bursts; per-second slices; latency doubled; no Retry-After; counts of the moment of the answer,
+    rounded; clock minutes, if no published tier is named; the limit halved for ten minutes. `stress_notes` lists
+    conditions that could not be applied because some request could then never run. Behaviour learnt of the provider
+    (`ProviderConfig.learnt`) is not doubted, except what changes from hour to hour: co-tenants, latency, the limit.
     """
     return [(name, changed) for name, changed, _ in _conditions(scenario) if changed is not None]
 
 
 def stress_notes(scenario: Scenario) -> list[tuple[str, str]]:
-    """Conditions of the stress set that were left out or softened, by name, and why."""
+    """Return (name, reason) for each condition of the stress set that was left out or softened."""
     return [(name, note) for name, _, note in _conditions(scenario) if note]
 
 
@@ -52,7 +53,7 @@ Tried = tuple[str, Scenario | None, str]
 
 
 def _conditions(scenario: Scenario) -> Iterator[Tried]:
-    """Name, changed scenario (None = cannot be applied), and what must be said about it."""
+    """Yield name, changed scenario (None = cannot be applied) and a note on each condition."""
     provider = scenario.provider
 
     def changed(**changes: Any) -> Scenario:
@@ -71,7 +72,8 @@ def _conditions(scenario: Scenario) -> Iterator[Tried]:
     }
     yield f"co-tenant takes {cotenant['share']:.0%} in bursts", changed(cotenant=cotenant), ""
     if "slices" in open_to and provider.slice_s == 0.0 and (provider.tpm or provider.rpm):
-        # A slice of tokens below the largest charge would let that request through only by the limiter's grace.
+        # With a token slice below the largest charge, that request would pass only because the limiter makes an
+        # exception.
         yield "per-second slices", changed(slice_s=1.0, slice_tokens=math.ceil(largest)), ""
     late = provider.latency.model_dump()
     yield "latency x 2", changed(latency={**late, "scale": min(1_000.0, 2.0 * provider.latency.scale)}), ""
@@ -81,7 +83,7 @@ def _conditions(scenario: Scenario) -> Iterator[Tried]:
         yield "counts of the answer, in thousands", changed(counts="answer", counts_rounded_to=1_000), ""
     counted = provider.window == "bucket" and bool(provider.tpm or provider.rpm)
     if "window" in open_to and counted and not provider.preset:
-        # What a published tier grants has been seen to refill continuously; of another limiter nobody knows.
+        # Published tiers have been observed to refill continuously; other limiters are unknown.
         clock = {"window": "clock", "burst_s": MINUTE_S, "phase_s": MINUTE_S / 2.0}
         yield "minutes of the clock, begun in the middle of one", changed(**clock), ""
     if provider.tpm or provider.rpm:
@@ -89,7 +91,7 @@ def _conditions(scenario: Scenario) -> Iterator[Tried]:
 
 
 def _largest_charge(scenario: Scenario) -> float:
-    """The largest charge of any request under the scenario's rule, finalize passes included where there are any."""
+    """Return the largest charge of any request under the scenario's rule, including finalize passes if any."""
     c = scenario.columns()
     largest = float(c.charge.max(initial=0.0))
     return max(largest, float(c.finalize_charge.max(initial=0.0))) if scenario.finalize else largest
@@ -100,7 +102,7 @@ def _other_charge_rules(scenario: Scenario) -> Iterator[Tried]:
     limits = [limit for limit in (provider.tpm, provider.tpd) if limit]
     known = [scenario.charges()]
     for rule in RULES:
-        # `fixed` is a policy's way to reserve; a provider that charges so is no condition to expect.
+        # `fixed` is a reserve rule of policies; no provider is expected to charge that way.
         if rule in ("fixed", provider.charge_rule):
             continue
         other = scenario.with_(provider=provider.with_(charge_rule=rule))
@@ -117,7 +119,7 @@ def _other_charge_rules(scenario: Scenario) -> Iterator[Tried]:
 
 
 def _limit_halved(scenario: Scenario, largest: float) -> Tried:
-    """The limit halved for ten minutes inside the run; by less where half of it would refuse a request for good."""
+    """Return the limit halved for ten minutes inside the run; cut by less if half would refuse a request for good."""
     provider = scenario.provider
     factor, note = 0.5, ""
     if provider.tpm and largest > 0.5 * provider.tpm:
@@ -140,9 +142,9 @@ def _limit_halved(scenario: Scenario, largest: float) -> Tried:
 
 
 def _inside(scenario: Scenario) -> float:
-    """When the ten minutes begin: after two minutes, sooner where even the limits alone would let the run end by then.
+    """Return when the ten minutes begin, in whole seconds: after two minutes, or sooner if the run could end by then.
 
-    A quarter of the shortest time in which the limits let everything through, in whole seconds.
+    The sooner start is a quarter of the shortest time in which the limits let everything through.
     """
     provider = scenario.provider
     fluid_s = 60.0 * len(scenario.workload) / provider.rpm if provider.rpm else 0.0

@@ -1,9 +1,9 @@
 """Rows of logs and traces as arrays by role.
 
 Theory of operation. Every row comes as (path, value) pairs, and each path is looked up once in the table of roles
-(`columns`). Values go into arrays block by block: a million rows take some seconds and stay under 500 MB. What is not
-an attempt at a model's call is left out and counted: spans of other work (an agent's span sums up its calls), answers
-from a gateway's cache. Every complaint is one `BadInput`: `file:line:`, then the column, the value and the remedy.
+(`columns`). Values go into arrays block by block: a million rows take some seconds and stay under 500 MB. Rows that
+are no attempt at a model call are skipped and counted: spans of other work (an agent's span sums up its calls) and
+answers from a gateway's cache. Every error is one `BadInput`: `file:line:`, then the column, the value and the remedy.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from sim.scenario.columns import (
 from sim.scenario.rows import Named, Pairs, pairs_of
 
 BLOCK_ROWS = 2_048
-# Kinds of spans that are no call of a model, whatever usage they sum up.
+# Kinds of spans that are not model calls, even if they state usage.
 NOT_CALLS = (
     *("span", "event", "chain", "tool", "retriever", "agent", "workflow", "task", "guardrail", "evaluator", "parser"),
     *("prompt", "reranker", "retrieval", "invoke_agent", "create_agent", "execute_tool", "invoke_workflow", "decision"),
@@ -59,10 +59,10 @@ OUT = {
 
 
 class Table:
-    """What was read: arrays and lists by role, of one length. `columns`: the column that played each role first.
+    """Rows read as arrays and lists by role, all of one length. `columns`: the column that first played each role.
 
     `numbers`: -1 = not stated; moments as `columns.moment_of` counts them, in `units`. `texts`: "" = not stated.
-    `kinds`: what became of each attempt; `has_kinds`: whether the rows say so. `out`: how many rows were left out, why.
+    `kinds`: how each attempt ended; `has_kinds`: whether the rows state it. `out`: number of skipped rows by reason.
     """
 
     def __init__(self, source: str, chosen: Mapping[str, str], *, drawn: bool = False) -> None:
@@ -85,7 +85,7 @@ class Table:
         return len(self.lines)
 
     def read(self, rows: Iterable[tuple[int, Pairs]], first: int) -> None:
-        """Takes the rows, at most `first` of them (0 = all). BadInput for the first thing that is wrong."""
+        """Read the rows, at most `first` of them (0 = all). Raise BadInput at the first error."""
         stream = iter(rows)
         head = list(islice(stream, BLOCK_ROWS))
         names = list(dict.fromkeys(name for _, pairs in head for name, _ in pairs))
@@ -108,7 +108,7 @@ class Table:
             and latency.name.lower() == "response_time"
             and {"launched", "finished"} <= self.units.keys()
         ):
-            # Of a streamed answer LiteLLM states the time to its first token there.
+            # LiteLLM puts the time to the first token of a streamed answer there.
             del self.numbers["latency"]
         self._check_needed()
 
@@ -125,12 +125,12 @@ class Table:
             raise BadInput(f"no column of {what} tokens: found {found}; name it: --columns {remedy}", self.source, 1)
 
     def _take(self, line: int, pairs: Pairs) -> bool:
-        """Whether the row was an attempt."""
+        """Take one row; return whether it was an attempt."""
         best: dict[str, tuple[Any, Column]] = {}
         of = self.names.of
         for name, value in pairs:
             columns = of(name)
-            # Words for "none" are short: a longer text is not looked at twice.
+            # Words for "none" are short, so longer texts need no lookup.
             if not columns or ((type(value) is not str or len(value) < 6) and is_absent(columns[0].role, value)):
                 continue
             for column in columns:
@@ -205,11 +205,11 @@ class Table:
         value, column = pair
         if type(value) is not str:
             value = str(self._checked(line, pair, lambda value, column: text_of(column.role, value)))
-        # Few models and lanes have many rows; ids are one per row.
+        # Many rows share a few models and lanes; ids are unique to a row.
         return value if column.role == "id" else self._shared.setdefault(value, value)
 
     def _kind(self, line: int, best: dict[str, tuple[Any, Column]]) -> int:
-        """What became of the attempt. One that was answered without usage tells nothing but that it was made."""
+        """Return how the attempt ended. An answered attempt without usage shows only that it was made."""
         status, pair = -1, best.get("status")
         if pair is not None:
             of_span = pair[1].name.endswith("status.code")
@@ -218,7 +218,7 @@ class Table:
         self.has_kinds = self.has_kinds or bool(outcome or error) or pair is not None
         kind = kind_of_attempt(outcome, status, error)
         if kind != ANSWERED:
-            # A failed call has no output, and 0 tokens of prompt for want of an answer that would state them.
+            # A failed call has no output, and states 0 prompt tokens because no answer reported them.
             best.pop("output", None)
             if number_of(best.get("prompt", (None,))[0]) == 0.0:
                 del best["prompt"]
@@ -251,12 +251,12 @@ class Table:
             raise BadInput(text, self.source, line)
 
     def notes(self, label: str) -> tuple[str, ...]:
-        """What was left out, one sentence each."""
+        """Return one sentence for each kind of skipped row."""
         return tuple(f"{label}: {self.out[why]:,} {text}" for why, text in OUT.items() if self.out[why])
 
 
 def _plain_numbers(role: str, held: list[tuple[Any, Column] | None]) -> NDArray[np.float64] | None:
-    """A block of one column at once; None where any value needs a look of its own."""
+    """Convert a block of one column at once; return None if any value must be parsed singly."""
     if None in held:
         return None
     values = [pair[0] for pair in held if pair is not None]
@@ -279,7 +279,7 @@ def _plain_numbers(role: str, held: list[tuple[Any, Column] | None]) -> NDArray[
 
 
 def read_table(source: Named, kind: str, chosen: Mapping[str, str], *, first: int = 0, drawn: bool = False) -> Table:
-    """The rows of a source: `kind` is "csv", "json" or "parquet". `drawn`: lengths of answers are not needed."""
+    """Return the rows of a source of `kind` "csv", "json" or "parquet". `drawn`: answer lengths are not needed."""
     table = Table(source.name, chosen, drawn=drawn)
     table.read(pairs_of(source, kind), first)
     return table

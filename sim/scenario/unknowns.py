@@ -1,10 +1,10 @@
-"""What nobody knows beforehand, as ranges, and conditions drawn from them: the other half of the stress set.
+"""Unknown conditions as ranges, and scenarios drawn from them: the second half of the stress set.
 
-Theory of operation. The listed conditions change one thing at a time, and by how much is ours to say; what comes is a
-mixture. So all unknowns are drawn at once, each from its range: which charge rule the provider has, whether it settles,
-which share of the quota others take and in what bursts, by how much latency has drifted, by how much answers are longer
-than assumed. Factors are log-uniform, shares uniform. Draw i is keyed by the scenario's seed and i, like all chance
-here: more draws do not change those before them. A charge rule under which some request could never run is not drawn.
+Theory of operation. The listed conditions change one thing at a time, by an amount that we chose; reality is a mixture.
+So all unknowns are drawn at once, each from its range: the provider's charge rule, whether it settles, the share of the
+quota that others take and in what bursts, the drift of latency, and how much longer answers are than assumed. Factors
+are log-uniform, shares uniform. Draw i is keyed by the scenario's seed and i, like all chance here, so more draws do
+not change earlier ones. A charge rule under which some request could never run is not drawn.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sim.scenario.stress import Condition, stress_set
 
 Range = Annotated[tuple[float, float], Field(strict=False)]
 
-# What is published comes from seeds and draws that no search has seen; a plan and its forecasts share them.
+# Published figures use seeds and draws that no search has seen; a plan and its forecasts share them.
 FRESH_SEEDS = 1_000_000
 FRESH_DRAWS = 1_000
 
@@ -30,11 +30,11 @@ BURST_S, PERIOD_S = (5.0, 30.0), 60.0
 
 
 class Unknowns(Config):
-    """Ranges, each (lowest, highest): what plans must hold for.
+    """Ranges that plans must hold for, each (lowest, highest).
 
-    `latency_factor`, `output_factor`: of the assumed latency and answer lengths. `cotenant_share`: of the quota, in
-    bursts. `settles`: probability that the provider settles. `charge_rules`: whether another charge rule may hold.
-    `counts_at_answer`: probability that counts in headers speak of the moment of the answer.
+    `latency_factor`, `output_factor`: multiples of the assumed latency and answer lengths. `cotenant_share`: share of
+    the quota that others take in bursts. `settles`: probability that the provider settles. `charge_rules`: whether
+    another charge rule may apply. `counts_at_answer`: probability that header counts refer to the moment of the answer.
     """
 
     charge_rules: bool = True
@@ -57,7 +57,7 @@ class Unknowns(Config):
         return self
 
     def text(self) -> str:
-        """The ranges in one line, for people; in brackets what the range is where nothing is known."""
+        """Return the ranges in one readable line; in brackets the default range that applies if nothing is known."""
         usual = Unknowns()
 
         def span(name: str, *, percent: bool = False) -> str:
@@ -81,10 +81,10 @@ def _span(values: tuple[float, float], *, percent: bool = False) -> str:
 
 
 def drawn(scenario: Scenario, unknowns: Unknowns, draws: range) -> list[Condition]:
-    """The conditions of these draws: all unknowns at once, each from its range."""
+    """Return the conditions of these draws: all unknowns at once, each from its range."""
     rules: list[str] = [scenario.provider.charge_rule]
     if unknowns.charge_rules:
-        # Those of the stress set: none where the rule was learnt.
+        # The rules of the stress set: none if the rule was learnt.
         listed = [changed.provider.charge_rule for _, changed in stress_set(scenario)]
         rules += [rule for rule in listed if rule not in rules]
     return [Condition(f"draw {i + 1}", _one(scenario, unknowns, rules, i)) for i in draws]
@@ -92,7 +92,7 @@ def drawn(scenario: Scenario, unknowns: Unknowns, draws: range) -> list[Conditio
 
 def _one(scenario: Scenario, unknowns: Unknowns, rules: list[str], i: int) -> Scenario:
     def u(unknown: int) -> float:
-        # In the places of request and attempt: the draw, and which unknown it is for.
+        # The key's request and attempt are the draw and the unknown.
         return keyed_uniform(scenario.seed, i, unknown, SEARCH)
 
     def between(span: tuple[float, float], unknown: int) -> float:
