@@ -250,6 +250,8 @@ _COUNTS = tuple(
         rf"x-ratelimit-(?P<scope>\w+)-{_PART}-{_WHAT}",
         # Anthropic, whose resets are dates and say nothing of the window.
         rf"anthropic-ratelimit-{_WHAT}-{_PART}",
+        # Kong, which names the window alone.
+        rf"x-ratelimit-{_PART}-(?P<window>second|minute|hour|day)",
         # Middleware and gateways that count requests only (slowapi, OpenRouter, the IETF's drafts).
         rf"(?:x-)?ratelimit-{_PART}",
         # Together; APISIX, with the name of the instance at the end.
@@ -261,6 +263,9 @@ _COUNTS = tuple(
 _UPSTREAM = "llm_provider-"
 # What resets later than this, where the window is not told otherwise, counts days.
 _HOUR_S = 3_600.0
+_NAMED_S = {"second": 1.0, "minute": MINUTE_S, "hour": _HOUR_S, "day": DAY_S}
+# A window in the IETF's drafts, "12;w=10" or '"name";q=12;w=10': in RateLimit-Policy, or in RateLimit-Limit itself.
+_POLICY = re.compile(r'(?:^|,)\s*+(?:"[^"]*+";\s*+q=)?([0-9]++);\s*+w=([0-9]++)')
 
 
 def limits_of(headers: Mapping[Any, Any] | None, now_epoch: float = -1.0) -> tuple[Limit, ...]:
@@ -268,7 +273,8 @@ def limits_of(headers: Mapping[Any, Any] | None, now_epoch: float = -1.0) -> tup
 
     A negative `remaining` is an overshoot, and stays negative. Left out: what is not a number, a limit of zero or
     less (Azure was seen to send -1, -1, 0), remaining above the limit, and a remaining without its limit (Azure, 2024).
-    An integer reset (Azure) has no known unit and is not used.
+    An integer reset (Azure) has no known unit and is not used. A limit of another window (IETF's `w=10`, Kong's hour)
+    is stated as the minute's or the day's that grants as fast.
     """
     return limits_in(fields_of(headers), now_epoch)
 
@@ -280,6 +286,7 @@ def limits_in(fields: Mapping[str, str], now_epoch: float = -1.0, *, is_refusal:
     its answers state 100 requests, and taken for requests that silenced a pool for five hours.
     """
     counts: dict[tuple[str, ...], dict[str, str]] = {}
+    policy = fields.get("ratelimit-policy", "") or fields.get("x-ratelimit-policy", "")
     for name, text in fields.items():
         if "limit" in name and (named := _named(name)) is not None:
             key, part = named
@@ -288,7 +295,7 @@ def limits_in(fields: Mapping[str, str], now_epoch: float = -1.0, *, is_refusal:
     for (what, window, *_), parts in counts.items():
         if is_refusal and not what:
             continue
-        limit = _limit(what or "requests", window, parts, now_epoch)
+        limit = _limit(what, window, parts if what else {"policy": policy, **parts}, now_epoch)
         if limit is not None and (limit.dimension not in found or limit.limit < found[limit.dimension].limit):
             found[limit.dimension] = limit
     return tuple(found.values())
@@ -308,18 +315,38 @@ def _named(name: str) -> tuple[tuple[str, ...], str] | None:
 
 
 def _limit(what: str, window: str, parts: Mapping[str, str], now_epoch: float) -> Limit | None:
-    """One limit, with its dimension; None where limit and remaining are not both plausible."""
-    limit, remaining = _number(parts.get("limit", "")), _signed(parts.get("remaining", ""))
+    """One limit, with its dimension; None where limit and remaining are not both plausible, or the window is not told.
+
+    `what`: "" = requests, by headers that do not say so. `parts["policy"]`: windows by the limits that they belong to.
+    """
+    stated = parts.get("limit", "")
+    windows = {
+        quota: float(s) for quota, s in _POLICY.findall(f"{parts.get('policy', '')},{stated}"[:MESSAGE_CHARS_MAX])
+    }
+    if ";" in stated:
+        stated = next(iter(windows), "")
+    limit, remaining = _number(stated), _signed(parts.get("remaining", ""))
     if not (limit > 0.0 and remaining <= limit):
         return None
-    minute, day = ("RPM", "RPD") if what.startswith("req") else ("TPM", "TPD")
-    if window:
-        return Limit(day if window == "day" else minute, limit, remaining)
+    minute, day = ("TPM", "TPD") if "token" in what else ("RPM", "RPD")
+    window_s = _NAMED_S.get(window) or windows.get(stated, 0.0)
+    if window_s:
+        return _per(minute, day, limit, limit - remaining, window_s)
     reset = parts.get("reset", "")
     resets_at = _moment(reset)
-    if resets_at is not None and now_epoch >= 0.0:
-        return Limit(day if resets_at - now_epoch > _HOUR_S else minute, limit, remaining)
-    return Limit(dimension_of(limit, remaining, duration_s(reset), minute, day), limit, remaining)
+    if resets_at is None or now_epoch < 0.0:
+        return Limit(dimension_of(limit, remaining, duration_s(reset), minute, day), limit, remaining)
+    left_s = resets_at - now_epoch
+    if not what and left_s <= MINUTE_S / 2.0:
+        return None  # of a minute, or of a window as short as slowapi's "12 per 10 second"
+    return Limit(day if left_s > _HOUR_S else minute, limit, remaining)
+
+
+def _per(minute: str, day: str, limit: float, used: float, window_s: float) -> Limit:
+    """A limit per `window_s` seconds as one per minute, or per day where the window is longer than a minute."""
+    dimension, length_s = (minute, MINUTE_S) if window_s <= MINUTE_S else (day, DAY_S)
+    granted = limit * (length_s / window_s)
+    return Limit(dimension, granted, granted - used)
 
 
 def processing_s(fields: Mapping[str, str]) -> float:
