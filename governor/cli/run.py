@@ -344,7 +344,7 @@ def doctor(
     raise typer.Exit(max(finding.exit_code for finding in findings))
 
 
-# ---------------------------------------------------------------- what options mean together
+# ---------------------------------------------------------------- options in combination
 
 
 def words_of(assignments: Sequence[str] | None, tpm: str | None, rpm: str | None) -> list[str]:

@@ -165,7 +165,10 @@ def _bucket_s(p: Params, d: int, amount: float, largest: float, used: float = 0.
 
 
 def _window_s(p: Params, d: int, amount: float, largest: float, n: int, booked: InUse) -> float:
-    """Return the same for a per-minute limit in the policy's kind of window: whole runs of the mean size."""
+    """Return seconds until the last of `amount` fits a minute's limit, in whole runs of the mean size.
+
+    The policy's kind of window decides how the limit frees.
+    """
     if p.limit[d] <= 0.0 or amount <= 0.0:
         return 0.0
     if p.window == BUCKET:

@@ -111,7 +111,7 @@ def values_of(bag: Params | State) -> dict[str, Any]:
 
 
 def _short(bag: Params | State) -> dict[str, Any]:
-    """Return the same, with lists of one repeated value (most are) written as `[length, value]` in a list."""
+    """Return the fields by name, lists of one repeated value (most are) shortened to `[[length, value]]`."""
     return {
         name: [[len(value), value[0]]] if isinstance(value, list) and value.count(value[0]) == len(value) > 1 else value
         for name, value in values_of(bag).items()

@@ -182,7 +182,7 @@ class Database:
     # ------------------------------------------------------------ files
 
     def made(self) -> None:
-        """Create the file, mode 0600, in WAL mode. An existing one must be an empty file or database."""
+        """Create the file, mode 0600, in WAL mode. An existing file or database must be empty."""
         if self.path is None:
             return
         self._touched(self.path)

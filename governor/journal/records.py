@@ -89,7 +89,7 @@ class Records:
         """Return the journal's name for messages: the path as it was given, or the URL without its password."""
         return self._database.name
 
-    # ------------------------------------------------------------ how it is read
+    # ------------------------------------------------------------ reading
 
     @contextmanager
     def _undamaged(self) -> Iterator[None]:
@@ -234,7 +234,7 @@ class Records:
             ]
 
     def _longest_of_part(self, query: Select[Any]) -> Iterator[Any]:
-        """Yield the same for a part, whose rows the whole's index would not find: sorted once, 8 bytes a request."""
+        """Yield a part's rows in that order; no index serves a part, so they are sorted once: 8 bytes a request."""
         c = requests.c
         keys = query.with_only_columns(c.request).order_by(c.expected.desc(), c.reserve.desc(), c.request)
         with self._database.reading() as connection:
@@ -284,7 +284,7 @@ class Records:
         for row in self._stream(query, requests.c.request, NARROW_CHUNK):
             yield request_of(row, None)
 
-    # ------------------------------------------------------------ what a summary is made of
+    # ------------------------------------------------------------ input of a summary
 
     def attempts(self, pool: str | None = None) -> Iterator[Attempt]:
         """Yield all ended attempts, of one pool or of all, in the order in which they ended."""
@@ -294,7 +294,7 @@ class Records:
                 yield attempt_of(row)
 
     def billed(self, pool: str | None = None) -> Iterator[Billed]:
-        """Yield the same with the tokens used in each, for bills and exports."""
+        """Yield all ended attempts with the tokens used in each, for bills and exports."""
         query = self._of(select(attempts), attempts, pool)
         with self._undamaged():
             for row in self._stream(query, attempts.c.number, NARROW_CHUNK):
@@ -302,7 +302,7 @@ class Records:
                 yield Billed(attempt_of(row), row.request_id, usage)
 
     def heard(self, pool: str | None = None) -> Iterator[Heard]:
-        """Yield the same with the figures that the headers of each stated."""
+        """Yield all ended attempts with the figures that the headers of each stated."""
         query = self._of(select(attempts), attempts, pool)
         with self._undamaged():
             for row in self._stream(query, attempts.c.number, NARROW_CHUNK):
@@ -347,7 +347,7 @@ class Records:
         query = select(timers.c.late_s).join(pools, pools.c.pool == timers.c.pool).where(pools.c.name == pool)
         return [float(row.late_s) for row in self._all(query.order_by(timers.c.number))]
 
-    # ------------------------------------------------------------ what is used
+    # ------------------------------------------------------------ use
 
     def checkpoint(self, pool: str) -> Checkpoint | None:
         """Return a pool's use as of the latest commit; None if no leg of it was begun, or by an older Paceline."""

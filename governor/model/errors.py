@@ -1,12 +1,12 @@
-"""The error tree: whose fault it is, whether trying again can help, and what the command line's exit code says.
+"""The error tree: whose fault it is, whether trying again can help, and the command line's exit code.
 
-What a provider does wrong is an `Answer`, not an exception (see `answers`); our own bugs are assertions. What remains
-is here: a caller's mistake, and a run that must not start or cannot go on. A message is one line and names the thing,
+A provider's fault is an `Answer`, not an exception (see `answers`); our own bugs are assertions. The remaining errors
+are here: a caller's mistake, and a run that must not start or cannot go on. A message is one line and names the thing,
 the figures and the remedy; the command line prints it as it stands, without a traceback.
 
     exit code   meaning                                     raised as
     0, 1        all requests succeeded, some failed         (no exception)
-    2           bad input: the caller's to mend             BadInput, BadSetting, Oversized
+    2           bad input: the caller's to fix              BadInput, BadSetting, Oversized
     3           refused, or can never finish                Refused
     4           the account's quota is used up              QuotaExhausted
     5           a budget of money or time is used up        BudgetExhausted

@@ -40,4 +40,4 @@ class Scheduled:
         self.holds = False  # a permit: in flight, or kept during a backoff
         self.ended = False
         self.tries = 0  # launches so far, including those that do not count as attempts
-        self.outages = 0  # outages that did not count as its attempts
+        self.outages = 0  # outages by which it was spared an attempt

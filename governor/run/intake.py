@@ -221,7 +221,7 @@ def _is_of(journal: Journal, file: Path) -> bool:
         with file.open("rb") as opened:
             first = opened.readline(_HEAD_BYTES)
     except OSError:
-        return True  # the open that follows reports the error in its own words
+        return True  # its own error is reported where the file is used
     number = _FIRST.match(first)
     if number is None:
         return not first.strip() or first in b'{"id":"batch_req_'
@@ -366,7 +366,7 @@ def _check_disk(path: Path, where: str | Path, left: int | None) -> None:
             lines = sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
         free = shutil.disk_usage(folder).free
     except OSError:
-        return  # the open that follows reports the error in its own words
+        return  # its own error is reported where the file is used
     needed = disk_needed(size, lines) if left is None else disk_needed(0, left)
     if needed > free:
         raise Refused(

@@ -350,7 +350,7 @@ class LiveRun:
     def _of(self, name: str) -> str:
         return f"pool {name}: " if len(self.leg.pools) > 1 else ""
 
-    # ------------------------------------------------------------ what is said meanwhile
+    # ------------------------------------------------------------ messages and the ticker
 
     def say(self, line: str) -> None:
         """Print a line that stays."""

@@ -132,7 +132,7 @@ def held_text(governor: Governor, moment: Callable[[float], float]) -> str:
     )
 
 
-# ---------------------------------------------------------------- rather end than sleep
+# ---------------------------------------------------------------- ending instead of sleeping
 
 
 def too_late(

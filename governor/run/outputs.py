@@ -43,8 +43,8 @@ def check_apart(files: Mapping[str, Path]) -> None:
 def claimed(out: Path) -> Iterator[None]:
     """Hold the right to write these results and their errors within the block.
 
-    Raise BadInput if another process has it. Held by a lock on a hidden file beside each, which the operating system
-    releases however the process ends.
+    Raise BadInput if another process has it. Each is held by a lock on a hidden file beside it, which the operating
+    system releases however the process ends.
     """
     with contextlib.ExitStack() as stack:
         for path in (out, errors_path(out)):

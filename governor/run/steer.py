@@ -199,7 +199,7 @@ class Commands:
                 self._say(f"changed by `paceline {command.name}`: {changes or nothing}")
 
 
-# ---------------------------------------------------------------- settings that hold
+# ---------------------------------------------------------------- lasting settings
 
 
 def held_settings(commands: Iterable[Command], pools: Iterable[str]) -> dict[str, dict[str, str]]:

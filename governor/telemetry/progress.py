@@ -71,7 +71,7 @@ class Snapshot:
         return ", ".join(parts)
 
     def short(self) -> str:
-        """Return the same for a bar, the most important first: a narrow terminal cuts it short."""
+        """Return the progress for a bar, the most important first: a narrow terminal cuts it short."""
         share = self.ended / self.total if self.total else 1.0
         failed = f", {self.failed:,} failed" if self.failed else ""
         left = (

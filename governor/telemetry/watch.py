@@ -189,13 +189,13 @@ class Meter(Observer):
         return self.answer_s / self.answers if self.answers else 0.0
 
     def measured(self, paused: bool = False) -> Measured:
-        """Return the same figures for the comparison with a forecast."""
+        """Return the figures to compare with a forecast."""
         t = self.tally
         mean_tokens = self.answer_tokens / self.answers if self.answers else 0.0
         return Measured(t.requests, t.failed, t.throttled, t.attempts, self.service_s, mean_tokens, paused)
 
 
-# ---------------------------------------------------------------- what somebody should know
+# ---------------------------------------------------------------- what the user should know
 
 
 class Alarms(Observer):

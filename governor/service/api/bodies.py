@@ -123,7 +123,7 @@ class BatchRun(In):
 
 
 class VerdictOut(Out):
-    """Whether a batch may start."""
+    """The verdict on a batch: whether it may start."""
 
     ok: bool
     code: str
@@ -242,7 +242,7 @@ class WhatIf(In):
 
 
 class Bands(Out):
-    """How a batch goes, over simulated runs: quantiles of when each share of it is done."""
+    """The course of a batch over simulated runs: quantiles of when each share of it is done."""
 
     finish_s: dict[str, float] = Field(description="p5, p50 and p95.")
     throttled: dict[str, float]

@@ -94,7 +94,7 @@ async def what_if(body: Annotated[bodies.WhatIf, json_body(bodies.WhatIf)], call
     return JSONResponse(await anyio.to_thread.run_sync(simulate, question))
 
 
-# ---------------------------------------------------------------- what goes on
+# ---------------------------------------------------------------- live state
 
 
 @router.get("/live", response_model=bodies.Live, tags=["live"])

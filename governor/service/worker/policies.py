@@ -38,7 +38,7 @@ class Policies:
         self._known: set[int] = set()
         self._own: dict[str, dict[str, str]] = {name: {} for name in self._base}
         self._turn = threading.Lock()
-        # Further checks of a change, by the policies that would be in force; they also learn of the change.
+        # Further checks of a change, given the policies that would be in force; and the listeners to changes.
         self.checks: list[Callable[[Mapping[str, Policy]], object]] = []
         self.changed: list[Callable[[Mapping[str, Policy]], None]] = []
 

@@ -255,7 +255,7 @@ class Roster:
         name = next(iter(batch.row.details.get("pools", self._lanes)))
         return batch_policy(self._lanes[name].policy, batch.row).finalize_max_tokens
 
-    # ------------------------------------------------------------ what is asked of a batch
+    # ------------------------------------------------------------ commands for a batch
 
     async def obey(self, batch: RunningBatch, wanted: str) -> None:
         if batch.busy or batch.state in (CANCELLED, COMPLETED):
@@ -306,7 +306,7 @@ class Roster:
                 batch.state, batch.reason, batch.changed = STOPPED, why, True
                 self._spawn(self._withdraw(batch))
 
-    # ------------------------------------------------------------ what the lanes tell
+    # ------------------------------------------------------------ reports of the lanes
 
     def on_launched(self, number: int, index: int) -> None:
         """A request of that batch is about to be sent."""
@@ -371,7 +371,7 @@ class Roster:
         self.running.pop(batch.number, None)
         self.by_id.pop(batch.row.batch_id, None)
 
-    # ------------------------------------------------------------ when it will be done
+    # ------------------------------------------------------------ estimates
 
     async def obey_elsewhere(self, batch: RunningBatch, wanted: str) -> None:
         """Carry out a command received by another replica."""

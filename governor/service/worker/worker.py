@@ -320,7 +320,7 @@ class Worker:
         if self.roster is not None and row.owner == self.replica:
             await self.roster.adopt(row, fresh=True)
 
-    # ------------------------------------------------------------ what is asked of a batch
+    # ------------------------------------------------------------ commands for a batch
 
     async def ask(self, row: BatchRow, wanted: str, key: Key | None = None) -> None:
         """Record a command, and carry it out if the batch is this replica's. `key`: see `Store.want`."""
@@ -332,7 +332,7 @@ class Worker:
         if batch is not None:
             await self._present().obey(batch, wanted)
 
-    # ------------------------------------------------------------ what the lanes tell
+    # ------------------------------------------------------------ reports of the lanes
 
     def on_launched(self, number: int, index: int) -> None:
         """A request of that batch is about to be sent."""
@@ -418,7 +418,7 @@ class Worker:
         for changed in self.policies.changed:
             changed(self.policies.in_force())
 
-    # ------------------------------------------------------------ for who asks
+    # ------------------------------------------------------------ for requests to the API
 
     @property
     def batches(self) -> Mapping[int, RunningBatch]:
