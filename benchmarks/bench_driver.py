@@ -33,7 +33,8 @@ from governor.law import MINUTE_S, RPM, Params
 from governor.model.policy import Policy
 from sim.des.driver import Simulation
 from sim.model.provider import ProviderParams
-from sim.model.workload import Columns, columns, parametric
+from sim.model.synthetic import parametric
+from sim.model.workload import Columns, columns
 
 REPEATS = 5
 SEED = 1

@@ -31,7 +31,7 @@ from governor.model.policy import Policy
 from sim.base.layout import table
 from sim.experiment.experiment import case_of, figures_of, simulated
 from sim.model.provider_config import ProviderConfig
-from sim.model.workload import from_tokens
+from sim.model.synthetic import from_tokens
 from sim.scenario.scenario import ModelSource, Scenario
 from sim.serving.server import spawn
 

@@ -21,7 +21,7 @@ from governor.model.policy import Policy
 from sim.experiment.experiment import Pool, replicate
 from sim.experiment.results import Forecast, paired_difference
 from sim.model.provider_config import ProviderConfig
-from sim.model.workload import from_tokens
+from sim.model.synthetic import from_tokens
 from sim.scenario.scenario import ModelSource, Scenario
 from sim.selection.planner import FRESH_SEEDS, plan
 from sim.selection.space import recipe

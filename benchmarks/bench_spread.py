@@ -31,7 +31,7 @@ from sim.des.engines import Engine
 from sim.experiment import spread
 from sim.experiment.experiment import Case, Pool, case_of
 from sim.experiment.spread import Backend
-from sim.model.workload import parametric
+from sim.model.synthetic import parametric
 from sim.scenario.scenario import Scenario
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -24,7 +24,8 @@ from governor.model.requests import Attempt
 from sim.des.driver import Simulation, Tally
 from sim.experiment.experiment import Case, attempt_rows, case_of
 from sim.model.provider_config import ProviderConfig
-from sim.model.workload import Workload, from_tokens
+from sim.model.synthetic import from_tokens
+from sim.model.workload import Workload
 from sim.scenario.scenario import Scenario
 from sim.scenario.scenario_file import ModelSource
 

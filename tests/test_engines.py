@@ -18,7 +18,7 @@ import pytest
 from governor.model.errors import FailureCode
 from governor.model.requests import Attempt, Outcome
 from sim.experiment.experiment import OUTCOMES, attempt_rows, case_of, figures_of, simulated
-from sim.model.workload import from_tokens
+from sim.model.synthetic import from_tokens
 from sim.scenario.scenario import Scenario
 from tests.scenarios import drawn, scenario_of, shown
 

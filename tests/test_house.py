@@ -61,7 +61,7 @@ MODULE_EXTRAS = {
     "sim/experiment/ray_side.py": {"ray"},
     "governor/telemetry/tracing.py": {"otel"},
     "sim/reporting/sliders.py": {"notebook"},
-    **{f"governor/sharedquota/{name}.py": {"redis"} for name in ("member", "quota", "redis_store")},
+    **{f"governor/sharedquota/{name}.py": {"redis"} for name in ("image", "member", "redis_store")},
 }
 # Libraries with exactly one door.
 ONE_DOOR = {
@@ -333,8 +333,7 @@ def test_every_pin_supports_the_oldest_python_promised() -> None:
 # Longer than a module should be: the law and the compiled engine for good, the others until somebody divides them.
 LONG = {
     *("governor/law.py", "sim/des/engine.py"),
-    *("governor/provider/transport.py", "governor/sharedquota/member.py", "governor/sharedquota/quota.py"),
-    *("sim/des/driver.py", "sim/model/workload.py"),
+    *("governor/provider/transport.py", "governor/sharedquota/member.py"),
 }
 # Names of more than one class: what the engines state alike, and what the field calls alike. None is to be added.
 SHARED_NAMES = {"Batch", "Ended", "Event", "Forecast", "Job", "Operation", "Pool", "Tally"}

@@ -23,7 +23,7 @@ from governor.model.keyed import ARRIVAL, LATENCY
 from governor.model.policy import Policy
 from sim.des.jobs import Job
 from sim.experiment.experiment import case_of, simulated
-from sim.model.workload import uniforms
+from sim.model.synthetic import uniforms
 from tests.scenarios import Run, batch, drawn, run, scenario_of, shown
 
 EXACT = 1e-9

@@ -43,29 +43,22 @@ from governor.law import Params
 from governor.model.errors import PacelineError
 from governor.model.lawcalls import Numbers, numbers_of
 from governor.model.timeline import ServerClock, server_s
-from governor.sharedquota.quota import (
-    CALL,
+from governor.sharedquota.image import (
     FORMAT,
     FORMAT_NAME,
     HEAD,
-    HERE,
-    LEAVE,
-    REPRICE,
     SERVER_BYTES,
     Batch,
     Call,
-    Decided,
     Event,
     Image,
     Join,
     Launch,
     News,
     UnreadableImageError,
-    begun,
-    decide,
     newest,
-    rebuilt,
 )
+from governor.sharedquota.quota import CALL, HERE, LEAVE, REPRICE, Decided, begun, decide, rebuilt
 
 LEASE_S = 10.0
 RENEW_RATIO = 0.25

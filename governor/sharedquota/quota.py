@@ -1,283 +1,51 @@
-"""A shared pool as its store holds it, and what is decided on it: pure, the same wherever processes share a quota.
+"""What is decided on a shared pool: pure, the same wherever processes share a quota.
 
 Theory of operation. Processes append batches of events to an inbox. Whoever decides takes the newest image and the
 whole inbox, applies the events in order (settlements and the like are calls of the law), drops owners whose lease has
 lapsed, and launches heads of the queue as long as the law says "now". The image that comes out replaces the one that
 went in only if nobody was quicker (`head` names the version); what each owner must hear of is `Decided.news`.
 
-An owner is one process's membership. Its events are numbered, so that one that arrives twice counts once; `holds` and
-`finalizes` are what comes back when it dies. What it had reserved stays booked and ages out: the provider has charged
-it.
-
-Incarnations. Each rebuilding of a lost image begins an incarnation: a counter, and chance below it, so that two halves
-of a split brain never use the same one. `cuts` says at which version each earlier incarnation was left. A launch is
-booked in an image if its incarnation is there and its version is not beyond the cut; every other launch of the living
-is booked again when its process enters.
+What a dead owner had reserved stays booked and ages out: the provider has charged it. See `image` for what is held.
 """
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import struct
 from bisect import insort
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
-from functools import lru_cache
+from dataclasses import dataclass
 from math import inf
 from typing import Any
 
-import msgpack
-
 from governor import law
-from governor.law import HOLDING, RETRY, Params, State
-from governor.model.lawcalls import numbers_of, params_of
-from governor.model.requests import CAUSES
+from governor.law import HOLDING, RETRY, Params
+from governor.model.lawcalls import params_of
+from governor.sharedquota.image import (
+    CALL,
+    HERE,
+    JOIN,
+    LEAVE,
+    REPRICE,
+    UNTOLD,
+    WANT,
+    WITHDRAW,
+    Batch,
+    Call,
+    Event,
+    Image,
+    Join,
+    Launch,
+    News,
+    Owner,
+    Waiter,
+)
 
-# Kinds of event.
-WANT, WITHDRAW, CALL, REPRICE, LEAVE, JOIN, HERE = range(7)
-# Before an image: the server that holds it, its incarnation and version. Unequal = somebody else has decided.
-HEAD = struct.Struct(">40sQQ")
-SERVER_BYTES = 40
 # An owner that has gone is remembered for so many leases, so that what it reported counts once should it come back.
 REMEMBERED_LEASES = 60.0
 # So many rounds an owner may make up for that it came late to.
 CREDIT = 20
 # So many earlier incarnations are known; launches of older ones count as not booked.
 CUTS = 100
-UNTOLD = ("", 0, inf, law.NOTHING)
-
-Call = tuple[str, tuple[Any, ...], Any]
-Event = list[Any]
-# Of one owner: the number of the first event, and the events.
-Batch = tuple[str, int, list[Event]]
-# Incarnation, version, tokens reserved, standing, time, and the uniform number of the stagger.
-Launch = tuple[int, int, float, int, float, float]
-
-
-@dataclass(slots=True)
-class Waiter:
-    """One attempt that wants to launch. `ticket` counts within its owner.
-
-    `turn`: its arrival, in rounds in which each owner has one, so that owners with much to do take turns.
-    """
-
-    owner: str
-    ticket: int
-    lane: int
-    attempt: int
-    standing: int
-    expected: float
-    reserve: float
-    u: float
-    turn: int
-
-    def key(self, p: Params) -> tuple[float, ...]:
-        """Its place in the queue, as the law orders it; of two equal ones, who came first."""
-        return law.rank(p, self.lane, self.attempt, self.expected, self.reserve, float(self.turn), self.standing)
-
-
-@dataclass(slots=True)
-class Owner:
-    """One process's membership. `joined`: the number of its latest entry; `last`: of its newest event in the image.
-
-    `turn`: of its newest attempt in the queue. `gone_at`: when its lease lapsed, -1 = it lives. `told`: news for it
-    since that entry. `since`: the incarnation that it entered; its launches of earlier ones are booked. `silent`: it
-    has sent nothing since the pool was rebuilt: a grant might never reach it, and be lost from the budget.
-    """
-
-    joined: int
-    last: int
-    holds: int = 0
-    finalizes: int = 0
-    turn: int = 0
-    gone_at: float = -1.0
-    told: int = 0
-    since: int = 0
-    silent: bool = False
-
-
-@dataclass(slots=True)
-class Join:
-    """What a process says of itself when it enters, or enters again because it missed something.
-
-    `number`: of this entry. `last`: of its newest event. `params`: its settings, where they are to count for the pool.
-    `calls`: events since the last one that it knows to be in an image, numbered. `wants`: its attempts that wait.
-    `launches`: its launches that an image may lack. `lineage`,
-    `used`: the pool that it knew, and the tokens in use there. `before`: in use by dimension of the law when an earlier
-    run of this process ended, for a pool that nobody knows. `seen`: the newest incarnation that it has heard of.
-    """
-
-    number: int
-    last: int
-    params: tuple[float, ...] | None
-    holds: int
-    finalizes: int
-    calls: list[tuple[int, Event]]
-    wants: list[Event]
-    launches: list[Launch]
-    lineage: int = 0
-    used: float = 0.0
-    before: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
-    seen: int = 0
-
-    def packed(self) -> list[Any]:
-        """As an event."""
-        return [JOIN, *(getattr(self, each.name) for each in fields(self))]
-
-
-@dataclass(slots=True)
-class News:
-    """What one owner hears of a decision. `wake`: ticket, moment and cause, where its attempt is the pool's head.
-
-    `clock`: seconds that the pool's head has waited, by cause. `grants`: tickets that may launch at `now`, each with
-    what had been booked before. `refused`: tickets that can never be launched.
-    """
-
-    incarnation: int
-    version: int
-    now: float
-    cause: int
-    clock: list[float]
-    wake: tuple[int, float, int] | None = None
-    grants: list[tuple[int, list[float]]] = field(default_factory=list)
-    refused: list[int] = field(default_factory=list)
-
-    def encoded(self) -> bytes:
-        """As bytes."""
-        return bytes(msgpack.packb([getattr(self, each.name) for each in fields(self)]))
-
-    @staticmethod
-    def decoded(data: bytes) -> News:
-        """The news that `encoded` wrote."""
-        return News(*msgpack.unpackb(data))
-
-
-# Policies are few and never change in place, and every image names one.
-_known_params = lru_cache(maxsize=32)(params_of)
-_FRESH = State()
-_STATE = tuple(each.name for each in fields(State))
-_FIRST: tuple[Any, ...] = tuple(getattr(_FRESH, name) for name in _STATE)
-
-
-class UnreadableImageError(ValueError):
-    """What the store holds is no image of this version. `is_foreign`: another version of Paceline wrote it."""
-
-    def __init__(self, is_foreign: bool) -> None:
-        super().__init__("another version of Paceline shares this pool" if is_foreign else "it is no state of a pool")
-        self.is_foreign = is_foreign
-
-
-@dataclass(slots=True)
-class Image:
-    """A pool at one version. Times are on the pool's timeline, in seconds.
-
-    `server`: which server holds it. `incarnation`, `cuts`: see the module. `lineage`: drawn when the pool was made.
-    `wake_at`, `cause`: when and why the head must wait. `told`: owner and ticket that know of it. `clock`: seconds that
-    a head has waited, by cause. `turn`: of the latest launch.
-    """
-
-    p: Params
-    lineage: int
-    server: bytes = b""
-    incarnation: int = 0
-    version: int = 0
-    s: State = field(default_factory=State)
-    now: float = -inf
-    wake_at: float = inf
-    cause: int = law.NOTHING
-    told: tuple[str, int, float, int] = UNTOLD
-    clock: list[float] = field(default_factory=lambda: [0.0] * len(CAUSES))
-    turn: int = 0
-    cuts: dict[int, int] = field(default_factory=dict)
-    owners: dict[str, Owner] = field(default_factory=dict)
-    waiters: list[Waiter] = field(default_factory=list)
-
-    @property
-    def head(self) -> bytes:
-        """What names this version, 56 bytes."""
-        return HEAD.pack(self.server, self.incarnation, self.version)
-
-    def encoded(self) -> bytes:
-        """As bytes, exactly; lists of the state that are as at first take one."""
-        s = self.s
-        values = [getattr(s, name) for name in _STATE]
-        state = [
-            None if isinstance(each, list) and each == first else each
-            for each, first in zip(values, _FIRST, strict=True)
-        ]
-        body = [
-            FORMAT,
-            numbers_of((self.p,)),
-            state,
-            [[name, *_values(owner)] for name, owner in self.owners.items()],
-            [_values(w) for w in self.waiters],
-            *(getattr(self, name) for name in _PLAIN),
-        ]
-        return self.head + bytes(msgpack.packb(body))
-
-    @staticmethod
-    def decoded(data: bytes) -> Image:
-        """The image that `encoded` wrote. UnreadableImageError for anything else."""
-        try:
-            server, incarnation, version = HEAD.unpack_from(data)
-            found, *body = msgpack.unpackb(memoryview(data)[HEAD.size :], strict_map_key=False)
-        except Exception:  # whatever a decoder raises on garbage
-            raise UnreadableImageError(is_foreign=False) from None
-        if found != FORMAT:
-            raise UnreadableImageError(is_foreign=isinstance(found, str) and found.startswith(FORMAT_NAME))
-        try:
-            params, state, owners, waiters, *plain = body
-            rest = dict(zip(_PLAIN, plain, strict=True))
-            values: list[Any] = [list(f) if each is None else each for each, f in zip(state, _FIRST, strict=True)]
-            return Image(
-                p=_known_params(tuple(params)),
-                server=server.rstrip(b"\0"),
-                incarnation=incarnation,
-                version=version,
-                s=State(*values),
-                owners={name: Owner(*each) for name, *each in owners},
-                waiters=[Waiter(*each) for each in waiters],
-                **rest | {"told": tuple(rest["told"])},
-            )
-        except (TypeError, ValueError, KeyError):
-            raise UnreadableImageError(is_foreign=False) from None
-
-    @property
-    def age(self) -> tuple[int, int]:
-        """What orders the images of a pool: the larger, the newer."""
-        return self.incarnation, self.version
-
-    def living(self) -> list[str]:
-        """Owners that have not gone."""
-        return [name for name, o in self.owners.items() if o.gone_at < 0.0]
-
-    def is_due(self, now: float) -> bool:
-        """Whether the head may launch by now."""
-        return bool(self.waiters) and self.wake_at <= now
-
-    def lapsed(self, leases: Mapping[str, float], now: float) -> list[str]:
-        """Owners whose lease is over, or unknown."""
-        return [name for name in self.living() if leases.get(name, -inf) < now]
-
-
-# What of an image is encoded as it is.
-_PLAIN = ("lineage", "now", "wake_at", "cause", "told", "clock", "turn", "cuts")
-
-
-def _values(of: Waiter | Owner) -> list[Any]:
-    return [getattr(of, name) for name in of.__slots__]
-
-
-def _format() -> str:
-    """The name of this format: it changes with every field of what is encoded, and with the length of its lists."""
-    shapes = [[name, len(v) if isinstance(v, list) else 0] for name, v in zip(_STATE, _FIRST, strict=True)]
-    names = [[each.name for each in fields(of)] for of in (Params, Owner, Waiter, Join, News)]
-    return FORMAT_NAME + hashlib.sha256(repr((shapes, names, _PLAIN, CAUSES)).encode()).hexdigest()[:12]
-
-
-FORMAT_NAME = "paceline "
-FORMAT = _format()
 
 
 @dataclass(slots=True)
@@ -357,11 +125,6 @@ def begun(joins: Mapping[str, Join], now: float) -> Image:
         law.released(image.p, image.s)
     law.day_started(image.p, image.s, used[law.TPD], used[law.RPD], now)
     return image
-
-
-def newest(images: Iterable[Image]) -> Image | None:
-    """Of several images of one pool the one that was decided last."""
-    return max(images, key=lambda image: image.age, default=None)
 
 
 class _Decision:

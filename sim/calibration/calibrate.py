@@ -28,8 +28,9 @@ from sim.calibration.observed import Observed, of_journal, pooled, workload_of
 from sim.des.engines import simulated
 from sim.experiment.experiment import case_of
 from sim.model.provider_config import ProviderConfig
+from sim.model.synthetic import cap_classes, redrawn
 from sim.model.windows import MINUTE_S
-from sim.model.workload import Workload, cap_classes, redrawn
+from sim.model.workload import Workload
 from sim.scenario.readers import BATCH, SCENARIO, Source, is_journal
 from sim.scenario.scenario import Scenario, following
 from sim.scenario.scenario_file import FileSource

@@ -21,7 +21,8 @@ from governor.model.policy import Policy
 from governor.model.requests import Outcome, Request, Sizes
 from governor.model.work import DIMENSIONS
 from sim.calibration.others import Count, find_ways
-from sim.model.workload import MEASURED, Workload, constant, similar_outputs
+from sim.model.synthetic import similar_outputs
+from sim.model.workload import MEASURED, Workload, constant
 from sim.scenario.columns import ANSWERED, OTHER, REFUSED, kind_of_attempt
 
 Real = NDArray[np.float64]

@@ -28,19 +28,8 @@ import numpy as np
 from governor.model.errors import BadInput, BadSetting, quoted
 from governor.model.estimate import EMBEDDINGS, TOKENS_PER_FILE, Sizes
 from governor.model.requests import GZIP, OldResult, Unseen, foreign_format, one_list, read_requests, read_results
-from sim.model.workload import (
-    ASSUMED,
-    CAP_ASSUMED,
-    MEASURED,
-    TOKENS_MAX,
-    Provenance,
-    Workload,
-    constant,
-    from_tokens,
-    similar_outputs,
-    with_outputs_assumed,
-    with_outputs_drawn,
-)
+from sim.model.synthetic import CAP_ASSUMED, from_tokens, similar_outputs, with_outputs_assumed, with_outputs_drawn
+from sim.model.workload import ASSUMED, MEASURED, TOKENS_MAX, Provenance, Workload, constant
 from sim.scenario.columns import ANSWERED, OUR_COLUMNS, WHOLES, seconds_from_first
 from sim.scenario.rows import BOM
 from sim.scenario.table import Table, read_table

@@ -17,7 +17,8 @@ from governor.model.policy import KNOB_BY_ENV, Policy
 from sim.base.arguments import Config, checked
 from sim.model.presets import DEFAULT_TIER
 from sim.model.provider_config import ProviderConfig
-from sim.model.workload import CAP_ASSUMED, TOKENS_MAX, Workload, parametric, redrawn
+from sim.model.synthetic import CAP_ASSUMED, parametric, redrawn
+from sim.model.workload import TOKENS_MAX, Workload
 from sim.scenario.readers import Source, read_workload
 
 Quantiles = Annotated[tuple[float, float], Field(strict=False)]

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from governor.model.prices import PER, Prices
-from sim.model.workload import sigma_of
+from sim.model.synthetic import sigma_of
 from sim.scenario.scenario import Scenario
 from sim.selection.capacity import Search
 from sim.selection.split import FILE_LINES, usable_tokens

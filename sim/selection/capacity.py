@@ -37,7 +37,7 @@ from sim.experiment.results import CONFIDENCE, Figures, Forecast, at_most, forec
 from sim.experiment.runs import Runs, key_of
 from sim.experiment.spread import WorkersLost
 from sim.model.presets import DEFAULT_TIER, TIERS, tier_names, tier_preset
-from sim.model.workload import resampled
+from sim.model.synthetic import resampled
 from sim.scenario.scenario import Scenario, limits_of
 from sim.scenario.stress import Condition
 from sim.selection.capacity_results import BOUND, LARGEST, SETTINGS, TAIL, Capacity, DecidedBy, HowMany, LimitProbe

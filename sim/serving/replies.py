@@ -32,7 +32,8 @@ from sim.model import provider as prov
 from sim.model.faults import Event, Trouble
 from sim.model.provider import ProviderState
 from sim.model.provider_config import ProviderConfig
-from sim.model.workload import P50_ASSUMED_MAX, P50_ASSUMED_NO_CAP, P50_OF_CAP, SIGMA_ASSUMED, TOKENS_MAX
+from sim.model.synthetic import P50_ASSUMED_MAX, P50_ASSUMED_NO_CAP, P50_OF_CAP, SIGMA_ASSUMED
+from sim.model.workload import TOKENS_MAX
 from sim.serving import anthropic, streams, wire
 from sim.serving.contents import Content, content_of
 from sim.serving.streams import Timed

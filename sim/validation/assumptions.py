@@ -26,8 +26,9 @@ from governor.model.policy import Policy
 from sim.base.arguments import checked
 from sim.model.presets import LATENCIES, SNAPSHOT
 from sim.model.provider_config import ProviderConfig
+from sim.model.synthetic import from_tokens, similar_outputs, with_outputs_assumed, with_outputs_drawn
 from sim.model.windows import MINUTE_S
-from sim.model.workload import ASSUMED, Workload, from_tokens, similar_outputs, with_outputs_assumed, with_outputs_drawn
+from sim.model.workload import ASSUMED, Workload
 from sim.scenario.readers import BATCH, SCENARIO, Source
 from sim.scenario.scenario import Scenario
 from sim.scenario.scenario_file import FileSource

@@ -32,7 +32,8 @@ from sim.des.run import TIMEOUT, Tally
 from sim.model import provider as prov
 from sim.model import windows as win
 from sim.model.provider_config import ProviderConfig
-from sim.model.workload import charges, columns, similar_outputs
+from sim.model.synthetic import similar_outputs
+from sim.model.workload import charges, columns
 from sim.validation.logged import refused_alone
 from sim.validation.recorded import Record, Tried
 from sim.validation.twin import Lesson, Twin, taught

@@ -36,7 +36,8 @@ from sim.des.driver import Simulation
 from sim.des.jobs import Job
 from sim.model import provider as prov
 from sim.model.provider_config import ProviderConfig
-from sim.model.workload import MEASURED, Workload, constant, similar_outputs
+from sim.model.synthetic import similar_outputs
+from sim.model.workload import MEASURED, Workload, constant
 from sim.validation.assumptions import believed_provider
 from sim.validation.recorded import REFUSED, Record, record_of
 

@@ -23,7 +23,7 @@ from sim.experiment.results import (
     forecast_of,
     paired_difference,
 )
-from sim.model.workload import parametric
+from sim.model.synthetic import parametric
 from sim.scenario.scenario import Scenario
 from sim.scenario.scenario_file import FileSource
 

@@ -21,8 +21,8 @@ from governor.model.lawcalls import BEGAN, numbers_of, result_of
 from governor.model.timeline import EPOCH_S
 from governor.model.work import Observer
 from governor.sharedquota import member
+from governor.sharedquota.image import FORMAT_NAME, HEAD, Image
 from governor.sharedquota.member import LEASE_S, Server, StoreLostError
-from governor.sharedquota.quota import FORMAT_NAME, HEAD, Image
 from governor.sharedquota.shared import AHEAD, SharedGovernor
 from sim.app.shared_quota import Shelf, Shelved
 from sim.des.virtual_loop import run_virtual

@@ -20,7 +20,7 @@ from sim.calibration.logs import write_log
 from sim.des.engines import simulated
 from sim.experiment.experiment import case_of
 from sim.model.provider_config import ProviderConfig
-from sim.model.workload import from_tokens
+from sim.model.synthetic import from_tokens
 from sim.scenario.scenario import Scenario
 from sim.scenario.scenario_file import FileSource
 from tests.governor.journals import FREE, answer, created, refusal, run_through

@@ -17,7 +17,7 @@ from sim.calibration.calibrate import LEARNT, calibrate, outlook, read_sources
 from sim.calibration.logs import of_log
 from sim.calibration.observed import Observed
 from sim.model.draws import first_latencies_s
-from sim.model.workload import from_tokens, parametric, redrawn
+from sim.model.synthetic import from_tokens, parametric, redrawn
 from sim.scenario.columns import ANSWERED, REFUSED
 from sim.scenario.readers import Source
 from sim.scenario.scenario import Scenario

@@ -18,7 +18,7 @@ from sim.des import compiled, engines, machine
 from sim.des.engines import chosen, simulated
 from sim.des.machine import BESIDE, SOURCES, array_of
 from sim.experiment.experiment import Pool, attempt_rows, case_of
-from sim.model.workload import parametric
+from sim.model.synthetic import parametric
 from tests.scenarios import drawn, scenario_of
 
 # A process of its own: compiles two functions of a law that is written beside it, as the engine is compiled.

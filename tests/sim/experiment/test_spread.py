@@ -28,7 +28,7 @@ from sim.app.cli import main
 from sim.experiment import experiment, ray_side, spread
 from sim.experiment.experiment import Pool, case_of
 from sim.experiment.spread import Local, OnRay, WorkersLost
-from sim.model.workload import parametric
+from sim.model.synthetic import parametric
 from sim.scenario.scenario import Scenario
 
 BATCH = "examples/batch.jsonl"

@@ -14,6 +14,7 @@ from scipy.stats import expon, kstest, norm
 from governor.model.errors import BadInput, BadSetting
 from governor.model.estimate import CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, RULES, Sizes, charge_of
 from governor.model.keyed import OUTPUT_LENGTH, keyed_uniform
+from sim.model import synthetic
 from sim.model import workload as w
 from sim.model.workload import Columns, Workload
 
@@ -88,7 +89,7 @@ def test_the_cap_is_that_of_all_answers_and_absent_where_none_is_declared(seed: 
 
 
 def test_columns_have_the_types_that_engines_expect(seed: int) -> None:
-    constants = w.from_tokens(np.arange(10), np.arange(10))
+    constants = synthetic.from_tokens(np.arange(10), np.arange(10))
     for workload in (drawn_workload(seed), constants):
         c = columns(workload)
         for f in fields(Columns):
@@ -134,7 +135,7 @@ def test_arrivals_and_recorded_times(seed: int) -> None:
 
 def test_arrivals_that_nobody_knows_cannot_be_used() -> None:
     with pytest.raises(BadInput, match="--columns arrival=NAME"):
-        columns(w.from_tokens(np.arange(1, 3), np.arange(1, 3)), arrivals="trace")
+        columns(synthetic.from_tokens(np.arange(1, 3), np.arange(1, 3)), arrivals="trace")
 
 
 def test_a_rule_that_does_not_exist(seed: int) -> None:
@@ -147,7 +148,7 @@ def test_a_rule_that_does_not_exist(seed: int) -> None:
 
 def test_columns_are_read_only_and_the_callers_array_is_not() -> None:
     mine = np.arange(1, 4)
-    workload = w.from_tokens(mine, mine)
+    workload = synthetic.from_tokens(mine, mine)
     with pytest.raises(ValueError, match="read-only"):
         workload.prompt_tokens[0] = 7
     mine[0] = 5
@@ -163,14 +164,14 @@ def test_take_keeps_rows_together_and_constants_small(seed: int) -> None:
         np.testing.assert_array_equal(getattr(taken, name), getattr(workload, name)[rows])
     assert [taken.custom_id(i) for i in range(50)] == [f"q-{row}" for row in rows]
     assert [taken.model(i) for i in range(50)] == [f"m-{row % 3}" for row in rows]
-    flat = w.from_tokens(np.arange(100), np.arange(100)).take(np.arange(100) > 40)
+    flat = synthetic.from_tokens(np.arange(100), np.arange(100)).take(np.arange(100) > 40)
     assert len(flat) == 59
     assert flat.messages.strides == (0,)
 
 
 def test_a_trace_is_charged_its_prompt_tokens_and_little_more() -> None:
     tokens = np.array([0, 1, 10, 1_000, 3_000])
-    c = columns(w.from_tokens(tokens, tokens))
+    c = columns(synthetic.from_tokens(tokens, tokens))
     # 0.2504 x 4 characters per token + 1.0 for the message + 1.7, docs/explanation/provider.md#charge.
     np.testing.assert_allclose(c.charge, 1.0016 * tokens + 2.7, atol=0.5)
 
@@ -193,56 +194,58 @@ def near(share: float, expected: float, count: int = MANY) -> bool:
 
 
 def test_uniforms_are_those_of_the_single_draws(seed: int) -> None:
-    drawn = w.uniforms(seed, 500, OUTPUT_LENGTH)
+    drawn = synthetic.uniforms(seed, 500, OUTPUT_LENGTH)
     assert drawn.tolist() == [keyed_uniform(seed, row, 0, OUTPUT_LENGTH) for row in range(500)]
 
 
 def test_two_quantiles_come_back_out_of_the_draw(seed: int) -> None:
-    workload = w.with_outputs_drawn(drawn_workload(seed, MANY), 120, 700, seed)
+    workload = synthetic.with_outputs_drawn(drawn_workload(seed, MANY), 120, 700, seed)
     drawn = workload.output_tokens[workload.endpoint != EMBEDDINGS]
     # The draw is rounded to whole tokens, so that a quantile is met up to half of one.
-    assert near((drawn < 119.5).mean(), norm.cdf(math.log(119.5 / 120) / w.sigma_of(120, 700)), len(drawn))
-    assert near((drawn < 700.5).mean(), norm.cdf(math.log(700.5 / 120) / w.sigma_of(120, 700)), len(drawn))
+    assert near((drawn < 119.5).mean(), norm.cdf(math.log(119.5 / 120) / synthetic.sigma_of(120, 700)), len(drawn))
+    assert near((drawn < 700.5).mean(), norm.cdf(math.log(700.5 / 120) / synthetic.sigma_of(120, 700)), len(drawn))
     assert not workload.output_tokens[workload.endpoint == EMBEDDINGS].any()
     assert workload.provenance["output tokens"][0] == "assumed"
 
 
 def test_equal_quantiles_are_a_constant(seed: int) -> None:
-    workload = w.with_outputs_drawn(w.from_tokens(np.arange(100), np.arange(100)), 64, 64, seed)
+    workload = synthetic.with_outputs_drawn(synthetic.from_tokens(np.arange(100), np.arange(100)), 64, 64, seed)
     assert set(workload.output_tokens.tolist()) == {64}
 
 
 def test_the_assumed_model_is_cut_as_often_as_it_says(seed: int) -> None:
-    blank = w.from_tokens(np.full(MANY, 100), np.zeros(MANY, np.int64), max_tokens=1_000)
-    drawn = w.with_outputs_assumed(blank, seed).output_tokens
+    blank = synthetic.from_tokens(np.full(MANY, 100), np.zeros(MANY, np.int64), max_tokens=1_000)
+    drawn = synthetic.with_outputs_assumed(blank, seed).output_tokens
     # The median is a quarter of the cap: P(X > cap) = P(Z > ln 4 / sigma), 4 %.
-    cut = norm.sf(math.log(1_000.5 / 250) / w.SIGMA_ASSUMED)
+    cut = norm.sf(math.log(1_000.5 / 250) / synthetic.SIGMA_ASSUMED)
     assert 0.03 < cut < 0.05
     assert near((drawn > 1_000).mean(), cut)
-    no_cap = w.from_tokens(np.full(MANY, 100), np.zeros(MANY, np.int64), max_tokens=-1)
-    free = w.with_outputs_assumed(no_cap, seed).output_tokens
-    assert near((free <= 200).mean(), norm.cdf(math.log(200.5 / 200) / w.SIGMA_ASSUMED))
+    no_cap = synthetic.from_tokens(np.full(MANY, 100), np.zeros(MANY, np.int64), max_tokens=-1)
+    free = synthetic.with_outputs_assumed(no_cap, seed).output_tokens
+    assert near((free <= 200).mean(), norm.cdf(math.log(200.5 / 200) / synthetic.SIGMA_ASSUMED))
 
 
 def test_an_answer_stays_with_its_row_whatever_follows(seed: int) -> None:
-    short = w.parametric(50, prompt_tokens=(900, 4_000), output_tokens=(100, 500), seed=seed)
-    long = w.parametric(500, prompt_tokens=(900, 4_000), output_tokens=(100, 500), seed=seed)
+    short = synthetic.parametric(50, prompt_tokens=(900, 4_000), output_tokens=(100, 500), seed=seed)
+    long = synthetic.parametric(500, prompt_tokens=(900, 4_000), output_tokens=(100, 500), seed=seed)
     assert short.prompt_tokens.tolist() == long.prompt_tokens[:50].tolist()
     assert short.output_tokens.tolist() == long.output_tokens[:50].tolist()
     assert (
         long.output_tokens.tolist()
-        != w.parametric(500, prompt_tokens=(900, 4_000), output_tokens=(100, 500), seed=seed + 1).output_tokens.tolist()
+        != synthetic.parametric(
+            500, prompt_tokens=(900, 4_000), output_tokens=(100, 500), seed=seed + 1
+        ).output_tokens.tolist()
     )
 
 
 def test_prompts_and_answers_are_independent(seed: int) -> None:
-    made = w.parametric(MANY, prompt_tokens=(900, 4_000), output_tokens=(900, 4_000), seed=seed)
+    made = synthetic.parametric(MANY, prompt_tokens=(900, 4_000), output_tokens=(900, 4_000), seed=seed)
     both = np.corrcoef(np.log(made.prompt_tokens), np.log(made.output_tokens))[0, 1]
     assert abs(both) < 4 / math.sqrt(MANY)
 
 
 def test_poisson_arrivals(seed: int) -> None:
-    made = w.parametric(MANY, prompt_tokens=(10, 20), output_tokens=(10, 20), arrival_rate_per_s=2.5, seed=seed)
+    made = synthetic.parametric(MANY, prompt_tokens=(10, 20), output_tokens=(10, 20), arrival_rate_per_s=2.5, seed=seed)
     gaps = np.diff(made.arrival_s)
     assert made.has_arrivals
     assert kstest(gaps, expon(scale=1 / 2.5).cdf).pvalue > 1e-4
@@ -253,14 +256,14 @@ def test_missing_answers_come_from_similar_prompts(seed: int) -> None:
     prompts = rng.permutation(np.arange(1_000, 3_000))
     # An answer that follows from its prompt makes every draw checkable.
     known = np.where(rng.random(2_000) < 0.5, 10 * prompts, -1)
-    filled = w.similar_outputs(w.from_tokens(prompts, np.zeros_like(prompts)), known, seed)
+    filled = synthetic.similar_outputs(synthetic.from_tokens(prompts, np.zeros_like(prompts)), known, seed)
     assert (filled[known >= 0] == known[known >= 0]).all()
     drawn = filled[known < 0]
     assert set(drawn.tolist()) <= set(known[known >= 0].tolist())
     present = np.sort(prompts[known >= 0])
     for prompt, answer in zip(prompts[known < 0], drawn, strict=True):
         apart = abs(int(np.searchsorted(present, prompt)) - int(np.searchsorted(present, answer // 10)))
-        assert apart <= w.NEIGHBOURS
+        assert apart <= synthetic.NEIGHBOURS
     assert len(set(drawn.tolist())) > 300
 
 
@@ -270,20 +273,20 @@ def test_missing_answers_come_from_requests_with_similar_caps(seed: int) -> None
     prompts = rng.integers(50, 1_000, 90)
     for caps, off in ((rng.choice([150, 2_000], 90), 0.0), (rng.integers(200, 2_000, 90), 0.5)):
         known = np.where(np.arange(90) % 2, caps // 2, -1)
-        blank = w.from_tokens(prompts, np.zeros_like(prompts), max_tokens=caps)
-        filled = w.similar_outputs(blank, known, seed)
+        blank = synthetic.from_tokens(prompts, np.zeros_like(prompts), max_tokens=caps)
+        filled = synthetic.similar_outputs(blank, known, seed)
         assert (np.abs(filled / (caps // 2) - 1.0)[known < 0]).mean() <= off
 
 
 def test_one_known_answer_serves_all() -> None:
-    blank = w.from_tokens(np.array([5, 6, 7]), np.zeros(3, np.int64))
-    assert w.similar_outputs(blank, np.array([-1, 42, -1]), 0).tolist() == [42, 42, 42]
+    blank = synthetic.from_tokens(np.array([5, 6, 7]), np.zeros(3, np.int64))
+    assert synthetic.similar_outputs(blank, np.array([-1, 42, -1]), 0).tolist() == [42, 42, 42]
 
 
 def test_resampling_keeps_rows_whole(seed: int) -> None:
     prompts = np.arange(1, 101)
-    original = replace(w.from_tokens(prompts, 7 * prompts), custom_ids=[str(p) for p in prompts])
-    made = w.resampled(original, 5_000, seed)
+    original = replace(synthetic.from_tokens(prompts, 7 * prompts), custom_ids=[str(p) for p in prompts])
+    made = synthetic.resampled(original, 5_000, seed)
     assert (made.output_tokens == 7 * made.prompt_tokens).all()
     assert made.custom_ids is None
     assert not made.has_arrivals

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from governor.model.errors import BadInput, BadSetting, PacelineError
 from governor.model.estimate import charge_of, sizes_of
 from governor.model.requests import CHAT, read_requests
-from sim.model.workload import ARRAYS, Workload, from_tokens
+from sim.model.synthetic import from_tokens
+from sim.model.workload import ARRAYS, Workload
 from sim.scenario.columns import parse_columns
 from sim.scenario.readers import BATCH, SCENARIO, TRACE_CSV, TRACE_JSON, Source, read_workload, save_rows
 from sim.selection.split import split

@@ -20,8 +20,9 @@ from governor.model.policy import KNOBS, Policy
 from governor.model.requests import CHAT
 from sim.experiment.experiment import case_of, summary_of
 from sim.model.provider_config import ProviderConfig
+from sim.model.synthetic import from_tokens
 from sim.model.windows import CLOCK
-from sim.model.workload import Columns, columns, from_tokens
+from sim.model.workload import Columns, columns
 from sim.scenario.readers import Source
 from sim.scenario.scenario import Scenario, following
 from sim.scenario.scenario_file import FileSource, ModelSource

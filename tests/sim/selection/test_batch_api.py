@@ -17,7 +17,7 @@ from governor.model.prices import Price, Prices
 from sim.app.cli import main
 from sim.experiment.experiment import Pool
 from sim.model.provider_config import ProviderConfig
-from sim.model.workload import Z95, from_tokens
+from sim.model.synthetic import Z95, from_tokens
 from sim.reporting.capacity_text import ways_text
 from sim.scenario.scenario import Scenario
 from sim.selection import split as split_module

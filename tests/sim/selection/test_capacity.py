@@ -16,7 +16,7 @@ from governor.model.policy import Policy
 from sim.app.cli import main
 from sim.experiment.experiment import Pool, case_of, replicate, summary_of
 from sim.model.provider_config import ProviderConfig
-from sim.model.workload import from_tokens, parametric
+from sim.model.synthetic import from_tokens, parametric
 from sim.scenario.scenario import Scenario
 from sim.selection import capacity as module
 from sim.selection.capacity import RESOLUTION, at_limits, model_of, rounded_up, runs_of

@@ -14,7 +14,7 @@ from sim.app.cli import main
 from sim.base.style import png_of
 from sim.experiment.experiment import Pool, replicate
 from sim.model.provider_config import ProviderConfig
-from sim.model.workload import from_tokens, parametric
+from sim.model.synthetic import from_tokens, parametric
 from sim.reporting.figures_compare import capacity_figure
 from sim.scenario.scenario import Scenario
 from sim.selection import capacity as module

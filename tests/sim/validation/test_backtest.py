@@ -16,7 +16,8 @@ from governor.model.policy import Policy
 from governor.model.requests import Attempt, Outcome
 from sim.des.driver import Simulation
 from sim.model.provider_config import ProviderConfig
-from sim.model.workload import columns, from_tokens
+from sim.model.synthetic import from_tokens
+from sim.model.workload import columns
 from sim.validation.backtest import Compared, _interval, backtest_command, provider_of
 from sim.validation.model_error import conformal
 from sim.validation.twin import Lesson, Twin, _answers, _faults, _gaps, _latency

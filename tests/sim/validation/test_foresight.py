@@ -20,7 +20,7 @@ from governor.model.work import reserve_of
 from governor.run.intake import read_demands
 from sim.experiment.experiment import replicate
 from sim.model.provider_config import ProviderConfig
-from sim.model.workload import from_tokens, with_outputs_assumed
+from sim.model.synthetic import from_tokens, with_outputs_assumed
 from sim.scenario.scenario import Scenario
 from sim.validation import foresight
 from sim.validation.assumptions import Assumptions, believed_provider

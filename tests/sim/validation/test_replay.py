@@ -15,7 +15,8 @@ from sim.calibration.others import Count, Taking, takings
 from sim.des.driver import Simulation
 from sim.des.jobs import Job
 from sim.model.provider_config import ProviderConfig
-from sim.model.workload import Workload, columns, from_tokens
+from sim.model.synthetic import from_tokens
+from sim.model.workload import Workload, columns
 from sim.validation.counterfactual import Counterfactual, counterfactual
 from sim.validation.recorded import Record, Tried
 from sim.validation.replay import Stage, closest
