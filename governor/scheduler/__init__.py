@@ -1,2 +1,1 @@
-"""The queue in front of the law: who launches next and when, retries, deadlines, finalize passes; the asyncio
-driver."""
+"""The queue in front of the law: launch order and times, retries, deadlines, finalize passes; the asyncio driver."""

@@ -1,7 +1,7 @@
-"""A batch in an event loop: its source, what its answers mean to the scheduler, and who is told of it.
+"""A batch in an event loop: its source, the meaning of its answers for the scheduler, and reports to the observer.
 
-`BatchShell` carries out the instructions of the scheduler: work is pulled from the source of `Governor.run`, attempts
-are handed to tasks (`attempts`) or to whoever waits for a permit (`permits`), and the observer hears of each.
+`BatchShell` carries out the scheduler's instructions: it pulls work from the source of `Governor.run`, hands attempts
+to tasks (`attempts`) or to the callers that wait for a permit (`permits`), and reports each to the observer.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from governor.scheduler.refusals import Refusals
 if TYPE_CHECKING:
     from governor.scheduler.driver import Governor
 
-# Of the newest answer, in the mean of how long they take.
+# The weight of the newest answer in the running mean of answer times.
 ANSWER_WEIGHT = 0.1
-# What ends a request at once, whatever it was.
+# Outcomes that end a program's own request at once, with their failure codes.
 SPENT_AT_ONCE: dict[Outcome, str] = {**{outcome: SPENT[outcome] for outcome in FINAL}, **STOPPING}
 
 
 class BatchShell:
-    """The batch that a governor runs, or none: a scheduler's `Shell`."""
+    """A scheduler's `Shell`, with the batch that the governor is running, if any."""
 
     def __init__(self, governor: Governor, learner: Learner | None) -> None:
         self._governor = governor
         self._learner = learner
         self.observe(governor.observer)
-        self.answer_s = 0.0  # how long answers to permits have lately taken
+        self.answer_s = 0.0  # running mean of how long answers to permits have lately taken
         self._source: Iterator[Work] = iter(())
         self._begun: Begun = 0.0, []
         self._send: Send | None = None
@@ -56,9 +56,9 @@ class BatchShell:
         self.granted: set[Job] = set()  # jobs of permits that have not ended
 
     def observe(self, observer: Observer) -> None:
-        """Whom to tell from now on."""
+        """Report to this observer from now on."""
         self._observer = observer
-        # Rows are made only for who reads them.
+        # Rows are made only if the observer reads them.
         self._shows = type(observer).attempted is not Observer.attempted
 
     @property
@@ -69,19 +69,19 @@ class BatchShell:
     def begin(
         self, source: Iterator[Work], send: Send, begun: Begun, *, finalize: bool, refusals: Refusals | None
     ) -> None:
-        """A batch is to be run. `begun`: since when its requests wait. Others: see `Governor.run`."""
+        """Start a batch. `begun`: since when its requests wait. Other arguments: see `Governor.run`."""
         assert self._send is None, "one batch at a time"
         self._source, self._send, self._begun = source, send, begun
         self._finalizes, self._refusals = finalize, refusals
 
     def end(self) -> None:
-        """The batch is over: nothing more is read or sent."""
+        """End the batch: nothing more is read or sent."""
         self._source, self._send = iter(()), None
 
     # ------------------------------------------------------------ work
 
     def next_work(self) -> Job | None:
-        """The next new work, from its source. What an earlier leg had launched is taken up on the way."""
+        """Return the next new work of the source. Requests launched in an earlier run are taken up on the way."""
         while True:
             try:
                 work = next(self._source, None)
@@ -109,16 +109,16 @@ class BatchShell:
         return job
 
     def estimate(self, job: Job) -> tuple[float, float]:
-        """What to reserve for a job by what has been learnt, and what it declares."""
+        """Return what to reserve for a job by what has been learned, and what the job declares."""
         if self._learner is None or job.work is None or job.lane != MAIN:
             return job.reserve, job.reserve
         kind, prompt_tokens = kind_of(job.work.request)
         return self._learner.estimate(kind, prompt_tokens, job.work.reserve), job.work.reserve
 
     def reserved(self, reserve: float, request: Request | None) -> float:
-        """What to reserve for a program's own request by what is known now; as declared where more would never fit.
+        """Return what to reserve for a program's own request by current knowledge; as declared if more would never fit.
 
-        PacelineError for what can never be sent.
+        Raise PacelineError if the request can never be sent.
         """
         if not reserve >= 0.0:
             raise PacelineError(f"a request of {reserve} tokens: reserve a number of tokens from 0 up")
@@ -132,9 +132,9 @@ class BatchShell:
     # ------------------------------------------------------------ answers
 
     def answered(self, job: Job, answer: Answer, *, is_last: bool = False) -> bool:
-        """What came back from an attempt, as an event of the scheduler. Whether it will be tried again.
+        """Report an attempt's answer to the scheduler, and return whether the request will be tried again.
 
-        `is_last`: it will not, whatever came back.
+        `is_last`: there is no other attempt, whatever the answer is.
         """
         governor, outcome = self._governor, answer.outcome
         scheduler, now = governor.scheduler, governor.now()
@@ -179,7 +179,7 @@ class BatchShell:
         )
 
     def _used(self, job: Job, answer: Answer, unknown: float) -> float:
-        """Tokens that the answer used, as far as it says so."""
+        """Return the tokens that the answer used; `unknown` if it does not say."""
         if answer.outcome != Outcome.OK or answer.used_prompt_tokens < 0 or answer.used_output_tokens < 0:
             return unknown
         used = float(answer.used_prompt_tokens + answer.used_output_tokens)
@@ -191,7 +191,10 @@ class BatchShell:
     # ------------------------------------------------------------ the observer
 
     def tell(self, report: Callable[..., None], *arguments: Any) -> bool:
-        """Reports to the observer. If that fails the run ends, but who reports goes on: nothing is left half done."""
+        """Report to the observer and return whether that succeeded.
+
+        A failure ends the run but is not raised, so that the caller completes its step.
+        """
         try:
             report(*arguments)
         except Exception as error:
@@ -200,13 +203,13 @@ class BatchShell:
         return True
 
     def tell_decision(self, name: str, arguments: tuple[Any, ...], result: Any) -> None:
-        """A call of the law, for the observer."""
+        """Report a call of the law to the observer."""
         self.tell(self._observer.decided, name, arguments, result)
 
     # ------------------------------------------------------------ instructions of the scheduler
 
     def launch(self, job: Job, now: float) -> None:
-        """Sends the attempt, or grants the permit."""
+        """Send the attempt, or grant the permit."""
         governor = self._governor
         if self._shows:
             job.waits_s = governor.scheduler.waited(job)
@@ -217,50 +220,50 @@ class BatchShell:
             assert self._send is not None
             governor.attempts.start(job, self._send)
         else:
-            governor.scheduler.drop(job)  # never send what no record knows of
+            governor.scheduler.drop(job)  # never send a request that was not recorded
         governor.late_s = -1.0
 
     def attempted(self, job: Job, now: float) -> None:
-        """Makes the row of an attempt, for `backed_off`."""
+        """Make the row of an attempt, for `backed_off`."""
         self._row = self._row_of(job, now, "")
 
     def backed_off(self, job: Job, now: float, retry_at: float) -> None:
-        """Tells of an attempt whose request is tried again."""
+        """Report an attempt whose request is tried again."""
         if self._row is not None:
             self.tell(self._observer.attempted, self._row, job.answer, "")
             self.tell(self._observer.backed_off, self._row, job.answer, retry_at, job.attempt)
 
     def finalize(self, job: Job, now: float) -> Job:
-        """Tells of the attempt; the job of the finalize pass."""
+        """Report the attempt, and return the job of the finalize pass."""
         self._record(job, now, "")
         work = job.work
         assert work is not None
         return Job(work, job.index, work.finalize_reserve, job.expected, work.finalize_charge, now)
 
     def suspended(self, job: Job, now: float, code: str) -> None:
-        """Tells of an attempt whose request is as if it had not been made."""
+        """Report an attempt whose request counts as not made."""
         row = self._row_of(job, now, code)
         if row is not None:
             self.tell(self._observer.attempted, row, job.answer, "")
             self.tell(self._observer.suspended, row, job.answer)
 
     def doubted(self, job: Job) -> None:
-        """Counts a refusal that may concern every request."""
+        """Count a refusal that may concern every request."""
         if self._refusals is not None and job.request is not None and job.answer is not None:
             self._refusals.refused(job.request, job.answer)
 
     def ended(self, job: Job, now: float, code: str) -> None:
-        """Tells of the attempt and of the request."""
+        """Report the end of the attempt and of the request."""
         self._record(job, now, code)
         self.lost(job, now, code)
 
     def lost(self, job: Job, at: float, code: str) -> None:
-        """Tells of the request."""
+        """Report the end of the request."""
         if job.request is not None:
             self.tell(self._observer.ended, job.request, code, job.answer, at)
 
     def given_up(self, job: Job, now: float, code: str) -> None:
-        """Tells of the request, and whoever waits for its permit."""
+        """Report the end of the request, also to the caller that waits for its permit."""
         if job.granted is None:
             job.answer = None
         elif code == FailureCode.REQUEST_TOO_LARGE:
@@ -270,11 +273,11 @@ class BatchShell:
         self.lost(job, now, code)
 
     def deferred(self, cause: int) -> None:
-        """Tells of a wait."""
+        """Report a wait."""
         self.tell(self._observer.deferred, cause)
 
     def halted(self) -> None:
-        """Those who wait for a permit get an error."""
+        """Raise an error in all callers that wait for a permit."""
         governor = self._governor
         for job in governor.scheduler.jobs():
             if job.granted is not None and not job.granted.done():
@@ -282,7 +285,7 @@ class BatchShell:
         governor.soon()
 
     def _row_of(self, job: Job, now: float, code: str) -> Attempt | None:
-        """The row of an attempt that is over, where somebody reads it."""
+        """Return the row of an attempt that is over, None if no observer reads it."""
         if not self._shows or job.request is None or job.answer is None:
             return None
         return attempt_of(job, self._governor.pool, job.answer, now, code)
@@ -294,7 +297,7 @@ class BatchShell:
 
 
 def too_large(governor: Governor, reserve: float) -> str:
-    """Why a request of so many tokens is refused."""
+    """Return the message for a request whose reservation never fits."""
     limit = min(limit for limit in (governor.p.limit[TPM], governor.p.limit[TPD]) if limit > 0.0)
     return (
         f"a request of {reserve:,.0f} tokens never fits: pool '{governor.pool}' is limited to {limit:,.0f}: shorten "
@@ -303,16 +306,16 @@ def too_large(governor: Governor, reserve: float) -> str:
 
 
 def no_more(governor: Governor) -> Refused:
-    """Why nothing is launched any more."""
+    """Return the error that says why nothing is launched any more."""
     return Refused(f"pool '{governor.pool}' launches nothing more: {governor.stopped}")
 
 
 def stated_by(limits: tuple[Limit, ...]) -> Stated:
-    """What an answer's headers state, by the law's dimensions."""
+    """Return the counts in an answer's headers, by the law's dimensions."""
     return [(DIMENSIONS[each.dimension], each.limit, each.remaining) for each in limits]
 
 
 def kind_of(request: Request) -> tuple[tuple[str, int, int], float]:
-    """Of which kind a request is, for `Learner`, and its estimated prompt."""
+    """Return a request's kind, for `Learner`, and its estimated prompt tokens."""
     sizes = request.sizes
     return (request.model, sizes.endpoint, sizes.max_tokens), float(sizes.prompt_tokens)

@@ -1,7 +1,7 @@
-"""The two sides of the scheduler: the shell that carries out what it decides, and the quota that it asks.
+"""The two interfaces of the scheduler: the shell that carries out its decisions, and the quota that it asks.
 
-An instruction is a call of a `Shell`'s method. A `Quota` is the law on a state: its methods that are named after
-functions of the law are those functions with policy and state filled in (`governor/law.py` says what each does).
+An instruction is a call of a `Shell` method. A `Quota` is the law applied to a state: methods named after functions of
+the law are those functions with policy and state filled in (`governor/law.py` documents each).
 """
 
 from __future__ import annotations
@@ -14,59 +14,59 @@ from governor.law import Params, State
 from governor.model.scheduled import Scheduled
 
 J = TypeVar("J", bound=Scheduled)
-# What an answer states of the provider's counts: dimension, limit and what is left of it.
+# The provider's counts in an answer: dimension, limit and remaining amount.
 Stated = Iterable[tuple[int, float, float]]
-# In place of a time: the quota has taken the request over, and grants it later.
+# Stands in place of a time if the quota has taken the request over and will grant it later.
 TAKEN_OVER = -inf
 
 
 class Shell(Protocol[J]):
-    """Carries out what the scheduler decides."""
+    """Carries out the scheduler's decisions."""
 
     def next_work(self) -> J | None:
-        """The next request of the batch, with its `since`; None at its end."""
+        """Return the next request of the batch, with its `since`; None at its end."""
 
     def launch(self, job: J, now: float) -> None:
-        """The attempt is booked: send it."""
+        """Send the attempt, which is booked."""
 
     def attempted(self, job: J, now: float) -> None:
-        """The attempt is over, and its request is to be tried again (`backed_off` follows)."""
+        """Note that the attempt is over and its request is to be tried again (`backed_off` follows)."""
 
     def backed_off(self, job: J, now: float, retry_at: float) -> None:
-        """The job may be launched again then, under the attempt that it now has."""
+        """Note that the job may be launched again at `retry_at`, under its new attempt number."""
 
     def finalize(self, job: J, now: float) -> J:
-        """The attempt is over, its answer cut off without text: the job of the finalize pass."""
+        """Note that the attempt is over, its answer cut off without text, and return the job of the finalize pass."""
 
     def suspended(self, job: J, now: float, code: str) -> None:
-        """The attempt is over and its request pending. `code`: with which it is lost if it was only set aside."""
+        """Note that the attempt is over and its request pending. `code`: the failure code if it was only set aside."""
 
     def doubted(self, job: J) -> None:
-        """The job met what may concern every request."""
+        """Note that the job met a refusal that may concern every request."""
 
     def ended(self, job: J, now: float, code: str) -> None:
-        """The attempt is over and its request with it: answered (""), or lost with that code."""
+        """Note that the attempt and its request are over: answered (""), or lost with that code."""
 
     def lost(self, job: J, at: float, code: str) -> None:
-        """A request that was set aside at `at` is lost after all."""
+        """Note that a request set aside at `at` is lost after all."""
 
     def given_up(self, job: J, now: float, code: str) -> None:
-        """The job will not be launched any more."""
+        """Note that the job will not be launched any more."""
 
     def deferred(self, cause: int) -> None:
-        """A job at the head has to wait for this cause; said once per attempt and cause."""
+        """Note that a job at the head has to wait for this cause; called once per attempt and cause."""
 
     def halted(self) -> None:
-        """`stopped` was set: nothing more is launched."""
+        """Note that `stopped` was set: nothing more is launched."""
 
 
 class Quota(Protocol):
     """A quota as the scheduler uses it.
 
-    `ask`: `law.admission` of the scheduler's head; or (TAKEN_OVER, 0), or (inf, law.NOTHING) where the quota takes no
-    more requests over for the moment. `s`: the state, as last heard of. `breaker`: the one that knows of the circuit
-    breaker. `head`: when the head of a shared queue may launch, and what it waits for; None where `ask` says
-    so at once.
+    `ask`: returns `law.admission` of the scheduler's head; or (TAKEN_OVER, 0); or (inf, law.NOTHING) if the quota takes
+    no more requests over for the moment. `s`: the newest known state. `breaker`: the state that holds the circuit
+    breaker. `head`: when the head of a shared queue may launch, and what it waits for; None if `ask` returns that at
+    once.
     """
 
     p: Params
@@ -102,26 +102,28 @@ class Quota(Protocol):
 
     @property
     def in_flight(self) -> int:
-        """Permits that are taken by this scheduler's requests."""
+        """The number of permits taken by this scheduler's requests."""
 
     def booked_since(self, job: Any, d: int) -> float:
-        """What has been booked in a dimension since before the job's launch."""
+        """Return what has been booked in dimension `d` since before the job's launch."""
 
     def spared(self, job: Any) -> int:
-        """`law.spared` of the job's last attempt."""
+        """Return `law.spared` of the job's last attempt."""
 
     def reprice(self, params: Params, now: float) -> None:
-        """Takes changed settings over."""
+        """Adopt changed settings."""
 
     def taken_over(self) -> Iterable[Any]:
-        """The jobs that wait with the quota."""
+        """Return the jobs that wait with the quota."""
 
     def take_back(self, now: float) -> list[tuple[tuple[float, ...], Any]]:
-        """Asked before each look at the queue where `head` is not None: jobs that are to wait in the scheduler again,
-        with their ranks."""
+        """Return the jobs that are to wait in the scheduler again, with their ranks.
+
+        Called before each look at the queue if `head` is not None.
+        """
 
     def forget(self, job: Any) -> None:
-        """A job that may have been taken over waits for nothing more."""
+        """Withdraw a job that the quota may have taken over."""
 
     def waited(self, waits_s: list[float]) -> list[float]:
-        """A job's wait by cause, corrected for what was heard of late."""
+        """Return a job's wait by cause, corrected for news that arrived late."""

@@ -1,4 +1,4 @@
-"""A scheduler in an event loop: one timer, one loop at a time, and what becomes of a bug of ours."""
+"""A scheduler in an event loop: its timer, its binding to one loop at a time, and the handling of internal errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from governor.scheduler.scheduler import Scheduler
 class InALoop:
     """The part of a governor that lives in an event loop. `zero`: the loop's time at the run's zero."""
 
-    only_loop = ""  # why it may not be used in another event loop than the first
+    only_loop = ""  # why this governor may not be used in an event loop other than its first
     pool: str
     loop: asyncio.AbstractEventLoop
     zero: float
@@ -33,21 +33,21 @@ class InALoop:
     _error: BaseException | None
 
     def now(self) -> float:
-        """Seconds since the run began; never less than any time already acted upon."""
+        """Return the seconds since the run began; never less than a time that was already acted upon."""
         return max(self.loop.time() - self.zero, self.scheduler.clock_at)
 
     def event(self) -> None:
-        """Something has changed: the scheduler looks at the head again."""
+        """Let the scheduler look at the head again because something has changed."""
         self.scheduler.changed(self.now())
         self.settle()
 
     def soon(self) -> None:
-        """The same for what may be asked from anywhere, even by an observer in the middle of a launch."""
-        if not self.loop.is_closed():  # whoever uses it next looks anyway
+        """Call `event` soon. May be used from anywhere, even by an observer in the middle of a launch."""
+        if not self.loop.is_closed():  # the next loop that uses this governor looks anyway
             self.loop.call_soon(self.guarded, self.event)
 
     def settle(self) -> None:
-        """After each event: sets one timer for the scheduler's next moment, and ends the run where all is done."""
+        """Set the timer for the scheduler's next moment, and end the run if all is done. Called after each event."""
         at = self.scheduler.wake_at
         if at != self._timer_at:
             if self._timer is not None:
@@ -66,7 +66,7 @@ class InALoop:
         self.guarded(self._rung)
 
     def _rung(self) -> None:
-        """The timer: what is due happens in order of time, else the head's moment has come."""
+        """Handle the timer: due entries happen in order of time, else the head's moment has come."""
         scheduler, timer_at = self.scheduler, self._timer_at
         now = max(timer_at, self.now())
         self._timer, self._timer_at = None, inf
@@ -78,7 +78,10 @@ class InALoop:
         self.settle()
 
     def bind(self) -> None:
-        """From now on in the loop that runs: the first, or another after the one before has ended."""
+        """Work in the running loop from now on: the first loop, or another one after the previous loop has ended.
+
+        Raise PacelineError if this governor is still at work in another loop.
+        """
         before, running = self.loop, asyncio.get_running_loop()
         if running is before:
             return
@@ -92,18 +95,18 @@ class InALoop:
         now = self.now()
         self.loop, self.zero = running, running.time() - now
         self.zero_epoch = time.time() - now
-        # What the loop before it left behind will never be called again.
+        # Timers and tasks of the previous loop will never be called again.
         self._timer, self._timer_at = None, inf
         for job in [*self.attempts.forget(), *self.batch.granted, *self.scheduler.jobs()]:
             self.scheduler.drop(job)
 
     def fail(self, error: BaseException) -> None:
-        """Somebody's bug, or a disk that is full: the run ends when what is in flight has ended, and raises."""
+        """Stop because of an internal error or a full disk: the run ends and raises once all in flight has ended."""
         self._error = self._error or error
         self.scheduler.stop(str(error) if isinstance(error, PacelineError) else f"internal error: {error!r}")
 
     def guarded(self, happens: Callable[[], Any]) -> None:
-        """A callback of the loop, where nobody would hear of a bug of ours. The run ends at once, and raises it."""
+        """Call `happens` in a loop callback, where an exception would be lost: the run ends at once and raises it."""
         try:
             happens()
         except Exception as error:

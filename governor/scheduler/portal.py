@@ -1,15 +1,15 @@
-"""The way to a governor from any thread and any event loop, and across a fork.
+"""Access to a governor from any thread and any event loop, and across a fork.
 
-A governor works in one event loop. A program may have several, or none: threads that call a blocking client, a loop
-for each `asyncio.run`, a notebook's beside that of a library. A `Portal` says in which loop its governor is at home:
-the first that uses it, where a permit costs nothing more; or, as soon as a blocking client takes part, that of one
-background thread per process, since a thread that waits for its own loop waits for ever. What a caller from elsewhere
-asks for is done there. When the home is gone, the next caller's loop takes its place, and what had been granted in the
-old one is given back (`Governor._bind`).
+A governor works in one event loop. A program may have several, or none: threads that call a blocking client, one loop
+per `asyncio.run`, a notebook's loop beside a library's. A `Portal` determines the loop in which its governor lives, its
+home. This is the first loop that uses it, where a permit costs nothing more. Once a blocking client takes part, it is
+the loop of the process's background thread, since a thread that waits for its own loop waits for ever. Calls from other
+loops and threads are carried out in the home. When the home has ended, the next caller's loop replaces it, and permits
+granted in the old one are given back (`Governor.bind`).
 
-A quota that is shared through a store has a governor in each loop instead, each with its own connections.
+A quota shared through a store has a governor in each loop instead, each with its own connections.
 
-After a fork the child begins with what was booked and nothing in flight: the parent's permits are the parent's.
+After a fork the child starts with the existing bookings and nothing in flight: the parent keeps its permits.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from governor.scheduler.permits import Permit
 
 T = TypeVar("T")
 Loop = asyncio.AbstractEventLoop
-# Makes the background thread's loop.
+# Creates the background thread's loop.
 new_loop: Callable[[], Loop] = asyncio.new_event_loop
-# How often somebody who waits in another loop looks whether that still runs.
+# How often a caller that waits for another loop checks that the loop still runs.
 LOOK_S = 0.5
 
 
 class Background:
-    """The process's background thread with an event loop, started when it is first asked for."""
+    """The process's background thread with an event loop, started on first use."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._loop: Loop | None = None
 
     def loop(self) -> Loop:
-        """Its loop, which runs."""
+        """Return its running event loop."""
         with self._lock:
             if self._loop is None:
                 self._loop = new_loop()
@@ -55,7 +55,7 @@ class Background:
             return self._loop
 
     def is_home(self, loop: Loop) -> bool:
-        """Whether that is its loop."""
+        """Return whether `loop` is its loop."""
         return loop is self._loop
 
 
@@ -63,21 +63,22 @@ _background = Background()
 
 
 def background_loop() -> Loop:
-    """The loop of the process's background thread."""
+    """Return the event loop of the process's background thread."""
     return _background.loop()
 
 
 def _in_child() -> None:
     global _background
-    _background = Background()  # the thread has stayed with the parent
+    _background = Background()  # the parent's thread does not exist in the child
     for portal in list(_portals):
         portal.forked()
 
 
 class Portal:
-    """The way to one quota. `make`: a governor for the loop that runs, where each loop needs one of its own.
+    """Access to one quota, given as one of two arguments.
 
-    `governor`: the one of this process. One of the two is given.
+    `governor`: the governor of this process. `make`: creates a governor for the running loop, if each loop needs its
+    own.
     """
 
     def __init__(self, governor: Governor | None = None, make: Callable[[], Governor] | None = None) -> None:
@@ -88,12 +89,12 @@ class Portal:
         self._home: Loop | None = None
         self._lock = threading.Lock()
         self._blocks = False
-        # Told in the governor's home when a permit was granted or has come back.
+        # Called in the governor's home when a permit was granted or given back.
         self.heard: Callable[[], None] = lambda: None
         _portals.add(self)
 
     def forked(self) -> None:
-        """This is a child process from now on."""
+        """Adapt to being in a child process from now on."""
         self._lock = threading.Lock()
         self._made.clear()
         self._home = None
@@ -101,18 +102,18 @@ class Portal:
             self._one.loop = cast(Loop, NoLoop())
 
     def home(self, running: Loop | None) -> Loop:
-        """The loop in which the governor works for a caller in that loop; None = a thread that may block."""
+        """Return the governor's loop for a caller in the loop `running`; None = a thread that may block."""
         with self._lock:
             if self._one is None:
                 return running or _background.loop()
             self._blocks = self._blocks or running is None
             if self._home is None and self._one.loop.is_running():
-                self._home = self._one.loop  # in which it runs a batch, or to which its connections belong
+                self._home = self._one.loop  # it runs a batch in this loop, or its connections belong to it
             before = self._home
             if before is None or not _is_alive(before):
                 self._home = _background.loop() if self._blocks else running
             elif running is None and before is running_loop():
-                # This thread runs the loop that would have to answer it.
+                # This thread runs the very loop that would have to answer it.
                 self._leave(before)
                 self._home = _background.loop()
             assert self._home is not None
@@ -128,7 +129,7 @@ class Portal:
         self._one.loop = cast(Loop, NoLoop())
 
     def governor(self) -> Governor:
-        """The governor at work in the loop that runs."""
+        """Return the governor at work in the running loop."""
         if self._one is not None:
             return self._one
         assert self._make is not None
@@ -141,7 +142,7 @@ class Portal:
         return self._made[loop]
 
     def lease(self, work: Work, *, blocking: bool, max_wait_s: float = inf, lane: str = BATCH) -> Lease:
-        """A permit for that work, to be begun. `lane`: as for `Governor.permit`."""
+        """Return a permit for that work that has not begun yet. `lane`: as for `Governor.permit`."""
         return Lease(self, work, blocking, max_wait_s, lane)
 
 
@@ -152,7 +153,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def portal_to(governor: Governor) -> Portal:
-    """The one portal of a governor."""
+    """Return the governor's portal; there is one for each governor."""
     with _portals_lock:
         if governor.portal is None:
             governor.portal = Portal(governor)
@@ -161,7 +162,7 @@ def portal_to(governor: Governor) -> Portal:
 
 
 def running_loop() -> Loop | None:
-    """The loop that runs in this thread, if any."""
+    """Return the loop that runs in this thread, None if there is none."""
     try:
         return asyncio.get_running_loop()
     except RuntimeError:
@@ -173,9 +174,9 @@ def _is_alive(loop: Loop) -> bool:
 
 
 class Lease:
-    """A permit held from anywhere: what is asked of it is done in the governor's home.
+    """A permit that can be held anywhere: its calls are carried out in the governor's home.
 
-    `blocking`: whoever holds it is a thread, whose coroutines here never wait for its own loop but block instead.
+    `blocking`: the holder is a thread, so that the coroutines here block it instead of waiting for a loop of its own.
     """
 
     def __init__(self, portal: Portal, work: Work, blocking: bool, max_wait_s: float, lane: str) -> None:
@@ -189,7 +190,7 @@ class Lease:
         self._permit: Permit | None = None
 
     async def begin(self) -> None:
-        """Waits until the request may be sent. Raises as `Governor.permit` does."""
+        """Wait until the request may be sent. Raises as `Governor.permit` does."""
         while True:
             running = None if self._blocking else asyncio.get_running_loop()
             self._home = self._portal.home(running)
@@ -213,7 +214,7 @@ class Lease:
         self._portal.heard()
 
     async def answered(self, answer: Answer) -> bool:
-        """What came back: True when the request may be sent again, which has been waited for. See `Permit.answered`."""
+        """Report an answer; return True once the request may be sent again. See `Permit.answered`."""
         assert self._permit is not None
         try:
             return await self._done(self._answered(answer))
@@ -228,7 +229,7 @@ class Lease:
             self._portal.heard()
 
     def over(self, answer: Answer) -> None:
-        """What came back last."""
+        """Report the last answer."""
         if self._permit is not None:
             self._post(self._over, answer)
 
@@ -238,12 +239,12 @@ class Lease:
         self._portal.heard()
 
     def stated(self, limits: tuple[Limit, ...]) -> None:
-        """What headers say of a stream that has begun."""
+        """Report the header counts of a stream that has begun."""
         if self._permit is not None and limits:
             self._post(self._permit.stated, limits)
 
     def give_back(self, *, later: bool = False) -> None:
-        """Ends it. Nothing happens where it is over. `later`: not within this call, which may come at any moment."""
+        """End the permit. Does nothing if it is over. `later`: not within this call, which may come at any moment."""
         self._post(self._give_back, later=later)
 
     def _give_back(self) -> None:
@@ -259,7 +260,7 @@ class Lease:
 
     @property
     def attempts_max(self) -> int:
-        """How often the policy lets a request be sent."""
+        """How often the policy allows a request to be sent."""
         assert self._permit is not None
         return self._permit.attempts_max
 
@@ -267,11 +268,11 @@ class Lease:
         if self._is_here and not later and self._home is running_loop():
             what(*arguments)
             return
-        with suppress(RuntimeError):  # a loop that is closed: see `Governor._bind`
+        with suppress(RuntimeError):  # the loop is closed: see `Governor.bind`
             self._home.call_soon_threadsafe(what, *arguments)
 
     async def _done(self, what: Coroutine[Any, Any, T]) -> T:
-        """What is to be done in the governor's home, done there."""
+        """Await `what` in the governor's home, and return its result."""
         if self._is_here:
             return await what
         try:
@@ -292,11 +293,11 @@ class Lease:
                 if answer.done():
                     return cast(T, answer.result())
         except BaseException:
-            # Perhaps in the very moment of the grant.
+            # The exception may have come at the moment of the grant.
             future.cancel()
             self.give_back(later=True)
             raise
 
 
 class _Gone(Exception):  # noqa: N818
-    """The loop in which the governor was at home runs no more."""
+    """The loop in which the governor lived does not run any more."""

@@ -1,12 +1,12 @@
-"""What waits: the queue in the law's order, the calendar of backoffs and deadlines, and the clock of causes.
+"""The waiting requests: the queue in the law's order, the calendar of backoffs and deadlines, and the clock of causes.
 
 Theory of operation. New work is pulled from its source one request ahead, so that memory stays flat. Retries, finalize
-passes and whatever was submitted on its own wait in a heap, in the order of `law.rank`. Backoffs and deadlines stand in
-the calendar. Jobs that are over are left in both until they come to the top, and swept now and then.
+passes and single submissions wait in a heap, in the order of `law.rank`. Backoffs and deadlines are kept in the
+calendar. Entries of ended jobs stay in both until they come to the top or a sweep removes them.
 
-Waiting. The cause of waiting is what the quota says of the head, and it holds until the next event. One clock per cause
-advances with it, so that an attempt's wait by cause is the difference of two readings, and the totals need none: each
-advance counts once for all that wait.
+Waiting. The quota states the cause for which the head waits, and that cause holds until the next event. One clock per
+cause advances with it, so that an attempt's wait by cause is the difference of two readings. The totals need no
+readings: each advance counts once per waiting request.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from governor.model.keyed import JITTER_RETRY, JITTER_STAGGER, attempt_key, keye
 from governor.model.requests import CAUSES
 from governor.scheduler.interfaces import J, Quota, Shell
 
-# From this length on, heaps are swept now and then.
+# Heaps of this length or more are swept now and then.
 SWEEP = 100
-# The first part of the law's rank of new work; smaller is urgent: a retry or a finalize pass.
+# The first part of the law's rank for new work; smaller values are urgent, such as retries and finalize passes.
 NEW_WORK = 2.0
 
 Rank = tuple[float, ...]
 
 
 class Queue(Generic[J]):
-    """What waits for its launch or for the end of a backoff. See `Scheduler` for the fields."""
+    """The jobs that wait for their launch or for the end of a backoff. See `Scheduler` for the fields."""
 
     def __init__(self, shell: Shell[J], quota: Quota, seed: int, start_s: float, backlog: int) -> None:
         self.shell = shell
@@ -47,9 +47,9 @@ class Queue(Generic[J]):
         self.backlog = self.waiting = self.unfinished = backlog
         self._start_s = start_s
         self._head: J | None = None  # new work
-        self._aside: list[tuple[J, float, str]] = []  # set aside, when, and with which code they are lost if they are
+        self._aside: list[tuple[J, float, str]] = []  # jobs set aside, since when, and their failure code if lost
         self._queue: list[tuple[Rank, int, J]] = []
-        # When, sequence, whether it is a deadline (else the end of a backoff), job, its launches by then.
+        # Time, sequence, whether it is a deadline (else the end of a backoff), job, its launches so far.
         self.calendar: list[tuple[float, int, bool, J, int]] = []
         self._queue_sweep = self._calendar_sweep = SWEEP
         self._sequence = 0
@@ -65,22 +65,22 @@ class Queue(Generic[J]):
         return calendar[0][0] if calendar else inf
 
     def due_job(self) -> J | None:
-        """The job whose backoff ends next; None where a deadline comes before that, or nothing does."""
+        """Return the job whose backoff ends next; None if a deadline comes first or the calendar is empty."""
         return self.calendar[0][3] if self.due_at < inf and not self.calendar[0][2] else None
 
     def postpone(self, until: float) -> None:
-        """What is due next is noticed only then. For the replay of a live loop, whose timers ring late."""
+        """Move the next due entry to `until`. For the replay of a live loop, whose timers ring late."""
         _, _, is_deadline, job, tries = heappop(self.calendar)
         self._sequence += 1
         heappush(self.calendar, (until, self._sequence, is_deadline, job, tries))
 
     @property
     def wake_at(self) -> float:
-        """When `Scheduler.woken` is to be called, unless something else happens before."""
+        """When `Scheduler.woken` is to be called, unless another event comes first; inf = never."""
         return inf if self.stopped else min(self.head_at, self.due_at)
 
     def first(self) -> J | None:
-        """The job at the head."""
+        """Return the job at the head, None if no job waits."""
         queue = self._queue
         while queue:
             if not queue[0][2].ended:
@@ -89,25 +89,25 @@ class Queue(Generic[J]):
         return self._head
 
     def jobs(self) -> list[J]:
-        """All that wait for their launch or for the end of a backoff, but for the head of new work."""
+        """Return all jobs that wait for their launch or for the end of a backoff, except the head of new work."""
         queued = [job for _, _, job in self._queue if not job.ended]
         backing_off = [job for _, _, is_deadline, job, _ in self.calendar if not (is_deadline or job.ended)]
         return [*queued, *backing_off, *self.quota.taken_over()]
 
     def ahead_of(self, rank: Rank) -> list[tuple[float, int]]:
-        """What waits and goes before that rank, in order: reservation and standing. The batch's new work does not."""
+        """Return (reservation, standing) of the queued jobs ahead of that rank, in order, without new work."""
         queued = sorted(entry for entry in self._queue if entry[0] < rank and not entry[2].ended)
         return [(job.reserve, job.standing) for _, _, job in queued]
 
     def backing_off(self) -> tuple[float, float]:
-        """When the first and the last of those that back off may be tried again; (inf, -inf) where none does."""
+        """Return when the first and the last backing-off job may be tried again; (inf, -inf) if there is none."""
         ends = [moment[0] for moment in self.calendar if not (moment[2] or moment[3].ended)]
         return min(ends, default=inf), max(ends, default=-inf)
 
     def next_launch_at(self, *, is_flying: bool) -> float:
-        """When anything can be launched at the earliest, -inf = at any moment or as soon as something else happens.
+        """Return the earliest time of the next launch; -inf = at any moment, or as soon as something else happens.
 
-        `is_flying`: something is, whose answer may change that, but for a hold.
+        `is_flying`: a request is in flight, whose answer may change that time unless a hold is the cause.
         """
         if self.stopped or self.quota.s.paused or (is_flying and self.cause != law.HOLD):
             return -inf
@@ -117,13 +117,13 @@ class Queue(Generic[J]):
         return at if at < inf else -inf
 
     def waited(self, job: J) -> list[float]:
-        """How long the job has waited since it became eligible, by cause, seconds."""
+        """Return how long the job has waited since it became eligible, by cause, seconds."""
         return self.quota.waited(list(map(sub, self.clock, job.since)))
 
     # ------------------------------------------------------------ what changes
 
     def advance(self, now: float) -> None:
-        """Time has passed until `now`, under the cause that has held since the last event."""
+        """Count the time until `now` under the cause that has held since the last event."""
         passed = now - self.clock_at
         if passed > 0.0:
             self.clock[self.cause] += passed
@@ -132,7 +132,7 @@ class Queue(Generic[J]):
             self.clock_at = now
 
     def _next(self) -> None:
-        """Pulls the next new work from its source."""
+        """Pull the next new work from its source."""
         self._head = self.shell.next_work()
         if self._head is not None:
             if self.backlog:
@@ -142,7 +142,7 @@ class Queue(Generic[J]):
                 self.unfinished += 1
 
     def _may_go(self, job: J, now: float) -> None:
-        """The job becomes eligible: from now on its waiting is counted."""
+        """Make the job eligible and queue it: from now on its waiting is counted."""
         job.eligible_s = now
         job.asked = 0
         job.since = self.clock.copy()
@@ -159,33 +159,33 @@ class Queue(Generic[J]):
         heappush(self._queue, (rank, self._sequence, job))
 
     def _taken(self, job: J) -> None:
-        """Removes the head from its queue."""
+        """Remove the head from its queue."""
         if job is self._head:
             self._next()
         else:
             heappop(self._queue)
 
     def _leave(self, job: J) -> None:
-        """The head waits no more."""
+        """Remove the head, which waits no more."""
         job.queued = False
         self.waiting -= 1
         self._taken(job)
 
     def _dequeued(self, job: J) -> None:
-        """The job waits no more, if it did; its entry stays until it comes to the top."""
+        """Mark the job as no longer waiting, if it waited; its heap entry stays until it comes to the top."""
         if job.queued:
             job.queued = False
             self.waiting -= 1
 
     def _watch_deadline(self, job: J) -> None:
-        """A request that was launched before is given up at its deadline, should it still wait then."""
+        """Enter the deadline of a job that has been launched before: it is given up if it still waits then."""
         if job.first_launched_s >= 0.0:
             gives_up_at = law.deadline_at(self.quota.p, job.first_launched_s)
             if gives_up_at < inf:
                 self._at(gives_up_at, True, job)
 
     def _at(self, when: float, is_deadline: bool, job: J) -> None:
-        """Enters a job's deadline, or the end of its backoff, into the calendar."""
+        """Enter a job's deadline, or the end of its backoff, into the calendar."""
         self._sequence += 1
         if not is_deadline:
             job.eligible_s = when
@@ -196,7 +196,7 @@ class Queue(Generic[J]):
     # ------------------------------------------------------------ one job
 
     def jitter_u(self, job: J) -> float:
-        """The uniform number that moves the launch slot after the job's next launch."""
+        """Return the uniform number that moves the launch slot after the job's next launch."""
         if job.jitter_u >= 0.0:
             return job.jitter_u
         if self.quota.p.stagger_s > 0.0 and job.standing == FIRST:
@@ -207,11 +207,11 @@ class Queue(Generic[J]):
         return keyed_uniform(self.seed, job.index, attempt_key(job.lane, job.tries), JITTER_RETRY)
 
     def _is_late(self, job: J, now: float) -> bool:
-        """Whether the deadline of a job that was launched before has come."""
+        """Return whether the deadline of a job that was launched before has come."""
         return job.first_launched_s >= 0.0 and law.deadline_at(self.quota.p, job.first_launched_s) <= now
 
     def _spare(self, job: J) -> None:
-        """Its last attempt failed; if that was in an outage, as far as is known by now, it does not count."""
+        """Do not count the job's last, failed attempt if it was made during an outage, as far as is known by now."""
         outages = self.quota.spared(job)
         if outages >= 0:
             job.outages = outages
@@ -221,9 +221,9 @@ class Queue(Generic[J]):
     # ------------------------------------------------------------ invariants
 
     def validate(self, in_flight: Iterable[J]) -> None:
-        """AssertionError where something is in two places, counted wrongly or held for nothing. For tests.
+        """Raise AssertionError if a job is in two places, counted wrongly or holds a permit by mistake. For tests.
 
-        `in_flight`: the jobs that the shell has been told to launch and has not reported on.
+        `in_flight`: the jobs that the shell was told to launch and has not reported on.
         """
         flying, waiting, aside = list(in_flight), self.jobs(), [each[0] for each in self._aside]
         queued = [job for job in waiting if job.queued]
@@ -244,13 +244,13 @@ class Queue(Generic[J]):
 
 
 def _is_stale(moment: tuple[float, int, bool, Any, int]) -> bool:
-    """Whether what was meant to happen then has lost its object."""
+    """Return whether a calendar entry no longer applies to its job."""
     _, _, is_deadline, job, tries = moment
     return job.ended or job.tries != tries or (is_deadline and job.launched_s >= job.eligible_s)
 
 
 def swept(heap: list[Any], is_over: Callable[[Any], bool]) -> int:
-    """Leaves out of a heap what is over, in place; returns at which length to do so again."""
+    """Remove the ended entries from a heap in place; return the length at which to sweep again."""
     heap[:] = [entry for entry in heap if not is_over(entry)]
     heapify(heap)
     return SWEEP + 2 * len(heap)

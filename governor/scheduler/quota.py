@@ -1,7 +1,7 @@
-"""The quota of one process: the law on a state of its own.
+"""The quota of one process: the law applied to the process's own state.
 
-`governor/sharedquota/shared.py` holds the other one, whose state is kept in Redis and decided on by several processes
-in turn.
+For a quota whose state is kept in Redis and decided on by several processes in turn, see
+`governor/sharedquota/shared.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from governor.law import Params, State
 from governor.model.scheduled import Scheduled
 
 Told = Callable[[str, tuple[Any, ...], Any], None]
-# The functions of the law that read or change the state, by the method that calls each.
+# The functions of the law that read or change the state, keyed by the method that calls each.
 REPORTED = {
     name: "admission" if name == "ask" else name
     for name in (
@@ -25,7 +25,7 @@ REPORTED = {
 
 
 class LocalQuota:
-    """The quota of one process. See `interfaces.Quota`, and the functions of the law by the same names."""
+    """The quota of one process. See `interfaces.Quota`, and the law's functions of the same names."""
 
     def __init__(self, p: Params, s: State | None = None) -> None:
         self.head: tuple[float, int] | None = None
@@ -85,53 +85,53 @@ class LocalQuota:
         law.day_started(self.p, self.s, tokens_used, requests_used, now)
 
     def reprice(self, params: Params, now: float) -> None:
-        """Takes changed settings over."""
+        """Adopt changed settings."""
         law.repriced(self.p, params, self.s, now)
         self.p = params
 
     @property
     def breaker(self) -> State:
-        """The state itself."""
+        """The law's state, which holds the circuit breaker."""
         return self.s
 
     @property
     def in_flight(self) -> int:
-        """Permits that are taken."""
+        """The number of permits taken."""
         return self.s.in_flight
 
     def booked_since(self, job: Scheduled, d: int) -> float:
-        """What has been booked in a dimension since before the job's launch."""
+        """Return what has been booked in dimension `d` since before the job's launch."""
         return self.s.booked[d] - job.booked[d]
 
     def spared(self, job: Scheduled) -> int:
-        """`law.spared` of the job's last attempt."""
+        """Return `law.spared` of the job's last attempt."""
         return law.spared(self.p, self.s, job.outages, job.launched_s, job.failed_s)
 
     def taken_over(self) -> Iterable[Scheduled]:
-        """None: this quota answers at once."""
+        """Return no jobs: this quota answers at once."""
         return ()
 
     def take_back(self, now: float) -> list[tuple[tuple[float, ...], Any]]:
-        """None."""
+        """Return no jobs."""
         return []
 
     def forget(self, job: Scheduled) -> None:
-        """Nothing is known of it."""
+        """Do nothing: this quota keeps no jobs."""
 
     def waited(self, waits_s: list[float]) -> list[float]:
-        """As they are."""
+        """Return the waits unchanged."""
         return waits_s
 
 
 class RecordedQuota(LocalQuota):
-    """The same, which tells name, arguments and result of each call, for a record that can be decided again."""
+    """A local quota that reports the name, arguments and result of each call, for a record that can be replayed."""
 
     def __init__(self, p: Params, s: State | None, told: Told) -> None:
         super().__init__(p, s)
         self.told = told
 
     def reprice(self, params: Params, now: float) -> None:
-        """Takes changed settings over."""
+        """Adopt changed settings, and report the call."""
         law.repriced(self.p, params, self.s, now)
         self.told("repriced", (params, now), None)
         self.p = params
@@ -149,7 +149,7 @@ def _telling(name: str) -> Callable[..., Any]:
 
 
 def local_quota(p: Params, s: State | None, told: Told | None) -> LocalQuota:
-    """The quota of one process; `told`: hears of its calls."""
+    """Return the quota of one process. `told`: called with each of its calls, None = no record."""
     return LocalQuota(p, s) if told is None else RecordedQuota(p, s, told)
 
 

@@ -1,10 +1,10 @@
-"""When refusals are no longer the fault of single requests: the first ones of a run all meet the same, none succeeds.
+"""Detects refusals that are not the fault of single requests: the first requests of a run all meet the same refusal.
 
-A refusal ends its own request. But a model that does not exist, a base URL without /v1 or a key without rights refuse
-every request alike, and a run would send all of a file to learn it. So while nothing has succeeded, the driver sets
-refused requests aside undecided; `Refusals` says when so many alike have come that the run should stop. Those set
-aside are then pending, and the same command sends them again once the cause is mended. The first success ends them
-one by one, and from then on each refusal ends its request.
+A refusal normally ends its own request. But a model that does not exist, a base URL without /v1 or a key without rights
+makes the provider refuse every request alike, and a run would send a whole file to find that out. So until a request
+has succeeded, the driver sets refused requests aside undecided, and `Refusals` tells it to stop the run after enough
+equal refusals. Requests set aside then stay pending, and the same command sends them again once the cause is fixed. The
+first success ends them one by one, and from then on each refusal ends its own request.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from collections.abc import Callable, Iterable
 from governor.model.errors import quoted
 from governor.model.requests import Answer, Outcome, Request, Scope
 
-# So many alike, where the address, the account or the model is refused: nothing of the request decides that.
+# Equal refusals needed if the address, the account or the model is refused, which no content of a request influences.
 SAME_REFUSALS = 3
-# A bad request may be the fault of a kind of lines that stands first in the file: more of them, and still no cost.
+# Equal bad requests needed: the first lines of a file may share a fault, and more refusals still cost nothing.
 SAME_BAD_REQUESTS = 10
-# Refusals of what one line holds say nothing of the next line, however many come first: the longest may go first.
+# Refusals of a line's content say nothing about the next line, however many come first: the longest may go first.
 _OF_INPUT = re.compile(
     r"content.?(filter|policy|management)|moderation|flagged|safety|context.?(length|window)|too.(long|large)|"
     r"maximum.{0,20}length|invalid.prompt",
     re.IGNORECASE,
 )
-# What differs between answers that are alike: figures, ids, times.
+# The parts in which equal refusals differ: figures, ids, times.
 _FIGURES = re.compile(r"\w*[0-9]\w*")
 _BY_STATUS = {
     402: "check the account's credit, or lower max_tokens",
@@ -42,11 +42,12 @@ _LINE = "check what these lines ask for"
 
 
 class Refusals:
-    """The refusals of one run, or of one batch. Not for use by several threads.
+    """The refusals of one run, or of one batch. Not thread-safe.
 
-    `models`: those that the run asks for; a refusal that may concern a model stops it only once each of them has met
-    enough. `answered`: an earlier leg had answers, so that only the address is still in doubt. `halt(line)` is called
-    once, where the run should stop: a line that names the request, the refusal, what to check, and what to do `then`.
+    `models`: the models that the run asks for; refusals that may concern a model stop the run only after each of them
+    has met enough. `answered`: an earlier run had answers, so that only the address is still in doubt. `halt(line)` is
+    called once, when the run should stop: the line names the request, the refusal, what to check, and what to do
+    `then`.
     """
 
     def __init__(
@@ -57,16 +58,16 @@ class Refusals:
         self._halt = halt
         self._then = then
         self._succeeded = self._halted = False
-        # By model, "" for the address: the latest refusal, and how many alike have come in a row.
+        # By model, "" for the address: the latest refusal, and how many equal ones have come in a row.
         self._alike: dict[str, tuple[tuple[str, ...], int]] = {}
 
     def succeeded(self) -> None:
-        """A request was answered: from now on refusals are single requests' own, unless it has been decided before."""
+        """Note that a request was answered: from now on a refusal ends its own request, unless the run is stopping."""
         self._succeeded = not self._halted
         self._alike.clear()
 
     def may_concern_all(self, answer: Answer) -> bool:
-        """Whether this refusal could be every request's, so that its request is not yet lost with it."""
+        """Return whether this refusal may concern every request, so that its own request is not yet lost."""
         if self._succeeded:
             return False
         if answer.scope is Scope.ADDRESS:
@@ -76,9 +77,9 @@ class Refusals:
         return answer.status in (402, 404) or not _OF_INPUT.search(f"{answer.error_code} {answer.message}")
 
     def refused(self, request: Request, answer: Answer) -> None:
-        """A refusal that may concern all has come. Calls `halt` where it shows that it does.
+        """Count a refusal that may concern every request, and call `halt` if the count is sufficient.
 
-        What was in flight by then and is refused as well is set aside like the others.
+        Requests in flight at that moment that are refused as well are set aside like the others.
         """
         if self._halted:
             return
@@ -94,7 +95,7 @@ class Refusals:
 
 
 def halt_text(request: Request, answer: Answer, count: int) -> str:
-    """Why a run stops: the request, what it met, and what to check."""
+    """Return why a run stops: the request, its refusal, and what to check."""
     check = _ADDRESS if answer.scope is Scope.ADDRESS else _BY_STATUS.get(answer.status, _LINE)
     said = " ".join((answer.message or answer.raw or json.dumps(answer.body or {})).split())[:300]
     what = " ".join(str(part) for part in (answer.status or "", answer.error_code) if part)

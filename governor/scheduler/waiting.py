@@ -1,8 +1,8 @@
-"""How long a request would wait now: the law asked ahead of time, on a copy of its state.
+"""Estimates how long a request would wait now, by applying the law ahead of time to a copy of its state.
 
-Those that wait before it are launched in their order, each as soon as the law admits it; a place in flight comes free
-when an answer has taken as long as answers lately have. What cannot be known is left out: refusals, what is submitted
-later and goes first, and that answers use less than they reserved.
+The requests ahead of it are launched in order, each as soon as the law admits it. A place in flight comes free when an
+answer has taken as long as recent answers have. The estimate leaves out what cannot be known: refusals, later requests
+that go first, and answers that use less than they reserved.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from math import inf
 from governor import law
 from governor.law import Params, State
 
-# (reserve, standing) of an attempt that waits; (launched at, reserve) of one in flight.
+# (reserve, standing) of a waiting attempt; (launched at, reserve) of an attempt in flight.
 Waiting = tuple[float, int]
 Flying = tuple[float, float]
 
 
 def copied(s: State) -> State:
-    """The same state, which can be changed without changing that one."""
+    """Return a copy of the state that can be changed independently."""
     other = copy(s)
     for each in fields(State):
         value = getattr(s, each.name)
@@ -34,10 +34,10 @@ def copied(s: State) -> State:
 def wait_s(
     p: Params, s: State, ahead: Iterable[Waiting], flying: Iterable[Flying], mine: Waiting, answer_s: float, now: float
 ) -> float:
-    """Seconds until `mine` may be sent; inf where that depends on what nobody can foresee (a pause).
+    """Return the seconds until `mine` may be sent; inf if that cannot be foreseen (a pause).
 
-    `ahead`: what goes first, in order. `flying`: what is in flight. `answer_s`: how long an answer takes. `s` stays as
-    it is.
+    `ahead`: the attempts that go first, in order. `flying`: the attempts in flight. `answer_s`: how long an answer
+    takes. `s` is not changed.
     """
     s = copied(s)
     ends = [(max(now, launched + answer_s), launched, reserve) for launched, reserve in flying]
