@@ -30,8 +30,9 @@ from governor.model.policy import Policy
 from governor.model.prices import usage_in
 from governor.model.requests import URLS, Answer, Outcome
 from governor.model.work import Work
+from governor.provider.responses import EventStream, answer_of, unanswered
 from governor.provider.stated import fields_of, limits_in, processing_s
-from governor.provider.transport import EventStream, answer_of, package_of, unanswered, work_of_request
+from governor.provider.transport import package_of, work_of_request
 
 if TYPE_CHECKING:
     from httpx2 import AsyncBaseTransport, BaseTransport

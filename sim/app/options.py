@@ -1,9 +1,12 @@
-"""The options that the planning commands share, as they are typed, and the parsing of single values."""
+"""What the planning commands share: their options as they are typed, how values are read, and how results are shown."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import json
+import shutil
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
 from functools import wraps
@@ -256,3 +259,27 @@ def takes_options(command: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = inspect.Signature([*shared, *own])  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in (*shared, *own)}
     return run
+
+
+# ---------------------------------------------------------------- results
+
+
+def width() -> int:
+    """Columns for text: the terminal's, or a fixed number in a pipe, so that logs look alike everywhere."""
+    return max(60, min(140, shutil.get_terminal_size((110, 24)).columns)) if sys.stdout.isatty() else 110
+
+
+def show_result(given: Options, found: dict[str, Any], text: str, notes: Sequence[str]) -> None:
+    """The result on stdout, as an object or as text; what to be careful about on stderr."""
+    from sim.reporting.terminal import notes_text
+
+    if notes:
+        typer.echo(notes_text(notes, width()), err=True)
+    show(found, text, as_json=given.json)
+
+
+def show(found: dict[str, Any], text: str, *, as_json: bool) -> None:
+    """The result on stdout, as an object or as text."""
+    from sim.reporting.terminal import plain
+
+    print(json.dumps(plain(found), indent=2, allow_nan=False) if as_json else text, flush=True)

@@ -1,4 +1,4 @@
-"""The planning commands: simulate, plan, sensitivity, capacity, backtest, replay, split.
+"""The planning commands: simulate, plan, sensitivity, capacity, backtest, replay, shadow, split.
 
 Options as they are typed, and what they mean together. A command imports what it needs when it runs, so that `--help`
 is instant and the live commands run without the extra `sim`.
@@ -6,27 +6,19 @@ is instant and the live commands run without the extra `sim`.
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from governor.model.errors import BadSetting
 from governor.model.words import counting
-from sim.app.options import AsJson, FinishBy, Options, count, share, takes_options, wait_s
+from sim.app.options import AsJson, FinishBy, Options, count, share, show, show_result, takes_options, wait_s, width
 from sim.base.progress import Progress
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 CANNOT = 3
-# A single run of this many requests takes long enough to show progress.
 
 
 @app.command()
@@ -69,12 +61,12 @@ def simulate(
         summary = exports.first_run(scenario, attempts, timeline, chrome_trace, given.engine)
         if runs == 1:
             text = shown.summary_text(scenario, summary, width())
-            _result(given, summary.to_json_dict(), text, inputs.notes)
+            show_result(given, summary.to_json_dict(), text, inputs.notes)
             return
     with Progress("simulating", runs) as bar:
         pool = pool_of(given, bar)
         forecast, lost = replicate_or_keep(scenario, runs, pool=pool)
-    _result(
+    show_result(
         given, shown.forecast_json(scenario, forecast), shown.forecast_text(scenario, forecast, width()), inputs.notes
     )
     if lost is not None:
@@ -143,7 +135,7 @@ def plan(
     command, report = found.written.command, found.written.report
     text = f"{shown.plan_text(scenario, found.plan, width())}\n\nagain: {command}\nreport: {report}"
     made = plan_json(scenario, wishes, found.plan, found.notes, command)
-    _result(given, made, text, found.notes)
+    show_result(given, made, text, found.notes)
 
 
 @app.command()
@@ -200,7 +192,7 @@ def sensitivity(
         found = sensed(scenario, objective, method=method, size=size, seeds=seeds, near=near, pool=pool)
     if figure:
         write_figure(figure, found)
-    _result(given, found.to_json_dict(), sensitivity_text(scenario, found, width()), inputs.notes)
+    show_result(given, found.to_json_dict(), sensitivity_text(scenario, found, width()), inputs.notes)
 
 
 @app.command()
@@ -298,7 +290,7 @@ def capacity(
     asked.check()
     inputs = inputs_of(given, fit=how_many)
     found = answered(given, inputs, asked, width())
-    _result(given, found.found, found.text, (*inputs.notes, *found.notes))
+    show_result(given, found.found, found.text, (*inputs.notes, *found.notes))
     if not found.enough:
         raise typer.Exit(CANNOT)
 
@@ -394,7 +386,7 @@ def replay(
         arrivals=arrivals,
     )
     found, text = replayed(source, options, width())
-    _print(found, text, as_json=as_json)
+    show(found, text, as_json=as_json)
 
 
 @app.command()
@@ -431,8 +423,6 @@ def shadow(
 
     Example: paceline shadow paceline-shadow.jsonl --out recommended.env
     """
-    import os
-
     from sim.app.shadow_command import ShadowOptions, shadowed
 
     options = ShadowOptions(
@@ -445,7 +435,7 @@ def shadow(
         recommended=recommended,
     )
     found, text = shadowed(source, options, os.environ, width(), lambda what: typer.echo(what, err=True))
-    _print(found, text, as_json=as_json)
+    show(found, text, as_json=as_json)
 
 
 @app.command()
@@ -482,27 +472,4 @@ def split(
     from sim.selection.split import split as write
 
     found = write(batch, out, queue_tokens=batch_queue, rest=rest, live_share=live, file_tokens=file_tokens)
-    _print(found.to_json_dict(), split_text(found, width()), as_json=as_json)
-
-
-# ---------------------------------------------------------------- steps
-
-
-def width() -> int:
-    """Columns for text: the terminal's, or a fixed number in a pipe, so that logs look alike everywhere."""
-    return max(60, min(140, shutil.get_terminal_size((110, 24)).columns)) if sys.stdout.isatty() else 110
-
-
-def _result(given: Options, found: dict[str, Any], text: str, notes: Sequence[str]) -> None:
-    """The result on stdout, as an object or as text; what to be careful about on stderr."""
-    from sim.reporting.terminal import notes_text
-
-    if notes:
-        typer.echo(notes_text(notes, width()), err=True)
-    _print(found, text, as_json=given.json)
-
-
-def _print(found: dict[str, Any], text: str, *, as_json: bool) -> None:
-    from sim.reporting.terminal import plain
-
-    print(json.dumps(plain(found), indent=2, allow_nan=False) if as_json else text, flush=True)
+    show(found.to_json_dict(), split_text(found, width()), as_json=as_json)
