@@ -1,1 +1,1 @@
-"""What an HTTP answer means, and the calls to a provider: the OpenAI adapter, the probe, a client's own transport."""
+"""The meaning of HTTP answers, and calls to a provider: the OpenAI adapter, the probe, a client's own transport."""

@@ -1,12 +1,13 @@
-"""What an HTTP answer means: status, headers and body in, an `Answer` out.
+"""Classifies HTTP answers: status, headers and body in, an `Answer` out.
 
-A success is a success all the way down: an error at the top, in a choice or in a response's own status is read as if
-its code had been the HTTP status. Words of an error body (`code`, `type`, then the message) go before the status,
-because one status means several things: a 429 is a rate (wait), a quota (no money, or nothing left for days) or a
-request that is too large (never). Only the account's own state concerns more than the request itself (`Scope`).
+A success must be a success throughout: an error at the top level, in a choice or in a response's own status is read as
+if its code had been the HTTP status. The words of an error body (`code`, `type`, then the message) take precedence over
+the status, because one status has several meanings: a 429 may be a rate limit (wait), a quota (no credit, or nothing
+left for days) or a request that is too large (never). Only the state of the account concerns more than the request
+itself (`Scope`).
 
-Codes, statuses and phrases are data: `codes`. Whatever it is given, `classify` answers and does not raise.
-Formats and wordings: docs/explanation/provider.md#errors; one row for each form seen in the wild: tests/answers.
+Codes, statuses and phrases are data: `codes`. `classify` returns an answer for any input and does not raise. Formats
+and wordings: docs/explanation/provider.md#errors; one row for each form seen in the wild: tests/answers.
 """
 
 from __future__ import annotations
@@ -28,25 +29,25 @@ from governor.provider.stated import (
     wait_in,
 )
 
-# What returns later than this is the end of the run for now; what returns sooner is a wait.
+# Access that returns later than this ends the run for now; access that returns sooner is a wait.
 ACCESS_WAIT_S = 3_600.0
-# Deeper bodies are no answers, and would overrun whoever walks through them.
+# No answer is nested deeper than this; deeper bodies would overflow recursive code.
 DEPTH_MAX = 200
 RAW_CHARS_MAX = 1_000_000
-# Statuses beside which a message is believed, and those beside which any word is.
+# Statuses with which a message is believed, and those with which one about the quota is.
 _VAGUE = (None, 400, 403, 500)
 _MONEY = (*_VAGUE, 402, 429)
-# A message may quote the prompt, further on: what a user wrote must not stop a pool.
+# A message may quote the prompt further on: a user's text must not stop a pool.
 _SAID_CHARS = 300
 _SAYS_LITTLE = (401, *range(500, 600))
 _REQUEST_IDS = ("x-request-id", "apim-request-id", "request-id", "x-amzn-requestid")
 _WORDS = ("type", "code", "status", "reason", "error_code", "__type", "error_type")
 _MESSAGES = ("message", "Message", "detail", "error_msg", "error_message", "msg", "faultstring", "title")
-# A tuple, because what it is searched for may be anything that JSON holds, lists included.
+# A tuple rather than a set, because the value looked up may be any JSON value, unhashable lists included.
 _EVENTS = ("response.failed", "response.incomplete", "response.completed")
 # An error may quote the key that it refuses.
 _KEY = re.compile(r"\bsk-[\w*.-]{4,}")
-# What would steer a terminal, or reorder what stands there: C0 and C1 controls, bidirectional marks, half surrogates.
+# Characters that control a terminal or reorder its text: C0 and C1 controls, bidirectional marks, half surrogates.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _HIDDEN = "***"
 _JSON = json.JSONDecoder(parse_constant=lambda _: None)
@@ -57,7 +58,7 @@ _HOLDERS = {dict, list}
 
 
 class _Error(NamedTuple):
-    """The error that a body speaks of. `words`: code, type and the like; `holders`: its parts, for `fields_of`."""
+    """The error in a body. `words`: code, type and the like; `holders`: its parts, for `fields_of`."""
 
     code: str = ""
     words: frozenset[str] = frozenset()
@@ -68,12 +69,13 @@ class _Error(NamedTuple):
 def classify(
     status: int, headers: Mapping[Any, Any] | None, body: object, *, now_epoch: float = -1.0, hide: str = ""
 ) -> Answer:
-    """What this HTTP answer means. `body`: parsed JSON, or its text or bytes, or None. Never raises.
+    """Return the meaning of an HTTP answer. `body`: parsed JSON, or its text or bytes, or None. Never raises.
 
-    Outcomes: `ok`; `throttled`, `slow_down`, `overloaded`, `server_error`, `timeout` may pass; `quota` and
-    `unauthorized` are the account's; `too_large` and `bad_request` end the request, and so does `malformed`, a success
-    that cannot be read (truncated, not JSON, no choices, only queued). `now_epoch`: for dates on which a wait ends or
-    access returns. `hide`: a key that is taken out of whatever comes back, however it is written.
+    Outcomes: `ok`; `throttled`, `slow_down`, `overloaded`, `server_error` and `timeout` may pass; `quota` and
+    `unauthorized` concern the account; `too_large` and `bad_request` end the request, and so does `malformed`, a
+    success that cannot be read (truncated, not JSON, no choices, only queued). `now_epoch`: seconds since 1970, needed
+    for dates on which a wait ends or access returns; -1 = unknown. `hide`: a key that is removed from everything
+    returned, however it is written.
     """
     content, text = _parsed(body, hide)
     success = 200 <= status < 300
@@ -125,32 +127,32 @@ def classify(
 
 
 def timed_out(message: str = "no answer in time") -> Answer:
-    """The answer of an attempt that ran into the request's time-out."""
+    """Return the answer of an attempt that exceeded the request's time-out."""
     return Answer(Outcome.TIMEOUT, message=printable(message))
 
 
 def dropped(message: str = "connection dropped", *, misaddressed: bool = False) -> Answer:
-    """The answer of an attempt whose connection failed or broke off."""
+    """Return the answer of an attempt whose connection failed or was broken off."""
     return Answer(Outcome.DROPPED, message=printable(message), misaddressed=misaddressed)
 
 
 def local(message: str) -> Answer:
-    """The answer of an attempt that this machine could not make: no descriptors, no memory, no room."""
+    """Return the answer of an attempt that this machine could not make: no descriptors, no memory, no disk space."""
     return Answer(Outcome.LOCAL, message=printable(message))
 
 
 def malformed(message: str, status: int = 0, raw: str = "") -> Answer:
-    """The answer of an attempt whose response could not be read at all."""
+    """Return the answer of an attempt whose response could not be read at all."""
     return Answer(Outcome.MALFORMED, status, message=printable(message), raw=raw[:RAW_CHARS_MAX])
 
 
 def printable(text: str) -> str:
-    """`text` on one line, with escapes in the place of what would steer a terminal."""
+    """Return `text` on one line, with escapes in place of characters that control a terminal."""
     return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", " ".join(text.split()))
 
 
 def text_of(content: Mapping[str, Any]) -> str:
-    """The text of an answer's body, of its first choice where there are several; "" where it has none."""
+    """Return the text of an answer's body, of its first choice if there are several; "" if it has none."""
     choices = _objects(content.get("choices"))
     return "".join(_texts({**content, "choices": choices[:1]} if choices else content))
 
@@ -159,14 +161,14 @@ def text_of(content: Mapping[str, Any]) -> str:
 
 
 def _status_of(status: int, error: _Error) -> int | None:
-    """The status to go by: inside a success, the one that stands in the body; None where none does."""
+    """Return the status to go by: for a success, the one in the body; None if the body has none."""
     if not 200 <= status < 300:
         return status
     return next((int(word) for word in error.words if re.fullmatch("[45][0-9][0-9]", word)), None)
 
 
 def _refusal(status: int | None, error: _Error, wait_s: float) -> Outcome:
-    """What a refusal means. `status`: None for one inside a success that names none. `wait_s`: -1 = none stated."""
+    """Return the meaning of a refusal. `status`: None inside a success without one. `wait_s`: -1 = none stated."""
     worded = _worded(error.words)
     if worded in (Outcome.QUOTA, Outcome.SLOW_DOWN, Outcome.TOO_LARGE, Outcome.BAD_REQUEST):
         return worded
@@ -178,7 +180,7 @@ def _refusal(status: int | None, error: _Error, wait_s: float) -> Outcome:
     numbers = quoted_numbers(error.message)
     figured = numbers.requested >= 0.0 and numbers.limit >= 0.0
     if status in (413, 429) or worded is Outcome.THROTTLED:
-        # The words alone are not believed: "Request too large ... Limit 250000, Requested 546" was seen, and passes.
+        # The words alone are not believed: "Request too large ... Limit 250000, Requested 546" was seen; it passes.
         if numbers.requested > numbers.limit >= 0.0 or (status == 413 and not figured and worded is None):
             return Outcome.TOO_LARGE
         if any(DAILY_QUOTA.search(word) for word in error.words):
@@ -186,7 +188,7 @@ def _refusal(status: int | None, error: _Error, wait_s: float) -> Outcome:
         bare = not error.words - {str(status)}
         return Outcome.QUOTA if bare and QUOTA_BARE in error.message else Outcome.THROTTLED
     if status is None and worded is None:
-        # A failure inside a success: without a code it is the provider's own, with one the request is at fault.
+        # A failure inside a success: without a code it is the provider's fault, with a code the request's.
         coded = error.code and "timeout" not in error.code and error.code != "0"
         return Outcome.BAD_REQUEST if coded else Outcome.SERVER_ERROR
     if worded is not None and (status is None or status in _SAYS_LITTLE or not error.words & GENERIC):
@@ -209,7 +211,7 @@ def _worded(words: frozenset[str]) -> Outcome | None:
 def _dated(
     outcome: Outcome, wait_s: float, returns_at: float | None, now_epoch: float
 ) -> tuple[Outcome, float, float | None]:
-    """The refusal in the light of the moment at which access returns: a wait where that is near, the end if not."""
+    """Adjust a refusal to the moment at which access returns: a wait if that is near, else the end."""
     if returns_at is None or outcome not in (Outcome.THROTTLED, Outcome.QUOTA):
         return outcome, wait_s, None
     if now_epoch < 0.0 or returns_at - now_epoch > ACCESS_WAIT_S:
@@ -224,7 +226,7 @@ def _dated(
 
 
 def _parsed(body: object, hide: str) -> tuple[dict[str, Any] | None, str]:
-    """The JSON object in `body` (that of a stream's last event, too), or None and the text that stands in its place."""
+    """Return the JSON object in `body` (or in a stream's last event), or None and the text found instead."""
     text = _decoded(body)
     if not text and isinstance(body, list) and len(body) != 1:
         text = json.dumps(body, default=str)
@@ -249,19 +251,19 @@ def _parsed(body: object, hide: str) -> tuple[dict[str, Any] | None, str]:
 
 
 def _decoded(body: object) -> str:
-    """The body's text: bytes in UTF-8, UTF-16 or UTF-32, with a byte order mark or without."""
+    """Return the body's text: bytes in UTF-8, UTF-16 or UTF-32, with or without a byte order mark."""
     if isinstance(body, bytes | bytearray):
         body = body.decode(json.detect_encoding(body), "replace")
     return body.removeprefix("\ufeff") if isinstance(body, str) else ""
 
 
 def _loaded(text: str) -> object:
-    """Servers in Python write NaN and Infinity, which no JSON has: null stands in their place."""
+    """Parse JSON, reading NaN and Infinity, which Python servers write although JSON lacks them, as null."""
     return _JSON.decode(text)
 
 
 def _unescaped(text: str, hide: str) -> str:
-    """`text`, of which no JSON could be made, without the key, should that be written in escapes."""
+    """Remove the key from `text` that is not JSON, even if the key is written with escapes."""
     if not hide or "\\" not in text:
         return text
     plain = re.sub(r"\\u([0-9a-fA-F]{4})", lambda found: chr(int(found[1], 16)), text).replace("\\/", "/")
@@ -269,7 +271,7 @@ def _unescaped(text: str, hide: str) -> str:
 
 
 def _streamed(text: str) -> dict[str, Any] | None:
-    """Of a stream of server-sent events the one that counts: an error, or the whole response at the end."""
+    """Return the decisive event of a server-sent stream: an error, or the whole response at the end; None if absent."""
     for line in text.splitlines() if text.startswith(("data:", "event:", ":", "id:")) else ():
         if line.startswith("data:") and ("error" in line or '"response.' in line):
             try:
@@ -282,13 +284,13 @@ def _streamed(text: str) -> dict[str, Any] | None:
 
 
 def _is_deep(body: dict[str, Any]) -> bool:
-    """Whether a body is nested deeper than any answer."""
+    """Return whether a body is nested deeper than any answer."""
     level: list[Any] = [body]
     for _ in range(DEPTH_MAX):
         inner: list[Any] = []
         for holder in level:
             values = holder.values() if type(holder) is dict else holder
-            # Long lists hold numbers, and are passed over as a whole.
+            # Long lists hold numbers and are skipped as a whole.
             if not _HOLDERS.isdisjoint(map(type, values)):
                 inner += [each for each in values if type(each) in _HOLDERS]
         if not inner:
@@ -298,9 +300,9 @@ def _is_deep(body: dict[str, Any]) -> bool:
 
 
 def _error_in(content: dict[str, Any] | None, text: str, success: bool) -> _Error:
-    """The error that a body speaks of; an empty one where it speaks of none."""
+    """Return the error in a body; an empty one if there is none."""
     if content is None:
-        # The text of a success that is no JSON is somebody's answer, cut short: it must not get into a message.
+        # The text of a success that is not JSON is a user's truncated answer: it must not get into a message.
         return _Error() if success else _Error(message=_headline(text))
     error = content.get("error")
     if isinstance(error, list) or not error:
@@ -314,7 +316,7 @@ def _error_in(content: dict[str, Any] | None, text: str, success: bool) -> _Erro
     if not error and isinstance(base, dict) and base.get("status_code") not in (None, 0):
         error = {"code": f"minimax_{base['status_code']}", "message": base.get("status_msg")}
     if not error and (not success or content.get("type") == "error" or content.get("error_code")):
-        error = content.get("fault") or content  # proxies leave the wrapping out; a stream's `error` event has none
+        error = content.get("fault") or content  # proxies omit the wrapper; a stream's `error` event has none
     if isinstance(error, str):
         said = [word for key in ("code", "error_type") if (word := _word(content.get(key)))]
         message = _word(content.get("message")) if " " not in error else ""
@@ -327,7 +329,7 @@ def _error_in(content: dict[str, Any] | None, text: str, success: bool) -> _Erro
 
 
 def _error_of(error: dict[str, Any], content: dict[str, Any]) -> _Error:
-    """An error object, taken apart."""
+    """Return the parts of an error object."""
     inner = error.get("error")
     if isinstance(inner, dict):  # the provider's own, wrapped once more by a gateway
         error = inner
@@ -337,7 +339,7 @@ def _error_of(error: dict[str, Any], content: dict[str, Any]) -> _Error:
     violations = [each for holder in holders for each in _objects(holder.get("violations"))]
     names += [_word(each.get("quotaId")) for each in violations]
     code = next((word for key in ("code", "type", "__type", "status") if (word := _word(error.get(key)))), "")
-    # "0" and "200" are how some say that there is no error.
+    # Some providers write "0" or "200" if there is no error.
     words = frozenset(name.rpartition("#")[2].lower() for name in names if name not in ("", "0", "200"))
     message = next((text for key in _MESSAGES if (text := _message(error.get(key)))), "")
     raw = next((_word(holder.get("raw")) for holder in holders if holder.get("raw")), "")
@@ -349,7 +351,7 @@ def _error_of(error: dict[str, Any], content: dict[str, Any]) -> _Error:
 
 
 def _failed_choice(content: dict[str, Any]) -> tuple[_Error, Outcome | None]:
-    """The error inside a choice, or the outcome of a choice that ended in one (OpenRouter)."""
+    """Return the error inside a choice, or the outcome of a choice that ended in an error (OpenRouter)."""
     for choice in _objects(content.get("choices")):
         error, finish = choice.get("error"), choice.get("finish_reason")
         found = _error_of(error, content) if isinstance(error, dict) else _Error()
@@ -361,7 +363,7 @@ def _failed_choice(content: dict[str, Any]) -> tuple[_Error, Outcome | None]:
 
 
 def _message(value: object) -> str:
-    """A message, or the messages in a list of complaints (FastAPI's `detail`)."""
+    """Return a message, or the joined messages of a list of complaints (FastAPI's `detail`)."""
     if isinstance(value, list):
         return "; ".join(_word(each.get("msg") or each.get("message")) for each in _objects(value))
     return value if isinstance(value, str) else ""
@@ -370,7 +372,7 @@ def _message(value: object) -> str:
 def _word(value: object) -> str:
     if isinstance(value, str):
         return value[:MESSAGE_CHARS_MAX]
-    # Some write the status as the code.
+    # Some providers write the status as the code.
     return str(value) if type(value) is int and 0 <= value < 1_000_000 else ""
 
 
@@ -379,13 +381,13 @@ def _is_html(text: str) -> bool:
 
 
 def _headline(text: str) -> str:
-    """What a page or a plain text says, in short."""
+    """Return a short form of a page or a plain text."""
     title = re.search(r"<(title|h1)[^>]*>([^<]{1,200})", text[:4_000], re.IGNORECASE) if "<" in text[:200] else None
     return title[2].strip() if title else text[:MESSAGE_CHARS_MAX]
 
 
 def _unreadable(status: int, content: dict[str, Any] | None, text: str) -> str:
-    """Why a success is none, without a word of what may be somebody's answer."""
+    """Return why a success cannot be used, without quoting a body that may be a user's answer."""
     if content is not None and isinstance(state := content.get("status"), str):
         return f"status {status} with a response that is {state}: it runs on at the provider, and is not sent again"
     what = (
@@ -395,12 +397,12 @@ def _unreadable(status: int, content: dict[str, Any] | None, text: str) -> str:
 
 
 def _is_answer(content: Mapping[str, Any]) -> bool:
-    """Whether a body has the part that holds an answer: choices, a response's output, a message, embeddings."""
+    """Return whether a body has the part that holds an answer: choices, a response's output, a message, embeddings."""
     choices = content.get("choices")
     if isinstance(choices, list):
         return bool(choices) and all(_is_choice(choice) for choice in choices)
     if isinstance(content.get("output"), list):
-        # A response that is queued, in progress or cancelled is none yet, or never will be.
+        # A response that is queued, in progress or cancelled has no answer yet, or never will.
         return content.get("status") in (None, "completed", "incomplete")
     if content.get("type") == "message":
         return isinstance(content.get("content"), list)
@@ -426,7 +428,7 @@ def _is_cut_off(content: Mapping[str, Any]) -> bool:
 
 
 def _texts(content: Mapping[str, Any]) -> Iterator[str]:
-    """Every text of an answer that a user could read: choices, responses' output, the parts of a message."""
+    """Return every text of an answer that a user could read: choices, a response's output, the parts of a message."""
     choices = _objects(content.get("choices"))
     messages = _objects([choice.get("message") for choice in choices])
     whole = [content] if content.get("type") == "message" else []

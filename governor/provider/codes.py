@@ -1,6 +1,7 @@
-"""Codes, statuses and phrases of refusals, and what each means: the data of `answers`.
+"""Codes, statuses and phrases of refusals with their meanings: the data of `answers`.
 
-A provider's own are rows here. One row for each form seen in the wild, with its source, is in tests/answers.
+To support another provider, add rows here. One row for each form seen in the wild, with its source, is in
+tests/answers.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ QUOTA_CODES = frozenset(
         "billing_not_active",
     }
 )
-# What a code, a type or a gRPC status says whatever the HTTP status is, in lower case; the first that is known wins.
+# Codes, types and gRPC statuses in lower case, which count whatever the HTTP status is; the first match wins.
 BY_WORD: tuple[tuple[Outcome, frozenset[str]], ...] = (
     (
         Outcome.QUOTA,
@@ -30,7 +31,7 @@ BY_WORD: tuple[tuple[Outcome, frozenset[str]], ...] = (
     (Outcome.SLOW_DOWN, frozenset({"slow_down"})),
     (Outcome.TOO_LARGE, frozenset({"request_too_large"})),
     (
-        # This request's own fault, though its status may speak of the key (LiteLLM: 401 for one model).
+        # This request's own fault, though its status may point to the key (LiteLLM: 401 for one model).
         Outcome.BAD_REQUEST,
         frozenset(
             {
@@ -80,7 +81,7 @@ BY_WORD: tuple[tuple[Outcome, frozenset[str]], ...] = (
         ),
     ),
 )
-# A word above holds against any status, but for these: a request that is at fault is not saved by being retried.
+# A word above overrules any status, except these: retrying does not help a request that is itself at fault.
 GENERIC = frozenset({"api_error", "internal", "unavailable", "authentication_error"})
 BY_STATUS = {
     401: Outcome.UNAUTHORIZED,
@@ -89,7 +90,7 @@ BY_STATUS = {
     413: Outcome.TOO_LARGE,
     420: Outcome.THROTTLED,
     423: Outcome.SERVER_ERROR,
-    424: Outcome.SERVER_ERROR,  # gateways, whose upstream failed
+    424: Outcome.SERVER_ERROR,  # a gateway whose upstream failed
     425: Outcome.SERVER_ERROR,
     429: Outcome.THROTTLED,  # "Resource Unavailable" of the flex tier, Azure's code "429", or no body at all
     498: Outcome.OVERLOADED,  # Groq's flex tier: capacity_exceeded
@@ -97,8 +98,8 @@ BY_STATUS = {
     503: Outcome.OVERLOADED,
     529: Outcome.OVERLOADED,
 }
-# Where the message says more than code and status do. A bare "exceeded your current quota" is OpenAI's; providers that
-# quote that sentence for rates that pass name them in code or type.
+# Messages that say more than code and status. A bare "exceeded your current quota" is OpenAI's; providers that use that
+# sentence for temporary rate limits name the limit in code or type.
 BY_TEXT = tuple(
     (outcome, re.compile(pattern, re.IGNORECASE))
     for outcome, pattern in (
@@ -118,9 +119,9 @@ BY_TEXT = tuple(
     )
 )
 QUOTA_BARE = "exceeded your current quota"
-# Gemini names the quotas that are used up: one of a day returns at midnight, whatever its retryDelay says.
+# Gemini names the exhausted quotas: a daily one returns at midnight, whatever its retryDelay says.
 DAILY_QUOTA = re.compile(r"PerDay", re.IGNORECASE)
-# How a choice ends that is no answer (OpenRouter, z.AI, DeepSeek, vLLM).
+# The finish reasons of a choice that holds no answer (OpenRouter, z.AI, DeepSeek, vLLM).
 FAILED_FINISH = {
     "error": Outcome.SERVER_ERROR,
     "network_error": Outcome.SERVER_ERROR,

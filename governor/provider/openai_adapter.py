@@ -1,18 +1,18 @@
-"""The official openai SDK on one side, an `Answer` on the other; the only file that imports openai.
+"""Connects the official openai SDK to the governor's `Answer`; the only file that imports openai.
 
-Theory of operation. The request is sent by the client's own `post`, body as bytes, and comes back raw: headers and
-bytes go to `answers.classify`. The SDK's typed objects are left out, since the results file wants the JSON itself;
-that alone makes a call a quarter cheaper than `chat.completions.create` (1.15 for 1.5 ms of CPU on loopback).
+Theory of operation. The client's own `post` sends the body as bytes, and the response comes back raw: headers and bytes
+go to `answers.classify`. The SDK's typed objects are not used, since the results file needs the JSON itself; this alone
+makes a call a quarter cheaper than `chat.completions.create` (1.15 instead of 1.5 ms of CPU on loopback).
 
-Connections in use are not limited here: the governor bounds what is in flight, and a second bound would be a hidden
-queue whose waiting nobody could attribute. Idle ones are, since each costs time.
+The number of connections in use is not limited here: the governor limits the requests in flight, and a second limit
+would be a hidden queue whose waits could not be attributed. Idle connections are limited, since each costs time.
 
 Every attempt carries `X-Client-Request-Id: paceline-RUN-INDEX-ATTEMPT`, so that the provider's logs can be matched with
-ours even for an attempt that never got an answer. A key goes into a header and nowhere else: whatever comes back, or is
-raised, is searched for it before it becomes an answer.
+ours even if an attempt never got an answer. The key is put into a header and nowhere else: every response and exception
+is searched for it before it becomes an answer.
 
-An answer is read within bounds (`_BoundedClient`), since a server may send anything: as it is unpacked, up to a size,
-and not from wherever it redirects to, which would get the prompt and the key.
+Answers are read within bounds (`_BoundedClient`), since a server may send anything: the unpacked size is limited, and
+redirects are not followed, since another host would get the prompt and the key.
 """
 
 from __future__ import annotations
@@ -58,20 +58,20 @@ OPENAI_URL = "https://api.openai.com/v1"
 
 TIMEOUT_S = 600.0
 CONNECT_S = 10.0
-# Longer than the stagger's 15 s and its jitter, so that a slow run need not connect anew for each request, and shorter
-# than the 60 s after which the usual load balancers forget a connection in silence.
+# Longer than the stagger's 15 s and its jitter, so that a slow run need not reconnect for each request, and shorter
+# than the 60 s after which common load balancers silently drop a connection.
 KEEPALIVE_S = 20.0
-# The transport looks at every idle connection twice per request, at some 6 us each: with a burst's 280 connections kept
+# The transport checks every idle connection twice per request, at about 6 us each: with a burst's 280 connections kept
 # idle a request took 5.2 ms of CPU, with 32 of them 2.5 ms.
 IDLE_MAX = 8
-# It looks at those in use as well, so that what is in flight is spread over several clients of so many requests each:
-# with 50 in flight a request took an eighth less CPU with 8 than with 64.
+# The transport checks connections in use too, so requests in flight are spread over several clients of this many each:
+# with 50 in flight a request took an eighth less CPU with 8 per client than with 64.
 LANE_MOST = 8
-# The largest answer known, 2,048 embeddings of 1,536 numbers, is 75 MB; in base64 ("encoding_format") it is a fifth.
+# The largest known answer, 2,048 embeddings of 1,536 numbers, is 75 MB; in base64 ("encoding_format") a fifth of that.
 ANSWER_BYTES_MAX = 128 * 2**20
-# What is kept of a larger one.
+# The part of a larger answer that is kept.
 _HEAD_BYTES = 2**16
-# How an answer may be packed: what the standard library unpacks, once. Others may grow without bound in a single step.
+# Accepted content encodings: those of the standard library, applied once. Others may expand without bound in one step.
 _PACKINGS = ("", "identity", "gzip", "deflate")
 _FAULT = "paceline_fault"
 _CUT = "cut off"
@@ -79,28 +79,28 @@ _CUT = "cut off"
 _LOCAL_ERRORS = (
     *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL, errno.ENOSPC, errno.EDQUOT),
 )
-# With it the SDK hands the response out as it came.
+# This header makes the SDK return the response as it came.
 _RAW = {"X-Stainless-Raw-Response": "true"}
 _HIDDEN = "***"
-# A key of fewer characters is no secret but a word ("none", "test", as local servers are given), and taking it out
-# would spoil answers that hold the word. Real ones have 32 and more.
+# A shorter key is not a secret but a word ("none", "test", as used with local servers), and removing it would spoil
+# answers that contain the word. Real keys have 32 characters or more.
 _KEY_LEAST = 20
 
 
 @dataclass(slots=True)
 class _Lane:
-    """A client with connections of its own. `busy`: requests that it is sending."""
+    """A client with connections of its own. `busy`: the number of requests that it is sending."""
 
     client: AsyncOpenAI
     busy: int = 0
 
 
 class Adapter:
-    """Sends attempts of one pool through the official SDK. Use it inside one event loop; close it at the end.
+    """Sends attempts of one pool through the official SDK. Use it inside one event loop, and close it at the end.
 
-    `environment`: where the pool's variables are looked up (the process's, if none is given). `run_id`: letters and
-    digits that make client request ids unique among runs; drawn if empty. `timeout_s`: of an attempt that states none.
-    BadSetting, naming the variable, where a key or an address is missing or cannot be sent.
+    `environment`: where the pool's variables are looked up (by default the process's). `run_id`: letters and digits
+    that make client request ids unique among runs; random if empty. `timeout_s`: for attempts without a time-out of
+    their own. Raises BadSetting, naming the variable, if a key or an address is missing or unusable.
     """
 
     def __init__(
@@ -138,12 +138,12 @@ class Adapter:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Closes all connections."""
+        """Close all connections."""
         for lane in self._lanes:
             await lane.client.close()
 
     def client_request_id(self, index: int, attempt: int) -> str:
-        """What the provider's logs call this attempt. `attempt`: `keyed.attempt_key`, unique over lanes."""
+        """Return the id of this attempt in the provider's logs. `attempt`: `keyed.attempt_key`, unique over lanes."""
         return f"paceline-{self.run_id}-{index}-{attempt}"
 
     async def send(
@@ -154,10 +154,10 @@ class Adapter:
         body_overrides: Mapping[str, Any] | None = None,
         timeout_s: float | None = None,
     ) -> Answer:
-        """Sends one attempt and says what came back. Raises nothing but a cancellation.
+        """Send one attempt and return its answer. Raises only a cancellation.
 
-        `request`: with its body. `body_overrides`: fields on top of the body's (see `capped`). `timeout_s`: for the
-        whole attempt, from connecting to the last byte.
+        `request`: must have its body. `body_overrides`: fields that replace the body's (see `capped`). `timeout_s`: for
+        the whole attempt, from connecting to the last byte.
         """
         assert request.body is not None, f"request {request.index} was read without its body"
         body = {**request.body, **body_overrides} if body_overrides else request.body
@@ -183,12 +183,12 @@ class Adapter:
         if not fault or answer.outcome not in (Outcome.OK, Outcome.MALFORMED):
             return answer
         if fault.startswith(_CUT):
-            # More was announced than the whole answer, or the connection broke off before it was there.
+            # The server announced more than the whole answer, or the connection broke off before its end.
             return answer if answer.outcome is Outcome.OK else dropped(f"no answer from {self.address}: {fault}")
         return malformed(f"{self.address} sent an answer {fault}: it is not asked for again", answer.status, answer.raw)
 
     async def _post(self, path: str, body: dict[str, Any], options: Any) -> Any:
-        """The SDK's call; the response as httpx knows it."""
+        """Return the response to the SDK's call, as httpx represents it."""
         lane = next((lane for lane in self._lanes if lane.busy < LANE_MOST), None)
         if lane is None:
             lane = _Lane(_client(self.pool, self._key.decode(), self._ssl))
@@ -196,7 +196,7 @@ class Adapter:
         lane.busy += 1
         try:
             if self.pool.azure is not None:
-                # The SDK reads the deployment out of the body.
+                # The SDK reads the deployment from the body.
                 raw = await lane.client.post(path, cast_to=object, body=body, options=options)
             else:
                 raw = await lane.client.post(path, cast_to=object, content=_encoded(body), options=options)
@@ -205,7 +205,7 @@ class Adapter:
         return raw.http_response  # type: ignore[attr-defined]
 
     def _unanswered(self, error: Exception) -> Answer:
-        """No response, or none that could be read: what the SDK raised, by its cause."""
+        """Return the `Answer` for an exception of the SDK, according to its cause: no readable response came."""
         cause: BaseException = error
         while isinstance(cause, APIConnectionError) and cause.__cause__ is not None:
             cause = cause.__cause__
@@ -218,15 +218,16 @@ class Adapter:
         exhausted = next((each for each in chain if _is_local(each)), None)
         if exhausted is not None:
             return local(f"this machine could not send it: {exhausted}")
-        # No such host, or a certificate of another's: the address may be wrong.
+        # An unknown host, or another host's certificate: the address may be wrong.
         astray = any(map(_is_astray, chain))
         return dropped(f"no answer from {self.address}: {message}", misaddressed=astray)
 
 
 class _BoundedClient(DefaultAsyncHttpxClient):
-    """Reads each response to its end, within bounds, whatever its status; the SDK would read a refusal's without any.
+    """An HTTP client that reads each response to its end, within bounds, whatever its status.
 
-    What is wrong with the body stands in the response's extensions; the body is then what came before.
+    The SDK would read a refusal's body without bounds. A fault of the body is noted in the response's extensions, and
+    the response then holds the part that came before the fault.
     """
 
     async def send(self, request: Any, **options: Any) -> Any:
@@ -247,7 +248,7 @@ class _BoundedClient(DefaultAsyncHttpxClient):
 
 
 async def _read(response: Any, content: bytearray) -> str:
-    """Fills `content` with what the response holds; returns what is wrong with it, "" for nothing."""
+    """Append the response's body to `content`; return what is wrong with it, "" if nothing."""
     packing = response.headers.get("content-encoding", "").strip().lower()
     if packing not in _PACKINGS:
         return f"packed as {packing[:40]!r}, which was not asked for"
@@ -264,12 +265,12 @@ async def _read(response: Any, content: bytearray) -> str:
 
 
 def _transport() -> Any:
-    """The package of the SDK's own transport: httpx2 under SDK 3, httpx under SDK 2."""
+    """Return the package of the SDK's own transport: httpx2 under SDK 3, httpx under SDK 2."""
     return import_module(type(DEFAULT_CONNECTION_LIMITS).__module__.partition(".")[0])
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An exception and all that led to it."""
+    """Return an exception and all exceptions that led to it."""
     left: list[BaseException | None] = [error]
     seen: set[int] = set()
     while left:
@@ -280,12 +281,15 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
             left += [each.__cause__, each.__context__, *getattr(each, "exceptions", ())]
 
 
-# What OpenSSL calls an answer that is no TLS at all: plain HTTP at an address that says https.
+# OpenSSL's reasons for an answer that is not TLS: plain HTTP at an address that says https.
 _NO_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE")
 
 
 def _is_astray(error: BaseException) -> bool:
-    """Whether the name does not exist, which is not one that cannot be looked up now, or what is there is another."""
+    """Return whether the address is wrong: its name does not exist, or the server there is not the expected one.
+
+    A name that cannot be looked up at the moment does not count.
+    """
     if isinstance(error, socket.gaierror):
         return error.errno in (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
     if isinstance(error, ssl.SSLCertVerificationError):
@@ -300,7 +304,7 @@ def _is_local(error: BaseException) -> bool:
 
 
 def capped(request: Request, tokens: int) -> dict[str, int]:
-    """The field that sets a request's output cap to `tokens`, under the name that the request itself uses.
+    """Return the field that sets a request's output cap to `tokens`, under the name that the request itself uses.
 
     Empty for embeddings, which have no output.
     """
@@ -314,13 +318,13 @@ def capped(request: Request, tokens: int) -> dict[str, int]:
 
 
 def _load_transport() -> None:
-    """Loads what the SDK's transport would load with its first request: some 30 ms by which a first burst came late."""
+    """Load now what the SDK's transport loads at its first request, which delays a first burst by about 30 ms."""
     anyio.Lock()
-    anyio.connect_tcp  # noqa: B018 (looking it up loads it)
+    anyio.connect_tcp  # noqa: B018 (the attribute access loads it)
 
 
 def _encoded(body: dict[str, Any]) -> bytes:
-    """A body as the SDK writes it, but that half of a surrogate pair, which JSON may hold, stays an escape."""
+    """Encode a body as the SDK does, except that a lone surrogate, which JSON may contain, stays an escape."""
     try:
         return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
     except UnicodeEncodeError:
@@ -328,7 +332,7 @@ def _encoded(body: dict[str, Any]) -> bytes:
 
 
 def _addressed(pool: Pool, environment: Mapping[str, str]) -> Pool:
-    """The pool with what it leaves to the SDK's environment names filled in, but for the key."""
+    """Return the pool with the settings that it leaves to the SDK's environment variables filled in, except the key."""
     if pool.azure is None:
         return replace(pool, base_url=pool.base_url or checked_url(environment.get(BASE_URL, "").strip()))
     azure = pool.azure
@@ -341,7 +345,7 @@ def _addressed(pool: Pool, environment: Mapping[str, str]) -> Pool:
 
 
 def _ssl_context() -> ssl.SSLContext:
-    """What each client would make for itself, in some 30 ms during which nothing else happens: one for all of them."""
+    """Return one TLS context for all clients: each would make its own, which blocks the loop for about 30 ms."""
     context: ssl.SSLContext = _transport().create_ssl_context()
     return context
 
@@ -352,9 +356,9 @@ _PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
 
 
 def check_surroundings(environment: Mapping[str, str]) -> None:
-    """BadSetting, naming the variable, where the environment's proxy or certificates cannot be used.
+    """Raise BadSetting, naming the variable, if the environment's proxy or certificates cannot be used.
 
-    The SDK's transport reads them by itself. A proxy's address may hold a password, so it is not repeated.
+    The SDK's transport reads these variables itself. A proxy's address may contain a password, so the message omits it.
     """
     for name in PROXIES:
         value = environment.get(name, "").strip()
@@ -369,11 +373,11 @@ def check_surroundings(environment: Mapping[str, str]) -> None:
 
 
 def _proxy_fault(url: str) -> str:
-    """What is wrong with a proxy's address, and the remedy; "" for nothing."""
+    """Return what is wrong with a proxy's address, and the remedy; "" if nothing is."""
     try:
         parts = urlsplit(url)
         good = bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is none, brackets that do not match
+    except ValueError:  # an invalid port, or unmatched brackets
         good = False
     if not good:
         return "is not an address of a proxy: write http://HOST:PORT"
@@ -385,7 +389,7 @@ def _proxy_fault(url: str) -> str:
 
 
 def _surroundings_text(error: Exception) -> str:
-    """Why no client could be made, in one line: whatever `check_surroundings` does not know."""
+    """Return in one line why no client could be made, for cases that `check_surroundings` does not detect."""
     names = CERTIFICATES if isinstance(error, OSError) else PROXIES
     named = [name for name in names if os.environ.get(name, "").strip()]
     if isinstance(error, ssl.SSLError):
@@ -396,7 +400,7 @@ def _surroundings_text(error: Exception) -> str:
 
 
 def _client(pool: Pool, key: str, context: ssl.SSLContext) -> AsyncOpenAI:
-    # The class of the SDK's own limits: httpx2 under SDK 3, httpx under SDK 2.
+    # Use the class of the SDK's own limits: httpx2 under SDK 3, httpx under SDK 2.
     limits = type(DEFAULT_CONNECTION_LIMITS)(
         max_connections=None, max_keepalive_connections=IDLE_MAX, keepalive_expiry=KEEPALIVE_S
     )
@@ -421,6 +425,6 @@ def _client(pool: Pool, key: str, context: ssl.SSLContext) -> AsyncOpenAI:
 
 
 def _origin(url: str) -> str:
-    """Scheme, host and port of an address: what may stand in a message."""
+    """Return scheme, host and port of an address: the part that a message may contain."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.hostname}" + (f":{parts.port}" if parts.port else "")

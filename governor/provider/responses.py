@@ -1,8 +1,8 @@
-"""What comes back of a client's own call: the answer that a response means, and a stream on its way to the client.
+"""The answer to a client's own call: what a response means, and a stream on its way to the client.
 
-An answer in JSON is read whole before it is handed on, since an error may be inside a success. All else is a stream: it
-goes to the client chunk by chunk as it comes, is never asked for again, and its permit ends when it ends, is closed, or
-is dropped. Of a stream of events the usage and an error are picked out on the way.
+An answer in JSON is read whole before it is handed on, since a success may contain an error. Every other answer is a
+stream: it goes to the client chunk by chunk as it arrives and is never requested again, and its permit ends when the
+stream ends, is closed or is dropped. From a stream of events, usage and errors are extracted on the way.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from governor.provider.answers import classify, dropped, timed_out
 from governor.provider.stated import fields_of, limits_in
 from governor.scheduler.portal import Lease, background_loop, running_loop
 
-# How often it is looked whether streams are read.
+# The interval at which streams are checked for unread ones.
 IDLE_S = 15.0
-# An event longer than this is none whose usage could be read.
+# The usage of an event longer than this is not read.
 EVENT_BYTES_MAX = 4 * 2**20
 _JSON = ("application/json", "text/json")
 _EVENTS = "text/event-stream"
-# What must be read as JSON of a stream's events: those that state usage or an error.
+# Only the events of a stream that state usage or an error must be parsed as JSON.
 _TELLS = re.compile(
     rb'"usage"\s*:\s*\{|"error"\s*:\s*[{"]|"type"\s*:\s*"(?:error|response\.(?:failed|incomplete|completed))"'
 )
@@ -45,16 +45,16 @@ _BLANK = re.compile(rb"\r?\n\r?\n")
 
 
 class Operation(Protocol):
-    """Who follows one call: see `governor.telemetry.tracing`."""
+    """An object that follows one call: see `governor.telemetry.tracing`."""
 
     def sends(self, waits_s: Sequence[float]) -> AbstractContextManager[object]:
-        """An attempt goes out in this block, having waited so long for each of `CAUSES`."""
+        """Return a context in which an attempt goes out, with its waits in seconds by cause (`CAUSES`)."""
 
     def answered(self, answer: Answer) -> None:
-        """What the attempt came to."""
+        """Report the attempt's answer."""
 
     def over(self, answer: Answer | None, error: BaseException | None = None) -> None:
-        """The call is over."""
+        """Report the end of the call."""
 
 
 def is_read_whole(response: Any) -> bool:
@@ -75,18 +75,18 @@ def answer_of(response: Any, raw: bytes, work: Work, package: Any) -> Answer:
             content = package.Response(200, headers=response.headers, content=raw).content
     answer = classify(response.status_code, response.headers, content, now_epoch=time.time())
     if answer.outcome is Outcome.MALFORMED and work.request.sizes.endpoint < 0:
-        return replace(answer, outcome=Outcome.OK)  # it is read by the client, not by us
+        return replace(answer, outcome=Outcome.OK)  # the client reads it, not this module
     return answer
 
 
 def unanswered(error: Exception, package: Any) -> Answer:
-    """What an attempt without an answer means."""
+    """Return the `Answer` for an attempt that ended in an exception."""
     words = f"{type(error).__name__}: {str(error)[:300]}"
     return timed_out(words) if isinstance(error, package.TimeoutException) else dropped(words)
 
 
 def streamed(response: Any, lease: Lease, call: Operation, work: Work, package: Any) -> Any:
-    """The response, whose stream ends the permit when it ends."""
+    """Return the response with a stream that ends the permit at its own end."""
     lease.stated(limits_in(fields_of(response.headers), time.time()))
     reader = EventStream(response, work.request.sizes) if _kind_of(response) == _EVENTS else _Bytes()
     response.stream = _stream_type(package)(response.stream, lease, call, reader, package)
@@ -94,18 +94,18 @@ def streamed(response: Any, lease: Lease, call: Operation, work: Work, package: 
 
 
 class _Bytes:
-    """What is noted of a stream that is no stream of events: nothing."""
+    """The reader of a stream that does not consist of events: it notes nothing."""
 
     def feed(self, chunk: bytes) -> None:
-        """A chunk has come."""
+        """Take the next chunk."""
 
     def answer(self, *, is_whole: bool) -> Answer:
-        """What the stream was, up to here."""
+        """Return the answer that the stream amounts to so far."""
         return Answer(Outcome.OK, 200)
 
 
 class EventStream(_Bytes):
-    """The usage, or the error, of a stream of server-sent events."""
+    """Reads the usage, or the error, from a stream of server-sent events."""
 
     def __init__(self, response: Any, sizes: Sizes) -> None:
         self._status = response.status_code
@@ -152,7 +152,7 @@ class EventStream(_Bytes):
         if self._error is not None and self._error.outcome not in (Outcome.OK, Outcome.MALFORMED):
             return self._error
         if not (is_whole or self._is_whole):
-            return Answer(Outcome.OK, self._status)  # the provider may go on: the reservation stays booked
+            return Answer(Outcome.OK, self._status)  # the provider may continue: the reservation stays booked
         prompt, output = usage_of({"usage": self._usage})
         if prompt < 0 or not self._usage:
             prompt, output = self._sizes.prompt_tokens, -(-self._text_bytes // CHARS_PER_TOKEN)
@@ -160,7 +160,7 @@ class EventStream(_Bytes):
 
 
 def _unpacker(packing: str) -> Callable[[bytes], bytes] | None:
-    """What unpacks a stream that is packed, None for one that is not. What is unknown gives nothing to read."""
+    """Return a function that decompresses a stream, None if it is not compressed. Unknown encodings yield no bytes."""
     packing = packing.strip().lower()
     if packing in ("", "identity"):
         return None
@@ -177,7 +177,7 @@ def _unpacker(packing: str) -> Callable[[bytes], bytes] | None:
 
 
 class _Watched:
-    """A stream on its way to the client, chunk by chunk as it comes."""
+    """A stream on its way to the client, chunk by chunk as it arrives."""
 
     def __init__(self, inner: Any, lease: Lease, call: Operation, reader: _Bytes, package: Any) -> None:
         self._inner = inner
@@ -187,7 +187,7 @@ class _Watched:
         self._package = package
         self._loop = running_loop()
         self.is_over = False
-        self.is_read = False  # its reader waits for a chunk right now
+        self.is_read = False  # whether its reader is waiting for a chunk right now
         self.rounds = 0
         _idle.watch(self)
 
@@ -236,7 +236,7 @@ class _Watched:
     def __del__(self) -> None:
         if self.is_over:
             return
-        self.is_over = True  # dropped, perhaps by the garbage collector in the midst of anything
+        self.is_over = True  # dropped, perhaps by the garbage collector in the middle of other work
         self._lease.give_back(later=True)
         with suppress(Exception):
             self._call.over(None)
@@ -253,11 +253,11 @@ class _Watched:
 
 
 class _Idle:
-    """Looks after streams that nobody reads: they may be garbage that no collector has met yet.
+    """Watches unread streams: they may be garbage that has not been collected yet.
 
-    A client's stream object and its iterator refer to each other, so that one which is dropped unread, or in the midst,
-    goes with the next full collection. Where all wait for its permit, nothing is allocated and none comes. So for a
-    stream that has not been read for one to two rounds of `IDLE_S` there is a collection, once.
+    A client's stream object and its iterator refer to each other, so that a stream dropped before its end is freed only
+    by the next full collection. If all tasks wait for its permit, nothing is allocated and no collection happens. So a
+    stream that has not been read for one to two rounds of `IDLE_S` triggers one collection.
     """
 
     def __init__(self) -> None:
@@ -267,7 +267,7 @@ class _Idle:
         self._process = 0
 
     def watch(self, stream: _Watched) -> None:
-        """From its beginning."""
+        """Watch a stream from its beginning."""
         loop = running_loop() or background_loop()
         with self._lock:
             self._streams.add(stream)
@@ -297,7 +297,7 @@ _closing: set[asyncio.Task[None]] = set()
 
 
 def _close(stream: Any) -> None:
-    """Closes a stream that nobody holds any more: its connection would stay open."""
+    """Close a stream that has no owner any more: its connection would stay open."""
     task = asyncio.get_running_loop().create_task(stream.aclose())
     _closing.add(task)
     task.add_done_callback(_closing.discard)

@@ -1,4 +1,4 @@
-"""From a job of the driver to a call of the adapter: which body, which id, how long."""
+"""Turns a job of the driver into a call of the adapter: body, id and time-out."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Sender(Protocol):
     """Sends the attempts of one pool."""
 
     def __call__(self, job: Job, timeout_s: float) -> Awaitable[Answer]:
-        """One attempt; see `driver.Send`."""
+        """Send one attempt; see `driver.Send`."""
 
     async def aclose(self) -> None:
-        """Closes all connections."""
+        """Close all connections."""
 
 
 Connect = Callable[[Pool], Sender]
@@ -34,7 +34,7 @@ class PoolSender:
         self._finalize_max_tokens = pool.policy.finalize_max_tokens
 
     async def __call__(self, job: Job, timeout_s: float) -> Answer:
-        """One attempt. A finalize pass is the same request with its own output cap."""
+        """Send one attempt. A finalize pass sends the same request with its own output cap."""
         assert job.work is not None
         request = job.work.request
         overrides = capped(request, self._finalize_max_tokens) if job.lane == FINALIZE else None
@@ -42,12 +42,12 @@ class PoolSender:
         return await self._adapter.send(request, attempt=key, body_overrides=overrides, timeout_s=timeout_s)
 
     async def aclose(self) -> None:
-        """Closes all connections."""
+        """Close all connections."""
         await self._adapter.aclose()
 
 
 def connect_with(environment: Mapping[str, str]) -> Connect:
-    """What makes the sender of a pool, with keys out of these variables."""
+    """Return a function that makes the sender of a pool, with keys from these variables."""
 
     def connect(pool: Pool) -> Sender:
         return PoolSender(pool, environment)

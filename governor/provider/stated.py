@@ -1,10 +1,10 @@
-"""What a provider states in headers and texts: waits, dates, limits and the figures of a refusal. Numbers out of words.
+"""Reads what a provider states in headers and texts: waits, dates, limits and the figures of a refusal.
 
-Nothing here raises; what cannot be read is absent. Header names and phrases stand in tables, so that another provider's
-are rows. Formats and wordings: docs/explanation/provider.md#headers and #errors.
+Nothing here raises; unreadable values count as absent. Header names and phrases are kept in tables, so that another
+provider's can be added as rows. Formats and wordings: docs/explanation/provider.md#headers and #errors.
 
-Two formulas describe the providers' continuous buckets (#buckets). They stand here once, for the synthetic provider
-that prints them and for the tests that hold them against recordings.
+Two formulas describe the providers' continuous buckets (#buckets). This module is their only source, for the synthetic
+provider that prints their values and for the tests that compare them with recordings.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MINUTE_S = 60.0
 DAY_S = 86_400.0
 WINDOW_S = {"TPM": MINUTE_S, "RPM": MINUTE_S, "TPD": DAY_S, "RPD": DAY_S}
 
-# No header or figure that means anything is longer; a message's figures stand within its first lines.
+# No meaningful header or figure is longer; a message's figures are in its first lines.
 HEADER_CHARS_MAX = 64
 MESSAGE_CHARS_MAX = 1_000
 
@@ -32,20 +32,21 @@ MESSAGE_CHARS_MAX = 1_000
 
 
 def refill_wait_s(limit: float, used: float, requested: float, window_s: float) -> float:
-    """The wait that a 429 prints: (used + requested - limit) / limit x window, floored to ms; 0 where it fits already.
+    """Return the wait that a 429 prints: (used + requested - limit) / limit x window, rounded down to ms; 0 if it fits.
 
-    Seconds, `limit` > 0 in units per window. The order of the operations is the provider's: of those tried, it alone
-    prints 31 of 32 recorded waits to the ms; multiplying first gives 30 (3.859 s for a recorded 3.858 s). A client that
-    sleeps exactly this long is up to 1 ms early: docs/explanation/provider.md#buckets.
+    Seconds, `limit` > 0 in units per window. The order of the operations is the provider's: of the orders tried, only
+    this one prints 31 of 32 recorded waits to the ms; multiplying first gives 30 (3.859 s for a recorded 3.858 s). A
+    client that sleeps exactly this long is up to 1 ms early: docs/explanation/provider.md#buckets.
     """
     return _floored(used + requested - limit, limit, window_s)
 
 
 def refill_reset_s(limit: float, remaining: float, window_s: float) -> float:
-    """The reset that headers print: (limit - remaining) / limit x window, floored to ms: when the bucket is full again.
+    """Return the reset that headers print: (limit - remaining) / limit x window, rounded down to ms.
 
-    Seconds, `limit` > 0. Providers compute it from the bucket's fractional content, of which `remaining` shows the
-    floor: a recorded reset is this value, or less by up to one unit's refill: docs/explanation/provider.md#buckets.
+    Seconds until the bucket is full again, `limit` > 0. Providers compute it from the bucket's fractional content, of
+    which `remaining` is the floor: a recorded reset is this value, or less by up to one unit's refill:
+    docs/explanation/provider.md#buckets.
     """
     return _floored(limit - remaining, limit, window_s)
 
@@ -58,17 +59,17 @@ def _floored(missing: float, limit: float, window_s: float) -> float:
 
 # ---------------------------------------------------------------- durations
 
-# Divided, not multiplied by 0.001: 118 ms is then the same number wherever it comes from.
+# Divide instead of multiplying by 0.001: 118 ms is then the same number wherever it comes from.
 _LARGE_S = {"s": 1, "m": 60, "h": 3600}
 _SMALL_PER_S = {"ns": 10**9, "us": 10**6, "µs": 10**6, "μs": 10**6, "ms": 1000}
-# Possessive: a thousand digits without a unit are given up at once.
+# The quantifiers are possessive, so that a thousand digits without a unit fail at once.
 _NUMBER = r"(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)"
 _GO_PART = re.compile(rf"({_NUMBER})(ns|us|µs|μs|ms|s|m|h)")
 _GO = re.compile(rf"\+?(?:{_GO_PART.pattern})+")
 
 
 def duration_s(text: str) -> float:
-    """Seconds of a Go duration ("6m0s", "120ms", "17.399999999s", "0"); -1 for what is none, or is negative."""
+    """Return the seconds of a Go duration ("6m0s", "120ms", "17.399999999s", "0"); -1 if invalid or negative."""
     text = text.strip()
     if text in ("0", "+0"):
         return 0.0
@@ -79,7 +80,7 @@ def duration_s(text: str) -> float:
 
 
 def duration_text(seconds: float) -> str:
-    """`seconds`, from 0 up, as Go prints a duration, to the nearest ms: "0s", "120ms", "1m13.588s", "114h18m0s"."""
+    """Format `seconds`, 0 or more, as Go does, to the nearest ms: "0s", "120ms", "1m13.588s", "114h18m0s"."""
     ms = round(seconds * 1000)
     if ms < 1000:
         return f"{ms}ms" if ms else "0s"
@@ -103,7 +104,10 @@ _WAIT = re.compile(
 
 
 def stated_wait_s(message: str) -> float:
-    """The wait in an error's text ("try again in 7m12s", "Please wait 60 seconds before retrying"); -1 = none."""
+    """Return the wait in an error's text, seconds; -1 = none.
+
+    Examples: "try again in 7m12s", "Please wait 60 seconds before retrying".
+    """
     found = _WAIT.search(message[:MESSAGE_CHARS_MAX])
     if not found:
         return -1.0
@@ -115,18 +119,18 @@ def stated_wait_s(message: str) -> float:
 
 
 def retry_after_s(headers: Mapping[Any, Any] | None, message: str = "", now_epoch: float = -1.0) -> float:
-    """How long the provider asks us to wait, in seconds; -1 = it does not say.
+    """Return how long the provider asks to wait, in seconds; -1 = not stated.
 
-    In this order: `retry-after-ms` and Azure's `x-ms-retry-after-ms`, `retry-after` (seconds, a duration, or a date
-    where the epoch `now_epoch` is given), the error's text, and Azure's `x-rate-limit-reset-*`, seconds that stand in
-    for a missing Retry-After (openai-python#937). Zero, negative and non-numeric waits count as not said, so that a
+    The sources, in order: `retry-after-ms` and Azure's `x-ms-retry-after-ms`, `retry-after` (seconds, a duration, or a
+    date if the epoch `now_epoch` is given), the error's text, and Azure's `x-rate-limit-reset-*`, seconds that replace
+    a missing Retry-After (openai-python#937). Zero, negative and non-numeric waits count as not stated, so that a
     backoff applies, as in the official SDK.
     """
     return wait_in(fields_of(headers), message, now_epoch)
 
 
 def wait_in(fields: Mapping[str, str], message: str, now_epoch: float) -> float:
-    """The same, of `fields_of`."""
+    """Return the same as `retry_after_s`, from `fields_of`."""
     header = fields.get("retry-after", "")
     candidates = (
         _number(fields.get("retry-after-ms", "")) / 1000.0,
@@ -142,7 +146,7 @@ def wait_in(fields: Mapping[str, str], message: str, now_epoch: float) -> float:
 
 
 def _until(date: str, now_epoch: float) -> float:
-    """Seconds from `now_epoch` until an HTTP date; -1 for what is none or lies in the past."""
+    """Return the seconds from `now_epoch` until an HTTP date; -1 if `date` is not one or lies in the past."""
     if now_epoch < 0.0 or not date:
         return -1.0
     try:
@@ -153,7 +157,7 @@ def _until(date: str, now_epoch: float) -> float:
 
 
 def _epoch(moment: datetime) -> float:
-    """Seconds since 1970; a date without a zone must not be read in the machine's."""
+    """Return the seconds since 1970; a date without a zone must not be read in the machine's zone."""
     try:
         return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
     except (ValueError, OverflowError):
@@ -169,10 +173,10 @@ _DATE = re.compile(
 
 
 def access_at(fields: Mapping[str, str], message: str) -> float | None:
-    """When a refusal says that access returns, seconds since 1970: a date in its text, or an epoch in its fields.
+    """Return when a refusal says that access returns, seconds since 1970; None if it names no moment.
 
-    An epoch may be in milliseconds (OpenRouter). A header's counts only where it stands beside nothing remaining. A
-    date without a zone is UTC. None where no such moment is named.
+    The moment is a date in the text (without a zone: UTC), or an epoch in the fields, possibly in milliseconds
+    (OpenRouter). A header's epoch counts only if the header for the remaining amount is zero or negative.
     """
     if found := _DATE.search(message[:MESSAGE_CHARS_MAX]):
         zone = (found[3] or "UTC").upper().replace("UTC", "+00:00").replace("GMT", "+00:00").replace("Z", "+00:00")
@@ -185,7 +189,7 @@ def access_at(fields: Mapping[str, str], message: str) -> float | None:
 
 
 def _moment(text: str) -> float | None:
-    """An epoch in seconds or milliseconds; None for what is none, such as a number of seconds to wait."""
+    """Return an epoch in seconds, given seconds or milliseconds; None for other numbers, such as seconds to wait."""
     value = _number(text)
     if value >= 1e12:
         value /= 1000.0
@@ -213,7 +217,7 @@ _FIGURES = {
 
 
 def quoted_numbers(message: str) -> Quoted:
-    """Limit, Used and Requested as a 429 quotes them: "... (TPM): Limit 30000, Used 29937, Requested 385. ..."."""
+    """Return the figures that a 429 quotes: "... (TPM): Limit 30000, Used 29937, Requested 385. ..."."""
     message = message[:MESSAGE_CHARS_MAX]
     named = _DIMENSION.search(message)
     dimension = ""
@@ -224,12 +228,12 @@ def quoted_numbers(message: str) -> Quoted:
 
 
 def dimension_of(limit: float, remaining: float, reset_s: float, minute: str, day: str) -> str:
-    """`minute` or `day`, whichever dimension a header triple speaks of: the tightest is shown, its window is not named.
+    """Return `minute` or `day`, whichever a header triple describes: providers show the tightest limit, not its window.
 
-    A full bucket takes one window: window = reset x limit / used. `used` = limit - remaining is rounded up by less than
-    one, so for a day it comes out between 86,400 x (1 - 1/used) and 86,400 s. All else is a minute, which may also be a
-    counter emptied once a minute, whose reset says nothing of what is used; so is what cannot be told: no reset (-1),
-    nothing used.
+    A full bucket takes one window to refill: window = reset x limit / used. `used` = limit - remaining is rounded up by
+    less than one, so for a day the result lies between 86,400 x (1 - 1/used) and 86,400 s. Everything else is a minute,
+    including a counter emptied once a minute, whose reset says nothing about the use, and undecidable cases: no reset
+    (-1), nothing used.
     """
     if limit <= remaining or reset_s < 0.0:
         return minute
@@ -244,11 +248,11 @@ _WHAT = "(?P<what>requests|req|tokens|input-tokens)"
 _COUNTS = tuple(
     re.compile(pattern)
     for pattern in (
-        # OpenAI, Azure, Groq and LiteLLM; a project's own limits; Cerebras and Mistral, which name the window.
+        # OpenAI, Azure, Groq and LiteLLM; limits of a project; Cerebras and Mistral, which name the window.
         rf"x-ratelimit-{_PART}-(?P<scope>project-)?{_WHAT}(?:-(?P<window>minute|day))?",
         # LiteLLM's limits of a key, a team, a model (`x-ratelimit-api_key-limit-tokens`).
         rf"x-ratelimit-(?P<scope>\w+)-{_PART}-{_WHAT}",
-        # Anthropic, whose resets are dates and say nothing of the window.
+        # Anthropic, whose resets are dates and do not reveal the window.
         rf"anthropic-ratelimit-{_WHAT}-{_PART}",
         # Kong, which names the window alone.
         rf"x-ratelimit-{_PART}-(?P<window>second|minute|hour|day)",
@@ -259,9 +263,9 @@ _COUNTS = tuple(
         rf"x-ai-ratelimit-{_PART}-(?P<scope>.+)",
     )
 )
-# A gateway hands its provider's headers on under this prefix (LiteLLM).
+# A gateway passes its provider's headers on under this prefix (LiteLLM).
 _UPSTREAM = "llm_provider-"
-# What resets later than this, where the window is not told otherwise, counts days.
+# A limit that resets later than this is a daily one, unless its window is stated.
 _HOUR_S = 3_600.0
 _NAMED_S = {"second": 1.0, "minute": MINUTE_S, "hour": _HOUR_S, "day": DAY_S}
 # A window in the IETF's drafts, "12;w=10" or '"name";q=12;w=10': in RateLimit-Policy, or in RateLimit-Limit itself.
@@ -269,21 +273,20 @@ _POLICY = re.compile(r'(?:^|,)\s*+(?:"[^"]*+";\s*+q=)?([0-9]++);\s*+w=([0-9]++)'
 
 
 def limits_of(headers: Mapping[Any, Any] | None, now_epoch: float = -1.0) -> tuple[Limit, ...]:
-    """The limits that headers state, at most one per dimension: where several scopes speak, the smallest limit.
+    """Return the limits that headers state, at most one per dimension: the smallest if several scopes are stated.
 
-    A negative `remaining` is an overshoot, and stays negative. Left out: what is not a number, a limit of zero or
-    less (Azure was seen to send -1, -1, 0), remaining above the limit, and a remaining without its limit (Azure, 2024).
-    An integer reset (Azure) has no known unit and is not used. A limit of another window (IETF's `w=10`, Kong's hour)
-    is stated as the minute's or the day's that grants as fast.
+    A negative `remaining` is an overshoot, and stays negative. Omitted are values that are not numbers, a limit of zero
+    or less (Azure has sent -1, -1, 0), remaining above the limit, and a remaining without its limit (Azure, 2024). An
+    integer reset (Azure) has no known unit and is not used.
     """
     return limits_in(fields_of(headers), now_epoch)
 
 
 def limits_in(fields: Mapping[str, str], now_epoch: float = -1.0, *, is_refusal: bool = False) -> tuple[Limit, ...]:
-    """The same, of `fields_of`. Of a refusal, counts that do not name what they count are left out.
+    """Return what `limits_of` does, from `fields_of`. For a refusal, counts that do not name their unit are omitted.
 
-    They are those of the limit that refused, which may be the tokens': slowapi states 30000 for a weighted limit where
-    its answers state 100 requests, and taken for requests that silenced a pool for five hours.
+    Those are the counts of the limit that refused, which may be the tokens limit: slowapi states 30000 for a weighted
+    limit while its answers state 100 requests. Read as requests, that silenced a pool for five hours.
     """
     counts: dict[tuple[str, ...], dict[str, str]] = {}
     policy = fields.get("ratelimit-policy", "") or fields.get("x-ratelimit-policy", "")
@@ -303,7 +306,7 @@ def limits_in(fields: Mapping[str, str], now_epoch: float = -1.0, *, is_refusal:
 
 @lru_cache(1_024)
 def _named(name: str) -> tuple[tuple[str, ...], str] | None:
-    """What a header counts (what, window, scope, ...) and which part of it; None for a header of another kind."""
+    """Return what a header counts (what, window, scope, ...) and which part of it; None for any other header."""
     own = name.removeprefix(_UPSTREAM).replace("x-rate-limit-", "x-ratelimit-")
     found = next((match for match in (pattern.fullmatch(own) for pattern in _COUNTS) if match), None)
     if found is None:
@@ -315,10 +318,7 @@ def _named(name: str) -> tuple[tuple[str, ...], str] | None:
 
 
 def _limit(what: str, window: str, parts: Mapping[str, str], now_epoch: float) -> Limit | None:
-    """One limit, with its dimension; None where limit and remaining are not both plausible, or the window is not told.
-
-    `what`: "" = requests, by headers that do not say so. `parts["policy"]`: windows by the limits that they belong to.
-    """
+    """Return one limit with its dimension; None unless limit and remaining are both plausible."""
     stated = parts.get("limit", "")
     windows = {
         quota: float(s) for quota, s in _POLICY.findall(f"{parts.get('policy', '')},{stated}"[:MESSAGE_CHARS_MAX])
@@ -350,12 +350,12 @@ def _per(minute: str, day: str, limit: float, used: float, window_s: float) -> L
 
 
 def processing_s(fields: Mapping[str, str]) -> float:
-    """The provider's own time for a request, from its admission to its answer; -1 where none is stated."""
+    """Return the provider's own time for a request, from admission to answer, seconds; -1 if none is stated."""
     milliseconds = _number(fields.get("openai-processing-ms", ""))
     return milliseconds / 1_000.0 if milliseconds >= 0.0 else -1.0
 
 
-# Fields of an error body that say what a header would: Gemini's RetryInfo, ChatGPT's usage limits, TGI's loading model.
+# Fields of an error body that replace a header: Gemini's RetryInfo, ChatGPT's usage limits, TGI's loading model.
 _HINTS = {
     "retrydelay": "retry-after",
     "retry_after": "retry-after",
@@ -369,7 +369,7 @@ _HINTS = {
 
 
 def fields_of(headers: Mapping[Any, Any] | None, *holders: Mapping[str, Any]) -> dict[str, str]:
-    """Headers as text, by their names in lower case; beside them what `holders`, parts of an error body, hint at."""
+    """Return headers as text by lower-case name, plus the hints in `holders`, the parts of an error body."""
     items = headers.items() if isinstance(headers, Mapping) else ()
     fields = {_as_text(name).lower(): _as_text(value).strip() for name, value in items}
     for name, text in _hints(holders):
@@ -393,13 +393,13 @@ def _as_text(value: object) -> str:
 
 
 def _number(text: str) -> float:
-    """A header's number; -1 for what is none, is not finite, or is negative."""
+    """Return a header's number; -1 if it is not a number, not finite or negative."""
     value = _signed(text)
     return value if 0.0 <= value < math.inf else -1.0
 
 
 def _signed(text: str) -> float:
-    """A header's number, which may be negative; inf for what is none or is not finite."""
+    """Return a header's number, which may be negative; inf if it is not a number or not finite."""
     try:
         value = float(text) if len(text) <= HEADER_CHARS_MAX else math.inf
     except ValueError:

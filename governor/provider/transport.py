@@ -1,19 +1,19 @@
-"""A client's own calls under the governor: an httpx (or httpx2) transport around the one that it has.
+"""Governs a client's own calls: an httpx (or httpx2) transport that wraps the client's transport.
 
     client = httpx2.AsyncClient(transport=GovernedTransport(httpx2.AsyncHTTPTransport(), portal, policy))
 
-`governed` (in `governor.run`) puts it into a client that exists already. It reads what is to be sent, asks the
-governor, sends, reads status, headers and usage by the table that a batch's answers are read by (`answers`), sends
-again as the law says, and hands the client the final response as it came. What the client makes of that (its types,
-exceptions, raw responses) is its own.
+`governed` (in `governor.run`) installs it in an existing client. The transport reads the request, asks the governor,
+sends, reads status, headers and usage with the same table as a batch (`answers`), sends again as the law decides, and
+hands the final response to the client unchanged. The client remains responsible for everything beyond that: its types,
+exceptions and raw responses.
 
 Theory of operation. An exchange is written once (`_exchange`), as a coroutine over a few steps: send, read, wait. An
-asynchronous client awaits them. For a blocking one each step blocks its thread and is done then, so that the coroutine
-runs to its end without ever waiting (`at_once`). Where the governor itself works: `portal`. What comes back:
-`responses`.
+asynchronous client awaits them. For a blocking client each step blocks the thread until it is done, so that the
+coroutine runs to its end without ever waiting (`at_once`). For the loop in which the governor works, see `portal`; for
+what comes back, see `responses`.
 
-Retries are the law's. A wrapper that tries again by itself what the law has given up gets one attempt each time, not a
-new set of them: its attempts add up with ours and do not multiply.
+The law decides on retries. If a wrapper retries a request that the law has given up, it gets one attempt each time
+instead of a new set: its attempts add to ours rather than multiply them.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ if TYPE_CHECKING:
     class _Transport(AsyncBaseTransport, BaseTransport):
         """What a client takes for a transport."""
 else:
-    _Transport = object  # a client asks for the methods alone
+    _Transport = object  # a client needs only the methods
 
 T = TypeVar("T")
-# What is tried again: a request that ended so was given up.
+# Outcomes that are retried: a request whose last attempt ended in one was given up.
 MAY_PASS = (
     *(Outcome.THROTTLED, Outcome.SLOW_DOWN, Outcome.OVERLOADED),
     *(Outcome.SERVER_ERROR, Outcome.TIMEOUT, Outcome.DROPPED),
 )
-# Paths by their ends: OpenAI's, Azure's and those of whoever speaks their dialect, and Anthropic's.
+# Endpoints by the ends of their paths: OpenAI's, Azure's, compatible providers' and Anthropic's.
 _ENDPOINTS = (
     ("/chat/completions", CHAT),
     ("/responses", RESPONSES),
@@ -63,18 +63,18 @@ _ENDPOINTS = (
     ("/completions", COMPLETIONS),
     ("/messages", MESSAGES),
 )
-# What is said of a request to any other endpoint: it counts as one, without tokens.
+# The sizes of a request to any other endpoint: it counts as one request without tokens.
 _NO_SIZES = Sizes(-1, 0, 0, 0, 0, 0, 0, 1, -1)
-# A body that is sent from a file or a generator is read into memory up to here, so that it can be sent again.
+# A body from a file or a generator is read into memory up to this size, so that it can be sent again.
 REPLAYED_BYTES_MAX = 32 * 2**20
-# For so long a request that was given up is known, so that a wrapper's own retries do not begin anew.
+# A request that was given up is remembered for this long, so that a wrapper's own retries do not start afresh.
 GIVEN_UP_S = 60.0
 GIVEN_UP_MAX = 1_000
 _inside: ContextVar[bool] = ContextVar("paceline_inside", default=False)
 
 
 class _Unfollowed:
-    """Of a call that nobody follows."""
+    """The operation of a call that is not followed."""
 
     def sends(self, waits_s: Sequence[float]) -> AbstractContextManager[object]:
         return _NOTHING_TO_DO
@@ -91,13 +91,13 @@ _UNFOLLOWED = _Unfollowed()
 
 
 class GovernedTransport(_Transport):
-    """A transport around another, for a client of either kind. Its calls wait until the governor lets them.
+    """A transport around another, for either kind of client. Its calls wait until the governor admits them.
 
-    `inner`: the transport that sends. `portal`: the way to the governor (`portal_to`). `policy`: whose charge rule
-    says what to reserve. `max_wait_s`: a call that may not be sent within so many seconds is answered with a 503. What
-    can never be sent is answered with a 400, so that the client's own exception says why. `lane`: as for
-    `Governor.permit`. `follow`: begins to follow a
-    call, by what the governor knows of it and its address.
+    `inner`: the transport that sends. `portal`: access to the governor (`portal_to`). `policy`: its charge rule
+    determines the reservation. `max_wait_s`: a call that may not be sent within that many seconds is answered with a
+    503. A call that can never be sent is answered with a 400, so that the client's own exception states the reason.
+    `lane`: as for `Governor.permit`. `follow`: returns the `Operation` that follows a call, given its `Work` and its
+    address.
     """
 
     def __init__(
@@ -122,23 +122,23 @@ class GovernedTransport(_Transport):
     # ------------------------------------------------------------ what a client calls
 
     async def handle_async_request(self, request: Any) -> Any:
-        """One call of an asynchronous client."""
+        """Carry out one call of an asynchronous client."""
         if _inside.get():
             return await self.inner.handle_async_request(request)
         return await self._exchange(request, _Steps(self.inner))
 
     def handle_request(self, request: Any) -> Any:
-        """One call of a blocking client."""
+        """Carry out one call of a blocking client."""
         if _inside.get():
             return self.inner.handle_request(request)
         return at_once(self._exchange(request, _BlockingSteps(self.inner)))
 
     async def aclose(self) -> None:
-        """Closes the transport inside."""
+        """Close the wrapped transport."""
         await self.inner.aclose()
 
     def close(self) -> None:
-        """Closes the transport inside."""
+        """Close the wrapped transport."""
         self.inner.close()
 
     async def __aenter__(self) -> Self:
@@ -158,7 +158,7 @@ class GovernedTransport(_Transport):
     # ------------------------------------------------------------ one exchange
 
     async def _exchange(self, request: Any, steps: _Steps) -> Any:
-        """From the client's request to the response that it gets, over as many attempts as the law grants."""
+        """Return the response to the client's request, after as many attempts as the law grants."""
         package = package_of(request)
         body = await steps.body(request, package)
         work = work_of_request(request, body, self._policy, next(self._count))
@@ -173,7 +173,7 @@ class GovernedTransport(_Transport):
         except BaseException as error:
             call.over(None, error)
             raise
-        # A body that can be read once only is sent once only.
+        # A body that can be read only once is sent only once.
         left = 1 if body is None or self._was_given_up(request, body) else lease.attempts_max
         response: Any = None
         raised: Exception | None = None
@@ -197,7 +197,7 @@ class GovernedTransport(_Transport):
                 if left <= 0:
                     lease.over(answer)
                     break
-                with suppress(PacelineError):  # the pool has stopped: the answer is the last
+                with suppress(PacelineError):  # if the pool has stopped, this answer is the last
                     if await lease.answered(answer):
                         continue
                 break
@@ -213,7 +213,7 @@ class GovernedTransport(_Transport):
         return response
 
     def _was_given_up(self, request: Any, body: bytes) -> bool:
-        """Whether this very request was given up a moment ago: somebody around the client tries again by itself."""
+        """Return whether this very request was given up a moment ago: a wrapper around the client is retrying it."""
         if not self._given_up:
             return False
         at = self._given_up.get(_digest(request, body))
@@ -228,7 +228,7 @@ class GovernedTransport(_Transport):
 
 
 class _Steps:
-    """What an exchange does with an asynchronous client's transport."""
+    """The steps of an exchange with an asynchronous client's transport."""
 
     blocking = False
 
@@ -236,18 +236,18 @@ class _Steps:
         self._inner = inner
 
     async def body(self, request: Any, package: Any) -> bytes | None:
-        """What is to be sent, None where it can be read but once."""
+        """Return the request's body, None if it can be read only once."""
         try:
             return cast(bytes, request.content)
         except package.RequestNotRead:
             return cast(bytes, await request.aread()) if _is_replayed(request) else None
 
     async def send(self, request: Any) -> Any:
-        """The response, whose body has not been read."""
+        """Return the response, whose body has not been read."""
         return await self._inner.handle_async_request(request)
 
     async def read(self, response: Any, package: Any) -> bytes:
-        """The body as it came; the response can be read again from its beginning."""
+        """Return the body as it came; the response can be read again from its beginning."""
         try:
             raw = b"".join([part async for part in response.stream])
         finally:
@@ -257,7 +257,7 @@ class _Steps:
 
 
 class _BlockingSteps(_Steps):
-    """The same with a blocking client's: nothing is ever waited for but by the thread itself."""
+    """The steps of an exchange with a blocking client's transport: each blocks the thread."""
 
     blocking = True
 
@@ -280,7 +280,7 @@ class _BlockingSteps(_Steps):
 
 
 def at_once(exchange: Coroutine[Any, Any, T]) -> T:
-    """The result of a coroutine that never waits."""
+    """Return the result of a coroutine that never waits."""
     try:
         exchange.send(None)
     except StopIteration as end:
@@ -293,10 +293,10 @@ def at_once(exchange: Coroutine[Any, Any, T]) -> T:
 
 
 def work_of_request(request: Any, body: bytes | None, policy: Policy, index: int = 0) -> Work:
-    """What the governor must know of a call: its endpoint, model and sizes, and what to reserve for it.
+    """Return the work that a call means to the governor: its endpoint, model, sizes and reservation.
 
-    What is no call of a model, or of one whose charge is not known (images, sound, files), counts as one request
-    without tokens. A body that the endpoint could not take is reserved the policy's estimate per run.
+    A request that calls no model, or a model whose charge is unknown (images, sound, files), counts as one request
+    without tokens. A body that the endpoint could not accept reserves the policy's estimate per run.
     """
     path = request.url.path
     endpoint = next((code for end, code in _ENDPOINTS if path.endswith(end)), -1) if request.method == "POST" else -1
@@ -329,12 +329,12 @@ def _package(name: str) -> ModuleType:
 
 
 def package_of(request: Any) -> Any:
-    """httpx or httpx2: whichever the client is built on."""
+    """Return the package on which the client is built: httpx or httpx2."""
     return _package(type(request).__module__.partition(".")[0])
 
 
 def _refusal(error: PacelineError, request: Any, package: Any) -> Any:
-    """The answer to a call that is not sent: a client would hide an exception behind "connection error"."""
+    """Return the response to a call that is not sent: a client would hide an exception behind "connection error"."""
     status, headers = 400, {"x-paceline": "refused"}
     if isinstance(error, Refused):
         status = 503
