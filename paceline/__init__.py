@@ -2,8 +2,8 @@
 
     from paceline import Policy, Scenario, governed, plan, simulate
 
-Each name is imported when it is first asked for: `simulate`, `plan` and `Scenario` need the extra `paceline[sim]`, and
-the rest works without it.
+Each name is imported on first use: `simulate`, `plan`, `compare` and `Scenario` need the extra `paceline[sim]`, and the
+rest works without it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ += ["governed", "governor_from_env", "plan", "run_batch", "run_batch_syn
 
 def __getattr__(name: str) -> Any:
     if name in _SIM:
-        import sim  # an extra
+        import sim  # imported here because it needs the extra `paceline[sim]`
 
         return getattr(sim, name)
     if name in __all__:

@@ -1,1 +1,1 @@
-"""What other libraries ask for by a class of their own: one small module for each, imported only with that library."""
+"""Classes that other libraries expect: one small module per library, imported only with that library."""

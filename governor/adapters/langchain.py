@@ -1,10 +1,10 @@
-"""LangChain's rate limiter, by a governor.
+"""A LangChain rate limiter backed by a governor.
 
     model = ChatAnything(rate_limiter=GovernedRateLimiter(tokens_per_call=2_000))
 
 LangChain tells a limiter neither the size of a call nor its end. So each call reserves the same number of tokens, and
-neither concurrency nor retries are governed. For a chat model on an SDK that `governed` knows, `governed(model)` does
-all of it.
+neither concurrency nor retries are governed. For a chat model on an SDK that `governed` supports, `governed(model)`
+governs both.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from governor.scheduler.portal import Lease, portal_to
 
 
 class GovernedRateLimiter(BaseRateLimiter):
-    """Lets a call go when the settings allow it. `tokens_per_call`: what each reserves, prompt and answer.
+    """Admits a call when the settings allow it. `tokens_per_call`: the reservation of each call, prompt and answer.
 
-    `governor`: a quota that others may share; by default one by the environment's settings, shared with other processes
-    where PACELINE_REDIS_URL is set.
+    `governor`: a quota that other callers may share; by default one with the environment's settings, shared with other
+    processes if PACELINE_REDIS_URL is set.
     """
 
     def __init__(self, tokens_per_call: int, governor: Governor | None = None) -> None:
@@ -40,7 +40,7 @@ class GovernedRateLimiter(BaseRateLimiter):
         self._count = count(1)
 
     def acquire(self, *, blocking: bool = True) -> bool:
-        """Waits for a place; without `blocking` says at once whether there is one, and takes it."""
+        """Wait for a place and return True; without `blocking` return at once whether there was one."""
         lease = self._lease(waits=blocking, by_thread=True)
         try:
             at_once(lease.begin())
@@ -52,7 +52,7 @@ class GovernedRateLimiter(BaseRateLimiter):
         return True
 
     async def aacquire(self, *, blocking: bool = True) -> bool:
-        """The same in an event loop."""
+        """Wait for a place in an event loop; otherwise like `acquire`."""
         lease = self._lease(waits=blocking, by_thread=False)
         try:
             await lease.begin()

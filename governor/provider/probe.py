@@ -1,19 +1,21 @@
-"""`paceline probe`: the few calls that settle what the documentation leaves open, against one's own account.
+"""`paceline probe`: the few calls that settle what the documentation leaves open, against the user's own account.
 
-Theory of operation. A bucket that is full before a call shows the call's charge exactly: limit less remaining. So each
-question waits until the bucket is full again, at most a minute, and asks what the possible rules answer differently:
+Theory of operation. If a bucket is full before a call, it shows the call's charge exactly: limit less remaining. So
+each question waits until the bucket is full again, at most a minute, and makes calls that the possible rules answer
+differently:
 
   charge rule      one call that declares a large output cap; the rule whose charge is nearest
-  settles          a tiny call right after that one has ended: has its reservation been corrected to its use? Where
-                   the cap is charged, once more with a short answer: a long one lasts until the bucket is full again
+  settles          a tiny call right after that one has ended: has its reservation been corrected to its use? If the
+                   cap is charged, once more with a short answer: a long one lasts until the bucket is full again
   slices           more tiny calls at once than a second's share of the requests limit
   refusals count   two calls of 60 % of the limit each: after the second was refused, how much is left?
-  gate             where the cap is not charged: is a call refused whose cap is above the limit?
+  gate             if the cap is not charged: is a call refused whose cap is above the limit?
   window           calls of an eighth of the limit: five at once, eight after 20 s and 62 s, one every 4 s; which of
-                   them were refused, beside what every known window would have refused (`judge`); needs no headers
+                   them were refused, compared with the refusals of each known window (`judge`); needs no headers
 
-No call is made that could cost more than what is left of `--max-cost`, its whole cap taken as written. What cannot be
-told (other traffic, a limit so high that it refills before anybody looks, no headers) is said, never guessed.
+No call is made that could cost more than the rest of `--max-cost`, assuming that its whole cap is written. Questions
+that cannot be answered (other traffic, a limit so high that it refills before the next call, no headers) are reported
+as such, never guessed.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ CAP_MOST = 12_000
 PROMPT_MOST = 100_000
 BURST_MOST = 60
 FILL_RATIO = 0.6
-# Differences in tokens that are not believed: a moment's refill, in seconds, and rounding.
+# Differences that do not count: the refill of a moment, in seconds, and rounding, in tokens.
 MOMENT_S = 0.25
 ROUNDING = 6.0
 RULES = ("auto", "prompt_plus_max", "max_of", "responses")
@@ -48,8 +50,8 @@ CAP_CHARGED = ("prompt_plus_max", "max_of")
 QUESTIONS = ("charge_rule", "settles", "slice_s", "max_tokens_in_gate", "failed_requests_count")
 
 
-# The question about the window: parts of the limit that one call takes, and how many calls at which second. A minute
-# after the first salvo a counter is empty, and a log still holds the second.
+# The question about the window: the parts of the limit that one call takes, and the number of calls at each second. A
+# minute after the first salvo a counter is empty, while a log still holds the second salvo.
 PARTS = (8, 64)
 SALVOS = (
     (0.0, 5),
@@ -59,7 +61,7 @@ SALVOS = (
     *((66.0 + 4.0 * i, 1) for i in range(6)),
 )
 KNOCKS_MOST = sum(calls for _, calls in SALVOS)
-# How long all questions take, seconds.
+# The time that all questions take, seconds: from, to.
 TAKES_S = (240.0, 420.0)
 
 
@@ -67,7 +69,7 @@ TAKES_S = (240.0, 420.0)
 class Knock:
     """One call of the question about the window. Times in seconds of the provider's clock; -1 = unknown.
 
-    `charges`: by each rule. `used`: tokens of the answer. `wait_s`: what its refusal stated.
+    `charges`: by each rule. `used`: tokens of the answer. `wait_s`: the wait that a refusal stated.
     """
 
     at_s: float
@@ -80,7 +82,7 @@ class Knock:
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """One question's answer. `value` None: it could not be told, and `why` says so."""
+    """The answer to one question. `value` None: the question could not be answered, and `why` gives the reason."""
 
     name: str
     value: Any
@@ -93,10 +95,10 @@ Judge = Callable[[Sequence[Knock], float, float], list[Told]]
 
 @dataclass(slots=True)
 class Probe:
-    """One account under question. `price`: of the model; `max_cost_usd`: of all calls. `time_scale`: its clock's.
+    """One account under test. `price`: the model's; `max_cost_usd`: for all calls. `time_scale`: its clock's.
 
-    `believed`: tokens and requests per minute by the settings, where no header states them. `judge`: None = nobody is
-    asked about the window.
+    `believed`: tokens and requests per minute by the settings, if no header states them. `judge`: evaluates the
+    question about the window; None = it is not asked.
     """
 
     send: Sender
@@ -117,12 +119,15 @@ class Probe:
         return {"model": self.model, "messages": [{"role": "user", "content": text}], "max_completion_tokens": cap}
 
     def affords(self, prompt_tokens: int, cap: int, calls: int = 1) -> bool:
-        """Whether so many calls fit into what is left, even if each writes all that it may."""
+        """Return whether so many calls fit into the remaining cost, even if each writes its whole cap."""
         worst = calls * self.price.cost_usd(Usage(prompt_tokens + 10, cap))
         return self.spent_usd + worst <= self.max_cost_usd
 
     async def call(self, prompt_tokens: int, cap: int, words: str = WORDS) -> tuple[Answer, Sizes, float]:
-        """One call: its answer, its sizes, and when it was sent (the loop's clock). `words`: what it asks for."""
+        """Make one call; return its answer, its sizes, and when it was sent (the loop's clock). `words`: its prompt.
+
+        Raise PacelineError if the provider refuses the account.
+        """
         body = self._body(prompt_tokens, cap, words)
         sizes = sizes_of(CHAT, body)
         self.calls += 1
@@ -144,21 +149,21 @@ class Probe:
 
     @property
     def limit(self) -> float:
-        """Tokens per minute; 0 = neither headers nor settings say."""
+        """Tokens per minute; 0 = neither headers nor settings state it."""
         return self.limits["TPM"].limit if "TPM" in self.limits else self.believed[0]
 
     @property
     def requests_limit(self) -> float:
-        """Requests per minute; 0 = neither headers nor settings say."""
+        """Requests per minute; 0 = neither headers nor settings state it."""
         return self.limits["RPM"].limit if "RPM" in self.limits else self.believed[1]
 
     @property
     def rate_per_s(self) -> float:
-        """Tokens that come back in a second of our clock."""
+        """Tokens that the bucket regains per second of our clock."""
         return self.limit / 60.0 * self.time_scale
 
     async def fill(self) -> None:
-        """Waits until the bucket must be full again, by its last count."""
+        """Wait until the bucket must be full again, by its last count."""
         missing = self.limit - self.limits["TPM"].remaining
         await asyncio.sleep(min(65.0 / self.time_scale, missing / self.rate_per_s + 0.3 / self.time_scale + 0.05))
 
@@ -187,12 +192,15 @@ def foreseen_usd(price: Price, tpm: float, rpm: float, charge_rule: str) -> floa
 
 
 def used_in(answer: Answer) -> float:
-    """Tokens that the headers count as used, -1 = they do not say."""
+    """Return the tokens that the headers count as used; -1 = not stated."""
     return next((x.limit - x.remaining for x in answer.limits if x.dimension == "TPM"), -1.0)
 
 
 async def probed(probe: Probe) -> list[Told]:
-    """All questions, in the order in which they disturb each other least. PacelineError where nothing can be asked."""
+    """Ask all questions, in the order in which they disturb each other least; return their answers.
+
+    Raise PacelineError if the cost limit is too small or the first call fails.
+    """
     if not probe.affords(10, TINY, 4):
         raise PacelineError(f"--max-cost {probe.max_cost_usd:g} is less than four tiny calls cost: raise it")
     first, _, _ = await probe.call(10, TINY)
@@ -215,14 +223,14 @@ async def probed(probe: Probe) -> list[Told]:
 
 
 async def _window(probe: Probe, rule: Told) -> list[Told]:
-    """How the limit counts over time, by refusals alone."""
+    """Determine by refusals alone how the limit counts over time."""
     judge = probe.judge
     if judge is None:
         return [Told("window", None, "not asked: it needs paceline[sim]")]
     if probe.limit / PARTS[-1] < 2 * TINY:
         return [Told("window", None, "neither headers nor OPENAI_TPM_LIMIT state a limit that calls could fill")]
     why = ""
-    # By caps first: they cost nothing that is not written. Smaller calls where a burst is shorter than one of them.
+    # Use caps first: they cost only what is written. Use smaller calls if a burst is shorter than one call.
     by_caps = [rule.value in CAP_CHARGED] if rule.value is not None else [True, False]
     for by_cap in by_caps:
         for part in PARTS:
@@ -245,7 +253,7 @@ async def _window(probe: Probe, rule: Told) -> list[Told]:
 
 
 async def _knocked(probe: Probe, prompt: int, cap: int) -> list[Knock]:
-    """The calls, in order of their sending."""
+    """Make the calls of the window question; return them in the order in which they were sent."""
     await asyncio.sleep(61.0 / probe.time_scale)
     loop = asyncio.get_running_loop()
     zero_s = loop.time()
@@ -264,7 +272,7 @@ async def _knocked(probe: Probe, prompt: int, cap: int) -> list[Knock]:
     for moment_s, calls in SALVOS:
         await asyncio.sleep(zero_s + moment_s / probe.time_scale - loop.time())
         await asyncio.gather(*(one() for _ in range(calls)))
-        # Nothing was let in at the first salvo, or nothing refused by the second: the rest would tell no more.
+        # If the first salvo was refused whole, or nothing was refused by the second, the rest would add nothing.
         outcomes = {knock.let_in for knock in found}
         if outcomes == {False} or (moment_s > 0.0 and outcomes == {True}):
             break
@@ -272,7 +280,7 @@ async def _knocked(probe: Probe, prompt: int, cap: int) -> list[Knock]:
 
 
 async def _charge_and_settling(probe: Probe) -> tuple[Told, Told]:
-    """A call with a large cap, and a tiny one right after it."""
+    """Make a call with a large cap, and a tiny one right after it."""
     await probe.fill()
     cap = CAP_MOST
     while cap > 4 * TINY and (cap > probe.limit / 3.0 or not probe.affords(200, cap)):
@@ -296,7 +304,7 @@ async def _charge_and_settling(probe: Probe) -> tuple[Told, Told]:
 
 
 async def _settling(probe: Probe, rule: Told, answer: Answer, charged: float, sent_s: float) -> Told:
-    """A tiny call right after that answer, which was charged so and sent then."""
+    """Make a tiny call after `answer`, whose call was sent at `sent_s` and charged `charged` tokens."""
     after, tiny, after_s = await probe.call(10, TINY)
     left = used_in(after)
     if after.outcome is not Outcome.OK or left < 0.0 or answer.used_output_tokens < 0:
@@ -304,9 +312,9 @@ async def _settling(probe: Probe, rule: Told, answer: Answer, charged: float, se
     real = float(answer.used_prompt_tokens + answer.used_output_tokens)
     left -= _charge(rule.value or "auto", tiny, after)
     kept = max(0.0, charged - (after_s - sent_s) * probe.rate_per_s)
-    # A correction upwards came as the call ended, a moment ago, whatever had come back by then.
+    # A correction upwards came when the call ended, a moment ago, so that nothing of it has refilled yet.
     corrected = max(0.0, kept + real - charged)
-    # What would be used now: (settled?, amount). A bucket has refilled; a counter or a log of a minute has not.
+    # The use to expect now: (settled?, amount). A bucket has refilled; a counter or a log of a minute has not.
     expected = ((False, kept), (True, corrected), (False, charged), (True, real))
     tolerance = MOMENT_S * probe.rate_per_s / math.sqrt(probe.time_scale) + ROUNDING
     fitting = {settled for settled, amount in expected if abs(left - amount) <= tolerance}
@@ -321,7 +329,7 @@ async def _settling(probe: Probe, rule: Told, answer: Answer, charged: float, se
 
 
 def _charge(rule: str, sizes: Sizes, answer: Answer) -> float:
-    """The rule's charge; `responses` counts the real prompt, where it is stated."""
+    """Return the rule's charge; `responses` counts the real prompt if it is stated."""
     if rule == "responses" and answer.used_prompt_tokens >= 0:
         extra = charge_of(rule, sizes, 0) - sizes.prompt_tokens
         return float(answer.used_prompt_tokens + extra)
@@ -338,7 +346,7 @@ def _rule(charged: float, sizes: Sizes, answer: Answer) -> Told:
 
 
 async def _slices(probe: Probe) -> Told:
-    """More tiny calls at once than a second's share of the requests limit."""
+    """Make more tiny calls at once than a second's share of the requests limit."""
     name = "slice_s"
     rpm = probe.limits.get("RPM")
     if rpm is None:
@@ -357,7 +365,7 @@ async def _slices(probe: Probe) -> Told:
 
 
 async def _gate(probe: Probe, rule: Told) -> Told:
-    """Whether a cap above the limit is refused although it is not charged."""
+    """Determine whether a cap above the limit is refused although it is not charged."""
     name = "max_tokens_in_gate"
     if rule.value in CAP_CHARGED:
         return Told(name, True, "the cap is charged")
@@ -374,7 +382,7 @@ async def _gate(probe: Probe, rule: Told) -> Told:
 
 
 async def _refusals_count(probe: Probe, rule: Told) -> Told:
-    """Two calls of 60 % of the limit: what is left after the second one's refusal?"""
+    """Make two calls of 60 % of the limit, and see what is left after the second one's refusal."""
     name = "failed_requests_count"
     wanted = math.ceil(FILL_RATIO * probe.limit)
     by_cap = rule.value in CAP_CHARGED
@@ -384,7 +392,7 @@ async def _refusals_count(probe: Probe, rule: Told) -> Told:
     if not probe.affords(prompt, cap, 2):
         return Told(name, None, "not asked: it could cost more than what is left")
     await probe.fill()
-    # Both at once: the first one's answer may take longer than the bucket needs.
+    # Send both at once: the first answer may take longer than the bucket needs to refill.
     first, second = await asyncio.gather(probe.call(prompt, cap), probe.call(prompt, cap))
     answers = sorted((first[0], second[0]), key=lambda answer: answer.outcome is not Outcome.OK)
     refused = answers[1]
@@ -399,7 +407,7 @@ async def _refusals_count(probe: Probe, rule: Told) -> Told:
 
 # ---------------------------------------------------------------- the file
 
-# What the file states, by the name under which a plan keeps what was learnt; "" = part of another.
+# The entries of the file, with the name under which a plan notes what was learned; "" = part of another entry.
 KEYS = {
     "charge_rule": "charge rule",
     "settles": "settling",
@@ -413,7 +421,7 @@ KEYS = {
 
 
 def provider_text(probe: Probe, found: list[Told]) -> str:
-    """The provider.yaml that `--provider` takes. What could not be told stands in comments, at the default."""
+    """Return the provider.yaml for `--provider`. Unanswered questions become comments and keep the defaults."""
     lines = [f"# What paceline probe read from this account with {probe.calls} calls of {probe.model}."]
     for told in found:
         known = "not told" if told.value is None else _yaml(told.value)
@@ -434,7 +442,7 @@ def _yaml(value: Any) -> str:
 
 
 def write_provider(path: Path, text: str) -> None:
-    """Writes the file; it appears whole or not at all."""
+    """Write the file; it appears whole or not at all."""
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)

@@ -58,7 +58,7 @@ class Operation(Protocol):
 
 
 def is_read_whole(response: Any) -> bool:
-    """Whether the body is read before it is handed on: refusals, and answers in JSON."""
+    """Return whether the body is read before it is handed on: refusals, and answers in JSON."""
     kind = _kind_of(response)
     return not 200 <= response.status_code < 300 or kind in _JSON or kind.endswith("+json")
 

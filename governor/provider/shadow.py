@@ -1,11 +1,11 @@
-"""Shadow: a client's own calls are recorded on their way, and nothing about them is changed.
+"""Shadow mode: a client's own calls are recorded on their way, and nothing about them is changed.
 
 A transport around the client's own passes everything on as it comes, and notes what was sent and what came back. A
-thread reads the notes and appends one JSON line for each attempt to the shadow's journal: times, sizes, usage, status
-and the provider's counts, without prompts or answers. Logs of this form are read by `paceline shadow`, and by all that
-reads logs (`calibrate`, `plan`, `replay`). Several processes may append to one file.
+thread reads the notes and appends one JSON line per attempt to the shadow's journal: times, sizes, usage, status and
+the provider's counts, without prompts or answers. `paceline shadow` reads logs of this form, and so do the other
+commands that read logs (`calibrate`, `plan`, `replay`). Several processes may append to one file.
 
-No error of this module reaches a call: it is swallowed and counted (`ShadowLog.errors`), and the first one is logged.
+No error of this module reaches a call: errors are swallowed and counted (`ShadowLog.errors`), and the first is logged.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ if TYPE_CHECKING:
 else:
     _Transport = object
 
-# Notes that wait to be written; what comes beyond is counted as dropped.
+# The number of notes that may wait to be written; further ones are counted as dropped.
 NOTES_MAX = 10_000
-# Of a longer answer the usage is not read.
+# The usage of a longer answer is not read.
 ANSWER_BYTES_MAX = 8 * 2**20
-# The same body again, so soon after it failed, is a retry of that call.
+# The same body, sent again within this time after a failure, is a retry of that call.
 RETRIED_WITHIN_S = 600.0
 CALLS_REMEMBERED = 10_000
 FLUSH_S = 5.0
@@ -55,7 +55,7 @@ _LOG = logging.getLogger("governor")
 
 @dataclass(slots=True)
 class _Note:
-    """One attempt as it passed. Times: `at` since 1970, the others from there on, seconds; -1 = not known."""
+    """One attempt as it passed. Seconds: `at` since 1970, `began` monotonic, others since `began`; -1 = unknown."""
 
     request: Any
     body: bytes | None
@@ -71,9 +71,9 @@ class _Note:
 
 
 class ShadowLog:
-    """The journal of a shadow. `path`: the file, made readable by its owner alone. `prompts`: bodies are kept too.
+    """The journal of a shadow. `path`: the file, made readable by its owner alone. `prompts`: keep the bodies too.
 
-    `recorded`, `dropped`, `errors`: attempts written, attempts for which there was no room, and errors of ours.
+    `recorded`, `dropped`, `errors`: attempts written, attempts for which there was no room, and errors of this module.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, prompts: bool = False) -> None:
@@ -89,7 +89,7 @@ class ShadowLog:
         atexit.register(self.flush)
 
     def put(self, note: _Note) -> None:
-        """One more attempt, to be written soon."""
+        """Queue one more attempt, to be written soon."""
         if self._process != os.getpid():
             self._start()
         if self._queue.full():
@@ -98,19 +98,19 @@ class ShadowLog:
             self._queue.put_nowait(note)
 
     def swallow(self, error: BaseException) -> None:
-        """Counts an error of ours."""
+        """Count an error of this module, and log the first."""
         self.errors += 1
         if self.errors == 1:
             _LOG.warning("shadow %s: %s: %s; calls are not affected", self.path, type(error).__name__, error)
 
     def flush(self, timeout_s: float = FLUSH_S) -> None:
-        """Returns when all has been written, or after so long."""
+        """Return when everything has been written, or after `timeout_s` seconds."""
         until = time.monotonic() + timeout_s
         while self._queue.unfinished_tasks and self._process == os.getpid() and time.monotonic() < until:
             time.sleep(0.005)
 
     def _start(self) -> None:
-        """The writing thread, in each process that uses this."""
+        """Start the writing thread, once in each process that uses this log."""
         with self._lock:
             if self._process == os.getpid():
                 return
@@ -130,7 +130,7 @@ class ShadowLog:
             try:
                 rows = [row for note in notes if (row := self._row(note)) is not None]
                 if rows:
-                    # One write for all: lines of several processes do not run into each other.
+                    # Write all lines at once: lines of several processes then do not run into each other.
                     handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
                     try:
                         os.write(handle, "".join(json.dumps(row) + "\n" for row in rows).encode())
@@ -144,7 +144,7 @@ class ShadowLog:
                     queue.task_done()
 
     def _row(self, note: _Note) -> dict[str, Any] | None:
-        """The line of an attempt; None for what is no call of a model."""
+        """Return the line of an attempt; None if the request calls no model."""
         work = work_of_request(note.request, note.body, _ANY)
         sizes = work.request.sizes
         if sizes.endpoint < 0:
@@ -189,7 +189,7 @@ class ShadowLog:
         return row
 
     def _call_of(self, digest: bytes, at: float) -> tuple[str, int, float]:
-        """Which call an attempt belongs to, its number in it, and when the call arrived."""
+        """Return the call that an attempt belongs to, its number in it, and when the call arrived."""
         before = self._calls.pop(digest, None)
         if before is not None and 0.0 <= before[3] <= at + RETRIED_WITHIN_S and at - before[3] <= RETRIED_WITHIN_S:
             return before[0], before[1] + 1, before[2]
@@ -197,12 +197,12 @@ class ShadowLog:
         return f"{self._run}-{self._count}", 1, at
 
 
-# Only sizes are asked of it.
+# Any policy will do: only the sizes of its work are used.
 _ANY = Policy()
 
 
 def _answer_of(note: _Note, work: Work) -> Answer:
-    """What an attempt came to."""
+    """Return the answer of an attempt."""
     package = package_of(note.request)
     if note.error is not None:
         return unanswered(note.error, package)
@@ -215,14 +215,14 @@ def _answer_of(note: _Note, work: Work) -> Answer:
 
 
 class ShadowTransport(_Transport):
-    """A transport around another that notes what passes, for a client of either kind."""
+    """A transport around another that notes what passes, for either kind of client."""
 
     def __init__(self, inner: Any, log: ShadowLog) -> None:
         self.inner = inner
         self.log = log
 
     async def handle_async_request(self, request: Any) -> Any:
-        """One call of an asynchronous client."""
+        """Pass on one call of an asynchronous client."""
         note = self._noted(request)
         try:
             response = await self.inner.handle_async_request(request)
@@ -232,7 +232,7 @@ class ShadowTransport(_Transport):
         return self._followed(note, response)
 
     def handle_request(self, request: Any) -> Any:
-        """One call of a blocking client."""
+        """Pass on one call of a blocking client."""
         note = self._noted(request)
         try:
             response = self.inner.handle_request(request)
@@ -242,11 +242,11 @@ class ShadowTransport(_Transport):
         return self._followed(note, response)
 
     async def aclose(self) -> None:
-        """Closes the transport inside."""
+        """Close the wrapped transport."""
         await self.inner.aclose()
 
     def close(self) -> None:
-        """Closes the transport inside."""
+        """Close the wrapped transport."""
         self.inner.close()
 
     async def __aenter__(self) -> Any:
@@ -264,7 +264,7 @@ class ShadowTransport(_Transport):
         self.inner.__exit__(*exception)
 
     def _noted(self, request: Any) -> _Note:
-        # A body that is still to be produced is not touched: what it asks for is not known then.
+        # Do not touch a body that is still to be produced: its content then stays unknown.
         return _Note(request, getattr(request, "_content", None), time.time(), time.monotonic())
 
     def _failed(self, note: _Note, error: Exception) -> None:
@@ -277,7 +277,7 @@ class ShadowTransport(_Transport):
     def _followed(self, note: _Note, response: Any) -> Any:
         try:
             note.response = response
-            if response.is_closed:  # a stand-in's, or a cache's: there is no stream to follow
+            if response.is_closed:  # from a test transport or a cache: there is no stream to follow
                 note.chunks, note.is_whole, note.took_s = [response.content], True, time.monotonic() - note.began
                 self.log.put(note)
                 return response
@@ -288,7 +288,7 @@ class ShadowTransport(_Transport):
 
 
 class _Passing:
-    """A stream on its way to the client, chunk by chunk as it comes."""
+    """A stream on its way to the client, chunk by chunk as it arrives."""
 
     def __init__(self, inner: Any, note: _Note, log: ShadowLog) -> None:
         self._inner = inner
@@ -348,7 +348,7 @@ _logs: dict[str, ShadowLog] = {}
 
 
 def shadow_log(path: str, *, prompts: bool = False) -> ShadowLog:
-    """The log of this file in this process. BadInput where it cannot be written."""
+    """Return this process's log of the file. Raise BadInput if the file cannot be written."""
     place = os.path.abspath(path)
     if place not in _logs:
         try:

@@ -1,6 +1,6 @@
-"""Whether a quota is shared with other processes, and by which name; makes the governor that an environment describes.
+"""Determines whether and under which name a quota is shared, and makes the governor that an environment describes.
 
-Redis itself is in `store`, which the base installation lacks.
+Redis itself is in `redis_store`, which the base installation cannot import.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ EXTRA = ("hiredis", "msgpack", "redis")
 
 
 def redis_url(environment: Mapping[str, str]) -> str:
-    """The URL of the Redis through which pools are shared; "" = they are not. BadSetting for one that cannot serve."""
+    """Return the URL of the Redis that pools are shared through; "" = not shared. Raise BadSetting if unusable."""
     url = environment.get(REDIS_URL, "").strip()
     if url:
         checked_redis_url(url)
@@ -35,7 +35,7 @@ def redis_url(environment: Mapping[str, str]) -> str:
 
 
 def pool_key(pool: Pool) -> str:
-    """What a pool is called in the store: its name, and a digest of its quota's address, organisation and project."""
+    """Return a pool's name in the store: its name, and a digest of its address, organisation and project."""
     digest = hashlib.sha256("\n".join((pool.address, pool.organization, pool.project)).encode()).hexdigest()[:8]
     return f"{pool.name}:{digest}"
 
@@ -47,15 +47,15 @@ def governor_from_env(
     say: Callable[[str], None] = _LOG.warning,
     **options: Any,
 ) -> Governor:
-    """The governor that an environment describes, for a program of one's own. Make it inside a running event loop.
+    """Return the governor that an environment describes, for use in a program. Call it inside a running event loop.
 
-    Its settings are the OPENAI_* variables' (or the `pool`'s), and its quota is shared where PACELINE_REDIS_URL is set;
-    `aclose` it in the end. `say`: told in a line when Redis is away and when it is back, by default the log.
-    `options`: as for `Governor`. BadSetting where a variable cannot be obeyed.
+    Its settings are those of the OPENAI_* variables (or of `pool`), and its quota is shared if PACELINE_REDIS_URL is
+    set; `aclose` it at the end. `say`: called with a line when Redis is lost and when it is back, by default the log.
+    `options`: as for `Governor`. Raises BadSetting if a variable cannot be obeyed.
     """
     from governor.model.policy import Policy
     from governor.model.pools import default_pools
-    from governor.scheduler.driver import Governor  # what is not needed to read a URL
+    from governor.scheduler.driver import Governor  # imported here because reading a URL does not need it
 
     if pool is None:
         (pool,) = default_pools(Policy.from_env(environment), environment)
@@ -67,9 +67,9 @@ def governor_from_env(
 def shared_governor(
     pool: Pool, url: str, say: Callable[[str], None], *, time_scale: float = 1.0, **options: Any
 ) -> SharedGovernor:
-    """The governor of a pool that is shared through that Redis."""
+    """Return the governor of a pool that is shared through that Redis."""
     from governor.sharedquota.redis_store import in_redis
-    from governor.sharedquota.shared import SharedGovernor  # what these two need is an extra
+    from governor.sharedquota.shared import SharedGovernor  # both modules need an optional dependency
 
     governor = SharedGovernor(
         pool.policy.params(),
