@@ -285,10 +285,11 @@ def efficiency_of(bound: float, makespan_s: float, failed: int) -> float | None:
 class Summary:
     """The figures of one run, the same keys live and simulated. Times in seconds since the run began.
 
-    `throttled`: attempts refused with a rate-limit 429. Tokens are sums over attempts, as far as they are known.
-    `stagger_delays`, `tpm_deferrals`: requests that had to wait for that cause at the head of the queue, each counted
-    once. `waits_s`: by cause, summed over attempts. `failures`: requests by failure code. `efficiency`: None if a
-    request was lost. `cost_usd`: None if prices are not known.
+    `throttled`: attempts refused with a rate-limit 429. `peak_in_flight`: attempts launched and not yet answered; a
+    request that backs off is not in flight, even where it keeps its permit. Tokens are sums over attempts, as far as
+    they are known. `stagger_delays`, `tpm_deferrals`: requests that had to wait for that cause at the head of the
+    queue, each counted once. `waits_s`: by cause, summed over attempts. `failures`: requests by failure code.
+    `efficiency`: None if a request was lost. `cost_usd`: None if prices are not known.
     """
 
     requests: int
@@ -410,7 +411,6 @@ def summarize(
     ends: Iterable[Ended],
     grant: Grant,
     *,
-    permits_kept: bool = False,
     stagger_delays: int = 0,
     tpm_deferrals: int = 0,
     cost_usd: float | None = None,
@@ -418,17 +418,16 @@ def summarize(
 ) -> Summary:
     """Return the figures of a run from its attempt rows (in any order) and the end of each request.
 
-    `permits_kept`: a request that backs off counts as in flight (the policy's `backoff_keeps_permit`). Deferrals are
-    counted at the head of the queue, which rows do not show: they come from the driver or the journal. Nor do rows show
-    the waiting of a request that was never launched. `lost`: charge and least use, in tokens, of each request that was
-    lost and might have been answered: the bound is over these too, as it is in a simulation.
+    Deferrals are counted at the head of the queue, which rows do not show: they come from the driver or the journal.
+    Nor do rows show the waiting of a request that was never launched. `lost`: charge and least use, in tokens, of each
+    request that was lost and might have been answered: the bound is over these too, as it is in a simulation.
     """
     tally = Tally()
     tally.deferrals[STAGGER] = stagger_delays
     tally.deferrals[BY_TPM] = tpm_deferrals
     arrived_s: dict[int, float] = {}
     answers: dict[int, tuple[float, float, float]] = {}
-    flights: dict[tuple[int, str, int], tuple[float, float]] = {}
+    flights: list[tuple[float, float]] = []
     for a in attempts:
         spent = max(a.prompt_tokens, 0) + max(a.output_tokens, 0)
         used = spent if a.prompt_tokens >= 0 and a.output_tokens >= 0 else -1
@@ -441,16 +440,14 @@ def summarize(
             answers[a.request] = (a.charged_tokens, used, a.finished_s - a.launched_s)
         elif a.outcome == Outcome.OK:
             tally.work.finalized(a.charged_tokens, used)
-        key = (a.request, a.lane, 0 if permits_kept else a.attempt)
-        first, last = flights.get(key, (math.inf, 0.0))
-        flights[key] = (min(first, a.launched_s), max(last, a.finished_s))
+        flights.append((a.launched_s, a.finished_s))
     for request, answer in answers.items():
         tally.work.add(arrived_s[request], *answer)
     for charge, least in lost:
         tally.work.add(0.0, charge, least, 0.0)
     for end in ends:
         tally.ended(end.failure, end.ended_s)
-    tally.peak_in_flight = _peak(flights.values())
+    tally.peak_in_flight = _peak(flights)
     return tally.summary(grant, cost_usd)
 
 

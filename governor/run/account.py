@@ -117,7 +117,6 @@ def summary_of(journal: Journal, pool: str, policy: Policy, grant: Grant, cost_u
         attempts,
         ends,
         grant,
-        permits_kept=policy.backoff_keeps_permit,
         stagger_delays=deferred[STAGGER],
         tpm_deferrals=deferred[BY_TPM],
         cost_usd=cost_usd,

@@ -268,9 +268,8 @@ class Simulation:
         """The provider answers the attempt, and its answer enters the calendar."""
         scheduler, tally = self.scheduler, self.tally
         self.flying += 1
-        in_flight = scheduler.quota.s.in_flight
-        if in_flight > tally.peak_in_flight:
-            tally.peak_in_flight = in_flight
+        if self.flying > tally.peak_in_flight:
+            tally.peak_in_flight = self.flying
         tally.attempts += 1
         tally.reserved_tokens += job.reserve
         job.outcome, service_s, _, job.retry_after_s = self._answer(job, attempt_key(job.lane, job.tries), now)

@@ -551,9 +551,9 @@ def _launch(w: World, slot: int, now: float) -> None:
     if p.stagger_s > 0.0 and job.standing == law.FIRST:
         u = keyed_uniform(run.seed, job.index, key, JITTER_STAGGER)
     law.launched(p, s, job.reserve, job.standing, now, u)
-    run.peak_in_flight = max(run.peak_in_flight, s.in_flight)
     run.attempts += 1
     run.flying += 1
+    run.peak_in_flight = max(run.peak_in_flight, run.flying)
     run.reserved_tokens += job.reserve
     job.launched_s = now
     if job.first_launched_s < 0.0:
