@@ -1,1 +1,1 @@
-"""Many runs of a scenario: replications under common random numbers, intervals, local cores or Ray."""
+"""Many runs of a scenario: replications under common random numbers, intervals, and local or Ray workers."""

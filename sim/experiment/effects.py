@@ -1,4 +1,4 @@
-"""Which setting matters, as values: effects of quantities, and changes by each other value of rules and switches."""
+"""Sensitivity results: effects of quantities, and changes by each alternative value of rules and switches."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """How much one quantity moves one figure. `half_width`: of the 95 % interval of `size` (bootstrap).
+    """The effect of one quantity on one figure. `half_width`: of the 95 % interval of `size` (bootstrap).
 
     Morris: `size` is mu*, the mean absolute change of the figure when the quantity alone moves by two thirds of its
-    range, in the figure's unit; `other` is sigma, how much that change itself depends on the other quantities. Sobol:
+    range, in the figure's unit; `other` is sigma, how much that change depends on the other quantities. Sobol:
     `size` is the total index, the share of the figure's variance that would remain if all other quantities were known;
     `other` is the first-order index, the share that would vanish if this one alone were known.
     """
@@ -26,9 +26,9 @@ class Effect:
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """What one other value of a rule or switch changes: the mean over pairs of runs, and its 95 % interval.
+    """The change caused by one other value of a rule or switch: the mean over pairs of runs, and its 95 % interval.
 
-    `change` > 0: the figure is larger with `value` than as recommended. nan where nothing was answered.
+    `change` > 0: the figure is larger with `value` than as recommended. nan if no request was answered.
     """
 
     env: str
@@ -39,12 +39,12 @@ class Level:
 
     @property
     def shows(self) -> bool:
-        """Whether the interval leaves nothing out."""
+        """Return whether the interval excludes zero."""
         return self.low > 0.0 or self.high < 0.0
 
     @property
     def assignment(self) -> str:
-        """As it is written: NAME=value."""
+        """Return the assignment as written in an env file: NAME=value."""
         return f"{self.env}={str(self.value).lower()}"
 
 
@@ -66,7 +66,7 @@ class Sensitivity:
     seed: int
 
     def to_json_dict(self) -> dict[str, Any]:
-        """Plain values; null for a change that is not known."""
+        """Return plain values; null for an unknown change."""
         return {
             "method": self.method,
             "objective": self.objective,

@@ -1,16 +1,14 @@
-"""Running a scenario many times: replications under keyed common random numbers, side by side on the local cores.
+"""Run a scenario many times: replications under keyed common random numbers, in parallel on the local cores.
 
-Theory of operation. A `Case` is everything that one run needs, as numbers. Run r of any case uses seed + r, and chance
-is keyed by what it is for (`governor/model/keyed.py`), so two policies under one seed meet the same latencies, faults
-and neighbours: their difference is estimated seed by seed, with far fewer runs than independent ones would take.
-Because a run depends on nothing but its case and its seed, results are the same for any number of workers and any
-order.
+Theory of operation. A `Case` holds everything that one run needs, as numbers. Run r of any case uses seed + r, and
+chance is keyed by its purpose (`governor/model/keyed.py`), so two policies under one seed meet the same latencies,
+faults and neighbours: their difference is estimated seed by seed, with far fewer runs than independent ones would take.
+Because a run depends only on its case and its seed, results are the same for any number of workers and any order.
 
-The engines of `sim/des/engines.py` give the same run, to the bit, and so the choice between them is one of time. Runs
-are spread in chunks large enough to pay for their transport: over threads where the compiled engine works on this
-machine (it does not hold the interpreter's lock), unless there is so much to do in Python itself that processes are
-done sooner; else over the workers of `spread`, local processes or a Ray cluster. Small amounts of work stay where they
-are.
+The engines of `sim/des/engines.py` give the same run, to the bit, so the choice between them affects only time. Runs
+are spread in chunks large enough to pay for their transport: over threads if the compiled engine works on this machine
+(it releases the interpreter's lock), unless so much of the work is Python's own that processes finish sooner; else over
+the workers of `spread`, local processes or a Ray cluster. Small amounts of work stay in this process.
 """
 
 from __future__ import annotations
@@ -39,8 +37,8 @@ from sim.scenario.scenario import Scenario
 # Simulated requests below which a task is not worth sending to another process, or to another thread.
 TASK_REQUESTS = {"simpy": 8_000, "compiled": 20_000}
 THREAD_REQUESTS = 3_000
-# The compiled engine: what a run costs in Python, which threads cannot share, and a request in machine code, which they
-# can; and what it takes to start processes, seconds.
+# Costs in seconds with the compiled engine: a run's share in Python, which threads cannot share; a request in machine
+# code, which they can; and starting processes.
 RUN_S, REQUEST_S = 0.15e-3, 0.4e-6
 START_S = 2.0
 OUTCOMES = (
@@ -70,7 +68,7 @@ class Case:
 
 
 def case_of(scenario: Scenario, policy: Policy | None = None) -> Case:
-    """The scenario under `policy` (its own if none is given), ready to run."""
+    """Return the scenario under `policy` (default: its own), ready to run."""
     policy = policy or scenario.policy
     provider, grant = _provider_side(scenario.provider)
     return Case(
@@ -83,7 +81,7 @@ def case_of(scenario: Scenario, policy: Policy | None = None) -> Case:
     )
 
 
-# A search asks for the same policies under many conditions, and for many policies under each. Nobody changes these.
+# A search asks for the same policies under many conditions, and for many policies under each. These are never modified.
 
 
 @lru_cache(maxsize=512)
@@ -97,7 +95,7 @@ def _provider_side(provider: ProviderConfig) -> tuple[ProviderParams, Grant]:
 
 
 def figures_of(tally: Tally, grant: Grant, seed: int) -> Figures:
-    """One run as numbers."""
+    """Return one run's figures."""
     s = tally.summary(grant)
     p50, p95 = quantiles(tally.latencies_s, (0.5, 0.95))
     values = {
@@ -124,19 +122,19 @@ def figures_of(tally: Tally, grant: Grant, seed: int) -> Figures:
 
 
 def summary_of(case: Case, seed: int) -> Summary:
-    """One run as the `Summary` that `--json` prints."""
+    """Return one run as the `Summary` that `--json` prints."""
     return simulated(case, seed).summary(case.grant)
 
 
 def attempts_of(scenario: Scenario, seed: int, policy: Policy | None = None) -> tuple[list[Attempt], Tally]:
-    """One run with a row for every attempt, in order of their ends."""
+    """Return one run's attempts, ordered by when they ended, and its tally."""
     rows: list[Attempt] = []
     tally = simulated(case_of(scenario, policy), seed, attempt_rows(scenario, rows.append))
     return rows, tally
 
 
 def attempt_rows(scenario: Scenario, take: Callable[[Attempt], Any]) -> AttemptSink:
-    """A sink for the driver that hands each attempt to `take` as the flat row that every run leaves."""
+    """Return a sink for the driver that passes each attempt to `take` as the flat row that every run records."""
     workload = scenario.workload
     prompt_tokens = workload.prompt_tokens.tolist()
 
@@ -186,11 +184,11 @@ def _run_task(case: Case, seeds: tuple[int, ...], *, engine: Chosen) -> list[Fig
 
 
 class Pool:
-    """Runs cases on many workers; results come in the order of the tasks, for any number of workers of any backend.
+    """A pool that runs cases on many workers; results come in task order, for any number of workers of any backend.
 
-    `workers`: processes (threads with the compiled engine), 0 = one per core, 1 = none beside this one. `on_runs(n)` is
-    told of runs as they finish. `foreseen`: requests that will be simulated in all, as far as is known: what `auto`
-    chooses the engine by. `backend`: where the workers are, see `spread`.
+    `workers`: processes (threads with the compiled engine), 0 = one per core, 1 = only this one. `on_runs(n)` is called
+    as runs finish. `foreseen`: requests expected to be simulated in all, by which `auto` chooses the engine. `backend`:
+    where the workers are, see `spread`.
     """
 
     def __init__(
@@ -213,9 +211,9 @@ class Pool:
         self.requests = 0
 
     def run(self, tasks: Iterable[tuple[Case, Sequence[int]]]) -> list[list[Figures]]:
-        """The figures of each task: one `Figures` per seed.
+        """Return the figures of each task: one `Figures` per seed.
 
-        WorkersLost where workers died and the work could not go on; its `found` holds what had come by then, in the
+        Raise WorkersLost if workers died and the work could not go on; its `found` holds the results so far, in the
         same form.
         """
         wanted = [(case, tuple(seeds)) for case, seeds in tasks]
@@ -246,17 +244,20 @@ class Pool:
         return found
 
     def _threads_serve(self, runs: int, work: int) -> bool:
-        """Whether threads are done with work for the compiled engine before processes would be."""
+        """Return whether threads would finish this work for the compiled engine before processes."""
         if self.backend != "local":
             return False
         in_python_s, in_all_s = runs * RUN_S, runs * RUN_S + work * REQUEST_S
         return max(in_python_s, in_all_s / self.workers) < START_S + in_all_s / self.workers
 
     def _threaded(self, run: Callable[..., list[Figures]], tasks: list[Task]) -> Iterator[list[Figures]]:
-        """Machine code goes on without the interpreter's lock: threads share the columns and start at once."""
+        """Yield the figures of each task from threads, which share the columns and start at once.
+
+        Machine code runs without the interpreter's lock.
+        """
         runs = sum(len(seeds) for _, seeds in tasks)
         work = sum(len(case.columns) * len(seeds) for case, seeds in tasks)
-        # Several small tasks at a time: each handing over costs as much as a short run.
+        # Several small tasks at a time: each handover costs as much as a short run.
         size = max(1, math.ceil(THREAD_REQUESTS * runs / max(1, work)))
         several = [tasks[i : i + size] for i in range(0, len(tasks), size)]
         with ThreadPoolExecutor(self.workers) as threads:
@@ -264,14 +265,14 @@ class Pool:
                 for found in threads.map(lambda some: [run(case, seeds) for case, seeds in some], several):
                     yield from found
             finally:
-                # After Ctrl-C nobody wants the rest.
+                # After Ctrl-C the remaining results are not needed.
                 threads.shutdown(wait=False, cancel_futures=True)
 
 
 def replicate_or_keep(scenario: Scenario, replications: int, *, pool: Pool) -> tuple[Forecast, WorkersLost | None]:
-    """Like `replicate`; where workers were lost, the forecast of the runs that there are, and the loss.
+    """Replicate as `replicate` does; if workers were lost, return the forecast of the finished runs, and the loss.
 
-    WorkersLost where there are none.
+    Raise WorkersLost if no run finished.
     """
     try:
         return replicate(scenario, replications, pool=pool), None
@@ -286,7 +287,7 @@ def replicate_or_keep(scenario: Scenario, replications: int, *, pool: Pool) -> t
 def replicate(
     scenario: Scenario, replications: int, *, policy: Policy | None = None, pool: Pool | None = None
 ) -> Forecast:
-    """The scenario run `replications` times under seeds seed, seed + 1, ..."""
+    """Run the scenario `replications` times under seeds seed, seed + 1, ... and return the forecast."""
     pool = pool or Pool()
     case = case_of(scenario, policy)
     seeds = range(scenario.seed, scenario.seed + replications)

@@ -1,8 +1,8 @@
-"""What it is worth to find something out: the values, and the statistics behind them.
+"""The value of information: what it is worth to find something out, and the statistics behind it.
 
-The expected value of perfect information about one unknown (Howard 1966; "partial" where others stay unknown: Brennan
-et al. 2007) is the mean over its values of what the best decision for that value gains over the best without it. The
-promise is a percentile over all unknowns; with one of them known it is that of the others.
+The expected value of perfect information about one unknown (Howard 1966; "partial" if others stay unknown: Brennan et
+al. 2007) is the mean, over its values, of the gain of the best decision for that value over the best decision without
+it. The promise is a percentile over all unknowns; with one of them known, it is the percentile over the others.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES = 1_000
-# Below so many draws a 95th percentile is beyond all of them.
+# With fewer draws than this, a 95th percentile lies beyond all of them.
 DRAWS_LEAST = 19
 
 
@@ -31,13 +31,13 @@ class Gain:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What it would be worth to know one thing, and what would tell it.
+    """The value of knowing one unknown, and the command that would reveal it.
 
-    `unknown`: the thing, as "Knowing ..." goes on. `sooner`: by how much the objective would shorten if it were known
-    beforehand; `narrower`: by how much the promise would. Either is None where noise alone could have made it or it is
-    too small. `if_so`: the gain holds if the thing turns out to be as it says, for which there are no odds. `command`:
-    what tells it, at `cost_usd` (None = not known) in `takes_s` (least, most). `requests`: of the batch itself, whose
-    answers tell it where there is no log of older ones; 0 = other calls do.
+    `unknown`: the unknown, as the continuation of "Knowing ...". `sooner`: how much the objective would shorten if it
+    were known beforehand; `narrower`: how much the promise would. Either is None if noise alone could explain it or it
+    is too small. `if_so`: the condition under which the gain holds, whose odds are unknown. `command`: how to find out,
+    at `cost_usd` (None = unknown) within `takes_s` (least, most). `requests`: number of the batch's own requests whose
+    answers reveal it if there is no older log; 0 = other calls reveal it.
     """
 
     unknown: str
@@ -51,16 +51,19 @@ class Finding:
 
     @property
     def worth_s(self) -> float:
-        """What findings are ranked by: both gains together."""
+        """Return both gains together, in seconds, by which findings are ranked."""
         return sum(gain.mean_s for gain in (self.sooner, self.narrower) if gain is not None)
 
     def to_json_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values."""
         return asdict(self)
 
 
 def mean_gain(gains: NDArray[np.float64], level: float) -> Gain | None:
-    """The mean of paired gains, shape (draws,); None where a mean of 0 would show as much with probability `level`."""
+    """Return the mean of paired gains, shape (draws,).
+
+    None if a true mean of 0 would show as much with probability `level`.
+    """
     from scipy.special import stdtrit
 
     n = len(gains)
@@ -76,10 +79,10 @@ def mean_gain(gains: NDArray[np.float64], level: float) -> Gain | None:
 def narrowing(
     before: NDArray[np.float64], after: NDArray[np.float64], values: Sequence[Any], level: float, seed: int
 ) -> Gain | None:
-    """By how much the 95th percentile of `before` exceeds the mean of those of `after` with the unknown known.
+    """Return how much the 95th percentile of `before` exceeds the mean of those of `after` with the unknown known.
 
-    All of shape (draws,); `values`: the unknown in each draw, numbers or labels. None as in `mean_gain`, by a bootstrap
-    over draws; also where a time is not finite, or there are too few draws.
+    All have shape (draws,); `values`: the unknown in each draw, numbers or labels. None as in `mean_gain`, by a
+    bootstrap over draws; also if a time is not finite or there are too few draws.
     """
     n = len(before)
     design = _design(values)
@@ -95,20 +98,20 @@ def narrowing(
 
 
 def _promises(times: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The 95th percentiles of times, shape (..., draws)."""
+    """Return the 95th percentiles of times of shape (..., draws)."""
     return np.asarray(np.quantile(times, 0.95, axis=-1, method="weibull"))
 
 
 def _known(times: NDArray[np.float64], design: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The mean over draws of the 95th percentile that is left where the unknown has the draw's value.
+    """Return the mean over draws of the 95th percentile that remains once the unknown has the draw's value.
 
-    `times`: shape (..., draws); `design`: (..., draws, columns). The logarithm of a time is a function of the unknown
-    plus what the others do, taken to be alike at all its values. Residuals are those of a fit that leaves the draw out:
-    else knowing anything at all would seem to narrow.
+    `times`: shape (..., draws); `design`: (..., draws, columns). The logarithm of a time is modelled as a function of
+    the unknown plus the effect of the others, taken to be alike at all its values. Residuals come from a fit that
+    leaves the draw out; otherwise any knowledge at all would seem to narrow the promise.
     """
     logs = np.log(times)[..., None]
     q, r = np.linalg.qr(design)
-    # A label that a resample lacks has no column.
+    # A label missing from a resample has no column.
     size = np.abs(np.diagonal(r, axis1=-2, axis2=-1))
     q = q * (size > 1e-9 * size.max(axis=-1, keepdims=True))[..., None, :]
     fitted = q @ (np.swapaxes(q, -1, -2) @ logs)
@@ -117,7 +120,7 @@ def _known(times: NDArray[np.float64], design: NDArray[np.float64]) -> NDArray[n
 
 
 def _design(values: Sequence[Any]) -> NDArray[np.float64]:
-    """A column per label, or a parabola through numbers; shape (draws, columns)."""
+    """Return the design matrix, shape (draws, columns): a column per label, or a parabola for numbers."""
     if isinstance(values[0], float):
         x = np.asarray(values, dtype=np.float64)
         x = (x - x.mean()) / (x.std() or 1.0)

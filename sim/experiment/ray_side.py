@@ -1,18 +1,18 @@
-"""The process that speaks to a Ray cluster for `spread`, by messages on stdin and stdout.
+"""The process that talks to a Ray cluster for `spread`, by messages on stdin and stdout.
 
 This is the only module that imports Ray.
 
 Messages are pickled. From here first ("ready", workers) or ("refused", why); then, for each call (fingerprint,
 function, workers, shared, rows) that comes in, ("result", value) per row (index of its shared part, its own part), in
-order, or one ("raised", exception) or ("lost", why) instead, after which nothing more of that call is begun. The few
-tasks of it that are under way then run to their end unheard: `ray.cancel` beside a task that is just ending brings the
-whole process down (an internal check of Ray 2.60). An end of stdin ends the process.
+order, or one ("raised", exception) or ("lost", why) instead, after which no more tasks of that call are started. Its
+few tasks in flight then run to their end and their results are dropped: `ray.cancel` beside a task that is just ending
+crashes the whole process (an internal check of Ray 2.60). The process ends at the end of stdin.
 
-Theory of operation. RAY_ADDRESS names the cluster by Ray's own rules; without it one is started on this machine, on
-loopback, and ends with this process. Plain remote tasks serve, not Ray's backend for joblib: that one gives no result
-before all are there, and sends what tasks share again with each. Whether anything answers at the address is asked
-first, and by a thread again and again: Ray by itself would wait for minutes. Every node must have the same sources as
-the process that asks: another version would give other results without saying so.
+Theory of operation. RAY_ADDRESS names the cluster by Ray's own rules; without it a cluster is started on this machine,
+on loopback, and ends with this process. We use plain remote tasks, not Ray's backend for joblib, which yields no result
+before all are done and sends shared objects again with each task. The address is checked for a server first, and then
+repeatedly by a thread, because Ray by itself would wait for minutes. Every node must have the same sources as the
+calling process: another version would silently give other results.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from sim.experiment.spread import fingerprint
 
 ADDRESS = "RAY_ADDRESS"
 NEEDS_RAY = "--backend ray needs paceline[ray]: pip install 'paceline[ray]'"
-# So many tasks per worker are under way: enough that none waits for the next, few enough to hold no queue of results.
+# Tasks in flight per worker: enough to keep every worker busy, few enough not to queue results.
 AHEAD = 3
-# How often the cluster is asked whether it is there, how long it may take, and how often it may fail in a row.
+# Interval of checks that the cluster answers, their time-out, and how many may fail in a row.
 ASK_EVERY_S, ANSWER_S, ASK_TIMES = 5.0, 3.0, 3
-# How often Ray tries a task whose worker died, after the first time.
+# Ray's retries of a task whose worker died.
 RETRIES = 2
 # RFC 9113, section 3.4: both sides begin with a frame of settings, the client with a fixed text before it.
 HTTP2_HEADER, HTTP2_SETTINGS = 9, 4
@@ -45,22 +45,22 @@ HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, HTTP2_SETTIN
 
 
 class Line:
-    """The way back: messages from several threads, one at a time."""
+    """The channel back to the parent: messages from several threads, one at a time."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.stream = stream
         self.lock = threading.Lock()
 
     def tell(self, kind: str, value: Any) -> None:
-        """Sends a message."""
+        """Send a message."""
         with self.lock:
             pickle.dump((kind, value), self.stream, pickle.HIGHEST_PROTOCOL)
             self.stream.flush()
 
 
 def main() -> None:
-    """Answers calls until stdin ends."""
-    # Whatever Ray prints must not come between the messages.
+    """Answer calls until stdin ends."""
+    # Ray's own output must not mix with the messages.
     line = Line(os.fdopen(os.dup(1), "wb"))
     os.dup2(2, 1)
     try:
@@ -83,7 +83,7 @@ def main() -> None:
 def answered(
     ray: Any, wanted: str, function: Callable[[Any, Any], Any], workers: int, shared: Sequence[Any], rows: Sequence[Any]
 ) -> Iterator[tuple[str, Any]]:
-    """The messages that answer one call."""
+    """Yield the messages that answer one call."""
     remote = ray.remote(num_cpus=1, max_retries=RETRIES)(_checked)
     most = workers or AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))
     put: dict[int, Any] = {}
@@ -114,7 +114,7 @@ def answered(
 
 
 def _checked(function: Callable[[Any, Any], Any], wanted: str, shared: Any, own: Any) -> Any:
-    """The task, on a worker of the cluster: `function`, if that machine has the same sources."""
+    """Run the task on a worker of the cluster: call `function` if that machine has the same sources."""
     if fingerprint() != wanted:
         raise BadSetting(
             f"a node of the Ray cluster ({socket.gethostname()}) has another version of paceline than this machine: "
@@ -124,7 +124,7 @@ def _checked(function: Callable[[Any, Any], Any], wanted: str, shared: Any, own:
 
 
 def _watch(address: str, line: Line) -> None:
-    """Ends this process, with a word, when the cluster has not answered for a while."""
+    """End this process, with a message, when the cluster has not answered for a while."""
     silent = 0
     while silent < ASK_TIMES:
         time.sleep(ASK_EVERY_S)
@@ -138,18 +138,19 @@ def _watch(address: str, line: Line) -> None:
 
 
 def connected() -> tuple[Any, str]:
-    """Ray, connected to the cluster that RAY_ADDRESS names or to one of our own, and the address of its head.
+    """Connect Ray to the cluster that RAY_ADDRESS names, or to a new local one; return Ray and the address of the head.
 
-    BadSetting, in one line, where Ray is not installed or no cluster answers at the address.
+    Raise BadSetting if Ray is not installed or no cluster answers at the address.
     """
     named = os.environ.get(ADDRESS, "")
     own = named in ("", "local")
     if not own and named != "auto":
         check_address(named)
     if own or is_loopback(named):
-        # Ray would replace loopback by this machine's own address, and listen there; this is its own switch against it.
+        # Ray would replace loopback by this machine's external address and listen there; this is Ray's switch to
+        # prevent it.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    # It reports usage to its makers over the network unless told not to.
+    # Ray reports usage to its makers over the network unless this is set.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
@@ -166,7 +167,7 @@ def connected() -> tuple[Any, str]:
 
 
 def check_address(named: str) -> None:
-    """BadSetting where `named` is no HOST:PORT, or no cluster answers there."""
+    """Raise BadSetting if `named` is not HOST:PORT or no cluster answers there."""
     if _host_and_port(named)[1] < 0:
         raise BadSetting(
             f"{ADDRESS}={quoted(named)} is not an address that can be used: write the head node's HOST:PORT, or 'auto'"
@@ -180,16 +181,16 @@ def _first_line(error: Exception) -> str:
 
 
 def _host_and_port(address: str) -> tuple[str, int]:
-    """Host and port; the port is -1 where it is not an address."""
+    """Return host and port; the port is -1 if this is not an address."""
     host, colon, port = address.rpartition(":")
     good = bool(colon and host) and "/" not in address and port.isdecimal() and 0 < int(port) < 65_536
     return host.strip("[]"), int(port) if good else -1
 
 
 def answers(address: str) -> bool:
-    """Whether a server that may be a Ray cluster's head answers at HOST:PORT: one that speaks HTTP/2, as gRPC does.
+    """Return whether a server that may be a Ray head answers at HOST:PORT: one that speaks HTTP/2, as gRPC does.
 
-    Anything else there would keep Ray waiting for minutes. Under TLS only the connection is tried.
+    Any other server would keep Ray waiting for minutes. Under TLS only the connection is tried.
     """
     try:
         with socket.create_connection(_host_and_port(address), ANSWER_S) as talk:
@@ -206,7 +207,7 @@ def answers(address: str) -> bool:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an address HOST:PORT is of this machine alone."""
+    """Return whether the address HOST:PORT is reachable from this machine only."""
     host, _ = _host_and_port(address)
     if host == "localhost":
         return True

@@ -1,8 +1,8 @@
-"""What `simulate` and `plan` find: figures of single runs, estimates over replications, and a plan's evidence.
+"""Results of `simulate` and `plan`: figures of single runs, estimates over replications, and a plan's evidence.
 
-Frozen values, the statistics that turn runs into estimates, and their JSON form.
+The module holds frozen values, the statistics that turn runs into estimates, and their JSON form.
 
-Statistics. Replications are independent draws under keyed seeds, so a mean has a Student-t interval; a difference of
+Statistics. Replications are independent draws under keyed seeds, so a mean has a Student-t interval. The difference of
 two policies is taken seed by seed (common random numbers) and has the interval of the paired differences. A percentile
 is the value below which the next run stays with that probability (Weibull's plotting positions, k / (n + 1)); its
 limits are order statistics, which hold for any distribution (David and Nagaraja, Order Statistics, 2003, section 7.1).
@@ -50,7 +50,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """The figures of one run: a `Summary` as numbers. `efficiency` is nan where the run lost a request."""
+    """The figures of one run: a `Summary` as numbers. `efficiency` is nan if the run lost a request."""
 
     seed: int
     requests: int
@@ -67,9 +67,9 @@ class Figures:
 class Estimate:
     """One figure over replications: its mean with a 95 % interval of the mean, and the spread of single runs.
 
-    `low`, `high`: Student-t interval of the mean, equal to it with a single run (`n` = 1: no interval is known).
-    `p5`, `p50`, `p95`: the next run stays below with that probability; fewer than 19 runs cannot say so of `p95` (their
-    largest stands for it), see `percentile`.
+    `low`, `high`: Student-t interval of the mean, equal to the mean for a single run (`n` = 1: the interval is
+    unknown). `p5`, `p50`, `p95`: the next run stays below with that probability; fewer than 19 runs cannot bound `p95`
+    (their largest value is given instead), see `percentile`.
     """
 
     mean: float
@@ -82,12 +82,12 @@ class Estimate:
 
     @property
     def half_width(self) -> float:
-        """Half the interval of the mean."""
+        """Return half the width of the interval of the mean."""
         return (self.high - self.low) / 2.0
 
 
 def estimate(values: Sequence[float] | NDArray[Any]) -> Estimate:
-    """The estimate of a figure from its values over replications; nan is left out (`n` counts the rest)."""
+    """Return the estimate of a figure from its values over replications; nan is left out (`n` counts the rest)."""
     x = np.asarray(values, dtype=np.float64)
     x = x[~np.isnan(x)]
     n = len(x)
@@ -96,7 +96,7 @@ def estimate(values: Sequence[float] | NDArray[Any]) -> Estimate:
     mean = float(x.mean())
     half = 0.0
     if n > 1:
-        # Not scipy.stats, the same function: that takes half a second more to import.
+        # scipy.stats has the same function, but takes half a second longer to import.
         from scipy.special import stdtrit
 
         half = float(stdtrit(n - 1, 0.5 + CONFIDENCE / 2.0) * x.std(ddof=1) / math.sqrt(n))
@@ -105,7 +105,7 @@ def estimate(values: Sequence[float] | NDArray[Any]) -> Estimate:
 
 
 def _next_below(x: NDArray[np.float64], ratio: float) -> float:
-    # "weibull" interpolates, and between two infinities there is nothing.
+    # "weibull" interpolates, which is undefined between two infinities.
     with np.errstate(invalid="ignore"):
         found = float(np.quantile(x, ratio, method="weibull"))
     return math.inf if math.isnan(found) else found
@@ -115,8 +115,8 @@ def _next_below(x: NDArray[np.float64], ratio: float) -> float:
 class Percentile:
     """A percentile of single runs, from `n` of them, with its 95 % limits.
 
-    `value`: the next run stays below it with probability `ratio`. `low`, `high`: order statistics; -inf and inf where
-    `n` runs cannot bound the percentile on that side.
+    `value`: the next run stays below it with probability `ratio`. `low`, `high`: order statistics; -inf or inf if `n`
+    runs cannot bound the percentile on that side.
     """
 
     ratio: float
@@ -127,19 +127,19 @@ class Percentile:
 
     @property
     def bounded(self) -> bool:
-        """Whether the runs suffice to bound it from above."""
+        """Return whether there are enough runs to bound it from above."""
         return math.isfinite(self.high)
 
     def to_json_dict(self) -> dict[str, Any]:
-        """Plain numbers; a side without a limit is null."""
+        """Return plain numbers; an unbounded side is null."""
         return {"value": _plain(self.value), "low": _plain(self.low), "high": _plain(self.high), "n": self.n}
 
 
 def percentile(values: Sequence[float] | NDArray[Any], ratio: float) -> Percentile:
-    """The percentile of a figure from its values over replications, at least one.
+    """Return the percentile of a figure from its values over replications, at least one.
 
-    Limits: the closest pair of ranks l < u between which a binomial count of n trials puts the percentile with at least
-    95 %; a rank of 0 or n + 1, beyond all runs, only where no pair within them does.
+    Limits: the closest pair of ranks l < u between which a binomial count of n trials puts the percentile with
+    probability at least 95 %; a rank of 0 or n + 1, beyond all runs, is used only if no pair within them suffices.
     """
     from scipy.special import bdtr
 
@@ -164,7 +164,7 @@ def percentile(values: Sequence[float] | NDArray[Any], ratio: float) -> Percenti
 
 
 def at_most(seen: int, trials: int) -> float:
-    """Upper 95 % limit of a probability, `seen` events in `trials` (Clopper and Pearson, one-sided)."""
+    """Return the upper 95 % limit of a probability, `seen` events in `trials` (Clopper and Pearson, one-sided)."""
     if trials <= 0 or seen >= trials:
         return 1.0
     if seen == 0:
@@ -176,7 +176,7 @@ def at_most(seen: int, trials: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What one policy does in one scenario, over replications: an `Estimate` per name of FIGURES, and mean waits.
+    """The outcome of one policy in one scenario, over replications: an `Estimate` per name of FIGURES, and mean waits.
 
     `requests`: per run. `failures`: requests lost per run, by code.
     """
@@ -192,26 +192,26 @@ class Forecast:
         return self.estimates[name]
 
     def percentile(self, name: str, ratio: float) -> Percentile:
-        """A percentile of single runs in one figure, with its limits."""
+        """Return a percentile of single runs in one figure, with its limits."""
         return percentile([run[name] for run in self.runs], ratio)
 
     @property
     def lost(self) -> int:
-        """Requests lost in all runs together."""
+        """Return the number of requests lost in all runs together."""
         return int(sum(run["failed"] for run in self.runs))
 
     @property
     def trials(self) -> int:
-        """Requests of all runs together."""
+        """Return the number of requests in all runs together."""
         return self.requests * len(self.runs)
 
     @property
     def lost_at_most(self) -> float:
-        """Upper 95 % limit of the probability that a request is lost."""
+        """Return the upper 95 % limit of the probability that a request is lost."""
         return at_most(self.lost, self.trials)
 
     def to_json_dict(self) -> dict[str, Any]:
-        """Plain numbers; nan becomes null."""
+        """Return plain numbers; nan becomes null."""
         return {
             "settings": settings_of(self.policy),
             "requests": self.requests,
@@ -229,7 +229,7 @@ class Forecast:
 
 
 def forecast_of(policy: Policy, runs: Sequence[Figures]) -> Forecast:
-    """The forecast made of these runs, at least one, all of the same policy and workload."""
+    """Return the forecast from these runs, at least one, all of the same policy and workload."""
     names = FIGURES if "extra_usd" not in runs[0].values else (*FIGURES, "extra_usd")
     estimates = {name: estimate([run[name] for run in runs]) for name in names}
     causes = runs[0].waits_s
@@ -245,20 +245,20 @@ def forecast_of(policy: Policy, runs: Sequence[Figures]) -> Forecast:
 
 
 def paired_difference(a: Forecast, b: Forecast, name: str) -> Estimate:
-    """`a` - `b` in one figure, seed by seed: both must have run under the same seeds."""
+    """Return `a` - `b` in one figure, paired by seed: both must have run under the same seeds."""
     of_b = {run.seed: run[name] for run in b.runs}
     return estimate([run[name] - of_b[run.seed] for run in a.runs if run.seed in of_b])
 
 
 def settings_of(policy: Policy) -> dict[str, Any]:
-    """A policy as env name -> value."""
+    """Return a policy as env name -> value."""
     from governor.model.policy import KNOBS
 
     return {knob.env: getattr(policy, knob.name) for knob in KNOBS}
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no nan: null instead."""
+    """Return the value with nan replaced by None, since JSON has no nan."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, float) and not math.isfinite(value):
@@ -266,7 +266,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-# ---------------------------------------------------------------- what a plan finds
+# ---------------------------------------------------------------- results of a plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,8 +274,8 @@ class Point:
     """One setting that was tried: its mean makespan (or p95 latency), throttles per 100 requests and lost per run.
 
     `origin`: `now`, `guardrails` (only the eight guardrail knobs changed) or `paceline`. `on_front`: no other setting
-    that loses as little is at least as good in all and better in one. `extra_usd`: paid beside the answers, per run
-    (time-outs, re-sends, finalize passes), None where prices are not known.
+    that loses as little is at least as good in every figure and better in one. `extra_usd`: cost per run beyond the
+    answers (time-outs, re-sends, finalize passes), None if prices are unknown.
     """
 
     policy: Policy
@@ -302,7 +302,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class StressRow:
-    """One condition of the stress set, and what each of the plan's policies does under it, by name of the policy."""
+    """One condition of the stress set, and the outcome of each of the plan's policies under it, by policy name."""
 
     name: str
     forecasts: Mapping[str, Forecast]
@@ -310,12 +310,12 @@ class StressRow:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One changed knob, and what the change is worth with all others as recommended.
+    """One changed knob, and the gain of the change with all other knobs as recommended.
 
-    `worth_s`: how much longer the objective takes where this knob alone keeps its old value, paired by seed; negative
-    where the change costs time. `stress_worth_s`: the same in the mean over the stress set. `throttled_per_100`,
-    `lost`: what the old value draws and loses per run. `breaks`: the condition in which the old value breaks the limits
-    worst while the recommendation does not, with its figures; "" = in none.
+    `worth_s`: how much longer the objective takes if this knob alone keeps its old value, paired by seed; negative if
+    the change costs time. `stress_worth_s`: the mean of that over the stress set. `throttled_per_100`, `lost`: 429s per
+    100 requests and losses per run with the old value. `breaks`: the condition in which the old value breaks the limits
+    worst while the recommendation does not, with its figures; "" = none.
     """
 
     env: str
@@ -346,9 +346,9 @@ class Heat:
 
 @dataclass(frozen=True, slots=True)
 class PassedOver:
-    """A setting that is faster as assumed and was not recommended.
+    """A setting that is faster under the assumptions but was not recommended.
 
-    `price_s`: by how much, paired by seed: what it costs to be safe from the condition in `reason`, with its figures.
+    `price_s`: by how much it is faster, paired by seed: the cost of being safe from the condition in `reason`.
     """
 
     name: str
@@ -364,9 +364,9 @@ class PassedOver:
 
 @dataclass(frozen=True, slots=True)
 class Recommendation:
-    """A policy, its forecast on fresh seeds, the knobs that it changes, and what it gains over today's, paired.
+    """A policy, its forecast on new seeds, the knobs that it changes, and its paired gain over today's settings.
 
-    `passed_over`: faster settings of the same knobs that do not keep the limits under the stress set.
+    `passed_over`: faster settings of the same knobs that break the limits under the stress set.
     """
 
     forecast: Forecast
@@ -376,7 +376,7 @@ class Recommendation:
 
     @property
     def policy(self) -> Policy:
-        """The recommended settings."""
+        """Return the recommended settings."""
         return self.forecast.policy
 
 
@@ -384,13 +384,13 @@ class Recommendation:
 class Plan:
     """Everything that `paceline plan` found. Forecasts of `now`, both recommendations and the runner-up share seeds.
 
-    `guardrails`: only the eight guardrail knobs changed; `full`: everything that the law can do. `limits`: the
-    constraints that were asked for; `broken`: where a recommendation breaks them, as assumed or under a condition in
+    `guardrails`: only the eight guardrail knobs changed; `full`: every knob of the law may change. `limits`: the
+    constraints that the user set; `broken`: where a recommendation breaks them, as assumed or under a condition in
     which another of the plan's settings keeps them, in words. `already_good`: today's settings are within the
     indifference zone of the best. `timelines`: attempts of one run each, by name, for curves over time. `drawn`: the
     plan's policies under conditions drawn from ranges; `sensitivity`: which knob matters around the recommendation;
-    `answers_usd`: what all answers cost once (None: no prices); what is paid beyond them is the figure `extra_usd` of
-    the forecasts. `out_of_time`: the search ended by the clock. `find_out`: what is worth finding out first.
+    `answers_usd`: the cost of all answers, each paid once (None: no prices); costs beyond that are the figure
+    `extra_usd` of the forecasts. `out_of_time`: the search ended by the clock. `find_out`: what to find out first.
     """
 
     objective: str
@@ -417,11 +417,11 @@ class Plan:
 
     @property
     def promise(self) -> Percentile | None:
-        """The finish time of the recommendation that holds in 95 of 100 of the drawn conditions; None: none drawn."""
+        """Return the recommendation's finish time that holds in 95 of 100 drawn conditions; None if none were drawn."""
         return None if self.drawn is None else percentile(self.drawn.outcomes["recommended"].makespan_s, 0.95)
 
     def to_json_dict(self) -> dict[str, Any]:
-        """The plan without its timelines, as plain values."""
+        """Return the plan without its timelines, as plain values."""
         return {
             "objective": self.objective,
             "promise": {

@@ -1,6 +1,6 @@
-"""How settings fare under conditions drawn from stated ranges, as values: spread, worst, what one in 20 exceeds.
+"""Outcomes of settings under conditions drawn from stated ranges: spread, worst case, and 95th percentile.
 
-"Bad" is what one draw of 20 exceeds: the 95th percentile of times, throttles and losses.
+A "bad" outcome is one that one draw in 20 exceeds: the 95th percentile of times, throttles and losses.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ class Outcomes:
     lost_per_100: NDArray[np.float64]
 
     def median(self, name: str) -> float:
-        """What half of the draws are better than."""
+        """Return the median over the draws."""
         return _quantile(getattr(self, name), 0.5)
 
     def bad(self, name: str) -> float:
-        """What one draw in 20 exceeds."""
+        """Return the value that one draw in 20 exceeds."""
         return _quantile(getattr(self, name), 1.0 - BAD_SHARE)
 
     def worst(self, name: str) -> float:
-        """The worst draw."""
+        """Return the worst draw."""
         return float(getattr(self, name).max())
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """The plan's policies by name under the same draws. `ranges`: in words; `runs`: in each of the `draws`."""
+    """The plan's policies by name under the same draws. `ranges`: in words; `runs`: number of runs per draw."""
 
     ranges: str
     draws: int
@@ -48,14 +48,14 @@ class Drawn:
     outcomes: Mapping[str, Outcomes]
 
     def kept(self, who: str, max_throttled: float, max_lost: float) -> int:
-        """In how many draws a policy keeps the limits."""
+        """Return the number of draws in which a policy keeps the limits."""
         found = self.outcomes[who]
         return int(
             ((found.throttled_per_100 <= max_throttled) & (found.lost_per_100 <= 100.0 * max_lost + 1e-12)).sum()
         )
 
     def to_json_dict(self, objective: str) -> dict[str, Any]:
-        """Plain numbers, by policy and figure."""
+        """Return plain numbers, by policy and figure."""
         names = {f"{objective}_s": "objective_s"} | {n: n for n in ("throttled_per_100", "lost_per_100")}
         return {
             "ranges": self.ranges,
@@ -76,7 +76,7 @@ class Drawn:
 
 
 def _quantile(values: NDArray[np.float64], ratio: float) -> float:
-    # As `results.percentile`: the next draw stays below with that probability.
+    # As in `results.percentile`: the next draw stays below with that probability.
     with np.errstate(invalid="ignore"):
         found = float(np.quantile(values, ratio, method="weibull"))
     return math.inf if math.isnan(found) else found

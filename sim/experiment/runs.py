@@ -1,12 +1,12 @@
-"""The runs of a search: each made once, whoever asks for it, and kept.
+"""The runs of a search: each is made once, however often it is asked for, and kept.
 
 A run is identified by its condition, its policy and its seed. `requests` counts simulated requests: the search's effort
 is measured by it, so that the same seed finds the same settings on any machine.
 
-What a run costs. Every answer is paid for once, whatever the settings: `answers_usd`. What settings change is the extra
-cost: attempts that timed out or whose connection dropped, which the provider answers and bills all the same, and
-finalize passes, which send the prompt again and write the answer anew. Refused attempts cost nothing. A batch over
-several models pays for these tokens at the mean price of its prompts and outputs.
+Cost of a run. Every answer is paid for once, under any settings: `answers_usd`. Settings change only the extra cost:
+attempts that timed out or lost their connection, which the provider answers and bills all the same, and finalize
+passes, which send the prompt again and write a new answer. Refused attempts cost nothing. A batch over several models
+pays for these tokens at the mean price of its prompts and outputs.
 """
 
 from __future__ import annotations
@@ -30,31 +30,31 @@ from sim.scenario.stress import Condition
 
 PolicyKey = tuple[Any, ...]
 
-# Simulated requests that are handed to the pool at a time: an interrupted search keeps what came before.
+# Simulated requests handed to the pool at a time: an interrupted search keeps the earlier results.
 BATCH_REQUESTS = 4_000_000
 
 
 def key_of(policy: Policy) -> PolicyKey:
-    """What makes two policies the same, whichever knobs were named."""
-    # All knobs are plain values: a dump would copy them one by one, at ten times the cost.
+    """Return a key that is equal for policies with the same settings, whichever knobs were named."""
+    # All knobs are plain values; pydantic's dump would copy them one by one, at ten times the cost.
     return tuple(policy.__dict__.values())
 
 
 @dataclass(frozen=True, slots=True)
 class Tariff:
-    """US dollars: all answers once, and per token of what is paid beside them."""
+    """Prices in US dollars: all answers once, and per token of anything paid beyond them."""
 
     answers_usd: float
     prompt_usd: float
     output_usd: float
 
     def extra_usd(self, run: Figures) -> float:
-        """What a run pays beside its answers."""
+        """Return what a run costs beyond its answers."""
         return run["extra_prompt_tokens"] * self.prompt_usd + run["extra_output_tokens"] * self.output_usd
 
 
 def tariff_of(scenario: Scenario, prices: Prices | None) -> Tariff | None:
-    """The workload's tariff at the newest prices; None without prices, or where a model has none."""
+    """Return the workload's tariff at the newest prices; None without prices, or if a model has none."""
     workload = scenario.workload
     count = len(workload)
     if prices is None or not count:
@@ -76,7 +76,7 @@ def tariff_of(scenario: Scenario, prices: Prices | None) -> Tariff | None:
 
 
 def _mean(tokens: np.ndarray, price: np.ndarray) -> float:
-    """The mean price of a token."""
+    """Return the mean price of a token."""
     total = float(tokens.sum())
     return float((tokens * price).sum()) / total if total > 0.0 else float(price.mean())
 
@@ -84,7 +84,7 @@ def _mean(tokens: np.ndarray, price: np.ndarray) -> float:
 class Runs:
     """All runs of one search. `tariff` adds `extra_usd` to each run's values.
 
-    `ends_at`: a moment of `time.monotonic` after which a search asks for nothing new.
+    `ends_at`: a moment of `time.monotonic` after which a search requests no new runs.
     """
 
     def __init__(self, pool: Pool, *, tariff: Tariff | None = None, ends_at: float = math.inf) -> None:
@@ -98,17 +98,17 @@ class Runs:
 
     @property
     def out_of_time(self) -> bool:
-        """Whether the search has lasted as long as it may."""
+        """Return whether the search has used up its time."""
         return time.monotonic() >= self.ends_at
 
     def require(self, wanted: Iterable[tuple[Condition, Policy, Sequence[int]]]) -> None:
-        """Makes sure that each of these has run under its seeds."""
+        """Run each of these under those of its seeds that are missing."""
         tasks: list[tuple[str, PolicyKey, Case, list[int]]] = []
         asked: dict[tuple[str, PolicyKey], set[int]] = {}
         for condition, policy, seeds in wanted:
             key = key_of(policy)
             mine = self._known.setdefault((condition.name, key), {})
-            # Who is asked for twice in one call runs once under each of its seeds.
+            # A policy asked for twice in one call runs once under each of its seeds.
             under_way = asked.setdefault((condition.name, key), set())
             missing = [seed for seed in dict.fromkeys(seeds) if seed not in mine and seed not in under_way]
             under_way.update(missing)
@@ -123,7 +123,7 @@ class Runs:
             self._make(batch)
 
     def figures(self, condition: Condition, policy: Policy, seeds: Sequence[int]) -> list[Figures]:
-        """The runs under these seeds, made now where they are missing."""
+        """Return the runs under these seeds, making those that are missing."""
         mine = self._known.get((condition.name, key_of(policy)), {})
         if not all(seed in mine for seed in seeds):
             self.require([(condition, policy, seeds)])
@@ -131,11 +131,11 @@ class Runs:
         return [mine[seed] for seed in seeds]
 
     def known(self, condition: Condition, key: PolicyKey, seeds: range) -> list[Figures]:
-        """The runs that were made so far, of these seeds."""
+        """Return the runs made so far under these seeds."""
         return [run for seed, run in self._known.get((condition.name, key), {}).items() if seed in seeds]
 
     def _case(self, condition: Condition, policy: Policy, key: PolicyKey) -> Case:
-        # Only for settings that come back for more seeds: others are not worth the memory.
+        # Only for settings that return for more seeds: others are not worth the memory.
         case = self._cases.get((condition.name, key))
         if case is None:
             case = case_of(condition.scenario, policy)

@@ -1,15 +1,15 @@
 """Spreading tasks over workers: processes on this machine by joblib, or a Ray cluster.
 
-Theory of operation. A task is (shared, own): `shared` may be the same object in many tasks and travels once where that
-pays, `own` says what is to be done with it. Workers hold no state between tasks and no random state at all, so that the
-results are the same for any number of workers, on either backend, in whatever order the tasks end.
+Theory of operation. A task is (shared, own): `shared` may be the same object in many tasks and is sent once if that
+pays; `own` says what to do with it. Workers hold no state between tasks and no random state at all, so the results are
+the same for any number of workers, on either backend, in any order of completion.
 
-A worker that dies takes its task with it, which is tried again on what is left; only where the same task costs another
-worker is the work given up, as `WorkersLost`. Results that came before stay with the caller, in both cases.
+When a worker dies, its task is retried on the remaining workers; if the same task costs another worker, the work is
+given up with `WorkersLost`. In both cases the caller keeps the results that came before.
 
-Ray (extra `ray`) is spoken to by a process of its own, a child of this one: where a cluster goes away, Ray ends the
-process that is connected to it, without an exception, and nothing that was found must be lost by that. The child dies
-with this process, and is ended when a call of `map` is given up: the cluster then stops that call's work.
+A child process talks to Ray (extra `ray`): when a cluster goes away, Ray ends the process connected to it, without an
+exception, and results must survive that. The child dies with this process, and is ended when a call of `map` is given
+up: the cluster then stops that call's work.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ Shared = TypeVar("Shared")
 Own = TypeVar("Own")
 
 RAY_SIDE = "sim.experiment.ray_side"
-# How long that process may take to leave a cluster.
+# How long the child process may take to leave a cluster.
 ENDS_S = 10.0
-# Modules whose source decides what a run gives.
+# Modules whose source determines the result of a run.
 DECIDING = ("governor/**/*.py", "sim/**/*.py")
 
 
 class WorkersLost(PacelineError):  # noqa: N818  (as in governor/model/errors.py)
-    """Workers died, or the cluster went away, and the rest of the work with them. `found`: what had come, if known."""
+    """Workers died or the cluster went away before the work was done. `found`: the results so far, if known."""
 
     exit_code: ClassVar[int] = 1
     fault: ClassVar[str] = OPERATOR
@@ -51,17 +51,17 @@ class WorkersLost(PacelineError):  # noqa: N818  (as in governor/model/errors.py
 
 
 class Crew:
-    """The workers of one kind: `size` of them. Made once, used for many calls of `map`."""
+    """A set of `size` workers of one kind, created once and used for many calls of `map`."""
 
     size: int
 
     def map(self, function: Callable[[Shared, Own], Result], tasks: Sequence[tuple[Shared, Own]]) -> Iterator[Result]:
-        """`function` of every task, in the order of the tasks; raises what it raises, and WorkersLost."""
+        """Yield `function` of every task, in task order. Raise what `function` raises, or WorkersLost."""
         raise NotImplementedError
 
 
 def crew_of(backend: Backend = "local", workers: int = 0) -> Crew:
-    """The workers of a backend; `workers`: 0 = one per core, here or of the cluster."""
+    """Return the workers of a backend; `workers`: 0 = one per core, of this machine or of the cluster."""
     return OnRay(workers) if backend == "ray" else Local(workers)
 
 
@@ -108,7 +108,7 @@ class Local(Crew):
 
 @contextlib.contextmanager
 def _left_quietly(results: Generator[Result, None, None]) -> Iterator[Generator[Result, None, None]]:
-    """Ends the work where nobody wants the rest of it; joblib would warn that it was done in vain."""
+    """End the work if the caller stops reading, without joblib's warning about unused results."""
     try:
         yield results
     finally:
@@ -121,9 +121,9 @@ def _left_quietly(results: Generator[Result, None, None]) -> Iterator[Generator[
 
 
 class OnRay(Crew):
-    """The workers of a Ray cluster: the one that RAY_ADDRESS names, else one of our own on this machine.
+    """The workers of a Ray cluster: the one that RAY_ADDRESS names, else a new one on this machine.
 
-    Connects when it is made; BadSetting, in one line, where there is no such cluster.
+    The constructor connects. Raise BadSetting if there is no such cluster.
     """
 
     def __init__(self, workers: int = 0) -> None:
@@ -133,7 +133,7 @@ class OnRay(Crew):
     def map(self, function: Callable[[Shared, Own], Result], tasks: Sequence[tuple[Shared, Own]]) -> Iterator[Result]:
         """See `Crew`."""
         side = _side()
-        # By identity: what many tasks share is sent once.
+        # By identity: an object that many tasks share is sent once.
         shared = {id(task[0]): task[0] for task in tasks}
         place = {key: i for i, key in enumerate(shared)}
         rows = [(place[id(task[0])], task[1]) for task in tasks]
@@ -142,8 +142,8 @@ class OnRay(Crew):
             side.tell((fingerprint(), function, self.workers, list(shared.values()), rows))
             while done < len(tasks):
                 kind, value = side.hear()
-                # After anything but a result nothing more of this call will be heard; and said before the last result
-                # is handed on, after which nobody may come back here.
+                # Any message but a result is the last one of this call. This is set before the last result is yielded,
+                # because the caller may never resume after it.
                 at_rest = kind != "result" or done == len(tasks) - 1
                 if kind == "raised":
                     raise value
@@ -157,7 +157,7 @@ class OnRay(Crew):
 
 
 class _Side:
-    """The child process that speaks to Ray, and the messages that go to and fro."""
+    """The child process that talks to Ray, and the messages in both directions."""
 
     def __init__(self) -> None:
         path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
@@ -165,10 +165,10 @@ class _Side:
             [sys.executable, "-m", RAY_SIDE],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            # Ray logs and prints a lot; what matters comes as a message.
+            # Ray logs and prints a lot; anything important comes as a message.
             stderr=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": path},
-            # Ctrl-C is for this process, which then ends the other.
+            # Ctrl-C is for this process, which then ends the child.
             start_new_session=True,
         )
         atexit.register(self.end)
@@ -180,18 +180,18 @@ class _Side:
 
     @property
     def alive(self) -> bool:
-        """Whether it can still be told anything."""
+        """Return whether the child can still receive messages."""
         return self.child.poll() is None
 
     def tell(self, message: Any) -> None:
-        """Sends a message; that nobody reads it shows when the reply is awaited."""
+        """Send a message; if the child is gone, waiting for the reply will show it."""
         assert self.child.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             pickle.dump(message, self.child.stdin, pickle.HIGHEST_PROTOCOL)
             self.child.stdin.flush()
 
     def hear(self) -> tuple[str, Any]:
-        """The next message: (kind, value)."""
+        """Return the next message: (kind, value)."""
         assert self.child.stdout is not None
         try:
             found: tuple[str, Any] = pickle.load(self.child.stdout)
@@ -200,14 +200,14 @@ class _Side:
         return found
 
     def end(self) -> None:
-        """Ends the child and with it whatever it has under way; from the second time on nothing happens."""
+        """End the child and all its work in progress; further calls have no effect."""
         atexit.unregister(self.end)
         if self.alive:
             self.child.terminate()
             try:
                 self.child.wait(ENDS_S)
             except subprocess.TimeoutExpired:
-                # Ray's own shutdown may wait for a cluster that is no more.
+                # Ray's own shutdown may wait for a cluster that is gone.
                 self.child.kill()
         with contextlib.suppress(BrokenPipeError), self.child:
             pass
@@ -217,7 +217,7 @@ _sides: dict[str, _Side] = {}
 
 
 def _side() -> _Side:
-    """The child for the cluster that RAY_ADDRESS names now: one serves all calls, until it ends."""
+    """Return the child for the cluster that RAY_ADDRESS names now: one child serves all calls until it ends."""
     address = os.environ.get("RAY_ADDRESS", "")
     if address in _sides and not _sides[address].alive:
         _sides.pop(address).end()
@@ -227,14 +227,14 @@ def _side() -> _Side:
 
 
 def disconnect() -> None:
-    """Leaves every cluster."""
+    """Leave every cluster."""
     while _sides:
         _sides.popitem()[1].end()
 
 
 @functools.cache
 def fingerprint() -> str:
-    """A hash of the sources that decide what a run gives."""
+    """Return a hash of the sources that determine the result of a run."""
     root = Path(__file__).resolve().parents[2]
     found = hashlib.sha256()
     for pattern in DECIDING:

@@ -1,1 +1,1 @@
-"""The synthetic provider, sans I/O: limiter, charges, latency and faults; and the requests that it is asked."""
+"""The synthetic provider, sans I/O: limiter, charges, latency and faults; and the requests sent to it."""

@@ -1,8 +1,8 @@
-"""The chance of first attempts, drawn a chunk of requests at a time.
+"""Random draws for first attempts, made for a chunk of requests at a time.
 
-A draw depends on what it is for and not on when it is made (`governor/model/keyed.py`), so those of a request's first
+A draw depends on its purpose and not on when it is made (`governor/model/keyed.py`), so the draws of a request's first
 attempt can be made together with its neighbours': the same numbers to the bit, at a hundredth of the cost per draw.
-Retries and finalize passes draw one by one, where they happen.
+Retries and finalize passes draw singly, when they happen.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ FIRST = attempt_key(law.MAIN, 1)
 
 
 def first_uniforms(seed: int, rows: NDArray[Any], purpose: int) -> NDArray[np.float64]:
-    """What `keyed_uniform` gives for the first attempts of these requests. Shape (rows,)."""
+    """Return what `keyed_uniform` gives for the first attempts of these requests, shape (rows,)."""
     drawn: NDArray[np.float64] = keyed_uniform(seed, rows.astype(np.uint64), FIRST, purpose)  # type: ignore[arg-type, assignment]
     return drawn
 
 
 def first_jitters(p: law.Params, seed: int, rows: NDArray[Any]) -> list[float]:
-    """The uniform numbers behind the stagger's jitter; -1 each where there is none yet (settings may change)."""
+    """Return the uniform numbers behind the stagger's jitter; -1 each if there is none yet (settings may change)."""
     if p.stagger_s <= 0.0:
         return [-1.0] * len(rows)
     return first_uniforms(seed, rows, JITTER_STAGGER).tolist()
@@ -36,7 +36,7 @@ def first_jitters(p: law.Params, seed: int, rows: NDArray[Any]) -> list[float]:
 def first_latencies_s(
     pp: ProviderParams, seed: int, rows: NDArray[Any], output: NDArray[np.float64], recorded_s: NDArray[np.float64]
 ) -> list[float]:
-    """What `latency_s` gives for the first attempts of these requests. Arrays of one length."""
+    """Return what `latency_s` gives for the first attempts of these requests; all arrays have the same length."""
     u = first_uniforms(seed, rows, LATENCY).tolist() if pp.sigma > 0.0 else [0.5] * len(rows)
     times = zip(output.tolist(), recorded_s.tolist(), u, strict=True)
     latencies_s = [prov.smooth_latency_s(pp, *row) for row in times]

@@ -1,4 +1,4 @@
-"""What goes wrong on purpose: the events of a faults file, and which of them strike an attempt.
+"""Injected faults: the events of a faults file, and which of them strike an attempt.
 
 Example:
 
@@ -12,12 +12,12 @@ Example:
       - {kind: throttled, attempts: 2}                  # the first two attempts of every request
       - {kind: error_inside, ratio: 0.05, inside: rate_limit_exceeded}   # in the middle of a stream
 
-Times are the provider's seconds since its first request. Events are asked in their order, the first that strikes
-counts. Those at the door (throttled, slow_down, quota, overloaded, unauthorized, model_not_found) come in the place of
-an admission: nothing is charged. The others (server_error, stall, drop, truncate, malformed, error_inside) strike after
-admission: the charge is taken. `error_inside` is an error within a success: half-way through a stream, or the body
-of a 200. A forced 429 speaks of requests per minute, whatever the headers beside it show. Chance is keyed by
-request and attempt, like all chance here.
+Times are the provider's seconds since its first request. Events are checked in order, and the first that
+strikes counts. Events at the door (throttled, slow_down, quota, overloaded, unauthorized, model_not_found) replace the
+admission: nothing is charged. The others (server_error, stall, drop, truncate, malformed, error_inside) strike after
+admission: the charge is taken. `error_inside` is an error within a success: half-way through a stream, or in the body
+of a 200. A forced 429 names requests per minute, whatever its headers show. Chance is keyed by request and attempt,
+like all chance here.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from sim.model.provider_config import ProviderConfig, Ratio, Requests, Seconds
 AT_THE_DOOR = ("throttled", "slow_down", "quota", "overloaded", "unauthorized", "model_not_found")
 AFTER_ADMISSION = ("server_error", "stall", "drop", "truncate", "malformed", "error_inside")
 EVENTS_MAX = 24
-# The purposes of `keyed` from here on belong to the events, one each.
+# The purposes of `keyed` from this number on belong to the events, one each.
 EVENT = 40
 
 
@@ -52,12 +52,12 @@ _BELONGS = {
 
 
 class Event(Config):
-    """One thing that goes wrong, and when: in a span of time, from a count of requests on, by chance, or at first.
+    """A fault and when it strikes: in a span of time, after a number of requests, by chance, or on first attempts.
 
-    `at_s`, `for_s`: when it begins and for how long (0 = to the end). `after_requests`: so many requests are seen
-    before. `times`: strikes at most so often, `attempts`: only the first so many attempts of a request (0 = without
-    bound). `ratio`: chance of each attempt. `status` is that of a server_error, `stall_s` the length of a stall,
-    `retry_after_s` what a refusal states (-1 = nothing), `code` the word of a quota refusal.
+    `at_s`, `for_s`: when it begins and for how long (0 = to the end). `after_requests`: number of requests seen before
+    it begins. `times`: most strikes, `attempts`: strikes only the first so many attempts of a request (0 = no bound).
+    `ratio`: chance of striking each attempt. `status`: the status of a server_error; `stall_s`: length of a stall;
+    `retry_after_s`: the wait that a refusal states (-1 = none); `code`: the error code of a quota refusal.
     """
 
     kind: Literal[
@@ -97,18 +97,18 @@ class Event(Config):
 
 
 class Faults(Config):
-    """A faults file: fields of the provider, and events."""
+    """A faults file: provider fields and events."""
 
     provider: dict[str, Any] = Field(default_factory=dict)
     events: Annotated[tuple[Event, ...], Field(max_length=EVENTS_MAX, strict=False)] = ()
 
     def applied(self, config: ProviderConfig) -> ProviderConfig:
-        """The provider with the file's fields in place of its own; BadSetting as for any provider."""
+        """Return the provider with the file's fields in place of its own. Raise BadSetting as for any provider."""
         return config.with_(**self.provider) if self.provider else config
 
 
 def read_faults(path: str | Path) -> Faults:
-    """The faults in a YAML file. BadInput for what is not YAML or cannot be read, BadSetting for a wrong value."""
+    """Return the faults in a YAML file. Raise BadInput if it cannot be read as YAML, BadSetting for a wrong value."""
     data = read_yaml(path)
     try:
         faults = checked(Faults, data, "")
@@ -119,7 +119,7 @@ def read_faults(path: str | Path) -> Faults:
 
 
 class Trouble:
-    """The events of one run, and how often each has struck."""
+    """The fault events of one run, with the number of times that each has struck."""
 
     def __init__(self, events: Sequence[Event], seed: int) -> None:
         self.events = tuple(events)
@@ -127,10 +127,10 @@ class Trouble:
         self.struck = [0] * len(self.events)
 
     def strikes(self, door: bool, now: float, request: int, attempt: int, arrivals: int, seen: int) -> Event | None:
-        """The event that strikes this attempt at the door, or after its admission; None = it goes well.
+        """Return the event that strikes this attempt at the door or after its admission; None if no event strikes.
 
-        `request`, `attempt`: the keys of its chance. `arrivals`: how often this request has come, this time included.
-        `seen`: all requests so far, this one included.
+        `request`, `attempt`: the keys of its chance. `arrivals`: how often this request has arrived, including now.
+        `seen`: number of requests so far, including this one.
         """
         for i, event in enumerate(self.events):
             if (event.kind in AT_THE_DOOR) is not door:

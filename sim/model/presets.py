@@ -2,10 +2,10 @@
 
 Both are explained in docs/explanation/provider.md#limits and #latency.
 
-A tier is what a provider publishes, not what an account has: the limits page of the account is the measurement. The
+A tier states what a provider publishes, not what an account has: the account's limits page is the measurement. The
 latency lines are fits (Theil-Sen) of the provider's own processing time against completion tokens, over recordings of
-mixed dates: the slope and intercept are measured, the network on the way is not in them, and the spread around the line
-and the rare stalls are assumed: a healthy provider's P99 is about twice its P50, which sigma 0.25 gives (1.8 times).
+mixed dates. Slope and intercept are measured and exclude the network; the spread around the line and the rare stalls
+are assumed: a healthy provider's P99 is about twice its P50, and sigma 0.25 gives 1.8 times.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import Any, NamedTuple
 
 from governor.model.errors import BadSetting, quoted
 
-# A model's name may carry the day of its snapshot.
+# A model's name may end in its snapshot date.
 SNAPSHOT = re.compile(r"-\d{4}-\d{2}-\d{2}$")
 
-# The day on which these figures, and the measured charge rules, were checked.
+# The date on which these figures and the measured charge rules were checked.
 CHECKED_ON = "2026-11-23"
 
 
 class Tiers(NamedTuple):
-    """Limits of one model's usage tiers 1 to 5: (requests per minute, tokens per minute) each, and who says so."""
+    """Limits of one model's usage tiers 1 to 5: (requests per minute, tokens per minute) each, and their source."""
 
     source: str
     limits: tuple[tuple[int, int], ...]
@@ -78,7 +78,7 @@ LATENCIES: dict[str, LatencyLine] = {
     "gpt-4.1-nano": LatencyLine(0.304, 0.0123, 35),
     "gpt-3.5-turbo": LatencyLine(0.213, 0.0107, 113),
     "gpt-4": LatencyLine(0.296, 0.043, 17),
-    # Only the slope is known of this one; the first token is taken from its nearest relative.
+    # Only the slope was measured; the time to the first token is taken from the most similar model.
     "gpt-5-nano": LatencyLine(0.304, 0.013, 8),
 }
 DEFAULT_LATENCY = "gpt-4o"
@@ -90,12 +90,12 @@ STALL_MAX_S = 60.0
 
 
 def tier_names() -> list[str]:
-    """The names of all published tiers: `gpt-4o-tier1`, ..."""
+    """Return the names of all published tiers: `gpt-4o-tier1`, ..."""
     return [f"{model}-tier{i + 1}" for model, tiers in TIERS.items() for i in range(len(tiers.limits))]
 
 
 def tier_preset(name: str) -> dict[str, Any]:
-    """The provider fields of a published tier; BadSetting, with the nearest name, for one that does not exist."""
+    """Return the provider fields of a published tier. Raise BadSetting, with the nearest name, if it does not exist."""
     if name not in tier_names():
         raise BadSetting(f"there is no provider preset {quoted(name)}: {_nearest(name, tier_names())}")
     model, _, tier = name.rpartition("-tier")
@@ -104,13 +104,16 @@ def tier_preset(name: str) -> dict[str, Any]:
 
 
 def tier_source(name: str) -> str:
-    """Who says what a published tier grants."""
+    """Return the source of a published tier's limits."""
     model, _, tier = name.rpartition("-tier")
     return f"published for {model}, tier {tier} ({TIERS[model].source}, {CHECKED_ON})"
 
 
 def latency_preset(name: str) -> dict[str, Any]:
-    """The latency fields of a measured model; BadSetting, with the nearest name, for one that was not measured."""
+    """Return the latency fields of a measured model.
+
+    Raise BadSetting, with the nearest name, if it was not measured.
+    """
     if name not in LATENCIES:
         raise BadSetting(f"there is no latency preset {quoted(name)}: {_nearest(name, LATENCIES)}")
     line = LATENCIES[name]

@@ -1,17 +1,18 @@
 """The synthetic provider, sans I/O: limiter, faults and latency as plain functions over numbers.
 
-It stands where OpenAI stands: `answered` takes one attempt at `now` and says what comes back, when, and what the
-rate-limit headers would state. The SimPy driver, the compiled engine and the HTTP server call this same code, which is
-why it keeps the law's rules for compiling (numbers and fixed-size arrays, `math` only, chance and time from outside).
+It takes OpenAI's place: `answered` takes one attempt at `now` and returns the outcome, when it arrives, and what the
+rate-limit headers would state. The SimPy driver, the compiled engine and the HTTP server all call this code, so it
+keeps the law's rules for compiling (numbers and fixed-size arrays, `math` only, chance and time passed in).
 
 Theory of operation (docs/explanation/provider.md#buckets). Each dimension is a continuous bucket, or another window of
 `windows`: an attempt is admitted iff used + requested <= limit in every dimension, the charge is taken at admission,
 and a refusal states how long it takes until it would fit, floored to milliseconds; of a bucket, that is
-(used + requested - limit) / limit * length. A charge above the limit never succeeds. What is not settled about the real
-one is a knob: settling, charges booked after the answer, counted refusals, slices, windows, the ramp.
+(used + requested - limit) / limit * length. A charge above the limit never succeeds. Behaviour of the
+real provider that is not established is a knob: settling, charges booked after the answer, counted refusals, slices,
+windows, the ramp.
 
-A co-tenant is drained in ticks of one second: it takes its share of the limit, all the time or in bursts at keyed
-moments, as far as there is room. A limit that changes keeps what is used; what is above the new limit must drain first.
+A co-tenant acts in ticks of one second: it takes its share of the limit, continuously or in bursts at keyed moments, as
+far as there is room. A limit change keeps what is used; any excess over the new limit must drain first.
 """
 
 import math
@@ -55,20 +56,20 @@ SLOW_DOWN = 4
 SERVER_ERROR = 5
 DROPPED = 6
 
-# Whether a refusal says how long to wait.
+# How a refusal states the wait.
 SAYS_NOTHING = 0
 SAYS_MILLISECONDS = 1  # "Please try again in 644ms": the wait, floored to ms
 SAYS_SECONDS = 2  # Retry-After: whole seconds, rounded up
 SAYS_CONSTANT = 3  # Retry-After: the same on every refusal
 
-# What a refusal counts, added up.
+# What a refusal counts against, as a sum of flags.
 REFUSAL_TOKENS = 1
 REFUSAL_REQUESTS = 2
 
-# Which answers state the counts in their headers, and of which moment.
+# Which answers state counts in their headers, and for which moment.
 COUNTS_NONE = 0
 COUNTS_AT_ADMISSION = 1
-COUNTS_AT_ANSWER = 2  # as middleware does that adds its headers on the way out
+COUNTS_AT_ANSWER = 2  # as from middleware that adds headers to the outgoing answer
 COUNTS_ON_REFUSALS = 3
 
 RAMP_WINDOW_S = 900.0
@@ -80,11 +81,11 @@ OUTAGES = 4
 NOISE_GROUPS = 4
 NOISE_KNOTS = 33
 NOISE_REACH = 4.0
-# Kinds of outage: connections are dropped, everything is answered by a 5xx, or nothing is answered at all.
+# Kinds of outage: connections drop, every request gets a 5xx, or no request is answered.
 DROPS = 0
 ERRORS = 1
 HANGS = 2
-# An answer that never comes: beyond any time-out.
+# Time of an answer that never comes: beyond any time-out.
 NEVER_S = 1e9
 
 
@@ -98,24 +99,25 @@ def _empty_log() -> list[float]:
 
 @dataclass(slots=True)
 class ProviderParams:
-    """One provider quota as numbers. Times in seconds, 0 = no such limit, fault or habit.
+    """One provider quota as numbers. Times are in seconds; 0 = no such limit, fault or behaviour.
 
     `limit`: TPM, RPM, TPD, RPD. `slice_s`: requests are also limited to their share of that time (1 = per second), and
     tokens to `slice_tokens` per slice. `window`, `phase_s`, `burst_ratio`: how minutes are counted, see `windows`.
-    `charged_at_answer`: no tokens are taken at admission, which only asks whether any are left; real use is booked
-    when the answer leaves. `failed_count`: what a refusal counts. `retry_after_s`: the constant stated wait;
+    `charged_at_answer`: admission takes no tokens and only checks that some are left; real use is booked when the
+    answer leaves. `failed_count`: what a refusal counts against. `retry_after_s`: the constant stated wait;
     `retry_after_min_s`: the shortest.
     `ramp_tpm`: above it, tokens per minute may grow by half per 15 minutes (`slow_down`). `change_at`, `change_factor`:
-    from that moment the minute limits are so many times the first ones (inf = unused). `cotenant_share` of the limit is
-    used by others; in bursts of `cotenant_burst_s` once per `cotenant_period_s` if that is > 0. `quota_requests`: after
-    so many admitted requests the credit is gone. Latency of an answer: (first_token_s + per_token_s * output) times a
-    log-normal factor of that sigma, and with probability `stall_ratio` a stall of `stall_min_s` to `stall_max_s` more.
-    Where `noise_from` is set, the factor has a measured shape instead: `noise` holds its logarithms at NOISE_KNOTS
-    normal scores from -NOISE_REACH to NOISE_REACH, in turn for each group of answers, which begin at that many tokens.
-    From `outage_at` to `outage_until` (inf = unused) the provider is out, in that `outage_kind`.
-    `refusal_s`: time until a refusal arrives. `empty_cut_ratio`: chance that a cut answer has no usable text.
-    `counts`: which answers state what remains; stated is that share of it (`counts_share`: a header that speaks of a
-    slice of the limit), rounded to the nearest multiple of `counts_rounded_to`, below zero only with `counts_negative`.
+    from that moment the minute limits are the original ones times that factor (inf = unused). `cotenant_share` of the
+    limit is used by others; in bursts of `cotenant_burst_s` once per `cotenant_period_s` if that is > 0.
+    `quota_requests`: number of admitted requests after which the credit is exhausted. Latency of an answer:
+    (first_token_s + per_token_s * output) times a log-normal factor of that sigma, and with probability `stall_ratio` a
+    stall of `stall_min_s` to `stall_max_s` more. If `noise_from` is set, the factor has a measured shape instead:
+    `noise` holds its logarithms at NOISE_KNOTS normal scores from -NOISE_REACH to NOISE_REACH, for each group of
+    answers in turn; `noise_from` holds the groups' smallest token counts. From `outage_at` to `outage_until` (inf =
+    unused) the provider is out, in that `outage_kind`. `refusal_s`: time until a refusal arrives. `empty_cut_ratio`:
+    chance that a cut answer has no usable text. `counts`: which answers state what remains. The stated count is the
+    share `counts_share` of it (for headers that describe a slice of the limit), rounded to the nearest multiple of
+    `counts_rounded_to`, and below zero only with `counts_negative`.
     """
 
     limit: list[float] = field(default_factory=_none)
@@ -161,10 +163,10 @@ class ProviderParams:
 
 @dataclass(slots=True)
 class ProviderState:
-    """What the provider remembers: `used` per dimension as of `at`, slices, the ramp, the co-tenant's next tick.
+    """The provider's state: `used` per dimension as of `at`, slices, the ramp, the co-tenant's next tick.
 
     `window_until`: the end of an anchored window. `log_*`: the sliding log, a ring of `log_size` entries from
-    `log_first` on; the last fields, so that a run that begins with an empty log need not write them.
+    `log_first` on. These fields come last so that a run that begins with an empty log need not write them.
     """
 
     at: float = 0.0
@@ -190,7 +192,7 @@ class ProviderState:
 
 
 def day_started(ps: ProviderState, tokens_used: float, requests_used: float) -> None:
-    """Starts the daily buckets with what was already used of them."""
+    """Start the daily buckets with the amounts already used."""
     ps.used[TPD] = tokens_used
     ps.used[RPD] = requests_used
 
@@ -204,7 +206,10 @@ def _drained_over_changes(pp: ProviderParams, ps: ProviderState, to: float) -> N
 
 
 def _cotenant_rate(pp: ProviderParams, seed: int, tick: int) -> float:
-    """Share of the limit that others ask for in this tick. A burst asks for its whole period's share at once."""
+    """Return the share of the limit that others request in this tick.
+
+    A burst requests its whole period's share at once.
+    """
     if pp.cotenant_period_s <= 0.0:
         return pp.cotenant_share
     t = tick * TICK_S
@@ -217,7 +222,7 @@ def _cotenant_rate(pp: ProviderParams, seed: int, tick: int) -> float:
 
 
 def taken_by_others(pp: ProviderParams, ps: ProviderState, d: int, amount: float) -> None:
-    """Others on the quota use `amount` of a limit per minute, as far as it goes."""
+    """Book `amount` of a limit per minute as used by others, as far as there is room."""
     limit, used = limit_now(pp, ps, d), ps.used[d]
     if limit > 0.0:
         opened(pp, ps)
@@ -227,7 +232,7 @@ def taken_by_others(pp: ProviderParams, ps: ProviderState, d: int, amount: float
 
 
 def advanced(pp: ProviderParams, ps: ProviderState, seed: int, now: float) -> None:
-    """Brings the provider to `now`: limit changes, the co-tenant's use and the draining, in order of time."""
+    """Advance the provider to `now`: limit changes, co-tenant use and draining, in order of time."""
     if pp.cotenant_share > 0.0:
         last = math.floor(now / TICK_S)
         while ps.tick <= last:
@@ -244,7 +249,10 @@ def advanced(pp: ProviderParams, ps: ProviderState, seed: int, now: float) -> No
 
 
 def _slice_wait_ms(pp: ProviderParams, ps: ProviderState, d: int, requested: float) -> float:
-    """The same for this second's share (`slice_s` of the minute's limit), -1 where it fits or is not sliced."""
+    """Return the wait in milliseconds for this slice's share (`slice_s` of the minute's limit).
+
+    -1 = fits or not sliced.
+    """
     limit = limit_now(pp, ps, d)
     if limit <= 0.0 or d >= TPD:
         return -1.0
@@ -260,7 +268,7 @@ def _slice_wait_ms(pp: ProviderParams, ps: ProviderState, d: int, requested: flo
 
 
 def _ramp_refuses(pp: ProviderParams, ps: ProviderState, charge: float, now: float) -> bool:
-    """Whether this minute grows too fast: above `ramp_tpm`, by more than half over the last quarter hour's peak."""
+    """Return whether usage ramps too fast: above `ramp_tpm` and by more than half over the last quarter hour's peak."""
     minute = math.floor(now / MINUTE_S)
     if minute > ps.ramp_minute:
         ps.ramp_peak = max(ps.ramp_peak, ps.ramp_tokens)
@@ -275,7 +283,7 @@ def _ramp_refuses(pp: ProviderParams, ps: ProviderState, charge: float, now: flo
 
 
 def _booked(pp: ProviderParams, ps: ProviderState, charge: float) -> None:
-    """Takes charge and request out of every window."""
+    """Book the charge and the request in every window."""
     taken(pp, ps, charge, 1.0, False)
     if pp.slice_s > 0.0:
         ps.slice_requests += 1.0
@@ -283,16 +291,16 @@ def _booked(pp: ProviderParams, ps: ProviderState, charge: float) -> None:
 
 
 def admitted(pp: ProviderParams, ps: ProviderState, seed: int, charge: float, now: float) -> tuple[int, int, float]:
-    """One attempt at the door: (outcome, dimension, wait in milliseconds). Books it if it is let in.
+    """Decide one attempt at the door and book it if it is admitted; return (outcome, dimension, wait in milliseconds).
 
     Outcome OK, THROTTLED, TOO_LARGE, SLOW_DOWN or QUOTA. The dimension and the exact wait are those of the limit that
-    takes longest; wait is -1 where waiting does not help or nothing is known.
+    takes longest; the wait is -1 if waiting does not help or its length is unknown.
     """
     advanced(pp, ps, seed, now)
     if 0.0 < pp.quota_requests <= ps.admitted:
         return QUOTA, -1, -1.0
     opened(pp, ps)
-    # A charge that is not known yet asks for no more than that something be left.
+    # A charge that is not known yet only requires that something is left.
     asked, booked = (1.0, 0.0) if pp.charged_at_answer else (charge, charge)
     tightest = -1
     wait_ms = -1.0
@@ -333,7 +341,7 @@ def admitted(pp: ProviderParams, ps: ProviderState, seed: int, charge: float, no
 
 
 def stated_wait_s(pp: ProviderParams, wait_ms: float) -> float:
-    """The wait that a refusal states, seconds; -1 = it says nothing."""
+    """Return the wait that a refusal states, in seconds; -1 = it states none."""
     if wait_ms < 0.0 or pp.retry_after == SAYS_NOTHING:
         return -1.0
     if pp.retry_after == SAYS_CONSTANT:
@@ -344,9 +352,9 @@ def stated_wait_s(pp: ProviderParams, wait_ms: float) -> float:
 
 
 def settled(pp: ProviderParams, ps: ProviderState, seed: int, charge: float, used: float, now: float) -> None:
-    """The answer is complete: a provider that settles books what was really used, never beyond its limit.
+    """Book an attempt's real use when its answer is complete, if the provider settles; never beyond its limit.
 
-    One that charges at the answer does so whatever there is left.
+    A provider that charges at the answer books the use regardless of what is left.
     """
     if pp.charged_at_answer:
         advanced(pp, ps, seed, now)
@@ -357,9 +365,9 @@ def settled(pp: ProviderParams, ps: ProviderState, seed: int, charge: float, use
 
 
 def smooth_latency_s(pp: ProviderParams, output_tokens: float, recorded_s: float, u: float) -> float:
-    """Seconds from admission to the whole answer but for a stall; `u` is the uniform number behind its noise.
+    """Return seconds from admission to the whole answer, without stalls; `u` is the uniform number behind its noise.
 
-    A recorded time (>= 0, from a trace) takes the model's place.
+    A recorded time (>= 0, from a trace) replaces the model.
     """
     if recorded_s >= 0.0:
         return recorded_s
@@ -370,7 +378,7 @@ def smooth_latency_s(pp: ProviderParams, output_tokens: float, recorded_s: float
 
 
 def _log_noise(pp: ProviderParams, output_tokens: float, score: float) -> float:
-    """Logarithm of the noise of an answer's time at a normal score: sigma times it, or the measured shape there."""
+    """Return the logarithm of an answer's latency noise at a normal score: sigma times it, or the measured shape."""
     if pp.noise_from[0] == math.inf:
         return pp.sigma * score
     group = 0
@@ -383,7 +391,7 @@ def _log_noise(pp: ProviderParams, output_tokens: float, score: float) -> float:
 
 
 def stall_s(pp: ProviderParams, seed: int, request: int, attempt: int) -> float:
-    """How long an answer that stalls does so, seconds."""
+    """Return the length of a stalling answer's stall, in seconds."""
     u = keyed_uniform(seed, request, attempt, STALL_LENGTH)
     return pp.stall_min_s + (pp.stall_max_s - pp.stall_min_s) * u
 
@@ -391,7 +399,7 @@ def stall_s(pp: ProviderParams, seed: int, request: int, attempt: int) -> float:
 def latency_s(
     pp: ProviderParams, seed: int, request: int, attempt: int, output_tokens: float, recorded_s: float
 ) -> float:
-    """Seconds from admission to the whole answer."""
+    """Return seconds from admission to the whole answer."""
     u = 0.5
     if pp.sigma > 0.0 and recorded_s < 0.0:
         u = keyed_uniform(seed, request, attempt, LATENCY)
@@ -413,12 +421,12 @@ def answered(
     now: float,
     drawn_s: float = -1.0,
 ) -> tuple[int, float, int, float]:
-    """Everything that happens to one attempt: (outcome, seconds until its answer, dimension, stated wait or -1).
+    """Process one attempt; return (outcome, seconds until its answer, dimension, stated wait or -1).
 
-    `attempt` is the key of the attempt (unique over lanes), `output_tokens` what the answer will have after its cap,
-    `drawn_s` its `latency_s` where the caller has drawn it ahead.
+    `attempt` is the key of the attempt (unique over lanes), `output_tokens` the answer's length after its cap,
+    `drawn_s` its `latency_s` if the caller has drawn it ahead.
     A fault strikes after admission: the charge is taken, and a 5xx arrives at the time of the first token. In an outage
-    nothing is admitted, and what was under way as it began dies in that moment.
+    nothing is admitted, and attempts in flight when it begins die at that moment.
     """
     outage = 0
     while pp.outage_until[outage] <= now and outage < OUTAGES - 1:
@@ -435,7 +443,7 @@ def answered(
 
 
 def _died(pp: ProviderParams, outage: int, after_s: float) -> tuple[int, float, int, float]:
-    """What an attempt meets that this outage strikes so many seconds after its launch."""
+    """Return the outcome of an attempt that this outage strikes `after_s` seconds after its launch, as `answered`."""
     kind = pp.outage_kind[outage]
     if kind == ERRORS:
         return SERVER_ERROR, after_s, -1, -1.0
@@ -454,7 +462,7 @@ def _served(
     now: float,
     drawn_s: float,
 ) -> tuple[int, float, int, float]:
-    """The same where there is no outage."""
+    """Process one attempt as `answered` does, outside any outage."""
     outcome, dimension, wait_ms = admitted(pp, ps, seed, charge, now)
     if outcome != OK:
         return outcome, pp.refusal_s, dimension, stated_wait_s(pp, wait_ms)
@@ -473,12 +481,12 @@ def _served(
 
 
 def cut_without_text(pp: ProviderParams, seed: int, request: int) -> bool:
-    """Whether an answer that was cut at its cap came back without usable text."""
+    """Return whether an answer that was cut at its cap has no usable text."""
     return keyed_uniform(seed, request, 1, FINALIZE_TEXT) < pp.empty_cut_ratio
 
 
 def requests_dimension(pp: ProviderParams, ps: ProviderState) -> int:
-    """Of which requests limit the headers speak: the tighter of RPM and RPD. -1 = there is none."""
+    """Return the requests dimension that the headers state: the tighter of RPM and RPD. -1 = there is none."""
     if pp.limit[RPD] <= 0.0:
         return RPM if pp.limit[RPM] > 0.0 else -1
     if pp.limit[RPM] <= 0.0:
@@ -488,12 +496,12 @@ def requests_dimension(pp: ProviderParams, ps: ProviderState) -> int:
 
 
 def states_counts(pp: ProviderParams, is_refused: bool) -> bool:
-    """Whether the headers of an answer, or of a refusal, state limits and what remains of them."""
+    """Return whether the headers of an answer, or of a refusal, state limits and what remains of them."""
     return pp.counts == COUNTS_AT_ADMISSION or pp.counts == COUNTS_AT_ANSWER or (pp.counts > 0 and is_refused)
 
 
 def remaining(pp: ProviderParams, ps: ProviderState, d: int) -> float:
-    """What the header of dimension `d` states as remaining at the last advance: whole, as `ProviderParams` says."""
+    """Return the count that the header of dimension `d` states as remaining at the last advance, a whole number."""
     limit = limit_now(pp, ps, d)
     left = pp.counts_share * (capacity_of(pp, d, limit) - ps.used[d]) + ROUNDING
     if pp.counts_rounded_to > 1.0:

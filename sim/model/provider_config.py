@@ -1,8 +1,8 @@
-"""A provider as a user describes it: every habit of the synthetic provider with its unit, range and default.
+"""A provider as a user describes it: every property of the synthetic provider with its unit, range and default.
 
 Defaults follow docs/explanation/provider.md: continuous buckets, the charge measured for the endpoint, no settling, a
-stated wait in milliseconds. Refused requests count against the limits because the documentation says so; nobody
-measured it.
+stated wait in milliseconds. Refused requests count against the limits because the documentation says so; this has not
+been measured.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ _REFUSALS: dict[bool | str, int] = {
 _SAYS = {"absent": SAYS_NOTHING, "ms": SAYS_MILLISECONDS, "seconds": SAYS_SECONDS}
 
 
-# One check for each of these two, so that what is wrong is said once and not by each type that it might have had.
+# One validator for each of these two, so that an error is reported once and not once per possible type.
 def _refusals_count(value: Any) -> Any:
     if type(value) is bool or value in ("tokens", "requests"):
         return value
@@ -105,7 +105,7 @@ def _stated_wait(value: Any) -> Any:
 
 
 def _completed(data: Any, preset: Any) -> Any:
-    """A preset's name as its fields; fields with a `preset` on top of that one's."""
+    """Return a preset's name as its fields; fields with a `preset` override that preset's."""
     if isinstance(data, str):
         data = {"preset": data}
     if isinstance(data, dict) and isinstance(data.get("preset"), str) and data["preset"]:
@@ -114,9 +114,10 @@ def _completed(data: Any, preset: Any) -> Any:
 
 
 class NoiseShape(Config):
-    """The measured shape of the noise in the times of answers of at least `from_tokens` output tokens.
+    """The measured shape of latency noise for answers of at least `from_tokens` output tokens.
 
-    `log_ratios`: logarithms of time over its median, one per normal score from -4 to 4, a quarter apart; never falling.
+    `log_ratios`: logarithms of time over its median, one per normal score from -4 to 4 in steps of 0.25;
+    non-decreasing.
     """
 
     from_tokens: Annotated[float, Field(ge=0)] = 0.0
@@ -133,8 +134,8 @@ class Latency(Config):
     """Time of an answer: (first token + per token x output tokens), log-normal noise, rare stalls.
 
     Written as the name of a measured model, or as fields, with `preset` naming the model that the others start from.
-    `scale` multiplies it all but the stalls; `recorded`: where the workload has recorded times, these are used instead.
-    `noise`: measured shapes in place of the log-normal one, by answer length, each longer than the one before.
+    `scale` multiplies everything except the stalls; `recorded`: use the workload's recorded times if it has any.
+    `noise`: measured shapes in place of the log-normal one, in increasing order of answer length.
     """
 
     preset: str = ""
@@ -164,7 +165,7 @@ class Latency(Config):
         return self
 
     def provenance(self) -> tuple[str, str]:
-        """Measured or assumed, and how."""
+        """Return (measured or assumed, how)."""
         line = f"{self.first_token_s:.3g} s + {1_000 * self.per_token_s:.3g} ms per output token"
         if self.scale != 1.0:
             line += f", times {self.scale:g}"
@@ -177,7 +178,7 @@ class Latency(Config):
 
 
 class Cotenant(Config):
-    """Others on the same quota: the share of it that they use, all the time or in bursts once per period."""
+    """Others on the same quota: the share that they use, continuously or in bursts once per period."""
 
     share: Ratio = 0.0
     burst_s: Seconds = 0.0
@@ -193,14 +194,14 @@ class Cotenant(Config):
 
 
 class LimitChange(Config):
-    """From `at_s` on, the limits per minute are `factor` times the first ones."""
+    """A change of limits: from `at_s` on, the limits per minute are `factor` times the original ones."""
 
     at_s: float = Field(ge=0, le=10**9)
     factor: float = Field(gt=0, le=1_000)
 
 
 class Outage(Config):
-    """From `at_s` on, for `length_s`, nothing is served: connections drop, everything is a 5xx, or answers hang."""
+    """An outage from `at_s` on, for `length_s`: connections drop, every request gets a 5xx, or answers hang."""
 
     at_s: float = Field(ge=0, le=10**9)
     length_s: float = Field(gt=0, le=10**9)
@@ -208,7 +209,7 @@ class Outage(Config):
 
 
 class FaultRatios(Config):
-    """What goes wrong after admission, as a share of attempts (cut answers without text: of those cut by their cap)."""
+    """Faults after admission, each as a share of attempts (cut answers without text: of answers cut by their cap)."""
 
     error_ratio: Ratio = 0.0
     drop_ratio: Ratio = 0.0
@@ -227,14 +228,14 @@ class ProviderConfig(Config):
     """One provider quota. Limits per minute (`tpm`, `rpm`) and day (`tpd`, `rpd`), 0 = none.
 
     Written as the name of a published tier, or as fields, with `preset` naming the tier that the others start from.
-    `charge_rule`, as of a day, is what an admission takes; see `ProviderParams` for the meaning of the other habits.
-    `counts`: whether headers state what remains: of the moment of admission or of the answer, on refusals only, or not.
-    `window`: how minutes are counted (see `windows`): of the clock, into one of which the run begins by `phase_s`, from
-    the first request on, as a sliding log, or as a bucket, whose capacity is the limit of `burst_s`. `charged`: at
-    admission, or by real use at the answer. `failed_requests_count`: whether refusals count, or as what alone they do.
-    `retry_after`: a number states the same seconds always. `header_names`: under which names counts are stated.
-    `day_*_used`: what was used of the daily limits before the run. `learnt`: which inputs (names as in `provenance`)
-    were learnt from a log, and `learnt_from`: its name.
+    `charge_rule`, as of a date, is what an admission takes; `ProviderParams` explains the other fields. `counts`:
+    whether headers state what remains: at the moment of admission or of the answer, on refusals only, or never.
+    `window`: how minutes are counted (see `windows`): by the clock, with the run starting `phase_s` into a minute; from
+    the first request on; as a sliding log; or as a bucket, whose capacity is the limit over `burst_s`. `charged`: at
+    admission, or by real use at the answer. `failed_requests_count`: whether refusals count, or the only limit that
+    they count against. `retry_after`: a number states the same seconds always. `header_names`: the names under which
+    counts are stated. `day_*_used`: use of the daily limits before the run. `learnt`: inputs (names as in `provenance`)
+    that were learnt from a log, and `learnt_from`: that log's name.
     """
 
     preset: str = ""
@@ -276,7 +277,7 @@ class ProviderConfig(Config):
     def _from_preset(cls, data: Any) -> Any:
         data = _completed(data, tier_preset)
         if isinstance(data, dict) and type(data.get("minute_reset")) is bool:
-            # The name that `window: clock` had before there were other windows.
+            # The old name of `window: clock`.
             resets = {"window": "clock"} if data["minute_reset"] else {}
             data = {**{name: value for name, value in data.items() if name != "minute_reset"}, **resets}
         return data
@@ -300,17 +301,17 @@ class ProviderConfig(Config):
 
     @staticmethod
     def of(name: str = DEFAULT_TIER) -> ProviderConfig:
-        """The provider of a published tier. BadSetting for a name that does not exist."""
+        """Return the provider of a published tier. Raise BadSetting if the name does not exist."""
         return checked(ProviderConfig, name, "provider")
 
     def with_(self, **changes: Any) -> ProviderConfig:
-        """This provider with some fields changed and checked again: `with_(tpm=450_000, latency="gpt-4o-mini")`."""
+        """Return a revalidated copy with some fields changed: `with_(tpm=450_000, latency="gpt-4o-mini")`."""
         given = {name for field, name in _INPUTS.items() if field in changes}
         learnt = tuple(name for name in self.learnt if name not in given)
         return checked(ProviderConfig, {**self.model_dump(), "learnt": learnt, **changes}, "provider")
 
     def params(self) -> ProviderParams:
-        """The numbers that the engines work on."""
+        """Return the parameters that the engines use."""
         changes = ProviderParams()
         for i, change in enumerate(self.limit_changes):
             changes.change_at[i] = change.at_s
@@ -366,9 +367,9 @@ class ProviderConfig(Config):
         )
 
     def grant(self) -> Grant:
-        """What the bound on any schedule needs to know."""
+        """Return the limits, as the lower bound on any schedule needs them."""
         return Grant(
-            # What is charged at the answer binds no launch: all may go before the first answer is there.
+            # Charges at the answer bind no launch: all requests may go before the first answer arrives.
             tpm_limit=0.0 if self.charged == "answer" else float(self.tpm),
             rpm_limit=float(self.rpm),
             tpd_limit=0.0 if self.charged == "answer" else float(self.tpd),
@@ -383,7 +384,7 @@ class ProviderConfig(Config):
         )
 
     def provenance(self) -> Provenance:
-        """Input -> (measured or assumed, from where or how), for the report."""
+        """Return input -> (measured or assumed, source or method), for the report."""
         tpm, rpm = (f"{limit:,}" if limit else "no limit on" for limit in (self.tpm, self.rpm))
         limits = f"as given: {tpm} tokens and {rpm} requests per minute"
         found: Provenance = {"limits": (ASSUMED, limits)}
@@ -448,7 +449,7 @@ class ProviderConfig(Config):
         return f"{text}, to {self.counts_rounded_to:,}" if self.counts_rounded_to > 1 else text
 
 
-# The inputs by the fields that give them.
+# The inputs by the fields that set them.
 _INPUTS = {
     "tpm": "limits",
     "rpm": "limits",

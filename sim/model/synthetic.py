@@ -1,7 +1,7 @@
 """Requests and answers that no file states: drawn from a distribution, or taken from rows that are known.
 
 Chance is keyed by seed and row (`governor/model/keyed.py`), evaluated over whole columns by the same function: a row
-keeps its answer whatever stands before or after it in the draw.
+keeps its answer regardless of the rows before and after it.
 """
 
 from __future__ import annotations
@@ -19,26 +19,27 @@ from governor.model.estimate import CHAT, EMBEDDINGS
 from governor.model.keyed import ARRIVAL, OUTPUT_LENGTH, RESAMPLE, keyed_uniform
 from sim.model.workload import ASSUMED, BLOCK, TOKENS_MAX, Real, Whole, Workload, constant
 
-# What a request of a trace declares as its output cap where the trace has no such column. The same for every row: a cap
-# made from the row's own answer would tell the governor what it cannot know.
+# Output cap declared by each request of a trace that has no such column. It is the same for every row: a cap derived
+# from the row's own answer would tell the governor what it cannot know.
 CAP_ASSUMED = 4_096
-# Of the answers' length where nothing is known. The public traces have P95/P50 = 3.5 (Azure conversations) and 4.4
-# (arXiv summaries), log-normal sigma 0.76 and 0.90. With the median at a quarter of the cap, 4 % are cut by it: caps
-# are set so that few answers are. A cap above 2,000 is taken for a safety net that says nothing of the length.
+# Sigma of answer lengths if nothing is known. The public traces have P95/P50 = 3.5 (Azure conversations) and 4.4 (arXiv
+# summaries), log-normal sigma 0.76 and 0.90. With the median at a quarter of the cap, the cap cuts 4 % of answers:
+# users set caps so that few answers are cut. A cap above 2,000 is taken as a safety net that says nothing about the
+# length.
 SIGMA_ASSUMED = 0.8
 P50_OF_CAP = 0.25
 P50_ASSUMED_MAX = 500.0
 P50_ASSUMED_NO_CAP = 200.0
 # Standard normal value of the 95th percentile.
 Z95 = 1.6448536269514722
-# A request without an old result takes the answer of one of this many with the most similar prompts.
+# A request without an old result takes the answer of one of this many requests with the most similar prompts.
 NEIGHBOURS = 32
-# Classes of declared caps within which answers are alike: how many at most, and how many known answers each has.
+# Classes of declared caps within which answers are alike: the most classes, and the known answers per class.
 CLASSES_MOST, CLASS_LEAST = 16, 15
 
 
 def uniforms(seed: int, count: int, purpose: int) -> Real:
-    """One keyed uniform number per row, the same that `keyed_uniform` gives row by row."""
+    """Return one keyed uniform number per row, equal to what `keyed_uniform` gives row by row."""
     drawn = np.empty(count)
     for start in range(0, count, BLOCK):
         rows = np.arange(start, min(start + BLOCK, count), dtype=np.uint64)
@@ -47,8 +48,8 @@ def uniforms(seed: int, count: int, purpose: int) -> Real:
 
 
 def lognormal_tokens(seed: int, p50: float | Real, sigma: float, count: int, purpose: int = OUTPUT_LENGTH) -> Whole:
-    """Token counts, at least 1, log-normal with that median (a number, or one per row), keyed by seed and row."""
-    # Not SciPy's `ndtri`, the same function: a quarter of a second to import is more than most batches are worth.
+    """Return log-normal token counts, at least 1, with median `p50` (one, or one per row), keyed by seed and row."""
+    # SciPy's `ndtri` is the same function, but its import takes a quarter of a second, longer than most batches need.
     from statistics import NormalDist
 
     u = uniforms(seed, count, purpose)
@@ -62,12 +63,12 @@ def lognormal_tokens(seed: int, p50: float | Real, sigma: float, count: int, pur
 
 
 def sigma_of(p50: float, p95: float) -> float:
-    """The log-normal's sigma whose median and 95th percentile these are: ln(P95 / P50) / 1.645."""
+    """Return the sigma of the log-normal with this median and 95th percentile: ln(P95 / P50) / 1.645."""
     return math.log(p95 / p50) / Z95
 
 
 def with_outputs_drawn(workload: Workload, p50: float, p95: float, seed: int) -> Workload:
-    """The workload with answers drawn from the log-normal of these two quantiles; embeddings have none."""
+    """Return the workload with answers drawn from the log-normal of these two quantiles; embeddings have none."""
     drawn = lognormal_tokens(seed, p50, sigma_of(p50, p95), len(workload))
     text = f"log-normal with the given P50 {p50:,.6g} and P95 {p95:,.6g} tokens"
     return workload.with_(
@@ -77,7 +78,7 @@ def with_outputs_drawn(workload: Workload, p50: float, p95: float, seed: int) ->
 
 
 def with_outputs_assumed(workload: Workload, seed: int) -> Workload:
-    """The workload with answers drawn from the model for want of anything better (see SIGMA_ASSUMED for the reason)."""
+    """Return the workload with answers drawn from the assumed model (SIGMA_ASSUMED gives the reasons)."""
     quarter = np.clip(P50_OF_CAP * workload.max_tokens, 1.0, P50_ASSUMED_MAX)
     p50 = np.where(workload.max_tokens < 0, P50_ASSUMED_NO_CAP, quarter)
     drawn = workload.n * lognormal_tokens(seed, p50, SIGMA_ASSUMED, len(workload))
@@ -93,10 +94,10 @@ def with_outputs_assumed(workload: Workload, seed: int) -> Workload:
 
 
 def similar_outputs(workload: Workload, known: Whole, seed: int) -> Whole:
-    """Answers for the rows where `known` is -1, from the joint distribution of cap, prompt and answer of the others.
+    """Return answers for the rows where `known` is -1, from the others' joint distribution of cap, prompt and answer.
 
-    Each takes the answer of one of the 32 rows of its class of caps (`cap_classes`), at most half of a small one, whose
-    prompts are nearest in rank to its own; keyed by row. At least one must be known.
+    Each row takes the answer of one of 32 rows of its cap class (`cap_classes`), at most half of a small class, whose
+    prompts are nearest to its own in rank; keyed by row. At least one answer must be known.
     """
     present, missing = np.flatnonzero(known >= 0), np.flatnonzero(known < 0)
     prompts, of = workload.prompt_tokens, cap_classes(np.asarray(workload.max_tokens), present)
@@ -113,9 +114,9 @@ def similar_outputs(workload: Workload, known: Whole, seed: int) -> Whole:
 
 
 def cap_classes(caps: Whole, present: Whole) -> Whole:
-    """A class for each row, from 0, in each of which some of the rows `present` are. Shape (rows,).
+    """Return a cap class for each row, from 0, such that each class contains some of the rows `present`. Shape (rows,).
 
-    Those are parted by their declared caps into classes of about equal size, one per distinct cap where these are few.
+    The present rows are split by declared cap into classes of about equal size; one per distinct cap if caps are few.
     """
     count = min(CLASSES_MOST, len(present) // CLASS_LEAST)
     shares = np.arange(1, count) / max(1, count)
@@ -128,7 +129,7 @@ def cap_classes(caps: Whole, present: Whole) -> Whole:
 
 
 def _narrow(column: Whole) -> Whole:
-    """The column in half the memory, where its numbers allow it: charges are worked out in 64 bits all the same."""
+    """Return the column in half the memory, if its numbers allow it; charges are still computed in 64 bits."""
     return column.astype(np.int32) if int(column.max(initial=0)) < 2**31 else column
 
 
@@ -142,9 +143,9 @@ def from_tokens(
     provenance: Mapping[str, tuple[str, str]] | None = None,
     **columns: Any,
 ) -> Workload:
-    """A workload of which token counts are known and no text: chat, one message of 4 characters per token.
+    """Return a workload of known token counts without text: chat, one message of 4 characters per token.
 
-    `columns`: any other column of `Workload`, in place of what is taken here.
+    `columns`: any other column of `Workload`, in place of the default used here.
     """
     count = len(prompt_tokens)
     given: dict[str, Any] = {
@@ -174,11 +175,11 @@ def parametric(
     arrival_rate_per_s: float = 0.0,
     seed: int = 0,
 ) -> Workload:
-    """`count` requests with log-normal prompts and answers, each given as (P50, P95) tokens and independent.
+    """Return `count` requests with independent log-normal prompts and answers, each given as (P50, P95) tokens.
 
-    `max_tokens`: the declared cap, -1 = none. `arrival_rate_per_s`: Poisson arrivals from time 0; 0 = none are known.
+    `max_tokens`: the declared cap, -1 = none. `arrival_rate_per_s`: Poisson arrivals from time 0; 0 = unknown arrivals.
     """
-    # Prompts and answers need different draws from one row: the resampling draw is free here.
+    # Prompts and answers need different draws from one row; the resampling purpose is unused here.
     prompts = lognormal_tokens(seed, prompt_tokens[0], sigma_of(*prompt_tokens), count, RESAMPLE)
     outputs = lognormal_tokens(seed, output_tokens[0], sigma_of(*output_tokens), count)
     arrival_s = None
@@ -195,9 +196,9 @@ def parametric(
 
 
 def resampled(workload: Workload, count: int, seed: int = 0) -> Workload:
-    """`count` whole rows of `workload` drawn with replacement, keyed by row: prompts and answers stay together.
+    """Return `count` whole rows of `workload` drawn with replacement, keyed by row: prompts and answers stay together.
 
-    Arrivals are left out, and so are custom ids, which would repeat.
+    Arrivals are dropped, and so are custom ids, which would repeat.
     """
     if not len(workload):
         raise BadInput("an empty workload cannot be resampled: give one with at least one request")
@@ -213,12 +214,12 @@ def resampled(workload: Workload, count: int, seed: int = 0) -> Workload:
 
 
 def redrawn(workload: Workload, count: int, block_s: float, seed: int = 0) -> Workload:
-    """`count` whole rows as another day like this one might bring them: stretches of `block_s` seconds, drawn whole.
+    """Return `count` whole rows as another day like this one might bring them: whole stretches of `block_s` seconds.
 
-    Bursts and slow drift stay as they are within a stretch. Drawn in two stages: first as many stretches as the log
-    has, anew, then the rows from those: what is drawn differs from the log as much as the log itself may differ from
-    its own kind (a nested bootstrap). Without arrivals a stretch is as many rows as come to 16 in the log. A stretch
-    may begin anywhere and goes on at the beginning behind the end (circular block bootstrap, Politis and Romano, 1992).
+    Bursts and slow drift are preserved within a stretch. The draw has two stages, a nested bootstrap: it first redraws
+    as many stretches as the log has, then draws rows from those, so that the result differs from the log as much as the
+    log may differ from its own distribution. Without arrivals, stretches are sized so that the log has 16. A stretch
+    may begin anywhere and wraps around at the end (circular block bootstrap, Politis and Romano, 1992).
     """
     if not len(workload):
         raise BadInput("an empty workload cannot be drawn from: give one with at least one request")
@@ -231,7 +232,7 @@ def redrawn(workload: Workload, count: int, block_s: float, seed: int = 0) -> Wo
     rows: list[NDArray[np.int64]] = []
     times: list[Real] = []
     drawn, total = 0, 0
-    # Stretches may be empty, but on average they are not: bounded all the same.
+    # Stretches may be empty, although on average they are not; the loop is bounded all the same.
     limit = anchors + 64 * (1 + math.ceil(count * length / max(1e-9, n)) + math.ceil(count / n) * anchors)
     while total < count and drawn < limit:
         pick = keyed_uniform(seed, drawn, 1, RESAMPLE)

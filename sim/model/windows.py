@@ -1,4 +1,4 @@
-"""How the synthetic provider's limits count over time: its windows, as plain functions over numbers.
+"""The windows over which the synthetic provider's limits count, as plain functions over numbers.
 
 Each is a textbook algorithm. BUCKET: `used` drains at the limit per window length; its capacity is the whole limit, or
 `burst_ratio` of it (GCRA with that burst). CLOCK: a counter emptied when a minute of the clock begins; the run begins
@@ -25,27 +25,28 @@ SLIDING = 3
 
 MINUTE_S = 60.0
 DAY_S = 86400.0
-# Rounding of sums of drained amounts, far below one token: a governor that mirrors the bucket exactly is not refused.
+# Allowance for rounding in sums of drained amounts, far below one token, so that a governor that mirrors the bucket
+# exactly is not refused.
 ROUNDING = 1e-6
 
-# Entries of the sliding log. Up to half of them are exact; a fuller log dates what comes by whole grains of time, later
-# than it came, so that it never overflows.
+# Entries of the sliding log. Up to half of them are exact; a fuller log rounds times up to whole grains, so that it
+# never overflows.
 LOG = 1024
 GRAIN_S = MINUTE_S / (LOG // 2 - 2)
 
 
 def limit_now(pp: Any, ps: Any, d: int) -> float:
-    """The limit of dimension `d` in force at the last advance; daily limits do not change."""
+    """Return the limit of dimension `d` in force at the last advance; daily limits do not change."""
     return pp.limit[d] * ps.factor if d <= RPM else pp.limit[d]
 
 
 def capacity_of(pp: Any, d: int, limit: float) -> float:
-    """What a window of that limit holds at most: a bucket with a smaller burst holds at least one request."""
+    """Return a window's capacity under that limit; a bucket with a smaller burst still holds at least one request."""
     return max(1.0, limit * pp.burst_ratio) if pp.burst_ratio < 1.0 and d <= RPM else limit
 
 
 def drained(pp: Any, ps: Any, to: float) -> None:
-    """Lets buckets drain until `to`, and empties counters whose minute is over."""
+    """Drain buckets until `to`, and empty counters whose minute is over."""
     passed = to - ps.at
     if passed <= 0.0:
         return
@@ -75,13 +76,13 @@ def _minute(pp: Any, at: float) -> float:
 
 
 def opened(pp: Any, ps: Any) -> None:
-    """An attempt at the last advance begins an anchored window where none is open."""
+    """Open an anchored window for an attempt at the last advance if none is open."""
     if pp.window == ANCHORED and ps.at >= ps.window_until:
         ps.window_until = ps.at + MINUTE_S
 
 
 def empty_at(pp: Any, ps: Any, d: int) -> float:
-    """When a counter of minutes that nobody adds to is empty again; not for buckets."""
+    """Return when a minute counter will be empty if nothing is added; not for buckets."""
     if pp.window == CLOCK:
         return (_minute(pp, ps.at) + 1.0) * MINUTE_S - pp.phase_s
     if pp.window == ANCHORED:
@@ -90,10 +91,11 @@ def empty_at(pp: Any, ps: Any, d: int) -> float:
 
 
 def room_in_ms(pp: Any, ps: Any, d: int, excess: float, limit: float) -> float:
-    """How long until `excess` of dimension `d` has gone, milliseconds.
+    """Return the time until `excess` of dimension `d` has drained, in milliseconds.
 
-    Milliseconds, multiplied in this order: so rounded and then floored, it is the printed wait of all log-quoted
-    messages but the free tier's. Through seconds, "Limit 30000, Used 29937, Requested 385" is 643 for a printed 644.
+    The order of multiplication matters: rounded this way and then floored, the result equals the printed wait of all
+    quoted log messages except the free tier's. Computed through seconds, "Limit 30000, Used 29937, Requested 385" gives
+    643 for a printed 644.
     """
     if d >= TPD:
         return excess / limit * (DAY_S * 1000.0)
@@ -104,9 +106,9 @@ def room_in_ms(pp: Any, ps: Any, d: int, excess: float, limit: float) -> float:
 
 
 def taken(pp: Any, ps: Any, tokens: float, requests: float, is_capped: bool) -> None:
-    """Takes amounts out of every limit at the last advance; negative ones are given back, as far as there is any.
+    """Book amounts in every limit at the last advance; negative amounts are returned, as far as there are any.
 
-    `is_capped`: no window is filled beyond what it holds, but one that is fuller keeps what it has.
+    `is_capped`: no window is filled beyond its capacity; one that is already fuller keeps its level.
     """
     tokens_before, requests_before = ps.used[TPM], ps.used[RPM]
     for d in range(4):
@@ -125,7 +127,7 @@ def taken(pp: Any, ps: Any, tokens: float, requests: float, is_capped: bool) -> 
 
 
 def logged(ps: Any, tokens: float, requests: float) -> None:
-    """Adds what was taken at the last advance to the log. What is given back is taken out of the newest entries."""
+    """Add the amounts booked at the last advance to the log. Returned amounts are removed from the newest entries."""
     i = ps.log_size
     while tokens < 0.0 and i > 0:
         i -= 1
@@ -149,7 +151,7 @@ def logged(ps: Any, tokens: float, requests: float) -> None:
 
 
 def _expire(ps: Any, to: float) -> None:
-    """Forgets entries that are a minute old."""
+    """Drop entries that are a minute old."""
     while ps.log_size > 0 and ps.log_at[ps.log_first] + MINUTE_S <= to:
         ps.used[TPM] = max(0.0, ps.used[TPM] - ps.log_tokens[ps.log_first])
         ps.used[RPM] = max(0.0, ps.used[RPM] - ps.log_requests[ps.log_first])
@@ -160,7 +162,7 @@ def _expire(ps: Any, to: float) -> None:
 
 
 def _room_at(ps: Any, d: int, excess: float) -> float:
-    """When the oldest entries that make up `excess` have expired; all of them, where they are less."""
+    """Return when the oldest entries that make up `excess` will have expired; all entries, if they sum to less."""
     at, gone, i = ps.at, 0.0, 0
     while i < ps.log_size and gone < excess - ROUNDING:
         place = (ps.log_first + i) % LOG

@@ -1,9 +1,9 @@
-"""Requests to simulate, as columns: what is known of each when it is submitted, and the answer that nobody knows yet.
+"""Requests to simulate, as columns: what is known of each at submission, and its answer, which is not known yet.
 
 Theory of operation. A workload has a visible side (sizes as in `Sizes`) and a hidden one: the length the model would
 write if nothing cut it, and a recorded latency. `columns` keeps them apart: reservations come from the visible side
-alone, so that no policy can profit from an answer it could not know. The reserve side and the charge side are cached
-apart, by rule: a search that asks for a hundred policies computes a handful of columns.
+alone, so that no policy can profit from an answer it could not know. The reserve and charge columns are cached
+separately, by rule: a search over a hundred policies computes a handful of columns.
 
 Every input carries its provenance, "measured" or "assumed". What no file states is drawn in `synthetic`.
 
@@ -32,23 +32,23 @@ Provenance = dict[str, tuple[str, str]]
 MEASURED = "measured"
 ASSUMED = "assumed"
 
-# More tokens than this in one request mean that some other column was read: no model is within a factor of ten.
+# More tokens than this in one request mean that the wrong column was read: no model comes within a factor of ten.
 TOKENS_MAX = 100_000_000
-# Rows that are worked on at once: what is made on the way stays small, however many rows there are.
+# Rows processed at once: intermediate arrays stay small for any number of rows.
 BLOCK = 65_536
-# The cache of one workload: bytes of columns kept, and at least this many.
+# The cache of one workload: bytes of columns kept, and the fewest entries kept.
 CACHE_BYTES = 64 * 2**20
 CACHE_MIN = 6
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """What the engines read, one entry per request in order of submission; all of one length and read-only.
+    """Columns that the engines read: read-only arrays of shape (requests,), in order of submission.
 
-    `arrival_s`: zeros for a batch. `output_tokens`: what the model would write uncapped (hidden), over all `n` answers.
-    `cap`: declared maximum over all `n` answers, -1 = none. `reserve`, `charge`: ours and the provider's, whole tokens;
-    `finalize_*`: the same request with the finalize pass's cap. `recorded_s`: latency from the trace, -1 = none.
-    `kind`: a number per model, endpoint and declared cap where our reservations learn by it, else None.
+    `arrival_s`: zeros for a batch. `output_tokens`: uncapped output of the model (hidden), over all `n` answers. `cap`:
+    declared maximum over all `n` answers, -1 = none. `reserve`, `charge`: our reservation and the provider's charge,
+    whole tokens; `finalize_*`: the same with the finalize pass's cap. `recorded_s`: latency from the trace, -1 = none.
+    `kind`: a number per model, endpoint and declared cap if our reservations learn by it, else None.
     """
 
     arrival_s: Real
@@ -71,7 +71,7 @@ class Workload:
     """Requests in order of submission. Arrays of one length; see `Sizes` for the visible ones (`max_tokens` -1 = none).
 
     Hidden: `output_tokens` (uncapped, reasoning included, over all `n` answers) and `recorded_s` (seconds, -1 = none).
-    `arrival_s` counts from the first arrival and never falls; zeros, and `has_arrivals` False, where nothing is known.
+    `arrival_s` counts from the first arrival and never falls; zeros, and `has_arrivals` False, if unknown.
     `models`: one name, or one per request. `provenance`: input -> (MEASURED or ASSUMED, from where or how).
     """
 
@@ -107,19 +107,19 @@ class Workload:
         return len(self.prompt_tokens)
 
     def custom_id(self, row: int) -> str:
-        """The request's own id, or one made of its row, counted from 1."""
+        """Return the request's own id, or one made from its row number, counted from 1."""
         return self.custom_ids[row] if self.custom_ids is not None else f"request-{row + 1}"
 
     def model(self, row: int) -> str:
-        """The model that the request names, "" where it names none."""
+        """Return the model that the request names, "" if it names none."""
         return self.models[row] if isinstance(self.models, list) else self.models or ""
 
     def url(self, row: int) -> str:
-        """The endpoint's path."""
+        """Return the endpoint's path."""
         return url_of(int(self.endpoint[row]))
 
     def take(self, rows: NDArray[Any]) -> Workload:
-        """The workload of these rows, in this order: row numbers, or one boolean per row."""
+        """Return the workload of these rows, in this order: row numbers, or one boolean per row."""
         picked = np.flatnonzero(rows) if rows.dtype == np.bool_ else rows
         return replace(
             self,
@@ -129,7 +129,7 @@ class Workload:
         )
 
     def with_(self, **changes: Any) -> Workload:
-        """This workload with some columns changed; `provenance` given here is merged into what stands."""
+        """Return this workload with some columns changed; `provenance` is merged into the existing one."""
         provenance = {**self.provenance, **changes.pop("provenance", {})}
         return replace(self, provenance=provenance, **changes)
 
@@ -139,7 +139,7 @@ VISIBLE = ARRAYS[:9]
 
 
 def constant(value: float, count: int, kind: type[np.generic] = np.int64) -> NDArray[Any]:
-    """A read-only column with one value for all rows, 8 bytes in all."""
+    """Return a read-only column with one value for all rows, 8 bytes in all, shape (count,)."""
     return np.broadcast_to(np.asarray(value, kind), (count,))
 
 
@@ -169,10 +169,10 @@ def columns(
     arrivals: Arrivals = "batch",
     recorded_scale: float = 1.0,
 ) -> Columns:
-    """The workload under one reserve rule (ours) and one charge rule (the provider's, as of a day YYYY-MM-DD).
+    """Return the columns under one reserve rule (ours) and one charge rule (the provider's, as of YYYY-MM-DD).
 
-    Our rule takes the newest formulas, as it does live. `recorded_scale` multiplies recorded latencies; 0 leaves them
-    out. BadInput where `arrivals` is trace and the workload has none; BadSetting for a rule that does not exist.
+    Our rule uses the newest formulas, as it does live. `recorded_scale` multiplies recorded latencies; 0 leaves them
+    out. Raise BadInput if `arrivals` is trace and the workload has none, BadSetting if a rule does not exist.
     """
     if arrivals == "trace" and not workload.has_arrivals:
         raise BadInput(
@@ -198,7 +198,7 @@ def columns(
 
 
 def _kinds(workload: Workload) -> Whole:
-    """A number per model, endpoint and declared cap: what the requests of one template share (see `Learner`)."""
+    """Return a number per model, endpoint and declared cap, shared by the requests of a template (see `Learner`)."""
     models = np.zeros(len(workload), np.int64)
     if isinstance(workload.models, list):
         models = np.unique(np.array(workload.models), return_inverse=True)[1].astype(np.int64)
@@ -208,7 +208,7 @@ def _kinds(workload: Workload) -> Whole:
 
 
 def _cached(workload: Workload, key: Hashable, make: Any) -> tuple[NDArray[Any], ...]:
-    """The arrays under `key`, made at most once while they are kept; those unused for longest go first."""
+    """Return the arrays under `key`, made once while they are kept; the least recently used are evicted first."""
     cache = _CACHES.setdefault(workload, {})
     arrays = cache.pop(key, None)
     if arrays is None:
@@ -239,7 +239,7 @@ def _recorded(workload: Workload, scale: float) -> Real:
 
 
 def _charged(workload: Workload, rule: str, est: int, as_of: str, finalize_cap: int) -> tuple[NDArray[Any], ...]:
-    """Charges under one rule, with the declared caps and with the finalize pass's; one array where they agree."""
+    """Return charges under one rule, with the declared caps and with the finalize pass's; one array if both agree."""
     key = (rule, est if rule in ("fixed", LEARNED) else 0, as_of if rule == "auto" else "", finalize_cap)
 
     def make() -> tuple[Real, Real]:
@@ -253,7 +253,7 @@ def _charged(workload: Workload, rule: str, est: int, as_of: str, finalize_cap: 
 
 
 def charges(workload: Workload, rule: str, est: int = 0, as_of: str = "", max_tokens: Whole | None = None) -> Real:
-    """Tokens that one rule charges for each request, whole; `max_tokens` in place of the declared caps if given."""
+    """Return whole tokens that one rule charges per request; `max_tokens`, if given, replaces the declared caps."""
     tokens = np.empty(len(workload))
     for block, charged in _charge_blocks(workload, rule, est, as_of, max_tokens):
         tokens[block] = charged
@@ -263,11 +263,11 @@ def charges(workload: Workload, rule: str, est: int = 0, as_of: str = "", max_to
 def _charge_blocks(
     workload: Workload, rule: str, est: int, as_of: str, max_tokens: Whole | None
 ) -> Iterator[tuple[slice, NDArray[Any]]]:
-    """The same for some rows after others: (rows, tokens)."""
+    """Yield the charges block by block: (rows, tokens)."""
     visible = {name: getattr(workload, name) for name in VISIBLE}
     if max_tokens is not None:
         visible["max_tokens"] = max_tokens
-    # At least one block, also of no rows: an unknown rule is told of.
+    # At least one block, even for no rows, so that an unknown rule is reported.
     for start in range(0, max(1, len(workload)), BLOCK):
         block = slice(start, start + BLOCK)
         rows = {name: column[block].astype(np.int64, copy=False) for name, column in visible.items()}
