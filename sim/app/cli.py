@@ -41,7 +41,7 @@ GROUPS = {
     "Plan": ("simulate", "plan", "apply", "settings", "sensitivity", "capacity", "split"),
     "Run": ("doctor", "preflight", "run", "export"),
     "Steer a run": ("status", "pause", "resume", "set", "unset"),
-    "Learn": ("probe", "calibrate", "backtest", "replay", "verify", "notebook"),
+    "Learn": ("probe", "calibrate", "backtest", "replay", "shadow", "verify", "notebook"),
     "Serve": ("serve", "token", "provider", "purge"),
 }
 

@@ -93,10 +93,6 @@ def _none() -> list[float]:
     return [0.0] * 4
 
 
-def _empty_log() -> list[float]:
-    return [0.0] * LOG
-
-
 @dataclass(slots=True)
 class ProviderParams:
     """One provider quota as numbers. Times are in seconds; 0 = no such limit, fault or behaviour.
@@ -186,9 +182,9 @@ class ProviderState:
     window_until: float = -math.inf
     log_first: int = 0
     log_size: int = 0
-    log_at: list[float] = field(default_factory=_empty_log)
-    log_tokens: list[float] = field(default_factory=_empty_log)
-    log_requests: list[float] = field(default_factory=_empty_log)
+    log_at: list[float] = field(default_factory=lambda: [0.0] * LOG)
+    log_tokens: list[float] = field(default_factory=lambda: [0.0] * LOG)
+    log_requests: list[float] = field(default_factory=lambda: [0.0] * LOG)
 
 
 def day_started(ps: ProviderState, tokens_used: float, requests_used: float) -> None:
