@@ -14,12 +14,7 @@ may have been taken from the list and never been heard of. Two more checks catch
 events that were sent are in the image or the inbox, and the count of news in the image is reached within a pause.
 
 Memory. An image is believed if it names the server that holds it, can be read, has the lease of each owner beside it,
-and is not older than one that this process had heard of before it asked. Else whoever notices takes it away, rings for
-the others and meets them at the muster: each leaves its `Join` and the newest image that it knows. When all owners of
-the newest of these have come, and GATHER_S are over (others may have entered since), or after MUSTER_S, one of them
-rebuilds the pool and all go on. The newest image among
-the living, and the launches that came after it, are everything that was decided unless its decider died. The image of
-another version of Paceline is left alone as long as one of its processes lives.
+and is not older than one that this process had heard of before it asked. Else the pool is rebuilt: see `muster`.
 
 Failures. Whatever goes wrong with the store once the pool was entered is "away": said, and tried again, at the address
 that was configured. What cannot be right from the start (a password) ends the run, and so does the same bug of ours
@@ -32,10 +27,9 @@ import asyncio
 import contextlib
 import os
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from math import inf
-from typing import Any, Protocol
+from typing import Any
 
 import msgpack
 
@@ -44,139 +38,33 @@ from governor.model.errors import PacelineError
 from governor.model.lawcalls import Numbers, numbers_of
 from governor.model.timeline import ServerClock, server_s
 from governor.sharedquota.image import (
+    CALL,
     FORMAT,
-    FORMAT_NAME,
     HEAD,
+    HERE,
+    LEAVE,
+    REPRICE,
     SERVER_BYTES,
     Batch,
-    Call,
     Event,
     Image,
     Join,
-    Launch,
     News,
     UnreadableImageError,
     newest,
 )
-from governor.sharedquota.quota import CALL, HERE, LEAVE, REPRICE, Decided, begun, decide, rebuilt
+from governor.sharedquota.interfaces import LEASE_S, Host, QuotaStore, Server, StoreLostError, StoreReading
+from governor.sharedquota.muster import GATHER_S, Muster
+from governor.sharedquota.quota import Decided, begun, decide, rebuilt
 
-LEASE_S = 10.0
 RENEW_RATIO = 0.25
-MUSTER_S = 3.0
 MUSTER_TICK_S, AGAIN_MUSTER_S = 0.1, 0.02
-# Processes that no image names yet are waited for so long: longer than the longest pause before an attempt to connect.
-# A pool that nobody knows begins after the shorter time, in which whoever is connected has heard the bell.
-GATHER_S, BEGIN_S = 1.0, 0.2
 # After a failure the next attempt comes so much later, doubling, at most.
 AGAIN_S, AGAIN_MAX_S = 0.05, 0.5
 # Events sent in one batch.
 BATCH = 500
 # So often in a row something unexpected is survived by entering anew.
 FAULTS = 5
-
-
-class StoreLostError(Exception):
-    """The store cannot be reached, for the reason that the text says."""
-
-
-@dataclass(frozen=True, slots=True)
-class Server:
-    """Who answers: an id that changes with each start of a server, and for how many seconds it has been up."""
-
-    id: bytes
-    up_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class StoreReading:
-    """What the store held at one moment. `image`: empty = none. `leases`: until when, milliseconds since 1970."""
-
-    server_us: int
-    image: bytes
-    inbox: list[bytes]
-    leases: Mapping[str, int]
-
-
-class QuotaStore(Protocol):
-    """Keeps one pool for its owners. StoreLostError where it is away, PacelineError where it refuses us."""
-
-    @property
-    def place(self) -> str:
-        """Where it is, for people."""
-
-    async def connect(self) -> Server:
-        """Connects anew; who answers."""
-
-    async def close(self) -> None:
-        """Closes all connections."""
-
-    async def tell(self, batch: bytes) -> StoreReading:
-        """Appends the batch to the inbox if this server holds an image, renews the owner's lease, and reads."""
-
-    async def replace(
-        self, head: bytes, image: bytes, taken: int, news: Mapping[tuple[str, int], bytes]
-    ) -> StoreReading | None:
-        """Puts the image in the place of the one named by `head`, and tells the owners; else a reading: too late.
-
-        `taken`: batches of the inbox that it has in it. -1 = all, whatever they are, and only if the owner's record of
-        the muster is still there: a rebuilding since would have removed it. `news`: by owner and entry.
-        """
-
-    async def muster(self, record: bytes, doubted: bytes, *, removes: bool) -> tuple[StoreReading, dict[str, bytes]]:
-        """Leaves a record for whoever rebuilds the image; what all have left. None at all where that is done.
-
-        `doubted`: the head of an image that does not count though it names this server; `removes`: it is taken away.
-        Whoever waits for news gets empty news. Beside the owners' records stands, under "", when the first came:
-        milliseconds since 1970.
-        """
-
-    async def news(self, entry: int) -> list[bytes]:
-        """Waits for news of this entry, for a while; what came, oldest first."""
-
-
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """What a process says of itself when it enters: permits, open finalize passes, what waits, and what it launched.
-
-    `launches`, `used`, `before`: see `Join`.
-    """
-
-    holds: int
-    finalizes: int
-    wants: list[Event]
-    launches: list[Launch]
-    used: float
-    before: tuple[float, ...]
-
-
-class Host(Protocol):
-    """Whose membership it is. All methods are quick; none raises."""
-
-    records: bool
-
-    def standing(self, known: Image | None) -> Standing:
-        """What it holds and wants, now. `known`: the newest image that it has."""
-
-    def heard(self, image: Image, news: News | None = None) -> None:
-        """The pool as it is now, and what this process has just decided for itself."""
-
-    def news(self, news: News) -> None:
-        """What another process decided for it."""
-
-    def decided(self, params: Params, before: Numbers, image: Image, calls: list[Call]) -> None:
-        """This process has decided: under which settings, on which state, by which calls, with which outcome.
-
-        Only if it `records`.
-        """
-
-    def missed(self, why: str) -> bool:
-        """The store cannot be reached: nothing is launched. Whether that was said; else it is reported again."""
-
-    def back(self) -> None:
-        """The store is back."""
-
-    def broke(self, error: PacelineError) -> None:
-        """For good."""
 
 
 class _EnterError(Exception):
@@ -555,13 +443,12 @@ class Member:
         if self._was_in:
             self._away(f"{self._store.place} has lost the state of this pool, which is put together again")
         record = msgpack.packb([FORMAT, self._join().packed(), known.encoded() if known is not None else b""])
-        mustered: set[str] = set()
-        here_at = calm_at = self._loop.time()
-        calm_ms = 0
+        here_at = self._loop.time()
         began_at, last_at = self._mustered_at
         # A muster that a lost connection interrupts goes on: it must end however often that happens.
         if last_at < here_at - GATHER_S * self.clock.scale:
             began_at = here_at
+        muster = Muster(self.owner, doubted, server.up_s, began_at, here_at, self.clock.scale, is_foreign=is_foreign)
         while True:
             asked_at = self._loop.time()
             self._mustered_at = began_at, asked_at
@@ -569,46 +456,23 @@ class Member:
             now = self.clock.heard(reading.server_us, asked_at, self._loop.time())
             if not records:
                 break  # somebody has done it
-            began_ms = _number(records.pop("", b""), reading.server_us // 1000)
-            if began_ms != calm_ms:
-                # All records were lost since: others may have met, begun the pool and lost it without our seeing them.
-                calm_at, calm_ms = (asked_at if calm_ms else here_at), began_ms
-            mustered |= set(records)
-            entries = {name: found for name, each in records.items() if (found := _record(each)) is not None}
-            others = [name for name, until in self._leases(reading).items() if until >= now and name not in entries]
-            if is_foreign and others:
-                raise StoreLostError(
-                    "another version of Paceline shares this pool: wait for its processes, or end them"
-                )
-            images = [image for _, image in entries.values() if image is not None]
-            calm_s, whole_s = ((asked_at - at) / self.clock.scale for at in (calm_at, began_at))
-            are_all_here = mustered == set(records)
-            is_calm = are_all_here and calm_s >= (BEGIN_S if began_at == here_at else GATHER_S)
-            is_begun = not images and not doubted and server.up_s >= MUSTER_S and is_calm
-            is_complete = _complete(images, entries) and are_all_here and whole_s >= GATHER_S
-            is_over = max(whole_s, (reading.server_us / 1000 - began_ms) / 1000) >= MUSTER_S
-            if _may_rebuild(self.owner, images, entries) and (is_complete or is_begun or is_over):
-                joins = {name: entry for name, (entry, _) in entries.items()}
-                best = newest(images) or begun(joins, now)
+            if muster.may_rebuild(records, self._leases(reading), reading.server_us, now, asked_at):
+                best = newest(muster.images) or begun(muster.joins, now)
                 params, before = best.p, numbers_of((best.s,))
                 image, decided = rebuilt(
-                    joins,
+                    muster.joins,
                     best,
                     self._server_id,
                     now,
                     self._lease_s * self.clock.scale,
                     by=self.owner,
                     chance=int.from_bytes(os.urandom(4)),
-                    # Others may know of launches that are in no image: another version, or whoever still lives where
-                    # an image was there; or where there was none, whoever has begun the pool and lost it at once.
-                    absent=any(map(_is_foreign, records.values()))
-                    or bool(doubted and others)
-                    or not (images or is_begun or calm_s >= GATHER_S),
+                    absent=muster.absent,
                 )
                 await self._replace(reading.image[: HEAD.size], image, -1, decided, params, before)
                 break
             # Where records were lost, all leave theirs again, and must meet before they are lost once more.
-            await asyncio.sleep((MUSTER_TICK_S if are_all_here else AGAIN_MUSTER_S) * self.clock.scale)
+            await asyncio.sleep((MUSTER_TICK_S if muster.are_all_here else AGAIN_MUSTER_S) * self.clock.scale)
         self._mustered_at = -inf, -inf
 
 
@@ -624,42 +488,3 @@ def _batch(data: bytes) -> Batch | None:
         return (name, int(first), events) if isinstance(name, str) and isinstance(events, list) else None
     except (TypeError, ValueError):
         return None
-
-
-def _record(data: bytes) -> tuple[Join, Image | None] | None:
-    """A record of the muster; None for one that another version of Paceline has left, and for what nobody has."""
-    try:
-        found, packed, image = msgpack.unpackb(data)
-        return (Join(*packed[1:]), Image.decoded(image) if image else None) if found == FORMAT else None
-    except (TypeError, ValueError):
-        return None
-
-
-def _is_foreign(data: bytes) -> bool:
-    """Whether another version of Paceline has left this record."""
-    try:
-        found = msgpack.unpackb(data)[0]
-    except (TypeError, ValueError, LookupError):
-        return False
-    return isinstance(found, str) and found != FORMAT and found.startswith(FORMAT_NAME)
-
-
-def _number(data: bytes, otherwise: int) -> int:
-    return int(data) if data.isdigit() else otherwise
-
-
-def _may_rebuild(name: str, images: list[Image], entries: dict[str, Any]) -> bool:
-    """Whether the newest image has this process in it, or none that is here.
-
-    Else those that are in it rebuild the pool: should what another rebuilds be lost before they have seen it, they
-    would take theirs for the newest.
-    """
-    best = newest(images)
-    known = best.living() if best is not None else []
-    return name in known or not any(each in entries for each in known)
-
-
-def _complete(images: list[Image], entries: dict[str, Any]) -> bool:
-    """Whether all owners of the newest image have come."""
-    best = newest(images)
-    return best is not None and all(name in entries for name in best.living())

@@ -23,7 +23,7 @@ from redis.backoff import NoBackoff
 from governor.model.errors import BadSetting, PacelineError
 from governor.model.pools import REDIS_URL, checked_redis_url
 from governor.sharedquota.image import HEAD, SERVER_BYTES
-from governor.sharedquota.member import LEASE_S, Server, StoreLostError, StoreReading
+from governor.sharedquota.interfaces import LEASE_S, Server, StoreLostError, StoreReading
 
 # How long a pool that nobody uses is remembered: longer than the longest window, a day. News that nobody fetches.
 KEPT_S = 2 * 86_400

@@ -31,9 +31,9 @@ from governor.scheduler.attempts import NoLoop
 from governor.scheduler.driver import Governor
 from governor.scheduler.interfaces import TAKEN_OVER
 from governor.scheduler.scheduler import Scheduler
-from governor.sharedquota.image import WANT, Call, Event, Image, Launch, News
-from governor.sharedquota.member import LEASE_S, RENEW_RATIO, Member, QuotaStore, Standing
-from governor.sharedquota.quota import CALL, WITHDRAW
+from governor.sharedquota.image import CALL, WANT, WITHDRAW, Call, Event, Image, Launch, News
+from governor.sharedquota.interfaces import LEASE_S, QuotaStore, Standing
+from governor.sharedquota.member import RENEW_RATIO, Member
 
 # Attempts of one process that wait in the pool's queue, as long as all of them are new work.
 AHEAD = 8

@@ -22,7 +22,7 @@ from governor.model.requests import CAUSES, Answer, Attempt, Limit, Outcome, Req
 from governor.model.timeline import EPOCH_S
 from governor.model.work import Job, Observer, Work
 from governor.sharedquota.image import HEAD, SERVER_BYTES
-from governor.sharedquota.member import LEASE_S, Server, StoreLostError, StoreReading
+from governor.sharedquota.interfaces import LEASE_S, Server, StoreLostError, StoreReading
 from governor.sharedquota.shared import SharedGovernor
 from sim.des.run import CHARGED, launch_order
 from sim.des.virtual_loop import run_virtual

@@ -16,6 +16,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from governor import Governor, Policy, governed, law
+from governor.provider import responses
 from tests.strangers import chat, chat_stream
 from tests.virtual_loop import run_virtual
 
@@ -145,6 +146,12 @@ async def story(count: int, seed: int) -> None:
     for tokens in (governor.p.budget[law.TPM], 1.0):
         assert law.admit_at(governor.p, governor.s, tokens, law.FIRST, now) == now < inf
     await governed_client.close()
+
+
+@pytest.fixture(autouse=True)
+def own_watch(monkeypatch) -> None:
+    """Idle streams are looked after on this test's loop: else by the loop of an earlier test, on another time."""
+    monkeypatch.setattr(responses, "_idle", responses._Idle())
 
 
 def told(count: int, seed: int) -> None:

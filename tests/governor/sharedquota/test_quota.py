@@ -14,8 +14,20 @@ from governor import law
 from governor.journal.verify import LawReplay
 from governor.law import FIRST, HOLDING, MAIN, RETRY, Params, State
 from governor.model.lawcalls import CALLS, PATCHED, numbers_of, packed, patch_of, result_of, state_of
-from governor.sharedquota.image import WANT, Event, Image, Join, News, UnreadableImageError
-from governor.sharedquota.quota import CALL, HERE, LEAVE, REPRICE, WITHDRAW, begun, decide, rebuilt
+from governor.sharedquota.image import (
+    CALL,
+    HERE,
+    LEAVE,
+    REPRICE,
+    WANT,
+    WITHDRAW,
+    Event,
+    Image,
+    Join,
+    News,
+    UnreadableImageError,
+)
+from governor.sharedquota.quota import begun, decide, rebuilt
 from governor.sharedquota.shared import TIMES
 from tests.governor.laws import params
 

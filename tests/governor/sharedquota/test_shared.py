@@ -20,9 +20,9 @@ from governor.model.errors import FailureCode, PacelineError
 from governor.model.lawcalls import BEGAN, numbers_of, result_of
 from governor.model.timeline import EPOCH_S
 from governor.model.work import Observer
-from governor.sharedquota import member
+from governor.sharedquota import member, muster
 from governor.sharedquota.image import FORMAT_NAME, HEAD, Image
-from governor.sharedquota.member import LEASE_S, Server, StoreLostError
+from governor.sharedquota.interfaces import LEASE_S, Server, StoreLostError
 from governor.sharedquota.shared import AHEAD, SharedGovernor
 from sim.app.shared_quota import Shelf, Shelved
 from sim.des.virtual_loop import run_virtual
@@ -120,7 +120,7 @@ def test_waits_add_up_and_each_has_its_cause() -> None:
             ]
             assert all(each >= 0.0 for each in waits)
             # Before a process is a member its requests wait for nothing that the law knows.
-            assert sum(waits) == pytest.approx(row.launched_s - row.eligible_s, abs=0.1 + member.BEGIN_S)
+            assert sum(waits) == pytest.approx(row.launched_s - row.eligible_s, abs=0.1 + muster.BEGIN_S)
     assert sum(row.waited_concurrency_s for log in logs for row in log.rows) > 30.0
     assert set(logs[0].deferrals) | set(logs[1].deferrals) == {law.CONCURRENCY, law.STAGGER}
 
