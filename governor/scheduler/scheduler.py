@@ -31,8 +31,7 @@ from governor.model.requests import BACKOFF
 from governor.scheduler.interfaces import TAKEN_OVER, J, Quota, Shell, Stated
 from governor.scheduler.queue import NEW_WORK, Queue
 
-# The bookings before a launch, if no counts of the provider are compared with them.
-NOT_BOOKED: list[float] = []
+NOT_BOOKED: list[float] = []  # before a launch, if no counts of the provider are compared with the bookings
 
 
 class Scheduler(Queue[J]):

@@ -9,13 +9,7 @@ from typing import Protocol
 from governor.law import Params
 from governor.model.errors import PacelineError
 from governor.model.lawcalls import Numbers
-from governor.sharedquota.image import (
-    Call,
-    Event,
-    Image,
-    Launch,
-    News,
-)
+from governor.sharedquota.image import Call, Event, Image, Launch, News
 
 LEASE_S = 10.0
 

@@ -13,13 +13,7 @@ from typing import Any
 
 import msgpack
 
-from governor.sharedquota.image import (
-    FORMAT,
-    FORMAT_NAME,
-    Image,
-    Join,
-    newest,
-)
+from governor.sharedquota.image import FORMAT, FORMAT_NAME, Image, Join, newest
 from governor.sharedquota.interfaces import StoreLostError
 
 MUSTER_S = 3.0

@@ -28,8 +28,9 @@ from governor import __version__
 from governor.journal.checkpoint import taken_from
 from governor.journal.database import JournalError
 from governor.journal.journal import pool_numbers, stock_taken
-from governor.journal.recorder import Batch, Writer
+from governor.journal.recorder import Writer
 from governor.journal.records import Records
+from governor.journal.reports import Batch
 from governor.journal.schema import (
     FAILED,
     IN_FLIGHT,

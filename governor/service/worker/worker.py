@@ -25,14 +25,7 @@ from governor.model.requests import Answer, Attempt, Request
 from governor.service.config import ServiceConfig
 from governor.service.store.base import replica_name
 from governor.service.store.ledger import FencedWriter, LeaseLostError, Ledger, Patience
-from governor.service.store.store import (
-    RECEIVING,
-    RESUME,
-    RUN,
-    BatchRow,
-    Key,
-    Store,
-)
+from governor.service.store.store import RECEIVING, RESUME, RUN, BatchRow, Key, Store
 from governor.service.worker.lane import Lane, LaneSender, lane_of
 from governor.service.worker.lease import ReplicaLease
 from governor.service.worker.policies import Policies

@@ -19,7 +19,7 @@ import psycopg
 import pytest
 
 from governor.journal.database import JournalError
-from governor.journal.recorder import Batch
+from governor.journal.reports import Batch
 from governor.law import State
 from governor.model.pools import Pool
 from governor.model.prices import SHIPPED, read_prices
