@@ -343,7 +343,7 @@ def _limit(what: str, window: str, parts: Mapping[str, str], now_epoch: float) -
 
 
 def _per(minute: str, day: str, limit: float, used: float, window_s: float) -> Limit:
-    """A limit per `window_s` seconds as one per minute, or per day where the window is longer than a minute."""
+    """Return a limit per `window_s` seconds as one per minute, or per day if the window is longer than a minute."""
     dimension, length_s = (minute, MINUTE_S) if window_s <= MINUTE_S else (day, DAY_S)
     granted = limit * (length_s / window_s)
     return Limit(dimension, granted, granted - used)

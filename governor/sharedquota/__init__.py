@@ -1,1 +1,1 @@
-"""One quota over many processes, kept in Redis and decided by the same law."""
+"""One quota over many processes, kept in Redis and decided by the law in each of them."""

@@ -1,12 +1,12 @@
-"""A shared pool as its store holds it: the image, what owners say of themselves and hear, and how each is written.
+"""The data of a shared pool: its image, what owners report and are told, and how each is encoded in the store.
 
-An owner is one process's membership. Its events are numbered, so that one that arrives twice counts once; `holds` and
-`finalizes` are what comes back when it dies.
+An owner is one process's membership. Its events are numbered, so that an event that arrives twice counts once; `holds`
+and `finalizes` are given back when it dies.
 
-Incarnations. Each rebuilding of a lost image begins an incarnation: a counter, and chance below it, so that two halves
-of a split brain never use the same one. `cuts` says at which version each earlier incarnation was left. A launch is
-booked in an image if its incarnation is there and its version is not beyond the cut; every other launch of the living
-is booked again when its process enters.
+Incarnations. Each rebuilding of a lost image begins an incarnation: a counter with random bits below it, so that two
+halves of a split brain never use the same number. `cuts` states the version at which each earlier incarnation ended. A
+launch is booked in an image if the image knows its incarnation and its version is not beyond the cut; every other
+launch of the living is booked again when its process enters.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from governor.model.requests import CAUSES
 
 # Kinds of event.
 WANT, WITHDRAW, CALL, REPRICE, LEAVE, JOIN, HERE = range(7)
-# Before an image: the server that holds it, its incarnation and version. Unequal = somebody else has decided.
+# Precedes an image: the server that holds it, its incarnation and version. Unequal = another process has decided.
 HEAD = struct.Struct(">40sQQ")
 SERVER_BYTES = 40
 UNTOLD = ("", 0, inf, law.NOTHING)
 
 Call = tuple[str, tuple[Any, ...], Any]
 Event = list[Any]
-# Of one owner: the number of the first event, and the events.
+# Owner, number of its first event, and the events.
 Batch = tuple[str, int, list[Event]]
 # Incarnation, version, tokens reserved, standing, time, and the uniform number of the stagger.
 Launch = tuple[int, int, float, int, float, float]
@@ -43,9 +43,9 @@ Launch = tuple[int, int, float, int, float, float]
 
 @dataclass(slots=True)
 class Waiter:
-    """One attempt that wants to launch. `ticket` counts within its owner.
+    """One attempt that waits to launch. `ticket` counts within its owner.
 
-    `turn`: its arrival, in rounds in which each owner has one, so that owners with much to do take turns.
+    `turn`: its arrival, in rounds in which each owner has one attempt, so that owners with much to do take turns.
     """
 
     owner: str
@@ -59,7 +59,7 @@ class Waiter:
     turn: int
 
     def key(self, p: Params) -> tuple[float, ...]:
-        """Its place in the queue, as the law orders it; of two equal ones, who came first."""
+        """Return its place in the queue, as the law orders it; of equal keys the first to come goes first."""
         return law.rank(p, self.lane, self.attempt, self.expected, self.reserve, float(self.turn), self.standing)
 
 
@@ -67,9 +67,9 @@ class Waiter:
 class Owner:
     """One process's membership. `joined`: the number of its latest entry; `last`: of its newest event in the image.
 
-    `turn`: of its newest attempt in the queue. `gone_at`: when its lease lapsed, -1 = it lives. `told`: news for it
-    since that entry. `since`: the incarnation that it entered; its launches of earlier ones are booked. `silent`: it
-    has sent nothing since the pool was rebuilt: a grant might never reach it, and be lost from the budget.
+    `turn`: of its newest attempt in the queue. `gone_at`: when its lease lapsed, -1 = it lives. `told`: the number of
+    its news since that entry. `since`: the incarnation that it entered; its launches of earlier ones are booked.
+    `silent`: it has sent nothing since the pool was rebuilt: a grant might never reach it, and be lost from the budget.
     """
 
     joined: int
@@ -85,13 +85,13 @@ class Owner:
 
 @dataclass(slots=True)
 class Join:
-    """What a process says of itself when it enters, or enters again because it missed something.
+    """A process's account of itself when it enters, or enters again because it missed something.
 
-    `number`: of this entry. `last`: of its newest event. `params`: its settings, where they are to count for the pool.
-    `calls`: events since the last one that it knows to be in an image, numbered. `wants`: its attempts that wait.
-    `launches`: its launches that an image may lack. `lineage`,
-    `used`: the pool that it knew, and the tokens in use there. `before`: in use by dimension of the law when an earlier
-    run of this process ended, for a pool that nobody knows. `seen`: the newest incarnation that it has heard of.
+    `number`: of this entry. `last`: of its newest event. `params`: its settings, if they are to apply to the pool.
+    `calls`: its numbered events since the last one that it knows to be in an image. `wants`: its waiting attempts.
+    `launches`: its launches that an image may lack. `lineage`, `used`: the pool that it knew, and the tokens in use
+    there. `before`: the use in each dimension of the law when an earlier run of this process ended, for a new pool.
+    `seen`: the newest incarnation that it has heard of.
     """
 
     number: int
@@ -108,16 +108,16 @@ class Join:
     seen: int = 0
 
     def packed(self) -> list[Any]:
-        """As an event."""
+        """Return the entry as an event."""
         return [JOIN, *(getattr(self, each.name) for each in fields(self))]
 
 
 @dataclass(slots=True)
 class News:
-    """What one owner hears of a decision. `wake`: ticket, moment and cause, where its attempt is the pool's head.
+    """What a decision tells one owner. `wake`: ticket, moment and cause, if its attempt is the pool's head.
 
     `clock`: seconds that the pool's head has waited, by cause. `grants`: tickets that may launch at `now`, each with
-    what had been booked before. `refused`: tickets that can never be launched.
+    the bookings before it. `refused`: tickets that can never be launched.
     """
 
     incarnation: int
@@ -130,16 +130,16 @@ class News:
     refused: list[int] = field(default_factory=list)
 
     def encoded(self) -> bytes:
-        """As bytes."""
+        """Return the news as bytes."""
         return bytes(msgpack.packb([getattr(self, each.name) for each in fields(self)]))
 
     @staticmethod
     def decoded(data: bytes) -> News:
-        """The news that `encoded` wrote."""
+        """Return the news that `encoded` wrote."""
         return News(*msgpack.unpackb(data))
 
 
-# Policies are few and never change in place, and every image names one.
+# Cached because policies are few and never change in place, and every image contains one.
 _known_params = lru_cache(maxsize=32)(params_of)
 _FRESH = State()
 _STATE = tuple(each.name for each in fields(State))
@@ -147,7 +147,7 @@ _FIRST: tuple[Any, ...] = tuple(getattr(_FRESH, name) for name in _STATE)
 
 
 class UnreadableImageError(ValueError):
-    """What the store holds is no image of this version. `is_foreign`: another version of Paceline wrote it."""
+    """The store's content is not an image of this version. `is_foreign`: another version of Paceline wrote it."""
 
     def __init__(self, is_foreign: bool) -> None:
         super().__init__("another version of Paceline shares this pool" if is_foreign else "it is no state of a pool")
@@ -158,9 +158,9 @@ class UnreadableImageError(ValueError):
 class Image:
     """A pool at one version. Times are on the pool's timeline, in seconds.
 
-    `server`: which server holds it. `incarnation`, `cuts`: see the module. `lineage`: drawn when the pool was made.
-    `wake_at`, `cause`: when and why the head must wait. `told`: owner and ticket that know of it. `clock`: seconds that
-    a head has waited, by cause. `turn`: of the latest launch.
+    `server`: the server that holds it. `incarnation`, `cuts`: see the module. `lineage`: random, drawn when the pool
+    was created. `wake_at`, `cause`: until when and why the head must wait. `told`: the owner and ticket that were told
+    so. `clock`: seconds that a head has waited, by cause. `turn`: of the latest launch.
     """
 
     p: Params
@@ -181,11 +181,11 @@ class Image:
 
     @property
     def head(self) -> bytes:
-        """What names this version, 56 bytes."""
+        """The 56 bytes that name this version."""
         return HEAD.pack(self.server, self.incarnation, self.version)
 
     def encoded(self) -> bytes:
-        """As bytes, exactly; lists of the state that are as at first take one."""
+        """Return the image as bytes, without loss; lists of the state in their initial form take one byte."""
         s = self.s
         values = [getattr(s, name) for name in _STATE]
         state = [
@@ -204,7 +204,7 @@ class Image:
 
     @staticmethod
     def decoded(data: bytes) -> Image:
-        """The image that `encoded` wrote. UnreadableImageError for anything else."""
+        """Return the image that `encoded` wrote. Raise UnreadableImageError for anything else."""
         try:
             server, incarnation, version = HEAD.unpack_from(data)
             found, *body = msgpack.unpackb(memoryview(data)[HEAD.size :], strict_map_key=False)
@@ -231,23 +231,23 @@ class Image:
 
     @property
     def age(self) -> tuple[int, int]:
-        """What orders the images of a pool: the larger, the newer."""
+        """The order of a pool's images: the larger, the newer."""
         return self.incarnation, self.version
 
     def living(self) -> list[str]:
-        """Owners that have not gone."""
+        """Return the owners that have not gone."""
         return [name for name, o in self.owners.items() if o.gone_at < 0.0]
 
     def is_due(self, now: float) -> bool:
-        """Whether the head may launch by now."""
+        """Return whether the head may launch by now."""
         return bool(self.waiters) and self.wake_at <= now
 
     def lapsed(self, leases: Mapping[str, float], now: float) -> list[str]:
-        """Owners whose lease is over, or unknown."""
+        """Return the living owners whose lease has ended or is unknown."""
         return [name for name in self.living() if leases.get(name, -inf) < now]
 
 
-# What of an image is encoded as it is.
+# The fields of an image that are encoded unchanged.
 _PLAIN = ("lineage", "now", "wake_at", "cause", "told", "clock", "turn", "cuts")
 
 
@@ -256,7 +256,7 @@ def _values(of: Waiter | Owner) -> list[Any]:
 
 
 def _format() -> str:
-    """The name of this format: it changes with every field of what is encoded, and with the length of its lists."""
+    """Return the name of this format: it changes with every encoded field, and with the length of the state's lists."""
     shapes = [[name, len(v) if isinstance(v, list) else 0] for name, v in zip(_STATE, _FIRST, strict=True)]
     names = [[each.name for each in fields(of)] for of in (Params, Owner, Waiter, Join, News)]
     return FORMAT_NAME + hashlib.sha256(repr((shapes, names, _PLAIN, CAUSES)).encode()).hexdigest()[:12]
@@ -267,5 +267,5 @@ FORMAT = _format()
 
 
 def newest(images: Iterable[Image]) -> Image | None:
-    """Of several images of one pool the one that was decided last."""
+    """Return the image of one pool that was decided last; None if there is none."""
     return max(images, key=lambda image: image.age, default=None)

@@ -1,4 +1,4 @@
-"""What a member of a shared pool needs of others: a store that keeps the pool, and a host whose membership it is."""
+"""The interfaces of a shared pool's member: the store that keeps the pool, and the host of the membership."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class StoreLostError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """Who answers: an id that changes with each start of a server, and for how many seconds it has been up."""
+    """The answering server: an id that changes with each start, and its uptime in seconds."""
 
     id: bytes
     up_s: float
@@ -28,7 +28,7 @@ class Server:
 
 @dataclass(frozen=True, slots=True)
 class StoreReading:
-    """What the store held at one moment. `image`: empty = none. `leases`: until when, milliseconds since 1970."""
+    """The store's content at one moment. `image`: empty = none. `leases`: until when, milliseconds since 1970."""
 
     server_us: int
     image: bytes
@@ -37,45 +37,46 @@ class StoreReading:
 
 
 class QuotaStore(Protocol):
-    """Keeps one pool for its owners. StoreLostError where it is away, PacelineError where it refuses us."""
+    """Keeps one pool for its owners. Raises StoreLostError if it is away, PacelineError if it refuses access."""
 
     @property
     def place(self) -> str:
-        """Where it is, for people."""
+        """Its address, for messages."""
 
     async def connect(self) -> Server:
-        """Connects anew; who answers."""
+        """Connect anew, and return the answering server."""
 
     async def close(self) -> None:
-        """Closes all connections."""
+        """Close all connections."""
 
     async def tell(self, batch: bytes) -> StoreReading:
-        """Appends the batch to the inbox if this server holds an image, renews the owner's lease, and reads."""
+        """Append the batch to the inbox if this server holds an image, renew the owner's lease, and read."""
 
     async def replace(
         self, head: bytes, image: bytes, taken: int, news: Mapping[tuple[str, int], bytes]
     ) -> StoreReading | None:
-        """Puts the image in the place of the one named by `head`, and tells the owners; else a reading: too late.
+        """Replace the image named by `head` and tell the owners; return None, or a reading if it was too late.
 
-        `taken`: batches of the inbox that it has in it. -1 = all, whatever they are, and only if the owner's record of
-        the muster is still there: a rebuilding since would have removed it. `news`: by owner and entry.
+        `taken`: the number of inbox batches that the image includes. -1 = all, whatever they are, and only if the
+        owner's record of the muster is still there: a rebuilding since would have removed it. `news`: by owner and
+        entry.
         """
 
     async def muster(self, record: bytes, doubted: bytes, *, removes: bool) -> tuple[StoreReading, dict[str, bytes]]:
-        """Leaves a record for whoever rebuilds the image; what all have left. None at all where that is done.
+        """Leave a record for rebuilding the image; return a reading and all records, none if the image is rebuilt.
 
-        `doubted`: the head of an image that does not count though it names this server; `removes`: it is taken away.
-        Whoever waits for news gets empty news. Beside the owners' records stands, under "", when the first came:
-        milliseconds since 1970.
+        `doubted`: the head of an image that is invalid although it names this server; `removes`: remove that image.
+        Every process that waits for news gets empty news. Besides the owners' records, "" holds the time of the first
+        one: milliseconds since 1970.
         """
 
     async def news(self, entry: int) -> list[bytes]:
-        """Waits for news of this entry, for a while; what came, oldest first."""
+        """Wait a while for news of this entry, and return it, oldest first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """What a process says of itself when it enters: permits, open finalize passes, what waits, and what it launched.
+    """A process's account of itself when it enters: permits, open finalize passes, waiting attempts, and launches.
 
     `launches`, `used`, `before`: see `Join`.
     """
@@ -89,30 +90,30 @@ class Standing:
 
 
 class Host(Protocol):
-    """Whose membership it is. All methods are quick; none raises."""
+    """The owner of a membership. All methods are quick; none raises."""
 
     records: bool
 
     def standing(self, known: Image | None) -> Standing:
-        """What it holds and wants, now. `known`: the newest image that it has."""
+        """Return what it holds and waits for now. `known`: the newest image that the membership has."""
 
     def heard(self, image: Image, news: News | None = None) -> None:
-        """The pool as it is now, and what this process has just decided for itself."""
+        """Take the pool's present state, and what this process has just decided for itself."""
 
     def news(self, news: News) -> None:
-        """What another process decided for it."""
+        """Take what another process has decided for it."""
 
     def decided(self, params: Params, before: Numbers, image: Image, calls: list[Call]) -> None:
-        """This process has decided: under which settings, on which state, by which calls, with which outcome.
+        """Take a decision of this process: its settings, the state before, the resulting image, the law's calls.
 
-        Only if it `records`.
+        Called only if it `records`.
         """
 
     def missed(self, why: str) -> bool:
-        """The store cannot be reached: nothing is launched. Whether that was said; else it is reported again."""
+        """Note that the store is unreachable; return whether that was reported, else the call is repeated."""
 
     def back(self) -> None:
-        """The store is back."""
+        """Note that the store is back."""
 
     def broke(self, error: PacelineError) -> None:
-        """For good."""
+        """Note that the membership has failed for good."""

@@ -1,24 +1,25 @@
-"""One process's membership of a shared pool: what it reports, what it hears, and its turns at deciding.
+"""One process's membership of a shared pool: its reports, its news, and its turns at deciding.
 
-Theory of operation. A turn appends what is new to the inbox and reads, in one script. Where anything stands in the
-inbox, or the head may launch, or a lease has lapsed, this process decides and replaces the image; if somebody was
-quicker it has that one's image in hand already, and is done if its own events are in it. News for others goes into
-their lists; our own is heard at once. A turn comes when something was reported, when the head is ours and its moment
-has come, and at least RENEW_RATIO of a lease after the last, which renews the lease and catches what a dead process
-left undone.
+Theory of operation. A turn appends new events to the inbox and reads, in one script. If the inbox holds anything, or
+the head may launch, or a lease has lapsed, this process decides and replaces the image. If another process was quicker,
+this one already has that image from the failed attempt, and is done if it contains its own events. News for others goes
+into their lists; a process's own news is applied at once. A turn comes when something was reported, when this process
+has the head and its moment has come, and at least RENEW_RATIO of a lease after the last turn, which renews the lease
+and completes what a dead process left undone.
 
-Entering. A process that comes, or has missed anything, says all of itself in one `Join`: what it holds and waits for,
-and the events and launches that the image may lack. News of before is void: an entry has its own list. After every loss
-of a connection a process enters anew, even within its lease: an event may have been sent and never arrived, and a grant
-may have been taken from the list and never been heard of. Two more checks catch losses that no connection tells of:
-events that were sent are in the image or the inbox, and the count of news in the image is reached within a pause.
+Entering. A process that enters, or has missed anything, states everything about itself in one `Join`: what it holds and
+waits for, and the events and launches that the image may lack. Earlier news is void: each entry has its own list. After
+every loss of a connection a process enters anew, even within its lease: an event may have been sent without arriving,
+and a grant may have been taken from the list without reaching this process. Two more checks detect losses without a
+lost connection: events that were sent must be in the image or the inbox, and the image's count of news must be reached
+within a pause.
 
-Memory. An image is believed if it names the server that holds it, can be read, has the lease of each owner beside it,
-and is not older than one that this process had heard of before it asked. Else the pool is rebuilt: see `muster`.
+Memory. An image is valid if it names the server that holds it, can be read, has the lease of each owner beside it, and
+is not older than one that this process had heard of before it asked. Otherwise the pool is rebuilt: see `muster`.
 
-Failures. Whatever goes wrong with the store once the pool was entered is "away": said, and tried again, at the address
-that was configured. What cannot be right from the start (a password) ends the run, and so does the same bug of ours
-over and over.
+Failures. Once the pool was entered, any failure of the store means "away": it is reported and retried, at the
+configured address. An error that must be in the configuration (a password) ends the run, and so does an internal error
+that keeps recurring.
 """
 
 from __future__ import annotations
@@ -59,20 +60,20 @@ from governor.sharedquota.quota import Decided, begun, decide, rebuilt
 
 RENEW_RATIO = 0.25
 MUSTER_TICK_S, AGAIN_MUSTER_S = 0.1, 0.02
-# After a failure the next attempt comes so much later, doubling, at most.
+# The pause after a failure, which doubles, and its maximum.
 AGAIN_S, AGAIN_MAX_S = 0.05, 0.5
 # Events sent in one batch.
 BATCH = 500
-# So often in a row something unexpected is survived by entering anew.
+# This many unexpected errors in a row are handled by entering anew.
 FAULTS = 5
 
 
 class _EnterError(Exception):
-    """The image does not have us in it (any more), or is not to be believed, or we have missed something."""
+    """This process must enter anew: the image lacks it or is invalid, or it has missed something."""
 
 
 async def ended(*tasks: asyncio.Task[None], every_s: float) -> None:
-    """Cancels tasks until all are done: a client in the middle of a handshake may swallow a cancellation."""
+    """Cancel tasks until all are done: a client in the middle of a handshake may swallow a cancellation."""
     while pending := [task for task in tasks if not task.done()]:
         for task in pending:
             task.cancel()
@@ -80,7 +81,7 @@ async def ended(*tasks: asyncio.Task[None], every_s: float) -> None:
 
 
 class Member:
-    """A membership. Make it, `start()` it inside a running event loop, `aclose()` it in the end."""
+    """A membership. Create it, `start()` it inside a running event loop, `aclose()` it at the end."""
 
     def __init__(
         self,
@@ -98,16 +99,16 @@ class Member:
         self._host = host
         self._store = store(self.owner)
         self._lease_s = lease_s
-        self._known = b""  # the newest image that was in the store, as far as we know
+        self._known = b""  # the newest image known to have been in the store
         self._params: tuple[float, ...] | None = packed_params(params)  # to be stated at the next entry
         self._lineage = int.from_bytes(os.urandom(7))
         self._loop = asyncio.get_running_loop()
         self._entry = 0
         self._server_id = b""
-        self._newest = (0, 0)  # the newest image that we have heard of
-        self._suspect = b""  # the head of an image that nothing could be decided on
+        self._newest = (0, 0)  # the age of the newest image that this process has heard of
+        self._suspect = b""  # the head of an image on which a decision failed
         self._told = 0  # news heard since the latest entry
-        self._owed: tuple[int, float] | None = None  # news that the image counts and we lack, and since when
+        self._owed: tuple[int, float] | None = None  # the image's count of news, if news is missing, and since when
         self._number = 0  # of the newest event
         self._unheard: deque[tuple[int, Event]] = deque()  # events that may not be in an image yet, numbered
         self._sent = 0
@@ -115,46 +116,46 @@ class Member:
         self._task: asyncio.Task[None] | None = None
         self._working: list[asyncio.Task[None]] = []
         self._was_in = False
-        self._mustered_at = -inf, -inf  # when this process first and last met the others, since a pool was rebuilt
+        self._mustered_at = -inf, -inf  # when this process first and last came to the muster that is under way
         self._faults = 0
-        self._whys: set[str] = set()  # why the store is away; each reason is told once
+        self._whys: set[str] = set()  # why the store is away; each reason is reported once
         self._leaving = False
 
     def start(self) -> None:
-        """Connects, enters the pool and stays until `aclose`."""
+        """Connect, enter the pool and stay until `aclose`."""
         self._task = self._loop.create_task(self._stay())
         self._task.add_done_callback(self._over)
 
     def _over(self, task: asyncio.Task[None]) -> None:
-        """A bug of ours must never be a run that waits for good."""
+        """Report an internal error: it must not leave a run waiting for ever."""
         if not task.cancelled() and (error := task.exception()) is not None:
             self._host.broke(PacelineError(f"{self._store.place}: internal error in the shared pool: {error!r}"))
 
     def post(self, event: Event) -> None:
-        """Something has happened; it is told soon, together with what else happens now."""
+        """Queue an event; it is sent soon, together with others that happen now."""
         self._number += 1
         self._unheard.append((self._number, event))
         self._due.set()
 
     def look(self) -> None:
-        """It may be time for a decision."""
+        """Take a turn soon: it may be time for a decision."""
         self._due.set()
 
     def reprice(self, params: Params) -> None:
-        """Other settings for the whole pool."""
+        """Change the settings for the whole pool."""
         self._params = packed_params(params)
         self.post([REPRICE, list(self._params)])
 
     @property
     def reprices(self) -> bool:
-        """Whether settings of ours are on their way."""
+        """Whether settings of this process are on their way to the pool."""
         return not self.is_in or self._has_reprice()
 
     def _has_reprice(self) -> bool:
         return any(event[0] == REPRICE for _, event in self._unheard)
 
     async def aclose(self) -> None:
-        """Leaves the pool, where it can be reached, and closes all connections."""
+        """Leave the pool, if it can be reached, and close all connections."""
         if self._task is None:
             return
         task, self._task = self._task, None
@@ -181,7 +182,7 @@ class Member:
                 await self._both()
                 return
             except _EnterError:
-                # A client whose wait for news was cancelled has closed its connection.
+                # A client whose wait for news was cancelled has closed its connection, so connect anew.
                 self.is_in, server = False, None
             except Exception as error:
                 self.is_in, server = False, None
@@ -191,7 +192,7 @@ class Member:
                 again_s = min(2.0 * again_s, AGAIN_MAX_S)
 
     def _survives(self, error: Exception) -> bool:
-        """Whether to try again after this, which is said; else the host has failed."""
+        """Report an error and return whether to try again; else the host has failed."""
         place = self._store.place
         if isinstance(error, StoreLostError):
             self._away(f"{place} cannot be reached ({error})")
@@ -214,14 +215,14 @@ class Member:
             self._whys.add(why)
 
     async def _both(self) -> None:
-        """Takes turns and waits for news, until one of both cannot go on, or we have left."""
+        """Take turns and wait for news, until one of the two fails or this process has left."""
         turns = self._loop.create_task(self._turns())
         listens = self._loop.create_task(self._listens(self._entry))
         self._working = [turns, listens]
         try:
             await asyncio.wait(self._working, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            # News that was fetched must have been heard before we enter again and say what we hold.
+            # News that was fetched must be applied before this process enters again and states what it holds.
             await ended(turns, listens, every_s=MUSTER_TICK_S * self.clock.scale)
         errors = [task.exception() for task in (turns, listens) if not task.cancelled()]
         for error in errors:
@@ -236,7 +237,7 @@ class Member:
                 try:
                     news = News.decoded(each)
                 except (TypeError, ValueError):
-                    self._due.set()  # the bell, which is empty: the image is gone; or nothing of ours
+                    self._due.set()  # the empty bell, which means that the image is gone; or foreign data
                 else:
                     self._hear(news)
 
@@ -260,7 +261,7 @@ class Member:
     # ------------------------------------------------------------ a turn
 
     async def _turn(self, join: Join | None = None) -> None:
-        """Tells what is new, and decides if that is ours to do. `join`: in place of all events."""
+        """Send new events, and decide if this process has to. `join`: sent in place of all events."""
         if join is not None:
             batch = [self.owner, join.last, [join.packed()]]
         else:
@@ -289,7 +290,7 @@ class Member:
                     return
                 head, params = image.head, image.p
                 before = numbers_of((image.s,)) if self._host.records else ()
-                self.image = None  # what is being decided is nobody's image yet
+                self.image = None  # an image that is being decided on is not valid yet
                 decided = decide(image, batches, leases, now, self._lease_s * self.clock.scale)
             except _EnterError:
                 raise
@@ -304,10 +305,10 @@ class Member:
             reading = late
 
     def _has_missed_nothing(self, image: Image, batches: Sequence[Any]) -> bool:
-        """Whether all that we sent has arrived, and all that we were told was heard, but for what is on its way."""
+        """Return whether all sent events and all news have arrived, except those that may still be on their way."""
         own = image.owners.get(self.owner)
         if own is None:
-            return True  # we have left
+            return True  # this process has left
         arrived = max((first + len(events) - 1 for name, first, events in batches if name == self.owner), default=0)
         if max(arrived, own.last) < self._sent:
             return False
@@ -321,7 +322,7 @@ class Member:
     async def _replace(
         self, head: bytes, image: Image, taken: int, decided: Decided, params: Params, before: Numbers
     ) -> StoreReading | None:
-        """Puts a decision into the store; None = done and heard of, else what was there instead."""
+        """Put a decision into the store; return None when it is done and applied, else what the store held instead."""
         others = {
             (name, image.owners[name].joined): each.encoded()
             for name, each in decided.news.items()
@@ -338,7 +339,7 @@ class Member:
         return late
 
     def _image_of(self, reading: StoreReading, known: tuple[int, int]) -> Image | None:
-        """The image, if it is to be believed. `known`: the newest that we had heard of before we asked."""
+        """Return the image if it is valid. `known`: the newest that this process had heard of before it asked."""
         if self._is_elsewhere(reading) or reading.image[: HEAD.size] == self._suspect:
             return None
         with contextlib.suppress(UnreadableImageError):
@@ -348,14 +349,14 @@ class Member:
         return None
 
     def _is_elsewhere(self, reading: StoreReading) -> bool:
-        """Whether there is no image, or only what another server, or an earlier start of this one, had made."""
+        """Return whether there is no image, or only one of another server or an earlier start of this one."""
         return reading.image[:SERVER_BYTES].rstrip(b"\0") != self._server_id
 
     def _leases(self, reading: StoreReading) -> dict[str, float]:
         return {name: server_s(until * 1000, self.clock.scale) for name, until in reading.leases.items()}
 
     def _takes_over(self, image: Image, data: bytes) -> bool:
-        """Keeps an image, and forgets the events that are in it; whether it has us in it, as of our latest entry."""
+        """Keep an image and forget the events in it; return whether it has this process as of its latest entry."""
         own = image.owners.get(self.owner)
         if own is None or own.gone_at >= 0.0 or own.joined != self._entry:
             if self._leaving and own is None:
@@ -367,7 +368,7 @@ class Member:
         while self._unheard and self._unheard[0][0] <= own.last:
             self._unheard.popleft()
         if not self._has_reprice():
-            self._params = None  # they count for the pool by now, or others have changed them since
+            self._params = None  # the pool has adopted them, or another process has changed them since
         return True
 
     def _keep(self, image: Image, data: bytes) -> None:
@@ -377,7 +378,7 @@ class Member:
     # ------------------------------------------------------------ entering
 
     async def _enter(self, server: Server) -> None:
-        """Enters the pool, which is rebuilt before if it has lost its memory."""
+        """Enter the pool, which is rebuilt first if it has lost its memory."""
         self._server_id = server.id
         entry = self._entry
         for _ in range(100):
@@ -387,11 +388,11 @@ class Member:
             try:
                 if image is None:
                     await self._muster(server, reading)
-                # Only an entry of now counts: what an earlier connection had sent and fetched may be lost.
+                # Only a present entry counts: what an earlier connection sent and fetched may be lost.
                 elif entry == self._entry or not self._takes_over(image, reading.image):
                     await self._turn(self._join())
             except _EnterError:
-                continue  # lost again in this moment
+                continue  # the image was lost again at this moment
             own = self.image.owners.get(self.owner) if self.image is not None else None
             if own is not None and own.joined == self._entry > entry:
                 self._entered(own.silent)
@@ -399,7 +400,7 @@ class Member:
         raise StoreLostError("it changes faster than anybody can enter")
 
     def _join(self) -> Join:
-        """All that is to be said of this process, as its next entry."""
+        """Return everything to be stated about this process, as its next entry."""
         self._entry += 1
         self._sent = self._number
         self._told, self._owed, self.image = 0, None, None
@@ -432,7 +433,7 @@ class Member:
         self._due.set()
 
     async def _muster(self, server: Server, reading: StoreReading) -> None:
-        """Meets the others, and sees to it that the pool is rebuilt. `reading`: with the image that does not count."""
+        """Meet the other processes and see that the pool is rebuilt. `reading`: has the invalid image, if any."""
         doubted, stale, is_foreign = reading.image[: HEAD.size], None, False
         if reading.image:
             try:
@@ -445,7 +446,7 @@ class Member:
         record = msgpack.packb([FORMAT, self._join().packed(), known.encoded() if known is not None else b""])
         here_at = self._loop.time()
         began_at, last_at = self._mustered_at
-        # A muster that a lost connection interrupts goes on: it must end however often that happens.
+        # A muster continues after a lost connection: it must end however often that happens.
         if last_at < here_at - GATHER_S * self.clock.scale:
             began_at = here_at
         muster = Muster(self.owner, doubted, server.up_s, began_at, here_at, self.clock.scale, is_foreign=is_foreign)
@@ -455,7 +456,7 @@ class Member:
             reading, records = await self._store.muster(record, doubted, removes=not is_foreign)
             now = self.clock.heard(reading.server_us, asked_at, self._loop.time())
             if not records:
-                break  # somebody has done it
+                break  # another process has rebuilt the pool
             if muster.may_rebuild(records, self._leases(reading), reading.server_us, now, asked_at):
                 best = newest(muster.images) or begun(muster.joins, now)
                 params, before = best.p, numbers_of((best.s,))
@@ -471,18 +472,18 @@ class Member:
                 )
                 await self._replace(reading.image[: HEAD.size], image, -1, decided, params, before)
                 break
-            # Where records were lost, all leave theirs again, and must meet before they are lost once more.
+            # If records were lost, all leave theirs again, and must meet before they are lost once more.
             await asyncio.sleep((MUSTER_TICK_S if muster.are_all_here else AGAIN_MUSTER_S) * self.clock.scale)
         self._mustered_at = -inf, -inf
 
 
 def packed_params(params: Params) -> tuple[float, ...]:
-    """Settings as numbers."""
+    """Return settings as numbers."""
     return numbers_of((params,))
 
 
 def _batch(data: bytes) -> Batch | None:
-    """A batch of the inbox; None for what no process has written."""
+    """Return a batch of the inbox; None if it was not written by a process of this pool."""
     try:
         name, first, events = msgpack.unpackb(data)
         return (name, int(first), events) if isinstance(name, str) and isinstance(events, list) else None

@@ -1,10 +1,10 @@
-"""How the members of a pool that has lost its memory meet: who has come, and when one of them may rebuild it.
+"""The meeting of a pool's members after the pool has lost its memory: who has come, and when one may rebuild the pool.
 
-Whoever notices that an image is not to be believed takes it away, rings for the others and meets them at the muster:
-each leaves its `Join` and the newest image that it knows. When all owners of the newest of these have come, and
-GATHER_S are over (others may have entered since), or after MUSTER_S, one of them rebuilds the pool and all go on. The
-newest image among the living, and the launches that came after it, are everything that was decided unless its decider
-died. The image of another version of Paceline is left alone as long as one of its processes lives.
+The process that notices an invalid image removes it, rings for the others and meets them at the muster, where each
+leaves its `Join` and the newest image that it knows. When all owners of the newest of these have come and GATHER_S have
+passed (others may have entered since), or after MUSTER_S, one of them rebuilds the pool and all continue. The newest
+image among the living, and the launches that came after it, are everything that was decided, unless the deciding
+process died. The image of another version of Paceline is left alone as long as one of its processes lives.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from governor.sharedquota.image import FORMAT, FORMAT_NAME, Image, Join, newest
 from governor.sharedquota.interfaces import StoreLostError
 
 MUSTER_S = 3.0
-# Processes that no image names yet are waited for so long: longer than the longest pause before an attempt to connect.
-# A pool that nobody knows begins after the shorter time, in which whoever is connected has heard the bell.
+# Wait this long for processes that are in no image yet: longer than the longest pause before an attempt to connect. A
+# new pool begins after the shorter time, in which every connected process has heard the bell.
 GATHER_S, BEGIN_S = 1.0, 0.2
 
 
 class Muster:
     """A muster under way, as the member `owner` sees it.
 
-    `doubted`: the head of the image that does not count, empty where there is none; `is_foreign`: another version of
-    Paceline wrote it. `up_s`: for how long the server had been up. `began_at`, `here_at`: on the loop's clock, when
-    this process first met the others, and when it came this time. `scale`: seconds of that clock per second.
+    `doubted`: the head of the invalid image, empty if there is none; `is_foreign`: another version of Paceline wrote
+    that image. `up_s`: the server's uptime. `began_at`, `here_at`: on the loop's clock, when this process first met the
+    others, and when it came this time. `scale`: seconds of that clock per second.
 
-    Of the records that came last: `joins` by owner, `images`, whether all who ever came `are_all_here`, and whether
-    others who are `absent` may know of launches that are in no image.
+    The newest records determine: `joins` by owner; `images`; `are_all_here`, whether every owner that ever came has a
+    record; `absent`, whether other processes may know of launches that are in no image.
     """
 
     def __init__(
@@ -60,13 +60,13 @@ class Muster:
     def may_rebuild(
         self, records: dict[str, bytes], leases: dict[str, float], server_us: int, now: float, asked_at: float
     ) -> bool:
-        """Whether this member rebuilds the pool now, by what all have left: see `QuotaStore.muster`.
+        """Return whether this member rebuilds the pool now, judging by all records: see `QuotaStore.muster`.
 
-        `leases`: by owner, until when. StoreLostError where processes of another version share the pool.
+        `leases`: by owner, until when. Raises StoreLostError if processes of another version share the pool.
         """
         began_ms = _number(records.pop("", b""), server_us // 1000)
         if began_ms != self._calm_ms:
-            # All records were lost since: others may have met, begun the pool and lost it without our seeing them.
+            # All records were lost meanwhile: others may have met, begun the pool and lost it unnoticed by us.
             self._calm_at, self._calm_ms = (asked_at if self._calm_ms else self._here_at), began_ms
         self._mustered |= set(records)
         entries = {name: found for name, each in records.items() if (found := _record(each)) is not None}
@@ -81,8 +81,8 @@ class Muster:
         is_begun = not images and not self._doubted and self._up_s >= MUSTER_S and is_calm
         is_complete = _complete(images, entries) and self.are_all_here and whole_s >= GATHER_S
         is_over = max(whole_s, (server_us / 1000 - began_ms) / 1000) >= MUSTER_S
-        # Others may know of launches that are in no image: another version, or whoever still lives where an image was
-        # there; or where there was none, whoever has begun the pool and lost it at once.
+        # Other processes may know of launches that are in no image: those of another version; those still alive if
+        # there was an image; or, if there was none, those that began the pool and lost it at once.
         self.absent = (
             any(map(_is_foreign, records.values()))
             or bool(self._doubted and others)
@@ -92,7 +92,7 @@ class Muster:
 
 
 def _record(data: bytes) -> tuple[Join, Image | None] | None:
-    """A record of the muster; None for one that another version of Paceline has left, and for what nobody has."""
+    """Return a record of the muster; None if it is from another version of Paceline, or unreadable."""
     try:
         found, packed, image = msgpack.unpackb(data)
         return (Join(*packed[1:]), Image.decoded(image) if image else None) if found == FORMAT else None
@@ -101,7 +101,7 @@ def _record(data: bytes) -> tuple[Join, Image | None] | None:
 
 
 def _is_foreign(data: bytes) -> bool:
-    """Whether another version of Paceline has left this record."""
+    """Return whether another version of Paceline has left this record."""
     try:
         found = msgpack.unpackb(data)[0]
     except (TypeError, ValueError, LookupError):
@@ -114,10 +114,10 @@ def _number(data: bytes, otherwise: int) -> int:
 
 
 def _may_rebuild(name: str, images: list[Image], entries: dict[str, Any]) -> bool:
-    """Whether the newest image has this process in it, or none that is here.
+    """Return whether the newest image has this process in it, or none of the processes present.
 
-    Else those that are in it rebuild the pool: should what another rebuilds be lost before they have seen it, they
-    would take theirs for the newest.
+    Otherwise the processes in the image rebuild the pool: if another process rebuilt it and the result were lost before
+    they have seen it, they would take their own image for the newest.
     """
     best = newest(images)
     known = best.living() if best is not None else []
@@ -125,6 +125,6 @@ def _may_rebuild(name: str, images: list[Image], entries: dict[str, Any]) -> boo
 
 
 def _complete(images: list[Image], entries: dict[str, Any]) -> bool:
-    """Whether all owners of the newest image have come."""
+    """Return whether all owners of the newest image have come."""
     best = newest(images)
     return best is not None and all(name in entries for name in best.living())

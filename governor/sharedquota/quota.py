@@ -1,11 +1,11 @@
-"""What is decided on a shared pool: pure, the same wherever processes share a quota.
+"""Decisions on a shared pool: pure functions, the same in every process that shares the quota.
 
-Theory of operation. Processes append batches of events to an inbox. Whoever decides takes the newest image and the
+Theory of operation. Processes append batches of events to an inbox. The deciding process takes the newest image and the
 whole inbox, applies the events in order (settlements and the like are calls of the law), drops owners whose lease has
-lapsed, and launches heads of the queue as long as the law says "now". The image that comes out replaces the one that
-went in only if nobody was quicker (`head` names the version); what each owner must hear of is `Decided.news`.
+lapsed, and launches heads of the queue as long as the law says "now". The resulting image replaces the previous one
+only if no other process was quicker (`head` names the version). `Decided.news` is what each owner must be told.
 
-What a dead owner had reserved stays booked and ages out: the provider has charged it. See `image` for what is held.
+A dead owner's reservations stay booked and age out: the provider has charged them. For the pool's data see `image`.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ from governor.sharedquota.image import (
     Waiter,
 )
 
-# An owner that has gone is remembered for so many leases, so that what it reported counts once should it come back.
+# A dead owner is remembered for this many leases, so that its reports count only once if it comes back.
 REMEMBERED_LEASES = 60.0
-# So many rounds an owner may make up for that it came late to.
+# An owner that came late may catch up on this many rounds.
 CREDIT = 20
-# So many earlier incarnations are known; launches of older ones count as not booked.
+# This many earlier incarnations are remembered; launches of older ones count as not booked.
 CUTS = 100
 
 
 @dataclass(slots=True)
 class Decided:
-    """What a decision led to, beside the image: the calls of the law in order, and who hears what."""
+    """The outcome of a decision, besides the image: the calls of the law in order, and the news of each owner."""
 
     calls: list[Call]
     news: dict[str, News]
@@ -63,10 +63,10 @@ def decide(
     now: float,
     lease_s: float,
 ) -> Decided:
-    """Leads the image through these batches of events (owner, number of the first, events) and launches what may go.
+    """Apply these batches of events (owner, number of the first, events) to the image, and launch what the law admits.
 
-    `now`: the store's time, raised to the last decision's. `leases`: until when each owner's lives. The image becomes
-    its next version.
+    `now`: the store's time, raised to the last decision's. `leases`: until when each owner's lease lasts. The image
+    becomes its next version.
     """
     decision = _Decision(image, now, lease_s)
     for owner, first, events in batches:
@@ -87,12 +87,12 @@ def rebuilt(
     chance: int = 0,
     absent: bool = False,
 ) -> tuple[Image, Decided]:
-    """The pool again, from what the living know of it: the newest of their images, and what each has done since.
+    """Rebuild the pool from the knowledge of its living processes: the newest of their images, and their actions since.
 
-    `joins`: by owner, its entry. An owner of the image who is not among them may have launched what nobody knows of
-    (`absent`: so may others): the rest of the budget is booked for it. The image becomes the pool's next incarnation.
-    `by`: who rebuilds it; the others are granted nothing before they have found it. `chance`: 32 bits that the caller
-    draws.
+    `joins`: each owner's entry. An owner in the image but not in `joins` may have made launches that no living process
+    knows of (`absent`: so may other processes); the rest of the budget is booked for them. The image becomes the pool's
+    next incarnation. `by`: the rebuilding process; the others are granted nothing until they have found the new image.
+    `chance`: 32 random bits from the caller.
     """
     image = best
     cuts = image.cuts | {image.incarnation: image.version}
@@ -114,8 +114,7 @@ def rebuilt(
 
 
 def begun(joins: Mapping[str, Join], now: float) -> Image:
-    """The image of a pool that nobody knows yet: with the settings that the first of these states, and what was used
-    in their earlier runs."""
+    """Return the image of a new pool, with the first stated settings and the use of its processes' earlier runs."""
     first = next(join for join in joins.values() if join.params is not None)
     assert first.params is not None
     image = Image(params_of(tuple(first.params)), lineage=first.lineage)
@@ -128,7 +127,7 @@ def begun(joins: Mapping[str, Join], now: float) -> Image:
 
 
 class _Decision:
-    """One decision under way."""
+    """A decision in progress."""
 
     def __init__(self, image: Image, now: float, lease_s: float) -> None:
         self.image = image
@@ -141,7 +140,7 @@ class _Decision:
         image.now = self.now
 
     def law(self, name: str, *arguments: Any, owner: Owner | None = None) -> Any:
-        """The law decides; permits and finalize passes that it moves are this owner's."""
+        """Call the law; permits and finalize passes that the call moves are credited to `owner`."""
         p, s = self.image.p, self.image.s
         flying, finalizing = s.in_flight, s.finalize_open
         result = getattr(law, name)(p, s, *arguments)
@@ -154,7 +153,7 @@ class _Decision:
     # ------------------------------------------------------------ events
 
     def happened(self, name: str, number: int, event: Event) -> None:
-        """One event of an owner. From one who is unknown here only its entry counts: it hears that it must enter."""
+        """Apply one event of an owner. From an unknown owner only an entry counts: its turn tells it to enter."""
         kind = event[0]
         if kind == JOIN:
             self.joins(name, Join(*event[1:]))
@@ -177,14 +176,14 @@ class _Decision:
             del self.image.owners[name]
 
     def wants(self, name: str, event: Event, turn: int = 0) -> None:
-        """An attempt enters the queue: in its owner's next turn, or in the one that it had."""
+        """Queue an attempt: in its owner's next turn, or in `turn`, which it had before."""
         image = self.image
         owner = image.owners[name]
         owner.turn = turn or max(image.turn - CREDIT, owner.turn) + 1
         insort(image.waiters, Waiter(*[name, *event[1:], owner.turn]), key=lambda w: w.key(image.p))
 
     def called(self, owner: Owner, event: Event) -> None:
-        """A call of the law that an owner reports. Its own word counts for whether a permit came back with it."""
+        """Apply a call of the law that an owner reports. Its report decides whether a permit came back with it."""
         _, name, arguments, frees = event
         if name == "synced":
             arguments[BOOKED_SINCE] = self.image.s.booked[int(arguments[0])] - arguments[BOOKED_SINCE]
@@ -193,14 +192,14 @@ class _Decision:
         self.holds(owner, held - frees)
 
     def holds(self, owner: Owner, count: int) -> None:
-        """So many permits are the owner's: it says so. One taken again books a request, and no tokens."""
+        """Set the number of the owner's permits as it reports. A permit taken again books a request, but no tokens."""
         while owner.holds > count:
             self.law("released", owner=owner)
         while owner.holds < count:
             self.law("launched", 0.0, RETRY, self.now, 0.5, owner=owner)
 
     def repriced(self, p: Params) -> None:
-        """Other settings for the whole pool."""
+        """Adopt other settings for the whole pool."""
         image = self.image
         if p == image.p:
             return
@@ -212,7 +211,7 @@ class _Decision:
     # ------------------------------------------------------------ coming and going
 
     def joins(self, name: str, join: Join) -> None:
-        """A process enters: what it says of itself replaces what the image knew of it."""
+        """Enter a process: its own account replaces what the image knew of it."""
         image = self.image
         owner = image.owners.setdefault(name, Owner(join.number - 1, 0))
         if join.number <= owner.joined:
@@ -241,10 +240,10 @@ class _Decision:
             self.wants(name, event, places.get(event[1], 0))
 
     def unbooked(self, name: str, join: Join) -> list[Launch]:
-        """The launches of an entry that the image lacks."""
+        """Return the launches of an entry that the image lacks."""
         image = self.image
         if join.lineage != image.lineage:
-            return []  # `used` has them
+            return []  # `used` includes them
         owner = image.owners.get(name)
         since = owner.since if owner is not None else 0
         return [
@@ -254,13 +253,13 @@ class _Decision:
         ]
 
     def booked_again(self, launches: Iterable[Launch]) -> None:
-        """Books launches that the image lacks; their permits are counted elsewhere."""
+        """Book launches that the image lacks; their permits are counted elsewhere."""
         for _, _, reserve, standing, at, u in launches:
             self.law("launched", reserve, RETRY if standing == HOLDING else standing, at, u)
             self.law("released")
 
     def filled(self) -> None:
-        """Books what is left of the minute's budget."""
+        """Book the rest of the minute's budget."""
         p, s = self.image.p, self.image.s
         room = law.held_of(p, law.TPM, p.budget[law.TPM]) * s.scale[law.TPM] - law.used_in(p, s, law.TPM, self.now)
         if p.limit[law.TPM] > 0.0 and room > 0.0:
@@ -268,14 +267,14 @@ class _Decision:
             self.law("released")
 
     def leaves(self, name: str, owner: Owner) -> None:
-        """What the owner holds comes back, and it waits for nothing more."""
+        """Take back what the owner holds, and withdraw its attempts."""
         self.holds(owner, 0)
         while owner.finalizes > 0:
             self.law("finalize_closed", owner=owner)
         self.image.waiters = [w for w in self.image.waiters if w.owner != name]
 
     def lapse(self, names: Iterable[str]) -> None:
-        """These have not renewed their lease. Who has been gone for long is forgotten."""
+        """Remove owners that have not renewed their lease, and forget those that have been gone for long."""
         owners = self.image.owners
         for name in names:
             self.leaves(name, owners[name])
@@ -287,7 +286,7 @@ class _Decision:
     # ------------------------------------------------------------ launches
 
     def news_of(self, name: str) -> News:
-        """What this owner will hear."""
+        """Return the news for this owner."""
         image = self.image
         if name not in self.news:
             image.owners[name].told += 1
@@ -295,7 +294,7 @@ class _Decision:
         return self.news[name]
 
     def done(self) -> Decided:
-        """Launches what the law admits now; who is the head then hears when it may, if that is new."""
+        """Launch what the law admits now; the owner of the new head is told when it may launch, if that has changed."""
         image, p = self.image, self.image.p
         image.wake_at, image.cause = inf, law.NOTHING
         told = UNTOLD
@@ -326,6 +325,6 @@ class _Decision:
         return Decided(self.calls, self.news)
 
 
-# Where `synced` takes what was booked since: an owner reports what had been booked at its launch, and the difference is
-# made when the call is.
+# The position of `synced`'s argument `booked_since`: an owner reports the bookings at its launch, and the deciding
+# process computes the difference when it makes the call.
 BOOKED_SINCE = tuple(inspect.signature(law.synced).parameters).index("booked_since") - 2

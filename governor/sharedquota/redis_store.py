@@ -1,10 +1,10 @@
-"""Redis, as far as a shared pool needs it: the only module that imports it.
+"""Redis access for a shared pool: the only module that imports redis.
 
-Keys. All of a pool's begin with `paceline:{POOL}:`, so that a Redis Cluster holds them in one place: `image`; `inbox`,
-a list of batches of events; `leases`, until when each owner lives; `to:OWNER:N`, a list of news for one owner's N-th
-entry; `muster`, where owners meet when the image has been lost; `bell`, which calls them there.
+Keys. All keys of a pool begin with `paceline:{POOL}:`, so that a Redis Cluster holds them in one place: `image`;
+`inbox`, a list of batches of events; `leases`, until when each owner lives; `to:OWNER:N`, a list of news for an owner's
+N-th entry; `muster`, where owners meet when the image has been lost; `bell`, which calls them there.
 
-Time is the server's own: every answer states it, read within the script that it belongs to.
+Time is the server's own: every answer states it, read within the same script.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from governor.model.pools import REDIS_URL, checked_redis_url
 from governor.sharedquota.image import HEAD, SERVER_BYTES
 from governor.sharedquota.interfaces import LEASE_S, Server, StoreLostError, StoreReading
 
-# How long a pool that nobody uses is remembered: longer than the longest window, a day. News that nobody fetches.
+# How long an unused pool is kept: longer than the longest window, a day. Then, how long unfetched news is kept.
 KEPT_S = 2 * 86_400
 NEWS_KEPT_S = 60
-# So many processes hear the bell at once.
+# The number of processes that hear the bell at once.
 BELLS = 100
 CONNECT_S = 5.0
 ANSWER_S = 10.0
 BLOCK_S = 20.0
-# No lease of ours is beyond this, in milliseconds since 1970: the year 2286.
+# No valid lease is beyond this, in milliseconds since 1970: the year 2286.
 LEASE_MAX = 1e13
 
-# Each script begins by removing whatever of another type lies under a key of the pool, since it would fail for as long
-# as that is there. `read` returns time, image, inbox and leases, in one moment.
+# Each script first removes values of a wrong type under the pool's keys, since it would fail as long as they exist.
+# `read` returns time, image, inbox and leases of one moment.
 _READ = """
 local types = {'string', 'list', 'zset', 'hash', 'list'}
 for i, key in ipairs(KEYS) do
@@ -51,7 +51,7 @@ local function read(now)
   return {now[1], now[2], redis.call('GET', KEYS[1]) or '', redis.call('LRANGE', KEYS[2], 0, -1), leases}
 end
 """
-# Appends a batch, where there is an image of this server, renews the lease, reads. ARGV: server, owner, lease, batch.
+# Append a batch if there is an image of this server, renew the lease, read. ARGV: server, owner, lease, batch.
 _TELL = f"""{_READ}
 local now = redis.call('TIME')
 redis.call('ZADD', KEYS[3], now[1] * 1000 + math.floor(now[2] / 1000) + ARGV[3], ARGV[2])
@@ -60,9 +60,9 @@ if ARGV[4] ~= '' and redis.call('GETRANGE', KEYS[1], 0, {SERVER_BYTES - 1}) == A
 end
 return read(now)
 """
-# Replaces the image if it is still the one that is named, takes so many batches from the inbox, tells the owners of
-# KEYS 6 and on; else reads. An image that is no more may have been rebuilt and lost again since: -1 batches only by an
-# owner whose record of the muster is there. ARGV: head, image, batches, seconds, seconds, owner, news.
+# If the image is still the named one, replace it, remove that many batches from the inbox, and tell the owners of
+# KEYS 6 and on; else read. A missing image may have been rebuilt and lost again since, so -1 batches are accepted only
+# from an owner whose record of the muster is there. ARGV: head, image, batches, seconds, seconds, owner, news.
 _REPLACE = f"""{_READ}
 if redis.call('GETRANGE', KEYS[1], 0, {HEAD.size - 1}) ~= ARGV[1]
     or ARGV[3] == '-1' and redis.call('HEXISTS', KEYS[4], ARGV[6]) == 0 then
@@ -82,8 +82,8 @@ for i = 6, #KEYS do
 end
 return 1
 """
-# Leaves a record for whoever rebuilds the image, unless that is done, rings for all that wait for news, and reads.
-# ARGV: server, owner, lease, record, seconds, head of an image that does not count, whether it is taken away.
+# Leave a record for the rebuilding of the image, unless that is done, ring for all that wait for news, and read.
+# ARGV: server, owner, lease, record, seconds, head of an invalid image, whether to remove that image.
 _MUSTER = f"""{_READ}
 local now = redis.call('TIME')
 local head = redis.call('GETRANGE', KEYS[1], 0, {HEAD.size - 1})
@@ -104,19 +104,19 @@ redis.call('EXPIRE', KEYS[5], ARGV[5])
 return {{read(now), redis.call('HGETALL', KEYS[4])}}
 """
 
-# What a user has to mend; anything else that it says means that the store cannot be had right now.
+# Errors that a user has to fix; any other error means that the store is unavailable right now.
 REFUSED = (broken.AuthenticationError, broken.AuthorizationError, broken.NoPermissionError)
 MISTAKES = ("unknown command", "DB index is out of range", "wrong number of arguments", "invalid DB index")
 
 
 class _WrongTypeError(Exception):
-    """Something that is not ours lies under one of our keys."""
+    """Foreign data lies under one of our keys."""
 
 
 class RedisStore:
-    """One process's connections to the keys of one pool: a `member.Store`.
+    """One process's connections to the keys of one pool: a `member.QuotaStore`.
 
-    `scale`: how many times as fast as the machine's the event loop's clock runs.
+    `scale`: the speed of the event loop's clock relative to the machine's.
     """
 
     def __init__(self, url: str, pool: str, owner: str, *, lease_s: float, scale: float = 1.0) -> None:
@@ -134,17 +134,17 @@ class RedisStore:
 
     @property
     def place(self) -> str:
-        """Host and port, for people; never the password."""
+        """Host and port, for messages; never the password."""
         parts = urlsplit(self._url)
         host, port = self._at or (parts.hostname, parts.port or 6379)
         return f"Redis at {host}:{port}"
 
     async def connect(self) -> Server:
-        """Connects anew; who answers."""
+        """Connect anew, and return the answering server."""
         await self.close()
         self._client = self._made(ANSWER_S)
         self._blocking = self._made(BLOCK_S + ANSWER_S)
-        await self._called(self._client.exists(self._keys[0]))  # a cluster's node may send us to another
+        await self._called(self._client.exists(self._keys[0]))  # a cluster's node may redirect us to another
         info = await self._called(self._client.info("server"))
         self._server = str(info.get("run_id", "")).encode()[:40].ljust(40, b"\0")
         self._shas = {}
@@ -160,7 +160,7 @@ class RedisStore:
         connections = 0
 
         async def greet(connection: Any) -> None:
-            # A client that connects anew unasked may have come to another server, whose memory is not what we know.
+            # A client that reconnects by itself may reach another server, whose data differs from what we know.
             nonlocal connections
             connections += 1
             if connections > 1:
@@ -177,7 +177,7 @@ class RedisStore:
         )
 
     async def close(self) -> None:
-        """Closes the connections."""
+        """Close the connections."""
         clients, self._client, self._blocking = (self._client, self._blocking), None, None
         for client in clients:
             if client is not None:
@@ -223,26 +223,26 @@ class RedisStore:
     # ------------------------------------------------------------ what a member does
 
     async def tell(self, batch: bytes) -> StoreReading:
-        """See `member.Store`."""
+        """See `member.QuotaStore`."""
         return _reading(await self._run(_TELL, self._keys[:3], self._server, self._owner, self._lease_ms, batch))
 
     async def replace(
         self, head: bytes, image: bytes, taken: int, news: Mapping[tuple[str, int], bytes]
     ) -> StoreReading | None:
-        """See `member.Store`."""
+        """See `member.QuotaStore`."""
         keys = [*self._keys, *(self._list(*to) for to in news)]
         answer = await self._run(_REPLACE, keys, head, image, taken, KEPT_S, NEWS_KEPT_S, self._owner, *news.values())
         return None if answer == 1 else _reading(answer)
 
     async def muster(self, record: bytes, doubted: bytes, *, removes: bool) -> tuple[StoreReading, dict[str, bytes]]:
-        """See `member.Store`."""
+        """See `member.QuotaStore`."""
         arguments = self._server, self._owner, self._lease_ms, record, NEWS_KEPT_S, doubted, int(removes)
         answer, pairs = await self._run(_MUSTER, self._keys, *arguments)
         names = [name.decode(errors="replace") for name in pairs[::2]]
         return _reading(answer), dict(zip(names, pairs[1::2], strict=True))
 
     async def news(self, entry: int) -> list[bytes]:
-        """See `member.Store`."""
+        """See `member.QuotaStore`."""
         client = self._blocking
         assert client is not None
         key = self._list(self._owner, entry)
@@ -252,7 +252,7 @@ class RedisStore:
                 return []
             more = await self._called(client.lpop(key, 1000))
         except _WrongTypeError:
-            # What was lost with it is noticed in the turn that the empty news brings on.
+            # The empty news triggers a turn, which notices what was lost.
             await self._called(client.delete(key, self._keys[4]))
             return [b""]
         return [first[1], *(more or [])]
@@ -269,9 +269,9 @@ def _reading(answer: Any) -> StoreReading:
 
 
 def in_redis(url: str, pool: str, *, lease_s: float = LEASE_S, scale: float = 1.0) -> Callable[[str], RedisStore]:
-    """Where the pool of that name is kept: makes a member's store, given its owner's name. BadSetting for a bad URL.
+    """Return a function that makes a pool's store, given the owner's name. Raise BadSetting for a bad URL.
 
-    Rehearsals on faster clocks have a pool of their own: whoever came later would find its time stand still.
+    Rehearsals on faster clocks have a pool of their own: a process that came later would find its time standing still.
     """
     checked_redis_url(url)
     name = pool if scale == 1.0 else f"{pool}:x{scale:g}"

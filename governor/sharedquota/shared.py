@@ -1,16 +1,17 @@
-"""A quota that several processes share through Redis, as the scheduler of one of them uses it.
+"""A quota that several processes share through Redis, as used by the scheduler of one of them.
 
-Theory of operation. The law's calls that end an attempt are made twice: here, on a state that nobody keeps, since their
-answer (when to try again) depends on policy and arguments alone, and by whoever decides, on the pool's state. Times
-here count from this run's zero, the pool's from another: `_zero_s` lies between, a binary fraction, so that a launch's
-time survives the way there and back to the bit.
+Theory of operation. The law's calls that end an attempt are made twice: here, on a scratch state, since their result
+(when to try again) depends on policy and arguments alone, and by the deciding process, on the pool's state. Times here
+count from this run's zero, the pool's from another. `_zero_s` is the difference, a binary fraction, so that a launch's
+time survives conversion in both directions to the bit.
 
-Up to AHEAD attempts wait in the pool's queue, so that one decision may launch several; retries and finalize passes go
-there at once, since they go first. Where the pool cannot be reached nothing is launched, and the wait counts as a
+Up to AHEAD attempts wait in the pool's queue, so that one decision may launch several; retries and finalize passes are
+published at once, since they go first. If the pool cannot be reached nothing is launched, and the wait counts as a
 pause.
 
-The journal. Each decision of the pool is recorded by the process that made it, in its own journal, after what others
-changed since (`patched`): so `verify` decides it again. What another process decided for this one is in that one's.
+The journal. The process that makes a decision of the pool records it in its own journal, after the changes that other
+processes have made since (`patched`); `verify` thus decides it again. Decisions that another process made for this one
+are in that process's journal.
 """
 
 from __future__ import annotations
@@ -35,25 +36,25 @@ from governor.sharedquota.image import CALL, WANT, WITHDRAW, Call, Event, Image,
 from governor.sharedquota.interfaces import LEASE_S, QuotaStore, Standing
 from governor.sharedquota.member import RENEW_RATIO, Member
 
-# Attempts of one process that wait in the pool's queue, as long as all of them are new work.
+# The number of attempts of one process that may wait in the pool's queue, as long as all are new work.
 AHEAD = 8
-# Launches are remembered for a window's length, for a pool that must be rebuilt.
+# Launches are remembered for a window's length, in case the pool must be rebuilt.
 REMEMBERED_S = law.MINUTE_S
-# Of outages that follow on each other, one is told in so many seconds.
+# If outages follow each other, at most one is reported in this many seconds.
 QUIET_S = 10.0
-# Which arguments of a call of the law are times.
+# The arguments of the law's calls that are times.
 TIMES = {"now", "launched_at", "first_launched_at", "failed_at"}
 _TIMES = {name: tuple(i for i, each in enumerate(call.names) if each in TIMES) for name, call in CALLS.items()}
 IN_A_LOOP = "a governor that shares its quota works in the event loop that it is made in: make one in each"
 
 
 class SharedGovernor(Governor):
-    """One process's part of a pool that others share. Make it inside a running event loop; `aclose` it in the end.
+    """One process's part of a shared pool. Create it inside a running event loop; `aclose` it at the end.
 
-    `store`: where the pool is kept (`store.in_redis(url, sharing.pool_key(pool))`). `say`: told in a line when the
-    store is away, when it is back, and when another process changed the settings. `time_scale`: of the event loop's
-    clock. The settings of the latest process to come, or to be repriced, count for all. `pause` holds this
-    process alone. `in_flight` counts this process's permits; `s` is the pool's state when last heard of, on this run's
+    `store`: where the pool is kept (`redis_store.in_redis(url, sharing.pool_key(pool))`). `say`: called with a line
+    when the store is lost, when it is back, and when another process has changed the settings. `time_scale`: of the
+    event loop's clock. The settings of the process that entered or was repriced last apply to all. `pause` holds this
+    process alone. `in_flight` counts this process's permits; `s` is the pool's newest known state, on this run's
     timeline. Other arguments: as for `Governor`.
     """
 
@@ -86,24 +87,24 @@ class SharedGovernor(Governor):
 
     @property
     def may_move(self) -> bool:
-        """Never: its connections belong to the loop that it was made in."""
+        """Always False: its connections belong to the loop that it was created in."""
         return False
 
     async def aclose(self) -> None:
-        """Leaves the pool and closes the connections."""
+        """Leave the pool and close the connections."""
         await self.shared.member.aclose()
 
 
 class SharedQuota:
     """A pool's quota as one process's scheduler uses it (`interfaces.Quota`), and the host of its membership.
 
-    `p`, `s`: settings and state of the pool when last heard of, on this run's timeline.
+    `p`, `s`: the newest known settings and state of the pool, on this run's timeline.
     """
 
     def __init__(self, p: Params, state: State | None) -> None:
         self.p = p
         self.s = state or State()
-        # When this process's request is the pool's head and may launch, and what the pool's head waits for.
+        # When this process's request may launch (inf = it is not the pool's head), and what the pool's head waits for.
         self.head: tuple[float, int] | None = (inf, NOTHING)
         self._zero_s = 0.0  # the pool's time at this run's zero, once known
         self._is_timed = False
@@ -120,7 +121,7 @@ class SharedQuota:
         self._finalizing = 0
         self._launches: deque[Launch] = deque()
         self._is_held = False
-        self._is_told = False  # that the store is away
+        self._is_told = False  # whether the loss of the store was reported
         self._quiet_until = -inf
         self._heard_version = (0, 0)
         self._offset: list[float] | None = None  # this process's clock of causes, less the pool's
@@ -133,12 +134,12 @@ class SharedQuota:
         time_scale: float,
         lease_s: float,
     ) -> None:
-        """Enters the pool for this governor. See `SharedGovernor`."""
+        """Enter the pool for this governor. See `SharedGovernor`."""
         self._governor = governor
         self._scheduler: Scheduler[Job] = governor.scheduler
         self._say = say
         self.records = governor.observer.hears_decisions
-        self._late_s = RENEW_RATIO * lease_s * time_scale  # a grant that is heard so late is not used
+        self._late_s = RENEW_RATIO * lease_s * time_scale  # a grant that arrives later than this is not used
         self.member = Member(self, store, self.p, clock=ServerClock(time_scale), lease_s=lease_s)
         governor.loop.call_soon(self.member.start)
 
@@ -150,7 +151,7 @@ class SharedQuota:
     # ------------------------------------------------------------ what is reported
 
     def _report(self, name: str, *arguments: Any) -> Any:
-        """Reports a call of the law; its answer comes from a copy of the state that is good for that alone."""
+        """Report a call of the law; its result comes from a scratch state that serves only this purpose."""
         shared = list(arguments)
         for place in _TIMES[name]:
             shared[place] = floored(arguments[place] + self._zero_s)
@@ -204,41 +205,41 @@ class SharedQuota:
         self._report("finalize_closed")
 
     def paused(self) -> None:
-        """Launches nothing in this process until `resumed`."""
+        """Launch nothing in this process until `resumed`."""
         self._is_held = True
         self.s.paused = 1
 
     def resumed(self) -> None:
-        """Goes on after `paused`."""
+        """Continue after `paused`."""
         self._is_held = False
         self.s.paused = 0
 
     def reprice(self, params: Params, now: float) -> None:
-        """Takes changed settings over, for the whole pool."""
+        """Adopt changed settings for the whole pool."""
         self.p = params
         self.member.reprice(params)
 
     def spared(self, job: Job) -> int:
-        """`law.spared` of the job's last attempt."""
+        """Return `law.spared` of the job's last attempt."""
         launched_at, failed_at = (floored(each + self._zero_s) for each in (job.launched_s, job.failed_s))
         return law.spared(self.p, self._scratch, job.outages, launched_at, failed_at)
 
     @property
     def breaker(self) -> State:
-        """The pool's as last heard of, and what this process has met since."""
+        """The pool's newest known circuit breaker, with this process's failures since."""
         return self._scratch
 
     @property
     def in_flight(self) -> int:
-        """Permits that this process holds."""
+        """The number of permits that this process holds."""
         return self._holds
 
     def booked_since(self, job: Job, d: int) -> float:
-        """What had been booked at the launch: whoever decides makes the difference, when it does."""
+        """Return the bookings before the launch: the deciding process computes the difference when it decides."""
         return job.booked[d]
 
     def waited(self, waits_s: list[float]) -> list[float]:
-        """By cause. What was ascribed to one before its news came is taken from the longest."""
+        """Return the waits by cause. Time that corrections have made negative is taken from the longest wait."""
         short_s = -sum(each for each in waits_s if each < 0.0)
         if short_s > 0.0:
             waits_s = [max(0.0, each) for each in waits_s]
@@ -249,7 +250,7 @@ class SharedQuota:
     # ------------------------------------------------------------ what is wanted
 
     def ask(self, reserve: float, standing: int, now: float) -> tuple[float, int]:
-        """Publishes the scheduler's head, as long as few enough of this process wait in the pool's queue."""
+        """Publish the scheduler's head, unless enough attempts of this process already wait in the pool's queue."""
         if self._is_held:
             return inf, law.PAUSED
         job = self._scheduler.first()
@@ -260,11 +261,11 @@ class SharedQuota:
         return inf, NOTHING
 
     def launched(self, reserve: float, standing: int, now: float, u: float) -> None:
-        """Never called: the pool grants."""
+        """Raise AssertionError: the pool grants launches, the scheduler never books them here."""
         raise AssertionError("a shared quota books nothing here")
 
     def _goes_first(self, job: Job) -> bool:
-        """Whether the law ranks a job before one of those that wait in the pool's queue already."""
+        """Return whether the law ranks a job before one of those that already wait in the pool's queue."""
         return job.queued and self._rank(job, self._ticket + 1) < max(self._keys.values())
 
     def _rank(self, job: Job, ticket: int) -> tuple[float, ...]:
@@ -282,7 +283,7 @@ class SharedQuota:
         return [WANT, ticket, job.lane, job.attempt, job.standing, *sizes, self._scheduler.jitter_u(job)]
 
     def forget(self, job: Job) -> None:
-        """The job waits for nothing more in the pool's queue."""
+        """Withdraw the job from the pool's queue."""
         ticket = self._tickets.pop(job, 0)
         if ticket:
             del self._asked[ticket], self._keys[ticket]
@@ -290,12 +291,14 @@ class SharedQuota:
             self.member.post([WITHDRAW, ticket])
 
     def taken_over(self) -> Iterable[Job]:
-        """The jobs that wait in the pool's queue."""
+        """Return the jobs that wait in the pool's queue."""
         return list(self._asked.values())
 
     def take_back(self, now: float) -> list[tuple[tuple[float, ...], Job]]:
-        """Looks at the pool's queue if its moment has come. Where nothing more is to be launched, what waits there
-        waits here again."""
+        """Look at the pool's queue if its moment has come, and return the jobs that are to wait here again.
+
+        These are all jobs in the pool's queue if nothing more is to be launched.
+        """
         assert self.head is not None
         if self.head[0] <= now:
             self.head = inf, self.head[1]
@@ -314,7 +317,7 @@ class SharedQuota:
     # ------------------------------------------------------------ what is heard: the methods of `member.Host`
 
     def standing(self, known: Image | None) -> Standing:
-        """What this process holds and waits for."""
+        """Return what this process holds and waits for."""
         self._withdrawn.clear()
         now = self._governor.now()
         used = 0.0
@@ -328,7 +331,7 @@ class SharedQuota:
         return Standing(self._holds, self._finalizing, wants, list(self._launches), used, before)
 
     def heard(self, image: Image, news: News | None = None) -> None:
-        """The pool as it is now, and what this process decided for itself."""
+        """Adopt the pool's present state, and what this process has decided for itself."""
         self._governor.guarded(lambda: self._hear(image, news))
 
     def _hear(self, image: Image, news: News | None) -> None:
@@ -355,7 +358,7 @@ class SharedQuota:
         self._governor.settle()
 
     def _tell_time(self) -> None:
-        """Follows the pool's clock, of which this run's time is a fixed distance away."""
+        """Follow the pool's clock, from which this run's time differs by a constant."""
         governor, ahead_s = self._governor, self.member.clock.ahead_s
         if not self._is_timed:
             self._is_timed = True
@@ -365,7 +368,7 @@ class SharedQuota:
         governor.zero = self._zero_s - ahead_s
 
     def _time_was(self, at: float, clock: list[float]) -> None:
-        """The pool's own count of what its head has waited for, up to the last decision."""
+        """Adopt the pool's own count of what its head has waited for, up to the last decision."""
         scheduler, then_s = self._scheduler, at - self._zero_s
         if self._offset is None:
             scheduler.advance(then_s)
@@ -375,21 +378,21 @@ class SharedQuota:
             scheduler.clock_at = then_s
 
     def _time_is(self, cause: int) -> None:
-        """What the head has waited for since."""
+        """Count what the head has waited for since."""
         now = self._governor.now()
         if not self._is_held:
             self._waits(inf if self.head is None else self.head[0], cause)
         self._scheduler.advance(now)
 
     def _waits(self, at: float, cause: int) -> None:
-        """This process's request may launch then; the pool's head waits for that cause."""
+        """Note when this process's request may launch, and the cause for which the pool's head waits."""
         self.head = at, cause
         self._scheduler.head_at, self._scheduler.cause = at, cause
 
     def _head_is(self, ticket: int, at: float, cause: int) -> None:
-        """The attempt of that ticket is the pool's head, and may launch then; 0 = the head is another's."""
+        """Note that this ticket's attempt is the pool's head and may launch at `at`; 0 = it is another's."""
         job = self._asked.get(ticket)
-        # Two grains later, so that the pool's time, which is rounded down, has come when the timer rings.
+        # Two quanta later, so that the pool's time, which is rounded down, has come when the timer rings.
         wake_at = inf if job is None or at == inf else floored(at) + 2.0 * QUANTUM_S - self._zero_s
         self._waits(wake_at, self._scheduler.cause)
         if job is not None and not job.asked & 1 << cause:
@@ -397,7 +400,7 @@ class SharedQuota:
             self._governor.batch.deferred(cause)
 
     def news(self, news: News) -> None:
-        """What another process decided for this one."""
+        """Adopt what another process has decided for this one."""
         self._governor.guarded(lambda: self._learn(news))
 
     def _learn(self, news: News) -> None:
@@ -415,7 +418,7 @@ class SharedQuota:
         self._governor.settle()
 
     def _take(self, version: tuple[int, int], news: News) -> None:
-        """Grants and refusals."""
+        """Apply grants and refusals."""
         for ticket, booked in news.grants:
             self._granted_by(version, news.now, ticket, booked)
         for ticket in news.refused:
@@ -433,7 +436,7 @@ class SharedQuota:
             return
         del self._tickets[job], self._keys[ticket]
         if self._governor.now() + self._zero_s - at > self._late_s:
-            # This process stood still, or its connection did: sent now, it would come on top of what others sent since.
+            # This process or its connection was stalled: sent now, the request would add to what others sent since.
             if standing != HOLDING:
                 self.released()
             self._ask(job)
@@ -444,7 +447,7 @@ class SharedQuota:
         self._scheduler.granted(job, at - self._zero_s, booked)
 
     def decided(self, params: Params, before: Numbers, image: Image, calls: list[Call]) -> None:
-        """This process has decided: what the others changed since its last decision, then the calls of the law."""
+        """Record this process's decision: the changes by others since its last decision, then the calls of the law."""
         if not self.records:
             return
         told = self._governor.batch.tell_decision
@@ -458,9 +461,9 @@ class SharedQuota:
         self._chain, self._chain_p = numbers_of((image.s,)), image.p
 
     def missed(self, why: str) -> bool:
-        """Nothing can be granted: what waits here waits for the pool.
+        """Note that nothing can be granted: jobs wait until the pool can be reached. Return whether that was reported.
 
-        Soon after another loss this is said only if it lasts. Returns whether it was said.
+        Soon after another loss it is reported only if it lasts.
         """
         says = self._is_told or self._governor.loop.time() >= self._quiet_until
         self._governor.guarded(lambda: self._miss(why, says))
@@ -476,17 +479,17 @@ class SharedQuota:
         self._governor.settle()
 
     def back(self) -> None:
-        """The pool is back, and all that waited waits there again."""
+        """Note that the pool is back, where all waiting jobs wait again."""
         if self._is_told:
             self._is_told = False
             self._governor.guarded(lambda: self._say("the store of shared quotas is back"))
 
     def broke(self, error: PacelineError) -> None:
-        """The pool cannot be used at all."""
+        """Fail, because the pool cannot be used at all."""
         self._governor.fail(error)
 
 
 def _differences(before: Params, after: Params) -> str:
-    """The settings that differ, by their fields' names."""
+    """Return the names of the settings that differ."""
     names = [each.name for each in fields(Params) if getattr(before, each.name) != getattr(after, each.name)]
     return ", ".join(name for name in names if name not in ("budget", "rate_per_s"))
