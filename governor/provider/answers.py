@@ -157,7 +157,7 @@ def text_of(content: Mapping[str, Any]) -> str:
     return "".join(_texts({**content, "choices": choices[:1]} if choices else content))
 
 
-# ---------------------------------------------------------------- which refusal is it?
+# ---------------------------------------------------------------- refusals
 
 
 def _status_of(status: int, error: _Error) -> int | None:
@@ -222,7 +222,7 @@ def _dated(
     return outcome, wait_s, returns_at if outcome is Outcome.QUOTA else None
 
 
-# ---------------------------------------------------------------- reading the body
+# ---------------------------------------------------------------- the body
 
 
 def _parsed(body: object, hide: str) -> tuple[dict[str, Any] | None, str]:

@@ -17,7 +17,7 @@ class Sender(Protocol):
     """Sends the attempts of one pool."""
 
     def __call__(self, job: Job, timeout_s: float) -> Awaitable[Answer]:
-        """Send one attempt; see `driver.Send`."""
+        """Send one attempt; see `work.Send`."""
 
     async def aclose(self) -> None:
         """Close all connections."""

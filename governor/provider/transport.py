@@ -119,7 +119,7 @@ class GovernedTransport(_Transport):
         self._given_up: dict[bytes, float] = {}
         self._count = count(1)
 
-    # ------------------------------------------------------------ what a client calls
+    # ------------------------------------------------------------ the transport interface
 
     async def handle_async_request(self, request: Any) -> Any:
         """Carry out one call of an asynchronous client."""
@@ -289,7 +289,7 @@ def at_once(exchange: Coroutine[Any, Any, T]) -> T:
     raise AssertionError("a blocking exchange has waited")
 
 
-# ---------------------------------------------------------------- what is sent
+# ---------------------------------------------------------------- requests
 
 
 def work_of_request(request: Any, body: bytes | None, policy: Policy, index: int = 0) -> Work:

@@ -107,7 +107,7 @@ class Governor(InALoop):
         self._done, self._error = None, None
         self.observer.began(self)
 
-    # ------------------------------------------------------------ from outside
+    # ------------------------------------------------------------ public methods
 
     def observe(self, observer: Observer) -> None:
         """Report to this observer from now on, in place of the previous one (see `Together`)."""

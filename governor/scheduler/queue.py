@@ -54,7 +54,7 @@ class Queue(Generic[J]):
         self._queue_sweep = self._calendar_sweep = SWEEP
         self._sequence = 0
 
-    # ------------------------------------------------------------ what is known
+    # ------------------------------------------------------------ queries
 
     @property
     def due_at(self) -> float:
@@ -120,7 +120,7 @@ class Queue(Generic[J]):
         """Return how long the job has waited since it became eligible, by cause, seconds."""
         return self.quota.waited(list(map(sub, self.clock, job.since)))
 
-    # ------------------------------------------------------------ what changes
+    # ------------------------------------------------------------ changes
 
     def advance(self, now: float) -> None:
         """Count the time until `now` under the cause that has held since the last event."""

@@ -314,7 +314,7 @@ class Scheduler(Queue[J]):
         if job.lane == FINALIZE:
             self.quota.finalize_closed()
 
-    # ------------------------------------------------------------ events: a quota that answers later
+    # ------------------------------------------------------------ events: the answers of a shared quota
 
     def granted(self, job: J, at: float, booked: list[float]) -> None:
         """Launch a job at `at`: the quota that had taken it over has booked the launch."""

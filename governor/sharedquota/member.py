@@ -168,7 +168,7 @@ class Member:
         await ended(*self._working, every_s=every_s)
         await self._store.close()
 
-    # ------------------------------------------------------------ staying
+    # ------------------------------------------------------------ the life of a membership
 
     async def _stay(self) -> None:
         again_s = AGAIN_S
@@ -258,7 +258,7 @@ class Member:
             if self._leaving and not self._unheard:
                 return
 
-    # ------------------------------------------------------------ a turn
+    # ------------------------------------------------------------ turns
 
     async def _turn(self, join: Join | None = None) -> None:
         """Send new events, and decide if this process has to. `join`: sent in place of all events."""
@@ -375,7 +375,7 @@ class Member:
         self.image, self._known = image, data
         self._newest = max(self._newest, image.age)
 
-    # ------------------------------------------------------------ entering
+    # ------------------------------------------------------------ entry
 
     async def _enter(self, server: Server) -> None:
         """Enter the pool, which is rebuilt first if it has lost its memory."""

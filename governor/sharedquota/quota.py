@@ -208,7 +208,7 @@ class _Decision:
         image.p = p
         image.waiters.sort(key=lambda w: w.key(p))
 
-    # ------------------------------------------------------------ coming and going
+    # ------------------------------------------------------------ entries and departures
 
     def joins(self, name: str, join: Join) -> None:
         """Enter a process: its own account replaces what the image knew of it."""

@@ -114,7 +114,7 @@ class _WrongTypeError(Exception):
 
 
 class RedisStore:
-    """One process's connections to the keys of one pool: a `member.QuotaStore`.
+    """One process's connections to the keys of one pool: a `interfaces.QuotaStore`.
 
     `scale`: the speed of the event loop's clock relative to the machine's.
     """
@@ -220,29 +220,29 @@ class RedisStore:
                 self._shas = {}
         raise StoreLostError("it forgets scripts as soon as they are loaded")
 
-    # ------------------------------------------------------------ what a member does
+    # ------------------------------------------------------------ the store interface
 
     async def tell(self, batch: bytes) -> StoreReading:
-        """See `member.QuotaStore`."""
+        """See `interfaces.QuotaStore`."""
         return _reading(await self._run(_TELL, self._keys[:3], self._server, self._owner, self._lease_ms, batch))
 
     async def replace(
         self, head: bytes, image: bytes, taken: int, news: Mapping[tuple[str, int], bytes]
     ) -> StoreReading | None:
-        """See `member.QuotaStore`."""
+        """See `interfaces.QuotaStore`."""
         keys = [*self._keys, *(self._list(*to) for to in news)]
         answer = await self._run(_REPLACE, keys, head, image, taken, KEPT_S, NEWS_KEPT_S, self._owner, *news.values())
         return None if answer == 1 else _reading(answer)
 
     async def muster(self, record: bytes, doubted: bytes, *, removes: bool) -> tuple[StoreReading, dict[str, bytes]]:
-        """See `member.QuotaStore`."""
+        """See `interfaces.QuotaStore`."""
         arguments = self._server, self._owner, self._lease_ms, record, NEWS_KEPT_S, doubted, int(removes)
         answer, pairs = await self._run(_MUSTER, self._keys, *arguments)
         names = [name.decode(errors="replace") for name in pairs[::2]]
         return _reading(answer), dict(zip(names, pairs[1::2], strict=True))
 
     async def news(self, entry: int) -> list[bytes]:
-        """See `member.QuotaStore`."""
+        """See `interfaces.QuotaStore`."""
         client = self._blocking
         assert client is not None
         key = self._list(self._owner, entry)

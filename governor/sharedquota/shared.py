@@ -148,7 +148,7 @@ class SharedQuota:
         """The pool's time at this run's zero, seconds."""
         return self._zero_s
 
-    # ------------------------------------------------------------ what is reported
+    # ------------------------------------------------------------ reports to the pool
 
     def _report(self, name: str, *arguments: Any) -> Any:
         """Report a call of the law; its result comes from a scratch state that serves only this purpose."""
@@ -247,7 +247,7 @@ class SharedQuota:
             waits_s[longest] = max(0.0, waits_s[longest] - short_s)
         return waits_s
 
-    # ------------------------------------------------------------ what is wanted
+    # ------------------------------------------------------------ requests to the pool
 
     def ask(self, reserve: float, standing: int, now: float) -> tuple[float, int]:
         """Publish the scheduler's head, unless enough attempts of this process already wait in the pool's queue."""
@@ -314,7 +314,7 @@ class SharedQuota:
             self.head = inf, law.PAUSED
         return back
 
-    # ------------------------------------------------------------ what is heard: the methods of `member.Host`
+    # ------------------------------------------------------------ news of the pool: the methods of `interfaces.Host`
 
     def standing(self, known: Image | None) -> Standing:
         """Return what this process holds and waits for."""
