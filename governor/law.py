@@ -73,11 +73,11 @@ BY_RPM = 4
 BY_DAY = 5
 HOLD = 6
 PAUSED = 7
-OUTAGE = HOLD  # in the records of waiting: launches are held
+OUTAGE = HOLD  # waits during an outage are recorded as holds
 
 MINUTE_S = 60.0
 DAY_S = 86400.0
-LENGTH_S = (MINUTE_S, MINUTE_S, DAY_S, DAY_S)  # of the window of each dimension
+LENGTH_S = (MINUTE_S, MINUTE_S, DAY_S, DAY_S)  # the window length of each dimension
 CELL_S = 0.5
 # Our minute begins with a launch; the provider's begins when that request arrives, after connection setup and queueing.
 # A request that comes back too soon is refused and may wait for another minute. This allowance prevents that.
@@ -85,7 +85,7 @@ SLACK_S = 1.0
 FIXED_S = MINUTE_S + SLACK_S
 CELLS_BEHIND = 122
 CELLS = 123  # the current half second and 122 full ones behind it
-SLIDING_S = CELLS * CELL_S  # until a booking at the beginning of a cell counts no more
+SLIDING_S = CELLS * CELL_S  # how long a booking at the beginning of a cell counts
 
 # After this many answers in a row without a success, each asking for a longer wait than is obeyed, a batch stops.
 OUTWAITED = 3
@@ -901,7 +901,7 @@ def synced(
 ) -> None:
     """Correct our count in dimension `d` by the provider's. Call it after `settled` and before `throttled`.
 
-    `limit` and `remaining` are the stated figures, valid at some moment between launch and answer; a negative rest
+    `limit` and `remaining` are the stated figures, valid at some moment between launch and answer; a negative value
     means that more than the limit is used. `amount` is the request's booking, `is_refused` whether it was refused;
     `booked_since` is what this pool has booked in that dimension since before the launch: `booked[d]` now, less
     `booked_before[d]` then.
@@ -938,7 +938,7 @@ def synced(
     refilled = limit / length_s * (now - launched_at)
     change = _nearer(used - ours, max(0.0, used - refilled) + booked_since - amount - ours)
     if remaining == 0.0:
-        change = max(0.0, change)  # a rest of zero does not show how far the use exceeds the limit
+        change = max(0.0, change)  # zero remaining does not show how far the limit is exceeded
     if not (is_refused and remaining < amount):
         doubt = s.doubt[d]
         s.doubt[d] = change

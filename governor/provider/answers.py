@@ -45,7 +45,7 @@ _WORDS = ("type", "code", "status", "reason", "error_code", "__type", "error_typ
 _MESSAGES = ("message", "Message", "detail", "error_msg", "error_message", "msg", "faultstring", "title")
 # A tuple rather than a set, because the value looked up may be any JSON value, unhashable lists included.
 _EVENTS = ("response.failed", "response.incomplete", "response.completed")
-# An error may quote the key that it refuses.
+# Matches a key, since an error may quote the key that it refuses.
 _KEY = re.compile(r"\bsk-[\w*.-]{4,}")
 # Characters that control a terminal or reorder its text: C0 and C1 controls, bidirectional marks, half surrogates.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -197,7 +197,7 @@ def _refusal(status: int | None, error: _Error, wait_s: float) -> Outcome:
     if status in BY_STATUS:
         return BY_STATUS[status]
     if 400 <= status < 500:
-        # A wait that is stated says "later" whatever the status: OpenRouter's 402 for a budget in flight.
+        # A stated wait means "later" whatever the status is: OpenRouter's 402 for a budget in flight.
         later = wait_s > 0.0 and status not in (400, 422)
         return Outcome.THROTTLED if later else Outcome.BAD_REQUEST
     # Redirects are not followed: another host would get the prompt.

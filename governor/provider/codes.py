@@ -81,7 +81,7 @@ BY_WORD: tuple[tuple[Outcome, frozenset[str]], ...] = (
         ),
     ),
 )
-# A word above overrules any status, except these: retrying does not help a request that is itself at fault.
+# A word above overrules any status, but these generic words do not: a retry cannot help a request that is at fault.
 GENERIC = frozenset({"api_error", "internal", "unavailable", "authentication_error"})
 BY_STATUS = {
     401: Outcome.UNAUTHORIZED,

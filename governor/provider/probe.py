@@ -183,7 +183,7 @@ def foreseen_usd(price: Price, tpm: float, rpm: float, charge_rule: str) -> floa
     if by_cap:
         output += FILL_RATIO * tpm
         prompt += 10.0 * KNOCKS_MOST
-        # Brief answers, to three minutes of caps.
+        # Brief answers to calls whose caps fill three minutes of the limit.
         output += 0.1 * 3.0 * tpm
     else:
         output += 1.05 * tpm

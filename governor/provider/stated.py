@@ -254,7 +254,7 @@ _COUNTS = tuple(
         rf"x-ratelimit-(?P<scope>\w+)-{_PART}-{_WHAT}",
         # Anthropic, whose resets are dates and do not reveal the window.
         rf"anthropic-ratelimit-{_WHAT}-{_PART}",
-        # Kong, which names the window alone.
+        # Kong, which names only the window.
         rf"x-ratelimit-{_PART}-(?P<window>second|minute|hour|day)",
         # Middleware and gateways that count requests only (slowapi, OpenRouter, the IETF's drafts).
         rf"(?:x-)?ratelimit-{_PART}",
@@ -338,7 +338,7 @@ def _limit(what: str, window: str, parts: Mapping[str, str], now_epoch: float) -
         return Limit(dimension_of(limit, remaining, duration_s(reset), minute, day), limit, remaining)
     left_s = resets_at - now_epoch
     if not what and left_s <= MINUTE_S / 2.0:
-        return None  # of a minute, or of a window as short as slowapi's "12 per 10 second"
+        return None  # the window may be a minute, or as short as slowapi's "12 per 10 second"
     return Limit(day if left_s > _HOUR_S else minute, limit, remaining)
 
 

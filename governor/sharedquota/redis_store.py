@@ -199,7 +199,7 @@ class RedisStore:
         except broken.NoScriptError:
             raise
         except (broken.RedisError, OSError, TimeoutError) as error:
-            self._at = None  # the next attempt goes to the address that was configured
+            self._at = None  # the next attempt goes to the configured address
             text = str(error) or type(error).__name__
             if text.startswith("WRONGTYPE"):
                 raise _WrongTypeError from None
