@@ -1,1 +1,1 @@
-"""What every room uses: text, colours, files, progress."""
+"""Helpers that every package uses: text, colours, files, progress."""

@@ -1,4 +1,4 @@
-"""Checks of what comes from outside, arguments of the Python interface and YAML: one-line BadSetting errors."""
+"""Checks of outside input, arguments of the Python API and YAML, with one-line BadSetting errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SEED_MAX = 2**63 - 1
 
 
 def whole(name: str, value: Any, low: int, high: int = SEED_MAX) -> int:
-    """A whole number within bounds, NumPy's too."""
+    """Return the value as a whole number within bounds; NumPy numbers too. Raise BadSetting otherwise."""
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or not low <= value <= high:
         wanted = f"from {low} up" if high == SEED_MAX else f"from {low} to {high:,}"
         raise BadSetting(f"{name}={quoted(value, 40)}: must be a whole number {wanted}", name)
@@ -28,21 +28,21 @@ def whole(name: str, value: Any, low: int, high: int = SEED_MAX) -> int:
 
 
 def number(name: str, value: Any, low: float = 0.0) -> float:
-    """A finite number from `low` up, NumPy's too."""
+    """Return the value as a finite number, at least `low`; NumPy numbers too. Raise BadSetting otherwise."""
     if not isinstance(value, int | float | np.number) or value is True or not low <= value < math.inf:
         raise BadSetting(f"{name}={quoted(value, 40)}: must be a number from {low:g} up", name)
     return float(value)
 
 
 def one_of(name: str, value: Kind, allowed: Sequence[str]) -> Kind:
-    """One of these words."""
+    """Return the value if it is one of these words. Raise BadSetting otherwise."""
     if value not in allowed:
         raise BadSetting(f"{name}={quoted(value, 40)}: must be {', '.join(allowed[:-1])} or {allowed[-1]}", name)
     return value
 
 
 def is_a(name: str, value: Any, kind: type[Kind], remedy: str) -> Kind:
-    """An object of that class."""
+    """Return the value if it is an instance of `kind`. Raise BadSetting otherwise."""
     if not isinstance(value, kind):
         raise BadSetting(f"{name} is {quoted(value, 40)}, not a {kind.__name__}: {remedy}", name)
     return value
@@ -52,13 +52,13 @@ def is_a(name: str, value: Any, kind: type[Kind], remedy: str) -> Kind:
 
 
 class Config(BaseModel):
-    """What all parts of a scenario share: frozen, strict about types, and no key that is not known."""
+    """The base of all parts of a scenario: frozen, strict about types, without unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 def checked(kind: type[Stated], data: Any, place: str) -> Stated:
-    """`data` as a `kind`; BadSetting, in one line that begins with the place, for the first thing that is wrong."""
+    """Return `data` as a `kind`. Raise BadSetting, in one line that begins with `place`, for the first error."""
     try:
         return kind.model_validate(data)
     except ValidationError as error:
@@ -105,7 +105,7 @@ def _wanted(what: str, context: Mapping[str, Any], message: str) -> str:
 
 
 def _names_at(kind: type[BaseModel], place: tuple[Any, ...]) -> list[str]:
-    """The names that are known at a place inside a model."""
+    """Return the names that are valid at a place inside a model."""
     for part in place:
         if isinstance(part, str) and part in kind.model_fields:
             kind = _model_in(kind.model_fields[part].annotation) or kind

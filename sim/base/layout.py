@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 
 
 def table(rows: Sequence[Sequence[str]], *, width: int = 0, ruled: bool = True) -> str:
-    """Rows as aligned columns, the first row (unless not `ruled`) underlined; the last column wraps at `width`.
+    """Return rows as aligned columns, with the first row underlined if `ruled`; the last column wraps at `width`.
 
-    Columns after the first are flush right, but for a last one that wraps.
+    Columns after the first are flush right, except a last one that wraps.
     """
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     if width:
@@ -34,12 +34,12 @@ def table(rows: Sequence[Sequence[str]], *, width: int = 0, ruled: bool = True) 
 
 
 def facts(pairs: Sequence[tuple[str, str]], width: int) -> str:
-    """Names with texts, the texts aligned and wrapped."""
+    """Return names with their texts, the texts aligned and wrapped."""
     return table([list(pair) for pair in pairs], width=width, ruled=False)
 
 
 def wrapped(text: str, width: int, indent: str = "") -> str:
-    """A paragraph, later lines indented."""
+    """Return a wrapped paragraph with later lines indented."""
     return textwrap.fill(text, width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
 
 
@@ -47,7 +47,7 @@ def wrapped(text: str, width: int, indent: str = "") -> str:
 
 
 def html_table(rows: Iterable[Sequence[str]]) -> str:
-    """Rows of cells, the first row a header."""
+    """Return an HTML table of the cells, with the first row as header."""
     first, *rest = rows
     head = "".join(f'<th style="text-align:left">{html.escape(cell)}</th>' for cell in first)
     lines = [[f'<td style="text-align:left">{html.escape(cell)}</td>' for cell in row] for row in rest]
@@ -56,5 +56,5 @@ def html_table(rows: Iterable[Sequence[str]]) -> str:
 
 
 def html_paragraph(text: str) -> str:
-    """A paragraph of plain text."""
+    """Return plain text as an HTML paragraph."""
     return f"<p>{html.escape(text)}</p>"

@@ -1,6 +1,6 @@
-"""A progress bar with an ETA on a terminal, and nothing at all anywhere else.
+"""A progress bar with an ETA, shown only on a terminal.
 
-It goes to stderr, so that stdout holds the result alone, and vanishes when the work is done.
+It is written to stderr, so that stdout holds only the result, and vanishes when the work is done.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import time
 from types import TracebackType
 from typing import Any, TextIO
 
-# The bar is never told of more than this share of its total: what remains is for work that was not foreseen.
+# The bar never shows more than this share of its total; the rest is for unforeseen work.
 FORESEEN = 0.99
-# Steps closer than this are told together: a call per simulated request would cost more than the request.
+# Steps closer than this are reported together: a call per simulated request would cost more than the request.
 EVERY_S = 0.1
 
 
 class Progress:
-    """Work of about `total` units under way: a context manager. `shown`: whether stderr is a terminal."""
+    """A context manager that shows work of about `total` units in progress. `shown`: whether stderr is a terminal."""
 
     def __init__(self, title: str, total: float, stream: TextIO | None = None) -> None:
         self.title = title
@@ -54,7 +54,7 @@ class Progress:
             self._bar.stop()
 
     def add(self, units: float = 1.0) -> None:
-        """So much more is done."""
+        """Record that `units` more are done."""
         self._done += units
         if self._bar is not None:
             now = time.monotonic()
@@ -63,6 +63,6 @@ class Progress:
                 self._bar.update(self._task, completed=min(self._done, FORESEEN * self.total))
 
     def say(self, what: str) -> None:
-        """What is being done now."""
+        """Show what is being done now."""
         if self._bar is not None:
             self._bar.update(self._task, description=what)

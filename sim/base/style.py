@@ -1,9 +1,9 @@
 """The look of every figure: colours, markers, the house style, time axes, and saving to SVG and PNG.
 
-Theory of operation. Matplotlib's object interface only: no pyplot, no global state that outlives a call, no backend to
-choose. A function marked `styled` runs under the house style, whatever the user's matplotlibrc says, and the same
-values give the same bytes. Ink, grid and surface are four colours that occur nowhere else, so that the report can
-exchange them for those of the reader's light or dark theme.
+Theory of operation. The module uses only Matplotlib's object interface: no pyplot, no global state that outlives a
+call, no choice of backend. A function marked `styled` runs under the house style regardless of the user's matplotlibrc,
+and the same values give the same bytes. Ink, grid and surface are four colours that occur nowhere else, so that the
+report can replace them by those of the reader's light or dark theme.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ RC: dict[str, Any] = {
     "svg.hashsalt": "paceline",
 }
 
-# What a page counts as an inch; it shows 9 inches as 864 points.
+# CSS pixels per inch: a page shows 9 inches as 864 pixels.
 POINTS_PER_INCH = 96.0
 
 Arguments = ParamSpec("Arguments")
@@ -60,7 +60,7 @@ Result = TypeVar("Result")
 
 
 def styled(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """The function under the house style, and under nothing else."""
+    """Return the function wrapped to run under the house style alone."""
 
     @functools.wraps(function)
     def inner(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
@@ -72,7 +72,7 @@ def styled(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]
 
 @styled
 def svg_of(figure: Figure) -> str:
-    """The figure as one `<svg>` element, without prologue, date or random ids; text stays text."""
+    """Return the figure as one `<svg>` element, without prologue, date or random ids; text stays text."""
     arranged(figure)
     out = io.StringIO()
     figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
@@ -81,7 +81,7 @@ def svg_of(figure: Figure) -> str:
 
 
 def arranged(figure: Figure) -> None:
-    """Places the figure's parts, once and for all: saving would do so twice, and draw everything twice for it."""
+    """Lay out the figure once: saving would do so twice, and draw everything twice."""
     layout = figure.get_layout_engine()
     if layout is not None:
         layout.execute(figure)
@@ -90,28 +90,28 @@ def arranged(figure: Figure) -> None:
 
 @styled
 def png_of(figure: Figure) -> bytes:
-    """The figure as a PNG on a white ground."""
+    """Return the figure as a PNG on a white background."""
     out = io.BytesIO()
     figure.savefig(out, format="png", metadata={"Software": None})
     return out.getvalue()
 
 
 class Picture(Figure):
-    """A figure that a notebook shows by itself, in the house style and at the size that it was made for."""
+    """A figure that a notebook displays by itself, in the house style and at its intended size."""
 
     def _repr_png_(self) -> tuple[bytes, dict[str, float]]:
         width_in, height_in = self.get_size_inches()
-        # More pixels than the page's own: sharp on the screens of today.
+        # More pixels than the page's own, for high-density screens.
         return png_of(self), {"width": POINTS_PER_INCH * width_in, "height": POINTS_PER_INCH * height_in}
 
 
 def new_figure(width_in: float, height_in: float) -> Picture:
-    """An empty figure of that size in inches, whose parts arrange themselves."""
+    """Return an empty figure of that size in inches, with automatic layout."""
     return Picture(figsize=(width_in, height_in), layout="constrained")
 
 
 def in_time_units(axis: Any, span_s: float, label: str) -> float:
-    """Labels an axis that holds seconds in the unit that suits the span; returns seconds per unit for the data."""
+    """Label an axis of seconds in the unit that suits the span; return seconds per unit for the data."""
     per, unit = time_unit(span_s)
     steps = [1, 2, 2.5, 5, 10] if unit == "days" else [1, 2, 3, 5, 10] if unit == "min" else [1, 2, 5, 10]
     axis.set_major_locator(MaxNLocator(nbins=8, steps=steps))
@@ -121,9 +121,9 @@ def in_time_units(axis: Any, span_s: float, label: str) -> float:
 
 
 def time_scale(axis: Any, low_s: float, high_s: float, label: str) -> float:
-    """Like `in_time_units`, for times between `low_s` and `high_s`: logarithmic where they are far apart.
+    """Label an axis as `in_time_units` does, for times between `low_s` and `high_s`: logarithmic if they are far apart.
 
-    Sets scale, limits, round ticks and label; returns seconds per unit for the data.
+    Set scale, limits, round ticks and label; return seconds per unit for the data.
     """
     per, unit = time_unit(max(low_s, high_s / 8.0))
     axis.set_label_text(f"{label}, {unit}")

@@ -1,4 +1,4 @@
-"""SimPy's calendar with callbacks at absolute times, and the order of what happens at one instant."""
+"""SimPy's calendar with callbacks at absolute times, and the order of events at one instant."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import simpy
 
-# Order of events at one instant; CHANGE: of the provider's limits or of settings. Within these the order of scheduling
-# decides. See docs/explanation/law.md#ties.
+# Order of events at one instant; CHANGE: a change of the provider's limits or of settings. Within a class the order of
+# scheduling decides. See docs/explanation/law.md#ties.
 ANSWER, CHANGE, RETRY_DUE, ARRIVAL, WAKE = range(5)
 
 
@@ -17,7 +17,7 @@ class Calendar(simpy.Environment):
     """SimPy's environment, whose queue `Appointment` fills with absolute times."""
 
     def keep(self) -> None:
-        """Keeps all appointments in order: `run` for events that have one callback and never fail, at half its cost."""
+        """Process all appointments in order, as `run` at half its cost: each has one callback that never fails."""
         queue = self._queue
         while queue:
             self._now, _, _, event = heappop(queue)

@@ -1,12 +1,12 @@
 """The compiled engine: law, chance, provider and event loop as machine code, by numba, from their own sources.
 
-Theory of operation. `proceed` runs until the end, or until it wants something: more rows, an emptied buffer, or larger
-arrays. It holds no lock of the interpreter meanwhile, so that runs in several threads go on side by side. Per request
-nothing is kept: latencies go into the tally's sketch and answered requests into its sums, buffer by buffer.
+Theory of operation. `proceed` runs until the end, or until it needs more rows, an emptied buffer or larger arrays. It
+releases the interpreter's lock meanwhile, so that runs in several threads proceed in parallel. Nothing is kept per
+request: latencies go into the tally's sketch and answered requests into its sums, buffer by buffer.
 
-A plan makes thousands of runs of a few hundred requests, each done in a fraction of a millisecond. So what runs have in
-common is made once: a `Batch` for all runs of a case, the rows of a workload for all cases that launch it in the same
-order, and the arrays that a run works in, which the next one takes over.
+A plan makes thousands of runs of a few hundred requests, each done in a fraction of a millisecond. So anything that
+runs share is made once: a `Batch` for all runs of a case, the rows of a workload for all cases that launch it in the
+same order, and the working arrays, which the next run takes over.
 
 The first use on a machine compiles for some seconds; later ones load the machine code (see `machine`).
 """
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from sim.experiment.experiment import Case
 
 ENTRY = "proceed"
-# What every request passes through: inlined it is half as fast again. (All of it would take longer to compile.)
+# Functions on every request's path: inlined, they run half as fast again. (Inlining all would take longer to compile.)
 INLINED = frozenset(
     (
         *("_step", "_on_answer", "_on_ok", "_worked", "_ended", "_close", "_launch", "_taken", "_next", "_advance"),
@@ -45,7 +45,7 @@ INLINED = frozenset(
 CHUNK = 8192
 BUFFER = 4096
 SLOTS = 512
-# Chunks of rows that are kept for the next case, at most.
+# Most chunks of rows kept for the next case.
 ROWS_KEPT = 256
 CODES = (*SPENT, FailureCode.DEADLINE_EXCEEDED, FailureCode.OUTWAITED)
 
@@ -53,8 +53,8 @@ PARAMS = dtype_of(Policy().params())
 STATE = dtype_of(law.State())
 PROVIDER = dtype_of(prov.ProviderParams())
 PROVIDER_STATE = dtype_of(prov.ProviderState())
-# What a run's provider begins with, in numbers of 8 bytes: all but the sliding log, of which nothing is read before it
-# is written.
+# Size of a provider's initial state, in 8-byte numbers: all but the sliding log, which is never read before it is
+# written.
 _WITHOUT_LOG = places(PROVIDER_STATE)["log_at"].start
 RUN = dtype_of(engine.Run())
 ROW = dtype_of(engine.Row())
@@ -77,7 +77,7 @@ _LOADED: list[Callable[..., int]] = []
 
 
 def load() -> Callable[..., int]:
-    """The compiled event loop, loaded once per process."""
+    """Return the compiled event loop, loaded once per process."""
     if not _LOADED:
         with _LOCK:
             if not _LOADED:
@@ -87,7 +87,7 @@ def load() -> Callable[..., int]:
 
 
 def is_loaded() -> bool:
-    """Whether the machine code is in this process."""
+    """Return whether the machine code is loaded in this process."""
     return bool(_LOADED)
 
 
@@ -95,7 +95,7 @@ def is_loaded() -> bool:
 
 
 class _Kept:
-    """What was made of some objects, by their identity (they are kept, so that it lasts): the `most` used last."""
+    """A cache of values derived from objects, keyed by identity (the objects are kept alive): the `most` last used."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -103,7 +103,7 @@ class _Kept:
         self.lock = threading.Lock()
 
     def get(self, objects: tuple[Any, ...], make: Callable[[], Any], more: tuple[Any, ...] = ()) -> Any:
-        """What was made of these objects (and of `more`, by its value), or is made now."""
+        """Return the value for these objects (and for `more`, by value), making it if it is missing."""
         key = (*map(id, objects), *more)
         with self.lock:
             if key in self.found:
@@ -122,9 +122,9 @@ _NEW, _NEW_ARRAY = law.State(), array_of(law.State(), STATE)
 
 
 class Batch:
-    """A case made ready: what its runs share. Runs of one batch may go on in several threads.
+    """A prepared case: everything that its runs share. Runs of one batch may proceed in several threads.
 
-    `s`, `ps`: the states of law and provider to begin with, as flat arrays.
+    `s`, `ps`: the initial states of law and provider, as flat arrays.
     """
 
     def __init__(self, case: Case) -> None:
@@ -135,7 +135,7 @@ class Batch:
         tokens, requests = case.grant.day_tokens_used, case.grant.day_requests_used
         law.day_started(case.params, s, tokens, requests, 0.0)
         prov.day_started(ps, tokens, requests)
-        # Most often nothing was used before: to make that array anew takes as long as half a run.
+        # Usually no daily quota was used before: making that array anew takes as long as half a run.
         self.s = (_NEW_ARRAY if s == _NEW else array_of(s, STATE)).view(np.int64)
         self.ps = array_of(ps, PROVIDER_STATE).view(np.int64)[:_WITHOUT_LOG]
         columns = case.columns
@@ -154,7 +154,10 @@ class Batch:
         return order
 
     def _first(self) -> NDArray[Any]:
-        """The first rows, which are all in a small workload: those are kept for whoever launches them in this order."""
+        """Return the first rows, cached for every case that launches them in this order.
+
+        In a small workload, all rows.
+        """
         if self.requests > CHUNK:
             return self.rows(0)
         c = self.case.columns
@@ -166,7 +169,7 @@ class Batch:
         return rows
 
     def rows(self, start: int) -> NDArray[Any]:
-        """A chunk of the requests in order of launch or of arrival, from the `start`-th on."""
+        """Return a chunk of the requests in order of launch or of arrival, from the `start`-th on."""
         case, c = self.case, self.case.columns
         i = rows_of(self.order, start, min(start + CHUNK, self.requests))
         rows = np.zeros(len(i), ROW)
@@ -192,7 +195,7 @@ class Batch:
 
 
 class EndedAttempt:
-    """An attempt as it comes out: what the SimPy driver's `Job` says of it, under the same names."""
+    """A completed attempt, with the same names as the SimPy driver's `Job`."""
 
     __slots__ = (
         *("index", "lane", "attempt", "outcome", "code", "arrived_s", "submitted_s", "eligible_s", "launched_s", "now"),
@@ -208,7 +211,7 @@ class EndedAttempt:
 
 
 class Runner:
-    """The arrays that a run works in, for one run after another: what is left of the last one is never read."""
+    """The working arrays of a run, reused by one run after another: leftovers of the last run are never read."""
 
     def __init__(self) -> None:
         self.s, self.ps, self.state = np.zeros(1, STATE), np.zeros(1, PROVIDER_STATE), np.zeros(1, RUN)
@@ -217,13 +220,16 @@ class Runner:
         self.queue = np.zeros(SLOTS, ENTRY_OF_QUEUE)
         self.answers = np.zeros(BUFFER, ANSWERS)
         self.attempts = np.zeros(1, ENDED)
-        # Records as flat arrays: copied field by field they would take a tenth of the run.
+        # Records as flat arrays: copying them field by field would take a tenth of the run.
         self._s_numbers, self._ps_numbers = self.s.view(np.int64), self.ps.view(np.int64)[:_WITHOUT_LOG]
         self.run = self.state[0]
         self.whole, self.real = self.state.view(np.int64), self.state.view(np.float64)
 
     def simulate(self, batch: Batch, seed: int, on_attempt: AttemptSink | None = None) -> Tally:
-        """A run to the end of the last request. Every request has then ended exactly once (asserted)."""
+        """Run to the end of the last request and return the tally.
+
+        Every request has then ended exactly once (asserted).
+        """
         proceed = load()
         self._begin(batch, seed, on_attempt is not None)
         rows, tally, run = batch.first, Tally(), self.run
@@ -258,7 +264,7 @@ class Runner:
         whole[_ROWS_UNTIL] = len(batch.first)
 
     def _emptied(self, tally: Tally, on_attempt: AttemptSink | None) -> None:
-        """What has come out goes into the tally, and attempts to whoever asked for them."""
+        """Move the outputs into the tally, and attempts to `on_attempt` if given."""
         run, answers = self.run, self.answers
         tally.latencies_s.frombytes(answers["latency_s"][: run["latencies_size"]].tobytes())
         late = answers[: run["answered_size"]]
@@ -276,7 +282,7 @@ class Runner:
             run["attempts_size"] = 0
 
     def _enlarged(self) -> None:
-        """Twice the room wherever half of it is used."""
+        """Double every array that is half full."""
         run = self.run
         if 2 * run["jobs_made"] >= len(self.jobs):
             self.jobs = _twice(self.jobs)
@@ -286,7 +292,7 @@ class Runner:
             self.queue = _twice(self.queue)
 
     def _tallied(self, tally: Tally) -> Tally:
-        # Of a record's fields one by one this would take longer than the run.
+        # Reading a record's fields one by one would take longer than the run.
         whole, real, work = self.whole.tolist(), self.real.tolist(), tally.work
         tally.requests = whole[PLACES["ended"].start]
         for name, at in _COUNTS:
@@ -324,7 +330,7 @@ def _twice(array: NDArray[Any]) -> NDArray[Any]:
 
 # ---------------------------------------------------------------- runs
 
-# Runners that nobody uses now; one that has grown is not kept.
+# Idle runners; one that has grown is not kept.
 _idle: list[Runner] = []
 
 
@@ -340,12 +346,12 @@ def _simulated(batch: Batch, seed: int, on_attempt: AttemptSink | None = None) -
 
 
 def simulated(case: Case, seed: int, on_attempt: AttemptSink | None = None) -> Tally:
-    """One run of the case, as the SimPy driver would have it, to the bit."""
+    """Return one run of the case, equal to the SimPy driver's to the bit."""
     return _simulated(Batch(case), seed, on_attempt)
 
 
 def simulations(case: Case, seeds: Iterable[int]) -> Iterator[Tally]:
-    """Runs of the case under these seeds, one after the other."""
+    """Yield runs of the case under these seeds, one after the other."""
     batch = Batch(case)
     for seed in seeds:
         yield _simulated(batch, seed)

@@ -1,16 +1,16 @@
 """The SimPy shell of the scheduler: a calendar, and the synthetic provider.
 
-Theory of operation. SimPy keeps the calendar; there is no process per request. Three kinds of timed callback move the
-run: an answer arrives, a request arrives, the scheduler's timer rings (a backoff has ended, a deadline is reached, or
-the head may launch). After each of them one timer is left for the moment that the scheduler names. At one instant
-answers go before retries and deadlines, these before arrivals, arrivals before wakes, and within these the order of
-scheduling decides; limit changes are the provider's and precede its admissions.
+Theory of operation. SimPy keeps the calendar; there is no process per request. Three kinds of timed callback drive the
+run: an answer arrives, a request arrives, or the scheduler's timer fires (a backoff has ended, a deadline is reached,
+or the head may launch). After each of them one timer is set for the moment that the scheduler names. At one instant
+answers go before retries and deadlines, these before arrivals, and arrivals before wakes; within each kind the order of
+scheduling decides. Limit changes belong to the provider and precede its admissions.
 
-Memory. Requests are read as they come to the head; only what is in flight, backing off or (with arrivals from a trace)
-has arrived is held, and one float per finished request for the quantiles of latency.
+Memory. Requests are read as they come to the head. Only requests in flight, backing off or (with arrivals from a trace)
+arrived are held, and one float per finished request for the quantiles of latency.
 
-Where the scheduler stops (no credit, or only waits too long), what waits stays pending, as live. No later run will
-answer it, so that the tally counts it as lost, with the reason of the stop.
+When the scheduler stops (no credit, or only waits that are too long), waiting requests stay pending, as in a live run.
+No later run will answer them here, so the tally counts them as lost, with the reason for the stop.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from sim.model.workload import Columns
 
 
 class Simulation:
-    """One run of a batch: requests in, a `Tally` out. Make it, call `run()` once."""
+    """One run of a batch: requests in, a `Tally` out. Call `run()` exactly once."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Simulation:
         self.columns = columns
         self.pp = provider
         self.seed = seed
-        # Another one than the law's where a run's own jitter meets another chance of the provider.
+        # Differs from the law's seed when a run's own jitter is replayed against other draws of the provider.
         self.provider_seed = seed if provider_seed is None else provider_seed
         self.finalize_max_tokens = finalize_max_tokens
         self.from_trace = from_trace
@@ -69,7 +69,7 @@ class Simulation:
             self.scheduler.waiting = self.scheduler.backlog = 0
         self.tally = Tally(waits_s=self.scheduler.waits_s)
         self.flying = 0
-        # Whether the provider does anything when an answer leaves it.
+        # Whether the provider acts when an answer leaves it.
         self._counts_later = provider.settles or provider.charged_at_answer or provider.counts == prov.COUNTS_AT_ANSWER
         self.timer: Appointment | None = None
         self.timer_at, self.is_due = inf, False
@@ -77,23 +77,25 @@ class Simulation:
 
     @property
     def p(self) -> law.Params:
-        """The settings, as numbers of the law."""
+        """Return the settings as the law's numbers."""
         return self.scheduler.quota.p
 
     @property
     def s(self) -> law.State:
-        """The law's state."""
+        """Return the law's state."""
         return self.scheduler.quota.s
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing is under way, and nothing will be."""
+        """Return whether no work is in progress and none will start."""
         return not self.flying and (self.scheduler.stopped != "" or not self.scheduler.unfinished)
 
     def run(self, start_s: float = 0.0) -> Tally:
-        """Runs to the end of the last request. Every request has then ended exactly once (asserted).
+        """Run to the end of the last request and return the tally.
 
-        `start_s`: the moment of the first launch on the law's clock, whose sliding windows have steps of their own.
+        Every request has then ended exactly once (asserted).
+        `start_s`: the moment of the first launch on the law's clock; it matters because sliding windows have fixed
+        steps.
         """
         scheduler, tally, requests = self.scheduler, self.tally, len(self.columns.reserve)
         self.env._now = scheduler.clock_at = start_s
@@ -110,11 +112,11 @@ class Simulation:
             tally.ended(scheduler.stopped, scheduler.clock_at)
         assert self.s.in_flight == 0, f"{self.s.in_flight} permits leaked"
         assert self.s.finalize_open == 0, f"{self.s.finalize_open} finalize passes never closed"
-        tally.failures = dict(sorted(tally.failures.items()))  # The compiled engine does not know which came first.
+        tally.failures = dict(sorted(tally.failures.items()))  # The compiled engine does not record which came first.
         return tally
 
     def next_work(self) -> Job | None:
-        """The next request of the batch."""
+        """Return the next request of the batch, or None after the last."""
         return next(self._coming, None)
 
     def _next_arrival(self) -> None:
@@ -123,7 +125,7 @@ class Simulation:
             Appointment(self.env, job.submitted_s, ARRIVAL, self._on_arrival, job)
 
     def _estimate(self, job: Job) -> tuple[float, float]:
-        """What to reserve for a job by what has been learnt, and what it declares."""
+        """Return what to reserve for a job by the learnt estimates, and what it declares."""
         if self.learner is None or self.columns.kind is None or job.lane != law.MAIN:
             return job.reserve, job.reserve
         declared = float(self.columns.reserve[job.index])
@@ -132,7 +134,7 @@ class Simulation:
     # ------------------------------------------------------------ what happens
 
     def _settle(self) -> None:
-        """After each event: leaves one timer for the scheduler's next moment."""
+        """Set one timer for the scheduler's next moment; called after each event."""
         at, is_due = self._next_at(self.scheduler.head_at)
         if at != self.timer_at or is_due is not self.is_due:
             self.timer_at = at
@@ -142,7 +144,7 @@ class Simulation:
                 self.timer = Appointment(self.env, at, RETRY_DUE if is_due else WAKE, self._on_wake)
 
     def _next_at(self, head_at: float) -> tuple[float, bool]:
-        """When the timer is to ring, and whether for a backoff or a deadline; else for the head."""
+        """Return when the timer must fire, and whether it is for a backoff or a deadline rather than for the head."""
         scheduler = self.scheduler
         if scheduler.calendar and not scheduler.stopped:
             due_at = scheduler.due_at
@@ -157,7 +159,10 @@ class Simulation:
             self._settle()
 
     def change(self, change: law.Params | str) -> None:
-        """Other settings from now on; or the pool is "paused", or "resumed". Nothing happens where the run is over."""
+        """Change the settings from now on, or mark the pool "paused" or "resumed".
+
+        No effect after the end of the run.
+        """
         if not self.is_over:
             if isinstance(change, law.Params):
                 self.scheduler.reprice(change, self.env._now)
@@ -219,14 +224,14 @@ class Simulation:
     # ------------------------------------------------------------ the provider
 
     def _answer(self, job: Job, key: int, now: float) -> tuple[int, float, int, float]:
-        """What the provider does with an attempt: see `provider.answered`."""
+        """Return the provider's response to an attempt: see `provider.answered`."""
         times = job.recorded_s, now, job.drawn_s
         return prov.answered(self.pp, self.ps, self.provider_seed, job.index, key, job.charge, job.output, *times)
 
     def _left(self, job: Job, now: float) -> None:
-        """The answer leaves the provider: it books real use, then states its counts if it dates them by the answer.
+        """Let the answer leave the provider: book real use, then state counts if the provider dates them by the answer.
 
-        Here in the moment in which the answer arrives.
+        In the simulation this is the moment at which the answer arrives.
         """
         pp, ps, seed = self.pp, self.ps, self.provider_seed
         if job.outcome == prov.OK:
@@ -236,7 +241,7 @@ class Simulation:
             self._state(job)
 
     def _state(self, job: Job) -> None:
-        """What the answer's headers will say: limit and remaining of tokens, then of the tighter requests limit."""
+        """Store what the answer's headers will state: limit and remaining of tokens, then of the tighter RPM or RPD."""
         pp, ps = self.pp, self.ps
         d = prov.requests_dimension(pp, ps)
         job.stated = (
@@ -248,7 +253,7 @@ class Simulation:
         )
 
     def _stated(self, job: Job) -> Stated:
-        """The same by dimensions, as far as it is said."""
+        """Return the stated counts by dimension, as far as the headers state them."""
         if not (job.booked and prov.states_counts(self.pp, job.outcome not in CHARGED)):
             return ()
         tokens_limit, tokens_left, d, requests_limit, requests_left = job.stated
@@ -265,7 +270,7 @@ class Simulation:
     # ------------------------------------------------------------ instructions of the scheduler
 
     def launch(self, job: Job, now: float) -> None:
-        """The provider answers the attempt, and its answer enters the calendar."""
+        """Have the provider answer the attempt, and put its answer into the calendar."""
         scheduler, tally = self.scheduler, self.tally
         self.flying += 1
         if self.flying > tally.peak_in_flight:
@@ -288,16 +293,16 @@ class Simulation:
         Appointment(self.env, at, ANSWER, self._on_answer, job)
 
     def attempted(self, job: Job, now: float, code: str = "") -> None:
-        """Records the attempt."""
+        """Record the attempt."""
         if self.on_attempt is not None:
             self.on_attempt(job, now, code)
 
     def backed_off(self, job: Job, now: float, retry_at: float) -> None:
-        """Its next time is drawn when it is launched."""
+        """Forget the drawn latency: the next one is drawn at launch."""
         job.drawn_s = -1.0
 
     def finalize(self, job: Job, now: float) -> Job:
-        """Records the attempt; the job of the finalize pass."""
+        """Record the attempt and return the job of the finalize pass."""
         self.attempted(job, now)
         self.tally.finalize_passes += 1
         c, i = self.columns, job.index
@@ -308,14 +313,14 @@ class Simulation:
         return last
 
     def suspended(self, job: Job, now: float, code: str) -> None:
-        """Records the attempt, with what the provider says."""
+        """Record the attempt, with the provider's code."""
         self.attempted(job, now, code or SPENT[job.outcome])
 
     def doubted(self, job: Job) -> None:
-        """The synthetic provider refuses no request for what all have in common."""
+        """Do nothing: the synthetic provider refuses no request for a reason that all requests share."""
 
     def ended(self, job: Job, now: float, code: str) -> None:
-        """Records the attempt, and counts the request."""
+        """Record the attempt and count the request."""
         if self.on_attempt is not None:
             self.on_attempt(job, now, code)
         if not code:
@@ -323,20 +328,20 @@ class Simulation:
         self.over(job, now, code)
 
     def lost(self, job: Job, at: float, code: str) -> None:
-        """Counts the request."""
+        """Count the request."""
         self.over(job, at, code)
 
     def given_up(self, job: Job, now: float, code: str) -> None:
-        """Counts the request."""
+        """Count the request."""
         self.over(job, now, code)
 
     def over(self, job: Job, at: float, code: str) -> None:
-        """The request ended then, however that came."""
+        """Count a request that ended at `at` with `code`."""
         self.tally.ended(code, at)
 
     def deferred(self, cause: int) -> None:
-        """Counts a wait."""
+        """Count a wait."""
         self.tally.deferrals[cause] += 1
 
     def halted(self) -> None:
-        """What is in flight goes on."""
+        """Do nothing: attempts in flight continue."""

@@ -1,18 +1,19 @@
-"""The scheduler and one simulated run in numbers alone: the only second statement of `governor/scheduler/scheduler.py`.
+"""The scheduler and one simulated run in numbers alone: the one other statement of `governor/scheduler/scheduler.py`.
 
 `sim/des/compiled.py` loads a second copy of this module with compiled functions, and calls it.
 
-Theory of operation. What the scheduler and its SimPy shell (`sim/des/driver.py`) keep in objects stands in slots of
-arrays here; functions have the names that they have there, and `w`, the `World`, stands where `self` does. The calendar
-holds answers, backoffs and deadlines. The next arrival and the one live timer need no entry: at one instant they come
-after those, in this order (`sim/des/calendar.py`), and a superseded timer does nothing in either engine.
+Theory of operation. The objects of the scheduler and its SimPy shell (`sim/des/driver.py`) are slots of arrays here;
+functions keep their names from there, and `w`, the `World`, takes the place of `self`. The calendar holds answers,
+backoffs and deadlines. The next arrival and the one live timer need no entry: at one instant they come after those, in
+this order (`sim/des/calendar.py`), and a superseded timer does nothing in either engine.
 
-Nothing is allocated here, so nothing is counted or collected either. Requests come in by chunks of `rows`, in order of
-launch or of arrival; latencies, answered work and attempts go out by buffers. Where one of these, or a heap, might
-overflow at the next event, `proceed` returns: the caller reads on, empties or enlarges, and calls again. The state of
-the run is all in the arrays, so it goes on as if nothing had been.
+Nothing is allocated here, so there is no reference counting or collection. Requests come in by chunks of `rows`, in
+order of launch or of arrival; latencies, answered work and attempts go out by buffers. If one of these, or a heap,
+might overflow at the next event, `proceed` returns: the caller reads on, empties or enlarges, and calls again. The
+arrays hold the whole state of the run, so it continues seamlessly.
 
-Compiled as it stands: numbers, records and arrays only, no dicts, lists, strings, None or exceptions in the functions.
+The module compiles unmodified: numbers, records and arrays only, no dicts, lists, strings, None or exceptions in the
+functions.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ FULL = 1
 ANSWER = 0
 RETRY_DUE = 1 << 60
 
-# How a request ended: 0 = answered; the outcome of its last attempt where those are spent; or late, or not sent.
+# How a request ended: 0 = answered; the outcome of its last attempt if its attempts are spent; or late, or not sent.
 DEADLINE_EXCEEDED = 8
 OUTWAITED = 9
 ENDS = 10
@@ -59,9 +60,9 @@ def _booked() -> list[float]:
 
 @dataclass(slots=True)
 class Row:
-    """One request as it is read: see `Columns`. `output`: after its cap; `cut`: whether the cap cut it.
+    """One request as read: see `Columns`. `output`: output tokens after the cap; `cut`: whether the cap cut them.
 
-    `last_*`: the same for its finalize pass.
+    `last_*`: the same fields for its finalize pass.
     """
 
     index: int = 0
@@ -80,11 +81,11 @@ class Row:
 
 @dataclass(slots=True)
 class Job:
-    """One request on its way, as in the SimPy driver. `number`: of all jobs ever made. `next_free`: of a free slot.
+    """One request in progress, as in the SimPy driver. `number`: serial number of the job. `next_free`: next free slot.
 
-    `since`: the clock by cause when the job became eligible; from its launch on, what it has waited. Only where
-    attempts are recorded. `stated_*`: what the answer's headers will say, and `booked`, what the law had booked by its
-    launch; only where the policy reads them.
+    `since`: the clock by cause when the job became eligible; from its launch on, its waits by cause. Only used if
+    attempts are recorded. `stated_*`: what the answer's headers will state, and `booked`, what the law had booked by
+    its launch; only used if the policy reads them.
     """
 
     number: int = 0
@@ -127,9 +128,9 @@ class Job:
 
 @dataclass(slots=True)
 class Event:
-    """An entry of the calendar. `order`: what goes first at one instant.
+    """An entry of the calendar. `order`: rank among events at one instant.
 
-    `number`, `tries`: of a deadline, the job that it was set for and its launches so far; NONE for answers and retries.
+    `number`, `tries`: for a deadline, its job's number and launches so far; NONE for answers and retries.
     """
 
     at: float = 0.0
@@ -154,10 +155,10 @@ class Entry:
 
 @dataclass(slots=True)
 class Answers:
-    """Two columns of what comes out, each filled on its own.
+    """Output buffers in two groups, each with its own fill level.
 
-    `latency_s`: of the requests that were answered, from arrival to the last answer. The others: what the bound needs
-    of answered requests that arrived after 0, as in `summary.Work`.
+    `latency_s`: of answered requests, from arrival to the last answer. The other fields: what the bound needs of
+    answered requests that arrived after 0, as in `summary.Work`.
     """
 
     latency_s: float = 0.0
@@ -169,7 +170,7 @@ class Answers:
 
 @dataclass(slots=True)
 class Ended:
-    """An attempt that ended at `now`; `code`: how its request ended with it, NONE = it goes on."""
+    """An attempt that ended at `now`; `code`: how its request ended with it, NONE = the request continues."""
 
     index: int = 0
     lane: int = 0
@@ -190,10 +191,10 @@ class Ended:
 
 @dataclass(slots=True)
 class Run:
-    """The run's own numbers: what stands in the SimPy driver's attributes, its tally, and how full the arrays are.
+    """The run's own numbers: the SimPy driver's attributes, its tally, and how full the arrays are.
 
-    `row`: requests taken from `rows` so far; these hold the requests from `rows_from` to before `rows_until`. `urgent`:
-    retries and finalize passes in the queue, those included that have ended there.
+    `row`: requests taken from `rows` so far; `rows` holds the requests from `rows_from` to before `rows_until`.
+    `urgent`: retries and finalize passes in the queue, including those that have ended there.
     """
 
     seed: int = 0
@@ -201,7 +202,7 @@ class Run:
     finalize_max_tokens: int = 0
     from_trace: int = 0
     recording: int = 0
-    # How far it is.
+    # Progress of the run.
     begun: int = 0
     pumping: int = 1
     now: float = 0.0
@@ -215,7 +216,8 @@ class Run:
     cause: int = 0
     waiting: int = 0
     flying: int = 0
-    # Requests that are set aside: how many, of these by their deadline, and the latest moment at which one was.
+    # Requests set aside: their number, how many of them by their deadline, and the latest moment at which one was set
+    # aside.
     aside: int = 0
     aside_late: int = 0
     aside_last_s: float = 0.0
@@ -257,7 +259,7 @@ class Run:
 
 
 class World(NamedTuple):
-    """All that a run works on: records of law, provider and run, and arrays of the other dataclasses above."""
+    """All data of a run: records of law, provider and run, and arrays of the other dataclasses above."""
 
     p: Any
     s: Any
@@ -276,12 +278,12 @@ class World(NamedTuple):
 
 
 def _sooner(a: Any, b: Any) -> bool:
-    """Whether event `a` goes before `b`."""
+    """Return whether event `a` comes before `b`."""
     return a.at < b.at or (a.at == b.at and a.order < b.order)
 
 
 def _schedule(w: World, at: float, kind: int, slot: int, number: int, tries: int) -> None:
-    """An answer, a retry or a deadline enters the calendar."""
+    """Add an answer, a retry or a deadline to the calendar."""
     run, calendar = w.run, w.calendar
     run.events += 1
     order = kind + run.events
@@ -302,7 +304,7 @@ def _schedule(w: World, at: float, kind: int, slot: int, number: int, tries: int
 
 
 def _drop_soonest(w: World) -> None:
-    """Removes the first event of the calendar."""
+    """Remove the first event of the calendar."""
     run, calendar = w.run, w.calendar
     run.calendar_size -= 1
     size = run.calendar_size
@@ -319,7 +321,7 @@ def _drop_soonest(w: World) -> None:
 
 
 def _ranks_before(a: Any, b: Any) -> bool:
-    """Whether queue entry `a` goes before `b`."""
+    """Return whether queue entry `a` comes before `b`."""
     if a.first != b.first:
         return a.first < b.first
     if a.second != b.second:
@@ -332,13 +334,13 @@ def _ranks_before(a: Any, b: Any) -> bool:
 
 
 def _queued(w: World, slot: int, again: int) -> None:
-    """The job enters the queue, in the law's order: what comes again goes before new work."""
+    """Add the job to the queue, in the law's order: retries and finalize passes go before new work."""
     run, queue, job = w.run, w.queue, w.jobs[slot]
     run.sequence += 1
     key = law.rank(w.p, job.lane, job.attempt, job.expected, job.reserve, float(run.sequence), job.standing)
     i = run.queue_size
     run.queue_size += 1
-    # The entry itself waits behind the last one while it is sifted up.
+    # The entry itself is held behind the last one while it is sifted up.
     entry = queue[run.queue_size]
     entry.first, entry.second, entry.third, entry.fourth = key
     entry.sequence = run.sequence
@@ -355,7 +357,7 @@ def _queued(w: World, slot: int, again: int) -> None:
 
 
 def _drop_first(w: World) -> None:
-    """Removes the first entry of the queue."""
+    """Remove the first entry of the queue."""
     run, queue = w.run, w.queue
     run.urgent -= queue[0].again
     run.queue_size -= 1
@@ -376,7 +378,7 @@ def _drop_first(w: World) -> None:
 
 
 def _new_slot(w: World) -> int:
-    """A slot for a new job."""
+    """Return a slot for a new job."""
     run = w.run
     slot = run.free
     if slot == NONE:
@@ -388,7 +390,7 @@ def _new_slot(w: World) -> int:
 
 
 def _freed(w: World, slot: int) -> None:
-    """Nobody needs the job any more; an event that was made for it finds another number, or none."""
+    """Free the job's slot; an event made for the job will find another number there, or none."""
     job = w.jobs[slot]
     job.number = NONE
     job.next_free = w.run.free
@@ -396,7 +398,7 @@ def _freed(w: World, slot: int) -> None:
 
 
 def _begun(w: World, slot: int, submitted_s: float) -> None:
-    """What every new job starts with."""
+    """Initialise a new job's slot."""
     run, job = w.run, w.jobs[slot]
     run.events += 1
     job.number = run.events
@@ -412,7 +414,7 @@ def _begun(w: World, slot: int, submitted_s: float) -> None:
 
 
 def _next(w: World) -> int:
-    """New work in order of launch (a batch) or of arrival (a trace): the next job, NONE after the last."""
+    """Return the next job in order of launch (a batch) or of arrival (a trace); NONE after the last."""
     run = w.run
     if run.row >= run.requests:
         return NONE
@@ -443,7 +445,7 @@ def _next(w: World) -> int:
 
 
 def _may_go(w: World, slot: int, now: float, again: int) -> None:
-    """The job becomes eligible: from now on its waiting is counted. `again`: 0 for new work, else 1."""
+    """Make the job eligible: from now on its waiting is counted. `again`: 0 for new work, else 1."""
     run, job = w.run, w.jobs[slot]
     job.eligible_s = now
     job.asked = 0
@@ -466,7 +468,7 @@ def _first(w: World) -> int:
 
 
 def _taken(w: World, slot: int) -> None:
-    """Removes the head from its queue."""
+    """Remove the head from its queue."""
     run = w.run
     run.waiting -= 1
     if slot == run.head:
@@ -479,7 +481,7 @@ def _taken(w: World, slot: int) -> None:
 
 
 def _advance(w: World, now: float) -> None:
-    """Time has passed until `now`, under the cause that has held since the last event."""
+    """Advance the clocks to `now`, under the cause that has held since the last event."""
     run = w.run
     passed = now - run.clock_at
     if passed > 0.0:
@@ -490,7 +492,7 @@ def _advance(w: World, now: float) -> None:
 
 
 def _has_room(w: World) -> bool:
-    """Whether whatever one event, or one launch, may bring finds its place, and the next request has been read."""
+    """Return whether the arrays have room for one more event or launch, and the next request has been read."""
     run = w.run
     return (
         (run.row < run.rows_until or run.row == run.requests)
@@ -504,9 +506,9 @@ def _has_room(w: World) -> bool:
 
 
 def _pump(w: World, now: float) -> bool:
-    """Launches what the law admits now, and sets the timer to the moment at which it will admit the next.
+    """Launch what the law admits now, and set the timer to the moment at which it will admit the next job.
 
-    False: it could not finish for want of room, and wants to be called again.
+    Return False if it could not finish for lack of room and must be called again.
     """
     p, s, run = w.p, w.s, w.run
     while _has_room(w):
@@ -540,7 +542,7 @@ def _pump(w: World, now: float) -> bool:
 
 
 def _launch(w: World, slot: int, now: float) -> None:
-    """One attempt goes out: the law books it, the provider answers it, its answer enters the calendar."""
+    """Launch one attempt: the law books it, the provider answers it, and its answer enters the calendar."""
     p, s, run, job = w.p, w.s, w.run, w.jobs[slot]
     _taken(w, slot)
     if job.failed_s >= 0.0:
@@ -582,7 +584,7 @@ def _launch(w: World, slot: int, now: float) -> None:
 
 
 def _spare(w: World, slot: int) -> None:
-    """Its last attempt failed; if that was in an outage, as far as is known by now, it does not count."""
+    """Spare the job's last failed attempt, so that it does not count, if it fell into an outage known by now."""
     job = w.jobs[slot]
     outages = law.spared(w.p, w.s, job.outages, job.launched_s, job.failed_s)
     if outages >= 0:
@@ -592,7 +594,7 @@ def _spare(w: World, slot: int) -> None:
 
 
 def _state(w: World, slot: int) -> None:
-    """What the answer's headers will say: limit and remaining of tokens, then of the tighter requests limit."""
+    """Store what the answer's headers will state: limit and remaining of tokens, then of the tighter RPM or RPD."""
     pp, ps, job = w.pp, w.ps, w.jobs[slot]
     d = prov.requests_dimension(pp, ps)
     job.stated_tokens_limit = prov.limit_now(pp, ps, law.TPM)
@@ -603,7 +605,7 @@ def _state(w: World, slot: int) -> None:
         job.stated_requests_left = prov.remaining(pp, ps, d)
 
 
-# ---------------------------------------------------------------- what happens: true where the head is to be asked
+# ---------------------------------------------------------------- events: true if the head must be reconsidered
 
 
 def _on_arrival(w: World, now: float) -> bool:
@@ -627,7 +629,7 @@ def _watch_deadline(w: World, slot: int) -> None:
 
 
 def _on_deadline(w: World, slot: int, number: int, tries: int, now: float) -> bool:
-    """A retry or finalize pass that still waits for its launch when its request's time is over ends there."""
+    """End a retry or finalize pass that still waits for its launch at its request's deadline."""
     job = w.jobs[slot]
     if job.number != number or job.ended or job.tries != tries or job.launched_s >= job.eligible_s:
         return False
@@ -703,7 +705,7 @@ def _on_answer(w: World, slot: int, now: float) -> bool:
 
 
 def _left(w: World, slot: int, now: float) -> None:
-    """The answer leaves the provider: it books real use, then states its counts if it dates them by the answer."""
+    """Let the answer leave the provider: book real use, then state counts if the provider dates them by the answer."""
     pp, ps, run, job = w.pp, w.ps, w.run, w.jobs[slot]
     if job.outcome == prov.OK:
         prov.settled(pp, ps, run.seed, job.charge, job.prompt + job.output, now)
@@ -713,7 +715,7 @@ def _left(w: World, slot: int, now: float) -> None:
 
 
 def _sync(w: World, slot: int, now: float) -> None:
-    """What the headers state, beside what has been booked since the launch."""
+    """Synchronise the law with the headers' counts, given what has been booked since the launch."""
     p, s, job = w.p, w.s, w.jobs[slot]
     at, refused = job.launched_s, int(job.outcome not in CHARGED)
     if not (p.sync_headers and prov.states_counts(w.pp, refused > 0)):
@@ -748,7 +750,7 @@ def _on_ok(w: World, slot: int, now: float) -> None:
 
 
 def _worked(w: World, arrived_s: float, charge: float, used: float, service_s: float) -> None:
-    """The bound's input: `Work.add` in place."""
+    """Add to the bound's input, as `Work.add` does."""
     run = w.run
     counted = min(charge, used)
     run.work_latest_s = max(run.work_latest_s, arrived_s + service_s)
@@ -772,13 +774,13 @@ def _came_back_empty(w: World, slot: int) -> bool:
 
 
 def _open_finalize(w: World, slot: int, now: float) -> None:
-    """The answer was cut off and has no usable text: one more call, before new work."""
+    """Open a finalize pass, before new work, for an answer that was cut off without usable text."""
     run, job = w.run, w.jobs[slot]
     if run.recording:
         _record(w, slot, now, NONE)
     law.finalize_opened(w.p, w.s)
     run.finalize_passes += 1
-    # The same slot becomes the finalize pass; index, prompt, recorded time, arrival and first launch stay.
+    # The same slot becomes the finalize pass; it keeps index, prompt, recorded time, arrival and first launch.
     _begun(w, slot, now)
     job.lane = law.FINALIZE
     job.reserve = job.last_reserve
@@ -790,7 +792,7 @@ def _open_finalize(w: World, slot: int, now: float) -> None:
 
 
 def _again(w: World, slot: int, now: float, at: float, standing: int) -> None:
-    """After a throttle or a failure: try again at `at`, or never (inf)."""
+    """Schedule a retry at `at` after a throttle or a failure; inf = never."""
     run, job = w.run, w.jobs[slot]
     if at == inf:
         code = job.outcome if law.is_spent(w.p, job.attempt, job.retry_after_s) else DEADLINE_EXCEEDED
@@ -819,7 +821,7 @@ def _again(w: World, slot: int, now: float, at: float, standing: int) -> None:
 
 
 def _give_up(w: World, slot: int, now: float, code: int) -> None:
-    """A job that stands in no queue and will not be launched any more."""
+    """Give up a job that is in no queue and will not be launched again."""
     _given_up(w, slot, now, code)
     _freed(w, slot)
 
@@ -831,13 +833,13 @@ def _given_up(w: World, slot: int, now: float, code: int) -> None:
 
 
 def _stop(w: World, code: int) -> None:
-    """Nothing is launched any more (no credit, or only waits too long); what waits stays pending."""
+    """Stop launching (no credit, or only waits that are too long); waiting jobs stay pending."""
     if not w.run.stopped:
         w.run.stopped = code
 
 
 def _end_aside(w: World) -> None:
-    """What was set aside is lost: it ended when it was refused."""
+    """Count the requests set aside as lost: each ended when it was refused."""
     run = w.run
     run.ended += run.aside
     run.failed += run.aside
@@ -849,7 +851,7 @@ def _end_aside(w: World) -> None:
 
 
 def _closed(w: World) -> None:
-    """The run is over: what a stop left pending gives back what it holds, and counts as lost."""
+    """Close the run: jobs left pending by a stop release what they hold and count as lost."""
     run = w.run
     for i in range(run.calendar_size):
         if w.calendar[i].number == NONE:
@@ -874,7 +876,7 @@ def _dropped(w: World, slot: int) -> None:
 
 
 def _ended(w: World, slot: int, now: float, code: int) -> None:
-    """The request is over with this attempt: answered (0) or lost."""
+    """End the request with this attempt: answered (0) or lost."""
     if w.run.recording:
         _record(w, slot, now, code)
     _close(w, slot, now, code)
@@ -919,7 +921,7 @@ def _record(w: World, slot: int, now: float, code: int) -> None:
 
 
 def _step(w: World) -> bool:
-    """The next event. Whether the head is to be asked after it."""
+    """Process the next event; return whether the head must be reconsidered after it."""
     run = w.run
     arrives_at = inf
     if run.from_trace and run.row < run.requests and not run.stopped:
@@ -957,9 +959,9 @@ def proceed(
     answers: Any,
     attempts: Any,
 ) -> int:
-    """Runs on: DONE after the last event, FULL where the caller must read, empty or enlarge first.
+    """Continue the run; return DONE after the last event, FULL if the caller must read, empty or enlarge first.
 
-    Arrays as in `World`; the five records come as arrays of one.
+    Arrays as in `World`; the five records are passed as arrays of shape (1,).
     """
     w = World(p[0], s[0], pp[0], ps[0], run[0], rows, jobs, calendar, queue, answers, attempts)
     r = w.run

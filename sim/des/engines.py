@@ -1,9 +1,9 @@
-"""Which engine simulates: SimPy's, event by event in Python, or the compiled one.
+"""Choice of engine: SimPy's, event by event in Python, or the compiled one.
 
-Theory of operation. Both give the same run, to the bit, so that the choice is one of time alone. Machine code simulates
-a hundred times as many requests per second, but has to be loaded first, and on its first day compiled. `auto` begins
-with SimPy and changes over as soon as what was simulated, with what is known to come, would have paid for that: as in
-the ski rental problem, nobody waits for more than twice the shorter of the two. Where numba is missing, it stays there.
+Theory of operation. Both give the same run, to the bit, so the choice affects only time. Machine code simulates a
+hundred times as many requests per second, but must be loaded first, and compiled on first use. `auto` begins with SimPy
+and switches as soon as the work done, plus the work known to come, would have paid for loading: as in the ski rental
+problem, the user never waits for more than twice the shorter of the two. Without numba it stays with SimPy.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 Engine = Literal["auto", "compiled", "simpy"]
 Chosen = Literal["compiled", "simpy"]
 
-# Seconds: SimPy's per request, and before the first request of the compiled engine, with and without machine code at
-# hand (`benchmarks/bench_engine.py` measures all three).
+# Seconds: SimPy's per request; the compiled engine's before its first request, with and without cached machine code
+# (`benchmarks/bench_engine.py` measures all three).
 SIMPY_S = 20e-6
 LOADS_S = 0.8
 COMPILES_S = 15.0
@@ -40,23 +40,23 @@ NO_NUMBA = "numba is not installed: pip install 'paceline[sim]'"
 
 
 class _Simulated:
-    """Requests that SimPy has simulated in this process for want of enough of them."""
+    """Count of requests that SimPy has simulated in this process because they were too few for the compiled engine."""
 
     requests = 0.0
 
 
 def is_available() -> bool:
-    """Whether the compiled engine can work here at all."""
+    """Return whether the compiled engine can work here at all."""
     return find_spec("numba") is not None
 
 
 def is_kept() -> bool:
-    """Whether machine code is on the disk: then it is loaded in a moment instead of being compiled."""
+    """Return whether machine code is on the disk: then it is loaded in a moment instead of being compiled."""
     return has_code((*SOURCES, *BESIDE))
 
 
 def checked(wanted: Engine, *, learns: bool = False) -> tuple[str, ...]:
-    """What a user who asks for this engine should know: nothing, or one line. BadInput where it cannot be had.
+    """Return notes for a user who asks for this engine: none, or one line. Raise BadInput if it is unavailable.
 
     `learns`: the policy's estimates learn (OPENAI_CHARGE_RULE=learned), which only SimPy simulates.
     """
@@ -72,7 +72,7 @@ def checked(wanted: Engine, *, learns: bool = False) -> tuple[str, ...]:
 
 
 def chosen(wanted: Engine, requests: float) -> Chosen:
-    """The engine for so many simulated requests, now and soon after. BadInput as in `checked`."""
+    """Return the engine for this many simulated requests, now and soon after. Raise BadInput as `checked` does."""
     checked(wanted)
     if wanted != "auto" or not is_available():
         return "compiled" if wanted == "compiled" else "simpy"
@@ -86,7 +86,7 @@ def chosen(wanted: Engine, requests: float) -> Chosen:
 
 
 def simulated(case: Case, seed: int, on_attempt: AttemptSink | None = None, *, engine: Engine = "auto") -> Tally:
-    """One run of the case: what was counted, the same with either engine."""
+    """Return the tally of one run of the case, the same with either engine."""
     requests = len(case.columns)
     if case.columns.kind is None and chosen(engine, requests) == "compiled":
         from sim.des import compiled
@@ -110,9 +110,9 @@ def simulated(case: Case, seed: int, on_attempt: AttemptSink | None = None, *, e
 
 
 def _with_lost_work(tally: Tally, columns: Columns) -> Tally:
-    """The same, but the bound's input is all that was asked for: a run that loses requests does less in less time.
+    """Return the tally with the bound's input covering all requests: a run that loses requests does less in less time.
 
-    A lost request counts as what it would have been charged and used; how long its answer would have taken is unknown.
+    A lost request counts with what it would have been charged and used; its answer's duration is unknown.
     """
     if not tally.failed:
         return tally
@@ -134,7 +134,7 @@ def _with_lost_work(tally: Tally, columns: Columns) -> Tally:
 
 
 def simulations(case: Case, seeds: Iterable[int], *, engine: Chosen) -> Iterator[Tally]:
-    """Runs of the case under these seeds, one after the other; what they share is made ready once."""
+    """Yield runs of the case under these seeds, one after the other; shared data is prepared once."""
     if engine == "compiled" and case.columns.kind is None:
         from sim.des import compiled
 
@@ -142,20 +142,20 @@ def simulations(case: Case, seeds: Iterable[int], *, engine: Chosen) -> Iterator
     return (simulated(case, seed, engine="simpy") for seed in seeds)
 
 
-# ---------------------------------------------------------------- made ready in the background
+# ---------------------------------------------------------------- preparation in the background
 
 _is_begun = threading.Lock()
 _is_ready = threading.Event()
 
 
 def engine_at_hand() -> Engine:
-    """The engine that answers right now; the first call begins to make the compiled one ready."""
+    """Return the engine that is ready right now; the first call begins to prepare the compiled one."""
     begin()
     return "auto" if _is_ready.is_set() else "simpy"
 
 
 def begin() -> None:
-    """Begins to make the compiled engine ready, unless that has begun already."""
+    """Begin to prepare the compiled engine, unless that has begun already."""
     if _is_begun.acquire(blocking=False):
         threading.Thread(target=_make_ready, name="compile", daemon=True).start()
 
@@ -163,7 +163,7 @@ def begin() -> None:
 def _make_ready() -> None:
     if is_available():
         if not is_kept():
-            # Compiling takes many seconds, and in this process would hold up everything else.
+            # Compiling takes many seconds, and would block everything else in this process.
             command = [sys.executable, "-c", "from sim.des import compiled; compiled.load()"]
             with contextlib.suppress(OSError):
                 subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)

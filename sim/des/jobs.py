@@ -18,10 +18,10 @@ CHUNK = 4096
 
 
 class Job(Scheduled):
-    """One request on its way: what the provider must know of it, and what it answers.
+    """One request in progress: what the provider must know of it, and the provider's answer.
 
-    `drawn_s`: its time, drawn ahead for the first attempt, -1 = to be drawn. `stated`: what the answer's headers will
-    say: limit and remaining of tokens, then dimension, limit and remaining of the tighter requests limit.
+    `drawn_s`: its latency, drawn ahead for the first attempt, -1 = not drawn yet. `stated`: what the answer's headers
+    will state: limit and remaining of tokens, then dimension, limit and remaining of the tighter requests limit.
     """
 
     __slots__ = (
@@ -66,7 +66,7 @@ def jobs_of(
     *,
     from_trace: bool,
 ) -> Iterator[Job]:
-    """New work in order of launch (a batch) or of arrival (a trace). Seeds: of the law's chance and the provider's."""
+    """Yield new jobs in order of launch (a batch) or of arrival (a trace). Seeds: the law's and the provider's."""
     c = columns
     order = arrival_order(c) if from_trace else batch_order(c, params)
     zeros = [0.0] * len(CAUSES)

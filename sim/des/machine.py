@@ -1,16 +1,17 @@
-"""Compiled copies of the number-only modules, by numba, and dataclasses of numbers as the records that these read.
+"""Compiled copies of the number-only modules, by numba, and dataclasses of numbers as the records that they read.
 
-Theory of operation. The source is not touched: each module is loaded once more from its file under another name, and
+Theory of operation. The source is unchanged: each module is loaded a second time from its file under another name, and
 every function in it is replaced by its `numba.njit` form before first use, so that helpers called by helpers are
-compiled too. What such a module has imported from another of them, or that module itself, is replaced by the compiled
-copy's. Functions and originals stay apart: an interpreted caller never meets a compiled function.
+compiled too. Names that such a module has imported from another of them, or that module itself, are replaced by the
+compiled copy's. Compiled functions and originals stay apart: interpreted code never calls a compiled function by
+accident.
 
-numba keeps the machine code of the outermost function, which holds all that it calls, and does not notice a change in
-another file than that function's own. So the folder is named by a hash of all sources: an edited rule finds no folder,
-and is compiled afresh. Where they stand counts as well, because numba finds no code that was made of the same file in
-another place, and a folder that is there should mean that nothing has to be compiled. The folder stands in
-NUMBA_CACHE_DIR, else in the user's cache; where a home cannot be written, among the temporary files; where nothing can,
-there is none, and every process compiles for itself. Several processes may write at once: numba replaces whole files.
+numba keeps the machine code of the outermost function, which includes all that it calls, and does not notice a change
+in any file but that function's own. So the folder is named by a hash of all sources: an edited rule finds no folder and
+is compiled anew. The hash includes the sources' location, because numba finds no code compiled from the same file in
+another place, and an existing folder should mean that nothing has to be compiled. The folder is in NUMBA_CACHE_DIR,
+else in the user's cache; if the home is not writable, in the temporary directory; if nothing is writable, there is
+none, and every process compiles for itself. Several processes may write at once: numba replaces whole files.
 
 A record has the dataclass's fields in their order: a whole number becomes i8, a number f8, a list of numbers an array
 of f8. So every field is made of 8-byte numbers, and a record can be read as one flat array of these.
@@ -46,19 +47,19 @@ _COMPILED = (
     "sim/des/engine.py",
 )
 SOURCES = tuple(ROOT / path for path in _COMPILED)
-# What else goes into the machine code: constants, and how it is made.
+# What else determines the machine code: constants, and compiler options.
 _OURS = tuple(f"sim/des/{name}.py" for name in ("run", "machine", "compiled"))
 BESIDE = tuple(ROOT / path for path in ("governor/model/requests.py", *_OURS))
 
 ALIAS = "compiled_copy_of_"
-# No reference is counted: the functions neither allocate nor keep an array, and their counting takes two thirds of the
-# time. Division by zero is not looked for; the interpreted form of the same function does.
+# No reference counting: the functions neither allocate nor keep an array, and counting takes two thirds of the time.
+# Division by zero is not checked; the interpreted form of the same function does check it.
 OPTIONS: dict[str, Any] = {"nogil": True, "_nrt": False}
-# Not called from Python: without the wrappers for that, they compile in two thirds of the time.
+# Not called from Python: without Python wrappers, they compile in two thirds of the time.
 INNER = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 FOLDER = "engine-"
-# Folders of other sources that are kept: another branch, another installation.
+# Number of folders of other sources that are kept: another branch, another installation.
 KEPT = 4
 SETTING = "NUMBA_CACHE_DIR"
 
@@ -67,7 +68,10 @@ SETTING = "NUMBA_CACHE_DIR"
 
 
 def compiled(paths: Iterable[Path], root: Path) -> dict[str, ModuleType]:
-    """Compiled copies by the original's name, for Python to call; a module comes after those that it imports."""
+    """Return compiled copies by the original's name, for Python to call.
+
+    `paths`: a module after those that it imports.
+    """
     return _copies(paths, root, _njit(**OPTIONS))
 
 
@@ -80,10 +84,10 @@ def function_of(
     beside: Iterable[Path] = (),
     inlined: Collection[str] = (),
 ) -> tuple[Callable[..., Any], bool]:
-    """The function `entry` of the last of the sources, over arrays of these records; whether its code was kept.
+    """Return the function `entry` of the last source, over arrays of these records, and whether its code was cached.
 
-    If not, it is compiled now, for some seconds, and kept where that is possible. `beside`: what else decides the code;
-    `inlined`: functions whose calls are replaced by their code, whatever LLVM thinks of it.
+    If not, it is compiled now, for some seconds, and cached if possible. `beside`: what else determines the code;
+    `inlined`: functions that are inlined regardless of LLVM's heuristics.
     """
     import numba  # takes half a second, and small simulations need none of it
 
@@ -107,7 +111,7 @@ def function_of(
     except Exception:
         if folder is None:
             raise
-        # What is kept there may be damaged: it is made anew, and where that fails too, it says why.
+        # The cached code may be damaged: it is compiled anew, and if that fails too, the error says why.
         shutil.rmtree(folder, ignore_errors=True)
         function.compile(kinds)
     return function, bool(function.stats.cache_hits)
@@ -151,7 +155,7 @@ def _copy(name: str, path: Path, copies: dict[str, ModuleType], compiling: Calla
 
 
 def folder_name(sources: Iterable[Path]) -> str:
-    """The folder's name: what the sources say and where they stand, compiled by this numba."""
+    """Return the folder's name: a hash of the sources' text and location and of this numba's version."""
     digest = hashlib.sha256(importlib.metadata.version("numba").encode())
     for path in sources:
         digest.update(os.fsencode(path.absolute()))
@@ -160,15 +164,15 @@ def folder_name(sources: Iterable[Path]) -> str:
 
 
 def has_code(sources: Iterable[Path]) -> bool:
-    """Whether machine code of these sources is there."""
+    """Return whether machine code of these sources is cached."""
     name = folder_name(sources)
     return any(next((parent / name).glob("*/*.nbc"), None) is not None for parent in parents())
 
 
 def cache_folder(sources: Iterable[Path]) -> Path | None:
-    """The folder for machine code of these sources, made if need be; None where nothing can be written.
+    """Return the folder for machine code of these sources, created if necessary; None if no place is writable.
 
-    Of folders of other sources those used last are left, the others are removed.
+    Of the folders of other sources the last used are kept and the others removed.
     """
     name = folder_name(sources)
     for parent in parents():
@@ -180,7 +184,7 @@ def cache_folder(sources: Iterable[Path]) -> Path | None:
 
 
 def parents() -> Iterator[Path]:
-    """Where the folder may stand, in order of preference."""
+    """Yield the folder's possible parents, in order of preference."""
     from platformdirs import user_cache_path
 
     if os.environ.get(SETTING):
@@ -191,7 +195,10 @@ def parents() -> Iterator[Path]:
 
 
 def _usable(folder: Path) -> bool:
-    """Whether the folder is there, can be written to, and by nobody else: code of somebody else's is not run."""
+    """Create the folder if it is missing.
+
+    Return whether only this user can write to it: other users' code is not run.
+    """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.stat()
@@ -217,13 +224,13 @@ def _prune(mine: Path) -> None:
 
 
 def dtype_of(bag: Any) -> np.dtype[Any]:
-    """The record type with the fields of a dataclass instance, in their order: i8, f8, or arrays of f8 for lists."""
+    """Return the record type with a dataclass instance's fields, in order: i8, f8, or arrays of f8 for lists."""
     kind: Any = type(bag)
     return _dtype(kind, _shapes(values_of(bag)))
 
 
 def array_of(bag: Any, dtype: np.dtype[Any] | None = None) -> np.ndarray[Any, Any]:
-    """An array of one record that holds what the dataclass instance holds; of its own record type if none is given."""
+    """Return an array of shape (1,) with the dataclass instance's values; `dtype` defaults to its own record type."""
     values = values_of(bag)
     kind: Any = type(bag)
     rows = np.empty(1, _dtype(kind, _shapes(values)) if dtype is None else dtype)
@@ -232,7 +239,7 @@ def array_of(bag: Any, dtype: np.dtype[Any] | None = None) -> np.ndarray[Any, An
 
 
 def places(dtype: np.dtype[Any]) -> dict[str, slice]:
-    """Where each field stands in a record that is read as one flat array of 8-byte numbers."""
+    """Return each field's place in a record that is read as one flat array of 8-byte numbers."""
     found = {}
     assert dtype.fields is not None
     for name, (kind, offset, *_) in dtype.fields.items():
@@ -241,7 +248,7 @@ def places(dtype: np.dtype[Any]) -> dict[str, slice]:
 
 
 def values_of(bag: Any) -> tuple[Any, ...]:
-    """The values of a dataclass instance, in order of its fields."""
+    """Return the values of a dataclass instance, in order of its fields."""
     kind: Any = type(bag)
     return tuple([getattr(bag, name) for name in _names(kind)])
 
@@ -252,13 +259,13 @@ def _names(kind: Any) -> tuple[str, ...]:
 
 
 def _shapes(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What decides the record's type: the length of each list, the type of each number."""
+    """Return what determines the record's type: the length of each list, the type of each number."""
     return tuple([len(value) if type(value) is list else type(value) for value in values])
 
 
 @functools.cache
 def _dtype(kind: Any, shapes: tuple[Any, ...]) -> np.dtype[Any]:
-    # A batch is run thousands of times: making the type anew each time took as long as the run.
+    # A batch is run thousands of times: making the type anew each time would take as long as the run.
     columns: list[tuple[Any, ...]] = []
     for name, shape in zip(_names(kind), shapes, strict=True):
         if isinstance(shape, int):

@@ -1,4 +1,4 @@
-"""What the two engines have in common: the order of launch, the outcomes of attempts, and what one run leaves."""
+"""Shared parts of the two engines: the order of launch, the outcomes of attempts, and the tally of a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from governor.model.errors import FailureCode
 from sim.model import provider as prov
 from sim.model.workload import Columns
 
-# Outcomes of an attempt beyond the provider's own: nobody waited for its answer any longer.
+# Outcome of an attempt beyond the provider's own: the client no longer waited for its answer.
 TIMEOUT = 7
 
 # The failure code of a request whose attempts are spent, by the outcome of the last one.
@@ -32,16 +32,17 @@ SPENT = (
     FailureCode.TIMEOUT,
 )
 
-# Outcomes of attempts that were let in, and so charged.
+# Outcomes of attempts that were admitted, and so charged.
 CHARGED = (prov.OK, prov.SERVER_ERROR, prov.DROPPED, TIMEOUT)
 
 
 @dataclass(slots=True)
 class Tally(summary.Tally):
-    """What one run leaves: the counts of every run, and in simulation also what quantiles are made of.
+    """The tally of one run: the counts of every run, and in simulation also the values behind quantiles.
 
     `latencies_s`: per answered request, from its arrival to its last answer, in order of completion. `extra_*_tokens`:
-    of attempts whose answer nobody received (timed out, dropped) and of finalize passes: billed beside the answers.
+    tokens billed in addition to the answers: attempts whose answer was not received (timed out, dropped), and finalize
+    passes.
     """
 
     finalize_passes: int = 0
@@ -57,21 +58,21 @@ The job is the engine's own; what `attempt_rows` reads of it is there with eithe
 
 
 def launch_order(columns: Columns, params: law.Params) -> np.ndarray[Any, Any]:
-    """Indices of the requests in the order in which a batch is launched, by the law's rank. Shape (requests,)."""
+    """Return the requests' indices in the order in which a batch is launched, by the law's rank. Shape (requests,)."""
     return rows_of(batch_order(columns, params), 0, len(columns))
 
 
 def batch_order(columns: Columns, params: law.Params) -> np.ndarray[Any, Any] | None:
-    """The same, or None where they go as they stand."""
+    """Return the launch order of a batch, or None if it is the order of submission."""
     deciding = deciding_keys(columns, params)
     return np.lexsort(deciding) if deciding else None
 
 
 def deciding_keys(columns: Columns, params: law.Params) -> list[np.ndarray[Any, Any]]:
-    """The parts of the law's rank that order the requests, the last one first, as `np.lexsort` takes them."""
+    """Return the parts of the law's rank that order the requests, last part first, as `np.lexsort` takes them."""
     sequence = _alike(len(columns))
     keys: tuple[Any, ...] = law.rank(params, law.MAIN, 1, columns.cap, columns.reserve, sequence)  # type: ignore[arg-type]
-    # What is the same for all decides nothing, and the sequence is kept among equals by the sort itself.
+    # A key equal for all requests decides nothing, and the stable sort itself keeps the sequence among equals.
     return [key for key in reversed(keys) if isinstance(key, np.ndarray) and key is not sequence]
 
 
@@ -81,20 +82,20 @@ def _alike(count: int) -> np.ndarray[Any, Any]:
 
 
 def arrival_order(columns: Columns) -> np.ndarray[Any, Any] | None:
-    """Indices of requests that arrive over time, earliest first; None where they stand so."""
+    """Return the indices of requests that arrive over time, earliest first; None if they are already in that order."""
     at_s = columns.arrival_s
     return None if bool(np.all(at_s[1:] >= at_s[:-1])) else np.argsort(at_s, kind="stable")
 
 
 def rows_of(order: np.ndarray[Any, Any] | None, start: int, stop: int) -> np.ndarray[Any, Any]:
-    """Indices of the requests at these places of the order."""
+    """Return the indices of the requests at positions `start` to before `stop` of the order."""
     return np.arange(start, stop) if order is None else order[start:stop]
 
 
 def quantiles(values: array[float], shares: Sequence[float]) -> list[float]:
-    """What `np.quantile` gives, to the bit, in a tenth of the time for a few hundred numbers; nan where there are none.
+    """Return what `np.quantile` gives, to the bit, ten times as fast for a few hundred numbers; nan if there are none.
 
-    Linear between neighbours (Hyndman and Fan 1996, definition 7), from whichever of the two is nearer.
+    Linear between neighbours (Hyndman and Fan 1996, definition 7), computed from the nearer of the two.
     """
     if not len(values):
         return [math.nan] * len(shares)

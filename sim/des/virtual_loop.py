@@ -1,17 +1,17 @@
-"""An asyncio event loop on virtual time: nothing sleeps, and every timer rings at exactly its own time.
+"""An asyncio event loop on virtual time: nothing sleeps, and every timer fires at exactly its own time.
 
-`run_virtual(main())` is `asyncio.run` in which time jumps from one timer to the next as soon as nobody has anything
-left to do. The clock starts at 0 and holds exactly what the timers were set to, so times may be compared to the bit.
-Where nothing is left to happen and the main task still waits, that is a deadlock, and it raises.
+`run_virtual(main())` is `asyncio.run` with time jumping from one timer to the next as soon as no callback is ready. The
+clock starts at 0 and takes exactly the timers' values, so times may be compared to the bit. If nothing is left to
+happen and the main task still waits, the loop raises `Deadlock`.
 
-Theory of operation. asyncio asks its selector to wait whenever no callback is ready; the one here never waits, but
-takes the next timer from the calendar, sets the clock to it and makes it ready. So one timer is carried to its end,
-with everything that it sets off at that instant, before the next one rings: as in SimPy.
+Theory of operation. asyncio asks its selector to wait whenever no callback is ready. The selector here never waits, but
+takes the next timer from the calendar, sets the clock to it and makes it ready. So each timer is processed completely,
+with everything that it triggers at that instant, before the next one fires: as in SimPy.
 
-An exception that nobody takes (in a callback, or in a task that nobody awaits) is raised at the end, not logged.
+An unhandled exception (in a callback, or in a task that is never awaited) is raised at the end, not logged.
 
-Ties. Timers of one instant ring in the order of `priorities` (smallest first, 0 for whoever is not in it; the keys are
-the functions that are called) and within it in the order in which they were set. A real loop promises no order, and
+Ties. Timers of one instant fire in the order of `priorities` (smallest first, 0 for functions not in it; the keys are
+the called functions), and within a priority in the order in which they were set. A real loop promises no order and
 needs none: no two moments of a real clock are equal.
 """
 
@@ -29,11 +29,11 @@ T = TypeVar("T")
 
 
 class Deadlock(RuntimeError):  # noqa: N818
-    """Somebody waits, and no timer is left that could ever wake them."""
+    """A task waits, and no timer is left that could ever wake it."""
 
 
 class _NoWait(selectors.SelectSelector):
-    """Watches no files: where the loop would wait for one, the clock jumps."""
+    """A selector that watches no files: when the loop would wait for one, the clock jumps."""
 
     loop: VirtualLoop
 
@@ -44,7 +44,7 @@ class _NoWait(selectors.SelectSelector):
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """See the module. `timers_rung` counts the timers that came to ring."""
+    """The event loop on virtual time: see the module. `timers_rung` counts the timers that fired."""
 
     def __init__(self, priorities: Mapping[Callable[..., Any], int] | None = None) -> None:
         selector = _NoWait()
@@ -59,7 +59,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self.set_exception_handler(self._nobody_took)
 
     def time(self) -> float:
-        """Virtual seconds since the loop was made."""
+        """Return virtual seconds since the loop was created."""
         return self._now
 
     def call_at(  # type: ignore[override]
@@ -69,7 +69,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         *args: Any,
         context: contextvars.Context | None = None,
     ) -> asyncio.TimerHandle:
-        """As in asyncio. A time that has passed already means now."""
+        """Schedule a callback as in asyncio. A time in the past means now."""
         assert not math.isnan(when)
         handle = asyncio.TimerHandle(when, callback, args, self, context)
         self._set += 1
@@ -80,23 +80,23 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def call_later(  # type: ignore[override]
         self, delay: float, callback: Callable[..., Any], *args: Any, **rest: Any
     ) -> asyncio.TimerHandle:
-        """As in asyncio."""
+        """Schedule a callback as in asyncio."""
         return self.call_at(self._now + delay, callback, *args, **rest)
 
     def _nobody_took(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         self.lost.append(context.get("exception") or RuntimeError(context["message"]))
 
     def has_ready(self) -> bool:
-        """Whether something is left to do at this instant."""
+        """Return whether work is left at this instant."""
         return bool(self._ready)  # type: ignore[attr-defined]
 
     def timers(self) -> list[tuple[float, Callable[..., Any]]]:
-        """The timers that are set and not cancelled, in order: (when, callback)."""
+        """Return the timers that are set and not cancelled, in order: (when, callback)."""
         live = sorted(entry for entry in self._calendar if not entry[3].cancelled())
         return [(when, handle._callback) for when, _, _, handle in live]  # type: ignore[attr-defined]
 
     def jump(self) -> None:
-        """Time passes until the next timer, and it rings."""
+        """Advance the clock to the next timer and fire it."""
         while self._calendar:
             when, _, _, handle = heappop(self._calendar)
             if not handle.cancelled():
@@ -113,7 +113,7 @@ def run_virtual(
     priorities: Mapping[Callable[..., Any], int] | None = None,
     kind: type[VirtualLoop] = VirtualLoop,
 ) -> T:
-    """Runs `main` on a loop of its own to its end; whatever it left running is cancelled, as by `asyncio.run`."""
+    """Run `main` to its end on a new loop; tasks still running are then cancelled, as by `asyncio.run`."""
     loop = kind(priorities)
     with asyncio.Runner(loop_factory=lambda: loop) as runner:
         result = runner.run(main)
