@@ -348,6 +348,7 @@ class Stage:
             round_s=round_s,
             began_s=began_s(lesson.counts) - zero_s,
             takings=self.takings,
+            lost=[(at_s - zero_s, row) for at_s, row in lesson.lost],
             record=lesson.record,
             timeout_s=lesson.policy.request_timeout_seconds or inf,
             zero_s=zero_s,

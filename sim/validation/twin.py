@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from governor import law
 from governor.journal.journal import Journal
 from governor.model.errors import BadInput
 from governor.model.estimate import EMBEDDINGS, Sizes
@@ -34,7 +35,9 @@ from sim.calibration.others import Count, Taking, counts_of, gone_by_others
 from sim.des.calendar import ANSWER, CHANGE, Appointment
 from sim.des.driver import Simulation
 from sim.des.jobs import Job
+from sim.des.run import Tally
 from sim.model import provider as prov
+from sim.model import windows as win
 from sim.model.provider_config import ProviderConfig
 from sim.model.synthetic import similar_outputs
 from sim.model.workload import MEASURED, Workload, constant
@@ -57,7 +60,8 @@ class Lesson:
     `faults`: fields of the provider's configuration. `changes`: (when, new settings | "paused" | "resumed").
     `record`: each attempt and each end as it was. `answers`: lengths that were measured, -1 = none came.
     `makespan_s`, `throttled`, `launches`: what was measured. `gaps`: (when a leg ended, when the next began). Times are
-    in seconds since the first launch, with the gaps; `makespan_s` is without.
+    in seconds since the first launch, with the gaps; `makespan_s` is without. `lost`: (when it is booked once
+    more, row of the workload), for each attempt that was in flight when its leg ended.
     """
 
     pool: str
@@ -80,6 +84,7 @@ class Lesson:
     unfinished: int
     unanswered: int
     gaps: tuple[tuple[float, float], ...] = ()
+    lost: tuple[tuple[float, int], ...] = ()
 
     def worked_s(self, at_s: NDArray[np.float64]) -> NDArray[np.float64]:
         """Moments without the time between two legs."""
@@ -94,7 +99,9 @@ def lessons(journal: Journal) -> list[Lesson]:
     first_s = min(attempt.launched_s for attempt in attempts)
     gaps = _gaps(journal, attempts, first_s)
     names = dict.fromkeys(stated.pool for stated in journal.settings())
-    found = [_lesson(journal, name, [a for a in attempts if a.pool == name], first_s, gaps) for name in names]
+    losses_at = _losses_at(journal, attempts, first_s, gaps)
+    by_pool = [(name, [a for a in attempts if a.pool == name]) for name in names]
+    found = [_lesson(journal, name, mine, first_s, gaps, losses_at) for name, mine in by_pool]
     return [lesson for lesson in found if lesson is not None]
 
 
@@ -118,19 +125,25 @@ def _gaps(journal: Journal, attempts: list[Attempt], first_s: float) -> tuple[tu
 
 
 def _lesson(
-    journal: Journal, pool: str, attempts: list[Attempt], first_s: float, gaps: tuple[tuple[float, float], ...]
+    journal: Journal,
+    pool: str,
+    attempts: list[Attempt],
+    first_s: float,
+    gaps: tuple[tuple[float, float], ...],
+    losses_at: list[tuple[float, float]],
 ) -> Lesson | None:
     def clock(at_s: float) -> float:
         return at_s - first_s
 
     history = [stated for stated in journal.settings() if stated.pool == pool]
     ended = {end.request: end for end in journal.ends(pool)}
-    rows = [result.request for result in journal.results() if result.request.pool == pool]
+    results = [result for result in journal.results() if result.request.pool == pool]
     # A request that was never let out (it was oversized) ended without an attempt, and takes no part.
     tried = {attempt.request for attempt in attempts}
-    rows = [request for request in rows if request.index in tried]
-    if not rows:
+    results = [result for result in results if result.request.index in tried]
+    if not results:
         return None
+    rows = [result.request for result in results]
     unfinished = sum(1 for _ in journal.unfinished(pool))
     place = {request.index: i for i, request in enumerate(rows)}
     mine = [attempt for attempt in attempts if attempt.request in place]
@@ -154,6 +167,7 @@ def _lesson(
     names = [request.model for request in rows]
     counts = counts_of(heard, place, clock)
     ends = {place[i]: end for i, end in ended.items() if i in place}
+    last_s = {a.request: clock(a.launched_s) for a in sorted(mine, key=lambda a: a.launched_s)}
     lesson = Lesson(
         pool=pool,
         model=max(dict.fromkeys(names), key=names.count),
@@ -175,8 +189,40 @@ def _lesson(
         unfinished=unfinished,
         unanswered=int((~answered).sum()),
         gaps=gaps,
+        lost=_lost([(result.resent, last_s[result.request.index]) for result in results], losses_at),
     )
     return replace(lesson, makespan_s=float(lesson.worked_s(lesson.record.ended_s).max()))
+
+
+def _losses_at(
+    journal: Journal, attempts: list[Attempt], first_s: float, gaps: tuple[tuple[float, float], ...]
+) -> list[tuple[float, float]]:
+    """Return, for each leg but the last, when the next one began, and when to book again what the leg has lost.
+
+    The simulation launches once what a leg has launched; the second launch is booked when the next leg begins. What a
+    leg lost of which no attempt is recorded was launched when it began. Seconds since the first launch.
+    """
+    begins = [leg.began_s for leg in journal.legs()]
+    active = {max(0, bisect_right(begins, attempt.launched_s) - 1) for attempt in attempts}
+    found = []
+    for i, (began_s, next_s) in enumerate(pairwise(at_s - first_s for at_s in begins)):
+        later = (begin_s for _, begin_s in gaps if begin_s > began_s)
+        found.append((next_s, next(later, next_s) if i in active else began_s))
+    return found
+
+
+def _lost(
+    requests: Sequence[tuple[int, float]], losses_at: Sequence[tuple[float, float]]
+) -> tuple[tuple[float, int], ...]:
+    """When each lost attempt is booked, and its row. `requests`: how often each was lost in flight, its last launch.
+
+    By which legs is not recorded: by the last ones before that launch.
+    """
+    found: list[tuple[float, int]] = []
+    for row, (count, last_s) in enumerate(requests):
+        times = [at_s for next_s, at_s in losses_at if next_s <= last_s]
+        found += [(at_s, row) for at_s in times[max(0, len(times) - count) :]]
+    return tuple(sorted(found))
 
 
 def _answers(
@@ -277,6 +323,8 @@ class Twin(Simulation):
 
     `there_s`, `round_s`: the way of each request to the provider, and there and back, shape (requests,). `began_s`:
     when the first one reached it, where its clock begins. `takings`: what others use of the quota, on that clock.
+    `lost`: attempts that the simulation does not make, whose charge and reservation are booked all the same. Those
+    from before the run's first launch are booked on a clock that begins with them.
     """
 
     def __init__(
@@ -289,6 +337,7 @@ class Twin(Simulation):
         round_s: NDArray[np.float64] | None = None,
         began_s: float = 0.0,
         takings: Sequence[Taking] = (),
+        lost: Sequence[tuple[float, int]] = (),
         **rest: Any,
     ) -> None:
         super().__init__(*arguments, **rest)
@@ -299,8 +348,21 @@ class Twin(Simulation):
         self._began_s = began_s
         for taking in takings:
             Appointment(self.env, began_s + taking.at_s, CHANGE, self._on_taking, taking)
-        for at, change in changes:
+        # Where headers state what was used, lost attempts are among the takings.
+        self._charges_lost = not takings
+        self._lost, self._changes = lost, changes
+
+    def run(self, start_s: float = 0.0) -> Tally:
+        """Runs to the end of the last request."""
+        for at, row in self._lost:
+            if at <= start_s:
+                self.ps.at = min(self.ps.at, at - self._began_s)
+                self._lose(row, at)
+            else:
+                Appointment(self.env, at, CHANGE, self._on_lost, row)
+        for at, change in self._changes:
             Appointment(self.env, at, CHANGE, self._on_change, change)
+        return super().run(start_s)
 
     def _on_wake(self, event: Any) -> None:
         """A moment has come; the loop notices a little later, unless something else wakes it before."""
@@ -354,6 +416,21 @@ class Twin(Simulation):
 
     def _on_taking(self, event: Any) -> None:
         gone_by_others(self.pp, self.ps, self.provider_seed, event._value)
+
+    def _on_lost(self, event: Any) -> None:
+        if not self.is_over:
+            self._lose(event._value, self.env._now)
+
+    def _lose(self, row: int, now: float) -> None:
+        """Take the charge of the row's request and book its reservation."""
+        c = self.columns
+        charge = float(c.charge[row])
+        if self.pp.settles or self.pp.charged_at_answer:
+            charge = min(charge, float(c.prompt_tokens[row] + c.output_tokens[row]))
+        prov.advanced(self.pp, self.ps, self.provider_seed, max(now - self._began_s, self.ps.at))
+        if self._charges_lost:
+            win.taken(self.pp, self.ps, charge, 1.0, False)
+        self.scheduler.quota.launched(float(c.reserve[row]), law.HOLDING, now, 0.5)
 
     def _on_change(self, event: Any) -> None:
         change = event._value

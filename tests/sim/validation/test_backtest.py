@@ -20,7 +20,7 @@ from sim.model.synthetic import from_tokens
 from sim.model.workload import columns
 from sim.validation.backtest import Compared, _interval, backtest_command, provider_of
 from sim.validation.model_error import conformal
-from sim.validation.twin import Lesson, Twin, _answers, _faults, _gaps, _latency
+from sim.validation.twin import Lesson, Twin, _answers, _faults, _gaps, _latency, _losses_at, _lost, lessons
 from tests.live import batch, provider, run_args, shared_cli
 
 STEADY = ProviderConfig(tpm=0, latency={"first_token_s": 1.0, "per_token_s": 0.0, "sigma": 0.0, "stall_ratio": 0.0})
@@ -213,6 +213,44 @@ def test_a_live_run_is_what_its_twin_says(tmp_path: Path, capsys: pytest.Capture
     first, last = min(a.launched_s for a in attempts), max(a.finished_s for a in attempts)
     assert printed["measured_makespan_s"] == pytest.approx(last - first, abs=1e-6)
     assert printed["measured_launches"] == len(attempts)
+
+
+def test_attempts_lost_by_a_kill_are_booked_again(tmp_path: Path) -> None:
+    """Killed with 20 of 30 requests in flight, which the provider charges twice: 40 % off where that is not known."""
+    pytest.importorskip("openai")
+    cli = shared_cli()
+    batch(tmp_path / "requests.jsonl", 30, cap=400)
+    env = {"OPENAI_TPM_LIMIT": "12000", "OPENAI_CHARGE_RULE": "prompt_plus_max", "OPENAI_SYNC_HEADERS": "false"}
+    latency = {"first_token_s": 3.0, "per_token_s": 0.0, "sigma": 0.3, "stall_ratio": 0.0}
+    with provider(
+        tpm=12_000, charge_rule="prompt_plus_max", latency=latency, counts="none", time_scale=20.0, seed=2
+    ) as served:
+        args = run_args(tmp_path, served.base_url, "--json", "--yes", "--time-scale", "20")
+        assert cli.start(*args, env=env, dies_after=10).wait().code == 137
+        ran = cli.run(*args, env=env)
+    assert (ran.code, ran.json["completed"]) == (0, 30), ran.err
+    with Journal.open(tmp_path / "results.journal.db") as journal:
+        (lesson,) = lessons(journal)
+        lost = journal.counts().resent
+    assert len(lesson.lost) == lost >= 8
+    found = cli.run("backtest", tmp_path / "results.journal.db", "--json").json
+    assert found["predicted_makespan_s"] == pytest.approx(found["measured_makespan_s"], rel=0.1), found
+
+
+def test_an_attempt_is_lost_by_the_last_legs_before_its_last_launch() -> None:
+    """Legs from 0, 50, 100 and 300 s; of the second no attempt is recorded, the third launched from 110 s on."""
+    journal = SimpleNamespace(legs=lambda: [SimpleNamespace(began_s=at_s) for at_s in (0.0, 50.0, 100.0, 300.0)])
+    attempts = [attempt(0, launched_s=at_s, finished_s=at_s + 5.0) for at_s in (0.0, 110.0, 301.0)]
+    losses_at = _losses_at(journal, attempts, 0.0, ((5.0, 100.0), (115.0, 300.0)))  # type: ignore[arg-type]
+    assert losses_at == [(50.0, 100.0), (100.0, 50.0), (300.0, 300.0)]
+    assert _lost([(0, 301.0), (1, 110.0), (2, 301.0), (3, 301.0)], losses_at) == (
+        (50.0, 1),
+        (50.0, 2),
+        (50.0, 3),
+        (100.0, 3),
+        (300.0, 2),
+        (300.0, 3),
+    )
 
 
 def test_requests_that_hang_until_the_time_out_are_foreseen(tmp_path: Path) -> None:
