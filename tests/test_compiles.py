@@ -20,19 +20,27 @@ import pytest
 from governor import law
 from governor.model import keyed
 from sim.des.machine import array_of, compiled
+from sim.model import latency
 from sim.model import provider as prov
+from sim.model.latency import NOISE_GROUPS, NOISE_KNOTS
 from tests.governor.laws import params
 
 DECISIONS = 40_000
 # They make the empty arrays of the dataclasses, and are called by those alone.
-FACTORIES = {"_four", "_none", "_empty_log"}
+FACTORIES = {"_four", "_none"}
 # Calls in one sequence: enough for states to fill up, few enough to see many policies.
 CALLS = 250
 
 
 @pytest.fixture(scope="module")
 def copies(root: Path) -> dict[str, ModuleType]:
-    names = ("governor/law.py", "governor/model/keyed.py", "sim/model/windows.py", "sim/model/provider.py")
+    names = (
+        "governor/law.py",
+        "governor/model/keyed.py",
+        "sim/model/windows.py",
+        "sim/model/latency.py",
+        "sim/model/provider.py",
+    )
     return compiled([root / name for name in names], root)
 
 
@@ -271,10 +279,10 @@ def drawn_provider(r: random.Random) -> prov.ProviderParams:
         pp.cotenant_period_s = r.choice([0.0, 60.0, 45.5])
         pp.cotenant_burst_s = 0.0 if pp.cotenant_period_s == 0.0 else r.uniform(1.0, 40.0)
     at = 0.0
-    for i in range(r.choice([0, 0, 1, prov.NOISE_GROUPS])):
+    for i in range(r.choice([0, 0, 1, NOISE_GROUPS])):
         pp.noise_from[i] = 1_000.0 * i
-        shape = sorted(r.gauss(0.0, 1.0) for _ in range(prov.NOISE_KNOTS))
-        pp.noise[i * prov.NOISE_KNOTS : (i + 1) * prov.NOISE_KNOTS] = shape
+        shape = sorted(r.gauss(0.0, 1.0) for _ in range(NOISE_KNOTS))
+        pp.noise[i * NOISE_KNOTS : (i + 1) * NOISE_KNOTS] = shape
     for i in range(r.randrange(prov.CHANGES + 1)):
         at = later(r, at)
         pp.change_at[i] = at
@@ -287,7 +295,7 @@ def drawn_provider(r: random.Random) -> prov.ProviderParams:
     return pp
 
 
-def provider_calls(r: random.Random, both: Both) -> None:
+def provider_calls(r: random.Random, both: Both, timed: Both) -> None:
     pp, ps = Pair(drawn_provider(r)), Pair(prov.ProviderState())
     chance, now = r.getrandbits(32), 0.0
     both("day_started", ps, r.uniform(0.0, 1e4), float(r.randrange(50)))
@@ -317,9 +325,9 @@ def provider_calls(r: random.Random, both: Both) -> None:
             both("requests_dimension", pp, ps)
             both("taken_by_others", pp, ps, r.randrange(2), r.uniform(0.0, 5_000.0))
         else:
-            both("latency_s", pp, chance, request, attempt, output, recorded_s)
-            both("smooth_latency_s", pp, output, recorded_s, r.random())
-            both("stall_s", pp, chance, request, attempt)
+            timed("latency_s", pp, chance, request, attempt, output, recorded_s)
+            timed("smooth_latency_s", pp, output, recorded_s, r.random())
+            timed("stall_s", pp, chance, request, attempt)
             both("cut_without_text", pp, chance, request)
     assert not ps.differing()
 
@@ -327,9 +335,11 @@ def provider_calls(r: random.Random, both: Both) -> None:
 @pytest.mark.slow
 def test_the_provider_is_equal_to_the_bit(copies: dict[str, ModuleType], seed: int) -> None:
     r, both = random.Random(seed), Both(prov, copies["sim.model.provider"])
+    timed = Both(latency, copies["sim.model.latency"])
     while sum(both.calls.values()) < DECISIONS // 2:
-        provider_calls(r, both)
+        provider_calls(r, both, timed)
     both.covered()
+    timed.covered()
 
 
 def test_the_copies_are_compiled_and_the_originals_are_not(copies: dict[str, ModuleType]) -> None:

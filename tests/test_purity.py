@@ -15,12 +15,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = ("governor/law.py", "governor/model/keyed.py", "sim/model/windows.py", "sim/model/provider.py")
+MODULES = (
+    "governor/law.py",
+    "governor/model/keyed.py",
+    "sim/model/windows.py",
+    "sim/model/latency.py",
+    "sim/model/provider.py",
+)
 IMPORTS = {"math", "dataclasses"}
 # The provider takes its chance and its windows from other compiled modules; what a window counts has no type there.
 IMPORTS_TOO = {
-    "sim/model/provider.py": {"governor.model.keyed", "sim.model.windows"},
+    "sim/model/provider.py": {"governor.model.keyed", "sim.model.latency", "sim.model.windows"},
     "sim/model/windows.py": {"typing"},
+    "sim/model/latency.py": {"typing", "governor.model.keyed"},
 }
 BUILTINS = {"abs", "float", "int", "max", "min", "range"}
 STATEMENTS = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.For, ast.If, ast.Pass, ast.Return, ast.While)

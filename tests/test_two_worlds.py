@@ -41,6 +41,7 @@ from sim.des.run import CHARGED, Tally, launch_order
 from sim.experiment import experiment
 from sim.experiment.experiment import Case, attempt_rows, case_of
 from sim.model import provider as prov
+from sim.model.latency import latency_s
 from sim.scenario.scenario import Scenario
 from tests.scenarios import drawn, shown
 from tests.virtual_loop import run_virtual
@@ -462,7 +463,7 @@ class Program:
         output = min(output, cap) if cap > 0 else output
         if law.never_fits(self.case.params, reserve):
             return
-        service_s = prov.latency_s(self.case.provider, seed, i, attempt_key(law.MAIN, 1), output, c.recorded_s[i])
+        service_s = latency_s(self.case.provider, seed, i, attempt_key(law.MAIN, 1), output, c.recorded_s[i])
         async with self.governor.permit(reserve, expected=float(cap)) as permit:
             self.launches.append((i, permit.launched_s))
             await until(self.governor.loop, permit.launched_s + service_s)

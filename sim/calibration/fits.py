@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, stats
 
+from sim.model.latency import NOISE_GROUPS, NOISE_KNOTS, NOISE_REACH
 from sim.model.presets import STALL_MAX_S, STALL_MIN_S
-from sim.model.provider import NOISE_GROUPS, NOISE_KNOTS, NOISE_REACH
 
 Real = NDArray[np.float64]
 

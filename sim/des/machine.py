@@ -43,6 +43,7 @@ _COMPILED = (
     "governor/model/keyed.py",
     "governor/law.py",
     "sim/model/windows.py",
+    "sim/model/latency.py",
     "sim/model/provider.py",
     "sim/des/engine.py",
 )

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from governor import law
 from governor.model.keyed import JITTER_STAGGER, LATENCY, STALL, attempt_key, keyed_uniform
-from sim.model import provider as prov
+from sim.model.latency import smooth_latency_s, stall_s
 from sim.model.provider import ProviderParams
 
 FIRST = attempt_key(law.MAIN, 1)
@@ -39,8 +39,8 @@ def first_latencies_s(
     """Return what `latency_s` gives for the first attempts of these requests; all arrays have the same length."""
     u = first_uniforms(seed, rows, LATENCY).tolist() if pp.sigma > 0.0 else [0.5] * len(rows)
     times = zip(output.tolist(), recorded_s.tolist(), u, strict=True)
-    latencies_s = [prov.smooth_latency_s(pp, *row) for row in times]
+    latencies_s = [smooth_latency_s(pp, *row) for row in times]
     if pp.stall_ratio > 0.0:
         for i in np.flatnonzero(first_uniforms(seed, rows, STALL) < pp.stall_ratio).tolist():
-            latencies_s[i] += prov.stall_s(pp, seed, int(rows[i]), FIRST)
+            latencies_s[i] += stall_s(pp, seed, int(rows[i]), FIRST)
     return latencies_s

@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from governor.forecast.summary import Grant
 from governor.model.errors import quoted
 from sim.base.arguments import Config, checked
+from sim.model.latency import NOISE_GROUPS, NOISE_KNOTS
 from sim.model.presets import (
     CHECKED_ON,
     DEFAULT_LATENCY,
@@ -39,8 +40,6 @@ from sim.model.provider import (
     DROPS,
     ERRORS,
     HANGS,
-    NOISE_GROUPS,
-    NOISE_KNOTS,
     OUTAGES,
     REFUSAL_REQUESTS,
     REFUSAL_TOKENS,

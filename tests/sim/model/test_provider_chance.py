@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from governor import law
 from sim.model import provider as prov
+from sim.model.latency import latency_s
 from sim.model.provider import TPM, ProviderParams, ProviderState
 from tests.sim.doors import changing, quota, taken
 
@@ -136,21 +137,21 @@ def farthest(sample: list[float], cdf: Callable[[float], float]) -> float:
 def test_latency_is_first_token_plus_tokens_times_a_log_normal_factor(seed: int) -> None:
     pp = quota(first_token_s=0.4, per_token_s=0.02, sigma=0.3)
     base_s = 0.4 + 0.02 * 150
-    sample = [prov.latency_s(pp, seed, request, 1, 150.0, -1.0) for request in range(20_000)]
+    sample = [latency_s(pp, seed, request, 1, 150.0, -1.0) for request in range(20_000)]
     normal = NormalDist(math.log(base_s), 0.3)
     assert farthest(sample, lambda s: normal.cdf(math.log(s))) < KS_FACTOR / math.sqrt(len(sample))
 
 
 def test_latency_without_noise_is_exact_and_a_recorded_time_takes_its_place() -> None:
     pp = quota(first_token_s=0.5, per_token_s=0.25, sigma=0.0)
-    assert [prov.latency_s(pp, 1, 2, 1, n, -1.0) for n in (0.0, 1.0, 10.0)] == [0.5, 0.75, 3.0]
-    assert prov.latency_s(quota(sigma=0.3), 1, 2, 1, 500.0, 7.5) == 7.5
-    assert prov.latency_s(quota(sigma=0.3), 1, 2, 1, 500.0, 0.0) == 0.0
+    assert [latency_s(pp, 1, 2, 1, n, -1.0) for n in (0.0, 1.0, 10.0)] == [0.5, 0.75, 3.0]
+    assert latency_s(quota(sigma=0.3), 1, 2, 1, 500.0, 7.5) == 7.5
+    assert latency_s(quota(sigma=0.3), 1, 2, 1, 500.0, 0.0) == 0.0
 
 
 def test_stalls_are_rare_uniform_and_on_top(seed: int) -> None:
     pp = quota(first_token_s=1.0, per_token_s=0.0, stall_ratio=0.1, stall_min_s=10.0, stall_max_s=60.0)
-    sample = [prov.latency_s(pp, seed, request, 1, 100.0, -1.0) - 1.0 for request in range(20_000)]
+    sample = [latency_s(pp, seed, request, 1, 100.0, -1.0) - 1.0 for request in range(20_000)]
     stalls = [s for s in sample if s > 0.0]
     assert len(stalls) == pytest.approx(2_000, abs=5.5 * math.sqrt(20_000 * 0.1 * 0.9))
     assert farthest(stalls, lambda s: (s - 10.0) / 50.0) < KS_FACTOR / math.sqrt(len(stalls))
