@@ -25,7 +25,7 @@ from __future__ import annotations
 import fnmatch
 import ipaddress
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from governor.model.errors import BadInput, BadSetting, quoted
 from governor.model.estimate import kind_of
 from governor.model.files import only_keys, read_yaml
 from governor.model.policy import KNOB_BY_ENV, Policy
+from governor.model.work import Sender
 
 DEFAULT = "default"
 KEY = "OPENAI_API_KEY"
@@ -110,6 +111,9 @@ class Pool:
                 "deployment": self.azure.deployment,
             },
         }
+
+
+Connect = Callable[[Pool], Sender]
 
 
 def default_pools(policy: Policy, environment: Mapping[str, str], base_url: str = "") -> tuple[Pool, ...]:

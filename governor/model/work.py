@@ -180,6 +180,16 @@ class Job(Scheduled):
         self.granted: asyncio.Future[bool] | None = None
 
 
+class Sender(Protocol):
+    """Sends the attempts of one pool."""
+
+    def __call__(self, job: Job, timeout_s: float) -> Awaitable[Answer]:
+        """Send one attempt; see `Send`."""
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+
+
 def attempt_of(job: Job, pool: str, answer: Answer, now: float, failure: str) -> Attempt:
     """Return the row of an attempt that has just ended."""
     request = job.request

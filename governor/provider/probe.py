@@ -31,8 +31,7 @@ from governor.model.errors import PacelineError
 from governor.model.estimate import CHAT, Sizes, charge_of, sizes_of
 from governor.model.prices import Price, Usage
 from governor.model.requests import Answer, Limit, Outcome, Request, Scope, url_of
-from governor.model.work import Job, Work
-from governor.provider.sending import Sender
+from governor.model.work import Job, Sender, Work
 
 TIMEOUT_S = 120.0
 TINY = 16

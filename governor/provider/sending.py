@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Protocol
+from collections.abc import Mapping
 
 from governor.law import FINALIZE
 from governor.model.keyed import attempt_key
-from governor.model.pools import Pool
+from governor.model.pools import Connect, Pool
 from governor.model.requests import Answer
-from governor.model.work import Job
+from governor.model.work import Job, Sender
 from governor.provider.openai_adapter import Adapter, capped
-
-
-class Sender(Protocol):
-    """Sends the attempts of one pool."""
-
-    def __call__(self, job: Job, timeout_s: float) -> Awaitable[Answer]:
-        """Send one attempt; see `work.Send`."""
-
-    async def aclose(self) -> None:
-        """Close all connections."""
-
-
-Connect = Callable[[Pool], Sender]
 
 
 class PoolSender:

@@ -37,11 +37,10 @@ from governor.model.errors import BadSetting, FailureCode, PacelineError, quoted
 from governor.model.estimate import TOKENS_PER_FILE
 from governor.model.files import check_writable
 from governor.model.policy import Policy
-from governor.model.pools import Pool, key_of
+from governor.model.pools import Connect, Pool, key_of
 from governor.model.prices import Prices, Spent
 from governor.model.words import duration, plural
 from governor.model.work import reserve_of
-from governor.provider.sending import Connect
 from governor.run.account import grant_of, lines_of, merged, spent_before, summary_of
 from governor.run.intake import BatchBegun, prepare
 from governor.run.live import ACCOUNT, CANARY, MAX_COST, REFUSED, Ended, Leg, LiveRun

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from governor.model.estimate import CHAT, sizes_of
-from governor.model.pools import Pool, key_of
+from governor.model.pools import Connect, Pool, key_of
 from governor.model.requests import Answer, Outcome, Request, Scope, url_of
 from governor.model.words import duration
 from governor.model.work import Job, Work
-from governor.provider.sending import Connect
 from governor.telemetry.watch import limit_text
 
 TIMEOUT_S = 30.0

@@ -20,11 +20,10 @@ from governor.forecast.summary import Tally
 from governor.journal.journal import Journal
 from governor.model.errors import BadInput, FailureCode
 from governor.model.policy import Policy
-from governor.model.pools import Pool
+from governor.model.pools import Connect, Pool
 from governor.model.prices import Spent, dollars_text
 from governor.model.words import duration, plural
 from governor.model.work import Work, work_of
-from governor.provider.sending import Connect
 from governor.run.longwaits import FINISH_BY, STOP_AFTER, held_text, too_late, too_late_text
 from governor.run.pool_run import Manner, PoolRun, Said, learner_of, pool_run
 from governor.run.steer import Commands, Signals, answered

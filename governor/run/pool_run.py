@@ -19,8 +19,7 @@ from governor.model.policy import Policy
 from governor.model.pools import Pool
 from governor.model.prices import Spent
 from governor.model.requests import Answer, Attempt, Outcome, Request
-from governor.model.work import Job, Observer
-from governor.provider.sending import Sender
+from governor.model.work import Job, Observer, Sender
 from governor.run.account import line_of
 from governor.run.longwaits import LongWaits
 from governor.run.outputs import Follow

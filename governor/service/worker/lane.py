@@ -24,9 +24,9 @@ from governor.model.pools import Pool
 from governor.model.prices import Spent
 from governor.model.requests import CAUSES, Answer, Attempt, Outcome, Request
 from governor.model.words import duration, moment_text
-from governor.model.work import Job, Observer
+from governor.model.work import Job, Observer, Sender
 from governor.provider.openai_adapter import capped
-from governor.provider.sending import PoolSender, Sender
+from governor.provider.sending import PoolSender
 from governor.run.longwaits import LongWaits
 from governor.run.pool_run import Manner, governor_of
 from governor.scheduler.driver import Governor
