@@ -1,12 +1,10 @@
-"""Any `async def call(prompt)` under the governor: LangChain, LiteLLM, or one's own. Neither of them is needed here.
+"""Any `async def call(prompt)` under the governor, where `governed` finds no httpx client.
 
-    LangChain   ask = governed(governor, ChatOpenAI(model="gpt-4o-mini", max_retries=0).ainvoke, reserve=reserve)
-    LiteLLM     async def call(prompt): return await litellm.acompletion(
-                    model="gpt-4o-mini", messages=[{"role": "user", "content": prompt}], num_retries=0)
-                ask = governed(governor, call, reserve=reserve, used=lambda answer: answer.usage.total_tokens)
+For OpenAI, Anthropic, LangChain, LiteLLM, Pydantic AI and whatever else is built on httpx, `governed(client)` is all it
+takes: see langchain_model.py, pydantic_ai_agent.py and openai_agents.py.
 
-Then `await ask(prompt)` in place of `await call(prompt)`. Their own retries must be off, as above. An exception with a
-`response` (the SDK's, LiteLLM's) is read as `paceline run` reads it; any other is the caller's.
+Write `await ask(prompt)` in place of `await call(prompt)`, and switch off the client's own retries. An exception with a
+`response` is read as `paceline run` reads it; any other is passed on to the caller.
 """
 
 import asyncio
@@ -25,8 +23,8 @@ TOO_FAST = (Outcome.THROTTLED, Outcome.SLOW_DOWN)
 MAY_PASS = (Outcome.OVERLOADED, Outcome.SERVER_ERROR)
 
 
-def governed(governor: Governor, call: Call, *, reserve: Callable[[str], float], used: Any = None) -> Call:
-    """`call`, sent when the governor lets it. `reserve(prompt)`, `used(answer)`: tokens, prompt and output."""
+def paced(governor: Governor, call: Call, *, reserve: Callable[[str], float], used: Any = None) -> Call:
+    """Return `call`, sent when the governor permits. `reserve(prompt)`, `used(answer)`: tokens, prompt and output."""
 
     async def ask(prompt: str) -> Any:
         async with governor.permit(reserve(prompt)) as permit:
@@ -49,13 +47,13 @@ def governed(governor: Governor, call: Call, *, reserve: Callable[[str], float],
 
 
 async def main() -> None:
-    async def call(prompt: str) -> str:  # stands for anybody's client
+    async def call(prompt: str) -> str:  # stands in for any client
         answer = await client.responses.create(model="gpt-4o-mini", input=prompt, max_output_tokens=200)
         return answer.output_text
 
     async with AsyncOpenAI(max_retries=0) as client:
         governor = governor_from_env(os.environ)
-        ask = governed(governor, call, reserve=lambda prompt: len(prompt) / 4 + 200)
+        ask = paced(governor, call, reserve=lambda prompt: len(prompt) / 4 + 200)
         for answer in await asyncio.gather(*(ask(f"Say the number {n} in French.") for n in range(10))):
             print(answer)
         await governor.aclose()
