@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperCommand
 
 from governor.model.errors import BadInput, BadSetting
+from governor.model.estimate import WHOLE_MAX
 from governor.model.words import counting
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ FileTokens = Annotated[
     int,
     typer.Option(
         metavar="N",
-        parser=counting(),
+        parser=counting(high=WHOLE_MAX),
         help="Tokens assumed for each file and the like that a request only points to.",
     ),
 ]

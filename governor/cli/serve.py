@@ -11,6 +11,7 @@ from governor.cli.run import (
     Assignments,
     BaseUrl,
     EnvFile,
+    FileTokens,
     PoolsFile,
     Rpm,
     ScenarioFile,
@@ -66,6 +67,7 @@ def serve(
         str, typer.Option(metavar="30s", help="How long requests in flight may end after Ctrl-C or SIGTERM.")
     ] = "30s",
     max_upload_mb: Annotated[int, typer.Option(metavar="MB", min=1, max=10_000, help="The largest batch file.")] = 512,
+    file_tokens: FileTokens = "5k",  # type: ignore[assignment]
     require_token: Annotated[bool, typer.Option("--require-token", help="Ask for a token on loopback, too.")] = False,
     time_scale: Annotated[
         float, typer.Option(metavar="X", min=0.001, max=1_000.0, help="A clock X times as fast, for rehearsals.")
@@ -106,6 +108,7 @@ def serve(
         lease_s=lease_s,
         grace_s=seconds_of(grace, "--grace"),
         upload_bytes=max_upload_mb * 2**20,
+        file_tokens=file_tokens,
         require_token=require_token,
         time_scale=time_scale,
         redis=redis_url(environment),

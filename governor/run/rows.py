@@ -20,6 +20,7 @@ from typing import Any, TextIO
 
 from governor.journal.journal import Journal
 from governor.model.errors import BadInput, BadSetting, BudgetExhausted, PacelineError, QuotaExhausted, Refused, quoted
+from governor.model.estimate import TOKENS_PER_FILE, WHOLE_MAX
 from governor.model.files import why
 from governor.model.policy import Policy
 from governor.model.pools import checked_url, default_pools
@@ -77,6 +78,7 @@ def run_batch(
     retry_failed: bool = False,
     resend_changed: bool = False,
     skip_oversized: bool = False,
+    file_tokens: int = TOKENS_PER_FILE,
     yes: bool = False,
     progress: bool = True,
     time_scale: float = 1.0,
@@ -100,6 +102,8 @@ def run_batch(
     url = url if url.startswith("/v1/") else f"/v1{url}"
     if endpoint_of(url) < 0:
         raise BadSetting(f"url {quoted(url)} is none that a batch can have: use one of {', '.join(URLS)}")
+    if type(file_tokens) is not int or not 0 <= file_tokens <= WHOLE_MAX:
+        raise BadSetting(f"file_tokens {file_tokens!r}: a whole number of tokens from 0 to {WHOLE_MAX:,}")
     settings = policy or policy_of(None, environment=environment)
     where = str(os.fspath(journal))
     orders = Orders(
@@ -112,6 +116,7 @@ def run_batch(
         manner=Manner(max_cost=max_cost, insist=yes, time_scale=time_scale, redis=redis_url(environment)),
         yes=yes,
         skip_oversized=skip_oversized,
+        file_tokens=file_tokens,
         retry_failed="" if retry_failed else None,
         resend_changed=resend_changed,
     )

@@ -9,6 +9,7 @@ from datetime import date
 from typing import Any, Protocol
 
 from governor.forecast.forecast import Outlook
+from governor.model.estimate import TOKENS_PER_FILE
 from governor.model.pools import Pool
 from governor.model.prices import Prices
 
@@ -31,7 +32,8 @@ class ServiceConfig:
     """The service's options. `forecast`, `what_if`: simulators, None = there is none.
 
     `lease_s`: how long a silent replica keeps its batches. `upload_bytes`: the largest batch file; `body_bytes`: the
-    largest of any other request. `require_token`: also on loopback. `time_scale`: as in a run. `redis`: the URL of the
+    largest of any other request. `file_tokens`: assumed for each file and the like that a request only points to, in
+    batches and what-if questions. `require_token`: also on loopback. `time_scale`: as in a run. `redis`: the URL of the
     Redis that shares the quota with other processes, "" = it is not shared.
     """
 
@@ -47,6 +49,7 @@ class ServiceConfig:
     grace_s: float = 30.0
     upload_bytes: int = 512 * MIB
     body_bytes: int = 8 * MIB
+    file_tokens: int = TOKENS_PER_FILE
     require_token: bool = False
     time_scale: float = 1.0
     redis: str = field(default="", repr=False)

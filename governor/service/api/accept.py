@@ -139,7 +139,7 @@ class Incoming:
 
     def _requests(self) -> Iterator[Request]:
         runs = self._runs
-        for request in read_requests(self._measured(), self._name):
+        for request in read_requests(self._measured(), self._name, file_tokens=self._worker.config.file_tokens):
             if runs is None:
                 yield request
                 continue

@@ -50,7 +50,7 @@ def question_of(body: WhatIf, row: BatchRow | None, service: Service) -> dict[st
     if row is not None:
         rows = _recorded(service, row, pool)
     elif body.lines is not None:
-        rows = _sent(body.lines)
+        rows = _sent(body.lines, service.config.file_tokens)
     else:
         assert body.shape is not None
         rows = _shaped(body.shape)
@@ -85,11 +85,11 @@ def _shaped(shape: Shape) -> dict[str, Any]:
     return _columns(((sizes, output, -1.0) for _ in range(shape.requests)), shape.model)
 
 
-def _sent(lines: list[dict[str, Any]]) -> dict[str, Any]:
+def _sent(lines: list[dict[str, Any]], file_tokens: int) -> dict[str, Any]:
     models: dict[str, int] = {}
 
     def rows() -> Iterable[tuple[Sizes, int, float]]:
-        for request in read_requests(map(to_json, lines), "lines", keep_body=False):
+        for request in read_requests(map(to_json, lines), "lines", keep_body=False, file_tokens=file_tokens):
             models[request.model] = models.get(request.model, 0) + 1
             yield request.sizes, -1, -1.0
 

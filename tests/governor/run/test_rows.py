@@ -149,6 +149,14 @@ def test_an_async_iterator_needs_a_loop_and_a_url_must_be_one(server: Running, t
         run_batch_sync(rows(), **options(server, tmp_path))
     with pytest.raises(BadSetting, match="/v1/audio"):
         run_batch_sync(ROWS, **options(server, tmp_path, url="/v1/audio"))
+    with pytest.raises(BadSetting, match="file_tokens -1"):
+        run_batch_sync(ROWS, **options(server, tmp_path, file_tokens=-1))
+    # More than any limit: refused with the figure before anything is sent.
+    file = {"type": "input_file", "file_id": "file-abc"}
+    row = {"input": [{"role": "user", "content": [file]}], "model": "gpt-4o-mini"}
+    with pytest.raises(PacelineError, match=r"2,000,0\d\d,\d\d\d tokens"):
+        run_batch_sync([row], **options(server, tmp_path, url="/responses", file_tokens=2_000_000_000))
+    assert server.stats()["requests"] == 0
 
 
 def test_failures_are_results_and_a_budget_is_an_error(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from governor.model.prices import SHIPPED, read_prices
 from governor.service.api import accept
 from governor.service.api.accept import BatchSpec, Incoming, PoolVerdict
 from governor.service.api.auth import Authority, RequestGuard
+from governor.service.api.whatif import _sent
 from governor.service.config import ServiceConfig
 from governor.service.errors import ApiError
 from governor.service.store import base
@@ -56,7 +57,7 @@ def replica(migrated: Path, tmp_path: Path) -> Iterator[Worker]:
         store=store,
         ledger=Ledger(store),
         policies=Policies(pools, store),
-        config=SimpleNamespace(pools=pools, upload_bytes=10**8),
+        config=SimpleNamespace(pools=pools, upload_bytes=10**8, file_tokens=9_000),
         replica=store.join("one", 30.0),
     )
     yield cast(Worker, found)
@@ -77,6 +78,16 @@ def accepted(made: Incoming, key: Key | None = None) -> Any:
 
 def counts(replica: Worker, number: int) -> int:
     return int(replica.ledger.records(number).counts().requests)
+
+
+def test_a_file_counts_as_the_services_setting_says(replica: Worker) -> None:
+    file = {"type": "input_file", "file_id": "file-abc"}
+    body = {"model": "m", "input": [{"role": "user", "content": [file]}], "max_output_tokens": 10}
+    lines = [{"custom_id": "a", "method": "POST", "url": "/v1/responses", "body": body}]
+    made = Incoming(replica, BatchSpec(who="me"))
+    made.read(lambda: map(json.dumps, lines), "batch")
+    asked = _sent(lines, replica.config.file_tokens)["sizes"]
+    assert made._buffer[0].request.sizes.chars == asked["chars"][0] == 4 * 9_000
 
 
 def test_the_loser_of_two_with_one_key_leaves_the_next_batch_alone(replica: Worker) -> None:
