@@ -57,7 +57,7 @@ DISTRIBUTIONS = {
 # Who may use what beyond the base (governor) and beyond base + `sim` (sim): the extra that a module needs.
 MODULE_EXTRAS = {
     "governor/run/rows.py": {"sim"},  # `to_frame`
-    "sim/serving/server.py": {"server"},
+    **{f"sim/serving/{name}.py": {"server"} for name in ("batches", "server")},
     "sim/experiment/ray_side.py": {"ray"},
     "governor/telemetry/tracing.py": {"otel"},
     "sim/reporting/sliders.py": {"notebook"},

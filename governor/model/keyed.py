@@ -28,6 +28,8 @@ OUTPUT_LENGTH = 10
 ARRIVAL = 11
 RESAMPLE = 12
 SEARCH = 13
+BATCH_TURNAROUND = 14
+BATCH_LINE = 15
 
 
 def keyed_uniform(seed: int, request: int, attempt: int, purpose: int) -> float:

@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from governor.forecast.summary import Grant
 from governor.model.errors import quoted
 from sim.base.arguments import Config, checked
+from sim.model.batches import BatchApi
 from sim.model.latency import NOISE_GROUPS, NOISE_KNOTS
 from sim.model.presets import (
     CHECKED_ON,
@@ -233,8 +234,8 @@ class ProviderConfig(Config):
     the first request on; as a sliding log; or as a bucket, whose capacity is the limit over `burst_s`. `charged`: at
     admission, or by real use at the answer. `failed_requests_count`: whether refusals count, or the only limit that
     they count against. `retry_after`: a number states the same seconds always. `header_names`: the names under which
-    counts are stated. `day_*_used`: use of the daily limits before the run. `learnt`: inputs (names as in `provenance`)
-    that were learnt from a log, and `learnt_from`: that log's name.
+    counts are stated. `day_*_used`: use of the daily limits before the run. `batch_api`: see `batches`. `learnt`:
+    inputs (names as in `provenance`) that were learnt from a log, and `learnt_from`: that log's name.
     """
 
     preset: str = ""
@@ -268,6 +269,7 @@ class ProviderConfig(Config):
     cotenant: Cotenant = Cotenant()
     faults: FaultRatios = FaultRatios()
     latency: Latency = Latency(preset=DEFAULT_LATENCY)
+    batch_api: BatchApi = BatchApi()
     learnt: Annotated[tuple[str, ...], Field(strict=False)] = ()
     learnt_from: str = ""
 

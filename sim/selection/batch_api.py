@@ -24,14 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from governor.model.prices import PER, Prices
+from sim.model.batches import EXPIRES_S, FILE_LINES, TURNAROUND_S
 from sim.model.synthetic import sigma_of
 from sim.scenario.scenario import Scenario
 from sim.selection.capacity import Search
-from sim.selection.split import FILE_LINES, usable_tokens
+from sim.selection.split import usable_tokens
 
-EXPIRES_S = 86_400.0
-# Assumed where nothing is given: nobody publishes it.
-TURNAROUND_S = (4 * 3_600.0, 20 * 3_600.0)
 DISCOUNT = 0.5
 DRAWS = 20_000
 SHARES = tuple(i / 20 for i in range(1, 20))

@@ -31,9 +31,9 @@ import numpy as np
 from governor.model.errors import BadInput, quoted
 from governor.model.estimate import TOKENS_PER_FILE
 from governor.model.requests import Request, Unseen, read_requests
+from sim.model.batches import FILE_BYTES, FILE_LINES
 from sim.scenario.readers import BATCH, Source
 
-FILE_LINES, FILE_BYTES = 50_000, 200_000_000
 # Left free of the queue: estimates of English text are off by some 10 % (docs/explanation/provider.md#sizes).
 HEADROOM = 0.15
 LIVE = "live.jsonl"

@@ -26,7 +26,7 @@ from typing import Any
 
 from governor.model.errors import BadInput
 from governor.model.estimate import CHAT, COMPLETIONS, EMBEDDINGS, MESSAGES, RESPONSES, Sizes, charge_of, sizes_of
-from governor.model.keyed import OUTPUT_LENGTH, keyed_uniform, normal_quantile
+from governor.model.keyed import FAULT, OUTPUT_LENGTH, keyed_uniform, normal_quantile
 from governor.model.requests import MESSAGES_URL, URLS
 from sim.model import provider as prov
 from sim.model.faults import Event, Trouble
@@ -250,7 +250,7 @@ class Desk:
         pp, ps = self.pp, self.ps
         prov.advanced(pp, ps, self.seed, now)
         try:
-            call = self._call(endpoint, headers, raw)
+            call = self._call(endpoint, headers, _parsed(raw))
         except BadInput as error:
             body = _words(endpoint).error_body(error.reason, "invalid_request_error")
             return self._refusal(endpoint, "bad_request", body)
@@ -261,8 +261,7 @@ class Desk:
         used_before = list(ps.used)
         sizes = call.sizes
         charge = charge_of(self.config.charge_rule, sizes, self.fixed_charge, self.config.as_of)
-        cap = sizes.max_tokens * sizes.n
-        output = min(call.output_tokens, cap) if cap > 0 else call.output_tokens
+        output = _cut(call)
         outcome, service_s, d, wait_s = prov.answered(
             pp, ps, self.seed, call.request, call.attempt, float(charge), float(output), -1.0, now
         )
@@ -279,14 +278,23 @@ class Desk:
         event = self.trouble.strikes(False, *keys)
         return reply if event is None else self._spoiled(event, reply)
 
-    def _call(self, endpoint: int, headers: dict[bytes, bytes], raw: bytes) -> Call:
-        """The attempt that a request's bytes make. BadInput for what no endpoint could take."""
+    def batch_reply(self, endpoint: int, body: dict[str, Any]) -> tuple[Reply, int]:
+        """The answer to a line of a Batch file, and its input tokens (0 of what no endpoint could take).
+
+        It is the one that the same request would get live, drawn in the same way, but for limits and time: nothing is
+        charged, and a lost connection has no meaning.
+        """
         try:
-            body = json.loads(raw)
-        except (ValueError, RecursionError):
-            raise BadInput("We could not parse the JSON body of your request.") from None
-        if not isinstance(body, dict):
-            raise BadInput("The JSON body of a request must be an object.")
+            call = self._call(endpoint, {}, body)
+        except BadInput as error:
+            return self._refusal(endpoint, "bad_request", wire.error_body(error.reason, "invalid_request_error")), 0
+        tokens = call.sizes.prompt_tokens
+        if keyed_uniform(self.seed, call.request, call.attempt, FAULT) < self.pp.error_ratio:
+            return self._server_error(endpoint, 500, 0.0), tokens
+        return self._answer(call, _cut(call), 0, 0.0), tokens
+
+    def _call(self, endpoint: int, headers: dict[bytes, bytes], body: dict[str, Any]) -> Call:
+        """The attempt that a request makes. BadInput for what no endpoint could take."""
         model = body.get("model") or (STORED_MODEL if endpoint == RESPONSES and body.get("prompt") else None)
         if not isinstance(model, str) or not model:
             raise BadInput("you must provide a model parameter")
@@ -430,6 +438,22 @@ class Desk:
         else:
             reply.outcome = "malformed"
         return reply
+
+
+def _parsed(raw: bytes) -> dict[str, Any]:
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise BadInput("We could not parse the JSON body of your request.") from None
+    if not isinstance(body, dict):
+        raise BadInput("The JSON body of a request must be an object.")
+    return body
+
+
+def _cut(call: Call) -> int:
+    """Tokens of the answer, over all that were asked for, after its cap."""
+    cap = call.sizes.max_tokens * call.sizes.n
+    return min(call.output_tokens, cap) if cap > 0 else call.output_tokens
 
 
 def _dimensions(value: object) -> int:

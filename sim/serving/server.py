@@ -31,6 +31,7 @@ from typing import Any, Literal, Self
 from urllib.request import urlopen
 
 import uvicorn
+from starlette.requests import ClientDisconnect, Request
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from governor.model.errors import BadSetting
@@ -38,6 +39,7 @@ from sim.base.arguments import checked
 from sim.model.faults import Event, Faults, read_faults
 from sim.model.provider_config import ProviderConfig
 from sim.serving import wire
+from sim.serving.batches import PREFIXES, BatchDesk
 from sim.serving.replies import DROPPED, FIXED_CHARGE, PATHS, TRUNCATED, Desk, Reply
 
 HOST = "127.0.0.1"
@@ -86,15 +88,26 @@ class Provider:
     def reset(self) -> None:
         """Starts anew: buckets as at first, no memory, the clock stands until the next request (`POST /_reset`)."""
         self.desk = Desk(self.config, **self._made_from)
+        self.batches = BatchDesk(self.desk)
         self.zero: float | None = None
+        self.epoch_s = 0.0
 
     def now(self) -> float:
         """The provider's clock: seconds since its first request, times the scale; 0 before it."""
         return 0.0 if self.zero is None else (self.clock() - self.zero) * self.time_scale
 
+    def _arrived(self) -> tuple[float, float]:
+        """Now, and when the provider's clock began, by the machine's; the first arrival begins it."""
+        now = self.clock()
+        if self.zero is None:
+            self.zero = now
+            self.epoch_s = time.time()
+        return now, self.zero
+
     def stats(self) -> dict[str, Any]:
-        """The counts of `Desk.stats`, and the clock: what `GET /_stats` prints."""
-        return {**self.desk.stats(), "now_s": self.now(), "time_scale": self.time_scale}
+        """The counts of `Desk.stats` and `BatchDesk.stats`, and the clock: what `GET /_stats` prints."""
+        now = self.now()
+        return {**self.desk.stats(), **self.batches.stats(now), "now_s": now, "time_scale": self.time_scale}
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """One HTTP request."""
@@ -104,6 +117,8 @@ class Provider:
             path = f"/v1{found[1]}"
         if method == "POST" and path in _ENDPOINTS:
             await self._serve_attempt(_ENDPOINTS[path], scope, receive, send)
+        elif path.startswith(PREFIXES):
+            await self._serve_batches(path, scope, receive, send)
         elif method == "GET" and path == "/_stats":
             await _sent(send, 200, json.dumps(self.stats()).encode())
         elif method == "POST" and path == "/_reset":
@@ -114,6 +129,22 @@ class Provider:
         else:
             await _sent(send, 404, wire.error_body(f"Invalid URL ({method} {path})", "invalid_request_error"))
 
+    async def _serve_batches(self, path: str, scope: Any, receive: Any, send: Any) -> None:
+        """A request of the Batch API."""
+        # Bound here, as below.
+        _, zero = self._arrived()
+        batches, scale, epoch_s = self.batches, self.desk.scale, self.epoch_s
+        try:
+            status, body, content_type = await batches.answer(
+                Request(scope, receive),
+                path,
+                lambda: (self.clock() - zero) * self.time_scale,
+                lambda at_s: int(epoch_s + at_s / scale),
+            )
+        except ClientDisconnect:
+            return
+        await _sent(send, status, body, content_type)
+
     async def _serve_attempt(self, endpoint: int, scope: Any, receive: Any, send: Any) -> None:
         """An API request: decided on arrival, answered when its time has come."""
         raw = await _read(receive)
@@ -121,10 +152,7 @@ class Provider:
             return
         # Bound here: a reset while this waits must not mix two runs.
         desk = self.desk
-        arrived = self.clock()
-        if self.zero is None:
-            self.zero = arrived
-        zero = self.zero
+        arrived, zero = self._arrived()
         now = (arrived - zero) * self.time_scale
         headers = dict(scope["headers"])
         number = desk.came(endpoint, headers, now)
@@ -217,8 +245,8 @@ async def _read(receive: Any) -> bytes | None:
             return b"".join(parts) if len(parts) > 1 else parts[0]
 
 
-async def _sent(send: Any, status: int, body: bytes) -> None:
-    headers = [(b"content-type", wire.JSON), (b"content-length", b"%d" % len(body))]
+async def _sent(send: Any, status: int, body: bytes, content_type: bytes = wire.JSON) -> None:
+    headers = [(b"content-type", content_type), (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
