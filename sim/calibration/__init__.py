@@ -1,1 +1,1 @@
-"""Logs and journals into input models."""
+"""Calibration: input models from logs and journals."""

@@ -1,9 +1,10 @@
-"""Logs of real requests into a scenario: what was fitted, with intervals, and what the data cannot tell.
+"""Calibrate a scenario from logs of real requests: fitted figures with intervals, and what the data cannot determine.
 
-The workload is empirical: whole rows as they were, prompts and answers together, with their arrivals. Answer times are
+The workload is empirical: whole rows as recorded, prompts and answers together, with their arrivals. Answer times are
 drawn anew in every run, from the fitted line and the noise that predicts best (`fits.noise`): a run that repeated the
 recorded times would show no spread at all. The rest of the provider is the fitted figures, each with its interval;
-what the log cannot tell keeps the default, and is said. What the log has narrowed, plans draw from narrower ranges.
+figures that the log cannot determine keep the default and are marked so. Plans draw from the ranges that the log has
+narrowed.
 """
 
 from __future__ import annotations
@@ -37,17 +38,17 @@ from sim.scenario.scenario_file import FileSource
 from sim.scenario.unknowns import Unknowns
 
 Real = NDArray[np.float64]
-# Runs of the forecast; its ends are quantiles of as many draws.
+# Runs of the forecast; its ends are quantiles of this many draws.
 DRAWS = 40
 NORMAL_95 = 1.96
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """A scenario and where its figures come from. `scenario.source` is standard input's until it is written.
+    """A calibrated scenario and the source of each figure. `scenario.source` is standard input until it is written.
 
-    `prompts`, `outputs`: parametric families beside the empirical lengths, best first. `correlation`: Spearman's, of
-    prompt and answer. `unknowns`: what plans of it should still draw.
+    `prompts`, `outputs`: parametric families fitted to the empirical lengths, best first. `correlation`: Spearman's, of
+    prompt and answer lengths. `unknowns`: ranges from which plans should still draw.
     """
 
     scenario: Scenario
@@ -65,12 +66,12 @@ class Calibration:
         return next(figure for figure in self.figures if figure.name == name)
 
     def write(self, path: str | Path) -> Scenario:
-        """Writes scenario.yaml, with what plans should draw, and beside it its rows as scenario.workload.csv."""
+        """Write scenario.yaml, with the ranges that plans should draw from, and its rows as scenario.workload.csv."""
         draws = {"plan": {"unknowns": self.unknowns.model_dump(mode="json", exclude_defaults=True)}}
         return self.scenario.write(path, more=yaml.safe_dump(draws, sort_keys=False))
 
     def to_json_dict(self) -> dict[str, Any]:
-        """What `--json` prints."""
+        """Return the object that `--json` prints."""
         names = ("name", "value", "low", "high", "unit", "how", "default")
         return {
             "attempts": len(self.observed),
@@ -88,7 +89,7 @@ class Calibration:
 
 
 def read_sources(paths: Sequence[str], columns: Mapping[str, str]) -> Observed:
-    """The attempts in all the sources. BadInput, in one line, for the first thing that is wrong."""
+    """Return the attempts in all the sources. Raise BadInput, in one line, for the first error."""
     return pooled([_read(path, columns) for path in paths])
 
 
@@ -104,13 +105,14 @@ def _read(path: str, columns: Mapping[str, str]) -> Observed:
 
 
 def calibrate(observed: Observed, *, base: ProviderConfig | None = None, policy: Policy | None = None) -> Calibration:
-    """What the attempts teach. `base`: the provider whose values are left where the data cannot tell.
+    """Calibrate a scenario from the attempts.
 
-    `policy`: of the scenario; that of the journal if not given, else the guardrails' defaults under the fitted limits.
+    `base`: the provider whose values are kept if the data cannot determine them. `policy`: the scenario's policy; by
+    default the journal's, else the guardrails' defaults under the fitted limits.
     """
     base = base or _believed(observed.policy)
     rows = observed.rows()
-    # Finalize passes are answers, too; what was answered twice tells of time twice.
+    # Finalize passes are answers too; a request answered twice provides two times.
     done = observed.answered
     times = fits.latency(
         observed.tries.output_tokens[done].astype(np.float64), observed.took_s[done], observed.first_s[done]
@@ -154,7 +156,7 @@ def calibrate(observed: Observed, *, base: ProviderConfig | None = None, policy:
 
 
 def _believed(policy: Policy | None) -> ProviderConfig:
-    """What is taken for true where neither log nor user says it: limits and charge rule of the run's settings."""
+    """Return the provider assumed if neither log nor user states it: limits and charge rule of the run's settings."""
     if policy is None:
         return ProviderConfig()
     rule = "auto" if policy.charge_rule in ("fixed", "learned") else policy.charge_rule
@@ -208,7 +210,7 @@ def _arrivals(come: ArrivalFit | None, observed: Observed) -> tuple[Figure, ...]
     return (unknown("arrivals", None, why, "per s"),)
 
 
-# The provider's inputs, as its `provenance` names them, by the figures that they are learnt with.
+# The provider's inputs, as its `provenance` names them, by the figures from which they are learnt.
 LEARNT = {
     "limits": "tokens per minute",
     "charge rule": "charge rule",
@@ -222,11 +224,11 @@ LEARNT = {
 
 
 def _counts(observed: Observed) -> str:
-    """On which answers headers state what remains: `none` or `refusals`; "" = on others too, or no header was kept."""
+    """Return which answers state counts in headers: `none` or `refusals`; "" = others too, or no header was kept."""
     stated = (observed.stated[:, [1, 3]] >= 0.0).any(axis=1)
     if (stated & observed.answered).any():
         return ""
-    # A journal keeps what it hears.
+    # A journal keeps every header that it receives.
     return "refusals" if stated.any() else "none" if observed.policy is not None else ""
 
 
@@ -274,7 +276,7 @@ def _provider(base: ProviderConfig, found: QuotaFit, times: LatencyFit | None, o
 
 
 def _unknowns(observed: Observed, answers: NDArray[np.int64], times: LatencyFit | None, found: QuotaFit) -> Unknowns:
-    """What is still unknown of another stretch like this one; the usual ranges where the log cannot tell."""
+    """Return what is still unknown of another stretch like this one; default ranges if the log cannot narrow them."""
     told: dict[str, Any] = {}
     if found["charge rule"].known:
         told["charge_rules"] = False
@@ -295,9 +297,9 @@ def _unknowns(observed: Observed, answers: NDArray[np.int64], times: LatencyFit 
 
 
 def _by_expected(observed: Observed, answers: NDArray[np.int64]) -> Real:
-    """Answers as shares of what requests with such caps get; of a batch in its own order, which tells of time.
+    """Return answer lengths as shares of what requests with such caps get, in order of time (a batch: its own order).
 
-    In that of launches it would tell of the settings: long answers come first where these are launched first.
+    The order of launches would reflect the settings: long answers come first if they are launched first.
     """
     rows = observed.rows()
     rows = rows[observed.answered[rows]]
@@ -324,9 +326,10 @@ def _notes(observed: Observed, found: QuotaFit) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class CalibratedForecast:
-    """What another log of so many requests would show: (median, low, high), 95 % of draws between the two.
+    """A forecast of another log with this many requests: (median, low, high), with 95 % of draws between low and high.
 
-    `tokens_per_min`: prompt and output, over its whole length; None without arrivals. `makespan_s`: of the scenario.
+    `tokens_per_min`: prompt and output, over the log's whole length; None without arrivals. `makespan_s`: the
+    scenario's.
     """
 
     requests: int
@@ -337,10 +340,10 @@ class CalibratedForecast:
 def outlook(
     scenario: Scenario, requests: int = 0, *, draws: int = DRAWS, unknowns: Unknowns | None = None
 ) -> CalibratedForecast:
-    """The forecast for another `requests` requests of the same kind (0 = as many as the scenario has).
+    """Return the forecast for another `requests` requests of the same kind (0 = as many as the scenario has).
 
-    Each draw has other rows (`redrawn`, in stretches by `fits.block_s`), other chance, and another provider, as far as
-    the log left its times, stalls and faults open. `unknowns`: those of the calibration.
+    Each draw has other rows (`redrawn`, in stretches by `fits.block_s`), another seed, and another provider, within
+    what the log left open of its times, stalls and faults. `unknowns`: those of the calibration.
     """
     workload = scenario.workload
     requests = requests or len(workload)
@@ -359,14 +362,14 @@ def outlook(
 
 
 def _refitted(scenario: Scenario, unknowns: Unknowns | None, seed: int) -> ProviderConfig:
-    """The provider as another log of the same kind might have shown it."""
+    """Return the provider as another log of the same kind might have shown it."""
     provider, n = scenario.provider, len(scenario.workload)
     rng = np.random.default_rng(seed)
 
     def share(ratio: float) -> float:
         return float(rng.beta(ratio * n + 0.5, (1.0 - ratio) * n + 0.5)) if ratio > 0.0 else 0.0
 
-    # The range holds the error of this log and that of the next; the latter is in the simulation already.
+    # The range covers the error of this log and of the next; the simulation already includes the latter.
     spread = 0.0 if unknowns is None else float(np.log(unknowns.latency_factor[1])) / NORMAL_95 / 2.0**0.5
     late, faults = provider.latency, provider.faults
     return provider.with_(
@@ -384,17 +387,17 @@ def _refitted(scenario: Scenario, unknowns: Unknowns | None, seed: int) -> Provi
 
 
 def tokens_per_min(workload: Workload) -> float:
-    """Prompt and output tokens per minute of a workload with arrivals, over its whole length."""
+    """Return prompt and output tokens per minute of a workload with arrivals, over its whole length."""
     span_s = float(np.ptp(workload.arrival_s))
     total = float((workload.prompt_tokens + workload.output_tokens).sum())
     return 60.0 * total / span_s if span_s > 0.0 else 0.0
 
 
 def _spread(values: Sequence[float], stretches: int) -> tuple[float, float, float]:
-    """Median and the interval in which another log lies with 95 %: normal in logarithms, whose tails draws lack.
+    """Return the median and the 95 % interval for another log, normal in logarithms because draws lack the tails.
 
-    The draws are as many as one likes, but their variance is known from so many `stretches` of the log only, and is
-    short of theirs by one: Student's t of that many, and the bootstrap's factor.
+    The number of draws is arbitrary, but their variance is known only from the log's `stretches`, and is biased low by
+    one degree of freedom: hence Student's t with that many, and the bootstrap's correction factor.
     """
     logs = np.log(np.maximum(values, 1e-9))
     factor = float(stats.t.ppf(0.975, stretches - 1)) * float(np.sqrt(stretches / (stretches - 1.0)))

@@ -1,15 +1,15 @@
-"""What a log tells of lengths, times and arrivals: estimates with intervals.
+"""Estimates, with intervals, of lengths, times and arrivals from a log.
 
-Each interval holds by itself with 95 % (`benchmarks/bench_coverage.py` measures it). Shares have that of Clopper and
-Pearson, quantiles the exact binomial ranks of the order statistics, and no end where the rows are too few to bound it.
+Each interval by itself covers with 95 % (`benchmarks/bench_coverage.py` measures it). Shares have Clopper and Pearson's
+interval; quantiles use the exact binomial ranks of the order statistics, without an end if there are too few rows.
 
-Latency is the provider's own model (`sim/model/provider.py`): (first token + per token x output) times noise, and now
-and then a stall on top. It is a mixture, fitted by expectation and maximisation: the line by least squares of the
+Latency follows the provider's model (`sim/model/provider.py`): (first token + per token x output) times noise, and
+sometimes a stall on top. It is a mixture, fitted by expectation and maximisation: the line by least squares of the
 logarithms, each answer weighted by its chance of not having stalled (Dempster, Laird and Rubin, 1977); the line's
 interval is that of the weighted least squares, sigma's that of chi-square corrected for the kurtosis of the noise. The
-noise itself is log-normal or resampled from the residuals, in groups of answer length or not: whichever predicts best
-what it was not fitted to (cross-validated log score; a less simple one must be better by two standard errors). The
-rate of arrivals has batch means, which hold for bursty ones, too.
+noise itself is log-normal or resampled from the residuals, with or without groups of answer length: the form that
+predicts held-out data best is used (cross-validated log score; a more complex one must be better by two standard
+errors). The arrival rate uses batch means, which also hold for bursty arrivals.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ Real = NDArray[np.float64]
 EACH = 0.95
 ROUNDS = 60
 SIGMA_LEAST = 1e-4
-# A stall lies so many sigmas above the line, and so many seconds.
+# A stall lies at least this many sigmas, and this many seconds, above the line.
 STALL_SIGMAS = 5.0
 STALL_LEAST_S = 2.0
 LEAST_ANSWERS = 20
 BATCHES = 20
 RESAMPLES = 1_000
-# Gaps in one resample at the most; and the largest spread of their logarithms that is believed.
+# Most gaps in one resample, and the largest credible spread of their logarithms.
 GAPS_MOST, LOG_SPREAD_MOST = 20_000, 2.5
 FOLDS = 5
-# Residuals that a group of answer lengths must have.
+# Fewest residuals in a group of answer lengths.
 GROUP_LEAST = 100
 SCORES = np.linspace(-NOISE_REACH, NOISE_REACH, NOISE_KNOTS)
-# The flattest that a shape may be, in standard deviations per normal score: recorded times are rounded.
+# The flattest allowed shape, in standard deviations per normal score, because recorded times are rounded.
 FLATTEST = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One fitted figure. `value` None: the data cannot tell, and `default` is left.
+    """One fitted figure. `value` None: the data cannot determine it, and `default` is kept.
 
-    `low`, `high`: both None = no interval; one of them = the rows do not bound it on that side. `how`: from what, or
-    why not, in words.
+    `low`, `high`: both None = no interval; one None = the rows do not bound it on that side. `how`: the source or
+    method, or why there is no value, in words.
     """
 
     name: str
@@ -65,30 +65,30 @@ class Figure:
 
     @property
     def known(self) -> bool:
-        """Whether the data could tell."""
+        """Return whether the data could determine the figure."""
         return self.value is not None
 
     @property
     def used(self) -> Any:
-        """What goes into the scenario."""
+        """Return the value that goes into the scenario."""
         return self.value if self.value is not None else self.default
 
 
 def unknown(name: str, default: Any, why: str, unit: str = "") -> Figure:
-    """A figure that the data cannot tell."""
+    """Return a figure that the data cannot determine."""
     return Figure(name, None, None, None, unit, why, default)
 
 
 def share(name: str, hits: int, of: int, how: str) -> Figure:
-    """A share with the interval of Clopper and Pearson."""
+    """Return a share with the interval of Clopper and Pearson."""
     low, high = stats.binomtest(hits, of).proportion_ci(EACH, method="exact")
     return Figure(name, hits / of, float(low), float(high), "", how)
 
 
 def quantile(name: str, values: Real, q: float, unit: str, how: str) -> Figure:
-    """A quantile with its distribution-free interval: order statistics whose ranks a binomial count covers.
+    """Return a quantile with its distribution-free interval: order statistics whose ranks a binomial count covers.
 
-    An end that would have to lie beyond the values (the upper one of P95 below 72 rows) is None.
+    An end that would lie beyond the values (the upper one of P95 below 72 rows) is None.
     """
     ordered = np.sort(values)
     n = len(ordered)
@@ -104,10 +104,10 @@ def quantile(name: str, values: Real, q: float, unit: str, how: str) -> Figure:
 
 
 def factor(values: Real) -> tuple[float, float]:
-    """By how much the mean of as many other values may differ from that of these, as factors: 95 % of such stretches.
+    """Return the factors by which the mean of another stretch of as many values may differ, for 95 % of such stretches.
 
-    `values`, above 0, in order of time. By batch means, which slow drift widens: Student's t, in logarithms, with the
-    variance of both means.
+    `values`: above 0, in order of time, shape (values,). By batch means, which slow drift widens: Student's t, in
+    logarithms, with the variance of both means.
     """
     batches = min(BATCHES, len(values) // 5)
     means = np.log(np.maximum([float(part.mean()) for part in np.array_split(values, batches)], 1e-9))
@@ -133,9 +133,9 @@ FAMILIES = {"log-normal": stats.lognorm, "gamma": stats.gamma, "Weibull": stats.
 
 
 def families(values: NDArray[Any]) -> list[Family]:
-    """The families, best first by Akaike's criterion. Empty where all values are alike.
+    """Return the fitted families, best first by Akaike's criterion. Empty if all values are equal.
 
-    With estimated parameters the KS distance has no simple p-value (Lilliefors), so that none is stated.
+    With estimated parameters the KS distance has no simple p-value (Lilliefors), so none is stated.
     """
     values = np.maximum(values.astype(np.float64), 0.5)
     if len(values) < LEAST_ANSWERS or np.ptp(values) == 0.0:
@@ -169,7 +169,7 @@ class NoiseFit:
 
 
 def noise(x: Real, r: Real) -> NoiseFit:
-    """The shape of residuals `r` (logarithms about the line) of answers of lengths `x`, chosen by cross-validation."""
+    """Return the shape of residuals `r` (logarithms about the line) at lengths `x`, chosen by cross-validation."""
     edges = _edges(x)
     starts = {LOG_NORMAL: None, MEASURED: (0.0,)} | ({BY_LENGTH: edges} if len(edges) > 1 else {})
     held = {name: np.empty(len(r)) for name in starts}
@@ -189,20 +189,20 @@ def noise(x: Real, r: Real) -> NoiseFit:
 
 
 def _edges(x: Real) -> tuple[float, ...]:
-    """Where groups of answer lengths begin: as many as have GROUP_LEAST each, of about one size."""
+    """Return where groups of answer lengths begin: about equal in size, with at least GROUP_LEAST answers each."""
     count = min(NOISE_GROUPS, len(x) // GROUP_LEAST)
     inner = np.unique(np.quantile(x, np.arange(1, count) / count)) if count > 1 else np.empty(0)
     return (0.0, *(float(edge) for edge in inner if (x < edge).sum() >= GROUP_LEAST / 2))
 
 
 def _parts(x: Real, r: Real, begins: tuple[float, ...]) -> list[tuple[float, Real]]:
-    """The residuals of each group that has any."""
+    """Return the residuals of each non-empty group."""
     group = np.searchsorted(begins, x, side="right") - 1
     return [(begin, r[group == i]) for i, begin in enumerate(begins)]
 
 
 def _shape(r: Real) -> Real:
-    """Logarithms of the noise at `SCORES`: the residuals' quantiles, going on beyond them as a normal shape would."""
+    """Return logarithms of the noise at `SCORES`: the residuals' quantiles, extrapolated as a normal shape."""
     ordered, spread = np.sort(r), max(SIGMA_LEAST, float(r.std()))
     at = stats.norm.ppf((np.arange(len(r)) + 0.5) / len(r))
     beyond = spread * (np.minimum(0.0, SCORES - at[0]) + np.maximum(0.0, SCORES - at[-1]))
@@ -214,7 +214,7 @@ def _shape(r: Real) -> Real:
 
 
 def _log_density(x: Real, r: Real, at_x: Real, at_r: Real, begins: tuple[float, ...] | None) -> Real:
-    """Logarithm of the density that residuals `r` of lengths `x` predict for others."""
+    """Return the log density that residuals `r` at lengths `x` predict for residuals `at_r` at `at_x`."""
     if begins is None:
         return np.asarray(stats.norm.logpdf(at_r, 0.0, max(SIGMA_LEAST, math.sqrt(float((r * r).mean())))))
     found = np.empty(len(at_r))
@@ -230,7 +230,7 @@ def _log_density(x: Real, r: Real, at_x: Real, at_r: Real, begins: tuple[float, 
 
 @dataclass(frozen=True, slots=True)
 class LatencyFit:
-    """Figures of the provider's model of time. `stall`: chance that each answer stalled."""
+    """Fitted figures of the provider's latency model. `stall`: each answer's probability of having stalled."""
 
     first_token_s: Figure
     per_token_s: Figure
@@ -242,15 +242,15 @@ class LatencyFit:
     noise: NoiseFit
 
     def line(self, output: Real) -> Real:
-        """The median time of an answer of that length, seconds."""
+        """Return the median time of answers of these lengths, in seconds."""
         found: Real = self.first_token_s.used + self.per_token_s.used * output
         return found
 
 
 def latency(output: Real, took_s: Real, first_s: Real) -> LatencyFit | None:
-    """The model of time of answered attempts; None for fewer than LEAST_ANSWERS times.
+    """Return the latency model of answered attempts; None for fewer than LEAST_ANSWERS times.
 
-    `first_s`: times of first tokens where they were measured, else -1.
+    `first_s`: measured times of first tokens, -1 = not measured. All arrays have shape (answers,).
     """
     usable = took_s > 0.0
     if usable.sum() < LEAST_ANSWERS:
@@ -277,7 +277,7 @@ def latency(output: Real, took_s: Real, first_s: Real) -> LatencyFit | None:
 
 
 def _start(x: Real, y: Real, tied: bool) -> tuple[float, float]:
-    """A line that a few stalls do not move: least absolute-like residuals of the logarithms."""
+    """Return a line that a few stalls do not move: a robust fit of the logarithms."""
     if tied:
         return float(np.median(y)), 0.0
     scale = max(1.0, float(np.median(x)))
@@ -305,7 +305,7 @@ def _weighted_line(x: Real, y: Real, w: Real, line: tuple[float, float], tied: b
 
 
 def _spread(x: Real, y: Real, line: tuple[float, float], w: Real) -> float:
-    """Standard deviation of the logarithms about the line."""
+    """Return the standard deviation of the logarithms about the line."""
     r = np.log(y) - np.log(np.maximum(line[0] + line[1] * x, 1e-9))
     if (w == 1.0).all():
         return max(SIGMA_LEAST, 1.4826 * float(np.median(np.abs(r - np.median(r)))))
@@ -313,7 +313,7 @@ def _spread(x: Real, y: Real, line: tuple[float, float], w: Real) -> float:
 
 
 def _ends(stalls: Real) -> tuple[float, float]:
-    """The shortest and the longest stall, a little beyond those seen; the defaults where fewer than three were."""
+    """Return the shortest and longest stall, a little beyond those seen; the defaults if fewer than three were seen."""
     if len(stalls) < 3:
         return STALL_MIN_S, STALL_MAX_S
     step = float(np.ptp(stalls)) / (len(stalls) - 1)
@@ -321,7 +321,7 @@ def _ends(stalls: Real) -> tuple[float, float]:
 
 
 def _body_chance(y: Real, mu: Real, sigma: float, q: float, low_s: float, high_s: float) -> Real:
-    """The chance that each answer did not stall."""
+    """Return the probability that each answer did not stall."""
     if q <= 0.0:
         return np.ones(len(y))
     body = (1.0 - q) * stats.norm.pdf(np.log(y), np.log(np.maximum(mu, 1e-9)), sigma) / y
@@ -362,7 +362,7 @@ def _figures(
         per_token = Figure("per output token", line[1], max(0.0, line[1] - half[1]), line[1] + half[1], "s", how)
     body = weight > 0.5
     shape = noise(x[body], r[body])
-    # The variance of a variance grows with the kurtosis: as many normal residuals would have told as much.
+    # The variance of a variance grows with the kurtosis: this is the equivalent number of normal residuals.
     like = free / max(1.0, 1.0 + float(stats.kurtosis(r[body])) / 2.0)
     low, high = (
         spread * math.sqrt(like / float(stats.chi2.ppf(p, like))) for p in (0.5 + EACH / 2.0, 0.5 - EACH / 2.0)
@@ -383,7 +383,7 @@ def _figures(
 
 
 def _first_token(first_s: Real) -> Figure:
-    """The first token where its time was measured: the geometric mean, which is the median of log-normal times."""
+    """Return the time to the first token, if measured: the geometric mean, which is the median of log-normal times."""
     logs = np.log(first_s)
     half = float(stats.t.ppf(0.5 + EACH / 2.0, len(logs) - 1)) * float(logs.std(ddof=1)) / math.sqrt(len(logs))
     middle = float(logs.mean())
@@ -396,7 +396,7 @@ def _first_token(first_s: Real) -> Figure:
 
 @dataclass(frozen=True, slots=True)
 class ArrivalFit:
-    """`rate_per_s`, `cv` (of the gaps: 1 = Poisson) and `dispersion` (variance over mean of counts per minute)."""
+    """Arrivals: `rate_per_s`, `cv` (of gaps: 1 = Poisson), `dispersion` (variance over mean of counts per minute)."""
 
     rate_per_s: Figure
     cv: Figure
@@ -405,7 +405,7 @@ class ArrivalFit:
 
 
 def arrivals(at_s: Real) -> ArrivalFit | None:
-    """Rate and burstiness of arrivals; None where they are fewer than LEAST_ANSWERS or all at one moment."""
+    """Return rate and burstiness of arrivals; None if they are fewer than LEAST_ANSWERS or all at one moment."""
     at_s = np.sort(at_s[at_s >= 0.0])
     span = float(np.ptp(at_s)) if len(at_s) else 0.0
     if len(at_s) < LEAST_ANSWERS or span <= 0.0:
@@ -426,15 +426,15 @@ def arrivals(at_s: Real) -> ArrivalFit | None:
 
 
 def _burstiness(gaps: Real, how: str) -> Figure:
-    """The coefficient of variation of gaps, by the wider of two bootstraps of its studentized logarithm.
+    """Return the coefficient of variation of gaps, by the wider of two bootstraps of its studentized logarithm.
 
-    Few long gaps make both the figure and its standard error. Resampling allows for those that the log has seen; draws
-    from the likelier of a gamma and a log-normal distribution allow for those that it happens to lack.
+    A few long gaps determine both the figure and its standard error. Resampling accounts for the gaps in the log; draws
+    from the likelier of a gamma and a log-normal distribution account for those that it happens to lack.
     """
     value, error = _log_cv(gaps)
     rng = np.random.default_rng(0)
     draw, centre = _gaps_like(gaps)
-    # Studentized, a larger sample spreads no wider.
+    # After studentizing, a larger sample spreads no wider.
     n = min(len(gaps), GAPS_MOST)
     low, high = value, value
     for sample, around in ((lambda: rng.choice(gaps, n), value), (lambda: draw(rng, n), centre)):
@@ -446,7 +446,7 @@ def _burstiness(gaps: Real, how: str) -> Figure:
 
 
 def _log_cv(values: Real) -> tuple[float, float]:
-    """The logarithm of the coefficient of variation, and its standard error by influence."""
+    """Return the logarithm of the coefficient of variation, and its standard error by influence functions."""
     mean, spread = float(values.mean()), max(1e-12, float(values.std()))
     z = (values - mean) / spread
     influence = (z * z - 1.0) / 2.0 - z * spread / mean
@@ -454,7 +454,7 @@ def _log_cv(values: Real) -> tuple[float, float]:
 
 
 def _gaps_like(gaps: Real) -> tuple[Callable[[np.random.Generator, int], Real], float]:
-    """Draws from the likelier of two families, and the logarithm of its coefficient of variation.
+    """Return a sampler of the likelier of two families, and the logarithm of its coefficient of variation.
 
     The gamma's shape is Minka's closed form ("Estimating a gamma distribution", 2002).
     """
@@ -471,10 +471,10 @@ def _gaps_like(gaps: Real) -> tuple[Callable[[np.random.Generator, int], Real], 
 
 
 def block_s(at_s: Real, tokens: Real) -> float:
-    """The length of stretch that is drawn as a whole, seconds: that at which the mean's variance is seen largest.
+    """Return the block length for resampling, in seconds: the one at which the mean's estimated variance is largest.
 
-    Shorter ones cut through what belongs together (bursts, slow drift) and show too small a variance; longer ones are
-    too few to show any. Tried are halvings of a quarter of the log down to 15 s.
+    Shorter blocks cut through dependent data (bursts, slow drift) and underestimate the variance; longer ones are too
+    few to estimate it. Candidates are halvings of a quarter of the log down to 15 s.
     """
     span = float(np.ptp(at_s))
     best, widest = max(1.0, span / 4.0), -1.0

@@ -1,10 +1,10 @@
-"""What the headers and refusals of a log tell of the quota: charge rule, settling, limits, others, refusals.
+"""The quota, learnt from the headers and refusals of a log: charge rule, settling, limits, co-tenants, refusals.
 
 Theory of operation. Each charge rule, settling or not, is a provider. From one count to the next each predicts what
-remains; the rule whose predictions are off by least explains the log. What all requests of a log are charged alike by
-several rules cannot be told apart, and is said so. Others on the quota take at a rate: a share of the limit times the
-time between two counts, never less than nothing; that is fitted with each rule and not counted against it. A bucket
-that ran empty between two counts hides what was taken before, so that only gaps in which it cannot have are fitted.
+remains; the rule with the smallest errors explains the log. Rules that charge every request of a log alike cannot be
+distinguished, and the result says so. Others on the quota take at a rate: a share of the limit times the time between
+two counts, never negative; it is fitted with each rule and not counted against the rule. A bucket that ran empty
+between two counts hides what was taken before, so only gaps in which it cannot have run empty are fitted.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ from sim.scenario.columns import LOST, REFUSED, SERVER_FAULT
 
 Real = NDArray[np.float64]
 
-# Counts that a rule is tried on: more would not change the answer, but take long.
+# Counts that a rule is tried on: more would take long without changing the answer.
 COUNTS_MOST = 3_000
 LEAST_GAPS = 10
 RESAMPLES = 400
 BLOCKS = 20
-# A count that is off by this share of the median charge is not explained; nor is a log, by a rule that misses so many.
+# A count off by this share of the median charge is unexplained; a rule that misses this many does not explain a log.
 REACH_RATIO = 0.1
 UNEXPLAINED_MOST = 0.5
-# Busy periods of the bucket: the shortest that is used, how much of them is needed, and how they are cut.
+# Busy periods of the bucket: the shortest used, the total needed, and how they are cut.
 BUSY_LEAST_S = 8.0
 BUSY_TOTAL_S = 60.0
 PIECE_S = 20.0
-# Rounding of two stated counts.
+# Rounding error of two stated counts.
 ROUNDING = 1.0
 TICK_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One provider, and how far it was off. `loss`: per gap, 0 to 1. `alike`: the rules that charge the same."""
+    """One provider and its prediction errors. `loss`: per gap, 0 to 1. `alike`: the rules that charge the same."""
 
     rule: str
     settles: bool
@@ -60,15 +60,15 @@ class Rule:
 
     @property
     def mean_loss(self) -> float:
-        """The share of the counts that it does not explain."""
+        """Return the share of the counts that the rule does not explain."""
         return float(self.loss.mean())
 
 
 @dataclass(frozen=True, slots=True)
 class QuotaFit:
-    """What is known of the quota. `changes`: (when, factor) of the minute limit. `rules`: those tried, best first.
+    """The fitted quota. `changes`: (when, factor) of the minute limit. `rules`: those tried, best first.
 
-    `window`: how it counts over time, by which attempts were let in.
+    `window`: how the quota counts over time, learnt from which attempts were admitted.
     """
 
     figures: tuple[Figure, ...]
@@ -81,7 +81,7 @@ class QuotaFit:
 
 
 def quota(found: Observed, base: ProviderConfig) -> QuotaFit:
-    """The quota's figures; those that the log cannot tell keep `base`'s."""
+    """Return the quota's figures; those that the log cannot determine keep the values of `base`."""
     counts = found.counts()
     stated = [count for count in counts if any(d == TPM for d, _, _ in count.stated)]
     limit, changes = _limit("tokens per minute", TPM, counts, base.tpm)
@@ -123,7 +123,10 @@ def quota(found: Observed, base: ProviderConfig) -> QuotaFit:
 
 
 def _limit(name: str, d: int, counts: Sequence[Count], default: int) -> tuple[Figure, tuple[tuple[float, float], ...]]:
-    """The limit that headers state, and when it changed. The first is the limit, later ones are factors of it."""
+    """Return the limit that headers state, and its changes.
+
+    The first value is the limit; later ones are factors of it.
+    """
     said = [(count.launched_s, limit) for count in counts for dim, limit, _ in count.stated if dim == d]
     if not said:
         return unknown(name, default, "no header states it"), ()
@@ -141,10 +144,11 @@ def _limit(name: str, d: int, counts: Sequence[Count], default: int) -> tuple[Fi
 
 
 def _limit_from_refusals(found: Observed, counts: Sequence[Count], base: ProviderConfig, nothing: Figure) -> Figure:
-    """Without headers: the bucket that would have let in what was let in and refused what was refused.
+    """Return the limit, without headers, of the bucket that would have admitted and refused the same attempts.
 
-    A bucket of limit L is led through the attempts for each L of a grid; where the fewest come out otherwise lies the
-    limit. Which limits explain the log nearly as well is said; that is no interval of known coverage. Needs refusals.
+    A bucket of limit L processes the attempts for each L of a grid; the L with the fewest different outcomes is the
+    limit. The result states which limits explain the log nearly as well; that is no interval of known coverage. Needs
+    refusals.
     """
     refused = sum(not count.let_in for count in counts)
     if refused < 5 or len(counts) < 20:
@@ -173,7 +177,7 @@ def _limit_from_refusals(found: Observed, counts: Sequence[Count], base: Provide
 
 
 def _surprises(limit: float, times: Real, amount: Real, let_in: NDArray[np.bool_]) -> int:
-    """How many attempts a plain bucket of that limit would have treated otherwise."""
+    """Return the number of attempts that a plain bucket of that limit would have treated differently."""
     used, at, wrong = 0.0, float(times[0]), 0
     for t, charge, inside in zip(times.tolist(), amount.tolist(), let_in.tolist(), strict=True):
         used = max(0.0, used - (t - at) * limit / 60.0)
@@ -188,7 +192,7 @@ def _surprises(limit: float, times: Real, amount: Real, let_in: NDArray[np.bool_
 
 
 def _rules(found: Observed, counts: Sequence[Count], granted: ProviderConfig) -> tuple[Rule, ...]:
-    """Every charge rule, settling and not, by how well it explains the counts; the best first."""
+    """Return every charge rule, settling and not, ordered by how well it explains the counts; the best first."""
     groups: list[tuple[list[str], Real]] = []
     for name in RULES:
         if name == "fixed":
@@ -211,10 +215,10 @@ def _rules(found: Observed, counts: Sequence[Count], granted: ProviderConfig) ->
 
 
 def _loss(found: Sequence[Gap]) -> Real:
-    """How far each count is from the prediction, 0 to 1: 1 = by a tenth of the median charge, or more.
+    """Return each count's distance from the prediction, 0 to 1: 1 = by a tenth of the median charge, or more.
 
-    Others are nobody in this gap, or take at one rate. The distance is cut off there, so that a burst of others, which
-    no rule explains, counts alike for all: what tells is how many counts a rule hits.
+    In a gap, others either take nothing or take at one rate. The distance is capped, so that a burst of others, which
+    no rule explains, counts alike for all: rules differ in how many counts they hit.
     """
     more = np.array([gap.more for gap in found])
     room = np.array([gap.limit * (gap.at_s - gap.since_s) / 60.0 for gap in found])
@@ -229,7 +233,7 @@ def _loss(found: Sequence[Gap]) -> Real:
 
 
 def _told(rules: Sequence[Rule], base: ProviderConfig) -> tuple[Figure, Figure]:
-    """Rule and settling: told where the best wins in nearly all resamples of the counts, in blocks."""
+    """Return rule and settling, determined only if the best wins in nearly all block resamples of the counts."""
     best = rules[0]
     others = [rule for rule in rules[1:] if rule.rule != best.rule]
     opposite = next((rule for rule in rules if rule.rule == best.rule and rule.settles != best.settles), None)
@@ -265,10 +269,10 @@ def _wins(best: Rule, rival: Rule) -> bool:
 
 
 def _others(best: Rule, base: ProviderConfig) -> Figure:
-    """The share of the limit that others take, as a ratio of sums with a jackknife over busy periods.
+    """Return the share of the limit that others take, as a ratio of sums with a jackknife over busy periods.
 
-    A busy period is a run of counts between which the bucket can have been neither empty nor full. A share that may be
-    nobody's, and is no more than inexact moments make of nobody, is 0.
+    A busy period is a run of counts between which the bucket can have been neither empty nor full. A share that is
+    compatible with zero, and no larger than inexact moments produce without others, is 0.
     """
     name, default = "share of others", base.cotenant.share
     periods = [period for period in _busy(best.found) if period[1] >= BUSY_LEAST_S * period[2]]
@@ -288,12 +292,12 @@ def _others(best: Rule, base: ProviderConfig) -> Figure:
 
 
 def _busy(found: Sequence[Gap]) -> list[tuple[float, float, float]]:
-    """(taken by others, what the bucket refills, that of a second) of each busy period; long ones in pieces."""
+    """Return (taken by others, bucket refill, refill per second) of each busy period; long ones are split."""
     periods: list[tuple[float, float, float]] = []
     more, room, a_second = 0.0, 0.0, 0.0
     for gap in found:
         refill = gap.limit * (gap.at_s - gap.since_s) / 60.0
-        # A full bucket turns others away: what they would have taken cannot be seen.
+        # A full bucket refuses others: what they would have taken cannot be observed.
         is_open = gap.before > refill and gap.before + gap.own < 0.9 * gap.limit
         if is_open:
             more, room, a_second = more + gap.more, room + refill, gap.limit / 60.0
@@ -306,7 +310,7 @@ def _busy(found: Sequence[Gap]) -> list[tuple[float, float, float]]:
 
 
 def _counting(best: Rule, charged: Real, base: ProviderConfig) -> Figure:
-    """Whether a refusal takes its charge: what its own header states beside the count before."""
+    """Return whether a refusal takes its charge, from its own header compared with the count before."""
     name, default = "refusals count", base.failed_requests_count
     votes: list[bool] = []
     for gap in best.refused:
@@ -324,7 +328,7 @@ def _counting(best: Rule, charged: Real, base: ProviderConfig) -> Figure:
 
 
 def _refusals(found: Observed, base: ProviderConfig) -> tuple[Figure, Figure]:
-    """What a refusal says about waiting, and how long it takes to come."""
+    """Return how refusals state waits, and how long a refusal takes to arrive."""
     refused = found.kind == REFUSED
     count = int(refused.sum())
     if count < 3:
@@ -342,7 +346,7 @@ def _refusals(found: Observed, base: ProviderConfig) -> tuple[Figure, Figure]:
 
 
 def _faults(found: Observed, base: ProviderConfig) -> tuple[Figure, Figure]:
-    """Server errors and dropped connections, of the attempts that were let in."""
+    """Return the shares of server errors and dropped connections among admitted attempts."""
     if not found.outcomes:
         why = "the log does not say what became of its requests"
         return (

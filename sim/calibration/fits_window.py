@@ -1,13 +1,13 @@
-"""How a quota counts over time, learnt from which attempts were let in: window, phase, burst, gate, refusals.
+"""How a quota counts over time, learnt from which attempts were admitted: window, phase, burst, gate, refusals.
 
-Theory of operation. Each combination of habits is a synthetic provider (`sim/model/provider.py`). It is led through the
-attempts at their moments and asked about each; whatever it says, it then books what really happened, so that one
-surprise brings no others. The residual of a hypothesis is how many attempts came out otherwise than it says, a refusal
-with another stated wait among them. The best is told where every rival with another value misses clearly more; where
-even the best misses too many, none of them explains the log, and that is said.
+Theory of operation. Each combination of properties is a synthetic provider (`sim/model/provider.py`). It processes the
+attempts at their moments and predicts each outcome; it then books what really happened regardless, so that one surprise
+causes no others. The residual of a hypothesis is the number of attempts whose outcome it mispredicts, including
+refusals with a different stated wait. A value is determined if every rival with another value misses clearly more; if
+even the best hypothesis misses too many, none explains the log, and the result says so.
 
-A moment is only known to some tenths of a second, so that an attempt is no surprise if it would have come out as it did
-`SLACK_S` earlier or later.
+Moments are only known to some tenths of a second, so an attempt is no surprise if the predicted outcome `SLACK_S`
+earlier or later agrees.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from sim.model.provider_config import ProviderConfig
 Real = NDArray[np.float64]
 
 SLACK_S = 0.4
-# A stated wait is as it should be within so many seconds: whole seconds, some add one.
+# Tolerance of a stated wait, in seconds: whole seconds are rounded, and some providers add one.
 WAIT_SLACK_S = 1.6
 ATTEMPTS_MOST = 600
 CONSTANT_LEAST_S = 20.0
 LEAST_REFUSALS = 2
-# The best hypothesis may miss so many attempts, as a share of the refusals; a rival must miss so many more.
+# The best hypothesis may miss this many attempts, as a share of the refusals; a rival must miss this many more.
 UNEXPLAINED_MOST = 0.2
 MORE_MISSES = 3
 BURSTS_S = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 15.0, 20.0, 30.0)
@@ -48,20 +48,20 @@ REFUSALS: tuple[bool | str, ...] = (False, True, "tokens", "requests")
 
 @dataclass(frozen=True, slots=True)
 class Hypothesis:
-    """One set of habits, and how many attempts it does not explain."""
+    """One set of provider properties, and the number of attempts that it does not explain."""
 
     habits: dict[str, Any]
     misses: int
 
     @property
     def kind(self) -> tuple[str, bool]:
-        """The window, and whether its bursts are shorter than a minute."""
+        """Return the window, and whether its bursts are shorter than a minute."""
         return self.habits["window"], "burst_s" in self.habits
 
 
 @dataclass(frozen=True, slots=True)
 class WindowFit:
-    """The figures; `tried`: all hypotheses, the best first, none where there are too few refusals."""
+    """The fitted figures; `tried`: all hypotheses, the best first, none if there are too few refusals."""
 
     figures: tuple[Figure, ...]
     tried: tuple[Hypothesis, ...] = ()
@@ -70,25 +70,25 @@ class WindowFit:
 
     @property
     def explains(self) -> bool:
-        """Whether the best hypothesis explains the refusals."""
+        """Return whether the best hypothesis explains the refusals."""
         return bool(self.tried) and self.tried[0].misses <= max(1.0, UNEXPLAINED_MOST * self.refusals)
 
 
 def retry_after(waits_s: Real) -> str | float:
-    """The form in which refusals state their waits, -1 = one states none: `absent`, `ms`, `seconds`, or a constant."""
+    """Return how refusals state their waits, -1 = no wait stated: `absent`, `ms`, `seconds`, or a constant."""
     said = waits_s[waits_s >= 0.0]
     if len(said) < len(waits_s) / 2.0:
         return "absent"
-    # A bucket that is asked at a steady rate states one short wait, too.
+    # A bucket that is asked at a steady rate also states one short wait.
     if len(said) >= 4 and float(np.ptp(said)) < 1e-6 and said[0] >= CONSTANT_LEAST_S:
         return float(said[0])
     return "seconds" if bool((np.abs(said - np.rint(said)) < 1e-6).all()) else "ms"
 
 
 def windows(counts: Sequence[Count], charges: Real, waits_s: Real, granted: ProviderConfig) -> WindowFit:
-    """The habits of the provider that lets in what was let in. `granted`: its limits and charge rule.
+    """Return the properties of the provider that admits what was admitted. `granted`: its limits and charge rule.
 
-    `charges`, `waits_s`: of each attempt by its place; a wait of -1 = none was stated.
+    `charges`, `waits_s`: of each attempt by its place, shape (attempts,); a wait of -1 = none was stated.
     """
     counts = counts[:ATTEMPTS_MOST]
     refused = [count for count in counts if not count.let_in]
@@ -106,7 +106,7 @@ def windows(counts: Sequence[Count], charges: Real, waits_s: Real, granted: Prov
     base = {"phase_s": 0.0, "burst_s": win.MINUTE_S}
     coarse = tried({**base, **each, **rest} for each in _windows() for rest in _rest(False, True))
     best = min(coarse, key=_order).habits
-    # Phases finer about the best, then every way in which refusals count, and the gate.
+    # Finer phases around the best, then every way in which refusals count, and the gate.
     near_s = best["phase_s"] if best["window"] == "clock" else None
     fine = tried({**best, **base, **each} for each in _windows(near_s))
     best = min([*coarse, *fine], key=_order).habits
@@ -115,9 +115,9 @@ def windows(counts: Sequence[Count], charges: Real, waits_s: Real, granted: Prov
 
 
 def judged(knocks: Sequence[Knock], tpm: float, rpm: float) -> list[Told]:
-    """What the calls of `paceline probe` tell: habits by their names in a provider file; see `probe.Judge`.
+    """Return what the calls of `paceline probe` show: properties by their names in a provider file; see `probe.Judge`.
 
-    Every charge rule is tried; habits are told where all rules that explain the calls agree on them.
+    Every charge rule is tried; a property is determined if all rules that explain the calls agree on it.
     """
     counts = [Count(i, False, k.at_s, k.ended_s, 0.0, 0.0, k.let_in, -1.0, k.used, ()) for i, k in enumerate(knocks)]
     waits_s = np.array([knock.wait_s for knock in knocks])
@@ -140,7 +140,7 @@ def judged(knocks: Sequence[Knock], tpm: float, rpm: float) -> list[Told]:
 
 
 def _order(hypothesis: Hypothesis) -> tuple[float, ...]:
-    """Misses; among equals the simpler: whole bursts, charged at admission."""
+    """Return the sort key: misses, then among equals the simpler: whole bursts, charged at admission."""
     habits = hypothesis.habits
     return (
         hypothesis.misses,
@@ -165,7 +165,7 @@ def _rest(*refusals: bool | str) -> list[dict[str, Any]]:
 
 
 def misses(provider: ProviderConfig, counts: Sequence[Count], charges: Real, waits_s: Real) -> int:
-    """How many attempts that provider would have treated otherwise; see the module's docstring."""
+    """Return the number of attempts that the provider would have treated differently; see the module's docstring."""
     pp = provider.with_(cotenant={"share": 0.0, "burst_s": 0.0, "period_s": 0.0}).params()
     ps = prov.ProviderState()
     zero_s = began_s(counts)
@@ -208,14 +208,14 @@ def misses(provider: ProviderConfig, counts: Sequence[Count], charges: Real, wai
 
 
 def _unsure_s(count: Count) -> float:
-    """The time of a refusal: it came at some moment before its answer, behind others that were launched after it."""
+    """Return the time that a refusal took: it was decided before its answer, perhaps after attempts launched later."""
     return 0.0 if count.let_in else max(0.0, count.ended_s - count.launched_s)
 
 
 def _wait_ms(pp: Any, ps: Any, asked: float) -> tuple[float, float]:
-    """How long one more attempt would have to wait, -1 = not at all; and until the first of the window is gone.
+    """Return how long one more attempt must wait, -1 = not at all; and the time until the window's first entry expires.
 
-    Some limiters with a sliding log state the second, which may not be enough.
+    Some limiters with a sliding log state the second, which may be too short.
     """
     wait_ms = oldest_ms = -1.0
     for d, requested in ((win.TPM, asked), (win.RPM, 1.0)):
@@ -229,7 +229,7 @@ def _wait_ms(pp: Any, ps: Any, asked: float) -> tuple[float, float]:
 
 
 def _told(tried: tuple[Hypothesis, ...], refusals: int, attempts: int, defaults: tuple[Any, ...]) -> WindowFit:
-    """Each habit: told where every hypothesis with another value of it misses clearly more."""
+    """Return each property, determined if every hypothesis with another value of it misses clearly more."""
     best, fit = tried[0], WindowFit((), tried, refusals, attempts)
     names = ("window", "phase", "burst", "gate", "refusals count")
     if not fit.explains:
@@ -258,7 +258,7 @@ def _told(tried: tuple[Hypothesis, ...], refusals: int, attempts: int, defaults:
         elif rival is None and (settled or name == "gate"):
             found.append(Figure(name, value, None, None, "s" if name == "burst" else "", hits, default))
         else:
-            # What the refusals rule out is not left: one of those that explain them is taken.
+            # A default that the refusals rule out is not kept: a value that explains them is taken.
             other = "another window" if rival is None else _text(rival.habits)
             why = f"{other} explains the refusals as well as {_text(best.habits)}, which is taken"
             found.append(unknown(name, value, why))
@@ -277,11 +277,11 @@ def _phase(tried: Sequence[Hypothesis], hits: str, settled: bool) -> Figure:
     if best.habits["window"] != "clock":
         return unknown("phase", 0.0, "only minutes of the clock have one")
     alike = [h.habits["phase_s"] for h in tried if h.habits["window"] == "clock" and h.misses == best.misses]
-    # On a circle of a minute: the middle of those that miss as few.
+    # On the circle of a minute: the middle of the phases that miss equally few.
     angles = np.exp(2j * math.pi * np.array(alike) / win.MINUTE_S)
     middle = float(np.angle(angles.mean()) / (2.0 * math.pi) * win.MINUTE_S) % win.MINUTE_S
     apart = [(phase_s - middle + 30.0) % win.MINUTE_S - 30.0 for phase_s in alike]
-    # Beyond those that miss as few the next ones were tried a step away.
+    # The next values, beyond those that miss equally few, were tried one step away.
     low, high = middle + min(apart) - PHASE_STEP_S, middle + max(apart) + PHASE_STEP_S
     value = round(middle, 2) % win.MINUTE_S
     if not settled:

@@ -1,8 +1,8 @@
-"""Logs of real requests, one row per attempt, into `Observed`, and the checks that only a whole log allows.
+"""Read logs of real requests, one row per attempt, into `Observed`, with the checks that need the whole log.
 
-A fit of wrong times would be wrong without a sign. So a row that ends before it begins is refused, and so is a log
-whose durations cannot all be in one unit. Which column is what is in `sim/scenario/columns.py`; rows are read by
-`sim/scenario/table.py`. Exports of spans and batch output are such rows, too.
+A fit of wrong times would be wrong without any sign. So a row that ends before it begins is rejected, and so is a log
+whose durations cannot all be in one unit. `sim/scenario/columns.py` recognises columns; `sim/scenario/table.py` reads
+rows. Exports of spans and batch output consist of such rows too.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from sim.scenario.scenario import Scenario
 from sim.scenario.table import Table, read_table
 
 Real = NDArray[np.float64]
-# No answer takes longer: the longest time-out in use is 600 s. Above it, some other unit was read.
+# No answer takes longer: the longest time-out in use is 600 s. Larger values are in some other unit.
 LATENCY_MAX_S = 900.0
-# Nor so many times the median of its log, below which seconds among milliseconds lie.
+# Nor this many times the median of its log; seconds among milliseconds lie below the inverse.
 LATENCY_RATIO_MAX = 500.0
 # A column of milliseconds with seconds among them: so far below the others per token, and as many rows that grow with
 # the answers' lengths. (What a cache answered is as quick, whatever its length.)
@@ -41,7 +41,7 @@ APART_CORRELATION = 0.5
 
 
 def of_log(source: Source, chosen: Mapping[str, str]) -> Observed:
-    """The attempts of a log. BadInput and BadSetting, in one line, for the first thing that is wrong."""
+    """Return the attempts of a log. Raise BadInput or BadSetting, in one line, for the first error."""
     try:
         table = read_table(source, TRACES[source.kind()], chosen)
     except (EOFError, zlib.error) as error:
@@ -74,7 +74,7 @@ def _notes(source: Source, table: Table) -> list[str]:
 
 
 def _seconds(table: Table) -> dict[str, Real]:
-    """Moments in seconds from a common zero, -1 where not stated, and what follows from one that begins the answer."""
+    """Return moments in seconds from a common zero, -1 = not stated, and what follows from the start of the answer."""
     scale = {role: 1e-6 if "date" in unit else UNITS[unit] for role, unit in table.units.items()}
     known = {role: table.numbers[role] != -1.0 for role in scale}
     zero = min((float(table.numbers[role][known[role]].min()) * scale[role] for role in scale), default=0.0)
@@ -87,7 +87,7 @@ def _seconds(table: Table) -> dict[str, Real]:
     begins = found.pop("first_token_at", None)
     if begins is not None and "launched" in found and "finished" in found and "first_token" not in table.numbers:
         launched, finished = found["launched"], found["finished"]
-        # An answer that was not streamed has its first token at its end, or at 0.
+        # An answer that was not streamed states its first token at its end, or at 0.
         streamed = (launched >= 0.0) & (launched < begins) & (begins < finished)
         found["first_token"] = np.where(streamed, begins - launched, -1.0)
     return found
@@ -156,7 +156,7 @@ def _check_seconds_among_ms(table: Table, output: Real, took_s: Real) -> None:
         raise BadInput(text, table.source, int(table.lines[first]))
 
 
-# ---------------------------------------------------------------- a log to try it on
+# ---------------------------------------------------------------- an example log
 
 
 HEADER = (
@@ -166,7 +166,7 @@ HEADER = (
 
 
 class _Heard(Simulation):
-    """A run whose attempts keep what their headers stated, though the law does not look at them."""
+    """A run whose attempts keep what their headers stated, although the law does not read them."""
 
     def _answer(self, job: Job, key: int, now: float) -> tuple[int, float, int, float]:
         answer = super()._answer(job, key, now)
@@ -175,7 +175,7 @@ class _Heard(Simulation):
 
 
 def write_log(scenario: Scenario, path: Path) -> Path:
-    """Simulates the scenario and writes a log of its attempts as a program might: one row each, with its headers."""
+    """Simulate the scenario and write a log of its attempts as a program might: one row each, with its headers."""
     workload = scenario.workload
     rows: list[tuple[Any, ...]] = []
 

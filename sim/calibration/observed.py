@@ -1,9 +1,9 @@
-"""What a log says of each attempt, as columns: the one form into which every source of `calibrate` is read.
+"""Observed attempts as columns: the one form into which every source of `calibrate` is read.
 
-Theory of operation. One row per attempt, refused ones included, since a refusal tells of the limit. Sizes are those of
-the request, but for prompt tokens, which are the measured ones where an answer stated them. What a source does not say
-is -1. Times are seconds from the first one in the log; a moment that is only known by its end is the end less what the
-attempt took.
+Theory of operation. There is one row per attempt, including refused ones, since refusals carry information on the
+limit. Sizes are those of the request, except prompt tokens, which are the measured ones if an answer stated them.
+Values that a source does not state are -1. Times are seconds from the first one in the log; if only the end of an
+attempt is known, its start is the end minus its duration.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Observed:
     """Attempts in order of launch; arrays of one length, -1 = not known.
 
     `tries`: their sizes (`output_tokens` of those answered, else 0). `request`: a number per request. `final`: whether
-    this answer ended its request, and was no finalize pass. `first_s`: until the first token. `stated`: the headers'
+    this answer ended its request and was no finalize pass. `first_s`: until the first token. `stated`: the headers'
     tokens limit and remaining, requests limit and remaining, shape (attempts, 4). `policy`: the settings of the run,
-    where a journal knows them. `batch`: all requests were there at the start. `outcomes`: they are stated.
+    if a journal states them. `batch`: all requests were present at the start. `outcomes`: whether outcomes are stated.
     """
 
     label: str
@@ -61,13 +61,14 @@ class Observed:
 
     @property
     def answered(self) -> NDArray[np.bool_]:
-        """Which attempts were answered."""
+        """Return which attempts were answered, shape (attempts,)."""
         return self.kind == ANSWERED
 
     def rows(self) -> NDArray[np.int64]:
-        """The attempts that stand for their requests in a scenario: the last answer of each, or else the last try.
+        """Return the attempts that represent their requests: the last answer of each request, or else its last try.
 
-        Those that were lost asked for the quota as well. A refused row without an id is nobody's in particular.
+        Lost requests are included because they used the quota as well. A refused row without an id belongs to no
+        request.
         """
         answers = _last_of_each(self.request, self.final & self.answered)
         tries = _last_of_each(self.request, self.request >= 0)
@@ -75,7 +76,7 @@ class Observed:
         return np.sort(np.concatenate([answers, lost]))
 
     def counts(self) -> list[Count]:
-        """The attempts whose moment is known, with what their headers stated, as `others` reads them."""
+        """Return the attempts whose moment is known, with what their headers stated, as `others` reads them."""
         found = []
         for i in np.flatnonzero(self.launched_s >= 0.0).tolist():
             took_s = max(0.0, float(self.took_s[i]))
@@ -113,9 +114,9 @@ TEXT_DEFAULTS = {"chars": -1, "role_chars": 4, "messages": 1, "images": 0, "tool
 
 
 def observed_of(label: str, rows: Mapping[str, Sequence[Any]], *, source: str, notes: tuple[str, ...] = ()) -> Observed:
-    """The attempts of checked columns: see `logs.ROLES` for their names; a role that is not there is unknown.
+    """Return the attempts of checked columns: see `logs.ROLES` for their names; an absent role is unknown.
 
-    BadInput where there is no answer among them.
+    Raise BadInput if there is no answer among them.
     """
     count = len(next(iter(rows.values())))
 
@@ -130,7 +131,7 @@ def observed_of(label: str, rows: Mapping[str, Sequence[Any]], *, source: str, n
     launched, finished, took = numbers("launched"), numbers("finished"), numbers("latency")
     arrived = numbers("arrival")
     if not (launched >= 0.0).any() and not ((finished >= 0.0) & (took >= 0.0)).any() and (arrived >= 0.0).any():
-        # A log of one moment per attempt: without it, nothing that its headers state could be used.
+        # The log states one moment per attempt: without it, its headers could not be used at all.
         launched = arrived
         notes = (*notes, f"{label}: its only moments are taken for those at which attempts were sent")
     launched = np.where((launched < 0.0) & (finished >= 0.0) & (took >= 0.0), finished - took, launched)
@@ -146,7 +147,7 @@ def observed_of(label: str, rows: Mapping[str, Sequence[Any]], *, source: str, n
     numbered = (code.setdefault(x, len(code)) if x else -2 - i for i, x in enumerate(ids))
     request = np.fromiter(numbered, np.int64, count)
     code.clear()
-    # What was known of a request by one of its attempts holds for the others, whose refusal states no usage.
+    # The size known from one attempt of a request holds for its other attempts, since refusals state no usage.
     prompt = _from_siblings(request, prompt)
     usable = (kind == ANSWERED) & (prompt >= 0) & (output >= 0)
     if not usable.any():
@@ -191,7 +192,7 @@ def observed_of(label: str, rows: Mapping[str, Sequence[Any]], *, source: str, n
         outcomes="kind" in rows,
         notes=notes,
     )
-    # Of several answers to one request the last one counts.
+    # If a request was answered several times, the last answer counts.
     final = np.zeros(count, np.bool_)
     final[_last_of_each(found.request, found.final)] = True
     again = int(found.final.sum()) - int(final.sum())
@@ -201,7 +202,7 @@ def observed_of(label: str, rows: Mapping[str, Sequence[Any]], *, source: str, n
 
 
 def _filled(prompt: NDArray[np.int64], known: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Prompts that are not known (-1) as quantiles of those that are, in mixed order: their distribution stays."""
+    """Return prompts with unknown ones (-1) replaced by shuffled quantiles of the known, with the same distribution."""
     missing = np.flatnonzero(prompt < 0)
     filled = prompt.copy()
     ranks = (np.random.default_rng(0).permutation(len(missing)) + 0.5) / max(1, len(missing))
@@ -221,7 +222,7 @@ def _from_siblings(request: NDArray[np.int64], prompt: NDArray[np.int64]) -> NDA
 
 
 def _last_of_each(request: NDArray[np.int64], where: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """The last attempt of each request among those, in order of their requests' numbers."""
+    """Return the last attempt of each request among those selected, in order of request number."""
     places = np.flatnonzero(where)
     _, from_end = np.unique(request[places][::-1], return_index=True)
     return places[len(places) - 1 - from_end]
@@ -235,7 +236,7 @@ def _one_or_all(names: Sequence[str]) -> str | list[str]:
 
 
 def of_journal(path: str) -> Observed:
-    """The attempts in a Paceline journal. BadInput where none has ended. Several pools are taken as one source."""
+    """Return the attempts in a Paceline journal; several pools are one source. Raise BadInput if none has ended."""
     with Journal.open(path) as journal:
         requests: dict[int, Request] = {result.request.index: result.request for result in journal.results()}
         requests |= {request.index: request for request in journal.unfinished()}
@@ -278,13 +279,13 @@ def of_journal(path: str) -> Observed:
 
 
 def pooled(parts: Sequence[Observed]) -> Observed:
-    """Several sources as one, laid one after the other in time where each has a clock of its own."""
+    """Return several sources as one, placed one after the other in time if each has a separate clock."""
     if len(parts) == 1:
         return parts[0]
     shift, requests = 0.0, 0
     moved = []
     for part in parts:
-        # A quarter of an hour between them: whatever was used in one is gone in the next.
+        # A quarter of an hour between them: use in one no longer affects the next.
         launched_s, arrived_s = (np.where(v >= 0.0, v + shift, -1.0) for v in (part.launched_s, part.arrived_s))
         ids = np.where(part.request >= 0, part.request + requests, part.request - requests)
         moved.append(replace(part, request=ids, launched_s=launched_s, arrived_s=arrived_s))
@@ -321,9 +322,9 @@ def _joined(parts: Sequence[Workload]) -> Workload:
 
 
 def workload_of(found: Observed) -> Workload:
-    """The requests, for a scenario: whole rows, with their recorded times and arrivals.
+    """Return the requests for a scenario: whole rows, with their recorded times and arrivals.
 
-    One that was never answered takes the answer of one with a similar prompt.
+    A request that was never answered takes the answer of one with a similar prompt.
     """
     rows = found.rows()
     taken, answered = found.tries.take(rows), found.answered[rows]
@@ -334,7 +335,7 @@ def workload_of(found: Observed) -> Workload:
     timed = not found.batch and bool((arrived >= 0.0).all()) and float(np.ptp(arrived)) > 0.0
     arrival_s = arrived - arrived.min() if timed else constant(0.0, len(rows), np.float64)
     caps = taken.max_tokens * taken.n
-    # Cut by its cap: how much longer it would have been nobody knows; one token more makes it a cut one again.
+    # The uncut length of an answer cut by its cap is unknown; one token more makes the cap cut it again.
     cut = (taken.max_tokens > 0) & (taken.output_tokens >= caps)
     ids = taken.custom_ids or []
     repeated = len(set(ids)) < len(ids)

@@ -1,15 +1,14 @@
-"""What a journal tells of the way to the provider, and of others on the quota: from what the headers stated.
+"""Network delays and the use by others on the quota, learnt from the headers in a journal.
 
-Moments. An attempt takes longer than the provider's own time for it (`openai-processing-ms`) by its way there and back.
-The shortest such difference of a run is taken for a way in both directions without any queue; what an attempt took
-beyond half of it, it took on the way there: behind others of the same burst, or for a first connection. Of those
-launched at one instant, the one after which least remained was let in last.
+Moments. An attempt takes longer than the provider's own time for it (`openai-processing-ms`) by its network delay, both
+ways. The shortest such difference of a run is taken as the round trip without any queue; any delay beyond half of it is
+attributed to the way there: behind others of the same burst, or for a first connection. Of the attempts launched at one
+instant, the one after which the least remained was admitted last.
 
-Others. The run's own attempts go through the provider's model (`sim/model/provider.py`) in order of admission. Where a
-header says that more is used than the model holds, somebody else has used the difference since the count before; where
-it says less, the moments were not exact, and that is set off against the differences of the minute before, then against
-the next ones. After each count the model
-holds what the provider said, so that nothing adds up.
+Others. The run's own attempts go through the provider's model (`sim/model/provider.py`) in order of admission. If a
+header states more use than the model holds, others have used the difference since the count before. If it states less,
+the moments were not exact, and the difference is offset against those of the minute before, then against the next ones.
+After each count the model is set to the stated value, so errors do not accumulate.
 """
 
 from __future__ import annotations
@@ -32,20 +31,20 @@ from sim.model import windows as win
 from sim.model.provider_config import ProviderConfig
 from sim.model.windows import MINUTE_S
 
-# What others took is spread over pieces of this length; fewer where two counts are closer.
+# Others' use is spread over pieces of this length; fewer if two counts are closer.
 PIECE_S = 1.0
 PIECES_MOST = 600
-# Takings below this share of the run's own charges are what inexact moments make of nobody.
+# Takings below this share of the run's own charges can arise from inexact moments alone.
 NOBODY_RATIO = 0.02
 
 
 @dataclass(slots=True)
 class Count:
-    """One attempt that was heard of. Times in seconds since the first launch.
+    """One attempt whose answer was received. Times in seconds since the first launch.
 
-    `place`: of its request in the workload. `there_s`: its way to the provider, `round_s`: there and back; -1 =
-    unknown. `charge`: believed, of a finalize pass; -1 = the workload says it. `stated`: dimension, limit, remaining.
-    `retry_s`: the wait that a refusal states, -1 = none.
+    `place`: its request's place in the workload. `there_s`: delay to the provider, `round_s`: there and back; -1 =
+    unknown. `charge`: assumed charge of a finalize pass; -1 = the workload states it. `stated`: dimension, limit,
+    remaining. `retry_s`: the wait that a refusal states, -1 = none.
     """
 
     place: int
@@ -62,7 +61,7 @@ class Count:
 
     @property
     def left(self) -> float:
-        """What remained of the tokens per minute; 0 where that was not stated."""
+        """Return what remained of the tokens per minute; 0 if not stated."""
         return next((remaining for d, _, remaining in self.stated if d == TPM), 0.0)
 
 
@@ -75,7 +74,7 @@ class Taking(NamedTuple):
 
 
 def counts_of(heard: Iterable[Heard], place: dict[int, int], clock: Callable[[float], float]) -> list[Count]:
-    """What is known of each attempt whose request is in `place`, in order of launch."""
+    """Return a count for each attempt whose request is in `place`, in order of launch."""
     found = []
     for a, limits, processing_s in heard:
         if a.request not in place:
@@ -102,7 +101,7 @@ def counts_of(heard: Iterable[Heard], place: dict[int, int], clock: Callable[[fl
 
 
 def find_ways(counts: Sequence[Count]) -> None:
-    """Splits each round trip into the way there and the way back; see the module's docstring."""
+    """Split each round trip into the way there and the way back; see the module's docstring."""
     known = [count.round_s for count in counts if count.round_s >= 0.0]
     if not known:
         return
@@ -115,9 +114,9 @@ def find_ways(counts: Sequence[Count]) -> None:
 
 
 def ways_of(counts: Sequence[Count], requests: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(way there, way there and back) of each request's first attempt, the usual ones where unknown. Shape (requests,).
+    """Return (delay there, there and back) of each request's first attempt, typical ones if unknown. Shape (requests,).
 
-    Zeros where no header has stated the provider's own time.
+    Zeros if no header has stated the provider's own time.
     """
     found = []
     for name in ("there_s", "round_s"):
@@ -131,14 +130,14 @@ def ways_of(counts: Sequence[Count], requests: int) -> tuple[NDArray[np.float64]
 
 
 def began_s(counts: Sequence[Count]) -> float:
-    """When the first attempt reached the provider, seconds since the first launch; 0 where no way is known."""
+    """Return when the first attempt reached the provider, seconds since the first launch; 0 if no delay is known."""
     return min((count.launched_s + count.there_s for count in counts if count.there_s >= 0.0), default=0.0)
 
 
 class Gap(NamedTuple):
-    """What one count of dimension `d` holds more than the model: `more`, gathered between `since_s` and `at_s`.
+    """The excess `more` of a count of dimension `d` over the model, accumulated between `since_s` and `at_s`.
 
-    `before`: what was used by the count before; `own`: what the attempt itself has added, by the model.
+    `before`: use according to the count before; `own`: use added by the attempt itself, by the model.
     """
 
     d: int
@@ -152,9 +151,10 @@ class Gap(NamedTuple):
 
 
 def gaps(counts: Sequence[Count], charges: NDArray[np.float64], provider: ProviderConfig) -> Iterator[Gap]:
-    """Each stated count beside the model, which then holds what was stated: nothing adds up.
+    """Yield each stated count's gap to the model, which is then set to the stated value, so errors do not accumulate.
 
-    `charges`: what the provider charges for each request. The provider's own neighbours are left out of the model.
+    `charges`: the provider's charge for each request, shape (requests,). The provider's co-tenants are left out of the
+    model.
     """
     pp = provider.with_(cotenant={"share": 0.0, "burst_s": 0.0, "period_s": 0.0}).params()
     ps = prov.ProviderState()
@@ -188,23 +188,24 @@ def gaps(counts: Sequence[Count], charges: NDArray[np.float64], provider: Provid
 
 
 def _hold(pp: Any, ps: Any, d: int, used: float) -> None:
-    """The model's minute holds so much of dimension `d`, whatever it held before."""
+    """Set the model's use of dimension `d` in the current minute to `used`."""
     more, ps.used[d] = used - ps.used[d], used
     if pp.window == win.SLIDING:
         win.logged(ps, more if d == TPM else 0.0, more if d == RPM else 0.0)
 
 
 def takings(counts: Sequence[Count], charges: NDArray[np.float64], provider: ProviderConfig) -> tuple[Taking, ...]:
-    """What others used, in order of time; empty where it is no more than inexact moments explain.
+    """Return what others used, in order of time; empty if it is no more than inexact moments explain.
 
-    `charges`: what the provider charges for each request of the workload. Its own neighbours are left out of the model.
+    `charges`: the provider's charge for each request, shape (requests,). The provider's co-tenants are left out of the
+    model.
     """
     taken: tuple[list[tuple[Gap, float]], ...] = ([], [])
     owed = [0.0, 0.0]
     for gap in gaps(counts, charges, provider):
         known = gap.more
         if not gap.said.let_in and provider.failed_requests_count:
-            # A refusal that counts fills the bucket: how full it was before is in the wait that it states, or nowhere.
+            # A refusal that counts fills the bucket: only the wait that it states shows how full the bucket was before.
             known = _before_refusal(gap, charges, provider)
         if not math.isnan(known):
             more = known - owed[gap.d]
@@ -223,9 +224,9 @@ def takings(counts: Sequence[Count], charges: NDArray[np.float64], provider: Pro
 
 
 def _before_refusal(gap: Gap, charges: NDArray[np.float64], provider: ProviderConfig) -> float:
-    """By how much a bucket was fuller than the model when it refused: its wait is (used + charge - limit) / rate.
+    """Return how much fuller than the model a bucket was when it refused: its wait is (used + charge - limit) / rate.
 
-    nan where the wait does not say: another dimension may have refused, or waits are not those of a bucket.
+    nan if the wait does not show it: another dimension may have refused, or waits are not those of a bucket.
     """
     said = gap.said
     requests_left = min((left for d, _, left in said.stated if d != TPM), default=1.0)
@@ -246,6 +247,6 @@ def _spread(d: int, amount: float, since_s: float, until_s: float) -> list[Takin
 
 
 def gone_by_others(pp: Any, ps: Any, seed: int, taking: Taking) -> None:
-    """Others use what they did."""
+    """Book the use by others."""
     prov.advanced(pp, ps, seed, max(taking.at_s, ps.at))
     prov.taken_by_others(pp, ps, taking.d, taking.amount)

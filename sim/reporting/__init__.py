@@ -1,1 +1,1 @@
-"""Results for people and programs: terminal, HTML, JSON, notebooks, figures."""
+"""Presentation of results: terminal, HTML, JSON, notebooks and figures."""

@@ -1,4 +1,4 @@
-"""Which limit is needed, and how many requests fit, as text for a terminal or a pipe."""
+"""The limit that is needed, and the number of requests that fit, as text for a terminal or a pipe."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sim.selection.split import HEADROOM, LIVE, Split
 
 
 def capacity_text(scenario: Scenario, found: Capacity, width: int) -> str:
-    """Which limit is needed, for people."""
+    """Return readable text on which limit is needed."""
     steady = found.wait_p95_s >= 0.0
     probes = _telling(found)
     rows = [["tokens/min", "requests/min", *_measures(steady), "in time", "429s/100", "lost", ""]]
@@ -37,7 +37,7 @@ def capacity_text(scenario: Scenario, found: Capacity, width: int) -> str:
 
 
 def how_many_text(scenario: Scenario, found: HowMany, width: int) -> str:
-    """How many requests fit, for people."""
+    """Return readable text on how many requests fit."""
     wish = f"within {words.duration(found.finish_by_s)}"
     provider = scenario.provider
     limits = [f"{provider.tpm:,} tokens"] if provider.tpm else []
@@ -89,7 +89,7 @@ def _figures(probe: LimitProbe, steady: bool) -> list[str]:
 
 
 def _telling(found: Capacity) -> list[LimitProbe]:
-    """The probes that tell the story: the largest that misses, the smallest that meets, no binding limit, the tiers."""
+    """Return the probes worth showing: the largest that misses, the smallest that meets, no binding limit, tiers."""
     limits = (found.below, found.smallest, found.unlimited)
     return [*(probe for probe in limits if probe is not None), *found.tiers]
 
@@ -114,7 +114,7 @@ def _share(probe: LimitProbe, confidence: float) -> str:
 
 
 def _decided(found: Capacity) -> str:
-    """Which constraint decides the answer, and how far off the others are."""
+    """Return which constraint decides the answer, and how far from binding the others are."""
     d = found.decided
     if d is None:
         return ""
@@ -132,7 +132,7 @@ def _decided(found: Capacity) -> str:
 
 
 def _answer(scenario: Scenario, found: Capacity) -> str:
-    """The answer in a few sentences."""
+    """Return the answer in a few sentences."""
     wish = _wish(found)
     settings = "with settings tuned to it" if found.tuned else "with these settings"
     sentences = []
@@ -159,7 +159,7 @@ def _answer(scenario: Scenario, found: Capacity) -> str:
 
 
 def _warm_up(scenario: Scenario, found: Capacity) -> str:
-    """What was left out, and how much of the limit the traffic takes."""
+    """Return a note on the warm-up that was left out, and on the share of the limit that the traffic takes."""
     load = f"The trace offers {found.steady_load_tpm:,.0f} tokens per minute on average"
     if found.smallest:
         load += f", {words.percent(found.steady_load_tpm / found.smallest.tpm)} of that limit"
@@ -172,7 +172,7 @@ def _warm_up(scenario: Scenario, found: Capacity) -> str:
 
 
 def _settings(scenario: Scenario, probe: LimitProbe | None, tuned: bool, width: int) -> list[str]:
-    """The settings that suit the answer, as env lines; nothing where they are today's."""
+    """Return the settings that suit the answer, as env lines; empty if they are today's."""
     if not tuned or probe is None:
         return []
     policy: Policy = probe.forecast.policy
@@ -193,7 +193,7 @@ def _settings(scenario: Scenario, probe: LimitProbe | None, tuned: bool, width: 
 
 
 def split_text(found: Split, width: int) -> str:
-    """What was written where, for people."""
+    """Return readable text on which files were written."""
     rows = [["file", "model", "requests", "MB", "input tokens"]]
     for part in found.parts:
         size = f"{part.bytes / 1e6:,.1f}"
@@ -215,7 +215,7 @@ def split_text(found: Split, width: int) -> str:
 
 
 def ways_text(ways: Sequence[Way], terms: Terms, confidence: float, width: int) -> str:
-    """Live, Batch or split, for people, with what is assumed."""
+    """Return a readable comparison of live, Batch and split, with its assumptions."""
     rows = [["", "live", "cost", "done by then", "finishes after, P50", "waves"]]
     for way in ways:
         after = words.duration(way.finish_s) if math.isfinite(way.finish_s) else "never"
@@ -236,14 +236,14 @@ def ways_text(ways: Sequence[Way], terms: Terms, confidence: float, width: int) 
 
 
 def _choice(ways: Sequence[Way], confidence: float) -> str:
-    """Which way to take, in a sentence."""
+    """Return which way to choose, in a sentence."""
     sure = [way for way in ways if way.done_probability >= confidence]
     wish = f"with {words.percent(confidence)} probability"
     if not sure:
         best = max(ways, key=lambda way: way.done_probability)
         return f"Live, Batch or split? None is done by then {wish}; {_named(best)} comes nearest."
     priced = all(way.cost_usd is not None for way in sure)
-    # Where nothing is known of prices, less live is cheaper all the same.
+    # Even without known prices, fewer live requests are cheaper.
     best = min(sure, key=lambda way: (way.cost_usd or 0.0) if priced else way.live_share)
     return f"Live, Batch or split? The cheapest way that is done by then {wish}: {_named(best)}."
 

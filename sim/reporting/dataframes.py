@@ -1,4 +1,4 @@
-"""Results as pandas DataFrames, units in the names of the columns: `_s` seconds, `_tokens`, `_ratio` 0 to 1."""
+"""Results as pandas DataFrames, with units in the column names: `_s` seconds, `_tokens`, `_ratio` 0 to 1."""
 
 from __future__ import annotations
 
@@ -19,18 +19,21 @@ if TYPE_CHECKING:
     from sim.app.shared_quota import Shared
     from sim.calibration.fits import Figure
 
-# The figures whose name alone does not tell their unit.
+# The figures whose names do not state their units.
 UNITS = {"efficiency": "efficiency_ratio"}
 
 
 def attempts_frame(attempts: Sequence[Attempt]) -> pd.DataFrame:
-    """One row per attempt in the given order, the columns of every run's record (`Attempt`); -1 = not known."""
+    """Return one row per attempt in the given order, with the columns of every run's record (`Attempt`).
+
+    -1 = unknown.
+    """
     frame = pd.DataFrame([attempt.row() for attempt in attempts], columns=list(Attempt.columns()))
     return frame.assign(outcome=frame["outcome"].astype(str))
 
 
 def timeline_frame(attempts: Sequence[Attempt]) -> pd.DataFrame:
-    """The run over time: one row per moment at which something changes, each value holding until the next.
+    """Return the run over time: one row per moment of change, each value holding until the next row.
 
     `charged_last_60s_tokens`: what the provider charged in the last minute; `launched_attempts` and
     `throttled_attempts` (refused with a 429, at the moment of the refusal) count from the start.
@@ -42,7 +45,7 @@ def timeline_frame(attempts: Sequence[Attempt]) -> pd.DataFrame:
         "launched_attempts": series.steps(np.array([a.launched_s for a in attempts]), np.ones(len(attempts))),
         "throttled_attempts": series.steps(np.array(refused), np.ones(len(refused))),
     }
-    # What was charged leaves the last minute after the last answer as well, which nobody waits for.
+    # Charges also leave the last minute after the last answer, when the run is already over.
     end_s = max((a.finished_s for a in attempts), default=0.0)
     moments = np.unique(np.concatenate([[0.0, end_s], *(times for times, _ in found.values())]))
     moments = moments[moments <= end_s]
@@ -54,7 +57,7 @@ def timeline_frame(attempts: Sequence[Attempt]) -> pd.DataFrame:
 
 
 def waits_frame(waits_s: Mapping[str, float], requests: int) -> pd.DataFrame:
-    """Who made us wait, most first: seconds summed over requests and in the mean, its share, the knob that decides."""
+    """Return the causes of waiting, largest first: total seconds, mean per request, share, and the deciding knob."""
     total = sum(waits_s.values())
     rows = [
         {
@@ -71,7 +74,7 @@ def waits_frame(waits_s: Mapping[str, float], requests: int) -> pd.DataFrame:
 
 
 def runs_frame(runs: Sequence[Figures]) -> pd.DataFrame:
-    """One row per replication: its seed, the figures of the run, and seconds waited by cause."""
+    """Return one row per replication: its seed, the figures of the run, and seconds waited by cause."""
     rows = [
         {
             "seed": run.seed,
@@ -86,13 +89,13 @@ def runs_frame(runs: Sequence[Figures]) -> pd.DataFrame:
 
 
 def estimates_frame(forecast: Forecast) -> pd.DataFrame:
-    """One row per figure: the mean with its 95 % interval (`low`, `high`), quantiles of the runs, their number."""
+    """Return one row per figure: the mean with its 95 % interval (`low`, `high`), quantiles and number of runs."""
     rows = {UNITS.get(name, name): asdict(estimate) for name, estimate in forecast.estimates.items()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("figure")
 
 
 def points_frame(points: Sequence[Point], objective: str) -> pd.DataFrame:
-    """Settings that were tried, best first: what they do, and the knobs in which they differ, by environment name."""
+    """Return the settings tried, best first: their figures, and the knobs in which they differ, by environment name."""
     values = {knob.env: [getattr(point.policy, knob.name) for point in points] for knob in KNOBS}
     frame = pd.DataFrame(
         {
@@ -108,7 +111,7 @@ def points_frame(points: Sequence[Point], objective: str) -> pd.DataFrame:
 
 
 def comparison_frame(plan: Plan) -> pd.DataFrame:
-    """Today's settings, guardrails only, recommended and runner-up: means of the figures that decide."""
+    """Return the means of the deciding figures for today's settings, guardrails only, recommended and runner-up."""
     forecasts = {
         "now": plan.now,
         "guardrails only": plan.guardrails.forecast,
@@ -119,7 +122,7 @@ def comparison_frame(plan: Plan) -> pd.DataFrame:
 
 
 def forecasts_frame(forecasts: Mapping[str, Forecast]) -> pd.DataFrame:
-    """One row per name: finish time with its 95 % interval, efficiency, 429s and losses."""
+    """Return one row per name: finish time with its 95 % interval, efficiency, 429s and losses."""
     rows = {
         name: {
             "makespan_s": f["makespan_s"].mean,
@@ -137,7 +140,7 @@ def forecasts_frame(forecasts: Mapping[str, Forecast]) -> pd.DataFrame:
 
 
 def changes_frame(plan: Plan, *, guardrails_only: bool = False) -> pd.DataFrame:
-    """The recommended changes: the knob, its values, and what each is worth with all others as recommended."""
+    """Return the recommended changes: the knob, its values, and the gain of each with all others as recommended."""
     found = plan.guardrails if guardrails_only else plan.full
     columns = ["knob", "now", "then", "worth_s", "worth_low_s", "worth_high_s", "stress_worth_s", "reason"]
     rows: list[list[Any]] = [
@@ -148,9 +151,9 @@ def changes_frame(plan: Plan, *, guardrails_only: bool = False) -> pd.DataFrame:
 
 
 def calibration_frame(figures: Sequence[Figure]) -> pd.DataFrame:
-    """What a log taught, one row per figure: the value with its interval, its unit, and how it was found.
+    """Return what was learnt from a log, one row per figure: the value with its interval, its unit, and the method.
 
-    `known`: whether the log could tell it; where not, `value` is the default that was left.
+    `known`: whether the log could determine it; if not, `value` is the default that was kept.
     """
     rows = [
         {
@@ -168,7 +171,7 @@ def calibration_frame(figures: Sequence[Figure]) -> pd.DataFrame:
 
 
 def processes_frame(runs: Mapping[str, Shared]) -> pd.DataFrame:
-    """Runs of a batch by several processes that share its quota, by name: one row each.
+    """Return one row per named run of a batch by several processes that share its quota.
 
     `share_min_ratio`, `share_max_ratio`: launches of the process that got least and most, over an equal share.
     """
@@ -190,7 +193,7 @@ def processes_frame(runs: Mapping[str, Shared]) -> pd.DataFrame:
 
 
 def stress_frame(plan: Plan) -> pd.DataFrame:
-    """What the plan's policies do where one assumption is wrong: a row per condition and policy."""
+    """Return the outcome of the plan's policies if one assumption is wrong: a row per condition and policy."""
     rows = [
         {
             "condition": row.name,

@@ -1,12 +1,12 @@
-"""What a simulated run leaves for other tools: attempts as CSV or Parquet, a trace for Perfetto, a picture of the run.
+"""Exports of a simulated run for other tools: attempts as CSV or Parquet, a trace for Perfetto, a picture of the run.
 
-Every file appears whole or not at all (`files`).
+Every file is written atomically (`files`).
 
 The trace is Chrome's Trace Event Format, which Perfetto (ui.perfetto.dev) and chrome://tracing open. One process holds
-a lane per place in flight, an attempt being one slice named by its outcome; one holds a lane per cause of waiting, with
-what the head of the queue waited for; one holds the counters. Perfetto colours a slice by its name, digits aside, so a
-wait's colour is its cause, and an attempt's its outcome; `cname` says the same to chrome://tracing. Times there are
-microseconds since the run began.
+a lane per place in flight, in which each attempt is one slice named by its outcome; one holds a lane per cause of
+waiting, with the waits of the head of the queue; one holds the counters. Perfetto colours a slice by its name, ignoring
+digits, so a wait's colour is its cause, and an attempt's its outcome; `cname` does the same for chrome://tracing. Times
+are microseconds since the run began.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from sim.scenario.scenario import Scenario
 Take = Callable[[Attempt], None]
 
 COLUMNS = Attempt.columns()
-# Rows per Parquet row group: what is held in memory while a run is written as it goes.
+# Rows per Parquet row group, which is held in memory while a run is written.
 GROUP_ROWS = 50_000
-# One run of so many requests takes long enough to show how far it is.
+# One run of this many requests takes long enough to show its progress.
 LONG_RUN = 50_000
 ATTEMPT_SUFFIXES = (".csv", ".parquet")
 
@@ -56,9 +56,10 @@ _CAUSE_COLOURS = {
 
 @contextlib.contextmanager
 def attempts_file(path: str | Path) -> Iterator[Take]:
-    """Yields a function that takes one attempt after the other; the file appears when the block ends without error.
+    """Yield a function that takes one attempt after another; the file appears when the block ends without error.
 
-    CSV or Parquet by the name's ending, else BadInput. Columns are `Attempt`'s; rows are not held beyond one row group.
+    CSV or Parquet by the file extension; raise BadInput for any other. The columns are those of `Attempt`; at most one
+    row group is held in memory.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in ATTEMPT_SUFFIXES:
@@ -68,7 +69,7 @@ def attempts_file(path: str | Path) -> Iterator[Take]:
 
 
 def write_attempts(path: str | Path, attempts: Iterable[Attempt]) -> None:
-    """The attempts as CSV or Parquet, one row each, in their order."""
+    """Write the attempts as CSV or Parquet, one row each, in their order."""
     with attempts_file(path) as take:
         for attempt in attempts:
             take(attempt)
@@ -113,7 +114,7 @@ def _parquet(path: Path) -> Iterator[Take]:
 
 
 def write_chrome_trace(path: str | Path, attempts: Sequence[Attempt], *, title: str = "paceline") -> None:
-    """The run as a trace that Perfetto opens: see this module's docstring."""
+    """Write the run as a trace that Perfetto opens: see this module's docstring."""
     with write_atomically(path) as unfinished, unfinished.open("w", encoding="utf-8") as stream:
         stream.write('{"displayTimeUnit":"ms","otherData":')
         stream.write(json.dumps({"title": title}))
@@ -125,12 +126,12 @@ def write_chrome_trace(path: str | Path, attempts: Sequence[Attempt], *, title: 
 
 
 def trace_events(attempts: Sequence[Attempt]) -> Iterator[dict[str, Any]]:
-    """The trace's events: names of lanes, slices of attempts and of waits, counters."""
+    """Yield the trace's events: names of lanes, slices of attempts and of waits, counters."""
     lane = series.lanes(attempts)
     waits = series.head_waits(attempts)
     yield from _names(max(lane, default=-1) + 1, {wait.cause for wait in waits})
     for number, a in zip(lane, attempts, strict=True):
-        # Digits do not count for Perfetto's colour, so the number of the request may stand in the name.
+        # Perfetto ignores digits when it picks a colour, so the request's number may be part of the name.
         name = f"{a.outcome.value} {a.request}" + (" finalize" if a.lane == "finalize" else "")
         args = {column: value for column, value in zip(COLUMNS, a.row(), strict=True) if value not in (-1, "")}
         yield _slice(IN_FLIGHT, number, name, a.launched_s, a.finished_s, args) | {
@@ -152,7 +153,7 @@ def _row_of(cause: str) -> int:
 
 
 def _names(lanes: int, causes: set[str]) -> Iterator[dict[str, Any]]:
-    """What processes and lanes are called, and in which order they stand."""
+    """Yield the names and the order of processes and lanes."""
     threads = [(IN_FLIGHT, number, f"place {number + 1}") for number in range(lanes)]
     threads += [(WAITS, _row_of(cause), cause) for cause in series.HEAD_CAUSES if cause in causes]
     for process, name in (
@@ -170,7 +171,7 @@ def _names(lanes: int, causes: set[str]) -> Iterator[dict[str, Any]]:
 
 
 def _microseconds(seconds: float) -> int:
-    # Whole, so that an end and the next begin at one instant stay one instant: viewers nest slices that overlap.
+    # Whole numbers, so that an end and the next start at one instant stay equal: viewers nest slices that overlap.
     return round(1e6 * seconds)
 
 
@@ -190,8 +191,8 @@ def _counter(name: str, unit: str, steps: series.Steps) -> Iterator[dict[str, An
 
 
 def write_timeline(path: str | Path, attempts: Sequence[Attempt], grant: Grant, *, title: str = "") -> None:
-    """The run as a PNG: tokens per minute against the limit, requests in flight, launches with 429s, waits by cause."""
-    # Drawing is what takes the time to import, and only this needs it.
+    """Write the run as a PNG: tokens per minute and limit, requests in flight, launches with 429s, waits by cause."""
+    # Importing the drawing library is slow, and only this function needs it.
     from sim.base.style import png_of
     from sim.reporting.figures_time import timeline
 
@@ -202,13 +203,13 @@ def write_timeline(path: str | Path, attempts: Sequence[Attempt], grant: Grant, 
         unfinished.write_bytes(picture)
 
 
-# ---------------------------------------------------------------- all of them
+# ---------------------------------------------------------------- all exports
 
 
 def first_run(
     scenario: Scenario, attempts: str | None, timeline: str | None, chrome_trace: str | None, engine: Engine
 ) -> Summary:
-    """The first run's `Summary`; its attempts go into the files that are named."""
+    """Return the first run's `Summary` and write its attempts to the named files."""
     n = len(scenario.workload)
     rows: list[Attempt] = []
     with contextlib.ExitStack() as files, Progress("simulating", n) as bar:

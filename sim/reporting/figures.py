@@ -1,7 +1,7 @@
 """Figures of a plan: what held the batch back, maps of the knobs, the front, the stress set.
 
-Pure functions: values in, a matplotlib Figure out. What must not live here: figures with a time axis (`figures_time`),
-the look that all share (`style`), files, and any computing beyond what a picture needs.
+Pure functions: values in, a matplotlib Figure out. Figures with a time axis are in `figures_time`, the shared look is
+in `style`.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from sim.experiment.results import Forecast, Heat, Point, StressRow
 
 @styled
 def waits(forecasts: Mapping[str, Forecast]) -> Figure:
-    """Time waited per request, mean over requests and runs, by cause: one bar per policy, causes that occur only.
+    """Plot the mean wait per request over all runs by cause: one bar per policy, only for causes that occur.
 
-    `forecasts`: by a name of STYLES; the causes are in order of the first one's waits.
+    `forecasts`: by a name of STYLES; the causes are in order of the first forecast's waits.
     """
     means = {who: {cause: seconds / f.requests for cause, seconds in f.waits_s.items()} for who, f in forecasts.items()}
     longest = max((seconds for waited in means.values() for seconds in waited.values()), default=0.0)
-    # What would not show as a bar, and reads "0 s", is no cause worth a row.
+    # A cause too small to show as a bar, which reads "0 s", gets no row.
     seen = [c for c in CAUSES[1:] if any(w.get(c, 0.0) > max(0.05, 0.0005 * longest) for w in means.values())]
     seen.sort(key=lambda cause: -max(next(iter(means.values()))[cause], 1e-3 * sum(m[cause] for m in means.values())))
     figure = new_figure(9.0, 1.1 + 0.27 * len(means) * max(1, len(seen)))
@@ -82,9 +82,9 @@ def waits(forecasts: Mapping[str, Forecast]) -> Figure:
 
 @styled
 def heat(map_: Heat, *, objective: str = "makespan", throttled_limit: float = 1.0) -> Figure:
-    """The objective over two knobs, a number in each cell; too many 429s and lost requests are marked on top.
+    """Plot the objective over two knobs, a number in each cell; too many 429s and lost requests are marked on top.
 
-    Now and the recommendation are marked where they lie, between the cells if need be, or at the edge.
+    Today's settings and the recommendation are marked at their position, between cells or at the edge if necessary.
     """
     rows, cols = map_.objective_s.shape
     figure = new_figure(1.3 + 0.48 * max(cols, 8), 1.75 + 0.4 * max(rows, 4))
@@ -93,7 +93,7 @@ def heat(map_: Heat, *, objective: str = "makespan", throttled_limit: float = 1.
     low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
     per, unit = time_unit(low + (high - low) / 4.0)
     norm: Normalize = LogNorm(low / per, high / per) if high > 3.0 * low > 0.0 else Normalize(low / per, high / per)
-    # Light is fast: the eye goes there, and the numbers in the cells stay readable in print.
+    # Light means fast: the eye goes there, and the numbers in the cells stay readable in print.
     image = ax.pcolormesh(map_.objective_s / per, cmap="cividis_r", norm=norm, edgecolors=SURFACE, linewidth=0.8)
     _knob_axis(ax.xaxis, map_.x_env, map_.x_values)
     _knob_axis(ax.yaxis, map_.y_env, map_.y_values)
@@ -105,7 +105,7 @@ def heat(map_: Heat, *, objective: str = "makespan", throttled_limit: float = 1.
         for x in range(cols):
             shared = any(abs(x + 0.5 - px) < 0.5 and abs(y + 0.5 - py) < 0.5 for px, py in places)
             _cell(ax, image, map_, x, y, per, throttled_limit, 0.18 if shared else 0.0)
-    # Below the number, not on it; and beside one another where both fall into one cell.
+    # Below the number, not on it; and side by side if both fall into one cell.
     apart = 0.2 if math.dist(*places) < 0.4 else 0.0
     for who, place, side in zip(("now", "recommended"), places, (-apart, apart), strict=True):
         style = STYLES[who]
@@ -132,7 +132,7 @@ def heat(map_: Heat, *, objective: str = "makespan", throttled_limit: float = 1.
 
 
 def _cell(ax: Axes, image: Any, map_: Heat, x: int, y: int, per: float, throttled_limit: float, raised: float) -> None:
-    """One cell's number and marks, in the ink that its colour needs; `raised` above the middle."""
+    """Draw one cell's number and marks, in an ink that contrasts with its colour; `raised` above the middle."""
     value = map_.objective_s[y, x] / per
     known = math.isfinite(value)
     mark = "✕" if map_.lost[y, x] > 0 else "▲" if map_.throttled_per_100[y, x] > throttled_limit else ""
@@ -153,7 +153,7 @@ def _knob_axis(axis: Any, env: str, values: Sequence[float]) -> None:
 
 
 def _index(values: Sequence[float], at: float) -> float:
-    """Where a value lies among the cells: their middles, or between two; at the very edge for one beyond the ends."""
+    """Return a value's position among the cells: at a middle, between two, or at the edge if beyond the ends."""
     if at < values[0]:
         return 0.0
     if at > values[-1]:
@@ -172,7 +172,7 @@ def front(
     objective: str = "makespan",
     throttled_limit: float = 1.0,
 ) -> Figure:
-    """Every setting that was tried: 429s per 100 requests against the objective, with the front among them.
+    """Plot every setting tried: 429s per 100 requests against the objective, with the front marked.
 
     `forecasts`: the published estimates, by a name of STYLES, marked and labelled.
     """
@@ -214,7 +214,7 @@ def front(
     texts = {who: f"{STYLES[who].label}: {duration(seconds)}" for who, (_, seconds) in marks.items()}
     texts |= {who: f"{texts[who]}, loses requests" for who in marks if forecasts[who].lost}
     obstacles = [(p.throttled_per_100, p.objective_s / per) for p in shown]
-    # The line of the limit is in the way of a label too, at whatever height.
+    # The line of the limit is an obstacle for labels too, at any height.
     obstacles += [(throttled_limit, y) for y in np.geomspace(*ax.get_ylim(), 60).tolist()]
     _label_marks(figure, ax, texts, {who: (x, y / per) for who, (x, y) in marks.items()}, obstacles)
     return figure
@@ -229,7 +229,7 @@ def _dots(ax: Axes, points: Sequence[Point], per: float, label: str, **how: Any)
 
 
 def _throttle_axis(ax: Axes, throttled: Sequence[float]) -> None:
-    """429s per 100 requests from 0 on: linear to 1, logarithmic beyond where much is beyond."""
+    """Scale the axis of 429s per 100 requests from 0: linear to 1, logarithmic beyond if much lies beyond."""
     most = max(throttled)
     ax.set_xlabel("429s per 100 requests")
     if most > 5.0:
@@ -250,8 +250,8 @@ def _label_marks(
     marks: Mapping[str, tuple[float, float]],
     obstacles: Sequence[tuple[float, float]],
 ) -> None:
-    """Writes each mark's text beside it, on the side where it covers fewest obstacles and no other label."""
-    # Where the axes are shows only once the parts have their places.
+    """Write each mark's text beside it, on the side where it covers the fewest obstacles and no other label."""
+    # The positions of the axes are known only after layout.
     arranged(figure)
     to_points = 72.0 / figure.dpi
     dots = (to_points * ax.transData.transform(obstacles)).tolist() if obstacles else []
@@ -292,7 +292,7 @@ def _label_marks(
         )
 
 
-# Nearest first: of two places that cover equally much the nearer is taken.
+# Nearest first: of two places that cover equally many obstacles the nearer is taken.
 _OFFSETS = [
     (math.copysign(reach, side) if side else 0.0, up * reach)
     for reach in (12.0, 24.0, 40.0, 60.0, 90.0)
@@ -310,9 +310,9 @@ def stress(
     *,
     objective: str = "makespan",
 ) -> Figure:
-    """The objective of each policy under each condition, as dots on one line per condition; `plain`: as assumed.
+    """Plot the objective of each policy under each condition, as dots on one line per condition; `plain`: as assumed.
 
-    A dot of a policy that loses requests there is crossed.
+    The dot is crossed if the policy loses requests under that condition.
     """
     name, figure_name = OBJECTIVES[objective]
     lines: list[tuple[str, Mapping[str, Forecast]]] = [

@@ -1,7 +1,7 @@
-"""The picture of a calibration: the log beside what was fitted to it.
+"""The figure of a calibration: the log beside the fitted models.
 
-Four panels in one figure: lengths, time by output length, the noise's shape, and what explains the headers or how
-arrivals come.
+It has four panels: lengths, latency by output length, the shape of the noise, and either the fit of charge rules to the
+headers or the arrivals.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BINS = 12
 
 @styled
 def calibration_figure(found: Calibration) -> Picture:
-    """Data against fit. A panel whose data the log does not hold says so."""
+    """Plot data against fit. A panel states when the log lacks its data."""
     picture = new_figure(9.0, 6.8)
     axes = picture.subplots(2, 2)
     _lengths(axes[0, 0], found)
@@ -37,14 +37,14 @@ def calibration_figure(found: Calibration) -> Picture:
 
 
 def write_figure(found: Calibration, path: Path) -> None:
-    """Writes the picture as a PNG; it appears whole or not at all."""
+    """Write the figure as a PNG, atomically."""
     unfinished = path.with_name(path.name + ".part")
     calibration_figure(found).savefig(unfinished, format="png")
     unfinished.replace(path)
 
 
 def _lengths(axes: Any, found: Calibration) -> None:
-    """Distribution functions of prompts and answers, with the best parametric family dashed."""
+    """Plot distribution functions of prompts and answers, with the best parametric family dashed."""
     rows = found.observed.rows()
     for name, values, families, colour in (
         ("prompt", found.observed.tries.prompt_tokens[rows], found.prompts, BLUE),
@@ -66,7 +66,7 @@ def _lengths(axes: Any, found: Calibration) -> None:
 
 
 def _latency(axes: Any, found: Calibration) -> None:
-    """Each answer's time by its length, the fitted line, and the middle 90 % measured and expected."""
+    """Plot each answer's latency by its length, the fitted line, and the middle 90 % as measured and as expected."""
     axes.set_title("Time of an answer")
     fit, seen = found.latency, found.observed
     if fit is None:
@@ -99,7 +99,7 @@ def _latency(axes: Any, found: Calibration) -> None:
 
 
 def _noise(axes: Any, found: Calibration) -> None:
-    """Quantiles of the noise against those of the normal shape that the model draws from."""
+    """Plot quantiles of the noise against those of the normal shape that the model draws from."""
     axes.set_title("Shape of the noise about the line")
     fit, seen = found.latency, found.observed
     if fit is None:
@@ -123,7 +123,7 @@ def _noise(axes: Any, found: Calibration) -> None:
 
 
 def _headers_or_arrivals(axes: Any, found: Calibration) -> None:
-    """How well each charge rule explains the headers; without headers, arrivals by minute."""
+    """Plot how well each charge rule explains the headers; without headers, arrivals by minute."""
     rules = found.quota.rules
     if rules:
         axes.set_title("Counts that each charge rule explains")
@@ -149,7 +149,7 @@ def _headers_or_arrivals(axes: Any, found: Calibration) -> None:
 
 
 def _plainly(axis: Any) -> None:
-    """A logarithmic axis with plain numbers: at 1, 2 and 5 where it spans little, else at the powers of ten."""
+    """Label a logarithmic axis with plain numbers: at 1, 2 and 5 if it spans little, else at the powers of ten."""
     low, high = axis.get_view_interval()
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0) if high < 30.0 * low else (1.0,)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))

@@ -1,6 +1,6 @@
 """Figures of several settings side by side, and of recorded against simulated: for notebooks.
 
-Pure functions: values in, a matplotlib Figure out. The look stands in `style`; maps of two knobs are in `figures`.
+Pure functions: values in, a matplotlib Figure out. The look is in `style`; maps of two knobs are in `figures`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from sim.selection.capacity_results import Capacity, LimitProbe
 
 @styled
 def compared(forecasts: Mapping[str, Forecast]) -> Figure:
-    """Finish time, 429s and losses of several settings, one row each, in the given order from the top.
+    """Plot finish time, 429s and losses of several settings, one row each, in the given order from the top.
 
-    Bars are means over the runs; the line on a finish time goes from the 5th to the 95th percentile of the runs.
+    Bars are means over the runs; the line on a finish time spans the 5th to the 95th percentile of the runs.
     """
     names = list(forecasts)
     figure = new_figure(9.0, 0.9 + 0.34 * len(names))
@@ -59,16 +59,16 @@ def compared(forecasts: Mapping[str, Forecast]) -> Figure:
 
 
 def _told(ax: Axes, rows: Sequence[int] | np.ndarray, ends: Sequence[float], texts: Sequence[str]) -> None:
-    """A text behind the end of each bar, with room for it."""
+    """Write a text after the end of each bar, and make room for it."""
     for row, end, text in zip(rows, ends, texts, strict=True):
         ax.annotate(text, (end, float(row)), (4, 0), textcoords="offset points", va="center", fontsize=8)
-    # Where all are 0 an axis of its own making would end at a billionth.
+    # If all values are 0, matplotlib's own axis would end at a billionth.
     ax.set_xlim(0.0, 1.35 * (max(ends) or 1.0))
 
 
 @styled
 def side_by_side(measured: Sequence[Attempt], simulated: Mapping[int, Sequence[Attempt]], limit: float = 0.0) -> Figure:
-    """Requests answered over time: a live run against simulations of it, each by its seed; the rate against the limit.
+    """Plot requests answered over time, a live run against simulations of it by seed, and the rate against the limit.
 
     `limit`: the provider's tokens per minute, 0 = none.
     """
@@ -104,15 +104,15 @@ def side_by_side(measured: Sequence[Attempt], simulated: Mapping[int, Sequence[A
 # ---------------------------------------------------------------- capacity
 
 
-# Waits are drawn up to so many times the one that was asked for.
+# Waits are drawn up to this multiple of the target.
 STEADY_TOP = 4.0
 
 
 @styled
 def capacity_figure(found: Capacity) -> Figure:
-    """Finish time (P50 and the band from P5 to P95 of the runs) against the limit; the wish, the answer and the tiers.
+    """Plot finish time (P50 and the band from P5 to P95 of the runs) against the limit, with target, answer and tiers.
 
-    Limits that were given up early, because too many runs were late, are left out, and so are tiers off the scale.
+    Limits abandoned early because too many runs were late are left out, and so are tiers off the scale.
     """
     steady = found.wait_p95_s >= 0.0
     name, label = ("wait_p95_s", "95th percentile of waits") if steady else ("makespan_s", "finish time")
@@ -125,7 +125,7 @@ def capacity_figure(found: Capacity) -> Figure:
     ax = figure.add_subplot()
     values = [getattr(p.forecast[name], q) for p in whole for q in ("p5", "p95")] + [wish_s]
     if steady:
-        # Waits go down to none, and up without end where the limit is below the load: neither fits a logarithm.
+        # Waits can be zero, and grow without bound if the limit is below the load: neither fits a logarithmic axis.
         top_s = min(max(values), STEADY_TOP * wish_s)
         per = in_time_units(ax.yaxis, top_s, label)
         ax.set_ylim(-0.02 * top_s / per, 1.05 * max(top_s, 1.2 * wish_s) / per)

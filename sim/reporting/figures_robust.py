@@ -1,4 +1,4 @@
-"""Figures of what a plan's result hangs on: which knob matters, and the spread over drawn conditions.
+"""Figures of a plan's sensitivity: which knob matters, and the spread over drawn conditions.
 
 Pure functions: values in, a matplotlib Figure out. The look that all figures share is in `style`.
 """
@@ -16,15 +16,15 @@ from sim.base.words import duration, number
 from sim.experiment.effects import Sensitivity
 from sim.experiment.robustness import Drawn
 
-# Knobs below this share of the largest effect would not show.
+# Knobs below this share of the largest effect would not be visible.
 LEAST = 0.002
-# Effects on a figure per 100 requests that are all below this are not worth a panel.
+# A figure per 100 requests gets no panel if all effects on it are below this.
 LEAST_PER_100 = 0.05
 
 
 @styled
 def sensitivity(found: Sensitivity) -> Figure:
-    """The effect of each quantity and of each other rule or switch: one panel per figure in which anything moves.
+    """Plot the effect of each quantity and of each alternative rule or switch: one panel per figure with any effect.
 
     Panels share their rows, ordered by the effect on the objective; lines are 95 % intervals. Shares of variance
     (Sobol) are of quantities alone.
@@ -67,7 +67,7 @@ def sensitivity(found: Sensitivity) -> Figure:
 
 
 def _bars(found: Sensitivity, figure: str, is_objective: bool) -> dict[str, tuple[float, float, float]]:
-    """What is worth a bar: size, low and high end, by the name of its row. Empty where nothing moves."""
+    """Return the bars worth drawing: size, low and high end, by the name of the row. Empty if there is no effect."""
     effects = found.effects[figure]
     if found.method == "sobol" and any(e.half_width >= 1.0 for e in effects):
         return {}
@@ -89,9 +89,9 @@ def _title(figure: str, objective: str) -> str:
 
 @styled
 def drawn(found: Drawn, *, objective: str = "makespan", throttled_limit: float = 1.0) -> Figure:
-    """How many of the drawn conditions each policy is done by: time against the share of draws, one curve per policy.
+    """Plot time against the share of drawn conditions in which a policy is done by then, one curve per policy.
 
-    Throttles have a second panel, where there are any. Marked: what one draw in 20 exceeds, and the worst.
+    429s have a second panel, if there are any. Marked: the value that one draw in 20 exceeds, and the worst.
     """
     panels = [("objective_s", OBJECTIVES[objective][0])]
     if any(each.worst("throttled_per_100") > 0.0 for each in found.outcomes.values()):

@@ -31,10 +31,10 @@ _PLAIN = Style("", BLUE, "o", "")
 
 @styled
 def over_time(timelines: Mapping[str, Sequence[Attempt]], grant: Grant) -> Figure:
-    """One run of each policy: tokens per minute and requests in flight side by side, and all launches on one time axis.
+    """Plot one run of each policy: tokens per minute and requests in flight in columns, all launches on one time axis.
 
-    `timelines`: by a name of STYLES, one column each, in that order. Columns share the scale upwards, but each has its
-    own time axis, because a run that is done in a tenth of the time could not be read on the other's.
+    `timelines`: by a name of STYLES, one column each, in that order. Columns share the vertical scale, but each has its
+    own time axis, because a run ten times as fast would be unreadable on the slower run's axis.
     """
     columns = max(1, len(timelines))
     figure = new_figure(9.0, 7.6)
@@ -70,7 +70,7 @@ def over_time(timelines: Mapping[str, Sequence[Attempt]], grant: Grant) -> Figur
 
 @styled
 def timeline(attempts: Sequence[Attempt], grant: Grant, *, title: str = "") -> Figure:
-    """One run: tokens per minute against the limit, requests in flight, launches with 429s, the causes of waiting."""
+    """Plot one run: tokens per minute against the limit, requests in flight, launches with 429s, causes of waiting."""
     end_s = _end_s(attempts)
     figure = new_figure(9.0, 9.0)
     if title:
@@ -90,7 +90,7 @@ def timeline(attempts: Sequence[Attempt], grant: Grant, *, title: str = "") -> F
     for ax in (axes[0], axes[2]):
         if ax.get_legend_handles_labels()[1]:
             ax.legend(loc="lower right", bbox_to_anchor=(1.0, 0.99), ncols=2, borderaxespad=0.1)
-    # As many as seven: they need the whole width.
+    # Up to seven causes: they need the whole width.
     handles, labels = axes[3].get_legend_handles_labels()
     if labels:
         figure.legend(handles, labels, loc="outside lower left", ncols=4)
@@ -99,7 +99,7 @@ def timeline(attempts: Sequence[Attempt], grant: Grant, *, title: str = "") -> F
 
 @styled
 def glance(attempts: Sequence[Attempt], grant: Grant, *, title: str = "") -> Figure:
-    """One run in small: tokens per minute against the limit, requests in flight, launches with 429s, side by side."""
+    """Plot one run in small: tokens per minute against the limit, requests in flight, launches with 429s, in a row."""
     end_s = _end_s(attempts)
     figure = new_figure(9.0, 2.3)
     if title:
@@ -116,7 +116,7 @@ def glance(attempts: Sequence[Attempt], grant: Grant, *, title: str = "") -> Fig
 
 
 def _time_axis(axes: Sequence[Axes], end_s: float) -> float:
-    """Scales and labels the time axis that these panels, one above the other, share; returns its seconds per unit."""
+    """Scale and label the time axis that these stacked panels share; return its seconds per unit."""
     per = in_time_units(axes[-1].xaxis, end_s, "time since the start")
     for ax in axes:
         ax.set_xlim(0.0, max(end_s, 1e-3) * 1.01 / per)
@@ -127,7 +127,7 @@ def _time_axis(axes: Sequence[Axes], end_s: float) -> float:
 
 
 def _from_zero(axes: Sequence[Axes]) -> None:
-    """Scales that begin at 0 and hold all that was drawn, also by those that share them."""
+    """Make the scales begin at 0 and cover everything drawn, including on axes that share them."""
     for ax in axes:
         together = ax.get_shared_y_axes().get_siblings(ax)
         ax.set_ylim(0.0, 1.06 * max([1e-3, *(other.dataLim.y1 for other in together)]))
@@ -138,7 +138,7 @@ def _end_s(attempts: Sequence[Attempt]) -> float:
 
 
 def _curve(ax: Axes, per: float, steps: series.Steps, end_s: float, style: Style, *, filled: bool) -> None:
-    """A step curve from the start to `end_s`, filled below or as a line alone."""
+    """Draw a step curve from the start to `end_s`, filled below or as a line alone."""
     times, values = steps
     times = np.concatenate([[0.0], times, [end_s]]) / per
     values = np.concatenate([[0.0], values, values[-1:]]) if len(values) else np.zeros(2)
@@ -155,7 +155,7 @@ def _tokens(ax: Axes, per: float, attempts: Sequence[Attempt], style: Style) -> 
 
 
 def _thousands(value: float, _: int | None = None) -> str:
-    """Token counts on an axis: 500, 30k, 2.5M."""
+    """Return a token count as an axis label: 500, 30k, 2.5M."""
     for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= unit:
             return f"{value / unit:.4g}{letter}"
@@ -163,7 +163,7 @@ def _thousands(value: float, _: int | None = None) -> str:
 
 
 def _limit(ax: Axes, per: float, grant: Grant, end_s: float) -> None:
-    """The provider's limit per minute, as it changes; nothing where there is none."""
+    """Draw the provider's limit per minute, with its changes; nothing if there is none."""
     if grant.tpm_limit <= 0.0:
         return
     changes = [(at_s, factor) for at_s, factor in grant.changes if at_s < end_s]
@@ -175,7 +175,7 @@ def _limit(ax: Axes, per: float, grant: Grant, end_s: float) -> None:
 
 
 def _in_flight(ax: Axes, per: float, attempts: Sequence[Attempt], style: Style) -> None:
-    """The mean of short spans as a curve: the steps themselves are a comb where requests are short."""
+    """Draw requests in flight as means of short spans: for short requests the steps themselves look like a comb."""
     end_s = _end_s(attempts)
     ax.set_ylabel("in flight")
     steps = series.in_flight(attempts)
@@ -186,7 +186,7 @@ def _in_flight(ax: Axes, per: float, attempts: Sequence[Attempt], style: Style) 
 
 
 def _launches(ax: Axes, per: float, attempts: Sequence[Attempt], style: Style) -> None:
-    """Attempts launched so far, with a mark on the curve for each that met a 429 and each that ended its request."""
+    """Draw attempts launched so far, with marks for 429s that were retried and for lost requests."""
     ax.set_ylabel("attempts launched")
     ordered = sorted(attempts, key=lambda a: a.launched_s)
     end_s = _end_s(attempts)

@@ -1,6 +1,6 @@
-"""Results as a notebook shows them: HTML with the tables that the command line prints, and a small figure.
+"""Results as notebooks display them: HTML with the tables that the command line prints, and a small figure.
 
-Text and lines take the notebook's own colours, for light and dark themes alike.
+Text and lines use the notebook's own colours, in light and dark themes.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from sim.reporting import terminal as shown
 if TYPE_CHECKING:
     from sim.app.api import PlanResult, SimulationResult
 
-# A run of more attempts is not simulated again for the sake of a figure that nobody asked for.
+# A run with more attempts than this is not simulated again only for an unrequested figure.
 GLANCE_ATTEMPTS = 50_000
 
 
 def simulation_html(result: SimulationResult) -> str:
-    """What a simulation found: the figures (with intervals for several runs), and the first run's course."""
+    """Return a simulation's result: the figures (with intervals for several runs), and the first run over time."""
     from sim.reporting.figures_time import glance
 
     forecast, scenario = result.forecast, result.scenario
@@ -43,7 +43,7 @@ def simulation_html(result: SimulationResult) -> str:
 
 
 def plan_html(result: PlanResult) -> str:
-    """What a plan found: the comparison, the changes with their reasons, what to be careful about, the front."""
+    """Return a plan's result: the comparison, the changes with their reasons, the warnings, the front."""
     found = result.found
     parts = [html_paragraph(shown.headline(result.scenario)), html_table(shown.comparison_rows(found))]
     for title, recommendation in (("Recommended", found.full), ("Guardrails only", found.guardrails)):
@@ -58,7 +58,7 @@ def plan_html(result: PlanResult) -> str:
 
 
 def picture(figure: Figure, alt: str) -> str:
-    """A figure as an image in the page itself."""
+    """Return a figure as an image embedded in the page."""
     data = base64.b64encode(png_of(figure)).decode()
     width = POINTS_PER_INCH * figure.get_size_inches()[0]
     return (

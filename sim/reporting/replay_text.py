@@ -19,7 +19,7 @@ CARRIED = (
 
 
 def replay_text(name: str, found: Counterfactual, width: int) -> str:
-    """The two runs side by side, what that rests on, and last the answer."""
+    """Return the two runs side by side, the basis of the comparison, and last the answer."""
     rows = [["", "as it ran", "replayed", "difference (95 % of runs)"]]
     rows.append(_row("makespan", found.makespan_s, duration))
     rows.append(_row("429s", found.throttled, number))
@@ -85,7 +85,7 @@ def _provider_text(found: Counterfactual) -> str:
 
 
 def check_text(found: Counterfactual) -> str:
-    """How well the run itself is reproduced."""
+    """Return how well the run itself is reproduced."""
     was_s, own, alone = found.makespan_s.was, found.own, found.alone
     if own is None:
         return (
@@ -105,7 +105,7 @@ def _off(value: float, was: float) -> str:
 
 
 def answer_text(found: Counterfactual) -> str:
-    """What a user asked for, in one sentence."""
+    """Return the answer to the user's question, in one sentence."""
     m = found.makespan_s
     if found.parted_s is None and not found.is_log:
         return f"With these settings the run would have been the same: {duration(m.would)}."
@@ -120,7 +120,7 @@ def answer_text(found: Counterfactual) -> str:
 
 
 def replay_json(name: str, found: Counterfactual) -> dict[str, Any]:
-    """What `--json` prints."""
+    """Return the object that `--json` prints."""
 
     def pair(each: Paired) -> dict[str, float | None]:
         return {key: None if math.isnan(value) else value for key, value in each._asdict().items()}

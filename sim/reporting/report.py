@@ -1,7 +1,7 @@
-"""The report: one HTML file that a manager can read, with all evidence and without any need of a network.
+"""The report: one HTML file that a manager can read, with all the evidence, usable without a network.
 
-Theory of operation. A plan goes in, a text comes out; the same plan gives the same bytes, for nothing here looks at a
-clock or a machine.
+Theory of operation. A plan goes in, a text comes out. The same plan gives the same bytes, because nothing here depends
+on a clock or a machine.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MARKS = {"": "✓", "over": "▲", "lost": "✕"}
 
 
 class Cell(NamedTuple):
-    """One cell: text, small print below it, a tooltip; `kind` lost, over, kept or "", and that kind's symbol."""
+    """One table cell: text, small print below it, a tooltip; `kind` lost, over, kept or "", and that kind's symbol."""
 
     text: str
     detail: str = ""
@@ -63,13 +63,13 @@ def render(
     stress_notes: Iterable[tuple[str, str]] = (),
     figures: Mapping[str, Any] | None = None,
 ) -> str:
-    """The report as one HTML text.
+    """Return the report as one HTML text.
 
-    `command`: what reproduces the plan. `grant`: the provider's limits, for the curves. `provenance`: input ->
-    (measured or assumed, from where); `provider_text`: more of them, as (name, value, measured or assumed) or as a
-    mapping like `provenance`. `generated`: a date to print, none by default, so that equal plans give equal files.
+    `command`: the command that reproduces the plan. `grant`: the provider's limits, for the curves. `provenance`:
+    input -> (measured or assumed, source); `provider_text`: further inputs, as (name, value, measured or assumed) or as
+    a mapping like `provenance`. `generated`: a date to print, none by default, so that equal plans give equal files.
     `validated`: how often the forecasts were checked against live runs. `stress_notes`: conditions left out, and why.
-    `figures`: as `report_figures.drawn` gives them; drawn now if they are not given.
+    `figures`: as returned by `report_figures.drawn`; drawn now if not given.
     """
     inputs = _inputs(provenance, provider_text)
     assumed = [each["name"] for each in inputs if each["kind"] == "assumed"]
@@ -120,14 +120,14 @@ def render(
 
 
 def _drawn(plan: Plan, grant: Grant) -> dict[str, Any]:
-    # To import a library that draws takes longer than all else here.
+    # Importing the drawing library takes longer than everything else here.
     from sim.reporting import report_figures
 
     return report_figures.drawn(plan, grant)
 
 
 def write(path: str | Path, plan: Plan, **options: Any) -> None:
-    """Writes the report, whole or not at all; `options` are those of `render`. BadInput names a path that fails."""
+    """Write the report atomically; `options` are those of `render`. Raise BadInput, naming the path, if that fails."""
     page = render(plan, **options)
     with write_atomically(path) as unfinished:
         unfinished.write_text(page, encoding="utf-8")
@@ -140,7 +140,7 @@ def _environment() -> Environment:
 
 
 def _code(text: str) -> Markup:
-    """Commands in backquotes as code."""
+    """Return the text with commands in backquotes marked up as code."""
     parts = [_unbroken(escape(part)) for part in text.split("`")]
     return Markup("".join(f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts)))
 
@@ -149,7 +149,7 @@ _UNIT = re.compile(r"(?<=\d) (?=(?:%|s|min|h|d)(?![\w]))")
 
 
 def _unbroken(value: Any) -> Any:
-    """Keeps a number and its unit on one line. What is markup already stays as it is."""
+    """Return text with each number and its unit kept on one line; markup is returned unchanged."""
     return _UNIT.sub("\N{NO-BREAK SPACE}", value) if type(value) is str else value
 
 
@@ -162,7 +162,7 @@ def _count(n: int, noun: str) -> str:
 
 
 def _inputs(provenance: Provenance, provider_text: ProviderText) -> list[dict[str, str]]:
-    """Every input once, the assumed ones first: they are what a reader must know."""
+    """Return every input once, the assumed ones first, since a reader must know them."""
     found = {name: (kind, words) for name, (kind, words) in provenance.items()}
     if isinstance(provider_text, Mapping):
         found |= dict(provider_text)
@@ -189,7 +189,7 @@ def _changes(found: Recommendation) -> str:
 
 
 def _headline(plan: Plan) -> list[HeadlineRow]:
-    """The table of the answer: a row per figure, a column per policy."""
+    """Return the table of the answer: a row per figure, a column per policy."""
     forecasts = text.policies_of(plan)
 
     def row(name: str, about: str, cell: Callable[[Forecast], Cell]) -> HeadlineRow:
@@ -354,7 +354,7 @@ def _stress_cell(plan: Plan, f: Forecast | None) -> Cell:
 
 
 def _drawn_rows(plan: Plan) -> list[dict[str, Any]]:
-    """A row per policy: median, what one in 20 draws exceeds, worst of the objective; of the others the latter two."""
+    """Return a row per policy: median, 95th percentile and worst of the objective; of other figures the last two."""
     if plan.drawn is None:
         return []
     rows = []

@@ -1,4 +1,4 @@
-"""The report's figures: drawn from the plan, captioned, and put into the page as inline SVG.
+"""The report's figures: drawn from the plan, captioned, and embedded in the page as inline SVG.
 
 In the page a figure's text stays text, its ids are unique, and the four neutral colours are the page's own variables,
 so that it follows the reader's light or dark theme and prints on white.
@@ -20,7 +20,7 @@ from sim.experiment.results import Forecast, Plan
 from sim.reporting import figures, figures_robust, figures_time
 from sim.reporting.report_text import policies_of, throttled_limit
 
-# A figure's neutral colours are the page's variables, and so is the blue, too dark for a dark page.
+# A figure's neutral colours become the page's variables, and so does the blue, which is too dark for a dark page.
 _THEME = {
     palette.BLUE: "--blue",
     palette.INK: "--ink",
@@ -31,15 +31,15 @@ _THEME = {
 
 
 def drawn(plan: Plan, grant: Grant) -> dict[str, Any]:
-    """The figures by name, as elements of the page; "" where there is nothing to draw."""
+    """Return the figures by name, as elements of the page; "" if there is nothing to draw."""
     return {name: draw(plan, grant) for name, draw in FIGURES.items()}
 
 
 def _forecasts(plan: Plan) -> dict[str, Forecast]:
-    """The policies that are drawn."""
+    """Return the policies that are drawn."""
     forecasts = policies_of(plan)
     if not plan.guardrails.steps:
-        # Today's settings once more: a second curve on top of the first would only hide it.
+        # Equal to today's settings: a second curve on top of the first would only hide it.
         del forecasts["guardrails"]
     return forecasts
 
@@ -126,8 +126,8 @@ def _sensitivity(plan: Plan, grant: Grant) -> str:
     )
 
 
-# By name: what makes the figure of a plan, of which only the part with the same name need be there beside the
-# forecasts.
+# The function that draws each named figure of a plan; besides the forecasts, it needs only the plan's part of that
+# name.
 FIGURES: dict[str, Callable[[Plan, Grant], Any]] = {
     "waits": _waits,
     "over_time": _over_time,
@@ -157,13 +157,13 @@ def _listing(facts: Mapping[str, str]) -> str:
 
 
 def inline(figure: Figure, name: str, alt: str) -> str:
-    """The figure as an element of the page: named for those who cannot see it, in the page's colours and font."""
+    """Return the figure as an element of the page, with an accessible name, in the page's colours and font."""
     svg = style.svg_of(figure)
     head, body = svg.split(">", 1)
     size = re.search(r'viewBox="[^"]*"', head)
     assert size is not None
     body = re.sub(r"\s*<defs>\s*<style.*?</style>\s*</defs>", "", body, count=1, flags=re.DOTALL)
-    # Groups have ids that nobody refers to; the others must differ from those of the page's other figures.
+    # Group ids are never referenced; all other ids must differ from those of the page's other figures.
     body = re.sub(r'<g id="[^"]*"', "<g", body)
     body = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", body)
     body = re.sub(r"; font-family: [^;\"]*", "", body)

@@ -1,6 +1,6 @@
-"""What the report says in sentences: the answer, what holds the batch back, what is noise and what is not known.
+"""The sentences of the report: the answer, what holds the batch back, what is noise and what is unknown.
 
-A sentence states only what the figures beside it show.
+A sentence states only what the adjacent figures show.
 """
 
 from __future__ import annotations
@@ -25,29 +25,32 @@ from sim.experiment.results import (
     percentile,
 )
 
-# Below this share of the objective a gain is not worth a word.
+# A gain below this share of the objective is not mentioned.
 SAME = 0.005
-# A change worth less than this share of the objective reads as none: the search does not tell it from nothing.
+# A gain below this share of the objective reads as "none": the search cannot distinguish it from zero.
 NOTHING = 0.001
-# From this efficiency on, the provider's limit is what holds the batch back, whatever the queue's head waits for.
+# From this efficiency on, the provider's limit holds the batch back, regardless of what the queue's head waits for.
 SATURATED = 0.9
 
 
 def interval(estimate: Estimate, form: str = "duration") -> str:
-    """The 95 % interval of the mean, "from to": `form` is duration, number or percent. One run: says so."""
+    """Return the 95 % interval of the mean, "from to", or a note for a single run.
+
+    `form`: duration, number or percent.
+    """
     if estimate.n < 2:
         return "one run: no interval"
     return between(estimate.low, estimate.high, form)
 
 
 def lost_text(forecast: Forecast) -> str:
-    """How many requests were lost in all runs together: "0 of 12,000, below 0.025 % at 95 % confidence"."""
+    """Return the requests lost in all runs together: "0 of 12,000, below 0.025 % at 95 % confidence"."""
     seen = f"{forecast.lost:,} of {forecast.trials:,}"
     return f"{seen}, {below(forecast.lost_at_most)}"
 
 
 def limits_text(found: Percentile) -> str:
-    """The 95 % limits of a percentile, "from to"; where the runs cannot bound it, that."""
+    """Return the 95 % limits of a percentile, "from to", or a note if the runs cannot bound it."""
     if found.bounded and math.isfinite(found.low):
         return between(found.low, found.high)
     runs = f"{found.n} run{'s' if found.n != 1 else ''}"
@@ -55,29 +58,29 @@ def limits_text(found: Percentile) -> str:
 
 
 def policies_of(plan: Plan) -> dict[str, Forecast]:
-    """The three columns of the headline, by a name of STYLES."""
+    """Return the three columns of the headline, by a name of STYLES."""
     return {"now": plan.now, "guardrails": plan.guardrails.forecast, "recommended": plan.full.forecast}
 
 
 def throttled_limit(plan: Plan) -> float:
-    """429s per 100 requests that are allowed."""
+    """Return the 429s allowed per 100 requests."""
     return plan.limits.get("max_throttled_per_100", 1.0)
 
 
 def stress_limits(plan: Plan) -> dict[str, float]:
-    """The limits under stress: in a small batch a refusal or two is no broken limit."""
+    """Return the limits under stress: in a small batch a refusal or two does not break a limit."""
     return {**plan.limits, "max_throttled_per_100": plan.limits.get("max_throttled_per_100_under_stress", 1.0)}
 
 
 def broken_in(f: Forecast, limits: Mapping[str, float]) -> str:
-    """Which of the plan's limits a forecast breaks: "lost", "over" (too many 429s) or "" for none."""
+    """Return which of the plan's limits a forecast breaks: "lost", "over" (too many 429s) or "" for none."""
     if f.lost / max(1, f.trials) > limits.get("max_lost", 0.0):
         return "lost"
     return "over" if f["throttled_per_100"].mean > limits.get("max_throttled_per_100", math.inf) else ""
 
 
 def promise(plan: Plan) -> str:
-    """When the recommendation is done: as assumed, and whatever the provider turns out to be, within reason."""
+    """Return when the recommendation finishes: under the assumptions, and over the drawn conditions."""
     best = plan.full.forecast
     said = f"{duration(best['makespan_s'].p50)} if the provider is as assumed"
     held = plan.promise
@@ -90,7 +93,7 @@ def promise(plan: Plan) -> str:
 
 
 def promise_note(plan: Plan) -> str:
-    """What the promise rests on; "" where nothing was drawn."""
+    """Return the basis of the promise; "" if no conditions were drawn."""
     held, found = plan.promise, plan.drawn
     if held is None or found is None:
         return ""
@@ -105,7 +108,7 @@ def promise_note(plan: Plan) -> str:
 
 
 def about(grant: Grant) -> str:
-    """What the provider grants, in one line."""
+    """Return what the provider grants, in one line."""
     limits = [
         f"{limit:,.0f} {unit}"
         for limit, unit in (
@@ -120,7 +123,7 @@ def about(grant: Grant) -> str:
 
 
 def answer(plan: Plan) -> list[str]:
-    """The answer in a few sentences, the most important first."""
+    """Return the answer in a few sentences, the most important first."""
     now, few, best = plan.now, plan.guardrails, plan.full
     said = f"With today's settings the {now.requests:,} requests {_fares(now, plan)}."
     if plan.already_good:
@@ -137,7 +140,7 @@ def answer(plan: Plan) -> list[str]:
 
 
 def _fares(f: Forecast, plan: Plan) -> str:
-    """How a policy does: "finish after about 3 min 13 s, with no 429 and no request lost"."""
+    """Return a policy's outcome: "finish after about 3 min 13 s, with no 429 and no request lost"."""
     when = f"finish after about {duration(f['makespan_s'].p50)}"
     if plan.objective == "p95_latency":
         when += f" and 19 of 20 are answered within {duration(f['latency_p95_s'].mean)}"
@@ -154,7 +157,7 @@ def _gain(found: Recommendation, plan: Plan) -> str:
 
 
 def gain_share(found: Recommendation, plan: Plan) -> float:
-    """What a recommendation gains, as a share of today's objective; nan where today's is not known."""
+    """Return a recommendation's gain as a share of today's objective; nan if today's is unknown."""
     today = plan.now[OBJECTIVES[plan.objective][1]].mean
     return found.gain_s.mean / today if today > 0.0 else math.nan
 
@@ -188,7 +191,7 @@ def _deadline(plan: Plan) -> list[str]:
 
 
 def held_back(plan: Plan) -> str:
-    """Which causes the waiting is for, today and with the recommendation."""
+    """Return the causes of waiting, today and with the recommendation."""
     today, then = _causes(plan.now), _causes(plan.full.forecast)
     said = f"Today {today}." if today else "Today no request waits."
     said += f" With the recommended settings {then}." if then else " With the recommended settings none waits."
@@ -212,7 +215,7 @@ def _causes(f: Forecast) -> str:
 
 
 def tried(plan: Plan) -> str:
-    """How much was searched, and how to read the front."""
+    """Return how much was searched, and how to read the front."""
     return (
         f"{plan.settings_tried:,} settings were tried in {plan.runs_simulated:,} simulated runs "
         f"({plan.requests_simulated:,} requests in all), each judged by its {OBJECTIVES[plan.objective][0]} and by how "
@@ -221,7 +224,7 @@ def tried(plan: Plan) -> str:
 
 
 def robustness(found: Recommendation, plan: Plan) -> list[str]:
-    """What it costs to be safe: each faster setting that was passed over, and the condition that forbids it."""
+    """Return the cost of safety: each faster setting that was passed over, and the condition that rules it out."""
     name, figure = OBJECTIVES[plan.objective]
     return [
         f"Robustness costs {duration(each.price_s.mean)} ({interval(each.price_s)}): {each.name} has a {name} of "
@@ -231,7 +234,7 @@ def robustness(found: Recommendation, plan: Plan) -> list[str]:
 
 
 def find_out(plan: Plan) -> list[str]:
-    """What is worth finding out before the batch starts: a sentence for each, the best first."""
+    """Return what is worth finding out before the batch starts: a sentence for each, the best first."""
     return [f"{_value_of(each, plan)}; {_settled_by(each)}." for each in plan.find_out]
 
 
@@ -250,7 +253,7 @@ def _gain_text(gain: Gain) -> str:
 
 
 def _settled_by(found: Finding) -> str:
-    """The command, and what it costs."""
+    """Return the command that settles a finding, and its cost."""
     usd = found.cost_usd
     if not found.requests:
         cost = "makes a few calls" if usd is None else f"costs up to {dollars_text(usd)}"
@@ -264,7 +267,7 @@ def _settled_by(found: Finding) -> str:
 
 
 def worth(step: Step, plan: Plan) -> str:
-    """What a change is worth with all others as recommended: "35 min", "none as assumed", "costs 12 s"."""
+    """Return a change's gain with all others as recommended: "35 min", "none as assumed", "costs 12 s"."""
     today = plan.full.forecast[OBJECTIVES[plan.objective][1]].mean
     if abs(step.worth_s.mean) < NOTHING * today:
         return "none as assumed"
@@ -273,7 +276,7 @@ def worth(step: Step, plan: Plan) -> str:
 
 
 def why(step: Step, plan: Plan) -> str:
-    """Why a setting changes; for one that gains nothing as assumed also what it protects from."""
+    """Return why a setting changes; if it gains nothing under the assumptions, also what it protects from."""
     if step.worth_s.mean >= NOTHING * plan.full.forecast[OBJECTIVES[plan.objective][1]].mean:
         return step.reason
     if step.breaks:
@@ -284,7 +287,7 @@ def why(step: Step, plan: Plan) -> str:
 
 
 def kept_counts(plan: Plan) -> str:
-    """In how many conditions of the stress set each policy keeps the limits."""
+    """Return in how many conditions of the stress set each policy keeps the limits."""
     if not plan.stress:
         return "No other conditions were simulated."
     parts = []
@@ -299,7 +302,7 @@ def kept_counts(plan: Plan) -> str:
 
 
 def drawn_text(plan: Plan) -> str:
-    """What was drawn, and in how many draws each policy keeps the limits; "" where nothing was drawn."""
+    """Return what was drawn, and in how many draws each policy keeps the limits; "" if nothing was drawn."""
     found = plan.drawn
     if found is None:
         return ""
@@ -312,7 +315,7 @@ def drawn_text(plan: Plan) -> str:
 
 
 def drawn_line(plan: Plan) -> str:
-    """The recommendation over the draws, in one line; "" where nothing was drawn."""
+    """Return the recommendation's outcome over the draws, in one line; "" if nothing was drawn."""
     if plan.drawn is None or "recommended" not in plan.drawn.outcomes:
         return ""
     found = plan.drawn.outcomes["recommended"]
@@ -326,7 +329,7 @@ def drawn_line(plan: Plan) -> str:
 
 
 def sensitivity_text(plan: Plan) -> str:
-    """How to read the sensitivities."""
+    """Return how to read the sensitivities."""
     found = plan.sensitivity
     if found is None:
         return ""
@@ -343,7 +346,7 @@ def sensitivity_text(plan: Plan) -> str:
 
 
 def noise(plan: Plan) -> list[str]:
-    """How far the figures would move with other seeds: what more replications narrow."""
+    """Return how far the figures would move with other seeds, which more replications narrow."""
     name, figure = OBJECTIVES[plan.objective]
     found = []
     for who, f in policies_of(plan).items():
@@ -359,7 +362,7 @@ def noise(plan: Plan) -> list[str]:
 
 
 def unknown(plan: Plan, assumed: Sequence[str]) -> list[str]:
-    """The spread of the recommendation over the stress set, and the names of the inputs that are assumed."""
+    """Return the recommendation's spread over the stress set, and the names of the assumed inputs."""
     name, figure = OBJECTIVES[plan.objective]
     under = [(row.forecasts["recommended"], row.name) for row in plan.stress if "recommended" in row.forecasts]
     found = []
@@ -383,7 +386,7 @@ def unknown(plan: Plan, assumed: Sequence[str]) -> list[str]:
 
 
 def over_time_caption(grant: Grant) -> str:
-    """How to read the curves over time."""
+    """Return how to read the curves over time."""
     text = "One run of each, under the same chance. Tokens count from the moment at which the provider admits them."
     if grant.tpm_limit > 0.0 and not grant.minute_reset:
         text += (
@@ -394,13 +397,13 @@ def over_time_caption(grant: Grant) -> str:
 
 
 def _listed(parts: Iterable[str]) -> str:
-    """ "a", "a and b", "a, b and c"."""
+    """Return the parts as a list in words: "a", "a and b", "a, b and c"."""
     words = list(parts)
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def front_caption(plan: Plan) -> str:
-    """How to read the front."""
+    """Return how to read the front."""
     return (
         "Every mark is a setting; further down is faster, further left is refused less often. Large marks are the "
         "published estimates, on fresh seeds; small ones are from the search, with fewer runs each. Right of the "

@@ -1,15 +1,15 @@
-"""Series over time out of attempt rows: tokens in the last minute, requests in flight, lanes, and who made us wait.
+"""Time series from attempt rows: tokens in the last minute, requests in flight, lanes, and causes of waiting.
 
 A step function is a pair (times, values): values[i] holds from times[i] until times[i + 1]. Before the first time it is
-0, and at one instant only the sum of all changes shows: an answer that frees a place and the launch that takes it leave
-no spike.
+0. At one instant only the sum of all changes shows: an answer that frees a place and the launch that takes it leave no
+spike.
 
-Who made us wait. A driver advances one clock per cause, and an attempt's wait is the difference of its readings between
-becoming eligible and launching. Going through the attempts in order of launch, the readings at each launch can be put
-together again: reading at launch = reading when eligible + waits. Between two launches the clocks' advance is what the
-head of the queue waited for. Exact for a batch whose requests launch in order. An attempt that became eligible after
-the last known reading and overtook others (a retry) does not tell what those had waited for until then: that stretch,
-whose length is known, is taken to have had the causes of its own wait.
+Causes of waiting. A driver advances one clock per cause, and an attempt's wait is the difference of its readings
+between becoming eligible and launching. In order of launch, the readings at each launch can be reconstructed: reading
+at launch = reading when eligible + waits. Between two launches the clocks' advance is what the head of the queue waited
+for. This is exact for a batch whose requests launch in order. An attempt that became eligible after the last known
+reading and overtook others (a retry) does not show what those had waited for until then: that stretch, whose length is
+known, is assumed to have the causes of the attempt's own wait.
 """
 
 from __future__ import annotations
@@ -30,15 +30,18 @@ Real = NDArray[np.float64]
 Steps = tuple[Real, Real]
 
 THROTTLES = (Outcome.THROTTLED, Outcome.SLOW_DOWN)
-# The causes that hold back the head of the queue: all but "nothing" and the backoff of a single request.
+# Causes that hold back the head of the queue: all but "nothing" and the backoff of a single request.
 HEAD_CAUSES = CAUSES[1:BACKOFF]
 _WAITED = tuple(f"waited_{cause}_s" for cause in HEAD_CAUSES)
-# Shorter than this is the rounding of differences of clocks, not a wait.
+# Anything shorter is rounding in clock differences, not a wait.
 _SHORTEST_S = 1e-6
 
 
 def steps(at_s: Real, change: Real) -> Steps:
-    """The running sum of changes, one value per distinct time. Arrays of one length, in any order."""
+    """Return the running sum of changes, one value per distinct time.
+
+    Both arrays have shape (changes,), in any order.
+    """
     order = np.argsort(at_s, kind="stable")
     times, first = np.unique(at_s[order], return_index=True)
     if not len(times):
@@ -47,7 +50,7 @@ def steps(at_s: Real, change: Real) -> Steps:
 
 
 def in_flight(attempts: Sequence[Attempt]) -> Steps:
-    """Requests in flight: up at each launch, down at each end."""
+    """Return requests in flight: up at each launch, down at each end."""
     launched = np.array([a.launched_s for a in attempts])
     finished = np.array([a.finished_s for a in attempts])
     ones = np.ones(len(attempts))
@@ -55,7 +58,7 @@ def in_flight(attempts: Sequence[Attempt]) -> Steps:
 
 
 def charged_per_minute(attempts: Sequence[Attempt], window_s: float = MINUTE_S) -> Steps:
-    """Tokens that the provider charged in the last 60 s, counted at launch; where unknown, what we reserved counts."""
+    """Return tokens charged by the provider in the last 60 s, counted at launch; unknown charges count as reserved."""
     let_in = [a for a in attempts if a.charged_tokens != 0]
     launched = np.array([a.launched_s for a in let_in])
     tokens = np.array([float(a.charged_tokens if a.charged_tokens > 0 else a.reserved_tokens) for a in let_in])
@@ -63,9 +66,9 @@ def charged_per_minute(attempts: Sequence[Attempt], window_s: float = MINUTE_S) 
 
 
 def envelope(series: Steps, end_s: float, bins: int) -> Steps:
-    """The series up to `end_s`; if it has more than `bins` steps, its maximum in each of `bins` equal spans of time.
+    """Return the series up to `end_s`; if it has more than `bins` steps, its maximum in each of `bins` equal spans.
 
-    The maximum, because a curve that is to be compared with a limit must not hide a peak.
+    The maximum, because a curve compared with a limit must not hide a peak.
     """
     times, values = series
     kept = times <= end_s
@@ -73,7 +76,7 @@ def envelope(series: Steps, end_s: float, bins: int) -> Steps:
     if len(times) <= bins:
         return times, values
     edges = np.linspace(0.0, end_s, bins + 1)[:-1]
-    # What holds when the span begins, and every step inside it.
+    # The value when the span begins, and every step inside it.
     held = np.searchsorted(times, edges, side="right") - 1
     peaks = np.where(held >= 0, values[np.maximum(held, 0)], 0.0)
     span = np.searchsorted(edges, times, side="right") - 1
@@ -82,19 +85,19 @@ def envelope(series: Steps, end_s: float, bins: int) -> Steps:
 
 
 def means(series: Steps, end_s: float, spans: int) -> Steps:
-    """The mean of the series over time in each of `spans` equal spans up to `end_s`."""
+    """Return the time-weighted mean of the series in each of `spans` equal spans up to `end_s`."""
     edges = np.linspace(0.0, end_s, spans + 1)
     times, values = series
     if not len(times) or end_s <= 0.0:
         return edges[:-1], np.zeros(spans)
-    # The area below the curve up to each edge: it is linear between the steps.
+    # The area below the curve up to each edge is linear between the steps.
     at = np.concatenate([[min(0.0, times[0])], times, [max(end_s, times[-1])]])
     area = np.concatenate([[0.0], np.cumsum(np.concatenate([[0.0], values]) * np.diff(at))])
     return edges[:-1], np.diff(np.interp(edges, at, area)) / (end_s / spans)
 
 
 def lanes(attempts: Sequence[Attempt]) -> list[int]:
-    """The lane of each attempt, counted from 0: the lowest that is free at its launch, so as few as can be."""
+    """Return the lane of each attempt, from 0: the lowest one free at its launch, so that lanes are few."""
     found = [0] * len(attempts)
     free: list[int] = []
     busy: list[tuple[float, int]] = []
@@ -113,7 +116,7 @@ def lanes(attempts: Sequence[Attempt]) -> list[int]:
 class Wait(NamedTuple):
     """The head of the queue waited from `start_s` to `end_s` for `cause`; `attempt` is the one that then launched.
 
-    Where several causes followed one another before a launch, how long each lasted is known, and their order is not:
+    If several causes followed one another before a launch, their durations are known but their order is not:
     they are shown in the order of the law's causes.
     """
 
@@ -124,9 +127,9 @@ class Wait(NamedTuple):
 
 
 def head_waits(attempts: Iterable[Attempt]) -> list[Wait]:
-    """What the head of the queue waited for, in order of time and without overlap. See the module's docstring."""
+    """Return the waits of the head of the queue, in order of time and without overlap. See the module's docstring."""
     ordered = sorted(attempts, key=lambda a: (a.launched_s, a.eligible_s, a.request, a.attempt))
-    # From when on somebody was waiting who launched later than attempt i.
+    # From when on some attempt was waiting that launched later than attempt i.
     others_since = [inf] * len(ordered)
     for i in range(len(ordered) - 1, 0, -1):
         others_since[i - 1] = min(others_since[i], ordered[i].eligible_s)
@@ -143,7 +146,7 @@ def head_waits(attempts: Iterable[Attempt]) -> list[Wait]:
             waited = [seconds * (1.0 + unknown_s / own) for seconds in waited]
         eligible = _reading(times, readings, a.eligible_s)
         now = tuple(before + seconds for before, seconds in zip(eligible, waited, strict=True))
-        # A clock never goes back, whatever an estimated reading says.
+        # A clock never goes back, even if an estimated reading says so.
         passed = [max(0.0, after - before) for after, before in zip(now, readings[-1], strict=True)]
         room = a.launched_s - times[-1]
         if room > 0.0:
@@ -154,7 +157,7 @@ def head_waits(attempts: Iterable[Attempt]) -> list[Wait]:
 
 
 def _placed(passed: Sequence[float], room: float, attempt: Attempt) -> Iterator[Wait]:
-    """Waits of these lengths, one per cause and one after the other: they end at the launch and fit into `room`."""
+    """Yield consecutive waits of these lengths, one per cause, that end at the launch and fit into `room`."""
     total = sum(passed)
     if total <= _SHORTEST_S:
         return
@@ -168,7 +171,7 @@ def _placed(passed: Sequence[float], room: float, attempt: Attempt) -> Iterator[
 
 
 def _reading(times: list[float], readings: list[tuple[float, ...]], at_s: float) -> tuple[float, ...]:
-    """The clocks at a moment, linear between the readings on either side; the last one after them."""
+    """Return the clocks at a moment, linear between the readings on either side; the last reading after them."""
     after = bisect_right(times, at_s)
     if after == len(times):
         return readings[-1]
@@ -178,9 +181,10 @@ def _reading(times: list[float], readings: list[tuple[float, ...]], at_s: float)
 
 
 def waiting_shares(waits: Sequence[Wait], end_s: float, bins: int) -> tuple[Real, dict[str, Real]]:
-    """For each of `bins` equal spans of time up to `end_s`, the share of it in which the head waited for each cause.
+    """Return the share of each of `bins` equal spans up to `end_s` in which the head waited for each cause.
 
-    Returns the spans' edges, shape (bins + 1,), and by cause (those that occur) an array of shape (bins,), 0 to 1.
+    The result is the spans' edges, shape (bins + 1,), and by cause (those that occur) an array of shape (bins,), 0 to
+    1.
     """
     edges = np.linspace(0.0, end_s, bins + 1)
     width = end_s / bins
@@ -190,7 +194,7 @@ def waiting_shares(waits: Sequence[Wait], end_s: float, bins: int) -> tuple[Real
         if mine and width > 0.0:
             start = np.array([w.start_s for w in mine])
             end = np.array([w.end_s for w in mine])
-            # Seconds waited up to each edge: starts and ends are sorted, and no two waits overlap.
+            # Seconds waited up to each edge; starts and ends are sorted because no two waits overlap.
             known = np.concatenate([[0.0], np.cumsum(end - start)])
             index = np.searchsorted(end, edges, side="right")
             begun = np.append(start, np.inf)[index]

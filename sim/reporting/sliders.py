@@ -1,9 +1,9 @@
 """Sliders for notebooks: move a setting, and see the run under it.
 
 Needs ipywidgets (the extra `notebook`). Without a browser the widgets show their first state, so that a notebook that
-holds them can be executed anywhere. The picture is a widget of its own and no captured output: a client without a
-browser answers captured output on the channel on which it waits for the cell's end, and may then wait in vain until its
-time-out (nbclient 0.11: two minutes in place of a second, now and then).
+holds them can be executed anywhere. The picture is a separate widget and not captured output: a client without a
+browser answers captured output on the channel on which it waits for the cell's end, and may then wait until its
+time-out (nbclient 0.11: occasionally two minutes in place of a second).
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ RANGES = {
     "backoff_base_seconds": (0.5, 30.0, 0.5),
 }
 USUAL = ("stagger_s", "tpm_headroom", "max_concurrency", "est_tokens_per_run")
-# Of the figure, inches.
+# Size of the figure, in inches.
 WIDTH_IN = 9.0
-# From this size on a run by SimPy can be felt, and machine code is made in the background.
+# From this size on a SimPy run takes noticeable time, so machine code is prepared in the background.
 LARGE = 5_000
 
 
 def what_if(scenario: Scenario, *knobs: str) -> Widget:
-    """One slider per knob (by any of its names; the usual four if none is given) and the run under them.
+    """Return one slider per knob (by any of its names; the usual four by default) and the run under their settings.
 
-    Each move simulates the scenario once, with the settings that have no slider as they are.
-    ValueError for a knob that has no slider.
+    Each move simulates the scenario once; settings without a slider keep their values. Raise ValueError if a knob
+    cannot have a slider.
     """
     if is_available() and len(scenario.workload) >= LARGE:
         begin()
@@ -63,7 +63,7 @@ def what_if(scenario: Scenario, *knobs: str) -> Widget:
 
 
 def _seen(scenario: Scenario, values: Mapping[str, Any]) -> tuple[bytes, str]:
-    """One run under these settings: a picture with its figures, and the knob that holds it back."""
+    """Return one run under these settings: a picture with its figures, and the knob that holds it back."""
     policy = scenario.policy.with_(**values)
     changed = scenario.with_(policy=policy).fitted()
     rows, tally = attempts_of(changed, changed.seed)

@@ -34,9 +34,9 @@ from sim.scenario.stress import stress_notes
 if TYPE_CHECKING:
     pass
 
-# A flat reservation that is so many times the charge is the reason why the budget binds.
+# A flat reservation of this many times the charge is named as the reason why the budget binds.
 OVER_RESERVED = 1.5
-# A second cause of at least this share of the first is named beside it: mending one alone would gain little.
+# A second cause of at least this share of the first is named too: fixing only one would gain little.
 EQUALLY = 0.8
 
 FORMS = {
@@ -68,7 +68,7 @@ _WRITE: dict[str, Callable[[float], str]] = {
 
 
 def headline(scenario: Scenario) -> str:
-    """The workload in a few words."""
+    """Return the workload in a few words."""
     workload = scenario.workload
     label, text = workload.provenance.get("requests", (ASSUMED, "drawn"))
     models = sorted(set(workload.models)) if isinstance(workload.models, list) else [workload.models or ""]
@@ -78,7 +78,7 @@ def headline(scenario: Scenario) -> str:
 
 
 def waits_text(waits_s: Mapping[str, float]) -> str:
-    """Who made us wait: shares of all waiting, the largest first."""
+    """Return the causes of waiting as shares of all waiting, the largest first."""
     total = sum(waits_s.values())
     if total <= 0.0:
         return "nobody waited"
@@ -87,7 +87,7 @@ def waits_text(waits_s: Mapping[str, float]) -> str:
 
 
 def held_back(waits_s: Mapping[str, float], policy: Policy, reserved: float, charged: float) -> str:
-    """The knob that holds the batch back, in one sentence; two where they hold it about equally.
+    """Return the knob that holds the batch back, in one sentence; two knobs if they hold it back about equally.
 
     `reserved`, `charged`: tokens of the run.
     """
@@ -107,7 +107,7 @@ def held_back(waits_s: Mapping[str, float], policy: Policy, reserved: float, cha
 
 
 def inputs_text(provenance: Provenance, width: int) -> str:
-    """What was measured, and from where, and what assumed."""
+    """Return which inputs were measured, with their sources, and which were assumed."""
     rows = [("", name, text, label) for name, (label, text) in provenance.items()]
     rows.sort(key=lambda row: row[3] != MEASURED)
     lines = [[row[3], row[1], row[2]] for row in rows]
@@ -128,7 +128,7 @@ def inputs_text(provenance: Provenance, width: int) -> str:
 
 
 def summary_text(scenario: Scenario, s: Summary, width: int) -> str:
-    """One run, for people."""
+    """Return one run as readable text."""
     n = s.requests
     lost = f"{s.failed:,} of {n:,}, {words.below(at_most(s.failed, n))}"
     if s.failures:
@@ -159,12 +159,12 @@ def summary_text(scenario: Scenario, s: Summary, width: int) -> str:
 
 
 def figures_table(forecast: Forecast) -> str:
-    """Every figure over replications."""
+    """Return a table of every figure over replications."""
     return table(figures_rows(forecast))
 
 
 def figures_rows(forecast: Forecast) -> list[list[str]]:
-    """The same as rows of cells, the first a header."""
+    """Return every figure over replications as rows of cells, the first a header."""
     rows = [["", "mean", "95 % interval of it", "P5", "P50", "P95"]]
     for name, (title, form) in FORMS.items():
         e = forecast[name]
@@ -174,7 +174,7 @@ def figures_rows(forecast: Forecast) -> list[list[str]]:
 
 
 def forecast_text(scenario: Scenario, forecast: Forecast, width: int) -> str:
-    """Many runs of one policy, for people."""
+    """Return many runs of one policy as readable text."""
     reserved, charged = forecast["reserved_tokens"].mean, forecast["charged_tokens"].mean
     lost = lost_text(forecast)
     if forecast.failures:
@@ -199,10 +199,10 @@ def forecast_text(scenario: Scenario, forecast: Forecast, width: int) -> str:
 
 
 def forecast_json(scenario: Scenario, forecast: Forecast) -> dict[str, Any]:
-    """Many runs as one object: the keys of `Summary` hold means, `estimates` holds every figure with its intervals.
+    """Return many runs as one object: the keys of `Summary` hold means, `estimates` every figure with its intervals.
 
-    `efficiency` is null as soon as one run lost a request, as for a single run; `estimates.efficiency.n` says how many
-    runs have one. `waits_s` and `failures` are means per run. `lost` speaks of all runs together.
+    `efficiency` is null as soon as one run lost a request, as for a single run; `estimates.efficiency.n` is the number
+    of runs that have one. `waits_s` and `failures` are means per run. `lost` covers all runs together.
     """
     means = {name: e.mean for name, e in forecast.estimates.items()}
     failed = means["failed"]
@@ -227,7 +227,7 @@ def forecast_json(scenario: Scenario, forecast: Forecast) -> dict[str, Any]:
 
 
 def plan_text(scenario: Scenario, plan: Plan, width: int) -> str:
-    """What a plan found, for people: the comparison, the changes, the inputs, what to find out before the batch."""
+    """Return a plan as readable text: the comparison, the changes, the inputs, what to find out before the batch."""
     parts = [wrapped(headline(scenario), width), wrapped(f"Done in {promise(plan)}.", width)]
     parts.append(table(comparison_rows(plan)))
     now = plan.now
@@ -248,7 +248,7 @@ def plan_text(scenario: Scenario, plan: Plan, width: int) -> str:
 
 
 def _drawn(plan: Plan) -> str:
-    """The recommendation where all that is unknown is drawn at once."""
+    """Return the recommendation's outcome with all unknowns drawn at once."""
     if plan.drawn is None:
         return ""
     best = plan.drawn.outcomes["recommended"]
@@ -262,7 +262,7 @@ def _drawn(plan: Plan) -> str:
 
 
 def _matters(plan: Plan) -> str:
-    """Which settings the recommendation hangs on."""
+    """Return which settings the recommendation depends on."""
     if plan.sensitivity is None:
         return ""
     objective = {"makespan": "makespan_s", "p95_latency": "latency_p95_s"}[plan.objective]
@@ -279,7 +279,7 @@ def _matters(plan: Plan) -> str:
 
 
 def comparison_rows(plan: Plan) -> list[list[str]]:
-    """Now, guardrails only, recommended: the figures that decide, side by side; the first row is a header."""
+    """Return the deciding figures of now, guardrails only and recommended side by side; the first row is a header."""
     forecasts = (plan.now, plan.guardrails.forecast, plan.full.forecast)
     gains: list[Estimate | None] = [None, plan.guardrails.gain_s, plan.full.gain_s]
     objective = {"makespan": "makespan_s", "p95_latency": "latency_p95_s"}[plan.objective]
@@ -314,7 +314,7 @@ def comparison_rows(plan: Plan) -> list[list[str]]:
 
 
 def _changes(title: str, found: Recommendation, plan: Plan, width: int) -> str:
-    """The changed settings with what each is worth, and why."""
+    """Return the changed settings with the gain of each and the reason."""
     if not found.steps:
         return f"{title}: change nothing."
     text = table(changes_rows(title, found, plan), width=width)
@@ -322,7 +322,7 @@ def _changes(title: str, found: Recommendation, plan: Plan, width: int) -> str:
 
 
 def changes_rows(title: str, found: Recommendation, plan: Plan) -> list[list[str]]:
-    """The changed settings as rows of cells, the first a header; worth: with all others as recommended."""
+    """Return the changed settings as rows of cells, the first a header; gains are with all others as recommended."""
     rows = [[title, "now", "then", "worth", "why"]]
     for step in found.steps:
         knob = KNOB_BY_ENV[step.env]
@@ -331,7 +331,7 @@ def changes_rows(title: str, found: Recommendation, plan: Plan) -> list[list[str
 
 
 def plan_notes(scenario: Scenario, plan: Plan) -> list[str]:
-    """What to be careful about: wishes that cannot be kept, and conditions that could not be tried."""
+    """Return warnings: constraints that cannot be met, and conditions that could not be tried."""
     notes = [f"a limit is not kept: {what}" for what in plan.broken]
     if plan.out_of_time:
         notes.append("the search ended at its limit of time, see --effort: settings that were not tried may be better")
@@ -345,12 +345,12 @@ def plan_notes(scenario: Scenario, plan: Plan) -> list[str]:
 
 
 def notes_text(notes: Sequence[str], width: int) -> str:
-    """Warnings, one line each."""
+    """Return warnings, one line each."""
     return "\n".join(wrapped(f"note: {note}", width, "  ") for note in notes)
 
 
 def plain(value: Any) -> Any:
-    """`value` with nan and infinities as null, which JSON has."""
+    """Return `value` with nan and infinities replaced by null, since JSON has neither."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

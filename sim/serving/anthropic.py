@@ -1,8 +1,8 @@
 """Answers, streams, errors and headers of the synthetic provider in Anthropic's forms: its messages endpoint.
 
-The names are those of `wire` and `streams`, which have them in OpenAI's forms. Forms: the official SDK 2.14, which
-tests drive; wordings: docs/explanation/provider.md. There is one limit of tokens here, so that the headers state
-`requests` and `tokens`, and do not tell input from output.
+The functions have the same names as in `wire` and `streams`, which write OpenAI's forms. Forms: the official SDK 2.14,
+which tests drive; wordings: docs/explanation/provider.md. The model has one token limit, so the headers state
+`requests` and `tokens` and do not separate input from output.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STATUS = {
 
 
 def answer_body(a: Written) -> bytes:
-    """The body of a 200."""
+    """Return the body of a 200."""
     return json.dumps(_message(a, _blocks(a), _stop_reason(a), a.output_tokens)).encode()
 
 
@@ -68,12 +68,12 @@ def _blocks(a: Written) -> list[dict[str, Any]]:
 
 
 def _tool_use(a: Written, i: int) -> dict[str, Any]:
-    """The head of a call of a tool, whose input is still to come."""
+    """Return the head of a tool call, whose input follows."""
     return {"type": "tool_use", "id": f"toolu_{a.key:016x}{i:02d}", "name": a.content.calls[i].name, "input": {}}
 
 
 def stream_of(a: Written) -> list[Timed]:
-    """The answer as events; see `streams.Timed`."""
+    """Return the answer as events; see `streams.Timed`."""
     events: list[Timed] = [(0.0, _event("message_start", message=_message(a, [], None, 1)))]
     calls = a.content.calls if not a.cut_off else ()
     count = len(calls) or int(not a.empty)
@@ -107,13 +107,13 @@ _INSIDE = {
 
 
 def failure_event(a: Written, code: str, sequence: int) -> bytes:
-    """The event that ends a stream in an error."""
+    """Return the event that ends a stream with an error."""
     kind, message = _INSIDE[code]
     return event_bytes(json.loads(error_body(message, kind)), "error")
 
 
 def failure_body(a: Written, code: str) -> bytes:
-    """The body of a success that is an error."""
+    """Return the body of a 200 that holds an error."""
     kind, message = _INSIDE[code]
     return error_body(message, kind)
 
@@ -122,7 +122,7 @@ def failure_body(a: Written, code: str) -> bytes:
 
 
 def error_body(message: str, kind: str, code: str | None = None, param: str | None = None) -> bytes:
-    """The one shape of all errors."""
+    """Return an error body; all errors share this shape."""
     return json.dumps({"type": "error", "error": {"type": kind, "message": message}}).encode()
 
 
@@ -130,7 +130,7 @@ _WORDS = ("tokens per minute", "requests per minute", "tokens per day", "request
 
 
 def rate_error(model: str, d: int, limit: float, used: float, requested: float, wait_s: float) -> bytes:
-    """A 429 of dimension `d`; its wait is in the header alone."""
+    """Return a 429 of dimension `d`; its wait is stated only in the header."""
     message = (
         f"This request would exceed your organization's rate limit of {int(limit):,} {_WORDS[d]} (org: {ORGANIZATION}, "
         f"model: {model}). Please reduce the prompt length or the maximum tokens requested, or try again later."
@@ -139,7 +139,7 @@ def rate_error(model: str, d: int, limit: float, used: float, requested: float, 
 
 
 def too_large_error(model: str, d: int, limit: float, requested: float) -> bytes:
-    """A request above the limit itself: the same words, with what it asked for."""
+    """Return the 429 of a request above the limit itself: the same words, with the requested amount."""
     message = (
         f"This request of {int(requested):,} would exceed your organization's rate limit of {int(limit):,} {_WORDS[d]} "
         f"by itself (Limit {int(limit)}, Requested {int(requested)}). Please reduce the prompt length."
@@ -148,7 +148,7 @@ def too_large_error(model: str, d: int, limit: float, requested: float) -> bytes
 
 
 def quota_error(code: str = "") -> bytes:
-    """An account without credit."""
+    """Return the error of an account without credit."""
     message = (
         "Your credit balance is too low to access the Anthropic API. Please go to Plans & Billing to upgrade or "
         "purchase credits."
@@ -157,7 +157,7 @@ def quota_error(code: str = "") -> bytes:
 
 
 def slow_down_error() -> bytes:
-    """The 429 of a ramp that is too steep."""
+    """Return the 429 of a ramp that is too steep."""
     message = (
         "This request would exceed your organization's maximum usage increase rate for input tokens per minute. Please "
         "scale up your input tokens usage more gradually to stay within the acceleration limit."
@@ -166,7 +166,7 @@ def slow_down_error() -> bytes:
 
 
 def server_error(status: int) -> tuple[bytes, bytes]:
-    """Body and content type of a 5xx."""
+    """Return body and content type of a 5xx."""
     if status in (502, 504):
         return wire.server_error(status)
     kind, message = _INSIDE["server_is_overloaded" if status in (503, 529) else "server_error"]
@@ -174,12 +174,12 @@ def server_error(status: int) -> tuple[bytes, bytes]:
 
 
 def unauthorized_error(key: str) -> bytes:
-    """The 401, which does not quote the key."""
+    """Return the 401, which does not quote the key."""
     return error_body("invalid x-api-key", "authentication_error")
 
 
 def unknown_model_error(model: str) -> bytes:
-    """The 404 of a model that does not exist."""
+    """Return the 404 of a model that does not exist."""
     return error_body(f"model: {model}", "not_found_error")
 
 
@@ -187,17 +187,17 @@ def unknown_model_error(model: str) -> bytes:
 
 
 def own_headers(number: int, processing_s: float) -> Headers:
-    """What every answer carries."""
+    """Return the headers that every answer carries."""
     return [(b"request-id", b"req_%024d" % number), (b"anthropic-organization-id", ORGANIZATION.encode())]
 
 
 def stated_wait_s(wait_s: float, scale: float) -> float:
-    """A wait as it is stated: whole seconds of the provider, rounded up; -1 = none."""
+    """Return a wait as stated: whole seconds of the provider, rounded up; -1 = none."""
     return math.ceil(wait_s - 1e-6) / scale if wait_s >= 0.0 else -1.0
 
 
 def limit_headers(pp: ProviderParams, ps: ProviderState, scale: float, names: str, epoch_s: float) -> Headers:
-    """The anthropic-ratelimit-* triples as of the last admission; resets are instants. No limit, no triple."""
+    """Return the anthropic-ratelimit-* triples as of the last admission; resets are instants. No limit, no triple."""
     headers: Headers = []
     for word, d in (("requests", prov.requests_dimension(pp, ps)), ("tokens", prov.TPM)):
         if d < 0 or pp.limit[d] <= 0.0:

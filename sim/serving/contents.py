@@ -1,8 +1,8 @@
-"""What the synthetic provider's answers consist of: calls of tools, JSON that follows a schema, or else plain prose.
+"""Contents of the synthetic provider's answers: tool calls, JSON that follows a schema, or else plain prose.
 
-A request gets a call of one of its tools where it forces one (`tool_choice`), where its header `x-paceline-tool-calls`
-says how many, or where its model's name ends in `+tools`. The latter two hold until a tool's result is the last turn,
-so that an application's tool loop ends. A request for structured output gets the smallest JSON that fits its schema.
+A request gets a call of one of its tools if it forces one (`tool_choice`), if its header `x-paceline-tool-calls` states
+a number, or if its model's name ends in `+tools`. The latter two apply until a tool's result is the last turn, so that
+an application's tool loop ends. A request for structured output gets the smallest JSON that fits its schema.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from governor.model.estimate import CHARS_PER_TOKEN, MESSAGES, RESPONSES
 TOOLS_HEADER = b"x-paceline-tool-calls"
 TOOLS_SUFFIX = "+tools"
 TOOL_CALLS_MAX = 32
-# Schemas may refer to themselves: from the first depth on, whatever may be left out is; at the second, all is.
+# Schemas may refer to themselves: from the first depth on, optional parts are left out; from the second, all parts.
 DEPTH_FULL = 4
 DEPTH_MAX = 24
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """One call of a tool; `arguments`: a JSON object as text."""
+    """One tool call; `arguments`: a JSON object as text."""
 
     name: str
     arguments: str
@@ -34,13 +34,13 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What one answer says. `text`: None = prose of the answer's length; `calls`: in its place."""
+    """The content of one answer. `text`: None = prose of the answer's length; `calls`: tool calls in place of text."""
 
     text: str | None = None
     calls: tuple[ToolCall, ...] = ()
 
     def tokens(self) -> int:
-        """Tokens of what is given, 4 characters each; -1 where it is prose."""
+        """Return the tokens of the given content, 4 characters each; -1 for prose."""
         if self.text is None and not self.calls:
             return -1
         chars = len(self.text or "") + sum(len(call.name) + len(call.arguments) for call in self.calls)
@@ -51,7 +51,7 @@ PROSE = Content()
 
 
 def content_of(endpoint: int, headers: Mapping[bytes, bytes], body: Mapping[str, Any]) -> Content:
-    """What the answer to this request consists of. BadInput for a count of tool calls that is none."""
+    """Return the content of the answer to this request. Raise BadInput if the count of tool calls is no number."""
     tools = _tools_of(endpoint, body)
     choice = body.get("tool_choice")
     kind = choice.get("type") if isinstance(choice, dict) else choice
@@ -79,7 +79,7 @@ def _asked_calls(headers: Mapping[bytes, bytes], body: Mapping[str, Any]) -> int
 
 
 def _tools_of(endpoint: int, body: Mapping[str, Any]) -> dict[str, Any]:
-    """The request's function tools by name, with the schemas of their arguments."""
+    """Return the request's function tools by name, with the schemas of their arguments."""
     tools = body.get("tools")
     found = {}
     for tool in tools if isinstance(tools, list) else ():
@@ -90,7 +90,7 @@ def _tools_of(endpoint: int, body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _forced_name(choice: Mapping[str, Any]) -> str:
-    """The tool that `tool_choice` names, in any of the three endpoints' forms."""
+    """Return the tool that `tool_choice` names, in any of the endpoints' forms."""
     inner = choice.get("function", choice)
     name = inner.get("name") if isinstance(inner, dict) else None
     return name if isinstance(name, str) else ""
@@ -110,7 +110,7 @@ def _ends_with_a_result(endpoint: int, body: Mapping[str, Any]) -> bool:
 
 
 def _answer_schema(body: Mapping[str, Any]) -> Any:
-    """The schema that the answer must follow; None where it may be prose."""
+    """Return the schema that the answer must follow; None if it may be prose."""
     holders = [body.get("response_format")]
     for name in ("text", "output_config"):
         holder = body.get(name)
@@ -131,7 +131,7 @@ def _example_text(schema: Any) -> str:
 
 
 def example_of(schema: Mapping[str, Any], root: Mapping[str, Any] | None = None, depth: int = 0) -> Any:
-    """A value that fits a JSON schema: first choices, lower bounds, one item per list; deep down the least."""
+    """Return a value that fits a JSON schema: first choices, lower bounds, one item per list; the minimum deep down."""
     root = schema if root is None else root
     if depth > DEPTH_MAX:
         return None

@@ -1,6 +1,6 @@
-"""A live run against a synthetic provider on loopback, from a scenario: `paceline run` as anybody would type it.
+"""A live run of a scenario against a synthetic provider on loopback: `paceline run` as a user would type it.
 
-No key and no network is needed: requests go to 127.0.0.1 alone. Clocks of both sides run `time_scale` times as fast.
+It needs no key and no network: requests go to 127.0.0.1 only. The clocks of both sides run `time_scale` times as fast.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ TIMEOUT_S = 600.0
 
 
 def rehearsed(scenario: Scenario, folder: str | Path, *, requests: int = 0, time_scale: float = 10.0) -> Path:
-    """Runs the scenario's batch (its first `requests`; 0 = all) live against its provider; the path of the journal.
+    """Run the scenario's batch (its first `requests`; 0 = all) live against its provider; return the journal's path.
 
-    The folder, made if need be, takes what `paceline run` writes; a run that ended there before is made anew. BadInput
-    where the scenario's requests are no batch file: only bodies can be sent. PacelineError where the run fails.
+    The folder, created if necessary, receives the files of `paceline run`; a finished run in it is replaced. Raise
+    Raise BadInput if the scenario's requests are not a batch file, since only bodies can be sent; PacelineError if the
+    run fails.
     """
     from sim.serving.server import spawn
 
@@ -34,7 +35,7 @@ def rehearsed(scenario: Scenario, folder: str | Path, *, requests: int = 0, time
         path.unlink()
     settings = place / "settings.env"
     settings.write_text(scenario.policy.to_env(everything=True), encoding="utf-8")
-    # What is set outside, a proxy or a key, has no business on loopback.
+    # Settings of the outer environment, such as a proxy or a key, must not apply on loopback.
     environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
     environment |= {"OPENAI_API_KEY": "no-key-is-needed"}
     results = place / "results.jsonl"
@@ -50,7 +51,7 @@ def rehearsed(scenario: Scenario, folder: str | Path, *, requests: int = 0, time
 
 
 def _batch_of(scenario: Scenario, folder: Path, requests: int) -> Path:
-    """The batch file, or one of its first lines in the folder."""
+    """Return the batch file, or a copy of its first lines in the folder."""
     source = scenario.source
     if not isinstance(source, FileSource) or source.path == "-" or Source.open(source.path).kind() != BATCH:
         raise BadInput("only requests in a batch file can be sent: token counts have no bodies", "requests")

@@ -1,15 +1,14 @@
-"""What the synthetic provider answers to one request, and what it counts; `server` puts HTTP around it.
+"""The synthetic provider's replies to requests, and its counts; `server` puts HTTP around it.
 
-The functions of `sim/model/provider.py` decide, as they stand; the forms are OpenAI's (`wire`, `streams`) or, for the
+The functions of `sim/model/provider.py` decide, unmodified; the forms are OpenAI's (`wire`, `streams`) or, for the
 messages endpoint, Anthropic's (`anthropic`).
 
-**Chance** is keyed by request and attempt, never streamed: the order of arrival changes nothing. A request that carries
-our own client id (`paceline-RUN-INDEX-ATTEMPT`, as `governor/provider/openai_adapter.py` sends it) draws under that
-index and attempt, exactly as row INDEX of a simulation with the same seed; any other one under a hash of its content,
-without caps, and the count of its arrivals. The answer's length is the one that `workload` assumes for want of better
-(log-normal, the median a quarter of the cap first seen), or what the header `x-paceline-output-tokens` or
-`metadata.paceline_output_tokens` says; then the cap cuts it.
-Calls of tools and JSON (`contents`) have the length that they have.
+**Chance** is keyed by request and attempt, never streamed, so the order of arrival changes nothing. A request with our
+own client id (`paceline-RUN-INDEX-ATTEMPT`, as `governor/provider/openai_adapter.py` sends it) draws under that index
+and attempt, exactly as row INDEX of a simulation with the same seed; any other request draws under a hash of its
+content, without caps, and the count of its arrivals. The answer's length is stated by the header
+`x-paceline-output-tokens` or `metadata.paceline_output_tokens`; else it is the one that `workload` assumes (log-normal,
+the median a quarter of the cap first seen). The cap then cuts it. Tool calls and JSON (`contents`) keep their length.
 """
 
 from __future__ import annotations
@@ -39,9 +38,9 @@ from sim.serving.contents import Content, content_of
 from sim.serving.streams import Timed
 from sim.serving.wire import Headers, Written
 
-# A policy's own estimate per run, in whose place the provider's rule `fixed` charges.
+# A policy's own estimate per run, which the provider's charge rule `fixed` takes.
 FIXED_CHARGE = 7_000
-# What is remembered of requests, at most: how often each came and how long its answer is.
+# Most requests remembered: how often each arrived and how long its answer is.
 REMEMBERED_MAX = 1_000_000
 OUTPUT_HEADER = b"x-paceline-output-tokens"
 OUTPUT_METADATA = "paceline_output_tokens"
@@ -55,11 +54,11 @@ _PROMPTS = {
     COMPLETIONS: ("prompt",),
     MESSAGES: ("system", "messages"),
 }
-# The model of a stored prompt, which a request need not name.
+# The model assumed for a stored prompt, whose request need not name one.
 STORED_MODEL = "gpt-4o"
 _REFUSED = (prov.THROTTLED, prov.TOO_LARGE, prov.QUOTA, prov.SLOW_DOWN)
 
-# How a reply goes out.
+# Ways in which a reply is sent.
 FULL = 0
 DROPPED = 1
 TRUNCATED = 2
@@ -67,7 +66,7 @@ TRUNCATED = 2
 
 @dataclass(slots=True)
 class Call:
-    """One attempt as it came in. `request`, `attempt`: the keys of its chance; `arrivals`: how often it has come."""
+    """One incoming attempt. `request`, `attempt`: the keys of its chance; `arrivals`: how often it has arrived."""
 
     model: str
     body: dict[str, Any]
@@ -81,10 +80,10 @@ class Call:
 
 @dataclass(slots=True)
 class Reply:
-    """What goes back, when (provider's seconds from admission) and how; `written`: the answer, in place of a body.
+    """A reply: when (provider's seconds from admission) and how it is sent; `written`: an answer in place of a body.
 
-    `endpoint` tells the forms. `counts`: the headers that state limits and what remains. `first_s`: when a stream
-    begins, -1 where the answer comes whole. `inside`: the code of the error that an answer turns into.
+    `endpoint` determines the forms. `counts`: the headers that state limits and what remains. `first_s`: when a stream
+    begins, -1 if the answer is sent whole. `inside`: the code of the error that the answer turns into.
     """
 
     outcome: str
@@ -102,7 +101,7 @@ class Reply:
     inside: str = ""
 
     def whole_body(self) -> bytes:
-        """The body of an answer that comes whole, spoiled as it is to be."""
+        """Return the body of an answer that is sent whole, with its fault applied."""
         a, words = self.written, _words(self.endpoint)
         if a is None:
             return self.body
@@ -110,7 +109,7 @@ class Reply:
         return body[: len(body) // 2] if self.outcome == "malformed" else body
 
     def events(self) -> list[Timed]:
-        """A streamed answer as events, spoiled as they are to be: cut off, broken, or ended by an error."""
+        """Return a streamed answer as events, with its fault applied: cut off, malformed, or ended by an error."""
         assert self.written is not None
         forms = anthropic if self.endpoint == MESSAGES else streams
         events = forms.stream_of(self.written)
@@ -124,7 +123,7 @@ class Reply:
 
 
 def _words(endpoint: int) -> Any:
-    """The module whose forms an endpoint speaks."""
+    """Return the module that writes an endpoint's forms."""
     return anthropic if endpoint == MESSAGES else wire
 
 
@@ -148,15 +147,15 @@ class Stats:
         self.used_ratio_max = [0.0] * 4
 
     def as_dict(self) -> dict[str, Any]:
-        """What `GET /_stats` prints; see `Desk.stats`."""
+        """Return what `GET /_stats` prints; see `Desk.stats`."""
         names = [name for name in vars(self) if name not in ("used_max", "used_ratio_max")]
         return {name: dict(value) if isinstance(value := getattr(self, name), Counter) else value for name in names}
 
 
 class Desk:
-    """One provider quota at work: attempts in, replies out. Times are the provider's seconds.
+    """One provider quota in operation: attempts in, replies out. Times are the provider's seconds.
 
-    `scale`: what it states (waits, resets) is divided by this. See `server.Provider` for the other arguments.
+    `scale`: stated times (waits, resets) are divided by this. `server.Provider` explains the other arguments.
     """
 
     def __init__(
@@ -182,7 +181,7 @@ class Desk:
         self.remembered: dict[bytes, list[int]] = {}
 
     def came(self, endpoint: int, headers: dict[bytes, bytes], now: float) -> int:
-        """Counts an attempt that arrives; its number, from 1."""
+        """Count an arriving attempt and return its number, from 1."""
         count = self.count
         count.requests += 1
         count.first_s = now if count.first_s < 0.0 else count.first_s
@@ -194,7 +193,7 @@ class Desk:
         return count.requests
 
     def ended(self, reply: Reply, hung_up: bool, now: float) -> None:
-        """Counts an attempt whose time has come. An answer is settled, unless its client does not wait any longer."""
+        """Count an attempt whose reply is due. An answer is settled unless its client has hung up."""
         count = self.count
         count.in_flight -= 1
         count.outcomes["hung_up" if hung_up else reply.outcome] += 1
@@ -209,8 +208,10 @@ class Desk:
             reply.counts = self._counts(reply)
 
     def stats(self) -> dict[str, Any]:
-        """Counts so far: requests by outcome, endpoint and the SDK's retry count, tokens, the most in flight, requests
-        that came more than once, how often each event struck, and how full each limit was at its fullest (`windows`).
+        """Return the counts so far.
+
+        They are: requests by outcome, endpoint and the SDK's retry count, tokens, the most in flight, requests that
+        came more than once, how often each event struck, and the highest fill of each limit (`windows`).
         """
         windows = {
             name: {
@@ -226,21 +227,21 @@ class Desk:
         return {**self.count.as_dict(), "windows": windows, "events": events}
 
     def headers(self, reply: Reply, number: int) -> Headers:
-        """What every reply carries: call it after `ended`."""
+        """Return the headers that every reply carries; call it after `ended`."""
         processing_s = (reply.service_s if reply.first_s < 0.0 else reply.first_s) / self.scale
         return [*_words(reply.endpoint).own_headers(number, processing_s), *reply.counts, *reply.extra]
 
     def _counts(self, reply: Reply) -> Headers:
-        """Limits and what remains of them now, where this reply states them."""
+        """Return the limits and what remains of them now, if this reply states them."""
         if not prov.states_counts(self.pp, reply.status == 429):
             return []
         write: Callable[..., Headers] = _words(reply.endpoint).limit_headers
         return write(self.pp, self.ps, self.scale, self.config.header_names, time.time())
 
-    # ------------------------------------------------------------ what comes back
+    # ------------------------------------------------------------ replies
 
     def decided(self, endpoint: int, headers: dict[bytes, bytes], raw: bytes, now: float) -> Reply:
-        """What happens to one attempt that arrives at `now`; the provider's state is changed accordingly."""
+        """Decide the reply to one attempt that arrives at `now`, and change the provider's state accordingly."""
         reply = self._decided(endpoint, headers, raw, now)
         reply.endpoint = endpoint
         reply.counts = self._counts(reply)
@@ -279,7 +280,7 @@ class Desk:
         return reply if event is None else self._spoiled(event, reply)
 
     def batch_reply(self, endpoint: int, body: dict[str, Any]) -> tuple[Reply, int]:
-        """The answer to a line of a Batch file, and its input tokens (0 of what no endpoint could take).
+        """Return the answer to a line of a Batch file, and its input tokens (0 of what no endpoint could take).
 
         It is the one that the same request would get live, drawn in the same way, but for limits and time: nothing is
         charged, and a lost connection has no meaning.
@@ -294,7 +295,7 @@ class Desk:
         return self._answer(call, _cut(call), 0, 0.0), tokens
 
     def _call(self, endpoint: int, headers: dict[bytes, bytes], body: dict[str, Any]) -> Call:
-        """The attempt that a request makes. BadInput for what no endpoint could take."""
+        """Return the attempt that a request makes. Raise BadInput for what no endpoint could take."""
         model = body.get("model") or (STORED_MODEL if endpoint == RESPONSES and body.get("prompt") else None)
         if not isinstance(model, str) or not model:
             raise BadInput("you must provide a model parameter")
@@ -324,7 +325,7 @@ class Desk:
         return Call(model, body, sizes, request, attempt or seen[0], seen[0], output, content)
 
     def _length(self, sizes: Sizes, request: int) -> int:
-        """Tokens that the model would write if nothing cut it: `workload`'s assumption, row by row."""
+        """Return the tokens that the model would write uncut: `workload`'s assumption, row by row."""
         quarter = min(max(P50_OF_CAP * sizes.max_tokens, 1.0), P50_ASSUMED_MAX)
         p50 = P50_ASSUMED_NO_CAP if sizes.max_tokens < 0 else quarter
         u = keyed_uniform(self.seed, request, 0, OUTPUT_LENGTH)
@@ -353,14 +354,14 @@ class Desk:
         )
         reply = Reply("ok", service_s=service_s, written=written, charge=charge, endpoint=sizes.endpoint)
         if body.get("stream") and sizes.endpoint != EMBEDDINGS:
-            # The first token's share of the time, noise and stall included.
+            # The first token's share of the time, including noise and stalls.
             smooth_s = self.pp.first_token_s + self.pp.per_token_s * output
             reply.first_s = service_s * (self.pp.first_token_s / smooth_s if smooth_s > 0.0 else 1.0)
             reply.content_type = streams.CONTENT_TYPE
         return reply
 
     def _note_use(self) -> None:
-        """How full the limits are now, at the most so far."""
+        """Update the highest fill of each limit so far."""
         count = self.count
         for d in range(4):
             used = self.ps.used[d]
@@ -372,7 +373,10 @@ class Desk:
     # ------------------------------------------------------------ refusals and faults
 
     def _refused(self, outcome: int, call: Call, d: int, used: list[float], requested: float, wait_s: float) -> Reply:
-        """What the provider itself refuses; `used`: what each limit held before this attempt."""
+        """Return the reply to an attempt that the provider refuses.
+
+        `used`: the use of each limit before this attempt.
+        """
         endpoint = call.sizes.endpoint
         words = _words(endpoint)
         if outcome == prov.QUOTA:
@@ -392,7 +396,7 @@ class Desk:
         return reply
 
     def _refused_by(self, event: Event, call: Call, headers: dict[bytes, bytes]) -> Reply:
-        """An event at the door."""
+        """Return the reply to an attempt that an event refuses at the door."""
         endpoint, kind = call.sizes.endpoint, event.kind
         words = _words(endpoint)
         stated_s = words.stated_wait_s(event.retry_after_s, self.scale)
@@ -424,7 +428,7 @@ class Desk:
         return Reply(outcome, status, body, service_s=service_s, content_type=content_type)
 
     def _spoiled(self, event: Event, reply: Reply) -> Reply:
-        """An event after admission strikes the answer that would have come."""
+        """Return the reply with an event after admission applied to it."""
         if event.kind == "server_error":
             return self._server_error(reply.endpoint, event.status, min(reply.service_s, self.pp.first_token_s))
         if event.kind == "drop":
@@ -463,7 +467,7 @@ def _dimensions(value: object) -> int:
 
 
 def _stated_output(headers: dict[bytes, bytes], body: dict[str, Any]) -> int:
-    """The answer's length as the request itself states it, -1 where it does not. BadInput for what is no count."""
+    """Return the answer's length as the request states it, -1 if it does not. Raise BadInput if it is not a count."""
     metadata = body.get("metadata")
     stated = headers.get(OUTPUT_HEADER, b"").decode("latin-1")
     if not stated and isinstance(metadata, dict):

@@ -1,17 +1,18 @@
 """The synthetic provider behind real HTTP, on loopback only: enough of OpenAI and Anthropic for their official SDKs.
 
-The ASGI app with its clock, served by uvicorn in a thread (`serve`), in a process of its own (`spawn`) or as a command
-(`run_provider`). What is answered: `replies`. No key is checked, none is kept, and no body is.
+The module holds the ASGI app with its clock, served by uvicorn in a thread (`serve`), in a separate process (`spawn`)
+or as a command (`run_provider`). `replies` decides the answers. Keys are not checked, and neither keys nor bodies are
+kept.
 
-**Time.** The provider's clock stands at 0 until its first request, so that limit changes, bursts and events of a faults
+**Time.** The provider's clock stays at 0 until its first request, so that limit changes, bursts and events of a faults
 file count from the start of a run. With a time scale X it runs X times as fast as the machine's: all waits are divided
-by X, and its limits "per minute" are per 60/X real seconds. What it states (Retry-After, "try again in", resets,
-openai-processing-ms) is in the client's real seconds, divided by X too, which serves a client that knows nothing of
-the scale. `stated_time="provider"` leaves them undivided, for a client whose own clock is sped by the same X: only
-such a client can keep a bucket of one minute's capacity that refills in 60/X seconds.
+by X, and its limits "per minute" are per 60/X real seconds. Stated times (Retry-After, "try again in", resets,
+openai-processing-ms) are in the client's real seconds, divided by X too, which suits a client that is unaware of the
+scale. `stated_time="provider"` leaves them undivided, for a client whose own clock runs X times as fast: only such a
+client can keep a bucket of one minute's capacity that refills in 60/X seconds.
 
-**A client that hangs up** leaves its charge, and nothing is settled: as a timed-out attempt in simulation. So does
-one that closes a stream before its end.
+**A client that hangs up** leaves its charge, and nothing is settled: as for a timed-out attempt in simulation. The same
+applies to a client that closes a stream before its end.
 """
 
 from __future__ import annotations
@@ -54,9 +55,10 @@ _AZURE = re.compile(r"/openai(?:/deployments/[^/]+|/v1)?(/.+)")
 class Provider:
     """The ASGI app of one provider quota.
 
-    `config`, `events`: the provider, and what goes wrong beyond its own habits. `fixed_charge`: tokens that the charge
-    rule `fixed` takes. `ms_header`: stated waits also as `retry-after-ms`, which no recorded OpenAI answer has, but
-    the official SDK understands. `time_scale`, `stated_time`: see this module. BadSetting for a scale out of range.
+    `config`, `events`: the provider, and faults injected on top of it. `fixed_charge`: tokens that the charge rule
+    `fixed` takes. `ms_header`: state waits also as `retry-after-ms`, which no recorded OpenAI answer has but the
+    official SDK understands. `time_scale`, `stated_time`: see the module's docstring. Raise BadSetting if the scale is
+    out of range.
     """
 
     def __init__(
@@ -86,14 +88,14 @@ class Provider:
         self.reset()
 
     def reset(self) -> None:
-        """Starts anew: buckets as at first, no memory, the clock stands until the next request (`POST /_reset`)."""
+        """Restart: initial buckets, no memory, and the clock at 0 until the next request (`POST /_reset`)."""
         self.desk = Desk(self.config, **self._made_from)
         self.batches = BatchDesk(self.desk)
         self.zero: float | None = None
         self.epoch_s = 0.0
 
     def now(self) -> float:
-        """The provider's clock: seconds since its first request, times the scale; 0 before it."""
+        """Return the provider's clock: seconds since its first request, times the scale; 0 before it."""
         return 0.0 if self.zero is None else (self.clock() - self.zero) * self.time_scale
 
     def _arrived(self) -> tuple[float, float]:
@@ -105,12 +107,12 @@ class Provider:
         return now, self.zero
 
     def stats(self) -> dict[str, Any]:
-        """The counts of `Desk.stats` and `BatchDesk.stats`, and the clock: what `GET /_stats` prints."""
+        """Return the counts of `Desk.stats` and `BatchDesk.stats`, and the clock: what `GET /_stats` prints."""
         now = self.now()
         return {**self.desk.stats(), **self.batches.stats(now), "now_s": now, "time_scale": self.time_scale}
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """One HTTP request."""
+        """Serve one HTTP request."""
         assert scope["type"] == "http", scope["type"]
         path, method = scope["path"], scope["method"]
         if (found := _AZURE.fullmatch(path)) is not None:
@@ -146,7 +148,7 @@ class Provider:
         await _sent(send, status, body, content_type)
 
     async def _serve_attempt(self, endpoint: int, scope: Any, receive: Any, send: Any) -> None:
-        """An API request: decided on arrival, answered when its time has come."""
+        """Serve an API request: decide it on arrival, answer it when it is due."""
         raw = await _read(receive)
         if raw is None:
             return
@@ -160,7 +162,7 @@ class Provider:
         transport = scope.get("state", {}).get("transport")
 
         async def until(service_s: float) -> bool:
-            """Waits for that moment; whether the client is still there."""
+            """Wait for that moment; return whether the client is still connected."""
             await asyncio.sleep(max(0.0, arrived + service_s / self.time_scale - self.clock()))
             return transport is None or not transport.is_closing()
 
@@ -178,7 +180,7 @@ class Provider:
         except asyncio.CancelledError:
             if transport is None or not transport.is_closing():
                 raise
-            # The server has been stopped: uvicorn need not report it as an error of the app.
+            # The server was stopped: uvicorn must not report this as an error of the app.
 
     async def _stream(
         self,
@@ -189,7 +191,7 @@ class Provider:
         transport: asyncio.Transport | None,
         send: Any,
     ) -> None:
-        """Sends an answer as events, each when it is due; calls `ended` before the last, which its reader acts upon."""
+        """Send an answer as events, each when it is due; call `ended` before the last one, on which the client acts."""
         events = reply.events()
         span_s = reply.service_s - reply.first_s
         stays = await until(reply.first_s)
@@ -216,11 +218,11 @@ class Provider:
 
 
 async def _write(reply: Reply, headers: wire.Headers, transport: asyncio.Transport | None, send: Any) -> None:
-    """Sends a reply, whole or broken off as it says."""
+    """Send a reply, whole or broken off as it states."""
     assert reply.way == 0 or transport is not None, "only a server of this module can break a connection"
     if reply.way == DROPPED and transport is not None:
         transport.abort()
-        await asyncio.sleep(0)  # so that uvicorn knows that nobody waits for a response
+        await asyncio.sleep(0)  # so that uvicorn notices that the client is gone
         return
     body = reply.whole_body()
     own = [(b"content-type", reply.content_type), (b"content-length", b"%d" % len(body))]
@@ -234,7 +236,7 @@ async def _write(reply: Reply, headers: wire.Headers, transport: asyncio.Transpo
 
 
 async def _read(receive: Any) -> bytes | None:
-    """A request's whole body; None where the client went away before its end."""
+    """Return a request's whole body; None if the client disconnected before its end."""
     parts = []
     while True:
         message = await receive()
@@ -255,7 +257,7 @@ async def _sent(send: Any, status: int, body: bytes, content_type: bytes = wire.
 
 
 class _Protocol(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
-    """uvicorn's HTTP protocol, whose connection the app may break: what a dropped answer needs."""
+    """uvicorn's HTTP protocol, with a connection that the app can break, as a dropped answer requires."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
@@ -263,7 +265,7 @@ class _Protocol(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
 
 
 def protocol_of(provider: Provider) -> Callable[[], asyncio.Protocol]:
-    """What serves one connection each, for a loop that makes connections itself."""
+    """Return the factory of connection protocols, for a loop that makes connections itself."""
     server = _uvicorn(provider)
     config = server.config
     config.load()
@@ -279,12 +281,12 @@ def _uvicorn(provider: Provider, log_level: str | None = None) -> uvicorn.Server
             ws="none",
             lifespan="off",
             loop="asyncio",
-            # A host program's logging stays as it is.
+            # Leave the host program's logging unchanged.
             log_config=None,
             log_level=log_level,
             access_log=False,
             server_header=False,
-            # Far above any client's, so that no connection is closed in the moment in which it is used again.
+            # Far above any client's, so that no connection is closed at the moment when it is reused.
             timeout_keep_alive=3_600,
             timeout_graceful_shutdown=1,
         )
@@ -292,14 +294,14 @@ def _uvicorn(provider: Provider, log_level: str | None = None) -> uvicorn.Server
 
 
 def _listening(port: int) -> socket.socket:
-    """A socket bound to loopback; port 0 takes a free one. BadSetting where the port cannot be had."""
-    # The protocol by name, which accepted sockets inherit: else asyncio does not know that they are TCP and leaves them
-    # Nagle's algorithm, by which an answer's body waits 40 ms for the acknowledgement of its head.
+    """Return a socket bound to loopback; port 0 takes a free one. Raise BadSetting if the port is unavailable."""
+    # Name the protocol, which accepted sockets inherit: otherwise asyncio does not know that they are TCP and keeps
+    # Nagle's algorithm on, and an answer's body waits 40 ms for the acknowledgement of its head.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((HOST, port))
-        # From here on a client may connect: it is served as soon as the server runs.
+        # From now on a client may connect; it is served as soon as the server runs.
         listener.listen(2_048)
     except (OSError, OverflowError) as error:
         listener.close()
@@ -315,22 +317,22 @@ class Served:
 
     @property
     def url(self) -> str:
-        """The server's root."""
+        """Return the server's root URL."""
         return f"http://{HOST}:{self.port}"
 
     @property
     def base_url(self) -> str:
-        """What goes into OPENAI_BASE_URL."""
+        """Return the value for OPENAI_BASE_URL."""
         return f"{self.url}/v1"
 
     def stats(self) -> dict[str, Any]:
-        """What `GET /_stats` prints."""
+        """Return what `GET /_stats` prints."""
         with urlopen(f"{self.url}/_stats", timeout=10.0) as response:
             counts: dict[str, Any] = json.load(response)
         return counts
 
     def stop(self) -> None:
-        """Stops serving at once: who waits for an answer finds the connection closed. May be called twice."""
+        """Stop serving at once: clients that wait for an answer find the connection closed. May be called twice."""
 
     def __enter__(self) -> Self:
         return self
@@ -340,7 +342,7 @@ class Served:
 
 
 class Running(Served):
-    """Served by a thread of this process: light, for tests; it shares the interpreter with its client."""
+    """A provider served by a thread of this process: light, for tests; it shares the interpreter with its client."""
 
     def __init__(self, provider: Provider, port: int) -> None:
         self.provider = provider
@@ -360,7 +362,7 @@ class Running(Served):
         self._loop = asyncio.get_running_loop()
         self._stopping = asyncio.Event()
         server = _uvicorn(self.provider)
-        # What uvicorn's own `serve` does, less its signals and its ticks of 0.1 s.
+        # The same as uvicorn's own `serve`, without its signals and its ticks of 0.1 s.
         server.config.load()
         server.lifespan = server.config.lifespan_class(server.config)
         await server.startup(sockets=[self._listener])
@@ -370,7 +372,7 @@ class Running(Served):
             listening.close()
         for connection in list(server.server_state.connections):
             connection.transport.abort()
-        await asyncio.sleep(0)  # so that every connection knows that it is lost
+        await asyncio.sleep(0)  # so that every connection notices that it is lost
         tasks = list(server.server_state.tasks)
         for task in tasks:
             task.cancel()
@@ -378,17 +380,17 @@ class Running(Served):
 
 
 def serve(config: ProviderConfig, port: int = 0, **options: Any) -> Running:
-    """Serves a provider on loopback from a thread; port 0 takes a free one. `options`: as for `Provider`."""
+    """Serve a provider on loopback from a thread; port 0 takes a free one. `options`: as for `Provider`."""
     return Running(Provider(config, **options), port)
 
 
 class Spawned(Served):
-    """Served by a process of its own: what measurements need."""
+    """A provider served by a separate process, as measurements require."""
 
     def __init__(self, config: ProviderConfig, port: int, options: dict[str, Any]) -> None:
         events = [event.model_dump(exclude_unset=True) for event in options.pop("events", ())]
         order = {"config": config.model_dump(), "events": events, "port": port, "options": options}
-        # The packages lie where this one does, installed or not.
+        # The packages are beside this one, installed or not.
         paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "sim.serving.server"],
@@ -417,15 +419,15 @@ class Spawned(Served):
 
 
 def spawn(config: ProviderConfig, port: int = 0, **options: Any) -> Spawned:
-    """Serves a provider on loopback from a process of its own. `options`: as for `Provider`, but for the clock.
+    """Serve a provider on loopback from a separate process. `options`: as for `Provider`, except the clock.
 
-    It ends with its parent: when the pipe between them closes.
+    The process ends with its parent, when the pipe between them closes.
     """
     return Spawned(config, port, options)
 
 
 def _serve_as_told() -> None:
-    """The other end of `spawn`: the order in one line on standard input, the port on standard output."""
+    """Run the child's side of `spawn`: read the options from one line on stdin, write the port to stdout."""
     order = json.loads(sys.stdin.readline())
     config = checked(ProviderConfig, order["config"], "provider")
     events = [checked(Event, event, "events") for event in order["events"]]
@@ -447,10 +449,10 @@ def run_provider(
     say: Callable[[str], None] = print,
     **options: Any,
 ) -> None:
-    """Serves a provider until a signal ends it, and says where: the command `paceline provider`.
+    """Serve a provider until a signal ends it, and print its address: the command `paceline provider`.
 
-    `faults`: the path of a faults file, or its content. `options`: as for `Provider`. BadSetting and BadInput for what
-    is wrong with them or with the port. SIGINT ends it quietly, SIGTERM as it ends any program.
+    `faults`: the path of a faults file, or its content. `options`: as for `Provider`. Raise BadSetting or BadInput if
+    they or the port are invalid. SIGINT ends it quietly, SIGTERM as it ends any program.
     """
     if isinstance(faults, str):
         faults = read_faults(faults)
@@ -472,7 +474,7 @@ def run_provider(
 
 
 def _described(provider: Provider) -> str:
-    """One line: what this provider grants."""
+    """Return one line with what this provider grants."""
     config, pp = provider.config, provider.desk.pp
     limits = [f"{pp.limit[d]:,.0f} {name}" for d, name in enumerate(wire.DIMENSIONS) if pp.limit[d] > 0.0]
     settles = "settles" if config.settles else "does not settle"

@@ -1,7 +1,7 @@
 """Answers of the synthetic provider as server-sent events in OpenAI's forms: chat, completions and responses.
 
-An answer comes in pieces of a token each, of more where it has more than `PIECES_MAX` tokens, evenly over the time
-that its tokens take. Forms: the official SDK 3.54, which tests drive.
+An answer is sent in pieces of one token each, or more if it has more than `PIECES_MAX` tokens, spread evenly over the
+time that its tokens take. Forms: the official SDK 3.54, which tests drive.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ DONE = b"data: [DONE]\n\n"
 
 
 def event_bytes(data: dict[str, Any], name: str = "") -> bytes:
-    """One event."""
+    """Return one event as bytes."""
     head = f"event: {name}\n" if name else ""
     return f"{head}data: {json.dumps(data, separators=(',', ':'))}\n\n".encode()
 
 
 def pieces(text: str) -> list[str]:
-    """The text in as many parts as it comes in; none for an empty one."""
+    """Return the text in the pieces in which it is sent; none for an empty text."""
     size = max(CHARS_PER_TOKEN, -(-len(text) // PIECES_MAX))
     return [text[at : at + size] for at in range(0, len(text), size)]
 
 
 def stream_of(a: Written) -> list[Timed]:
-    """The answer as events."""
+    """Return the answer as events."""
     if a.endpoint == RESPONSES:
         return _response(a)
     events = _chat(a) if a.endpoint == CHAT else _completion(a)
@@ -55,7 +55,7 @@ def _chat(a: Written) -> list[Timed]:
         "service_tier": "default",
         "system_fingerprint": "fp_paceline",
     }
-    # Every chunk of a stream whose usage is asked for says that it is not the one.
+    # In a stream that includes usage, every other chunk states null usage.
     usage: dict[str, Any] = {"usage": None} if a.includes_usage else {}
 
     def chunk(i: int, delta: dict[str, Any], finish: str | None = None) -> bytes:
@@ -131,7 +131,7 @@ def _response(a: Written) -> list[Timed]:
 
 
 def _item(stream: _Numbered, index: int, item: dict[str, Any], begin: float, end: float) -> None:
-    """One item of a response's output, between these times."""
+    """Add one item of a response's output, between these times."""
     place = {"output_index": index, "item_id": item["id"]}
     bare: dict[str, dict[str, Any]] = {"message": {"content": []}, "function_call": {"arguments": ""}}
     empty = bare.get(item["type"], {})
@@ -160,7 +160,7 @@ def _deltas(stream: _Numbered, kind: str, text: str, place: dict[str, Any], begi
 
 
 def failure_event(a: Written, code: str, sequence: int) -> bytes:
-    """The event that ends a stream in an error; `sequence`: its number among the events of a response."""
+    """Return the event that ends a stream with an error; `sequence`: its number among the events of a response."""
     failed = json.loads(wire.failure_body(a, code))
     if a.endpoint != RESPONSES:
         return event_bytes(failed)

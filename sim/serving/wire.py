@@ -3,8 +3,8 @@
 Formats and wordings: docs/explanation/provider.md#headers and #errors; usage and objects as the official SDK 3.54 types
 them. Streams: `streams`; Anthropic's forms: `anthropic`.
 
-Answers are put together as text rather than by a JSON encoder: a body costs microseconds, so that one core serves
-thousands of tiny answers per second. Whatever comes from a request (its model's name) passes the encoder.
+Answers are assembled as text rather than by a JSON encoder: a body costs microseconds, so one core serves thousands of
+tiny answers per second. Text that comes from a request (its model's name) goes through the encoder.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ EMBEDDING_DIMENSIONS_MAX = 4_096
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """An answer to write down. `answers`: how many were asked for (embeddings: inputs); tokens are over all of them.
+    """An answer to encode. `answers`: number of answers requested (embeddings: inputs); tokens are over all of them.
 
-    `key` makes the answer's id: the same request gets the same id again. `empty`: cut off before any usable text.
-    `dimensions`, `as_base64`: for embeddings. `content`: what it says. `includes_usage`: a stream ends with its usage.
+    `key` determines the answer's id: the same request gets the same id again. `empty`: cut off before any usable text.
+    `dimensions`, `as_base64`: for embeddings. `content`: its content. `includes_usage`: a stream ends with its usage.
     """
 
     endpoint: int
@@ -77,7 +77,7 @@ STATUS = {
 
 
 def answer_body(a: Written) -> bytes:
-    """The body of a 200."""
+    """Return the body of a 200."""
     if a.endpoint == CHAT:
         text = _chat(a)
     elif a.endpoint == RESPONSES:
@@ -95,13 +95,13 @@ def _quoted(name: str) -> str:
 
 
 def prose(tokens: int) -> str:
-    """Text of so many tokens, 4 characters each, that needs no escaping in JSON."""
+    """Return text of this many tokens, 4 characters each, that needs no escaping in JSON."""
     chars = CHARS_PER_TOKEN * tokens
     return (_TEXT * (chars // len(_TEXT) + 1))[:chars]
 
 
 def text_of(a: Written, position: int) -> str:
-    """The text of one of several answers: what is given, as far as its tokens reach, or prose."""
+    """Return the text of one of several answers: the given text, as far as its tokens reach, or prose."""
     if a.empty:
         return ""
     if a.content.tokens() < 0:
@@ -110,23 +110,23 @@ def text_of(a: Written, position: int) -> str:
 
 
 def _json_text(a: Written, position: int) -> str:
-    """The same in quotation marks; prose needs no escaping."""
+    """Return the text of one answer as a JSON string; prose needs no escaping."""
     text = text_of(a, position)
     return f'"{text}"' if a.content.text is None else json.dumps(text)
 
 
 def finish_reason(a: Written) -> str:
-    """How a chat choice ended."""
+    """Return how a chat choice ended."""
     return "length" if a.cut_off else "tool_calls" if a.content.calls else "stop"
 
 
 def call_id(a: Written, position: int, call: int) -> str:
-    """The id of a call of a tool."""
+    """Return the id of a tool call."""
     return f"call_{a.key:016x}{position:03d}{call:02d}"
 
 
 def _share(a: Written, position: int) -> int:
-    """Tokens of one of several answers: an even split, the first ones take the rest."""
+    """Return the tokens of one of several answers: an even split, with the remainder on the first ones."""
     return a.output_tokens // a.answers + (position < a.output_tokens % a.answers)
 
 
@@ -158,7 +158,7 @@ def _calls(a: Written, position: int) -> str:
 
 
 def chat_usage(a: Written) -> dict[str, Any]:
-    """What a chat answer used."""
+    """Return the usage of a chat answer."""
     return {
         "prompt_tokens": a.prompt_tokens,
         "completion_tokens": a.output_tokens,
@@ -189,7 +189,7 @@ def _completion(a: Written) -> str:
 def _response(a: Written) -> str:
     status = "incomplete" if a.cut_off else "completed"
     if a.empty:
-        # All of it went into thinking.
+        # All output tokens were spent on reasoning.
         output = f'{{"id":"rs_{a.key:016x}","type":"reasoning","summary":[],"status":"incomplete"}}'
     elif a.content.calls and not a.cut_off:
         calls = [
@@ -225,7 +225,7 @@ def _response(a: Written) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _vector(dimensions: int, as_base64: bool) -> str:
-    """A vector of length 1, as JSON writes it; the same for every input, since nobody reads it."""
+    """Return a unit vector as JSON; it is the same for every input, since its values are not used."""
     values = [1.0 / math.sqrt(dimensions)] * dimensions
     if as_base64:
         return json.dumps(base64.b64encode(struct.pack(f"<{dimensions}f", *values)).decode("ascii"))
@@ -242,7 +242,7 @@ def _embeddings(a: Written) -> str:
 
 
 def models_body(names: tuple[str, ...]) -> bytes:
-    """The list of models."""
+    """Return the list of models."""
     data = [{"id": name, "object": "model", "created": 1_700_000_000, "owned_by": "paceline"} for name in names]
     return json.dumps({"object": "list", "data": data}).encode()
 
@@ -251,7 +251,7 @@ def models_body(names: tuple[str, ...]) -> bytes:
 
 
 def error_body(message: str, kind: str, code: str | None = None, param: str | None = None) -> bytes:
-    """The one shape of all errors."""
+    """Return an error body; all errors share this shape."""
     return json.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}}).encode()
 
 
@@ -264,7 +264,7 @@ _INSIDE = {
 
 
 def failure_body(a: Written, code: str) -> bytes:
-    """The body of a success that is an error: one at the top, or a response that failed."""
+    """Return the body of a 200 that holds an error: an error object, or a failed response."""
     kind, message = _INSIDE[code]
     if a.endpoint != RESPONSES:
         return error_body(message, kind, code)
@@ -274,14 +274,14 @@ def failure_body(a: Written, code: str) -> bytes:
 
 
 def wait_text(wait_s: float) -> str:
-    """The sentence that states a wait, "" where none is stated (-1)."""
+    """Return the sentence that states a wait, "" if none is stated (-1)."""
     return f" Please try again in {duration_text(wait_s)}." if wait_s >= 0.0 else ""
 
 
 def rate_error(model: str, d: int, limit: float, used: float, requested: float, wait_s: float) -> bytes:
-    """A 429 of dimension `d`; `wait_s` in the client's seconds, -1 = not stated.
+    """Return a 429 of dimension `d`; `wait_s` in the client's seconds, -1 = not stated.
 
-    Used is printed whole, rounded up: who reads "Used 30000" of 30,000 must not conclude that one more would fit.
+    Used is printed as a whole number, rounded up: the message must not suggest that one more token would fit.
     """
     message = (
         f"Rate limit reached for {model} in organization {ORGANIZATION} on {_DIMENSION_WORDS[d]}: Limit {int(limit)}, "
@@ -292,7 +292,7 @@ def rate_error(model: str, d: int, limit: float, used: float, requested: float, 
 
 
 def too_large_error(model: str, d: int, limit: float, requested: float) -> bytes:
-    """The 429 that no waiting helps."""
+    """Return the 429 of a request that can never fit."""
     message = (
         f"Request too large for {model} in organization {ORGANIZATION} on {_DIMENSION_WORDS[d]}: Limit {int(limit)}, "
         f"Requested {int(requested)}. The input or output tokens must be reduced in order to run successfully. "
@@ -309,19 +309,19 @@ _QUOTA_WORDS = {
 
 
 def quota_error(code: str = "insufficient_quota") -> bytes:
-    """The 429 of an account without credit, in the classic form or with one of the newer codes."""
+    """Return the 429 of an account without credit, in the classic form or with one of the newer codes."""
     message = _QUOTA_WORDS.get(code, f"Your account has reached a limit ({code}). Please check your billing details.")
     return error_body(message, "insufficient_quota", code)
 
 
 def slow_down_error() -> bytes:
-    """The 429 of a ramp that is too steep."""
+    """Return the 429 of a ramp that is too steep."""
     message = "Your request rate is growing too fast. Please slow down and increase it gradually."
     return error_body(message, "rate_limit_error", "slow_down")
 
 
 def server_error(status: int) -> tuple[bytes, bytes]:
-    """Body and content type of a 5xx: OpenAI's own words, or for 502 and 504 those of a proxy before it."""
+    """Return body and content type of a 5xx: OpenAI's own words, or for 502 and 504 those of a proxy in front of it."""
     if status in (502, 504):
         words = "502 Bad Gateway" if status == 502 else "504 Gateway Time-out"
         page = f"<html>\r\n<head><title>{words}</title></head>\r\n<body><center><h1>{words}</h1></center></body></html>"
@@ -334,14 +334,14 @@ def server_error(status: int) -> tuple[bytes, bytes]:
 
 
 def unauthorized_error(key: str) -> bytes:
-    """The 401, which quotes the refused key in part, as the real one does."""
+    """Return the 401, which quotes part of the refused key, as the real one does."""
     shown = f"{key[:8]}{'*' * 8}{key[-4:]}" if len(key) > 12 else "*" * len(key)
     message = f"Incorrect API key provided: {shown}. You can find your API key at https://platform.openai.com/account/api-keys."
     return error_body(message, "invalid_request_error", "invalid_api_key")
 
 
 def unknown_model_error(model: str) -> bytes:
-    """The 404 of a model that does not exist, or that the account may not use."""
+    """Return the 404 of a model that does not exist or that the account may not use."""
     message = f"The model `{model}` does not exist or you do not have access to it."
     return error_body(message, "invalid_request_error", "model_not_found")
 
@@ -352,35 +352,35 @@ JSON = b"application/json"
 
 
 def floored_ms(seconds: float) -> float:
-    """Seconds floored to milliseconds, as everything that is printed."""
-    # The tiny addition keeps 0.644 s at 644 ms after a division by a time scale.
+    """Return seconds floored to milliseconds, as in all printed times."""
+    # The small addition keeps 0.644 s at 644 ms after a division by a time scale.
     return math.floor(seconds * 1000.0 + 1e-6) / 1000.0
 
 
 def retry_after(wait_s: float) -> Headers:
-    """A stated wait as Retry-After: whole seconds where it is whole; nothing for -1."""
+    """Return a stated wait as Retry-After, as an integer if it is whole seconds; no header for -1."""
     return [(b"retry-after", f"{wait_s:.3f}".rstrip("0").rstrip(".").encode())] if wait_s >= 0.0 else []
 
 
 def retry_after_ms(wait_s: float) -> Headers:
-    """A stated wait in milliseconds, in the header that the official SDK reads first; nothing for -1."""
+    """Return a stated wait in milliseconds, in the header that the official SDK reads first; no header for -1."""
     return [(b"retry-after-ms", b"%d" % round(wait_s * 1000.0))] if wait_s >= 0.0 else []
 
 
 def reset_s(pp: ProviderParams, ps: ProviderState, d: int) -> float:
-    """Until dimension `d` is as at first, if nobody uses more of it. Provider's seconds."""
+    """Return the provider's seconds until dimension `d` is fully reset, if there is no further use."""
     if pp.window != win.BUCKET and d < prov.TPD:
         return 0.0 if ps.used[d] <= 0.0 else win.empty_at(pp, ps, d) - ps.at
     limit = prov.limit_now(pp, ps, d)
     return refill_reset_s(limit, limit - ps.used[d], DAY_S if d >= prov.TPD else MINUTE_S)
 
 
-# What stands before and within the names of counts.
+# Prefixes of the names of counts.
 _PREFIXES = {"openai": "x-ratelimit-", "api_key": "x-ratelimit-api_key-", "llm_provider": "llm_provider-x-ratelimit-"}
 
 
 def own_headers(number: int, processing_s: float) -> Headers:
-    """What every answer carries; `processing_s` in the client's seconds."""
+    """Return the headers that every answer carries; `processing_s` in the client's seconds."""
     return [
         (b"x-request-id", b"req_%032x" % number),
         (b"openai-organization", ORGANIZATION.encode()),
@@ -390,17 +390,17 @@ def own_headers(number: int, processing_s: float) -> Headers:
 
 
 def stated_wait_s(wait_s: float, scale: float) -> float:
-    """A wait as it is told to the client, floored to milliseconds; -1 = none."""
+    """Return a wait as stated to the client, floored to milliseconds; -1 = none."""
     return floored_ms(wait_s / scale) if wait_s >= 0.0 else -1.0
 
 
 def limit_headers(
     pp: ProviderParams, ps: ProviderState, scale: float, names: str = "openai", epoch_s: float = 0.0
 ) -> Headers:
-    """The x-ratelimit-* triples as of the last admission; resets divided by `scale`. No limit, no triple.
+    """Return the x-ratelimit-* triples as of the last admission; resets are divided by `scale`. No limit, no triple.
 
-    `names`: as OpenAI has them, behind a gateway's prefix, or `plain`: x-ratelimit-limit, -remaining and -reset alone,
-    of the limit that is closest, in whole seconds, as middleware for web applications states them.
+    `names`: OpenAI's names, the same behind a gateway's prefix, or `plain`: only x-ratelimit-limit, -remaining and
+    -reset, of the closest limit, in whole seconds, as middleware for web applications states them.
     """
     known = [("requests", prov.requests_dimension(pp, ps)), ("tokens", prov.TPM)]
     known = [(word, d) for word, d in known if d >= 0 and pp.limit[d] > 0.0]
