@@ -329,8 +329,8 @@ def _limit(what: str, window: str, parts: Mapping[str, str], now_epoch: float) -
     if not (limit > 0.0 and remaining <= limit):
         return None
     minute, day = ("TPM", "TPD") if "token" in what else ("RPM", "RPD")
-    window_s = _NAMED_S.get(window) or windows.get(stated, 0.0)
-    if window_s:
+    window_s = _NAMED_S.get(window) or windows.get(stated)
+    if window_s is not None:
         return _per(minute, day, limit, limit - remaining, window_s)
     reset = parts.get("reset", "")
     resets_at = _moment(reset)
@@ -342,11 +342,16 @@ def _limit(what: str, window: str, parts: Mapping[str, str], now_epoch: float) -
     return Limit(day if left_s > _HOUR_S else minute, limit, remaining)
 
 
-def _per(minute: str, day: str, limit: float, used: float, window_s: float) -> Limit:
-    """Return a limit per `window_s` seconds as one per minute, or per day if the window is longer than a minute."""
+def _per(minute: str, day: str, limit: float, used: float, window_s: float) -> Limit | None:
+    """Return a limit per `window_s` seconds as one per minute, or per day if the window is longer than a minute.
+
+    None for a window of nothing, or of more than a year.
+    """
+    if not 0.0 < window_s <= 366.0 * DAY_S:
+        return None
     dimension, length_s = (minute, MINUTE_S) if window_s <= MINUTE_S else (day, DAY_S)
     granted = limit * (length_s / window_s)
-    return Limit(dimension, granted, granted - used)
+    return Limit(dimension, granted, granted - used) if granted < math.inf else None
 
 
 def processing_s(fields: Mapping[str, str]) -> float:
