@@ -1,1 +1,1 @@
-"""How true the twin is: backtest, and the forecast before a run."""
+"""Validation of the twin: backtest, replay, and the forecast before a run."""

@@ -1,8 +1,8 @@
-"""What a forecast assumes of the provider and of the answers: as a plan did, as an earlier forecast did, or neither.
+"""A forecast's assumptions on the provider and the answers: those of a plan, of an earlier forecast, or defaults.
 
 A plan writes its assumptions into its scenario file, and every forecast of the same batch reads them there, so that one
-batch has one forecast. Without a scenario the provider grants and charges as the settings believe, and answers have the
-lengths that are assumed for want of anything better.
+batch has one forecast. Without a scenario the provider grants and charges as the settings state, and answers have the
+default assumed lengths.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from sim.scenario.scenario import Scenario
 from sim.scenario.scenario_file import FileSource
 from sim.scenario.unknowns import Unknowns
 
-# In a larger batch no single answer that a plan drew decides anything, and its file need not be read for them.
+# In a larger batch no single drawn answer matters, so the plan's file need not be read for them.
 BATCH_BYTES_MOST = 20 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class Assumptions:
-    """`provider`: None = as the settings believe. `answers`: P50 and P95 of their tokens, None = not stated.
+    """Assumptions. `provider`: None = as the settings state. `answers`: P50 and P95 of their tokens, None = not stated.
 
     `rows`: the scenario's requests with their answers, measured ones (a log's, old results') or, with `is_drawn`, those
     that the plan drew. `path`: the scenario file, "" = none. `unknowns`: what its plan took for unknown.
@@ -54,11 +54,11 @@ class Assumptions:
     unknowns: Unknowns = field(default_factory=Unknowns)
 
     def provider_for(self, policy: Policy, models: NDArray[Any]) -> ProviderConfig:
-        """The provider of these requests, whose models have shape (requests,)."""
+        """Return the provider of these requests, whose models have shape (requests,)."""
         return self.provider or believed_provider(policy, models)
 
     def answered(self, workload: Workload, seed: int) -> Workload:
-        """The requests with answers: what is known of them as it was, the rest drawn."""
+        """Return the requests with answers: known ones as recorded, the rest drawn."""
         if self.rows is not None and not self.is_drawn:
             return _answered_like(workload, self.rows, seed)
         if self.answers is not None:
@@ -66,14 +66,17 @@ class Assumptions:
         return with_outputs_assumed(workload, seed)
 
     def as_planned(self, workload: Workload) -> Workload | None:
-        """The requests with the answers that the plan drew for them; None where it drew none, or planned others."""
+        """Return the requests with the plan's drawn answers; None if it drew none, or planned other requests."""
         if self.rows is None or not self.is_drawn:
             return None
         found = _same_sizes(workload, self.rows)
         return None if (found < 0).any() else workload.with_(output_tokens=self.rows.output_tokens[found])
 
     def to_json_dict(self) -> dict[str, Any] | None:
-        """Plain values for a journal, which a later forecast reads (`assumptions_of`); None where nothing is stated."""
+        """Return plain values for a journal, which a later forecast reads (`assumptions_of`).
+
+        None if nothing is stated.
+        """
         if self.provider is None:
             return None
         answers = self.answers
@@ -85,14 +88,17 @@ class Assumptions:
 
 
 def assumptions_of(outlook: Outlook) -> Assumptions:
-    """Those of the pool's scenario, else of the forecast before, else none. BadInput where the scenario is wrong."""
+    """Return the pool's scenario's, else the last forecast's, else no assumptions.
+
+    Raise BadInput for a bad scenario.
+    """
     if outlook.pool.scenario:
         return scenario_assumptions(outlook.pool.scenario)
     if outlook.assumed is None:
         return Assumptions()
     provider = checked(ProviderConfig, outlook.assumed["provider"], "provider")
     with suppress(BadInput):
-        # Its file knows more of the answers, if it still is what the forecast read.
+        # The scenario file holds more about the answers, if it has not changed since the forecast read it.
         found = scenario_assumptions(str(outlook.assumed["scenario"]))
         if found.provider == provider:
             return found
@@ -101,7 +107,7 @@ def assumptions_of(outlook: Outlook) -> Assumptions:
 
 
 def scenario_assumptions(path: str) -> Assumptions:
-    """The assumptions in a scenario file, or in one that holds a provider alone; read once until it changes."""
+    """Return the assumptions in a scenario file or a file with only a provider; cached until the file changes."""
     try:
         changed = os.stat(path).st_mtime_ns
     except OSError:
@@ -132,7 +138,7 @@ def _read(path: str, changed: int) -> Assumptions:
         answers = float(p50), float(p95)
     file = os.path.join(Path(path).parent, str(told["path"])) if told.get("path") else ""
     if file and (not os.path.isfile(file) or (not told.get("outputs_from") and _is_large_batch(file))):
-        # A scenario is of use without its rows: the provider is what matters.
+        # A scenario is useful without its rows: the provider is what matters.
         return Assumptions(provider, answers, path=path, unknowns=unknowns)
     scenario = Scenario.read(source)
     is_drawn = isinstance(scenario.source, FileSource) and scenario.provenance()["output tokens"][0] == ASSUMED
@@ -144,7 +150,7 @@ def _is_large_batch(file: str) -> bool:
 
 
 def _same_sizes(workload: Workload, rows: Workload) -> NDArray[np.int64]:
-    """For each request a row of `rows` with its own sizes, in turn where there are several; -1 = there is none."""
+    """Return for each request a row of `rows` with its sizes, in turn if there are several; -1 = none."""
     known: dict[tuple[int, ...], list[int]] = {}
     for i, key in enumerate(_keys(rows)):
         known.setdefault(key, []).append(i)
@@ -158,7 +164,7 @@ def _same_sizes(workload: Workload, rows: Workload) -> NDArray[np.int64]:
 
 
 def _answered_like(workload: Workload, rows: Workload, seed: int) -> Workload:
-    """Each request takes the answer of the row of its own sizes, else of one with a prompt of similar length."""
+    """Return the workload with answers from rows with the same sizes, else from rows with similar prompts."""
     found = _same_sizes(workload, rows)
     outputs = np.where(found >= 0, np.asarray(rows.output_tokens, np.int64)[found], -1)
     outputs[np.asarray(workload.endpoint) == EMBEDDINGS] = 0
@@ -177,7 +183,7 @@ def _keys(workload: Workload) -> list[tuple[int, ...]]:
 
 
 def believed_provider(policy: Policy, models: NDArray[Any]) -> ProviderConfig:
-    """The provider as the settings believe it to be."""
+    """Return the provider as the settings state it."""
     names, counts = np.unique(models.astype(str), return_counts=True)
     model = SNAPSHOT.sub("", str(names[counts.argmax()]))
     given: dict[str, Any] = {"latency": model} if model in LATENCIES else {}

@@ -1,14 +1,14 @@
-"""What the twin would have predicted for a live run, against what happened: `paceline backtest`.
+"""Compare what the twin would have predicted for a live run with what happened: `paceline backtest`.
 
-The run is replayed under its own settings (`replay.Stage.predictions`): each attempt that is let in meets what it met,
-and who is refused is for the provider's model to say.
+The run is replayed under its own settings (`replay.Stage.predictions`): each admitted attempt meets what it met in the
+run, and the provider's model decides which attempts are refused.
 
-Statistics. Replications differ in the lateness of timers (drawn from the run's own), the ways to the provider, and in
-what was never answered. The interval is that in which one more run would lie, Student's
+Statistics. Replications differ in the lateness of timers (drawn from the run's own), network delays, and
+requests that were never answered. The interval is the one in which one more run would lie, Student's
 mean +- t x sd x sqrt(1 + 1/n), widened by the error of the model that no replication varies (`model_error`).
 
-Where the interval misses: a refusal more or less moves the end of a run by seconds, and whether one comes can hang on
-tens of milliseconds, as where a provider that counts by the minute begins a new one.
+Where the interval fails: one refusal more or less moves the end of a run by seconds, and whether it happens can depend
+on tens of milliseconds, for example when a provider that counts by the minute begins a new one.
 """
 
 from __future__ import annotations
@@ -54,26 +54,26 @@ class Compared(NamedTuple):
 
     @property
     def error_ratio(self) -> float | None:
-        """(measured - predicted) / measured; None where something was predicted and nothing came."""
+        """Return (measured - predicted) / measured; None if a positive value was predicted and 0 was measured."""
         if self.measured == 0.0:
             return 0.0 if self.predicted == 0.0 else None
         return (self.measured - self.predicted) / self.measured
 
     @property
     def covered(self) -> bool:
-        """Whether the measured figure lies in the interval, within rounding."""
+        """Return whether the measured figure lies in the interval, within rounding."""
         margin = 1e-9 * max(1.0, abs(self.measured))
         return self.low - margin <= self.measured <= self.high + margin
 
     @property
     def half_width_ratio(self) -> float:
-        """Half the interval as a share of the prediction; 0 where both are 0."""
+        """Return half the interval as a share of the prediction; 0 if both are 0."""
         return (self.high - self.low) / 2.0 / self.predicted if self.predicted > 0.0 else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Backtest:
-    """The comparison of one run. `forecast`: what stood in the journal before the first launch, None = nothing."""
+    """The comparison of one run. `forecast`: the journal's forecast from before the first launch, None = none."""
 
     makespan_s: Compared
     throttled: Compared
@@ -86,7 +86,7 @@ class Backtest:
     notes: tuple[str, ...]
 
     def to_json_dict(self) -> dict[str, Any]:
-        """Plain values; the makespan's keys carry no prefix where the others carry theirs."""
+        """Return plain values; the makespan's keys have no prefix, unlike those of the other figures."""
         m = self.makespan_s
         found: dict[str, Any] = {
             "predicted_makespan_s": m.predicted,
@@ -111,7 +111,7 @@ class Backtest:
         return found | rest | {"assumed": list(self.assumed), "notes": list(self.notes)}
 
     def text(self, width: int = 110) -> str:
-        """The comparison for people."""
+        """Return the comparison as readable text."""
         rows = [["", "measured", "predicted", "95 % interval", "error", ""]]
         rows.append(_row("makespan", self.makespan_s, "duration"))
         rows.append(_row("429s", self.throttled, "number"))
@@ -146,11 +146,11 @@ def backtest(
     runs: int = 0,
     model_error_ratio: float | None = None,
 ) -> Backtest:
-    """The twin of the run in a journal, compared with it.
+    """Compare the run in a journal with its twin.
 
-    `provider`: what is assumed of it, None = as the run's own forecast did, or the settings where it had no scenario.
+    `provider`: the assumed provider, None = that of the run's own forecast, or of its settings without a scenario.
     `runs`: replications, 0 = as many as about 60,000 requests make, at least 5 and at most 40.
-    `model_error_ratio`: of the makespan, None = as measured. BadInput where no request of the journal has ended.
+    `model_error_ratio`: of the makespan, None = as measured. Raise BadInput if no request of the journal has ended.
     """
     found = lessons(journal)
     requests = sum(len(lesson.workload) for lesson in found)
@@ -181,7 +181,7 @@ def backtest(
 
 
 def _recorded(journal: Journal) -> dict[str, ProviderConfig]:
-    """The provider that each pool's forecast assumed, where a scenario stated it."""
+    """Return the provider that each pool's forecast assumed, if a scenario stated it."""
     return {
         pool: checked(ProviderConfig, content["assumed"]["provider"], f"the forecast of pool {pool}")
         for written in journal.forecasts()
@@ -191,7 +191,7 @@ def _recorded(journal: Journal) -> dict[str, ProviderConfig]:
 
 
 def _interval(values: np.ndarray[Any, Any], model_error_ratio: float = 0.0) -> tuple[float, float, float]:
-    """(mean, low, high): in which one more run lies with 95 %; not below 0."""
+    """Return (mean, low, high), the interval in which one more run lies with 95 %; not below 0."""
     from scipy.stats import t
 
     n, mean = len(values), float(values.mean())
@@ -202,20 +202,20 @@ def _interval(values: np.ndarray[Any, Any], model_error_ratio: float = 0.0) -> t
 
 
 def _counts(values: np.ndarray[Any, Any]) -> tuple[float, float, float]:
-    """The same for a count, which can only be whole: the interval's ends are rounded outwards."""
+    """Return (mean, low, high) for a count: the interval's ends are rounded outwards to whole numbers."""
     mean, low, high = _interval(values)
     return mean, math.floor(low + 1e-9), math.ceil(high - 1e-9)
 
 
 def _forecast(journal: Journal, found: Sequence[Lesson]) -> tuple[Compared | None, Compared | None]:
-    """What was written down before anything was launched, against what happened: makespan and 429s."""
+    """Compare the forecast written before the first launch with what happened: makespan and 429s."""
     written = next((each for each in journal.forecasts() if each.launched_before == 0), None)
     if written is None:
         return None, None
     pools = [content for content in written.content.values() if isinstance(content, dict) and content.get("requests")]
     if not pools or any("finish_s" not in content for content in pools):
         return None, None
-    # A forecast counts from the beginning of the leg, which is a little before the first launch.
+    # A forecast counts from the start of the leg, slightly before the first launch.
     measured_s = max(lesson.makespan_s for lesson in found) - min(lesson.began_s for lesson in found)
     finish = [max(float(content[name]) for content in pools) for name in ("finish_s", "low_s", "high_s")]
     names = ("throttled", "throttled_low", "throttled_high")
@@ -258,7 +258,7 @@ def _notes(journal: Journal, found: Sequence[Lesson]) -> tuple[str, ...]:
 
 
 def provider_of(journal: Journal, name: str | None, tpm: int | None) -> ProviderConfig | None:
-    """The provider that a command names: a tier, or a YAML file, and a limit; None = as the settings do."""
+    """Return the provider that a command names: a tier or YAML file, and a limit; None = as the settings state."""
     if name is None and tpm is None:
         return None
     base = believed(lessons(journal)[0]) if name is None else named_provider(name)
@@ -275,9 +275,9 @@ def backtest_command(
     replications: int = 0,
     width: int = 110,
 ) -> None:
-    """`paceline backtest`: prints the comparison; `out`: a folder for backtest.json and backtest.txt.
+    """Print the comparison, as `paceline backtest`; `out`: a folder for backtest.json and backtest.txt.
 
-    `provider`: a tier's name or a YAML file. PacelineError for what a user can mend.
+    `provider`: a tier's name or a YAML file. Raise PacelineError for errors that a user can fix.
     """
     from governor.model.files import prepared_folder
 

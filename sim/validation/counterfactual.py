@@ -1,4 +1,4 @@
-"""What a run would have been under other settings, request by request beside what it was: `paceline replay`.
+"""What a run would have been under other settings, compared request by request with what it was: `paceline replay`.
 
 Statistics. The interval of a difference is that in which one more run lies, Student's mean +- t x sd x sqrt(1 + 1/n)
 over the replications (`replay` says in what they differ). Its sd has a second part: what the provider's model misses of
@@ -25,7 +25,7 @@ from sim.validation.backtest import REQUESTS_SIMULATED, RUNS_LEAST, RUNS_MOST
 from sim.validation.model_error import measured
 from sim.validation.replay import Rerun, Rewrite, Stage
 
-# A request ends sooner or later only if by more than this, seconds.
+# Ends that differ by at most this, in seconds, count as equal.
 SAME_S = 0.1
 
 
@@ -94,7 +94,7 @@ def counterfactual(
     provider_from: str = "",
     model_error_ratio: float | None = None,
 ) -> Counterfactual:
-    """The run of these pools under rewritten settings. `runs`: replications, 0 = as many as `backtest` makes.
+    """Replay these pools under rewritten settings. `runs`: replications, 0 = as many as `backtest` makes.
 
     `model_error_ratio`: of the makespan, None = as measured.
     """
@@ -149,7 +149,7 @@ def counterfactual(
 
 
 def _together(parts: Sequence[Rerun]) -> Rerun:
-    """Pools work side by side: the last one ends the run, counts add up."""
+    """Combine pools that work in parallel: the last one ends the run, and counts add up."""
     parted = [part.parted_s for part in parts if part.parted_s is not None]
     return Rerun(
         max(part.makespan_s for part in parts),
@@ -163,7 +163,7 @@ def _together(parts: Sequence[Rerun]) -> Rerun:
 
 
 def _paired(was: float, values: NDArray[np.float64], missed: float, least: float, model: float = 0.0) -> Paired:
-    """Mean difference, and the interval in which that of one more run lies; `missed`: sd of the provider's model.
+    """Return the mean difference, with the interval of one more run's; `missed`: sd of the provider's model.
 
     `least`: below which no difference can be. `model`: 95 % half-width of what is not in either.
     """
@@ -200,7 +200,7 @@ def _pairs(stages: Sequence[Stage], was: Rerun, would: Sequence[Rerun]) -> tuple
 
 
 def _untold(stages: Sequence[Stage], would: Sequence[Rerun]) -> tuple[str, ...]:
-    """What the journal cannot tell of this counterfactual, with how it is filled in."""
+    """Return what the journal cannot show of this counterfactual, and how it is filled in."""
     notes = []
     unanswered = sum(stage.lesson.unanswered for stage in stages)
     if unanswered:

@@ -38,13 +38,13 @@ from sim.validation.model_error import measured, widened
 REQUESTS_SIMULATED = 60_000
 RUNS_LEAST, RUNS_MOST = 2, 39
 REQUESTS_MOST = 300_000
-# Draws of what is not known, and how many a 95th percentile needs at the least.
+# Draws of the unknowns, and the fewest that a 95th percentile needs.
 DRAWS, DRAWS_LEAST = 100, 19
 SHARES = tuple(i / 20.0 for i in range(1, 21))
 
 
 def foresee(outlook: Outlook, model_error_ratio: float | None = None) -> Expectation:
-    """What this pool's run is expected to do, simulated.
+    """Return the simulated forecast of this pool's run.
 
     `model_error_ratio`: of the finish on a provider that was learnt from a run, None = as measured.
     """
@@ -125,7 +125,7 @@ def foresee(outlook: Outlook, model_error_ratio: float | None = None) -> Expecta
 def _as_learnt(
     workload: Workload, outlook: Outlook, provider: ProviderConfig, unknowns: Unknowns, i: int
 ) -> tuple[Workload, ProviderConfig]:
-    """Answers and provider as the run that they were learnt from leaves them open.
+    """Return answers and provider drawn from what the run that they were learnt from leaves open.
 
     Ranges of factors hold the chance of another run, too, which is in the simulation already.
     """
@@ -145,9 +145,9 @@ def _as_learnt(
 
 
 def _promise_s(workload: Workload, outlook: Outlook, provider: ProviderConfig, unknowns: Unknowns) -> float | None:
-    """The finish that holds in 95 of 100 of the conditions drawn from what is not known, as a plan promises it.
+    """Return the finish that holds in 95 of 100 conditions drawn from the unknowns, as a plan promises it.
 
-    None where the batch allows fewer than the 19 draws that a 95th percentile needs.
+    None if the batch allows fewer than the 19 draws that a 95th percentile needs.
     """
     draws = min(DRAWS, REQUESTS_SIMULATED // len(workload))
     if draws < DRAWS_LEAST:
@@ -173,7 +173,7 @@ def _promise_s(workload: Workload, outlook: Outlook, provider: ProviderConfig, u
 
 
 def workload_of(outlook: Outlook) -> tuple[Workload, NDArray[Any]]:
-    """The pool's requests that are left, without answers; and their models. Shape (requests,)."""
+    """Return the pool's remaining requests, without answers, and their models, shape (requests,)."""
     sizes: dict[str, array[int]] = {name: array("q") for name in Sizes.__slots__}
     models: list[str] = []
     for model, each in outlook.demand.rows():
@@ -207,7 +207,7 @@ class ForecastRun:
 
 
 def case_of(drawn: Workload, policy: Policy, provider: ProviderConfig, *, finalize: bool) -> Case:
-    """What is simulated: these requests, under that policy, on that provider."""
+    """Return the case to simulate: these requests under this policy on this provider."""
     return Case(
         columns=columns(
             drawn,
@@ -227,7 +227,7 @@ def case_of(drawn: Workload, policy: Policy, provider: ProviderConfig, *, finali
 def run_once(
     drawn: Workload, policy: Policy, provider: ProviderConfig, *, finalize: bool, seed: int, engine: Engine = "auto"
 ) -> ForecastRun:
-    """One simulated run of requests whose answers are known or drawn."""
+    """Return one simulated run of requests whose answers are known or drawn."""
     case = case_of(drawn, policy, provider, finalize=finalize)
     ends, services = array("d"), array("d")
 
@@ -252,7 +252,7 @@ def run_once(
 
 
 def _interval(values: list[float]) -> tuple[float, float, float]:
-    """(low, middle, high): the prediction interval (95 %) of the next run; not below 0. See the module's docstring."""
+    """Return (low, middle, high), the 95 % prediction interval of the next run, not below 0: see the module."""
     x = np.asarray(values)
     n = len(x)
     if n >= RUNS_MOST:
@@ -265,6 +265,6 @@ def _interval(values: list[float]) -> tuple[float, float, float]:
 
 
 def _milestones(ends: NDArray[np.float64]) -> list[tuple[float, float, float]]:
-    """(share, earliest, latest) over the runs; `ends` has shape (runs, shares)."""
+    """Return (share, earliest, latest) over the runs; `ends` has shape (runs, shares)."""
     earliest, latest = ends.min(axis=0), ends.max(axis=0)
     return [(share, float(a), float(b)) for share, a, b in zip(SHARES, earliest, latest, strict=True)]

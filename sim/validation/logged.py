@@ -32,7 +32,7 @@ SIMULATED = {
 
 
 def lesson_of(observed: Observed, policy: Policy) -> Lesson:
-    """The requests of a log under settings of ours. BadInput where it does not say when attempts were made."""
+    """Return a log's requests under settings of ours. Raise BadInput if it does not state when attempts were made."""
     rows = observed.rows()
     if not (observed.launched_s[rows] >= 0.0).all() or not (observed.took_s[rows] >= 0.0).all():
         raise BadInput(
@@ -87,7 +87,7 @@ def lesson_of(observed: Observed, policy: Policy) -> Lesson:
 
 
 def _counts(observed: Observed, place: dict[int, int]) -> list[Count]:
-    """What the headers stated, by the rows of the workload."""
+    """Return what the headers stated, by the rows of the workload."""
     found = []
     for count in observed.counts():
         at = place.get(int(observed.request[count.place]))
@@ -98,7 +98,7 @@ def _counts(observed: Observed, place: dict[int, int]) -> list[Count]:
 
 
 def refused_alone(record: Record, charges: Any, provider: ProviderConfig, takings: tuple[Taking, ...]) -> int:
-    """How many of a log's own launches the model of the provider refuses, in their order and at their moments."""
+    """Return how many of a log's own launches the provider's model refuses, in their order and at their moments."""
     pp, ps = provider.params(), prov.ProviderState()
     events: list[tuple[float, int, Any]] = [(taking.at_s, 0, taking) for taking in takings]
     events += [(tried.launched_s, 2, (place, tried)) for (place, _, _), tried in record.tried.items()]

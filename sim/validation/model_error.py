@@ -41,19 +41,19 @@ class ModelError(NamedTuple):
 
 @lru_cache(maxsize=1)
 def measured() -> ModelError:
-    """The one that commands use."""
+    """Return the model error that commands use."""
     found = json.loads(FILE.read_text(encoding="utf-8"))
     return ModelError(**found)
 
 
 def conformal(ratios: Iterable[float]) -> float:
-    """The least share that holds for `CONFIDENCE` of what is like these; their largest where they are too few."""
+    """Return the least share that covers `CONFIDENCE` of ratios like these; the largest of them if they are too few."""
     found = sorted(ratios)
     assert found, "none to learn from"
     return found[min(len(found), math.ceil(CONFIDENCE * (len(found) + 1))) - 1]
 
 
 def widened(low: float, value: float, high: float, ratio: float) -> tuple[float, float, float]:
-    """The interval with the model's error in it, not below 0."""
+    """Return the interval widened by the model's error, not below 0."""
     more = ratio * value
     return max(0.0, value - math.hypot(value - low, more)), value, value + math.hypot(high - value, more)

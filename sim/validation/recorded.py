@@ -65,12 +65,12 @@ class Tried(NamedTuple):
 
     @property
     def is_refused(self) -> bool:
-        """Whether the limiter turned it away."""
+        """Return whether the limiter refused the attempt."""
         return self.outcome in (prov.THROTTLED, prov.SLOW_DOWN)
 
     @property
     def took_s(self) -> float:
-        """Seconds until its answer; one that timed out would have taken longer than anyone waits."""
+        """Return seconds until its answer; an attempt that timed out would have taken longer than any time-out."""
         return prov.NEVER_S if self.outcome == TIMEOUT else self.ended_s - self.launched_s
 
 
@@ -92,7 +92,7 @@ class Record:
         self.launched_s.extend(sorted(tried.launched_s for tried in self.tried.values()))
 
     def is_nth(self, n: int, at_s: float, slack_s: float) -> bool:
-        """Whether the run's n-th launch (from 1) was about then."""
+        """Return whether the run's n-th launch (from 1) was within `slack_s` of that moment."""
         launches = self.launched_s
         return bisect_left(launches, at_s - slack_s) < n <= bisect_right(launches, at_s + slack_s)
 
@@ -104,9 +104,9 @@ def record_of(
     clock: Callable[[float], float],
     counts: Iterable[Count],
 ) -> Record:
-    """What a journal holds of these requests. `place`: request -> row of the workload; `ends` by that row.
+    """Return a journal's record of these requests. `place`: request -> row of the workload; `ends` by that row.
 
-    `counts`: the same attempts with the ways that were found for them.
+    `counts`: the same attempts with the network delays found for them.
     """
     ways_s = {(c.place, c.launched_s): (c.there_s, max(c.there_s, c.round_s)) for c in counts if c.there_s >= 0.0}
     tried: dict[tuple[int, int, int], Tried] = {}

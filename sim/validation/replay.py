@@ -110,7 +110,7 @@ class Replay(Twin):
         return True
 
     def _late_by(self, job: Job, *, is_retry: bool = False) -> float:
-        """How late the loop is with the job's next launch: as it was in the run, else as any of its launches."""
+        """Return how late the loop is with the job's next launch: as in the run, else as any of the run's launches."""
         key = job.index, job.lane, job.tries + 1
         if self.learns:
             past = self.record.tried.get(key)
@@ -145,7 +145,10 @@ class Replay(Twin):
         return self._way_now
 
     def _served(self, job: Job, key: int, at: float) -> tuple[int, float, int, float]:
-        """As it was, as far as the journal tells; refused as the model says, once the runs have parted."""
+        """Return the recorded outcome, as far as the journal holds it.
+
+        Once the runs have parted, the model decides refusals.
+        """
         pp, ps = self.pp, self.ps
         past = self._past(job)
         answer = super()._served(job, key, at)
@@ -181,11 +184,11 @@ class Replay(Twin):
         return outcome, took_s, -1, met[nth].retry_after_s
 
     def _expires_at(self, job: Job, now: float) -> float:
-        """As late as the loop gave it up in the run."""
+        """Return when the attempt expires, as late as the loop gave it up in the run."""
         return super()._expires_at(job, now) + self._expiry_late_s.get(job.index, 0.0)
 
     def _past(self, job: Job) -> Tried | None:
-        """The attempt of the journal that this one is; None once the runs have parted, which they do here."""
+        """Return this attempt's counterpart in the journal; None once the runs have parted, which is detected here."""
         if self.parted_s is not None:
             return None
         at_s = self.env._now + self.zero_s
@@ -203,13 +206,13 @@ class Replay(Twin):
             job.stated = past.stated
 
     def _came_back_empty(self, job: Job) -> bool:
-        """As it did in the run, where the run knows the answer."""
+        """Return whether the answer had no text, as in the run if the run received the answer."""
         if (job.index, 0) in self.record.let_in:
             return (job.index, 1) in self.record.let_in
         return super()._came_back_empty(job)
 
     def _on_lap(self, event: Any) -> None:
-        """The run lasts longer than what is known of others: they go on in their own pattern, from any moment on."""
+        """Continue others' use in its own pattern, from a random moment on, once the run outlasts the record."""
         if self.is_over:
             return
         start_s = self.env._now - self._began_s
@@ -220,20 +223,20 @@ class Replay(Twin):
         Appointment(self.env, self.env._now + self._lap_s, CHANGE, self._on_lap)
 
     def over(self, job: Job, at: float, code: str) -> None:
-        """Notes when each request ended, and whether it was lost."""
+        """Record when each request ended, and whether it was lost."""
         self.ends_s[job.index] = at + self.zero_s
         self.is_lost[job.index] = bool(code)
         super().over(job, at, code)
 
     def run(self, start_s: float = 0.0) -> Tally:
-        """What a stop leaves pending is lost when all is over."""
+        """Run to the end; requests left pending by a stop are lost then."""
         tally = super().run(start_s)
         self.ends_s[np.isnan(self.ends_s)] = tally.last_s + self.zero_s
         return tally
 
 
 def ways_by_place(record: Record) -> list[list[tuple[float, float]]]:
-    """Ways that are known, by place among those launched at one instant, shorter ones first; no place is empty."""
+    """Return known delays by place among attempts launched at one instant, shorter ones first; no place is empty."""
     bursts: dict[float, list[tuple[float, float]]] = {}
     for tried in record.tried.values():
         if tried.way_s is not None:
@@ -279,23 +282,25 @@ class Stage:
         self.own = None if is_log else self._run(None, 0, coupled=True, delays=None)
 
     def reruns(self, runs: int, rewrite: Rewrite | None = None, *, coupled: bool = True) -> list[Rerun]:
-        """Replications under rewritten settings, None = the run's own."""
+        """Return replications under rewritten settings, None = the run's own."""
         coupled = coupled and not self.is_log
         return [self._run(rewrite, r, coupled=coupled, delays=self.delays) for r in range(runs)]
 
     def predictions(self, runs: int) -> list[Rerun]:
-        """The run as it might have been predicted, had its answers, times and faults been known: launch by launch late
-        as any, and refused as the provider's model says."""
+        """Return replications that predict the run from its known answers, times and faults.
+
+        Each launch is as late as any of the run's, and the provider's model decides refusals.
+        """
         return [self._run(None, r, coupled=False, delays={}) for r in range(runs)]
 
     def as_it_was(self) -> Rerun:
-        """What was recorded."""
+        """Return the recorded run."""
         lesson, record = self.lesson, self.lesson.record
         counts, ends_s = (float(lesson.throttled), float(lesson.launches)), lesson.worked_s(record.ended_s)
         return Rerun(lesson.makespan_s, *counts, record.waits_s, ends_s, record.is_lost, None)
 
     def alone(self) -> Rerun:
-        """The run where the provider's model decides on every refusal; of a log, only how many it refuses."""
+        """Return the run with the provider's model deciding every refusal; for a log, only how many it refuses."""
         if not self.is_log:
             return self.reruns(1, coupled=False)[0]
         charges = self._columns(self.lesson.policy, self.provider).charge
@@ -379,7 +384,7 @@ def closest(
     arrivals: Arrivals = "batch",
     is_log: bool = False,
 ) -> tuple[str, Stage]:
-    """The provider that explains the run best, the first one among equals, counted in any form of minutes.
+    """Return the provider that explains the run best, the first among equals, with minutes counted in any form.
 
     Those are played that explain most counts of the headers: then what counts is also the share of launches by which
     429s differ, where the model alone decides on them, and that by which the makespan does.
@@ -403,7 +408,7 @@ def closest(
 
 
 def _forms(given: ProviderConfig) -> list[ProviderConfig]:
-    """It, and it with minutes counted otherwise."""
+    """Return the given provider and its variants that count minutes differently."""
     if given.burst_s < win.MINUTE_S or given.charged == "answer" or "window" in given.learnt:
         return [given]
     windows: tuple[str, ...] = ("bucket", "clock", "anchored", "sliding")
@@ -411,7 +416,7 @@ def _forms(given: ProviderConfig) -> list[ProviderConfig]:
 
 
 def _unexplained(lesson: Lesson, provider: ProviderConfig) -> float:
-    """Share of the headers' counts that are off, weighted by how much: 1 = by the median charge or more."""
+    """Return the share of the headers' counts that are off, weighted by how much: 1 = by the median charge or more."""
     charged = charges(lesson.workload, provider.charge_rule, lesson.policy.est_tokens_per_run, provider.as_of)
     found = [gap for gap in gaps(lesson.counts, charged, provider) if gap.d == TPM and gap.said.let_in]
     if not found:

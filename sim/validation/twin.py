@@ -87,12 +87,12 @@ class Lesson:
     lost: tuple[tuple[float, int], ...] = ()
 
     def worked_s(self, at_s: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Moments without the time between two legs."""
+        """Return moments without the time between legs, same shape."""
         return at_s - sum((np.clip(at_s - end, 0.0, begin - end) for end, begin in self.gaps), np.zeros_like(at_s))
 
 
 def lessons(journal: Journal) -> list[Lesson]:
-    """What a journal teaches, pool by pool. BadInput where no request has ended yet."""
+    """Return the lessons of a journal, one per pool. Raise BadInput if no request has ended yet."""
     attempts = list(journal.attempts())
     if not attempts:
         raise BadInput("no attempt has ended yet: nothing to compare with", journal.name)
@@ -106,7 +106,7 @@ def lessons(journal: Journal) -> list[Lesson]:
 
 
 def _gaps(journal: Journal, attempts: list[Attempt], first_s: float) -> tuple[tuple[float, float], ...]:
-    """The time between two legs that launched something, seconds since the first launch.
+    """Return the gaps between legs that launched requests, in seconds since the first launch.
 
     What a leg launches soon after it has begun was let out by its beginning, which then counts from there.
     """
@@ -214,9 +214,10 @@ def _losses_at(
 def _lost(
     requests: Sequence[tuple[int, float]], losses_at: Sequence[tuple[float, float]]
 ) -> tuple[tuple[float, int], ...]:
-    """When each lost attempt is booked, and its row. `requests`: how often each was lost in flight, its last launch.
+    """Return when each lost attempt is booked, and its row.
 
-    By which legs is not recorded: by the last ones before that launch.
+    `requests`: how often each was lost in flight, and its last launch. The journal does not record which legs lost it;
+    the last ones before that launch are assumed.
     """
     found: list[tuple[float, int]] = []
     for row, (count, last_s) in enumerate(requests):
@@ -228,7 +229,7 @@ def _lost(
 def _answers(
     attempts: list[Attempt], place: dict[int, int], visible: dict[str, NDArray[Any]], finalize_cap: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Length of each answer had it not been cut (-1 = not known), and the time of the attempt that brought it."""
+    """Return each answer's uncut length (-1 = unknown), and the time of the attempt that brought it."""
     output = np.full(len(place), -1, np.int64)
     recorded = np.full(len(place), -1.0)
     caps = np.where(visible["max_tokens"] < 0, -1, visible["max_tokens"] * visible["n"])
@@ -243,13 +244,13 @@ def _answers(
             output[i] = max(output[i], length + (length >= finalize_cap))
             continue
         recorded[i] = a.finished_s - a.launched_s
-        # Cut by its cap: how much longer it would have been nobody knows, and it makes no difference.
+        # The uncut length of an answer cut by its cap is unknown, and makes no difference.
         output[i] = max(output[i], length + (0 < caps[i] <= length))
     return output, recorded
 
 
 def _latency(attempts: list[Attempt], answered: NDArray[np.bool_], workload: Workload) -> dict[str, float]:
-    """The line through the measured times, for attempts whose time nobody has measured."""
+    """Return the line through the measured times, for attempts without a measured time."""
     answers = [a for a in attempts if a.outcome is Outcome.OK]
     if len(answers) < 2 or not answered.any():
         return {}
@@ -263,7 +264,7 @@ def _latency(attempts: list[Attempt], answered: NDArray[np.bool_], workload: Wor
 
 
 def _faults(attempts: list[Attempt], visible: dict[str, NDArray[Any]]) -> dict[str, float]:
-    """Shares of attempts that failed after they were let in, and the median time of a refusal."""
+    """Return the shares of attempts that failed after admission, and the median time of a refusal."""
     let_in = [a for a in attempts if a.outcome not in REFUSED]
     count = max(1, len(let_in))
     found = {
@@ -290,7 +291,7 @@ def _changes(
     clock: Callable[[float], float],
     gaps: tuple[tuple[float, float], ...],
 ) -> tuple[Change, ...]:
-    """What was changed on the way: settings, and pauses that were asked for from outside or lay between two legs."""
+    """Return changes during the run: settings, and pauses that were requested from outside or lay between legs."""
     found: list[Change] = []
     for (_, before), (at_s, after) in pairwise(history):
         if after != before:
@@ -305,12 +306,12 @@ def _changes(
 
 
 def believed(lesson: Lesson) -> ProviderConfig:
-    """The provider as the settings believe it to be: their limits, their charge rule, settling as they settle."""
+    """Return the provider as the settings state it: their limits, charge rule and settling."""
     return believed_provider(lesson.policy, np.array([lesson.model]))
 
 
 def taught(provider: ProviderConfig, lesson: Lesson) -> ProviderConfig:
-    """The provider with the times and faults that the run has met. Stalls are in the measured times already."""
+    """Return the provider with the run's times and faults. The measured times already include stalls."""
     latency = {**lesson.latency, "stall_ratio": 0.0} if lesson.latency else {"stall_ratio": 0.0}
     return provider.with_(
         latency={**provider.latency.model_dump(), **latency, "preset": "", "scale": 1.0, "recorded": True},
@@ -353,7 +354,7 @@ class Twin(Simulation):
         self._lost, self._changes = lost, changes
 
     def run(self, start_s: float = 0.0) -> Tally:
-        """Runs to the end of the last request."""
+        """Run to the end of the last request."""
         for at, row in self._lost:
             if at <= start_s:
                 self.ps.at = min(self.ps.at, at - self._began_s)
@@ -365,7 +366,7 @@ class Twin(Simulation):
         return super().run(start_s)
 
     def _on_wake(self, event: Any) -> None:
-        """A moment has come; the loop notices a little later, unless something else wakes it before."""
+        """Handle a due moment: the loop notices it a little later, unless another event wakes it first."""
         if event is self.timer and event is not None:
             head_at = self.scheduler.head_at
             if self.is_due:
@@ -384,15 +385,15 @@ class Twin(Simulation):
         return super()._next_at(self._late[1] if head_at == self._late[0] else head_at)
 
     def _lateness(self) -> float:
-        """How late the timer rings that is due now."""
+        """Return how late the timer that is due now fires."""
         return float(self._rng.choice(self._late_s)) if len(self._late_s) else 0.0
 
     def _postponed(self) -> bool:
-        """Whether the backoff that has ended is noticed only later."""
+        """Return whether the backoff that has ended is noticed only later."""
         return False
 
     def _answer(self, job: Job, key: int, now: float) -> tuple[int, float, int, float]:
-        """The provider sees the attempt when it has arrived, on a clock of its own."""
+        """Return the provider's response; it sees the attempt when it arrives, on the provider's clock."""
         there_s, round_s = self._way(job)
         answer = self._served(job, key, max(self.ps.at, now + there_s - self._began_s))
         if self.pp.settles or self.pp.counts == prov.COUNTS_AT_ANSWER:
@@ -401,15 +402,15 @@ class Twin(Simulation):
         return answer
 
     def _way(self, job: Job) -> tuple[float, float]:
-        """Seconds to the provider, and there and back."""
+        """Return seconds to the provider, and there and back."""
         return self._there_s[job.index], self._round_s[job.index]
 
     def _served(self, job: Job, key: int, at: float) -> tuple[int, float, int, float]:
-        """What the provider does with it at `at` on its own clock."""
+        """Return what the provider does with the attempt at `at` on the provider's clock."""
         return super()._answer(job, key, at)
 
     def _left(self, job: Job, now: float) -> None:
-        """It has left the provider before."""
+        """Do nothing: the answer left the provider earlier."""
 
     def _on_left(self, event: Any) -> None:
         super()._left(event._value, max(self.ps.at, self.env._now - self._began_s))
