@@ -63,7 +63,7 @@ class Way:
     waves: int
 
     def to_json_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values."""
         return asdict(self)
 
 
@@ -86,7 +86,7 @@ def ways(search: Search, terms: Terms, prices: Prices | None) -> tuple[Way, ...]
         if not live.all():
             finish_s, waves = batch_finish_s(scenario, ~live, terms)
             done *= float((finish_s <= search.finish_by_s).mean())
-        # Live runs and turnarounds have nothing to do with one another: every pairing is as probable.
+        # Live runs and turnarounds are independent: every pairing is equally probable.
         both = np.maximum(np.resize(np.array(times), DRAWS), finish_s)
         middle = float(np.quantile(both, 0.5, method="higher"))
         return Way(name, share, done, middle, cost_usd(scenario, live, terms, prices), waves)
@@ -106,14 +106,17 @@ def ways(search: Search, terms: Terms, prices: Prices | None) -> tuple[Way, ...]
 
 
 def _picked(count: int, share: float) -> NDArray[np.bool_]:
-    """Which requests go live: so large a share of them, evenly spread, as `split --live` picks them."""
+    """Return which requests go live: this share of them, evenly spread, as `split --live` picks them."""
     ends = np.floor(np.arange(1, count + 1) * share)
     picked: NDArray[np.bool_] = np.diff(ends, prepend=0.0) > 0
     return picked
 
 
 def batch_finish_s(scenario: Scenario, rows: NDArray[np.bool_], terms: Terms) -> tuple[NDArray[np.float64], int]:
-    """When Batch files of these requests would be done, `DRAWS` times, seconds, inf = never; and how many waves."""
+    """Return when Batch files of these requests would be done, `DRAWS` times, seconds, inf = never.
+
+    And how many waves.
+    """
     workload = scenario.workload
     names = np.array([workload.model(i) for i in range(len(workload))])
     finish_s, most = np.zeros(DRAWS), 0
@@ -132,7 +135,10 @@ def batch_finish_s(scenario: Scenario, rows: NDArray[np.bool_], terms: Terms) ->
 
 
 def files_per_wave(tokens: Sequence[int], queue_tokens: int) -> list[int]:
-    """How many files each wave has, for requests with so many input tokens in the order of the file; see `split`."""
+    """Return how many files each wave has, for requests with so many input tokens in the order of the file.
+
+    See `split`.
+    """
     usable = usable_tokens(queue_tokens)
     waves: list[int] = []
     queued, lines = 0.0, 0
@@ -149,14 +155,14 @@ def files_per_wave(tokens: Sequence[int], queue_tokens: int) -> list[int]:
 
 
 def _turnarounds_s(rng: np.random.Generator, files: int, terms: Terms) -> NDArray[np.float64]:
-    """Turnarounds, shape (files, DRAWS), inf = expired."""
+    """Return turnarounds, shape (files, DRAWS), inf = expired."""
     p50, p95 = terms.turnaround_s
     drawn = p50 * np.exp(sigma_of(p50, p95) * rng.standard_normal((files, DRAWS)))
     return np.where(drawn <= EXPIRES_S, drawn, math.inf)
 
 
 def cost_usd(scenario: Scenario, live: NDArray[np.bool_], terms: Terms, prices: Prices | None) -> float | None:
-    """What all answers cost, some of them live and the rest by the Batch API; None where a price is not known."""
+    """Return the cost of all answers, some live and the rest by the Batch API; None if a price is unknown."""
     if prices is None:
         return None
     workload, columns = scenario.workload, scenario.columns()

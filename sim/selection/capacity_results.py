@@ -24,12 +24,12 @@ class LimitProbe:
 
     @property
     def runs(self) -> int:
-        """How many runs were made."""
+        """Return the number of runs made."""
         return len(self.forecast.runs)
 
     @property
     def on_time_at_least(self) -> float:
-        """Lower 95 % limit of the probability that a run ends in time."""
+        """Return the lower 95 % limit of the probability that a run ends in time."""
         return 1.0 - at_most(self.runs - self.on_time, self.runs)
 
     def to_json_dict(self) -> dict[str, Any]:
@@ -73,7 +73,7 @@ class DecidedBy:
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What is needed to finish by `finish_by_s`. `smallest`: None where no limit is enough; then see `unlimited`.
+    """What is needed to finish by `finish_by_s`. `smallest`: None if no limit is enough; then see `unlimited`.
 
     `unlimited`: the probe whose limit never binds. `below`: the largest limit that was seen to miss. `tiers`: those of
     `model` from the first one up to the one that meets it, `tier`. `probes`: all limits of the search, by size.
@@ -125,9 +125,9 @@ class Capacity:
 
 @dataclass(frozen=True, slots=True)
 class HowMany:
-    """How many requests fit until `finish_by_s`, under the present limits. `most`: None where not even one does.
+    """How many requests fit until `finish_by_s`, under the present limits. `most`: None if not even one does.
 
-    `above`: the smallest batch that was seen to miss; None where the largest that is tried (`REQUESTS_MOST`) fits.
+    `above`: the smallest batch that was seen to miss; None if the largest that is tried (`REQUESTS_MOST`) fits.
     """
 
     finish_by_s: float
@@ -139,7 +139,7 @@ class HowMany:
 
     @property
     def requests(self) -> int:
-        """How many fit."""
+        """Return how many requests fit."""
         return self.most.forecast.requests if self.most else 0
 
     def to_json_dict(self) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class Stress:
         self._least = np.full((len(self.conditions), 2), math.inf)
 
     def run(self, policies: Sequence[Policy], rows: Sequence[int] | None = None) -> None:
-        """Runs the policies under every condition (or those of `rows`), all in one go."""
+        """Run the policies under every condition (or those of `rows`), all at once."""
         picked = range(len(self.conditions)) if rows is None else rows
         wanted = []
         for policy in {key_of(policy): policy for policy in policies}.values():
@@ -62,11 +62,11 @@ class Stress:
                 least[row] = score
 
     def figures(self, policy: Policy, row: int) -> list[Figures]:
-        """The policy's runs under one condition."""
+        """Return the policy's runs under one condition."""
         return self.runs.figures(self.conditions[row], policy, self._seeds(row))
 
     def score(self, policy: Policy, row: int) -> tuple[float, float]:
-        """Loss and throttles beyond the limits under one condition."""
+        """Return loss and throttles beyond the limits under one condition."""
         self.run([policy], [row])
         lost, throttled = self._scores[key_of(policy)][row]
         return float(lost), float(throttled)
@@ -90,13 +90,13 @@ class Stress:
         return float(lost), float(throttled)
 
     def objective(self, policy: Policy) -> float:
-        """The mean objective over all conditions."""
+        """Return the mean objective over all conditions."""
         self.run([policy])
         found = [score_of(self.figures(policy, row), self.goal)[2] for row in range(len(self.conditions))]
         return sum(found) / len(found)
 
     def violated(self, policy: Policy) -> list[int]:
-        """The conditions under which the policy goes beyond the limits."""
+        """Return the conditions under which the policy exceeds the limits."""
         return [int(row) for row in np.flatnonzero((self._excess(policy, None) > 0.0).any(axis=1))]
 
 
@@ -119,7 +119,7 @@ class Hardening:
 
     @property
     def affordable(self) -> int:
-        """How many policies can still be put under stress."""
+        """Return how many policies can still be put under stress."""
         if self.searcher.runs.out_of_time:
             return 0
         return max(0, (self.spend_until - self.searcher.runs.requests) // self.cost)
@@ -137,19 +137,19 @@ class Hardening:
         return round(lost, 9), (own[0], own[1], own[2] * price)
 
     def keeps(self, policy: Policy) -> bool:
-        """Whether the policy stays within the limits under every condition, as far as anything tried does."""
+        """Return whether the policy stays within the limits under every condition, as far as anything tried does."""
         lost, throttled = self.stress.violations(policy)
         return lost <= 0.0 and throttled <= THROTTLE_NOISE
 
     def admit(self, policies: Sequence[Policy]) -> list[Policy]:
-        """Runs policies under stress: those that are new, at most `most` of them and no more than the effort allows."""
+        """Run policies under stress: those that are new, at most `most` of them and no more than the effort allows."""
         fresh = [p for p in {key_of(p): p for p in policies}.values() if key_of(p) not in self.tried]
         fresh = fresh[: min(self.most, self.affordable)]
         self.require(fresh)
         return fresh
 
     def require(self, policies: Sequence[Policy]) -> None:
-        """Runs policies under stress, whatever it costs: the ones that the others are measured by."""
+        """Run policies under stress, whatever it costs: the ones that the others are measured by."""
         self.stress.run(policies)
         self.searcher.run(policies, self.seeds)
         self.tried.update((key_of(policy), policy) for policy in policies)
@@ -168,7 +168,7 @@ class Hardening:
         return best
 
     def _most_promising(self, best: Policy, variants: list[Policy]) -> list[Policy]:
-        """The few variants that do best where `best` fails, put under the whole of the stress."""
+        """Return the few variants that do best where `best` fails, put under the whole of the stress."""
         failing = self.stress.violated(best)
         fresh = [p for p in {key_of(p): p for p in variants}.values() if key_of(p) not in self.tried][: 2 * self.most]
         self.stress.run(fresh, failing)
@@ -195,16 +195,16 @@ class Hardening:
         return best
 
     def finalists(self, count: int) -> list[Policy]:
-        """The best of what was put under stress, best first."""
+        """Return the best of the policies that were put under stress, best first."""
         return sorted(self.tried.values(), key=self.rank)[:count]
 
     def beats(self, policy: Policy, other: Policy) -> bool:
-        """Whether one policy ranks before the other by more than the indifference zone."""
+        """Return whether one policy ranks before the other by more than the indifference zone."""
         (lost, score), (least, ahead) = self.rank(policy), self.rank(other)
         return lost < least or (lost == least and better(score, ahead))
 
     def chosen(self, field: Sequence[Policy]) -> list[Policy]:
-        """The field, the best first: the first of it unless another beats it."""
+        """Return the field, the best first: the first of it unless another beats it."""
         self.require(field)
         best = field[0]
         for each in field[1:]:
