@@ -446,7 +446,7 @@ def run_provider(
     config: ProviderConfig,
     *,
     faults: str | Faults | None = None,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = partial(print, flush=True),  # a pipe's reader waits for the address
     **options: Any,
 ) -> None:
     """Serve a provider until a signal ends it, and print its address: the command `paceline provider`.
