@@ -441,12 +441,17 @@ def _serve_as_told() -> None:
         sys.stdin.read()
 
 
+def _say_at_once(line: str) -> None:
+    """Print a line without delay: the reader of a pipe waits for the address."""
+    print(line, flush=True)
+
+
 def run_provider(
     port: int,
     config: ProviderConfig,
     *,
     faults: str | Faults | None = None,
-    say: Callable[[str], None] = partial(print, flush=True),  # a pipe's reader waits for the address
+    say: Callable[[str], None] = _say_at_once,
     **options: Any,
 ) -> None:
     """Serve a provider until a signal ends it, and print its address: the command `paceline provider`.
