@@ -7,7 +7,7 @@ to completion, is log-normal with the stated P50 and P95. Its lines are answered
 in progress, in an order of their own. One that would take longer than 24 h expires with the lines answered so far; one
 that is cancelled keeps them, too. Chance is keyed by the content of the file and the count of its submissions.
 
-The words of errors are the real ones as far as anybody has quoted them: docs/explanation/provider.md#batch-files.
+Where the words of errors come from, and which are assumed: docs/explanation/provider.md#batch-files.
 """
 
 from __future__ import annotations
