@@ -18,6 +18,7 @@ from fastapi.encoders import jsonable_encoder
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from governor.journal.database import JournalError
 from governor.model.errors import BadInput, BadSetting, FailureCode, PacelineError
@@ -151,6 +152,12 @@ async def on_os_error(request: Request, error: Exception) -> JSONResponse:
     return answer_of(ApiError(503, NO_ROOM, text, {"retryable": True}, {"Retry-After": "10"}))
 
 
+async def on_left(request: Request, error: Exception) -> JSONResponse:
+    """Answer a client that left before its body was complete, which is no fault of ours: no one reads this."""
+    log.debug("%s %s: the client has left", request.method, request.url.path)
+    return answer_of(ApiError(400, INVALID_REQUEST, "the client has left"))
+
+
 async def on_bug(request: Request, error: Exception) -> JSONResponse:
     """Answer a bug of ours."""
     log.error("%s %s failed", request.method, request.url.path, exc_info=error)
@@ -163,5 +170,6 @@ HANDLERS: dict[Any, Any] = {
     HTTPException: on_http,
     PacelineError: on_paceline,
     OSError: on_os_error,
+    ClientDisconnect: on_left,
     Exception: on_bug,
 }

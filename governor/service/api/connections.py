@@ -1,10 +1,10 @@
 """Client connections: how many there may be, how long each may keep the service waiting, and the reserve for calls.
 
 Descriptors go first to the calls in flight and the database; clients share the rest. A connection that has not sent a
-whole request head within HEAD_S is closed, and so is one whose body or whose reading stands still. When all places are
-taken, the connection that has been waiting for a head for the longest gives way; while none does, further clients wait
-in the system's backlog. A single client has at most CLIENT_RATIO of the places for its requests: further ones are
-answered with 503.
+whole request head within HEAD_S is closed, and so is one whose body or whose reading stands still, and one that is
+still sending its body HEAD_S after its answer. When all places are taken, the connection that has been waiting for a
+head, or has been answered, for the longest gives way; while none does, further clients wait in the system's backlog. A
+single client has at most CLIENT_RATIO of the places for its requests: further ones are answered with 503.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ async def too_many(scope: Scope, receive: Receive, send: Send) -> None:
 class Connection(HttpToolsProtocol):
     """uvicorn's connection, with time limits.
 
-    `waits_since`: when it began to wait for a request's head, inf = not waiting.
+    `waits_since`: when it began to wait for a request's head or was answered, inf = a request is under way.
     """
 
     def __init__(self, gate: Gate, **rest: Any) -> None:
@@ -170,7 +170,8 @@ class Connection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._request_over()
-        if self._body_at == float("inf") and not self.pipeline:
+        if not self.pipeline:
+            # Also where the answer came first, a refusal: no one waits for what is left of the body.
             self.waits_since = self.loop.time()
 
     def _request_over(self) -> None:

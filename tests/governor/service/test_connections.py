@@ -281,6 +281,23 @@ def test_one_client_does_not_get_all_places() -> None:
     assert busy == {}
 
 
+def test_a_refused_client_that_goes_on_sending_does_not_keep_its_place() -> None:
+    async def story() -> tuple[float, list[bool]]:
+        gate = Gate(8)
+        greedy = [wire(gate, "10.0.0.1") for _ in range(8)]
+        for each in greedy:
+            each._protocol.data_received(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9999\r\n\r\n")
+        await asyncio.sleep(1.0)
+        await asyncio.wait_for(gate.room(), 1.0)
+        gone = [each.closed for each in greedy]
+        return await dripped(greedy[7 if gone[6] else 6], b"x", 99.0, gate), gone
+
+    closed_s, gone = run_virtual(story())
+    assert gone[:6] == [False] * 6
+    assert sum(gone) == 1
+    assert closed_s <= 11.0
+
+
 def test_what_is_not_taken_in_now_is_taken_in_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """The process has no descriptor for a moment: the client waits in the backlog."""
 
