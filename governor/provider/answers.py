@@ -96,8 +96,7 @@ def classify(
         outcome, wait_s = Outcome.MALFORMED, -1.0
     ok = outcome is Outcome.OK
     raw = ""
-    if 300 <= status < 400:
-        to = fields.get("location", "")
+    if 300 <= status < 400 and (to := fields.get("location")):
         error = error._replace(
             message=f"status {status}, a redirect to {to}: state that address itself, if it is right"
         )

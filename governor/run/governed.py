@@ -65,6 +65,14 @@ def governed(
     PACELINE_SHADOW_JOURNAL, for `paceline shadow`; by default the value of PACELINE_MODE. Raise BadSetting for a
     setting that cannot be obeyed, PacelineError for a client in which no httpx client is found.
     """
+    if isinstance(client, type):
+        raise PacelineError(f"{client.__name__} is a class: governed({client.__name__}()) takes a client")
+    if not (governor is None or isinstance(governor, Governor | Policy)):
+        raise BadSetting(f"governor {quoted(governor)} is neither a Governor nor a Policy", "governor")
+    if not (isinstance(max_wait_s, int | float) and max_wait_s >= 0.0):
+        raise BadSetting(
+            f"max_wait_s {quoted(max_wait_s)} is no wait: use seconds from 0, or leave it out", "max_wait_s"
+        )
     sdks = [client, *_sdks_in(client)]
     clients = [http for sdk in sdks for http in _http_clients(sdk)]
     if not clients:

@@ -104,6 +104,14 @@ def run_batch(
         raise BadSetting(f"url {quoted(url)} is none that a batch can have: use one of {', '.join(URLS)}")
     if type(file_tokens) is not int or not 0 <= file_tokens <= WHOLE_MAX:
         raise BadSetting(f"file_tokens {file_tokens!r}: a whole number of tokens from 0 to {WHOLE_MAX:,}")
+    if policy is not None and not isinstance(policy, Policy):
+        raise BadSetting(f"policy {quoted(policy)} is no Policy: use Policy().with_(tpm_limit=450_000)", "policy")
+    if max_cost is not None and not (isinstance(max_cost, int | float) and max_cost > 0.0):
+        raise BadSetting(f"max_cost {quoted(max_cost)} is no amount: use US dollars above 0", "max_cost")
+    if body is not None and not isinstance(body, Mapping):
+        raise BadSetting(f"body {quoted(body)} is no dict: use the fields of every request", "body")
+    if prompt is not None and not (isinstance(prompt, str) or callable(prompt)):
+        raise BadSetting(f"prompt {quoted(prompt)} is neither a template nor a function of the row", "prompt")
     settings = policy or policy_of(None, environment=environment)
     where = str(os.fspath(journal))
     orders = Orders(
@@ -145,24 +153,28 @@ def _spool_path(where: str) -> Path:
 
 
 class _Lines:
-    """The rows as lines of a batch file. `custom_ids`: those of the lines written, by row number."""
+    """The rows as lines of a batch file. `numbers`: those of the rows written, by custom id, in their order."""
 
     def __init__(self, rows: Rows, prompt: Prompt | None, fields: Mapping[str, Any], url: str) -> None:
         self.rows = rows
         self.prompt = prompt
         self.fields = fields
         self.url = url
-        self.custom_ids: list[str] = []
+        self.numbers: dict[str, int] = {}
         # Only pandas' index counts: a list has an `index` too, and polars has none.
         self.index: Any = getattr(rows, "index", None) if hasattr(rows, "to_dict") else None
 
     def line(self, row: Any, label: object = None) -> str:
         """Return the line of the next row. Raise BadInput, naming the row, if it does not make a request."""
-        number = len(self.custom_ids)
+        number = len(self.numbers)
         if not isinstance(row, Mapping):
             raise BadInput(f"row {number} is a {type(row).__name__}: a row is a dict or a row of a DataFrame")
-        custom_id = str(row.get("custom_id", number if label is None else label))
-        self.custom_ids.append(custom_id)
+        # A DataFrame's empty cell is no name.
+        custom_id = str(next(name for name in (row.get("custom_id"), label, number) if _is_stated(name)))
+        if custom_id in self.numbers:
+            first = self.numbers[custom_id]
+            raise BadInput(f"row {number} has the name of row {first}, {quoted(custom_id)}: make custom_id unique")
+        self.numbers[custom_id] = number
         if self.prompt is None and "body" in row:
             line = {"method": "POST", "url": self.url, **row, "custom_id": custom_id}
             line["body"] = {**self.fields, **row["body"]} if isinstance(row["body"], Mapping) else row["body"]
@@ -178,6 +190,8 @@ class _Lines:
         """Return the fields of the body that the prompt fills."""
         if callable(self.prompt):
             said = self.prompt(row)
+            if not isinstance(said, (str, list)):
+                raise BadInput(f"row {number}: the prompt returned {quoted(said)}: it must be text or a list")
         else:
             assert self.prompt is not None
             try:
@@ -212,7 +226,12 @@ class _Lines:
 
 def _without(row: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return a row as a body, without the fields for which a DataFrame has no value."""
-    return {key: value for key, value in row.items() if key != name and value is not None and value == value}
+    return {key: value for key, value in row.items() if key != name and _is_stated(value)}
+
+
+def _is_stated(value: Any) -> bool:
+    """Return whether a cell holds a value: neither None nor NaN."""
+    return value is not None and (not isinstance(value, float) or value == value)
 
 
 def _plain(value: Any) -> Any:
@@ -226,7 +245,7 @@ def _plain(value: Any) -> Any:
 # ---------------------------------------------------------------- the run, and its results
 
 # The runs of this process, by their batch file.
-_RUNS: dict[Path, tuple[Stopper, threading.Thread]] = {}
+_RUNS: dict[Path, tuple[Stopper, threading.Event]] = {}
 
 
 class _Sink:
@@ -264,8 +283,7 @@ class BatchResults:
         self._thread: threading.Thread | None = None
         self._run = _Run()
         self._taken = False
-        self._spool = _Spool(self._orders.requests)
-        self._numbers: dict[str, int] = {}
+        self._spool = _Spool(self._orders.requests, str(orders.journal))
 
     @property
     def summary(self) -> Any:
@@ -280,7 +298,7 @@ class BatchResults:
         self._let_end()
         with self._spool as file:
             for row, label in self._lines.pairs():
-                file.write(self._lines.line(row, label) + "\n")
+                file.write(self._lines.line(row, label))
         self._start()
         try:
             while (line := self._sink.queue.get()) is not None:
@@ -300,10 +318,10 @@ class BatchResults:
         with self._spool as file:
             if isinstance(self._lines.rows, AsyncIterable):
                 async for row in self._lines.rows:
-                    file.write(self._lines.line(row) + "\n")
+                    file.write(self._lines.line(row))
             else:
                 for row, label in self._lines.pairs():
-                    file.write(self._lines.line(row, label) + "\n")
+                    file.write(self._lines.line(row, label))
         loop, arrived = asyncio.get_running_loop(), asyncio.Event()
         self._sink.arrived = lambda: loop.call_soon_threadsafe(arrived.set)
         self._start()
@@ -343,7 +361,7 @@ class BatchResults:
         names = [name for name in BatchResult.__slots__ if name not in ("row", "custom_id")]
         columns = {name: [getattr(result, name) for result in results] for name in names}
         found = [result.row for result in results]
-        ids = self._lines.custom_ids
+        ids = list(self._lines.numbers)
         index = self._lines.index
         labels = index.take(found) if index is not None else pandas.Index([ids[i] for i in found], name="custom_id")
         return pandas.DataFrame(columns, index=labels)
@@ -356,10 +374,8 @@ class BatchResults:
 
     def _numbered(self, line: str) -> Iterator[BatchResult]:
         """Yield the result of a line; nothing for a row that is no longer among the rows."""
-        if not self._numbers:
-            self._numbers = {custom_id: number for number, custom_id in enumerate(self._lines.custom_ids)}
         data = json.loads(line)
-        number = self._numbers.get(data["custom_id"])
+        number = self._lines.numbers.get(data["custom_id"])
         if number is not None:
             yield _result_of(data, number)
 
@@ -367,24 +383,22 @@ class BatchResults:
         """Wait for a stopped run of the same journal in this process: its reader left the loop."""
         before = _RUNS.get(self._orders.requests)
         if before is not None and before[0].pressed:
-            before[1].join()
+            before[1].wait()
 
     def _start(self) -> None:
         run = (self._run, self._orders, self._shown, self._sink, self._spool)
         # Not a daemon: a program must not end while answers that are paid for are not yet written.
         self._thread = threading.Thread(target=_Run.work, args=run, name="batch", daemon=False)
-        _RUNS[self._orders.requests] = self._stopper, self._thread
+        _RUNS[self._orders.requests] = self._stopper, self._run.ended
         self._thread.start()
 
     def _end(self) -> None:
         """Stop the run and wait for requests in flight; a second Ctrl-C cancels them."""
-        assert self._thread is not None
-        self._stopper.press()
-        while self._thread.is_alive():
-            try:
-                self._thread.join()
-            except KeyboardInterrupt:
+        # Not by Thread.join: up to Python 3.12 an interrupted one takes a running thread for ended.
+        while not self._run.ended.is_set():
+            with contextlib.suppress(KeyboardInterrupt):
                 self._stopper.press()
+                self._run.ended.wait()
 
     def _finish(self) -> None:
         """Raise, after the last result, the exception of the run's thread, or Incomplete."""
@@ -410,6 +424,7 @@ class _Run:
     def __init__(self) -> None:
         self.outcome: RunOutcome | None = None
         self.error: BaseException | None = None
+        self.ended = threading.Event()
 
     def work(self, orders: Orders, progress: Shown, sink: _Sink, spool: _Spool) -> None:
         """Run the batch to its end, and tell the reader."""
@@ -417,38 +432,65 @@ class _Run:
             connect = connect_with(orders.environment)
             self.outcome = run_orders(orders, foresee=None, connect=connect, shown=progress)
             progress.inform(outcome_text(self.outcome))
+        except BadInput as error:
+            self.error = spool.of_rows(error)
         except BaseException as error:
             self.error = error
         finally:
             _RUNS.pop(orders.requests, None)
             spool.remove()
+            self.ended.set()
             sink.put(None)
 
 
 class _Spool:
     """The batch file of a run: hidden, readable by its owner alone, locked against another run of the same journal."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, journal: str) -> None:
         self.path = path
+        self.journal = journal
         self._lock = -1
         self._file: TextIO | None = None
 
-    def __enter__(self) -> TextIO:
+    def __enter__(self) -> _Spool:
         try:
             self._lock = lock_file(self.path)
             self._file = self.path.open("w", encoding="utf-8", errors="surrogatepass")
         except BlockingIOError:
-            raise BadInput("another run has this journal: wait for its end, or name another", str(self.path)) from None
+            raise BadInput("another run has this journal: wait for its end, or name another", self.journal) from None
         except OSError as error:
-            raise BadInput(f"cannot be written: {why(error)}", str(self.path)) from None
-        return self._file
+            self.remove()
+            raise self._unwritten(error) from None
+        return self
+
+    def write(self, line: str) -> None:
+        """Add a line. Raise BadInput if the disk does not take it."""
+        assert self._file is not None
+        try:
+            self._file.write(line + "\n")
+        except OSError as error:
+            raise self._unwritten(error) from None
 
     def __exit__(self, kind: object, *rest: object) -> None:
-        """Finish the file; if a row was invalid, leave nothing of it."""
-        if self._file is not None:
+        """Finish the file; if a row was invalid or the disk is full, leave nothing of it."""
+        assert self._file is not None
+        try:
             self._file.close()
+        except OSError as error:
+            self.remove()
+            if kind is None:
+                raise self._unwritten(error) from None
         if kind is not None:
             self.remove()
+
+    def _unwritten(self, error: OSError) -> BadInput:
+        return BadInput(f"the rows cannot be written beside it: {why(error)}; nothing was sent", self.journal)
+
+    def of_rows(self, error: BadInput) -> BadInput:
+        """Return the error in words of the rows, if it names this file, which its user never sees."""
+        if error.path != str(self.path):
+            return error
+        return BadInput(f"row {error.line - 1}: {error.reason}" if error.line else f"rows: {error.reason}")
 
     def remove(self) -> None:
         """Remove the file: the run has ended."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import math
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,6 +19,7 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from governor import Governor, PacelineError, Policy, governed, law
+from governor.model.errors import BadSetting
 from governor.model.requests import Answer, Attempt, Outcome
 from governor.model.work import Observer
 from governor.run import governed as module
@@ -257,6 +259,11 @@ def test_an_httpx_client_of_either_package_is_governed_once_however_often() -> N
     quiet(governor)
     with pytest.raises(PacelineError, match="no httpx client in 'int'"):
         governed(5)
+    with pytest.raises(PacelineError, match=r"Client is a class: governed\(Client\(\)\)"):
+        governed(httpx2.Client)
+    for wrong in ({"governor": {}}, {"max_wait_s": None}, {"max_wait_s": -1.0}, {"max_wait_s": math.nan}):
+        with pytest.raises(BadSetting, match=next(iter(wrong))):
+            governed(httpx2.Client(), **wrong)  # type: ignore[arg-type]
     with pytest.raises(PacelineError, match="pool 'eu' has no charge rule: make it of a Policy"):
         governed(httpx2.Client(), Governor(QUICK.params(), pool="eu"))
 

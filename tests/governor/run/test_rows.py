@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from governor.journal.journal import Journal
 from governor.model.errors import BadInput, BadSetting, BudgetExhausted, PacelineError
 from governor.model.estimate import CHAT, sizes_of
 from governor.model.policy import Policy
+from governor.run.rows import _Lines
 from paceline import run_batch, run_batch_sync
 from sim.serving.server import Running
 from tests.live import FREE, KEY, ROOT, WAIT_S, provider
@@ -126,8 +128,10 @@ def test_a_function_makes_the_prompt(server: Running, tmp_path: Path) -> None:
         ([{"text": "a"}, {"title": "b"}], {"prompt": "{text}"}, "row 1 has no 'text', which the prompt names: it has"),
         ([{"text": "a"}], {"prompt": "{text"}, "the prompt is no template"),
         ([{"input": {1, 2}}], {"url": "/v1/responses"}, "row 0 ('0') is no JSON: set cannot be sent"),
-        ([ROWS[0], ROWS[0]], {}, "q0"),
-        ([{"custom_id": "a"}], {}, "messages"),
+        ([ROWS[0], ROWS[0]], {}, "row 1 has the name of row 0, 'q0': make custom_id unique"),
+        ([ROWS[0], {"custom_id": "a"}], {}, "row 1: body has no 'messages'"),
+        ([], {}, "rows: no requests in it"),
+        ([{"text": "a"}], {"prompt": lambda row: 5}, "row 0: the prompt returned 5: it must be text or a list"),
     ],
 )
 def test_what_is_wrong_with_rows_is_one_line(
@@ -147,16 +151,31 @@ def test_an_async_iterator_needs_a_loop_and_a_url_must_be_one(server: Running, t
 
     with pytest.raises(BadInput, match="needs run_batch"):
         run_batch_sync(rows(), **options(server, tmp_path))
-    with pytest.raises(BadSetting, match="/v1/audio"):
-        run_batch_sync(ROWS, **options(server, tmp_path, url="/v1/audio"))
-    with pytest.raises(BadSetting, match="file_tokens -1"):
-        run_batch_sync(ROWS, **options(server, tmp_path, file_tokens=-1))
+    wrong = {"url": "/v1/audio", "file_tokens": -1, "policy": {}, "max_cost": -1, "body": "x", "prompt": 7}
+    for name, value in wrong.items():
+        with pytest.raises(BadSetting, match=f"{name} {value!r}"):
+            run_batch_sync(ROWS, **options(server, tmp_path, **{name: value}))
     # More than any limit: refused with the figure before anything is sent.
     file = {"type": "input_file", "file_id": "file-abc"}
     row = {"input": [{"role": "user", "content": [file]}], "model": "gpt-4o-mini"}
     with pytest.raises(PacelineError, match=r"2,000,0\d\d,\d\d\d tokens"):
         run_batch_sync([row], **options(server, tmp_path, url="/responses", file_tokens=2_000_000_000))
     assert server.stats()["requests"] == 0
+
+
+def test_a_full_disk_is_one_line_and_an_empty_cell_is_no_name(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # SIGXFSZ is ignored by Python
+    try:
+        with pytest.raises(BadInput, match=r"x\.db: the rows cannot be written beside it: .*; nothing was sent"):
+            run_batch_sync(({"input": "x" * 1_000} for _ in range(100)), journal=tmp_path / "x.db")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not hidden(tmp_path)
+    lines = _Lines([], None, {}, "/v1/responses")
+    for name in (None, float("nan"), "a"):
+        lines.line({"input": "x", "custom_id": name})
+    assert list(lines.numbers) == ["0", "1", "a"]
 
 
 def test_failures_are_results_and_a_budget_is_an_error(tmp_path: Path) -> None:
@@ -225,6 +244,25 @@ def test_a_ctrl_c_lets_what_is_in_flight_end(tmp_path: Path) -> None:
         assert server.stats()["requests"] < 12
         assert len(list(run_batch_sync(ROWS, **with_options))) == 12
         assert server.stats()["outcomes"] == {"ok": 12}
+
+
+def test_a_second_ctrl_c_cancels_and_the_journal_is_free_at_once(server: Running, tmp_path: Path) -> None:
+    with provider(latency={**SLOW["latency"], "first_token_s": WAIT_S}) as slow:
+        results = run_batch(ROWS, **options(slow, tmp_path))
+
+        def interrupt() -> None:
+            until = time.monotonic() + WAIT_S
+            for is_time in (lambda: slow.provider.desk.count.requests >= 2, lambda: results._stopper.pressed):
+                while not is_time() and time.monotonic() < until:
+                    time.sleep(0.005)
+                os.kill(os.getpid(), signal.SIGINT)
+
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            list(results)
+        thread.join()
+        assert len(list(run_batch_sync(ROWS, **options(server, tmp_path)))) == 12
 
 
 PROGRAM = """
