@@ -14,6 +14,9 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.routing import Route
 
 from governor.model.errors import BadSetting
 from governor.model.policy import Policy
@@ -27,6 +30,7 @@ from governor.service.api.connections import (
     accept,
     places,
 )
+from governor.service.errors import HANDLERS
 from tests.live import Cli, provider, shared_cli
 from tests.services import error_of, good, lines, ready, started, until
 from tests.virtual_loop import run_virtual
@@ -296,6 +300,24 @@ def test_a_refused_client_that_goes_on_sending_does_not_keep_its_place() -> None
     assert gone[:6] == [False] * 6
     assert sum(gone) == 1
     assert closed_s <= 11.0
+
+
+def test_a_client_that_leaves_during_a_post_is_no_failure(caplog: pytest.LogCaptureFixture) -> None:
+    """It once wrote two tracebacks."""
+
+    async def reading(request: Request) -> None:
+        await request.body()
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        pass
+
+    app = Starlette(routes=[Route("/batches", reading, methods=["POST"])], exception_handlers=HANDLERS)
+    scope = {"type": "http", "method": "POST", "path": "/batches", "headers": [], "query_string": b""}
+    asyncio.run(app(scope, receive, send))  # type: ignore[arg-type]
+    assert not caplog.records
 
 
 def test_what_is_not_taken_in_now_is_taken_in_later(monkeypatch: pytest.MonkeyPatch) -> None:
