@@ -261,6 +261,7 @@ def test_a_second_ctrl_c_cancels_and_the_journal_is_free_at_once(server: Running
         thread.start()
         with pytest.raises(KeyboardInterrupt):
             list(results)
+        assert results._run.ended.is_set()
         thread.join()
         assert len(list(run_batch_sync(ROWS, **options(server, tmp_path)))) == 12
 
