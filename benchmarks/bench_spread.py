@@ -28,9 +28,9 @@ from multiprocessing import Process
 from pathlib import Path
 
 from sim.des.engines import Engine
-from sim.experiment import spread
+from sim.experiment import parallel
 from sim.experiment.experiment import Case, Pool, case_of
-from sim.experiment.spread import Backend
+from sim.experiment.parallel import Backend
 from sim.model.synthetic import parametric
 from sim.scenario.scenario import Scenario
 
@@ -131,7 +131,7 @@ def main() -> None:
         for _ in range(rounds):
             found.append(measured(case, large, spins, seconds, ray_seconds))
     finally:
-        spread.disconnect()
+        parallel.disconnect()
         cluster.communicate()
     cores = [each.cores for each in found]
     quiet = min(cores) >= QUIET

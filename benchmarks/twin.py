@@ -64,8 +64,8 @@ from sim.model.provider_config import ProviderConfig
 from sim.serving.server import Provider, spawn
 from sim.validation.backtest import Backtest, backtest
 from sim.validation.counterfactual import counterfactual
-from sim.validation.foresight import foresee
 from sim.validation.model_error import FILE, ModelError, conformal, widened
+from sim.validation.run_forecast import foresee
 from sim.validation.twin import lessons
 
 T = TypeVar("T")

@@ -50,7 +50,7 @@ from sim.model.provider_config import ProviderConfig
 from sim.scenario.scenario import Scenario
 from sim.scenario.scenario_file import FileSource
 from sim.validation.backtest import Backtest, Compared, backtest
-from sim.validation.foresight import foresee
+from sim.validation.run_forecast import foresee
 
 TOKENS = (200, 1_000)
 COUNTS, SHORT = (60, 200), (60,)

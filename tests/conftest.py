@@ -72,7 +72,7 @@ LONGEST = (
     "sim/des/test_driver_properties.py",
     "test_two_worlds.py",
     "sim/app/test_cli_plan.py",
-    "sim/experiment/test_spread.py",
+    "sim/experiment/test_parallel.py",
     "governor/run/test_resume.py",
     "test_shared_live.py",
     "test_notebooks.py",

@@ -103,7 +103,7 @@ def main() -> None:
     import governor.service.run
     import sim.app.cli
     import sim.app.whatif
-    import sim.validation.foresight
+    import sim.validation.run_forecast
     from governor.provider.openai_adapter import Adapter
 
     assert all(
@@ -113,7 +113,7 @@ def main() -> None:
             governor.provider.sending,
             governor.run.status,
             sim.app.cli,
-            sim.validation.foresight,
+            sim.validation.run_forecast,
         )
     )
     assert all((governor.service.run, sim.app.whatif))

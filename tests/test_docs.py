@@ -28,7 +28,7 @@ from governor.run.steer import held_settings
 from sim.app.capacity_command import terms_of
 from sim.app.inputs import Wishes
 from sim.experiment import results
-from sim.model import presets
+from sim.model import provider_tiers
 from tests.commands import Shown, complaint, leaves, shown_in
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -123,7 +123,7 @@ LEFT_OUT: dict[tuple[str, str], Callable[[], object]] = {
     ("--confidence", "0.95"): lambda: results.CONFIDENCE == 0.95,
     ("--journal", "RESULTS.journal.db"): lambda: outputs.journal_path(Path("a/r.jsonl")) == Path("a/r.journal.db"),
     ("--finish-by", "a day"): lambda: longwaits.DAY_S == 24 * 60 * 60,
-    ("--latency", "gpt-4o"): lambda: presets.DEFAULT_LATENCY == "gpt-4o",
+    ("--latency", "gpt-4o"): lambda: provider_tiers.DEFAULT_LATENCY == "gpt-4o",
     ("--database", "paceline-service.db"): lambda: serve_cli.DEFAULT_DATABASE == "paceline-service.db",
     ("--batch-turnaround", "4h,20h"): lambda: terms_of(1, "4h,20h", None, None) == terms_of(1, None, None, None),
     ("--batch-discount", "50%"): lambda: terms_of(1, None, 0.5, None) == terms_of(1, None, None, None),

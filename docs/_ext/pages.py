@@ -88,7 +88,7 @@ def first_lines(item: object) -> str:
 def models() -> str:
     """Every model with published tiers or a measured latency: its price on the list's day, and its latency line."""
     from governor.model.prices import read_prices
-    from sim.model.presets import DEFAULT_LATENCY, LATENCIES, TIERS
+    from sim.model.provider_tiers import DEFAULT_LATENCY, LATENCIES, TIERS
 
     prices = read_prices()
     rows = []

@@ -365,7 +365,7 @@ def environment_of(env_files: Sequence[str] | None) -> dict[str, str]:
 
     Keys are looked up here and go nowhere else.
     """
-    from governor.model.settings import environment_of as layered
+    from governor.model.env_files import environment_of as layered
 
     return layered(env_files, os.environ)
 
@@ -381,8 +381,8 @@ def pools_of(
     """Return the pools of a command: of the pools file, or the one of the settings. `scenario`: `--scenario`."""
     from dataclasses import replace
 
+    from governor.model.env_files import policy_of
     from governor.model.pools import checked_url, default_pools, read_pools
-    from governor.model.settings import policy_of
 
     policy: Policy = policy_of(env_files, environment=environment)
     if base_url is not None and not base_url.strip():
@@ -407,7 +407,7 @@ def scenario_of(given: str | None, env_files: Sequence[str] | None, environment:
     A file that is named on the command line must exist. Settings outlive the plan that made them: if the file that they
     name is gone, a line says so and the forecast goes by the settings.
     """
-    from governor.model.settings import SCENARIO, scenario_path
+    from governor.model.env_files import SCENARIO, scenario_path
 
     if given is not None:
         if not os.path.isfile(given):

@@ -40,9 +40,9 @@ def settings(
     Shows meaning and allowed range too. With the options of `run` it shows what that run would use; without any, what
     the environment states.
     """
+    from governor.model.env_files import SCENARIO
     from governor.model.errors import BadSetting
     from governor.model.policy import KNOBS, knob_table
-    from governor.model.settings import SCENARIO
 
     if markdown:
         typer.echo(knob_table(), nl=False)
@@ -70,8 +70,8 @@ def in_force(
     env_files: list[str] | None, assignments: list[str] | None, preset: str | None
 ) -> tuple[Policy, dict[str, str]]:
     """Return the settings that these options make, and by name the source of each that is not a default."""
+    from governor.model.env_files import paths_of, policy_of, read_env_file
     from governor.model.policy import KNOB_BY_ENV, KNOBS, Policy, knob_named
-    from governor.model.settings import paths_of, policy_of, read_env_file
 
     base = Policy() if preset is None else Policy.preset(preset)
     policy = policy_of(env_files, environment=os.environ, assignments=assignments or (), base=base)

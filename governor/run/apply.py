@@ -26,10 +26,10 @@ from pathlib import Path
 
 from dotenv.parser import Binding, parse_stream
 
+from governor.model.env_files import MADE_FROM, SCENARIO, policy_of, read_env_file, settings_digest
 from governor.model.errors import BadInput
 from governor.model.files import why
 from governor.model.policy import KNOBS
-from governor.model.settings import MADE_FROM, SCENARIO, policy_of, read_env_file, settings_digest
 from governor.run.outputs import check_apart
 
 _BOM = b"\xef\xbb\xbf"

@@ -27,7 +27,7 @@ from governor.run.steer import Stopper
 from governor.scheduler.batch import kind_of
 from governor.scheduler.driver import Governor
 from governor.scheduler.learning import Learner
-from governor.scheduler.refusals import Refusals
+from governor.scheduler.repeated_refusals import Refusals
 from governor.sharedquota.sharing import shared_governor
 from governor.telemetry.eventlog import EventLog, Format
 from governor.telemetry.metrics import Metrics

@@ -19,6 +19,7 @@ from queue import SimpleQueue
 from typing import Any, TextIO
 
 from governor.journal.journal import Journal
+from governor.model.env_files import policy_of
 from governor.model.errors import BadInput, BadSetting, BudgetExhausted, PacelineError, QuotaExhausted, Refused, quoted
 from governor.model.estimate import TOKENS_PER_FILE, WHOLE_MAX
 from governor.model.files import why
@@ -26,7 +27,6 @@ from governor.model.policy import Policy
 from governor.model.pools import checked_url, default_pools
 from governor.model.prices import SHIPPED, read_prices
 from governor.model.requests import CHAT, COMPLETIONS, URLS, endpoint_of, usage_of
-from governor.model.settings import policy_of
 from governor.provider.answers import text_of
 from governor.provider.sending import connect_with
 from governor.run.account import lines_of

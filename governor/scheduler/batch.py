@@ -28,7 +28,7 @@ from governor.model.work import (
 )
 from governor.scheduler.interfaces import Stated
 from governor.scheduler.learning import Learner
-from governor.scheduler.refusals import Refusals
+from governor.scheduler.repeated_refusals import Refusals
 
 if TYPE_CHECKING:
     from governor.scheduler.driver import Governor

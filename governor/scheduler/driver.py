@@ -31,7 +31,7 @@ from governor.scheduler.learning import Learner
 from governor.scheduler.loop import InALoop
 from governor.scheduler.permits import Permit
 from governor.scheduler.quota import local_quota
-from governor.scheduler.refusals import Refusals
+from governor.scheduler.repeated_refusals import Refusals
 from governor.scheduler.scheduler import Scheduler
 from governor.scheduler.waiting import wait_s
 

@@ -112,7 +112,7 @@ def _judge(knocks: Sequence[Knock], tpm: float, rpm: float) -> list[Told]:
 
 
 def _foresee(outlook: Outlook) -> Expectation:
-    from sim.validation.foresight import foresee
+    from sim.validation.run_forecast import foresee
 
     return foresee(outlook)
 

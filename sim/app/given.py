@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from governor.model.env_files import paths_of
 from governor.model.errors import BadInput, BadSetting
 from governor.model.estimate import CHAT, kind_of
 from governor.model.policy import Policy, knob_named
 from governor.model.requests import url_of
-from governor.model.settings import paths_of
 from sim.app.inputs import read_inputs
 from sim.app.options import Options
 from sim.model.provider_config import ProviderConfig

@@ -20,17 +20,17 @@ import numpy as np
 import yaml
 from pydantic import Field
 
+from governor.model.env_files import policy_of, settings_digest
 from governor.model.errors import BadInput, BadSetting
 from governor.model.files import parsed_yaml
 from governor.model.policy import Policy
-from governor.model.settings import policy_of, settings_digest
 from sim.app.options import Options, quantiles
 from sim.base.arguments import Config, checked
 from sim.base.progress import Progress
 from sim.des import engines
 from sim.experiment.experiment import Pool
-from sim.model.presets import LATENCIES, SNAPSHOT
 from sim.model.provider_config import ProviderConfig
+from sim.model.provider_tiers import LATENCIES, SNAPSHOT
 from sim.model.workload import Workload
 from sim.scenario.columns import parse_columns
 from sim.scenario.readers import SCENARIO, UNSEEN, Source, is_journal

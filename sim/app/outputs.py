@@ -21,16 +21,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from governor import __version__
+from governor.model.env_files import MADE_FROM, policy_of, settings_digest
+from governor.model.env_files import SCENARIO as NAMED
 from governor.model.errors import BadInput, PacelineError
 from governor.model.files import check_writable, write_atomically
 from governor.model.policy import GUARDRAIL_KNOBS, KNOBS, Knob, Policy
 from governor.model.prices import Prices, read_prices
-from governor.model.settings import MADE_FROM, policy_of, settings_digest
-from governor.model.settings import SCENARIO as NAMED
 from sim.app.inputs import Wishes, scenario_text
 from sim.experiment.experiment import Pool
+from sim.experiment.parallel import WorkersLost
 from sim.experiment.results import Plan
-from sim.experiment.spread import WorkersLost
 from sim.reporting.terminal import headline, plain, plan_notes
 from sim.scenario.readers import save_rows
 from sim.scenario.scenario import Scenario

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from governor.journal.journal import Journal
+from governor.model.env_files import policy_of
 from governor.model.errors import BadInput, BadSetting
 from governor.model.files import write_atomically
 from governor.model.policy import Policy
-from governor.model.settings import policy_of
 from sim.app.outputs import check_file
 from sim.calibration.calibrate import calibrate, read_sources
 from sim.calibration.observed import of_journal

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from governor.model.env_files import policy_of
 from governor.model.errors import BadSetting
 from governor.model.files import write_atomically
 from governor.model.policy import KNOBS, Policy
-from governor.model.settings import policy_of
 from sim.app.api import PlanResult, plan
 from sim.app.outputs import check_file
 from sim.app.replay_command import ReplayOptions, of_log

@@ -28,7 +28,7 @@ from sim.des.engines import engine_at_hand, simulated
 from sim.model.provider_config import ProviderConfig
 from sim.model.workload import Workload, constant
 from sim.validation.assumptions import Assumptions, assumptions_of, scenario_assumptions
-from sim.validation.foresight import SHARES, ForecastRun, case_of, run_once, workload_of
+from sim.validation.run_forecast import SHARES, ForecastRun, case_of, run_once, workload_of
 
 # Seconds of simulation for one answer; a pair of runs is made at least.
 TIME_S = 0.12

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from scipy import optimize, stats
 
 from sim.model.latency import NOISE_GROUPS, NOISE_KNOTS, NOISE_REACH
-from sim.model.presets import STALL_MAX_S, STALL_MIN_S
+from sim.model.provider_tiers import STALL_MAX_S, STALL_MIN_S
 
 Real = NDArray[np.float64]
 

@@ -27,8 +27,8 @@ from governor.model.requests import CAUSES, Attempt, Outcome
 from sim.des import engines
 from sim.des.engines import Chosen, Engine, simulated, simulations
 from sim.des.run import AttemptSink, Tally, quantiles
+from sim.experiment.parallel import Backend, WorkersLost, crew_of
 from sim.experiment.results import Figures, Forecast, forecast_of
-from sim.experiment.spread import Backend, WorkersLost, crew_of
 from sim.model.provider import ProviderParams
 from sim.model.provider_config import ProviderConfig
 from sim.model.workload import Columns

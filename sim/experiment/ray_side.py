@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 from governor.model.errors import BadSetting, quoted
-from sim.experiment.spread import fingerprint
+from sim.experiment.parallel import fingerprint
 
 ADDRESS = "RAY_ADDRESS"
 NEEDS_RAY = "--backend ray needs paceline[ray]: pip install 'paceline[ray]'"

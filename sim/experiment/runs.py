@@ -23,8 +23,8 @@ import numpy as np
 from governor.model.policy import Policy
 from governor.model.prices import PER, Prices
 from sim.experiment.experiment import Case, Pool, case_of
+from sim.experiment.parallel import WorkersLost
 from sim.experiment.results import Figures
-from sim.experiment.spread import WorkersLost
 from sim.scenario.scenario import Scenario
 from sim.scenario.stress import Condition
 

@@ -19,19 +19,6 @@ from governor.model.errors import quoted
 from sim.base.arguments import Config, checked
 from sim.model.batches import BatchApi
 from sim.model.latency import NOISE_GROUPS, NOISE_KNOTS
-from sim.model.presets import (
-    CHECKED_ON,
-    DEFAULT_LATENCY,
-    DEFAULT_TIER,
-    LATENCIES,
-    SIGMA,
-    STALL_MAX_S,
-    STALL_MIN_S,
-    STALL_RATIO,
-    latency_preset,
-    tier_preset,
-    tier_source,
-)
 from sim.model.provider import (
     CHANGES,
     COUNTS_AT_ADMISSION,
@@ -49,6 +36,19 @@ from sim.model.provider import (
     SAYS_NOTHING,
     SAYS_SECONDS,
     ProviderParams,
+)
+from sim.model.provider_tiers import (
+    CHECKED_ON,
+    DEFAULT_LATENCY,
+    DEFAULT_TIER,
+    LATENCIES,
+    SIGMA,
+    STALL_MAX_S,
+    STALL_MIN_S,
+    STALL_RATIO,
+    latency_preset,
+    tier_preset,
+    tier_source,
 )
 from sim.model.windows import ANCHORED, BUCKET, CLOCK, DAY_S, MINUTE_S, SLIDING
 from sim.model.workload import ASSUMED, MEASURED, Provenance

@@ -29,9 +29,9 @@ from governor.model.files import parsed_yaml
 from governor.model.policy import KNOB_BY_NAME, KNOB_BY_SHORT_NAME, KNOBS, Policy, knob_named
 from sim.base.arguments import checked, is_a, one_of, whole
 from sim.base.layout import html_paragraph, html_table
-from sim.model.presets import SNAPSHOT
 from sim.model.provider import ProviderParams
 from sim.model.provider_config import ProviderConfig
+from sim.model.provider_tiers import SNAPSHOT
 from sim.model.workload import ASSUMED, MEASURED, Arrivals, Columns, Provenance, Workload, charges, columns
 from sim.scenario.readers import SCENARIO, Source, save_rows
 from sim.scenario.scenario_file import Document, FileSource, ModelSource, Reading, Requests, policy_of

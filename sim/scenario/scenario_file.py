@@ -15,8 +15,8 @@ from governor.model.estimate import TOKENS_PER_FILE, kind_of
 from governor.model.files import parsed_yaml
 from governor.model.policy import KNOB_BY_ENV, Policy
 from sim.base.arguments import Config, checked
-from sim.model.presets import DEFAULT_TIER
 from sim.model.provider_config import ProviderConfig
+from sim.model.provider_tiers import DEFAULT_TIER
 from sim.model.synthetic import CAP_ASSUMED, parametric, redrawn
 from sim.model.workload import TOKENS_MAX, Workload
 from sim.scenario.readers import Source, read_workload

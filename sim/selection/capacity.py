@@ -33,10 +33,10 @@ import numpy as np
 from governor.model.errors import BadSetting
 from governor.model.policy import Policy
 from sim.experiment.experiment import Case, Pool, case_of
+from sim.experiment.parallel import WorkersLost
 from sim.experiment.results import CONFIDENCE, Figures, Forecast, at_most, forecast_of
 from sim.experiment.runs import Runs, key_of
-from sim.experiment.spread import WorkersLost
-from sim.model.presets import DEFAULT_TIER, TIERS, tier_names, tier_preset
+from sim.model.provider_tiers import DEFAULT_TIER, TIERS, tier_names, tier_preset
 from sim.model.synthetic import resampled
 from sim.scenario.scenario import Scenario, limits_of
 from sim.scenario.stress import Condition

@@ -26,9 +26,9 @@ from governor.model.requests import Attempt
 from sim.base.words import duration
 from sim.experiment.effects import Sensitivity
 from sim.experiment.experiment import Pool, attempts_of
+from sim.experiment.parallel import WorkersLost
 from sim.experiment.results import Plan
 from sim.experiment.runs import Runs, key_of, tariff_of
-from sim.experiment.spread import WorkersLost
 from sim.scenario.scenario import Scenario
 from sim.scenario.stress import Condition, stress_set
 from sim.scenario.unknowns import FRESH_DRAWS, FRESH_SEEDS, Unknowns, drawn

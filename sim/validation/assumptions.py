@@ -24,8 +24,8 @@ from governor.model.estimate import EMBEDDINGS, Sizes
 from governor.model.files import parsed_yaml
 from governor.model.policy import Policy
 from sim.base.arguments import checked
-from sim.model.presets import LATENCIES, SNAPSHOT
 from sim.model.provider_config import ProviderConfig
+from sim.model.provider_tiers import LATENCIES, SNAPSHOT
 from sim.model.synthetic import from_tokens, similar_outputs, with_outputs_assumed, with_outputs_drawn
 from sim.model.windows import MINUTE_S
 from sim.model.workload import ASSUMED, Workload

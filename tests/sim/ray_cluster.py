@@ -13,7 +13,7 @@ import tempfile
 from contextlib import ExitStack
 from typing import Any
 
-# No usage reports, loopback for every node (see sim/experiment/spread.py), patience on a busy machine.
+# No usage reports, loopback for every node (see sim/experiment/parallel.py), patience on a busy machine.
 os.environ |= {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",

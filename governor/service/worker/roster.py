@@ -20,7 +20,7 @@ from governor.journal.rows import Pending
 from governor.model.policy import Policy
 from governor.model.requests import Answer, Attempt, Outcome, Request
 from governor.model.work import Begun, Work, work_of
-from governor.scheduler.refusals import Refusals
+from governor.scheduler.repeated_refusals import Refusals
 from governor.service.store.ledger import FencedWriter, Ledger, Patience
 from governor.service.store.store import (
     CANCEL,

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from governor.model.env_files import MADE_FROM, SCENARIO, policy_of, read_env_file, scenario_path, settings_digest
 from governor.model.errors import BadInput, PacelineError
 from governor.model.policy import KNOB_BY_ENV, Policy
-from governor.model.settings import MADE_FROM, SCENARIO, policy_of, read_env_file, scenario_path, settings_digest
 from governor.run import apply as applying
 from governor.run.apply import apply
 from sim.app.cli import main

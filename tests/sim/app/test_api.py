@@ -16,9 +16,9 @@ import pandas as pd
 import pytest
 
 from governor import Policy
+from governor.model.env_files import policy_of
 from governor.model.errors import BadInput, BadSetting, Oversized, PacelineError
 from governor.model.policy import KNOBS
-from governor.model.settings import policy_of
 from sim import PlanResult, Scenario, SimulationResult, compare, knob_map, plan, simulate, simulate_processes
 from sim.app.inputs import Wishes, read_inputs
 from sim.app.options import Options

@@ -16,8 +16,8 @@ import pytest
 
 from governor.forecast.forecast import Expectation, promise_text
 from governor.model import files
+from governor.model.env_files import policy_of
 from governor.model.policy import GUARDRAIL_KNOBS, KNOBS, Policy
-from governor.model.settings import policy_of
 from sim.app.cli import main
 from sim.app.inputs import read_inputs
 from sim.app.options import Options
@@ -26,7 +26,7 @@ from sim.experiment.experiment import Pool
 from sim.reporting import report
 from sim.scenario.scenario import Scenario
 from sim.selection import planner as planning
-from sim.validation import foresight
+from sim.validation import run_forecast
 
 Run = Callable[..., tuple[int, str, str]]
 NAMES = [
@@ -153,8 +153,8 @@ def test_a_forecast_of_the_planned_batch_makes_the_plans_promise(run: Run, work:
     assert run(*PLAN)[0] == 0
     promised = json.loads((work / "out" / "plan.json").read_text())["promise"]["in_95_of_100_conditions_s"]["value"]
     made: list[Expectation] = []
-    forecast = foresight.foresee
-    monkeypatch.setattr(foresight, "foresee", lambda outlook: made.append(forecast(outlook)) or made[-1])
+    forecast = run_forecast.foresee
+    monkeypatch.setattr(run_forecast, "foresee", lambda outlook: made.append(forecast(outlook)) or made[-1])
     assert run("preflight", "batch.jsonl", "--env-file", "out/recommended.env")[0] == 0
     assert made[-1].promise_s == pytest.approx(promised)
     assert f"by {duration(promised)} in 95 of 100" in promise_text(made[-1])

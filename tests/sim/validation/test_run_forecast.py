@@ -22,9 +22,9 @@ from sim.experiment.experiment import replicate
 from sim.model.provider_config import ProviderConfig
 from sim.model.synthetic import from_tokens, with_outputs_assumed
 from sim.scenario.scenario import Scenario
-from sim.validation import foresight
+from sim.validation import run_forecast
 from sim.validation.assumptions import Assumptions, believed_provider
-from sim.validation.foresight import foresee
+from sim.validation.run_forecast import foresee
 
 FREE = Policy(stagger_seconds=0.0, max_concurrency=1_000, tpm_limit=10**9, charge_rule="auto", tpm_window="bucket")
 
@@ -77,7 +77,7 @@ def test_the_same_seed_gives_the_same_forecast() -> None:
 
 
 def test_a_batch_too_long_to_simulate_gets_the_fluid_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(foresight, "REQUESTS_MOST", 99)
+    monkeypatch.setattr(run_forecast, "REQUESTS_MOST", 99)
     long = outlook(100, FREE)
     assert foresee(long) == fluid(long)
     assert foresee(outlook(0, FREE)).by == "fluid"
@@ -86,7 +86,7 @@ def test_a_batch_too_long_to_simulate_gets_the_fluid_estimate(monkeypatch: pytes
 def test_the_next_run_falls_into_the_interval_as_often_as_stated(seed: int) -> None:
     policy = FREE.with_(max_concurrency=4)
     asked = outlook(20, policy)
-    workload, models = foresight.workload_of(asked)
+    workload, models = run_forecast.workload_of(asked)
     provider = believed_provider(policy, models)
     inside = 0
     trials = 200
@@ -94,7 +94,7 @@ def test_the_next_run_falls_into_the_interval_as_often_as_stated(seed: int) -> N
         e = foresee(outlook(20, policy, seed=seed + 1_000 * i))
         other = seed + 1_000 * i + 500
         drawn = with_outputs_assumed(workload, other)
-        fresh = foresight.run_once(drawn, policy, provider, finalize=False, seed=other)
+        fresh = run_forecast.run_once(drawn, policy, provider, finalize=False, seed=other)
         inside += e.low_s <= fresh.finish_s <= e.high_s
     # 95 % of 200 are 190; below 178 or above 199 is chance in less than one of a thousand.
     assert 178 <= inside <= 199

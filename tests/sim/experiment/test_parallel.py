@@ -25,9 +25,9 @@ import pytest
 
 from governor.model.errors import BadSetting
 from sim.app.cli import main
-from sim.experiment import experiment, ray_side, spread
+from sim.experiment import experiment, parallel, ray_side
 from sim.experiment.experiment import Pool, case_of
-from sim.experiment.spread import Local, OnRay, WorkersLost
+from sim.experiment.parallel import Local, OnRay, WorkersLost
 from sim.model.synthetic import parametric
 from sim.scenario.scenario import Scenario
 
@@ -222,10 +222,10 @@ def test_a_child_that_does_not_end_is_ended(monkeypatch) -> None:
         "pickle.dump(('ready', 3), sys.stdout.buffer); sys.stdout.flush(); time.sleep(60)"
     )
     start = subprocess.Popen
-    monkeypatch.setattr(spread, "ENDS_S", 0.1)
+    monkeypatch.setattr(parallel, "ENDS_S", 0.1)
     with monkeypatch.context() as m:
-        m.setattr(spread.subprocess, "Popen", lambda words, **how: start([sys.executable, "-c", deaf], **how))
-        side = spread._Side()
+        m.setattr(parallel.subprocess, "Popen", lambda words, **how: start([sys.executable, "-c", deaf], **how))
+        side = parallel._Side()
     assert side.size == 3
     side.end()
     assert side.child.returncode == -signal.SIGKILL
@@ -319,7 +319,7 @@ def cluster(coming: Cluster | None) -> Iterator[Cluster]:
         try:
             yield coming
         finally:
-            spread.disconnect()
+            parallel.disconnect()
 
 
 @pytest.mark.slow
@@ -346,7 +346,7 @@ def test_ray_gives_the_same_runs_to_the_bit(
 def test_on_ray_errors_and_deaths_are_as_here(cluster: Cluster, tmp_path: Path, monkeypatch) -> None:
     crew = OnRay()
     with monkeypatch.context() as m:
-        m.setattr(spread, "fingerprint", lambda: "another")
+        m.setattr(parallel, "fingerprint", lambda: "another")
         with pytest.raises(BadSetting, match="has another version of paceline"):
             list(crew.map(squared, [(None, 1)]))
     with pytest.raises(BadSetting, match="task 5 cannot be done") as caught:

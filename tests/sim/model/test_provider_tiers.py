@@ -18,7 +18,7 @@ from scipy.stats import norm, theilslopes
 
 from governor.model.errors import BadSetting, PacelineError
 from sim.base.arguments import checked
-from sim.model import presets
+from sim.model import provider_tiers
 from sim.model.provider import COUNTS_AT_ANSWER, REFUSAL_REQUESTS, SAYS_CONSTANT, ProviderParams
 from sim.model.provider_config import Latency, LimitChange, ProviderConfig
 from sim.model.windows import CLOCK
@@ -43,7 +43,7 @@ def refusal(data: Any) -> str:
 # ---------------------------------------------------------------- the tables
 
 
-@pytest.mark.parametrize("model", presets.LATENCIES)
+@pytest.mark.parametrize("model", provider_tiers.LATENCIES)
 def test_latency_lines_fit_the_recordings(data_file: Callable[[str], Path], model: str) -> None:
     rows = [
         (int(row["completion_tokens"]), float(row["openai_processing_ms"]))
@@ -51,7 +51,7 @@ def test_latency_lines_fit_the_recordings(data_file: Callable[[str], Path], mode
         if row["completion_tokens"] and row["openai_processing_ms"] and row["stream"] != "True"
     ]
     tokens, ms = np.array(rows).T
-    line = presets.LATENCIES[model]
+    line = provider_tiers.LATENCIES[model]
     slope = theilslopes(ms, tokens)
     ms_per_token = 1_000 * line.per_token_s
     # Inside the interval, or near it: which recordings the published fit left out is not known, and for gpt-4o-mini its
@@ -70,11 +70,11 @@ def test_latency_lines_fit_the_recordings(data_file: Callable[[str], Path], mode
 def test_recorded_limits_are_tiers(data_file: Callable[[str], Path], model: str, limits: set[int]) -> None:
     seen = {int(row["limit_tokens"]) for row in recordings(data_file(OBSERVED), model) if row["limit_tokens"]}
     assert limits <= seen
-    assert limits <= {tpm for _, tpm in presets.TIERS[model].limits}
+    assert limits <= {tpm for _, tpm in provider_tiers.TIERS[model].limits}
 
 
 def test_tiers_never_fall() -> None:
-    for model, tiers in presets.TIERS.items():
+    for model, tiers in provider_tiers.TIERS.items():
         assert len(tiers.limits) == 5, model
         for kind in zip(*tiers.limits, strict=True):
             assert list(kind) == sorted(kind), model
@@ -82,16 +82,16 @@ def test_tiers_never_fall() -> None:
 
 def test_the_assumed_noise_has_the_shape_that_healthy_providers_show() -> None:
     # P99 about twice P50, coefficient of variation 0.2 to 0.3 (docs/explanation/provider.md#latency).
-    assert 1.6 < math.exp(presets.SIGMA * norm.ppf(0.99)) < 2.2
-    assert 0.2 < math.sqrt(math.expm1(presets.SIGMA**2)) < 0.3
+    assert 1.6 < math.exp(provider_tiers.SIGMA * norm.ppf(0.99)) < 2.2
+    assert 0.2 < math.sqrt(math.expm1(provider_tiers.SIGMA**2)) < 0.3
 
 
-@pytest.mark.parametrize("name", presets.tier_names())
+@pytest.mark.parametrize("name", provider_tiers.tier_names())
 def test_every_tier_makes_a_provider(name: str) -> None:
     provider = ProviderConfig.of(name)
     assert provider.params().limit == [provider.tpm, provider.rpm, 0, 0]
     assert provider.provenance()["limits"][0] == "measured"
-    measured = name.rpartition("-tier")[0] in presets.LATENCIES
+    measured = name.rpartition("-tier")[0] in provider_tiers.LATENCIES
     assert (provider.provenance()["latency"][0] == "measured") == measured
 
 

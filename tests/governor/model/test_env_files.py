@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from governor.model.env_files import SCENARIO, environment_of, policy_of, read_env_file, scenario_path
 from governor.model.errors import BadInput, BadSetting
 from governor.model.policy import Policy
-from governor.model.settings import SCENARIO, environment_of, policy_of, read_env_file, scenario_path
 
 SECRET = "sk-do-not-repeat-me"
 

@@ -13,7 +13,7 @@ from governor.model.errors import FailureCode
 from governor.model.requests import Answer, Outcome
 from governor.model.work import Work
 from governor.scheduler.driver import Governor
-from governor.scheduler.refusals import SAME_BAD_REQUESTS, SAME_REFUSALS, Refusals
+from governor.scheduler.repeated_refusals import SAME_BAD_REQUESTS, SAME_REFUSALS, Refusals
 from tests.governor.desks import Desk, Log, nothing_held, quiet, work
 from tests.virtual_loop import run_virtual
 
