@@ -392,9 +392,9 @@ def test_two_worlds_give_the_same_attempts(seed: int) -> None:
     counts = compared_until(seed, REQUESTS)
     # It is no comparison unless everything occurred, and often.
     for outcome in (Outcome.THROTTLED, Outcome.SERVER_ERROR, Outcome.DROPPED, Outcome.TIMEOUT):
-        assert counts[outcome] > 500, counts
-    assert counts[Outcome.QUOTA] > 50, counts
-    assert counts["finalize"] > 1_000, counts
+        assert counts[outcome] > 300, counts
+    assert counts[Outcome.QUOTA] > 25, counts
+    assert counts["finalize"] > 400, counts
     assert counts["retries"] > 10_000, counts
 
 

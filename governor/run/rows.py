@@ -16,13 +16,12 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, It
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, TextIO
+from typing import Any
 
 from governor.journal.journal import Journal
 from governor.model.env_files import policy_of
 from governor.model.errors import BadInput, BadSetting, BudgetExhausted, PacelineError, QuotaExhausted, Refused, quoted
 from governor.model.estimate import TOKENS_PER_FILE, WHOLE_MAX
-from governor.model.files import why
 from governor.model.policy import Policy
 from governor.model.pools import checked_url, default_pools
 from governor.model.prices import SHIPPED, read_prices
@@ -31,8 +30,8 @@ from governor.provider.answers import text_of
 from governor.provider.sending import connect_with
 from governor.run.account import lines_of
 from governor.run.batch import Orders, RunOutcome, outcome_text, run_orders
-from governor.run.outputs import lock_file
 from governor.run.pool_run import Manner
+from governor.run.spool import Spool
 from governor.run.steer import Stopper
 from governor.sharedquota.sharing import redis_url
 from governor.telemetry.progress import Shown, shown
@@ -283,7 +282,7 @@ class BatchResults:
         self._thread: threading.Thread | None = None
         self._run = _Run()
         self._taken = False
-        self._spool = _Spool(self._orders.requests, str(orders.journal))
+        self._spool = Spool(self._orders.requests, str(orders.journal))
 
     @property
     def summary(self) -> Any:
@@ -426,7 +425,7 @@ class _Run:
         self.error: BaseException | None = None
         self.ended = threading.Event()
 
-    def work(self, orders: Orders, progress: Shown, sink: _Sink, spool: _Spool) -> None:
+    def work(self, orders: Orders, progress: Shown, sink: _Sink, spool: Spool) -> None:
         """Run the batch to its end, and tell the reader."""
         try:
             connect = connect_with(orders.environment)
@@ -441,63 +440,6 @@ class _Run:
             spool.remove()
             self.ended.set()
             sink.put(None)
-
-
-class _Spool:
-    """The batch file of a run: hidden, readable by its owner alone, locked against another run of the same journal."""
-
-    def __init__(self, path: Path, journal: str) -> None:
-        self.path = path
-        self.journal = journal
-        self._lock = -1
-        self._file: TextIO | None = None
-
-    def __enter__(self) -> _Spool:
-        try:
-            self._lock = lock_file(self.path)
-            self._file = self.path.open("w", encoding="utf-8", errors="surrogatepass")
-        except BlockingIOError:
-            raise BadInput("another run has this journal: wait for its end, or name another", self.journal) from None
-        except OSError as error:
-            self.remove()
-            raise self._unwritten(error) from None
-        return self
-
-    def write(self, line: str) -> None:
-        """Add a line. Raise BadInput if the disk does not take it."""
-        assert self._file is not None
-        try:
-            self._file.write(line + "\n")
-        except OSError as error:
-            raise self._unwritten(error) from None
-
-    def __exit__(self, kind: object, *rest: object) -> None:
-        """Finish the file; if a row was invalid or the disk is full, leave nothing of it."""
-        assert self._file is not None
-        try:
-            self._file.close()
-        except OSError as error:
-            self.remove()
-            if kind is None:
-                raise self._unwritten(error) from None
-        if kind is not None:
-            self.remove()
-
-    def _unwritten(self, error: OSError) -> BadInput:
-        return BadInput(f"the rows cannot be written beside it: {why(error)}; nothing was sent", self.journal)
-
-    def of_rows(self, error: BadInput) -> BadInput:
-        """Return the error in words of the rows, if it names this file, which its user never sees."""
-        if error.path != str(self.path):
-            return error
-        return BadInput(f"row {error.line - 1}: {error.reason}" if error.line else f"rows: {error.reason}")
-
-    def remove(self) -> None:
-        """Remove the file: the run has ended."""
-        if self._lock >= 0:
-            self.path.unlink(missing_ok=True)
-            os.close(self._lock)
-            self._lock = -1
 
 
 def _result_of(data: Mapping[str, Any], row: int) -> BatchResult:

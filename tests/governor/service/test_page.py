@@ -323,7 +323,7 @@ def test_the_interface_is_described_without_anybody_else(served: Served, watched
     page.goto(f"{watched.url}/docs")
     posting = page.locator("#operations-batches-post_batch_batches_post")
     posting.get_by_role("button").first.click()
-    expect(posting).to_contain_text("Runs a batch of raw lines")
+    expect(posting).to_contain_text("Run a batch of raw lines")
     expect(posting).to_contain_text("Idempotency-Key")
     watched.picture("docs")
     assert served.client.get("/redoc").status_code == 404

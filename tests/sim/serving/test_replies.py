@@ -108,20 +108,35 @@ class Recorded(Simulation):
 
     def launch(self, job: Any, now: float) -> None:
         super().launch(job, now)
-        key = attempt_key(job.lane, job.attempt)
+        key = attempt_key(job.lane, job.tries)  # an attempt that an outage spared keeps its number, not its chance
         self.log.append(("launched", job.index, key, now, job.outcome, job.retry_after_s))
 
     def _on_answer(self, event: Any) -> None:
         job, now = event._value, self.env.now
-        key = attempt_key(job.lane, job.attempt)
+        key = attempt_key(job.lane, job.tries)  # an attempt that an outage spared keeps its number, not its chance
         self.log.append(("answered", job.index, key, now, job.outcome, now - job.launched_s))
         super()._on_answer(event)
 
 
+def simulated(folder: Path, config: ProviderConfig, policy: Policy, seed: int) -> tuple[Path, Recorded, Any]:
+    """A batch of 500 requests of that seed, simulated."""
+    path = batch_file(folder / f"{seed}.jsonl", 500, random.Random(seed))
+    cols = columns(
+        read_workload(Source.open(str(path)), seed=seed),
+        reserve_rule="prompt_chars4",
+        est_tokens_per_run=7_000,
+        charge_rule=config.charge_rule,
+        as_of=config.as_of,
+        finalize_max_tokens=policy.finalize_max_tokens,
+    )
+    simulation = Recorded(
+        cols, policy.params(), config.params(), seed=seed, finalize_max_tokens=policy.finalize_max_tokens
+    )
+    return path, simulation, simulation.run()
+
+
 @pytest.mark.parametrize("settles", [False, True])
 def test_replays_a_simulated_run(tmp_path: Path, seed: int, settles: bool) -> None:
-    rng = random.Random(seed)
-    path = batch_file(tmp_path / "batch.jsonl", 500, rng)
     config = ProviderConfig(
         tpm=20_000,
         rpm=90,
@@ -135,21 +150,13 @@ def test_replays_a_simulated_run(tmp_path: Path, seed: int, settles: bool) -> No
     policy = Policy.preset("paceline").with_(
         tpm_limit=24_000, max_concurrency=30, stagger_seconds=0.0, sync_headers=False
     )
-    workload = read_workload(Source.open(str(path)), seed=seed)
-    cols = columns(
-        workload,
-        reserve_rule="prompt_chars4",
-        est_tokens_per_run=7_000,
-        charge_rule=config.charge_rule,
-        as_of=config.as_of,
-        finalize_max_tokens=policy.finalize_max_tokens,
-    )
-    simulation = Recorded(
-        cols, policy.params(), config.params(), seed=seed, finalize_max_tokens=policy.finalize_max_tokens
-    )
-    tally = simulation.run()
-    assert tally.throttled > 5, "the scenario must draw 429s to prove anything"
-    assert tally.finalize_passes > 0, "and finalize passes"
+    # Some seeds draw no answer that is cut off: the next ones do.
+    for seed in range(seed, seed + 20):  # noqa: B020
+        path, simulation, tally = simulated(tmp_path, config, policy, seed)
+        if tally.throttled > 5 and tally.finalize_passes > 0:
+            break
+    else:
+        pytest.fail("no scenario draws 429s and finalize passes")
 
     requests = read(path)
     desk = Desk(config, seed=seed)
