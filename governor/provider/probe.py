@@ -89,7 +89,7 @@ class Told:
 
 
 Judge = Callable[[Sequence[Knock], float, float], list[Told]]
-"""What knocks tell of the habits of a provider with so many tokens and requests per minute (0 = no limit)."""
+"""Judge from knocks how a provider with this many tokens and requests per minute (0 = no limit) behaves."""
 
 
 @dataclass(slots=True)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from httpx2 import AsyncBaseTransport, BaseTransport
 
     class _Transport(AsyncBaseTransport, BaseTransport):
-        """What a client takes for a transport."""
+        """Return the class that the client accepts as a transport."""
 else:
     _Transport = object
 

@@ -63,7 +63,7 @@ class BatchShell:
 
     @property
     def is_open(self) -> bool:
-        """Whether a batch is under way."""
+        """Return whether a batch is under way."""
         return self._send is not None
 
     def begin(

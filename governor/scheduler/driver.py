@@ -269,12 +269,12 @@ class Governor(InALoop):
 
     @property
     def wake_at(self) -> float:
-        """When the head may launch, seconds since the run began; inf = not before something else happens."""
+        """Return when the head may launch, seconds since the run began; inf = not before something else happens."""
         return self.scheduler.head_at
 
     @property
     def may_move(self) -> bool:
-        """Whether another event loop may take over, because no request waits or is in flight."""
+        """Return whether another event loop may take over, because no request waits or is in flight."""
         return not (self.attempts.count or self.batch.granted or self.scheduler.jobs() or self.batch.is_open)
 
     @property
@@ -284,7 +284,7 @@ class Governor(InALoop):
 
     @property
     def next_slot_at(self) -> float:
-        """When the stagger allows the next launch, seconds since the run began; -inf before the first launch."""
+        """Return when the stagger allows the next launch, seconds since the run began; -inf before the first launch."""
         return self.s.next_slot_at
 
     @property

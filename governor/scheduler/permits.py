@@ -75,12 +75,12 @@ class Permit:
 
     @property
     def launched_s(self) -> float:
-        """When the permit was last granted, seconds since the governor began."""
+        """Return when the permit was last granted, seconds since the governor began."""
         return self._job.launched_s
 
     @property
     def waits_s(self) -> list[float]:
-        """How long the request waited before the last grant, seconds by cause (`CAUSES`).
+        """Return how long the request waited before the last grant, seconds by cause (`CAUSES`).
 
         Empty unless an observer is told about attempts.
         """
@@ -95,7 +95,7 @@ class Permit:
 
     @property
     def attempts_max(self) -> int:
-        """How often the policy allows a request to be sent."""
+        """Return how often the policy allows a request to be sent."""
         return self._governor.p.max_attempts
 
     def used(self, tokens: float, limits: tuple[Limit, ...] = ()) -> None:

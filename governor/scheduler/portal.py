@@ -254,13 +254,13 @@ class Lease:
 
     @property
     def waits_s(self) -> list[float]:
-        """How long the attempt waited, by cause: see `Permit.waits_s`."""
+        """Return how long the attempt waited, by cause: see `Permit.waits_s`."""
         assert self._permit is not None
         return self._permit.waits_s
 
     @property
     def attempts_max(self) -> int:
-        """How often the policy allows a request to be sent."""
+        """Return how often the policy allows a request to be sent."""
         assert self._permit is not None
         return self._permit.attempts_max
 

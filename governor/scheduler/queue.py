@@ -58,7 +58,7 @@ class Queue(Generic[J]):
 
     @property
     def due_at(self) -> float:
-        """When the next backoff ends or the next deadline is reached; inf = none."""
+        """Return when the next backoff ends or the next deadline is reached; inf = none."""
         calendar = self.calendar
         while calendar and _is_stale(calendar[0]):
             heappop(calendar)
@@ -76,7 +76,7 @@ class Queue(Generic[J]):
 
     @property
     def wake_at(self) -> float:
-        """When `Scheduler.woken` is to be called, unless another event comes first; inf = never."""
+        """Return when `Scheduler.woken` is to be called, unless another event comes first; inf = never."""
         return inf if self.stopped else min(self.head_at, self.due_at)
 
     def first(self) -> J | None:

@@ -114,8 +114,9 @@ class Join:
 
 @dataclass(slots=True)
 class News:
-    """What a decision tells one owner. `wake`: ticket, moment and cause, if its attempt is the pool's head.
+    """The part of a decision that concerns one owner.
 
+    `wake`: ticket, moment and cause, if its attempt is the pool's head.
     `clock`: seconds that the pool's head has waited, by cause. `grants`: tickets that may launch at `now`, each with
     the bookings before it. `refused`: tickets that can never be launched.
     """

@@ -41,7 +41,7 @@ class QuotaStore(Protocol):
 
     @property
     def place(self) -> str:
-        """Its address, for messages."""
+        """Return the store's address, for messages."""
 
     async def connect(self) -> Server:
         """Connect anew, and return the answering server."""

@@ -148,7 +148,7 @@ class Member:
 
     @property
     def reprices(self) -> bool:
-        """Whether settings of this process are on their way to the pool."""
+        """Return whether settings of this process are on their way to the pool."""
         return not self.is_in or self._has_reprice()
 
     def _has_reprice(self) -> bool:
@@ -397,7 +397,7 @@ class Member:
             if own is not None and own.joined == self._entry > entry:
                 self._entered(own.silent)
                 return
-        raise StoreLostError("it changes faster than anybody can enter")
+        raise StoreLostError("it changes faster than a process can join")
 
     def _join(self) -> Join:
         """Return everything to be stated about this process, as its next entry."""

@@ -82,7 +82,7 @@ class SharedGovernor(Governor):
 
     @property
     def is_connected(self) -> bool:
-        """Whether this process is a member of its pool right now."""
+        """Return whether this process is a member of its pool right now."""
         return self.shared.member.is_in
 
     @property

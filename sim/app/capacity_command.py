@@ -22,7 +22,7 @@ from sim.selection.steady import steady_capacity
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What the command line asks for; None and "" = not given."""
+    """The options of `capacity`; None and "" = not given."""
 
     finish_by_s: float | None
     p95_wait_s: float | None

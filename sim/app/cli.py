@@ -164,7 +164,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _open_streams() -> None:
-    """Where standard output or error is closed, what is written there goes nowhere."""
+    """Discard what is written to standard output or error if it is closed."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (as long as the process)
@@ -183,7 +183,7 @@ def _drained() -> None:
 
 
 def _usage(error: Any) -> str:
-    """What is wrong with the command line, and where to look."""
+    """Return what is wrong with the command line, and which help to read."""
     # Without the words that pydantic, which checks Typer's values, puts before ours.
     message = error.format_message().replace("Value error, ", "").rstrip(".")
     context = getattr(error, "ctx", None)

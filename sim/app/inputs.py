@@ -43,7 +43,7 @@ EFFORTS = Literal["quick", "normal", "thorough"]
 
 
 class Wishes(Config):
-    """What a plan is asked for: the `plan` section of a scenario file. See `Goal`; `effort` as in `plan`.
+    """The requirements of a plan: the `plan` section of a scenario file. See `Goal`; `effort` as in `plan`.
 
     `unknowns`: the ranges that conditions are drawn from. `prices`: a file of prices; "" = the one that comes along.
     `settings_read`: the digest of the settings as they were read, before `--set` and limits were put on top.
@@ -59,7 +59,7 @@ class Wishes(Config):
     settings_read: Annotated[str, Field(pattern="^([0-9a-f]{16})?$")] = ""
 
     def goal(self) -> Goal:
-        """The same for the search."""
+        """Return the goal of the search."""
         return Goal(self.objective, self.max_throttled_per_100, self.max_lost, self.finish_by_s)
 
     def with_given(self, **changes: Any) -> Wishes:
@@ -137,7 +137,7 @@ def read_inputs(
 
 
 def inputs_of(given: Options, *, fit: bool = True) -> Inputs:
-    """What a command's options and the environment name; see `read_inputs`. Notes say where an engine falls short."""
+    """Return the inputs that the options and the environment name; see `read_inputs`. Notes name an engine's limits."""
     engines.checked(given.engine)
     inputs = read_inputs(given, os.environ, fit=fit)
     notes = engines.checked(given.engine, learns=inputs.scenario.policy.charge_rule == "learned")
@@ -145,7 +145,7 @@ def inputs_of(given: Options, *, fit: bool = True) -> Inputs:
 
 
 def pool_of(given: Options, bar: Progress, foreseen: float = 0.0) -> Pool:
-    """Who makes the runs, as the options ask for it; `bar` is told of each. `foreseen`: simulated requests in all."""
+    """Return the workers that the options ask for; `bar` is told of each run. `foreseen`: simulated requests in all."""
     return Pool(given.workers, bar.add, engine=given.engine, foreseen=foreseen, backend=given.backend)
 
 
@@ -287,7 +287,7 @@ def _agreed(policy: Policy, provider: ProviderConfig, stated: Scenario | None, o
 
 
 def _notes(scenario: Scenario, fitted: Scenario, o: Options) -> list[str]:
-    """What the user should know of these inputs beyond where each comes from."""
+    """Return what the user should know of these inputs beyond their sources."""
     notes = [text for name, (_, text) in scenario.workload.provenance.items() if name == UNSEEN]
     left_out = len(scenario.workload) - len(fitted.workload)
     if left_out:

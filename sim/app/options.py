@@ -84,7 +84,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on s
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What `simulate`, `plan` and `capacity` have in common; None and empty = not given."""
+    """The options that `simulate`, `plan` and `capacity` share; None and empty = not given."""
 
     workload: Annotated[
         str,

@@ -70,7 +70,7 @@ class PlanFiles:
 
 
 def rerun_command(folder: Path) -> str:
-    """What makes the same plan again: everything that it depends on stands in the scenario file."""
+    """Return the command that makes the same plan again: everything that it depends on is in the scenario file."""
     out = "" if str(folder) == "out" else f" --out {shlex.quote(str(folder))}"
     return f"paceline plan {shlex.quote(str(folder / SCENARIO))}{out}"
 
@@ -141,7 +141,7 @@ def _env(title: str, policy: Policy, old: Policy, made_from: Sequence[str] = ())
 
 
 def _keeps_rollback(folder: Path, now: Policy) -> bool:
-    """Whether the settings planned from are a recommendation that this folder's way back belongs to.
+    """Return whether the plan started from a recommendation to which this folder's rollback belongs.
 
     To write the way back anew would lose the settings of before the first plan.
     """

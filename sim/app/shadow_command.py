@@ -80,7 +80,7 @@ def _differs(name: str, one: Policy, other: Policy) -> bool:
 
 
 def _trusted(stages: list[Stage]) -> tuple[list[Stage], list[str]]:
-    """The same without use by others where the calls span less than a minute, whose pattern would be repeated."""
+    """Return it without use by others if the calls span less than a minute: their pattern would be repeated."""
     if all(stage.lesson.makespan_s >= MINUTE_S for stage in stages):
         return stages, []
     alone = [
@@ -91,7 +91,7 @@ def _trusted(stages: list[Stage]) -> tuple[list[Stage], list[str]]:
 
 
 def _planned(path: str, today: Policy, provider: Any) -> PlanResult:
-    """What a plan recommends for traffic like this, at the provider that the replay has."""
+    """Return what a plan recommends for such traffic, with the provider of the replay."""
     learnt = calibrate(read_sources([path], {})).scenario
     scenario = replace(learnt, policy=today, provider=provider)
     objective = "p95_latency" if scenario.arrivals == "trace" else "makespan"
@@ -99,7 +99,7 @@ def _planned(path: str, today: Policy, provider: Any) -> PlanResult:
 
 
 def later_s(found: Counterfactual) -> float:
-    """How much later calls end in the mean that were answered in both, seconds; below 0: sooner. 0 without any."""
+    """Return the mean delay of calls answered in both, seconds; negative: sooner, 0 if there are none."""
     both = [pair for pair in found.pairs if not pair.was_lost and pair.would_lost_ratio < 1.0]
     return math.fsum(pair.would_s - pair.was_s for pair in both) / len(both) if both else 0.0
 

@@ -37,9 +37,9 @@ _WAITED = [f"waited_{cause}_s" for cause in CAUSES[1:]]
 
 
 class Shelf:
-    """What a store holds, and how far it is away. `lose()`: it is restarted, and remembers nothing.
+    """A simulated store and its distance. `lose()` restarts it with an empty memory.
 
-    `reads`, `wins`, `late`: turns taken, decisions made, and those that somebody else was quicker to make.
+    `reads`, `wins`, `late`: turns taken, decisions made, and decisions that another process made first.
     """
 
     def __init__(self, rtt_s: float, lease_s: float = LEASE_S) -> None:
@@ -88,7 +88,7 @@ class Shelf:
         self.leases[owner] = (self.now_us() + round(self.lease_s * 1e6)) // 1000
 
     def reading(self) -> StoreReading:
-        """What is there at this moment."""
+        """Return the present content."""
         self.reads += 1
         return StoreReading(self.now_us(), self.image, list(self.inbox), dict(self.leases))
 
@@ -199,11 +199,11 @@ class Shelved:
         return found
 
 
-# ---------------------------------------------------------------- somebody to send to
+# ---------------------------------------------------------------- the provider
 
 
 class Somewhere:
-    """`sim/model/provider.py` as somebody to send to: what arrives is decided at once, and answered in its time.
+    """A sender around `sim/model/provider.py`: arrivals are decided at once and answered in their time.
 
     `used_max`: tokens per minute in use, at most. `sent`: by request, how often it was let in.
     """
@@ -257,7 +257,7 @@ class Somewhere:
         )
 
     def _limits(self, outcome: int) -> tuple[Limit, ...]:
-        """What the headers state."""
+        """Return the counts that the headers state."""
         pp, ps = self.case.provider, self.state
         if not prov.states_counts(pp, outcome not in CHARGED):
             return ()
@@ -272,7 +272,7 @@ class Somewhere:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arrangement:
-    """How the processes stand. `crash_at`: when the first dies; `lost_at`: when the store does, for `lost_s`."""
+    """The processes. `crash_at`: when the first dies; `lost_at`: when the store is lost, for `lost_s`."""
 
     processes: int
     rtt_s: float = 0.001
@@ -355,7 +355,7 @@ class _Counts(Observer):
 
 @dataclass(slots=True)
 class _Run:
-    """What all processes of a run have in common."""
+    """The state that all processes of a run share."""
 
     case: Case
     seed: int
@@ -375,7 +375,7 @@ class _Run:
 
         counts = _Counts(self.tally, self.launches[number], open_)
         state = None
-        if number == 0:  # what was used of the day before is known to whoever begins the pool
+        if number == 0:  # the process that begins the pool knows the day's earlier use
             state = law.State()
             grant = self.case.grant
             law.day_started(self.case.params, state, grant.day_tokens_used, grant.day_requests_used, 0.0)

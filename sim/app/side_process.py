@@ -111,7 +111,7 @@ class Beside:
         return found
 
     def what_if(self, question: Mapping[str, Any]) -> dict[str, Any]:
-        """See `whatif.what_if`. `EndedError` where nobody answers."""
+        """See `whatif.what_if`. Raise EndedError if there is no answer."""
         try:
             found: dict[str, Any] = self._asked("what_if", dict(question))
         except TimeoutError:

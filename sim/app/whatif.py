@@ -33,13 +33,13 @@ from sim.validation.run_forecast import SHARES, ForecastRun, case_of, run_once, 
 # Seconds of simulation for one answer; a pair of runs is made at least.
 TIME_S = 0.12
 RUNS_MOST = 39
-# For a batch that somebody waits to have accepted.
+# For a batch whose sender waits for its acceptance.
 FORECAST_REQUESTS = {"auto": 20_000, "simpy": 1_000}
 FORECAST_RUNS = 5
 
 
 def quick_forecast(outlook: Outlook) -> float | None:
-    """When such a batch would be done in an idle pool: the median of some runs. None where that takes too long."""
+    """Return when such a batch would finish in an idle pool: the median of some runs; None if that takes too long."""
     n = outlook.demand.requests
     engine = engine_at_hand()
     if not 0 < n <= FORECAST_REQUESTS[engine]:
@@ -89,7 +89,7 @@ def what_if(question: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _workload(question: Mapping[str, Any]) -> Workload:
-    """The batch in columns; answers that nobody knows are 0 until they are drawn."""
+    """Return the batch as columns; unknown answers are 0 until they are drawn."""
     sizes: dict[str, Any] = {name: np.frombuffer(question["sizes"][name], np.int64) for name in Sizes.__slots__}
     count = len(question["output_tokens"])
     return Workload(

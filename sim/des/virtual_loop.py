@@ -104,7 +104,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
                 self.timers_rung += 1
                 self._ready.append(handle)  # type: ignore[attr-defined]
                 return
-        raise Deadlock(f"at {self._now:g} s nothing is left that could happen, and somebody still waits")
+        raise Deadlock(f"at {self._now:g} s no event is left, and a task still waits")
 
 
 def run_virtual(

@@ -28,7 +28,7 @@ from sim.model.synthetic import sigma_of
 
 FILE_LINES, FILE_BYTES = 50_000, 200_000_000
 EXPIRES_S = 86_400.0
-# P50 and P95 assumed where nothing is given: nobody publishes it.
+# P50 and P95 assumed if none are given: no provider publishes its turnaround.
 TURNAROUND_S = (4 * 3_600.0, 20 * 3_600.0)
 # As in the one batch object with all its times that was found; a batch of 9 lines.
 VALIDATING_S = 3.0
@@ -185,7 +185,7 @@ class Batch:
 
     @property
     def expires_at(self) -> float:
-        """When it ends at the latest."""
+        """Return the latest time at which the batch ends."""
         return self.created_at + EXPIRES_S
 
     def answered(self, now: float) -> int:
@@ -272,7 +272,7 @@ class BatchQueue:
             self._enter(batch, FAILED if state == IN_PROGRESS and batch.problems else state, at)
 
     def _no_room(self, batch: Batch) -> Problem | None:
-        """What a full queue says; nothing for a file that fails anyway."""
+        """Return the error of a full queue; none for a file that fails anyway."""
         limit = self.terms.queue_tokens
         if batch.problems or not limit or self.enqueued[batch.model] + batch.tokens <= limit:
             return None

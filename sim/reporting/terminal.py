@@ -81,7 +81,7 @@ def waits_text(waits_s: Mapping[str, float]) -> str:
     """Return the causes of waiting as shares of all waiting, the largest first."""
     total = sum(waits_s.values())
     if total <= 0.0:
-        return "nobody waited"
+        return "no request waited"
     ranked = sorted(waits_s.items(), key=lambda item: -item[1])
     return ", ".join(f"{cause} {words.percent(wait / total)}" for cause, wait in ranked if wait / total >= 0.005)
 

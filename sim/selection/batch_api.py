@@ -9,7 +9,7 @@ by side. So a batch is done after the largest, over models, of the sums, over wa
 Live figures are runs of the scenario at its limits. In a split a share of the requests, evenly spread, runs live while
 the rest is under way as Batch files; both must be done. Of all splits that are sure enough the one with the least live
 is cheapest. Money: every answer is paid for once; cached prompt tokens are cheaper live, and are taken to be none in
-the Batch API, whose order of execution nobody knows.
+the Batch API, whose order of execution is unknown.
 """
 
 from __future__ import annotations

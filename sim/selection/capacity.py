@@ -44,7 +44,7 @@ from sim.selection.capacity_results import BOUND, LARGEST, SETTINGS, TAIL, Capac
 from sim.selection.search import Goal, Searcher
 from sim.selection.space import full_anchors, full_space, recipe
 
-# Limits closer than this are one: nobody is granted 41,237 tokens per minute.
+# Limits closer than this are one: no provider grants 41,237 tokens per minute.
 RESOLUTION = 0.01
 # By how much a limit that is not confirmed is raised at first, and how often: to three times as much at the most.
 RAISE = 0.02
@@ -73,7 +73,7 @@ def at_limits(scenario: Scenario, tpm: int, rpm: int) -> Scenario:
 
 
 class How(TypedDict, total=False):
-    """How a question is answered; see `Search`."""
+    """The method of an answer; see `Search`."""
 
     confidence: float
     replications: int
@@ -119,7 +119,7 @@ class Search:
         self.suited: dict[tuple[int, int], list[Policy]] = {}
 
     def in_time(self, run: Figures) -> bool:
-        """Whether a run ended in time without losing anything."""
+        """Return whether a run ended in time and lost nothing."""
         return run["failed"] == 0 and run["makespan_s"] <= self.finish_by_s
 
     def made(self, case: Case, seeds: range) -> list[Figures]:
@@ -214,7 +214,7 @@ class Search:
         return float(self.scenario.columns().charge.sum()) / (self.finish_by_s / 60.0 + 1.0)
 
     def decided(self, smallest: LimitProbe) -> DecidedBy:
-        """What holds the answer up: the largest request, the bound of any schedule, the tail of runs, or settings."""
+        """Return what decides the answer: the largest request, any schedule's bound, the tail of runs, or settings."""
         policy, wish_s = smallest.forecast.policy, self.finish_by_s
         columns = at_limits(self.scenario, smallest.tpm, smallest.rpm).columns(policy)
         reserved = float(columns.reserve.max(initial=0.0)) / (1.0 - policy.tpm_headroom)
@@ -311,7 +311,7 @@ class Search:
         return self.scenario.with_(workload=resampled(self.scenario.workload, n, self.scenario.seed))
 
     def _fluid_requests(self) -> int:
-        """More requests than this cannot be done by then, whoever schedules them."""
+        """Return a bound: no scheduler can finish more requests than this by then."""
         provider, minutes = self.scenario.provider, self.finish_by_s / 60.0 + 1.0
         if provider.settles or any(change.factor > 1.0 for change in provider.limit_changes):
             return REQUESTS_MOST
@@ -414,7 +414,7 @@ def found_by(search: Search, model: str, *, grid: bool = False, **more: Any) -> 
 
 
 def how_many(scenario: Scenario, finish_by_s: float, **how: Unpack[How]) -> HowMany:
-    """How many requests like the scenario's are done by then, under its limits. `how`: see `Search`."""
+    """Return how many requests like the scenario's finish by then under its limits. `how`: see `Search`."""
     return Search(scenario, finish_by_s, **how).how_many()
 
 

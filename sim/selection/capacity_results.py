@@ -58,7 +58,7 @@ LARGEST, BOUND, TAIL, SETTINGS = "largest request", "bound", "tail", "settings"
 
 @dataclass(frozen=True, slots=True)
 class DecidedBy:
-    """What decides the smallest limit. `by`: one of the four words above.
+    """The factor that decides the smallest limit. `by`: one of the four words above.
 
     `largest_tpm`: below it the largest request is never admitted. `bound_tpm`: below it no scheduler could do it.
     `p50_s`, `p95_s`: of the finish times (in steady traffic: of the waits) at that limit.
@@ -73,7 +73,7 @@ class DecidedBy:
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What is needed to finish by `finish_by_s`. `smallest`: None if no limit is enough; then see `unlimited`.
+    """The limit needed to finish by `finish_by_s`. `smallest`: None if no limit is enough; then see `unlimited`.
 
     `unlimited`: the probe whose limit never binds. `below`: the largest limit that was seen to miss. `tiers`: those of
     `model` from the first one up to the one that meets it, `tier`. `probes`: all limits of the search, by size.
@@ -125,7 +125,7 @@ class Capacity:
 
 @dataclass(frozen=True, slots=True)
 class HowMany:
-    """How many requests fit until `finish_by_s`, under the present limits. `most`: None if not even one does.
+    """The number of requests that fit until `finish_by_s` under the present limits. `most`: None if not even one does.
 
     `above`: the smallest batch that was seen to miss; None if the largest that is tried (`REQUESTS_MOST`) fits.
     """

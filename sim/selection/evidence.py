@@ -61,7 +61,7 @@ class Evidence:
 
     @property
     def goal(self) -> Goal:
-        """What the plan is for."""
+        """Return the objective of the plan."""
         return self.searcher.goal
 
     def forecast(self, policy: Policy, seeds: int | None = None) -> Forecast:
@@ -84,7 +84,7 @@ class Evidence:
             count = min(GROWTH * count, most)
 
     def recommendation(self, now: Forecast, found: Forecast, faster: Mapping[str, Policy]) -> Recommendation:
-        """What each change is worth, and which of the `faster` settings (by name) were passed over, and why."""
+        """Return the worth of each change, and which `faster` settings (by name) were passed over, and why."""
         steps = self._steps(now, found)
         gain = paired_difference(now, found, self.goal.figure)
         passed = []
@@ -101,7 +101,7 @@ class Evidence:
         return paired_difference(mine, its, self.goal.figure), its
 
     def is_ahead(self, policy: Policy, other: Policy) -> bool:
-        """Whether `other` is faster as assumed by enough to be worth a word."""
+        """Return whether `other` is faster as assumed by enough to be mentioned."""
         price, its = self.price(policy, other)
         return price.mean > WORTH_A_WORD * (its[self.goal.figure].mean + price.mean)
 
@@ -149,7 +149,7 @@ class Evidence:
             yield f"under '{condition.name}'", stress.goal, stress.figures(policy, row), stress.figures(instead, row)
 
     def stress_rows(self, policies: Sequence[Policy]) -> tuple[StressRow, ...]:
-        """What the plan's policies (see NAMES) do under each condition of the stress set."""
+        """Return how the plan's policies (see NAMES) do under each condition of the stress set."""
         self.stress.run(policies)
         found = []
         for row, condition in enumerate(self.stress.conditions):
@@ -204,7 +204,7 @@ class Evidence:
 def broken_limits(
     goal: Goal, stressed: Goal, forecasts: Mapping[str, Forecast], stress: Sequence[StressRow]
 ) -> tuple[str, ...]:
-    """Where a recommendation breaks the limits, in words with the figures.
+    """Return which limits a recommendation breaks, in words with the figures.
 
     As assumed, by `goal`; or under a condition in which another of the plan's settings keeps them, by `stressed`.
     """
@@ -241,7 +241,7 @@ def broken_limits(
 
 
 def _breaks(goal: Goal, f: Forecast) -> list[tuple[str, bool]]:
-    """What a forecast does about each limit, in words, and whether that breaks it: losses first."""
+    """Return each limit's figure in a forecast, in words, and whether it breaks the limit: losses first."""
     lost, throttled = f.lost / max(1, f.trials), f["throttled_per_100"].mean
     return [
         (f"lose {f.lost:,} of {f.trials:,} requests (allowed: {goal.max_lost:.3g})", lost > goal.max_lost),
@@ -325,9 +325,9 @@ def reason_for(
         }.get(new.charge_rule, f"reserves request by request what is measured to be charged ({new.charge_rule})"),
         "launch_order": "starts the longest declared answers first, so that the batch does not end on a long tail"
         if new.launch_order == "longest_first"
-        else "the order of submission does as well",
+        else "the order of submission is as good",
         "sync_headers": "the provider's own count corrects the budget: a neighbour or another charge rule shows",
-        "hold_on_throttle": "after a 429 nobody launches into the same refusal"
+        "hold_on_throttle": "after a 429 no request runs into the same refusal"
         if after
         else "a 429 concerns one request",
         "backoff_keeps_permit": "a place in flight is not blocked while its request backs off"

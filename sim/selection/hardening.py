@@ -1,7 +1,7 @@
 """Settings that hold when the assumptions are wrong: the walk from a fast setting to one that keeps the limits.
 
-Theory of operation. A condition may be beyond help, so nobody is asked to do there what nothing tried can do: a setting
-violates a condition by what it loses, or draws in throttles beyond the limit, more than the best of all that was tried.
+Theory of operation. A condition may be beyond help, so a setting need not do what none tried can do: it violates
+a condition by the losses, and the throttles beyond the limit, that it has above the best setting tried.
 Settings are ranked by their violations first and the objective second, with a price on throttles (`Hardening.rank`).
 """
 
@@ -30,7 +30,7 @@ WALKS = 3
 
 
 class Stress:
-    """How settings fare under each condition of a stress set, and what is possible there at all.
+    """The results of settings under each condition of a stress set, and the best that is possible there.
 
     `seeds`: runs of each setting in each condition, under seeds from the scenario's own + `first` on.
     """

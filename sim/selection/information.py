@@ -140,7 +140,7 @@ class Information:
     def _chosen(
         self, asked: Sequence[Unknown], unknowns: Unknowns
     ) -> tuple[Policy, dict[str, tuple[Cuts, dict[Any, Policy]]]]:
-        """What to take without any knowledge; by unknown where its range is cut, and what to take in each part."""
+        """Return the choice without knowledge and, by unknown, where its range is cut and the choice in each part."""
         stress = self.hardening.stress
         allowed = {each.name: self._admissible(each) for each in asked} | {"": self._admissible(None)}
         wanted = [self.best, *allowed[""][:1]]
@@ -224,7 +224,7 @@ class Information:
 
 
 def _together(unknowns: Sequence[Unknown]) -> Unknown:
-    """What one command tells, as one unknown: a setting that one doubt forbids another may forbid as well."""
+    """Treat what one command tells as one unknown: a setting that one doubt forbids another may forbid as well."""
     *names, last = [each.name for each in unknowns]
     values = [each.value for each in unknowns if each.value is not None]
     return Unknown(
@@ -264,7 +264,7 @@ def _outcomes(stress: Stress, policies: Sequence[Policy]) -> Outcomes:
 
 
 def _no_worse(outcomes: Outcomes, others: Outcomes) -> bool:
-    """Whether the limits are broken no more, over all draws."""
+    """Return whether the limits are broken no more often, over all draws."""
     more = outcomes[:, LOST:].sum(axis=0) - others[:, LOST:].sum(axis=0)
     return bool(more[0] <= 1e-12 and more[1] <= THROTTLE_NOISE)
 
@@ -290,7 +290,7 @@ def _choice(
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What answers to questions cost: `makespan_s` of the batch, its tariff, and the price of its model, if known."""
+    """The cost of answers: `makespan_s` of the batch, its tariff, and the price of its model, if known."""
 
     scenario: Scenario
     makespan_s: float

@@ -92,7 +92,7 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """How much may be spent on each part, for a workload of n requests: in simulated requests, runs and draws."""
+    """The budget of each part, for a workload of n requests: in simulated requests, runs and draws."""
 
     search: int
     hardening: int
@@ -204,7 +204,7 @@ class Planner:
         return replace(found, out_of_time=out_of_time)
 
     def _is_better(self, other: Policy, best: Policy) -> bool:
-        """Whether another setting is faster as assumed, and no condition forbids it."""
+        """Return whether another setting is faster as assumed and no condition forbids it."""
         return self.evidence.is_ahead(best, other) and not self.evidence.forbids(other, best)
 
     def _with_evidence(self, chosen: list[Policy], bold_few: Policy, bold: Policy) -> Plan:
@@ -286,7 +286,7 @@ class Planner:
         self._now(self.stage)
 
     def so_far(self) -> str:
-        """What the search has found until now, in one line with its settings; "" if nothing yet."""
+        """Return what the search has found so far, in one line with its settings; "" if nothing."""
         now = self.scenario.policy
         points = {key_of(point.policy): point for point in self.searcher.front()}
         if self.searcher.leader is None or key_of(now) not in points:

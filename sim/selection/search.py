@@ -26,8 +26,8 @@ MOST_SEEDS = 100_000
 INDIFFERENCE = 0.003
 # Replications of each setting before any is left behind, where `most` is at least twice that.
 FIRST_STAGE = 10
-# What happens in one run of 20 shows twice or more in 100 runs (96 %): until then nobody within CLOSE of the leader is
-# left behind, for a rare long run may turn that round (30 % longer in one run of 20 are 1.5 % of the mean).
+# An event of one run in 20 shows at least twice in 100 runs (96 %). Until then no setting within CLOSE of the leader is
+# dropped, because a rare long run may reverse the order (30 % longer in one run of 20 is 1.5 % of the mean).
 RARE, CLOSE = 100, 0.02
 # The last few of a race all run to its end: to tell them apart is what a race is for.
 LAST = 4
@@ -59,7 +59,7 @@ def sequential_halving(contestants: int, rank: Rank, most: int) -> tuple[list[in
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What a plan is for. `objective`: makespan or p95_latency. `max_lost`: probability that a request is lost.
+    """The goal of a plan. `objective`: makespan or p95_latency. `max_lost`: probability that a request is lost.
 
     `finish_by_s`: wanted end, seconds from the run's beginning; None = no wish.
     """
@@ -75,7 +75,7 @@ class Goal:
         return {"makespan": "makespan_s", "p95_latency": "latency_p95_s"}[self.objective]
 
     def allowing(self, throttles: int, requests: int) -> Goal:
-        """The same goal, but never stricter than so many throttles in a run of `requests`: a rate says little there."""
+        """Return the goal with at least this many throttles allowed in a run of `requests`: a rate is coarse there."""
         return replace(self, max_throttled_per_100=max(self.max_throttled_per_100, 100.0 * throttles / requests))
 
 
@@ -95,7 +95,7 @@ def score_of(runs: Sequence[Figures], goal: Goal) -> Score:
 
 
 def better(a: Score, b: Score, indifference: float = INDIFFERENCE) -> bool:
-    """Whether `a` beats `b` by more than the indifference zone."""
+    """Return whether `a` beats `b` by more than the indifference zone."""
     if a[:2] != b[:2]:
         return a[:2] < b[:2]
     return a[2] < b[2] * (1.0 - indifference)
@@ -139,7 +139,7 @@ class Searcher:
 
     @property
     def exhausted(self) -> bool:
-        """Whether the effort is used up, or the time."""
+        """Return whether the effort or the time is used up."""
         return self.runs.requests >= self.spend_until or self.runs.out_of_time
 
     def run(self, policies: Iterable[Policy], seeds: int) -> None:
@@ -205,7 +205,7 @@ class Searcher:
         """Everything that was tried, with the front among what loses least: objective, throttles, and money if known.
 
         Who seems to stand on the front after few runs has often just been lucky: such points are run under `seeds`
-        seeds first, until nobody new appears there.
+        seeds first, until no new setting appears there.
         """
         while True:
             points = self.front()
@@ -222,7 +222,7 @@ class Searcher:
         return Point(policy, self.origins[key], score_of(figures, self.goal)[2], throttled, lost, n, False, extra)
 
     def front(self) -> tuple[Point, ...]:
-        """The same from the runs that there are, none added."""
+        """Return the estimate from the runs made so far, without new ones."""
         found = []
         for key, policy in self.policies.items():
             figures = self.runs.known(self.condition, key, self.seeds)

@@ -140,7 +140,7 @@ def _outputs(found: Sequence[Sequence[Figures]], figure: Callable[[Figures], flo
 def _level(
     env: str, value: str | bool, changed: Sequence[Figures], kept: Sequence[Figures], figure: Callable[[Figures], float]
 ) -> Level:
-    """What the value changes, run by run; nan where no pair of runs has the figure."""
+    """Return the change that the value makes, run by run; nan if no pair of runs has the figure."""
     pairs = [figure(mine) - figure(theirs) for mine, theirs in zip(changed, kept, strict=True)]
     known = [change for change in pairs if math.isfinite(change)]
     e = estimate(known or [math.nan])

@@ -102,13 +102,13 @@ def full_space(scenario: Scenario) -> Space:
     for flag in FLAGS:
         ladders[flag] = (False, True)
     if not _returns_unused(scenario):
-        # Counts in headers would put right what the simulation settles wrongly; on the account nobody can rely on that.
+        # Counts in headers would put right what the simulation settles wrongly; a real account may not state them.
         del ladders["settle"]
     return Space(ladders)
 
 
 def _returns_unused(scenario: Scenario) -> bool:
-    """Whether the provider ends up counting what was used, so that settling is right."""
+    """Return whether the provider counts real use in the end, so that settling is right."""
     return scenario.provider.settles or scenario.provider.charged == "answer"
 
 
@@ -121,7 +121,7 @@ def _rounded(value: float) -> float:
 
 
 def guardrail_anchors(scenario: Scenario) -> list[Policy]:
-    """Where the search over the eight knobs begins: today's settings, and reservations near the real charge."""
+    """Return the start of the guardrail search: today's settings, and reservations near the real charge."""
     now = scenario.policy
     space = guardrail_space(scenario).ladders
     gap = _rounded(gap_s(scenario))
@@ -156,7 +156,7 @@ def recipe(scenario: Scenario) -> Policy:
 
 
 def plain_mirror(scenario: Scenario) -> Policy:
-    """What a knowledgeable user would write down without any search: the mirrored window, no stagger, the auto rule.
+    """Return what a knowledgeable user would write without a search: the mirrored window, no stagger, the auto rule.
 
     And the charge rule of the provider, where it is known.
     """
@@ -165,7 +165,7 @@ def plain_mirror(scenario: Scenario) -> Policy:
 
 
 def full_anchors(scenario: Scenario) -> list[Policy]:
-    """Where the search over everything begins: the recipe, and the presets' switches at several concurrencies."""
+    """Return the start of the full search: the recipe, and the presets' switches at several concurrencies."""
     base = recipe(scenario)
     n = len(scenario.workload)
     rules = dict.fromkeys((scenario.provider.charge_rule, "max_of", "prompt_plus_max"))

@@ -56,7 +56,7 @@ class BatchFile:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """What was written: all files, in the order in which they were begun. `queue_tokens`: 0 = no limit was given.
+    """The files written, in the order in which they were begun. `queue_tokens`: 0 = no limit was given.
 
     `note`: what of the requests could not be counted, one sentence; "" where all was.
     """
@@ -73,7 +73,7 @@ class Split:
 
     @property
     def waves(self) -> int:
-        """How often the queue is filled."""
+        """Return how often the queue is filled."""
         return max((part.wave for part in self.parts), default=0)
 
     def to_json_dict(self) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def split(
 
 
 def usable_tokens(queue_tokens: int) -> float:
-    """How much of a queue of so many input tokens is filled; 0 = no limit."""
+    """The use of a queue with this many input tokens; 0 = no limit."""
     return queue_tokens * (1.0 - HEADROOM) if queue_tokens else math.inf
 
 

@@ -37,7 +37,7 @@ LEAST = 100
 
 
 def truncation(waits_s: NDArray[np.float64]) -> int:
-    """How many of the values at the beginning MSER-5 leaves out; a multiple of five, at most half of them."""
+    """Return how many initial values MSER-5 discards; a multiple of five, at most half of them."""
     whole = len(waits_s) // BATCH
     if whole < 2:
         return 0
@@ -80,7 +80,7 @@ class _Steady(Search):
     figure = WAIT
 
     def in_time(self, run: Figures) -> bool:
-        """Whether the wait was short enough."""
+        """Return whether the wait was short enough."""
         return run["failed"] == 0 and run[WAIT] <= self.finish_by_s
 
     def made(self, case: Case, seeds: range) -> list[Figures]:

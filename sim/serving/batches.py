@@ -146,7 +146,7 @@ class BatchDesk:
         return 200, json.dumps(found).encode(), wire.JSON
 
     async def _sent(self, request: Request, path: str) -> dict[str, Any]:
-        """What a POST brings: the fields of its form, or of its JSON."""
+        """Return the fields of a POST, from its form or its JSON."""
         if request.method != "POST" or path not in PREFIXES:
             return {}
         if path == "/v1/batches":

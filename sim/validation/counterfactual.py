@@ -40,7 +40,7 @@ class Paired(NamedTuple):
 
 
 class Ends(NamedTuple):
-    """How much later (below 0: sooner) requests end that were answered in both runs, seconds; shares of them."""
+    """The delay of requests answered in both runs, in seconds (negative: sooner), and the shares that are delayed."""
 
     requests: int
     median_s: Paired

@@ -175,7 +175,7 @@ class Replay(Twin):
             waited_s = met[nth].ended_s - met[nth].launched_s
             self._expiry_late_s[job.index] = max(0.0, waited_s - self.timeout_s)
             if waited_s < 0.99 * self.timeout_s:
-                outcome, took_s = prov.DROPPED, waited_s  # no connection came about, for which nobody waits as long
+                outcome, took_s = prov.DROPPED, waited_s  # no connection: a client does not wait that long for one
         if met[nth].used >= 0.0:
             job.output = max(0.0, met[nth].used - job.prompt)
         if then is not None and now is not None:

@@ -3,7 +3,7 @@
 Theory of operation. Sizes, settings and seed were known before the first launch, and are read as such. Of what came
 after, only this is taken: the length of each answer, the time of each answered request and how much of it was its way
 to the provider, the median time of a refusal, how many answers failed or were cut without text, what others used of the
-quota (`others`), how late the loop's timers rang, and when somebody changed the settings. Not taken: when anything was
+quota (`others`), how late the loop's timers rang, and when the settings were changed. Not taken: when anything was
 launched, what was throttled, how long anything waited. A request without an answer takes a length from those with
 similar prompts, and its time from a line fitted to the answered ones.
 

@@ -206,7 +206,7 @@ def _token_in(stated: str) -> str:
 
 
 class _Body:
-    """The same body; `receive` raises `ApiError` once it turns out to be too long."""
+    """Return the same body; `receive` raises `ApiError` once it turns out to be too long."""
 
     def __init__(self, receive: Receive, limit: int) -> None:
         self.is_too_large = False

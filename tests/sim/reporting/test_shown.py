@@ -74,7 +74,7 @@ def test_every_cause_has_its_words_and_a_knob_that_exists() -> None:
 
 def test_shares_of_waiting() -> None:
     assert waits_text(waits(tpm=3.0, stagger=1.0)) == "tpm 75 %, stagger 25 %"
-    assert waits_text(waits()) == "nobody waited"
+    assert waits_text(waits()) == "no request waited"
     # What is below half a percent is left out.
     assert "rpm" not in waits_text(waits(tpm=1_000.0, rpm=1.0))
 
