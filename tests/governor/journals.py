@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import math
+import sqlite3
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from governor.journal.journal import Journal
@@ -199,3 +201,17 @@ def run_through(journal: Journal, recorder: Recorder, send: Any, *, policy: Poli
         return governor.now()
 
     return asyncio.run(main())
+
+
+def rows(path: Path, query: str, *values: Any) -> list[Any]:
+    """What another process sees: only what is committed."""
+    connection = sqlite3.connect(path)
+    try:
+        return connection.execute(query, values).fetchall()
+    finally:
+        connection.close()
+
+
+def bytes_of(path: Path) -> bytes:
+    """Everything that the journal has on the disk."""
+    return b"".join(file.read_bytes() for file in sorted(path.parent.iterdir()))

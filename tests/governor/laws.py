@@ -306,3 +306,15 @@ class Pool:
     def times(self, attempt: int = 0) -> list[float]:
         """When attempts were launched (0: all of them, else the first, second ... of each request)."""
         return [launch.at for launch in self.launches if attempt in (0, launch.attempt)]
+
+
+def replayed(p: law.Params, decisions: list[tuple[str, tuple[Any, ...], Any]]) -> law.State:
+    """Every decision again on a fresh state; each must give what it gave."""
+    s = law.State()
+    for name, arguments, result in decisions:
+        if name == "repriced":
+            law.repriced(p, arguments[0], s, arguments[1])
+            p = arguments[0]
+        else:
+            assert repr(getattr(law, name)(p, s, *arguments)) == repr(result), (name, arguments)
+    return s
