@@ -18,7 +18,7 @@ from governor.model.prices import Prices
 from governor.provider.sending import connect_with
 from governor.run.batch import Orders, RunOutcome, run_orders
 from governor.run.pool_run import Manner
-from governor.telemetry.progress import Quiet
+from governor.telemetry.progress import Display
 from sim.model.provider_config import ProviderConfig
 
 ENVIRONMENT = {"OPENAI_API_KEY": "no-key-is-needed"}
@@ -85,7 +85,7 @@ def run_live(path: Path, policy: Policy, base_url: str, *, time_scale: float = 1
         yes=True,
     )
     with path.with_name("said.txt").open("w", encoding="utf-8") as said:
-        return run_orders(orders, foresee=None, connect=connect_with(ENVIRONMENT), shown=Quiet(said))
+        return run_orders(orders, foresee=None, connect=connect_with(ENVIRONMENT), shown=Display(said))
 
 
 def run_cases(batch: Sequence[Case], policy: Policy, base_url: str, *, time_scale: float = 1.0) -> RunOutcome:

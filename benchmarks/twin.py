@@ -56,7 +56,7 @@ from governor.model.prices import Prices
 from governor.provider.sending import connect_with
 from governor.run.batch import Orders, run_orders
 from governor.run.pool_run import Manner
-from governor.telemetry.progress import Quiet
+from governor.telemetry.progress import Display
 from sim.app.replay_command import ReplayOptions, staged
 from sim.calibration.calibrate import calibrate
 from sim.calibration.observed import of_journal
@@ -257,7 +257,7 @@ def _run(scenario: Drawn, base_url: str, manner: Manner, folder: Path, foresee: 
         yes=True,
     )
     with (folder / "said.txt").open("w", encoding="utf-8") as said:
-        outcome = run_orders(orders, foresee=foresee, connect=connect_with(environment), shown=Quiet(said))
+        outcome = run_orders(orders, foresee=foresee, connect=connect_with(environment), shown=Display(said))
     if outcome.pending:
         raise BadInput(f"{outcome.pending} requests were left when it stopped: {outcome.stopped}", scenario.name)
 

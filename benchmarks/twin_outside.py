@@ -40,7 +40,7 @@ from governor.provider.sending import connect_with
 from governor.run.batch import Orders, run_orders
 from governor.run.pool_run import Manner
 from governor.run.scaledloop import loop_factory
-from governor.telemetry.progress import Quiet
+from governor.telemetry.progress import Display
 from sim.app.api import plan
 from sim.base.arguments import checked
 from sim.base.layout import table
@@ -134,7 +134,7 @@ def run_ours(
             yes=True,
         )
         with (folder / "said.txt").open("w", encoding="utf-8") as said:
-            outcome = run_orders(orders, foresee=foresee, connect=connect_with(ENVIRONMENT), shown=Quiet(said))
+            outcome = run_orders(orders, foresee=foresee, connect=connect_with(ENVIRONMENT), shown=Display(said))
     with Journal.open(folder / "run.db") as journal:
         found = backtest(journal, provider=provider_of(kind))
     lost = outcome.summary.failed + outcome.pending

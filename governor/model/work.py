@@ -94,6 +94,10 @@ class PoolState(Protocol):
         """Return seconds since the run began."""
 
 
+# The methods of `Observer`, but for `flushed`, which is awaited.
+EVENTS = ("began", "launched", "attempted", "suspended", "backed_off", "ended", "deferred", "decided")
+
+
 class Observer:
     """Receives every event of a run, in order. Methods are quick and synchronous; an exception from one ends the run.
 
@@ -101,10 +105,9 @@ class Observer:
     nothing; a subclass that defines `backed_off` or `suspended` must define `attempted` too.
     """
 
-    @property
-    def hears_decisions(self) -> bool:
-        """Return whether `decided` is to be called."""
-        return type(self).decided is not Observer.decided
+    def hears(self, event: str) -> bool:
+        """Return whether the method of that name does anything."""
+        return getattr(getattr(self, event), "__func__", None) is not getattr(Observer, event)
 
     def began(self, governor: PoolState) -> None:
         """Receive, first of all, the governor whose reports follow."""

@@ -50,7 +50,7 @@ from governor.run.pool_run import Manner
 from governor.run.scaledloop import loop_factory
 from governor.run.steer import SIGNALS, changes_text, held_settings, words_of
 from governor.telemetry.metrics import Metrics, checked_hook
-from governor.telemetry.progress import Shown
+from governor.telemetry.progress import Display
 
 # Descriptors besides those of requests in flight: journal, files, closing connections, name look-ups.
 OWN_DESCRIPTORS = 50
@@ -112,7 +112,7 @@ class RunOutcome:
     journal: str
 
 
-def run_orders(orders: Orders, *, foresee: Foresee | None, connect: Connect, shown: Shown) -> RunOutcome:
+def run_orders(orders: Orders, *, foresee: Foresee | None, connect: Connect, shown: Display) -> RunOutcome:
     """Run a batch, or resume it. Raise PacelineError, with its exit code, for every error that a user can fix."""
     _check(orders)
     started = {pool.name: pool.policy for pool in orders.pools}
@@ -181,7 +181,7 @@ def _check(orders: Orders) -> None:
         check_writable(files[what])
 
 
-def _with_held(orders: Orders, shown: Shown) -> Orders:
+def _with_held(orders: Orders, shown: Display) -> Orders:
     """Return the orders with the settings that `paceline set` has changed in the journal, which hold until `unset`."""
     if not Journal.exists(orders.journal):
         return orders
@@ -201,7 +201,7 @@ def _with_held(orders: Orders, shown: Shown) -> Orders:
     return replace(orders, pools=pools)
 
 
-def _say_what_is_left(begun: BatchBegun, orders: Orders, shown: Shown) -> None:
+def _say_what_is_left(begun: BatchBegun, orders: Orders, shown: Display) -> None:
     """Say which requests this command takes up, if not all of the file."""
     if begun.oversized:
         shown.say(f"above the limit, recorded as failed and not sent: {plural(begun.oversized, 'request')}")
@@ -229,7 +229,7 @@ def _say_what_is_left(begun: BatchBegun, orders: Orders, shown: Shown) -> None:
             shown.say(f"settings{of} changed since then: {changes}")
 
 
-def _guard(begun: BatchBegun, orders: Orders, foresee: Foresee | None, shown: Shown) -> dict[str, Expectation]:
+def _guard(begun: BatchBegun, orders: Orders, foresee: Foresee | None, shown: Display) -> dict[str, Expectation]:
     """Compute and show the forecasts, and refuse a run that should not start as it is."""
     demands = begun.demands
     _check_prices(orders, demands)
@@ -295,7 +295,7 @@ def _expectation(
     demand: Demand,
     orders: Orders,
     foresee: Foresee | None,
-    shown: Shown,
+    shown: Display,
     booked: InUse = IDLE,
 ) -> Expectation:
     """Return this pool's expected course: simulated if there is a simulator, else by the fluid estimate."""
@@ -335,7 +335,7 @@ def _run(
     expectations: Mapping[str, Expectation],
     foresee: Foresee | None,
     connect: Connect,
-    shown: Shown,
+    shown: Display,
 ) -> RunOutcome:
     journal, manner = begun.journal, orders.manner
     if manner.follow is not None:
@@ -394,14 +394,14 @@ def _request_usd(begun: BatchBegun, orders: Orders, expectations: Mapping[str, E
     return total / max(1, count)
 
 
-def _delivered(live: LiveRun, shown: Shown) -> None:
+def _delivered(live: LiveRun, shown: Display) -> None:
     """Wait for the webhook's messages; a lost message is no reason to fail."""
     for notice in live.notices:
         if not notice.wait():
             shown.say(f"note: the message to {notice.host} was not delivered: {notice.error}")
 
 
-def _canaries(begun: BatchBegun, orders: Orders, foresee: Foresee | None, shown: Shown) -> dict[str, Expectation]:
+def _canaries(begun: BatchBegun, orders: Orders, foresee: Foresee | None, shown: Display) -> dict[str, Expectation]:
     """Return the expected course of the first requests of each pool."""
     found = {}
     for pool in orders.pools:
@@ -417,7 +417,7 @@ def _ending(ended: Ended) -> str:
     return ", ".join(sorted({why for why in ended.why.values() if why})) or "finished"
 
 
-def _closed(journal: Journal, orders: Orders, spent: Spent, ended: Ended | None, shown: Shown) -> RunOutcome:
+def _closed(journal: Journal, orders: Orders, spent: Spent, ended: Ended | None, shown: Display) -> RunOutcome:
     """Write the results if all is done; return the figures and the exit code."""
     counts = journal.counts()
     pending = counts.pending + counts.in_flight

@@ -28,7 +28,7 @@ from governor.run.longwaits import FINISH_BY, STOP_AFTER, held_text, too_late, t
 from governor.run.pool_run import Manner, PoolRun, Said, learner_of, pool_run
 from governor.run.steer import Commands, Signals, answered
 from governor.telemetry.metrics import Notice, notify
-from governor.telemetry.progress import Shown, snapshot
+from governor.telemetry.progress import Display, snapshot
 from governor.telemetry.watch import waiting_for
 
 # Periods of the ticker's tasks, in seconds of the machine's clock.
@@ -80,7 +80,7 @@ class Ended:
 class LiveRun:
     """One leg of a run. Create it and await `run()` once."""
 
-    def __init__(self, leg: Leg, connect: Connect, shown: Shown, manner: Manner) -> None:
+    def __init__(self, leg: Leg, connect: Connect, shown: Display, manner: Manner) -> None:
         self.leg = leg
         self.connect = connect
         self.shown = shown

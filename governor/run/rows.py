@@ -34,7 +34,7 @@ from governor.run.pool_run import Manner
 from governor.run.spool import Spool
 from governor.run.steer import Stopper
 from governor.sharedquota.sharing import redis_url
-from governor.telemetry.progress import Shown, shown
+from governor.telemetry.progress import Display, shown
 
 Rows = Iterable[Mapping[str, Any]] | AsyncIterable[Mapping[str, Any]] | Any
 Prompt = str | Callable[[Mapping[str, Any]], Any]
@@ -273,7 +273,7 @@ class BatchResults:
     deleted.
     """
 
-    def __init__(self, lines: _Lines, orders: Orders, progress: Shown) -> None:
+    def __init__(self, lines: _Lines, orders: Orders, progress: Display) -> None:
         self._lines = lines
         self._sink = _Sink()
         self._stopper = Stopper()
@@ -425,7 +425,7 @@ class _Run:
         self.error: BaseException | None = None
         self.ended = threading.Event()
 
-    def work(self, orders: Orders, progress: Shown, sink: _Sink, spool: Spool) -> None:
+    def work(self, orders: Orders, progress: Display, sink: _Sink, spool: Spool) -> None:
         """Run the batch to its end, and tell the reader."""
         try:
             connect = connect_with(orders.environment)

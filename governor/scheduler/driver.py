@@ -96,7 +96,7 @@ class Governor(InALoop):
         self.attempts = Attempts(self)
         if quota is None:
             numbers = params.params() if isinstance(params, Policy) else params
-            own = local_quota(numbers, state, self.batch.tell_decision if self.observer.hears_decisions else None)
+            own = local_quota(numbers, state, self.batch.tell_decision if self.observer.hears("decided") else None)
             if day_tokens_used > 0.0 or day_requests_used > 0.0:
                 own.day_started(day_tokens_used, day_requests_used, start_s)
             quota = own

@@ -138,7 +138,7 @@ class SharedQuota:
         self._governor = governor
         self._scheduler: Scheduler[Job] = governor.scheduler
         self._say = say
-        self.records = governor.observer.hears_decisions
+        self.records = governor.observer.hears("decided")
         self._late_s = RENEW_RATIO * lease_s * time_scale  # a grant that arrives later than this is not used
         self.member = Member(self, store, self.p, clock=ServerClock(time_scale), lease_s=lease_s)
         governor.loop.call_soon(self.member.start)

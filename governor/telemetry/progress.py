@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from math import inf
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 from governor import law
 from governor.forecast.preflight import Load, fluid_forecast, in_use
@@ -153,8 +153,15 @@ def _waiting(lane: ProgressLane) -> str:
 # ---------------------------------------------------------------- on the terminal, or not
 
 
-class Shown(Protocol):
-    """Shows a run's progress; lines of text go through it, so that a bar is not torn."""
+class Display:
+    """Shows a run's progress: this one, of --quiet, warnings alone. `as_json`: as JSON objects, beside a log of these.
+
+    Lines of text go through it, so that a bar is not torn.
+    """
+
+    def __init__(self, stream: TextIO | None = None, *, as_json: bool = False) -> None:
+        self.stream = stream or sys.stderr
+        self.as_json = as_json
 
     def start(self) -> None:
         """Begin the run."""
@@ -164,6 +171,12 @@ class Shown(Protocol):
 
     def say(self, line: str) -> None:
         """Print a lasting line: something that the user should know."""
+        if self.as_json:
+            at = datetime.now(UTC).isoformat(timespec="milliseconds")
+            line = json.dumps({"time": at, "event": "note", "text": line}, separators=(",", ":"))
+        # Its reader may be gone (a pipe into `head`), or the log's disk full: no reason to end a paid run.
+        with contextlib.suppress(OSError):
+            print(line, file=self.stream, flush=True)
 
     def inform(self, line: str) -> None:
         """Print a line that is only of interest; omitted with --quiet."""
@@ -172,74 +185,31 @@ class Shown(Protocol):
         """End the run."""
 
 
-class Quiet:
-    """--quiet: warnings only."""
-
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self.stream = stream or sys.stderr
-
-    def start(self) -> None:
-        pass
-
-    def show(self, now: Snapshot) -> None:
-        pass
-
-    def say(self, line: str) -> None:
-        # Its reader may be gone (a pipe into `head`), or the log's disk full: no reason to end a paid run.
-        with contextlib.suppress(OSError):
-            print(line, file=self.stream, flush=True)
-
-    def inform(self, line: str) -> None:
-        pass
-
-    def stop(self) -> None:
-        pass
-
-
-class Lines(Quiet):
+class Lines(Display):
     """Not on a terminal: one line every 30 seconds."""
 
-    def __init__(self, stream: TextIO | None = None, every_s: float = EVERY_S) -> None:
-        super().__init__(stream)
+    def __init__(self, stream: TextIO | None = None, every_s: float = EVERY_S, *, as_json: bool = False) -> None:
+        super().__init__(stream, as_json=as_json)
         self.every_s = every_s
-        self._told_at = 0.0
+        self._shown_at = 0.0
 
     def start(self) -> None:
-        self._told_at = time.monotonic()
+        self._shown_at = time.monotonic()
 
     def inform(self, line: str) -> None:
         self.say(line)
 
     def show(self, now: Snapshot) -> None:
-        if time.monotonic() - self._told_at >= self.every_s:
-            self._told_at = time.monotonic()
-            self.say(f"{time.strftime('%H:%M:%S')} {now.line()}")
+        if time.monotonic() - self._shown_at >= self.every_s:
+            self._shown_at = time.monotonic()
+            self.renew(now)
+
+    def renew(self, now: Snapshot) -> None:
+        """Print the progress."""
+        self.say(now.line() if self.as_json else f"{time.strftime('%H:%M:%S')} {now.line()}")
 
 
-class JsonLines(Lines):
-    """With a log in JSON: the same lines as JSON objects, so that a reader of the log can parse all of it."""
-
-    def say(self, line: str) -> None:
-        at = datetime.now(UTC).isoformat(timespec="milliseconds")
-        super().say(json.dumps({"time": at, "event": "note", "text": line}, separators=(",", ":")))
-
-    def show(self, now: Snapshot) -> None:
-        if time.monotonic() - self._told_at >= self.every_s:
-            self._told_at = time.monotonic()
-            self.say(now.line())
-
-
-class QuietJson(JsonLines):
-    """JSON lines with --quiet."""
-
-    def inform(self, line: str) -> None:
-        pass
-
-    def show(self, now: Snapshot) -> None:
-        pass
-
-
-class Bar:
+class Bar(Display):
     """On a terminal: a bar that vanishes at the end, and lines above it."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
@@ -280,10 +250,7 @@ class ScreenCell(Lines):
         super().__init__(stream, every_s=1.0)
         self._handle: Any = None
 
-    def show(self, now: Snapshot) -> None:
-        if time.monotonic() - self._told_at < self.every_s:
-            return
-        self._told_at = time.monotonic()
+    def renew(self, now: Snapshot) -> None:
         display: Any = sys.modules["IPython"].display.display
         content = {"text/plain": now.short()}
         if self._handle is None:
@@ -298,16 +265,14 @@ def _is_notebook() -> bool:
     return type(shell).__name__ == "ZMQInteractiveShell"
 
 
-def shown(*, quiet: bool, logs: str | None = None, stream: TextIO | None = None) -> Shown:
+def shown(*, quiet: bool, logs: str | None = None, stream: TextIO | None = None) -> Display:
     """Return the progress display of a run.
 
     `logs`: the format of an accompanying log; then lines, not a bar, are shown.
     """
-    target = stream or sys.stderr
-    if logs == "json":
-        return QuietJson(target) if quiet else JsonLines(target)
+    target, as_json = stream or sys.stderr, logs == "json"
     if quiet:
-        return Quiet(target)
-    if _is_notebook():
+        return Display(target, as_json=as_json)
+    if not as_json and _is_notebook():
         return ScreenCell(target)
-    return Bar(target) if target.isatty() and logs is None else Lines(target)
+    return Bar(target) if target.isatty() and logs is None else Lines(target, as_json=as_json)

@@ -7,7 +7,8 @@ requests meet, `longwaits` long waits); `Together` is several observers in one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -21,7 +22,7 @@ from governor.model.pools import Pool
 from governor.model.prices import Spent, usage_in
 from governor.model.requests import ACCOUNT_REFUSES, CAUSES, Answer, Attempt, Outcome, Request
 from governor.model.words import duration, moment_text
-from governor.model.work import Job, Observer, PoolState
+from governor.model.work import EVENTS, Job, Observer, PoolState
 
 THROTTLES = (Outcome.THROTTLED, Outcome.SLOW_DOWN)
 # Granted and configured limits closer than this count as equal: providers round.
@@ -34,60 +35,26 @@ class Together(Observer):
 
     def __init__(self, observers: Iterable[Observer]) -> None:
         each = tuple(observers)
-        self._launched = _given(each, "launched")
-        self._attempted = _given(each, "attempted")
-        self._suspended = _given(each, "suspended")
-        self._backed_off = _given(each, "backed_off")
-        self._ended = _given(each, "ended")
-        self._deferred = _given(each, "deferred")
-        self._decided = _given(each, "decided")
-        self._flushed = _given(each, "flushed")
-        self._began = _given(each, "began")
-
-    @property
-    def hears_decisions(self) -> bool:
-        return bool(self._decided)
-
-    def began(self, governor: PoolState) -> None:
-        for told in self._began:
-            told(governor)
-
-    def launched(self, job: Job, now: float) -> None:
-        for told in self._launched:
-            told(job, now)
-
-    async def flushed(self) -> None:
-        for told in self._flushed:
-            await told()
-
-    def attempted(self, attempt: Attempt, answer: Answer, failure: str) -> None:
-        for told in self._attempted:
-            told(attempt, answer, failure)
-
-    def suspended(self, attempt: Attempt, answer: Answer) -> None:
-        for told in self._suspended:
-            told(attempt, answer)
-
-    def backed_off(self, attempt: Attempt, answer: Answer, retry_at_s: float, next_attempt: int) -> None:
-        for told in self._backed_off:
-            told(attempt, answer, retry_at_s, next_attempt)
-
-    def ended(self, request: Request, failure: str, answer: Answer | None, now: float) -> None:
-        for told in self._ended:
-            told(request, failure, answer, now)
-
-    def deferred(self, cause: int) -> None:
-        for told in self._deferred:
-            told(cause)
-
-    def decided(self, name: str, arguments: tuple[Any, ...], result: Any) -> None:
-        for told in self._decided:
-            told(name, arguments, result)
+        for event in EVENTS:
+            heard = [getattr(observer, event) for observer in each if observer.hears(event)]
+            if heard:
+                setattr(self, event, heard[0] if len(heard) == 1 else _in_turn(heard))
+        flushes = [observer.flushed for observer in each if observer.hears("flushed")]
+        if flushes:
+            self.flushed = partial(_flush_all, flushes)  # type: ignore[method-assign]
 
 
-def _given(observers: tuple[Observer, ...], name: str) -> list[Any]:
-    """Return that method of those observers that define it: a method that none defines costs nothing."""
-    return [getattr(o, name) for o in observers if getattr(type(o), name) is not getattr(Observer, name)]
+def _in_turn(heard: list[Callable[..., None]]) -> Callable[..., None]:
+    def report(*event: Any) -> None:
+        for each in heard:
+            each(*event)
+
+    return report
+
+
+async def _flush_all(flushes: Sequence[Callable[[], Awaitable[None]]]) -> None:
+    for flush in flushes:
+        await flush()
 
 
 # ---------------------------------------------------------------- the circuit breaker

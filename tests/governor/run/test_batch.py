@@ -38,7 +38,7 @@ from governor.run.intake import disk_needed, prepare, read_demands
 from governor.run.steer import changes_text, split_words
 from governor.scheduler.driver import Governor
 from governor.telemetry.eventlog import EventLog
-from governor.telemetry.progress import Bar, Lines, ProgressLane, Quiet, Snapshot, eta_s, shown, snapshot
+from governor.telemetry.progress import Bar, Display, Lines, ProgressLane, Snapshot, eta_s, shown, snapshot
 from governor.telemetry.watch import Meter
 from sim.app.cli import main
 from tests.live import batch, line, write_batch
@@ -312,7 +312,7 @@ def test_what_is_shown_where() -> None:
         def isatty(self) -> bool:
             return True
 
-    assert isinstance(shown(quiet=True, stream=Terminal()), Quiet)
+    assert type(shown(quiet=True, stream=Terminal())) is Display
     assert isinstance(shown(quiet=False, stream=Terminal()), Bar)
     assert isinstance(shown(quiet=False, logs="text", stream=Terminal()), Lines)
     assert isinstance(shown(quiet=False, stream=io.StringIO()), Lines)
