@@ -162,13 +162,18 @@ def read_prices(path: str | Path = SHIPPED) -> Prices:
     models = data.get("models")
     if not isinstance(models, dict) or not models:
         raise BadInput("it has no 'models': a model's name with since, input, cached_input and output each", name)
-    found = {str(model): _entries(str(model), stated, name) for model, stated in models.items()}
+    found = prices_in(models, name)
     return Prices(found, "" if path == SHIPPED else name, str(data.get("checked") or ""))
 
 
-def _entries(model: str, stated: Any, name: str) -> tuple[Price, ...]:
+def prices_in(models: Mapping[Any, Any], name: str = "", place: str = "models.") -> dict[str, tuple[Price, ...]]:
+    """Return the prices of models as a document states them; `name` and `place` begin the message of an error."""
+    return {str(model): _entries(f"{place}{model}", stated, name) for model, stated in models.items()}
+
+
+def _entries(place: str, stated: Any, name: str) -> tuple[Price, ...]:
     """Return a model's prices: one, or a list of them with different days."""
-    place = f"models.{model}: "
+    place = f"{place}: "
     entries = stated if isinstance(stated, list) else [stated]
     prices = []
     for entry in entries:

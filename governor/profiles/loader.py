@@ -1,0 +1,104 @@
+"""Find, read, merge and choose profiles: those shipped beside this module, and a user's own files.
+
+A file with `extends: NAME` states only what differs: mappings are merged key by key, lists and values replace those of
+the extended profile, and a null removes a key (as in a JSON merge patch, RFC 7396).
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from governor.model.documents import checked
+from governor.model.errors import BadInput, BadSetting, quoted
+from governor.model.files import read_yaml
+from governor.model.pools import is_loopback
+from governor.profiles.schema import Profile
+
+FOLDER = Path(__file__).parent
+PROFILE = "PACELINE_PROFILE"
+GENERIC = "generic"
+OPENAI = "openai"
+AZURE = "azure-openai"
+_EXTENDS_MAX = 5
+
+
+@functools.cache
+def names() -> tuple[str, ...]:
+    """Return the names of the shipped profiles, in order of the alphabet."""
+    return tuple(sorted(path.stem for path in FOLDER.glob("*.yaml")))
+
+
+def read_profile(stated: str) -> Profile:
+    """Return a profile by its name, or by the path of a YAML file.
+
+    Raise BadSetting for a name that is not shipped, BadInput (file, field, value, remedy) for a wrong file.
+    """
+    if stated in names():
+        return _shipped(stated)
+    if not stated.lower().endswith((".yaml", ".yml")):
+        close = difflib.get_close_matches(stated, names(), 1)
+        hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(names())}, or a .yaml file of your own"
+        raise BadSetting(f"there is no profile {quoted(stated)}: {hint}", PROFILE)
+    return _read(Path(stated))
+
+
+@functools.cache
+def _shipped(name: str) -> Profile:
+    return _read(FOLDER / f"{name}.yaml")
+
+
+def _read(path: Path) -> Profile:
+    data, name = read_yaml(path), str(path)
+    for _ in range(_EXTENDS_MAX):
+        base = data.get("extends")
+        if base is None:
+            break
+        if not isinstance(base, str) or base not in names():
+            raise BadInput(f"extends={quoted(base)}: must be a shipped profile: {', '.join(names())}", name)
+        data = _merged(read_yaml(FOLDER / f"{base}.yaml"), {**data, "extends": None})
+    try:
+        return checked(Profile, data, "")
+    except BadSetting as error:
+        raise BadInput(str(error), name) from None
+
+
+def _merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` with the keys of `own` in place of its own; see the module's docstring."""
+    found = dict(base)
+    for key, value in own.items():
+        if value is None:
+            found.pop(key, None)
+        elif isinstance(value, dict) and isinstance(found.get(key), dict):
+            found[key] = _merged(found[key], value)
+        else:
+            found[key] = value
+    return found
+
+
+def profile_for(stated: str = "", base_url: str = "", *, azure: bool = False) -> Profile:
+    """Return the profile of a pool: the one stated, else that of its base URL, else the generic one.
+
+    `base_url`: "" is OpenAI's own. A server on this machine is a gateway or a test, and is read as generic.
+    """
+    if stated:
+        return read_profile(stated)
+    if azure:
+        return _shipped(AZURE)
+    if not base_url:
+        return _shipped(OPENAI)
+    if is_loopback(base_url):
+        return _shipped(GENERIC)
+    url = base_url.lower().rstrip("/") + "/"
+    found = (each for each in all_profiles() if any(fnmatch.fnmatchcase(url, pattern) for pattern in each.base_urls))
+    return next(found, _shipped(GENERIC))
+
+
+@functools.cache
+def all_profiles() -> tuple[Profile, ...]:
+    """Return every shipped profile, the generic one last."""
+    return tuple(_shipped(name) for name in sorted(names(), key=lambda name: (name == GENERIC, name)))
