@@ -57,7 +57,8 @@ from governor.provider.sending import connect_with
 from governor.run.batch import Orders, run_orders
 from governor.run.pool_run import Manner
 from governor.telemetry.progress import Display
-from sim.app.replay_command import ReplayOptions, staged
+from sim.app.options import ReplayOptions
+from sim.app.replay_command import staged
 from sim.calibration.calibrate import calibrate
 from sim.calibration.observed import of_journal
 from sim.model.provider_config import ProviderConfig

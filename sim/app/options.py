@@ -238,24 +238,79 @@ class Options:
     json: AsJson = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _OtherSettings:
+    """The options of commands that repeat a run under other settings. `replications`: 0 = some seconds of runs."""
+
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="One setting on top; may be repeated.")
+    ] = None
+    tpm: Annotated[int | None, typer.Option(metavar="N", min=1, help="The provider's tokens per minute.")] = None
+    replications: Annotated[
+        int, typer.Option(metavar="N", min=0, max=10_000, help="Runs to simulate; 0 = as many as need some seconds.")
+    ] = 0
+    json: AsJson = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplayOptions(_OtherSettings):
+    """The options of `replay`."""
+
+    env_file: Annotated[str | None, typer.Option(metavar="FILE", help="Other settings, on top of the run's own.")] = (
+        None
+    )
+    provider: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIER|FILE.yaml",
+            help="The provider to assume; else the one that explains the run best, as believed or as learnt from it.",
+        ),
+    ] = None
+    pairs: Annotated[
+        str | None, typer.Option(metavar="FILE.csv", help="When each request ended, and when it would have.")
+    ] = None
+    columns: Annotated[
+        str, typer.Option(metavar="ROLE=NAME,...", help="Columns of a log; a time may carry a unit: latency=took:ms.")
+    ] = ""
+    arrivals: Annotated[
+        Literal["batch", "trace"] | None,
+        typer.Option(help="Of a log: all requests there at the start, or as it says (the default where it does)."),
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShadowOptions(_OtherSettings):
+    """The options of `shadow`."""
+
+    env_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Today's settings; without it, the environment's.")
+    ] = None
+    provider: Annotated[
+        str | None,
+        typer.Option(metavar="TIER|FILE.yaml", help="The provider to assume; else the one learnt from the calls."),
+    ] = None
+    recommended: Annotated[
+        str | None, typer.Option(metavar="FILE.env", help="Settings to compare with, in place of planning.")
+    ] = None
+    out: Annotated[str | None, typer.Option(metavar="FILE.env", help="Where the plan's settings go.")] = None
+
+
 def takes_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command all fields of `Options` as its own options; they reach it as one `Options`, its first argument.
+    """Give a command all fields of its first argument's class as options of its own; they reach it as one object.
 
     Typer reads a function's signature, so the signature is made of both: no option stands twice in the source.
     """
-    given = inspect.signature(command, eval_str=True).parameters
-    own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in list(given.values())[1:]]
-    hints = get_type_hints(Options, include_extras=True)
-    shared = []
-    for name, stated in inspect.signature(Options).parameters.items():
-        shared.append(stated.replace(annotation=hints[name]))
-    names = [field.name for field in fields(Options)]
+    given, *own = inspect.signature(command, eval_str=True).parameters.values()
+    kind = given.annotation
+    hints = get_type_hints(kind, include_extras=True)
+    shared = [stated.replace(annotation=hints[name]) for name, stated in inspect.signature(kind).parameters.items()]
+    own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+    names = [field.name for field in fields(kind)]
 
     @wraps(command)
     def run(**values: Any) -> None:
-        command(Options(**{name: values.pop(name) for name in names}), **values)
+        command(kind(**{name: values.pop(name) for name in names}), **values)
 
-    # The workload is an argument: it has no default and comes first.
     run.__signature__ = inspect.Signature([*shared, *own])  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in (*shared, *own)}
     return run

@@ -13,7 +13,20 @@ import typer
 
 from governor.model.errors import BadSetting
 from governor.model.words import counting
-from sim.app.options import AsJson, FinishBy, Options, count, share, show, show_result, takes_options, wait_s, width
+from sim.app.options import (
+    AsJson,
+    FinishBy,
+    Options,
+    ReplayOptions,
+    ShadowOptions,
+    count,
+    share,
+    show,
+    show_result,
+    takes_options,
+    wait_s,
+    width,
+)
 from sim.base.progress import Progress
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -329,42 +342,15 @@ def backtest(
 
 
 @app.command()
+@takes_options
 def replay(
+    given: ReplayOptions,
     source: Annotated[
         str,
         typer.Argument(
             metavar="JOURNAL.db|LOG", help="The journal of a run, or a log of another client.", show_default=False
         ),
     ],
-    env_file: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Other settings, on top of the run's own.")
-    ] = None,
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="One other setting; may be repeated."),
-    ] = None,
-    provider: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TIER|FILE.yaml",
-            help="The provider to assume; else the one that explains the run best, as believed or as learnt from it.",
-        ),
-    ] = None,
-    tpm: Annotated[int | None, typer.Option(metavar="N", min=1, help="Its tokens per minute.")] = None,
-    pairs: Annotated[
-        str | None, typer.Option(metavar="FILE.csv", help="When each request ended, and when it would have.")
-    ] = None,
-    replications: Annotated[
-        int, typer.Option(metavar="N", min=0, max=10_000, help="Runs to simulate; 0 = as many as need some seconds.")
-    ] = 0,
-    columns: Annotated[
-        str, typer.Option(metavar="ROLE=NAME,...", help="Columns of a log; a time may carry a unit: latency=took:ms.")
-    ] = "",
-    arrivals: Annotated[
-        Literal["batch", "trace"] | None,
-        typer.Option(help="Of a log: all requests there at the start, or as it says (the default where it does)."),
-    ] = None,
-    as_json: AsJson = False,
 ) -> None:
     """Show how a run would have gone under other settings.
 
@@ -373,48 +359,20 @@ def replay(
 
     Example: paceline replay results.journal.db --set OPENAI_STAGGER_SECONDS=2
     """
-    from sim.app.replay_command import ReplayOptions, replayed
+    from sim.app.replay_command import replayed
 
-    options = ReplayOptions(
-        env_file=env_file,
-        assignments=assignments or (),
-        provider=provider,
-        tpm=tpm,
-        runs=replications,
-        pairs=pairs,
-        columns=columns,
-        arrivals=arrivals,
-    )
-    found, text = replayed(source, options, width())
-    show(found, text, as_json=as_json)
+    found, text = replayed(source, given, width())
+    show(found, text, as_json=given.json)
 
 
 @app.command()
+@takes_options
 def shadow(
+    given: ShadowOptions,
     source: Annotated[
         str,
         typer.Argument(metavar="JOURNAL.jsonl", help="What a client in shadow mode recorded.", show_default=False),
     ],
-    env_file: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Today's settings; without it, the environment's.")
-    ] = None,
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="One setting on top; may be repeated."),
-    ] = None,
-    provider: Annotated[
-        str | None,
-        typer.Option(metavar="TIER|FILE.yaml", help="The provider to assume; else the one learnt from the calls."),
-    ] = None,
-    tpm: Annotated[int | None, typer.Option(metavar="N", min=1, help="Its tokens per minute.")] = None,
-    replications: Annotated[
-        int, typer.Option(metavar="N", min=0, max=10_000, help="Runs to simulate; 0 = as many as need some seconds.")
-    ] = 0,
-    recommended: Annotated[
-        str | None, typer.Option(metavar="FILE.env", help="Settings to compare with, in place of planning.")
-    ] = None,
-    out: Annotated[str | None, typer.Option(metavar="FILE.env", help="Where the plan's settings go.")] = None,
-    as_json: AsJson = False,
 ) -> None:
     """Show what governing would have made of recorded calls.
 
@@ -423,19 +381,10 @@ def shadow(
 
     Example: paceline shadow paceline-shadow.jsonl --out recommended.env
     """
-    from sim.app.shadow_command import ShadowOptions, shadowed
+    from sim.app.shadow_command import shadowed
 
-    options = ShadowOptions(
-        env_file=env_file,
-        assignments=assignments or (),
-        provider=provider,
-        tpm=tpm,
-        runs=replications,
-        out=out,
-        recommended=recommended,
-    )
-    found, text = shadowed(source, options, os.environ, width(), lambda what: typer.echo(what, err=True))
-    show(found, text, as_json=as_json)
+    found, text = shadowed(source, given, os.environ, width(), lambda what: typer.echo(what, err=True))
+    show(found, text, as_json=given.json)
 
 
 @app.command()

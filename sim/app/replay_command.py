@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from governor.journal.journal import Journal
@@ -12,6 +11,7 @@ from governor.model.env_files import policy_of
 from governor.model.errors import BadInput, BadSetting
 from governor.model.files import write_atomically
 from governor.model.policy import Policy
+from sim.app.options import ReplayOptions
 from sim.app.outputs import check_file
 from sim.calibration.calibrate import calibrate, read_sources
 from sim.calibration.observed import of_journal
@@ -23,24 +23,10 @@ from sim.scenario.scenario import following
 from sim.scenario.scenario_file import named_provider
 from sim.validation.counterfactual import Counterfactual, counterfactual
 from sim.validation.logged import lesson_of
-from sim.validation.replay import Arrivals, Stage, closest
+from sim.validation.replay import Stage, closest
 from sim.validation.twin import Lesson, believed, lessons
 
 GIVEN, BELIEVED, LEARNT = "as given", "as the settings believe", "as learnt from it"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplayOptions:
-    """From the command line. `provider`: a tier's name or a YAML file; `runs`: 0 = as many as take some seconds."""
-
-    env_file: str | None = None
-    assignments: Sequence[str] = ()
-    provider: str | None = None
-    tpm: int | None = None
-    runs: int = 0
-    pairs: str | None = None
-    columns: str = ""
-    arrivals: Arrivals | None = None
 
 
 def replayed(path: str, o: ReplayOptions, width: int) -> tuple[dict[str, Any], str]:
@@ -48,7 +34,7 @@ def replayed(path: str, o: ReplayOptions, width: int) -> tuple[dict[str, Any], s
     check_file(o.pairs, "--pairs", (".csv",))
 
     def rewrite(policy: Policy) -> Policy:
-        return policy_of(o.env_file, assignments=o.assignments, base=policy)
+        return policy_of(o.env_file, assignments=o.assignments or (), base=policy)
 
     rewrite(Policy())  # before anything is read: a slip in a setting should show at once
     if is_journal(path):
@@ -59,7 +45,7 @@ def replayed(path: str, o: ReplayOptions, width: int) -> tuple[dict[str, Any], s
         name, stages = staged(path, found, o)
     else:
         name, stages = of_log(path, o)
-    result = counterfactual(stages, rewrite, runs=o.runs, provider_from=name)
+    result = counterfactual(stages, rewrite, runs=o.replications, provider_from=name)
     if o.pairs is not None:
         _write_pairs(o.pairs, result)
     return replay_json(path, result), replay_text(path, result, width)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from governor.model.errors import BadSetting
 from governor.model.files import write_atomically
 from governor.model.policy import KNOBS, Policy
 from sim.app.api import PlanResult, plan
+from sim.app.options import ReplayOptions, ShadowOptions
 from sim.app.outputs import check_file
-from sim.app.replay_command import ReplayOptions, of_log
+from sim.app.replay_command import of_log
 from sim.base.layout import facts, table, wrapped
 from sim.base.words import duration, number
 from sim.calibration.calibrate import calibrate, read_sources
@@ -27,22 +28,6 @@ from sim.validation.replay import Stage
 TODAY, RECOMMENDED = "today's settings", "recommended"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShadowOptions:
-    """From the command line. `provider`, `tpm`: as for a replay. `out`: the env file with what is recommended.
-
-    `recommended`: an env file to compare with in place of a plan's.
-    """
-
-    env_file: str | None = None
-    assignments: Sequence[str] = ()
-    provider: str | None = None
-    tpm: int | None = None
-    runs: int = 0
-    out: str | None = None
-    recommended: str | None = None
-
-
 def shadowed(
     path: str, o: ShadowOptions, environment: Mapping[str, str], width: int, say: Callable[[str], None]
 ) -> tuple[dict[str, Any], str]:
@@ -52,31 +37,28 @@ def shadowed(
         raise BadSetting(
             "--out is where a plan's settings go, and with --recommended there is no plan: use one of them"
         )
-    today = policy_of(o.env_file, assignments=o.assignments, environment=environment)
+    today = policy_of(o.env_file, assignments=o.assignments or (), environment=environment)
     given = None if o.recommended is None else policy_of(o.recommended, base=today)
     say("replays the calls under today's settings")
     name, stages = of_log(path, ReplayOptions(provider=o.provider, tpm=o.tpm))
     stages, notes = _trusted(stages)
-    found = {TODAY: counterfactual(stages, lambda _: today, runs=o.runs, provider_from=name)}
+    found = {TODAY: counterfactual(stages, lambda _: today, runs=o.replications, provider_from=name)}
     env = ""
     if given is None:
         say("plans from them")
         planned = _planned(path, today, stages[0].provider)
         given, env = planned.policy, planned.env
-    found[RECOMMENDED] = counterfactual(stages, lambda _: given, runs=o.runs, provider_from=name)
+    found[RECOMMENDED] = counterfactual(stages, lambda _: given, runs=o.replications, provider_from=name)
     if o.out is not None:
         with write_atomically(o.out) as unfinished:
             Path(unfinished).write_text(env, encoding="utf-8")
     content: dict[str, Any] = {
         key: {**replay_json(path, each), "later_mean_s": later_s(each)} for key, each in found.items()
     }
-    settings = {knob.env: knob.text(getattr(given, knob.name)) for knob in KNOBS if _differs(knob.name, given, today)}
+    before, after = today.model_dump(), given.model_dump()
+    settings = {k.env: k.text(after[k.name]) for k in KNOBS if after[k.name] != before[k.name]}
     text = _text(path, found, settings, [*found[TODAY].untold, *notes], width)
     return {**content, "settings": settings, "notes": notes}, text
-
-
-def _differs(name: str, one: Policy, other: Policy) -> bool:
-    return bool(getattr(one, name) != getattr(other, name))
 
 
 def _trusted(stages: list[Stage]) -> tuple[list[Stage], list[str]]:

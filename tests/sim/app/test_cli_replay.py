@@ -74,7 +74,8 @@ def test_other_settings_are_named_and_change_the_run(journal: str, capsys: pytes
 
 
 def test_the_table_fits_a_terminal_and_ends_with_the_answer(journal: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from sim.app.replay_command import ReplayOptions, replayed
+    from sim.app.options import ReplayOptions
+    from sim.app.replay_command import replayed
 
     _, text = replayed(journal, ReplayOptions(assignments=["OPENAI_MAX_CONCURRENCY=1"]), 80)
     assert max(map(len, text.splitlines())) <= 80

@@ -10,7 +10,8 @@ import pytest
 
 from governor.model.errors import BadSetting
 from sim.app.cli import main
-from sim.app.shadow_command import RECOMMENDED, TODAY, ShadowOptions, shadowed
+from sim.app.options import ShadowOptions
+from sim.app.shadow_command import RECOMMENDED, TODAY, shadowed
 from sim.model.provider_config import ProviderConfig
 from sim.serving.replies import Desk
 
@@ -74,7 +75,7 @@ def test_what_governing_would_have_avoided(tmp_path: Path) -> None:
         "OPENAI_STAGGER_SECONDS=0\nOPENAI_MAX_CONCURRENCY=20\nOPENAI_CHARGE_RULE=auto\nOPENAI_TPM_WINDOW=bucket\n"
     )
     said: list[str] = []
-    options = ShadowOptions(recommended=str(settings), runs=3)
+    options = ShadowOptions(recommended=str(settings), replications=3)
     found, text = shadowed(str(path), options, {}, 100, said.append)
     assert len(said) == 1, "nothing is planned"
     for name in (TODAY, RECOMMENDED):
@@ -95,7 +96,7 @@ def test_calls_of_less_than_a_minute_tell_nothing_of_others(tmp_path: Path) -> N
     path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["launched"] < 1.7e9 + 30.0))
     settings = tmp_path / "same.env"
     settings.write_text("# as today\n")
-    found, _ = shadowed(str(path), ShadowOptions(recommended=str(settings), runs=1), {}, 100, lambda what: None)
+    found, _ = shadowed(str(path), ShadowOptions(recommended=str(settings), replications=1), {}, 100, lambda what: None)
     assert found["notes"] == ["what others use of the quota: the calls span less than a minute"]
     assert found[TODAY] == found[RECOMMENDED]
 
