@@ -85,15 +85,15 @@ def classify(
     fields = fields_of(headers, *error.holders)
     if hide:
         fields = {name: value.replace(hide, _HIDDEN) for name, value in fields.items()}
-    wait_s = wait_in(fields, error.message, now_epoch)
-    returns_at = None
+    wait_s, returns_at = -1.0, None
     if not success or error.words or error.message or finished is not None:
+        wait_s = wait_in(fields, error.message, now_epoch)
         outcome = finished or _refusal(_status_of(status, error), error, wait_s)
         outcome, wait_s, returns_at = _dated(outcome, wait_s, access_at(fields, error.message), now_epoch)
     elif content is not None and _is_answer(content):
-        outcome, wait_s = Outcome.OK, -1.0
+        outcome = Outcome.OK
     else:
-        outcome, wait_s = Outcome.MALFORMED, -1.0
+        outcome = Outcome.MALFORMED
     ok = outcome is Outcome.OK
     raw = ""
     if 300 <= status < 400 and (to := fields.get("location")):

@@ -320,9 +320,8 @@ def _named(name: str) -> tuple[tuple[str, ...], str] | None:
 def _limit(what: str, window: str, parts: Mapping[str, str], now_epoch: float) -> Limit | None:
     """Return one limit with its dimension; None unless limit and remaining are both plausible."""
     stated = parts.get("limit", "")
-    windows = {
-        quota: float(s) for quota, s in _POLICY.findall(f"{parts.get('policy', '')},{stated}"[:MESSAGE_CHARS_MAX])
-    }
+    declared = f"{parts.get('policy', '')},{stated}"
+    windows = {quota: float(s) for quota, s in _POLICY.findall(declared[:MESSAGE_CHARS_MAX])} if ";" in declared else {}
     if ";" in stated:
         stated = next(iter(windows), "")
     limit, remaining = _number(stated), _signed(parts.get("remaining", ""))
@@ -405,6 +404,8 @@ def _number(text: str) -> float:
 
 def _signed(text: str) -> float:
     """Return a header's number, which may be negative; inf if it is not a number or not finite."""
+    if not text:  # by far the most frequent: no such header
+        return math.inf
     try:
         value = float(text) if len(text) <= HEADER_CHARS_MAX else math.inf
     except ValueError:
