@@ -4,7 +4,7 @@ A refusal normally ends its own request. But a model that does not exist, a base
 makes the provider refuse every request alike, and a run would send a whole file to find that out. So until a request
 has succeeded, the driver sets refused requests aside undecided, and `Refusals` tells it to stop the run after enough
 equal refusals. Requests set aside then stay pending, and the same command sends them again once the cause is fixed. The
-first success ends them one by one, and from then on each refusal ends its own request.
+first success of a request launched later ends them one by one; from a success on, each refusal ends its own request.
 """
 
 from __future__ import annotations

@@ -175,7 +175,7 @@ class Scheduler(Queue[J]):
         in_wait = self.cause
         job.flying = job.holds = False
         self.quota.settled(job.reserve, used, job.launched_s, now)
-        if self._aside and not self.stopped:
+        if self._aside and not self.stopped and job.launched_s >= self._aside[0][1]:
             self._end_aside()
         if stated:
             self._sync(job, stated, 0, now)
@@ -475,7 +475,7 @@ class Scheduler(Queue[J]):
             self.shell.doubted(job)
 
     def _end_aside(self) -> None:
-        """End the requests set aside, since each is known to be at fault itself, at the time of its refusal."""
+        """End the requests set aside, as of their refusals. A success launched before the first proves no fault."""
         aside, self._aside = self._aside, []
         for job, at, code in aside:
             self.shell.lost(job, at, code)

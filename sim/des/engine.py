@@ -216,10 +216,11 @@ class Run:
     cause: int = 0
     waiting: int = 0
     flying: int = 0
-    # Requests set aside: their number, how many of them by their deadline, and the latest moment at which one was set
-    # aside.
+    # Requests set aside: their number, how many of them by their deadline, and the first and the last moment at which
+    # one was set aside.
     aside: int = 0
     aside_late: int = 0
+    aside_first_s: float = 0.0
     aside_last_s: float = 0.0
     timer_at: float = inf
     stopped: int = 0
@@ -735,7 +736,7 @@ def _on_ok(w: World, slot: int, now: float) -> None:
     run, job = w.run, w.jobs[slot]
     used = job.prompt + job.output
     law.settled(w.p, w.s, job.reserve, used, job.launched_s, now)
-    if run.aside and not run.stopped:
+    if run.aside and not run.stopped and job.launched_s >= run.aside_first_s:
         _end_aside(w)
     _sync(w, slot, now)
     run.used_tokens += used
@@ -800,6 +801,8 @@ def _again(w: World, slot: int, now: float, at: float, standing: int) -> None:
         if is_refused and job.lane == law.MAIN and law.outlasts(w.p, job.retry_after_s):
             if run.recording:
                 _record(w, slot, now, code)
+            if run.aside == 0:
+                run.aside_first_s = now
             run.aside += 1
             run.aside_late += int(code == DEADLINE_EXCEEDED)
             run.aside_last_s = now

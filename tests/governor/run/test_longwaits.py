@@ -127,6 +127,16 @@ def test_where_all_meet_such_a_wait_the_run_stops_and_loses_nothing(hold: int, l
     assert (ran.why, len(ran.log.ends), len(desk.sent)) == (FailureCode.OUTWAITED, 5, 5 + law.OUTWAITED)
 
 
+@pytest.mark.parametrize("limits", [{"retry_after_cap_s": 600.0}, {"deadline_s": 600.0}])
+def test_an_answer_that_was_under_way_when_the_limit_was_reached_costs_no_request(limits: dict[str, float]) -> None:
+    """Only a success launched after a refusal shows that the provider still admits requests."""
+    slow: dict[int, list[tuple[float, Answer]]] = {i: [(5.0, OK)] for i in range(3)}
+    desk = Desk(script=slow | {i: [(2.0 + i % 2, daily(HOURS))] for i in range(3, 100)})
+    ran = Ran(quiet(max_concurrency=5, **limits), desk, works(100))
+    assert ran.why == FailureCode.OUTWAITED
+    assert ran.log.ends == [(i, "", 5.0) for i in range(3)]
+
+
 @pytest.mark.parametrize("hold", [0, 1])
 def test_a_single_absurd_wait_ends_its_request_and_never_holds_a_pool(hold: int) -> None:
     """114 hours were seen: once in a while, from one of many keys behind a gateway."""
