@@ -22,7 +22,8 @@ from typing import Any, Literal
 from governor.forecast.preflight import InUse, Load, fluid_forecast
 from governor.model.estimate import EMBEDDINGS, Sizes
 from governor.model.pools import Pool
-from governor.model.prices import Price, Prices, Usage, dollars_text
+from governor.model.prices import LONG_PROMPT, Prices, dollars_text
+from governor.model.requests import STANDARD
 from governor.model.words import duration, knob_text, plural
 
 FIRST_TOKEN_S, PER_TOKEN_S = 0.214, 0.0193
@@ -34,31 +35,34 @@ P50_OF_CAP, P50_MAX, P50_NO_CAP = 0.25, 500.0, 200.0
 class Demand:
     """The remaining work of one pool, summed in one pass over its requests, and their sizes (80 bytes a request).
 
-    `total`, `largest`, `smallest`: tokens reserved by our charge rule. `prompt_tokens`, `answer_tokens` (as assumed),
-    `cap_tokens` (declared): by model; `uncapped`: how many requests declare no cap.
+    `total`, `largest`, `smallest`: tokens reserved by our charge rule. `answer_tokens` (as assumed): by model;
+    `uncapped`: how many requests declare no cap. `billed`: prompt tokens, answer tokens as assumed, and declared caps,
+    by what decides their price: model, service tier, and whether the prompt is a long one.
     """
 
     def __init__(self) -> None:
         self.requests = self.total = self.largest = self.smallest = self.uncapped = 0
         self.models: dict[str, int] = {}
-        self.prompt_tokens: dict[str, int] = {}
         self.answer_tokens: dict[str, float] = {}
-        self.cap_tokens: dict[str, int] = {}
+        self.billed: dict[tuple[str, str, bool], list[float]] = {}
         self._sizes = array("q")
         self._model_of = array("q")
         self._numbers: dict[str, int] = {}
 
-    def add(self, model: str, sizes: Sizes, reserve: int) -> None:
-        """Add one request."""
+    def add(self, model: str, sizes: Sizes, reserve: int, tier: str = STANDARD) -> None:
+        """Add one request. `tier`: the service tier that it asks for."""
         self.smallest = reserve if not self.requests else min(self.smallest, reserve)
         self.largest = max(self.largest, reserve)
         self.requests += 1
         self.total += reserve
         self.models[model] = self.models.get(model, 0) + 1
-        self.prompt_tokens[model] = self.prompt_tokens.get(model, 0) + sizes.prompt_tokens
-        self.answer_tokens[model] = self.answer_tokens.get(model, 0.0) + assumed_answer(sizes)
+        answer = assumed_answer(sizes)
+        self.answer_tokens[model] = self.answer_tokens.get(model, 0.0) + answer
+        sums = self.billed.setdefault((model, tier, sizes.prompt_tokens > LONG_PROMPT), [0.0, 0.0, 0.0])
+        sums[0] += sizes.prompt_tokens
+        sums[1] += answer
         if sizes.max_tokens >= 0:
-            self.cap_tokens[model] = self.cap_tokens.get(model, 0) + sizes.max_tokens * sizes.n
+            sums[2] += sizes.max_tokens * sizes.n
         elif sizes.endpoint != EMBEDDINGS:
             self.uncapped += 1
         self._sizes.extend(_SIZES_OF(sizes))
@@ -204,18 +208,22 @@ class CostForecast:
     unpriced: tuple[str, ...]
 
 
-def cost_forecast(demand: Demand, answer_tokens: Mapping[str, float], prices: Prices, day: date) -> CostForecast:
-    """Return the cost of the remaining requests."""
-    unpriced = tuple(prices.unknown(demand.models, day))
+def cost_forecast(
+    demand: Demand, answer_tokens: Mapping[str, float], prices: Prices, day: date, tier: str | None = None
+) -> CostForecast:
+    """Return the cost of the remaining requests. `tier`: for all of them, None = the one that each asks for."""
+    priced = {key: prices.of(key[0], day, key[1] if tier is None else tier) for key in demand.billed}
+    unpriced = {key[0]: demand.models[key[0]] for key, price in priced.items() if price is None}
     if unpriced:
-        return CostForecast(None, None, unpriced)
+        return CostForecast(None, None, tuple(sorted(unpriced, key=lambda model: (-unpriced[model], model))))
     expected = most = 0.0
-    for model in demand.models:
-        price = prices.of(model, day)
-        assert isinstance(price, Price)
-        prompt = demand.prompt_tokens[model]
-        expected += price.cost_usd(Usage(prompt, round(answer_tokens.get(model, 0.0))))
-        most += price.cost_usd(Usage(prompt, demand.cap_tokens.get(model, 0)))
+    for (model, _, is_long), (prompt, answers, caps) in demand.billed.items():
+        price = priced[model, _, is_long]
+        assert price is not None
+        # Only the model's sum is foreseen: it is shared out as it was assumed.
+        share = answers / demand.answer_tokens[model] if demand.answer_tokens[model] else 0.0
+        expected += price.sum_usd(prompt, 0.0, share * answer_tokens.get(model, 0.0), is_long=is_long)
+        most += price.sum_usd(prompt, 0.0, caps, is_long=is_long)
     return CostForecast(expected, None if demand.uncapped else most, ())
 
 

@@ -37,6 +37,7 @@ from governor.journal.schema import (
     IN_FLIGHT,
     PENDING,
     SCHEMA,
+    SIZES,
     STATES,
     DamagedError,
     answer_of,
@@ -59,6 +60,7 @@ from governor.journal.schema import (
     requests,
     results,
     run,
+    sizes_of,
     timers,
 )
 from governor.journal.verify import Decision
@@ -295,11 +297,12 @@ class Records:
 
     def billed(self, pool: str | None = None) -> Iterator[Billed]:
         """Yield all ended attempts with the tokens used in each, for bills and exports."""
-        query = self._of(select(attempts), attempts, pool)
+        sizes = [requests.c[name].label(f"r_{name}") for name in SIZES]
+        query = select(attempts, *sizes).join(requests, requests.c.request == attempts.c.request)
         with self._undamaged():
-            for row in self._stream(query, attempts.c.number, NARROW_CHUNK):
+            for row in self._stream(self._of(query, attempts, pool), attempts.c.number, NARROW_CHUNK):
                 usage = Usage(row.prompt_tokens, row.output_tokens, row.cached_tokens, row.reasoning_tokens)
-                yield Billed(attempt_of(row), row.request_id, usage)
+                yield Billed(attempt_of(row), row.request_id, usage, sizes_of(Prefixed(row)))
 
     def heard(self, pool: str | None = None) -> Iterator[Heard]:
         """Yield all ended attempts with the figures that the headers of each stated."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from governor.journal.schema import DamagedError, request_of
+from governor.model.estimate import Sizes
 from governor.model.policy import Policy
 from governor.model.prices import Usage
 from governor.model.requests import LANES, Answer, Attempt, Limit, Request
@@ -101,11 +102,12 @@ class Command(NamedTuple):
 
 
 class Billed(NamedTuple):
-    """One ended attempt, the provider's id of it, and the tokens used."""
+    """One ended attempt, the provider's id of it, the tokens used, and the sizes of its request."""
 
     attempt: Attempt
     request_id: str
     usage: Usage
+    sizes: Sizes
 
 
 class Heard(NamedTuple):

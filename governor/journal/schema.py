@@ -267,7 +267,7 @@ class DamagedError(ValueError):
     """Raised for a row whose content cannot be right; the caller adds the journal's name."""
 
 
-_SIZES = tuple(column.name for column in fields(Sizes))
+SIZES = tuple(column.name for column in fields(Sizes))
 _ATTEMPT = Attempt.columns()
 _ANSWER = (
     *("status", "error_code", "message", "retry_after_s", "used_prompt_tokens", "used_output_tokens"),
@@ -277,13 +277,17 @@ _ANSWER = (
 
 def request_of(row: Any, body: dict[str, Any] | None) -> Request:
     """Return the request of a row of `requests`."""
-    sizes = Sizes(*(getattr(row, name) for name in _SIZES))
-    return Request(row.request, row.custom_id, row.url, row.model, body, sizes, row.pool)
+    return Request(row.request, row.custom_id, row.url, row.model, body, sizes_of(row), row.pool)
+
+
+def sizes_of(row: Any) -> Sizes:
+    """Return the sizes in a row of `requests`."""
+    return Sizes(*(getattr(row, name) for name in SIZES))
 
 
 def sizes_row(sizes: Sizes) -> dict[str, int]:
     """Return the columns of `requests` that hold sizes."""
-    return {name: getattr(sizes, name) for name in _SIZES}
+    return {name: getattr(sizes, name) for name in SIZES}
 
 
 def result_row(request: int, answer: Answer) -> dict[str, Any]:

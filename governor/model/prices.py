@@ -1,9 +1,13 @@
 """Cost of a run: prices per model, the tokens that are billed, and the budget of `--max-cost`.
 
 Formula, per attempt that was answered: (prompt - cached) x input + cached x cached_input + output x output, each price
-per million tokens. Cached tokens are part of the prompt and reasoning tokens part of the output, as providers state
-them in `usage`; a price without `cached_input` bills cached tokens in full. Rejected and failed attempts cost nothing,
-except those whose body states what they used: a success that cannot be read is paid for.
+per million tokens, times the factor of the service tier that served it. Cached tokens are part of the prompt and
+reasoning tokens part of the output, as providers state them in `usage`; a price without `cached_input` bills cached
+tokens in full. Where a price is `long`, a prompt above `LONG_PROMPT` tokens doubles the input prices of its whole
+request and makes its output half as expensive again. Rejected and failed attempts cost nothing, except those whose body
+states what they used.
+
+A success that cannot be read, or that states no usage, is paid for: it counts at its worst, `most_used`.
 
 A price file is dated and meant to be edited by the user (`--prices FILE`); the file shipped with the package lies
 beside this module. A model without a known price has no cost: the total is then unknown too, and is never shown as if
@@ -22,24 +26,36 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from governor.model.errors import BadInput, quoted
-from governor.model.estimate import kind_of
+from governor.model.estimate import EMBEDDINGS, Sizes, kind_of
 from governor.model.files import only_keys, read_yaml
-from governor.model.requests import Attempt, Outcome, usage_of
+from governor.model.requests import BATCH, STANDARD, Attempt, Outcome, tier_of, usage_of
 
 PER = 1_000_000
 SHIPPED = Path(__file__).with_name("prices.yaml")
 # A model's name may carry the date of its snapshot.
 _SNAPSHOT = re.compile(r"-\d{4}-?\d{2}-?\d{2}$")
-_KEYS = ("since", "input", "cached_input", "output")
+_RATES = ("input", "cached_input", "output")
+_FACTORS = ("batch", "flex", "priority")
+_KEYS = ("since", *_RATES, *_FACTORS, "long", "output_max")
+
+# The Batch API takes half the price off for every model that it serves.
+BATCH_FACTOR = 0.5
+LONG_PROMPT, LONG_INPUT, LONG_OUTPUT = 272_000, 2.0, 1.5
+# Tables of numbers have up to so many times the tokens that are estimated (docs/explanation/provider.md#sizes).
+PROMPT_WORST = 2.2
 
 
 class Usage(NamedTuple):
-    """Tokens that an answer states as used: `cached` is part of `prompt`, `reasoning` of `output`. -1 = unknown."""
+    """Tokens that an answer states as used: `cached` is part of `prompt`, `reasoning` of `output`. -1 = unknown.
+
+    `tier`: the service tier that served it; see `STANDARD`.
+    """
 
     prompt: int = -1
     output: int = -1
     cached: int = 0
     reasoning: int = 0
+    tier: str = STANDARD
 
 
 def usage_in(body: Mapping[str, Any] | None) -> Usage:
@@ -49,10 +65,12 @@ def usage_in(body: Mapping[str, Any] | None) -> Usage:
     prompt, output = usage_of(body)
     usage = body.get("usage")
     if not isinstance(usage, Mapping):
-        return Usage(prompt, output)
+        return Usage(prompt, output, tier=tier_of(body))
     cached = _detail(usage, ("prompt_tokens_details", "input_tokens_details"), "cached_tokens")
     reasoning = _detail(usage, ("completion_tokens_details", "output_tokens_details"), "reasoning_tokens")
-    return Usage(prompt, output, min(cached, max(prompt, 0)), min(reasoning, max(output, 0)))
+    # Anthropic states the tier within its usage.
+    tier = tier_of(body) or tier_of(usage)
+    return Usage(prompt, output, min(cached, max(prompt, 0)), min(reasoning, max(output, 0)), tier)
 
 
 def _detail(usage: Mapping[str, Any], groups: tuple[str, ...], key: str) -> int:
@@ -65,18 +83,48 @@ def _detail(usage: Mapping[str, Any], groups: tuple[str, ...], key: str) -> int:
 
 
 class Price(NamedTuple):
-    """US dollars per million tokens, valid from a given day."""
+    """US dollars per million tokens, valid from a given day, for standard processing.
+
+    `batch`, `flex`, `priority`: factors of these tiers, None = the model has no such price. `long`: prompts above
+    `LONG_PROMPT` cost more. `output_max`: most tokens that the model writes, 0 = unknown.
+    """
 
     since: date
     input: float
     cached_input: float
     output: float
+    batch: float | None = BATCH_FACTOR
+    flex: float | None = None
+    priority: float | None = None
+    long: bool = False
+    output_max: int = 0
+
+    def at(self, tier: str) -> Price | None:
+        """Return the price in a tier; None if it is unknown."""
+        if tier == STANDARD:
+            return self
+        factor = getattr(self, tier) if tier in _FACTORS else None
+        if factor is None:
+            return None
+        return self._replace(**{rate: factor * getattr(self, rate) for rate in _RATES})
 
     def cost_usd(self, usage: Usage) -> float:
-        """Return the cost of this usage in US dollars; counts that are not stated cost nothing."""
-        prompt, output = max(usage.prompt, 0), max(usage.output, 0)
-        whole = (prompt - usage.cached) * self.input + usage.cached * self.cached_input + output * self.output
-        return whole / PER
+        """Return the cost of one answer in US dollars, whatever its tier; counts that are not stated cost nothing."""
+        prompt = max(usage.prompt, 0)
+        return self.sum_usd(prompt, usage.cached, max(usage.output, 0), is_long=prompt > LONG_PROMPT)
+
+    def sum_usd(self, prompt: float, cached: float, output: float, *, is_long: bool = False) -> float:
+        """Return the cost of tokens summed over any number of answers; `is_long`: their prompts are."""
+        fresh = (prompt - cached) * self.input + cached * self.cached_input
+        written = output * self.output
+        return (fresh * LONG_INPUT + written * LONG_OUTPUT if is_long and self.long else fresh + written) / PER
+
+    def most_used(self, sizes: Sizes) -> Usage | None:
+        """Return the most that an answer to such a request can have used; None if nothing bounds its length."""
+        cap = sizes.max_tokens if sizes.max_tokens >= 0 else self.output_max
+        if not cap and sizes.endpoint != EMBEDDINGS and sizes.max_tokens < 0:
+            return None
+        return Usage(math.ceil(PROMPT_WORST * sizes.prompt_tokens), cap * sizes.n)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +135,15 @@ class Prices:
     name: str = ""
     checked: str = ""
 
-    def of(self, model: str, day: date) -> Price | None:
-        """Return the price of a model on a day: by its full name, then without the snapshot's date, then by pattern."""
+    def of(self, model: str, day: date, tier: str = STANDARD) -> Price | None:
+        """Return the price of a model on a day and in a tier.
+
+        Its name is looked up in full, then without the snapshot's date, then by pattern.
+        """
+        price = self._standard(model, day)
+        return price.at(tier) if price is not None else None
+
+    def _standard(self, model: str, day: date) -> Price | None:
         for name in (model, _SNAPSHOT.sub("", model)):
             if name in self.models:
                 return _newest(self.models[name], day)
@@ -111,44 +166,61 @@ def _newest(prices: tuple[Price, ...], day: date) -> Price | None:
 class Spent:
     """The running total of a run. `cost_usd` is a sum over answers whose price is known; `unpriced` counts the rest.
 
-    `since_usd`: the cost of earlier sessions of the same run.
+    `assumed_usd`: the part of it for answers of unknown usage, counted at their worst. `since_usd`: the cost of earlier
+    sessions of the same run. `committed`: what is bought but not yet answered, by any key, such as a batch in a queue.
     """
 
     def __init__(self, prices: Prices, day: date, since_usd: float = 0.0) -> None:
         self.cost_usd = since_usd
+        self.assumed_usd = 0.0
         self.unpriced = 0
         self.cached_tokens = 0
         self.reasoning_tokens = 0
+        self.committed: dict[object, float] = {}
         self._prices = prices
         self._day = day
-        self._known: dict[str, Price | None] = {}
+        self._known: dict[tuple[str, str], Price | None] = {}
 
-    def price(self, model: str) -> Price | None:
-        """Return the price of a model on the day of the run."""
-        if model not in self._known:
-            self._known[model] = self._prices.of(model, self._day)
-        return self._known[model]
+    def price(self, model: str, tier: str = STANDARD) -> Price | None:
+        """Return the price of a model in a tier, on the day of the run."""
+        if (model, tier) not in self._known:
+            self._known[model, tier] = self._prices.of(model, self._day, tier)
+        return self._known[model, tier]
 
-    def attempted(self, attempt: Attempt, usage: Usage) -> float:
-        """Add an attempt that is over; return its cost in US dollars, -1 = unknown."""
-        is_paid = attempt.outcome is Outcome.OK or usage.prompt >= 0
-        return self.answered(attempt.model, usage) if is_paid else 0.0
+    def attempted(self, attempt: Attempt, usage: Usage, sizes: Sizes | None = None) -> float:
+        """Add an attempt that is over; return its cost in US dollars, -1 = unknown. `sizes`: see `answered`."""
+        if attempt.outcome not in (Outcome.OK, Outcome.MALFORMED) and usage.prompt < 0:
+            return 0.0
+        # The place is ours to know: the answers of a batch need not state it.
+        tier = BATCH if attempt.lane == BATCH else usage.tier
+        return self.answered(attempt.model, usage._replace(tier=tier), sizes)
 
-    def answered(self, model: str, usage: Usage) -> float:
-        """Add an answer; return its cost in US dollars, -1 = unknown."""
+    def answered(self, model: str, usage: Usage, sizes: Sizes | None = None) -> float:
+        """Add an answer; return its cost in US dollars, -1 = unknown.
+
+        `sizes`: its request's, by which an answer of unknown usage is counted at its worst.
+        """
         self.cached_tokens += usage.cached
         self.reasoning_tokens += usage.reasoning
-        price = self.price(model)
-        if price is None or usage.prompt < 0:
+        price = self.price(model, usage.tier)
+        used = usage if usage.prompt >= 0 or price is None or sizes is None else price.most_used(sizes)
+        if price is None or used is None or used.prompt < 0:
             self.unpriced += 1
             return -1.0
-        cost = price.cost_usd(usage)
+        cost = price.cost_usd(used)
         self.cost_usd += cost
+        if used is not usage:
+            self.assumed_usd += cost
         return cost
 
     def total_usd(self) -> float | None:
         """Return the cost, or None if part of it is unknown."""
         return None if self.unpriced else self.cost_usd
+
+    @property
+    def bound_usd(self) -> float:
+        """Return what is spent and committed."""
+        return self.cost_usd + math.fsum(self.committed.values())
 
 
 # ---------------------------------------------------------------- reading
@@ -183,11 +255,19 @@ def _entries(place: str, stated: Any, name: str) -> tuple[Price, ...]:
         since = entry.get("since", date.min)
         if type(since) is not date:
             raise BadInput(f"{place}since is {quoted(since)}: write a day, YYYY-MM-DD", name)
-        known = {key: _dollars(entry[key], f"{place}{key}", name) for key in _KEYS[1:] if key in entry}
+        known = {key: _dollars(entry[key], f"{place}{key}", name) for key in _RATES if key in entry}
+        factors = {key: _number(entry[key], f"{place}{key}", name, "a factor") for key in _FACTORS if key in entry}
+        is_long, most = (
+            entry.get("long", False),
+            _number(entry.get("output_max", 0), f"{place}output_max", name, "tokens"),
+        )
+        if type(is_long) is not bool:
+            raise BadInput(f"{place}long is {quoted(is_long)}: write true or false", name)
         for key in ("input", "output"):
             if key not in known:
                 raise BadInput(f"{place}{key} is missing: US dollars per million tokens", name)
-        prices.append(Price(since, known["input"], known.get("cached_input", known["input"]), known["output"]))
+        rates = (known["input"], known.get("cached_input", known["input"]), known["output"])
+        prices.append(Price(since, *rates, **factors, long=is_long, output_max=round(most)))
     days = [price.since for price in prices]
     if len(set(days)) != len(days) or not prices:
         raise BadInput(f"{place}each price needs its own day in 'since'", name)
@@ -195,8 +275,12 @@ def _entries(place: str, stated: Any, name: str) -> tuple[Price, ...]:
 
 
 def _dollars(value: Any, place: str, name: str) -> float:
+    return _number(value, place, name, "US dollars per million tokens")
+
+
+def _number(value: Any, place: str, name: str, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value < math.inf:
-        raise BadInput(f"{place} is {quoted(value)}: it must be US dollars per million tokens, from 0 up", name)
+        raise BadInput(f"{place} is {quoted(value)}: it must be {what}, from 0 up", name)
     return float(value)
 
 

@@ -28,6 +28,9 @@ SERVICE_TIERS = (
     *("auto", "default", "flex", "scale", "priority", "fast", "ultrafast"),
     *("on_demand", "performance"),
 )
+# Places and tiers with prices of their own, and the other names under which providers state them.
+STANDARD, BATCH, FLEX, PRIORITY = "", "batch", "flex", "priority"
+_TIER_OF = {**dict.fromkeys(("default", "standard", "auto", "on_demand"), STANDARD), "fast": PRIORITY}
 # Body fields that would leave no answer to keep, or a different one with each attempt: the values that a batch may
 # carry besides null, and for all other values the reason with its remedy.
 UNSERVED: dict[str, tuple[tuple[object, ...], str]] = {
@@ -96,6 +99,7 @@ class Request:
     """One line of a batch. `index` counts requests from 0 in file order. `body`: None if it was not kept.
 
     `unseen`: the kinds of content of unknown length that it points to (see `estimate.measured`).
+    `tier`: the service tier that it asks for.
     """
 
     index: int
@@ -106,6 +110,7 @@ class Request:
     sizes: Sizes
     pool: str = "default"
     unseen: tuple[str, ...] = ()
+    tier: str = STANDARD
 
 
 class Outcome(StrEnum):
@@ -292,6 +297,12 @@ def read_results(lines: Iterable[str | bytes], name: str) -> Iterator[OldResult]
         raise BadInput("no results in it", name)
 
 
+def tier_of(body: Mapping[str, Any]) -> str:
+    """Return the service tier that a request asks for, or that an answer states."""
+    stated = body.get("service_tier")
+    return _TIER_OF.get(stated, stated[:40]) if isinstance(stated, str) else STANDARD
+
+
 def usage_of(body: Mapping[str, Any]) -> tuple[int, int]:
     """Return the prompt and output tokens in a response's `usage`, whatever its endpoint; -1 = absent.
 
@@ -384,7 +395,8 @@ def _request(record: dict[str, Any], index: int, keep_body: bool, pool: str, fil
     if any(each < " " or "\x7f" <= each < "\xa0" for each in model):
         raise BadInput(f"body.model {quoted(model)} holds control characters: no model has such a name")
     sizes, unseen = measured(endpoint, body, file_tokens)
-    return Request(index, custom_id, url, model, body if keep_body else None, sizes, pool, tuple(unseen))
+    kept = body if keep_body else None
+    return Request(index, custom_id, url, model, kept, sizes, pool, tuple(unseen), tier_of(body))
 
 
 class Unseen:

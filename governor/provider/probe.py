@@ -187,7 +187,7 @@ def foreseen_usd(price: Price, tpm: float, rpm: float, charge_rule: str) -> floa
     else:
         output += 1.05 * tpm
         prompt += (FILL_RATIO * tpm if FILL_RATIO * tpm <= PROMPT_MOST else 0.0) + 3.0 * tpm
-    return price.cost_usd(Usage(round(prompt), round(output)))
+    return price.sum_usd(round(prompt), 0, round(output))
 
 
 def used_in(answer: Answer) -> float:

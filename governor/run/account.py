@@ -138,8 +138,8 @@ def _moved(attempt: Attempt, time: Worked) -> Attempt:
 def spent_before(journal: Journal, prices: Prices, day: date) -> Spent:
     """Return the cost of the answers so far, from the attempts in the journal."""
     spent = Spent(prices, day)
-    for attempt, _, usage in journal.billed():
-        spent.attempted(attempt, usage)
+    for attempt, _, usage, sizes in journal.billed():
+        spent.attempted(attempt, usage, sizes)
     return spent
 
 
@@ -149,8 +149,8 @@ ATTEMPT_COLUMNS = (*Attempt.columns(), "request_id", "cached_tokens", "reasoning
 def attempt_rows(journal: Journal, prices: Prices, day: date) -> Iterator[tuple[Any, ...]]:
     """Yield every ended attempt as a row of ATTEMPT_COLUMNS; absent values and unknown costs are empty."""
     spent = Spent(prices, day)
-    for attempt, request_id, usage in journal.billed():
-        cost = spent.attempted(attempt, usage)
+    for attempt, request_id, usage, sizes in journal.billed():
+        cost = spent.attempted(attempt, usage, sizes)
         values = (*attempt.row(), request_id, usage.cached, usage.reasoning, cost)
         yield tuple("" if value in (-1, -1.0) else value for value in values)
 

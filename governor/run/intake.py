@@ -109,7 +109,7 @@ def read_demands(
     with _opened(path) as file:
         requests = read_requests(file, str(path), keep_body=False, file_tokens=file_tokens)
         for request, pool in pooled(requests, pools, str(path)):
-            demands[pool.name].add(request.model, request.sizes, reserve_of(pool.policy, request.sizes))
+            demands[pool.name].add(request.model, request.sizes, reserve_of(pool.policy, request.sizes), request.tier)
             if unseen is not None:
                 unseen.add(request)
     return demands
@@ -194,7 +194,7 @@ def _made(
                     raise
                 oversized += 1
             else:
-                demands[pool.name].add(request.model, request.sizes, int(work.reserve))
+                demands[pool.name].add(request.model, request.sizes, int(work.reserve), request.tier)
             yield work
 
     with _opened(path) as file:
@@ -341,7 +341,7 @@ def _left(
                 raise
             oversized += 1
         else:
-            demands[pool.name].add(request.model, request.sizes, reserve)
+            demands[pool.name].add(request.model, request.sizes, reserve, request.tier)
     if taken < left:
         names = ", ".join(pool.name for pool in pools)
         raise BadInput(

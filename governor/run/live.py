@@ -297,19 +297,23 @@ class LiveRun:
     def _over_budget(self) -> None:
         """Stop if the budget is used up; called after each launch and answer.
 
-        Requests in flight count at the mean cost so far. An answer that states no usage has cost money as well: its
-        expected cost counts.
+        Requests in flight count at the mean cost so far, and batches in a queue as committed. An answer that states no
+        usage counts at its worst, or at the expected cost of a request if nothing bounds it.
         """
         limit, spent = self.manner.max_cost, self.leg.spent
         if limit is None or self._stopped():
             return
-        priced = sum(run.meter.answers for run in self.runs.values()) - (spent.unpriced - self._unpriced_before)
-        mean = (spent.cost_usd - self._cost_before) / priced if priced else self.leg.request_usd
+        answers = sum(run.meter.answers for run in self.runs.values()) - (spent.unpriced - self._unpriced_before)
+        sure_usd = spent.cost_usd - self._cost_before - spent.assumed_usd
+        mean = sure_usd / answers if answers and sure_usd > 0.0 else self.leg.request_usd
         untold_usd = spent.unpriced * self.leg.request_usd
-        if spent.cost_usd + untold_usd + mean * self._in_flight() >= limit:
-            untold = f" and an estimated {dollars_text(untold_usd)} for answers without usage" if untold_usd else ""
-            what = f"--max-cost {dollars_text(limit)}: {dollars_text(spent.cost_usd)} spent{untold}"
-            self.say(f"{what}, nothing more is launched")
+        if spent.bound_usd + untold_usd + mean * self._in_flight() >= limit:
+            what = f"--max-cost {dollars_text(limit)}: {dollars_text(spent.cost_usd + untold_usd)} spent"
+            if untold_usd + spent.assumed_usd:
+                what += f", {dollars_text(untold_usd + spent.assumed_usd)} of it assumed for answers without usage"
+            if spent.committed:
+                what += f", {dollars_text(spent.bound_usd - spent.cost_usd)} committed to batches in the queue"
+            self.say(f"{what}: nothing more is launched")
             self.stop(MAX_COST)
 
     # ------------------------------------------------------------ the canary

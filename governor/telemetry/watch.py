@@ -17,6 +17,7 @@ from governor.forecast.guard import Measured
 from governor.forecast.summary import Tally
 from governor.law import PROBE_GAP_MAX_S
 from governor.model.errors import quoted
+from governor.model.estimate import Sizes
 from governor.model.policy import KNOB_BY_ENV, Policy
 from governor.model.pools import Pool
 from governor.model.prices import Spent, usage_in
@@ -99,14 +100,14 @@ class Meter(Observer):
         self.in_flight = 0
         self._minute = [0.0] * 60
         self._minute_at = 0
-        self._reserve_of: dict[int, float] = {}
+        self._launched: dict[int, tuple[float, Sizes | None]] = {}
 
     def launched(self, job: Job, now: float) -> None:
         self.tally.launched()
         self.in_flight += 1
         self._roll(now)
         self._minute[int(now) % 60] += job.reserve
-        self._reserve_of.setdefault(job.index, job.reserve)
+        self._launched.setdefault(job.index, (job.reserve, job.request.sizes if job.request is not None else None))
 
     def attempted(self, attempt: Attempt, answer: Answer, failure: str) -> None:
         self.in_flight -= 1
@@ -117,7 +118,7 @@ class Meter(Observer):
         waits_s = self.tally.waits_s
         for i, name in enumerate(_WAITED, 1):
             waits_s[i] += getattr(attempt, name)
-        self.spent.attempted(attempt, usage_in(answer.body))
+        self.spent.attempted(attempt, usage_in(answer.body), self._launched.get(attempt.request, (0.0, None))[1])
         if attempt.outcome is not Outcome.OK:
             return
         service_s = attempt.finished_s - attempt.launched_s
@@ -133,7 +134,7 @@ class Meter(Observer):
     def ended(self, request: Request, failure: str, answer: Answer | None, now: float) -> None:
         self.tally.ended(failure, now)
         self.left -= 1
-        self.left_tokens -= self._reserve_of.pop(request.index, 0.0)
+        self.left_tokens -= self._launched.pop(request.index, (0.0, None))[0]
 
     def deferred(self, cause: int) -> None:
         self.tally.deferrals[cause] += 1

@@ -120,7 +120,8 @@ def test_a_demand_adds_up() -> None:
         found.add(model, sizes(), reserve)
     load = found.load()
     assert (load.count, load.total, load.largest, load.smallest) == (3, 60, 30, 10)
-    assert (found.models, found.prompt_tokens) == ({"a": 2, "b": 1}, {"a": 200, "b": 100})
+    assert found.models == {"a": 2, "b": 1}
+    assert {model: sums[0] for (model, _, _), sums in found.billed.items()} == {"a": 200.0, "b": 100.0}
     assert list(found.rows()) == [("a", sizes()), ("b", sizes()), ("a", sizes())]
     first = found.first(2, lambda each: each.prompt_tokens)
     assert (first.requests, first.total, first.models) == (2, 200, {"a": 1, "b": 1})

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from governor.model.errors import BadInput
-from governor.model.prices import Price, Prices, Spent, Usage, dollars_text, read_prices, usage_in
+from governor.model.estimate import CHAT, EMBEDDINGS, Sizes
+from governor.model.prices import LONG_PROMPT, Price, Prices, Spent, Usage, dollars_text, read_prices, usage_in
+from sim.model.provider_tiers import LATENCIES, TIERS
 
 DAY = date(2026, 7, 1)
 CHEAP = Price(date(2025, 1, 1), 2.0, 0.5, 8.0)
@@ -106,11 +108,60 @@ def test_spent_adds_up_and_says_when_it_does_not_know() -> None:
 
 def test_the_shipped_list_reads_and_is_dated() -> None:
     prices = read_prices()
-    assert date.fromisoformat(prices.checked) <= DAY
+    day = date.fromisoformat(prices.checked)
+    for model in {*TIERS, *LATENCIES} - {"gpt-5.5-long-context", "gpt-4"}:
+        assert prices.of(model, day) is not None, model
+        assert prices.of(model, day, "batch") is not None
+    assert prices.of("gpt-4o", day, "flex") is None
     for model in ("gpt-4o", "gpt-4o-2024-08-06", "gpt-4.1-mini", "text-embedding-3-small"):
         price = prices.of(model, DAY)
         assert price is not None
         assert 0.0 < price.cached_input <= price.input
+
+
+def test_a_tier_is_a_factor_on_all_three_prices() -> None:
+    price = CHEAP._replace(flex=0.5, priority=1.7)
+    usage = Usage(3_000, 500, 1_000)
+    for tier, factor in (("", 1.0), ("batch", 0.5), ("flex", 0.5), ("priority", 1.7)):
+        found = price.at(tier)
+        assert found is not None
+        assert found.cost_usd(usage) == pytest.approx(factor * bill(usage))
+    assert price.at("ultrafast") is None
+    assert CHEAP.at("flex") is None
+
+
+def test_an_answer_states_its_tier() -> None:
+    usage = {"prompt_tokens": 4, "completion_tokens": 1}
+    stated = {name: usage_in({"usage": usage, "service_tier": name}).tier for name in ("default", "flex", "fast", "x")}
+    assert stated == {"default": "", "flex": "flex", "fast": "priority", "x": "x"}
+    assert usage_in({"usage": usage | {"service_tier": "batch"}}).tier == "batch"
+
+
+def test_a_long_prompt_makes_its_request_dearer() -> None:
+    price = CHEAP._replace(long=True)
+    assert price.cost_usd(Usage(LONG_PROMPT, 100)) == pytest.approx((LONG_PROMPT * 2.0 + 100 * 8.0) / 1e6)
+    assert price.cost_usd(Usage(LONG_PROMPT + 1, 100)) == pytest.approx(((LONG_PROMPT + 1) * 4.0 + 100 * 12.0) / 1e6)
+
+
+def test_an_answer_of_unknown_usage_counts_at_its_worst() -> None:
+    """The declared cap, else the model's own; and the prompt as the worst estimates that were measured."""
+    prices = Prices({"m": (CHEAP,), "capped": (CHEAP._replace(output_max=2_000),)})
+    declared, open_end = Sizes(CHAT, 1_000, 0, 0, 1, 0, 0, 2, 300), Sizes(CHAT, 1_000, 0, 0, 1, 0, 0, 1, -1)
+    spent = Spent(prices, DAY)
+    assert spent.answered("m", Usage(), declared) == pytest.approx((2_200 * 2.0 + 600 * 8.0) / 1e6)
+    assert spent.answered("capped", Usage(), open_end) == pytest.approx((2_200 * 2.0 + 2_000 * 8.0) / 1e6)
+    assert spent.answered("m", Usage(), Sizes(EMBEDDINGS, 1_000, 0, 0, 0, 0, 0, 1, -1)) == pytest.approx(4_400 / 1e6)
+    assert spent.assumed_usd == spent.cost_usd == spent.total_usd()
+    assert spent.answered("m", Usage(), open_end) == -1.0
+    assert spent.total_usd() is None
+
+
+def test_what_is_in_a_queue_is_committed_until_it_is_answered() -> None:
+    spent = Spent(Prices({"m": (CHEAP,)}), DAY, since_usd=1.0)
+    spent.committed["wave 1"] = 2.0
+    assert (spent.bound_usd, spent.cost_usd) == (3.0, 1.0)
+    del spent.committed["wave 1"]
+    assert spent.bound_usd == 1.0
 
 
 @pytest.mark.parametrize(
@@ -130,6 +181,8 @@ def test_the_shipped_list_reads_and_is_dated() -> None:
         ("models: {m: {since: soon, input: 1, output: 1}}\n", "models.m: since is 'soon'"),
         ("models: {m: []}\n", "models.m: each price needs its own day"),
         ("models: {m: [{input: 1, output: 1}, {input: 2, output: 2}]}\n", "each price needs its own day"),
+        ("models: {m: {input: 1, output: 1, flex: half}}\n", "models.m: flex is 'half': it must be a factor"),
+        ("models: {m: {input: 1, output: 1, long: 272000}}\n", "models.m: long is 272000: write true or false"),
         ("models: {m: 3}\n", "models.m: a number where"),
         (
             "models:\n  m: {input: 1, output: 1}\n  m: {input: 2, output: 1}\n",
