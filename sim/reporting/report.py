@@ -7,10 +7,10 @@ on a clock or a machine.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
@@ -18,35 +18,17 @@ from markupsafe import Markup, escape
 from governor.forecast.summary import Grant
 from governor.model.files import write_atomically
 from governor.model.policy import KNOB_BY_ENV
-from governor.model.prices import dollars_text
-from sim.base import palette, words
+from sim.base import palette
 from sim.base.words import duration, number, percent, seconds_text
-from sim.experiment.results import Estimate, Forecast, Plan, Recommendation, Step, at_most
+from sim.experiment.results import Forecast, Plan, Recommendation, Step
 from sim.reporting import report_text as text
+from sim.reporting.comparison import Cell, comparison
 
 Provenance = Mapping[str, tuple[str, str]]
 ProviderText = Mapping[str, tuple[str, str]] | Iterable[tuple[str, str, str]]
 
 NEVER = "never yet"
 _MARKS = {"": "✓", "over": "▲", "lost": "✕"}
-
-
-class Cell(NamedTuple):
-    """One table cell: text, small print below it, a tooltip; `kind` lost, over, kept or "", and that kind's symbol."""
-
-    text: str
-    detail: str = ""
-    tip: str = ""
-    kind: str = ""
-    mark: str = ""
-
-
-class HeadlineRow(NamedTuple):
-    """One row of a table: its heading with a line of small print, and its cells."""
-
-    name: str
-    about: str
-    cells: list[Cell]
 
 
 def render(
@@ -188,79 +170,16 @@ def _changes(found: Recommendation) -> str:
     return _count(len(found.steps), "change") if found.steps else "no change"
 
 
-def _headline(plan: Plan) -> list[HeadlineRow]:
+def _headline(plan: Plan) -> list[dict[str, Any]]:
     """Return the table of the answer: a row per figure, a column per policy."""
-    forecasts = text.policies_of(plan)
-
-    def row(name: str, about: str, cell: Callable[[Forecast], Cell]) -> HeadlineRow:
-        return HeadlineRow(name, about, [cell(f) for f in forecasts.values()])
-
-    rows = [
-        row("Finish time, P50", "half of the runs are done by then", lambda f: _percentile(f, 0.5)),
-        row("Finish time, P95", "19 of 20 runs are done by then", lambda f: _percentile(f, 0.95)),
+    return [
+        {
+            "name": f"{row.name[0].upper()}{row.name[1:]}",
+            "about": row.about,
+            "cells": [cell._replace(text=f"{cell.mark} {cell.text}".strip()) for cell in row.cells],
+        }
+        for row in comparison(plan)
     ]
-    if plan.objective == "p95_latency":
-        rows.append(row("Latency, P95", "19 of 20 requests are answered within", lambda f: _timed(f["latency_p95_s"])))
-    rows += [
-        row("429s per 100 requests", "attempts that the provider refuses", lambda f: _throttled(f, plan)),
-        row("Requests lost", "of all that were simulated", _lost),
-        row("Efficiency", "shortest possible time / time needed", _efficiency),
-    ]
-    if plan.answers_usd is not None:
-        rows.append(
-            row("Cost", "all answers once, and what is paid beside", lambda f: _cost(f, plan.answers_usd or 0.0))
-        )
-    gains = [Cell("–", "the baseline"), *(_gained(plan, found) for found in (plan.guardrails, plan.full))]
-    name = palette.OBJECTIVES[plan.objective][0]
-    return [*rows, HeadlineRow("Gain", f"in mean {name}, run by run under the same chance", gains)]
-
-
-def _percentile(f: Forecast, ratio: float) -> Cell:
-    found = f.percentile("makespan_s", ratio)
-    return Cell(duration(found.value), text.limits_text(found), seconds_text(found.value))
-
-
-def _timed(e: Estimate) -> Cell:
-    return Cell(duration(e.mean), text.interval(e), seconds_text(e.mean))
-
-
-def _throttled(f: Forecast, plan: Plan) -> Cell:
-    e = f["throttled_per_100"]
-    kind = "over" if e.mean > text.throttled_limit(plan) else ""
-    attempts = round(sum(run["attempts"] for run in f.runs))
-    if e.mean == 0.0:
-        return Cell("0", f"0 of {attempts:,} attempts, {words.below(at_most(0, attempts))}")
-    mark = "▲ " if kind else ""
-    return Cell(mark + number(e.mean), text.interval(e, "number"), f"{number(f['throttled'].mean)} in a run", kind)
-
-
-def _lost(f: Forecast) -> Cell:
-    limit = words.below(f.lost_at_most)
-    codes = ", ".join(f"{code}: {number(count)} per run" for code, count in f.failures.items())
-    seen = f"{'✕ ' if f.lost else ''}{f.lost:,} of {f.trials:,}"
-    return Cell(seen, f"{percent(f.lost / f.trials)}, {limit}" if f.lost else limit, codes, "lost" if f.lost else "")
-
-
-def _efficiency(f: Forecast) -> Cell:
-    e = f["efficiency"]
-    if f.lost:
-        return Cell("not quoted", "because requests were lost")
-    if not e.n:
-        return Cell("not known", "the bound does not apply here")
-    return Cell(percent(e.mean), text.interval(e, "percent"))
-
-
-def _cost(f: Forecast, answers_usd: float) -> Cell:
-    extra = f["extra_usd"]
-    beside = f"{dollars_text(extra.mean)} for time-outs, re-sends and finalize passes"
-    return Cell(dollars_text(answers_usd + extra.mean), beside if extra.mean > 0.0 else "no extra cost")
-
-
-def _gained(plan: Plan, found: Recommendation) -> Cell:
-    gain, share = found.gain_s, text.gain_share(found, plan)
-    if not found.steps:
-        return Cell("none", "these are today's settings")
-    return Cell(f"{duration(gain.mean)} ({percent(share)})", text.interval(gain), seconds_text(gain.mean))
 
 
 def _noise_text(plan: Plan) -> str:

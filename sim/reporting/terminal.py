@@ -6,22 +6,21 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from governor.forecast.summary import Summary
 from governor.model.phrases import WAITED_FOR, plural
 from governor.model.policy import KNOB_BY_ENV, Policy
-from governor.model.prices import dollars_text
 from governor.model.requests import CAUSES
 from governor.model.words import knob_text
 from sim.base import words
 from sim.base.layout import facts, table, wrapped
-from sim.experiment.results import Estimate, Forecast, Plan, Recommendation, at_most
+from sim.experiment.results import Forecast, Plan, Recommendation, at_most
 from sim.model.workload import ASSUMED, MEASURED, Provenance
+from sim.reporting.comparison import comparison
 from sim.reporting.report_text import (
     find_out,
     interval,
-    limits_text,
     lost_text,
     promise,
     robustness,
@@ -30,9 +29,6 @@ from sim.reporting.report_text import (
 )
 from sim.scenario.scenario import Scenario
 from sim.scenario.stress import stress_notes
-
-if TYPE_CHECKING:
-    pass
 
 # A flat reservation of this many times the charge is named as the reason why the budget binds.
 OVER_RESERVED = 1.5
@@ -279,37 +275,12 @@ def _matters(plan: Plan) -> str:
 
 
 def comparison_rows(plan: Plan) -> list[list[str]]:
-    """Return the deciding figures of now, guardrails only and recommended side by side; the first row is a header."""
-    forecasts = (plan.now, plan.guardrails.forecast, plan.full.forecast)
-    gains: list[Estimate | None] = [None, plan.guardrails.gain_s, plan.full.gain_s]
-    objective = {"makespan": "makespan_s", "p95_latency": "latency_p95_s"}[plan.objective]
-    base = plan.now[objective].mean
-
-    def gain(e: Estimate | None) -> str:
-        if e is None:
-            return ""
-        return f"{words.duration(e.mean)}, {words.percent(e.mean / base)}" if base > 0.0 else words.duration(e.mean)
-
+    """Return the comparison of now, guardrails only and recommended as rows of text; the first row is a header."""
     rows = [["", "now", "guardrails only", "recommended"]]
-    rows.append(["finishes after, P50", *(words.duration(f["makespan_s"].p50) for f in forecasts)])
-    rows.append(["finishes after, P95", *(words.duration(f["makespan_s"].p95) for f in forecasts)])
-    rows.append(["  its 95 % limits", *(limits_text(f.percentile("makespan_s", 0.95)) for f in forecasts)])
-    if plan.drawn is not None:
-        outcomes = [plan.drawn.outcomes[who].bad("makespan_s") for who in ("now", "guardrails", "recommended")]
-        rows.append(["in 95 of 100 conditions", *(words.duration(value) for value in outcomes)])
-    if objective != "makespan_s":
-        rows.append(["latency P95, mean", *(words.duration(f[objective].mean) for f in forecasts)])
-    rows.append(["gain", *map(gain, gains)])
-    rows.append(["gain, 95 % interval", "", *(interval(e) if e else "" for e in gains[1:])])
-    rows.append(["429s per 100 requests", *(words.number(f["throttled_per_100"].mean) for f in forecasts)])
-    rows.append(["lost", *(f"{f.lost:,} of {f.trials:,}" for f in forecasts)])
-    rows.append(["lost, below at 95 % conf.", *(words.percent_at_most(f.lost_at_most) for f in forecasts)])
-    rows.append(["efficiency", *(words.percent(f["efficiency"].mean) for f in forecasts)])
-    if plan.answers_usd is not None:
-        costs = [plan.answers_usd + f["extra_usd"].mean for f in forecasts]
-        rows.append(["cost", *map(dollars_text, costs)])
-        if any(f["extra_usd"].mean > 0.0 for f in forecasts):
-            rows.append(["  of it beyond the answers", *(dollars_text(f["extra_usd"].mean) for f in forecasts)])
+    for name, _, cells, more in comparison(plan):
+        rows.append([name, *(cell.text for cell in cells)])
+        if more is not None:
+            rows.append([f"  {more[0]}", *more[1]])
     return rows
 
 
