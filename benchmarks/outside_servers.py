@@ -175,7 +175,11 @@ def _slowapi(strategy: str, answer: Answer) -> Any:
     app = FastAPI()
     limiter = Limiter(key_func=get_remote_address, strategy=strategy, headers_enabled=True)
     app.state.limiter = limiter
-    app.add_exception_handler(RateLimitExceeded, _rate_limit_exceeded_handler)  # type: ignore[arg-type, unused-ignore]
+
+    # A handler that is no coroutine would run in a thread, for which `own_time` does not wait.
+    @app.exception_handler(RateLimitExceeded)
+    async def refused(request: Request, error: RateLimitExceeded) -> Response:
+        return _rate_limit_exceeded_handler(request, error)
 
     @app.post("/v1/chat/completions")
     @limiter.limit(f"{TPM}/minute", cost=lambda request: _charge(request.state.body))

@@ -110,7 +110,7 @@ def endpoint(kind: str, time_scale: float) -> Iterator[tuple[str, Callable[[], a
     else:
         with without_threads():
             app: Any = OwnTime(kind)
-            yield BASE_URL, lambda: OwnTimeLoop(app)
+            yield BASE_URL, lambda: OwnTimeLoop(app, counts_work=False)
 
 
 def run_ours(

@@ -278,7 +278,8 @@ def admitted(pp: ProviderParams, ps: ProviderState, seed: int, charge: float, no
     """Decide one attempt at the door and book it if it is admitted; return (outcome, dimension, wait in milliseconds).
 
     Outcome OK, THROTTLED, TOO_LARGE, SLOW_DOWN or QUOTA. The dimension and the exact wait are those of the limit that
-    takes longest; the wait is -1 if waiting does not help or its length is unknown.
+    takes longest, or those of the requests' limit where it is checked first; the wait is -1 if waiting does not help or
+    its length is unknown.
     """
     advanced(pp, ps, seed, now)
     if 0.0 < pp.quota_requests <= ps.admitted:
@@ -288,6 +289,7 @@ def admitted(pp: ProviderParams, ps: ProviderState, seed: int, charge: float, no
     asked, booked = (1.0, 0.0) if pp.charged_at_answer else (charge, charge)
     tightest = -1
     wait_ms = -1.0
+    requests_wait_ms = -1.0
     for d in range(4):
         limit = pp.limit[d]
         if limit > 0.0:
@@ -300,6 +302,8 @@ def admitted(pp: ProviderParams, ps: ProviderState, seed: int, charge: float, no
             excess = ps.used[d] + requested - capacity
             if excess > ROUNDING:
                 w = room_in_ms(pp, ps, d, excess, limit)
+                if d == RPM:
+                    requests_wait_ms = w
                 if w > wait_ms:
                     wait_ms = w
                     tightest = d
@@ -310,6 +314,9 @@ def admitted(pp: ProviderParams, ps: ProviderState, seed: int, charge: float, no
                     tightest = d
     if tightest >= 0:
         ps.throttled += 1.0
+        if pp.failed_count == REFUSAL_REQUESTS and requests_wait_ms >= 0.0:
+            # Requests are checked before tokens: these were not looked at, and nothing was booked.
+            return THROTTLED, RPM, requests_wait_ms
         if pp.failed_count:
             tokens = booked if pp.failed_count & REFUSAL_TOKENS else 0.0
             taken(pp, ps, tokens, 1.0 if pp.failed_count & REFUSAL_REQUESTS else 0.0, True)

@@ -233,9 +233,10 @@ class ProviderConfig(Config):
     `window`: how minutes are counted (see `windows`): by the clock, with the run starting `phase_s` into a minute; from
     the first request on; as a sliding log; or as a bucket, whose capacity is the limit over `burst_s`. `charged`: at
     admission, or by real use at the answer. `failed_requests_count`: whether refusals count, or the only limit that
-    they count against. `retry_after`: a number states the same seconds always. `header_names`: the names under which
-    counts are stated. `day_*_used`: use of the daily limits before the run. `batch_api`: see `batches`. `learnt`:
-    inputs (names as in `provenance`) that were learnt from a log, and `learnt_from`: that log's name.
+    they count against (`requests`: the limit that is checked first). `retry_after`: a number states the same seconds
+    always. `header_names`: the names under which counts are stated. `day_*_used`: use of the daily limits before the
+    run. `batch_api`: see `batches`. `learnt`: inputs (names as in `provenance`) that were learnt from a log, and
+    `learnt_from`: that log's name.
     """
 
     preset: str = ""

@@ -17,13 +17,13 @@ from sim.model import windows as win
 from sim.model.provider import ProviderState
 from tests.sim.doors import knock, quota
 
-LIMIT, MINUTE_MS = 600, 60_000
+LIMIT, REQUESTS, MINUTE_MS = 600, 30, 60_000
 Door = Callable[[int, int], tuple[bool, int]]
 """Asked (milliseconds, tokens), it says whether they are let in, and if not, how long to wait: milliseconds."""
 
 
-def gcra(burst: int) -> Door:
-    algorithm, rates = GCRA(), [Rate(LIMIT, MINUTE_MS, burst)]
+def gcra(burst: int, limit: int = LIMIT) -> Door:
+    algorithm, rates = GCRA(), [Rate(limit, MINUTE_MS, burst)]
     state = algorithm.initial(rates)
 
     def door(now: int, tokens: int) -> tuple[bool, int]:
@@ -34,8 +34,8 @@ def gcra(burst: int) -> Door:
     return door
 
 
-def logged(algorithm: FixedWindow | SlidingWindowLog) -> Door:
-    bucket = InMemoryBucket([Rate(LIMIT, MINUTE_MS)], algorithm)
+def logged(algorithm: FixedWindow | SlidingWindowLog, limit: int = LIMIT) -> Door:
+    bucket = InMemoryBucket([Rate(limit, MINUTE_MS)], algorithm)
 
     def door(now: int, tokens: int) -> tuple[bool, int]:
         item = RateItem("key", now, tokens)
@@ -75,3 +75,35 @@ def test_pyrate_limiter_lets_in_the_same_attempts(
             assert wait_s * 1_000.0 == pytest.approx(wait_ms, abs=2.5), (seed, now)
     assert refused > 200
     assert len(admitted) > 200
+
+
+@pytest.mark.parametrize(
+    ("doors", "habits"),
+    [
+        (lambda: (gcra(5, REQUESTS), gcra(100)), {"burst_ratio": 100 / LIMIT}),
+        (lambda: (logged(SlidingWindowLog(), REQUESTS), logged(SlidingWindowLog())), {"window": win.SLIDING}),
+    ],
+)
+def test_requests_that_are_checked_before_tokens_state_their_own_wait(
+    doors: Callable[[], tuple[Door, Door]], habits: dict[str, float], seed: int
+) -> None:
+    pp, ps = quota(LIMIT, REQUESTS, failed_count=prov.REFUSAL_REQUESTS, **habits), ProviderState()
+    theirs, rng, now = doors(), random.Random(seed), 0
+    refused, booked = [0, 0], set[int]()
+    for _ in range(2_000):
+        now += 4 * rng.choice([1, 7, 130, rng.randrange(1, 2_000), rng.randrange(1, 1_000)])
+        while now - MINUTE_MS in booked:
+            now += 1  # theirs still counts what is exactly a minute old
+        tokens = rng.randint(1, rng.choice([10, 90]))
+        outcome, d, wait_s = knock(pp, ps, float(tokens), now / 1_000.0)
+        for dimension, (door, amount) in enumerate(zip(theirs, (1, tokens), strict=True)):
+            let_in, wait_ms = door(now, amount)
+            if not let_in:
+                refused[dimension] += 1
+                assert (outcome, d) == (prov.THROTTLED, (win.RPM, win.TPM)[dimension]), (seed, now)
+                assert wait_s * 1_000.0 == pytest.approx(wait_ms, abs=2.5), (seed, now)
+                break
+            booked.add(now)
+        else:
+            assert outcome == prov.OK, (seed, now)
+    assert min(refused) > 50
