@@ -112,12 +112,11 @@ def taken(pp: Any, ps: Any, tokens: float, requests: float, is_capped: bool) -> 
     """
     tokens_before, requests_before = ps.used[TPM], ps.used[RPM]
     for d in range(4):
-        limit = limit_now(pp, ps, d)
-        amount = tokens if d & 1 == 0 else requests
-        if limit > 0.0:
+        if pp.limit[d] > 0.0 and (d >= TPD or ps.factor > 0.0):
+            amount = tokens if d & 1 == 0 else requests
             used = ps.used[d] + amount
-            if is_capped and amount > 0.0 and used > capacity_of(pp, d, limit):
-                used = max(ps.used[d], capacity_of(pp, d, limit))
+            if is_capped and amount > 0.0:
+                used = min(used, max(ps.used[d], capacity_of(pp, d, limit_now(pp, ps, d))))
             ps.used[d] = used if used > 0.0 else 0.0
     if pp.window == SLIDING:
         logged(ps, ps.used[TPM] - tokens_before, ps.used[RPM] - requests_before)
