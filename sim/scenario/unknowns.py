@@ -81,7 +81,10 @@ def _span(values: tuple[float, float], *, percent: bool = False) -> str:
 
 
 def drawn(scenario: Scenario, unknowns: Unknowns, draws: range) -> list[Condition]:
-    """Return the conditions of these draws: all unknowns at once, each from its range."""
+    """Return the conditions of these draws: all unknowns at once, each from its range, and chance of its own.
+
+    Under one seed for all, a stall that this seed happens to have, or to lack, would be in every condition.
+    """
     rules: list[str] = [scenario.provider.charge_rule]
     if unknowns.charge_rules:
         # The rules of the stress set: none if the rule was learnt.
@@ -111,6 +114,7 @@ def _one(scenario: Scenario, unknowns: Unknowns, rules: list[str], i: int) -> Sc
     longer = factor(unknowns.output_factor, 5)
     outputs = np.maximum(1, np.rint(workload.output_tokens * longer)).astype(np.int64)
     return scenario.with_(
+        seed=scenario.seed + i,
         workload=workload.with_(output_tokens=np.where(workload.output_tokens > 0, outputs, 0)),
         provider=provider.with_(
             charge_rule=rules[min(len(rules) - 1, int(len(rules) * u(0)))],

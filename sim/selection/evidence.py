@@ -28,6 +28,7 @@ from sim.experiment.results import (
 from sim.experiment.robustness import Drawn, Outcomes
 from sim.scenario.scenario import Scenario
 from sim.scenario.stress import Condition
+from sim.scenario.unknowns import FRESH_SEEDS
 from sim.selection.hardening import Stress
 from sim.selection.search import Goal, Searcher, score_of
 from sim.selection.space import changed_knobs, full_space
@@ -186,19 +187,22 @@ class Evidence:
     def drawn(self, ranges: str, policies: Sequence[Policy], conditions: Sequence[Condition]) -> Drawn:
         """The plan's policies (see NAMES) under conditions drawn from these ranges, one run in each."""
         named = dict(zip(NAMES, policies, strict=False))
-        runs, seed = self.searcher.runs, self.searcher.seeds[0]
-        runs.require((condition, policy, [seed]) for condition in conditions for policy in named.values())
-        outcomes = {who: self._outcomes(conditions, policy, seed) for who, policy in named.items()}
+        self.searcher.runs.require((c, policy, [_seed(c)]) for c in conditions for policy in named.values())
+        outcomes = {who: self._outcomes(conditions, policy) for who, policy in named.items()}
         return Drawn(ranges, len(conditions), 1, outcomes)
 
-    def _outcomes(self, conditions: Sequence[Condition], policy: Policy, seed: int) -> Outcomes:
+    def _outcomes(self, conditions: Sequence[Condition], policy: Policy) -> Outcomes:
         rows = []
         for condition in conditions:
-            (run,) = self.searcher.runs.figures(condition, policy, [seed])
+            (run,) = self.searcher.runs.figures(condition, policy, [_seed(condition)])
             lost = 100.0 * run["failed"] / run.requests
             rows.append((run["makespan_s"], score_of([run], self.goal)[2], run["throttled_per_100"], lost))
         makespan, objective, throttles, lost_per_100 = np.array(rows, dtype=np.float64).T
         return Outcomes(makespan, objective, throttles, lost_per_100)
+
+
+def _seed(condition: Condition) -> int:
+    return condition.scenario.seed + FRESH_SEEDS
 
 
 def broken_limits(

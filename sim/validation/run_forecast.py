@@ -164,7 +164,7 @@ def _promise_s(workload: Workload, outlook: Outlook, provider: ProviderConfig, u
             policy,
             each.provider,
             finalize=outlook.finalize,
-            seed=outlook.seed + FRESH_SEEDS,
+            seed=each.seed + FRESH_SEEDS,
             engine=engine,
         )
         for each in conditions
