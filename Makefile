@@ -17,7 +17,7 @@ TWIN_ARGS ?=
 WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test proofs lint strip hooks docs check bench twin twin-outside clean
+.PHONY: help install demo test proofs lint strip hooks docs check bench auto twin twin-outside clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -61,6 +61,9 @@ bench: $(STAMP_ALL)  ## every figure that the README claims (BENCH_ARGS=--short 
 		name=$$(basename "$$script" .py); echo "== $$name"; \
 		$(BIN)/python -m "benchmarks.$$name" $(BENCH_ARGS) || missed="$$missed $$name"; \
 	done; [ -z "$$missed" ] || { echo "not as promised:$$missed" >&2; exit 1; }
+
+auto: $(STAMP_ALL)  ## live, flex or Batch API: 200 drawn cases against the clairvoyant's bound (BENCH_ARGS=--list)
+	@$(BIN)/python -m benchmarks.bench_auto $(BENCH_ARGS)
 
 twin: $(STAMP_ALL)  ## 200 pairs of live runs against what is said of them, into docs (TWIN_ARGS=--short: 3, not written)
 	@$(BIN)/python -m benchmarks.twin $(or $(TWIN_ARGS),--write)
