@@ -438,7 +438,7 @@ def summarize(
         arrived_s[a.request] = min(a.submitted_s, arrived_s.get(a.request, math.inf))
         if a.outcome == Outcome.OK and a.lane == "main":
             answers[a.request] = (a.charged_tokens, used, a.finished_s - a.launched_s)
-        elif a.outcome == Outcome.OK:
+        elif a.outcome == Outcome.OK and a.lane == "finalize":
             tally.work.finalized(a.charged_tokens, used)
         flights.append((a.launched_s, a.finished_s))
     for request, answer in answers.items():

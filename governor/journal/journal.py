@@ -62,8 +62,10 @@ from governor.journal.schema import (
     run,
     settings_of,
     to_json,
+    wave_requests,
     work_row,
 )
+from governor.journal.waves import WaveRecorder
 from governor.law import DAY_S, State
 from governor.model.policy import Policy
 from governor.model.requests import CAUSES, LANES, Outcome, Request
@@ -313,6 +315,10 @@ class Journal(Records):
         writer.commit()
         return LegBegun(leg, resent, recorders, tuple(notes))
 
+    def wave_recorder(self, pool: str) -> WaveRecorder:
+        """Return the recorder of a pool's waves; its reports become durable in order with those of the others."""
+        return WaveRecorder(self._running(), pool)
+
     def _state_of(self, pool: str, policy: Policy, at_s: float, notes: list[str]) -> State | None:
         """Return the state from which a pool continues, None in its first leg."""
         if all(stated.pool != pool for stated in self.settings()):
@@ -479,7 +485,9 @@ def stock_taken(connection: Connection, among: ColumnElement[bool] | None = None
     that pass is left of it.
     """
     c, a = requests.c, attempts.c
-    flying = c.state == IN_FLIGHT if among is None else and_(c.state == IN_FLIGHT, among)
+    # What a wave holds is with the Batch API, whichever process runs.
+    flying = and_(c.state == IN_FLIGHT, c.request.not_in(select(wave_requests.c.request)))
+    flying = flying if among is None else and_(flying, among)
     if not connection.execute(select(c.request).where(flying).limit(1)).all():
         return 0
     same = and_(a.request == c.request, a.lane == c.lane, a.attempt == c.attempt, a.launched_s == c.launched_s)

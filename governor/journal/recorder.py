@@ -267,12 +267,12 @@ class Recorder(Observer):
     def suspended(self, attempt: Attempt, answer: Answer) -> None:
         """Mark the request pending, as if this attempt had never been."""
         first_s = -1.0 if attempt.attempt == 1 and attempt.lane == LANES[0] else None
-        move = Move(PENDING, attempt.lane, attempt.attempt, attempt.launched_s, first_s)
+        move = Move(PENDING, _lane_of(attempt), attempt.attempt, attempt.launched_s, first_s)
         self._reported().moved(attempt.request, move)
 
     def backed_off(self, attempt: Attempt, answer: Answer, retry_at_s: float, next_attempt: int) -> None:
         """Mark the request pending until its next attempt."""
-        move = Move(PENDING, attempt.lane, next_attempt, attempt.launched_s, None, retry_at_s)
+        move = Move(PENDING, _lane_of(attempt), next_attempt, attempt.launched_s, None, retry_at_s)
         self._reported().moved(attempt.request, move)
 
     def ended(self, request: Request, failure: str, answer: Answer | None, now: float) -> None:
@@ -288,6 +288,11 @@ class Recorder(Observer):
     def policy_changed(self, policy: Policy, at_s: float) -> None:
         """Record the settings from `at_s` on."""
         self._reported().policies.append((*self._chain, at_s, policy))
+
+
+def _lane_of(attempt: Attempt) -> str:
+    """Return the lane in which a request goes on: after an attempt by the Batch API, the one in which it began."""
+    return attempt.lane if attempt.lane in LANES else LANES[0]
 
 
 class FullRecorder(Recorder):

@@ -32,13 +32,14 @@ from governor.journal.rows import (
     pending_of,
 )
 from governor.journal.schema import (
+    CHECKPOINTS_SINCE,
     DONE,
     FAILED,
     IN_FLIGHT,
     PENDING,
-    SCHEMA,
     SIZES,
     STATES,
+    WAVES_SINCE,
     DamagedError,
     answer_of,
     attempt_of,
@@ -62,8 +63,11 @@ from governor.journal.schema import (
     run,
     sizes_of,
     timers,
+    wave_requests,
+    waves,
 )
 from governor.journal.verify import Decision
+from governor.journal.waves import WaveRow
 from governor.model.errors import FailureCode
 from governor.model.lawcalls import BEGAN, numbers_of, read_back
 from governor.model.policy import Policy
@@ -286,6 +290,42 @@ class Records:
         for row in self._stream(query, requests.c.request, NARROW_CHUNK):
             yield request_of(row, None)
 
+    # ------------------------------------------------------------ the Batch API
+
+    def waves(self, pool: str | None = None) -> list[WaveRow]:
+        """Return the waves that went to the Batch API, of one pool or of all, in order."""
+        if self.run().schema < WAVES_SINCE:
+            return []
+        query = select(*(waves.c[name] for name in WaveRow._fields)).order_by(waves.c.wave)
+        return [WaveRow(*row) for row in self._all(query if pool is None else query.where(waves.c.pool == pool))]
+
+    def held_by(self, wave: int, *, bodies_too: bool = False) -> Iterator[Pending]:
+        """Yield the requests that a wave holds, in order of the input; with their bodies, or with empty ones."""
+        query = select(requests, bodies.c.body) if bodies_too else select(requests)
+        query = query.join(wave_requests, wave_requests.c.request == requests.c.request)
+        yield from self._with_bodies(query.where(wave_requests.c.wave == wave), bodies_too)
+
+    def eligible(self, pool: str, model: str, url: str, now_s: float) -> Iterator[Pending]:
+        """Yield the pending requests of a model and endpoint that do not back off, with bodies, in order."""
+        c = requests.c
+        query = select(requests, bodies.c.body).where(c.state == PENDING, c.model == model, c.url == url)
+        yield from self._with_bodies(self._of(query.where(c.retry_at_s <= now_s), requests, pool), True)
+
+    def _with_bodies(self, query: Select[Any], bodies_too: bool) -> Iterator[Pending]:
+        if bodies_too:
+            query = query.join(bodies, bodies.c.request == requests.c.request)
+        with self._undamaged():
+            for row in self._stream(query, requests.c.request, CHUNK if bodies_too else NARROW_CHUNK):
+                yield pending_of(row, from_json(row.body, "a body") if bodies_too else {})
+
+    def lanes(self, pool: str) -> list[tuple[str, str, float, int, int]]:
+        """Return (model, url, end of the backoff, requests, prompt tokens) of a pool's pending requests."""
+        c = requests.c
+        keys = (c.model, c.url, c.retry_at_s)
+        query = select(*keys, func.count(), func.sum(c.prompt_tokens)).where(c.state == PENDING).group_by(*keys)
+        rows = self._all(self._of(query, requests, pool).order_by(func.min(c.request)))
+        return [(model, url, retry_at_s, int(count), int(tokens)) for model, url, retry_at_s, count, tokens in rows]
+
     # ------------------------------------------------------------ input of a summary
 
     def attempts(self, pool: str | None = None) -> Iterator[Attempt]:
@@ -345,7 +385,7 @@ class Records:
 
     def lateness(self, pool: str) -> list[float]:
         """Return how late each timed launch of a pool was, seconds; empty if it was not recorded."""
-        if self.run().schema < SCHEMA:
+        if self.run().schema < CHECKPOINTS_SINCE:
             return []
         query = select(timers.c.late_s).join(pools, pools.c.pool == timers.c.pool).where(pools.c.name == pool)
         return [float(row.late_s) for row in self._all(query.order_by(timers.c.number))]
@@ -354,7 +394,7 @@ class Records:
 
     def checkpoint(self, pool: str) -> Checkpoint | None:
         """Return a pool's use as of the latest commit; None if no leg of it was begun, or by an older Paceline."""
-        if self.run().schema < SCHEMA:
+        if self.run().schema < CHECKPOINTS_SINCE:
             return None
         query = select(checkpoints).join(pools, pools.c.pool == checkpoints.c.pool).where(pools.c.name == pool)
         rows = self._all(query.order_by(checkpoints.c.leg.desc()).limit(1))

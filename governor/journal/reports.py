@@ -124,6 +124,7 @@ class Batch:
     policies: list[tuple[int, int, float, Policy]] = field(default_factory=list)
     taken: list[tuple[int, float, str]] = field(default_factory=list)
     timers: list[tuple[int, float]] = field(default_factory=list)
+    waves: list[tuple[Any, list[dict[str, Any]]]] = field(default_factory=list)  # statements, with their rows
     pools: dict[tuple[int, int], PoolState] = field(default_factory=dict)  # that have reported
     checkpoints: dict[tuple[int, int], Checkpoint] = field(default_factory=dict)
 
@@ -138,6 +139,7 @@ class Batch:
             or self.deferrals
             or self.policies
             or self.taken
+            or self.waves
         )
 
     def checkpoint(self) -> None:
@@ -168,13 +170,14 @@ class Batch:
         self.policies += later.policies
         self.taken += later.taken
         self.timers += later.timers
+        self.waves += later.waves
         self.pools |= later.pools
         return self
 
     def statements(self) -> list[tuple[Any, list[dict[str, Any]]]]:
         """Return the statements to execute, with their rows.
 
-        Moves come before ends: an end is a request's last state.
+        Moves come before ends: an end is a request's last state. Waves come last: they let go of requests that moved.
         """
         ends, answers = [], []
         for request, failure, answer, ended_s in self.ends:
@@ -193,6 +196,7 @@ class Batch:
             (insert(timers), [{"pool": pool, "late_s": late_s} for pool, late_s in self.timers]),
             (_CHECKPOINTED, [_checkpoint_row(*chain, taken) for chain, taken in self.checkpoints.items()]),
             (_TAKEN, [{"b_id": i, "b_taken_s": at_s, "b_outcome": outcome} for i, at_s, outcome in self.taken]),
+            *self.waves,
         ]
 
 

@@ -14,6 +14,8 @@
     deferrals  per leg, pool and cause: requests that had to wait for it at the head of the queue
     forecasts  forecasts as JSON; `launched_before` counts the launches before it was written
     commands   commands from other processes: pause, resume, set, unset
+    waves      one row per file that went, or is about to go, to the Batch API
+    wave_requests  the wave that holds a request: `in_flight` there, whichever process runs
 
 A request is `pending`, `in_flight` (sent, or about to be), `done` or `failed`. A request that backs off is pending: no
 attempt of it is with the provider. Times are seconds since the run began, -1 = not yet.
@@ -40,7 +42,9 @@ from governor.model.prices import usage_in
 from governor.model.requests import LANES, Answer, Attempt, Limit, Outcome, Request, Sizes
 from governor.model.work import Work
 
-SCHEMA = 3
+SCHEMA = 4
+# The schemas that brought in checkpoints and timers, and waves.
+CHECKPOINTS_SINCE, WAVES_SINCE = 3, 4
 # The oldest schema that can be read, and that a run brings up to date.
 OLDEST_SCHEMA = 2
 # "PACE", in the header of the SQLite file, by which `file` and Paceline recognise it.
@@ -259,6 +263,39 @@ commands = Table(
     _number("taken_s"),
     _text("outcome"),
 )
+
+# Times in seconds of the run, and the provider's own stamps as seconds since 1970; -1 = not yet.
+waves = Table(
+    "waves",
+    metadata,
+    _id("wave"),
+    _short("pool"),
+    _text("model"),
+    _text("url"),
+    _whole("requests"),
+    _number("tokens"),  # of the input, as estimated
+    _whole("bytes"),
+    _short("stage"),
+    _text("file_id"),
+    _text("batch_id"),
+    _text("output_file_id"),
+    _text("error_file_id"),
+    _short("status"),
+    _whole("total"),
+    _whole("completed"),
+    _whole("failed"),
+    _whole("real_tokens"),  # of the input, as the provider states them; -1 = it does not
+    _whole("files_read"),  # of its error and output file, whose answers are in the journal
+    _number("planned_s"),
+    _number("submitted_s"),
+    _number("ended_s"),
+    _number("created_epoch_s"),
+    _number("ended_epoch_s"),
+    _text("message"),  # why it failed
+)
+
+wave_requests = Table("wave_requests", metadata, _number_of_request(), _whole("wave"))
+Index("requests_by_wave", wave_requests.c.wave)
 
 # ---------------------------------------------------------------- values to rows and back
 

@@ -111,6 +111,14 @@ class Policy(BaseModel):
     tpd_limit: int = _knob(
         "OPENAI_TPD_LIMIT", 0, "tokens/day", "tokens per day that are granted; 0 = no limit", ge=0, le=10**15
     )
+    batch_queue_tokens: int = _knob(
+        "OPENAI_BATCH_QUEUE_TOKENS",
+        0,
+        "tokens",
+        "input tokens per model that the Batch API's queue takes; 0 = as it says itself",
+        ge=0,
+        le=10**12,
+    )
     jitter_ratio: float = _knob(
         "OPENAI_JITTER_RATIO", 0.2, "ratio", "jitter: share of a stagger (+-) or of a backoff (+)", ge=0, le=1
     )

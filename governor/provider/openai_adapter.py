@@ -204,6 +204,20 @@ class Adapter:
             lane.busy -= 1
         return raw.http_response  # type: ignore[attr-defined]
 
+    @property
+    def client(self) -> AsyncOpenAI:
+        """Return the SDK's client itself, without retries of its own, for other calls than attempts."""
+        return self._lanes[0].client
+
+    def failure(self, error: Exception) -> Answer:
+        """Return the `Answer` for an exception that a call of `client` raised."""
+        if isinstance(error, APIStatusError):
+            response, hide = error.response, self._key.decode() if self._is_secret else ""
+            return classify(response.status_code, response.headers, response.content, now_epoch=time.time(), hide=hide)
+        if isinstance(error, (TimeoutError, APITimeoutError)):
+            return timed_out(f"no answer from {self.address} in time")
+        return self._unanswered(error)
+
     def _unanswered(self, error: Exception) -> Answer:
         """Return the `Answer` for an exception of the SDK, according to its cause: no readable response came."""
         cause: BaseException = error
@@ -232,6 +246,8 @@ class _BoundedClient(DefaultAsyncHttpxClient):
 
     async def send(self, request: Any, **options: Any) -> Any:
         response = await super().send(request, **{**options, "stream": True, "follow_redirects": False})
+        if options.get("stream") and response.status_code < 300:
+            return response  # its caller reads it, within bounds of its own
         content = bytearray()
         try:
             fault = await _read(response, content)

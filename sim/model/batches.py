@@ -22,30 +22,31 @@ from typing import Annotated, Any, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
+from governor.batchapi.limits import (
+    CANCELLED,
+    CANCELLING,
+    COMPLETED,
+    ENDED,
+    EXPIRED,
+    EXPIRES_S,
+    FAILED,
+    FILE_LINES,
+    FINALIZING,
+    IN_PROGRESS,
+    TOKEN_LIMIT_EXCEEDED,
+    TURNAROUND_S,
+    VALIDATING,
+)
 from governor.model.keyed import BATCH_LINE, BATCH_TURNAROUND, keyed_uniform, normal_quantile
 from sim.base.arguments import Config
 from sim.model.synthetic import sigma_of
 
-FILE_LINES, FILE_BYTES = 50_000, 200_000_000
-EXPIRES_S = 86_400.0
-# P50 and P95 assumed if none are given: no provider publishes its turnaround.
-TURNAROUND_S = (4 * 3_600.0, 20 * 3_600.0)
 # As in the one batch object with all its times that was found; a batch of 9 lines.
 VALIDATING_S = 3.0
 FINALIZING_S = 2.0
 # Documented as "up to 10 minutes".
 CANCELLING_S = 60.0
 PROBLEMS_MAX = 100
-
-VALIDATING = "validating"
-FAILED = "failed"
-IN_PROGRESS = "in_progress"
-FINALIZING = "finalizing"
-COMPLETED = "completed"
-EXPIRED = "expired"
-CANCELLING = "cancelling"
-CANCELLED = "cancelled"
-ENDED = (FAILED, COMPLETED, EXPIRED, CANCELLED)
 
 Turnaround = Annotated[float, Field(gt=0, le=10 * EXPIRES_S)]
 
@@ -280,7 +281,7 @@ class BatchQueue:
             f"Enqueued token limit reached for {batch.model} in organization {self.organization}. Limit: {limit:,} "
             "enqueued tokens. Please try again once some in_progress batches have been completed."
         )
-        return Problem("token_limit_exceeded", message)
+        return Problem(TOKEN_LIMIT_EXCEEDED, message)
 
     def _enter(self, batch: Batch, state: str, at: float) -> None:
         batch.status = state

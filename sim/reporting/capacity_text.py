@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from governor.batchapi.limits import QUEUE_HEADROOM
 from governor.model.phrases import plural
 from governor.model.policy import KNOB_BY_NAME, Policy
 from governor.model.prices import dollars_text
@@ -15,7 +16,7 @@ from sim.scenario.scenario import Scenario
 from sim.selection.batch_api import Terms, Way
 from sim.selection.capacity_results import BOUND, LARGEST, SETTINGS, TAIL, Capacity, HowMany, LimitProbe
 from sim.selection.space import changed_knobs
-from sim.selection.split import HEADROOM, LIVE, Split
+from sim.selection.split import LIVE, Split
 
 
 def capacity_text(scenario: Scenario, found: Capacity, width: int) -> str:
@@ -204,7 +205,7 @@ def split_text(found: Split, width: int) -> str:
         said.append(f"Hand in a wave when the one before it has ended: {found.waves:,} waves, one fills the queue.")
     if found.queue_tokens:
         said.append(
-            f"Input tokens are estimated from the text; for that {HEADROOM:.0%} of the queue of "
+            f"Input tokens are estimated from the text; for that {QUEUE_HEADROOM:.0%} of the queue of "
             f"{found.queue_tokens:,} per model is left free."
         )
     if found.note:

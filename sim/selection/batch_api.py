@@ -23,12 +23,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from governor.batchapi.limits import EXPIRES_S, FILE_LINES, TURNAROUND_S, usable_tokens
 from governor.model.prices import PER, Prices
-from sim.model.batches import EXPIRES_S, FILE_LINES, TURNAROUND_S
 from sim.model.synthetic import sigma_of
 from sim.scenario.scenario import Scenario
 from sim.selection.capacity import Search
-from sim.selection.split import usable_tokens
 
 DISCOUNT = 0.5
 DRAWS = 20_000

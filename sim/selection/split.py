@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import os
 import re
 import secrets
@@ -28,14 +27,12 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
+from governor.batchapi.limits import FILE_BYTES, FILE_LINES, usable_tokens
 from governor.model.errors import BadInput, quoted
 from governor.model.estimate import TOKENS_PER_FILE
 from governor.model.requests import Request, Unseen, read_requests
-from sim.model.batches import FILE_BYTES, FILE_LINES
 from sim.scenario.readers import BATCH, Source
 
-# Left free of the queue: estimates of English text are off by some 10 % (docs/explanation/provider.md#sizes).
-HEADROOM = 0.15
 LIVE = "live.jsonl"
 LIST = "split.json"
 Rest = Literal["waves", "live"]
@@ -135,11 +132,6 @@ def split(
         raise BadInput(f"cannot be written: {error.strerror or error}", str(out)) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def usable_tokens(queue_tokens: int) -> float:
-    """The use of a queue with this many input tokens; 0 = no limit."""
-    return queue_tokens * (1.0 - HEADROOM) if queue_tokens else math.inf
 
 
 # ---------------------------------------------------------------- reading

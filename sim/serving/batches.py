@@ -21,18 +21,18 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 
-from governor.model.requests import URLS, endpoint_of
-from sim.model.batches import (
+from governor.batchapi.limits import (
+    BATCH_CANCELLED,
+    BATCH_EXPIRED,
     CANCELLED,
     ENDED,
     EXPIRED,
     FAILED,
     FILE_BYTES,
     VALIDATING,
-    Batch,
-    BatchQueue,
-    check_file,
 )
+from governor.model.requests import URLS, endpoint_of
+from sim.model.batches import Batch, BatchQueue, check_file
 from sim.serving import wire
 from sim.serving.replies import Desk, Reply
 
@@ -48,8 +48,8 @@ _BATCH = re.compile(r"/v1/batches/([^/]+)(/cancel)?")
 _BYTES = b"application/octet-stream"
 _PURPOSES = ("assistants", "batch", "fine-tune", "vision", "user_data", "evals")
 _UNFINISHED = {
-    EXPIRED: ("batch_expired", "This request could not be executed before the completion window expired."),
-    CANCELLED: ("batch_cancelled", "This request was not executed because the batch was cancelled."),
+    EXPIRED: (BATCH_EXPIRED, "This request could not be executed before the completion window expired."),
+    CANCELLED: (BATCH_CANCELLED, "This request was not executed because the batch was cancelled."),
 }
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from governor import law
-from governor.journal import checkpoint
+from governor.journal import checkpoint, schema
 from governor.journal.checkpoint import Checkpoint, Moment, read_back, taken_from
 from governor.journal.journal import Journal
 from governor.law import State
@@ -264,7 +264,7 @@ def test_an_older_journal_can_be_read_and_goes_on(path: Path) -> None:
         # What was reserved for the one that was answered and for the one in flight.
         assert used(state, 20.0)[:2] == [501.0 + 501.0, 2.0]
         assert (state.in_flight, state.next_slot_at) == (0, 25.0)
-        assert journal.run().schema == 3
+        assert journal.run().schema == schema.SCHEMA
     with Journal.open(path, to_run=True) as journal:
         assert journal.begin({"default": POLICY}, 21.0).notes == ()
 

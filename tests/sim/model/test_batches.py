@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from governor.batchapi.limits import FILE_BYTES
 from governor.model.errors import BadSetting
 from sim.base.arguments import checked
 from sim.model import batches as model
@@ -227,7 +228,7 @@ def test_what_is_wrong_with_a_line_is_said_with_its_number(second: Any, code: st
 
 def test_files_that_are_empty_or_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [each.code for each in check_file(b"\n \n", CHAT)[1]] == ["empty_file"]
-    assert (model.FILE_LINES, model.FILE_BYTES) == (50_000, 200 * 10**6)
+    assert (model.FILE_LINES, FILE_BYTES) == (50_000, 200 * 10**6)
     monkeypatch.setattr(model, "FILE_LINES", 3)
     raw = raw_of(*(line(f"q-{i}") for i in range(3)))
     assert check_file(raw, CHAT)[1] == []

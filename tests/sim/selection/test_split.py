@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
+from governor.batchapi.limits import QUEUE_HEADROOM
 from governor.model.errors import BadInput
 from governor.model.requests import read_requests
 from sim.app.cli import main
 from sim.selection import split as module
-from sim.selection.split import HEADROOM, LIST, LIVE, split
+from sim.selection.split import LIST, LIVE, split
 
 URLS = ("/v1/chat/completions", "/v1/responses", "/v1/embeddings")
 
@@ -70,7 +71,7 @@ def test_every_request_stands_in_exactly_one_file(tmp_path: Path, monkeypatch, s
             assert len(requests) <= module.FILE_LINES
             assert part.bytes <= module.FILE_BYTES
             queued[part.model, part.wave] += tokens
-        assert not queue or max(queued.values(), default=0) <= queue * (1.0 - HEADROOM)
+        assert not queue or max(queued.values(), default=0) <= queue * (1.0 - QUEUE_HEADROOM)
         live = sum(part.requests for part in found.parts if part.name == LIVE)
         assert live >= int(share * len(lines))
         if rest == "live":

@@ -14,7 +14,8 @@ import pytest
 from openai import OpenAI
 from openai.types import Batch
 
-from sim.model.batches import CANCELLING_S, FILE_BYTES
+from governor.batchapi.limits import FILE_BYTES
+from sim.model.batches import CANCELLING_S
 from sim.model.provider_config import ProviderConfig
 from sim.serving.server import Provider, Running
 from tests.live import KEY, WAIT_S, line

@@ -1,0 +1,215 @@
+"""Takes the answers of an ended batch into the journal, each exactly once, and says what is to be submitted again."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO, NamedTuple, cast
+
+from governor.batchapi.client import BatchClient, CallFailed, Complaint
+from governor.batchapi.limits import CANCELLED, EXPIRED, FILE_BYTES
+from governor.batchapi.lines import LANE, answered_in, expired, verdict
+from governor.batchapi.waves import Wave, WaveLane
+from governor.journal.journal import Journal
+from governor.journal.rows import Pending
+from governor.journal.waves import WaveRecorder, WaveRow
+from governor.model.errors import FailureCode
+from governor.model.pools import Pool
+from governor.model.requests import Answer, Attempt, Outcome
+from governor.model.words import plural
+from governor.model.work import Observer
+from governor.provider.answers import dropped, malformed
+
+# Answers recorded in one transaction.
+LINES_AT_A_TIME = 500
+# Files above this size are built, or read, on the disk.
+SPOOL_BYTES = 16 * 2**20
+GONE = (404, 410)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """What a driver needs of the process around it.
+
+    `now`: seconds since the run began. `flushed`: returns when every report is on the disk. `in_thread`: calls a
+    function that takes long, away from the event loop. `numbers`: yields the number of the next wave, of all pools.
+    `may_submit`: asked before a wave of so many estimated tokens is formed of a lane; a reason stops further waves.
+    """
+
+    now: Callable[[], float]
+    say: Callable[[str], None]
+    flushed: Callable[[], Awaitable[None]]
+    in_thread: Callable[[Callable[[], Any]], Awaitable[Any]]
+    numbers: Iterator[int]
+    run_id: str
+    seed: int = 0
+    keep_files: bool = False
+    may_submit: Callable[[WaveLane, float], str] = lambda lane, tokens: ""
+
+
+class Again(NamedTuple):
+    """What comes back of a wave: requests with their tokens, from when on, and why nothing more is submitted, or ""."""
+
+    requests: int
+    tokens: float
+    eligible_at: float
+    stops: str
+
+
+class Collector:
+    """Collects the waves of one pool; the parameters are the driver's."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        client: BatchClient,
+        journal: Journal,
+        observer: Observer,
+        recorder: WaveRecorder,
+        around: Surroundings,
+    ) -> None:
+        self._client = client
+        self._journal = journal
+        self._observer = observer
+        self._recorder = recorder
+        self._around = around
+        # A deadline counts from the first launch, and is one of live requests.
+        self._params = pool.policy.with_(deadline_seconds=0.0).params()
+        self._stops = ""
+        self._eligible_at = -1.0
+
+    async def collect(self, wave: Wave, row: WaveRow) -> Again:
+        """Record all answers of a wave, and let go of the rest of its requests. May raise `CallFailed`."""
+        self._stops, self._eligible_at = "", -1.0
+        held = {p.work.request.custom_id: p for p in self._journal.held_by(wave.number)}
+        again: list[Pending] = []
+        gone = ""
+        # The errors first: what is left without the output is then known.
+        files = list(filter(None, (row.error_file_id, row.output_file_id))) if held else []
+        for number, file_id in enumerate(files[row.files_read :], row.files_read + 1):
+            with tempfile.SpooledTemporaryFile(SPOOL_BYTES) as spool:
+                content = cast(BinaryIO, spool)  # a file in all but its declared type
+                try:
+                    await self._client.download(file_id, content)
+                except CallFailed as failed:
+                    if failed.answer.status not in GONE:
+                        raise
+                    gone = file_id
+                    continue
+                spool.seek(0)
+                await self._read(content, held, again, row)
+            if not gone:
+                self._recorder.changed(wave.number, files_read=number)
+            await self._around.flushed()
+        if held:
+            self._settle_rest(list(held.values()), again, row, gone)
+        self._recorder.returned(wave.number)
+        await self._around.flushed()
+        tokens = float(sum(p.work.request.sizes.prompt_tokens for p in again))
+        return Again(len(again), tokens, self._eligible_at, self._stops)
+
+    async def _read(self, content: BinaryIO, held: dict[str, Pending], again: list[Pending], row: WaveRow) -> None:
+        """Record the answers in a file; each request is taken out of `held`."""
+        settled = 0
+        for raw in content:
+            found = answered_in(raw, time.time()) if raw.strip() else None
+            pending = held.pop(found.custom_id, None) if found is not None else None
+            if found is None or pending is None:
+                continue
+            if found.answer is None:
+                again.append(pending)
+                continue
+            self._settle(pending, found.answer, again, row)
+            settled += 1
+            if settled % LINES_AT_A_TIME == 0:
+                await self._around.flushed()
+
+    def _settle_rest(self, left: list[Pending], again: list[Pending], row: WaveRow, gone: str) -> None:
+        """Decide on the requests of which no file speaks."""
+        if gone:
+            self._around.say(
+                f"wave {row.wave}: file {gone} of batch {row.batch_id} is gone, and with it "
+                f"{plural(len(left), 'answer')} that were paid for: recorded as failed; "
+                f"--retry-failed={FailureCode.UNREADABLE_ANSWER} buys them again"
+            )
+        for pending in left:
+            if gone:
+                self._settle(pending, malformed(f"the file that held its answer is gone ({gone})"), again, row)
+            elif row.status == EXPIRED:
+                self._settle(pending, expired(), again, row)
+            elif row.status == CANCELLED:
+                again.append(pending)
+            else:
+                self._settle(pending, dropped(f"batch {row.batch_id} has no answer to it"), again, row)
+
+    def _settle(self, pending: Pending, answer: Answer, again: list[Pending], row: WaveRow) -> None:
+        """Record one answer and what follows from it."""
+        work, now = pending.work, self._around.now()
+        request = work.request
+        launched_at = max(row.submitted_s, 0.0)
+        seed = self._around.seed
+        found = verdict(self._params, answer, request.index, work.attempt, seed=seed, launched_at=launched_at, now=now)
+        attempt = Attempt(
+            request=request.index,
+            custom_id=request.custom_id,
+            pool=request.pool,
+            model=request.model,
+            url=request.url,
+            lane=LANE,
+            attempt=work.attempt,
+            submitted_s=0.0,
+            eligible_s=max(row.planned_s, 0.0),
+            launched_s=launched_at,
+            finished_s=now,
+            reserved_tokens=0,
+            charged_tokens=-1,
+            prompt_tokens=answer.used_prompt_tokens,
+            output_tokens=answer.used_output_tokens,
+            outcome=answer.outcome,
+            status=answer.status,
+            error_code=found.failure or answer.error_code,
+            retry_after_s=answer.retry_after_s,
+        )
+        self._observer.attempted(attempt, answer, found.failure)
+        if found.stops:
+            self._stops = found.stops
+            self._observer.suspended(attempt, answer)
+            again.append(pending)
+        elif found.retry_at >= 0.0:
+            self._eligible_at = max(self._eligible_at, found.retry_at)
+            self._observer.backed_off(attempt, answer, found.retry_at, work.attempt + 1)
+            again.append(pending)
+        else:
+            self._observer.ended(request, found.failure, answer, now)
+        self._recorder.let_go([request.index])
+
+    # ------------------------------------------------------------ what never becomes an attempt
+
+    def never_fits(self, pending: Pending, tokens_ever: float, limit: int) -> None:
+        """Record a request that fits into no queue or no file as failed, unsent."""
+        request = pending.work.request
+        tokens = request.sizes.prompt_tokens
+        if tokens > tokens_ever:
+            text = f"it needs about {tokens:,} input tokens, {tokens_ever:,.0f} of a queue of {limit:,} are used"
+        else:
+            text = f"its line is longer than the {FILE_BYTES:,} bytes of a Batch file"
+        answer = Answer(Outcome.TOO_LARGE, message=f"{text}: run it without --via batch")
+        self._observer.ended(request, FailureCode.REQUEST_TOO_LARGE, answer, self._around.now())
+
+    def blamed(self, wave: Wave, complaints: Mapping[int, Complaint]) -> tuple[int, float]:
+        """Record the lines of an invalid file that are at fault as failed; return requests and tokens of the others.
+
+        `complaints`: by line, from 1.
+        """
+        others = [0]
+        for line, pending in enumerate(self._journal.held_by(wave.number), 1):
+            found, request = complaints.get(line), pending.work.request
+            if found is None:
+                others.append(request.sizes.prompt_tokens)
+                continue
+            answer = Answer(Outcome.BAD_REQUEST, error_code=found.code, message=found.message)
+            self._observer.ended(request, FailureCode.BAD_REQUEST, answer, self._around.now())
+            self._recorder.let_go([request.index])
+        return len(others) - 1, float(sum(others))
