@@ -10,14 +10,14 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 from governor.batchapi.client import BatchClient, CallFailed, Complaint
 from governor.batchapi.limits import CANCELLED, EXPIRED, FILE_BYTES
-from governor.batchapi.lines import LANE, answered_in, expired, verdict
+from governor.batchapi.lines import answered_in, expired, verdict
 from governor.batchapi.waves import Wave, WaveLane
 from governor.journal.journal import Journal
 from governor.journal.rows import Pending
 from governor.journal.waves import WaveRecorder, WaveRow
 from governor.model.errors import FailureCode
 from governor.model.pools import Pool
-from governor.model.requests import Answer, Attempt, Outcome
+from governor.model.requests import BATCH, Answer, Attempt, Outcome
 from governor.model.words import plural
 from governor.model.work import Observer
 from governor.provider.answers import dropped, malformed
@@ -157,7 +157,7 @@ class Collector:
             pool=request.pool,
             model=request.model,
             url=request.url,
-            lane=LANE,
+            lane=BATCH,
             attempt=work.attempt,
             submitted_s=0.0,
             eligible_s=max(row.planned_s, 0.0),

@@ -18,8 +18,6 @@ from governor.model.work import FINAL, SPENT, STOPPING, THROTTLES
 from governor.provider.answers import classify, printable
 
 _LIMIT = re.compile(r"[Ll]imit:? ([0-9][0-9,]{0,20})")
-# The lane of an attempt that went by the Batch API, in records.
-LANE = "batch"
 
 
 def input_line(request: Request) -> bytes:
@@ -69,9 +67,7 @@ def answered_in(raw: bytes, now_epoch: float, hide: str = "") -> AnsweredLine | 
         return AnsweredLine(custom_id, None)
     if error.get("code") == BATCH_EXPIRED:
         return AnsweredLine(custom_id, expired(str(error.get("message") or "")))
-    return AnsweredLine(
-        custom_id, classify(500, None, {"error": error}, now_epoch=now_epoch)
-    )
+    return AnsweredLine(custom_id, classify(500, None, {"error": error}, now_epoch=now_epoch))
 
 
 def expired(message: str = "") -> Answer:
