@@ -7,6 +7,7 @@ error. `benchmarks/bench_shared.py` has the figures.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import random
 import signal
@@ -255,6 +256,26 @@ def test_the_node_of_a_cluster_that_keeps_the_pool_is_found() -> None:
         assert (did.why, sorted(did.answered)) == ("", list(range(len(did.launches))))
         assert len(did.launches) > 5
     assert json.dumps([did.said for did in found]).count("another node") <= 2
+
+
+def test_closing_that_was_cancelled_is_finished_by_the_next(redis: RedisServer) -> None:
+    """A run may end in the middle of a reconnection, which begins by closing."""
+
+    async def main(steps: int) -> None:
+        connections = in_redis(redis.url, "default:closed")("owner")
+        await connections.connect()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(connections.news(0), 0.05)  # opens the other connection
+        closing = asyncio.create_task(connections.close())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        closing.cancel()
+        await asyncio.gather(closing, return_exceptions=True)
+        await connections.close()
+
+    for steps in range(6):
+        asyncio.run(main(steps))
+        gc.collect()  # what was left open is a warning here, and warnings are errors
 
 
 # ---------------------------------------------------------------- embedding

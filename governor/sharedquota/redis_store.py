@@ -178,12 +178,13 @@ class RedisStore:
 
     async def close(self) -> None:
         """Close the connections."""
-        clients, self._client, self._blocking = (self._client, self._blocking), None, None
-        for client in clients:
+        for client in (self._client, self._blocking):
             if client is not None:
                 with contextlib.suppress(broken.RedisError, OSError, TimeoutError):
                     async with asyncio.timeout(CONNECT_S * self._scale):
                         await client.aclose()
+        # Forgotten only now: if this was cancelled, the next call closes what is left.
+        self._client = self._blocking = None
 
     async def _called(self, answer: Any) -> Any:
         try:
