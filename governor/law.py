@@ -12,19 +12,19 @@ and then raised to `now`. If the driver asks again at that moment, the law admit
 until the level suffices livelocks in simulated time: rounding leaves the level a hair short, and the remaining wait
 rounds to zero.)
 
-Budgets. Four dimensions share one code path and differ in the length and kind of their window:
+Budgets. A provider limits up to DIMENSIONS quantities: tokens per minute, requests per day, money per ten minutes. The
+law knows each dimension by its place alone: `need` and `used` hold what a request takes and took of each, one amount
+per place, computed outside from the profile of the provider. Each dimension has a limit, a length and a window:
 
-    index  dimension   length    kind
-    TPM    tokens      60 s      `fixed`, `sliding` or `bucket`, as the policy says
-    RPM    requests    60 s      the same
-    TPD    tokens      86,400 s  bucket: a rolling day, docs/explanation/provider.md#buckets
-    RPD    requests    86,400 s  bucket
+    `fixed`    lasts a second more than its length, from the first launch after the previous window has expired
+    `clock`    begins with the minute or the day of some time zone, and a second later for clocks that differ
+    `sliding`  the last length in 120ths: the current cell and the 122 full ones behind it, so that a booking of a
+               minute's window counts for 61 to 61.5 s
+    `bucket`   refills continuously, and is stored as the moment at which it will be full again (as in GCRA); it holds
+               the budget, or less if the provider grants shorter bursts (`burst_ratio`)
 
-`fixed` lasts a minute and a second and starts with the first launch after the previous window has expired. `sliding`
-keeps the last minute in half-second cells: the current one and the 122 full ones behind it, so that a booking counts
-for 61 to 61.5 s. `bucket` refills continuously and is stored as one number, the moment at which it will be full again
-(as in GCRA). A bucket for a limit per minute holds the budget, or less if the provider grants shorter bursts
-(`burst_ratio`).
+The eight guardrails fill the first four places: tokens and requests per minute (TPM, RPM), with the window that the
+policy says, and per day (TPD, RPD), which is a bucket: a rolling day, docs/explanation/provider.md#buckets.
 
 Interactive requests, whose user is waiting, go before a batch and take no launch slot. A batch's first attempts leave a
 share of each limit free for them (`interactive_ratio`): they do not use that share of a minute, and a bucket must hold
@@ -42,7 +42,9 @@ The module compiles as it stands: it uses numbers, fixed-size float arrays and `
 import math
 from dataclasses import dataclass, field
 
-# Dimensions of a budget.
+# Most dimensions of a quota: the length of every array that has one entry per dimension.
+DIMENSIONS = 8
+# The places of the dimensions that the guardrails' settings fill.
 TPM = 0
 RPM = 1
 TPD = 2
@@ -52,6 +54,7 @@ RPD = 3
 FIXED = 0
 SLIDING = 1
 BUCKET = 2
+CLOCK = 3
 
 # The standing of a launch: a first attempt, a retry, or a retry that kept its place in flight. The first attempt of an
 # interactive request, whose user is waiting, goes before a batch's.
@@ -77,15 +80,17 @@ OUTAGE = HOLD  # waits during an outage are recorded as holds
 
 MINUTE_S = 60.0
 DAY_S = 86400.0
-LENGTH_S = (MINUTE_S, MINUTE_S, DAY_S, DAY_S)  # the window length of each dimension
-CELL_S = 0.5
+# Cells in a length of a sliding window, and how many count: the current one and 122 full ones behind it.
+CELLS_IN_LENGTH = 120
+CELLS_BEHIND = 122
+CELLS = CELLS_BEHIND + 1
 # Our minute begins with a launch; the provider's begins when that request arrives, after connection setup and queueing.
 # A request that comes back too soon is refused and may wait for another minute. This allowance prevents that.
 SLACK_S = 1.0
 FIXED_S = MINUTE_S + SLACK_S
-CELLS_BEHIND = 122
-CELLS = 123  # the current half second and 122 full ones behind it
-SLIDING_S = CELLS * CELL_S  # how long a booking at the beginning of a cell counts
+# At the end of a window of the clock, computed from seconds since 1970, the next one has begun despite rounding.
+CLOCK_ROUNDING = 1e-7
+SLIDING_S = CELLS * MINUTE_S / CELLS_IN_LENGTH  # how long a booking at the beginning of a minute's cell counts
 
 # After this many answers in a row without a success, each asking for a longer wait than is obeyed, a batch stops.
 OUTWAITED = 3
@@ -116,23 +121,22 @@ UNHEARD_RATIO = 0.5
 
 @dataclass(slots=True)
 class Params:
-    """A policy as numbers. Times in seconds, limits per minute or day, 0 = no limit. See `Policy` for the meaning.
+    """A policy as numbers. Times in seconds, limits per length of their window, 0 = no limit. See `Policy`.
 
-    Arrays have one entry per dimension (TPM, RPM, TPD, RPD). `budget` is the usable part of `limit` (see `budget_of`)
-    and `rate_per_s` its continuous refill (see `rate_of`). `burst_ratio` is the share of a minute's budget that a
-    bucket holds at most; 1 for other windows. `interactive_ratio` is the share of each budget, and of the places in
-    flight, that a batch's first attempts leave free.
+    Arrays have one entry per dimension, of which the first `dimensions` are in use. `length_s` and `window` are the
+    window's length and kind; a `clock` window's lengths are counted from `phase_s` before 1970 began. `budget` is the
+    usable part of `limit` (see `budget_of`) and `rate_per_s` its continuous refill (see `rate_of`). `burst_ratio` is
+    the share of a budget that a bucket holds at most; 1 for other windows. `settles`: whether real use replaces the
+    need. `refunds`: whether a refusal gives the need back. `cause`: what a wait for the dimension is recorded as.
+    `interactive_ratio` is the share of each budget, and of the places in flight, that a batch's first attempts leave
+    free.
     """
 
     max_concurrency: int
     stagger_s: float
     jitter_ratio: float
     jitter_cap_s: float
-    headroom_ratio: float
-    window: int
-    burst_ratio: float
     interactive_ratio: float
-    settles: int
     longest_first: int
     max_attempts: int
     backoff_base_s: float
@@ -141,26 +145,35 @@ class Params:
     backoff_keeps_permit: int
     hold_on_throttle: int
     sync_headers: int
-    refunds_throttled: int
     finalize_lowers: int
     finalize_max_concurrency: int
     timeout_s: float
     deadline_s: float
+    dimensions: int
     limit: list[float]
     budget: list[float]
     rate_per_s: list[float]
+    length_s: list[float]
+    window: list[float]
+    phase_s: list[float]
+    burst_ratio: list[float]
+    settles: list[float]
+    refunds: list[float]
+    cause: list[float]
 
 
-def _four(value: float) -> list[float]:
-    return [value] * 4
+def _each(value: float) -> list[float]:
+    return [value] * DIMENSIONS
 
 
 @dataclass(slots=True)
 class State:
     """The law's memory of one pool. A new state has launched nothing; change it only through the law's functions.
 
+    `zero_s`: the time of day, in seconds since 1970, at which `now` is 0; only windows of the clock need it.
+
     `full_at`: per dimension, when the bucket is full again. `window_at`, `window_used`: start and content of the fixed
-    minute; `cell_at`, `cells`: newest cell and ring of the sliding window (TPM's 123 cells, then RPM's), whose sum is
+    or clock window; `cell_at`, `cells`: newest cell and ring of the sliding window (CELLS per dimension), whose sum is
     kept in `window_used` too. `scale`: granted limit over configured limit if the provider grants less.
 
     `outwaited`: refusals since the last success that asked for a longer wait than is obeyed.
@@ -191,23 +204,24 @@ class State:
     hold_until: float = -math.inf
     outwaited: int = 0
     reopening_s: float = 0.0
-    full_at: list[float] = field(default_factory=lambda: _four(-math.inf))
-    window_at: list[float] = field(default_factory=lambda: _four(-math.inf))
-    window_used: list[float] = field(default_factory=lambda: _four(0.0))
-    cell_at: list[float] = field(default_factory=lambda: _four(0.0))
-    cells: list[float] = field(default_factory=lambda: [0.0] * (2 * CELLS))
-    scale: list[float] = field(default_factory=lambda: _four(1.0))
-    granted: list[float] = field(default_factory=lambda: _four(0.0))
-    stated: list[float] = field(default_factory=lambda: _four(0.0))
-    left: list[float] = field(default_factory=lambda: _four(math.inf))
-    synced_at: list[float] = field(default_factory=lambda: _four(-math.inf))
-    mirror_at: list[float] = field(default_factory=lambda: _four(-math.inf))
-    doubt: list[float] = field(default_factory=lambda: _four(0.0))
-    booked: list[float] = field(default_factory=lambda: _four(0.0))
-    booked_before: list[float] = field(default_factory=lambda: _four(0.0))
+    zero_s: float = 0.0
+    full_at: list[float] = field(default_factory=lambda: _each(-math.inf))
+    window_at: list[float] = field(default_factory=lambda: _each(-math.inf))
+    window_used: list[float] = field(default_factory=lambda: _each(0.0))
+    cell_at: list[float] = field(default_factory=lambda: _each(0.0))
+    cells: list[float] = field(default_factory=lambda: [0.0] * (DIMENSIONS * CELLS))
+    scale: list[float] = field(default_factory=lambda: _each(1.0))
+    granted: list[float] = field(default_factory=lambda: _each(0.0))
+    stated: list[float] = field(default_factory=lambda: _each(0.0))
+    left: list[float] = field(default_factory=lambda: _each(math.inf))
+    synced_at: list[float] = field(default_factory=lambda: _each(-math.inf))
+    mirror_at: list[float] = field(default_factory=lambda: _each(-math.inf))
+    doubt: list[float] = field(default_factory=lambda: _each(0.0))
+    booked: list[float] = field(default_factory=lambda: _each(0.0))
+    booked_before: list[float] = field(default_factory=lambda: _each(0.0))
     burst_at: float = -math.inf
-    others: list[float] = field(default_factory=lambda: _four(0.0))
-    surprise: list[float] = field(default_factory=lambda: _four(0.0))
+    others: list[float] = field(default_factory=lambda: _each(0.0))
+    surprise: list[float] = field(default_factory=lambda: _each(0.0))
     pace_at: float = -math.inf
     paced_until: float = -math.inf
     unanswered: int = 0
@@ -242,15 +256,52 @@ def rate_of(limit: float, headroom_ratio: float, length_s: float) -> float:
 
 
 def held_of(p: Params, d: int, amount: float) -> float:
-    """Return how much of `amount` per minute or day dimension `d`'s window holds: all of it, or a burst's share."""
-    if d >= TPD or p.burst_ratio == 1.0 or amount == math.inf:
+    """Return how much of `amount` per length the window of dimension `d` holds: all of it, or a burst's share."""
+    if p.burst_ratio[d] == 1.0 or amount == math.inf:
         return amount
-    return max(1.0, amount * p.burst_ratio)
+    return max(1.0, amount * p.burst_ratio[d])
 
 
-def never_fits(p: Params, reserve: float) -> bool:
-    """Return whether a reservation exceeds a limit itself, not just the budget: the provider would never admit it."""
-    return (0.0 < held_of(p, TPM, p.limit[TPM]) < reserve) or (0.0 < p.limit[TPD] < reserve)
+def never_fits(p: Params, need: list[float]) -> bool:
+    """Return whether a need exceeds a limit itself, not just the budget: the provider would never admit it."""
+    exceeds = False
+    for d in range(p.dimensions):
+        exceeds = exceeds or 0.0 < held_of(p, d, p.limit[d]) < need[d]
+    return exceeds
+
+
+def _exceeds_budget(p: Params, s: State, need: list[float]) -> bool:
+    """Return whether a need exceeds what some budget holds when it is full, so that its request runs alone."""
+    exceeds = False
+    for d in range(p.dimensions):
+        exceeds = exceeds or need[d] > held_of(p, d, p.budget[d]) * s.scale[d]
+    return exceeds
+
+
+def is_brief(p: Params, d: int) -> bool:
+    """Return whether dimension `d` limits a minute or less. Waiting for a longer window to refill takes hours."""
+    return p.length_s[d] <= MINUTE_S
+
+
+def cell_s(p: Params, d: int) -> float:
+    """Return the length of a cell of dimension `d`'s sliding window: half a second for a minute."""
+    return p.length_s[d] / CELLS_IN_LENGTH
+
+
+def _clock_start(p: Params, s: State, d: int, now: float) -> float:
+    """Return when the clock's window that holds `now` began for us: SLACK_S after the provider's."""
+    offset_s = s.zero_s + p.phase_s[d] - SLACK_S
+    return math.floor((now + offset_s) / p.length_s[d] + CLOCK_ROUNDING) * p.length_s[d] - offset_s
+
+
+def _window_until(p: Params, s: State, d: int, now: float) -> float:
+    """Return the end of the fixed or clock window in which dimension `d` last booked; -inf if it is over by `now`."""
+    if p.window[d] == CLOCK:
+        # (Half a length apart: the same window's start, computed at another time, may be rounded differently.)
+        start = _clock_start(p, s, d, now)
+        return start + p.length_s[d] if start < s.window_at[d] + 0.5 * p.length_s[d] else -math.inf
+    until = s.window_at[d] + (p.length_s[d] + SLACK_S)
+    return until if now < until else -math.inf
 
 
 def _sliding_used(s: State, d: int, cell: float) -> float:
@@ -269,7 +320,8 @@ def _sliding_used(s: State, d: int, cell: float) -> float:
 
 def _sliding_ready_at(p: Params, s: State, d: int, amount: float, now: float) -> float:
     """Return the moment at which enough old cells have left the sliding window for `amount` to fit."""
-    cell = math.floor(now / CELL_S)
+    length_s = cell_s(p, d)
+    cell = math.floor(now / length_s)
     budget = p.budget[d] * s.scale[d]
     need = min(amount, budget)
     used = _sliding_used(s, d, cell)
@@ -279,8 +331,8 @@ def _sliding_ready_at(p: Params, s: State, d: int, amount: float, now: float) ->
     for j in range(max(int(cell), newest) - CELLS_BEHIND, newest + 1):
         used -= s.cells[d * CELLS + j % CELLS]
         if used + need <= budget:
-            return (j + CELLS) * CELL_S
-    return (newest + CELLS) * CELL_S
+            return (j + CELLS) * length_s
+    return (newest + CELLS) * length_s
 
 
 def _ready_at(p: Params, s: State, d: int, amount: float, now: float) -> float:
@@ -289,16 +341,16 @@ def _ready_at(p: Params, s: State, d: int, amount: float, now: float) -> float:
     An amount above the budget fits when the window is empty. For a bucket, level(t) = capacity - (full_at - t) * rate
     >= amount, solved for t (docs/explanation/provider.md#buckets).
     """
-    if p.window == BUCKET or d >= TPD:
+    if p.window[d] == BUCKET:
         scale = s.scale[d]
         spare = held_of(p, d, p.budget[d]) * scale - amount
         if spare <= 0.0:
             return s.full_at[d]
         return s.full_at[d] - spare / (p.rate_per_s[d] * scale)
-    if p.window == SLIDING:
+    if p.window[d] == SLIDING:
         return _sliding_ready_at(p, s, d, amount, now)
-    expires_at = s.window_at[d] + FIXED_S
-    if now >= expires_at:
+    expires_at = _window_until(p, s, d, now)
+    if expires_at == -math.inf:
         return now
     budget = p.budget[d] * s.scale[d]
     if s.window_used[d] + min(amount, budget) <= budget:
@@ -319,16 +371,16 @@ def _roll(s: State, d: int, cell: float) -> None:
 
 def _book(p: Params, s: State, d: int, amount: float, now: float) -> None:
     """Book `amount` in dimension `d` at `now`."""
-    if p.window == BUCKET or d >= TPD:
+    if p.window[d] == BUCKET:
         full_at = s.full_at[d]
         s.full_at[d] = (full_at if full_at > now else now) + amount / (p.rate_per_s[d] * s.scale[d])
-    elif p.window == SLIDING:
-        cell = math.floor(now / CELL_S)
+    elif p.window[d] == SLIDING:
+        cell = math.floor(now / cell_s(p, d))
         _roll(s, d, cell)
         s.cells[d * CELLS + int(s.cell_at[d]) % CELLS] += amount
         s.window_used[d] += amount
-    elif now >= s.window_at[d] + FIXED_S:
-        s.window_at[d] = now
+    elif _window_until(p, s, d, now) == -math.inf:
+        s.window_at[d] = _clock_start(p, s, d, now) if p.window[d] == CLOCK else now
         s.window_used[d] = amount
     else:
         s.window_used[d] += amount
@@ -336,10 +388,10 @@ def _book(p: Params, s: State, d: int, amount: float, now: float) -> None:
 
 def _rebook(p: Params, s: State, d: int, change: float, booked_at: float) -> None:
     """Change a booking made at `booked_at` by `change`, if the window (or cell) that holds it still counts."""
-    if p.window == BUCKET or d >= TPD:
+    if p.window[d] == BUCKET:
         s.full_at[d] += change / (p.rate_per_s[d] * s.scale[d])
-    elif p.window == SLIDING:
-        cell = math.floor(booked_at / CELL_S)
+    elif p.window[d] == SLIDING:
+        cell = math.floor(booked_at / cell_s(p, d))
         if cell >= s.cell_at[d] - CELLS_BEHIND:
             i = d * CELLS + int(cell) % CELLS
             # A booking carried over from another kind of window is in a later cell, and no cell may become negative.
@@ -350,15 +402,13 @@ def _rebook(p: Params, s: State, d: int, change: float, booked_at: float) -> Non
         s.window_used[d] += change
 
 
-def _rebook_tokens(p: Params, s: State, change: float, booked_at: float) -> None:
-    for d in range(0, 4, 2):
-        if p.limit[d] > 0.0:
-            _rebook(p, s, d, change, booked_at)
-        if p.sync_headers:
-            s.booked[d] += change
-            _mirror_moved(p, s, d, change)
-            if d == TPM and p.limit[d] > 0.0:
-                s.pace_at += change * MINUTE_S / _stated_limit(p, s, d)
+def _changed(p: Params, s: State, d: int, change: float, booked_at: float) -> None:
+    """Change a booking in dimension `d` and in the image of the provider's bucket."""
+    if p.limit[d] > 0.0:
+        _rebook(p, s, d, change, booked_at)
+    if p.sync_headers:
+        s.booked[d] += change
+        _mirror_moved(p, s, d, change)
 
 
 # ---------------------------------------------------------------- the image of the provider's own bucket
@@ -381,40 +431,46 @@ def _mirror_ready_at(p: Params, s: State, d: int, amount: float) -> float:
         return -math.inf
     held = held_of(p, d, limit)
     kept = 0.0
-    if d < TPD:
+    if is_brief(p, d):
         kept = UNHEARD_RATIO * held
         if s.synced_at[d] > -math.inf:
             kept = min(kept, s.surprise[d])
-    return s.mirror_at[d] - max(0.0, held - amount - kept) * LENGTH_S[d] / limit
+    return s.mirror_at[d] - max(0.0, held - amount - kept) * p.length_s[d] / limit
 
 
-def _mirror_book(p: Params, s: State, reserve: float, now: float) -> None:
-    """Book a launch in the image and, while launches are evenly spaced, the time in which the limits refill it."""
+def _refill_s(p: Params, s: State, need: list[float], is_refused: int) -> float:
+    """Return the time in which the limits per minute refill a need, or what is booked of it after a refusal."""
     refill_s = 0.0
+    for d in range(p.dimensions):
+        limit = _stated_limit(p, s, d)
+        if limit > 0.0 and is_brief(p, d) and not (is_refused and p.refunds[d]):
+            refill_s = max(refill_s, need[d] * p.length_s[d] / limit)
+    return refill_s
+
+
+def _mirror_book(p: Params, s: State, need: list[float], now: float) -> None:
+    """Book a launch in the image and, while launches are evenly spaced, the time in which the limits refill it."""
     begins = now - s.burst_at > BURST_S
     if begins:
         s.burst_at = now
-    for d in range(4):
-        amount = reserve if d & 1 == 0 else 1.0
+    for d in range(p.dimensions):
+        amount = need[d]
         if begins:
             s.booked_before[d] = s.booked[d]
         s.booked[d] += amount
         limit = s.granted[d] or p.limit[d]
         if limit > 0.0:
-            taken_s = amount * LENGTH_S[d] / limit
             full_at = s.mirror_at[d]
-            s.mirror_at[d] = (full_at if full_at > now else now) + taken_s
-            if d < TPD and taken_s > refill_s:
-                refill_s = taken_s
+            s.mirror_at[d] = (full_at if full_at > now else now) + amount * p.length_s[d] / limit
     if now < s.paced_until:
-        s.pace_at = max(s.pace_at, now) + refill_s
+        s.pace_at = max(s.pace_at, now) + _refill_s(p, s, need, 0)
 
 
 def _mirror_moved(p: Params, s: State, d: int, change: float) -> None:
     """Change the content of the image by `change`."""
     limit = _stated_limit(p, s, d)
     if limit > 0.0:
-        s.mirror_at[d] += change * LENGTH_S[d] / limit
+        s.mirror_at[d] += change * p.length_s[d] / limit
 
 
 def _corrected(p: Params, s: State, d: int, change: float, now: float) -> None:
@@ -425,11 +481,13 @@ def _corrected(p: Params, s: State, d: int, change: float, now: float) -> None:
     s.mirror_at[d] = max(now, s.mirror_at[d])
     _mirror_moved(p, s, d, change)
     s.others[d] = max(0.0, s.others[d] + change)
-    if p.limit[d] > 0.0 and (p.window == BUCKET or d >= TPD):
+    if p.limit[d] > 0.0 and p.window[d] == BUCKET:
         s.full_at[d] = max(now, s.full_at[d]) + change / (p.rate_per_s[d] * s.scale[d])
 
 
-def _refused(p: Params, s: State, reserve: float, attempt: int, wait_s: float, launched_at: float, now: float) -> None:
+def _refused(
+    p: Params, s: State, need: list[float], attempt: int, wait_s: float, launched_at: float, now: float
+) -> None:
     """Learn from a refusal: its reservation is not in the provider's bucket, and would fit in `wait_s`.
 
     The reservation fits no sooner than that in the dimension that is fullest by our image, and no later in any
@@ -442,55 +500,57 @@ def _refused(p: Params, s: State, reserve: float, attempt: int, wait_s: float, l
     fullest = -1
     latest_s = -math.inf
     room = math.inf
-    for d in range(4):
-        amount = reserve if d & 1 == 0 else 1.0
-        if d & 1 or not p.refunds_throttled:
+    is_heard = False
+    is_window = False
+    for d in range(p.dimensions):
+        amount = need[d]
+        if not p.refunds[d]:
             _mirror_moved(p, s, d, -amount)
         limit = _stated_limit(p, s, d)
-        if d < TPD and limit > 0.0:
+        if limit > 0.0 and is_brief(p, d):
+            is_heard = is_heard or s.stated[d] > 0.0
+            is_window = is_window or p.window[d] != BUCKET
             if s.synced_at[d] >= launched_at:
                 # If the count was taken at the answer, the bucket has refilled since the launch.
-                room = min(room, s.left[d] - (now - launched_at) * limit / MINUTE_S - amount)
+                room = min(room, s.left[d] - (now - launched_at) * limit / p.length_s[d] - amount)
             s.mirror_at[d] = max(now, s.mirror_at[d])
             late_s = _mirror_ready_at(p, s, d, amount) - fits_at
             if late_s > latest_s:
                 fullest = d
                 latest_s = late_s
-    is_heard = s.stated[TPM] > 0.0 or s.stated[RPM] > 0.0
-    if p.window != BUCKET and not is_heard and (wait_s > 0.0 or attempt == 1):
+    if is_window and not is_heard and (wait_s > 0.0 or attempt == 1):
         return  # the refusal shows only a wait, or that the launch was too early, and a window empties all at once
     if 0.0 <= room < math.inf:
         s.paced_until = now + SURPRISE_FADES_S
     elif fullest >= 0:
         if latest_s < 0.0:
-            _corrected(p, s, fullest, -latest_s * _stated_limit(p, s, fullest) / MINUTE_S, now)
+            _corrected(p, s, fullest, -latest_s * _stated_limit(p, s, fullest) / p.length_s[fullest], now)
         s.surprise[fullest] = max(1.0, s.surprise[fullest], s.others[fullest])
     if wait_s > 0.0 and attempt == 1:
-        for d in range(4):
-            late_s = _mirror_ready_at(p, s, d, reserve if d & 1 == 0 else 1.0) - now - wait_s
+        for d in range(p.dimensions):
+            late_s = _mirror_ready_at(p, s, d, need[d]) - now - wait_s
             if late_s > 0.0:
-                _corrected(p, s, d, -late_s * _stated_limit(p, s, d) / LENGTH_S[d], now)
+                _corrected(p, s, d, -late_s * _stated_limit(p, s, d) / p.length_s[d], now)
 
 
 def used_in(p: Params, s: State, d: int, now: float) -> float:
-    """Return the tokens (or requests) that count against the budget of dimension `d` at `now`; 0 without a limit."""
+    """Return the amount that counts against the budget of dimension `d` at `now`; 0 without a limit."""
     if p.limit[d] <= 0.0:
         return 0.0
-    if p.window == BUCKET or d >= TPD:
+    if p.window[d] == BUCKET:
         return max(0.0, s.full_at[d] - now) * p.rate_per_s[d] * s.scale[d]
-    if p.window == SLIDING:
-        return _sliding_used(s, d, math.floor(now / CELL_S))
-    if now >= s.window_at[d] + FIXED_S:
+    if p.window[d] == SLIDING:
+        return _sliding_used(s, d, math.floor(now / cell_s(p, d)))
+    if _window_until(p, s, d, now) == -math.inf:
         return 0.0
     return s.window_used[d]
 
 
-def day_started(p: Params, s: State, tokens_used: float, requests_used: float, now: float) -> None:
-    """Start the daily budgets with the amounts that were already used."""
-    if p.limit[TPD] > 0.0 and tokens_used > 0.0:
-        s.full_at[TPD] = now + tokens_used / p.rate_per_s[TPD]
-    if p.limit[RPD] > 0.0 and requests_used > 0.0:
-        s.full_at[RPD] = now + requests_used / p.rate_per_s[RPD]
+def started(p: Params, s: State, used: list[float], now: float) -> None:
+    """Start the budgets with the amounts that were already used."""
+    for d in range(p.dimensions):
+        if p.limit[d] > 0.0 and used[d] > 0.0:
+            _book(p, s, d, used[d], now)
 
 
 # ---------------------------------------------------------------- admission
@@ -501,7 +561,10 @@ def answer_may_admit(p: Params, cause: int) -> bool:
 
     A returned place helps only a head that waits for one; a budget changes only if actual use or counts are booked.
     """
-    return cause in (CONCURRENCY, NOTHING) or p.settles > 0 or p.sync_headers > 0
+    may_admit = cause in (CONCURRENCY, NOTHING) or p.sync_headers > 0
+    for d in range(p.dimensions):
+        may_admit = may_admit or p.settles[d] > 0.0
+    return may_admit
 
 
 def permits(p: Params, s: State) -> int:
@@ -516,50 +579,46 @@ def _kept(p: Params, held: float, standing: int) -> float:
     return held * p.interactive_ratio if standing == FIRST else 0.0
 
 
-def admission(p: Params, s: State, reserve: float, standing: int, now: float) -> tuple[float, int]:
-    """Return when this reservation may launch, and the setting that delays it longest: the rule of admission."""
+def admission(p: Params, s: State, need: list[float], standing: int, now: float) -> tuple[float, int]:
+    """Return when this need may launch, and the setting that delays it longest: the rule of admission."""
     if s.paused:
         return math.inf, PAUSED
     most = permits(p, s)
     if p.interactive_ratio > 0.0 and standing == FIRST:
         most = max(1, most - math.ceil(_kept(p, most, standing)))
-    # A reservation above the budget runs alone: nothing else is in flight, and no other request joins it. A retry that
+    # A need above a budget runs alone: nothing else is in flight, and no other request joins it. A retry that
     # holds its place does not wait for the others in flight: if the limit fell meanwhile, they may all be waiting too.
-    if (
-        standing != HOLDING
-        and s.in_flight > 0
-        and (s.alone or s.in_flight >= most or reserve > held_of(p, TPM, p.budget[TPM]) * s.scale[TPM])
-    ):
+    if standing != HOLDING and s.in_flight > 0 and (s.alone or s.in_flight >= most or _exceeds_budget(p, s, need)):
         return math.inf, CONCURRENCY
     at = now
     cause = NOTHING
     if standing == FIRST and s.next_slot_at > at:
         at = s.next_slot_at
         cause = STAGGER
-    for d in range(4):
+    for d in range(p.dimensions):
         # (A bucket that will be full by then has room for any amount and need not be asked.)
-        if p.limit[d] > 0.0 and (s.full_at[d] > at or p.window != BUCKET):
-            amount = reserve if d & 1 == 0 else 1.0
+        if p.limit[d] > 0.0 and (s.full_at[d] > at or p.window[d] != BUCKET):
+            amount = need[d]
             if p.interactive_ratio > 0.0:
                 amount += _kept(p, held_of(p, d, p.budget[d]) * s.scale[d], standing)
             ready_at = _ready_at(p, s, d, amount, now)
             if ready_at > at:
                 at = ready_at
-                cause = BY_DAY if d >= TPD else BY_TPM + d
+                cause = int(p.cause[d])
     if p.sync_headers:
-        for d in range(4):
+        for d in range(p.dimensions):
             if s.mirror_at[d] > at:
-                amount = reserve if d & 1 == 0 else 1.0
+                amount = need[d]
                 if p.interactive_ratio > 0.0:
                     amount += _kept(p, held_of(p, d, _stated_limit(p, s, d)), standing)
                 ready_at = _mirror_ready_at(p, s, d, amount)
                 if ready_at > at:
                     at = ready_at
-                    cause = BY_DAY if d >= TPD else BY_TPM + d
+                    cause = int(p.cause[d])
         paced_at = min(s.pace_at, s.paced_until)
         if paced_at > at:
             at = paced_at
-            cause = BY_TPM
+            cause = int(p.cause[0])
     if s.probe_at > at:
         at = s.probe_at
         cause = OUTAGE
@@ -568,21 +627,21 @@ def admission(p: Params, s: State, reserve: float, standing: int, now: float) ->
     return at, cause
 
 
-def admit_at(p: Params, s: State, reserve: float, standing: int, now: float) -> float:
-    """Return the absolute time at which this reservation may launch, at least `now`; inf = an attempt must end first.
+def admit_at(p: Params, s: State, need: list[float], standing: int, now: float) -> float:
+    """Return the absolute time at which this need may launch, at least `now`; inf = an attempt must end first.
 
     `standing` is FIRST, RETRY (takes a permit and tokens but no stagger slot), HOLDING (a retry whose permit was kept)
     or INTERACTIVE. Asked again at the time that it returned, with the state unchanged, it returns that same time.
     """
-    return admission(p, s, reserve, standing, now)[0]
+    return admission(p, s, need, standing, now)[0]
 
 
-def blocked_by(p: Params, s: State, reserve: float, standing: int, now: float) -> int:
-    """Return the setting that delays this reservation longest, NOTHING if it may launch now.
+def blocked_by(p: Params, s: State, need: list[float], standing: int, now: float) -> int:
+    """Return the setting that delays this need longest, NOTHING if it may launch now.
 
     Each setting's time is absolute, so the answer stays the same until the state changes or the request launches.
     """
-    return admission(p, s, reserve, standing, now)[1]
+    return admission(p, s, need, standing, now)[1]
 
 
 def stagger_gap_s(p: Params, u: float) -> float:
@@ -590,17 +649,17 @@ def stagger_gap_s(p: Params, u: float) -> float:
     return p.stagger_s + min(p.stagger_s * p.jitter_ratio, p.jitter_cap_s) * (2.0 * u - 1.0)
 
 
-def launched(p: Params, s: State, reserve: float, standing: int, now: float, u: float) -> None:
-    """Take the permit, book the reservation in every budget and, on a first attempt, the next launch slot."""
+def launched(p: Params, s: State, need: list[float], standing: int, now: float, u: float) -> None:
+    """Take the permit, book the need in every budget and, on a first attempt, the next launch slot."""
     if standing != HOLDING:
         s.in_flight += 1
-    if reserve > held_of(p, TPM, p.budget[TPM]) * s.scale[TPM]:
+    if _exceeds_budget(p, s, need):
         s.alone = 1
-    for d in range(4):
+    for d in range(p.dimensions):
         if p.limit[d] > 0.0:
-            _book(p, s, d, reserve if d & 1 == 0 else 1.0, now)
+            _book(p, s, d, need[d], now)
     if p.sync_headers:
-        _mirror_book(p, s, reserve, now)
+        _mirror_book(p, s, need, now)
     if s.reopening_s > 0.0:
         # The first launch after a hold goes alone until its refusal would have arrived; the gaps after it shrink.
         s.hold_until = max(s.hold_until, now + s.reopening_s)
@@ -623,17 +682,22 @@ def released(p: Params, s: State) -> None:
         s.alone = 0
 
 
-def settled(p: Params, s: State, reserve: float, used: float, launched_at: float, now: float) -> None:
-    """Free the permit of an answered attempt and, if the policy settles, replace its reservation by the tokens used."""
+def settled(p: Params, s: State, need: list[float], used: list[float], launched_at: float, now: float) -> None:
+    """Free the permit of an answered attempt and replace its need by its real use in dimensions that settle."""
     released(p, s)
     answered(p, s, now)
     s.outwaited = 0
     if p.sync_headers:
-        for d in range(4):
+        for d in range(p.dimensions):
             if s.synced_at[d] == -math.inf:
                 s.synced_at[d] = launched_at
-    if p.settles:
-        _rebook_tokens(p, s, used - reserve, launched_at)
+    is_changed = False
+    for d in range(p.dimensions):
+        if p.settles[d] and used[d] != need[d]:
+            _changed(p, s, d, used[d] - need[d], launched_at)
+            is_changed = True
+    if is_changed and now < s.paced_until:
+        s.pace_at += _refill_s(p, s, used, 0) - _refill_s(p, s, need, 0)
 
 
 def answered(p: Params, s: State, now: float) -> None:
@@ -755,7 +819,7 @@ def _jittered_at(p: Params, wait_s: float, now: float, u: float) -> float:
 def throttled(
     p: Params,
     s: State,
-    reserve: float,
+    need: list[float],
     attempt: int,
     retry_after_s: float,
     first_launched_at: float,
@@ -766,14 +830,17 @@ def throttled(
     """Return when to retry after a 429 to attempt 1, 2, ...: absolute time, or inf = attempts or time are exhausted.
 
     A stated Retry-After (seconds, > 0) takes precedence over the backoff; -1 = absent. One above the cap (114 h has
-    been seen) ends the request, and counts for the hold as if it were absent. The reservation stays booked unless the
+    been seen) ends the request, and counts for the hold as if it were absent. The need stays booked unless the
     policy refunds: a provider may count refused requests. With hold-on-throttle nothing launches before the retry.
     """
     answered(p, s, now)
-    if p.refunds_throttled:
-        _rebook_tokens(p, s, -reserve, launched_at)
+    for d in range(p.dimensions):
+        if p.refunds[d]:
+            _changed(p, s, d, -need[d], launched_at)
+    if now < s.paced_until:
+        s.pace_at += _refill_s(p, s, need, 1) - _refill_s(p, s, need, 0)
     if p.sync_headers:
-        _refused(p, s, reserve, attempt, retry_after_s, launched_at, now)
+        _refused(p, s, need, attempt, retry_after_s, launched_at, now)
     wait_s = _wait_s(p, attempt, retry_after_s)
     more_s = 0.0
     if retry_after_s <= 0.0 and attempt == p.max_attempts - 1 and deadline_at(p, first_launched_at) == math.inf:
@@ -850,13 +917,13 @@ def resumed(p: Params, s: State) -> None:
 
 
 def rank(
-    p: Params, lane: int, attempt: int, expected: float, reserve: float, sequence: float, standing: int = FIRST
+    p: Params, lane: int, attempt: int, expected: float, size: float, sequence: float, standing: int = FIRST
 ) -> tuple[float, float, float, float]:
     """Return the sort key of a waiting attempt, smallest first: interactive, retries, finalize passes, new work.
 
     New work goes in order of arrival, or longest expected answer first, so that a batch does not end on a long tail
-    (`expected` is the declared output cap, never the answer itself; ties go to the larger reservation). Works
-    elementwise on arrays of `expected`, `reserve` and `sequence` too. Retries HOLDING their place go before other
+    (`expected` is the declared output cap, never the answer itself; ties go to the larger reservation, `size`).
+    Works elementwise on arrays of `expected`, `size` and `sequence` too. Retries HOLDING their place go before other
     retries: after a change of settings both kinds wait, and one without a place, interactive or not, would wait for the
     places of those behind it.
     """
@@ -867,7 +934,7 @@ def rank(
     if lane == FINALIZE:
         return 1.0, 0.0, 0.0, sequence
     if p.longest_first:
-        return 2.0, -expected, -reserve, sequence
+        return 2.0, -expected, -size, sequence
     return 2.0, 0.0, 0.0, sequence
 
 
@@ -916,7 +983,7 @@ def synced(
     Ignored are counts of launches before the last one taken over, counts older than the window, and implausible ones
     (above the limit, below zero by more than the limit, not a number).
     """
-    length_s = LENGTH_S[d]
+    length_s = p.length_s[d]
     if not (p.sync_headers and 0.0 < limit < math.inf and -limit <= remaining <= limit):
         return
     if now - launched_at > length_s or launched_at < s.synced_at[d]:
@@ -964,11 +1031,11 @@ def repriced(p_old: Params, p_new: Params, s: State, now: float) -> None:
     end it. If the kind of window changes, its content is carried over as one booking made now, which is never looser
     than before.
     """
-    for d in range(4):
+    for d in range(DIMENSIONS):
         used = used_in(p_old, s, d, now)
         if p_new.limit[d] != p_old.limit[d]:
             s.scale[d] = 1.0
-        if p_new.window != p_old.window and d <= RPM:
+        if p_new.window[d] != p_old.window[d] or p_new.length_s[d] != p_old.length_s[d]:
             s.full_at[d] = -math.inf
             s.window_at[d] = -math.inf
             s.window_used[d] = 0.0
@@ -977,7 +1044,7 @@ def repriced(p_old: Params, p_new: Params, s: State, now: float) -> None:
                 s.cells[d * CELLS + j] = 0.0
             if p_new.limit[d] > 0.0 and used > 0.0:
                 _book(p_new, s, d, used, now)
-        elif p_new.limit[d] > 0.0 and (p_new.window == BUCKET or d >= TPD):
+        elif p_new.limit[d] > 0.0 and p_new.window[d] == BUCKET:
             s.full_at[d] = now + used / (p_new.rate_per_s[d] * s.scale[d])
     if p_old.stagger_s > 0.0:
         gap_s = (s.next_slot_at - s.last_launch_at) * (p_new.stagger_s / p_old.stagger_s)

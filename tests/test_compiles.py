@@ -27,7 +27,7 @@ from tests.governor.laws import params
 
 DECISIONS = 40_000
 # They make the empty arrays of the dataclasses, and are called by those alone.
-FACTORIES = {"_four", "_none"}
+FACTORIES = {"_each", "_none"}
 # Calls in one sequence: enough for states to fill up, few enough to see many policies.
 CALLS = 250
 
@@ -71,6 +71,12 @@ class Pair:
         return faults
 
 
+def _compiled(argument: Any) -> Any:
+    if isinstance(argument, Pair):
+        return argument.record
+    return np.array(argument) if isinstance(argument, list) else argument
+
+
 class Both:
     """Calls a function of one module on both sides and compares; counts what it called."""
 
@@ -81,7 +87,7 @@ class Both:
 
     def __call__(self, name: str, *arguments: Any) -> Any:
         ours = getattr(self.plain, name)(*(a.bag if isinstance(a, Pair) else a for a in arguments))
-        theirs = getattr(self.copy, name)(*(a.record if isinstance(a, Pair) else a for a in arguments))
+        theirs = getattr(self.copy, name)(*map(_compiled, arguments))
         shown = [repr(a) for a in arguments if not isinstance(a, Pair)]
         assert bits(ours) == bits(theirs), f"{name}({', '.join(shown)}): {ours!r} interpreted, {theirs!r} compiled"
         self.calls[name] = self.calls.get(name, 0) + 1
@@ -120,15 +126,31 @@ def drawn_policy(r: random.Random) -> law.Params:
         max_attempts=r.randint(1, 8),
         deadline_s=r.choice([0.0, r.uniform(10.0, 1_000.0)]),
     )
-    for flag in (
-        *("settles", "longest_first", "backoff_keeps_permit", "hold_on_throttle", "sync_headers"),
-        *("refunds_throttled", "finalize_lowers"),
-    ):
+    for flag in ("longest_first", "backoff_keeps_permit", "hold_on_throttle", "sync_headers", "finalize_lowers"):
         setattr(p, flag, r.randrange(2))
-    if p.window == law.BUCKET:
-        p.burst_ratio = r.choice([1.0, 0.1, r.uniform(0.001, 1.0)])
+    if r.random() < 0.5:
+        draw_dimensions(r, p)
+    for d in range(p.dimensions):
+        p.settles[d], p.refunds[d] = float(r.randrange(2)), float(r.randrange(2))
+        if p.window[d] == law.BUCKET:
+            p.burst_ratio[d] = r.choice([1.0, 1.0, 0.1, r.uniform(0.001, 1.0)])
     p.interactive_ratio = r.choice([0.0, 0.2, r.random()])
     return p
+
+
+def draw_dimensions(r: random.Random, p: law.Params) -> None:
+    """Another number of dimensions, each with a limit, a length and a window of its own."""
+    p.dimensions = r.randint(1, law.DIMENSIONS)
+    for d in range(p.dimensions):
+        headroom = r.choice([0.0, 0.15])
+        p.limit[d] = float(r.choice([0, 3, 500, r.randint(1, 100_000)]))
+        p.length_s[d] = r.choice([1.0, 10.0, 60.0, 600.0, 86_400.0])
+        p.window[d] = float(r.randrange(4))
+        p.phase_s[d] = r.choice([0.0, -28_800.0, r.uniform(0.0, 100.0)])
+        p.burst_ratio[d] = 1.0
+        p.budget[d] = law.budget_of(p.limit[d], headroom)
+        p.rate_per_s[d] = law.rate_of(p.limit[d], headroom, p.length_s[d])
+        p.cause[d] = float(r.choice([law.BY_TPM, law.BY_RPM, law.BY_DAY]))
 
 
 def later(r: random.Random, now: float) -> float:
@@ -143,27 +165,32 @@ def later(r: random.Random, now: float) -> float:
     return now + r.expovariate(1.0) * r.choice([0.01, 1.0, 10.0])
 
 
+def drawn_amounts(r: random.Random) -> list[float]:
+    """Whole amounts, some of them 0, as of requests, tokens and tenths of cents."""
+    return [float(r.choice([0, 1, r.randint(0, r.choice([100, 7_000, 60_000]))])) for _ in range(law.DIMENSIONS)]
+
+
 def law_calls(r: random.Random, both: Both) -> None:
     """One pool's life: a driver that does everything in its power, not always in a sensible order."""
     p, s = Pair(drawn_policy(r)), Pair(law.State())
     now = later(r, 0.0)
-    both("day_started", p, s, r.uniform(0.0, 1e4), float(r.randrange(20)), now)
-    out: list[tuple[float, float, float, int]] = []  # reserve, launched, first launched, attempt
+    both("started", p, s, drawn_amounts(r), now)
+    out: list[tuple[list[float], float, float, int]] = []  # need, launched, first launched, attempt
     for _ in range(CALLS):
-        reserve = float(r.randint(0, r.choice([100, 7_000, 60_000])))
-        standing, u = r.randrange(4), r.random()
-        at = both("admit_at", p, s, reserve, standing, now)
+        need = drawn_amounts(r)
+        size, standing, u = max(need), r.randrange(4), r.random()
+        at = both("admit_at", p, s, need, standing, now)
         kind = r.randrange(16)
         if kind < 4:
             if math.isfinite(at) and r.random() < 0.7:
                 now = at
-            both("launched", p, s, reserve, standing, now, u)
-            out.append((reserve, now, now - r.choice([0.0, 20.0]), r.randint(1, 6)))
+            both("launched", p, s, need, standing, now, u)
+            out.append((need, now, now - r.choice([0.0, 20.0]), r.randint(1, 6)))
         elif kind < 9 and out:
-            reserve, launched_at, first_at, attempt = out.pop(r.randrange(len(out)))
+            need, launched_at, first_at, attempt = out.pop(r.randrange(len(out)))
             wait = r.choice([-1.0, 0.0, r.uniform(0.0, 30.0), 411_480.0])
             if kind == 4:
-                both("throttled", p, s, reserve, attempt, wait, first_at, launched_at, now, u)
+                both("throttled", p, s, need, attempt, wait, first_at, launched_at, now, u)
                 both("outlasts", p, wait)
                 both("is_spent", p, attempt, wait)
                 both("is_shut_out", s)
@@ -175,13 +202,14 @@ def law_calls(r: random.Random, both: Both) -> None:
                 both("released", p, s)
                 both("answered", p, s, now)
             else:
-                both("settled", p, s, reserve, float(r.randint(0, int(2 * reserve) + 1)), launched_at, now)
+                used = [each * r.choice([1.0, r.uniform(0.0, 2.0)]) for each in need]
+                both("settled", p, s, need, used, launched_at, now)
         elif kind == 9:
-            d = r.randrange(4)
+            d = r.randrange(law.DIMENSIONS)
             limit = r.choice([p.bag.limit[d], r.uniform(0.0, 1e5), r.choice([math.inf, math.nan, -1.0])])
             left, since = limit * r.uniform(-0.1, 1.1), r.choice([0.0, r.uniform(0.0, 1e4)])
             as_of = now - r.choice([r.uniform(0.0, 0.3), r.uniform(0.0, 70.0)])
-            both("synced", p, s, d, limit, left, reserve, r.randrange(2), since, as_of, now)
+            both("synced", p, s, d, limit, left, need[d], r.randrange(2), since, as_of, now)
         elif kind == 10 and r.random() < 0.1:
             new = Pair(drawn_policy(r))
             both("repriced", p, new, s, now)
@@ -191,15 +219,18 @@ def law_calls(r: random.Random, both: Both) -> None:
         elif kind == 12 and r.random() < 0.2:
             both("resumed" if s.bag.paused else "paused", p, s)
         elif kind == 13:
-            both("blocked_by", p, s, reserve, standing, now)
-            both("admission", p, s, reserve, standing, now)
-            both("used_in", p, s, r.randrange(4), now)
+            both("blocked_by", p, s, need, standing, now)
+            both("admission", p, s, need, standing, now)
+            d = r.randrange(law.DIMENSIONS)
+            both("used_in", p, s, d, now)
             both("permits", p, s)
             both("answer_may_admit", p, standing)
-            both("never_fits", p, reserve)
-            both("held_of", p, r.randrange(4), reserve)
+            both("never_fits", p, need)
+            both("held_of", p, d, size)
+            both("is_brief", p, d)
+            both("cell_s", p, d)
         elif kind == 14:
-            place = (r.randrange(2), r.randint(1, 3), float(r.randint(-1, 900)), reserve, float(r.randrange(99)))
+            place = (r.randrange(2), r.randint(1, 3), float(r.randint(-1, 900)), size, float(r.randrange(99)))
             both("rank", p, *place)
             both("rank", p, *place, standing)
             both("stagger_gap_s", p, u)
@@ -207,8 +238,8 @@ def law_calls(r: random.Random, both: Both) -> None:
             both("keeps_permit", p)
             both("deadline_at", p, now)
             both("expires_at", p, now, now + u)
-            both("budget_of", r.choice([0.0, reserve]), u)
-            both("rate_of", r.choice([0.0, reserve]), u, r.choice([60.0, 86_400.0]))
+            both("budget_of", r.choice([0.0, size]), u)
+            both("rate_of", r.choice([0.0, size]), u, r.choice([60.0, 86_400.0]))
         else:
             now = later(r, now)
     assert not s.differing()

@@ -29,6 +29,7 @@ import pytest
 from governor import law
 from governor.model.errors import FailureCode
 from governor.model.keyed import attempt_key
+from governor.model.needs import of_tokens
 from governor.model.policy import Policy
 from governor.model.requests import CAUSES, Answer, Attempt, Limit, Outcome, Request
 from governor.model.work import TIMED_OUT, Job, Observer, Work
@@ -461,7 +462,7 @@ class Program:
         c, seed = self.case.columns, self.seed
         reserve, cap, output = float(c.reserve[i]), int(c.cap[i]), int(c.output_tokens[i])
         output = min(output, cap) if cap > 0 else output
-        if law.never_fits(self.case.params, reserve):
+        if law.never_fits(self.case.params, of_tokens(reserve)):
             return
         service_s = latency_s(self.case.provider, seed, i, attempt_key(law.MAIN, 1), output, c.recorded_s[i])
         async with self.governor.permit(reserve, expected=float(cap)) as permit:

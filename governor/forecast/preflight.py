@@ -102,9 +102,9 @@ def in_use(p: Params, s: State, now: float) -> InUse:
     tokens = used_in(p, s, TPM, now)
     if p.limit[TPM] <= 0.0 or tokens <= _ROUNDING:
         return InUse()
-    if p.window == BUCKET:
+    if p.window[TPM] == BUCKET:
         return InUse(tokens, s.full_at[TPM] - now, continuous=True)
-    if p.window == FIXED:
+    if p.window[TPM] == FIXED:
         return InUse(tokens, s.window_at[TPM] + FIXED_S - now)
     releases = []
     before, cell = tokens, math.floor(now / _STEP_S)
@@ -171,10 +171,10 @@ def _window_s(p: Params, d: int, amount: float, largest: float, n: int, booked: 
     """
     if p.limit[d] <= 0.0 or amount <= 0.0:
         return 0.0
-    if p.window == BUCKET:
+    if p.window[d] == BUCKET:
         return _bucket_s(p, d, amount, largest, booked.tokens)
     per_minute = max(1, math.floor(p.budget[d] * n / amount + _ROUNDING))
-    minute_s = FIXED_S if p.window == FIXED else MINUTE_S
+    minute_s = FIXED_S if p.window[d] == FIXED else MINUTE_S
     at_once, next_minute_s = per_minute, minute_s
     if booked.tokens > 0.0:
         at_once = math.floor(max(0.0, p.budget[d] - booked.tokens) * n / amount + _ROUNDING)

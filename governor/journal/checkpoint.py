@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from governor import law
 from governor.law import Params, State
+from governor.model.needs import of_tokens
 from governor.model.policy import Policy
 from governor.model.timeline import moved
 
@@ -86,7 +87,7 @@ class Checkpoint:
         Used tokens stay used. Nothing is in flight any more, and a new process is not paused. A process that begins in
         an outage may probe at once.
         """
-        s = moved(self.state, by_s) if by_s else copied(self.state)
+        s = moved(self.params, self.state, by_s) if by_s else copied(self.state)
         s.in_flight = s.finalize_open = s.alone = s.paused = 0
         s.probe_at = min(s.probe_at, at_s)
         if params != self.params:
@@ -130,6 +131,10 @@ def read_back(text: str, at_s: float, moment: Moment) -> Checkpoint:
     return Checkpoint(params, state, at_s, moment, tuple(unlike))
 
 
+# The lengths of lists that an earlier law kept for its first four dimensions, and for two sliding windows.
+_EARLIER = (4, 2 * law.CELLS)
+
+
 def _fill(bag: Any, stored: dict[str, Any], unlike: list[str]) -> None:
     """Take over, by name, the fields of the same shape; fields without a match on either side are `unlike`."""
     known = type(bag).__slots__
@@ -138,8 +143,11 @@ def _fill(bag: Any, stored: dict[str, Any], unlike: list[str]) -> None:
         like, value = getattr(bag, name), stored.get(name)
         if isinstance(value, list) and len(value) == 1 and isinstance(value[0], list):
             value = [value[0][1]] * min(int(value[0][0]), len(like) + 1 if isinstance(like, list) else 1)
-        if isinstance(like, list) and isinstance(value, list) and len(value) == len(like):
-            setattr(bag, name, [float(each) for each in value])
+        if isinstance(like, list) and isinstance(value, list) and len(value) in (len(like), *_EARLIER):
+            setattr(bag, name, [float(each) for each in value] + like[len(value) :])
+        elif isinstance(like, list) and isinstance(value, int | float):
+            # An earlier law had one value for both limits per minute.
+            setattr(bag, name, [float(value), float(value), *like[2:]])
         elif not isinstance(like, list) and isinstance(value, int | float):
             setattr(bag, name, type(like)(value))
         else:
@@ -161,6 +169,6 @@ def rebuilt(params: Params, launches: Iterable[Launch]) -> State:
     """
     s = State()
     for launch in launches:
-        law.launched(params, s, launch.tokens, law.FIRST if launch.is_first else law.RETRY, launch.at_s, 0.5)
+        law.launched(params, s, of_tokens(launch.tokens), law.FIRST if launch.is_first else law.RETRY, launch.at_s, 0.5)
     s.in_flight = s.alone = 0
     return s

@@ -67,8 +67,10 @@ class Difference:
 
     def __str__(self) -> str:
         d = self.decision
-        inputs = ", ".join(f"{name}={value!r}" for name, value in self.arguments[:12])
-        more = f", and {len(self.arguments) - 12} more" if len(self.arguments) > 12 else ""
+        # Most of the eight amounts of a need are 0.
+        shown = [(name, value) for name, value in self.arguments if value or not name.endswith("]")]
+        inputs = ", ".join(f"{name}={value!r}" for name, value in shown[:12])
+        more = f", and {len(shown) - 12} more" if len(shown) > 12 else ""
         place = f"decision {d.sequence:,} of pool {d.pool!r}, leg {d.leg}, at {self.at_s:.3f} s"
         return f"{place}: {d.name}({inputs}{more}): {self.reason}"
 
@@ -133,12 +135,11 @@ class LawReplay:
         call = CALLS.get(name)
         if call is None:
             raise NoSuchCallError("this version's law has no function of that name")
-        if len(arguments) != len(call.names):
-            raise NoSuchCallError(f"this version's law takes {len(call.names)} arguments there, not {len(arguments)}")
+        if len(arguments) != len(call.columns):
+            raise NoSuchCallError(f"this version's law takes {len(call.columns)} numbers there, not {len(arguments)}")
         if call.now >= 0:
             self._time_is(arguments[call.now])
-        values = (kind(value) for kind, value in zip(call.kinds, arguments, strict=True))
-        return result_of(call.function(self.params, self.state, *values))
+        return result_of(call.function(self.params, self.state, *call.arguments(arguments)))
 
     def _time_is(self, now: float) -> None:
         self.at_s = max(self.at_s, now - self.zero_s) if math.isfinite(now) else self.at_s
@@ -155,7 +156,7 @@ class LawReplay:
         return self._difference(decision, now, f"the record says {_shown(decision.result)}, the law says {_shown(now)}")
 
     def _difference(self, decision: Decision, now: Numbers, reason: str) -> Difference:
-        names = CALLS[decision.name].names if decision.name in CALLS else ()
+        names = CALLS[decision.name].columns if decision.name in CALLS else ()
         names += tuple(f"number {place}" for place in range(len(names), len(decision.arguments)))
         inputs = tuple(zip(names, decision.arguments, strict=False))
         return Difference(decision, self.at_s, inputs, now, reason)

@@ -15,7 +15,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
 from governor import law
-from governor.law import Params, State
+from governor.law import DIMENSIONS, Params, State
 from governor.model.policy import Policy
 
 BEGAN = "began"
@@ -136,12 +136,33 @@ PARAMS_NUMBERS = len(numbers_of((_PARAMS,)))
 
 
 class _Call(NamedTuple):
-    """A function of the law with the names and types of its arguments after `p` and `s`; `now`: the time's place."""
+    """A function of the law with the names and types of its arguments after `p` and `s`.
+
+    `columns`: the names of the numbers that represent them, where an array of amounts takes one per dimension. `now`:
+    the time's place among these.
+    """
 
     function: Callable[..., Any]
     names: tuple[str, ...]
     kinds: tuple[type, ...]
+    columns: tuple[str, ...]
     now: int
+
+    def arguments(self, numbers: Numbers) -> list[Any]:
+        """Return the arguments that these numbers represent."""
+        found: list[Any] = []
+        place = 0
+        for kind in self.kinds:
+            if kind is list:
+                found.append(list(numbers[place : place + DIMENSIONS]))
+                place += DIMENSIONS
+            else:
+                found.append(kind(numbers[place]))
+                place += 1
+        return found
+
+
+_KINDS: dict[Any, type] = {int: int, list[float]: list}
 
 
 def _calls() -> dict[str, _Call]:
@@ -150,8 +171,13 @@ def _calls() -> dict[str, _Call]:
         names = tuple(inspect.signature(function).parameters)
         if names[:2] == ("p", "s") and not name.startswith("_"):
             names = names[2:]
-            kinds = tuple(int if function.__annotations__[each] is int else float for each in names)
-            found[name] = _Call(function, names, kinds, names.index("now") if "now" in names else -1)
+            kinds = tuple(_KINDS.get(function.__annotations__[each], float) for each in names)
+            columns = tuple(
+                column
+                for each, kind in zip(names, kinds, strict=True)
+                for column in ([f"{each}[{d}]" for d in range(DIMENSIONS)] if kind is list else [each])
+            )
+            found[name] = _Call(function, names, kinds, columns, columns.index("now") if "now" in columns else -1)
     return found
 
 

@@ -25,7 +25,20 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
-from governor.law import BUCKET, DAY_S, FIXED, MINUTE_S, SLIDING, Params, budget_of, rate_of
+from governor.law import (
+    BUCKET,
+    BY_DAY,
+    BY_RPM,
+    BY_TPM,
+    DAY_S,
+    DIMENSIONS,
+    FIXED,
+    MINUTE_S,
+    SLIDING,
+    Params,
+    budget_of,
+    rate_of,
+)
 from governor.model.errors import BadSetting
 from governor.model.phrases import whole_number
 
@@ -244,18 +257,16 @@ class Policy(BaseModel):
 
     def params(self) -> Params:
         """Return the numbers that the law works on. The headroom applies to each limit, daily ones included."""
-        limit = [float(n) for n in (self.tpm_limit, self.rpm_limit, self.tpd_limit, self.rpd_limit)]
-        lengths_s = (MINUTE_S, MINUTE_S, DAY_S, DAY_S)
+        limit = _each(self.tpm_limit, self.rpm_limit, self.tpd_limit, self.rpd_limit)
+        length_s = _each(MINUTE_S, MINUTE_S, DAY_S, DAY_S, rest=MINUTE_S)
+        window = _WINDOWS[self.tpm_window]
+        burst_ratio = self.burst_seconds / MINUTE_S if self.tpm_window == "bucket" else 1.0
         return Params(
             max_concurrency=self.max_concurrency,
             stagger_s=self.stagger_seconds,
             jitter_ratio=self.jitter_ratio,
             jitter_cap_s=self.jitter_cap_seconds,
-            headroom_ratio=self.tpm_headroom,
-            window=_WINDOWS[self.tpm_window],
             interactive_ratio=self.interactive_reserve,
-            burst_ratio=self.burst_seconds / MINUTE_S if self.tpm_window == "bucket" else 1.0,
-            settles=int(self.settle),
             longest_first=int(self.launch_order == "longest_first"),
             max_attempts=self.retry_max_attempts,
             backoff_base_s=self.backoff_base_seconds,
@@ -264,15 +275,27 @@ class Policy(BaseModel):
             backoff_keeps_permit=int(self.backoff_keeps_permit),
             hold_on_throttle=int(self.hold_on_throttle),
             sync_headers=int(self.sync_headers),
-            refunds_throttled=int(self.refund_throttled),
             finalize_lowers=int(self.finalize_lowers_concurrency),
             finalize_max_concurrency=self.finalize_max_concurrency,
             timeout_s=self.request_timeout_seconds,
             deadline_s=self.deadline_seconds,
+            dimensions=4,
             limit=limit,
             budget=[budget_of(n, self.tpm_headroom) for n in limit],
-            rate_per_s=[rate_of(n, self.tpm_headroom, s) for n, s in zip(limit, lengths_s, strict=True)],
+            rate_per_s=[rate_of(n, self.tpm_headroom, s) for n, s in zip(limit, length_s, strict=True)],
+            length_s=length_s,
+            window=_each(window, window, BUCKET, BUCKET),
+            phase_s=_each(),
+            burst_ratio=_each(burst_ratio, burst_ratio, rest=1.0),
+            settles=_each(self.settle, 0, self.settle, 0),
+            refunds=_each(self.refund_throttled, 0, self.refund_throttled, 0),
+            cause=_each(BY_TPM, BY_RPM, BY_DAY, BY_DAY),
         )
+
+
+def _each(*values: float, rest: float = 0.0) -> list[float]:
+    """Return an array with these values for the first dimensions, and `rest` for all others."""
+    return [*map(float, values), *[rest] * (DIMENSIONS - len(values))]
 
 
 # ---------------------------------------------------------------- the table of knobs, derived from the model

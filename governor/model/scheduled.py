@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from governor import law
+from governor.model.needs import of_tokens
 
 
 class Scheduled:
     """One request on its way: the fields that the scheduler needs.
 
+    `reserve`: the tokens set aside, for records and the order of launches; `need`: what it takes of each dimension.
     `expected`: the declared output cap, -1 = none. `jitter_u`: the uniform number for the stagger of its next launch,
     -1 if it was not drawn ahead. `since`: the clock of causes when it became eligible.
     """
 
     __slots__ = (
-        *("index", "lane", "attempt", "standing", "reserve", "expected", "jitter_u"),
+        *("index", "lane", "attempt", "standing", "reserve", "need", "expected", "jitter_u"),
         *("submitted_s", "eligible_s", "first_launched_s", "launched_s", "failed_s"),
         *("since", "asked", "alone", "queued", "flying", "holds", "ended", "booked", "tries", "outages"),
     )
@@ -26,6 +28,7 @@ class Scheduled:
         self.attempt = 1
         self.standing = law.FIRST
         self.reserve = reserve
+        self.need = of_tokens(reserve)
         self.expected = expected
         self.jitter_u = jitter_u
         self.submitted_s = submitted_s
@@ -41,3 +44,7 @@ class Scheduled:
         self.ended = False
         self.tries = 0  # launches so far, including those that do not count as attempts
         self.outages = 0  # outages by which it was spared an attempt
+
+    def need_of(self, tokens: float) -> list[float]:
+        """Return what the request takes of each dimension if it reserves that many tokens."""
+        return of_tokens(tokens)

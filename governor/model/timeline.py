@@ -14,7 +14,7 @@ import math
 from dataclasses import fields
 from typing import Any
 
-from governor.law import CELL_S, CELLS, CELLS_BEHIND, RPM, TPM, State
+from governor.law import CELLS, CELLS_BEHIND, SLIDING, Params, State, cell_s
 
 # 2026-01-01, so that a time has bits to spare for its fraction.
 EPOCH_S = 1_767_225_600
@@ -57,7 +57,7 @@ class ServerClock:
         return at
 
 
-def moved(s: State, by_s: float) -> State:
+def moved(p: Params, s: State, by_s: float) -> State:
     """Return a copy of a state with all its times `by_s` later: the same pool seen from another zero.
 
     The cells of a sliding window move by whole cells, up to one more: never looser.
@@ -69,8 +69,11 @@ def moved(s: State, by_s: float) -> State:
         setattr(t, name, getattr(t, name) + by_s)
     for times in (t.full_at, t.window_at, t.mirror_at, t.synced_at):
         times[:] = [at + by_s for at in times]
-    passed = math.ceil(by_s / CELL_S)
-    for d in (TPM, RPM):
+    t.zero_s -= by_s
+    for d in range(p.dimensions):
+        if p.window[d] != SLIDING:
+            continue
+        passed = math.ceil(by_s / cell_s(p, d))
         ring = s.cells[d * CELLS : (d + 1) * CELLS]
         if not any(ring):
             t.cell_at[d] = 0.0

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from governor.law import FINALIZE, MAIN, RETRY, TPD, TPM, never_fits
 from governor.model.errors import FailureCode, PacelineError, Refused
+from governor.model.needs import of_tokens
 from governor.model.requests import Answer, Attempt, Limit, Outcome, Request
 from governor.model.work import (
     DIMENSIONS,
@@ -122,12 +123,12 @@ class BatchShell:
         """
         if not reserve >= 0.0:
             raise PacelineError(f"a request of {reserve} tokens: reserve a number of tokens from 0 up")
-        if never_fits(self._governor.p, reserve):
+        if never_fits(self._governor.p, of_tokens(reserve)):
             raise PacelineError(too_large(self._governor, reserve))
         if self._learner is None or request is None:
             return reserve
         found = self._learner.estimate(*kind_of(request), reserve)
-        return reserve if never_fits(self._governor.p, found) else found
+        return reserve if never_fits(self._governor.p, of_tokens(found)) else found
 
     # ------------------------------------------------------------ answers
 
@@ -145,7 +146,7 @@ class BatchShell:
         stated = stated_by(answer.limits) if scheduler.quota.p.sync_headers else ()
         is_charged = outcome not in TURNED_AWAY
         if job.alone and (outcome == Outcome.OK or outcome in SPENT_AT_ONCE):
-            used = self._used(job, answer, -1.0)
+            used = self._used(job, answer)
             scheduler.returned(job, used, stated, now, is_charged=is_charged, is_answered=True)
             self.ended(job, now, SPENT_AT_ONCE.get(outcome, ""))
             return False
@@ -155,7 +156,7 @@ class BatchShell:
             is_empty = is_empty and job.work is not None and job.work.finalizes
             if refusals is not None:
                 refusals.succeeded()
-            scheduler.succeeded(job, self._used(job, answer, job.reserve), stated, now, is_empty)
+            scheduler.succeeded(job, self._used(job, answer) or job.need, stated, now, is_empty)
             return False
         in_doubt = refusals is not None and refusals.may_concern_all(answer)
         if outcome in STOPPING:
@@ -178,15 +179,15 @@ class BatchShell:
             is_last=is_last,
         )
 
-    def _used(self, job: Job, answer: Answer, unknown: float) -> float:
-        """Return the tokens that the answer used; `unknown` if it does not say."""
+    def _used(self, job: Job, answer: Answer) -> list[float] | None:
+        """Return what the answer used of each dimension; None if it does not say."""
         if answer.outcome != Outcome.OK or answer.used_prompt_tokens < 0 or answer.used_output_tokens < 0:
-            return unknown
+            return None
         used = float(answer.used_prompt_tokens + answer.used_output_tokens)
         if self._learner is not None and job.request is not None and job.lane == MAIN:
             kind, prompt_tokens = kind_of(job.request)
             self._learner.saw(kind, prompt_tokens, used)
-        return used
+        return job.need_of(used)
 
     # ------------------------------------------------------------ the observer
 

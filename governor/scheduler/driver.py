@@ -20,6 +20,7 @@ from typing import cast
 from governor import law
 from governor.law import Params, State
 from governor.model.errors import BadSetting, quoted
+from governor.model.needs import of_amounts, of_tokens
 from governor.model.policy import Policy
 from governor.model.pools import check_own_quota
 from governor.model.requests import Request
@@ -98,7 +99,7 @@ class Governor(InALoop):
             numbers = params.params() if isinstance(params, Policy) else params
             own = local_quota(numbers, state, self.batch.tell_decision if self.observer.hears("decided") else None)
             if day_tokens_used > 0.0 or day_requests_used > 0.0:
-                own.day_started(day_tokens_used, day_requests_used, start_s)
+                own.started(of_amounts({law.TPD: day_tokens_used, law.RPD: day_requests_used}), start_s)
             quota = own
         estimate = self.batch.estimate if learner is not None else None
         self.scheduler: Scheduler[Job] = Scheduler(self.batch, quota, seed=seed, start_s=start_s, estimate=estimate)
@@ -157,8 +158,8 @@ class Governor(InALoop):
             return inf
         standing = standing_of(lane)
         ahead = self.scheduler.ahead_of(law.rank(self.p, law.MAIN, 1, expected, reserve, inf, standing))
-        flying = [(job.launched_s, job.reserve) for job in (*self.batch.granted, *self.attempts.jobs())]
-        return wait_s(self.p, self.s, ahead, flying, (reserve, standing), self.batch.answer_s, self.now())
+        flying = [(job.launched_s, job.need) for job in (*self.batch.granted, *self.attempts.jobs())]
+        return wait_s(self.p, self.s, ahead, flying, (of_tokens(reserve), standing), self.batch.answer_s, self.now())
 
     async def run(
         self, source: Iterator[Work], send: Send, *, finalize: bool = False, refusals: Refusals | None = None

@@ -70,7 +70,8 @@ class Permit:
         governor, job = self._governor, self._job
         if job.flying:
             governor.batch.granted.discard(job)
-            governor.scheduler.returned(job, self._used, stated_by(self._limits), governor.now())
+            used = job.need_of(self._used) if self._used >= 0.0 else None
+            governor.scheduler.returned(job, used, stated_by(self._limits), governor.now())
             governor.settle()
 
     @property

@@ -94,10 +94,10 @@ class Queue(Generic[J]):
         backing_off = [job for _, _, is_deadline, job, _ in self.calendar if not (is_deadline or job.ended)]
         return [*queued, *backing_off, *self.quota.taken_over()]
 
-    def ahead_of(self, rank: Rank) -> list[tuple[float, int]]:
-        """Return (reservation, standing) of the queued jobs ahead of that rank, in order, without new work."""
+    def ahead_of(self, rank: Rank) -> list[tuple[list[float], int]]:
+        """Return (need, standing) of the queued jobs ahead of that rank, in order, without new work."""
         queued = sorted(entry for entry in self._queue if entry[0] < rank and not entry[2].ended)
-        return [(job.reserve, job.standing) for _, _, job in queued]
+        return [(job.need, job.standing) for _, _, job in queued]
 
     def backing_off(self) -> tuple[float, float]:
         """Return when the first and the last backing-off job may be tried again; (inf, -inf) if there is none."""

@@ -19,7 +19,7 @@ REPORTED = {
     name: "admission" if name == "ask" else name
     for name in (
         *("ask", "launched", "settled", "released", "answered", "throttled", "failed", "synced"),
-        *("finalize_opened", "finalize_closed", "paused", "resumed", "day_started"),
+        *("finalize_opened", "finalize_closed", "paused", "resumed", "started"),
     )
 }
 
@@ -32,17 +32,17 @@ class LocalQuota:
         self.p = p
         self.s = State() if s is None else s
 
-    def ask(self, reserve: float, standing: int, now: float) -> tuple[float, int]:
+    def ask(self, need: list[float], standing: int, now: float) -> tuple[float, int]:
         """See `law.admission`."""
-        return law.admission(self.p, self.s, reserve, standing, now)
+        return law.admission(self.p, self.s, need, standing, now)
 
-    def launched(self, reserve: float, standing: int, now: float, u: float) -> None:
+    def launched(self, need: list[float], standing: int, now: float, u: float) -> None:
         """See `law.launched`."""
-        law.launched(self.p, self.s, reserve, standing, now, u)
+        law.launched(self.p, self.s, need, standing, now, u)
 
-    def settled(self, reserve: float, used: float, launched_at: float, now: float) -> None:
+    def settled(self, need: list[float], used: list[float], launched_at: float, now: float) -> None:
         """See `law.settled`."""
-        law.settled(self.p, self.s, reserve, used, launched_at, now)
+        law.settled(self.p, self.s, need, used, launched_at, now)
 
     def released(self) -> None:
         """See `law.released`."""
@@ -80,9 +80,9 @@ class LocalQuota:
         """See `law.resumed`."""
         law.resumed(self.p, self.s)
 
-    def day_started(self, tokens_used: float, requests_used: float, now: float) -> None:
-        """See `law.day_started`."""
-        law.day_started(self.p, self.s, tokens_used, requests_used, now)
+    def started(self, used: list[float], now: float) -> None:
+        """See `law.started`."""
+        law.started(self.p, self.s, used, now)
 
     def reprice(self, params: Params, now: float) -> None:
         """Adopt changed settings."""

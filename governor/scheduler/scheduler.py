@@ -166,15 +166,15 @@ class Scheduler(Queue[J]):
 
     # ------------------------------------------------------------ events: the end of an attempt
 
-    def succeeded(self, job: J, used: float, stated: Stated, now: float, is_empty: bool) -> None:
-        """Settle an answered job that used `used` tokens.
+    def succeeded(self, job: J, used: list[float], stated: Stated, now: float, is_empty: bool) -> None:
+        """Settle an answered job that used these amounts of the dimensions.
 
         `is_empty`: the answer was cut off without text, so a finalize pass follows.
         """
         self.advance(now)
         in_wait = self.cause
         job.flying = job.holds = False
-        self.quota.settled(job.reserve, used, job.launched_s, now)
+        self.quota.settled(job.need, used, job.launched_s, now)
         if self._aside and not self.stopped and job.launched_s >= self._aside[0][1]:
             self._end_aside()
         if stated:
@@ -189,16 +189,23 @@ class Scheduler(Queue[J]):
         self._pump_after(in_wait, now)
 
     def returned(
-        self, job: J, used: float, stated: Stated, now: float, *, is_charged: bool = True, is_answered: bool = False
+        self,
+        job: J,
+        used: list[float] | None,
+        stated: Stated,
+        now: float,
+        *,
+        is_charged: bool = True,
+        is_answered: bool = False,
     ) -> None:
-        """End a program's call that used `used` tokens (-1 = unknown: the reservation stays booked).
+        """End a program's call that used these amounts (None = unknown: its need stays booked).
 
         `is_answered`: the provider answered. `is_charged`: the provider admitted the request.
         """
         self.advance(now)
         job.flying = job.holds = False
-        if used >= 0.0:
-            self.quota.settled(job.reserve, used, job.launched_s, now)
+        if used is not None:
+            self.quota.settled(job.need, used, job.launched_s, now)
         else:
             self.quota.released()
             if is_answered:
@@ -230,7 +237,7 @@ class Scheduler(Queue[J]):
         self._sync(job, stated, 1, now)
         p = self.quota.p
         times = job.first_launched_s, job.launched_s, now, self._retry_u(job)
-        at, standing = self.quota.throttled(job.reserve, job.attempt, retry_after_s, *times), law.keeps_permit(p)
+        at, standing = self.quota.throttled(job.need, job.attempt, retry_after_s, *times), law.keeps_permit(p)
         if is_last:
             at = self._renounced(at, standing)
         if at < inf:
@@ -350,14 +357,17 @@ class Scheduler(Queue[J]):
                 break
             if self._estimate is not None:
                 found, declared = self._estimate(first)
-                first.reserve = declared if law.never_fits(quota.p, found) else found
+                need = first.need_of(found)
+                is_too_large = law.never_fits(quota.p, need)
+                first.reserve = declared if is_too_large else found
+                first.need = first.need_of(declared) if is_too_large else need
             if first is not self._fitting:
-                if law.never_fits(quota.p, first.reserve):
+                if law.never_fits(quota.p, first.need):
                     self._leave(first)
                     self._give_up(first, now, FailureCode.REQUEST_TOO_LARGE)
                     continue
                 self._fitting = first
-            at, cause = quota.ask(first.reserve, first.standing, now)
+            at, cause = quota.ask(first.need, first.standing, now)
             if at > now:
                 bit = 1 << cause
                 if not first.asked & bit and cause != NOTHING:
@@ -378,7 +388,7 @@ class Scheduler(Queue[J]):
                 self._give_up(first, now, FailureCode.DEADLINE_EXCEEDED)
             else:
                 u = first.jitter_u
-                quota.launched(first.reserve, first.standing, now, u if u >= 0.0 else self.jitter_u(first))
+                quota.launched(first.need, first.standing, now, u if u >= 0.0 else self.jitter_u(first))
                 self._launch(first, now, quota.s.booked_before.copy() if quota.p.sync_headers else NOT_BOOKED)
         else:
             at, cause = inf, NOTHING
@@ -414,9 +424,8 @@ class Scheduler(Queue[J]):
         quota = self.quota
         if quota.p.sync_headers and job.booked:
             for d, limit, remaining in stated:
-                amount = job.reserve if d in (law.TPM, law.TPD) else 1.0
                 since = quota.booked_since(job, d)
-                quota.synced(d, limit, remaining, amount, refused, since, job.launched_s, now)
+                quota.synced(d, limit, remaining, job.need[d], refused, since, job.launched_s, now)
 
     def _open_finalize(self, job: J, now: float) -> None:
         """Queue one more call, ahead of new work, for an answer that was cut off without usable text."""

@@ -16,9 +16,9 @@ from math import inf
 from governor import law
 from governor.law import Params, State
 
-# (reserve, standing) of a waiting attempt; (launched at, reserve) of an attempt in flight.
-Waiting = tuple[float, int]
-Flying = tuple[float, float]
+# (need, standing) of a waiting attempt; (launched at, need) of an attempt in flight.
+Waiting = tuple[list[float], int]
+Flying = tuple[float, list[float]]
 
 
 def copied(s: State) -> State:
@@ -40,12 +40,12 @@ def wait_s(
     takes. `s` is not changed.
     """
     s = copied(s)
-    ends = [(max(now, launched + answer_s), launched, reserve) for launched, reserve in flying]
+    ends = [(max(now, launched + answer_s), launched, need) for launched, need in flying]
     heapify(ends)
     at = now
-    for reserve, standing in (*ahead, mine):
+    for need, standing in (*ahead, mine):
         while True:
-            admitted_at, _ = law.admission(p, s, reserve, standing, at)
+            admitted_at, _ = law.admission(p, s, need, standing, at)
             if not ends or admitted_at <= ends[0][0]:
                 break
             at, launched, held = heappop(ends)
@@ -53,6 +53,6 @@ def wait_s(
         if admitted_at == inf:
             return inf
         at = max(at, admitted_at)
-        law.launched(p, s, reserve, standing, at, 0.5)
-        heappush(ends, (at + answer_s, at, reserve))
+        law.launched(p, s, need, standing, at, 0.5)
+        heappush(ends, (at + answer_s, at, need))
     return at - now

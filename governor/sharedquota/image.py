@@ -37,8 +37,8 @@ Call = tuple[str, tuple[Any, ...], Any]
 Event = list[Any]
 # Owner, number of its first event, and the events.
 Batch = tuple[str, int, list[Event]]
-# Incarnation, version, tokens reserved, standing, time, and the uniform number of the stagger.
-Launch = tuple[int, int, float, int, float, float]
+# Incarnation, version, need, standing, time, and the uniform number of the stagger.
+Launch = tuple[int, int, list[float], int, float, float]
 
 
 @dataclass(slots=True)
@@ -54,13 +54,14 @@ class Waiter:
     attempt: int
     standing: int
     expected: float
-    reserve: float
+    size: float
+    need: list[float]
     u: float
     turn: int
 
     def key(self, p: Params) -> tuple[float, ...]:
         """Return its place in the queue, as the law orders it; of equal keys the first to come goes first."""
-        return law.rank(p, self.lane, self.attempt, self.expected, self.reserve, float(self.turn), self.standing)
+        return law.rank(p, self.lane, self.attempt, self.expected, self.size, float(self.turn), self.standing)
 
 
 @dataclass(slots=True)
@@ -89,8 +90,8 @@ class Join:
 
     `number`: of this entry. `last`: of its newest event. `params`: its settings, if they are to apply to the pool.
     `calls`: its numbered events since the last one that it knows to be in an image. `wants`: its waiting attempts.
-    `launches`: its launches that an image may lack. `lineage`, `used`: the pool that it knew, and the tokens in use
-    there. `before`: the use in each dimension of the law when an earlier run of this process ended, for a new pool.
+    `launches`: its launches that an image may lack. `lineage`, `used`: the pool that it knew, and the amounts in
+    use there. `before`: the use in each dimension of the law when an earlier run of this process ended, for a new pool.
     `seen`: the newest incarnation that it has heard of.
     """
 
@@ -103,8 +104,8 @@ class Join:
     wants: list[Event]
     launches: list[Launch]
     lineage: int = 0
-    used: float = 0.0
-    before: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
+    used: tuple[float, ...] = (0.0,) * law.DIMENSIONS
+    before: tuple[float, ...] = (0.0,) * law.DIMENSIONS
     seen: int = 0
 
     def packed(self) -> list[Any]:

@@ -85,7 +85,7 @@ class Standing:
     finalizes: int
     wants: list[Event]
     launches: list[Launch]
-    used: float
+    used: tuple[float, ...]
     before: tuple[float, ...]
 
 

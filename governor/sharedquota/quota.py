@@ -20,6 +20,7 @@ from typing import Any
 from governor import law
 from governor.law import HOLDING, RETRY, Params
 from governor.model.lawcalls import params_of
+from governor.model.needs import NOTHING_USED, of_amounts
 from governor.sharedquota.image import (
     CALL,
     HERE,
@@ -118,12 +119,14 @@ def begun(joins: Mapping[str, Join], now: float) -> Image:
     first = next(join for join in joins.values() if join.params is not None)
     assert first.params is not None
     image = Image(params_of(tuple(first.params)), lineage=first.lineage)
-    used = [sum(join.before[d] for join in joins.values()) for d in range(4)]
-    if used[law.TPM] > 0.0:
-        law.launched(image.p, image.s, used[law.TPM], RETRY, now, 0.5)
-        law.released(image.p, image.s)
-    law.day_started(image.p, image.s, used[law.TPD], used[law.RPD], now)
+    law.launched(image.p, image.s, _sum(join.before for join in joins.values()), RETRY, now, 0.5)
+    law.released(image.p, image.s)
     return image
+
+
+def _sum(amounts: Iterable[Iterable[float]]) -> list[float]:
+    """Return the sum by dimension."""
+    return [sum(each) for each in zip(NOTHING_USED, *amounts, strict=True)]
 
 
 class _Decision:
@@ -192,11 +195,11 @@ class _Decision:
         self.holds(owner, held - frees)
 
     def holds(self, owner: Owner, count: int) -> None:
-        """Set the number of the owner's permits as it reports. A permit taken again books a request, but no tokens."""
+        """Set the number of the owner's permits as it reports. A permit taken again books nothing."""
         while owner.holds > count:
             self.law("released", owner=owner)
         while owner.holds < count:
-            self.law("launched", 0.0, RETRY, self.now, 0.5, owner=owner)
+            self.law("launched", NOTHING_USED, RETRY, self.now, 0.5, owner=owner)
 
     def repriced(self, p: Params) -> None:
         """Adopt other settings for the whole pool."""
@@ -222,8 +225,8 @@ class _Decision:
         image.told = UNTOLD
         if join.params is not None:
             self.repriced(params_of(tuple(join.params)))
-        if join.lineage != image.lineage and join.used > 0.0:
-            self.law("launched", join.used, RETRY, self.now, 0.5)
+        if join.lineage != image.lineage and any(join.used):
+            self.law("launched", list(join.used), RETRY, self.now, 0.5)
             self.law("released")
         calls = [event for number, event in join.calls if number > owner.last]
         self.holds(owner, join.holds + sum(event[3] for event in calls))
@@ -254,16 +257,20 @@ class _Decision:
 
     def booked_again(self, launches: Iterable[Launch]) -> None:
         """Book launches that the image lacks; their permits are counted elsewhere."""
-        for _, _, reserve, standing, at, u in launches:
-            self.law("launched", reserve, RETRY if standing == HOLDING else standing, at, u)
+        for _, _, need, standing, at, u in launches:
+            self.law("launched", need, RETRY if standing == HOLDING else standing, at, u)
             self.law("released")
 
     def filled(self) -> None:
-        """Book the rest of the minute's budget."""
+        """Book the rest of each budget per minute."""
         p, s = self.image.p, self.image.s
-        room = law.held_of(p, law.TPM, p.budget[law.TPM]) * s.scale[law.TPM] - law.used_in(p, s, law.TPM, self.now)
-        if p.limit[law.TPM] > 0.0 and room > 0.0:
-            self.law("launched", room, RETRY, self.now, 0.5)
+        rooms = {
+            d: max(0.0, law.held_of(p, d, p.budget[d]) * s.scale[d] - law.used_in(p, s, d, self.now))
+            for d in range(p.dimensions)
+            if p.limit[d] > 0.0 and law.is_brief(p, d)
+        }
+        if any(rooms.values()):
+            self.law("launched", of_amounts(rooms), RETRY, self.now, 0.5)
             self.law("released")
 
     def leaves(self, name: str, owner: Owner) -> None:
@@ -303,16 +310,16 @@ class _Decision:
             if image.owners[w.owner].silent:
                 waiters.append(w)
                 continue
-            if law.never_fits(p, w.reserve):
+            if law.never_fits(p, w.need):
                 self.news_of(w.owner).refused.append(w.ticket)
                 continue
-            at, cause = self.law("admission", w.reserve, w.standing, self.now)
+            at, cause = self.law("admission", w.need, w.standing, self.now)
             if at > self.now:
                 image.wake_at, image.cause = at, cause
                 told = (w.owner, w.ticket, at, cause)
                 waiters += image.waiters[place:]
                 break
-            self.law("launched", w.reserve, w.standing, self.now, w.u, owner=image.owners[w.owner])
+            self.law("launched", w.need, w.standing, self.now, w.u, owner=image.owners[w.owner])
             image.turn = max(image.turn, w.turn)
             self.news_of(w.owner).grants.append((w.ticket, image.s.booked_before.copy() if p.sync_headers else []))
         image.waiters = waiters

@@ -26,6 +26,7 @@ from governor import law
 from governor.law import FIRST, HOLDING, NOTHING, Params, State
 from governor.model.errors import PacelineError
 from governor.model.lawcalls import CALLS, PATCHED, RESTORED, SHARED, Numbers, numbers_of, patch_of
+from governor.model.needs import NOTHING_USED
 from governor.model.timeline import BREAKER, QUANTUM_S, ServerClock, floored, moved
 from governor.model.work import Job, Observer
 from governor.scheduler.attempts import NoLoop
@@ -45,6 +46,7 @@ QUIET_S = 10.0
 # The arguments of the law's calls that are times.
 TIMES = {"now", "launched_at", "first_launched_at", "failed_at"}
 _TIMES = {name: tuple(i for i, each in enumerate(call.names) if each in TIMES) for name, call in CALLS.items()}
+_PLACES = range(law.DIMENSIONS)
 IN_A_LOOP = "a governor that shares its quota works in the event loop that it is made in: make one in each"
 
 
@@ -171,9 +173,9 @@ class SharedQuota:
             result -= self._zero_s
         return result
 
-    def settled(self, reserve: float, used: float, launched_at: float, now: float) -> None:
+    def settled(self, need: list[float], used: list[float], launched_at: float, now: float) -> None:
         """See `law.settled`."""
-        self._report("settled", reserve, used, launched_at, now)
+        self._report("settled", need, used, launched_at, now)
 
     def released(self) -> None:
         """See `law.released`."""
@@ -249,7 +251,7 @@ class SharedQuota:
 
     # ------------------------------------------------------------ requests to the pool
 
-    def ask(self, reserve: float, standing: int, now: float) -> tuple[float, int]:
+    def ask(self, need: list[float], standing: int, now: float) -> tuple[float, int]:
         """Publish the scheduler's head, unless enough attempts of this process already wait in the pool's queue."""
         if self._is_held:
             return inf, law.PAUSED
@@ -260,7 +262,7 @@ class SharedQuota:
             return TAKEN_OVER, NOTHING
         return inf, NOTHING
 
-    def launched(self, reserve: float, standing: int, now: float, u: float) -> None:
+    def launched(self, need: list[float], standing: int, now: float, u: float) -> None:
         """Raise AssertionError: the pool grants launches, the scheduler never books them here."""
         raise AssertionError("a shared quota books nothing here")
 
@@ -279,7 +281,7 @@ class SharedQuota:
         self.member.post(self._want(self._ticket, job))
 
     def _want(self, ticket: int, job: Job) -> Event:
-        sizes = [float(job.expected), float(job.reserve)]
+        sizes = [float(job.expected), float(job.reserve), job.need]
         return [WANT, ticket, job.lane, job.attempt, job.standing, *sizes, self._scheduler.jitter_u(job)]
 
     def forget(self, job: Job) -> None:
@@ -320,14 +322,14 @@ class SharedQuota:
         """Return what this process holds and waits for."""
         self._withdrawn.clear()
         now = self._governor.now()
-        used = 0.0
+        used = before = tuple(NOTHING_USED)
         if known is not None:
-            used = law.used_in(known.p, known.s, law.TPM, now + self._zero_s)
-            used += sum(launch[2] for launch in self._launches if launch[:2] > known.age)
+            missing = [launch[2] for launch in self._launches if launch[:2] > known.age]
+            at = now + self._zero_s
+            used = tuple(law.used_in(known.p, known.s, d, at) + sum(each[d] for each in missing) for d in _PLACES)
         wants = [self._want(ticket, job) for ticket, job in self._asked.items()]
-        before: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
         if self._given is not None:
-            before = tuple(law.used_in(self.p, self._given, d, now) for d in range(4))
+            before = tuple(law.used_in(self.p, self._given, d, now) for d in _PLACES)
         return Standing(self._holds, self._finalizing, wants, list(self._launches), used, before)
 
     def heard(self, image: Image, news: News | None = None) -> None:
@@ -337,7 +339,7 @@ class SharedQuota:
     def _hear(self, image: Image, news: News | None) -> None:
         self._tell_time()
         version = self._heard_version = image.age
-        self.s = moved(image.s, -self._zero_s)
+        self.s = moved(image.p, image.s, -self._zero_s)
         for field in BREAKER:
             setattr(self._scratch, field, getattr(image.s, field))
         self.s.paused = int(self._is_held)
@@ -443,7 +445,7 @@ class SharedQuota:
             return
         while self._launches and self._launches[0][4] < at - REMEMBERED_S:
             self._launches.popleft()
-        self._launches.append((*version, job.reserve, job.standing, at, self._scheduler.jitter_u(job)))
+        self._launches.append((*version, job.need, job.standing, at, self._scheduler.jitter_u(job)))
         self._scheduler.granted(job, at - self._zero_s, booked)
 
     def decided(self, params: Params, before: Numbers, image: Image, calls: list[Call]) -> None:

@@ -18,6 +18,7 @@ from governor import law
 from governor.forecast.summary import Summary, Tally
 from governor.law import MAIN, TPM
 from governor.model.keyed import attempt_key
+from governor.model.needs import of_amounts
 from governor.model.requests import CAUSES, Answer, Attempt, Limit, Outcome, Request
 from governor.model.timeline import EPOCH_S
 from governor.model.work import Job, Observer, Work
@@ -378,7 +379,8 @@ class _Run:
         if number == 0:  # the process that begins the pool knows the day's earlier use
             state = law.State()
             grant = self.case.grant
-            law.day_started(self.case.params, state, grant.day_tokens_used, grant.day_requests_used, 0.0)
+            used = of_amounts({law.TPD: grant.day_tokens_used, law.RPD: grant.day_requests_used})
+            law.started(self.case.params, state, used, 0.0)
         governor = SharedGovernor(self.case.params, store=store, seed=self.seed, observer=counts, state=state)
         finalize = self.case.finalize_max_tokens > 0
         why = await governor.run(iter(list(open_.values())), self.provider.send, finalize=finalize)

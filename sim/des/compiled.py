@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from governor import law
 from governor.model.errors import FailureCode
+from governor.model.needs import of_amounts
 from governor.model.policy import Policy
 from sim.des import engine
 from sim.des.machine import BESIDE, ROOT, SOURCES, array_of, dtype_of, function_of, places
@@ -133,7 +134,7 @@ class Batch:
         self.pp = _providers.get((case.provider,), lambda: array_of(case.provider, PROVIDER))
         s, ps = law.State(), prov.ProviderState()
         tokens, requests = case.grant.day_tokens_used, case.grant.day_requests_used
-        law.day_started(case.params, s, tokens, requests, 0.0)
+        law.started(case.params, s, of_amounts({law.TPD: tokens, law.RPD: requests}), 0.0)
         prov.day_started(ps, tokens, requests)
         # Usually no daily quota was used before: making that array anew takes as long as half a run.
         self.s = (_NEW_ARRAY if s == _NEW else array_of(s, STATE)).view(np.int64)

@@ -20,6 +20,7 @@ from math import inf
 from governor import law
 from governor.model.errors import FailureCode
 from governor.model.keyed import attempt_key
+from governor.model.needs import of_amounts
 from governor.scheduler.interfaces import Stated
 from governor.scheduler.learning import Learner
 from governor.scheduler.quota import LocalQuota
@@ -59,7 +60,7 @@ class Simulation:
         self.on_attempt = on_attempt
         self.ps = ProviderState()
         quota = LocalQuota(params)
-        quota.day_started(day_tokens_used, day_requests_used, 0.0)
+        quota.started(of_amounts({law.TPD: day_tokens_used, law.RPD: day_requests_used}), 0.0)
         prov.day_started(self.ps, day_tokens_used, day_requests_used)
         self.env = Calendar()
         self.learner = Learner() if columns.kind is not None else None
@@ -219,7 +220,7 @@ class Simulation:
             is_empty = self.finalize_max_tokens > 0 and self._came_back_empty(job)
         else:
             tally.work.finalized(job.charge, used)
-        self.scheduler.succeeded(job, used, stated, now, is_empty)
+        self.scheduler.succeeded(job, job.need_of(used), stated, now, is_empty)
 
     # ------------------------------------------------------------ the provider
 

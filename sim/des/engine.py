@@ -54,8 +54,8 @@ def _ends() -> list[float]:
     return [0.0] * ENDS
 
 
-def _booked() -> list[float]:
-    return [0.0] * 4
+def _amounts() -> list[float]:
+    return [0.0] * law.DIMENSIONS
 
 
 @dataclass(slots=True)
@@ -85,7 +85,7 @@ class Job:
 
     `since`: the clock by cause when the job became eligible; from its launch on, its waits by cause. Only used if
     attempts are recorded. `stated_*`: what the answer's headers will state, and `booked`, what the law had booked by
-    its launch; only used if the policy reads them.
+    its launch; only used if the policy reads them. `need`, `used`: what it reserves and will use of each dimension.
     """
 
     number: int = 0
@@ -122,7 +122,9 @@ class Job:
     stated_d: int = 0
     stated_requests_limit: float = 0.0
     stated_requests_left: float = 0.0
-    booked: list[float] = field(default_factory=_booked)
+    booked: list[float] = field(default_factory=_amounts)
+    need: list[float] = field(default_factory=_amounts)
+    used: list[float] = field(default_factory=_amounts)
     since: list[float] = field(default_factory=_causes)
 
 
@@ -414,6 +416,14 @@ def _begun(w: World, slot: int, submitted_s: float) -> None:
     job.eligible_s = submitted_s
 
 
+def _need(job: Any) -> None:
+    """Fill in what the job reserves and what it will use of each dimension."""
+    used = job.prompt + job.output
+    job.need[law.TPM] = job.need[law.TPD] = job.reserve
+    job.used[law.TPM] = job.used[law.TPD] = used
+    job.need[law.RPM] = job.need[law.RPD] = job.used[law.RPM] = job.used[law.RPD] = 1.0
+
+
 def _next(w: World) -> int:
     """Return the next job in order of launch (a batch) or of arrival (a trace); NONE after the last."""
     run = w.run
@@ -431,6 +441,7 @@ def _next(w: World) -> int:
     job.charge = row.charge
     job.prompt = row.prompt
     job.output = row.output
+    _need(job)
     job.recorded_s = row.recorded_s
     job.arrived_s = row.arrival_s
     job.first_launched_s = -1.0
@@ -521,11 +532,11 @@ def _pump(w: World, now: float) -> bool:
                 _end_aside(w)  # too few to be sure, and nothing else is left
             return True
         job = w.jobs[slot]
-        if law.never_fits(p, job.reserve):
+        if law.never_fits(p, job.need):
             _taken(w, slot)
             _give_up(w, slot, now, prov.TOO_LARGE)
             continue
-        at, cause = law.admission(p, s, job.reserve, job.standing, now)
+        at, cause = law.admission(p, s, job.need, job.standing, now)
         if at > now:
             run.cause = cause
             bit = 1 << cause
@@ -553,7 +564,7 @@ def _launch(w: World, slot: int, now: float) -> None:
     u = 0.5
     if p.stagger_s > 0.0 and job.standing == law.FIRST:
         u = keyed_uniform(run.seed, job.index, key, JITTER_STAGGER)
-    law.launched(p, s, job.reserve, job.standing, now, u)
+    law.launched(p, s, job.need, job.standing, now, u)
     run.attempts += 1
     run.flying += 1
     run.peak_in_flight = max(run.peak_in_flight, run.flying)
@@ -567,7 +578,7 @@ def _launch(w: World, slot: int, now: float) -> None:
     job.charged = job.charge if outcome in CHARGED else 0.0
     run.charged_tokens += job.charged
     if p.sync_headers:
-        for d in range(4):
+        for d in range(p.dimensions):
             job.booked[d] = s.booked_before[d]
         _state(w, slot)
     if run.recording:
@@ -682,9 +693,7 @@ def _on_answer(w: World, slot: int, now: float) -> bool:
     u = keyed_uniform(run.seed, job.index, attempt_key(job.lane, job.tries), JITTER_RETRY)
     if outcome == prov.THROTTLED or outcome == prov.SLOW_DOWN:
         run.throttled += 1
-        at = law.throttled(
-            p, s, job.reserve, job.attempt, job.retry_after_s, job.first_launched_s, job.launched_s, now, u
-        )
+        at = law.throttled(p, s, job.need, job.attempt, job.retry_after_s, job.first_launched_s, job.launched_s, now, u)
         standing = law.keeps_permit(p)
     else:
         at, standing = law.failed(
@@ -724,18 +733,18 @@ def _sync(w: World, slot: int, now: float) -> None:
     if job.stated_tokens_limit > 0.0:
         limit, left = job.stated_tokens_limit, job.stated_tokens_left
         since = s.booked[law.TPM] - job.booked[law.TPM]
-        law.synced(p, s, law.TPM, limit, left, job.reserve, refused, since, at, now)
+        law.synced(p, s, law.TPM, limit, left, job.need[law.TPM], refused, since, at, now)
     d = job.stated_d
     if d >= 0:
         limit, left = job.stated_requests_limit, job.stated_requests_left
         since = s.booked[d] - job.booked[d]
-        law.synced(p, s, d, limit, left, 1.0, refused, since, at, now)
+        law.synced(p, s, d, limit, left, job.need[d], refused, since, at, now)
 
 
 def _on_ok(w: World, slot: int, now: float) -> None:
     run, job = w.run, w.jobs[slot]
     used = job.prompt + job.output
-    law.settled(w.p, w.s, job.reserve, used, job.launched_s, now)
+    law.settled(w.p, w.s, job.need, job.used, job.launched_s, now)
     if run.aside and not run.stopped and job.launched_s >= run.aside_first_s:
         _end_aside(w)
     _sync(w, slot, now)
@@ -787,6 +796,7 @@ def _open_finalize(w: World, slot: int, now: float) -> None:
     job.reserve = job.last_reserve
     job.charge = job.last_charge
     job.output = job.last_output
+    _need(job)
     job.launched_s = -1.0
     _may_go(w, slot, now, 1)
     _watch_deadline(w, slot)

@@ -29,6 +29,7 @@ from governor import law
 from governor.journal.journal import Journal
 from governor.model.errors import BadInput
 from governor.model.estimate import EMBEDDINGS, Sizes
+from governor.model.needs import of_tokens
 from governor.model.policy import Policy
 from governor.model.requests import Attempt, Outcome
 from sim.calibration.others import Count, Taking, counts_of, gone_by_others
@@ -431,7 +432,7 @@ class Twin(Simulation):
         prov.advanced(self.pp, self.ps, self.provider_seed, max(now - self._began_s, self.ps.at))
         if self._charges_lost:
             win.taken(self.pp, self.ps, charge, 1.0, False)
-        self.scheduler.quota.launched(float(c.reserve[row]), law.HOLDING, now, 0.5)
+        self.scheduler.quota.launched(of_tokens(float(c.reserve[row])), law.HOLDING, now, 0.5)
 
     def _on_change(self, event: Any) -> None:
         change = event._value

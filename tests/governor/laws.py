@@ -14,6 +14,7 @@ from heapq import heappop, heappush
 from typing import Any
 
 from governor import law
+from governor.model.needs import of_tokens
 
 WINDOWS = (law.FIXED, law.SLIDING, law.BUCKET)
 INF = math.inf
@@ -25,21 +26,34 @@ GONE = "gone"
 EXHAUSTED = "exhausted"
 
 
+def each(*values: float, rest: float = 0.0) -> list[float]:
+    """An array with these values for the first dimensions, and `rest` for the others."""
+    return [*map(float, values), *[rest] * (law.DIMENSIONS - len(values))]
+
+
 def params(
     tpm: float = 30_000, rpm: float = 0, tpd: float = 0, rpd: float = 0, headroom: float = 0.15, **changes: Any
 ) -> law.Params:
-    """The guardrails, as numbers, with what a test changes. Daily limits have no headroom here."""
-    limit = [float(tpm), float(rpm), float(tpd), float(rpd)]
+    """The guardrails, as numbers, with what a test changes. Daily limits have no headroom here.
+
+    `window`, `burst_ratio`: of both limits per minute. `settles`, `refunds`: of both limits of tokens.
+    """
+    limit = each(tpm, rpm, tpd, rpd)
+    ratio = each(headroom, headroom)
+    length_s = each(60.0, 60.0, 86_400.0, 86_400.0, rest=60.0)
+    for name in ("window", "burst_ratio", "settles", "refunds"):
+        value = changes.get(name)
+        if isinstance(value, int | float):
+            changes[name] = {
+                "window": each(value, value, law.BUCKET, law.BUCKET),
+                "burst_ratio": each(value, value, rest=1.0),
+            }.get(name, each(value, 0, value, 0))
     p = law.Params(
         max_concurrency=3,
         stagger_s=15.0,
         jitter_ratio=0.2,
         jitter_cap_s=3.0,
-        headroom_ratio=headroom,
-        window=law.FIXED,
-        burst_ratio=1.0,
         interactive_ratio=0.0,
-        settles=0,
         longest_first=0,
         max_attempts=5,
         backoff_base_s=2.0,
@@ -47,18 +61,22 @@ def params(
         backoff_keeps_permit=1,
         hold_on_throttle=0,
         sync_headers=0,
-        refunds_throttled=0,
         finalize_lowers=1,
         finalize_max_concurrency=2,
         retry_after_cap_s=math.inf,
         timeout_s=600.0,
         deadline_s=0.0,
+        dimensions=4,
         limit=limit,
-        budget=[law.budget_of(n, headroom if d < law.TPD else 0.0) for d, n in enumerate(limit)],
-        rate_per_s=[
-            law.rate_of(n, headroom if d < law.TPD else 0.0, 60.0 if d < law.TPD else 86_400.0)
-            for d, n in enumerate(limit)
-        ],
+        budget=list(map(law.budget_of, limit, ratio)),
+        rate_per_s=list(map(law.rate_of, limit, ratio, length_s)),
+        length_s=length_s,
+        window=each(law.FIXED, law.FIXED, law.BUCKET, law.BUCKET),
+        phase_s=each(),
+        burst_ratio=each(rest=1.0),
+        settles=each(),
+        refunds=each(),
+        cause=each(law.BY_TPM, law.BY_RPM, law.BY_DAY, law.BY_DAY),
     )
     for name, value in changes.items():
         assert hasattr(p, name), name
@@ -130,17 +148,17 @@ class Booking:
 
 def promised(p: law.Params, s: law.State, reserve: float, standing: int, now: float) -> tuple[float, int]:
     """The law's answer, which must also be the one between now and then, and at that moment "now"."""
-    at, cause = law.admission(p, s, reserve, standing, now)
-    assert at == law.admit_at(p, s, reserve, standing, now)
-    assert cause == law.blocked_by(p, s, reserve, standing, now)
+    at, cause = law.admission(p, s, of_tokens(reserve), standing, now)
+    assert at == law.admit_at(p, s, of_tokens(reserve), standing, now)
+    assert cause == law.blocked_by(p, s, of_tokens(reserve), standing, now)
     assert at >= now
     assert (cause == law.NOTHING) == (at == now)
     if now < at < math.inf:
         for share in (1e-9, 0.3, 0.7, 0.9999):
             between = now + share * (at - now)
             if between < at:
-                assert law.admission(p, s, reserve, standing, between) == (at, cause)
-        assert law.admission(p, s, reserve, standing, at) == (at, law.NOTHING)
+                assert law.admission(p, s, of_tokens(reserve), standing, between) == (at, cause)
+        assert law.admission(p, s, of_tokens(reserve), standing, at) == (at, law.NOTHING)
     if at == math.inf:
         # A driver with nothing in flight always gets a moment to wake at. And who kept its place in flight always does,
         # since all those in flight may be waiting like itself.
@@ -203,7 +221,7 @@ class Pool:
     def pump(self, now: float) -> None:
         while self.queue:
             job = self.queue[0][2]
-            if law.never_fits(self.p, job.reserve):
+            if law.never_fits(self.p, of_tokens(job.reserve)):
                 heappop(self.queue)
                 self._give_up(job)
                 self.ends.append((now, job.index, GONE))
@@ -226,7 +244,7 @@ class Pool:
     # ---------------------------------------------------------------- an attempt
 
     def _launch(self, job: Job, now: float) -> None:
-        law.launched(self.p, self.s, job.reserve, job.standing, now, self.u)
+        law.launched(self.p, self.s, of_tokens(job.reserve), job.standing, now, self.u)
         if job.standing == law.HOLDING:
             self.holding -= 1
         self.in_air += 1
@@ -245,8 +263,8 @@ class Pool:
         p, s = self.p, self.s
         self.in_air -= 1
         if reply.kind == OK:
-            law.settled(p, s, job.reserve, reply.used, job.launched_at, now)
-            if p.settles:
+            law.settled(p, s, of_tokens(job.reserve), of_tokens(reply.used), job.launched_at, now)
+            if p.settles[law.TPM]:
                 self.bookings.append(Booking(now, number, reply.used, False))
             self.ends.append((now, job.index, OK))
             return
@@ -259,7 +277,7 @@ class Pool:
             at = law.throttled(
                 p,
                 s,
-                job.reserve,
+                of_tokens(job.reserve),
                 job.attempt,
                 reply.retry_after_s,
                 job.first_launched_at,
@@ -267,7 +285,7 @@ class Pool:
                 now,
                 reply.u,
             )
-            if p.refunds_throttled:
+            if p.refunds[law.TPM]:
                 self.bookings.append(Booking(now, number, 0.0, False))
         else:
             history, times = (job.index, job.attempt, job.outages, 0), (job.first_launched_at, job.launched_at, now)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from governor import law
+from governor.model.needs import of_tokens
 from tests.governor.laws import EXHAUSTED, FAILED, INF, OK, Job, Pool, Reply, free
 
 
@@ -88,9 +89,9 @@ def test_an_answer_of_whatever_kind_shows_that_the_provider_is_there() -> None:
         for request in range(2):
             law.failed(p, s, request, 1, 0, 0, -1.0, 0.0, 0.0, 1.0, 0.0)
         if answer == "settled":
-            law.settled(p, s, 1.0, 1.0, 0.0, 1.0)
+            law.settled(p, s, of_tokens(1.0), of_tokens(1.0), 0.0, 1.0)
         elif answer == "throttled":
-            law.throttled(p, s, 1.0, 1, -1.0, 0.0, 0.0, 1.0, 0.0)
+            law.throttled(p, s, of_tokens(1.0), 1, -1.0, 0.0, 0.0, 1.0, 0.0)
         elif answer == "answered":
             law.answered(p, s, 1.0)
         else:
@@ -100,7 +101,7 @@ def test_an_answer_of_whatever_kind_shows_that_the_provider_is_there() -> None:
     law.failed(p, s, 6, 1, 0, 0, -1.0, 0.0, 0.0, 1.0, 0.0)
     law.failed(p, s, 7, 1, 0, 0, -1.0, 0.0, 0.0, 1.0, 0.0)
     assert (s.outage_from, s.outage_until, s.probe_at) == (1.0, INF, 3.0)
-    assert law.admission(p, s, 1.0, law.RETRY, 1.0) == (3.0, law.OUTAGE)
+    assert law.admission(p, s, of_tokens(1.0), law.RETRY, 1.0) == (3.0, law.OUTAGE)
 
 
 def test_after_a_day_without_an_answer_attempts_count_again() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from governor import law
 from governor.law import BUCKET, FIXED, FIXED_S, RPD, SLIDING, SLIDING_S, TPD, TPM
+from governor.model.needs import of_amounts, of_tokens
 from tests.governor import laws
 from tests.governor.laws import INF, WINDOWS, Pool, Reply, after, by_attempt, free, params
 
@@ -54,7 +55,7 @@ def test_jitter_is_a_fifth_of_the_stagger_and_at_most_three_seconds(stagger_s: f
 
 
 def test_the_guardrails_budget_is_25_500() -> None:
-    assert params().budget == [25_500.0, INF, INF, INF]
+    assert params().budget == [25_500.0, *[INF] * 7]
     assert params().rate_per_s[TPM] == pytest.approx(425.0, rel=1e-15)
 
 
@@ -63,54 +64,54 @@ def test_the_guardrails_budget_is_25_500() -> None:
 
 def test_a_fixed_minute_is_anchored_at_the_first_launch_after_the_last_one_expired() -> None:
     p, s = free(tpm=1_000, headroom=0.0, window=FIXED), law.State()
-    law.launched(p, s, 600.0, law.FIRST, 7.0, 0.5)
-    law.launched(p, s, 400.0, law.FIRST, 50.0, 0.5)
-    assert law.admit_at(p, s, 1.0, law.FIRST, 50.0) == 7.0 + FIXED_S
+    law.launched(p, s, of_tokens(600.0), law.FIRST, 7.0, 0.5)
+    law.launched(p, s, of_tokens(400.0), law.FIRST, 50.0, 0.5)
+    assert law.admit_at(p, s, of_tokens(1.0), law.FIRST, 50.0) == 7.0 + FIXED_S
     assert law.used_in(p, s, TPM, 67.0) == 1_000
     assert law.used_in(p, s, TPM, 7.0 + FIXED_S) == 0
     # Nobody comes at once: the next minute begins when somebody does.
-    law.launched(p, s, 1_000.0, law.FIRST, 90.0, 0.5)
-    assert law.admit_at(p, s, 1.0, law.FIRST, 100.0) == 90.0 + FIXED_S
+    law.launched(p, s, of_tokens(1_000.0), law.FIRST, 90.0, 0.5)
+    assert law.admit_at(p, s, of_tokens(1.0), law.FIRST, 100.0) == 90.0 + FIXED_S
 
 
 def test_the_sliding_window_lets_go_after_61_to_61_and_a_half_seconds() -> None:
     for launched_at in (0.0, 0.25, 0.4999999, 0.5, 17.3, 59.5):
         p, s = free(tpm=1_000, headroom=0.0, window=SLIDING), law.State()
-        law.launched(p, s, 1_000.0, law.FIRST, launched_at, 0.5)
-        at = law.admit_at(p, s, 1.0, law.FIRST, launched_at)
+        law.launched(p, s, of_tokens(1_000.0), law.FIRST, launched_at, 0.5)
+        at = law.admit_at(p, s, of_tokens(1.0), law.FIRST, launched_at)
         assert at == math.floor(launched_at * 2) / 2 + SLIDING_S
         assert FIXED_S < at - launched_at <= SLIDING_S
 
 
 def test_the_sliding_window_frees_what_is_needed_and_no_more() -> None:
     p, s = free(tpm=1_000, headroom=0.0, window=SLIDING), law.State()
-    law.launched(p, s, 400.0, law.FIRST, 0.0, 0.5)
-    law.launched(p, s, 300.0, law.FIRST, 10.0, 0.5)
-    law.launched(p, s, 300.0, law.FIRST, 20.0, 0.5)
+    law.launched(p, s, of_tokens(400.0), law.FIRST, 0.0, 0.5)
+    law.launched(p, s, of_tokens(300.0), law.FIRST, 10.0, 0.5)
+    law.launched(p, s, of_tokens(300.0), law.FIRST, 20.0, 0.5)
     needs = {1.0: 61.5, 400.0: 61.5, 401.0: 71.5, 700.0: 71.5, 701.0: 81.5, 1_000.0: 81.5}
-    assert {need: law.admit_at(p, s, need, law.FIRST, 30.0) for need in needs} == needs
+    assert {need: law.admit_at(p, s, of_tokens(need), law.FIRST, 30.0) for need in needs} == needs
     assert [law.used_in(p, s, TPM, now) for now in (61.4, 61.5, 71.4, 71.5, 81.5)] == [1_000, 600, 600, 300, 0]
 
 
 def test_the_bucket_refills_continuously_and_never_holds_more_than_its_capacity() -> None:
     p, s = free(tpm=6_000, headroom=0.0, window=BUCKET), law.State()
-    law.launched(p, s, 6_000.0, law.FIRST, 10.0, 0.5)
-    ready = [law.admit_at(p, s, n, law.FIRST, 10.0) for n in (1.0, 100.0, 3_000.0, 6_000.0)]
+    law.launched(p, s, of_tokens(6_000.0), law.FIRST, 10.0, 0.5)
+    ready = [law.admit_at(p, s, of_tokens(n), law.FIRST, 10.0) for n in (1.0, 100.0, 3_000.0, 6_000.0)]
     assert ready == pytest.approx([10.01, 11.0, 40.0, 70.0], rel=1e-12)
     assert [law.used_in(p, s, TPM, now) for now in (10.0, 20.0, 69.0, 70.0, 500.0)] == [6_000, 5_000, 100, 0, 0]
-    law.launched(p, s, 6_000.0, law.FIRST, 1_000.0, 0.5)
-    assert law.admit_at(p, s, 100.0, law.FIRST, 1_000.0) == 1_001
+    law.launched(p, s, of_tokens(6_000.0), law.FIRST, 1_000.0, 0.5)
+    assert law.admit_at(p, s, of_tokens(100.0), law.FIRST, 1_000.0) == 1_001
 
 
 @pytest.mark.parametrize("window", WINDOWS)
 def test_requests_per_minute_are_counted_in_the_same_kind_of_window(window: int) -> None:
     p, s = free(rpm=3, headroom=0.0, window=window), law.State()
     for at in (0.0, 10.0, 20.0):
-        assert law.admission(p, s, 999.0, law.FIRST, at) == (at, law.NOTHING)
-        law.launched(p, s, 999.0, law.FIRST, at, 0.5)
+        assert law.admission(p, s, of_tokens(999.0), law.FIRST, at) == (at, law.NOTHING)
+        law.launched(p, s, of_tokens(999.0), law.FIRST, at, 0.5)
     # A bucket of three had refilled one request at 20 s and needs until 40 s for the next one.
     expected = {FIXED: FIXED_S, SLIDING: SLIDING_S, BUCKET: 20.0}[window]
-    at, cause = law.admission(p, s, 999.0, law.FIRST, 20.0)
+    at, cause = law.admission(p, s, of_tokens(999.0), law.FIRST, 20.0)
     assert at == pytest.approx(expected)
     assert cause == (law.NOTHING if window == BUCKET else law.BY_RPM)
 
@@ -124,21 +125,21 @@ def test_a_steady_load_is_paced_at_the_bucket_rate() -> None:
 def test_daily_budgets_are_buckets_of_a_day_and_start_at_a_level() -> None:
     for window in WINDOWS:
         p, s = free(tpd=86_400, rpd=100, window=window), law.State()
-        law.day_started(p, s, 80_000.0, 99.0, 0.0)
-        assert law.admission(p, s, 6_400.0, law.FIRST, 0.0) == (0.0, law.NOTHING)
-        assert law.admit_at(p, s, 7_000.0, law.FIRST, 0.0) == pytest.approx(600.0)
-        law.launched(p, s, 6_400.0, law.FIRST, 0.0, 0.5)
+        law.started(p, s, of_amounts({TPD: 80_000.0, RPD: 99.0}), 0.0)
+        assert law.admission(p, s, of_tokens(6_400.0), law.FIRST, 0.0) == (0.0, law.NOTHING)
+        assert law.admit_at(p, s, of_tokens(7_000.0), law.FIRST, 0.0) == pytest.approx(600.0)
+        law.launched(p, s, of_tokens(6_400.0), law.FIRST, 0.0, 0.5)
         # Now a token comes every second, a request every 864 s.
-        assert law.admission(p, s, 100.0, law.FIRST, 0.0) == (pytest.approx(864.0), law.BY_DAY)
-        assert law.admission(p, s, 2_000.0, law.FIRST, 0.0) == (pytest.approx(2_000.0), law.BY_DAY)
+        assert law.admission(p, s, of_tokens(100.0), law.FIRST, 0.0) == (pytest.approx(864.0), law.BY_DAY)
+        assert law.admission(p, s, of_tokens(2_000.0), law.FIRST, 0.0) == (pytest.approx(2_000.0), law.BY_DAY)
         assert [law.used_in(p, s, d, 0.0) for d in (TPD, RPD)] == pytest.approx([86_400.0, 100.0])
         assert law.used_in(p, s, TPD, 86_400.0) == 0.0
 
 
 def test_a_day_that_begins_overdrawn_waits_it_off() -> None:
     p, s = free(rpd=10), law.State()
-    law.day_started(p, s, 0.0, 12.0, 1_000.0)
-    assert law.admit_at(p, s, 1.0, law.FIRST, 1_000.0) == pytest.approx(1_000.0 + 3 * 8_640.0)
+    law.started(p, s, of_amounts({RPD: 12.0}), 1_000.0)
+    assert law.admit_at(p, s, of_tokens(1.0), law.FIRST, 1_000.0) == pytest.approx(1_000.0 + 3 * 8_640.0)
 
 
 # ---------------------------------------------------------------- oversized requests
@@ -177,9 +178,9 @@ def test_the_retry_of_an_oversized_request_runs_alone_too(keeps: int) -> None:
 
 def test_what_is_above_the_limit_itself_never_fits() -> None:
     p = params(tpd=50_000)
-    assert [law.never_fits(p, n) for n in (25_501.0, 30_000.0, 30_001.0)] == [False, False, True]
-    assert law.never_fits(free(tpd=50_000), 50_001.0)
-    assert not law.never_fits(free(), 1e12)
+    assert [law.never_fits(p, of_tokens(n)) for n in (25_501.0, 30_000.0, 30_001.0)] == [False, False, True]
+    assert law.never_fits(free(tpd=50_000), of_tokens(50_001.0))
+    assert not law.never_fits(free(), of_tokens(1e12))
 
 
 @pytest.mark.parametrize("keeps", [0, 1])
@@ -224,7 +225,7 @@ def test_finalize_lowers_the_cap_to_two_and_pre_empts_nobody() -> None:
         (35, 3),
     ]
     p, s = free(max_concurrency=3), law.State(in_flight=2, finalize_open=2)
-    assert law.blocked_by(p, s, 1.0, law.FIRST, 0.0) == law.CONCURRENCY
+    assert law.blocked_by(p, s, of_tokens(1.0), law.FIRST, 0.0) == law.CONCURRENCY
     law.finalize_closed(p, s)
     assert law.permits(p, s) == 2
     law.finalize_closed(p, s)
@@ -253,7 +254,7 @@ def test_a_pause_stops_launches_and_nothing_else() -> None:
 
 def test_the_cause_is_the_knob_whose_own_time_is_latest() -> None:
     p, s = params(rpm=1, headroom=0.0, tpd=100_000, window=BUCKET, hold_on_throttle=1), law.State()
-    law.launched(p, s, 30_000.0, law.FIRST, 0.0, 0.5)
+    law.launched(p, s, of_tokens(30_000.0), law.FIRST, 0.0, 0.5)
     # Slot at 15 s; 30,000 at 500 per second; one request per minute; 100,000 a day: 70,000 are left.
     cases = {
         (1_000.0, law.FIRST): (60.0, law.BY_RPM),
@@ -261,17 +262,17 @@ def test_the_cause_is_the_knob_whose_own_time_is_latest() -> None:
         (1_000.0, law.RETRY): (60.0, law.BY_RPM),
     }
     for (reserve, standing), expected in cases.items():
-        assert law.admission(p, s, reserve, standing, 1.0) == expected
+        assert law.admission(p, s, of_tokens(reserve), standing, 1.0) == expected
     relaxed = params(headroom=0.0, tpd=100_000, window=BUCKET)
-    assert law.admission(relaxed, s, 1_000.0, law.FIRST, 1.0) == (15.0, law.STAGGER)
-    assert law.admission(relaxed, s, 10_000.0, law.FIRST, 1.0) == (20.0, law.BY_TPM)
-    assert law.admission(relaxed, s, 1_000.0, law.RETRY, 1.0) == (2.0, law.BY_TPM)
+    assert law.admission(relaxed, s, of_tokens(1_000.0), law.FIRST, 1.0) == (15.0, law.STAGGER)
+    assert law.admission(relaxed, s, of_tokens(10_000.0), law.FIRST, 1.0) == (20.0, law.BY_TPM)
+    assert law.admission(relaxed, s, of_tokens(1_000.0), law.RETRY, 1.0) == (2.0, law.BY_TPM)
     s.hold_until = 61.0
-    assert law.admission(p, s, 1_000.0, law.FIRST, 1.0) == (61.0, law.HOLD)
+    assert law.admission(p, s, of_tokens(1_000.0), law.FIRST, 1.0) == (61.0, law.HOLD)
     s.in_flight = 3
-    assert law.admission(p, s, 1_000.0, law.FIRST, 1.0) == (INF, law.CONCURRENCY)
+    assert law.admission(p, s, of_tokens(1_000.0), law.FIRST, 1.0) == (INF, law.CONCURRENCY)
     law.paused(p, s)
-    assert law.admission(p, s, 1_000.0, law.FIRST, 1.0) == (INF, law.PAUSED)
+    assert law.admission(p, s, of_tokens(1_000.0), law.FIRST, 1.0) == (INF, law.PAUSED)
 
 
 # ---------------------------------------------------------------- order
@@ -316,8 +317,8 @@ def test_a_batch_leaves_the_interactive_share_of_each_limit_free(window: int, sy
         p = free(tpm=1_000, rpm=10.5, headroom=0.0, window=window, interactive_ratio=0.2, sync_headers=sync)
         s = law.State(synced_at=[0.0] * 4)
         count = 0
-        while law.admit_at(p, s, reserve, standing, 0.0) == 0.0:
-            law.launched(p, s, reserve, standing, 0.0, 0.5)
+        while law.admit_at(p, s, of_tokens(reserve), standing, 0.0) == 0.0:
+            law.launched(p, s, of_tokens(reserve), standing, 0.0, 0.5)
             count += 1
         return count
 
@@ -328,29 +329,32 @@ def test_a_batch_leaves_the_interactive_share_of_each_limit_free(window: int, sy
 def test_a_batch_leaves_places_in_flight_free_but_never_all() -> None:
     p = free(max_concurrency=10, interactive_ratio=0.25)
     s = law.State(in_flight=7)
-    assert [law.admit_at(p, s, 1.0, standing, 0.0) for standing in (law.FIRST, law.INTERACTIVE)] == [INF, 0.0]
+    assert [law.admit_at(p, s, of_tokens(1.0), standing, 0.0) for standing in (law.FIRST, law.INTERACTIVE)] == [
+        INF,
+        0.0,
+    ]
     s.in_flight = 6
-    assert law.admit_at(p, s, 1.0, law.FIRST, 0.0) == 0.0
+    assert law.admit_at(p, s, of_tokens(1.0), law.FIRST, 0.0) == 0.0
     p.max_concurrency, s.in_flight = 1, 0
-    assert law.admit_at(p, s, 1.0, law.FIRST, 0.0) == 0.0
+    assert law.admit_at(p, s, of_tokens(1.0), law.FIRST, 0.0) == 0.0
 
 
 def test_a_request_of_the_batch_that_needs_the_share_itself_waits_for_an_empty_window() -> None:
     p = free(tpm=1_000, headroom=0.0, window=law.BUCKET, interactive_ratio=0.5)
     s = law.State()
-    assert law.admit_at(p, s, 900.0, law.FIRST, 0.0) == 0.0
-    law.launched(p, s, 100.0, law.INTERACTIVE, 0.0, 0.5)
-    assert law.admit_at(p, s, 900.0, law.FIRST, 0.0) == pytest.approx(6.0)
-    assert law.admit_at(p, s, 900.0, law.INTERACTIVE, 0.0) == 0.0
+    assert law.admit_at(p, s, of_tokens(900.0), law.FIRST, 0.0) == 0.0
+    law.launched(p, s, of_tokens(100.0), law.INTERACTIVE, 0.0, 0.5)
+    assert law.admit_at(p, s, of_tokens(900.0), law.FIRST, 0.0) == pytest.approx(6.0)
+    assert law.admit_at(p, s, of_tokens(900.0), law.INTERACTIVE, 0.0) == 0.0
 
 
 def test_interactive_requests_go_first_and_take_no_launch_slot() -> None:
     p = params(interactive_ratio=0.2)
     s = law.State()
-    law.launched(p, s, 100.0, law.FIRST, 0.0, 0.5)
+    law.launched(p, s, of_tokens(100.0), law.FIRST, 0.0, 0.5)
     slot = s.next_slot_at
-    assert law.admit_at(p, s, 100.0, law.INTERACTIVE, 1.0) == 1.0
-    law.launched(p, s, 100.0, law.INTERACTIVE, 1.0, 0.5)
+    assert law.admit_at(p, s, of_tokens(100.0), law.INTERACTIVE, 1.0) == 1.0
+    law.launched(p, s, of_tokens(100.0), law.INTERACTIVE, 1.0, 0.5)
     assert s.next_slot_at == slot
     standings = {"first": law.FIRST, "retry": law.RETRY, "holding": law.HOLDING, "interactive": law.INTERACTIVE}
     order = sorted(standings, key=lambda name: law.rank(p, law.MAIN, 1, 1.0, 1.0, 1.0, standings[name]))

@@ -40,7 +40,7 @@ def policies(draw: st.DrawFn, **fixed: Any) -> law.Params:
         "deadline_s": draw(st.sampled_from([0.0, 0.0, 45.0, 900.0])),
         "interactive_ratio": draw(st.sampled_from([0.0, 0.0, 0.2, 0.9])),
     }
-    for flag in ("settles", "backoff_keeps_permit", "hold_on_throttle", "refunds_throttled", "sync_headers"):
+    for flag in ("settles", "backoff_keeps_permit", "hold_on_throttle", "refunds", "sync_headers"):
         drawn[flag] = draw(st.integers(0, 1))
     return params(
         tpm=draw(st.integers(1, 3_000)),
@@ -146,9 +146,9 @@ def budgets_exceeded(p: law.Params, bookings: list[Booking]) -> list[str]:
         tokens = d in (TPM, TPD)
         if p.limit[d] <= 0.0:
             continue
-        if p.window == BUCKET or d >= TPD:
+        if p.window[d] == BUCKET:
             faults += bucket_exceeded(bookings, p.budget[d], p.rate_per_s[d], tokens)
-        elif p.window == SLIDING:
+        elif p.window[d] == SLIDING:
             faults += any_minute_exceeded(bookings, p.budget[d], tokens)
         else:
             faults += fixed_minutes_exceeded(bookings, p.budget[d], tokens)
@@ -255,7 +255,7 @@ def test_whatever_happens_every_request_ends_once_and_no_permit_is_left(
 
 
 @st.composite
-def states(draw: st.DrawFn, now: float) -> law.State:
+def states(draw: st.DrawFn, p: law.Params, now: float) -> law.State:
     """Any state around `now`, reachable or not. Most moments are far in the past, or one would hide all the others."""
     moment = st.just(-math.inf) | st.just(-math.inf) | st.floats(-100.0, 100.0).map(lambda s: now + s)
     amount = st.just(0.0) | st.floats(0.0, 3_000.0)
@@ -263,16 +263,16 @@ def states(draw: st.DrawFn, now: float) -> law.State:
     for name in ("next_slot_at", "hold_until", "pace_at", "paced_until"):
         setattr(s, name, draw(moment))
     for name in ("full_at", "window_at", "mirror_at", "synced_at"):
-        setattr(s, name, draw(st.lists(moment, min_size=4, max_size=4)))
+        setattr(s, name, draw(st.lists(moment, min_size=8, max_size=8)))
     for name in ("window_used", "surprise"):
-        setattr(s, name, draw(st.lists(amount, min_size=4, max_size=4)))
-    s.granted = draw(st.lists(amount, min_size=4, max_size=4))
-    s.scale = [draw(st.just(1.0) | st.floats(1e-6, 1.0))] * 4
+        setattr(s, name, draw(st.lists(amount, min_size=8, max_size=8)))
+    s.granted = draw(st.lists(amount, min_size=8, max_size=8))
+    s.scale = [draw(st.just(1.0) | st.floats(1e-6, 1.0))] * 8
     s.in_flight = draw(st.integers(0, 8))
     s.finalize_open = draw(st.integers(0, 2))
     s.alone = draw(st.integers(0, 1)) if s.in_flight else 0
     s.paused = draw(st.integers(0, 9)) // 9
-    cell = math.floor(now / law.CELL_S) - draw(st.integers(0, 130))
+    cell = math.floor(now / law.cell_s(p, law.TPM)) - draw(st.integers(0, 130))
     for d in (law.TPM, law.RPM):
         s.cell_at[d] = float(max(0, cell))
         for back in range(0, law.CELLS, 7):
@@ -294,7 +294,7 @@ def test_in_any_state_at_all_the_law_keeps_its_promises_and_changes_nothing(
     data: st.DataObject, p: law.Params, reserve: int, standing: int, now: float
 ) -> None:
     """Above all: only a pause or somebody in flight makes the head wait without end."""
-    s = data.draw(states(now))
+    s = data.draw(states(p, now))
     before = copy.deepcopy(s)
     laws.promised(p, s, float(reserve), standing, now)
     assert s == before

@@ -8,6 +8,7 @@ import pytest
 
 from governor import law
 from governor.law import BUCKET, FIXED, FIXED_S, SLIDING, SLIDING_S
+from governor.model.needs import of_tokens
 from tests.governor import laws
 from tests.governor.laws import INF, WINDOWS, Pool, Reply, after, by_attempt, free, params
 
@@ -46,7 +47,7 @@ def test_retry_jitter_only_adds_and_at_most_a_fifth_up_to_three_seconds() -> Non
     waits = {}
     for attempt in (1, 4, 5):
         p, s = free(max_attempts=9), law.State(in_flight=1)
-        waits[attempt] = law.throttled(p, s, 1.0, attempt, -1.0, 0.0, 0.0, 100.0, 1.0) - 100.0
+        waits[attempt] = law.throttled(p, s, of_tokens(1.0), attempt, -1.0, 0.0, 0.0, 100.0, 1.0) - 100.0
     assert waits == pytest.approx({1: 2.4, 4: 19.0, 5: 35.0})
 
 
@@ -94,13 +95,13 @@ def test_a_permit_that_is_kept_blocks_others_and_one_given_back_does_not() -> No
 def test_a_kept_permit_needs_no_second_one_and_a_finalize_pass_cannot_take_it_away() -> None:
     p, s = free(max_concurrency=2), law.State()
     for at in (0.0, 1.0):
-        law.launched(p, s, 1.0, law.FIRST, at, 0.5)
+        law.launched(p, s, of_tokens(1.0), law.FIRST, at, 0.5)
     law.finalize_opened(p, s)
     assert law.failed(p, s, 0, 1, 0, 0, -1.0, 0.0, 0.0, 2.0, 0.0)[0] == 4.0
     assert s.in_flight == 2
-    assert law.admission(p, s, 1.0, law.HOLDING, 4.0) == (4.0, law.NOTHING)
-    assert law.admission(p, s, 1.0, law.RETRY, 4.0) == (INF, law.CONCURRENCY)
-    law.launched(p, s, 1.0, law.HOLDING, 4.0, 0.5)
+    assert law.admission(p, s, of_tokens(1.0), law.HOLDING, 4.0) == (4.0, law.NOTHING)
+    assert law.admission(p, s, of_tokens(1.0), law.RETRY, 4.0) == (INF, law.CONCURRENCY)
+    law.launched(p, s, of_tokens(1.0), law.HOLDING, 4.0, 0.5)
     assert s.in_flight == 2
 
 
@@ -140,12 +141,12 @@ def test_a_429_holds_the_whole_pool_until_its_retry_goes() -> None:
 
 def test_a_hold_never_shrinks_and_its_jitter_does_not_let_new_work_overtake() -> None:
     p, s = free(hold_on_throttle=1), law.State(in_flight=3)
-    first = law.throttled(p, s, 1.0, 1, 30.0, 0.0, 0.0, 1.0, 1.0)
+    first = law.throttled(p, s, of_tokens(1.0), 1, 30.0, 0.0, 0.0, 1.0, 1.0)
     assert first == pytest.approx(1.0 + 30.002 + 3.0)
     assert s.hold_until == first
-    assert law.throttled(p, s, 1.0, 1, 2.0, 0.0, 0.0, 2.0, 0.0) == pytest.approx(4.002)
+    assert law.throttled(p, s, of_tokens(1.0), 1, 2.0, 0.0, 0.0, 2.0, 0.0) == pytest.approx(4.002)
     assert s.hold_until == first
-    assert law.admission(p, s, 1.0, law.HOLDING, 4.002) == (first, law.HOLD)
+    assert law.admission(p, s, of_tokens(1.0), law.HOLDING, 4.002) == (first, law.HOLD)
 
 
 def test_failures_hold_nobody() -> None:
@@ -156,10 +157,10 @@ def test_failures_hold_nobody() -> None:
 
 def test_an_exhausted_request_still_holds_but_no_longer_than_anybody_would_wait() -> None:
     p, s = free(hold_on_throttle=1, deadline_s=600.0), law.State(in_flight=1)
-    assert law.throttled(p, s, 1.0, 1, 411_480.0, 0.0, 0.0, 10.0, 0.0) == INF
+    assert law.throttled(p, s, of_tokens(1.0), 1, 411_480.0, 0.0, 0.0, 10.0, 0.0) == INF
     assert s.hold_until == 610.0
     p, s = free(hold_on_throttle=1), law.State(in_flight=1)
-    assert law.throttled(p, s, 1.0, 5, 7.0, 0.0, 0.0, 10.0, 0.0) == INF
+    assert law.throttled(p, s, of_tokens(1.0), 5, 7.0, 0.0, 0.0, 10.0, 0.0) == INF
     assert s.hold_until == pytest.approx(17.002)
 
 
@@ -167,11 +168,11 @@ def test_an_exhausted_request_still_holds_but_no_longer_than_anybody_would_wait(
 def test_after_a_hold_the_budgets_still_bind(window: int) -> None:
     p = free(tpm=1_000, headroom=0.0, window=window, hold_on_throttle=1)
     s = law.State()
-    law.launched(p, s, 1_000.0, law.FIRST, 0.0, 0.5)
-    law.throttled(p, s, 1_000.0, 1, 10.0, 0.0, 0.0, 0.1, 0.0)
+    law.launched(p, s, of_tokens(1_000.0), law.FIRST, 0.0, 0.5)
+    law.throttled(p, s, of_tokens(1_000.0), 1, 10.0, 0.0, 0.0, 0.1, 0.0)
     at, cause = laws.promised(p, s, 1_000.0, law.HOLDING, 0.1)
     assert (at, cause) == (pytest.approx({FIXED: FIXED_S, SLIDING: SLIDING_S, BUCKET: 60.0}[window]), law.BY_TPM)
-    law.throttled(p, s, 1_000.0, 1, 90.0, 0.0, 0.0, 0.1, 0.0)
+    law.throttled(p, s, of_tokens(1_000.0), 1, 90.0, 0.0, 0.0, 0.1, 0.0)
     assert laws.promised(p, s, 1_000.0, law.HOLDING, 0.1) == (s.hold_until, law.HOLD)
 
 

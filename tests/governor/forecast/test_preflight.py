@@ -10,6 +10,7 @@ import pytest
 
 from governor import law
 from governor.forecast.preflight import InUse, Load, Verdict, fluid_forecast, in_use, preflight
+from governor.model.needs import of_tokens
 from governor.model.policy import Policy
 
 STRICT = Policy(preflight_mode="strict")
@@ -187,8 +188,11 @@ class TestObeyedWait:
             now = rng.uniform(0.0, 1_000.0)
             for _ in range(rng.randint(1, 12)):
                 reserve = float(rng.randint(500, 6_000))
-                now = max(now + rng.choice([0.0, rng.uniform(0.0, 8.0)]), law.admit_at(p, s, reserve, law.FIRST, now))
-                law.launched(p, s, reserve, law.FIRST, now, 0.5)
+                now = max(
+                    now + rng.choice([0.0, rng.uniform(0.0, 8.0)]),
+                    law.admit_at(p, s, of_tokens(reserve), law.FIRST, now),
+                )
+                law.launched(p, s, of_tokens(reserve), law.FIRST, now, 0.5)
             now += rng.uniform(0.0, 5.0)
             batch = Load.uniform(rng.randint(1, 2), rng.randint(6_000, 12_750))
             verdict = preflight(policy, batch, booked=in_use(p, s, now))
@@ -203,7 +207,7 @@ class TestObeyedWait:
             assert need + law.used_in(p, s, law.TPM, now + wait_s - 1.0) > p.budget[law.TPM]
             # Obeyed, the same question is answered with yes; and the law launches at once.
             assert not refused(preflight(policy, batch, booked=in_use(p, s, now + wait_s)))
-            assert law.admit_at(p, s, need, law.FIRST, now + wait_s) <= now + wait_s + 1e-6
+            assert law.admit_at(p, s, of_tokens(need), law.FIRST, now + wait_s) <= now + wait_s + 1e-6
         assert refusals > 20
 
     @pytest.mark.parametrize("window", WINDOWS)
@@ -211,12 +215,12 @@ class TestObeyedWait:
         """The law's minute is a little longer than a minute, and rounding may leave a billionth of a token."""
         p = Policy().with_(tpm_window=window).params()
         s = law.State()
-        law.launched(p, s, 10_000.0, law.FIRST, 0.0, 0.5)
+        law.launched(p, s, of_tokens(10_000.0), law.FIRST, 0.0, 0.5)
         for tenths in range(1_250):
             now = tenths / 20.0
             booked = law.used_in(p, s, law.TPM, now)
             assert in_use(p, s, now).after(0.0) == math.ceil(booked - 1e-6)
-        law.launched(p, s, 1e-9, law.FIRST, 200.0, 0.5)
+        law.launched(p, s, of_tokens(1e-9), law.FIRST, 200.0, 0.5)
         assert in_use(p, s, 200.0) == InUse()
 
     def test_tokens_without_a_time_would_be_free_already(self) -> None:
@@ -290,8 +294,8 @@ class TestFluid:
             batch = Load.uniform(rng.randint(1, 60), rng.randint(500, 9_000))
             p, s, now = policy.params(), law.State(), 0.0
             for _ in range(batch.count):
-                now = law.admit_at(p, s, float(batch.largest), law.FIRST, now)
-                law.launched(p, s, float(batch.largest), law.FIRST, now, 0.5)
+                now = law.admit_at(p, s, of_tokens(float(batch.largest)), law.FIRST, now)
+                law.launched(p, s, of_tokens(float(batch.largest)), law.FIRST, now, 0.5)
             fluid_s = fluid_forecast(policy, batch).finish_s
             assert fluid_s <= now + 1e-6
             if policy.stagger_seconds == 0.0:

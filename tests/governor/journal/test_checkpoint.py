@@ -18,6 +18,7 @@ from governor.journal import checkpoint, schema
 from governor.journal.checkpoint import Checkpoint, Moment, read_back, taken_from
 from governor.journal.journal import Journal
 from governor.law import State
+from governor.model.needs import of_tokens
 from governor.model.policy import Policy
 from tests.governor.journals import answer, attempt, created, ends, job, pool_of, work
 
@@ -107,8 +108,8 @@ def test_what_is_no_checkpoint_is_a_value_error(text: str) -> None:
 def test_a_new_leg_inherits_what_was_used_and_nothing_else(window: Any) -> None:
     policy = Policy(stagger_seconds=15.0, tpm_window=window, tpd_limit=10**6, max_concurrency=2)
     p, s = policy.params(), State()
-    law.launched(p, s, 20_000.0, law.FIRST, 100.0, 0.5)
-    law.launched(p, s, 5_000.0, law.RETRY, 101.0, 0.5)
+    law.launched(p, s, of_tokens(20_000.0), law.FIRST, 100.0, 0.5)
+    law.launched(p, s, of_tokens(5_000.0), law.RETRY, 101.0, 0.5)
     law.finalize_opened(p, s)
     law.paused(p, s)
     before = [law.used_in(p, s, d, 110.0) for d in (law.TPM, law.TPD)]
@@ -154,7 +155,7 @@ def a_leg(journal: Journal, at_s: float) -> None:
     pool = pool_of(POLICY, at_s + 10.0)
     pool.s = recorder.state or State()
     recorder.began(pool)
-    law.launched(pool.p, pool.s, 20_000.0, law.FIRST, pool.at_s, 0.5)
+    law.launched(pool.p, pool.s, of_tokens(20_000.0), law.FIRST, pool.at_s, 0.5)
     recorder.launched(job(work(0), launched_s=pool.at_s), pool.at_s)
     journal._running().commit()
 
@@ -173,8 +174,8 @@ def test_a_wall_clock_that_is_set_between_two_legs_changes_nothing(path: Path, c
         assert state is not None
         assert used(state, 30.0) == pytest.approx([20_000.0, 1.0, 20_000.0 - 20.0 * 1e6 / 86_400, 1.0 - 20 / 86.4])
         # 10 s after the launch began the next slot; its minute ends 61 s after it, plus a cell.
-        assert law.admission(POLICY.params(), state, 1.0, law.FIRST, 30.0)[0] == pytest.approx(30.0, abs=4.0)
-        assert law.admission(POLICY.params(), state, 15_000.0, law.FIRST, 30.0)[0] == 10.0 + law.SLIDING_S
+        assert law.admission(POLICY.params(), state, of_tokens(1.0), law.FIRST, 30.0)[0] == pytest.approx(30.0, abs=4.0)
+        assert law.admission(POLICY.params(), state, of_tokens(15_000.0), law.FIRST, 30.0)[0] == 10.0 + law.SLIDING_S
 
 
 @pytest.mark.parametrize(("set_s", "at_s"), [(0.0, 310.0), (-HOUR_S, 10.0), (HOUR_S, 3_910.0)])
@@ -191,7 +192,7 @@ def test_after_a_reboot_the_wall_clock_is_assumed_right_and_never_runs_backwards
         state = journal.begin({"default": POLICY}, at_s).recorders["default"].state
         assert state is not None
         # Never in the future: at the latest a minute from now there is room.
-        at, _ = law.admission(POLICY.params(), state, 25_000.0, law.FIRST, at_s)
+        at, _ = law.admission(POLICY.params(), state, of_tokens(25_000.0), law.FIRST, at_s)
         assert at <= at_s + law.SLIDING_S
 
 
@@ -216,7 +217,7 @@ def test_each_pool_has_its_own(path: Path, clocks: Clocks) -> None:
         for name, tokens in (("a", 1_000.0), ("b", 2_000.0)):
             pool = pool_of(POLICY, 5.0)
             recorders[name].began(pool)
-            law.launched(pool.p, pool.s, tokens, law.FIRST, 5.0, 0.5)
+            law.launched(pool.p, pool.s, of_tokens(tokens), law.FIRST, 5.0, 0.5)
             recorders[name].launched(job(work(0), launched_s=5.0), 5.0)
         journal.finish(6.0, "stopped")
         again = journal.begin({"a": POLICY, "b": POLICY}, 7.0)

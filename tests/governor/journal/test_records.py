@@ -17,6 +17,7 @@ from governor.forecast.summary import Grant, summarize
 from governor.journal.journal import Journal
 from governor.journal.verify import verify
 from governor.model.errors import FailureCode
+from governor.model.needs import of_tokens
 from governor.model.policy import Policy
 from governor.model.requests import CAUSES, Answer, Attempt, Limit, Outcome, error_line, result_line
 from governor.model.work import Job
@@ -267,11 +268,11 @@ def test_a_second_leg_goes_on_in_the_minute_that_the_first_one_used_up(path: Pat
         recorder = journal.begin({"default": policy}, 0.0).recorders["default"]
         pool = pool_of(policy, 10.0)
         recorder.began(pool)
-        law.launched(pool.p, pool.s, 5_900.0, law.FIRST, 10.0, 0.5)
+        law.launched(pool.p, pool.s, of_tokens(5_900.0), law.FIRST, 10.0, 0.5)
         recorder.launched(job(work(0), launched_s=10.0), 10.0)
         # The process dies here, with that request in flight.
         state = journal.begin({"default": policy}, 12.0).recorders["default"].state
         assert state is not None
-        assert law.admission(pool.p, state, 500.0, law.FIRST, 12.0) == (10.0 + law.FIXED_S, law.BY_TPM)
+        assert law.admission(pool.p, state, of_tokens(500.0), law.FIRST, 12.0) == (10.0 + law.FIXED_S, law.BY_TPM)
         assert state.in_flight == 0
         assert list(journal.decisions()) == []

@@ -23,6 +23,7 @@ from governor.journal.verify import Decision, LawReplay, Verified
 from governor.law import Params, State
 from governor.model import lawcalls
 from governor.model.lawcalls import BEGAN, REPRICED, RESTORED
+from governor.model.needs import of_amounts, of_tokens
 from governor.model.policy import Policy
 from governor.scheduler.quota import REPORTED
 
@@ -43,12 +44,12 @@ class Scribe:
         self.pool, self.leg = pool, leg
         self.decisions = [Decision(pool, leg, -1, BEGAN, flat(self.p), ())]
 
-    def write(self, name: str, arguments: tuple[float, ...], result: Any = None) -> None:
+    def write(self, name: str, arguments: tuple[Any, ...], result: Any = None) -> None:
         results = () if result is None else result if isinstance(result, tuple) else (result,)
-        numbers = tuple(map(float, arguments)), tuple(map(float, results))
+        numbers = lawcalls.numbers_of(arguments), tuple(map(float, results))
         self.decisions.append(Decision(self.pool, self.leg, len(self.decisions) - 1, name, *numbers))
 
-    def call(self, name: str, *arguments: float) -> Any:
+    def call(self, name: str, *arguments: Any) -> Any:
         result = getattr(law, name)(self.p, self.s, *arguments)
         self.write(name, arguments, result)
         return result
@@ -96,17 +97,17 @@ def random_run(seed: int, pool: str = "default", leg: int = 1, calls: int = CALL
     scribe = Scribe(any_policy(r), pool, leg)
     now = 0.0
     flights: list[tuple[float, float, int]] = []
-    scribe.call("day_started", 10_000.0, 3.0, now)
+    scribe.call("started", of_amounts({law.TPD: 10_000.0, law.RPD: 3.0}), now)
     # On until all has happened, too: settings may be drawn under which nothing can launch for a while.
     while len(scribe.decisions) < calls or not {d.name for d in scribe.decisions} >= EVERYTHING:
         assert len(scribe.decisions) < 100 * CALLS
         now += r.expovariate(1.0)
         reserve = float(r.randint(1, 2_500))
         if not flights or r.random() < 0.5:
-            at, _ = scribe.call("admission", reserve, law.FIRST, now)
+            at, _ = scribe.call("admission", of_tokens(reserve), law.FIRST, now)
             if at < now + 60.0:
                 now = max(now, at)
-                scribe.call("launched", reserve, law.FIRST, now, r.random())
+                scribe.call("launched", of_tokens(reserve), law.FIRST, now, r.random())
                 flights.append((reserve, now, r.randint(1, 6)))
         else:
             reserve, launched_at, attempt = flights.pop(r.randrange(len(flights)))
@@ -125,11 +126,13 @@ def ended(scribe: Scribe, r: random.Random, reserve: float, launched_at: float, 
     wait_s = r.choice([-1.0, 3.25])
     kind = r.randrange(4)
     if kind == 0:
-        scribe.call("settled", reserve, reserve * r.random(), launched_at, now)
+        scribe.call("settled", of_tokens(reserve), of_tokens(reserve * r.random()), launched_at, now)
     elif kind < 3:
         standing = law.keeps_permit(scribe.p)
         if kind == 1:
-            again_at = scribe.call("throttled", reserve, attempt, wait_s, launched_at, launched_at, now, r.random())
+            again_at = scribe.call(
+                "throttled", of_tokens(reserve), attempt, wait_s, launched_at, launched_at, now, r.random()
+            )
         else:
             history = r.randrange(3), attempt, r.randrange(3), r.randrange(2)
             again_at, standing = scribe.call("failed", *history, wait_s, launched_at, launched_at, now, r.random())
@@ -235,9 +238,9 @@ def test_a_changed_input_shows_where_it_first_matters() -> None:
     """A bucket of 6,000 tokens a minute, 100 per second: 6,000 are gone, so 1,000 more may go 10 s later."""
     policy = Policy(stagger_seconds=0.0, tpm_limit=6_000, tpm_headroom=0.0, tpm_window="bucket", max_concurrency=9)
     scribe = Scribe(policy)
-    scribe.call("launched", 6_000.0, law.FIRST, 5.0, 0.5)
+    scribe.call("launched", of_tokens(6_000.0), law.FIRST, 5.0, 0.5)
     scribe.call("released")
-    assert scribe.call("admission", 1_000.0, law.FIRST, 5.0) == (15.0, law.BY_TPM)
+    assert scribe.call("admission", of_tokens(1_000.0), law.FIRST, 5.0) == (15.0, law.BY_TPM)
     changed = [
         d._replace(arguments=(5_000.0, *d.arguments[1:])) if d.name == "launched" else d for d in scribe.decisions
     ]
@@ -245,7 +248,8 @@ def test_a_changed_input_shows_where_it_first_matters() -> None:
     assert difference is not None
     assert (difference.decision.sequence, difference.now) == (2, (5.0, float(law.NOTHING)))
     assert str(difference) == (
-        "decision 2 of pool 'default', leg 1, at 5.000 s: admission(reserve=1000.0, standing=0.0, now=5.0): "
+        "decision 2 of pool 'default', leg 1, at 5.000 s: "
+        "admission(need[0]=1000.0, need[1]=1.0, need[2]=1000.0, need[3]=1.0, standing=0.0, now=5.0): "
         "the record says 15.0, 3.0, the law says 5.0, 0.0"
     )
 
@@ -286,17 +290,20 @@ def test_what_is_missing_or_out_of_order_is_named() -> None:
     [
         ({"name": "forgotten"}, "this version's law has no function of that name"),
         ({"name": "_book"}, "this version's law has no function of that name"),
-        ({"arguments": (1.0,)}, "this version's law takes 3 arguments there, not 1"),
-        ({"arguments": (1.0, math.inf, 0.0)}, "the law cannot decide that: cannot convert float infinity to integer"),
-        ({"name": "synced", "arguments": (7.0, 9.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0)}, "tuple index out of range"),
-        ({"name": REPRICED, "arguments": (1.0, 2.0)}, "1 numbers where 34 should be"),
+        ({"arguments": (1.0,)}, "this version's law takes 10 numbers there, not 1"),
+        (
+            {"arguments": (*[1.0] * 8, math.inf, 0.0)},
+            "cannot convert float infinity to integer",
+        ),
+        ({"name": "synced", "arguments": (9.0, 9.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0)}, "list index out of range"),
+        ({"name": REPRICED, "arguments": (1.0, 2.0)}, "1 numbers where 98 should be"),
         ({"name": RESTORED, "arguments": ()}, "0 numbers where"),
         ({"name": BEGAN, "arguments": ()}, "0 numbers where"),
     ],
 )
 def test_an_impossible_record_is_a_difference_and_no_crash(change: dict[str, Any], reason: str) -> None:
     scribe = Scribe(Policy.preset("paceline"))
-    scribe.call("admission", 100.0, law.FIRST, 0.0)
+    scribe.call("admission", of_tokens(100.0), law.FIRST, 0.0)
     decisions = [scribe.decisions[0], scribe.decisions[1]._replace(**change)]
     found = verify.verify(decisions)
     assert found.checked == 0
@@ -307,12 +314,12 @@ def test_an_impossible_record_is_a_difference_and_no_crash(change: dict[str, Any
 
 def test_a_number_of_a_later_version_of_a_call_is_still_shown() -> None:
     scribe = Scribe(Policy())
-    scribe.call("admission", 100.0, law.FIRST, 0.0)
-    more = scribe.decisions[1]._replace(arguments=tuple(float(i) for i in range(15)))
+    scribe.call("admission", of_tokens(100.0), law.FIRST, 0.0)
+    more = scribe.decisions[1]._replace(arguments=tuple(float(i) for i in range(18)))
     found = verify.verify([scribe.decisions[0], more])
-    assert "admission(reserve=0.0, standing=1.0, now=2.0, number 3=3.0, " in str(found)
-    assert str(found).count("number ") == 9
-    assert ", and 3 more)" in str(found)
+    assert "need[7]=7.0, standing=8.0, now=9.0, number 10=10.0, " in str(found)
+    assert str(found).count("number ") == 3
+    assert ", and 5 more)" in str(found)
 
 
 # ---------------------------------------------------------------- a state that goes on
@@ -347,8 +354,8 @@ def without_effect(function: Callable[..., Any]) -> bool:
 
 def test_times_and_whole_numbers_are_known_for_what_they_are() -> None:
     call = lawcalls.CALLS["throttled"]
-    assert call.names[call.now] == "now"
-    assert call.kinds == tuple(int if name == "attempt" else float for name in call.names)
+    assert call.columns[call.now] == "now"
+    assert call.kinds == tuple({"attempt": int, "need": list}.get(name, float) for name in call.names)
     assert lawcalls.CALLS["released"].now == -1
     assert not [name for name, call in lawcalls.CALLS.items() if without_effect(call.function)]
 

@@ -382,20 +382,21 @@ class TestParams:
     def test_the_guardrails_as_numbers(self) -> None:
         p = Policy().params()
         assert (p.max_concurrency, p.stagger_s, p.max_attempts, p.backoff_base_s) == (3, 15.0, 5, 2.0)
-        assert p.window == law.FIXED
-        assert p.limit == [30_000.0, 0.0, 0.0, 0.0]
-        assert p.budget == [25_500.0, math.inf, math.inf, math.inf]
-        assert (p.finalize_lowers, p.finalize_max_concurrency, p.backoff_keeps_permit, p.settles) == (1, 2, 1, 0)
+        assert p.window[:4] == [law.FIXED, law.FIXED, law.BUCKET, law.BUCKET]
+        assert p.limit == [30_000.0, *[0.0] * 7]
+        assert p.budget == [25_500.0, *[math.inf] * 7]
+        assert (p.finalize_lowers, p.finalize_max_concurrency, p.backoff_keeps_permit) == (1, 2, 1)
+        assert not any(p.settles)
 
     def test_the_headroom_applies_to_every_limit(self) -> None:
         policy = Policy(tpm_limit=30_000, rpm_limit=500, tpd_limit=90_000, rpd_limit=200, tpm_headroom=0.1)
         p = policy.params()
-        assert p.limit == [30_000.0, 500.0, 90_000.0, 200.0]
-        assert p.budget == [27_000.0, 450.0, 81_000.0, 180.0]
-        assert p.rate_per_s == pytest.approx([450.0, 7.5, 81_000 / 86_400, 180 / 86_400])
+        assert p.limit[:4] == [30_000.0, 500.0, 90_000.0, 200.0]
+        assert p.budget[:4] == [27_000.0, 450.0, 81_000.0, 180.0]
+        assert p.rate_per_s[:4] == pytest.approx([450.0, 7.5, 81_000 / 86_400, 180 / 86_400])
 
     def test_windows_and_order(self) -> None:
-        windows = {w: Policy().with_(tpm_window=w).params().window for w in ("fixed", "sliding", "bucket")}
+        windows = {w: Policy().with_(tpm_window=w).params().window[law.RPM] for w in ("fixed", "sliding", "bucket")}
         assert windows == {"fixed": law.FIXED, "sliding": law.SLIDING, "bucket": law.BUCKET}
         assert Policy().params().longest_first == 0
         assert Policy.preset("paceline").params().longest_first == 1
@@ -403,7 +404,7 @@ class TestParams:
     @given(policies)
     def test_every_allowed_policy_makes_finite_params(self, policy: Policy) -> None:
         p = policy.params()
-        for d in range(4):
+        for d in range(law.DIMENSIONS):
             assert (p.limit[d] > 0.0) == (p.budget[d] < math.inf)
             assert p.rate_per_s[d] > 0.0
             # At least one, and never more than granted but where a single one is.

@@ -9,6 +9,7 @@ import pytest
 
 from governor import law
 from governor.law import State
+from governor.model.needs import of_tokens
 from governor.model.timeline import EPOCH_S, QUANTUM_S, ServerClock, floored, moved, server_s
 from tests.governor.laws import params
 
@@ -58,13 +59,13 @@ def test_a_moved_state_decides_alike_at_moved_times(seed: int, window: int) -> N
         s, now = State(), 0.0
         for _ in range(rng.randrange(1, 30)):
             now += rng.choice([0.0, 0.1, 3.0])
-            law.launched(p, s, float(rng.randrange(1, 900)), law.FIRST, now, rng.random())
-        for by_s, slack_s in ((200.5, 0.0), (-1e6, 0.0), (rng.uniform(-1e5, 1e5), law.CELL_S)):
-            t = moved(s, by_s)
+            law.launched(p, s, of_tokens(float(rng.randrange(1, 900))), law.FIRST, now, rng.random())
+        for by_s, slack_s in ((200.5, 0.0), (-1e6, 0.0), (rng.uniform(-1e5, 1e5), law.cell_s(p, law.TPM))):
+            t = moved(p, s, by_s)
             for ahead in (0.0, 1.0, 20.0, 59.9, 61.0):
                 for reserve in (1.0, 500.0, 5_000.0):
-                    there = law.admit_at(p, s, reserve, law.FIRST, now + ahead) + by_s
-                    here = law.admit_at(p, t, reserve, law.FIRST, now + ahead + by_s)
+                    there = law.admit_at(p, s, of_tokens(reserve), law.FIRST, now + ahead) + by_s
+                    here = law.admit_at(p, t, of_tokens(reserve), law.FIRST, now + ahead + by_s)
                     assert there - 1e-6 <= here <= there + slack_s + 1e-6
 
 
@@ -75,13 +76,16 @@ def test_every_time_of_a_state_is_moved() -> None:
         value = getattr(s, name)
         if name.endswith(("_at", "_until")):
             setattr(s, name, [1_000.0] * len(value) if isinstance(value, list) else 1_000.0)
-    t = moved(s, 500.0)
+    p = params(window=law.SLIDING)
+    t = moved(p, s, 500.0)
     for name in State.__slots__:
         before, after = getattr(s, name), getattr(t, name)
         if name == "cell_at":  # half seconds; empty, so it begins anew
             assert after == [0.0, 0.0, *before[2:]]
         elif name.endswith(("_at", "_until")):
             assert after == ([1_500.0] * len(before) if isinstance(before, list) else 1_500.0), name
+        elif name == "zero_s":
+            assert after == before - 500.0
         else:
             assert after == before, name
-    assert moved(State(), 5.0).last_launch_at == -inf
+    assert moved(p, State(), 5.0).last_launch_at == -inf

@@ -16,6 +16,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from governor import Governor, Policy, governed, law
+from governor.model.needs import of_tokens
 from governor.provider import responses
 from tests.strangers import chat, chat_stream
 from tests.virtual_loop import run_virtual
@@ -144,7 +145,7 @@ async def story(count: int, seed: int) -> None:
     assert governor.s.full_at[law.TPM] <= now
     assert (governor.s.finalize_open, governor.s.in_flight) == (0, 0)
     for tokens in (governor.p.budget[law.TPM], 1.0):
-        assert law.admit_at(governor.p, governor.s, tokens, law.FIRST, now) == now < inf
+        assert law.admit_at(governor.p, governor.s, of_tokens(tokens), law.FIRST, now) == now < inf
     await governed_client.close()
 
 

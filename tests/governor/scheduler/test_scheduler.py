@@ -10,6 +10,7 @@ import pytest
 
 from governor import law
 from governor.model.errors import FailureCode
+from governor.model.needs import of_tokens
 from governor.model.scheduled import Scheduled
 from governor.scheduler.interfaces import Stated
 from governor.scheduler.quota import LocalQuota
@@ -88,7 +89,7 @@ def test_events_in_instructions_out() -> None:
     first, second = shell.flying
     scheduler.throttled(first, 5.0, (), 1.0)
     assert scheduler.wake_at == 1.0 + 5.0 + law.RETRY_AFTER_SLACK_S
-    scheduler.succeeded(second, 10.0, (), 2.0, False)
+    scheduler.succeeded(second, of_tokens(10.0), (), 2.0, False)
     scheduler.woken(scheduler.wake_at)
     assert shell.said == [
         ("launch", 0, 0.0),
@@ -108,7 +109,7 @@ def test_what_the_account_refuses_stops_all_and_leaves_the_rest_pending() -> Non
     scheduler.account_refused(first, (), 1.5, FailureCode.INSUFFICIENT_QUOTA)
     third = shell.flying[2]
     assert (scheduler.stopped, scheduler.wake_at) == (FailureCode.INSUFFICIENT_QUOTA, inf)
-    scheduler.succeeded(third, 10.0, (), 9.0, False)
+    scheduler.succeeded(third, of_tokens(10.0), (), 9.0, False)
     scheduler.closed()
     assert shell.over() == [2]
     assert scheduler.quota.in_flight == 0
@@ -163,9 +164,9 @@ class Story:
         kind = rng.random()
         if kind < 0.4:
             if job.alone:
-                scheduler.returned(job, rng.choice([-1.0, 80.0]), stated, now)
+                scheduler.returned(job, rng.choice([None, of_tokens(80.0)]), stated, now)
             else:
-                scheduler.succeeded(job, 80.0, stated, now, job.lane == law.MAIN and rng.random() < 0.2)
+                scheduler.succeeded(job, of_tokens(80.0), stated, now, job.lane == law.MAIN and rng.random() < 0.2)
         elif kind < 0.6:
             wait_s = rng.choice([-1.0, 3.0, 1e6])
             scheduler.throttled(job, wait_s, stated, now, is_last=job.alone and rng.random() < 0.2)

@@ -14,6 +14,7 @@ from governor import law
 from governor.journal.verify import LawReplay
 from governor.law import FIRST, HOLDING, MAIN, RETRY, Params, State
 from governor.model.lawcalls import CALLS, PATCHED, numbers_of, packed, patch_of, result_of, state_of
+from governor.model.needs import of_amounts, of_tokens
 from governor.sharedquota.image import (
     CALL,
     HERE,
@@ -41,6 +42,9 @@ def some(**changes: Any) -> Params:
     )
 
 
+SETTLED = [CALL, "settled", [of_tokens(1_000.0), of_tokens(10.0), 0.0, 1.0], 1]
+
+
 def join(p: Params | None, number: int = 1, **changes: Any) -> Join:
     stated = numbers_of((p,)) if p is not None else None
     base: dict[str, Any] = {"last": 0, "params": stated, "holds": 0, "finalizes": 0, "calls": [], "wants": []}
@@ -48,7 +52,7 @@ def join(p: Params | None, number: int = 1, **changes: Any) -> Join:
 
 
 def want(ticket: int, reserve: float = 1_000.0, *, standing: int = FIRST, attempt: int = 1) -> Event:
-    return [WANT, ticket, MAIN, attempt, standing, -1.0, reserve, 0.5]
+    return [WANT, ticket, MAIN, attempt, standing, -1.0, reserve, of_tokens(reserve), 0.5]
 
 
 def pool(p: Params, owners: str = "ab", now: float = 0.0) -> Image:
@@ -80,9 +84,9 @@ def story(rng: random.Random, image: Image) -> Iterator[tuple[float, list[tuple[
             if image.owners[name].holds and rng.random() < 0.6:
                 u, launched = rng.random(), max(0.0, now - 1.0)
                 ends: list[Event] = [
-                    [CALL, "settled", [1_000.0, 400.0, launched, now], 1],
+                    [CALL, "settled", [of_tokens(1_000.0), of_tokens(400.0), launched, now], 1],
                     [CALL, "released", [], 1],
-                    [CALL, "throttled", [1_000.0, 1, 2.0, launched, launched, now, u], 1],
+                    [CALL, "throttled", [of_tokens(1_000.0), 1, 2.0, launched, launched, now, u], 1],
                     [CALL, "synced", [law.TPM, 6_000.0, 3_000.0, 1_000.0, 0, 0.0, launched, now], 0],
                 ]
                 events.append(rng.choice(ends))
@@ -116,7 +120,7 @@ def test_a_decision_is_calls_of_the_law_and_nothing_else(seed: int) -> None:
 
 
 def test_it_is_known_of_every_argument_of_the_law_whether_it_is_a_time() -> None:
-    others = {"d", "limit", "remaining", "amount", "is_refused", "booked_since", "reserve", "used", "standing", "u"}
+    others = {"d", "limit", "remaining", "amount", "is_refused", "booked_since", "need", "used", "standing", "u"}
     others |= {"attempt", "retry_after_s", "tokens_used", "requests_used", "cause"}
     others |= {"request", "outages", "is_answer"}
     named = {name for call in CALLS.values() for name in call.names}
@@ -155,7 +159,11 @@ def test_events_that_arrive_twice_count_once() -> None:
     found = decide(image, [batch, batch], alive(image, 0.0), 0.0, LEASE_S)
     assert granted(found.news) == {"a": [1, 2]}
     again = decide(
-        image, [batch, ("a", 3, [[CALL, "settled", [1_000.0, 10.0, 0.0, 1.0], 1]])] * 2, alive(image, 1.0), 1.0, 10.0
+        image,
+        [batch, ("a", 3, [SETTLED])] * 2,
+        alive(image, 1.0),
+        1.0,
+        10.0,
     )
     assert granted(again.news) == {}
     assert (image.s.in_flight, image.owners["a"].holds) == (1, 1)
@@ -203,7 +211,7 @@ def test_a_dead_owner_gives_back_its_permits_and_its_place_but_not_its_bookings(
     late = [("a", 4, [[CALL, "released", [], 1]])]
     decide(image, late, {"a": 100.0, "b": 100.0}, 6.0, LEASE_S)
     assert image.s.in_flight == 1
-    back = join(None, 2, last=4, holds=0, calls=[(4, [CALL, "settled", [1_000.0, 1_000.0, 0.0, 5.0], 1])])
+    back = join(None, 2, last=4, holds=0, calls=[(4, [CALL, "settled", [of_tokens(1e3), of_tokens(1e3), 0.0, 5.0], 1])])
     decide(image, [("a", 4, [back.packed()])], {"a": 100.0, "b": 100.0}, 7.0, LEASE_S)
     assert (image.s.in_flight, image.owners["a"].holds, image.owners["b"].holds) == (1, 0, 1)
 
@@ -250,7 +258,7 @@ def test_what_never_fits_is_refused() -> None:
 
 def test_changed_settings_order_the_queue_anew() -> None:
     image = pool(some(max_concurrency=1, tpm=0))
-    long = [WANT, 3, MAIN, 1, FIRST, 500.0, 100.0, 0.5]
+    long = [WANT, 3, MAIN, 1, FIRST, 500.0, 100.0, of_tokens(100.0), 0.5]
     decide(image, [("a", 1, [want(1), want(2), long])], alive(image, 0.0), 0.0, LEASE_S)
     assert [w.ticket for w in image.waiters] == [2, 3]
     p = some(max_concurrency=1, tpm=0, longest_first=1)
@@ -284,7 +292,7 @@ def test_a_pool_is_rebuilt_from_what_the_living_know(seed: int) -> None:
             numbers[name] += 1
             for to, news in found.news.items():
                 for _ in news.grants:
-                    launches[to].append((image.incarnation, image.version, reserve, FIRST, float(now), 0.5))
+                    launches[to].append((image.incarnation, image.version, of_tokens(reserve), FIRST, float(now), 0.5))
                     holds[to] += 1
             if rng.random() < 0.5:  # the decider keeps what it made; the other may be behind by any number of versions
                 images[name] = image.encoded()
@@ -309,7 +317,7 @@ def test_launches_that_came_after_the_newest_image_are_booked_again() -> None:
     data = old.encoded()
     found = decide(old, [("a", 1, [want(1, 2_500.0)])], alive(old, 5.0), 5.0, LEASE_S)
     assert granted(found.news) == {"a": [1]}
-    launch = (old.incarnation, old.version, 2_500.0, FIRST, 5.0, 0.5)
+    launch = (old.incarnation, old.version, of_tokens(2_500.0), FIRST, 5.0, 0.5)
     joins = {"a": join(None, 2, last=1, holds=1, launches=[launch]), "b": join(None, 2)}
     again, _ = rebuilt(joins, Image.decoded(data), b"b" * 40, 5.0, LEASE_S, by="a")
     assert again.s.in_flight == 1
@@ -341,7 +349,7 @@ def test_only_who_is_heard_of_after_a_rebuilding_is_granted_anything() -> None:
 
 
 def test_a_pool_that_nobody_knows_begins_with_what_an_earlier_run_had_used() -> None:
-    joins = {"a": join(some(tpm=6_000), before=(4_000.0, 0.0, 0.0, 0.0))}
+    joins = {"a": join(some(tpm=6_000), before=tuple(of_amounts({law.TPM: 4_000.0})))}
     image, _ = rebuilt(joins, begun(joins, 3.0), SERVER, 3.0, LEASE_S, by="a")
     assert law.used_in(image.p, image.s, law.TPM, 3.0) == pytest.approx(4_000)
     assert image.s.in_flight == 0
@@ -380,14 +388,14 @@ def test_launches_of_any_earlier_incarnation_are_booked_once(seed: int) -> None:
                 event = want(numbers[name], float(rng.randrange(1, 50) * 100))
                 found = decide(image, [(name, numbers[name], [event])], alive(image, step), step, 1e9)
                 assert granted(found.news) == {name: [numbers[name]]}
-                launches[name].append((*image.age, event[6], FIRST, float(step), 0.5))
+                launches[name].append((*image.age, of_tokens(event[6]), FIRST, float(step), 0.5))
             if rng.random() < 0.5:  # emptied: the newest image that somebody has may be older
                 joins = joins_of(names, image.incarnation)
                 best = rng.choice([image, old])
                 halves[names], _ = rebuilt(joins, best, SERVER, step, 1e9, by=names[0], chance=rng.getrandbits(32))
         best = max(halves.values(), key=lambda each: each.age)
         both, _ = rebuilt(joins_of("abcd", best.incarnation), best, SERVER, 25.0, 1e9, by="a", chance=1)
-        spent = sum(launch[2] for each in launches.values() for launch in each)
+        spent = sum(launch[2][law.TPM] for each in launches.values() for launch in each)
         assert law.used_in(both.p, both.s, law.TPM, 25.0) == spent
         assert both.s.in_flight == sum(map(len, launches.values()))
 
@@ -408,7 +416,7 @@ def test_what_is_no_image_of_this_version_is_told_apart() -> None:
 def test_a_retry_that_kept_its_place_takes_no_second_one() -> None:
     image = pool(some(backoff_keeps_permit=1))
     decide(image, [("a", 1, [want(1)])], alive(image, 0.0), 0.0, LEASE_S)
-    back_off = [CALL, "throttled", [1_000.0, 1, -1.0, 0.0, 0.0, 0.5, 0.5], 0]
+    back_off = [CALL, "throttled", [of_tokens(1_000.0), 1, -1.0, 0.0, 0.0, 0.5, 0.5], 0]
     found = decide(image, [("a", 2, [back_off, want(2, standing=HOLDING, attempt=2)])], alive(image, 3.0), 3.0, LEASE_S)
     assert granted(found.news) == {"a": [2]}
     assert image.owners["a"].holds == image.s.in_flight == 1

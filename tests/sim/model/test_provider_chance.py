@@ -11,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from governor import law
+from governor.model.needs import of_tokens
 from sim.model import provider as prov
 from sim.model.latency import latency_s
 from sim.model.provider import TPM, ProviderParams, ProviderState
+from tests.governor import laws
 from tests.sim.doors import changing, quota, taken
 
 # ---------------------------------------------------------------- the co-tenant
@@ -105,19 +107,12 @@ def test_one_leap_in_time_or_many_steps_come_to_the_same(
 def test_a_policy_that_mirrors_the_bucket_without_headroom_is_never_refused(seed: int, burst: float) -> None:
     """The law's bucket and this one are the same arithmetic written differently: rounding alone must not throttle."""
     pp, ps = quota(tpm=30_000, rpm=500, burst_ratio=burst), ProviderState()
-    p = law.Params(
-        **dict.fromkeys([slot for slot in law.Params.__slots__ if slot not in ("limit", "budget", "rate_per_s")], 0),
-        limit=[30_000.0, 500.0, 0.0, 0.0],
-        budget=[law.budget_of(30_000.0, 0.0), law.budget_of(500.0, 0.0), math.inf, math.inf],
-        rate_per_s=[law.rate_of(30_000.0, 0.0, 60.0), law.rate_of(500.0, 0.0, 60.0), math.inf, math.inf],
-    )
-    p.window, p.burst_ratio = law.BUCKET, burst
-    p.max_concurrency = 10**9
+    p = laws.free(tpm=30_000, rpm=500, headroom=0.0, window=law.BUCKET, burst_ratio=burst, max_concurrency=10**9)
     s, now = law.State(), 0.0
     for request in range(3_000):
         charge = float(1 + int(prov.keyed_uniform(seed, request, 0, 1) * 2_000))
-        now = law.admit_at(p, s, charge, law.FIRST, now)
-        law.launched(p, s, charge, law.FIRST, now, 0.5)
+        now = law.admit_at(p, s, of_tokens(charge), law.FIRST, now)
+        law.launched(p, s, of_tokens(charge), law.FIRST, now, 0.5)
         assert prov.admitted(pp, ps, 0, charge, now)[0] == prov.OK, request
     # It is not refused for want of asking: what has been used is all that was granted but for the last burst.
     assert ps.used[law.TPM] > 0.9 * burst * 30_000 - 2_000
