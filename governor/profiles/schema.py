@@ -21,9 +21,10 @@ from governor.model.prices import Price, prices_in
 from governor.model.requests import Outcome
 
 Component = Literal["requests", "input", "cached_input", "cache_write", "output", "cost"]
-# Formats of a header's time: seconds as a number; milliseconds; a Go duration ("1m13.5s"); an instant (RFC 3339 or an
-# HTTP date); seconds or milliseconds since 1970; `auto` for whichever of seconds, duration and instant it is.
-TimeFormat = Literal["auto", "seconds", "milliseconds", "duration", "instant", "epoch", "epoch_ms"]
+# Formats of a time: a number of seconds or of milliseconds; a Go duration ("1m13.5s"); an instant (RFC 3339 or an HTTP
+# date); an epoch, seconds or milliseconds since 1970. `auto`: whichever it is; a bare number means seconds in a wait,
+# and says nothing in a reset.
+TimeFormat = Literal["auto", "seconds", "milliseconds", "duration", "instant", "epoch"]
 
 DIMENSIONS_MAX = 8
 _YEAR_S = 366 * 86_400.0
@@ -65,8 +66,10 @@ Pattern = Annotated[str, AfterValidator(_pattern)]
 
 
 def _zone(name: str) -> str:
-    if name not in zoneinfo.available_timezones():
-        raise ValueError(f"{quoted(name)} is not a time zone: write one such as America/Los_Angeles or UTC")
+    try:
+        zoneinfo.ZoneInfo(name)
+    except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
+        raise ValueError(f"{quoted(name)} is not a time zone: write one such as America/Los_Angeles or UTC") from None
     return name
 
 
@@ -190,10 +193,14 @@ class WaitPlace(Config):
 
 
 class Message(Config):
-    """A wording that says more than code and status: a regular expression, and its meaning."""
+    """A wording that says more than code and status: a regular expression, and its meaning.
+
+    `bare`: it counts only for an error without any code or type.
+    """
 
     pattern: Pattern
     outcome: Meaning
+    bare: bool = False
 
 
 class Errors(Config):
@@ -324,6 +331,9 @@ class Profile(Config):
     reserved: Annotated[tuple[Reserved, ...], Field(strict=False)] = ()
     latency: dict[Text, LatencyLine] = Field(default_factory=dict)
     limits_endpoint: LimitsEndpoint | None = None
+
+    def __hash__(self) -> int:
+        return id(self)  # tables are made once per profile that was read
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:

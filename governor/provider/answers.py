@@ -6,8 +6,9 @@ the status, because one status has several meanings: a 429 may be a rate limit (
 left for days) or a request that is too large (never). Only the state of the account concerns more than the request
 itself (`Scope`).
 
-Codes, statuses and phrases are data: `codes`. `classify` returns an answer for any input and does not raise. Formats
-and wordings: docs/explanation/provider.md#errors; one row for each form seen in the wild: tests/answers.
+Codes, statuses and phrases are data, in the profiles (see `codes`). `classify` returns an answer for any input and does
+not raise. Formats and wordings: docs/explanation/provider.md#errors; one row for each form seen in the wild:
+tests/answers.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from governor.model.requests import Answer, Outcome, usage_of
-from governor.provider.codes import BY_STATUS, BY_TEXT, BY_WORD, DAILY_QUOTA, FAILED_FINISH, GENERIC, QUOTA_BARE
+from governor.profiles.loader import GENERIC, read_profile
+from governor.profiles.schema import Profile
+from governor.provider.codes import Codes, codes_of
 from governor.provider.stated import (
     MESSAGE_CHARS_MAX,
     access_at,
@@ -43,6 +46,8 @@ _SAYS_LITTLE = (401, *range(500, 600))
 _REQUEST_IDS = ("x-request-id", "apim-request-id", "request-id", "x-amzn-requestid")
 _WORDS = ("type", "code", "status", "reason", "error_code", "__type", "error_type")
 _MESSAGES = ("message", "Message", "detail", "error_msg", "error_message", "msg", "faultstring", "title")
+# How nearly every choice ends, so that a success needs no table of refusals.
+_FINISHED = frozenset(("stop", "length", "tool_calls", "function_call", "content_filter"))
 # A tuple rather than a set, because the value looked up may be any JSON value, unhashable lists included.
 _EVENTS = ("response.failed", "response.incomplete", "response.completed")
 # Matches a key, since an error may quote the key that it refuses.
@@ -67,7 +72,13 @@ class _Error(NamedTuple):
 
 
 def classify(
-    status: int, headers: Mapping[Any, Any] | None, body: object, *, now_epoch: float = -1.0, hide: str = ""
+    status: int,
+    headers: Mapping[Any, Any] | None,
+    body: object,
+    *,
+    now_epoch: float = -1.0,
+    hide: str = "",
+    profile: Profile | None = None,
 ) -> Answer:
     """Return the meaning of an HTTP answer. `body`: parsed JSON, or its text or bytes, or None. Never raises.
 
@@ -75,20 +86,21 @@ def classify(
     `unauthorized` concern the account; `too_large` and `bad_request` end the request, and so does `malformed`, a
     success that cannot be read (truncated, not JSON, no choices, only queued). `now_epoch`: seconds since 1970, needed
     for dates on which a wait ends or access returns; -1 = unknown. `hide`: a key that is removed from everything
-    returned, however it is written.
+    returned, however it is written. `profile`: the pool's; None = the generic one.
     """
+    profile = profile or read_profile(GENERIC)
     content, text = _parsed(body, hide)
     success = 200 <= status < 300
     error, finished = _error_in(content, text, success), None
     if content is not None and success and not error.words and not error.message:
-        error, finished = _failed_choice(content)
+        error, finished = _failed_choice(content, profile)
     fields = fields_of(headers, *error.holders)
     if hide:
         fields = {name: value.replace(hide, _HIDDEN) for name, value in fields.items()}
     wait_s, returns_at = -1.0, None
     if not success or error.words or error.message or finished is not None:
-        wait_s = wait_in(fields, error.message, now_epoch)
-        outcome = finished or _refusal(_status_of(status, error), error, wait_s)
+        wait_s = wait_in(fields, error.message, now_epoch, profile)
+        outcome = finished or _refusal(_status_of(status, error), error, wait_s, codes_of(profile))
         outcome, wait_s, returns_at = _dated(outcome, wait_s, access_at(fields, error.message), now_epoch)
     elif content is not None and _is_answer(content):
         outcome = Outcome.OK
@@ -115,7 +127,7 @@ def classify(
         used_output_tokens=output,
         cut_off=ok and _is_cut_off(content),
         has_text=ok and any(words.strip() for words in _texts(content)),
-        limits=limits_in(fields, now_epoch, is_refusal=not ok),
+        limits=limits_in(fields, now_epoch, profile, is_refusal=not ok),
         processing_s=processing_s(fields),
         request_id=printable(next((fields[name] for name in _REQUEST_IDS if fields.get(name)), "")),
         body=content or None,
@@ -166,13 +178,13 @@ def _status_of(status: int, error: _Error) -> int | None:
     return next((int(word) for word in error.words if re.fullmatch("[45][0-9][0-9]", word)), None)
 
 
-def _refusal(status: int | None, error: _Error, wait_s: float) -> Outcome:
+def _refusal(status: int | None, error: _Error, wait_s: float, codes: Codes) -> Outcome:
     """Return the meaning of a refusal. `status`: None inside a success without one. `wait_s`: -1 = none stated."""
-    worded = _worded(error.words)
+    worded = codes.worded(error.words)
     if worded in (Outcome.QUOTA, Outcome.SLOW_DOWN, Outcome.TOO_LARGE, Outcome.BAD_REQUEST):
         return worded
     said = error.message[:_SAID_CHARS]
-    texted = next((outcome for outcome, pattern in BY_TEXT if pattern.search(said)), None)
+    texted = next((outcome for pattern, outcome in codes.messages if pattern.search(said)), None)
     believed = _MONEY if texted is Outcome.QUOTA else _VAGUE
     if texted is Outcome.BAD_REQUEST or (texted is not None and status in believed):
         return texted
@@ -182,29 +194,26 @@ def _refusal(status: int | None, error: _Error, wait_s: float) -> Outcome:
         # The words alone are not believed: "Request too large ... Limit 250000, Requested 546" was seen; it passes.
         if numbers.requested > numbers.limit >= 0.0 or (status == 413 and not figured and worded is None):
             return Outcome.TOO_LARGE
-        if any(DAILY_QUOTA.search(word) for word in error.words):
+        if any(pattern.search(word) for pattern in codes.daily_quotas for word in error.words):
             return Outcome.QUOTA
-        bare = not error.words - {str(status)}
-        return Outcome.QUOTA if bare and QUOTA_BARE in error.message else Outcome.THROTTLED
+        if not error.words - {str(status)}:
+            return next((told for pattern, told in codes.bare if pattern.search(error.message)), Outcome.THROTTLED)
+        return Outcome.THROTTLED
     if status is None and worded is None:
         # A failure inside a success: without a code it is the provider's fault, with a code the request's.
         coded = error.code and "timeout" not in error.code and error.code != "0"
         return Outcome.BAD_REQUEST if coded else Outcome.SERVER_ERROR
-    if worded is not None and (status is None or status in _SAYS_LITTLE or not error.words & GENERIC):
+    if worded is not None and (status is None or status in _SAYS_LITTLE or not error.words & codes.generic):
         return worded
     assert status is not None
-    if status in BY_STATUS:
-        return BY_STATUS[status]
+    if status in codes.statuses:
+        return codes.statuses[status]
     if 400 <= status < 500:
         # A stated wait means "later" whatever the status is: OpenRouter's 402 for a budget in flight.
         later = wait_s > 0.0 and status not in (400, 422)
         return Outcome.THROTTLED if later else Outcome.BAD_REQUEST
     # Redirects are not followed: another host would get the prompt.
     return Outcome.BAD_REQUEST if 300 <= status < 400 else Outcome.SERVER_ERROR
-
-
-def _worded(words: frozenset[str]) -> Outcome | None:
-    return next((outcome for outcome, known in BY_WORD if words & known), None)
 
 
 def _dated(
@@ -349,15 +358,19 @@ def _error_of(error: dict[str, Any], content: dict[str, Any]) -> _Error:
     return _Error(code, words, message[:MESSAGE_CHARS_MAX], (*holders, content))
 
 
-def _failed_choice(content: dict[str, Any]) -> tuple[_Error, Outcome | None]:
+def _failed_choice(content: dict[str, Any], profile: Profile) -> tuple[_Error, Outcome | None]:
     """Return the error inside a choice, or the outcome of a choice that ended in an error (OpenRouter)."""
     for choice in _objects(content.get("choices")):
         error, finish = choice.get("error"), choice.get("finish_reason")
         found = _error_of(error, content) if isinstance(error, dict) else _Error()
         if found.words or found.message:
             return found, None
-        if isinstance(finish, str) and finish in FAILED_FINISH:
-            return _Error(finish, frozenset(), f"the choice ended as {finish}"), FAILED_FINISH[finish]
+        if (
+            isinstance(finish, str)
+            and finish not in _FINISHED
+            and (told := codes_of(profile).finish_reasons.get(finish))
+        ):
+            return _Error(finish, frozenset(), f"the choice ended as {finish}"), told
     return _Error(), None
 
 

@@ -26,7 +26,7 @@ from governor.model.estimate import CHARS_PER_TOKEN, Sizes
 from governor.model.requests import Answer, Outcome, usage_of
 from governor.model.work import Work
 from governor.provider.answers import classify, dropped, timed_out
-from governor.provider.stated import fields_of, limits_in
+from governor.provider.stated import limits_of
 from governor.scheduler.portal import Lease, background_loop, running_loop
 
 # The interval at which streams are checked for unread ones.
@@ -87,7 +87,7 @@ def unanswered(error: Exception, package: Any) -> Answer:
 
 def streamed(response: Any, lease: Lease, call: Operation, work: Work, package: Any) -> Any:
     """Return the response with a stream that ends the permit at its own end."""
-    lease.stated(limits_in(fields_of(response.headers), time.time()))
+    lease.stated(limits_of(response.headers, time.time()))
     reader = EventStream(response, work.request.sizes) if _kind_of(response) == _EVENTS else _Bytes()
     response.stream = _stream_type(package)(response.stream, lease, call, reader, package)
     return response

@@ -31,7 +31,7 @@ from governor.model.prices import usage_in
 from governor.model.requests import URLS, Answer, Outcome
 from governor.model.work import Work
 from governor.provider.responses import EventStream, answer_of, unanswered
-from governor.provider.stated import fields_of, limits_in, processing_s
+from governor.provider.stated import fields_of, limits_of, processing_s
 from governor.provider.transport import package_of, work_of_request
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ class ShadowLog:
         while len(self._calls) > CALLS_REMEMBERED:
             self._calls.popitem(last=False)
         fields = fields_of(note.response.headers) if note.response is not None else {}
-        counts = {limit.dimension: limit for limit in limits_in(fields, note.at)}
+        counts = {limit.dimension: limit for limit in limits_of(fields, note.at)}
         tokens, requests = (counts.get(dimension) for dimension in ("TPM", "RPM"))
         seen = {
             "custom_id": name,

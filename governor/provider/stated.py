@@ -1,7 +1,7 @@
 """Reads what a provider states in headers and texts: waits, dates, limits and the figures of a refusal.
 
-Nothing here raises; unreadable values count as absent. Header names and phrases are kept in tables, so that another
-provider's can be added as rows. Formats and wordings: docs/explanation/provider.md#headers and #errors.
+Nothing here raises; unreadable values count as absent. Header names and the places of waits are the profile's. Formats
+and wordings: docs/explanation/provider.md#headers and #errors.
 
 Two formulas describe the providers' continuous buckets (#buckets). This module is their only source, for the synthetic
 provider that prints their values and for the tests that compare them with recordings.
@@ -15,10 +15,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from functools import lru_cache
-from typing import Any
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 from governor.model.requests import Limit
+from governor.profiles.loader import GENERIC, read_profile
+from governor.profiles.schema import CountHeaders, Profile, TimeFormat, WaitPlace
 
 MINUTE_S = 60.0
 DAY_S = 86_400.0
@@ -118,39 +120,65 @@ def stated_wait_s(message: str) -> float:
     return total
 
 
-def retry_after_s(headers: Mapping[Any, Any] | None, message: str = "", now_epoch: float = -1.0) -> float:
+def retry_after_s(
+    headers: Mapping[Any, Any] | None, message: str = "", now_epoch: float = -1.0, profile: Profile | None = None
+) -> float:
     """Return how long the provider asks to wait, in seconds; -1 = not stated.
 
-    The sources, in order: `retry-after-ms` and Azure's `x-ms-retry-after-ms`, `retry-after` (seconds, a duration, or a
-    date if the epoch `now_epoch` is given), the error's text, and Azure's `x-rate-limit-reset-*`, seconds that replace
-    a missing Retry-After (openai-python#937). Zero, negative and non-numeric waits count as not stated, so that a
-    backoff applies, as in the official SDK.
+    The places are the profile's, then the generic ones: `retry-after-ms`, `retry-after` (seconds, a duration, or a date
+    if the epoch `now_epoch` is given), the error's text, ... Zero, negative and non-numeric waits count as not stated,
+    so that a backoff applies, as in the official SDK.
     """
-    return wait_in(fields_of(headers), message, now_epoch)
+    return wait_in(fields_of(headers), message, now_epoch, profile or read_profile(GENERIC))
 
 
-def wait_in(fields: Mapping[str, str], message: str, now_epoch: float) -> float:
+def wait_in(fields: Mapping[str, str], message: str, now_epoch: float, profile: Profile) -> float:
     """Return the same as `retry_after_s`, from `fields_of`."""
-    header = fields.get("retry-after", "")
-    candidates = (
-        _number(fields.get("retry-after-ms", "")) / 1000.0,
-        _number(fields.get("x-ms-retry-after-ms", "")) / 1000.0,
-        _number(header),
-        duration_s(header),
-        _until(header, now_epoch),
-        stated_wait_s(message),
-        _number(fields.get("x-rate-limit-reset-tokens", "")),
-        _number(fields.get("x-rate-limit-reset-requests", "")),
-    )
-    return next((wait for wait in candidates if 0.0 < wait < math.inf), -1.0)
+    for place in _wait_places(profile):
+        if place.message:
+            wait_s = stated_wait_s(message)
+        else:
+            text = fields.get(place.header or f"{_FIELD}{str(place.field).lower()}", "")
+            wait_s = time_in(text, place.format, now_epoch) if text else -1.0
+        if 0.0 < wait_s < math.inf:
+            return wait_s
+    return -1.0
+
+
+@lru_cache(64)
+def _wait_places(profile: Profile) -> tuple[WaitPlace, ...]:
+    return tuple(dict.fromkeys((*profile.retry_after, *read_profile(GENERIC).retry_after)))
+
+
+def time_in(text: str, form: TimeFormat, now_epoch: float) -> float:
+    """Return the seconds from now that a time in this format states; -1 if it is not one, or lies in the past.
+
+    `now_epoch`: seconds since 1970, needed for instants; -1 = unknown.
+    """
+    if form == "seconds":
+        return _number(text)
+    if form == "milliseconds":
+        return _number(text) / 1000.0
+    if form == "duration":
+        return duration_s(text)
+    if form == "instant":
+        return _until(text, now_epoch)
+    if form == "epoch":
+        moment = _moment(text)
+        return -1.0 if moment is None or now_epoch < 0.0 else max(-1.0, moment - now_epoch)
+    found = (time_in(text, each, now_epoch) for each in _FORMS)
+    return next((seconds for seconds in found if seconds > 0.0), -1.0)
+
+
+_FORMS: tuple[TimeFormat, ...] = ("seconds", "duration", "instant")
 
 
 def _until(date: str, now_epoch: float) -> float:
-    """Return the seconds from `now_epoch` until an HTTP date; -1 if `date` is not one or lies in the past."""
+    """Return the seconds from `now_epoch` until an instant; -1 if `date` is not one or lies in the past."""
     if now_epoch < 0.0 or not date:
         return -1.0
     try:
-        moment = parsedate_to_datetime(date)
+        moment = datetime.fromisoformat(date) if date[:4].isdecimal() else parsedate_to_datetime(date)
     except (ValueError, TypeError, IndexError, OverflowError):
         return -1.0
     return max(-1.0, _epoch(moment) - now_epoch)
@@ -185,7 +213,8 @@ def access_at(fields: Mapping[str, str], message: str) -> float | None:
         except ValueError:
             return None
     nothing_left = fields.get("x-ratelimit-remaining", "").startswith(("0", "-"))
-    return _moment(fields.get("resets-at", "")) or _moment(fields.get("x-ratelimit-reset", "") if nothing_left else "")
+    stated = fields.get(f"{_FIELD}resets_at", "") or fields.get(f"{_FIELD}reset_at", "")
+    return _moment(stated) or _moment(fields.get("x-ratelimit-reset", "") if nothing_left else "")
 
 
 def _moment(text: str) -> float | None:
@@ -243,26 +272,6 @@ def dimension_of(limit: float, remaining: float, reset_s: float, minute: str, da
     return day if 0.99 * least_s <= window_s <= 1.01 * DAY_S else minute
 
 
-_PART = "(?P<part>limit|remaining|reset)"
-_WHAT = "(?P<what>requests|req|tokens|input-tokens)"
-_COUNTS = tuple(
-    re.compile(pattern)
-    for pattern in (
-        # OpenAI, Azure, Groq and LiteLLM; limits of a project; Cerebras and Mistral, which name the window.
-        rf"x-ratelimit-{_PART}-(?P<scope>project-)?{_WHAT}(?:-(?P<window>minute|day))?",
-        # LiteLLM's limits of a key, a team, a model (`x-ratelimit-api_key-limit-tokens`).
-        rf"x-ratelimit-(?P<scope>\w+)-{_PART}-{_WHAT}",
-        # Anthropic, whose resets are dates and do not reveal the window.
-        rf"anthropic-ratelimit-{_WHAT}-{_PART}",
-        # Kong, which names only the window.
-        rf"x-ratelimit-{_PART}-(?P<window>second|minute|hour|day)",
-        # Middleware and gateways that count requests only (slowapi, OpenRouter, the IETF's drafts).
-        rf"(?:x-)?ratelimit-{_PART}",
-        # Together; APISIX, with the name of the instance at the end.
-        rf"x-(?P<what>token)limit-{_PART}",
-        rf"x-ai-ratelimit-{_PART}-(?P<scope>.+)",
-    )
-)
 # A gateway passes its provider's headers on under this prefix (LiteLLM).
 _UPSTREAM = "llm_provider-"
 # A limit that resets later than this is a daily one, unless its window is stated.
@@ -272,52 +281,93 @@ _NAMED_S = {"second": 1.0, "minute": MINUTE_S, "hour": _HOUR_S, "day": DAY_S}
 _POLICY = re.compile(r'(?:^|,)\s*+(?:"[^"]*+";\s*+q=)?([0-9]++);\s*+w=([0-9]++)')
 
 
-def limits_of(headers: Mapping[Any, Any] | None, now_epoch: float = -1.0) -> tuple[Limit, ...]:
+def limits_of(
+    headers: Mapping[Any, Any] | None, now_epoch: float = -1.0, profile: Profile | None = None
+) -> tuple[Limit, ...]:
     """Return the limits that headers state, at most one per dimension: the smallest if several scopes are stated.
 
     A negative `remaining` is an overshoot, and stays negative. Omitted are values that are not numbers, a limit of zero
     or less (Azure has sent -1, -1, 0), remaining above the limit, and a remaining without its limit (Azure, 2024). An
-    integer reset (Azure) has no known unit and is not used.
+    integer reset has no known unit unless the profile states one, and is not used.
     """
-    return limits_in(fields_of(headers), now_epoch)
+    return limits_in(fields_of(headers), now_epoch, profile or read_profile(GENERIC))
 
 
-def limits_in(fields: Mapping[str, str], now_epoch: float = -1.0, *, is_refusal: bool = False) -> tuple[Limit, ...]:
+def limits_in(
+    fields: Mapping[str, str], now_epoch: float, profile: Profile, *, is_refusal: bool = False
+) -> tuple[Limit, ...]:
     """Return what `limits_of` does, from `fields_of`. For a refusal, counts that do not name their unit are omitted.
 
     Those are the counts of the limit that refused, which may be the tokens limit: slowapi states 30000 for a weighted
     limit while its answers state 100 requests. Read as requests, that silenced a pool for five hours.
     """
-    counts: dict[tuple[str, ...], dict[str, str]] = {}
+    own, counts = _own_headers(profile), dict[Counted, dict[str, str]]()
     policy = fields.get("ratelimit-policy", "") or fields.get("x-ratelimit-policy", "")
     for name, text in fields.items():
-        if "limit" in name and (named := _named(name)) is not None:
-            key, part = named
-            counts.setdefault(key, {})[part] = text
+        named = own.get(name) or (_named(name) if "limit" in name else None)
+        if named is not None:
+            counts.setdefault(named[0], {})[named[1]] = text
     found: dict[str, Limit] = {}
-    for (what, window, *_), parts in counts.items():
-        if is_refusal and not what:
+    for counted, parts in counts.items():
+        if is_refusal and not counted.what:
             continue
-        limit = _limit(what, window, parts if what else {"policy": policy, **parts}, now_epoch)
+        limit = _limit(counted, parts if counted.what else {"policy": policy, **parts}, now_epoch)
         if limit is not None and (limit.dimension not in found or limit.limit < found[limit.dimension].limit):
             found[limit.dimension] = limit
     return tuple(found.values())
 
 
+class Counted(NamedTuple):
+    """What a triple of headers counts. `minute`, `day`: names of the dimensions that it may describe.
+
+    `what`: tokens or requests, "" if the name does not say; `window`: as named; `scope`: tells triples apart.
+    """
+
+    what: str
+    minute: str
+    day: str
+    form: TimeFormat = "auto"
+    window: str = ""
+    scope: tuple[str, ...] = ()
+
+
+@lru_cache(64)
+def _own_headers(profile: Profile) -> dict[str, tuple[Counted, str]]:
+    """Return, by header, what the profile says that it counts, and which part of it."""
+    sharing: dict[CountHeaders, list[tuple[float, str, str]]] = {}
+    for name, each in profile.dimensions.items():
+        if each.headers is not None:
+            sharing.setdefault(each.headers, []).append((each.length_s, name, each.unit))
+    found: dict[str, tuple[Counted, str]] = {}
+    for headers, dimensions in sharing.items():
+        (_, minute, what), (_, day, _) = min(dimensions), max(dimensions)
+        counted = Counted(what, minute, day, headers.reset_format)
+        parts = {"limit": headers.limit, "remaining": headers.remaining, "reset": headers.reset}
+        found |= {header: (counted, part) for part, header in parts.items() if header is not None}
+    return found
+
+
 @lru_cache(1_024)
-def _named(name: str) -> tuple[tuple[str, ...], str] | None:
-    """Return what a header counts (what, window, scope, ...) and which part of it; None for any other header."""
+def _named(name: str) -> tuple[Counted, str] | None:
+    """Return what a header that no profile names counts, and which part of it; None for any other header."""
     own = name.removeprefix(_UPSTREAM).replace("x-rate-limit-", "x-ratelimit-")
-    found = next((match for match in (pattern.fullmatch(own) for pattern in _COUNTS) if match), None)
+    found = next((match for match in (pattern.fullmatch(own) for pattern in _patterns()) if match), None)
     if found is None:
         return None
     words = found.groupdict()
     what = words.get("what") or ("tokens" if own.startswith("x-ai-") else "")
     upstream = _UPSTREAM if name.startswith(_UPSTREAM) else ""
-    return (what, words.get("window") or "", words.get("scope") or "", upstream, own[:2]), words["part"]
+    minute, day = ("TPM", "TPD") if "token" in what else ("RPM", "RPD")
+    scope = (words.get("scope") or "", upstream, own[:2])
+    return Counted(what, minute, day, "auto", words.get("window") or "", scope), words["part"]
 
 
-def _limit(what: str, window: str, parts: Mapping[str, str], now_epoch: float) -> Limit | None:
+@cache
+def _patterns() -> tuple[re.Pattern[str], ...]:
+    return tuple(re.compile(pattern) for pattern in read_profile(GENERIC).header_patterns)
+
+
+def _limit(counted: Counted, parts: Mapping[str, str], now_epoch: float) -> Limit | None:
     """Return one limit with its dimension; None unless limit and remaining are both plausible."""
     stated = parts.get("limit", "")
     declared = f"{parts.get('policy', '')},{stated}"
@@ -327,16 +377,20 @@ def _limit(what: str, window: str, parts: Mapping[str, str], now_epoch: float) -
     limit, remaining = _number(stated), _signed(parts.get("remaining", ""))
     if not (limit > 0.0 and remaining <= limit):
         return None
-    minute, day = ("TPM", "TPD") if "token" in what else ("RPM", "RPD")
-    window_s = _NAMED_S.get(window) or windows.get(stated)
+    minute, day, reset = counted.minute, counted.day, parts.get("reset", "")
+    if minute == day:
+        return Limit(minute, limit, remaining)
+    if counted.form != "auto":
+        reset_s = time_in(reset, counted.form, now_epoch)
+        return Limit(dimension_of(limit, remaining, reset_s, minute, day), limit, remaining)
+    window_s = _NAMED_S.get(counted.window) or windows.get(stated)
     if window_s is not None:
         return _per(minute, day, limit, limit - remaining, window_s)
-    reset = parts.get("reset", "")
     resets_at = _moment(reset)
     if resets_at is None or now_epoch < 0.0:
         return Limit(dimension_of(limit, remaining, duration_s(reset), minute, day), limit, remaining)
     left_s = resets_at - now_epoch
-    if not what and left_s <= MINUTE_S / 2.0:
+    if not counted.what and left_s <= MINUTE_S / 2.0:
         return None  # the window may be a minute, or as short as slowapi's "12 per 10 second"
     return Limit(day if left_s > _HOUR_S else minute, limit, remaining)
 
@@ -359,21 +413,12 @@ def processing_s(fields: Mapping[str, str]) -> float:
     return milliseconds / 1_000.0 if milliseconds >= 0.0 else -1.0
 
 
-# Fields of an error body that replace a header: Gemini's RetryInfo, ChatGPT's usage limits, TGI's loading model.
-_HINTS = {
-    "retrydelay": "retry-after",
-    "retry_after": "retry-after",
-    "retry_after_seconds": "retry-after",
-    "retry_after_ms": "retry-after-ms",
-    "resets_in_seconds": "retry-after",
-    "estimated_time": "retry-after",
-    "resets_at": "resets-at",
-    "reset_at": "resets-at",
-}
+# Marks the fields of an error's body among the headers, whose names hold no blank.
+_FIELD = "field "
 
 
 def fields_of(headers: Mapping[Any, Any] | None, *holders: Mapping[str, Any]) -> dict[str, str]:
-    """Return headers as text by lower-case name, plus the hints in `holders`, the parts of an error body."""
+    """Return headers as text by lower-case name, plus the plain fields of `holders`, the parts of an error body."""
     items = headers.items() if isinstance(headers, Mapping) else ()
     fields = {_as_text(name).lower(): _as_text(value).strip() for name, value in items}
     for name, text in _hints(holders):
@@ -384,8 +429,8 @@ def fields_of(headers: Mapping[Any, Any] | None, *holders: Mapping[str, Any]) ->
 def _hints(holders: tuple[Mapping[str, Any], ...]) -> Iterator[tuple[str, str]]:
     for holder in holders:
         for key, value in holder.items():
-            if isinstance(value, str | int | float) and (name := _HINTS.get(str(key).lower())):
-                yield name, str(value)
+            if isinstance(value, str | int | float):
+                yield f"{_FIELD}{str(key).lower()}", str(value)
             elif key == "headers" and isinstance(value, Mapping):  # OpenRouter, in the error's metadata
                 yield from fields_of(value).items()
 

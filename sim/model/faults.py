@@ -31,7 +31,8 @@ from pydantic import Field, model_validator
 from governor.model.errors import BadSetting
 from governor.model.files import read_yaml
 from governor.model.keyed import keyed_uniform
-from governor.provider.codes import QUOTA_CODES
+from governor.model.requests import Outcome
+from governor.profiles.loader import OPENAI, read_profile
 from sim.base.arguments import Config, checked
 from sim.model.provider_config import ProviderConfig, Ratio, Requests, Seconds
 
@@ -91,8 +92,9 @@ class Event(Config):
         for name, kinds in _BELONGS.items():
             if name in self.model_fields_set and self.kind not in kinds:
                 raise ValueError(f"{name} belongs to {' or '.join(kinds)}, not to {self.kind}")
-        if self.kind == "quota" and self.code not in QUOTA_CODES:
-            raise ValueError(f"code must be one of {', '.join(sorted(QUOTA_CODES))}")
+        codes = read_profile(OPENAI).errors.codes[Outcome.QUOTA]
+        if self.kind == "quota" and self.code not in codes:
+            raise ValueError(f"code must be one of {', '.join(sorted(codes))}")
         return self
 
 

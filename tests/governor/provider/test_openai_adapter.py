@@ -23,8 +23,8 @@ from governor.model.errors import BadSetting
 from governor.model.estimate import CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, sizes_of
 from governor.model.pools import Azure, Pool
 from governor.model.requests import Answer, Outcome, Request, endpoint_of, url_of
+from governor.profiles.loader import read_profile
 from governor.provider import openai_adapter
-from governor.provider.codes import QUOTA_CODES
 from governor.provider.openai_adapter import IDLE_MAX, LANE_MOST, Adapter, capped
 from sim.model.faults import AT_THE_DOOR, Event
 from sim.model.provider_config import ProviderConfig
@@ -243,7 +243,10 @@ EVENTS = [
     ({"kind": "throttled", "retry_after_s": 7.5}, Outcome.THROTTLED, 429, "rate_limit_exceeded", 7.5),
     ({"kind": "throttled"}, Outcome.THROTTLED, 429, "rate_limit_exceeded", -1.0),
     ({"kind": "slow_down", "retry_after_s": 3}, Outcome.SLOW_DOWN, 429, "slow_down", 3.0),
-    *(({"kind": "quota", "code": code}, Outcome.QUOTA, 429, code, -1.0) for code in sorted(QUOTA_CODES)),
+    *(
+        ({"kind": "quota", "code": code}, Outcome.QUOTA, 429, code, -1.0)
+        for code in sorted(read_profile("openai").errors.codes[Outcome.QUOTA])
+    ),
     ({"kind": "overloaded"}, Outcome.OVERLOADED, 503, "server_is_overloaded", -1.0),
     ({"kind": "unauthorized"}, Outcome.UNAUTHORIZED, 401, "invalid_api_key", -1.0),
     ({"kind": "model_not_found"}, Outcome.BAD_REQUEST, 404, "model_not_found", -1.0),
