@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from governor.model.errors import FailureCode
 from governor.model.pools import Pool
-from governor.model.prices import SHIPPED, read_prices
+from governor.profiles.loader import prices_in_force
 from governor.service.api.app import service_of
 from governor.service.api.gauges import late_s
 from governor.service.config import ServiceConfig
@@ -40,7 +40,7 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     config = ServiceConfig(
         pools=[Pool()],
         environment={},
-        prices=read_prices(SHIPPED),
+        prices=prices_in_force(),
         database=str(tmp_path_factory.mktemp("ops") / "service.db"),
         today=lambda: date(2026, 1, 1),
     )

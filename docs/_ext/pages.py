@@ -87,18 +87,19 @@ def first_lines(item: object) -> str:
 
 def models() -> str:
     """Every model with published tiers or a measured latency: its price on the list's day, and its latency line."""
-    from governor.model.prices import read_prices
-    from sim.model.provider_tiers import DEFAULT_LATENCY, LATENCIES, TIERS
+    from governor.profiles.loader import prices_in_force
+    from sim.model.provider_tiers import DEFAULT_LATENCY, latency_lines, published_tiers
 
-    prices = read_prices()
+    prices = prices_in_force()
     rows = []
-    for model in dict.fromkeys([*TIERS, *LATENCIES]):
+    tiers = dict.fromkeys(tier.model for tier in published_tiers().values())
+    for model in dict.fromkeys([*tiers, *latency_lines()]):
         price = prices.of(model, date.fromisoformat(prices.checked))
-        line = LATENCIES.get(model)
+        line = latency_lines().get(model)
         rows.append(
             [
                 model,
-                "published" if model in TIERS else "",
+                "published" if model in tiers else "",
                 f"{price.input:g} / {price.output:g}" if price else "not in the list",
                 f"{line.first_token_s:g} s" if line else f"assumed: that of {DEFAULT_LATENCY}",
                 f"{1_000 * line.per_token_s:.3g} ms" if line else "",
@@ -355,13 +356,13 @@ def metric_names() -> str:
 def openapi() -> dict[str, Any]:
     """The service's own description of itself, without a database, a pool or a port."""
     from governor.model.pools import default_pools
-    from governor.model.prices import SHIPPED, read_prices
+    from governor.profiles.loader import prices_in_force
     from governor.service.api import app
     from governor.service.api.state import Service
     from governor.service.config import ServiceConfig
 
     config = ServiceConfig(
-        pools=default_pools(policy.Policy(), {}), environment={}, prices=read_prices(SHIPPED), require_token=True
+        pools=default_pools(policy.Policy(), {}), environment={}, prices=prices_in_force(), require_token=True
     )
     # Whatever else the service is made of, describing it touches none of it but whether a token is required.
     absent: dict[str, Any] = {part.name: types.SimpleNamespace() for part in fields(Service)}

@@ -65,13 +65,13 @@ def export(
     """Write the results so far, in input order."""
     from governor.journal.journal import Journal
     from governor.model.files import replaced
-    from governor.model.prices import SHIPPED, read_prices
     from governor.model.words import plural
+    from governor.profiles.loader import prices_in_force
     from governor.run.account import ATTEMPT_COLUMNS, attempt_rows, lines_of
     from governor.run.outputs import check_apart, errors_path, write_results
 
     results = Path(out)
-    listed = read_prices(SHIPPED if prices is None else prices)
+    listed = prices_in_force(prices)
     files = {"--out": results, "the errors file": errors_path(results)}
     if attempts:
         files["--attempts"] = Path(attempts)

@@ -49,13 +49,13 @@ def probe(
 
     Example: paceline probe --max-cost 0.10 --env-file .env
     """
-    from governor.model.prices import SHIPPED, read_prices
+    from governor.profiles.loader import prices_in_force
     from governor.provider.probe import provider_text, write_provider
 
     path = Path(out)
     if path.suffix.lower() not in (".yaml", ".yml") or not path.parent.is_dir():
         raise BadSetting(f"--out {out}: name a .yaml file in a folder that exists", "--out")
-    price = read_prices(prices or SHIPPED).of(model, date.today())
+    price = prices_in_force(prices).of(model, date.today())
     if price is None:
         raise BadSetting(
             f"--model {model}: its price is not known, so --max-cost cannot be kept: name --prices", "--model"

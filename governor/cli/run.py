@@ -169,8 +169,8 @@ def run(
 
     Example: paceline run requests.jsonl --out results.jsonl --env-file .env
     """
-    from governor.model.prices import SHIPPED, read_prices
     from governor.model.words import seconds_of, until_s
+    from governor.profiles.loader import prices_in_force
     from governor.provider.sending import connect_with
     from governor.run.batch import Orders, run_orders
     from governor.run.outputs import journal_path
@@ -202,7 +202,7 @@ def run(
         journal=journal if journal is not None else journal_path(results),
         pools=pools_of(environment, env_file, words_of(assignments, tpm, rpm), pools, base_url, scenario),
         environment=environment,
-        prices=read_prices(prices if prices is not None else SHIPPED),
+        prices=prices_in_force(prices),
         manner=manner,
         seed=seed,
         yes=yes,

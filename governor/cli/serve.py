@@ -84,8 +84,8 @@ def serve(
     except ImportError as error:
         raise PacelineError(f"{EXTRA} ({error.name} is missing)") from None
     from governor.model.pools import key_of
-    from governor.model.prices import SHIPPED, read_prices
     from governor.model.words import seconds_of
+    from governor.profiles.loader import prices_in_force
     from governor.service.config import ServiceConfig
     from governor.sharedquota.sharing import redis_url
 
@@ -102,7 +102,7 @@ def serve(
         database=_where(database),
         pools=found,
         environment=environment,
-        prices=read_prices(prices if prices is not None else SHIPPED),
+        prices=prices_in_force(prices),
         forecast=context.meta.get(FORECAST),
         what_if=context.meta.get(WHAT_IF),
         lease_s=lease_s,

@@ -9,9 +9,9 @@ states what they used.
 
 A success that cannot be read, or that states no usage, is paid for: it counts at its worst, `most_used`.
 
-A price file is dated and meant to be edited by the user (`--prices FILE`); the file shipped with the package lies
-beside this module. A model without a known price has no cost: the total is then unknown too, and is never shown as if
-it were complete.
+The lists that come with Paceline stand in the profiles (see `governor/profiles`); a user's own is a dated file
+(`--prices FILE`). A model without a known price has no cost: the total is then unknown too, and is never shown as if it
+were complete.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from governor.model.files import only_keys, read_yaml
 from governor.model.requests import BATCH, STANDARD, Attempt, Outcome, tier_of, usage_of
 
 PER = 1_000_000
-SHIPPED = Path(__file__).with_name("prices.yaml")
 # A model's name may carry the date of its snapshot.
 _SNAPSHOT = re.compile(r"-\d{4}-?\d{2}-?\d{2}$")
 _RATES = ("input", "cached_input", "output")
@@ -226,7 +225,7 @@ class Spent:
 # ---------------------------------------------------------------- reading
 
 
-def read_prices(path: str | Path = SHIPPED) -> Prices:
+def read_prices(path: str | Path) -> Prices:
     """Return the price list in a YAML file. Raise BadInput, naming the model and the key, if an entry is wrong."""
     name = str(path)
     data = read_yaml(path)
@@ -235,7 +234,7 @@ def read_prices(path: str | Path = SHIPPED) -> Prices:
     if not isinstance(models, dict) or not models:
         raise BadInput("it has no 'models': a model's name with since, input, cached_input and output each", name)
     found = prices_in(models, name)
-    return Prices(found, "" if path == SHIPPED else name, str(data.get("checked") or ""))
+    return Prices(found, name, str(data.get("checked") or ""))
 
 
 def prices_in(models: Mapping[Any, Any], name: str = "", place: str = "models.") -> dict[str, tuple[Price, ...]]:

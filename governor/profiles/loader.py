@@ -17,6 +17,7 @@ from governor.model.documents import checked
 from governor.model.errors import BadInput, BadSetting, quoted
 from governor.model.files import read_yaml
 from governor.model.pools import is_loopback
+from governor.model.prices import Price, Prices, read_prices
 from governor.profiles.schema import Profile
 
 FOLDER = Path(__file__).parent
@@ -102,3 +103,19 @@ def profile_for(stated: str = "", base_url: str = "", *, azure: bool = False) ->
 def all_profiles() -> tuple[Profile, ...]:
     """Return every shipped profile, the generic one last."""
     return tuple(_shipped(name) for name in sorted(names(), key=lambda name: (name == GENERIC, name)))
+
+
+def prices_in_force(path: str | None = None, profile: Profile | None = None) -> Prices:
+    """Return the prices in a user's file, or else those of the shipped profiles; `profile`: its own come first.
+
+    `checked` is then the oldest day on which one of those lists was checked.
+    """
+    if path is not None:
+        return read_prices(path)
+    listed = [each for each in (profile, *all_profiles()) if each is not None and each.prices]
+    models: dict[str, tuple[Price, ...]] = {}
+    for each in listed:
+        for model, prices in each.prices.items():
+            models.setdefault(model, prices)
+    days = [each.prices_checked for each in listed if each.prices_checked is not None]
+    return Prices(models, "", min(days).isoformat() if days else "")

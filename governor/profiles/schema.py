@@ -233,9 +233,8 @@ class Errors(Config):
 
 
 class ServiceTier(Config):
-    """A processing tier of the provider. `price_ratio`: its price over the standard one; left out: unknown."""
+    """A processing tier of the provider; its price stands with the model's. `shares_limits`: left out, unknown."""
 
-    price_ratio: Annotated[float, Field(gt=0, le=100)] | None = None
     shares_limits: bool | None = None
     note: Text | None = None
 

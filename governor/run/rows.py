@@ -24,8 +24,8 @@ from governor.model.errors import BadInput, BadSetting, BudgetExhausted, Pacelin
 from governor.model.estimate import TOKENS_PER_FILE, WHOLE_MAX
 from governor.model.policy import Policy
 from governor.model.pools import checked_url, default_pools
-from governor.model.prices import SHIPPED, read_prices
 from governor.model.requests import CHAT, COMPLETIONS, URLS, endpoint_of, usage_of
+from governor.profiles.loader import prices_in_force
 from governor.provider.answers import text_of
 from governor.provider.sending import connect_with
 from governor.run.account import lines_of
@@ -119,7 +119,7 @@ def run_batch(
         journal=where,
         pools=default_pools(settings, environment, checked_url(base_url, "base_url")),
         environment=environment,
-        prices=read_prices(SHIPPED),
+        prices=prices_in_force(),
         manner=Manner(max_cost=max_cost, insist=yes, time_scale=time_scale, redis=redis_url(environment)),
         yes=yes,
         skip_oversized=skip_oversized,

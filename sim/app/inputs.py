@@ -30,7 +30,7 @@ from sim.base.progress import Progress
 from sim.des import engines
 from sim.experiment.experiment import Pool
 from sim.model.provider_config import ProviderConfig
-from sim.model.provider_tiers import LATENCIES, SNAPSHOT
+from sim.model.provider_tiers import SNAPSHOT, latency_lines
 from sim.model.workload import Workload
 from sim.scenario.columns import parse_columns
 from sim.scenario.readers import SCENARIO, UNSEEN, Source, is_journal
@@ -270,7 +270,7 @@ def _with_latency_of(
     if o.latency is not None or o.provider is not None or given or not isinstance(workload.models, str):
         return provider
     model = SNAPSHOT.sub("", workload.models)
-    return provider.with_(latency=model) if model in LATENCIES else provider
+    return provider.with_(latency=model) if model in latency_lines() else provider
 
 
 def _agreed(policy: Policy, provider: ProviderConfig, stated: Scenario | None, o: Options) -> Policy:

@@ -26,7 +26,8 @@ from governor.model.env_files import SCENARIO as NAMED
 from governor.model.errors import BadInput, PacelineError
 from governor.model.files import check_writable, write_atomically
 from governor.model.policy import GUARDRAIL_KNOBS, KNOBS, Knob, Policy
-from governor.model.prices import Prices, read_prices
+from governor.model.prices import Prices
+from governor.profiles.loader import prices_in_force
 from sim.app.inputs import Wishes, scenario_text
 from sim.experiment.experiment import Pool
 from sim.experiment.parallel import WorkersLost
@@ -290,4 +291,4 @@ def planned(
 
 def prices_of(wishes: Wishes) -> Prices:
     """The price list that is asked for, or the one that comes with Paceline."""
-    return read_prices(wishes.prices) if wishes.prices else read_prices()
+    return prices_in_force(wishes.prices or None)

@@ -15,7 +15,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from governor.forecast.summary import Grant
-from governor.model.errors import quoted
+from governor.model.errors import PacelineError, quoted
+from governor.profiles.loader import OPENAI, read_profile
+from governor.profiles.schema import Profile, count_of_refusals
 from sim.base.arguments import Config, checked
 from sim.model.batches import BatchApi
 from sim.model.latency import NOISE_GROUPS, NOISE_KNOTS
@@ -41,12 +43,13 @@ from sim.model.provider_tiers import (
     CHECKED_ON,
     DEFAULT_LATENCY,
     DEFAULT_TIER,
-    LATENCIES,
     SIGMA,
     STALL_MAX_S,
     STALL_MIN_S,
     STALL_RATIO,
+    latency_lines,
     latency_preset,
+    tier_of,
     tier_preset,
     tier_source,
 )
@@ -88,13 +91,7 @@ _REFUSALS: dict[bool | str, int] = {
 _SAYS = {"absent": SAYS_NOTHING, "ms": SAYS_MILLISECONDS, "seconds": SAYS_SECONDS}
 
 
-# One validator for each of these two, so that an error is reported once and not once per possible type.
-def _refusals_count(value: Any) -> Any:
-    if type(value) is bool or value in ("tokens", "requests"):
-        return value
-    raise ValueError(f"{quoted(value)} must be true, false, tokens or requests")
-
-
+# One validator, so that an error is reported once and not once per possible type.
 def _stated_wait(value: Any) -> Any:
     if isinstance(value, str) and value in _SAYS:
         return value
@@ -102,6 +99,23 @@ def _stated_wait(value: Any) -> Any:
         return float(value)
     wanted = f"must be 'absent', 'ms' or 'seconds', or the same number of seconds always, 0 to {DAY_S:,.0f}"
     raise ValueError(f"{quoted(value)} {wanted}")
+
+
+def _habits(profile: Profile) -> dict[str, Any]:
+    """Return what a profile says of a provider, as fields of its configuration; limits are the account's."""
+    per_minute = [each for each in profile.dimensions.values() if each.length_s == MINUTE_S]
+    windows = {each.window for each in per_minute}
+    return {
+        "charge_rule": profile.charge.rule,
+        "as_of": profile.checked if profile.name == OPENAI else CHECKED_ON,
+        "failed_requests_count": profile.charge.refusals_count,
+        "counts": profile.charge.counts,
+        "counts_rounded_to": profile.charge.counts_rounded_to,
+        "settles": any(each.settles for each in per_minute),
+        "charged": "answer" if any(each.charged == "answer" for each in per_minute) else "admission",
+        "window": {"fixed": "anchored"}.get(window := windows.pop(), window) if len(windows) == 1 else "bucket",
+        "slice_s": max((each.slice_s or 0.0 for each in per_minute), default=0.0),
+    }
 
 
 def _completed(data: Any, preset: Any) -> Any:
@@ -139,8 +153,8 @@ class Latency(Config):
     """
 
     preset: str = ""
-    first_token_s: Seconds = LATENCIES[DEFAULT_LATENCY].first_token_s
-    per_token_s: Seconds = LATENCIES[DEFAULT_LATENCY].per_token_s
+    first_token_s: Seconds = latency_lines()[DEFAULT_LATENCY].first_token_s
+    per_token_s: Seconds = latency_lines()[DEFAULT_LATENCY].per_token_s
     sigma: Annotated[float, Field(ge=0, le=3)] = SIGMA
     stall_ratio: Ratio = STALL_RATIO
     stall_min_s: Seconds = STALL_MIN_S
@@ -171,8 +185,12 @@ class Latency(Config):
             line += f", times {self.scale:g}"
         shape = ", of its measured shape" if self.noise else ""
         rest = f"noise (sigma {self.sigma:.3g}{shape}) and stalls ({self.stall_ratio:.3g} of answers) assumed"
-        known = LATENCIES.get(self.preset)
-        if known is None or (self.first_token_s, self.per_token_s) != known[:2] or self.scale != 1.0:
+        known = latency_lines().get(self.preset)
+        if (
+            known is None
+            or (self.first_token_s, self.per_token_s) != (known.first_token_s, known.per_token_s)
+            or self.scale != 1.0
+        ):
             return ASSUMED, f"{line}; {rest}"
         return MEASURED, f"{self.preset}: {line}, from {known.recordings} recordings, checked {CHECKED_ON}; {rest}"
 
@@ -228,6 +246,7 @@ class ProviderConfig(Config):
     """One provider quota. Limits per minute (`tpm`, `rpm`) and day (`tpd`, `rpd`), 0 = none.
 
     Written as the name of a published tier, or as fields, with `preset` naming the tier that the others start from.
+    `profile`: the provider's, by name or file: its habits hold where no field states another.
     `charge_rule`, as of a date, is what an admission takes; `ProviderParams` explains the other fields. `counts`:
     whether headers state what remains: at the moment of admission or of the answer, on refusals only, or never.
     `window`: how minutes are counted (see `windows`): by the clock, with the run starting `phase_s` into a minute; from
@@ -240,6 +259,7 @@ class ProviderConfig(Config):
     """
 
     preset: str = ""
+    profile: str = OPENAI
     tpm: Tokens = 30_000
     rpm: Requests = 0
     tpd: Tokens = 0
@@ -250,7 +270,7 @@ class ProviderConfig(Config):
     as_of: Day = CHECKED_ON
     settles: bool = False
     charged: Literal["admission", "answer"] = "admission"
-    failed_requests_count: Annotated[bool | str, BeforeValidator(_refusals_count)] = True
+    failed_requests_count: Annotated[bool | str, BeforeValidator(count_of_refusals)] = True
     retry_after: Annotated[str | float, BeforeValidator(_stated_wait)] = "ms"
     retry_after_min_s: Seconds = 0.0
     header_names: Literal["openai", "plain", "api_key", "llm_provider"] = "openai"
@@ -278,6 +298,11 @@ class ProviderConfig(Config):
     @classmethod
     def _from_preset(cls, data: Any) -> Any:
         data = _completed(data, tier_preset)
+        if isinstance(data, dict) and isinstance(name := data.get("profile"), str) and name != OPENAI:
+            try:
+                data = {**_habits(read_profile(name)), **data}
+            except PacelineError as error:
+                raise ValueError(str(error)) from None
         if isinstance(data, dict) and type(data.get("minute_reset")) is bool:
             # The old name of `window: clock`.
             resets = {"window": "clock"} if data["minute_reset"] else {}
@@ -390,7 +415,7 @@ class ProviderConfig(Config):
         tpm, rpm = (f"{limit:,}" if limit else "no limit on" for limit in (self.tpm, self.rpm))
         limits = f"as given: {tpm} tokens and {rpm} requests per minute"
         found: Provenance = {"limits": (ASSUMED, limits)}
-        if self.preset and (self.tpm, self.rpm) == _pair(tier_preset(self.preset)):
+        if self.preset and self._grants(tier_preset(self.preset)):
             found["limits"] = (MEASURED, tier_source(self.preset))
         if self.charge_rule == "auto":
             found["charge rule"] = (MEASURED, f"recorded headers, by endpoint, as of {self.as_of}")
@@ -415,8 +440,8 @@ class ProviderConfig(Config):
         found["slices"] = (ASSUMED, share if self.slice_s else "none: the minute's limit may go at once")
         found["counts in headers"] = (ASSUMED, self._counts_text())
         found["latency"] = self.latency.provenance()
-        model = self.preset.rpartition("-tier")[0]
-        if model and model not in LATENCIES and self.latency.preset == DEFAULT_LATENCY:
+        model = tier_of(self.preset).model if self.preset else ""
+        if model and model not in latency_lines() and self.latency.preset == DEFAULT_LATENCY:
             text = f"that of {found['latency'][1]}, for want of a measurement of {model}"
             found["latency"] = (ASSUMED, text)
         found["other users of the quota"] = (ASSUMED, _cotenant_text(self.cotenant))
@@ -429,6 +454,10 @@ class ProviderConfig(Config):
             text = found[name][1].removeprefix("as given: ").removesuffix(" assumed").removesuffix(_OPEN)
             found[name] = (MEASURED, f"learnt from {self.learnt_from}: {text}")
         return found
+
+    def _grants(self, preset: Mapping[str, Any]) -> bool:
+        """Return whether the limits are those of a preset."""
+        return all(getattr(self, name) == preset.get(name, 0) for name in ("tpm", "rpm", "tpd", "rpd"))
 
     def _window_text(self) -> str:
         burst = f", bursts of at most {self.burst_s:g} s" if self.burst_s < MINUTE_S else ""
@@ -470,10 +499,6 @@ _INPUTS = {
     "latency": "latency",
 }
 _OPEN = "; what recordings show does not exclude it"
-
-
-def _pair(preset: Mapping[str, Any]) -> tuple[int, int]:
-    return preset["tpm"], preset["rpm"]
 
 
 def _cotenant_text(cotenant: Cotenant) -> str:

@@ -36,7 +36,7 @@ from sim.experiment.experiment import Case, Pool, case_of
 from sim.experiment.parallel import WorkersLost
 from sim.experiment.results import CONFIDENCE, Figures, Forecast, at_most, forecast_of
 from sim.experiment.runs import Runs, key_of
-from sim.model.provider_tiers import DEFAULT_TIER, TIERS, tier_names, tier_preset
+from sim.model.provider_tiers import DEFAULT_TIER, published_tiers, tier_of, tier_preset
 from sim.model.synthetic import resampled
 from sim.scenario.scenario import Scenario, limits_of
 from sim.scenario.stress import Condition
@@ -326,15 +326,16 @@ class Search:
         largest = float(self.scenario.charges().max(initial=0.0))
         tried: list[LimitProbe] = []
         too_small: list[str] = []
-        for name in tier_names():
-            if name.rpartition("-tier")[0] != model:
+        for name, tier in published_tiers().items():
+            if tier.model != model:
                 continue
             limits = tier_preset(name)
-            if limits["tpm"] < largest:
+            tpm, rpm = limits.get("tpm", 0), limits.get("rpm", 0)
+            if 0 < tpm < largest:
                 too_small.append(name)
                 continue
             self.say(f"trying {name}")
-            scenario = at_limits(self.scenario, limits["tpm"], limits["rpm"])
+            scenario = at_limits(self.scenario, tpm, rpm)
             tried.append(self.confirmed(scenario, self.suited_to(scenario), name=name))
             if tried[-1].meets:
                 break
@@ -349,15 +350,15 @@ def rounded_up(value: float, digits: int = 3) -> int:
 
 def model_of(scenario: Scenario, model: str = "") -> str:
     """Whose tiers to try: the named model's, else the provider preset's, else the workload's, else the default's."""
+    known = dict.fromkeys(tier.model for tier in published_tiers().values())
     if model:
-        if model not in TIERS:
-            raise BadSetting(f"there are no published tiers of {model!r}: use one of {', '.join(TIERS)}", "--tiers")
+        if model not in known:
+            raise BadSetting(f"there are no published tiers of {model!r}: use one of {', '.join(known)}", "--tiers")
         return model
+    if scenario.provider.preset:
+        return tier_of(scenario.provider.preset).model
     named = scenario.workload.models
-    for known in (scenario.provider.preset.rpartition("-tier")[0], named if isinstance(named, str) else ""):
-        if known in TIERS:
-            return known
-    return DEFAULT_TIER.rpartition("-tier")[0]
+    return named if isinstance(named, str) and named in known else tier_of(DEFAULT_TIER).model
 
 
 def runs_of(requests: int, confidence: float = CONFIDENCE, least: int = 0) -> int:

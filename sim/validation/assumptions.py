@@ -25,7 +25,7 @@ from governor.model.files import parsed_yaml
 from governor.model.policy import Policy
 from sim.base.arguments import checked
 from sim.model.provider_config import ProviderConfig
-from sim.model.provider_tiers import LATENCIES, SNAPSHOT
+from sim.model.provider_tiers import SNAPSHOT, latency_lines
 from sim.model.synthetic import from_tokens, similar_outputs, with_outputs_assumed, with_outputs_drawn
 from sim.model.windows import MINUTE_S
 from sim.model.workload import ASSUMED, Workload
@@ -186,7 +186,7 @@ def believed_provider(policy: Policy, models: NDArray[Any]) -> ProviderConfig:
     """Return the provider as the settings state it."""
     names, counts = np.unique(models.astype(str), return_counts=True)
     model = SNAPSHOT.sub("", str(names[counts.argmax()]))
-    given: dict[str, Any] = {"latency": model} if model in LATENCIES else {}
+    given: dict[str, Any] = {"latency": model} if model in latency_lines() else {}
     return ProviderConfig(
         tpm=policy.tpm_limit,
         rpm=policy.rpm_limit,

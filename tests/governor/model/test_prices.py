@@ -10,7 +10,8 @@ import pytest
 from governor.model.errors import BadInput
 from governor.model.estimate import CHAT, EMBEDDINGS, Sizes
 from governor.model.prices import LONG_PROMPT, Price, Prices, Spent, Usage, dollars_text, read_prices, usage_in
-from sim.model.provider_tiers import LATENCIES, TIERS
+from governor.profiles.loader import prices_in_force
+from sim.model.provider_tiers import latency_lines, published_tiers
 
 DAY = date(2026, 7, 1)
 CHEAP = Price(date(2025, 1, 1), 2.0, 0.5, 8.0)
@@ -107,9 +108,10 @@ def test_spent_adds_up_and_says_when_it_does_not_know() -> None:
 
 
 def test_the_shipped_list_reads_and_is_dated() -> None:
-    prices = read_prices()
+    prices = prices_in_force()
     day = date.fromisoformat(prices.checked)
-    for model in {*TIERS, *LATENCIES} - {"gpt-5.5-long-context", "gpt-4"}:
+    tiers = {tier.model for tier in published_tiers().values() if tier.profile == "openai"}
+    for model in (tiers | {*latency_lines()}) - {"gpt-5.5-long-context", "gpt-4"}:
         assert prices.of(model, day) is not None, model
         assert prices.of(model, day, "batch") is not None
     assert prices.of("gpt-4o", day, "flex") is None

@@ -16,7 +16,7 @@ from governor.forecast.preflight import preflight
 from governor.journal.database import JournalError
 from governor.model.policy import Policy
 from governor.model.pools import Pool
-from governor.model.prices import SHIPPED, read_prices
+from governor.profiles.loader import prices_in_force
 from governor.service.api import accept
 from governor.service.api.accept import BatchSpec, Incoming, PoolVerdict
 from governor.service.api.auth import Authority, RequestGuard
@@ -225,7 +225,7 @@ def test_changes_that_become_visible_in_the_other_order_end_as_everywhere(replic
 def test_what_is_held_in_memory_is_limited_as_such(replica: Worker) -> None:
     """A file streams to the disk; JSON does not, whatever it is posted to."""
     pools = replica.config.pools
-    config = ServiceConfig(pools=pools, environment={}, prices=read_prices(SHIPPED), upload_bytes=900, body_bytes=80)
+    config = ServiceConfig(pools=pools, environment={}, prices=prices_in_force(), upload_bytes=900, body_bytes=80)
 
     async def status(path: str, kind: str, size: int) -> int:
         told: list[Any] = []

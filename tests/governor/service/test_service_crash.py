@@ -22,8 +22,8 @@ from governor.journal.database import JournalError
 from governor.journal.reports import Batch
 from governor.law import State
 from governor.model.pools import Pool
-from governor.model.prices import SHIPPED, read_prices
 from governor.model.requests import Answer, Outcome
+from governor.profiles.loader import prices_in_force
 from governor.service.api.app import service_of
 from governor.service.config import ServiceConfig
 from governor.service.store.base import ServiceDatabase, replica_name, session_name
@@ -269,7 +269,7 @@ def test_a_lease_is_renewed_while_a_life_takes_stock(
         database=postgres.database(f"renewed{seed}"),
         pools=[Pool(base_url="http://127.0.0.1:9/v1")],
         environment={},
-        prices=read_prices(SHIPPED),
+        prices=prices_in_force(),
         lease_s=lease_s,
     )
     service = service_of(config)

@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import binom
 
 from governor.model.policy import Policy
-from governor.model.prices import read_prices
+from governor.profiles.loader import prices_in_force
 from sim.experiment.experiment import Pool, case_of, figures_of, simulated
 from sim.experiment.information import mean_gain, narrowing
 from sim.experiment.runs import Runs
@@ -87,7 +87,7 @@ def information(provider: dict[str, object]) -> tuple[Information, Unknowns, lis
 
 def test_a_rule_is_worth_what_the_best_setting_for_it_gains() -> None:
     asked, unknowns, (careful, bold), fresh = information({"learnt": KNOWN, "learnt_from": "a log"})
-    prices = read_prices()
+    prices = prices_in_force()
     costs = Costs(fresh[0].scenario, 600.0, None, prices)
     (found,) = asked.findings(unknowns, costs)
     assert found.unknown == "the charge rule"
