@@ -13,6 +13,7 @@ from governor.law import Params, State
 from governor.model.errors import FailureCode
 from governor.model.estimate import EMBEDDINGS
 from governor.model.keyed import JITTER_RETRY, keyed_uniform
+from governor.model.needs import NOTHING_USED
 from governor.model.requests import Answer, Outcome, Request, url_of
 from governor.model.work import FINAL, SPENT, STOPPING, THROTTLES
 from governor.provider.answers import classify, printable
@@ -104,7 +105,7 @@ def verdict(
     state = State()  # of its own: what happens in a batch is no news of the live limits
     wait_s = answer.retry_after_s
     if outcome in THROTTLES:
-        at = law.throttled(p, state, 0.0, attempt, wait_s, launched_at, launched_at, now, u)
+        at = law.throttled(p, state, NOTHING_USED, attempt, wait_s, launched_at, launched_at, now, u)
     else:
         at, _ = law.failed(p, state, request, attempt, 0, 1, wait_s, launched_at, launched_at, now, u)
     if at == math.inf:
