@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-DEFAULT, ENVIRONMENT, SET, HELD, COMMAND = "default", "environment", "--set", "paceline set", "the run's own command"
+_DEFAULT, ENVIRONMENT, _SET, HELD, COMMAND = "default", "environment", "--set", "paceline set", "the run's own command"
 
 
 @app.command()
@@ -56,11 +56,11 @@ def settings(
         scenario = scenario_of(None, env_file, os.environ)
     values = {knob.env: knob.text(getattr(policy, knob.name)) for knob in KNOBS}
     if as_json:
-        told = {name: {"value": value, "from": origins.get(name, DEFAULT)} for name, value in values.items()}
+        told = {name: {"value": value, "from": origins.get(name, _DEFAULT)} for name, value in values.items()}
         print(json.dumps(told, indent=2))
         return
     for knob in KNOBS:
-        typer.echo(f"{knob.env}={values[knob.env]}  ({origins.get(knob.env, DEFAULT)})")
+        typer.echo(f"{knob.env}={values[knob.env]}  ({origins.get(knob.env, _DEFAULT)})")
         typer.echo(f"    {knob.meaning}; {knob.allowed}")
     if scenario:
         typer.echo(f"{SCENARIO}={scenario}\n    what a plan assumed of the provider, for forecasts")
@@ -83,7 +83,7 @@ def in_force(
     if not env_files:
         origins |= {name: ENVIRONMENT for name in KNOB_BY_ENV if os.environ.get(name, "").strip()}
     named = (knob_named(word.partition("=")[0].strip()) for word in assignments or ())
-    origins |= {knob.env: SET for knob in named if knob is not None}
+    origins |= {knob.env: _SET for knob in named if knob is not None}
     return policy, origins
 
 

@@ -29,7 +29,7 @@ from governor.model.words import duration, knob_text, plural
 FIRST_TOKEN_S, PER_TOKEN_S = 0.214, 0.0193
 _SIZES_OF = attrgetter(*Sizes.__slots__)
 IDLE = InUse()
-P50_OF_CAP, P50_MAX, P50_NO_CAP = 0.25, 500.0, 200.0
+_P50_OF_CAP, P50_MAX, P50_NO_CAP = 0.25, 500.0, 200.0
 
 
 class Demand:
@@ -99,7 +99,7 @@ def assumed_answer(sizes: Sizes) -> float:
         return 0.0
     if sizes.max_tokens < 0:
         return P50_NO_CAP * sizes.n
-    return min(P50_OF_CAP * sizes.max_tokens, P50_MAX) * sizes.n
+    return min(_P50_OF_CAP * sizes.max_tokens, P50_MAX) * sizes.n
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

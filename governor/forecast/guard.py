@@ -11,13 +11,12 @@ from dataclasses import dataclass
 
 from governor.forecast.forecast import Demand, Expectation, throttles_text
 from governor.forecast.preflight import preflight
-from governor.law import TPD, TPM
+from governor.law import DAY_S, TPD, TPM
 from governor.model.errors import Oversized, Refused
 from governor.model.pools import Pool
 from governor.model.requests import Request
 from governor.model.words import duration, percent
 
-DAY_S = 86_400.0
 # A run may be later than its forecast by this share and still keep to it; a fluid forecast is coarser.
 LATE_RATIO = {"simulation": 0.05, "fluid": 0.5}
 SLACK_S = 1.0

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from governor.model.errors import BadSetting, quoted
 from governor.model.estimate import kind_of
 
-Stated = TypeVar("Stated", bound=BaseModel)
+_Stated = TypeVar("_Stated", bound=BaseModel)
 
 
 class Config(BaseModel):
@@ -24,7 +24,7 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-def checked(kind: type[Stated], data: Any, place: str) -> Stated:
+def checked(kind: type[_Stated], data: Any, place: str) -> _Stated:
     """Return `data` as a `kind`. Raise BadSetting, in one line that begins with `place`, for the first error."""
     try:
         return kind.model_validate(data)

@@ -102,25 +102,25 @@ class Sizes:
 # ---------------------------------------------------------------- charges
 
 # An int, or a NumPy array of whole numbers. Typed as Any because a comparison's result differs between the two.
-Whole = Any
+_Whole = Any
 
 
-def larger(a: Whole, b: Whole) -> Whole:
+def larger(a: _Whole, b: _Whole) -> _Whole:
     """Return the larger of the two, elementwise."""
     return a + (b - a) * (b > a)
 
 
-def ceil_div(a: Whole, b: int) -> Whole:
+def ceil_div(a: _Whole, b: int) -> _Whole:
     """Return `a / b` rounded up, elementwise."""
     return -(-a // b)
 
 
-def chosen(condition: Whole, yes: Whole, no: Whole) -> Whole:
+def chosen(condition: _Whole, yes: _Whole, no: _Whole) -> _Whole:
     """Return `yes` if `condition` holds (True or 1), else `no`, elementwise."""
     return no + (yes - no) * condition
 
 
-def chat_chars(chars: Whole, messages: Whole) -> Whole:
+def chat_chars(chars: _Whole, messages: _Whole) -> _Whole:
     """Return 0.2504 x chars + 1.0 per message + 1.7, to the nearest token.
 
     Measured on chat since 2025-03-20, median error 0.7 of 75.
@@ -129,7 +129,7 @@ def chat_chars(chars: Whole, messages: Whole) -> Whole:
     return (313 * chars + 1_250 * messages + 2_125 + 625) // 1_250
 
 
-def responses_prompt(prompt_tokens: Whole, tools: Whole) -> Whole:
+def responses_prompt(prompt_tokens: _Whole, tools: _Whole) -> _Whole:
     """Return the real input tokens + 20, or + 217 with function tools: the responses endpoint, 2025-05 to 2026-06."""
     return prompt_tokens + chosen(tools > 0, RESPONSES_EXTRA_TOOLS, RESPONSES_EXTRA)
 
@@ -154,33 +154,33 @@ def charge(
 def charge(
     rule: str,
     *,
-    endpoint: Whole,
-    prompt_tokens: Whole,
-    chars: Whole,
-    role_chars: Whole,
-    messages: Whole,
-    images: Whole,
-    tools: Whole,
-    n: Whole,
-    max_tokens: Whole,
-    est_tokens_per_run: Whole,
+    endpoint: _Whole,
+    prompt_tokens: _Whole,
+    chars: _Whole,
+    role_chars: _Whole,
+    messages: _Whole,
+    images: _Whole,
+    tools: _Whole,
+    n: _Whole,
+    max_tokens: _Whole,
+    est_tokens_per_run: _Whole,
     as_of: str = "",
-) -> Whole: ...
+) -> _Whole: ...
 def charge(
     rule: str,
     *,
-    endpoint: Whole,
-    prompt_tokens: Whole,
-    chars: Whole,
-    role_chars: Whole,
-    messages: Whole,
-    images: Whole,
-    tools: Whole,
-    n: Whole,
-    max_tokens: Whole,
-    est_tokens_per_run: Whole,
+    endpoint: _Whole,
+    prompt_tokens: _Whole,
+    chars: _Whole,
+    role_chars: _Whole,
+    messages: _Whole,
+    images: _Whole,
+    tools: _Whole,
+    n: _Whole,
+    max_tokens: _Whole,
+    est_tokens_per_run: _Whole,
     as_of: str = "",
-) -> Whole:
+) -> _Whole:
     """Return the tokens counted against the limit for one request, or elementwise for arrays; fields as in `Sizes`.
 
     `as_of`: the day, YYYY-MM-DD, whose measured formula `auto` takes; "" = the newest. Raise BadSetting for an unknown

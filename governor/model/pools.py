@@ -41,7 +41,7 @@ DEFAULT = "default"
 KEY = "OPENAI_API_KEY"
 AZURE_KEY = "AZURE_OPENAI_API_KEY"
 BASE_URL = "OPENAI_BASE_URL"
-ORGANIZATION = "OPENAI_ORG_ID"
+_ORGANIZATION = "OPENAI_ORG_ID"
 PROJECT = "OPENAI_PROJECT_ID"
 # Sent to a server on this machine if no key is set: the SDK insists on a key, a synthetic provider does not.
 NO_KEY = "no-key-is-needed-on-loopback"
@@ -122,7 +122,7 @@ def default_pools(policy: Policy, environment: Mapping[str, str], base_url: str 
     `base_url` (the command line's) wins over the environment's.
     """
     url = base_url or environment.get(BASE_URL, "").strip()
-    organization, project = (environment.get(name, "").strip() for name in (ORGANIZATION, PROJECT))
+    organization, project = (environment.get(name, "").strip() for name in (_ORGANIZATION, PROJECT))
     pool = Pool(policy=policy, base_url=checked_url(url), organization=organization, project=project)
     return (pool,)
 

@@ -29,7 +29,7 @@ SERVICE_TIERS = (
     *("on_demand", "performance"),
 )
 # Places and tiers with prices of their own, and the other names under which providers state them.
-STANDARD, BATCH, FLEX, PRIORITY = "", "batch", "flex", "priority"
+STANDARD, BATCH, _FLEX, PRIORITY = "", "batch", "flex", "priority"
 _TIER_OF = {**dict.fromkeys(("default", "standard", "auto", "on_demand"), STANDARD), "fast": PRIORITY}
 # Body fields that would leave no answer to keep, or a different one with each attempt: the values that a batch may
 # carry besides null, and for all other values the reason with its remedy.

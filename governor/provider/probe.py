@@ -33,7 +33,7 @@ from governor.model.prices import Price, Usage
 from governor.model.requests import Answer, Limit, Outcome, Request, Scope, url_of
 from governor.model.work import Job, Sender, Work
 
-TIMEOUT_S = 120.0
+_TIMEOUT_S = 120.0
 TINY = 16
 CAP_MOST = 12_000
 PROMPT_MOST = 100_000
@@ -41,8 +41,8 @@ BURST_MOST = 60
 FILL_RATIO = 0.6
 # Differences that do not count: the refill of a moment, in seconds, and rounding, in tokens.
 MOMENT_S = 0.25
-ROUNDING = 6.0
-RULES = ("auto", "prompt_plus_max", "max_of", "responses")
+_ROUNDING = 6.0
+_RULES = ("auto", "prompt_plus_max", "max_of", "responses")
 WORDS = "Count upwards, one number per line, and go on for as long as you may. "
 BRIEF = "Answer with the one word yes. "
 CAP_CHARGED = ("prompt_plus_max", "max_of")
@@ -132,7 +132,7 @@ class Probe:
         self.calls += 1
         request = Request(self.calls, f"probe-{self.calls}", url_of(CHAT), self.model, body, sizes)
         sent_s = asyncio.get_running_loop().time()
-        answer = await self.send(Job(Work(request, 0.0), self.calls, 0.0, -1.0, -1, 0.0), TIMEOUT_S)
+        answer = await self.send(Job(Work(request, 0.0), self.calls, 0.0, -1.0, -1, 0.0), _TIMEOUT_S)
         if answer.scope is Scope.ACCOUNT:
             raise PacelineError(
                 f"the account is refused: {answer.error_code or answer.outcome}: {answer.message[:200]}"
@@ -265,7 +265,7 @@ async def _knocked(probe: Probe, prompt: int, cap: int) -> list[Knock]:
         let_in = answer.outcome is Outcome.OK
         used = float(answer.used_prompt_tokens + answer.used_output_tokens) if let_in else -1.0
         at_s, ended_s = ((at - zero_s) * probe.time_scale for at in (sent_s, loop.time()))
-        charges = {name: _charge(name, sizes, answer) for name in (*RULES, "prompt_chars4")}
+        charges = {name: _charge(name, sizes, answer) for name in (*_RULES, "prompt_chars4")}
         found.append(Knock(at_s, ended_s, let_in, answer.retry_after_s, used, charges))
 
     for moment_s, calls in SALVOS:
@@ -315,7 +315,7 @@ async def _settling(probe: Probe, rule: Told, answer: Answer, charged: float, se
     corrected = max(0.0, kept + real - charged)
     # The use to expect now: (settled?, amount). A bucket has refilled; a counter or a log of a minute has not.
     expected = ((False, kept), (True, corrected), (False, charged), (True, real))
-    tolerance = MOMENT_S * probe.rate_per_s / math.sqrt(probe.time_scale) + ROUNDING
+    tolerance = MOMENT_S * probe.rate_per_s / math.sqrt(probe.time_scale) + _ROUNDING
     fitting = {settled for settled, amount in expected if abs(left - amount) <= tolerance}
     why = (
         f"{left:,.0f} tokens used after it had ended; in a bucket {corrected:,.0f} if corrected to use, {kept:,.0f} "
@@ -336,10 +336,10 @@ def _charge(rule: str, sizes: Sizes, answer: Answer) -> float:
 
 
 def _rule(charged: float, sizes: Sizes, answer: Answer) -> Told:
-    expected = {rule: _charge(rule, sizes, answer) for rule in RULES}
+    expected = {rule: _charge(rule, sizes, answer) for rule in _RULES}
     best = min(expected, key=lambda rule: abs(expected[rule] - charged))
     words = ", ".join(f"{rule} {tokens:,.0f}" for rule, tokens in expected.items())
-    if abs(expected[best] - charged) > ROUNDING + 0.02 * expected[best]:
+    if abs(expected[best] - charged) > _ROUNDING + 0.02 * expected[best]:
         return Told("charge_rule", None, f"charged {charged:,.0f} tokens, as no rule would: {words}")
     return Told("charge_rule", best, f"charged {charged:,.0f} tokens: {words}")
 

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 else:
     _Transport = object  # a client needs only the methods
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 # Outcomes that are retried: a request whose last attempt ended in one was given up.
 MAY_PASS = (
     *(Outcome.THROTTLED, Outcome.SLOW_DOWN, Outcome.OVERLOADED),
@@ -279,12 +279,12 @@ class _BlockingSteps(_Steps):
         return raw
 
 
-def at_once(exchange: Coroutine[Any, Any, T]) -> T:
+def at_once(exchange: Coroutine[Any, Any, _T]) -> _T:
     """Return the result of a coroutine that never waits."""
     try:
         exchange.send(None)
     except StopIteration as end:
-        return cast(T, end.value)
+        return cast(_T, end.value)
     exchange.close()
     raise AssertionError("a blocking exchange has waited")
 

@@ -23,7 +23,7 @@ from governor.model.policy import Policy
 from governor.model.prices import Prices, Spent
 from governor.model.requests import CAUSES, Attempt, Ended, error_line, result_line
 
-MESSAGES = {
+_MESSAGES = {
     FailureCode.RATE_LIMIT_EXHAUSTED: "every attempt was refused with a 429",
     FailureCode.DEADLINE_EXCEEDED: "OPENAI_DEADLINE_SECONDS passed before an attempt was answered",
     FailureCode.REQUEST_TOO_LARGE: "it is larger than what is allowed",
@@ -47,7 +47,7 @@ def line_of(result: ResultRow) -> tuple[bool, str]:
     if not failure:
         assert answer is not None
         return True, result_line(result.request, answer)
-    ours = MESSAGES.get(FailureCode(failure), "") if failure in FailureCode.__members__.values() else ""
+    ours = _MESSAGES.get(FailureCode(failure), "") if failure in FailureCode.__members__.values() else ""
     if failure == FailureCode.REQUEST_TOO_LARGE and answer is None:
         ours = "it needs more tokens than the limit and was never sent"
     theirs = answer.message if answer is not None else ""

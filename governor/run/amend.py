@@ -26,9 +26,9 @@ from governor.model.requests import Request
 from governor.model.words import plural
 from governor.model.work import Work
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 # Lines compared at a time.
-CHUNK = 500
+_CHUNK = 500
 # At most so many answered lines are named.
 NAMED = 3
 
@@ -144,9 +144,9 @@ class Amendment:
         return f"the input was corrected: {', '.join(parts) or 'no line of it, but for their order'}"
 
 
-def _chunks(each: Iterable[T]) -> Iterator[list[T]]:
+def _chunks(each: Iterable[_T]) -> Iterator[list[_T]]:
     left = iter(each)
-    return iter(lambda: list(islice(left, CHUNK)), [])
+    return iter(lambda: list(islice(left, _CHUNK)), [])
 
 
 def _canonical(body: object) -> str:

@@ -55,14 +55,14 @@ from governor.telemetry.progress import Display
 # Descriptors besides those of requests in flight: journal, files, closing connections, name look-ups.
 OWN_DESCRIPTORS = 50
 
-ALL_WELL, SOME_FAILED, CANNOT, QUOTA, BUDGET = 0, 1, 3, 4, 5
+ALL_WELL, SOME_FAILED, _CANNOT, _QUOTA, BUDGET = 0, 1, 3, 4, 5
 SIGNAL_CODES = {number.name: 128 + number for number in SIGNALS}
 _CODE_OF = {
-    **dict.fromkeys(ACCOUNT, QUOTA),
+    **dict.fromkeys(ACCOUNT, _QUOTA),
     MAX_COST: BUDGET,
     **dict.fromkeys((STOP_AFTER, FINISH_BY, LONG_WAIT, FailureCode.OUTWAITED), BUDGET),
-    REFUSED: CANNOT,
-    CANARY: CANNOT,
+    REFUSED: _CANNOT,
+    CANARY: _CANNOT,
     **SIGNAL_CODES,
 }
 
@@ -452,7 +452,7 @@ def exit_code(failed: int, pending: int, stopped: Mapping[str, str], signals: Se
     if signals:
         return SIGNAL_CODES[signals[0]]
     if pending:
-        return max((_CODE_OF.get(why, CANNOT) for why in stopped.values()), default=CANNOT)
+        return max((_CODE_OF.get(why, _CANNOT) for why in stopped.values()), default=_CANNOT)
     return SOME_FAILED if failed else ALL_WELL
 
 

@@ -15,7 +15,7 @@ from governor.model.words import duration
 from governor.model.work import Job, Work
 from governor.telemetry.watch import limit_text
 
-TIMEOUT_S = 30.0
+_TIMEOUT_S = 30.0
 # Newer models reject fewer than 16.
 MAX_TOKENS = 16
 
@@ -98,7 +98,7 @@ async def _examined(pool: Pool, connect: Connect, model: str) -> Diagnosis:
     send = connect(pool)
     began = time.monotonic()
     try:
-        answer = await send(Job(Work(request, 0.0), 0, 0.0, -1.0, -1, 0.0), TIMEOUT_S)
+        answer = await send(Job(Work(request, 0.0), 0, 0.0, -1.0, -1, 0.0), _TIMEOUT_S)
     finally:
         await send.aclose()
     texts = (limit_text(limit.dimension, limit.limit, pool.policy) for limit in answer.limits)

@@ -32,7 +32,7 @@ from governor.telemetry.progress import Display, snapshot
 from governor.telemetry.watch import waiting_for
 
 # Periods of the ticker's tasks, in seconds of the machine's clock.
-TICK_S = 0.2
+_TICK_S = 0.2
 COMMANDS_S, TRACK_S, TEXTFILE_S = 0.4, 1.0, 15.0
 
 # Reasons for stopping early, besides the driver's failure codes, the names of signals and those of `longwaits`.
@@ -364,7 +364,7 @@ class LiveRun:
         before = self._before
         ticks = 0
         while True:
-            await asyncio.sleep(TICK_S * self.manner.time_scale)
+            await asyncio.sleep(_TICK_S * self.manner.time_scale)
             ticks += 1
             lanes = list(self.runs.values())
             self.shown.show(snapshot(lanes, before.requests, before.done + before.failed, before.failed))
@@ -434,4 +434,4 @@ class LiveRun:
 
 
 def _is_time(ticks: int, every_s: float) -> bool:
-    return ticks % round(every_s / TICK_S) == 0
+    return ticks % round(every_s / _TICK_S) == 0

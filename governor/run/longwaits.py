@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from governor.law import OUTWAITED
+from governor.law import DAY_S, OUTWAITED
 from governor.model.errors import FailureCode
 from governor.model.policy import Policy
 from governor.model.pools import Pool
@@ -23,7 +23,6 @@ from governor.provider.stated import quoted_numbers
 from governor.scheduler.driver import Governor
 
 LONG_WAIT_S = 120.0
-DAY_S = 86_400.0
 # After a report, only a wait so many times as long is reported again.
 NEWS_RATIO = 2.0
 

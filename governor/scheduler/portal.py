@@ -31,7 +31,7 @@ from governor.scheduler.attempts import NoLoop
 from governor.scheduler.driver import BATCH, Governor
 from governor.scheduler.permits import Permit
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 Loop = asyncio.AbstractEventLoop
 # Creates the background thread's loop.
 new_loop: Callable[[], Loop] = asyncio.new_event_loop
@@ -271,7 +271,7 @@ class Lease:
         with suppress(RuntimeError):  # the loop is closed: see `Governor.bind`
             self._home.call_soon_threadsafe(what, *arguments)
 
-    async def _done(self, what: Coroutine[Any, Any, T]) -> T:
+    async def _done(self, what: Coroutine[Any, Any, _T]) -> _T:
         """Await `what` in the governor's home, and return its result."""
         if self._is_here:
             return await what
@@ -291,7 +291,7 @@ class Lease:
                 if answer.cancelled() or not (answer.done() or _is_alive(self._home)):
                     raise _Gone
                 if answer.done():
-                    return cast(T, answer.result())
+                    return cast(_T, answer.result())
         except BaseException:
             # The exception may have come at the moment of the grant.
             future.cancel()

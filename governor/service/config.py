@@ -24,7 +24,7 @@ class Forecast(Protocol):
         """Return seconds until the last answer, inf = never, in an idle pool."""
 
 
-WhatIf = Callable[[Mapping[str, Any]], dict[str, Any]]
+_WhatIf = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +44,7 @@ class ServiceConfig:
     environment: Mapping[str, str] = field(repr=False)
     prices: Prices
     forecast: Forecast | None = None
-    what_if: WhatIf | None = None
+    what_if: _WhatIf | None = None
     lease_s: float = 15.0
     grace_s: float = 30.0
     upload_bytes: int = 512 * MIB

@@ -26,7 +26,7 @@ from governor.service.store.base import NoRoomError
 
 log = logging.getLogger("paceline.service")
 
-INVALID_REQUEST, BAD_INPUT, BAD_SETTING, BAD_TEMPLATE = "INVALID_REQUEST", "BAD_INPUT", "BAD_SETTING", "BAD_TEMPLATE"
+INVALID_REQUEST, _BAD_INPUT, BAD_SETTING, BAD_TEMPLATE = "INVALID_REQUEST", "BAD_INPUT", "BAD_SETTING", "BAD_TEMPLATE"
 NOT_FOUND, METHOD_NOT_ALLOWED, CONFLICT = "NOT_FOUND", "METHOD_NOT_ALLOWED", "CONFLICT"
 UNAUTHENTICATED, FORBIDDEN, BODY_TOO_LARGE = "UNAUTHENTICATED", "FORBIDDEN", "BODY_TOO_LARGE"
 KEY_REUSED, NOT_READY, DATABASE_UNAVAILABLE = "IDEMPOTENCY_KEY_REUSED", "NOT_READY", "DATABASE_UNAVAILABLE"
@@ -136,10 +136,10 @@ def api_error(error: PacelineError) -> ApiError:
     if isinstance(error, BadSetting):
         return ApiError(422, BAD_SETTING, str(error))
     if isinstance(error, BadInput):
-        return ApiError(422, BAD_INPUT, str(error), {"line": error.line} if error.line else {})
+        return ApiError(422, _BAD_INPUT, str(error), {"line": error.line} if error.line else {})
     if error.retryable:
         return ApiError(503, NOT_READY, str(error), {"retryable": True}, {"Retry-After": "2"})
-    return ApiError(422, BAD_INPUT, str(error))
+    return ApiError(422, _BAD_INPUT, str(error))
 
 
 async def on_os_error(request: Request, error: Exception) -> JSONResponse:

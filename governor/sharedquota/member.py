@@ -61,9 +61,9 @@ from governor.sharedquota.quota import Decided, begun, decide, rebuilt
 RENEW_RATIO = 0.25
 MUSTER_TICK_S, AGAIN_MUSTER_S = 0.1, 0.02
 # The pause after a failure, which doubles, and its maximum.
-AGAIN_S, AGAIN_MAX_S = 0.05, 0.5
+_AGAIN_S, AGAIN_MAX_S = 0.05, 0.5
 # Events sent in one batch.
-BATCH = 500
+_BATCH = 500
 # This many unexpected errors in a row are handled by entering anew.
 FAULTS = 5
 
@@ -171,14 +171,14 @@ class Member:
     # ------------------------------------------------------------ the life of a membership
 
     async def _stay(self) -> None:
-        again_s = AGAIN_S
+        again_s = _AGAIN_S
         server: Server | None = None
         while True:
             try:
                 if server is None:
                     server = await self._store.connect()
                 await self._enter(server)
-                again_s = AGAIN_S
+                again_s = _AGAIN_S
                 await self._both()
                 return
             except _EnterError:
@@ -265,7 +265,7 @@ class Member:
         if join is not None:
             batch = [self.owner, join.last, [join.packed()]]
         else:
-            fresh = [event for event in self._unheard if event[0] > self._sent][:BATCH]
+            fresh = [event for event in self._unheard if event[0] > self._sent][:_BATCH]
             batch = [self.owner, fresh[0][0], [event for _, event in fresh]] if fresh else []
             if fresh:
                 self._sent = fresh[-1][0]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from governor.sharedquota.shared import SharedGovernor
 
 _LOG = logging.getLogger("governor")
-EXTRA = ("hiredis", "msgpack", "redis")
+_EXTRA = ("hiredis", "msgpack", "redis")
 
 
 def redis_url(environment: Mapping[str, str]) -> str:
@@ -28,7 +28,7 @@ def redis_url(environment: Mapping[str, str]) -> str:
     url = environment.get(REDIS_URL, "").strip()
     if url:
         checked_redis_url(url)
-        if any(importlib.util.find_spec(name) is None for name in EXTRA):
+        if any(importlib.util.find_spec(name) is None for name in _EXTRA):
             text = f"{REDIS_URL} is set, and sharing a quota needs paceline[redis]: pip install 'paceline[redis]'"
             raise BadSetting(text, REDIS_URL)
     return url

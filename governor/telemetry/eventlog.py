@@ -12,8 +12,8 @@ from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
 
 from governor.model.requests import CAUSES, LANES, Answer, Attempt, Outcome, Request
-from governor.model.work import Job, Observer, PoolState
-from governor.telemetry.watch import THROTTLES, OutageWatch
+from governor.model.work import THROTTLES, Job, Observer, PoolState
+from governor.telemetry.watch import OutageWatch
 
 Format = Literal["text", "json"]
 

@@ -54,14 +54,13 @@ from prometheus_client.metrics_core import Metric
 from governor import law
 from governor.model import requests
 from governor.model.errors import BadInput, BadSetting
-from governor.model.requests import CAUSES, Answer, Attempt, Outcome
-from governor.model.work import Observer, PoolState
+from governor.model.requests import CAUSES, Answer, Attempt
+from governor.model.work import THROTTLES, Observer, PoolState
 from governor.telemetry.watch import OutageWatch
 
-HOST = "127.0.0.1"
+_HOST = "127.0.0.1"
 _LOG = logging.getLogger("governor")
 VENDOR = "openai"
-THROTTLES = (Outcome.THROTTLED, Outcome.SLOW_DOWN)
 SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 900.0, 3_600.0, 14_400.0)
 NOTIFY_S = 10.0
 
@@ -176,7 +175,7 @@ class Metrics:
         """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry).decode()
 
-    def serve(self, port: int, host: str = HOST) -> Endpoint:
+    def serve(self, port: int, host: str = _HOST) -> Endpoint:
         """Serve `/metrics` from a thread; port 0 takes a free one. Raise BadSetting if the port is not available."""
         try:
             server, thread = start_http_server(port, host, self.registry)

@@ -25,10 +25,10 @@ from governor.model.words import WAITED_FOR, duration, percent
 from governor.scheduler.driver import Governor
 from governor.telemetry.watch import Meter, waiting_for
 
-EVERY_S = 30.0
+_EVERY_S = 30.0
 # The cause of waiting while a pool's circuit breaker is open.
-OUTAGE = "outage"
-REFRESH_S = 0.25
+_OUTAGE = "outage"
+_REFRESH_S = 0.25
 
 
 @dataclass(slots=True)
@@ -75,9 +75,9 @@ class Snapshot:
         share = self.ended / self.total if self.total else 1.0
         failed = f", {self.failed:,} failed" if self.failed else ""
         left = (
-            self.state_text() if self.stopped or self.waiting in ("paused", OUTAGE) else f"{duration(self.eta_s)} left"
+            self.state_text() if self.stopped or self.waiting in ("paused", _OUTAGE) else f"{duration(self.eta_s)} left"
         )
-        waits = f", waits for {self.waiting}" if self.waiting not in ("", "paused", OUTAGE) else ""
+        waits = f", waits for {self.waiting}" if self.waiting not in ("", "paused", _OUTAGE) else ""
         rest = f"{self.in_flight:,} in flight, {self.throttled:,} 429s{waits}, {self.tokens_text()}"
         return f"{self.ended:,}/{self.total:,} ({percent(share)}{failed}), {left}, {rest}"
 
@@ -92,7 +92,7 @@ class Snapshot:
             return "stopping: waiting for requests in flight"
         if self.waiting == "paused":
             return "paused"
-        if self.waiting == OUTAGE:
+        if self.waiting == _OUTAGE:
             return f"no answer for {duration(self.silent_s)}: waits for the provider, attempts do not count"
         waits = f"waits for {WAITED_FOR[self.waiting][1]}, " if self.waiting else ""
         return f"{waits}about {duration(self.eta_s)} left"
@@ -144,7 +144,7 @@ def _waiting(lane: ProgressLane) -> str:
     if governor.s.paused:
         return "paused"
     if governor.s.probe_at > -inf:
-        return OUTAGE
+        return _OUTAGE
     if not lane.meter.in_flight and governor.cause in (law.NOTHING, law.CONCURRENCY):
         return "backoff" if governor.backing_off()[0] < inf else ""
     return waiting_for(governor.cause)
@@ -188,7 +188,7 @@ class Display:
 class Lines(Display):
     """Not on a terminal: one line every 30 seconds."""
 
-    def __init__(self, stream: TextIO | None = None, every_s: float = EVERY_S, *, as_json: bool = False) -> None:
+    def __init__(self, stream: TextIO | None = None, every_s: float = _EVERY_S, *, as_json: bool = False) -> None:
         super().__init__(stream, as_json=as_json)
         self.every_s = every_s
         self._shown_at = 0.0

@@ -23,9 +23,8 @@ from governor.model.pools import Pool
 from governor.model.prices import Spent, usage_in
 from governor.model.requests import ACCOUNT_REFUSES, CAUSES, Answer, Attempt, Outcome, Request
 from governor.model.words import duration, moment_text
-from governor.model.work import EVENTS, Job, Observer, PoolState
+from governor.model.work import EVENTS, THROTTLES, Job, Observer, PoolState
 
-THROTTLES = (Outcome.THROTTLED, Outcome.SLOW_DOWN)
 # Granted and configured limits closer than this count as equal: providers round.
 LIMITS_DIFFER = 0.01
 _WAITED = tuple(f"waited_{cause}_s" for cause in CAUSES[1:])

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sim.calibration.fits import Figure
     from sim.validation.backtest import Backtest
 
-NEEDS_SIM = "calibrating needs paceline[sim]: pip install 'paceline[sim]'"
+_NEEDS_SIM = "calibrating needs paceline[sim]: pip install 'paceline[sim]'"
 
 
 def calibrate(
@@ -51,7 +51,7 @@ def calibrate(
         from sim.scenario.columns import parse_columns
         from sim.scenario.scenario_file import named_provider
     except ImportError as error:
-        raise PacelineError(f"{NEEDS_SIM} ({error.name} is missing)") from None
+        raise PacelineError(f"{_NEEDS_SIM} ({error.name} is missing)") from None
     path = Path(out)
     if path.suffix.lower() not in (".yaml", ".yml"):
         raise BadSetting(f"--out {out}: a scenario's name ends in .yaml", "--out")

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from governor.forecast.forecast import Expectation, Outlook
     from governor.provider.probe import Knock, Told
 
-NEEDS_SIM = "planning needs paceline[sim]: pip install 'paceline[sim]'"
-INTERRUPTED, TERMINATED, HUNG_UP, PIPE_CLOSED, BAD_INPUT = 130, 143, 129, 141, 2
+_NEEDS_SIM = "planning needs paceline[sim]: pip install 'paceline[sim]'"
+INTERRUPTED, TERMINATED, HUNG_UP, PIPE_CLOSED, _BAD_INPUT = 130, 143, 129, 141, 2
 
 # The groups of `paceline --help`, in the order in which a user meets them. A test holds that each command is in one.
 GROUPS = {
@@ -94,7 +94,7 @@ def _start(
         raise typer.Exit()
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
-        raise typer.Exit(BAD_INPUT)
+        raise typer.Exit(_BAD_INPUT)
     # The forecast that a live run asks for; `governor` does not import the simulator.
     context.obj = _foresee
     if find_spec("numpy") is not None:
@@ -138,7 +138,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except PacelineError as error:
         return _failed(str(error), error.exit_code)
     except usage_error as error:
-        return _failed(_usage(error), BAD_INPUT)
+        return _failed(_usage(error), _BAD_INPUT)
     except SystemExit as ended:
         # Typer ends a command whose reader has gone with 1, which here means that some requests failed.
         if isinstance(ended.__context__, BrokenPipeError):
@@ -149,7 +149,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        return _failed(f"the output cannot be written: {error.strerror}: what was done stays done", BAD_INPUT)
+        return _failed(f"the output cannot be written: {error.strerror}: what was done stays done", _BAD_INPUT)
     except KeyboardInterrupt:
         return _failed("interrupted: no file was left unfinished", INTERRUPTED)
     except _Terminated as signalled:
@@ -158,7 +158,7 @@ def main(args: Sequence[str] | None = None) -> int:
         missing = (error.name or "").partition(".")[0]
         if missing in ("", "governor", "sim"):
             raise
-        return _failed(NEEDS_SIM, BAD_INPUT)
+        return _failed(_NEEDS_SIM, _BAD_INPUT)
     finally:
         _drained()
 

@@ -57,10 +57,10 @@ def notebook(
 # ---------------------------------------------------------------- what comes with the package
 
 
-HERE = Path(__file__).resolve().parents[1]
+_HERE = Path(__file__).resolve().parents[1]
 # In a wheel everything lies in one folder; beside it, where each is worked on.
-SHARED = HERE / "share"
-PLACES = {"notebooks": (SHARED / "notebooks", HERE.parent / "notebooks"), "": (SHARED, HERE.parent / "examples")}
+SHARED = _HERE / "share"
+_PLACES = {"notebooks": (SHARED / "notebooks", _HERE.parent / "notebooks"), "": (SHARED, _HERE.parent / "examples")}
 
 
 class Copied(NamedTuple):
@@ -72,7 +72,7 @@ class Copied(NamedTuple):
 
 def example(name: str = "batch.jsonl") -> str:
     """The path of an example that comes along: `batch.jsonl`, 200 requests in batch format, or `today.env`."""
-    for folder in PLACES[""]:
+    for folder in _PLACES[""]:
         if (folder / name).is_file():
             return str(folder / name)
     raise BadInput("there is no such example: batch.jsonl and today.env come with Paceline", name)
@@ -80,7 +80,7 @@ def example(name: str = "batch.jsonl") -> str:
 
 def notebooks() -> list[Path]:
     """The notebooks that come along, in order."""
-    found = next((folder for folder in PLACES["notebooks"] if folder.is_dir()), None)
+    found = next((folder for folder in _PLACES["notebooks"] if folder.is_dir()), None)
     return sorted(found.glob("[0-9]*.ipynb")) if found else []
 
 

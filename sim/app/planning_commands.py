@@ -31,7 +31,7 @@ from sim.base.progress import Progress
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-CANNOT = 3
+_CANNOT = 3
 
 
 @app.command()
@@ -305,7 +305,7 @@ def capacity(
     found = answered(given, inputs, asked, width())
     show_result(given, found.found, found.text, (*inputs.notes, *found.notes))
     if not found.enough:
-        raise typer.Exit(CANNOT)
+        raise typer.Exit(_CANNOT)
 
 
 @app.command()

@@ -26,7 +26,7 @@ from sim.validation.logged import lesson_of
 from sim.validation.replay import Stage, closest
 from sim.validation.twin import Lesson, believed, lessons
 
-GIVEN, BELIEVED, LEARNT = "as given", "as the settings believe", "as learnt from it"
+GIVEN, BELIEVED, _LEARNT = "as given", "as the settings believe", "as learnt from it"
 
 
 def replayed(path: str, o: ReplayOptions, width: int) -> tuple[dict[str, Any], str]:
@@ -63,7 +63,7 @@ def staged(path: str, found: Sequence[Lesson], o: ReplayOptions) -> tuple[str, l
         # A fit takes all attempts of a journal for one quota's.
         return BELIEVED, [Stage(lesson, believed(lesson)) for lesson in found]
     base = believed(found[0])
-    name, stage = closest(found[0], [(BELIEVED, base), (LEARNT, _learnt(path, base))])
+    name, stage = closest(found[0], [(BELIEVED, base), (_LEARNT, _learnt(path, base))])
     return name, [stage]
 
 
@@ -81,7 +81,7 @@ def of_log(path: str, o: ReplayOptions) -> tuple[str, list[Stage]]:
         raise BadInput("the log has no arrival times: use --arrivals batch", path)
     if given is not None:
         return GIVEN, [Stage(lesson, given, arrivals=arrivals, is_log=True)]
-    name, stage = closest(lesson, [(LEARNT, learnt.provider)], arrivals=arrivals, is_log=True)
+    name, stage = closest(lesson, [(_LEARNT, learnt.provider)], arrivals=arrivals, is_log=True)
     return name, [stage]
 
 

@@ -19,7 +19,7 @@ from sim.selection.space import full_space
 
 # Trajectories (Morris) or base samples (Sobol; a power of 2) if none are named.
 SIZES: dict[Method, int] = {"morris": 48, "sobol": 256}
-UNITS = {
+_UNITS = {
     "makespan_s": ("finish time", words.duration),
     "latency_p95_s": ("P95 latency", words.duration),
     "throttled_per_100": ("429s/100", words.number),
@@ -47,19 +47,19 @@ def sensitivity_text(scenario: Scenario, found: Sensitivity, width: int) -> str:
     """The effects as two tables, for people: quantities, then rules and switches."""
     names = list(found.effects)
     by_env = {name: {e.env: e for e in effects} for name, effects in found.effects.items()}
-    heads = [UNITS[name][0] for name in names]
+    heads = [_UNITS[name][0] for name in names]
     rows = [["quantity", *(head for name in heads for head in (name, "95 % interval")), "tried"]]
     for effect in found.effects[names[0]]:
         row = [effect.env]
         for name in names:
-            row += _cells(by_env[name][effect.env], UNITS[name][1], found.method)
+            row += _cells(by_env[name][effect.env], _UNITS[name][1], found.method)
         rows.append([*row, _values(found.values[effect.env])])
     by_level = {name: {level.assignment: level for level in levels} for name, levels in found.levels.items()}
     changes = [["rule or switch", *(head for name in heads for head in (name, "95 % interval"))]]
     for level in found.levels[names[0]]:
         row = [level.assignment]
         for name in names:
-            row += _change(by_level[name][level.assignment], UNITS[name][1])
+            row += _change(by_level[name][level.assignment], _UNITS[name][1])
         changes.append(row)
     about = {
         "morris": "Mean change of each figure, up or down, when that quantity alone moves by two thirds of its values, "

@@ -32,7 +32,7 @@ from sim.validation.run_forecast import SHARES, ForecastRun, case_of, run_once, 
 
 # Seconds of simulation for one answer; a pair of runs is made at least.
 TIME_S = 0.12
-RUNS_MOST = 39
+_RUNS_MOST = 39
 # For a batch whose sender waits for its acceptance.
 FORECAST_REQUESTS = {"auto": 20_000, "simpy": 1_000}
 FORECAST_RUNS = 5
@@ -67,7 +67,7 @@ def what_if(question: Mapping[str, Any]) -> dict[str, Any]:
     provider = assumed.provider_for(today, models)
     runs: list[tuple[ForecastRun, ForecastRun]] = []
     wanted = question["runs"]
-    while len(runs) < (wanted or RUNS_MOST):
+    while len(runs) < (wanted or _RUNS_MOST):
         seed = question["seed"] + len(runs)
         drawn = _answered(workload, assumed, seed)
         finalize = question["finalize"]

@@ -56,14 +56,14 @@ RC: dict[str, Any] = {
 POINTS_PER_INCH = 96.0
 
 Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 
 
-def styled(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+def styled(function: Callable[Arguments, _Result]) -> Callable[Arguments, _Result]:
     """Return the function wrapped to run under the house style alone."""
 
     @functools.wraps(function)
-    def inner(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+    def inner(*args: Arguments.args, **kwargs: Arguments.kwargs) -> _Result:
         with matplotlib.style.context(["default", RC]):
             return function(*args, **kwargs)
 

@@ -31,13 +31,12 @@ from sim.experiment.experiment import case_of
 from sim.model.provider_config import ProviderConfig
 from sim.model.synthetic import cap_classes, redrawn
 from sim.model.windows import MINUTE_S
-from sim.model.workload import Workload
+from sim.model.workload import Real, Workload
 from sim.scenario.readers import BATCH, SCENARIO, Source, is_journal
 from sim.scenario.scenario import Scenario, following
 from sim.scenario.scenario_file import FileSource
 from sim.scenario.unknowns import Unknowns
 
-Real = NDArray[np.float64]
 # Runs of the forecast; its ends are quantiles of this many draws.
 DRAWS = 40
 NORMAL_95 = 1.96

@@ -25,8 +25,7 @@ from scipy import optimize, stats
 
 from sim.model.latency import NOISE_GROUPS, NOISE_KNOTS, NOISE_REACH
 from sim.model.provider_tiers import STALL_MAX_S, STALL_MIN_S
-
-Real = NDArray[np.float64]
+from sim.model.workload import Real
 
 EACH = 0.95
 ROUNDS = 60
@@ -36,7 +35,7 @@ STALL_SIGMAS = 5.0
 STALL_LEAST_S = 2.0
 LEAST_ANSWERS = 20
 BATCHES = 20
-RESAMPLES = 1_000
+_RESAMPLES = 1_000
 # Most gaps in one resample, and the largest credible spread of their logarithms.
 GAPS_MOST, LOG_SPREAD_MOST = 20_000, 2.5
 FOLDS = 5
@@ -438,7 +437,7 @@ def _burstiness(gaps: Real, how: str) -> Figure:
     n = min(len(gaps), GAPS_MOST)
     low, high = value, value
     for sample, around in ((lambda: rng.choice(gaps, n), value), (lambda: draw(rng, n), centre)):
-        again = (_log_cv(sample()) for _ in range(RESAMPLES))
+        again = (_log_cv(sample()) for _ in range(_RESAMPLES))
         scores = [(drawn - around) / spread for drawn, spread in again]
         most, least = np.quantile(scores, [0.5 + EACH / 2.0, 0.5 - EACH / 2.0])
         low, high = min(low, value - float(most) * error), max(high, value - float(least) * error)

@@ -25,26 +25,24 @@ from sim.calibration.fits_window import WindowFit, retry_after, windows
 from sim.calibration.observed import Observed
 from sim.calibration.others import NOBODY_RATIO, Count, Gap, gaps
 from sim.model.provider_config import ProviderConfig
-from sim.model.workload import charges
+from sim.model.workload import Real, charges
 from sim.scenario.columns import LOST, REFUSED, SERVER_FAULT
-
-Real = NDArray[np.float64]
 
 # Counts that a rule is tried on: more would take long without changing the answer.
 COUNTS_MOST = 3_000
 LEAST_GAPS = 10
-RESAMPLES = 400
+_RESAMPLES = 400
 BLOCKS = 20
 # A count off by this share of the median charge is unexplained; a rule that misses this many does not explain a log.
 REACH_RATIO = 0.1
-UNEXPLAINED_MOST = 0.5
+_UNEXPLAINED_MOST = 0.5
 # Busy periods of the bucket: the shortest used, the total needed, and how they are cut.
 BUSY_LEAST_S = 8.0
 BUSY_TOTAL_S = 60.0
-PIECE_S = 20.0
+_PIECE_S = 20.0
 # Rounding error of two stated counts.
-ROUNDING = 1.0
-TICK_S = 1.0
+_ROUNDING = 1.0
+_TICK_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,8 +225,8 @@ def _loss(found: Sequence[Gap]) -> Real:
     if busy.sum() >= LEAST_GAPS:
         rate = min(1.0, max(0.0, float(np.median(more[busy] / room[busy]))))
     off = np.where(busy, np.minimum(np.abs(more), np.abs(more - rate * room)), np.abs(more))
-    reach = max(4.0 * ROUNDING, REACH_RATIO * float(np.median([gap.own for gap in found])))
-    loss: Real = np.minimum(1.0, np.maximum(0.0, off - ROUNDING) / reach)
+    reach = max(4.0 * _ROUNDING, REACH_RATIO * float(np.median([gap.own for gap in found])))
+    loss: Real = np.minimum(1.0, np.maximum(0.0, off - _ROUNDING) / reach)
     return loss
 
 
@@ -238,7 +236,7 @@ def _told(rules: Sequence[Rule], base: ProviderConfig) -> tuple[Figure, Figure]:
     others = [rule for rule in rules[1:] if rule.rule != best.rule]
     opposite = next((rule for rule in rules if rule.rule == best.rule and rule.settles != best.settles), None)
     hits = f"it explains {1.0 - best.mean_loss:.0%} of {len(best.loss):,} counts"
-    if best.mean_loss > UNEXPLAINED_MOST:
+    if best.mean_loss > _UNEXPLAINED_MOST:
         why = f"no rule explains the headers: the best, {best.rule}, only {1.0 - best.mean_loss:.0%} of the counts"
         return unknown("charge rule", base.charge_rule, why), unknown("settles", base.settles, why)
     rival = others[0] if others else None
@@ -261,7 +259,7 @@ def _wins(best: Rule, rival: Rule) -> bool:
         return False
     blocks = np.array_split(difference, min(BLOCKS, n))
     sums = np.array([block.sum() for block in blocks])
-    drawn = np.random.default_rng(0).choice(sums, (RESAMPLES, len(sums))).sum(axis=1)
+    drawn = np.random.default_rng(0).choice(sums, (_RESAMPLES, len(sums))).sum(axis=1)
     return bool((drawn > 0.0).mean() >= 0.5 + EACH / 2.0)
 
 
@@ -301,7 +299,7 @@ def _busy(found: Sequence[Gap]) -> list[tuple[float, float, float]]:
         is_open = gap.before > refill and gap.before + gap.own < 0.9 * gap.limit
         if is_open:
             more, room, a_second = more + gap.more, room + refill, gap.limit / 60.0
-        if room > 0.0 and (not is_open or room > PIECE_S * a_second):
+        if room > 0.0 and (not is_open or room > _PIECE_S * a_second):
             periods.append((more, room, a_second))
             more, room = 0.0, 0.0
     if room > 0.0:
@@ -316,7 +314,7 @@ def _counting(best: Rule, charged: Real, base: ProviderConfig) -> Figure:
     for gap in best.refused:
         base_used = gap.limit - next(left for d, _, left in gap.said.stated if d == TPM) - gap.more
         would = max(0.0, min(gap.limit - base_used, float(charged[gap.said.place])))
-        if would > 4.0 * ROUNDING + gap.limit * TICK_S / 60.0:
+        if would > 4.0 * _ROUNDING + gap.limit * _TICK_S / 60.0:
             votes.append(abs(gap.more - would) < abs(gap.more))
     if len(votes) < 3:
         return unknown(name, default, "too few refusals state what remains, or it was nothing anyway")

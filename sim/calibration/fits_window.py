@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from governor.provider.probe import Knock, Told
 from sim.calibration.fits import Figure, unknown
@@ -26,17 +25,16 @@ from sim.calibration.others import Count, began_s
 from sim.model import provider as prov
 from sim.model import windows as win
 from sim.model.provider_config import ProviderConfig
+from sim.model.workload import Real
 
-Real = NDArray[np.float64]
-
-SLACK_S = 0.4
+_SLACK_S = 0.4
 # Tolerance of a stated wait, in seconds: whole seconds are rounded, and some providers add one.
 WAIT_SLACK_S = 1.6
 ATTEMPTS_MOST = 600
 CONSTANT_LEAST_S = 20.0
 LEAST_REFUSALS = 2
 # The best hypothesis may miss this many attempts, as a share of the refusals; a rival must miss this many more.
-UNEXPLAINED_MOST = 0.2
+_UNEXPLAINED_MOST = 0.2
 MORE_MISSES = 3
 BURSTS_S = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 15.0, 20.0, 30.0)
 PHASE_STEP_S = 2.0
@@ -71,7 +69,7 @@ class WindowFit:
     @property
     def explains(self) -> bool:
         """Return whether the best hypothesis explains the refusals."""
-        return bool(self.tried) and self.tried[0].misses <= max(1.0, UNEXPLAINED_MOST * self.refusals)
+        return bool(self.tried) and self.tried[0].misses <= max(1.0, _UNEXPLAINED_MOST * self.refusals)
 
 
 def retry_after(waits_s: Real) -> str | float:
@@ -184,14 +182,14 @@ def misses(provider: ProviderConfig, counts: Sequence[Count], charges: Real, wai
             prov.settled(pp, ps, 0, charge, count.used, at_s)
             continue
         asked, booked = (1.0, 0.0) if pp.charged_at_answer else (charge, charge)
-        slack_s = SLACK_S + _unsure_s(count)
+        slack_s = _SLACK_S + _unsure_s(count)
         prov.advanced(pp, ps, 0, max(ps.at, at_s - slack_s))
         earlier = _wait_ms(pp, ps, asked)[0]
         prov.advanced(pp, ps, 0, at_s)
         win.opened(pp, ps)
         wait_ms, oldest_ms = _wait_ms(pp, ps, asked)
         if count.let_in:
-            wrong += wait_ms > 1_000.0 * SLACK_S
+            wrong += wait_ms > 1_000.0 * _SLACK_S
             win.taken(pp, ps, booked, 1.0, False)
             continue
         stated_s = float(waits_s[count.place])

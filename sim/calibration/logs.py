@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from governor.model.errors import BadInput, quoted
 from sim.calibration.observed import STATED, Observed, observed_of
@@ -23,12 +22,12 @@ from sim.des.jobs import Job
 from sim.des.run import CHARGED
 from sim.experiment.experiment import OUTCOMES, case_of
 from sim.model import provider as prov
+from sim.model.workload import Real
 from sim.scenario.columns import ANSWERED, MOMENTS, UNITS
 from sim.scenario.readers import TRACES, Source
 from sim.scenario.scenario import Scenario
 from sim.scenario.table import Table, read_table
 
-Real = NDArray[np.float64]
 # No answer takes longer: the longest time-out in use is 600 s. Larger values are in some other unit.
 LATENCY_MAX_S = 900.0
 # Nor this many times the median of its log; seconds among milliseconds lie below the inverse.

@@ -22,10 +22,8 @@ from governor.model.requests import Outcome, Request, Sizes
 from governor.model.work import DIMENSIONS
 from sim.calibration.others import Count, find_ways
 from sim.model.synthetic import similar_outputs
-from sim.model.workload import MEASURED, Workload, constant
+from sim.model.workload import MEASURED, Real, Workload, constant
 from sim.scenario.columns import ANSWERED, OTHER, REFUSED, kind_of_attempt
-
-Real = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

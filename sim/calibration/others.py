@@ -32,7 +32,7 @@ from sim.model.provider_config import ProviderConfig
 from sim.model.windows import MINUTE_S
 
 # Others' use is spread over pieces of this length; fewer if two counts are closer.
-PIECE_S = 1.0
+_PIECE_S = 1.0
 PIECES_MOST = 600
 # Takings below this share of the run's own charges can arise from inexact moments alone.
 NOBODY_RATIO = 0.02
@@ -241,7 +241,7 @@ def _before_refusal(gap: Gap, charges: NDArray[np.float64], provider: ProviderCo
 def _spread(d: int, amount: float, since_s: float, until_s: float) -> list[Taking]:
     if amount <= 0.0:
         return []
-    pieces = min(PIECES_MOST, max(1, math.ceil((until_s - since_s) / PIECE_S)))
+    pieces = min(PIECES_MOST, max(1, math.ceil((until_s - since_s) / _PIECE_S)))
     length_s = (until_s - since_s) / pieces
     return [Taking(since_s + (i + 0.5) * length_s, d, amount / pieces) for i in range(pieces)]
 

@@ -14,7 +14,7 @@ from sim.model.draws import first_jitters, first_latencies_s
 from sim.model.provider import ProviderParams
 from sim.model.workload import Columns
 
-CHUNK = 4096
+_CHUNK = 4096
 
 
 class Job(Scheduled):
@@ -70,8 +70,8 @@ def jobs_of(
     c = columns
     order = arrival_order(c) if from_trace else batch_order(c, params)
     zeros = [0.0] * len(CAUSES)
-    for start in range(0, len(c), CHUNK):
-        i = rows_of(order, start, min(start + CHUNK, len(c)))
+    for start in range(0, len(c), _CHUNK):
+        i = rows_of(order, start, min(start + _CHUNK, len(c)))
         output = np.where(c.cap[i] > 0, np.minimum(c.output_tokens[i], c.cap[i]), c.output_tokens[i])
         arrival = c.arrival_s[i] if from_trace else np.zeros(len(i))
         output = output.astype(np.float64)

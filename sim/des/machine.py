@@ -59,9 +59,9 @@ OPTIONS: dict[str, Any] = {"nogil": True, "_nrt": False}
 # Not called from Python: without Python wrappers, they compile in two thirds of the time.
 INNER = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
-FOLDER = "engine-"
+_FOLDER = "engine-"
 # Number of folders of other sources that are kept: another branch, another installation.
-KEPT = 4
+_KEPT = 4
 SETTING = "NUMBA_CACHE_DIR"
 
 
@@ -161,7 +161,7 @@ def folder_name(sources: Iterable[Path]) -> str:
     for path in sources:
         digest.update(os.fsencode(path.absolute()))
         digest.update(path.read_bytes())
-    return FOLDER + digest.hexdigest()[:16]
+    return _FOLDER + digest.hexdigest()[:16]
 
 
 def has_code(sources: Iterable[Path]) -> bool:
@@ -215,9 +215,9 @@ def _usable(folder: Path) -> bool:
 
 def _prune(mine: Path) -> None:
     with contextlib.suppress(OSError):
-        others = [folder for folder in mine.parent.glob(FOLDER + "*") if folder != mine and folder.is_dir()]
+        others = [folder for folder in mine.parent.glob(_FOLDER + "*") if folder != mine and folder.is_dir()]
         others.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
-        for folder in others[KEPT:]:
+        for folder in others[_KEPT:]:
             shutil.rmtree(folder, ignore_errors=True)
 
 

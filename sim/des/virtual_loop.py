@@ -25,7 +25,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from heapq import heappop, heappush
 from typing import Any, TypeVar
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 class Deadlock(RuntimeError):  # noqa: N818
@@ -108,11 +108,11 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 def run_virtual(
-    main: Coroutine[Any, Any, T],
+    main: Coroutine[Any, Any, _T],
     *,
     priorities: Mapping[Callable[..., Any], int] | None = None,
     kind: type[VirtualLoop] = VirtualLoop,
-) -> T:
+) -> _T:
     """Run `main` to its end on a new loop; tasks still running are then cancelled, as by `asyncio.run`."""
     loop = kind(priorities)
     with asyncio.Runner(loop_factory=lambda: loop) as runner:

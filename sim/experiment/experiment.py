@@ -23,7 +23,7 @@ from typing import Any
 from governor import law
 from governor.forecast.summary import Grant, Summary
 from governor.model.policy import Policy
-from governor.model.requests import CAUSES, Attempt, Outcome
+from governor.model.requests import CAUSES, LANES, Attempt, Outcome
 from sim.des import engines
 from sim.des.engines import Chosen, Engine, simulated, simulations
 from sim.des.run import AttemptSink, Tally, quantiles
@@ -40,7 +40,7 @@ THREAD_REQUESTS = 3_000
 # Costs in seconds with the compiled engine: a run's share in Python, which threads cannot share; a request in machine
 # code, which they can; and starting processes.
 RUN_S, REQUEST_S = 0.15e-3, 0.4e-6
-START_S = 2.0
+_START_S = 2.0
 OUTCOMES = (
     Outcome.OK,
     Outcome.THROTTLED,
@@ -52,7 +52,6 @@ OUTCOMES = (
     Outcome.TIMEOUT,
 )
 STATUS = (200, 429, 429, 429, 429, 500, 0, 0)
-LANES = ("main", "finalize")
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +247,7 @@ class Pool:
         if self.backend != "local":
             return False
         in_python_s, in_all_s = runs * RUN_S, runs * RUN_S + work * REQUEST_S
-        return max(in_python_s, in_all_s / self.workers) < START_S + in_all_s / self.workers
+        return max(in_python_s, in_all_s / self.workers) < _START_S + in_all_s / self.workers
 
     def _threaded(self, run: Callable[..., list[Figures]], tasks: list[Task]) -> Iterator[list[Figures]]:
         """Yield the figures of each task from threads, which share the columns and start at once.

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-RESAMPLES = 1_000
+_RESAMPLES = 1_000
 # With fewer draws than this, a 95th percentile lies beyond all of them.
-DRAWS_LEAST = 19
+_DRAWS_LEAST = 19
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +86,9 @@ def narrowing(
     """
     n = len(before)
     design = _design(values)
-    if n < max(DRAWS_LEAST, 4 * design.shape[1]) or not (np.isfinite(before).all() and np.isfinite(after).all()):
+    if n < max(_DRAWS_LEAST, 4 * design.shape[1]) or not (np.isfinite(before).all() and np.isfinite(after).all()):
         return None
-    picks = np.random.default_rng(seed).integers(n, size=(RESAMPLES, n))
+    picks = np.random.default_rng(seed).integers(n, size=(_RESAMPLES, n))
     found = _promises(before[picks]) - _known(after[picks], design[picks])
     mean = float((_promises(before) - _known(after, design)).item())
     low, high, least = (float(q) for q in np.quantile(found, [0.025, 0.975, level]))

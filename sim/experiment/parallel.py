@@ -30,8 +30,8 @@ from typing import Any, ClassVar, Literal, TypeVar
 from governor.model.errors import OPERATOR, BadSetting, PacelineError
 
 Backend = Literal["local", "ray"]
-Result = TypeVar("Result")
-Shared = TypeVar("Shared")
+_Result = TypeVar("_Result")
+_Shared = TypeVar("_Shared")
 Own = TypeVar("Own")
 
 RAY_SIDE = "sim.experiment.ray_side"
@@ -55,7 +55,9 @@ class Crew:
 
     size: int
 
-    def map(self, function: Callable[[Shared, Own], Result], tasks: Sequence[tuple[Shared, Own]]) -> Iterator[Result]:
+    def map(
+        self, function: Callable[[_Shared, Own], _Result], tasks: Sequence[tuple[_Shared, Own]]
+    ) -> Iterator[_Result]:
         """Yield `function` of every task, in task order. Raise what `function` raises, or WorkersLost."""
         raise NotImplementedError
 
@@ -74,7 +76,9 @@ class Local(Crew):
     def __init__(self, workers: int = 0) -> None:
         self.size = workers or os.cpu_count() or 1
 
-    def map(self, function: Callable[[Shared, Own], Result], tasks: Sequence[tuple[Shared, Own]]) -> Iterator[Result]:
+    def map(
+        self, function: Callable[[_Shared, Own], _Result], tasks: Sequence[tuple[_Shared, Own]]
+    ) -> Iterator[_Result]:
         """See `Crew`."""
         if self.size == 1 or len(tasks) < 2:
             yield from (function(shared, own) for shared, own in tasks)
@@ -97,17 +101,17 @@ class Local(Crew):
                 failed_at = done
 
     def _parallel(
-        self, function: Callable[[Shared, Own], Result], tasks: Sequence[tuple[Shared, Own]]
-    ) -> Generator[Result, None, None]:
+        self, function: Callable[[_Shared, Own], _Result], tasks: Sequence[tuple[_Shared, Own]]
+    ) -> Generator[_Result, None, None]:
         from joblib import Parallel, delayed
 
         parallel = Parallel(n_jobs=self.size, return_as="generator", batch_size="auto")
-        results: Generator[Result, None, None] = parallel(delayed(function)(shared, own) for shared, own in tasks)
+        results: Generator[_Result, None, None] = parallel(delayed(function)(shared, own) for shared, own in tasks)
         return results
 
 
 @contextlib.contextmanager
-def _left_quietly(results: Generator[Result, None, None]) -> Iterator[Generator[Result, None, None]]:
+def _left_quietly(results: Generator[_Result, None, None]) -> Iterator[Generator[_Result, None, None]]:
     """End the work if the caller stops reading, without joblib's warning about unused results."""
     try:
         yield results
@@ -130,7 +134,9 @@ class OnRay(Crew):
         self.workers = workers
         self.size = workers or _side().size
 
-    def map(self, function: Callable[[Shared, Own], Result], tasks: Sequence[tuple[Shared, Own]]) -> Iterator[Result]:
+    def map(
+        self, function: Callable[[_Shared, Own], _Result], tasks: Sequence[tuple[_Shared, Own]]
+    ) -> Iterator[_Result]:
         """See `Crew`."""
         side = _side()
         # By identity: an object that many tasks share is sent once.

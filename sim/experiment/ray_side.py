@@ -34,7 +34,7 @@ from sim.experiment.parallel import fingerprint
 ADDRESS = "RAY_ADDRESS"
 NEEDS_RAY = "--backend ray needs paceline[ray]: pip install 'paceline[ray]'"
 # Tasks in flight per worker: enough to keep every worker busy, few enough not to queue results.
-AHEAD = 3
+_AHEAD = 3
 # Interval of checks that the cluster answers, their time-out, and how many may fail in a row.
 ASK_EVERY_S, ANSWER_S, ASK_TIMES = 5.0, 3.0, 3
 # Ray's retries of a task whose worker died.
@@ -85,7 +85,7 @@ def answered(
 ) -> Iterator[tuple[str, Any]]:
     """Yield the messages that answer one call."""
     remote = ray.remote(num_cpus=1, max_retries=RETRIES)(_checked)
-    most = workers or AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    most = workers or _AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))
     put: dict[int, Any] = {}
     under_way: dict[Any, int] = {}
     found: dict[int, Any] = {}

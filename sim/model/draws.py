@@ -17,12 +17,12 @@ from governor.model.keyed import JITTER_STAGGER, LATENCY, STALL, attempt_key, ke
 from sim.model.latency import smooth_latency_s, stall_s
 from sim.model.provider import ProviderParams
 
-FIRST = attempt_key(law.MAIN, 1)
+_FIRST = attempt_key(law.MAIN, 1)
 
 
 def first_uniforms(seed: int, rows: NDArray[Any], purpose: int) -> NDArray[np.float64]:
     """Return what `keyed_uniform` gives for the first attempts of these requests, shape (rows,)."""
-    drawn: NDArray[np.float64] = keyed_uniform(seed, rows.astype(np.uint64), FIRST, purpose)  # type: ignore[arg-type, assignment]
+    drawn: NDArray[np.float64] = keyed_uniform(seed, rows.astype(np.uint64), _FIRST, purpose)  # type: ignore[arg-type, assignment]
     return drawn
 
 
@@ -42,5 +42,5 @@ def first_latencies_s(
     latencies_s = [smooth_latency_s(pp, *row) for row in times]
     if pp.stall_ratio > 0.0:
         for i in np.flatnonzero(first_uniforms(seed, rows, STALL) < pp.stall_ratio).tolist():
-            latencies_s[i] += stall_s(pp, seed, int(rows[i]), FIRST)
+            latencies_s[i] += stall_s(pp, seed, int(rows[i]), _FIRST)
     return latencies_s

@@ -66,7 +66,7 @@ COUNTS_ON_REFUSALS = 3
 
 RAMP_WINDOW_S = 900.0
 RAMP_GROWTH = 1.5
-TICK_S = 1.0
+_TICK_S = 1.0
 CHANGES = 8
 OUTAGES = 4
 # Kinds of outage: connections drop, every request gets a 5xx, or no request is answered.
@@ -196,7 +196,7 @@ def _cotenant_rate(pp: ProviderParams, seed: int, tick: int) -> float:
     """
     if pp.cotenant_period_s <= 0.0:
         return pp.cotenant_share
-    t = tick * TICK_S
+    t = tick * _TICK_S
     period = math.floor(t / pp.cotenant_period_s)
     start = keyed_uniform(seed, int(period), 0, COTENANT) * (pp.cotenant_period_s - pp.cotenant_burst_s)
     into = t - period * pp.cotenant_period_s
@@ -218,13 +218,13 @@ def taken_by_others(pp: ProviderParams, ps: ProviderState, d: int, amount: float
 def advanced(pp: ProviderParams, ps: ProviderState, seed: int, now: float) -> None:
     """Advance the provider to `now`: limit changes, co-tenant use and draining, in order of time."""
     if pp.cotenant_share > 0.0:
-        last = math.floor(now / TICK_S)
+        last = math.floor(now / _TICK_S)
         while ps.tick <= last:
-            _drained_over_changes(pp, ps, ps.tick * TICK_S)
+            _drained_over_changes(pp, ps, ps.tick * _TICK_S)
             rate = _cotenant_rate(pp, seed, ps.tick)
             if rate > 0.0:
                 for d in range(2):
-                    taken_by_others(pp, ps, d, rate * limit_now(pp, ps, d) * TICK_S / MINUTE_S)
+                    taken_by_others(pp, ps, d, rate * limit_now(pp, ps, d) * _TICK_S / MINUTE_S)
             ps.tick += 1
     if pp.change_at[min(ps.next_change, CHANGES - 1)] <= now:
         _drained_over_changes(pp, ps, now)

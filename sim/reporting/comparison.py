@@ -22,7 +22,7 @@ class Cell(NamedTuple):
     mark: str = ""
 
 
-class Row(NamedTuple):
+class ComparisonRow(NamedTuple):
     """One figure of each policy: its name, a line of small print, and the cells.
 
     `more`: a second line where there is no room for small print: its name and its texts, none for a policy of which
@@ -35,13 +35,13 @@ class Row(NamedTuple):
     more: tuple[str, list[str]] | None = None
 
 
-def comparison(plan: Plan) -> list[Row]:
+def comparison(plan: Plan) -> list[ComparisonRow]:
     """Return the deciding figures of today's settings, guardrails only and recommended, in this order."""
     forecasts = policies_of(plan).values()
 
-    def row(name: str, about: str, cell: Callable[[Forecast], Cell], more: str = "") -> Row:
+    def row(name: str, about: str, cell: Callable[[Forecast], Cell], more: str = "") -> ComparisonRow:
         cells = [cell(f) for f in forecasts]
-        return Row(name, about, cells, (more, [each.detail for each in cells]) if more else None)
+        return ComparisonRow(name, about, cells, (more, [each.detail for each in cells]) if more else None)
 
     rows = [
         row("finish time, P50", "half of the runs are done by then", lambda f: _percentile(f, 0.5)),
@@ -49,7 +49,7 @@ def comparison(plan: Plan) -> list[Row]:
     ]
     if plan.drawn is not None:
         drawn = [Cell(duration(plan.drawn.outcomes[who].bad("makespan_s"))) for who in policies_of(plan)]
-        rows.append(Row("in 95 of 100 conditions", "with all that is not known drawn", drawn))
+        rows.append(ComparisonRow("in 95 of 100 conditions", "with all that is not known drawn", drawn))
     if plan.objective == "p95_latency":
         rows.append(row("latency, P95", "19 of 20 requests are answered within", _latency))
     lost = [percent_at_most(f.lost_at_most) for f in forecasts]
@@ -67,7 +67,10 @@ def comparison(plan: Plan) -> list[Row]:
         )
     gains = [Cell("–", "the baseline"), *(_gained(plan, found) for found in (plan.guardrails, plan.full))]
     about = f"in mean {OBJECTIVES[plan.objective][0]}, run by run under the same chance"
-    return [*rows, Row("gain", about, gains, ("its 95 % interval", ["", *(cell.detail for cell in gains[1:])]))]
+    return [
+        *rows,
+        ComparisonRow("gain", about, gains, ("its 95 % interval", ["", *(cell.detail for cell in gains[1:])])),
+    ]
 
 
 def _percentile(f: Forecast, ratio: float) -> Cell:

@@ -12,6 +12,7 @@ import pandas as pd
 from governor.model.phrases import WAITED_FOR
 from governor.model.policy import KNOBS
 from governor.model.requests import CAUSES, Attempt
+from governor.model.work import THROTTLES
 from sim.experiment.results import Figures, Forecast, Plan, Point
 from sim.reporting import series
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from sim.calibration.fits import Figure
 
 # The figures whose names do not state their units.
-UNITS = {"efficiency": "efficiency_ratio"}
+_UNITS = {"efficiency": "efficiency_ratio"}
 
 
 def attempts_frame(attempts: Sequence[Attempt]) -> pd.DataFrame:
@@ -38,7 +39,7 @@ def timeline_frame(attempts: Sequence[Attempt]) -> pd.DataFrame:
     `charged_last_60s_tokens`: what the provider charged in the last minute; `launched_attempts` and
     `throttled_attempts` (refused with a 429, at the moment of the refusal) count from the start.
     """
-    refused = [a.finished_s for a in attempts if a.outcome in series.THROTTLES]
+    refused = [a.finished_s for a in attempts if a.outcome in THROTTLES]
     found = {
         "charged_last_60s_tokens": series.charged_per_minute(attempts),
         "in_flight_requests": series.in_flight(attempts),
@@ -80,7 +81,7 @@ def runs_frame(runs: Sequence[Figures]) -> pd.DataFrame:
             "seed": run.seed,
             "requests": run.requests,
             "completed": run.completed,
-            **{UNITS.get(name, name): value for name, value in run.values.items()},
+            **{_UNITS.get(name, name): value for name, value in run.values.items()},
             **{f"waited_{cause}_s": seconds for cause, seconds in run.waits_s.items()},
         }
         for run in runs
@@ -90,7 +91,7 @@ def runs_frame(runs: Sequence[Figures]) -> pd.DataFrame:
 
 def estimates_frame(forecast: Forecast) -> pd.DataFrame:
     """Return one row per figure: the mean with its 95 % interval (`low`, `high`), quantiles and number of runs."""
-    rows = {UNITS.get(name, name): asdict(estimate) for name, estimate in forecast.estimates.items()}
+    rows = {_UNITS.get(name, name): asdict(estimate) for name, estimate in forecast.estimates.items()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("figure")
 
 

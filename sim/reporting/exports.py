@@ -37,7 +37,7 @@ GROUP_ROWS = 50_000
 LONG_RUN = 50_000
 ATTEMPT_SUFFIXES = (".csv", ".parquet")
 
-IN_FLIGHT, WAITS, COUNTERS = 1, 2, 3
+_IN_FLIGHT, WAITS, COUNTERS = 1, 2, 3
 # Reserved colour names of chrome://tracing.
 _OUTCOME_COLOURS = {Outcome.OK: "good", Outcome.THROTTLED: "bad", Outcome.SLOW_DOWN: "bad"}
 _CAUSE_COLOURS = {
@@ -134,7 +134,7 @@ def trace_events(attempts: Sequence[Attempt]) -> Iterator[dict[str, Any]]:
         # Perfetto ignores digits when it picks a colour, so the request's number may be part of the name.
         name = f"{a.outcome.value} {a.request}" + (" finalize" if a.lane == "finalize" else "")
         args = {column: value for column, value in zip(COLUMNS, a.row(), strict=True) if value not in (-1, "")}
-        yield _slice(IN_FLIGHT, number, name, a.launched_s, a.finished_s, args) | {
+        yield _slice(_IN_FLIGHT, number, name, a.launched_s, a.finished_s, args) | {
             "cat": "attempt",
             "cname": _OUTCOME_COLOURS.get(a.outcome, "terrible"),
         }
@@ -154,12 +154,12 @@ def _row_of(cause: str) -> int:
 
 def _names(lanes: int, causes: set[str]) -> Iterator[dict[str, Any]]:
     """Yield the names and the order of processes and lanes."""
-    threads = [(IN_FLIGHT, number, f"place {number + 1}") for number in range(lanes)]
+    threads = [(_IN_FLIGHT, number, f"place {number + 1}") for number in range(lanes)]
     threads += [(WAITS, _row_of(cause), cause) for cause in series.HEAD_CAUSES if cause in causes]
     for process, name in (
         (COUNTERS, "totals"),
         (WAITS, "what the head of the queue waits for"),
-        (IN_FLIGHT, "in flight"),
+        (_IN_FLIGHT, "in flight"),
     ):
         meta = {"ph": "M", "pid": process, "tid": 0, "ts": 0}
         yield meta | {"name": "process_name", "args": {"name": name}}

@@ -17,7 +17,7 @@ from sim.experiment.effects import Sensitivity
 from sim.experiment.robustness import Drawn
 
 # Knobs below this share of the largest effect would not be visible.
-LEAST = 0.002
+_LEAST = 0.002
 # A figure per 100 requests gets no panel if all effects on it are below this.
 LEAST_PER_100 = 0.05
 
@@ -78,7 +78,7 @@ def _bars(found: Sensitivity, figure: str, is_objective: bool) -> dict[str, tupl
     most = max((abs(size) for size, _, _ in bars.values()), default=0.0)
     if most <= (0.0 if is_objective or found.method == "sobol" else LEAST_PER_100):
         return {}
-    return {row: bar for row, bar in bars.items() if abs(bar[0]) > LEAST * most}
+    return {row: bar for row, bar in bars.items() if abs(bar[0]) > _LEAST * most}
 
 
 def _title(figure: str, objective: str) -> str:

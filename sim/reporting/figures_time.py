@@ -16,6 +16,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from governor.forecast.summary import Grant
 from governor.model.requests import Attempt
+from governor.model.work import THROTTLES
 from sim.base.palette import BLUE, CAUSE_LABELS, INK, MUTED, STYLES, VERMILLION, Style
 from sim.base.style import in_time_units, new_figure, styled
 from sim.base.words import duration
@@ -194,7 +195,7 @@ def _launches(ax: Axes, per: float, attempts: Sequence[Attempt], style: Style) -
     _curve(ax, per, series.envelope(launched, end_s, CURVE_STEPS), end_s, style, filled=False)
     if style.label:
         ax.plot([], [], color=style.colour, label=style.label)
-    refused = [i for i, a in enumerate(ordered) if a.outcome in series.THROTTLES and not a.error_code]
+    refused = [i for i, a in enumerate(ordered) if a.outcome in THROTTLES and not a.error_code]
     lost = [i for i, a in enumerate(ordered) if a.error_code]
     known = ax.get_legend_handles_labels()[1]
     for found, label, marker, colour, size in (

@@ -24,7 +24,7 @@ from sim.experiment.results import Forecast, Plan, Recommendation, Step
 from sim.reporting import report_text as text
 from sim.reporting.comparison import Cell, comparison
 
-Provenance = Mapping[str, tuple[str, str]]
+_Provenance = Mapping[str, tuple[str, str]]
 ProviderText = Mapping[str, tuple[str, str]] | Iterable[tuple[str, str, str]]
 
 NEVER = "never yet"
@@ -37,7 +37,7 @@ def render(
     title: str,
     command: str,
     grant: Grant,
-    provenance: Provenance,
+    provenance: _Provenance,
     provider_text: ProviderText = (),
     version: str,
     generated: str = "",
@@ -143,7 +143,7 @@ def _count(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'s' if n != 1 else ''}"
 
 
-def _inputs(provenance: Provenance, provider_text: ProviderText) -> list[dict[str, str]]:
+def _inputs(provenance: _Provenance, provider_text: ProviderText) -> list[dict[str, str]]:
     """Return every input once, the assumed ones first, since a reader must know them."""
     found = {name: (kind, words) for name, (kind, words) in provenance.items()}
     if isinstance(provider_text, Mapping):

@@ -32,7 +32,7 @@ _THEME = {
 
 def drawn(plan: Plan, grant: Grant) -> dict[str, Any]:
     """Return the figures by name, as elements of the page; "" if there is nothing to draw."""
-    return {name: draw(plan, grant) for name, draw in FIGURES.items()}
+    return {name: draw(plan, grant) for name, draw in _FIGURES.items()}
 
 
 def _forecasts(plan: Plan) -> dict[str, Forecast]:
@@ -128,7 +128,7 @@ def _sensitivity(plan: Plan, grant: Grant) -> str:
 
 # The function that draws each named figure of a plan; besides the forecasts, it needs only the plan's part of that
 # name.
-FIGURES: dict[str, Callable[[Plan, Grant], Any]] = {
+_FIGURES: dict[str, Callable[[Plan, Grant], Any]] = {
     "waits": _waits,
     "over_time": _over_time,
     "front": _front,

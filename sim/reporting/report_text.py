@@ -28,7 +28,7 @@ from sim.experiment.results import (
 # A gain below this share of the objective is not mentioned.
 SAME = 0.005
 # A gain below this share of the objective reads as "none": the search cannot distinguish it from zero.
-NOTHING = 0.001
+_NOTHING = 0.001
 # From this efficiency on, the provider's limit holds the batch back, regardless of what the queue's head waits for.
 SATURATED = 0.9
 
@@ -269,7 +269,7 @@ def _settled_by(found: Finding) -> str:
 def worth(step: Step, plan: Plan) -> str:
     """Return a change's gain with all others as recommended: "35 min", "none as assumed", "costs 12 s"."""
     today = plan.full.forecast[OBJECTIVES[plan.objective][1]].mean
-    if abs(step.worth_s.mean) < NOTHING * today:
+    if abs(step.worth_s.mean) < _NOTHING * today:
         return "none as assumed"
     text = duration(abs(step.worth_s.mean))
     return text if step.worth_s.mean > 0.0 else f"costs {text}"
@@ -277,7 +277,7 @@ def worth(step: Step, plan: Plan) -> str:
 
 def why(step: Step, plan: Plan) -> str:
     """Return why a setting changes; if it gains nothing under the assumptions, also what it protects from."""
-    if step.worth_s.mean >= NOTHING * plan.full.forecast[OBJECTIVES[plan.objective][1]].mean:
+    if step.worth_s.mean >= _NOTHING * plan.full.forecast[OBJECTIVES[plan.objective][1]].mean:
         return step.reason
     if step.breaks:
         return f"{step.reason}; with {KNOB_BY_ENV[step.env].text(step.old)}, {step.breaks}"

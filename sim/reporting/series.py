@@ -21,15 +21,13 @@ from math import inf
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from governor.law import MINUTE_S
-from governor.model.requests import BACKOFF, CAUSES, Attempt, Outcome
+from governor.model.requests import BACKOFF, CAUSES, Attempt
+from sim.model.workload import Real
 
-Real = NDArray[np.float64]
 Steps = tuple[Real, Real]
 
-THROTTLES = (Outcome.THROTTLED, Outcome.SLOW_DOWN)
 # Causes that hold back the head of the queue: all but "nothing" and the backoff of a single request.
 HEAD_CAUSES = CAUSES[1:BACKOFF]
 _WAITED = tuple(f"waited_{cause}_s" for cause in HEAD_CAUSES)

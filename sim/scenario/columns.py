@@ -143,7 +143,18 @@ WRAPPERS = (
     *("model_parameters", "invocation_params", "invocation_parameters", "optional_params"),
 )
 USER_WRAPPERS = ("metadata", "extra", "properties", "labels", "body", "response")
-FIGURES = ("prompt", "output", "cached", "max_tokens", "model", "error", "status", *COUNTS, "retry_after", "processing")
+_FIGURES = (
+    "prompt",
+    "output",
+    "cached",
+    "max_tokens",
+    "model",
+    "error",
+    "status",
+    *COUNTS,
+    "retry_after",
+    "processing",
+)
 # Containers of a call's usage, at any depth; inside them plain words such as `input` are recognised.
 USAGE = ("usage", "usage_details", "token_usage", "usage_metadata", "usage_object", "metrics", "token_counts")
 USAGE_NAMES = {"prompt": ("input", "prompt"), "output": ("output", "completion"), "cached": ("cache_read",)}
@@ -220,7 +231,7 @@ def guessed(path: str) -> tuple[str, tuple[int, int]] | None:
         for text in (rest, _UNIT_END.sub("", rest)):
             found = _ROLE_OF.get(_plain(text))
             timed = found is not None and (found[0] in DURATIONS or found[0] in MOMENTS)
-            if found is not None and (timed or text == rest) and (found[0] in FIGURES or not figures_only):
+            if found is not None and (timed or text == rest) and (found[0] in _FIGURES or not figures_only):
                 return found[0], (found[1], depth)
         if plain[depth] in _USAGE:
             found = _ROLE_OF.get("".join(plain[depth + 1 :])) or _USAGE_ROLE_OF.get("".join(plain[depth + 1 :]))

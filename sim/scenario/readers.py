@@ -42,7 +42,7 @@ SCENARIO = "scenario"
 # The row reader for each kind of trace.
 TRACES = {TRACE_JSON: "json", TRACE_CSV: "csv", TRACE_PARQUET: "parquet"}
 
-HEAD_BYTES = 65_536
+_HEAD_BYTES = 65_536
 # The input of a batch that lists files and the like that it only points to, whose tokens cannot be counted here.
 UNSEEN = "content of unknown length"
 SQLITE = b"SQLite format 3\0"
@@ -99,7 +99,7 @@ class Source:
         """Return BATCH, TRACE_JSON, TRACE_CSV, TRACE_PARQUET or SCENARIO, by the first lines and the file extension."""
         try:
             with self.stream() as stream:
-                head = stream.read(HEAD_BYTES)
+                head = stream.read(_HEAD_BYTES)
         except (OSError, EOFError, zlib.error) as error:
             raise BadInput(f"gzip that cannot be read: {error}", self.name) from None
         kind = self._kind_of(head)

@@ -20,10 +20,10 @@ from governor.model.estimate import kind_of
 from sim.scenario.columns import guessed, is_container, moment_of, number_of
 
 BOM = b"\xef\xbb\xbf"
-CHUNK_BYTES = 2**20
+_CHUNK_BYTES = 2**20
 PARQUET_ROWS = 2_048
 DEEPEST = 8
-Row = Mapping[str, Any]
+_Row = Mapping[str, Any]
 Pairs = list[tuple[str, Any]]
 # Keys under which documents hold lists of spans or of calls.
 LISTS = (
@@ -47,7 +47,7 @@ def pairs_of(source: Named, kind: str) -> Iterator[tuple[int, Pairs]]:
     return {"csv": _csv_pairs, "json": _json_pairs, "parquet": _parquet_pairs}[kind](source)
 
 
-def _flat(row: Row, before: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+def _flat(row: _Row, before: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
     """Yield (path, value) for every plain value in a row, including those of objects written as text in a cell."""
     for key, value in row.items():
         if isinstance(value, str) and value[:1] == "{" and _may_hold(key):
@@ -80,7 +80,7 @@ def _object_in(text: str) -> Any:
         return text
 
 
-def _attributes(parts: list[Any]) -> Row:
+def _attributes(parts: list[Any]) -> _Row:
     """Return OTLP's list of typed attributes as an object."""
     found: dict[str, Any] = {}
     for part in parts:
@@ -102,7 +102,7 @@ def _json_pairs(source: Named) -> Iterator[tuple[int, Pairs]]:
     return ((line, list(_flat(row))) for line, row in json_rows(source))
 
 
-def json_rows(source: Named) -> Iterator[tuple[int, Row]]:
+def json_rows(source: Named) -> Iterator[tuple[int, _Row]]:
     """Yield line number and object of every row: JSON lines, or documents of any layout that hold lists of rows."""
     for line, document, text in _lines(source) if _is_by_line(source) else _documents(source):
         if not isinstance(document, dict):
@@ -122,7 +122,7 @@ def json_rows(source: Named) -> Iterator[tuple[int, Row]]:
 def _is_by_line(source: Named) -> bool:
     """Return whether the first non-blank line is a complete object. A list may be one line of any length."""
     with source.stream() as stream:
-        head = stream.read(CHUNK_BYTES).removeprefix(BOM).lstrip()
+        head = stream.read(_CHUNK_BYTES).removeprefix(BOM).lstrip()
     if head.startswith(b"["):
         return False
     with source.stream() as stream:
@@ -133,7 +133,7 @@ def _is_by_line(source: Named) -> bool:
         return False
 
 
-def _spread(document: Row) -> Iterator[Row]:
+def _spread(document: _Row) -> Iterator[_Row]:
     """Yield the rows in a document, at any depth of lists; the document itself if it has its own usage."""
     inner = [part for key in LISTS if isinstance(document.get(key), list) for part in document[key]]
     if not inner or any((guessed(key) or ("",))[0] in ("prompt", "output") for key in document):
@@ -175,7 +175,7 @@ def _documents(source: Named) -> Iterator[tuple[int, Any, str]]:
     """Yield line, value and text of each JSON value or list element, decoded one by one as the file is read."""
     decode = codecs.getincrementaldecoder("utf-8-sig")().decode
     parse = json.JSONDecoder().raw_decode
-    text, at, line, in_list, ended, size = "", 0, 1, False, False, CHUNK_BYTES
+    text, at, line, in_list, ended, size = "", 0, 1, False, False, _CHUNK_BYTES
     with source.stream() as stream:
         while True:
             while at < len(text) and (text[at].isspace() or (in_list and text[at] == ",")):
@@ -190,7 +190,7 @@ def _documents(source: Named) -> Iterator[tuple[int, Any, str]]:
                     value, end = parse(text, at)
                     yield line, value, text[at:end]
                     line += text.count("\n", at, end)
-                    text, at, size = (text, end, size) if end < CHUNK_BYTES else (text[end:], 0, CHUNK_BYTES)
+                    text, at, size = (text, end, size) if end < _CHUNK_BYTES else (text[end:], 0, _CHUNK_BYTES)
                     continue
                 except (ValueError, RecursionError) as error:
                     problem = error

@@ -36,11 +36,11 @@ from sim.model.workload import ASSUMED, MEASURED, Arrivals, Columns, Provenance,
 from sim.scenario.readers import SCENARIO, Source, save_rows
 from sim.scenario.scenario_file import Document, FileSource, ModelSource, Reading, Requests, policy_of
 
-Reader = TypeVar("Reader", bound="Callable[..., Scenario]")
+_Reader = TypeVar("_Reader", bound="Callable[..., Scenario]")
 _readers: list[Callable[..., Scenario]] = []
 
 
-def reads_with(reader: Reader) -> Reader:
+def reads_with(reader: _Reader) -> _Reader:
     """Register the function that turns requests into a scenario: the planning commands' reader, in a higher layer."""
     _readers[:] = [reader]
     return reader

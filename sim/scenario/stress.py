@@ -49,10 +49,10 @@ def stress_notes(scenario: Scenario) -> list[tuple[str, str]]:
     return [(name, note) for name, _, note in _conditions(scenario) if note]
 
 
-Tried = tuple[str, Scenario | None, str]
+_Tried = tuple[str, Scenario | None, str]
 
 
-def _conditions(scenario: Scenario) -> Iterator[Tried]:
+def _conditions(scenario: Scenario) -> Iterator[_Tried]:
     """Yield name, changed scenario (None = cannot be applied) and a note on each condition."""
     provider = scenario.provider
 
@@ -97,7 +97,7 @@ def _largest_charge(scenario: Scenario) -> float:
     return max(largest, float(c.finalize_charge.max(initial=0.0))) if scenario.finalize else largest
 
 
-def _other_charge_rules(scenario: Scenario) -> Iterator[Tried]:
+def _other_charge_rules(scenario: Scenario) -> Iterator[_Tried]:
     provider = scenario.provider
     limits = [limit for limit in (provider.tpm, provider.tpd) if limit]
     known = [scenario.charges()]
@@ -118,7 +118,7 @@ def _other_charge_rules(scenario: Scenario) -> Iterator[Tried]:
             yield name, other, ""
 
 
-def _limit_halved(scenario: Scenario, largest: float) -> Tried:
+def _limit_halved(scenario: Scenario, largest: float) -> _Tried:
     """Return the limit halved for ten minutes inside the run; cut by less if half would refuse a request for good."""
     provider = scenario.provider
     factor, note = 0.5, ""

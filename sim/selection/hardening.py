@@ -24,7 +24,7 @@ THROTTLE_NOISE = 0.25
 # a round trip, and what else it costs stands in the objective of its condition.
 THROTTLE_PRICE = 0.01
 # Variants of one step that are put under the whole of the stress set.
-FINALISTS = 4
+_FINALISTS = 4
 # A walk may take so many times the stated steps, as long as each is better than the one before.
 WALKS = 3
 
@@ -174,7 +174,7 @@ class Hardening:
         self.stress.run(fresh, failing)
         self.searcher.run(fresh, 1)
         fresh.sort(key=lambda p: (*self.stress.violations(p, failing), self.searcher.score(p, 1)))
-        return self.admit(fresh[:FINALISTS])
+        return self.admit(fresh[:_FINALISTS])
 
     def polish(self, start: Policy, neighbours: Callable[[Policy], list[Policy]]) -> Policy:
         """From a setting that keeps the limits to a faster one that keeps them as well, by its best neighbours."""

@@ -42,13 +42,13 @@ WORTH = 0.01
 NOISE = 0.05
 SHOWN = 3
 # So many requests of the batch tell latency, lengths and neighbours well enough.
-FIRST = 100
+_FIRST = 100
 
 PROBE, CALIBRATE, OUTPUTS = "paceline probe", "paceline calibrate", "--outputs-from"
 
 # Columns of outcomes, one row per draw; losses and throttles beyond the limits.
-OBJECTIVE, MAKESPAN, LOST, THROTTLED = range(4)
-Outcomes = NDArray[np.float64]
+OBJECTIVE, MAKESPAN, _LOST, _THROTTLED = range(4)
+_Outcomes = NDArray[np.float64]
 Cuts = tuple[float, ...]
 
 
@@ -180,7 +180,7 @@ class Information:
         self,
         unknown: Unknown,
         base: Policy,
-        before: Outcomes,
+        before: _Outcomes,
         cuts: Cuts,
         picks: Mapping[Any, Policy],
         level: float,
@@ -203,7 +203,7 @@ class Information:
             command=unknown.command,
         )
 
-    def _under(self, policies: Sequence[Policy]) -> Outcomes:
+    def _under(self, policies: Sequence[Policy]) -> _Outcomes:
         """A setting for each of the fresh draws."""
         fresh = self.fresh
         fresh.runs.require(
@@ -253,7 +253,7 @@ def _parts(values: Sequence[Any], cuts: Cuts) -> list[Any]:
     return [int(np.searchsorted(cuts, value)) for value in values] if cuts else list(values)
 
 
-def _outcomes(stress: Stress, policies: Sequence[Policy]) -> Outcomes:
+def _outcomes(stress: Stress, policies: Sequence[Policy]) -> _Outcomes:
     """A setting for each of the conditions, one run each; shape (conditions, 4)."""
     rows = []
     for row, policy in enumerate(policies):
@@ -263,14 +263,14 @@ def _outcomes(stress: Stress, policies: Sequence[Policy]) -> Outcomes:
     return np.array(rows, dtype=np.float64)
 
 
-def _no_worse(outcomes: Outcomes, others: Outcomes) -> bool:
+def _no_worse(outcomes: _Outcomes, others: _Outcomes) -> bool:
     """Return whether the limits are broken no more often, over all draws."""
-    more = outcomes[:, LOST:].sum(axis=0) - others[:, LOST:].sum(axis=0)
+    more = outcomes[:, _LOST:].sum(axis=0) - others[:, _LOST:].sum(axis=0)
     return bool(more[0] <= 1e-12 and more[1] <= THROTTLE_NOISE)
 
 
 def _choice(
-    policies: Sequence[Policy], outcomes: Mapping[PolicyKey, Outcomes], base: Policy, here: NDArray[np.bool_]
+    policies: Sequence[Policy], outcomes: Mapping[PolicyKey, _Outcomes], base: Policy, here: NDArray[np.bool_]
 ) -> Policy:
     """The setting that is faster than `base` in these draws by most, plainly, and breaks no limit more; else `base`."""
     mine, best, most_s = outcomes[key_of(base)][here], base, 0.0
@@ -302,9 +302,9 @@ class Costs:
         if finding.command == PROBE:
             return replace(finding, cost_usd=self._probe_usd(), takes_s=TAKES_S)
         n = len(self.scenario.workload)
-        usd = None if self.tariff is None else self.tariff.answers_usd * min(1.0, FIRST / n)
-        takes_s = self.makespan_s * min(1.0, FIRST / n)
-        return replace(finding, requests=min(n, FIRST), cost_usd=usd, takes_s=(takes_s, takes_s))
+        usd = None if self.tariff is None else self.tariff.answers_usd * min(1.0, _FIRST / n)
+        takes_s = self.makespan_s * min(1.0, _FIRST / n)
+        return replace(finding, requests=min(n, _FIRST), cost_usd=usd, takes_s=(takes_s, takes_s))
 
     def _probe_usd(self) -> float | None:
         provider, model = self.scenario.provider, self.scenario.workload.model(0)

@@ -59,7 +59,7 @@ SEARCH_RATIO, PROOF_RUNS = 3, 6_000
 LASTS_S = {"quick": 120.0, "normal": 600.0, "thorough": 3_600.0}
 # Simulated requests of each of the published policies, and of each over the drawn conditions: what bounds the number of
 # runs from above. A percentile needs about 100 of them.
-PROOF, RUNS, LEAST = 10_000_000, 100, 10
+PROOF, RUNS, _LEAST = 10_000_000, 100, 10
 # Finalists are told apart on seeds that the search has not seen; what is published comes from still others.
 CONFIRM_SEEDS = 500_000
 # Published means: half the 95 % interval, as a share of the mean.
@@ -71,9 +71,9 @@ HOLDS = 0.01
 # Throttles in a run that are allowed under stress, where the stated limit per 100 requests comes to less: what one or
 # two refusals in a small batch are worth is nothing to be slower for.
 STRESSED = 2
-FINALISTS = 5
+_FINALISTS = 5
 
-Say = Callable[[str], None]
+_Say = Callable[[str], None]
 
 
 def most_requests(effort: str, n: int) -> int:
@@ -125,7 +125,7 @@ class Budget:
             steps=4 if runs // (24 * (listed + drawn)) >= 4 else 2,
             own=max(1, min(RUNS, runs // 70)),
             confirm=max(1, min(6, runs // 1_000)),
-            fresh=max(LEAST, min(RUNS, PROOF // n)),
+            fresh=max(_LEAST, min(RUNS, PROOF // n)),
             pairs=min(2 * RUNS, runs // 30),
             stress=max(1, min(20, runs // 400)),
             grid=max(3, min(7, int((runs / 24) ** 0.5))),
@@ -149,7 +149,7 @@ class Planner:
         *,
         effort: str,
         pool: Pool,
-        say: Say,
+        say: _Say,
         unknowns: Unknowns,
         prices: Prices | None,
     ) -> None:
@@ -327,7 +327,7 @@ class Planner:
         hardening.polish(today, space.neighbours)
         self.hardened = hardening
         bold = min(hardening.tried.values(), key=lambda p: searcher.score(p, budget.seeds))
-        finalists = hardening.finalists(FINALISTS)
+        finalists = hardening.finalists(_FINALISTS)
         self._now("choosing among the finalists")
         field = [*finalists, today, *yardsticks]
         best, *others = self._chosen(field, never_slower=origin == "guardrails")
@@ -397,7 +397,7 @@ def plan(
     *,
     effort: str = "normal",
     pool: Pool | None = None,
-    say: Say = lambda what: None,
+    say: _Say = lambda what: None,
     unknowns: Unknowns | None = None,
     prices: Prices | None = None,
 ) -> Plan:

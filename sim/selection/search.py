@@ -32,11 +32,11 @@ RARE, CLOSE = 100, 0.02
 # The last few of a race all run to its end: to tell them apart is what a race is for.
 LAST = 4
 
-Rank = Callable[[list[int], int], tuple[list[int], int]]
+_Rank = Callable[[list[int], int], tuple[list[int], int]]
 """(contestants, n) -> these contestants, best first by their first n replications; how many are close to the leader."""
 
 
-def sequential_halving(contestants: int, rank: Rank, most: int) -> tuple[list[int], list[int]]:
+def sequential_halving(contestants: int, rank: _Rank, most: int) -> tuple[list[int], list[int]]:
     """Race contestants 0, 1, ...; return all of them, the best first, and the replications that each has had.
 
     The worse half is left behind at each stage, then n doubles, up to `most`: never more replications than equal

@@ -33,11 +33,11 @@ from sim.selection.space import full_space
 Method = Literal["morris", "sobol"]
 
 # Morris: levels of each input; a move is half of them, which is two thirds of the range with four.
-LEVELS = 4
-MOVE = LEVELS / (2.0 * (LEVELS - 1.0))
+_LEVELS = 4
+MOVE = _LEVELS / (2.0 * (_LEVELS - 1.0))
 # How far `near` reaches on each ladder, in rungs.
 NEAR = 2
-RESAMPLES = 200
+_RESAMPLES = 200
 # Runs by which a rule or a switch is compared, at most; as many as there are trajectories if those are fewer.
 LEVEL_SEEDS = 20
 Design = NDArray[np.float64]
@@ -157,10 +157,10 @@ def _morris(problem: dict[str, Any], size: int, seed: int) -> tuple[Design, Anal
     from SALib.analyze import morris as analysis
     from SALib.sample import morris as sampling
 
-    design = sampling.sample(problem, size, num_levels=LEVELS, seed=seed)
+    design = sampling.sample(problem, size, num_levels=_LEVELS, seed=seed)
 
     def analysed(x: Design, y: NDArray[np.float64]) -> list[Effect]:
-        found = analysis.analyze(problem, x, y, num_levels=LEVELS, num_resamples=RESAMPLES, seed=seed)
+        found = analysis.analyze(problem, x, y, num_levels=_LEVELS, num_resamples=_RESAMPLES, seed=seed)
         # Effects are stated per whole range; shown is what one move does.
         indices = (MOVE * np.asarray(found[name], np.float64) for name in ("mu_star", "mu_star_conf", "sigma"))
         rows = zip(problem["names"], *indices, strict=True)
@@ -181,7 +181,7 @@ def _sobol(problem: dict[str, Any], size: int, seed: int) -> tuple[Design, Analy
         with warnings.catch_warnings():
             # A resample in which a knob changed nothing: no index, which reads as none.
             warnings.simplefilter("ignore", UserWarning)
-            found = analysis.analyze(problem, y, calc_second_order=False, num_resamples=RESAMPLES, seed=seed)
+            found = analysis.analyze(problem, y, calc_second_order=False, num_resamples=_RESAMPLES, seed=seed)
         indices = (np.nan_to_num(found[name]) for name in ("ST", "ST_conf", "S1"))
         rows = zip(problem["names"], *indices, strict=True)
         return [Effect(KNOB_BY_NAME[n].env, float(t), float(c), float(s)) for n, t, c, s in rows]

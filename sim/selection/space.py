@@ -12,13 +12,13 @@ import numpy as np
 from governor.model.policy import KNOB_BY_NAME, Policy
 from sim.scenario.scenario import Scenario
 
-CONCURRENCY = (1, 2, 3, 5, 8, 12, 20, 30, 50, 80, 120, 200, 300, 500, 800, 1200, 2000)
-STAGGER = (0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 12.0, 15.0, 20.0, 30.0)
+_CONCURRENCY = (1, 2, 3, 5, 8, 12, 20, 30, 50, 80, 120, 200, 300, 500, 800, 1200, 2000)
+_STAGGER = (0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 12.0, 15.0, 20.0, 30.0)
 HEADROOM = (0.0, 0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.15, 0.2, 0.3)
 ATTEMPTS = (3, 5, 8, 12)
 # Costs nothing where nothing is refused, and loses nothing where a limit is lower than assumed and no wait is stated.
 RECIPE_ATTEMPTS = 8
-BACKOFF = (0.5, 1.0, 2.0, 4.0, 8.0)
+_BACKOFF = (0.5, 1.0, 2.0, 4.0, 8.0)
 # The window of ours that mirrors one of the provider's. Minutes of its clock are mirrored by none: no 60 s of ours hold
 # more than a limit in any of them.
 MIRRORS = {"bucket": "bucket", "anchored": "fixed", "sliding": "sliding", "clock": "sliding"}
@@ -80,13 +80,13 @@ def guardrail_space(scenario: Scenario) -> Space:
     return Space(
         {
             "stagger_seconds": _ladder(
-                [*STAGGER, now.stagger_seconds, *(_rounded(gap * f) for f in (0.5, 0.8, 1.0, 1.2))], float
+                [*_STAGGER, now.stagger_seconds, *(_rounded(gap * f) for f in (0.5, 0.8, 1.0, 1.2))], float
             ),
-            "max_concurrency": _ladder([*CONCURRENCY, now.max_concurrency], int, max(n, now.max_concurrency)),
+            "max_concurrency": _ladder([*_CONCURRENCY, now.max_concurrency], int, max(n, now.max_concurrency)),
             "tpm_headroom": _ladder([*HEADROOM, now.tpm_headroom], float),
             "est_tokens_per_run": _ladder(estimates, int),
             "retry_max_attempts": _ladder([*ATTEMPTS, now.retry_max_attempts], int),
-            "backoff_base_seconds": _ladder([*BACKOFF, now.backoff_base_seconds], float),
+            "backoff_base_seconds": _ladder([*_BACKOFF, now.backoff_base_seconds], float),
         }
     )
 

@@ -30,24 +30,24 @@ from sim.selection.capacity import How, Search, found_by, model_of
 from sim.selection.capacity_results import Capacity
 from sim.selection.search import Goal
 
-BATCH = 5
+_BATCH = 5
 WAIT, WARM_UP = "wait_p95_s", "warm_up_requests"
 # Fewer arrivals than this say nothing of a 95th percentile in a steady state.
-LEAST = 100
+_LEAST = 100
 
 
 def truncation(waits_s: NDArray[np.float64]) -> int:
     """Return how many initial values MSER-5 discards; a multiple of five, at most half of them."""
-    whole = len(waits_s) // BATCH
+    whole = len(waits_s) // _BATCH
     if whole < 2:
         return 0
-    means = waits_s[: whole * BATCH].reshape(whole, BATCH).mean(axis=1)
+    means = waits_s[: whole * _BATCH].reshape(whole, _BATCH).mean(axis=1)
     # Of the last k means: sum of squares about their mean, over k^2, for every k at once.
     left = np.arange(whole, 0, -1)
     total = np.cumsum(means[::-1])[::-1]
     squares = np.cumsum((means**2)[::-1])[::-1]
     criterion = np.maximum(squares - total**2 / left, 0.0) / left**2
-    return BATCH * int(np.argmin(criterion[: whole // 2 + 1]))
+    return _BATCH * int(np.argmin(criterion[: whole // 2 + 1]))
 
 
 def waits_of(case: Case, seed: int, engine: Engine) -> tuple[Figures, NDArray[np.float64]]:
@@ -107,8 +107,8 @@ def load_tpm(scenario: Scenario) -> float:
     """Tokens per minute that the trace is charged on average, over the time in which its requests arrive."""
     columns = scenario.columns()
     span_s = float(columns.arrival_s.max(initial=0.0))
-    if len(columns) < LEAST or span_s <= 0.0:
-        raise BadInput(f"--p95-wait needs a trace of at least {LEAST} arrivals, this one has {len(columns):,}")
+    if len(columns) < _LEAST or span_s <= 0.0:
+        raise BadInput(f"--p95-wait needs a trace of at least {_LEAST} arrivals, this one has {len(columns):,}")
     return 60.0 * float(columns.charge.sum()) / span_s
 
 

@@ -18,7 +18,7 @@ from sim.serving import wire
 from sim.serving.streams import Timed, event_bytes, pieces
 from sim.serving.wire import Headers, Written
 
-ORGANIZATION = "00000000-0000-4000-8000-7061636c696e"
+_ORGANIZATION = "00000000-0000-4000-8000-7061636c696e"
 STATUS = {
     "bad_request": 400,
     "quota": 400,
@@ -132,8 +132,9 @@ _WORDS = ("tokens per minute", "requests per minute", "tokens per day", "request
 def rate_error(model: str, d: int, limit: float, used: float, requested: float, wait_s: float) -> bytes:
     """Return a 429 of dimension `d`; its wait is stated only in the header."""
     message = (
-        f"This request would exceed your organization's rate limit of {int(limit):,} {_WORDS[d]} (org: {ORGANIZATION}, "
-        f"model: {model}). Please reduce the prompt length or the maximum tokens requested, or try again later."
+        f"This request would exceed your organization's rate limit of {int(limit):,} {_WORDS[d]} "
+        f"(org: {_ORGANIZATION}, model: {model}). Please reduce the prompt length or the maximum tokens requested, or "
+        "try again later."
     )
     return error_body(message, "rate_limit_error")
 
@@ -188,7 +189,7 @@ def unknown_model_error(model: str) -> bytes:
 
 def own_headers(number: int, processing_s: float) -> Headers:
     """Return the headers that every answer carries."""
-    return [(b"request-id", b"req_%024d" % number), (b"anthropic-organization-id", ORGANIZATION.encode())]
+    return [(b"request-id", b"req_%024d" % number), (b"anthropic-organization-id", _ORGANIZATION.encode())]
 
 
 def stated_wait_s(wait_s: float, scale: float) -> float:

@@ -21,7 +21,7 @@ TOOLS_SUFFIX = "+tools"
 TOOL_CALLS_MAX = 32
 # Schemas may refer to themselves: from the first depth on, optional parts are left out; from the second, all parts.
 DEPTH_FULL = 4
-DEPTH_MAX = 24
+_DEPTH_MAX = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,7 @@ def _example_text(schema: Any) -> str:
 def example_of(schema: Mapping[str, Any], root: Mapping[str, Any] | None = None, depth: int = 0) -> Any:
     """Return a value that fits a JSON schema: first choices, lower bounds, one item per list; the minimum deep down."""
     root = schema if root is None else root
-    if depth > DEPTH_MAX:
+    if depth > _DEPTH_MAX:
         return None
     for name in ("const", "default"):
         if name in schema:

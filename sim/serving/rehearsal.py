@@ -16,7 +16,7 @@ from sim.scenario.readers import BATCH, Source
 from sim.scenario.scenario import Scenario
 from sim.scenario.scenario_file import FileSource
 
-TIMEOUT_S = 600.0
+_TIMEOUT_S = 600.0
 
 
 def rehearsed(scenario: Scenario, folder: str | Path, *, requests: int = 0, time_scale: float = 10.0) -> Path:
@@ -44,7 +44,7 @@ def rehearsed(scenario: Scenario, folder: str | Path, *, requests: int = 0, time
     with spawn(scenario.provider, seed=scenario.seed, time_scale=time_scale, stated_time="provider") as provider:
         words += ["--base-url", provider.base_url]
         command = [sys.executable, "-m", "sim.app.cli", *words]
-        ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     if ran.returncode:
         raise PacelineError(f"the live run failed: {(ran.stderr.strip() or 'without a word').splitlines()[-1]}")
     return place / "results.journal.db"

@@ -59,7 +59,7 @@ STORED_MODEL = "gpt-4o"
 _REFUSED = (prov.THROTTLED, prov.TOO_LARGE, prov.QUOTA, prov.SLOW_DOWN)
 
 # Ways in which a reply is sent.
-FULL = 0
+_FULL = 0
 DROPPED = 1
 TRUNCATED = 2
 
@@ -91,7 +91,7 @@ class Reply:
     body: bytes = b""
     extra: Headers = field(default_factory=list)
     service_s: float = 0.0
-    way: int = FULL
+    way: int = _FULL
     written: Written | None = None
     charge: int = 0
     content_type: bytes = wire.JSON

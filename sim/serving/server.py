@@ -43,9 +43,9 @@ from sim.serving import wire
 from sim.serving.batches import PREFIXES, BatchDesk
 from sim.serving.replies import DROPPED, FIXED_CHARGE, PATHS, TRUNCATED, Desk, Reply
 
-HOST = "127.0.0.1"
-MODELS = ("gpt-4o", "gpt-4o-mini", "gpt-4.1", "text-embedding-3-small")
-START_S = 30.0
+_HOST = "127.0.0.1"
+_MODELS = ("gpt-4o", "gpt-4o-mini", "gpt-4.1", "text-embedding-3-small")
+_START_S = 30.0
 
 _ENDPOINTS = {url: code for code, url in enumerate(PATHS)}
 # Azure's paths: /openai/deployments/NAME/chat/completions, /openai/responses.
@@ -127,7 +127,7 @@ class Provider:
             self.reset()
             await _sent(send, 200, b"{}")
         elif method == "GET" and path == "/v1/models":
-            await _sent(send, 200, wire.models_body(MODELS))
+            await _sent(send, 200, wire.models_body(_MODELS))
         else:
             await _sent(send, 404, wire.error_body(f"Invalid URL ({method} {path})", "invalid_request_error"))
 
@@ -300,13 +300,13 @@ def _listening(port: int) -> socket.socket:
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((HOST, port))
+        listener.bind((_HOST, port))
         # From now on a client may connect; it is served as soon as the server runs.
         listener.listen(2_048)
     except (OSError, OverflowError) as error:
         listener.close()
         reason = getattr(error, "strerror", None) or str(error)
-        raise BadSetting(f"--port {port} cannot be used on {HOST}: {reason}: name another", "--port") from None
+        raise BadSetting(f"--port {port} cannot be used on {_HOST}: {reason}: name another", "--port") from None
     return listener
 
 
@@ -318,7 +318,7 @@ class Served:
     @property
     def url(self) -> str:
         """Return the server's root URL."""
-        return f"http://{HOST}:{self.port}"
+        return f"http://{_HOST}:{self.port}"
 
     @property
     def base_url(self) -> str:
@@ -351,12 +351,12 @@ class Running(Served):
         self._started = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), name="provider", daemon=True)
         self._thread.start()
-        assert self._started.wait(START_S), f"the provider did not start within {START_S:g} s"
+        assert self._started.wait(_START_S), f"the provider did not start within {_START_S:g} s"
 
     def stop(self) -> None:
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stopping.set)
-            self._thread.join(START_S)
+            self._thread.join(_START_S)
 
     async def _main(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -412,7 +412,7 @@ class Spawned(Served):
 
     def stop(self) -> None:
         self._process.kill()
-        self._process.wait(START_S)
+        self._process.wait(_START_S)
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
@@ -466,7 +466,7 @@ def run_provider(
         options["events"] = faults.events
     provider = Provider(config, **options)
     listener = _listening(port)
-    url = f"http://{HOST}:{listener.getsockname()[1]}"
+    url = f"http://{_HOST}:{listener.getsockname()[1]}"
     say(f"OPENAI_BASE_URL={url}/v1")
     say(_described(provider))
     say(f"ANTHROPIC_BASE_URL={url}")

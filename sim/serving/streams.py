@@ -19,7 +19,7 @@ Timed = tuple[float, bytes]
 
 PIECES_MAX = 64
 CONTENT_TYPE = b"text/event-stream; charset=utf-8"
-DONE = b"data: [DONE]\n\n"
+_DONE = b"data: [DONE]\n\n"
 
 
 def event_bytes(data: dict[str, Any], name: str = "") -> bytes:
@@ -39,7 +39,7 @@ def stream_of(a: Written) -> list[Timed]:
     if a.endpoint == RESPONSES:
         return _response(a)
     events = _chat(a) if a.endpoint == CHAT else _completion(a)
-    return [*events, (1.0, DONE)]
+    return [*events, (1.0, _DONE)]
 
 
 def _spread(count: int, send: Callable[[int], bytes]) -> list[Timed]:

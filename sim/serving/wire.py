@@ -17,7 +17,7 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
-from governor.model.estimate import CHAT, COMPLETIONS, RESPONSES
+from governor.model.estimate import CHARS_PER_TOKEN, CHAT, COMPLETIONS, RESPONSES
 from governor.provider.stated import DAY_S, MINUTE_S, duration_text, refill_reset_s
 from sim.model import provider as prov
 from sim.model import windows as win
@@ -32,7 +32,6 @@ DIMENSIONS = ("TPM", "RPM", "TPD", "RPD")
 _DIMENSION_WORDS = ("tokens per min (TPM)", "requests per min (RPM)", "tokens per day (TPD)", "requests per day (RPD)")
 _KINDS = ("tokens", "requests", "tokens", "requests")
 
-CHARS_PER_TOKEN = 4
 _TEXT = "The quick brown fox jumps over the lazy dog, and nobody counts it. " * 64
 EMBEDDING_DIMENSIONS = 1_536
 EMBEDDING_DIMENSIONS_MAX = 4_096

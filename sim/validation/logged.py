@@ -22,7 +22,7 @@ from sim.validation.recorded import Record, RecordedLane, Tried
 from sim.validation.twin import Lesson
 
 # What became neither of an answer nor of a known failure ends its request, as a bad request does.
-SIMULATED = {
+_SIMULATED = {
     ANSWERED: prov.OK,
     REFUSED: prov.THROTTLED,
     SERVER_FAULT: prov.SERVER_ERROR,
@@ -58,7 +58,7 @@ def lesson_of(observed: Observed, policy: Policy) -> Lesson:
         count[lane] = count.get(lane, 0) + 1
         tokens = observed.tries.prompt_tokens[i] + observed.tries.output_tokens[i]
         used = float(tokens) if observed.kind[i] == ANSWERED else -1.0
-        outcome, retry_s = SIMULATED[int(observed.kind[i])], float(observed.retry_after_s[i])
+        outcome, retry_s = _SIMULATED[int(observed.kind[i])], float(observed.retry_after_s[i])
         tried[(*lane, count[lane])] = Tried(launched_s, launched_s + took_s, outcome, retry_s, used)
         ended_s[at] = max(ended_s[at], launched_s + took_s)
     is_answered = observed.answered[rows[order]]

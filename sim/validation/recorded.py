@@ -26,7 +26,7 @@ from sim.model import provider as prov
 
 REFUSED = (Outcome.THROTTLED, Outcome.SLOW_DOWN)
 # What the simulation knows it as. A final refusal of the request itself ends it, as one that is too large does.
-SIMULATED = {
+_SIMULATED = {
     Outcome.OK: prov.OK,
     Outcome.THROTTLED: prov.THROTTLED,
     Outcome.SLOW_DOWN: prov.SLOW_DOWN,
@@ -39,8 +39,8 @@ SIMULATED = {
     Outcome.LOCAL: prov.DROPPED,
     Outcome.TIMEOUT: TIMEOUT,
 }
-Stated = tuple[float, float, int, float, float]
-NOTHING_STATED: Stated = (0.0, 0.0, -1, 0.0, 0.0)
+_Stated = tuple[float, float, int, float, float]
+NOTHING_STATED: _Stated = (0.0, 0.0, -1, 0.0, 0.0)
 # Main or finalize pass of a request, by its place in the workload.
 RecordedLane = tuple[int, int]
 
@@ -59,7 +59,7 @@ class Tried(NamedTuple):
     outcome: int
     retry_after_s: float = -1.0
     used: float = -1.0
-    stated: Stated = NOTHING_STATED
+    stated: _Stated = NOTHING_STATED
     way_s: tuple[float, float] | None = None
     eligible_s: float = -1.0
 
@@ -138,7 +138,7 @@ def _tried(a: Attempt, limits: Iterable[Limit], clock: Callable[[float], float])
     return Tried(
         clock(a.launched_s),
         clock(a.finished_s),
-        SIMULATED[a.outcome],
+        _SIMULATED[a.outcome],
         a.retry_after_s,
         float(a.prompt_tokens + a.output_tokens) if is_used else -1.0,
         (*tokens, *requests),

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import inf
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,13 +33,12 @@ from sim.model import provider as prov
 from sim.model import windows as win
 from sim.model.provider_config import ProviderConfig
 from sim.model.synthetic import similar_outputs
-from sim.model.workload import charges, columns
+from sim.model.workload import Arrivals, charges, columns
 from sim.validation.logged import refused_alone
 from sim.validation.recorded import Record, Tried
 from sim.validation.twin import Lesson, Twin, taught
 
 Rewrite = Callable[[Policy], Policy]
-Arrivals = Literal["batch", "trace"]
 Delays = dict[tuple[int, int, int], float]
 # Two moments of one launch that differ by less are the same, seconds; and by at most twice the latest timer.
 SLACK_LEAST_S = 0.02

@@ -34,7 +34,7 @@ from governor.service.worker.policies import checked_overrides
 from governor.service.worker.worker import Worker
 
 # Requests, and approximate bytes of bodies, that are held before they are written.
-CHUNK, CHUNK_BYTES = 500, 4 * 2**20
+CHUNK, _CHUNK_BYTES = 500, 4 * 2**20
 # With so many forecasts pending, a batch is accepted on the fluid forecast: it says so, and does not wait.
 FORECASTS_MOST = 4
 # The database's bytes for a request besides its body; and the copies of a body on the disk: in the write-ahead log and
@@ -128,7 +128,7 @@ class Incoming:
                 continue
             size += 0 if self._buffer and self._buffer[-1].request.body is request.body else request.sizes.chars
             self._buffer.append(work)
-            if len(self._buffer) >= CHUNK or size >= CHUNK_BYTES:
+            if len(self._buffer) >= CHUNK or size >= _CHUNK_BYTES:
                 self._is_large, self._buffer = True, []
 
     def _works(self) -> Iterator[Work]:
@@ -165,7 +165,7 @@ class Incoming:
             same = self._buffer and self._buffer[-1].request.body is work.request.body
             self._buffer.append(work)
             size += 0 if same else work.request.sizes.chars
-            if len(self._buffer) >= CHUNK or size >= CHUNK_BYTES:
+            if len(self._buffer) >= CHUNK or size >= _CHUNK_BYTES:
                 self._spill()
                 size = 0
 

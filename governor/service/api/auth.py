@@ -33,7 +33,7 @@ from governor.service.errors import BODY_TOO_LARGE, FORBIDDEN, UNAUTHENTICATED, 
 from governor.service.store.store import Store
 
 PREFIX = "pcl_"
-REFRESH_S = 2.0
+_REFRESH_S = 2.0
 SAFE = ("GET", "HEAD", "OPTIONS")
 UPLOADS = ("/batches",)
 # The largest body without inputs: a template, settings.
@@ -79,13 +79,13 @@ class Authority:
         self.open = config.is_local and not config.require_token
         self._store = store
         self._known: dict[str, tuple[str, str]] = {}
-        self._read_at = -REFRESH_S
+        self._read_at = -_REFRESH_S
         self._turn = asyncio.Lock()
 
     @property
     def is_fresh(self) -> bool:
         """Return whether the known tokens were read a moment ago."""
-        return time.monotonic() - self._read_at < REFRESH_S
+        return time.monotonic() - self._read_at < _REFRESH_S
 
     def knows(self, token: str) -> bool:
         """Return whether the token is among those known."""

@@ -9,12 +9,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from governor.model.requests import URLS
 
-Endpoint = Literal["/v1/chat/completions", "/v1/responses", "/v1/embeddings", "/v1/completions"]
-assert Endpoint.__args__ == URLS  # type: ignore[attr-defined]
+_Endpoint = Literal["/v1/chat/completions", "/v1/responses", "/v1/embeddings", "/v1/completions"]
+assert _Endpoint.__args__ == URLS  # type: ignore[attr-defined]
 
-Value = bool | int | float | Annotated[str, Field(max_length=100)]
+_Value = bool | int | float | Annotated[str, Field(max_length=100)]
 Settings = Annotated[
-    dict[str, Value], Field(max_length=100, description="Settings by their environment names.", examples=[{}])
+    dict[str, _Value], Field(max_length=100, description="Settings by their environment names.", examples=[{}])
 ]
 # The deepest nesting of a request sent on to the provider.
 DEPTH_MOST = 100
@@ -73,7 +73,7 @@ class Template(In):
         max_length=200_000,
         description='Text with {{ field }} or {{ field.inner }}; {{ "{{" }} is braces.',
     )
-    endpoint: Endpoint = "/v1/chat/completions"
+    endpoint: _Endpoint = "/v1/chat/completions"
     parameters: Plain = Field(
         default_factory=dict, max_length=50, description="Further fields of the request, such as temperature."
     )
@@ -192,7 +192,7 @@ class BatchList(Out):
 class SettingsChange(In):
     """Settings to change, by name; null takes one back to what the service was started with."""
 
-    settings: dict[str, Value | None] = Field(min_length=1, max_length=100)
+    settings: dict[str, _Value | None] = Field(min_length=1, max_length=100)
     pool: str = Field("", max_length=64, description="Which pool; may be left out where there is one.")
 
 

@@ -23,12 +23,12 @@ from governor.service.store.store import ENDED, BatchRow, Store
 from governor.service.worker.live import batch_json, live_json
 from governor.service.worker.worker import Worker
 
-QUIET_S = 15.0
+_QUIET_S = 15.0
 # The id of the last event of a batch.
 END = "end"
 # Listeners wake in so many groups, so far apart: hundreds at once would hold up all requests of that moment (figures in
 # `quick`). The last group wakes before the next tick.
-GROUPS, APART_S = 8, 0.05
+_GROUPS, APART_S = 8, 0.05
 
 
 def event(name: str, content: Any) -> bytes:
@@ -44,7 +44,7 @@ class Events:
         self._worker = worker
         self._elsewhere = elsewhere
         self._authority = authority
-        self._ticks = [asyncio.Event() for _ in range(GROUPS)]
+        self._ticks = [asyncio.Event() for _ in range(_GROUPS)]
         self._joined = 0
         self._live: tuple[float, bytes] = (-1.0, b"")
         self._closed = False
@@ -57,7 +57,7 @@ class Events:
         self._wake(0)
         if self.listeners:
             loop = asyncio.get_running_loop()
-            for group in range(1, GROUPS):
+            for group in range(1, _GROUPS):
                 loop.call_later(group * APART_S, self._wake, group)
         if self._late is not None:
             self._late.cancel()
@@ -70,7 +70,7 @@ class Events:
     def close(self) -> None:
         """End all streams."""
         self._closed = True
-        for group in range(GROUPS):
+        for group in range(_GROUPS):
             self._wake(group)
 
     async def batch(self, batch_id: str, caller: Caller) -> AsyncIterator[bytes]:
@@ -110,16 +110,16 @@ class Events:
         """Yield now, then at each tick, now and then with a comment to send if there is nothing else."""
         yield b""
         self._joined += 1
-        group, last = self._joined % GROUPS, time.monotonic()
+        group, last = self._joined % _GROUPS, time.monotonic()
         while not self._closed:
             if self._late is None:
                 # One timer for all: a worker between two lives does not tick.
-                self._late = asyncio.get_running_loop().call_later(QUIET_S, self._ticked)
+                self._late = asyncio.get_running_loop().call_later(_QUIET_S, self._ticked)
             await self._ticks[group].wait()
             if self._closed or not await self._authority.still_knows(caller):
                 return
             quiet = b""
-            if time.monotonic() - last >= QUIET_S:
+            if time.monotonic() - last >= _QUIET_S:
                 quiet, last = b": \n\n", time.monotonic()
             yield quiet
 
@@ -135,7 +135,7 @@ class Events:
 
 # A batch's owner records its state twice a second.
 AGE_S = 0.25
-KEPT = 1_000
+_KEPT = 1_000
 
 
 class Elsewhere:
@@ -150,7 +150,7 @@ class Elsewhere:
         now = time.monotonic()
         known = self._read.get(batch_id)
         if known is None or now - known[0] >= AGE_S:
-            if len(self._read) >= KEPT:
+            if len(self._read) >= _KEPT:
                 self._read.clear()
             reading = asyncio.ensure_future(asyncio.to_thread(self._store.batch, batch_id))
             known = self._read[batch_id] = (now, reading)

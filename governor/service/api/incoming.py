@@ -32,7 +32,7 @@ Model = TypeVar("Model", bound=BaseModel)
 IN_MEMORY = 2**20
 KEY_PATTERN = re.compile(r"[\x21-\x7e]{1,200}")
 KEY_HEADER = "idempotency-key"
-FORM, JSON = "multipart/form-data", "application/json"
+FORM, _JSON = "multipart/form-data", "application/json"
 # The fields of a form besides its file; each is a JSON value.
 _FIELDS = ("runs", "deadline_s", "finalize", "settings", "name")
 # A field may be as long as a prompt; by default the module takes an eighth of that.
@@ -102,11 +102,11 @@ async def takes_lines(request: Request) -> None:
 
 def _kind(request: Request) -> str:
     """Return the content type; JSON if none is stated."""
-    return request.headers.get("content-type", JSON).partition(";")[0].strip().lower()
+    return request.headers.get("content-type", _JSON).partition(";")[0].strip().lower()
 
 
 def _is_json(kind: str) -> bool:
-    return kind == JSON or kind.endswith("+json")
+    return kind == _JSON or kind.endswith("+json")
 
 
 async def knows_its_query(request: Request) -> None:
@@ -140,7 +140,7 @@ def json_body(model: type[Model]) -> Any:
 def described(model: type[BaseModel]) -> dict[str, Any]:
     """Return OpenAPI's description of such a body."""
     schema = {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}
-    return {"requestBody": {"required": True, "content": {JSON: schema}}}
+    return {"requestBody": {"required": True, "content": {_JSON: schema}}}
 
 
 # ---------------------------------------------------------------- batch-run

@@ -25,7 +25,7 @@ from governor.service.worker.live import batch_json
 from governor.service.worker.worker import Worker
 
 PATH = re.compile(r"/batches/([A-Za-z0-9_-]{1,64})")
-KEPT = 1_000
+_KEPT = 1_000
 
 
 class Quick:
@@ -62,7 +62,7 @@ class Quick:
             return None
         known = self._made.get(batch_id)
         if known is None or known[0] != row:
-            if len(self._made) >= KEPT:
+            if len(self._made) >= _KEPT:
                 self._made.clear()
             known = self._made[batch_id] = (row, json.dumps(batch_json(row), separators=(",", ":")).encode())
         return known[1]

@@ -26,7 +26,7 @@ from governor.service.worker.policies import words_of
 from governor.service.worker.roster import batch_policy
 
 _SIZES = tuple(Sizes.__slots__)
-REQUESTS_MOST = 100_000
+_REQUESTS_MOST = 100_000
 
 
 def question_of(body: WhatIf, row: BatchRow | None, service: Service) -> dict[str, Any]:
@@ -98,8 +98,8 @@ def _sent(lines: list[dict[str, Any]], file_tokens: int) -> dict[str, Any]:
 
 
 def _recorded(service: Service, row: BatchRow, pool: str) -> dict[str, Any]:
-    if row.requests > REQUESTS_MOST:
-        text = f"the batch has {row.requests:,} requests, a what-if takes {REQUESTS_MOST:,} at most"
+    if row.requests > _REQUESTS_MOST:
+        text = f"the batch has {row.requests:,} requests, a what-if takes {_REQUESTS_MOST:,} at most"
         raise ApiError(422, INVALID_REQUEST, f"{text}: describe it by `shape`")
     first, last = part_of(row.number)
     r, a = requests.c, attempts.c

@@ -26,7 +26,7 @@ from governor.journal import schema
 from governor.journal.database import Database, JournalError
 from governor.service.store import tables
 
-APPLICATION_ID = 0x50414353  # "PACS"
+_APPLICATION_ID = 0x50414353  # "PACS"
 # Two processes that migrate at once take turns: an advisory lock of PostgreSQL's, of this number.
 _MIGRATING = 0x50414353
 # The longest time that a transaction may be idle.
@@ -98,10 +98,10 @@ class ServiceDatabase(Database):
         with self.bare() as connection:
             tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
             mark = connection.execute("PRAGMA application_id").fetchone()[0]
-            if tables and mark != APPLICATION_ID:
+            if tables and mark != _APPLICATION_ID:
                 raise JournalError(f"{self.name}: this database is not the service's: name another with --database")
             if not tables:
-                connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
+                connection.execute(f"PRAGMA application_id={_APPLICATION_ID}")
 
     def _migrate(self) -> None:
         """Create a new database from the present tables; bring an existing one up to date, step by step."""

@@ -60,7 +60,7 @@ from governor.service.store.store import Store
 from governor.service.store.tables import BATCH_BITS, replicas
 from governor.service.store.tables import legs as service_legs
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 LOST = "this replica's lease was lost: another one has taken its batches over"
 # Between two attempts at a database that is away.
 AGAIN_S = 0.5
@@ -86,7 +86,7 @@ class Patience:
         """Raise the next failure instead of waiting."""
         self._ended.set()
 
-    def __call__(self, work: Callable[..., T], *arguments: Any) -> T:
+    def __call__(self, work: Callable[..., _T], *arguments: Any) -> _T:
         failed = False
         while True:
             try:

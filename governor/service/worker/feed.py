@@ -17,7 +17,7 @@ from governor.journal.records import Records
 from governor.journal.rows import Pending
 from governor.model.work import Begun, Work
 
-CHUNK = 100
+_CHUNK = 100
 
 
 class Cursor:
@@ -61,7 +61,7 @@ class Cursor:
 
     def wants_more(self) -> bool:
         """Return whether the next chunk is to be read now."""
-        return not (self.drained or self.closed) and len(self._ready) < CHUNK // 2 and self._reading is None
+        return not (self.drained or self.closed) and len(self._ready) < _CHUNK // 2 and self._reading is None
 
     def read(self, then: Callable[[], None], failed: Callable[[BaseException], None]) -> None:
         """Read the next chunk in a thread, then call `then`, in the event loop; call `failed` with an exception."""
@@ -69,7 +69,7 @@ class Cursor:
 
     async def _read(self, then: Callable[[], None], failed: Callable[[BaseException], None]) -> None:
         try:
-            rows = await asyncio.to_thread(lambda: list(islice(self._rows, CHUNK)))
+            rows = await asyncio.to_thread(lambda: list(islice(self._rows, _CHUNK)))
         except BaseException as error:
             self._reading = None
             if not isinstance(error, asyncio.CancelledError):
@@ -78,7 +78,7 @@ class Cursor:
         self._reading = None
         if self.closed:
             return
-        self.drained = len(rows) < CHUNK
+        self.drained = len(rows) < _CHUNK
         self._ready.extend(rows)
         then()
 

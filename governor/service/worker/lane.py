@@ -22,9 +22,9 @@ from governor.model.keyed import attempt_key
 from governor.model.policy import Policy
 from governor.model.pools import Pool
 from governor.model.prices import Spent
-from governor.model.requests import CAUSES, Answer, Attempt, Outcome, Request
+from governor.model.requests import CAUSES, Answer, Attempt, Request
 from governor.model.words import duration, moment_text
-from governor.model.work import Job, Observer, Sender
+from governor.model.work import THROTTLES, Job, Observer, Sender
 from governor.provider.openai_adapter import capped
 from governor.provider.sending import PoolSender
 from governor.run.longwaits import LongWaits
@@ -35,7 +35,6 @@ from governor.service.worker.feed import Feed
 from governor.telemetry.metrics import Metrics
 from governor.telemetry.watch import Alarms, Meter, Together, waiting_for
 
-THROTTLES = (Outcome.THROTTLED, Outcome.SLOW_DOWN)
 # The series: so many buckets of so many seconds.
 BUCKET_S, BUCKETS = 5.0, 180
 # A wait of which an operator needs to know.

@@ -19,7 +19,7 @@ from typing import Any
 from governor.journal.rows import Pending
 from governor.model.policy import Policy
 from governor.model.requests import Answer, Attempt, Outcome, Request
-from governor.model.work import Begun, Work, work_of
+from governor.model.work import THROTTLES, Begun, Work, work_of
 from governor.scheduler.repeated_refusals import Refusals
 from governor.service.store.ledger import FencedWriter, Ledger, Patience
 from governor.service.store.store import (
@@ -39,7 +39,7 @@ from governor.service.store.store import (
 )
 from governor.service.store.tables import BATCH_BITS
 from governor.service.worker.feed import Cursor
-from governor.service.worker.lane import THROTTLES, Lane
+from governor.service.worker.lane import Lane
 
 # The batches estimated at a time; and the relative change below which an ETA is not written again.
 ESTIMATED, ETA_RATIO = 50, 0.02

@@ -32,9 +32,9 @@ from governor.service.worker.policies import Policies
 from governor.service.worker.roster import Roster, RunningBatch, progress_of
 from governor.telemetry.metrics import Metrics
 
-TICK_S = 0.5
+_TICK_S = 0.5
 # The rest between two lives, and the length of a life that did not fail at once.
-REST_S, REST_MOST_S, LONG_LIFE_S = 0.5, 60.0, 10.0
+_REST_S, REST_MOST_S, LONG_LIFE_S = 0.5, 60.0, 10.0
 
 log = logging.getLogger("paceline.service")
 
@@ -76,7 +76,7 @@ class Worker:
 
     async def run(self) -> None:
         """Work until `stop`; begin anew after a failure, after a longer rest each time that it fails at once."""
-        rest_s = REST_S
+        rest_s = _REST_S
         while not self._stopping.is_set():
             begun_at = time.monotonic()
             try:
@@ -86,7 +86,7 @@ class Worker:
             except Exception as error:
                 log.exception("the worker failed")
                 self._say_trouble(f"internal error: {type(error).__name__}")
-            rest_s = REST_S if time.monotonic() - begun_at > LONG_LIFE_S else min(REST_MOST_S, 2.0 * rest_s)
+            rest_s = _REST_S if time.monotonic() - begun_at > LONG_LIFE_S else min(REST_MOST_S, 2.0 * rest_s)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), rest_s * self.config.time_scale)
 
@@ -352,7 +352,7 @@ class Worker:
         """Handle everything that is not an event, twice a second."""
         ticks = 0
         while True:
-            await asyncio.sleep(TICK_S * self.config.time_scale)
+            await asyncio.sleep(_TICK_S * self.config.time_scale)
             ticks += 1
             await self._present().estimate()
             self._tell()
