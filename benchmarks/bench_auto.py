@@ -23,12 +23,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from governor.batchapi.limits import EXPIRES_S
 from governor.forecast.mixes import live_rate, turnaround_of
 from governor.model.keyed import BATCH_TURNAROUND, keyed_uniform, normal_quantile
 from governor.model.policy import Policy
 from sim.des.mixed import BATCH, Mix, MixedSimulation
 from sim.experiment.experiment import case_of
-from sim.model.batches import EXPIRES_S, BatchApi
+from sim.model.batches import BatchApi
 from sim.model.provider_config import ProviderConfig
 from sim.model.synthetic import from_tokens, sigma_of
 from sim.model.workload import Columns

@@ -37,6 +37,8 @@ CANCEL_S, FLEX_S = 600.0, 900.0
 TAIL_S = 60.0
 # A batch that is this improbable to end in time is not handed in: live calls do it sooner for the same money.
 HOPELESS = 0.02
+# Batches are so small that a run has about this many: each can be moved without the others.
+BATCHES = 24
 WORLDS, LEVELS = 64, 32
 # The median of a turnaround that was never measured may be off by this factor either way, in two thirds of the worlds.
 ASSUMED_FACTOR = 1.5
@@ -80,6 +82,11 @@ def turnaround_of(
         levels = (middle * math.exp(sigma * normal_quantile((i + 0.5) / LEVELS)) for i in range(LEVELS))
         worlds.append(tuple(level if level <= expires_s else math.inf for level in levels))
     return Turnaround(tuple(worlds), measured)
+
+
+def batch_lines(requests: int, most: int) -> int:
+    """Return how many lines a batch has at most in a run of so many requests; `most`: what the provider takes."""
+    return max(1, min(most, math.ceil(requests / BATCHES)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +186,8 @@ class Situation:
 class Placement:
     """Where requests go now, by key: `live`, `flex`, and `batch`, one tuple per batch; all others wait.
 
-    `cancel`: keys of batches to cancel. `can_wait`: probability that nothing more needs to be bought live.
+    `cancel`: keys of batches to cancel. `can_wait`: probability that nothing needs to be bought live yet; at
+    most this, where it is below what is asked for.
     """
 
     live: tuple[int, ...] = ()
@@ -292,7 +300,12 @@ def _can_wait(s: Situation, files: Sequence[_File], at_once: Sequence[Candidate]
     if _fits(s, begun_s, requests, tokens, s.now + s.step_s):
         return 1.0
     worlds = len(s.turnaround.worlds)
-    return sum(_world_is_in_time(s, files, begun_s, requests, tokens, w) for w in range(worlds)) / worlds
+    late = 0
+    for w in range(worlds):
+        late += not _world_is_in_time(s, files, begun_s, requests, tokens, w)
+        if late > (1.0 - s.confidence) * worlds:
+            break
+    return 1.0 - late / worlds
 
 
 def _fits(s: Situation, begun_s: float, requests: float, tokens: float, at: float) -> bool:

@@ -15,7 +15,7 @@ from sim.base.progress import Progress
 from sim.experiment.results import CONFIDENCE
 from sim.reporting.capacity_text import capacity_text, how_many_text, ways_text
 from sim.selection.batch_api import Terms, Way, ways
-from sim.selection.capacity import PROBES_FORESEEN, TUNING_RUNS, How, Search, capacity, how_many, runs_of
+from sim.selection.capacity import PROBES_FORESEEN, TUNING_RUNS, How, capacity, how_many, runs_of
 from sim.selection.capacity_results import Capacity
 from sim.selection.steady import steady_capacity
 
@@ -117,14 +117,14 @@ def answered(given: Options, inputs: Inputs, asked: Asked, width: int) -> Answer
             assert asked.finish_by_s is not None
             found = capacity(scenario, asked.finish_by_s, **common, **more)
             if asked.batch is not None:
-                compared = ways(Search(scenario, asked.finish_by_s, **common), asked.batch, prices)
+                compared = ways(scenario, asked.batch, prices, asked.finish_by_s, say=bar.say)
         if asked.picture:
             _draw(asked.picture, found)
     enough = found.smallest is not None or found.tier is not None
     shown, text = found.to_json_dict(), capacity_text(scenario, found, width)
     if asked.batch is not None:
         shown |= {"ways": [way.to_json_dict() for way in compared], "batch_api_assumed": asdict(asked.batch)}
-        text = f"{text}\n\n{ways_text(compared, asked.batch, found.confidence, width)}"
+        text = f"{text}\n\n{ways_text(compared, asked.batch, asked.finish_by_s or 0.0, found.confidence, width)}"
     return Answered(shown, text, (), enough)
 
 

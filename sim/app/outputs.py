@@ -16,7 +16,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,11 +32,13 @@ from sim.app.inputs import Wishes, scenario_text
 from sim.experiment.experiment import Pool
 from sim.experiment.parallel import WorkersLost
 from sim.experiment.results import Plan
+from sim.reporting.capacity_text import ways_text
 from sim.reporting.terminal import headline, plain, plan_notes
 from sim.scenario.readers import save_rows
 from sim.scenario.scenario import Scenario
 from sim.scenario.scenario_file import FileSource
 from sim.scenario.stress import stress_notes
+from sim.selection.batch_api import PROMISE, Terms, Way, ways
 
 REPORT = "report.html"
 RECOMMENDED = "recommended.env"
@@ -76,7 +78,26 @@ def rerun_command(folder: Path) -> str:
     return f"paceline plan {shlex.quote(str(folder / SCENARIO))}{out}"
 
 
-def plan_json(scenario: Scenario, wishes: Wishes, plan: Plan, notes: tuple[str, ...], command: str) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Front:
+    """Live, flex, the Batch API and mixes of them, as `ways` compares them under the recommended settings."""
+
+    ways: tuple[Way, ...]
+    terms: Terms
+    deadline_s: float
+
+    def text(self, width: int) -> str:
+        """Return the comparison as readable text."""
+        return ways_text(self.ways, self.terms, self.deadline_s, PROMISE, width)
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {"ways": [way.to_json_dict() for way in self.ways], "batch_api_assumed": asdict(self.terms)}
+
+
+def plan_json(
+    scenario: Scenario, wishes: Wishes, plan: Plan, notes: tuple[str, ...], command: str, front: Front | None = None
+) -> dict[str, Any]:
     """The plan with its inputs, each labelled, as plain values: what `--json` prints and plan.json holds."""
     inputs = {name: {"label": label, "text": text} for name, (label, text) in scenario.provenance().items()}
     found: dict[str, Any] = plain(plan.to_json_dict())
@@ -85,6 +106,7 @@ def plan_json(scenario: Scenario, wishes: Wishes, plan: Plan, notes: tuple[str, 
         "asked": wishes.model_dump(mode="json", exclude={"settings_read"}),
         "settings_read": wishes.settings_read,
         **found,
+        **(front.to_json_dict() if front is not None else {}),
         "inputs": inputs,
         "notes": list(notes),
         "command": command,
@@ -161,7 +183,13 @@ def _says_something(knob: Knob, policy: Policy, old: Policy) -> bool:
 
 
 def write_plan(
-    folder: Path, scenario: Scenario, wishes: Wishes, plan: Plan, report: str, notes: tuple[str, ...] = ()
+    folder: Path,
+    scenario: Scenario,
+    wishes: Wishes,
+    plan: Plan,
+    report: str,
+    notes: tuple[str, ...] = (),
+    front: Front | None = None,
 ) -> PlanFiles:
     """Writes all files of a plan, or none. `report`: the page's text."""
     command = rerun_command(folder)
@@ -174,7 +202,7 @@ def write_plan(
         rows = FileSource(path=str(folder / ROWS), provenance=dict(scenario.workload.provenance))
         rerun = scenario.with_(source=rows, skip_oversized=False)
     texts[SCENARIO] = scenario_text(rerun, wishes, folder)
-    texts[PLAN] = json.dumps(plan_json(scenario, wishes, plan, notes, command), indent=2, allow_nan=False) + "\n"
+    texts[PLAN] = json.dumps(plan_json(scenario, wishes, plan, notes, command, front), indent=2, allow_nan=False) + "\n"
     _write_together(folder, texts, scenario if rerun is not scenario else None)
     return PlanFiles(folder, tuple(texts), command)
 
@@ -254,11 +282,12 @@ class Stopped(PacelineError):  # noqa: N818  (a name says what happened)
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A plan, its files, and what its user should know of it."""
+    """A plan, its files, and what its user should know of it. `front`: None without a deadline."""
 
     plan: Plan
     written: PlanFiles
     notes: tuple[str, ...]
+    front: Front | None = None
 
 
 def planned(
@@ -284,9 +313,20 @@ def planned(
     except planning.Interrupted as stop:
         said = f"{stop.so_far}; no file was written"
         raise (WorkersLost(f"{stop.reason}; {said}") if stop.reason else Stopped(said)) from None
+    front = _front(scenario.with_(policy=found.full.policy), wishes, say)
     say("writing the report")
     notes = (*notes, *plan_notes(scenario, found))
-    return Planned(found, write_plan(folder, scenario, wishes, found, page(scenario, found, folder), notes), notes)
+    report = page(scenario, found, folder)
+    return Planned(found, write_plan(folder, scenario, wishes, found, report, notes, front), notes, front)
+
+
+def _front(scenario: Scenario, wishes: Wishes, say: Say) -> Front | None:
+    """Compare live calls with the Batch API if there is a deadline, and all requests are there from the start."""
+    if wishes.finish_by_s is None or scenario.arrivals != "batch":
+        return None
+    api = scenario.provider.batch_api
+    terms = Terms(api.queue_tokens, api.turnaround_s)
+    return Front(ways(scenario, terms, prices_of(wishes), wishes.finish_by_s, say=say), terms, wishes.finish_by_s)
 
 
 def prices_of(wishes: Wishes) -> Prices:

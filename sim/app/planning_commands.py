@@ -146,8 +146,9 @@ def plan(
         pool = pool_of(given, bar, foreseen)
         found = planned(scenario, wishes, folder, notes=inputs.notes, pool=pool, say=bar.say)
     command, report = found.written.command, found.written.report
-    text = f"{shown.plan_text(scenario, found.plan, width())}\n\nagain: {command}\nreport: {report}"
-    made = plan_json(scenario, wishes, found.plan, found.notes, command)
+    front = f"\n\n{found.front.text(width())}" if found.front is not None else ""
+    text = f"{shown.plan_text(scenario, found.plan, width())}{front}\n\nagain: {command}\nreport: {report}"
+    made = plan_json(scenario, wishes, found.plan, found.notes, command, found.front)
     show_result(given, made, text, found.notes)
 
 

@@ -15,13 +15,15 @@ from math import inf
 from typing import Any
 
 from governor import law
+from governor.batchapi.limits import ENDED, EXPIRES_S, IN_PROGRESS
 from governor.forecast.mixes import Candidate, LiveRate, OpenBatch, Placement, Situation, Turnaround, decide
+from governor.model.errors import FailureCode
 from governor.model.keyed import FAULT, keyed_uniform
 from sim.des.calendar import CHANGE, RETRY_DUE, Appointment
 from sim.des.driver import Simulation
 from sim.des.jobs import Job
 from sim.des.run import Tally
-from sim.model.batches import ENDED, IN_PROGRESS, Batch, BatchApi, BatchQueue
+from sim.model.batches import Batch, BatchApi, BatchQueue
 from sim.model.provider import ProviderParams
 from sim.model.workload import Columns
 
@@ -29,6 +31,8 @@ LIVE, FLEX, BATCH = "live", "flex", "batch"
 STEP_MIN_S, STEPS = 60.0, 60
 # After a refusal for lack of capacity, flex is left alone for so long.
 FLEX_BLOCKED_S = 300.0
+# What is not answered by then is lost: batches that always expire would be handed in for ever.
+GIVE_UP_S = 10 * EXPIRES_S
 
 Decide = Callable[[Situation], Placement]
 
@@ -38,7 +42,8 @@ class Mix:
     """What a run over several places is told. Sequences have one value per request.
 
     `queue_tokens`: usable ones, inf = no limit. `flex_slower`: factor on live answers' time; `flex_refused`: share of
-    flex requests refused for lack of capacity. `horizon_s`: the deadline, seconds from the beginning.
+    flex requests refused for lack of capacity. `horizon_s`: the deadline, seconds from the beginning. `re_decides`: at
+    intervals, not only when a batch has ended.
     """
 
     models: Sequence[str]
@@ -51,9 +56,9 @@ class Mix:
     turnaround: Turnaround
     live: LiveRate
     decide: Decide = decide
+    re_decides: bool = True
     flex_slower: float = 3.0
     flex_refused: float = 0.0
-    places: tuple[str, ...] = (LIVE, FLEX, BATCH)
 
 
 @dataclass(slots=True)
@@ -107,8 +112,14 @@ class MixedSimulation(Simulation):
 
     def _await(self) -> None:
         """Set the timer for the next decision, or the next change of a batch before it."""
-        is_over = not self._waiting and not self._open
         at = min(self._decides_at, self.queue.next_at())
+        if at > GIVE_UP_S:
+            now = self.env._now
+            for _ in range(len(self._waiting) + sum(len(each.rows) for each in self._open.values())):
+                self.tally.ended(FailureCode.BATCH_CANCELLED, now)
+            self._waiting.clear()
+            self._open.clear()
+        is_over = not self._waiting and not self._open
         self._tick = None if is_over else Appointment(self.env, at, CHANGE, self._on_tick)
 
     def _decide(self, now: float) -> None:
@@ -143,7 +154,7 @@ class MixedSimulation(Simulation):
             self._launch_flex(i, now)
         for i in decision.live:
             self._go_live(i, LIVE, now)
-        self._decides_at = now + step_s
+        self._decides_at = now + step_s if mix.re_decides else inf
         self._await()
 
     def _seen(self, key: int, each: _Open, now: float) -> OpenBatch:

@@ -11,9 +11,10 @@ from governor.model.policy import KNOB_BY_NAME, Policy
 from governor.model.prices import dollars_text
 from sim.base import words
 from sim.base.layout import table, wrapped
+from sim.des.mixed import FLEX
 from sim.reporting.terminal import headline, held_back, inputs_text
 from sim.scenario.scenario import Scenario
-from sim.selection.batch_api import Terms, Way
+from sim.selection.batch_api import AUTO, Terms, Way, cheapest
 from sim.selection.capacity_results import BOUND, LARGEST, SETTINGS, TAIL, Capacity, HowMany, LimitProbe
 from sim.selection.space import changed_knobs
 from sim.selection.split import LIVE, Split
@@ -215,39 +216,51 @@ def split_text(found: Split, width: int) -> str:
     return "\n\n".join((table(rows, width=width), wrapped(" ".join(said), width)))
 
 
-def ways_text(ways: Sequence[Way], terms: Terms, confidence: float, width: int) -> str:
-    """Return a readable comparison of live, Batch and split, with its assumptions."""
-    rows = [["", "live", "cost", "done by then", "finishes after, P50", "waves"]]
+def ways_text(ways: Sequence[Way], terms: Terms, deadline_s: float, confidence: float, width: int) -> str:
+    """Return a readable comparison of live, flex, Batch and mixes, with its assumptions."""
+    rows = [["", "for", "live", "cost", "done by then", "P50", "95 of 100", ""]]
     for way in ways:
-        after = words.duration(way.finish_s) if math.isfinite(way.finish_s) else "never"
+        told = words.duration(way.deadline_s) if way.deadline_s is not None else ""
+        front = "front" if way.on_front else ""
         done = words.percent(way.done_probability)
-        waves = f"{way.waves:,}" if way.waves else ""
-        rows.append([way.name, words.percent(way.live_share), dollars_text(way.cost_usd), done, after, waves])
+        share = words.percent(way.live_share)
+        rows.append([way.name, told, share, dollars_text(way.cost_usd), done, *map(_after, _times(way)), front])
     p50, p95 = terms.turnaround_s
     queue = (
         f"a queue of {terms.queue_tokens:,} input tokens per model" if terms.queue_tokens else "a queue without limit"
     )
+    how = f"measured (batches: {terms.measured:,})" if terms.measured else "assumed, not measured"
+    discount = f"; {terms.discount:.0%} off the price" if terms.discount is not None else ""
     said = (
-        f"Live is at the present limits. The Batch API is assumed: each file takes {words.duration(p50)} (P50) to "
-        f"{words.duration(p95)} (P95), log-normal, and expires after 24 h; {queue}; {terms.discount:.0%} off the price."
+        f"Live and flex are at the present limits and settings. The Batch API's turnaround is {how}: "
+        f"{words.duration(p50)} (P50, known within a factor of {terms.factor:g}) to {words.duration(p95)} (P95), "
+        f"log-normal, and a batch expires after 24 h; {queue}{discount}. auto: `paceline run --via auto --finish-by`, "
+        f"told the time under 'for'; {plural(ways[0].runs, 'simulated run')} of each."
     )
+    if any(way.name == FLEX for way in ways):
+        said += " Flex is taken to answer at a third of the speed (assumed)."
     if terms.cached_share:
         said += f" {terms.cached_share:.0%} of the prompt tokens are cached live, none in the Batch API."
-    return "\n\n".join((wrapped(_choice(ways, confidence), width), table(rows, width=width), wrapped(said, width)))
+    choice = _choice(ways, terms, deadline_s, confidence)
+    return "\n\n".join((wrapped(choice, width), table(rows, width=width), wrapped(said, width)))
 
 
-def _choice(ways: Sequence[Way], confidence: float) -> str:
+def _times(way: Way) -> tuple[float, float]:
+    return way.finish_s, way.promise_s
+
+
+def _after(at_s: float) -> str:
+    return words.duration(at_s) if math.isfinite(at_s) else "never"
+
+
+def _choice(ways: Sequence[Way], terms: Terms, deadline_s: float, confidence: float) -> str:
     """Return which way to choose, in a sentence."""
-    sure = [way for way in ways if way.done_probability >= confidence]
-    wish = f"with {words.percent(confidence)} probability"
-    if not sure:
+    assumed = "" if terms.measured else ", if the Batch API's turnaround is as assumed"
+    wish = f"within {words.duration(deadline_s)} with {words.percent(confidence)} probability"
+    best = cheapest(ways, confidence)
+    if best is None:
         best = max(ways, key=lambda way: way.done_probability)
-        return f"Live, Batch or split? None is done by then {wish}; {_named(best)} comes nearest."
-    priced = all(way.cost_usd is not None for way in sure)
-    # Even without known prices, fewer live requests are cheaper.
-    best = min(sure, key=lambda way: (way.cost_usd or 0.0) if priced else way.live_share)
-    return f"Live, Batch or split? The cheapest way that is done by then {wish}: {_named(best)}."
-
-
-def _named(way: Way) -> str:
-    return f"a split with {words.percent(way.live_share)} live" if way.name == "split" else way.name
+        return f"Live, Batch API or both? None is done {wish}{assumed}; {best.name} comes nearest."
+    cost = f" for {dollars_text(best.cost_usd)}" if best.cost_usd is not None else ""
+    live = f" ({words.percent(best.live_share)} live)" if best.name == AUTO else ""
+    return f"Live, Batch API or both? The cheapest way that is done {wish}{assumed}: {best.name}{live}{cost}."

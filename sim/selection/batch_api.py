@@ -1,22 +1,23 @@
-"""Live, by the Batch API, or split: what each costs, and how probably it is done by the deadline.
+"""Live, flex, the Batch API, or a mix of them: what each costs, when it is done, and what is promised.
 
-Theory of operation. The Batch API answers within 24 h at a discount and says nothing of when. Its turnaround is an
-assumption, and is said to be one: log-normal with a given P50 and P95, independent from file to file; a file that takes
-longer than 24 h expires and is not done at all. Files come in waves, as `split` writes them: a wave fits into the queue
-of enqueued input tokens, and the next begins when its last file has ended; models have queues of their own and go side
-by side. So a batch is done after the largest, over models, of the sums, over waves, of the longest turnaround in each.
+Theory of operation. Each way is simulated as a run would go: live calls by the scheduler and the law against the
+synthetic provider, batches by the synthetic Batch API, and for a mix the decision of `governor/forecast/mixes.py`
+between them (`sim/des/mixed.py`). A mix is run for the deadline that is asked for, and for others, so that there is a
+front of cost against finish time: without a deadline nobody can say which point of it is best.
 
-Live figures are runs of the scenario at its limits. In a split a share of the requests, evenly spread, runs live while
-the rest is under way as Batch files; both must be done. Of all splits that are sure enough the one with the least live
-is cheapest. Money: every answer is paid for once; cached prompt tokens are cheaper live, and are taken to be none in
-the Batch API, whose order of execution is unknown.
+The Batch API says nothing of when. Its turnaround is log-normal with a given P50 and P95, independent from batch to
+batch, and a batch that takes longer than 24 h expires; how well the P50 is known is part of what is assumed, and drawn
+anew for each run. Waves go as `split` writes them: a wave fits into the queue of enqueued input tokens.
+
+Money: every answer is paid for once, where it was given. Cached prompt tokens are cheaper live and in flex, and are
+taken to be none in the Batch API, whose order of execution is unknown.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from typing import Any
 
@@ -24,156 +25,230 @@ import numpy as np
 from numpy.typing import NDArray
 
 from governor.batchapi.limits import EXPIRES_S, FILE_LINES, TURNAROUND_S, usable_tokens
+from governor.forecast.mixes import ASSUMED_FACTOR, batch_lines, live_rate, turnaround_of
+from governor.model.keyed import normal_quantile
 from governor.model.prices import PER, Prices
-from sim.model.synthetic import sigma_of
-from sim.scenario.scenario import Scenario
-from sim.selection.capacity import Search
+from governor.model.requests import STANDARD
+from sim.des.mixed import BATCH, FLEX, LIVE, Decide, Mix, MixedSimulation, only
+from sim.experiment.experiment import Case, case_of
+from sim.model.batches import BatchApi
+from sim.scenario.scenario import Scenario, limits_of
 
-DISCOUNT = 0.5
-DRAWS = 20_000
-SHARES = tuple(i / 20 for i in range(1, 20))
+AUTO = "auto"
+# Of an answer's cost where no prices are known: an output token costs about four of the prompt.
+OUTPUT_WEIGHT = 4.0
+# Simulated requests over all ways; runs of each, within bounds.
+EFFORT, RUNS_LEAST, RUNS_MOST = 400_000, 20, 60
+# Larger workloads are thinned to so many, with the limits and the queue.
+REQUESTS_MOST = 2_000
+# Other deadlines that a mix is run for.
+FRONT = 4
+PROMISE = 0.95
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """The Batch API as assumed. `queue_tokens`: enqueued input tokens per model. `turnaround_s`: P50 and P95 of a file.
+    """The Batch API as assumed. `queue_tokens`: enqueued input tokens per model. `turnaround_s`: a batch's P50 and P95.
 
-    `discount`: share taken off the price. `cached_share`: of the prompt tokens, that a live run finds cached.
+    `factor`: within which its P50 is known; `measured`: from so many batches, 0 = it is assumed. `discount`: share
+    taken off the price, None = by the price list. `cached_share`: of the prompt tokens, that live calls find cached.
     """
 
     queue_tokens: int
     turnaround_s: tuple[float, float] = TURNAROUND_S
-    discount: float = DISCOUNT
+    discount: float | None = None
     cached_share: float = 0.0
+    factor: float = ASSUMED_FACTOR
+    measured: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One way. `live_share`: of the requests. `finish_s`: P50, inf = never. `cost_usd`: None = not known.
+    """One way, over `runs`. `deadline_s`: what a mix was told, None for other ways. `live_share`: of requests, mean.
 
-    `waves`: of Batch files, for the model that needs most; 0 where all is live.
+    `finish_s`: P50; `promise_s`: what holds in 95 of 100 runs; inf = not done. `cost_usd`: mean, None = not known.
+    `on_front`: no other way costs less and promises as much.
     """
 
     name: str
+    deadline_s: float | None
     live_share: float
     done_probability: float
     finish_s: float
+    promise_s: float
     cost_usd: float | None
-    waves: int
+    runs: int
+    on_front: bool = False
 
     def to_json_dict(self) -> dict[str, Any]:
         """Return plain values."""
-        return asdict(self)
+        found = asdict(self)
+        return {name: None if value == math.inf else value for name, value in found.items()}
 
 
-def ways(search: Search, terms: Terms, prices: Prices | None) -> tuple[Way, ...]:
-    """Live, Batch and, where that is not sure enough, the split with the least live that is, or else the surest one."""
-    scenario = search.scenario
-    policies = search.suited_to(scenario)
+@dataclass(frozen=True, slots=True)
+class _Money:
+    """US dollars per request in each place, or weights if prices are not known."""
 
-    def way(name: str, share: float) -> Way:
-        live = _picked(len(scenario.workload), share)
-        finish_s, done = np.zeros(DRAWS), 1.0
-        times = [0.0]
-        if live.any():
-            search.say(f"trying {share:.0%} live")
-            part = scenario.with_(workload=scenario.workload.take(live))
-            probe = search.confirmed(part, policies, whole=True)
-            done = probe.on_time / probe.runs
-            times = [run["makespan_s"] if not run["failed"] else math.inf for run in probe.forecast.runs]
-        waves = 0
-        if not live.all():
-            finish_s, waves = batch_finish_s(scenario, ~live, terms)
-            done *= float((finish_s <= search.finish_by_s).mean())
-        # Live runs and turnarounds are independent: every pairing is equally probable.
-        both = np.maximum(np.resize(np.array(times), DRAWS), finish_s)
-        middle = float(np.quantile(both, 0.5, method="higher"))
-        return Way(name, share, done, middle, cost_usd(scenario, live, terms, prices), waves)
-
-    found = [way("live", 1.0), way("batch", 0.0)]
-    splits: list[Way] = []
-    # Where all by the Batch API is sure enough nothing is cheaper; and only splits whose rest may be in time are run.
-    for share in SHARES if found[1].done_probability < search.confidence else ():
-        rest_s, _ = batch_finish_s(scenario, ~_picked(len(scenario.workload), share), terms)
-        if (rest_s <= search.finish_by_s).mean() >= search.confidence:
-            splits.append(way("split", share))
-            if splits[-1].done_probability >= search.confidence:
-                break
-    if splits:
-        found.append(max(splits, key=lambda w: (min(w.done_probability, search.confidence), -w.live_share)))
-    return tuple(found)
+    known: bool
+    by_place: dict[str, NDArray[np.float64]]
+    flex: NDArray[np.bool_]
 
 
-def _picked(count: int, share: float) -> NDArray[np.bool_]:
-    """Return which requests go live: this share of them, evenly spread, as `split --live` picks them."""
-    ends = np.floor(np.arange(1, count + 1) * share)
-    picked: NDArray[np.bool_] = np.diff(ends, prepend=0.0) > 0
-    return picked
+def ways(
+    scenario: Scenario, terms: Terms, prices: Prices | None, deadline_s: float, *, say: Say = lambda what: None
+) -> tuple[Way, ...]:
+    """Return live, batch, flex where there is such a price, and mixes for the deadline and around it."""
+    money = _money(scenario, terms, prices)
+    scale = money.by_place[LIVE].sum()
+    scenario, terms, rows = _thinned(scenario, terms)
+    money = _Money(money.known, {place: usd[rows] for place, usd in money.by_place.items()}, money.flex[rows])
+    names = [LIVE, BATCH, *([FLEX] if money.flex.any() else [])]
+    count = len(scenario.workload)
+    runs = max(RUNS_LEAST, min(RUNS_MOST, EFFORT // max(1, count) // (len(names) + FRONT + 1)))
+    made = _Runs(scenario, terms, money, runs, float(scale / money.by_place[LIVE].sum()))
+    found = []
+    for name in names:
+        say(f"simulating {name}")
+        found.append(made.way(name, deadline_s, None, only(name)))
+    horizons = [deadline_s]
+    first, last = found[0].promise_s, max(way.promise_s for way in found if way.promise_s < math.inf)
+    if math.isfinite(first) and last > 1.5 * first:
+        steps = range(1, FRONT + 1)
+        horizons += [first * (last / first) ** (i / (FRONT + 1)) for i in steps]
+    for horizon_s in sorted(horizons):
+        say(f"simulating a mix for {horizon_s:,.0f} s")
+        found.append(made.way(AUTO, deadline_s, horizon_s, None))
+    return tuple(replace(way, on_front=_is_on_front(way, found)) for way in found)
 
 
-def batch_finish_s(scenario: Scenario, rows: NDArray[np.bool_], terms: Terms) -> tuple[NDArray[np.float64], int]:
-    """Return when Batch files of these requests would be done, `DRAWS` times, seconds, inf = never.
+def _is_on_front(way: Way, among: Sequence[Way]) -> bool:
+    def of(each: Way) -> tuple[float, float]:
+        return (each.cost_usd if each.cost_usd is not None else each.live_share, each.promise_s)
 
-    And how many waves.
-    """
-    workload = scenario.workload
-    names = np.array([workload.model(i) for i in range(len(workload))])
-    finish_s, most = np.zeros(DRAWS), 0
-    rng = np.random.default_rng(scenario.seed)
-    for model in sorted(set(names[rows].tolist())):
-        tokens = workload.prompt_tokens[rows & (names == model)]
-        files = files_per_wave(tokens.tolist(), terms.queue_tokens)
-        most = max(most, len(files))
-        total = np.zeros(DRAWS)
-        for count in files:
-            total += _turnarounds_s(rng, count, terms).max(axis=0)
-        # What fits into no queue is never done there; `split` refuses it.
-        fits = int(tokens.max()) <= usable_tokens(terms.queue_tokens)
-        finish_s = np.maximum(finish_s, total if fits else math.inf)
-    return finish_s, most
+    cost, promise = of(way)
+    return not any(
+        c <= cost and p <= promise and (c < cost or p < promise) for c, p in map(of, among)
+    ) and math.isfinite(promise)
 
 
-def files_per_wave(tokens: Sequence[int], queue_tokens: int) -> list[int]:
-    """Return how many files each wave has, for requests with so many input tokens in the order of the file.
-
-    See `split`.
-    """
-    usable = usable_tokens(queue_tokens)
-    waves: list[int] = []
-    queued, lines = 0.0, 0
-    for each in tokens:
-        if not waves or queued + each > usable:
-            waves.append(0)
-            queued, lines = 0.0, FILE_LINES
-        if lines == FILE_LINES:
-            waves[-1] += 1
-            lines = 0
-        queued += each
-        lines += 1
-    return waves
+def cheapest(found: Sequence[Way], confidence: float) -> Way | None:
+    """Return the cheapest way that is done by the deadline with that probability; None if none is."""
+    sure = [way for way in found if way.done_probability >= confidence]
+    # Even without known prices, fewer live requests are cheaper.
+    return min(sure, key=lambda way: (way.cost_usd or 0.0, way.live_share, way.promise_s), default=None)
 
 
-def _turnarounds_s(rng: np.random.Generator, files: int, terms: Terms) -> NDArray[np.float64]:
-    """Return turnarounds, shape (files, DRAWS), inf = expired."""
-    p50, p95 = terms.turnaround_s
-    drawn = p50 * np.exp(sigma_of(p50, p95) * rng.standard_normal((files, DRAWS)))
-    return np.where(drawn <= EXPIRES_S, drawn, math.inf)
+class _Runs:
+    """Simulated runs of one scenario. `scale`: the whole workload's cost over that of the rows simulated."""
+
+    def __init__(self, scenario: Scenario, terms: Terms, money: _Money, runs: int, scale: float) -> None:
+        self.case: Case = case_of(scenario)
+        self.terms, self.money, self.runs, self.scale = terms, money, runs, scale
+        count = len(scenario.workload)
+        latency = scenario.provider.latency
+        columns = self.case.columns
+        written = np.where(columns.cap > 0, np.minimum(columns.output_tokens, columns.cap), columns.output_tokens)
+        service_s = latency.first_token_s + latency.per_token_s * float(written.mean())
+        self.seed = scenario.seed
+        self.believed = turnaround_of(
+            *terms.turnaround_s, expires_s=EXPIRES_S, factor=terms.factor, measured=terms.measured
+        )
+        self.plain: dict[str, Any] = {
+            "models": [scenario.workload.model(i) for i in range(count)],
+            "saving_usd": (money.by_place[LIVE] - money.by_place[BATCH]).tolist(),
+            "flex": money.flex.tolist(),
+            "queue_tokens": usable_tokens(terms.queue_tokens),
+            "file_requests": batch_lines(count, FILE_LINES),
+            "turnaround": self.believed,
+            "live": live_rate(scenario.policy, service_s),
+        }
+
+    def way(self, name: str, deadline_s: float, horizon_s: float | None, decide: Decide | None) -> Way:
+        """Return one way's figures. `horizon_s`: the deadline told to a mix. `decide`: in place of its decision."""
+        finish: list[float] = []
+        costs: list[float] = []
+        live_shares: list[float] = []
+        for r in range(self.runs):
+            run = self._run(r, horizon_s, decide)
+            tally = run.run()
+            finish.append(tally.last_s if not tally.failed else math.inf)
+            places = np.array(run.place)
+            costs.append(sum(float(usd[places == place].sum()) for place, usd in self.money.by_place.items()))
+            live_shares.append(float((places == LIVE).mean()))
+        times = np.array(finish)
+        return Way(
+            name=name,
+            deadline_s=horizon_s,
+            live_share=float(np.mean(live_shares)),
+            done_probability=float((times <= deadline_s).mean()),
+            finish_s=float(np.quantile(times, 0.5, method="higher")),
+            promise_s=float(np.quantile(times, PROMISE, method="higher")),
+            cost_usd=self.scale * float(np.mean(costs)) if self.money.known else None,
+            runs=self.runs,
+        )
+
+    def _run(self, r: int, horizon_s: float | None, decide: Decide | None) -> MixedSimulation:
+        terms = self.terms
+        # One stratum per run: how the provider is, while the decision knows only how well that is known.
+        factor = math.exp(math.log(terms.factor) * normal_quantile((r + 0.5) / self.runs))
+        p50, p95 = (min(factor * each, 10 * EXPIRES_S) for each in terms.turnaround_s)
+        more: dict[str, Any] = {} if decide is None else {"decide": decide, "re_decides": False}
+        mix = Mix(
+            **self.plain,
+            batch_api=BatchApi(queue_tokens=terms.queue_tokens, turnaround_s=(p50, p95)),
+            horizon_s=horizon_s if horizon_s is not None else EXPIRES_S,
+            **more,
+        )
+        return MixedSimulation(self.case.columns, self.case.params, self.case.provider, seed=self.seed + r, mix=mix)
 
 
-def cost_usd(scenario: Scenario, live: NDArray[np.bool_], terms: Terms, prices: Prices | None) -> float | None:
-    """Return the cost of all answers, some live and the rest by the Batch API; None if a price is unknown."""
-    if prices is None:
-        return None
+def _thinned(scenario: Scenario, terms: Terms) -> tuple[Scenario, Terms, NDArray[np.int64]]:
+    """Return a part of the workload, evenly spread, with as large a part of all limits, and which rows it has."""
+    count = len(scenario.workload)
+    provider, policy = scenario.provider, scenario.policy
+    largest = float(max(scenario.charges().max(initial=1.0), scenario.columns().reserve.max(initial=1.0)))
+    most = provider.tpm * (1.0 - policy.tpm_headroom) / (4.0 * largest) if provider.tpm else math.inf
+    k = int(max(1.0, min(count / REQUESTS_MOST, most, max(1, provider.rpm), policy.max_concurrency)))
+    rows = np.arange(0, count, k)
+    if k == 1:
+        return scenario, terms, rows
+    provider = provider.with_(tpm=provider.tpm // k, rpm=provider.rpm // k)
+    own = {"max_concurrency": policy.max_concurrency // k, "stagger_seconds": policy.stagger_seconds * k}
+    policy = policy.with_(**limits_of(provider), **own)
+    thin = scenario.with_(workload=scenario.workload.take(rows), provider=provider, policy=policy)
+    return thin, replace(terms, queue_tokens=terms.queue_tokens // k), rows
+
+
+def _money(scenario: Scenario, terms: Terms, prices: Prices | None) -> _Money:
+    """Return what each request costs in each place."""
     workload, columns = scenario.workload, scenario.columns()
-    written = np.where(columns.cap >= 0, np.minimum(columns.output_tokens, columns.cap), columns.output_tokens)
-    total = 0.0
-    for i in range(len(workload)):
-        price = prices.of(workload.model(i), date.max)
+    prompt = np.asarray(columns.prompt_tokens, float)
+    written = np.asarray(columns.output_tokens, float)
+    written = np.where(columns.cap >= 0, np.minimum(written, columns.cap), written)
+    count = len(workload)
+    names = [workload.model(i) for i in range(count)]
+    rates = {LIVE: np.zeros((3, count)), FLEX: np.zeros((3, count)), BATCH: np.zeros((3, count))}
+    has_flex = np.zeros(count, bool)
+    known = prices is not None
+    for name in set(names):
+        rows = np.array([each == name for each in names])
+        price = prices.of(name, date.max) if prices is not None else None
         if price is None:
-            return None
-        prompt = price.input
-        if live[i]:
-            prompt += terms.cached_share * (price.cached_input - price.input)
-        cost = (float(columns.prompt_tokens[i]) * prompt + float(written[i]) * price.output) / PER
-        total += cost if live[i] else cost * (1.0 - terms.discount)
-    return total
+            known = False
+            rates[LIVE][:, rows] = np.array([[1.0], [1.0], [OUTPUT_WEIGHT]])
+            rates[BATCH][:, rows] = 0.5 * rates[LIVE][:, rows]
+            continue
+        batch, flex = price.at("batch"), price.at("flex")
+        if terms.discount is not None:
+            batch = price._replace(batch=1.0 - terms.discount).at("batch")
+        for place, at in ((LIVE, price.at(STANDARD)), (BATCH, batch or price), (FLEX, flex or price)):
+            assert at is not None
+            rates[place][:, rows] = np.array([[at.input], [at.cached_input], [at.output]])
+        has_flex[rows] = flex is not None
+    found = {}
+    for place, (fresh, cached, output) in rates.items():
+        share = terms.cached_share if place != BATCH else 0.0
+        found[place] = (prompt * ((1.0 - share) * fresh + share * cached) + written * output) / PER
+    return _Money(known, found, has_flex)

@@ -1,10 +1,9 @@
-"""Live, Batch or split: probabilities against the log-normal's own, waves against those that `split` writes, money."""
+"""Live, flex, the Batch API and mixes: probabilities against the log-normal's own, waves against `split`'s, money."""
 
 from __future__ import annotations
 
 import json
 import math
-import random
 from datetime import date
 from pathlib import Path
 from statistics import NormalDist
@@ -15,139 +14,131 @@ import pytest
 from governor.model.policy import Policy
 from governor.model.prices import Price, Prices
 from sim.app.cli import main
-from sim.experiment.experiment import Pool
+from sim.des.mixed import BATCH, FLEX, LIVE
 from sim.model.provider_config import ProviderConfig
 from sim.model.synthetic import Z95, from_tokens
 from sim.reporting.capacity_text import ways_text
 from sim.scenario.scenario import Scenario
-from sim.selection import split as split_module
-from sim.selection.batch_api import DISCOUNT, Terms, batch_finish_s, cost_usd, files_per_wave, ways
-from sim.selection.capacity import Search
-from sim.selection.split import split
+from sim.selection import batch_api
+from sim.selection.batch_api import AUTO, Terms, Way, cheapest, ways
 
-BATCH = "examples/batch.jsonl"
+EXAMPLE = "examples/batch.jsonl"
 HOUR = 3_600.0
-PRICES = Prices({"m": (Price(date.min, 2.0, 1.0, 8.0),)})
+PRICES = Prices({"m": (Price(date.min, 2.0, 1.0, 8.0),), "f": (Price(date.min, 2.0, 1.0, 8.0, flex=0.5),)})
 FAST = Policy(
     max_concurrency=500, stagger_seconds=0.0, tpm_headroom=0.0, tpm_window="bucket", charge_rule="prompt_plus_max"
 )
 
 
-def scenario(root: Path, monkeypatch, count: int, tokens: int = 1_000, tpm: int = 30_000) -> Scenario:
+def scenario(root: Path, monkeypatch, count: int, tokens: int = 1_000, tpm: int = 30_000, model: str = "m") -> Scenario:
     monkeypatch.chdir(root)
     ones = np.ones(count, np.int64)
-    workload = from_tokens((tokens - 10) * ones, 10 * ones, max_tokens=10).with_(models="m")
+    workload = from_tokens((tokens - 10) * ones, 10 * ones, max_tokens=10).with_(models=model)
     still = {"first_token_s": 1.0, "per_token_s": 0.0, "sigma": 0.0, "stall_ratio": 0.0}
     provider = ProviderConfig(charge_rule="prompt_plus_max").with_(latency=still, tpm=tpm)
     policy = FAST.with_(tpm_limit=tpm)
-    return Scenario.of(BATCH).with_(workload=workload, policy=policy, provider=provider, seed=3)
+    return Scenario.of(EXAMPLE).with_(workload=workload, policy=policy, provider=provider, seed=3)
+
+
+def by_name(found: tuple[Way, ...]) -> dict[str, Way]:
+    """By name; of mixes the one for the deadline, 6 h in these tests."""
+    return {way.name: way for way in found if way.deadline_s in (None, 6.0 * HOUR)}
 
 
 def within(seconds: float, terms: Terms) -> float:
-    """The log-normal's probability that one file is done by then."""
+    """The probability that one batch is done by then: its own spread, and what is not known of its median."""
     p50, p95 = terms.turnaround_s
-    return NormalDist().cdf(math.log(seconds / p50) / (math.log(p95 / p50) / Z95))
+    spread = math.hypot(math.log(p95 / p50) / Z95, math.log(terms.factor))
+    return NormalDist().cdf(math.log(seconds / p50) / spread)
 
 
-@pytest.mark.parametrize("hours", [2.0, 6.0, 23.9, 100.0])
-def test_one_file_is_done_as_the_lognormal_says(root: Path, monkeypatch, hours: float) -> None:
-    """After 24 h a file has expired: more time than that adds nothing."""
+def test_one_batch_is_done_as_the_lognormal_says(root: Path, monkeypatch) -> None:
+    """One request, so one batch; 60 runs whose medians are spread evenly."""
     terms = Terms(0)
-    s = scenario(root, monkeypatch, 20)
-    finish_s, waves = batch_finish_s(s, np.ones(20, bool), terms)
-    expected = within(min(hours, 24.0) * HOUR, terms)
-    assert waves == 1
-    assert (finish_s <= hours * HOUR).mean() == pytest.approx(expected, abs=4.0 * 0.5 / math.sqrt(len(finish_s)))
+    found = by_name(ways(scenario(root, monkeypatch, 1), terms, PRICES, 6.0 * HOUR))
+    expected = within(6.0 * HOUR, terms)
+    batch = found[BATCH]
+    assert batch.done_probability == pytest.approx(expected, abs=4.0 * 0.5 / math.sqrt(batch.runs))
+    assert (found[LIVE].done_probability, found[AUTO].done_probability) == (1.0, 1.0)
 
 
-def test_waves_follow_one_another_and_files_of_one_go_together(root: Path, monkeypatch) -> None:
-    s = scenario(root, monkeypatch, 40)
-    rows = np.ones(40, bool)
-    # 990 input tokens each: 8 fit into 85 % of 10,000, so five waves of one file each.
-    serial, waves = batch_finish_s(s, rows, Terms(10_000))
-    assert waves == 5
-    one, _ = batch_finish_s(s, rows, Terms(0))
-    known = np.isfinite(serial)
-    expired = 1.0 - within(24.0 * HOUR, Terms(0))
-    assert 1.0 - known.mean() == pytest.approx(1.0 - (1.0 - expired) ** 5, abs=0.015)
-    assert serial[known].mean() == pytest.approx(5.0 * one[np.isfinite(one)].mean(), rel=0.03)
-    monkeypatch.setattr("sim.selection.batch_api.FILE_LINES", 10)
-    assert files_per_wave([990] * 40, 0) == [4]
-    side_by_side, _ = batch_finish_s(s, rows, Terms(0))
-    p = within(6.0 * HOUR, Terms(0))
-    assert (side_by_side <= 6.0 * HOUR).mean() == pytest.approx(p**4, abs=0.015)
+def test_waves_follow_one_another(root: Path, monkeypatch) -> None:
+    """Batches of one hour, known exactly: three of every ten requests fit into the queue at a time, so four waves."""
+    terms = Terms(100 * 990 * 100 // 85 // 3, turnaround_s=(HOUR, HOUR * 1.0001), factor=1.0001)
+    found = by_name(ways(scenario(root, monkeypatch, 100), terms, PRICES, 6.0 * HOUR))
+    assert found[BATCH].finish_s == pytest.approx(4.0 * HOUR, rel=0.01)
+    endless = Terms(0, terms.turnaround_s, factor=1.0001)
+    free = by_name(ways(scenario(root, monkeypatch, 100), endless, PRICES, 6.0 * HOUR))
+    assert free[BATCH].finish_s == pytest.approx(HOUR, rel=0.01)
 
 
-def test_waves_are_those_that_split_writes(tmp_path: Path, monkeypatch, seed: int) -> None:
-    monkeypatch.setattr(split_module, "FILE_LINES", 7)
-    monkeypatch.setattr("sim.selection.batch_api.FILE_LINES", 7)
-    rng = random.Random(seed)
-    rows = [
-        {"model": "m", "messages": [{"role": "user", "content": "word " * rng.randint(1, 300)}]} for _ in range(100)
-    ]
-    lines = [
-        json.dumps({"custom_id": str(i), "method": "POST", "url": "/v1/chat/completions", "body": body})
-        for i, body in enumerate(rows)
-    ]
-    source = tmp_path / "in.jsonl"
-    source.write_text("\n".join(lines))
-    queue = rng.randint(1_000, 20_000)
-    found = split(source, tmp_path / "out", queue_tokens=queue)
-    tokens = Scenario.of(source).workload.prompt_tokens.tolist()
-    waves = [part.wave for part in found.parts]
-    assert files_per_wave(tokens, queue) == [waves.count(wave + 1) for wave in range(max(waves))]
-
-
-def test_what_no_queue_holds_is_never_done_there(root: Path, monkeypatch) -> None:
-    """`split` refuses such a request; nothing may be promised for it."""
-    s = scenario(root, monkeypatch, 20)
-    rows, tokens = np.ones(20, bool), int(s.workload.prompt_tokens.max())
-    for queue, done in ((tokens, False), (2 * tokens, True)):
-        finish_s, _ = batch_finish_s(s, rows, Terms(queue, turnaround_s=(1.0, 2.0)))
-        assert bool(np.isfinite(finish_s).all()) == done
+def test_what_no_queue_holds_is_never_done_there_but_by_a_mix(root: Path, monkeypatch) -> None:
+    found = by_name(ways(scenario(root, monkeypatch, 20), Terms(1_000, turnaround_s=(60.0, 90.0)), PRICES, 6.0 * HOUR))
+    assert (found[BATCH].done_probability, found[BATCH].promise_s) == (0.0, math.inf)
+    assert found[AUTO].done_probability == 1.0
+    assert json.dumps(found[BATCH].to_json_dict())
 
 
 def test_money(root: Path, monkeypatch) -> None:
-    s = scenario(root, monkeypatch, 100)
-    live, batch = np.ones(100, bool), np.zeros(100, bool)
+    s = scenario(root, monkeypatch, 100, tpm=300_000)
+    sure = Terms(0, turnaround_s=(600.0, 700.0), factor=1.01)
     full = 100 * (990 * 2.0 + 10 * 8.0) / 1e6
-    assert cost_usd(s, live, Terms(0), PRICES) == pytest.approx(full)
-    assert cost_usd(s, batch, Terms(0), PRICES) == pytest.approx(full * (1.0 - DISCOUNT))
-    assert cost_usd(s, live, Terms(0, cached_share=0.5), PRICES) == pytest.approx(full - 100 * 990 * 0.5 * 1.0 / 1e6)
-    assert cost_usd(s, live, Terms(0), Prices({})) is None
-    assert cost_usd(s, live, Terms(0), None) is None
+    found = by_name(ways(s, sure, PRICES, 6.0 * HOUR))
+    assert {name: way.cost_usd for name, way in found.items()} == pytest.approx(
+        {LIVE: full, BATCH: full / 2.0, AUTO: full / 2.0}
+    )
+    cached = by_name(ways(s, Terms(0, sure.turnaround_s, discount=0.25, cached_share=0.5), PRICES, 6.0 * HOUR))
+    assert cached[LIVE].cost_usd == pytest.approx(full - 100 * 990 * 0.5 * 1.0 / 1e6)
+    assert cached[BATCH].cost_usd == pytest.approx(0.75 * full)
+    assert by_name(ways(s, sure, Prices({}), 6.0 * HOUR))[LIVE].cost_usd is None
 
 
-def test_a_split_where_neither_way_alone_is_in_time(root: Path, monkeypatch) -> None:
-    """400,000 tokens at 30,000 a minute take 12.4 minutes live, and several waves of Batch files as long: not in ten.
+def test_flex_is_a_way_where_its_price_is_known(root: Path, monkeypatch) -> None:
+    found = by_name(ways(scenario(root, monkeypatch, 50, model="f"), Terms(0), PRICES, 6.0 * HOUR))
+    assert found[FLEX].cost_usd == pytest.approx(0.5 * (found[LIVE].cost_usd or 0.0))
+    # Half the price and in time: the mix needs nothing else.
+    assert found[AUTO].cost_usd == pytest.approx(found[FLEX].cost_usd or 0.0)
 
-    Half of it does: that is one wave of at most six minutes.
-    """
-    s = scenario(root, monkeypatch, 400)
-    terms = Terms(int(400_000 * 0.6), turnaround_s=(240.0, 300.0))
-    search = Search(s, 500.0, replications=2, retune=False, pool=Pool(1))
-    live, batch, mixed = ways(search, terms, PRICES)
-    assert (live.done_probability, batch.done_probability < 0.95) == (0.0, True)
-    assert (live.waves, batch.waves, mixed.waves) == (0, 2, 1)
-    # One wave holds 51 % of the tokens; of the rest 30,000 x (1 + 500 / 60) go through in time.
-    assert mixed.live_share == 0.5
-    assert mixed.done_probability >= 0.95
-    assert live.cost_usd is not None
-    assert mixed.cost_usd == pytest.approx(0.75 * live.cost_usd)
-    text = ways_text((live, batch, mixed), terms, 0.95, 110)
-    assert "a split with 50 % live" in text
-    assert "assumed" in text
+
+def test_a_mix_where_neither_way_alone_is_in_time(root: Path, monkeypatch) -> None:
+    """70 min of live calls, and a queue that lets most of it through in an hour: both together finish in one."""
+    monkeypatch.setattr(batch_api, "RUNS_MOST", 20)
+    s = scenario(root, monkeypatch, 400, tpm=5_700)
+    terms = Terms(120_000, turnaround_s=(900.0, 1_350.0), factor=1.1)
+    found = ways(s, terms, PRICES, HOUR)
+    named = {way.name: way for way in found if way.deadline_s in (None, HOUR)}
+    assert named[LIVE].done_probability == 0.0
+    assert named[AUTO].done_probability >= 0.95
+    assert (named[AUTO].cost_usd or 0.0) < (named[LIVE].cost_usd or 0.0)
+    assert cheapest(found, 0.95) is not None
+    front = sorted((way.promise_s, way.cost_usd or 0.0) for way in found if way.on_front)
+    assert [cost for _, cost in front] == sorted((cost for _, cost in front), reverse=True)
+    text = ways_text(found, terms, HOUR, 0.95, 110)
+    assert "if the Batch API's turnaround is as assumed" in " ".join(text.split())
+
+
+def test_a_large_workload_is_thinned_with_its_limits(root: Path, monkeypatch) -> None:
+    monkeypatch.setattr(batch_api, "RUNS_MOST", 20)
+    s = scenario(root, monkeypatch, 400, tpm=60_000)
+    terms = Terms(0, turnaround_s=(1_000.0, 1_500.0), factor=1.01)
+    whole = by_name(ways(s, terms, PRICES, 6.0 * HOUR))
+    monkeypatch.setattr(batch_api, "REQUESTS_MOST", 100)
+    part = by_name(ways(s, terms, PRICES, 6.0 * HOUR))
+    for name in (LIVE, BATCH, AUTO):
+        assert part[name].cost_usd == pytest.approx(whole[name].cost_usd or 0.0, rel=0.01)
+        assert part[name].finish_s == pytest.approx(whole[name].finish_s, rel=0.15)
 
 
 def test_the_command(root: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(root)
-    words = ["capacity", BATCH, "--first", "30", "--finish-by", "30h", "--replications", "2", "--workers", "1"]
+    monkeypatch.setattr(batch_api, "RUNS_MOST", 20)
+    words = ["capacity", EXAMPLE, "--first", "30", "--finish-by", "30h", "--replications", "2", "--workers", "1"]
     words += ["--keep-settings", "--batch-queue", "1M", "--batch-turnaround", "1h,2h"]
     assert main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [way["name"] for way in found["ways"]] == ["live", "batch"]
+    assert [way["name"] for way in found["ways"]][:3] == ["live", "batch", "auto"]
     assert found["ways"][1]["cost_usd"] == pytest.approx(found["ways"][0]["cost_usd"] / 2.0)
     assert main(words) == 0
-    assert "Live, Batch or split? The cheapest way" in capsys.readouterr().out
-    assert main(["capacity", BATCH, "--finish-by", "1h", "--batch-queue", "1M", "--batch-turnaround", "2h,1h"]) == 2
+    assert "Live, Batch API or both? The cheapest way" in " ".join(capsys.readouterr().out.split())
+    assert main(["capacity", EXAMPLE, "--finish-by", "1h", "--batch-queue", "1M", "--batch-turnaround", "2h,1h"]) == 2
     assert "--batch-turnaround '2h,1h' is not P50,P95" in capsys.readouterr().err
