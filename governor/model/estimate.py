@@ -39,7 +39,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any
 
 from governor.model.errors import BadInput, BadSetting, quoted
 
@@ -101,26 +101,25 @@ class Sizes:
 
 # ---------------------------------------------------------------- charges
 
-# An int, or a NumPy array of whole numbers. Typed as Any because a comparison's result differs between the two.
-_Whole = Any
+# Typed for one request; NumPy arrays of whole numbers, whose comparisons are arrays too, go the same way.
 
 
-def larger(a: _Whole, b: _Whole) -> _Whole:
+def larger(a: int, b: int) -> int:
     """Return the larger of the two, elementwise."""
     return a + (b - a) * (b > a)
 
 
-def ceil_div(a: _Whole, b: int) -> _Whole:
+def ceil_div(a: int, b: int) -> int:
     """Return `a / b` rounded up, elementwise."""
     return -(-a // b)
 
 
-def chosen(condition: _Whole, yes: _Whole, no: _Whole) -> _Whole:
+def chosen(condition: bool, yes: int, no: int) -> int:
     """Return `yes` if `condition` holds (True or 1), else `no`, elementwise."""
     return no + (yes - no) * condition
 
 
-def chat_chars(chars: _Whole, messages: _Whole) -> _Whole:
+def chat_chars(chars: int, messages: int) -> int:
     """Return 0.2504 x chars + 1.0 per message + 1.7, to the nearest token.
 
     Measured on chat since 2025-03-20, median error 0.7 of 75.
@@ -129,59 +128,13 @@ def chat_chars(chars: _Whole, messages: _Whole) -> _Whole:
     return (313 * chars + 1_250 * messages + 2_125 + 625) // 1_250
 
 
-def responses_prompt(prompt_tokens: _Whole, tools: _Whole) -> _Whole:
+def responses_prompt(prompt_tokens: int, tools: int) -> int:
     """Return the real input tokens + 20, or + 217 with function tools: the responses endpoint, 2025-05 to 2026-06."""
     return prompt_tokens + chosen(tools > 0, RESPONSES_EXTRA_TOOLS, RESPONSES_EXTRA)
 
 
-@overload
-def charge(
-    rule: str,
-    *,
-    endpoint: int,
-    prompt_tokens: int,
-    chars: int,
-    role_chars: int,
-    messages: int,
-    images: int,
-    tools: int,
-    n: int,
-    max_tokens: int,
-    est_tokens_per_run: int,
-    as_of: str = "",
-) -> int: ...
-@overload
-def charge(
-    rule: str,
-    *,
-    endpoint: _Whole,
-    prompt_tokens: _Whole,
-    chars: _Whole,
-    role_chars: _Whole,
-    messages: _Whole,
-    images: _Whole,
-    tools: _Whole,
-    n: _Whole,
-    max_tokens: _Whole,
-    est_tokens_per_run: _Whole,
-    as_of: str = "",
-) -> _Whole: ...
-def charge(
-    rule: str,
-    *,
-    endpoint: _Whole,
-    prompt_tokens: _Whole,
-    chars: _Whole,
-    role_chars: _Whole,
-    messages: _Whole,
-    images: _Whole,
-    tools: _Whole,
-    n: _Whole,
-    max_tokens: _Whole,
-    est_tokens_per_run: _Whole,
-    as_of: str = "",
-) -> _Whole:
-    """Return the tokens counted against the limit for one request, or elementwise for arrays; fields as in `Sizes`.
+def charge_of(rule: str, sizes: Sizes, est_tokens_per_run: int, as_of: str = "") -> int:
+    """Return the tokens counted against the limit for one request, elementwise for `sizes` made of arrays.
 
     `as_of`: the day, YYYY-MM-DD, whose measured formula `auto` takes; "" = the newest. Raise BadSetting for an unknown
     rule and for an invalid day. Formulas: this module's docstring.
@@ -190,13 +143,14 @@ def charge(
         raise BadSetting(f"charge rule {quoted(rule)} does not exist: use one of {', '.join((*RULES, LEARNED))}")
     if as_of and not re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", as_of):
         raise BadSetting(f"as-of day {quoted(as_of)} is not a day: write YYYY-MM-DD")
+    endpoint, chars, max_tokens = sizes.endpoint, sizes.chars, sizes.max_tokens
     if rule == "fixed":
-        return est_tokens_per_run + 0 * prompt_tokens
+        return est_tokens_per_run + 0 * sizes.prompt_tokens
     undeclared = CAP_UNDECLARED
     if rule == LEARNED:
         rule, undeclared = "prompt_plus_max", est_tokens_per_run
-    pictures = TOKENS_PER_IMAGE * images
-    counted = responses_prompt(prompt_tokens, tools)
+    pictures = TOKENS_PER_IMAGE * sizes.images
+    counted = responses_prompt(sizes.prompt_tokens, sizes.tools)
     if rule == "responses":
         return counted + pictures
     if rule == "auto":
@@ -204,33 +158,15 @@ def charge(
         # The responses endpoint was measured only after the switch, and never counted the cap.
         max_tokens = chosen(endpoint == RESPONSES, 0, max_tokens)
     if rule == "prompt_chars4":
-        text = chosen(endpoint == CHAT, chat_chars(chars, messages), ceil_div(chars, CHARS_PER_TOKEN))
+        text = chosen(endpoint == CHAT, chat_chars(chars, sizes.messages), ceil_div(chars, CHARS_PER_TOKEN))
         return chosen(endpoint == RESPONSES, counted, text) + pictures
     # Embeddings have neither roles nor an answer.
     speaks = endpoint != EMBEDDINGS
-    text = ceil_div(chars + role_chars * speaks, CHARS_PER_TOKEN)
+    text = ceil_div(chars + sizes.role_chars * speaks, CHARS_PER_TOKEN)
     text = chosen(endpoint == RESPONSES, counted, text) + pictures
     if rule == "max_of":
         return larger(text, max_tokens * speaks)
-    return text + n * chosen(max_tokens < 0, undeclared, max_tokens) * speaks
-
-
-def charge_of(rule: str, sizes: Sizes, est_tokens_per_run: int, as_of: str = "") -> int:
-    """Return the `charge` of one request's `Sizes`."""
-    return charge(
-        rule,
-        endpoint=sizes.endpoint,
-        prompt_tokens=sizes.prompt_tokens,
-        chars=sizes.chars,
-        role_chars=sizes.role_chars,
-        messages=sizes.messages,
-        images=sizes.images,
-        tools=sizes.tools,
-        n=sizes.n,
-        max_tokens=sizes.max_tokens,
-        est_tokens_per_run=est_tokens_per_run,
-        as_of=as_of,
-    )
+    return text + sizes.n * chosen(max_tokens < 0, undeclared, max_tokens) * speaks
 
 
 # ---------------------------------------------------------------- sizes of a body

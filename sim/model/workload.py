@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from governor.model.errors import BadInput
-from governor.model.estimate import LEARNED, charge
+from governor.model.estimate import LEARNED, Sizes, charge_of
 from governor.model.requests import url_of
 
 Whole = NDArray[np.int64]
@@ -271,4 +271,5 @@ def _charge_blocks(
     for start in range(0, max(1, len(workload)), BLOCK):
         block = slice(start, start + BLOCK)
         rows = {name: column[block].astype(np.int64, copy=False) for name, column in visible.items()}
-        yield block, charge(rule, **rows, est_tokens_per_run=est, as_of=as_of)
+        charged: Any = charge_of(rule, Sizes(**rows), est, as_of)
+        yield block, charged

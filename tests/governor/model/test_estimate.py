@@ -255,10 +255,10 @@ def test_columns_are_charged_as_rows_are(rule: str, asked: list[Sizes], as_of: s
         name: np.array([getattr(each, name) for each in asked], dtype=np.int64) for name in Sizes.__slots__
     }
     rows = [charge_of(rule, each, 7_000, as_of) for each in asked]
-    whole = estimate.charge(rule, **columns, est_tokens_per_run=7_000, as_of=as_of)
+    whole: Any = charge_of(rule, Sizes(**columns), 7_000, as_of)
     assert whole.dtype == np.int64
     assert whole.tolist() == rows
-    floats = estimate.charge(rule, **{k: v.astype(float) for k, v in columns.items()}, est_tokens_per_run=7_000.0)
+    floats: Any = charge_of(rule, Sizes(**{k: v.astype(float) for k, v in columns.items()}), 7_000)
     assert floats.tolist() == [charge_of(rule, each, 7_000) for each in asked]
 
 
