@@ -6,18 +6,18 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 
 from governor.batchapi.client import BatchClient, CallFailed, Complaint
 from governor.batchapi.limits import CANCELLED, EXPIRED, FILE_BYTES
 from governor.batchapi.lines import answered_in, expired, verdict
-from governor.batchapi.waves import Wave, WaveLane
+from governor.batchapi.waves import Wave
 from governor.journal.journal import Journal
 from governor.journal.rows import Pending
 from governor.journal.waves import WaveRecorder, WaveRow
 from governor.model.errors import FailureCode
 from governor.model.pools import Pool
-from governor.model.requests import BATCH, Answer, Attempt, Outcome
+from governor.model.requests import BATCH, Answer, Attempt, Outcome, Request
 from governor.model.words import plural
 from governor.model.work import Observer
 from governor.provider.answers import dropped, malformed
@@ -29,13 +29,32 @@ SPOOL_BYTES = 16 * 2**20
 GONE = (404, 410)
 
 
+class Purse(Protocol):
+    """A budget of money. A wave is committed at what its requests may cost, from its forming to its collection."""
+
+    def cost_usd(self, request: Request) -> float:
+        """Return what a request may cost by the Batch API, in US dollars."""
+
+    def left_usd(self) -> float:
+        """Return how much may still be committed; negative if the budget is used up."""
+
+    def text(self) -> str:
+        """Return the line for a run that the budget has stopped."""
+
+    def committed(self, wave: int, usd: float) -> None:
+        """A wave was formed, or found in the journal."""
+
+    def released(self, wave: int) -> None:
+        """A wave's answers are known, and what they cost."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Surroundings:
     """What a driver needs of the process around it.
 
     `now`: seconds since the run began. `flushed`: returns when every report is on the disk. `in_thread`: calls a
     function that takes long, away from the event loop. `numbers`: yields the number of the next wave, of all pools.
-    `may_submit`: asked before a wave of so many estimated tokens is formed of a lane; a reason stops further waves.
+    `purse`: the money that waves may cost.
     """
 
     now: Callable[[], float]
@@ -46,7 +65,7 @@ class Surroundings:
     run_id: str
     seed: int = 0
     keep_files: bool = False
-    may_submit: Callable[[WaveLane, float], str] = lambda lane, tokens: ""
+    purse: Purse | None = None
 
 
 class Again(NamedTuple):

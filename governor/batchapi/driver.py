@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+import time
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from math import inf
 from typing import Any, BinaryIO, ClassVar, cast
 
 from governor.batchapi.client import BatchClient, CallFailed, Complaint, RemoteBatch
@@ -28,9 +31,22 @@ from governor.model.words import plural
 from governor.model.work import FINAL, STOPPING, Observer
 
 # Reasons to stop, beside the failure codes of an account that is refused.
-REFUSED, CANCELLED_THERE = "REFUSED", "BATCH_CANCELLED"
+REFUSED, CANCELLED_THERE, MAX_COST = "REFUSED", "BATCH_CANCELLED", "MAX_COST"
 # The account's batches of a day before the run are looked through too: its clock may differ from ours.
 SINCE_S = 86_400.0
+
+
+@dataclass(slots=True)
+class _Formed:
+    """Requests for a wave. `least`: tokens of the next, which did not fit. `is_dear`: it would exceed the budget."""
+
+    taken: list[int] = field(default_factory=list)
+    tokens: int = 0
+    bytes: int = 0
+    usd: float = 0.0
+    least: float = 0.0
+    is_dear: bool = False
+    too_large: list[Pending] = field(default_factory=list)
 
 
 class WaveDriver:
@@ -54,11 +70,19 @@ class WaveDriver:
         self._around = around
         self._news = asyncio.Event()
         self._collector = Collector(pool, client, journal, observer, recorder, around)
-        self._complaints: dict[int, tuple[Complaint, ...]] = {}
+        self._leaving = asyncio.Event()
+        # When a wave last came further, seconds since 1970; 0 = no wave is open.
+        self.moved_epoch = 0.0
+        self.ended_rows: list[WaveRow] = []
 
     def halt(self, why: str) -> None:
         """Submit nothing more; waves under way go on, and `run` returns when they have ended."""
         self.waves.halted = self.waves.halted or why
+        self._news.set()
+
+    def leave(self) -> None:
+        """Let `run` return after the call under way; batches at the provider go on without us."""
+        self._leaving.set()
         self._news.set()
 
     def woken(self) -> None:
@@ -71,17 +95,19 @@ class WaveDriver:
         May be cancelled at any moment, and begun again by another driver of the same journal.
         """
         self._resume()
-        while not self.waves.is_over:
+        while not self.waves.is_over and not self._leaving.is_set():
             now = self._around.now()
             due = self.waves.decide(now)
             for instruction in due:
+                if self._leaving.is_set():
+                    return self.waves.halted
                 if isinstance(instruction, PlanWave):
                     await self._plan(instruction)
                 else:
                     await self._step(instruction)
             if not due:
                 await self._wait(self.waves.wake_at - now)
-        if not self._around.keep_files:
+        if not self._around.keep_files and not self._leaving.is_set():
             await self._sweep()
         return self.waves.halted
 
@@ -95,17 +121,20 @@ class WaveDriver:
             wave = Wave(row.wave, lane, row.requests, row.tokens, stage=WaveStage(row.stage), status=row.status)
             wave.submitted_at = row.submitted_s
             self.waves.resumed(wave)
+            if (purse := self._around.purse) is not None:
+                held = self._journal.held_by(row.wave)
+                purse.committed(row.wave, sum(purse.cost_usd(pending.work.request) for pending in held))
         for model, url, retry_at_s, requests, tokens in self._journal.lanes(self.pool.name):
             self.waves.offered(WaveLane(model, url), requests, float(tokens), retry_at_s)
-        ended = [row for row in self._journal.waves(self.pool.name) if row.real_tokens > 0 and row.tokens > 0.0]
-        for row in ended:
-            if row.completed == row.requests:
+        self.ended_rows = [row for row in self._journal.waves(self.pool.name) if row.ended_s >= 0.0]
+        for row in self.ended_rows:
+            if row.completed == row.requests and row.real_tokens > 0 and row.tokens > 0.0:
                 self.waves.ledger(row.model).measured(row.tokens, row.real_tokens)
 
     async def _wait(self, seconds: float) -> None:
         """Wait for that time (inf = without end) or for news."""
         try:
-            async with asyncio.timeout(None if seconds == float("inf") else max(seconds, 0.0)):
+            async with asyncio.timeout(None if seconds == inf else max(seconds, 0.0)):
                 await self._news.wait()
         except TimeoutError:
             pass
@@ -114,45 +143,56 @@ class WaveDriver:
     # ------------------------------------------------------------ forming a wave
 
     async def _plan(self, plan: PlanWave) -> None:
-        stopped = self._around.may_submit(plan.lane, plan.tokens)
-        if stopped:
-            self.halt(stopped)
-            return
-        now = self._around.now()
-        taken, size, least, too_large = await self._around.in_thread(lambda: self._taken(plan, now))
+        now, purse = self._around.now(), self._around.purse
+        left_usd = purse.left_usd() if purse is not None else inf
+        formed = await self._around.in_thread(lambda: self._formed(plan, now, left_usd))
+        taken, least, too_large = formed.taken, formed.least, formed.too_large
         for pending in too_large:
             self._collector.never_fits(pending, plan.tokens_ever, self.waves.ledger(plan.lane.model).limit)
             self.waves.withdrawn(plan.lane, 1, pending.work.request.sizes.prompt_tokens)
         await self._around.flushed()
         if not taken:
+            if purse is not None and formed.is_dear:
+                self._around.say(purse.text())
+                self.halt(MAX_COST)
             self.waves.not_planned(plan.lane, least)
             return
-        number, tokens = next(self._around.numbers), float(sum(tokens for _, tokens in taken))
-        row = WaveRow(number, self.pool.name, *plan.lane, len(taken), tokens, size, WaveStage.PLANNED, planned_s=now)
-        self._recorder.planned(row, [index for index, _ in taken])
+        number, tokens = next(self._around.numbers), float(formed.tokens)
+        model, url = plan.lane
+        row = WaveRow(
+            number, self.pool.name, model, url, len(taken), tokens, formed.bytes, WaveStage.PLANNED, planned_s=now
+        )
+        self._recorder.planned(row, taken)
         await self._around.flushed()
         self.rows[number] = row
         self.waves.planned(plan.lane, number, len(taken), tokens)
+        if purse is not None:
+            purse.committed(number, formed.usd)
 
-    def _taken(self, plan: PlanWave, now: float) -> tuple[list[tuple[int, int]], int, float, list[Pending]]:
-        """Return a wave's requests as (number, tokens), the file's size, the next one's tokens, what never fits."""
-        taken: list[tuple[int, int]] = []
-        too_large: list[Pending] = []
-        tokens = size = inputs = 0
+    def _formed(self, plan: PlanWave, now: float, left_usd: float) -> _Formed:
+        """Return the requests of the next wave, in the order of the input, as far as they fit."""
+        found, purse = _Formed(), self._around.purse
+        inputs = 0
         for pending in self._journal.eligible(self.pool.name, plan.lane.model, plan.lane.url, now):
             request = pending.work.request
             more = request.sizes.prompt_tokens
-            line = len(input_line(request))
-            if more > plan.tokens_ever or line > plan.bytes:
-                too_large.append(pending)
+            size, given = len(input_line(request)), inputs_of(request)
+            if more > plan.tokens_ever or size > plan.bytes:
+                found.too_large.append(pending)
                 continue
-            given = inputs_of(request)
-            fits = tokens + more <= plan.tokens or (plan.is_alone and not taken)
-            if not fits or len(taken) == plan.lines or size + line > plan.bytes or inputs + given > plan.inputs:
-                return taken, size, float(more), too_large
-            taken.append((request.index, more))
-            tokens, size, inputs = tokens + more, size + line, inputs + given
-        return taken, size, 0.0, too_large
+            usd = purse.cost_usd(request) if purse is not None else 0.0
+            is_full = found.tokens + more > plan.tokens and (found.taken or not plan.is_alone)
+            is_full = is_full or len(found.taken) == plan.lines or found.bytes + size > plan.bytes
+            found.is_dear = found.usd + usd > left_usd
+            if is_full or found.is_dear or inputs + given > plan.inputs:
+                found.least = float(more)
+                break
+            found.taken.append(request.index)
+            found.tokens += more
+            found.bytes += size
+            found.usd += usd
+            inputs += given
+        return found
 
     # ------------------------------------------------------------ the steps of a wave
 
@@ -176,7 +216,7 @@ class WaveDriver:
             self._changed(wave, stage=WaveStage.PLANNED, file_id="")
             wave.stage = WaveStage.PLANNED
             return
-        if step.act is Act.CANCEL and answer.status == 409:
+        if step.act is Act.CANCEL and answer.status in (400, 409):
             wave.is_cancelled = False  # it has ended meanwhile
             return
         if answer.outcome in STOPPING:
@@ -277,6 +317,8 @@ class WaveDriver:
         counts = {"total": batch.total, "completed": batch.completed, "failed": batch.failed}
         now = self._around.now()
         if not batch.has_ended:
+            if (batch.completed, batch.failed) != (wave.completed, wave.failed):
+                self.moved_epoch = time.time()
             if batch.status != wave.status or batch.total != wave.total:
                 self._changed(wave, status=batch.status, **counts)
                 await self._around.flushed()
@@ -350,7 +392,7 @@ class WaveDriver:
         self._changed(wave, stage=WaveStage.CLOSED)
         await self._around.flushed()
         self.waves.closed(wave)
-        del self.rows[wave.number]
+        self.ended_rows.append(self.rows.pop(wave.number))
 
     async def _sweep(self) -> None:
         """Delete input files of this run that an interrupted upload has left without a wave."""
@@ -363,6 +405,9 @@ class WaveDriver:
             self._around.say(f"note: leftover files were not looked for: {failed.answer.message}")
 
     def _changed(self, wave: Wave, **values: Any) -> None:
+        self.moved_epoch = time.time() if len(self.waves.open) > 1 or values.get("stage") != WaveStage.CLOSED else 0.0
+        if values.get("stage") == WaveStage.COLLECTED and self._around.purse is not None:
+            self._around.purse.released(wave.number)
         self.rows[wave.number] = self.rows[wave.number]._replace(**values)
         self._recorder.changed(wave.number, **values)
 

@@ -181,12 +181,14 @@ class _Backlog:
 class Waves:
     """The state of one pool at the Batch API. `queue_tokens`: limit of enqueued input tokens per model, 0 = unknown.
 
-    `halted`: why no further wave is submitted, "" = they are; waves under way go on. `open`: by number.
+    `halted`: why no further wave is submitted, "" = they are; `is_paused`: none is for now. Waves under way go on.
+    `open`: by number.
     """
 
     def __init__(self, queue_tokens: int = 0) -> None:
         self.queue_tokens = queue_tokens
         self.halted = ""
+        self.is_paused = False
         self.open: dict[int, Wave] = {}
         self.ledgers: dict[str, QueueLedger] = {}
         self._backlogs: dict[WaveLane, _Backlog] = {}
@@ -202,19 +204,23 @@ class Waves:
         found = sum(wave.tokens for wave in self.open.values() if wave.lane.model == model and wave.is_enqueued)
         return found * self.ledger(model).factor
 
-    @property
-    def backlog(self) -> tuple[int, float]:
-        """Return the requests that are in no wave and their estimated tokens, those that back off included."""
-        each = self._backlogs.values()
-        later = [more for backlog in each for more in backlog.later]
-        return sum(b.requests for b in each) + sum(n for _, n, _ in later), sum(b.tokens for b in each) + sum(
-            tokens for *_, tokens in later
-        )
+    def waiting(self) -> list[tuple[WaveLane, int, float]]:
+        """Return requests and estimated tokens that are in no wave, by lane, those that back off included."""
+        return [
+            (lane, b.requests + sum(n for _, n, _ in b.later), b.tokens + sum(tokens for *_, tokens in b.later))
+            for lane, b in self._backlogs.items()
+        ]
 
     @property
     def is_over(self) -> bool:
         """Return whether nothing is left to do: no wave is open, and nothing waits or nothing may be submitted."""
-        return not self.open and (bool(self.halted) or not self.backlog[0])
+        return not self.open and (bool(self.halted) or not any(requests for _, requests, _ in self.waiting()))
+
+    def limited(self, queue_tokens: int) -> None:
+        """Adopt another limit of the queues, 0 = unknown."""
+        self.queue_tokens = queue_tokens
+        for ledger in self.ledgers.values():
+            ledger.limit = queue_tokens or ledger.limit
 
     # ------------------------------------------------------------ requests
 
@@ -246,7 +252,8 @@ class Waves:
                 _, requests, tokens = heapq.heappop(backlog.later)
                 backlog.requests += requests
                 backlog.tokens += tokens
-            if not self.halted and lane.model not in planned and (plan := self._plan(lane, backlog, now)) is not None:
+            may = not self.halted and not self.is_paused and lane.model not in planned
+            if may and (plan := self._plan(lane, backlog, now)) is not None:
                 planned.add(lane.model)
                 due.append(plan)
         return due
@@ -271,7 +278,7 @@ class Waves:
         """Return when `decide` may have something new to say; inf = not before an event."""
         times = [wave.due_at for wave in self.open.values()]
         for lane, backlog in self._backlogs.items():
-            if self.halted:
+            if self.halted or self.is_paused:
                 break
             if backlog.later:
                 times.append(backlog.later[0][0])

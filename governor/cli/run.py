@@ -23,7 +23,7 @@ from governor.model.words import counting
 if TYPE_CHECKING:
     from governor.model.policy import Policy
     from governor.model.pools import Pool
-    from governor.run.batch import RunOutcome
+    from governor.run.account import RunOutcome
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -129,6 +129,16 @@ def run(
         bool, typer.Option("--follow", help="Write results as they arrive; input order is restored at the end.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that are not this run's.")] = False,
+    via: Annotated[
+        Literal["live", "batch"],
+        typer.Option(help="Call the provider live, or hand files to its Batch API: half the price, within a day."),
+    ] = "live",
+    batch_queue: Annotated[
+        str | None, typer.Option("--batch-queue", metavar="N", help="Short for --set OPENAI_BATCH_QUEUE_TOKENS=N.")
+    ] = None,
+    keep_files: Annotated[
+        bool, typer.Option("--keep-files", help="Do not delete the files at the Batch API once all is collected.")
+    ] = False,
     seed: Annotated[int, typer.Option(metavar="N", min=0, max=2**62, help="Seed of the jitter.")] = 0,
     grace: Annotated[
         str, typer.Option(metavar="30s", help="Time for requests in flight to end after Ctrl-C or another signal.")
@@ -200,7 +210,7 @@ def run(
         requests=Path(requests),
         out=results,
         journal=journal if journal is not None else journal_path(results),
-        pools=pools_of(environment, env_file, words_of(assignments, tpm, rpm), pools, base_url, scenario),
+        pools=pools_of(environment, env_file, words_of(assignments, tpm, rpm, batch_queue), pools, base_url, scenario),
         environment=environment,
         prices=prices_in_force(prices),
         manner=manner,
@@ -213,6 +223,8 @@ def run(
         resend_changed=resend_changed,
         file_tokens=file_tokens,
         follow=follow,
+        via=via,
+        keep_files=keep_files,
         metrics_port=metrics_port,
     )
     shown = progress.shown(quiet=quiet, logs=log_format)
@@ -348,7 +360,9 @@ def doctor(
 # ---------------------------------------------------------------- options in combination
 
 
-def words_of(assignments: Sequence[str] | None, tpm: str | None, rpm: str | None) -> list[str]:
+def words_of(
+    assignments: Sequence[str] | None, tpm: str | None, rpm: str | None, batch_queue: str | None = None
+) -> list[str]:
     """Return the settings of the command line, the special ones first, so that a --set wins."""
     from governor.model.words import count_of
 
@@ -357,6 +371,8 @@ def words_of(assignments: Sequence[str] | None, tpm: str | None, rpm: str | None
         words.append(f"OPENAI_TPM_LIMIT={count_of(tpm, '--tpm')}")
     if rpm is not None:
         words.append(f"OPENAI_RPM_LIMIT={count_of(rpm, '--rpm')}")
+    if batch_queue is not None:
+        words.append(f"OPENAI_BATCH_QUEUE_TOKENS={count_of(batch_queue, '--batch-queue')}")
     return [*words, *(assignments or ())]
 
 

@@ -11,7 +11,8 @@ from governor.forecast.preflight import Verdict
 from governor.forecast.summary import Summary
 from governor.model.prices import dollars_text
 from governor.model.words import duration, percent, plural
-from governor.run.batch import Orders, RunOutcome
+from governor.run.account import RunOutcome
+from governor.run.batch import Orders
 from governor.run.outputs import errors_path
 
 # Remedies for a run that stopped, by the reason.
@@ -25,6 +26,7 @@ REMEDIES = {
     "OUTWAITED": "the provider asks to wait longer than OPENAI_RETRY_AFTER_CAP_SECONDS or OPENAI_DEADLINE_SECONDS: "
     "run the same command again when access returns",
     "REFUSED": "all requests are refused alike: mend what the line above names, then run the same command again",
+    "BATCH_CANCELLED": "a batch was cancelled in the account: run the same command again to submit the rest",
     "CANARY": "the canary was worse than forecast: change the settings, or add --yes",
     "SIGINT": "interrupted: run the same command again to go on",
     "SIGTERM": "terminated: run the same command again to go on",

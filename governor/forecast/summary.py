@@ -271,9 +271,10 @@ def bound_s(grant: Grant, work: WorkDone) -> float:
 def efficiency_of(bound: float, makespan_s: float, failed: int) -> float | None:
     """Return bound / makespan, 0 to 1; None for a run that lost a request or had no work: it may not quote one.
 
-    Also None if the run beat its bound by more than rounding: then the grant does not describe that provider.
+    Also None if no limit bounds it (work for the Batch API alone), and if the run beat its bound by more than rounding:
+    then the grant does not describe that provider.
     """
-    if failed or makespan_s <= 0.0 or bound > makespan_s * (1.0 + 1e-9):
+    if failed or makespan_s <= 0.0 or bound <= 0.0 or bound > makespan_s * (1.0 + 1e-9):
         return None
     return min(1.0, bound / makespan_s)
 

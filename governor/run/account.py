@@ -3,6 +3,9 @@
 Time. Records count seconds from the beginning of the first leg, by the wall clock. A run that was stopped in the
 evening and resumed in the morning did not take all night: its makespan, and so its efficiency, count only the time of
 its legs.
+
+Exit codes: 0 all succeeded, 1 some failed, 2 bad input, 3 refused or cannot finish, 4 the account's quota (or the
+account itself) is refused, 5 a budget of money or time is used up, 130, 143 and 129 after a signal.
 """
 
 from __future__ import annotations
@@ -22,6 +25,24 @@ from governor.model.errors import FailureCode
 from governor.model.policy import Policy
 from governor.model.prices import Prices, Spent
 from governor.model.requests import CAUSES, Attempt, Ended, error_line, result_line
+from governor.model.words import duration
+from governor.run.longwaits import FINISH_BY, LONG_WAIT, STOP_AFTER
+from governor.run.steer import SIGNALS
+
+# Reasons for stopping early, besides the driver's failure codes, the names of signals and those of `longwaits`.
+MAX_COST, REFUSED, CANARY, FAILED_INSIDE = "MAX_COST", "REFUSED", "CANARY", "ERROR"
+ACCOUNT = (FailureCode.INSUFFICIENT_QUOTA, FailureCode.UNAUTHORIZED)
+
+ALL_WELL, SOME_FAILED, _CANNOT, _QUOTA, BUDGET = 0, 1, 3, 4, 5
+SIGNAL_CODES = {number.name: 128 + number for number in SIGNALS}
+_CODE_OF = {
+    **dict.fromkeys(ACCOUNT, _QUOTA),
+    MAX_COST: BUDGET,
+    **dict.fromkeys((STOP_AFTER, FINISH_BY, LONG_WAIT, FailureCode.OUTWAITED), BUDGET),
+    REFUSED: _CANNOT,
+    CANARY: _CANNOT,
+    **SIGNAL_CODES,
+}
 
 _MESSAGES = {
     FailureCode.RATE_LIMIT_EXHAUSTED: "every attempt was refused with a 429",
@@ -185,3 +206,42 @@ def merged(summaries: Sequence[Summary], cost_usd: float | None) -> Summary:
         failures=dict(sorted(failures.items())),
         cost_usd=cost_usd,
     )
+
+
+# ---------------------------------------------------------------- how a run ended
+
+
+@dataclass(frozen=True, slots=True)
+class RunOutcome:
+    """The outcome of a run: the figures over all legs, the same by pool, and the exit code.
+
+    `stopped`: the reason, by pool. `journal`: its name for the user, never with a password.
+    """
+
+    summary: Summary
+    by_pool: Mapping[str, Summary]
+    exit_code: int
+    stopped: Mapping[str, str]
+    pending: int
+    resent: int
+    journal: str
+
+
+def exit_code(failed: int, pending: int, stopped: Mapping[str, str], signals: Sequence[str]) -> int:
+    """Return the process's exit code: a signal first, then the gravest reason to stop, then whether all succeeded."""
+    if signals:
+        return SIGNAL_CODES[signals[0]]
+    if pending:
+        return max((_CODE_OF.get(why, _CANNOT) for why in stopped.values()), default=_CANNOT)
+    return SOME_FAILED if failed else ALL_WELL
+
+
+def outcome_text(outcome: RunOutcome) -> str:
+    """Return one line that says how the run ended."""
+    s = outcome.summary
+    text = f"{s.completed:,} of {s.requests + outcome.pending:,} done, {s.failed:,} failed"
+    text += f", {s.throttled:,} 429s in {s.attempts:,} attempts, {duration(s.makespan_s)}"
+    if outcome.pending:
+        reasons = ", ".join(sorted(set(outcome.stopped.values()))) or "unknown"
+        text += f"; stopped ({reasons}), {outcome.pending:,} not done"
+    return text

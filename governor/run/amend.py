@@ -20,7 +20,7 @@ from sqlalchemy import delete, insert, select, update
 
 from governor.journal.database import JournalError
 from governor.journal.journal import Journal
-from governor.journal.schema import DONE, FAILED, bodies, chunks, requests, results, run
+from governor.journal.schema import DONE, FAILED, bodies, chunks, requests, results, run, wave_requests
 from governor.model.errors import BadInput, quoted
 from governor.model.requests import Request
 from governor.model.words import plural
@@ -52,6 +52,8 @@ class Amendment:
         c = requests.c
         with journal.writing() as connection:
             rows = connection.execute(select(c.custom_id, c.request, c.state)).all()
+            # At the Batch API, which has them as they were.
+            self._held = set(connection.execute(select(wave_requests.c.request)).scalars())
         self._numbers = {custom_id: number for custom_id, number, _ in rows}
         self._states = {number: state for _, number, state in rows}
         self._next = max(self._states, default=-1) + 1
@@ -85,6 +87,12 @@ class Amendment:
                 before = known[number]
                 if before.url == line.url and _canonical(json.loads(before.body)) == _canonical(line.body):
                     continue
+                if number in self._held:
+                    raise BadInput(
+                        f"request {number} ({quoted(line.custom_id)}) changed while it is in a batch at the provider: "
+                        "put back what was sent, and correct it when that has ended",
+                        name,
+                    )
                 self.changed += 1
                 self.more += before.state in (DONE, FAILED)
                 self.numbers.add(number)
@@ -102,7 +110,8 @@ class Amendment:
                 "add --resend-changed to send it again as it is now, which is paid for again",
                 name,
             )
-        self._gone = [number for number, state in left.items() if state not in (DONE, FAILED)]
+        going = {number for number, state in left.items() if state not in (DONE, FAILED)}
+        self._gone = sorted(going - self._held)
         self.gone = len(self._gone)
         self.more -= self.gone
         self.numbers.update(self._gone)

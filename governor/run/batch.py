@@ -1,19 +1,16 @@
-"""`paceline run`: a batch file in, results in the batch output format out, through a journal that survives anything.
-
-Exit codes: 0 all succeeded, 1 some failed, 2 bad input, 3 refused or cannot finish, 4 the account's quota (or the
-account itself) is refused, 5 a budget of money or time is used up, 130, 143 and 129 after a signal.
-"""
+"""`paceline run`: a batch file in, results in the batch output format out, through a journal that survives anything."""
 
 from __future__ import annotations
 
 import asyncio
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
+from typing import Literal
 
 from governor.forecast.forecast import (
     IDLE,
@@ -29,9 +26,8 @@ from governor.forecast.forecast import (
     promise_text,
     throttles_text,
 )
-from governor.forecast.guard import check_finish, check_preflight
+from governor.forecast.guard import check_finish, check_fits, check_preflight
 from governor.forecast.preflight import InUse, in_use
-from governor.forecast.summary import Summary
 from governor.journal.journal import Journal
 from governor.model.errors import BadSetting, FailureCode, PacelineError, quoted
 from governor.model.estimate import TOKENS_PER_FILE
@@ -39,32 +35,31 @@ from governor.model.files import check_writable
 from governor.model.policy import Policy
 from governor.model.pools import Connect, Pool, key_of
 from governor.model.prices import Prices, Spent
-from governor.model.words import duration, plural
+from governor.model.words import plural
 from governor.model.work import reserve_of
-from governor.run.account import grant_of, lines_of, merged, spent_before, summary_of
+from governor.run.account import (
+    RunOutcome,
+    exit_code,
+    grant_of,
+    lines_of,
+    merged,
+    outcome_text,
+    spent_before,
+    summary_of,
+)
 from governor.run.intake import BatchBegun, prepare
-from governor.run.live import ACCOUNT, CANARY, MAX_COST, REFUSED, Ended, Leg, LiveRun
-from governor.run.longwaits import FINISH_BY, LONG_WAIT, STOP_AFTER
+from governor.run.live import Announcer, Ended, Leg, LiveRun
 from governor.run.outputs import Followed, check_apart, claimed, errors_path, write_results
 from governor.run.pool_run import Manner
 from governor.run.scaledloop import loop_factory
-from governor.run.steer import SIGNALS, changes_text, held_settings, words_of
+from governor.run.steer import changes_text, held_settings, words_of
+from governor.run.via.guards import check_line, check_manner, check_no_waves, guard_waves, open_waves
+from governor.run.via.wave_run import ConnectBatch, WaveLeg, WaveRun, connect_batch_with
 from governor.telemetry.metrics import Metrics, checked_hook
 from governor.telemetry.progress import Display
 
 # Descriptors besides those of requests in flight: journal, files, closing connections, name look-ups.
 OWN_DESCRIPTORS = 50
-
-ALL_WELL, SOME_FAILED, _CANNOT, _QUOTA, BUDGET = 0, 1, 3, 4, 5
-SIGNAL_CODES = {number.name: 128 + number for number in SIGNALS}
-_CODE_OF = {
-    **dict.fromkeys(ACCOUNT, _QUOTA),
-    MAX_COST: BUDGET,
-    **dict.fromkeys((STOP_AFTER, FINISH_BY, LONG_WAIT, FailureCode.OUTWAITED), BUDGET),
-    REFUSED: _CANNOT,
-    CANARY: _CANNOT,
-    **SIGNAL_CODES,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +69,8 @@ class Orders:
     `manner`: how the batch is run; its `follow` also receives results that ended before.
 
     `finish_by_s`: seconds from now in which the run must end by the forecast, None = a day. `retry_failed`: None = no,
-    "" = all that failed, else those with that failure code. `metrics_port`: None = none, 0 = any free one.
+    "" = all that failed, else those with that failure code. `via`: the way on which requests go. `keep_files`: files at
+    the Batch API are not deleted. `metrics_port`: None = none, 0 = any free one.
     """
 
     requests: Path
@@ -93,27 +89,23 @@ class Orders:
     resend_changed: bool = False
     file_tokens: int = TOKENS_PER_FILE
     follow: bool = False
+    via: Literal["live", "batch"] = "live"
+    keep_files: bool = False
     metrics_port: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class RunOutcome:
-    """The outcome of a run: the figures over all legs, the same by pool, and the exit code.
+def run_orders(
+    orders: Orders,
+    *,
+    foresee: Foresee | None,
+    connect: Connect,
+    shown: Display,
+    connect_batch: ConnectBatch | None = None,
+) -> RunOutcome:
+    """Run a batch, or resume it. Raise PacelineError, with its exit code, for every error that a user can fix.
 
-    `stopped`: the reason, by pool. `journal`: its name for the user, never with a password.
+    `connect_batch`: makes the client of a pool's Batch API, by default over the SDK.
     """
-
-    summary: Summary
-    by_pool: Mapping[str, Summary]
-    exit_code: int
-    stopped: Mapping[str, str]
-    pending: int
-    resent: int
-    journal: str
-
-
-def run_orders(orders: Orders, *, foresee: Foresee | None, connect: Connect, shown: Display) -> RunOutcome:
-    """Run a batch, or resume it. Raise PacelineError, with its exit code, for every error that a user can fix."""
     _check(orders)
     started = {pool.name: pool.policy for pool in orders.pools}
     orders = _with_held(orders, shown)
@@ -128,17 +120,21 @@ def run_orders(orders: Orders, *, foresee: Foresee | None, connect: Connect, sho
         retry_failed=orders.retry_failed,
         resend_changed=orders.resend_changed,
         file_tokens=orders.file_tokens,
+        check=check_fits if orders.via == "live" else check_line,
     )
     journal = begun.journal
     try:
         with claimed(orders.out) if orders.out is not None else nullcontext():
             _say_what_is_left(begun, orders, shown)
-            expectations = _guard(begun, orders, foresee, shown)
+            if orders.via == "live":
+                make = _live_leg(begun, orders, started, foresee, connect, shown)
+            else:
+                make = _wave_leg(begun, orders, started, connect_batch or connect_batch_with(orders.environment), shown)
             if begun.amended is not None:
                 begun.amended.apply()
             if begun.retried:
                 journal.retry_failed(orders.retry_failed or "")
-            return _run(begun, orders, started, expectations, foresee, connect, shown)
+            return _run(begun, orders, make, shown)
     except BaseException:
         if begun.is_new and _nothing_happened(journal):
             # A journal would only be in the way, and it holds prompts.
@@ -167,6 +163,8 @@ def _check(orders: Orders) -> None:
     if orders.retry_failed and orders.retry_failed not in list(FailureCode):
         codes = ", ".join(FailureCode)
         raise BadSetting(f"--retry-failed {quoted(orders.retry_failed)} is not a failure code: use one of {codes}")
+    if orders.via == "batch":
+        check_manner(orders.manner)
     if orders.manner.hook:
         checked_hook(orders.manner.hook)
     files = {"the input": orders.requests}
@@ -328,23 +326,62 @@ def forecast_lines(pool: Pool, demand: Demand, e: Expectation, orders: Orders, *
 # ---------------------------------------------------------------- the run
 
 
-def _run(
+MakeLeg = Callable[[Spent, Manner], LiveRun | WaveRun]
+
+
+def _live_leg(
     begun: BatchBegun,
     orders: Orders,
     started: Mapping[str, Policy],
-    expectations: Mapping[str, Expectation],
     foresee: Foresee | None,
     connect: Connect,
     shown: Display,
-) -> RunOutcome:
+) -> MakeLeg:
+    """Refuse a live run that should not start, and return how to make it."""
+    check_no_waves(begun.journal)
+    expectations = _guard(begun, orders, foresee, shown)
+
+    def made(spent: Spent, manner: Manner) -> LiveRun:
+        left = {pool.name: begun.journal.counts(pool.name) for pool in orders.pools}
+        leg = Leg(
+            journal=begun.journal,
+            pools={pool.name: pool for pool in orders.pools},
+            started=started,
+            left={name: (c.pending + c.in_flight, float(begun.demands[name].total)) for name, c in left.items()},
+            models={name: frozenset(demand.models) for name, demand in begun.demands.items()},
+            expectations=expectations,
+            canaries=_canaries(begun, orders, foresee, shown) if manner.canary else {},
+            spent=spent,
+            request_usd=_request_usd(begun, orders, expectations),
+        )
+        return LiveRun(leg, connect, shown, manner)
+
+    return made
+
+
+def _wave_leg(
+    begun: BatchBegun, orders: Orders, started: Mapping[str, Policy], connect: ConnectBatch, shown: Display
+) -> MakeLeg:
+    """Refuse a run by the Batch API that should not start, and return how to make it."""
+    journal, demands = begun.journal, begun.demands
+    _check_prices(orders, demands)
+    by_s = orders.finish_by_s
+    ahead = guard_waves(journal, demands, orders.pools, orders.prices, shown, finish_by_s=by_s, insist=orders.yes)
+    pools = {pool.name: pool for pool in orders.pools}
+    return lambda spent, manner: WaveRun(
+        WaveLeg(journal, pools, started, ahead, spent, orders.keep_files), connect, shown, manner
+    )
+
+
+def _run(begun: BatchBegun, orders: Orders, make: MakeLeg, shown: Display) -> RunOutcome:
     journal, manner = begun.journal, orders.manner
     if manner.follow is not None:
         for each in lines_of(journal):
             manner.follow.add(*each)
     spent = spent_before(journal, orders.prices, date.today())
-    left = {pool.name: journal.counts(pool.name) for pool in orders.pools}
     ended: Ended | None = None
-    if any(counts.pending + counts.in_flight for counts in left.values()):
+    counts = journal.counts()
+    if counts.pending + counts.in_flight or open_waves(journal):
         with ExitStack() as stack:
             if orders.metrics_port is not None or manner.textfile is not None:
                 manner = replace(manner, metrics=Metrics())
@@ -355,18 +392,7 @@ def _run(
                 followed = Followed(orders.out, lines_of(journal))
                 stack.callback(followed.close)
                 manner = replace(manner, follow=followed)
-            leg = Leg(
-                journal=journal,
-                pools={pool.name: pool for pool in orders.pools},
-                started=started,
-                left={name: (c.pending + c.in_flight, float(begun.demands[name].total)) for name, c in left.items()},
-                models={name: frozenset(demand.models) for name, demand in begun.demands.items()},
-                expectations=expectations,
-                canaries=_canaries(begun, orders, foresee, shown) if manner.canary else {},
-                spent=spent,
-                request_usd=_request_usd(begun, orders, expectations),
-            )
-            live = LiveRun(leg, connect, shown, manner)
+            live = make(spent, manner)
             try:
                 with asyncio.Runner(loop_factory=manner.new_loop or loop_factory(manner.time_scale)) as runner:
                     ended = runner.run(live.run())
@@ -394,7 +420,7 @@ def _request_usd(begun: BatchBegun, orders: Orders, expectations: Mapping[str, E
     return total / max(1, count)
 
 
-def _delivered(live: LiveRun, shown: Display) -> None:
+def _delivered(live: Announcer, shown: Display) -> None:
     """Wait for the webhook's messages; a lost message is no reason to fail."""
     for notice in live.notices:
         if not notice.wait():
@@ -429,7 +455,7 @@ def _closed(journal: Journal, orders: Orders, spent: Spent, ended: Ended | None,
     for pool in orders.pools:
         policy = policies.get(pool.name, pool.policy)
         grant = grant_of(policy, granted.get(pool.name))
-        if ended is not None and ended.began_s == 0.0:
+        if ended is not None and ended.began_s == 0.0 and ended.tallies:
             # The first leg has counted everything itself, in constant memory.
             by_pool[pool.name] = ended.tallies[pool.name].summary(grant)
         else:
@@ -445,23 +471,3 @@ def _closed(journal: Journal, orders: Orders, spent: Spent, ended: Ended | None,
         resent=counts.resent,
         journal=journal.name,
     )
-
-
-def exit_code(failed: int, pending: int, stopped: Mapping[str, str], signals: Sequence[str]) -> int:
-    """Return the process's exit code: a signal first, then the gravest reason to stop, then whether all succeeded."""
-    if signals:
-        return SIGNAL_CODES[signals[0]]
-    if pending:
-        return max((_CODE_OF.get(why, _CANNOT) for why in stopped.values()), default=_CANNOT)
-    return SOME_FAILED if failed else ALL_WELL
-
-
-def outcome_text(outcome: RunOutcome) -> str:
-    """Return one line that says how the run ended."""
-    s = outcome.summary
-    text = f"{s.completed:,} of {s.requests + outcome.pending:,} done, {s.failed:,} failed"
-    text += f", {s.throttled:,} 429s in {s.attempts:,} attempts, {duration(s.makespan_s)}"
-    if outcome.pending:
-        reasons = ", ".join(sorted(set(outcome.stopped.values()))) or "unknown"
-        text += f"; stopped ({reasons}), {outcome.pending:,} not done"
-    return text

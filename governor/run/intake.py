@@ -33,6 +33,7 @@ from governor.run.outputs import errors_path
 JOURNAL_BYTES_PER_INPUT_BYTE = 1.3
 JOURNAL_BYTES_PER_REQUEST = 4_000
 RESULT_BYTES_PER_REQUEST = 2_500
+Check = Callable[[Request, int, Pool], None]
 # SQLite's log: 4 MiB, and the largest transaction (while a journal is filled) on top.
 WAL_BYTES = 4 * 2**20 + 2 * INGEST_BYTES
 
@@ -146,8 +147,11 @@ def prepare(
     retry_failed: str | None = None,
     resend_changed: bool = False,
     file_tokens: int = TOKENS_PER_FILE,
+    check: Check = check_fits,
 ) -> BatchBegun:
     """Return the journal of this run, created from the input or already there. All errors are found before a send.
+
+    `check`: raises what a request must not be, `Oversized` if it may be left out.
 
     `resend_changed`: lines that changed after they were answered are sent again. `retry_failed`: None = no, "" = all
     that failed, else those with this failure code. Raise BadInput, Oversized or JournalError; an unfinished new journal
@@ -164,6 +168,7 @@ def prepare(
             retry_failed=retry_failed,
             resend_changed=resend_changed,
             file_tokens=file_tokens,
+            check=check,
         )
     for file in () if out is None else (out, errors_path(out)):
         # An empty file holds nothing to lose: a run that was ended before its first answer may have left it.
@@ -173,11 +178,17 @@ def prepare(
                 "or add --overwrite",
                 str(file),
             )
-    return _made(path, where, pools, seed, skip_oversized, file_tokens)
+    return _made(path, where, pools, seed, skip_oversized, file_tokens, check)
 
 
 def _made(
-    path: Path, where: str | Path, pools: Sequence[Pool], seed: int, skip_oversized: bool, file_tokens: int
+    path: Path,
+    where: str | Path,
+    pools: Sequence[Pool],
+    seed: int,
+    skip_oversized: bool,
+    file_tokens: int,
+    check: Check,
 ) -> BatchBegun:
     _check_disk(path, where, None)
     demands = {pool.name: Demand() for pool in pools}
@@ -188,7 +199,7 @@ def _made(
         for request, pool in pooled(read_requests(hashed, str(path), file_tokens=file_tokens), pools, str(path)):
             work = work_of(request, pool.policy)
             try:
-                check_fits(request, int(work.reserve), pool)
+                check(request, int(work.reserve), pool)
             except Oversized:
                 if not skip_oversized:
                     raise
@@ -246,6 +257,7 @@ def _resumed(
     retry_failed: str | None,
     resend_changed: bool,
     file_tokens: int,
+    check: Check,
 ) -> BatchBegun:
     with _opened(path) as file:
         fingerprint = fingerprint_of(file)  # type: ignore[arg-type]
@@ -264,7 +276,7 @@ def _resumed(
             # Its process was killed while filling it: nothing has been sent yet.
             seed = journal.run().seed
             journal.remove()
-            return _made(path, where, pools, seed, skip_oversized, file_tokens)
+            return _made(path, where, pools, seed, skip_oversized, file_tokens, check)
         counts = journal.counts()
         retried = 0 if retry_failed is None else counts.failures.get(retry_failed, 0) if retry_failed else counts.failed
         left = counts.pending + counts.in_flight + retried
@@ -273,7 +285,7 @@ def _resumed(
             amended = _amended(
                 path, journal, pools, fingerprint, resend_changed=resend_changed, file_tokens=file_tokens
             )
-        demands, oversized = _left(journal, pools, skip_oversized, retry_failed, left, amended)
+        demands, oversized = _left(journal, pools, skip_oversized, retry_failed, left, amended, check)
         _check_disk(path, where, left)
     except BaseException:
         journal.close()
@@ -313,6 +325,7 @@ def _left(
     retry_failed: str | None,
     left: int,
     amended: Amended | None,
+    check: Check,
 ) -> tuple[dict[str, Demand], int]:
     """Return a journal's work left (`left` in all), under today's settings, and how many requests can never run."""
     demands = {pool.name: Demand() for pool in pools}
@@ -335,7 +348,7 @@ def _left(
         pool = by_name[request.pool]
         reserve = reserve_of(pool.policy, request.sizes)
         try:
-            check_fits(request, reserve, pool)
+            check(request, reserve, pool)
         except Oversized:
             if not skip_oversized:
                 raise

@@ -24,6 +24,7 @@ from governor.model.pools import Connect, Pool
 from governor.model.prices import Spent, dollars_text
 from governor.model.words import duration, plural
 from governor.model.work import Work, work_of
+from governor.run.account import CANARY, FAILED_INSIDE, MAX_COST, REFUSED
 from governor.run.longwaits import FINISH_BY, STOP_AFTER, held_text, too_late, too_late_text
 from governor.run.pool_run import Manner, PoolRun, Said, learner_of, pool_run
 from governor.run.steer import Commands, Signals, answered
@@ -32,12 +33,8 @@ from governor.telemetry.progress import Display, snapshot
 from governor.telemetry.watch import waiting_for
 
 # Periods of the ticker's tasks, in seconds of the machine's clock.
-_TICK_S = 0.2
+TICK_S = 0.2
 COMMANDS_S, TRACK_S, TEXTFILE_S = 0.4, 1.0, 15.0
-
-# Reasons for stopping early, besides the driver's failure codes, the names of signals and those of `longwaits`.
-MAX_COST, REFUSED, CANARY, FAILED_INSIDE = "MAX_COST", "REFUSED", "CANARY", "ERROR"
-ACCOUNT = (FailureCode.INSUFFICIENT_QUOTA, FailureCode.UNAUTHORIZED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,22 +74,57 @@ class Ended:
     signals: tuple[str, ...]
 
 
-class LiveRun:
+class Announcer:
+    """Tells a run's events. `requests`: of the whole run. `notices`: the messages sent to the webhook."""
+
+    def __init__(self, shown: Display, manner: Manner, requests: int) -> None:
+        self.shown = shown
+        self.manner = manner
+        self.notices: list[Notice] = []
+        self._requests = requests
+        self._textfile_failed = False
+
+    def say(self, line: str) -> None:
+        """Print a line that stays."""
+        self.shown.say(line)
+
+    def ended_requests(self) -> int:
+        """Return how many requests have ended in this leg."""
+        raise NotImplementedError
+
+    def tell(self, event: str, text: str) -> None:
+        """Send a message to the webhook, if there is one."""
+        if self.manner.hook:
+            content = {"event": event, "text": f"paceline: {text}", "ended": self.ended_requests()}
+            self.notices.append(notify(self.manner.hook, {**content, "requests": self._requests}))
+
+    def write_textfile(self) -> None:
+        """Write the current metrics into the collector's textfile, if one is named. A failure does not stop the run."""
+        if self.manner.metrics is None or self.manner.textfile is None:
+            return
+        try:
+            self.manner.metrics.write_textfile(self.manner.textfile)
+        except BadInput as error:
+            if not self._textfile_failed:
+                self.say(f"note: {error}")
+            self._textfile_failed = True
+        else:
+            self._textfile_failed = False
+
+
+class LiveRun(Announcer):
     """One leg of a run. Create it and await `run()` once."""
 
     def __init__(self, leg: Leg, connect: Connect, shown: Display, manner: Manner) -> None:
+        self._before = leg.journal.counts()
+        super().__init__(shown, manner, self._before.requests)
         self.leg = leg
         self.connect = connect
-        self.shown = shown
-        self.manner = manner
         self.runs: dict[str, PoolRun] = {}
-        self.notices: list[Notice] = []
         self.began_s = 0.0
         self.resent = 0
-        self._before = leg.journal.counts()
         self._cost_before, self._unpriced_before = leg.spent.cost_usd, leg.spent.unpriced
         self._signalled = False
-        self._textfile_failed = False
 
     async def run(self) -> Ended:
         """Run until no work is left or the run is stopped. Raise JournalError if nothing can be recorded any more."""
@@ -355,26 +387,22 @@ class LiveRun:
 
     # ------------------------------------------------------------ messages and the ticker
 
-    def say(self, line: str) -> None:
-        """Print a line that stays."""
-        self.shown.say(line)
-
     async def _tick(self, commands: Commands) -> None:
         """Handle everything that is not an event of the driver."""
         before = self._before
         ticks = 0
         while True:
-            await asyncio.sleep(_TICK_S * self.manner.time_scale)
+            await asyncio.sleep(TICK_S * self.manner.time_scale)
             ticks += 1
             lanes = list(self.runs.values())
             self.shown.show(snapshot(lanes, before.requests, before.done + before.failed, before.failed))
             now = max(run.governor.now() for run in lanes)
-            if _is_time(ticks, COMMANDS_S):
+            if is_time(ticks, COMMANDS_S):
                 commands.look(now)
-            if _is_time(ticks, TRACK_S):
+            if is_time(ticks, TRACK_S):
                 self._compare()
                 self._look_ahead()
-            if _is_time(ticks, TEXTFILE_S):
+            if is_time(ticks, TEXTFILE_S):
                 self.write_textfile()
             limit_s = self.manner.stop_after_s
             if limit_s is not None and now - self.began_s >= limit_s and not self._stopped():
@@ -412,26 +440,11 @@ class LiveRun:
                 if run.track.late_since_s >= 0.0:
                     self.tell("late", self._of(name) + line)
 
-    def write_textfile(self) -> None:
-        """Write the current metrics into the collector's textfile, if one is named. A failure does not stop the run."""
-        if self.manner.metrics is None or self.manner.textfile is None:
-            return
-        try:
-            self.manner.metrics.write_textfile(self.manner.textfile)
-        except BadInput as error:
-            if not self._textfile_failed:
-                self.say(f"note: {error}")
-            self._textfile_failed = True
-        else:
-            self._textfile_failed = False
-
-    def tell(self, event: str, text: str) -> None:
-        """Send a message to the webhook, if there is one."""
-        if self.manner.hook:
-            ended = sum(run.meter.tally.requests for run in self.runs.values())
-            content = {"event": event, "text": f"paceline: {text}", "ended": ended, "requests": self._before.requests}
-            self.notices.append(notify(self.manner.hook, content))
+    def ended_requests(self) -> int:
+        """Return how many requests have ended in this leg."""
+        return sum(run.meter.tally.requests for run in self.runs.values())
 
 
-def _is_time(ticks: int, every_s: float) -> bool:
-    return ticks % round(every_s / _TICK_S) == 0
+def is_time(ticks: int, every_s: float) -> bool:
+    """Return whether something that is done every so many seconds is due at this tick."""
+    return ticks % round(every_s / TICK_S) == 0

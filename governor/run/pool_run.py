@@ -144,7 +144,7 @@ def pool_run(
         alarms,
         long_waits,
         _Purse(said.spending) if manner.max_cost is not None else None,
-        _Follower(manner.follow) if manner.follow is not None else None,
+        Follower(manner.follow) if manner.follow is not None else None,
         manner.metrics.observer(pool.name) if manner.metrics is not None else None,
         log,
     ]
@@ -231,7 +231,7 @@ class _Purse(Observer):
             self._then()
 
 
-class _Follower(Observer):
+class Follower(Observer):
     """Passes on each line of the results as its request ends."""
 
     def __init__(self, followed: Follow) -> None:

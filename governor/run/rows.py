@@ -28,8 +28,8 @@ from governor.model.requests import CHAT, COMPLETIONS, URLS, endpoint_of, usage_
 from governor.profiles.loader import prices_in_force
 from governor.provider.answers import text_of
 from governor.provider.sending import connect_with
-from governor.run.account import lines_of
-from governor.run.batch import Orders, RunOutcome, outcome_text, run_orders
+from governor.run.account import RunOutcome, lines_of, outcome_text
+from governor.run.batch import Orders, run_orders
 from governor.run.pool_run import Manner
 from governor.run.spool import Spool
 from governor.run.steer import Stopper

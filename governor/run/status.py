@@ -8,6 +8,8 @@ from datetime import datetime
 from math import inf
 from typing import Any
 
+from governor.batchapi.outlook import ahead_of
+from governor.batchapi.waves import WaveStage
 from governor.forecast.forecast import Demand, Foresee, Outlook, fluid
 from governor.forecast.preflight import InUse, in_use
 from governor.journal.journal import PAUSE, RESUME, Journal
@@ -56,6 +58,7 @@ def status_json(journal: Journal, *, foresee: Foresee | None = None, scenario: s
         "worked_s": own.own(journal.last_s()),
         "forecast_finish_s": _forecast_finish(forecasts[-1].content) if forecasts else None,
         **_left(journal, policies, counts.pending + counts.in_flight, foresee, scenario),
+        "waves": [row._asdict() for row in journal.waves()],
         "pools": {
             name: {"done": c.done, "failed": c.failed, "pending": c.pending, "in_flight": c.in_flight}
             for name, c in pools.items()
@@ -105,6 +108,14 @@ def _left(
     is_running = journal.is_running()
     if not requests:
         return {"left_s": None, "left_by": None}
+    waves = journal.waves()
+    if (waves and waves[-1].planned_s >= journal.legs()[-1].began_s) or any(w.stage != WaveStage.CLOSED for w in waves):
+        ahead = [ahead_of(journal, name, policy.batch_queue_tokens) for name, policy in policies.items()]
+        longest = max(ahead, key=lambda found: found.finish_s)
+        return {
+            "left_s": longest.finish_s,
+            "left_by": "measured turnaround" if longest.measured else "assumed turnaround",
+        }
     written = journal.forecasts()
     before = written[-1].content if written else {}
     longest, by = 0.0, "simulation"
@@ -175,8 +186,9 @@ def status_pairs(found: dict[str, Any]) -> list[tuple[str, str]]:
     if found["forecast_finish_s"] is not None:
         pairs.append(("forecast", f"{duration(found['forecast_finish_s'])} in all, before the start"))
     if found["left_s"] is not None:
-        how = "simulated" if found["left_by"] == "simulation" else "a rough estimate"
+        how = {"simulation": "simulated", "fluid": "a rough estimate"}.get(found["left_by"], found["left_by"])
         pairs.append(("left", f"about {duration(found['left_s'])} ({how})"))
+    pairs += _wave_pairs(found["waves"])
     if len(found["pools"]) > 1:
         for name, c in found["pools"].items():
             pairs.append((f"pool {name}", f"{c['done']:,} done, {c['failed']:,} failed, {c['pending']:,} waiting"))
@@ -188,3 +200,16 @@ def status_pairs(found: dict[str, Any]) -> list[tuple[str, str]]:
     if found["purged"]:
         pairs.append(("purged", "prompts and answers were removed"))
     return pairs
+
+
+def _wave_pairs(waves: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Return the open waves of the Batch API one by one, and how many are over."""
+    pairs = []
+    for wave in waves:
+        if wave["stage"] != WaveStage.CLOSED:
+            parts = [f"{plural(wave['requests'], 'request')} to {wave['model']}: {wave['stage']}"]
+            parts += [f"batch {wave['batch_id']} {wave['status']}".rstrip()] if wave["batch_id"] else []
+            parts += [f"{wave['completed'] + wave['failed']:,} answered"] if wave["total"] else []
+            pairs.append((f"wave {wave['wave']}", ", ".join(parts)))
+    closed = len(waves) - len(pairs)
+    return [*pairs, ("waves", f"{closed:,} of {len(waves):,} collected")] if waves else []

@@ -14,6 +14,9 @@ own metrics have one.
     paceline_requests_total                      requests that ended, by pool and result (ok, or the failure code)
     paceline_deferrals_total                     requests deferred at the head of the queue, by pool and cause
     paceline_tokens_total                        tokens, by pool and kind: reserved, charged, prompt, output
+    paceline_waves_open                          files at the Batch API, by pool
+    paceline_wave_moved_epoch                    when one of them last came further, by pool; 0 = none is open
+    paceline_batch_queue_tokens                  estimated input tokens in the Batch API's queue, by pool and model
     paceline_wait_seconds                        histogram of how long attempts waited, by pool and cause
     paceline_answer_seconds                      histogram of launch to answer, by pool
 
@@ -128,6 +131,16 @@ class Metrics:
             registry=r,
             multiprocess_mode="livemax",
         )
+        self.waves_open = Gauge("paceline_waves_open", "Files at the Batch API", ["pool"], registry=r)
+        self.wave_moved = Gauge(
+            "paceline_wave_moved_epoch",
+            "When a wave last came further, 0 = none is open",
+            ["pool"],
+            registry=r,
+        )
+        self.queue_tokens = Gauge(
+            "paceline_batch_queue_tokens", "Tokens in the Batch API's queue", ["pool", "model"], registry=r
+        )
         self.attempts = Counter("paceline_attempts", "Attempts that ended", ["pool", "outcome"], registry=r)
         self.requests = Counter("paceline_requests", "Requests that ended", ["pool", "result"], registry=r)
         self.deferrals = Counter(
@@ -153,6 +166,13 @@ class Metrics:
     def watch(self, pool: str, governor: LiveMetrics) -> None:
         """Include this governor in the gauges from now on; call `unwatch` when its run is over."""
         self._live.setdefault(pool, WeakSet()).add(governor)
+
+    def waves(self, pool: str, is_open: int, moved_epoch: float, tokens: Mapping[str, float]) -> None:
+        """Show the waves of a pool: how many are open, when one last came further, and the queue by model."""
+        self.waves_open.labels(pool).set(is_open)
+        self.wave_moved.labels(pool).set(moved_epoch if is_open else 0.0)
+        for model, enqueued in tokens.items():
+            self.queue_tokens.labels(pool, model).set(enqueued)
 
     def shown(self, pool: str) -> None:
         """Give the pool a separate gauge of requests in flight from now on: 0 while no governor is watched."""

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from math import inf
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from governor import law
 from governor.forecast.preflight import Load, fluid_forecast, in_use
@@ -153,6 +153,22 @@ def _waiting(lane: ProgressLane) -> str:
 # ---------------------------------------------------------------- on the terminal, or not
 
 
+class Shown(Protocol):
+    """A progress that can be shown: requests in all and ended, in a line of a log or short enough for a bar."""
+
+    @property
+    def total(self) -> int: ...
+
+    @property
+    def ended(self) -> int: ...
+
+    def line(self) -> str:
+        """Return one line for a log."""
+
+    def short(self) -> str:
+        """Return the progress for a bar, the most important first."""
+
+
 class Display:
     """Shows a run's progress: this one, of --quiet, warnings alone. `as_json`: as JSON objects, beside a log of these.
 
@@ -166,7 +182,7 @@ class Display:
     def start(self) -> None:
         """Begin the run."""
 
-    def show(self, now: Snapshot) -> None:
+    def show(self, now: Shown) -> None:
         """Show the progress; called a few times a second."""
 
     def say(self, line: str) -> None:
@@ -199,12 +215,12 @@ class Lines(Display):
     def inform(self, line: str) -> None:
         self.say(line)
 
-    def show(self, now: Snapshot) -> None:
+    def show(self, now: Shown) -> None:
         if time.monotonic() - self._shown_at >= self.every_s:
             self._shown_at = time.monotonic()
             self.renew(now)
 
-    def renew(self, now: Snapshot) -> None:
+    def renew(self, now: Shown) -> None:
         """Print the progress."""
         self.say(now.line() if self.as_json else f"{time.strftime('%H:%M:%S')} {now.line()}")
 
@@ -230,7 +246,7 @@ class Bar(Display):
     def start(self) -> None:
         self._bar.start()
 
-    def show(self, now: Snapshot) -> None:
+    def show(self, now: Shown) -> None:
         self._bar.update(self._task, completed=now.ended, total=max(1, now.total), description=now.short())
 
     def say(self, line: str) -> None:
@@ -250,7 +266,7 @@ class ScreenCell(Lines):
         super().__init__(stream, every_s=1.0)
         self._handle: Any = None
 
-    def renew(self, now: Snapshot) -> None:
+    def renew(self, now: Shown) -> None:
         display: Any = sys.modules["IPython"].display.display
         content = {"text/plain": now.short()}
         if self._handle is None:

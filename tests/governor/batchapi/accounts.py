@@ -184,7 +184,6 @@ def live(
     keep_files: bool = False,
     committed: Callable[[str], None] = lambda when: None,
     meanwhile: Callable[[WaveDriver], Awaitable[None]] | None = None,
-    may_submit: Callable[[Any, float], str] = lambda lane, tokens: "",
 ) -> Lived:
     """Run the waves of a journal to their end, in virtual time from where the account's clock stands.
 
@@ -215,7 +214,6 @@ def live(
             numbers=numbers,
             run_id=RUN_ID,
             keep_files=keep_files,
-            may_submit=may_submit,
         )
         recorder, waves = begun.recorders[pool.name], journal.wave_recorder(pool.name)
         driver = WaveDriver(pool, Client(account), journal, recorder, waves, around)

@@ -25,6 +25,7 @@ from governor.run.account import (
     ATTEMPT_COLUMNS,
     Worked,
     attempt_rows,
+    exit_code,
     grant_of,
     line_of,
     lines_of,
@@ -33,7 +34,6 @@ from governor.run.account import (
     summary_of,
     worked,
 )
-from governor.run.batch import exit_code
 from governor.run.intake import disk_needed, prepare, read_demands
 from governor.run.steer import changes_text, split_words
 from governor.scheduler.driver import Governor
