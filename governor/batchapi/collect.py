@@ -23,10 +23,10 @@ from governor.model.work import Observer
 from governor.provider.answers import dropped, malformed
 
 # Answers recorded in one transaction.
-LINES_AT_A_TIME = 500
+_LINES_AT_A_TIME = 500
 # Files above this size are built, or read, on the disk.
 SPOOL_BYTES = 16 * 2**20
-GONE = (404, 410)
+_GONE = (404, 410)
 
 
 class Purse(Protocol):
@@ -113,7 +113,7 @@ class Collector:
                 try:
                     await self._client.download(file_id, content)
                 except CallFailed as failed:
-                    if failed.answer.status not in GONE:
+                    if failed.answer.status not in _GONE:
                         raise
                     gone = file_id
                     continue
@@ -142,7 +142,7 @@ class Collector:
                 continue
             self._settle(pending, found.answer, again, row)
             settled += 1
-            if settled % LINES_AT_A_TIME == 0:
+            if settled % _LINES_AT_A_TIME == 0:
                 await self._around.flushed()
 
     def _settle_rest(self, left: list[Pending], again: list[Pending], row: WaveRow, gone: str) -> None:

@@ -33,7 +33,7 @@ from governor.model.work import FINAL, STOPPING, Observer
 # Reasons to stop, beside the failure codes of an account that is refused.
 REFUSED, CANCELLED_THERE, MAX_COST = "REFUSED", "BATCH_CANCELLED", "MAX_COST"
 # The account's batches of a day before the run are looked through too: its clock may differ from ours.
-SINCE_S = 86_400.0
+_SINCE_S = 86_400.0
 
 
 @dataclass(slots=True)
@@ -260,7 +260,7 @@ class WaveDriver:
                 self.waves.looked_up(wave)
             return
         mark = metadata_of(self._around.run_id, wave.number)
-        since = self._journal.run().epoch_s - SINCE_S
+        since = self._journal.run().epoch_s - _SINCE_S
         ours = [b for b in await self.client.batches(since) if mark.items() <= (b.metadata or {}).items()]
         if not ours:
             self.waves.looked_up(wave)

@@ -16,12 +16,12 @@ from governor.model.pools import Pool
 from governor.provider.answers import malformed
 from governor.provider.openai_adapter import Adapter
 
-WINDOW = "24h"
+_WINDOW = "24h"
 # A file of 200 MB takes minutes; everything else is answered at once.
-TRANSFER_S, CALL_S = 3_600.0, 60.0
-PAGE_BATCHES, PAGE_FILES = 100, 10_000
+_TRANSFER_S, _CALL_S = 3_600.0, 60.0
+_PAGE_BATCHES, _PAGE_FILES = 100, 10_000
 # More pages than an account has: a server that repeats its list must not keep us for ever.
-PAGES_MAX = 1_000
+_PAGES_MAX = 1_000
 
 
 class SdkBatchClient:
@@ -43,30 +43,30 @@ class SdkBatchClient:
     async def upload(self, name: str, content: BinaryIO) -> RemoteFile:
         """Store an input file under that name."""
         files = self._client.files.with_raw_response
-        sent = files.create(file=(name, content, "application/jsonl"), purpose="batch", timeout=TRANSFER_S)
+        sent = files.create(file=(name, content, "application/jsonl"), purpose="batch", timeout=_TRANSFER_S)
         return file_in(await self._object(sent))
 
     async def create(self, file_id: str, endpoint: str, metadata: Mapping[str, str]) -> RemoteBatch:
         """Create a batch of an uploaded file."""
         made: Any = self._client.batches.with_raw_response.create
         values = {"input_file_id": file_id, "endpoint": endpoint, "metadata": dict(metadata)}
-        return batch_in(await self._object(made(**values, completion_window=WINDOW, timeout=CALL_S)))
+        return batch_in(await self._object(made(**values, completion_window=_WINDOW, timeout=_CALL_S)))
 
     async def retrieve(self, batch_id: str) -> RemoteBatch:
         """Return a batch as it is now."""
-        return batch_in(await self._object(self._client.batches.with_raw_response.retrieve(batch_id, timeout=CALL_S)))
+        return batch_in(await self._object(self._client.batches.with_raw_response.retrieve(batch_id, timeout=_CALL_S)))
 
     async def cancel(self, batch_id: str) -> RemoteBatch:
         """Have a batch cancelled."""
-        return batch_in(await self._object(self._client.batches.with_raw_response.cancel(batch_id, timeout=CALL_S)))
+        return batch_in(await self._object(self._client.batches.with_raw_response.cancel(batch_id, timeout=_CALL_S)))
 
     async def batches(self, since_epoch_s: float) -> list[RemoteBatch]:
         """Return the account's batches that were created since then, newest first."""
         found: list[RemoteBatch] = []
         listed = self._client.batches.with_raw_response.list
-        for _ in range(PAGES_MAX):
+        for _ in range(_PAGES_MAX):
             after: Any = {"after": found[-1].id} if found else {}
-            page = await self._object(listed(limit=PAGE_BATCHES, timeout=CALL_S, **after))
+            page = await self._object(listed(limit=_PAGE_BATCHES, timeout=_CALL_S, **after))
             found += [batch_in(each) for each in _data(page)]
             if not page.get("has_more") or not _data(page) or 0.0 <= found[-1].created_epoch_s < since_epoch_s:
                 break
@@ -76,9 +76,9 @@ class SdkBatchClient:
         """Return the account's input files of batches."""
         found: list[RemoteFile] = []
         listed = self._client.files.with_raw_response.list
-        for _ in range(PAGES_MAX):
+        for _ in range(_PAGES_MAX):
             after: Any = {"after": found[-1].id} if found else {}
-            page = await self._object(listed(purpose="batch", limit=PAGE_FILES, timeout=CALL_S, **after))
+            page = await self._object(listed(purpose="batch", limit=_PAGE_FILES, timeout=_CALL_S, **after))
             found += [file_in(each) for each in _data(page)]
             if not page.get("has_more") or not _data(page):
                 break
@@ -87,7 +87,7 @@ class SdkBatchClient:
     async def download(self, file_id: str, into: BinaryIO) -> None:
         """Write a file's content, piece by piece."""
         try:
-            streamed = self._client.files.with_streaming_response.content(file_id, timeout=TRANSFER_S)
+            streamed = self._client.files.with_streaming_response.content(file_id, timeout=_TRANSFER_S)
             async with streamed as response:
                 async for part in response.iter_bytes():
                     into.write(part)
@@ -99,7 +99,7 @@ class SdkBatchClient:
     async def delete(self, file_id: str) -> None:
         """Delete a file; one that is gone already counts as deleted."""
         try:
-            await self._object(self._client.files.with_raw_response.delete(file_id, timeout=CALL_S))
+            await self._object(self._client.files.with_raw_response.delete(file_id, timeout=_CALL_S))
         except CallFailed as failed:
             if failed.answer.status != 404:
                 raise

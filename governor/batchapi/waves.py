@@ -32,11 +32,11 @@ from governor.batchapi.limits import (
 from governor.model.policy import Policy
 
 # A poll comes late by at most this share of the batch's age.
-POLL_SHARE, POLL_MIN_S, POLL_MAX_S = 0.05, 5.0, 300.0
+_POLL_SHARE, _POLL_MIN_S, _POLL_MAX_S = 0.05, 5.0, 300.0
 # A wave into a part of the queue waits until so much of it is free, lest a long tail of tiny files is submitted.
-ROOM_SHARE_LEAST = 0.25
+_ROOM_SHARE_LEAST = 0.25
 # The part of the queue that is used after refusals, at the least.
-SHARE_LEAST = 1.0 / 64.0
+_SHARE_LEAST = 1.0 / 64.0
 # Waits while the queue is full of something else than our waves, and between calls that fail.
 _QUEUE = Policy(backoff_base_seconds=15.0, backoff_cap_seconds=600.0).params()
 _CALLS = Policy(backoff_base_seconds=2.0, backoff_cap_seconds=60.0).params()
@@ -158,7 +158,7 @@ class QueueLedger:
         """Note that the queue was full. `limit`: as the refusal states it, 0 = it does not."""
         self.limit = limit or self.limit
         self.refusals += 1
-        self.share = max(SHARE_LEAST, self.share / 2.0)
+        self.share = max(_SHARE_LEAST, self.share / 2.0)
         self.closed_until = now + law.backoff_s(_QUEUE, self.refusals)
 
     def measured(self, estimated: float, real: int) -> None:
@@ -270,7 +270,7 @@ class Waves:
         if not held:
             return PlanWave(lane, ledger.usable * ledger.share, ledger.usable, True)
         room = ledger.usable * ledger.share - held
-        wanted = max(backlog.least, min(backlog.tokens, ROOM_SHARE_LEAST * ledger.usable * ledger.share))
+        wanted = max(backlog.least, min(backlog.tokens, _ROOM_SHARE_LEAST * ledger.usable * ledger.share))
         return PlanWave(lane, room, ledger.usable, False) if room > 0.0 and room >= wanted else None
 
     @property
@@ -322,7 +322,7 @@ class Waves:
         self._went_well(wave)
         wave.stage, wave.is_certain = WaveStage.SUBMITTED, True
         wave.submitted_at = now
-        wave.due_at = now + POLL_MIN_S
+        wave.due_at = now + _POLL_MIN_S
 
     def polled(self, wave: Wave, status: str, total: int, completed: int, failed: int, now: float) -> None:
         """The batch is under way in that state."""
@@ -331,7 +331,7 @@ class Waves:
             self.ledger(wave.lane.model).accepted()
         wave.status, wave.total, wave.completed, wave.failed = status, total, completed, failed
         age_s = now - wave.submitted_at
-        wave.due_at = now + min(max(POLL_SHARE * age_s, POLL_MIN_S), POLL_MAX_S)
+        wave.due_at = now + min(max(_POLL_SHARE * age_s, _POLL_MIN_S), _POLL_MAX_S)
 
     def ended(self, wave: Wave, status: str, total: int, completed: int, failed: int, real_tokens: int) -> None:
         """The batch has ended, and holds no tokens of the queue any more. `real_tokens`: of its input, 0 = unknown."""

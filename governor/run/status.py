@@ -111,10 +111,10 @@ def _left(
     waves = journal.waves()
     if (waves and waves[-1].planned_s >= journal.legs()[-1].began_s) or any(w.stage != WaveStage.CLOSED for w in waves):
         ahead = [ahead_of(journal, name, policy.batch_queue_tokens) for name, policy in policies.items()]
-        longest = max(ahead, key=lambda found: found.finish_s)
+        latest = max(ahead, key=lambda each: each.finish_s)
         return {
-            "left_s": longest.finish_s,
-            "left_by": "measured turnaround" if longest.measured else "assumed turnaround",
+            "left_s": latest.finish_s,
+            "left_by": "measured turnaround" if latest.measured else "assumed turnaround",
         }
     written = journal.forecasts()
     before = written[-1].content if written else {}

@@ -100,7 +100,7 @@ def _foreseen(journal: Journal, pool: Pool, demand: Demand) -> Foreseen:
     return foreseen(left, pool.policy.batch_queue_tokens, journal.waves(pool.name))
 
 
-class Budget:
+class WaveBudget:
     """`--max-cost` for waves: what one may cost counts as committed, from its forming to its collection."""
 
     def __init__(self, spent: Spent, limit_usd: float) -> None:

@@ -33,7 +33,7 @@ from governor.run.live import COMMANDS_S, TEXTFILE_S, TICK_S, Announcer, Ended, 
 from governor.run.longwaits import FINISH_BY, STOP_AFTER
 from governor.run.pool_run import Follower, Manner
 from governor.run.steer import Commands, Signals
-from governor.run.via.guards import Budget
+from governor.run.via.guards import WaveBudget
 from governor.telemetry.eventlog import EventLog
 from governor.telemetry.progress import Display
 from governor.telemetry.watch import Together
@@ -178,7 +178,7 @@ class WaveRun(Announcer):
             run_id=run_id(journal),
             seed=stated.seed,
             keep_files=self.leg.keep_files,
-            purse=None if manner.max_cost is None else Budget(self.leg.spent, manner.max_cost),
+            purse=None if manner.max_cost is None else WaveBudget(self.leg.spent, manner.max_cost),
         )
         together = Together([observer for observer in observers if observer is not None])
         driver = WaveDriver(pool, client, journal, together, journal.wave_recorder(pool.name), around)
