@@ -126,8 +126,6 @@ LEFT_OUT: dict[tuple[str, str], Callable[[], object]] = {
     ("--latency", "gpt-4o"): lambda: provider_tiers.DEFAULT_LATENCY == "gpt-4o",
     ("--database", "paceline-service.db"): lambda: serve_cli.DEFAULT_DATABASE == "paceline-service.db",
     ("--batch-turnaround", "4h,20h"): lambda: terms_of(1, "4h,20h", None, None) == terms_of(1, None, None, None),
-    ("--batch-discount", "50%"): lambda: terms_of(1, None, 0.5, None) == terms_of(1, None, None, None),
-    ("--cached-share", "0"): lambda: terms_of(1, None, None, 0.0) == terms_of(1, None, None, None),
     ("--pool", "all"): lambda: True,
     ("names", "all"): lambda: held_settings([asked(SET, "A=1", "B=2"), asked(UNSET)], ["p"]) == {"p": {}},
 }

@@ -135,7 +135,7 @@ class Expectation:
     latest time), rising. `assumed`: a scenario's statements on provider and answers, as plain values; None = there is
     no scenario, and the provider is taken to match the settings. `promise_s`: the finish that holds in 95 of 100 of the
     conditions that cannot be ruled out; None = unknown: no plan states these conditions, or the batch is too large to
-    draw them.
+    draw them. `cached_share`: of the prompt tokens, that the provider finds cached.
     """
 
     by: Literal["fluid", "simulation"]
@@ -156,6 +156,7 @@ class Expectation:
     milestones: tuple[tuple[float, float, float], ...] = ()
     assumed: Mapping[str, Any] | None = None
     promise_s: float | None = None
+    cached_share: float = 0.0
 
     def to_json_dict(self) -> dict[str, Any]:
         """Return everything but the milestones, for the journal."""
@@ -209,9 +210,17 @@ class CostForecast:
 
 
 def cost_forecast(
-    demand: Demand, answer_tokens: Mapping[str, float], prices: Prices, day: date, tier: str | None = None
+    demand: Demand,
+    answer_tokens: Mapping[str, float],
+    prices: Prices,
+    day: date,
+    tier: str | None = None,
+    cached_share: float = 0.0,
 ) -> CostForecast:
-    """Return the cost of the remaining requests. `tier`: for all of them, None = the one that each asks for."""
+    """Return the cost of the remaining requests. `tier`: for all of them, None = the one that each asks for.
+
+    `cached_share`: of the prompt tokens, that are found cached; at most, none is.
+    """
     priced = {key: prices.of(key[0], day, key[1] if tier is None else tier) for key in demand.billed}
     unpriced = {key[0]: demand.models[key[0]] for key, price in priced.items() if price is None}
     if unpriced:
@@ -222,7 +231,7 @@ def cost_forecast(
         assert price is not None
         # Only the model's sum is foreseen: it is shared out as it was assumed.
         share = answers / demand.answer_tokens[model] if demand.answer_tokens[model] else 0.0
-        expected += price.sum_usd(prompt, 0.0, share * answer_tokens.get(model, 0.0), is_long=is_long)
+        expected += price.sum_usd(prompt, cached_share * prompt, share * answer_tokens.get(model, 0.0), is_long=is_long)
         most += price.sum_usd(prompt, 0.0, caps, is_long=is_long)
     return CostForecast(expected, None if demand.uncapped else most, ())
 

@@ -30,6 +30,7 @@ RESAMPLE = 12
 SEARCH = 13
 BATCH_TURNAROUND = 14
 BATCH_LINE = 15
+TIER = 16
 
 
 def keyed_uniform(seed: int, request: int, attempt: int, purpose: int) -> float:

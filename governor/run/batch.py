@@ -314,7 +314,7 @@ def forecast_lines(pool: Pool, demand: Demand, e: Expectation, orders: Orders, *
     to = f" to {models}" if models else ""
     wall_s = e.finish_s / orders.manner.time_scale
     at = time.strftime("%a %H:%M", time.localtime(time.time() + wall_s)) if wall_s < 1e9 else "never"
-    cost = cost_forecast(demand, e.answer_tokens, orders.prices, date.today())
+    cost = cost_forecast(demand, e.answer_tokens, orders.prices, date.today(), cached_share=e.cached_share)
     promise = promise_text(e)
     return [
         f"{of}{plural(demand.requests, 'request')}{to}; forecast: {finish_text(e)}, {at}; 429s: {throttles_text(e)}",
@@ -414,7 +414,8 @@ def _request_usd(begun: BatchBegun, orders: Orders, expectations: Mapping[str, E
     """Return the expected mean cost of a remaining request in US dollars; 0 if unknown."""
     total, count = 0.0, 0
     for name, demand in begun.demands.items():
-        found = cost_forecast(demand, expectations[name].answer_tokens, orders.prices, date.today())
+        e = expectations[name]
+        found = cost_forecast(demand, e.answer_tokens, orders.prices, date.today(), cached_share=e.cached_share)
         total += found.expected or 0.0
         count += demand.requests
     return total / max(1, count)

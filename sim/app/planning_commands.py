@@ -267,12 +267,14 @@ def capacity(
     ] = None,
     batch_discount: Annotated[
         float | None,
-        typer.Option(metavar="P", parser=share, help="Discount of the Batch API; 50% if not given."),
+        typer.Option(metavar="P", parser=share, help="Discount of the Batch API; by the price list if not given."),
     ] = None,
     cached_share: Annotated[
         float | None,
         typer.Option(
-            metavar="P", parser=share, help="Share of prompt tokens that live runs find cached; 0 if not given."
+            metavar="P",
+            parser=share,
+            help="Share of prompt tokens that live calls find cached; what the provider states if not given.",
         ),
     ] = None,
     prices: Annotated[

@@ -16,7 +16,7 @@ import json
 import math
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, NamedTuple, Self
 
@@ -47,6 +47,8 @@ FINALIZING_S = 2.0
 # Documented as "up to 10 minutes".
 CANCELLING_S = 60.0
 PROBLEMS_MAX = 100
+# Prompt caching, as documented.
+CACHE_LEAST, CACHE_STEP = 1_024, 128
 
 Turnaround = Annotated[float, Field(gt=0, le=10 * EXPIRES_S)]
 
@@ -63,6 +65,29 @@ class BatchApi(Config):
         if p95 < p50:
             raise ValueError(f"turnaround_s is P50 and P95: {p95:g} is below {p50:g}")
         return self
+
+
+class ServiceTiers(Config):
+    """How a provider serves live calls in its tiers, and what it finds cached; all of it is assumed unless measured.
+
+    `cached_share`: of a prompt from `CACHE_LEAST` tokens on, in steps of `CACHE_STEP`. `flex_slower`: factor on the
+    time of flex answers; `flex_refused_ratio`: share of flex attempts for which there is no capacity, uncharged.
+    """
+
+    cached_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    flex_slower: Annotated[float, Field(ge=1, le=1_000)] = 3.0
+    flex_refused_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    def cached(self, prompt_tokens: int) -> int:
+        """Return how many tokens of a prompt are found cached."""
+        if prompt_tokens < CACHE_LEAST:
+            return 0
+        return int(self.cached_share * prompt_tokens) // CACHE_STEP * CACHE_STEP
+
+    def share_of(self, prompt_tokens: Iterable[int]) -> float:
+        """Return the share of all these prompts' tokens that is found cached."""
+        prompts = [int(each) for each in prompt_tokens]
+        return sum(map(self.cached, prompts)) / max(1, sum(prompts))
 
 
 class Problem(NamedTuple):

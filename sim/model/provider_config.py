@@ -19,7 +19,7 @@ from governor.model.errors import PacelineError, quoted
 from governor.profiles.loader import OPENAI, read_profile
 from governor.profiles.schema import Profile, count_of_refusals
 from sim.base.arguments import Config, checked
-from sim.model.batches import BatchApi
+from sim.model.batches import BatchApi, ServiceTiers
 from sim.model.latency import NOISE_GROUPS, NOISE_KNOTS
 from sim.model.provider import (
     CHANGES,
@@ -254,8 +254,8 @@ class ProviderConfig(Config):
     admission, or by real use at the answer. `failed_requests_count`: whether refusals count, or the only limit that
     they count against (`requests`: the limit that is checked first). `retry_after`: a number states the same seconds
     always. `header_names`: the names under which counts are stated. `day_*_used`: use of the daily limits before the
-    run. `batch_api`: see `batches`. `learnt`: inputs (names as in `provenance`) that were learnt from a log, and
-    `learnt_from`: that log's name.
+    run. `batch_api`, `tiers`: see `batches`. `learnt`: inputs (names as in `provenance`) that were learnt from a log,
+    and `learnt_from`: that log's name.
     """
 
     preset: str = ""
@@ -291,6 +291,7 @@ class ProviderConfig(Config):
     faults: FaultRatios = FaultRatios()
     latency: Latency = Latency(preset=DEFAULT_LATENCY)
     batch_api: BatchApi = BatchApi()
+    tiers: ServiceTiers = ServiceTiers()
     learnt: Annotated[tuple[str, ...], Field(strict=False)] = ()
     learnt_from: str = ""
 

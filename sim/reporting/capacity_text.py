@@ -239,7 +239,7 @@ def ways_text(ways: Sequence[Way], terms: Terms, deadline_s: float, confidence: 
     )
     if any(way.name == FLEX for way in ways):
         said += " Flex is taken to answer at a third of the speed (assumed)."
-    if terms.cached_share:
+    if terms.cached_share is not None:
         said += f" {terms.cached_share:.0%} of the prompt tokens are cached live, none in the Batch API."
     choice = _choice(ways, terms, deadline_s, confidence)
     return "\n\n".join((wrapped(choice, width), table(rows, width=width), wrapped(said, width)))

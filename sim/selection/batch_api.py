@@ -52,13 +52,14 @@ class Terms:
     """The Batch API as assumed. `queue_tokens`: enqueued input tokens per model. `turnaround_s`: a batch's P50 and P95.
 
     `factor`: within which its P50 is known; `measured`: from so many batches, 0 = it is assumed. `discount`: share
-    taken off the price, None = by the price list. `cached_share`: of the prompt tokens, that live calls find cached.
+    taken off the price, None = by the price list. `cached_share`: of the prompt tokens, that live calls find cached,
+    None = as the provider is taken to do.
     """
 
     queue_tokens: int
     turnaround_s: tuple[float, float] = TURNAROUND_S
     discount: float | None = None
-    cached_share: float = 0.0
+    cached_share: float | None = None
     factor: float = ASSUMED_FACTOR
     measured: int = 0
 
@@ -247,8 +248,12 @@ def _money(scenario: Scenario, terms: Terms, prices: Prices | None) -> _Money:
             assert at is not None
             rates[place][:, rows] = np.array([[at.input], [at.cached_input], [at.output]])
         has_flex[rows] = flex is not None
+    if terms.cached_share is None:
+        hits = np.array([scenario.provider.tiers.cached(int(each)) for each in prompt], float)
+    else:
+        hits = terms.cached_share * prompt
     found = {}
     for place, (fresh, cached, output) in rates.items():
-        share = terms.cached_share if place != BATCH else 0.0
-        found[place] = (prompt * ((1.0 - share) * fresh + share * cached) + written * output) / PER
+        read = hits if place != BATCH else 0.0
+        found[place] = ((prompt - read) * fresh + read * cached + written * output) / PER
     return _Money(known, found, has_flex)

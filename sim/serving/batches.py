@@ -297,6 +297,7 @@ class BatchDesk:
                 (output if job.is_ok[i] else errors).append(line)
                 if (written := reply.written) is not None:
                     input_tokens += written.prompt_tokens
+                    self.desk.count.bill(written, "batch")
                     output_tokens += written.output_tokens
             elif batch.status in _UNFINISHED:
                 code, message = _UNFINISHED[batch.status]

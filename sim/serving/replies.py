@@ -20,12 +20,12 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from governor.model.errors import BadInput
 from governor.model.estimate import CHAT, COMPLETIONS, EMBEDDINGS, MESSAGES, RESPONSES, Sizes, charge_of, sizes_of
-from governor.model.keyed import FAULT, OUTPUT_LENGTH, keyed_uniform, normal_quantile
+from governor.model.keyed import FAULT, OUTPUT_LENGTH, TIER, keyed_uniform, normal_quantile
 from governor.model.requests import MESSAGES_URL, URLS
 from sim.model import provider as prov
 from sim.model.faults import Event, Trouble
@@ -56,6 +56,8 @@ _PROMPTS = {
 }
 # The model assumed for a stored prompt, whose request need not name one.
 STORED_MODEL = "gpt-4o"
+# The tier that an answer states, by the one that was asked for; others are served as the default.
+_SERVED = {"flex": "flex", "priority": "priority", "fast": "priority"}
 _REFUSED = (prov.THROTTLED, prov.TOO_LARGE, prov.QUOTA, prov.SLOW_DOWN)
 
 # Ways in which a reply is sent.
@@ -138,6 +140,7 @@ class Stats:
         self.charged_tokens = 0
         self.prompt_tokens = 0
         self.output_tokens = 0
+        self.billed: dict[str, Counter[str]] = {}
         self.in_flight = 0
         self.in_flight_max = 0
         self.came_again = 0
@@ -145,6 +148,11 @@ class Stats:
         self.last_s = -1.0
         self.used_max = [0.0] * 4
         self.used_ratio_max = [0.0] * 4
+
+    def bill(self, a: Written, tier: str) -> None:
+        """Count what an answer is billed for, by model and tier."""
+        sums = self.billed.setdefault(f"{a.model} {tier}", Counter())
+        sums.update(answers=1, prompt=a.prompt_tokens, cached=a.cached_tokens, output=a.output_tokens)
 
     def as_dict(self) -> dict[str, Any]:
         """Return what `GET /_stats` prints; see `Desk.stats`."""
@@ -201,6 +209,7 @@ class Desk:
         if not hung_up and reply.outcome == "ok" and a is not None:
             count.prompt_tokens += a.prompt_tokens
             count.output_tokens += a.output_tokens
+            count.bill(a, a.tier)
             used = float(a.prompt_tokens + a.output_tokens)
             prov.settled(self.pp, self.ps, self.seed, float(reply.charge), used, max(self.ps.at, now))
         if self.pp.counts == prov.COUNTS_AT_ANSWER:
@@ -259,6 +268,9 @@ class Desk:
         event = self.trouble.strikes(True, *keys)
         if event is not None:
             return self._refused_by(event, call, headers)
+        tiers, is_flex = self.config.tiers, call.body.get("service_tier") == "flex"
+        if is_flex and keyed_uniform(self.seed, call.request, call.arrivals, TIER) < tiers.flex_refused_ratio:
+            return self._refusal(endpoint, "no_capacity", wire.no_capacity_error())
         used_before = list(ps.used)
         sizes = call.sizes
         charge = charge_of(self.config.charge_rule, sizes, self.fixed_charge, self.config.as_of)
@@ -275,7 +287,7 @@ class Desk:
             return self._server_error(endpoint, 500, service_s)
         if outcome == prov.DROPPED:
             return Reply("dropped", service_s=service_s, way=DROPPED)
-        reply = self._answer(call, output, charge, service_s)
+        reply = self._answer(call, output, charge, service_s * (tiers.flex_slower if is_flex else 1.0))
         event = self.trouble.strikes(False, *keys)
         return reply if event is None else self._spoiled(event, reply)
 
@@ -292,7 +304,10 @@ class Desk:
         tokens = call.sizes.prompt_tokens
         if keyed_uniform(self.seed, call.request, call.attempt, FAULT) < self.pp.error_ratio:
             return self._server_error(endpoint, 500, 0.0), tokens
-        return self._answer(call, _cut(call), 0, 0.0), tokens
+        reply = self._answer(call, _cut(call), 0, 0.0)
+        if reply.written is not None:
+            reply.written = replace(reply.written, cached_tokens=0, tier="default")
+        return reply, tokens
 
     def _call(self, endpoint: int, headers: dict[bytes, bytes], body: dict[str, Any]) -> Call:
         """Return the attempt that a request makes. Raise BadInput for what no endpoint could take."""
@@ -351,6 +366,8 @@ class Desk:
             as_base64=body.get("encoding_format") == "base64",
             content=call.content,
             includes_usage=isinstance(options, dict) and bool(options.get("include_usage")),
+            cached_tokens=self.config.tiers.cached(sizes.prompt_tokens),
+            tier=_SERVED.get(str(body.get("service_tier")), "default"),
         )
         reply = Reply("ok", service_s=service_s, written=written, charge=charge, endpoint=sizes.endpoint)
         if body.get("stream") and sizes.endpoint != EMBEDDINGS:

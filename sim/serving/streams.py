@@ -52,7 +52,7 @@ def _chat(a: Written) -> list[Timed]:
         "object": "chat.completion.chunk",
         "created": a.created,
         "model": a.model,
-        "service_tier": "default",
+        "service_tier": a.tier,
         "system_fingerprint": "fp_paceline",
     }
     # In a stream that includes usage, every other chunk states null usage.

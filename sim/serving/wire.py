@@ -46,6 +46,7 @@ class Written:
 
     `key` determines the answer's id: the same request gets the same id again. `empty`: cut off before any usable text.
     `dimensions`, `as_base64`: for embeddings. `content`: its content. `includes_usage`: a stream ends with its usage.
+    `cached_tokens`: of the prompt. `tier`: the service tier that it states.
     """
 
     endpoint: int
@@ -61,6 +62,8 @@ class Written:
     as_base64: bool = False
     content: Content = PROSE
     includes_usage: bool = False
+    cached_tokens: int = 0
+    tier: str = "default"
 
 
 STATUS = {
@@ -72,7 +75,13 @@ STATUS = {
     "unauthorized": 401,
     "model_not_found": 404,
     "overloaded": 503,
+    "no_capacity": 429,
 }
+
+
+def no_capacity_error() -> bytes:
+    """Return the body of a flex attempt for which there is no capacity; the words are from third parties."""
+    return error_body("Resource Unavailable", "resource_unavailable", "resource_unavailable")
 
 
 def answer_body(a: Written) -> bytes:
@@ -139,7 +148,7 @@ def _chat(a: Written) -> str:
     )
     return (
         f'{{"id":"chatcmpl-{a.key:016x}","object":"chat.completion","created":{a.created},"model":{_quoted(a.model)},'
-        f'"choices":[{choices}],"usage":{json.dumps(chat_usage(a))},"service_tier":"default",'
+        f'"choices":[{choices}],"usage":{json.dumps(chat_usage(a))},"service_tier":"{a.tier}",'
         '"system_fingerprint":"fp_paceline"}'
     )
 
@@ -162,7 +171,7 @@ def chat_usage(a: Written) -> dict[str, Any]:
         "prompt_tokens": a.prompt_tokens,
         "completion_tokens": a.output_tokens,
         "total_tokens": a.prompt_tokens + a.output_tokens,
-        "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
+        "prompt_tokens_details": {"cached_tokens": a.cached_tokens, "audio_tokens": 0},
         "completion_tokens_details": {
             "reasoning_tokens": a.output_tokens if a.empty else 0,
             "audio_tokens": 0,
@@ -213,9 +222,10 @@ def _response(a: Written) -> str:
         f'{{"id":"resp_{a.key:016x}","object":"response","created_at":{a.created},"status":"{status}",'
         f'"background":false,"error":null,"incomplete_details":{details},"instructions":null,"max_output_tokens":null,'
         f'"model":{_quoted(a.model)},"output":[{output}],"parallel_tool_calls":true,"previous_response_id":null,'
-        '"reasoning":{"effort":null,"summary":null},"service_tier":"default","store":false,"temperature":1.0,'
+        f'"reasoning":{{"effort":null,"summary":null}},"service_tier":"{a.tier}","store":false,"temperature":1.0,'
         '"text":{"format":{"type":"text"}},"tool_choice":"auto","tools":[],"top_p":1.0,"truncation":"disabled",'
-        f'"usage":{{"input_tokens":{a.prompt_tokens},"input_tokens_details":{{"cached_tokens":0,"cache_write_tokens":0}},'
+        f'"usage":{{"input_tokens":{a.prompt_tokens},"input_tokens_details":{{"cached_tokens":'
+        f'{a.cached_tokens},"cache_write_tokens":0}},'
         f'"output_tokens":{a.output_tokens},"output_tokens_details":{{"reasoning_tokens":'
         f'{a.output_tokens if a.empty else 0}}},"total_tokens":{a.prompt_tokens + a.output_tokens}}},'
         '"user":null,"metadata":{}}'

@@ -119,6 +119,7 @@ def foresee(outlook: Outlook, model_error_ratio: float | None = None) -> Expecta
         milestones=((0.0, 0.0, 0.0), *_milestones(ends + late_s)),
         assumed=assumed.to_json_dict(),
         promise_s=None if promise_s is None else promise_s + late_s,
+        cached_share=provider.tiers.share_of(workload.prompt_tokens),
     )
 
 
