@@ -30,6 +30,7 @@ import numpy as np
 
 from benchmarks import peer_simpy
 from governor.law import MINUTE_S, RPM, Params
+from governor.model.needs import amounts
 from governor.model.policy import Policy
 from sim.des.driver import Simulation
 from sim.model.provider import ProviderParams
@@ -108,7 +109,7 @@ def params(load: Load) -> Params:
 def provider(load: Load) -> ProviderParams:
     """The peer's provider as ours."""
     return ProviderParams(
-        limit=[float(load.tpm), float(load.rpm), 0.0, 0.0],
+        limit=list(amounts(load.tpm, load.rpm)),
         first_token_s=load.first_token_s,
         per_token_s=load.per_token_s,
         sigma=load.sigma,

@@ -126,7 +126,8 @@ class Params:
     Arrays have one entry per dimension, of which the first `dimensions` are in use. `length_s` and `window` are the
     window's length and kind; a `clock` window's lengths are counted from `phase_s` before 1970 began. `budget` is the
     usable part of `limit` (see `budget_of`) and `rate_per_s` its continuous refill (see `rate_of`). `burst_ratio` is
-    the share of a budget that a bucket holds at most; 1 for other windows. `settles`: whether real use replaces the
+    the share that a bucket holds at most, 1 for other windows: `held` of the budget and `largest` of the limit, inf
+    without one (see `burst_of`). `settles`: whether real use replaces the
     need. `refunds`: whether a refusal gives the need back. `cause`: what a wait for the dimension is recorded as.
     `interactive_ratio` is the share of each budget, and of the places in flight, that a batch's first attempts leave
     free.
@@ -157,6 +158,8 @@ class Params:
     window: list[float]
     phase_s: list[float]
     burst_ratio: list[float]
+    held: list[float]
+    largest: list[float]
     settles: list[float]
     refunds: list[float]
     cause: list[float]
@@ -255,18 +258,23 @@ def rate_of(limit: float, headroom_ratio: float, length_s: float) -> float:
     return max(limit * (1.0 - headroom_ratio), 1e-9) / length_s
 
 
-def held_of(p: Params, d: int, amount: float) -> float:
-    """Return how much of `amount` per length the window of dimension `d` holds: all of it, or a burst's share."""
-    if p.burst_ratio[d] == 1.0 or amount == math.inf:
+def burst_of(amount: float, burst_ratio: float) -> float:
+    """Return how much of `amount` per length a window holds: all of it, or a burst's share."""
+    if burst_ratio == 1.0 or amount == math.inf:
         return amount
-    return max(1.0, amount * p.burst_ratio[d])
+    return max(1.0, amount * burst_ratio)
+
+
+def held_of(p: Params, d: int, amount: float) -> float:
+    """Return how much of `amount` per length the window of dimension `d` holds."""
+    return burst_of(amount, p.burst_ratio[d])
 
 
 def never_fits(p: Params, need: list[float]) -> bool:
     """Return whether a need exceeds a limit itself, not just the budget: the provider would never admit it."""
     exceeds = False
     for d in range(p.dimensions):
-        exceeds = exceeds or 0.0 < held_of(p, d, p.limit[d]) < need[d]
+        exceeds = exceeds or need[d] > p.largest[d]
     return exceeds
 
 
@@ -274,7 +282,7 @@ def _exceeds_budget(p: Params, s: State, need: list[float]) -> bool:
     """Return whether a need exceeds what some budget holds when it is full, so that its request runs alone."""
     exceeds = False
     for d in range(p.dimensions):
-        exceeds = exceeds or need[d] > held_of(p, d, p.budget[d]) * s.scale[d]
+        exceeds = exceeds or need[d] > p.held[d] * s.scale[d]
     return exceeds
 
 
@@ -343,7 +351,7 @@ def _ready_at(p: Params, s: State, d: int, amount: float, now: float) -> float:
     """
     if p.window[d] == BUCKET:
         scale = s.scale[d]
-        spare = held_of(p, d, p.budget[d]) * scale - amount
+        spare = p.held[d] * scale - amount
         if spare <= 0.0:
             return s.full_at[d]
         return s.full_at[d] - spare / (p.rate_per_s[d] * scale)
@@ -600,7 +608,7 @@ def admission(p: Params, s: State, need: list[float], standing: int, now: float)
         if p.limit[d] > 0.0 and (s.full_at[d] > at or p.window[d] != BUCKET):
             amount = need[d]
             if p.interactive_ratio > 0.0:
-                amount += _kept(p, held_of(p, d, p.budget[d]) * s.scale[d], standing)
+                amount += _kept(p, p.held[d] * s.scale[d], standing)
             ready_at = _ready_at(p, s, d, amount, now)
             if ready_at > at:
                 at = ready_at

@@ -22,12 +22,14 @@ from governor.model import keyed
 from sim.des.machine import array_of, compiled
 from sim.model import latency
 from sim.model import provider as prov
+from sim.model import windows as win
 from sim.model.latency import NOISE_GROUPS, NOISE_KNOTS
-from tests.governor.laws import params
+from tests.governor.laws import burst, params
+from tests.sim.doors import quota
 
 DECISIONS = 40_000
 # They make the empty arrays of the dataclasses, and are called by those alone.
-FACTORIES = {"_each", "_none"}
+FACTORIES = {"_each", "_none", "_ones", "_of_openai"}
 # Calls in one sequence: enough for states to fill up, few enough to see many policies.
 CALLS = 250
 
@@ -134,6 +136,7 @@ def drawn_policy(r: random.Random) -> law.Params:
         p.settles[d], p.refunds[d] = float(r.randrange(2)), float(r.randrange(2))
         if p.window[d] == law.BUCKET:
             p.burst_ratio[d] = r.choice([1.0, 1.0, 0.1, r.uniform(0.001, 1.0)])
+    burst(p)
     p.interactive_ratio = r.choice([0.0, 0.2, r.random()])
     return p
 
@@ -227,6 +230,7 @@ def law_calls(r: random.Random, both: Both) -> None:
             both("answer_may_admit", p, standing)
             both("never_fits", p, need)
             both("held_of", p, d, size)
+            both("burst_of", size, u)
             both("is_brief", p, d)
             both("cell_s", p, d)
         elif kind == 14:
@@ -273,13 +277,11 @@ def test_chance_is_equal_to_the_bit(copies: dict[str, ModuleType], seed: int) ->
 
 
 def drawn_provider(r: random.Random) -> prov.ProviderParams:
-    pp = prov.ProviderParams(
-        limit=[
-            float(r.choice([0, 30_000, r.randint(1, 100_000)])),
-            float(r.choice([0, 3, 500])),
-            float(r.choice([0, r.randint(10_000, 10**7)])),
-            float(r.choice([0, 200, 10_000])),
-        ],
+    pp = quota(
+        float(r.choice([0, 30_000, r.randint(1, 100_000)])),
+        float(r.choice([0, 3, 500])),
+        float(r.choice([0, r.randint(10_000, 10**7)])),
+        float(r.choice([0, 200, 10_000])),
         window=r.randrange(4),
         phase_s=r.choice([0.0, 17.5]),
         burst_ratio=r.choice([1.0, 1.0, 0.25]),
@@ -323,7 +325,23 @@ def drawn_provider(r: random.Random) -> prov.ProviderParams:
         pp.outage_at[i] = later(r, at)
         pp.outage_until[i] = at = pp.outage_at[i] + r.choice([0.5, 60.0, r.expovariate(0.1)])
         pp.outage_kind[i] = float(r.randrange(3))
+    if r.random() < 0.5:
+        draw_provider_dimensions(r, pp)
     return pp
+
+
+def draw_provider_dimensions(r: random.Random, pp: prov.ProviderParams) -> None:
+    """Other dimensions, each with a limit, a length, a window and weights of its own."""
+    pp.dimensions = r.randint(1, law.DIMENSIONS)
+    for d in range(pp.dimensions):
+        pp.limit[d] = float(r.choice([0, 3, 500, r.randint(1, 100_000)]))
+        pp.window[d] = float(r.randrange(4))
+        pp.length_s[d] = 60.0 if pp.window[d] == win.SLIDING else r.choice([10.0, 60.0, 600.0, 86_400.0])
+        pp.phase_s[d] = r.choice([0.0, 17.5])
+        pp.burst_ratio[d] = r.choice([1.0, 0.25]) if pp.window[d] == win.BUCKET else 1.0
+        pp.per_request[d] = r.choice([0.0, 1.0])
+        pp.per_input[d], pp.per_output[d] = r.choice([(1.0, 1.0), (1.0, 0.0), (0.0, 5.0), (2.5e-6, 1e-5)])
+        pp.header[d] = float(r.randrange(4))
 
 
 def provider_calls(r: random.Random, both: Both, timed: Both) -> None:
@@ -342,17 +360,19 @@ def provider_calls(r: random.Random, both: Both, timed: Both) -> None:
         recorded_s = r.choice([-1.0, -1.0, r.random()])
         kind = r.randrange(8)
         if kind < 4:
-            both("answered", pp, ps, chance, request, attempt, charge, output, recorded_s, now)
+            prompt = float(r.randrange(2_000))
+            both("answered", pp, ps, chance, request, attempt, charge, output, recorded_s, now, -1.0, prompt)
         elif kind == 4:
-            both("settled", pp, ps, chance, charge, float(r.randrange(10_000)), now)
+            both("settled", pp, ps, chance, charge, float(r.randrange(10_000)), now, float(r.randrange(500)))
         elif kind == 5:
-            _, _, wait_ms = both("admitted", pp, ps, chance, charge, now)
+            _, _, wait_ms = both("admitted", pp, ps, chance, charge, now, float(r.randrange(500)))
             both("stated_wait_s", pp, wait_ms)
         elif kind == 6:
             both("advanced", pp, ps, chance, now)
             for d in range(4):
                 both("remaining", pp, ps, d)
                 both("states_counts", pp, d > 1)
+                both("is_stated", pp, ps, d)
             both("requests_dimension", pp, ps)
             both("taken_by_others", pp, ps, r.randrange(2), r.uniform(0.0, 5_000.0))
         else:

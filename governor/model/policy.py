@@ -37,6 +37,7 @@ from governor.law import (
     SLIDING,
     Params,
     budget_of,
+    burst_of,
     rate_of,
 )
 from governor.model.errors import BadSetting
@@ -261,6 +262,8 @@ class Policy(BaseModel):
         length_s = _each(MINUTE_S, MINUTE_S, DAY_S, DAY_S, rest=MINUTE_S)
         window = _WINDOWS[self.tpm_window]
         burst_ratio = self.burst_seconds / MINUTE_S if self.tpm_window == "bucket" else 1.0
+        bursts = _each(burst_ratio, burst_ratio, rest=1.0)
+        budget = [budget_of(n, self.tpm_headroom) for n in limit]
         return Params(
             max_concurrency=self.max_concurrency,
             stagger_s=self.stagger_seconds,
@@ -281,12 +284,14 @@ class Policy(BaseModel):
             deadline_s=self.deadline_seconds,
             dimensions=4,
             limit=limit,
-            budget=[budget_of(n, self.tpm_headroom) for n in limit],
+            budget=budget,
             rate_per_s=[rate_of(n, self.tpm_headroom, s) for n, s in zip(limit, length_s, strict=True)],
             length_s=length_s,
             window=_each(window, window, BUCKET, BUCKET),
             phase_s=_each(),
-            burst_ratio=_each(burst_ratio, burst_ratio, rest=1.0),
+            burst_ratio=bursts,
+            held=list(map(burst_of, budget, bursts)),
+            largest=list(map(burst_of, [n or math.inf for n in limit], bursts)),
             settles=_each(self.settle, 0, self.settle, 0),
             refunds=_each(self.refund_throttled, 0, self.refund_throttled, 0),
             cause=_each(BY_TPM, BY_RPM, BY_DAY, BY_DAY),

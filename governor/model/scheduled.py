@@ -3,32 +3,44 @@
 from __future__ import annotations
 
 from governor import law
-from governor.model.needs import of_tokens
+from governor.model.needs import TOKENS, Weights
 
 
 class Scheduled:
     """One request on its way: the fields that the scheduler needs.
 
-    `reserve`: the tokens set aside, for records and the order of launches; `need`: what it takes of each dimension.
+    `reserve`: the tokens set aside, for records and the order of launches; `need`: what it takes of each dimension,
+    by the `weights` of its tokens, of which `prompt` are input.
     `expected`: the declared output cap, -1 = none. `jitter_u`: the uniform number for the stagger of its next launch,
     -1 if it was not drawn ahead. `since`: the clock of causes when it became eligible.
     """
 
     __slots__ = (
-        *("index", "lane", "attempt", "standing", "reserve", "need", "expected", "jitter_u"),
+        *("index", "lane", "attempt", "standing", "reserve", "need", "prompt", "weights", "expected", "jitter_u"),
         *("submitted_s", "eligible_s", "first_launched_s", "launched_s", "failed_s"),
         *("since", "asked", "alone", "queued", "flying", "holds", "ended", "booked", "tries", "outages"),
     )
     since: list[float]
     booked: list[float]
 
-    def __init__(self, index: int, reserve: float, expected: float, submitted_s: float, jitter_u: float = -1.0) -> None:
+    def __init__(
+        self,
+        index: int,
+        reserve: float,
+        expected: float,
+        submitted_s: float,
+        jitter_u: float = -1.0,
+        prompt: float = 0.0,
+        weights: Weights = TOKENS,
+    ) -> None:
         self.index = index
         self.lane = law.MAIN
         self.attempt = 1
         self.standing = law.FIRST
         self.reserve = reserve
-        self.need = of_tokens(reserve)
+        self.prompt = prompt
+        self.weights = weights
+        self.need = weights.of(reserve, prompt)
         self.expected = expected
         self.jitter_u = jitter_u
         self.submitted_s = submitted_s
@@ -47,4 +59,4 @@ class Scheduled:
 
     def need_of(self, tokens: float) -> list[float]:
         """Return what the request takes of each dimension if it reserves that many tokens."""
-        return of_tokens(tokens)
+        return self.weights.of(tokens, self.prompt)

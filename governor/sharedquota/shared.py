@@ -494,4 +494,4 @@ class SharedQuota:
 def _differences(before: Params, after: Params) -> str:
     """Return the names of the settings that differ."""
     names = [each.name for each in fields(Params) if getattr(before, each.name) != getattr(after, each.name)]
-    return ", ".join(name for name in names if name not in ("budget", "rate_per_s"))
+    return ", ".join(name for name in names if name not in ("budget", "rate_per_s", "held", "largest"))

@@ -221,7 +221,7 @@ def _wait_ms(pp: Any, ps: Any, asked: float) -> tuple[float, float]:
         excess = ps.used[d] + requested - win.capacity_of(pp, d, limit)
         if limit > 0.0 and excess > win.ROUNDING:
             wait_ms = max(wait_ms, win.room_in_ms(pp, ps, d, excess, limit))
-            first_ms = win.room_in_ms(pp, ps, d, min(excess, 1.0), limit) if pp.window == win.SLIDING else wait_ms
+            first_ms = win.room_in_ms(pp, ps, d, min(excess, 1.0), limit) if pp.window[d] == win.SLIDING else wait_ms
             oldest_ms = max(oldest_ms, first_ms)
     return wait_ms, oldest_ms
 

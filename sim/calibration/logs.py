@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from governor import law
 from governor.model.errors import BadInput, quoted
 from sim.calibration.observed import STATED, Observed, observed_of
 from sim.des.driver import Simulation
@@ -182,14 +183,15 @@ def write_log(scenario: Scenario, path: Path) -> Path:
         ok = OUTCOMES[job.outcome].value == "ok"
         heard = OUTCOMES[job.outcome].value in ("ok", "throttled", "slow_down", "server_error")
         heard = heard and prov.states_counts(case.provider, job.outcome not in CHARGED)
-        limit, left, _, requests, requests_left = job.stated if heard else (-1.0, -1.0, -1, -1.0, -1.0)
+        stated = {d if d == law.TPM else law.RPM: figures for d, *figures in job.stated if heard}
+        (limit, left), (requests, requests_left) = (stated.get(d, (-1.0, -1.0)) for d in (law.TPM, law.RPM))
         i = job.index
         rows.append(
             (
                 *(f"q-{i}", int(workload.prompt_tokens[i]), int(job.output) if ok else "", int(workload.max_tokens[i])),
                 *(workload.arrival_s[i], job.launched_s, now, OUTCOMES[job.outcome].value),
                 job.retry_after_s if job.retry_after_s >= 0.0 else "",
-                *(limit, left, requests or -1.0, requests_left if requests else -1.0),
+                *(limit, left, requests, requests_left),
             )
         )
 

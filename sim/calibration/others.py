@@ -190,8 +190,8 @@ def gaps(counts: Sequence[Count], charges: NDArray[np.float64], provider: Provid
 def _hold(pp: Any, ps: Any, d: int, used: float) -> None:
     """Set the model's use of dimension `d` in the current minute to `used`."""
     more, ps.used[d] = used - ps.used[d], used
-    if pp.window == win.SLIDING:
-        win.logged(ps, more if d == TPM else 0.0, more if d == RPM else 0.0)
+    if pp.window[d] == win.SLIDING:
+        win.logged(ps, d, more)
 
 
 def takings(counts: Sequence[Count], charges: NDArray[np.float64], provider: ProviderConfig) -> tuple[Taking, ...]:

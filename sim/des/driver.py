@@ -226,8 +226,8 @@ class Simulation:
 
     def _answer(self, job: Job, key: int, now: float) -> tuple[int, float, int, float]:
         """Return the provider's response to an attempt: see `provider.answered`."""
-        times = job.recorded_s, now, job.drawn_s
-        return prov.answered(self.pp, self.ps, self.provider_seed, job.index, key, job.charge, job.output, *times)
+        rest = job.recorded_s, now, job.drawn_s, job.prompt
+        return prov.answered(self.pp, self.ps, self.provider_seed, job.index, key, job.charge, job.output, *rest)
 
     def _left(self, job: Job, now: float) -> None:
         """Let the answer leave the provider: book real use, then state counts if the provider dates them by the answer.
@@ -236,30 +236,25 @@ class Simulation:
         """
         pp, ps, seed = self.pp, self.ps, self.provider_seed
         if job.outcome == prov.OK:
-            prov.settled(pp, ps, seed, job.charge, job.prompt + job.output, now)
+            prov.settled(pp, ps, seed, job.charge, job.prompt + job.output, now, job.prompt)
         if pp.counts == prov.COUNTS_AT_ANSWER:
             prov.advanced(pp, ps, seed, now)
             self._state(job)
 
     def _state(self, job: Job) -> None:
-        """Store what the answer's headers will state: limit and remaining of tokens, then of the tighter RPM or RPD."""
+        """Store what the answer's headers will state: dimension, limit and remaining amount."""
         pp, ps = self.pp, self.ps
-        d = prov.requests_dimension(pp, ps)
-        job.stated = (
-            prov.limit_now(pp, ps, law.TPM),
-            prov.remaining(pp, ps, law.TPM),
-            d,
-            prov.limit_now(pp, ps, d) if d >= 0 else 0.0,
-            prov.remaining(pp, ps, d) if d >= 0 else 0.0,
-        )
+        job.stated = [
+            (d, prov.limit_now(pp, ps, d), prov.remaining(pp, ps, d))
+            for d in range(pp.dimensions)
+            if prov.is_stated(pp, ps, d)
+        ]
 
     def _stated(self, job: Job) -> Stated:
         """Return the stated counts by dimension, as far as the headers state them."""
         if not (job.booked and prov.states_counts(self.pp, job.outcome not in CHARGED)):
             return ()
-        tokens_limit, tokens_left, d, requests_limit, requests_left = job.stated
-        tokens = [(law.TPM, tokens_limit, tokens_left)] if tokens_limit > 0.0 else []
-        return [*tokens, (d, requests_limit, requests_left)] if d >= 0 else tokens
+        return job.stated
 
     def _came_back_empty(self, job: Job) -> bool:
         c, i = self.columns, job.index
@@ -309,7 +304,7 @@ class Simulation:
         c, i = self.columns, job.index
         output = min(float(c.output_tokens[i]), float(self.finalize_max_tokens))
         sizes = float(c.finalize_reserve[i]), job.expected, float(c.finalize_charge[i]), job.prompt, output
-        last = Job(i, *sizes, job.recorded_s, now)
+        last = Job(i, *sizes, job.recorded_s, now, weights=job.weights)
         last.arrived_s = job.arrived_s
         return last
 

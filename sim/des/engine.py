@@ -117,11 +117,8 @@ class Job:
     launched_s: float = 0.0
     charged: float = 0.0
     retry_after_s: float = 0.0
-    stated_tokens_limit: float = 0.0
-    stated_tokens_left: float = 0.0
-    stated_d: int = 0
-    stated_requests_limit: float = 0.0
-    stated_requests_left: float = 0.0
+    stated_limit: list[float] = field(default_factory=_amounts)
+    stated_left: list[float] = field(default_factory=_amounts)
     booked: list[float] = field(default_factory=_amounts)
     need: list[float] = field(default_factory=_amounts)
     used: list[float] = field(default_factory=_amounts)
@@ -416,12 +413,12 @@ def _begun(w: World, slot: int, submitted_s: float) -> None:
     job.eligible_s = submitted_s
 
 
-def _need(job: Any) -> None:
+def _need(pp: Any, job: Any) -> None:
     """Fill in what the job reserves and what it will use of each dimension."""
     used = job.prompt + job.output
-    job.need[law.TPM] = job.need[law.TPD] = job.reserve
-    job.used[law.TPM] = job.used[law.TPD] = used
-    job.need[law.RPM] = job.need[law.RPD] = job.used[law.RPM] = job.used[law.RPD] = 1.0
+    for d in range(pp.dimensions):
+        job.need[d] = pp.per_request[d] + prov.amount_of(pp, d, job.reserve, job.prompt)
+        job.used[d] = pp.per_request[d] + prov.amount_of(pp, d, used, job.prompt)
 
 
 def _next(w: World) -> int:
@@ -441,7 +438,7 @@ def _next(w: World) -> int:
     job.charge = row.charge
     job.prompt = row.prompt
     job.output = row.output
-    _need(job)
+    _need(w.pp, job)
     job.recorded_s = row.recorded_s
     job.arrived_s = row.arrival_s
     job.first_launched_s = -1.0
@@ -573,7 +570,7 @@ def _launch(w: World, slot: int, now: float) -> None:
     if job.first_launched_s < 0.0:
         job.first_launched_s = now
     outcome, service_s, _, retry_after_s = prov.answered(
-        w.pp, w.ps, run.seed, job.index, key, job.charge, job.output, job.recorded_s, now
+        w.pp, w.ps, run.seed, job.index, key, job.charge, job.output, job.recorded_s, now, -1.0, job.prompt
     )
     job.charged = job.charge if outcome in CHARGED else 0.0
     run.charged_tokens += job.charged
@@ -606,15 +603,13 @@ def _spare(w: World, slot: int) -> None:
 
 
 def _state(w: World, slot: int) -> None:
-    """Store what the answer's headers will state: limit and remaining of tokens, then of the tighter RPM or RPD."""
+    """Store what the answer's headers will state: limits and remaining amounts, a limit of 0 = not stated."""
     pp, ps, job = w.pp, w.ps, w.jobs[slot]
-    d = prov.requests_dimension(pp, ps)
-    job.stated_tokens_limit = prov.limit_now(pp, ps, law.TPM)
-    job.stated_tokens_left = prov.remaining(pp, ps, law.TPM)
-    job.stated_d = d
-    if d >= 0:
-        job.stated_requests_limit = prov.limit_now(pp, ps, d)
-        job.stated_requests_left = prov.remaining(pp, ps, d)
+    for d in range(pp.dimensions):
+        job.stated_limit[d] = 0.0
+        if prov.is_stated(pp, ps, d):
+            job.stated_limit[d] = prov.limit_now(pp, ps, d)
+            job.stated_left[d] = prov.remaining(pp, ps, d)
 
 
 # ---------------------------------------------------------------- events: true if the head must be reconsidered
@@ -718,7 +713,7 @@ def _left(w: World, slot: int, now: float) -> None:
     """Let the answer leave the provider: book real use, then state counts if the provider dates them by the answer."""
     pp, ps, run, job = w.pp, w.ps, w.run, w.jobs[slot]
     if job.outcome == prov.OK:
-        prov.settled(pp, ps, run.seed, job.charge, job.prompt + job.output, now)
+        prov.settled(pp, ps, run.seed, job.charge, job.prompt + job.output, now, job.prompt)
     if pp.counts == prov.COUNTS_AT_ANSWER:
         prov.advanced(pp, ps, run.seed, now)
         _state(w, slot)
@@ -730,15 +725,10 @@ def _sync(w: World, slot: int, now: float) -> None:
     at, refused = job.launched_s, int(job.outcome not in CHARGED)
     if not (p.sync_headers and prov.states_counts(w.pp, refused > 0)):
         return
-    if job.stated_tokens_limit > 0.0:
-        limit, left = job.stated_tokens_limit, job.stated_tokens_left
-        since = s.booked[law.TPM] - job.booked[law.TPM]
-        law.synced(p, s, law.TPM, limit, left, job.need[law.TPM], refused, since, at, now)
-    d = job.stated_d
-    if d >= 0:
-        limit, left = job.stated_requests_limit, job.stated_requests_left
-        since = s.booked[d] - job.booked[d]
-        law.synced(p, s, d, limit, left, job.need[d], refused, since, at, now)
+    for d in range(p.dimensions):
+        if job.stated_limit[d] > 0.0:
+            since = s.booked[d] - job.booked[d]
+            law.synced(p, s, d, job.stated_limit[d], job.stated_left[d], job.need[d], refused, since, at, now)
 
 
 def _on_ok(w: World, slot: int, now: float) -> None:
@@ -796,7 +786,7 @@ def _open_finalize(w: World, slot: int, now: float) -> None:
     job.reserve = job.last_reserve
     job.charge = job.last_charge
     job.output = job.last_output
-    _need(job)
+    _need(w.pp, job)
     job.launched_s = -1.0
     _may_go(w, slot, now, 1)
     _watch_deadline(w, slot)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from governor import law
+from governor.model.needs import TOKENS, Weights
 from governor.model.requests import CAUSES
 from governor.model.scheduled import Scheduled
 from sim.des.run import arrival_order, batch_order, rows_of
@@ -21,18 +22,18 @@ class Job(Scheduled):
     """One request in progress: what the provider must know of it, and the provider's answer.
 
     `drawn_s`: its latency, drawn ahead for the first attempt, -1 = not drawn yet. `stated`: what the answer's headers
-    will state: limit and remaining of tokens, then dimension, limit and remaining of the tighter requests limit.
+    will state: dimension, limit and remaining amount. `weights`: what its tokens take of the dimensions.
     """
 
     __slots__ = (
-        *("charge", "prompt", "output", "recorded_s", "drawn_s", "arrived_s"),
+        *("charge", "output", "recorded_s", "drawn_s", "arrived_s"),
         *("outcome", "charged", "retry_after_s", "stated", "waits_s"),
     )
     # Set at launch: slots without a value until then.
     outcome: int
     charged: float
     retry_after_s: float
-    stated: tuple[float, float, int, float, float]
+    stated: Sequence[tuple[int, float, float]]
     waits_s: list[float]
 
     def __init__(
@@ -47,10 +48,11 @@ class Job(Scheduled):
         submitted_s: float,
         drawn_s: float = -1.0,
         jitter_u: float = -1.0,
+        weights: Weights = TOKENS,
     ) -> None:
-        Scheduled.__init__(self, index, reserve, expected, submitted_s, jitter_u)  # quicker than super() by a third
+        # (Quicker than super() by a third.)
+        Scheduled.__init__(self, index, reserve, expected, submitted_s, jitter_u, prompt, weights)
         self.charge = charge
-        self.prompt = prompt
         self.output = output
         self.recorded_s = recorded_s
         self.drawn_s = drawn_s
@@ -70,6 +72,7 @@ def jobs_of(
     c = columns
     order = arrival_order(c) if from_trace else batch_order(c, params)
     zeros = [0.0] * len(CAUSES)
+    weights = Weights(tuple(provider.per_request), tuple(provider.per_input), tuple(provider.per_output))
     for start in range(0, len(c), _CHUNK):
         i = rows_of(order, start, min(start + _CHUNK, len(c)))
         output = np.where(c.cap[i] > 0, np.minimum(c.output_tokens[i], c.cap[i]), c.output_tokens[i])
@@ -79,7 +82,7 @@ def jobs_of(
         read = (i, c.reserve[i], expected, c.charge[i], prompt, output, c.recorded_s[i], arrival)
         drawn_s = first_latencies_s(provider, provider_seed, i, output, c.recorded_s[i])
         jitters = first_jitters(params, seed, i)
-        for row in zip(*(column.tolist() for column in read), drawn_s, jitters, strict=True):
+        for row in zip(*(column.tolist() for column in read), drawn_s, jitters, [weights] * len(i), strict=True):
             job = Job(*row)
             job.since = zeros
             yield job

@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from governor.model.keyed import COTENANT, FAULT, FINALIZE_TEXT, keyed_uniform
 from sim.model.latency import NOISE_GROUPS, NOISE_KNOTS, latency_s
 from sim.model.windows import (
-    BUCKET,
+    DAY_S,
+    DIMENSIONS,
     LOG,
     MINUTE_S,
     ROUNDING,
@@ -37,6 +38,7 @@ from sim.model.windows import RPD as RPD
 from sim.model.windows import RPM as RPM
 from sim.model.windows import TPD as TPD
 from sim.model.windows import TPM as TPM
+from sim.model.windows import amount_of as amount_of
 from sim.model.windows import limit_now as limit_now
 
 # Outcomes of an attempt.
@@ -78,15 +80,27 @@ NEVER_S = 1e9
 
 
 def _none() -> list[float]:
-    return [0.0] * 4
+    return [0.0] * DIMENSIONS
+
+
+def _ones() -> list[float]:
+    return [1.0] * DIMENSIONS
+
+
+def _of_openai(tokens: float, requests: float, rest: float = 0.0) -> list[float]:
+    return [tokens, requests, tokens, requests] + [rest] * (DIMENSIONS - 4)
 
 
 @dataclass(slots=True)
 class ProviderParams:
     """One provider quota as numbers. Times are in seconds; 0 = no such limit, fault or behaviour.
 
-    `limit`: TPM, RPM, TPD, RPD. `slice_s`: requests are also limited to their share of that time (1 = per second), and
-    tokens to `slice_tokens` per slice. `window`, `phase_s`, `burst_ratio`: how minutes are counted, see `windows`.
+    Arrays have one entry per dimension, of which the first `dimensions` are in use: TPM, RPM, TPD and RPD unless a
+    profile says otherwise. `length_s`, `window`, `phase_s`, `burst_ratio`: how each limit is counted, see `windows`.
+    `per_request`, `per_input`, `per_output`: what a request and its tokens take of each. `header`: the number of the
+    header that states the dimension, 0 = none; of several dimensions with one header, the tightest is stated.
+    `slice_s`: requests are also limited to their share of that time (1 = per second), and
+    tokens to `slice_tokens` per slice.
     `charged_at_answer`: admission takes no tokens and only checks that some are left; real use is booked when the
     answer leaves. `failed_count`: what a refusal counts against. `retry_after_s`: the constant stated wait;
     `retry_after_min_s`: the shortest.
@@ -104,10 +118,16 @@ class ProviderParams:
     `counts_rounded_to`, and below zero only with `counts_negative`.
     """
 
+    dimensions: int = 4
     limit: list[float] = field(default_factory=_none)
-    window: int = BUCKET
-    phase_s: float = 0.0
-    burst_ratio: float = 1.0
+    length_s: list[float] = field(default_factory=lambda: [MINUTE_S, MINUTE_S, DAY_S, DAY_S] + [MINUTE_S] * 4)
+    window: list[float] = field(default_factory=_none)
+    phase_s: list[float] = field(default_factory=_none)
+    burst_ratio: list[float] = field(default_factory=_ones)
+    per_request: list[float] = field(default_factory=lambda: _of_openai(0.0, 1.0))
+    per_input: list[float] = field(default_factory=lambda: _of_openai(1.0, 0.0))
+    per_output: list[float] = field(default_factory=lambda: _of_openai(1.0, 0.0))
+    header: list[float] = field(default_factory=lambda: [1.0, 2.0, 0.0, 2.0] + [0.0] * 4)
     slice_s: float = 0.0
     slice_tokens: float = 0.0
     settles: int = 0
@@ -149,7 +169,7 @@ class ProviderParams:
 class ProviderState:
     """The provider's state: `used` per dimension as of `at`, slices, the ramp, the co-tenant's next tick.
 
-    `window_until`: the end of an anchored window. `log_*`: the sliding log, a ring of `log_size` entries from
+    `window_until`: the end of each anchored window. `log_*`: the sliding log, a ring of `log_size` entries from
     `log_first` on. These fields come last so that a run that begins with an empty log need not write them.
     """
 
@@ -167,12 +187,11 @@ class ProviderState:
     ramp_peak_before: float = 0.0
     admitted: float = 0.0
     throttled: float = 0.0
-    window_until: float = -math.inf
+    window_until: list[float] = field(default_factory=lambda: [-math.inf] * DIMENSIONS)
     log_first: int = 0
     log_size: int = 0
     log_at: list[float] = field(default_factory=lambda: [0.0] * LOG)
-    log_tokens: list[float] = field(default_factory=lambda: [0.0] * LOG)
-    log_requests: list[float] = field(default_factory=lambda: [0.0] * LOG)
+    log_used: list[float] = field(default_factory=lambda: [0.0] * (DIMENSIONS * LOG))
 
 
 def day_started(ps: ProviderState, tokens_used: float, requests_used: float) -> None:
@@ -211,8 +230,8 @@ def taken_by_others(pp: ProviderParams, ps: ProviderState, d: int, amount: float
     if limit > 0.0:
         opened(pp, ps)
         ps.used[d] = max(used, min(limit, used + amount))
-        if pp.window == SLIDING:
-            logged(ps, ps.used[d] - used if d == TPM else 0.0, ps.used[d] - used if d == RPM else 0.0)
+        if pp.window[d] == SLIDING:
+            logged(ps, d, ps.used[d] - used)
 
 
 def advanced(pp: ProviderParams, ps: ProviderState, seed: int, now: float) -> None:
@@ -223,8 +242,9 @@ def advanced(pp: ProviderParams, ps: ProviderState, seed: int, now: float) -> No
             _drained_over_changes(pp, ps, ps.tick * _TICK_S)
             rate = _cotenant_rate(pp, seed, ps.tick)
             if rate > 0.0:
-                for d in range(2):
-                    taken_by_others(pp, ps, d, rate * limit_now(pp, ps, d) * _TICK_S / MINUTE_S)
+                for d in range(pp.dimensions):
+                    if pp.length_s[d] <= MINUTE_S:
+                        taken_by_others(pp, ps, d, rate * limit_now(pp, ps, d) * _TICK_S / pp.length_s[d])
             ps.tick += 1
     if pp.change_at[min(ps.next_change, CHANGES - 1)] <= now:
         _drained_over_changes(pp, ps, now)
@@ -266,18 +286,21 @@ def _ramp_refuses(pp: ProviderParams, ps: ProviderState, charge: float, now: flo
     return ps.ramp_tokens + charge > max(pp.ramp_tpm, RAMP_GROWTH * ps.ramp_peak_before)
 
 
-def _booked(pp: ProviderParams, ps: ProviderState, charge: float) -> None:
+def _booked(pp: ProviderParams, ps: ProviderState, charge: float, prompt: float) -> None:
     """Book the charge and the request in every window."""
-    taken(pp, ps, charge, 1.0, False)
+    taken(pp, ps, charge, 1.0, False, prompt)
     if pp.slice_s > 0.0:
         ps.slice_requests += 1.0
         ps.slice_used_tokens += charge
 
 
-def admitted(pp: ProviderParams, ps: ProviderState, seed: int, charge: float, now: float) -> tuple[int, int, float]:
+def admitted(
+    pp: ProviderParams, ps: ProviderState, seed: int, charge: float, now: float, prompt: float = 0.0
+) -> tuple[int, int, float]:
     """Decide one attempt at the door and book it if it is admitted; return (outcome, dimension, wait in milliseconds).
 
-    Outcome OK, THROTTLED, TOO_LARGE, SLOW_DOWN or QUOTA. The dimension and the exact wait are those of the limit that
+    `charge`: tokens, of which `prompt` are input, which matters where these have a limit of their own. Outcome OK,
+    THROTTLED, TOO_LARGE, SLOW_DOWN or QUOTA. The dimension and the exact wait are those of the limit that
     takes longest, or those of the requests' limit where it is checked first; the wait is -1 if waiting does not help or
     its length is unknown.
     """
@@ -289,20 +312,20 @@ def admitted(pp: ProviderParams, ps: ProviderState, seed: int, charge: float, no
     asked, booked = (1.0, 0.0) if pp.charged_at_answer else (charge, charge)
     tightest = -1
     wait_ms = -1.0
+    requests_d = -1
     requests_wait_ms = -1.0
-    for d in range(4):
-        limit = pp.limit[d]
-        if limit > 0.0:
-            if d < TPD:
-                limit *= ps.factor
-            requested = asked if d & 1 == 0 else 1.0
+    for d in range(pp.dimensions):
+        limit = limit_now(pp, ps, d)
+        if pp.limit[d] > 0.0:
+            requested = pp.per_request[d] + amount_of(pp, d, asked, prompt)
             capacity = capacity_of(pp, d, limit)
-            if requested > capacity and d & 1 == 0:
+            if requested > capacity and pp.per_request[d] == 0.0:
                 return TOO_LARGE, d, -1.0
             excess = ps.used[d] + requested - capacity
             if excess > ROUNDING:
                 w = room_in_ms(pp, ps, d, excess, limit)
-                if d == RPM:
+                if requests_d < 0 and pp.per_request[d] > 0.0 and pp.length_s[d] <= MINUTE_S:
+                    requests_d = d
                     requests_wait_ms = w
                 if w > wait_ms:
                     wait_ms = w
@@ -314,12 +337,12 @@ def admitted(pp: ProviderParams, ps: ProviderState, seed: int, charge: float, no
                     tightest = d
     if tightest >= 0:
         ps.throttled += 1.0
-        if pp.failed_count == REFUSAL_REQUESTS and requests_wait_ms >= 0.0:
+        if pp.failed_count == REFUSAL_REQUESTS and requests_d >= 0:
             # Requests are checked before tokens: these were not looked at, and nothing was booked.
-            return THROTTLED, RPM, requests_wait_ms
+            return THROTTLED, requests_d, requests_wait_ms
         if pp.failed_count:
             tokens = booked if pp.failed_count & REFUSAL_TOKENS else 0.0
-            taken(pp, ps, tokens, 1.0 if pp.failed_count & REFUSAL_REQUESTS else 0.0, True)
+            taken(pp, ps, tokens, 1.0 if pp.failed_count & REFUSAL_REQUESTS else 0.0, True, prompt)
         return THROTTLED, tightest, wait_ms
     if pp.ramp_tpm > 0.0:
         if _ramp_refuses(pp, ps, charge, now):
@@ -327,7 +350,7 @@ def admitted(pp: ProviderParams, ps: ProviderState, seed: int, charge: float, no
             return SLOW_DOWN, TPM, -1.0
         ps.ramp_tokens += charge
     ps.admitted += 1.0
-    _booked(pp, ps, booked)
+    _booked(pp, ps, booked, prompt)
     return OK, -1, -1.0
 
 
@@ -342,17 +365,19 @@ def stated_wait_s(pp: ProviderParams, wait_ms: float) -> float:
     return max(pp.retry_after_min_s, math.floor(wait_ms) / 1000.0)
 
 
-def settled(pp: ProviderParams, ps: ProviderState, seed: int, charge: float, used: float, now: float) -> None:
+def settled(
+    pp: ProviderParams, ps: ProviderState, seed: int, charge: float, used: float, now: float, prompt: float = 0.0
+) -> None:
     """Book an attempt's real use when its answer is complete, if the provider settles; never beyond its limit.
 
     A provider that charges at the answer books the use regardless of what is left.
     """
     if pp.charged_at_answer:
         advanced(pp, ps, seed, now)
-        taken(pp, ps, used, 0.0, False)
+        taken(pp, ps, used, 0.0, False, prompt)
     elif pp.settles:
         advanced(pp, ps, seed, now)
-        taken(pp, ps, used - charge, 0.0, True)
+        taken(pp, ps, used, 0.0, True, prompt, charge)
 
 
 def answered(
@@ -366,6 +391,7 @@ def answered(
     recorded_s: float,
     now: float,
     drawn_s: float = -1.0,
+    prompt: float = 0.0,
 ) -> tuple[int, float, int, float]:
     """Process one attempt; return (outcome, seconds until its answer, dimension, stated wait or -1).
 
@@ -381,7 +407,7 @@ def answered(
     if at <= now < pp.outage_until[outage]:
         return _died(pp, outage, pp.refusal_s)
     outcome, service_s, dimension, wait_s = _served(
-        pp, ps, seed, request, attempt, charge, output_tokens, recorded_s, now, drawn_s
+        pp, ps, seed, request, attempt, charge, output_tokens, recorded_s, now, drawn_s, prompt
     )
     if now + service_s > at:
         return _died(pp, outage, at - now)
@@ -407,9 +433,10 @@ def _served(
     recorded_s: float,
     now: float,
     drawn_s: float,
+    prompt: float,
 ) -> tuple[int, float, int, float]:
     """Process one attempt as `answered` does, outside any outage."""
-    outcome, dimension, wait_ms = admitted(pp, ps, seed, charge, now)
+    outcome, dimension, wait_ms = admitted(pp, ps, seed, charge, now, prompt)
     if outcome != OK:
         return outcome, pp.refusal_s, dimension, stated_wait_s(pp, wait_ms)
     service_s = drawn_s
@@ -439,6 +466,20 @@ def requests_dimension(pp: ProviderParams, ps: ProviderState) -> int:
         return RPD
     day_left = pp.limit[RPD] - ps.used[RPD]
     return RPD if day_left < limit_now(pp, ps, RPM) - ps.used[RPM] else RPM
+
+
+def is_stated(pp: ProviderParams, ps: ProviderState, d: int) -> bool:
+    """Return whether the headers state dimension `d`: the tightest of those that share a header."""
+    if pp.header[d] == 0.0 or pp.limit[d] <= 0.0:
+        return False
+    left = limit_now(pp, ps, d) - ps.used[d]
+    is_tightest = True
+    for other in range(pp.dimensions):
+        if other != d and pp.header[other] == pp.header[d] and pp.limit[other] > 0.0:
+            theirs = limit_now(pp, ps, other) - ps.used[other]
+            if theirs < left or (theirs == left and other < d):
+                is_tightest = False
+    return is_tightest
 
 
 def states_counts(pp: ProviderParams, is_refused: bool) -> bool:

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from governor.forecast.summary import Grant
 from governor.model.errors import PacelineError, quoted
+from governor.model.needs import amounts
 from governor.profiles.loader import OPENAI, read_profile
 from governor.profiles.schema import Profile, count_of_refusals
 from sim.base.arguments import Config, checked
@@ -53,13 +54,18 @@ from sim.model.provider_tiers import (
     tier_preset,
     tier_source,
 )
-from sim.model.windows import ANCHORED, BUCKET, CLOCK, DAY_S, MINUTE_S, SLIDING
+from sim.model.windows import ANCHORED, BUCKET, CLOCK, DAY_S, DIMENSIONS, MINUTE_S, SLIDING
 from sim.model.workload import ASSUMED, MEASURED, Provenance
 
 Ratio = Annotated[float, Field(ge=0, le=1)]
 Requests = Annotated[int, Field(ge=0, le=10**12)]
 Seconds = Annotated[float, Field(ge=0, le=86_400)]
 Tokens = Annotated[int, Field(ge=0, le=10**12)]
+
+
+def _each(*values: float) -> list[float]:
+    """Return an array with these values for the first dimensions, and 0 for the others."""
+    return list(amounts(*values))
 
 
 def _real_day(text: str) -> str:
@@ -353,10 +359,10 @@ class ProviderConfig(Config):
             changes.noise_from[i] = shape.from_tokens
             changes.noise[i * NOISE_KNOTS : (i + 1) * NOISE_KNOTS] = shape.log_ratios
         return ProviderParams(
-            limit=[float(limit) for limit in (self.tpm, self.rpm, self.tpd, self.rpd)],
-            window=_WINDOWS[self.window],
-            phase_s=self.phase_s,
-            burst_ratio=self.burst_s / MINUTE_S,
+            limit=_each(self.tpm, self.rpm, self.tpd, self.rpd),
+            window=_each(_WINDOWS[self.window], _WINDOWS[self.window], BUCKET, BUCKET),
+            phase_s=_each(self.phase_s, self.phase_s),
+            burst_ratio=[self.burst_s / MINUTE_S] * 2 + [1.0] * (DIMENSIONS - 2),
             slice_s=self.slice_s,
             slice_tokens=float(self.slice_tokens),
             settles=int(self.settles),

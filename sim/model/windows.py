@@ -1,9 +1,9 @@
 """The windows over which the synthetic provider's limits count, as plain functions over numbers.
 
 Each is a textbook algorithm. BUCKET: `used` drains at the limit per window length; its capacity is the whole limit, or
-`burst_ratio` of it (GCRA with that burst). CLOCK: a counter emptied when a minute of the clock begins; the run begins
-`phase_s` into one. ANCHORED: a counter emptied a minute after the attempt that found it expired (Redis' INCR with
-EXPIRE). SLIDING: a log of what was taken, each entry counted for a minute. Daily limits are always buckets.
+`burst_ratio` of it (GCRA with that burst). CLOCK: a counter emptied when a minute (or a day) of the clock begins; the
+run begins `phase_s` into one. ANCHORED: a counter emptied a window's length after the attempt that found it expired
+(Redis' INCR with EXPIRE). SLIDING: a log of what was taken, each entry counted for a minute.
 
 Compiled as it stands, like `provider`, whose `ProviderParams` and `ProviderState` are `pp` and `ps` here.
 """
@@ -12,12 +12,13 @@ import math
 from typing import Any
 
 # Dimensions, as in the law.
+DIMENSIONS = 8
 TPM = 0
 RPM = 1
 TPD = 2
 RPD = 3
 
-# Windows of the limits per minute.
+# Kinds of window.
 BUCKET = 0
 CLOCK = 1
 ANCHORED = 2
@@ -36,13 +37,19 @@ GRAIN_S = MINUTE_S / (LOG // 2 - 2)
 
 
 def limit_now(pp: Any, ps: Any, d: int) -> float:
-    """Return the limit of dimension `d` in force at the last advance; daily limits do not change."""
-    return pp.limit[d] * ps.factor if d <= RPM else pp.limit[d]
+    """Return the limit of dimension `d` in force at the last advance; limits of more than a minute do not change."""
+    return pp.limit[d] * ps.factor if pp.length_s[d] <= MINUTE_S else pp.limit[d]
 
 
 def capacity_of(pp: Any, d: int, limit: float) -> float:
     """Return a window's capacity under that limit; a bucket with a smaller burst still holds at least one request."""
-    return max(1.0, limit * pp.burst_ratio) if pp.burst_ratio < 1.0 and d <= RPM else limit
+    return max(1.0, limit * pp.burst_ratio[d]) if pp.burst_ratio[d] < 1.0 else limit
+
+
+def amount_of(pp: Any, d: int, tokens: float, prompt: float) -> float:
+    """Return what so many tokens, of which at most `prompt` are input, take of dimension `d`, without the request."""
+    into = min(prompt, tokens)
+    return float(pp.per_input[d] * into + pp.per_output[d] * (tokens - into))
 
 
 def drained(pp: Any, ps: Any, to: float) -> None:
@@ -50,43 +57,49 @@ def drained(pp: Any, ps: Any, to: float) -> None:
     passed = to - ps.at
     if passed <= 0.0:
         return
-    for d in range(4):
+    slides = False
+    for d in range(pp.dimensions):
         used = ps.used[d]
-        if used > 0.0 and (d >= TPD or pp.window == BUCKET):
-            if d >= TPD:
-                used -= passed * pp.limit[d] / DAY_S
-            else:
-                used -= passed * pp.limit[d] * ps.factor / MINUTE_S
-            ps.used[d] = used if used > 0.0 else 0.0
-    if pp.window == SLIDING:
-        _expire(ps, to)
-    elif pp.window == ANCHORED:
-        if to >= ps.window_until:
-            ps.used[TPM] = ps.used[RPM] = 0.0
-    elif pp.window == CLOCK and _minute(pp, to) > _minute(pp, ps.at):
-        ps.used[TPM] = ps.used[RPM] = 0.0
+        if pp.window[d] == BUCKET:
+            if used > 0.0:
+                gone = passed * pp.limit[d]
+                if pp.length_s[d] <= MINUTE_S:
+                    gone *= ps.factor
+                used -= gone / pp.length_s[d]
+                ps.used[d] = used if used > 0.0 else 0.0
+        elif pp.window[d] == SLIDING:
+            slides = True
+        elif pp.window[d] == ANCHORED:
+            if to >= ps.window_until[d]:
+                ps.used[d] = 0.0
+        elif _window(pp, d, to) > _window(pp, d, ps.at):
+            ps.used[d] = 0.0
+    if slides:
+        _expire(pp, ps, to)
     if pp.slice_s > 0.0:
         ps.slice_requests = max(0.0, ps.slice_requests - passed * limit_now(pp, ps, RPM) / MINUTE_S)
         ps.slice_used_tokens = max(0.0, ps.slice_used_tokens - passed * limit_now(pp, ps, TPM) / MINUTE_S)
     ps.at = to
 
 
-def _minute(pp: Any, at: float) -> float:
-    return math.floor((at + pp.phase_s) / MINUTE_S)
+def _window(pp: Any, d: int, at: float) -> float:
+    """Return the number of the clock's minute or day at that moment."""
+    return math.floor((at + pp.phase_s[d]) / pp.length_s[d])
 
 
 def opened(pp: Any, ps: Any) -> None:
     """Open an anchored window for an attempt at the last advance if none is open."""
-    if pp.window == ANCHORED and ps.at >= ps.window_until:
-        ps.window_until = ps.at + MINUTE_S
+    for d in range(pp.dimensions):
+        if pp.window[d] == ANCHORED and ps.at >= ps.window_until[d]:
+            ps.window_until[d] = ps.at + pp.length_s[d]
 
 
 def empty_at(pp: Any, ps: Any, d: int) -> float:
-    """Return when a minute counter will be empty if nothing is added; not for buckets."""
-    if pp.window == CLOCK:
-        return (_minute(pp, ps.at) + 1.0) * MINUTE_S - pp.phase_s
-    if pp.window == ANCHORED:
-        return max(ps.at, ps.window_until)
+    """Return when a counter will be empty if nothing is added; not for buckets."""
+    if pp.window[d] == CLOCK:
+        return float((_window(pp, d, ps.at) + 1.0) * pp.length_s[d] - pp.phase_s[d])
+    if pp.window[d] == ANCHORED:
+        return float(max(ps.at, ps.window_until[d]))
     return _room_at(ps, d, math.inf)
 
 
@@ -97,44 +110,47 @@ def room_in_ms(pp: Any, ps: Any, d: int, excess: float, limit: float) -> float:
     quoted log messages except the free tier's. Computed through seconds, "Limit 30000, Used 29937, Requested 385" gives
     643 for a printed 644.
     """
-    if d >= TPD:
-        return excess / limit * (DAY_S * 1000.0)
-    if pp.window == BUCKET:
-        return excess / limit * (MINUTE_S * 1000.0)
-    at = _room_at(ps, d, excess) if pp.window == SLIDING else empty_at(pp, ps, d)
+    if pp.window[d] == BUCKET:
+        return excess / limit * (pp.length_s[d] * 1000.0)
+    at = _room_at(ps, d, excess) if pp.window[d] == SLIDING else empty_at(pp, ps, d)
     return (at - ps.at) * 1000.0
 
 
-def taken(pp: Any, ps: Any, tokens: float, requests: float, is_capped: bool) -> None:
-    """Book amounts in every limit at the last advance; negative amounts are returned, as far as there are any.
+def taken(
+    pp: Any, ps: Any, tokens: float, requests: float, is_capped: bool, prompt: float = 0.0, less: float = 0.0
+) -> None:
+    """Book tokens and requests in every limit at the last advance, less tokens booked before.
 
-    `is_capped`: no window is filled beyond its capacity; one that is already fuller keeps its level.
+    Negative amounts are returned, as far as there are any. `prompt`: the input among the tokens. `is_capped`: no window
+    is filled beyond its capacity; one that is already fuller keeps its level.
     """
-    tokens_before, requests_before = ps.used[TPM], ps.used[RPM]
-    for d in range(4):
-        if pp.limit[d] > 0.0 and (d >= TPD or ps.factor > 0.0):
-            amount = tokens if d & 1 == 0 else requests
-            used = ps.used[d] + amount
+    for d in range(pp.dimensions):
+        if pp.limit[d] > 0.0 and (pp.length_s[d] > MINUTE_S or ps.factor > 0.0):
+            before = ps.used[d]
+            amount = pp.per_request[d] * requests + amount_of(pp, d, tokens, prompt)
+            if less > 0.0:
+                amount -= amount_of(pp, d, less, prompt)
+            used = before + amount
             if is_capped and amount > 0.0:
-                used = min(used, max(ps.used[d], capacity_of(pp, d, limit_now(pp, ps, d))))
+                used = min(used, max(before, capacity_of(pp, d, limit_now(pp, ps, d))))
             ps.used[d] = used if used > 0.0 else 0.0
-    if pp.window == SLIDING:
-        logged(ps, ps.used[TPM] - tokens_before, ps.used[RPM] - requests_before)
+            if pp.window[d] == SLIDING:
+                logged(ps, d, ps.used[d] - before)
 
 
 # ---------------------------------------------------------------- the sliding log
 
 
-def logged(ps: Any, tokens: float, requests: float) -> None:
-    """Add the amounts booked at the last advance to the log. Returned amounts are removed from the newest entries."""
+def logged(ps: Any, d: int, amount: float) -> None:
+    """Add the amount booked at the last advance to the log. A returned one is removed from the newest entries."""
     i = ps.log_size
-    while tokens < 0.0 and i > 0:
+    while amount < 0.0 and i > 0:
         i -= 1
-        place = (ps.log_first + i) % LOG
-        back = min(ps.log_tokens[place], -tokens)
-        ps.log_tokens[place] -= back
-        tokens += back
-    if tokens <= 0.0 and requests == 0.0:
+        place = d * LOG + (ps.log_first + i) % LOG
+        back = min(ps.log_used[place], -amount)
+        ps.log_used[place] -= back
+        amount += back
+    if amount <= 0.0:
         return
     at = ps.at
     if ps.log_size >= LOG // 2:
@@ -144,20 +160,23 @@ def logged(ps: Any, tokens: float, requests: float) -> None:
         ps.log_size += 1
         place = (place + 1) % LOG
         ps.log_at[place] = at
-        ps.log_tokens[place] = ps.log_requests[place] = 0.0
-    ps.log_tokens[place] += max(0.0, tokens)
-    ps.log_requests[place] += requests
+        for each in range(DIMENSIONS):
+            ps.log_used[each * LOG + place] = 0.0
+    ps.log_used[d * LOG + place] += amount
 
 
-def _expire(ps: Any, to: float) -> None:
+def _expire(pp: Any, ps: Any, to: float) -> None:
     """Drop entries that are a minute old."""
     while ps.log_size > 0 and ps.log_at[ps.log_first] + MINUTE_S <= to:
-        ps.used[TPM] = max(0.0, ps.used[TPM] - ps.log_tokens[ps.log_first])
-        ps.used[RPM] = max(0.0, ps.used[RPM] - ps.log_requests[ps.log_first])
+        for d in range(pp.dimensions):
+            if pp.window[d] == SLIDING:
+                ps.used[d] = max(0.0, ps.used[d] - ps.log_used[d * LOG + ps.log_first])
         ps.log_first = (ps.log_first + 1) % LOG
         ps.log_size -= 1
     if ps.log_size == 0:
-        ps.used[TPM] = ps.used[RPM] = 0.0
+        for d in range(pp.dimensions):
+            if pp.window[d] == SLIDING:
+                ps.used[d] = 0.0
 
 
 def _room_at(ps: Any, d: int, excess: float) -> float:
@@ -165,7 +184,7 @@ def _room_at(ps: Any, d: int, excess: float) -> float:
     at, gone, i = ps.at, 0.0, 0
     while i < ps.log_size and gone < excess - ROUNDING:
         place = (ps.log_first + i) % LOG
-        gone += ps.log_tokens[place] if d == TPM else ps.log_requests[place]
+        gone += ps.log_used[d * LOG + place]
         at = ps.log_at[place] + MINUTE_S
         i += 1
     return at

@@ -378,7 +378,7 @@ def retry_after_ms(wait_s: float) -> Headers:
 
 def reset_s(pp: ProviderParams, ps: ProviderState, d: int) -> float:
     """Return the provider's seconds until dimension `d` is fully reset, if there is no further use."""
-    if pp.window != win.BUCKET and d < prov.TPD:
+    if pp.window[d] != win.BUCKET:
         return 0.0 if ps.used[d] <= 0.0 else win.empty_at(pp, ps, d) - ps.at
     limit = prov.limit_now(pp, ps, d)
     return refill_reset_s(limit, limit - ps.used[d], DAY_S if d >= prov.TPD else MINUTE_S)

@@ -9,14 +9,13 @@ met in the run.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from governor import law
 from governor.journal.rows import Heard
 from governor.model.requests import CAUSES, LANES, Attempt, Ended, Limit, Outcome
 from governor.model.work import DIMENSIONS, STOPPING
@@ -39,8 +38,7 @@ _SIMULATED = {
     Outcome.LOCAL: prov.DROPPED,
     Outcome.TIMEOUT: TIMEOUT,
 }
-_Stated = tuple[float, float, int, float, float]
-NOTHING_STATED: _Stated = (0.0, 0.0, -1, 0.0, 0.0)
+_Stated = Sequence[tuple[int, float, float]]
 # Main or finalize pass of a request, by its place in the workload.
 RecordedLane = tuple[int, int]
 
@@ -48,10 +46,9 @@ RecordedLane = tuple[int, int]
 class Tried(NamedTuple):
     """One attempt as it was. Times in seconds since the run's first launch; `outcome` is the simulation's number.
 
-    `used`: tokens of the answer, prompt included, -1 = not stated. `retry_after_s`: -1 = none. `stated`: tokens limit
-    and remaining, then dimension, limit and remaining of the requests limit, as `sim.des.driver.Job.stated`. `way_s`:
-    to the provider, and there and back; None = not known. `eligible_s`: when the loop noticed that it could go, -1 =
-    not known.
+    `used`: tokens of the answer, prompt included, -1 = not stated. `retry_after_s`: -1 = none. `stated`: as
+    `sim.des.driver.Job.stated`. `way_s`: to the provider, and there and back; None = not known. `eligible_s`: when the
+    loop noticed that it could go, -1 = not known.
     """
 
     launched_s: float
@@ -59,7 +56,7 @@ class Tried(NamedTuple):
     outcome: int
     retry_after_s: float = -1.0
     used: float = -1.0
-    stated: _Stated = NOTHING_STATED
+    stated: _Stated = ()
     way_s: tuple[float, float] | None = None
     eligible_s: float = -1.0
 
@@ -127,13 +124,7 @@ def record_of(
 
 
 def _tried(a: Attempt, limits: Iterable[Limit], clock: Callable[[float], float]) -> Tried:
-    tokens, requests = (0.0, 0.0), (-1, 0.0, 0.0)
-    for limit in limits:
-        d = DIMENSIONS[limit.dimension]
-        if d == law.TPM:
-            tokens = limit.limit, limit.remaining
-        elif d in (law.RPM, law.RPD):
-            requests = d, limit.limit, limit.remaining
+    stated = sorted((DIMENSIONS[each.dimension], each.limit, each.remaining) for each in limits)
     is_used = a.outcome is Outcome.OK and a.prompt_tokens >= 0 and a.output_tokens >= 0
     return Tried(
         clock(a.launched_s),
@@ -141,5 +132,5 @@ def _tried(a: Attempt, limits: Iterable[Limit], clock: Callable[[float], float])
         _SIMULATED[a.outcome],
         a.retry_after_s,
         float(a.prompt_tokens + a.output_tokens) if is_used else -1.0,
-        (*tokens, *requests),
+        stated,
     )

@@ -74,6 +74,8 @@ def params(
         window=each(law.FIXED, law.FIXED, law.BUCKET, law.BUCKET),
         phase_s=each(),
         burst_ratio=each(rest=1.0),
+        held=each(),
+        largest=each(),
         settles=each(),
         refunds=each(),
         cause=each(law.BY_TPM, law.BY_RPM, law.BY_DAY, law.BY_DAY),
@@ -81,6 +83,13 @@ def params(
     for name, value in changes.items():
         assert hasattr(p, name), name
         setattr(p, name, value)
+    return burst(p)
+
+
+def burst(p: law.Params) -> law.Params:
+    """The same settings, with what follows from the limits and the bursts."""
+    p.held = list(map(law.burst_of, p.budget, p.burst_ratio))
+    p.largest = list(map(law.burst_of, [n or INF for n in p.limit], p.burst_ratio))
     return p
 
 

@@ -6,10 +6,15 @@ from typing import Any
 
 from sim.model import provider as prov
 from sim.model.provider import ProviderParams, ProviderState
+from sim.model.windows import BUCKET
 
 
 def quota(tpm: float = 0.0, rpm: float = 0.0, tpd: float = 0.0, rpd: float = 0.0, **knobs: Any) -> ProviderParams:
-    return ProviderParams(limit=[tpm, rpm, tpd, rpd], **knobs)
+    """A provider's limits; `window`, `phase_s` and `burst_ratio` are those of both limits per minute."""
+    for name, rest in (("window", float(BUCKET)), ("phase_s", 0.0), ("burst_ratio", 1.0)):
+        if name in knobs:
+            knobs[name] = [float(knobs[name])] * 2 + [rest] * 6
+    return ProviderParams(limit=[tpm, rpm, tpd, rpd, *[0.0] * 4], **knobs)
 
 
 def changing(pp: ProviderParams, *changes: tuple[float, float]) -> ProviderParams:

@@ -88,8 +88,8 @@ def test_one_leap_in_time_or_many_steps_come_to_the_same(
     """Changes of the limit, ticks and minutes happen at their own moments, not when somebody happens to knock."""
     pp = changing(quota(6_000, 60, 50_000, 1_000, slice_s=1.0), (33.5, 0.5), (47.0, 0.1), (200.0, 1.0))
     pp.cotenant_share, pp.cotenant_period_s, pp.cotenant_burst_s = share, period_s, 10.0
-    pp.window, pp.phase_s = window, 12.0
-    leap, walk = ProviderState(used=[float(n) for n in used]), ProviderState(used=[float(n) for n in used])
+    pp.window[:2], pp.phase_s[:2] = [window, window], [12.0, 12.0]
+    leap, walk = (ProviderState(used=[*map(float, used), *[0.0] * 4]) for _ in range(2))
     leap.slice_requests = walk.slice_requests = 50.0
     end = sum(steps) / 20.0
     prov.advanced(pp, leap, seed, end)

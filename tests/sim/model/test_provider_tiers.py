@@ -23,6 +23,7 @@ from sim.model import provider_tiers
 from sim.model.provider import COUNTS_AT_ANSWER, REFUSAL_REQUESTS, SAYS_CONSTANT, ProviderParams
 from sim.model.provider_config import Latency, LimitChange, ProviderConfig
 from sim.model.windows import CLOCK
+from tests.sim.doors import quota
 
 OBSERVED = "openai-observed/ratelimit_header_observations.csv"
 
@@ -96,7 +97,7 @@ def test_the_assumed_noise_has_the_shape_that_healthy_providers_show() -> None:
 )
 def test_every_tier_makes_a_provider(name: str) -> None:
     provider = ProviderConfig.of(name)
-    assert provider.params().limit == [provider.tpm, provider.rpm, provider.tpd, provider.rpd]
+    assert provider.params().limit[:4] == [provider.tpm, provider.rpm, provider.tpd, provider.rpd]
     assert provider.provenance()["limits"][0] == "measured"
     measured = provider_tiers.tier_of(name).model in provider_tiers.latency_lines()
     assert (provider.provenance()["latency"][0] == "measured") == measured
@@ -173,10 +174,14 @@ def test_every_field_reaches_the_engines() -> None:
         },
     )
     inf = math.inf
-    expected = ProviderParams(
-        limit=[1, 2, 3, 4],
+    expected = quota(
+        1,
+        2,
+        3,
+        4,
         window=CLOCK,
         phase_s=5.5,
+        burst_ratio=1.0,
         charged_at_answer=1,
         retry_after_s=30.0,
         retry_after_min_s=1.5,
@@ -216,8 +221,10 @@ def test_every_field_reaches_the_engines() -> None:
     assert provider.params() == expected
     # None of them stands at its default, so that none can be forgotten unseen.
     blank = ProviderParams()
-    assert [f.name for f in fields(blank) if getattr(blank, f.name) == getattr(expected, f.name)] == ["burst_ratio"]
-    assert ProviderConfig(burst_s=15.0).params().burst_ratio == 0.25  # of a bucket, which a clock is not
+    assert [f.name for f in fields(blank) if getattr(blank, f.name) == getattr(expected, f.name)] == [
+        *("dimensions", "length_s", "burst_ratio", "per_request", "per_input", "per_output", "header")
+    ]
+    assert ProviderConfig(burst_s=15.0).params().burst_ratio[:2] == [0.25, 0.25]  # of a bucket, which a clock is not
 
 
 def test_the_grant_is_what_the_limits_say() -> None:

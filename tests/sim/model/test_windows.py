@@ -244,9 +244,9 @@ def test_greedy_launches_meet_the_bound_and_never_beat_it(make: Callable[[], Pro
     grant = Grant(
         tpm_limit=LIMIT,
         rpm_limit=REQUESTS,
-        minute_reset=pp.window != win.BUCKET,
-        phase_s=pp.phase_s,
-        burst_ratio=pp.burst_ratio,
+        minute_reset=pp.window[0] != win.BUCKET,
+        phase_s=pp.phase_s[0],
+        burst_ratio=pp.burst_ratio[0],
     )
     work, now = WorkDone(), 0.0
     for _ in range(400):

@@ -395,7 +395,7 @@ def test_minutes_of_the_clock_are_stressed_where_no_published_tier_is_named() ->
     name = "minutes of the clock, begun in the middle of one"
     unknown = base.with_(provider=base.provider.with_(preset="", burst_s=20.0))
     params = dict(stress_set(unknown))[name].provider_params()
-    assert (params.window, params.phase_s, params.burst_ratio) == (CLOCK, 30.0, 1.0)
+    assert (params.window[0], params.phase_s[0], params.burst_ratio[0]) == (CLOCK, 30.0, 1.0)
     tier = base.with_(provider=base.provider.with_(preset="gpt-4o-tier1"))
     sliding = unknown.with_(provider=unknown.provider.with_(burst_s=60.0, window="sliding"))
     assert name not in dict(stress_set(tier))

@@ -496,7 +496,7 @@ def test_bad_requests_are_400_and_uncharged(raw: bytes) -> None:
     answer = parsed(desk, reply)
     assert (answer.outcome, answer.status) == (Outcome.BAD_REQUEST, 400)
     assert answer.message
-    assert desk.ps.used == [0.0] * 4
+    assert desk.ps.used == [0.0] * 8
 
 
 def test_any_text_survives_the_way_out() -> None:
