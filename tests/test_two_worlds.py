@@ -48,7 +48,7 @@ from tests.scenarios import drawn, shown
 from tests.virtual_loop import run_virtual
 
 # A scenario whose time-outs are too short meets a day of probes: many attempts come of few requests.
-REQUESTS = 25_000
+REQUESTS = 8_000
 # A longer form: PACELINE_TWO_WORLDS=2000000 pytest -m slow tests/test_two_worlds.py
 SLOW_REQUESTS = int(os.environ.get("PACELINE_TWO_WORLDS", "1000000"))
 
@@ -393,10 +393,10 @@ def test_two_worlds_give_the_same_attempts(seed: int) -> None:
     counts = compared_until(seed, REQUESTS)
     # It is no comparison unless everything occurred, and often.
     for outcome in (Outcome.THROTTLED, Outcome.SERVER_ERROR, Outcome.DROPPED, Outcome.TIMEOUT):
-        assert counts[outcome] > 300, counts
-    assert counts[Outcome.QUOTA] > 25, counts
-    assert counts["finalize"] > 400, counts
-    assert counts["retries"] > 10_000, counts
+        assert counts[outcome] > 100, counts
+    assert counts[Outcome.QUOTA] > 5, counts
+    assert counts["finalize"] > 100, counts
+    assert counts["retries"] > 3_000, counts
 
 
 @pytest.mark.long
@@ -411,7 +411,7 @@ def test_ties_need_their_order_and_nothing_else_does(seed: int) -> None:
     """
     first = random.Random(seed + 2).randrange(2**40)
     free = differing = tied = 0
-    for n in range(600):
+    for n in range(300):
         scenario = drawn(first + n, arrivals="batch")
         case = case_of(scenario)
         changes = changes_of(random.Random(first + n), scenario.policy)
@@ -424,8 +424,8 @@ def test_ties_need_their_order_and_nothing_else_does(seed: int) -> None:
         tied += ours.tied
         differing += bool(difference)
     print(f"seed {seed}: {free} scenarios without ties all equal; of {tied} with ties, {differing} differ")
-    assert free > 100
-    assert tied > 30
+    assert free > 50
+    assert tied > 10
 
 
 # ---------------------------------------------------------------- arrivals over time

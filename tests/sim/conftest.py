@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
 from governor.model.policy import KNOB_BY_NAME, Policy
+from sim.des import compiled
 from sim.experiment.experiment import attempts_of, case_of, figures_of, simulated
 from sim.experiment.information import Finding, Gain
 from sim.experiment.results import (
@@ -33,6 +35,14 @@ STRESS = {
     "co-tenant takes 25 % in bursts": {"cotenant": {"share": 0.25, "burst_s": 15.0, "period_s": 60.0}},
     "no Retry-After": {"retry_after": "absent"},
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _machine_code(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Load the compiled engine, which the first worker compiles: in Python a small plan takes three times as long."""
+    with open(tmp_path_factory.getbasetemp().parent / "machine-code.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        compiled.load()
 
 
 @pytest.fixture(scope="session")

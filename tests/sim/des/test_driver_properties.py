@@ -393,7 +393,9 @@ def test_the_brute_force_sees_a_budget_exceeded(window: str) -> None:
             max(excesses(dataclasses.replace(done, case=dataclasses.replace(done.case, params=smaller))).values())
             > 1e-3
         )
-    assert seen >= 6
+        if seen == 6:
+            break
+    assert seen == 6
 
 
 @any_seed
