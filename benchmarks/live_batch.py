@@ -17,7 +17,7 @@ from governor.model.pools import Pool
 from governor.model.prices import Prices
 from governor.provider.sending import connect_with
 from governor.run.batch import Orders, RunOutcome, run_orders
-from governor.run.pool_run import Manner
+from governor.run.pool_run import RunOptions
 from governor.telemetry.progress import Display
 from sim.model.provider_config import ProviderConfig
 
@@ -81,7 +81,7 @@ def run_live(path: Path, policy: Policy, base_url: str, *, time_scale: float = 1
         pools=[Pool(policy=policy, base_url=base_url)],
         environment=ENVIRONMENT,
         prices=Prices({}),
-        manner=Manner(time_scale=time_scale),
+        manner=RunOptions(time_scale=time_scale),
         yes=True,
     )
     with path.with_name("said.txt").open("w", encoding="utf-8") as said:

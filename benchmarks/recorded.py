@@ -12,7 +12,7 @@ from typing import Any
 
 from sim.model import provider as limiter
 from sim.model.provider_config import ProviderConfig
-from sim.serving.server import Provider, Running
+from sim.serving.server import Provider, ProviderThread
 
 WAIT_S = 60.0
 
@@ -47,7 +47,7 @@ class _Recorded(Provider):
 def _serve(config: dict[str, Any], options: dict[str, Any], end: Connection) -> None:
     provider = _Recorded(ProviderConfig.model_validate(config), **options)
     provider.seen = []
-    running = Running(provider, 0)
+    running = ProviderThread(provider, 0)
     end.send(running.port)
     end.recv()
     end.send((provider.seen, provider.stats()))

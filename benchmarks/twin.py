@@ -55,7 +55,7 @@ from governor.model.pools import Pool
 from governor.model.prices import Prices
 from governor.provider.sending import connect_with
 from governor.run.batch import Orders, run_orders
-from governor.run.pool_run import Manner
+from governor.run.pool_run import RunOptions
 from governor.telemetry.progress import Display
 from sim.app.options import ReplayOptions
 from sim.app.replay_command import staged
@@ -236,15 +236,17 @@ def run_live(scenario: Drawn, time_scale: float, folder: Path, foresee: Foresee 
     if time_scale:
         options: dict[str, Any] = {"seed": seed, "time_scale": time_scale, "stated_time": "provider"}
         with spawn(scenario.provider, **options) as server:
-            _run(scenario, server.base_url, Manner(time_scale=time_scale, stop_after_s=STOP_AFTER_S), folder, foresee)
+            _run(
+                scenario, server.base_url, RunOptions(time_scale=time_scale, stop_after_s=STOP_AFTER_S), folder, foresee
+            )
     else:
         provider = Provider(scenario.provider, seed=seed)
-        manner = Manner(new_loop=lambda: OwnTimeLoop(provider), stop_after_s=STOP_AFTER_S)
+        manner = RunOptions(new_loop=lambda: OwnTimeLoop(provider), stop_after_s=STOP_AFTER_S)
         with without_threads():
             _run(scenario, BASE_URL, manner, folder, foresee)
 
 
-def _run(scenario: Drawn, base_url: str, manner: Manner, folder: Path, foresee: Foresee | None) -> None:
+def _run(scenario: Drawn, base_url: str, manner: RunOptions, folder: Path, foresee: Foresee | None) -> None:
     environment = {"OPENAI_API_KEY": "no-key-is-needed", "OPENAI_BASE_URL": base_url}
     orders = Orders(
         requests=folder / "batch.jsonl",

@@ -38,7 +38,7 @@ from governor.model.pools import Pool
 from governor.model.prices import Prices
 from governor.provider.sending import connect_with
 from governor.run.batch import Orders, run_orders
-from governor.run.pool_run import Manner
+from governor.run.pool_run import RunOptions
 from governor.run.scaledloop import loop_factory
 from governor.telemetry.progress import Display
 from sim.app.api import plan
@@ -49,7 +49,7 @@ from sim.calibration.observed import of_journal
 from sim.model.provider_config import ProviderConfig
 from sim.scenario.scenario import Scenario
 from sim.scenario.scenario_file import FileSource
-from sim.validation.backtest import Backtest, Compared, backtest
+from sim.validation.backtest import Backtest, ComparedFigure, backtest
 from sim.validation.run_forecast import foresee
 
 TOKENS = (200, 1_000)
@@ -129,7 +129,7 @@ def run_ours(
             pools=[Pool(policy=policy, base_url=base_url, scenario=str(scenario))],
             environment=ENVIRONMENT,
             prices=Prices({}),
-            manner=Manner(time_scale=time_scale or 1.0, new_loop=loop, stop_after_s=STOP_AFTER_S),
+            manner=RunOptions(time_scale=time_scale or 1.0, new_loop=loop, stop_after_s=STOP_AFTER_S),
             seed=seed,
             yes=True,
         )
@@ -180,11 +180,11 @@ def kept_in(keep: Path | None, name: str) -> Iterator[Path]:
         yield folder
 
 
-def _cell(c: Compared | None) -> str:
+def _cell(c: ComparedFigure | None) -> str:
     return "-" if c is None else f"{c.measured:.1f} in {c.low:.1f}-{c.high:.1f}{'' if c.covered else ' !'}"
 
 
-def _error(c: Compared | None) -> str:
+def _error(c: ComparedFigure | None) -> str:
     return "-" if c is None or c.error_ratio is None else f"{100.0 * c.error_ratio:+.1f} %"
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from governor.journal.journal import Journal
 from sim.model.faults import Event
 from sim.model.provider_config import ProviderConfig
-from sim.serving.server import Running, serve
+from sim.serving.server import ProviderThread, serve
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "sk-a-key-that-nobody-may-see-0123456789"
@@ -61,7 +61,7 @@ def batch(path: Path, count: int, seed: int = 1, *, model: str = "gpt-4o-mini", 
 
 def provider(
     *, events: Iterable[dict[str, Any]] = (), time_scale: float = 1.0, seed: int = 0, **config: Any
-) -> Running:
+) -> ProviderThread:
     """A quick provider without limits, but for what `config` says of it."""
     given: dict[str, Any] = {
         "tpm": 0,

@@ -8,7 +8,7 @@ from typing import Any
 
 from governor.model.pools import REDIS_URL
 from sim.model.provider_config import ProviderConfig
-from sim.serving.server import Spawned, spawn
+from sim.serving.server import ProviderProcess, spawn
 from tests.live import WAIT_S, Cli, batch, check_whole, run_args
 
 SCALE = 20.0
@@ -22,7 +22,7 @@ ENV = {
 }
 
 
-def provider(scale: float = SCALE) -> Spawned:
+def provider(scale: float = SCALE) -> ProviderProcess:
     latency = {"first_token_s": 1.0, "per_token_s": 0.005, "sigma": 0.2, "stall_ratio": 0.0}
     config = ProviderConfig().with_(tpm=TPM, rpm=0, charge_rule="prompt_plus_max", latency=latency)
     return spawn(config, time_scale=scale, stated_time="provider")
@@ -32,7 +32,7 @@ class Runs:
     """Several `paceline run` side by side, each with a batch and a journal of its own."""
 
     def __init__(
-        self, cli: Cli, folder: Path, served: Spawned, url: str, count: int, requests: int, scale: float = SCALE
+        self, cli: Cli, folder: Path, served: ProviderProcess, url: str, count: int, requests: int, scale: float = SCALE
     ) -> None:
         self.cli = cli
         self.url = url
@@ -71,7 +71,7 @@ class Runs:
         return found
 
 
-def never_above_the_limit(served: Spawned) -> int:
+def never_above_the_limit(served: ProviderProcess) -> int:
     """Nobody was let in above the limit; how many were refused."""
     stats = served.stats()
     assert stats["windows"]["TPM"]["used_ratio_max"] <= 1.0

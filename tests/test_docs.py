@@ -26,7 +26,7 @@ from governor.model.requests import CAUSES
 from governor.run import longwaits, outputs
 from governor.run.steer import held_settings
 from sim.app.capacity_command import terms_of
-from sim.app.inputs import Wishes
+from sim.app.inputs import PlanOptions
 from sim.experiment import results
 from sim.model import provider_tiers
 from tests.commands import Shown, complaint, leaves, shown_in
@@ -116,10 +116,10 @@ def asked(name: str, *words: str) -> Command:
 
 # What a help text says in words of an option that is left out, and whether it is so; of "all" there is nothing to see.
 LEFT_OUT: dict[tuple[str, str], Callable[[], object]] = {
-    ("--objective", "makespan"): lambda: Wishes().objective == "makespan",
-    ("--max-throttled-per-100", "1"): lambda: Wishes().max_throttled_per_100 == 1,
-    ("--max-lost", "0"): lambda: Wishes().max_lost == 0,
-    ("--effort", "normal"): lambda: Wishes().effort == "normal",
+    ("--objective", "makespan"): lambda: PlanOptions().objective == "makespan",
+    ("--max-throttled-per-100", "1"): lambda: PlanOptions().max_throttled_per_100 == 1,
+    ("--max-lost", "0"): lambda: PlanOptions().max_lost == 0,
+    ("--effort", "normal"): lambda: PlanOptions().effort == "normal",
     ("--confidence", "0.95"): lambda: results.CONFIDENCE == 0.95,
     ("--journal", "RESULTS.journal.db"): lambda: outputs.journal_path(Path("a/r.jsonl")) == Path("a/r.journal.db"),
     ("--finish-by", "a day"): lambda: longwaits.DAY_S == 24 * 60 * 60,

@@ -61,7 +61,7 @@ MODULE_EXTRAS = {
     "sim/experiment/ray_side.py": {"ray"},
     "governor/telemetry/tracing.py": {"otel"},
     "sim/reporting/sliders.py": {"notebook"},
-    **{f"governor/sharedquota/{name}.py": {"redis"} for name in ("image", "member", "muster", "redis_store")},
+    **{f"governor/sharedquota/{name}.py": {"redis"} for name in ("image", "member", "recovery", "redis_store")},
 }
 # Libraries with exactly one door.
 ONE_DOOR = {

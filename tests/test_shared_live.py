@@ -468,7 +468,7 @@ def test_other_things_under_our_keys_end_nothing(redis: RedisServer, processes: 
     rng = random.Random(1)
 
     def spoil() -> None:
-        key = pool + rng.choice(["image", "inbox", "leases", "muster", "bell"])
+        key = pool + rng.choice(["image", "inbox", "leases", "recovery", "bell"])
         value = rng.choice(["", "garbage", "x" * 500])
         asked(redis.port, *rng.choice([("SET", key, value), ("DEL", key), ("RPUSH", key, value)]))
 

@@ -259,7 +259,7 @@ def scenario() -> str:
         "`provider.cotenant`": provider_config.Cotenant,
         "`provider.faults`": provider_config.FaultRatios,
         "one of `provider.limit_changes`": provider_config.LimitChange,
-        "`plan`": inputs.Wishes,
+        "`plan`": inputs.PlanOptions,
         "`plan.unknowns`": unknowns.Unknowns,
     }
     return "\n".join(_keys(title, kind) for title, kind in parts.items())

@@ -49,7 +49,7 @@ class Purse(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Surroundings:
+class DriverContext:
     """What a driver needs of the process around it.
 
     `now`: seconds since the run began. `flushed`: returns when every report is on the disk. `in_thread`: calls a
@@ -68,7 +68,7 @@ class Surroundings:
     purse: Purse | None = None
 
 
-class Again(NamedTuple):
+class ReturnedRequests(NamedTuple):
     """What comes back of a wave: requests with their tokens, from when on, and why nothing more is submitted, or ""."""
 
     requests: int
@@ -87,7 +87,7 @@ class Collector:
         journal: Journal,
         observer: Observer,
         recorder: WaveRecorder,
-        around: Surroundings,
+        around: DriverContext,
     ) -> None:
         self._client = client
         self._journal = journal
@@ -99,7 +99,7 @@ class Collector:
         self._stops = ""
         self._eligible_at = -1.0
 
-    async def collect(self, wave: Wave, row: WaveRow) -> Again:
+    async def collect(self, wave: Wave, row: WaveRow) -> ReturnedRequests:
         """Record all answers of a wave, and let go of the rest of its requests. May raise `CallFailed`."""
         self._stops, self._eligible_at = "", -1.0
         held = {p.work.request.custom_id: p for p in self._journal.held_by(wave.number)}
@@ -127,7 +127,7 @@ class Collector:
         self._recorder.returned(wave.number)
         await self._around.flushed()
         tokens = float(sum(p.work.request.sizes.prompt_tokens for p in again))
-        return Again(len(again), tokens, self._eligible_at, self._stops)
+        return ReturnedRequests(len(again), tokens, self._eligible_at, self._stops)
 
     async def _read(self, content: BinaryIO, held: dict[str, Pending], again: list[Pending], row: WaveRow) -> None:
         """Record the answers in a file; each request is taken out of `held`."""

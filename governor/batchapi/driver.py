@@ -17,7 +17,7 @@ from math import inf
 from typing import Any, BinaryIO, ClassVar, cast
 
 from governor.batchapi.client import BatchClient, CallFailed, Complaint, RemoteBatch
-from governor.batchapi.collect import SPOOL_BYTES, Collector, Surroundings
+from governor.batchapi.collect import SPOOL_BYTES, Collector, DriverContext
 from governor.batchapi.limits import BATCH_CANCELLED, CANCELLED, FAILED, TOKEN_LIMIT_EXCEEDED
 from governor.batchapi.lines import input_line, inputs_of, limit_in, metadata_of, name_of, prefix_of
 from governor.batchapi.waves import Act, PlanWave, Wave, WaveLane, Waves, WaveStage, WaveStep
@@ -59,7 +59,7 @@ class WaveDriver:
         journal: Journal,
         observer: Observer,
         recorder: WaveRecorder,
-        around: Surroundings,
+        around: DriverContext,
     ) -> None:
         self.pool = pool
         self.client = client

@@ -16,7 +16,7 @@ from governor.model.errors import BadSetting
 if TYPE_CHECKING:
     from governor.model.pools import Pool
     from governor.model.prices import Price
-    from governor.provider.probe import Judge, Probe, Told
+    from governor.provider.probe import Judge, Probe, ProbeAnswer
 
 # Key in the context's `meta` under which the mounting app leaves the simulation that judges windows.
 JUDGE = "paceline.judge"
@@ -82,7 +82,7 @@ async def _asked(
     max_cost_usd: float,
     time_scale: float,
     judge: Judge | None,
-) -> tuple[list[Told], Probe]:
+) -> tuple[list[ProbeAnswer], Probe]:
     from governor.provider.probe import Probe, probed
     from governor.provider.sending import connect_with
 

@@ -184,13 +184,13 @@ def run(
     from governor.provider.sending import connect_with
     from governor.run.batch import Orders, run_orders
     from governor.run.outputs import journal_path
-    from governor.run.pool_run import Manner
+    from governor.run.pool_run import RunOptions
     from governor.sharedquota.sharing import redis_url
     from governor.telemetry import progress
 
     environment = environment_of(env_file)
     results = Path(out)
-    manner = Manner(
+    manner = RunOptions(
         finalize=finalize,
         max_cost=max_cost,
         stop_after_s=None if stop_after is None else until_s(stop_after, "--stop-after"),
@@ -282,7 +282,7 @@ def preflight(
     """
     from governor.cli.text import verdict_json, verdict_text
     from governor.forecast.preflight import preflight as judge
-    from governor.model.requests import Unseen
+    from governor.model.requests import UnseenContent
     from governor.model.words import until_s
     from governor.run.intake import read_demands
 
@@ -290,7 +290,7 @@ def preflight(
     found = pools_of(environment_of(env_file), env_file, words, pools, None, scenario)
     deadline_s = None if deadline is None else until_s(deadline, "--deadline")
     verdicts = {}
-    unseen = Unseen(file_tokens)
+    unseen = UnseenContent(file_tokens)
     demands = read_demands(Path(requests), found, unseen, file_tokens=file_tokens)
     for pool, demand in zip(found, demands.values(), strict=True):
         verdicts[pool.name] = judge(

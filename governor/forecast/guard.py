@@ -73,7 +73,7 @@ def check_finish(finish_s: float, allowed_s: float | None, held_back: str) -> No
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class MeasuredFigures:
     """The figures that a run has shown so far, for comparison with an expectation."""
 
     ended: int
@@ -112,7 +112,7 @@ class Track:
         part = (now - before) / (after - before) if after > before else 1.0
         return self._shares[i - 1] + part * (self._shares[i] - self._shares[i - 1])
 
-    def look(self, now: float, seen: Measured, cause: str) -> str:
+    def look(self, now: float, seen: MeasuredFigures, cause: str) -> str:
         """Return one line when the run falls behind its forecast or catches up, else "". `cause`: what it waits for."""
         due = math.floor(self.share_due(now) * self.e.requests)
         late = seen.ended < due
@@ -125,7 +125,7 @@ class Track:
             return f"back within the forecast, after {duration(now - since_s)}"
         return ""
 
-    def _why(self, seen: Measured, cause: str) -> str:
+    def _why(self, seen: MeasuredFigures, cause: str) -> str:
         """Return how the run differs from its forecast, the plainest difference first."""
         e = self.e
         reasons = []
@@ -145,7 +145,7 @@ class Track:
         return ", ".join(reasons) or "nothing that is measured here explains it"
 
 
-def canary_verdict(e: Expectation, seen: Measured, took_s: float) -> list[str]:
+def canary_verdict(e: Expectation, seen: MeasuredFigures, took_s: float) -> list[str]:
     """Return the ways in which a canary of `e.requests` requests did worse than expected; none = go on."""
     found = []
     if seen.failed:
@@ -157,7 +157,7 @@ def canary_verdict(e: Expectation, seen: Measured, took_s: float) -> list[str]:
     return found
 
 
-def canary_note(e: Expectation, seen: Measured) -> str:
+def canary_note(e: Expectation, seen: MeasuredFigures) -> str:
     """Return a note if the canary's answers differ in length from the assumption, else "".
 
     Only time and cost stop a run.

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from governor.journal.database import Database, JournalError
-from governor.journal.reports import Batch, Calls, Move
+from governor.journal.reports import Batch, Calls, RequestMove
 from governor.journal.schema import IN_FLIGHT, PENDING
 from governor.law import State
 from governor.model.lawcalls import RESTORED, numbers_of
@@ -239,7 +239,7 @@ class Recorder(Observer):
 
     def launched(self, job: Job, now: float) -> None:
         """Mark the request `in_flight`; durable, after `flushed`, before it is sent."""
-        move = Move(IN_FLIGHT, LANES[job.lane], job.attempt, now, job.first_launched_s)
+        move = RequestMove(IN_FLIGHT, LANES[job.lane], job.attempt, now, job.first_launched_s)
         self._reported().moved(job.index, move)
         if self._pool is not None and self._pool.late_s >= 0.0:
             self._writer.batch.timers.append((self._chain[1], self._pool.late_s))
@@ -267,12 +267,12 @@ class Recorder(Observer):
     def suspended(self, attempt: Attempt, answer: Answer) -> None:
         """Mark the request pending, as if this attempt had never been."""
         first_s = -1.0 if attempt.attempt == 1 and attempt.lane == LANES[0] else None
-        move = Move(PENDING, _lane_of(attempt), attempt.attempt, attempt.launched_s, first_s)
+        move = RequestMove(PENDING, _lane_of(attempt), attempt.attempt, attempt.launched_s, first_s)
         self._reported().moved(attempt.request, move)
 
     def backed_off(self, attempt: Attempt, answer: Answer, retry_at_s: float, next_attempt: int) -> None:
         """Mark the request pending until its next attempt."""
-        move = Move(PENDING, _lane_of(attempt), next_attempt, attempt.launched_s, None, retry_at_s)
+        move = RequestMove(PENDING, _lane_of(attempt), next_attempt, attempt.launched_s, None, retry_at_s)
         self._reported().moved(attempt.request, move)
 
     def ended(self, request: Request, failure: str, answer: Answer | None, now: float) -> None:

@@ -22,7 +22,7 @@ from governor.journal.rows import (
     Command,
     Counts,
     ForecastRow,
-    Heard,
+    HeardAttempt,
     LegRow,
     Pending,
     Prefixed,
@@ -344,12 +344,12 @@ class Records:
                 usage = Usage(row.prompt_tokens, row.output_tokens, row.cached_tokens, row.reasoning_tokens)
                 yield Billed(attempt_of(row), row.request_id, usage, sizes_of(Prefixed(row)))
 
-    def heard(self, pool: str | None = None) -> Iterator[Heard]:
+    def heard(self, pool: str | None = None) -> Iterator[HeardAttempt]:
         """Yield all ended attempts with the figures that the headers of each stated."""
         query = self._of(select(attempts), attempts, pool)
         with self._undamaged():
             for row in self._stream(query, attempts.c.number, NARROW_CHUNK):
-                yield Heard(attempt_of(row), limits_of(row), row.processing_s)
+                yield HeardAttempt(attempt_of(row), limits_of(row), row.processing_s)
 
     def ends(self, pool: str | None = None) -> Iterator[Ended]:
         """Yield the end of each request that has ended, of one pool or of all, in order of the input."""

@@ -75,7 +75,7 @@ _TAKEN = (
 
 
 @dataclass(slots=True)
-class Move:
+class RequestMove:
     """The state of a request after its latest launch or attempt. `first_launched_s`: None = unchanged.
 
     `retry_at_s`: when its backoff ends, -1 = it does not back off.
@@ -116,7 +116,7 @@ class Calls:
 class Batch:
     """Reports that are not yet on the disk, in the order of the reports within each kind."""
 
-    moves: dict[int, Move] = field(default_factory=dict)
+    moves: dict[int, RequestMove] = field(default_factory=dict)
     attempts: list[tuple[Attempt, Answer]] = field(default_factory=list)
     ends: list[tuple[int, str, Answer | None, float]] = field(default_factory=list)
     decisions: dict[tuple[int, int], Calls] = field(default_factory=dict)
@@ -147,7 +147,7 @@ class Batch:
         for chain, pool in self.pools.items():
             self.checkpoints[chain] = taken_from(pool.p, pool.s, pool.now())
 
-    def moved(self, request: int, move: Move) -> None:
+    def moved(self, request: int, move: RequestMove) -> None:
         """Record the request's new state."""
         before = self.moves.get(request)
         if before is not None and move.first_launched_s is None:

@@ -110,7 +110,7 @@ class Billed(NamedTuple):
     sizes: Sizes
 
 
-class Heard(NamedTuple):
+class HeardAttempt(NamedTuple):
     """One ended attempt with its headers' figures; `processing_s`: the provider's own time, -1 = unknown."""
 
     attempt: Attempt

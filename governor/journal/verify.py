@@ -76,7 +76,7 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True)
-class Verified:
+class VerifyResult:
     """The result of a replay.
 
     `checked`: decisions that came out the same, up to the first difference if there is one.
@@ -166,7 +166,7 @@ def _shown(result: Numbers) -> str:
     return ", ".join(map(repr, result)) if result else "nothing"
 
 
-def verify(decisions: Iterable[Decision]) -> Verified:
+def verify(decisions: Iterable[Decision]) -> VerifyResult:
     """Repeat recorded decisions on fresh states; stop at the first difference.
 
     `decisions` come in order within each chain; chains may be interleaved. A chain that does not open with `began`, or
@@ -182,13 +182,13 @@ def verify(decisions: Iterable[Decision]) -> Verified:
             replay, expected = chains[chain]
         else:
             gap = "the policy at the start of this chain is not recorded"
-            return Verified(checked, len(chains), LawReplay()._difference(decision, (), gap))
+            return VerifyResult(checked, len(chains), LawReplay()._difference(decision, (), gap))
         if decision.sequence != expected:
             gap = f"decision {expected:,} is expected here: the decisions in between are not recorded"
-            return Verified(checked, len(chains), replay._difference(decision, (), gap))
+            return VerifyResult(checked, len(chains), replay._difference(decision, (), gap))
         difference = replay.check(decision)
         chains[chain] = replay, expected + 1
         if difference is not None:
-            return Verified(checked, len(chains), difference)
+            return VerifyResult(checked, len(chains), difference)
         checked += decision.name != BEGAN
-    return Verified(checked, len(chains), None)
+    return VerifyResult(checked, len(chains), None)

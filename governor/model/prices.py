@@ -162,7 +162,7 @@ def _newest(prices: tuple[Price, ...], day: date) -> Price | None:
     return max(begun, key=lambda price: price.since) if begun else None
 
 
-class Spent:
+class Spending:
     """The running total of a run. `cost_usd` is a sum over answers whose price is known; `unpriced` counts the rest.
 
     `assumed_usd`: the part of it for answers of unknown usage, counted at their worst. `since_usd`: the cost of earlier

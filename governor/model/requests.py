@@ -399,7 +399,7 @@ def _request(record: dict[str, Any], index: int, keep_body: bool, pool: str, fil
     return Request(index, custom_id, url, model, kept, sizes, pool, tuple(unseen), tier_of(body))
 
 
-class Unseen:
+class UnseenContent:
     """Count requests that point to content of unknown length: a figure that rests on them needs a note."""
 
     def __init__(self, file_tokens: int = TOKENS_PER_FILE) -> None:

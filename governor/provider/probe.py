@@ -65,7 +65,7 @@ TAKES_S = (240.0, 420.0)
 
 
 @dataclass(frozen=True, slots=True)
-class Knock:
+class WindowProbe:
     """One call of the question about the window. Times in seconds of the provider's clock; -1 = unknown.
 
     `charges`: by each rule. `used`: tokens of the answer. `wait_s`: the wait that a refusal stated.
@@ -80,7 +80,7 @@ class Knock:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class ProbeAnswer:
     """The answer to one question. `value` None: the question could not be answered, and `why` gives the reason."""
 
     name: str
@@ -88,7 +88,7 @@ class Told:
     why: str
 
 
-Judge = Callable[[Sequence[Knock], float, float], list[Told]]
+Judge = Callable[[Sequence[WindowProbe], float, float], list[ProbeAnswer]]
 """Judge from knocks how a provider with this many tokens and requests per minute (0 = no limit) behaves."""
 
 
@@ -195,7 +195,7 @@ def used_in(answer: Answer) -> float:
     return next((x.limit - x.remaining for x in answer.limits if x.dimension == "TPM"), -1.0)
 
 
-async def probed(probe: Probe) -> list[Told]:
+async def probed(probe: Probe) -> list[ProbeAnswer]:
     """Ask all questions, in the order in which they disturb each other least; return their answers.
 
     Raise PacelineError if the cost limit is too small or the first call fails.
@@ -208,7 +208,7 @@ async def probed(probe: Probe) -> list[Told]:
             f"the first call failed: {first.status} {first.error_code or first.outcome}: {first.message[:200]}"
         )
     if used_in(first) < 0.0:
-        found = [Told(name, None, "the headers state no tokens limit") for name in QUESTIONS]
+        found = [ProbeAnswer(name, None, "the headers state no tokens limit") for name in QUESTIONS]
     else:
         rule, settles = await _charge_and_settling(probe)
         found = [rule, settles, await _slices(probe)]
@@ -221,13 +221,13 @@ async def probed(probe: Probe) -> list[Told]:
     return found + [each for each in by_refusals if each.name not in names]
 
 
-async def _window(probe: Probe, rule: Told) -> list[Told]:
+async def _window(probe: Probe, rule: ProbeAnswer) -> list[ProbeAnswer]:
     """Determine by refusals alone how the limit counts over time."""
     judge = probe.judge
     if judge is None:
-        return [Told("window", None, "not asked: it needs paceline[sim]")]
+        return [ProbeAnswer("window", None, "not asked: it needs paceline[sim]")]
     if probe.limit / PARTS[-1] < 2 * TINY:
-        return [Told("window", None, "neither headers nor OPENAI_TPM_LIMIT state a limit that calls could fill")]
+        return [ProbeAnswer("window", None, "neither headers nor OPENAI_TPM_LIMIT state a limit that calls could fill")]
     why = ""
     # Use caps first: they cost only what is written. Use smaller calls if a burst is shorter than one call.
     by_caps = [rule.value in CAP_CHARGED] if rule.value is not None else [True, False]
@@ -248,15 +248,15 @@ async def _window(probe: Probe, rule: Told) -> list[Told]:
             if any(knock.let_in for knock in knocks):
                 return judge(knocks, probe.limit, probe.requests_limit)
             why = f"not even the first of {len(knocks)} calls of {size:,} tokens was let in"
-    return [Told("window", None, why)]
+    return [ProbeAnswer("window", None, why)]
 
 
-async def _knocked(probe: Probe, prompt: int, cap: int) -> list[Knock]:
+async def _knocked(probe: Probe, prompt: int, cap: int) -> list[WindowProbe]:
     """Make the calls of the window question; return them in the order in which they were sent."""
     await asyncio.sleep(61.0 / probe.time_scale)
     loop = asyncio.get_running_loop()
     zero_s = loop.time()
-    found: list[Knock] = []
+    found: list[WindowProbe] = []
 
     async def one() -> None:
         answer, sizes, sent_s = await probe.call(prompt, cap, BRIEF)
@@ -266,7 +266,7 @@ async def _knocked(probe: Probe, prompt: int, cap: int) -> list[Knock]:
         used = float(answer.used_prompt_tokens + answer.used_output_tokens) if let_in else -1.0
         at_s, ended_s = ((at - zero_s) * probe.time_scale for at in (sent_s, loop.time()))
         charges = {name: _charge(name, sizes, answer) for name in (*_RULES, "prompt_chars4")}
-        found.append(Knock(at_s, ended_s, let_in, answer.retry_after_s, used, charges))
+        found.append(WindowProbe(at_s, ended_s, let_in, answer.retry_after_s, used, charges))
 
     for moment_s, calls in SALVOS:
         await asyncio.sleep(zero_s + moment_s / probe.time_scale - loop.time())
@@ -278,7 +278,7 @@ async def _knocked(probe: Probe, prompt: int, cap: int) -> list[Knock]:
     return sorted(found, key=lambda knock: knock.at_s)
 
 
-async def _charge_and_settling(probe: Probe) -> tuple[Told, Told]:
+async def _charge_and_settling(probe: Probe) -> tuple[ProbeAnswer, ProbeAnswer]:
     """Make a call with a large cap, and a tiny one right after it."""
     await probe.fill()
     cap = CAP_MOST
@@ -286,12 +286,12 @@ async def _charge_and_settling(probe: Probe) -> tuple[Told, Told]:
         cap //= 2
     if not probe.affords(200, cap):
         why = f"not asked: it could cost more than what is left of ${probe.max_cost_usd:g}"
-        return Told("charge_rule", None, why), Told("settles", None, why)
+        return ProbeAnswer("charge_rule", None, why), ProbeAnswer("settles", None, why)
     answer, sizes, sent_s = await probe.call(200, cap)
     charged = used_in(answer)
     if answer.outcome is not Outcome.OK or charged < 0.0:
         why = f"the call with {cap:,} tokens of cap came back {answer.outcome}"
-        return Told("charge_rule", None, why), Told("settles", None, why)
+        return ProbeAnswer("charge_rule", None, why), ProbeAnswer("settles", None, why)
     rule = _rule(charged, sizes, answer)
     settles = await _settling(probe, rule, answer, charged, sent_s)
     if settles.value is None and rule.value in CAP_CHARGED and probe.affords(200, cap):
@@ -302,12 +302,12 @@ async def _charge_and_settling(probe: Probe) -> tuple[Told, Told]:
     return rule, settles
 
 
-async def _settling(probe: Probe, rule: Told, answer: Answer, charged: float, sent_s: float) -> Told:
+async def _settling(probe: Probe, rule: ProbeAnswer, answer: Answer, charged: float, sent_s: float) -> ProbeAnswer:
     """Make a tiny call after `answer`, whose call was sent at `sent_s` and charged `charged` tokens."""
     after, tiny, after_s = await probe.call(10, TINY)
     left = used_in(after)
     if after.outcome is not Outcome.OK or left < 0.0 or answer.used_output_tokens < 0:
-        return Told("settles", None, f"the call after it came back {after.outcome}")
+        return ProbeAnswer("settles", None, f"the call after it came back {after.outcome}")
     real = float(answer.used_prompt_tokens + answer.used_output_tokens)
     left -= _charge(rule.value or "auto", tiny, after)
     kept = max(0.0, charged - (after_s - sent_s) * probe.rate_per_s)
@@ -322,9 +322,9 @@ async def _settling(probe: Probe, rule: Told, answer: Answer, charged: float, se
         f"if not; in a counter of a minute {real:,.0f} or {charged:,.0f}"
     )
     if len(fitting) == 1:
-        return Told("settles", fitting.pop(), why)
+        return ProbeAnswer("settles", fitting.pop(), why)
     problem = "both ways fit: the limit refills too fast, or the answer was short" if fitting else "none of these fits"
-    return Told("settles", None, f"{why}: {problem}")
+    return ProbeAnswer("settles", None, f"{why}: {problem}")
 
 
 def _charge(rule: str, sizes: Sizes, answer: Answer) -> float:
@@ -335,73 +335,75 @@ def _charge(rule: str, sizes: Sizes, answer: Answer) -> float:
     return float(charge_of(rule, sizes, 0))
 
 
-def _rule(charged: float, sizes: Sizes, answer: Answer) -> Told:
+def _rule(charged: float, sizes: Sizes, answer: Answer) -> ProbeAnswer:
     expected = {rule: _charge(rule, sizes, answer) for rule in _RULES}
     best = min(expected, key=lambda rule: abs(expected[rule] - charged))
     words = ", ".join(f"{rule} {tokens:,.0f}" for rule, tokens in expected.items())
     if abs(expected[best] - charged) > _ROUNDING + 0.02 * expected[best]:
-        return Told("charge_rule", None, f"charged {charged:,.0f} tokens, as no rule would: {words}")
-    return Told("charge_rule", best, f"charged {charged:,.0f} tokens: {words}")
+        return ProbeAnswer("charge_rule", None, f"charged {charged:,.0f} tokens, as no rule would: {words}")
+    return ProbeAnswer("charge_rule", best, f"charged {charged:,.0f} tokens: {words}")
 
 
-async def _slices(probe: Probe) -> Told:
+async def _slices(probe: Probe) -> ProbeAnswer:
     """Make more tiny calls at once than a second's share of the requests limit."""
     name = "slice_s"
     rpm = probe.limits.get("RPM")
     if rpm is None:
-        return Told(name, None, "no requests limit per minute is stated")
+        return ProbeAnswer(name, None, "no requests limit per minute is stated")
     burst = math.ceil(rpm.limit / 60.0) + 3
     if burst > min(BURST_MOST, rpm.limit / 2.0):
-        return Told(name, None, f"a second's share of {rpm.limit:,.0f} requests is more than is sent at once here")
+        return ProbeAnswer(
+            name, None, f"a second's share of {rpm.limit:,.0f} requests is more than is sent at once here"
+        )
     if not probe.affords(10, TINY, burst):
-        return Told(name, None, "not asked: it could cost more than what is left")
+        return ProbeAnswer(name, None, "not asked: it could cost more than what is left")
     await probe.fill()
     await asyncio.sleep(2.0 / probe.time_scale)
     answers = await asyncio.gather(*(probe.call(10, TINY) for _ in range(burst)))
     refused = sum(answer.outcome is Outcome.THROTTLED for answer, _, _ in answers)
     why = f"{refused} of {burst} calls at once were refused, a second's share is {rpm.limit / 60.0:,.1f}"
-    return Told(name, 1.0 if refused else 0.0, why)
+    return ProbeAnswer(name, 1.0 if refused else 0.0, why)
 
 
-async def _gate(probe: Probe, rule: Told) -> Told:
+async def _gate(probe: Probe, rule: ProbeAnswer) -> ProbeAnswer:
     """Determine whether a cap above the limit is refused although it is not charged."""
     name = "max_tokens_in_gate"
     if rule.value in CAP_CHARGED:
-        return Told(name, True, "the cap is charged")
+        return ProbeAnswer(name, True, "the cap is charged")
     cap = math.ceil(1.05 * probe.limit)
     if not probe.affords(10, cap):
-        return Told(name, None, f"not asked: a cap of {cap:,} tokens could cost more than what is left")
+        return ProbeAnswer(name, None, f"not asked: a cap of {cap:,} tokens could cost more than what is left")
     await probe.fill()
     answer, _, _ = await probe.call(10, cap)
     if answer.outcome is Outcome.TOO_LARGE or answer.outcome is Outcome.THROTTLED:
-        return Told(name, True, f"a cap of {cap:,} tokens was refused: {answer.message[:80]}")
+        return ProbeAnswer(name, True, f"a cap of {cap:,} tokens was refused: {answer.message[:80]}")
     if answer.outcome is Outcome.OK:
-        return Told(name, False, f"a cap of {cap:,} tokens was let in, at a limit of {probe.limit:,.0f}")
-    return Told(name, None, f"a cap of {cap:,} tokens came back {answer.outcome}: the model may not allow it")
+        return ProbeAnswer(name, False, f"a cap of {cap:,} tokens was let in, at a limit of {probe.limit:,.0f}")
+    return ProbeAnswer(name, None, f"a cap of {cap:,} tokens came back {answer.outcome}: the model may not allow it")
 
 
-async def _refusals_count(probe: Probe, rule: Told) -> Told:
+async def _refusals_count(probe: Probe, rule: ProbeAnswer) -> ProbeAnswer:
     """Make two calls of 60 % of the limit, and see what is left after the second one's refusal."""
     name = "failed_requests_count"
     wanted = math.ceil(FILL_RATIO * probe.limit)
     by_cap = rule.value in CAP_CHARGED
     prompt, cap = (10, wanted) if by_cap else (wanted, TINY)
     if not by_cap and wanted > PROMPT_MOST:
-        return Told(name, None, f"60 % of the limit is {wanted:,} tokens: more than a prompt holds")
+        return ProbeAnswer(name, None, f"60 % of the limit is {wanted:,} tokens: more than a prompt holds")
     if not probe.affords(prompt, cap, 2):
-        return Told(name, None, "not asked: it could cost more than what is left")
+        return ProbeAnswer(name, None, "not asked: it could cost more than what is left")
     await probe.fill()
     # Send both at once: the first answer may take longer than the bucket needs to refill.
     first, second = await asyncio.gather(probe.call(prompt, cap), probe.call(prompt, cap))
     answers = sorted((first[0], second[0]), key=lambda answer: answer.outcome is not Outcome.OK)
     refused = answers[1]
     if answers[0].outcome is not Outcome.OK or refused.outcome is not Outcome.THROTTLED:
-        return Told(name, None, f"the two calls came back {answers[0].outcome} and {refused.outcome}")
+        return ProbeAnswer(name, None, f"the two calls came back {answers[0].outcome} and {refused.outcome}")
     used = used_in(refused)
     if used < 0.0:
-        return Told(name, None, "the refusal states no limits in its headers")
+        return ProbeAnswer(name, None, "the refusal states no limits in its headers")
     value = used > (1.0 + FILL_RATIO) / 2.0 * probe.limit
-    return Told(name, value, f"{used:,.0f} of {probe.limit:,.0f} tokens used after a refusal of {wanted:,}")
+    return ProbeAnswer(name, value, f"{used:,.0f} of {probe.limit:,.0f} tokens used after a refusal of {wanted:,}")
 
 
 # ---------------------------------------------------------------- the file
@@ -419,7 +421,7 @@ KEYS = {
 }
 
 
-def provider_text(probe: Probe, found: list[Told]) -> str:
+def provider_text(probe: Probe, found: list[ProbeAnswer]) -> str:
     """Return the provider.yaml for `--provider`. Unanswered questions become comments and keep the defaults."""
     lines = [f"# What paceline probe read from this account with {probe.calls} calls of {probe.model}."]
     for told in found:

@@ -229,7 +229,7 @@ def _moment(text: str) -> float | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Quoted:
+class QuotedLimit:
     """The figures in an error's text. `dimension`: TPM, RPM, TPD, RPD or "" = not named; numbers: -1 = not named."""
 
     dimension: str = ""
@@ -245,7 +245,7 @@ _FIGURES = {
 }
 
 
-def quoted_numbers(message: str) -> Quoted:
+def quoted_numbers(message: str) -> QuotedLimit:
     """Return the figures that a 429 quotes: "... (TPM): Limit 30000, Used 29937, Requested 385. ..."."""
     message = message[:MESSAGE_CHARS_MAX]
     named = _DIMENSION.search(message)
@@ -253,7 +253,9 @@ def quoted_numbers(message: str) -> Quoted:
     if named:
         dimension = (named[1] or f"{named[2][0]}P{named[3][0]}").upper()
     matches = {name: pattern.search(message) for name, pattern in _FIGURES.items()}
-    return Quoted(dimension, **{name: float(match[1].replace(",", "")) for name, match in matches.items() if match})
+    return QuotedLimit(
+        dimension, **{name: float(match[1].replace(",", "")) for name, match in matches.items() if match}
+    )
 
 
 def dimension_of(limit: float, remaining: float, reset_s: float, minute: str, day: str) -> str:
@@ -301,7 +303,7 @@ def limits_in(
     Those are the counts of the limit that refused, which may be the tokens limit: slowapi states 30000 for a weighted
     limit while its answers state 100 requests. Read as requests, that silenced a pool for five hours.
     """
-    own, counts = _own_headers(profile), dict[Counted, dict[str, str]]()
+    own, counts = _own_headers(profile), dict[HeaderCount, dict[str, str]]()
     policy = fields.get("ratelimit-policy", "") or fields.get("x-ratelimit-policy", "")
     for name, text in fields.items():
         named = own.get(name) or (_named(name) if "limit" in name else None)
@@ -317,7 +319,7 @@ def limits_in(
     return tuple(found.values())
 
 
-class Counted(NamedTuple):
+class HeaderCount(NamedTuple):
     """What a triple of headers counts. `minute`, `day`: names of the dimensions that it may describe.
 
     `what`: tokens or requests, "" if the name does not say; `window`: as named; `scope`: tells triples apart.
@@ -332,23 +334,23 @@ class Counted(NamedTuple):
 
 
 @lru_cache(64)
-def _own_headers(profile: Profile) -> dict[str, tuple[Counted, str]]:
+def _own_headers(profile: Profile) -> dict[str, tuple[HeaderCount, str]]:
     """Return, by header, what the profile says that it counts, and which part of it."""
     sharing: dict[CountHeaders, list[tuple[float, str, str]]] = {}
     for name, each in profile.dimensions.items():
         if each.headers is not None:
             sharing.setdefault(each.headers, []).append((each.length_s, name, each.unit))
-    found: dict[str, tuple[Counted, str]] = {}
+    found: dict[str, tuple[HeaderCount, str]] = {}
     for headers, dimensions in sharing.items():
         (_, minute, what), (_, day, _) = min(dimensions), max(dimensions)
-        counted = Counted(what, minute, day, headers.reset_format)
+        counted = HeaderCount(what, minute, day, headers.reset_format)
         parts = {"limit": headers.limit, "remaining": headers.remaining, "reset": headers.reset}
         found |= {header: (counted, part) for part, header in parts.items() if header is not None}
     return found
 
 
 @lru_cache(1_024)
-def _named(name: str) -> tuple[Counted, str] | None:
+def _named(name: str) -> tuple[HeaderCount, str] | None:
     """Return what a header that no profile names counts, and which part of it; None for any other header."""
     own = name.removeprefix(_UPSTREAM).replace("x-rate-limit-", "x-ratelimit-")
     found = next((match for match in (pattern.fullmatch(own) for pattern in _patterns()) if match), None)
@@ -359,7 +361,7 @@ def _named(name: str) -> tuple[Counted, str] | None:
     upstream = _UPSTREAM if name.startswith(_UPSTREAM) else ""
     minute, day = ("TPM", "TPD") if "token" in what else ("RPM", "RPD")
     scope = (words.get("scope") or "", upstream, own[:2])
-    return Counted(what, minute, day, "auto", words.get("window") or "", scope), words["part"]
+    return HeaderCount(what, minute, day, "auto", words.get("window") or "", scope), words["part"]
 
 
 @cache
@@ -367,7 +369,7 @@ def _patterns() -> tuple[re.Pattern[str], ...]:
     return tuple(re.compile(pattern) for pattern in read_profile(GENERIC).header_patterns)
 
 
-def _limit(counted: Counted, parts: Mapping[str, str], now_epoch: float) -> Limit | None:
+def _limit(counted: HeaderCount, parts: Mapping[str, str], now_epoch: float) -> Limit | None:
     """Return one limit with its dimension; None unless limit and remaining are both plausible."""
     stated = parts.get("limit", "")
     declared = f"{parts.get('policy', '')},{stated}"

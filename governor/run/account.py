@@ -23,7 +23,7 @@ from governor.journal.rows import ResultRow
 from governor.law import BY_TPM, STAGGER
 from governor.model.errors import FailureCode
 from governor.model.policy import Policy
-from governor.model.prices import Prices, Spent
+from governor.model.prices import Prices, Spending
 from governor.model.requests import CAUSES, Attempt, Ended, error_line, result_line
 from governor.model.words import duration
 from governor.run.longwaits import FINISH_BY, LONG_WAIT, STOP_AFTER
@@ -80,7 +80,7 @@ def line_of(result: ResultRow) -> tuple[bool, str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Worked:
+class WorkingTime:
     """The stretches of time in which a process worked on the run, in order: (from, to), seconds."""
 
     stretches: tuple[tuple[float, float], ...]
@@ -96,7 +96,7 @@ class Worked:
         return before + min(at_s, end) - begin
 
 
-def worked(journal: Journal) -> Worked:
+def worked(journal: Journal) -> WorkingTime:
     """Return the legs of a run. A leg that crashed has no recorded end: its last record counts as its end."""
     legs = journal.legs()
     last = [leg.began_s for leg in legs]
@@ -107,7 +107,7 @@ def worked(journal: Journal) -> Worked:
             if i >= 0:
                 last[i] = max(last[i], attempt.finished_s)
     ends = [leg.ended_s if leg.ended_s >= 0.0 else last[i] for i, leg in enumerate(legs)]
-    return Worked(tuple(zip(begins, ends, strict=True)))
+    return WorkingTime(tuple(zip(begins, ends, strict=True)))
 
 
 # ---------------------------------------------------------------- summaries
@@ -145,7 +145,7 @@ def summary_of(journal: Journal, pool: str, policy: Policy, grant: Grant, cost_u
     )
 
 
-def _moved(attempt: Attempt, time: Worked) -> Attempt:
+def _moved(attempt: Attempt, time: WorkingTime) -> Attempt:
     """Return the attempt on the run's own clock. Every request of a batch counts as submitted at the beginning."""
     first = attempt.attempt == 1 and attempt.lane == "main"
     return attempt._replace(
@@ -156,9 +156,9 @@ def _moved(attempt: Attempt, time: Worked) -> Attempt:
     )
 
 
-def spent_before(journal: Journal, prices: Prices, day: date) -> Spent:
+def spent_before(journal: Journal, prices: Prices, day: date) -> Spending:
     """Return the cost of the answers so far, from the attempts in the journal."""
-    spent = Spent(prices, day)
+    spent = Spending(prices, day)
     for attempt, _, usage, sizes in journal.billed():
         spent.attempted(attempt, usage, sizes)
     return spent
@@ -169,7 +169,7 @@ ATTEMPT_COLUMNS = (*Attempt.columns(), "request_id", "cached_tokens", "reasoning
 
 def attempt_rows(journal: Journal, prices: Prices, day: date) -> Iterator[tuple[Any, ...]]:
     """Yield every ended attempt as a row of ATTEMPT_COLUMNS; absent values and unknown costs are empty."""
-    spent = Spent(prices, day)
+    spent = Spending(prices, day)
     for attempt, request_id, usage, sizes in journal.billed():
         cost = spent.attempted(attempt, usage, sizes)
         values = (*attempt.row(), request_id, usage.cached, usage.reasoning, cost)

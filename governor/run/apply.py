@@ -57,7 +57,7 @@ class SettingChange:
 
 
 @dataclass(frozen=True, slots=True)
-class Applied:
+class ApplyResult:
     """The changes made, or to be made. `backup`: None if nothing was written. `content`: the new file's bytes."""
 
     changes: tuple[SettingChange, ...]
@@ -65,7 +65,7 @@ class Applied:
     content: bytes
 
 
-def apply(source: Path, target: Path, *, write: bool = True, insist: bool = False) -> Applied:
+def apply(source: Path, target: Path, *, write: bool = True, insist: bool = False) -> ApplyResult:
     """Write the settings that `source` states into `target`, an existing file.
 
     Without `write` the changes are only returned. With `insist` they are made even if a plan made `source` from other
@@ -85,8 +85,8 @@ def apply(source: Path, target: Path, *, write: bool = True, insist: bool = Fals
     content, lines = with_values(raw, changed)
     changes = tuple(SettingChange(name, current.get(name, ""), value, lines[name]) for name, value in changed.items())
     if not (changes and write):
-        return Applied(changes, None, content)
-    return Applied(changes, _replace(target, raw, content), content)
+        return ApplyResult(changes, None, content)
+    return ApplyResult(changes, _replace(target, raw, content), content)
 
 
 def _wanted(source: Path, target: Path) -> dict[str, str]:

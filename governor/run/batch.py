@@ -34,7 +34,7 @@ from governor.model.estimate import TOKENS_PER_FILE
 from governor.model.files import check_writable
 from governor.model.policy import Policy
 from governor.model.pools import Connect, Pool, key_of
-from governor.model.prices import Prices, Spent
+from governor.model.prices import Prices, Spending
 from governor.model.words import plural
 from governor.model.work import reserve_of
 from governor.run.account import (
@@ -49,8 +49,8 @@ from governor.run.account import (
 )
 from governor.run.intake import BatchBegun, prepare
 from governor.run.live import Announcer, Ended, Leg, LiveRun
-from governor.run.outputs import Followed, check_apart, claimed, errors_path, write_results
-from governor.run.pool_run import Manner
+from governor.run.outputs import FollowedFiles, check_apart, claimed, errors_path, write_results
+from governor.run.pool_run import RunOptions
 from governor.run.scaledloop import loop_factory
 from governor.run.steer import changes_text, held_settings, words_of
 from governor.run.via.guards import check_line, check_manner, check_no_waves, guard_waves, open_waves
@@ -79,7 +79,7 @@ class Orders:
     pools: Sequence[Pool]
     environment: Mapping[str, str] = field(repr=False)
     prices: Prices
-    manner: Manner
+    manner: RunOptions
     seed: int = 0
     yes: bool = False
     finish_by_s: float | None = None
@@ -326,7 +326,7 @@ def forecast_lines(pool: Pool, demand: Demand, e: Expectation, orders: Orders, *
 # ---------------------------------------------------------------- the run
 
 
-MakeLeg = Callable[[Spent, Manner], LiveRun | WaveRun]
+MakeLeg = Callable[[Spending, RunOptions], LiveRun | WaveRun]
 
 
 def _live_leg(
@@ -341,7 +341,7 @@ def _live_leg(
     check_no_waves(begun.journal)
     expectations = _guard(begun, orders, foresee, shown)
 
-    def made(spent: Spent, manner: Manner) -> LiveRun:
+    def made(spent: Spending, manner: RunOptions) -> LiveRun:
         left = {pool.name: begun.journal.counts(pool.name) for pool in orders.pools}
         leg = Leg(
             journal=begun.journal,
@@ -389,7 +389,7 @@ def _run(begun: BatchBegun, orders: Orders, make: MakeLeg, shown: Display) -> Ru
                 endpoint = stack.enter_context(manner.metrics.serve(orders.metrics_port))
                 shown.inform(f"metrics: {endpoint.url}")
             if orders.follow and orders.out is not None:
-                followed = Followed(orders.out, lines_of(journal))
+                followed = FollowedFiles(orders.out, lines_of(journal))
                 stack.callback(followed.close)
                 manner = replace(manner, follow=followed)
             live = make(spent, manner)
@@ -444,7 +444,7 @@ def _ending(ended: Ended) -> str:
     return ", ".join(sorted({why for why in ended.why.values() if why})) or "finished"
 
 
-def _closed(journal: Journal, orders: Orders, spent: Spent, ended: Ended | None, shown: Display) -> RunOutcome:
+def _closed(journal: Journal, orders: Orders, spent: Spending, ended: Ended | None, shown: Display) -> RunOutcome:
     """Write the results if all is done; return the figures and the exit code."""
     counts = journal.counts()
     pending = counts.pending + counts.in_flight

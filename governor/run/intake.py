@@ -24,7 +24,7 @@ from governor.journal.schema import INGEST_BYTES
 from governor.model.errors import BadInput, Oversized, Refused, quoted
 from governor.model.estimate import TOKENS_PER_FILE
 from governor.model.pools import Pool, pool_for
-from governor.model.requests import Request, Unseen, read_requests
+from governor.model.requests import Request, UnseenContent, read_requests
 from governor.model.work import Work, reserve_of, work_of
 from governor.run.amend import Amendment
 from governor.run.outputs import errors_path
@@ -52,11 +52,11 @@ class BatchBegun:
     is_new: bool
     oversized: int
     retried: int
-    amended: Amended | None = None
+    amended: AmendedInput | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Amended:
+class AmendedInput:
     """A corrected input, not yet adopted. `works()` reads it anew; see `amend` for the figures."""
 
     amendment: Amendment
@@ -99,7 +99,7 @@ def pooled(requests: Iterable[Request], pools: Sequence[Pool], name: str) -> Ite
 
 
 def read_demands(
-    path: Path, pools: Sequence[Pool], unseen: Unseen | None = None, *, file_tokens: int = TOKENS_PER_FILE
+    path: Path, pools: Sequence[Pool], unseen: UnseenContent | None = None, *, file_tokens: int = TOKENS_PER_FILE
 ) -> dict[str, Demand]:
     """Return a batch file's demand on each pool, without sending or keeping anything.
 
@@ -301,7 +301,7 @@ def _amended(
     *,
     resend_changed: bool,
     file_tokens: int,
-) -> Amended:
+) -> AmendedInput:
     """Return the changes of a corrected input; they are known once `works` has been read to its end."""
     amendment = Amendment(journal)
 
@@ -315,7 +315,7 @@ def _amended(
             if hashed.sha256.hexdigest() != fingerprint:
                 raise BadInput("it changed while it was read: let it be written to its end, then run again", str(path))
 
-    return Amended(amendment, works, fingerprint)
+    return AmendedInput(amendment, works, fingerprint)
 
 
 def _left(
@@ -324,7 +324,7 @@ def _left(
     skip_oversized: bool,
     retry_failed: str | None,
     left: int,
-    amended: Amended | None,
+    amended: AmendedInput | None,
     check: Check,
 ) -> tuple[dict[str, Demand], int]:
     """Return a journal's work left (`left` in all), under today's settings, and how many requests can never run."""

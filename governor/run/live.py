@@ -21,12 +21,12 @@ from governor.journal.journal import Journal
 from governor.model.errors import BadInput, FailureCode
 from governor.model.policy import Policy
 from governor.model.pools import Connect, Pool
-from governor.model.prices import Spent, dollars_text
+from governor.model.prices import Spending, dollars_text
 from governor.model.words import duration, plural
 from governor.model.work import Work, work_of
 from governor.run.account import CANARY, FAILED_INSIDE, MAX_COST, REFUSED
 from governor.run.longwaits import FINISH_BY, STOP_AFTER, held_text, too_late, too_late_text
-from governor.run.pool_run import Manner, PoolRun, Said, learner_of, pool_run
+from governor.run.pool_run import PoolCallbacks, PoolRun, RunOptions, learner_of, pool_run
 from governor.run.steer import Commands, Signals, answered
 from governor.telemetry.metrics import Notice, notify
 from governor.telemetry.progress import Display, snapshot
@@ -53,7 +53,7 @@ class Leg:
     models: Mapping[str, frozenset[str]]
     expectations: Mapping[str, Expectation]
     canaries: Mapping[str, Expectation]
-    spent: Spent
+    spent: Spending
     request_usd: float = 0.0
 
 
@@ -77,7 +77,7 @@ class Ended:
 class Announcer:
     """Tells a run's events. `requests`: of the whole run. `notices`: the messages sent to the webhook."""
 
-    def __init__(self, shown: Display, manner: Manner, requests: int) -> None:
+    def __init__(self, shown: Display, manner: RunOptions, requests: int) -> None:
         self.shown = shown
         self.manner = manner
         self.notices: list[Notice] = []
@@ -115,7 +115,7 @@ class Announcer:
 class LiveRun(Announcer):
     """One leg of a run. Create it and await `run()` once."""
 
-    def __init__(self, leg: Leg, connect: Connect, shown: Display, manner: Manner) -> None:
+    def __init__(self, leg: Leg, connect: Connect, shown: Display, manner: RunOptions) -> None:
         self._before = leg.journal.counts()
         super().__init__(shown, manner, self._before.requests)
         self.leg = leg
@@ -197,12 +197,12 @@ class LiveRun(Announcer):
             if held:
                 self.say(self._of(name) + held)
 
-    def _said(self, name: str) -> Said:
+    def _said(self, name: str) -> PoolCallbacks:
         def refused(line: str) -> None:
             self.say(self._of(name) + line)
             self.runs[name].governor.stop(REFUSED)
 
-        return Said(self.say, refused, self._over_budget)
+        return PoolCallbacks(self.say, refused, self._over_budget)
 
     def _say_overdue(self, name: str, pool: Pool) -> None:
         """Report requests whose time ran out while no process ran them: they end at once."""

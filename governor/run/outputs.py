@@ -122,7 +122,7 @@ class Follow(Protocol):
         """Receive the line, in the batch output format, of a request that has ended."""
 
 
-class Followed:
+class FollowedFiles:
     """`--follow`: both files, growing as requests finish. `lines`: those finished before, written first."""
 
     def __init__(self, out: Path, lines: Iterable[tuple[bool, str]] = ()) -> None:

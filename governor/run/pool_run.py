@@ -17,7 +17,7 @@ from governor.journal.rows import ResultRow
 from governor.model.estimate import LEARNED
 from governor.model.policy import Policy
 from governor.model.pools import Pool
-from governor.model.prices import Spent
+from governor.model.prices import Spending
 from governor.model.requests import Answer, Attempt, Outcome, Request
 from governor.model.work import Job, Observer, Sender
 from governor.run.account import line_of
@@ -36,7 +36,7 @@ from governor.telemetry.watch import Alarms, Meter, Together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Manner:
+class RunOptions:
     """Options for carrying out a run. `ask`: puts a question to the user at a terminal, None = no terminal.
 
     `max_cost`: US dollars, `stop_after_s`, `finish_by_s`: seconds of this leg; None = no budget. `grace_s`: how long
@@ -103,7 +103,7 @@ class PoolRun(ProgressLane):
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class PoolCallbacks:
     """The callbacks of a pool: `say(line)` for the user, `refused(line)` if all requests are refused alike.
 
     `spending()` is called after each launch and each answer, if there is a budget.
@@ -126,9 +126,9 @@ def pool_run(
     start_s: float,
     learner: Learner | None,
     send: Sender,
-    spent: Spent,
-    manner: Manner,
-    said: Said,
+    spent: Spending,
+    manner: RunOptions,
+    said: PoolCallbacks,
 ) -> PoolRun:
     """Return a pool ready to run, inside an event loop.
 
@@ -180,7 +180,7 @@ def pool_run(
 
 
 def governor_of(
-    pool: Pool, manner: Manner, say: Callable[[str], None], *, observer: Observer, seed: int = 0, **continued: Any
+    pool: Pool, manner: RunOptions, say: Callable[[str], None], *, observer: Observer, seed: int = 0, **continued: Any
 ) -> Governor:
     """Return the governor of a pool, whose quota is private or shared. `continued`: as for `Governor`."""
     learner = continued.pop("learner", None) or (Learner() if pool.policy.charge_rule == LEARNED else None)

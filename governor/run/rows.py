@@ -30,7 +30,7 @@ from governor.provider.answers import text_of
 from governor.provider.sending import connect_with
 from governor.run.account import RunOutcome, lines_of, outcome_text
 from governor.run.batch import Orders, run_orders
-from governor.run.pool_run import Manner
+from governor.run.pool_run import RunOptions
 from governor.run.spool import Spool
 from governor.run.steer import Stopper
 from governor.sharedquota.sharing import redis_url
@@ -120,7 +120,7 @@ def run_batch(
         pools=default_pools(settings, environment, checked_url(base_url, "base_url")),
         environment=environment,
         prices=prices_in_force(),
-        manner=Manner(max_cost=max_cost, insist=yes, time_scale=time_scale, redis=redis_url(environment)),
+        manner=RunOptions(max_cost=max_cost, insist=yes, time_scale=time_scale, redis=redis_url(environment)),
         yes=yes,
         skip_oversized=skip_oversized,
         file_tokens=file_tokens,

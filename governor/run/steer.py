@@ -123,7 +123,7 @@ async def answered(ask: Callable[[str], bool], question: str) -> bool:
 # ---------------------------------------------------------------- commands of other processes
 
 
-class Steered(Protocol):
+class SteerablePool(Protocol):
     """One pool as commands see it."""
 
     policy: Policy
@@ -144,7 +144,7 @@ class Commands:
     def __init__(
         self,
         journal: Journal,
-        pools: Mapping[str, Steered],
+        pools: Mapping[str, SteerablePool],
         started: Mapping[str, Policy],
         say: Callable[[str], None],
     ) -> None:

@@ -114,7 +114,7 @@ class Join:
 
 
 @dataclass(slots=True)
-class News:
+class OwnerNews:
     """The part of a decision that concerns one owner.
 
     `wake`: ticket, moment and cause, if its attempt is the pool's head.
@@ -136,9 +136,9 @@ class News:
         return bytes(msgpack.packb([getattr(self, each.name) for each in fields(self)]))
 
     @staticmethod
-    def decoded(data: bytes) -> News:
+    def decoded(data: bytes) -> OwnerNews:
         """Return the news that `encoded` wrote."""
-        return News(*msgpack.unpackb(data))
+        return OwnerNews(*msgpack.unpackb(data))
 
 
 # Cached because policies are few and never change in place, and every image contains one.
@@ -260,7 +260,7 @@ def _values(of: Waiter | Owner) -> list[Any]:
 def _format() -> str:
     """Return the name of this format: it changes with every encoded field, and with the length of the state's lists."""
     shapes = [[name, len(v) if isinstance(v, list) else 0] for name, v in zip(_STATE, _FIRST, strict=True)]
-    names = [[each.name for each in fields(of)] for of in (Params, Owner, Waiter, Join, News)]
+    names = [[each.name for each in fields(of)] for of in (Params, Owner, Waiter, Join, OwnerNews)]
     return FORMAT_NAME + hashlib.sha256(repr((shapes, names, _PLAIN, CAUSES)).encode()).hexdigest()[:12]
 
 

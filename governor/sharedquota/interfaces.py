@@ -9,7 +9,7 @@ from typing import Protocol
 from governor.law import Params
 from governor.model.errors import PacelineError
 from governor.model.lawcalls import Numbers
-from governor.sharedquota.image import Call, Event, Image, Launch, News
+from governor.sharedquota.image import Call, Event, Image, Launch, OwnerNews
 
 LEASE_S = 10.0
 
@@ -58,11 +58,11 @@ class QuotaStore(Protocol):
         """Replace the image named by `head` and tell the owners; return None, or a reading if it was too late.
 
         `taken`: the number of inbox batches that the image includes. -1 = all, whatever they are, and only if the
-        owner's record of the muster is still there: a rebuilding since would have removed it. `news`: by owner and
+        owner's record of the recovery is still there: a rebuilding since would have removed it. `news`: by owner and
         entry.
         """
 
-    async def muster(self, record: bytes, doubted: bytes, *, removes: bool) -> tuple[StoreReading, dict[str, bytes]]:
+    async def recovery(self, record: bytes, doubted: bytes, *, removes: bool) -> tuple[StoreReading, dict[str, bytes]]:
         """Leave a record for rebuilding the image; return a reading and all records, none if the image is rebuilt.
 
         `doubted`: the head of an image that is invalid although it names this server; `removes`: remove that image.
@@ -75,7 +75,7 @@ class QuotaStore(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class MemberState:
     """A process's account of itself when it enters: permits, open finalize passes, waiting attempts, and launches.
 
     `launches`, `used`, `before`: see `Join`.
@@ -94,13 +94,13 @@ class Host(Protocol):
 
     records: bool
 
-    def standing(self, known: Image | None) -> Standing:
+    def standing(self, known: Image | None) -> MemberState:
         """Return what it holds and waits for now. `known`: the newest image that the membership has."""
 
-    def heard(self, image: Image, news: News | None = None) -> None:
+    def heard(self, image: Image, news: OwnerNews | None = None) -> None:
         """Take the pool's present state, and what this process has just decided for itself."""
 
-    def news(self, news: News) -> None:
+    def news(self, news: OwnerNews) -> None:
         """Take what another process has decided for it."""
 
     def decided(self, params: Params, before: Numbers, image: Image, calls: list[Call]) -> None:

@@ -15,7 +15,7 @@ lost connection: events that were sent must be in the image or the inbox, and th
 within a pause.
 
 Memory. An image is valid if it names the server that holds it, can be read, has the lease of each owner beside it, and
-is not older than one that this process had heard of before it asked. Otherwise the pool is rebuilt: see `muster`.
+is not older than one that this process had heard of before it asked. Otherwise the pool is rebuilt: see `recovery`.
 
 Failures. Once the pool was entered, any failure of the store means "away": it is reported and retried, at the
 configured address. An error that must be in the configuration (a password) ends the run, and so does an internal error
@@ -50,16 +50,16 @@ from governor.sharedquota.image import (
     Event,
     Image,
     Join,
-    News,
+    OwnerNews,
     UnreadableImageError,
     newest,
 )
 from governor.sharedquota.interfaces import LEASE_S, Host, QuotaStore, Server, StoreLostError, StoreReading
-from governor.sharedquota.muster import GATHER_S, Muster
-from governor.sharedquota.quota import Decided, begun, decide, rebuilt
+from governor.sharedquota.quota import DecisionResult, begun, decide, rebuilt
+from governor.sharedquota.recovery import GATHER_S, ImageRecovery
 
 RENEW_RATIO = 0.25
-MUSTER_TICK_S, AGAIN_MUSTER_S = 0.1, 0.02
+RECOVERY_TICK_S, AGAIN_RECOVERY_S = 0.1, 0.02
 # The pause after a failure, which doubles, and its maximum.
 _AGAIN_S, AGAIN_MAX_S = 0.05, 0.5
 # Events sent in one batch.
@@ -116,7 +116,7 @@ class Member:
         self._task: asyncio.Task[None] | None = None
         self._working: list[asyncio.Task[None]] = []
         self._was_in = False
-        self._mustered_at = -inf, -inf  # when this process first and last came to the muster that is under way
+        self._recovery_at = -inf, -inf  # when this process first and last took part in the present recovery
         self._faults = 0
         self._whys: set[str] = set()  # why the store is away; each reason is reported once
         self._leaving = False
@@ -163,7 +163,7 @@ class Member:
         if self.is_in:
             self.post([LEAVE])
             await asyncio.wait({task}, timeout=2.0 * self.clock.scale)
-        every_s = MUSTER_TICK_S * self.clock.scale
+        every_s = RECOVERY_TICK_S * self.clock.scale
         await ended(task, every_s=every_s)
         await ended(*self._working, every_s=every_s)
         await self._store.close()
@@ -223,7 +223,7 @@ class Member:
             await asyncio.wait(self._working, return_when=asyncio.FIRST_COMPLETED)
         finally:
             # News that was fetched must be applied before this process enters again and states what it holds.
-            await ended(turns, listens, every_s=MUSTER_TICK_S * self.clock.scale)
+            await ended(turns, listens, every_s=RECOVERY_TICK_S * self.clock.scale)
         errors = [task.exception() for task in (turns, listens) if not task.cancelled()]
         for error in errors:
             if error is not None:
@@ -235,13 +235,13 @@ class Member:
         while True:
             for each in await self._store.news(entry):
                 try:
-                    news = News.decoded(each)
+                    news = OwnerNews.decoded(each)
                 except (TypeError, ValueError):
                     self._due.set()  # the empty bell, which means that the image is gone; or foreign data
                 else:
                     self._hear(news)
 
-    def _hear(self, news: News) -> None:
+    def _hear(self, news: OwnerNews) -> None:
         self._told += 1
         self._newest = max(self._newest, (news.incarnation, news.version))
         self._host.news(news)
@@ -320,7 +320,7 @@ class Member:
         return self._owed is None or now < self._owed[1] + RENEW_RATIO * self._lease_s * self.clock.scale
 
     async def _replace(
-        self, head: bytes, image: Image, taken: int, decided: Decided, params: Params, before: Numbers
+        self, head: bytes, image: Image, taken: int, decided: DecisionResult, params: Params, before: Numbers
     ) -> StoreReading | None:
         """Put a decision into the store; return None when it is done and applied, else what the store held instead."""
         others = {
@@ -387,7 +387,7 @@ class Member:
             image = self._image_of(reading, known)
             try:
                 if image is None:
-                    await self._muster(server, reading)
+                    await self._recovery(server, reading)
                 # Only a present entry counts: what an earlier connection sent and fetched may be lost.
                 elif entry == self._entry or not self._takes_over(image, reading.image):
                     await self._turn(self._join())
@@ -432,7 +432,7 @@ class Member:
             self._host.back()
         self._due.set()
 
-    async def _muster(self, server: Server, reading: StoreReading) -> None:
+    async def _recovery(self, server: Server, reading: StoreReading) -> None:
         """Meet the other processes and see that the pool is rebuilt. `reading`: has the invalid image, if any."""
         doubted, stale, is_foreign = reading.image[: HEAD.size], None, False
         if reading.image:
@@ -445,36 +445,38 @@ class Member:
             self._away(f"{self._store.place} has lost the state of this pool, which is put together again")
         record = msgpack.packb([FORMAT, self._join().packed(), known.encoded() if known is not None else b""])
         here_at = self._loop.time()
-        began_at, last_at = self._mustered_at
-        # A muster continues after a lost connection: it must end however often that happens.
+        began_at, last_at = self._recovery_at
+        # A recovery continues after a lost connection: it must end however often that happens.
         if last_at < here_at - GATHER_S * self.clock.scale:
             began_at = here_at
-        muster = Muster(self.owner, doubted, server.up_s, began_at, here_at, self.clock.scale, is_foreign=is_foreign)
+        recovery = ImageRecovery(
+            self.owner, doubted, server.up_s, began_at, here_at, self.clock.scale, is_foreign=is_foreign
+        )
         while True:
             asked_at = self._loop.time()
-            self._mustered_at = began_at, asked_at
-            reading, records = await self._store.muster(record, doubted, removes=not is_foreign)
+            self._recovery_at = began_at, asked_at
+            reading, records = await self._store.recovery(record, doubted, removes=not is_foreign)
             now = self.clock.heard(reading.server_us, asked_at, self._loop.time())
             if not records:
                 break  # another process has rebuilt the pool
-            if muster.may_rebuild(records, self._leases(reading), reading.server_us, now, asked_at):
-                best = newest(muster.images) or begun(muster.joins, now)
+            if recovery.may_rebuild(records, self._leases(reading), reading.server_us, now, asked_at):
+                best = newest(recovery.images) or begun(recovery.joins, now)
                 params, before = best.p, numbers_of((best.s,))
                 image, decided = rebuilt(
-                    muster.joins,
+                    recovery.joins,
                     best,
                     self._server_id,
                     now,
                     self._lease_s * self.clock.scale,
                     by=self.owner,
                     chance=int.from_bytes(os.urandom(4)),
-                    absent=muster.absent,
+                    absent=recovery.absent,
                 )
                 await self._replace(reading.image[: HEAD.size], image, -1, decided, params, before)
                 break
             # If records were lost, all leave theirs again, and must meet before they are lost once more.
-            await asyncio.sleep((MUSTER_TICK_S if muster.are_all_here else AGAIN_MUSTER_S) * self.clock.scale)
-        self._mustered_at = -inf, -inf
+            await asyncio.sleep((RECOVERY_TICK_S if recovery.are_all_here else AGAIN_RECOVERY_S) * self.clock.scale)
+        self._recovery_at = -inf, -inf
 
 
 def packed_params(params: Params) -> tuple[float, ...]:

@@ -36,8 +36,8 @@ from governor.sharedquota.image import (
     Image,
     Join,
     Launch,
-    News,
     Owner,
+    OwnerNews,
     Waiter,
 )
 
@@ -50,11 +50,11 @@ CUTS = 100
 
 
 @dataclass(slots=True)
-class Decided:
+class DecisionResult:
     """The outcome of a decision, besides the image: the calls of the law in order, and the news of each owner."""
 
     calls: list[Call]
-    news: dict[str, News]
+    news: dict[str, OwnerNews]
 
 
 def decide(
@@ -63,7 +63,7 @@ def decide(
     leases: Mapping[str, float],
     now: float,
     lease_s: float,
-) -> Decided:
+) -> DecisionResult:
     """Apply these batches of events (owner, number of the first, events) to the image, and launch what the law admits.
 
     `now`: the store's time, raised to the last decision's. `leases`: until when each owner's lease lasts. The image
@@ -87,7 +87,7 @@ def rebuilt(
     by: str,
     chance: int = 0,
     absent: bool = False,
-) -> tuple[Image, Decided]:
+) -> tuple[Image, DecisionResult]:
     """Rebuild the pool from the knowledge of its living processes: the newest of their images, and their actions since.
 
     `joins`: each owner's entry. An owner in the image but not in `joins` may have made launches that no living process
@@ -137,7 +137,7 @@ class _Decision:
         self.now = max(now, image.now)
         self.lease_s = lease_s
         self.calls: list[Call] = []
-        self.news: dict[str, News] = {}
+        self.news: dict[str, OwnerNews] = {}
         if image.now > -inf:
             image.clock[image.cause] += self.now - image.now
         image.now = self.now
@@ -292,15 +292,15 @@ class _Decision:
 
     # ------------------------------------------------------------ launches
 
-    def news_of(self, name: str) -> News:
+    def news_of(self, name: str) -> OwnerNews:
         """Return the news for this owner."""
         image = self.image
         if name not in self.news:
             image.owners[name].told += 1
-            self.news[name] = News(image.incarnation, image.version + 1, self.now, 0, image.clock)
+            self.news[name] = OwnerNews(image.incarnation, image.version + 1, self.now, 0, image.clock)
         return self.news[name]
 
-    def done(self) -> Decided:
+    def done(self) -> DecisionResult:
         """Launch what the law admits now; the owner of the new head is told when it may launch, if that has changed."""
         image, p = self.image, self.image.p
         image.wake_at, image.cause = inf, law.NOTHING
@@ -329,7 +329,7 @@ class _Decision:
         image.version += 1
         for news in self.news.values():
             news.cause = image.cause
-        return Decided(self.calls, self.news)
+        return DecisionResult(self.calls, self.news)
 
 
 # The position of `synced`'s argument `booked_since`: an owner reports the bookings at its launch, and the deciding

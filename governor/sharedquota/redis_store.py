@@ -2,7 +2,7 @@
 
 Keys. All keys of a pool begin with `paceline:{POOL}:`, so that a Redis Cluster holds them in one place: `image`;
 `inbox`, a list of batches of events; `leases`, until when each owner lives; `to:OWNER:N`, a list of news for an owner's
-N-th entry; `muster`, where owners meet when the image has been lost; `bell`, which calls them there.
+N-th entry; `recovery`, where owners meet when the image has been lost; `bell`, which calls them there.
 
 Time is the server's own: every answer states it, read within the same script.
 """
@@ -62,7 +62,7 @@ return read(now)
 """
 # If the image is still the named one, replace it, remove that many batches from the inbox, and tell the owners of
 # KEYS 6 and on; else read. A missing image may have been rebuilt and lost again since, so -1 batches are accepted only
-# from an owner whose record of the muster is there. ARGV: head, image, batches, seconds, seconds, owner, news.
+# from an owner whose record of the recovery is there. ARGV: head, image, batches, seconds, seconds, owner, news.
 _REPLACE = f"""{_READ}
 if redis.call('GETRANGE', KEYS[1], 0, {HEAD.size - 1}) ~= ARGV[1]
     or ARGV[3] == '-1' and redis.call('HEXISTS', KEYS[4], ARGV[6]) == 0 then
@@ -84,7 +84,7 @@ return 1
 """
 # Leave a record for the rebuilding of the image, unless that is done, ring for all that wait for news, and read.
 # ARGV: server, owner, lease, record, seconds, head of an invalid image, whether to remove that image.
-_MUSTER = f"""{_READ}
+_RECOVERY = f"""{_READ}
 local now = redis.call('TIME')
 local head = redis.call('GETRANGE', KEYS[1], 0, {HEAD.size - 1})
 if string.sub(head, 1, {SERVER_BYTES}) == ARGV[1] and head ~= ARGV[6] then
@@ -125,7 +125,7 @@ class RedisStore:
         self._lease_ms = round(lease_s * 1000)
         self._scale = scale
         self._prefix = f"paceline:{{{pool}}}:"
-        self._keys = [self._prefix + name for name in ("image", "inbox", "leases", "muster", "bell")]
+        self._keys = [self._prefix + name for name in ("image", "inbox", "leases", "recovery", "bell")]
         self._at: tuple[str, int] | None = None  # the node of a cluster that holds the keys, once known
         self._client: Redis | None = None
         self._blocking: Redis | None = None
@@ -235,10 +235,10 @@ class RedisStore:
         answer = await self._run(_REPLACE, keys, head, image, taken, KEPT_S, NEWS_KEPT_S, self._owner, *news.values())
         return None if answer == 1 else _reading(answer)
 
-    async def muster(self, record: bytes, doubted: bytes, *, removes: bool) -> tuple[StoreReading, dict[str, bytes]]:
+    async def recovery(self, record: bytes, doubted: bytes, *, removes: bool) -> tuple[StoreReading, dict[str, bytes]]:
         """See `interfaces.QuotaStore`."""
         arguments = self._server, self._owner, self._lease_ms, record, NEWS_KEPT_S, doubted, int(removes)
-        answer, pairs = await self._run(_MUSTER, self._keys, *arguments)
+        answer, pairs = await self._run(_RECOVERY, self._keys, *arguments)
         names = [name.decode(errors="replace") for name in pairs[::2]]
         return _reading(answer), dict(zip(names, pairs[1::2], strict=True))
 

@@ -33,8 +33,8 @@ from governor.scheduler.attempts import NoLoop
 from governor.scheduler.driver import Governor
 from governor.scheduler.interfaces import TAKEN_OVER
 from governor.scheduler.scheduler import Scheduler
-from governor.sharedquota.image import CALL, WANT, WITHDRAW, Call, Event, Image, Launch, News
-from governor.sharedquota.interfaces import LEASE_S, QuotaStore, Standing
+from governor.sharedquota.image import CALL, WANT, WITHDRAW, Call, Event, Image, Launch, OwnerNews
+from governor.sharedquota.interfaces import LEASE_S, MemberState, QuotaStore
 from governor.sharedquota.member import RENEW_RATIO, Member
 
 # The number of attempts of one process that may wait in the pool's queue, as long as all are new work.
@@ -318,7 +318,7 @@ class SharedQuota:
 
     # ------------------------------------------------------------ news of the pool: the methods of `interfaces.Host`
 
-    def standing(self, known: Image | None) -> Standing:
+    def standing(self, known: Image | None) -> MemberState:
         """Return what this process holds and waits for."""
         self._withdrawn.clear()
         now = self._governor.now()
@@ -330,13 +330,13 @@ class SharedQuota:
         wants = [self._want(ticket, job) for ticket, job in self._asked.items()]
         if self._given is not None:
             before = tuple(law.used_in(self.p, self._given, d, now) for d in _PLACES)
-        return Standing(self._holds, self._finalizing, wants, list(self._launches), used, before)
+        return MemberState(self._holds, self._finalizing, wants, list(self._launches), used, before)
 
-    def heard(self, image: Image, news: News | None = None) -> None:
+    def heard(self, image: Image, news: OwnerNews | None = None) -> None:
         """Adopt the pool's present state, and what this process has decided for itself."""
         self._governor.guarded(lambda: self._hear(image, news))
 
-    def _hear(self, image: Image, news: News | None) -> None:
+    def _hear(self, image: Image, news: OwnerNews | None) -> None:
         self._tell_time()
         version = self._heard_version = image.age
         self.s = moved(image.p, image.s, -self._zero_s)
@@ -401,11 +401,11 @@ class SharedQuota:
             job.asked |= 1 << cause
             self._governor.batch.deferred(cause)
 
-    def news(self, news: News) -> None:
+    def news(self, news: OwnerNews) -> None:
         """Adopt what another process has decided for this one."""
         self._governor.guarded(lambda: self._learn(news))
 
-    def _learn(self, news: News) -> None:
+    def _learn(self, news: OwnerNews) -> None:
         version = news.incarnation, news.version
         is_newest = version > self._heard_version and self._offset is not None
         if is_newest:
@@ -419,7 +419,7 @@ class SharedQuota:
         self._scheduler.pump(self._governor.now())
         self._governor.settle()
 
-    def _take(self, version: tuple[int, int], news: News) -> None:
+    def _take(self, version: tuple[int, int], news: OwnerNews) -> None:
         """Apply grants and refusals."""
         for ticket, booked in news.grants:
             self._granted_by(version, news.now, ticket, booked)

@@ -13,14 +13,14 @@ from math import inf
 from typing import Any
 
 from governor import law
-from governor.forecast.guard import Measured
+from governor.forecast.guard import MeasuredFigures
 from governor.forecast.summary import Tally
 from governor.law import PROBE_GAP_MAX_S
 from governor.model.errors import quoted
 from governor.model.estimate import Sizes
 from governor.model.policy import KNOB_BY_ENV, Policy
 from governor.model.pools import Pool
-from governor.model.prices import Spent, usage_in
+from governor.model.prices import Spending, usage_in
 from governor.model.requests import ACCOUNT_REFUSES, CAUSES, Answer, Attempt, Outcome, Request
 from governor.model.words import duration, moment_text
 from governor.model.work import EVENTS, THROTTLES, Job, Observer, PoolState
@@ -87,7 +87,7 @@ class Meter(Observer):
     their reservations.
     """
 
-    def __init__(self, pool: Pool, spent: Spent, *, left: int, left_tokens: float) -> None:
+    def __init__(self, pool: Pool, spent: Spending, *, left: int, left_tokens: float) -> None:
         self.policy = pool.policy
         self.spent = spent
         self.tally = Tally()
@@ -155,11 +155,11 @@ class Meter(Observer):
         """Return the mean time of an answer so far, 0 before the first."""
         return self.answer_s / self.answers if self.answers else 0.0
 
-    def measured(self, paused: bool = False) -> Measured:
+    def measured(self, paused: bool = False) -> MeasuredFigures:
         """Return the figures to compare with a forecast."""
         t = self.tally
         mean_tokens = self.answer_tokens / self.answers if self.answers else 0.0
-        return Measured(t.requests, t.failed, t.throttled, t.attempts, self.service_s, mean_tokens, paused)
+        return MeasuredFigures(t.requests, t.failed, t.throttled, t.attempts, self.service_s, mean_tokens, paused)
 
 
 # ---------------------------------------------------------------- what the user should know

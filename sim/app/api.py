@@ -23,7 +23,7 @@ from governor.model.errors import BadSetting
 from governor.model.files import prepared_folder
 from governor.model.policy import Policy, knob_named
 from governor.model.requests import Attempt
-from sim.app.inputs import EFFORTS, Wishes
+from sim.app.inputs import EFFORTS, PlanOptions
 from sim.app.outputs import GUARDRAILS, RECOMMENDED, ROLLBACK, page, prices_of, settings_files, write_plan
 from sim.base.arguments import is_a, number, one_of, whole
 from sim.des.engines import Engine
@@ -36,7 +36,7 @@ from sim.scenario.scenario import Scenario
 from sim.selection import planner
 
 if TYPE_CHECKING:
-    from sim.app.shared_quota import Shared
+    from sim.app.shared_quota import SharedRun
 
 TEXT_WIDTH = 100
 PROCESSES_MAX = 64
@@ -196,7 +196,7 @@ def compare(
 
 def simulate_processes(
     scenario: Scenario, processes: int, *, store_rtt_s: float = 0.001, crash_at_s: float | None = None
-) -> Shared:
+) -> SharedRun:
     """Simulate the batch split over `processes` processes that share its quota through a store.
 
     `store_rtt_s`: round-trip time to the store, in seconds. `crash_at_s`: when the first process dies, in seconds from
@@ -263,7 +263,7 @@ class PlanResult:
     """Recommended settings and their evidence, returned by `plan`. Its `str()` is what `paceline plan` prints."""
 
     scenario: Scenario
-    wishes: Wishes
+    wishes: PlanOptions
     found: Plan
     """Everything that the search found, with its evidence; see `sim.experiment.results.Plan`."""
 
@@ -375,7 +375,7 @@ def plan(
     """
     scenario = is_a("scenario", scenario, Scenario, MAKE_ONE).fitted()
     whole("workers", workers, 0)
-    wishes = Wishes().with_given(
+    wishes = PlanOptions().with_given(
         objective=objective,
         max_throttled_per_100=number("max_throttled_per_100", max_throttled_per_100),
         max_lost=number("max_lost", max_lost),

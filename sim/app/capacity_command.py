@@ -21,7 +21,7 @@ from sim.selection.steady import steady_capacity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class CapacityOptions:
     """The options of `capacity`; None and "" = not given."""
 
     finish_by_s: float | None
@@ -54,7 +54,7 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
+class CapacityAnswer:
     """The answer: as an object, as text, what to be careful about, and whether anything is enough."""
 
     found: dict[str, Any]
@@ -87,7 +87,7 @@ def terms_of(
     return terms if cached_share is None else replace(terms, cached_share=cached_share)
 
 
-def answered(given: Options, inputs: Inputs, asked: Asked, width: int) -> Answered:
+def answered(given: Options, inputs: Inputs, asked: CapacityOptions, width: int) -> CapacityAnswer:
     """Answers the question."""
     scenario = inputs.scenario
     if asked.how_many and scenario.arrivals == "trace":
@@ -109,7 +109,7 @@ def answered(given: Options, inputs: Inputs, asked: Asked, width: int) -> Answer
         if asked.how_many:
             assert asked.finish_by_s is not None
             many = how_many(scenario, asked.finish_by_s, **common)
-            return Answered(many.to_json_dict(), how_many_text(scenario, many, width), (), many.most is not None)
+            return CapacityAnswer(many.to_json_dict(), how_many_text(scenario, many, width), (), many.most is not None)
         more: dict[str, Any] = {"model": asked.tiers, "grid": bool(asked.picture)}
         if asked.p95_wait_s is not None:
             found = steady_capacity(scenario, asked.p95_wait_s, **common, **more)
@@ -125,7 +125,7 @@ def answered(given: Options, inputs: Inputs, asked: Asked, width: int) -> Answer
     if asked.batch is not None:
         shown |= {"ways": [way.to_json_dict() for way in compared], "batch_api_assumed": asdict(asked.batch)}
         text = f"{text}\n\n{ways_text(compared, asked.batch, asked.finish_by_s or 0.0, found.confidence, width)}"
-    return Answered(shown, text, (), enough)
+    return CapacityAnswer(shown, text, (), enough)
 
 
 def _draw(path: str, found: Capacity) -> None:

@@ -31,7 +31,7 @@ from sim.serving.provider_command import provider
 
 if TYPE_CHECKING:
     from governor.forecast.forecast import Expectation, Outlook
-    from governor.provider.probe import Knock, Told
+    from governor.provider.probe import ProbeAnswer, WindowProbe
 
 _NEEDS_SIM = "planning needs paceline[sim]: pip install 'paceline[sim]'"
 INTERRUPTED, TERMINATED, HUNG_UP, PIPE_CLOSED, _BAD_INPUT = 130, 143, 129, 141, 2
@@ -98,14 +98,14 @@ def _start(
     # The forecast that a live run asks for; `governor` does not import the simulator.
     context.obj = _foresee
     if find_spec("numpy") is not None:
-        from sim.app.side_process import Beside
+        from sim.app.side_process import SideProcess
 
-        beside = Beside()
+        beside = SideProcess()
         context.meta[FORECAST], context.meta[WHAT_IF] = beside.forecast, beside.what_if
         context.meta[JUDGE] = _judge
 
 
-def _judge(knocks: Sequence[Knock], tpm: float, rpm: float) -> list[Told]:
+def _judge(knocks: Sequence[WindowProbe], tpm: float, rpm: float) -> list[ProbeAnswer]:
     from sim.calibration.fits_window import judged
 
     return judged(knocks, tpm, rpm)

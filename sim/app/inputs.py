@@ -42,7 +42,7 @@ from sim.selection.search import Goal
 EFFORTS = Literal["quick", "normal", "thorough"]
 
 
-class Wishes(Config):
+class PlanOptions(Config):
     """The requirements of a plan: the `plan` section of a scenario file. See `Goal`; `effort` as in `plan`.
 
     `unknowns`: the ranges that conditions are drawn from. `prices`: a file of prices; "" = the one that comes along.
@@ -62,10 +62,10 @@ class Wishes(Config):
         """Return the goal of the search."""
         return Goal(self.objective, self.max_throttled_per_100, self.max_lost, self.finish_by_s)
 
-    def with_given(self, **changes: Any) -> Wishes:
+    def with_given(self, **changes: Any) -> PlanOptions:
         """These wishes with those of the command line that were given (not None) on top."""
         given = {name: value for name, value in changes.items() if value is not None}
-        return checked(Wishes, {**self.model_dump(), **given}, "plan")
+        return checked(PlanOptions, {**self.model_dump(), **given}, "plan")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class Inputs:
     """A scenario, what a plan of it is asked for, and what its user should know: one line each."""
 
     scenario: Scenario
-    wishes: Wishes
+    wishes: PlanOptions
     notes: tuple[str, ...]
 
 
@@ -94,7 +94,7 @@ def read_inputs(
     """
     stated: Scenario | None = None
     told: tuple[str, ...] = ()
-    wishes = Wishes()
+    wishes = PlanOptions()
     if opened is None and is_journal(o.workload):
         stated, wishes, told = _of_run(o)
     else:
@@ -156,22 +156,22 @@ def _first(given: Any, otherwise: Any) -> Any:
 # ---------------------------------------------------------------- scenario files
 
 
-def _stated(source: Source) -> tuple[Scenario, Wishes]:
+def _stated(source: Source) -> tuple[Scenario, PlanOptions]:
     """The scenario in a file and, where it has a section `plan`, what a plan of it was asked for."""
     with source.stream() as stream:
         text = stream.read().decode("utf-8-sig", errors="replace")
     data = parsed_yaml(text, source.name, "a scenario (workload:, provider:, policy:, ...)")
     if "plan" not in data:
-        return Scenario.read(source), Wishes()
+        return Scenario.read(source), PlanOptions()
     try:
-        wishes = checked(Wishes, data.pop("plan"), "plan")
+        wishes = checked(PlanOptions, data.pop("plan"), "plan")
     except BadSetting as error:
         raise BadInput(str(error), source.name) from None
     folder = Path(".") if source.path == "-" else Path(source.path).parent
     return Scenario.from_yaml(yaml.safe_dump(data, sort_keys=False), folder=folder, name=source.name), wishes
 
 
-def _of_run(o: Options) -> tuple[Scenario, Wishes, tuple[str, ...]]:
+def _of_run(o: Options) -> tuple[Scenario, PlanOptions, tuple[str, ...]]:
     """The requests of a journal with their answers, its settings, and the provider that it teaches."""
     for name in _row_options(o):
         option = f"--{name.replace('_', '-')}"
@@ -192,10 +192,10 @@ def _of_run(o: Options) -> tuple[Scenario, Wishes, tuple[str, ...]]:
         f"requests, answers and settings of {observed.label}; learnt of the provider: {learnt}; the rest is as the "
         "settings believe"
     )
-    return found.scenario, Wishes(unknowns=found.unknowns), (note, *found.notes)
+    return found.scenario, PlanOptions(unknowns=found.unknowns), (note, *found.notes)
 
 
-def scenario_text(scenario: Scenario, wishes: Wishes, folder: str | Path) -> str:
+def scenario_text(scenario: Scenario, wishes: PlanOptions, folder: str | Path) -> str:
     """The scenario as YAML with paths relative to `folder`, and the wishes where they are not the default ones."""
     text = scenario.to_yaml(folder)
     asked = wishes.model_dump(mode="json", exclude_defaults=True)

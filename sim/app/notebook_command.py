@@ -63,7 +63,7 @@ SHARED = _HERE / "share"
 _PLACES = {"notebooks": (SHARED / "notebooks", _HERE.parent / "notebooks"), "": (SHARED, _HERE.parent / "examples")}
 
 
-class Copied(NamedTuple):
+class NotebookCopy(NamedTuple):
     """A notebook in the user's folder; `kept`: it was there already, and differs from the one that comes along."""
 
     path: Path
@@ -100,7 +100,7 @@ def named(name: str) -> Path:
     raise BadSetting(f"there is no notebook {name!r}: " + (f"did you mean {near[0]}?" if near else ", ".join(stems)))
 
 
-def copied_to(folder: str | Path) -> list[Copied]:
+def copied_to(folder: str | Path) -> list[NotebookCopy]:
     """Copies the notebooks into the folder, made if need be; what is there already stays as it is.
 
     BadInput where nothing can be written there.
@@ -118,5 +118,5 @@ def copied_to(folder: str | Path) -> list[Copied]:
         if not is_there:
             with write_atomically(target) as unfinished:
                 unfinished.write_bytes(text)
-        done.append(Copied(target, is_there and target.read_bytes() != text))
+        done.append(NotebookCopy(target, is_there and target.read_bytes() != text))
     return done

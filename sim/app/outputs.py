@@ -28,7 +28,7 @@ from governor.model.files import check_writable, write_atomically
 from governor.model.policy import GUARDRAIL_KNOBS, KNOBS, Knob, Policy
 from governor.model.prices import Prices
 from governor.profiles.loader import prices_in_force
-from sim.app.inputs import Wishes, scenario_text
+from sim.app.inputs import PlanOptions, scenario_text
 from sim.experiment.experiment import Pool
 from sim.experiment.parallel import WorkersLost
 from sim.experiment.results import Plan
@@ -96,7 +96,12 @@ class Front:
 
 
 def plan_json(
-    scenario: Scenario, wishes: Wishes, plan: Plan, notes: tuple[str, ...], command: str, front: Front | None = None
+    scenario: Scenario,
+    wishes: PlanOptions,
+    plan: Plan,
+    notes: tuple[str, ...],
+    command: str,
+    front: Front | None = None,
 ) -> dict[str, Any]:
     """The plan with its inputs, each labelled, as plain values: what `--json` prints and plan.json holds."""
     inputs = {name: {"label": label, "text": text} for name, (label, text) in scenario.provenance().items()}
@@ -185,7 +190,7 @@ def _says_something(knob: Knob, policy: Policy, old: Policy) -> bool:
 def write_plan(
     folder: Path,
     scenario: Scenario,
-    wishes: Wishes,
+    wishes: PlanOptions,
     plan: Plan,
     report: str,
     notes: tuple[str, ...] = (),
@@ -281,7 +286,7 @@ class Stopped(PacelineError):  # noqa: N818  (a name says what happened)
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class PlanOutcome:
     """A plan, its files, and what its user should know of it. `front`: None without a deadline."""
 
     plan: Plan
@@ -291,8 +296,8 @@ class Planned:
 
 
 def planned(
-    scenario: Scenario, wishes: Wishes, folder: Path, *, notes: tuple[str, ...], pool: Pool, say: Say
-) -> Planned:
+    scenario: Scenario, wishes: PlanOptions, folder: Path, *, notes: tuple[str, ...], pool: Pool, say: Say
+) -> PlanOutcome:
     """Search, write the folder, and return what was found.
 
     Stopped where it is interrupted after something was found: nothing is written then.
@@ -317,10 +322,10 @@ def planned(
     say("writing the report")
     notes = (*notes, *plan_notes(scenario, found))
     report = page(scenario, found, folder)
-    return Planned(found, write_plan(folder, scenario, wishes, found, report, notes, front), notes, front)
+    return PlanOutcome(found, write_plan(folder, scenario, wishes, found, report, notes, front), notes, front)
 
 
-def _front(scenario: Scenario, wishes: Wishes, say: Say) -> Front | None:
+def _front(scenario: Scenario, wishes: PlanOptions, say: Say) -> Front | None:
     """Compare live calls with the Batch API if there is a deadline, and all requests are there from the start."""
     if wishes.finish_by_s is None or scenario.arrivals != "batch":
         return None
@@ -329,6 +334,6 @@ def _front(scenario: Scenario, wishes: Wishes, say: Say) -> Front | None:
     return Front(ways(scenario, terms, prices_of(wishes), wishes.finish_by_s, say=say), terms, wishes.finish_by_s)
 
 
-def prices_of(wishes: Wishes) -> Prices:
+def prices_of(wishes: PlanOptions) -> Prices:
     """The price list that is asked for, or the one that comes with Paceline."""
     return prices_in_force(wishes.prices or None)

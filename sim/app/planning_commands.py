@@ -289,10 +289,10 @@ def capacity(
 
     Example: paceline capacity requests.jsonl --finish-by 6h
     """
-    from sim.app.capacity_command import Asked, answered, terms_of
+    from sim.app.capacity_command import CapacityOptions, answered, terms_of
     from sim.app.inputs import inputs_of
 
-    asked = Asked(
+    asked = CapacityOptions(
         finish_by_s=finish_by,
         p95_wait_s=p95_wait,
         how_many=how_many,

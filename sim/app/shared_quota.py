@@ -37,7 +37,7 @@ RESTART_S = 5.0
 _WAITED = [f"waited_{cause}_s" for cause in CAUSES[1:]]
 
 
-class Shelf:
+class SimulatedStore:
     """A simulated store and its distance. `lose()` restarts it with an empty memory.
 
     `reads`, `wins`, `late`: turns taken, decisions made, and decisions that another process made first.
@@ -59,7 +59,7 @@ class Shelf:
         self.image = b""
         self.inbox: list[bytes] = []
         self.leases: dict[str, int] = {}
-        self.muster: dict[str, bytes] = {}
+        self.recovery: dict[str, bytes] = {}
         self.lists: dict[tuple[str, int], deque[bytes]] = {}
         self.bells: dict[tuple[str, int], asyncio.Event] = {}
 
@@ -76,7 +76,7 @@ class Shelf:
 
     def flush(self) -> None:
         """Everything is deleted; the server goes on, and who waits for news goes on waiting."""
-        self.image, self.inbox, self.leases, self.muster = b"", [], {}, {}
+        self.image, self.inbox, self.leases, self.recovery = b"", [], {}, {}
         for each in self.lists.values():
             each.clear()
 
@@ -103,10 +103,10 @@ class Shelf:
         return self.bells.setdefault(key, asyncio.Event())
 
 
-class Shelved:
+class SimulatedStoreClient:
     """One member's way to the shelf: a `member.Store`. `dies()`: nothing of it reaches the shelf any more."""
 
-    def __init__(self, shelf: Shelf, owner: str) -> None:
+    def __init__(self, shelf: SimulatedStore, owner: str) -> None:
         self._shelf = shelf
         self._owner = owner
         self._is_dead = False
@@ -153,7 +153,7 @@ class Shelved:
         await self._on_the_way()
         shelf = self._shelf
         late: StoreReading | None = None
-        if shelf.image[: HEAD.size] != head or (taken < 0 and self._owner not in shelf.muster):
+        if shelf.image[: HEAD.size] != head or (taken < 0 and self._owner not in shelf.recovery):
             shelf.late += 1
             late = shelf.reading()
         else:
@@ -161,13 +161,13 @@ class Shelved:
             shelf.image = image
             shelf.inbox = [] if taken < 0 else shelf.inbox[taken:]
             if taken < 0:
-                shelf.muster = {}
+                shelf.recovery = {}
             for key, each in news.items():
                 shelf.tell(key, each)
         await self._on_the_way()
         return late
 
-    async def muster(self, record: bytes, doubted: bytes, *, removes: bool) -> tuple[StoreReading, dict[str, bytes]]:
+    async def recovery(self, record: bytes, doubted: bytes, *, removes: bool) -> tuple[StoreReading, dict[str, bytes]]:
         await self._on_the_way()
         shelf = self._shelf
         records: dict[str, bytes] = {}
@@ -176,11 +176,11 @@ class Shelved:
             if removes and head == doubted:
                 shelf.image = b""
             shelf.renewed(self._owner)
-            shelf.muster.setdefault("", str(shelf.now_us() // 1000).encode())
-            shelf.muster[self._owner] = record
+            shelf.recovery.setdefault("", str(shelf.now_us() // 1000).encode())
+            shelf.recovery[self._owner] = record
             for key in list(shelf.bells):
                 shelf.tell(key, b"")
-            records = dict(shelf.muster)
+            records = dict(shelf.recovery)
         reading = shelf.reading()
         await self._on_the_way()
         return reading, records
@@ -203,7 +203,7 @@ class Shelved:
 # ---------------------------------------------------------------- the provider
 
 
-class Somewhere:
+class SimulatedSender:
     """A sender around `sim/model/provider.py`: arrivals are decided at once and answered in their time.
 
     `used_max`: tokens per minute in use, at most. `sent`: by request, how often it was let in.
@@ -283,7 +283,7 @@ class Arrangement:
 
 
 @dataclass(slots=True)
-class Shared:
+class SharedRun:
     """One run. `launches`: by process, their times. `decisions`, `late`: of the store; `turns`: readings of it.
 
     `used_max`: the most tokens that the provider had in use. `resent`: requests that it let in more than once, through
@@ -360,18 +360,18 @@ class _Run:
 
     case: Case
     seed: int
-    shelf: Shelf
-    provider: Somewhere
+    shelf: SimulatedStore
+    provider: SimulatedSender
     tally: Tally
     launches: list[list[float]]
-    stores: list[list[Shelved]]
+    stores: list[list[SimulatedStoreClient]]
     stopped: list[str] = field(default_factory=list)
 
     async def process(self, number: int, open_: dict[int, Work]) -> None:
         """One process, from its start to its end, or until it is cancelled."""
 
-        def store(owner: str) -> Shelved:
-            self.stores[number].append(Shelved(self.shelf, owner))
+        def store(owner: str) -> SimulatedStoreClient:
+            self.stores[number].append(SimulatedStoreClient(self.shelf, owner))
             return self.stores[number][-1]
 
         counts = _Counts(self.tally, self.launches[number], open_)
@@ -402,7 +402,7 @@ class _Run:
         await self.process(number, open_)
 
 
-def shared_run(scenario: Scenario, arrangement: Arrangement, seed: int | None = None) -> Shared:
+def shared_run(scenario: Scenario, arrangement: Arrangement, seed: int | None = None) -> SharedRun:
     """The scenario's batch, dealt out to so many processes that share its quota."""
     case = case_of(scenario)
     assert not case.from_trace, "a batch"
@@ -411,13 +411,13 @@ def shared_run(scenario: Scenario, arrangement: Arrangement, seed: int | None = 
     for place, work in enumerate(_works(scenario, case)):
         hands[place % n][work.request.index] = work
 
-    async def main() -> Shared:
-        shelf = Shelf(arrangement.rtt_s)
+    async def main() -> SharedRun:
+        shelf = SimulatedStore(arrangement.rtt_s)
         run = _Run(
             case=case,
             seed=scenario.seed if seed is None else seed,
             shelf=shelf,
-            provider=Somewhere(case, scenario.seed if seed is None else seed),
+            provider=SimulatedSender(case, scenario.seed if seed is None else seed),
             tally=Tally(),
             launches=[[] for _ in range(n)],
             stores=[[] for _ in range(n)],
@@ -432,7 +432,7 @@ def shared_run(scenario: Scenario, arrangement: Arrangement, seed: int | None = 
         resent = sum(times > 1 for times in run.provider.sent.values())
         summary = run.tally.summary(case.grant)
         used_max = run.provider.used_max
-        return Shared(summary, run.launches, shelf.wins, shelf.late, shelf.reads, used_max, resent, run.stopped)
+        return SharedRun(summary, run.launches, shelf.wins, shelf.late, shelf.reads, used_max, resent, run.stopped)
 
     return run_virtual(main())
 

@@ -40,7 +40,7 @@ class EndedError(PacelineError):
     retryable = True
 
 
-class Beside:
+class SideProcess:
     """Both callables of `whatif`, answered by another process, which is replaced when it has ended.
 
     `rests_until`: when another may be started after an early end.

@@ -23,7 +23,7 @@ from governor.model.estimate import RULES
 from sim.calibration.fits import EACH, Figure, quantile, share, unknown
 from sim.calibration.fits_window import WindowFit, retry_after, windows
 from sim.calibration.observed import Observed
-from sim.calibration.others import NOBODY_RATIO, Count, Gap, gaps
+from sim.calibration.others import NOBODY_RATIO, Count, CountGap, gaps
 from sim.model.provider_config import ProviderConfig
 from sim.model.workload import Real, charges
 from sim.scenario.columns import LOST, REFUSED, SERVER_FAULT
@@ -52,8 +52,8 @@ class Rule:
     rule: str
     settles: bool
     loss: Real
-    found: list[Gap]
-    refused: list[Gap]
+    found: list[CountGap]
+    refused: list[CountGap]
     alike: tuple[str, ...] = ()
 
     @property
@@ -212,7 +212,7 @@ def _rules(found: Observed, counts: Sequence[Count], granted: ProviderConfig) ->
     return tuple(sorted(tried, key=lambda rule: rule.mean_loss))
 
 
-def _loss(found: Sequence[Gap]) -> Real:
+def _loss(found: Sequence[CountGap]) -> Real:
     """Return each count's distance from the prediction, 0 to 1: 1 = by a tenth of the median charge, or more.
 
     In a gap, others either take nothing or take at one rate. The distance is capped, so that a burst of others, which
@@ -289,7 +289,7 @@ def _others(best: Rule, base: ProviderConfig) -> Figure:
     return Figure(name, min(1.0, max(0.0, value)), low, high, "", how)
 
 
-def _busy(found: Sequence[Gap]) -> list[tuple[float, float, float]]:
+def _busy(found: Sequence[CountGap]) -> list[tuple[float, float, float]]:
     """Return (taken by others, bucket refill, refill per second) of each busy period; long ones are split."""
     periods: list[tuple[float, float, float]] = []
     more, room, a_second = 0.0, 0.0, 0.0

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from governor.provider.probe import Knock, Told
+from governor.provider.probe import ProbeAnswer, WindowProbe
 from sim.calibration.fits import Figure, unknown
 from sim.calibration.others import Count, began_s
 from sim.model import provider as prov
@@ -112,7 +112,7 @@ def windows(counts: Sequence[Count], charges: Real, waits_s: Real, granted: Prov
     return _told(tuple(every), len(refused), len(counts), defaults)
 
 
-def judged(knocks: Sequence[Knock], tpm: float, rpm: float) -> list[Told]:
+def judged(knocks: Sequence[WindowProbe], tpm: float, rpm: float) -> list[ProbeAnswer]:
     """Return what the calls of `paceline probe` show: properties by their names in a provider file; see `probe.Judge`.
 
     Every charge rule is tried; a property is determined if all rules that explain the calls agree on it.
@@ -131,10 +131,12 @@ def judged(knocks: Sequence[Knock], tpm: float, rpm: float) -> list[Told]:
         values = {figure.value for figure in figures}
         agreed = len(values) == 1 and bool(figures) and figures[0].known
         why = figures[0].how if len(values) == 1 else "it depends on the charge rule, which the refusals leave open"
-        found.append(Told(key, figures[0].value if agreed else None, why if figures else "too few refusals came"))
+        found.append(
+            ProbeAnswer(key, figures[0].value if agreed else None, why if figures else "too few refusals came")
+        )
     refused = waits_s[[not knock.let_in for knock in knocks]]
     form = retry_after(refused) if len(refused) >= LEAST_REFUSALS else None
-    return [*found, Told("retry_after", form, f"stated by {(refused >= 0.0).sum()} of {len(refused)} refusals")]
+    return [*found, ProbeAnswer("retry_after", form, f"stated by {(refused >= 0.0).sum()} of {len(refused)} refusals")]
 
 
 def _order(hypothesis: Hypothesis) -> tuple[float, ...]:

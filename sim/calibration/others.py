@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from governor.journal.rows import Heard
+from governor.journal.rows import HeardAttempt
 from governor.law import RPM, TPM
 from governor.model.requests import Outcome
 from governor.model.work import DIMENSIONS, TURNED_AWAY
@@ -65,7 +65,7 @@ class Count:
         return next((remaining for d, _, remaining in self.stated if d == TPM), 0.0)
 
 
-class Taking(NamedTuple):
+class OthersUse(NamedTuple):
     """Others used `amount` of dimension `d` (TPM or RPM) at `at_s` on the provider's clock."""
 
     at_s: float
@@ -73,7 +73,7 @@ class Taking(NamedTuple):
     amount: float
 
 
-def counts_of(heard: Iterable[Heard], place: dict[int, int], clock: Callable[[float], float]) -> list[Count]:
+def counts_of(heard: Iterable[HeardAttempt], place: dict[int, int], clock: Callable[[float], float]) -> list[Count]:
     """Return a count for each attempt whose request is in `place`, in order of launch."""
     found = []
     for a, limits, processing_s in heard:
@@ -134,7 +134,7 @@ def began_s(counts: Sequence[Count]) -> float:
     return min((count.launched_s + count.there_s for count in counts if count.there_s >= 0.0), default=0.0)
 
 
-class Gap(NamedTuple):
+class CountGap(NamedTuple):
     """The excess `more` of a count of dimension `d` over the model, accumulated between `since_s` and `at_s`.
 
     `before`: use according to the count before; `own`: use added by the attempt itself, by the model.
@@ -150,7 +150,7 @@ class Gap(NamedTuple):
     said: Count
 
 
-def gaps(counts: Sequence[Count], charges: NDArray[np.float64], provider: ProviderConfig) -> Iterator[Gap]:
+def gaps(counts: Sequence[Count], charges: NDArray[np.float64], provider: ProviderConfig) -> Iterator[CountGap]:
     """Yield each stated count's gap to the model, which is then set to the stated value, so errors do not accumulate.
 
     `charges`: the provider's charge for each request, shape (requests,). The provider's co-tenants are left out of the
@@ -182,7 +182,7 @@ def gaps(counts: Sequence[Count], charges: NDArray[np.float64], provider: Provid
                 continue
             limit, remaining = stated[d]
             used = limit - remaining
-            yield Gap(d, since_s[d], at_s, used - ps.used[d] - own, held[d], own, limit, count)
+            yield CountGap(d, since_s[d], at_s, used - ps.used[d] - own, held[d], own, limit, count)
             _hold(pp, ps, d, used)
             since_s[d], held[d] = at_s, used
 
@@ -194,13 +194,13 @@ def _hold(pp: Any, ps: Any, d: int, used: float) -> None:
         win.logged(ps, d, more)
 
 
-def takings(counts: Sequence[Count], charges: NDArray[np.float64], provider: ProviderConfig) -> tuple[Taking, ...]:
+def takings(counts: Sequence[Count], charges: NDArray[np.float64], provider: ProviderConfig) -> tuple[OthersUse, ...]:
     """Return what others used, in order of time; empty if it is no more than inexact moments explain.
 
     `charges`: the provider's charge for each request, shape (requests,). The provider's co-tenants are left out of the
     model.
     """
-    taken: tuple[list[tuple[Gap, float]], ...] = ([], [])
+    taken: tuple[list[tuple[CountGap, float]], ...] = ([], [])
     owed = [0.0, 0.0]
     for gap in gaps(counts, charges, provider):
         known = gap.more
@@ -223,7 +223,7 @@ def takings(counts: Sequence[Count], charges: NDArray[np.float64], provider: Pro
     return tuple(sorted(found)) if total > NOBODY_RATIO * float(charges.sum()) else ()
 
 
-def _before_refusal(gap: Gap, charges: NDArray[np.float64], provider: ProviderConfig) -> float:
+def _before_refusal(gap: CountGap, charges: NDArray[np.float64], provider: ProviderConfig) -> float:
     """Return how much fuller than the model a bucket was when it refused: its wait is (used + charge - limit) / rate.
 
     nan if the wait does not show it: another dimension may have refused, or waits are not those of a bucket.
@@ -238,15 +238,15 @@ def _before_refusal(gap: Gap, charges: NDArray[np.float64], provider: ProviderCo
     return gap.limit * (1.0 + said.retry_s / MINUTE_S) - charge - model
 
 
-def _spread(d: int, amount: float, since_s: float, until_s: float) -> list[Taking]:
+def _spread(d: int, amount: float, since_s: float, until_s: float) -> list[OthersUse]:
     if amount <= 0.0:
         return []
     pieces = min(PIECES_MOST, max(1, math.ceil((until_s - since_s) / _PIECE_S)))
     length_s = (until_s - since_s) / pieces
-    return [Taking(since_s + (i + 0.5) * length_s, d, amount / pieces) for i in range(pieces)]
+    return [OthersUse(since_s + (i + 0.5) * length_s, d, amount / pieces) for i in range(pieces)]
 
 
-def gone_by_others(pp: Any, ps: Any, seed: int, taking: Taking) -> None:
+def gone_by_others(pp: Any, ps: Any, seed: int, taking: OthersUse) -> None:
     """Book the use by others."""
     prov.advanced(pp, ps, seed, max(taking.at_s, ps.at))
     prov.taken_by_others(pp, ps, taking.d, taking.amount)

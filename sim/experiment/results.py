@@ -24,7 +24,7 @@ from governor.model.policy import Policy
 from governor.model.requests import Attempt
 from sim.experiment.effects import Sensitivity
 from sim.experiment.information import Finding
-from sim.experiment.robustness import Drawn
+from sim.experiment.robustness import DrawnConditions
 
 # The figures of a run that are estimated, in the order in which they are shown.
 FIGURES = (
@@ -345,7 +345,7 @@ class Heat:
 
 
 @dataclass(frozen=True, slots=True)
-class PassedOver:
+class RejectedSetting:
     """A setting that is faster under the assumptions but was not recommended.
 
     `price_s`: by how much it is faster, paired by seed: the cost of being safe from the condition in `reason`.
@@ -372,7 +372,7 @@ class Recommendation:
     forecast: Forecast
     steps: tuple[Step, ...]
     gain_s: Estimate
-    passed_over: tuple[PassedOver, ...] = ()
+    passed_over: tuple[RejectedSetting, ...] = ()
 
     @property
     def policy(self) -> Policy:
@@ -409,7 +409,7 @@ class Plan:
     runs_simulated: int
     requests_simulated: int
     seed: int
-    drawn: Drawn | None = None
+    drawn: DrawnConditions | None = None
     sensitivity: Sensitivity | None = None
     answers_usd: float | None = None
     out_of_time: bool = False

@@ -39,7 +39,7 @@ class Outcomes:
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class DrawnConditions:
     """The plan's policies by name under the same draws. `ranges`: in words; `runs`: number of runs per draw."""
 
     ranges: str

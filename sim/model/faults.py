@@ -120,7 +120,7 @@ def read_faults(path: str | Path) -> Faults:
     return faults
 
 
-class Trouble:
+class FaultState:
     """The fault events of one run, with the number of times that each has struck."""
 
     def __init__(self, events: Sequence[Event], seed: int) -> None:

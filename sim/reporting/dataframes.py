@@ -17,7 +17,7 @@ from sim.experiment.results import Figures, Forecast, Plan, Point
 from sim.reporting import series
 
 if TYPE_CHECKING:
-    from sim.app.shared_quota import Shared
+    from sim.app.shared_quota import SharedRun
     from sim.calibration.fits import Figure
 
 # The figures whose names do not state their units.
@@ -171,7 +171,7 @@ def calibration_frame(figures: Sequence[Figure]) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index("figure")
 
 
-def processes_frame(runs: Mapping[str, Shared]) -> pd.DataFrame:
+def processes_frame(runs: Mapping[str, SharedRun]) -> pd.DataFrame:
     """Return one row per named run of a batch by several processes that share its quota.
 
     `share_min_ratio`, `share_max_ratio`: launches of the process that got least and most, over an equal share.

@@ -14,7 +14,7 @@ from sim.base.palette import BLUE, INK, MUTED, OBJECTIVES, ORANGE, STYLES
 from sim.base.style import in_time_units, new_figure, styled, time_scale
 from sim.base.words import duration, number
 from sim.experiment.effects import Sensitivity
-from sim.experiment.robustness import Drawn
+from sim.experiment.robustness import DrawnConditions
 
 # Knobs below this share of the largest effect would not be visible.
 _LEAST = 0.002
@@ -88,7 +88,7 @@ def _title(figure: str, objective: str) -> str:
 
 
 @styled
-def drawn(found: Drawn, *, objective: str = "makespan", throttled_limit: float = 1.0) -> Figure:
+def drawn(found: DrawnConditions, *, objective: str = "makespan", throttled_limit: float = 1.0) -> Figure:
     """Plot time against the share of drawn conditions in which a policy is done by then, one curve per policy.
 
     429s have a second panel, if there are any. Marked: the value that one draw in 20 exceeds, and the worst.

@@ -9,7 +9,7 @@ from typing import Any
 from governor.model.phrases import WAITED_FOR
 from sim.base.layout import facts, table, wrapped
 from sim.base.words import between, duration, number, percent
-from sim.validation.counterfactual import SAME_S, Counterfactual, Paired
+from sim.validation.counterfactual import SAME_S, Counterfactual, PairedFigure
 
 CARRIED = (
     "the requests and their order; the length of each answer; what each attempt met that was let in (an answer, an "
@@ -38,7 +38,7 @@ def replay_text(name: str, found: Counterfactual, width: int) -> str:
     )
 
 
-def _row(name: str, each: Paired, write: Any) -> list[str]:
+def _row(name: str, each: PairedFigure, write: Any) -> list[str]:
     if math.isnan(each.was):
         return [name, "not known", write(each.would), "-"]
     low, high = _signed(each.low, write), _signed(each.high, write)
@@ -122,7 +122,7 @@ def answer_text(found: Counterfactual) -> str:
 def replay_json(name: str, found: Counterfactual) -> dict[str, Any]:
     """Return the object that `--json` prints."""
 
-    def pair(each: Paired) -> dict[str, float | None]:
+    def pair(each: PairedFigure) -> dict[str, float | None]:
         return {key: None if math.isnan(value) else value for key, value in each._asdict().items()}
 
     def run(each: Any) -> dict[str, float]:

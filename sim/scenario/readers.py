@@ -27,7 +27,15 @@ import numpy as np
 
 from governor.model.errors import BadInput, BadSetting, quoted
 from governor.model.estimate import EMBEDDINGS, TOKENS_PER_FILE, Sizes
-from governor.model.requests import GZIP, OldResult, Unseen, foreign_format, one_list, read_requests, read_results
+from governor.model.requests import (
+    GZIP,
+    OldResult,
+    UnseenContent,
+    foreign_format,
+    one_list,
+    read_requests,
+    read_results,
+)
 from sim.model.synthetic import CAP_ASSUMED, from_tokens, similar_outputs, with_outputs_assumed, with_outputs_drawn
 from sim.model.workload import ASSUMED, MEASURED, TOKENS_MAX, Provenance, Workload, constant
 from sim.scenario.columns import ANSWERED, OUR_COLUMNS, WHOLES, seconds_from_first
@@ -206,7 +214,7 @@ def _batch(
     seed: int,
     file_tokens: int,
 ) -> Workload:
-    unseen = Unseen(file_tokens)
+    unseen = UnseenContent(file_tokens)
     sizes: dict[str, array[int]] = {name: array("q") for name in Sizes.__slots__}
     ids: list[str] = []
     models: list[str] = []
@@ -239,7 +247,7 @@ def _batch(
     return with_outputs_assumed(workload, seed)
 
 
-def _batch_provenance(name: str, caps: Any, first: int, unseen: Unseen) -> Provenance:
+def _batch_provenance(name: str, caps: Any, first: int, unseen: UnseenContent) -> Provenance:
     undeclared = int((caps < 0).sum())
     cap = f"declared in the bodies of {name}"
     found = {UNSEEN: (ASSUMED, f"{unseen.text} (--file-tokens)")} if unseen.text else {}

@@ -32,7 +32,7 @@ LISTS = (
 )
 
 
-class Named(Protocol):
+class NamedBytes(Protocol):
     """Bytes that can be read more than once, and the name that errors use for them."""
 
     @property
@@ -42,7 +42,7 @@ class Named(Protocol):
         """Return the bytes from the beginning."""
 
 
-def pairs_of(source: Named, kind: str) -> Iterator[tuple[int, Pairs]]:
+def pairs_of(source: NamedBytes, kind: str) -> Iterator[tuple[int, Pairs]]:
     """Return line number and values of every row of a file of that kind: "csv", "json" or "parquet"."""
     return {"csv": _csv_pairs, "json": _json_pairs, "parquet": _parquet_pairs}[kind](source)
 
@@ -98,11 +98,11 @@ def _attributes(parts: list[Any]) -> _Row:
 # ---------------------------------------------------------------- JSON
 
 
-def _json_pairs(source: Named) -> Iterator[tuple[int, Pairs]]:
+def _json_pairs(source: NamedBytes) -> Iterator[tuple[int, Pairs]]:
     return ((line, list(_flat(row))) for line, row in json_rows(source))
 
 
-def json_rows(source: Named) -> Iterator[tuple[int, _Row]]:
+def json_rows(source: NamedBytes) -> Iterator[tuple[int, _Row]]:
     """Yield line number and object of every row: JSON lines, or documents of any layout that hold lists of rows."""
     for line, document, text in _lines(source) if _is_by_line(source) else _documents(source):
         if not isinstance(document, dict):
@@ -119,7 +119,7 @@ def json_rows(source: Named) -> Iterator[tuple[int, _Row]]:
             yield line, row
 
 
-def _is_by_line(source: Named) -> bool:
+def _is_by_line(source: NamedBytes) -> bool:
     """Return whether the first non-blank line is a complete object. A list may be one line of any length."""
     with source.stream() as stream:
         head = stream.read(_CHUNK_BYTES).removeprefix(BOM).lstrip()
@@ -144,7 +144,7 @@ def _spread(document: _Row) -> Iterator[_Row]:
             yield from _spread(part)
 
 
-def _lines(source: Named) -> Iterator[tuple[int, Any, str]]:
+def _lines(source: NamedBytes) -> Iterator[tuple[int, Any, str]]:
     with source.stream() as stream:
         for line, raw in enumerate(stream, 1):
             text = _decoded(raw.removeprefix(BOM) if line == 1 else raw, source.name, line)
@@ -171,7 +171,7 @@ def _decoded(raw: bytes, name: str, line: int) -> str:
         raise BadInput(message, name, line) from None
 
 
-def _documents(source: Named) -> Iterator[tuple[int, Any, str]]:
+def _documents(source: NamedBytes) -> Iterator[tuple[int, Any, str]]:
     """Yield line, value and text of each JSON value or list element, decoded one by one as the file is read."""
     decode = codecs.getincrementaldecoder("utf-8-sig")().decode
     parse = json.JSONDecoder().raw_decode
@@ -222,7 +222,7 @@ def _not_json(problem: Exception | None, text: str, at: int, name: str, line: in
 # ---------------------------------------------------------------- CSV
 
 
-def _csv_pairs(source: Named) -> Iterator[tuple[int, Pairs]]:
+def _csv_pairs(source: NamedBytes) -> Iterator[tuple[int, Pairs]]:
     """Yield the rows of a CSV with a header line, separated by `,`, `;`, tab or `|`.
 
     Raise BadInput if it has no rows.
@@ -238,7 +238,7 @@ def _csv_pairs(source: Named) -> Iterator[tuple[int, Pairs]]:
         raise BadInput("only a header, no rows", source.name)
 
 
-def _header_of(source: Named) -> tuple[list[str], str, int]:
+def _header_of(source: NamedBytes) -> tuple[list[str], str, int]:
     """Return column names, separator and line number of the header, which is the first non-blank line."""
     text, line = "", 0
     with source.stream() as stream:
@@ -268,7 +268,7 @@ def _is_value(text: str) -> bool:
     return True
 
 
-def _csv_rows(source: Named, names: list[str], separator: str, header: int) -> Iterator[tuple[int, list[str]]]:
+def _csv_rows(source: NamedBytes, names: list[str], separator: str, header: int) -> Iterator[tuple[int, list[str]]]:
     # A prompt in a cell may exceed the default of 128 KiB.
     csv.field_size_limit(2**31 - 1)
     with source.stream() as stream:
@@ -294,7 +294,7 @@ def _csv_rows(source: Named, names: list[str], separator: str, header: int) -> I
 # ---------------------------------------------------------------- Parquet
 
 
-def _parquet_pairs(source: Named) -> Iterator[tuple[int, Pairs]]:
+def _parquet_pairs(source: NamedBytes) -> Iterator[tuple[int, Pairs]]:
     """Yield the rows of a Parquet file, numbered from 1 in place of lines."""
     # Arrow takes longer to import than most files take to read.
     import pyarrow as pa

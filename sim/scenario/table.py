@@ -42,7 +42,7 @@ from sim.scenario.columns import (
     unit_words,
     whole_of,
 )
-from sim.scenario.rows import Named, Pairs, pairs_of
+from sim.scenario.rows import NamedBytes, Pairs, pairs_of
 
 BLOCK_ROWS = 2_048
 # Kinds of spans that are not model calls, even if they state usage.
@@ -278,7 +278,9 @@ def _plain_numbers(role: str, held: list[tuple[Any, Column] | None]) -> NDArray[
     return numbers if ((numbers >= LOWEST.get(role, 0)) & (numbers <= most)).all() else None
 
 
-def read_table(source: Named, kind: str, chosen: Mapping[str, str], *, first: int = 0, drawn: bool = False) -> Table:
+def read_table(
+    source: NamedBytes, kind: str, chosen: Mapping[str, str], *, first: int = 0, drawn: bool = False
+) -> Table:
     """Return the rows of a source of `kind` "csv", "json" or "parquet". `drawn`: answer lengths are not needed."""
     table = Table(source.name, chosen, drawn=drawn)
     table.read(pairs_of(source, kind), first)

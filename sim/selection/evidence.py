@@ -18,14 +18,14 @@ from sim.experiment.results import (
     Figures,
     Forecast,
     Heat,
-    PassedOver,
     Recommendation,
+    RejectedSetting,
     Step,
     StressRow,
     forecast_of,
     paired_difference,
 )
-from sim.experiment.robustness import Drawn, Outcomes
+from sim.experiment.robustness import DrawnConditions, Outcomes
 from sim.scenario.scenario import Scenario
 from sim.scenario.stress import Condition
 from sim.scenario.unknowns import FRESH_SEEDS
@@ -93,7 +93,7 @@ class Evidence:
             price, other = self.price(found.policy, policy)
             reason = self.forbids(policy, found.policy)
             if self.is_ahead(found.policy, policy) and reason:
-                passed.append(PassedOver(name, other, price, reason))
+                passed.append(RejectedSetting(name, other, price, reason))
         return Recommendation(found, steps, gain, tuple(passed))
 
     def price(self, policy: Policy, other: Policy) -> tuple[Estimate, Forecast]:
@@ -184,12 +184,12 @@ class Evidence:
             recommended=(float(getattr(best, x)), float(getattr(best, y))),
         )
 
-    def drawn(self, ranges: str, policies: Sequence[Policy], conditions: Sequence[Condition]) -> Drawn:
+    def drawn(self, ranges: str, policies: Sequence[Policy], conditions: Sequence[Condition]) -> DrawnConditions:
         """The plan's policies (see NAMES) under conditions drawn from these ranges, one run in each."""
         named = dict(zip(NAMES, policies, strict=False))
         self.searcher.runs.require((c, policy, [_seed(c)]) for c in conditions for policy in named.values())
         outcomes = {who: self._outcomes(conditions, policy) for who, policy in named.items()}
-        return Drawn(ranges, len(conditions), 1, outcomes)
+        return DrawnConditions(ranges, len(conditions), 1, outcomes)
 
     def _outcomes(self, conditions: Sequence[Condition], policy: Policy) -> Outcomes:
         rows = []

@@ -30,7 +30,7 @@ import numpy as np
 from governor.batchapi.limits import FILE_BYTES, FILE_LINES, usable_tokens
 from governor.model.errors import BadInput, quoted
 from governor.model.estimate import TOKENS_PER_FILE
-from governor.model.requests import Request, Unseen, read_requests
+from governor.model.requests import Request, UnseenContent, read_requests
 from sim.scenario.readers import BATCH, Source
 
 LIVE = "live.jsonl"
@@ -114,7 +114,7 @@ def split(
         unfinished.mkdir()
         with contextlib.closing(_Writer(unfinished, queue_tokens, rest, name)) as writer:
             ids = array("Q")
-            unseen = Unseen(file_tokens)
+            unseen = UnseenContent(file_tokens)
             for line, raw, request in _lines(source, file_tokens):
                 unseen.add(request)
                 ids.append(_hash_of(request.custom_id))

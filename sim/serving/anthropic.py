@@ -16,7 +16,7 @@ from sim.model import provider as prov
 from sim.model.provider import ProviderParams, ProviderState
 from sim.serving import wire
 from sim.serving.streams import Timed, event_bytes, pieces
-from sim.serving.wire import Headers, Written
+from sim.serving.wire import AnswerSpec, Headers
 
 _ORGANIZATION = "00000000-0000-4000-8000-7061636c696e"
 STATUS = {
@@ -31,12 +31,12 @@ STATUS = {
 }
 
 
-def answer_body(a: Written) -> bytes:
+def answer_body(a: AnswerSpec) -> bytes:
     """Return the body of a 200."""
     return json.dumps(_message(a, _blocks(a), _stop_reason(a), a.output_tokens)).encode()
 
 
-def _message(a: Written, content: list[Any], stop_reason: str | None, output_tokens: int) -> dict[str, Any]:
+def _message(a: AnswerSpec, content: list[Any], stop_reason: str | None, output_tokens: int) -> dict[str, Any]:
     usage = {
         "input_tokens": a.prompt_tokens,
         "cache_creation_input_tokens": 0,
@@ -56,23 +56,23 @@ def _message(a: Written, content: list[Any], stop_reason: str | None, output_tok
     }
 
 
-def _stop_reason(a: Written) -> str:
+def _stop_reason(a: AnswerSpec) -> str:
     return "max_tokens" if a.cut_off else "tool_use" if a.content.calls else "end_turn"
 
 
-def _blocks(a: Written) -> list[dict[str, Any]]:
+def _blocks(a: AnswerSpec) -> list[dict[str, Any]]:
     if a.content.calls and not a.cut_off:
         return [{**_tool_use(a, i), "input": json.loads(call.arguments)} for i, call in enumerate(a.content.calls)]
     text = wire.text_of(a, 0)
     return [{"type": "text", "text": text}] if text else []
 
 
-def _tool_use(a: Written, i: int) -> dict[str, Any]:
+def _tool_use(a: AnswerSpec, i: int) -> dict[str, Any]:
     """Return the head of a tool call, whose input follows."""
     return {"type": "tool_use", "id": f"toolu_{a.key:016x}{i:02d}", "name": a.content.calls[i].name, "input": {}}
 
 
-def stream_of(a: Written) -> list[Timed]:
+def stream_of(a: AnswerSpec) -> list[Timed]:
     """Return the answer as events; see `streams.Timed`."""
     events: list[Timed] = [(0.0, _event("message_start", message=_message(a, [], None, 1)))]
     calls = a.content.calls if not a.cut_off else ()
@@ -106,13 +106,13 @@ _INSIDE = {
 }
 
 
-def failure_event(a: Written, code: str, sequence: int) -> bytes:
+def failure_event(a: AnswerSpec, code: str, sequence: int) -> bytes:
     """Return the event that ends a stream with an error."""
     kind, message = _INSIDE[code]
     return event_bytes(json.loads(error_body(message, kind)), "error")
 
 
-def failure_body(a: Written, code: str) -> bytes:
+def failure_body(a: AnswerSpec, code: str) -> bytes:
     """Return the body of a 200 that holds an error."""
     kind, message = _INSIDE[code]
     return error_body(message, kind)

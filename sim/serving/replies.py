@@ -28,7 +28,7 @@ from governor.model.estimate import CHAT, COMPLETIONS, EMBEDDINGS, MESSAGES, RES
 from governor.model.keyed import FAULT, OUTPUT_LENGTH, TIER, keyed_uniform, normal_quantile
 from governor.model.requests import MESSAGES_URL, URLS
 from sim.model import provider as prov
-from sim.model.faults import Event, Trouble
+from sim.model.faults import Event, FaultState
 from sim.model.provider import ProviderState
 from sim.model.provider_config import ProviderConfig
 from sim.model.synthetic import P50_ASSUMED_MAX, P50_ASSUMED_NO_CAP, P50_OF_CAP, SIGMA_ASSUMED
@@ -36,7 +36,7 @@ from sim.model.workload import TOKENS_MAX
 from sim.serving import anthropic, streams, wire
 from sim.serving.contents import Content, content_of
 from sim.serving.streams import Timed
-from sim.serving.wire import Headers, Written
+from sim.serving.wire import AnswerSpec, Headers
 
 # A policy's own estimate per run, which the provider's charge rule `fixed` takes.
 FIXED_CHARGE = 7_000
@@ -94,7 +94,7 @@ class Reply:
     extra: Headers = field(default_factory=list)
     service_s: float = 0.0
     way: int = _FULL
-    written: Written | None = None
+    written: AnswerSpec | None = None
     charge: int = 0
     content_type: bytes = wire.JSON
     counts: Headers = field(default_factory=list)
@@ -149,7 +149,7 @@ class Stats:
         self.used_max = [0.0] * 4
         self.used_ratio_max = [0.0] * 4
 
-    def bill(self, a: Written, tier: str) -> None:
+    def bill(self, a: AnswerSpec, tier: str) -> None:
         """Count what an answer is billed for, by model and tier."""
         sums = self.billed.setdefault(f"{a.model} {tier}", Counter())
         sums.update(answers=1, prompt=a.prompt_tokens, cached=a.cached_tokens, output=a.output_tokens)
@@ -181,7 +181,7 @@ class Desk:
         self.ps = ProviderState()
         prov.day_started(self.ps, config.day_tokens_used, config.day_requests_used)
         self.seed = seed
-        self.trouble = Trouble(events, seed)
+        self.trouble = FaultState(events, seed)
         self.scale = scale
         self.fixed_charge = fixed_charge
         self.ms_header = ms_header
@@ -352,7 +352,7 @@ class Desk:
         cut_off = output < call.output_tokens
         inputs, options = body.get("input"), body.get("stream_options")
         many = sizes.endpoint == EMBEDDINGS and isinstance(inputs, list) and not isinstance(inputs[0], int)
-        written = Written(
+        written = AnswerSpec(
             endpoint=sizes.endpoint,
             model=call.model,
             key=call.request,

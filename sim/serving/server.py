@@ -341,7 +341,7 @@ class Served:
         self.stop()
 
 
-class Running(Served):
+class ProviderThread(Served):
     """A provider served by a thread of this process: light, for tests; it shares the interpreter with its client."""
 
     def __init__(self, provider: Provider, port: int) -> None:
@@ -379,12 +379,12 @@ class Running(Served):
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def serve(config: ProviderConfig, port: int = 0, **options: Any) -> Running:
+def serve(config: ProviderConfig, port: int = 0, **options: Any) -> ProviderThread:
     """Serve a provider on loopback from a thread; port 0 takes a free one. `options`: as for `Provider`."""
-    return Running(Provider(config, **options), port)
+    return ProviderThread(Provider(config, **options), port)
 
 
-class Spawned(Served):
+class ProviderProcess(Served):
     """A provider served by a separate process, as measurements require."""
 
     def __init__(self, config: ProviderConfig, port: int, options: dict[str, Any]) -> None:
@@ -418,12 +418,12 @@ class Spawned(Served):
                 pipe.close()
 
 
-def spawn(config: ProviderConfig, port: int = 0, **options: Any) -> Spawned:
+def spawn(config: ProviderConfig, port: int = 0, **options: Any) -> ProviderProcess:
     """Serve a provider on loopback from a separate process. `options`: as for `Provider`, except the clock.
 
     The process ends with its parent, when the pipe between them closes.
     """
-    return Spawned(config, port, options)
+    return ProviderProcess(config, port, options)
 
 
 def _serve_as_told() -> None:

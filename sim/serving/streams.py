@@ -12,7 +12,7 @@ from typing import Any
 
 from governor.model.estimate import CHARS_PER_TOKEN, CHAT, RESPONSES
 from sim.serving import wire
-from sim.serving.wire import Written
+from sim.serving.wire import AnswerSpec
 
 # An event, and when it is due: 0 = with the first token, 1 = with the last.
 Timed = tuple[float, bytes]
@@ -34,7 +34,7 @@ def pieces(text: str) -> list[str]:
     return [text[at : at + size] for at in range(0, len(text), size)]
 
 
-def stream_of(a: Written) -> list[Timed]:
+def stream_of(a: AnswerSpec) -> list[Timed]:
     """Return the answer as events."""
     if a.endpoint == RESPONSES:
         return _response(a)
@@ -46,7 +46,7 @@ def _spread(count: int, send: Callable[[int], bytes]) -> list[Timed]:
     return [((k + 1) / count, send(k)) for k in range(count)]
 
 
-def _chat(a: Written) -> list[Timed]:
+def _chat(a: AnswerSpec) -> list[Timed]:
     head = {
         "id": f"chatcmpl-{a.key:016x}",
         "object": "chat.completion.chunk",
@@ -84,7 +84,7 @@ def _chat(a: Written) -> list[Timed]:
     return events
 
 
-def _completion(a: Written) -> list[Timed]:
+def _completion(a: AnswerSpec) -> list[Timed]:
     head = {"id": f"cmpl-{a.key:016x}", "object": "text_completion", "created": a.created, "model": a.model}
     usage: dict[str, Any] = {"usage": None} if a.includes_usage else {}
 
@@ -117,7 +117,7 @@ class _Numbered:
         self.events.append((due, event_bytes(data, kind)))
 
 
-def _response(a: Written) -> list[Timed]:
+def _response(a: AnswerSpec) -> list[Timed]:
     whole = json.loads(wire.answer_body(a))
     begun = {**whole, "status": "in_progress", "incomplete_details": None, "output": [], "usage": None}
     stream = _Numbered()
@@ -159,7 +159,7 @@ def _deltas(stream: _Numbered, kind: str, text: str, place: dict[str, Any], begi
 # ---------------------------------------------------------------- errors inside
 
 
-def failure_event(a: Written, code: str, sequence: int) -> bytes:
+def failure_event(a: AnswerSpec, code: str, sequence: int) -> bytes:
     """Return the event that ends a stream with an error; `sequence`: its number among the events of a response."""
     failed = json.loads(wire.failure_body(a, code))
     if a.endpoint != RESPONSES:

@@ -41,7 +41,7 @@ EMBEDDING_DIMENSIONS_MAX = 4_096
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class AnswerSpec:
     """An answer to encode. `answers`: number of answers requested (embeddings: inputs); tokens are over all of them.
 
     `key` determines the answer's id: the same request gets the same id again. `empty`: cut off before any usable text.
@@ -84,7 +84,7 @@ def no_capacity_error() -> bytes:
     return error_body("Resource Unavailable", "resource_unavailable", "resource_unavailable")
 
 
-def answer_body(a: Written) -> bytes:
+def answer_body(a: AnswerSpec) -> bytes:
     """Return the body of a 200."""
     if a.endpoint == CHAT:
         text = _chat(a)
@@ -108,7 +108,7 @@ def prose(tokens: int) -> str:
     return (_TEXT * (chars // len(_TEXT) + 1))[:chars]
 
 
-def text_of(a: Written, position: int) -> str:
+def text_of(a: AnswerSpec, position: int) -> str:
     """Return the text of one of several answers: the given text, as far as its tokens reach, or prose."""
     if a.empty:
         return ""
@@ -117,28 +117,28 @@ def text_of(a: Written, position: int) -> str:
     return (a.content.text or "")[: CHARS_PER_TOKEN * _share(a, position)]
 
 
-def _json_text(a: Written, position: int) -> str:
+def _json_text(a: AnswerSpec, position: int) -> str:
     """Return the text of one answer as a JSON string; prose needs no escaping."""
     text = text_of(a, position)
     return f'"{text}"' if a.content.text is None else json.dumps(text)
 
 
-def finish_reason(a: Written) -> str:
+def finish_reason(a: AnswerSpec) -> str:
     """Return how a chat choice ended."""
     return "length" if a.cut_off else "tool_calls" if a.content.calls else "stop"
 
 
-def call_id(a: Written, position: int, call: int) -> str:
+def call_id(a: AnswerSpec, position: int, call: int) -> str:
     """Return the id of a tool call."""
     return f"call_{a.key:016x}{position:03d}{call:02d}"
 
 
-def _share(a: Written, position: int) -> int:
+def _share(a: AnswerSpec, position: int) -> int:
     """Return the tokens of one of several answers: an even split, with the remainder on the first ones."""
     return a.output_tokens // a.answers + (position < a.output_tokens % a.answers)
 
 
-def _chat(a: Written) -> str:
+def _chat(a: AnswerSpec) -> str:
     reason = finish_reason(a)
     said = _calls if reason == "tool_calls" else lambda a, i: f'"content":{_json_text(a, i)}'
     choices = ",".join(
@@ -153,7 +153,7 @@ def _chat(a: Written) -> str:
     )
 
 
-def _calls(a: Written, position: int) -> str:
+def _calls(a: AnswerSpec, position: int) -> str:
     calls = [
         {
             "id": call_id(a, position, k),
@@ -165,7 +165,7 @@ def _calls(a: Written, position: int) -> str:
     return f'"content":null,"tool_calls":{json.dumps(calls)}'
 
 
-def chat_usage(a: Written) -> dict[str, Any]:
+def chat_usage(a: AnswerSpec) -> dict[str, Any]:
     """Return the usage of a chat answer."""
     return {
         "prompt_tokens": a.prompt_tokens,
@@ -181,7 +181,7 @@ def chat_usage(a: Written) -> dict[str, Any]:
     }
 
 
-def _completion(a: Written) -> str:
+def _completion(a: AnswerSpec) -> str:
     reason = "length" if a.cut_off else "stop"
     choices = ",".join(
         f'{{"text":{_json_text(a, i)},"index":{i},"logprobs":null,"finish_reason":"{reason}"}}'
@@ -194,7 +194,7 @@ def _completion(a: Written) -> str:
     )
 
 
-def _response(a: Written) -> str:
+def _response(a: AnswerSpec) -> str:
     status = "incomplete" if a.cut_off else "completed"
     if a.empty:
         # All output tokens were spent on reasoning.
@@ -241,7 +241,7 @@ def _vector(dimensions: int, as_base64: bool) -> str:
     return json.dumps(values, separators=(",", ":"))
 
 
-def _embeddings(a: Written) -> str:
+def _embeddings(a: AnswerSpec) -> str:
     vector = _vector(a.dimensions, a.as_base64)
     data = ",".join(f'{{"object":"embedding","index":{i},"embedding":{vector}}}' for i in range(a.answers))
     return (
@@ -272,7 +272,7 @@ _INSIDE = {
 }
 
 
-def failure_body(a: Written, code: str) -> bytes:
+def failure_body(a: AnswerSpec, code: str) -> bytes:
     """Return the body of a 200 that holds an error: an error object, or a failed response."""
     kind, message = _INSIDE[code]
     if a.endpoint != RESPONSES:

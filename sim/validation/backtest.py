@@ -44,7 +44,7 @@ TAKEN = (
 )
 
 
-class Compared(NamedTuple):
+class ComparedFigure(NamedTuple):
     """One figure: the prediction with its 95 % interval of one run, and what was measured."""
 
     predicted: float
@@ -75,13 +75,13 @@ class Compared(NamedTuple):
 class Backtest:
     """The comparison of one run. `forecast`: the journal's forecast from before the first launch, None = none."""
 
-    makespan_s: Compared
-    throttled: Compared
-    launches: Compared
+    makespan_s: ComparedFigure
+    throttled: ComparedFigure
+    launches: ComparedFigure
     requests: int
     replications: int
-    forecast: Compared | None
-    forecast_throttled: Compared | None
+    forecast: ComparedFigure | None
+    forecast_throttled: ComparedFigure | None
     assumed: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -129,7 +129,7 @@ class Backtest:
         return "\n".join([table(rows), "", facts(told, width), *notes])
 
 
-def _row(name: str, c: Compared, form: str) -> list[str]:
+def _row(name: str, c: ComparedFigure, form: str) -> list[str]:
     write = duration if form == "duration" else number
     error = "-" if c.error_ratio is None else f"{100.0 * c.error_ratio:+.1f} %".replace("-", "−")
     within = "within" if c.covered else "outside"
@@ -168,9 +168,9 @@ def backtest(
     ratio = measured().rehearsal[throttled[2] > 0.0] if model_error_ratio is None else model_error_ratio
     forecast, forecast_throttled = _forecast(journal, found)
     return Backtest(
-        makespan_s=Compared(*_interval(predicted[:, 0], ratio), measured_s),
-        throttled=Compared(*throttled, float(sum(lesson.throttled for lesson in found))),
-        launches=Compared(*_counts(predicted[:, 2]), float(sum(lesson.launches for lesson in found))),
+        makespan_s=ComparedFigure(*_interval(predicted[:, 0], ratio), measured_s),
+        throttled=ComparedFigure(*throttled, float(sum(lesson.throttled for lesson in found))),
+        launches=ComparedFigure(*_counts(predicted[:, 2]), float(sum(lesson.launches for lesson in found))),
         requests=requests,
         replications=runs,
         forecast=forecast,
@@ -207,7 +207,7 @@ def _counts(values: np.ndarray[Any, Any]) -> tuple[float, float, float]:
     return mean, math.floor(low + 1e-9), math.ceil(high - 1e-9)
 
 
-def _forecast(journal: Journal, found: Sequence[Lesson]) -> tuple[Compared | None, Compared | None]:
+def _forecast(journal: Journal, found: Sequence[Lesson]) -> tuple[ComparedFigure | None, ComparedFigure | None]:
     """Compare the forecast written before the first launch with what happened: makespan and 429s."""
     written = next((each for each in journal.forecasts() if each.launched_before == 0), None)
     if written is None:
@@ -221,7 +221,9 @@ def _forecast(journal: Journal, found: Sequence[Lesson]) -> tuple[Compared | Non
     names = ("throttled", "throttled_low", "throttled_high")
     counts = [sum(float(content.get(name, 0.0)) for content in pools) for name in names]
     seen = float(sum(lesson.throttled for lesson in found))
-    return Compared(finish[0], finish[1], finish[2], measured_s), Compared(counts[0], counts[1], counts[2], seen)
+    return ComparedFigure(finish[0], finish[1], finish[2], measured_s), ComparedFigure(
+        counts[0], counts[1], counts[2], seen
+    )
 
 
 def _assumed(provider: ProviderConfig | None, found: Sequence[Lesson]) -> tuple[str, ...]:

@@ -23,13 +23,13 @@ from sim.experiment.results import CONFIDENCE
 from sim.model.provider_config import ProviderConfig
 from sim.validation.backtest import REQUESTS_SIMULATED, RUNS_LEAST, RUNS_MOST
 from sim.validation.model_error import measured
-from sim.validation.replay import Rerun, Rewrite, Stage
+from sim.validation.replay import ReplayedRun, Rewrite, Stage
 
 # Ends that differ by at most this, in seconds, count as equal.
 SAME_S = 0.1
 
 
-class Paired(NamedTuple):
+class PairedFigure(NamedTuple):
     """One figure as it was (nan = not known) and under the other settings; their difference with its 95 % interval."""
 
     was: float
@@ -39,17 +39,17 @@ class Paired(NamedTuple):
     high: float
 
 
-class Ends(NamedTuple):
+class EndDelays(NamedTuple):
     """The delay of requests answered in both runs, in seconds (negative: sooner), and the shares that are delayed."""
 
     requests: int
-    median_s: Paired
+    median_s: PairedFigure
     sooner_ratio: float
     later_ratio: float
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class RequestPair:
     """One request in both runs: when it ended, seconds since the first launch (the mean over replications)."""
 
     custom_id: str
@@ -70,18 +70,18 @@ class Counterfactual:
     requests: int
     replications: int
     changed: dict[str, tuple[str, str]]
-    makespan_s: Paired
-    throttled: Paired
-    launches: Paired
-    lost: Paired
-    waits_s: dict[str, Paired]
-    ends: Ends
-    own: Rerun | None
-    alone: Rerun
+    makespan_s: PairedFigure
+    throttled: PairedFigure
+    launches: PairedFigure
+    lost: PairedFigure
+    waits_s: dict[str, PairedFigure]
+    ends: EndDelays
+    own: ReplayedRun | None
+    alone: ReplayedRun
     parted_s: float | None
     provider: ProviderConfig
     provider_from: str
-    pairs: tuple[Pair, ...]
+    pairs: tuple[RequestPair, ...]
     untold: tuple[str, ...]
     is_log: bool = False
 
@@ -108,7 +108,7 @@ def counterfactual(
     parted = [each.parted_s for each in would if each.parted_s is not None]
     has_parted = bool(parted) or is_log
 
-    def pair(of: Callable[[Rerun], float], model_error_ratio: float = 0.0) -> Paired:
+    def pair(of: Callable[[ReplayedRun], float], model_error_ratio: float = 0.0) -> PairedFigure:
         values = np.array([of(each) for each in would])
         missed = abs(of(alone) - of(was)) if has_parted else 0.0
         model = model_error_ratio * float(values.mean()) if has_parted else 0.0
@@ -148,10 +148,10 @@ def counterfactual(
     )
 
 
-def _together(parts: Sequence[Rerun]) -> Rerun:
+def _together(parts: Sequence[ReplayedRun]) -> ReplayedRun:
     """Combine pools that work in parallel: the last one ends the run, and counts add up."""
     parted = [part.parted_s for part in parts if part.parted_s is not None]
-    return Rerun(
+    return ReplayedRun(
         max(part.makespan_s for part in parts),
         sum(part.throttled for part in parts),
         sum(part.launches for part in parts),
@@ -162,7 +162,7 @@ def _together(parts: Sequence[Rerun]) -> Rerun:
     )
 
 
-def _paired(was: float, values: NDArray[np.float64], missed: float, least: float, model: float = 0.0) -> Paired:
+def _paired(was: float, values: NDArray[np.float64], missed: float, least: float, model: float = 0.0) -> PairedFigure:
     """Return the mean difference, with the interval of one more run's; `missed`: sd of the provider's model.
 
     `least`: below which no difference can be. `model`: 95 % half-width of what is not in either.
@@ -173,17 +173,17 @@ def _paired(was: float, values: NDArray[np.float64], missed: float, least: float
     own = float(values.std(ddof=1)) * math.sqrt(1.0 + 1.0 / n) if n > 1 else 0.0
     half = float(stdtrit(max(1, n - 1), 0.5 + CONFIDENCE / 2.0)) * math.hypot(own, missed)
     half = math.hypot(half, model)
-    return Paired(was, mean, mean - was, max(mean - was - half, least), mean - was + half)
+    return PairedFigure(was, mean, mean - was, max(mean - was - half, least), mean - was + half)
 
 
-def _ends(was: Rerun, would: Sequence[Rerun], alone: Rerun) -> Ends:
+def _ends(was: ReplayedRun, would: Sequence[ReplayedRun], alone: ReplayedRun) -> EndDelays:
     moved = []
     for each in would:
         both = ~(was.is_lost | each.is_lost)
         moved.append((each.ends_s - was.ends_s)[both] if both.any() else np.zeros(1))
     medians = np.array([float(np.median(each)) for each in moved])
     missed = abs(float(np.median(alone.ends_s - was.ends_s)))
-    return Ends(
+    return EndDelays(
         len(moved[0]),
         _paired(0.0, medians, missed, -math.inf),
         float(np.mean([(each < -SAME_S).mean() for each in moved])),
@@ -191,15 +191,15 @@ def _ends(was: Rerun, would: Sequence[Rerun], alone: Rerun) -> Ends:
     )
 
 
-def _pairs(stages: Sequence[Stage], was: Rerun, would: Sequence[Rerun]) -> tuple[Pair, ...]:
+def _pairs(stages: Sequence[Stage], was: ReplayedRun, would: Sequence[ReplayedRun]) -> tuple[RequestPair, ...]:
     names = [stage.lesson.workload.custom_id(i) for stage in stages for i in range(len(stage.lesson.workload))]
     ends_s = np.mean([each.ends_s for each in would], axis=0).tolist()
     lost = np.mean([each.is_lost for each in would], axis=0).tolist()
     rows = zip(names, was.ends_s.tolist(), ends_s, was.is_lost.tolist(), lost, strict=True)
-    return tuple(Pair(*row) for row in rows)
+    return tuple(RequestPair(*row) for row in rows)
 
 
-def _untold(stages: Sequence[Stage], would: Sequence[Rerun]) -> tuple[str, ...]:
+def _untold(stages: Sequence[Stage], would: Sequence[ReplayedRun]) -> tuple[str, ...]:
     """Return what the journal cannot show of this counterfactual, and how it is filled in."""
     notes = []
     unanswered = sum(stage.lesson.unanswered for stage in stages)

@@ -14,11 +14,11 @@ from governor.model.errors import BadInput
 from governor.model.policy import Policy
 from governor.model.requests import CAUSES
 from sim.calibration.observed import Observed, workload_of
-from sim.calibration.others import Count, Taking, gone_by_others
+from sim.calibration.others import Count, OthersUse, gone_by_others
 from sim.model import provider as prov
 from sim.model.provider_config import ProviderConfig
 from sim.scenario.columns import ANSWERED, LOST, OTHER, REFUSED, SERVER_FAULT
-from sim.validation.recorded import Record, RecordedLane, Tried
+from sim.validation.recorded import Record, RecordedAttempt, RecordedLane
 from sim.validation.twin import Lesson
 
 # What became neither of an answer nor of a known failure ends its request, as a bad request does.
@@ -46,7 +46,7 @@ def lesson_of(observed: Observed, policy: Policy) -> Lesson:
         arrived = observed.arrived_s[rows]
         order = np.argsort(arrived - arrived.min(), kind="stable")
     place = {int(observed.request[row]): i for i, row in enumerate(rows[order].tolist())}
-    tried: dict[tuple[int, int, int], Tried] = {}
+    tried: dict[tuple[int, int, int], RecordedAttempt] = {}
     count: dict[RecordedLane, int] = {}
     ended_s = np.zeros(len(rows))
     for i in range(len(observed)):
@@ -59,7 +59,7 @@ def lesson_of(observed: Observed, policy: Policy) -> Lesson:
         tokens = observed.tries.prompt_tokens[i] + observed.tries.output_tokens[i]
         used = float(tokens) if observed.kind[i] == ANSWERED else -1.0
         outcome, retry_s = _SIMULATED[int(observed.kind[i])], float(observed.retry_after_s[i])
-        tried[(*lane, count[lane])] = Tried(launched_s, launched_s + took_s, outcome, retry_s, used)
+        tried[(*lane, count[lane])] = RecordedAttempt(launched_s, launched_s + took_s, outcome, retry_s, used)
         ended_s[at] = max(ended_s[at], launched_s + took_s)
     is_answered = observed.answered[rows[order]]
     names = [workload.model(i) for i in range(len(workload))]
@@ -97,7 +97,7 @@ def _counts(observed: Observed, place: dict[int, int]) -> list[Count]:
     return found
 
 
-def refused_alone(record: Record, charges: Any, provider: ProviderConfig, takings: tuple[Taking, ...]) -> int:
+def refused_alone(record: Record, charges: Any, provider: ProviderConfig, takings: tuple[OthersUse, ...]) -> int:
     """Return how many of a log's own launches the provider's model refuses, in their order and at their moments."""
     pp, ps = provider.params(), prov.ProviderState()
     events: list[tuple[float, int, Any]] = [(taking.at_s, 0, taking) for taking in takings]

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from governor.journal.rows import Heard
+from governor.journal.rows import HeardAttempt
 from governor.model.requests import CAUSES, LANES, Attempt, Ended, Limit, Outcome
 from governor.model.work import DIMENSIONS, STOPPING
 from sim.calibration.others import Count
@@ -43,7 +43,7 @@ _Stated = Sequence[tuple[int, float, float]]
 RecordedLane = tuple[int, int]
 
 
-class Tried(NamedTuple):
+class RecordedAttempt(NamedTuple):
     """One attempt as it was. Times in seconds since the run's first launch; `outcome` is the simulation's number.
 
     `used`: tokens of the answer, prompt included, -1 = not stated. `retry_after_s`: -1 = none. `stated`: as
@@ -75,11 +75,11 @@ class Tried(NamedTuple):
 class Record:
     """The attempts and ends of a run. `ended_s`, `is_lost`: shape (requests,). `waits_s`: by cause, nan = not known."""
 
-    tried: dict[tuple[int, int, int], Tried]
+    tried: dict[tuple[int, int, int], RecordedAttempt]
     ended_s: NDArray[np.float64]
     is_lost: NDArray[np.bool_]
     waits_s: NDArray[np.float64]
-    let_in: dict[RecordedLane, list[Tried]] = field(default_factory=dict)
+    let_in: dict[RecordedLane, list[RecordedAttempt]] = field(default_factory=dict)
     launched_s: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -95,7 +95,7 @@ class Record:
 
 
 def record_of(
-    heard: Iterable[Heard],
+    heard: Iterable[HeardAttempt],
     ends: Mapping[int, Ended],
     place: Mapping[int, int],
     clock: Callable[[float], float],
@@ -106,7 +106,7 @@ def record_of(
     `counts`: the same attempts with the network delays found for them.
     """
     ways_s = {(c.place, c.launched_s): (c.there_s, max(c.there_s, c.round_s)) for c in counts if c.there_s >= 0.0}
-    tried: dict[tuple[int, int, int], Tried] = {}
+    tried: dict[tuple[int, int, int], RecordedAttempt] = {}
     count: dict[RecordedLane, int] = {}
     waits_s = np.zeros(len(CAUSES))
     for a, limits, _ in sorted(heard, key=lambda each: each.attempt.launched_s):
@@ -123,10 +123,10 @@ def record_of(
     return Record(tried, ended_s, is_lost, waits_s)
 
 
-def _tried(a: Attempt, limits: Iterable[Limit], clock: Callable[[float], float]) -> Tried:
+def _tried(a: Attempt, limits: Iterable[Limit], clock: Callable[[float], float]) -> RecordedAttempt:
     stated = sorted((DIMENSIONS[each.dimension], each.limit, each.remaining) for each in limits)
     is_used = a.outcome is Outcome.OK and a.prompt_tokens >= 0 and a.output_tokens >= 0
-    return Tried(
+    return RecordedAttempt(
         clock(a.launched_s),
         clock(a.finished_s),
         _SIMULATED[a.outcome],

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from governor.law import TPM
 from governor.model.policy import Policy
 from governor.model.requests import CAUSES
-from sim.calibration.others import Taking, began_s, gaps, takings, ways_of
+from sim.calibration.others import OthersUse, began_s, gaps, takings, ways_of
 from sim.des.calendar import CHANGE, Appointment
 from sim.des.jobs import Job
 from sim.des.run import TIMEOUT, Tally
@@ -35,7 +35,7 @@ from sim.model.provider_config import ProviderConfig
 from sim.model.synthetic import similar_outputs
 from sim.model.workload import Arrivals, charges, columns
 from sim.validation.logged import refused_alone
-from sim.validation.recorded import Record, Tried
+from sim.validation.recorded import Record, RecordedAttempt
 from sim.validation.twin import Lesson, Twin, taught
 
 Rewrite = Callable[[Policy], Policy]
@@ -64,7 +64,7 @@ class Replay(Twin):
         zero_s: float,
         coupled: bool,
         delays: Delays | None,
-        takings: Sequence[Taking] = (),
+        takings: Sequence[OthersUse] = (),
         **rest: Any,
     ) -> None:
         super().__init__(*arguments, takings=takings, **rest)
@@ -76,7 +76,7 @@ class Replay(Twin):
         self.ends_s = np.full(len(self.columns), np.nan)
         self.is_lost = np.ones(len(self.columns), np.bool_)
         self._let_in: dict[tuple[int, int], int] = {}
-        self._as_it_was: dict[int, Tried] = {}
+        self._as_it_was: dict[int, RecordedAttempt] = {}
         self._expiry_late_s: dict[int, float] = {}
         self._noticed_at: dict[Job, float] = {}  # of backoffs that have ended
         self._answers_at = {tried.ended_s for tried in record.tried.values()}
@@ -186,7 +186,7 @@ class Replay(Twin):
         """Return when the attempt expires, as late as the loop gave it up in the run."""
         return super()._expires_at(job, now) + self._expiry_late_s.get(job.index, 0.0)
 
-    def _past(self, job: Job) -> Tried | None:
+    def _past(self, job: Job) -> RecordedAttempt | None:
         """Return this attempt's counterpart in the journal; None once the runs have parted, which is detected here."""
         if self.parted_s is not None:
             return None
@@ -249,7 +249,7 @@ def ways_by_place(record: Record) -> list[list[tuple[float, float]]]:
     return [sorted(ways) for ways in found]
 
 
-class Rerun(NamedTuple):
+class ReplayedRun(NamedTuple):
     """One replication. `waits_s`: by cause. `ends_s`, `is_lost`: of each request, shape (requests,)."""
 
     makespan_s: float
@@ -280,25 +280,25 @@ class Stage:
         self.delays: Delays = {}
         self.own = None if is_log else self._run(None, 0, coupled=True, delays=None)
 
-    def reruns(self, runs: int, rewrite: Rewrite | None = None, *, coupled: bool = True) -> list[Rerun]:
+    def reruns(self, runs: int, rewrite: Rewrite | None = None, *, coupled: bool = True) -> list[ReplayedRun]:
         """Return replications under rewritten settings, None = the run's own."""
         coupled = coupled and not self.is_log
         return [self._run(rewrite, r, coupled=coupled, delays=self.delays) for r in range(runs)]
 
-    def predictions(self, runs: int) -> list[Rerun]:
+    def predictions(self, runs: int) -> list[ReplayedRun]:
         """Return replications that predict the run from its known answers, times and faults.
 
         Each launch is as late as any of the run's, and the provider's model decides refusals.
         """
         return [self._run(None, r, coupled=False, delays={}) for r in range(runs)]
 
-    def as_it_was(self) -> Rerun:
+    def as_it_was(self) -> ReplayedRun:
         """Return the recorded run."""
         lesson, record = self.lesson, self.lesson.record
         counts, ends_s = (float(lesson.throttled), float(lesson.launches)), lesson.worked_s(record.ended_s)
-        return Rerun(lesson.makespan_s, *counts, record.waits_s, ends_s, record.is_lost, None)
+        return ReplayedRun(lesson.makespan_s, *counts, record.waits_s, ends_s, record.is_lost, None)
 
-    def alone(self) -> Rerun:
+    def alone(self) -> ReplayedRun:
         """Return the run with the provider's model deciding every refusal; for a log, only how many it refuses."""
         if not self.is_log:
             return self.reruns(1, coupled=False)[0]
@@ -322,7 +322,7 @@ class Stage:
             arrivals=self.arrivals,
         )
 
-    def _run(self, rewrite: Rewrite | None, number: int, *, coupled: bool, delays: Delays | None) -> Rerun:
+    def _run(self, rewrite: Rewrite | None, number: int, *, coupled: bool, delays: Delays | None) -> ReplayedRun:
         lesson, provider = self.lesson, self.provider
         write = rewrite or (lambda policy: policy)
         policy = write(lesson.policy)
@@ -362,7 +362,7 @@ class Stage:
         tally = replay.run(start_s)
         if delays is None:
             self.delays = replay.delays
-        return Rerun(
+        return ReplayedRun(
             float(lesson.worked_s(np.array(tally.last_s + zero_s))),
             float(tally.throttled),
             float(tally.attempts),

@@ -32,7 +32,7 @@ from governor.model.estimate import EMBEDDINGS, Sizes
 from governor.model.needs import of_tokens
 from governor.model.policy import Policy
 from governor.model.requests import Attempt, Outcome
-from sim.calibration.others import Count, Taking, counts_of, gone_by_others
+from sim.calibration.others import Count, OthersUse, counts_of, gone_by_others
 from sim.des.calendar import ANSWER, CHANGE, Appointment
 from sim.des.driver import Simulation
 from sim.des.jobs import Job
@@ -338,7 +338,7 @@ class Twin(Simulation):
         there_s: NDArray[np.float64] | None = None,
         round_s: NDArray[np.float64] | None = None,
         began_s: float = 0.0,
-        takings: Sequence[Taking] = (),
+        takings: Sequence[OthersUse] = (),
         lost: Sequence[tuple[float, int]] = (),
         **rest: Any,
     ) -> None:

@@ -16,10 +16,10 @@ from sim.experiment.information import Finding, Gain
 from sim.experiment.results import (
     Forecast,
     Heat,
-    PassedOver,
     Plan,
     Point,
     Recommendation,
+    RejectedSetting,
     Step,
     StressRow,
     forecast_of,
@@ -149,7 +149,7 @@ def plan_of(scenario: Scenario) -> Plan:
     eager = best.with_(tpm_window="sliding", tpm_headroom=0.0, charge_rule="prompt_chars4", sync_headers=False)
     faster = forecast(scenario, eager)
     price = paired_difference(full.forecast, faster, "makespan_s")
-    passed = PassedOver("the fastest setting tried", faster, price, "under 'x' it draws 9 per 100")
+    passed = RejectedSetting("the fastest setting tried", faster, price, "under 'x' it draws 9 per 100")
     full = dataclasses.replace(full, passed_over=(passed,))
     policies = [(scenario.policy, "now"), (tuned, "guardrails"), (best, "paceline"), (eager, "paceline")]
     for stagger in (0.0, 1.0, 4.0):

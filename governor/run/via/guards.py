@@ -16,14 +16,14 @@ from governor.journal.journal import Journal
 from governor.journal.waves import WaveRow
 from governor.model.errors import BadInput, BadSetting, Oversized, quoted
 from governor.model.pools import Pool
-from governor.model.prices import Prices, Spent, Usage, dollars_text
+from governor.model.prices import Prices, Spending, Usage, dollars_text
 from governor.model.requests import BATCH, Request
 from governor.model.words import plural
-from governor.run.pool_run import Manner
+from governor.run.pool_run import RunOptions
 from governor.telemetry.progress import Display
 
 
-def check_manner(manner: Manner) -> None:
+def check_manner(manner: RunOptions) -> None:
     """Raise BadSetting for options that a run by the Batch API has no use for."""
     for given, option in ((manner.finalize, "--finalize"), (manner.canary, "--canary")):
         if given:
@@ -103,7 +103,7 @@ def _foreseen(journal: Journal, pool: Pool, demand: Demand) -> Foreseen:
 class WaveBudget:
     """`--max-cost` for waves: what one may cost counts as committed, from its forming to its collection."""
 
-    def __init__(self, spent: Spent, limit_usd: float) -> None:
+    def __init__(self, spent: Spending, limit_usd: float) -> None:
         self._spent = spent
         self._limit_usd = limit_usd
 

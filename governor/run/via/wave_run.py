@@ -16,7 +16,7 @@ from itertools import count
 from typing import Any
 
 from governor.batchapi.client import BatchClient
-from governor.batchapi.collect import Surroundings
+from governor.batchapi.collect import DriverContext
 from governor.batchapi.driver import WaveDriver
 from governor.batchapi.outlook import Foreseen, foreseen, progress
 from governor.batchapi.sdk_client import SdkBatchClient
@@ -24,14 +24,14 @@ from governor.journal.journal import Journal
 from governor.journal.recorder import Recorder
 from governor.model.policy import Policy
 from governor.model.pools import Pool
-from governor.model.prices import Spent, usage_in
+from governor.model.prices import Spending, usage_in
 from governor.model.requests import Answer, Attempt, Request
 from governor.model.words import duration, plural
 from governor.model.work import Observer
 from governor.run.account import FAILED_INSIDE
 from governor.run.live import COMMANDS_S, TEXTFILE_S, TICK_S, Announcer, Ended, is_time
 from governor.run.longwaits import FINISH_BY, STOP_AFTER
-from governor.run.pool_run import Follower, Manner
+from governor.run.pool_run import Follower, RunOptions
 from governor.run.steer import Commands, Signals
 from governor.run.via.guards import WaveBudget
 from governor.telemetry.eventlog import EventLog
@@ -57,7 +57,7 @@ class WaveLeg:
     pools: Mapping[str, Pool]
     started: Mapping[str, Policy]
     forecast: Mapping[str, Any]
-    spent: Spent
+    spent: Spending
     keep_files: bool = False
 
 
@@ -91,7 +91,7 @@ class WavePool:
 class WaveRun(Announcer):
     """One leg by the Batch API. Create it and await `run()` once."""
 
-    def __init__(self, leg: WaveLeg, connect: ConnectBatch, shown: Display, manner: Manner) -> None:
+    def __init__(self, leg: WaveLeg, connect: ConnectBatch, shown: Display, manner: RunOptions) -> None:
         self._before = leg.journal.counts()
         super().__init__(shown, manner, self._before.requests)
         self.leg = leg
@@ -169,7 +169,7 @@ class WaveRun(Announcer):
             log,
         ]
         stated = journal.run()
-        around = Surroundings(
+        around = DriverContext(
             now=now,
             say=lambda line: self.say(f"pool {pool.name}: {line}" if len(self.leg.pools) > 1 else line),
             flushed=journal.flushed,
@@ -292,7 +292,7 @@ def run_id(journal: Journal) -> str:
 class _Spender(Observer):
     """Adds up what answers cost."""
 
-    def __init__(self, spent: Spent) -> None:
+    def __init__(self, spent: Spending) -> None:
         self._spent = spent
 
     def attempted(self, attempt: Attempt, answer: Answer, failure: str) -> None:

@@ -19,10 +19,10 @@ from governor import __version__
 from governor.service.api import routes_batches, routes_rest, routes_templates
 from governor.service.api.auth import Authority, RequestGuard
 from governor.service.api.bodies import ErrorOut
-from governor.service.api.events import Elsewhere, Events
+from governor.service.api.events import Events, RemoteBatches
 from governor.service.api.gauges import Gauges
 from governor.service.api.incoming import MODELS
-from governor.service.api.quick import Quick
+from governor.service.api.quick import ProgressRoute
 from governor.service.api.state import Service
 from governor.service.config import ServiceConfig
 from governor.service.errors import HANDLERS
@@ -65,7 +65,7 @@ def service_of(config: ServiceConfig) -> Service:
         store = Store(database)
         metrics = Metrics()
         worker, authority = Worker(config, store, Ledger(store), metrics), Authority(config, store)
-        elsewhere = Elsewhere(store)
+        elsewhere = RemoteBatches(store)
         Gauges(worker, metrics.registry)
     except BaseException:
         database.closed()
@@ -97,9 +97,9 @@ def app_of(service: Service) -> FastAPI:
     return app
 
 
-def served(service: Service) -> Quick:
+def served(service: Service) -> ProgressRoute:
     """Return the application as it is served."""
-    return Quick(app_of(service), service.worker, service.elsewhere, service.authority)
+    return ProgressRoute(app_of(service), service.worker, service.elsewhere, service.authority)
 
 
 @asynccontextmanager

@@ -40,7 +40,7 @@ def event(name: str, content: Any) -> bytes:
 class Events:
     """The streams of events; see the module. `close` ends all of them."""
 
-    def __init__(self, worker: Worker, elsewhere: Elsewhere, authority: Authority) -> None:
+    def __init__(self, worker: Worker, elsewhere: RemoteBatches, authority: Authority) -> None:
         self._worker = worker
         self._elsewhere = elsewhere
         self._authority = authority
@@ -138,7 +138,7 @@ AGE_S = 0.25
 _KEPT = 1_000
 
 
-class Elsewhere:
+class RemoteBatches:
     """Batches of other replicas; see the module. Used in the event loop only."""
 
     def __init__(self, store: Store) -> None:

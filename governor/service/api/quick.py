@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from governor.journal.database import JournalError
 from governor.service.api.auth import Authority, is_ours
-from governor.service.api.events import Elsewhere
+from governor.service.api.events import RemoteBatches
 from governor.service.store.store import BatchRow
 from governor.service.worker.live import batch_json
 from governor.service.worker.worker import Worker
@@ -28,10 +28,10 @@ PATH = re.compile(r"/batches/([A-Za-z0-9_-]{1,64})")
 _KEPT = 1_000
 
 
-class Quick:
+class ProgressRoute:
     """Answers requests for progress; see the module."""
 
-    def __init__(self, app: ASGIApp, worker: Worker, elsewhere: Elsewhere, authority: Authority) -> None:
+    def __init__(self, app: ASGIApp, worker: Worker, elsewhere: RemoteBatches, authority: Authority) -> None:
         self._app = app
         self._worker = worker
         self._elsewhere = elsewhere

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fastapi import Request
 
 from governor.service.api.auth import Authority
-from governor.service.api.events import Elsewhere, Events
+from governor.service.api.events import Events, RemoteBatches
 from governor.service.config import ServiceConfig
 from governor.service.store.store import Store
 from governor.service.worker.worker import Worker
@@ -22,7 +22,7 @@ class Service:
     store: Store
     worker: Worker
     authority: Authority
-    elsewhere: Elsewhere
+    elsewhere: RemoteBatches
     events: Events
     metrics: Metrics
 

@@ -45,7 +45,7 @@ class ServiceDatabase(Database):
     def __init__(self, where: str) -> None:
         super().__init__(_postgres_url(where))
         self.where = where
-        self._turn = Turns() if self.is_sqlite else nullcontext()
+        self._turn = FairLock() if self.is_sqlite else nullcontext()
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
@@ -132,7 +132,7 @@ class ServiceDatabase(Database):
                 raise JournalError(f"{self.name}: {text}: use that version, or name another with --database")
 
 
-class Turns:
+class FairLock:
     """A lock that threads get in the order in which they came: a thread that commits all the time starves no other."""
 
     def __init__(self) -> None:

@@ -72,7 +72,7 @@ class LeaseLostError(JournalError):
     """Raised when this replica was taken for dead: another one has its batches."""
 
 
-class Patience:
+class DatabaseRetries:
     """Repeats operations that the database refuses for a while (restart, full disk) until they succeed, or `end`.
 
     `tell`: called with each failure, and with None after a success that followed one. Blocks; safe from any thread.
@@ -111,7 +111,7 @@ class FencedWriter(Writer):
     repeated.
     """
 
-    def __init__(self, store: Store, replica: int, patience: Patience) -> None:
+    def __init__(self, store: Store, replica: int, patience: DatabaseRetries) -> None:
         super().__init__(store.database)
         self._store = store
         self._replica = replica
@@ -138,7 +138,7 @@ class FencedWriter(Writer):
 class PatientRecords(Records):
     """Reads that outlast a database that is away."""
 
-    def __init__(self, database: ServiceDatabase, within: tuple[int, int], patience: Patience) -> None:
+    def __init__(self, database: ServiceDatabase, within: tuple[int, int], patience: DatabaseRetries) -> None:
         super().__init__(database, within)
         self._patience = patience
 
@@ -169,7 +169,7 @@ class Ledger:
                 row = {"id": 1, "schema": SCHEMA, "version": __version__, "fingerprint": "service", "seed": 0}
                 c.execute(insert(run), row | {"epoch_s": time.time(), "requests": -1, "purged_epoch_s": -1.0})
 
-    def records(self, number: int, patience: Patience | None = None) -> Records:
+    def records(self, number: int, patience: DatabaseRetries | None = None) -> Records:
         """Return the records of one batch. `patience`: for a reader that waits while the database is away."""
         if patience is not None:
             return PatientRecords(self.database, part_of(number), patience)

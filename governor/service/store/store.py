@@ -80,7 +80,7 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class KeptAnswer:
     """The answer given under an Idempotency-Key. `fingerprint`: of the request that it answered."""
 
     fingerprint: str
@@ -369,12 +369,12 @@ class Store:
 
     # ------------------------------------------------------------ Idempotency-Keys
 
-    def kept(self, key: Key) -> Kept | None:
+    def kept(self, key: Key) -> KeptAnswer | None:
         """Return the earlier answer under that key."""
         query = select(keys).where(keys.c.scope == key.scope, keys.c.key == key.key)
         with self.database.reading() as c:
             row = c.execute(query).first()
-        return None if row is None else Kept(row.fingerprint, row.status, row.answer)
+        return None if row is None else KeptAnswer(row.fingerprint, row.status, row.answer)
 
     def keep(self, c: Connection, key: Key, status: int, answer: str) -> None:
         """Keep an answer, in the transaction that makes it true.

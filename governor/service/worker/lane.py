@@ -21,14 +21,14 @@ from governor.law import FINALIZE, TPM, Params, used_in
 from governor.model.keyed import attempt_key
 from governor.model.policy import Policy
 from governor.model.pools import Pool
-from governor.model.prices import Spent
+from governor.model.prices import Spending
 from governor.model.requests import CAUSES, Answer, Attempt, Request
 from governor.model.words import duration, moment_text
 from governor.model.work import THROTTLES, Job, Observer, Sender
 from governor.provider.openai_adapter import capped
 from governor.provider.sending import PoolSender
 from governor.run.longwaits import LongWaits
-from governor.run.pool_run import Manner, governor_of
+from governor.run.pool_run import RunOptions, governor_of
 from governor.scheduler.driver import Governor
 from governor.service.store.tables import BATCH_BITS
 from governor.service.worker.feed import Feed
@@ -271,7 +271,7 @@ def lane_of(
     send: Sender,
 ) -> Lane:
     """Return a pool ready to run, inside the event loop. `worker` receives each event by batch."""
-    spent = Spent(worker.config.prices, worker.config.today())
+    spent = Spending(worker.config.prices, worker.config.today())
     meter = Meter(pool, spent, left=0, left_tokens=0.0)
     alarms = Alarms(pool, log.warning)
     series = Series()
@@ -289,7 +289,7 @@ def lane_of(
     ]
     governor = governor_of(
         replace(pool, policy=policy),
-        Manner(redis=worker.config.redis, time_scale=worker.config.time_scale),
+        RunOptions(redis=worker.config.redis, time_scale=worker.config.time_scale),
         log.warning,
         seed=seed,
         observer=Together(observers),

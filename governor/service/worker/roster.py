@@ -21,7 +21,7 @@ from governor.model.policy import Policy
 from governor.model.requests import Answer, Attempt, Outcome, Request
 from governor.model.work import THROTTLES, Begun, Work, work_of
 from governor.scheduler.repeated_refusals import Refusals
-from governor.service.store.ledger import FencedWriter, Ledger, Patience
+from governor.service.store.ledger import DatabaseRetries, FencedWriter, Ledger
 from governor.service.store.store import (
     CANCEL,
     CANCELLED,
@@ -146,7 +146,7 @@ class Roster:
         replica: int,
         writer: FencedWriter,
         lanes: Mapping[str, Lane],
-        patience: Patience,
+        patience: DatabaseRetries,
         *,
         spawn: Callable[[Coroutine[Any, Any, None]], None],
         since_s: Callable[[], float],

@@ -24,7 +24,7 @@ from governor.model.errors import PacelineError
 from governor.model.requests import Answer, Attempt, Request
 from governor.service.config import ServiceConfig
 from governor.service.store.base import replica_name
-from governor.service.store.ledger import FencedWriter, LeaseLostError, Ledger, Patience
+from governor.service.store.ledger import DatabaseRetries, FencedWriter, LeaseLostError, Ledger
 from governor.service.store.store import RECEIVING, RESUME, RUN, BatchRow, Key, Store
 from governor.service.worker.lane import Lane, LaneSender, lane_of
 from governor.service.worker.lease import ReplicaLease
@@ -66,7 +66,7 @@ class Worker:
         self._failure: asyncio.Future[None] | None = None
         self._lease: ReplicaLease | None = None
         self._away: dict[str, str] = {}  # why the database cannot be used, by the part that found out
-        self._patience = Patience(lambda error: None)
+        self._patience = DatabaseRetries(lambda error: None)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stopping = asyncio.Event()
         self.simulating = asyncio.Lock()
@@ -103,7 +103,7 @@ class Worker:
         loop = asyncio.get_running_loop()
         self._failure = failure = loop.create_future()
         self._away.clear()
-        self._patience = Patience(self._teller("writer"))
+        self._patience = DatabaseRetries(self._teller("writer"))
         tasks: set[asyncio.Task[Any]] = set()
         try:
             await self._join()

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any, BinaryIO, TypeVar
 
 from governor.batchapi.client import CallFailed, RemoteBatch, RemoteFile, batch_in, file_in
-from governor.batchapi.collect import Surroundings
+from governor.batchapi.collect import DriverContext
 from governor.batchapi.driver import WaveDriver
 from governor.journal.journal import Journal
 from governor.model.estimate import sizes_of
@@ -206,7 +206,7 @@ def live(
             return function()
 
         numbers = count(max((row.wave for row in journal.waves()), default=0) + 1)
-        around = Surroundings(
+        around = DriverContext(
             now=loop.time,
             say=said.append,
             flushed=flushed,

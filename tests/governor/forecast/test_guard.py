@@ -20,7 +20,7 @@ from governor.forecast.forecast import (
     together,
 )
 from governor.forecast.guard import (
-    Measured,
+    MeasuredFigures,
     Track,
     canary_note,
     canary_verdict,
@@ -190,7 +190,7 @@ def test_strict_preflight_refuses_what_paced_lets_in() -> None:
 # ---------------------------------------------------------------- while it runs
 
 
-def seen(ended: int, **changes: object) -> Measured:
+def seen(ended: int, **changes: object) -> MeasuredFigures:
     values: dict[str, object] = {
         "ended": ended,
         "failed": 0,
@@ -199,7 +199,7 @@ def seen(ended: int, **changes: object) -> Measured:
         "service_s": 2.0,
         "answer_tokens": 100.0,
     }
-    return Measured(**(values | changes))  # type: ignore[arg-type]
+    return MeasuredFigures(**(values | changes))  # type: ignore[arg-type]
 
 
 def test_a_run_that_keeps_to_its_forecast_hears_nothing() -> None:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from governor import law
 from governor.journal import verify
-from governor.journal.verify import Decision, LawReplay, Verified
+from governor.journal.verify import Decision, LawReplay, VerifyResult
 from governor.law import Params, State
 from governor.model import lawcalls
 from governor.model.lawcalls import BEGAN, REPRICED, RESTORED
@@ -200,7 +200,7 @@ def test_a_recorded_run_comes_out_the_same(seed: int) -> None:
     for number in range(20):
         decisions = random_run(seed + number).decisions
         assert len({d.name for d in decisions}) >= 11, "the script exercises too little of the law"
-        assert verify.verify(decisions) == Verified(len(decisions) - 1, 1, None), f"seed {seed + number}"
+        assert verify.verify(decisions) == VerifyResult(len(decisions) - 1, 1, None), f"seed {seed + number}"
 
 
 def test_pools_and_legs_are_chains_of_their_own_however_they_are_interleaved(seed: int) -> None:
@@ -211,7 +211,7 @@ def test_pools_and_legs_are_chains_of_their_own_however_they_are_interleaved(see
     while any(chains):
         mixed.append(r.choice([chain for chain in chains if chain]).pop(0))
     found = verify.verify(iter(mixed))
-    assert found == Verified(total, 3, None)
+    assert found == VerifyResult(total, 3, None)
     assert str(found) == f"{total:,} decisions in 3 chains repeated: all equal"
 
 
@@ -282,7 +282,7 @@ def test_what_is_missing_or_out_of_order_is_named() -> None:
     found = verify.verify(decisions[1:])
     assert found.difference is not None
     assert found.difference.reason == "the policy at the start of this chain is not recorded"
-    assert verify.verify([]) == Verified(0, 0, None)
+    assert verify.verify([]) == VerifyResult(0, 0, None)
 
 
 @pytest.mark.parametrize(
@@ -338,7 +338,7 @@ def test_a_state_that_was_restored_goes_on_as_the_old_one(seed: int) -> None:
             Decision("default", 2, 0, RESTORED, lawcalls.numbers_of((replay.state,)), ()),
         ]
         rest = [d._replace(leg=2, sequence=i) for i, d in enumerate(scribe.decisions[place:], 1)]
-        assert verify.verify(head + rest) == Verified(len(rest) + 1, 1, None), f"seed {seed}, cut at {place}"
+        assert verify.verify(head + rest) == VerifyResult(len(rest) + 1, 1, None), f"seed {seed}, cut at {place}"
 
 
 # ---------------------------------------------------------------- the table of calls

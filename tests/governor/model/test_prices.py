@@ -9,7 +9,7 @@ import pytest
 
 from governor.model.errors import BadInput
 from governor.model.estimate import CHAT, EMBEDDINGS, Sizes
-from governor.model.prices import LONG_PROMPT, Price, Prices, Spent, Usage, dollars_text, read_prices, usage_in
+from governor.model.prices import LONG_PROMPT, Price, Prices, Spending, Usage, dollars_text, read_prices, usage_in
 from governor.profiles.loader import prices_in_force
 from sim.model.provider_tiers import latency_lines, published_tiers
 
@@ -99,7 +99,7 @@ def test_the_newest_price_that_has_begun_counts(tmp_path: Path) -> None:
 
 
 def test_spent_adds_up_and_says_when_it_does_not_know() -> None:
-    spent = Spent(Prices({"m": (CHEAP,)}), DAY, since_usd=1.0)
+    spent = Spending(Prices({"m": (CHEAP,)}), DAY, since_usd=1.0)
     assert spent.answered("m", Usage(1_000_000, 0, 1_000_000)) == 0.5
     assert spent.total_usd() == 1.5
     assert spent.answered("unheard-of", Usage(10, 10, 0, 3)) == -1.0
@@ -149,7 +149,7 @@ def test_an_answer_of_unknown_usage_counts_at_its_worst() -> None:
     """The declared cap, else the model's own; and the prompt as the worst estimates that were measured."""
     prices = Prices({"m": (CHEAP,), "capped": (CHEAP._replace(output_max=2_000),)})
     declared, open_end = Sizes(CHAT, 1_000, 0, 0, 1, 0, 0, 2, 300), Sizes(CHAT, 1_000, 0, 0, 1, 0, 0, 1, -1)
-    spent = Spent(prices, DAY)
+    spent = Spending(prices, DAY)
     assert spent.answered("m", Usage(), declared) == pytest.approx((2_200 * 2.0 + 600 * 8.0) / 1e6)
     assert spent.answered("capped", Usage(), open_end) == pytest.approx((2_200 * 2.0 + 2_000 * 8.0) / 1e6)
     assert spent.answered("m", Usage(), Sizes(EMBEDDINGS, 1_000, 0, 0, 0, 0, 0, 1, -1)) == pytest.approx(4_400 / 1e6)
@@ -159,7 +159,7 @@ def test_an_answer_of_unknown_usage_counts_at_its_worst() -> None:
 
 
 def test_what_is_in_a_queue_is_committed_until_it_is_answered() -> None:
-    spent = Spent(Prices({"m": (CHEAP,)}), DAY, since_usd=1.0)
+    spent = Spending(Prices({"m": (CHEAP,)}), DAY, since_usd=1.0)
     spent.committed["wave 1"] = 2.0
     assert (spent.bound_usd, spent.cost_usd) == (3.0, 1.0)
     del spent.committed["wave 1"]

@@ -220,7 +220,7 @@ def test_recorded_messages_are_read_whole(messages: list[dict[str, str]]) -> Non
         message = rate_message(row["dimension"], limit, used, requested, row["try_again_in"], row["model"])
         kind = "tokens" if row["dimension"].startswith("T") else "requests"
         answer = answers.classify(429, {}, error_body(message, kind, "rate_limit_exceeded"))
-        assert stated.quoted_numbers(message) == stated.Quoted(row["dimension"], limit, used, requested)
+        assert stated.quoted_numbers(message) == stated.QuotedLimit(row["dimension"], limit, used, requested)
         assert answer.outcome is Outcome.THROTTLED
         assert answer.retry_after_s == pytest.approx(float(row["wait_s"]), abs=1e-9)
 
@@ -244,18 +244,18 @@ def test_the_two_formulas_agree_and_floor(limit: int, data: st.DataObject, lengt
         (
             "Rate limit reached for default-gpt-3.5-turbo in organization org-x on requests per min. "
             "Limit: 3 / min. Please try again in 20s.",
-            stated.Quoted("RPM", 3),
+            stated.QuotedLimit("RPM", 3),
         ),
         (
             "on tokens per min. Limit: 10,000 / min. Current: 9,820.5 / min.",
-            stated.Quoted("TPM", 10_000, 9_820.5),
+            stated.QuotedLimit("TPM", 10_000, 9_820.5),
         ),
-        ("on tokens per day (TPD): Limit 5, Used 4, Requested 2.", stated.Quoted("TPD", 5, 4, 2)),
-        ("Limitless, used to it", stated.Quoted()),
-        ("", stated.Quoted()),
+        ("on tokens per day (TPD): Limit 5, Used 4, Requested 2.", stated.QuotedLimit("TPD", 5, 4, 2)),
+        ("Limitless, used to it", stated.QuotedLimit()),
+        ("", stated.QuotedLimit()),
     ],
 )
-def test_figures_in_other_wordings(message: str, expected: stated.Quoted) -> None:
+def test_figures_in_other_wordings(message: str, expected: stated.QuotedLimit) -> None:
     assert stated.quoted_numbers(message) == expected
 
 

@@ -28,7 +28,7 @@ from governor.provider import openai_adapter
 from governor.provider.openai_adapter import IDLE_MAX, LANE_MOST, Adapter, capped
 from sim.model.faults import AT_THE_DOOR, Event
 from sim.model.provider_config import ProviderConfig
-from sim.serving.server import Provider, Running, serve
+from sim.serving.server import Provider, ProviderThread, serve
 
 KEY = "a-key-of-no-known-form-0123456789abcdef"
 ENVIRONMENT = {"OPENAI_API_KEY": KEY}
@@ -184,7 +184,7 @@ def test_what_goes_over_the_wire() -> None:
             await adapter.send(request(index=12), attempt=3)
             await adapter.send(request(EMBEDDINGS, index=13))
 
-    with Running(provider, 0) as server:
+    with ProviderThread(provider, 0) as server:
         asyncio.run(main(server.base_url))
     (path, heads), (second, others) = provider.heads
     assert (path, second) == ("/v1/chat/completions", "/v1/embeddings")
@@ -223,7 +223,7 @@ def test_nothing_queues_behind_the_governor_and_few_connections_stay_idle() -> N
         mine = psutil.Process().net_connections("tcp")
         return sum(bool(c.raddr) and c.raddr.port == port and c.status == psutil.CONN_ESTABLISHED for c in mine)
 
-    async def main(server: Running) -> tuple[list[Answer], int]:
+    async def main(server: ProviderThread) -> tuple[list[Answer], int]:
         async with Adapter(pool(server.base_url), ENVIRONMENT) as adapter:
             found = await asyncio.gather(*(adapter.send(request(index=i)) for i in range(150)))
             return found, connections(server.port)
@@ -516,7 +516,7 @@ def azure_sent(pool: Pool, environment: dict[str, str], *requests: Request) -> l
 
 def test_azure_by_deployment_and_by_model() -> None:
     provider = Recording()
-    with Running(provider, 0) as server:
+    with ProviderThread(provider, 0) as server:
         for deployment, name in (("", "gpt-4o"), ("mine", "mine")):
             azure = Pool(name="eu", key="EU_KEY", azure=Azure(server.url, "2024-10-21", deployment))
             found = azure_sent(azure, {"EU_KEY": KEY}, request(), request(RESPONSES))
@@ -530,7 +530,7 @@ def test_azure_by_deployment_and_by_model() -> None:
 
 def test_azure_from_the_sdk_s_own_names_and_with_a_token() -> None:
     provider = Recording()
-    with Running(provider, 0) as server:
+    with ProviderThread(provider, 0) as server:
         environment = {
             "AZURE_OPENAI_AD_TOKEN": KEY,
             "AZURE_OPENAI_ENDPOINT": server.url,

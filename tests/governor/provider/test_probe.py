@@ -20,7 +20,7 @@ from governor.provider.probe import (
     PARTS,
     Judge,
     Probe,
-    Told,
+    ProbeAnswer,
     foreseen_usd,
     probed,
     provider_text,
@@ -36,7 +36,7 @@ SCALE = 20.0
 PRICE = Price(date.min, 0.15, 0.15, 0.60)
 
 
-def ask(max_cost_usd: float = 1.0, judge: Judge | None = None, **habits: Any) -> tuple[dict[str, Told], Probe]:
+def ask(max_cost_usd: float = 1.0, judge: Judge | None = None, **habits: Any) -> tuple[dict[str, ProbeAnswer], Probe]:
     given: dict[str, Any] = {
         "tpm": 30_000,
         "rpm": 300,
@@ -48,7 +48,7 @@ def ask(max_cost_usd: float = 1.0, judge: Judge | None = None, **habits: Any) ->
         environment = {"OPENAI_API_KEY": live.KEY}
         pool = default_pools(Policy(), environment, served.base_url)[0]
 
-        async def main() -> tuple[list[Told], Probe]:
+        async def main() -> tuple[list[ProbeAnswer], Probe]:
             send = connect_with(environment)(pool)
             probe = Probe(send, "gpt-4o-mini", PRICE, max_cost_usd, time_scale=SCALE, believed=(30_000.0, 300.0))
             probe.judge = judge

@@ -18,7 +18,7 @@ from openai import APIConnectionError, APIStatusError, AsyncOpenAI, OpenAI
 from governor.model.errors import BadInput, BadSetting
 from governor.provider.shadow import ShadowLog, ShadowTransport, shadow_log
 from governor.run.governed import governed
-from sim.serving.server import Running
+from sim.serving.server import ProviderThread
 from tests.live import KEY, provider
 
 HELLO: Any = {"model": "gpt-4o", "messages": [{"role": "user", "content": "a secret"}], "max_tokens": 50}
@@ -34,7 +34,7 @@ def journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def server() -> Iterator[Running]:
+def server() -> Iterator[ProviderThread]:
     with provider(tpm=1_000_000) as running:
         yield running
 
@@ -44,11 +44,11 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def sync_client(server: Running, **options: Any) -> OpenAI:
+def sync_client(server: ProviderThread, **options: Any) -> OpenAI:
     return governed(OpenAI(api_key=KEY, base_url=server.base_url, **options), mode="shadow")
 
 
-def test_every_kind_of_call_passes_and_is_written_down(server: Running, journal: Path) -> None:
+def test_every_kind_of_call_passes_and_is_written_down(server: ProviderThread, journal: Path) -> None:
     with OpenAI(api_key=KEY, base_url=server.base_url) as bare, sync_client(server) as client:
         plain = bare.chat.completions.create(**HELLO, extra_headers=LONG)
         same = client.chat.completions.create(**HELLO, extra_headers=LONG)
@@ -107,7 +107,7 @@ def test_what_fails_fails_as_before(journal: Path) -> None:
 
 
 def test_errors_of_ours_are_swallowed_and_counted(
-    server: Running, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    server: ProviderThread, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     log = ShadowLog(tmp_path / "absent" / "x.jsonl")
     http = httpx2.Client(transport=ShadowTransport(httpx2.HTTPTransport(), log))
@@ -131,7 +131,7 @@ def test_an_answer_that_has_been_read_already_is_written_down(tmp_path: Path) ->
 
 
 def test_what_there_is_no_room_for_is_dropped_and_counted(
-    server: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: ProviderThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = ShadowLog(tmp_path / "x.jsonl")
     monkeypatch.setattr(log._queue, "full", lambda: True)
@@ -140,7 +140,7 @@ def test_what_there_is_no_room_for_is_dropped_and_counted(
     assert log.dropped == 1
 
 
-def test_many_threads_and_two_logs_write_whole_lines(server: Running, journal: Path) -> None:
+def test_many_threads_and_two_logs_write_whole_lines(server: ProviderThread, journal: Path) -> None:
     other = ShadowLog(journal)  # as another process would
     with sync_client(server) as client, httpx2.Client(transport=ShadowTransport(httpx2.HTTPTransport(), other)) as http:
         second = OpenAI(api_key=KEY, base_url=server.base_url, http_client=http)
@@ -157,7 +157,7 @@ def test_many_threads_and_two_logs_write_whole_lines(server: Running, journal: P
 
 
 def test_bodies_are_kept_on_request_and_a_mode_must_be_one(
-    server: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: ProviderThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "with.jsonl"
     monkeypatch.setenv("PACELINE_SHADOW_JOURNAL", str(path))

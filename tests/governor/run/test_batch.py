@@ -18,12 +18,12 @@ from governor.journal.rows import ResultRow
 from governor.model.errors import BadInput, Oversized
 from governor.model.policy import Policy
 from governor.model.pools import Pool
-from governor.model.prices import Price, Prices, Spent
+from governor.model.prices import Price, Prices, Spending
 from governor.model.requests import CAUSES, Answer, Outcome, Request, read_requests
 from governor.model.work import Job, Work, reserve_of, work_of
 from governor.run.account import (
     ATTEMPT_COLUMNS,
-    Worked,
+    WorkingTime,
     attempt_rows,
     exit_code,
     grant_of,
@@ -95,7 +95,7 @@ def test_lines_of_the_errors_file_name_the_reason_in_words() -> None:
 
 
 def test_time_without_the_nights_between_legs() -> None:
-    time = Worked(((0.0, 10.0), (100.0, 105.0), (200.0, 230.0)))
+    time = WorkingTime(((0.0, 10.0), (100.0, 105.0), (200.0, 230.0)))
     moments = {
         -1.0: 0.0,
         0.0: 0.0,
@@ -246,7 +246,7 @@ def test_figures_of_two_legs_from_the_journal_alone(tmp_path: Path) -> None:
 
 
 def lane(policy: Policy, left: int, tokens: float, service_s: float = 2.0) -> ProgressLane:
-    meter = Meter(Pool(policy=policy), Spent(PRICES, date(2026, 6, 1)), left=left, left_tokens=tokens)
+    meter = Meter(Pool(policy=policy), Spending(PRICES, date(2026, 6, 1)), left=left, left_tokens=tokens)
     return ProgressLane(Governor(policy.params()), meter, service_s)
 
 

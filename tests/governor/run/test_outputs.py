@@ -9,7 +9,7 @@ import pytest
 
 from governor.model.errors import BadInput
 from governor.model.files import check_writable
-from governor.run.outputs import Followed, claimed, errors_path, journal_path, write_results
+from governor.run.outputs import FollowedFiles, claimed, errors_path, journal_path, write_results
 
 
 def hidden(folder: Path) -> list[str]:
@@ -47,7 +47,7 @@ def test_following_shows_each_line_at_once_and_begins_with_what_was_there(tmp_pa
     out = tmp_path / "r.jsonl"
     # Half a line, as a crash leaves it.
     out.write_text('{"custom_id"')
-    followed = Followed(out, [(True, "first")])
+    followed = FollowedFiles(out, [(True, "first")])
     followed.add(True, "second")
     followed.add(False, "lost")
     assert (out.read_text(), errors_path(out).read_text()) == ("first\nsecond\n", "lost\n")
@@ -75,7 +75,7 @@ def test_what_cannot_be_written_is_one_line_with_the_remedy(tmp_path: Path) -> N
 
 
 def test_a_followed_file_that_takes_no_more_is_one_line_of_bad_input(tmp_path: Path) -> None:
-    followed = Followed(tmp_path / "r.jsonl")
+    followed = FollowedFiles(tmp_path / "r.jsonl")
     followed.close()
     with open("/dev/full", "w") as full:
         followed._files = (full, full)
@@ -87,7 +87,7 @@ def test_a_followed_file_that_takes_no_more_is_one_line_of_bad_input(tmp_path: P
 def test_results_are_as_private_as_the_journal(tmp_path: Path) -> None:
     out = tmp_path / "r.jsonl"
     write_results(out, [(True, "an answer"), (False, "a failure")])
-    Followed(out).close()
+    FollowedFiles(out).close()
     assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {
         "r.jsonl": 0o600,
         "r.errors.jsonl": 0o600,

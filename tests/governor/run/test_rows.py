@@ -24,7 +24,7 @@ from governor.model.estimate import CHAT, sizes_of
 from governor.model.policy import Policy
 from governor.run.rows import _Lines
 from paceline import run_batch, run_batch_sync
-from sim.serving.server import Running
+from sim.serving.server import ProviderThread
 from tests.live import FREE, KEY, ROOT, WAIT_S, provider
 
 ROWS = [{"custom_id": f"q{i}", "messages": [{"role": "user", "content": f"Hello {i}"}]} for i in range(12)]
@@ -38,12 +38,12 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def server() -> Iterator[Running]:
+def server() -> Iterator[ProviderThread]:
     with provider() as running:
         yield running
 
 
-def options(server: Running, folder: Path, **more: Any) -> dict[str, Any]:
+def options(server: ProviderThread, folder: Path, **more: Any) -> dict[str, Any]:
     return {"journal": folder / "x.db", "base_url": server.base_url, "model": "gpt-4o", "progress": False, **more}
 
 
@@ -51,7 +51,7 @@ def hidden(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if "rows" in path.name]
 
 
-def test_dicts_are_answered_once_and_read_again(server: Running, tmp_path: Path) -> None:
+def test_dicts_are_answered_once_and_read_again(server: ProviderThread, tmp_path: Path) -> None:
     with_options = options(server, tmp_path, body={"max_tokens": 40})
     results = run_batch_sync(ROWS, **with_options)
     assert [result.custom_id for result in results] == [row["custom_id"] for row in ROWS]
@@ -69,7 +69,7 @@ def test_dicts_are_answered_once_and_read_again(server: Running, tmp_path: Path)
         assert journal.counts().done == 13
 
 
-def test_an_async_iterator_with_a_template_leaves_the_loop_free(server: Running, tmp_path: Path) -> None:
+def test_an_async_iterator_with_a_template_leaves_the_loop_free(server: ProviderThread, tmp_path: Path) -> None:
     async def rows() -> AsyncIterator[dict[str, Any]]:
         for i in range(6):
             yield {"text": f"text {i}", "custom_id": i}
@@ -95,7 +95,7 @@ def test_an_async_iterator_with_a_template_leaves_the_loop_free(server: Running,
     assert server.stats()["endpoints"] == {"/v1/responses": 6}
 
 
-def test_a_frame_keeps_its_index(server: Running, tmp_path: Path) -> None:
+def test_a_frame_keeps_its_index(server: ProviderThread, tmp_path: Path) -> None:
     frame = pd.DataFrame({"text": ["a", "b", "c"], "n": np.array([1, 2, 3])}, index=["x", "y", "z"])
     results = run_batch_sync(frame, prompt="Say {text} {n} times", **options(server, tmp_path))
     answers = results.to_frame()
@@ -111,7 +111,7 @@ def test_a_frame_keeps_its_index(server: Running, tmp_path: Path) -> None:
     assert list(results.to_frame().index) == [0, 1]
 
 
-def test_a_function_makes_the_prompt(server: Running, tmp_path: Path) -> None:
+def test_a_function_makes_the_prompt(server: ProviderThread, tmp_path: Path) -> None:
     rows = ({"text": f"{i}"} for i in range(3))
     found = run_batch_sync(
         rows, prompt=lambda row: [{"role": "user", "content": row["text"]}], **options(server, tmp_path)
@@ -135,7 +135,7 @@ def test_a_function_makes_the_prompt(server: Running, tmp_path: Path) -> None:
     ],
 )
 def test_what_is_wrong_with_rows_is_one_line(
-    server: Running, tmp_path: Path, rows: Any, more: dict[str, Any], said: str
+    server: ProviderThread, tmp_path: Path, rows: Any, more: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(BadInput) as caught:
         run_batch_sync(rows, **options(server, tmp_path, **more))
@@ -145,7 +145,7 @@ def test_what_is_wrong_with_rows_is_one_line(
     assert server.stats()["requests"] == 0
 
 
-def test_an_async_iterator_needs_a_loop_and_a_url_must_be_one(server: Running, tmp_path: Path) -> None:
+def test_an_async_iterator_needs_a_loop_and_a_url_must_be_one(server: ProviderThread, tmp_path: Path) -> None:
     async def rows() -> AsyncIterator[dict[str, Any]]:
         yield ROWS[0]
 
@@ -246,7 +246,7 @@ def test_a_ctrl_c_lets_what_is_in_flight_end(tmp_path: Path) -> None:
         assert server.stats()["outcomes"] == {"ok": 12}
 
 
-def test_a_second_ctrl_c_cancels_and_the_journal_is_free_at_once(server: Running, tmp_path: Path) -> None:
+def test_a_second_ctrl_c_cancels_and_the_journal_is_free_at_once(server: ProviderThread, tmp_path: Path) -> None:
     with provider(latency={**SLOW["latency"], "first_token_s": WAIT_S}) as slow:
         results = run_batch(ROWS, **options(slow, tmp_path))
 

@@ -21,7 +21,7 @@ from governor.law import FIXED_S
 from governor.service.store.base import ServiceDatabase
 from governor.service.store.store import RUN, Store
 from governor.service.worker.worker import Worker
-from sim.serving.server import Running
+from sim.serving.server import ProviderThread
 from tests.live import KEY, Cli, provider, shared_cli
 from tests.services import Served, error_of, good, lines, serving, until
 
@@ -45,13 +45,13 @@ def cli() -> Cli:
 
 
 @pytest.fixture(scope="module")
-def llm() -> Iterator[Running]:
+def llm() -> Iterator[ProviderThread]:
     with provider(latency=SLOW) as served:
         yield served
 
 
 @pytest.fixture(scope="module")
-def served(cli: Cli, llm: Running, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(cli: Cli, llm: ProviderThread, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A service without limits, for all tests that do not need one of their own."""
     with serving(cli, tmp_path_factory.mktemp("service"), llm.base_url) as found:
         yield found
@@ -201,7 +201,7 @@ def estimated(tokens: int) -> dict[str, Any]:
     return {"settings": {"OPENAI_EST_TOKENS_PER_RUN": tokens}}
 
 
-def test_strict_refuses_what_no_minute_holds_to_the_token(cli: Cli, llm: Running, tmp_path: Path) -> None:
+def test_strict_refuses_what_no_minute_holds_to_the_token(cli: Cli, llm: ProviderThread, tmp_path: Path) -> None:
     with serving(cli, tmp_path, llm.base_url, env=STRICT) as served:
         template = served.template()
         path = f"/templates/{template}/preflight"
@@ -220,7 +220,7 @@ def test_strict_refuses_what_no_minute_holds_to_the_token(cli: Cli, llm: Running
 
 @pytest.mark.parametrize("mode", ["strict", "paced"])
 def test_the_suggested_wait_is_enough_and_not_a_second_too_long(
-    cli: Cli, llm: Running, tmp_path: Path, mode: str
+    cli: Cli, llm: ProviderThread, tmp_path: Path, mode: str
 ) -> None:
     scale = 20.0
     env = STRICT | {"PREFLIGHT_MODE": mode}
@@ -250,7 +250,7 @@ def test_the_suggested_wait_is_enough_and_not_a_second_too_long(
         assert accepted.status_code == 202, accepted.text
 
 
-def test_paced_takes_any_size_and_refuses_what_can_never_run(cli: Cli, llm: Running, tmp_path: Path) -> None:
+def test_paced_takes_any_size_and_refuses_what_can_never_run(cli: Cli, llm: ProviderThread, tmp_path: Path) -> None:
     with serving(cli, tmp_path, llm.base_url, env=STRICT | {"PREFLIGHT_MODE": "paced"}) as served:
         template = served.template()
         late = served.run(template, 50, deadline_s=60.0, **estimated(7_000))
@@ -265,7 +265,7 @@ def test_paced_takes_any_size_and_refuses_what_can_never_run(cli: Cli, llm: Runn
         assert accepted["forecast_finish_s"] == pytest.approx(16 * FIXED_S, abs=5.0)
 
 
-def test_runs_for_other_vendors_do_not_count(cli: Cli, llm: Running, tmp_path: Path) -> None:
+def test_runs_for_other_vendors_do_not_count(cli: Cli, llm: ProviderThread, tmp_path: Path) -> None:
     (tmp_path / "pools.yaml").write_text(
         f"""pools:
   - {{name: openai, models: ["gpt-*"], base_url: "{llm.base_url}"}}
@@ -397,7 +397,7 @@ def test_a_refused_account_stops_batches_until_they_are_resumed(cli: Cli, tmp_pa
 # ---------------------------------------------------------------- settings
 
 
-def test_settings_change_without_a_restart_and_outlive_one(cli: Cli, llm: Running, tmp_path: Path) -> None:
+def test_settings_change_without_a_restart_and_outlive_one(cli: Cli, llm: ProviderThread, tmp_path: Path) -> None:
     with serving(cli, tmp_path, llm.base_url, env={"OPENAI_STAGGER_SECONDS": "600"}) as served:
         batch_id = served.batch(12)
         until("the first", lambda: served.get(f"/batches/{batch_id}")["attempts"] == 1)
@@ -446,7 +446,9 @@ def test_what_if_answers_beside_today(served: Served) -> None:
 # ---------------------------------------------------------------- who may come in
 
 
-def test_elsewhere_than_on_loopback_nobody_comes_in_without_a_token(cli: Cli, llm: Running, tmp_path: Path) -> None:
+def test_elsewhere_than_on_loopback_nobody_comes_in_without_a_token(
+    cli: Cli, llm: ProviderThread, tmp_path: Path
+) -> None:
     where = ("--database", tmp_path / "service.db")
     ran = cli.run("serve", "--host", "0.0.0.0", "--port", "0", *where)
     assert (ran.code, "there is no token" in ran.err) == (2, True)
@@ -490,7 +492,7 @@ def test_a_browser_is_no_way_in_from_elsewhere(served: Served) -> None:
     assert served.client.post("/what-if", json={}, headers={"Origin": own}).status_code == 422
 
 
-def test_what_is_too_large_is_refused(cli: Cli, llm: Running, tmp_path: Path) -> None:
+def test_what_is_too_large_is_refused(cli: Cli, llm: ProviderThread, tmp_path: Path) -> None:
     with serving(cli, tmp_path, llm.base_url, "--max-upload-mb", 1) as served:
         long = lines(1, text="x" * 2**20)
         error_of(served.client.post("/batches", content=long), 413, "BODY_TOO_LARGE")

@@ -27,7 +27,7 @@ from governor.profiles.loader import prices_in_force
 from governor.service.api.app import service_of
 from governor.service.config import ServiceConfig
 from governor.service.store.base import ServiceDatabase, replica_name, session_name
-from governor.service.store.ledger import FencedWriter, LeaseLostError, Ledger, Patience
+from governor.service.store.ledger import DatabaseRetries, FencedWriter, LeaseLostError, Ledger
 from governor.service.store.store import Store
 from tests.governor.journals import works
 from tests.live import WAIT_S, Cli, provider, shared_cli
@@ -243,7 +243,7 @@ def test_who_has_lost_the_lease_writes_nothing(tmp_path: Path) -> None:
             number = store.add_batch(c, values | rest)
             assert ledger.write(c, number, works(5)) == 5
         replica = store.join("first", 30.0)
-        writer = FencedWriter(store, replica, Patience(lambda error: None))
+        writer = FencedWriter(store, replica, DatabaseRetries(lambda error: None))
         writer.batch.ends.append(((number << 24) + 1, "", None, 1.0))
         writer.commit()
         assert ledger.records(number).counts().done == 1
@@ -338,7 +338,7 @@ def test_a_commit_whose_acknowledgement_was_lost_is_not_repeated(
         with database.writing() as c:
             ledger.write(c, 1, works(2))
         told: list[JournalError | None] = []
-        writer = FencedWriter(store, store.join("first", 30.0), Patience(told.append))
+        writer = FencedWriter(store, store.join("first", 30.0), DatabaseRetries(told.append))
         written = writer._write_once
         broken = [True, True]
 

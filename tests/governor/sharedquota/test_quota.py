@@ -25,7 +25,7 @@ from governor.sharedquota.image import (
     Event,
     Image,
     Join,
-    News,
+    OwnerNews,
     UnreadableImageError,
 )
 from governor.sharedquota.quota import begun, decide, rebuilt
@@ -66,7 +66,7 @@ def alive(image: Image, now: float) -> dict[str, float]:
     return dict.fromkeys(image.owners, now + LEASE_S)
 
 
-def granted(news: dict[str, News]) -> dict[str, list[int]]:
+def granted(news: dict[str, OwnerNews]) -> dict[str, list[int]]:
     return {name: [ticket for ticket, _ in each.grants] for name, each in news.items() if each.grants}
 
 

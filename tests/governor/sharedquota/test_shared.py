@@ -20,11 +20,11 @@ from governor.model.errors import FailureCode, PacelineError
 from governor.model.lawcalls import BEGAN, numbers_of, result_of
 from governor.model.timeline import EPOCH_S
 from governor.model.work import Observer
-from governor.sharedquota import member, muster
+from governor.sharedquota import member, recovery
 from governor.sharedquota.image import FORMAT_NAME, HEAD, Image
 from governor.sharedquota.interfaces import LEASE_S, Server, StoreLostError
 from governor.sharedquota.shared import AHEAD, SharedGovernor
-from sim.app.shared_quota import Shelf, Shelved
+from sim.app.shared_quota import SimulatedStore, SimulatedStoreClient
 from sim.des.virtual_loop import run_virtual
 from tests.governor.desks import CUT, OK, THROTTLED, Desk, Log, quiet, works
 
@@ -34,16 +34,16 @@ RTT_S = 0.004
 class Pool:
     """A shelf and the governors that share it, inside a running loop. `made`: makes a store, given its owner."""
 
-    made: Callable[[str], Shelved] | None = None
+    made: Callable[[str], SimulatedStoreClient] | None = None
 
     def __init__(self, rtt_s: float = RTT_S) -> None:
-        self.shelf = Shelf(rtt_s)
-        self.stores: list[Shelved] = []
+        self.shelf = SimulatedStore(rtt_s)
+        self.stores: list[SimulatedStoreClient] = []
         self.said: list[str] = []
 
     def governor(self, p: Params, observer: Observer | None = None, **rest: Any) -> SharedGovernor:
-        def store(owner: str) -> Shelved:
-            self.stores.append(self.made(owner) if self.made is not None else Shelved(self.shelf, owner))
+        def store(owner: str) -> SimulatedStoreClient:
+            self.stores.append(self.made(owner) if self.made is not None else SimulatedStoreClient(self.shelf, owner))
             return self.stores[-1]
 
         return SharedGovernor(p, store=store, observer=observer, say=self.said.append, **rest)
@@ -120,7 +120,7 @@ def test_waits_add_up_and_each_has_its_cause() -> None:
             ]
             assert all(each >= 0.0 for each in waits)
             # Before a process is a member its requests wait for nothing that the law knows.
-            assert sum(waits) == pytest.approx(row.launched_s - row.eligible_s, abs=0.1 + muster.BEGIN_S)
+            assert sum(waits) == pytest.approx(row.launched_s - row.eligible_s, abs=0.1 + recovery.BEGIN_S)
     assert sum(row.waited_concurrency_s for log in logs for row in log.rows) > 30.0
     assert set(logs[0].deferrals) | set(logs[1].deferrals) == {law.CONCURRENCY, law.STAGGER}
 
@@ -340,7 +340,7 @@ TIGHT = {"max_concurrency": 20, "tpm": TPM, "window": law.BUCKET, "headroom": 0.
 RESERVE = 400.0
 
 
-class Brittle(Shelved):
+class Brittle(SimulatedStoreClient):
     """A way to the shelf on which the messages of these numbers are lost, each with its connection."""
 
     passages = 0
@@ -421,7 +421,9 @@ def test_any_message_may_be_lost_with_its_connection(processes: int) -> None:
         whole_after(processes, 6, nothing, lost=lambda i, n=n: frozenset([n] if i == 0 else []))
 
 
-def every(period_s: float, spoil: Callable[[Shelf], None]) -> Callable[[Pool, list[SharedGovernor]], Awaitable[None]]:
+def every(
+    period_s: float, spoil: Callable[[SimulatedStore], None]
+) -> Callable[[Pool, list[SharedGovernor]], Awaitable[None]]:
     async def spoils(pool: Pool, governors: list[SharedGovernor]) -> None:
         while True:
             await asyncio.sleep(period_s)
@@ -432,7 +434,7 @@ def every(period_s: float, spoil: Callable[[Shelf], None]) -> Callable[[Pool, li
 
 @pytest.mark.parametrize("processes", [1, 8])
 def test_a_store_that_is_emptied_twice_a_second_ends_nothing(processes: int) -> None:
-    pool = whole_after(processes, 40 // processes, every(0.5, Shelf.flush))
+    pool = whole_after(processes, 40 // processes, every(0.5, SimulatedStore.flush))
     assert any("has lost the state of this pool" in line for line in pool.said)
     # Said now and then, and not each time.
     assert len(pool.said) < 2 * processes * (2 + asyncio_s(pool) / 10.0)
@@ -443,17 +445,17 @@ def asyncio_s(pool: Pool) -> float:
     return (pool.shelf.now_us() - EPOCH_S * 1_000_000) / 1e6
 
 
-def _part(shelf: Shelf, rng: random.Random, spoiled: bytes | None) -> None:
+def _part(shelf: SimulatedStore, rng: random.Random, spoiled: bytes | None) -> None:
     """Evicts a part of what the store holds (None), or puts this in its place."""
-    part = rng.choice(["image", "inbox", "leases", "muster", "lists"])
+    part = rng.choice(["image", "inbox", "leases", "recovery", "lists"])
     if part == "image":
         shelf.image = b"" if spoiled is None else shelf.image[: rng.choice([0, 56])] + spoiled
     elif part == "inbox":
         shelf.inbox = [] if spoiled is None else [*shelf.inbox, spoiled]
     elif part == "leases":
         shelf.leases = {}
-    elif part == "muster":
-        shelf.muster = {} if spoiled is None else shelf.muster | {"somebody": spoiled} if shelf.muster else {}
+    elif part == "recovery":
+        shelf.recovery = {} if spoiled is None else shelf.recovery | {"somebody": spoiled} if shelf.recovery else {}
     elif spoiled is None:
         for each in shelf.lists.values():
             each.clear()
@@ -462,7 +464,7 @@ def _part(shelf: Shelf, rng: random.Random, spoiled: bytes | None) -> None:
             shelf.tell(key, spoiled)
 
 
-class Haunted(Shelved):
+class Haunted(SimulatedStoreClient):
     """A way to the shelf on which any message may be lost with its connection, and anything that is kept be spoilt."""
 
     rng: random.Random
@@ -507,11 +509,11 @@ def test_whatever_is_spoilt_or_lost_at_any_message_every_run_ends(
 
 @pytest.mark.parametrize("processes", [1, 4])
 def test_a_store_that_is_emptied_while_all_connections_break_twice_a_second_ends_nothing(processes: int) -> None:
-    """No muster of one connection lasts as long as others are waited for."""
-    broken: set[Shelved] = set()
-    stores: list[Shelved] = []
+    """No recovery of one connection lasts as long as others are waited for."""
+    broken: set[SimulatedStoreClient] = set()
+    stores: list[SimulatedStoreClient] = []
 
-    class Cut(Shelved):
+    class Cut(SimulatedStoreClient):
         async def connect(self) -> Server:
             broken.discard(self)
             return await super().connect()
@@ -521,11 +523,11 @@ def test_a_store_that_is_emptied_while_all_connections_break_twice_a_second_ends
             if self in broken:
                 raise StoreLostError("the connection was reset")
 
-    def made(pool: Pool, owner: str) -> Shelved:
+    def made(pool: Pool, owner: str) -> SimulatedStoreClient:
         stores.append(Cut(pool.shelf, owner))
         return stores[-1]
 
-    def spoil(shelf: Shelf) -> None:
+    def spoil(shelf: SimulatedStore) -> None:
         broken.update(stores)
         shelf.flush()
 

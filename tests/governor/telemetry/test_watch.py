@@ -14,7 +14,7 @@ from governor.law import State
 from governor.model.estimate import CHAT, Sizes
 from governor.model.policy import Policy
 from governor.model.pools import Pool
-from governor.model.prices import Price, Prices, Spent
+from governor.model.prices import Price, Prices, Spending
 from governor.model.requests import Answer, Attempt, Limit, Outcome, Request
 from governor.model.work import Job, Work
 from governor.provider.answers import dropped
@@ -78,7 +78,7 @@ BUSY = Answer(Outcome.THROTTLED, 429, error_code="rate_limit_exceeded", retry_af
 
 
 def test_the_meter_counts_what_a_hand_counts() -> None:
-    spent = Spent(PRICES, date(2026, 6, 1))
+    spent = Spending(PRICES, date(2026, 6, 1))
     meter = Meter(Pool(), spent, left=3, left_tokens=300.0)
     for i in range(3):
         meter.launched(job(i), float(i))
@@ -101,7 +101,7 @@ def test_the_meter_counts_what_a_hand_counts() -> None:
 
 
 def test_a_retried_request_is_left_until_it_ends() -> None:
-    meter = Meter(Pool(), Spent(PRICES, date(2026, 6, 1)), left=1, left_tokens=100.0)
+    meter = Meter(Pool(), Spending(PRICES, date(2026, 6, 1)), left=1, left_tokens=100.0)
     for _ in range(3):
         meter.launched(job(0), 0.0)
         meter.attempted(attempt(0, BUSY), BUSY, "")
@@ -111,7 +111,7 @@ def test_a_retried_request_is_left_until_it_ends() -> None:
 
 
 def test_tokens_of_the_last_minute_against_a_naive_window() -> None:
-    meter = Meter(Pool(), Spent(PRICES, date(2026, 6, 1)), left=999, left_tokens=0.0)
+    meter = Meter(Pool(), Spending(PRICES, date(2026, 6, 1)), left=999, left_tokens=0.0)
     launches = [
         (0.0, 10.0),
         (0.5, 20.0),

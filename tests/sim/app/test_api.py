@@ -20,7 +20,7 @@ from governor.model.env_files import policy_of
 from governor.model.errors import BadInput, BadSetting, Oversized, PacelineError
 from governor.model.policy import KNOBS
 from sim import PlanResult, Scenario, SimulationResult, compare, knob_map, plan, simulate, simulate_processes
-from sim.app.inputs import Wishes, read_inputs
+from sim.app.inputs import PlanOptions, read_inputs
 from sim.app.options import Options
 from sim.experiment.experiment import attempts_of, replicate
 from sim.experiment.results import Plan
@@ -58,7 +58,7 @@ def result() -> SimulationResult:
 
 @pytest.fixture(scope="module")
 def found(sample_plan: Plan, sample_scenario: Scenario) -> PlanResult:
-    return PlanResult(sample_scenario, Wishes(), sample_plan)
+    return PlanResult(sample_scenario, PlanOptions(), sample_plan)
 
 
 class TestImports:

@@ -19,7 +19,7 @@ from governor.model.estimate import CHAT, Sizes
 from governor.model.policy import Policy
 from governor.model.pools import Pool
 from sim.app import side_process as beside
-from sim.app.side_process import Beside, EndedError
+from sim.app.side_process import EndedError, SideProcess
 from sim.app.whatif import quick_forecast
 from tests.conftest import ROOT
 from tests.live import WAIT_S
@@ -32,12 +32,12 @@ def outlook(count: int) -> Outlook:
     return Outlook(pool=Pool(policy=Policy(stagger_seconds=0.5)), demand=demand)
 
 
-def pid_of(simulator: Beside) -> int:
+def pid_of(simulator: SideProcess) -> int:
     found: int = simulator.submit(os.getpid).result(WAIT_S)
     return found
 
 
-def killed(simulator: Beside, pid: int) -> None:
+def killed(simulator: SideProcess, pid: int) -> None:
     """Ends the process while a question is open; the pool then knows."""
     question = simulator.submit(time.sleep, 60)
     os.kill(pid, signal.SIGKILL)
@@ -50,7 +50,7 @@ def test_it_answers_as_this_process_does_and_is_replaced_when_it_ends(
 ) -> None:
     # The first question may wait for machine code to be compiled, on a busy machine for longer than a service waits.
     monkeypatch.setattr(beside, "ANSWER_S", 10.0 * WAIT_S)
-    simulator = Beside()
+    simulator = SideProcess()
     asked = outlook(7)
     assert simulator.forecast(asked) == quick_forecast(asked)
     assert simulator.forecast(outlook(0)) is None

@@ -12,7 +12,7 @@ import typer
 
 from governor.model.errors import BadInput, BadSetting, Oversized
 from sim.app.cli import main
-from sim.app.inputs import Wishes, read_inputs, scenario_text
+from sim.app.inputs import PlanOptions, read_inputs, scenario_text
 from sim.app.options import Options, count, duration_s, finish_by_s, quantiles, share
 from sim.scenario.scenario import Scenario
 
@@ -161,7 +161,7 @@ def test_oversized_requests_are_named_or_left_out(tmp_path: Path) -> None:
 
 def test_a_scenario_file_re_runs_as_written(batch: str, tmp_path: Path) -> None:
     first = scenario(batch, tpm=450_000, seed=7, replications=3, finalize=True, provider_settles=True)
-    wishes = Wishes(objective="p95_latency", finish_by_s=3_600.0, effort="quick")
+    wishes = PlanOptions(objective="p95_latency", finish_by_s=3_600.0, effort="quick")
     (tmp_path / "deep").mkdir()
     path = tmp_path / "deep" / "scenario.yaml"
     path.write_text(scenario_text(first, wishes, path.parent))
@@ -176,14 +176,14 @@ def test_a_scenario_file_re_runs_as_written(batch: str, tmp_path: Path) -> None:
 
 
 def test_wishes_of_the_default_leave_no_trace(batch: str, tmp_path: Path) -> None:
-    text = scenario_text(scenario(batch), Wishes(), tmp_path)
+    text = scenario_text(scenario(batch), PlanOptions(), tmp_path)
     assert "plan:" not in text
     Scenario.from_yaml(text, folder=tmp_path)
 
 
 def test_options_on_top_of_a_scenario_file(batch: str, tmp_path: Path) -> None:
     path = tmp_path / "scenario.yaml"
-    path.write_text(scenario_text(scenario(batch, tpm=60_000, seed=7), Wishes(), tmp_path))
+    path.write_text(scenario_text(scenario(batch, tpm=60_000, seed=7), PlanOptions(), tmp_path))
 
     def on_top(**options: Any) -> Scenario:
         return scenario(str(path), **options)

@@ -8,7 +8,7 @@ from math import inf
 import pytest
 
 from governor.model.policy import Policy
-from sim.app.shared_quota import Arrangement, Shared, shared_run
+from sim.app.shared_quota import Arrangement, SharedRun, shared_run
 from sim.experiment.experiment import case_of, simulated
 from tests.scenarios import batch, drawn, scenario_of, shown
 
@@ -19,7 +19,7 @@ NO_REQUESTS = {"rpm": 0, "quota_requests": 0}
 NO_POLICY_DAY = {"tpd_limit": 0, "rpd_limit": 0}
 
 
-def issue(processes: int, requests: int, *, sync: bool = False, **arrangement: float) -> Shared:
+def issue(processes: int, requests: int, *, sync: bool = False, **arrangement: float) -> SharedRun:
     """The issue's case: 1,500-token requests at 30,000 tokens per minute, charged at admission."""
     workload = batch(
         [1_400 + (i * 37) % 200 for i in range(requests)], [1.0 + 0.3 * (i % 7) for i in range(requests)], cap=1

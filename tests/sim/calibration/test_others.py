@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from governor.journal.rows import Heard
+from governor.journal.rows import HeardAttempt
 from governor.law import RPM, TPM
 from governor.model.requests import Attempt, Limit, Outcome
 from sim.calibration.others import Count, began_s, counts_of, takings, ways_of
@@ -16,11 +16,13 @@ from sim.model import provider as prov
 from sim.model.provider_config import ProviderConfig
 
 
-def heard(request: int, launched_s: float, took_s: float, processing_s: float, left: float, **changes: Any) -> Heard:
+def heard(
+    request: int, launched_s: float, took_s: float, processing_s: float, left: float, **changes: Any
+) -> HeardAttempt:
     values: dict[str, Any] = dict.fromkeys(Attempt.columns(), 0.0)
     values |= {"request": request, "lane": "main", "attempt": 1, "prompt_tokens": 10, "output_tokens": 20}
     values |= {"outcome": Outcome.OK, "launched_s": launched_s, "finished_s": launched_s + took_s}
-    return Heard(Attempt(**{**values, **changes}), (Limit("TPM", 1_000.0, left),), processing_s)
+    return HeardAttempt(Attempt(**{**values, **changes}), (Limit("TPM", 1_000.0, left),), processing_s)
 
 
 PLACE = {i: i for i in range(9)}

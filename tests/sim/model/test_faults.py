@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from governor.model.errors import BadInput, BadSetting
-from sim.model.faults import AFTER_ADMISSION, AT_THE_DOOR, EVENT, EVENTS_MAX, Event, Faults, Trouble, read_faults
+from sim.model.faults import AFTER_ADMISSION, AT_THE_DOOR, EVENT, EVENTS_MAX, Event, Faults, FaultState, read_faults
 from sim.model.provider_config import ProviderConfig
 
 EXAMPLE = """
@@ -80,7 +80,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- who is struck
 
 
-def struck(trouble: Trouble, attempts: list[tuple[float, int, int]], door: bool = True) -> list[bool]:
+def struck(trouble: FaultState, attempts: list[tuple[float, int, int]], door: bool = True) -> list[bool]:
     """Whether each (now, request, arrivals) is struck; requests are counted as they come."""
     found = []
     for seen, (now, request, arrivals) in enumerate(attempts, 1):
@@ -93,27 +93,27 @@ def event(**fields: Any) -> Event:
 
 
 def test_a_span_of_time_is_half_open() -> None:
-    trouble = Trouble([event(at_s=10.0, for_s=5.0)], 0)
+    trouble = FaultState([event(at_s=10.0, for_s=5.0)], 0)
     times = [0.0, 9.999, 10.0, 14.999, 15.0, 99.0]
     assert struck(trouble, [(now, i, 1) for i, now in enumerate(times)]) == [False, False, True, True, False, False]
 
 
 def test_times_attempts_and_the_count_of_requests() -> None:
     many = [(0.0, i, 1) for i in range(6)]
-    assert struck(Trouble([event(times=2)], 0), many) == [True] * 2 + [False] * 4
-    assert struck(Trouble([event(after_requests=4)], 0), many) == [False] * 4 + [True] * 2
+    assert struck(FaultState([event(times=2)], 0), many) == [True] * 2 + [False] * 4
+    assert struck(FaultState([event(after_requests=4)], 0), many) == [False] * 4 + [True] * 2
     again = [(0.0, 7, arrivals) for arrivals in range(1, 6)]
-    assert struck(Trouble([event(attempts=3)], 0), again) == [True] * 3 + [False] * 2
+    assert struck(FaultState([event(attempts=3)], 0), again) == [True] * 3 + [False] * 2
 
 
 def test_the_ratio_is_a_keyed_chance(seed: int) -> None:
     count, ratio = 5_000, 0.2
     attempts = [(0.0, i, 1) for i in range(count)]
-    found = struck(Trouble([event(ratio=ratio)], seed), attempts)
+    found = struck(FaultState([event(ratio=ratio)], seed), attempts)
     assert abs(sum(found) - count * ratio) < 5 * math.sqrt(count * ratio * (1 - ratio)), seed
-    backwards = struck(Trouble([event(ratio=ratio)], seed), attempts[::-1])
+    backwards = struck(FaultState([event(ratio=ratio)], seed), attempts[::-1])
     assert found == backwards[::-1], "the order of arrival changes nothing"
-    both = Trouble([event(ratio=ratio, kind="drop"), event(ratio=ratio, kind="stall")], seed)
+    both = FaultState([event(ratio=ratio, kind="drop"), event(ratio=ratio, kind="stall")], seed)
     first = [both.strikes(False, 0.0, i, 1, 1, 1) for i in range(count)]
     share = sum(e is not None and e.kind == "stall" for e in first) / count
     # Events draw independently: the second is met where the first is not.
@@ -121,7 +121,7 @@ def test_the_ratio_is_a_keyed_chance(seed: int) -> None:
 
 
 def test_the_first_that_strikes_counts_and_doors_are_apart() -> None:
-    trouble = Trouble([event(kind="drop"), event(kind="quota", times=1), event(kind="throttled")], 0)
+    trouble = FaultState([event(kind="drop"), event(kind="quota", times=1), event(kind="throttled")], 0)
     door = [trouble.strikes(True, 0.0, i, 1, 1, i + 1) for i in range(3)]
     assert [e.kind if e else "" for e in door] == ["quota", "throttled", "throttled"]
     inside = trouble.strikes(False, 0.0, 0, 1, 1, 1)

@@ -15,7 +15,7 @@ import pytest
 from governor.forecast.summary import Summary
 from governor.forecast.summary_html import SMALLEST, shares_of, summary_html
 from sim import PlanResult, Scenario, SimulationResult, simulate
-from sim.app.inputs import Wishes
+from sim.app.inputs import PlanOptions
 from sim.experiment.results import Plan
 
 
@@ -89,7 +89,7 @@ def test_results_show_their_tables_and_a_figure(
     result: SimulationResult, sample_plan: Plan, sample_scenario: Scenario
 ) -> None:
     several = simulate(sample_scenario, replications=2)
-    found = PlanResult(sample_scenario, Wishes(), sample_plan)
+    found = PlanResult(sample_scenario, PlanOptions(), sample_plan)
     for shown, words in (
         (result, "shortest possible"),
         (several, "95 % interval of it"),

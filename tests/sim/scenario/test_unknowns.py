@@ -10,10 +10,10 @@ import pytest
 
 from governor.model.errors import BadSetting
 from governor.model.policy import Policy
-from sim.app.inputs import Wishes
+from sim.app.inputs import PlanOptions
 from sim.base.arguments import checked
 from sim.experiment.experiment import Pool
-from sim.experiment.robustness import Drawn, Outcomes
+from sim.experiment.robustness import DrawnConditions, Outcomes
 from sim.experiment.runs import Runs
 from sim.model.provider_config import ProviderConfig
 from sim.scenario.scenario import ModelSource, Scenario
@@ -77,7 +77,7 @@ def test_what_is_known_stays() -> None:
 )
 def test_ranges_that_make_no_sense_are_named(wrong: dict) -> None:
     with pytest.raises(BadSetting, match=f"^plan.unknowns.*{next(iter(wrong))}"):
-        checked(Wishes, {"unknowns": wrong}, "plan")
+        checked(PlanOptions, {"unknowns": wrong}, "plan")
 
 
 def test_what_one_draw_in_20_exceeds() -> None:
@@ -86,7 +86,7 @@ def test_what_one_draw_in_20_exceeds() -> None:
     # The next draw stays below the k-th of n with probability k / (n + 1): 96.9 of 101.
     assert found.bad("objective_s") == pytest.approx(0.95 * 102)
     assert (found.median("objective_s"), found.worst("objective_s")) == (51.0, 101.0)
-    spread = Drawn("ranges", 101, 1, {"now": found})
+    spread = DrawnConditions("ranges", 101, 1, {"now": found})
     assert spread.kept("now", 0.5, 0.0) == 50
     plain = spread.to_json_dict("makespan")
     assert plain["now"]["makespan_s"] == {"median": 51.0, "percentile_95": pytest.approx(96.9), "worst": 101.0}

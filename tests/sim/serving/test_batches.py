@@ -17,7 +17,7 @@ from openai.types import Batch
 from governor.batchapi.limits import FILE_BYTES
 from sim.model.batches import CANCELLING_S
 from sim.model.provider_config import ProviderConfig
-from sim.serving.server import Provider, Running
+from sim.serving.server import Provider, ProviderThread
 from tests.live import KEY, WAIT_S, line
 
 CHAT = "/v1/chat/completions"
@@ -32,7 +32,7 @@ QUICK = ProviderConfig().with_(
 class Bench:
     """A provider, the SDK as its client, and the hands of its clock."""
 
-    def __init__(self, server: Running, sdk: OpenAI, hands: list[float]) -> None:
+    def __init__(self, server: ProviderThread, sdk: OpenAI, hands: list[float]) -> None:
         self.server = server
         self.sdk = sdk
         self.hands = hands
@@ -58,7 +58,7 @@ class Bench:
 @contextmanager
 def bench_of(config: ProviderConfig, **options: Any) -> Iterator[Bench]:
     hands = [0.0]
-    with Running(Provider(config, clock=lambda: hands[0], **options), 0) as server:
+    with ProviderThread(Provider(config, clock=lambda: hands[0], **options), 0) as server:
         sdk = OpenAI(
             api_key=KEY, base_url=server.base_url, max_retries=0, timeout=WAIT_S, _strict_response_validation=True
         )
@@ -255,7 +255,7 @@ def test_lists_come_in_pages_newest_first(bench: Bench) -> None:
 def test_on_a_fast_clock_of_its_own() -> None:
     provider = Provider(QUICK, time_scale=500.0)
     with (
-        Running(provider, 0) as server,
+        ProviderThread(provider, 0) as server,
         OpenAI(api_key=KEY, base_url=server.base_url, max_retries=0, timeout=WAIT_S) as sdk,
     ):
         bench = Bench(server, sdk, [0.0])

@@ -13,7 +13,7 @@ import pytest
 
 from governor.forecast.forecast import Demand, cost_forecast
 from governor.model.estimate import CHAT
-from governor.model.prices import Price, Prices, Spent, usage_in
+from governor.model.prices import Price, Prices, Spending, usage_in
 from governor.model.requests import STANDARD, Attempt, Outcome, read_requests
 from sim.des.mixed import BATCH, FLEX, LIVE
 from sim.model.batches import ServiceTiers
@@ -75,7 +75,7 @@ def test_forecast_account_and_bill_agree(
     bodies, outputs = batch(path, seed, tier)
     tiers = ServiceTiers(cached_share=cached_share)
     desk = Desk(ProviderConfig().with_(tpm=0, rpm=0, tiers=tiers.model_dump()))
-    spent = Spent(PRICES, DAY)
+    spent = Spending(PRICES, DAY)
     for now, body in enumerate(bodies):
         if tier == BATCH:
             reply, _ = desk.batch_reply(CHAT, body)

@@ -35,7 +35,7 @@ from governor.provider import answers, stated
 from sim.model import provider as prov
 from sim.model.faults import Event
 from sim.model.provider_config import ProviderConfig
-from sim.serving.server import Provider, Running, run_provider, serve, spawn
+from sim.serving.server import Provider, ProviderThread, run_provider, serve, spawn
 
 KEY = "sk-a-key-that-nobody-may-see-0123456789"
 QUICK = ProviderConfig(
@@ -46,13 +46,15 @@ QUICK = ProviderConfig(
 CHAT_BODY = {"model": "gpt-4o", "messages": [{"role": "user", "content": "Hello"}]}
 
 
-def client(server: Running, **options: Any) -> OpenAI:
+def client(server: ProviderThread, **options: Any) -> OpenAI:
     """The SDK, checking every answer against its own types, with no retries of its own."""
     defaults = {"max_retries": 0, "timeout": 10.0, "_strict_response_validation": True}
     return OpenAI(api_key=KEY, base_url=server.base_url, **{**defaults, **options})
 
 
-def posted(server: Running, body: Any = None, path: str = "/v1/chat/completions", **headers: str) -> answers.Answer:
+def posted(
+    server: ProviderThread, body: Any = None, path: str = "/v1/chat/completions", **headers: str
+) -> answers.Answer:
     """One call without the SDK, classified."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10.0)
     try:
@@ -66,7 +68,7 @@ def posted(server: Running, body: Any = None, path: str = "/v1/chat/completions"
 
 
 @pytest.fixture(scope="module")
-def quick() -> Iterator[Running]:
+def quick() -> Iterator[ProviderThread]:
     with serve(QUICK) as server:
         yield server
 
@@ -74,7 +76,7 @@ def quick() -> Iterator[Running]:
 # ---------------------------------------------------------------- the SDK understands
 
 
-def test_chat(quick: Running) -> None:
+def test_chat(quick: ProviderThread) -> None:
     body = {**CHAT_BODY, "n": 2, "max_tokens": 12, "metadata": {"paceline_output_tokens": "100"}}
     with client(quick) as sdk:
         raw = sdk.chat.completions.with_raw_response.create(**body)
@@ -89,7 +91,7 @@ def test_chat(quick: Running) -> None:
     assert "x-ratelimit-limit-tokens" not in raw.headers, "no limit, no header"
 
 
-def test_chat_text_has_the_length_that_usage_states(quick: Running) -> None:
+def test_chat_text_has_the_length_that_usage_states(quick: ProviderThread) -> None:
     with client(quick) as sdk:
         answer = sdk.chat.completions.create(**CHAT_BODY, extra_headers={"x-paceline-output-tokens": "250"})
     assert answer.usage is not None
@@ -98,7 +100,7 @@ def test_chat_text_has_the_length_that_usage_states(quick: Running) -> None:
     assert answer.choices[0].finish_reason == "stop"
 
 
-def test_responses_whole_and_cut(quick: Running) -> None:
+def test_responses_whole_and_cut(quick: ProviderThread) -> None:
     with client(quick) as sdk:
         whole = sdk.responses.create(model="gpt-4o", input="Hello", extra_headers={"x-paceline-output-tokens": "9"})
         assert (whole.status, whole.incomplete_details, len(whole.output_text)) == ("completed", None, 36)
@@ -123,7 +125,7 @@ def test_responses_whole_and_cut(quick: Running) -> None:
 
 
 @pytest.mark.parametrize("form", [{"encoding_format": "float"}, {}])
-def test_embeddings(quick: Running, form: dict[str, Any]) -> None:
+def test_embeddings(quick: ProviderThread, form: dict[str, Any]) -> None:
     """Without a format the SDK asks for base64, and decodes it after its own (then lenient) validation."""
     with client(quick, _strict_response_validation=bool(form)) as sdk:
         answer = sdk.embeddings.create(model="text-embedding-3-small", input=["one", "two"], dimensions=64, **form)
@@ -135,14 +137,14 @@ def test_embeddings(quick: Running, form: dict[str, Any]) -> None:
         assert [len(item.embedding) for item in one.data] == [1_536]
 
 
-def test_completions_and_models(quick: Running) -> None:
+def test_completions_and_models(quick: ProviderThread) -> None:
     with client(quick) as sdk:
         old = sdk.completions.create(model="gpt-3.5-turbo-instruct", prompt="Once", max_tokens=5)
         assert old.choices[0].finish_reason in ("stop", "length")
         assert "gpt-4o" in [model.id for model in sdk.models.list()]
 
 
-def test_azure_paths(quick: Running) -> None:
+def test_azure_paths(quick: ProviderThread) -> None:
     for path in ("/openai/deployments/my-gpt/chat/completions?api-version=2024-10-21", "/openai/v1/chat/completions"):
         assert posted(quick, path=path).outcome is Outcome.OK
 
@@ -204,13 +206,13 @@ def test_limits_quota_and_size_over_http() -> None:
     ("body", "words"),
     [({"model": "gpt-4o"}, "messages"), ([], "object"), ({}, "model")],
 )
-def test_bad_requests(quick: Running, body: Any, words: str) -> None:
+def test_bad_requests(quick: ProviderThread, body: Any, words: str) -> None:
     answer = posted(quick, body)
     assert (answer.status, answer.outcome) == (400, Outcome.BAD_REQUEST)
     assert words in answer.message
 
 
-def test_unknown_paths(quick: Running) -> None:
+def test_unknown_paths(quick: ProviderThread) -> None:
     assert posted(quick, path="/v1/audio/speech").status == 404
 
 
@@ -236,7 +238,7 @@ def test_no_part_of_an_answer_waits_for_an_acknowledgement() -> None:
             seen.append(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
             await super().__call__(scope, receive, send)
 
-    with Running(Looking(QUICK), 0) as server:
+    with ProviderThread(Looking(QUICK), 0) as server:
         assert posted(server).outcome == Outcome.OK
     assert len(seen) == 1
     assert seen[0] != 0
@@ -270,7 +272,7 @@ def test_a_time_scale_divides_waits_and_what_is_stated() -> None:
 def test_the_clock_starts_with_the_first_request() -> None:
     now = [1_000.0]
     config = QUICK.with_(tpm=10_000, limit_changes=[{"at_s": 10.0, "factor": 0.5}])
-    with Running(Provider(config, clock=lambda: now[0]), 0) as server:
+    with ProviderThread(Provider(config, clock=lambda: now[0]), 0) as server:
         assert server.provider.now() == 0.0
         now[0] += 500.0
         assert {limit.limit for limit in posted(server).limits} == {10_000}

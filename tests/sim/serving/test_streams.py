@@ -20,7 +20,7 @@ from governor.provider import answers, stated
 from sim.model.faults import Event
 from sim.model.provider_config import ProviderConfig
 from sim.serving.contents import content_of, example_of
-from sim.serving.server import Running, serve
+from sim.serving.server import ProviderThread, serve
 from sim.serving.streams import PIECES_MAX, pieces
 
 QUICK = ProviderConfig(
@@ -38,28 +38,28 @@ WEATHER = {
 TOOL: Any = {"type": "function", "function": {"name": "weather", "description": "Forecast.", "parameters": WEATHER}}
 
 
-def openai_at(server: Running) -> OpenAI:
+def openai_at(server: ProviderThread) -> OpenAI:
     return OpenAI(api_key="none", base_url=server.base_url, max_retries=0, _strict_response_validation=True)
 
 
-def anthropic_at(server: Running) -> Anthropic:
+def anthropic_at(server: ProviderThread) -> Anthropic:
     return Anthropic(api_key="none", base_url=server.url, max_retries=0, _strict_response_validation=True)
 
 
 @pytest.fixture(scope="module")
-def quick() -> Iterator[Running]:
+def quick() -> Iterator[ProviderThread]:
     with serve(QUICK) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def sdk(quick: Running) -> Iterator[OpenAI]:
+def sdk(quick: ProviderThread) -> Iterator[OpenAI]:
     with openai_at(quick) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
-def claude(quick: Running) -> Iterator[Anthropic]:
+def claude(quick: ProviderThread) -> Iterator[Anthropic]:
     with anthropic_at(quick) as client:
         yield client
 
@@ -87,7 +87,7 @@ def test_a_streamed_chat_says_what_the_whole_one_says(sdk: OpenAI, with_usage: b
     assert all(chunk.choices for chunk in chunks[: len(chunks) - with_usage])
 
 
-def test_a_streamed_response_is_put_together_by_the_sdk(sdk: OpenAI, quick: Running) -> None:
+def test_a_streamed_response_is_put_together_by_the_sdk(sdk: OpenAI, quick: ProviderThread) -> None:
     for cap in (500, 40):
         ask: Any = {"model": "gpt-4o", "input": "Hello", "max_output_tokens": cap, "extra_headers": LONG}
         whole = sdk.responses.create(**ask)
@@ -102,7 +102,7 @@ def test_a_streamed_response_is_put_together_by_the_sdk(sdk: OpenAI, quick: Runn
         assert deltas == whole.output_text
 
 
-def test_a_streamed_completion(quick: Running) -> None:
+def test_a_streamed_completion(quick: ProviderThread) -> None:
     sdk = OpenAI(api_key="none", base_url=quick.base_url)  # whose types know no chunk but the last
     ask: Any = {"model": "gpt-3.5-turbo-instruct", "prompt": "Once", "max_tokens": 200, "extra_headers": LONG}
     whole = sdk.completions.create(**ask)
@@ -385,6 +385,6 @@ def test_anthropic_s_headers_are_read_as_limits() -> None:
         assert "1,000 tokens per minute" in str(caught.value)
 
 
-def test_messages_need_a_cap(quick: Running) -> None:
+def test_messages_need_a_cap(quick: ProviderThread) -> None:
     with anthropic_at(quick) as client, pytest.raises(anthropic.BadRequestError, match="max_tokens"):
         client.post("/v1/messages", body={"model": "claude", "messages": HELLO}, cast_to=object)

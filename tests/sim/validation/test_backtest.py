@@ -18,7 +18,7 @@ from sim.des.driver import Simulation
 from sim.model.provider_config import ProviderConfig
 from sim.model.synthetic import from_tokens
 from sim.model.workload import columns
-from sim.validation.backtest import Compared, _interval, backtest_command, provider_of
+from sim.validation.backtest import ComparedFigure, _interval, backtest_command, provider_of
 from sim.validation.model_error import conformal
 from sim.validation.twin import Lesson, Twin, _answers, _faults, _gaps, _latency, _losses_at, _lost, lessons
 from tests.live import batch, provider, run_args, shared_cli
@@ -39,11 +39,11 @@ def attempt(request: int, **changes: object) -> Attempt:
 
 
 def test_error_is_a_share_of_what_was_measured() -> None:
-    assert Compared(90.0, 80.0, 100.0, 120.0).error_ratio == pytest.approx(0.25)
-    assert not Compared(90.0, 80.0, 100.0, 120.0).covered
-    assert Compared(0.0, 0.0, 0.0, 0.0).error_ratio == 0.0
-    assert Compared(2.0, 0.0, 4.0, 0.0).error_ratio is None, "no share of nothing"
-    assert Compared(100.0, 95.0, 105.0, 100.0).half_width_ratio == pytest.approx(0.05)
+    assert ComparedFigure(90.0, 80.0, 100.0, 120.0).error_ratio == pytest.approx(0.25)
+    assert not ComparedFigure(90.0, 80.0, 100.0, 120.0).covered
+    assert ComparedFigure(0.0, 0.0, 0.0, 0.0).error_ratio == 0.0
+    assert ComparedFigure(2.0, 0.0, 4.0, 0.0).error_ratio is None, "no share of nothing"
+    assert ComparedFigure(100.0, 95.0, 105.0, 100.0).half_width_ratio == pytest.approx(0.05)
 
 
 def test_interval_holds_one_more_run_as_often_as_it_says() -> None:

@@ -11,14 +11,14 @@ import pytest
 
 from governor.model.policy import Policy
 from governor.model.requests import CAUSES
-from sim.calibration.others import Count, Taking, takings
+from sim.calibration.others import Count, OthersUse, takings
 from sim.des.driver import Simulation
 from sim.des.jobs import Job
 from sim.model.provider_config import ProviderConfig
 from sim.model.synthetic import from_tokens
 from sim.model.workload import Workload, columns
 from sim.validation.counterfactual import Counterfactual, counterfactual
-from sim.validation.recorded import Record, Tried
+from sim.validation.recorded import Record, RecordedAttempt
 from sim.validation.replay import Stage, closest
 from sim.validation.twin import Lesson
 
@@ -30,7 +30,7 @@ class Truth:
 
     def __init__(self, workload: Workload, policy: Policy, provider: ProviderConfig) -> None:
         self.workload, self.policy, self.provider = workload, policy, provider
-        self.tried: dict[tuple[int, int, int], Tried] = {}
+        self.tried: dict[tuple[int, int, int], RecordedAttempt] = {}
         self.ended_s = np.zeros(len(workload))
         self.is_lost = np.zeros(len(workload), np.bool_)
         read = columns(
@@ -46,7 +46,7 @@ class Truth:
         used = job.prompt + job.output if job.outcome == 0 else -1.0
         key = job.index, job.lane, job.tries
         stated = getattr(job, "stated", (0.0, 0.0, -1, 0.0, 0.0))
-        self.tried[key] = Tried(job.launched_s, now, job.outcome, job.retry_after_s, used, stated)
+        self.tried[key] = RecordedAttempt(job.launched_s, now, job.outcome, job.retry_after_s, used, stated)
         self.ended_s[job.index], self.is_lost[job.index] = now, bool(code)
 
     def lesson(self) -> Lesson:
@@ -268,4 +268,4 @@ def test_a_count_that_came_late_is_nobodys_use() -> None:
     others = [count(0, 0.0, 9_000.0), count(1, 0.1, 5_000.0), count(2, 0.2, 4_000.0), count(3, 0.3, 3_000.0)]
     found = takings(others, charges, provider)
     assert sum(taking.amount for taking in found if taking.d == 0) == pytest.approx(3_000.0)
-    assert all(isinstance(taking, Taking) for taking in found)
+    assert all(isinstance(taking, OthersUse) for taking in found)

@@ -1,8 +1,8 @@
-"""The meeting of a pool's members after the pool has lost its memory: who has come, and when one may rebuild the pool.
+"""Recovery of a pool that has lost its memory: which members have reported, and when one may rebuild the pool.
 
-The process that notices an invalid image removes it, rings for the others and meets them at the muster, where each
-leaves its `Join` and the newest image that it knows. When all owners of the newest of these have come and GATHER_S have
-passed (others may have entered since), or after MUSTER_S, one of them rebuilds the pool and all continue. The newest
+The process that notices an invalid image removes it and calls the others; each leaves its `Join` and the newest image
+that it knows. When all owners of the newest of these have come and GATHER_S have
+passed (others may have entered since), or after RECOVERY_S, one of them rebuilds the pool and all continue. The newest
 image among the living, and the launches that came after it, are everything that was decided, unless the deciding
 process died. The image of another version of Paceline is left alone as long as one of its processes lives.
 """
@@ -16,14 +16,14 @@ import msgpack
 from governor.sharedquota.image import FORMAT, FORMAT_NAME, Image, Join, newest
 from governor.sharedquota.interfaces import StoreLostError
 
-MUSTER_S = 3.0
+RECOVERY_S = 3.0
 # Wait this long for processes that are in no image yet: longer than the longest pause before an attempt to connect. A
 # new pool begins after the shorter time, in which every connected process has heard the bell.
 GATHER_S, BEGIN_S = 1.0, 0.2
 
 
-class Muster:
-    """A muster under way, as the member `owner` sees it.
+class ImageRecovery:
+    """A recovery under way, as the member `owner` sees it.
 
     `doubted`: the head of the invalid image, empty if there is none; `is_foreign`: another version of Paceline wrote
     that image. `up_s`: the server's uptime. `began_at`, `here_at`: on the loop's clock, when this process first met the
@@ -52,7 +52,7 @@ class Muster:
         self._here_at = self._calm_at = here_at
         self._calm_ms = 0
         self._scale = scale
-        self._mustered: set[str] = set()
+        self._met: set[str] = set()
         self.joins: dict[str, Join] = {}
         self.images: list[Image] = []
         self.are_all_here = self.absent = False
@@ -60,7 +60,7 @@ class Muster:
     def may_rebuild(
         self, records: dict[str, bytes], leases: dict[str, float], server_us: int, now: float, asked_at: float
     ) -> bool:
-        """Return whether this member rebuilds the pool now, judging by all records: see `QuotaStore.muster`.
+        """Return whether this member rebuilds the pool now, judging by all records: see `QuotaStore.recovery`.
 
         `leases`: by owner, until when. Raises StoreLostError if processes of another version share the pool.
         """
@@ -68,7 +68,7 @@ class Muster:
         if began_ms != self._calm_ms:
             # All records were lost meanwhile: others may have met, begun the pool and lost it unnoticed by us.
             self._calm_at, self._calm_ms = (asked_at if self._calm_ms else self._here_at), began_ms
-        self._mustered |= set(records)
+        self._met |= set(records)
         entries = {name: found for name, each in records.items() if (found := _record(each)) is not None}
         others = [name for name, until in leases.items() if until >= now and name not in entries]
         if self._is_foreign and others:
@@ -76,11 +76,11 @@ class Muster:
         self.joins = {name: join for name, (join, _) in entries.items()}
         self.images = images = [image for _, image in entries.values() if image is not None]
         calm_s, whole_s = ((asked_at - at) / self._scale for at in (self._calm_at, self._began_at))
-        self.are_all_here = self._mustered == set(records)
+        self.are_all_here = self._met == set(records)
         is_calm = self.are_all_here and calm_s >= (BEGIN_S if self._began_at == self._here_at else GATHER_S)
-        is_begun = not images and not self._doubted and self._up_s >= MUSTER_S and is_calm
+        is_begun = not images and not self._doubted and self._up_s >= RECOVERY_S and is_calm
         is_complete = _complete(images, entries) and self.are_all_here and whole_s >= GATHER_S
-        is_over = max(whole_s, (server_us / 1000 - began_ms) / 1000) >= MUSTER_S
+        is_over = max(whole_s, (server_us / 1000 - began_ms) / 1000) >= RECOVERY_S
         # Other processes may know of launches that are in no image: those of another version; those still alive if
         # there was an image; or, if there was none, those that began the pool and lost it at once.
         self.absent = (
@@ -92,7 +92,7 @@ class Muster:
 
 
 def _record(data: bytes) -> tuple[Join, Image | None] | None:
-    """Return a record of the muster; None if it is from another version of Paceline, or unreadable."""
+    """Return a record of the recovery; None if it is from another version of Paceline, or unreadable."""
     try:
         found, packed, image = msgpack.unpackb(data)
         return (Join(*packed[1:]), Image.decoded(image) if image else None) if found == FORMAT else None
