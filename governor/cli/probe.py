@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from governor.cli.run import AsJson, BaseUrl, EnvFile, environment_of, pools_of
+from governor.cli.run import AsJson, BaseUrl, EnvFile, ProfileName, environment_of, pools_of
 from governor.model.errors import BadSetting
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def probe(
     out: Annotated[str, typer.Option(metavar="FILE.yaml", help="The provider that was found.")] = "provider.yaml",
     env_file: EnvFile = None,
     base_url: BaseUrl = None,
+    profile: ProfileName = None,
     model: Annotated[str, typer.Option(metavar="MODEL", help="The model to call.")] = "gpt-4o-mini",
     prices: Annotated[
         str | None, typer.Option(metavar="FILE.yaml", help="What models cost; a dated list comes with Paceline.")
@@ -49,19 +50,19 @@ def probe(
 
     Example: paceline probe --max-cost 0.10 --env-file .env
     """
-    from governor.profiles.loader import prices_in_force
+    from governor.profiles.loader import prices_in_force, profile_of
     from governor.provider.probe import provider_text, write_provider
 
     path = Path(out)
     if path.suffix.lower() not in (".yaml", ".yml") or not path.parent.is_dir():
         raise BadSetting(f"--out {out}: name a .yaml file in a folder that exists", "--out")
-    price = prices_in_force(prices).of(model, date.today())
+    environment = environment_of(env_file)
+    pool = pools_of(environment, env_file, [], None, base_url, None, profile)[0]
+    price = prices_in_force(prices, profile_of(pool)).of(model, date.today())
     if price is None:
         raise BadSetting(
             f"--model {model}: its price is not known, so --max-cost cannot be kept: name --prices", "--model"
         )
-    environment = environment_of(env_file)
-    pool = pools_of(environment, env_file, [], None, base_url)[0]
     found, asked = asyncio.run(_asked(pool, environment, model, price, max_cost, time_scale, context.meta.get(JUDGE)))
     write_provider(path, provider_text(asked, found))
     if as_json:

@@ -52,6 +52,14 @@ PoolsFile = Annotated[
     str | None, typer.Option("--pools", metavar="FILE.yaml", help="Several quotas side by side, chosen by model.")
 ]
 BaseUrl = Annotated[str | None, typer.Option("--base-url", metavar="URL", help="Overrides OPENAI_BASE_URL.")]
+ProfileName = Annotated[
+    str | None,
+    typer.Option(
+        "--profile",
+        metavar="NAME|FILE.yaml",
+        help="The provider's profile, in place of PACELINE_PROFILE; by default the address chooses it.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 FileTokens = Annotated[
     int,
@@ -86,6 +94,7 @@ def run(
     rpm: Rpm = None,
     pools: PoolsFile = None,
     base_url: BaseUrl = None,
+    profile: ProfileName = None,
     scenario: ScenarioFile = None,
     journal: Annotated[
         str | None,
@@ -180,7 +189,7 @@ def run(
     Example: paceline run requests.jsonl --out results.jsonl --env-file .env
     """
     from governor.model.words import seconds_of, until_s
-    from governor.profiles.loader import prices_in_force
+    from governor.profiles.loader import prices_in_force, profile_of
     from governor.provider.sending import connect_with
     from governor.run.batch import Orders, run_orders
     from governor.run.outputs import journal_path
@@ -206,13 +215,16 @@ def run(
         time_scale=time_scale,
         redis=redis_url(environment),
     )
+    found = pools_of(
+        environment, env_file, words_of(assignments, tpm, rpm, batch_queue), pools, base_url, scenario, profile
+    )
     orders = Orders(
         requests=Path(requests),
         out=results,
         journal=journal if journal is not None else journal_path(results),
-        pools=pools_of(environment, env_file, words_of(assignments, tpm, rpm, batch_queue), pools, base_url, scenario),
+        pools=found,
         environment=environment,
-        prices=prices_in_force(prices),
+        prices=prices_in_force(prices, *map(profile_of, found)),
         manner=manner,
         seed=seed,
         yes=yes,
@@ -334,6 +346,7 @@ def doctor(
     rpm: Rpm = None,
     pools: PoolsFile = None,
     base_url: BaseUrl = None,
+    profile: ProfileName = None,
     model: Annotated[str, typer.Option(metavar="MODEL", help="The model to call.")] = "gpt-4o-mini",
     as_json: AsJson = False,
 ) -> None:
@@ -348,7 +361,7 @@ def doctor(
     from governor.run.doctor import Diagnosis, examine
 
     environment = environment_of(env_file)
-    found = pools_of(environment, env_file, words_of(assignments, tpm, rpm), pools, base_url)
+    found = pools_of(environment, env_file, words_of(assignments, tpm, rpm), pools, base_url, None, profile)
     findings: Sequence[Diagnosis] = examine(found, environment, connect_with(environment), model)
     if as_json:
         print(json.dumps({finding.pool: finding.to_json_dict() for finding in findings}, indent=2))
@@ -393,12 +406,17 @@ def pools_of(
     pools_file: str | None,
     base_url: str | None,
     scenario: str | None = None,
+    profile: str | None = None,
 ) -> tuple[Pool, ...]:
-    """Return the pools of a command: of the pools file, or the one of the settings. `scenario`: `--scenario`."""
+    """Return the pools of a command: of the pools file, or the one of the settings.
+
+    `scenario`, `profile`: the options of these names.
+    """
     from dataclasses import replace
 
-    from governor.model.env_files import policy_of
+    from governor.model.env_files import policy_of, stated_profile
     from governor.model.pools import checked_url, default_pools, read_pools
+    from governor.profiles.loader import with_profile
 
     policy: Policy = policy_of(env_files, environment=environment)
     if base_url is not None and not base_url.strip():
@@ -406,13 +424,17 @@ def pools_of(
     if pools_file is None:
         url = checked_url(base_url or "", "--base-url")
         (pool,) = default_pools(policy.set_values(words), environment, url)
-        return (replace(pool, scenario=scenario_of(scenario, env_files, environment)),)
+        stated = stated_profile(env_files, environment) if profile is None else profile
+        pool = replace(pool, scenario=scenario_of(scenario, env_files, environment), profile=stated)
+        return (with_profile(pool, environment),)
     if base_url is not None:
         raise BadSetting("--base-url is for a run without --pools: state base_url in the pools file")
     if scenario is not None:
         raise BadSetting("--scenario is for a run without --pools: state scenario in the pools file")
+    if profile is not None:
+        raise BadSetting("--profile is for a run without --pools: state profile in the pools file")
     try:
-        return read_pools(pools_file, policy, words)
+        return tuple(with_profile(pool, environment) for pool in read_pools(pools_file, policy, words))
     except BadSetting as error:
         raise BadInput(str(error), pools_file) from None
 

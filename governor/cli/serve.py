@@ -13,6 +13,7 @@ from governor.cli.run import (
     EnvFile,
     FileTokens,
     PoolsFile,
+    ProfileName,
     Rpm,
     ScenarioFile,
     Tpm,
@@ -58,6 +59,7 @@ def serve(
     rpm: Rpm = None,
     pools: PoolsFile = None,
     base_url: BaseUrl = None,
+    profile: ProfileName = None,
     scenario: ScenarioFile = None,
     prices: Annotated[str | None, typer.Option(metavar="FILE.yaml", help="What models cost.")] = None,
     lease: Annotated[
@@ -85,12 +87,12 @@ def serve(
         raise PacelineError(f"{EXTRA} ({error.name} is missing)") from None
     from governor.model.pools import key_of
     from governor.model.words import seconds_of
-    from governor.profiles.loader import prices_in_force
+    from governor.profiles.loader import prices_in_force, profile_of
     from governor.service.config import ServiceConfig
     from governor.sharedquota.sharing import redis_url
 
     environment = environment_of(env_file)
-    found = pools_of(environment, env_file, words_of(assignments, tpm, rpm), pools, base_url, scenario)
+    found = pools_of(environment, env_file, words_of(assignments, tpm, rpm), pools, base_url, scenario, profile)
     for pool in found:
         key_of(pool, environment)
     lease_s = seconds_of(lease, "--lease")
@@ -102,7 +104,7 @@ def serve(
         database=_where(database),
         pools=found,
         environment=environment,
-        prices=prices_in_force(prices),
+        prices=prices_in_force(prices, *map(profile_of, found)),
         forecast=context.meta.get(FORECAST),
         what_if=context.meta.get(WHAT_IF),
         lease_s=lease_s,

@@ -18,6 +18,7 @@ from dotenv.parser import parse_stream
 
 from governor.model.errors import BadInput, BadSetting
 from governor.model.policy import KNOB_BY_ENV, KNOBS, Policy
+from governor.model.pools import PROFILE, is_name
 
 # The scenario file of a plan: what the plan assumed of the provider, for every forecast of the same batch.
 SCENARIO = "PACELINE_SCENARIO"
@@ -112,16 +113,26 @@ def environment_of(env_files: EnvFiles, environment: Mapping[str, str]) -> dict[
 
 
 def scenario_path(env_files: EnvFiles, environment: Mapping[str, str]) -> str:
-    """Return the scenario that PACELINE_SCENARIO names, as a path relative to the working directory; "" = none.
+    """Return the scenario that PACELINE_SCENARIO names, as a path relative to the working directory; "" = none."""
+    return _path_in(SCENARIO, env_files, environment)
+
+
+def stated_profile(env_files: EnvFiles, environment: Mapping[str, str]) -> str:
+    """Return the profile that PACELINE_PROFILE names: a shipped one's name, or a path as in `scenario_path`."""
+    return _path_in(PROFILE, env_files, environment)
+
+
+def _path_in(variable: str, env_files: EnvFiles, environment: Mapping[str, str]) -> str:
+    """Return the path that a variable holds; "" = none.
 
     `environment`: the process's variables. In an env file the path is relative to that file, and of several files the
-    last that names a scenario counts; in the environment it is relative to the working directory.
+    last that states one counts; in the environment it is relative to the working directory.
     """
     for path in reversed(paths_of(env_files)):
-        stated = (getattr(read_env_file(path).get(SCENARIO), "value", None) or "").strip()
+        stated = (getattr(read_env_file(path).get(variable), "value", None) or "").strip()
         if stated:
-            return os.path.join(os.path.dirname(path), stated)
-    return environment.get(SCENARIO, "").strip()
+            return stated if variable == PROFILE and is_name(stated) else os.path.join(os.path.dirname(path), stated)
+    return environment.get(variable, "").strip()
 
 
 def settings_digest(policy: Policy) -> str:

@@ -17,7 +17,8 @@ variables. With a pools file, a line goes to the first pool that has a pattern f
 
 Settings come from the guardrails' defaults, then the environment or env file, then the pool, then the command line.
 `limits` is short for the four OPENAI_*_LIMIT settings of that pool. `scenario` names the scenario file of a plan for
-that pool, relative to the pools file, as PACELINE_SCENARIO does for a run without a pools file.
+that pool, relative to the pools file, as PACELINE_SCENARIO does for a run without a pools file. `profile` names the
+provider's profile: one that is shipped, or a file beside the pools file; without it the address chooses one.
 """
 
 from __future__ import annotations
@@ -51,9 +52,14 @@ _LIMITS = {
     "tpd": "OPENAI_TPD_LIMIT",
     "rpd": "OPENAI_RPD_LIMIT",
 }
-_KEYS = ("name", "models", "key", "base_url", "organization", "project", "azure", "limits", "settings", "scenario")
+_KEYS = (
+    *("name", "models", "key", "base_url", "organization", "project", "azure", "limits", "settings", "scenario"),
+    "profile",
+)
 _AZURE_KEYS = ("endpoint", "deployment", "api_version")
 
+# Names the profile of the provider: one that is shipped, or a file.
+PROFILE = "PACELINE_PROFILE"
 # Names the Redis server through which processes share their quotas.
 REDIS_URL = "PACELINE_REDIS_URL"
 
@@ -72,7 +78,7 @@ class Pool:
     """One quota. `base_url`, `organization`, `project`: "" = the SDK's own default. `key`: the *name* of a variable.
 
     `models`: patterns, in order; empty = every model. `scenario`: the file that says what a plan assumed of this
-    quota's provider, for forecasts; "" = none.
+    quota's provider, for forecasts; "" = none. `profile`: a shipped one's name or a file; "" = the address chooses it.
     """
 
     name: str = DEFAULT
@@ -84,6 +90,7 @@ class Pool:
     project: str = ""
     azure: Azure | None = None
     scenario: str = ""
+    profile: str = ""
 
     def takes(self, model: str) -> bool:
         """Return whether a request for this model goes to this pool."""
@@ -123,8 +130,10 @@ def default_pools(policy: Policy, environment: Mapping[str, str], base_url: str 
     """
     url = base_url or environment.get(BASE_URL, "").strip()
     organization, project = (environment.get(name, "").strip() for name in (_ORGANIZATION, PROJECT))
-    pool = Pool(policy=policy, base_url=checked_url(url), organization=organization, project=project)
-    return (pool,)
+    profile = environment.get(PROFILE, "").strip()
+    return (
+        Pool(policy=policy, base_url=checked_url(url), organization=organization, project=project, profile=profile),
+    )
 
 
 def checked_url(url: str, what: str = "base URL") -> str:
@@ -223,6 +232,7 @@ def _pool(entry: dict[str, Any], position: int, base: Policy, assignments: tuple
         url = checked_url(_text(entry, "base_url", place, name, absent=""))
     except BadSetting as error:
         raise BadInput(f"{place}{error}", name) from None
+    profile = _text(entry, "profile", place, name, absent="")
     return Pool(
         name=title,
         policy=policy,
@@ -232,14 +242,19 @@ def _pool(entry: dict[str, Any], position: int, base: Policy, assignments: tuple
         organization=_text(entry, "organization", place, name, absent=""),
         project=_text(entry, "project", place, name, absent=""),
         azure=azure,
-        scenario=_scenario(entry, place, name),
+        scenario=_path(_text(entry, "scenario", place, name, absent=""), name),
+        profile=profile if is_name(profile) else _path(profile, name),
     )
 
 
-def _scenario(entry: dict[str, Any], place: str, name: str) -> str:
-    """Return the path of the pool's scenario, relative to the working directory."""
-    stated = _text(entry, "scenario", place, name, absent="")
+def _path(stated: str, name: str) -> str:
+    """Return a path that the file `name` states, relative to the working directory; "" = none."""
     return str(Path(name).parent / stated) if stated else ""
+
+
+def is_name(profile: str) -> bool:
+    """Return whether a profile is meant by its name rather than as a file."""
+    return not profile.lower().endswith((".yaml", ".yml"))
 
 
 def _variable(entry: dict[str, Any], absent: str, place: str, name: str) -> str:

@@ -10,18 +10,18 @@ import difflib
 import fnmatch
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from governor.model.documents import checked
 from governor.model.errors import BadInput, BadSetting, quoted
 from governor.model.files import read_yaml
-from governor.model.pools import is_loopback
+from governor.model.pools import KEY, PROFILE, Pool, is_loopback, is_name
 from governor.model.prices import Price, Prices, read_prices
 from governor.profiles.schema import Profile
 
 FOLDER = Path(__file__).parent
-PROFILE = "PACELINE_PROFILE"
 GENERIC = "generic"
 OPENAI = "openai"
 AZURE = "azure-openai"
@@ -41,7 +41,7 @@ def read_profile(stated: str) -> Profile:
     """
     if stated in names():
         return _shipped(stated)
-    if not stated.lower().endswith((".yaml", ".yml")):
+    if is_name(stated):
         close = difflib.get_close_matches(stated, names(), 1)
         hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(names())}, or a .yaml file of your own"
         raise BadSetting(f"there is no profile {quoted(stated)}: {hint}", PROFILE)
@@ -99,20 +99,42 @@ def profile_for(stated: str = "", base_url: str = "", *, azure: bool = False) ->
     return next(found, _shipped(GENERIC))
 
 
+def profile_of(pool: Pool) -> Profile:
+    """Return a pool's profile: see `profile_for`."""
+    return profile_for(pool.profile, pool.base_url, azure=pool.azure is not None)
+
+
+def with_profile(pool: Pool, environment: Mapping[str, str]) -> Pool:
+    """Return the pool with what its profile states and the user did not: the address, and the variable of the key.
+
+    The profile's variable counts if it is set. Raise BadSetting or BadInput for a wrong profile.
+    """
+    profile = profile_of(pool)
+    own_key = pool.key == KEY and bool(environment.get(profile.key, "").strip())
+    url = profile.base_url if pool.profile and not pool.base_url and pool.azure is None else None
+    return replace(pool, key=profile.key if own_key else pool.key, base_url=pool.base_url if url is None else url)
+
+
+def habits_of(stated: str = "", base_url: str = "", *, azure: bool = False) -> str:
+    """Return the name or the file of the profile by which a provider is simulated; "" = as OpenAI's."""
+    name = stated or profile_for("", base_url, azure=azure).name
+    return "" if name in (OPENAI, GENERIC) else name
+
+
 @functools.cache
 def all_profiles() -> tuple[Profile, ...]:
     """Return every shipped profile, the generic one last."""
     return tuple(_shipped(name) for name in sorted(names(), key=lambda name: (name == GENERIC, name)))
 
 
-def prices_in_force(path: str | None = None, profile: Profile | None = None) -> Prices:
-    """Return the prices in a user's file, or else those of the shipped profiles; `profile`: its own come first.
+def prices_in_force(path: str | None = None, *own: Profile) -> Prices:
+    """Return the prices in a user's file, or else those of the profiles, `own` first and then all that are shipped.
 
     `checked` is then the oldest day on which one of those lists was checked.
     """
     if path is not None:
         return read_prices(path)
-    listed = [each for each in (profile, *all_profiles()) if each is not None and each.prices]
+    listed = [each for each in (*own, *all_profiles()) if each.prices]
     models: dict[str, tuple[Price, ...]] = {}
     for each in listed:
         for model, prices in each.prices.items():

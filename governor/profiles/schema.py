@@ -304,9 +304,11 @@ def _prices(value: Any) -> Any:
 class Profile(Config):
     """A provider. `checked`: the day on which the file was last compared with its sources.
 
-    `extends`: the profile whose sections hold where this one states none. `base_urls`: patterns of the base URLs that
-    choose this profile (`*` stands for any text). `api`: the form of requests. `key`: the usual variable of its key.
-    `gateway`: it passes on the prices and models of other providers. `default_tier`: see `tiers`.
+    `extends`: the profile whose sections hold where this one states none. `base_url`: its address, for a pool that
+    names none; "" is the one of OpenAI's SDK; left out: each user has another. `base_urls`: patterns of the base URLs
+    that choose this profile (`*` stands for any text). `api`: the form of requests. `key`: the variable of its key.
+    `gateway`: it passes on the models and codes of other providers. `header_patterns`: regular expressions for names of
+    headers of unknown servers; see the file `generic.yaml`.
     """
 
     name: Annotated[str, AfterValidator(_profile_name)]
@@ -315,6 +317,7 @@ class Profile(Config):
     sources: dict[Text, Text] = Field(default_factory=dict)
     extends: Text | None = None
     api: Literal["openai", "anthropic"] = "openai"
+    base_url: str | None = None
     base_urls: Texts = ()
     key: Variable = "OPENAI_API_KEY"
     gateway: bool = False
@@ -356,3 +359,15 @@ class Profile(Config):
             if "part" not in re.compile(pattern).groupindex:
                 raise ValueError(f"header_patterns: {quoted(pattern)} needs a group (?P<part>limit|remaining|reset)")
         return self
+
+
+def summary(profile: Profile) -> str:
+    """Return in one line what a profile limits and knows, for people."""
+    known = {
+        "tiers": sum(len(tier.models) * len(tier.limits) for tier in profile.tiers),
+        "prices": len(profile.prices),
+        "latency lines": len(profile.latency),
+        "reserved units": len(profile.reserved),
+    }
+    counts = "".join(f", {number} {what}" for what, number in known.items() if number)
+    return f"{profile.title}: {', '.join(profile.dimensions)}{counts}; checked {profile.checked}"

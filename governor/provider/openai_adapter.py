@@ -49,6 +49,7 @@ from governor.model.errors import BadSetting, quoted
 from governor.model.estimate import CHAT, EMBEDDINGS, RESPONSES
 from governor.model.pools import BASE_URL, Pool, checked_url, key_of
 from governor.model.requests import Answer, Outcome, Request
+from governor.profiles.loader import profile_of
 from governor.provider.answers import classify, dropped, local, malformed, timed_out
 
 AZURE_ENDPOINT = "AZURE_OPENAI_ENDPOINT"
@@ -113,6 +114,7 @@ class Adapter:
     ) -> None:
         environment = os.environ if environment is None else environment
         self.pool = _addressed(pool or Pool(), environment)
+        self.profile = profile_of(self.pool)
         self.run_id = run_id or secrets.token_hex(8)
         assert re.fullmatch("[0-9A-Za-z]{1,64}", self.run_id), f"run id {self.run_id!r}: letters and digits only"
         self.timeout_s = timeout_s
@@ -179,7 +181,14 @@ class Adapter:
             return self._unanswered(error)
         hide = self._key.decode() if self._is_secret else ""
         fault = response.extensions.get(_FAULT, "")
-        answer = classify(response.status_code, response.headers, response.content, now_epoch=time.time(), hide=hide)
+        answer = classify(
+            response.status_code,
+            response.headers,
+            response.content,
+            now_epoch=time.time(),
+            hide=hide,
+            profile=self.profile,
+        )
         if not fault or answer.outcome not in (Outcome.OK, Outcome.MALFORMED):
             return answer
         if fault.startswith(_CUT):
@@ -213,7 +222,14 @@ class Adapter:
         """Return the `Answer` for an exception that a call of `client` raised."""
         if isinstance(error, APIStatusError):
             response, hide = error.response, self._key.decode() if self._is_secret else ""
-            return classify(response.status_code, response.headers, response.content, now_epoch=time.time(), hide=hide)
+            return classify(
+                response.status_code,
+                response.headers,
+                response.content,
+                now_epoch=time.time(),
+                hide=hide,
+                profile=self.profile,
+            )
         if isinstance(error, (TimeoutError, APITimeoutError)):
             return timed_out(f"no answer from {self.address} in time")
         return self._unanswered(error)
@@ -350,7 +366,12 @@ def _encoded(body: dict[str, Any]) -> bytes:
 def _addressed(pool: Pool, environment: Mapping[str, str]) -> Pool:
     """Return the pool with the settings that it leaves to the SDK's environment variables filled in, except the key."""
     if pool.azure is None:
-        return replace(pool, base_url=pool.base_url or checked_url(environment.get(BASE_URL, "").strip()))
+        url = pool.base_url or checked_url(environment.get(BASE_URL, "").strip())
+        if pool.profile and not url and (profile := profile_of(pool)).base_url is None:
+            raise BadSetting(
+                f"profile {profile.name} has no address of its own: name yours by --base-url or {BASE_URL}", BASE_URL
+            )
+        return replace(pool, base_url=url)
     azure = pool.azure
     endpoint = azure.endpoint or checked_url(environment.get(AZURE_ENDPOINT, "").strip(), "endpoint")
     version = azure.api_version or environment.get(AZURE_API_VERSION, "").strip()

@@ -25,6 +25,7 @@ from weakref import WeakSet
 from governor.model.estimate import CHARS_PER_TOKEN, Sizes
 from governor.model.requests import Answer, Outcome, usage_of
 from governor.model.work import Work
+from governor.profiles.schema import Profile
 from governor.provider.answers import classify, dropped, timed_out
 from governor.provider.stated import limits_of
 from governor.scheduler.portal import Lease, background_loop, running_loop
@@ -68,12 +69,12 @@ def _kind_of(response: Any) -> str:
     return kind.partition(";")[0].strip().lower()
 
 
-def answer_of(response: Any, raw: bytes, work: Work, package: Any) -> Answer:
+def answer_of(response: Any, raw: bytes, work: Work, package: Any, profile: Profile | None = None) -> Answer:
     content = raw
     if response.headers.get("content-encoding"):
         with suppress(package.DecodingError):
             content = package.Response(200, headers=response.headers, content=raw).content
-    answer = classify(response.status_code, response.headers, content, now_epoch=time.time())
+    answer = classify(response.status_code, response.headers, content, now_epoch=time.time(), profile=profile)
     if answer.outcome is Outcome.MALFORMED and work.request.sizes.endpoint < 0:
         return replace(answer, outcome=Outcome.OK)  # the client reads it, not this module
     return answer
@@ -85,9 +86,11 @@ def unanswered(error: Exception, package: Any) -> Answer:
     return timed_out(words) if isinstance(error, package.TimeoutException) else dropped(words)
 
 
-def streamed(response: Any, lease: Lease, call: Operation, work: Work, package: Any) -> Any:
+def streamed(
+    response: Any, lease: Lease, call: Operation, work: Work, package: Any, profile: Profile | None = None
+) -> Any:
     """Return the response with a stream that ends the permit at its own end."""
-    lease.stated(limits_of(response.headers, time.time()))
+    lease.stated(limits_of(response.headers, time.time(), profile))
     reader = EventStream(response, work.request.sizes) if _kind_of(response) == _EVENTS else _Bytes()
     response.stream = _stream_type(package)(response.stream, lease, call, reader, package)
     return response

@@ -37,6 +37,7 @@ from governor.model.estimate import CHAT, COMPLETIONS, EMBEDDINGS, MESSAGES, RES
 from governor.model.policy import Policy
 from governor.model.requests import Answer, Outcome, Request
 from governor.model.work import Work, work_of
+from governor.profiles.schema import Profile
 from governor.provider.responses import Operation, answer_of, is_read_whole, streamed, unanswered
 from governor.scheduler.driver import BATCH
 from governor.scheduler.portal import Portal
@@ -97,7 +98,7 @@ class GovernedTransport(_Transport):
     determines the reservation. `max_wait_s`: a call that may not be sent within that many seconds is answered with a
     503. A call that can never be sent is answered with a 400, so that the client's own exception states the reason.
     `lane`: as for `Governor.permit`. `follow`: returns the `Operation` that follows a call, given its `Work` and its
-    address.
+    address. `profile`: how its answers are read; None = the generic one.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class GovernedTransport(_Transport):
         max_wait_s: float = inf,
         lane: str = BATCH,
         follow: Callable[[Work, str], Operation] = lambda work, url: _UNFOLLOWED,
+        profile: Profile | None = None,
     ) -> None:
         self.inner = inner
         self.portal = portal
@@ -116,6 +118,7 @@ class GovernedTransport(_Transport):
         self._max_wait_s = max_wait_s
         self._lane = lane
         self._follow = follow
+        self._profile = profile
         self._given_up: dict[bytes, float] = {}
         self._count = count(1)
 
@@ -185,8 +188,8 @@ class GovernedTransport(_Transport):
                     with call.sends(lease.waits_s):
                         response, raised = await steps.send(request), None
                     if not is_read_whole(response):
-                        return streamed(response, lease, call, work, package)
-                    answer = answer_of(response, await steps.read(response, package), work, package)
+                        return streamed(response, lease, call, work, package, self._profile)
+                    answer = answer_of(response, await steps.read(response, package), work, package, self._profile)
                 except (package.UnsupportedProtocol, package.LocalProtocolError, package.PoolTimeout):
                     raise  # nothing was sent
                 except package.TransportError as error:

@@ -30,6 +30,7 @@ from governor.model.env_files import MADE_FROM, SCENARIO, policy_of, read_env_fi
 from governor.model.errors import BadInput
 from governor.model.files import why
 from governor.model.policy import KNOBS
+from governor.model.pools import PROFILE, is_name
 from governor.run.outputs import check_apart
 
 _BOM = b"\xef\xbb\xbf"
@@ -77,8 +78,9 @@ def apply(source: Path, target: Path, *, write: bool = True, insist: bool = Fals
     stated = read_env_file(target)
     raw = _bytes_of(target)
     current = {knob.env: knob.text(getattr(policy_of(target), knob.name)) for knob in KNOBS}
-    if SCENARIO in stated:
-        current[SCENARIO] = (stated[SCENARIO].value or "").strip()
+    for name in (SCENARIO, PROFILE):
+        if name in stated:
+            current[name] = (stated[name].value or "").strip()
     changed = {name: value for name, value in wanted.items() if current.get(name, "") != value}
     if changed and not insist:
         _check_unchanged(source, target)
@@ -90,15 +92,19 @@ def apply(source: Path, target: Path, *, write: bool = True, insist: bool = Fals
 
 
 def _wanted(source: Path, target: Path) -> dict[str, str]:
-    """Return our names in the source with their values; the scenario's path is made relative to the target."""
+    """Return our names in the source with their values; paths of scenario and profile are made relative to
+    the target."""
     stated = read_env_file(source)
     policy = policy_of(source)
     wanted = {knob.env: knob.text(getattr(policy, knob.name)) for knob in KNOBS if knob.name in policy.model_fields_set}
-    scenario = (stated[SCENARIO].value or "").strip() if SCENARIO in stated else ""
-    if scenario:
-        folder = os.path.realpath(target.parent)
-        path = os.path.realpath(source.parent / scenario)
-        wanted[SCENARIO] = path if os.path.isabs(scenario) else Path(os.path.relpath(path, folder)).as_posix()
+    for name in (SCENARIO, PROFILE):
+        named = (stated[name].value or "").strip() if name in stated else ""
+        if named and name == PROFILE and is_name(named):
+            wanted[name] = named
+        elif named:
+            folder = os.path.realpath(target.parent)
+            path = os.path.realpath(source.parent / named)
+            wanted[name] = path if os.path.isabs(named) else Path(os.path.relpath(path, folder)).as_posix()
     if not wanted:
         raise BadInput("it contains no Paceline setting: see `paceline settings`", str(source))
     return wanted

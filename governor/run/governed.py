@@ -24,6 +24,8 @@ from governor.model.errors import BadSetting, PacelineError, quoted
 from governor.model.estimate import LEARNED
 from governor.model.policy import Policy
 from governor.model.pools import DEFAULT, Pool, default_pools
+from governor.profiles.loader import profile_of
+from governor.profiles.schema import Profile
 from governor.provider.openai_adapter import OPENAI_URL
 from governor.provider.shadow import ShadowTransport, shadow_log
 from governor.provider.transport import GovernedTransport
@@ -89,7 +91,8 @@ def governed(
         _wrap(clients, lambda inner: ShadowTransport(inner, log))
         return client
     portal, policy = _quota_of(sdks[-1], governor)
-    _wrap(clients, lambda inner: _around(inner, portal, policy, max_wait_s, lane))
+    profile = profile_of(_pool_of(sdks[-1], policy, os.environ))
+    _wrap(clients, lambda inner: _around(inner, portal, policy, max_wait_s, lane, profile))
     for sdk in sdks:
         if hasattr(sdk, "max_retries"):
             sdk.max_retries = 0
@@ -125,12 +128,13 @@ def _wrap(clients: list[Any], around: Callable[[Any], Any]) -> None:
             http._mounts[pattern] = None if transport is None else wrapped(transport)
 
 
-def _around(inner: Any, portal: Portal, policy: Policy, max_wait_s: float, lane: str) -> GovernedTransport:
+def _around(
+    inner: Any, portal: Portal, policy: Policy, max_wait_s: float, lane: str, profile: Profile
+) -> GovernedTransport:
     """Return a governed transport around another."""
     followed = traces()
-    if followed is None:
-        return GovernedTransport(inner, portal, policy, max_wait_s=max_wait_s, lane=lane)
-    return GovernedTransport(inner, portal, policy, max_wait_s=max_wait_s, lane=lane, follow=followed.operation)
+    options: dict[str, Any] = {} if followed is None else {"follow": followed.operation}
+    return GovernedTransport(inner, portal, policy, max_wait_s=max_wait_s, lane=lane, profile=profile, **options)
 
 
 def _http_clients(client: object) -> Iterator[Any]:
@@ -168,7 +172,9 @@ def _pool_of(client: object, policy: Policy, environment: Mapping[str, str]) -> 
     url = "" if address == OPENAI_URL else address
     organization, project = (_text(getattr(client, name, None)) for name in ("organization", "project"))
     name = DEFAULT if url == pool.base_url else (urlsplit(url).hostname or DEFAULT)
-    return Pool(name=name, policy=policy, base_url=url, organization=organization, project=project)
+    return Pool(
+        name=name, policy=policy, base_url=url, organization=organization, project=project, profile=pool.profile
+    )
 
 
 def portal_of(pool: Pool) -> Portal:

@@ -25,7 +25,7 @@ from governor.model.estimate import TOKENS_PER_FILE, WHOLE_MAX
 from governor.model.policy import Policy
 from governor.model.pools import checked_url, default_pools
 from governor.model.requests import CHAT, COMPLETIONS, URLS, endpoint_of, usage_of
-from governor.profiles.loader import prices_in_force
+from governor.profiles.loader import prices_in_force, profile_of, with_profile
 from governor.provider.answers import text_of
 from governor.provider.sending import connect_with
 from governor.run.account import RunOutcome, lines_of, outcome_text
@@ -113,13 +113,15 @@ def run_batch(
         raise BadSetting(f"prompt {quoted(prompt)} is neither a template nor a function of the row", "prompt")
     settings = policy or policy_of(None, environment=environment)
     where = str(os.fspath(journal))
+    (pool,) = default_pools(settings, environment, checked_url(base_url, "base_url"))
+    pool = with_profile(pool, environment)
     orders = Orders(
         requests=_spool_path(where),
         out=None,
         journal=where,
-        pools=default_pools(settings, environment, checked_url(base_url, "base_url")),
+        pools=(pool,),
         environment=environment,
-        prices=prices_in_force(),
+        prices=prices_in_force(None, profile_of(pool)),
         manner=RunOptions(max_cost=max_cost, insist=yes, time_scale=time_scale, redis=redis_url(environment)),
         yes=yes,
         skip_oversized=skip_oversized,

@@ -391,6 +391,6 @@ def plan(
         pool=Pool(workers, foreseen=foreseen),
         say=say or (lambda what: None),
         unknowns=wishes.unknowns,
-        prices=prices_of(wishes),
+        prices=prices_of(wishes, scenario),
     )
     return PlanResult(scenario, wishes, found)

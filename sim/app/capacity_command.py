@@ -7,7 +7,7 @@ from typing import Any
 
 from governor.model.errors import BadInput, BadSetting
 from governor.model.files import write_atomically
-from governor.profiles.loader import prices_in_force
+from governor.profiles.loader import prices_in_force, read_profile
 from sim.app.inputs import Inputs, pool_of
 from sim.app.options import Options, duration_s
 from sim.app.outputs import check_file
@@ -96,7 +96,7 @@ def answered(given: Options, inputs: Inputs, asked: CapacityOptions, width: int)
     runs = runs_of(len(scenario.workload), confidence, scenario.replications)
     foreseen = (runs + (TUNING_RUNS if asked.retune else 0)) * PROBES_FORESEEN
     # Read before the work: a list that is not there should show at once.
-    prices = prices_in_force(asked.prices) if asked.batch is not None else None
+    prices = prices_in_force(asked.prices, read_profile(scenario.provider.profile)) if asked.batch is not None else None
     compared: tuple[Way, ...] = ()
     with Progress("looking for the smallest limit", foreseen) as bar:
         common: How = {

@@ -39,7 +39,7 @@ INTERRUPTED, TERMINATED, HUNG_UP, PIPE_CLOSED, _BAD_INPUT = 130, 143, 129, 141, 
 # The groups of `paceline --help`, in the order in which a user meets them. A test holds that each command is in one.
 GROUPS = {
     "Plan": ("simulate", "plan", "apply", "settings", "sensitivity", "capacity", "split"),
-    "Run": ("doctor", "preflight", "run", "export"),
+    "Run": ("doctor", "profiles", "preflight", "run", "export"),
     "Steer a run": ("status", "pause", "resume", "set", "unset"),
     "Learn": ("probe", "calibrate", "backtest", "replay", "shadow", "verify", "notebook"),
     "Serve": ("serve", "token", "provider", "purge"),

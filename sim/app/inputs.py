@@ -20,10 +20,12 @@ import numpy as np
 import yaml
 from pydantic import Field
 
-from governor.model.env_files import policy_of, settings_digest
+from governor.model.env_files import environment_of, policy_of, settings_digest, stated_profile
 from governor.model.errors import BadInput, BadSetting
 from governor.model.files import parsed_yaml
 from governor.model.policy import Policy
+from governor.model.pools import BASE_URL, is_name
+from governor.profiles.loader import habits_of, read_profile
 from sim.app.options import Options, quantiles
 from sim.base.arguments import Config, checked
 from sim.base.progress import Progress
@@ -110,7 +112,7 @@ def read_inputs(
     if o.env_file or stated is None:
         wishes = wishes.with_given(settings_read=settings_digest(as_read))
     policy = as_read.set_values(o.assignments or ())
-    provider = _provider(o, policy, stated, habits)
+    provider = _provider(o, policy, stated, habits, _profile(o, environment if stated is None else {}))
     if stated is None:
         source: FileSource | ModelSource = checked(FileSource, {"path": o.workload, **_row_options(o)}, "")
         workload = source.load(opened)
@@ -236,19 +238,23 @@ def _changed_source(source: FileSource | ModelSource, o: Options) -> FileSource 
 
 
 def _provider(
-    o: Options, policy: Policy, stated: Scenario | None, habits: ProviderConfig | Mapping[str, Any] | None
+    o: Options,
+    policy: Policy,
+    stated: Scenario | None,
+    habits: ProviderConfig | Mapping[str, Any] | None,
+    profile: str,
 ) -> ProviderConfig:
     """The provider that the options, the scenario file or, for want of both, the settings describe."""
+    named = {"profile": profile} if profile else {}
     if isinstance(habits, ProviderConfig):
         provider = habits
     elif o.provider is not None:
-        provider = named_provider(o.provider)
+        provider = named_provider(o.provider, profile)
     elif stated is not None:
         provider = stated.provider
     else:
-        provider = ProviderConfig(
-            tpm=policy.tpm_limit, rpm=policy.rpm_limit, tpd=policy.tpd_limit, rpd=policy.rpd_limit
-        )
+        limits = {name: getattr(policy, f"{name}_limit") for name in ("tpm", "rpm", "tpd", "rpd")}
+        provider = checked(ProviderConfig, {**named, **limits}, "provider")
     changes: dict[str, Any] = {
         "tpm": o.tpm,
         "rpm": o.rpm,
@@ -262,6 +268,15 @@ def _provider(
     return provider.with_(**changes) if changes else provider
 
 
+def _profile(o: Options, environment: Mapping[str, str]) -> str:
+    """The profile that the options, the env file or the environment name, or that the base URL chooses; "" = none."""
+    stated = o.profile or stated_profile(o.env_file, environment)
+    if stated:
+        read_profile(stated)
+        return stated if is_name(stated) else os.path.abspath(stated)
+    return habits_of("", environment_of(o.env_file, environment).get(BASE_URL, "").strip())
+
+
 def _with_latency_of(
     provider: ProviderConfig, workload: Workload, o: Options, habits: ProviderConfig | Mapping[str, Any] | None
 ) -> ProviderConfig:
@@ -270,7 +285,7 @@ def _with_latency_of(
     if o.latency is not None or o.provider is not None or given or not isinstance(workload.models, str):
         return provider
     model = SNAPSHOT.sub("", workload.models)
-    return provider.with_(latency=model) if model in latency_lines() else provider
+    return provider.with_(latency=model) if model in latency_lines(provider.profile) else provider
 
 
 def _agreed(policy: Policy, provider: ProviderConfig, stated: Scenario | None, o: Options) -> Policy:

@@ -184,6 +184,13 @@ class Options:
             help="Requests per minute that it grants, 0 = no limit; OPENAI_RPM_LIMIT follows unless set.",
         ),
     ] = None
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE.yaml",
+            help="The provider's profile, in place of PACELINE_PROFILE: how it counts, charges and refuses.",
+        ),
+    ] = None
     provider: Annotated[
         str | None,
         typer.Option(

@@ -26,8 +26,9 @@ from governor.model.env_files import SCENARIO as NAMED
 from governor.model.errors import BadInput, PacelineError
 from governor.model.files import check_writable, write_atomically
 from governor.model.policy import GUARDRAIL_KNOBS, KNOBS, Knob, Policy
+from governor.model.pools import PROFILE
 from governor.model.prices import Prices
-from governor.profiles.loader import prices_in_force
+from governor.profiles.loader import OPENAI, prices_in_force, read_profile
 from sim.app.inputs import PlanOptions, scenario_text
 from sim.experiment.experiment import Pool
 from sim.experiment.parallel import WorkersLost
@@ -134,11 +135,12 @@ def page(scenario: Scenario, plan: Plan, folder: Path) -> str:
     )
 
 
-def settings_files(plan: Plan, settings_read: str = "") -> dict[str, str]:
+def settings_files(plan: Plan, settings_read: str = "", profile: str = "") -> dict[str, str]:
     """The env files: both recommendations with today's values as comments, and the way back.
 
     `settings_read`: the digest of the settings that the plan read. With it the files belong into the plan's folder:
-    they name the scenario beside them, and what they were made from (see `governor.run.apply`).
+    they name the scenario beside them, the provider's `profile`, and what they were made from (see
+    `governor.run.apply`).
     """
     now, full, guardrails = plan.now.policy, plan.full.policy, plan.guardrails.policy
     made_from = [settings_read] if settings_read else []
@@ -149,13 +151,13 @@ def settings_files(plan: Plan, settings_read: str = "") -> dict[str, str]:
         ROLLBACK: "The settings from before the plan, to go back to.",
     }
     return {
-        RECOMMENDED: _env(titles[RECOMMENDED], full, now, made_from),
-        GUARDRAILS: _env(titles[GUARDRAILS], guardrails, now, made_from),
-        ROLLBACK: _env(titles[ROLLBACK], now, full, recommended),
+        RECOMMENDED: _env(titles[RECOMMENDED], full, now, made_from, profile),
+        GUARDRAILS: _env(titles[GUARDRAILS], guardrails, now, made_from, profile),
+        ROLLBACK: _env(titles[ROLLBACK], now, full, recommended, profile),
     }
 
 
-def _env(title: str, policy: Policy, old: Policy, made_from: Sequence[str] = ()) -> str:
+def _env(title: str, policy: Policy, old: Policy, made_from: Sequence[str] = (), profile: str = "") -> str:
     # Which names the user's own file held must not matter, or the plan made again would read otherwise.
     # The eight guardrail knobs always stand there, the others where they say something.
     told = {k.name: getattr(policy, k.name) for k in KNOBS if k in GUARDRAIL_KNOBS or _says_something(k, policy, old)}
@@ -165,6 +167,7 @@ def _env(title: str, policy: Policy, old: Policy, made_from: Sequence[str] = ())
         head += (
             f"# what the plan assumed of the provider, for every forecast under these settings\n{NAMED}={SCENARIO}\n"
         )
+        head += f"{PROFILE}={profile}\n" if profile else ""
     return f"{head}\n{Policy.model_validate(told).to_env(old)}"
 
 
@@ -198,7 +201,8 @@ def write_plan(
 ) -> PlanFiles:
     """Writes all files of a plan, or none. `report`: the page's text."""
     command = rerun_command(folder)
-    texts = {REPORT: report, **settings_files(plan, wishes.settings_read or settings_digest(plan.now.policy))}
+    profile = "" if scenario.provider.profile == OPENAI else scenario.provider.profile
+    texts = {REPORT: report, **settings_files(plan, wishes.settings_read or settings_digest(plan.now.policy), profile)}
     if _keeps_rollback(folder, plan.now.policy):
         del texts[ROLLBACK]
     rerun = scenario
@@ -313,7 +317,7 @@ def planned(
             pool=pool,
             say=say,
             unknowns=wishes.unknowns,
-            prices=prices_of(wishes),
+            prices=prices_of(wishes, scenario),
         )
     except planning.Interrupted as stop:
         said = f"{stop.so_far}; no file was written"
@@ -334,6 +338,6 @@ def _front(scenario: Scenario, wishes: PlanOptions, say: Say) -> Front | None:
     return Front(ways(scenario, terms, prices_of(wishes), wishes.finish_by_s, say=say), terms, wishes.finish_by_s)
 
 
-def prices_of(wishes: PlanOptions) -> Prices:
+def prices_of(wishes: PlanOptions, scenario: Scenario) -> Prices:
     """The price list that is asked for, or the one that comes with Paceline."""
-    return prices_in_force(wishes.prices or None)
+    return prices_in_force(wishes.prices or None, read_profile(scenario.provider.profile))

@@ -15,10 +15,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from governor.forecast.summary import Grant
-from governor.model.errors import PacelineError, quoted
+from governor.model.errors import BadInput, quoted
 from governor.model.needs import amounts
 from governor.profiles.loader import OPENAI, read_profile
-from governor.profiles.schema import Profile, count_of_refusals
+from governor.profiles.schema import count_of_refusals
 from sim.base.arguments import Config, checked
 from sim.model.batches import BatchApi, ServiceTiers
 from sim.model.latency import NOISE_GROUPS, NOISE_KNOTS
@@ -48,6 +48,7 @@ from sim.model.provider_tiers import (
     STALL_MAX_S,
     STALL_MIN_S,
     STALL_RATIO,
+    habits,
     latency_lines,
     latency_preset,
     tier_of,
@@ -105,23 +106,6 @@ def _stated_wait(value: Any) -> Any:
         return float(value)
     wanted = f"must be 'absent', 'ms' or 'seconds', or the same number of seconds always, 0 to {DAY_S:,.0f}"
     raise ValueError(f"{quoted(value)} {wanted}")
-
-
-def _habits(profile: Profile) -> dict[str, Any]:
-    """Return what a profile says of a provider, as fields of its configuration; limits are the account's."""
-    per_minute = [each for each in profile.dimensions.values() if each.length_s == MINUTE_S]
-    windows = {each.window for each in per_minute}
-    return {
-        "charge_rule": profile.charge.rule,
-        "as_of": profile.checked if profile.name == OPENAI else CHECKED_ON,
-        "failed_requests_count": profile.charge.refusals_count,
-        "counts": profile.charge.counts,
-        "counts_rounded_to": profile.charge.counts_rounded_to,
-        "settles": any(each.settles for each in per_minute),
-        "charged": "answer" if any(each.charged == "answer" for each in per_minute) else "admission",
-        "window": {"fixed": "anchored"}.get(window := windows.pop(), window) if len(windows) == 1 else "bucket",
-        "slice_s": max((each.slice_s or 0.0 for each in per_minute), default=0.0),
-    }
 
 
 def _completed(data: Any, preset: Any) -> Any:
@@ -304,12 +288,17 @@ class ProviderConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _from_preset(cls, data: Any) -> Any:
-        data = _completed(data, tier_preset)
-        if isinstance(data, dict) and isinstance(name := data.get("profile"), str) and name != OPENAI:
-            try:
-                data = {**_habits(read_profile(name)), **data}
-            except PacelineError as error:
-                raise ValueError(str(error)) from None
+        try:
+            profile = str(data.get("profile", "")) if isinstance(data, dict) else ""
+            data = _completed(data, lambda name: tier_preset(name, profile))
+            if isinstance(data, dict) and isinstance(name := data.get("profile"), str) and name != OPENAI:
+                own = read_profile(name)
+                data = {**habits(own), **data}
+                if isinstance(model := data.get("latency"), str) and model in own.latency:
+                    # A preset is one of the shipped lines; a profile's own is written out.
+                    data["latency"] = own.latency[model].model_dump(include={"first_token_s", "per_token_s"})
+        except BadInput as error:
+            raise ValueError(str(error)) from None
         if isinstance(data, dict) and type(data.get("minute_reset")) is bool:
             # The old name of `window: clock`.
             resets = {"window": "clock"} if data["minute_reset"] else {}
@@ -422,8 +411,8 @@ class ProviderConfig(Config):
         tpm, rpm = (f"{limit:,}" if limit else "no limit on" for limit in (self.tpm, self.rpm))
         limits = f"as given: {tpm} tokens and {rpm} requests per minute"
         found: Provenance = {"limits": (ASSUMED, limits)}
-        if self.preset and self._grants(tier_preset(self.preset)):
-            found["limits"] = (MEASURED, tier_source(self.preset))
+        if self.preset and self._grants(tier_preset(self.preset, self.profile)):
+            found["limits"] = (MEASURED, tier_source(self.preset, self.profile))
         if self.charge_rule == "auto":
             found["charge rule"] = (MEASURED, f"recorded headers, by endpoint, as of {self.as_of}")
         else:
@@ -447,7 +436,7 @@ class ProviderConfig(Config):
         found["slices"] = (ASSUMED, share if self.slice_s else "none: the minute's limit may go at once")
         found["counts in headers"] = (ASSUMED, self._counts_text())
         found["latency"] = self.latency.provenance()
-        model = tier_of(self.preset).model if self.preset else ""
+        model = tier_of(self.preset, self.profile).model if self.preset else ""
         if model and model not in latency_lines() and self.latency.preset == DEFAULT_LATENCY:
             text = f"that of {found['latency'][1]}, for want of a measurement of {model}"
             found["latency"] = (ASSUMED, text)

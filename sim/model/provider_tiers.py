@@ -17,7 +17,7 @@ from datetime import date
 from typing import Any, NamedTuple
 
 from governor.model.errors import BadSetting, quoted
-from governor.profiles.loader import OPENAI, all_profiles, read_profile
+from governor.profiles.loader import OPENAI, all_profiles, names, read_profile
 from governor.profiles.schema import LatencyLine, Profile
 
 # A model's name may end in its snapshot date.
@@ -49,9 +49,18 @@ class PublishedTier(NamedTuple):
     limits: Mapping[str, float]
 
 
+def published_tiers(profile: str = "") -> dict[str, PublishedTier]:
+    """Return the tiers of a user's own profile (its file) and every shipped one by name: `gpt-4o-tier1`, ..."""
+    own = (
+        {name: tier._replace(profile=profile) for name, tier in tiers_in(read_profile(profile)).items()}
+        if (profile and profile not in names())
+        else {}
+    )
+    return own | {name: tier for name, tier in _shipped_tiers().items() if name not in own}
+
+
 @functools.cache
-def published_tiers() -> dict[str, PublishedTier]:
-    """Return every tier of the shipped profiles by its name: `gpt-4o-tier1`, ..."""
+def _shipped_tiers() -> dict[str, PublishedTier]:
     return {
         name: tier for profile in (read_profile(OPENAI), *all_profiles()) for name, tier in tiers_in(profile).items()
     }
@@ -67,36 +76,62 @@ def tiers_in(profile: Profile) -> dict[str, PublishedTier]:
     }
 
 
+def latency_lines(profile: str = "") -> dict[str, LatencyLine]:
+    """Return the latency lines of a user's own profile (its file) and of the shipped ones, by model."""
+    own = read_profile(profile).latency if profile and profile not in names() else {}
+    return {**_shipped_lines(), **own}
+
+
 @functools.cache
-def latency_lines() -> dict[str, LatencyLine]:
-    """Return the measured latency lines of the shipped profiles, by model."""
+def _shipped_lines() -> dict[str, LatencyLine]:
     return {model: line for profile in reversed(all_profiles()) for model, line in profile.latency.items()}
 
 
-def tier_of(name: str) -> PublishedTier:
-    """Return a published tier. Raise BadSetting, with the nearest name, if it does not exist."""
-    if name not in published_tiers():
-        raise BadSetting(f"there is no provider preset {quoted(name)}: {_nearest(name, published_tiers())}")
-    return published_tiers()[name]
+def tier_of(name: str, profile: str = "") -> PublishedTier:
+    """Return a tier of that profile (its name or file), or a published one.
+
+    Raise BadSetting, with the nearest name, if it does not exist.
+    """
+    known = published_tiers(profile)
+    if name not in known:
+        raise BadSetting(f"there is no provider preset {quoted(name)}: {_nearest(name, known)}")
+    return known[name]
 
 
-def tier_preset(name: str) -> dict[str, Any]:
-    """Return the provider fields of a published tier. Raise BadSetting, with the nearest name, if it does not exist."""
-    tier = tier_of(name)
+def tier_preset(name: str, profile: str = "") -> dict[str, Any]:
+    """Return the provider fields of a tier. Raise BadSetting as `tier_of` does."""
+    tier = tier_of(name, profile)
     if unknown := [dimension for dimension in tier.limits if dimension not in SIMULATED]:
         raise BadSetting(f"{name} limits {', '.join(unknown)}, which are not simulated: state tpm and rpm yourself")
     limits = {dimension.lower(): int(tier.limits.get(dimension, 0)) for dimension in SIMULATED}
     return {
         "profile": tier.profile,
         **limits,
-        "latency": tier.model if tier.model in latency_lines() else DEFAULT_LATENCY,
+        "latency": tier.model if tier.model in latency_lines(profile) else DEFAULT_LATENCY,
     }
 
 
-def tier_source(name: str) -> str:
-    """Return the source of a published tier's limits."""
-    tier = tier_of(name)
+def tier_source(name: str, profile: str = "") -> str:
+    """Return the source of a tier's limits."""
+    tier = tier_of(name, profile)
     return f"published for {tier.model}, {name.removeprefix(f'{tier.model}-')} ({tier.source}, {tier.since})"
+
+
+def habits(profile: Profile) -> dict[str, Any]:
+    """Return what a profile says of a provider, as fields of its configuration; limits are the account's."""
+    per_minute = [each for each in profile.dimensions.values() if each.length_s == 60.0]
+    windows = {each.window for each in per_minute}
+    return {
+        "charge_rule": profile.charge.rule,
+        "as_of": profile.checked if profile.name == OPENAI else CHECKED_ON,
+        "failed_requests_count": profile.charge.refusals_count,
+        "counts": profile.charge.counts,
+        "counts_rounded_to": profile.charge.counts_rounded_to,
+        "settles": any(each.settles for each in per_minute),
+        "charged": "answer" if any(each.charged == "answer" for each in per_minute) else "admission",
+        "window": {"fixed": "anchored"}.get(window := windows.pop(), window) if len(windows) == 1 else "bucket",
+        "slice_s": max((each.slice_s or 0.0 for each in per_minute), default=0.0),
+    }
 
 
 def latency_preset(name: str) -> dict[str, Any]:
@@ -118,7 +153,7 @@ def latency_preset(name: str) -> dict[str, Any]:
     }
 
 
-def _nearest(name: str, names: Iterable[str]) -> str:
-    names = list(names)
-    close = difflib.get_close_matches(name, names, 1)
-    return f"did you mean {close[0]}?" if close else "use one of " + ", ".join(names)
+def _nearest(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    close = difflib.get_close_matches(name, known, 1)
+    return f"did you mean {close[0]}?" if close else "use one of " + ", ".join(known)

@@ -185,15 +185,20 @@ class Frame(Protocol):
 Requests = str | os.PathLike[str] | Iterable[Mapping[str, Any]] | Frame
 
 
-def named_provider(name: str) -> ProviderConfig:
-    """Return a published tier by name, or the provider in a YAML file: its own keys, or those of a scenario."""
+def named_provider(name: str, profile: str = "") -> ProviderConfig:
+    """Return a published tier by name, or the provider in a YAML file: its own keys, or those of a scenario.
+
+    `profile`: the name or file of the profile that holds where the file states none; its tiers are known, too.
+    """
+    stated = {"profile": profile} if profile else {}
     if not (name.lower().endswith((".yaml", ".yml")) or os.sep in name or os.path.exists(name)):
-        return ProviderConfig.of(name)
+        return checked(ProviderConfig, {**stated, **({"preset": name} if name else {})}, "provider")
     source = Source.open(name)
     with source.stream() as stream:
         data = parsed_yaml(stream.read().decode("utf-8-sig", errors="replace"), source.name)
     try:
-        return checked(ProviderConfig, data.get("provider", data), "provider")
+        provider = data.get("provider", data)
+        return checked(ProviderConfig, {**stated, **provider} if isinstance(provider, dict) else provider, "provider")
     except BadSetting as error:
         raise BadInput(str(error), source.name) from None
 

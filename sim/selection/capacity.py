@@ -326,10 +326,10 @@ class Search:
         largest = float(self.scenario.charges().max(initial=0.0))
         tried: list[LimitProbe] = []
         too_small: list[str] = []
-        for name, tier in published_tiers().items():
+        for name, tier in published_tiers(self.scenario.provider.profile).items():
             if tier.model != model:
                 continue
-            limits = tier_preset(name)
+            limits = tier_preset(name, self.scenario.provider.profile)
             tpm, rpm = limits.get("tpm", 0), limits.get("rpm", 0)
             if 0 < tpm < largest:
                 too_small.append(name)
@@ -350,13 +350,13 @@ def rounded_up(value: float, digits: int = 3) -> int:
 
 def model_of(scenario: Scenario, model: str = "") -> str:
     """Whose tiers to try: the named model's, else the provider preset's, else the workload's, else the default's."""
-    known = dict.fromkeys(tier.model for tier in published_tiers().values())
+    known = dict.fromkeys(tier.model for tier in published_tiers(scenario.provider.profile).values())
     if model:
         if model not in known:
             raise BadSetting(f"there are no published tiers of {model!r}: use one of {', '.join(known)}", "--tiers")
         return model
     if scenario.provider.preset:
-        return tier_of(scenario.provider.preset).model
+        return tier_of(scenario.provider.preset, scenario.provider.profile).model
     named = scenario.workload.models
     return named if isinstance(named, str) and named in known else tier_of(DEFAULT_TIER).model
 

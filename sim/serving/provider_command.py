@@ -17,6 +17,9 @@ def provider(
     named: Annotated[
         str, typer.Option("--provider", metavar="TIER|FILE.yaml", help="A published tier, or a provider's file.")
     ] = "",
+    profile: Annotated[
+        str, typer.Option(metavar="NAME|FILE.yaml", help="Its profile: how it counts, charges and refuses.")
+    ] = "",
     tpm: Annotated[int | None, typer.Option(metavar="N", parser=counting(1), help="Tokens per minute.")] = None,
     rpm: Annotated[
         int | None, typer.Option(metavar="N", parser=counting(), help="Requests per minute; 0 = no limit.")
@@ -46,7 +49,7 @@ def provider(
         from sim.serving.server import run_provider
     except ImportError as error:
         raise PacelineError(f"{SERVER_EXTRA} ({error.name} is missing)") from None
-    config = named_provider(named) if named else ProviderConfig()
+    config = named_provider(named, profile) if named or profile else ProviderConfig()
     changes: dict[str, Any] = {
         "tpm": tpm,
         "rpm": rpm,

@@ -26,7 +26,8 @@ from typing import Any
 from governor.model.errors import BadInput
 from governor.model.estimate import CHAT, COMPLETIONS, EMBEDDINGS, MESSAGES, RESPONSES, Sizes, charge_of, sizes_of
 from governor.model.keyed import FAULT, OUTPUT_LENGTH, TIER, keyed_uniform, normal_quantile
-from governor.model.requests import MESSAGES_URL, URLS
+from governor.model.requests import MESSAGES_URL, URLS, Outcome
+from governor.profiles.loader import OPENAI, read_profile
 from sim.model import provider as prov
 from sim.model.faults import Event, FaultState
 from sim.model.provider import ProviderState
@@ -177,6 +178,8 @@ class Desk:
         ms_header: bool = False,
     ) -> None:
         self.config = config
+        # OpenAI's own forms are those of `wire`; another profile's names and formats replace them.
+        self.profile = None if config.profile == OPENAI else read_profile(config.profile)
         self.pp = config.params()
         self.ps = ProviderState()
         prov.day_started(self.ps, config.day_tokens_used, config.day_requests_used)
@@ -244,8 +247,14 @@ class Desk:
         """Return the limits and what remains of them now, if this reply states them."""
         if not prov.states_counts(self.pp, reply.status == 429):
             return []
+        if self._speaks(reply.endpoint) and self.profile is not None:
+            return wire.profile_headers(self.pp, self.ps, self.scale, self.profile, time.time())
         write: Callable[..., Headers] = _words(reply.endpoint).limit_headers
         return write(self.pp, self.ps, self.scale, self.config.header_names, time.time())
+
+    def _speaks(self, endpoint: int) -> bool:
+        """Return whether the profile's names and formats hold at this endpoint: it is of the profile's own API."""
+        return self.profile is not None and (self.profile.api == "anthropic") == (endpoint == MESSAGES)
 
     # ------------------------------------------------------------ replies
 
@@ -404,6 +413,12 @@ class Desk:
         if outcome == prov.TOO_LARGE:
             return self._refusal(endpoint, "too_large", words.too_large_error(call.model, d, limit, requested))
         stated_s = words.stated_wait_s(wait_s, self.scale)
+        if self._speaks(endpoint) and self.profile is not None and self.profile.api == "openai":
+            codes = self.profile.errors.codes.get(Outcome.THROTTLED, ("rate_limit_exceeded",))
+            body = wire.rate_error(call.model, d, limit, used[d], requested, stated_s, codes[0])
+            reply = self._refusal(endpoint, "throttled", body)
+            reply.extra += wire.profile_wait(self.profile, stated_s, time.time())
+            return reply
         body = words.rate_error(call.model, d, limit, used[d], requested, stated_s)
         reply = self._refusal(endpoint, "throttled", body)
         if endpoint == MESSAGES or self.pp.retry_after in (prov.SAYS_SECONDS, prov.SAYS_CONSTANT):

@@ -23,6 +23,7 @@ from governor.model.errors import BadInput, BadSetting
 from governor.model.estimate import EMBEDDINGS, Sizes
 from governor.model.files import parsed_yaml
 from governor.model.policy import Policy
+from governor.profiles.loader import habits_of
 from sim.base.arguments import checked
 from sim.model.provider_config import ProviderConfig
 from sim.model.provider_tiers import SNAPSHOT, latency_lines
@@ -44,6 +45,7 @@ class Assumptions:
 
     `rows`: the scenario's requests with their answers, measured ones (a log's, old results') or, with `is_drawn`, those
     that the plan drew. `path`: the scenario file, "" = none. `unknowns`: what its plan took for unknown.
+    `profile`: the name or file of the pool's, "" = OpenAI's; a stated provider has its own.
     """
 
     provider: ProviderConfig | None = None
@@ -52,10 +54,11 @@ class Assumptions:
     is_drawn: bool = False
     path: str = ""
     unknowns: Unknowns = field(default_factory=Unknowns)
+    profile: str = ""
 
     def provider_for(self, policy: Policy, models: NDArray[Any]) -> ProviderConfig:
         """Return the provider of these requests, whose models have shape (requests,)."""
-        return self.provider or believed_provider(policy, models)
+        return self.provider or believed_provider(policy, models, self.profile)
 
     def answered(self, workload: Workload, seed: int) -> Workload:
         """Return the requests with answers: known ones as recorded, the rest drawn."""
@@ -95,7 +98,8 @@ def assumptions_of(outlook: Outlook) -> Assumptions:
     if outlook.pool.scenario:
         return scenario_assumptions(outlook.pool.scenario)
     if outlook.assumed is None:
-        return Assumptions()
+        pool = outlook.pool
+        return Assumptions(profile=habits_of(pool.profile, pool.base_url, azure=pool.azure is not None))
     provider = checked(ProviderConfig, outlook.assumed["provider"], "provider")
     with suppress(BadInput):
         # The scenario file holds more about the answers, if it has not changed since the forecast read it.
@@ -182,17 +186,18 @@ def _keys(workload: Workload) -> list[tuple[int, ...]]:
     return list(zip(*(np.asarray(getattr(workload, name)).tolist() for name in Sizes.__slots__), strict=True))
 
 
-def believed_provider(policy: Policy, models: NDArray[Any]) -> ProviderConfig:
-    """Return the provider as the settings state it."""
+def believed_provider(policy: Policy, models: NDArray[Any], profile: str = "") -> ProviderConfig:
+    """Return the provider as the settings state it; `profile`: the name or file of its profile, "" = OpenAI's."""
     names, counts = np.unique(models.astype(str), return_counts=True)
     model = SNAPSHOT.sub("", str(names[counts.argmax()]))
     given: dict[str, Any] = {"latency": model} if model in latency_lines() else {}
-    return ProviderConfig(
-        tpm=policy.tpm_limit,
-        rpm=policy.rpm_limit,
-        tpd=policy.tpd_limit,
-        rpd=policy.rpd_limit,
-        charge_rule="auto" if policy.charge_rule == "fixed" or policy.charge_rule == "learned" else policy.charge_rule,
-        settles=policy.settle,
-        burst_s=policy.burst_seconds if policy.tpm_window == "bucket" else MINUTE_S,
-    ).with_(**given)
+    if policy.charge_rule not in ("fixed", "learned"):
+        given["charge_rule"] = policy.charge_rule
+    if profile:
+        given["profile"] = profile
+    if policy.settle or not profile:
+        given["settles"] = policy.settle
+    if policy.tpm_window == "bucket" and policy.burst_seconds < MINUTE_S:
+        given["burst_s"] = policy.burst_seconds
+    limits = {name: getattr(policy, f"{name}_limit") for name in ("tpm", "rpm", "tpd", "rpd")}
+    return checked(ProviderConfig, {**limits, **given}, "provider")
