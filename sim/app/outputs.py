@@ -335,7 +335,9 @@ def _front(scenario: Scenario, wishes: PlanOptions, say: Say) -> Front | None:
         return None
     api = scenario.provider.batch_api
     terms = Terms(api.queue_tokens, api.turnaround_s)
-    return Front(ways(scenario, terms, prices_of(wishes), wishes.finish_by_s, say=say), terms, wishes.finish_by_s)
+    return Front(
+        ways(scenario, terms, prices_of(wishes, scenario), wishes.finish_by_s, say=say), terms, wishes.finish_by_s
+    )
 
 
 def prices_of(wishes: PlanOptions, scenario: Scenario) -> Prices:

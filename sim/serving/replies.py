@@ -18,7 +18,6 @@ import json
 import math
 import re
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,8 +25,9 @@ from typing import Any
 from governor.model.errors import BadInput
 from governor.model.estimate import CHAT, COMPLETIONS, EMBEDDINGS, MESSAGES, RESPONSES, Sizes, charge_of, sizes_of
 from governor.model.keyed import FAULT, OUTPUT_LENGTH, TIER, keyed_uniform, normal_quantile
-from governor.model.requests import MESSAGES_URL, URLS, Outcome
+from governor.model.requests import MESSAGES_URL, URLS
 from governor.profiles.loader import OPENAI, read_profile
+from governor.profiles.schema import Profile
 from sim.model import provider as prov
 from sim.model.faults import Event, FaultState
 from sim.model.provider import ProviderState
@@ -36,6 +36,7 @@ from sim.model.synthetic import P50_ASSUMED_MAX, P50_ASSUMED_NO_CAP, P50_OF_CAP,
 from sim.model.workload import TOKENS_MAX
 from sim.serving import anthropic, streams, wire
 from sim.serving.contents import Content, content_of
+from sim.serving.stats import Stats
 from sim.serving.streams import Timed
 from sim.serving.wire import AnswerSpec, Headers
 
@@ -130,37 +131,6 @@ def _words(endpoint: int) -> Any:
     return anthropic if endpoint == MESSAGES else wire
 
 
-class Stats:
-    """Counts of what the provider saw; never a body, never a key. Times in the provider's seconds."""
-
-    def __init__(self) -> None:
-        self.requests = 0
-        self.outcomes: Counter[str] = Counter()
-        self.endpoints: Counter[str] = Counter()
-        self.retry_counts: Counter[str] = Counter()
-        self.charged_tokens = 0
-        self.prompt_tokens = 0
-        self.output_tokens = 0
-        self.billed: dict[str, Counter[str]] = {}
-        self.in_flight = 0
-        self.in_flight_max = 0
-        self.came_again = 0
-        self.first_s = -1.0
-        self.last_s = -1.0
-        self.used_max = [0.0] * 4
-        self.used_ratio_max = [0.0] * 4
-
-    def bill(self, a: AnswerSpec, tier: str) -> None:
-        """Count what an answer is billed for, by model and tier."""
-        sums = self.billed.setdefault(f"{a.model} {tier}", Counter())
-        sums.update(answers=1, prompt=a.prompt_tokens, cached=a.cached_tokens, output=a.output_tokens)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return what `GET /_stats` prints; see `Desk.stats`."""
-        names = [name for name in vars(self) if name not in ("used_max", "used_ratio_max")]
-        return {name: dict(value) if isinstance(value := getattr(self, name), Counter) else value for name in names}
-
-
 class Desk:
     """One provider quota in operation: attempts in, replies out. Times are the provider's seconds.
 
@@ -178,7 +148,6 @@ class Desk:
         ms_header: bool = False,
     ) -> None:
         self.config = config
-        # OpenAI's own forms are those of `wire`; another profile's names and formats replace them.
         self.profile = None if config.profile == OPENAI else read_profile(config.profile)
         self.pp = config.params()
         self.ps = ProviderState()
@@ -247,14 +216,14 @@ class Desk:
         """Return the limits and what remains of them now, if this reply states them."""
         if not prov.states_counts(self.pp, reply.status == 429):
             return []
-        if self._speaks(reply.endpoint) and self.profile is not None:
-            return wire.profile_headers(self.pp, self.ps, self.scale, self.profile, time.time())
+        if (profile := self._own(reply.endpoint)) is not None:
+            return wire.profile_headers(self.pp, self.ps, self.scale, profile, time.time())
         write: Callable[..., Headers] = _words(reply.endpoint).limit_headers
         return write(self.pp, self.ps, self.scale, self.config.header_names, time.time())
 
-    def _speaks(self, endpoint: int) -> bool:
-        """Return whether the profile's names and formats hold at this endpoint: it is of the profile's own API."""
-        return self.profile is not None and (self.profile.api == "anthropic") == (endpoint == MESSAGES)
+    def _own(self, endpoint: int) -> Profile | None:
+        """Return the profile whose names and formats hold at this endpoint; None: those of `wire` or `anthropic`."""
+        return self.profile if self.profile and (self.profile.api == "anthropic") == (endpoint == MESSAGES) else None
 
     # ------------------------------------------------------------ replies
 
@@ -413,11 +382,10 @@ class Desk:
         if outcome == prov.TOO_LARGE:
             return self._refusal(endpoint, "too_large", words.too_large_error(call.model, d, limit, requested))
         stated_s = words.stated_wait_s(wait_s, self.scale)
-        if self._speaks(endpoint) and self.profile is not None and self.profile.api == "openai":
-            codes = self.profile.errors.codes.get(Outcome.THROTTLED, ("rate_limit_exceeded",))
-            body = wire.rate_error(call.model, d, limit, used[d], requested, stated_s, codes[0])
+        if (profile := self._own(endpoint)) is not None and endpoint != MESSAGES:
+            body = wire.rate_error(call.model, d, limit, used[d], requested, stated_s, wire.throttled_code(profile))
             reply = self._refusal(endpoint, "throttled", body)
-            reply.extra += wire.profile_wait(self.profile, stated_s, time.time())
+            reply.extra += wire.profile_wait(profile, stated_s, time.time())
             return reply
         body = words.rate_error(call.model, d, limit, used[d], requested, stated_s)
         reply = self._refusal(endpoint, "throttled", body)

@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from governor.model.estimate import CHARS_PER_TOKEN, CHAT, COMPLETIONS, RESPONSES
+from governor.model.requests import Outcome
 from governor.profiles.schema import CountHeaders, Profile, TimeFormat
 from governor.provider.stated import DAY_S, MINUTE_S, duration_text, refill_reset_s
 from sim.model import provider as prov
@@ -465,6 +466,11 @@ def profile_headers(pp: ProviderParams, ps: ProviderState, scale: float, profile
             text = time_text(reset_s(pp, ps, d) / scale, names.reset_format, epoch_s)
             headers.append((names.reset.encode(), text.encode()))
     return headers
+
+
+def throttled_code(profile: Profile) -> str:
+    """Return the code of the profile's 429."""
+    return next(iter(profile.errors.codes.get(Outcome.THROTTLED, ())), "rate_limit_exceeded")
 
 
 def profile_wait(profile: Profile, wait_s: float, epoch_s: float) -> Headers:
