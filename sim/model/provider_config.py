@@ -48,6 +48,7 @@ from sim.model.provider_tiers import (
     STALL_MAX_S,
     STALL_MIN_S,
     STALL_RATIO,
+    completed,
     habits,
     latency_lines,
     latency_preset,
@@ -108,15 +109,6 @@ def _stated_wait(value: Any) -> Any:
     raise ValueError(f"{quoted(value)} {wanted}")
 
 
-def _completed(data: Any, preset: Any) -> Any:
-    """Return a preset's name as its fields; fields with a `preset` override that preset's."""
-    if isinstance(data, str):
-        data = {"preset": data}
-    if isinstance(data, dict) and isinstance(data.get("preset"), str) and data["preset"]:
-        return {**preset(data["preset"]), **data}
-    return data
-
-
 class NoiseShape(Config):
     """The measured shape of latency noise for answers of at least `from_tokens` output tokens.
 
@@ -156,7 +148,7 @@ class Latency(Config):
     @model_validator(mode="before")
     @classmethod
     def _from_preset(cls, data: Any) -> Any:
-        return _completed(data, latency_preset)
+        return completed(data, latency_preset)
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
@@ -290,7 +282,7 @@ class ProviderConfig(Config):
     def _from_preset(cls, data: Any) -> Any:
         try:
             profile = str(data.get("profile", "")) if isinstance(data, dict) else ""
-            data = _completed(data, lambda name: tier_preset(name, profile))
+            data = completed(data, lambda name: tier_preset(name, profile))
             if isinstance(data, dict) and isinstance(name := data.get("profile"), str) and name != OPENAI:
                 own = read_profile(name)
                 data = {**habits(own), **data}

@@ -153,6 +153,15 @@ def latency_preset(name: str) -> dict[str, Any]:
     }
 
 
+def completed(data: Any, preset: Any) -> Any:
+    """Return a preset's name as its fields; fields with a `preset` override that preset's."""
+    if isinstance(data, str):
+        data = {"preset": data}
+    if isinstance(data, dict) and isinstance(data.get("preset"), str) and data["preset"]:
+        return {**preset(data["preset"]), **data}
+    return data
+
+
 def _nearest(name: str, known: Iterable[str]) -> str:
     known = list(known)
     close = difflib.get_close_matches(name, known, 1)
