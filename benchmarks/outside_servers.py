@@ -1,11 +1,13 @@
-"""Endpoints in OpenAI's form behind rate limiters that we did not write: slowapi (over limits) and pyrate-limiter.
+"""Endpoints in OpenAI's form behind rate limiters of others: slowapi (over limits), pyrate-limiter, LiteLLM.
 
     python -m benchmarks.outside_servers KIND TIME_SCALE
 
 Serves on a free port of loopback, which it prints, until its standard input closes. Each endpoint grants `TPM` tokens
 and `RPM` requests per minute, charged for the prompt and the declared cap, and answers after 0.3 s and 5 ms per output
 token; the request states in its metadata how long its answer is. All clocks run TIME_SCALE times as fast: the
-limiters are given one, or the `time.time` that they read is replaced before they are imported.
+limiters are given one, or the `time.time` that they read is replaced before they are imported. LiteLLM does not install
+beside us: its check of a deployment's limits runs in a process of its own (`litellm_limits`), by the interpreter that
+`PACELINE_LITELLM_PYTHON` names; without it there are four endpoints.
 
 `described` says what a user would write into provider.yaml who has read the documentation of the limiter.
 """
@@ -15,11 +17,14 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
 
@@ -31,6 +36,9 @@ FIRST_TOKEN_S, PER_TOKEN_S = 0.3, 0.005
 # The bursts that the GCRA endpoint grants, as seconds of its limits: the second of two numbers that GCRA has.
 BURST_S = 6.0
 START_S = 60.0
+# How far into a minute of the clock LiteLLM's endpoint begins, seconds.
+PHASE_S = 23.0
+LITELLM_PYTHON = os.environ.get("PACELINE_LITELLM_PYTHON", "")
 
 # Of a limiter whose code one runs, all this is known: a plan need not hold for anything else.
 KNOWN = (
@@ -67,8 +75,17 @@ DESCRIBED: dict[str, dict[str, Any]] = {
         "retry_after": "absent",
         "counts": "none",
     },
+    # Tokens are added when the answer is there, under its minute; nothing but the requests' own limit counts refusals.
+    "litellm deployment": {
+        "window": "clock",
+        "phase_s": PHASE_S,
+        "charged": "answer",
+        "failed_requests_count": False,
+        "retry_after": 60,
+        "counts": "none",
+    },
 }
-KINDS = tuple(DESCRIBED)
+KINDS = tuple(kind for kind in DESCRIBED if LITELLM_PYTHON or not kind.startswith("litellm"))
 
 
 def described(kind: str) -> dict[str, Any]:
@@ -230,7 +247,47 @@ def _pyrate(kind: str, seconds: Callable[[], float], answer: Answer) -> Any:
     return app
 
 
+def _litellm(seconds: Callable[[], float], answer: Answer) -> Any:
+    """LiteLLM's check of a deployment before each request, its count of tokens after each answer."""
+    script = Path(__file__).with_name("litellm_limits.py")
+    check = subprocess.Popen(
+        [LITELLM_PYTHON, str(script), str(TPM), str(RPM)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert check.stdin is not None
+    assert check.stdout is not None
+    assert check.stdout.readline() == "ready\n", f"{LITELLM_PYTHON} has no litellm: pip install 'litellm[proxy]'"
+    said, heard, began_at = check.stdin, check.stdout, list[float]()
+
+    def tell(**words: float) -> dict[str, str]:
+        now = seconds()
+        if not began_at:
+            began_at.append(now)  # the loop whose clock it is was made after this endpoint
+        print(json.dumps({"at": PHASE_S + now - began_at[0], **words}), file=said, flush=True)
+        return dict(json.loads(heard.readline()))
+
+    app = FastAPI()
+
+    async def chat(request: Request) -> Response:
+        refused = tell()
+        if refused:
+            error = {"message": refused["message"], "type": "throttling_error", "param": None, "code": "429"}
+            return JSONResponse({"error": error}, 429, {"retry-after": refused["retry_after"]})
+        completion, stated = await answer(await request.json())
+        tell(used=completion["usage"]["total_tokens"])
+        return JSONResponse(completion, headers=stated)
+
+    app.add_api_route("/v1/chat/completions", chat, methods=["POST"], response_model=None)
+    weakref.finalize(app, check.kill)
+    return app
+
+
 def _app(kind: str, clock: Callable[[], float], answer: Answer) -> Any:
+    if kind.startswith("litellm"):
+        return _litellm(clock, answer)
     if kind.startswith("slowapi"):
         return _slowapi("fixed-window" if kind == "slowapi fixed" else "moving-window", answer)
     return _pyrate(kind, clock, answer)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from governor.model.policy import KNOB_BY_NAME, Policy
+from sim.model.windows import MINUTE_S
 from sim.scenario.scenario import Scenario
 
 _CONCURRENCY = (1, 2, 3, 5, 8, 12, 20, 30, 50, 80, 120, 200, 300, 500, 800, 1200, 2000)
@@ -31,6 +32,9 @@ WITHIN = {
     "clock": ("sliding",),
 }
 CHARGE_RULES = ("prompt_chars4", "auto", "responses", "max_of", "prompt_plus_max")
+# A short burst is filled to within so many seconds of its refill. Connections are made on the way of the first
+# requests, which therefore arrive later than those that follow: a burst used to the last token is refused then.
+BURST_SPARE_S = 0.25
 FLAGS = ("sync_headers", "hold_on_throttle", "backoff_keeps_permit", "settle")
 
 
@@ -96,7 +100,7 @@ def full_space(scenario: Scenario) -> Space:
     ladders = dict(guardrail_space(scenario).ladders)
     provider = scenario.provider
     ladders["tpm_window"] = WITHIN[provider.window] if "window" in provider.learnt else WITHIN["bucket"]
-    ladders["burst_seconds"] = _ladder((scenario.provider.burst_s, scenario.policy.burst_seconds), float)
+    ladders["burst_seconds"] = _ladder((burst_mirror_s(scenario), scenario.policy.burst_seconds), float)
     ladders["charge_rule"] = ("fixed", *CHARGE_RULES)
     ladders["launch_order"] = ("fifo", "longest_first")
     for flag in FLAGS:
@@ -105,6 +109,17 @@ def full_space(scenario: Scenario) -> Space:
         # Counts in headers would put right what the simulation settles wrongly; a real account may not state them.
         del ladders["settle"]
     return Space(ladders)
+
+
+def burst_mirror_s(scenario: Scenario) -> float:
+    """Return our own burst for the provider's, seconds: a little shorter, never below the largest request's charge."""
+    provider = scenario.provider
+    if provider.burst_s == MINUTE_S:
+        return MINUTE_S
+    largest_s = 0.0
+    if provider.tpm and len(scenario.workload):
+        largest_s = MINUTE_S * float(scenario.columns(scenario.policy).charge.max()) / provider.tpm
+    return min(provider.burst_s, max(provider.burst_s - BURST_SPARE_S, math.ceil(100.0 * largest_s) / 100.0))
 
 
 def _returns_unused(scenario: Scenario) -> bool:
@@ -143,7 +158,7 @@ def recipe(scenario: Scenario) -> Policy:
     provider = scenario.provider
     return scenario.policy.with_(
         tpm_window=MIRRORS[provider.window],
-        burst_seconds=provider.burst_s,
+        burst_seconds=burst_mirror_s(scenario),
         charge_rule=provider.charge_rule,
         tpm_headroom=0.01,
         stagger_seconds=0.0,

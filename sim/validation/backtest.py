@@ -38,7 +38,7 @@ TAKEN = (
     "the answer, the time and the fault of each attempt that was let in",
     "the ways to the provider",
     "what others used of the quota, by the counts in the headers",
-    "the median time of a refusal",
+    "the time of each refusal",
     "how late the loop's timers rang",
     "when settings were changed and launching was paused",
 )

@@ -9,8 +9,8 @@ what is refused; what an attempt meets once it is let in stays that of the journ
 request.
 
 Replications differ in what the journal cannot tell: the answers of requests that never got one, attempts beyond those
-that were made, how late timers and how long the ways to the provider would have been, what others use after the run's
-end (its own pattern, from a random moment on).
+that were made, how late timers and how long refusals and the ways to the provider would have been, what others use
+after the run's end (its own pattern, from a random moment on).
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ class Replay(Twin):
         self._noticed_at: dict[Job, float] = {}  # of backoffs that have ended
         self._answers_at = {tried.ended_s for tried in record.tried.values()}
         self._ways = ways_by_place(record)
+        self._refusals_s = [tried.took_s for tried in record.tried.values() if tried.is_refused]
         self._burst = (-1.0, 0)
         self._way_now: tuple[float, float] | None = None
         self._pattern = list(takings)
@@ -162,7 +163,7 @@ class Replay(Twin):
             if past.is_refused:
                 return past.outcome, past.took_s, -1, past.retry_after_s
         elif is_refused:
-            return answer
+            return answer[0], self._refusal_s(job, answer[1]), answer[2], answer[3]
         lane = job.index, job.lane
         nth = self._let_in[lane] = self._let_in.get(lane, -1) + 1
         met = self.record.let_in.get(lane, ())
@@ -181,6 +182,15 @@ class Replay(Twin):
             # What it took in another burst than that of the run: the provider's time is its own, the way is not.
             took_s = max(now[1], took_s + now[1] - then[1])
         return outcome, took_s, -1, met[nth].retry_after_s
+
+    def _refusal_s(self, job: Job, usual_s: float) -> float:
+        """Return how long a refusal by the model takes: as in the run if the attempt was refused there, else as any."""
+        past = self.record.tried.get((job.index, job.lane, job.tries))
+        if past is not None and past.is_refused:
+            return past.took_s
+        if self.seed == self.provider_seed or not self._refusals_s:
+            return usual_s
+        return self._refusals_s[int(self._rng.integers(len(self._refusals_s)))]
 
     def _expires_at(self, job: Job, now: float) -> float:
         """Return when the attempt expires, as late as the loop gave it up in the run."""

@@ -2,7 +2,7 @@
 
 Theory of operation. Sizes, settings and seed were known before the first launch, and are read as such. Of what came
 after, only this is taken: the length of each answer, the time of each answered request and how much of it was its way
-to the provider, the median time of a refusal, how many answers failed or were cut without text, what others used of the
+to the provider, the times of refusals, how many answers failed or were cut without text, what others used of the
 quota (`others`), how late the loop's timers rang, and when the settings were changed. Not taken: when anything was
 launched, what was throttled, how long anything waited. A request without an answer takes a length from those with
 similar prompts, and its time from a line fitted to the answered ones.
@@ -397,7 +397,7 @@ class Twin(Simulation):
         """Return the provider's response; it sees the attempt when it arrives, on the provider's clock."""
         there_s, round_s = self._way(job)
         answer = self._served(job, key, max(self.ps.at, now + there_s - self._began_s))
-        if self.pp.settles or self.pp.counts == prov.COUNTS_AT_ANSWER:
+        if self._counts_later:
             left_s = max(now, now + answer[1] - (round_s - there_s))
             Appointment(self.env, left_s, ANSWER, self._on_left, job)
         return answer

@@ -17,7 +17,7 @@ from sim.scenario.scenario import ModelSource, Scenario
 from sim.scenario.stress import Condition
 from sim.selection.hardening import Stress
 from sim.selection.search import FIRST_STAGE, LAST, Goal, Searcher, _with_front, better, sequential_halving
-from sim.selection.space import full_anchors, full_space, guardrail_space, safer_variants
+from sim.selection.space import BURST_SPARE_S, full_anchors, full_space, guardrail_space, safer_variants
 from tests.scenarios import batch
 
 
@@ -254,7 +254,8 @@ def test_a_known_window_is_mirrored_and_never_asked_for_too_much(small: Scenario
     assert set(full_space(small.with_(provider=provider)).ladders["tpm_window"]) == {"bucket", "sliding", "fixed"}
     anchors = [policy for policy in full_anchors(known) if policy != known.policy]
     assert {policy.tpm_window for policy in anchors} <= within
-    assert {policy.burst_seconds for policy in anchors} == {provider.burst_s}
+    spare_s = BURST_SPARE_S if window == "bucket" else 0.0
+    assert {policy.burst_seconds for policy in anchors} == {provider.burst_s - spare_s}
     space = full_space(known)
     tried = [near for policy in anchors for near in (*space.neighbours(policy), *safer_variants(policy, space, 1.0))]
     assert {policy.tpm_window for policy in tried} <= within
