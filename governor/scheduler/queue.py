@@ -88,6 +88,11 @@ class Queue(Generic[J]):
             heappop(queue)
         return self._head
 
+    @property
+    def new_work(self) -> J | None:
+        """Return the request of the batch that would be queued next, None after the last."""
+        return self._head
+
     def jobs(self) -> list[J]:
         """Return all jobs that wait for their launch or for the end of a backoff, except the head of new work."""
         queued = [job for _, _, job in self._queue if not job.ended]

@@ -363,6 +363,11 @@ class Stage:
             began_s=began_s(lesson.counts) - zero_s,
             takings=self.takings,
             lost=[(at_s - zero_s, row) for at_s, row in lesson.lost],
+            reserves=[
+                (at_s - zero_s, self._columns(write(change), provider, number).reserve)
+                for at_s, change in lesson.changes
+                if isinstance(change, Policy) and any(end_s <= at_s <= begin_s for end_s, begin_s in lesson.gaps)
+            ],
             record=lesson.record,
             timeout_s=lesson.policy.request_timeout_seconds or inf,
             zero_s=zero_s,

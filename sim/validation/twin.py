@@ -326,7 +326,8 @@ class Twin(Simulation):
     `there_s`, `round_s`: the way of each request to the provider, and there and back, shape (requests,). `began_s`:
     when the first one reached it, where its clock begins. `takings`: what others use of the quota, on that clock.
     `lost`: attempts that the simulation does not make, whose charge and reservation are booked all the same. Those
-    from before the run's first launch are booked on a clock that begins with them.
+    from before the run's first launch are booked on a clock that begins with them. `reserves`: when a leg began under
+    another rule of what is reserved, and the tokens that each request reserves from then on, shape (requests,).
     """
 
     def __init__(
@@ -340,6 +341,7 @@ class Twin(Simulation):
         began_s: float = 0.0,
         takings: Sequence[OthersUse] = (),
         lost: Sequence[tuple[float, int]] = (),
+        reserves: Sequence[tuple[float, NDArray[np.float64]]] = (),
         **rest: Any,
     ) -> None:
         super().__init__(*arguments, **rest)
@@ -352,7 +354,8 @@ class Twin(Simulation):
             Appointment(self.env, began_s + taking.at_s, CHANGE, self._on_taking, taking)
         # Where headers state what was used, lost attempts are among the takings.
         self._charges_lost = not takings
-        self._lost, self._changes = lost, changes
+        self._lost, self._changes, self._reserves = lost, changes, reserves
+        self._reserved: list[float] | None = None
 
     def run(self, start_s: float = 0.0) -> Tally:
         """Run to the end of the last request."""
@@ -364,7 +367,27 @@ class Twin(Simulation):
                 Appointment(self.env, at, CHANGE, self._on_lost, row)
         for at, change in self._changes:
             Appointment(self.env, at, CHANGE, self._on_change, change)
+        for at, tokens in self._reserves:
+            Appointment(self.env, at, CHANGE, self._on_reserves, tokens.tolist())
         return super().run(start_s)
+
+    def next_work(self) -> Job | None:
+        """Return the next request of the batch, with what it reserves in this leg."""
+        job = super().next_work()
+        return job if job is None else self._reserving(job)
+
+    def _reserving(self, job: Job) -> Job:
+        if self._reserved is not None:
+            job.reserve = self._reserved[job.index]
+            job.need = job.need_of(job.reserve)
+        return job
+
+    def _on_reserves(self, event: Any) -> None:
+        """Reserve by the new leg's rule whatever is not in flight: a resumed run reads its requests again."""
+        self._reserved = event._value
+        waiting = self.scheduler.jobs()
+        for job in waiting if self.scheduler.new_work is None else [*waiting, self.scheduler.new_work]:
+            self._reserving(job)
 
     def _on_wake(self, event: Any) -> None:
         """Handle a due moment: the loop notices it a little later, unless another event wakes it first."""

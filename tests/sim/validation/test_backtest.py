@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,7 +128,9 @@ def test_latency_is_the_line_through_the_answers() -> None:
 # ---------------------------------------------------------------- the twin
 
 
-def run_of(count: int, policy: Policy, late_s: float, changes: tuple[tuple[float, object], ...] = ()) -> float:
+def run_of(
+    count: int, policy: Policy, late_s: float, changes: tuple[tuple[float, object], ...] = (), **rest: Any
+) -> float:
     """Makespan of equal requests of one second each."""
     workload = from_tokens(np.full(count, 100), np.full(count, 50), max_tokens=50)
     read = columns(
@@ -135,8 +138,8 @@ def run_of(count: int, policy: Policy, late_s: float, changes: tuple[tuple[float
     )
     late, rng = np.full(1, late_s), np.random.default_rng(0)
     parts = (read, policy.params(), STEADY.params())
-    twin = Twin(*parts, seed=1, late_s=late if late_s else np.zeros(0), rng=rng, changes=changes)  # type: ignore[arg-type]
-    if not late_s and not changes:
+    twin = Twin(*parts, seed=1, late_s=late if late_s else np.zeros(0), rng=rng, changes=changes, **rest)  # type: ignore[arg-type]
+    if not late_s and not changes and not rest:
         assert twin.run().last_s == Simulation(*parts, seed=1).run().last_s
         return Simulation(*parts, seed=1).run().last_s
     return twin.run().last_s
@@ -163,6 +166,17 @@ def test_settings_change_when_they_did() -> None:
     assert run_of(10, policy, 0.0, ((2.5, wider),)) == pytest.approx(4.5)
     paused = ((2.5, "paused"), (7.5, "resumed"))
     assert run_of(10, policy, 0.0, paused) == pytest.approx(7.5 + 7.0)
+
+
+def test_a_leg_reserves_by_its_own_rule() -> None:
+    """A resumed run reads its requests again: under another charge rule they reserve something else."""
+    policy = Policy.preset("paceline").with_(
+        max_concurrency=50, stagger_seconds=0.0, tpm_limit=320, tpm_headroom=0.0, tpm_window="fixed", sync_headers=False
+    )
+    # Two requests of 150 tokens per minute; the last six go in the third minute once they reserve 30 each.
+    assert run_of(10, policy, 0.0) == pytest.approx(4 * 61.0 + 1.0)
+    renewed = run_of(10, policy, 0.0, reserves=[(70.0, np.full(10, 30.0))])
+    assert renewed == pytest.approx(2 * 61.0 + 1.0)
 
 
 # ---------------------------------------------------------------- a live run
