@@ -335,7 +335,7 @@ def exit_codes() -> str:
         + "\n## Why a request failed\n\n"
         + first_lines(errors.FailureCode)
         + "\n\n"
-        + _table(("code", "whose to mend", "the same again can succeed"), failures)
+        + _table(("code", "who can fix it", "the same again can succeed"), failures)
     )
 
 

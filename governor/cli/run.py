@@ -453,7 +453,9 @@ def scenario_of(given: str | None, env_files: Sequence[str] | None, environment:
         return given
     path = scenario_path(env_files, environment)
     if path and not os.path.isfile(path):
-        text = f"note: {path} ({SCENARIO}) is not there: the forecast takes the provider to be as the settings believe"
+        text = (
+            f"note: {path} ({SCENARIO}) is not there: the forecast assumes a provider with the limits of the settings"
+        )
         print(text, file=sys.stderr, flush=True)
         return ""
     return path

@@ -63,7 +63,7 @@ def serve(
     scenario: ScenarioFile = None,
     prices: Annotated[str | None, typer.Option(metavar="FILE.yaml", help="What models cost.")] = None,
     lease: Annotated[
-        str, typer.Option(metavar="15s", help="How long a replica that says nothing keeps its batches.")
+        str, typer.Option(metavar="15s", help="How long a replica that stops reporting keeps its batches.")
     ] = "15s",
     grace: Annotated[
         str, typer.Option(metavar="30s", help="How long requests in flight may end after Ctrl-C or SIGTERM.")

@@ -135,7 +135,7 @@ def apply(
     for change in done.changes:
         print(change)
     if not done.changes:
-        print(f"{target}: nothing to change, its settings are these already")
+        print(f"{target}: nothing to change: it has these settings already")
     elif done.backup is None:
         print(f"{target}: {plural(len(done.changes), 'setting')} would change; nothing was written")
     else:

@@ -18,14 +18,14 @@ from governor.run.outputs import errors_path
 # Remedies for a run that stopped, by the reason.
 REMEDIES = {
     "INSUFFICIENT_QUOTA": "the account's quota is used up: raise it, then run the same command again",
-    "UNAUTHORIZED": "the provider refuses the key or the model: mend that, then run the same command again",
+    "UNAUTHORIZED": "the provider rejected the key or the model: correct it, then run the same command again",
     "MAX_COST": "--max-cost is reached: raise it and run the same command again",
     "STOP_AFTER": "--stop-after is over: run the same command again to go on",
     "FINISH_BY": "the next launch would come after --finish-by: run the same command again then",
     "LONG_WAIT": "the next launch is more than a day away: run the same command again then, or add --yes to wait",
     "OUTWAITED": "the provider asks to wait longer than OPENAI_RETRY_AFTER_CAP_SECONDS or OPENAI_DEADLINE_SECONDS: "
     "run the same command again when access returns",
-    "REFUSED": "all requests are refused alike: mend what the line above names, then run the same command again",
+    "REFUSED": "all requests are refused alike: correct what the line above names, then run the same command again",
     "BATCH_CANCELLED": "a batch was cancelled in the account: run the same command again to submit the rest",
     "CANARY": "the canary was worse than forecast: change the settings, or add --yes",
     "SIGINT": "interrupted: run the same command again to go on",

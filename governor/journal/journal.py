@@ -289,7 +289,9 @@ class Journal(Records):
         """
         writer = self._running()
         if self.run().requests < 0:
-            raise JournalError(f"{self.name}: it was never filled with all requests: `ingest` them again")
+            raise JournalError(
+                f"{self.name}: the process that recorded its requests ended before the last: repeat its command"
+            )
         writer.commit()
         notes: list[str] = []
         states = {pool: self._state_of(pool, policy, at_s, notes) for pool, policy in settings.items()}

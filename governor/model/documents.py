@@ -33,7 +33,9 @@ def checked(kind: type[_Stated], data: Any, place: str) -> _Stated:
         path = ".".join(str(part) for part in (*filter(None, [place]), *first["loc"]) if part != "[key]")
         raise BadSetting(f"{path}{_complaint(kind, first)}".removeprefix(": "), path) from None
     except (OverflowError, RecursionError):
-        raise BadSetting(f"{place or 'the document'} holds a number or a nesting beyond all bounds") from None
+        raise BadSetting(
+            f"{place or 'the document'} holds a number too large or a nesting too deep to be read"
+        ) from None
 
 
 def _complaint(kind: type[BaseModel], error: Any) -> str:

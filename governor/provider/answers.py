@@ -109,9 +109,7 @@ def classify(
     ok = outcome is Outcome.OK
     raw = ""
     if 300 <= status < 400 and (to := fields.get("location")):
-        error = error._replace(
-            message=f"status {status}, a redirect to {to}: state that address itself, if it is right"
-        )
+        error = error._replace(message=f"status {status}, a redirect to {to}: use that address, if it is right")
     if outcome is Outcome.MALFORMED:
         error = error._replace(message=_unreadable(status, content, text))
         raw = text[:RAW_CHARS_MAX] if content is None else ""

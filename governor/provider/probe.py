@@ -318,8 +318,8 @@ async def _settling(probe: Probe, rule: ProbeAnswer, answer: Answer, charged: fl
     tolerance = MOMENT_S * probe.rate_per_s / math.sqrt(probe.time_scale) + _ROUNDING
     fitting = {settled for settled, amount in expected if abs(left - amount) <= tolerance}
     why = (
-        f"{left:,.0f} tokens used after it had ended; in a bucket {corrected:,.0f} if corrected to use, {kept:,.0f} "
-        f"if not; in a counter of a minute {real:,.0f} or {charged:,.0f}"
+        f"{left:,.0f} tokens counted once the call had ended. Expected, settled or not: of a bucket {corrected:,.0f} "
+        f"or {kept:,.0f}, of a counter per minute {real:,.0f} or {charged:,.0f}"
     )
     if len(fitting) == 1:
         return ProbeAnswer("settles", fitting.pop(), why)

@@ -106,7 +106,7 @@ class Permit:
         number.
         """
         if not tokens < inf:
-            raise PacelineError(f"an answer that used {tokens} tokens: tell a number of tokens, -1 = not known")
+            raise PacelineError(f"an answer that used {tokens} tokens: state a number of tokens, -1 = not known")
         self._used, self._limits = tokens, limits
 
     async def answered(self, answer: Answer) -> bool:

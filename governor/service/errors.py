@@ -148,7 +148,7 @@ async def on_os_error(request: Request, error: Exception) -> JSONResponse:
     if error.errno not in EXHAUSTED:
         return await on_bug(request, error)
     log.error("%s %s: %s", request.method, request.url.path, error.strerror)
-    text = f"the service's machine is exhausted ({error.strerror}): try again in a moment"
+    text = f"the service's machine has run out of something ({error.strerror}): try again in a moment"
     return answer_of(ApiError(503, NO_ROOM, text, {"retryable": True}, {"Retry-After": "10"}))
 
 

@@ -311,7 +311,7 @@ def _by_expected(observed: Observed, answers: NDArray[np.int64]) -> Real:
 def _notes(observed: Observed, found: QuotaFit) -> tuple[str, ...]:
     notes = []
     if found["share of others"].known and found["share of others"].used > 0.0:
-        notes.append("others are taken to use their share evenly: whether they come in bursts is not fitted")
+        notes.append("others are assumed to use their share evenly: bursts are not fitted")
     if (observed.tries.max_tokens < 0).all():
         notes.append("the log states no output caps: none is declared")
     notes.append(

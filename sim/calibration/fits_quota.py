@@ -320,8 +320,8 @@ def _counting(best: Rule, charged: Real, base: ProviderConfig) -> Figure:
         return unknown(name, default, "too few refusals state what remains, or it was nothing anyway")
     ratio = sum(votes) / len(votes)
     if 0.25 < ratio < 0.75:
-        return unknown(name, default, f"{sum(votes)} of {len(votes)} refusals took their charge, the others did not")
-    how = f"{sum(votes)} of {len(votes)} refusals took their charge"
+        return unknown(name, default, f"{sum(votes)} of {len(votes)} refusals were charged, the others were not")
+    how = f"{sum(votes)} of {len(votes)} refusals were charged"
     return Figure(name, ratio > 0.5, None, None, "", how, default)
 
 

@@ -105,7 +105,7 @@ def _stated_wait(value: Any) -> Any:
         return value
     if type(value) in (int, float) and 0.0 <= value <= DAY_S:
         return float(value)
-    wanted = f"must be 'absent', 'ms' or 'seconds', or the same number of seconds always, 0 to {DAY_S:,.0f}"
+    wanted = f"must be 'absent', 'ms' or 'seconds', or a fixed number of seconds, 0 to {DAY_S:,.0f}"
     raise ValueError(f"{quoted(value)} {wanted}")
 
 

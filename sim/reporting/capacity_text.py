@@ -168,8 +168,8 @@ def _warm_up(scenario: Scenario, found: Capacity) -> str:
     return (
         f"{load}; below that waits would grow without end. Wait: from arrival to the launch that was answered. Left "
         f"out as warm-up: the first {found.warm_up_requests:,.0f} of {len(scenario.workload):,} requests (MSER-5, "
-        f"median over runs). The trace lasts {words.duration(float(scenario.workload.arrival_s.max()))}, and its first "
-        "minute's worth of tokens is there at the start: a trace of a few minutes is answered on the bright side."
+        f"median over runs). The trace lasts {words.duration(float(scenario.workload.arrival_s.max()))}, and "
+        "a minute's worth of tokens is available at its start: for a trace of a few minutes the answer is optimistic."
     )
 
 
@@ -206,7 +206,7 @@ def split_text(found: Split, width: int) -> str:
         said.append(f"Hand in a wave when the one before it has ended: {found.waves:,} waves, one fills the queue.")
     if found.queue_tokens:
         said.append(
-            f"Input tokens are estimated from the text; for that {QUEUE_HEADROOM:.0%} of the queue of "
+            f"Input tokens are estimated from the text, so {QUEUE_HEADROOM:.0%} of the queue of "
             f"{found.queue_tokens:,} per model is left free."
         )
     if found.note:

@@ -90,7 +90,7 @@ def held_back(waits_s: Mapping[str, float], policy: Policy, reserved: float, cha
     total = sum(waits_s.values())
     ranked = sorted(CAUSES[1:], key=lambda name: -waits_s.get(name, 0.0))
     if total <= 0.0 or waits_s[ranked[0]] <= 0.0:
-        return "Nothing held it back: no request waited, so the time of the answers decides."
+        return "Nothing held it back: no request waited, so the time of the answers alone decides."
     causes = [cause for cause in ranked[:2] if waits_s[cause] >= EQUALLY * waits_s[ranked[0]]]
     named = [knob_text(cause, policy) for cause in causes]
     shares = [f"{words.percent(waits_s[cause] / total)} for {WAITED_FOR[cause][1]}" for cause in causes]
@@ -146,8 +146,8 @@ def summary_text(scenario: Scenario, s: Summary, width: int) -> str:
         wrapped(held_back(s.waits_s, scenario.policy, s.reserved_tokens, s.charged_tokens), width),
         inputs_text(scenario.provenance(), width),
         wrapped(
-            f"One run (seed {scenario.seed}); --replications N shows how much runs differ, which is not all that is "
-            "unknown: what is assumed above stays so.",
+            f"One run (seed {scenario.seed}); --replications N shows how much runs differ, not what happens "
+            "if an assumption above is wrong (`paceline plan` draws that).",
             width,
         ),
     ]
@@ -184,7 +184,7 @@ def forecast_text(scenario: Scenario, forecast: Forecast, width: int) -> str:
         inputs_text(scenario.provenance(), width),
         wrapped(
             f"{runs:,} runs (seeds {scenario.seed} to {scenario.seed + runs - 1}); the intervals show how much runs "
-            "differ, which is not all that is unknown: what is assumed above stays so.",
+            "differ, not what happens if an assumption above is wrong (`paceline plan` draws that).",
             width,
         ),
     ]

@@ -336,7 +336,7 @@ def reason_for(
         else "a 429 concerns one request",
         "backoff_keeps_permit": "a place in flight is not blocked while its request backs off"
         if not after
-        else "a request that backs off keeps its place, which damps the rest",
+        else "a request that backs off keeps its place, which slows the others down",
         "settle": "books what was really used as soon as it is known" if after else "the provider does not settle",
     }
     return texts.get(name, "better in the simulation")

@@ -35,7 +35,7 @@ def provider(
     time_scale: Annotated[float, typer.Option(metavar="X", help="Run the clock this many times as fast.")] = 1.0,
     stated_time: Annotated[
         Literal["client", "provider"],
-        typer.Option(help="Whose seconds it states; provider's for a run of the same --time-scale."),
+        typer.Option(help="In whose seconds waits are stated; provider: for clients with the same --time-scale."),
     ] = "client",
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of answers, latency and faults.")] = 0,
 ) -> None:

@@ -214,5 +214,5 @@ def _untold(stages: Sequence[Stage], would: Sequence[ReplayedRun]) -> tuple[str,
     if any(each.parted_s is not None for each in would):
         notes.append("attempts beyond those that were made: their times and faults are drawn from the others'")
         if any(stage.takings for stage in stages):
-            notes.append("what others use after the run's end: their own pattern again, from any moment of it on")
+            notes.append("what others use after the run's end: their pattern is repeated from a random moment of it")
     return tuple(notes)

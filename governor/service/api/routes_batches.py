@@ -268,7 +268,7 @@ async def _asked(request: Request, batch_id: str, wanted: str, who: str, service
         # A command whose answer was never kept, since its process died, has been recorded all the same.
         return before if before.body else JSONResponse(batch_json(row), headers=REPLAYED)
     if row.state in ENDED or (row.wanted == CANCEL and wanted != CANCEL):
-        raise ApiError(409, CONFLICT, f"batch {batch_id} is {row.state}: it cannot be asked for anything any more")
+        raise ApiError(409, CONFLICT, f"batch {batch_id} is {row.state}: it takes no more commands")
     try:
         await service.worker.ask(row, wanted, key)
     except KeyTakenError:

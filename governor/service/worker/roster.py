@@ -300,7 +300,7 @@ class Roster:
         """Stop the pool's batches where they stand: the account is refused."""
         if why == "SHUTDOWN":
             return
-        log.error("pool %s: stopped (%s); resume a batch when that is mended", pool, why)
+        log.error("pool %s: stopped (%s); resume a batch once that is solved", pool, why)
         for batch in self.running.values():
             if batch.state in (QUEUED, RUNNING) and pool in batch.row.details.get("pools", ()):
                 batch.state, batch.reason, batch.changed = STOPPED, why, True

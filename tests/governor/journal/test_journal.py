@@ -59,7 +59,7 @@ def test_the_run_s_own_data_and_legs(path: Path) -> None:
         run = journal.run()
         assert (run.schema, run.version, run.fingerprint, run.seed) == (schema.SCHEMA, "9.9", fingerprint, seed)
         assert (run.epoch_s, run.requests, run.purged_epoch_s) == (EPOCH_S + 0.125, -1, -1.0)
-        with pytest.raises(JournalError, match="never filled"):
+        with pytest.raises(JournalError, match="ended before the last"):
             journal.begin({"default": FREE}, 0.0)
         assert journal.ingest(works(2)) == 2
         assert journal.run().requests == 2
