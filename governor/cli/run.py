@@ -348,12 +348,17 @@ def doctor(
     base_url: BaseUrl = None,
     profile: ProfileName = None,
     model: Annotated[str, typer.Option(metavar="MODEL", help="The model to call.")] = "gpt-4o-mini",
+    write: Annotated[
+        str | None,
+        typer.Option(metavar="FILE.env", help="Write the limits that the provider's endpoint states into this file."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check key, model and limits with one tiny call.
 
-    Points out settings that disagree with the account. Costs a few tokens per pool. The exit code is 1 if a pool does
-    not answer, 4 if the account is rejected.
+    With an admin key (OPENAI_ADMIN_KEY and OPENAI_PROJECT_ID, or ANTHROPIC_ADMIN_KEY) it also reads the limits from the
+    provider's own endpoint. Points out settings, headers and endpoint that disagree with each other. Costs a few tokens
+    per pool. The exit code is 1 if a pool does not answer, 4 if the account is rejected.
 
     Example: paceline doctor --env-file .env
     """
@@ -362,12 +367,32 @@ def doctor(
 
     environment = environment_of(env_file)
     found = pools_of(environment, env_file, words_of(assignments, tpm, rpm), pools, base_url, None, profile)
+    if write is not None and len(found) > 1:
+        raise BadSetting("--write is for one quota: leave out --pools", "--write")
     findings: Sequence[Diagnosis] = examine(found, environment, connect_with(environment), model)
     if as_json:
         print(json.dumps({finding.pool: finding.to_json_dict() for finding in findings}, indent=2))
     else:
         print("\n".join(finding.text(named=len(findings) > 1) for finding in findings))
+    if write is not None:
+        _write_limits(Path(write), findings[0].endpoint)
     raise typer.Exit(max(finding.exit_code for finding in findings))
+
+
+def _write_limits(target: Path, limits: Mapping[str, float] | None) -> None:
+    """Write the endpoint's limits into an env file."""
+    from governor.provider.account_limits import settings_for
+    from governor.run.apply import write_settings
+
+    if limits is None:
+        raise BadSetting(
+            "--write needs the provider's own limits: set its admin key, such as OPENAI_ADMIN_KEY", "--write"
+        )
+    done = write_settings(target, settings_for(limits))
+    for change in done.changes:
+        print(change, file=sys.stderr)
+    if not done.changes:
+        print(f"{target}: the limits are these already", file=sys.stderr)
 
 
 # ---------------------------------------------------------------- options in combination

@@ -91,6 +91,17 @@ def apply(source: Path, target: Path, *, write: bool = True, insist: bool = Fals
     return ApplyResult(changes, _replace(target, raw, content), content)
 
 
+def write_settings(target: Path, values: Mapping[str, str]) -> ApplyResult:
+    """Put settings into an env file, and nothing else of it; a backup lies beside it. See `apply`."""
+    raw = _bytes_of(target)
+    policy = policy_of(target)
+    current = {knob.env: knob.text(getattr(policy, knob.name)) for knob in KNOBS}
+    changed = {name: value for name, value in values.items() if current.get(name, "") != value}
+    content, lines = with_values(raw, changed)
+    changes = tuple(SettingChange(name, current[name], value, lines[name]) for name, value in changed.items())
+    return ApplyResult(changes, _replace(target, raw, content) if changes else None, content)
+
+
 def _wanted(source: Path, target: Path) -> dict[str, str]:
     """Return our names in the source with their values; paths of scenario and profile are made relative to
     the target."""

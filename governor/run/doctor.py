@@ -13,6 +13,7 @@ from governor.model.pools import Connect, Pool, key_of
 from governor.model.requests import Answer, Outcome, Request, Scope, url_of
 from governor.model.words import duration
 from governor.model.work import Job, Work
+from governor.provider.account_limits import account_limits, drift
 from governor.telemetry.watch import limit_text
 
 _TIMEOUT_S = 30.0
@@ -22,7 +23,10 @@ MAX_TOKENS = 16
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """The answer of one pool. `disagree`: remarks on settings that differ from the account's grant."""
+    """The answer of one pool. `disagree`: remarks on settings that differ from the account's grant.
+
+    `endpoint`: the limits that the provider's own endpoint states, by dimension; None if it was not asked.
+    """
 
     pool: str
     address: str
@@ -30,6 +34,7 @@ class Diagnosis:
     answer: Answer
     took_s: float
     disagree: tuple[str, ...]
+    endpoint: Mapping[str, float] | None = None
 
     @property
     def exit_code(self) -> int:
@@ -50,6 +55,7 @@ class Diagnosis:
             "message": a.message,
             "took_s": round(self.took_s, 3),
             "limits": {x.dimension: {"limit": x.limit, "remaining": x.remaining} for x in a.limits},
+            "endpoint": None if self.endpoint is None else dict(self.endpoint),
             "disagree": list(self.disagree),
         }
 
@@ -68,10 +74,13 @@ class Diagnosis:
                 f"{limit.remaining:,.0f} left" if limit.remaining >= 0.0 else f"{-limit.remaining:,.0f} too many used"
             )
             lines.append(f"  {limit.dimension} {limit.limit:,.0f}, {left}")
+        if self.endpoint is not None:
+            stated = ", ".join(f"{name} {limit:,.0f}" for name, limit in self.endpoint.items())
+            lines.append(f"  the provider's endpoint states {stated}")
         if a.outcome is Outcome.OK and not a.limits:
             lines.append("  states no limits in its headers: OPENAI_SYNC_HEADERS will find nothing to go by")
         lines += [f"  {text}" for text in self.disagree]
-        if a.limits and not self.disagree:
+        if (a.limits or self.endpoint) and not self.disagree:
             lines.append("  the settings agree with what it grants")
         return "\n".join(lines)
 
@@ -82,12 +91,12 @@ def examine(pools: Sequence[Pool], environment: Mapping[str, str], connect: Conn
         key_of(pool, environment)
 
     async def run() -> list[Diagnosis]:
-        return [await _examined(pool, connect, model) for pool in pools]
+        return [await _examined(pool, environment, connect, model) for pool in pools]
 
     return asyncio.run(run())
 
 
-async def _examined(pool: Pool, connect: Connect, model: str) -> Diagnosis:
+async def _examined(pool: Pool, environment: Mapping[str, str], connect: Connect, model: str) -> Diagnosis:
     named = next((name for name in pool.models if "*" not in name and "?" not in name), model)
     body: dict[str, Any] = {
         "model": named,
@@ -95,12 +104,16 @@ async def _examined(pool: Pool, connect: Connect, model: str) -> Diagnosis:
         "max_completion_tokens": MAX_TOKENS,
     }
     request = Request(0, "doctor", url_of(CHAT), named, body, sizes_of(CHAT, body), pool.name)
+    limits = account_limits(pool, environment, named)
     send = connect(pool)
     began = time.monotonic()
     try:
         answer = await send(Job(Work(request, 0.0), 0, 0.0, -1.0, -1, 0.0), _TIMEOUT_S)
     finally:
         await send.aclose()
-    texts = (limit_text(limit.dimension, limit.limit, pool.policy) for limit in answer.limits)
+    stated = {limit.dimension: limit.limit for limit in answer.limits}
+    # Where both state a limit, the endpoint's is the account's.
+    remarks = [limit_text(name, limit, pool.policy) for name, limit in {**stated, **(limits or {})}.items()]
+    texts = [*remarks, *drift(limits or {}, stated)]
     address = pool.address or "https://api.openai.com/v1"
-    return Diagnosis(pool.name, address, named, answer, time.monotonic() - began, tuple(filter(None, texts)))
+    return Diagnosis(pool.name, address, named, answer, time.monotonic() - began, tuple(filter(None, texts)), limits)

@@ -312,8 +312,8 @@ def no_more(governor: Governor) -> Refused:
 
 
 def stated_by(limits: tuple[Limit, ...]) -> Stated:
-    """Return the counts in an answer's headers, by the law's dimensions."""
-    return [(DIMENSIONS[each.dimension], each.limit, each.remaining) for each in limits]
+    """Return the counts in an answer's headers, by the law's dimensions; of others it keeps no count."""
+    return [(DIMENSIONS[each.dimension], each.limit, each.remaining) for each in limits if each.dimension in DIMENSIONS]
 
 
 def kind_of(request: Request) -> tuple[tuple[str, int, int], float]:

@@ -233,7 +233,9 @@ def outage_text(outage: OutageWatch, answer: Answer) -> str:
 
 def limit_text(dimension: str, granted: float, policy: Policy) -> str:
     """Return the message for an account's limit that differs from the settings; "" if they agree."""
-    knob = KNOB_BY_ENV[f"OPENAI_{dimension}_LIMIT"]
+    knob = KNOB_BY_ENV.get(f"OPENAI_{dimension}_LIMIT")
+    if knob is None:
+        return ""
     ours = float(getattr(policy, knob.name))
     if abs(granted - ours) <= LIMITS_DIFFER * granted:
         return ""

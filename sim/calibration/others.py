@@ -91,7 +91,9 @@ def counts_of(heard: Iterable[HeardAttempt], place: dict[int, int], clock: Calla
                 let_in=a.outcome not in TURNED_AWAY,
                 charge=-1.0 if a.lane == "main" else float(max(0, a.charged_tokens)),
                 used=float(a.prompt_tokens + a.output_tokens) if a.outcome is Outcome.OK else -1.0,
-                stated=tuple((DIMENSIONS[x.dimension], x.limit, x.remaining) for x in limits),
+                stated=tuple(
+                    (DIMENSIONS[x.dimension], x.limit, x.remaining) for x in limits if x.dimension in DIMENSIONS
+                ),
                 retry_s=a.retry_after_s,
             )
         )

@@ -34,7 +34,7 @@ from sim.model.provider import ProviderState
 from sim.model.provider_config import ProviderConfig
 from sim.model.synthetic import P50_ASSUMED_MAX, P50_ASSUMED_NO_CAP, P50_OF_CAP, SIGMA_ASSUMED
 from sim.model.workload import TOKENS_MAX
-from sim.serving import anthropic, streams, wire
+from sim.serving import anthropic, profile_forms, streams, wire
 from sim.serving.contents import Content, content_of
 from sim.serving.stats import Stats
 from sim.serving.streams import Timed
@@ -217,9 +217,14 @@ class Desk:
         if not prov.states_counts(self.pp, reply.status == 429):
             return []
         if (profile := self._own(reply.endpoint)) is not None:
-            return wire.profile_headers(self.pp, self.ps, self.scale, profile, time.time())
+            return profile_forms.profile_headers(self.pp, self.ps, self.scale, profile, time.time())
         write: Callable[..., Headers] = _words(reply.endpoint).limit_headers
         return write(self.pp, self.ps, self.scale, self.config.header_names, time.time())
+
+    def limits_page(self, path: str, models: Sequence[str]) -> bytes | None:
+        """Return what an endpoint of limits answers, by the profile's form; None for any other path."""
+        profile = read_profile(self.config.profile)
+        return profile_forms.limits_body(profile, path, self.pp, models)
 
     def _own(self, endpoint: int) -> Profile | None:
         """Return the profile whose names and formats hold at this endpoint; None: those of `wire` or `anthropic`."""
@@ -383,9 +388,11 @@ class Desk:
             return self._refusal(endpoint, "too_large", words.too_large_error(call.model, d, limit, requested))
         stated_s = words.stated_wait_s(wait_s, self.scale)
         if (profile := self._own(endpoint)) is not None and endpoint != MESSAGES:
-            body = wire.rate_error(call.model, d, limit, used[d], requested, stated_s, wire.throttled_code(profile))
+            body = wire.rate_error(
+                call.model, d, limit, used[d], requested, stated_s, profile_forms.throttled_code(profile)
+            )
             reply = self._refusal(endpoint, "throttled", body)
-            reply.extra += wire.profile_wait(profile, stated_s, time.time())
+            reply.extra += profile_forms.profile_wait(profile, stated_s, time.time())
             return reply
         body = words.rate_error(call.model, d, limit, used[d], requested, stated_s)
         reply = self._refusal(endpoint, "throttled", body)

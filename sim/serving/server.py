@@ -126,6 +126,8 @@ class Provider:
         elif method == "POST" and path == "/_reset":
             self.reset()
             await _sent(send, 200, b"{}")
+        elif method == "GET" and (limits := self.desk.limits_page(path, _MODELS)) is not None:
+            await _sent(send, 200, limits)
         elif method == "GET" and path == "/v1/models":
             await _sent(send, 200, wire.models_body(_MODELS))
         else:

@@ -15,12 +15,9 @@ import json
 import math
 import struct
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 from governor.model.estimate import CHARS_PER_TOKEN, CHAT, COMPLETIONS, RESPONSES
-from governor.model.requests import Outcome
-from governor.profiles.schema import CountHeaders, Profile, TimeFormat
 from governor.provider.stated import DAY_S, MINUTE_S, duration_text, refill_reset_s
 from sim.model import provider as prov
 from sim.model import windows as win
@@ -431,52 +428,3 @@ def limit_headers(
         for kind, value in (("limit", f"{limit:.0f}"), ("remaining", f"{left:.0f}"), ("reset", reset)):
             headers.append((f"{first}{kind}{last}".encode(), value.encode()))
     return headers
-
-
-def time_text(seconds: float, form: TimeFormat, epoch_s: float) -> str:
-    """Return a time from now in a profile's format; `epoch_s`: now, seconds since 1970."""
-    if form == "seconds":
-        return f"{seconds:.3f}".rstrip("0").rstrip(".")
-    if form == "milliseconds":
-        return f"{math.ceil(seconds * 1000.0 - 1e-6)}"
-    if form == "instant":
-        return datetime.fromtimestamp(epoch_s + seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    if form == "epoch":
-        return f"{math.ceil(epoch_s + seconds)}"
-    return duration_text(floored_ms(seconds))
-
-
-def profile_headers(pp: ProviderParams, ps: ProviderState, scale: float, profile: Profile, epoch_s: float) -> Headers:
-    """Return the counts as of the last admission, under the names and in the formats of the profile.
-
-    Of dimensions that share their headers, the requests are those of the tighter limit, the tokens those of the minute.
-    """
-    sharing: dict[CountHeaders, list[int]] = {}
-    for name, dimension in profile.dimensions.items():
-        if dimension.headers is not None and name in DIMENSIONS and pp.limit[DIMENSIONS.index(name)] > 0.0:
-            sharing.setdefault(dimension.headers, []).append(DIMENSIONS.index(name))
-    headers: Headers = []
-    for names, found in sharing.items():
-        d = prov.requests_dimension(pp, ps) if set(found) == {prov.RPM, prov.RPD} else min(found)
-        headers += [
-            (names.limit.encode(), b"%d" % prov.limit_now(pp, ps, d)),
-            (names.remaining.encode(), b"%d" % prov.remaining(pp, ps, d)),
-        ]
-        if names.reset is not None:
-            text = time_text(reset_s(pp, ps, d) / scale, names.reset_format, epoch_s)
-            headers.append((names.reset.encode(), text.encode()))
-    return headers
-
-
-def throttled_code(profile: Profile) -> str:
-    """Return the code of the profile's 429."""
-    return next(iter(profile.errors.codes.get(Outcome.THROTTLED, ())), "rate_limit_exceeded")
-
-
-def profile_wait(profile: Profile, wait_s: float, epoch_s: float) -> Headers:
-    """Return a stated wait in the header that the profile names first; none for -1, or if it names no header."""
-    place = next((each for each in profile.retry_after if each.header is not None), None)
-    if place is None or place.header is None or wait_s < 0.0:
-        return []
-    form: TimeFormat = "seconds" if place.format == "auto" else place.format
-    return [(place.header.encode(), time_text(wait_s, form, epoch_s).encode())]

@@ -124,7 +124,9 @@ def record_of(
 
 
 def _tried(a: Attempt, limits: Iterable[Limit], clock: Callable[[float], float]) -> RecordedAttempt:
-    stated = sorted((DIMENSIONS[each.dimension], each.limit, each.remaining) for each in limits)
+    stated = sorted(
+        (DIMENSIONS[each.dimension], each.limit, each.remaining) for each in limits if each.dimension in DIMENSIONS
+    )
     is_used = a.outcome is Outcome.OK and a.prompt_tokens >= 0 and a.output_tokens >= 0
     return RecordedAttempt(
         clock(a.launched_s),

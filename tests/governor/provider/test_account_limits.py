@@ -1,0 +1,54 @@
+"""An account's limits, read from its provider's own endpoint: in both forms, and never with the key in wrong hands."""
+
+from __future__ import annotations
+
+import pytest
+
+from governor.model.errors import BadSetting, PacelineError
+from governor.model.pools import Pool
+from governor.provider.account_limits import account_limits, drift, settings_for
+from sim.model.provider_config import ProviderConfig
+from sim.serving.server import serve
+
+ADMIN = {"OPENAI_ADMIN_KEY": "admin-key", "OPENAI_PROJECT_ID": "proj/1", "ANTHROPIC_ADMIN_KEY": "admin-key"}
+
+
+def test_openai_states_them_per_project_and_model() -> None:
+    with serve(ProviderConfig(tpm=450_000, rpm=5_000, rpd=10_000)) as served:
+        pool = Pool(base_url=served.base_url, profile="openai")
+        limits = account_limits(pool, ADMIN, "gpt-4o-2024-08-06")
+        assert limits == {"TPM": 450_000, "RPM": 5_000, "RPD": 10_000}
+        with pytest.raises(PacelineError, match="states no limits of gpt-9"):
+            account_limits(pool, ADMIN, "gpt-9")
+    assert settings_for(limits) == {
+        "OPENAI_TPM_LIMIT": "450000",
+        "OPENAI_RPM_LIMIT": "5000",
+        "OPENAI_RPD_LIMIT": "10000",
+    }
+    assert drift(limits, {"TPM": 450_000, "RPM": 3_000}) == [
+        "the endpoint states RPM 5,000, the headers 3,000: the account has another limit for this key, or it has just "
+        "changed"
+    ]
+
+
+def test_anthropic_states_them_in_groups_of_models() -> None:
+    config = ProviderConfig.model_validate({"profile": "anthropic", "tpm": 0, "rpm": 50})
+    with serve(config) as served:
+        pool = Pool(base_url=served.base_url, profile="anthropic")
+        limits = account_limits(pool, ADMIN, "gpt-4o-mini")
+    assert limits is not None
+    assert limits["RPM"] == 50
+    assert settings_for({"ITPM": 30_000.0}) == {}, "there is no setting for it yet"
+
+
+def test_without_an_admin_key_nothing_is_asked() -> None:
+    assert account_limits(Pool(base_url="http://127.0.0.1:9/v1", profile="openai"), {}, "gpt-4o") is None
+    assert account_limits(Pool(base_url="http://127.0.0.1:9/v1"), ADMIN, "gpt-4o") is None
+
+
+def test_an_admin_key_goes_to_its_own_provider_alone() -> None:
+    gateway = Pool(base_url="https://gateway.example.com/v1", profile="openai")
+    with pytest.raises(BadSetting, match="OPENAI_ADMIN_KEY is an admin key of OpenAI, and is not sent to"):
+        account_limits(gateway, ADMIN, "gpt-4o")
+    with pytest.raises(BadSetting, match="set OPENAI_PROJECT_ID"):
+        account_limits(Pool(profile="openai"), {"OPENAI_ADMIN_KEY": "k"}, "gpt-4o")
