@@ -13,10 +13,11 @@ from sim.app.options import Options, duration_s
 from sim.app.outputs import check_file
 from sim.base.progress import Progress
 from sim.experiment.results import CONFIDENCE
-from sim.reporting.capacity_text import capacity_text, how_many_text, ways_text
+from sim.reporting.capacity_text import capacity_text, how_many_text, reserved_text, ways_text
 from sim.selection.batch_api import Terms, Way, ways
 from sim.selection.capacity import PROBES_FORESEEN, TUNING_RUNS, How, capacity, how_many, runs_of
 from sim.selection.capacity_results import Capacity
+from sim.selection.reserved import compared
 from sim.selection.steady import steady_capacity
 
 
@@ -33,6 +34,8 @@ class CapacityOptions:
     picture: str | None
     batch: Terms | None = None
     prices: str | None = None
+    reserved: str = ""
+    cached_share: float = 0.0
 
     def check(self) -> None:
         """BadSetting or BadInput for options that do not go together, before any work is done."""
@@ -46,8 +49,12 @@ class CapacityOptions:
             raise BadSetting("--batch-queue compares ways to finish a batch: give --finish-by, without --how-many")
         if self.how_many and self.tiers:
             raise BadSetting("--tiers names limits to try, --how-many is for the present ones: leave one of them out")
-        if self.batch is None and self.prices:
-            raise BadSetting("--prices is for --batch-queue: give both")
+        if self.batch is None and not self.reserved and self.prices:
+            raise BadSetting("--prices is for --batch-queue and --reserved: give one of them")
+        if self.reserved and self.how_many:
+            raise BadSetting(
+                "--reserved compares prices of one load, --how-many looks for another: leave one of them out"
+            )
         if self.confidence == 0.0:
             raise BadSetting("--confidence 0 is always met: give a share above 0, for example 0.95")
         check_file(self.picture, "--out", (".png",))
@@ -96,8 +103,12 @@ def answered(given: Options, inputs: Inputs, asked: CapacityOptions, width: int)
     runs = runs_of(len(scenario.workload), confidence, scenario.replications)
     foreseen = (runs + (TUNING_RUNS if asked.retune else 0)) * PROBES_FORESEEN
     # Read before the work: a list that is not there should show at once.
-    prices = prices_in_force(asked.prices, read_profile(scenario.provider.profile)) if asked.batch is not None else None
-    compared: tuple[Way, ...] = ()
+    prices = prices_in_force(asked.prices, read_profile(scenario.provider.profile))
+    # What reserving costs takes no simulation, and a model without units should show at once.
+    reserved = None
+    if asked.reserved:
+        reserved = compared(scenario, prices, asked.finish_by_s, asked.reserved, cached_share=asked.cached_share)
+    found_ways: tuple[Way, ...] = ()
     with Progress("looking for the smallest limit", foreseen) as bar:
         common: How = {
             "confidence": confidence,
@@ -117,14 +128,17 @@ def answered(given: Options, inputs: Inputs, asked: CapacityOptions, width: int)
             assert asked.finish_by_s is not None
             found = capacity(scenario, asked.finish_by_s, **common, **more)
             if asked.batch is not None:
-                compared = ways(scenario, asked.batch, prices, asked.finish_by_s, say=bar.say)
+                found_ways = ways(scenario, asked.batch, prices, asked.finish_by_s, say=bar.say)
         if asked.picture:
             _draw(asked.picture, found)
     enough = found.smallest is not None or found.tier is not None
     shown, text = found.to_json_dict(), capacity_text(scenario, found, width)
     if asked.batch is not None:
-        shown |= {"ways": [way.to_json_dict() for way in compared], "batch_api_assumed": asdict(asked.batch)}
-        text = f"{text}\n\n{ways_text(compared, asked.batch, asked.finish_by_s or 0.0, found.confidence, width)}"
+        shown |= {"ways": [way.to_json_dict() for way in found_ways], "batch_api_assumed": asdict(asked.batch)}
+        text = f"{text}\n\n{ways_text(found_ways, asked.batch, asked.finish_by_s or 0.0, found.confidence, width)}"
+    if reserved is not None:
+        shown |= {"reserved": reserved.to_json_dict()}
+        text = f"{text}\n\n{reserved_text(reserved, width)}"
     return CapacityAnswer(shown, text, (), enough)
 
 

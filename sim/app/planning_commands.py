@@ -281,6 +281,14 @@ def capacity(
         str | None,
         typer.Option(metavar="FILE.yaml", help="Prices per model; a dated list comes with Paceline."),
     ] = None,
+    reserved: Annotated[
+        str,
+        typer.Option(
+            metavar="MODEL",
+            help="Compare with provisioned units (PTU) of this model, as a profile prices them, the spill included.",
+            show_default=False,
+        ),
+    ] = "",
 ) -> None:
     """Find the smallest limit or tier that meets a deadline.
 
@@ -300,7 +308,9 @@ def capacity(
         retune=not keep_settings,
         tiers=tiers,
         picture=out,
-        batch=terms_of(batch_queue, batch_turnaround, batch_discount, cached_share),
+        batch=terms_of(batch_queue, batch_turnaround, batch_discount, None if reserved else cached_share),
+        reserved=reserved,
+        cached_share=cached_share or 0.0,
         prices=prices,
     )
     asked.check()

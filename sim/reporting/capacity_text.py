@@ -16,6 +16,7 @@ from sim.reporting.terminal import headline, held_back, inputs_text
 from sim.scenario.scenario import Scenario
 from sim.selection.batch_api import AUTO, Terms, Way, cheapest
 from sim.selection.capacity_results import BOUND, LARGEST, SETTINGS, TAIL, Capacity, HowMany, LimitProbe
+from sim.selection.reserved import ReservedComparison
 from sim.selection.space import changed_knobs
 from sim.selection.split import LIVE, Split
 
@@ -65,6 +66,31 @@ def how_many_text(scenario: Scenario, found: HowMany, width: int) -> str:
         inputs_text(scenario.provenance(), width),
     ]
     return "\n\n".join(parts)
+
+
+def reserved_text(found: ReservedComparison, width: int) -> str:
+    """Return readable text on paying per token beside reserving."""
+    unit, best = found.unit, found.best
+    load = f"{found.tpm:,.0f} tokens per minute on average, {found.peak_tpm:,.0f} in the largest minute"
+    if best is None:
+        said = f"Paying per token is the cheapest way for {found.model} at {load}."
+    else:
+        said = (
+            f"Reserving {best.units:,} {unit} of {found.provider} ({best.term}) is the cheapest way for {found.model} "
+            f"at {load}: {dollars_text(best.usd_per_hour)} per hour, not {dollars_text(found.tokens_usd_per_hour)}."
+        )
+    rows = [["", f"{unit}", "$/hour", "spilled", "used", "cheaper from, tokens/min", "tier for the spill"]]
+    rows.append(["per token", "", dollars_text(found.tokens_usd_per_hour), "", "", "", found.tier or "none published"])
+    for each in found.choices:
+        pays = "at no load" if each.pays_from_tpm is None else f"{each.pays_from_tpm:,.0f}"
+        tier = each.spill_tier or ("none published" if each.spilled > 0.0 else "no spill")
+        shares = words.percent(each.spilled), words.percent(each.used)
+        rows.append([each.term, f"{each.units:,}", dollars_text(each.usd_per_hour), *shares, pays, tier])
+    note = (
+        f"Units and prices: {found.source}. Minutes are counted whole: bursts within one, and the time that spilled "
+        "requests take, are not in it."
+    )
+    return "\n\n".join([wrapped(said, width), table(rows, width=width), wrapped(note, width)])
 
 
 # ---------------------------------------------------------------- parts
