@@ -26,6 +26,7 @@ from governor.journal import schema
 from governor.model import errors, policy, requests
 from governor.model.phrases import WAITED_FOR
 from governor.model.requests import CAUSES
+from governor.profiles import schema as profile_schema
 from governor.run.account import ATTEMPT_COLUMNS
 from governor.telemetry import metrics
 from sim.app import cli, inputs
@@ -265,6 +266,38 @@ def scenario() -> str:
     return "\n".join(_keys(title, kind) for title, kind in parts.items())
 
 
+def profile_keys() -> str:
+    """The keys of a profile file, part by part."""
+    parts: dict[str, type[BaseModel]] = {
+        "the document": profile_schema.Profile,
+        "one of `dimensions`": profile_schema.Dimension,
+        "`dimensions.NAME.headers`": profile_schema.CountHeaders,
+        "`charge`": profile_schema.Charge,
+        "one of `retry_after`": profile_schema.WaitPlace,
+        "`errors`": profile_schema.Errors,
+        "one of `errors.messages`": profile_schema.Message,
+        "one of `tiers`": profile_schema.Tier,
+        "one of `service_tiers`": profile_schema.ServiceTier,
+        "one of `reserved`": profile_schema.Reserved,
+        "one of `latency`": profile_schema.LatencyLine,
+        "`limits_endpoint`": profile_schema.LimitsEndpoint,
+    }
+    return "\n".join(_keys(title, kind) for title, kind in parts.items())
+
+
+def profile_list() -> str:
+    """The shipped profiles: what each limits, and what it knows."""
+    from governor.profiles.loader import all_profiles
+
+    rows = []
+    for each in all_profiles():
+        urls = ", ".join(map(_code, each.base_urls)) or "by name"
+        tiers = sum(len(tier.models) * len(tier.limits) for tier in each.tiers)
+        known = [len(each.prices) or "", tiers or "", len(each.reserved) or ""]
+        rows.append([_code(each.name), urls, ", ".join(each.dimensions), *known, each.checked])
+    return _table(["profile", "chosen by", "limits", "prices", "tiers", "reserved units", "checked"], rows)
+
+
 def _keys(title: str, kind: type[BaseModel]) -> str:
     described = kind.model_json_schema()
     required = described.get("required", ())
@@ -431,6 +464,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "attempts.md": attempts,
     "journal.md": journal,
     "scenario.md": scenario,
+    "profiles.md": profile_keys,
+    "profile_list.md": profile_list,
     "summary.md": summary_keys,
     "exit_codes.md": exit_codes,
     "metrics.md": metric_names,

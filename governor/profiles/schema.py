@@ -152,14 +152,12 @@ class Dimension(Config):
 class Charge(Config):
     """How a request's tokens are estimated at the provider's door.
 
-    `rule`: see `governor/model/estimate.py`; `auto` is what was measured of OpenAI's endpoints. `output_default`: the
-    cap that counts for a request that declares none. `refusals_count`: whether a refused request takes its amount, or
+    `rule`: see `governor/model/estimate.py`; `auto` is what was measured of OpenAI's endpoints. `refusals_count`: whether a refused request takes its amount, or
     in which unit alone. `counts`: which answers state what remains, and for which moment; left out: unknown, taken as
     the admission.
     """
 
     rule: Annotated[str, AfterValidator(_rule)] = "auto"
-    output_default: Annotated[int, Field(ge=0, le=10**7)] | None = None
     refusals_count: Annotated[bool | str, BeforeValidator(count_of_refusals)] = True
     counts: Literal["admission", "answer", "refusals", "none"] = "admission"
     counts_rounded_to: Annotated[int, Field(ge=1, le=10**9)] = 1
@@ -307,7 +305,7 @@ class Profile(Config):
     `extends`: the profile whose sections hold where this one states none. `base_url`: its address, for a pool that
     names none; "" is the one of OpenAI's SDK; left out: each user has another. `base_urls`: patterns of the base URLs
     that choose this profile (`*` stands for any text). `api`: the form of requests. `key`: the variable of its key.
-    `gateway`: it passes on the models and codes of other providers. `header_patterns`: regular expressions for names of
+    `header_patterns`: regular expressions for names of
     headers of unknown servers; see the file `generic.yaml`.
     """
 
@@ -320,7 +318,6 @@ class Profile(Config):
     base_url: str | None = None
     base_urls: Texts = ()
     key: Variable = "OPENAI_API_KEY"
-    gateway: bool = False
     dimensions: Annotated[dict[str, Dimension], Field(min_length=1, max_length=DIMENSIONS_MAX)]
     header_patterns: Annotated[tuple[Pattern, ...], Field(strict=False)] = ()
     charge: Charge = Charge()
