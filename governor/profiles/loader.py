@@ -61,11 +61,22 @@ def _read(path: Path) -> Profile:
             break
         if not isinstance(base, str) or base not in names():
             raise BadInput(f"extends={quoted(base)}: must be a shipped profile: {', '.join(names())}", name)
-        data = _merged(read_yaml(FOLDER / f"{base}.yaml"), {**data, "extends": None})
+        data = _merged(_without(read_yaml(FOLDER / f"{base}.yaml"), data), {**data, "extends": None})
     try:
         return checked(Profile, data, "")
     except BadSetting as error:
         raise BadInput(str(error), name) from None
+
+
+def _without(base: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a shipped profile without the limits of those dimensions that the extending file removes."""
+    dimensions = own.get("dimensions")
+    removed = [name for name, value in dimensions.items() if value is None] if isinstance(dimensions, dict) else []
+    stated = [limits for tier in base.get("tiers", ()) for limits in tier["limits"].values()]
+    for limits in (*stated, base.get("limits_endpoint", {}).get("limits", {})):
+        for name in removed:
+            limits.pop(name, None)
+    return base
 
 
 def _merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

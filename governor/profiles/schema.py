@@ -152,9 +152,9 @@ class Dimension(Config):
 class Charge(Config):
     """How a request's tokens are estimated at the provider's door.
 
-    `rule`: see `governor/model/estimate.py`; `auto` is what was measured of OpenAI's endpoints. `refusals_count`: whether a refused request takes its amount, or
-    in which unit alone. `counts`: which answers state what remains, and for which moment; left out: unknown, taken as
-    the admission.
+    `rule`: see `governor/model/estimate.py`; `auto` is what was measured of OpenAI's endpoints. `refusals_count`:
+    whether a refused request takes its amount, or in which unit alone. `counts`: which answers state what remains, and
+    for which moment; left out: unknown, taken as the admission. `counts_rounded_to`: to a multiple of so many units.
     """
 
     rule: Annotated[str, AfterValidator(_rule)] = "auto"
