@@ -63,9 +63,11 @@ def require(path: Path) -> Path:
 # First in line, because hypothesis' own hook reads the option that is set here.
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    # A suite started in the background of a script ignores SIGINT, and so would every process that a test interrupts.
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A suite started in the background of a script ignores SIGINT, and one under nohup SIGHUP: so would every process
+    # to which a test sends that signal.
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     seed = run_seed()
     if config.option.hypothesis_seed is None:
         config.option.hypothesis_seed = str(seed)

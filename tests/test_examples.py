@@ -19,6 +19,7 @@ import pytest
 from dotenv import dotenv_values
 
 from governor.model.policy import Policy
+from tests.live import WAIT_S
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 CHARS_PER_TOKEN = 4
@@ -62,7 +63,7 @@ def test_the_script_reproduces_the_shipped_batch_to_the_byte(tmp_path: Path) -> 
     command = [sys.executable, str(EXAMPLES / "make_batch.py"), "--out", str(made)]
     # A foreign hash seed and locale: neither may show in the bytes.
     run = subprocess.run(
-        command, env={"PYTHONHASHSEED": "7", "LC_ALL": "C"}, capture_output=True, text=True, check=False, timeout=60
+        command, env={"PYTHONHASHSEED": "7", "LC_ALL": "C"}, capture_output=True, text=True, check=False, timeout=WAIT_S
     )
     assert run.returncode == 0, run.stderr
     assert made.read_bytes() == (EXAMPLES / "batch.jsonl").read_bytes()
@@ -178,7 +179,7 @@ def test_ctrl_c_ends_the_live_step_and_its_provider(planned: Path) -> None:
                 break
         step = psutil.Process(process.pid)
         # As a terminal does: to everybody in the foreground. The provider is not.
-        waited_until = time.monotonic() + 60.0
+        waited_until = time.monotonic() + WAIT_S
         while not (journal := planned / "live" / "results.journal.db").exists():
             assert time.monotonic() < waited_until, journal
             time.sleep(0.05)
@@ -187,5 +188,5 @@ def test_ctrl_c_ends_the_live_step_and_its_provider(planned: Path) -> None:
             if child != provider:
                 child.send_signal(signal.SIGINT)
                 child.send_signal(signal.SIGINT)
-        assert process.wait(60) != 0
+        assert process.wait(WAIT_S) != 0
     assert not provider.is_running()

@@ -28,7 +28,9 @@ def ran(name: str, *words: str, cwd: Path = ROOT, **settings: str) -> list[str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     environment = {**kept, **FREE, "PYTHONPATH": str(ROOT), "OPENAI_API_KEY": KEY, **settings}
     command = [sys.executable, "-W", "error", str(EXAMPLES / name), *words]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=WAIT_S, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert cwd != ROOT or not done.stderr, done.stderr  # a batch shows its progress there
     return done.stdout.splitlines()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.live import Cli, batch, check_whole, run_args, shared_cli
+from tests.live import WAIT_S, Cli, batch, check_whole, run_args, shared_cli
 
 ANSWER = {
     "id": "c",
@@ -42,12 +42,12 @@ class Server:
         ready = threading.Event()
         self.thread = threading.Thread(target=lambda: asyncio.run(self.main(ready)))
         self.thread.start()
-        assert ready.wait(10.0)
+        assert ready.wait(WAIT_S)
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.loop.call_soon_threadsafe(self.over.set)
-        self.thread.join(10.0)
+        self.thread.join(WAIT_S)
 
     async def main(self, ready: threading.Event) -> None:
         self.loop, self.over = asyncio.get_running_loop(), asyncio.Event()

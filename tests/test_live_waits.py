@@ -63,9 +63,7 @@ def test_an_absurd_wait_is_told_at_once_and_ends_a_run_that_may_not_sleep_so_lon
 def test_a_run_that_would_sleep_past_its_budget_ends_at_once(cli: Cli, tmp_path: Path, option: str) -> None:
     batch(tmp_path / "requests.jsonl", 8)
     with provider(events=asks(3_600.0)) as served:
-        began = time.monotonic()
-        ran = cli.run(*run_args(tmp_path, served.base_url, "--json"), option, "30m", env=HELD)
-        assert time.monotonic() - began < 20.0
+        ran = cli.run(*run_args(tmp_path, served.base_url, "--json"), option, "30m", env=HELD)  # within WAIT_S
     assert ran.code == 5, ran.err
     assert f"past {option} 30 min: stopped; the same command then goes on" in ran.err
     with Journal.open(tmp_path / "results.journal.db") as journal:

@@ -20,6 +20,7 @@ from governor.model.errors import BadInput, BadSetting, PacelineError
 from sim.app import notebook_command as notebook_cli
 from sim.app import notebook_command as packaged
 from sim.app.cli import main
+from tests.live import WAIT_S
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -48,7 +49,7 @@ def executed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     packaged.copied_to(folder)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "COV_"))}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH", "")]))
-    options = ["--nbmake", "--overwrite", "--nbmake-timeout=120", "-n", "2", "-q", "-W", "error"]
+    options = ["--nbmake", "--overwrite", "--nbmake-timeout=400", "-n", "2", "-q", "-W", "error"]
     # Not this project's settings: the copies are no part of it.
     command = [sys.executable, "-m", "pytest", *options, "-c", os.devnull, "--rootdir", str(folder), str(folder)]
     ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=580, check=False)
@@ -78,7 +79,7 @@ def test_runs_from_clean_and_draws_something(name: str, executed: Path) -> None:
 def test_they_are_kept_without_outputs() -> None:
     """`make strip` takes them out, as the hook of `make hooks` does before each commit."""
     command = [sys.executable, "-m", "nbstripout", "--verify", *map(str, NOTEBOOKS)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert not any(outputs(path) for path in NOTEBOOKS)
 

@@ -28,6 +28,7 @@ from governor.journal.rows import Counts
 from governor.journal.verify import verify
 from tests.disks import mount, read_only
 from tests.governor.journals import EPOCH_S, FREE, answer, begun, created, ends, job, recorded, refusal, work
+from tests.live import WAIT_S
 from tests.postgres import PostgresServer
 
 HERE = Path(__file__).resolve().parents[1]
@@ -80,7 +81,7 @@ class Story:
         assert self.nursery.stdout is not None
         self.nursery.stdin.close()
         self.nursery.stdout.close()
-        assert self.nursery.wait(60) == 0
+        assert self.nursery.wait(WAIT_S) == 0
 
     def lives(self, seconds: float = -1.0) -> bool:
         """Another process runs the journal, for so long at most. Whether it came to the end before it was killed."""

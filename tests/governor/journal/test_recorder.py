@@ -37,6 +37,7 @@ from tests.governor.journals import (
     run_through,
     work,
 )
+from tests.live import WAIT_S
 
 
 @pytest.fixture
@@ -186,7 +187,7 @@ def test_a_result_that_nobody_waits_for_is_durable_all_the_same(path: Path) -> N
 
     async def main() -> None:
         ends(recorder, job(work(0)), answer(0), 2.0)
-        async with asyncio.timeout(30.0):
+        async with asyncio.timeout(WAIT_S):
             while rows(path, "SELECT count(*) FROM results") != [(1,)]:
                 await asyncio.sleep(0.01)
 
@@ -201,7 +202,7 @@ def test_tasks_that_wait_together_share_one_commit(path: Path, monkeypatch: pyte
     before, write, all_reported = writer.commits, writer._write, threading.Event()
 
     def held_up(batch: Any) -> None:
-        assert all_reported.wait(30.0)
+        assert all_reported.wait(WAIT_S)
         write(batch)
 
     async def launch(index: int) -> None:
@@ -233,7 +234,7 @@ def test_closed_from_another_thread_while_the_loop_hears_of_a_commit(
 
     def late(futures: Any) -> Any:
         found = wait(futures)
-        assert heard.wait(30.0)
+        assert heard.wait(WAIT_S)
         return found
 
     async def main() -> None:

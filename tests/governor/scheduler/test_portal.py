@@ -50,11 +50,15 @@ def test_threads_share_a_quota_and_never_more_than_the_cap_are_in_flight() -> No
     now: list[int] = []
     lock = threading.Lock()
     most = [0]
+    all_there = threading.Event()
 
     def answer(body: dict[str, Any]) -> Any:
         with lock:
             now.append(1)
             most[0] = max(most[0], len(now))
+            if len(now) == 3:
+                all_there.set()
+        all_there.wait(WAIT_S)
         threading.Event().wait(0.02)
         with lock:
             now.pop()

@@ -31,7 +31,7 @@ from governor.service.api.connections import (
     places,
 )
 from governor.service.errors import HANDLERS
-from tests.live import Cli, provider, shared_cli
+from tests.live import WAIT_S, Cli, provider, shared_cli
 from tests.services import error_of, good, lines, ready, started, until
 from tests.virtual_loop import run_virtual
 
@@ -47,7 +47,7 @@ def cli() -> Iterator[Cli]:
 
 def opened(url: str) -> socket.socket:
     parts = urlsplit(url)
-    return socket.create_connection((parts.hostname or "", parts.port or 0), timeout=30.0)
+    return socket.create_connection((parts.hostname or "", parts.port or 0), timeout=WAIT_S)
 
 
 def test_half_open_connections_cost_a_running_batch_nothing(cli: Cli, tmp_path: Path) -> None:
@@ -342,7 +342,7 @@ def test_what_is_not_taken_in_now_is_taken_in_later(monkeypatch: pytest.MonkeyPa
             )
             reader, writer = await asyncio.open_connection(*listening.getsockname())
             writer.write(HEAD + b"\r\nbody")
-            found = await asyncio.wait_for(reader.readline(), 30.0)
+            found = await asyncio.wait_for(reader.readline(), WAIT_S)
             writer.close()
             accepting.cancel()
             await asyncio.wait([accepting])

@@ -170,11 +170,11 @@ def test_a_dead_replicas_batches_are_taken_over_and_none_runs_twice(
         held = next(batch_id for batch_id, prefix in mine.items() if prefix == "a")
         good(b.client.post(f"/batches/{held}/pause"))
         until("the pause", lambda: a.get(f"/batches/{held}")["state"] == "paused")
-        good(b.client.post(f"/batches/{held}/resume"))
-        until("the end of the pause", lambda: a.get(f"/batches/{held}")["state"] == "running")
         good(b.client.put("/settings", json={"settings": {"OPENAI_TPM_HEADROOM": 0.2}}))
         until("the setting", lambda: a.get("/settings")["settings"]["OPENAI_TPM_HEADROOM"] == 0.2)
         assert "no PACELINE_REDIS_URL" in b.get("/readyz")["detail"]
+        good(b.client.post(f"/batches/{held}/resume"))
+        until("what is in flight", lambda: a.get(f"/batches/{held}")["in_flight"] > 0)
         a.stop(signal.SIGKILL)
         resent = 0
         for batch_id, prefix in mine.items():

@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.live import Cli, provider, shared_cli
+from tests.live import WAIT_S, Cli, provider, shared_cli
 from tests.services import Served, error_of, good, lines, ready, started, until
 
 LATENCY = {"first_token_s": 0.05, "per_token_s": 0.0, "sigma": 0.0, "stall_ratio": 0.0}
@@ -244,7 +244,7 @@ def asked_all_the_time(served: Served) -> Iterator[list[float]]:
     over = threading.Event()
 
     def ask() -> None:
-        with httpx.Client(base_url=served.client.base_url, timeout=60.0) as client:
+        with httpx.Client(base_url=served.client.base_url, timeout=WAIT_S) as client:
             while not over.is_set():
                 began = time.perf_counter()
                 assert client.get("/healthz").status_code == 200
@@ -299,7 +299,7 @@ def test_streams_end_when_their_token_is_removed(cli: Cli, tmp_path: Path) -> No
     with provider(latency=slow) as llm:
         served = ready(started(cli, tmp_path, llm.base_url, "--require-token", headers=headers[0]))
         batch_id = served.batch(200)
-        with httpx.Client(base_url=served.client.base_url, headers=headers[1], timeout=60.0) as other:
+        with httpx.Client(base_url=served.client.base_url, headers=headers[1], timeout=WAIT_S) as other:
             assert other.post("/templates/tmpl_0/preflight", json={"inputs": [{}]}).status_code == 403
             for path in ("/live/events", f"/batches/{batch_id}/events"):
                 until("the token", lambda: other.get("/settings").status_code == 200)

@@ -28,6 +28,7 @@ from governor.model.work import Job, Work
 from governor.scheduler.driver import Governor
 from governor.telemetry.metrics import Metrics, PoolMetrics, checked_hook, notify
 from tests.governor.costs import lines_run
+from tests.live import WAIT_S
 from tests.virtual_loop import run_virtual
 
 DASHBOARD = {
@@ -237,7 +238,7 @@ def test_serves_what_it_counts() -> None:
     metrics = Metrics()
     metrics.observer().deferred(law.STAGGER)
     with metrics.serve(0) as endpoint:
-        with urlopen(endpoint.url, timeout=5.0) as response:
+        with urlopen(endpoint.url, timeout=WAIT_S) as response:
             assert response.headers["content-type"].startswith("text/plain")
             text = response.read().decode()
         assert endpoint.url.startswith("http://127.0.0.1:")
@@ -284,7 +285,7 @@ class Hook(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["content-length"]))
         self.posts.append((self.path, dict(self.headers.items()), json.loads(body)))
         if self.path == "/slow/secret":
-            self.over.wait(60.0)
+            self.over.wait(WAIT_S)
         status = {"/fails/secret": 500, "/moved/secret": 302}.get(self.path, 200)
         self.send_response(status)
         if status == 302:

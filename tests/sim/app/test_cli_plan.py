@@ -27,6 +27,7 @@ from sim.reporting import report
 from sim.scenario.scenario import Scenario
 from sim.selection import planner as planning
 from sim.validation import run_forecast
+from tests.live import WAIT_S
 
 Run = Callable[..., tuple[int, str, str]]
 NAMES = [
@@ -359,7 +360,7 @@ sys.exit(cli.main())
     for _ in range(6):
         assert process.stdout.readline() == "ran\n"
     os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=WAIT_S)
     assert (process.returncode, err.count("\n")) == (130, 1)
     assert err.startswith("interrupted while ")
     assert "no file was written" in err

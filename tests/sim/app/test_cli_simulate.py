@@ -27,6 +27,7 @@ from governor.model.policy import KNOBS, knob_table
 from governor.model.requests import Attempt
 from sim.app import cli
 from sim.app.cli import main
+from tests.live import WAIT_S
 
 SUMMARY_KEYS = [column.name for column in fields(Summary)]
 Run = Callable[..., tuple[int, str, str]]
@@ -215,7 +216,7 @@ def test_the_reader_of_a_pipe_may_leave(root: Path, batch: Path) -> None:
 
 def test_a_real_pipe(root: Path, batch: Path) -> None:
     command = f"cat '{batch}' | '{sys.executable}' -m sim.app.cli simulate - | head -n 1"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=root, timeout=60)
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=root, timeout=WAIT_S)
     assert done.stderr == ""
     assert done.stdout == "200 requests to gpt-4o (all 200 rows of stdin)\n"
 
@@ -235,11 +236,11 @@ def test_a_signal_ends_it_with_one_line_and_no_file(
         root, "simulate", batch, "--replications", 100_000, "--attempts", tmp_path / "a.csv", cwd=tmp_path
     )
     # It is in the middle of its runs once the first run's attempts have appeared.
-    until = time.monotonic() + 60.0
+    until = time.monotonic() + WAIT_S
     while not (tmp_path / "a.csv").exists() and time.monotonic() < until:
         time.sleep(0.02)
     os.killpg(process.pid, number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=WAIT_S)
     assert (process.returncode, out) == (code, "")
     # A worker process that is just being started may say something of its own when the signal reaches it.
     assert line in err
@@ -258,7 +259,7 @@ def test_starting_loads_nothing_heavy(root: Path, batch: Path) -> None:
 
     def loaded(*args: object) -> set[str]:
         command = [sys.executable, "-c", watch, *map(str, args)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=WAIT_S)
         assert done.returncode == 0, done.stderr
         return set(done.stderr.rpartition("LOADED")[2].split())
 

@@ -11,6 +11,7 @@ import urllib.request
 import pytest
 
 from sim.app.cli import main
+from tests.live import WAIT_S
 
 
 def test_serves_what_the_options_say_until_interrupted() -> None:
@@ -25,11 +26,11 @@ def test_serves_what_the_options_say_until_interrupted() -> None:
             assert process.stdout is not None
             name, _, url = process.stdout.readline().strip().partition("=")
             described = process.stdout.readline()
-            with urllib.request.urlopen(url.removesuffix("/v1") + "/_stats", timeout=10) as answer:
+            with urllib.request.urlopen(url.removesuffix("/v1") + "/_stats", timeout=WAIT_S) as answer:
                 stats = json.load(answer)
         finally:
             process.send_signal(signal.SIGINT)
-            process.wait(20)
+            process.wait(WAIT_S)
     assert name == "OPENAI_BASE_URL"
     assert url.startswith("http://127.0.0.1:")
     assert "45,000 TPM" in described
