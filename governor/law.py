@@ -176,8 +176,10 @@ class State:
     `zero_s`: the time of day, in seconds since 1970, at which `now` is 0; only windows of the clock need it.
 
     `full_at`: per dimension, when the bucket is full again. `window_at`, `window_used`: start and content of the fixed
-    or clock window; `cell_at`, `cells`: newest cell and ring of the sliding window (CELLS per dimension), whose sum is
-    kept in `window_used` too. `scale`: granted limit over configured limit if the provider grants less.
+    or clock window; `window_early`: what was booked within SLACK_S of the clock's next window, which the provider may
+    have counted there: it counts in both. `cell_at`, `cells`: newest cell and ring of the sliding window (CELLS per
+    dimension), whose sum is kept in `window_used` too. `scale`: granted limit over configured limit if the provider
+    grants less.
 
     `outwaited`: refusals since the last success that asked for a longer wait than is obeyed.
 
@@ -211,6 +213,7 @@ class State:
     full_at: list[float] = field(default_factory=lambda: _each(-math.inf))
     window_at: list[float] = field(default_factory=lambda: _each(-math.inf))
     window_used: list[float] = field(default_factory=lambda: _each(0.0))
+    window_early: list[float] = field(default_factory=lambda: _each(0.0))
     cell_at: list[float] = field(default_factory=lambda: _each(0.0))
     cells: list[float] = field(default_factory=lambda: [0.0] * (DIMENSIONS * CELLS))
     scale: list[float] = field(default_factory=lambda: _each(1.0))
@@ -302,14 +305,28 @@ def _clock_start(p: Params, s: State, d: int, now: float) -> float:
     return math.floor((now + offset_s) / p.length_s[d] + CLOCK_ROUNDING) * p.length_s[d] - offset_s
 
 
-def _window_until(p: Params, s: State, d: int, now: float) -> float:
-    """Return the end of the fixed or clock window in which dimension `d` last booked; -inf if it is over by `now`."""
+def _window_used(p: Params, s: State, d: int, now: float) -> float:
+    """Return the content of dimension `d`'s fixed or clock window at `now`."""
     if p.window[d] == CLOCK:
         # (Half a length apart: the same window's start, computed at another time, may be rounded differently.)
-        start = _clock_start(p, s, d, now)
-        return start + p.length_s[d] if start < s.window_at[d] + 0.5 * p.length_s[d] else -math.inf
-    until = s.window_at[d] + (p.length_s[d] + SLACK_S)
-    return until if now < until else -math.inf
+        behind_s = _clock_start(p, s, d, now) - s.window_at[d]
+        if behind_s < 0.5 * p.length_s[d]:
+            return s.window_used[d]
+        return s.window_early[d] if behind_s < 1.5 * p.length_s[d] else 0.0
+    return s.window_used[d] if now < s.window_at[d] + (p.length_s[d] + SLACK_S) else 0.0
+
+
+def _window_ready_at(p: Params, s: State, d: int, amount: float, now: float) -> float:
+    """Return when `amount` fits into the fixed or clock window, `now` if it does."""
+    budget = p.budget[d] * s.scale[d]
+    need = min(amount, budget)
+    if _window_used(p, s, d, now) + need <= budget:
+        return now
+    if p.window[d] != CLOCK:
+        return s.window_at[d] + (p.length_s[d] + SLACK_S)
+    start = _clock_start(p, s, d, now)
+    is_first = start < s.window_at[d] + 0.5 * p.length_s[d] and s.window_early[d] + need > budget
+    return start + (2.0 if is_first else 1.0) * p.length_s[d]
 
 
 def _sliding_used(s: State, d: int, cell: float) -> float:
@@ -357,13 +374,7 @@ def _ready_at(p: Params, s: State, d: int, amount: float, now: float) -> float:
         return s.full_at[d] - spare / (p.rate_per_s[d] * scale)
     if p.window[d] == SLIDING:
         return _sliding_ready_at(p, s, d, amount, now)
-    expires_at = _window_until(p, s, d, now)
-    if expires_at == -math.inf:
-        return now
-    budget = p.budget[d] * s.scale[d]
-    if s.window_used[d] + min(amount, budget) <= budget:
-        return now
-    return expires_at
+    return _window_ready_at(p, s, d, amount, now)
 
 
 def _roll(s: State, d: int, cell: float) -> None:
@@ -387,8 +398,17 @@ def _book(p: Params, s: State, d: int, amount: float, now: float) -> None:
         _roll(s, d, cell)
         s.cells[d * CELLS + int(s.cell_at[d]) % CELLS] += amount
         s.window_used[d] += amount
-    elif _window_until(p, s, d, now) == -math.inf:
-        s.window_at[d] = _clock_start(p, s, d, now) if p.window[d] == CLOCK else now
+    elif p.window[d] == CLOCK:
+        start = _clock_start(p, s, d, now)
+        if start >= s.window_at[d] + 0.5 * p.length_s[d]:
+            s.window_used[d] = _window_used(p, s, d, now)
+            s.window_at[d] = start
+            s.window_early[d] = 0.0
+        s.window_used[d] += amount
+        if now >= start + p.length_s[d] - 2.0 * SLACK_S:
+            s.window_early[d] += amount
+    elif now >= s.window_at[d] + (p.length_s[d] + SLACK_S):
+        s.window_at[d] = now
         s.window_used[d] = amount
     else:
         s.window_used[d] += amount
@@ -406,6 +426,11 @@ def _rebook(p: Params, s: State, d: int, change: float, booked_at: float) -> Non
             change = max(change, -s.cells[i])
             s.cells[i] += change
             s.window_used[d] += change
+    elif p.window[d] == CLOCK:
+        if booked_at >= s.window_at[d] - 2.0 * SLACK_S:
+            s.window_used[d] += change
+        if booked_at >= s.window_at[d] + p.length_s[d] - 2.0 * SLACK_S:
+            s.window_early[d] += change
     elif booked_at >= s.window_at[d]:
         s.window_used[d] += change
 
@@ -549,9 +574,7 @@ def used_in(p: Params, s: State, d: int, now: float) -> float:
         return max(0.0, s.full_at[d] - now) * p.rate_per_s[d] * s.scale[d]
     if p.window[d] == SLIDING:
         return _sliding_used(s, d, math.floor(now / cell_s(p, d)))
-    if _window_until(p, s, d, now) == -math.inf:
-        return 0.0
-    return s.window_used[d]
+    return _window_used(p, s, d, now)
 
 
 def started(p: Params, s: State, used: list[float], now: float) -> None:
@@ -1047,6 +1070,7 @@ def repriced(p_old: Params, p_new: Params, s: State, now: float) -> None:
             s.full_at[d] = -math.inf
             s.window_at[d] = -math.inf
             s.window_used[d] = 0.0
+            s.window_early[d] = 0.0
             s.cell_at[d] = 0.0
             for j in range(CELLS):
                 s.cells[d * CELLS + j] = 0.0

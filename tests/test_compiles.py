@@ -285,7 +285,7 @@ def drawn_provider(r: random.Random) -> prov.ProviderParams:
         window=r.randrange(4),
         phase_s=r.choice([0.0, 17.5]),
         burst_ratio=r.choice([1.0, 1.0, 0.25]),
-        charged_at_answer=r.randrange(4) // 3,
+        at_answer=[float(r.randrange(4) // 3) if d % 2 == 0 else 0.0 for d in range(law.DIMENSIONS)],
         retry_after_s=r.choice([1.0, 60.0]),
         retry_after_min_s=r.choice([0.0, 1.0]),
         counts=r.randrange(4),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from governor.law import DIMENSIONS
@@ -23,6 +23,8 @@ class Weights:
     per_request: Amounts
     per_input: Amounts
     per_output: Amounts
+    per_cached: Amounts = ()
+    per_written: Amounts = ()
 
     def of(self, tokens: float, prompt: float) -> list[float]:
         """Return what a request of that many tokens, of which at most `prompt` are input, takes of each dimension."""
@@ -32,6 +34,51 @@ class Weights:
             request + (each_in * into + each_out * out)
             for request, each_in, each_out in zip(self.per_request, self.per_input, self.per_output, strict=True)
         ]
+
+    def used(self, prompt: float, output: float, cached: float, written: float) -> list[float]:
+        """Return what an answered request took, of whose prompt some was read from a cache and some written to one."""
+        found = self.of(prompt + output, prompt)
+        for d, (full, less) in enumerate(zip(self.per_input, self.per_cached, strict=False)):
+            found[d] -= cached * (full - less)
+        for d, (full, other) in enumerate(zip(self.per_input, self.per_written, strict=False)):
+            found[d] -= written * (full - other)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Limited:
+    """One dimension of a quota, as a profile states it for an account. `window`: one of the law's.
+
+    `place`: its place in the law's arrays. `phase_s`: of a clock window, seconds from 1970 in UTC to the time zone's.
+    `header`: the number of the header that states it, 0 = none. `at_answer`: the use is booked at the answer alone.
+    """
+
+    name: str
+    place: int
+    limit: float
+    length_s: float
+    window: int
+    phase_s: float = 0.0
+    per_request: float = 0.0
+    per_input: float = 0.0
+    per_output: float = 0.0
+    per_cached: float = 0.0
+    per_written: float = 0.0
+    settles: bool = False
+    at_answer: bool = False
+    header: int = 0
+
+
+def weights_of(quota: Sequence[Limited]) -> Weights:
+    """Return the weights of a profile's dimensions; those of the guardrails' if there are none."""
+    if not quota:
+        return TOKENS
+    by_place = {each.place: each for each in quota}
+    columns = (
+        tuple(float(getattr(by_place[d], name)) if d in by_place else 0.0 for d in range(DIMENSIONS))
+        for name in ("per_request", "per_input", "per_output", "per_cached", "per_written")
+    )
+    return Weights(*columns)
 
 
 # Those of the guardrails' dimensions: TPM, RPM, TPD, RPD.

@@ -41,6 +41,7 @@ from governor.law import (
     rate_of,
 )
 from governor.model.errors import BadSetting
+from governor.model.needs import Limited, Weights, weights_of
 from governor.model.phrases import whole_number
 
 Value = bool | int | float | str
@@ -171,6 +172,9 @@ class Policy(BaseModel):
         "PREFLIGHT_MODE", "paced", "", "refuse what exceeds one minute's budget, or only what can never run or finish"
     )
 
+    # The dimensions of the provider's profile, in place of the guardrails' four; not a knob, see `with_quota`.
+    quota: tuple[Limited, ...] = Field(default=(), exclude=True)
+
     @model_validator(mode="wrap")
     @classmethod
     def _one_line_errors(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
@@ -238,6 +242,19 @@ class Policy(BaseModel):
         named: dict[str, Value] = {name: getattr(self, name) for name in self.model_fields_set}
         return Policy.model_validate(named | by_field(changes))
 
+    def with_quota(self, quota: tuple[Limited, ...]) -> Policy:
+        """Return this policy over the dimensions of a profile (`governor.profiles.quotas`), () = the guardrails' four.
+
+        Limits of tokens and requests per minute and per day that are named as knobs hold where the profile has such a
+        dimension. Windows, weights and settling are the profile's.
+        """
+        return self if quota == self.quota else self.model_copy(update={"quota": quota})
+
+    @property
+    def weights(self) -> Weights:
+        """Return what a request and its tokens take of the dimensions."""
+        return weights_of(self.quota)
+
     def to_env(self, old: Policy | None = None, *, everything: bool = False) -> str:
         """Return this policy as the text of an env file, our names only; `from_env` of it gives an equal policy.
 
@@ -258,6 +275,37 @@ class Policy(BaseModel):
 
     def params(self) -> Params:
         """Return the numbers that the law works on. The headroom applies to each limit, daily ones included."""
+        if self.quota:
+            return self._over_quota()
+        return self._params()
+
+    def _over_quota(self) -> Params:
+        """Return the numbers over the dimensions of the profile, each at its place."""
+        p = self._params()
+        p.dimensions = 1 + max(each.place for each in self.quota)
+        stated = dict(zip(("TPM", "RPM", "TPD", "RPD"), p.limit, strict=False))
+        named = {
+            name
+            for name, field in zip(stated, ("tpm_limit", "rpm_limit", "tpd_limit", "rpd_limit"), strict=True)
+            if field in self.model_fields_set and stated[name] > 0.0
+        }
+        p.limit = _each()
+        p.settles, p.refunds = _each(), _each()
+        for each in self.quota:
+            d = each.place
+            p.limit[d] = stated[each.name] if each.name in named else each.limit
+            p.length_s[d], p.window[d], p.phase_s[d] = each.length_s, float(each.window), each.phase_s
+            p.burst_ratio[d] = 1.0
+            p.settles[d] = float(each.settles or each.at_answer)
+            p.refunds[d] = float(self.refund_throttled and each.per_request == 0.0)
+            p.cause[d] = float(BY_DAY if each.length_s > 3_600.0 else BY_RPM if each.per_request > 0.0 else BY_TPM)
+        p.budget = [budget_of(n, self.tpm_headroom) for n in p.limit]
+        p.rate_per_s = [rate_of(n, self.tpm_headroom, s) for n, s in zip(p.limit, p.length_s, strict=True)]
+        p.held, p.largest = p.budget, [n or math.inf for n in p.limit]
+        return p
+
+    def _params(self) -> Params:
+        """Return the numbers over the guardrails' four dimensions."""
         limit = _each(self.tpm_limit, self.rpm_limit, self.tpd_limit, self.rpd_limit)
         length_s = _each(MINUTE_S, MINUTE_S, DAY_S, DAY_S, rest=MINUTE_S)
         window = _WINDOWS[self.tpm_window]
@@ -383,6 +431,8 @@ def _knobs() -> tuple[Knob, ...]:
     """Return the table's rows, in the order of the fields."""
     rows = []
     for name, schema in Policy.model_json_schema()["properties"].items():
+        if "env" not in schema:
+            continue
         rows.append(
             Knob(
                 name=name,

@@ -170,7 +170,7 @@ def misses(provider: ProviderConfig, counts: Sequence[Count], charges: Real, wai
     ps = prov.ProviderState()
     zero_s = began_s(counts)
     events = [(c.launched_s + max(c.there_s, _unsure_s(c)) - zero_s, 1, c) for c in counts]
-    if pp.charged_at_answer or pp.settles:
+    if any(pp.at_answer) or pp.settles:
         events += [
             (max(c.launched_s, c.ended_s - max(0.0, c.round_s - c.there_s)) - zero_s, 0, c)
             for c in counts
@@ -183,7 +183,7 @@ def misses(provider: ProviderConfig, counts: Sequence[Count], charges: Real, wai
         if not is_attempt:
             prov.settled(pp, ps, 0, charge, count.used, at_s)
             continue
-        asked, booked = (1.0, 0.0) if pp.charged_at_answer else (charge, charge)
+        asked, booked = (1.0, 0.0) if any(pp.at_answer) else (charge, charge)
         slack_s = _SLACK_S + _unsure_s(count)
         prov.advanced(pp, ps, 0, max(ps.at, at_s - slack_s))
         earlier = _wait_ms(pp, ps, asked)[0]

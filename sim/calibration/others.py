@@ -193,7 +193,7 @@ def _hold(pp: Any, ps: Any, d: int, used: float) -> None:
     """Set the model's use of dimension `d` in the current minute to `used`."""
     more, ps.used[d] = used - ps.used[d], used
     if pp.window[d] == win.SLIDING:
-        win.logged(ps, d, more)
+        win.logged(pp, ps, d, more)
 
 
 def takings(counts: Sequence[Count], charges: NDArray[np.float64], provider: ProviderConfig) -> tuple[OthersUse, ...]:

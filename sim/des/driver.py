@@ -71,7 +71,7 @@ class Simulation:
         self.tally = Tally(waits_s=self.scheduler.waits_s)
         self.flying = 0
         # Whether the provider acts when an answer leaves it.
-        self._counts_later = provider.settles or provider.charged_at_answer or provider.counts == prov.COUNTS_AT_ANSWER
+        self._counts_later = provider.settles or any(provider.at_answer) or provider.counts == prov.COUNTS_AT_ANSWER
         self.timer: Appointment | None = None
         self.timer_at, self.is_due = inf, False
         self._coming = jobs_of(columns, params, provider, seed, self.provider_seed, from_trace=from_trace)

@@ -72,7 +72,7 @@ def case_of(scenario: Scenario, policy: Policy | None = None) -> Case:
     provider, grant = _provider_side(scenario.provider)
     return Case(
         columns=scenario.columns(policy),
-        params=_policy_side(policy),
+        params=_policy_side(policy if policy.quota else policy.with_quota(scenario.provider.quota)),
         provider=provider,
         grant=grant,
         from_trace=scenario.arrivals == "trace",

@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from governor.model.keyed import COTENANT, FAULT, FINALIZE_TEXT, keyed_uniform
 from sim.model.latency import NOISE_GROUPS, NOISE_KNOTS, latency_s
 from sim.model.windows import (
+    ADMISSION,
+    ANSWER,
     DAY_S,
     DIMENSIONS,
     LOG,
@@ -101,8 +103,8 @@ class ProviderParams:
     header that states the dimension, 0 = none; of several dimensions with one header, the tightest is stated.
     `slice_s`: requests are also limited to their share of that time (1 = per second), and
     tokens to `slice_tokens` per slice.
-    `charged_at_answer`: admission takes no tokens and only checks that some are left; real use is booked when the
-    answer leaves. `failed_count`: what a refusal counts against. `retry_after_s`: the constant stated wait;
+    `at_answer`: dimensions of which admission takes nothing and only checks that some is left; real use is booked when
+    the answer leaves. `failed_count`: what a refusal counts against. `retry_after_s`: the constant stated wait;
     `retry_after_min_s`: the shortest.
     `ramp_tpm`: above it, tokens per minute may grow by half per 15 minutes (`slow_down`). `change_at`, `change_factor`:
     from that moment the minute limits are the original ones times that factor (inf = unused). `cotenant_share` of the
@@ -131,7 +133,7 @@ class ProviderParams:
     slice_s: float = 0.0
     slice_tokens: float = 0.0
     settles: int = 0
-    charged_at_answer: int = 0
+    at_answer: list[float] = field(default_factory=_none)
     failed_count: int = 0
     retry_after: int = SAYS_MILLISECONDS
     retry_after_s: float = 0.0
@@ -231,7 +233,7 @@ def taken_by_others(pp: ProviderParams, ps: ProviderState, d: int, amount: float
         opened(pp, ps)
         ps.used[d] = max(used, min(limit, used + amount))
         if pp.window[d] == SLIDING:
-            logged(ps, d, ps.used[d] - used)
+            logged(pp, ps, d, ps.used[d] - used)
 
 
 def advanced(pp: ProviderParams, ps: ProviderState, seed: int, now: float) -> None:
@@ -288,10 +290,10 @@ def _ramp_refuses(pp: ProviderParams, ps: ProviderState, charge: float, now: flo
 
 def _booked(pp: ProviderParams, ps: ProviderState, charge: float, prompt: float) -> None:
     """Book the charge and the request in every window."""
-    taken(pp, ps, charge, 1.0, False, prompt)
+    taken(pp, ps, charge, 1.0, False, prompt, 0.0, ADMISSION)
     if pp.slice_s > 0.0:
         ps.slice_requests += 1.0
-        ps.slice_used_tokens += charge
+        ps.slice_used_tokens += 0.0 if pp.at_answer[TPM] else charge
 
 
 def admitted(
@@ -308,8 +310,6 @@ def admitted(
     if 0.0 < pp.quota_requests <= ps.admitted:
         return QUOTA, -1, -1.0
     opened(pp, ps)
-    # A charge that is not known yet only requires that something is left.
-    asked, booked = (1.0, 0.0) if pp.charged_at_answer else (charge, charge)
     tightest = -1
     wait_ms = -1.0
     requests_d = -1
@@ -317,6 +317,8 @@ def admitted(
     for d in range(pp.dimensions):
         limit = limit_now(pp, ps, d)
         if pp.limit[d] > 0.0:
+            # A charge that is not known yet only requires that something is left.
+            asked = 1.0 if pp.at_answer[d] else charge
             requested = pp.per_request[d] + amount_of(pp, d, asked, prompt)
             capacity = capacity_of(pp, d, limit)
             if requested > capacity and pp.per_request[d] == 0.0:
@@ -341,8 +343,8 @@ def admitted(
             # Requests are checked before tokens: these were not looked at, and nothing was booked.
             return THROTTLED, requests_d, requests_wait_ms
         if pp.failed_count:
-            tokens = booked if pp.failed_count & REFUSAL_TOKENS else 0.0
-            taken(pp, ps, tokens, 1.0 if pp.failed_count & REFUSAL_REQUESTS else 0.0, True, prompt)
+            tokens = charge if pp.failed_count & REFUSAL_TOKENS else 0.0
+            taken(pp, ps, tokens, 1.0 if pp.failed_count & REFUSAL_REQUESTS else 0.0, True, prompt, 0.0, ADMISSION)
         return THROTTLED, tightest, wait_ms
     if pp.ramp_tpm > 0.0:
         if _ramp_refuses(pp, ps, charge, now):
@@ -350,7 +352,7 @@ def admitted(
             return SLOW_DOWN, TPM, -1.0
         ps.ramp_tokens += charge
     ps.admitted += 1.0
-    _booked(pp, ps, booked, prompt)
+    _booked(pp, ps, charge, prompt)
     return OK, -1, -1.0
 
 
@@ -370,14 +372,17 @@ def settled(
 ) -> None:
     """Book an attempt's real use when its answer is complete, if the provider settles; never beyond its limit.
 
-    A provider that charges at the answer books the use regardless of what is left.
+    A limit that is charged at the answer books the use regardless of what is left.
     """
-    if pp.charged_at_answer:
+    is_late = False
+    for d in range(pp.dimensions):
+        is_late = is_late or pp.at_answer[d] > 0.0
+    if is_late or pp.settles:
         advanced(pp, ps, seed, now)
-        taken(pp, ps, used, 0.0, False, prompt)
-    elif pp.settles:
-        advanced(pp, ps, seed, now)
-        taken(pp, ps, used, 0.0, True, prompt, charge)
+    if is_late:
+        taken(pp, ps, used, 0.0, False, prompt, 0.0, ANSWER)
+    if pp.settles:
+        taken(pp, ps, used, 0.0, True, prompt, charge, ADMISSION)
 
 
 def answered(

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from governor.forecast.summary import Grant
 from governor.model.errors import BadInput, quoted
-from governor.model.needs import amounts
+from governor.model.needs import Limited, amounts
 from governor.profiles.loader import OPENAI, read_profile
 from governor.profiles.schema import count_of_refusals
 from sim.base.arguments import Config, checked
@@ -40,11 +40,13 @@ from sim.model.provider import (
     SAYS_SECONDS,
     ProviderParams,
 )
+from sim.model.provider_quota import account_quota, named_limits, over_quota
 from sim.model.provider_tiers import (
     CHECKED_ON,
     DEFAULT_LATENCY,
     DEFAULT_TIER,
     SIGMA,
+    SIMULATED,
     STALL_MAX_S,
     STALL_MIN_S,
     STALL_RATIO,
@@ -228,7 +230,8 @@ class ProviderConfig(Config):
     """One provider quota. Limits per minute (`tpm`, `rpm`) and day (`tpd`, `rpd`), 0 = none.
 
     Written as the name of a published tier, or as fields, with `preset` naming the tier that the others start from.
-    `profile`: the provider's, by name or file: its habits hold where no field states another.
+    `profile`: the provider's, by name or file: its habits hold where no field states another. `limits`: of its further
+    dimensions, by name. `usd_per_million`: the price of input, output and cached input, where money is limited.
     `charge_rule`, as of a date, is what an admission takes; `ProviderParams` explains the other fields. `counts`:
     whether headers state what remains: at the moment of admission or of the answer, on refusals only, or never.
     `window`: how minutes are counted (see `windows`): by the clock, with the run starting `phase_s` into a minute; from
@@ -246,6 +249,8 @@ class ProviderConfig(Config):
     rpm: Requests = 0
     tpd: Tokens = 0
     rpd: Requests = 0
+    limits: Annotated[tuple[tuple[str, float], ...], BeforeValidator(named_limits)] = ()
+    usd_per_million: Annotated[tuple[float, float, float], Field(strict=False)] = (0.0, 0.0, 0.0)
     day_tokens_used: Tokens = 0
     day_requests_used: Requests = 0
     charge_rule: Literal["fixed", "prompt_chars4", "prompt_plus_max", "max_of", "responses", "auto"] = "auto"
@@ -325,8 +330,18 @@ class ProviderConfig(Config):
         learnt = tuple(name for name in self.learnt if name not in given)
         return checked(ProviderConfig, {**self.model_dump(), "learnt": learnt, **changes}, "provider")
 
+    @property
+    def quota(self) -> tuple[Limited, ...]:
+        """Return the dimensions of the profile under this account's limits; () = the guardrails' four."""
+        standard = dict(zip(SIMULATED, (self.tpm, self.rpm, self.tpd, self.rpd), strict=True))
+        return account_quota(self.profile, standard, dict(self.limits), self.usd_per_million, self.phase_s)
+
     def params(self) -> ProviderParams:
         """Return the parameters that the engines use."""
+        return over_quota(self._params(), self.quota)
+
+    def _params(self) -> ProviderParams:
+        """Return the parameters with the guardrails' four dimensions."""
         changes = ProviderParams()
         for i, change in enumerate(self.limit_changes):
             changes.change_at[i] = change.at_s
@@ -347,7 +362,7 @@ class ProviderConfig(Config):
             slice_s=self.slice_s,
             slice_tokens=float(self.slice_tokens),
             settles=int(self.settles),
-            charged_at_answer=int(self.charged == "answer"),
+            at_answer=_each(is_late := self.charged == "answer", 0, is_late),
             failed_count=_REFUSALS[self.failed_requests_count],
             retry_after=SAYS_CONSTANT if isinstance(self.retry_after, float) else _SAYS[self.retry_after],
             retry_after_s=self.retry_after if isinstance(self.retry_after, float) else 0.0,

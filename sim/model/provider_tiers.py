@@ -30,7 +30,7 @@ CHECKED_ON = read_profile(OPENAI).checked.isoformat()
 DEFAULT_TIER = "gpt-4o-tier1"
 DEFAULT_LATENCY = "gpt-4o"
 
-# The dimensions that the synthetic provider limits.
+# The dimensions whose limits are fields of a provider's configuration.
 SIMULATED = ("TPM", "RPM", "TPD", "RPD")
 
 SIGMA = 0.25
@@ -101,12 +101,12 @@ def tier_of(name: str, profile: str = "") -> PublishedTier:
 def tier_preset(name: str, profile: str = "") -> dict[str, Any]:
     """Return the provider fields of a tier. Raise BadSetting as `tier_of` does."""
     tier = tier_of(name, profile)
-    if unknown := [dimension for dimension in tier.limits if dimension not in SIMULATED]:
-        raise BadSetting(f"{name} limits {', '.join(unknown)}, which are not simulated: state tpm and rpm yourself")
-    limits = {dimension.lower(): int(tier.limits.get(dimension, 0)) for dimension in SIMULATED}
+    standard = {dimension.lower(): int(tier.limits.get(dimension, 0)) for dimension in SIMULATED}
+    others = {dimension: limit for dimension, limit in tier.limits.items() if dimension not in SIMULATED}
     return {
         "profile": tier.profile,
-        **limits,
+        **standard,
+        **({"limits": others} if others else {}),
         "latency": tier.model if tier.model in latency_lines(profile) else DEFAULT_LATENCY,
     }
 
@@ -122,6 +122,7 @@ def habits(profile: Profile) -> dict[str, Any]:
     per_minute = [each for each in profile.dimensions.values() if each.length_s == 60.0]
     windows = {each.window for each in per_minute}
     return {
+        **({} if "TPM" in profile.dimensions else {"tpm": 0}),
         "charge_rule": profile.charge.rule,
         "as_of": profile.checked if profile.name == OPENAI else CHECKED_ON,
         "failed_requests_count": profile.charge.refusals_count,

@@ -33,7 +33,12 @@ ROUNDING = 1e-6
 # Entries of the sliding log. Up to half of them are exact; a fuller log rounds times up to whole grains, so that it
 # never overflows.
 LOG = 1024
-GRAIN_S = MINUTE_S / (LOG // 2 - 2)
+_GRAINS = LOG // 2 - 2
+
+# Dimensions in which an amount is booked: all, those charged at admission, those charged at the answer.
+ALL = 0
+ADMISSION = 1
+ANSWER = 2
 
 
 def limit_now(pp: Any, ps: Any, d: int) -> float:
@@ -100,7 +105,7 @@ def empty_at(pp: Any, ps: Any, d: int) -> float:
         return float((_window(pp, d, ps.at) + 1.0) * pp.length_s[d] - pp.phase_s[d])
     if pp.window[d] == ANCHORED:
         return float(max(ps.at, ps.window_until[d]))
-    return _room_at(ps, d, math.inf)
+    return _room_at(pp, ps, d, math.inf)
 
 
 def room_in_ms(pp: Any, ps: Any, d: int, excess: float, limit: float) -> float:
@@ -112,19 +117,28 @@ def room_in_ms(pp: Any, ps: Any, d: int, excess: float, limit: float) -> float:
     """
     if pp.window[d] == BUCKET:
         return excess / limit * (pp.length_s[d] * 1000.0)
-    at = _room_at(ps, d, excess) if pp.window[d] == SLIDING else empty_at(pp, ps, d)
+    at = _room_at(pp, ps, d, excess) if pp.window[d] == SLIDING else empty_at(pp, ps, d)
     return (at - ps.at) * 1000.0
 
 
 def taken(
-    pp: Any, ps: Any, tokens: float, requests: float, is_capped: bool, prompt: float = 0.0, less: float = 0.0
+    pp: Any,
+    ps: Any,
+    tokens: float,
+    requests: float,
+    is_capped: bool,
+    prompt: float = 0.0,
+    less: float = 0.0,
+    which: int = ALL,
 ) -> None:
-    """Book tokens and requests in every limit at the last advance, less tokens booked before.
+    """Book tokens and requests in these limits at the last advance, less tokens booked before.
 
     Negative amounts are returned, as far as there are any. `prompt`: the input among the tokens. `is_capped`: no window
     is filled beyond its capacity; one that is already fuller keeps its level.
     """
     for d in range(pp.dimensions):
+        if which != ALL and (pp.at_answer[d] > 0.0) != (which == ANSWER):
+            continue
         if pp.limit[d] > 0.0 and (pp.length_s[d] > MINUTE_S or ps.factor > 0.0):
             before = ps.used[d]
             amount = pp.per_request[d] * requests + amount_of(pp, d, tokens, prompt)
@@ -135,13 +149,22 @@ def taken(
                 used = min(used, max(before, capacity_of(pp, d, limit_now(pp, ps, d))))
             ps.used[d] = used if used > 0.0 else 0.0
             if pp.window[d] == SLIDING:
-                logged(ps, d, ps.used[d] - before)
+                logged(pp, ps, d, ps.used[d] - before)
 
 
 # ---------------------------------------------------------------- the sliding log
 
 
-def logged(ps: Any, d: int, amount: float) -> None:
+def _log_s(pp: Any) -> float:
+    """Return how long an entry of the log counts: the length of the sliding windows, which is the same for all."""
+    length_s = MINUTE_S
+    for d in range(pp.dimensions):
+        if pp.window[d] == SLIDING:
+            length_s = pp.length_s[d]
+    return length_s
+
+
+def logged(pp: Any, ps: Any, d: int, amount: float) -> None:
     """Add the amount booked at the last advance to the log. A returned one is removed from the newest entries."""
     i = ps.log_size
     while amount < 0.0 and i > 0:
@@ -154,7 +177,8 @@ def logged(ps: Any, d: int, amount: float) -> None:
         return
     at = ps.at
     if ps.log_size >= LOG // 2:
-        at = GRAIN_S * math.ceil(at / GRAIN_S)
+        grain_s = _log_s(pp) / _GRAINS
+        at = grain_s * math.ceil(at / grain_s)
     place = (ps.log_first + ps.log_size - 1) % LOG
     if ps.log_size == 0 or ps.log_at[place] < at:
         ps.log_size += 1
@@ -166,8 +190,9 @@ def logged(ps: Any, d: int, amount: float) -> None:
 
 
 def _expire(pp: Any, ps: Any, to: float) -> None:
-    """Drop entries that are a minute old."""
-    while ps.log_size > 0 and ps.log_at[ps.log_first] + MINUTE_S <= to:
+    """Drop entries that no longer count."""
+    length_s = _log_s(pp)
+    while ps.log_size > 0 and ps.log_at[ps.log_first] + length_s <= to:
         for d in range(pp.dimensions):
             if pp.window[d] == SLIDING:
                 ps.used[d] = max(0.0, ps.used[d] - ps.log_used[d * LOG + ps.log_first])
@@ -179,12 +204,12 @@ def _expire(pp: Any, ps: Any, to: float) -> None:
                 ps.used[d] = 0.0
 
 
-def _room_at(ps: Any, d: int, excess: float) -> float:
+def _room_at(pp: Any, ps: Any, d: int, excess: float) -> float:
     """Return when the oldest entries that make up `excess` will have expired; all entries, if they sum to less."""
     at, gone, i = ps.at, 0.0, 0
     while i < ps.log_size and gone < excess - ROUNDING:
         place = (ps.log_first + i) % LOG
         gone += ps.log_used[d * LOG + place]
-        at = ps.log_at[place] + MINUTE_S
+        at = ps.log_at[place] + _log_s(pp)
         i += 1
     return at

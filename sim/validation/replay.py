@@ -159,7 +159,7 @@ class Replay(Twin):
             if past.is_refused != is_refused:
                 # The model holds what the journal says that it does.
                 sign = 1.0 if is_refused else -1.0
-                win.taken(pp, ps, 0.0 if pp.charged_at_answer else sign * job.charge, sign, False)
+                win.taken(pp, ps, sign * job.charge, sign, False, 0.0, 0.0, win.ADMISSION)
             if past.is_refused:
                 return past.outcome, past.took_s, -1, past.retry_after_s
         elif is_refused:

@@ -450,7 +450,7 @@ class Twin(Simulation):
         """Take the charge of the row's request and book its reservation."""
         c = self.columns
         charge = float(c.charge[row])
-        if self.pp.settles or self.pp.charged_at_answer:
+        if self.pp.settles or any(self.pp.at_answer):
             charge = min(charge, float(c.prompt_tokens[row] + c.output_tokens[row]))
         prov.advanced(self.pp, self.ps, self.provider_seed, max(now - self._began_s, self.ps.at))
         if self._charges_lost:

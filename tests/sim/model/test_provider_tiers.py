@@ -182,7 +182,7 @@ def test_every_field_reaches_the_engines() -> None:
         window=CLOCK,
         phase_s=5.5,
         burst_ratio=1.0,
-        charged_at_answer=1,
+        at_answer=[1.0, 0.0, 1.0, *[0.0] * 5],
         retry_after_s=30.0,
         retry_after_min_s=1.5,
         slice_s=5,
