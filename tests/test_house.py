@@ -28,7 +28,10 @@ PACKAGES = ("governor", "sim", "paceline")
 
 UPPER = (
     "law",
-    *(f"model.{name}" for name in ("policy", "keyed", "requests", "estimate", "errors", "phrases", "scheduled")),
+    *(
+        f"model.{name}"
+        for name in ("policy", "keyed", "requests", "estimate", "errors", "phrases", "scheduled", "needs", "params")
+    ),
     *("provider.answers", "provider.codes", "provider.stated"),
     *(f"scheduler.{name}" for name in ("interfaces", "learning", "queue", "quota", "scheduler")),
     *("forecast.preflight", "forecast.summary", "forecast.summary_html"),

@@ -25,28 +25,13 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
-from governor.law import (
-    BUCKET,
-    BY_DAY,
-    BY_RPM,
-    BY_TPM,
-    DAY_S,
-    DIMENSIONS,
-    FIXED,
-    MINUTE_S,
-    SLIDING,
-    Params,
-    budget_of,
-    burst_of,
-    rate_of,
-)
+from governor.law import Params
 from governor.model.errors import BadSetting
 from governor.model.needs import Limited, Weights, weights_of
+from governor.model.params import params_of
 from governor.model.phrases import whole_number
 
 Value = bool | int | float | str
-
-_WINDOWS = {"fixed": FIXED, "sliding": SLIDING, "bucket": BUCKET}
 
 
 def _knob(env: str, default: Value, unit: str, meaning: str, *, paceline: Value | None = None, **allowed: Any) -> Any:
@@ -275,80 +260,7 @@ class Policy(BaseModel):
 
     def params(self) -> Params:
         """Return the numbers that the law works on. The headroom applies to each limit, daily ones included."""
-        if self.quota:
-            return self._over_quota()
-        return self._params()
-
-    def _over_quota(self) -> Params:
-        """Return the numbers over the dimensions of the profile, each at its place."""
-        p = self._params()
-        p.dimensions = 1 + max(each.place for each in self.quota)
-        stated = dict(zip(("TPM", "RPM", "TPD", "RPD"), p.limit, strict=False))
-        named = {
-            name
-            for name, field in zip(stated, ("tpm_limit", "rpm_limit", "tpd_limit", "rpd_limit"), strict=True)
-            if field in self.model_fields_set and stated[name] > 0.0
-        }
-        p.limit = _each()
-        p.settles, p.refunds = _each(), _each()
-        for each in self.quota:
-            d = each.place
-            p.limit[d] = stated[each.name] if each.name in named else each.limit
-            p.length_s[d], p.window[d], p.phase_s[d] = each.length_s, float(each.window), each.phase_s
-            p.burst_ratio[d] = 1.0
-            p.settles[d] = float(each.settles or each.at_answer)
-            p.refunds[d] = float(self.refund_throttled and each.per_request == 0.0)
-            p.cause[d] = float(BY_DAY if each.length_s > 3_600.0 else BY_RPM if each.per_request > 0.0 else BY_TPM)
-        p.budget = [budget_of(n, self.tpm_headroom) for n in p.limit]
-        p.rate_per_s = [rate_of(n, self.tpm_headroom, s) for n, s in zip(p.limit, p.length_s, strict=True)]
-        p.held, p.largest = p.budget, [n or math.inf for n in p.limit]
-        return p
-
-    def _params(self) -> Params:
-        """Return the numbers over the guardrails' four dimensions."""
-        limit = _each(self.tpm_limit, self.rpm_limit, self.tpd_limit, self.rpd_limit)
-        length_s = _each(MINUTE_S, MINUTE_S, DAY_S, DAY_S, rest=MINUTE_S)
-        window = _WINDOWS[self.tpm_window]
-        burst_ratio = self.burst_seconds / MINUTE_S if self.tpm_window == "bucket" else 1.0
-        bursts = _each(burst_ratio, burst_ratio, rest=1.0)
-        budget = [budget_of(n, self.tpm_headroom) for n in limit]
-        return Params(
-            max_concurrency=self.max_concurrency,
-            stagger_s=self.stagger_seconds,
-            jitter_ratio=self.jitter_ratio,
-            jitter_cap_s=self.jitter_cap_seconds,
-            interactive_ratio=self.interactive_reserve,
-            longest_first=int(self.launch_order == "longest_first"),
-            max_attempts=self.retry_max_attempts,
-            backoff_base_s=self.backoff_base_seconds,
-            backoff_cap_s=self.backoff_cap_seconds,
-            retry_after_cap_s=self.retry_after_cap_seconds,
-            backoff_keeps_permit=int(self.backoff_keeps_permit),
-            hold_on_throttle=int(self.hold_on_throttle),
-            sync_headers=int(self.sync_headers),
-            finalize_lowers=int(self.finalize_lowers_concurrency),
-            finalize_max_concurrency=self.finalize_max_concurrency,
-            timeout_s=self.request_timeout_seconds,
-            deadline_s=self.deadline_seconds,
-            dimensions=4,
-            limit=limit,
-            budget=budget,
-            rate_per_s=[rate_of(n, self.tpm_headroom, s) for n, s in zip(limit, length_s, strict=True)],
-            length_s=length_s,
-            window=_each(window, window, BUCKET, BUCKET),
-            phase_s=_each(),
-            burst_ratio=bursts,
-            held=list(map(burst_of, budget, bursts)),
-            largest=list(map(burst_of, [n or math.inf for n in limit], bursts)),
-            settles=_each(self.settle, 0, self.settle, 0),
-            refunds=_each(self.refund_throttled, 0, self.refund_throttled, 0),
-            cause=_each(BY_TPM, BY_RPM, BY_DAY, BY_DAY),
-        )
-
-
-def _each(*values: float, rest: float = 0.0) -> list[float]:
-    """Return an array with these values for the first dimensions, and `rest` for all others."""
-    return [*map(float, values), *[rest] * (DIMENSIONS - len(values))]
+        return params_of(self)
 
 
 # ---------------------------------------------------------------- the table of knobs, derived from the model

@@ -60,3 +60,9 @@ class Scheduled:
     def need_of(self, tokens: float) -> list[float]:
         """Return what the request takes of each dimension if it reserves that many tokens."""
         return self.weights.of(tokens, self.prompt)
+
+    def reserve_anew(self, p: law.Params, found: float, declared: float) -> None:
+        """Reserve the tokens found by current knowledge, or the declared ones if the others would never fit."""
+        need = self.need_of(found)
+        fits = not law.never_fits(p, need)
+        self.reserve, self.need = (found, need) if fits else (declared, self.need_of(declared))

@@ -356,11 +356,7 @@ class Scheduler(Queue[J]):
                 at, cause = inf, NOTHING
                 break
             if self._estimate is not None:
-                found, declared = self._estimate(first)
-                need = first.need_of(found)
-                is_too_large = law.never_fits(quota.p, need)
-                first.reserve = declared if is_too_large else found
-                first.need = first.need_of(declared) if is_too_large else need
+                first.reserve_anew(quota.p, *self._estimate(first))
             if first is not self._fitting:
                 if law.never_fits(quota.p, first.need):
                     self._leave(first)

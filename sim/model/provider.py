@@ -89,8 +89,8 @@ def _ones() -> list[float]:
     return [1.0] * DIMENSIONS
 
 
-def _of_openai(tokens: float, requests: float, rest: float = 0.0) -> list[float]:
-    return [tokens, requests, tokens, requests] + [rest] * (DIMENSIONS - 4)
+def _of_openai(tokens: float, requests: float) -> list[float]:
+    return [tokens, requests, tokens, requests] + [0.0] * (DIMENSIONS - 4)
 
 
 @dataclass(slots=True)
@@ -475,16 +475,14 @@ def requests_dimension(pp: ProviderParams, ps: ProviderState) -> int:
 
 def is_stated(pp: ProviderParams, ps: ProviderState, d: int) -> bool:
     """Return whether the headers state dimension `d`: the tightest of those that share a header."""
-    if pp.header[d] == 0.0 or pp.limit[d] <= 0.0:
-        return False
     left = limit_now(pp, ps, d) - ps.used[d]
-    is_tightest = True
+    is_tightest = pp.header[d] > 0.0 and pp.limit[d] > 0.0
     for other in range(pp.dimensions):
         if other != d and pp.header[other] == pp.header[d] and pp.limit[other] > 0.0:
             theirs = limit_now(pp, ps, other) - ps.used[other]
             if theirs < left or (theirs == left and other < d):
                 is_tightest = False
-    return is_tightest
+    return bool(is_tightest)
 
 
 def states_counts(pp: ProviderParams, is_refused: bool) -> bool:

@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from governor.forecast.summary import Grant
-from governor.model.errors import BadInput, quoted
-from governor.model.needs import Limited, amounts
+from governor.model.errors import BadInput
+from governor.model.needs import Limited
 from governor.profiles.loader import OPENAI, read_profile
 from governor.profiles.schema import count_of_refusals
 from sim.base.arguments import Config, checked
@@ -35,12 +35,9 @@ from sim.model.provider import (
     REFUSAL_REQUESTS,
     REFUSAL_TOKENS,
     SAYS_CONSTANT,
-    SAYS_MILLISECONDS,
-    SAYS_NOTHING,
-    SAYS_SECONDS,
     ProviderParams,
 )
-from sim.model.provider_quota import account_quota, named_limits, over_quota
+from sim.model.provider_quota import SAYS, account_quota, list_of, named_limits, over_quota, stated_wait
 from sim.model.provider_tiers import (
     CHECKED_ON,
     DEFAULT_LATENCY,
@@ -58,18 +55,13 @@ from sim.model.provider_tiers import (
     tier_preset,
     tier_source,
 )
-from sim.model.windows import ANCHORED, BUCKET, CLOCK, DAY_S, DIMENSIONS, MINUTE_S, SLIDING
+from sim.model.windows import ANCHORED, BUCKET, CLOCK, DIMENSIONS, MINUTE_S, SLIDING
 from sim.model.workload import ASSUMED, MEASURED, Provenance
 
 Ratio = Annotated[float, Field(ge=0, le=1)]
 Requests = Annotated[int, Field(ge=0, le=10**12)]
 Seconds = Annotated[float, Field(ge=0, le=86_400)]
 Tokens = Annotated[int, Field(ge=0, le=10**12)]
-
-
-def _each(*values: float) -> list[float]:
-    """Return an array with these values for the first dimensions, and 0 for the others."""
-    return list(amounts(*values))
 
 
 def _real_day(text: str) -> str:
@@ -98,17 +90,6 @@ _REFUSALS: dict[bool | str, int] = {
     "requests": REFUSAL_REQUESTS,
     True: REFUSAL_TOKENS | REFUSAL_REQUESTS,
 }
-_SAYS = {"absent": SAYS_NOTHING, "ms": SAYS_MILLISECONDS, "seconds": SAYS_SECONDS}
-
-
-# One validator, so that an error is reported once and not once per possible type.
-def _stated_wait(value: Any) -> Any:
-    if isinstance(value, str) and value in _SAYS:
-        return value
-    if type(value) in (int, float) and 0.0 <= value <= DAY_S:
-        return float(value)
-    wanted = f"must be 'absent', 'ms' or 'seconds', or a fixed number of seconds, 0 to {DAY_S:,.0f}"
-    raise ValueError(f"{quoted(value)} {wanted}")
 
 
 class NoiseShape(Config):
@@ -258,7 +239,7 @@ class ProviderConfig(Config):
     settles: bool = False
     charged: Literal["admission", "answer"] = "admission"
     failed_requests_count: Annotated[bool | str, BeforeValidator(count_of_refusals)] = True
-    retry_after: Annotated[str | float, BeforeValidator(_stated_wait)] = "ms"
+    retry_after: Annotated[str | float, BeforeValidator(stated_wait)] = "ms"
     retry_after_min_s: Seconds = 0.0
     header_names: Literal["openai", "plain", "api_key", "llm_provider"] = "openai"
     counts: Literal["admission", "answer", "refusals", "none"] = "admission"
@@ -355,16 +336,16 @@ class ProviderConfig(Config):
             changes.noise_from[i] = shape.from_tokens
             changes.noise[i * NOISE_KNOTS : (i + 1) * NOISE_KNOTS] = shape.log_ratios
         return ProviderParams(
-            limit=_each(self.tpm, self.rpm, self.tpd, self.rpd),
-            window=_each(_WINDOWS[self.window], _WINDOWS[self.window], BUCKET, BUCKET),
-            phase_s=_each(self.phase_s, self.phase_s),
+            limit=list_of(self.tpm, self.rpm, self.tpd, self.rpd),
+            window=list_of(_WINDOWS[self.window], _WINDOWS[self.window], BUCKET, BUCKET),
+            phase_s=list_of(self.phase_s, self.phase_s),
             burst_ratio=[self.burst_s / MINUTE_S] * 2 + [1.0] * (DIMENSIONS - 2),
             slice_s=self.slice_s,
             slice_tokens=float(self.slice_tokens),
             settles=int(self.settles),
-            at_answer=_each(is_late := self.charged == "answer", 0, is_late),
+            at_answer=list_of(is_late := self.charged == "answer", 0, is_late),
             failed_count=_REFUSALS[self.failed_requests_count],
-            retry_after=SAYS_CONSTANT if isinstance(self.retry_after, float) else _SAYS[self.retry_after],
+            retry_after=SAYS_CONSTANT if isinstance(self.retry_after, float) else SAYS[self.retry_after],
             retry_after_s=self.retry_after if isinstance(self.retry_after, float) else 0.0,
             retry_after_min_s=self.retry_after_min_s,
             ramp_tpm=float(self.ramp_tpm),

@@ -1,4 +1,4 @@
-"""The dimensions of a provider's profile in the synthetic provider's parameters."""
+"""Fields of a provider's configuration as the parameters take them, and the dimensions of its profile."""
 
 from __future__ import annotations
 
@@ -13,11 +13,28 @@ from governor.model.needs import Limited, amounts, weights_of
 from governor.model.prices import Price
 from governor.profiles.loader import GENERIC, OPENAI, read_profile
 from governor.profiles.quotas import quota_of
-from sim.model.provider import ProviderParams
-from sim.model.windows import ANCHORED, BUCKET, CLOCK, MINUTE_S, SLIDING
+from sim.model.provider import SAYS_MILLISECONDS, SAYS_NOTHING, SAYS_SECONDS, ProviderParams
+from sim.model.windows import ANCHORED, BUCKET, CLOCK, DAY_S, MINUTE_S, SLIDING
 
 # The synthetic provider's name of each of the law's windows.
 _KINDS = {law.BUCKET: BUCKET, law.CLOCK: CLOCK, law.FIXED: ANCHORED, law.SLIDING: SLIDING}
+SAYS = {"absent": SAYS_NOTHING, "ms": SAYS_MILLISECONDS, "seconds": SAYS_SECONDS}
+
+
+def list_of(*values: float) -> list[float]:
+    """Return an array with these values for the first dimensions, and 0 for the others."""
+    return list(amounts(*values))
+
+
+# One validator, so that an error is reported once and not once per possible type.
+def stated_wait(value: Any) -> Any:
+    """Check how a refusal states the wait."""
+    if isinstance(value, str) and value in SAYS:
+        return value
+    if type(value) in (int, float) and 0.0 <= value <= DAY_S:
+        return float(value)
+    wanted = f"must be 'absent', 'ms' or 'seconds', or a fixed number of seconds, 0 to {DAY_S:,.0f}"
+    raise ValueError(f"{quoted(value)} {wanted}")
 
 
 def named_limits(value: Any) -> tuple[tuple[str, float], ...]:
@@ -27,7 +44,7 @@ def named_limits(value: Any) -> tuple[tuple[str, float], ...]:
         raise ValueError(f"{quoted(value)} must be limits by dimension, such as ITPM: 30000")
     found = []
     for pair in pairs:
-        name, limit = pair if isinstance(pair, tuple | list) and len(pair) == 2 else (pair, None)
+        name, limit = pair if isinstance(pair, tuple | list) and len(pair) == 2 else (pair, 0.0)
         if not isinstance(name, str) or type(limit) not in (int, float) or not 0.0 < limit <= 1e15:
             raise ValueError(f"{quoted(name)}: {quoted(limit)} must be the limit of a dimension, a number above 0")
         found.append((name, float(limit)))
@@ -68,7 +85,7 @@ def over_quota(p: ProviderParams, quota: tuple[Limited, ...]) -> ProviderParams:
     p.slice_s = 0.0  # a dimension of its own
     p.per_request, p.per_input = list(weights.per_request), list(weights.per_input)
     p.per_output = list(weights.per_output)
-    p.limit, p.header, p.at_answer = (list(amounts()) for _ in range(3))
+    p.limit, p.header, p.at_answer = (list_of() for _ in range(3))
     for each in quota:
         d = each.place
         p.limit[d], p.header[d], p.at_answer[d] = each.limit, float(each.header), float(each.at_answer)
