@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from governor.batchapi.limits import EXPIRES_S
-from governor.forecast.mixes import live_rate, turnaround_of
+from governor.batchapi.limits import EXPIRES_S, FILE_LINES
+from governor.forecast.mixes import batch_lines, live_rate, turnaround_of
 from governor.model.keyed import BATCH_TURNAROUND, keyed_uniform, normal_quantile
 from governor.model.policy import Policy
 from sim.des.mixed import BATCH, Mix, MixedSimulation
@@ -102,7 +102,14 @@ def drawn(seed: int) -> Case:
     wrong = math.exp(math.log(1.5) * rng.gauss(0.0, 1.0))
     queue = 0 if rng.random() < 0.3 else int(max(between(0.1, 3.0) * float(prompt.sum()), 2 * prompt.max()))
     return Case(
-        seed, scenario, horizon_s, live_ratio, (p50, p95), (p50 * wrong, p95 * wrong), queue, max(5, count // 24)
+        seed,
+        scenario,
+        horizon_s,
+        live_ratio,
+        (p50, p95),
+        (p50 * wrong, p95 * wrong),
+        queue,
+        batch_lines(count, FILE_LINES),
     )
 
 

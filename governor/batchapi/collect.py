@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 
 from governor.batchapi.client import BatchClient, CallFailed, Complaint
-from governor.batchapi.limits import CANCELLED, EXPIRED, FILE_BYTES
+from governor.batchapi.limits import CANCELLED, EXPIRED, FILE_BYTES, FILE_LINES
 from governor.batchapi.lines import answered_in, expired, verdict
 from governor.batchapi.waves import Wave
 from governor.journal.journal import Journal
@@ -54,7 +55,9 @@ class DriverContext:
 
     `now`: seconds since the run began. `flushed`: returns when every report is on the disk. `in_thread`: calls a
     function that takes long, away from the event loop. `numbers`: yields the number of the next wave, of all pools.
-    `purse`: the money that waves may cost.
+    `purse`: the money that waves may cost. `elsewhere`: whether a pending request goes another way. `lines`: most
+    requests of a wave. `leaves_large`: what fits into no queue stays pending, for another way. `lock`: held during each
+    step, so that what a planner reads in between is consistent.
     """
 
     now: Callable[[], float]
@@ -66,6 +69,10 @@ class DriverContext:
     seed: int = 0
     keep_files: bool = False
     purse: Purse | None = None
+    elsewhere: Callable[[int], bool] = lambda request: False
+    lines: int = FILE_LINES
+    leaves_large: bool = False
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class ReturnedRequests(NamedTuple):

@@ -71,6 +71,7 @@ class WaveDriver:
         self._news = asyncio.Event()
         self._collector = Collector(pool, client, journal, observer, recorder, around)
         self._leaving = asyncio.Event()
+        self._is_resumed = False
         # When a wave last came further, seconds since 1970; 0 = no wave is open.
         self.moved_epoch = 0.0
         self.ended_rows: list[WaveRow] = []
@@ -94,25 +95,29 @@ class WaveDriver:
 
         May be cancelled at any moment, and begun again by another driver of the same journal.
         """
-        self._resume()
+        self.resume()
         while not self.waves.is_over and not self._leaving.is_set():
             now = self._around.now()
             due = self.waves.decide(now)
             for instruction in due:
                 if self._leaving.is_set():
                     return self.waves.halted
-                if isinstance(instruction, PlanWave):
-                    await self._plan(instruction)
-                else:
-                    await self._step(instruction)
+                async with self._around.lock:
+                    if isinstance(instruction, PlanWave):
+                        await self._plan(instruction)
+                    else:
+                        await self._step(instruction)
             if not due:
                 await self._wait(self.waves.wake_at - now)
         if not self._around.keep_files and not self._leaving.is_set():
             await self._sweep()
         return self.waves.halted
 
-    def _resume(self) -> None:
-        """Take up the waves and the pending requests of the journal."""
+    def resume(self) -> None:
+        """Take up the waves and the pending requests of the journal; `run` does so if it was not done before."""
+        if self._is_resumed:
+            return
+        self._is_resumed = True
         for row in self._journal.waves(self.pool.name):
             if row.stage == WaveStage.CLOSED:
                 continue
@@ -172,17 +177,20 @@ class WaveDriver:
     def _formed(self, plan: PlanWave, now: float, left_usd: float) -> _Formed:
         """Return the requests of the next wave, in the order of the input, as far as they fit."""
         found, purse = _Formed(), self._around.purse
-        inputs = 0
+        inputs, most = 0, min(plan.lines, self._around.lines)
         for pending in self._journal.eligible(self.pool.name, plan.lane.model, plan.lane.url, now):
             request = pending.work.request
+            if self._around.elsewhere(request.index):
+                continue
             more = request.sizes.prompt_tokens
             size, given = len(input_line(request)), inputs_of(request)
             if more > plan.tokens_ever or size > plan.bytes:
-                found.too_large.append(pending)
+                if not self._around.leaves_large:
+                    found.too_large.append(pending)
                 continue
             usd = purse.cost_usd(request) if purse is not None else 0.0
             is_full = found.tokens + more > plan.tokens and (found.taken or not plan.is_alone)
-            is_full = is_full or len(found.taken) == plan.lines or found.bytes + size > plan.bytes
+            is_full = is_full or len(found.taken) == most or found.bytes + size > plan.bytes
             found.is_dear = found.usd + usd > left_usd
             if is_full or found.is_dear or inputs + given > plan.inputs:
                 found.least = float(more)

@@ -139,8 +139,11 @@ def run(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that are not this run's.")] = False,
     via: Annotated[
-        Literal["live", "batch"],
-        typer.Option(help="Call the provider live, or hand files to its Batch API: half the price, within a day."),
+        Literal["live", "batch", "auto"],
+        typer.Option(
+            help="Call the provider live, hand files to its Batch API at half the price, or auto: the cheapest mix of "
+            "both that is done by --finish-by, a day if not given."
+        ),
     ] = "live",
     batch_queue: Annotated[
         str | None, typer.Option("--batch-queue", metavar="N", help="Short for --set OPENAI_BATCH_QUEUE_TOKENS=N.")

@@ -33,12 +33,16 @@ CONFIDENCE = 0.98
 MARGIN = 0.1
 # Documented: cancelling takes up to ten minutes, a flex answer up to fifteen.
 CANCEL_S, FLEX_S = 600.0, 900.0
+# After a refusal for lack of capacity, flex is left alone for so long.
+FLEX_BLOCKED_S = 300.0
+# Decisions are so far apart at the least, and so many until the deadline.
+STEP_MIN_S, STEPS = 60.0, 60
 # The slowest answers of a healthy provider, which end a run (docs/explanation/provider.md#latency).
 TAIL_S = 60.0
 # A batch that is this improbable to end in time is not handed in: live calls do it sooner for the same money.
 HOPELESS = 0.02
-# Batches are so small that a run has about this many: each can be moved without the others.
-BATCHES = 24
+# Batches are so small that a run has about this many, each of which can be moved without the others.
+BATCHES, LINES_LEAST = 24, 20
 WORLDS, LEVELS = 64, 32
 # The median of a turnaround that was never measured may be off by this factor either way, in two thirds of the worlds.
 ASSUMED_FACTOR = 1.5
@@ -84,9 +88,26 @@ def turnaround_of(
     return Turnaround(tuple(worlds), measured)
 
 
+def fitted(times_s: Sequence[float], *, least: int = 3) -> tuple[float, float, float] | None:
+    """Return P50, P95 and the factor within which the P50 is known, of measured turnarounds; None for too few."""
+    if len(times_s) < least:
+        return None
+    logs = [math.log(max(each, 1.0)) for each in times_s]
+    middle = math.fsum(logs) / len(logs)
+    spread = max(math.sqrt(math.fsum((each - middle) ** 2 for each in logs) / (len(logs) - 1)), 0.05)
+    # One standard error of the mean, wider while the spread itself rests on few.
+    factor = math.exp(spread / math.sqrt(len(logs)) * (1.0 + 2.0 / len(logs)))
+    return math.exp(middle), math.exp(middle + Z95 * spread), factor
+
+
+def step_s(now: float, deadline: float) -> float:
+    """Return how long a decision holds."""
+    return max(STEP_MIN_S, (deadline - now) / STEPS)
+
+
 def batch_lines(requests: int, most: int) -> int:
     """Return how many lines a batch has at most in a run of so many requests; `most`: what the provider takes."""
-    return max(1, min(most, math.ceil(requests / BATCHES)))
+    return min(most, max(LINES_LEAST, math.ceil(requests / BATCHES)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ up the run; it sees the journal as it was when that chunk was read.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -310,6 +310,17 @@ class Records:
         c = requests.c
         query = select(requests, bodies.c.body).where(c.state == PENDING, c.model == model, c.url == url)
         yield from self._with_bodies(self._of(query.where(c.retry_at_s <= now_s), requests, pool), True)
+
+    def waiting(self, pool: str) -> Iterator[Pending]:
+        """Yield a pool's pending requests, those that back off included, with empty bodies, in order."""
+        query = select(requests).where(requests.c.state == PENDING)
+        yield from self._with_bodies(self._of(query, requests, pool), False)
+
+    def chosen(self, numbers: Sequence[int]) -> Iterator[Pending]:
+        """Yield these requests with their bodies, in order."""
+        for start in range(0, len(numbers), CHUNK):
+            some = requests.c.request.in_(numbers[start : start + CHUNK])
+            yield from self._with_bodies(select(requests, bodies.c.body).where(some), True)
 
     def _with_bodies(self, query: Select[Any], bodies_too: bool) -> Iterator[Pending]:
         if bodies_too:

@@ -53,13 +53,24 @@ from governor.run.outputs import FollowedFiles, check_apart, claimed, errors_pat
 from governor.run.pool_run import RunOptions
 from governor.run.scaledloop import loop_factory
 from governor.run.steer import changes_text, held_settings, words_of
-from governor.run.via.guards import check_line, check_manner, check_no_waves, guard_waves, open_waves
+from governor.run.via.auto_run import AutoRun
+from governor.run.via.guards import (
+    check_both,
+    check_line,
+    check_manner,
+    check_no_waves,
+    guard_waves,
+    mix_lines,
+    open_waves,
+)
 from governor.run.via.wave_run import ConnectBatch, WaveLeg, WaveRun, connect_batch_with
 from governor.telemetry.metrics import Metrics, checked_hook
 from governor.telemetry.progress import Display
 
 # Descriptors besides those of requests in flight: journal, files, closing connections, name look-ups.
 OWN_DESCRIPTORS = 50
+# The deadline of a mix that is given none.
+DAY_S = 86_400.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +100,7 @@ class Orders:
     resend_changed: bool = False
     file_tokens: int = TOKENS_PER_FILE
     follow: bool = False
-    via: Literal["live", "batch"] = "live"
+    via: Literal["live", "batch", "auto"] = "live"
     keep_files: bool = False
     metrics_port: int | None = None
 
@@ -120,16 +131,17 @@ def run_orders(
         retry_failed=orders.retry_failed,
         resend_changed=orders.resend_changed,
         file_tokens=orders.file_tokens,
-        check=check_fits if orders.via == "live" else check_line,
+        check={"live": check_fits, "batch": check_line, "auto": check_both}[orders.via],
     )
     journal = begun.journal
     try:
         with claimed(orders.out) if orders.out is not None else nullcontext():
             _say_what_is_left(begun, orders, shown)
-            if orders.via == "live":
-                make = _live_leg(begun, orders, started, foresee, connect, shown)
+            connect_batch = connect_batch or connect_batch_with(orders.environment)
+            if orders.via == "batch":
+                make = _wave_leg(begun, orders, started, connect_batch, shown)
             else:
-                make = _wave_leg(begun, orders, started, connect_batch or connect_batch_with(orders.environment), shown)
+                make = _live_leg(begun, orders, started, foresee, connect, connect_batch, shown)
             if begun.amended is not None:
                 begun.amended.apply()
             if begun.retried:
@@ -163,8 +175,8 @@ def _check(orders: Orders) -> None:
     if orders.retry_failed and orders.retry_failed not in list(FailureCode):
         codes = ", ".join(FailureCode)
         raise BadSetting(f"--retry-failed {quoted(orders.retry_failed)} is not a failure code: use one of {codes}")
-    if orders.via == "batch":
-        check_manner(orders.manner)
+    if orders.via != "live":
+        check_manner(orders.manner, orders.via)
     if orders.manner.hook:
         checked_hook(orders.manner.hook)
     files = {"the input": orders.requests}
@@ -246,7 +258,8 @@ def _guard(begun: BatchBegun, orders: Orders, foresee: Foresee | None, shown: Di
         for line in forecast_lines(pool, demands[pool.name], expectations[pool.name], orders, named=len(busy) > 1):
             shown.inform(line)
     last = max(busy, key=lambda pool: expectations[pool.name].finish_s)
-    if not orders.yes:
+    # A mix is done in time by calling less, or nothing, live.
+    if not orders.yes and orders.via == "live":
         e = expectations[last.name]
         check_finish(e.finish_s, orders.finish_by_s, held_back_text(e, last))
     return expectations
@@ -335,11 +348,17 @@ def _live_leg(
     started: Mapping[str, Policy],
     foresee: Foresee | None,
     connect: Connect,
+    connect_batch: ConnectBatch,
     shown: Display,
 ) -> MakeLeg:
-    """Refuse a live run that should not start, and return how to make it."""
-    check_no_waves(begun.journal)
+    """Refuse a run with live calls that should not start, and return how to make it."""
+    if orders.via == "live":
+        check_no_waves(begun.journal)
     expectations = _guard(begun, orders, foresee, shown)
+    by_s = DAY_S if orders.finish_by_s is None else orders.finish_by_s
+    if orders.via == "auto":
+        for line in mix_lines(begun.demands, expectations, orders.prices, by_s):
+            shown.inform(line)
 
     def made(spent: Spending, manner: RunOptions) -> LiveRun:
         left = {pool.name: begun.journal.counts(pool.name) for pool in orders.pools}
@@ -354,7 +373,10 @@ def _live_leg(
             spent=spent,
             request_usd=_request_usd(begun, orders, expectations),
         )
-        return LiveRun(leg, connect, shown, manner)
+        if orders.via == "live":
+            return LiveRun(leg, connect, shown, manner)
+        keep = orders.keep_files
+        return AutoRun(leg, connect, connect_batch, shown, manner, finish_by_s=by_s, keep_files=keep)
 
     return made
 

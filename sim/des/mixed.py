@@ -16,7 +16,17 @@ from typing import Any
 
 from governor import law
 from governor.batchapi.limits import ENDED, EXPIRES_S, IN_PROGRESS
-from governor.forecast.mixes import Candidate, LiveRate, OpenBatch, Placement, Situation, Turnaround, decide
+from governor.forecast.mixes import (
+    FLEX_BLOCKED_S,
+    Candidate,
+    LiveRate,
+    OpenBatch,
+    Placement,
+    Situation,
+    Turnaround,
+    decide,
+    step_s,
+)
 from governor.model.errors import FailureCode
 from governor.model.keyed import FAULT, keyed_uniform
 from sim.des.calendar import CHANGE, RETRY_DUE, Appointment
@@ -28,9 +38,6 @@ from sim.model.provider import ProviderParams
 from sim.model.workload import Columns
 
 LIVE, FLEX, BATCH = "live", "flex", "batch"
-STEP_MIN_S, STEPS = 60.0, 60
-# After a refusal for lack of capacity, flex is left alone for so long.
-FLEX_BLOCKED_S = 300.0
 # What is not answered by then is lost: batches that always expire would be handed in for ever.
 GIVE_UP_S = 10 * EXPIRES_S
 
@@ -126,7 +133,6 @@ class MixedSimulation(Simulation):
         mix = self.mix
         if not self._waiting and not self._open:
             return
-        step_s = max(STEP_MIN_S, (mix.horizon_s - now) / STEPS)
         flex = now >= self._flex_from
         situation = Situation(
             now=now,
@@ -140,7 +146,7 @@ class MixedSimulation(Simulation):
             live_left=(self._live_requests, self._live_tokens),
             queue_tokens=mix.queue_tokens,
             file_requests=mix.file_requests,
-            step_s=step_s,
+            step_s=step_s(now, mix.horizon_s),
             turnaround=mix.turnaround,
         )
         decision = mix.decide(situation)
@@ -154,7 +160,7 @@ class MixedSimulation(Simulation):
             self._launch_flex(i, now)
         for i in decision.live:
             self._go_live(i, LIVE, now)
-        self._decides_at = now + step_s if mix.re_decides else inf
+        self._decides_at = now + situation.step_s if mix.re_decides else inf
         self._await()
 
     def _seen(self, key: int, each: _Open, now: float) -> OpenBatch:

@@ -7,27 +7,27 @@ from datetime import date
 from math import inf
 from typing import Any
 
-from governor.batchapi.limits import usable_tokens
+from governor.batchapi.limits import TURNAROUND_S, usable_tokens
 from governor.batchapi.outlook import Foreseen, foreseen
 from governor.batchapi.waves import WaveStage
-from governor.forecast.forecast import Demand, assumed_answer, cost_forecast, cost_text
-from governor.forecast.guard import check_finish
+from governor.forecast.forecast import Demand, Expectation, assumed_answer, cost_forecast, cost_text
+from governor.forecast.guard import check_finish, check_fits
 from governor.journal.journal import Journal
 from governor.journal.waves import WaveRow
 from governor.model.errors import BadInput, BadSetting, Oversized, quoted
 from governor.model.pools import Pool
 from governor.model.prices import Prices, Spending, Usage, dollars_text
-from governor.model.requests import BATCH, Request
-from governor.model.words import plural
+from governor.model.requests import BATCH, STANDARD, Request
+from governor.model.words import duration, plural
 from governor.run.pool_run import RunOptions
 from governor.telemetry.progress import Display
 
 
-def check_manner(manner: RunOptions) -> None:
+def check_manner(manner: RunOptions, via: str = BATCH) -> None:
     """Raise BadSetting for options that a run by the Batch API has no use for."""
     for given, option in ((manner.finalize, "--finalize"), (manner.canary, "--canary")):
         if given:
-            raise BadSetting(f"{option} is for live runs: leave it out with --via batch")
+            raise BadSetting(f"{option} is for live runs: leave it out with --via {via}")
 
 
 def check_line(request: Request, reserve: int, pool: Pool) -> None:
@@ -44,6 +44,31 @@ def check_line(request: Request, reserve: int, pool: Pool) -> None:
             limit=int(usable_tokens(limit)),
             setting="OPENAI_BATCH_QUEUE_TOKENS",
         )
+
+
+def check_both(request: Request, reserve: int, pool: Pool) -> None:
+    """Raise BadInput or Oversized for a request that live calls could not do, or that names no model."""
+    if not request.model:
+        check_line(request, reserve, pool)
+    check_fits(request, reserve, pool)
+
+
+def mix_lines(
+    demands: Mapping[str, Demand], expectations: Mapping[str, Expectation], prices: Prices, by_s: float
+) -> list[str]:
+    """Return what a mix of live calls and the Batch API lies between, in words."""
+    costs = []
+    for tier in (BATCH, STANDARD):
+        found = [
+            cost_forecast(demand, expectations[name].answer_tokens, prices, date.today(), tier).expected
+            for name, demand in demands.items()
+        ]
+        costs.append(dollars_text(None if None in found else sum(each or 0.0 for each in found)))
+    p50, p95 = (duration(each) for each in TURNAROUND_S)
+    return [
+        f"auto: to be done within {duration(by_s)}; cost between {costs[0]} (all by the Batch API) and {costs[1]} (all "
+        f"live); the Batch API's turnaround is assumed, {p50} (P50) to {p95} (P95), until three batches are measured"
+    ]
 
 
 def open_waves(journal: Journal) -> list[WaveRow]:

@@ -162,7 +162,7 @@ class WaveRun(Announcer):
             log.zero_epoch = time.time() - now()
         observers: list[Observer | None] = [
             recorder,  # first: nothing is reported before it is recorded
-            _Spender(self.leg.spent),
+            Spender(self.leg.spent),
             self._ended,
             Follower(manner.follow) if manner.follow is not None else None,
             manner.metrics.observer(pool.name) if manner.metrics is not None else None,
@@ -289,7 +289,7 @@ def run_id(journal: Journal) -> str:
 # ---------------------------------------------------------------- observers
 
 
-class _Spender(Observer):
+class Spender(Observer):
     """Adds up what answers cost."""
 
     def __init__(self, spent: Spending) -> None:

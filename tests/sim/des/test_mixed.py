@@ -14,7 +14,7 @@ from sim.experiment.experiment import case_of
 
 @pytest.fixture(scope="module")
 def results() -> list[bench_auto.Result]:
-    return [bench_auto.ran(bench_auto.drawn(seed)) for seed in range(1, 25)]
+    return [bench_auto.ran(bench_auto.drawn(seed)) for seed in range(1, 17)]
 
 
 def test_the_short_form_of_the_benchmark(results: list[bench_auto.Result]) -> None:

@@ -63,10 +63,10 @@ def test_one_batch_is_done_as_the_lognormal_says(root: Path, monkeypatch) -> Non
 
 
 def test_waves_follow_one_another(root: Path, monkeypatch) -> None:
-    """Batches of one hour, known exactly: three of every ten requests fit into the queue at a time, so four waves."""
+    """Batches of one hour, known exactly: a third of the requests fits into the queue, so one batch of 20."""
     terms = Terms(100 * 990 * 100 // 85 // 3, turnaround_s=(HOUR, HOUR * 1.0001), factor=1.0001)
     found = by_name(ways(scenario(root, monkeypatch, 100), terms, PRICES, 6.0 * HOUR))
-    assert found[BATCH].finish_s == pytest.approx(4.0 * HOUR, rel=0.01)
+    assert found[BATCH].finish_s == pytest.approx(5.0 * HOUR, rel=0.01)
     endless = Terms(0, terms.turnaround_s, factor=1.0001)
     free = by_name(ways(scenario(root, monkeypatch, 100), endless, PRICES, 6.0 * HOUR))
     assert free[BATCH].finish_s == pytest.approx(HOUR, rel=0.01)
