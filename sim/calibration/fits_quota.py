@@ -4,14 +4,15 @@ Theory of operation. Each charge rule, settling or not, is a provider. From one 
 remains; the rule with the smallest errors explains the log. Rules that charge every request of a log alike cannot be
 distinguished, and the result says so. Others on the quota take at a rate: a share of the limit times the time between
 two counts, never negative; it is fitted with each rule and not counted against the rule. A bucket that ran empty
-between two counts hides what was taken before, so only gaps in which it cannot have run empty are fitted.
+between two counts hides what was taken before, so only gaps in which it cannot have run empty are fitted. Each window
+is tried with each rule: a counter, of which nothing drains, looks like a bucket of which others take what it refills.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,21 +22,30 @@ from scipy import stats
 from governor.law import RPM, TPM
 from governor.model.estimate import RULES
 from sim.calibration.fits import EACH, Figure, quantile, share, unknown
-from sim.calibration.fits_window import WindowFit, retry_after, windows
+from sim.calibration.fits_window import PHASE_STEP_S, WindowFit, middle_phase, retry_after, windows
 from sim.calibration.observed import Observed
 from sim.calibration.others import NOBODY_RATIO, Count, CountGap, gaps
 from sim.model.provider_config import ProviderConfig
+from sim.model.windows import MINUTE_S
 from sim.model.workload import Real, charges
 from sim.scenario.columns import LOST, REFUSED, SERVER_FAULT
 
 # Counts that a rule is tried on: more would take long without changing the answer.
 COUNTS_MOST = 3_000
+# Those that a window is tried on, of which there are over thirty.
+COUNTS_SCANNED = 240
+# Others take a smaller share of the limit than this.
+OTHERS_MOST = 0.9
 LEAST_GAPS = 10
 _RESAMPLES = 400
 BLOCKS = 20
 # A count off by this share of the median charge is unexplained; a rule that misses this many does not explain a log.
 REACH_RATIO = 0.1
 _UNEXPLAINED_MOST = 0.5
+# A bucket that leaves no more than this unexplained needs no comparison with minutes of the clock.
+CLEAR_LOSS = 0.1
+# Of windows that leave more than this unexplained, none but a determined one shows what others took.
+EXPLAINED_LOSS = 0.2
 # Busy periods of the bucket: the shortest used, the total needed, and how they are cut.
 BUSY_LEAST_S = 8.0
 BUSY_TOTAL_S = 60.0
@@ -93,11 +103,20 @@ def quota(found: Observed, base: ProviderConfig) -> QuotaFit:
     settles = unknown("settles", base.settles, why)
     others = unknown("share of others", base.cotenant.share, why)
     counting = unknown("refusals count", base.failed_requests_count, "no refusal states what remains")
+    by_counts: list[Figure] = []
     if len(stated) >= LEAST_GAPS and not changes:
+        near, by_counts = _window(found, counts[:COUNTS_SCANNED], granted)
+        granted = near[0]
         rules = _rules(found, counts[:COUNTS_MOST], granted)
         rule, settles = _told(rules, base)
         best = rules[0]
-        others = _others(best, base) if rule.known else unknown("share of others", base.cotenant.share, rule.how)
+        others = unknown("share of others", base.cotenant.share, rule.how)
+        if rule.known:
+            others = _others(best, base)
+            for form in near[1:]:
+                rival = _rules(found, counts[:COUNTS_MOST], form)[0]
+                is_clear = max(best.mean_loss, rival.mean_loss) <= EXPLAINED_LOSS
+                others = _either(others, _others(rival, base)) if is_clear else _none_of(others)
         counting = _counting(best, charges(found.tries, best.rule, 0, base.as_of), base)
     elif stated:
         why = "the limit changed in mid-run" if changes else f"only {len(stated)} headers state what remains"
@@ -108,6 +127,8 @@ def quota(found: Observed, base: ProviderConfig) -> QuotaFit:
     if not limit.known and not window.explains:
         limit = _limit_from_refusals(found, counts, base, limit)
     *habits, by_refusals = window.figures
+    known = {figure.name: figure for figure in by_counts if figure.known}
+    habits = [figure if figure.known else known.get(figure.name, figure) for figure in habits]
     figures = (
         *(limit, requests, rule, settles, others),
         *(counting if counting.known else by_refusals, *habits),
@@ -186,6 +207,53 @@ def _surprises(limit: float, times: Real, amount: Real, let_in: NDArray[np.bool_
     return wrong
 
 
+# ---------------------------------------------------------------- window
+
+
+def _window(
+    found: Observed, counts: Sequence[Count], granted: ProviderConfig
+) -> tuple[list[ProviderConfig], list[Figure]]:
+    """Return the provider with the windows that explain the counts in headers, best first; window and phase if known.
+
+    A bucket drains between two counts, a counter drops to nothing at once, a log gives back what is a minute old. Each
+    window is tried with every charge rule; it is determined if all others explain the counts clearly worse.
+    """
+    if granted.burst_s < MINUTE_S:
+        return [granted], []
+    forms = [granted.with_(window=name, phase_s=0.0) for name in ("bucket", "anchored", "sliding")]
+    tried = [(form, _rules(found, counts, form)[0]) for form in forms]
+    if min(tried, key=lambda each: each[1].mean_loss)[0].window != "bucket" or tried[0][1].mean_loss > CLEAR_LOSS:
+        phases = np.arange(0.0, MINUTE_S, PHASE_STEP_S).tolist()
+        forms = [granted.with_(window="clock", phase_s=phase_s) for phase_s in phases]
+        tried += [(form, _rules(found, counts, form)[0]) for form in forms]
+    # The first of equals: a bucket, then what has no phase.
+    form, best = min(tried, key=lambda each: each[1].mean_loss)
+    best_of = [min(group, key=lambda each: each[1].mean_loss) for group in _by_window(tried)]
+    rivals = [(other, rule) for other, rule in best_of if other.window != form.window]
+    if best.mean_loss > _UNEXPLAINED_MOST:
+        return [granted], []
+    near = [other for other, rule in rivals if not _wins(best, rule)]
+    if near:
+        return [form, *near], []
+    hits = f"it explains {1.0 - best.mean_loss:.0%} of {len(best.loss):,} counts"
+    other, rival = min(rivals, key=lambda each: each[1].mean_loss)
+    how = f"{hits}; next {other.window}: {1.0 - rival.mean_loss:.0%}"
+    figures = [Figure("window", form.window, None, None, "", how, granted.window)]
+    if form.window == "clock":
+        clocks = [(each, rule) for each, rule in tried if each.window == "clock"]
+        alike = [each.phase_s for each, rule in clocks if rule.mean_loss < best.mean_loss + 1e-9]
+        middle = middle_phase(alike)
+        apart = [(phase_s - middle + 30.0) % MINUTE_S - 30.0 for phase_s in alike]
+        low, high = middle + min(apart) - PHASE_STEP_S, middle + max(apart) + PHASE_STEP_S
+        form = form.with_(phase_s=round(middle, 2) % MINUTE_S)
+        figures.append(Figure("phase", form.phase_s, low, high, "s", hits))
+    return [form], figures
+
+
+def _by_window(tried: list[tuple[ProviderConfig, Rule]]) -> list[list[tuple[ProviderConfig, Rule]]]:
+    return [[each for each in tried if each[0].window == name] for name in dict.fromkeys(f.window for f, _ in tried)]
+
+
 # ---------------------------------------------------------------- rules
 
 
@@ -220,10 +288,12 @@ def _loss(found: Sequence[CountGap]) -> Real:
     """
     more = np.array([gap.more for gap in found])
     room = np.array([gap.limit * (gap.at_s - gap.since_s) / 60.0 for gap in found])
-    busy = (np.array([gap.before for gap in found]) > room) & (room > 0.0)
+    busy = np.array([gap.shows_all for gap in found], np.bool_)
     rate = 0.0
     if busy.sum() >= LEAST_GAPS:
-        rate = min(1.0, max(0.0, float(np.median(more[busy] / room[busy]))))
+        rate = max(0.0, float(np.median(more[busy] / room[busy])))
+        # Others who take as much as a bucket refills leave nothing: it is a counter, and nobody takes anything.
+        rate = rate if rate < OTHERS_MOST else 0.0
     off = np.where(busy, np.minimum(np.abs(more), np.abs(more - rate * room)), np.abs(more))
     reach = max(4.0 * _ROUNDING, REACH_RATIO * float(np.median([gap.own for gap in found])))
     loss: Real = np.minimum(1.0, np.maximum(0.0, off - _ROUNDING) / reach)
@@ -266,6 +336,20 @@ def _wins(best: Rule, rival: Rule) -> bool:
 # ---------------------------------------------------------------- others, refusals, faults
 
 
+def _none_of(one: Figure) -> Figure:
+    why = "several windows explain the counts, each with others of its own"
+    return unknown(one.name, one.default, why) if one.known else one
+
+
+def _either(one: Figure, other: Figure) -> Figure:
+    """Return a figure that holds whichever of two windows is right: unknown if they contradict each other."""
+    if one.low is None or one.high is None or other.low is None or other.high is None:
+        return _none_of(one)
+    if max(one.low, other.low) > min(one.high, other.high):
+        return _none_of(one)
+    return replace(one, low=min(one.low, other.low), high=max(one.high, other.high))
+
+
 def _others(best: Rule, base: ProviderConfig) -> Figure:
     """Return the share of the limit that others take, as a ratio of sums with a jackknife over busy periods.
 
@@ -296,7 +380,7 @@ def _busy(found: Sequence[CountGap]) -> list[tuple[float, float, float]]:
     for gap in found:
         refill = gap.limit * (gap.at_s - gap.since_s) / 60.0
         # A full bucket refuses others: what they would have taken cannot be observed.
-        is_open = gap.before > refill and gap.before + gap.own < 0.9 * gap.limit
+        is_open = gap.shows_all and gap.before + gap.own < 0.9 * gap.limit
         if is_open:
             more, room, a_second = more + gap.more, room + refill, gap.limit / 60.0
         if room > 0.0 and (not is_open or room > _PIECE_S * a_second):

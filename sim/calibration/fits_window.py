@@ -277,9 +277,7 @@ def _phase(tried: Sequence[Hypothesis], hits: str, settled: bool) -> Figure:
     if best.habits["window"] != "clock":
         return unknown("phase", 0.0, "only minutes of the clock have one")
     alike = [h.habits["phase_s"] for h in tried if h.habits["window"] == "clock" and h.misses == best.misses]
-    # On the circle of a minute: the middle of the phases that miss equally few.
-    angles = np.exp(2j * math.pi * np.array(alike) / win.MINUTE_S)
-    middle = float(np.angle(angles.mean()) / (2.0 * math.pi) * win.MINUTE_S) % win.MINUTE_S
+    middle = middle_phase(alike)
     apart = [(phase_s - middle + 30.0) % win.MINUTE_S - 30.0 for phase_s in alike]
     # The next values, beyond those that miss equally few, were tried one step away.
     low, high = middle + min(apart) - PHASE_STEP_S, middle + max(apart) + PHASE_STEP_S
@@ -287,6 +285,12 @@ def _phase(tried: Sequence[Hypothesis], hits: str, settled: bool) -> Figure:
     if not settled:
         return unknown("phase", value, "another window explains the refusals as well", "s")
     return Figure("phase", value, low, high, "s", hits)
+
+
+def middle_phase(phases_s: Sequence[float]) -> float:
+    """Return the middle of phases on the circle of a minute, seconds."""
+    angles = np.exp(2j * math.pi * np.array(phases_s) / win.MINUTE_S)
+    return float(np.angle(angles.mean()) / (2.0 * math.pi) * win.MINUTE_S) % win.MINUTE_S
 
 
 def _text(habits: dict[str, Any]) -> str:

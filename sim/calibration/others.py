@@ -139,7 +139,8 @@ def began_s(counts: Sequence[Count]) -> float:
 class CountGap(NamedTuple):
     """The excess `more` of a count of dimension `d` over the model, accumulated between `since_s` and `at_s`.
 
-    `before`: use according to the count before; `own`: use added by the attempt itself, by the model.
+    `before`: use according to the count before; `own`: use added by the attempt itself, by the model. `shows_all`: all
+    that others took in between is still counted at its end: the bucket cannot have run empty, nothing was set back.
     """
 
     d: int
@@ -150,6 +151,7 @@ class CountGap(NamedTuple):
     own: float
     limit: float
     said: Count
+    shows_all: bool
 
 
 def gaps(counts: Sequence[Count], charges: NDArray[np.float64], provider: ProviderConfig) -> Iterator[CountGap]:
@@ -175,6 +177,7 @@ def gaps(counts: Sequence[Count], charges: NDArray[np.float64], provider: Provid
             prov.settled(pp, ps, 0, charge, count.used, max(at_s, ps.at))
             continue
         prov.advanced(pp, ps, 0, at_s)
+        win.opened(pp, ps)
         stated = {d: (limit, remaining) for d, limit, remaining in count.stated}
         for d in (TPM, RPM):
             own = (charge if d == TPM else 1.0) if count.let_in else 0.0
@@ -184,7 +187,12 @@ def gaps(counts: Sequence[Count], charges: NDArray[np.float64], provider: Provid
                 continue
             limit, remaining = stated[d]
             used = limit - remaining
-            yield CountGap(d, since_s[d], at_s, used - ps.used[d] - own, held[d], own, limit, count)
+            passed_s = at_s - since_s[d]
+            if pp.window[d] == win.BUCKET:
+                shows_all = held[d] > limit * passed_s / MINUTE_S > 0.0
+            else:
+                shows_all = 0.0 < passed_s < MINUTE_S and (pp.window[d] == win.SLIDING or ps.used[d] >= held[d] > 0.0)
+            yield CountGap(d, since_s[d], at_s, used - ps.used[d] - own, held[d], own, limit, count, shows_all)
             _hold(pp, ps, d, used)
             since_s[d], held[d] = at_s, used
 

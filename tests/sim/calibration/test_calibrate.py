@@ -63,6 +63,26 @@ def test_a_wrong_scenario_is_not_recovered(tmp_path: Path) -> None:
     assert one.startswith("first token")
 
 
+@pytest.mark.parametrize(
+    ("window", "phase_s"), [("bucket", 0.0), ("clock", 37.0), ("clock", 3.0), ("anchored", 0.0), ("sliding", 0.0)]
+)
+def test_counts_in_headers_tell_the_window_and_what_others_take(window: str, phase_s: float, tmp_path: Path) -> None:
+    """Nothing of a counter drains between two counts: it is no bucket of which others take what it refills."""
+    for number in (203, 205, 206):
+        known = drawn(number, 200)
+        provider = known.scenario.provider.with_(
+            window=window, phase_s=phase_s, cotenant={"share": 0.0, "burst_s": 0.0, "period_s": 0.0}
+        )
+        log = write_log(known.scenario.with_(provider=provider), tmp_path / f"{number}.csv")
+        found = calibrate(read_sources([str(log)], {}))
+        assert found["window"].value in (None, window), (number, found["window"].how)
+        assert (found["window"].used == "bucket") == (window == "bucket"), number
+        assert found["share of others"].value in (None, 0.0), (number, found["share of others"].how)
+        phase = found["phase"]
+        if phase.low is not None and phase.high is not None:
+            assert (phase_s - phase.low) % 60.0 <= phase.high - phase.low + 0.5, number
+
+
 # ---------------------------------------------------------------- fits
 
 
