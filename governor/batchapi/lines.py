@@ -22,12 +22,13 @@ _LIMIT = re.compile(r"[Ll]imit:? ([0-9][0-9,]{0,20})")
 
 
 def input_line(request: Request) -> bytes:
-    """Return a request as a line of an input file."""
+    """Return a request as a line of an input file. A batch is in the background anyway: the field is left out."""
+    body = {name: value for name, value in (request.body or {}).items() if name != "background"}
     record = {
         "custom_id": request.custom_id,
         "method": "POST",
         "url": url_of(request.sizes.endpoint),
-        "body": request.body,
+        "body": body,
     }
     return json.dumps(record, separators=(",", ":")).encode() + b"\n"
 

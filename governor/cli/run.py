@@ -155,6 +155,10 @@ def run(
     grace: Annotated[
         str, typer.Option(metavar="30s", help="Time for requests in flight to end after Ctrl-C or another signal.")
     ] = "30s",
+    cancel_background: Annotated[
+        bool,
+        typer.Option("--cancel-background", help="After a signal, cancel background responses that are under way."),
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show warnings only, no progress.")] = False,
     log_format: Annotated[
         Literal["text", "json"] | None, typer.Option(help="One line per launch, wait, 429 and result on stderr.")
@@ -216,6 +220,7 @@ def run(
         hook=notify or "",
         ask=_ask if sys.stdin.isatty() and sys.stderr.isatty() else None,
         time_scale=time_scale,
+        cancel_background=cancel_background,
         redis=redis_url(environment),
     )
     found = pools_of(

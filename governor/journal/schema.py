@@ -16,6 +16,7 @@
     commands   commands from other processes: pause, resume, set, unset
     waves      one row per file that went, or is about to go, to the Batch API
     wave_requests  the wave that holds a request: `in_flight` there, whichever process runs
+    background  the background response that a request has become at the provider, until it has ended
 
 A request is `pending`, `in_flight` (sent, or about to be), `done` or `failed`. A request that backs off is pending: no
 attempt of it is with the provider. Times are seconds since the run began, -1 = not yet.
@@ -296,6 +297,8 @@ waves = Table(
 
 wave_requests = Table("wave_requests", metadata, _number_of_request(), _whole("wave"))
 Index("requests_by_wave", wave_requests.c.wave)
+
+background = Table("background", metadata, _number_of_request(), _text("response_id"))
 
 # ---------------------------------------------------------------- values to rows and back
 

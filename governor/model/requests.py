@@ -37,7 +37,8 @@ UNSERVED: dict[str, tuple[tuple[object, ...], str]] = {
     "stream": ((False,), "a batch cannot stream: leave it out"),
     "background": (
         (False,),
-        "the answer would be a queued job without a result, and each retry another job that is paid for: leave it out",
+        "only `paceline run` and /v1/responses know jobs in the background; elsewhere the answer would be a queued job "
+        "without a result, and each retry another job that is paid for: leave it out",
     ),
     "conversation": (
         (),
@@ -258,18 +259,19 @@ def read_requests(
     keep_body: bool = True,
     pool: str = "default",
     file_tokens: int = TOKENS_PER_FILE,
+    in_background: bool = False,
 ) -> Iterator[Request]:
     """Yield the requests of a batch file, one at a time, in file order.
 
     `lines`: an open file or any iterable of lines; if it is opened in binary, a line that is not UTF-8 is named
     exactly. `name`: the file's name in errors. `keep_body=False` drops each body once it is sized. `file_tokens`: as in
-    `measured`. Raise BadInput, naming file and line, for the first invalid line, and at the end for a file without
-    requests.
+    `measured`. `in_background`: background responses are served. Raise BadInput, naming file and line, for the first
+    invalid line, and at the end for a file without requests.
     """
     line_of: dict[str, int] = {}
     for line, record in _objects(lines, name):
         try:
-            request = _request(record, len(line_of), keep_body, pool, file_tokens)
+            request = _request(record, len(line_of), keep_body, pool, file_tokens, in_background)
         except BadInput as error:
             raise BadInput(error.reason, name, line) from None
         first = line_of.setdefault(request.custom_id, line)
@@ -374,7 +376,9 @@ def _no_constant(word: str) -> object:
     raise ValueError(f"{word} is not a JSON number")
 
 
-def _request(record: dict[str, Any], index: int, keep_body: bool, pool: str, file_tokens: int) -> Request:
+def _request(
+    record: dict[str, Any], index: int, keep_body: bool, pool: str, file_tokens: int, in_background: bool
+) -> Request:
     custom_id, url, body = (record.get(key) for key in ("custom_id", "url", "body"))
     if not isinstance(custom_id, str) or not custom_id:
         raise BadInput("custom_id is missing" if custom_id is None else "custom_id must be non-empty text")
@@ -388,7 +392,7 @@ def _request(record: dict[str, Any], index: int, keep_body: bool, pool: str, fil
         raise BadInput(f"method is {quoted(method)}: only POST can be sent")
     if not isinstance(body, dict):
         raise BadInput("body is missing" if body is None else f"body is {kind_of(body)}, not an object")
-    _check_served(body)
+    _check_served(body, in_background and endpoint == RESPONSES)
     model = body.get("model", "")
     if not isinstance(model, str):
         raise BadInput(f"body.model is {kind_of(model)}, not text")
@@ -424,10 +428,12 @@ class UnseenContent:
         )
 
 
-def _check_served(body: dict[str, Any]) -> None:
+def _check_served(body: dict[str, Any], in_background: bool) -> None:
     """Raise BadInput for a field that changes the kind of answer; see `UNSERVED`."""
     for field, (served, reason) in UNSERVED.items():
         value = body.get(field)
+        if in_background and field == "background" and value is True:
+            continue
         if value is not None and value not in served:
             raise BadInput(f"body.{field} is {quoted(value)}: {reason}")
 

@@ -179,9 +179,28 @@ class Adapter:
             response = error.response
         except Exception as error:
             return self._unanswered(error)
-        hide = self._key.decode() if self._is_secret else ""
         fault = response.extensions.get(_FAULT, "")
-        answer = classify(
+        answer = self._classified(response)
+        if not fault or answer.outcome not in (Outcome.OK, Outcome.MALFORMED):
+            return answer
+        if fault.startswith(_CUT):
+            # The server announced more than the whole answer, or the connection broke off before its end.
+            return answer if answer.outcome is Outcome.OK else dropped(f"no answer from {self.address}: {fault}")
+        return malformed(f"{self.address} sent an answer {fault}: it is not asked for again", answer.status, answer.raw)
+
+    async def look(self, path: str, *, method: str = "GET", timeout_s: float) -> Answer:
+        """Return the answer to a call without a body, such as a look at a background response. Never raises."""
+        options: Any = {"headers": _RAW, "timeout": Timeout(timeout_s, connect=min(timeout_s, CONNECT_S))}
+        try:
+            call = self.client.get if method == "GET" else self.client.post
+            raw: Any = await call(path, cast_to=object, options=options)
+        except Exception as error:
+            return self.failure(error)
+        return self._classified(raw.http_response)
+
+    def _classified(self, response: Any) -> Answer:
+        hide = self._key.decode() if self._is_secret else ""
+        return classify(
             response.status_code,
             response.headers,
             response.content,
@@ -189,12 +208,6 @@ class Adapter:
             hide=hide,
             profile=self.profile,
         )
-        if not fault or answer.outcome not in (Outcome.OK, Outcome.MALFORMED):
-            return answer
-        if fault.startswith(_CUT):
-            # The server announced more than the whole answer, or the connection broke off before its end.
-            return answer if answer.outcome is Outcome.OK else dropped(f"no answer from {self.address}: {fault}")
-        return malformed(f"{self.address} sent an answer {fault}: it is not asked for again", answer.status, answer.raw)
 
     async def _post(self, path: str, body: dict[str, Any], options: Any) -> Any:
         """Return the response to the SDK's call, as httpx represents it."""
@@ -221,15 +234,7 @@ class Adapter:
     def failure(self, error: Exception) -> Answer:
         """Return the `Answer` for an exception that a call of `client` raised."""
         if isinstance(error, APIStatusError):
-            response, hide = error.response, self._key.decode() if self._is_secret else ""
-            return classify(
-                response.status_code,
-                response.headers,
-                response.content,
-                now_epoch=time.time(),
-                hide=hide,
-                profile=self.profile,
-            )
+            return self._classified(error.response)
         if isinstance(error, (TimeoutError, APITimeoutError)):
             return timed_out(f"no answer from {self.address} in time")
         return self._unanswered(error)

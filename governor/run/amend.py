@@ -20,7 +20,7 @@ from sqlalchemy import delete, insert, select, update
 
 from governor.journal.database import JournalError
 from governor.journal.journal import Journal
-from governor.journal.schema import DONE, FAILED, bodies, chunks, requests, results, run, wave_requests
+from governor.journal.schema import DONE, FAILED, background, bodies, chunks, requests, results, run, wave_requests
 from governor.model.errors import BadInput, quoted
 from governor.model.requests import Request
 from governor.model.words import plural
@@ -131,7 +131,7 @@ class Amendment:
         for rows, texts in chunks(works):
             with self._journal.writing() as connection:
                 places = [row["request"] for row in rows]
-                for table in (requests, bodies, results):
+                for table in (requests, bodies, results, background):
                     connection.execute(delete(table).where(table.c.request.in_(places)))
                 connection.execute(insert(requests), rows)
                 connection.execute(insert(bodies), texts)

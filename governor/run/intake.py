@@ -108,7 +108,7 @@ def read_demands(
     """
     demands = {pool.name: Demand() for pool in pools}
     with _opened(path) as file:
-        requests = read_requests(file, str(path), keep_body=False, file_tokens=file_tokens)
+        requests = read_requests(file, str(path), keep_body=False, file_tokens=file_tokens, in_background=True)
         for request, pool in pooled(requests, pools, str(path)):
             demands[pool.name].add(request.model, request.sizes, reserve_of(pool.policy, request.sizes), request.tier)
             if unseen is not None:
@@ -196,7 +196,9 @@ def _made(
 
     def works(hashed: _Hashed) -> Iterator[Work]:
         nonlocal oversized
-        for request, pool in pooled(read_requests(hashed, str(path), file_tokens=file_tokens), pools, str(path)):
+        for request, pool in pooled(
+            read_requests(hashed, str(path), file_tokens=file_tokens, in_background=True), pools, str(path)
+        ):
             work = work_of(request, pool.policy)
             try:
                 check(request, int(work.reserve), pool)
@@ -308,7 +310,7 @@ def _amended(
     def works() -> Iterator[Work]:
         with _opened(path) as file:
             hashed = _Hashed(file)
-            read = read_requests(hashed, str(path), file_tokens=file_tokens)
+            read = read_requests(hashed, str(path), file_tokens=file_tokens, in_background=True)
             changes = amendment.changes(read, resend=resend_changed, name=str(path))
             for request, pool in pooled(changes, pools, str(path)):
                 yield work_of(request, pool.policy)

@@ -17,13 +17,15 @@ from itertools import islice
 from governor.forecast.forecast import Expectation, finish_text
 from governor.forecast.guard import canary_note, canary_verdict
 from governor.forecast.summary import Tally
+from governor.journal.background import BackgroundRecords
 from governor.journal.journal import Journal
 from governor.model.errors import BadInput, FailureCode
 from governor.model.policy import Policy
 from governor.model.pools import Connect, Pool
 from governor.model.prices import Spending, dollars_text
 from governor.model.words import duration, plural
-from governor.model.work import Work, work_of
+from governor.model.work import Sender, Work, work_of
+from governor.provider.sending import PoolSender
 from governor.run.account import CANARY, FAILED_INSIDE, MAX_COST, REFUSED
 from governor.run.longwaits import FINISH_BY, STOP_AFTER, held_text, too_late, too_late_text
 from governor.run.pool_run import PoolCallbacks, PoolRun, RunOptions, learner_of, pool_run
@@ -187,7 +189,7 @@ class LiveRun(Announcer):
                 seed=stated.seed,
                 start_s=self.began_s,
                 learner=learner_of(leg.journal, name, pool.policy),
-                send=self.connect(pool),
+                send=self._sender(pool),
                 spent=leg.spent,
                 manner=self.manner,
                 said=self._said(name),
@@ -196,6 +198,12 @@ class LiveRun(Announcer):
             held = held_text(run.governor, run.long_waits.moment)
             if held:
                 self.say(self._of(name) + held)
+
+    def _sender(self, pool: Pool) -> Sender:
+        send = self.connect(pool)
+        if isinstance(send, PoolSender):
+            send.backgrounds = BackgroundRecords(self.leg.journal, pool.name)
+        return send
 
     def _said(self, name: str) -> PoolCallbacks:
         def refused(line: str) -> None:
@@ -219,7 +227,18 @@ class LiveRun(Announcer):
             if self.manner.metrics is not None:
                 self.manner.metrics.unwatch(name)
             await run.governor.aclose()
+            if self._signalled and isinstance(run.send, PoolSender):
+                await self._leave_backgrounds(name, run.send)
             await run.send.aclose()
+
+    async def _leave_backgrounds(self, name: str, send: PoolSender) -> None:
+        """Cancel the background responses under way if that was asked for; say which ones go on."""
+        if self.manner.cancel_background and (cancelled := await send.cancel_backgrounds()):
+            self.say(f"{self._of(name)}{plural(cancelled, 'background response')} cancelled")
+        left = len(send.backgrounds.ids) if send.backgrounds is not None else 0
+        if left:
+            what = plural(left, "background response")
+            self.say(f"{self._of(name)}{what} left with the provider: the same command asks for the answers")
 
     # ------------------------------------------------------------ the work
 

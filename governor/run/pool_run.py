@@ -43,8 +43,9 @@ class RunOptions:
     requests in flight may take after a signal. `canary`: number of first requests of each pool to try; `insist`: go on
     whatever the canary finds. `records`: every call of the law is recorded. `follow`: receives each result, such as the
     file that grows. `stopper`: stops the run, besides signals. `textfile`, `hook`: targets of metrics and messages.
-    `redis`: the URL through which pools are shared with other processes, "" = they are not shared. `new_loop`: creates
-    the event loop, None = a loop whose clock runs `time_scale` times as fast as the machine's.
+    `cancel_background`: background responses are cancelled after a signal. `redis`: the URL through which pools are
+    shared with other processes, "" = they are not shared. `new_loop`: creates the event loop, None = a loop whose clock
+    runs `time_scale` times as fast as the machine's.
     """
 
     finalize: bool = False
@@ -64,6 +65,7 @@ class RunOptions:
     ask: Callable[[str], bool] | None = None
     time_scale: float = 1.0
     new_loop: Callable[[], asyncio.AbstractEventLoop] | None = None
+    cancel_background: bool = False
     redis: str = field(default="", repr=False)
 
 

@@ -40,6 +40,7 @@ from sim.base.arguments import checked
 from sim.model.faults import Event, Faults, read_faults
 from sim.model.provider_config import ProviderConfig
 from sim.serving import wire
+from sim.serving.background import BackgroundDesk
 from sim.serving.batches import PREFIXES, BatchDesk
 from sim.serving.replies import DROPPED, FIXED_CHARGE, PATHS, TRUNCATED, Desk, Reply
 
@@ -91,6 +92,7 @@ class Provider:
         """Restart: initial buckets, no memory, and the clock at 0 until the next request (`POST /_reset`)."""
         self.desk = Desk(self.config, **self._made_from)
         self.batches = BatchDesk(self.desk)
+        self.backgrounds = BackgroundDesk(self._serve_attempt, _sent)
         self.zero: float | None = None
         self.epoch_s = 0.0
 
@@ -121,6 +123,8 @@ class Provider:
             await self._serve_attempt(_ENDPOINTS[path], scope, receive, send)
         elif path.startswith(PREFIXES):
             await self._serve_batches(path, scope, receive, send)
+        elif await self.backgrounds.answer(method, path, send):
+            return
         elif method == "GET" and path == "/_stats":
             await _sent(send, 200, json.dumps(self.stats()).encode())
         elif method == "POST" and path == "/_reset":
@@ -135,7 +139,6 @@ class Provider:
 
     async def _serve_batches(self, path: str, scope: Any, receive: Any, send: Any) -> None:
         """A request of the Batch API."""
-        # Bound here, as below.
         _, zero = self._arrived()
         batches, scale, epoch_s = self.batches, self.desk.scale, self.epoch_s
         try:
@@ -152,7 +155,7 @@ class Provider:
     async def _serve_attempt(self, endpoint: int, scope: Any, receive: Any, send: Any) -> None:
         """Serve an API request: decide it on arrival, answer it when it is due."""
         raw = await _read(receive)
-        if raw is None:
+        if raw is None or await self.backgrounds.took(endpoint, raw, scope, send):
             return
         # Bound here: a reset while this waits must not mix two runs.
         desk = self.desk
