@@ -27,7 +27,7 @@ Sent = Callable[[Any, int, bytes], Awaitable[None]]
 
 
 @dataclass(slots=True, eq=False)
-class Background:
+class BackgroundResponse:
     """A response in the background. `status`: of the HTTP answer that ends it, 0 = not yet."""
 
     id: str
@@ -53,7 +53,7 @@ class BackgroundDesk:
     """The background responses of one provider. `serve`: serves an attempt; `sent`: sends an answer."""
 
     def __init__(self, serve: Serve, sent: Sent) -> None:
-        self.kept: dict[str, Background] = {}
+        self.kept: dict[str, BackgroundResponse] = {}
         self._serve = serve
         self._sent = sent
         self._numbers = count()
@@ -81,7 +81,7 @@ class BackgroundDesk:
             made.status = parts[0]["status"]
 
         model = str(json.loads(raw).get("model"))
-        made = Background(f"resp_bg{next(self._numbers):014x}", model, asyncio.create_task(served()))
+        made = BackgroundResponse(f"resp_bg{next(self._numbers):014x}", model, asyncio.create_task(served()))
         await asyncio.wait({made.task}, timeout=_SOON_S)
         if made.status not in (0, 200):
             await self._sent(send, made.status, made.body)
