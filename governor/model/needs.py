@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from governor.law import DIMENSIONS
 
@@ -69,7 +70,8 @@ class Limited:
     header: int = 0
 
 
-def weights_of(quota: Sequence[Limited]) -> Weights:
+@lru_cache(maxsize=256)
+def weights_of(quota: tuple[Limited, ...]) -> Weights:
     """Return the weights of a profile's dimensions; those of the guardrails' if there are none."""
     if not quota:
         return TOKENS

@@ -15,6 +15,7 @@ from governor import law
 from governor.law import Params, State
 from governor.model.errors import FailureCode
 from governor.model.estimate import LEARNED, Sizes, charge_of
+from governor.model.needs import TOKENS, Weights
 from governor.model.policy import Policy
 from governor.model.requests import LANES, Answer, Attempt, Outcome, Request
 from governor.model.scheduled import Scheduled
@@ -172,10 +173,13 @@ class Job(Scheduled):
         charge: int,
         submitted_s: float,
         request: Request | None = None,
+        weights: Weights = TOKENS,
     ) -> None:
-        Scheduled.__init__(self, index, reserve, expected, submitted_s)  # quicker than super()
+        told = request if work is None else work.request
+        prompt = 0.0 if told is None else float(told.sizes.prompt_tokens)
+        Scheduled.__init__(self, index, reserve, expected, submitted_s, -1.0, prompt, weights)  # quicker than super()
         self.work = work
-        self.request = request if work is None else work.request
+        self.request = told
         self.alone = work is None
         self.charge = charge
         self.answer: Answer | None = None  # to its last attempt

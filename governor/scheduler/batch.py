@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from governor.law import FINALIZE, MAIN, RETRY, TPD, TPM, never_fits
 from governor.model.errors import FailureCode, PacelineError, Refused
-from governor.model.needs import of_tokens
+from governor.model.prices import usage_in
 from governor.model.requests import Answer, Attempt, Limit, Outcome, Request
 from governor.model.work import (
     DIMENSIONS,
@@ -105,7 +105,7 @@ class BatchShell:
         reserve, charge = work.reserve, work.charge
         if work.lane == FINALIZE:
             reserve, charge = work.finalize_reserve, work.finalize_charge
-        job = Job(work, work.request.index, reserve, work.expected, charge, begun_s)
+        job = Job(work, work.request.index, reserve, work.expected, charge, begun_s, weights=self._governor.weights)
         job.since = clock
         return job
 
@@ -116,19 +116,21 @@ class BatchShell:
         kind, prompt_tokens = kind_of(job.work.request)
         return self._learner.estimate(kind, prompt_tokens, job.work.reserve), job.work.reserve
 
-    def reserved(self, reserve: float, request: Request | None) -> float:
+    def reserved(self, reserve: float, request: Request | None, prompt: float = 0.0) -> float:
         """Return what to reserve for a program's own request by current knowledge; as declared if more would never fit.
 
         Raise PacelineError if the request can never be sent.
         """
         if not reserve >= 0.0:
             raise PacelineError(f"a request of {reserve} tokens: reserve a number of tokens from 0 up")
-        if never_fits(self._governor.p, of_tokens(reserve)):
-            raise PacelineError(too_large(self._governor, reserve))
+        prompt = prompt if request is None else float(request.sizes.prompt_tokens)
+        p, weights = self._governor.p, self._governor.weights
+        if never_fits(p, weights.of(reserve, prompt)):
+            raise PacelineError(too_large(self._governor, reserve, weights.of(reserve, prompt)))
         if self._learner is None or request is None:
             return reserve
         found = self._learner.estimate(*kind_of(request), reserve)
-        return reserve if never_fits(self._governor.p, of_tokens(found)) else found
+        return reserve if never_fits(p, weights.of(found, prompt)) else found
 
     # ------------------------------------------------------------ answers
 
@@ -143,7 +145,7 @@ class BatchShell:
         if job.alone:
             weight = ANSWER_WEIGHT if self.answer_s else 1.0
             self.answer_s += weight * (now - job.launched_s - self.answer_s)
-        stated = stated_by(answer.limits) if scheduler.quota.p.sync_headers else ()
+        stated = stated_by(governor, answer.limits) if scheduler.quota.p.sync_headers else ()
         is_charged = outcome not in TURNED_AWAY
         if job.alone and (outcome == Outcome.OK or outcome in SPENT_AT_ONCE):
             used = self._used(job, answer)
@@ -187,7 +189,8 @@ class BatchShell:
         if self._learner is not None and job.request is not None and job.lane == MAIN:
             kind, prompt_tokens = kind_of(job.request)
             self._learner.saw(kind, prompt_tokens, used)
-        return job.need_of(used)
+        cached = float(usage_in(answer.body).cached) if job.weights.per_cached else 0.0
+        return job.weights.used(float(answer.used_prompt_tokens), float(answer.used_output_tokens), cached, 0.0)
 
     # ------------------------------------------------------------ the observer
 
@@ -239,7 +242,7 @@ class BatchShell:
         self._record(job, now, "")
         work = job.work
         assert work is not None
-        return Job(work, job.index, work.finalize_reserve, job.expected, work.finalize_charge, now)
+        return Job(work, job.index, work.finalize_reserve, job.expected, work.finalize_charge, now, weights=job.weights)
 
     def suspended(self, job: Job, now: float, code: str) -> None:
         """Report an attempt whose request counts as not made."""
@@ -268,7 +271,7 @@ class BatchShell:
         if job.granted is None:
             job.answer = None
         elif code == FailureCode.REQUEST_TOO_LARGE:
-            job.granted.set_exception(PacelineError(too_large(self._governor, job.reserve)))
+            job.granted.set_exception(PacelineError(too_large(self._governor, job.reserve, job.need)))
         else:
             job.granted.set_result(False)
         self.lost(job, now, code)
@@ -297,13 +300,24 @@ class BatchShell:
             self.tell(self._observer.attempted, row, job.answer, code)
 
 
-def too_large(governor: Governor, reserve: float) -> str:
-    """Return the message for a request whose reservation never fits."""
-    limit = min(limit for limit in (governor.p.limit[TPM], governor.p.limit[TPD]) if limit > 0.0)
-    return (
-        f"a request of {reserve:,.0f} tokens never fits: pool '{governor.pool}' is limited to {limit:,.0f}: shorten "
-        "it, or raise OPENAI_TPM_LIMIT (OPENAI_TPD_LIMIT where that is the smaller one)"
-    )
+def _amount(value: float) -> str:
+    """Return tokens and requests as whole numbers, and money to the cent and below."""
+    return f"{value:,.0f}" if value == int(value) else f"{value:.4g}"
+
+
+def too_large(governor: Governor, reserve: float, need: list[float]) -> str:
+    """Return the message for a request of that reservation, whose need never fits."""
+    p = governor.p
+    limit, d = min((p.largest[d], d) for d in range(p.dimensions) if need[d] > p.largest[d])
+    which = next((name for name, place in governor.places.items() if place == d), "")
+    if DIMENSIONS.get(which) in (TPM, TPD) and need[d] == reserve:
+        limited = "limited to"
+        remedy = "raise OPENAI_TPM_LIMIT (OPENAI_TPD_LIMIT where that is the smaller one)"
+    else:
+        limited = f"limited in {which}, of which it takes {_amount(need[d])}, to"
+        remedy = f"raise its limit {which}"
+    what = f"a request of {reserve:,.0f} tokens never fits: pool '{governor.pool}'"
+    return f"{what} is {limited} {_amount(limit)}: shorten it, or {remedy}"
 
 
 def no_more(governor: Governor) -> Refused:
@@ -311,9 +325,10 @@ def no_more(governor: Governor) -> Refused:
     return Refused(f"pool '{governor.pool}' launches nothing more: {governor.stopped}")
 
 
-def stated_by(limits: tuple[Limit, ...]) -> Stated:
+def stated_by(governor: Governor, limits: tuple[Limit, ...]) -> Stated:
     """Return the counts in an answer's headers, by the law's dimensions; of others it keeps no count."""
-    return [(DIMENSIONS[each.dimension], each.limit, each.remaining) for each in limits if each.dimension in DIMENSIONS]
+    places = governor.places
+    return [(places[each.dimension], each.limit, each.remaining) for each in limits if each.dimension in places]
 
 
 def kind_of(request: Request) -> tuple[tuple[str, int, int], float]:

@@ -13,18 +13,18 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from math import inf
 from typing import cast
 
 from governor import law
 from governor.law import Params, State
 from governor.model.errors import BadSetting, quoted
-from governor.model.needs import of_amounts, of_tokens
+from governor.model.needs import TOKENS, Weights, of_amounts
 from governor.model.policy import Policy
 from governor.model.pools import check_own_quota
 from governor.model.requests import Request
-from governor.model.work import Begun, Job, Observer, Send, Work
+from governor.model.work import DIMENSIONS, Begun, Job, Observer, Send, Work
 from governor.scheduler.attempts import Attempts, NoLoop
 from governor.scheduler.batch import BatchShell
 from governor.scheduler.interfaces import Quota
@@ -93,6 +93,9 @@ class Governor(InALoop):
         self.zero_epoch = time.time() - start_s
         self.late_s = -1.0
         self.portal: object = None  # see `portal.portal_to`
+        if self.policy is not None and any(each.window == law.CLOCK for each in self.policy.quota):
+            state = state or State()
+            state.zero_s = self.zero_epoch
         self.batch = BatchShell(self, learner)
         self.attempts = Attempts(self)
         if quota is None:
@@ -110,6 +113,17 @@ class Governor(InALoop):
 
     # ------------------------------------------------------------ public methods
 
+    @property
+    def weights(self) -> Weights:
+        """What a request and its tokens take of the dimensions of this pool's quota."""
+        return TOKENS if self.policy is None else self.policy.weights
+
+    @property
+    def places(self) -> Mapping[str, int]:
+        """The places of the quota's dimensions, by the names under which answers state them."""
+        quota = () if self.policy is None else self.policy.quota
+        return {each.name: each.place for each in quota} if quota else DIMENSIONS
+
     def observe(self, observer: Observer) -> None:
         """Report to this observer from now on, in place of the previous one (see `Together`)."""
         self.observer = observer
@@ -119,6 +133,7 @@ class Governor(InALoop):
         self,
         reserve: float,
         *,
+        prompt: float = 0.0,
         expected: float = -1.0,
         charge: int = -1,
         request: Request | None = None,
@@ -127,15 +142,19 @@ class Governor(InALoop):
     ) -> Permit:
         """Return a permit: `async with governor.permit(tokens)` waits until a request of that reservation may be sent.
 
-        `expected`: the request's declared output cap, for the order of launches. `max_wait_s`: entering raises Refused
-        if the request may not be sent within that many seconds. `request`, `charge`: what observers are told about each
-        attempt; without `request` they are not told. `lane`: "interactive" for a request whose user is waiting, which
-        goes before all others, is not staggered and may use the share that OPENAI_INTERACTIVE_RESERVE keeps free; else
-        "batch". Raises PacelineError if the request can never be sent, or if the pool has stopped.
+        `prompt`: how many of the tokens are input, which matters where a profile limits input and output apart; read
+        from `request` if that is given. `expected`: the request's declared output cap, for the order of launches.
+        `max_wait_s`: entering raises Refused if the request may not be sent within that many seconds. `request`,
+        `charge`: what observers are told about each attempt; without `request` they are not told. `lane`: "interactive"
+        for a request whose user is waiting, which goes before all others, is not staggered and may use the share that
+        OPENAI_INTERACTIVE_RESERVE keeps free; else "batch". Raises PacelineError if the request can never be sent, or
+        if the pool has stopped.
         """
-        reserve = self.batch.reserved(reserve, request)
+        reserve = self.batch.reserved(reserve, request, prompt)
         self._calls += 1
-        job = Job(None, self._calls, reserve, expected, charge, 0.0, request)
+        job = Job(None, self._calls, reserve, expected, charge, 0.0, request, self.weights)
+        if request is None and prompt > 0.0:
+            job.prompt, job.need = prompt, job.weights.of(reserve, prompt)
         job.standing = standing_of(lane)
         return Permit(self, job, max_wait_s)
 
@@ -159,7 +178,9 @@ class Governor(InALoop):
         standing = standing_of(lane)
         ahead = self.scheduler.ahead_of(law.rank(self.p, law.MAIN, 1, expected, reserve, inf, standing))
         flying = [(job.launched_s, job.need) for job in (*self.batch.granted, *self.attempts.jobs())]
-        return wait_s(self.p, self.s, ahead, flying, (of_tokens(reserve), standing), self.batch.answer_s, self.now())
+        return wait_s(
+            self.p, self.s, ahead, flying, (self.weights.of(reserve, 0.0), standing), self.batch.answer_s, self.now()
+        )
 
     async def run(
         self, source: Iterator[Work], send: Send, *, finalize: bool = False, refusals: Refusals | None = None

@@ -71,7 +71,7 @@ class Permit:
         if job.flying:
             governor.batch.granted.discard(job)
             used = job.need_of(self._used) if self._used >= 0.0 else None
-            governor.scheduler.returned(job, used, stated_by(self._limits), governor.now())
+            governor.scheduler.returned(job, used, stated_by(governor, self._limits), governor.now())
             governor.settle()
 
     @property
@@ -128,7 +128,7 @@ class Permit:
         """Report the headers' counts before the answer is complete: the body of a stream may take long."""
         governor = self._governor
         if self._job.flying and limits:
-            governor.scheduler.stated(self._job, stated_by(limits), governor.now())
+            governor.scheduler.stated(self._job, stated_by(governor, limits), governor.now())
             governor.settle()
 
     async def throttled(self, retry_after_s: float = -1.0, limits: tuple[Limit, ...] = ()) -> bool:
@@ -137,13 +137,13 @@ class Permit:
         False: the request's attempts or time are exhausted, and the permit has been given back.
         """
         governor, job = self._governor, self._job
-        stated = stated_by(limits)
+        stated = stated_by(governor, limits)
         return await self._once_more(lambda: governor.scheduler.throttled(job, retry_after_s, stated, governor.now()))
 
     async def failed(self, retry_after_s: float = -1.0, limits: tuple[Limit, ...] = ()) -> bool:
         """Report a 5xx, a time-out or a dropped connection; returns as `throttled` does."""
         governor, job = self._governor, self._job
-        stated = stated_by(limits)
+        stated = stated_by(governor, limits)
         return await self._once_more(lambda: governor.scheduler.failed(job, retry_after_s, stated, governor.now(), ""))
 
     def is_granted_now(self) -> bool:

@@ -21,7 +21,7 @@ from governor import law
 from governor.law import FIRST, HOLDING, NOTHING
 from governor.model.keyed import JITTER_RETRY, JITTER_STAGGER, attempt_key, keyed_uniform
 from governor.model.requests import CAUSES
-from governor.scheduler.interfaces import J, Quota, Shell
+from governor.scheduler.interfaces import J, Quota, Shell, Stated
 
 # Heaps of this length or more are swept now and then.
 SWEEP = 100
@@ -135,6 +135,14 @@ class Queue(Generic[J]):
             if not self.stopped:
                 self.waits_s[self.cause] += passed * self.waiting
             self.clock_at = now
+
+    def _sync(self, job: J, stated: Stated, refused: int, now: float) -> None:
+        """Pass on the counts that headers state, with what has been booked since the launch."""
+        quota = self.quota
+        if quota.p.sync_headers and job.booked:
+            for d, limit, remaining in stated:
+                since = quota.booked_since(job, d)
+                quota.synced(d, limit, remaining, job.need[d], refused, since, job.launched_s, now)
 
     def _next(self) -> None:
         """Pull the next new work from its source."""

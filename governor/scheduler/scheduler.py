@@ -415,14 +415,6 @@ class Scheduler(Queue[J]):
 
     # ------------------------------------------------------------ after an attempt
 
-    def _sync(self, job: J, stated: Stated, refused: int, now: float) -> None:
-        """Pass on the counts that headers state, with what has been booked since the launch."""
-        quota = self.quota
-        if quota.p.sync_headers and job.booked:
-            for d, limit, remaining in stated:
-                since = quota.booked_since(job, d)
-                quota.synced(d, limit, remaining, job.need[d], refused, since, job.launched_s, now)
-
     def _open_finalize(self, job: J, now: float) -> None:
         """Queue one more call, ahead of new work, for an answer that was cut off without usable text."""
         last = self.shell.finalize(job, now)

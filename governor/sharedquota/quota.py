@@ -21,6 +21,7 @@ from governor import law
 from governor.law import HOLDING, RETRY, Params
 from governor.model.lawcalls import params_of
 from governor.model.needs import NOTHING_USED, of_amounts
+from governor.model.timeline import EPOCH_S
 from governor.sharedquota.image import (
     CALL,
     HERE,
@@ -119,6 +120,7 @@ def begun(joins: Mapping[str, Join], now: float) -> Image:
     first = next(join for join in joins.values() if join.params is not None)
     assert first.params is not None
     image = Image(params_of(tuple(first.params)), lineage=first.lineage)
+    image.s.zero_s = float(EPOCH_S)
     law.launched(image.p, image.s, _sum(join.before for join in joins.values()), RETRY, now, 0.5)
     law.released(image.p, image.s)
     return image
