@@ -339,7 +339,7 @@ def test_settings_say_what_is_in_force_and_where_it_comes_from(run: Run, tmp_pat
     assert found["OPENAI_TPM_HEADROOM"] == f"0.2  ({above}:1)"
     assert found["OPENAI_TPM_LIMIT"] == "9000  (--set)"
     assert found["OPENAI_TPM_WINDOW"] == "bucket  (preset paceline)"
-    assert found["OPENAI_STAGGER_SECONDS"] == "15  (default)"
+    assert found["OPENAI_STAGGER_SECONDS"] == "0.2  (preset paceline)", "files replace the environment"
     told = json.loads(run("settings", *files, "--json")[1])
     assert told["OPENAI_TPM_HEADROOM"] == {"value": "0.2", "from": f"{above}:1"}
 
