@@ -84,9 +84,9 @@ class PlanWave(NamedTuple):
     tokens: float
     tokens_ever: float
     is_alone: bool
-    lines: int = FILE_LINES
-    bytes: int = FILE_BYTES
-    inputs: int = EMBEDDING_INPUTS
+    lines: int
+    bytes: int
+    inputs: int
 
 
 class WaveStep(NamedTuple):
@@ -268,10 +268,12 @@ class Waves:
         waves = [wave for wave in self.open.values() if wave.lane.model == lane.model]
         held = sum(wave.tokens for wave in waves if wave.stage not in (WaveStage.ENDED, WaveStage.COLLECTED))
         if not held:
-            return PlanWave(lane, ledger.usable * ledger.share, ledger.usable, True)
+            return PlanWave(lane, ledger.usable * ledger.share, ledger.usable, True, *_file_limits())
         room = ledger.usable * ledger.share - held
         wanted = max(backlog.least, min(backlog.tokens, _ROOM_SHARE_LEAST * ledger.usable * ledger.share))
-        return PlanWave(lane, room, ledger.usable, False) if room > 0.0 and room >= wanted else None
+        if room <= 0.0 or room < wanted:
+            return None
+        return PlanWave(lane, room, ledger.usable, False, *_file_limits())
 
     @property
     def wake_at(self) -> float:
@@ -371,6 +373,10 @@ class Waves:
     def _went_well(wave: Wave) -> None:
         wave.calls_failed = 0
         wave.due_at = -_NEVER
+
+
+def _file_limits() -> tuple[int, int, int]:
+    return FILE_LINES, FILE_BYTES, EMBEDDING_INPUTS
 
 
 def _act(wave: Wave) -> Act:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from governor.journal.journal import Journal
 from governor.model.errors import BadInput
 from governor.model.policy import Policy
-from governor.model.requests import Outcome, Request, Sizes
+from governor.model.requests import BATCH, Outcome, Request, Sizes
 from governor.model.work import DIMENSIONS
 from sim.calibration.others import Count, find_ways
 from sim.model.synthetic import similar_outputs
@@ -238,10 +238,11 @@ def of_journal(path: str) -> Observed:
     with Journal.open(path) as journal:
         requests: dict[int, Request] = {result.request.index: result.request for result in journal.results()}
         requests |= {request.index: request for request in journal.unfinished()}
-        heard = [each for each in journal.heard() if each.attempt.request in requests]
+        # Of what went by the Batch API, neither time nor refusals say anything of live calls.
+        heard = [h for h in journal.heard() if h.attempt.request in requests and h.attempt.lane != BATCH]
         settings = journal.settings()
     if not heard:
-        raise BadInput("no attempt has ended yet: nothing to learn from", path)
+        raise BadInput("no live attempt has ended yet: nothing to learn from", path)
     rows: dict[str, list[Any]] = {}
     for a, limits, processing_s in heard:
         request = requests[a.request]

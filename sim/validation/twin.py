@@ -31,7 +31,7 @@ from governor.model.errors import BadInput
 from governor.model.estimate import EMBEDDINGS, Sizes
 from governor.model.needs import of_tokens
 from governor.model.policy import Policy
-from governor.model.requests import Attempt, Outcome
+from governor.model.requests import BATCH, Attempt, Outcome
 from sim.calibration.others import Count, OthersUse, counts_of, gone_by_others
 from sim.des.calendar import ANSWER, CHANGE, Appointment
 from sim.des.driver import Simulation
@@ -94,9 +94,9 @@ class Lesson:
 
 def lessons(journal: Journal) -> list[Lesson]:
     """Return the lessons of a journal, one per pool. Raise BadInput if no request has ended yet."""
-    attempts = list(journal.attempts())
+    attempts = [attempt for attempt in journal.attempts() if attempt.lane != BATCH]
     if not attempts:
-        raise BadInput("no attempt has ended yet: nothing to compare with", journal.name)
+        raise BadInput("no live attempt has ended yet: nothing to compare with", journal.name)
     first_s = min(attempt.launched_s for attempt in attempts)
     gaps = _gaps(journal, attempts, first_s)
     names = dict.fromkeys(stated.pool for stated in journal.settings())

@@ -20,6 +20,7 @@ from governor.batchapi.collect import DriverContext
 from governor.batchapi.driver import WaveDriver
 from governor.batchapi.outlook import Foreseen, foreseen, progress
 from governor.batchapi.sdk_client import SdkBatchClient
+from governor.batchapi.waves import WaveStage
 from governor.journal.journal import Journal
 from governor.journal.recorder import Recorder
 from governor.model.policy import Policy
@@ -275,7 +276,8 @@ class WaveRun(Announcer):
         """Return the forecast of what is left of a pool."""
         run = self.pools[name]
         waves = run.driver.waves
-        left = [(wave.lane.model, wave.requests, wave.tokens) for wave in waves.open.values()]
+        open_ = [wave for wave in waves.open.values() if wave.stage not in (WaveStage.ENDED, WaveStage.COLLECTED)]
+        left = [(wave.lane.model, wave.requests, wave.tokens) for wave in open_]
         left += [(lane.model, requests, tokens) for lane, requests, tokens in waves.waiting()]
         return foreseen(left, run.policy.batch_queue_tokens, run.driver.ended_rows)
 

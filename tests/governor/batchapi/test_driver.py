@@ -14,9 +14,10 @@ from governor.batchapi.driver import CANCELLED_THERE, REFUSED, WaveDriver
 from governor.journal import database
 from governor.journal.journal import Journal
 from governor.model.errors import FailureCode
+from governor.model.estimate import EMBEDDINGS, sizes_of
 from governor.model.pools import Pool
-from governor.model.requests import Request
-from governor.model.work import Work
+from governor.model.requests import Request, url_of
+from governor.model.work import Work, work_of
 from sim.model.provider_config import ProviderConfig
 from tests.governor.batchapi.accounts import (
     POOL,
@@ -144,6 +145,38 @@ def test_a_request_above_the_whole_queue_fails_alone(tmp_path: Path) -> None:
         live(journal, account, pool=pool_of(QUEUE))
         check_account(account, journal, given)
         assert journal.counts().failures == {FailureCode.REQUEST_TOO_LARGE: 1}
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "files"),
+    [("FILE_LINES", 7, [7, 7, 6]), ("FILE_BYTES", 4_200, [8, 8, 4]), ("EMBEDDING_INPUTS", 9, [20])],
+)
+def test_files_keep_within_each_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, value: int, files: list[int]
+) -> None:
+    monkeypatch.setattr(f"governor.batchapi.waves.{limit}", value)
+    account, given = Account(config_of()), works(20, chars=360)
+    with journal_of(tmp_path / "j.db", given) as journal:
+        live(journal, account, keep_files=True)
+        assert [row.requests for row in journal.waves()] == files
+        sizes = [len(f.content) for f in account.desk.files.values() if f.purpose == "batch"]
+        assert sizes == [row.bytes for row in journal.waves()]
+        assert limit != "FILE_BYTES" or max(sizes) <= value
+
+
+def test_embedding_inputs_are_counted_over_the_lines_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("governor.batchapi.waves.EMBEDDING_INPUTS", 5)
+    given = []
+    for i, content in enumerate(["one", ["a", "b", "c"], [1, 2, 3], ["d", "e"], [[1], [2], [3]]]):
+        body = {"model": "text-embedding-3-small", "input": content}
+        request = Request(i, f"q-{i}", url_of(EMBEDDINGS), str(body["model"]), body, sizes_of(EMBEDDINGS, body))
+        given.append(work_of(request, POOL.policy))
+    account = Account(config_of())
+    with journal_of(tmp_path / "j.db", given) as journal:
+        live(journal, account)
+        check_account(account, journal, given)
+        # 1 + 3 + 1, then 2 + 3.
+        assert [row.requests for row in journal.waves()] == [3, 2]
 
 
 # ---------------------------------------------------------------- retries
