@@ -30,7 +30,18 @@ UPPER = (
     "law",
     *(
         f"model.{name}"
-        for name in ("policy", "keyed", "requests", "estimate", "errors", "phrases", "scheduled", "needs", "params")
+        for name in (
+            "policy",
+            "keyed",
+            "knobs",
+            "needs",
+            "params",
+            "requests",
+            "estimate",
+            "errors",
+            "phrases",
+            "scheduled",
+        )
     ),
     *("provider.answers", "provider.codes", "provider.stated"),
     *(f"scheduler.{name}" for name in ("interfaces", "learning", "queue", "quota", "scheduler")),
@@ -44,7 +55,12 @@ VALUES = {"array", "collections", "dataclasses", "datetime", "decimal", "enum", 
 FUNCTIONS = {"bisect", "functools", "heapq", "itertools", "math", "operator", "statistics"}
 TEXT = {"difflib", "email.utils", "json", "re", "string", "textwrap"}
 PURE = TYPES | VALUES | FUNCTIONS | TEXT
-PURE_EXTRA = {"model.policy": {"pydantic"}}
+# What a provider's answers mean stands in tables that come along as files, read once.
+_PROFILES = {"governor.profiles.loader", "governor.profiles.schema"}
+PURE_EXTRA = {
+    "model.policy": {"pydantic"},
+    **dict.fromkeys(("provider.answers", "provider.codes", "provider.stated"), _PROFILES),
+}
 IMPURE_CALLS = {"open", "print", "input", "exec", "eval", "compile", "__import__", "breakpoint"}
 CLOCK_METHODS = {"now", "utcnow", "today"}
 # The provider is sans-IO as well: one limiter serves the simulation and the HTTP server.

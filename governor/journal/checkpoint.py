@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 
 from governor import law
 from governor.law import Params, State
+from governor.model.lawcalls import moved
 from governor.model.needs import of_tokens
 from governor.model.policy import Policy
-from governor.model.timeline import moved
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 # Continues while the machine sleeps, which the monotonic clock of Linux does not.

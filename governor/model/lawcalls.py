@@ -9,13 +9,14 @@ several processes share, `shared` says that times count from another zero, so ma
 from __future__ import annotations
 
 import inspect
+import math
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
 from governor import law
-from governor.law import DIMENSIONS, Params, State
+from governor.law import CELLS, CELLS_BEHIND, DIMENSIONS, SLIDING, Params, State, cell_s
 from governor.model.policy import Policy
 
 BEGAN = "began"
@@ -25,6 +26,12 @@ SHARED = "shared"
 PATCHED = "patched"
 
 Numbers = tuple[float, ...]
+
+_BREAKER_TIMES = ("silent_since", "outage_from", "outage_opened_at", "outage_until", "probe_at")
+_TIMES = ("last_launch_at", "next_slot_at", "hold_until", "burst_at", "pace_at", "paced_until", *_BREAKER_TIMES)
+# The circuit breaker's fields of a state.
+BREAKER = ("unanswered", "failing", "several", "probe_gap_s", *_BREAKER_TIMES)
+_FIELDS = tuple(each.name for each in fields(State))
 
 
 _PACKERS: dict[int, struct.Struct] = {}
@@ -182,3 +189,31 @@ def _calls() -> dict[str, _Call]:
 
 
 CALLS = _calls()
+
+
+def moved(p: Params, s: State, by_s: float) -> State:
+    """Return a copy of a state with all its times `by_s` later: the same pool seen from another zero.
+
+    The cells of a sliding window move by whole cells, up to one more: never looser.
+    """
+    values: list[Any] = [getattr(s, name) for name in _FIELDS]
+    copies: list[Any] = [each.copy() if isinstance(each, list) else each for each in values]
+    t = State(*copies)
+    for name in _TIMES:
+        setattr(t, name, getattr(t, name) + by_s)
+    for times in (t.full_at, t.window_at, t.mirror_at, t.synced_at):
+        times[:] = [at + by_s for at in times]
+    t.zero_s -= by_s
+    for d in range(p.dimensions):
+        if p.window[d] != SLIDING:
+            continue
+        passed = math.ceil(by_s / cell_s(p, d))
+        ring = s.cells[d * CELLS : (d + 1) * CELLS]
+        if not any(ring):
+            t.cell_at[d] = 0.0
+            continue
+        newest = int(s.cell_at[d])
+        for cell in range(newest - CELLS_BEHIND, newest + 1):
+            t.cells[d * CELLS + (cell + passed) % CELLS] = ring[cell % CELLS]
+        t.cell_at[d] = float(newest + passed)
+    return t

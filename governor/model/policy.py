@@ -9,29 +9,23 @@ not even in an error; a name that is *nearly* ours is an error, because a limit 
 run that does not start. `near_miss` decides how near is near.
 
 Presets. `guardrails` holds the defaults: the rate-limit guardrails that the first user runs in production. `paceline`
-is the starting point of our own recommendations: it keeps the eight guardrail knobs, which the planner searches, and
-switches on the law's further abilities. Knobs that depend on the provider are left for the planner to fill in and equal
-`guardrails` until then: `settle` (as the provider does), the RPM and the daily limits (as granted).
+is a starting point without a plan: more in flight, a short stagger, more attempts, and the law's further abilities.
+Knobs that depend on the provider equal `guardrails`: `settle`, the token limit, the RPM and the daily limits.
 """
 
 from __future__ import annotations
 
 import difflib
-import math
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
 from governor.law import Params
 from governor.model.errors import BadSetting
+from governor.model.knobs import Knob, Value, nearest, shown
 from governor.model.needs import Limited, Weights, weights_of
 from governor.model.params import params_of
-from governor.model.phrases import whole_number
-
-Value = bool | int | float | str
 
 
 def _knob(env: str, default: Value, unit: str, meaning: str, *, paceline: Value | None = None, **allowed: Any) -> Any:
@@ -193,7 +187,7 @@ class Policy(BaseModel):
             meant = near_miss(env)
             if meant:
                 # Do not show the value: only the name is nearly ours, the value may be a secret.
-                raise BadSetting(f"there is no setting {_shown(env)}: did you mean {meant}?", env)
+                raise BadSetting(f"there is no setting {shown(env)}: did you mean {meant}?", env)
         changes: dict[str, Value] = {}
         for knob in KNOBS:
             text = environment.get(knob.env)
@@ -211,7 +205,7 @@ class Policy(BaseModel):
             env, equals, text = assignment.partition("=")
             knob = knob_named(env.strip())
             if knob is None:
-                raise BadSetting(f"there is no setting {_shown(env)}{_suggestion(env)}", env)
+                raise BadSetting(f"there is no setting {shown(env)}{_suggestion(env)}", env)
             if not equals or not text.strip():
                 raise BadSetting(f"{knob.env} was given no value: write {knob.env}=VALUE, {knob.allowed}", knob.env)
             changes[knob.name] = knob.parsed(text)
@@ -264,79 +258,6 @@ class Policy(BaseModel):
 
 
 # ---------------------------------------------------------------- the table of knobs, derived from the model
-
-
-@dataclass(frozen=True, slots=True)
-class Knob:
-    """One row of the table of knobs. `kind`: the schema's integer, number, boolean or string; the last has `choices`.
-
-    `low`, `high`: the range of a number; `low_open`, `high_open`: that end itself is not allowed.
-    """
-
-    name: str
-    env: str
-    unit: str
-    meaning: str
-    kind: str
-    guardrails: Value
-    paceline: Value
-    choices: tuple[str, ...]
-    low: float
-    high: float
-    low_open: bool
-    high_open: bool
-
-    @property
-    def allowed(self) -> str:
-        """Return the allowed values, for people: "a whole number from 1 to 100,000 (requests)"."""
-        if self.kind == "boolean":
-            return "true or false"
-        if self.kind == "string":
-            return "one of " + ", ".join(self.choices)
-        noun = "a whole number" if self.kind == "integer" else "a number"
-        low = f"above {self.low:,}, " if self.low_open else f"from {self.low:,} "
-        high = f"to below {self.high:,}" if self.high_open else f"to {self.high:,}"
-        return f"{noun} {low}{high} ({self.unit})"
-
-    def text(self, value: Value) -> str:
-        """Return a value as an env file writes it; `parsed` gives it back exactly."""
-        if isinstance(value, bool):
-            return "true" if value else "false"
-        if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
-            return str(int(value))
-        return str(value)
-
-    def parsed(self, text: str) -> Value:
-        """Return the value that a text means, ignoring surrounding blanks and letter case.
-
-        Raise BadSetting if it is not allowed.
-        """
-        word = text.strip().lower()
-        if self.kind == "boolean" and word in _SWITCH:
-            return _SWITCH[word]
-        if self.kind == "integer" and re.fullmatch(r"[+-]?[0-9]{1,30}", word) and self.holds(int(word)):
-            return int(word)
-        meant = whole_number(word) if word.endswith(("k", "m")) else None
-        if self.kind in ("integer", "number") and meant is not None and self.holds(meant):
-            return meant if self.kind == "integer" else float(meant)
-        if self.kind == "number" and _NUMBER.fullmatch(word) and self.holds(float(word)):
-            return float(word)
-        if self.kind == "string" and word in self.choices:
-            return word
-        raise self.refused(text.strip())
-
-    def holds(self, value: float) -> bool:
-        """Return whether a number is in range."""
-        above = value > self.low if self.low_open else value >= self.low
-        return above and (value < self.high if self.high_open else value <= self.high)
-
-    def refused(self, value: object) -> BadSetting:
-        """Return the error for a value that is not allowed."""
-        return BadSetting(f"{self.env}={_shown(str(value))} is not allowed: {self.allowed}", self.env)
-
-
-_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?")
-_SWITCH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
 def _knobs() -> tuple[Knob, ...]:
@@ -397,12 +318,6 @@ def knob_table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _shown(text: str) -> str:
-    """Return a user's text for a one-line message: control characters escaped, no longer than 60 characters."""
-    shown = text.encode("unicode_escape").decode("ascii") if not text.isprintable() else text
-    return f"'{shown[:57]}...'" if len(shown) > 60 else f"'{shown}'"
-
-
 def _bad_setting(error: ValidationError) -> BadSetting:
     """Return the first of pydantic's complaints as a BadSetting."""
     first = error.errors(include_url=False)[0]
@@ -416,80 +331,14 @@ def _bad_setting(error: ValidationError) -> BadSetting:
         meant = near_miss(name) if name.isupper() else None
         near_by = [meant] if meant else difflib.get_close_matches(name.lower(), [*ours.values(), *ours], 1)
         close = [f": did you mean {near}?" for near in near_by]
-        return BadSetting(f"there is no setting {_shown(name)}{''.join(close)}", name)
+        return BadSetting(f"there is no setting {shown(name)}{''.join(close)}", name)
     value = first["input"]
     return knob.refused(knob.text(value) if isinstance(value, bool | int | float) else value)
 
 
-# ---------------------------------------------------------------- names that are nearly ours
-
-# Words that other programs put into names like ours, and that are not misspellings of one of our words.
-_OTHER_WORDS = frozenset(["API", "IPM", "LOG", "MODEL", "MODELS", "QPM", "QPS", "RPH", "RPS", "TPH", "TPS"])
-# Names that look like ours with the unit left out or in milliseconds, but belong to other clients.
-_FOREIGN = frozenset(("OPENAI_REQUEST_TIMEOUT", "OPENAI_REQUEST_TIMEOUT_MS"))
-_UNITS = frozenset(["MIN", "MINS", "MINUTES", "MS", "RATIO", "S", "SEC", "SECOND", "SECONDS", "SECS"])
-_OUR_PREFIXES = ("OPENAI", "PACELINE")
-# Words that no other program uses: with our prefix, a name that holds one means a knob.
-_OUR_WORDS = frozenset(("HEADROOM", "STAGGER"))
-
-
 def near_miss(env: str) -> str | None:
-    """Return the knob's name that `env` was probably meant to be; None for a name that is ours or foreign.
-
-    A near miss differs from ours by letter case or separators; by one or two wrong letters (one in a short word); by
-    the order of its words or another unit (OPENAI_STAGGER_MS); or by a prefix of ours that the knob does not have
-    (OPENAI_PREFLIGHT_MODE). Every other name is foreign, above all those of the SDK and of other programs
-    (OPENAI_API_KEY, OPENAI_TIMEOUT, OPENAI_MAX_RETRIES, OPENAI_RPM), names without a prefix (MAX_CONCURRENCY) and names
-    with another prefix (AZURE_OPENAI_...).
-    """
-    if env in KNOB_BY_ENV or env in _FOREIGN:
-        return None
-    words = re.findall("[A-Z0-9]+", env.upper())
-    names = {knob.env: knob.env.split("_") for knob in KNOBS}
-    for name, ours in names.items():
-        if "".join(words) == "".join(ours) or _bare(words) == _bare(ours):
-            return name
-    wrong = {name: _wrong_letters(words, ours) for name, ours in names.items()}
-    nearest = min(wrong, key=wrong.__getitem__)
-    if wrong[nearest] <= 2:
-        return nearest
-    if words and words[0] in _OUR_PREFIXES and not _OUR_WORDS.isdisjoint(words):
-        return difflib.get_close_matches("_".join(words), KNOB_BY_ENV, 1, 0.0)[0]
-    return None
-
-
-def _bare(words: list[str]) -> tuple[list[str], bool]:
-    """Return the words without our prefix and unit, sorted, and whether the name is in our name space."""
-    named_ours = bool(words) and (words[0] in _OUR_PREFIXES or words[0] in ("FINALIZE", "PREFLIGHT"))
-    rest = words[1:] if words and words[0] in _OUR_PREFIXES else words
-    return sorted(word for word in rest if word not in _UNITS), named_ours
-
-
-def _wrong_letters(words: list[str], ours: list[str]) -> float:
-    """Return how many letters are wrong in all; inf if a word has more than 2 (1 in words of up to 6)."""
-    if len(words) != len(ours):
-        return math.inf
-    wrong = 0
-    for word, our in zip(words, ours, strict=True):
-        if word != our:
-            slips = _slips(word, our)
-            wrong += slips
-            if word in _OTHER_WORDS or slips > (1 if len(our) <= 6 else 2):
-                return math.inf
-    return wrong
-
-
-def _slips(a: str, b: str) -> int:
-    """Count letters inserted, omitted, replaced or swapped with a neighbour (optimal string alignment distance)."""
-    before: list[int] = []
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        older, before, row = before, row, [i]
-        for j, y in enumerate(b, 1):
-            row.append(min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (x != y)))
-            if i > 1 and j > 1 and x == b[j - 2] and a[i - 2] == y:
-                row[j] = min(row[j], older[j - 2] + 1)
-    return row[-1]
+    """Return the knob's name that `env` was probably meant to be; None for a name that is ours or foreign."""
+    return nearest(env, KNOB_BY_ENV)
 
 
 def _suggestion(env: str) -> str:

@@ -15,10 +15,9 @@ from governor import law
 from governor.law import Params, State
 from governor.model.errors import FailureCode
 from governor.model.estimate import LEARNED, Sizes, charge_of
-from governor.model.needs import TOKENS, Weights
+from governor.model.needs import TOKENS, Scheduled, Weights
 from governor.model.policy import Policy
 from governor.model.requests import LANES, Answer, Attempt, Outcome, Request
-from governor.model.scheduled import Scheduled
 
 DIMENSIONS = {"TPM": law.TPM, "RPM": law.RPM, "TPD": law.TPD, "RPD": law.RPD}
 # The failure code of a request whose last attempt failed with that outcome.

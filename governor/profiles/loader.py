@@ -14,11 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from governor.model.documents import checked
 from governor.model.errors import BadInput, BadSetting, quoted
 from governor.model.files import read_yaml
 from governor.model.pools import KEY, PROFILE, Pool, is_loopback, is_name
 from governor.model.prices import Price, Prices, read_prices
+from governor.profiles.documents import checked
 from governor.profiles.schema import Profile
 
 FOLDER = Path(__file__).parent

@@ -14,11 +14,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from governor.model.documents import Config
 from governor.model.errors import BadInput, quoted
 from governor.model.estimate import RULES
 from governor.model.prices import Price, prices_in
 from governor.model.requests import Outcome
+from governor.profiles.documents import Config
 
 Component = Literal["requests", "input", "cached_input", "cache_write", "output", "cost"]
 # Formats of a time: a number of seconds or of milliseconds; a Go duration ("1m13.5s"); an instant (RFC 3339 or an HTTP

@@ -11,7 +11,7 @@ from math import inf
 from typing import Any, Protocol, TypeVar
 
 from governor.law import Params, State
-from governor.model.scheduled import Scheduled
+from governor.model.needs import Scheduled
 
 J = TypeVar("J", bound=Scheduled)
 # The provider's counts in an answer: dimension, limit and remaining amount.

@@ -11,7 +11,7 @@ from typing import Any
 
 from governor import law
 from governor.law import Params, State
-from governor.model.scheduled import Scheduled
+from governor.model.needs import Scheduled
 
 Told = Callable[[str, tuple[Any, ...], Any], None]
 # The functions of the law that read or change the state, keyed by the method that calls each.

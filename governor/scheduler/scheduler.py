@@ -14,8 +14,7 @@ Undecided requests. A request that met a wait longer than any that is obeyed, or
 request, is set aside: it is lost once an answer shows that other requests do not meet the same, or when nothing else is
 left. If the scheduler stops before that, the request stays pending for the next run, like all unlaunched requests.
 
-The asyncio shell is `governor/scheduler/driver.py`, the simulated one `sim/des/driver.py`. `sim/des/engine.py` states
-the same steps over arrays, for machine code.
+Shells: `driver.py`, and `sim/des/driver.py`. `sim/des/engine.py` states the same steps over arrays.
 """
 
 from __future__ import annotations
@@ -61,8 +60,6 @@ class Scheduler(Queue[J]):
         super().__init__(shell, quota, seed, start_s, backlog)
         self._estimate = estimate
         self._fitting: J | None = None  # the head, once it is known not to be too large
-
-    # ------------------------------------------------------------ events: work
 
     def begun(self, now: float) -> None:
         """Start on the source, or continue because it has more work."""
@@ -321,8 +318,6 @@ class Scheduler(Queue[J]):
         if job.lane == FINALIZE:
             self.quota.finalize_closed()
 
-    # ------------------------------------------------------------ events: the answers of a shared quota
-
     def granted(self, job: J, at: float, booked: list[float]) -> None:
         """Launch a job at `at`: the quota that had taken it over has booked the launch."""
         self._dequeued(job)
@@ -339,8 +334,6 @@ class Scheduler(Queue[J]):
     def refused(self, job: J, now: float) -> None:
         """Give up a job that the quota had taken over and will never admit."""
         self._give_up(job, now, FailureCode.REQUEST_TOO_LARGE)
-
-    # ------------------------------------------------------------ launches
 
     def pump(self, now: float) -> None:
         """Launch what the quota admits now, and note when it will admit the next."""
@@ -412,8 +405,6 @@ class Scheduler(Queue[J]):
             job.first_launched_s = now
         job.booked = booked
         self.shell.launch(job, now)
-
-    # ------------------------------------------------------------ after an attempt
 
     def _open_finalize(self, job: J, now: float) -> None:
         """Queue one more call, ahead of new work, for an answer that was cut off without usable text."""

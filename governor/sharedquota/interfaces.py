@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -117,3 +118,49 @@ class Host(Protocol):
 
     def broke(self, error: PacelineError) -> None:
         """Note that the membership has failed for good."""
+
+
+# ---------------------------------------------------------------- the store's clock
+
+# The store's clock, in microseconds since 1970, becomes seconds since EPOCH_S, times the scale of a sped-up rehearsal,
+# rounded down to a binary fraction: differences of two such times are exact, so a process may count from its own zero
+# (a fixed distance away) and lose no bit.
+# 2026-01-01, so that a time has bits to spare for its fraction.
+EPOCH_S = 1_767_225_600
+QUANTUM_S = 2.0**-16
+# More than the difference between two quartz clocks.
+DRIFT_RATIO = 5e-4
+
+
+def floored(seconds: float) -> float:
+    """Return that time, rounded down to a whole number of quanta."""
+    return math.floor(seconds / QUANTUM_S) * QUANTUM_S
+
+
+def server_s(server_us: int, scale: float) -> float:
+    """Return the store's clock (microseconds since 1970) as seconds since EPOCH_S, times `scale`."""
+    return floored((server_us - EPOCH_S * 1_000_000) * scale / 1e6)
+
+
+class ServerClock:
+    """A lower bound of the pool's time by a local monotonic clock. `ahead_s`: the pool's time less the local time.
+
+    An answer heard at `heard_at` says that the store's time is at least the time that it states: the largest such bound
+    is kept, so that no process is ever ahead of the store, and it fades by DRIFT_RATIO, so that a local clock that runs
+    fast is corrected.
+    """
+
+    def __init__(self, scale: float = 1.0) -> None:
+        self.scale = scale
+        self.ahead_s = -math.inf
+        self._heard_at = -math.inf
+
+    def heard(self, server_us: int, asked_at: float, heard_at: float) -> float:
+        """Record the store's answer, asked and heard at these local times, and return the store's time."""
+        at = server_s(server_us, self.scale)
+        if self._heard_at > -math.inf:
+            self.ahead_s -= DRIFT_RATIO * max(0.0, heard_at - self._heard_at)
+        # Not before the question was asked either: follow at once a clock that was set back.
+        self.ahead_s = min(max(self.ahead_s, at - heard_at), at - asked_at)
+        self._heard_at = heard_at
+        return at

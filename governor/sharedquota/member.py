@@ -37,7 +37,6 @@ import msgpack
 from governor.law import Params
 from governor.model.errors import PacelineError
 from governor.model.lawcalls import Numbers, numbers_of
-from governor.model.timeline import ServerClock, server_s
 from governor.sharedquota.image import (
     CALL,
     FORMAT,
@@ -54,16 +53,24 @@ from governor.sharedquota.image import (
     UnreadableImageError,
     newest,
 )
-from governor.sharedquota.interfaces import LEASE_S, Host, QuotaStore, Server, StoreLostError, StoreReading
+from governor.sharedquota.interfaces import (
+    LEASE_S,
+    Host,
+    QuotaStore,
+    Server,
+    ServerClock,
+    StoreLostError,
+    StoreReading,
+    server_s,
+)
 from governor.sharedquota.quota import DecisionResult, begun, decide, rebuilt
-from governor.sharedquota.recovery import GATHER_S, ImageRecovery
+from governor.sharedquota.recovery import GATHER_S, Recovery
 
 RENEW_RATIO = 0.25
 RECOVERY_TICK_S, AGAIN_RECOVERY_S = 0.1, 0.02
 # The pause after a failure, which doubles, and its maximum.
 _AGAIN_S, AGAIN_MAX_S = 0.05, 0.5
-# Events sent in one batch.
-_BATCH = 500
+_BATCH = 500  # events sent in one batch
 # This many unexpected errors in a row are handled by entering anew.
 FAULTS = 5
 
@@ -449,7 +456,7 @@ class Member:
         # A recovery continues after a lost connection: it must end however often that happens.
         if last_at < here_at - GATHER_S * self.clock.scale:
             began_at = here_at
-        recovery = ImageRecovery(
+        recovery = Recovery(
             self.owner, doubted, server.up_s, began_at, here_at, self.clock.scale, is_foreign=is_foreign
         )
         while True:

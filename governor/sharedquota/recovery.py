@@ -22,7 +22,7 @@ RECOVERY_S = 3.0
 GATHER_S, BEGIN_S = 1.0, 0.2
 
 
-class ImageRecovery:
+class Recovery:
     """A recovery under way, as the member `owner` sees it.
 
     `doubted`: the head of the invalid image, empty if there is none; `is_foreign`: another version of Paceline wrote

@@ -25,16 +25,15 @@ from typing import Any
 from governor import law
 from governor.law import FIRST, HOLDING, NOTHING, Params, State
 from governor.model.errors import PacelineError
-from governor.model.lawcalls import CALLS, PATCHED, RESTORED, SHARED, Numbers, numbers_of, patch_of
+from governor.model.lawcalls import BREAKER, CALLS, PATCHED, RESTORED, SHARED, Numbers, moved, numbers_of, patch_of
 from governor.model.needs import NOTHING_USED
-from governor.model.timeline import BREAKER, QUANTUM_S, ServerClock, floored, moved
 from governor.model.work import Job, Observer
 from governor.scheduler.attempts import NoLoop
 from governor.scheduler.driver import Governor
 from governor.scheduler.interfaces import TAKEN_OVER
 from governor.scheduler.scheduler import Scheduler
 from governor.sharedquota.image import CALL, WANT, WITHDRAW, Call, Event, Image, Launch, OwnerNews
-from governor.sharedquota.interfaces import LEASE_S, MemberState, QuotaStore
+from governor.sharedquota.interfaces import LEASE_S, QUANTUM_S, MemberState, QuotaStore, ServerClock, floored
 from governor.sharedquota.member import RENEW_RATIO, Member
 
 # The number of attempts of one process that may wait in the pool's queue, as long as all are new work.

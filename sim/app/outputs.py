@@ -25,7 +25,8 @@ from governor.model.env_files import MADE_FROM, policy_of, settings_digest
 from governor.model.env_files import SCENARIO as NAMED
 from governor.model.errors import BadInput, PacelineError
 from governor.model.files import check_writable, write_atomically
-from governor.model.policy import GUARDRAIL_KNOBS, KNOBS, Knob, Policy
+from governor.model.knobs import Knob
+from governor.model.policy import GUARDRAIL_KNOBS, KNOBS, Policy
 from governor.model.pools import PROFILE
 from governor.model.prices import Prices
 from governor.profiles.loader import OPENAI, prices_in_force, read_profile

@@ -20,10 +20,9 @@ from governor.law import MAIN, TPM
 from governor.model.keyed import attempt_key
 from governor.model.needs import of_amounts
 from governor.model.requests import CAUSES, Answer, Attempt, Limit, Outcome, Request
-from governor.model.timeline import EPOCH_S
 from governor.model.work import Job, Observer, Work
 from governor.sharedquota.image import HEAD, SERVER_BYTES
-from governor.sharedquota.interfaces import LEASE_S, Server, StoreLostError, StoreReading
+from governor.sharedquota.interfaces import EPOCH_S, LEASE_S, Server, StoreLostError, StoreReading
 from governor.sharedquota.shared import SharedGovernor
 from sim.des.run import CHARGED, launch_order
 from sim.des.virtual_loop import run_virtual

@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from governor.model.documents import Config as Config
-from governor.model.documents import checked as checked
 from governor.model.errors import BadSetting, quoted
+from governor.profiles.documents import Config as Config
+from governor.profiles.documents import checked as checked
 
 Kind = TypeVar("Kind")
 SEED_MAX = 2**63 - 1

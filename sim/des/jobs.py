@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from governor import law
-from governor.model.needs import TOKENS, Weights
+from governor.model.needs import TOKENS, Scheduled, Weights
 from governor.model.requests import CAUSES
-from governor.model.scheduled import Scheduled
 from sim.des.run import arrival_order, batch_order, rows_of
 from sim.model.draws import first_jitters, first_latencies_s
 from sim.model.provider import ProviderParams

@@ -29,7 +29,6 @@ from governor.model.errors import BadInput, BadSetting, quoted
 from governor.model.estimate import EMBEDDINGS, TOKENS_PER_FILE, Sizes
 from governor.model.requests import (
     GZIP,
-    OldResult,
     UnseenContent,
     foreign_format,
     one_list,
@@ -272,18 +271,18 @@ def explained(source: Source, error: BadInput) -> BadInput:
     with source.stream() as stream:
         raw = next(islice(stream, error.line - 1, None), b"")
     if error.reason.startswith("not JSON") and not raw.endswith(b"\n"):
-        return BadInput(f"{error.reason}; the line is cut short: was the file written to its end?", *_place(error))
+        return BadInput(
+            f"{error.reason}; the line is cut short: was the file written to its end?", error.path, error.line
+        )
     try:
         row = json.loads(raw)
     except (ValueError, RecursionError):
         return error
     if isinstance(row, dict) and "body" not in row and "url" not in row and "missing" in error.reason:
-        return BadInput(f"{error.reason}: every line of a batch file is one request in batch format", *_place(error))
+        return BadInput(
+            f"{error.reason}: every line of a batch file is one request in batch format", error.path, error.line
+        )
     return error
-
-
-def _place(error: BadInput) -> tuple[str, int]:
-    return error.path, error.line
 
 
 def _with_old_outputs(workload: Workload, path: str, seed: int) -> Workload:
@@ -299,7 +298,7 @@ def _with_old_outputs(workload: Workload, path: str, seed: int) -> Workload:
     try:
         with old.stream() as stream:
             for result in read_results(stream, path):
-                if _is_answer(result):
+                if result.output_tokens >= 0 and (result.status == 0 or 200 <= result.status < 300):
                     counts[result.custom_id] += 1
                     outputs[result.custom_id] = min(result.output_tokens, TOKENS_MAX)
     except BadInput as error:
@@ -330,10 +329,6 @@ def _with_old_outputs(workload: Workload, path: str, seed: int) -> Workload:
         text += f"; {twice:,} stand there more than once, the last counts"
     label = MEASURED if 2 * found >= len(workload) else ASSUMED
     return workload.with_(output_tokens=known, provenance={"output tokens": (label, text)})
-
-
-def _is_answer(result: OldResult) -> bool:
-    return result.output_tokens >= 0 and (result.status == 0 or 200 <= result.status < 300)
 
 
 # ---------------------------------------------------------------- traces

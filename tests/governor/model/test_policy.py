@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from governor import law
 from governor.model.errors import BadSetting
-from governor.model.policy import GUARDRAIL_KNOBS, KNOB_BY_ENV, KNOBS, Knob, Policy, knob_table, near_miss
+from governor.model.knobs import Knob
+from governor.model.policy import GUARDRAIL_KNOBS, KNOB_BY_ENV, KNOBS, Policy, knob_table, near_miss
 
 # What was promised: env name, guardrails, paceline ("" = the planner's to fill in, so it stays as in guardrails).
 PROMISED = """

@@ -10,8 +10,7 @@ import pytest
 
 from governor import law
 from governor.model.errors import FailureCode
-from governor.model.needs import of_tokens
-from governor.model.scheduled import Scheduled
+from governor.model.needs import Scheduled, of_tokens
 from governor.scheduler.interfaces import Stated
 from governor.scheduler.quota import LocalQuota
 from governor.scheduler.scheduler import Scheduler

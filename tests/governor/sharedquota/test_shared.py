@@ -18,11 +18,10 @@ from governor.journal.verify import Decision, verify
 from governor.law import Params
 from governor.model.errors import FailureCode, PacelineError
 from governor.model.lawcalls import BEGAN, numbers_of, result_of
-from governor.model.timeline import EPOCH_S
 from governor.model.work import Observer
 from governor.sharedquota import member, recovery
 from governor.sharedquota.image import FORMAT_NAME, HEAD, Image
-from governor.sharedquota.interfaces import LEASE_S, Server, StoreLostError
+from governor.sharedquota.interfaces import EPOCH_S, LEASE_S, Server, StoreLostError
 from governor.sharedquota.shared import AHEAD, SharedGovernor
 from sim.app.shared_quota import SimulatedStore, SimulatedStoreClient
 from sim.des.virtual_loop import run_virtual

@@ -9,8 +9,9 @@ import pytest
 
 from governor import law
 from governor.law import State
+from governor.model.lawcalls import moved
 from governor.model.needs import of_tokens
-from governor.model.timeline import EPOCH_S, QUANTUM_S, ServerClock, floored, moved, server_s
+from governor.sharedquota.interfaces import EPOCH_S, QUANTUM_S, ServerClock, floored, server_s
 from tests.governor.laws import params
 
 DAYS = 86_400_000_000
