@@ -40,7 +40,6 @@ UPPER = (
             "estimate",
             "errors",
             "phrases",
-            "scheduled",
         )
     ),
     *("provider.answers", "provider.codes", "provider.stated"),

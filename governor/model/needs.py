@@ -1,4 +1,4 @@
-"""A request as the scheduler knows it, and what it takes of each dimension of a quota: the law's arrays `need` and `used`."""
+"""A request as the scheduler knows it, and what it takes of each dimension of a quota: the arrays `need` and `used`."""
 
 from __future__ import annotations
 

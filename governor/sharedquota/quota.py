@@ -21,7 +21,6 @@ from governor import law
 from governor.law import HOLDING, RETRY, Params
 from governor.model.lawcalls import params_of
 from governor.model.needs import NOTHING_USED, of_amounts
-from governor.model.timeline import EPOCH_S
 from governor.sharedquota.image import (
     CALL,
     HERE,
@@ -41,6 +40,7 @@ from governor.sharedquota.image import (
     OwnerNews,
     Waiter,
 )
+from governor.sharedquota.interfaces import EPOCH_S
 
 # A dead owner is remembered for this many leases, so that its reports count only once if it comes back.
 REMEMBERED_LEASES = 60.0

@@ -111,9 +111,9 @@ def write_figure(path: str | Path, found: Sensitivity) -> None:
     """The figure as SVG or PNG, by the ending of the name."""
     # Drawing takes long to import, and only this needs it.
     from sim.base import style
-    from sim.reporting import figures_robust
+    from sim.reporting import figures
 
-    drawn = figures_robust.sensitivity(found)
+    drawn = figures.sensitivity(found)
     data = style.png_of(drawn) if str(path).lower().endswith(".png") else style.svg_of(drawn).encode()
     with write_atomically(path) as unfinished:
         unfinished.write_bytes(data)

@@ -17,7 +17,7 @@ from governor.forecast.summary import Grant
 from sim.base import palette, style
 from sim.base.words import duration
 from sim.experiment.results import Forecast, Plan
-from sim.reporting import figures, figures_robust, figures_time
+from sim.reporting import figures, figures_time
 from sim.reporting.report_text import policies_of, throttled_limit
 
 # A figure's neutral colours become the page's variables, and so does the blue, which is too dark for a dark page.
@@ -108,7 +108,7 @@ def _drawn(plan: Plan, grant: Grant) -> str:
     if plan.drawn is None:
         return ""
     return inline(
-        figures_robust.drawn(plan.drawn, **_look(plan)),
+        figures.drawn(plan.drawn, **_look(plan)),
         "drawn",
         f"The share of {plan.drawn.draws} drawn conditions in which each policy is done by a time, and by which "
         "it draws so many 429s; the table below has what one in 20 exceeds, and the worst.",
@@ -119,7 +119,7 @@ def _sensitivity(plan: Plan, grant: Grant) -> str:
     if plan.sensitivity is None:
         return ""
     return inline(
-        figures_robust.sensitivity(plan.sensitivity),
+        figures.sensitivity(plan.sensitivity),
         "sensitivity",
         f"How much each setting changes the {palette.OBJECTIVES[plan.objective][0]} around the recommendation, largest "
         f"first, with intervals. {_largest(plan)}",
