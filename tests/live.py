@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from governor.journal.journal import Journal
 from sim.model.faults import Event
@@ -61,7 +61,12 @@ def batch(path: Path, count: int, seed: int = 1, *, model: str = "gpt-4o-mini", 
 
 
 def provider(
-    *, events: Iterable[dict[str, Any]] = (), time_scale: float = 1.0, seed: int = 0, **config: Any
+    *,
+    events: Iterable[dict[str, Any]] = (),
+    time_scale: float = 1.0,
+    seed: int = 0,
+    stated_time: Literal["client", "provider"] = "client",
+    **config: Any,
 ) -> ProviderThread:
     """A quick provider without limits, but for what `config` says of it."""
     given: dict[str, Any] = {
@@ -72,7 +77,9 @@ def provider(
         **config,
     }
     made = ProviderConfig().with_(**given)
-    return serve(made, seed=seed, events=[Event(**event) for event in events], time_scale=time_scale)
+    return serve(
+        made, seed=seed, events=[Event(**event) for event in events], time_scale=time_scale, stated_time=stated_time
+    )
 
 
 # ---------------------------------------------------------------- the command line

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from governor.journal.journal import Journal
 from tests.live import Cli, batch, check_whole, line, provider, run_args, shared_cli, write_batch
@@ -36,7 +37,7 @@ def lanes(tmp_path: Path) -> Counter[str]:
 
 def test_with_time_enough_everything_goes_by_the_batch_api(cli: Cli, tmp_path: Path) -> None:
     batch(tmp_path / "requests.jsonl", REQUESTS)
-    with provider(time_scale=SCALE, batch_api=QUICK) as served:
+    with provider(time_scale=SCALE, stated_time="provider", batch_api=QUICK) as served:
         ran = cli.run(*args_of(tmp_path, served.base_url, "6h"))
         assert ran.code == 0, ran.err
         seen = served.stats()
@@ -45,6 +46,13 @@ def test_with_time_enough_everything_goes_by_the_batch_api(cli: Cli, tmp_path: P
     assert lanes(tmp_path) == {"batch": REQUESTS}
     assert (seen["files"], set(seen["batches"])) == (0, {"completed"})
     assert ran.json["completed"] == REQUESTS
+    # What the run has seen of the turnaround is learnt, and no longer assumed.
+    ran = cli.run("calibrate", tmp_path / "results.journal.db", "--out", tmp_path / "mine.yaml")
+    assert ran.code == 0, ran.err
+    assert "batch turnaround P50" in ran.out
+    api = yaml.safe_load((tmp_path / "mine.yaml").read_text())["provider"]["batch_api"]
+    assert api["measured"] == 3
+    assert 90.0 < api["turnaround_s"][0] < 130.0
 
 
 def test_what_the_batch_api_has_not_done_when_the_slack_is_gone_goes_live(cli: Cli, tmp_path: Path) -> None:

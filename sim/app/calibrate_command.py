@@ -77,13 +77,18 @@ def calibrate(
 
 
 def _resimulated(sources: list[str], found: Calibration) -> Backtest | None:
-    """The run of one journal again, on the provider that was learnt from it; None for other sources."""
+    """The run of one journal again, on the provider that was learnt from it.
+
+    None for other sources, and for a run by the Batch API.
+    """
     from governor.journal.journal import Journal
     from sim.validation.backtest import backtest
 
     if len(sources) != 1 or found.observed.policy is None:
         return None
     with Journal.open(sources[0]) as journal:
+        if journal.waves():
+            return None
         return backtest(journal, provider=found.scenario.provider)
 
 

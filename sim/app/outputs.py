@@ -40,7 +40,7 @@ from sim.scenario.readers import save_rows
 from sim.scenario.scenario import Scenario
 from sim.scenario.scenario_file import FileSource
 from sim.scenario.stress import stress_notes
-from sim.selection.batch_api import PROMISE, Terms, Way, ways
+from sim.selection.batch_api import PROMISE, Terms, Way, terms_of_provider, ways
 
 REPORT = "report.html"
 RECOMMENDED = "recommended.env"
@@ -335,7 +335,7 @@ def _front(scenario: Scenario, wishes: PlanOptions, say: Say) -> Front | None:
     if wishes.finish_by_s is None or scenario.arrivals != "batch":
         return None
     api = scenario.provider.batch_api
-    terms = Terms(api.queue_tokens, api.turnaround_s)
+    terms = terms_of_provider(api)
     return Front(
         ways(scenario, terms, prices_of(wishes, scenario), wishes.finish_by_s, say=say), terms, wishes.finish_by_s
     )

@@ -19,6 +19,7 @@ import yaml
 from numpy.typing import NDArray
 from scipy import stats
 
+from governor.forecast.mixes import fitted
 from governor.model.errors import BadInput
 from governor.model.policy import Policy
 from sim.calibration import fits
@@ -124,6 +125,7 @@ def calibrate(observed: Observed, *, base: ProviderConfig | None = None, policy:
         *_times(times, base),
         *_arrivals(come, observed),
         *found.figures,
+        *_turnaround(observed, base),
     )
     provider = _provider(base, found, times, observed)
     notes = (*observed.notes, *_notes(observed, found))
@@ -209,6 +211,23 @@ def _arrivals(come: ArrivalFit | None, observed: Observed) -> tuple[Figure, ...]
     return (unknown("arrivals", None, why, "per s"),)
 
 
+def _turnaround(observed: Observed, base: ProviderConfig) -> tuple[Figure, ...]:
+    """Return how long the Batch API takes, if any batch was seen."""
+    times = observed.turnarounds_s
+    if not times:
+        return ()
+    names = ("batch turnaround P50", "batch turnaround P95")
+    found = fitted(times)
+    if found is None:
+        why = f"{len(times)} batches were completed, fewer than three"
+        assumed = base.batch_api.turnaround_s
+        return unknown(names[0], assumed[0], why, "s"), unknown(names[1], assumed[1], why, "s")
+    p50, p95, factor = found
+    how = f"log-normal through {len(times)} completed batches"
+    middle = Figure(names[0], p50, p50 / factor**2, p50 * factor**2, "s", how)
+    return middle, Figure(names[1], p95, None, None, "s", how)
+
+
 # The provider's inputs, as its `provenance` names them, by the figures from which they are learnt.
 LEARNT = {
     "limits": "tokens per minute",
@@ -268,6 +287,11 @@ def _provider(base: ProviderConfig, found: QuotaFit, times: LatencyFit | None, o
             ],
         }
     changes["latency"] = {**changes.get("latency", base.latency.model_dump()), "recorded": False}
+    turnaround = fitted(observed.turnarounds_s)
+    if turnaround is not None:
+        p50, p95, factor = turnaround
+        measured = {"known_within": factor, "measured": len(observed.turnarounds_s)}
+        changes["batch_api"] = {**base.batch_api.model_dump(), "turnaround_s": (p50, p95), **measured}
     learnt = [name for name, figure in LEARNT.items() if found[figure].known]
     learnt += ["latency"] if times is not None else []
     learnt += ["counts in headers"] if _counts(observed) else []

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from governor.batchapi.limits import COMPLETED
 from governor.journal.journal import Journal
 from governor.model.errors import BadInput
 from governor.model.policy import Policy
@@ -34,6 +35,7 @@ class Observed:
     this answer ended its request and was no finalize pass. `first_s`: until the first token. `stated`: the headers'
     tokens limit and remaining, requests limit and remaining, shape (attempts, 4). `policy`: the settings of the run,
     if a journal states them. `batch`: all requests were present at the start. `outcomes`: whether outcomes are stated.
+    `turnarounds_s`: of the batches that the Batch API completed, by its own stamps.
     """
 
     label: str
@@ -53,6 +55,7 @@ class Observed:
     batch: bool = False
     outcomes: bool = True
     notes: tuple[str, ...] = ()
+    turnarounds_s: tuple[float, ...] = ()
 
     def __len__(self) -> int:
         return len(self.request)
@@ -238,11 +241,11 @@ def of_journal(path: str) -> Observed:
     with Journal.open(path) as journal:
         requests: dict[int, Request] = {result.request.index: result.request for result in journal.results()}
         requests |= {request.index: request for request in journal.unfinished()}
-        # Of what went by the Batch API, neither time nor refusals say anything of live calls.
-        heard = [h for h in journal.heard() if h.attempt.request in requests and h.attempt.lane != BATCH]
+        heard = [each for each in journal.heard() if each.attempt.request in requests]
         settings = journal.settings()
+        done = [wave for wave in journal.waves() if wave.status == COMPLETED and wave.created_epoch_s >= 0.0]
     if not heard:
-        raise BadInput("no live attempt has ended yet: nothing to learn from", path)
+        raise BadInput("no attempt has ended yet: nothing to learn from", path)
     rows: dict[str, list[Any]] = {}
     for a, limits, processing_s in heard:
         request = requests[a.request]
@@ -254,6 +257,8 @@ def of_journal(path: str) -> Observed:
         if finalize and settings:
             sizes["max_tokens"] = settings[0].policy.finalize_max_tokens
         answered = a.outcome is Outcome.OK
+        # The time of a line in a batch says nothing of live calls, nor was it charged to their limits.
+        timed = a.lane != BATCH
         row = {
             **{name: sizes[name] for name in ("endpoint", "chars", "role_chars", "messages", "images", "tools", "n")},
             "id": f"{a.request}",
@@ -261,9 +266,9 @@ def of_journal(path: str) -> Observed:
             "prompt": a.prompt_tokens if answered and a.prompt_tokens >= 0 else sizes["prompt_tokens"],
             "output": a.output_tokens if answered else -1,
             "max_tokens": sizes["max_tokens"],
-            "launched": a.launched_s,
-            "arrival": a.launched_s,
-            "finished": a.finished_s,
+            "launched": a.launched_s if timed else -1.0,
+            "arrival": a.launched_s if timed else -1.0,
+            "finished": a.finished_s if timed else -1.0,
             "kind": kind_of_attempt(a.outcome, -1, ""),
             "retry_after": a.retry_after_s,
             "processing": processing_s,
@@ -274,7 +279,8 @@ def of_journal(path: str) -> Observed:
         for name, value in row.items():
             rows.setdefault(name, []).append(value)
     found = observed_of(f"journal {path}", rows, source=path)
-    return replace(found, policy=settings[0].policy if settings else None, batch=True)
+    times = tuple(wave.ended_epoch_s - wave.created_epoch_s for wave in done)
+    return replace(found, policy=settings[0].policy if settings else None, batch=True, turnarounds_s=times)
 
 
 def pooled(parts: Sequence[Observed]) -> Observed:
@@ -299,6 +305,7 @@ def pooled(parts: Sequence[Observed]) -> Observed:
     found: Observed = merged(
         moved[0],
         **joined,
+        turnarounds_s=tuple(each for part in moved for each in part.turnarounds_s),
         label=", ".join(part.label for part in parts),
         tries=_joined([part.tries for part in moved]),
         batch=all(part.batch for part in parts),

@@ -37,6 +37,7 @@ from governor.batchapi.limits import (
     TURNAROUND_S,
     VALIDATING,
 )
+from governor.forecast.mixes import ASSUMED_FACTOR
 from governor.model.keyed import BATCH_LINE, BATCH_TURNAROUND, keyed_uniform, normal_quantile
 from sim.base.arguments import Config
 from sim.model.synthetic import sigma_of
@@ -54,10 +55,15 @@ Turnaround = Annotated[float, Field(gt=0, le=10 * EXPIRES_S)]
 
 
 class BatchApi(Config):
-    """A provider's Batch API: enqueued input tokens per model (0 = no limit), and P50 and P95 of the turnaround."""
+    """A provider's Batch API: enqueued input tokens per model (0 = no limit), and P50 and P95 of the turnaround.
+
+    `known_within`: the factor within which the P50 is known; `measured`: from so many batches, 0 = it is assumed.
+    """
 
     queue_tokens: Annotated[int, Field(ge=0, le=10**12)] = 0
     turnaround_s: Annotated[tuple[Turnaround, Turnaround], Field(strict=False)] = TURNAROUND_S
+    known_within: Annotated[float, Field(ge=1, le=100)] = ASSUMED_FACTOR
+    measured: Annotated[int, Field(ge=0, le=10**9)] = 0
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:

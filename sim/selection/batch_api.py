@@ -64,6 +64,11 @@ class Terms:
     measured: int = 0
 
 
+def terms_of_provider(api: BatchApi) -> Terms:
+    """Return the terms that a provider's configuration states."""
+    return Terms(api.queue_tokens, api.turnaround_s, factor=max(api.known_within, 1.01), measured=api.measured)
+
+
 @dataclass(frozen=True, slots=True)
 class Way:
     """One way, over `runs`. `deadline_s`: what a mix was told, None for other ways. `live_share`: of requests, mean.
