@@ -35,7 +35,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from governor.law import BY_TPM, DAY_S, MINUTE_S, STAGGER
+from governor.law import BUCKET, BY_TPM, CLOCK, DAY_S, MINUTE_S, STAGGER
+from governor.model.needs import Limited
 from governor.model.requests import CAUSES, Attempt, Ended, Outcome
 
 # A provider may overshoot its limit in floating point by so much of one token (or request): sim/model/provider.py's
@@ -51,7 +52,8 @@ class Grant:
     `settles`: a completed request counts its use. `minute_reset`: a counter emptied each minute, in place of the
     bucket; the run begins `phase_s` into one. `burst_ratio`: the capacity of the minute's bucket, as a share of the
     limit. `changes`: (from_s, factor) in order of time, the minute limits from then on as multiples of the first ones.
-    `day_*_used`: the part of the daily limits that was used before the run.
+    `day_*_used`: the part of the daily limits that was used before the run. `quota`: the dimensions of a profile, in
+    place of the four limits.
     """
 
     tpm_limit: float = 0.0
@@ -65,6 +67,7 @@ class Grant:
     changes: tuple[tuple[float, float], ...] = ()
     day_tokens_used: float = 0.0
     day_requests_used: float = 0.0
+    quota: tuple[Limited, ...] = ()
 
 
 def _floats() -> array[float]:
@@ -76,8 +79,9 @@ class WorkDone:
     """The work of a run, as the bound sees it: one `add` per request that was answered, in any order.
 
     Requests that arrive at 0 are held as sums, later arrivals in flat arrays (32 bytes each). Plain fields, so that a
-    compiled engine can fill them in: `requests`, `charged`, `counted` (smaller of charge and use), `shortest_s` of the
-    requests at 0; `latest_s` the largest arrival + service of all; `returned`: charge less use of finalize passes.
+    compiled engine can fill them in: `requests`, `charged`, `counted` (smaller of charge and use), `inputs` (the input
+    among the charge) and `shortest_s` of the requests at 0; `latest_s` the largest arrival + service of all;
+    `returned`: charge less use of finalize passes.
     """
 
     requests: int = 0
@@ -90,9 +94,13 @@ class WorkDone:
     charges: array[float] = field(default_factory=_floats)
     counts: array[float] = field(default_factory=_floats)
     services_s: array[float] = field(default_factory=_floats)
+    inputs: float = 0.0
 
-    def add(self, arrived_s: float, charge: float, used: float, service_s: float) -> None:
-        """Add one answered request: its arrival, the provider's charge and use (-1 = unknown), its service time."""
+    def add(self, arrived_s: float, charge: float, used: float, service_s: float, prompt: float = 0.0) -> None:
+        """Add one answered request: its arrival, the provider's charge and use (-1 = unknown), its service time.
+
+        `prompt`: the input among the tokens, for dimensions of a profile.
+        """
         if charge < 0.0:
             charge = 0.0
         counted = charge if charge < used else used if used > 0.0 else 0.0
@@ -102,6 +110,7 @@ class WorkDone:
             self.requests += 1
             self.charged += charge
             self.counted += counted
+            self.inputs += prompt if prompt < charge else charge
             if service_s < self.shortest_s:
                 self.shortest_s = service_s
         else:
@@ -265,7 +274,28 @@ def bound_s(grant: Grant, work: WorkDone) -> float:
         for supply in request_limits:
             last_at = max(last_at, supply.admits_at(t, requests))
         bound = max(bound, last_at + shortest_s)
+    if work.requests:
+        output = (work.counted if grant.settles else work.charged) - work.inputs
+        for each in grant.quota:
+            amount = each.per_request * work.requests + each.per_input * work.inputs + each.per_output * output
+            bound = max(bound, _admits_all_at(each, amount, grant.changes) + work.shortest_s)
     return bound
+
+
+def _admits_all_at(each: Limited, amount: float, changes: tuple[tuple[float, float], ...]) -> float:
+    """Return when the last of an amount that is there from the beginning can be admitted in one dimension of a profile.
+
+    Of a window, the highest limit may go once in its length, at the earliest; a run may begin at the end of the first.
+    """
+    if each.limit <= 0.0 or amount <= 0.0 or each.at_answer:
+        return 0.0
+    changes = changes if each.length_s <= MINUTE_S else ()
+    if each.window == BUCKET:
+        return _Bucket(each.limit, each.length_s, 0.0, changes).admits_at(0.0, amount)
+    most = each.limit * max(1.0, *(factor for _, factor in changes), 1.0)
+    first_s = each.length_s - each.phase_s % each.length_s if each.window == CLOCK else each.length_s
+    windows = math.ceil(amount / (most + _ROUNDING)) - 1
+    return first_s + (windows - 1) * each.length_s if windows > 0 else 0.0
 
 
 def efficiency_of(bound: float, makespan_s: float, failed: int) -> float | None:

@@ -320,7 +320,7 @@ _COUNTS = _at(("completed", "failed", "attempts", "throttled", "peak_in_flight",
 _SUMS = _at(
     ("last_s", "reserved_tokens", "charged_tokens", "used_tokens", "extra_prompt_tokens", "extra_output_tokens")
 )
-_WORK = _at(("charged", "counted", "returned", "shortest_s", "latest_s"), "work_")
+_WORK = _at(("charged", "counted", "inputs", "returned", "shortest_s", "latest_s"), "work_")
 
 
 def _twice(array: NDArray[Any]) -> NDArray[Any]:

@@ -216,7 +216,7 @@ class Simulation:
         tally.used_tokens += used
         is_empty = False
         if job.lane == law.MAIN:
-            tally.work.add(job.arrived_s, job.charge, used, now - job.launched_s)
+            tally.work.add(job.arrived_s, job.charge, used, now - job.launched_s, job.prompt)
             is_empty = self.finalize_max_tokens > 0 and self._came_back_empty(job)
         else:
             tally.work.finalized(job.charge, used)

@@ -253,6 +253,7 @@ class Run:
     work_returned: float = 0.0
     work_shortest_s: float = inf
     work_latest_s: float = 0.0
+    work_inputs: float = 0.0
     waits_s: list[float] = field(default_factory=_causes)
     deferrals: list[float] = field(default_factory=_causes)
     failures: list[float] = field(default_factory=_ends)
@@ -740,7 +741,7 @@ def _on_ok(w: World, slot: int, now: float) -> None:
     _sync(w, slot, now)
     run.used_tokens += used
     if job.lane == law.MAIN:
-        _worked(w, job.arrived_s, job.charge, used, now - job.launched_s)
+        _worked(w, slot, used, now - job.launched_s)
     elif job.charge > used:
         run.work_returned += job.charge - used
     if run.finalize_max_tokens and job.lane == law.MAIN and _came_back_empty(w, slot):
@@ -749,9 +750,10 @@ def _on_ok(w: World, slot: int, now: float) -> None:
         _ended(w, slot, now, 0)
 
 
-def _worked(w: World, arrived_s: float, charge: float, used: float, service_s: float) -> None:
+def _worked(w: World, slot: int, used: float, service_s: float) -> None:
     """Add to the bound's input, as `Work.add` does."""
-    run = w.run
+    run, job = w.run, w.jobs[slot]
+    arrived_s, charge = job.arrived_s, job.charge
     counted = min(charge, used)
     run.work_latest_s = max(run.work_latest_s, arrived_s + service_s)
     if arrived_s <= 0.0:
@@ -759,6 +761,7 @@ def _worked(w: World, arrived_s: float, charge: float, used: float, service_s: f
         run.work_charged += charge
         run.work_counted += counted
         run.work_shortest_s = min(run.work_shortest_s, service_s)
+        run.work_inputs += min(job.prompt, charge)
     else:
         answered = w.answers[run.answered_size]
         run.answered_size += 1

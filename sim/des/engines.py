@@ -126,6 +126,7 @@ def _with_lost_work(tally: Tally, columns: Columns) -> Tally:
         shortest_s=0.0,
         latest_s=tally.work.latest_s,
         returned=tally.work.returned,
+        inputs=float(np.minimum(columns.prompt_tokens, columns.charge)[~late].sum()),
     )
     parts = (columns.arrival_s, columns.charge, counted, np.zeros(len(late)))
     for values, part in zip((asked.arrivals_s, asked.charges, asked.counts, asked.services_s), parts, strict=True):

@@ -379,6 +379,10 @@ class ProviderConfig(Config):
 
     def grant(self) -> Grant:
         """Return the limits, as the lower bound on any schedule needs them."""
+        quota = self.quota
+        if quota:
+            changes = tuple((change.at_s, change.factor) for change in self.limit_changes)
+            return Grant(settles=self.settles, changes=changes, quota=quota)
         return Grant(
             # Charges at the answer bind no launch: all requests may go before the first answer arrives.
             tpm_limit=0.0 if self.charged == "answer" else float(self.tpm),

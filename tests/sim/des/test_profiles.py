@@ -84,6 +84,12 @@ def test_sixty_requests_on_each_profile_come_near_the_bound_and_none_is_refused(
     # The compiled engine states the same.
     again = compiled.simulated(case, 1)
     assert (again.last_s, again.attempts, again.charged_tokens) == (tally.last_s, tally.attempts, tally.charged_tokens)
+    # The bound that reports quote knows the profile's dimensions, and the shortest answer there was.
+    summary = tally.summary(case.grant)
+    assert again.summary(case.grant).bound_s == summary.bound_s
+    assert bound_s <= summary.bound_s <= bound_s + 3.0
+    assert summary.efficiency is not None
+    assert summary.efficiency >= 1.0 / 1.05
 
 
 def test_the_limit_that_binds_is_the_profile_s_own() -> None:
