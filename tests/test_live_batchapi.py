@@ -6,6 +6,7 @@ What happens at every other moment is tested in virtual time, in tests/governor/
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -132,8 +133,17 @@ def test_our_client_works_against_an_independent_mock(cli: Cli, tmp_path: Path) 
     npx = shutil.which("npx")
     assert npx is not None, "this proof needs node"
     (tmp_path / "fixtures.json").write_text(json.dumps({"fixtures": []}))
-    command = [npx, "--yes", "@copilotkit/aimock@1.43.0", "--port", "0", "--fixtures", "fixtures.json"]
-    mock = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [npx, "--yes", "--package", "@copilotkit/aimock@1.43.0", "llmock"]
+    command += ["--port", "0", "--fixtures", "fixtures.json"]
+    # In a group of its own: npx does not pass on that it is ended.
+    mock = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     try:
         assert mock.stdout is not None
         url = next(text.split()[-1] for text in mock.stdout if "listening on" in text)
@@ -142,6 +152,6 @@ def test_our_client_works_against_an_independent_mock(cli: Cli, tmp_path: Path) 
         assert ran.code == 0, ran.err
         check_whole(tmp_path, REQUESTS)
     finally:
-        mock.kill()
+        os.killpg(mock.pid, signal.SIGKILL)
         mock.wait()
         mock.stdout.close()

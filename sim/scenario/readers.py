@@ -219,7 +219,7 @@ def _batch(
     models: list[str] = []
     try:
         with source.stream() as stream:
-            requests = read_requests(stream, source.name, keep_body=False, file_tokens=file_tokens)
+            requests = read_requests(stream, source.name, keep_body=False, file_tokens=file_tokens, in_background=True)
             for request in islice(requests, first or None):
                 unseen.add(request)
                 for name, values in sizes.items():
