@@ -352,6 +352,14 @@ def test_every_pin_supports_the_oldest_python_promised() -> None:
 LONG = {"governor/law.py", "sim/des/engine.py"}
 # Names of more than one class: what the engines state alike, and what the field calls alike. None is to be added.
 SHARED_NAMES = {"Batch", "Ended", "Event", "Forecast", "Job", "Operation", "Pool", "Tally"}
+# Names of more than one constant: words that two rooms use alike, and figures that each room sets for itself.
+SHARED_CONSTANTS = """
+ANSWER ANSWERS ANSWER_S ARRIVAL AsJson BACKOFF BATCH BUCKET CANCELLED CANCELLING CAUSES CHUNK CLOCK COMPLETED
+CONFIDENCE CONNECT_S DAY_S DIMENSIONS DONE DRAWS DROPPED Day EFFORTS ENDED EVENT FAILED FLEX GRID INTERACTIVE
+LIVE LOST MAX_COST MEASURED MINUTE_S OUTWAITED PAUSE PAUSED PROVIDER RECOMMENDED REFUSED REQUESTS_MOST RESUME
+RETRY_DUE RPD RPM RUN RUNS_LEAST RUNS_MOST Requests SCENARIO SHARED SIZES SLACK_S SLIDING SPENT STANDARD
+STATUS TIMES TPD TPM
+"""
 
 
 def test_no_module_is_too_long_and_no_folder_too_full() -> None:
@@ -361,12 +369,23 @@ def test_no_module_is_too_long_and_no_folder_too_full() -> None:
     complain([f"{name_of(folder)} holds {n} modules" for folder, n in held.items() if n > 16])
 
 
-def test_no_class_has_the_name_of_another() -> None:
-    places: dict[str, set[str]] = {}
+def test_no_class_and_no_constant_has_the_name_of_another() -> None:
+    """Names that one module keeps to itself begin with an underscore, and do not count."""
+    classes: dict[str, set[str]] = {}
+    constants: dict[str, set[str]] = {}
     for path in modules():
         for node in tree(path).body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-                places.setdefault(node.name, set()).add(name_of(path))
-    twice = {name: sorted(at) for name, at in places.items() if len(at) > 1}
-    complain([f"{name}: {at}" for name, at in twice.items() if name not in SHARED_NAMES])
-    assert set(twice) == SHARED_NAMES, "a name that is no longer shared goes off the list"
+                classes.setdefault(node.name, set()).add(name_of(path))
+            for name in _assigned(node):
+                if name[0].isupper():
+                    constants.setdefault(name, set()).add(name_of(path))
+    for places, shared in ((classes, SHARED_NAMES), (constants, set(SHARED_CONSTANTS.split()))):
+        twice = {name: sorted(at) for name, at in places.items() if len(at) > 1}
+        complain([f"{name}: {at}" for name, at in twice.items() if name not in shared])
+        assert shared != SHARED_NAMES or set(twice) == shared, "a name that is no longer shared goes off the list"
+
+
+def _assigned(node: ast.stmt) -> list[str]:
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from governor.cli.run import ScenarioFile, scenario_of
+from governor.cli.run import AsJson, ScenarioFile, scenario_of
 from governor.model.errors import BadInput, BadSetting, quoted
 
 if TYPE_CHECKING:
@@ -25,11 +25,10 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-Where = Annotated[
+_Where = Annotated[
     str,
     typer.Argument(metavar="JOURNAL.db", help="The journal of a run: a path or a database URL.", show_default=False),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 PoolName = Annotated[str | None, typer.Option("--pool", metavar="NAME", help="Only this pool; all if not given.")]
 
 # How long a running process is given to apply a command; it looks a few times per second.
@@ -37,7 +36,7 @@ TAKEN_S = 5.0
 
 
 @app.command()
-def status(context: typer.Context, where: Where, scenario: ScenarioFile = None, as_json: AsJson = False) -> None:
+def status(context: typer.Context, where: _Where, scenario: ScenarioFile = None, as_json: AsJson = False) -> None:
     """Show a run's progress against its forecast."""
     from governor.cli.text import pairs_text
     from governor.journal.journal import Journal
@@ -50,7 +49,7 @@ def status(context: typer.Context, where: Where, scenario: ScenarioFile = None, 
 
 @app.command()
 def export(
-    where: Where,
+    where: _Where,
     out: Annotated[
         str, typer.Option(metavar="FILE.jsonl", help="Results; failures go beside it, into FILE.errors.jsonl.")
     ],
@@ -94,7 +93,7 @@ def export(
 
 
 @app.command()
-def pause(where: Where, pool: PoolName = None) -> None:
+def pause(where: _Where, pool: PoolName = None) -> None:
     """Stop launching until `resume`.
 
     Requests in flight continue.
@@ -105,7 +104,7 @@ def pause(where: Where, pool: PoolName = None) -> None:
 
 
 @app.command()
-def resume(where: Where, pool: PoolName = None) -> None:
+def resume(where: _Where, pool: PoolName = None) -> None:
     """Launch again after `pause`. (To continue a run that has ended, repeat its `paceline run` command.)"""
     from governor.journal.journal import RESUME
 
@@ -114,7 +113,7 @@ def resume(where: Where, pool: PoolName = None) -> None:
 
 @app.command(name="set")
 def set_(
-    where: Where,
+    where: _Where,
     assignments: Annotated[
         list[str], typer.Argument(metavar="NAME=VALUE...", help="Settings to change.", show_default=False)
     ],
@@ -131,7 +130,7 @@ def set_(
 
 @app.command()
 def unset(
-    where: Where,
+    where: _Where,
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME...]", help="Settings; all if not given.", show_default=False)
     ] = None,
@@ -219,7 +218,7 @@ def _wait_until_taken(journal: Journal, number: int, name: str) -> None:
 
 
 @app.command()
-def verify(where: Where, as_json: AsJson = False) -> None:
+def verify(where: _Where, as_json: AsJson = False) -> None:
     """Repeat the decisions that `run --record` recorded.
 
     Shows the first that differs; the exit code is then 1.
@@ -245,7 +244,7 @@ def verify(where: Where, as_json: AsJson = False) -> None:
 
 @app.command()
 def purge(
-    where: Where, yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False
+    where: _Where, yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False
 ) -> None:
     """Remove prompts and answers from a journal.
 

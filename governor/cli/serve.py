@@ -33,7 +33,7 @@ EXTRA = "the service needs paceline[service]: pip install 'paceline[service]'"
 # Keys in the context's `meta` under which the mounting app leaves the simulations.
 FORECAST, WHAT_IF = "paceline.forecast", "paceline.what_if"
 
-Where = Annotated[
+_Where = Annotated[
     str | None,
     typer.Option(
         "--database",
@@ -52,7 +52,7 @@ def serve(
     context: typer.Context,
     host: Annotated[str, typer.Option(help="Address to listen on; anything but loopback needs tokens.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65_535, help="Port; 0 = any free one.")] = 8000,
-    database: Where = None,
+    database: _Where = None,
     env_file: EnvFile = None,
     assignments: Assignments = None,
     tpm: Tpm = None,
@@ -142,7 +142,7 @@ def add_token(
     scope: Annotated[
         Literal["read", "run", "admin"], typer.Option(help="read; run also batches; admin also settings.")
     ] = "run",
-    database: Where = None,
+    database: _Where = None,
 ) -> None:
     """Create a token, or replace the one with that name. It is printed once and stored as a hash."""
     from governor.service.api.auth import hash_of, new_token
@@ -159,7 +159,7 @@ def add_token(
 
 
 @tokens.command("list")
-def list_tokens(database: Where = None) -> None:
+def list_tokens(database: _Where = None) -> None:
     """List tokens with their scopes."""
     store = _store(database, make=False)
     try:
@@ -173,7 +173,7 @@ def list_tokens(database: Where = None) -> None:
 @tokens.command("remove")
 def remove_token(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Whose it is, as `paceline token list` says it.")],
-    database: Where = None,
+    database: _Where = None,
 ) -> None:
     """Revoke a token; running services notice within a few seconds."""
     store = _store(database, make=False)

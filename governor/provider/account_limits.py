@@ -20,7 +20,7 @@ from governor.model.pools import PROJECT, Pool, is_loopback
 from governor.profiles.loader import profile_of
 from governor.profiles.schema import LimitsEndpoint, Profile
 
-TIMEOUT_S = 30.0
+_TIMEOUT_S = 30.0
 _PAGES_MAX = 50
 _BYTES_MAX = 16 * 2**20
 _OPENAI_URL = "https://api.openai.com/v1"
@@ -122,7 +122,7 @@ def _page(url: str, profile: Profile, key: str) -> dict[str, Any]:
     place = url.partition("?")[0]
     try:
         opener = urllib.request.build_opener(_NoRedirect)
-        with opener.open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S) as response:
+        with opener.open(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT_S) as response:
             found = json.loads(response.read(_BYTES_MAX))
     except urllib.error.HTTPError as error:
         remedy = "check the admin key" if error.code in (401, 403) else "check project and address"

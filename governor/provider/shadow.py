@@ -45,7 +45,7 @@ else:
 # The number of notes that may wait to be written; further ones are counted as dropped.
 NOTES_MAX = 10_000
 # The usage of a longer answer is not read.
-ANSWER_BYTES_MAX = 8 * 2**20
+_ANSWER_BYTES_MAX = 8 * 2**20
 # The same body, sent again within this time after a failure, is a retry of that call.
 RETRIED_WITHIN_S = 600.0
 CALLS_REMEMBERED = 10_000
@@ -325,7 +325,7 @@ class _Passing:
             if note.first_s < 0.0:
                 note.first_s = time.monotonic() - note.began
             note.size += len(chunk)
-            if note.size <= ANSWER_BYTES_MAX:
+            if note.size <= _ANSWER_BYTES_MAX:
                 note.chunks.append(chunk)
 
     def _over(self, *, is_whole: bool) -> None:

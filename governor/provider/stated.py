@@ -18,12 +18,11 @@ from email.utils import parsedate_to_datetime
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
+from governor.law import DAY_S, MINUTE_S
 from governor.model.requests import Limit
 from governor.profiles.loader import GENERIC, read_profile
 from governor.profiles.schema import CountHeaders, Profile, TimeFormat, WaitPlace
 
-MINUTE_S = 60.0
-DAY_S = 86_400.0
 WINDOW_S = {"TPM": MINUTE_S, "RPM": MINUTE_S, "TPD": DAY_S, "RPD": DAY_S}
 
 # No meaningful header or figure is longer; a message's figures are in its first lines.

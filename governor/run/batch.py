@@ -29,6 +29,7 @@ from governor.forecast.forecast import (
 from governor.forecast.guard import check_finish, check_fits, check_preflight
 from governor.forecast.preflight import InUse, in_use
 from governor.journal.journal import Journal
+from governor.law import DAY_S
 from governor.model.errors import BadSetting, FailureCode, PacelineError, quoted
 from governor.model.estimate import TOKENS_PER_FILE
 from governor.model.files import check_writable
@@ -70,7 +71,6 @@ from governor.telemetry.progress import Display
 # Descriptors besides those of requests in flight: journal, files, closing connections, name look-ups.
 OWN_DESCRIPTORS = 50
 # The deadline of a mix that is given none.
-DAY_S = 86_400.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,7 +36,7 @@ Loop = asyncio.AbstractEventLoop
 # Creates the background thread's loop.
 new_loop: Callable[[], Loop] = asyncio.new_event_loop
 # How often a caller that waits for another loop checks that the loop still runs.
-LOOK_S = 0.5
+_LOOK_S = 0.5
 
 
 class Background:
@@ -285,9 +285,9 @@ class Lease:
             while True:
                 if self._blocking:
                     with suppress(TimeoutError, CancelledError):
-                        future.exception(LOOK_S)
+                        future.exception(_LOOK_S)
                 else:
-                    await asyncio.wait([answer], timeout=LOOK_S)
+                    await asyncio.wait([answer], timeout=_LOOK_S)
                 if answer.cancelled() or not (answer.done() or _is_alive(self._home)):
                     raise _Gone
                 if answer.done():

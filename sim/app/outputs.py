@@ -15,7 +15,7 @@ import shlex
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -40,7 +40,7 @@ from sim.scenario.readers import save_rows
 from sim.scenario.scenario import Scenario
 from sim.scenario.scenario_file import FileSource
 from sim.scenario.stress import stress_notes
-from sim.selection.batch_api import PROMISE, Terms, Way, terms_of_provider, ways
+from sim.selection.batch_api import PROMISE, Say, Terms, Way, terms_of_provider, ways
 
 REPORT = "report.html"
 RECOMMENDED = "recommended.env"
@@ -279,9 +279,6 @@ def _undisturbed() -> Iterator[None]:
 
 
 # ---------------------------------------------------------------- the search and its files
-
-
-Say = Callable[[str], None]
 
 
 class Stopped(PacelineError):  # noqa: N818  (a name says what happened)

@@ -34,7 +34,7 @@ SIGMA_LEAST = 1e-4
 STALL_SIGMAS = 5.0
 STALL_LEAST_S = 2.0
 LEAST_ANSWERS = 20
-BATCHES = 20
+_BATCHES = 20
 _RESAMPLES = 1_000
 # Most gaps in one resample, and the largest credible spread of their logarithms.
 GAPS_MOST, LOG_SPREAD_MOST = 20_000, 2.5
@@ -108,7 +108,7 @@ def factor(values: Real) -> tuple[float, float]:
     `values`: above 0, in order of time, shape (values,). By batch means, which slow drift widens: Student's t, in
     logarithms, with the variance of both means.
     """
-    batches = min(BATCHES, len(values) // 5)
+    batches = min(_BATCHES, len(values) // 5)
     means = np.log(np.maximum([float(part.mean()) for part in np.array_split(values, batches)], 1e-9))
     half = float(stats.t.ppf(0.5 + EACH / 2.0, batches - 1) * means.std(ddof=1) * math.sqrt(2.0 / batches))
     half = min(half, math.log(100.0))
@@ -409,7 +409,7 @@ def arrivals(at_s: Real) -> ArrivalFit | None:
     span = float(np.ptp(at_s)) if len(at_s) else 0.0
     if len(at_s) < LEAST_ANSWERS or span <= 0.0:
         return None
-    batches = min(BATCHES, len(at_s) // 5)
+    batches = min(_BATCHES, len(at_s) // 5)
     counts = np.histogram(at_s, batches)[0] / (span / batches)
     half = float(stats.t.ppf(0.5 + EACH / 2.0, batches - 1)) * float(counts.std(ddof=1)) / math.sqrt(batches)
     rate = len(at_s) / span

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from governor.forecast.mixes import Z95
 from governor.model.errors import BadInput
 from governor.model.estimate import CHAT, EMBEDDINGS
 from governor.model.keyed import ARRIVAL, OUTPUT_LENGTH, RESAMPLE, keyed_uniform
@@ -31,7 +32,6 @@ P50_OF_CAP = 0.25
 P50_ASSUMED_MAX = 500.0
 P50_ASSUMED_NO_CAP = 200.0
 # Standard normal value of the 95th percentile.
-Z95 = 1.6448536269514722
 # A request without an old result takes the answer of one of this many requests with the most similar prompts.
 NEIGHBOURS = 32
 # Classes of declared caps within which answers are alike: the most classes, and the known answers per class.

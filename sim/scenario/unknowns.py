@@ -26,7 +26,7 @@ Range = Annotated[tuple[float, float], Field(strict=False)]
 FRESH_SEEDS = 1_000_000
 FRESH_DRAWS = 1_000
 
-BURST_S, PERIOD_S = (5.0, 30.0), 60.0
+_BURST_S, PERIOD_S = (5.0, 30.0), 60.0
 
 
 class Unknowns(Config):
@@ -108,7 +108,7 @@ def _one(scenario: Scenario, unknowns: Unknowns, rules: list[str], i: int) -> Sc
     share = between(unknowns.cotenant_share, 2)
     if "other users of the quota" not in provider.learnt:
         share = max(provider.cotenant.share, share)
-    cotenant = {"share": share, "burst_s": between(BURST_S, 3), "period_s": PERIOD_S} if share > 0.0 else {}
+    cotenant = {"share": share, "burst_s": between(_BURST_S, 3), "period_s": PERIOD_S} if share > 0.0 else {}
     late = provider.latency.model_dump()
     scale = min(1_000.0, late["scale"] * factor(unknowns.latency_factor, 4))
     longer = factor(unknowns.output_factor, 5)

@@ -49,13 +49,13 @@ RESOLUTION = 0.01
 # By how much a limit that is not confirmed is raised at first, and how often: to three times as much at the most.
 RAISE = 0.02
 RAISES = 7
-FRESH_SEEDS = 1_000_000
+_FRESH_SEEDS = 1_000_000
 # Runs per limit: as many as simulated requests allow, at least what it takes to show the share that is asked for.
 RUNS_MOST, RUNS_REQUESTS, RUNS_ASKED_MOST = 200, 60_000, 3_000
 # A constraint within so much of the answer decides it.
 DECIDES_RATIO = 0.05
 # Runs are made in so many parts, so that a hopeless limit is dropped early.
-PARTS = 4
+_PARTS = 4
 # For a progress bar: about so many pairs of limits are tried in full, with so many runs to tune the settings at each.
 PROBES_FORESEEN, TUNING_RUNS = 12, 150
 # Limits that are tried for the figure alone, and how far they reach beyond the answer.
@@ -179,10 +179,10 @@ class Search:
         case = case_of(scenario)
         start, wanted = scenario.seed, self.replications
         if fresh:
-            start += FRESH_SEEDS + self.confirmations * wanted
+            start += _FRESH_SEEDS + self.confirmations * wanted
             self.confirmations += 1
         runs: list[Figures] = []
-        step = math.ceil(wanted / PARTS)
+        step = math.ceil(wanted / _PARTS)
         while len(runs) < wanted:
             done = len(runs)
             runs += self.made(case, range(start + done, start + min(done + step, wanted)))
@@ -427,7 +427,7 @@ def _lost(runs: Sequence[Figures]) -> bool:
 
 
 # Simulated requests per limit, at most about; half of them for the race that comes first.
-EFFORT = 400_000
+_EFFORT = 400_000
 # Runs of one setting, at most.
 SEEDS = 4
 # Settings that are handed on.
@@ -441,8 +441,8 @@ def tuned(scenario: Scenario, goal: Goal, *, pool: Pool, first: Sequence[Policy]
     but a few runs say little of rare losses, and those that come after it are there for them.
     """
     requests = len(scenario.workload)
-    searcher = Searcher(Condition("", scenario), goal.allowing(1, requests), Runs(pool), EFFORT)
-    affordable = max(2, EFFORT // (2 * SEEDS * max(1, requests)))
+    searcher = Searcher(Condition("", scenario), goal.allowing(1, requests), Runs(pool), _EFFORT)
+    affordable = max(2, _EFFORT // (2 * SEEDS * max(1, requests)))
     field = [scenario.policy, *first, *[recipe(scenario), *full_anchors(scenario)][:affordable]]
     ranked, _ = searcher.race(field, SEEDS)
     best = searcher.climb(ranked[0], full_space(scenario).neighbours, SEEDS)

@@ -45,7 +45,7 @@ LABELS = {
 # (see `benchmarks/bench_scenarios.py`): a mean of some hundred runs may be off by the other half.
 WORTH_A_WORD = 0.005
 # Every so many seeds is the precision looked at: the widths of two looks differ by less than they cost.
-GROWTH = 2
+_GROWTH = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class Evidence:
             sharp = all(f[figure].half_width <= precision_ratio * abs(f[figure].mean) for f in found)
             if count >= most or (count > 1 and sharp):
                 return found
-            count = min(GROWTH * count, most)
+            count = min(_GROWTH * count, most)
 
     def recommendation(self, now: Forecast, found: Forecast, faster: Mapping[str, Policy]) -> Recommendation:
         """Return the worth of each change, and which `faster` settings (by name) were passed over, and why."""

@@ -17,8 +17,9 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
+from governor.law import DAY_S, MINUTE_S
 from governor.model.estimate import CHARS_PER_TOKEN, CHAT, COMPLETIONS, RESPONSES
-from governor.provider.stated import DAY_S, MINUTE_S, duration_text, refill_reset_s
+from governor.provider.stated import duration_text, refill_reset_s
 from sim.model import provider as prov
 from sim.model import windows as win
 from sim.model.provider import ProviderParams, ProviderState

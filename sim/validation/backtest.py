@@ -30,9 +30,9 @@ from sim.model.provider_config import ProviderConfig
 from sim.scenario.scenario_file import named_provider
 from sim.validation.model_error import measured, widened
 from sim.validation.replay import Stage
+from sim.validation.run_forecast import REQUESTS_SIMULATED
 from sim.validation.twin import Lesson, believed, lessons
 
-REQUESTS_SIMULATED = 60_000
 RUNS_LEAST, RUNS_MOST = 5, 40
 TAKEN = (
     "the answer, the time and the fault of each attempt that was let in",

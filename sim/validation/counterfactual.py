@@ -21,9 +21,10 @@ from governor.model.requests import CAUSES
 from sim.des.run import TIMEOUT
 from sim.experiment.results import CONFIDENCE
 from sim.model.provider_config import ProviderConfig
-from sim.validation.backtest import REQUESTS_SIMULATED, RUNS_LEAST, RUNS_MOST
+from sim.validation.backtest import RUNS_LEAST, RUNS_MOST
 from sim.validation.model_error import measured
 from sim.validation.replay import ReplayedRun, Rewrite, Stage
+from sim.validation.run_forecast import REQUESTS_SIMULATED
 
 # Ends that differ by at most this, in seconds, count as equal.
 SAME_S = 0.1
