@@ -494,6 +494,6 @@ def remaining(pp: ProviderParams, ps: ProviderState, d: int) -> float:
     """Return the count that the header of dimension `d` states as remaining at the last advance, a whole number."""
     limit = limit_now(pp, ps, d)
     left = pp.counts_share * (capacity_of(pp, d, limit) - ps.used[d]) + ROUNDING
-    if pp.counts_rounded_to > 1.0:
+    if pp.counts_rounded_to > 1.0 and pp.per_request[d] == 0.0:
         left = min(limit, pp.counts_rounded_to * math.floor(left / pp.counts_rounded_to + 0.5))
     return math.floor(left) if pp.counts_negative else max(0.0, math.floor(left))

@@ -126,7 +126,7 @@ def error_body(message: str, kind: str, code: str | None = None, param: str | No
     return json.dumps({"type": "error", "error": {"type": kind, "message": message}}).encode()
 
 
-_WORDS = ("tokens per minute", "requests per minute", "tokens per day", "requests per day")
+_WORDS = ("tokens per minute", "requests per minute", "tokens per day", "requests per day", *["tokens per minute"] * 4)
 
 
 def rate_error(model: str, d: int, limit: float, used: float, requested: float, wait_s: float) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -31,15 +31,23 @@ def time_text(seconds: float, form: TimeFormat, epoch_s: float) -> str:
     return duration_text(wire.floored_ms(seconds))
 
 
-def profile_headers(pp: ProviderParams, ps: ProviderState, scale: float, profile: Profile, epoch_s: float) -> Headers:
+def profile_headers(
+    pp: ProviderParams,
+    ps: ProviderState,
+    scale: float,
+    profile: Profile,
+    places: Mapping[str, int],
+    epoch_s: float,
+) -> Headers:
     """Return the counts as of the last admission, under the names and in the formats of the profile.
 
-    Of dimensions that share their headers, the requests are those of the tighter limit, the tokens those of the minute.
+    `places`: of its dimensions in the provider's arrays. Of dimensions that share their headers, the requests are those
+    of the tighter limit, the tokens those of the minute.
     """
     sharing: dict[CountHeaders, list[int]] = {}
     for name, dimension in profile.dimensions.items():
-        if dimension.headers is not None and name in wire.DIMENSIONS and pp.limit[wire.DIMENSIONS.index(name)] > 0.0:
-            sharing.setdefault(dimension.headers, []).append(wire.DIMENSIONS.index(name))
+        if dimension.headers is not None and name in places and pp.limit[places[name]] > 0.0:
+            sharing.setdefault(dimension.headers, []).append(places[name])
     headers: Headers = []
     for names, found in sharing.items():
         d = prov.requests_dimension(pp, ps) if set(found) == {prov.RPM, prov.RPD} else min(found)
@@ -67,15 +75,17 @@ def profile_wait(profile: Profile, wait_s: float, epoch_s: float) -> Headers:
     return [(place.header.encode(), time_text(wait_s, form, epoch_s).encode())]
 
 
-def limits_body(profile: Profile, path: str, pp: ProviderParams, models: Sequence[str]) -> bytes | None:
+def limits_body(
+    profile: Profile, path: str, pp: ProviderParams, places: Mapping[str, int], models: Sequence[str]
+) -> bytes | None:
     """Return the limits of these models as the profile's endpoint states them; None if `path` is not that endpoint."""
     endpoint = profile.limits_endpoint
     if endpoint is None or not fnmatch.fnmatchcase(path, "/v1" + endpoint.path.format(project="?*")):
         return None
     stated = {
-        name: round(pp.limit[wire.DIMENSIONS.index(dimension)])
+        name: round(pp.limit[places[dimension]])
         for dimension, name in endpoint.limits.items()
-        if dimension in wire.DIMENSIONS and pp.limit[wire.DIMENSIONS.index(dimension)] > 0.0
+        if dimension in places and pp.limit[places[dimension]] > 0.0
     }
     if endpoint.entries is None:
         data: list[dict[str, Any]] = [

@@ -150,6 +150,8 @@ class Desk:
         self.config = config
         self.profile = None if config.profile == OPENAI else read_profile(config.profile)
         self.pp = config.params()
+        standard = {name: d for d, name in enumerate(wire.DIMENSIONS)}
+        self.places = {each.name: each.place for each in config.quota} or standard
         self.ps = ProviderState()
         prov.day_started(self.ps, config.day_tokens_used, config.day_requests_used)
         self.seed = seed
@@ -201,7 +203,7 @@ class Desk:
                 "used_max": self.count.used_max[d],
                 "used_ratio_max": self.count.used_ratio_max[d],
             }
-            for d, name in enumerate(wire.DIMENSIONS)
+            for name, d in self.places.items()
             if self.pp.limit[d] > 0.0
         }
         events = [[event.kind, times] for event, times in zip(self.trouble.events, self.trouble.struck, strict=True)]
@@ -217,14 +219,14 @@ class Desk:
         if not prov.states_counts(self.pp, reply.status == 429):
             return []
         if (profile := self._own(reply.endpoint)) is not None:
-            return profile_forms.profile_headers(self.pp, self.ps, self.scale, profile, time.time())
+            return profile_forms.profile_headers(self.pp, self.ps, self.scale, profile, self.places, time.time())
         write: Callable[..., Headers] = _words(reply.endpoint).limit_headers
         return write(self.pp, self.ps, self.scale, self.config.header_names, time.time())
 
     def limits_page(self, path: str, models: Sequence[str]) -> bytes | None:
         """Return what an endpoint of limits answers, by the profile's form; None for any other path."""
         profile = read_profile(self.config.profile)
-        return profile_forms.limits_body(profile, path, self.pp, models)
+        return profile_forms.limits_body(profile, path, self.pp, self.places, models)
 
     def _own(self, endpoint: int) -> Profile | None:
         """Return the profile whose names and formats hold at this endpoint; None: those of `wire` or `anthropic`."""
@@ -363,7 +365,7 @@ class Desk:
     def _note_use(self) -> None:
         """Update the highest fill of each limit so far."""
         count = self.count
-        for d in range(4):
+        for d in self.places.values():
             used = self.ps.used[d]
             if used > count.used_max[d]:
                 count.used_max[d] = used

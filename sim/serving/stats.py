@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from governor.law import DIMENSIONS
 from sim.serving.wire import AnswerSpec
 
 
@@ -25,8 +26,8 @@ class Stats:
         self.came_again = 0
         self.first_s = -1.0
         self.last_s = -1.0
-        self.used_max = [0.0] * 4
-        self.used_ratio_max = [0.0] * 4
+        self.used_max = [0.0] * DIMENSIONS
+        self.used_ratio_max = [0.0] * DIMENSIONS
 
     def bill(self, a: AnswerSpec, tier: str) -> None:
         """Count what an answer is billed for, by model and tier."""

@@ -17,7 +17,7 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
-from governor.law import DAY_S, MINUTE_S
+from governor import law
 from governor.model.estimate import CHARS_PER_TOKEN, CHAT, COMPLETIONS, RESPONSES
 from governor.provider.stated import duration_text, refill_reset_s
 from sim.model import provider as prov
@@ -30,8 +30,13 @@ Headers = list[tuple[bytes, bytes]]
 ORGANIZATION = "org-paceline"
 LIMITS_PAGE = "https://platform.openai.com/account/rate-limits"
 DIMENSIONS = ("TPM", "RPM", "TPD", "RPD")
-_DIMENSION_WORDS = ("tokens per min (TPM)", "requests per min (RPM)", "tokens per day (TPD)", "requests per day (RPD)")
-_KINDS = ("tokens", "requests", "tokens", "requests")
+# A profile's further dimensions have places after these four.
+_FURTHER = law.DIMENSIONS - len(DIMENSIONS)
+_DIMENSION_WORDS = (
+    *("tokens per min (TPM)", "requests per min (RPM)", "tokens per day (TPD)", "requests per day (RPD)"),
+    *["a further limit"] * _FURTHER,
+)
+_KINDS = ("tokens", "requests", "tokens", "requests", *["tokens"] * _FURTHER)
 
 _TEXT = "The quick brown fox jumps over the lazy dog, and nobody counts it. " * 64
 EMBEDDING_DIMENSIONS = 1_536
@@ -384,7 +389,7 @@ def reset_s(pp: ProviderParams, ps: ProviderState, d: int) -> float:
     if pp.window[d] != win.BUCKET:
         return 0.0 if ps.used[d] <= 0.0 else win.empty_at(pp, ps, d) - ps.at
     limit = prov.limit_now(pp, ps, d)
-    return refill_reset_s(limit, limit - ps.used[d], DAY_S if d >= prov.TPD else MINUTE_S)
+    return refill_reset_s(limit, limit - ps.used[d], pp.length_s[d])
 
 
 # Prefixes of the names of counts.

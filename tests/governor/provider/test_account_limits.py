@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import urllib.request
+
 import pytest
 
 from governor.model.errors import BadSetting, PacelineError
 from governor.model.pools import Pool
+from governor.profiles.loader import read_profile
 from governor.provider.account_limits import account_limits, drift, settings_for
+from governor.provider.stated import limits_of
 from sim.model.provider_config import ProviderConfig
 from sim.serving.server import serve
+from tests.live import WAIT_S
 
 ADMIN = {"OPENAI_ADMIN_KEY": "admin-key", "OPENAI_PROJECT_ID": "proj/1", "ANTHROPIC_ADMIN_KEY": "admin-key"}
 
@@ -52,3 +58,19 @@ def test_an_admin_key_goes_to_its_own_provider_alone() -> None:
         account_limits(gateway, ADMIN, "gpt-4o")
     with pytest.raises(BadSetting, match="set OPENAI_PROJECT_ID"):
         account_limits(Pool(profile="openai"), {"OPENAI_ADMIN_KEY": "k"}, "gpt-4o")
+
+
+def test_a_tier_with_input_and_output_apart_is_served_and_read_by_its_profile() -> None:
+    with serve(ProviderConfig.of("claude-sonnet-4-tier1")) as served:
+        pool = Pool(base_url=served.base_url, profile="anthropic")
+        assert account_limits(pool, ADMIN, "gpt-4o-mini") == {"RPM": 50, "ITPM": 30_000, "OTPM": 8_000}
+        body = {"model": "claude-sonnet-4", "max_tokens": 20, "messages": [{"role": "user", "content": "Hello"}]}
+        request = urllib.request.Request(
+            f"{served.base_url}/messages", json.dumps(body).encode(), {"content-type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=WAIT_S) as response:
+            stated = {
+                limit.dimension: limit for limit in limits_of(dict(response.headers), -1.0, read_profile("anthropic"))
+            }
+    assert {name: limit.limit for name, limit in stated.items()} == {"RPM": 50, "ITPM": 30_000, "OTPM": 8_000}
+    assert stated["RPM"].remaining == 49, "tokens are rounded to thousands, requests are not"
