@@ -60,7 +60,7 @@ DESCRIBED: dict[str, dict[str, Any]] = {
     "slowapi moving": {
         "window": "sliding",
         "failed_requests_count": "requests",
-        "retry_after": "seconds",
+        "retry_after": "oldest",
         "counts": "none",
     },
     "pyrate gcra": {

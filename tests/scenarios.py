@@ -167,7 +167,7 @@ def _provider(rng: random.Random, workload: Workload, tpm: int) -> dict[str, Any
         "settles": rng.random() < 0.4,
         "charged": rng.choice(["admission", "admission", "admission", "answer"]),
         "failed_requests_count": rng.choice([False, False, True, True, "tokens", "requests"]),
-        "retry_after": rng.choice(["absent", "ms", "seconds", float(rng.randint(1, 60))]),
+        "retry_after": rng.choice(["absent", "ms", "seconds", "oldest", float(rng.randint(1, 60))]),
         "retry_after_min_s": rng.choice([0.0, 1.0]),
         **rng.choice([{}, {}, {}, {"burst_s": 20.0}, {"window": "anchored"}, {"window": "sliding"}, _clock(rng)]),
         "counts": rng.choice(["admission", "admission", "answer", "refusals", "none"]),

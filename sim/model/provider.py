@@ -57,6 +57,7 @@ SAYS_NOTHING = 0
 SAYS_MILLISECONDS = 1  # "Please try again in 644ms": the wait, floored to ms
 SAYS_SECONDS = 2  # Retry-After: whole seconds, rounded up
 SAYS_CONSTANT = 3  # Retry-After: the same on every refusal
+SAYS_OLDEST = 4  # Retry-After: seconds until a sliding log's oldest entry expires, which need not be enough
 
 # What a refusal counts against, as a sum of flags.
 REFUSAL_TOKENS = 1
@@ -302,9 +303,8 @@ def admitted(
     """Decide one attempt at the door and book it if it is admitted; return (outcome, dimension, wait in milliseconds).
 
     `charge`: tokens, of which `prompt` are input, which matters where these have a limit of their own. Outcome OK,
-    THROTTLED, TOO_LARGE, SLOW_DOWN or QUOTA. The dimension and the exact wait are those of the limit that
-    takes longest, or those of the requests' limit where it is checked first; the wait is -1 if waiting does not help or
-    its length is unknown.
+    THROTTLED, TOO_LARGE, SLOW_DOWN or QUOTA. The dimension and the wait are those of the limit that takes longest, or
+    of the requests' limit where it is checked first; the wait is -1 if waiting does not help or is of unknown length.
     """
     advanced(pp, ps, seed, now)
     if 0.0 < pp.quota_requests <= ps.admitted:
@@ -325,7 +325,8 @@ def admitted(
                 return TOO_LARGE, d, -1.0
             excess = ps.used[d] + requested - capacity
             if excess > ROUNDING:
-                w = room_in_ms(pp, ps, d, excess, limit)
+                needed = 1.0 if pp.retry_after == SAYS_OLDEST and pp.window[d] == SLIDING else excess
+                w = room_in_ms(pp, ps, d, min(excess, needed), limit)
                 if requests_d < 0 and pp.per_request[d] > 0.0 and pp.length_s[d] <= MINUTE_S:
                     requests_d = d
                     requests_wait_ms = w
@@ -362,7 +363,7 @@ def stated_wait_s(pp: ProviderParams, wait_ms: float) -> float:
         return -1.0
     if pp.retry_after == SAYS_CONSTANT:
         return pp.retry_after_s
-    if pp.retry_after == SAYS_SECONDS:
+    if pp.retry_after == SAYS_SECONDS or pp.retry_after == SAYS_OLDEST:
         return max(pp.retry_after_min_s, math.ceil(wait_ms / 1000.0))
     return max(pp.retry_after_min_s, math.floor(wait_ms) / 1000.0)
 

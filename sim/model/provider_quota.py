@@ -13,12 +13,12 @@ from governor.model.needs import Limited, amounts, weights_of
 from governor.model.prices import Price
 from governor.profiles.loader import GENERIC, OPENAI, read_profile
 from governor.profiles.quotas import quota_of
-from sim.model.provider import SAYS_MILLISECONDS, SAYS_NOTHING, SAYS_SECONDS, ProviderParams
+from sim.model.provider import SAYS_MILLISECONDS, SAYS_NOTHING, SAYS_OLDEST, SAYS_SECONDS, ProviderParams
 from sim.model.windows import ANCHORED, BUCKET, CLOCK, DAY_S, MINUTE_S, SLIDING
 
 # The synthetic provider's name of each of the law's windows.
 _KINDS = {law.BUCKET: BUCKET, law.CLOCK: CLOCK, law.FIXED: ANCHORED, law.SLIDING: SLIDING}
-SAYS = {"absent": SAYS_NOTHING, "ms": SAYS_MILLISECONDS, "seconds": SAYS_SECONDS}
+SAYS = {"absent": SAYS_NOTHING, "ms": SAYS_MILLISECONDS, "seconds": SAYS_SECONDS, "oldest": SAYS_OLDEST}
 
 
 def list_of(*values: float) -> list[float]:
@@ -33,7 +33,7 @@ def stated_wait(value: Any) -> Any:
         return value
     if type(value) in (int, float) and 0.0 <= value <= DAY_S:
         return float(value)
-    wanted = f"must be 'absent', 'ms' or 'seconds', or a fixed number of seconds, 0 to {DAY_S:,.0f}"
+    wanted = f"must be 'absent', 'ms', 'seconds' or 'oldest', or a fixed number of seconds, 0 to {DAY_S:,.0f}"
     raise ValueError(f"{quoted(value)} {wanted}")
 
 

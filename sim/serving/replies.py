@@ -398,7 +398,7 @@ class Desk:
             return reply
         body = words.rate_error(call.model, d, limit, used[d], requested, stated_s)
         reply = self._refusal(endpoint, "throttled", body)
-        if endpoint == MESSAGES or self.pp.retry_after in (prov.SAYS_SECONDS, prov.SAYS_CONSTANT):
+        if endpoint == MESSAGES or self.pp.retry_after in (prov.SAYS_SECONDS, prov.SAYS_CONSTANT, prov.SAYS_OLDEST):
             reply.extra += wire.retry_after(stated_s)
         if self.ms_header:
             reply.extra += wire.retry_after_ms(stated_s)

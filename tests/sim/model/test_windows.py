@@ -260,3 +260,13 @@ def test_greedy_launches_meet_the_bound_and_never_beat_it(make: Callable[[], Pro
     assert bound <= now + 1.0 + 1e-6
     assert now + 1.0 <= bound + 61.0
     assert ps.used[RPM] <= REQUESTS
+
+
+def test_a_wait_for_the_oldest_entry_may_be_too_short() -> None:
+    pp, ps = quota(1_000.0, window=win.SLIDING, retry_after=prov.SAYS_OLDEST), ProviderState()
+    for now in (0.0, 10.0, 20.0):
+        assert knock(pp, ps, 300.0, now)[0] == prov.OK
+    # 600 need two of the three to expire, at 70 s; the first does so at 60 s.
+    assert knock(pp, ps, 600.0, 30.0)[2] == 30.0
+    assert knock(pp, ps, 600.0, 60.0)[2] == 10.0
+    assert knock(pp, ps, 600.0, 70.0)[0] == prov.OK
