@@ -416,12 +416,8 @@ class ProviderConfig(Config):
         counts = {True: "count against the limits, as documented", False: "do not count"}
         kind = self.failed_requests_count
         found["refused requests"] = (ASSUMED, counts[kind] if isinstance(kind, bool) else f"count as {kind} only")
-        stated = {
-            "ms": "the wait formula of logged messages, in ms",
-            "seconds": "whole seconds",
-            "oldest": "whole seconds until the oldest entry of a sliding log expires",
-            "absent": "none",
-        }
+        stated = {"ms": "the wait formula of logged messages, in ms", "seconds": "whole seconds", "absent": "none"}
+        stated["oldest"] = "whole seconds until the oldest entry of a sliding log expires"
         wait = self.retry_after
         text = stated[wait] if isinstance(wait, str) else f"{wait:g} s, whatever is missing"
         text += f", at least {self.retry_after_min_s:g} s" if self.retry_after_min_s and wait != "absent" else ""
