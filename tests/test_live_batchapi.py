@@ -80,6 +80,7 @@ def test_ctrl_c_leaves_the_batches_to_the_provider_and_the_same_command_collects
         assert "1 batch with 40 requests of it went to the Batch API and are not collected: add --via batch" in ran.err
         ran = cli.run(*args)
         assert ran.code == 0, ran.err
+        assert "40 in flight when the last process ended: looked for at the provider first" in ran.err
         assert served.stats()["batches"] == {"completed": 1}
     check_whole(tmp_path, REQUESTS)
 

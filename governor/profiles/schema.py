@@ -14,8 +14,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from governor.model.errors import BadInput, quoted
+from governor.model.errors import BadInput, BadSetting, quoted
 from governor.model.estimate import RULES
+from governor.model.pools import checked_url
 from governor.model.prices import Price, prices_in
 from governor.model.requests import Outcome
 from governor.profiles.documents import Config
@@ -87,6 +88,16 @@ def _variable(name: str) -> str:
 
 
 Variable = Annotated[str, AfterValidator(_variable)]
+
+
+def _address(url: str) -> str:
+    try:
+        return checked_url(url, "URL")
+    except BadSetting as error:
+        raise ValueError(str(error)) from None
+
+
+Address = Annotated[str, AfterValidator(_address)]
 
 
 def count_of_refusals(value: Any) -> Any:
@@ -315,7 +326,7 @@ class Profile(Config):
     sources: dict[Text, Text] = Field(default_factory=dict)
     extends: Text | None = None
     api: Literal["openai", "anthropic"] = "openai"
-    base_url: str | None = None
+    base_url: Address | None = None
     base_urls: Texts = ()
     key: Variable = "OPENAI_API_KEY"
     dimensions: Annotated[dict[str, Dimension], Field(min_length=1, max_length=DIMENSIONS_MAX)]

@@ -229,7 +229,8 @@ def _say_what_is_left(begun: BatchBegun, orders: Orders, shown: Display) -> None
     parts = [f"{counts.done:,} of {counts.requests:,} done"]
     parts += [f"{failed:,} failed"] if failed else []
     parts += [f"{begun.retried:,} that failed are tried again"] if begun.retried else []
-    parts += [f"{counts.in_flight:,} in flight when the last process ended: sent again"] if counts.in_flight else []
+    then = "looked for at the provider first" if open_waves(begun.journal) else "sent again"
+    parts += [f"{counts.in_flight:,} in flight when the last process ended: {then}"] if counts.in_flight else []
     shown.inform(f"continues {begun.journal.name}: {', '.join(parts)}, {left:,} to do")
     before = {stated.pool: stated.policy for stated in begun.journal.settings()}
     for pool in orders.pools:

@@ -224,7 +224,11 @@ class WaveRun(Announcer):
             run.driver.leave()
 
     def _on_signal(self, name: str) -> None:
-        waves = sum(len(run.driver.waves.open) for run in self.pools.values())
+        waves = sum(
+            wave.stage is not WaveStage.PLANNED
+            for run in self.pools.values()
+            for wave in run.driver.waves.open.values()
+        )
         if not self._stopped:
             there = f"; {plural(waves, 'wave')} left with the provider: the same command collects what was answered"
             self.say(f"{name}: nothing more is submitted{there if waves else ''}")

@@ -54,6 +54,7 @@ def test_a_file_of_ones_own_states_what_differs(tmp_path: Path) -> None:
         ("retry_after: [{}]", "retry_after.0: it must be one of header: NAME"),
         ("charge: {refusals_count: 3}", "charge.refusals_count: 3 must be true, false, tokens or requests"),
         ("charge: {rule: half}", "charge.rule: 'half' must be one of fixed"),
+        ("base_url: notaurl", "base_url: URL 'notaurl' is not an address: write https://HOST/v1"),
         ("key: sk-secret", "key: it must be the name of the variable"),
     ],
 )
