@@ -1009,7 +1009,7 @@ def synced(
     it was taken at the answer, the bucket holds what was used. Of these two corrections to our image only the part
     common to both is made, and of that only the part that the previous count also asked for: one count never overrules
     all others, and errors of either sign, such as rounding, do not add up. A refusal confirms the count that it states.
-    A limit other than the known one is believed when it is stated twice in a row.
+    A limit other than the known one is believed when it is stated twice in a row, or by a refusal that it explains.
 
     Ignored are counts of launches before the last one taken over, counts older than the window, and implausible ones
     (above the limit, below zero by more than the limit, not a number).
@@ -1024,7 +1024,7 @@ def synced(
     s.synced_at[d] = launched_at
     s.left[d] = remaining
     s.stated[d] = limit
-    if not is_known:
+    if not is_known and not (is_refused and remaining < amount):
         return
     if limit != s.granted[d]:
         _granted(p, s, d, limit, now)

@@ -492,3 +492,16 @@ def test_after_a_stated_wait_a_minute_that_no_count_speaks_of_opens_at_once(wind
         launches.append(now)
     # The first goes alone for as long as the refusal took; then at distances that halve.
     assert launches[-1] - at < 1.0
+
+
+def test_a_refusal_that_a_smaller_limit_explains_is_believed() -> None:
+    """Settings ten times too high: a stated wait of 21 s means 2,100 tokens at the real rate, not 21,000 at ours."""
+    p, s = free(tpm=60_000, headroom=0.0, sync_headers=1), law.State()
+    need = of_tokens(4_000.0)
+    for _ in range(2):
+        law.launched(p, s, need, law.FIRST, 0.0, 0.5)
+    law.synced(p, s, TPM, 6_000.0, 1_900.0, 4_000.0, 1, 0.0, 0.0, 0.05)
+    law.throttled(p, s, need, 1, 21.0, 0.0, 0.0, 0.05, 0.5)
+    assert s.granted[TPM] == 6_000.0
+    at, _ = law.admission(p, s, need, law.RETRY, 0.05)
+    assert 20.0 < at < 70.0

@@ -250,9 +250,12 @@ def test_a_refusal_by_the_model_takes_as_long_as_it_took_in_the_run() -> None:
         tpm=6_000,
         charge_rule="prompt_plus_max",
         retry_after="seconds",
+        failed_requests_count=False,
         latency={"first_token_s": 1.0, "per_token_s": 0.0, "sigma": 0.0, "stall_ratio": 0.0},
     )
-    policy = Policy.preset("paceline").with_(tpm_limit=60_000, stagger_seconds=0.0, charge_rule="prompt_plus_max")
+    policy = Policy.preset("paceline").with_(
+        tpm_limit=60_000, stagger_seconds=0.0, charge_rule="prompt_plus_max", sync_headers=False
+    )
     truth = Truth(from_tokens(np.array([100, 100]), np.array([10, 10]), max_tokens=3_900), policy, provider)
     (refused,) = [key for key, tried in truth.tried.items() if tried.is_refused]
     lesson = truth.lesson()
