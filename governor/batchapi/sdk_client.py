@@ -66,7 +66,7 @@ class SdkBatchClient:
         listed = self._client.batches.with_raw_response.list
         for _ in range(_PAGES_MAX):
             after: Any = {"after": found[-1].id} if found else {}
-            page = await self._object(listed(limit=_PAGE_BATCHES, timeout=_CALL_S, **after))
+            page = await self._object(listed(limit=_PAGE_BATCHES, timeout=_CALL_S, **after), "data")
             found += [batch_in(each) for each in _data(page)]
             if not page.get("has_more") or not _data(page) or 0.0 <= found[-1].created_epoch_s < since_epoch_s:
                 break
@@ -78,7 +78,7 @@ class SdkBatchClient:
         listed = self._client.files.with_raw_response.list
         for _ in range(_PAGES_MAX):
             after: Any = {"after": found[-1].id} if found else {}
-            page = await self._object(listed(purpose="batch", limit=_PAGE_FILES, timeout=_CALL_S, **after))
+            page = await self._object(listed(purpose="batch", limit=_PAGE_FILES, timeout=_CALL_S, **after), "data")
             found += [file_in(each) for each in _data(page)]
             if not page.get("has_more") or not _data(page):
                 break
@@ -104,8 +104,8 @@ class SdkBatchClient:
             if failed.answer.status != 404:
                 raise
 
-    async def _object(self, call: Awaitable[Any]) -> dict[str, Any]:
-        """Return the JSON object that a call returns."""
+    async def _object(self, call: Awaitable[Any], holds: str = "id") -> dict[str, Any]:
+        """Return the JSON object that a call returns: without what it holds, it would pass for "there is none"."""
         try:
             response = (await call).http_response
         except Exception as error:
@@ -116,6 +116,8 @@ class SdkBatchClient:
             data = None
         if not isinstance(data, dict):
             raise CallFailed(malformed(f"{self._adapter.address} sent no JSON object", response.status_code))
+        if not (isinstance(data.get("data"), list) if holds == "data" else data.get("id")):
+            raise CallFailed(malformed(f"{self._adapter.address} sent an object without {holds}", response.status_code))
         return data
 
 
