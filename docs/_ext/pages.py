@@ -282,7 +282,7 @@ def profile_keys() -> str:
         "one of `latency`": profile_schema.LatencyLine,
         "`limits_endpoint`": profile_schema.LimitsEndpoint,
     }
-    return "\n".join(_keys(title, kind) for title, kind in parts.items())
+    return "\n".join(_keys(title, kind, level=2) for title, kind in parts.items())
 
 
 def profile_list() -> str:
@@ -298,7 +298,7 @@ def profile_list() -> str:
     return _table(["profile", "chosen by", "limits", "prices", "tiers", "reserved units", "checked"], rows)
 
 
-def _keys(title: str, kind: type[BaseModel]) -> str:
+def _keys(title: str, kind: type[BaseModel], level: int = 3) -> str:
     described = kind.model_json_schema()
     required = described.get("required", ())
     rows = []
@@ -306,7 +306,7 @@ def _keys(title: str, kind: type[BaseModel]) -> str:
         stated = described["properties"][name]
         default = "required" if name in required else _default(field.get_default(call_default_factory=True))
         rows.append((_code(name), _allowed(stated, described.get("$defs", {})), default))
-    return f"### {title}\n\n{first_lines(kind)}\n\n" + _table(("key", "allowed", "default"), rows)
+    return f"{'#' * level} {title}\n\n{first_lines(kind)}\n\n" + _table(("key", "allowed", "default"), rows)
 
 
 def _default(value: Any) -> str:
