@@ -102,9 +102,9 @@ def test_it_answers_as_this_process_does_and_is_replaced_when_it_ends(
 
 def test_it_ends_with_its_parent() -> None:
     code = (
-        "import os, signal; from sim.app.side_process import Beside;"
+        "import os, signal; from sim.app.side_process import SideProcess;"
         "from tests.sim.app.test_beside import outlook, pid_of;"
-        "b = Beside(); print(b.forecast(outlook(7)), pid_of(b), flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+        "b = SideProcess(); print(b.forecast(outlook(7)), pid_of(b), flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
     env = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]}
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=WAIT_S)
