@@ -31,7 +31,7 @@ from governor.model.errors import FailureCode
 from governor.model.keyed import attempt_key
 from governor.model.needs import of_tokens
 from governor.model.policy import Policy
-from governor.model.requests import CAUSES, Answer, Attempt, Limit, Outcome, Request
+from governor.model.requests import CAUSES, CHAT, Answer, Attempt, Limit, Outcome, Request, Sizes
 from governor.model.work import TIMED_OUT, Job, Observer, Work
 from governor.scheduler.attempts import Attempts
 from governor.scheduler.driver import Governor
@@ -230,8 +230,9 @@ async def until(loop: asyncio.AbstractEventLoop, at: float) -> None:
 def works(scenario: Scenario, case: Case) -> Iterator[Work]:
     """The batch in order of launch, as a journal would hand it out."""
     c, w = case.columns, scenario.workload
-    sizes: Any = None
     for i in launch_order(c, case.params).tolist():
+        # Of the sizes, only those that a quota's weights count.
+        sizes = Sizes(CHAT, int(c.prompt_tokens[i]), 0, 0, 1, 0, 0, 1, int(c.cap[i]))
         yield Work(
             Request(i, w.custom_id(i), w.url(i), w.model(i), None, sizes),
             float(c.reserve[i]),

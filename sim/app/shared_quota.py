@@ -19,7 +19,7 @@ from governor.forecast.summary import Summary, Tally
 from governor.law import MAIN, TPM
 from governor.model.keyed import attempt_key
 from governor.model.needs import of_amounts
-from governor.model.requests import CAUSES, Answer, Attempt, Limit, Outcome, Request
+from governor.model.requests import CAUSES, CHAT, Answer, Attempt, Limit, Outcome, Request, Sizes
 from governor.model.work import Job, Observer, Work
 from governor.sharedquota.image import HEAD, SERVER_BYTES
 from governor.sharedquota.interfaces import EPOCH_S, LEASE_S, Server, StoreLostError, StoreReading
@@ -439,8 +439,9 @@ def shared_run(scenario: Scenario, arrangement: Arrangement, seed: int | None = 
 def _works(scenario: Scenario, case: Case) -> Iterator[Work]:
     """The batch in order of launch."""
     c, w = case.columns, scenario.workload
-    sizes: Any = None
     for i in launch_order(c, case.params).tolist():
+        # Of the sizes, only those that a quota's weights count.
+        sizes = Sizes(CHAT, int(c.prompt_tokens[i]), 0, 0, 1, 0, 0, 1, int(c.cap[i]))
         yield Work(
             Request(i, w.custom_id(i), w.url(i), w.model(i), None, sizes),
             float(c.reserve[i]),

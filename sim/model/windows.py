@@ -137,9 +137,8 @@ def taken(
     is filled beyond its capacity; one that is already fuller keeps its level.
     """
     for d in range(pp.dimensions):
-        if which != ALL and (pp.at_answer[d] > 0.0) != (which == ANSWER):
-            continue
-        if pp.limit[d] > 0.0 and (pp.length_s[d] > MINUTE_S or ps.factor > 0.0):
+        is_meant = which == ALL or (pp.at_answer[d] > 0.0) == (which == ANSWER)
+        if is_meant and pp.limit[d] > 0.0 and (pp.length_s[d] > MINUTE_S or ps.factor > 0.0):
             before = ps.used[d]
             amount = pp.per_request[d] * requests + amount_of(pp, d, tokens, prompt)
             if less > 0.0:
