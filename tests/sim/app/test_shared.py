@@ -59,7 +59,7 @@ def test_whoever_dies_the_provider_never_sees_more_than_its_limit(how: dict[str,
 
 def test_a_process_alone_is_like_one_with_its_own_quota(seed: int) -> None:
     """Without a round trip, and where nobody refuses or gives up: the plain simulation's run, but for the grain."""
-    free = {"tpm": 0, "faults": {}, "slice_s": 0.0, "slice_tokens": 0, **NO_DAY, **NO_REQUESTS}
+    free = {"tpm": 0, "faults": {}, "outages": (), "slice_s": 0.0, "slice_tokens": 0, **NO_DAY, **NO_REQUESTS}
     patient = {"sync_headers": False, "deadline_seconds": 0.0, "request_timeout_seconds": 600.0, **NO_POLICY_DAY}
     for i in range(6):
         scenario = drawn(seed + i, arrivals="batch", policy=patient, provider=free)
