@@ -476,13 +476,12 @@ def requests_dimension(pp: ProviderParams, ps: ProviderState) -> int:
 
 def is_stated(pp: ProviderParams, ps: ProviderState, d: int) -> bool:
     """Return whether the headers state dimension `d`: the tightest of those that share a header."""
-    left = limit_now(pp, ps, d) - ps.used[d]
     if pp.header[d] <= 0.0 or pp.limit[d] <= 0.0:
         return False
     for other in range(pp.dimensions):
         if other != d and pp.header[other] == pp.header[d] and pp.limit[other] > 0.0:
-            theirs = limit_now(pp, ps, other) - ps.used[other]
-            if theirs < left or (theirs == left and other < d):
+            more = limit_now(pp, ps, other) - ps.used[other] - (limit_now(pp, ps, d) - ps.used[d])
+            if more < 0.0 or (more == 0.0 and other < d):
                 return False
     return True
 
