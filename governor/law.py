@@ -821,9 +821,15 @@ def is_shut_out(s: State) -> bool:
 
 
 def _wait_s(p: Params, attempt: int, retry_after_s: float) -> float:
-    """Return the wait after a failed attempt, seconds: the stated one if it is obeyed, else our backoff."""
+    """Return the wait after a failed attempt, seconds: the stated one if it is obeyed, else our backoff.
+
+    A stated wait that has proved too short doubles with each attempt, up to our backoff. Providers that count refused
+    requests state when the request would fit if it had not been refused; a run that retries faster than its quota
+    refills, with a limit set too high or other clients unseen, would be refused for ever.
+    """
     if 0.0 < retry_after_s <= p.retry_after_cap_s:
-        return retry_after_s + RETRY_AFTER_SLACK_S
+        doubled_s = min(math.ldexp(retry_after_s, attempt - 1), backoff_s(p, attempt))
+        return max(retry_after_s, doubled_s) + RETRY_AFTER_SLACK_S
     return backoff_s(p, attempt)
 
 
@@ -860,9 +866,9 @@ def throttled(
 ) -> float:
     """Return when to retry after a 429 to attempt 1, 2, ...: absolute time, or inf = attempts or time are exhausted.
 
-    A stated Retry-After (seconds, > 0) takes precedence over the backoff; -1 = absent. One above the cap (114 h has
-    been seen) ends the request, and counts for the hold as if it were absent. The need stays booked unless the
-    policy refunds: a provider may count refused requests. With hold-on-throttle nothing launches before the retry.
+    `retry_after_s`: stated, > 0, see `_wait_s`; -1 = absent. One above the cap (114 h has been seen) ends the request,
+    and counts for the hold as if it were absent. The need stays booked unless the policy refunds: a provider may count
+    refused requests. With hold-on-throttle nothing launches before the retry.
     """
     answered(p, s, now)
     for d in range(p.dimensions):

@@ -59,6 +59,14 @@ def test_a_stated_retry_after_wins_over_the_backoff() -> None:
     assert Pool(free(), [1.0], longer).run().times() == pytest.approx([0.0, 21.002], abs=1e-12)
 
 
+@pytest.mark.parametrize(("stated", "waits"), [(0.5, [0.5, 1, 2, 4]), (3.0, [3, 4, 8, 16]), (60.0, [60] * 4)])
+def test_a_stated_wait_that_proves_too_short_doubles_up_to_the_backoff(stated: float, waits: list[float]) -> None:
+    pool = Pool(free(), [1.0], after(0.0, kind=laws.THROTTLED, retry_after_s=stated)).run()
+    assert [later - sooner for sooner, later in pairwise(pool.times())] == pytest.approx(
+        [wait + 0.002 for wait in waits]
+    )
+
+
 @pytest.mark.parametrize("stated", [-1.0, 0.0])
 def test_no_retry_after_or_zero_means_our_own_backoff(stated: float) -> None:
     pool = Pool(free(), [1.0], by_attempt(Reply(1.0, laws.THROTTLED, retry_after_s=stated), Reply(1.0))).run()
@@ -161,7 +169,7 @@ def test_an_exhausted_request_still_holds_but_no_longer_than_anybody_would_wait(
     assert s.hold_until == 610.0
     p, s = free(hold_on_throttle=1), law.State(in_flight=1)
     assert law.throttled(p, s, of_tokens(1.0), 5, 7.0, 0.0, 0.0, 10.0, 0.0) == INF
-    assert s.hold_until == pytest.approx(17.002)
+    assert s.hold_until == pytest.approx(42.002)
 
 
 @pytest.mark.parametrize("window", WINDOWS)

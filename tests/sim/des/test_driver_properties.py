@@ -209,7 +209,8 @@ def test_retries_never_come_before_their_backoff(seed: int) -> None:
         for before, after in pairwise(rows):
             wait_s = min(policy.backoff_base_seconds * 2.0 ** (before.attempt - 1), policy.backoff_cap_seconds)
             if 0.0 < before.retry_after_s <= policy.retry_after_cap_seconds:
-                wait_s = before.retry_after_s + 0.002
+                doubled_s = before.retry_after_s * 2.0 ** (before.attempt - 1)
+                wait_s = max(before.retry_after_s, min(doubled_s, wait_s)) + 0.002
             elif (
                 before.outcome in REFUSED and after.attempt == policy.retry_max_attempts and not policy.deadline_seconds
             ):
