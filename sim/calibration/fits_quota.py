@@ -370,7 +370,7 @@ def _others(best: Rule, base: ProviderConfig) -> Figure:
         value, half = 0.0, max(half, NOBODY_RATIO)
     how = f"{n:,} busy periods, {room.sum() / a_second.mean():,.0f} s in all"
     low, high = (min(1.0, max(0.0, value + sign * half)) for sign in (-1.0, 1.0))
-    return Figure(name, min(1.0, max(0.0, value)), low, high, "", how)
+    return Figure(name, min(1.0, max(0.0, value)), low, high, "", how, default)
 
 
 def _busy(found: Sequence[CountGap]) -> list[tuple[float, float, float]]:
