@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, ClassVar, cast
 
 from governor.batchapi.client import BatchClient, CallFailed, Complaint, RemoteBatch
 from governor.batchapi.collect import SPOOL_BYTES, Collector, DriverContext
-from governor.batchapi.limits import BATCH_CANCELLED, CANCELLED, FAILED, TOKEN_LIMIT_EXCEEDED
+from governor.batchapi.limits import BATCH_CANCELLED, CANCELLED, FAILED, FINALIZING, TOKEN_LIMIT_EXCEEDED
 from governor.batchapi.lines import input_line, inputs_of, limit_in, metadata_of, name_of, prefix_of
 from governor.batchapi.waves import Act, PlanWave, Wave, WaveLane, Waves, WaveStage, WaveStep
 from governor.journal.journal import Journal
@@ -32,6 +32,8 @@ from governor.model.work import FINAL, STOPPING, Observer
 
 # Reasons to stop, beside the failure codes of an account that is refused.
 REFUSED, CANCELLED_THERE, MAX_COST = "REFUSED", "BATCH_CANCELLED", "MAX_COST"
+# Why a wave was cancelled, on record before the call: who finds it cancelled then knows that it was us.
+MOVED = "cancelled by this run: its slack was gone"
 # The account's batches of a day before the run are looked through too: its clock may differ from ours.
 _SINCE_S = 86_400.0
 
@@ -125,6 +127,7 @@ class WaveDriver:
             lane = WaveLane(row.model, row.url)
             wave = Wave(row.wave, lane, row.requests, row.tokens, stage=WaveStage(row.stage), status=row.status)
             wave.submitted_at = row.submitted_s
+            wave.is_cancelled = row.message == MOVED
             self.waves.resumed(wave)
             if (purse := self._around.purse) is not None:
                 held = self._journal.held_by(row.wave)
@@ -225,7 +228,7 @@ class WaveDriver:
             wave.stage = WaveStage.PLANNED
             return
         if step.act is Act.CANCEL and answer.status in (400, 409):
-            wave.is_cancelled = False  # it has ended meanwhile
+            wave.status = FINALIZING  # it has ended meanwhile, or will before it is cancelled
             return
         if answer.outcome in STOPPING:
             why: str = STOPPING[answer.outcome]
@@ -318,6 +321,8 @@ class WaveDriver:
             self._give_back(wave)
             await self._around.flushed()
             return
+        self._changed(wave, message=MOVED)
+        await self._around.flushed()
         await self._heard(wave, await self.client.cancel(self.rows[wave.number].batch_id))
 
     async def _heard(self, wave: Wave, batch: RemoteBatch) -> None:

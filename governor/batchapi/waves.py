@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
@@ -182,13 +183,14 @@ class Waves:
     """The state of one pool at the Batch API. `queue_tokens`: limit of enqueued input tokens per model, 0 = unknown.
 
     `halted`: why no further wave is submitted, "" = they are; `is_paused`: none is for now. Waves under way go on.
-    `open`: by number.
+    `is_fed`: a planner may offer more. `open`: by number.
     """
 
     def __init__(self, queue_tokens: int = 0) -> None:
         self.queue_tokens = queue_tokens
         self.halted = ""
         self.is_paused = False
+        self.is_fed = False
         self.open: dict[int, Wave] = {}
         self.ledgers: dict[str, QueueLedger] = {}
         self._backlogs: dict[WaveLane, _Backlog] = {}
@@ -214,7 +216,9 @@ class Waves:
     @property
     def is_over(self) -> bool:
         """Return whether nothing is left to do: no wave is open, and nothing waits or nothing may be submitted."""
-        return not self.open and (bool(self.halted) or not any(requests for _, requests, _ in self.waiting()))
+        if self.open or self.halted:
+            return not self.open
+        return not self.is_fed and not any(requests for _, requests, _ in self.waiting())
 
     def limited(self, queue_tokens: int) -> None:
         """Adopt another limit of the queues, 0 = unknown."""
@@ -224,15 +228,26 @@ class Waves:
 
     # ------------------------------------------------------------ requests
 
+    def _backlog(self, lane: WaveLane) -> _Backlog:
+        return self._backlogs.setdefault(lane, _Backlog())
+
     def offered(self, lane: WaveLane, requests: int, tokens: float, eligible_at: float = -_NEVER) -> None:
         """Add requests to a lane, to be submitted at `eligible_at` or later."""
-        backlog = self._backlogs.setdefault(lane, _Backlog())
+        backlog = self._backlog(lane)
         if requests:
             heapq.heappush(backlog.later, (eligible_at, requests, tokens))
 
+    def replanned(self, placed: Iterable[tuple[WaveLane, float]]) -> None:
+        """Submit these requests, given by lane and tokens, and no others that are in no wave."""
+        self._backlogs.clear()
+        for lane, tokens in placed:
+            backlog = self._backlog(lane)
+            backlog.requests += 1
+            backlog.tokens += tokens
+
     def withdrawn(self, lane: WaveLane, requests: int, tokens: float) -> None:
         """Take requests that are in no wave out of a lane: they go another way."""
-        backlog = self._backlogs[lane]
+        backlog = self._backlog(lane)
         backlog.requests = max(0, backlog.requests - requests)
         backlog.tokens = max(0.0, backlog.tokens - tokens) if backlog.requests else 0.0
 
@@ -293,13 +308,13 @@ class Waves:
     def planned(self, lane: WaveLane, number: int, requests: int, tokens: float) -> Wave:
         """A wave was formed and recorded, under a number of its own."""
         self.withdrawn(lane, requests, tokens)
-        self._backlogs[lane].least = 0.0
+        self._backlog(lane).least = 0.0
         self.open[number] = wave = Wave(number, lane, requests, tokens)
         return wave
 
     def not_planned(self, lane: WaveLane, least: float) -> None:
         """No wave was formed: the first request has `least` tokens, which do not fit; 0 = there is no request."""
-        backlog = self._backlogs[lane]
+        backlog = self._backlog(lane)
         backlog.least = least
         if not least:
             backlog.requests, backlog.tokens = 0, 0.0

@@ -5,7 +5,8 @@ something happens next. A batch is validated for `VALIDATING_S`; then it fails (
 queue of enqueued input tokens), or it is in progress and holds its tokens until it ends. Its turnaround, from creation
 to completion, is log-normal with the stated P50 and P95. Its lines are answered at moments spread evenly over the time
 in progress, in an order of their own. One that would take longer than 24 h expires with the lines answered so far; one
-that is cancelled keeps them, too. Chance is keyed by the content of the file and the count of its submissions.
+that is cancelled keeps them, too, and those that are in flight at that moment: they are answered, and billed, while it
+is being cancelled. Chance is keyed by the content of the file and the count of its submissions.
 
 Where the words of errors come from, and which are assumed: docs/explanation/provider.md#batch-files.
 """
@@ -224,7 +225,7 @@ class Batch:
         """Return how many lines have been answered: the first ones of `order`."""
         if IN_PROGRESS not in self.entered:
             return 0
-        stopped_at = self.entered.get(CANCELLING, self.entered.get(EXPIRED, math.inf))
+        stopped_at = self.entered.get(CANCELLED, self.entered.get(EXPIRED, math.inf))
         return bisect_right(self.due_at, min(now, stopped_at))
 
     def next_step(self) -> tuple[float, str]:

@@ -1,8 +1,8 @@
 """One leg over live calls, flex and the Batch API, `--via auto`: the cheapest mix that is in time.
 
-Theory of operation. Of each pool a `WaveDriver` hands pending requests to the Batch API, and a governor calls the
-provider live. Between them a planner asks `governor.forecast.mixes.decide`, every so often and whenever a wave has
-ended: what it sends live is no longer the driver's, and the waves that it wants back are cancelled; their unanswered
+Theory of operation. Of each pool a `WaveDriver` hands requests to the Batch API, and a governor calls the provider
+live. Between them a planner asks `governor.forecast.mixes.decide`, every so often and whenever a wave has ended: the
+driver submits what it places there and nothing else, and the waves that it wants back are cancelled; their unanswered
 requests become pending and are decided anew. A request is in one place at a time: the planner reads what is pending
 while the driver takes no step, after all reports are on the disk, and leaves out what is live already.
 
@@ -22,7 +22,7 @@ from governor.batchapi.client import BatchClient
 from governor.batchapi.collect import DriverContext
 from governor.batchapi.driver import MAX_COST, WaveDriver
 from governor.batchapi.limits import COMPLETED, EXPIRES_S, FILE_LINES, TURNAROUND_S
-from governor.batchapi.waves import WaveStage
+from governor.batchapi.waves import WaveLane, WaveStage
 from governor.forecast.forecast import assumed_answer
 from governor.forecast.mixes import (
     FLEX_BLOCKED_S,
@@ -57,9 +57,13 @@ LOOK_S = 5.0
 
 @dataclass(slots=True)
 class _Place:
-    """Requests given to live calls, by number, and the work that the governor has not pulled yet."""
+    """Requests given to live calls, by number, and the work that the governor has not pulled yet.
+
+    `batch`: those that the latest decision has placed at the Batch API.
+    """
 
     given: set[int] = field(default_factory=set)
+    batch: set[int] = field(default_factory=set)
     flex: set[int] = field(default_factory=set)
     ended: set[int] = field(default_factory=set)
     feed: deque[Work] = field(default_factory=deque)
@@ -88,19 +92,15 @@ class Mixer:
         self._fed = asyncio.Event()
         self._flex_from = 0.0
         self._is_over = False
-        self._began_live = False
 
     async def run(self) -> str:
         """Run until nothing is left or nothing more may be sent; return why the latter, "" = all is done."""
-        driver: asyncio.Task[str] | None = None
         self.driver.resume()
+        self.driver.waves.is_fed = True
         live = asyncio.create_task(self._live())
         plan = asyncio.create_task(self._plan())
+        driver = asyncio.create_task(self.driver.run())
         try:
-            # What is to go live at once must not be handed in first.
-            while not self._began_live and not plan.done():
-                await asyncio.sleep(0)
-            driver = asyncio.create_task(self.driver.run())
             unfinished: set[asyncio.Task[Any]] = {plan, driver, live}
             while not plan.done():
                 done, unfinished = await asyncio.wait(unfinished, return_when=asyncio.FIRST_COMPLETED)
@@ -108,12 +108,13 @@ class Mixer:
                     each.result()  # raises what it raised
             self._is_over = True
             self._fed.set()
+            self.driver.waves.is_fed = False
+            self.driver.woken()
             await asyncio.gather(driver, live)
         finally:
-            tasks = [each for each in (plan, live, driver) if each is not None]
-            for task in tasks:
+            for task in (plan, live, driver):
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(plan, live, driver, return_exceptions=True)
         return self.run_.governor.stopped or self.stopped or self.driver.waves.halted if self._has_left() else ""
 
     def leave(self, why: str) -> None:
@@ -161,7 +162,6 @@ class Mixer:
     async def _plan(self) -> None:
         while not self.stopped:
             seconds = await self._decide()
-            self._began_live = True
             if seconds is None:
                 return
             seen = self._seen()
@@ -197,6 +197,9 @@ class Mixer:
             place.given.update(chosen)
             place.flex.update(flex)
             place.feed.extend(works)
+            place.batch = {number for numbers in found.batch for number in numbers} - place.given
+            placed = [each.work.request for each in waiting if each.work.request.index in place.batch]
+            driver.waves.replanned((WaveLane(r.model, r.url), float(r.sizes.prompt_tokens)) for r in placed)
         if works:
             self._fed.set()
             self.run_.governor.more()
@@ -327,7 +330,7 @@ class AutoRun(LiveRun):
             seed=journal.run().seed,
             keep_files=self._keep_files,
             purse=None if manner.max_cost is None else WaveBudget(self.leg.spent, manner.max_cost),
-            elsewhere=lambda request: request in self.mixers[name].place.given,
+            elsewhere=lambda request: request not in self.mixers[name].place.batch,
             leaves_large=True,
             lines=batch_lines(self.leg.left[name][0], FILE_LINES),
         )

@@ -95,38 +95,39 @@ def _at_once(coroutine: Any) -> Any:
 
 
 class Client:
-    """A `BatchClient` of that account, in a process that began when the account's clock read `zero`."""
+    """A `BatchClient` of that account. `takes_s`: draws how long a call is under way, None = no time."""
 
-    def __init__(self, account: Account) -> None:
+    def __init__(self, account: Account, takes_s: Callable[[], float] | None = None) -> None:
         self.account = account
+        self.takes_s = takes_s
 
     async def upload(self, name: str, content: BinaryIO) -> RemoteFile:
         sent = {"purpose": "batch", "name": name, "content": content.read()}
-        return file_in(self._call("upload", "POST", "/v1/files", sent))
+        return file_in(await self._call("upload", "POST", "/v1/files", sent))
 
     async def create(self, file_id: str, endpoint: str, metadata: Mapping[str, str]) -> RemoteBatch:
         sent = {"input_file_id": file_id, "endpoint": endpoint, "completion_window": "24h", "metadata": dict(metadata)}
-        return batch_in(self._call("create", "POST", "/v1/batches", sent))
+        return batch_in(await self._call("create", "POST", "/v1/batches", sent))
 
     async def retrieve(self, batch_id: str) -> RemoteBatch:
-        return batch_in(self._call("retrieve", "GET", f"/v1/batches/{batch_id}"))
+        return batch_in(await self._call("retrieve", "GET", f"/v1/batches/{batch_id}"))
 
     async def cancel(self, batch_id: str) -> RemoteBatch:
-        return batch_in(self._call("cancel", "POST", f"/v1/batches/{batch_id}/cancel"))
+        return batch_in(await self._call("cancel", "POST", f"/v1/batches/{batch_id}/cancel"))
 
     async def batches(self, since_epoch_s: float) -> list[RemoteBatch]:
-        return [batch_in(each) for each in self._call("batches", "GET", "/v1/batches", limit=100)["data"]]
+        return [batch_in(each) for each in (await self._call("batches", "GET", "/v1/batches", limit=100))["data"]]
 
     async def files(self) -> list[RemoteFile]:
-        return [file_in(each) for each in self._call("files", "GET", "/v1/files", purpose="batch")["data"]]
+        return [file_in(each) for each in (await self._call("files", "GET", "/v1/files", purpose="batch"))["data"]]
 
     async def download(self, file_id: str, into: BinaryIO) -> None:
-        into.write(self._call("download", "GET", f"/v1/files/{file_id}/content"))
+        into.write(await self._call("download", "GET", f"/v1/files/{file_id}/content"))
         self.account.downloads[file_id] += 1
 
     async def delete(self, file_id: str) -> None:
         try:
-            self._call("delete", "DELETE", f"/v1/files/{file_id}")
+            await self._call("delete", "DELETE", f"/v1/files/{file_id}")
         except CallFailed as failed:
             if failed.answer.status != 404:
                 raise
@@ -134,7 +135,9 @@ class Client:
     async def aclose(self) -> None:
         pass
 
-    def _call(self, *arguments: Any, **query: Any) -> Any:
+    async def _call(self, *arguments: Any, **query: Any) -> Any:
+        if self.takes_s is not None:
+            await asyncio.sleep(self.takes_s())
         self.account.now = asyncio.get_running_loop().time()
         return self.account.call(*arguments, **query)
 
