@@ -13,7 +13,7 @@ from governor.batchapi.client import BatchClient, CallFailed, Complaint
 from governor.batchapi.limits import CANCELLED, EXPIRED, FILE_BYTES, FILE_LINES
 from governor.batchapi.lines import answered_in, expired, verdict
 from governor.batchapi.waves import Wave
-from governor.journal.journal import Journal
+from governor.journal.records import Records
 from governor.journal.rows import Pending
 from governor.journal.waves import WaveRecorder, WaveRow
 from governor.model.errors import FailureCode
@@ -28,6 +28,10 @@ _LINES_AT_A_TIME = 500
 # Files above this size are built, or read, on the disk.
 SPOOL_BYTES = 16 * 2**20
 _GONE = (404, 410)
+
+
+async def _always() -> None:
+    pass
 
 
 class Purse(Protocol):
@@ -53,11 +57,12 @@ class Purse(Protocol):
 class DriverContext:
     """What a driver needs of the process around it.
 
-    `now`: seconds since the run began. `flushed`: returns when every report is on the disk. `in_thread`: calls a
+    `now`: seconds since the run began, at `began_epoch_s`, since 1970. `flushed`: returns when every report is on the disk. `in_thread`: calls a
     function that takes long, away from the event loop. `numbers`: yields the number of the next wave, of all pools.
     `purse`: the money that waves may cost. `elsewhere`: whether a pending request goes another way. `lines`: most
     requests of a wave. `leaves_large`: what fits into no queue stays pending, for another way. `lock`: held during each
-    step, so that what a planner reads in between is consistent.
+    step, so that what a planner reads in between is consistent. `may_call`: awaited before each step; raises once another
+    process has this one's requests. `wave_before`: the number before the first wave, for counting them from 1.
     """
 
     now: Callable[[], float]
@@ -66,6 +71,7 @@ class DriverContext:
     in_thread: Callable[[Callable[[], Any]], Awaitable[Any]]
     numbers: Iterator[int]
     run_id: str
+    began_epoch_s: float
     seed: int = 0
     keep_files: bool = False
     purse: Purse | None = None
@@ -73,6 +79,8 @@ class DriverContext:
     lines: int = FILE_LINES
     leaves_large: bool = False
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    may_call: Callable[[], Awaitable[None]] = _always
+    wave_before: int = 0
 
 
 class ReturnedRequests(NamedTuple):
@@ -91,7 +99,7 @@ class Collector:
         self,
         pool: Pool,
         client: BatchClient,
-        journal: Journal,
+        journal: Records,
         observer: Observer,
         recorder: WaveRecorder,
         around: DriverContext,
@@ -109,7 +117,7 @@ class Collector:
     async def collect(self, wave: Wave, row: WaveRow) -> ReturnedRequests:
         """Record all answers of a wave, and let go of the rest of its requests. May raise `CallFailed`."""
         self._stops, self._eligible_at = "", -1.0
-        held = {p.work.request.custom_id: p for p in self._journal.held_by(wave.number)}
+        held = {p.work.request.custom_id: p for p in await self._held_by(wave)}
         again: list[Pending] = []
         gone = ""
         # The errors first: what is left without the output is then known.
@@ -135,6 +143,10 @@ class Collector:
         await self._around.flushed()
         tokens = float(sum(p.work.request.sizes.prompt_tokens for p in again))
         return ReturnedRequests(len(again), tokens, self._eligible_at, self._stops)
+
+    async def _held_by(self, wave: Wave) -> list[Pending]:
+        held: list[Pending] = await self._around.in_thread(lambda: list(self._journal.held_by(wave.number)))
+        return held
 
     async def _read(self, content: BinaryIO, held: dict[str, Pending], again: list[Pending], row: WaveRow) -> None:
         """Record the answers in a file; each request is taken out of `held`."""
@@ -224,13 +236,13 @@ class Collector:
         answer = Answer(Outcome.TOO_LARGE, message=f"{text}: run it without --via batch")
         self._observer.ended(request, FailureCode.REQUEST_TOO_LARGE, answer, self._around.now())
 
-    def blamed(self, wave: Wave, complaints: Mapping[int, Complaint]) -> tuple[int, float]:
+    async def blamed(self, wave: Wave, complaints: Mapping[int, Complaint]) -> tuple[int, float]:
         """Record the lines of an invalid file that are at fault as failed; return requests and tokens of the others.
 
         `complaints`: by line, from 1.
         """
         others = [0]
-        for line, pending in enumerate(self._journal.held_by(wave.number), 1):
+        for line, pending in enumerate(await self._held_by(wave), 1):
             found, request = complaints.get(line), pending.work.request
             if found is None:
                 others.append(request.sizes.prompt_tokens)

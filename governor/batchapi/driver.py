@@ -21,7 +21,7 @@ from governor.batchapi.collect import SPOOL_BYTES, Collector, DriverContext
 from governor.batchapi.limits import BATCH_CANCELLED, CANCELLED, FAILED, FINALIZING, TOKEN_LIMIT_EXCEEDED
 from governor.batchapi.lines import input_line, inputs_of, limit_in, metadata_of, name_of, prefix_of
 from governor.batchapi.waves import Act, PlanWave, Wave, WaveLane, Waves, WaveStage, WaveStep
-from governor.journal.journal import Journal
+from governor.journal.records import Records
 from governor.journal.rows import Pending
 from governor.journal.waves import WaveRecorder, WaveRow
 from governor.model.errors import FailureCode, quoted
@@ -58,7 +58,7 @@ class WaveDriver:
         self,
         pool: Pool,
         client: BatchClient,
-        journal: Journal,
+        journal: Records,
         observer: Observer,
         recorder: WaveRecorder,
         around: DriverContext,
@@ -104,6 +104,7 @@ class WaveDriver:
             for instruction in due:
                 if self._leaving.is_set():
                     return self.waves.halted
+                await self._around.may_call()
                 async with self._around.lock:
                     if isinstance(instruction, PlanWave):
                         await self._plan(instruction)
@@ -271,7 +272,7 @@ class WaveDriver:
                 self.waves.looked_up(wave)
             return
         mark = metadata_of(self._around.run_id, wave.number)
-        since = self._journal.run().epoch_s - _SINCE_S
+        since = self._around.began_epoch_s - _SINCE_S
         ours = [b for b in await self.client.batches(since) if mark.items() <= (b.metadata or {}).items()]
         if not ours:
             self.waves.looked_up(wave)
@@ -342,7 +343,7 @@ class WaveDriver:
         if batch.status == FAILED:
             self._changed(wave, status=FAILED, **counts, **times)
             self.waves.ended(wave, FAILED, 0, 0, 0, -1)
-            self._invalid(wave, batch.complaints)
+            await self._invalid(wave, batch.complaints)
             await self._around.flushed()
             return
         self._changed(wave, stage=WaveStage.ENDED, status=batch.status, **counts, **ids, **times)
@@ -355,7 +356,7 @@ class WaveDriver:
             self.halt(CANCELLED_THERE)
         self.waves.ended(wave, batch.status, **counts, real_tokens=batch.input_tokens)
 
-    def _invalid(self, wave: Wave, complaints: tuple[Complaint, ...]) -> None:
+    async def _invalid(self, wave: Wave, complaints: tuple[Complaint, ...]) -> None:
         """Decide what follows from a batch that failed before any of its lines was executed."""
         first = complaints[0] if complaints else Complaint("", "the provider gives no reason", 0)
         full = next((each for each in complaints if each.code == TOKEN_LIMIT_EXCEEDED), None)
@@ -369,7 +370,7 @@ class WaveDriver:
             return
         blamed = {each.line: each for each in complaints if each.line > 0}
         if blamed:
-            again, tokens = self._collector.blamed(wave, blamed)
+            again, tokens = await self._collector.blamed(wave, blamed)
             self._recorder.returned(wave.number)
             self._changed(wave, stage=WaveStage.COLLECTED, message=first.message)
             self.waves.collected(wave)
@@ -428,7 +429,8 @@ class WaveDriver:
         """Return a wave's name for people."""
         batch_id = self.rows[wave.number].batch_id
         batch = f", batch {quoted(batch_id)[1:-1]}" if batch_id else ""
-        return f"wave {wave.number} ({plural(wave.requests, 'request')} to {wave.lane.model}{batch})"
+        number = wave.number - self._around.wave_before
+        return f"wave {number} ({plural(wave.requests, 'request')} to {wave.lane.model}{batch})"
 
     _DO: ClassVar[Mapping[Act, Callable[[WaveDriver, Wave], Awaitable[None]]]] = {
         Act.LOOK_UP: _look_up,

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
@@ -183,7 +183,8 @@ class Waves:
     """The state of one pool at the Batch API. `queue_tokens`: limit of enqueued input tokens per model, 0 = unknown.
 
     `halted`: why no further wave is submitted, "" = they are; `is_paused`: none is for now. Waves under way go on.
-    `is_fed`: a planner may offer more. `open`: by number.
+    `is_fed`: a planner may offer more. `open`: by number. `others`: the tokens of a model that others have in the same
+    queue, as far as is known.
     """
 
     def __init__(self, queue_tokens: int = 0) -> None:
@@ -193,6 +194,7 @@ class Waves:
         self.is_fed = False
         self.open: dict[int, Wave] = {}
         self.ledgers: dict[str, QueueLedger] = {}
+        self.others: Callable[[str], float] = lambda model: 0.0
         self._backlogs: dict[WaveLane, _Backlog] = {}
 
     # ------------------------------------------------------------ figures
@@ -282,9 +284,10 @@ class Waves:
             return None
         waves = [wave for wave in self.open.values() if wave.lane.model == lane.model]
         held = sum(wave.tokens for wave in waves if wave.stage not in (WaveStage.ENDED, WaveStage.COLLECTED))
-        if not held:
+        others = self.others(lane.model)
+        if not held and not others:
             return PlanWave(lane, ledger.usable * ledger.share, ledger.usable, True, *_file_limits())
-        room = ledger.usable * ledger.share - held
+        room = ledger.usable * ledger.share - held - others
         wanted = max(backlog.least, min(backlog.tokens, _ROOM_SHARE_LEAST * ledger.usable * ledger.share))
         if room <= 0.0 or room < wanted:
             return None

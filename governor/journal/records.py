@@ -8,7 +8,7 @@ up the run; it sees the journal as it was when that chunk was read.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -187,26 +187,32 @@ class Records:
         if self._within is None and self.run().purged_epoch_s >= 0.0:
             raise JournalError(f"{self.name}: the journal was purged, nothing is left to send: start a new one")
         c = requests.c
-        columns = [column for column in requests.columns if column.name != "pool"]
-        joined = select(*columns, c.pool, bodies.c.body)
-        if self._within is None:
-            joined = joined.join(bodies, bodies.c.request == c.request)
-        else:
-            nearest = select(func.max(bodies.c.request)).where(bodies.c.request <= c.request).correlate(requests)
-            found = func.coalesce(bodies.c.request, nearest.scalar_subquery()).label("body_of")
-            joined = joined.add_columns(found).outerjoin(bodies, bodies.c.request == c.request)
-        query = self._of(joined, requests, pool).where(c.state == PENDING)
+        query = self._of(self._bodied(), requests, pool).where(c.state == PENDING)
         with self._undamaged():
             fresh = query.where(c.first_launched_s < 0)
             longest = self._longest if self._within is None else self._longest_of_part
             before = () if is_new else self._stream(query.where(c.first_launched_s >= 0), c.request, CHUNK)
-            number, body = -1, None
-            for row in chain(before, longest(fresh) if longest_first else self._stream(fresh, c.request, CHUNK)):
-                of = row.request if self._within is None else row.body_of
-                if of != number:
-                    number, body = of, from_json(self._body(of) if row.body is None else row.body, "a body")
-                assert body is not None
-                yield pending_of(row, body)
+            rows = longest(fresh) if longest_first else self._stream(fresh, c.request, CHUNK)
+            yield from self._read_bodies(chain(before, rows))
+
+    def _bodied(self) -> Select[Any]:
+        """Return the query for requests with their bodies; in a part, with the nearest before their own."""
+        c = requests.c
+        joined = select(requests, bodies.c.body)
+        if self._within is None:
+            return joined.join(bodies, bodies.c.request == c.request)
+        nearest = select(func.max(bodies.c.request)).where(bodies.c.request <= c.request).correlate(requests)
+        found = func.coalesce(bodies.c.request, nearest.scalar_subquery()).label("body_of")
+        return joined.add_columns(found).outerjoin(bodies, bodies.c.request == c.request)
+
+    def _read_bodies(self, rows: Iterable[Any]) -> Iterator[Pending]:
+        number, body = -1, None
+        for row in rows:
+            of = row.request if self._within is None else row.body_of
+            if of != number:
+                number, body = of, from_json(self._body(of) if row.body is None else row.body, "a body")
+            assert body is not None
+            yield pending_of(row, body)
 
     def _body(self, request: int | None) -> str:
         found = self._all(select(bodies.c.body).where(bodies.c.request == request))
@@ -293,41 +299,44 @@ class Records:
     # ------------------------------------------------------------ the Batch API
 
     def waves(self, pool: str | None = None) -> list[WaveRow]:
-        """Return the waves that went to the Batch API, of one pool or of all, in order."""
+        """Return the waves that went to the Batch API, of one pool or of all, in order.
+
+        The waves of a part (`within`) have its numbers, as its requests do.
+        """
         if self.run().schema < WAVES_SINCE:
             return []
         query = select(*(waves.c[name] for name in WaveRow._fields)).order_by(waves.c.wave)
+        if self._within is not None:
+            query = query.where(waves.c.wave.between(*self._within))
         return [WaveRow(*row) for row in self._all(query if pool is None else query.where(waves.c.pool == pool))]
 
     def held_by(self, wave: int, *, bodies_too: bool = False) -> Iterator[Pending]:
         """Yield the requests that a wave holds, in order of the input; with their bodies, or with empty ones."""
-        query = select(requests, bodies.c.body) if bodies_too else select(requests)
+        query = self._bodied() if bodies_too else select(requests)
         query = query.join(wave_requests, wave_requests.c.request == requests.c.request)
-        yield from self._with_bodies(query.where(wave_requests.c.wave == wave), bodies_too)
+        yield from self._each(query.where(wave_requests.c.wave == wave), bodies_too)
 
     def eligible(self, pool: str, model: str, url: str, now_s: float) -> Iterator[Pending]:
         """Yield the pending requests of a model and endpoint that do not back off, with bodies, in order."""
         c = requests.c
-        query = select(requests, bodies.c.body).where(c.state == PENDING, c.model == model, c.url == url)
-        yield from self._with_bodies(self._of(query.where(c.retry_at_s <= now_s), requests, pool), True)
+        query = self._bodied().where(c.state == PENDING, c.model == model, c.url == url)
+        yield from self._each(self._of(query.where(c.retry_at_s <= now_s), requests, pool), True)
 
     def waiting(self, pool: str) -> Iterator[Pending]:
         """Yield a pool's pending requests, those that back off included, with empty bodies, in order."""
         query = select(requests).where(requests.c.state == PENDING)
-        yield from self._with_bodies(self._of(query, requests, pool), False)
+        yield from self._each(self._of(query, requests, pool), False)
 
     def chosen(self, numbers: Sequence[int]) -> Iterator[Pending]:
         """Yield these requests with their bodies, in order."""
         for start in range(0, len(numbers), CHUNK):
             some = requests.c.request.in_(numbers[start : start + CHUNK])
-            yield from self._with_bodies(select(requests, bodies.c.body).where(some), True)
+            yield from self._each(self._bodied().where(some), True)
 
-    def _with_bodies(self, query: Select[Any], bodies_too: bool) -> Iterator[Pending]:
-        if bodies_too:
-            query = query.join(bodies, bodies.c.request == requests.c.request)
+    def _each(self, query: Select[Any], bodies_too: bool) -> Iterator[Pending]:
         with self._undamaged():
-            for row in self._stream(query, requests.c.request, CHUNK if bodies_too else NARROW_CHUNK):
-                yield pending_of(row, from_json(row.body, "a body") if bodies_too else {})
+            rows = self._stream(query, requests.c.request, CHUNK if bodies_too else NARROW_CHUNK)
+            yield from self._read_bodies(rows) if bodies_too else (pending_of(row, {}) for row in rows)
 
     def lanes(self, pool: str) -> list[tuple[str, str, float, int, int]]:
         """Return (model, url, end of the backoff, requests, prompt tokens) of a pool's pending requests."""

@@ -107,9 +107,9 @@ def _id(name: str, *, given: bool = True) -> Column[int]:
     return Column(name, Integer, primary_key=True, autoincrement="auto" if not given else False)
 
 
-def _number_of_request() -> Column[int]:
-    """Return a 64-bit column on every database: SQLite's own key has 64 bits under the name of INTEGER only."""
-    return Column("request", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=False)
+def _wide(name: str = "request") -> Column[int]:
+    """Return a 64-bit key on every database: SQLite's own key has 64 bits under the name of INTEGER only."""
+    return Column(name, BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=False)
 
 
 def _whole(name: str) -> Column[int]:
@@ -160,7 +160,7 @@ policies = Table(
 requests = Table(
     "requests",
     metadata,
-    _number_of_request(),
+    _wide(),
     _short("pool"),
     _short("state"),
     _short("lane"),
@@ -185,12 +185,12 @@ requests = Table(
 # would look requests up by pool and sort them anew for every chunk, even in order of the input.
 Index("requests_by_length", requests.c.expected.desc(), requests.c.reserve.desc(), requests.c.request)
 
-bodies = Table("bodies", metadata, _number_of_request(), Column("body", _LONG, nullable=False))
+bodies = Table("bodies", metadata, _wide(), Column("body", _LONG, nullable=False))
 
 results = Table(
     "results",
     metadata,
-    _number_of_request(),
+    _wide(),
     _short("outcome"),
     _whole("status"),
     _text("error_code"),
@@ -269,7 +269,7 @@ commands = Table(
 waves = Table(
     "waves",
     metadata,
-    _id("wave"),
+    _wide("wave"),
     _short("pool"),
     _text("model"),
     _text("url"),
@@ -295,10 +295,10 @@ waves = Table(
     _text("message"),  # why it failed
 )
 
-wave_requests = Table("wave_requests", metadata, _number_of_request(), _whole("wave"))
+wave_requests = Table("wave_requests", metadata, _wide(), _whole("wave"))
 Index("requests_by_wave", wave_requests.c.wave)
 
-background = Table("background", metadata, _number_of_request(), _text("response_id"))
+background = Table("background", metadata, _wide(), _text("response_id"))
 
 # ---------------------------------------------------------------- values to rows and back
 

@@ -327,6 +327,7 @@ class AutoRun(LiveRun):
             in_thread=asyncio.to_thread,
             numbers=numbers,
             run_id=run_id(journal),
+            began_epoch_s=journal.run().epoch_s,
             seed=journal.run().seed,
             keep_files=self._keep_files,
             purse=None if manner.max_cost is None else WaveBudget(self.leg.spent, manner.max_cost),

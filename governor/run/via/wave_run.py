@@ -177,6 +177,7 @@ class WaveRun(Announcer):
             in_thread=asyncio.to_thread,
             numbers=numbers,
             run_id=run_id(journal),
+            began_epoch_s=stated.epoch_s,
             seed=stated.seed,
             keep_files=self.leg.keep_files,
             purse=None if manner.max_cost is None else WaveBudget(self.leg.spent, manner.max_cost),

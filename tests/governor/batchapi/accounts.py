@@ -216,6 +216,7 @@ def live(
             in_thread=in_thread,
             numbers=numbers,
             run_id=RUN_ID,
+            began_epoch_s=EPOCH_S,
             keep_files=keep_files,
         )
         recorder, waves = begun.recorders[pool.name], journal.wave_recorder(pool.name)
