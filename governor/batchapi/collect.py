@@ -57,12 +57,13 @@ class Purse(Protocol):
 class DriverContext:
     """What a driver needs of the process around it.
 
-    `now`: seconds since the run began, at `began_epoch_s`, since 1970. `flushed`: returns when every report is on the disk. `in_thread`: calls a
-    function that takes long, away from the event loop. `numbers`: yields the number of the next wave, of all pools.
-    `purse`: the money that waves may cost. `elsewhere`: whether a pending request goes another way. `lines`: most
-    requests of a wave. `leaves_large`: what fits into no queue stays pending, for another way. `lock`: held during each
-    step, so that what a planner reads in between is consistent. `may_call`: awaited before each step; raises once another
-    process has this one's requests. `wave_before`: the number before the first wave, for counting them from 1.
+    `now`: seconds since the run began, at `began_epoch_s`, since 1970. `flushed`: returns when every report is on
+    the disk. `in_thread`: calls a function that takes long, away from the event loop. `numbers`: yields the number
+    of the next wave, of all pools. `purse`: the money that waves may cost. `elsewhere`: whether a pending request
+    goes another way. `lines`: most requests of a wave. `leaves_large`: what fits into no queue stays pending, for
+    another way. `lock`: held during each step, so that what a planner reads in between is consistent. `may_call`:
+    awaited before each step; raises once another process has this one's requests. `wave_before`: the number before
+    the first wave, for counting them from 1.
     """
 
     now: Callable[[], float]
