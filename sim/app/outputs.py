@@ -8,6 +8,7 @@ file holds has never been kept.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import secrets
@@ -49,6 +50,7 @@ ROLLBACK = "rollback.env"
 SCENARIO = "scenario.yaml"
 ROWS = "scenario.workload.csv"
 PLAN = "plan.json"
+LATE_IMPORTS = ("SALib.sample.morris", "SALib.analyze.morris", "sim.reporting.report", "sim.reporting.report_figures")
 
 
 def check_file(path: str | None, option: str, endings: tuple[str, ...]) -> None:
@@ -307,6 +309,8 @@ def planned(
     # Takes long to import, and of those who check or write a file only this needs it.
     from sim.selection import planner as planning
 
+    # The search waits for machine code most of the time; what only its end needs is imported meanwhile.
+    threading.Thread(target=_import_each, args=LATE_IMPORTS, daemon=True).start()
     try:
         found = planning.plan(
             scenario,
@@ -325,6 +329,12 @@ def planned(
     notes = (*notes, *plan_notes(scenario, found))
     report = page(scenario, found, folder)
     return PlanOutcome(found, write_plan(folder, scenario, wishes, found, report, notes, front), notes, front)
+
+
+def _import_each(*modules: str) -> None:
+    for module in modules:
+        with contextlib.suppress(ImportError):  # raised again, and said, where it is needed
+            importlib.import_module(module)
 
 
 def _front(scenario: Scenario, wishes: PlanOptions, say: Say) -> Front | None:

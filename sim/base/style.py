@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import matplotlib.style
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -75,7 +76,10 @@ def svg_of(figure: Figure) -> str:
     """Return the figure as one `<svg>` element, without prologue, date or random ids; text stays text."""
     arranged(figure)
     out = io.StringIO()
-    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    for patch in (figure.patch, *(axes.patch for axes in figure.axes)):
+        patch.set(facecolor="none", edgecolor="none")
+    # What `savefig` calls in the end; it would draw everything once more before, for figures not yet arranged.
+    FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None})
     text = out.getvalue()
     return re.sub(r"\s*<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
 
