@@ -237,6 +237,7 @@ def run(
         seed=seed,
         yes=yes,
         finish_by_s=None if finish_by is None else until_s(finish_by, "--finish-by"),
+        finish_by=finish_by or "",
         skip_oversized=skip_oversized,
         overwrite=overwrite,
         retry_failed=retry_failed,

@@ -11,7 +11,7 @@ from governor.forecast.preflight import Verdict
 from governor.forecast.summary import Summary
 from governor.model.prices import dollars_text
 from governor.model.words import duration, percent, plural
-from governor.run.account import RunOutcome
+from governor.run.account import RunOutcome, tiers_text
 from governor.run.batch import Orders
 from governor.run.outputs import errors_path
 
@@ -44,8 +44,13 @@ def pairs_text(pairs: Sequence[tuple[str, str]]) -> str:
 
 
 def outcome_json(outcome: RunOutcome, *, several: bool) -> dict[str, Any]:
-    """Return the `Summary`'s keys; with several pools, the same for each of them under `pools`."""
+    """Return the `Summary`'s keys; with several pools, the same for each of them under `pools`.
+
+    `tiers`, if one but the standard tier has answered: how many answers each gave.
+    """
     found = outcome.summary.to_json_dict()
+    if any(outcome.tiers):
+        found["tiers"] = dict(outcome.tiers)
     if several:
         found["pools"] = {name: summary.to_json_dict() for name, summary in outcome.by_pool.items()}
     return found
@@ -60,6 +65,8 @@ def outcome_text(outcome: RunOutcome, orders: Orders) -> str:
     pairs = [("done", done), *summary_pairs(s)]
     if len(outcome.by_pool) > 1:
         pairs += [(f"pool {name}", _in_short(summary)) for name, summary in outcome.by_pool.items()]
+    if any(outcome.tiers):
+        pairs.append(("live answers", tiers_text(outcome.tiers)))
     if outcome.resent:
         pairs.append(("resent", f"{outcome.resent:,} that were in flight when a process ended"))
     for name, why in outcome.stopped.items():

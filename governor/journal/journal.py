@@ -40,7 +40,6 @@ from governor.journal.schema import (
     FAILED,
     IN_FLIGHT,
     INGEST_ROWS,
-    OLDEST_SCHEMA,
     PENDING,
     SCHEMA,
     TIMES,
@@ -65,6 +64,7 @@ from governor.journal.schema import (
     wave_requests,
     work_row,
 )
+from governor.journal.upgrade import bring_up_to_date, check_recognised
 from governor.journal.waves import WaveRecorder
 from governor.law import DAY_S, State
 from governor.model.policy import Policy
@@ -150,10 +150,10 @@ class Journal(Records):
         """
         database = Database(where, writable=to_run)
         try:
-            _recognised(database)
+            check_recognised(database)
             if to_run:
                 database.locked()
-                _upgraded(database)
+                bring_up_to_date(database)
             journal = cls(database, Writer(database) if to_run else None)
             if fingerprint and journal.run().fingerprint != fingerprint:
                 text = "it belongs to another input: name another file with --journal, or use that input"
@@ -210,6 +210,10 @@ class Journal(Records):
         """Open a transaction of the process that runs the journal, for code in separate modules (`amend`)."""
         self._running()
         return self._database.writing()
+
+    def reading(self) -> AbstractContextManager[Connection]:
+        """Open a connection to read from, for code in separate modules (`facts`)."""
+        return self._database.reading()
 
     def _running(self) -> Writer:
         assert self._writer is not None, "opened for reading, not to run"
@@ -431,41 +435,6 @@ def fingerprint_of(file: io.BufferedIOBase) -> str:
 
 
 # ---------------------------------------------------------------- parts
-
-
-def _recognised(database: Database) -> None:
-    """Raise JournalError unless this is a journal whose schema we know."""
-    if database.path is not None:
-        if not database.path.exists():
-            raise JournalError(f"{database.name}: there is no such journal: `paceline run` creates one")
-        if database.is_empty():
-            text = "it is empty, no run was started in it: remove it, or run again"
-            raise JournalError(f"{database.name}: {text}")
-        with database.bare() as connection:
-            application = connection.execute("PRAGMA application_id").fetchone()[0]
-        if application != APPLICATION_ID:
-            text = "this database is not a Paceline journal: name another file (`paceline run`: with --journal)"
-            raise JournalError(f"{database.name}: {text}")
-    with database.reading() as connection:
-        if not inspect(connection).has_table(run.name):
-            raise JournalError(f"{database.name}: this database holds no Paceline journal: name another")
-        rows = connection.execute(select(run.c.schema, run.c.version)).all()
-    if len(rows) != 1:
-        raise database.damaged(f"{len(rows)} runs in it where one should be")
-    schema, version = rows[0]
-    if schema > SCHEMA:
-        text = f"made by Paceline {version} with schema {schema}, this is {__version__} and knows {SCHEMA}: upgrade it"
-        raise JournalError(f"{database.name}: {text}")
-    if schema < OLDEST_SCHEMA:
-        text = f"made by Paceline {version} with schema {schema}, this is {__version__} with {SCHEMA}: use that version"
-        raise JournalError(f"{database.name}: {text}")
-
-
-def _upgraded(database: Database) -> None:
-    """Add everything that an older schema lacks."""
-    with database.writing() as connection:
-        metadata.create_all(connection)
-        connection.execute(update(run).values(schema=SCHEMA))
 
 
 def pool_numbers(connection: Connection, names: Iterable[str]) -> dict[str, int]:

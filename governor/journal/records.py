@@ -39,6 +39,9 @@ from governor.journal.schema import (
     PENDING,
     SIZES,
     STATES,
+    TIER_COLUMNS,
+    TIERS_SINCE,
+    USAGE_COLUMNS,
     WAVES_SINCE,
     DamagedError,
     answer_of,
@@ -348,9 +351,14 @@ class Records:
 
     # ------------------------------------------------------------ input of a summary
 
+    def _attempt_columns(self) -> list[ColumnElement[Any]]:
+        """Return the columns of `attempts` that this journal has."""
+        is_old = self.run().schema < TIERS_SINCE
+        return [column for column in attempts.columns if not (is_old and column.name in TIER_COLUMNS)]
+
     def attempts(self, pool: str | None = None) -> Iterator[Attempt]:
         """Yield all ended attempts, of one pool or of all, in the order in which they ended."""
-        query = self._of(select(attempts), attempts, pool)
+        query = self._of(select(*self._attempt_columns()), attempts, pool)
         with self._undamaged():
             for row in self._stream(query, attempts.c.number, NARROW_CHUNK):
                 yield attempt_of(row)
@@ -358,16 +366,16 @@ class Records:
     def billed(self, pool: str | None = None) -> Iterator[Billed]:
         """Yield all ended attempts with the tokens used in each, for bills and exports."""
         sizes = [requests.c[name].label(f"r_{name}") for name in SIZES]
-        query = select(attempts, *sizes).join(requests, requests.c.request == attempts.c.request)
+        query = select(*self._attempt_columns(), *sizes).join(requests, requests.c.request == attempts.c.request)
         with self._undamaged():
             for row in self._stream(self._of(query, attempts, pool), attempts.c.number, NARROW_CHUNK):
-                usage = Usage(row.prompt_tokens, row.output_tokens, row.cached_tokens, row.reasoning_tokens)
+                usage = Usage(*(getattr(row, name) for name in USAGE_COLUMNS if hasattr(row, name)))
                 yield Billed(attempt_of(row), row.request_id, usage, sizes_of(Prefixed(row)))
 
     def heard(self, pool: str | None = None) -> Iterator[HeardAttempt]:
         """Yield all ended attempts with the figures that the headers of each stated."""
-        query = self._of(select(attempts), attempts, pool)
         with self._undamaged():
+            query = self._of(select(*self._attempt_columns()), attempts, pool)
             for row in self._stream(query, attempts.c.number, NARROW_CHUNK):
                 yield HeardAttempt(attempt_of(row), limits_of(row), row.processing_s)
 
@@ -426,8 +434,7 @@ class Records:
 
         `settled`: with the tokens that answers used, if they say so.
         """
-        columns = attempts.c
-        query = select(attempts).where(columns.pool == pool, columns.launched_s >= since_s)
+        query = select(*self._attempt_columns()).where(attempts.c.pool == pool, attempts.c.launched_s >= since_s)
         found = []
         for row in self._all(query):
             told = settled and row.outcome == Outcome.OK and row.prompt_tokens >= 0 and row.output_tokens >= 0

@@ -17,6 +17,7 @@
     waves      one row per file that went, or is about to go, to the Batch API
     wave_requests  the wave that holds a request: `in_flight` there, whichever process runs
     background  the background response that a request has become at the provider, until it has ended
+    deadlines  when the run is to be done, and the words that said so
 
 A request is `pending`, `in_flight` (sent, or about to be), `done` or `failed`. A request that backs off is pending: no
 attempt of it is with the provider. Times are seconds since the run began, -1 = not yet.
@@ -43,9 +44,9 @@ from governor.model.prices import usage_in
 from governor.model.requests import LANES, Answer, Attempt, Limit, Outcome, Request, Sizes
 from governor.model.work import Work
 
-SCHEMA = 4
-# The schemas that brought in checkpoints and timers, and waves.
-CHECKPOINTS_SINCE, WAVES_SINCE = 3, 4
+SCHEMA = 5
+# The schemas that brought in checkpoints and timers, waves, and the tier and cache writes of attempts with deadlines.
+CHECKPOINTS_SINCE, WAVES_SINCE, TIERS_SINCE = 3, 4, 5
 # The oldest schema that can be read, and that a run brings up to date.
 OLDEST_SCHEMA = 2
 # "PACE", in the header of the SQLite file, by which `file` and Paceline recognise it.
@@ -215,7 +216,13 @@ attempts = Table(
     _whole("reasoning_tokens"),  # part of the output's
     _number("processing_s"),  # the provider's own time, -1 if not stated
     Column("limits", Text, nullable=False),
+    _short("service_tier"),  # that served it; "" = standard, or not stated
+    _whole("cache_write_tokens"),  # part of the prompt's, written to the provider's cache
 )
+# Those that a journal of an older schema lacks.
+TIER_COLUMNS = ("service_tier", "cache_write_tokens")
+# In the order of `Usage`.
+USAGE_COLUMNS = ("prompt_tokens", "output_tokens", "cached_tokens", "reasoning_tokens", *TIER_COLUMNS)
 Index("attempts_by_request", attempts.c.request)
 
 checkpoints = Table(
@@ -300,6 +307,8 @@ Index("requests_by_wave", wave_requests.c.wave)
 
 background = Table("background", metadata, _wide(), _text("response_id"))
 
+deadlines = Table("deadlines", metadata, _id("id", given=False), _text("words"), _number("at_s"))
+
 # ---------------------------------------------------------------- values to rows and back
 
 
@@ -370,6 +379,7 @@ def attempt_row(attempt: Attempt, answer: Answer) -> dict[str, Any]:
     limits = [[limit.dimension, limit.limit, limit.remaining] for limit in answer.limits]
     usage = usage_in(answer.body)
     row |= {"cached_tokens": usage.cached, "reasoning_tokens": usage.reasoning, "processing_s": answer.processing_s}
+    row |= {"service_tier": usage.tier, "cache_write_tokens": usage.written}
     return row | {"outcome": str(attempt.outcome), "request_id": answer.request_id, "limits": to_json(limits)}
 
 

@@ -1,11 +1,11 @@
 """Cost of a run: prices per model, the tokens that are billed, and the budget of `--max-cost`.
 
-Formula, per attempt that was answered: (prompt - cached) x input + cached x cached_input + output x output, each price
-per million tokens, times the factor of the service tier that served it. Cached tokens are part of the prompt and
-reasoning tokens part of the output, as providers state them in `usage`; a price without `cached_input` bills cached
-tokens in full. Where a price is `long`, a prompt above `LONG_PROMPT` tokens doubles the input prices of its whole
-request and makes its output half as expensive again. Rejected and failed attempts cost nothing, except those whose body
-states what they used.
+Formula, per attempt that was answered: (prompt - cached - written) x input + cached x cached_input + written x
+cache_write x input + output x output, each price per million tokens, times the factor of the service tier that served
+it. Tokens read from a cache and those written to one are part of the prompt, and reasoning tokens part of the output; a
+price without `cached_input` or `cache_write` bills those like any others. Where a price is `long`, a prompt above
+`LONG_PROMPT` tokens doubles the input prices of its whole request and makes its output half as expensive again.
+Rejected and failed attempts cost nothing, except those whose body states what they used.
 
 A success that cannot be read, or that states no usage, is paid for: it counts at its worst, `most_used`.
 
@@ -28,14 +28,14 @@ from typing import Any, NamedTuple
 from governor.model.errors import BadInput, quoted
 from governor.model.estimate import EMBEDDINGS, Sizes, kind_of
 from governor.model.files import only_keys, read_yaml
-from governor.model.requests import BATCH, STANDARD, Attempt, Outcome, tier_of, usage_of
+from governor.model.requests import BATCH, CACHE_READ, CACHE_WRITE, STANDARD, Attempt, Outcome, tier_of, usage_of
 
 PER = 1_000_000
 # A model's name may carry the date of its snapshot.
 _SNAPSHOT = re.compile(r"-\d{4}-?\d{2}-?\d{2}$")
 _RATES = ("input", "cached_input", "output")
 _FACTORS = ("batch", "flex", "priority")
-_KEYS = ("since", *_RATES, *_FACTORS, "long", "output_max")
+_KEYS = ("since", *_RATES, *_FACTORS, "cache_write", "long", "output_max")
 
 # The Batch API takes half the price off for every model that it serves.
 BATCH_FACTOR = 0.5
@@ -45,7 +45,8 @@ PROMPT_WORST = 2.2
 
 
 class Usage(NamedTuple):
-    """Tokens that an answer states as used: `cached` is part of `prompt`, `reasoning` of `output`. -1 = unknown.
+    """Tokens that an answer states as used: `cached` and `written` (to a cache) are part of `prompt`, `reasoning` of
+    `output`. -1 = unknown.
 
     `tier`: the service tier that served it; see `STANDARD`.
     """
@@ -55,6 +56,7 @@ class Usage(NamedTuple):
     cached: int = 0
     reasoning: int = 0
     tier: str = STANDARD
+    written: int = 0
 
 
 def usage_in(body: Mapping[str, Any] | None) -> Usage:
@@ -65,27 +67,36 @@ def usage_in(body: Mapping[str, Any] | None) -> Usage:
     usage = body.get("usage")
     if not isinstance(usage, Mapping):
         return Usage(prompt, output, tier=tier_of(body))
-    cached = _detail(usage, ("prompt_tokens_details", "input_tokens_details"), "cached_tokens")
+    groups = ("prompt_tokens_details", "input_tokens_details")
+    cached = _detail(usage, groups, "cached_tokens") or _whole(usage.get(CACHE_READ))
+    written = _detail(usage, groups, "cache_write_tokens") or _whole(usage.get(CACHE_WRITE))
     reasoning = _detail(usage, ("completion_tokens_details", "output_tokens_details"), "reasoning_tokens")
     # Anthropic states the tier within its usage.
     tier = tier_of(body) or tier_of(usage)
-    return Usage(prompt, output, min(cached, max(prompt, 0)), min(reasoning, max(output, 0)), tier)
+    cached = min(cached, max(prompt, 0))
+    written = min(written, max(prompt, 0) - cached)
+    return Usage(prompt, output, cached, min(reasoning, max(output, 0)), tier, written)
 
 
 def _detail(usage: Mapping[str, Any], groups: tuple[str, ...], key: str) -> int:
     for group in groups:
         details = usage.get(group)
-        value = details.get(key) if isinstance(details, Mapping) else None
-        if type(value) is int and value > 0:
+        value = _whole(details.get(key)) if isinstance(details, Mapping) else 0
+        if value:
             return value
     return 0
+
+
+def _whole(value: object) -> int:
+    return value if type(value) is int and 0 < value < 2**53 else 0
 
 
 class Price(NamedTuple):
     """US dollars per million tokens, valid from a given day, for standard processing.
 
     `batch`, `flex`, `priority`: factors of these tiers, None = the model has no such price. `long`: prompts above
-    `LONG_PROMPT` cost more. `output_max`: most tokens that the model writes, 0 = unknown.
+    `LONG_PROMPT` cost more. `cache_write`: factor on `input` for tokens written to a cache. `output_max`: most tokens
+    that the model writes, 0 = unknown.
     """
 
     since: date
@@ -97,6 +108,7 @@ class Price(NamedTuple):
     priority: float | None = None
     long: bool = False
     output_max: int = 0
+    cache_write: float = 1.0
 
     def at(self, tier: str) -> Price | None:
         """Return the price in a tier; None if it is unknown."""
@@ -110,7 +122,9 @@ class Price(NamedTuple):
     def cost_usd(self, usage: Usage) -> float:
         """Return the cost of one answer in US dollars, whatever its tier; counts that are not stated cost nothing."""
         prompt = max(usage.prompt, 0)
-        return self.sum_usd(prompt, usage.cached, max(usage.output, 0), is_long=prompt > LONG_PROMPT)
+        is_long = prompt > LONG_PROMPT
+        written = usage.written * (self.cache_write - 1.0) * self.input * (LONG_INPUT if is_long and self.long else 1.0)
+        return self.sum_usd(prompt, usage.cached, max(usage.output, 0), is_long=is_long) + written / PER
 
     def sum_usd(self, prompt: float, cached: float, output: float, *, is_long: bool = False) -> float:
         """Return the cost of tokens summed over any number of answers; `is_long`: their prompts are."""
@@ -255,7 +269,8 @@ def _entries(place: str, stated: Any, name: str) -> tuple[Price, ...]:
         if type(since) is not date:
             raise BadInput(f"{place}since is {quoted(since)}: write a day, YYYY-MM-DD", name)
         known = {key: _dollars(entry[key], f"{place}{key}", name) for key in _RATES if key in entry}
-        factors = {key: _number(entry[key], f"{place}{key}", name, "a factor") for key in _FACTORS if key in entry}
+        keys = (*_FACTORS, "cache_write")
+        factors = {key: _number(entry[key], f"{place}{key}", name, "a factor") for key in keys if key in entry}
         is_long, most = (
             entry.get("long", False),
             _number(entry.get("output_max", 0), f"{place}output_max", name, "tokens"),

@@ -308,16 +308,20 @@ def tier_of(body: Mapping[str, Any]) -> str:
 def usage_of(body: Mapping[str, Any]) -> tuple[int, int]:
     """Return the prompt and output tokens in a response's `usage`, whatever its endpoint; -1 = absent.
 
-    Embeddings state no output, which is 0. Any value but a whole number from 0 up counts as absent.
+    Embeddings state no output, which is 0. Any value but a whole number from 0 up counts as absent. The prompt
+    includes what was read from a cache and written to one, which Anthropic states apart from `input_tokens`.
     """
     usage = body.get("usage")
     if not isinstance(usage, Mapping):
         return -1, -1
     prompt, output = (_count(_first(usage, keys)) for keys in (_PROMPT_KEYS, _OUTPUT_KEYS))
+    if prompt >= 0 and usage.get("prompt_tokens") is None and usage.get("input_tokens_details") is None:
+        prompt += sum(max(_count(usage.get(key)), 0) for key in (CACHE_READ, CACHE_WRITE))
     no_output = prompt >= 0 and _first(usage, _OUTPUT_KEYS) is None
     return prompt, 0 if no_output else output
 
 
+CACHE_READ, CACHE_WRITE = "cache_read_input_tokens", "cache_creation_input_tokens"
 _PROMPT_KEYS = ("prompt_tokens", "input_tokens")
 _OUTPUT_KEYS = ("completion_tokens", "output_tokens")
 

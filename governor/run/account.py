@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import Any
 
@@ -164,7 +164,8 @@ def spent_before(journal: Journal, prices: Prices, day: date) -> Spending:
     return spent
 
 
-ATTEMPT_COLUMNS = (*Attempt.columns(), "request_id", "cached_tokens", "reasoning_tokens", "cost_usd")
+_USAGE_COLUMNS = ("request_id", "cached_tokens", "reasoning_tokens", "service_tier", "cache_write_tokens")
+ATTEMPT_COLUMNS = (*Attempt.columns(), *_USAGE_COLUMNS, "cost_usd")
 
 
 def attempt_rows(journal: Journal, prices: Prices, day: date) -> Iterator[tuple[Any, ...]]:
@@ -172,7 +173,7 @@ def attempt_rows(journal: Journal, prices: Prices, day: date) -> Iterator[tuple[
     spent = Spending(prices, day)
     for attempt, request_id, usage, sizes in journal.billed():
         cost = spent.attempted(attempt, usage, sizes)
-        values = (*attempt.row(), request_id, usage.cached, usage.reasoning, cost)
+        values = (*attempt.row(), request_id, usage.cached, usage.reasoning, usage.tier, usage.written, cost)
         yield tuple("" if value in (-1, -1.0) else value for value in values)
 
 
@@ -215,7 +216,8 @@ def merged(summaries: Sequence[Summary], cost_usd: float | None) -> Summary:
 class RunOutcome:
     """The outcome of a run: the figures over all legs, the same by pool, and the exit code.
 
-    `stopped`: the reason, by pool. `journal`: its name for the user, never with a password.
+    `stopped`: the reason, by pool. `tiers`: live answers by the service tier that served them. `journal`: its name for
+    the user, never with a password.
     """
 
     summary: Summary
@@ -225,6 +227,12 @@ class RunOutcome:
     pending: int
     resent: int
     journal: str
+    tiers: Mapping[str, int] = field(default_factory=dict)
+
+
+def tiers_text(tiers: Mapping[str, int]) -> str:
+    """Return how many live answers each service tier gave, the standard tier's first."""
+    return ", ".join(f"{count:,} {tier or 'standard'}" for tier, count in tiers.items())
 
 
 def exit_code(failed: int, pending: int, stopped: Mapping[str, str], signals: Sequence[str]) -> int:

@@ -28,6 +28,7 @@ from governor.forecast.forecast import (
 )
 from governor.forecast.guard import check_finish, check_fits, check_preflight
 from governor.forecast.preflight import InUse, in_use
+from governor.journal.facts import tiers_of
 from governor.journal.journal import Journal
 from governor.law import DAY_S
 from governor.model.errors import BadSetting, FailureCode, PacelineError, quoted
@@ -63,6 +64,7 @@ from governor.run.via.guards import (
     guard_waves,
     mix_lines,
     open_waves,
+    time_left,
 )
 from governor.run.via.wave_run import ConnectBatch, WaveLeg, WaveRun, connect_batch_with
 from governor.telemetry.metrics import Metrics, checked_hook
@@ -70,7 +72,6 @@ from governor.telemetry.progress import Display
 
 # Descriptors besides those of requests in flight: journal, files, closing connections, name look-ups.
 OWN_DESCRIPTORS = 50
-# The deadline of a mix that is given none.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,8 +80,9 @@ class Orders:
 
     `manner`: how the batch is run; its `follow` also receives results that ended before.
 
-    `finish_by_s`: seconds from now in which the run must end by the forecast, None = a day. `retry_failed`: None = no,
-    "" = all that failed, else those with that failure code. `via`: the way on which requests go. `keep_files`: files at
+    `finish_by_s`: seconds from now in which the run must end by the forecast, None = a day; `finish_by`: the words for
+    it, which `via` "auto" takes for the same time after a resume. `retry_failed`: None = no, "" = all that failed, else
+    those with that failure code. `via`: the way on which requests go. `keep_files`: files at
     the Batch API are not deleted. `metrics_port`: None = none, 0 = any free one.
     """
 
@@ -94,6 +96,7 @@ class Orders:
     seed: int = 0
     yes: bool = False
     finish_by_s: float | None = None
+    finish_by: str = ""
     skip_oversized: bool = False
     overwrite: bool = False
     retry_failed: str | None = None
@@ -358,6 +361,7 @@ def _live_leg(
     expectations = _guard(begun, orders, foresee, shown)
     by_s = DAY_S if orders.finish_by_s is None else orders.finish_by_s
     if orders.via == "auto":
+        by_s = time_left(begun.journal, orders.finish_by, by_s, orders.manner.time_scale, shown)
         for line in mix_lines(begun.demands, expectations, orders.prices, by_s):
             shown.inform(line)
 
@@ -419,7 +423,7 @@ def _run(begun: BatchBegun, orders: Orders, make: MakeLeg, shown: Display) -> Ru
             try:
                 with asyncio.Runner(loop_factory=manner.new_loop or loop_factory(manner.time_scale)) as runner:
                     ended = runner.run(live.run())
-                journal.finish(ended.at_s, _ending(ended))
+                journal.finish(ended.at_s, ended.ending)
             except PacelineError as error:
                 live.tell("stopped", str(error))
                 _delivered(live, shown)
@@ -463,10 +467,6 @@ def _canaries(begun: BatchBegun, orders: Orders, foresee: Foresee | None, shown:
     return found
 
 
-def _ending(ended: Ended) -> str:
-    return ", ".join(sorted({why for why in ended.why.values() if why})) or "finished"
-
-
 def _closed(journal: Journal, orders: Orders, spent: Spending, ended: Ended | None, shown: Display) -> RunOutcome:
     """Write the results if all is done; return the figures and the exit code."""
     counts = journal.counts()
@@ -494,4 +494,5 @@ def _closed(journal: Journal, orders: Orders, spent: Spending, ended: Ended | No
         pending=pending,
         resent=counts.resent,
         journal=journal.name,
+        tiers=tiers_of(journal),
     )

@@ -75,6 +75,11 @@ class Ended:
     resent: int
     signals: tuple[str, ...]
 
+    @property
+    def ending(self) -> str:
+        """The reasons to stop in a word, for the journal."""
+        return ", ".join(sorted({why for why in self.why.values() if why})) or "finished"
+
 
 class Announcer:
     """Tells a run's events. `requests`: of the whole run. `notices`: the messages sent to the webhook."""

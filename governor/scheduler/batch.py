@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from governor.law import FINALIZE, MAIN, RETRY, TPD, TPM, never_fits
 from governor.model.errors import FailureCode, PacelineError, Refused
-from governor.model.prices import usage_in
+from governor.model.prices import Usage, usage_in
 from governor.model.requests import Answer, Attempt, Limit, Outcome, Request
 from governor.model.work import (
     DIMENSIONS,
@@ -189,8 +189,9 @@ class BatchShell:
         if self._learner is not None and job.request is not None and job.lane == MAIN:
             kind, prompt_tokens = kind_of(job.request)
             self._learner.saw(kind, prompt_tokens, used)
-        cached = float(usage_in(answer.body).cached) if job.weights.per_cached else 0.0
-        return job.weights.used(float(answer.used_prompt_tokens), float(answer.used_output_tokens), cached, 0.0)
+        stated = usage_in(answer.body) if job.weights.per_cached or job.weights.per_written else Usage()
+        tokens = answer.used_prompt_tokens, answer.used_output_tokens, stated.cached, stated.written
+        return job.weights.used(*map(float, tokens))
 
     # ------------------------------------------------------------ the observer
 

@@ -12,6 +12,7 @@ from governor.batchapi.outlook import Foreseen, foreseen
 from governor.batchapi.waves import WaveStage
 from governor.forecast.forecast import Demand, Expectation, assumed_answer, cost_forecast, cost_text
 from governor.forecast.guard import check_finish, check_fits
+from governor.journal.facts import deadline_of
 from governor.journal.journal import Journal
 from governor.journal.waves import WaveRow
 from governor.model.errors import BadInput, BadSetting, Oversized, quoted
@@ -69,6 +70,19 @@ def mix_lines(
         f"auto: to be done within {duration(by_s)}; cost between {costs[0]} (all by the Batch API) and {costs[1]} (all "
         f"live); the Batch API's turnaround is assumed, {p50} (P50) to {p95} (P95), until three batches are measured"
     ]
+
+
+def time_left(journal: Journal, words: str, by_s: float, time_scale: float, shown: Display) -> float:
+    """Return the seconds until a mix is to be done: `by_s` from its first start by these words, 0 if that is over."""
+    now = journal.now_s(time_scale)
+    left_s = deadline_of(journal, words, now + by_s) - now
+    if left_s <= 0.0:
+        stated = f"--finish-by {words}" if words else "the day that a run has without --finish-by"
+        shown.say(
+            f"{stated} was over {duration(-left_s)} ago, counted from the first start: live calls do the rest at once; "
+            "another --finish-by counts from now"
+        )
+    return max(0.0, left_s)
 
 
 def open_waves(journal: Journal) -> list[WaveRow]:

@@ -16,7 +16,9 @@ import pytest
 from governor import law
 from governor.journal import checkpoint, schema
 from governor.journal.checkpoint import Checkpoint, Moment, read_back, taken_from
+from governor.journal.facts import deadline_of, tiers_of
 from governor.journal.journal import Journal
+from governor.journal.schema import TIER_COLUMNS
 from governor.law import State
 from governor.model.needs import of_tokens
 from governor.model.policy import Policy
@@ -239,11 +241,23 @@ def with_attempts(path: Path) -> None:
 
 
 def made_by_an_older_one(path: Path) -> None:
-    """As the version before checkpoints left it: schema 2 lacked these two tables."""
+    """As the version before checkpoints left it: schema 2 lacked these tables and columns."""
     with closing(sqlite3.connect(path)) as connection:
-        for statement in ("DROP TABLE checkpoints", "DROP TABLE timers", "UPDATE run SET schema = 2, version = '1.0'"):
-            connection.execute(statement)
+        for table in ("checkpoints", "timers", "deadlines"):
+            connection.execute(f"DROP TABLE {table}")
+        for column in TIER_COLUMNS:
+            connection.execute(f"ALTER TABLE attempts DROP COLUMN {column}")
+        connection.execute("UPDATE run SET schema = 2, version = '1.0'")
         connection.commit()
+
+
+def test_the_same_words_mean_the_same_deadline_after_a_resume(path: Path) -> None:
+    with created(path, 1) as journal:
+        assert deadline_of(journal, "6h", 21_600.0) == 21_600.0
+    with Journal.open(path, to_run=True) as journal:
+        assert deadline_of(journal, "6h", 30_000.0) == 21_600.0
+        assert deadline_of(journal, "2h", 7_300.0) == 7_300.0, "other words count from now"
+        assert deadline_of(journal, "2h", 9_000.0) == 7_300.0
 
 
 def test_an_older_journal_can_be_read_and_goes_on(path: Path) -> None:
@@ -253,7 +267,10 @@ def test_an_older_journal_can_be_read_and_goes_on(path: Path) -> None:
         assert (journal.run().schema, journal.counts().in_flight) == (2, 1)
         assert (journal.lateness("default"), journal.checkpoint("default")) == ([], None)
         assert len(list(journal.results())) == 1
+        assert (len(list(journal.attempts())), tiers_of(journal)) == (1, {})
+        assert [billed.usage.tier for billed in journal.billed()] == [""]
     with Journal.open(path, to_run=True) as journal:
+        assert (tiers_of(journal), next(journal.billed()).usage.written) == ({"": 1}, 0)
         begun = journal.begin({"default": POLICY}, 20.0)
         assert begun.resent == 1
         assert begun.notes == (

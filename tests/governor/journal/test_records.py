@@ -15,6 +15,7 @@ import pytest
 from governor import law
 from governor.forecast.summary import Grant, summarize
 from governor.journal.journal import Journal
+from governor.journal.schema import TIER_COLUMNS
 from governor.journal.verify import verify
 from governor.model.errors import FailureCode
 from governor.model.needs import of_tokens
@@ -107,7 +108,7 @@ def test_the_attempts_table_has_the_design_s_columns_and_what_the_headers_said(p
     ends(recorder, job(work(0)), answer(0), 2.0)
     journal.close()
     columns = [row[1] for row in rows(path, "PRAGMA table_info(attempts)")]
-    own = ["request_id", "cached_tokens", "reasoning_tokens", "processing_s", "limits"]
+    own = ["request_id", "cached_tokens", "reasoning_tokens", "processing_s", "limits", *TIER_COLUMNS]
     assert columns == ["number", *Attempt.columns(), *own]
     request_id, limits = rows(path, "SELECT request_id, limits FROM attempts")[0]
     assert request_id == "req_0"

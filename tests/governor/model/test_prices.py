@@ -26,6 +26,18 @@ def test_a_bill_by_hand() -> None:
     assert bill(Usage(3_000, 500, 1_000, 200)) == pytest.approx((4_000 + 500 + 4_000) / 1e6, rel=1e-12)
 
 
+def test_tokens_written_to_a_cache_cost_their_factor_of_input_in_every_tier() -> None:
+    price = CHEAP._replace(cache_write=1.25, flex=0.5)
+    used = Usage(3_000, 500, 1_000, written=800)
+    # 1,200 x $2 + 800 x $2.50 + 1,000 x $0.50 + 500 x $8 per million.
+    expected = (2_400 + 2_000 + 500 + 4_000) / 1e6
+    assert price.cost_usd(used) == pytest.approx(expected, rel=1e-12)
+    flex = price.at("flex")
+    assert flex is not None
+    assert flex.cost_usd(used) == pytest.approx(expected / 2, rel=1e-12)
+    assert bill(used) == pytest.approx((4_000 + 500 + 4_000) / 1e6, rel=1e-12), "without a price, like other input"
+
+
 def test_what_is_not_stated_costs_nothing() -> None:
     assert bill(Usage()) == 0.0
     assert bill(Usage(prompt=1_000_000)) == 2.0
@@ -53,6 +65,30 @@ def test_what_is_not_stated_costs_nothing() -> None:
             Usage(7, 9, 5, 9),
         ),
         ({"prompt_tokens": 12}, Usage(12, 0, 0, 0)),
+        # OpenAI states what was written to a cache among the prompt's details, Anthropic beside the rest of the input.
+        (
+            {
+                "input_tokens": 9,
+                "output_tokens": 1,
+                "input_tokens_details": {"cached_tokens": 2, "cache_write_tokens": 4},
+            },
+            Usage(9, 1, 2, written=4),
+        ),
+        (
+            {
+                "input_tokens": 10,
+                "output_tokens": 3,
+                "cache_creation_input_tokens": 400,
+                "cache_read_input_tokens": 50,
+                "service_tier": "standard",
+            },
+            Usage(460, 3, 50, written=400),
+        ),
+        # A proxy that states them beside OpenAI's figures has them in the prompt already.
+        (
+            {"prompt_tokens": 460, "completion_tokens": 3, "cache_creation_input_tokens": 400},
+            Usage(460, 3, written=400),
+        ),
         # More cached than there was, and kinds that are none: never a negative bill, never an exception.
         (
             {"prompt_tokens": 4, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": 99}},

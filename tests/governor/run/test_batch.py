@@ -399,7 +399,7 @@ def test_attempts_carry_cached_and_reasoning_tokens_and_their_cost(tmp_path: Pat
         "prompt_tokens_details": {"cached_tokens": 400_000},
         "completion_tokens_details": {"reasoning_tokens": 300_000},
     }
-    ok = {"usage": usage, "choices": [{"message": {"content": "yes"}}]}
+    ok = {"usage": usage, "choices": [{"message": {"content": "yes"}}], "service_tier": "flex"}
     answer = Answer(
         Outcome.OK, 200, used_prompt_tokens=1_000_000, used_output_tokens=500_000, body=ok, request_id="req_7"
     )
@@ -416,11 +416,12 @@ def test_attempts_carry_cached_and_reasoning_tokens_and_their_cost(tmp_path: Pat
 
     asyncio.run(leg())
     journal.finish(1.0, "finished")
-    prices = Prices({"gpt-4o-mini": (Price(date(2026, 1, 1), 2.0, 0.5, 8.0),)})
+    prices = Prices({"gpt-4o-mini": (Price(date(2026, 1, 1), 4.0, 1.0, 16.0, flex=0.5),)})
     rows = [dict(zip(ATTEMPT_COLUMNS, row, strict=True)) for row in attempt_rows(journal, prices, date(2026, 6, 1))]
-    # 600,000 x $2 + 400,000 x $0.50 + 500,000 x $8, per million; a refusal costs nothing.
+    # By flex: 600,000 x $2 + 400,000 x $0.50 + 500,000 x $8, per million; a refusal costs nothing.
     assert [row["cost_usd"] for row in rows] == [0.0, pytest.approx(5.4), pytest.approx(5.4)]
     assert [row["cached_tokens"] for row in rows] == [0, 400_000, 400_000]
+    assert [row["service_tier"] for row in rows] == ["", "flex", "flex"]
     assert [row["reasoning_tokens"] for row in rows] == [0, 300_000, 300_000]
     assert (rows[1]["request_id"], rows[0]["prompt_tokens"]) == ("req_7", "")
     assert spent_before(journal, prices, date(2026, 6, 1)).total_usd() == pytest.approx(10.8)
