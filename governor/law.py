@@ -275,18 +275,18 @@ def held_of(p: Params, d: int, amount: float) -> float:
 
 def never_fits(p: Params, need: list[float]) -> bool:
     """Return whether a need exceeds a limit itself, not just the budget: the provider would never admit it."""
-    exceeds = False
     for d in range(p.dimensions):
-        exceeds = exceeds or need[d] > p.largest[d]
-    return exceeds
+        if need[d] > p.largest[d]:
+            return True
+    return False
 
 
 def _exceeds_budget(p: Params, s: State, need: list[float]) -> bool:
     """Return whether a need exceeds what some budget holds when it is full, so that its request runs alone."""
-    exceeds = False
     for d in range(p.dimensions):
-        exceeds = exceeds or need[d] > p.held[d] * s.scale[d]
-    return exceeds
+        if need[d] > p.held[d] * s.scale[d]:
+            return True
+    return False
 
 
 def is_brief(p: Params, d: int) -> bool:
@@ -592,10 +592,12 @@ def answer_may_admit(p: Params, cause: int) -> bool:
 
     A returned place helps only a head that waits for one; a budget changes only if actual use or counts are booked.
     """
-    may_admit = cause in (CONCURRENCY, NOTHING) or p.sync_headers > 0
+    if cause in (CONCURRENCY, NOTHING) or p.sync_headers:
+        return True
     for d in range(p.dimensions):
-        may_admit = may_admit or p.settles[d] > 0.0
-    return may_admit
+        if p.settles[d]:
+            return True
+    return False
 
 
 def permits(p: Params, s: State) -> int:
@@ -619,7 +621,8 @@ def admission(p: Params, s: State, need: list[float], standing: int, now: float)
         most = max(1, most - math.ceil(_kept(p, most, standing)))
     # A need above a budget runs alone: nothing else is in flight, and no other request joins it. A retry that
     # holds its place does not wait for the others in flight: if the limit fell meanwhile, they may all be waiting too.
-    if standing != HOLDING and s.in_flight > 0 and (s.alone or s.in_flight >= most or _exceeds_budget(p, s, need)):
+    joins = standing != HOLDING and s.in_flight > 0
+    if joins and (s.alone or s.in_flight >= most):
         return math.inf, CONCURRENCY
     at = now
     cause = NOTHING
@@ -627,15 +630,18 @@ def admission(p: Params, s: State, need: list[float], standing: int, now: float)
         at = s.next_slot_at
         cause = STAGGER
     for d in range(p.dimensions):
-        # (A bucket that will be full by then has room for any amount and need not be asked.)
-        if p.limit[d] > 0.0 and (s.full_at[d] > at or p.window[d] != BUCKET):
+        if p.limit[d] > 0.0:
             amount = need[d]
-            if p.interactive_ratio > 0.0:
-                amount += _kept(p, p.held[d] * s.scale[d], standing)
-            ready_at = _ready_at(p, s, d, amount, now)
-            if ready_at > at:
-                at = ready_at
-                cause = int(p.cause[d])
+            if joins and amount > p.held[d] * s.scale[d]:
+                return math.inf, CONCURRENCY
+            # (A bucket that will be full by then has room for any amount and need not be asked.)
+            if s.full_at[d] > at or p.window[d] != BUCKET:
+                if p.interactive_ratio > 0.0:
+                    amount += _kept(p, p.held[d] * s.scale[d], standing)
+                ready_at = _ready_at(p, s, d, amount, now)
+                if ready_at > at:
+                    at = ready_at
+                    cause = int(p.cause[d])
     if p.sync_headers:
         for d in range(p.dimensions):
             if s.mirror_at[d] > at:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 from governor import law
@@ -27,15 +27,22 @@ class Weights:
     per_output: Amounts
     per_cached: Amounts = ()
     per_written: Amounts = ()
+    # The first three of each dimension that any of them concerns, and zeros for the dimensions behind.
+    _rows: list[Amounts] = field(init=False, repr=False, compare=False)
+    _rest: list[float] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        rows = list(zip(self.per_request, self.per_input, self.per_output, strict=True))
+        while rows and not any(rows[-1]):
+            rows.pop()
+        object.__setattr__(self, "_rows", rows)
+        object.__setattr__(self, "_rest", [0.0] * (DIMENSIONS - len(rows)))
 
     def of(self, tokens: float, prompt: float) -> list[float]:
         """Return what a request of that many tokens, of which at most `prompt` are input, takes of each dimension."""
         into = min(prompt, tokens)
         out = tokens - into
-        return [
-            request + (each_in * into + each_out * out)
-            for request, each_in, each_out in zip(self.per_request, self.per_input, self.per_output, strict=True)
-        ]
+        return [request + (each_in * into + each_out * out) for request, each_in, each_out in self._rows] + self._rest
 
     def used(self, prompt: float, output: float, cached: float, written: float) -> list[float]:
         """Return what an answered request took, of whose prompt some was read from a cache and some written to one."""

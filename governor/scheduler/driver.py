@@ -31,7 +31,7 @@ from governor.scheduler.interfaces import Quota
 from governor.scheduler.learning import Learner
 from governor.scheduler.loop import InALoop
 from governor.scheduler.permits import Permit
-from governor.scheduler.quota import local_quota
+from governor.scheduler.quota import LocalQuota
 from governor.scheduler.repeated_refusals import Refusals
 from governor.scheduler.scheduler import Scheduler
 from governor.scheduler.waiting import wait_s
@@ -100,7 +100,7 @@ class Governor(InALoop):
         self.attempts = Attempts(self)
         if quota is None:
             numbers = params.params() if isinstance(params, Policy) else params
-            own = local_quota(numbers, state, self.batch.tell_decision if self.observer.hears("decided") else None)
+            own = LocalQuota(numbers, state, self.batch.tell_decision if self.observer.hears("decided") else None)
             if day_tokens_used > 0.0 or day_requests_used > 0.0:
                 own.started(of_amounts({law.TPD: day_tokens_used, law.RPD: day_requests_used}), start_s)
             quota = own

@@ -7,6 +7,7 @@ For a quota whose state is kept in Redis and decided on by several processes in 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from governor import law
@@ -25,69 +26,43 @@ REPORTED = {
 
 
 class LocalQuota:
-    """The quota of one process. See `interfaces.Quota`, and the law's functions of the same names."""
+    """The quota of one process: the law's functions, bound to the settings and the state. See `interfaces.Quota`.
 
-    def __init__(self, p: Params, s: State | None = None) -> None:
+    `told`: called with the name, arguments and result of each call, for a record that can be replayed.
+    """
+
+    ask: Callable[[list[float], int, float], tuple[float, int]]
+    launched: Callable[[list[float], int, float, float], None]
+    settled: Callable[[list[float], list[float], float, float], None]
+    released: Callable[[], None]
+    answered: Callable[[float], None]
+    throttled: Callable[..., float]
+    failed: Callable[..., tuple[float, int]]
+    synced: Callable[..., None]
+    finalize_opened: Callable[[], None]
+    finalize_closed: Callable[[], None]
+    paused: Callable[[], None]
+    resumed: Callable[[], None]
+    started: Callable[[list[float], float], None]
+
+    def __init__(self, p: Params, s: State | None = None, told: Told | None = None) -> None:
         self.head: tuple[float, int] | None = None
-        self.p = p
         self.s = State() if s is None else s
+        self.told = told
+        self._adopt(p)
 
-    def ask(self, need: list[float], standing: int, now: float) -> tuple[float, int]:
-        """See `law.admission`."""
-        return law.admission(self.p, self.s, need, standing, now)
-
-    def launched(self, need: list[float], standing: int, now: float, u: float) -> None:
-        """See `law.launched`."""
-        law.launched(self.p, self.s, need, standing, now, u)
-
-    def settled(self, need: list[float], used: list[float], launched_at: float, now: float) -> None:
-        """See `law.settled`."""
-        law.settled(self.p, self.s, need, used, launched_at, now)
-
-    def released(self) -> None:
-        """See `law.released`."""
-        law.released(self.p, self.s)
-
-    def answered(self, now: float) -> None:
-        """See `law.answered`."""
-        law.answered(self.p, self.s, now)
-
-    def throttled(self, *arguments: Any) -> float:
-        """See `law.throttled`."""
-        return law.throttled(self.p, self.s, *arguments)
-
-    def failed(self, *arguments: Any) -> tuple[float, int]:
-        """See `law.failed`."""
-        return law.failed(self.p, self.s, *arguments)
-
-    def synced(self, *arguments: Any) -> None:
-        """See `law.synced`."""
-        law.synced(self.p, self.s, *arguments)
-
-    def finalize_opened(self) -> None:
-        """See `law.finalize_opened`."""
-        law.finalize_opened(self.p, self.s)
-
-    def finalize_closed(self) -> None:
-        """See `law.finalize_closed`."""
-        law.finalize_closed(self.p, self.s)
-
-    def paused(self) -> None:
-        """See `law.paused`."""
-        law.paused(self.p, self.s)
-
-    def resumed(self) -> None:
-        """See `law.resumed`."""
-        law.resumed(self.p, self.s)
-
-    def started(self, used: list[float], now: float) -> None:
-        """See `law.started`."""
-        law.started(self.p, self.s, used, now)
+    def _adopt(self, p: Params) -> None:
+        self.p = p
+        for method, name in REPORTED.items():
+            decide = partial(getattr(law, name), p, self.s)
+            setattr(self, method, decide if self.told is None else _telling(name, decide, self.told))
 
     def reprice(self, params: Params, now: float) -> None:
         """Adopt changed settings."""
         law.repriced(self.p, params, self.s, now)
-        self.p = params
+        if self.told is not None:
+            self.told("repriced", (params, now), None)
+        self._adopt(params)
 
     @property
     def breaker(self) -> State:
@@ -123,35 +98,10 @@ class LocalQuota:
         return waits_s
 
 
-class RecordedQuota(LocalQuota):
-    """A local quota that reports the name, arguments and result of each call, for a record that can be replayed."""
-
-    def __init__(self, p: Params, s: State | None, told: Told) -> None:
-        super().__init__(p, s)
-        self.told = told
-
-    def reprice(self, params: Params, now: float) -> None:
-        """Adopt changed settings, and report the call."""
-        law.repriced(self.p, params, self.s, now)
-        self.told("repriced", (params, now), None)
-        self.p = params
-
-
-def _telling(name: str) -> Callable[..., Any]:
-    decide = getattr(law, name)
-
-    def call(self: RecordedQuota, *arguments: Any) -> Any:
-        result = decide(self.p, self.s, *arguments)
-        self.told(name, arguments, result)
+def _telling(name: str, decide: Callable[..., Any], told: Told) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        result = decide(*arguments)
+        told(name, arguments, result)
         return result
 
     return call
-
-
-def local_quota(p: Params, s: State | None, told: Told | None) -> LocalQuota:
-    """Return the quota of one process. `told`: called with each of its calls, None = no record."""
-    return LocalQuota(p, s) if told is None else RecordedQuota(p, s, told)
-
-
-for _method, _name in REPORTED.items():
-    setattr(RecordedQuota, _method, _telling(_name))

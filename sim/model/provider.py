@@ -315,8 +315,8 @@ def admitted(
     requests_d = -1
     requests_wait_ms = -1.0
     for d in range(pp.dimensions):
-        limit = limit_now(pp, ps, d)
         if pp.limit[d] > 0.0:
+            limit = limit_now(pp, ps, d)
             # A charge that is not known yet only requires that something is left.
             asked = 1.0 if pp.at_answer[d] else charge
             requested = pp.per_request[d] + amount_of(pp, d, asked, prompt)

@@ -53,7 +53,7 @@ def capacity_of(pp: Any, d: int, limit: float) -> float:
 
 def amount_of(pp: Any, d: int, tokens: float, prompt: float) -> float:
     """Return what so many tokens, of which at most `prompt` are input, take of dimension `d`, without the request."""
-    into = min(prompt, tokens)
+    into = prompt if prompt < tokens else tokens
     return float(pp.per_input[d] * into + pp.per_output[d] * (tokens - into))
 
 
@@ -137,8 +137,8 @@ def taken(
     is filled beyond its capacity; one that is already fuller keeps its level.
     """
     for d in range(pp.dimensions):
-        is_meant = which == ALL or (pp.at_answer[d] > 0.0) == (which == ANSWER)
-        if is_meant and pp.limit[d] > 0.0 and (pp.length_s[d] > MINUTE_S or ps.factor > 0.0):
+        is_open = pp.limit[d] > 0.0 and (ps.factor > 0.0 or pp.length_s[d] > MINUTE_S)
+        if is_open and (which == ALL or (pp.at_answer[d] > 0.0) == (which == ANSWER)):
             before = ps.used[d]
             amount = pp.per_request[d] * requests + amount_of(pp, d, tokens, prompt)
             if less > 0.0:
