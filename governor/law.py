@@ -808,7 +808,8 @@ def expires_at(p: Params, first_launched_at: float, launched_at: float) -> float
 
 def backoff_s(p: Params, attempt: int) -> float:
     """Return our own wait after a failed attempt (1, 2, ...): base, doubling, at most the cap. Jitter comes on top."""
-    return min(math.ldexp(p.backoff_base_s, attempt - 1), p.backoff_cap_s)
+    # 2**1000 is above any cap, and still a number.
+    return min(math.ldexp(p.backoff_base_s, min(attempt - 1, 1000)), p.backoff_cap_s)
 
 
 def outlasts(p: Params, retry_after_s: float) -> bool:
@@ -834,7 +835,7 @@ def _wait_s(p: Params, attempt: int, retry_after_s: float) -> float:
     refills, with a limit set too high or other clients unseen, would be refused for ever.
     """
     if 0.0 < retry_after_s <= p.retry_after_cap_s:
-        doubled_s = min(math.ldexp(retry_after_s, attempt - 1), backoff_s(p, attempt))
+        doubled_s = min(math.ldexp(retry_after_s, min(attempt - 1, 1000)), backoff_s(p, attempt))
         return max(retry_after_s, doubled_s) + RETRY_AFTER_SLACK_S
     return backoff_s(p, attempt)
 

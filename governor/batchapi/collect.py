@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import re
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 
 from governor.batchapi.client import BatchClient, CallFailed, Complaint
-from governor.batchapi.limits import CANCELLED, EXPIRED, FILE_BYTES, FILE_LINES
+from governor.batchapi.limits import CANCELLED, EXPIRED, FILE_BYTES, FILE_LINES, TOKEN_LIMIT_EXCEEDED
 from governor.batchapi.lines import answered_in, expired, verdict
-from governor.batchapi.waves import Wave
+from governor.batchapi.waves import ALONE_MOST, Wave
 from governor.journal.records import Records
 from governor.journal.rows import Pending
 from governor.journal.waves import WaveRecorder, WaveRow
@@ -63,7 +67,8 @@ class DriverContext:
     goes another way. `lines`: most requests of a wave. `leaves_large`: what fits into no queue stays pending, for
     another way. `lock`: held during each step, so that what a planner reads in between is consistent. `may_call`:
     awaited before each step; raises once another process has this one's requests. `wave_before`: the number before
-    the first wave, for counting them from 1.
+    the first wave, for counting them from 1. `spool`: the folder that keeps downloads until they are on record, None =
+    none does.
     """
 
     now: Callable[[], float]
@@ -76,6 +81,7 @@ class DriverContext:
     seed: int = 0
     keep_files: bool = False
     purse: Purse | None = None
+    spool: Path | None = None
     elsewhere: Callable[[int], bool] = lambda request: False
     lines: int = FILE_LINES
     leaves_large: bool = False
@@ -124,26 +130,56 @@ class Collector:
         # The errors first: what is left without the output is then known.
         files = list(filter(None, (row.error_file_id, row.output_file_id))) if held else []
         for number, file_id in enumerate(files[row.files_read :], row.files_read + 1):
-            with tempfile.SpooledTemporaryFile(SPOOL_BYTES) as spool:
-                content = cast(BinaryIO, spool)  # a file in all but its declared type
-                try:
-                    await self._client.download(file_id, content)
-                except CallFailed as failed:
-                    if failed.answer.status not in _GONE:
-                        raise
-                    gone = file_id
-                    continue
-                spool.seek(0)
+            try:
+                content = await self._downloaded(file_id)
+            except CallFailed as failed:
+                if failed.answer.status not in _GONE:
+                    raise
+                gone = file_id
+                continue
+            with content:
                 await self._read(content, held, again, row)
             if not gone:
                 self._recorder.changed(wave.number, files_read=number)
             await self._around.flushed()
+            self._forget(file_id)
         if held:
             self._settle_rest(list(held.values()), again, row, gone)
         self._recorder.returned(wave.number)
         await self._around.flushed()
         tokens = float(sum(p.work.request.sizes.prompt_tokens for p in again))
         return ReturnedRequests(len(again), tokens, self._eligible_at, self._stops)
+
+    def _kept(self, file_id: str) -> Path | None:
+        """Return where a download stays until its answers are on record."""
+        folder = self._around.spool
+        return None if folder is None else folder / f"{re.sub('[^0-9A-Za-z_-]', '_', file_id)}.jsonl"
+
+    async def _downloaded(self, file_id: str) -> BinaryIO:
+        """Return the content of a file, downloaded once, also if a process dies before its answers are on record."""
+        path = self._kept(file_id)
+        if path is None:
+            # A file in all but its declared type; the caller closes it.
+            spool = cast(BinaryIO, tempfile.SpooledTemporaryFile(SPOOL_BYTES))  # noqa: SIM115
+            await self._client.download(file_id, spool)
+            spool.seek(0)
+            return spool
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            part = path.with_suffix(".part")
+            with part.open("wb") as into:
+                await self._client.download(file_id, into)
+                into.flush()
+                os.fsync(into.fileno())
+            part.replace(path)
+        return path.open("rb")
+
+    def _forget(self, file_id: str) -> None:
+        path = self._kept(file_id)
+        if path is not None:
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # another wave's download is in it
+                path.parent.rmdir()
 
     async def _held_by(self, wave: Wave) -> list[Pending]:
         held: list[Pending] = await self._around.in_thread(lambda: list(self._journal.held_by(wave.number)))
@@ -236,6 +272,15 @@ class Collector:
             text = f"its line is longer than the {FILE_BYTES:,} bytes of a Batch file"
         answer = Answer(Outcome.TOO_LARGE, message=f"{text}: run it without --via batch")
         self._observer.ended(request, FailureCode.REQUEST_TOO_LARGE, answer, self._around.now())
+
+    async def refused_alone(self, wave: Wave, message: str) -> None:
+        """Record the only request of a wave, for which the queue is full whenever it comes, as failed."""
+        for pending in await self._held_by(wave):
+            request = pending.work.request
+            text = f"the queue refused it {ALONE_MOST} times with nothing else of this run in it: {message}"
+            answer = Answer(Outcome.TOO_LARGE, error_code=TOKEN_LIMIT_EXCEEDED, message=text)
+            self._observer.ended(request, FailureCode.REQUEST_TOO_LARGE, answer, self._around.now())
+            self._recorder.let_go([request.index])
 
     async def blamed(self, wave: Wave, complaints: Mapping[int, Complaint]) -> tuple[int, float]:
         """Record the lines of an invalid file that are at fault as failed; return requests and tokens of the others.

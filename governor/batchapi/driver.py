@@ -20,7 +20,7 @@ from governor.batchapi.client import BatchClient, CallFailed, Complaint, RemoteB
 from governor.batchapi.collect import SPOOL_BYTES, Collector, DriverContext
 from governor.batchapi.limits import BATCH_CANCELLED, CANCELLED, FAILED, FINALIZING, TOKEN_LIMIT_EXCEEDED
 from governor.batchapi.lines import input_line, inputs_of, limit_in, metadata_of, name_of, prefix_of
-from governor.batchapi.waves import Act, PlanWave, Wave, WaveLane, Waves, WaveStage, WaveStep
+from governor.batchapi.waves import ALONE_MOST, Act, PlanWave, Wave, WaveLane, Waves, WaveStage, WaveStep
 from governor.journal.records import Records
 from governor.journal.rows import Pending
 from governor.journal.waves import WaveRecorder, WaveRow
@@ -34,6 +34,8 @@ from governor.model.work import FINAL, STOPPING, Observer
 REFUSED, CANCELLED_THERE, MAX_COST = "REFUSED", "BATCH_CANCELLED", "MAX_COST"
 # Why a wave was cancelled, on record before the call: who finds it cancelled then knows that it was us.
 MOVED = "cancelled by this run: its slack was gone"
+# One line for calls that fail, until none has failed for so long.
+_QUIET_S = 300.0
 # The account's batches of a day before the run are looked through too: its clock may differ from ours.
 _SINCE_S = 86_400.0
 
@@ -77,6 +79,7 @@ class WaveDriver:
         # When a wave last came further, seconds since 1970; 0 = no wave is open.
         self.moved_epoch = 0.0
         self.ended_rows: list[WaveRow] = []
+        self._quiet_until = 0.0
 
     def halt(self, why: str) -> None:
         """Submit nothing more; waves under way go on, and `run` returns when they have ended."""
@@ -217,6 +220,9 @@ class WaveDriver:
         except CallFailed as failed:
             self._failed(step, failed.answer)
             await self._around.flushed()
+        except OSError as error:
+            # Of the disk, such as no room for a download: what the provider sends or not is a `CallFailed`.
+            self._failed(step, Answer(Outcome.LOCAL, message=str(error)))
 
     def _failed(self, step: WaveStep, answer: Answer) -> None:
         """Decide what follows from a call that did not succeed."""
@@ -239,8 +245,9 @@ class WaveDriver:
             happened = answer.outcome in _UNKNOWN
             wait_s = min(answer.retry_after_s, self.pool.policy.retry_after_cap_seconds)
             self.waves.call_failed(wave, wait_s, self._around.now(), may_have_happened=happened)
-            if wave.calls_failed == 3:
+            if self._around.now() >= self._quiet_until:
                 self._around.say(f"{said}; it is tried again until it succeeds")
+            self._quiet_until = self._around.now() + _QUIET_S
             return
         remedy = _REMEDIES.get(why, "") or _REMEDIES_OF.get(answer.status, "")
         self._around.say(f"{said}; nothing more is submitted{remedy}: the same command goes on from here")
@@ -269,13 +276,13 @@ class WaveDriver:
             if found:
                 await self._uploaded(wave, found[0].id)
             else:
-                self.waves.looked_up(wave)
+                self.waves.looked_up(wave, self._around.now())
             return
         mark = metadata_of(self._around.run_id, wave.number)
         since = self._around.began_epoch_s - _SINCE_S
         ours = [b for b in await self.client.batches(since) if mark.items() <= (b.metadata or {}).items()]
         if not ours:
-            self.waves.looked_up(wave)
+            self.waves.looked_up(wave, self._around.now())
             return
         assert row.file_id
         for extra in ours[:-1]:
@@ -363,9 +370,15 @@ class WaveDriver:
         now = self._around.now()
         if full is not None:
             limit = limit_in(full.message)
-            self._give_back(wave, full.message)
-            self.waves.queue_refused(wave, limit, now)
             known = f" (limit {limit:,})" if limit else ""
+            if self.waves.queue_refused(wave, limit, now) and not self._around.leaves_large:
+                await self._collector.refused_alone(wave, full.message)
+                self._changed(wave, stage=WaveStage.COLLECTED, message=full.message)
+                self._around.say(
+                    f"{self._of(wave)}: the queue{known} was full for it {ALONE_MOST} times: it has failed"
+                )
+                return
+            self._give_back(wave, full.message)
             self._around.say(f"{self._of(wave)}: the queue of {wave.lane.model} is full{known}: it is submitted later")
             return
         blamed = {each.line: each for each in complaints if each.line > 0}

@@ -41,6 +41,10 @@ _SHARE_LEAST = 1.0 / 64.0
 # Waits while the queue is full of something else than our waves, and between calls that fail.
 _QUEUE = Policy(backoff_base_seconds=15.0, backoff_cap_seconds=600.0).params()
 _CALLS = Policy(backoff_base_seconds=2.0, backoff_cap_seconds=60.0).params()
+# A creation whose answer was lost may take effect late: it is looked up again after this time before it is repeated.
+_LATE_S = 60.0
+# A request that the queue has refused so often with nothing else of ours in it, over more than an hour, fits into none.
+ALONE_MOST = 12
 _NEVER = math.inf
 
 
@@ -105,7 +109,8 @@ class Wave:
     """One input file and its batch. `tokens`: estimated input tokens. Times: seconds since the run began.
 
     `is_certain`: it is known that the next upload or creation has not happened. `status`, `total`, `completed` and
-    `failed` are the provider's. `calls_failed`: calls in a row that failed. `due_at`: when its next step is due.
+    `failed` are the provider's. `calls_failed`: calls in a row that failed. `look_ups`: times that a step in doubt was
+    not found. `due_at`: when its next step is due.
     """
 
     number: int
@@ -121,6 +126,7 @@ class Wave:
     submitted_at: float = 0.0
     is_cancelled: bool = False
     calls_failed: int = 0
+    look_ups: int = 0
     due_at: float = -_NEVER
 
     @property
@@ -134,13 +140,15 @@ class QueueLedger:
     """The queue of one model. `limit`: of enqueued input tokens, 0 = unknown.
 
     `factor`: real tokens per estimated one, as measured. `share`: the part of the queue that is used. `refusals`: in a
-    row. `closed_until`: no wave is planned before.
+    row; `alone`: of them, the latest that met a single request with nothing else of ours in the queue. `closed_until`:
+    no wave is planned before.
     """
 
     limit: int
     factor: float = 1.0
     share: float = 1.0
     refusals: int = 0
+    alone: int = 0
     closed_until: float = -_NEVER
     real: float = 0.0
     estimated: float = 0.0
@@ -152,7 +160,7 @@ class QueueLedger:
 
     def accepted(self) -> None:
         """Note that the queue has taken a wave."""
-        self.refusals = 0
+        self.refusals = self.alone = 0
         self.share = min(1.0, 1.5 * self.share)
 
     def refused(self, limit: int, now: float) -> None:
@@ -327,10 +335,14 @@ class Waves:
         wave.is_certain = False
         self.open[wave.number] = wave
 
-    def looked_up(self, wave: Wave) -> None:
-        """The provider knows nothing of the step in doubt."""
+    def looked_up(self, wave: Wave, now: float) -> None:
+        """The provider knows nothing of the step in doubt; of a creation, a second look some time later decides."""
         self._went_well(wave)
-        wave.is_certain = True
+        wave.look_ups += 1
+        if wave.stage is WaveStage.UPLOADED and wave.look_ups == 1:
+            wave.due_at = now + _LATE_S
+            return
+        wave.is_certain, wave.look_ups = True, 0
 
     def uploaded(self, wave: Wave) -> None:
         """The provider has the wave's file, and no batch of it was created yet, as far as is known."""
@@ -370,10 +382,17 @@ class Waves:
         self._went_well(wave)
         wave.stage = WaveStage.COLLECTED
 
-    def queue_refused(self, wave: Wave, limit: int, now: float) -> None:
-        """The batch failed because the queue was full; its requests have come back."""
-        self.ledger(wave.lane.model).refused(limit, now)
+    def queue_refused(self, wave: Wave, limit: int, now: float) -> bool:
+        """The batch failed because the queue was full; return whether its only request fits into no queue."""
+        ledger, model = self.ledger(wave.lane.model), wave.lane.model
+        others = any(each.lane.model == model and each.is_enqueued for each in self.open.values() if each is not wave)
+        ledger.refused(limit, now)
+        ledger.alone = ledger.alone + 1 if wave.requests == 1 and not others else 0
         self.collected(wave)
+        if ledger.alone < ALONE_MOST:
+            return False
+        ledger.alone = 0
+        return True
 
     def closed(self, wave: Wave) -> None:
         """Nothing of the wave is left at the provider that is not to stay there."""
@@ -385,7 +404,7 @@ class Waves:
         wave.calls_failed += 1
         wave.due_at = now + max(retry_after_s, law.backoff_s(_CALLS, wave.calls_failed))
         if may_have_happened and wave.stage in (WaveStage.PLANNED, WaveStage.UPLOADED):
-            wave.is_certain = False
+            wave.is_certain, wave.look_ups = False, 0
 
     @staticmethod
     def _went_well(wave: Wave) -> None:

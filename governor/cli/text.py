@@ -62,7 +62,9 @@ def outcome_text(outcome: RunOutcome, orders: Orders) -> str:
     done = f"{s.completed:,} of {s.requests + outcome.pending:,}"
     if outcome.pending:
         done += f", {outcome.pending:,} not done yet"
-    pairs = [("done", done), *summary_pairs(s)]
+    # Of a run that has come to no answer yet, the summary knows no time.
+    took = "" if s.makespan_s else duration(outcome.worked_s)
+    pairs = [("done", done), *((name, (took or text) if name == "took" else text) for name, text in summary_pairs(s))]
     if len(outcome.by_pool) > 1:
         pairs += [(f"pool {name}", _in_short(summary)) for name, summary in outcome.by_pool.items()]
     if any(outcome.tiers):

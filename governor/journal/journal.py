@@ -21,10 +21,12 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, inspect, select, update
@@ -210,6 +212,12 @@ class Journal(Records):
         """Open a transaction of the process that runs the journal, for code in separate modules (`amend`)."""
         self._running()
         return self._database.writing()
+
+    @property
+    def downloads(self) -> Path | None:
+        """The folder beside the journal for what is downloaded and not yet on record; None for a database elsewhere."""
+        path = self._database.path
+        return None if path is None else path.with_name(f"{path.name}.downloads")
 
     def reading(self) -> AbstractContextManager[Connection]:
         """Open a connection to read from, for code in separate modules (`facts`)."""
@@ -409,6 +417,8 @@ class Journal(Records):
         or the disk has freed are beyond reach. Raise JournalError while a process runs the journal.
         """
         self._database.locked()
+        if self.downloads is not None:
+            shutil.rmtree(self.downloads, ignore_errors=True)
         if self._writer is not None:
             self._writer.commit()  # else it would come after the purge
         last = self._all(select(func.max(requests.c.request)))[0][0]

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from governor.model.errors import BadInput, BadSetting, quoted
 from governor.model.estimate import RULES
+from governor.model.phrases import plural
 from governor.model.pools import checked_url
 from governor.model.prices import Price, prices_in
 from governor.model.requests import Outcome
@@ -372,10 +373,10 @@ class Profile(Config):
 def summary(profile: Profile) -> str:
     """Return in one line what a profile limits and knows, for people."""
     known = {
-        "tiers": sum(len(tier.models) * len(tier.limits) for tier in profile.tiers),
-        "prices": len(profile.prices),
-        "latency lines": len(profile.latency),
-        "reserved units": len(profile.reserved),
+        "tier": sum(len(tier.models) * len(tier.limits) for tier in profile.tiers),
+        "price": len(profile.prices),
+        "latency line": len(profile.latency),
+        "reserved unit": len(profile.reserved),
     }
-    counts = "".join(f", {number} {what}" for what, number in known.items() if number)
+    counts = "".join(f", {plural(number, what)}" for what, number in known.items() if number)
     return f"{profile.title}: {', '.join(profile.dimensions)}{counts}; checked {profile.checked}"

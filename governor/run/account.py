@@ -216,8 +216,8 @@ def merged(summaries: Sequence[Summary], cost_usd: float | None) -> Summary:
 class RunOutcome:
     """The outcome of a run: the figures over all legs, the same by pool, and the exit code.
 
-    `stopped`: the reason, by pool. `tiers`: live answers by the service tier that served them. `journal`: its name for
-    the user, never with a password.
+    `stopped`: the reason, by pool. `tiers`: live answers by the service tier that served them. `worked_s`: by all
+    legs. `journal`: its name for the user, never with a password.
     """
 
     summary: Summary
@@ -228,6 +228,7 @@ class RunOutcome:
     resent: int
     journal: str
     tiers: Mapping[str, int] = field(default_factory=dict)
+    worked_s: float = 0.0
 
 
 def tiers_text(tiers: Mapping[str, int]) -> str:

@@ -48,6 +48,7 @@ from governor.run.account import (
     outcome_text,
     spent_before,
     summary_of,
+    worked,
 )
 from governor.run.intake import BatchBegun, prepare
 from governor.run.live import Announcer, Ended, Leg, LiveRun
@@ -495,4 +496,5 @@ def _closed(journal: Journal, orders: Orders, spent: Spending, ended: Ended | No
         resent=counts.resent,
         journal=journal.name,
         tiers=tiers_of(journal),
+        worked_s=worked(journal).own(journal.last_s()),
     )

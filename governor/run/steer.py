@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -18,6 +19,8 @@ from governor.model.policy import KNOB_BY_ENV, KNOBS, Policy
 # The prefix of a command's word that names the pool.
 POOL_WORD = "pool="
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# The same signal twice within this time is one: no one presses Ctrl-C so fast.
+_TWICE_S = 0.1
 
 
 class Signals:
@@ -31,6 +34,14 @@ class Signals:
         self.stopping = asyncio.Event()
         self.cancelling = asyncio.Event()
         self._came = came
+        self._last = (0.0, 0)
+
+    def _received(self, number: signal.Signals) -> None:
+        """Take in a signal of the system. `timeout` sends its own twice at once, to the process and to its group."""
+        now = time.monotonic()
+        (last_at, last), self._last = self._last, (now, number)
+        if number != last or now - last_at > _TWICE_S:
+            self._on(number)
 
     def _on(self, number: signal.Signals) -> None:
         self.names.append(number.name)
@@ -53,7 +64,7 @@ class Signals:
         if before[signal.SIGHUP] is signal.SIG_IGN:
             del before[signal.SIGHUP]
         for number in before:
-            loop.add_signal_handler(number, self._on, number)
+            loop.add_signal_handler(number, self._received, number)
         try:
             yield
         finally:

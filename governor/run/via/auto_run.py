@@ -330,6 +330,7 @@ class AutoRun(LiveRun):
             began_epoch_s=journal.run().epoch_s,
             seed=journal.run().seed,
             keep_files=self._keep_files,
+            spool=journal.downloads,
             purse=None if manner.max_cost is None else WaveBudget(self.leg.spent, manner.max_cost),
             elsewhere=lambda request: request not in self.mixers[name].place.batch,
             leaves_large=True,

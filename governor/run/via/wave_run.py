@@ -180,6 +180,7 @@ class WaveRun(Announcer):
             began_epoch_s=stated.epoch_s,
             seed=stated.seed,
             keep_files=self.leg.keep_files,
+            spool=journal.downloads,
             purse=None if manner.max_cost is None else WaveBudget(self.leg.spent, manner.max_cost),
         )
         together = Together([observer for observer in observers if observer is not None])

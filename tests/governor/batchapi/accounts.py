@@ -218,6 +218,7 @@ def live(
             run_id=RUN_ID,
             began_epoch_s=EPOCH_S,
             keep_files=keep_files,
+            spool=journal.downloads,
         )
         recorder, waves = begun.recorders[pool.name], journal.wave_recorder(pool.name)
         driver = WaveDriver(pool, Client(account), journal, recorder, waves, around)
