@@ -51,6 +51,16 @@ def foreseen(left: Iterable[tuple[str, int, float]], queue_tokens: int, rows: Se
     return Foreseen(most * min(each_s, EXPIRES_S), waves, each_s, measured)
 
 
+def left_of(waves: Waves) -> list[tuple[str, int, float]]:
+    """Return (model, requests, input tokens) of what a pool has not been answered yet, by wave and lane."""
+    left = [
+        (wave.lane.model, wave.requests, wave.tokens)
+        for wave in waves.open.values()
+        if wave.stage not in (WaveStage.ENDED, WaveStage.COLLECTED)
+    ]
+    return left + [(lane.model, requests, tokens) for lane, requests, tokens in waves.waiting()]
+
+
 def ahead_of(journal: Records, pool: str, queue_tokens: int) -> Foreseen:
     """Return the forecast of what is left of a pool, according to its journal."""
     rows = journal.waves(pool)

@@ -24,6 +24,12 @@ _PAGE_BATCHES, _PAGE_FILES = 100, 10_000
 _PAGES_MAX = 1_000
 
 
+def check_has_batches(pool: Pool) -> None:
+    """Raise BadSetting if a pool's account has no Batch API that we know."""
+    if pool.azure is not None:
+        raise BadSetting(f"pool {pool.name} is an Azure deployment, whose Batch API is not supported: run it live")
+
+
 class SdkBatchClient:
     """A `BatchClient` of one pool's account. `environment`: where the pool's variables are looked up.
 
@@ -31,8 +37,7 @@ class SdkBatchClient:
     """
 
     def __init__(self, pool: Pool, environment: Mapping[str, str]) -> None:
-        if pool.azure is not None:
-            raise BadSetting(f"pool {pool.name} is an Azure deployment, which --via batch does not know: run it live")
+        check_has_batches(pool)
         self._adapter = Adapter(pool, environment)
         self._client = self._adapter.client
 

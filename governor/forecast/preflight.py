@@ -207,7 +207,7 @@ class Verdict:
     retryable: bool
     max_runs_now: int
     forecast_finish_s: float | None
-    forecast_by: Literal["fluid", "simulation"]
+    forecast_by: Literal["fluid", "simulation", "turnaround"]
     forecast_bound: str
 
 

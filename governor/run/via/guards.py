@@ -118,7 +118,7 @@ def guard_waves(
         demand = demands[pool.name]
         if not demand.requests:
             continue
-        ahead = _foreseen(journal, pool, demand)
+        ahead = foreseen_of(demand, pool, journal.waves(pool.name))
         cost = cost_forecast(demand, demand.answer_tokens, prices, date.today(), tier=BATCH)
         of = f"pool {pool.name}: " if len(pools) > 1 else ""
         shown.inform(f"{of}{plural(demand.requests, 'request')} by the Batch API; forecast: {ahead.text()}")
@@ -130,13 +130,13 @@ def guard_waves(
     return found
 
 
-def _foreseen(journal: Journal, pool: Pool, demand: Demand) -> Foreseen:
-    """Return the forecast of a pool's work."""
+def foreseen_of(demand: Demand, pool: Pool, rows: Sequence[WaveRow] = ()) -> Foreseen:
+    """Return the forecast of a pool's work by the Batch API. `rows`: earlier waves, by which turnaround is measured."""
     tokens: dict[str, float] = {}
     for (model, _, _), (prompt, *_) in demand.billed.items():
         tokens[model] = tokens.get(model, 0.0) + prompt
     left = [(model, requests, tokens[model]) for model, requests in demand.models.items()]
-    return foreseen(left, pool.policy.batch_queue_tokens, journal.waves(pool.name))
+    return foreseen(left, pool.policy.batch_queue_tokens, rows)
 
 
 class WaveBudget:

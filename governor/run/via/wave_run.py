@@ -18,7 +18,7 @@ from typing import Any
 from governor.batchapi.client import BatchClient
 from governor.batchapi.collect import DriverContext
 from governor.batchapi.driver import WaveDriver
-from governor.batchapi.outlook import Foreseen, foreseen, progress
+from governor.batchapi.outlook import Foreseen, foreseen, left_of, progress
 from governor.batchapi.sdk_client import SdkBatchClient
 from governor.batchapi.waves import WaveStage
 from governor.journal.journal import Journal
@@ -281,10 +281,7 @@ class WaveRun(Announcer):
     def _ahead(self, name: str) -> Foreseen:
         """Return the forecast of what is left of a pool."""
         run = self.pools[name]
-        waves = run.driver.waves
-        open_ = [wave for wave in waves.open.values() if wave.stage not in (WaveStage.ENDED, WaveStage.COLLECTED)]
-        left = [(wave.lane.model, wave.requests, wave.tokens) for wave in open_]
-        left += [(lane.model, requests, tokens) for lane, requests, tokens in waves.waiting()]
+        left = left_of(run.driver.waves)
         return foreseen(left, run.policy.batch_queue_tokens, run.driver.ended_rows)
 
 

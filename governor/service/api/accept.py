@@ -18,15 +18,19 @@ from typing import Any
 import anyio.to_thread
 from sqlalchemy import Connection
 
+from governor.batchapi.limits import usable_tokens
+from governor.batchapi.sdk_client import check_has_batches
 from governor.forecast.forecast import Demand, Outlook
 from governor.forecast.preflight import InUse, Verdict, fluid_forecast, preflight
 from governor.journal.database import JournalError
 from governor.journal.schema import to_json
-from governor.model.errors import BadInput
+from governor.model.errors import BadInput, BadSetting, FailureCode
 from governor.model.pools import Pool
-from governor.model.requests import Request, read_requests
+from governor.model.requests import BATCH, Request, read_requests
+from governor.model.words import duration
 from governor.model.work import Work, work_of
 from governor.run.intake import pooled
+from governor.run.via.guards import check_line, foreseen_of
 from governor.service.errors import INVALID_REQUEST, NOT_READY, RATE_LIMITED, ApiError
 from governor.service.store.store import QUEUED, RECEIVING, BatchRow, Key, new_id
 from governor.service.store.tables import BATCH_REQUESTS_MOST
@@ -46,7 +50,7 @@ MODELS_MOST = 50
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchSpec:
-    """The options of a posted batch. `template`: id and version, None = raw lines."""
+    """The options of a posted batch. `template`: id and version, None = raw lines. `finish_by`: of via=auto."""
 
     who: str
     deadline_s: float | None = None
@@ -54,6 +58,17 @@ class BatchSpec:
     settings: Mapping[str, Any] = field(default_factory=dict)
     template: tuple[str, int] | None = None
     name: str = ""
+    via: str = "live"
+    finish_by: str = ""
+
+    def check(self) -> None:
+        """Raise BadSetting for options that do not go together."""
+        if self.via == "auto":
+            raise BadSetting("via=auto is not available in the service: use via=batch or via=live, or `paceline run`")
+        if self.finish_by and self.via != "auto":
+            raise BadSetting(f"finish_by is for via=auto: leave it out with via={self.via}, or set deadline_s")
+        if self.finalize and self.via != "live":
+            raise BadSetting(f"finalize is for live calls: leave it out with via={self.via}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +98,7 @@ class Incoming:
     """
 
     def __init__(self, worker: Worker, spec: BatchSpec, *, stores: bool = True) -> None:
+        spec.check()
         self.spec = spec
         self.left = threading.Event()
         self.demands: dict[str, Demand] = {}
@@ -135,6 +151,9 @@ class Incoming:
         for request, pool in pooled(self._requests(), self.pools, self._name):
             if request.index >= BATCH_REQUESTS_MOST:
                 raise BadInput(f"more than {BATCH_REQUESTS_MOST:,} requests: send several batches", self._name)
+            if self.spec.via == BATCH:
+                check_has_batches(pool)
+                check_line(request, 0, pool)
             yield work_of(request, pool.policy)
 
     def _requests(self) -> Iterator[Request]:
@@ -200,6 +219,8 @@ class Incoming:
             "template_version": version,
             "finalize": int(spec.finalize),
             "deadline_s": -1.0 if spec.deadline_s is None else spec.deadline_s,
+            "via": spec.via,
+            "finish_by": -1.0,
             "details": details,
         }
 
@@ -257,7 +278,10 @@ class Incoming:
             demand = self.demands[pool.name]
             if not demand.requests and len(self.pools) > 1 and self.count:
                 continue
-            judged = await self._judged(pool, demand)
+            if self.spec.via == BATCH:
+                judged = await asyncio.to_thread(self._judged_batch, pool, demand)
+            else:
+                judged = await self._judged(pool, demand)
             if not judged.verdict.ok:
                 return judged
             found.append(judged)
@@ -295,6 +319,33 @@ class Incoming:
         )
         if alone_s is None:
             verdict = replace(verdict, forecast_by="fluid")
+        return PoolVerdict(pool.name, verdict)
+
+    def _judged_batch(self, pool: Pool, demand: Demand) -> PoolVerdict:
+        """In a thread: return the verdict on work for the Batch API, which has a queue instead of a minute's budget."""
+        ahead = foreseen_of(demand, pool, self._worker.store.ended_waves(pool.name))
+        limit_s = self.spec.deadline_s
+        reason = ""
+        if demand.requests and limit_s is not None and ahead.finish_s > limit_s:
+            reason = (
+                f"the forecast finish by the Batch API is {ahead.text()} from now, the deadline is "
+                f"{duration(limit_s)}: allow more time, or send it with via=live"
+            )
+        usable = usable_tokens(pool.policy.batch_queue_tokens)
+        verdict = Verdict(
+            ok=not reason,
+            code=FailureCode.BATCH_RATE_LIMITED.value if reason else "",
+            reason=reason,
+            projected_tokens=sum(int(prompt) for prompt, *_ in demand.billed.values()),
+            budget_tokens=int(usable) if usable < math.inf else 0,
+            in_use_tokens=0,
+            suggested_wait_s=None,
+            retryable=not reason,
+            max_runs_now=0 if reason else demand.requests,
+            forecast_finish_s=ahead.finish_s,
+            forecast_by="turnaround",
+            forecast_bound="batch_queue" if ahead.waves > len(demand.models) else "turnaround",
+        )
         return PoolVerdict(pool.name, verdict)
 
     async def accept(

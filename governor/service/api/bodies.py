@@ -45,6 +45,16 @@ Plain = Annotated[dict[str, Any], AfterValidator(_plain)]
 BatchName = Annotated[
     str, Field(max_length=100, pattern=r"^[^\x00-\x1f\x7f]*$", description="What the batch is called, for people.")
 ]
+Via = Annotated[
+    Literal["live", "batch", "auto"],
+    Field(
+        description="live: calls as the limits allow; batch: the Batch API, at half the price, within a day; auto: "
+        "the cheapest mix of both that is done by finish_by."
+    ),
+]
+FinishByText = Annotated[
+    str, Field(max_length=100, description="When it must be done, for via=auto: 06:00, 06:00Z or 6h; else in a day.")
+]
 DEADLINE = Field(None, gt=0, le=1e9, description="Seconds from now in which the last answer must be there.")
 
 
@@ -120,6 +130,8 @@ class BatchRun(In):
     finalize: bool = Field(False, description="Finish answers cut off without text by one more call.")
     settings: Settings = Field(default_factory=dict)
     name: BatchName = ""
+    via: Via = "live"
+    finish_by: FinishByText = ""
 
 
 class VerdictOut(Out):
@@ -147,8 +159,26 @@ class Accepted(Out):
     state: str
     requests: int
     forecast_finish_s: float | None = Field(description="Seconds from now; null = unknown.")
-    forecast_by: str = Field(description="simulation, or fluid: a rough estimate.")
+    forecast_by: str = Field(
+        description="simulation; fluid: a rough estimate; turnaround: of the Batch API, measured or assumed."
+    )
     forecast_bound: str = Field(description="The setting that holds it back.")
+
+
+class WaveOut(Out):
+    """One file at the Batch API. `total`, `completed`, `failed`: requests, by the provider's count."""
+
+    wave: int = Field(description="From 1.")
+    pool: str
+    model: str
+    stage: str = Field(description="planned, uploaded, submitted, ended, collected or closed, as far as is on record.")
+    status: str = Field(description="The provider's, such as in_progress; empty before its first answer.")
+    requests: int
+    total: int
+    completed: int
+    failed: int
+    provider_id: str = Field(description="The provider's id of the batch.")
+    message: str = Field(description="Why it failed or was cancelled.")
 
 
 class BatchOut(Out):
@@ -175,6 +205,9 @@ class BatchOut(Out):
     template_version: int | None
     deadline_s: float | None
     finalize: bool
+    via: str = Field(description="live, batch or auto.")
+    finish_by: float | None = Field(description="Of via=auto, seconds since 1970.")
+    waves: list[WaveOut] = Field(description="The latest files at the Batch API.")
     settings: dict[str, str]
     pools: list[str]
 

@@ -34,7 +34,7 @@ KEY_PATTERN = re.compile(r"[\x21-\x7e]{1,200}")
 KEY_HEADER = "idempotency-key"
 FORM, _JSON = "multipart/form-data", "application/json"
 # The fields of a form besides its file; each is a JSON value.
-_FIELDS = ("runs", "deadline_s", "finalize", "settings", "name")
+_FIELDS = ("runs", "deadline_s", "finalize", "settings", "name", "via", "finish_by")
 # A field may be as long as a prompt; by default the module takes an eighth of that.
 csv.field_size_limit(RENDERED_MOST)
 

@@ -14,7 +14,7 @@ from governor.journal.schema import to_json
 from governor.run.account import line_of
 from governor.service.api.accept import BatchSpec, Incoming
 from governor.service.api.auth import Caller, needs
-from governor.service.api.bodies import Accepted, BatchList, BatchName, BatchOut, ErrorOut
+from governor.service.api.bodies import Accepted, BatchList, BatchName, BatchOut, ErrorOut, FinishByText, Via
 from governor.service.api.events import END
 from governor.service.api.incoming import QUERY, fingerprint_of, key_of, spooled, takes_lines
 from governor.service.api.state import Service, service_of
@@ -140,16 +140,27 @@ async def post_batch(
         Query(max_length=20, description="NAME=VALUE, of this batch alone; may be repeated."),
     ] = None,
     name: Annotated[BatchName, Query()] = "",
+    via: Annotated[Via, Query()] = "live",
+    finish_by: Annotated[FinishByText, Query()] = "",
 ) -> Response:
     """Run a batch of raw lines. It streams in; 202 when all of it is durable."""
     own = dict(each.split("=", 1) for each in settings or ())
     upload = await spooled(request)
     try:
-        fingerprint = fingerprint_of(upload.sha256, deadline_s, finalize, own, name)
+        way = [via, finish_by] if via != "live" else []
+        fingerprint = fingerprint_of(upload.sha256, deadline_s, finalize, own, name, *way)
         key = key_of(request, caller.name, fingerprint)
         incoming = Incoming(
             service.worker,
-            BatchSpec(who=caller.name, deadline_s=deadline_s, finalize=finalize, settings=own, name=name),
+            BatchSpec(
+                who=caller.name,
+                deadline_s=deadline_s,
+                finalize=finalize,
+                settings=own,
+                name=name,
+                via=via,
+                finish_by=finish_by,
+            ),
         )
         return await accepted(
             request, incoming, service, key, lambda: incoming.read(lambda: _from_start(upload.file), "batch")

@@ -171,6 +171,8 @@ def _incoming(service: Service, body: BatchRun, who: str, row: TemplateRow, *, s
         settings=body.settings,
         template=(row.template_id, row.version),
         name=body.name,
+        via=body.via,
+        finish_by=body.finish_by,
     )
     return Incoming(service.worker, spec, stores=stores)
 

@@ -25,6 +25,7 @@ from sqlalchemy import Connection, Select, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from governor import __version__
+from governor.batchapi.waves import WaveStage
 from governor.journal.checkpoint import taken_from
 from governor.journal.database import JournalError
 from governor.journal.journal import pool_numbers, stock_taken
@@ -49,6 +50,8 @@ from governor.journal.schema import (
     requests,
     run,
     settings_of,
+    wave_requests,
+    waves,
 )
 from governor.law import State
 from governor.model.errors import FailureCode
@@ -56,14 +59,16 @@ from governor.model.policy import Policy
 from governor.model.requests import CAUSES
 from governor.model.work import Work
 from governor.service.store.base import ServiceDatabase
-from governor.service.store.store import Store
-from governor.service.store.tables import BATCH_BITS, replicas
+from governor.service.store.store import ACTIVE, Store
+from governor.service.store.tables import BATCH_BITS, batches, replicas
 from governor.service.store.tables import legs as service_legs
 
 _T = TypeVar("_T")
 LOST = "this replica's lease was lost: another one has taken its batches over"
 # Between two attempts at a database that is away.
 AGAIN_S = 0.5
+# Waves whose tokens are in the provider's queue, or are about to be.
+IN_QUEUE = (WaveStage.PLANNED, WaveStage.UPLOADED, WaveStage.SUBMITTED)
 
 log = logging.getLogger("paceline.service")
 
@@ -220,8 +225,22 @@ class Ledger:
         c = requests.c
         mine = (c.request.between(*part_of(number)), c.state.in_((PENDING, IN_FLIGHT)))
         values = {"state": FAILED, "failure": FailureCode.BATCH_CANCELLED.value, "ended_s": at_s}
+        # Waves that could not be cancelled, since the account is refused, are nobody's from now on.
+        left = (waves.c.wave.between(*part_of(number)), waves.c.stage != WaveStage.CLOSED)
         with self.database.writing() as connection:
+            connection.execute(delete(wave_requests).where(wave_requests.c.request.between(*part_of(number))))
+            connection.execute(update(waves).where(*left).values(stage=WaveStage.CLOSED))
             return connection.execute(update(requests).where(*mine).values(values)).rowcount
+
+    # ------------------------------------------------------------ waves
+
+    def enqueued_elsewhere(self, me: int) -> dict[tuple[str, str], float]:
+        """Return the tokens that batches of other replicas have at the Batch API, by pool and model."""
+        w, b = waves.c, batches.c
+        query = select(w.pool, w.model, func.sum(w.tokens)).join(batches, b.number == w.wave.op(">>")(BATCH_BITS))
+        query = query.where(b.owner != me, b.state.in_(ACTIVE), w.stage.in_(IN_QUEUE)).group_by(w.pool, w.model)
+        with self.database.reading() as c:
+            return {(pool, model): float(tokens) for pool, model, tokens in c.execute(query)}
 
     # ------------------------------------------------------------ legs
 

@@ -14,7 +14,8 @@ from typing import Any
 from sqlalchemy import Connection, bindparam, delete, insert, select, text, update
 from sqlalchemy.exc import IntegrityError
 
-from governor.journal.schema import to_json
+from governor.journal.schema import to_json, waves
+from governor.journal.waves import WaveRow
 from governor.service.store.base import ServiceDatabase, session_name
 from governor.service.store.tables import batches, keys, replicas, settings, templates, tokens, versions
 
@@ -26,11 +27,13 @@ ENDED = (CANCELLED, COMPLETED)
 # `resume` is said once: the batch's owner turns it into `run`.
 RUN, PAUSE, CANCEL, RESUME = "run", "pause", "cancel", "resume"
 KEY_DAYS = 7.0
+# So many of the latest waves say how long the Batch API takes.
+WAVES_MEASURED = 50
 
 
 @dataclass(frozen=True, slots=True)
 class BatchRow:
-    """One batch as stored; times are seconds since 1970, -1 = not yet or unknown."""
+    """One batch as stored; `waves`: see `bodies.WaveOut`; times are seconds since 1970, -1 = not yet or unknown."""
 
     number: int
     batch_id: str
@@ -54,6 +57,9 @@ class BatchRow:
     template_version: int
     finalize: int
     deadline_s: float
+    via: str
+    finish_by: float
+    waves: list[dict[str, Any]]
     details: dict[str, Any]
 
 
@@ -133,7 +139,7 @@ class Store:
     def add_batch(self, c: Connection, values: Mapping[str, Any]) -> int:
         """Add a batch in the caller's transaction; return its number."""
         start: dict[str, Any] = {"name": "", "wanted": RUN, "reason": "", "created_at": self.database.now(c)}
-        start |= {"ended_at": -1.0, "eta_s": -1.0}
+        start |= {"ended_at": -1.0, "eta_s": -1.0, "waves": "[]"}
         start |= dict.fromkeys(("done", "failed", "in_flight", "attempts", "throttled", "resent"), 0)
         found = c.execute(insert(batches), start | dict(values) | {"details": to_json(values["details"])})
         key = found.inserted_primary_key
@@ -183,6 +189,13 @@ class Store:
                 mine = (b.number == bindparam("b_number"), b.owner == owner, *(b.state != ended for ended in ENDED))
                 new: dict[str, Any] = {name: bindparam(f"b_{name}") for name in names if name != "number"}
                 c.execute(update(batches).where(*mine).values(new), values)
+
+    def ended_waves(self, pool: str) -> list[WaveRow]:
+        """Return the latest waves of a pool that have ended, of whatever batch, newest first."""
+        w = waves.c
+        query = select(*(w[name] for name in WaveRow._fields)).where(w.pool == pool, w.ended_s >= 0.0)
+        with self.database.reading() as c:
+            return [WaveRow(*row) for row in c.execute(query.order_by(w.wave.desc()).limit(WAVES_MEASURED))]
 
     # ------------------------------------------------------------ leases
 
@@ -433,8 +446,8 @@ def _object(text: str) -> dict[str, Any]:
 
 
 def _batch(row: Any) -> BatchRow:
-    values = {name: getattr(row, name) for name in BatchRow.__slots__ if name != "details"}
-    return BatchRow(**values, details=_object(row.details))
+    values = {name: getattr(row, name) for name in BatchRow.__slots__ if name not in ("details", "waves")}
+    return BatchRow(**values, details=_object(row.details), waves=json.loads(row.waves))
 
 
 def _change(row: Any) -> Change:

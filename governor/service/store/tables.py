@@ -71,6 +71,9 @@ batches = Table(
     _whole("template_version"),
     _whole("finalize"),
     _number("deadline_s"),  # -1 = none
+    _short("via"),  # live, batch or auto
+    _number("finish_by"),  # of auto, -1 = none
+    _long("waves"),  # JSON: the latest waves at the Batch API
     _long("details"),  # JSON: settings, forecast, pools
 )
 Index("service_batches_by_state", batches.c.state, batches.c.owner)

@@ -9,9 +9,10 @@ line ahead; an empty feed is not the end: `more` is called when there is somethi
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate, islice
 
 from governor.journal.records import Records
 from governor.journal.rows import Pending
@@ -134,3 +135,35 @@ class Feed(Iterator[Work]):
         if any(cursor.has_some for cursor in self.cursors.values()):
             self.filled.set()
             self._more()
+
+
+class RosterLine:
+    """Batches that share a pool, as (requests, tokens) that wait: the work that precedes the end of any of them.
+
+    Turns go by tokens: only as much of a longer batch goes first as a shorter one has itself. The sums are made once,
+    so that asking for each of a thousand batches does not take a million steps.
+    """
+
+    def __init__(self, batches: Iterable[tuple[int, float]]) -> None:
+        known = sorted((tokens, float(requests)) for requests, tokens in batches if tokens > 0.0)
+        self._tokens = [tokens for tokens, _ in known]
+        # Before the i-th: all that shorter batches have. From it on: requests per token, times as much as is asked for.
+        self._before = list(accumulate(known, _added, initial=(0.0, 0.0)))
+        rates = accumulate((requests / tokens for tokens, requests in reversed(known)), initial=0.0)
+        self._rates = list(rates)[::-1]
+
+    def ahead_of(self, requests: int, tokens: float, *, is_in: bool) -> tuple[int, float]:
+        """Return requests and tokens launched by the end of a batch of that size, with it; `is_in`: one of these."""
+        if is_in and tokens > 0.0:
+            requests, own = 0, 0.0  # it is among them
+        else:
+            own = tokens
+        i = bisect_right(self._tokens, tokens)
+        sum_tokens, total = self._before[i]
+        sum_tokens += own + (len(self._tokens) - i) * tokens
+        total += requests + self._rates[i] * tokens
+        return round(total), sum_tokens
+
+
+def _added(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:
+    return a[0] + b[0], a[1] + b[1]

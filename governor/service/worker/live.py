@@ -36,6 +36,9 @@ def batch_json(row: BatchRow) -> dict[str, Any]:
         "template_version": row.template_version or None,
         "deadline_s": row.deadline_s if row.deadline_s >= 0.0 else None,
         "finalize": bool(row.finalize),
+        "via": row.via,
+        "finish_by": row.finish_by if row.finish_by >= 0.0 else None,
+        "waves": row.waves,
         "settings": details.get("settings", {}),
         "pools": details.get("pools", []),
     }

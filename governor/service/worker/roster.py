@@ -10,15 +10,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from bisect import bisect_right
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 from typing import Any
 
 from governor.journal.rows import Pending
+from governor.journal.schema import to_json
 from governor.model.policy import Policy
-from governor.model.requests import Answer, Attempt, Outcome, Request
+from governor.model.requests import BATCH, Answer, Attempt, Outcome, Request
 from governor.model.work import THROTTLES, Begun, Work, work_of
 from governor.scheduler.repeated_refusals import Refusals
 from governor.service.store.ledger import DatabaseRetries, FencedWriter, Ledger
@@ -38,21 +37,22 @@ from governor.service.store.store import (
     Store,
 )
 from governor.service.store.tables import BATCH_BITS
-from governor.service.worker.feed import Cursor
+from governor.service.worker.feed import Cursor, RosterLine
 from governor.service.worker.lane import Lane
+from governor.service.worker.waves import REASON_MOST, BatchWaves, WaveContext
 
 # The batches estimated at a time; and the relative change below which an ETA is not written again.
 ESTIMATED, ETA_RATIO = 50, 0.02
-
-# The length of the column.
-REASON_MOST = 255
 
 log = logging.getLogger("paceline.service")
 
 
 @dataclass(slots=True)
 class RunningBatch:
-    """One batch that this replica owns. `flying`: the numbers of its requests that are in flight."""
+    """One batch that this replica owns. `flying`: the numbers of its requests that are in flight, by live calls.
+
+    `waves`: its way through the Batch API, while that is under way; `held`: its requests in waves.
+    """
 
     row: BatchRow
     state: str
@@ -68,6 +68,13 @@ class RunningBatch:
     eta_s: float = -1.0
     busy: bool = False
     refusals: Refusals | None = None
+    waves: BatchWaves | None = None
+    held: int = 0
+
+    @property
+    def is_live(self) -> bool:
+        """Return whether its requests are live calls."""
+        return self.row.via != BATCH
 
     @property
     def number(self) -> int:
@@ -92,44 +99,12 @@ class RunningBatch:
             reason=self.reason,
             done=self.done,
             failed=self.failed,
-            in_flight=len(self.flying),
+            in_flight=len(self.flying) + self.held,
             attempts=self.attempts,
             throttled=self.throttled,
             resent=self.resent,
             eta_s=self.eta_s,
         )
-
-
-class RosterLine:
-    """Batches that share a pool, as (requests, tokens) that wait: the work that precedes the end of any of them.
-
-    Turns go by tokens: only as much of a longer batch goes first as a shorter one has itself. The sums are made once,
-    so that asking for each of a thousand batches does not take a million steps.
-    """
-
-    def __init__(self, batches: Iterable[tuple[int, float]]) -> None:
-        known = sorted((tokens, float(requests)) for requests, tokens in batches if tokens > 0.0)
-        self._tokens = [tokens for tokens, _ in known]
-        # Before the i-th: all that shorter batches have. From it on: requests per token, times as much as is asked for.
-        self._before = list(accumulate(known, _added, initial=(0.0, 0.0)))
-        rates = accumulate((requests / tokens for tokens, requests in reversed(known)), initial=0.0)
-        self._rates = list(rates)[::-1]
-
-    def ahead_of(self, requests: int, tokens: float, *, is_in: bool) -> tuple[int, float]:
-        """Return requests and tokens launched by the end of a batch of that size, with it; `is_in`: one of these."""
-        if is_in and tokens > 0.0:
-            requests, own = 0, 0.0  # it is among them
-        else:
-            own = tokens
-        i = bisect_right(self._tokens, tokens)
-        sum_tokens, total = self._before[i]
-        sum_tokens += own + (len(self._tokens) - i) * tokens
-        total += requests + self._rates[i] * tokens
-        return round(total), sum_tokens
-
-
-def _added(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:
-    return a[0] + b[0], a[1] + b[1]
 
 
 class Roster:
@@ -151,6 +126,7 @@ class Roster:
         spawn: Callable[[Coroutine[Any, Any, None]], None],
         since_s: Callable[[], float],
         over: Callable[[], None],
+        waves: WaveContext,
     ) -> None:
         self.running: dict[int, RunningBatch] = {}
         self.by_id: dict[str, int] = {}
@@ -163,6 +139,7 @@ class Roster:
         self._spawn = spawn
         self._since_s = since_s
         self._over = over
+        self._waves = waves
 
     def batch(self, batch_id: str) -> BatchRow | None:
         """Return the present state of a batch; None if it is not here."""
@@ -199,7 +176,9 @@ class Roster:
             await self.obey(batch, CANCEL)
         elif row.wanted == PAUSE or row.state in (PAUSED, STOPPED):
             batch.state = STOPPED if row.state == STOPPED and row.wanted == RUN else PAUSED
-        elif batch.left <= 0:
+            if not batch.is_live:  # what is at the provider is collected all the same
+                self._submit(batch)
+        elif batch.left <= 0 and batch.is_live:
             self._spawn(self._finish(batch))
         else:
             self._feed(batch, is_new=fresh)
@@ -207,7 +186,7 @@ class Roster:
     def _watch_refusals(self, batch: RunningBatch) -> None:
         """Stop a batch whose first requests all meet the same refusal; other batches of its pools go on."""
         models = batch.row.details.get("models")
-        if models is not None:  # batches accepted by an earlier version do not say
+        if models is not None and batch.is_live:  # batches accepted by an earlier version do not say
             then, answered = "then resume the batch", batch.done > 0
             batch.refusals = Refusals(models, answered=answered, halt=lambda line: self._halt(batch, line), then=then)
 
@@ -222,6 +201,9 @@ class Roster:
         batch.state = RUNNING if batch.attempts else QUEUED
         batch.reason = ""
         batch.changed = True
+        if not batch.is_live:
+            self._submit(batch)
+            return
         for name in batch.row.details.get("pools", list(self._lanes)):
             lane = self._lanes.get(name)
             if lane is None:
@@ -263,14 +245,24 @@ class Roster:
         held = batch.state in (PAUSED, STOPPED)
         if wanted == CANCEL:
             batch.state, batch.changed = CANCELLING, True
+            if not batch.is_live:
+                if batch.waves is None:
+                    self._submit(batch)
+                assert batch.waves is not None
+                batch.waves.cancel()
             await self._withdraw(batch)
             self._end_if_over(batch)
         elif wanted == PAUSE and batch.state in (QUEUED, RUNNING):
             batch.state, batch.changed = PAUSED, True
+            if batch.waves is not None:
+                batch.waves.pause()
             await self._withdraw(batch)
         elif wanted == RUN and held and not batch.busy:
             batch.busy = True
             try:
+                if batch.waves is not None:
+                    await batch.waves.end()
+                    batch.waves = None
                 # Withdrawn requests are read again from the records: first these must hold everything that has
                 # happened.
                 await self._writer.flushed()
@@ -278,7 +270,7 @@ class Roster:
             finally:
                 batch.busy = False
             self._watch_refusals(batch)
-            if batch.left - len(batch.flying) > 0:
+            if batch.left - len(batch.flying) > 0 or not batch.is_live:
                 self._feed(batch)
             else:
                 batch.state, batch.changed = RUNNING, True
@@ -291,6 +283,43 @@ class Roster:
         for cursor in cursors:
             await cursor.close()
 
+    def _submit(self, batch: RunningBatch) -> None:
+        """Go on with a batch at the Batch API. One that is held submits nothing, but is collected."""
+        why = batch.reason or batch.state if batch.state == STOPPED else ""
+        waves = BatchWaves(batch.row, self._waves, halted=why, is_paused=batch.state == PAUSED)
+        batch.waves = waves
+        self._spawn(self._submitted(batch, waves))
+
+    async def _submitted(self, batch: RunningBatch, waves: BatchWaves) -> None:
+        why = await waves.run()
+        if batch.waves is not waves or waves.is_leaving:
+            return
+        self.look_at_waves(batch)
+        batch.waves, batch.held = None, 0
+        if batch.left > 0 and batch.state in (QUEUED, RUNNING):
+            batch.state, batch.reason, batch.changed = STOPPED, (waves.said or why)[:REASON_MOST], True
+        self._end_if_over(batch)
+
+    def look_at_waves(self, batch: RunningBatch) -> None:
+        """Take over what has become of a batch's waves."""
+        waves = batch.waves
+        if waves is None or not waves.drivers:
+            return
+        shown = waves.shown()
+        if shown != batch.row.waves or waves.held != batch.held:
+            batch.row, batch.held, batch.changed = replace(batch.row, waves=shown), waves.held, True
+        if batch.state == QUEUED and waves.held:
+            batch.state = RUNNING
+        if waves.halted and batch.state in (QUEUED, RUNNING):
+            batch.state, batch.reason, batch.changed = STOPPED, (waves.said or waves.halted)[:REASON_MOST], True
+
+    def leave_waves(self) -> bool:
+        """Have the next owner of the batches go on with their waves; return whether a call is still under way."""
+        for batch in self.running.values():
+            if batch.waves is not None:
+                batch.waves.leave()
+        return bool(self._waves.running)
+
     def _withdraw_waiting(self, batch: RunningBatch) -> None:
         number = batch.number
         for lane in self._lanes.values():
@@ -302,7 +331,8 @@ class Roster:
             return
         log.error("pool %s: stopped (%s); resume a batch once that is solved", pool, why)
         for batch in self.running.values():
-            if batch.state in (QUEUED, RUNNING) and pool in batch.row.details.get("pools", ()):
+            is_there = batch.is_live and pool in batch.row.details.get("pools", ())
+            if is_there and batch.state in (QUEUED, RUNNING):
                 batch.state, batch.reason, batch.changed = STOPPED, why, True
                 self._spawn(self._withdraw(batch))
 
@@ -322,6 +352,7 @@ class Roster:
         batch = self.running[number]
         batch.flying.discard(attempt.request)
         batch.throttled += attempt.outcome in THROTTLES
+        batch.attempts += attempt.lane == BATCH  # nothing has said that it was launched
         if batch.refusals is not None and attempt.outcome is Outcome.OK:
             batch.refusals.succeeded()
         batch.changed = True
@@ -350,7 +381,7 @@ class Roster:
 
     def _end_if_over(self, batch: RunningBatch) -> None:
         over = batch.left <= 0 or (batch.state == CANCELLING and not batch.flying)
-        if over and not batch.busy and batch.state not in (CANCELLED, COMPLETED):
+        if over and batch.waves is None and not batch.busy and batch.state not in (CANCELLED, COMPLETED):
             batch.busy = True
             self._spawn(self._finish(batch))
 
@@ -387,13 +418,15 @@ class Roster:
     async def estimate(self) -> None:
         """Estimate when each batch will be done: those of a pool share its quota equally, whatever their lengths."""
         lines = {name: self._line(name) for name in self._lanes}
+        self._waves.tick()
         for i, batch in enumerate(list(self.running.values()), 1):
             if i % ESTIMATED == 0:
                 await asyncio.sleep(0)  # let waiting clients be answered
-            eta_s = 0.0
+            self.look_at_waves(batch)
+            eta_s = 0.0 if batch.waves is None else batch.waves.eta_s
             if batch.state in (PAUSED, STOPPED):
                 eta_s = -1.0
-            for name in batch.row.details.get("pools", ()) if eta_s == 0.0 else ():
+            for name in batch.row.details.get("pools", ()) if eta_s == 0.0 and batch.is_live else ():
                 lane = self._lanes.get(name)
                 if lane is None:
                     continue
@@ -412,7 +445,7 @@ class Roster:
         return RosterLine(
             batch.waiting
             for batch in self.running.values()
-            if batch.state in (QUEUED, RUNNING) and pool in batch.row.details["pools"]
+            if batch.is_live and batch.state in (QUEUED, RUNNING) and pool in batch.row.details["pools"]
         )
 
     def ahead_of(self, requests: int, tokens: float, pool: str) -> tuple[int, float]:
@@ -430,4 +463,5 @@ def progress_of(batch: RunningBatch) -> dict[str, Any]:
     """Return the columns of a batch that change while it runs."""
     names = ("state", "reason", "done", "failed", "in_flight", "attempts", "throttled", "resent", "eta_s")
     row = batch.now()
-    return {"number": batch.number} | {name: getattr(row, name) for name in names}
+    found = {"number": batch.number} | {name: getattr(row, name) for name in names}
+    return found if batch.is_live else found | {"waves": to_json(row.waves)}

@@ -22,6 +22,7 @@ from governor.journal.database import JournalError
 from governor.journal.recorder import Recorder
 from governor.model.errors import PacelineError
 from governor.model.requests import Answer, Attempt, Request
+from governor.run.via.wave_run import connect_batch_with
 from governor.service.config import ServiceConfig
 from governor.service.store.base import replica_name
 from governor.service.store.ledger import DatabaseRetries, FencedWriter, LeaseLostError, Ledger
@@ -30,6 +31,7 @@ from governor.service.worker.lane import Lane, LaneSender, lane_of
 from governor.service.worker.lease import ReplicaLease
 from governor.service.worker.policies import Policies
 from governor.service.worker.roster import Roster, RunningBatch, progress_of
+from governor.service.worker.waves import WaveContext
 from governor.telemetry.metrics import Metrics
 
 _TICK_S = 0.5
@@ -56,6 +58,7 @@ class Worker:
         self.policies = Policies(config.pools, store)
         self.lanes: dict[str, Lane] = {}
         self.roster: Roster | None = None
+        self.waves: WaveContext | None = None
         self.ready = False
         self.trouble = "it is starting"
         self.neighbours = 0
@@ -152,6 +155,16 @@ class Worker:
             )
             if self.lanes[pool.name].governor.s.paused:
                 self.lanes[pool.name].governor.resume()  # an earlier life ended while the database was away
+        self.waves = WaveContext(
+            ledger=self.ledger,
+            writer=self.writer,
+            lanes=self.lanes,
+            patience=self._patience,
+            metrics=self.metrics,
+            connect=connect_batch_with(config.environment),
+            may_call=self._lease_held,
+            worker=self,
+        )
         self.roster = Roster(
             store,
             self.ledger,
@@ -162,6 +175,7 @@ class Worker:
             spawn=self._spawn,
             since_s=self._since_s,
             over=self._tell,
+            waves=self.waves,
         )
         await self._claim()
         await self._lease_held()  # a frozen process may have been held up for longer than a lease
@@ -177,11 +191,17 @@ class Worker:
         for lane in self.lanes.values():
             lane.governor.stop("SHUTDOWN")
         end = time.monotonic() + self.config.grace_s
-        while any(lane.governor.attempts.count for lane in self.lanes.values()) and time.monotonic() < end:
+        while (self._leaves_waves() or self._has_calls()) and time.monotonic() < end:
             await asyncio.sleep(0.02 * self.config.time_scale)
         if self.writer is not None and self._away:
             with contextlib.suppress(TimeoutError, JournalError):
                 await asyncio.wait_for(self.writer.flushed(), max(0.0, end - time.monotonic()) * self.config.time_scale)
+
+    def _leaves_waves(self) -> bool:
+        return self.roster is not None and self.roster.leave_waves()
+
+    def _has_calls(self) -> bool:
+        return any(lane.governor.attempts.count for lane in self.lanes.values())
 
     async def _end(self, tasks: Iterable[asyncio.Task[Any]]) -> None:
         """End this life: release everything, as far as the database can be reached."""
@@ -197,9 +217,11 @@ class Worker:
                 await cursor.close()
             await lane.send.aclose()
             await lane.governor.aclose()
+        if self.waves is not None:
+            await self.waves.aclose()
         batches = list(self.batches.values())
         at_s = self._since_s()
-        self.roster, self.lanes = None, {}
+        self.roster, self.waves, self.lanes = None, None, {}
         writer, self.writer = self.writer, None
         lease, self._lease = self._lease, None
         with contextlib.suppress(JournalError):
@@ -394,6 +416,8 @@ class Worker:
         if rows:
             self.store.progress(self.replica, rows)
         self.neighbours = self.store.neighbours(self.replica)
+        if self.waves is not None and self.waves.running:
+            self.waves.elsewhere = self.ledger.enqueued_elsewhere(self.replica) if self.neighbours else {}
         return self.store.wanted(self.replica), bool(self.store.free_batches(self.replica))
 
     def _tell(self) -> None:

@@ -14,8 +14,9 @@ import pytest
 
 from governor.forecast.preflight import preflight
 from governor.journal.database import JournalError
+from governor.model.errors import BadSetting
 from governor.model.policy import Policy
-from governor.model.pools import Pool
+from governor.model.pools import Azure, Pool
 from governor.profiles.loader import prices_in_force
 from governor.service.api import accept
 from governor.service.api.accept import BatchSpec, Incoming, PoolVerdict
@@ -88,6 +89,14 @@ def test_a_file_counts_as_the_services_setting_says(replica: Worker) -> None:
     made.read(lambda: map(json.dumps, lines), "batch")
     asked = _sent(lines, replica.config.file_tokens)["sizes"]
     assert made._buffer[0].request.sizes.chars == asked["chars"][0] == 4 * 9_000
+
+
+def test_an_azure_deployment_has_no_batch_api(replica: Worker) -> None:
+    azure = Azure("https://example.openai.azure.com", "2024-10-21", "gpt-41")
+    made = Incoming(replica, BatchSpec(who="me", via="batch"))
+    made.pools = [Pool(policy=Policy(), azure=azure)]
+    with pytest.raises(BadSetting, match="Azure deployment, whose Batch API is not supported: run it live"):
+        made.read(lambda: [json.dumps(line("q-0"))], "batch")
 
 
 def test_the_loser_of_two_with_one_key_leaves_the_next_batch_alone(replica: Worker) -> None:

@@ -26,7 +26,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
     unsupported_method,
 )
-from sqlalchemy import text
+from sqlalchemy import BigInteger, inspect, text
 
 from governor.journal import schema as journal
 from governor.service.store import tables
@@ -152,11 +152,17 @@ def test_a_database_of_the_first_version_is_brought_up_to_date(kind: str, tmp_pa
         stack.callback(database.closed)
         database.prepared()
         with database.writing() as c:
-            for table, column in (("service_replicas", "commits"), ("service_batches", "name")):
-                c.execute(text(f"ALTER TABLE {table} DROP COLUMN {column}"))
+            for column in ("name", "via", "finish_by", "waves"):
+                c.execute(text(f"ALTER TABLE service_batches DROP COLUMN {column}"))
+            c.execute(text("ALTER TABLE service_replicas DROP COLUMN commits"))
+            if kind == "postgresql":
+                c.execute(text("ALTER TABLE waves ALTER COLUMN wave TYPE INTEGER"))
             c.execute(text("UPDATE alembic_version SET version_num = 'v0001'"))
         database.prepared()
         assert Store(database).join("new", 1.0) == 1
+        with database.reading() as c:
+            (wave,) = (column for column in inspect(c).get_columns("waves") if column["name"] == "wave")
+        assert kind == "sqlite" or isinstance(wave["type"], BigInteger)
 
 
 def test_ids_do_not_repeat() -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from governor.service.worker.roster import Roster, RosterLine, RunningBatch
+from governor.service.worker.feed import RosterLine
+from governor.service.worker.roster import Roster, RunningBatch
 
 
 def plainly(others: list[tuple[int, float]], requests: int, tokens: float) -> tuple[float, float]:
@@ -36,8 +37,10 @@ def test_what_goes_before_the_end_of_a_batch(seed: int) -> None:
 def test_what_is_in_flight_has_its_tokens_booked_and_goes_before_nobody() -> None:
     """Counted as waiting, too, it would have filled the minute twice: the next batch seemed to need another one."""
     nothing: Any = None
-    roster = Roster(nothing, nothing, 1, nothing, {}, nothing, spawn=nothing, since_s=lambda: 0.0, over=lambda: None)
-    row: Any = SimpleNamespace(requests=4, details={"pools": ["default"]})
+    roster = Roster(
+        nothing, nothing, 1, nothing, {}, nothing, spawn=nothing, since_s=lambda: 0.0, over=lambda: None, waves=nothing
+    )
+    row: Any = SimpleNamespace(requests=4, details={"pools": ["default"]}, via="live")
     batch = RunningBatch(row, "running", 1, 0, 3, 0, 0, left_tokens=30_000.0, flying={2, 3})
     roster.running[7] = batch
     assert batch.waiting == (1, 10_000.0)
