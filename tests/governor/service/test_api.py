@@ -154,6 +154,8 @@ def test_a_database_of_the_first_version_is_brought_up_to_date(kind: str, tmp_pa
         with database.writing() as c:
             for column in ("name", "via", "finish_by", "waves"):
                 c.execute(text(f"ALTER TABLE service_batches DROP COLUMN {column}"))
+            for column in ("service_tier", "cache_write_tokens"):
+                c.execute(text(f"ALTER TABLE attempts DROP COLUMN {column}"))
             c.execute(text("ALTER TABLE service_replicas DROP COLUMN commits"))
             if kind == "postgresql":
                 c.execute(text("ALTER TABLE waves ALTER COLUMN wave TYPE INTEGER"))

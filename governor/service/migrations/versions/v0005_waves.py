@@ -5,10 +5,10 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
-from governor.journal.schema import background, run, wave_requests, waves
+from governor.journal.schema import background, wave_requests, waves
 
-revision = "v0004"
-down_revision = "v0003"
+revision = "v0005"
+down_revision = "v0004"
 branch_labels = None
 depends_on = None
 
@@ -22,10 +22,8 @@ def upgrade() -> None:
     op.add_column("service_batches", sa.Column("via", sa.String(255), nullable=False, server_default="live"))
     op.add_column("service_batches", sa.Column("finish_by", sa.Double(), nullable=False, server_default="-1"))
     op.add_column("service_batches", sa.Column("waves", sa.Text(), nullable=False, server_default="[]"))
-    op.execute(run.update().values(schema=4))
 
 
 def downgrade() -> None:
-    op.execute(run.update().values(schema=3))
     for column in ("waves", "finish_by", "via"):
         op.drop_column("service_batches", column)
