@@ -423,9 +423,9 @@ def page_of(scores: Sequence[Score], failures: Sequence[str], given: argparse.Na
     ]
     pairs = len({score.pair for score in scores})
     clock = f"clocks {given.time_scale:g} times as fast" if given.time_scale else "on own time"
+    took = ", as kept by an earlier run of the command" if given.kept else f"; {took_s / 60.0:.0f} minutes"
     lines = [
-        f"{pairs} pairs of seed {given.seed}, three live runs each, {clock}; {took_s / 60.0:.0f} minutes. "
-        f"Pairs that failed: {len(failures)}.",
+        f"{pairs} pairs of seed {given.seed}, three live runs each, {clock}{took}. Pairs that failed: {len(failures)}.",
         *(f"\n* {failure}" for failure in failures),
         "",
         rows(HEADER, summed_up(scores)[0]),

@@ -305,6 +305,8 @@ def _unknowns(observed: Observed, answers: NDArray[np.int64], times: LatencyFit 
         told["charge_rules"] = False
     if found["settles"].known:
         told["settles"] = float(found["settles"].used)
+    if _shows_no_window(observed, found):
+        told["windows"] = True
     others = found["share of others"]
     if others.low is not None and others.high is not None:
         told["cotenant_share"] = (min(0.95, round(others.low, 4)), min(0.95, round(others.high, 4)))
@@ -332,8 +334,18 @@ def _by_expected(observed: Observed, answers: NDArray[np.int64]) -> Real:
     return found[np.argsort(observed.request[rows], kind="stable")] if observed.batch else found
 
 
+def _shows_no_window(observed: Observed, found: QuotaFit) -> bool:
+    """Return whether neither counts in headers nor refusals show anything of how minutes are counted."""
+    return not found["window"].known and not (observed.stated[:, [1, 3]] >= 0.0).any()
+
+
 def _notes(observed: Observed, found: QuotaFit) -> tuple[str, ...]:
     notes = []
+    if _shows_no_window(observed, found):
+        notes.append(
+            "learnt nothing about the window, nor when tokens count: no header states counts, and too few refusals "
+            "came; forecasts and plans draw both: ask by `paceline probe`"
+        )
     if found["share of others"].known and found["share of others"].used > 0.0:
         notes.append("others are assumed to use their share evenly: bursts are not fitted")
     if (observed.tries.max_tokens < 0).all():

@@ -2,8 +2,9 @@
 
 Theory of operation. The listed conditions change one thing at a time, by an amount that we chose; reality is a mixture.
 So all unknowns are drawn at once, each from its range: the provider's charge rule, whether it settles, the share of the
-quota that others take and in what bursts, the drift of latency, and how much longer answers are than assumed. Factors
-are log-uniform, shares uniform. Draw i is keyed by the scenario's seed and i, like all chance here, so more draws do
+quota that others take and in what bursts, the drift of latency, and how much longer answers are than assumed; after a
+run that showed nothing of it, also how minutes are counted, when tokens are, and what refusals state. Factors are
+log-uniform, shares uniform. Draw i is keyed by the scenario's seed and i, like all chance here, so more draws do
 not change earlier ones. A charge rule under which some request could never run is not drawn.
 """
 
@@ -27,6 +28,9 @@ FRESH_SEEDS = 1_000_000
 FRESH_DRAWS = 1_000
 
 _BURST_S, PERIOD_S = (5.0, 30.0), 60.0
+WINDOWS = ("bucket", "clock", "anchored", "sliding")
+# What gateways state of every refusal, whatever is left of the minute, seconds.
+_CONSTANT_WAIT_S = 60
 
 
 class Unknowns(Config):
@@ -34,10 +38,13 @@ class Unknowns(Config):
 
     `latency_factor`, `output_factor`: multiples of the assumed latency and answer lengths. `cotenant_share`: share of
     the quota that others take in bursts. `settles`: probability that the provider settles. `charge_rules`: whether
-    another charge rule may apply. `counts_at_answer`: probability that header counts refer to the moment of the answer.
+    another charge rule may apply. `windows`: whether any window may apply, tokens may count at the answer, and one
+    constant wait may be stated, each unless learnt. `counts_at_answer`: probability that header counts refer to the
+    moment of the answer.
     """
 
     charge_rules: bool = True
+    windows: bool = False
     counts_at_answer: Annotated[float, Field(ge=0, le=1)] = 0.5
     settles: Annotated[float, Field(ge=0, le=1)] = 0.5
     cotenant_share: Range = (0.0, 0.3)
@@ -66,6 +73,7 @@ class Unknowns(Config):
 
         parts = [
             "any other charge rule that fits" if self.charge_rules else "the charge rule as known",
+            *(["any window, gate and stated wait that was not learnt"] if self.windows else []),
             {0.0: "no settling", 1.0: "settling"}.get(self.settles, f"settling with probability {self.settles:g}"),
             f"counts dated at the answer with probability {self.counts_at_answer:g}",
             f"others on the quota {span('cotenant_share', percent=True)} in bursts",
@@ -109,6 +117,14 @@ def _one(scenario: Scenario, unknowns: Unknowns, rules: list[str], i: int) -> Sc
     if "other users of the quota" not in provider.learnt:
         share = max(provider.cotenant.share, share)
     cotenant = {"share": share, "burst_s": between(_BURST_S, 3), "period_s": PERIOD_S} if share > 0.0 else {}
+    habits: dict[str, object] = {}
+    if unknowns.windows and "window" not in provider.learnt:
+        window = WINDOWS[int(len(WINDOWS) * u(7))]
+        habits = {"window": window, "phase_s": 60.0 * u(8) if window == "clock" else 0.0}
+        if u(9) < 0.5:
+            habits["charged"] = "answer"
+        if "Retry-After" not in provider.learnt and u(10) < 0.5:
+            habits["retry_after"] = _CONSTANT_WAIT_S
     late = provider.latency.model_dump()
     scale = min(1_000.0, late["scale"] * factor(unknowns.latency_factor, 4))
     longer = factor(unknowns.output_factor, 5)
@@ -122,5 +138,6 @@ def _one(scenario: Scenario, unknowns: Unknowns, rules: list[str], i: int) -> Sc
             counts="answer" if provider.counts == "admission" and u(6) < unknowns.counts_at_answer else provider.counts,
             cotenant=cotenant,
             latency={**late, "scale": scale},
+            **habits,
         ),
     )

@@ -76,6 +76,7 @@ def test_counts_in_headers_tell_the_window_and_what_others_take(window: str, pha
         log = write_log(known.scenario.with_(provider=provider), tmp_path / f"{number}.csv")
         found = calibrate(read_sources([str(log)], {}))
         assert found["window"].value in (None, window), (number, found["window"].how)
+        assert not found.unknowns.windows
         assert (found["window"].used == "bucket") == (window == "bucket"), number
         assert found["share of others"].value in (None, 0.0), (number, found["share of others"].how)
         phase = found["phase"]
@@ -412,6 +413,8 @@ def test_batch_output_teaches_lengths_and_says_what_it_cannot(tmp_path: Path) ->
     text = text_of(found, None)
     assert "cannot be told" in text
     assert "fewer than 20 answers have a time" in text
+    assert found.unknowns.windows
+    assert "learnt nothing about the window" in text
 
 
 def test_command_writes_a_scenario_that_simulate_takes(tmp_path: Path, capsys) -> None:

@@ -18,7 +18,7 @@ from sim.experiment.runs import Runs
 from sim.model.provider_config import ProviderConfig
 from sim.scenario.scenario import ModelSource, Scenario
 from sim.scenario.stress import Condition
-from sim.scenario.unknowns import FRESH_SEEDS, Unknowns, drawn
+from sim.scenario.unknowns import FRESH_SEEDS, WINDOWS, Unknowns, drawn
 from sim.selection.evidence import NAMES, Evidence
 from sim.selection.hardening import Stress
 from sim.selection.search import Goal, Searcher
@@ -70,6 +70,17 @@ def test_what_is_known_stays() -> None:
     found = drawn(tight, Unknowns(), range(40))
     assert all(each.scenario.charges().max() <= 4_700 for each in found)
     assert {each.scenario.provider.charge_rule for each in found} < {"auto", "prompt_plus_max", "max_of", "responses"}
+
+
+def test_any_window_and_gate_is_drawn_if_nothing_showed_them() -> None:
+    base = scenario(retry_after="seconds")
+    found = [each.scenario.provider for each in drawn(base, Unknowns(windows=True), range(100))]
+    assert {(p.window, p.charged) for p in found} == {(w, c) for w in WINDOWS for c in ("admission", "answer")}
+    assert {p.retry_after for p in found} == {"seconds", 60}
+    assert all((p.phase_s > 0.0) == (p.window == "clock") for p in found)
+    learnt = scenario(window="sliding", learnt=("window",), learnt_from="a log")
+    for settled in (drawn(base, Unknowns(), range(20)), drawn(learnt, Unknowns(windows=True), range(20))):
+        assert len({(p.window, p.charged, p.retry_after) for p in (each.scenario.provider for each in settled)}) == 1
 
 
 @pytest.mark.parametrize(
