@@ -58,17 +58,19 @@ class Pair:
 
     def __init__(self, bag: Any) -> None:
         self.bag = bag
-        self.record = array_of(bag).view(np.recarray)[0]
+        array = array_of(bag)
+        self.record = array.view(np.recarray)[0]
+        self.fields = {name: array[name] for name in type(bag).__slots__}  # views: a record looks names up anew
 
     def differing(self, large: bool = True) -> list[str]:
         """The fields that differ in any bit; `large` ones are looked at too if asked for."""
         faults = []
-        for name in type(self.bag).__slots__:
+        for name, theirs in self.fields.items():
             ours = getattr(self.bag, name)
             if isinstance(ours, list):
-                if (large or len(ours) <= 8) and np.array(ours, np.float64).tobytes() != self.record[name].tobytes():
+                if (large or len(ours) <= 8) and struct.pack(f"<{len(ours)}d", *ours) != theirs.tobytes():
                     faults.append(name)
-            elif bits(ours) != bits(self.record[name].item()):
+            elif bits(ours) != bits(theirs.item()):
                 faults.append(name)
         return faults
 
