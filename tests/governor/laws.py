@@ -241,7 +241,8 @@ class Pool:
                 if cause not in job.asked:
                     job.asked.add(cause)
                     self.deferrals[cause] = self.deferrals.get(cause, 0) + 1
-                if at < math.inf:
+                if at < math.inf and at != self.wake_at:
+                    self.wake_at = at  # one wake for a moment: each asks about the head again, and would set another
                     self.at(at, self._woken, 4)
                 return
             heappop(self.queue)
@@ -249,6 +250,8 @@ class Pool:
 
     def _woken(self, now: float) -> None:
         """A wake does nothing by itself: after every event the head is asked about."""
+        if now >= self.wake_at:
+            self.wake_at = math.inf
 
     # ---------------------------------------------------------------- an attempt
 
