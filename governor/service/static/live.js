@@ -9,6 +9,7 @@ const SERIES_EVERY_MS = 2500;
 const SHOWN = 20;
 const SLOTS_SHOWN = 60;
 const OVER = ["completed", "cancelled"];
+const WAYS = { batch: "Batch API", auto: "cheapest in time" };
 const VERBS = { pause: "Pause", resume: "Resume", cancel: "Cancel" };
 
 let chart = null;
@@ -30,6 +31,7 @@ export function startLive(connection) {
   chart = paceChart($("pace"), () => stepS);
   $("pool").addEventListener("change", () => (render(), refresh()));
   $("start-form").addEventListener("submit", startBatch);
+  $("start-via").addEventListener("change", showBy);
   listen(
     "/live/events",
     (name, content) => {
@@ -179,13 +181,15 @@ function newRow(batch) {
   const act = (verb) =>
     element("button", { type: "button", "data-verb": verb, "aria-label": `${VERBS[verb]} ${id}`, onclick: () => steer(id, verb) }, VERBS[verb]);
   const progress = element("progress", { max: "1", value: "0", "aria-label": `Progress of ${id}` });
+  const waves = element("details", { class: "waves", hidden: batch.via === "live" }, element("summary"), element("ul"));
+  const way = batch.via === "live" ? [] : [element("span", { class: "note" }, WAYS[batch.via])];
   const link = element("a", { href: `#what-if?batch=${id}`, "aria-label": `What if, for ${id}` }, "What if");
   return element(
     "tr",
     {},
-    element("th", { scope: "row", class: "id", title: id }, ...(batch.name ? [batch.name] : []), element("span", { class: "short" }, `…${id.slice(-6)}`)),
+    element("th", { scope: "row", class: "id", title: id }, ...(batch.name ? [batch.name] : []), element("span", { class: "short" }, `…${id.slice(-6)}`), ...way),
     element("td", { "data-is": "state" }),
-    element("td", {}, progress, element("span", { "data-is": "done", class: "note" })),
+    element("td", {}, progress, element("span", { "data-is": "done", class: "note" }), waves),
     element("td", { "data-is": "flying", class: "number" }),
     element("td", { "data-is": "throttled", class: "number" }),
     element("td", { "data-is": "eta", class: "number" }),
@@ -202,6 +206,7 @@ function fillRow(row, batch) {
   // Of a batch that was cancelled most of these were never sent.
   const failed = batch.failed ? `, ${count(batch.failed)} ${batch.state === "cancelled" ? "not done" : "failed"}` : "";
   say(cell("done"), `${count(batch.done)} of ${count(batch.requests)}${failed}`);
+  if (batch.via !== "live") fillWaves(row.querySelector(".waves"), batch.waves);
   say(cell("flying"), count(batch.in_flight));
   say(cell("throttled"), count(batch.throttled));
   say(cell("eta"), over ? "" : held || batch.eta_s === null ? "not while held" : duration(batch.eta_s));
@@ -216,6 +221,26 @@ function fillRow(row, batch) {
   }
 }
 
+/** The files at the Batch API, newest first; what was opened stays open. */
+function fillWaves(box, waves) {
+  const open = waves.filter((wave) => wave.stage !== "closed").length;
+  const total = waves[waves.length - 1]?.wave ?? 0;
+  say(box.querySelector("summary"), total ? `${counted(total, "wave")}${open ? `, ${count(open)} open` : ""}` : "no wave yet");
+  const list = box.querySelector("ul");
+  const texts = waves.map(waveText).reverse();
+  while (list.children.length > texts.length) list.lastChild.remove();
+  while (list.children.length < texts.length) list.append(element("li"));
+  texts.forEach((text, i) => say(list.children[i], text));
+}
+
+function waveText(wave) {
+  const stages = { planned: "to be uploaded", uploaded: "uploaded", ended: "to be collected" };
+  const state = stages[wave.stage] ?? (wave.status.replaceAll("_", " ") || "submitted");
+  const failed = wave.failed ? `, ${count(wave.failed)} failed` : "";
+  const answered = wave.total ? `: ${count(wave.completed)} of ${count(wave.total)} answered${failed}` : "";
+  return `${wave.wave}: ${counted(wave.requests, "request")} to ${wave.model}, ${state}${answered}`;
+}
+
 /** A link to a file: as it stands where no token is needed, else fetched with it. */
 async function fetchFile(event) {
   try {
@@ -226,19 +251,26 @@ async function fetchFile(event) {
 }
 
 async function steer(id, verb) {
-  const short = `batch ${called(listed.find((batch) => batch.batch_id === id) ?? { batch_id: id })}`;
+  const batch = listed.find((each) => each.batch_id === id) ?? { batch_id: id };
+  const short = `batch ${called(batch)}`;
   if (verb === "cancel") {
-    const text = "What is in flight ends; everything else is recorded as cancelled. This cannot be undone.";
+    const ends = WAYS[batch.via] ? "Waves at the provider are cancelled, their answers are kept" : "What is in flight ends";
+    const text = `${ends}; everything else is recorded as cancelled. This cannot be undone.`;
     if (!(await confirmed(`Cancel ${short}?`, element("p", {}, text), "Cancel the batch"))) return;
   }
   try {
-    const batch = await ask(`/batches/${id}/${verb}`, { method: "POST" });
-    overlay([batch]);
+    const found = await ask(`/batches/${id}/${verb}`, { method: "POST" });
+    overlay([found]);
     renderBatches();
-    say($("batch-said"), `${short} is ${batch.state}.`);
+    say($("batch-said"), `${short} is ${found.state}.`);
   } catch (error) {
     say($("batch-said"), `${VERBS[verb]} did not work: ${error.message}`);
   }
+}
+
+/** Only the cheapest mix is asked by when it must be done. */
+function showBy() {
+  $("start-by-field").hidden = $("start-via").value !== "auto";
 }
 
 async function startBatch(event) {
@@ -246,11 +278,14 @@ async function startBatch(event) {
   const file = $("start-file").files[0];
   say($("batch-said"), `Sending ${file.name}.`);
   try {
-    const name = encodeURIComponent($("start-name").value.trim());
-    const made = await ask(`/batches?name=${name}`, { method: "POST", body: file, type: "application/jsonl" });
+    const via = $("start-via").value;
+    const asked = new URLSearchParams({ name: $("start-name").value.trim(), via });
+    if (via === "auto") asked.set("finish_by", $("start-by").value.trim());
+    const made = await ask(`/batches?${asked}`, { method: "POST", body: file, type: "application/jsonl" });
     const when = made.forecast_finish_s === null ? "" : `, forecast to take ${duration(made.forecast_finish_s)}`;
     say($("batch-said"), `Started: ${counted(made.requests, "request")}${when}.`);
     event.target.reset();
+    showBy();
     await refresh();
   } catch (error) {
     say($("batch-said"), `Not started: ${error.message}`);

@@ -305,6 +305,42 @@ def test_errors_are_said_in_words(served: Served, watched: Watched, tmp_path: Pa
     watched.faults = [each for each in watched.faults if "Failed to load resource" not in each]
 
 
+def test_a_batch_goes_by_the_batch_api_and_its_waves_are_shown(browser: Browser, tmp_path: Path) -> None:
+    slow = {"queue_tokens": 0, "turnaround_s": [80_000.0, 80_001.0]}
+    file = tmp_path / "batch.jsonl"
+    file.write_bytes(lines(COUNT))
+    env = {"OPENAI_BATCH_QUEUE_TOKENS": "1000"}
+    with (
+        provider(time_scale=200.0, batch_api=slow, stated_time="provider") as llm,
+        serving(shared_cli(), tmp_path, llm.base_url, "--time-scale", 200, env=env) as served,
+    ):
+        watched = Watched(browser, served)
+        page = watched.page
+        page.goto(f"{watched.url}/")
+        page.get_by_label("Start a batch from a JSONL file").set_input_files(file)
+        expect(page.get_by_label("Done by")).to_be_hidden()
+        page.get_by_label("Sent by", exact=True).select_option("batch")
+        page.get_by_role("button", name="Start it").click()
+        expect(page.locator("#batch-said")).to_contain_text(f"Started: {COUNT} requests, forecast to take")
+        row = page.locator("#batches tbody tr")
+        expect(row.locator("th")).to_contain_text("Batch API")
+        expect(row.locator("summary")).to_have_text(re.compile(r"^\d+ waves?, \d+ open$"))
+        row.locator("summary").click()
+        expect(row.locator("li").last).to_have_text(re.compile(r"^1: \d+ requests to gpt-4o-mini, in progress: 0 of"))
+        watched.picture("waves-light")
+        page.set_viewport_size({"width": 375, "height": 800})
+        assert wide(page) <= 0
+        watched.picture("waves-phone")
+        page.emulate_media(color_scheme="dark")
+        row.get_by_role("button", name="Cancel").click()
+        expect(page.get_by_role("dialog")).to_contain_text("Waves at the provider are cancelled")
+        page.get_by_role("dialog").get_by_role("button", name="Cancel the batch").click()
+        expect(row.locator("[data-is=state]")).to_have_text("cancelled")
+        expect(row.locator("li").last).to_contain_text("cancelled")
+        watched.picture("waves-phone-dark")
+        watched.close()
+
+
 def test_the_page_comes_with_a_strict_policy_and_names_nobody_else(served: Served) -> None:
     for path in ("/", "/static/page.js", "/static/page.css", "/static/vendor/uPlot.iife.min.js"):
         answer = served.client.get(path)
