@@ -14,7 +14,7 @@ import concurrent.futures
 import selectors
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,14 +65,16 @@ class _Skipping(selectors.DefaultSelector):
 
 
 class OwnTimeLoop(asyncio.SelectorEventLoop):
-    """See the module. Each connection that is made leads to the provider."""
+    """See the module. Each connection that is made leads to the provider, or to the one of that port."""
 
-    def __init__(self, provider: Provider, *, counts_work: bool = True) -> None:
+    def __init__(self, provider: Provider | Mapping[int, Provider], *, counts_work: bool = True) -> None:
         self._counts_work = counts_work
         self._skipping = _Skipping()
         super().__init__(self._skipping)
-        provider.clock = self.time
-        self._protocol = protocol_of(provider)
+        by_port = provider if isinstance(provider, Mapping) else {0: provider}
+        for each in by_port.values():
+            each.clock = self.time
+        self._protocols = {port: protocol_of(each) for port, each in by_port.items()}
 
     def time(self) -> float:
         """Seconds that it has worked or waited."""
@@ -83,10 +85,13 @@ class OwnTimeLoop(asyncio.SelectorEventLoop):
         """At once and here: the clock should not jump while a thread works."""
         return asyncio.wrap_future(AtOnce().submit(func, *args), loop=self)
 
-    async def create_connection(self, protocol_factory: Any, *_: Any, **__: Any) -> Any:  # type: ignore[override]
+    async def create_connection(  # type: ignore[override]
+        self, protocol_factory: Any, host: Any = None, port: int = 0, *_: Any, **__: Any
+    ) -> Any:
         """One end of a pair; the other is the provider's."""
+        protocol = self._protocols.get(port) or self._protocols[0]
         mine, theirs = socket.socketpair()
         for end in (mine, theirs):
             end.setblocking(False)
-        await self.connect_accepted_socket(self._protocol, theirs)
+        await self.connect_accepted_socket(protocol, theirs)
         return await super().create_connection(protocol_factory, sock=mine)

@@ -239,7 +239,8 @@ class Recorder(Observer):
 
     def launched(self, job: Job, now: float) -> None:
         """Mark the request `in_flight`; durable, after `flushed`, before it is sent."""
-        move = RequestMove(IN_FLIGHT, LANES[job.lane], job.attempt, now, job.first_launched_s)
+        pool = None if job.request is None else job.request.pool
+        move = RequestMove(IN_FLIGHT, LANES[job.lane], job.attempt, now, job.first_launched_s, pool=pool)
         self._reported().moved(job.index, move)
         if self._pool is not None and self._pool.late_s >= 0.0:
             self._writer.batch.timers.append((self._chain[1], self._pool.late_s))

@@ -121,11 +121,13 @@ class Records:
                 return
             rows = self._all(query.where(key > getattr(rows[-1], key.name)).order_by(key).limit(chunk))
 
-    def _of(self, query: Select[Any], table: Table, pool: str | None = None) -> Select[Any]:
-        """Return the query limited to the rows of `requests` or `attempts` within range; of one pool, or of all."""
+    def _of(self, query: Select[Any], table: Table, pool: str | Sequence[str] | None = None) -> Select[Any]:
+        """Return the query limited to the rows of `requests` or `attempts` in range; of one pool, some or all."""
         if self._within is not None:
             query = query.where(table.c.request.between(*self._within))
-        return query if pool is None else query.where(table.c.pool == pool)
+        if pool is None:
+            return query
+        return query.where(table.c.pool == pool if isinstance(pool, str) else table.c.pool.in_(pool))
 
     # ------------------------------------------------------------ the run
 
@@ -175,8 +177,12 @@ class Records:
         states = (by_state[PENDING], by_state[IN_FLIGHT], by_state[DONE], by_state[FAILED])
         return Counts(sum(by_state.values()), *states, resent, failures)
 
-    def pending(self, pool: str = "default", *, longest_first: bool = False, is_new: bool = False) -> Iterator[Pending]:
-        """Yield the requests of a pool that are left to do when its leg begins: read it once per leg, while that runs.
+    def pending(
+        self, pool: str | Sequence[str] = "default", *, longest_first: bool = False, is_new: bool = False
+    ) -> Iterator[Pending]:
+        """Yield the requests of a pool, or of several that share their requests, that are left when a leg begins.
+
+        Read it once per leg, while that runs.
 
         `is_new`: none of them can have been launched before, so launched requests are not searched for.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Double, bindparam, func, insert, update
+from sqlalchemy import Double, String, bindparam, func, insert, update
 
 from governor.journal.checkpoint import Checkpoint, taken_from
 from governor.journal.schema import (
@@ -40,6 +40,7 @@ _MOVED = (
         launched_s=bindparam("b_launched_s"),
         first_launched_s=func.coalesce(bindparam("b_first_launched_s", type_=Double), requests.c.first_launched_s),
         retry_at_s=bindparam("b_retry_at_s"),
+        pool=func.coalesce(bindparam("b_pool", type_=String), requests.c.pool),
     )
 )
 _ENDED = (
@@ -78,7 +79,8 @@ _TAKEN = (
 class RequestMove:
     """The state of a request after its latest launch or attempt. `first_launched_s`: None = unchanged.
 
-    `retry_at_s`: when its backoff ends, -1 = it does not back off.
+    `retry_at_s`: when its backoff ends, -1 = it does not back off. `pool`: the one that has launched it, None =
+    unchanged.
     """
 
     state: str
@@ -87,6 +89,7 @@ class RequestMove:
     launched_s: float
     first_launched_s: float | None = None
     retry_at_s: float = -1.0
+    pool: str | None = None
 
     def row(self, request: int) -> dict[str, Any]:
         return {
@@ -97,6 +100,7 @@ class RequestMove:
             "b_launched_s": self.launched_s,
             "b_first_launched_s": self.first_launched_s,
             "b_retry_at_s": self.retry_at_s,
+            "b_pool": self.pool,
         }
 
 
@@ -150,8 +154,10 @@ class Batch:
     def moved(self, request: int, move: RequestMove) -> None:
         """Record the request's new state."""
         before = self.moves.get(request)
-        if before is not None and move.first_launched_s is None:
-            move.first_launched_s = before.first_launched_s
+        if before is not None:
+            move.pool = move.pool or before.pool
+            if move.first_launched_s is None:
+                move.first_launched_s = before.first_launched_s
         self.moves[request] = move
 
     def followed_by(self, later: Batch) -> Batch:

@@ -19,6 +19,10 @@ Settings come from the guardrails' defaults, then the environment or env file, t
 `limits` is short for the four OPENAI_*_LIMIT settings of that pool. `scenario` names the scenario file of a plan for
 that pool, relative to the pools file, as PACELINE_SCENARIO does for a run without a pools file. `profile` names the
 provider's profile: one that is shipped, or a file beside the pools file; without it the address chooses one.
+
+Pools of the same `group` have the same `models` and share their requests: each goes where it may be launched first, at
+the same moment to the pool that stands first in the file. A pool that is dead (its account is refused, or nobody
+answers) leaves its requests to the others.
 """
 
 from __future__ import annotations
@@ -54,7 +58,7 @@ _LIMITS = {
 }
 _KEYS = (
     *("name", "models", "key", "base_url", "organization", "project", "azure", "limits", "settings", "scenario"),
-    "profile",
+    *("profile", "group"),
 )
 _AZURE_KEYS = ("endpoint", "deployment", "api_version")
 
@@ -79,6 +83,7 @@ class Pool:
 
     `models`: patterns, in order; empty = every model. `scenario`: the file that says what a plan assumed of this
     quota's provider, for forecasts; "" = none. `profile`: a shipped one's name or a file; "" = the address chooses it.
+    `group`: the pools that share their requests with this one; "" = it shares them with none.
     """
 
     name: str = DEFAULT
@@ -91,6 +96,7 @@ class Pool:
     azure: Azure | None = None
     scenario: str = ""
     profile: str = ""
+    group: str = ""
 
     def takes(self, model: str) -> bool:
         """Return whether a request for this model goes to this pool."""
@@ -207,7 +213,24 @@ def read_pools(path: str | Path, base: Policy, assignments: Iterable[str] = ()) 
         if any(other.name == pool.name for other in pools):
             raise BadInput(f"two pools are named {quoted(pool.name)}", name)
         pools.append(pool)
+    for members in groups_of(pools):
+        first = members[0]
+        if len(members) == 1 and first.group:
+            raise BadInput(f"pool {first.name}: no other pool has group {quoted(first.group)}: give it to two", name)
+        for other in members[1:]:
+            if other.models != first.models:
+                what = f"pool {other.name}: its models are not those of pool {first.name}, with which it shares"
+                raise BadInput(f"{what} group {quoted(first.group)}: state the same patterns", name)
     return tuple(pools)
+
+
+def groups_of(pools: Iterable[Pool]) -> list[tuple[Pool, ...]]:
+    """Return the pools in their order, those together that share their requests."""
+    found: dict[str, list[Pool]] = {}
+    for pool in pools:
+        # (A group's name and a pool's name may be the same text.)
+        found.setdefault(f"group {pool.group}" if pool.group else f"pool {pool.name}", []).append(pool)
+    return [tuple(members) for members in found.values()]
 
 
 def _pool(entry: dict[str, Any], position: int, base: Policy, assignments: tuple[str, ...], name: str) -> Pool:
@@ -244,6 +267,7 @@ def _pool(entry: dict[str, Any], position: int, base: Policy, assignments: tuple
         azure=azure,
         scenario=_path(_text(entry, "scenario", place, name, absent=""), name),
         profile=profile if is_name(profile) else _path(profile, name),
+        group=_text(entry, "group", place, name, absent=""),
     )
 
 

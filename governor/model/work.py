@@ -55,7 +55,8 @@ class Work:
 
     The other fields are the history of a request that an earlier leg has launched: `lane` and `attempt` are the next to
     launch, `first_launched_s` is when it was first launched (-1 = never), `retry_at_s` the moment at which its backoff
-    ends.
+    ends. `outages`: how many outages have spared it an attempt. `roams`: it comes from another quota of its model, and
+    takes its turn with the new work.
     """
 
     request: Request
@@ -70,6 +71,8 @@ class Work:
     attempt: int = 1
     first_launched_s: float = -1.0
     retry_at_s: float = -1.0
+    outages: int = 0
+    roams: bool = False
 
 
 class PoolState(Protocol):
@@ -258,5 +261,5 @@ def work_of(request: Request, policy: Policy, before: Work | None = None, *, fin
     )
     if before is None or before.first_launched_s < 0.0:
         return work
-    history = ("lane", "attempt", "first_launched_s", "retry_at_s")
+    history = ("lane", "attempt", "first_launched_s", "retry_at_s", "outages", "roams")
     return replace(work, **{name: getattr(before, name) for name in history})

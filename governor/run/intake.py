@@ -16,18 +16,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from governor.forecast.forecast import Demand
+from governor.forecast.forecast import FIRST_TOKEN_S, PER_TOKEN_S, Demand, assumed_answer
 from governor.forecast.guard import check_fits
 from governor.journal.database import JournalError
 from governor.journal.journal import Journal, fingerprint_of
 from governor.journal.schema import INGEST_BYTES
 from governor.model.errors import BadInput, Oversized, Refused, quoted
 from governor.model.estimate import TOKENS_PER_FILE
-from governor.model.pools import Pool, pool_for
+from governor.model.pools import Pool, groups_of, pool_for
 from governor.model.requests import Request, UnseenContent, read_requests
 from governor.model.work import Work, reserve_of, work_of
 from governor.run.amend import Amendment
 from governor.run.outputs import errors_path
+from governor.scheduler.router import Spread
 
 # A journal holds each line about twice (its body, its answer) and some hundred bytes of records per attempt.
 JOURNAL_BYTES_PER_INPUT_BYTE = 1.3
@@ -85,8 +86,12 @@ class _Hashed:
 
 
 def pooled(requests: Iterable[Request], pools: Sequence[Pool], name: str) -> Iterator[tuple[Request, Pool]]:
-    """Yield each request with its pool; raise BadInput, naming the request, if no pool takes its model."""
+    """Yield each request with its pool; raise BadInput, naming the request, if no pool takes its model.
+
+    Pools of one group divide their requests; a live run shares them out anew, as each can be launched.
+    """
     found: dict[str, Pool] = {}
+    shares = {members[0].name: _Share(members) for members in groups_of(pools) if len(members) > 1}
     for request in requests:
         pool = found.get(request.model)
         if pool is None:
@@ -95,7 +100,25 @@ def pooled(requests: Iterable[Request], pools: Sequence[Pool], name: str) -> Ite
                 what = f"request {request.index} ({quoted(request.custom_id)}) asks for model {quoted(request.model)}"
                 raise BadInput(f"{what}, which no pool takes: add a pattern for it to the pools file", name)
             found[request.model] = pool
+        share = shares.get(pool.name)
+        if share is not None:
+            pool = share.of(request)
         yield replace(request, pool=pool.name), pool
+
+
+class _Share:
+    """Divides the requests of a group over its pools, so that all are expected to end together."""
+
+    def __init__(self, pools: Sequence[Pool]) -> None:
+        self._pools = pools
+        self._spread = Spread([pool.policy.params() for pool in pools])
+
+    def of(self, request: Request) -> Pool:
+        sizes = request.sizes
+        needs = [
+            pool.policy.weights.of(reserve_of(pool.policy, sizes), float(sizes.prompt_tokens)) for pool in self._pools
+        ]
+        return self._pools[self._spread.choose(needs, FIRST_TOKEN_S + PER_TOKEN_S * assumed_answer(sizes))]
 
 
 def read_demands(

@@ -21,7 +21,7 @@ from governor.journal.background import BackgroundRecords
 from governor.journal.journal import Journal
 from governor.model.errors import BadInput, FailureCode
 from governor.model.policy import Policy
-from governor.model.pools import Connect, Pool
+from governor.model.pools import Connect, Pool, groups_of
 from governor.model.prices import Spending, dollars_text
 from governor.model.words import duration, plural
 from governor.model.work import Sender, Work, work_of
@@ -30,6 +30,7 @@ from governor.run.account import CANARY, FAILED_INSIDE, MAX_COST, REFUSED
 from governor.run.longwaits import FINISH_BY, STOP_AFTER, held_text, too_late, too_late_text
 from governor.run.pool_run import PoolCallbacks, PoolRun, RunOptions, learner_of, pool_run
 from governor.run.steer import Commands, Signals, answered
+from governor.run.via.group import GroupRun
 from governor.telemetry.metrics import Notice, notify
 from governor.telemetry.progress import Display, snapshot
 from governor.telemetry.watch import waiting_for
@@ -295,13 +296,31 @@ class LiveRun(Announcer):
             await self.leg.journal.flushed()
             if not await self._canary_passed():
                 self.stop(CANARY)
-        await self._side_by_side(lambda run: self._works(run, longest_first=run.policy.launch_order == "longest_first"))
+        await self._side_by_side(lambda run: self._works(run, longest_first=_is_longest_first(run)), self._groups())
 
-    async def _side_by_side(self, source: Callable[[PoolRun], Iterator[Work]]) -> None:
+    def _groups(self) -> dict[str, GroupRun]:
+        """Return the groups of pools that share their requests, by the name of each pool in one."""
+        found: dict[str, GroupRun] = {}
+        for members in groups_of(self.leg.pools.values()):
+            if len(members) > 1:
+                runs = [self.runs[pool.name] for pool in members]
+                names = tuple(run.name for run in runs)
+                pending = self.leg.journal.pending(names, longest_first=_is_longest_first(runs[0]))
+                group = GroupRun(runs, (each.work for each in pending), self.say)
+                found |= dict.fromkeys(names, group)
+        return found
+
+    async def _side_by_side(
+        self, source: Callable[[PoolRun], Iterator[Work]], groups: Mapping[str, GroupRun] | None = None
+    ) -> None:
         async def one(run: PoolRun) -> None:
-            run.ending = await run.governor.run(
-                source(run), run.send, finalize=self.manner.finalize, refusals=run.refusals
-            )
+            group = (groups or {}).get(run.name)
+            if group is not None:
+                run.ending = await group.run(run, finalize=self.manner.finalize)
+            else:
+                run.ending = await run.governor.run(
+                    source(run), run.send, finalize=self.manner.finalize, refusals=run.refusals
+                )
             if run.ending == FailureCode.OUTWAITED:
                 self.say(self._of(run.name) + run.long_waits.stopped_text())
 
@@ -467,6 +486,10 @@ class LiveRun(Announcer):
     def ended_requests(self) -> int:
         """Return how many requests have ended in this leg."""
         return sum(run.meter.tally.requests for run in self.runs.values())
+
+
+def _is_longest_first(run: PoolRun) -> bool:
+    return run.policy.launch_order == "longest_first"
 
 
 def is_time(ticks: int, every_s: float) -> bool:

@@ -27,7 +27,7 @@ from governor.run.steer import Stopper
 from governor.scheduler.batch import kind_of
 from governor.scheduler.driver import Governor
 from governor.scheduler.learning import Learner
-from governor.scheduler.repeated_refusals import Refusals
+from governor.scheduler.repeated_refusals import THEN, Refusals
 from governor.sharedquota.sharing import shared_governor
 from governor.telemetry.eventlog import EventLog, Format
 from governor.telemetry.metrics import Metrics
@@ -177,7 +177,15 @@ def pool_run(
         long_waits=long_waits,
         track=Track(expectation, RESUMED_SLACK_S if start_s > 0.0 else SLACK_S),
         send=send,
-        refusals=None if manner.insist else Refusals(models, answered=answered, halt=said.refused),
+        refusals=None
+        if manner.insist and not pool.group
+        else Refusals(
+            models,
+            answered=answered,
+            halt=said.refused,
+            lasting=bool(pool.group),
+            then="its requests go to the other pools of its group, if any is left" if pool.group else THEN,
+        ),
     )
 
 

@@ -95,9 +95,11 @@ class BatchShell:
             if work.first_launched_s < 0.0:
                 return job
             job.lane, job.attempt, job.first_launched_s = work.lane, work.attempt, work.first_launched_s
-            job.tries = work.attempt - 1
+            job.tries, job.outages = work.attempt - 1, work.outages
             if job.attempt > 1:
                 job.standing = RETRY
+            if work.roams:
+                return job
             self._governor.scheduler.taken_up(job, work.retry_at_s)
 
     def _job(self, work: Work) -> Job:

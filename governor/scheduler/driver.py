@@ -219,6 +219,14 @@ class Governor(InALoop):
             self.scheduler.begun(self.now())
             self.soon()
 
+    def renew(self) -> bool:
+        """Look at the source of `run` again, whose next request may be another one; return whether a run is active."""
+        is_active = self._done is not None and not self._done.done()
+        if is_active:
+            self.scheduler.renewed(self.now())
+            self.soon()
+        return is_active
+
     def mark(self) -> Begun:
         """Return this moment, for work that is submitted now and launched later (`Work.begun`)."""
         now = self.now()

@@ -60,6 +60,22 @@ class Shell(Protocol[J]):
         """Note that `stopped` was set: nothing more is launched."""
 
 
+class Elsewhere(Protocol):
+    """The other quotas that may serve a scheduler's requests: see `router`."""
+
+    def may_take(self, job: Any, now: float, by: float) -> bool:
+        """Return whether a quota that the request has not tried would launch it by that time; inf = at some time."""
+
+    def may_save(self, job: Any, now: float) -> bool:
+        """Return whether another quota can serve a request that waits here, where nothing is answered any more."""
+
+    def take(self, job: Any) -> None:
+        """Take over a request, which has left the scheduler."""
+
+    def looked(self) -> None:
+        """Note that the state of this quota may have changed."""
+
+
 class Quota(Protocol):
     """A quota as the scheduler uses it.
 

@@ -18,10 +18,10 @@ from operator import sub
 from typing import Any, Generic
 
 from governor import law
-from governor.law import FIRST, HOLDING, NOTHING
+from governor.law import FINALIZE, FIRST, HOLDING, NOTHING
 from governor.model.keyed import JITTER_RETRY, JITTER_STAGGER, attempt_key, keyed_uniform
 from governor.model.requests import CAUSES
-from governor.scheduler.interfaces import J, Quota, Shell, Stated
+from governor.scheduler.interfaces import Elsewhere, J, Quota, Shell, Stated
 
 # Heaps of this length or more are swept now and then.
 SWEEP = 100
@@ -32,12 +32,16 @@ Rank = tuple[float, ...]
 
 
 class Queue(Generic[J]):
-    """The jobs that wait for their launch or for the end of a backoff. See `Scheduler` for the fields."""
+    """The jobs that wait for their launch or for the end of a backoff. See `Scheduler` for the fields.
+
+    `elsewhere`: other quotas that may serve the same requests, None = there are none.
+    """
 
     def __init__(self, shell: Shell[J], quota: Quota, seed: int, start_s: float, backlog: int) -> None:
         self.shell = shell
         self.quota = quota
         self.seed = seed
+        self.elsewhere: Elsewhere | None = None
         self.stopped = ""
         self.clock = [0.0] * len(CAUSES)
         self.clock_at = start_s
@@ -230,6 +234,55 @@ class Queue(Generic[J]):
             job.outages = outages
             job.attempt -= 1
         job.failed_s = -1.0
+
+    # ------------------------------------------------------------ leaving this quota
+
+    def drop(self, job: J) -> None:
+        """Remove a job that is neither answered nor lost: it gives back its permit, and its request stays pending."""
+        self.quota.forget(job)
+        self._dequeued(job)
+        job.ended = True
+        job.flying = False
+        if job.holds:
+            job.holds = False
+            self.quota.released()
+        if job.lane == FINALIZE:
+            self.quota.finalize_closed()
+
+    def renewed(self, now: float) -> None:
+        """Ask the source again for the next new work: another quota has launched it, or there is some by now."""
+        self.advance(now)
+        if self._head is not None:
+            self.waiting -= 1
+            self.unfinished -= 1
+        self._next()
+
+    def _handed_on(self, job: J, now: float, by: float) -> bool:
+        """Let another quota have a waiting job that it would launch by that time, and return whether it does."""
+        if self.elsewhere is None or job.alone or not self.elsewhere.may_take(job, now, by):
+            return False
+        if job.failed_s >= 0.0:
+            self._spare(job)
+        self._leaves(job)
+        return True
+
+    def _given_away(self, now: float) -> None:
+        """Let other quotas have all that waits here, where nothing is answered any more."""
+        assert self.elsewhere is not None
+        for job in [*self.jobs(), *(each[0] for each in self._aside)]:
+            if not job.alone and self.elsewhere.may_save(job, now):
+                if job.failed_s >= 0.0:
+                    self._spare(job)
+                self._leaves(job)
+        self._aside = [each for each in self._aside if not each[0].ended]
+
+    def _leaves(self, job: J) -> None:
+        """Hand on a job that is not in flight."""
+        assert self.elsewhere is not None
+        if not job.ended:
+            self.drop(job)
+        self.unfinished -= 1
+        self.elsewhere.take(job)
 
     # ------------------------------------------------------------ invariants
 

@@ -47,16 +47,24 @@ class Refusals:
     `models`: the models that the run asks for; refusals that may concern a model stop the run only after each of them
     has met enough. `answered`: an earlier run had answers, so that only the address is still in doubt. `halt(line)` is
     called once, when the run should stop: the line names the request, the refusal, what to check, and what to do
-    `then`.
+    `then`. `lasting`: another quota can serve the requests, so that address, account and model may be refused at any
+    time, and not only before the first success.
     """
 
     def __init__(
-        self, models: Iterable[str] = (), *, answered: bool = False, halt: Callable[[str], None], then: str = THEN
+        self,
+        models: Iterable[str] = (),
+        *,
+        answered: bool = False,
+        halt: Callable[[str], None],
+        then: str = THEN,
+        lasting: bool = False,
     ) -> None:
         self._models = frozenset(models)
         self._answered = answered
         self._halt = halt
         self._then = then
+        self._lasting = lasting
         self._succeeded = self._halted = False
         # By model, "" for the address: the latest refusal, and how many equal ones have come in a row.
         self._alike: dict[str, tuple[tuple[str, ...], int]] = {}
@@ -68,13 +76,16 @@ class Refusals:
 
     def may_concern_all(self, answer: Answer) -> bool:
         """Return whether this refusal may concern every request, so that its own request is not yet lost."""
+        of_input = bool(_OF_INPUT.search(f"{answer.error_code} {answer.message}"))
+        if self._lasting and (answer.scope is Scope.ADDRESS or (answer.status in _BY_STATUS and not of_input)):
+            return True
         if self._succeeded:
             return False
         if answer.scope is Scope.ADDRESS:
             return True
         if self._answered or answer.outcome is not Outcome.BAD_REQUEST:
             return False
-        return answer.status in (402, 404) or not _OF_INPUT.search(f"{answer.error_code} {answer.message}")
+        return answer.status in (402, 404) or not of_input
 
     def refused(self, request: Request, answer: Answer) -> None:
         """Count a refusal that may concern every request, and call `halt` if the count is sufficient.
@@ -91,15 +102,16 @@ class Refusals:
         groups = [group] if group == "" else self._models | {group}
         if all(self._alike.get(each, (words, 0))[1] >= enough for each in groups):
             self._halted = True
-            self._halt(f"{halt_text(request, answer, enough)}; {self._then}")
+            none_before = not self._succeeded
+            self._halt(f"{halt_text(request, answer, enough, none_before=none_before)}; {self._then}")
 
 
-def halt_text(request: Request, answer: Answer, count: int) -> str:
-    """Return why a run stops: the request, its refusal, and what to check."""
+def halt_text(request: Request, answer: Answer, count: int, *, none_before: bool = True) -> str:
+    """Return why a run stops: the request, its refusal, and what to check. `none_before`: no request has succeeded."""
     check = _ADDRESS if answer.scope is Scope.ADDRESS else _BY_STATUS.get(answer.status, _LINE)
     said = " ".join((answer.message or answer.raw or json.dumps(answer.body or {})).split())[:300]
     what = " ".join(str(part) for part in (answer.status or "", answer.error_code) if part)
-    return (
-        f"the first {count} requests met the same and none has succeeded: request {quoted(request.custom_id)}: "
-        f"{f'{what}: ' if what else ''}{said}: {check}"
-    )
+    who = f"the first {count} requests met the same and none has succeeded"
+    if not none_before:
+        who = f"{count} requests in a row met the same"
+    return f"{who}: request {quoted(request.custom_id)}: {f'{what}: ' if what else ''}{said}: {check}"

@@ -124,10 +124,10 @@ class Scheduler(Queue[J]):
         self.advance(now)
         if self.calendar and self.due_at <= now:
             _, _, is_deadline, job, _ = heappop(self.calendar)
-            if not is_deadline:
+            if not is_deadline and not self._handed_on(job, now, inf if job.failed_s >= 0.0 else now):
                 self._may_go(job, now)
                 self._watch_deadline(job)
-            elif law.deadline_at(self.quota.p, job.first_launched_s) <= now:
+            elif is_deadline and law.deadline_at(self.quota.p, job.first_launched_s) <= now:
                 # (Changed settings may have postponed the deadline; the calendar then holds the new one too.)
                 self._give_up(job, now, FailureCode.DEADLINE_EXCEEDED)
         self.pump(now)
@@ -239,6 +239,7 @@ class Scheduler(Queue[J]):
             at = self._renounced(at, standing)
         if at < inf:
             self._back_off(job, at, standing, -1.0, 1, now, in_doubt)
+            self._handed_on(job, now, at)
         else:
             spent = is_last or law.is_spent(p, job.attempt, retry_after_s)
             code = FailureCode.RATE_LIMIT_EXHAUSTED if spent else FailureCode.DEADLINE_EXCEEDED
@@ -304,19 +305,9 @@ class Scheduler(Queue[J]):
         self.drop(job)
         self.shell.suspended(job, now, "")
         self.stop(code)
+        if self.elsewhere is not None and self.elsewhere.may_save(job, now):
+            self._leaves(job)
         self.pump(now)
-
-    def drop(self, job: J) -> None:
-        """Remove a job that is neither answered nor lost: it gives back its permit, and its request stays pending."""
-        self.quota.forget(job)
-        self._dequeued(job)
-        job.ended = True
-        job.flying = False
-        if job.holds:
-            job.holds = False
-            self.quota.released()
-        if job.lane == FINALIZE:
-            self.quota.finalize_closed()
 
     def granted(self, job: J, at: float, booked: list[float]) -> None:
         """Launch a job at `at`: the quota that had taken it over has booked the launch."""
@@ -338,6 +329,10 @@ class Scheduler(Queue[J]):
     def pump(self, now: float) -> None:
         """Launch what the quota admits now, and note when it will admit the next."""
         quota = self.quota
+        if self.elsewhere is not None:
+            if self.stopped or quota.breaker.probe_at > -inf:
+                self._given_away(now)
+            self.elsewhere.looked()
         is_shared = quota.head is not None
         if is_shared:
             for rank, job in quota.take_back(now):
@@ -458,7 +453,8 @@ class Scheduler(Queue[J]):
             self._over(job)
             return
         self.shell.suspended(job, now, code)
-        self._aside.append((job, now, code))
+        if not self._handed_on(job, now, inf):
+            self._aside.append((job, now, code))
         if in_doubt:
             self.shell.doubted(job)
 

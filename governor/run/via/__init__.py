@@ -1,1 +1,1 @@
-"""Ways of a run beside live calls: waves of files through the Batch API."""
+"""Ways of a run's requests beside one pool's live calls: the Batch API, and pools that share a model."""

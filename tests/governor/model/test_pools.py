@@ -9,7 +9,17 @@ import pytest
 
 from governor.model.errors import BadInput, BadSetting
 from governor.model.policy import Policy
-from governor.model.pools import NO_KEY, Pool, checked_url, default_pools, is_loopback, key_of, pool_for, read_pools
+from governor.model.pools import (
+    NO_KEY,
+    Pool,
+    checked_url,
+    default_pools,
+    groups_of,
+    is_loopback,
+    key_of,
+    pool_for,
+    read_pools,
+)
 
 EXAMPLE = """
 pools:
@@ -155,3 +165,18 @@ def test_a_key_in_the_place_of_its_name_is_not_repeated(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="must be the name of the variable") as caught:
         pools(tmp_path, "pools: [{name: a, models: [x], key: sk-verysecret}]\n")
     assert "verysecret" not in str(caught.value)
+
+
+def test_pools_of_one_group_share_their_models_and_a_group_has_two(tmp_path: Path) -> None:
+    def read(*groups: str, models: str = "gpt-4o*") -> tuple[Pool, ...]:
+        entries = [f"  - {{name: p{i}, models: ['gpt-4o*'], group: {group}}}" for i, group in enumerate(groups)]
+        entries.append(f"  - {{name: last, models: ['{models}'], group: {groups[0]}}}")
+        (tmp_path / "pools.yaml").write_text("pools:\n" + "\n".join(entries) + "\n")
+        return read_pools(tmp_path / "pools.yaml", Policy())
+
+    assert [[pool.name for pool in each] for each in groups_of(read("a", "b", "b"))] == [["p0", "last"], ["p1", "p2"]]
+    assert [len(each) for each in groups_of((Pool("x"), Pool("y")))] == [1, 1]
+    with pytest.raises(BadInput, match="pool p1: no other pool has group 'b'"):
+        read("a", "b")
+    with pytest.raises(BadInput, match="pool last: its models are not those of pool p0, with which it shares group"):
+        read("a", models="*")

@@ -1,0 +1,59 @@
+"""Pools of one group, live over HTTP on the process's own time: near the pooled bound, and what a dead one costs."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.bench_pools import DEATHS, measured, run_in
+from benchmarks.live_batch import drawn, write_lines
+from governor.journal.journal import Journal
+from governor.model.requests import Outcome
+from sim.model.faults import Event
+
+SEED = 20_261_201
+
+
+def test_three_unequal_pools_are_as_fast_as_one_with_the_sum_of_their_limits() -> None:
+    found = measured(drawn(SEED, 200, (1_000, 5_000)))
+    assert (found.lost, found.throttled, found.attempts) == (0, 0, 200)
+    assert found.ratio <= 1.05, found
+    shares = [found.by_pool[name] / 200 for name in ("p0", "p1", "p2")]
+    assert shares == sorted(shares)
+
+
+@pytest.mark.parametrize("kind", sorted(DEATHS))
+def test_a_pool_that_dies_costs_no_request_and_at_most_one_attempt_each(kind: str) -> None:
+    event: dict[str, Any] = DEATHS[kind]
+    found = measured(drawn(SEED, 90, (1_000, 5_000)), [Event(**event, after_requests=20)])
+    assert (found.lost, found.answered, found.by_pool["p2"]) == (0, 90, 20)
+    assert found.most_lost == 1
+
+
+def test_killed_and_resumed_nothing_is_lost_and_the_records_name_the_pool_of_each_attempt(tmp_path: Path) -> None:
+    batch = drawn(SEED, 90, (1_000, 5_000))
+    write_lines(tmp_path / "batch.jsonl", (case.body for case in batch))
+    child = os.fork()
+    if child == 0:
+        run_in(tmp_path, batch, at_s=8.0, then=lambda: os._exit(9))
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    with Journal.open(tmp_path / "run.db") as journal:
+        counts = journal.counts()
+        before = {a.request for a in journal.attempts()}
+    assert 0 < counts.done < 90
+    found = run_in(tmp_path, batch)
+    assert (found.lost, found.answered) == (0, 90)
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [line["custom_id"] for line in lines] == [f"q-{i}" for i in range(90)]
+    with Journal.open(tmp_path / "run.db") as journal:
+        answered = [a for a in journal.attempts() if a.outcome is Outcome.OK]
+        assert len(answered) == 90  # none was sent twice whose answer was known
+        assert before < {a.request for a in answered}
+        pools = {a.request: a.pool for a in answered}
+        assert {r.request.index: r.request.pool for r in journal.results()} == pools
+        assert sum(journal.counts(name).done for name in ("p0", "p1", "p2")) == 90
