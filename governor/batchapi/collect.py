@@ -142,7 +142,6 @@ class Collector:
             if not gone:
                 self._recorder.changed(wave.number, files_read=number)
             await self._around.flushed()
-            self._forget(file_id)
         if held:
             self._settle_rest(list(held.values()), again, row, gone)
         self._recorder.returned(wave.number)
@@ -174,12 +173,14 @@ class Collector:
             part.replace(path)
         return path.open("rb")
 
-    def _forget(self, file_id: str) -> None:
-        path = self._kept(file_id)
-        if path is not None:
-            path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # another wave's download is in it
-                path.parent.rmdir()
+    def forget(self, row: WaveRow) -> None:
+        """Remove what is left of a wave's downloads; its answers are on record."""
+        for path in map(self._kept, filter(None, (row.error_file_id, row.output_file_id))):
+            if path is not None:
+                path.unlink(missing_ok=True)
+                path.with_suffix(".part").unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # another wave's download is in it
+                    path.parent.rmdir()
 
     async def _held_by(self, wave: Wave) -> list[Pending]:
         held: list[Pending] = await self._around.in_thread(lambda: list(self._journal.held_by(wave.number)))

@@ -20,7 +20,7 @@ from governor.batchapi.client import BatchClient, CallFailed, Complaint, RemoteB
 from governor.batchapi.collect import SPOOL_BYTES, Collector, DriverContext
 from governor.batchapi.limits import BATCH_CANCELLED, CANCELLED, FAILED, FINALIZING, TOKEN_LIMIT_EXCEEDED
 from governor.batchapi.lines import input_line, inputs_of, limit_in, metadata_of, name_of, prefix_of
-from governor.batchapi.waves import ALONE_MOST, Act, PlanWave, Wave, WaveLane, Waves, WaveStage, WaveStep
+from governor.batchapi.waves import ALONE_MOST, Act, PlanWave, Wave, WaveLane, Waves, WaveStage, WaveStep, retry_wait_s
 from governor.journal.records import Records
 from governor.journal.rows import Pending
 from governor.journal.waves import WaveRecorder, WaveRow
@@ -36,6 +36,8 @@ REFUSED, CANCELLED_THERE, MAX_COST = "REFUSED", "BATCH_CANCELLED", "MAX_COST"
 MOVED = "cancelled by this run: its slack was gone"
 # One line for calls that fail, until none has failed for so long.
 _QUIET_S = 300.0
+# Times that leftover files are looked for at the end, while calls fail.
+_SWEEPS = 5
 # The account's batches of a day before the run are looked through too: its clock may differ from ours.
 _SINCE_S = 86_400.0
 
@@ -413,6 +415,7 @@ class WaveDriver:
     async def _clean(self, wave: Wave) -> None:
         """Delete the wave's files, once all they hold is on record."""
         row = self.rows[wave.number]
+        self._collector.forget(row)
         if not self._around.keep_files:
             for file_id in filter(None, (row.file_id, row.output_file_id, row.error_file_id)):
                 await self.client.delete(file_id)
@@ -424,12 +427,17 @@ class WaveDriver:
     async def _sweep(self) -> None:
         """Delete input files of this run that an interrupted upload has left without a wave."""
         kept = {row.file_id for row in self.rows.values()}
-        try:
-            for file in await self.client.files():
-                if file.name.startswith(prefix_of(self._around.run_id)) and file.id not in kept:
-                    await self.client.delete(file.id)
-        except CallFailed as failed:
-            self._around.say(f"note: leftover files were not looked for: {failed.answer.message}")
+        for tried in range(1, _SWEEPS + 1):
+            try:
+                for file in await self.client.files():
+                    if file.name.startswith(prefix_of(self._around.run_id)) and file.id not in kept:
+                        await self.client.delete(file.id)
+                return
+            except CallFailed as failed:
+                if tried == _SWEEPS or failed.answer.outcome not in _UNKNOWN:
+                    self._around.say(f"note: leftover files were not looked for: {failed.answer.message}")
+                    return
+                await self._wait(retry_wait_s(tried))
 
     def _changed(self, wave: Wave, **values: Any) -> None:
         self.moved_epoch = time.time() if len(self.waves.open) > 1 or values.get("stage") != WaveStage.CLOSED else 0.0

@@ -24,6 +24,8 @@ class Foreseen:
 
     def text(self) -> str:
         """Return the forecast in words, with what it rests on."""
+        if not self.waves:
+            return "nothing"
         how = f"measured on {plural(self.measured, 'batch')}" if self.measured else "assumed: no batch has ended yet"
         return f"about {duration(self.finish_s)} ({plural(self.waves, 'wave')} of {duration(self.turnaround_s)}, {how})"
 
@@ -43,6 +45,8 @@ def foreseen(left: Iterable[tuple[str, int, float]], queue_tokens: int, rows: Se
     fills: dict[str, float] = {}
     files: dict[str, int] = {}
     for model, requests, tokens in left:
+        if not requests:
+            continue
         fills[model] = fills.get(model, 0.0) + tokens / usable
         files[model] = files.get(model, 0) + math.ceil(requests / FILE_LINES)
     most = max((math.ceil(round(fill, 9)) if queue_tokens else 1 for fill in fills.values()), default=0)

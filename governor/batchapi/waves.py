@@ -402,7 +402,7 @@ class Waves:
     def call_failed(self, wave: Wave, retry_after_s: float, now: float, *, may_have_happened: bool) -> None:
         """A call failed that may succeed later. `retry_after_s`: as stated, -1 = it was not."""
         wave.calls_failed += 1
-        wave.due_at = now + max(retry_after_s, law.backoff_s(_CALLS, wave.calls_failed))
+        wave.due_at = now + max(retry_after_s, retry_wait_s(wave.calls_failed))
         if may_have_happened and wave.stage in (WaveStage.PLANNED, WaveStage.UPLOADED):
             wave.is_certain, wave.look_ups = False, 0
 
@@ -410,6 +410,11 @@ class Waves:
     def _went_well(wave: Wave) -> None:
         wave.calls_failed = 0
         wave.due_at = -_NEVER
+
+
+def retry_wait_s(failures: int) -> float:
+    """Return how long to wait after so many calls in a row that failed."""
+    return law.backoff_s(_CALLS, failures)
 
 
 def _file_limits() -> tuple[int, int, int]:

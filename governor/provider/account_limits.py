@@ -7,12 +7,13 @@ the guardrails' dimensions alone; the limits of others are shown.
 from __future__ import annotations
 
 import fnmatch
+import http.client
 import json
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from governor.model.errors import BadSetting, PacelineError
 from governor.model.policy import KNOB_BY_ENV
@@ -23,6 +24,7 @@ from governor.profiles.schema import LimitsEndpoint, Profile
 _TIMEOUT_S = 30.0
 _PAGES_MAX = 50
 _BYTES_MAX = 16 * 2**20
+_LIMIT_MAX = 1e15
 _OPENAI_URL = "https://api.openai.com/v1"
 _ANTHROPIC_VERSION = "2023-06-01"
 
@@ -87,10 +89,16 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 def _limits_in(entry: Mapping[str, Any], endpoint: LimitsEndpoint) -> dict[str, float]:
     values: dict[str, Any] = dict(entry)
     if endpoint.entries is not None:
-        listed = [each for each in entry.get(endpoint.entries) or () if isinstance(each, dict)]
+        groups = entry.get(endpoint.entries)
+        listed = [each for each in groups if isinstance(each, dict)] if isinstance(groups, list) else []
         values = {str(each.get("type")): each.get("value") for each in listed}
     found = {dimension: values.get(name) for dimension, name in endpoint.limits.items()}
-    return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
+    return {name: float(value) for name, value in found.items() if _is_limit(value)}
+
+
+def _is_limit(value: object) -> TypeGuard[int | float]:
+    """Return whether a stated limit can be one."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= _LIMIT_MAX
 
 
 def _names(stated: object, model: str) -> bool:
@@ -127,8 +135,8 @@ def _page(url: str, profile: Profile, key: str) -> dict[str, Any]:
     except urllib.error.HTTPError as error:
         remedy = "check the admin key" if error.code in (401, 403) else "check project and address"
         raise PacelineError(f"{place} answers {error.code}: {remedy}") from None
-    except (OSError, ValueError) as error:
-        raise PacelineError(f"{place} cannot be read: {error}".splitlines()[0]) from None
+    except (OSError, ValueError, RecursionError, http.client.HTTPException) as error:
+        raise PacelineError(f"{place} cannot be read: {error or type(error).__name__}".splitlines()[0]) from None
     if not isinstance(found, dict):
         raise PacelineError(f"{place} answers without a list of limits: check the address")
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
 import threading
 import time
@@ -34,7 +35,7 @@ class Signals:
         self.stopping = asyncio.Event()
         self.cancelling = asyncio.Event()
         self._came = came
-        self._last = (0.0, 0)
+        self._last = (-math.inf, 0)
 
     def _received(self, number: signal.Signals) -> None:
         """Take in a signal of the system. `timeout` sends its own twice at once, to the process and to its group."""
@@ -68,6 +69,8 @@ class Signals:
         try:
             yield
         finally:
+            # The second of two at once must not meet a process that takes it for a new one, and loses its last words.
+            time.sleep(max(0.0, self._last[0] + _TWICE_S - time.monotonic()))
             for number, handler in before.items():
                 loop.remove_signal_handler(number)
                 signal.signal(number, handler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import sqlite3
 from collections.abc import Callable
@@ -351,6 +352,25 @@ def test_the_first_call_that_fails_is_announced_and_the_next_are_not(tmp_path: P
         said = live(journal, account).said
     assert len(said) == 1
     assert "upload failed: the connection broke; it is tried again until it succeeds" in said[0]
+
+
+def test_a_full_disk_is_waited_for(tmp_path: Path) -> None:
+    account, given, left = Account(config_of()), works(5), 3
+
+    def fault(when: str, called: str) -> None:
+        nonlocal left
+        left -= called == "download"
+        if called == "download" and left >= 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    account.faults = fault
+    with journal_of(tmp_path / "j.db", given) as journal:
+        said = live(journal, account).said
+        check_account(account, journal, given)
+        assert journal.counts().done == 5
+    assert [line.partition(": ")[2] for line in said] == [
+        "collect failed: [Errno 28] No space left on device; it is tried again until it succeeds"
+    ]
 
 
 # ---------------------------------------------------------------- kills

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import urllib.request
 
@@ -45,6 +46,43 @@ def test_anthropic_states_them_in_groups_of_models() -> None:
     assert limits is not None
     assert limits["RPM"] == 50
     assert settings_for({"ITPM": 30_000.0}) == {}, "there is no setting for it yet"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"<html>sign in</html>",
+        b"[1]",
+        b'{"data": 7}',
+        b'{"data": [7, {"models": 3}, {"models": ["m"]}]}',
+        b"[" * 100_000,
+        b"\xff\xfe",
+        b"",
+    ],
+)
+def test_an_odd_answer_is_one_line(monkeypatch: pytest.MonkeyPatch, body: bytes) -> None:
+    limits = _stated(monkeypatch, body, "anthropic", "claude")
+    assert isinstance(limits, str)
+    assert "\n" not in limits
+
+
+def test_limits_that_can_be_none_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("NaN", "1e999", "true", "-5", '"7"', "null"):
+        odd = f'{{"type": "requests_per_minute", "value": {value}}}, {{"type": "output_tokens_per_minute", "value": 9}}'
+        body = f'{{"data": [{{"models": ["m"], "limits": [{odd}]}}]}}'
+        assert _stated(monkeypatch, body.encode(), "anthropic", "m") == {"OTPM": 9.0}
+    groups = b'{"data": [{"models": ["m"], "limits": 7}]}'
+    assert _stated(monkeypatch, groups, "anthropic", "m") == {}
+
+
+def _stated(monkeypatch: pytest.MonkeyPatch, body: bytes, profile: str, model: str) -> dict[str, float] | str | None:
+    """What is read of an endpoint that answers so, or the error."""
+    opener = urllib.request.OpenerDirector
+    monkeypatch.setattr(opener, "open", lambda self, request, **options: io.BytesIO(body))
+    try:
+        return account_limits(Pool(base_url="http://127.0.0.1:9/v1", profile=profile), ADMIN, model)
+    except PacelineError as error:
+        return str(error)
 
 
 def test_without_an_admin_key_nothing_is_asked() -> None:
