@@ -297,3 +297,17 @@ def test_a_provider_is_read_from_what_probe_writes_and_from_a_scenario(text: str
     path.write_text(text)
     with Journal.create(tmp_path / "j.db", fingerprint="", seed=0, epoch_s=0.0) as journal:
         assert provider_of(journal, str(path), None) == ProviderConfig(tpm=60_000)
+
+
+def test_a_run_in_an_anchored_window_shared_with_others_is_rehearsed(tmp_path: Path) -> None:
+    """Nothing of such a counter drains between two counts, which a bucket's arithmetic takes for use by others."""
+    pytest.importorskip("openai")
+    from benchmarks.twin import drawn, rehearsed
+
+    limits = {"tpm": 12_000, "charge_rule": "prompt_plus_max", "latency": "gpt-4o-mini"}
+    provider = ProviderConfig.model_validate({**limits, "window": "anchored", "cotenant": {"share": 0.1}})
+    policy = Policy.preset("paceline").with_(tpm_limit=12_000, tpm_window="fixed", charge_rule="prompt_plus_max")
+    sizes = tuple((400, 300) for _ in range(36))
+    found = rehearsed(dataclasses.replace(drawn(3, 1), provider=provider, policy=policy, sizes=sizes), 0.0, tmp_path)
+    assert found.makespan_s.measured > 60.0
+    assert found.makespan_s.predicted == pytest.approx(found.makespan_s.measured, rel=0.02)
