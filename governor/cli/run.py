@@ -332,7 +332,7 @@ def preflight(
 
 
 def _finish(context: typer.Context, pool: Pool, demand: Any) -> Callable[[], float] | None:
-    """A function that simulates the finish of this pool; None if no simulator is installed."""
+    """Return a function that simulates when this pool will finish; None if no simulator is installed."""
     from governor.forecast.forecast import Demand, Outlook
 
     try:

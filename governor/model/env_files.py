@@ -27,14 +27,14 @@ MADE_FROM = "# made from settings"
 EnvFiles = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
 
 
-class Stated(NamedTuple):
+class EnvValue(NamedTuple):
     """An env file's entry for one name: the value as text, None without `=`; the line counts from 1."""
 
     value: str | None
     line: int
 
 
-def read_env_file(path: str | Path) -> dict[str, Stated]:
+def read_env_file(path: str | Path) -> dict[str, EnvValue]:
     """Return every name in an env file, ours and foreign; the last of equal names wins.
 
     Raise BadInput if the file cannot be read or is empty (/dev/null is accepted: it states nothing on purpose), and for
@@ -47,13 +47,13 @@ def read_env_file(path: str | Path) -> dict[str, Stated]:
         with open(name, encoding="utf-8-sig") as file:
             if stat.S_ISREG(os.fstat(file.fileno()).st_mode) and os.fstat(file.fileno()).st_size == 0:
                 raise BadInput("the file is empty", name)
-            found: dict[str, Stated] = {}
+            found: dict[str, EnvValue] = {}
             for binding in parse_stream(file):
                 # The parser counts the blank lines before a binding as part of it.
                 text = binding.original.string
                 line = binding.original.line + text[: len(text) - len(text.lstrip())].count("\n")
                 if binding.key is not None:
-                    found[binding.key] = Stated(binding.value, line)
+                    found[binding.key] = EnvValue(binding.value, line)
                 elif binding.error and any(env in text for env in KNOB_BY_ENV):
                     raise BadInput("this line names a setting and is not NAME=VALUE", name, line)
     except FileNotFoundError:

@@ -263,7 +263,7 @@ class PlanResult:
     """Recommended settings and their evidence, returned by `plan`. Its `str()` is what `paceline plan` prints."""
 
     scenario: Scenario
-    wishes: PlanOptions
+    plan_options: PlanOptions
     found: Plan
     """Everything that the search found, with its evidence; see `sim.experiment.results.Plan`."""
 
@@ -326,7 +326,7 @@ class PlanResult:
         """Plot the front: 429s against the objective, for every candidate that was tried."""
         marks = {"now": self.found.now, "guardrails": self.found.guardrails.forecast}
         marks["recommended"] = self.found.full.forecast
-        limit = self.wishes.max_throttled_per_100
+        limit = self.plan_options.max_throttled_per_100
         return figures.front(self.found.points, marks, objective=self.found.objective, throttled_limit=limit)
 
     def write(self, folder: str | Path) -> Path:
@@ -337,7 +337,7 @@ class PlanResult:
         with prepared_folder(str(folder)) as place:
             text = page(self.scenario, self.found, place)
             notes = tuple(shown.plan_notes(self.scenario, self.found))
-            return write_plan(place, self.scenario, self.wishes, self.found, text, notes).report
+            return write_plan(place, self.scenario, self.plan_options, self.found, text, notes).report
 
     def __repr__(self) -> str:
         now, then = self.found.now["makespan_s"].mean, self.found.full.forecast["makespan_s"].mean
@@ -375,7 +375,7 @@ def plan(
     """
     scenario = is_a("scenario", scenario, Scenario, MAKE_ONE).fitted()
     whole("workers", workers, 0)
-    wishes = PlanOptions().with_given(
+    plan_options = PlanOptions().with_given(
         objective=objective,
         max_throttled_per_100=number("max_throttled_per_100", max_throttled_per_100),
         max_lost=number("max_lost", max_lost),
@@ -383,14 +383,14 @@ def plan(
         effort=effort,
         prices=None if prices is None else str(Path(prices).absolute()),
     )
-    foreseen = planner.requests_foreseen(scenario, wishes.effort)
+    foreseen = planner.requests_foreseen(scenario, plan_options.effort)
     found = planner.plan(
         scenario,
-        wishes.goal(),
-        effort=wishes.effort,
+        plan_options.goal(),
+        effort=plan_options.effort,
         pool=Pool(workers, foreseen=foreseen),
         say=say or (lambda what: None),
-        unknowns=wishes.unknowns,
-        prices=prices_of(wishes, scenario),
+        unknowns=plan_options.unknowns,
+        prices=prices_of(plan_options, scenario),
     )
-    return PlanResult(scenario, wishes, found)
+    return PlanResult(scenario, plan_options, found)

@@ -77,7 +77,7 @@ def calibrate(
 
 
 def _resimulated(sources: list[str], found: Calibration) -> Backtest | None:
-    """The run of one journal again, on the provider that was learnt from it.
+    """Run one journal again, on the provider that was learnt from it.
 
     None for other sources, and for a run by the Batch API.
     """
@@ -102,7 +102,7 @@ def _outlook_json(ahead: CalibratedForecast | None) -> dict[str, Any] | None:
 
 
 def text_of(found: Calibration, ahead: CalibratedForecast | None) -> str:
-    """The figures as a table, then what cannot be told, then the forecast."""
+    """Return the figures as a table, then what cannot be told, then the forecast."""
     told = [figure for figure in found.figures if figure.known]
     lines = [
         f"learnt from {len(found.observed):,} attempts of {found.observed.label} (each interval holds with 95 %)",

@@ -73,7 +73,7 @@ class CapacityAnswer:
 def terms_of(
     queue_tokens: int | None, turnaround: str | None, discount: float | None, cached_share: float | None
 ) -> Terms | None:
-    """The Batch API as the options assume it, None where it is not asked for.
+    """Return the Batch API as the options assume it, None where it is not asked for.
 
     BadSetting for a turnaround that is not two durations in this order, and for terms without a queue.
     """
@@ -95,7 +95,7 @@ def terms_of(
 
 
 def answered(given: Options, inputs: Inputs, asked: CapacityOptions, width: int) -> CapacityAnswer:
-    """Answers the question."""
+    """Answer the question."""
     scenario = inputs.scenario
     if asked.how_many and scenario.arrivals == "trace":
         raise BadInput("--how-many is for a batch: leave out --arrivals trace")

@@ -121,7 +121,7 @@ def _foresee(outlook: Outlook) -> Expectation:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code; whatever a user can mend is one line on stderr, without traceback."""
+    """Run one command and return its exit code; whatever a user can mend is one line on stderr, without traceback."""
     usage_error: Any = typer.BadParameter.__mro__[2]
     _open_streams()
     for stream in (sys.stdout, sys.stderr):
@@ -171,7 +171,7 @@ def _open_streams() -> None:
 
 
 def _drained() -> None:
-    """Leaves nothing in a stream that cannot be written: the interpreter's last flush would turn the exit code."""
+    """Drop what a stream that cannot be written still holds: the interpreter's last flush would turn the exit code."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -35,7 +35,7 @@ def scenario_of(
     policy: Policy | Mapping[str, Any] | str | None,
     **fields: Any,
 ) -> Scenario:
-    """A scenario of a file or of rows at hand, read as the command line reads it; see `Reading` and `Options`."""
+    """Return a scenario of a file or of rows at hand, as the command line reads it; see `Reading` and `Options`."""
     if not isinstance(provider, str | Mapping):
         made_provider(provider)
     path, opened = _rows_at_hand(requests)
@@ -63,14 +63,14 @@ def scenario_of(
 
 
 def _assignments(knobs: Mapping[str, Any]) -> list[str]:
-    """Knobs under any of their names as `--set` takes them; BadSetting for what is none."""
+    """Return knobs, under any of their names, as `--set` takes them. Raise BadSetting for an unknown name."""
     Policy().with_(**{name: plain_number(value) for name, value in knobs.items()})
     named = {knob: value for name, value in knobs.items() if (knob := knob_named(name)) is not None}
     return [f"{knob.env}={knob.text(plain_number(value))}" for knob, value in named.items()]
 
 
 def _rows_at_hand(requests: Requests) -> tuple[str, Source | None]:
-    """The path, or `-` and the bytes of rows that a program holds."""
+    """Return the path; for rows that a program holds, `-` and their bytes."""
     if isinstance(requests, str | os.PathLike):
         return os.fspath(requests), None
     if isinstance(requests, Iterable) and not hasattr(requests, "to_csv"):
@@ -86,7 +86,7 @@ def _rows_at_hand(requests: Requests) -> tuple[str, Source | None]:
 
 
 def _line(number: int, row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A row as a line of a file: a chat body alone becomes a batch line."""
+    """Return a row as a line of a file: a chat body alone becomes a batch line."""
     if not isinstance(row, Mapping):
         raise BadInput(f"{kind_of(row)} where a request should be (a mapping)", "requests", number + 1)
     if "messages" not in row:
@@ -95,7 +95,7 @@ def _line(number: int, row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """NumPy's numbers, of which JSON knows nothing."""
+    """Return NumPy's number as a plain one, as JSON needs it."""
     if isinstance(value, np.generic):
         return value.item()
     raise BadInput(f"{type(value).__name__} in a row, which JSON cannot hold", "requests")

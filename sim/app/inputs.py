@@ -65,7 +65,7 @@ class PlanOptions(Config):
         return Goal(self.objective, self.max_throttled_per_100, self.max_lost, self.finish_by_s)
 
     def with_given(self, **changes: Any) -> PlanOptions:
-        """These wishes with those of the command line that were given (not None) on top."""
+        """Return these options with those of the command line that were given (not None) on top."""
         given = {name: value for name, value in changes.items() if value is not None}
         return checked(PlanOptions, {**self.model_dump(), **given}, "plan")
 
@@ -75,7 +75,7 @@ class Inputs:
     """A scenario, what a plan of it is asked for, and what its user should know: one line each."""
 
     scenario: Scenario
-    wishes: PlanOptions
+    plan_options: PlanOptions
     notes: tuple[str, ...]
 
 
@@ -88,7 +88,7 @@ def read_inputs(
     settings: Policy | None = None,
     habits: ProviderConfig | Mapping[str, Any] | None = None,
 ) -> Inputs:
-    """Reads everything that the options name. BadInput and BadSetting for whatever is wrong, Oversized as in `fitted`.
+    """Read everything that the options name. Raise BadInput, BadSetting or, as `fitted` does, Oversized.
 
     Without `fit`, requests that are charged more than the limit stay, unless they are to be left out. `opened`: the
     workload's bytes where they have no file. `settings`: what an env file and `--set` go on top of, in place of the
@@ -96,13 +96,13 @@ def read_inputs(
     """
     stated: Scenario | None = None
     told: tuple[str, ...] = ()
-    wishes = PlanOptions()
+    plan_options = PlanOptions()
     if opened is None and is_journal(o.workload):
-        stated, wishes, told = _of_run(o)
+        stated, plan_options, told = _of_run(o)
     else:
         opened = opened or Source.open(o.workload)
         if opened.kind() == SCENARIO:
-            stated, wishes = _stated(opened)
+            stated, plan_options = _stated(opened)
     # Before the rows are read: a slip in a setting should show at once.
     as_read = policy_of(
         o.env_file,
@@ -110,7 +110,7 @@ def read_inputs(
         base=settings or (None if stated is None else stated.policy),
     )
     if o.env_file or stated is None:
-        wishes = wishes.with_given(settings_read=settings_digest(as_read))
+        plan_options = plan_options.with_given(settings_read=settings_digest(as_read))
     policy = as_read.set_values(o.assignments or ())
     provider = _provider(o, policy, stated, habits, _profile(o, environment if stated is None else {}))
     if stated is None:
@@ -135,7 +135,7 @@ def read_inputs(
     fitted = scenario.fitted(skip_oversized=skip) if fit or skip else scenario
     # Asked here and not in mid-run: whether the trace has arrivals at all.
     fitted.columns()
-    return Inputs(fitted, wishes, (*told, *_notes(scenario, fitted, o)))
+    return Inputs(fitted, plan_options, (*told, *_notes(scenario, fitted, o)))
 
 
 def inputs_of(given: Options, *, fit: bool = True) -> Inputs:
@@ -159,22 +159,22 @@ def _first(given: Any, otherwise: Any) -> Any:
 
 
 def _stated(source: Source) -> tuple[Scenario, PlanOptions]:
-    """The scenario in a file and, where it has a section `plan`, what a plan of it was asked for."""
+    """Return the scenario in a file and, where it has a section `plan`, what a plan of it was asked for."""
     with source.stream() as stream:
         text = stream.read().decode("utf-8-sig", errors="replace")
     data = parsed_yaml(text, source.name, "a scenario (workload:, provider:, policy:, ...)")
     if "plan" not in data:
         return Scenario.read(source), PlanOptions()
     try:
-        wishes = checked(PlanOptions, data.pop("plan"), "plan")
+        plan_options = checked(PlanOptions, data.pop("plan"), "plan")
     except BadSetting as error:
         raise BadInput(str(error), source.name) from None
     folder = Path(".") if source.path == "-" else Path(source.path).parent
-    return Scenario.from_yaml(yaml.safe_dump(data, sort_keys=False), folder=folder, name=source.name), wishes
+    return Scenario.from_yaml(yaml.safe_dump(data, sort_keys=False), folder=folder, name=source.name), plan_options
 
 
 def _of_run(o: Options) -> tuple[Scenario, PlanOptions, tuple[str, ...]]:
-    """The requests of a journal with their answers, its settings, and the provider that it teaches."""
+    """Return the requests of a journal with their answers, its settings, and the provider that it teaches."""
     for name in _row_options(o):
         option = f"--{name.replace('_', '-')}"
         raise BadSetting(
@@ -197,15 +197,15 @@ def _of_run(o: Options) -> tuple[Scenario, PlanOptions, tuple[str, ...]]:
     return found.scenario, PlanOptions(unknowns=found.unknowns), (note, *found.notes)
 
 
-def scenario_text(scenario: Scenario, wishes: PlanOptions, folder: str | Path) -> str:
-    """The scenario as YAML with paths relative to `folder`, and the wishes where they are not the default ones."""
+def scenario_text(scenario: Scenario, plan_options: PlanOptions, folder: str | Path) -> str:
+    """Return the scenario as YAML, with paths relative to `folder`, and those plan options that are not the default."""
     text = scenario.to_yaml(folder)
-    asked = wishes.model_dump(mode="json", exclude_defaults=True)
+    asked = plan_options.model_dump(mode="json", exclude_defaults=True)
     return text + yaml.safe_dump({"plan": asked}, sort_keys=False) if asked else text
 
 
 def _row_options(o: Options) -> dict[str, Any]:
-    """The options that say how a workload is read, as fields of its source; only those that were given."""
+    """Return the options that say how a workload is read, as fields of its source; only those that were given."""
     given = {
         "columns": parse_columns(",".join(o.columns)) if o.columns else None,
         "outputs_from": o.outputs_from,
@@ -218,7 +218,7 @@ def _row_options(o: Options) -> dict[str, Any]:
 
 
 def _changed_source(source: FileSource | ModelSource, o: Options) -> FileSource | ModelSource:
-    """A scenario file's source with the command line's options on top; the same object where none was given."""
+    """Return a scenario file's source with the command line's options on top; the same object where none was given."""
     changes = _row_options(o)
     if not changes:
         return source
@@ -244,7 +244,7 @@ def _provider(
     habits: ProviderConfig | Mapping[str, Any] | None,
     profile: str,
 ) -> ProviderConfig:
-    """The provider that the options, the scenario file or, for want of both, the settings describe."""
+    """Return the provider that the options, the scenario file or, for want of both, the settings describe."""
     named = {"profile": profile} if profile else {}
     if isinstance(habits, ProviderConfig):
         provider = habits
@@ -269,7 +269,7 @@ def _provider(
 
 
 def _profile(o: Options, environment: Mapping[str, str]) -> str:
-    """The profile that the options, the env file or the environment name, or that the base URL chooses; "" = none."""
+    """Return the profile that the options, the env file or the environment name, or the base URL's; "" = none."""
     stated = o.profile or stated_profile(o.env_file, environment)
     if stated:
         read_profile(stated)
@@ -280,7 +280,7 @@ def _profile(o: Options, environment: Mapping[str, str]) -> str:
 def _with_latency_of(
     provider: ProviderConfig, workload: Workload, o: Options, habits: ProviderConfig | Mapping[str, Any] | None
 ) -> ProviderConfig:
-    """The provider with the latency of the one model that the requests name, unless something else states it."""
+    """Return the provider with the latency of the one model that the requests name, unless something else states it."""
     given = "latency" in habits if isinstance(habits, Mapping) else habits is not None
     if o.latency is not None or o.provider is not None or given or not isinstance(workload.models, str):
         return provider
@@ -289,7 +289,7 @@ def _with_latency_of(
 
 
 def _agreed(policy: Policy, provider: ProviderConfig, stated: Scenario | None, o: Options) -> Policy:
-    """A scenario file's policy, its limits changed with the provider's where they were the same and nothing names them.
+    """Return a scenario file's policy; limits that equalled the provider's, and are not named, change with them.
 
     `--set` and an env file name a limit; the scenario file names all of them, by writing them down.
     """

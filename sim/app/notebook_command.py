@@ -71,7 +71,7 @@ class NotebookCopy(NamedTuple):
 
 
 def example(name: str = "batch.jsonl") -> str:
-    """The path of an example that comes along: `batch.jsonl`, 200 requests in batch format, or `today.env`."""
+    """Return the path of an example that comes along: `batch.jsonl`, 200 requests in batch format, or `today.env`."""
     for folder in _PLACES[""]:
         if (folder / name).is_file():
             return str(folder / name)
@@ -79,13 +79,13 @@ def example(name: str = "batch.jsonl") -> str:
 
 
 def notebooks() -> list[Path]:
-    """The notebooks that come along, in order."""
+    """Return the notebooks that come along, in order."""
     found = next((folder for folder in _PLACES["notebooks"] if folder.is_dir()), None)
     return sorted(found.glob("[0-9]*.ipynb")) if found else []
 
 
 def named(name: str) -> Path:
-    """The notebook that a user means by its number, its name or a part of it. BadSetting for none or several."""
+    """Return the notebook of that number, name or part of a name. Raise BadSetting for none or several."""
     found = notebooks()
     word = name.removesuffix(".ipynb").lower().replace("-", "_").replace(" ", "_")
     # "2" and "02" are numbers, not parts of a name.
@@ -101,7 +101,7 @@ def named(name: str) -> Path:
 
 
 def copied_to(folder: str | Path) -> list[NotebookCopy]:
-    """Copies the notebooks into the folder, made if need be; what is there already stays as it is.
+    """Copy the notebooks into the folder, which is created if need be; existing files stay as they are.
 
     BadInput where nothing can be written there.
     """

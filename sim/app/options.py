@@ -34,7 +34,7 @@ def quantiles(text: str) -> tuple[float, float]:
 
 
 def duration_s(text: str) -> float | None:
-    """Seconds of a duration above 0: 6h, 90m, 90min, 1h30m, 45s, 2d, 1.5h; None for anything else."""
+    """Return the seconds of a duration above 0: 6h, 90m, 90min, 1h30m, 45s, 2d, 1.5h; None for anything else."""
     try:
         return seconds_of(text, "it")
     except BadSetting:
@@ -42,7 +42,7 @@ def duration_s(text: str) -> float | None:
 
 
 def finish_by_s(text: str, now: datetime | None = None) -> float:
-    """Seconds from `now` (the clock's, if none is given) to a wanted end: a duration, or a time of day (`until_s`)."""
+    """Return the seconds from `now` (default: the clock) to a wanted end: a duration, or a time of day (`until_s`)."""
     try:
         return until_s(text, "it", now)
     except BadSetting:
@@ -52,7 +52,7 @@ def finish_by_s(text: str, now: datetime | None = None) -> float:
 
 
 def wait_s(text: str) -> float:
-    """Seconds of a duration: 30s, 2m."""
+    """Return the seconds of a duration: 30s, 2m."""
     seconds = duration_s(text)
     if seconds is None:
         raise typer.BadParameter(f"{text!r} is not a duration above 0 (30s, 2m)")
@@ -60,7 +60,7 @@ def wait_s(text: str) -> float:
 
 
 def share(text: str) -> float:
-    """A share from 0 to 1: 0.01, or 1%."""
+    """Return a share from 0 to 1: 0.01, or 1%."""
     word = text.strip()
     try:
         value = float(word[:-1]) / 100.0 if word.endswith("%") else float(word)
@@ -327,12 +327,12 @@ def takes_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def width() -> int:
-    """Columns for text: the terminal's, or a fixed number in a pipe, so that logs look alike everywhere."""
+    """Return the columns for text: the terminal's, or a fixed number in a pipe, so that logs look alike everywhere."""
     return max(60, min(140, shutil.get_terminal_size((110, 24)).columns)) if sys.stdout.isatty() else 110
 
 
 def show_result(given: Options, found: dict[str, Any], text: str, notes: Sequence[str]) -> None:
-    """The result on stdout, as an object or as text; what to be careful about on stderr."""
+    """Print the result to stdout, as JSON or as text, and what to be careful about to stderr."""
     from sim.reporting.terminal import notes_text
 
     if notes:
@@ -341,7 +341,7 @@ def show_result(given: Options, found: dict[str, Any], text: str, notes: Sequenc
 
 
 def show(found: dict[str, Any], text: str, *, as_json: bool) -> None:
-    """The result on stdout, as an object or as text."""
+    """Print the result to stdout, as JSON or as text."""
     from sim.reporting.terminal import plain
 
     print(json.dumps(plain(found), indent=2, allow_nan=False) if as_json else text, flush=True)

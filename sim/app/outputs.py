@@ -101,19 +101,19 @@ class Front:
 
 def plan_json(
     scenario: Scenario,
-    wishes: PlanOptions,
+    plan_options: PlanOptions,
     plan: Plan,
     notes: tuple[str, ...],
     command: str,
     front: Front | None = None,
 ) -> dict[str, Any]:
-    """The plan with its inputs, each labelled, as plain values: what `--json` prints and plan.json holds."""
+    """Return the plan with its inputs, each labelled, as plain values: what `--json` prints and plan.json holds."""
     inputs = {name: {"label": label, "text": text} for name, (label, text) in scenario.provenance().items()}
     found: dict[str, Any] = plain(plan.to_json_dict())
     return {
         "paceline_version": __version__,
-        "asked": wishes.model_dump(mode="json", exclude={"settings_read"}),
-        "settings_read": wishes.settings_read,
+        "asked": plan_options.model_dump(mode="json", exclude={"settings_read"}),
+        "settings_read": plan_options.settings_read,
         **found,
         **(front.to_json_dict() if front is not None else {}),
         "inputs": inputs,
@@ -123,7 +123,7 @@ def plan_json(
 
 
 def page(scenario: Scenario, plan: Plan, folder: Path) -> str:
-    """The report as one self-contained page."""
+    """Return the report as one self-contained page."""
     # Templates take a moment to import, and only this needs them.
     from sim.reporting.report import render
 
@@ -139,7 +139,7 @@ def page(scenario: Scenario, plan: Plan, folder: Path) -> str:
 
 
 def settings_files(plan: Plan, settings_read: str = "", profile: str = "") -> dict[str, str]:
-    """The env files: both recommendations with today's values as comments, and the way back.
+    """Return the env files: both recommendations, with today's values as comments, and the way back.
 
     `settings_read`: the digest of the settings that the plan read. With it the files belong into the plan's folder:
     they name the scenario beside them, the provider's `profile`, and what they were made from (see
@@ -196,16 +196,19 @@ def _says_something(knob: Knob, policy: Policy, old: Policy) -> bool:
 def write_plan(
     folder: Path,
     scenario: Scenario,
-    wishes: PlanOptions,
+    plan_options: PlanOptions,
     plan: Plan,
     report: str,
     notes: tuple[str, ...] = (),
     front: Front | None = None,
 ) -> PlanFiles:
-    """Writes all files of a plan, or none. `report`: the page's text."""
+    """Write all files of a plan, or none. `report`: the page's text."""
     command = rerun_command(folder)
     profile = "" if scenario.provider.profile == OPENAI else scenario.provider.profile
-    texts = {REPORT: report, **settings_files(plan, wishes.settings_read or settings_digest(plan.now.policy), profile)}
+    texts = {
+        REPORT: report,
+        **settings_files(plan, plan_options.settings_read or settings_digest(plan.now.policy), profile),
+    }
     if _keeps_rollback(folder, plan.now.policy):
         del texts[ROLLBACK]
     rerun = scenario
@@ -213,14 +216,16 @@ def write_plan(
         # Rows from standard input have no file to be read from again: they go beside the scenario.
         rows = FileSource(path=str(folder / ROWS), provenance=dict(scenario.workload.provenance))
         rerun = scenario.with_(source=rows, skip_oversized=False)
-    texts[SCENARIO] = scenario_text(rerun, wishes, folder)
-    texts[PLAN] = json.dumps(plan_json(scenario, wishes, plan, notes, command, front), indent=2, allow_nan=False) + "\n"
+    texts[SCENARIO] = scenario_text(rerun, plan_options, folder)
+    texts[PLAN] = (
+        json.dumps(plan_json(scenario, plan_options, plan, notes, command, front), indent=2, allow_nan=False) + "\n"
+    )
     _write_together(folder, texts, scenario if rerun is not scenario else None)
     return PlanFiles(folder, tuple(texts), command)
 
 
 def _write_together(folder: Path, texts: Mapping[str, str], rows: Scenario | None) -> None:
-    """All files under hidden names first, each forced to the disk; then they take their names, all or none."""
+    """Write all files under hidden names, each forced to the disk, then rename them: all of them or none."""
     with contextlib.ExitStack() as stack:
         for name, text in texts.items():
             unfinished = stack.enter_context(write_atomically(folder / name))
@@ -237,7 +242,7 @@ def _write_together(folder: Path, texts: Mapping[str, str], rows: Scenario | Non
 
 @contextlib.contextmanager
 def _all_or_none(paths: list[Path]) -> Iterator[None]:
-    """If the block fails, the files are again what they were before it, or not there."""
+    """Restore the files, or remove new ones, if the block fails."""
     before: dict[Path, Path | None] = {}
     try:
         for path in (Path(os.path.realpath(path)) for path in paths):
@@ -300,7 +305,7 @@ class PlanOutcome:
 
 
 def planned(
-    scenario: Scenario, wishes: PlanOptions, folder: Path, *, notes: tuple[str, ...], pool: Pool, say: Say
+    scenario: Scenario, plan_options: PlanOptions, folder: Path, *, notes: tuple[str, ...], pool: Pool, say: Say
 ) -> PlanOutcome:
     """Search, write the folder, and return what was found.
 
@@ -314,21 +319,21 @@ def planned(
     try:
         found = planning.plan(
             scenario,
-            wishes.goal(),
-            effort=wishes.effort,
+            plan_options.goal(),
+            effort=plan_options.effort,
             pool=pool,
             say=say,
-            unknowns=wishes.unknowns,
-            prices=prices_of(wishes, scenario),
+            unknowns=plan_options.unknowns,
+            prices=prices_of(plan_options, scenario),
         )
     except planning.Interrupted as stop:
         said = f"{stop.so_far}; no file was written"
         raise (WorkersLost(f"{stop.reason}; {said}") if stop.reason else Stopped(said)) from None
-    front = _front(scenario.with_(policy=found.full.policy), wishes, say)
+    front = _front(scenario.with_(policy=found.full.policy), plan_options, say)
     say("writing the report")
     notes = (*notes, *plan_notes(scenario, found))
     report = page(scenario, found, folder)
-    return PlanOutcome(found, write_plan(folder, scenario, wishes, found, report, notes, front), notes, front)
+    return PlanOutcome(found, write_plan(folder, scenario, plan_options, found, report, notes, front), notes, front)
 
 
 def _import_each(*modules: str) -> None:
@@ -337,17 +342,19 @@ def _import_each(*modules: str) -> None:
             importlib.import_module(module)
 
 
-def _front(scenario: Scenario, wishes: PlanOptions, say: Say) -> Front | None:
+def _front(scenario: Scenario, plan_options: PlanOptions, say: Say) -> Front | None:
     """Compare live calls with the Batch API if there is a deadline, and all requests are there from the start."""
-    if wishes.finish_by_s is None or scenario.arrivals != "batch":
+    if plan_options.finish_by_s is None or scenario.arrivals != "batch":
         return None
     api = scenario.provider.batch_api
     terms = terms_of_provider(api)
     return Front(
-        ways(scenario, terms, prices_of(wishes, scenario), wishes.finish_by_s, say=say), terms, wishes.finish_by_s
+        ways(scenario, terms, prices_of(plan_options, scenario), plan_options.finish_by_s, say=say),
+        terms,
+        plan_options.finish_by_s,
     )
 
 
-def prices_of(wishes: PlanOptions, scenario: Scenario) -> Prices:
-    """The price list that is asked for, or the one that comes with Paceline."""
-    return prices_in_force(wishes.prices or None, read_profile(scenario.provider.profile))
+def prices_of(plan_options: PlanOptions, scenario: Scenario) -> Prices:
+    """Return the price list that is asked for, or the one that comes with Paceline."""
+    return prices_in_force(plan_options.prices or None, read_profile(scenario.provider.profile))

@@ -133,7 +133,7 @@ def plan(
 
     inputs = inputs_of(given)
     scenario = inputs.scenario
-    wishes = inputs.wishes.with_given(
+    plan_options = inputs.plan_options.with_given(
         objective=objective,
         max_throttled_per_100=max_throttled_per_100,
         max_lost=max_lost,
@@ -141,14 +141,14 @@ def plan(
         effort=effort,
         prices=None if prices is None else os.path.abspath(prices),
     )
-    foreseen = requests_foreseen(scenario, wishes.effort)
+    foreseen = requests_foreseen(scenario, plan_options.effort)
     with prepared_folder(out) as folder, Progress("planning", foreseen / len(scenario.workload)) as bar:
         pool = pool_of(given, bar, foreseen)
-        found = planned(scenario, wishes, folder, notes=inputs.notes, pool=pool, say=bar.say)
+        found = planned(scenario, plan_options, folder, notes=inputs.notes, pool=pool, say=bar.say)
     command, report = found.written.command, found.written.report
     front = f"\n\n{found.front.text(width())}" if found.front is not None else ""
     text = f"{shown.plan_text(scenario, found.plan, width())}{front}\n\nagain: {command}\nreport: {report}"
-    made = plan_json(scenario, wishes, found.plan, found.notes, command, found.front)
+    made = plan_json(scenario, plan_options, found.plan, found.notes, command, found.front)
     show_result(given, made, text, found.notes)
 
 

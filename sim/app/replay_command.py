@@ -30,7 +30,7 @@ GIVEN, BELIEVED, _LEARNT = "as given", "as the settings believe", "as learnt fro
 
 
 def replayed(path: str, o: ReplayOptions, width: int) -> tuple[dict[str, Any], str]:
-    """The replay as an object and as text. PacelineError for what a user can mend."""
+    """Return the replay as an object and as text. Raise PacelineError for what a user can mend."""
     check_file(o.pairs, "--pairs", (".csv",))
 
     def rewrite(policy: Policy) -> Policy:
@@ -52,7 +52,7 @@ def replayed(path: str, o: ReplayOptions, width: int) -> tuple[dict[str, Any], s
 
 
 def staged(path: str, found: Sequence[Lesson], o: ReplayOptions) -> tuple[str, list[Stage]]:
-    """Each pool with its provider: what the command names, else what explains the run best, believed or learnt."""
+    """Return each pool with its provider: as named, else the one that explains the run best, believed or learnt."""
     if o.provider is not None or o.tpm is not None:
         base = None if o.provider is None else named_provider(o.provider)
         given = [base or believed(lesson) for lesson in found]
@@ -68,7 +68,7 @@ def staged(path: str, found: Sequence[Lesson], o: ReplayOptions) -> tuple[str, l
 
 
 def of_log(path: str, o: ReplayOptions) -> tuple[str, list[Stage]]:
-    """A log of another client: arrivals as in the log where it has them, and the guardrails' settings."""
+    """Return a log of another client, with its arrivals where it has them, under the guardrails' settings."""
     observed = read_sources([path], parse_columns(o.columns) if o.columns else {})
     learnt = calibrate(observed).scenario
     given = None if o.provider is None else named_provider(o.provider)

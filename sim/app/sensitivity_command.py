@@ -38,13 +38,13 @@ def runs_foreseen(scenario: Scenario, method: Method, size: int, seeds: int) -> 
 def sensed(
     scenario: Scenario, objective: str, *, method: Method, size: int, seeds: int, near: bool, pool: Pool
 ) -> Sensitivity:
-    """The effect of each setting around the scenario's own settings."""
+    """Return the effect of each setting around the scenario's own settings."""
     goal = Goal(objective=objective)
     return sensitivity(scenario, goal, method=method, size=size, seeds=seeds, near=near, runs=Runs(pool))
 
 
 def sensitivity_text(scenario: Scenario, found: Sensitivity, width: int) -> str:
-    """The effects as two tables, for people: quantities, then rules and switches."""
+    """Return the effects as two tables, for people: quantities, then rules and switches."""
     names = list(found.effects)
     by_env = {name: {e.env: e for e in effects} for name, effects in found.effects.items()}
     heads = [_UNITS[name][0] for name in names]
@@ -86,7 +86,7 @@ def sensitivity_text(scenario: Scenario, found: Sensitivity, width: int) -> str:
 
 
 def _cells(effect: Effect, write: Callable[[float], str], method: str) -> list[str]:
-    """A mean change, or a share of variance; a share that the sample cannot tell from any other says so."""
+    """Return a mean change, or a share of variance; a share that the sample cannot tell from any other says so."""
     size, half = effect.size, effect.half_width
     if method == "sobol":
         if half >= 1.0:
@@ -108,7 +108,7 @@ def _values(values: tuple[object, ...]) -> str:
 
 
 def write_figure(path: str | Path, found: Sensitivity) -> None:
-    """The figure as SVG or PNG, by the ending of the name."""
+    """Return the figure as SVG or PNG, by the ending of the name."""
     # Drawing takes long to import, and only this needs it.
     from sim.base import style
     from sim.reporting import figures

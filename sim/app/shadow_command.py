@@ -31,7 +31,7 @@ TODAY, RECOMMENDED = "today's settings", "recommended"
 def shadowed(
     path: str, o: ShadowOptions, environment: Mapping[str, str], width: int, say: Callable[[str], None]
 ) -> tuple[dict[str, Any], str]:
-    """The recorded calls again under today's settings and under those of a plan made from them; object and text."""
+    """Replay the recorded calls under today's settings and under a plan made from them; return object and text."""
     check_file(o.out, "--out", (".env",))
     if o.out is not None and o.recommended is not None:
         raise BadSetting(
@@ -115,7 +115,7 @@ def _later(seconds: float) -> str:
 
 
 def _answer(name: str, found: Counterfactual) -> str:
-    """One sentence: 429s avoided, time added or saved, calls saved."""
+    """Return one sentence: 429s avoided, time added or saved, calls saved."""
     avoided = found.throttled.was - found.throttled.would
     count = f"{number(avoided)} of {number(found.throttled.was)} 429s" if avoided > 0.0 else "no 429"
     lost = found.lost.was - found.lost.would

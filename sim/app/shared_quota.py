@@ -80,11 +80,11 @@ class SimulatedStore:
             each.clear()
 
     def now_us(self) -> int:
-        """The server's clock, microseconds since 1970."""
+        """Return the server's clock, microseconds since 1970."""
         return EPOCH_S * 1_000_000 + int(self.loop.time() * 1e6)
 
     def renewed(self, owner: str) -> None:
-        """The owner's lease begins anew."""
+        """Renew the owner's lease."""
         self.leases[owner] = (self.now_us() + round(self.lease_s * 1e6)) // 1000
 
     def reading(self) -> StoreReading:
@@ -93,12 +93,12 @@ class SimulatedStore:
         return StoreReading(self.now_us(), self.image, list(self.inbox), dict(self.leases))
 
     def tell(self, key: tuple[str, int], news: bytes) -> None:
-        """Puts news into an owner's list."""
+        """Put news into an owner's list."""
         self.lists.setdefault(key, deque()).append(news)
         self.bell(key).set()
 
     def bell(self, key: tuple[str, int]) -> asyncio.Event:
-        """Rings when something is put into that list."""
+        """Return the event that is set when something is put into that list."""
         return self.bells.setdefault(key, asyncio.Event())
 
 
@@ -116,7 +116,7 @@ class SimulatedStoreClient:
         return "the store"
 
     def dies(self) -> None:
-        """The process is gone."""
+        """Drop whatever this process sends from now on."""
         self._is_dead = True
 
     async def _on_the_way(self) -> None:
@@ -299,13 +299,13 @@ class SharedRun:
     stopped: list[str]
 
     def shares(self) -> list[float]:
-        """Launches by process until the first has launched all of its own, each over an equal share."""
+        """Return each process's launches, over an equal share, until the first has launched all of its own."""
         until = min((max(times) for times in self.launches if times), default=0.0)
         counts = [sum(at <= until for at in times) for times in self.launches]
         return [count * len(counts) / max(1, sum(counts)) for count in counts]
 
     def to_json_dict(self) -> dict[str, Any]:
-        """The summary, and what the arrangement adds to it."""
+        """Return the summary, and what the arrangement adds to it."""
         added = {
             "processes": len(self.launches),
             "shares": self.shares(),
@@ -367,7 +367,7 @@ class _Run:
     stopped: list[str] = field(default_factory=list)
 
     async def process(self, number: int, open_: dict[int, Work]) -> None:
-        """One process, from its start to its end, or until it is cancelled."""
+        """Run one process from its start to its end, or until it is cancelled."""
 
         def store(owner: str) -> SimulatedStoreClient:
             self.stores[number].append(SimulatedStoreClient(self.shelf, owner))
@@ -388,7 +388,7 @@ class _Run:
             self.stopped.append(why)
 
     async def mortal(self, number: int, open_: dict[int, Work], dies_at: float) -> None:
-        """One that dies, and another that takes over."""
+        """Run a process that dies, and another that takes over."""
         life = asyncio.create_task(self.process(number, open_))
         await asyncio.wait({life}, timeout=dies_at - self.shelf.loop.time())
         if life.done():
@@ -402,7 +402,7 @@ class _Run:
 
 
 def shared_run(scenario: Scenario, arrangement: Arrangement, seed: int | None = None) -> SharedRun:
-    """The scenario's batch, dealt out to so many processes that share its quota."""
+    """Return the scenario's batch, dealt out to so many processes that share its quota."""
     case = case_of(scenario)
     assert not case.from_trace, "a batch"
     n = arrangement.processes
@@ -437,7 +437,7 @@ def shared_run(scenario: Scenario, arrangement: Arrangement, seed: int | None = 
 
 
 def _works(scenario: Scenario, case: Case) -> Iterator[Work]:
-    """The batch in order of launch."""
+    """Return the batch in order of launch."""
     c, w = case.columns, scenario.workload
     for i in launch_order(c, case.params).tolist():
         # Of the sizes, only those that a quota's weights count.

@@ -53,7 +53,7 @@ class SideProcess:
         self.rests_until = 0.0
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """A call by that process, which is started if need be; `EndedError` where it ended at once, for a while."""
+        """Submit a call to that process, started if need be. Raise EndedError for a while after an early end."""
         while True:
             with self._turn:
                 if self._pool is None:
@@ -99,7 +99,7 @@ class SideProcess:
         raise EndedError("the simulator's process has ended: see the service's log, or ask again in a moment")
 
     def forecast(self, outlook: Outlook) -> float | None:
-        """See `whatif.quick_forecast`. One of nothing only sees to it that the process is there."""
+        """See `whatif.quick_forecast`. A forecast of nothing only starts the process."""
         if not 0 < outlook.demand.requests <= REQUESTS_MOST:
             with contextlib.suppress(EndedError):
                 self.submit(os.getpid)

@@ -101,7 +101,7 @@ def _workload(question: Mapping[str, Any]) -> Workload:
 
 
 def _answered(workload: Workload, assumed: Assumptions, seed: int) -> Workload:
-    """The workload with what is not known of its answers drawn."""
+    """Return the workload with what is not known of its answers drawn."""
     known = np.asarray(workload.output_tokens)
     missing = (known < 0) & (np.asarray(workload.endpoint) != EMBEDDINGS)
     if not missing.any():

@@ -67,7 +67,7 @@ REQUESTS_MOST = 1_000_000
 
 
 def at_limits(scenario: Scenario, tpm: int, rpm: int) -> Scenario:
-    """The scenario on a provider with these limits (0 = none), the policy's own limits following."""
+    """Return the scenario on a provider with these limits (0 = none), the policy's own limits following."""
     provider = scenario.provider.with_(tpm=tpm, rpm=rpm)
     return scenario.with_(provider=provider, policy=scenario.policy.with_(**limits_of(provider)))
 
@@ -123,15 +123,15 @@ class Search:
         return run["failed"] == 0 and run["makespan_s"] <= self.finish_by_s
 
     def made(self, case: Case, seeds: range) -> list[Figures]:
-        """The runs of a case."""
+        """Return the runs of a case."""
         return self.pool.run([(case, seeds)])[0]
 
     def forecast(self, policy: Policy, runs: Sequence[Figures]) -> Forecast:
-        """The runs of one probe together."""
+        """Return the runs of one probe together."""
         return forecast_of(policy, runs)
 
     def suited_to(self, scenario: Scenario) -> list[Policy]:
-        """The settings for a scenario at its limits, the best first: its own alone, or those found for it."""
+        """Return the settings for a scenario at its limits, the best first: its own alone, or those found for it."""
         if not self.retune:
             return [scenario.policy]
         limits = scenario.provider.tpm, scenario.provider.rpm
@@ -142,14 +142,14 @@ class Search:
         return self.suited[limits]
 
     def probe(self, tpm: int, rpm: int, *, whole: bool = False) -> LimitProbe:
-        """One pair of limits over the replications, dropped early where too many are late unless `whole`."""
+        """Run one pair of limits over the replications; stop early if too many are late, unless `whole`."""
         scenario = at_limits(self.scenario, tpm, rpm)
         return self.best_tried(scenario, self.suited_to(scenario), whole=whole)
 
     def confirmed(
         self, scenario: Scenario, policies: list[Policy], *, name: str = "", whole: bool = False
     ) -> LimitProbe:
-        """A scenario under what is best on the seeds of the search, on runs of its own; only searched where it misses.
+        """Run a scenario under what is best on the search's seeds, on seeds of its own; only as searched if it misses.
 
         With `whole` all these runs are made, however many are late.
         """
@@ -159,7 +159,7 @@ class Search:
         return self.tried(scenario.with_(policy=searched.forecast.policy), fresh=True, name=name, whole=whole)
 
     def best_tried(self, scenario: Scenario, policies: list[Policy], **how: Any) -> LimitProbe:
-        """A scenario under the first of these settings that meets the deadline, which then stands first among them.
+        """Run a scenario under the first of these settings that meets the deadline, and put that one first among them.
 
         The others are tried only where the first loses requests: a few runs do not show that to who tunes, and it says
         nothing against the limit. Where none meets it: the first one's probe.
@@ -175,7 +175,7 @@ class Search:
         return found if found.meets else first
 
     def tried(self, scenario: Scenario, *, fresh: bool = False, name: str = "", whole: bool = False) -> LimitProbe:
-        """A scenario over the replications, dropped early where too many are late unless `whole`."""
+        """Run a scenario over the replications; stop early if too many are late, unless `whole`."""
         case = case_of(scenario)
         start, wanted = scenario.seed, self.replications
         if fresh:
@@ -199,7 +199,7 @@ class Search:
         )
 
     def bracket(self) -> tuple[int, int]:
-        """The limit below which nothing can be in time, and the one above which tokens never bind."""
+        """Return the limit below which no run can be in time, and the one above which tokens never bind."""
         columns, provider = self.scenario.columns(), self.scenario.provider
         low = float(columns.charge.max(initial=1.0))
         # Tokens handed back, or a limit that rises in mid-run, would let more through than this.
@@ -210,7 +210,7 @@ class Search:
         return max(1, math.floor(low)), max(math.ceil(high), math.ceil(low) + 1)
 
     def fluid_tpm(self) -> float:
-        """The tokens per minute without which no scheduler could do it."""
+        """Return the tokens per minute without which no scheduler could do it."""
         return float(self.scenario.columns().charge.sum()) / (self.finish_by_s / 60.0 + 1.0)
 
     def decided(self, smallest: LimitProbe) -> DecidedBy:
@@ -230,7 +230,7 @@ class Search:
         return DecidedBy(by, largest, bound, measured.p50, measured.p95)
 
     def bound_tpm(self) -> float:
-        """As `fluid_tpm`, by what is really used where the provider hands back the rest; 0 where the limit rises."""
+        """Return `fluid_tpm` by real use, where the provider hands back the rest; 0 where the limit rises."""
         provider, columns = self.scenario.provider, self.scenario.columns()
         if any(change.factor > 1.0 for change in provider.limit_changes):
             return 0.0
@@ -242,7 +242,7 @@ class Search:
         return self.fluid_tpm() * float(used.sum()) / float(columns.charge.sum())
 
     def smallest(self, low: int, high: int) -> LimitProbe | None:
-        """The smallest limit that meets the deadline under fresh seeds as well; None where `high` does not."""
+        """Return the smallest limit that meets the deadline under fresh seeds as well; None if `high` does not."""
         rpm = self.scenario.provider.rpm
         while high > math.ceil(low * (1.0 + RESOLUTION)):
             middle = min(high - 1, max(low + 1, rounded_up(math.sqrt(low * high))))
@@ -261,7 +261,7 @@ class Search:
         return None
 
     def grid(self, around: int) -> None:
-        """Limits around an answer, for the figure: every one of them in full."""
+        """Run limits around an answer in full, for the figure."""
         first = max(float(self.scenario.columns().charge.max(initial=1.0)), around / 2.0)
         steps = [first * (GRID_REACH * around / first) ** (i / (GRID - 1)) for i in range(GRID)]
         for tpm in sorted({rounded_up(step) for step in steps} | set(self.probes)):
@@ -271,7 +271,7 @@ class Search:
                 self.probes[tpm] = self.probe(tpm, self.scenario.provider.rpm, whole=True)
 
     def how_many(self) -> HowMany:
-        """The largest batch that is done in time; see `how_many`."""
+        """Return the largest batch that is done in time; see `how_many`."""
         scenario = self.scenario
         probes: dict[int, LimitProbe] = {}
         policies = [scenario.policy]
@@ -322,7 +322,7 @@ class Search:
         return max(1, math.ceil(min(most, default=REQUESTS_MOST)))
 
     def tiers(self, model: str) -> tuple[list[LimitProbe], list[str]]:
-        """The model's tiers from the first up to one that meets the deadline, and those that no request fits into."""
+        """Return the model's tiers up to one that meets the deadline, and those that no request fits into."""
         largest = float(self.scenario.charges().max(initial=0.0))
         tried: list[LimitProbe] = []
         too_small: list[str] = []
@@ -343,7 +343,7 @@ class Search:
 
 
 def rounded_up(value: float, digits: int = 3) -> int:
-    """A whole number of so many significant digits, not below `value`."""
+    """Return a whole number of so many significant digits, not below `value`."""
     step = 10 ** max(0, math.floor(math.log10(max(1.0, value))) - digits + 1)
     return math.ceil(value / step - 1e-9) * step
 
@@ -362,7 +362,7 @@ def model_of(scenario: Scenario, model: str = "") -> str:
 
 
 def runs_of(requests: int, confidence: float = CONFIDENCE, least: int = 0) -> int:
-    """Runs per limit for a workload of so many requests: `least`, and what shows that share in time, or more."""
+    """Return the runs per limit for that many requests: `least`, or as many as show that share in time."""
     # So many without a late one: 59 for a share of 0.95.
     needed = math.ceil(math.log(1.0 - CONFIDENCE) / math.log(confidence)) if confidence < 1.0 else RUNS_ASKED_MOST
     return max(least, min(RUNS_ASKED_MOST, needed), min(RUNS_MOST, RUNS_REQUESTS // max(1, requests)))
@@ -371,7 +371,7 @@ def runs_of(requests: int, confidence: float = CONFIDENCE, least: int = 0) -> in
 def capacity(
     scenario: Scenario, finish_by_s: float, *, model: str = "", grid: bool = False, **how: Unpack[How]
 ) -> Capacity:
-    """The smallest limit of tokens per minute, and the smallest published tier, that finish the scenario in time.
+    """Return the smallest limit of tokens per minute and the smallest published tier that finish the scenario in time.
 
     The limit of requests per minute stays as it is but for tiers, which bring their own. Requests that are charged more
     than the scenario's present limit are no error here: the limit is what is asked for. `grid`: try more limits around
@@ -381,7 +381,7 @@ def capacity(
 
 
 def found_by(search: Search, model: str, *, grid: bool = False, **more: Any) -> Capacity:
-    """The answer of a search. `more`: further fields of `Capacity`."""
+    """Return the answer of a search. `more`: further fields of `Capacity`."""
     low, high = search.bracket()
     search.say("trying without a limit that binds")
     try:
@@ -435,7 +435,7 @@ SPARE = 4
 
 
 def tuned(scenario: Scenario, goal: Goal, *, pool: Pool, first: Sequence[Policy] = ()) -> list[Policy]:
-    """Settings that do well in the scenario, the best first, which does so on the seeds tried.
+    """Return settings that do well in the scenario, best first by the seeds tried.
 
     That one is at least as good there as the scenario's own settings and those of `first`, which suited limits nearby;
     but a few runs say little of rare losses, and those that come after it are there for them.

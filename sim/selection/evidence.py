@@ -66,11 +66,11 @@ class Evidence:
         return self.searcher.goal
 
     def forecast(self, policy: Policy, seeds: int | None = None) -> Forecast:
-        """A policy's forecast in the scenario as assumed."""
+        """Return a policy's forecast in the scenario as assumed."""
         return forecast_of(policy, self.searcher.figures(policy, seeds or self.seeds))
 
     def proved(self, policies: Sequence[Policy], *, first: int, most: int, precision_ratio: float) -> list[Forecast]:
-        """Forecasts of the policies under the same seeds.
+        """Return forecasts of the policies under the same seeds.
 
         Starts with `first` runs each and doubles until the half-width (95 %) of each mean objective is at most
         `precision_ratio` of it, or `most` runs are done.
@@ -97,7 +97,7 @@ class Evidence:
         return Recommendation(found, steps, gain, tuple(passed))
 
     def price(self, policy: Policy, other: Policy) -> tuple[Estimate, Forecast]:
-        """By how much `other` is faster as assumed, seed by seed; and its forecast."""
+        """Return by how much `other` is faster as assumed, seed by seed, and its forecast."""
         mine, its = (self.forecast(each, max(self.pairs, self.seeds)) for each in (policy, other))
         return paired_difference(mine, its, self.goal.figure), its
 
@@ -132,7 +132,7 @@ class Evidence:
         return tuple(sorted(steps, key=lambda step: -step.worth_s.mean))
 
     def forbids(self, policy: Policy, instead: Policy) -> str:
-        """The condition in which `policy` breaks the limits by most more than `instead`, with figures; "" = none."""
+        """Return where `policy` breaks the limits by most more than `instead` does, with figures; "" = nowhere."""
         worst: tuple[tuple[float, float], str] | None = None
         for where, goal, mine, other in self._under(policy, instead):
             (lost, throttled), (least, less) = score_of(mine, goal)[:2], score_of(other, goal)[:2]
@@ -142,7 +142,7 @@ class Evidence:
         return "" if worst is None else worst[1]
 
     def _under(self, policy: Policy, instead: Policy) -> Iterator[tuple[str, Goal, list[Figures], list[Figures]]]:
-        """The runs of two policies in each condition, as assumed first."""
+        """Return the runs of two policies in each condition, as assumed first."""
         here, seeds, stress = self.searcher, self.seeds, self.stress
         yield "as assumed", self.goal, here.figures(policy, seeds), here.figures(instead, seeds)
         stress.run([policy, instead])
@@ -160,7 +160,7 @@ class Evidence:
         return tuple(found)
 
     def heats(self, best: Policy, size: int) -> tuple[Heat, ...]:
-        """Maps of stagger against concurrency and of headroom against stagger, around the recommendation."""
+        """Return maps of stagger against concurrency and of headroom against stagger, around the recommendation."""
         ladders = full_space(self.searcher.scenario).ladders
         pairs = (("stagger_seconds", "max_concurrency"), ("stagger_seconds", "tpm_headroom"))
         return tuple(self._heat(best, x, y, ladders, size) for x, y in pairs)
@@ -185,7 +185,7 @@ class Evidence:
         )
 
     def drawn(self, ranges: str, policies: Sequence[Policy], conditions: Sequence[Condition]) -> DrawnConditions:
-        """The plan's policies (see NAMES) under conditions drawn from these ranges, one run in each."""
+        """Return the plan's policies (see NAMES) under conditions drawn from these ranges, one run in each."""
         named = dict(zip(NAMES, policies, strict=False))
         self.searcher.runs.require((c, policy, [_seed(c)]) for c in conditions for policy in named.values())
         outcomes = {who: self._outcomes(conditions, policy) for who, policy in named.items()}

@@ -76,7 +76,7 @@ class Stress:
         return range(first, first + self.seeds)
 
     def _excess(self, policy: Policy, rows: Sequence[int] | None) -> np.ndarray:
-        """Loss and throttles beyond the limits, as far as something that was tried does better, by condition."""
+        """Return loss and throttles beyond the limits, as far as something that was tried does better, by condition."""
         self.run([policy], rows)
         picked = slice(None) if rows is None else list(rows)
         mine, least = self._scores[key_of(policy)][picked], self._least[picked]
@@ -85,7 +85,7 @@ class Stress:
         return np.stack([lost, throttled], axis=1)
 
     def violations(self, policy: Policy, rows: Sequence[int] | None = None) -> tuple[float, float]:
-        """Loss and throttles beyond what is possible, summed over all conditions, or those of `rows`."""
+        """Return loss and throttles beyond what is possible, summed over all conditions, or those of `rows`."""
         lost, throttled = self._excess(policy, rows).sum(axis=0)
         return float(lost), float(throttled)
 
@@ -155,7 +155,7 @@ class Hardening:
         self.tried.update((key_of(policy), policy) for policy in policies)
 
     def walk(self, start: Policy, variants: Callable[[Policy], list[Policy]]) -> Policy:
-        """From a fast setting to one that keeps the limits, by the safer variant that violates least, step by step."""
+        """Go from a fast setting to one that keeps the limits, each time to the safer variant that violates least."""
         self.require([start])
         best = start
         for _ in range(WALKS * self.steps):
@@ -177,7 +177,7 @@ class Hardening:
         return self.admit(fresh[:_FINALISTS])
 
     def polish(self, start: Policy, neighbours: Callable[[Policy], list[Policy]]) -> Policy:
-        """From a setting that keeps the limits to a faster one that keeps them as well, by its best neighbours."""
+        """Go from a setting that keeps the limits to a faster one that keeps them as well, by its best neighbours."""
         best = start
         for _ in range(WALKS * self.steps):
             if not self.affordable:

@@ -99,7 +99,7 @@ class Information:
         self.most = most
 
     def findings(self, unknowns: Unknowns, costs: Costs) -> tuple[Finding, ...]:
-        """The unknowns that are worth a question, the best first, at most SHOWN."""
+        """Return the unknowns that are worth a question, the best first, at most SHOWN."""
         asked = [each for each in UNKNOWNS if self._is_open(each)]
         probed = [each for each in asked if each.command == PROBE]
         asked += [_together(probed)] if len(probed) > 1 else []
@@ -118,7 +118,7 @@ class Information:
         return len(set(_values(unknown, self.fresh.conditions))) > 1 or len(self._rows(unknown)) < len(self.conditions)
 
     def _rows(self, unknown: Unknown | None) -> list[int]:
-        """The listed conditions that remain when it is known: all but those that only doubt it."""
+        """Return the listed conditions that remain when it is known: all but those that only doubt it."""
         here, fields = self.scenario.provider, () if unknown is None else unknown.fields
         providers = [condition.scenario.provider for condition in self.conditions]
         return [i for i, p in enumerate(providers) if all(getattr(p, f) == getattr(here, f) for f in fields)]
@@ -126,7 +126,7 @@ class Information:
     # ------------------------------------------------------------ which settings
 
     def _admissible(self, unknown: Unknown | None) -> list[Policy]:
-        """Settings that break no limit more than `best`, as assumed and in these conditions, the fastest first."""
+        """Return settings that break no limit more than `best`, as assumed and in these conditions, fastest first."""
         # The search's own stress set begins with the listed conditions.
         h, rows = self.hardening, self._rows(unknown)
         (lost, throttled), own = h.stress.violations(self.best, rows), h.searcher.score(self.best, h.seeds)
@@ -204,7 +204,7 @@ class Information:
         )
 
     def _under(self, policies: Sequence[Policy]) -> _Outcomes:
-        """A setting for each of the fresh draws."""
+        """Run a setting in each of the fresh draws."""
         fresh = self.fresh
         fresh.runs.require(
             (condition, policy, [condition.scenario.seed + fresh.first])
@@ -249,12 +249,12 @@ def _values(unknown: Unknown, draws: Sequence[Condition]) -> list[Any]:
 
 
 def _parts(values: Sequence[Any], cuts: Cuts) -> list[Any]:
-    """Numbers by the part of their range, labels as they are."""
+    """Return each number as the number of the part of the range that holds it, and labels as they are."""
     return [int(np.searchsorted(cuts, value)) for value in values] if cuts else list(values)
 
 
 def _outcomes(stress: Stress, policies: Sequence[Policy]) -> _Outcomes:
-    """A setting for each of the conditions, one run each; shape (conditions, 4)."""
+    """Run a setting once in each of the conditions; shape (conditions, 4)."""
     rows = []
     for row, policy in enumerate(policies):
         (run,) = stress.figures(policy, row)
@@ -272,7 +272,7 @@ def _no_worse(outcomes: _Outcomes, others: _Outcomes) -> bool:
 def _choice(
     policies: Sequence[Policy], outcomes: Mapping[PolicyKey, _Outcomes], base: Policy, here: NDArray[np.bool_]
 ) -> Policy:
-    """The setting that is faster than `base` in these draws by most, plainly, and breaks no limit more; else `base`."""
+    """Return the setting that beats `base` by most in these draws, plainly, and breaks no limit more; else `base`."""
     mine, best, most_s = outcomes[key_of(base)][here], base, 0.0
     for policy in policies:
         other = outcomes[key_of(policy)][here]
@@ -298,7 +298,7 @@ class Costs:
     prices: Prices | None
 
     def added(self, finding: Finding) -> Finding:
-        """The finding with what its command costs."""
+        """Return the finding with what its command costs."""
         if finding.command == PROBE:
             return replace(finding, cost_usd=self._probe_usd(), takes_s=TAKES_S)
         n = len(self.scenario.workload)

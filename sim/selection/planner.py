@@ -77,7 +77,7 @@ _Say = Callable[[str], None]
 
 
 def most_requests(effort: str, n: int) -> int:
-    """The simulated requests that a plan of `n` requests never exceeds, proof and all."""
+    """Return the simulated requests that a plan of `n` requests never exceeds, proof and all."""
     return SEARCH_RATIO * max(EFFORTS[effort], LEAST_RUNS * n) + PROOF_RUNS * n
 
 
@@ -178,7 +178,7 @@ class Planner:
         self.gap_s = gap_s(scenario)
 
     def plan(self) -> Plan:
-        """The whole search and its proof. Interrupted (a KeyboardInterrupt) says what had been found."""
+        """Search, prove the result, and return the plan. A KeyboardInterrupt says what had been found."""
         try:
             return self._plan()
         except (KeyboardInterrupt, WorkersLost) as stop:
@@ -208,7 +208,7 @@ class Planner:
         return self.evidence.is_ahead(best, other) and not self.evidence.forbids(other, best)
 
     def _with_evidence(self, chosen: list[Policy], bold_few: Policy, bold: Policy) -> Plan:
-        """The plan around the chosen settings, in the order of NAMES, and the fastest of each space at any risk."""
+        """Return the plan around the chosen settings, in the order of NAMES, and each space's fastest at any risk."""
         evidence, budget, goal = self.evidence, self.budget, self.goal
         fixed = self.scenario.replications
         most = fixed or (4 * RUNS if budget.fresh == RUNS else budget.fresh)
@@ -334,7 +334,7 @@ class Planner:
         return [self._pruned(best), *others], bold
 
     def _chosen(self, field: Sequence[Policy], *, never_slower: bool) -> list[Policy]:
-        """The field, best first, judged on seeds that it was not found by.
+        """Return the field, best first, judged on seeds that it was not found by.
 
         `never_slower`: nothing that is slower than today's settings, where those keep the limits as assumed: who cannot
         change any code gains nothing by a recommendation to wait.
@@ -349,7 +349,7 @@ class Planner:
         return judge.chosen(field)
 
     def _pruned(self, policy: Policy) -> Policy:
-        """The policy without the changes that neither gain anything nor protect from anything."""
+        """Return the policy without the changes that neither gain anything nor protect from anything."""
         judge, now = self.confirming, self.scenario.policy
         for name in changed_knobs(now, policy):
             simpler = policy.with_(**{name: getattr(now, name)})
@@ -362,7 +362,7 @@ class Planner:
         return policy
 
     def _runner_up(self, ranked: list[Policy]) -> Policy:
-        """The next best setting that differs from the recommendation in more than a nuance."""
+        """Return the next best setting that differs from the recommendation in more than a nuance."""
         for policy in ranked[1:]:
             if len(changed_knobs(ranked[0], policy)) > 1:
                 return policy
@@ -401,7 +401,7 @@ def plan(
     unknowns: Unknowns | None = None,
     prices: Prices | None = None,
 ) -> Plan:
-    """The best settings for the scenario, with the evidence. `effort`: quick, normal or thorough.
+    """Return the best settings for the scenario, with the evidence. `effort`: quick, normal or thorough.
 
     `say` is told what is going on, for a progress display. `unknowns`: ranges of what is not known, the usual ones
     if not given. With `prices`, what settings pay beyond the answers counts on the front. Interrupted (a

@@ -84,7 +84,7 @@ Score = tuple[float, float, float]
 
 
 def score_of(runs: Sequence[Figures], goal: Goal) -> Score:
-    """The score of a setting from its runs, at least one. A run that answers nothing has an infinite objective."""
+    """Return the score of a setting from its runs (at least one). A run without answers has an infinite objective."""
     requests = sum(run.requests for run in runs)
     lost = sum(run["failed"] for run in runs) / requests
     throttled = sum(run["throttled_per_100"] for run in runs) / len(runs)
@@ -152,19 +152,19 @@ class Searcher:
         self.runs.require((self.condition, policy, self.seeds[:seeds]) for policy in wanted.values())
 
     def figures(self, policy: Policy, seeds: int) -> list[Figures]:
-        """The policy's runs under the first `seeds` seeds, made now if they are missing."""
+        """Return the policy's runs under the first `seeds` seeds; missing ones are simulated now."""
         self.run([policy], seeds)
         return self.runs.figures(self.condition, policy, self.seeds[:seeds])
 
     def score(self, policy: Policy, seeds: int) -> Score:
-        """The policy's score over the first `seeds` seeds."""
+        """Return the policy's score over the first `seeds` seeds."""
         key = key_of(policy), seeds
         if key not in self._scores:
             self._scores[key] = score_of(self.figures(policy, seeds), self.goal)
         return self._scores[key]
 
     def race(self, policies: Sequence[Policy], most: int) -> tuple[list[Policy], int]:
-        """The policies, best first, and the seeds under which the first few of them ran (`most`)."""
+        """Return the policies, best first, and the seeds under which the first few of them ran (`most`)."""
         field = list({key_of(policy): policy for policy in policies}.values())
 
         def rank(contestants: list[int], n: int) -> tuple[list[int], int]:
@@ -187,7 +187,7 @@ class Searcher:
                 self.on_best(score[2])
 
     def climb(self, start: Policy, neighbours: Callable[[Policy], list[Policy]], most: int) -> Policy:
-        """From `start` to a setting that none of its neighbours beats, or to the end of the effort.
+        """Climb from `start` to a setting that none of its neighbours beats, or until the effort is spent.
 
         No setting is the incumbent twice, so that it ends whatever the scores say.
         """
@@ -238,7 +238,7 @@ class Searcher:
 
 
 def _with_front(points: Sequence[Point]) -> tuple[Point, ...]:
-    """The points, sorted by loss and throttles; on the front are those that nothing beats in one and equals in all."""
+    """Return the points by loss and throttles; on the front are those that none beats in one and equals in all."""
     front: list[tuple[float, float, float]] = []
     marked = []
     for point in points:

@@ -54,7 +54,7 @@ def sensitivity(
     near: bool = False,
     runs: Runs | None = None,
 ) -> Sensitivity:
-    """The effect of each setting on objective, throttles and losses.
+    """Return the effect of each setting on objective, throttles and losses.
 
     `base`: the settings around which is asked, today's if not given. `size`: trajectories (Morris) or the base sample,
     a power of 2 (Sobol). `near`: only quantities within two rungs of `base`. `seeds`: runs per setting of the design.
@@ -103,7 +103,7 @@ def sensitivity(
 def _split(
     scenario: Scenario, base: Policy, near: bool
 ) -> tuple[dict[str, tuple[Any, ...]], list[tuple[str, str | bool]]]:
-    """The values of each quantity that has several, and each other value of each rule and switch."""
+    """Return the values of each quantity that has several, and each other value of each rule and switch."""
     ladders: dict[str, tuple[Any, ...]] = {}
     levels: list[tuple[str, str | bool]] = []
     for name, ladder in full_space(scenario).ladders.items():
@@ -120,7 +120,7 @@ def _split(
 
 
 def _values(ladders: dict[str, tuple[Any, ...]], names: Sequence[str], row: Design, method: str) -> dict[str, Any]:
-    """One row of the design, from 0 to 1 in each quantity, as rungs."""
+    """Return one row of the design, from 0 to 1 in each quantity, as rungs."""
     picked = {}
     for name, u in zip(names, row, strict=True):
         ladder = ladders[name]
@@ -131,7 +131,7 @@ def _values(ladders: dict[str, tuple[Any, ...]], names: Sequence[str], row: Desi
 
 
 def _outputs(found: Sequence[Sequence[Figures]], figure: Callable[[Figures], float]) -> NDArray[np.float64]:
-    """The figure's mean by setting; where nothing was answered, the worst of the others."""
+    """Return the figure's mean by setting; where nothing was answered, the worst of the others."""
     means = np.array([float(np.mean([figure(run) for run in figures])) for figures in found])
     known = np.isfinite(means)
     return np.where(known, means, means[known].max() if known.any() else 0.0)

@@ -45,7 +45,7 @@ class Space:
     ladders: Mapping[str, tuple[Any, ...]]
 
     def neighbours(self, policy: Policy, reach: Sequence[int] = (-1, 1)) -> list[Policy]:
-        """Policies that differ in one knob, `reach` rungs away; switches and rules in every other value."""
+        """Return policies that differ in one knob, `reach` rungs away; switches and rules in every other value."""
         found = []
         for name, ladder in self.ladders.items():
             value = getattr(policy, name)
@@ -66,7 +66,7 @@ def _ladder(values: Iterable[float], kind: type, most: float = math.inf) -> tupl
 
 
 def gap_s(scenario: Scenario) -> float:
-    """The mean time between launches that the provider's limits allow in the long run, seconds; 0 = no limit."""
+    """Return the mean time between launches that the provider's limits allow in the long run, seconds; 0 = no limit."""
     provider = scenario.provider
     charge = scenario.columns(scenario.policy).charge
     by_tokens = 60.0 * float(charge.mean()) / provider.tpm if provider.tpm else 0.0
@@ -75,7 +75,7 @@ def gap_s(scenario: Scenario) -> float:
 
 
 def guardrail_space(scenario: Scenario) -> Space:
-    """The knobs of a deployment that cannot change its code; the TPM limit follows the provider and stays."""
+    """Return the knobs of a deployment that cannot change its code; the TPM limit follows the provider and stays."""
     now, n = scenario.policy, len(scenario.workload)
     charge = scenario.columns(now).charge
     quantiles = [float(q) for q in np.quantile(charge, (0.5, 0.75, 0.9, 0.95, 0.99, 1.0))] + [float(charge.mean())]
@@ -154,7 +154,7 @@ def guardrail_anchors(scenario: Scenario) -> list[Policy]:
 
 
 def recipe(scenario: Scenario) -> Policy:
-    """A fixed recipe without any search: the provider's window mirrored, 1 % headroom, first in first out."""
+    """Return a fixed recipe, without any search: the provider's window mirrored, 1 % headroom, first in first out."""
     provider = scenario.provider
     return scenario.policy.with_(
         tpm_window=MIRRORS[provider.window],

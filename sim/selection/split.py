@@ -93,7 +93,7 @@ def split(
     live_share: float = 0.0,
     file_tokens: int = TOKENS_PER_FILE,
 ) -> Split:
-    """Writes the files of a batch (JSONL) into the folder `out`, which must be new or empty.
+    """Write the files of a batch (JSONL) into the folder `out`, which must be new or empty.
 
     `queue_tokens`: input tokens that may be enqueued per model, 0 = no limit. `rest`: where what goes beyond it goes:
     into further waves, or into `live.jsonl`. `live_share`: of all requests, evenly spread, that go there in any case.
@@ -201,7 +201,7 @@ class _Writer:
         self._queued: dict[str, int] = {}
 
     def write(self, line: int, raw: bytes, request: Request, *, live: bool) -> None:
-        """Puts a line where it belongs."""
+        """Put a line into the file where it belongs."""
         model, tokens = request.model, request.sizes.prompt_tokens
         if not live and self._queued.get(model, 0) + tokens > self.usable:
             if self.rest == "live":
@@ -259,7 +259,7 @@ class _Writer:
             os.fsync(file.fileno())
 
     def close(self) -> None:
-        """Closes what is open, all of it on the disk."""
+        """Close the open files, with everything on the disk."""
         for key in list(self._open):
             self._close(key)
 

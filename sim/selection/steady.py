@@ -51,7 +51,7 @@ def truncation(waits_s: NDArray[np.float64]) -> int:
 
 
 def waits_of(case: Case, seed: int, engine: Engine) -> tuple[Figures, NDArray[np.float64]]:
-    """One run, and the wait of every request in order of arrival, seconds; inf for one that was lost."""
+    """Return one run, and the wait of each request in order of arrival, seconds; inf for a lost one."""
     waits = np.full(len(case.columns), math.inf)
 
     def sink(job: Any, now: float, failure: str) -> None:
@@ -62,7 +62,7 @@ def waits_of(case: Case, seed: int, engine: Engine) -> tuple[Figures, NDArray[np
 
 
 def steady_figures(case: Case, seeds: Sequence[int], *, engine: Engine) -> list[Figures]:
-    """Runs under these seeds, each with the 95th percentile of its waits after the warm-up, and that one's length."""
+    """Return the runs under these seeds, each with the 95th percentile of its waits, and the length of the warm-up."""
     found = []
     for seed in seeds:
         figures, waits = waits_of(case, seed, engine)
@@ -84,7 +84,7 @@ class _Steady(Search):
         return run["failed"] == 0 and run[WAIT] <= self.finish_by_s
 
     def made(self, case: Case, seeds: range) -> list[Figures]:
-        """The runs of a case, with their waits."""
+        """Return the runs of a case, with their waits."""
         task = partial(steady_figures, engine=self.pool.engine)
         found = self.pool.crew.map(task, [(case, (seed,)) for seed in seeds])
         runs = [run for each in found for run in each]
@@ -93,18 +93,18 @@ class _Steady(Search):
         return runs
 
     def forecast(self, policy: Policy, runs: Sequence[Figures]) -> Forecast:
-        """The runs of one probe together, with their waits."""
+        """Return the runs of one probe together, with their waits."""
         found = forecast_of(policy, runs)
         more = {name: estimate([run[name] for run in runs]) for name in (WAIT, WARM_UP)}
         return replace(found, estimates={**found.estimates, **more})
 
     def fluid_tpm(self) -> float:
-        """The load: below it there is no steady state."""
+        """Return the load, below which there is no steady state."""
         return load_tpm(self.scenario)
 
 
 def load_tpm(scenario: Scenario) -> float:
-    """Tokens per minute that the trace is charged on average, over the time in which its requests arrive."""
+    """Return the tokens per minute that the trace is charged on average, over the time in which its requests arrive."""
     columns = scenario.columns()
     span_s = float(columns.arrival_s.max(initial=0.0))
     if len(columns) < _LEAST or span_s <= 0.0:
@@ -115,7 +115,7 @@ def load_tpm(scenario: Scenario) -> float:
 def steady_capacity(
     scenario: Scenario, wait_p95_s: float, *, model: str = "", grid: bool = False, **how: Unpack[How]
 ) -> Capacity:
-    """The smallest limit at which the 95th percentile of waits is at most `wait_p95_s`, after the warm-up.
+    """Return the smallest limit at which the 95th percentile of waits is at most `wait_p95_s`, after the warm-up.
 
     The other arguments are those of `capacity`. BadInput where the workload's arrivals are not those of a trace.
     """

@@ -114,7 +114,7 @@ class BatchDesk:
         self.queue = BatchQueue(self.desk.config.batch_api, self.desk.seed, wire.ORGANIZATION)
 
     def stats(self, now: float) -> dict[str, Any]:
-        """Counts for `GET /_stats`: files, batches by status, and enqueued tokens by model, now and at the most."""
+        """Return counts for `GET /_stats`: files, batches by status, enqueued tokens by model, now and at the most."""
         # A request under way goes by the moment at which it began.
         if not self._lock.locked():
             self.queue.advance(now)
@@ -369,7 +369,7 @@ def _batch_object(job: BatchRecord, now: float, stamp: Callable[[float], int]) -
 def _page(
     listed: list[Listed], form: Callable[[Listed], dict[str, Any]], query: Mapping[str, str], default: int, most: int
 ) -> dict[str, Any]:
-    """One page of a list: `limit` objects after the one that `after` names."""
+    """Return one page of a list: `limit` objects after the one that `after` names."""
     limit = query.get("limit", str(default))
     if not re.fullmatch("[0-9]{1,9}", limit) or not 1 <= int(limit) <= most:
         raise ApiRefusal(400, f"Invalid 'limit': {limit}. It must be from 1 to {most:,}.", "invalid_value", "limit")

@@ -464,7 +464,7 @@ def _parsed(raw: bytes) -> dict[str, Any]:
 
 
 def _cut(call: Call) -> int:
-    """Tokens of the answer, over all that were asked for, after its cap."""
+    """Return the tokens of the answer, over all that were asked for, after its cap."""
     cap = call.sizes.max_tokens * call.sizes.n
     return min(call.output_tokens, cap) if cap > 0 else call.output_tokens
 

@@ -138,7 +138,7 @@ class Provider:
             await _sent(send, 404, wire.error_body(f"Invalid URL ({method} {path})", "invalid_request_error"))
 
     async def _serve_batches(self, path: str, scope: Any, receive: Any, send: Any) -> None:
-        """A request of the Batch API."""
+        """Answer a request of the Batch API."""
         _, zero = self._arrived()
         batches, scale, epoch_s = self.batches, self.desk.scale, self.epoch_s
         try:
@@ -315,7 +315,7 @@ def _listening(port: int) -> socket.socket:
     return listener
 
 
-class Served:
+class ServedProvider:
     """A provider that is being served; a context manager that stops it at the end."""
 
     port: int
@@ -346,7 +346,7 @@ class Served:
         self.stop()
 
 
-class ProviderThread(Served):
+class ProviderThread(ServedProvider):
     """A provider served by a thread of this process: light, for tests; it shares the interpreter with its client."""
 
     def __init__(self, provider: Provider, port: int) -> None:
@@ -389,7 +389,7 @@ def serve(config: ProviderConfig, port: int = 0, **options: Any) -> ProviderThre
     return ProviderThread(Provider(config, **options), port)
 
 
-class ProviderProcess(Served):
+class ProviderProcess(ServedProvider):
     """A provider served by a separate process, as measurements require."""
 
     def __init__(self, config: ProviderConfig, port: int, options: dict[str, Any]) -> None:

@@ -161,18 +161,18 @@ def test_oversized_requests_are_named_or_left_out(tmp_path: Path) -> None:
 
 def test_a_scenario_file_re_runs_as_written(batch: str, tmp_path: Path) -> None:
     first = scenario(batch, tpm=450_000, seed=7, replications=3, finalize=True, provider_settles=True)
-    wishes = PlanOptions(objective="p95_latency", finish_by_s=3_600.0, effort="quick")
+    plan_options = PlanOptions(objective="p95_latency", finish_by_s=3_600.0, effort="quick")
     (tmp_path / "deep").mkdir()
     path = tmp_path / "deep" / "scenario.yaml"
-    path.write_text(scenario_text(first, wishes, path.parent))
+    path.write_text(scenario_text(first, plan_options, path.parent))
     # Whatever the environment says here: the file has said it all.
     again = read_inputs(Options(workload=str(path)), {"OPENAI_MAX_CONCURRENCY": "50"})
-    assert again.wishes == wishes
+    assert again.plan_options == plan_options
     for name in ("provider", "policy", "seed", "replications", "arrivals", "finalize", "skip_oversized"):
         assert getattr(again.scenario, name) == getattr(first, name), name
     assert again.scenario.columns().charge.tolist() == first.columns().charge.tolist()
     assert again.scenario.workload.provenance == first.workload.provenance
-    assert scenario_text(again.scenario, again.wishes, path.parent) == path.read_text()
+    assert scenario_text(again.scenario, again.plan_options, path.parent) == path.read_text()
 
 
 def test_wishes_of_the_default_leave_no_trace(batch: str, tmp_path: Path) -> None:

@@ -209,8 +209,8 @@ def test_foreign_names_and_secrets_are_never_copied(run: Run, work: Path, monkey
 
 
 def test_the_scenario_makes_the_same_plan_again(run: Run, work: Path) -> None:
-    wishes = ("--max-throttled-per-100", "0.5", "--finish-by", "2h", "--seed", "3", "--provider-charge", "max_of")
-    assert run(*PLAN, *wishes)[0] == 0
+    plan_options = ("--max-throttled-per-100", "0.5", "--finish-by", "2h", "--seed", "3", "--provider-charge", "max_of")
+    assert run(*PLAN, *plan_options)[0] == 0
     before = contents(work / "out")
     asked = json.loads(before["plan.json"])["asked"]
     assert asked == {

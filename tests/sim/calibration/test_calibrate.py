@@ -195,8 +195,8 @@ def test_what_a_log_has_narrowed_is_drawn_from_narrower_ranges(tmp_path: Path) -
     assert not found.unknowns.charge_rules
     assert found.unknowns.settles == float(found["settles"].value)
     found.write(tmp_path / "scenario.yaml")
-    _, wishes = _stated(Source.open(tmp_path / "scenario.yaml"))
-    assert wishes.unknowns == found.unknowns
+    _, plan_options = _stated(Source.open(tmp_path / "scenario.yaml"))
+    assert plan_options.unknowns == found.unknowns
     low, high = found.unknowns.latency_factor
     assert f"latency x {low:g} to {high:g} (in place of 0.7 to 2.5)" in text_of(found, None)
 
