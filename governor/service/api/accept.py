@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,13 +25,14 @@ from governor.forecast.forecast import Demand, Outlook
 from governor.forecast.preflight import InUse, Verdict, fluid_forecast, preflight
 from governor.journal.database import JournalError
 from governor.journal.schema import to_json
+from governor.law import DAY_S
 from governor.model.errors import BadInput, BadSetting, FailureCode
 from governor.model.pools import Pool
 from governor.model.requests import BATCH, Request, read_requests
-from governor.model.words import duration
+from governor.model.words import duration, until_s
 from governor.model.work import Work, work_of
 from governor.run.intake import pooled
-from governor.run.via.guards import check_line, foreseen_of
+from governor.run.via.guards import check_both, check_line, foreseen_of
 from governor.service.errors import INVALID_REQUEST, NOT_READY, RATE_LIMITED, ApiError
 from governor.service.store.store import QUEUED, RECEIVING, BatchRow, Key, new_id
 from governor.service.store.tables import BATCH_REQUESTS_MOST
@@ -63,8 +65,6 @@ class BatchSpec:
 
     def check(self) -> None:
         """Raise BadSetting for options that do not go together."""
-        if self.via == "auto":
-            raise BadSetting("via=auto is not available in the service: use via=batch or via=live, or `paceline run`")
         if self.finish_by and self.via != "auto":
             raise BadSetting(f"finish_by is for via=auto: leave it out with via={self.via}, or set deadline_s")
         if self.finalize and self.via != "live":
@@ -99,6 +99,11 @@ class Incoming:
 
     def __init__(self, worker: Worker, spec: BatchSpec, *, stores: bool = True) -> None:
         spec.check()
+        # Seconds from now, on the clock of the pools.
+        self._finish_s = self._finish_by = -1.0
+        if spec.via == "auto":
+            self._finish_s = until_s(spec.finish_by, "finish_by") if spec.finish_by else spec.deadline_s or DAY_S
+            self._finish_by = time.time() + self._finish_s / worker.config.time_scale
         self.spec = spec
         self.left = threading.Event()
         self.demands: dict[str, Demand] = {}
@@ -154,7 +159,11 @@ class Incoming:
             if self.spec.via == BATCH:
                 check_has_batches(pool)
                 check_line(request, 0, pool)
-            yield work_of(request, pool.policy)
+            work = work_of(request, pool.policy)
+            if self.spec.via == "auto":
+                check_has_batches(pool)
+                check_both(request, int(work.reserve), pool)
+            yield work
 
     def _requests(self) -> Iterator[Request]:
         runs = self._runs
@@ -220,7 +229,7 @@ class Incoming:
             "finalize": int(spec.finalize),
             "deadline_s": -1.0 if spec.deadline_s is None else spec.deadline_s,
             "via": spec.via,
-            "finish_by": -1.0,
+            "finish_by": self._finish_by,
             "details": details,
         }
 
@@ -278,7 +287,7 @@ class Incoming:
             demand = self.demands[pool.name]
             if not demand.requests and len(self.pools) > 1 and self.count:
                 continue
-            if self.spec.via == BATCH:
+            if self.spec.via != "live":
                 judged = await asyncio.to_thread(self._judged_batch, pool, demand)
             else:
                 judged = await self._judged(pool, demand)
@@ -324,9 +333,10 @@ class Incoming:
     def _judged_batch(self, pool: Pool, demand: Demand) -> PoolVerdict:
         """In a thread: return the verdict on work for the Batch API, which has a queue instead of a minute's budget."""
         ahead = foreseen_of(demand, pool, self._worker.store.ended_waves(pool.name))
+        is_mixed = self.spec.via == "auto"
         limit_s = self.spec.deadline_s
         reason = ""
-        if demand.requests and limit_s is not None and ahead.finish_s > limit_s:
+        if not is_mixed and demand.requests and limit_s is not None and ahead.finish_s > limit_s:
             reason = (
                 f"the forecast finish by the Batch API is {ahead.text()} from now, the deadline is "
                 f"{duration(limit_s)}: allow more time, or send it with via=live"
@@ -342,7 +352,7 @@ class Incoming:
             suggested_wait_s=None,
             retryable=not reason,
             max_runs_now=0 if reason else demand.requests,
-            forecast_finish_s=ahead.finish_s,
+            forecast_finish_s=self._finish_s if is_mixed else ahead.finish_s,
             forecast_by="turnaround",
             forecast_bound="batch_queue" if ahead.waves > len(demand.models) else "turnaround",
         )

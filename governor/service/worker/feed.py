@@ -107,7 +107,7 @@ class Feed(Iterator[Work]):
         """Add a batch's cursor."""
         cursor.served = min((other.served for other in self.cursors.values()), default=0.0)
         self.cursors[cursor.batch] = cursor
-        cursor.read(self._came, self._failed)
+        cursor.read(self.came, self._failed)
 
     def remove(self, batch: int) -> Cursor | None:
         """Remove a batch, which hands out nothing more, and return its cursor for closing."""
@@ -126,10 +126,11 @@ class Feed(Iterator[Work]):
         if cursor.drained and not cursor.has_some:
             del self.cursors[cursor.batch]
         elif cursor.wants_more():
-            cursor.read(self._came, self._failed)
+            cursor.read(self.came, self._failed)
         return work
 
-    def _came(self) -> None:
+    def came(self) -> None:
+        """A cursor may have lines again."""
         for cursor in [each for each in self.cursors.values() if each.drained and not each.has_some]:
             del self.cursors[cursor.batch]
         if any(cursor.has_some for cursor in self.cursors.values()):

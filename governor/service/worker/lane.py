@@ -144,6 +144,8 @@ class Lane:
     assumed_s: float = 0.0
     blocked: str = ""
     opened: asyncio.Event = field(default_factory=asyncio.Event)
+    # Requests and tokens that the pool will have launched by the end of a new batch of that size, with it.
+    ahead_of: Callable[[int, float], tuple[int, float]] = lambda requests, tokens: (requests, tokens)
 
     @property
     def name(self) -> str:
@@ -309,6 +311,7 @@ def lane_of(
         feed=Feed(governor.more, worker.on_failure),
         send=send,
         time_scale=worker.config.time_scale,
+        ahead_of=lambda requests, tokens: worker.ahead_of(requests, tokens, pool.name),
     )
     meter.policy = policy
     return lane

@@ -73,8 +73,8 @@ class RunningBatch:
 
     @property
     def is_live(self) -> bool:
-        """Return whether its requests are live calls."""
-        return self.row.via != BATCH
+        """Return whether its requests are live calls alone."""
+        return self.row.via == "live"
 
     @property
     def number(self) -> int:
@@ -245,18 +245,15 @@ class Roster:
         held = batch.state in (PAUSED, STOPPED)
         if wanted == CANCEL:
             batch.state, batch.changed = CANCELLING, True
+            await self._withdraw(batch)
             if not batch.is_live:
-                if batch.waves is None:
-                    self._submit(batch)
+                await self._resubmit(batch)
                 assert batch.waves is not None
                 batch.waves.cancel()
-            await self._withdraw(batch)
             self._end_if_over(batch)
         elif wanted == PAUSE and batch.state in (QUEUED, RUNNING):
             batch.state, batch.changed = PAUSED, True
-            if batch.waves is not None:
-                batch.waves.pause()
-            await self._withdraw(batch)
+            await self._hold(batch)
         elif wanted == RUN and held and not batch.busy:
             batch.busy = True
             try:
@@ -286,9 +283,30 @@ class Roster:
     def _submit(self, batch: RunningBatch) -> None:
         """Go on with a batch at the Batch API. One that is held submits nothing, but is collected."""
         why = batch.reason or batch.state if batch.state == STOPPED else ""
-        waves = BatchWaves(batch.row, self._waves, halted=why, is_paused=batch.state == PAUSED)
+        mixed = batch if batch.row.via == "auto" and batch.state in (QUEUED, RUNNING) else None
+        for name in batch.row.details.get("pools", ()) if mixed else ():
+            if name in self._lanes and self._lanes[name].blocked:
+                self._lanes[name].open()
+        waves = BatchWaves(batch.row, self._waves, halted=why, is_paused=batch.state == PAUSED, mixed=mixed)
         batch.waves = waves
         self._spawn(self._submitted(batch, waves))
+
+    async def _resubmit(self, batch: RunningBatch) -> None:
+        """Begin anew in the batch's present state; what is at the provider stays there."""
+        batch.busy = True
+        try:
+            if batch.waves is not None:
+                await batch.waves.end()
+            await self._writer.flushed()
+        finally:
+            batch.busy = False
+        self._submit(batch)
+
+    async def _hold(self, batch: RunningBatch) -> None:
+        """Launch none of its lines any more, and submit none."""
+        await self._withdraw(batch)
+        if not batch.is_live:
+            await self._resubmit(batch)
 
     async def _submitted(self, batch: RunningBatch, waves: BatchWaves) -> None:
         why = await waves.run()
@@ -303,7 +321,7 @@ class Roster:
     def look_at_waves(self, batch: RunningBatch) -> None:
         """Take over what has become of a batch's waves."""
         waves = batch.waves
-        if waves is None or not waves.drivers:
+        if waves is None or not waves.drivers or waves.is_leaving:
             return
         shown = waves.shown()
         if shown != batch.row.waves or waves.held != batch.held:
@@ -331,10 +349,10 @@ class Roster:
             return
         log.error("pool %s: stopped (%s); resume a batch once that is solved", pool, why)
         for batch in self.running.values():
-            is_there = batch.is_live and pool in batch.row.details.get("pools", ())
+            is_there = batch.row.via != BATCH and pool in batch.row.details.get("pools", ())
             if is_there and batch.state in (QUEUED, RUNNING):
                 batch.state, batch.reason, batch.changed = STOPPED, why, True
-                self._spawn(self._withdraw(batch))
+                self._spawn(self._hold(batch))
 
     # ------------------------------------------------------------ reports of the lanes
 
@@ -374,6 +392,8 @@ class Roster:
         else:
             batch.done += 1
         batch.changed = True
+        if batch.waves is not None:
+            batch.waves.ended(request.index)
         refusals = batch.refusals
         if failure and answer is not None and refusals is not None and refusals.may_concern_all(answer):
             refusals.refused(request, answer)

@@ -23,8 +23,10 @@ from typing import Any
 from governor.batchapi.client import BatchClient
 from governor.batchapi.collect import DriverContext
 from governor.batchapi.driver import WaveDriver
+from governor.batchapi.limits import FILE_LINES
 from governor.batchapi.outlook import foreseen, left_of
 from governor.batchapi.waves import WaveStage
+from governor.forecast.mixes import batch_lines
 from governor.journal.waves import WaveRecorder
 from governor.model.errors import BadSetting
 from governor.model.pools import Pool
@@ -33,6 +35,7 @@ from governor.run.via.wave_run import Spender
 from governor.service.store.ledger import DatabaseRetries, FencedWriter, Ledger, part_of
 from governor.service.store.store import BatchRow
 from governor.service.worker.lane import BatchReports, Lane
+from governor.service.worker.mix import BatchMixer
 from governor.telemetry.metrics import Metrics
 from governor.telemetry.watch import Together
 
@@ -105,10 +108,13 @@ class WaveContext:
 class BatchWaves:
     """Runs one batch by the Batch API. Create it in the event loop and await `run` once.
 
+    `mixed`: the `RunningBatch` of one that goes live as well, as a planner decides; None = by the Batch API alone.
     `halted`: why nothing is submitted from the beginning, "" = all is. `said`: what was logged last.
     """
 
-    def __init__(self, row: BatchRow, context: WaveContext, *, halted: str = "", is_paused: bool = False) -> None:
+    def __init__(
+        self, row: BatchRow, context: WaveContext, *, halted: str = "", is_paused: bool = False, mixed: Any = None
+    ) -> None:
         self.row = row
         self.drivers: dict[str, WaveDriver] = {}
         self.said = halted
@@ -117,6 +123,8 @@ class BatchWaves:
         self._halted = halted
         self._is_paused = is_paused
         self._is_cancelled = False
+        self._mixed = mixed
+        self._mixers: dict[str, BatchMixer] = {}
         self._tasks: list[asyncio.Task[str]] = []
 
     # ------------------------------------------------------------ the run
@@ -136,7 +144,9 @@ class BatchWaves:
                 return self._halted
             self.drivers = drivers
             self.tick()
-            self._tasks = [asyncio.create_task(driver.run()) for driver in drivers.values()]
+            runs = [driver.run() for driver in drivers.values()] if not self._mixed else []
+            runs += [mixer.run() for mixer in self._mixers.values()]
+            self._tasks = [asyncio.create_task(run) for run in runs]
             return next(filter(None, await asyncio.gather(*self._tasks)), "")
         finally:
             for task in self._tasks:
@@ -169,6 +179,9 @@ class BatchWaves:
                 purse=WaveBudget(lane.meter.spent, inf),
                 may_call=context.may_call,
                 wave_before=before,
+                elsewhere=self._elsewhere(name),
+                leaves_large=bool(self._mixed),
+                lines=batch_lines(self.row.requests, FILE_LINES) if self._mixed else FILE_LINES,
             )
             observers = [
                 lane.recorder,  # first: nothing is reported before it is recorded
@@ -183,7 +196,15 @@ class BatchWaves:
             driver.resume()
             driver.moved_epoch = time.time()
             found[name] = driver
+            if self._mixed:
+                deadline_at = lane.governor.now() + (self.row.finish_by - time.time()) * lane.time_scale
+                self._mixers[name] = BatchMixer(self._mixed, lane, driver, around, journal, deadline_at)
         return found
+
+    def _elsewhere(self, pool: str) -> Callable[[int], bool]:
+        if not self._mixed:
+            return lambda request: False
+        return lambda request: request not in self._mixers[pool].place.batch
 
     def _others(self, pool: str, model: str) -> float:
         return self._context.enqueued(pool, model, but=self.row.number)
@@ -198,8 +219,9 @@ class BatchWaves:
         """Have the drivers decide anew, under what is in force now."""
         for name, driver in self.drivers.items():
             waves = driver.waves
-            waves.halted = waves.halted or self._halted or self.halted
-            waves.is_paused = self._is_paused
+            if not self._mixed:  # there, the planner sees to both
+                waves.halted = waves.halted or self._halted or self.halted
+                waves.is_paused = self._is_paused
             if self._is_cancelled:
                 for wave in waves.open.values():
                     if not wave.is_cancelled:
@@ -207,11 +229,6 @@ class BatchWaves:
             if (limit := self._context.lanes[name].policy.batch_queue_tokens) != waves.queue_tokens:
                 waves.limited(limit)
             driver.woken()
-
-    def pause(self) -> None:
-        """Submit nothing more; batches at the provider go on."""
-        self._is_paused = True
-        self.tick()
 
     def cancel(self) -> None:
         """Submit nothing more, and have what is at the provider cancelled; what it has answered is kept."""
@@ -229,12 +246,21 @@ class BatchWaves:
     def leave(self) -> None:
         """Let `run` return after the call under way: the next owner of the batch goes on."""
         self.is_leaving = True
+        for mixer in self._mixers.values():
+            mixer.leave("SHUTDOWN")
         for driver in self.drivers.values():
             driver.leave()
 
+    def ended(self, request: int) -> None:
+        """A request is over, by whichever way."""
+        for mixer in self._mixers.values():
+            mixer.place.ended.add(request)
+
     @property
     def halted(self) -> str:
-        """Return why nothing more is submitted, "" = it is."""
+        """Return why nothing more is submitted, "" = it is, or a planner sends the rest live."""
+        if self._mixed:
+            return ""
         return next((driver.waves.halted for driver in self.drivers.values() if driver.waves.halted), "")
 
     # ------------------------------------------------------------ figures
@@ -248,6 +274,9 @@ class BatchWaves:
     @property
     def eta_s(self) -> float:
         """Return seconds until the last answer, at the turnaround measured so far, else assumed."""
+        if self._mixed:  # it takes the time that it has
+            lanes = [self._context.lanes[name] for name in self.drivers]
+            return max(0.0, (self.row.finish_by - time.time()) * max((lane.time_scale for lane in lanes), default=1.0))
         return max(
             (
                 foreseen(left_of(driver.waves), driver.waves.queue_tokens, driver.ended_rows).finish_s

@@ -319,6 +319,8 @@ def test_a_batch_goes_by_the_batch_api_and_its_waves_are_shown(browser: Browser,
         page.goto(f"{watched.url}/")
         page.get_by_label("Start a batch from a JSONL file").set_input_files(file)
         expect(page.get_by_label("Done by")).to_be_hidden()
+        page.get_by_label("Sent by", exact=True).select_option("auto")
+        expect(page.get_by_label("Done by")).to_be_visible()
         page.get_by_label("Sent by", exact=True).select_option("batch")
         page.get_by_role("button", name="Start it").click()
         expect(page.locator("#batch-said")).to_contain_text(f"Started: {COUNT} requests, forecast to take")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import sqlite3
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -161,3 +163,44 @@ def test_paused_resumed_and_cancelled(cli: Cli, tmp_path: Path) -> None:
         assert (seen["batches"], seen["files"]) == ({"cancelled": len(before)}, 0)
         codes = {each["error"]["code"] for each in served.lines(batch_id, "errors")}
         assert codes == {"BATCH_CANCELLED"}
+
+
+def ok_lanes(served: Served, batch_id: str) -> Counter[str]:
+    """The answers of a batch by the way that they went, once each is known to be the only one of its request."""
+    with sqlite3.connect(served.database) as connection:
+        found = connection.execute("SELECT request, lane FROM attempts WHERE outcome = 'ok'").fetchall()
+    assert len({request for request, _ in found}) == len(found) == REQUESTS
+    return Counter(lane for _, lane in found)
+
+
+def test_auto_goes_by_the_batch_api_while_there_is_time(cli: Cli, tmp_path: Path) -> None:
+    with (
+        provider(time_scale=SCALE, batch_api=QUICK, stated_time="provider") as llm,
+        serving(cli, tmp_path, llm.base_url, *TIME) as served,
+    ):
+        batch_id = served.batch(REQUESTS, via="auto", finish_by="6h")
+        row = check_whole(served, batch_id)
+        check_provider(llm, row)
+    assert row["via"] == "auto"
+    assert 0.0 < row["finish_by"] - row["created_at"] < 6 * 3_600.0
+    assert ok_lanes(served, batch_id) == {"batch": REQUESTS}
+
+
+def test_auto_goes_live_when_the_slack_is_gone_also_after_a_kill_and_a_pause(cli: Cli, tmp_path: Path) -> None:
+    # The deadline, in the provider's time, is minutes away on the machine's.
+    with provider(time_scale=SCALE, batch_api=SLOW) as llm:
+        first = ready(started(cli, tmp_path, llm.base_url, *TIME))
+        batch_id = first.batch(REQUESTS, via="auto", finish_by="60m")
+        at_the_provider(first, batch_id)
+        first.stop(signal.SIGKILL)
+        with serving(cli, tmp_path, llm.base_url, *TIME) as second:
+            assert second.post(f"/batches/{batch_id}/pause")["state"] == "paused"
+            assert second.post(f"/batches/{batch_id}/resume")["state"] in ("queued", "running")
+            row = second.over(batch_id)
+            assert (row["state"], row["done"], row["failed"]) == ("completed", REQUESTS, 0)
+            assert "the slack is gone" in first.log + second.log
+            found = ok_lanes(second, batch_id)
+        seen = llm.stats()
+    assert found["main"] >= REQUESTS / 2
+    assert (set(seen["batches"]), sum(seen["batches"].values()), seen["files"]) == ({"cancelled"}, len(row["waves"]), 0)
+    assert seen["outcomes"]["ok"] == found["main"]
