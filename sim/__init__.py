@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sim.app.api import knob_map as knob_map
     from sim.app.api import plan as plan
     from sim.app.api import simulate as simulate
+    from sim.app.api import simulate_pools as simulate_pools
     from sim.app.api import simulate_processes as simulate_processes
     from sim.scenario.scenario import Scenario as Scenario
 
@@ -37,6 +38,7 @@ __all__ = [
     "knob_map",
     "plan",
     "simulate",
+    "simulate_pools",
     "simulate_processes",
 ]
 

@@ -25,6 +25,8 @@ from governor.journal.rows import (
     HeardAttempt,
     LegRow,
     Pending,
+    Pendings,
+    PoolNames,
     Prefixed,
     ResultRow,
     RunRow,
@@ -121,13 +123,11 @@ class Records:
                 return
             rows = self._all(query.where(key > getattr(rows[-1], key.name)).order_by(key).limit(chunk))
 
-    def _of(self, query: Select[Any], table: Table, pool: str | Sequence[str] | None = None) -> Select[Any]:
+    def _of(self, query: Select[Any], table: Table, pool: PoolNames | None = None) -> Select[Any]:
         """Return the query limited to the rows of `requests` or `attempts` in range; of one pool, some or all."""
-        if self._within is not None:
-            query = query.where(table.c.request.between(*self._within))
-        if pool is None:
-            return query
-        return query.where(table.c.pool == pool if isinstance(pool, str) else table.c.pool.in_(pool))
+        query = query if self._within is None else query.where(table.c.request.between(*self._within))
+        names = (pool,) if isinstance(pool, str) else pool
+        return query if names is None else query.where(table.c.pool.in_(names))
 
     # ------------------------------------------------------------ the run
 
@@ -177,21 +177,16 @@ class Records:
         states = (by_state[PENDING], by_state[IN_FLIGHT], by_state[DONE], by_state[FAILED])
         return Counts(sum(by_state.values()), *states, resent, failures)
 
-    def pending(
-        self, pool: str | Sequence[str] = "default", *, longest_first: bool = False, is_new: bool = False
-    ) -> Iterator[Pending]:
-        """Yield the requests of a pool, or of several that share their requests, that are left when a leg begins.
+    def pending(self, pool: PoolNames = "default", *, longest_first: bool = False, is_new: bool = False) -> Pendings:
+        """Yield what is left to do of a pool, or of several that share it; read once per leg, while that runs.
 
-        Read it once per leg, while that runs.
-
-        `is_new`: none of them can have been launched before, so launched requests are not searched for.
+        `is_new`: none of it can have been launched before, so launched requests are not searched for.
 
         Requests that were launched before come first, in order of the input, then the rest: in that order, or
         `longest_first`, by expected answer, ties by reservation. Requests that the leg itself puts back (they back off)
         do not come again.
 
-        In a part (`within`), a request without a row in `bodies` has the nearest body before its own: runs of one input
-        share one row, and one dict in memory.
+        In a part (`within`), a request without a row in `bodies` has the nearest body before its own, and its dict.
         """
         if self._within is None and self.run().purged_epoch_s >= 0.0:
             raise JournalError(f"{self.name}: the journal was purged, nothing is left to send: start a new one")
@@ -224,10 +219,9 @@ class Records:
             yield pending_of(row, body)
 
     def _body(self, request: int | None) -> str:
-        found = self._all(select(bodies.c.body).where(bodies.c.request == request))
-        if not found:
-            raise DamagedError("a body")
-        return str(found[0][0])
+        for (body,) in self._all(select(bodies.c.body).where(bodies.c.request == request)):
+            return str(body)
+        raise DamagedError("a body")
 
     def _longest(self, query: Select[Any]) -> Iterator[Any]:
         """Yield the rows by expected answer and reservation, largest first, ties in order of the input.

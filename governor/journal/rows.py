@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,6 +32,10 @@ class Pending:
 
     work: Work
     resent: int
+
+
+Pendings = Iterator[Pending]
+PoolNames = str | Sequence[str]
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from sim.app.inputs import EFFORTS, PlanOptions
 from sim.app.outputs import GUARDRAILS, RECOMMENDED, ROLLBACK, page, prices_of, settings_files, write_plan
 from sim.base.arguments import is_a, number, one_of, whole
 from sim.des.engines import Engine
+from sim.des.several import SeveralTallies, simulated_over
 from sim.experiment.experiment import Pool, attempts_of, case_of, replicate, summary_of
 from sim.experiment.results import Estimate, Forecast, Heat, Plan, paired_difference
 from sim.reporting import dataframes as frames
@@ -216,6 +217,49 @@ def simulate_processes(
     # Its virtual-time event loop cannot run inside another event loop, and a notebook's is always running.
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(shared_run, scenario.fitted(), arrangement).result()
+
+
+@dataclass(frozen=True)
+class PoolsResult:
+    """The predicted outcome of a batch over several quotas, returned by `simulate_pools`."""
+
+    scenarios: Mapping[str, Scenario]
+    runs: Sequence[SeveralTallies]
+    """One per replication: the tallies of the quotas in order, `completed`, `lost`, `makespan_s`."""
+
+    @property
+    def makespan_s(self) -> float:
+        """Return the mean time until the last request ends, in seconds."""
+        return float(np.mean([run.makespan_s for run in self.runs]))
+
+    @cached_property
+    def summaries(self) -> dict[str, Summary]:
+        """Return the first run's figures by pool."""
+        cases = zip(self.scenarios.items(), self.runs[0].tallies, strict=True)
+        return {name: tally.summary(case_of(scenario).grant) for (name, scenario), tally in cases}
+
+
+def simulate_pools(scenarios: Mapping[str, Scenario], *, replications: int = 1) -> PoolsResult:
+    """Simulate a batch whose requests several quotas share, as pools of one `group` do.
+
+    `scenarios`: by the pool's name, in order of preference: the same batch, each with the provider and the settings of
+    that pool (`scenario.with_(provider=..., policy=...)`). Simulated with SimPy. Raise BadSetting if the batches
+    differ, arrive over time, or have estimates that learn.
+    """
+    whole("replications", replications, 1)
+    found = {name: is_a("scenarios", each, Scenario, MAKE_ONE) for name, each in scenarios.items()}
+    if not found:
+        raise BadSetting("scenarios is empty: give one by pool")
+    cases = [case_of(scenario) for scenario in found.values()]
+    for name, case in zip(found, cases, strict=True):
+        if case.from_trace:
+            raise BadSetting(f"pool {name}: pools share a batch, and these requests arrive over time")
+        if case.columns.kind is not None:
+            raise BadSetting(f"pool {name}: estimates that learn are not simulated over several pools")
+        if not np.array_equal(case.columns.prompt_tokens, cases[0].columns.prompt_tokens):
+            raise BadSetting(f"pool {name}: its batch is not that of pool {next(iter(found))}")
+    seed = next(iter(found.values())).seed
+    return PoolsResult(found, [simulated_over(cases, seed + r) for r in range(replications)])
 
 
 def knob_map(

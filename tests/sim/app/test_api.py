@@ -19,7 +19,17 @@ from governor import Policy
 from governor.model.env_files import policy_of
 from governor.model.errors import BadInput, BadSetting, Oversized, PacelineError
 from governor.model.policy import KNOBS
-from sim import PlanResult, Scenario, SimulationResult, compare, knob_map, plan, simulate, simulate_processes
+from sim import (
+    PlanResult,
+    Scenario,
+    SimulationResult,
+    compare,
+    knob_map,
+    plan,
+    simulate,
+    simulate_pools,
+    simulate_processes,
+)
 from sim.app.inputs import PlanOptions, read_inputs
 from sim.app.options import Options
 from sim.experiment.experiment import attempts_of, replicate
@@ -408,3 +418,15 @@ class TestComparing:
 def test_only_bodies_can_be_rehearsed(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="token counts have no bodies"):
         rehearsed(Scenario(ROWS), tmp_path)
+
+
+def test_pools_that_share_a_batch_are_simulated_together_and_differing_ones_refused() -> None:
+    alone = Scenario(ROWS, tpm=30_000)
+    both = simulate_pools({"small": alone, "large": alone.with_(tpm=90_000)}, replications=2)
+    assert [run.lost for run in both.runs] == [0, 0]
+    assert sum(each.completed for each in both.summaries.values()) == both.runs[0].completed
+    assert both.makespan_s <= simulate(alone, replications=2).forecast["makespan_s"].mean
+    with pytest.raises(BadSetting, match="pool b: its batch is not that of pool a"):
+        simulate_pools({"a": alone, "b": Scenario(ROWS[:2], tpm=30_000)})
+    with pytest.raises(BadSetting, match="scenarios is empty"):
+        simulate_pools({})
