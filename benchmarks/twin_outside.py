@@ -1,6 +1,7 @@
 """The twin against rate limiters that we did not write: plan, run, backtest, beside what others would have used.
 
     python -m benchmarks.twin_outside [--short] [--kind "slowapi fixed" ...] [--requests 60 200] [--seeds 1 2 3]
+                                      [--probe]
 
 For each endpoint of `outside_servers`, each size of batch and each seed: the preset `paceline`, told the limits and the
 charge rule, runs live over loopback; then the settings that are planned with the endpoint's provider file; beside them
@@ -11,18 +12,24 @@ not show; with `--time-scale X` they are the machine's, X times as fast, and eac
 Per run: the measured finish time and 429s, each with the backtest's 95 % interval (told the provider file), the
 error, and the forecast that stood in the journal before the first launch. That of the first run was told the provider
 file, and no answers; that of the second run only what `calibrate` learnt from the first run's journal.
+
+`--probe`: in place of all that, `paceline probe` asks each endpoint, from a moment of the minute that the seed draws;
+each answer is right, wrong, or none.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import random
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import date
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -35,7 +42,8 @@ from benchmarks.own_time import BASE_URL, OwnTimeLoop, without_threads
 from governor.journal.journal import Journal
 from governor.model.policy import Policy
 from governor.model.pools import Pool
-from governor.model.prices import Prices
+from governor.model.prices import Price, Prices
+from governor.provider.probe import Probe, ProbeAnswer, probed
 from governor.provider.sending import connect_with
 from governor.run.batch import Orders, run_orders
 from governor.run.pool_run import RunOptions
@@ -45,6 +53,7 @@ from sim.app.api import plan
 from sim.base.arguments import checked
 from sim.base.layout import table
 from sim.calibration.calibrate import calibrate
+from sim.calibration.fits_window import judged
 from sim.calibration.observed import of_journal
 from sim.model.provider_config import ProviderConfig
 from sim.scenario.scenario import Scenario
@@ -180,6 +189,45 @@ def kept_in(keep: Path | None, name: str) -> Iterator[Path]:
         yield folder
 
 
+# ---------------------------------------------------------------- the probe
+
+
+def asked(kind: str, seed: int) -> tuple[list[ProbeAnswer], int]:
+    """The probe's answers on a fresh endpoint, and its calls."""
+    with endpoint(kind, 0.0) as (base_url, loop), asyncio.Runner(loop_factory=loop) as runner:
+        return runner.run(_asked(base_url, random.Random(seed).uniform(0.0, 60.0)))
+
+
+async def _asked(base_url: str, begin_s: float) -> tuple[list[ProbeAnswer], int]:
+    await asyncio.sleep(begin_s)
+    send = connect_with(ENVIRONMENT)(Pool(policy=preset(), base_url=base_url))
+    probe = Probe(send, "gpt-4o-mini", Price(date.min, 0.15, 0.15, 0.60), 1.0, believed=(TPM, RPM), judge=judged)
+    try:
+        return await probed(probe), probe.calls
+    finally:
+        await send.aclose()
+
+
+def probe_all(kinds: Sequence[str], seeds: Sequence[int]) -> int:
+    """Ask each endpoint, print every answer, and return 1 if one is wrong."""
+    counts: Counter[str] = Counter()
+    for kind, seed in product(kinds, seeds):
+        found, calls = asked(kind, seed)
+        truth = provider_of(kind)
+        told = []
+        for answer in (each for each in found if hasattr(truth, each.name)):
+            known = answer.value is not None
+            word = "silent" if not known else "right" if answer.value == getattr(truth, answer.name) else "WRONG"
+            counts[word] += 1
+            told.append(f"{answer.name} {word}{f' ({answer.value})' if known else ''}")
+        print(f"{kind}, seed {seed}: {calls} calls; {', '.join(told)}", flush=True)
+    print(f"answers: {counts['right']} right, {counts['silent']} silent, {counts['WRONG']} wrong")
+    return 1 if counts["WRONG"] else 0
+
+
+# ---------------------------------------------------------------- the table
+
+
 def _cell(c: ComparedFigure | None) -> str:
     return "-" if c is None else f"{c.measured:.1f} in {c.low:.1f}-{c.high:.1f}{'' if c.covered else ' !'}"
 
@@ -229,9 +277,12 @@ def main(words: list[str]) -> int:
     parser.add_argument("--time-scale", type=float, default=0.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--keep", type=Path, help="a folder where journals stay")
+    parser.add_argument("--probe", action="store_true", help="ask the endpoints by `paceline probe` instead")
     given = parser.parse_args(words)
     if not 0.0 <= given.time_scale <= 10.0:
         parser.error("--time-scale must be from 0 (own time) to 10")
+    if given.probe:
+        return probe_all(given.kind or KINDS, given.seeds)
     counts = given.requests or (SHORT if given.short else COUNTS)
     seeds = ", ".join(map(str, given.seeds))
     clocks = f"clocks {given.time_scale:g} times as fast" if given.time_scale else "on own time"

@@ -132,7 +132,7 @@ def quota(found: Observed, base: ProviderConfig) -> QuotaFit:
     figures = (
         *(limit, requests, rule, settles, others),
         *(counting if counting.known else by_refusals, *habits),
-        *_refusals(found, base),
+        *_refusals(found, base, window),
         *_faults(found, base),
     )
     return QuotaFit(figures, changes, rules, window)
@@ -409,7 +409,7 @@ def _counting(best: Rule, charged: Real, base: ProviderConfig) -> Figure:
     return Figure(name, ratio > 0.5, None, None, "", how, default)
 
 
-def _refusals(found: Observed, base: ProviderConfig) -> tuple[Figure, Figure]:
+def _refusals(found: Observed, base: ProviderConfig, window: WindowFit) -> tuple[Figure, Figure]:
     """Return how refusals state waits, and how long a refusal takes to arrive."""
     refused = found.kind == REFUSED
     count = int(refused.sum())
@@ -418,12 +418,15 @@ def _refusals(found: Observed, base: ProviderConfig) -> tuple[Figure, Figure]:
         return unknown("Retry-After", base.retry_after, why), unknown("refusal", base.faults.refusal_s, why, "s")
     waits = found.retry_after_s[refused]
     said = waits[waits >= 0.0]
-    word = retry_after(waits)
+    word = window.form or retry_after(waits)
     how = f"{len(said):,} of {count:,} refusals state a wait"
     took = found.took_s[refused & (found.took_s >= 0.0)]
     late: Any = unknown("refusal", base.faults.refusal_s, "no refusal has a time", "s")
     if len(took) >= 3:
         late = quantile("refusal", took, 0.5, "s", f"{len(took):,} refusals, median")
+    if window.explains and window.form is None:
+        how = f"{how}, whether until the attempt fits or until the oldest entry expires"
+        return unknown("Retry-After", word, how), late
     return Figure("Retry-After", word, None, None, "", how, base.retry_after), late
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -59,12 +59,16 @@ class Hypothesis:
 
 @dataclass(frozen=True, slots=True)
 class WindowFit:
-    """The fitted figures; `tried`: all hypotheses, the best first, none if there are too few refusals."""
+    """The fitted figures; `tried`: all hypotheses, the best first, none if there are too few refusals.
+
+    `form`: how refusals state their waits (`retry_after`); None = undetermined.
+    """
 
     figures: tuple[Figure, ...]
     tried: tuple[Hypothesis, ...] = ()
     refusals: int = 0
     attempts: int = 0
+    form: str | float | None = None
 
     @property
     def explains(self) -> bool:
@@ -109,7 +113,19 @@ def windows(counts: Sequence[Count], charges: Real, waits_s: Real, granted: Prov
     fine = tried({**best, **base, **each} for each in _windows(near_s))
     best = min([*coarse, *fine], key=_order).habits
     every = sorted([*coarse, *fine, *tried({**best, **rest} for rest in _rest(*REFUSALS))], key=_order)
-    return _told(tuple(every), len(refused), len(counts), defaults)
+    fit = _told(tuple(every), len(refused), len(counts), defaults)
+    return replace(fit, form=_form(granted.with_(**every[0].habits), counts, charges, waits_s, stated))
+
+
+def _form(
+    provider: ProviderConfig, counts: Sequence[Count], charges: Real, waits_s: Real, stated: Real
+) -> str | float | None:
+    """Return how refusals state their waits; None where a sliding log may mean either of two by its whole seconds."""
+    form = retry_after(stated)
+    if form != "seconds" or provider.window != "sliding":
+        return form
+    fits, oldest = (misses(provider, counts, charges, waits_s, states=each) for each in ("seconds", "oldest"))
+    return None if abs(fits - oldest) < MORE_MISSES else "seconds" if fits < oldest else "oldest"
 
 
 def judged(knocks: Sequence[WindowProbe], tpm: float, rpm: float) -> list[ProbeAnswer]:
@@ -135,7 +151,8 @@ def judged(knocks: Sequence[WindowProbe], tpm: float, rpm: float) -> list[ProbeA
             ProbeAnswer(key, figures[0].value if agreed else None, why if figures else "too few refusals came")
         )
     refused = waits_s[[not knock.let_in for knock in knocks]]
-    form = retry_after(refused) if len(refused) >= LEAST_REFUSALS else None
+    forms = {fit.form for fit in near.values()}
+    form = forms.pop() if len(forms) == 1 else None
     return [*found, ProbeAnswer("retry_after", form, f"stated by {(refused >= 0.0).sum()} of {len(refused)} refusals")]
 
 
@@ -164,8 +181,12 @@ def _rest(*refusals: bool | str) -> list[dict[str, Any]]:
     return [{"charged": gate, "failed_requests_count": each} for gate in GATES for each in refusals]
 
 
-def misses(provider: ProviderConfig, counts: Sequence[Count], charges: Real, waits_s: Real) -> int:
-    """Return the number of attempts that the provider would have treated differently; see the module's docstring."""
+def misses(provider: ProviderConfig, counts: Sequence[Count], charges: Real, waits_s: Real, states: str = "") -> int:
+    """Return the number of attempts that the provider would have treated differently; see the module's docstring.
+
+    `states`: what the stated waits are, `seconds` until the attempt fits or until a sliding log's `oldest` entry
+    expires; "" = either.
+    """
     pp = provider.with_(cotenant={"share": 0.0, "burst_s": 0.0, "period_s": 0.0}).params()
     ps = prov.ProviderState()
     zero_s = began_s(counts)
@@ -198,9 +219,8 @@ def misses(provider: ProviderConfig, counts: Sequence[Count], charges: Real, wai
         if wait_ms < 0.0 and earlier < 0.0:
             wrong += 1
         elif stated_s >= 0.0 and wait_ms >= 0.0:
-            wrong += min(abs(stated_s - wait / 1_000.0) for wait in (wait_ms, oldest_ms)) > WAIT_SLACK_S + _unsure_s(
-                count
-            )
+            waits_ms = {"seconds": (wait_ms,), "oldest": (oldest_ms,)}.get(states, (wait_ms, oldest_ms))
+            wrong += min(abs(stated_s - ms / 1_000.0) for ms in waits_ms) > WAIT_SLACK_S + _unsure_s(count)
         if pp.failed_count:
             tokens = booked if pp.failed_count & prov.REFUSAL_TOKENS else 0.0
             win.taken(pp, ps, tokens, 1.0 if pp.failed_count & prov.REFUSAL_REQUESTS else 0.0, True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.live_batch import drawn, write_lines
-from benchmarks.twin_outside import PRESET, TOKENS, preset, provider_of, run_ours
+from benchmarks.twin_outside import PRESET, TOKENS, asked, preset, provider_of, run_ours
 from sim.scenario.scenario import Scenario
 from sim.scenario.scenario_file import FileSource
 
@@ -25,3 +25,10 @@ def test_a_backtest_foresees_every_refusal_of_somebody_elses_limiter(kind: str, 
     assert found.throttled.covered
     assert found.makespan_s.covered
     assert abs(found.makespan_s.error_ratio or 0.0) < 0.01
+
+
+def test_the_probe_is_silent_where_two_meanings_of_a_wait_fit(seed: int) -> None:
+    """slowapi's sliding log states when its oldest entry expires; for calls of one size that is when they fit."""
+    told = {each.name: each.value for each in asked("slowapi moving", seed)[0]}
+    assert told["window"] == "sliding"
+    assert told["retry_after"] in (None, "oldest")
