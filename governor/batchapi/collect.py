@@ -67,8 +67,8 @@ class DriverContext:
     goes another way. `lines`: most requests of a wave. `leaves_large`: what fits into no queue stays pending, for
     another way. `lock`: held during each step, so that what a planner reads in between is consistent. `may_call`:
     awaited before each step; raises once another process has this one's requests. `wave_before`: the number before
-    the first wave, for counting them from 1. `spool`: the folder that keeps downloads until they are on record, None =
-    none does.
+    the first wave, for counting them from 1. `spool`: the folder that keeps downloads until they are on record,
+    None = none does. `again`: what goes on after a stop.
     """
 
     now: Callable[[], float]
@@ -88,6 +88,7 @@ class DriverContext:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     may_call: Callable[[], Awaitable[None]] = _always
     wave_before: int = 0
+    again: str = "the same command"
 
 
 class ReturnedRequests(NamedTuple):
@@ -271,7 +272,7 @@ class Collector:
             text = f"it needs about {tokens:,} input tokens, {tokens_ever:,.0f} of a queue of {limit:,} are used"
         else:
             text = f"its line is longer than the {FILE_BYTES:,} bytes of a Batch file"
-        answer = Answer(Outcome.TOO_LARGE, message=f"{text}: run it without --via batch")
+        answer = Answer(Outcome.TOO_LARGE, message=f"{text}: run it live")
         self._observer.ended(request, FailureCode.REQUEST_TOO_LARGE, answer, self._around.now())
 
     async def refused_alone(self, wave: Wave, message: str) -> None:

@@ -252,7 +252,7 @@ class WaveDriver:
             self._quiet_until = self._around.now() + _QUIET_S
             return
         remedy = _REMEDIES.get(why, "") or _REMEDIES_OF.get(answer.status, "")
-        self._around.say(f"{said}; nothing more is submitted{remedy}: the same command goes on from here")
+        self._around.say(f"{said}; nothing more is submitted{remedy}: {self._around.again} goes on from here")
         self.halt(why)
         if step.act in (Act.UPLOAD, Act.CREATE):
             self._give_back(wave)
@@ -360,7 +360,7 @@ class WaveDriver:
         if batch.status == CANCELLED and not wave.is_cancelled:
             self._around.say(
                 f"{self._of(wave)} was cancelled by another user or program of the account: nothing more is submitted; "
-                "what it has answered is kept, and the same command submits the rest again"
+                f"what it has answered is kept, and {self._around.again} submits the rest again"
             )
             self.halt(CANCELLED_THERE)
         self.waves.ended(wave, batch.status, **counts, real_tokens=batch.input_tokens)
@@ -397,7 +397,7 @@ class WaveDriver:
             return
         self._around.say(
             f"{self._of(wave)} was refused ({first.code or FAILED}): {first.message}; nothing more is submitted, and "
-            "its requests are pending: correct it, or run them without --via batch"
+            "its requests are pending: correct it, or run them live"
         )
         self._give_back(wave, first.message)
         self.halt(_STOPS.get(first.code, REFUSED))
@@ -476,6 +476,6 @@ _REMEDIES: dict[str, str] = {
     FailureCode.UNAUTHORIZED: " until the key is right",
 }
 _REMEDIES_OF = {
-    403: " until the account may use the Batch API (or run it without --via batch)",
-    404: " until the address and the key are those of an account with the Batch API (or run it without --via batch)",
+    403: " until the account may use the Batch API (or run it live)",
+    404: " until the address and the key are those of an account with the Batch API (or run it live)",
 }

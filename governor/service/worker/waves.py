@@ -179,6 +179,7 @@ class BatchWaves:
                 purse=WaveBudget(lane.meter.spent, inf),
                 may_call=context.may_call,
                 wave_before=before,
+                again="resuming the batch",
                 elsewhere=self._elsewhere(name),
                 leaves_large=bool(self._mixed),
                 lines=batch_lines(self.row.requests, FILE_LINES) if self._mixed else FILE_LINES,
