@@ -139,7 +139,7 @@ class Store:
     def add_batch(self, c: Connection, values: Mapping[str, Any]) -> int:
         """Add a batch in the caller's transaction; return its number."""
         start: dict[str, Any] = {"name": "", "wanted": RUN, "reason": "", "created_at": self.database.now(c)}
-        start |= {"ended_at": -1.0, "eta_s": -1.0, "waves": "[]"}
+        start |= {"ended_at": -1.0, "eta_s": -1.0, "via": "live", "finish_by": -1.0, "waves": "[]"}
         start |= dict.fromkeys(("done", "failed", "in_flight", "attempts", "throttled", "resent"), 0)
         found = c.execute(insert(batches), start | dict(values) | {"details": to_json(values["details"])})
         key = found.inserted_primary_key
