@@ -122,10 +122,10 @@ def plan_json(
     }
 
 
-def page(scenario: Scenario, plan: Plan, folder: Path) -> str:
+def page(scenario: Scenario, plan: Plan, folder: Path, front: Front | None = None) -> str:
     """Return the report as one self-contained page."""
     # Templates take a moment to import, and only this needs them.
-    from sim.reporting.report import render
+    from sim.reporting.report import render, ways_part
 
     return render(
         plan,
@@ -135,6 +135,7 @@ def page(scenario: Scenario, plan: Plan, folder: Path) -> str:
         provenance=scenario.provenance(),
         version=__version__,
         stress_notes=stress_notes(scenario),
+        ways=None if front is None else ways_part(front.ways, front.terms, front.deadline_s, PROMISE),
     )
 
 
@@ -332,7 +333,7 @@ def planned(
     front = _front(scenario.with_(policy=found.full.policy), plan_options, say)
     say("writing the report")
     notes = (*notes, *plan_notes(scenario, found))
-    report = page(scenario, found, folder)
+    report = page(scenario, found, folder, front)
     return PlanOutcome(found, write_plan(folder, scenario, plan_options, found, report, notes, front), notes, front)
 
 

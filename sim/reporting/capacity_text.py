@@ -244,6 +244,14 @@ def split_text(found: Split, width: int) -> str:
 
 def ways_text(ways: Sequence[Way], terms: Terms, deadline_s: float, confidence: float, width: int) -> str:
     """Return a readable comparison of live, flex, Batch and mixes, with its assumptions."""
+    choice = ways_choice(ways, terms, deadline_s, confidence)
+    return "\n\n".join(
+        (wrapped(choice, width), table(ways_rows(ways), width=width), wrapped(ways_note(ways, terms), width))
+    )
+
+
+def ways_rows(ways: Sequence[Way]) -> list[list[str]]:
+    """Return the comparison as a table, its header first."""
     rows = [["", "for", "live", "cost", "done by then", "P50", "95 of 100", ""]]
     for way in ways:
         told = words.duration(way.deadline_s) if way.deadline_s is not None else ""
@@ -251,6 +259,11 @@ def ways_text(ways: Sequence[Way], terms: Terms, deadline_s: float, confidence: 
         done = words.percent(way.done_probability)
         share = words.percent(way.live_share)
         rows.append([way.name, told, share, dollars_text(way.cost_usd), done, *map(_after, _times(way)), front])
+    return rows
+
+
+def ways_note(ways: Sequence[Way], terms: Terms) -> str:
+    """Return what the comparison rests on, in sentences."""
     p50, p95 = terms.turnaround_s
     queue = (
         f"a queue of {terms.queue_tokens:,} input tokens per model" if terms.queue_tokens else "a queue without limit"
@@ -267,8 +280,7 @@ def ways_text(ways: Sequence[Way], terms: Terms, deadline_s: float, confidence: 
         said += " Flex is taken to answer at a third of the speed (assumed)."
     if terms.cached_share is not None:
         said += f" {terms.cached_share:.0%} of the prompt tokens are cached live, none in the Batch API."
-    choice = _choice(ways, terms, deadline_s, confidence)
-    return "\n\n".join((wrapped(choice, width), table(rows, width=width), wrapped(said, width)))
+    return said
 
 
 def _times(way: Way) -> tuple[float, float]:
@@ -279,7 +291,7 @@ def _after(at_s: float) -> str:
     return words.duration(at_s) if math.isfinite(at_s) else "never"
 
 
-def _choice(ways: Sequence[Way], terms: Terms, deadline_s: float, confidence: float) -> str:
+def ways_choice(ways: Sequence[Way], terms: Terms, deadline_s: float, confidence: float) -> str:
     """Return which way to choose, in a sentence."""
     assumed = "" if terms.measured else ", if the Batch API's turnaround is as assumed"
     wish = f"within {words.duration(deadline_s)} with {words.percent(confidence)} probability"

@@ -5,6 +5,7 @@ Pure functions: values in, a matplotlib Figure out. The look is in `style`; maps
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -12,12 +13,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from governor.model.prices import dollars_text
 from governor.model.requests import Attempt
 from sim.base.palette import BLUE, GREY, INK, MUTED, ORANGE, VERMILLION
 from sim.base.style import in_time_units, new_figure, styled, time_scale
 from sim.base.words import duration, number
 from sim.experiment.results import Forecast
 from sim.reporting import series
+from sim.selection.batch_api import Way
 from sim.selection.capacity_results import Capacity, LimitProbe
 
 
@@ -98,6 +101,42 @@ def side_by_side(measured: Sequence[Attempt], simulated: Mapping[int, Sequence[A
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     handles, labels = right.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower left", ncols=3)
+    return figure
+
+
+# ---------------------------------------------------------------- live, flex, the Batch API
+
+
+@styled
+def ways_figure(ways: Sequence[Way], deadline_s: float) -> Figure:
+    """Plot the cost of each way against the time that holds in 95 of 100 runs, with the front and the deadline.
+
+    Ways that are never done, or whose cost is not known, are left out.
+    """
+    shown = [(way, way.cost_usd) for way in ways if math.isfinite(way.promise_s) and way.cost_usd is not None]
+    figure = new_figure(9.0, 3.4)
+    ax = figure.subplots()
+    end_s, top = max([deadline_s, *(way.promise_s for way, _ in shown)]), max((usd for _, usd in shown), default=1.0)
+    per = in_time_units(ax.xaxis, end_s, "done in 95 of 100 runs after")
+    front = sorted((way.promise_s / per, usd) for way, usd in shown if way.on_front)
+    ax.step([at for at, _ in front], [usd for _, usd in front], where="post", color=BLUE, linewidth=1.4)
+    named: list[tuple[float, float]] = []
+    for way, usd in shown:
+        x, colour = way.promise_s / per, BLUE if way.on_front else GREY
+        ax.plot(x, usd, "o", color=colour, markersize=6)
+        name = way.name if way.deadline_s is None else f"{way.name}, {duration(way.deadline_s)}"
+        # Two names at one place could not be read; the table has all of them.
+        if all(abs(x - at) > 0.02 * end_s / per or abs(usd - cost) > 0.03 * top for at, cost in named):
+            ax.annotate(name, (x, usd), (5, 5), textcoords="offset points", fontsize=8)
+            named.append((x, usd))
+    ax.axvline(deadline_s / per, color=INK, linewidth=1.1, linestyle="--", label="the deadline")
+    ax.set_xlim(left=0.0)
+    ax.set_ylim(0.0, 1.15 * top)
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: dollars_text(value)))
+    ax.set_title("Cost")
+    ax.grid(axis="both")
+    ax.margins(x=0.12)
+    ax.legend(loc="upper right")
     return figure
 
 

@@ -7,7 +7,7 @@ on a clock or a machine.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ from sim.base import palette
 from sim.base.words import duration, number, percent, seconds_text
 from sim.experiment.results import Forecast, Plan, Recommendation, Step
 from sim.reporting import report_text as text
+from sim.reporting.capacity_text import ways_choice, ways_note, ways_rows
 from sim.reporting.comparison import Cell, comparison
+from sim.selection.batch_api import Terms, Way
 
 _Provenance = Mapping[str, tuple[str, str]]
 ProviderText = Mapping[str, tuple[str, str]] | Iterable[tuple[str, str, str]]
@@ -44,6 +46,7 @@ def render(
     validated: str = NEVER,
     stress_notes: Iterable[tuple[str, str]] = (),
     figures: Mapping[str, Any] | None = None,
+    ways: Mapping[str, Any] | None = None,
 ) -> str:
     """Return the report as one HTML text.
 
@@ -51,7 +54,8 @@ def render(
     input -> (measured or assumed, source); `provider_text`: further inputs, as (name, value, measured or assumed) or as
     a mapping like `provenance`. `generated`: a date to print, none by default, so that equal plans give equal files.
     `validated`: how often the forecasts were checked against live runs. `stress_notes`: conditions left out, and why.
-    `figures`: as returned by `report_figures.drawn`; drawn now if not given.
+    `figures`: as returned by `report_figures.drawn`; drawn now if not given. `ways`: the comparison with the Batch API,
+    as returned by `ways_part`.
     """
     inputs = _inputs(provenance, provider_text)
     assumed = [each["name"] for each in inputs if each["kind"] == "assumed"]
@@ -77,6 +81,7 @@ def render(
         held=text.held_back(plan),
         figures=_drawn(plan, grant) if figures is None else figures,
         over_time_caption=text.over_time_caption(grant),
+        ways=ways,
         tried=text.tried(plan),
         front_caption=text.front_caption(plan),
         stress_text=text.kept_counts(plan),
@@ -99,6 +104,20 @@ def render(
             "never saw."
         ),
     )
+
+
+def ways_part(ways: Sequence[Way], terms: Terms, deadline_s: float, confidence: float) -> dict[str, Any]:
+    """Return what the page shows of live calls, flex, the Batch API and mixes."""
+    from sim.reporting.report_figures import inline_ways
+
+    header, *rows = ways_rows(ways)
+    return {
+        "choice": ways_choice(ways, terms, deadline_s, confidence).partition("? ")[2],
+        "header": ["way", *header[1:]],
+        "rows": rows,
+        "note": ways_note(ways, terms),
+        "figure": inline_ways(ways, deadline_s),
+    }
 
 
 def _drawn(plan: Plan, grant: Grant) -> dict[str, Any]:

@@ -7,18 +7,21 @@ so that it follows the reader's light or dark theme and prints on white.
 from __future__ import annotations
 
 import html
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from governor.forecast.summary import Grant
+from governor.model.prices import dollars_text
 from sim.base import palette, style
 from sim.base.words import duration
 from sim.experiment.results import Forecast, Plan
-from sim.reporting import figures, figures_time
+from sim.reporting import figures, figures_compare, figures_time
 from sim.reporting.report_text import policies_of, throttled_limit
+from sim.selection.batch_api import Way
 
 # A figure's neutral colours become the page's variables, and so does the blue, which is too dark for a dark page.
 _THEME = {
@@ -33,6 +36,20 @@ _THEME = {
 def drawn(plan: Plan, grant: Grant) -> dict[str, Any]:
     """Return the figures by name, as elements of the page; "" if there is nothing to draw."""
     return {name: draw(plan, grant) for name, draw in _FIGURES.items()}
+
+
+def inline_ways(ways: Sequence[Way], deadline_s: float) -> Any:
+    """Return the cost of each way against its finish time, as an element of the page; "" if no cost is known."""
+    listed = {
+        way.name if way.deadline_s is None else f"{way.name} for {duration(way.deadline_s)}": (
+            f"{dollars_text(way.cost_usd)}, {duration(way.promise_s)}"
+        )
+        for way in ways
+        if math.isfinite(way.promise_s) and way.cost_usd is not None
+    }
+    if not listed:
+        return ""
+    return inline(figures_compare.ways_figure(ways, deadline_s), "ways", f"Cost and finish time. {_listing(listed)}.")
 
 
 def _forecasts(plan: Plan) -> dict[str, Forecast]:

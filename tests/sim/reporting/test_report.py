@@ -19,6 +19,7 @@ from sim.base.words import duration, percent
 from sim.experiment.results import Plan, Recommendation, estimate, forecast_of, paired_difference
 from sim.reporting import report, report_text
 from sim.scenario.scenario import Scenario
+from sim.selection.batch_api import Terms, Way
 
 COMMAND = "paceline plan 'my <batch> & co.jsonl' --finish-by 6 h --out out"
 VOID = {"meta", "link", "br", "hr", "img", "input", "wbr"}
@@ -110,6 +111,29 @@ def test_the_page_is_well_formed_with_unique_ids_and_nothing_dangling(sample: st
         assert not repeated
         missing = [name for name in page.references if name not in page.ids]
         assert not missing
+
+
+def test_live_batch_and_mixes_stand_in_the_page_if_they_were_compared(
+    sample_plan: Plan, sample_scenario: Scenario, sample: str
+) -> None:
+    ways = (
+        Way("live", None, 1.0, 1.0, 120.0, 125.0, 0.41, 60, True),
+        Way("batch", None, 0.0, 0.4, 40_000.0, math.inf, 0.2, 60),
+        Way("auto", 43_200.0, 0.06, 1.0, 43_000.0, 43_100.0, 0.21, 60, True),
+        Way("auto", 130.0, 1.0, 1.0, 120.0, 125.0, 0.41, 60, True),
+    )
+    page = page_of(sample_plan, sample_scenario, ways=report.ways_part(ways, Terms(0), 43_200.0, 0.95))
+    read = Page(page)
+    assert len(set(read.ids)) == len(read.ids)
+    assert set(read.references) <= set(read.ids)
+    assert "auto (6 % live) for $0.21" in read.text()
+    drawn = page[page.index('id="ways"') : page.index('id="tried"')]
+    assert drawn.count("<tr>") == 5
+    # What is never done has no place on the axis, and of two ways at one place one is named.
+    figure = drawn[: drawn.index("</svg>")]
+    names = ("live", "batch", "auto, 12 h", "auto, 2 min 10 s")
+    assert [name for name in names if f">{name}<" in figure] == ["live", "auto, 12 h"]
+    assert 'id="ways"' not in sample
 
 
 def test_the_page_needs_no_network(sample: str) -> None:
