@@ -35,6 +35,12 @@ settlements move it, counts in headers correct it (`synced`), and a refusal show
 of a count, the order in which requests had arrived and the rounding are unknown. A count therefore corrects the image
 only by as much as two counts in a row agree on, whether each is read as taken at the launch or at the answer.
 
+Unknown limits. A limit of a minute or less that the policy seeks doubles from a small rate until a refusal shows its
+edge: about what was accepted in the last length. From then on launches are evenly spaced a margin below the edge, which
+is crossed again, faster and faster, when enough requests have passed for the refusal that this may cost. Refusals cut
+once per round: those of attempts launched before the cut belong to it, and so do those until another attempt was not
+refused. A limit grows only while it is what launches wait for. See docs/how-to/unknown-limits.md.
+
 The module compiles as it stands: it uses numbers, fixed-size float arrays and `math` only. When interpreted, `p` and
 `s` are the dataclasses below; when compiled, they are NumPy records with the same field names.
 """
@@ -114,6 +120,31 @@ PROBE_TURN_S = 0.01
 OUTAGE_MAX_S = 86400.0
 # A request that this many outages have spared may itself be the cause.
 FRESH_OUTAGES = 2
+# A sought limit begins with a request per START_GAP_S, as large as the largest so far, and doubles in START_DOUBLES_S
+# until the first refusal, which shows the edge. A cut goes below SOUGHT_RATIO of the edge, by CUT_RATIO and after a
+# rest of REST_S, which give a window room; the limit doubles in REGROWS_S up to there. CALM_S after the cut it goes to
+# the edge and beyond: the excess doubles in EXCESS_DOUBLES_S.
+START_GAP_S = 1.0
+START_DOUBLES_S = 5.0
+SOUGHT_RATIO = 0.97
+CUT_RATIO = 0.9
+REST_S = 4.0
+REGROWS_S = 10.0
+CALM_S = 20.0
+EXCESS_DOUBLES_S = 9.0
+# Each launch pays for this share of a refusal; while more refusals came than were paid for, no edge is crossed. The
+# start has some free, at most DEBT_MAX are held against the launches, and none if the edge has moved by MOVED_RATIO.
+REFUSED_RATIO = 0.015
+START_PATIENCE = 5.0
+DEBT_MAX = 3.0
+MOVED_RATIO = 0.25
+# An edge is at least this share of what was accepted, even where the launches had been slower. A wait of DRY_S is one
+# for a window's end.
+EDGE_RATIO = 0.95
+DRY_S = 8.0
+# A sought limit's bucket holds the refill of this time, and binds if a launch came no later than this share of it.
+SOUGHT_BURST_S = 1.0
+BINDS_RATIO = 0.2
 # Until the first answer arrives, this share of the limit stays free for surprises (an unknown charge rule, other
 # clients); it is also the maximum later on. It costs no throughput: a bucket that is not full refills meanwhile.
 UNHEARD_RATIO = 0.5
@@ -127,8 +158,10 @@ class Params:
     window's length and kind; a `clock` window's lengths are counted from `phase_s` before 1970 began. `budget` is the
     usable part of `limit` (see `budget_of`) and `rate_per_s` its continuous refill (see `rate_of`). `burst_ratio` is
     the share that a bucket holds at most, 1 for other windows: `held` of the budget and `largest` of the limit, inf
-    without one (see `burst_of`). `settles`: whether real use replaces the
-    need. `refunds`: whether a refusal gives the need back. `cause`: what a wait for the dimension is recorded as.
+    without one (see `burst_of`); a need above `shared` of the budget runs alone. `settles`: whether real use replaces
+    the need. `refunds`: whether a refusal gives the need back. `cause`: what a wait for the dimension is recorded as.
+    `sought`: the limit is not known (0), and the law finds it: the budget is 1, in a bucket that holds SOUGHT_BURST_S,
+    and `State.scale` is the limit found. `seeks`: whether any is.
     `interactive_ratio` is the share of each budget, and of the places in flight, that a batch's first attempts leave
     free.
     """
@@ -150,6 +183,7 @@ class Params:
     finalize_max_concurrency: int
     timeout_s: float
     deadline_s: float
+    seeks: int
     dimensions: int
     limit: list[float]
     budget: list[float]
@@ -160,6 +194,8 @@ class Params:
     burst_ratio: list[float]
     held: list[float]
     largest: list[float]
+    shared: list[float]
+    sought: list[float]
     settles: list[float]
     refunds: list[float]
     cause: list[float]
@@ -179,7 +215,7 @@ class State:
     or clock window; `window_early`: what was booked within SLACK_S of the clock's next window, which the provider may
     have counted there: it counts in both. `cell_at`, `cells`: newest cell and ring of the sliding window (CELLS per
     dimension), whose sum is kept in `window_used` too. `scale`: granted limit over configured limit if the provider
-    grants less.
+    grants less; of a sought limit, the limit itself, and `cells` hold what was not refused.
 
     `outwaited`: refusals since the last success that asked for a longer wait than is obeyed.
 
@@ -192,6 +228,11 @@ class State:
     `booked_before`, that total before the burst that began at `burst_at`; `others`, the use beyond our own bookings
     that recent counts show; `surprise`, the largest such use since a refusal. `pace_at`: when evenly spread launches
     would have ended, counted since the hidden limit was met; it binds until `paced_until`.
+
+    Of sought limits: `edge`, what was accepted per length when the limit was last met (0 = not yet); `since`, the
+    amount that has been launched since the last cut at `cut_at`, without refusals, and `unrefused`, the number of such
+    launches, the first of them at `opened_at`. `sought_from`, `sought_at`: the first and the latest launch of all;
+    `refused_at`: the latest refusal. `patience`: how many refusals the launches have paid for, less those that came.
 
     The circuit breaker: `unanswered` counts the attempts that have failed since the last answer, the first of them at
     `silent_since`; `failing` is the first request among them that is above suspicion; `several`: there are at least
@@ -230,6 +271,15 @@ class State:
     surprise: list[float] = field(default_factory=lambda: _each(0.0))
     pace_at: float = -math.inf
     paced_until: float = -math.inf
+    edge: list[float] = field(default_factory=lambda: _each(0.0))
+    since: list[float] = field(default_factory=lambda: _each(0.0))
+    unrefused: int = 0
+    patience: float = START_PATIENCE
+    sought_from: float = -math.inf
+    sought_at: float = -math.inf
+    opened_at: float = -math.inf
+    cut_at: float = -math.inf
+    refused_at: float = -math.inf
     unanswered: int = 0
     failing: int = -1
     several: int = 0
@@ -284,7 +334,7 @@ def never_fits(p: Params, need: list[float]) -> bool:
 def _exceeds_budget(p: Params, s: State, need: list[float]) -> bool:
     """Return whether a need exceeds what some budget holds when it is full, so that its request runs alone."""
     for d in range(p.dimensions):
-        if need[d] > p.held[d] * s.scale[d]:
+        if need[d] > p.shared[d] * s.scale[d]:
             return True
     return False
 
@@ -437,8 +487,10 @@ def _rebook(p: Params, s: State, d: int, change: float, booked_at: float) -> Non
 
 def _changed(p: Params, s: State, d: int, change: float, booked_at: float) -> None:
     """Change a booking in dimension `d` and in the image of the provider's bucket."""
-    if p.limit[d] > 0.0:
+    if p.budget[d] < math.inf:
         _rebook(p, s, d, change, booked_at)
+    if p.sought[d]:
+        _recount(p, s, d, change, booked_at)
     if p.sync_headers:
         s.booked[d] += change
         _mirror_moved(p, s, d, change)
@@ -567,7 +619,12 @@ def _refused(
 
 
 def used_in(p: Params, s: State, d: int, now: float) -> float:
-    """Return the amount that counts against the budget of dimension `d` at `now`; 0 without a limit."""
+    """Return the amount that counts against the budget of dimension `d` at `now`; 0 without a limit.
+
+    Of a sought limit, the amount that was accepted within the last length of its window.
+    """
+    if p.sought[d]:
+        return _accepted(p, s, d, now, CELLS_IN_LENGTH)
     if p.limit[d] <= 0.0:
         return 0.0
     if p.window[d] == BUCKET:
@@ -582,6 +639,133 @@ def started(p: Params, s: State, used: list[float], now: float) -> None:
     for d in range(p.dimensions):
         if p.limit[d] > 0.0 and used[d] > 0.0:
             _book(p, s, d, used[d], now)
+
+
+# ---------------------------------------------------------------- unknown limits
+
+
+def _accepted(p: Params, s: State, d: int, now: float, cells: int) -> float:
+    """Return what was launched within so many cells, CELLS_IN_LENGTH a length, and not refused."""
+    return _sliding_used(s, d, math.floor(now / cell_s(p, d)) + CELLS - cells)
+
+
+def _recount(p: Params, s: State, d: int, change: float, launched_at: float) -> None:
+    """Change what counts as accepted of a launch made at `launched_at`."""
+    cell = math.floor(launched_at / cell_s(p, d))
+    if cell >= s.cell_at[d] - CELLS_BEHIND:
+        s.cells[d * CELLS + int(cell) % CELLS] += change
+        s.window_used[d] += change
+    if launched_at > s.cut_at:
+        s.since[d] += change
+
+
+def _rescaled(s: State, d: int, scale: float, now: float) -> None:
+    """Adopt another scale; what the bucket lacks stays the same amount."""
+    s.full_at[d] = now + max(0.0, s.full_at[d] - now) * s.scale[d] / scale
+    s.scale[d] = scale
+
+
+def _grown(p: Params, s: State, d: int, amount: float, passed_s: float, may_exceed: bool, now: float) -> float:
+    """Return the sought limit, raised for the last `passed_s` if it is what this launch waited for."""
+    scale, edge = s.scale[d], s.edge[d]
+    rate_per_s = p.rate_per_s[d] * scale
+    held = p.held[d] * scale
+    ready_at = s.full_at[d] - max(0.0, held - amount) / rate_per_s
+    if ready_at < now - BINDS_RATIO * max(held, amount) / rate_per_s:
+        return scale
+    known = SOUGHT_RATIO * edge
+    if edge == 0.0:
+        return scale * 2.0 ** (passed_s / START_DOUBLES_S)
+    if scale < known:
+        return min(known, scale * 2.0 ** (passed_s / REGROWS_S))
+    if may_exceed:
+        return known + max(scale - known, edge - known) * 2.0 ** (passed_s / EXCESS_DOUBLES_S)
+    return scale
+
+
+def _seek(p: Params, s: State, need: list[float], now: float) -> None:
+    """Raise the sought limits that this launch waited for, and count it. Call it before the launch is booked."""
+    if s.sought_from == -math.inf:
+        s.sought_from = now
+        s.sought_at = now
+    passed_s = min(now - s.sought_at, EXCESS_DOUBLES_S)
+    s.sought_at = now
+    if s.unrefused == 0:
+        s.opened_at = now
+    s.unrefused += 1
+    if s.patience < 1.0:
+        s.patience += REFUSED_RATIO
+    may_exceed = s.patience >= 0.0 and now - s.cut_at >= CALM_S
+    for d in range(p.dimensions):
+        if p.sought[d]:
+            amount = need[d]
+            if s.granted[d] == 0.0:
+                scale = _grown(p, s, d, amount, passed_s, may_exceed, now)
+                if s.edge[d] == 0.0:
+                    scale = max(scale, max(1.0, amount) * p.length_s[d] / START_GAP_S)
+                if scale != s.scale[d]:
+                    _rescaled(s, d, scale, now)
+            cell = math.floor(now / cell_s(p, d))
+            _roll(s, d, cell)
+            s.cells[d * CELLS + int(s.cell_at[d]) % CELLS] += amount
+            s.window_used[d] += amount
+            s.since[d] += amount
+
+
+def _edge(p: Params, s: State, d: int, now: float) -> float:
+    """Return the limit that a refusal shows, by what was accepted; 0 = nothing was.
+
+    In the last length: exact for a sliding window, and for a bucket that was empty before, or a window that was full,
+    at both of its ends. If launches have not lasted so long, a bucket has refilled meanwhile and a window has not, and
+    the estimate is in between. If nothing was admitted for a while before these launches, a window has begun with
+    them. If the last cut was recent, the limit has probably fallen, and half a length tells sooner. One that fits the
+    launches' own rate is believed, and no limit falls by more than half at once.
+    """
+    length_s = p.length_s[d]
+    accepted = _accepted(p, s, d, now, CELLS_IN_LENGTH)
+    lasted = (now - s.sought_from) / length_s
+    if lasted < 1.0:
+        accepted /= 1.0 + 0.25 * lasted
+    if s.opened_at - s.cut_at >= DRY_S and s.unrefused > 4 and now - s.opened_at < length_s:
+        accepted = max(s.since[d], 0.5 * accepted)
+    elif now - s.cut_at < 0.5 * length_s:
+        accepted = min(accepted, max(0.75 * accepted, 2.0 * _accepted(p, s, d, now, CELLS_IN_LENGTH // 2)))
+    return max(min(s.scale[d], accepted), EDGE_RATIO * accepted, 0.5 * s.edge[d])
+
+
+def _met_limit(p: Params, s: State, need: list[float], launched_at: float, now: float) -> None:
+    """Learn from a refusal: count it, and cut the sought limits if it begins a round."""
+    s.patience = max(-DEBT_MAX, s.patience - 1.0)
+    for d in range(p.dimensions):
+        if p.sought[d] and not p.refunds[d]:
+            _recount(p, s, d, -need[d], launched_at)
+    is_new = launched_at > s.cut_at
+    if is_new:
+        s.unrefused -= 1
+    if is_new and s.unrefused > 0:
+        passed_s = now - max(s.refused_at, s.sought_from)
+        for d in range(p.dimensions):
+            edge = _edge(p, s, d, now) if p.sought[d] and s.granted[d] == 0.0 else 0.0
+            if edge > 0.0:
+                if abs(edge - s.edge[d]) > MOVED_RATIO * s.edge[d]:
+                    s.patience = max(s.patience, 0.0)
+                recent = s.since[d] * p.length_s[d] / passed_s if passed_s > 0.0 else edge
+                s.edge[d] = edge
+                s.scale[d] = SOUGHT_RATIO * min(CUT_RATIO * edge, max(recent, 0.5 * edge))
+                s.full_at[d] = now + REST_S
+            s.since[d] = 0.0
+        s.cut_at = now
+        s.unrefused = 0
+    s.refused_at = now
+
+
+def _opens_at(s: State, now: float) -> float:
+    """Return when a minute that began with the first launch, or when refusals last ended, has ended again."""
+    if s.sought_from + FIXED_S > now:
+        return s.sought_from + FIXED_S
+    if s.opened_at == -math.inf:
+        return math.inf
+    return s.opened_at + math.ceil((now - s.opened_at) / MINUTE_S) * MINUTE_S + SLACK_S
 
 
 # ---------------------------------------------------------------- admission
@@ -630,9 +814,9 @@ def admission(p: Params, s: State, need: list[float], standing: int, now: float)
         at = s.next_slot_at
         cause = STAGGER
     for d in range(p.dimensions):
-        if p.limit[d] > 0.0:
+        if p.budget[d] < math.inf:
             amount = need[d]
-            if joins and amount > p.held[d] * s.scale[d]:
+            if joins and amount > p.shared[d] * s.scale[d]:
                 return math.inf, CONCURRENCY
             # (A bucket that will be full by then has room for any amount and need not be asked.)
             if s.full_at[d] > at or p.window[d] != BUCKET:
@@ -692,8 +876,10 @@ def launched(p: Params, s: State, need: list[float], standing: int, now: float, 
         s.in_flight += 1
     if _exceeds_budget(p, s, need):
         s.alone = 1
+    if p.seeks:
+        _seek(p, s, need, now)
     for d in range(p.dimensions):
-        if p.limit[d] > 0.0:
+        if p.budget[d] < math.inf:
             _book(p, s, d, need[d], now)
     if p.sync_headers:
         _mirror_book(p, s, need, now)
@@ -881,11 +1067,15 @@ def throttled(
     for d in range(p.dimensions):
         if p.refunds[d]:
             _changed(p, s, d, -need[d], launched_at)
+    if p.seeks:
+        _met_limit(p, s, need, launched_at, now)
     if now < s.paced_until:
         s.pace_at += _refill_s(p, s, need, 1) - _refill_s(p, s, need, 0)
     if p.sync_headers:
         _refused(p, s, need, attempt, retry_after_s, launched_at, now)
     wait_s = _wait_s(p, attempt, retry_after_s)
+    if p.seeks and retry_after_s <= 0.0 and attempt > 1:
+        wait_s = min(wait_s, _opens_at(s, now) - now)
     more_s = 0.0
     if retry_after_s <= 0.0 and attempt == p.max_attempts - 1 and deadline_at(p, first_launched_at) == math.inf:
         # No wait was stated: the last attempt comes when a limit per minute must have opened again.
@@ -994,8 +1184,9 @@ def _granted(p: Params, s: State, d: int, limit: float, now: float) -> None:
     if p.limit[d] > 0.0:
         scale = min(1.0, limit / p.limit[d])
         if scale != s.scale[d]:
-            s.full_at[d] = now + max(0.0, s.full_at[d] - now) * s.scale[d] / scale
-            s.scale[d] = scale
+            _rescaled(s, d, scale, now)
+    elif p.sought[d]:
+        _rescaled(s, d, limit, now)
 
 
 def synced(
@@ -1079,7 +1270,13 @@ def repriced(p_old: Params, p_new: Params, s: State, now: float) -> None:
         used = used_in(p_old, s, d, now)
         if p_new.limit[d] != p_old.limit[d]:
             s.scale[d] = 1.0
-        if p_new.window[d] != p_old.window[d] or p_new.length_s[d] != p_old.length_s[d]:
+        if p_new.sought[d] != p_old.sought[d]:
+            s.scale[d] = s.granted[d] if p_new.sought[d] and s.granted[d] > 0.0 else 1.0
+            s.edge[d] = 0.0
+            s.since[d] = 0.0
+            s.sought_from = -math.inf
+        is_other = p_new.window[d] != p_old.window[d] or p_new.length_s[d] != p_old.length_s[d]
+        if is_other or p_new.sought[d] != p_old.sought[d]:
             s.full_at[d] = -math.inf
             s.window_at[d] = -math.inf
             s.window_used[d] = 0.0

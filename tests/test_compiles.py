@@ -24,7 +24,7 @@ from sim.model import latency
 from sim.model import provider as prov
 from sim.model import windows as win
 from sim.model.latency import NOISE_GROUPS, NOISE_KNOTS
-from tests.governor.laws import burst, params
+from tests.governor.laws import burst, params, sought
 from tests.sim.doors import quota
 
 DECISIONS = 40_000
@@ -139,6 +139,10 @@ def drawn_policy(r: random.Random) -> law.Params:
         if p.window[d] == law.BUCKET:
             p.burst_ratio[d] = r.choice([1.0, 1.0, 0.1, r.uniform(0.001, 1.0)])
     burst(p)
+    if r.random() < 0.5:
+        for d in range(p.dimensions):
+            if r.random() < 0.5:
+                sought(p, d)
     p.interactive_ratio = r.choice([0.0, 0.2, r.random()])
     return p
 

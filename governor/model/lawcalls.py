@@ -28,7 +28,17 @@ PATCHED = "patched"
 Numbers = tuple[float, ...]
 
 _BREAKER_TIMES = ("silent_since", "outage_from", "outage_opened_at", "outage_until", "probe_at")
-_TIMES = ("last_launch_at", "next_slot_at", "hold_until", "burst_at", "pace_at", "paced_until", *_BREAKER_TIMES)
+_SOUGHT_TIMES = ("sought_from", "sought_at", "opened_at", "cut_at", "refused_at")
+_TIMES = (
+    "last_launch_at",
+    "next_slot_at",
+    "hold_until",
+    "burst_at",
+    "pace_at",
+    "paced_until",
+    *_SOUGHT_TIMES,
+    *_BREAKER_TIMES,
+)
 # The circuit breaker's fields of a state.
 BREAKER = ("unanswered", "failing", "several", "probe_gap_s", *_BREAKER_TIMES)
 _FIELDS = tuple(each.name for each in fields(State))
@@ -205,7 +215,7 @@ def moved(p: Params, s: State, by_s: float) -> State:
         times[:] = [at + by_s for at in times]
     t.zero_s -= by_s
     for d in range(p.dimensions):
-        if p.window[d] != SLIDING:
+        if p.window[d] != SLIDING and not p.sought[d]:
             continue
         passed = math.ceil(by_s / cell_s(p, d))
         ring = s.cells[d * CELLS : (d + 1) * CELLS]

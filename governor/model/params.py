@@ -15,9 +15,11 @@ from governor.law import (
     FIXED,
     MINUTE_S,
     SLIDING,
+    SOUGHT_BURST_S,
     Params,
     budget_of,
     burst_of,
+    is_brief,
     rate_of,
 )
 
@@ -28,8 +30,23 @@ _WINDOWS = {"fixed": FIXED, "sliding": SLIDING, "bucket": BUCKET}
 
 
 def params_of(policy: Policy) -> Params:
-    """Return the numbers that the law works on. The headroom applies to each limit, daily ones included."""
-    return _over_quota(policy) if policy.quota else _of_guardrails(policy)
+    """Return the numbers that the law works on. The headroom applies to each known limit, daily ones included."""
+    p = _over_quota(policy) if policy.quota else _of_guardrails(policy)
+    if policy.find_limits != "none":
+        requests = [each.per_request > 0.0 for each in policy.quota] if policy.quota else [False, True, False, True]
+        places = [each.place for each in policy.quota] if policy.quota else range(4)
+        for d, is_of_requests in zip(places, requests, strict=True):
+            if is_brief(p, d) and policy.find_limits in ("both", "requests" if is_of_requests else "tokens"):
+                _seek(p, d)
+    return p
+
+
+def _seek(p: Params, d: int) -> None:
+    """Let the law find the limit of dimension `d`: see `Params.sought`. No launches while the wait for one lasts."""
+    p.seeks = p.hold_on_throttle = 1
+    p.limit[d], p.budget[d], p.rate_per_s[d], p.window[d] = 0.0, 1.0, 1.0 / p.length_s[d], float(BUCKET)
+    p.burst_ratio[d] = SOUGHT_BURST_S / p.length_s[d]
+    p.held[d], p.largest[d], p.shared[d], p.sought[d] = p.burst_ratio[d], math.inf, math.inf, 1.0
 
 
 def _over_quota(policy: Policy) -> Params:
@@ -54,7 +71,8 @@ def _over_quota(policy: Policy) -> Params:
         p.cause[d] = float(BY_DAY if each.length_s > 3_600.0 else BY_RPM if each.per_request > 0.0 else BY_TPM)
     p.budget = [budget_of(n, policy.tpm_headroom) for n in p.limit]
     p.rate_per_s = [rate_of(n, policy.tpm_headroom, s) for n, s in zip(p.limit, p.length_s, strict=True)]
-    p.held, p.largest = p.budget, [n or math.inf for n in p.limit]
+    p.held, p.largest = p.budget.copy(), [n or math.inf for n in p.limit]
+    p.shared = p.held.copy()
     return p
 
 
@@ -84,6 +102,7 @@ def _of_guardrails(policy: Policy) -> Params:
         finalize_max_concurrency=policy.finalize_max_concurrency,
         timeout_s=policy.request_timeout_seconds,
         deadline_s=policy.deadline_seconds,
+        seeks=0,
         dimensions=4,
         limit=limit,
         budget=budget,
@@ -93,6 +112,8 @@ def _of_guardrails(policy: Policy) -> Params:
         phase_s=_each(),
         burst_ratio=bursts,
         held=list(map(burst_of, budget, bursts)),
+        shared=list(map(burst_of, budget, bursts)),
+        sought=_each(),
         largest=list(map(burst_of, [n or math.inf for n in limit], bursts)),
         settles=_each(policy.settle, 0, policy.settle, 0),
         refunds=_each(policy.refund_throttled, 0, policy.refund_throttled, 0),

@@ -109,6 +109,12 @@ class Policy(BaseModel):
     tpd_limit: int = _knob(
         "OPENAI_TPD_LIMIT", 0, "tokens/day", "tokens per day that are granted; 0 = no limit", ge=0, le=10**15
     )
+    find_limits: Literal["none", "tokens", "requests", "both"] = _knob(
+        "OPENAI_FIND_LIMITS",
+        "none",
+        "",
+        "limits per minute that nobody knows: found from refusals, whatever the limits above say",
+    )
     batch_queue_tokens: int = _knob(
         "OPENAI_BATCH_QUEUE_TOKENS",
         0,

@@ -66,6 +66,7 @@ def params(
         retry_after_cap_s=math.inf,
         timeout_s=600.0,
         deadline_s=0.0,
+        seeks=0,
         dimensions=4,
         limit=limit,
         budget=list(map(law.budget_of, limit, ratio)),
@@ -76,6 +77,8 @@ def params(
         burst_ratio=each(rest=1.0),
         held=each(),
         largest=each(),
+        shared=each(),
+        sought=each(),
         settles=each(),
         refunds=each(),
         cause=each(law.BY_TPM, law.BY_RPM, law.BY_DAY, law.BY_DAY),
@@ -89,7 +92,17 @@ def params(
 def burst(p: law.Params) -> law.Params:
     """The same settings, with what follows from the limits and the bursts."""
     p.held = list(map(law.burst_of, p.budget, p.burst_ratio))
+    p.shared = p.held.copy()
     p.largest = list(map(law.burst_of, [n or INF for n in p.limit], p.burst_ratio))
+    return p
+
+
+def sought(p: law.Params, d: int) -> law.Params:
+    """The same settings, but the law has to find the limit of dimension `d`."""
+    p.seeks = p.hold_on_throttle = 1
+    p.limit[d], p.budget[d], p.rate_per_s[d], p.window[d] = 0.0, 1.0, 1.0 / p.length_s[d], law.BUCKET
+    p.burst_ratio[d] = p.held[d] = law.SOUGHT_BURST_S / p.length_s[d]
+    p.largest[d], p.shared[d], p.sought[d] = INF, INF, 1.0
     return p
 
 
