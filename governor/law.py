@@ -122,13 +122,15 @@ OUTAGE_MAX_S = 86400.0
 FRESH_OUTAGES = 2
 # A sought limit begins with a request per START_GAP_S, as large as the largest so far, and doubles in START_DOUBLES_S
 # until the first refusal, which shows the edge. A cut goes below SOUGHT_RATIO of the edge, by CUT_RATIO and after a
-# rest of REST_S, which give a window room; the limit doubles in REGROWS_S up to there. CALM_S after the cut it goes to
-# the edge and beyond: the excess doubles in EXCESS_DOUBLES_S.
+# rest of CUT_REST_S, which give a window room; the limit doubles in REGROWS_S up to there. CALM_S after the cut it goes
+# to the edge and beyond: the excess doubles in EXCESS_DOUBLES_S.
+# (2 ** x would be compiled to another function, which may differ in the last bit.)
+LN_2 = math.log(2.0)
 START_GAP_S = 1.0
 START_DOUBLES_S = 5.0
 SOUGHT_RATIO = 0.97
 CUT_RATIO = 0.9
-REST_S = 4.0
+CUT_REST_S = 4.0
 REGROWS_S = 10.0
 CALM_S = 20.0
 EXCESS_DOUBLES_S = 9.0
@@ -649,6 +651,11 @@ def _accepted(p: Params, s: State, d: int, now: float, cells: int) -> float:
     return _sliding_used(s, d, math.floor(now / cell_s(p, d)) + CELLS - cells)
 
 
+def limit_found(p: Params, s: State, d: int) -> float:
+    """Return the limit of dimension `d` per length: the policy's, or where it was last met; 0 = none known (yet)."""
+    return s.granted[d] or s.edge[d] if p.sought[d] else p.limit[d]
+
+
 def _recount(p: Params, s: State, d: int, change: float, launched_at: float) -> None:
     """Change what counts as accepted of a launch made at `launched_at`."""
     cell = math.floor(launched_at / cell_s(p, d))
@@ -675,11 +682,11 @@ def _grown(p: Params, s: State, d: int, amount: float, passed_s: float, may_exce
         return scale
     known = SOUGHT_RATIO * edge
     if edge == 0.0:
-        return scale * 2.0 ** (passed_s / START_DOUBLES_S)
+        return scale * math.exp(LN_2 * passed_s / START_DOUBLES_S)
     if scale < known:
-        return min(known, scale * 2.0 ** (passed_s / REGROWS_S))
+        return min(known, scale * math.exp(LN_2 * passed_s / REGROWS_S))
     if may_exceed:
-        return known + max(scale - known, edge - known) * 2.0 ** (passed_s / EXCESS_DOUBLES_S)
+        return known + max(scale - known, edge - known) * math.exp(LN_2 * passed_s / EXCESS_DOUBLES_S)
     return scale
 
 
@@ -752,7 +759,7 @@ def _met_limit(p: Params, s: State, need: list[float], launched_at: float, now: 
                 recent = s.since[d] * p.length_s[d] / passed_s if passed_s > 0.0 else edge
                 s.edge[d] = edge
                 s.scale[d] = SOUGHT_RATIO * min(CUT_RATIO * edge, max(recent, 0.5 * edge))
-                s.full_at[d] = now + REST_S
+                s.full_at[d] = now + CUT_REST_S
             s.since[d] = 0.0
         s.cut_at = now
         s.unrefused = 0

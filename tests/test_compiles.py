@@ -238,6 +238,7 @@ def law_calls(r: random.Random, both: Both) -> None:
             both("held_of", p, d, size)
             both("burst_of", size, u)
             both("is_brief", p, d)
+            both("limit_found", p, s, d)
             both("cell_s", p, d)
         elif kind == 14:
             place = (r.randrange(2), r.randint(1, 3), float(r.randint(-1, 900)), size, float(r.randrange(99)))

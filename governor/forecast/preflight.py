@@ -138,7 +138,7 @@ def fluid_forecast(policy: Policy, load: Load, *, booked: InUse = InUse(), servi
 
     `service_s`: mean time of an answer, 0 = unknown (then concurrency costs nothing and the last answer takes no time).
     """
-    p = policy.params()
+    p = policy.believing().params()
     n = load.count
     if n == 0:
         return Fluid(0.0, "", {})
@@ -227,7 +227,7 @@ def preflight(
     finish in seconds (inf = never), called only if nothing else refuses. `service_s`: as for `fluid_forecast`.
     """
     fluid = fluid_forecast(policy, load, booked=booked, service_s=service_s)
-    budget = int(policy.params().budget[TPM])
+    budget = int(policy.believing().params().budget[TPM])
     by: Literal["fluid", "simulation"] = "fluid"
     never = _never(policy, load)
     reason, wait_s, runs = never or _full(policy, load, booked, budget) or ("", None, load.count)
@@ -263,7 +263,8 @@ _Refusal = tuple[str, int | None, int]  # reason, wait in whole seconds or None,
 
 def _never(policy: Policy, load: Load) -> _Refusal | None:
     """Return a refusal if some run can never be admitted."""
-    for env, limit in (("OPENAI_TPM_LIMIT", policy.tpm_limit), ("OPENAI_TPD_LIMIT", policy.tpd_limit)):
+    tpm_limit = 0 if policy.find_limits in ("tokens", "both") else policy.tpm_limit
+    for env, limit in (("OPENAI_TPM_LIMIT", tpm_limit), ("OPENAI_TPD_LIMIT", policy.tpd_limit)):
         if 0 < limit < load.largest:
             reason = f"a run needs {load.largest:,} tokens, the limit is {limit:,}: shorten it or raise {env}"
             return reason, None, 0

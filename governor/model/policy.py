@@ -235,6 +235,16 @@ class Policy(BaseModel):
         """
         return self if quota == self.quota else self.model_copy(update={"quota": quota})
 
+    def believing(self, tpm: float = 0.0, rpm: float = 0.0) -> Policy:
+        """Return this policy with limits instead of a search: these per minute if they are known (0 = not).
+
+        For limits that are not, the settings' own stand, as an assumption.
+        """
+        if self.find_limits == "none":
+            return self
+        known = {"tpm_limit": round(tpm), "rpm_limit": round(rpm)}
+        return self.model_copy(update={name: n for name, n in known.items() if n} | {"find_limits": "none"})
+
     @property
     def weights(self) -> Weights:
         """Return what a request and its tokens take of the dimensions."""

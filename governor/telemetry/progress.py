@@ -20,7 +20,7 @@ from typing import Any, Protocol, TextIO
 
 from governor import law
 from governor.forecast.preflight import Load, fluid_forecast, in_use
-from governor.law import TPM
+from governor.law import RPM, TPM, limit_found
 from governor.model.words import WAITED_FOR, duration, percent
 from governor.scheduler.driver import Governor
 from governor.telemetry.watch import Meter, waiting_for
@@ -111,7 +111,9 @@ def eta_s(lane: ProgressLane) -> float:
         return service_s if flying else max(0.0, governor.wake_at - now) if governor.wake_at < 1e18 else 0.0
     mean = max(1, round(meter.left_tokens / max(1, meter.left)))
     load = Load(left, mean * left, mean, mean)
-    found = fluid_forecast(meter.policy, load, booked=in_use(governor.p, governor.s, now), service_s=service_s)
+    p, s = governor.p, governor.s
+    policy = meter.policy.believing(limit_found(p, s, TPM), limit_found(p, s, RPM))
+    found = fluid_forecast(policy, load, booked=in_use(governor.p, governor.s, now), service_s=service_s)
     held_s = max(0.0, governor.s.hold_until - now, governor.s.next_slot_at - now)
     return max(held_s + found.finish_s, governor.backing_off()[1] - now + service_s)
 
@@ -122,7 +124,7 @@ def snapshot(lanes: Sequence[ProgressLane], total: int, ended_before: int, faile
     last = max(range(len(lanes)), key=lambda i: etas[i])
     governor = lanes[last].governor
     tallies = [lane.meter.tally for lane in lanes]
-    limits = [lane.governor.p.limit[TPM] for lane in lanes]
+    limits = [limit_found(lane.governor.p, lane.governor.s, TPM) for lane in lanes]
     return Snapshot(
         total=total,
         ended=ended_before + sum(t.requests for t in tallies),

@@ -185,7 +185,7 @@ def _operation(endpoint: int, path: str) -> str:
 
 
 def _limit(governor: Governor, d: int) -> float:
-    return governor.s.granted[d] or governor.p.limit[d] or inf
+    return governor.s.granted[d] or law.limit_found(governor.p, governor.s, d) or inf
 
 
 def _remaining(governor: Governor, d: int) -> float:

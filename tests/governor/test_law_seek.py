@@ -24,7 +24,12 @@ def seeking(**changes: float) -> law.Params:
 def found(count: int, find: str = "tokens", **provider: Any) -> Run:
     """What comes of so many requests of 500 tokens and ten seconds at a provider that states no counts."""
     policy = Policy.preset("paceline").with_(
-        find_limits=find, stagger_s=0.0, max_concurrency=500, sync_headers=False, charge_rule="prompt_plus_max"
+        find_limits=find,
+        tpm_limit=10**9,
+        stagger_s=0.0,
+        max_concurrency=500,
+        sync_headers=False,
+        charge_rule="prompt_plus_max",
     )
     return run(scenario_of(batch([500] * count, 10.0), policy, provider={"counts": "none", **provider}))
 
@@ -112,7 +117,7 @@ def test_a_stated_limit_ends_the_search() -> None:
 
 
 def test_settings_changed_in_mid_run() -> None:
-    """A limit that becomes known is one from then on, with the last minute's use; one that becomes unknown is sought."""
+    """A limit that becomes known is one from then on, with the last minute's use; an unknown one is sought."""
     s = law.State()
     need = [TOKENS] + [0.0] * 7
     for second in range(10):

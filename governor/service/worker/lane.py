@@ -17,7 +17,7 @@ from typing import Any
 
 from governor.forecast.preflight import InUse, Load, fluid_forecast, in_use
 from governor.journal.recorder import Recorder
-from governor.law import FINALIZE, TPM, Params, used_in
+from governor.law import FINALIZE, TPM, Params, limit_found, used_in
 from governor.model.keyed import attempt_key
 from governor.model.policy import Policy
 from governor.model.pools import Pool
@@ -242,8 +242,8 @@ class Lane:
             "in_flight": governor.in_flight,
             "max_concurrency": p.max_concurrency,
             "tokens_in_use": used_in(p, governor.s, TPM, now),
-            "tokens_budget": p.budget[TPM],
-            "tokens_limit": p.limit[TPM],
+            "tokens_budget": p.budget[TPM] * (governor.s.scale[TPM] if p.sought[TPM] else 1.0),
+            "tokens_limit": limit_found(p, governor.s, TPM),
             "tokens_last_minute": self.meter.tokens_per_minute(now),
             "window": self.policy.tpm_window,
             "waiting_for": waiting_for(governor.cause),

@@ -41,6 +41,7 @@ OPENAI_INTERACTIVE_RESERVE 0 0
 OPENAI_RPM_LIMIT 0 0
 OPENAI_RPD_LIMIT 0 0
 OPENAI_TPD_LIMIT 0 0
+OPENAI_FIND_LIMITS none none
 OPENAI_BATCH_QUEUE_TOKENS 0 0
 OPENAI_JITTER_RATIO 0.2 0.2
 OPENAI_JITTER_CAP_SECONDS 3 3
@@ -406,7 +407,7 @@ class TestParams:
     def test_every_allowed_policy_makes_finite_params(self, policy: Policy) -> None:
         p = policy.params()
         for d in range(law.DIMENSIONS):
-            assert (p.limit[d] > 0.0) == (p.budget[d] < math.inf)
+            assert (p.limit[d] > 0.0 or p.sought[d] > 0.0) == (p.budget[d] < math.inf)
             assert p.rate_per_s[d] > 0.0
             # At least one, and never more than granted but where a single one is.
             assert 1.0 <= p.budget[d] <= max(1.0, p.limit[d] or math.inf)
