@@ -73,18 +73,25 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.hypothesis_seed = str(seed)
 
 
-# The files that take longest begin first, so that none of them is left alone at the end (see `--dist loadfile`).
+# The files that take longest begin first, so that none of them is left alone at the end (see `--dist loadfile`). The
+# first one compiles the engine; the next two, which start with it, do not wait for that.
 LONGEST = (
     "sim/des/test_driver_properties.py",
-    "test_two_worlds.py",
-    "sim/app/test_cli_plan.py",
-    "sim/experiment/test_parallel.py",
-    "governor/run/test_resume.py",
     "test_shared_live.py",
-    "test_notebooks.py",
-    "test_theory.py",
     "governor/service/test_service.py",
+    "sim/app/test_cli_plan.py",
+    "test_notebooks.py",
+    "test_compiles.py",
+    "test_two_worlds.py",
+    "sim/app/test_cli_simulate.py",
+    "test_live_run.py",
+    "test_live_crash.py",
+    "governor/service/test_service_crash.py",
+    "sim/experiment/test_parallel.py",
     "sim/calibration/test_calibrate.py",
+    "sim/des/test_compiled.py",
+    "sim/selection/test_planner.py",
+    "test_theory.py",
     "test_engines.py",
 )
 

@@ -147,7 +147,6 @@ def _fields_of(model: Params | State, numbers: Numbers) -> dict[str, Any]:
 
 _PARAMS = Policy().params()
 _STATE = State()
-PARAMS_NUMBERS = len(numbers_of((_PARAMS,)))
 
 # ---------------------------------------------------------------- replay
 

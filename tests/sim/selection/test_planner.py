@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 
 import numpy as np
@@ -20,6 +21,7 @@ from sim.selection.search import Goal
 from sim.selection.space import plain_mirror
 
 
+@functools.cache
 def planned(seed: int, **more: object) -> tuple[Scenario, Plan]:
     scenario = drawn_scenario(seed)
     return scenario, plan(scenario, effort="quick", pool=Pool(1, engine="compiled"), **more)  # type: ignore[arg-type]
