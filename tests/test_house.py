@@ -42,7 +42,7 @@ UPPER = (
             "phrases",
         )
     ),
-    *("provider.answers", "provider.codes", "provider.stated"),
+    *("provider.answers", "provider.codes", "provider.rate_limit_headers"),
     *(f"scheduler.{name}" for name in ("interfaces", "learning", "queue", "quota", "scheduler")),
     *("forecast.preflight", "forecast.summary", "forecast.summary_html"),
 )
@@ -58,7 +58,7 @@ PURE = TYPES | VALUES | FUNCTIONS | TEXT
 _PROFILES = {"governor.profiles.loader", "governor.profiles.schema"}
 PURE_EXTRA = {
     "model.policy": {"pydantic"},
-    **dict.fromkeys(("provider.answers", "provider.codes", "provider.stated"), _PROFILES),
+    **dict.fromkeys(("provider.answers", "provider.codes", "provider.rate_limit_headers"), _PROFILES),
 }
 IMPURE_CALLS = {"open", "print", "input", "exec", "eval", "compile", "__import__", "breakpoint"}
 CLOCK_METHODS = {"now", "utcnow", "today"}

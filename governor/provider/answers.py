@@ -22,7 +22,7 @@ from governor.model.requests import Answer, Outcome, usage_of
 from governor.profiles.loader import GENERIC, read_profile
 from governor.profiles.schema import Profile
 from governor.provider.codes import Codes, codes_of
-from governor.provider.stated import (
+from governor.provider.rate_limit_headers import (
     MESSAGE_CHARS_MAX,
     access_at,
     fields_of,

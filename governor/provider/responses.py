@@ -27,7 +27,7 @@ from governor.model.requests import Answer, Outcome, usage_of
 from governor.model.work import Work
 from governor.profiles.schema import Profile
 from governor.provider.answers import classify, dropped, timed_out
-from governor.provider.stated import limits_of
+from governor.provider.rate_limit_headers import limits_of
 from governor.scheduler.portal import Lease, background_loop, running_loop
 
 # The interval at which streams are checked for unread ones.

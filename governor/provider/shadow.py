@@ -30,8 +30,8 @@ from governor.model.policy import Policy
 from governor.model.prices import usage_in
 from governor.model.requests import URLS, Answer, Outcome
 from governor.model.work import Work
+from governor.provider.rate_limit_headers import fields_of, limits_of, processing_s
 from governor.provider.responses import EventStream, answer_of, unanswered
-from governor.provider.stated import fields_of, limits_of, processing_s
 from governor.provider.transport import package_of, work_of_request
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from governor.model.pools import Pool
 from governor.model.requests import Answer, Attempt
 from governor.model.words import duration, moment_text
 from governor.model.work import THROTTLES, Observer
-from governor.provider.stated import quoted_numbers
+from governor.provider.rate_limit_headers import quoted_numbers
 from governor.scheduler.driver import Governor
 
 LONG_WAIT_S = 120.0

@@ -11,7 +11,7 @@ from typing import Any
 
 from governor.model.requests import Outcome
 from governor.profiles.schema import CountHeaders, Profile, TimeFormat
-from governor.provider.stated import duration_text
+from governor.provider.rate_limit_headers import duration_text
 from sim.model import provider as prov
 from sim.model.provider import ProviderParams, ProviderState
 from sim.serving import wire

@@ -19,7 +19,7 @@ from typing import Any
 
 from governor import law
 from governor.model.estimate import CHARS_PER_TOKEN, CHAT, COMPLETIONS, RESPONSES
-from governor.provider.stated import duration_text, refill_reset_s
+from governor.provider.rate_limit_headers import duration_text, refill_reset_s
 from sim.model import provider as prov
 from sim.model import windows as win
 from sim.model.provider import ProviderParams, ProviderState

@@ -12,7 +12,7 @@ from governor.model.errors import BadSetting, PacelineError
 from governor.model.pools import Pool
 from governor.profiles.loader import read_profile
 from governor.provider.account_limits import account_limits, drift, settings_for
-from governor.provider.stated import limits_of
+from governor.provider.rate_limit_headers import limits_of
 from sim.model.provider_config import ProviderConfig
 from sim.serving.server import serve
 from tests.live import WAIT_S

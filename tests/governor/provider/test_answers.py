@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from governor.model.requests import Limit, Outcome
-from governor.provider import answers, stated
+from governor.provider import answers
+from governor.provider import rate_limit_headers as stated
 
 PHRASES = {"TPM": "tokens per min", "RPM": "requests per min", "TPD": "tokens per day", "RPD": "requests per day"}
 VISIT = "Visit https://platform.openai.com/account/rate-limits to learn more."

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from governor.provider import stated
+from governor.provider import rate_limit_headers as stated
 from sim.model import provider as prov
 from sim.model import windows as win
 from sim.model.provider import RPD, RPM, TPD, TPM, ProviderParams, ProviderState

@@ -20,7 +20,8 @@ from governor.model.estimate import CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, ch
 from governor.model.keyed import attempt_key
 from governor.model.policy import Policy
 from governor.model.requests import Outcome, Request, read_requests
-from governor.provider import answers, stated
+from governor.provider import answers
+from governor.provider import rate_limit_headers as stated
 from sim.des.driver import Simulation
 from sim.model import provider as prov
 from sim.model.provider_config import ProviderConfig

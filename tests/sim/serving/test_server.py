@@ -31,7 +31,8 @@ from openai import OpenAI
 from governor.model.errors import BadSetting
 from governor.model.estimate import CHAT, sizes_of
 from governor.model.requests import Outcome
-from governor.provider import answers, stated
+from governor.provider import answers
+from governor.provider import rate_limit_headers as stated
 from sim.model import provider as prov
 from sim.model.faults import Event
 from sim.model.provider_config import ProviderConfig

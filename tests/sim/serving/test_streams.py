@@ -16,7 +16,8 @@ from pydantic import BaseModel
 
 from governor.model.estimate import MESSAGES, RESPONSES, sizes_of
 from governor.model.requests import Outcome
-from governor.provider import answers, stated
+from governor.provider import answers
+from governor.provider import rate_limit_headers as stated
 from sim.model.faults import Event
 from sim.model.provider_config import ProviderConfig
 from sim.serving.contents import content_of, example_of
