@@ -25,8 +25,8 @@ from governor.journal.journal import Journal
 from governor.journal.recorder import Recorder
 from governor.model.policy import Policy
 from governor.model.pools import Pool
-from governor.model.prices import Spending, usage_in
-from governor.model.requests import Answer, Attempt, Request
+from governor.model.prices import Spending, Usage, usage_in
+from governor.model.requests import Answer, Attempt, Outcome, Request
 from governor.model.words import duration, plural
 from governor.model.work import Observer
 from governor.run.account import FAILED_INSIDE
@@ -295,13 +295,22 @@ def run_id(journal: Journal) -> str:
 
 
 class Spender(Observer):
-    """Adds up what answers cost."""
+    """Adds up what answers cost. One that states no usage is counted, at its worst, when its request ends."""
 
     def __init__(self, spent: Spending) -> None:
         self._spent = spent
+        self._untold: dict[int, Attempt] = {}
 
     def attempted(self, attempt: Attempt, answer: Answer, failure: str) -> None:
-        self._spent.attempted(attempt, usage_in(answer.body))
+        usage = usage_in(answer.body)
+        if usage.prompt < 0 and attempt.outcome in (Outcome.OK, Outcome.MALFORMED):
+            self._untold[attempt.request] = attempt
+        else:
+            self._spent.attempted(attempt, usage)
+
+    def ended(self, request: Request, failure: str, answer: Answer | None, now: float) -> None:
+        if (attempt := self._untold.pop(request.index, None)) is not None:
+            self._spent.attempted(attempt, Usage(), request.sizes)
 
 
 class _Ends(Observer):

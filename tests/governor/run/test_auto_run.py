@@ -21,15 +21,17 @@ import pytest
 from governor.batchapi.limits import CANCELLED, CANCELLING
 from governor.forecast.forecast import Demand, Outlook, fluid
 from governor.journal.journal import Journal
+from governor.model.errors import FailureCode
 from governor.model.pools import Pool
 from governor.model.prices import Spending
-from governor.model.requests import BATCH, Answer, Outcome, endpoint_of
+from governor.model.requests import BATCH, Answer, Attempt, Outcome, endpoint_of
 from governor.model.work import Job, Work
 from governor.profiles.loader import prices_in_force
-from governor.provider.answers import classify
+from governor.provider.answers import classify, malformed
 from governor.run.live import Leg
 from governor.run.pool_run import RunOptions
 from governor.run.via.auto_run import AutoRun
+from governor.run.via.wave_run import Spender
 from governor.telemetry.progress import Display
 from sim.des.virtual_loop import VirtualLoop
 from tests.governor.batchapi.accounts import POOL, Account, Client, Killed, check_account, journal_of, works
@@ -276,6 +278,22 @@ def killed_runs(folder: Path, rng: random.Random, kills: int) -> Seen:
 def test_kills_at_random_points_with_moves_lose_nothing_and_double_nothing(tmp_path: Path, seed: int) -> None:
     seen = killed_runs(tmp_path, random.Random(seed), 15)
     assert seen.cancelled
+
+
+def test_an_answer_of_a_batch_that_is_gone_costs_its_worst() -> None:
+    request, spent = works(1)[0].request, Spending(prices_in_force(), date.today())
+    values = dict.fromkeys(Attempt.columns(), -1) | {"request": request.index, "custom_id": "q", "pool": "", "url": ""}
+    attempt = Attempt(
+        **values | {"model": request.model, "lane": BATCH, "outcome": Outcome.MALFORMED, "error_code": ""}
+    )
+    spender = Spender(spent)
+    spender.attempted(attempt, malformed("the file is gone"), "")
+    spender.ended(request, FailureCode.UNREADABLE_ANSWER, None, 0.0)
+    price = spent.price(request.model, BATCH)
+    assert price is not None
+    most = price.most_used(request.sizes)
+    assert most is not None
+    assert (spent.unpriced, spent.cost_usd) == (0, price.cost_usd(most))
 
 
 @pytest.mark.long
