@@ -6,19 +6,26 @@ Three pools of one group, of 30,000, 60,000 and 90,000 tokens a minute, as `pace
 a journal on disk, and three synthetic providers over HTTP, on the time of this process alone (`own_time`). The pooled
 bound is that of one quota with the sum of the limits: no scheduler is faster. Then the same with a pool whose account
 is refused in mid-run, whose key is, or that answers nothing any more.
+
+Beside it, where `PACELINE_LITELLM_PYTHON` names an interpreter with litellm: LiteLLM's Router over the same quotas, in
+real time (it counts by the minute of the clock), with half of the requests.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 
 from benchmarks.live_batch import ENVIRONMENT, RULE, Case, bound, drawn, write_lines
+from benchmarks.outside_servers import LITELLM_PYTHON
 from benchmarks.own_time import OwnTimeLoop, without_threads
 from governor.journal.journal import Journal
 from governor.model.policy import Policy
@@ -31,10 +38,12 @@ from governor.run.pool_run import RunOptions
 from governor.telemetry.progress import Display
 from sim.model.faults import Event
 from sim.model.provider_config import ProviderConfig
-from sim.serving.server import Provider
+from sim.serving.server import Provider, spawn
 
 LIMITS = (30_000, 60_000, 90_000)
 FIRST_PORT = 9
+STRATEGIES = ("usage-based-routing-v2", "least-busy", "simple-shuffle")
+PEER_S = 400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +164,30 @@ def main() -> None:
     whole = _told("all well", measured(batch))
     for name, event in DEATHS.items():
         _told(name, measured(batch, [Event(**event, at_s=whole.makespan_s / 2)]))  # type: ignore[arg-type]
+
+    if LITELLM_PYTHON:
+        half = batch[: len(batch) // 2]
+        _told("half, ours", measured(half))
+        for strategy in STRATEGIES:
+            print(f"{strategy}: {litellm_ratio(half, strategy)}", flush=True)
+
+
+def litellm_ratio(batch: Sequence[Case], strategy: str) -> str:
+    """Run the batch by LiteLLM's Router, over providers in processes of their own; return what came of it."""
+    with ExitStack() as stack:
+        served = [stack.enter_context(spawn(provider_of(tpm))) for tpm in LIMITS]
+        deployments = [{"base_url": each.base_url, "tpm": tpm} for each, tpm in zip(served, LIMITS, strict=True)]
+        order = {"bodies": [case.body for case in batch], "strategy": strategy, "deployments": deployments}
+        script = Path(__file__).with_name("litellm_router.py")
+        ran = subprocess.run(
+            [LITELLM_PYTHON, script], input=json.dumps(order) + "\n", text=True, capture_output=True, timeout=PEER_S
+        )
+        found = json.loads(ran.stdout.strip().splitlines()[-1])
+        throttled = sum(each.stats()["outcomes"].get("throttled", 0) for each in served)
+    ratio = found["seconds"] / bound(provider_of(sum(LIMITS)), batch)
+    return (
+        f"ratio {ratio:.3f}, {found['lost']} lost, {throttled} 429s, given up and asked again {found['refused']} times"
+    )
 
 
 def _told(name: str, m: Measured) -> Measured:

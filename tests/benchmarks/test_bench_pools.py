@@ -57,3 +57,10 @@ def test_killed_and_resumed_nothing_is_lost_and_the_records_name_the_pool_of_eac
         pools = {a.request: a.pool for a in answered}
         assert {r.request.index: r.request.pool for r in journal.results()} == pools
         assert sum(journal.counts(name).done for name in ("p0", "p1", "p2")) == 90
+
+
+def test_while_one_pool_waits_as_a_429_says_its_requests_go_elsewhere() -> None:
+    refusals = Event(kind="throttled", after_requests=10, times=3, retry_after_s=300.0)
+    found = measured(drawn(SEED, 40, (1_000, 5_000)), [refusals])
+    assert (found.lost, found.answered, found.throttled, found.most_lost) == (0, 40, 3, 1)
+    assert found.makespan_s < 60.0
