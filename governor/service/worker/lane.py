@@ -233,7 +233,7 @@ class Lane:
 
     def to_json_dict(self, *, series: bool) -> dict[str, Any]:
         """Return the pool's present state for a page."""
-        governor, tally = self.governor, self.meter.tally
+        governor, tally, spent = self.governor, self.meter.tally, self.meter.spent
         now = governor.now()
         p: Params = governor.p
         wake_s = governor.wake_at - now
@@ -252,6 +252,9 @@ class Lane:
             "throttled": tally.throttled,
             "deferrals": {cause: tally.deferrals[i] for i, cause in enumerate(CAUSES) if 0 < i < len(tally.deferrals)},
             "answer_s": self.service_s,
+            "cost_usd": spent.cost_usd,
+            # What is at the Batch API and not yet answered, at its most; null = a model there has no price.
+            "committed_usd": held if (held := sum(spent.committed.values())) < inf else None,
             "blocked": self.trouble,
         }
         if series:

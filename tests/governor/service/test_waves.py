@@ -89,9 +89,15 @@ def test_two_batches_share_the_queue_and_each_is_whole(served: Served, llm: Prov
     at_the_provider(served, first)
     assert gauges(served)['paceline_waves_open{pool="default"}'] >= 1.0
     assert gauges(served)[f'{MOVED}{{pool="default"}}'] > 0.0
+    assert served.get("/live")["pools"][0]["committed_usd"] > 0.0
     rows = [check_whole(served, first), check_whole(served, accepted["batch_id"], "i0-r")]
     assert [(row["via"], row["attempts"]) for row in rows] == [("batch", REQUESTS)] * 2
     check_provider(llm, *rows)
+    (pool,) = served.get("/live")["pools"]
+    sums = llm.stats()["billed"]["gpt-4o-mini batch"]
+    # Half of $0.15 and $0.60 for a million tokens.
+    usd = 0.5e-6 * (0.15 * sums["prompt"] + 0.60 * sums["output"])
+    assert (pool["cost_usd"], pool["committed_usd"]) == (pytest.approx(usd), 0.0)
     until("no open wave", lambda: gauges(served)[f'{MOVED}{{pool="default"}}'] == 0.0)
     heard = served.client.get(f"/batches/{first}/events").text
     assert json.loads(heard.split("data: ")[1])["waves"] == rows[0]["waves"]
