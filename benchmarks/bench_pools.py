@@ -150,6 +150,7 @@ DEATHS = {
     "key refused": {"kind": "unauthorized"},
     "drops all": {"kind": "drop"},
     "500s": {"kind": "server_error"},
+    "model gone": {"kind": "model_not_found"},
 }
 
 
