@@ -20,6 +20,7 @@ from governor.model.policy import Policy
 from governor.model.pools import default_pools
 from governor.model.requests import Answer, Outcome, Request, Sizes
 from governor.model.work import Work
+from governor.profiles.loader import with_dimensions
 from governor.provider.transport import at_once
 from governor.run.governed import portal_of
 from governor.scheduler.driver import Governor
@@ -35,7 +36,7 @@ class GovernedRateLimiter(BaseRateLimiter):
 
     def __init__(self, tokens_per_call: int, governor: Governor | None = None) -> None:
         (pool,) = default_pools(Policy.from_env(os.environ), os.environ)
-        self._portal = portal_of(pool) if governor is None else portal_to(governor)
+        self._portal = portal_of(with_dimensions(pool)) if governor is None else portal_to(governor)
         self._tokens = tokens_per_call
         self._count = count(1)
 

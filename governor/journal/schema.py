@@ -30,7 +30,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any, get_type_hints
 
 from sqlalchemy import BigInteger, Column, Dialect, Double, Index, Integer, LargeBinary, MetaData, String, Table, Text
@@ -39,6 +39,7 @@ from sqlalchemy.types import TypeDecorator
 
 from governor.journal.checkpoint import Checkpoint, Moment, read_back
 from governor.model.errors import PacelineError
+from governor.model.needs import Limited
 from governor.model.policy import Policy
 from governor.model.prices import usage_in
 from governor.model.requests import LANES, Answer, Attempt, Limit, Outcome, Request, Sizes
@@ -416,7 +417,9 @@ def attempt_of(row: Any) -> Attempt:
 
 def settings_of(policy: Policy) -> str:
     """Return a policy as stored: every value, as defaults may change later, and which were named."""
-    return to_json({"values": policy.model_dump(), "named": sorted(policy.model_fields_set)})
+    quota = [asdict(each) for each in policy.quota]
+    stated = {"values": policy.model_dump(), "named": sorted(policy.model_fields_set)}
+    return to_json({**stated, "quota": quota} if quota else stated)
 
 
 def policy_of(settings: str) -> Policy:
@@ -428,7 +431,8 @@ def policy_of(settings: str) -> Policy:
     try:
         values = {name: value for name, value in stored["values"].items() if name in Policy.model_fields}
         policy = Policy.model_validate(values)
-        return Policy.model_construct(set(stored["named"]) & values.keys(), **policy.model_dump())
+        told = Policy.model_construct(set(stored["named"]) & values.keys(), **policy.model_dump())
+        return told.with_quota(tuple(Limited(**each) for each in stored.get("quota", ())))
     except (AttributeError, KeyError, TypeError, PacelineError):
         raise DamagedError("settings") from None
 

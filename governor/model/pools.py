@@ -8,7 +8,7 @@ variables. With a pools file, a line goes to the first pool that has a pattern f
       - name: main
         models: ["gpt-4o*"]
         key: OPENAI_API_KEY              # the name of a variable, never a key
-        limits: {tpm: 30000, rpm: 500}
+        limits: {tpm: 30000, rpm: 500}   # or {tier: gpt-4o-tier1}
         settings: {OPENAI_MAX_CONCURRENCY: 20, OPENAI_TPM_WINDOW: bucket}
       - name: europe
         models: ["gpt-4.1*", "o4-mini"]
@@ -16,9 +16,11 @@ variables. With a pools file, a line goes to the first pool that has a pattern f
         azure: {endpoint: https://example.openai.azure.com, deployment: gpt-41, api_version: 2024-10-21}
 
 Settings come from the guardrails' defaults, then the environment or env file, then the pool, then the command line.
-`limits` is short for the four OPENAI_*_LIMIT settings of that pool. `scenario` names the scenario file of a plan for
-that pool, relative to the pools file, as PACELINE_SCENARIO does for a run without a pools file. `profile` names the
-provider's profile: one that is shipped, or a file beside the pools file; without it the address chooses one.
+`limits` is short for the four OPENAI_*_LIMIT settings of that pool, and names any further dimension of its provider's
+profile ({itpm: 30000, otpm: 8000}) or one of its tiers; PACELINE_LIMITS does so without a pools file. `scenario` names
+the scenario file of a plan for that pool, relative to the pools file, as PACELINE_SCENARIO does for a run without a
+pools file. `profile` names the provider's profile: one that is shipped, or a file beside the pools file; without it the
+address chooses one.
 
 Pools of the same `group` have the same `models` and share their requests: each goes where it may be launched first, at
 the same moment to the pool that stands first in the file. A pool that is dead (its account is refused, or nobody
@@ -27,11 +29,12 @@ answers) leaves its requests to the others.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import ipaddress
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -39,6 +42,8 @@ from urllib.parse import urlsplit
 from governor.model.errors import BadInput, BadSetting, quoted
 from governor.model.estimate import kind_of
 from governor.model.files import only_keys, read_yaml
+from governor.model.knobs import shown
+from governor.model.phrases import whole_number
 from governor.model.policy import KNOB_BY_ENV, Policy
 from governor.model.work import Sender
 
@@ -64,6 +69,8 @@ _AZURE_KEYS = ("endpoint", "deployment", "api_version")
 
 # Names the profile of the provider: one that is shipped, or a file.
 PROFILE = "PACELINE_PROFILE"
+# States further limits of the profile: ITPM=30000,OTPM=8000, or tier=NAME.
+LIMITS = "PACELINE_LIMITS"
 # Names the Redis server through which processes share their quotas.
 REDIS_URL = "PACELINE_REDIS_URL"
 
@@ -84,6 +91,8 @@ class Pool:
     `models`: patterns, in order; empty = every model. `scenario`: the file that says what a plan assumed of this
     quota's provider, for forecasts; "" = none. `profile`: a shipped one's name or a file; "" = the address chooses it.
     `group`: the pools that share their requests with this one; "" = it shares them with none.
+    `limits`: those stated for the pool by dimension of the profile; `tier`: the profile's tier that has the others, ""
+    = none.
     """
 
     name: str = DEFAULT
@@ -97,6 +106,8 @@ class Pool:
     scenario: str = ""
     profile: str = ""
     group: str = ""
+    limits: tuple[tuple[str, float], ...] = ()
+    tier: str = ""
 
     def takes(self, model: str) -> bool:
         """Return whether a request for this model goes to this pool."""
@@ -137,9 +148,46 @@ def default_pools(policy: Policy, environment: Mapping[str, str], base_url: str 
     url = base_url or environment.get(BASE_URL, "").strip()
     organization, project = (environment.get(name, "").strip() for name in (_ORGANIZATION, PROJECT))
     profile = environment.get(PROFILE, "").strip()
-    return (
-        Pool(policy=policy, base_url=checked_url(url), organization=organization, project=project, profile=profile),
-    )
+    limits, tier = limits_of(environment.get(LIMITS, ""))
+    pool = Pool(policy=policy, base_url=checked_url(url), organization=organization, project=project, profile=profile)
+    return (replace(pool, limits=limits, tier=tier),)
+
+
+def limits_of(text: str) -> tuple[tuple[tuple[str, float], ...], str]:
+    """Return the limits by dimension, and the tier, that a text such as ITPM=30000,OTPM=8k or tier=NAME states.
+
+    Raise BadSetting, naming the word, if it is not of that form.
+    """
+    words = [word.partition("=") for word in text.split(",") if word.strip()]
+    stated = {name.strip(): value.strip() for name, _, value in words}
+    if not all(stated.values()) or len(stated) < len(words):
+        raise BadSetting(f"{LIMITS}={shown(text)}: write each name once, as in ITPM=30000,OTPM=8000 or tier=NAME", LIMITS)
+    try:
+        return _limits(stated)
+    except BadSetting as error:
+        raise BadSetting(f"{LIMITS}: {error}", LIMITS) from None
+
+
+def _limits(stated: Mapping[Any, Any]) -> tuple[tuple[tuple[str, float], ...], str]:
+    """Return limits by dimension, in capitals, and the tier."""
+    limits: dict[str, float] = {}
+    tier = ""
+    for key, value in stated.items():
+        name = str(key).upper()
+        if name == "TIER":
+            tier = str(value)
+            continue
+        limit = whole_number(value) if isinstance(value, str) else value
+        if isinstance(value, str) and limit is None:
+            with contextlib.suppress(ValueError):
+                limit = float(value)
+        if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0.0 < limit <= 1e15:
+            remedy = "write a number above 0, or leave it out if there is no such limit"
+            raise BadSetting(f"limit {quoted(name)} is {quoted(value)}: {remedy}")
+        if name in limits:
+            raise BadSetting(f"limit {quoted(name)} is stated twice")
+        limits[name] = float(limit)
+    return tuple(limits.items()), tier
 
 
 def checked_url(url: str, what: str = "base URL") -> str:
@@ -252,6 +300,9 @@ def _pool(entry: dict[str, Any], position: int, base: Policy, assignments: tuple
         raise BadInput(f"{place}it has both base_url and azure: keep one", name)
     try:
         policy = base.set_values([*_settings(entry, place, name), *assignments])
+        # A limit of 0 is no limit; the settings have checked those they name.
+        others = {k: v for k, v in (entry.get("limits") or {}).items() if v != 0 or str(k).lower() not in _LIMITS}
+        limits, tier = _limits(others)
         url = checked_url(_text(entry, "base_url", place, name, absent=""))
     except BadSetting as error:
         raise BadInput(f"{place}{error}", name) from None
@@ -268,6 +319,8 @@ def _pool(entry: dict[str, Any], position: int, base: Policy, assignments: tuple
         scenario=_path(_text(entry, "scenario", place, name, absent=""), name),
         profile=profile if is_name(profile) else _path(profile, name),
         group=_text(entry, "group", place, name, absent=""),
+        limits=limits,
+        tier=tier,
     )
 
 
@@ -295,9 +348,9 @@ def _settings(entry: dict[str, Any], place: str, name: str) -> list[str]:
     for key, value in (("limits", limits), ("settings", settings)):
         if not isinstance(value, dict):
             raise BadInput(f"{place}{key} is {kind_of(value)}, not a mapping", name)
-    only_keys(limits, tuple(_LIMITS), f"{place}limits: ", name)
+    standard = [(_LIMITS[str(key).lower()], value) for key, value in limits.items() if str(key).lower() in _LIMITS]
     words = []
-    for env, value in [(_LIMITS[key], value) for key, value in limits.items()] + list(settings.items()):
+    for env, value in [*standard, *settings.items()]:
         knob = KNOB_BY_ENV.get(str(env))
         if isinstance(value, dict | list) or value is None:
             raise BadInput(f"{place}{env} is {kind_of(value)}, not a value", name)

@@ -16,9 +16,10 @@ from typing import Any
 
 from governor.model.errors import BadInput, BadSetting, quoted
 from governor.model.files import read_yaml
-from governor.model.pools import KEY, PROFILE, Pool, is_loopback, is_name
+from governor.model.pools import DEFAULT, KEY, LIMITS, PROFILE, Pool, is_loopback, is_name
 from governor.model.prices import Price, Prices, read_prices
 from governor.profiles.documents import checked
+from governor.profiles.quotas import over_profile
 from governor.profiles.schema import Profile
 
 FOLDER = Path(__file__).parent
@@ -116,14 +117,31 @@ def profile_of(pool: Pool) -> Profile:
 
 
 def with_profile(pool: Pool, environment: Mapping[str, str]) -> Pool:
-    """Return the pool with what its profile states and the user did not: the address, and the variable of the key.
+    """Return the pool with what its profile states: the dimensions of its quota, and where the user did not, the
+    address and the variable of the key.
 
-    The profile's variable counts if it is set. Raise BadSetting or BadInput for a wrong profile.
+    The profile's variable counts if it is set. Raise BadSetting or BadInput for a wrong profile or limit.
     """
     profile = profile_of(pool)
     own_key = pool.key == KEY and bool(environment.get(profile.key, "").strip())
     url = profile.base_url if pool.profile and not pool.base_url and pool.azure is None else None
+    pool = with_dimensions(pool)
     return replace(pool, key=profile.key if own_key else pool.key, base_url=pool.base_url if url is None else url)
+
+
+def with_dimensions(pool: Pool) -> Pool:
+    """Return the pool with its policy over the dimensions of its profile (`over_profile`), unless it is over some.
+
+    Raise BadSetting, naming the pool, for a limit that the profile does not have.
+    """
+    if pool.policy.quota:
+        return pool
+    profile = profile_of(pool)
+    try:
+        return replace(pool, policy=over_profile(pool.policy, profile, pool))
+    except BadSetting as error:
+        of = f"{LIMITS}: " if pool.name == DEFAULT else f"pool {pool.name}: "
+        raise BadSetting(f"{of}{error}", LIMITS) from None
 
 
 def habits_of(stated: str = "", base_url: str = "", *, azure: bool = False) -> str:

@@ -15,6 +15,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from math import inf
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
@@ -24,7 +25,7 @@ from governor.model.errors import BadSetting, PacelineError, quoted
 from governor.model.estimate import LEARNED
 from governor.model.policy import Policy
 from governor.model.pools import DEFAULT, Pool, default_pools
-from governor.profiles.loader import profile_of
+from governor.profiles.loader import profile_of, with_dimensions
 from governor.profiles.schema import Profile
 from governor.provider.openai_adapter import OPENAI_URL
 from governor.provider.shadow import ShadowTransport, shadow_log
@@ -156,13 +157,13 @@ def _quota_of(client: object, governor: Governor | Policy | None) -> tuple[Porta
             _count(portal, governor.pool, governor)
         return portal, governor.policy
     policy = governor or Policy.from_env(os.environ)
-    pool = _pool_of(client, policy, os.environ)
+    pool = with_dimensions(_pool_of(client, policy, os.environ))
     if governor is not None:
-        return portal_of(pool), policy
+        return portal_of(pool), pool.policy
     with _lock:
         if pool not in _quotas:
             _quotas[pool] = portal_of(pool)
-        return _quotas[pool], policy
+        return _quotas[pool], pool.policy
 
 
 def _pool_of(client: object, policy: Policy, environment: Mapping[str, str]) -> Pool:
@@ -172,9 +173,7 @@ def _pool_of(client: object, policy: Policy, environment: Mapping[str, str]) -> 
     url = "" if address == OPENAI_URL else address
     organization, project = (_text(getattr(client, name, None)) for name in ("organization", "project"))
     name = DEFAULT if url == pool.base_url else (urlsplit(url).hostname or DEFAULT)
-    return Pool(
-        name=name, policy=policy, base_url=url, organization=organization, project=project, profile=pool.profile
-    )
+    return replace(pool, name=name, base_url=url, organization=organization, project=project)
 
 
 def portal_of(pool: Pool) -> Portal:

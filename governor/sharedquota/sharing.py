@@ -55,10 +55,12 @@ def governor_from_env(
     """
     from governor.model.policy import Policy
     from governor.model.pools import default_pools
+    from governor.profiles.loader import with_dimensions
     from governor.scheduler.driver import Governor  # imported here because reading a URL does not need it
 
     if pool is None:
         (pool,) = default_pools(Policy.from_env(environment), environment)
+    pool = with_dimensions(pool)
     if url := redis_url(environment):
         return shared_governor(pool, url, say, **options)
     return Governor(pool.policy, pool=pool.name, own_quota=True, **options)

@@ -140,7 +140,7 @@ def test_what_is_on_this_machine() -> None:
         ("pools: [{name: a, models: [x], keys: K}]\n", "pool a: there is no key 'keys'"),
         ("pools: [{name: a, models: [x]}, {name: a, models: [y]}]\n", "two pools are named 'a'"),
         ("pools: [{name: a, models: [x], limits: {tpm: 0}}]\n", "pool a: OPENAI_TPM_LIMIT='0' is not allowed"),
-        ("pools: [{name: a, models: [x], limits: {ppm: 1}}]\n", "pool a: limits: there is no key 'ppm'"),
+        ("pools: [{name: a, models: [x], limits: {itpm: 0}}]\n", "pool a: limit 'ITPM' is 0: write a number above 0"),
         ("pools: [{name: a, models: [x], settings: {OPENAI_TPM_LIMT: 1}}]\n", "did you mean OPENAI_TPM_LIMIT?"),
         ("pools: [{name: a, models: [x], settings: {OPENAI_TPM_LIMIT: [1]}}]\n", "OPENAI_TPM_LIMIT is a list"),
         ("pools: [{name: a, models: [x], settings: [1]}]\n", "pool a: settings is a list"),
