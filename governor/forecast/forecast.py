@@ -35,13 +35,15 @@ _P50_OF_CAP, P50_MAX, P50_NO_CAP = 0.25, 500.0, 200.0
 class Demand:
     """The remaining work of one pool, summed in one pass over its requests, and their sizes (80 bytes a request).
 
-    `total`, `largest`, `smallest`: tokens reserved by our charge rule. `answer_tokens` (as assumed): by model;
+    `total`, `largest`, `smallest`: tokens reserved by our charge rule; `prompt`, `prompt_largest`, `output_largest`: as
+    in `Load`. `answer_tokens` (as assumed): by model;
     `uncapped`: how many requests declare no cap. `billed`: prompt tokens, answer tokens as assumed, and declared caps,
     by what decides their price: model, service tier, and whether the prompt is a long one.
     """
 
     def __init__(self) -> None:
         self.requests = self.total = self.largest = self.smallest = self.uncapped = 0
+        self.prompt = self.prompt_largest = self.output_largest = 0
         self.models: dict[str, int] = {}
         self.answer_tokens: dict[str, float] = {}
         self.billed: dict[tuple[str, str, bool], list[float]] = {}
@@ -55,6 +57,10 @@ class Demand:
         self.largest = max(self.largest, reserve)
         self.requests += 1
         self.total += reserve
+        prompt = min(sizes.prompt_tokens, reserve)
+        self.prompt += prompt
+        self.prompt_largest = max(self.prompt_largest, prompt)
+        self.output_largest = max(self.output_largest, reserve - prompt)
         self.models[model] = self.models.get(model, 0) + 1
         answer = assumed_answer(sizes)
         self.answer_tokens[model] = self.answer_tokens.get(model, 0.0) + answer
@@ -84,7 +90,8 @@ class Demand:
 
     def load(self) -> Load:
         """Return the demand as `preflight` takes it."""
-        return Load(self.requests, self.total, self.largest, self.smallest)
+        peaks = (self.prompt_largest, self.output_largest)
+        return Load(self.requests, self.total, self.largest, self.smallest, self.prompt, *peaks)
 
     def assumed_service_s(self) -> float:
         """Return the assumed mean time of an answer."""

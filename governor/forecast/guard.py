@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from governor.forecast.forecast import Demand, Expectation, throttles_text
 from governor.forecast.preflight import preflight
-from governor.law import DAY_S, TPD, TPM
+from governor.law import DAY_S
 from governor.model.errors import Oversized, Refused
 from governor.model.pools import Pool
 from governor.model.requests import Request
-from governor.model.words import duration, percent
+from governor.model.words import duration, limit_name, percent, what_of, whole_if
 
 # A run may be later than its forecast by this share and still keep to it; a fluid forecast is coarser.
 LATE_RATIO = {"simulation": 0.05, "fluid": 0.5}
@@ -31,15 +31,17 @@ CANARY_RATIO = 1.5
 
 def check_fits(request: Request, reserve: int, pool: Pool) -> None:
     """Raise Oversized for a request that reserves more than a limit: the provider would never admit it."""
-    p = pool.policy.params()
-    for d, setting in ((TPM, "OPENAI_TPM_LIMIT"), (TPD, "OPENAI_TPD_LIMIT")):
-        if 0.0 < p.limit[d] < reserve:
+    p, policy = pool.policy.params(), pool.policy
+    need = policy.weights.of(reserve, request.sizes.prompt_tokens)
+    for d in range(p.dimensions):
+        if 0.0 < p.limit[d] < need[d]:
             raise Oversized(
                 request=request.index,
                 custom_id=request.custom_id,
-                tokens=reserve,
-                limit=int(p.limit[d]),
-                setting=setting,
+                tokens=whole_if(need[d]),
+                limit=whole_if(p.limit[d]),
+                what=what_of(policy, d),
+                setting=limit_name(policy, d),
             )
 
 

@@ -20,26 +20,51 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from governor.law import BUCKET, FIXED, FIXED_S, MINUTE_S, RPD, RPM, TPD, TPM, Params, State, held_of, used_in
+from governor.law import (
+    BUCKET,
+    BY_TPM,
+    FIXED,
+    FIXED_S,
+    MINUTE_S,
+    RPD,
+    RPM,
+    SLIDING,
+    TPD,
+    TPM,
+    Params,
+    State,
+    cell_s,
+    held_of,
+    used_in,
+)
 from governor.model.errors import FailureCode
+from governor.model.needs import Weights
 from governor.model.policy import Policy
+from governor.model.words import amount_text, limit_name, what_of
 
 # Bookings are sums of floating-point shares of whole tokens: anything below this is not a token.
 _ROUNDING = 1e-6
-_STEP_S = 0.5  # resolution at which a sliding window empties, the law's cells
+_NO_LIMIT = 1e15
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """A batch's reservations: number of runs, and the tokens of all runs, of the largest and of the smallest."""
+    """A batch's reservations: number of runs, and the tokens of all runs, of the largest and of the smallest.
+
+    `prompt`: how many of all tokens are input; `prompt_largest`, `output_largest`: the most input, and the most tokens
+    beside it, of a run. They matter where a profile limits input and output apart.
+    """
 
     count: int
     total: int
     largest: int
     smallest: int
+    prompt: int = 0
+    prompt_largest: int = 0
+    output_largest: int = 0
 
     @classmethod
     def of(cls, reservations: Iterable[int]) -> Load:
@@ -57,10 +82,32 @@ class Load:
         """Return the load of `runs` equal runs: the guardrails' runs x estimate."""
         return cls(runs, runs * tokens_per_run, tokens_per_run, tokens_per_run)
 
+    @classmethod
+    def even(cls, runs: int, tokens: float, prompt_ratio: float) -> Load:
+        """Return the load of `runs` runs of the mean size: `tokens` in all, of which that share is input."""
+        mean = max(1, round(tokens / max(1, runs)))
+        prompt = round(prompt_ratio * mean)
+        return cls(runs, mean * runs, mean, mean, prompt * runs, prompt, mean - prompt)
+
+    def amounts(self, weights: Weights) -> list[float]:
+        """Return what all runs take of each dimension."""
+        rates = zip(weights.per_request, weights.per_input, weights.per_output, strict=True)
+        return [
+            self.count * each + (into * self.prompt + out * (self.total - self.prompt)) for each, into, out in rates
+        ]
+
+    def peaks(self, weights: Weights) -> list[float]:
+        """Return what the largest run takes of each dimension, or less where input and output differ in weight."""
+        rates = zip(weights.per_request, weights.per_input, weights.per_output, strict=True)
+        return [
+            each + max(into * self.prompt_largest, out * self.output_largest, min(into, out) * self.largest)
+            for each, into, out in rates
+        ]
+
 
 @dataclass(frozen=True, slots=True)
 class InUse:
-    """Tokens booked in the window now, and how they free if nothing else is launched.
+    """Tokens booked in the window of dimension `place` now, and how they free if nothing else is launched.
 
     `frees_in_s`: seconds until none is left. `continuous`: they free evenly over that time (a bucket), else all at its
     end (a fixed minute). `releases`: (seconds from now, tokens) if they free in steps instead (a sliding window). Raise
@@ -71,6 +118,7 @@ class InUse:
     frees_in_s: float = 0.0
     continuous: bool = False
     releases: tuple[tuple[float, float], ...] = ()
+    place: int = TPM
 
     def __post_init__(self) -> None:
         if self.tokens > 0.0 and not (0.0 < self.frees_in_s < math.inf):
@@ -98,23 +146,34 @@ class InUse:
 
 
 def in_use(p: Params, s: State, now: float) -> InUse:
-    """Return the law's bookings against this minute's tokens, and how they free from `now` on."""
-    tokens = used_in(p, s, TPM, now)
-    if p.limit[TPM] <= 0.0 or tokens <= _ROUNDING:
+    """Return the law's bookings against this minute's tokens, and how they free from `now` on.
+
+    Of several such dimensions the fullest counts.
+    """
+    held = {d: used_in(p, s, d, now) for d in range(p.dimensions) if p.limit[d] > 0.0 and p.cause[d] == BY_TPM}
+    d = max(held, key=lambda d: held[d] / p.budget[d], default=TPM)
+    tokens = held.get(d, 0.0)
+    if tokens <= _ROUNDING:
         return InUse()
-    if p.window[TPM] == BUCKET:
-        return InUse(tokens, s.full_at[TPM] - now, continuous=True)
-    if p.window[TPM] == FIXED:
-        return InUse(tokens, s.window_at[TPM] + FIXED_S - now)
+    if p.window[d] == BUCKET:
+        return InUse(tokens, s.full_at[d] - now, continuous=True, place=d)
+    if p.window[d] != SLIDING:
+        return InUse(tokens, max(_ROUNDING, s.window_at[d] + _length_s(p, d) - now), place=d)
     releases = []
-    before, cell = tokens, math.floor(now / _STEP_S)
+    step_s = cell_s(p, d)
+    before, cell = tokens, math.floor(now / step_s)
     while before > _ROUNDING:
         cell += 1
-        left = used_in(p, s, TPM, cell * _STEP_S)
+        left = used_in(p, s, d, cell * step_s)
         if left < before:
-            releases.append((cell * _STEP_S - now, before - left))
+            releases.append((cell * step_s - now, before - left))
         before = left
-    return InUse(tokens, releases[-1][0], releases=tuple(releases))
+    return InUse(tokens, releases[-1][0], releases=tuple(releases), place=d)
+
+
+def _length_s(p: Params, d: int) -> float:
+    """Return the length of a window as the law holds it: a fixed one with the slack for the provider's clock."""
+    return p.length_s[d] + (FIXED_S - MINUTE_S if p.window[d] == FIXED else 0.0)
 
 
 # ---------------------------------------------------------------- the fluid forecast
@@ -122,7 +181,8 @@ def in_use(p: Params, s: State, now: float) -> InUse:
 
 @dataclass(frozen=True, slots=True)
 class Fluid:
-    """A forecast that treats work as a fluid. `bound`: the cause that needs longest, as in `waits_s`; "" = none.
+    """A forecast that treats work as a fluid. `bound`: the cause that needs longest, as in `waits_s`, or the name of a
+    profile's dimension; "" = none.
 
     `finish_s`: seconds from the start, the last answer included if the service time is known. `last_launch_s`: the
     times that each knob alone would need until the last launch.
@@ -142,12 +202,19 @@ def fluid_forecast(policy: Policy, load: Load, *, booked: InUse = InUse(), servi
     n = load.count
     if n == 0:
         return Fluid(0.0, "", {})
+    weights = policy.weights
+    amounts, peaks = load.amounts(weights), load.peaks(weights)
+    by_place = [
+        _window_s(p, d, amounts[d], peaks[d], n, booked if d == booked.place else InUse()) for d in range(p.dimensions)
+    ]
+    if policy.quota:
+        limits_s = {each.name: by_place[each.place] for each in policy.quota}
+    else:
+        limits_s = {"tpm": by_place[TPM], "rpm": by_place[RPM], "day": max(by_place[TPD], by_place[RPD])}
     last_launch_s = {
         "concurrency": (math.ceil(n / p.max_concurrency) - 1) * service_s,
         "stagger": (n - 1) * p.stagger_s,
-        "tpm": _window_s(p, TPM, load.total, load.largest, n, booked),
-        "rpm": _window_s(p, RPM, n, 1, n, InUse()),
-        "day": max(_bucket_s(p, TPD, load.total, load.largest), _bucket_s(p, RPD, n, 1)),
+        **limits_s,
     }
     bound = max(last_launch_s, key=last_launch_s.__getitem__)
     longest_s = last_launch_s[bound]
@@ -165,7 +232,7 @@ def _bucket_s(p: Params, d: int, amount: float, largest: float, used: float = 0.
 
 
 def _window_s(p: Params, d: int, amount: float, largest: float, n: int, booked: InUse) -> float:
-    """Return seconds until the last of `amount` fits a minute's limit, in whole runs of the mean size.
+    """Return seconds until the last of `amount` fits a window's limit, in whole runs of the mean size.
 
     The policy's kind of window decides how the limit frees.
     """
@@ -174,7 +241,7 @@ def _window_s(p: Params, d: int, amount: float, largest: float, n: int, booked: 
     if p.window[d] == BUCKET:
         return _bucket_s(p, d, amount, largest, booked.tokens)
     per_minute = max(1, math.floor(p.budget[d] * n / amount + _ROUNDING))
-    minute_s = FIXED_S if p.window[d] == FIXED else MINUTE_S
+    minute_s = _length_s(p, d)
     at_once, next_minute_s = per_minute, minute_s
     if booked.tokens > 0.0:
         at_once = math.floor(max(0.0, p.budget[d] - booked.tokens) * n / amount + _ROUNDING)
@@ -227,10 +294,13 @@ def preflight(
     finish in seconds (inf = never), called only if nothing else refuses. `service_s`: as for `fluid_forecast`.
     """
     fluid = fluid_forecast(policy, load, booked=booked, service_s=service_s)
-    budget = int(policy.believing().params().budget[TPM])
+    believed = policy.believing()
+    d = _fullest(believed, load, booked)
+    budget = int(min(believed.params().budget[d], _NO_LIMIT))
+    held = booked if booked.place == d else InUse()
     by: Literal["fluid", "simulation"] = "fluid"
     never = _never(policy, load)
-    reason, wait_s, runs = never or _full(policy, load, booked, budget) or ("", None, load.count)
+    reason, wait_s, runs = never or _full(policy, load, held, d, budget) or ("", None, load.count)
     finish_s = math.inf if never else fluid.finish_s
     if not reason and load.count:
         if forecast is not None:
@@ -246,9 +316,9 @@ def preflight(
         ok=not reason,
         code=FailureCode.BATCH_RATE_LIMITED.value if reason else "",
         reason=reason,
-        projected_tokens=load.total,
+        projected_tokens=int(load.amounts(policy.weights)[d]),
         budget_tokens=budget,
-        in_use_tokens=booked.after(0.0),
+        in_use_tokens=held.after(0.0),
         suggested_wait_s=wait_s,
         retryable=not reason or wait_s is not None,
         max_runs_now=runs,
@@ -261,35 +331,49 @@ def preflight(
 _Refusal = tuple[str, int | None, int]  # reason, wait in whole seconds or None, runs that may go now
 
 
+def _fullest(policy: Policy, load: Load, booked: InUse) -> int:
+    """Return the dimension of tokens that the batch and running work fill most."""
+    p, amounts = policy.params(), load.amounts(policy.weights)
+    counted = [d for d in range(p.dimensions) if p.limit[d] > 0.0 and p.cause[d] == BY_TPM]
+    held = booked.after(0.0)
+    return max(counted, key=lambda d: (amounts[d] + held * (d == booked.place)) / p.budget[d], default=TPM)
+
+
 def _never(policy: Policy, load: Load) -> _Refusal | None:
     """Return a refusal if some run can never be admitted."""
-    tpm_limit = 0 if policy.find_limits in ("tokens", "both") else policy.tpm_limit
-    for env, limit in (("OPENAI_TPM_LIMIT", tpm_limit), ("OPENAI_TPD_LIMIT", policy.tpd_limit)):
-        if 0 < limit < load.largest:
-            reason = f"a run needs {load.largest:,} tokens, the limit is {limit:,}: shorten it or raise {env}"
-            return reason, None, 0
+    p, peaks = policy.params(), load.peaks(policy.weights)
+    for d in range(p.dimensions):
+        is_sought = d == TPM and policy.find_limits in ("tokens", "both")
+        if 0.0 < p.limit[d] < peaks[d] and not is_sought:
+            needs = f"a run needs {amount_text(peaks[d])} {what_of(policy, d)}"
+            return (
+                f"{needs}, the limit is {amount_text(p.limit[d])}: shorten it or raise {limit_name(policy, d)}",
+                None,
+                0,
+            )
     return None
 
 
-def _full(policy: Policy, load: Load, booked: InUse, budget: int) -> _Refusal | None:
+def _full(policy: Policy, load: Load, booked: InUse, d: int, budget: int) -> _Refusal | None:
     """Return a refusal if the minute has no room for the whole batch (`strict`), or for any of its runs (`paced`)."""
     if load.count == 0:
         return None
-    held = booked.after(0.0)
-    figures = f"{load.total:,} tokens projected, {budget:,} in the budget, {held:,} in use"
+    weights, held = policy.weights, booked.after(0.0)
+    total, largest = int(load.amounts(weights)[d]), int(load.peaks(weights)[d])
+    figures = f"{total:,} {what_of(policy, d)} projected, {budget:,} in the budget, {held:,} in use"
     if policy.preflight_mode == "strict":
-        if load.total + held <= budget:
+        if total + held <= budget:
             return None
-        runs = min(load.count, max(0, budget - held) // max(1, load.largest))
-        if load.total > budget:
+        runs = min(load.count, max(0, budget - held) // max(1, largest))
+        if total > budget:
             remedy = "send fewer runs at once"
-            if load.largest > budget:
-                remedy = f"shorten runs to that, or raise OPENAI_TPM_LIMIT (the largest needs {load.largest:,})"
+            if largest > budget:
+                remedy = f"shorten runs to that, or raise {limit_name(policy, d)} (the largest needs {largest:,})"
             return f"{figures}: the batch alone is over one minute's budget; {remedy}", None, runs
-        need = load.total
+        need = total
     else:
         # A run above the budget goes alone, into an empty window.
-        need = min(load.smallest, budget)
+        need = min(int(min(weights.per_input[d], weights.per_output[d]) * load.smallest), budget)
         if need + held <= budget:
             return None
         runs = 0
@@ -303,7 +387,8 @@ def _runs_within(
     """Estimate how many of the runs would finish in time: the fluid forecast, scaled to agree on the whole batch."""
 
     def fluid_s(runs: int) -> float:
-        part = Load(runs, math.ceil(load.total * runs / load.count), load.largest, load.smallest)
+        total, prompt = (math.ceil(each * runs / load.count) for each in (load.total, load.prompt))
+        part = replace(load, count=runs, total=total, prompt=prompt)
         return fluid_forecast(policy, part, booked=booked, service_s=service_s).finish_s
 
     whole_s = fluid_s(load.count)

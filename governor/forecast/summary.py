@@ -457,7 +457,7 @@ def summarize(
     tally.deferrals[STAGGER] = stagger_delays
     tally.deferrals[BY_TPM] = tpm_deferrals
     arrived_s: dict[int, float] = {}
-    answers: dict[int, tuple[float, float, float]] = {}
+    answers: dict[int, tuple[float, float, float, float]] = {}
     flights: list[tuple[float, float]] = []
     for a in attempts:
         spent = max(a.prompt_tokens, 0) + max(a.output_tokens, 0)
@@ -468,7 +468,7 @@ def summarize(
             tally.waits_s[i] += getattr(a, cause)
         arrived_s[a.request] = min(a.submitted_s, arrived_s.get(a.request, math.inf))
         if a.outcome == Outcome.OK and a.lane == "main":
-            answers[a.request] = (a.charged_tokens, used, a.finished_s - a.launched_s)
+            answers[a.request] = (a.charged_tokens, used, a.finished_s - a.launched_s, max(a.prompt_tokens, 0))
         elif a.outcome == Outcome.OK and a.lane == "finalize":
             tally.work.finalized(a.charged_tokens, used)
         flights.append((a.launched_s, a.finished_s))

@@ -86,20 +86,28 @@ class BadSetting(PacelineError):
 class Oversized(PacelineError):
     """Raised for a request whose charge exceeds the provider's limit: it can never run, whenever it is sent.
 
-    `request`: its number, as in records. `tokens`: its charge. `limit`: the limit that `setting` grants.
+    `request`: its number, as in records. `tokens`: its charge, of what `what` counts. `limit`: the limit that `setting`
+    grants.
     """
 
     exit_code: ClassVar[int] = 2
 
     def __init__(
-        self, *, request: int, custom_id: str, tokens: int, limit: int, setting: str = "OPENAI_TPM_LIMIT"
+        self,
+        *,
+        request: int,
+        custom_id: str,
+        tokens: float,
+        limit: float,
+        setting: str = "OPENAI_TPM_LIMIT",
+        what: str = "tokens",
     ) -> None:
         self.request = request
         self.custom_id = custom_id
         self.tokens = tokens
         self.limit = limit
         super().__init__(
-            f"request {request} ({quoted(custom_id)}) needs {tokens:,} tokens, the limit is {limit:,}: shorten it, "
+            f"request {request} ({quoted(custom_id)}) needs {tokens:,} {what}, the limit is {limit:,}: shorten it, "
             f"raise {setting}, or leave it out with --skip-oversized"
         )
 

@@ -9,6 +9,8 @@ from functools import lru_cache
 from governor import law
 from governor.law import DIMENSIONS
 
+# The places of the guardrails' dimensions, by the names under which profiles and answers state them.
+STANDARD = {"TPM": law.TPM, "RPM": law.RPM, "TPD": law.TPD, "RPD": law.RPD}
 NOTHING_USED = [0.0] * DIMENSIONS
 Amounts = tuple[float, ...]
 

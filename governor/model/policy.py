@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, Va
 from governor.law import Params
 from governor.model.errors import BadSetting
 from governor.model.knobs import Knob, Value, nearest, shown
-from governor.model.needs import Limited, Weights, weights_of
+from governor.model.needs import STANDARD, Limited, Weights, weights_of
 from governor.model.params import params_of
 
 
@@ -249,6 +249,11 @@ class Policy(BaseModel):
     def weights(self) -> Weights:
         """Return what a request and its tokens take of the dimensions."""
         return weights_of(self.quota)
+
+    @property
+    def places(self) -> dict[str, int]:
+        """Return the places of the dimensions in the law's arrays, by name."""
+        return {each.name: each.place for each in self.quota} or STANDARD
 
     def to_env(self, old: Policy | None = None, *, everything: bool = False) -> str:
         """Return this policy as the text of an env file, our names only; `from_env` of it gives an equal policy.

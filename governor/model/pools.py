@@ -161,7 +161,9 @@ def limits_of(text: str) -> tuple[tuple[tuple[str, float], ...], str]:
     words = [word.partition("=") for word in text.split(",") if word.strip()]
     stated = {name.strip(): value.strip() for name, _, value in words}
     if not all(stated.values()) or len(stated) < len(words):
-        raise BadSetting(f"{LIMITS}={shown(text)}: write each name once, as in ITPM=30000,OTPM=8000 or tier=NAME", LIMITS)
+        raise BadSetting(
+            f"{LIMITS}={shown(text)}: write each name once, as in ITPM=30000,OTPM=8000 or tier=NAME", LIMITS
+        )
     try:
         return _limits(stated)
     except BadSetting as error:

@@ -9,6 +9,7 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
+from governor.law import RPD, RPM
 from governor.model.errors import BadSetting, quoted
 from governor.model.phrases import WAITED_FOR as WAITED_FOR
 from governor.model.phrases import duration as duration
@@ -100,7 +101,15 @@ def counting(low: int = 0, high: int = 10**12) -> Callable[[str | int], int]:
 
 
 def knob_text(cause: str, policy: Policy) -> str:
-    """Return the setting behind a cause of waiting, with its value: "OPENAI_TPM_LIMIT=30000 (less 15 % headroom)"."""
+    """Return the setting behind a cause of waiting, with its value: "OPENAI_TPM_LIMIT=30000 (less 15 % headroom)".
+
+    `cause`: as in `waits_s`, or the name of a profile's dimension: "OTPM=8000 (less 15 % headroom)".
+    """
+    if cause in policy.places:
+        d = policy.places[cause]
+        name = limit_name(policy, d).removeprefix("its limit ")
+        less = f" (less {percent(policy.tpm_headroom)} headroom)" if policy.tpm_headroom else ""
+        return f"{name}={policy.params().limit[d]:g}{less}"
     env, what = WAITED_FOR.get(cause, ("", ""))
     if cause == "day" and not policy.tpd_limit:
         env = "OPENAI_RPD_LIMIT"
@@ -111,6 +120,32 @@ def knob_text(cause: str, policy: Policy) -> str:
     if cause in ("tpm", "rpm", "day") and policy.tpm_headroom:
         text += f" (less {percent(policy.tpm_headroom)} headroom)"
     return text
+
+
+def whole_if(value: float) -> float:
+    """Return tokens and requests as whole numbers, and money to four digits."""
+    return int(value) if value == int(value) else float(f"{value:.4g}")
+
+
+def amount_text(value: float) -> str:
+    """Return an amount of a dimension for people; see `whole_if`."""
+    return f"{whole_if(value):,}"
+
+
+def name_of(policy: Policy, d: int) -> str:
+    """Return the name of a dimension of the policy's quota; "" if it has none there."""
+    return next((name for name, place in policy.places.items() if place == d), "")
+
+
+def what_of(policy: Policy, d: int) -> str:
+    """Return what a dimension counts, for people: tokens, or "of OTPM" where a profile has its own."""
+    return f"of {name_of(policy, d)}" if policy.quota else "requests" if d in (RPM, RPD) else "tokens"
+
+
+def limit_name(policy: Policy, d: int) -> str:
+    """Return where the limit of a dimension is set: OPENAI_TPM_LIMIT, or "its limit OTPM"."""
+    name = name_of(policy, d)
+    return f"OPENAI_{name}_LIMIT" if f"OPENAI_{name}_LIMIT" in KNOB_BY_ENV else f"its limit {name}"
 
 
 def moment_text(epoch_s: float) -> str:

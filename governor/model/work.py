@@ -19,7 +19,6 @@ from governor.model.needs import TOKENS, Scheduled, Weights
 from governor.model.policy import Policy
 from governor.model.requests import LANES, Answer, Attempt, Outcome, Request
 
-DIMENSIONS = {"TPM": law.TPM, "RPM": law.RPM, "TPD": law.TPD, "RPD": law.RPD}
 # The failure code of a request whose last attempt failed with that outcome.
 SPENT = {
     Outcome.THROTTLED: FailureCode.RATE_LIMIT_EXHAUSTED,

@@ -14,13 +14,14 @@ from zoneinfo import ZoneInfo
 
 from governor import law
 from governor.model.errors import BadSetting, quoted
-from governor.model.needs import Limited
+from governor.model.needs import STANDARD, Limited
 from governor.model.policy import Policy
 from governor.model.pools import Pool
 from governor.model.prices import Price
 from governor.profiles.schema import Dimension, Profile
 
-STANDARD = {"TPM": law.TPM, "RPM": law.RPM, "TPD": law.TPD, "RPD": law.RPD}
+# At the end of the name of a slice's dimension.
+SLICE = "_SLICE"
 # Profiles whose dimensions are the guardrails' four.
 _PLAIN = ("openai", "generic")
 _WINDOWS = {"fixed": law.FIXED, "clock": law.CLOCK, "sliding": law.SLIDING, "bucket": law.BUCKET}
@@ -52,7 +53,7 @@ def quota_of(
         if each.slice_s is not None and limit > 0.0:
             share = max(1.0, limit * each.slice_s / each.length_s)
             part = each.model_copy(update={"window": "bucket"})
-            found.append(_limited(f"{name}_SLICE", places.pop(0), part, share, each.slice_s, 0, price, now_epoch))
+            found.append(_limited(name + SLICE, places.pop(0), part, share, each.slice_s, 0, price, now_epoch))
     return tuple(found)
 
 
@@ -129,7 +130,9 @@ def _dearest(profile: Profile, models: tuple[str, ...]) -> Price | None:
     ]
     if not meant:
         return None
-    dearest = [max(rates) for rates in zip(*((each.input, each.cached_input, each.output) for each in meant), strict=True)]
+    dearest = [
+        max(rates) for rates in zip(*((each.input, each.cached_input, each.output) for each in meant), strict=True)
+    ]
     return Price(today, *dearest)
 
 

@@ -116,6 +116,10 @@ def worked(journal: Journal) -> WorkingTime:
 def grant_of(policy: Policy, granted: Mapping[str, float] | None = None) -> Grant:
     """Return the provider's grant: from its response headers (by dimension), else from the settings."""
     granted = granted or {}
+    if policy.quota:
+        p = policy.params()
+        quota = tuple(replace(each, limit=granted.get(each.name, p.limit[each.place])) for each in policy.quota)
+        return Grant(settles=any(each.settles for each in quota), quota=quota)
     return Grant(
         tpm_limit=granted.get("TPM", float(policy.tpm_limit)),
         rpm_limit=granted.get("RPM", float(policy.rpm_limit)),

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from governor.law import FINALIZE, MAIN, RETRY, TPD, TPM, never_fits
 from governor.model.errors import FailureCode, PacelineError, Refused
+from governor.model.needs import STANDARD
 from governor.model.prices import Usage, usage_in
 from governor.model.requests import Answer, Attempt, Limit, Outcome, Request
+from governor.model.words import amount_text
 from governor.model.work import (
-    DIMENSIONS,
     FINAL,
     SPENT,
     STOPPING,
@@ -303,24 +304,19 @@ class BatchShell:
             self.tell(self._observer.attempted, row, job.answer, code)
 
 
-def _amount(value: float) -> str:
-    """Return tokens and requests as whole numbers, and money to the cent and below."""
-    return f"{value:,.0f}" if value == int(value) else f"{value:.4g}"
-
-
 def too_large(governor: Governor, reserve: float, need: list[float]) -> str:
     """Return the message for a request of that reservation, whose need never fits."""
     p = governor.p
     limit, d = min((p.largest[d], d) for d in range(p.dimensions) if need[d] > p.largest[d])
     which = next((name for name, place in governor.places.items() if place == d), "")
-    if DIMENSIONS.get(which) in (TPM, TPD) and need[d] == reserve:
+    if STANDARD.get(which) in (TPM, TPD) and need[d] == reserve:
         limited = "limited to"
         remedy = "raise OPENAI_TPM_LIMIT (OPENAI_TPD_LIMIT where that is the smaller one)"
     else:
-        limited = f"limited in {which}, of which it takes {_amount(need[d])}, to"
+        limited = f"limited in {which}, of which it takes {amount_text(need[d])}, to"
         remedy = f"raise its limit {which}"
     what = f"a request of {reserve:,.0f} tokens never fits: pool '{governor.pool}'"
-    return f"{what} is {limited} {_amount(limit)}: shorten it, or {remedy}"
+    return f"{what} is {limited} {amount_text(limit)}: shorten it, or {remedy}"
 
 
 def no_more(governor: Governor) -> Refused:

@@ -20,11 +20,11 @@ from typing import cast
 from governor import law
 from governor.law import Params, State
 from governor.model.errors import BadSetting, quoted
-from governor.model.needs import TOKENS, Weights, of_amounts
+from governor.model.needs import STANDARD, TOKENS, Weights, of_amounts
 from governor.model.policy import Policy
 from governor.model.pools import check_own_quota
 from governor.model.requests import Request
-from governor.model.work import DIMENSIONS, Begun, Job, Observer, Send, Work
+from governor.model.work import Begun, Job, Observer, Send, Work
 from governor.scheduler.attempts import Attempts, NoLoop
 from governor.scheduler.batch import BatchShell
 from governor.scheduler.interfaces import Quota
@@ -121,8 +121,7 @@ class Governor(InALoop):
     @property
     def places(self) -> Mapping[str, int]:
         """The places of the quota's dimensions, by the names under which answers state them."""
-        quota = () if self.policy is None else self.policy.quota
-        return {each.name: each.place for each in quota} if quota else DIMENSIONS
+        return STANDARD if self.policy is None else self.policy.places
 
     def observe(self, observer: Observer) -> None:
         """Report to this observer from now on, in place of the previous one (see `Together`)."""

@@ -109,11 +109,10 @@ def eta_s(lane: ProgressLane) -> float:
     now = governor.now()
     if left == 0:
         return service_s if flying else max(0.0, governor.wake_at - now) if governor.wake_at < 1e18 else 0.0
-    mean = max(1, round(meter.left_tokens / max(1, meter.left)))
-    load = Load(left, mean * left, mean, mean)
+    load = Load.even(left, meter.left_tokens * left / max(1, meter.left), meter.prompt_ratio)
     p, s = governor.p, governor.s
     policy = meter.policy.believing(limit_found(p, s, TPM), limit_found(p, s, RPM))
-    found = fluid_forecast(policy, load, booked=in_use(governor.p, governor.s, now), service_s=service_s)
+    found = fluid_forecast(policy, load, booked=in_use(p, s, now), service_s=service_s)
     held_s = max(0.0, governor.s.hold_until - now, governor.s.next_slot_at - now)
     return max(held_s + found.finish_s, governor.backing_off()[1] - now + service_s)
 

@@ -23,8 +23,9 @@ from weakref import WeakSet
 
 from governor import law
 from governor.model.estimate import COMPLETIONS, EMBEDDINGS
+from governor.model.needs import STANDARD
 from governor.model.requests import CAUSES, Answer, Outcome
-from governor.model.work import DIMENSIONS, Work
+from governor.model.work import Work
 from governor.scheduler.driver import Governor
 
 try:
@@ -79,7 +80,7 @@ class Traces:
     def _reader(self, value: Callable[[Governor, int], float]) -> Any:
         def read(options: CallbackOptions) -> Iterable[Observation]:
             for governor in tuple(self._governors):
-                for name, d in DIMENSIONS.items():
+                for name, d in STANDARD.items():
                     found = value(governor, d)
                     if found < inf:
                         yield Observation(found, {"paceline.pool": governor.pool, "paceline.dimension": name})

@@ -93,6 +93,7 @@ class Meter(Observer):
         self.tally = Tally()
         self.left = left
         self.left_tokens = left_tokens
+        self._reserved = self._prompted = 0.0
         self.answers = 0
         self.answer_s = 0.0
         self.answer_tokens = 0
@@ -106,6 +107,8 @@ class Meter(Observer):
         self.in_flight += 1
         self._roll(now)
         self._minute[int(now) % 60] += job.reserve
+        self._reserved += job.reserve
+        self._prompted += min(job.prompt, job.reserve)
         self._launched.setdefault(job.index, (job.reserve, job.request.sizes if job.request is not None else None))
 
     def attempted(self, attempt: Attempt, answer: Answer, failure: str) -> None:
@@ -126,7 +129,7 @@ class Meter(Observer):
         self.answer_tokens += output
         used = prompt + output if attempt.prompt_tokens >= 0 and attempt.output_tokens >= 0 else -1
         if attempt.lane == "main":
-            self.tally.work.add(0.0, attempt.charged_tokens, used, service_s)
+            self.tally.work.add(0.0, attempt.charged_tokens, used, service_s, prompt)
         else:
             self.tally.work.finalized(attempt.charged_tokens, used)
 
@@ -137,6 +140,11 @@ class Meter(Observer):
 
     def deferred(self, cause: int) -> None:
         self.tally.deferrals[cause] += 1
+
+    @property
+    def prompt_ratio(self) -> float:
+        """The share of input in the tokens reserved so far."""
+        return self._prompted / self._reserved if self._reserved else 0.0
 
     def _roll(self, now: float) -> None:
         """Clear the seconds that have passed since the last launch."""

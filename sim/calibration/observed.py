@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from governor.batchapi.limits import COMPLETED
 from governor.journal.journal import Journal
 from governor.model.errors import BadInput
+from governor.model.needs import STANDARD
 from governor.model.policy import Policy
 from governor.model.requests import BATCH, Outcome, Request, Sizes
-from governor.model.work import DIMENSIONS
 from sim.calibration.others import Count, find_ways
 from sim.model.synthetic import similar_outputs
 from sim.model.workload import MEASURED, Real, Workload, constant
@@ -367,4 +367,4 @@ def workload_of(found: Observed) -> Workload:
     return taken.take(order)
 
 
-assert DIMENSIONS["TPM"] == 0, "counts name dimensions by the law's numbers"
+assert STANDARD["TPM"] == 0, "counts name dimensions by the law's numbers"

@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 
 from governor.journal.rows import HeardAttempt
 from governor.law import RPM, TPM
+from governor.model.needs import STANDARD
 from governor.model.requests import Outcome
-from governor.model.work import DIMENSIONS, TURNED_AWAY
+from governor.model.work import TURNED_AWAY
 from sim.model import provider as prov
 from sim.model import windows as win
 from sim.model.provider_config import ProviderConfig
@@ -91,9 +92,7 @@ def counts_of(heard: Iterable[HeardAttempt], place: dict[int, int], clock: Calla
                 let_in=a.outcome not in TURNED_AWAY,
                 charge=-1.0 if a.lane == "main" else float(max(0, a.charged_tokens)),
                 used=float(a.prompt_tokens + a.output_tokens) if a.outcome is Outcome.OK else -1.0,
-                stated=tuple(
-                    (DIMENSIONS[x.dimension], x.limit, x.remaining) for x in limits if x.dimension in DIMENSIONS
-                ),
+                stated=tuple((STANDARD[x.dimension], x.limit, x.remaining) for x in limits if x.dimension in STANDARD),
                 retry_s=a.retry_after_s,
             )
         )

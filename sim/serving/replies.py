@@ -185,7 +185,8 @@ class Desk:
             count.output_tokens += a.output_tokens
             count.bill(a, a.tier)
             used = float(a.prompt_tokens + a.output_tokens)
-            prov.settled(self.pp, self.ps, self.seed, float(reply.charge), used, max(self.ps.at, now))
+            at, prompt = max(self.ps.at, now), float(a.prompt_tokens)
+            prov.settled(self.pp, self.ps, self.seed, float(reply.charge), used, at, prompt)
         if self.pp.counts == prov.COUNTS_AT_ANSWER:
             prov.advanced(self.pp, self.ps, self.seed, max(self.ps.at, now))
             reply.counts = self._counts(reply)
@@ -259,13 +260,13 @@ class Desk:
         used_before = list(ps.used)
         sizes = call.sizes
         charge = charge_of(self.config.charge_rule, sizes, self.fixed_charge, self.config.as_of)
-        output = _cut(call)
+        output, prompt = _cut(call), float(sizes.prompt_tokens)
         outcome, service_s, d, wait_s = prov.answered(
-            pp, ps, self.seed, call.request, call.attempt, float(charge), float(output), -1.0, now
+            pp, ps, self.seed, call.request, call.attempt, float(charge), float(output), -1.0, now, prompt=prompt
         )
         self._note_use()
         if outcome in _REFUSED:
-            requested = float(charge) if d & 1 == 0 else 1.0
+            requested = 0.0 if d < 0 else pp.per_request[d] + prov.amount_of(pp, d, float(charge), prompt)
             return self._refused(outcome, call, d, used_before, requested, wait_s)
         self.count.charged_tokens += charge
         if outcome == prov.SERVER_ERROR:

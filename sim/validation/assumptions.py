@@ -24,6 +24,7 @@ from governor.model.estimate import EMBEDDINGS, Sizes
 from governor.model.files import parsed_yaml
 from governor.model.policy import Policy
 from governor.profiles.loader import habits_of
+from governor.profiles.quotas import SLICE
 from sim.base.arguments import checked
 from sim.model.provider_config import ProviderConfig
 from sim.model.provider_tiers import SNAPSHOT, latency_lines
@@ -199,5 +200,10 @@ def believed_provider(policy: Policy, models: NDArray[Any], profile: str = "") -
         given["settles"] = policy.settle
     if policy.tpm_window == "bucket" and policy.burst_seconds < MINUTE_S:
         given["burst_s"] = policy.burst_seconds
-    limits = {name: getattr(policy, f"{name}_limit") for name in ("tpm", "rpm", "tpd", "rpd")}
+    limits: dict[str, Any] = {name: getattr(policy, f"{name}_limit") for name in ("tpm", "rpm", "tpd", "rpd")}
+    if policy.quota:
+        p = policy.params()
+        held = {each.name: p.limit[each.place] for each in policy.quota if not each.name.endswith(SLICE)}
+        limits = {name: int(held.pop(name.upper(), 0.0)) for name in limits}
+        limits["limits"] = {name: limit for name, limit in held.items() if limit}
     return checked(ProviderConfig, {**limits, **given}, "provider")

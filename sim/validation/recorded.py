@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from governor.journal.rows import HeardAttempt
+from governor.model.needs import STANDARD
 from governor.model.requests import CAUSES, LANES, Attempt, Ended, Limit, Outcome
-from governor.model.work import DIMENSIONS, STOPPING
+from governor.model.work import STOPPING
 from sim.calibration.others import Count
 from sim.des.run import TIMEOUT
 from sim.model import provider as prov
@@ -125,7 +126,7 @@ def record_of(
 
 def _tried(a: Attempt, limits: Iterable[Limit], clock: Callable[[float], float]) -> RecordedAttempt:
     stated = sorted(
-        (DIMENSIONS[each.dimension], each.limit, each.remaining) for each in limits if each.dimension in DIMENSIONS
+        (STANDARD[each.dimension], each.limit, each.remaining) for each in limits if each.dimension in STANDARD
     )
     is_used = a.outcome is Outcome.OK and a.prompt_tokens >= 0 and a.output_tokens >= 0
     return RecordedAttempt(

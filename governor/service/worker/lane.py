@@ -226,8 +226,7 @@ class Lane:
         if requests <= 0:
             return 0.0
         now = governor.now()
-        mean = max(1, round(tokens / requests))
-        load = Load(requests, mean * requests, mean, mean)
+        load = Load.even(requests, tokens, self.meter.prompt_ratio)
         found = fluid_forecast(self.policy, load, booked=self.booked(), service_s=self.service_s)
         return max(0.0, governor.s.hold_until - now, governor.s.next_slot_at - now) + found.finish_s
 

@@ -1,0 +1,99 @@
+"""The limits of a profile over HTTP: sixty requests near the bound, none refused, input and output booked apart."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.own_time import BASE_URL, OwnTimeLoop, without_threads
+from governor.journal.journal import Journal
+from governor.model.policy import Policy
+from governor.model.pools import default_pools
+from governor.model.prices import Prices
+from governor.profiles.loader import with_profile
+from governor.provider.sending import connect_with
+from governor.run.batch import Orders, run_orders
+from governor.run.pool_run import RunOptions
+from governor.telemetry.progress import Display
+from sim.model.provider_config import ProviderConfig
+from sim.serving.server import Provider
+
+REQUESTS = 60
+CAP = 1_300
+FIRST_TOKEN_S = 0.6
+LATENCY = {"first_token_s": FIRST_TOKEN_S, "per_token_s": 0.001, "sigma": 0.0, "stall_ratio": 0.0}
+PROVIDERS = {
+    "openai": {"tpm": 30_000, "rpm": 500},
+    "anthropic": {"rpm": 50, "limits": {"ITPM": 30_000, "OTPM": 8_000}},
+}
+SETTINGS = {
+    "openai": {"OPENAI_TPM_LIMIT": "30000", "OPENAI_RPM_LIMIT": "500"},
+    "anthropic": {"PACELINE_LIMITS": "ITPM=30000,OTPM=8000,RPM=50"},
+}
+
+
+def lines() -> list[dict[str, object]]:
+    """The requests: 250 to 1,250 tokens of input, and a declared cap."""
+    r = np.random.default_rng(7)
+    sizes = zip(r.integers(250, 1_250, REQUESTS), r.integers(250, 1_250, REQUESTS), strict=True)
+    return [
+        {
+            "custom_id": f"q-{i}",
+            "method": "POST",
+            "url": "/v1/chat/completions",
+            "body": {
+                "model": "claude-sonnet-4",
+                "max_tokens": CAP,
+                "messages": [{"role": "user", "content": "abc " * int(prompt)}],
+                "metadata": {"paceline_output_tokens": str(output)},
+            },
+        }
+        for i, (prompt, output) in enumerate(sizes)
+    ]
+
+
+@pytest.mark.parametrize("name", PROVIDERS)
+def test_sixty_requests_over_http_come_near_the_bound_and_none_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "batch.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines()))
+    config = ProviderConfig.model_validate(
+        {"profile": name, "failed_requests_count": False, "latency": LATENCY, **PROVIDERS[name]}
+    )
+    environment = {
+        "PACELINE_PROFILE": name,
+        "OPENAI_BASE_URL": BASE_URL,
+        "OPENAI_TPM_HEADROOM": "0.01",
+        "OPENAI_STAGGER_SECONDS": "0",
+        **SETTINGS[name],
+    }
+    (pool,) = default_pools(Policy.from_env(environment, Policy.preset("paceline")), environment)
+    pool = with_profile(pool, environment)
+    provider = Provider(config, seed=3)
+    orders = Orders(
+        requests=tmp_path / "batch.jsonl",
+        out=tmp_path / "results.jsonl",
+        journal=tmp_path / "run.db",
+        pools=[pool],
+        environment=environment,
+        prices=Prices({}),
+        manner=RunOptions(new_loop=lambda: OwnTimeLoop(provider, counts_work=False)),
+        seed=1,
+        yes=True,
+    )
+    with without_threads(), (tmp_path / "said.txt").open("w") as said:
+        outcome = run_orders(orders, foresee=None, connect=connect_with(environment), shown=Display(said))
+    summary = outcome.summary
+    with Journal.open(tmp_path / "run.db") as journal:
+        attempts = list(journal.attempts("default"))
+        # Verification and resumption know the dimensions, too.
+        assert journal.settings()[0].policy.quota == pool.policy.quota
+    assert (summary.completed, summary.failed, summary.throttled, len(attempts)) == (REQUESTS, 0, 0, REQUESTS)
+    if name == "anthropic":  # real output counts, of which a full bucket is there at once
+        ratio = sum(a.output_tokens for a in attempts) / 8_000
+    else:
+        ratio = sum(a.charged_tokens for a in attempts) / 30_000
+    bound_s = 60.0 * (ratio - 1.0) + min(a.finished_s - a.launched_s for a in attempts)
+    assert bound_s <= max(a.finished_s for a in attempts) <= 1.06 * bound_s
+    assert bound_s == pytest.approx(summary.bound_s, rel=0.01)
