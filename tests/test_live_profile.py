@@ -52,7 +52,7 @@ def test_a_new_provider_needs_no_python(cli: Cli, tmp_path: Path) -> None:
     profile, requests = tmp_path / "acme.yaml", batch(tmp_path / "b.jsonl", 6, model="acme-1")
     profile.write_text(ACME)
     checked = cli.run("profiles", "acme.yaml", cwd=tmp_path)
-    assert checked.out.startswith("acme.yaml: sound\nAcme: TPM, RPM, 1 tiers")
+    assert checked.out.startswith("acme.yaml: sound\nAcme: TPM, RPM, 1 tier,")
     stated = {"PACELINE_PROFILE": "acme.yaml"}
     planned = cli.run(
         *("plan", requests, "--provider", "acme-1-starter", "--effort", "quick", "--workers", "1", "--out", "out"),

@@ -13,9 +13,10 @@ from governor.forecast.forecast import Demand, Expectation, throttles_text
 from governor.forecast.preflight import preflight
 from governor.law import DAY_S
 from governor.model.errors import Oversized, Refused
+from governor.model.phrases import limit_name, what_of, whole_if
 from governor.model.pools import Pool
 from governor.model.requests import Request
-from governor.model.words import duration, limit_name, percent, what_of, whole_if
+from governor.model.words import duration, percent
 
 # A run may be later than its forecast by this share and still keep to it; a fluid forecast is coarser.
 LATE_RATIO = {"simulation": 0.05, "fluid": 0.5}

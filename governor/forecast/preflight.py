@@ -42,8 +42,8 @@ from governor.law import (
 )
 from governor.model.errors import FailureCode
 from governor.model.needs import Weights
+from governor.model.phrases import amount_text, limit_name, what_of
 from governor.model.policy import Policy
-from governor.model.words import amount_text, limit_name, what_of
 
 # Bookings are sums of floating-point shares of whole tokens: anything below this is not a token.
 _ROUNDING = 1e-6

@@ -7,6 +7,13 @@ from __future__ import annotations
 
 import math
 import re
+from typing import TYPE_CHECKING
+
+from governor.law import RPD, RPM
+from governor.model.needs import STANDARD
+
+if TYPE_CHECKING:
+    from governor.model.policy import Policy
 
 # Each cause of waiting: the knob that decides it, and what the request waits for.
 WAITED_FOR = {
@@ -79,3 +86,29 @@ def whole_number(text: str) -> int | None:
     found = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)\s*([kmg]?)", text.strip().lower(), re.ASCII)
     value = float(found[1].replace("_", "")) * _THOUSANDS[found[2]] if found else -1.0
     return int(value) if 0 <= value <= 1e12 and value == int(value) else None
+
+
+def whole_if(value: float) -> float:
+    """Return tokens and requests as whole numbers, and money to four digits."""
+    return int(value) if value == int(value) else float(f"{value:.4g}")
+
+
+def amount_text(value: float) -> str:
+    """Return an amount of a dimension for people; see `whole_if`."""
+    return f"{whole_if(value):,}"
+
+
+def name_of(policy: Policy, d: int) -> str:
+    """Return the name of a dimension of the policy's quota; "" if it has none there."""
+    return next((name for name, place in policy.places.items() if place == d), "")
+
+
+def what_of(policy: Policy, d: int) -> str:
+    """Return what a dimension counts, for people: tokens, or "of OTPM" where a profile has its own."""
+    return f"of {name_of(policy, d)}" if policy.quota else "requests" if d in (RPM, RPD) else "tokens"
+
+
+def limit_name(policy: Policy, d: int) -> str:
+    """Return where the limit of a dimension is set: OPENAI_TPM_LIMIT, or "its limit OTPM"."""
+    name = name_of(policy, d)
+    return f"OPENAI_{name}_LIMIT" if name in STANDARD else f"its limit {name}"

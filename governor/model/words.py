@@ -9,13 +9,12 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from governor.law import RPD, RPM
 from governor.model.errors import BadSetting, quoted
 from governor.model.phrases import WAITED_FOR as WAITED_FOR
 from governor.model.phrases import duration as duration
+from governor.model.phrases import limit_name, whole_number
 from governor.model.phrases import percent as percent
 from governor.model.phrases import plural as plural
-from governor.model.phrases import whole_number
 from governor.model.policy import KNOB_BY_ENV, Policy
 
 _UNITS_S = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3_600.0, "d": 86_400.0}
@@ -120,32 +119,6 @@ def knob_text(cause: str, policy: Policy) -> str:
     if cause in ("tpm", "rpm", "day") and policy.tpm_headroom:
         text += f" (less {percent(policy.tpm_headroom)} headroom)"
     return text
-
-
-def whole_if(value: float) -> float:
-    """Return tokens and requests as whole numbers, and money to four digits."""
-    return int(value) if value == int(value) else float(f"{value:.4g}")
-
-
-def amount_text(value: float) -> str:
-    """Return an amount of a dimension for people; see `whole_if`."""
-    return f"{whole_if(value):,}"
-
-
-def name_of(policy: Policy, d: int) -> str:
-    """Return the name of a dimension of the policy's quota; "" if it has none there."""
-    return next((name for name, place in policy.places.items() if place == d), "")
-
-
-def what_of(policy: Policy, d: int) -> str:
-    """Return what a dimension counts, for people: tokens, or "of OTPM" where a profile has its own."""
-    return f"of {name_of(policy, d)}" if policy.quota else "requests" if d in (RPM, RPD) else "tokens"
-
-
-def limit_name(policy: Policy, d: int) -> str:
-    """Return where the limit of a dimension is set: OPENAI_TPM_LIMIT, or "its limit OTPM"."""
-    name = name_of(policy, d)
-    return f"OPENAI_{name}_LIMIT" if f"OPENAI_{name}_LIMIT" in KNOB_BY_ENV else f"its limit {name}"
 
 
 def moment_text(epoch_s: float) -> str:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from governor.law import FINALIZE, MAIN, RETRY, TPD, TPM, never_fits
 from governor.model.errors import FailureCode, PacelineError, Refused
 from governor.model.needs import STANDARD
+from governor.model.phrases import amount_text
 from governor.model.prices import Usage, usage_in
 from governor.model.requests import Answer, Attempt, Limit, Outcome, Request
-from governor.model.words import amount_text
 from governor.model.work import (
     FINAL,
     SPENT,
