@@ -222,6 +222,7 @@ def test_the_scenario_makes_the_same_plan_again(run: Run, work: Path) -> None:
         "prices": "",
         "unknowns": {
             "charge_rules": True,
+            "windows": False,
             "counts_at_answer": 0.5,
             "settles": 0.5,
             "cotenant_share": [0.0, 0.3],
