@@ -69,7 +69,13 @@ def governor_from_env(
 def shared_governor(
     pool: Pool, url: str, say: Callable[[str], None], *, time_scale: float = 1.0, **options: Any
 ) -> SharedGovernor:
-    """Return the governor of a pool that is shared through that Redis."""
+    """Return the governor of a pool that is shared through that Redis. Raise BadSetting if its limits are sought."""
+    if pool.policy.find_limits != "none":
+        text = (
+            f"pool '{pool.name}': OPENAI_FIND_LIMITS={pool.policy.find_limits} does not work on a quota shared through"
+        )
+        text += f" {REDIS_URL}: set OPENAI_FIND_LIMITS=none and the limits, or unset {REDIS_URL}"
+        raise BadSetting(text, "OPENAI_FIND_LIMITS")
     from governor.sharedquota.redis_store import in_redis
     from governor.sharedquota.shared import SharedGovernor  # both modules need an optional dependency
 
