@@ -1,6 +1,6 @@
 """Unknown limits: how much of a quota is used that nobody states, how often it is met, and how soon it is found again.
 
-    python -m benchmarks.bench_seek [--short]
+    python -m benchmarks.bench_seek [--short | --peers]
 
 The synthetic provider states no counts; the law has to find its tokens per minute (OPENAI_FIND_LIMITS=tokens), in
 virtual time, with every kind of window, with the wait stated and without. Requests of 200 to 800 tokens take about 12
@@ -9,6 +9,8 @@ batch with the limit known to the policy, in a bucket with 1 % headroom: what kn
 
 Then the limit is halved or doubled in mid-run: after how many seconds the limit found first is within a tenth of the
 new one, at four moments within a minute.
+
+Last, what `peer_seek` restates of inspect_ai and langroid beside it, with a steady limit and with one that is halved.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.peer_seek import InspectAi, Langroid, figures
 from governor import law
 from governor.model.policy import Policy
 from sim.des.driver import Simulation
@@ -104,13 +107,34 @@ def moved(tpm: int, factor: float) -> None:
         print(f"{tpm:10,} x {factor:<4g} {window:9} found after {', '.join(f'{s:.0f}' for s in took)} s", flush=True)
 
 
+def peers(tpm: int) -> None:
+    """One line per window, form of refusal, change and library."""
+    print("tokens/min window    wait    limit  library    of bound 429s/100  lost")
+    for window in ("bucket", "sliding"):
+        for says in ("seconds", "absent"):
+            for limit, changes in (("steady", []), ("halved", [{"at_s": 600.0, "factor": 0.5}])):
+                count = tpm * MINUTES // 500 if limit == "steady" else tpm * 20 // 500
+                work = case(count, tpm, "tokens", window=window, retry_after=says, limit_changes=changes)
+                ours, _ = run(work)
+                bound_s, throttled = ours["bound_s"], 100.0 * ours["throttled"] / ours["attempts"]
+                rows = {"paceline": (bound_s / ours["makespan_s"], throttled, int(ours["failed"]))}
+                for peer in (InspectAi, Langroid):
+                    rows[peer.__name__] = figures(peer, work, SEED, bound_s)
+                for name, (share, refused, lost) in rows.items():
+                    line = f"{tpm:10,} {window:9} {says:7} {limit} {name:10} {share:8.3f} {refused:8.2f} {lost:5}"
+                    print(line, flush=True)
+
+
 def main() -> None:
-    """Print both tables; `--short`: one rate each."""
+    """Print the tables; `--short`: one rate each; `--peers`: the last one only."""
+    if "--peers" in sys.argv:
+        return peers(50_000)
     short = "--short" in sys.argv
     steady((50_000,) if short else (20_000, 50_000, 200_000))
     for tpm in (50_000,) if short else (50_000, 200_000):
         for factor in (0.5, 2.0):
             moved(tpm, factor)
+    peers(50_000)
 
 
 if __name__ == "__main__":
