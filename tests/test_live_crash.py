@@ -462,13 +462,24 @@ def test_a_folder_that_becomes_read_only_keeps_everything_in_the_journal(
     assert len(out.read_text().splitlines()) == 12
 
 
+@contextlib.contextmanager
+def frozen(process: Process) -> Iterator[None]:
+    """A run that stands still, so that it cannot be over before a second one has started."""
+    process.signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        process.signal(signal.SIGCONT)
+
+
 def test_two_processes_cannot_run_one_journal(cli: Cli, tmp_path: Path) -> None:
     batch(tmp_path / "requests.jsonl", REQUESTS)
     with provider(latency=LATENCY) as served:
         args = run_args(tmp_path, served.base_url)
         process = cli.start(*args, env=ENV)
         until_done(tmp_path, process, 1)
-        second = cli.run(*args, env=ENV)
+        with frozen(process):
+            second = cli.run(*args, env=ENV)
         assert second.code == 2
         assert "another process is running this journal" in second.err
         assert process.wait().code == 0
@@ -482,7 +493,8 @@ def test_two_journals_cannot_write_the_same_results(cli: Cli, tmp_path: Path) ->
         args = run_args(tmp_path, served.base_url)
         process = cli.start(*args, env=ENV)
         until_done(tmp_path, process, 1)
-        second = cli.run(*args, "--journal", tmp_path / "another.db", env=ENV)
+        with frozen(process):
+            second = cli.run(*args, "--journal", tmp_path / "another.db", env=ENV)
         assert (second.code, second.err.count("\n")) == (2, 1)
         assert "results.jsonl: another run writes its results there" in second.err
         assert not (tmp_path / "another.db").exists()
