@@ -31,6 +31,9 @@ def calibrate(
     columns: Annotated[
         str, typer.Option(metavar="ROLE=NAME,...", help="Columns of a log; a time may carry a unit: latency=took:ms.")
     ] = "",
+    pool: Annotated[
+        str, typer.Option(metavar="NAME", help="The pool of a journal that has several, each with its own quota.")
+    ] = "",
     provider: Annotated[
         str, typer.Option(metavar="TIER|FILE.yaml", help="Provider whose values are used where the log cannot tell.")
     ] = "",
@@ -57,13 +60,13 @@ def calibrate(
         raise BadSetting(f"--out {out}: a scenario's name ends in .yaml", "--out")
     if not path.parent.is_dir():
         raise BadSetting(f"--out {out}: there is no folder {path.parent}", "--out")
-    observed = cal.read_sources(sources, parse_columns(columns) if columns else {})
+    observed = cal.read_sources(sources, parse_columns(columns) if columns else {}, pool)
     found = cal.calibrate(observed, base=named_provider(provider) if provider else None)
     scenario = found.write(path)
     picture = path.with_suffix(".png")
     write_figure(found, picture)
     ahead = cal.outlook(scenario, unknowns=found.unknowns) if len(scenario.workload) > 1 else None
-    again = _resimulated(sources, found)
+    again = _resimulated(sources, found, pool)
     if as_json:
         content = {**found.to_json_dict(), "outlook": _outlook_json(ahead)}
         content["resimulated"] = None if again is None else again.to_json_dict()
@@ -76,7 +79,7 @@ def calibrate(
     print(f"\nscenario: {path}\npicture: {picture}\nnext: paceline simulate {path}", flush=True)
 
 
-def _resimulated(sources: list[str], found: Calibration) -> Backtest | None:
+def _resimulated(sources: list[str], found: Calibration, pool: str) -> Backtest | None:
     """Run one journal again, on the provider that was learnt from it.
 
     None for other sources, and for a run by the Batch API.
@@ -89,7 +92,7 @@ def _resimulated(sources: list[str], found: Calibration) -> Backtest | None:
     with Journal.open(sources[0]) as journal:
         if journal.waves():
             return None
-        return backtest(journal, provider=found.scenario.provider)
+        return backtest(journal, provider=found.scenario.provider, pool=pool)
 
 
 def _outlook_json(ahead: CalibratedForecast | None) -> dict[str, Any] | None:

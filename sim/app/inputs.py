@@ -99,6 +99,8 @@ def read_inputs(
     plan_options = PlanOptions()
     if opened is None and is_journal(o.workload):
         stated, plan_options, told = _of_run(o)
+    elif o.pool:
+        raise BadSetting(f"--pool is for journals: {o.workload} has no pools", "--pool")
     else:
         opened = opened or Source.open(o.workload)
         if opened.kind() == SCENARIO:
@@ -185,7 +187,7 @@ def _of_run(o: Options) -> tuple[Scenario, PlanOptions, tuple[str, ...]]:
     from sim.calibration.observed import of_journal
     from sim.validation.assumptions import believed_provider
 
-    observed = of_journal(o.workload)
+    observed = of_journal(o.workload, o.pool)
     models = np.array([observed.tries.model(i) for i in range(len(observed))])
     base = believed_provider(observed.policy or Policy(), models)
     found = calibrate(observed, base=base)

@@ -109,6 +109,9 @@ class Options:
             "id, model; Azure's, vidur's and Mooncake's names are known.",
         ),
     ] = None
+    pool: Annotated[
+        str, typer.Option(metavar="NAME", help="The pool of a journal that has several, each with its own quota.")
+    ] = ""
     outputs_from: Annotated[
         str | None,
         typer.Option(

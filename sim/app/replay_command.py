@@ -59,12 +59,11 @@ def staged(path: str, found: Sequence[Lesson], o: ReplayOptions) -> tuple[str, l
         if o.tpm is not None:
             given = [provider.with_(tpm=o.tpm) for provider in given]
         return GIVEN, [Stage(lesson, provider) for lesson, provider in zip(found, given, strict=True)]
-    if len(found) > 1:
-        # A fit takes all attempts of a journal for one quota's.
-        return BELIEVED, [Stage(lesson, believed(lesson)) for lesson in found]
-    base = believed(found[0])
-    name, stage = closest(found[0], [(BELIEVED, base), (_LEARNT, _learnt(path, base))])
-    return name, [stage]
+    stages = []
+    for lesson in found:
+        base = believed(lesson)
+        stages.append(closest(lesson, [(BELIEVED, base), (_LEARNT, _learnt(path, base, lesson.pool))]))
+    return ", or ".join(dict.fromkeys(name for name, _ in stages)), [stage for _, stage in stages]
 
 
 def of_log(path: str, o: ReplayOptions) -> tuple[str, list[Stage]]:
@@ -85,8 +84,8 @@ def of_log(path: str, o: ReplayOptions) -> tuple[str, list[Stage]]:
     return name, [stage]
 
 
-def _learnt(path: str, base: ProviderConfig) -> ProviderConfig:
-    return calibrate(of_journal(path), base=base).scenario.provider
+def _learnt(path: str, base: ProviderConfig, pool: str) -> ProviderConfig:
+    return calibrate(of_journal(path, pool), base=base).scenario.provider
 
 
 def _write_pairs(path: str, found: Counterfactual) -> None:

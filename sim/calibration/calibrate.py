@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from governor.forecast.mixes import fitted
-from governor.model.errors import BadInput
+from governor.model.errors import BadInput, BadSetting
 from governor.model.policy import Policy
 from sim.calibration import fits
 from sim.calibration.fits import ArrivalFit, Family, Figure, LatencyFit, unknown
@@ -88,14 +88,19 @@ class Calibration:
         }
 
 
-def read_sources(paths: Sequence[str], columns: Mapping[str, str]) -> Observed:
-    """Return the attempts in all the sources. Raise BadInput, in one line, for the first error."""
-    return pooled([_read(path, columns) for path in paths])
+def read_sources(paths: Sequence[str], columns: Mapping[str, str], pool: str = "") -> Observed:
+    """Return the attempts in all the sources. Raise BadInput, in one line, for the first error.
+
+    `pool`: the one whose attempts are read from journals, "" = the only one.
+    """
+    return pooled([_read(path, columns, pool) for path in paths])
 
 
-def _read(path: str, columns: Mapping[str, str]) -> Observed:
+def _read(path: str, columns: Mapping[str, str], pool: str) -> Observed:
     if is_journal(path):
-        return of_journal(path)
+        return of_journal(path, pool)
+    if pool:
+        raise BadSetting(f"--pool is for journals: {path} is a log", "--pool")
     source = Source.open(path)
     kind = source.kind()
     if kind in (BATCH, SCENARIO):

@@ -236,13 +236,22 @@ def _one_or_all(names: Sequence[str]) -> str | list[str]:
 # ---------------------------------------------------------------- journals
 
 
-def of_journal(path: str) -> Observed:
-    """Return the attempts in a Paceline journal; several pools are one source. Raise BadInput if none has ended."""
+def of_journal(path: str, pool: str = "") -> Observed:
+    """Return the attempts of one pool in a Paceline journal.
+
+    `pool`: "" = the only one. Each has a provider and a quota of its own: raise BadInput if there are several, no pool
+    of that name, or no attempt that has ended.
+    """
     with Journal.open(path) as journal:
         requests: dict[int, Request] = {result.request.index: result.request for result in journal.results()}
         requests |= {request.index: request for request in journal.unfinished()}
         heard = [each for each in journal.heard() if each.attempt.request in requests]
-        settings = journal.settings()
+        names = sorted({each.attempt.pool for each in heard})
+        if pool not in names and (pool or len(names) > 1):
+            which = f"--pool {pool}: the journal has" if pool else f"{len(names)} pools, each with a quota of its own:"
+            raise BadInput(f"{which} {', '.join(names)}: name one with --pool", path)
+        heard = [each for each in heard if not pool or each.attempt.pool == pool]
+        settings = [stated for stated in journal.settings() if not pool or stated.pool == pool]
         done = [wave for wave in journal.waves() if wave.status == COMPLETED and wave.created_epoch_s >= 0.0]
     if not heard:
         raise BadInput("no attempt has ended yet: nothing to learn from", path)
@@ -278,7 +287,8 @@ def of_journal(path: str) -> Observed:
         }
         for name, value in row.items():
             rows.setdefault(name, []).append(value)
-    found = observed_of(f"journal {path}", rows, source=path)
+    label = f"pool {pool} of journal {path}" if pool else f"journal {path}"
+    found = observed_of(label, rows, source=path)
     times = tuple(wave.ended_epoch_s - wave.created_epoch_s for wave in done)
     return replace(found, policy=settings[0].policy if settings else None, batch=True, turnarounds_s=times)
 

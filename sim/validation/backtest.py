@@ -145,14 +145,16 @@ def backtest(
     provider: ProviderConfig | None = None,
     runs: int = 0,
     model_error_ratio: float | None = None,
+    pool: str = "",
 ) -> Backtest:
     """Compare the run in a journal with its twin.
 
     `provider`: the assumed provider, None = that of the run's own forecast, or of its settings without a scenario.
     `runs`: replications, 0 = as many as about 60,000 requests make, at least 5 and at most 40.
-    `model_error_ratio`: of the makespan, None = as measured. Raise BadInput if no request of the journal has ended.
+    `model_error_ratio`: of the makespan, None = as measured. `pool`: compare this one alone, without the run's forecast,
+    which is of all; "" = all. Raise BadInput if no request of the journal has ended.
     """
-    found = lessons(journal)
+    found = [lesson for lesson in lessons(journal) if pool in ("", lesson.pool)]
     requests = sum(len(lesson.workload) for lesson in found)
     runs = runs or max(RUNS_LEAST, min(RUNS_MOST, REQUESTS_SIMULATED // max(1, requests)))
     predicted = np.zeros((runs, 3))
@@ -166,7 +168,7 @@ def backtest(
     measured_s = max(lesson.makespan_s for lesson in found)
     throttled = _counts(predicted[:, 1])
     ratio = measured().rehearsal[throttled[2] > 0.0] if model_error_ratio is None else model_error_ratio
-    forecast, forecast_throttled = _forecast(journal, found)
+    forecast, forecast_throttled = (None, None) if pool else _forecast(journal, found)
     return Backtest(
         makespan_s=ComparedFigure(*_interval(predicted[:, 0], ratio), measured_s),
         throttled=ComparedFigure(*throttled, float(sum(lesson.throttled for lesson in found))),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.bench_calibrate import DATA, drawn, halves, misses, round_trips, write_log
+from governor.model.errors import BadInput
 from sim.app.calibrate_command import text_of
 from sim.app.cli import main
 from sim.app.inputs import _stated
@@ -272,6 +273,33 @@ def test_journal_of_a_live_run_teaches_the_providers_rule(tmp_path: Path) -> Non
     path = tmp_path / "scenario.yaml"
     found.write(path)
     assert len(Scenario.read(path).workload) == 60
+
+
+def test_pools_of_a_run_have_a_quota_each(tmp_path: Path) -> None:
+    """A journal of several pools is learnt from pool by pool: requests of one group roam, quotas do not."""
+    live.batch(tmp_path / "requests.jsonl", 24)
+    latency = {"first_token_s": 0.05, "per_token_s": 0.0}
+    with live.provider(tpm=600_000, latency=latency) as small, live.provider(tpm=900_000, latency=latency) as large:
+        pools = [
+            f"  - {{name: {name}, group: chat, models: ['gpt*'], base_url: '{served.base_url}', key: KEY}}"
+            for name, served in (("small", small), ("large", large))
+        ]
+        (tmp_path / "pools.yaml").write_text("\n".join(["pools:", *pools]))
+        env = {"KEY": "k", "OPENAI_TPM_LIMIT": "600000", "OPENAI_STAGGER_SECONDS": "0.01"}
+        args = ["run", tmp_path / "requests.jsonl", "--out", tmp_path / "results.jsonl", "--yes", "--quiet"]
+        ran = live.shared_cli().run(*args, "--pools", tmp_path / "pools.yaml", env=env)
+        assert ran.code == 0, ran.err
+    path = str(tmp_path / "results.journal.db")
+    with pytest.raises(BadInput, match="2 pools, each with a quota of its own: large, small: name one with --pool"):
+        read_sources([path], {})
+    with pytest.raises(BadInput, match="--pool other: the journal has large, small"):
+        read_sources([path], {}, "other")
+    learnt = {name: calibrate(read_sources([path], {}, name)) for name in ("small", "large")}
+    assert {name: found["tokens per minute"].value for name, found in learnt.items()} == {
+        "small": 600_000,
+        "large": 900_000,
+    }
+    assert sum(len(found.scenario.workload) for found in learnt.values()) == 24
 
 
 def otlp(**changes: object) -> dict[str, object]:
