@@ -151,8 +151,8 @@ def backtest(
 
     `provider`: the assumed provider, None = that of the run's own forecast, or of its settings without a scenario.
     `runs`: replications, 0 = as many as about 60,000 requests make, at least 5 and at most 40.
-    `model_error_ratio`: of the makespan, None = as measured. `pool`: compare this one alone, without the run's forecast,
-    which is of all; "" = all. Raise BadInput if no request of the journal has ended.
+    `model_error_ratio`: of the makespan, None = as measured. `pool`: compare this one alone, without the run's
+    forecast, which is of all; "" = all. Raise BadInput if no request of the journal has ended.
     """
     found = [lesson for lesson in lessons(journal) if pool in ("", lesson.pool)]
     requests = sum(len(lesson.workload) for lesson in found)
