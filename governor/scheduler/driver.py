@@ -311,6 +311,23 @@ class Governor(InALoop):
         """The number of permits taken by requests that are being sent or that keep their place during a backoff."""
         return self.scheduler.quota.in_flight
 
+    def limits(self) -> dict[str, tuple[float, float, float]]:
+        """Return (limit, budget, used) of each limited dimension by name.
+
+        The limit is as set, as headers state it, or as found (0 = not found yet); the budget is what of it may be
+        used, and `used` counts against the budget now.
+        """
+        p, s, now = self.p, self.s, self.now()
+        return {
+            name: (
+                s.granted[d] or law.limit_found(p, s, d),
+                p.budget[d] * s.scale[d],
+                law.used_in(p, s, d, now),
+            )
+            for name, d in self.places.items()
+            if d < p.dimensions and p.budget[d] < inf
+        }
+
     @property
     def next_slot_at(self) -> float:
         """Return when the stagger allows the next launch, seconds since the run began; -inf before the first launch."""

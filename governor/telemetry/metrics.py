@@ -9,6 +9,9 @@ own metrics have one.
     contestra_openai_tpm_window_deferrals_total  the same for the tokens per minute
     contestra_llm_rate_limit_events_total        429s that ask to slow down, by vendor
     paceline_in_flight                           permits taken, by pool
+    paceline_limit_granted                       the limit, by pool and dimension: as set, stated or found; 0 = not yet
+    paceline_limit_budget                        what of it this run may use: less the headroom
+    paceline_limit_used                          what counts against that budget now
     paceline_outage_since_epoch                  since when nothing is answered, by pool; 0 = no outage
     paceline_attempts_total                      attempts that ended, by pool and outcome
     paceline_requests_total                      requests that ended, by pool and result (ok, or the failure code)
@@ -20,8 +23,8 @@ own metrics have one.
     paceline_wait_seconds                        histogram of how long attempts waited, by pool and cause
     paceline_answer_seconds                      histogram of launch to answer, by pool
 
-The two gauges are read from the law's state at the moment of a scrape, so no lost event can leave them wrong. Labels
-are names of pools, causes and outcomes: no request, prompt or key is ever in them.
+The gauges of permits, slots and limits are read from the law's state at the moment of a scrape, so no lost event can
+leave them wrong. Labels are names of pools, dimensions, causes and outcomes: no request, prompt or key is ever in them.
 
 A run has a registry of its own. Governed clients (`process_metrics`) count in the process's default registry, together
 with the program's own metrics; if PROMETHEUS_MULTIPROC_DIR is set (several workers of gunicorn or uvicorn) the gauges
@@ -36,6 +39,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, Protocol, Self
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
@@ -66,6 +70,7 @@ _LOG = logging.getLogger("governor")
 VENDOR = "openai"
 SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 900.0, 3_600.0, 14_400.0)
 NOTIFY_S = 10.0
+_NO_LIMIT = (0.0, 0.0, 0.0)
 
 
 class LiveMetrics(Protocol):
@@ -78,6 +83,9 @@ class LiveMetrics(Protocol):
     @property
     def next_slot_epoch(self) -> float:
         """Return when the stagger allows the next launch, seconds since 1970; 0 = no launch yet."""
+
+    def limits(self) -> Mapping[str, tuple[float, float, float]]:
+        """Return the limit, the budget and what counts against it now, by dimension."""
 
 
 class _Registry(CollectorRegistry):
@@ -124,6 +132,14 @@ class Metrics:
         self.in_flight = Gauge(
             "paceline_in_flight", "Requests in flight", ["pool"], registry=r, multiprocess_mode="livesum"
         )
+        self.limits = tuple(
+            Gauge(f"paceline_limit_{name}", text, ["pool", "dimension"], registry=r, multiprocess_mode="livemax")
+            for name, text in (
+                ("granted", "The limit: as set, stated or found; 0 = not found yet"),
+                ("budget", "What of the limit may be used"),
+                ("used", "What counts against the budget now"),
+            )
+        )
         self.outage_since = Gauge(
             "paceline_outage_since_epoch",
             "Time since which nothing has been answered, 0 = no outage",
@@ -166,6 +182,9 @@ class Metrics:
     def watch(self, pool: str, governor: LiveMetrics) -> None:
         """Include this governor in the gauges from now on; call `unwatch` when its run is over."""
         self._live.setdefault(pool, WeakSet()).add(governor)
+        for dimension in governor.limits():
+            for i, gauge in enumerate(self.limits):
+                gauge.labels(pool, dimension).set_function(partial(self._limit, pool, dimension, i))
 
     def waves(self, pool: str, is_open: int, moved_epoch: float, tokens: Mapping[str, float]) -> None:
         """Show the waves of a pool: how many are open, when one last came further, and the queue by model."""
@@ -181,8 +200,17 @@ class Metrics:
     def _in_flight(self, pool: str) -> float:
         return float(sum(live.in_flight for live in tuple(self._live.get(pool, ()))))
 
+    def _limit(self, pool: str, dimension: str, i: int) -> float:
+        # Governors of one pool that do not share a state each use a quota of their own.
+        return max(
+            (live.limits().get(dimension, _NO_LIMIT)[i] for live in tuple(self._live.get(pool, ()))), default=0.0
+        )
+
     def refresh(self, pool: str) -> None:
         """Write the gauges, for other processes to read."""
+        for dimension in {name for live in tuple(self._live.get(pool, ())) for name in live.limits()}:
+            for i, gauge in enumerate(self.limits):
+                gauge.labels(pool, dimension).set(self._limit(pool, dimension, i))
         self._active.set(sum(live.in_flight for live in self._all_live()))
         self._slot.set(self._next_slot_epoch())
         self.in_flight.labels(pool).set(self._in_flight(pool))

@@ -25,6 +25,8 @@ from governor.model.errors import BadInput, BadSetting
 from governor.model.policy import Policy
 from governor.model.requests import Answer, Attempt, Outcome, Request, Sizes
 from governor.model.work import Job, Work
+from governor.profiles.loader import read_profile
+from governor.profiles.quotas import quota_of
 from governor.scheduler.driver import Governor
 from governor.telemetry.metrics import Metrics, PoolMetrics, checked_hook, notify
 from tests.governor.costs import lines_run
@@ -162,10 +164,16 @@ def test_lost_requests_show_why() -> None:
     assert found["contestra_llm_rate_limit_events_total", "openai"] == 6
 
 
+KINDS = ("granted", "budget", "used")
+
+
 class Slot:
     def __init__(self, in_flight: int, next_slot_epoch: float) -> None:
         self.in_flight = in_flight
         self.next_slot_epoch = next_slot_epoch
+
+    def limits(self) -> dict[str, tuple[float, float, float]]:
+        return {}
 
 
 def test_dashboards_see_totals_over_pools() -> None:
@@ -206,6 +214,36 @@ def test_the_next_slot_is_the_law_s() -> None:
         assert samples(metrics.text())["contestra_openai_active_concurrency",] == 0.0
 
     run_virtual(main())
+
+
+def limits_of(metrics: Metrics) -> dict[str, tuple[float, ...]]:
+    found = samples(metrics.text())
+    names = [key[1] for key in found if key[0] == "paceline_limit_used"]
+    return {name: tuple(found[f"paceline_limit_{kind}", name, "default"] for kind in KINDS) for name in names}
+
+
+def test_each_limited_dimension_has_its_gauges() -> None:
+    """The guardrails' dimensions, those of a profile, and a limit that is sought."""
+    shown: list[dict[str, tuple[float, ...]]] = []
+    anthropic = quota_of(read_profile("anthropic"), {"ITPM": 30_000, "OTPM": 8_000})
+    settings: dict[str, Any] = {"stagger_seconds": 0.0, "tpm_headroom": 0.15}
+
+    async def main(policy: Policy) -> None:
+        metrics = Metrics()
+        governor = Governor(policy)
+        metrics.watch("default", governor)
+        async with governor.permit(1_000.0, prompt=600.0):
+            shown.append(limits_of(metrics))
+
+    run_virtual(main(Policy().with_(tpm_limit=30_000, **settings)))
+    run_virtual(main(Policy().with_(**settings).with_quota(anthropic)))
+    run_virtual(main(Policy().with_(find_limits="tokens", **settings)))
+    assert shown[0] == {"TPM": (30_000.0, 25_500.0, 1_000.0)}
+    assert shown[1]["ITPM"] == (30_000.0, 25_500.0, 600.0)
+    assert shown[1]["OTPM"] == (8_000.0, 6_800.0, 400.0)
+    limit, budget, used = shown[2]["TPM"]
+    assert (limit, used) == (0.0, 1_000.0), "not found yet"
+    assert budget > 0.0
 
 
 def test_an_event_costs_the_same_however_many_went_before() -> None:
