@@ -16,6 +16,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -119,7 +120,23 @@ class _Kept:
 
 
 _policies, _providers, _orders, _rows = _Kept(64), _Kept(64), _Kept(256), _Kept(ROWS_KEPT)
-_NEW, _NEW_ARRAY = law.State(), array_of(law.State(), STATE)
+_NEW = array_of(law.State(), STATE).view(np.int64)
+
+
+def _law_started(params: law.Params, day_tokens: float, day_requests: float) -> NDArray[np.int64]:
+    if not day_tokens and not day_requests:
+        return _NEW
+    s = law.State()
+    law.started(params, s, of_amounts({law.TPD: day_tokens, law.RPD: day_requests}), 0.0)
+    return array_of(s, STATE).view(np.int64)
+
+
+@lru_cache(maxsize=64)
+def _provider_started(day_tokens: float, day_requests: float) -> NDArray[np.int64]:
+    # The log's numbers, made anew for each batch, would take longer than a run.
+    ps = prov.ProviderState()
+    prov.day_started(ps, day_tokens, day_requests)
+    return array_of(ps, PROVIDER_STATE).view(np.int64)[:_WITHOUT_LOG].copy()
 
 
 class Batch:
@@ -132,13 +149,8 @@ class Batch:
         self.case = case
         self.p = _policies.get((case.params,), lambda: array_of(case.params, PARAMS))
         self.pp = _providers.get((case.provider,), lambda: array_of(case.provider, PROVIDER))
-        s, ps = law.State(), prov.ProviderState()
-        tokens, requests = case.grant.day_tokens_used, case.grant.day_requests_used
-        law.started(case.params, s, of_amounts({law.TPD: tokens, law.RPD: requests}), 0.0)
-        prov.day_started(ps, tokens, requests)
-        # Usually no daily quota was used before: making that array anew takes as long as half a run.
-        self.s = (_NEW_ARRAY if s == _NEW else array_of(s, STATE)).view(np.int64)
-        self.ps = array_of(ps, PROVIDER_STATE).view(np.int64)[:_WITHOUT_LOG]
+        used = case.grant.day_tokens_used, case.grant.day_requests_used
+        self.s, self.ps = _law_started(case.params, *used), _provider_started(*used)
         columns = case.columns
         self.requests = len(columns)
         self.order = self._order()
