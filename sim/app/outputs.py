@@ -50,7 +50,7 @@ ROLLBACK = "rollback.env"
 SCENARIO = "scenario.yaml"
 ROWS = "scenario.workload.csv"
 PLAN = "plan.json"
-LATE_IMPORTS = ("SALib.sample.morris", "SALib.analyze.morris", "sim.reporting.report", "sim.reporting.report_figures")
+LATE_IMPORTS = ("sim.reporting.report", "sim.reporting.report_figures")
 
 
 def check_file(path: str | None, option: str, endings: tuple[str, ...]) -> None:

@@ -1,10 +1,10 @@
 """Which setting matters: quantities by Morris' or Sobol's method, rules and switches by comparing each with the base.
 
-A quantity is one input, uniform over the rungs of its ladder (`space`); SALib's design says which settings to run, all
+A quantity is one input, uniform over the rungs of its ladder (`space`); a design says which settings to run, all
 of them under the same seeds, so that noise does not count as an effect. Morris (1991; with Campolongo, Cariboni and
 Saltelli's mu*, 2007) moves one quantity at a time by two thirds of its ladder, from many random places: cheap, and in
-the figure's own unit. Sobol's total and first-order indices (Saltelli et al., 2010) are shares of variance and cost
-about ten times as many runs.
+the figure's own unit. Sobol's total and first-order indices (Saltelli et al., 2010; by SALib) are shares of variance and
+cost about ten times as many runs.
 
 Rules and switches have no order, so no step of theirs is larger than another: each other value takes the base's place
 alone, and the two are compared run by run under the same chance.
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from governor.model.policy import KNOB_BY_NAME, Policy
 from sim.experiment.effects import Effect, Level, Sensitivity
 from sim.experiment.experiment import Pool
-from sim.experiment.results import Figures, estimate
+from sim.experiment.results import CONFIDENCE, Figures, estimate
 from sim.experiment.runs import Runs
 from sim.scenario.scenario import Scenario
 from sim.scenario.stress import Condition
@@ -150,23 +150,40 @@ def _level(
 Analysis = Callable[[Design, NDArray[np.float64]], list[Effect]]
 
 
-# SALib is imported where it is needed: it takes a quarter of a second, which a run or a capacity need not wait for.
+# SALib draws in pandas and scipy.stats, a second of a plan's processor time: a test holds these two equal to its own.
 
 
 def _morris(problem: dict[str, Any], size: int, seed: int) -> tuple[Design, Analysis]:
-    from SALib.analyze import morris as analysis
-    from SALib.sample import morris as sampling
-
-    design = sampling.sample(problem, size, num_levels=_LEVELS, seed=seed)
+    rng, count = np.random.default_rng(seed), problem["num_vars"]
+    design = np.concatenate([_trajectory(count, rng) for _ in range(size)])
 
     def analysed(x: Design, y: NDArray[np.float64]) -> list[Effect]:
-        found = analysis.analyze(problem, x, y, num_levels=_LEVELS, num_resamples=_RESAMPLES, seed=seed)
-        # Effects are stated per whole range; shown is what one move does.
-        indices = (MOVE * np.asarray(found[name], np.float64) for name in ("mu_star", "mu_star_conf", "sigma"))
-        rows = zip(problem["names"], *indices, strict=True)
+        from scipy.special import ndtri
+
+        # Each step moves one quantity, up or down. Shape (size, count).
+        steps = np.diff(x.reshape(size, count + 1, count), axis=1)
+        changes = np.sign(steps.sum(axis=2)) * np.diff(y.reshape(size, count + 1), axis=1)
+        moved = np.abs(steps).argmax(axis=2)
+        effects = np.take_along_axis(changes, np.argsort(moved, axis=1), axis=1)
+        resampling = np.random.default_rng(seed)
+        picked = [resampling.integers(size, size=(_RESAMPLES, size)) for _ in range(count)]
+        sizes = np.abs(effects)
+        means = np.array([sizes[at, j].mean(axis=1) for j, at in enumerate(picked)])
+        half = ndtri(0.5 + CONFIDENCE / 2.0) * means.std(axis=1, ddof=1)
+        rows = zip(problem["names"], sizes.mean(axis=0), half, effects.std(axis=0, ddof=1), strict=True)
         return [Effect(KNOB_BY_NAME[n].env, float(m), float(c), float(s)) for n, m, c, s in rows]
 
     return design, analysed
+
+
+def _trajectory(count: int, rng: np.random.Generator) -> Design:
+    """Return settings that differ from the one before in one quantity each, by a move. Shape (count + 1, count)."""
+    order = np.eye(count)
+    rng.shuffle(order)
+    up = rng.choice([-1, 1], count)
+    least = rng.choice(np.linspace(0.0, 1.0 - MOVE, _LEVELS // 2), count)
+    has_moved = np.tril(np.ones((count + 1, count)), -1) @ order.T
+    return np.asarray(least + MOVE / 2.0 * ((2.0 * has_moved - 1.0) * up + 1.0))
 
 
 def _sobol(problem: dict[str, Any], size: int, seed: int) -> tuple[Design, Analysis]:

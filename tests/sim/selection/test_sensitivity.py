@@ -15,7 +15,7 @@ from sim.experiment.runs import Runs
 from sim.model.provider_config import ProviderConfig
 from sim.scenario.scenario import Scenario
 from sim.selection.search import Goal
-from sim.selection.sensitivity import MOVE, sensitivity
+from sim.selection.sensitivity import MOVE, _morris, sensitivity
 from sim.selection.space import full_space
 from tests.scenarios import batch
 
@@ -70,6 +70,22 @@ def test_an_elementary_effect_is_the_change_over_two_thirds_of_the_ladder(plain:
     stagger = found.effects["makespan_s"][0]
     # Less where a low concurrency holds things back: 12 s in a row at the most.
     assert min(steps) - ROWS <= stagger.size <= max(steps)
+
+
+def test_morris_is_as_salib_has_it(seed: int) -> None:
+    from SALib.analyze import morris as analysis
+    from SALib.sample import morris as sampling
+
+    names = list(KNOB_BY_NAME)[:5]
+    problem = {"num_vars": len(names), "names": names, "bounds": [[0.0, 1.0]] * len(names)}
+    design, analysed = _morris(problem, 9, seed)
+    np.testing.assert_allclose(design, sampling.sample(problem, 9, num_levels=4, seed=seed), atol=1e-12)
+    y = np.sin(7.0 * design @ np.arange(len(names))) + design[:, 3] ** 2
+    theirs = analysis.analyze(problem, design, y, num_levels=4, num_resamples=200, seed=seed)
+    ours = analysed(design, y)
+    for name, of in (("mu_star", "size"), ("mu_star_conf", "half_width"), ("sigma", "other")):
+        # Theirs are per whole range.
+        assert [getattr(e, of) for e in ours] == pytest.approx([float(MOVE * e) for e in theirs[name]])
 
 
 def test_near_stays_within_two_steps(plain: Scenario) -> None:
