@@ -211,20 +211,21 @@ def _drained_over_changes(pp: ProviderParams, ps: ProviderState, to: float) -> N
     drained(pp, ps, to)
 
 
-def _cotenant_rate(pp: ProviderParams, seed: int, tick: int) -> float:
-    """Return the share of the limit that others request in this tick.
+def _others_ask(pp: ProviderParams, seed: int, tick: int) -> tuple[float, int]:
+    """Return the share of the limit that others request in this tick, and the next tick in which they may request any.
 
     A burst requests its whole period's share at once.
     """
     if pp.cotenant_period_s <= 0.0:
-        return pp.cotenant_share
-    t = tick * _TICK_S
-    period = math.floor(t / pp.cotenant_period_s)
-    start = keyed_uniform(seed, int(period), 0, COTENANT) * (pp.cotenant_period_s - pp.cotenant_burst_s)
-    into = t - period * pp.cotenant_period_s
-    if start <= into < start + pp.cotenant_burst_s:
-        return pp.cotenant_share * pp.cotenant_period_s / pp.cotenant_burst_s
-    return 0.0
+        return pp.cotenant_share, tick + 1
+    period = math.floor(tick * _TICK_S / pp.cotenant_period_s)
+    begins_s = keyed_uniform(seed, int(period), 0, COTENANT) * (pp.cotenant_period_s - pp.cotenant_burst_s)
+    into_s = tick * _TICK_S - period * pp.cotenant_period_s
+    if into_s < begins_s:
+        return 0.0, max(tick + 1, math.floor((period * pp.cotenant_period_s + begins_s) / _TICK_S))
+    if into_s < begins_s + pp.cotenant_burst_s:
+        return pp.cotenant_share * pp.cotenant_period_s / pp.cotenant_burst_s, tick + 1
+    return 0.0, max(tick + 1, math.floor((period + 1) * pp.cotenant_period_s / _TICK_S))
 
 
 def taken_by_others(pp: ProviderParams, ps: ProviderState, d: int, amount: float) -> None:
@@ -240,15 +241,14 @@ def taken_by_others(pp: ProviderParams, ps: ProviderState, d: int, amount: float
 def advanced(pp: ProviderParams, ps: ProviderState, seed: int, now: float) -> None:
     """Advance the provider to `now`: limit changes, co-tenant use and draining, in order of time."""
     if pp.cotenant_share > 0.0:
-        last = math.floor(now / _TICK_S)
-        while ps.tick <= last:
-            _drained_over_changes(pp, ps, ps.tick * _TICK_S)
-            rate = _cotenant_rate(pp, seed, ps.tick)
+        while ps.tick * _TICK_S <= now:
+            tick = ps.tick
+            rate, ps.tick = _others_ask(pp, seed, tick)
             if rate > 0.0:
+                _drained_over_changes(pp, ps, tick * _TICK_S)
                 for d in range(pp.dimensions):
                     if pp.length_s[d] <= MINUTE_S:
                         taken_by_others(pp, ps, d, rate * limit_now(pp, ps, d) * _TICK_S / pp.length_s[d])
-            ps.tick += 1
     if pp.change_at[min(ps.next_change, CHANGES - 1)] <= now:
         _drained_over_changes(pp, ps, now)
     else:
