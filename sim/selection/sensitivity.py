@@ -3,8 +3,8 @@
 A quantity is one input, uniform over the rungs of its ladder (`space`); a design says which settings to run, all
 of them under the same seeds, so that noise does not count as an effect. Morris (1991; with Campolongo, Cariboni and
 Saltelli's mu*, 2007) moves one quantity at a time by two thirds of its ladder, from many random places: cheap, and in
-the figure's own unit. Sobol's total and first-order indices (Saltelli et al., 2010; by SALib) are shares of variance and
-cost about ten times as many runs.
+the figure's own unit. Sobol's total and first-order indices (Saltelli et al., 2010; by SALib) are shares of variance
+and cost about ten times as many runs.
 
 Rules and switches have no order, so no step of theirs is larger than another: each other value takes the base's place
 alone, and the two are compared run by run under the same chance.
