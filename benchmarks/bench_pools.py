@@ -48,7 +48,10 @@ PEER_S = 400.0
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """`most_lost`: the most attempts that one request has spent without an answer on the pool that died."""
+    """`most_lost`: the most attempts that one request has spent without an answer on the pool that died.
+
+    `efficiency`: what the run itself says; None if it lost a request.
+    """
 
     makespan_s: float
     bound_s: float
@@ -58,6 +61,7 @@ class Measured:
     attempts: int
     by_pool: dict[str, int]
     most_lost: int
+    efficiency: float | None
 
     @property
     def ratio(self) -> float:
@@ -142,6 +146,7 @@ def run_in(
         outcome.summary.attempts,
         dict(answers),
         max(dead.values(), default=0),
+        outcome.summary.efficiency,
     )
 
 

@@ -1,7 +1,7 @@
 """Results of a run: attempts in, one `Summary` out, and the bound that no scheduler could have beaten.
 
-A `Summary` is made in two ways. A driver keeps a `Tally` while it runs (constant memory for a batch); or `summarize`
-reads attempt rows afterwards, from a journal or a table. A test checks that the two agree.
+A `Summary` is made from a `Tally`, which a driver keeps while it runs (constant memory for a batch), or `tallied`
+makes from attempt rows afterwards, from a journal or a table. A test checks that the two agree.
 
 The bound is the time below which no scheduler can go on that provider. Let a request count as c tokens: its charge
 once, or the smaller of charge and use if the provider settles. Take the requests that arrive from t on, D tokens in
@@ -437,17 +437,15 @@ class Tally:
         )
 
 
-def summarize(
+def tallied(
     attempts: Iterable[Attempt],
     ends: Iterable[Ended],
-    grant: Grant,
     *,
     stagger_delays: int = 0,
     tpm_deferrals: int = 0,
-    cost_usd: float | None = None,
     lost: Iterable[tuple[float, float]] = (),
-) -> Summary:
-    """Return the figures of a run from its attempt rows (in any order) and the end of each request.
+) -> Tally:
+    """Return the counts of a run from its attempt rows (in any order) and the end of each request.
 
     Deferrals are counted at the head of the queue, which rows do not show: they come from the driver or the journal.
     Nor do rows show the waiting of a request that was never launched. `lost`: charge and least use, in tokens, of each
@@ -479,7 +477,7 @@ def summarize(
     for end in ends:
         tally.ended(end.failure, end.ended_s)
     tally.peak_in_flight = _peak(flights)
-    return tally.summary(grant, cost_usd)
+    return tally
 
 
 _WAITED = tuple(f"waited_{cause}_s" for cause in CAUSES[1:])

@@ -17,14 +17,16 @@ from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import Any
 
-from governor.forecast.summary import Grant, Summary, efficiency_of, summarize
+from governor.forecast.pooled import merged, pooled_bound_s
+from governor.forecast.summary import Grant, Summary, Tally, tallied
 from governor.journal.journal import Journal
 from governor.journal.rows import ResultRow
 from governor.law import BY_TPM, STAGGER
 from governor.model.errors import FailureCode
 from governor.model.policy import Policy
+from governor.model.pools import Pool, groups_of
 from governor.model.prices import Prices, Spending
-from governor.model.requests import CAUSES, Attempt, Ended, error_line, result_line
+from governor.model.requests import Attempt, Ended, error_line, result_line
 from governor.model.words import duration
 from governor.run.longwaits import FINISH_BY, LONG_WAIT, STOP_AFTER
 from governor.run.steer import SIGNALS
@@ -129,8 +131,29 @@ def grant_of(policy: Policy, granted: Mapping[str, float] | None = None) -> Gran
     )
 
 
-def summary_of(journal: Journal, pool: str, policy: Policy, grant: Grant, cost_usd: float | None) -> Summary:
-    """Return the figures of one pool over all legs, from the journal alone."""
+def summaries_of(
+    journal: Journal,
+    pools: Sequence[Pool],
+    granted: Mapping[str, Mapping[str, float]],
+    tallies: Mapping[str, Tally],
+    cost_usd: float | None,
+) -> tuple[Summary, dict[str, Summary]]:
+    """Return the figures of all pools together, and of each, over all legs.
+
+    `granted`: limits from headers. `tallies`: of a run of one leg, which has counted everything itself; empty = counted
+    from the journal. Pools of one group are bounded by the sum of their limits.
+    """
+    policies = {stated.pool: stated.policy for stated in journal.settings()}
+    grants = {pool.name: grant_of(policies.get(pool.name, pool.policy), granted.get(pool.name)) for pool in pools}
+    tallies = tallies or {pool.name: tally_of(journal, pool.name) for pool in pools}
+    by_pool = {name: tallies[name].summary(grant) for name, grant in grants.items()}
+    groups = [[pool.name for pool in members] for members in groups_of(pools)]
+    bounds = [pooled_bound_s([grants[n] for n in names], [tallies[n].work for n in names]) for names in groups]
+    return merged(list(by_pool.values()), max(bounds), cost_usd), by_pool
+
+
+def tally_of(journal: Journal, pool: str) -> Tally:
+    """Return the counts of one pool over all legs, from the journal alone."""
     time = worked(journal)
     attempts = journal.attempts(pool)
     ends: Iterable[Ended] = journal.ends(pool)
@@ -138,15 +161,8 @@ def summary_of(journal: Journal, pool: str, policy: Policy, grant: Grant, cost_u
         attempts = (_moved(attempt, time) for attempt in attempts)
         ends = (end._replace(ended_s=time.own(end.ended_s)) for end in ends)
     deferred = journal.deferrals(pool)
-    return summarize(
-        attempts,
-        ends,
-        grant,
-        stagger_delays=deferred[STAGGER],
-        tpm_deferrals=deferred[BY_TPM],
-        cost_usd=cost_usd,
-        lost=journal.lost(pool),
-    )
+    lost = journal.lost(pool)
+    return tallied(attempts, ends, stagger_delays=deferred[STAGGER], tpm_deferrals=deferred[BY_TPM], lost=lost)
 
 
 def _moved(attempt: Attempt, time: WorkingTime) -> Attempt:
@@ -179,38 +195,6 @@ def attempt_rows(journal: Journal, prices: Prices, day: date) -> Iterator[tuple[
         cost = spent.attempted(attempt, usage, sizes)
         values = (*attempt.row(), request_id, usage.cached, usage.reasoning, usage.tier, usage.written, cost)
         yield tuple("" if value in (-1, -1.0) else value for value in values)
-
-
-def merged(summaries: Sequence[Summary], cost_usd: float | None) -> Summary:
-    """Return several pools side by side as one run. Their peaks need not coincide: the sum is an upper bound."""
-    if len(summaries) == 1:
-        return replace(summaries[0], cost_usd=cost_usd)
-    failures: dict[str, int] = {}
-    for s in summaries:
-        for code, count in s.failures.items():
-            failures[code] = failures.get(code, 0) + count
-    counted: tuple[str, ...] = (
-        "requests",
-        "completed",
-        "failed",
-        "attempts",
-        "throttled",
-        "reserved_tokens",
-        "charged_tokens",
-    )
-    counted += ("used_tokens", "peak_in_flight", "stagger_delays", "tpm_deferrals")
-    sums = {name: sum(getattr(s, name) for s in summaries) for name in counted}
-    makespan_s = max((s.makespan_s for s in summaries), default=0.0)
-    bound_s = max((s.bound_s for s in summaries), default=0.0)
-    return Summary(
-        **sums,
-        makespan_s=makespan_s,
-        bound_s=bound_s,
-        efficiency=efficiency_of(bound_s, makespan_s, sums["failed"]),
-        waits_s={cause: math.fsum(s.waits_s.get(cause, 0.0) for s in summaries) for cause in CAUSES[1:]},
-        failures=dict(sorted(failures.items())),
-        cost_usd=cost_usd,
-    )
 
 
 # ---------------------------------------------------------------- how a run ended

@@ -42,12 +42,10 @@ from governor.model.work import reserve_of
 from governor.run.account import (
     RunOutcome,
     exit_code,
-    grant_of,
     lines_of,
-    merged,
     outcome_text,
     spent_before,
-    summary_of,
+    summaries_of,
     worked,
 )
 from governor.run.intake import BatchBegun, prepare
@@ -475,20 +473,13 @@ def _closed(journal: Journal, orders: Orders, spent: Spending, ended: Ended | No
     if not pending and orders.out is not None:
         write_results(orders.out, lines_of(journal))
     granted = ended.granted if ended is not None else {}
-    policies = {stated.pool: stated.policy for stated in journal.settings()}
-    by_pool = {}
-    for pool in orders.pools:
-        policy = policies.get(pool.name, pool.policy)
-        grant = grant_of(policy, granted.get(pool.name))
-        if ended is not None and ended.began_s == 0.0 and ended.tallies:
-            # The first leg has counted everything itself, in constant memory.
-            by_pool[pool.name] = ended.tallies[pool.name].summary(grant)
-        else:
-            by_pool[pool.name] = summary_of(journal, pool.name, policy, grant, None)
+    whole = ended is not None and ended.began_s == 0.0
+    tallies = ended.tallies if whole and ended is not None else {}
+    summary, by_pool = summaries_of(journal, orders.pools, granted, tallies, spent.total_usd())
     stopped = {name: why for name, why in ended.why.items() if why} if ended is not None else {}
     signals = ended.signals if ended is not None else ()
     return RunOutcome(
-        summary=merged(list(by_pool.values()), spent.total_usd()),
+        summary=summary,
         by_pool=by_pool,
         exit_code=exit_code(counts.failed, pending, stopped, signals),
         stopped=stopped,

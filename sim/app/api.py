@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from governor.forecast.pooled import merged, pooled_bound_s
 from governor.forecast.summary import Summary
 from governor.model.errors import BadSetting
 from governor.model.files import prepared_folder
@@ -237,6 +238,13 @@ class PoolsResult:
         """Return the first run's figures by pool."""
         cases = zip(self.scenarios.items(), self.runs[0].tallies, strict=True)
         return {name: tally.summary(case_of(scenario).grant) for (name, scenario), tally in cases}
+
+    @cached_property
+    def summary(self) -> Summary:
+        """Return the first run's figures of all pools together, against the sum of their limits."""
+        grants = [case_of(scenario).grant for scenario in self.scenarios.values()]
+        bound = pooled_bound_s(grants, [tally.work for tally in self.runs[0].tallies])
+        return merged(list(self.summaries.values()), bound, None)
 
 
 def simulate_pools(scenarios: Mapping[str, Scenario], *, replications: int = 1) -> PoolsResult:

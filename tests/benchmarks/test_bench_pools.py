@@ -22,6 +22,9 @@ def test_three_unequal_pools_are_as_fast_as_one_with_the_sum_of_their_limits() -
     found = measured(drawn(SEED, 200, (1_000, 5_000)))
     assert (found.lost, found.throttled, found.attempts) == (0, 0, 200)
     assert found.ratio <= 1.05, found
+    # What the run says of itself is against the sum of the limits, too.
+    assert found.efficiency is not None
+    assert 1.0 / found.efficiency == pytest.approx(found.ratio, rel=0.02)
     shares = [found.by_pool[name] / 200 for name in ("p0", "p1", "p2")]
     assert shares == sorted(shares)
 

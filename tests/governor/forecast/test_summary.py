@@ -18,7 +18,7 @@ from itertools import pairwise
 import pytest
 
 from governor import law
-from governor.forecast.summary import Grant, Summary, Tally, WorkDone, bound_s, efficiency_of, summarize
+from governor.forecast.summary import Grant, Summary, Tally, WorkDone, bound_s, efficiency_of, tallied
 from governor.model.errors import FailureCode
 from governor.model.requests import BACKOFF, CAUSES, Attempt, Ended, Outcome
 from tests.governor.costs import lines_run
@@ -381,10 +381,10 @@ def random_run(rng: random.Random) -> Run:
             attempts.append(row(request, "finalize", 1, launched_s, now, Outcome.OK))
         code = "" if outcome == Outcome.OK else rng.choice([FailureCode.RATE_LIMIT_EXHAUSTED, FailureCode.TIMEOUT])
         ends.append(Ended(request, now, code))
-    return Run(tallied(attempts, ends), attempts, ends)
+    return Run(counted(attempts, ends), attempts, ends)
 
 
-def tallied(attempts: list[Attempt], ends: list[Ended]) -> Tally:
+def counted(attempts: list[Attempt], ends: list[Ended]) -> Tally:
     tally = Tally()
     tally.deferrals[law.STAGGER] = 7
     tally.deferrals[law.BY_TPM] = 5
@@ -433,9 +433,8 @@ class TestSummary:
             run = random_run(rng)
             one = run.tally.summary(GRANT, cost_usd=1.25).to_json_dict()
             rng.shuffle(run.attempts)
-            two = summarize(
-                run.attempts, run.ends, GRANT, stagger_delays=7, tpm_deferrals=5, cost_usd=1.25
-            ).to_json_dict()
+            again = tallied(run.attempts, run.ends, stagger_delays=7, tpm_deferrals=5)
+            two = again.summary(GRANT, cost_usd=1.25).to_json_dict()
             for key in one:
                 assert one[key] == (
                     pytest.approx(two[key]) if key in ("waits_s", "bound_s", "efficiency") else two[key]
@@ -451,7 +450,7 @@ class TestSummary:
         ]
         ends = [Ended(0, 4.0, ""), Ended(1, 9.0, ""), Ended(2, 8.0, FailureCode.SERVER_ERROR)]
         ends.append(Ended(3, 0.0, FailureCode.REQUEST_TOO_LARGE))
-        s = summarize(attempts, ends, Grant(tpm_limit=1_001)).to_json_dict()
+        s = tallied(attempts, ends).summary(Grant(tpm_limit=1_001)).to_json_dict()
         assert (s["requests"], s["completed"], s["failed"], s["attempts"], s["throttled"]) == (4, 2, 2, 4, 1)
         assert s["failures"] == {"OPENAI_SERVER_ERROR": 1, "REQUEST_TOO_LARGE": 1}
         assert (s["reserved_tokens"], s["charged_tokens"], s["used_tokens"]) == (2_804, 1_503, 801)
@@ -469,18 +468,18 @@ class TestSummary:
                 attempts.append(row(i, "main", 1, launched_s, launched_s + rng.randint(1, 8), Outcome.OK))
             # Half-open: at the moment of its answer an attempt is over, and its place free.
             peak = max(sum(a.launched_s <= t < a.finished_s for a in attempts) for t in range(30))
-            assert summarize(attempts, [], GRANT).peak_in_flight == peak
+            assert tallied(attempts, []).peak_in_flight == peak
 
     def test_an_attempt_over_in_no_time_is_seen(self) -> None:
-        assert summarize([row(0, "main", 1, 5.0, 5.0, Outcome.THROTTLED)], [], GRANT).peak_in_flight == 1
+        assert tallied([row(0, "main", 1, 5.0, 5.0, Outcome.THROTTLED)], []).peak_in_flight == 1
 
     def test_efficiency_of_a_run_that_lost_nothing(self) -> None:
         attempts = [row(0, "main", 1, 0.0, 4.0, Outcome.OK), row(1, "main", 1, 30.0, 36.0, Outcome.OK)]
-        s = summarize(attempts, [Ended(0, 4.0, ""), Ended(1, 36.0, "")], Grant(tpm_limit=600))
+        s = tallied(attempts, [Ended(0, 4.0, ""), Ended(1, 36.0, "")]).summary(Grant(tpm_limit=600))
         assert s.bound_s == pytest.approx((500 + 501 - 600) / 10 + 4.0, rel=1e-6)
         # The rows say 36 s, the bound 44.1 s: this provider grants more than was said, and no efficiency is quoted.
         assert s.efficiency is None
-        s = summarize(attempts, [Ended(0, 4.0, ""), Ended(1, 36.0, "")], Grant(tpm_limit=800))
+        s = tallied(attempts, [Ended(0, 4.0, ""), Ended(1, 36.0, "")]).summary(Grant(tpm_limit=800))
         assert s.efficiency == pytest.approx(((500 + 501 - 800) / (800 / 60) + 4.0) / 36.0, rel=1e-6)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from governor import law
-from governor.forecast.summary import Grant, summarize
+from governor.forecast.summary import Grant, tallied
 from governor.journal.journal import Journal
 from governor.journal.schema import TIER_COLUMNS
 from governor.journal.verify import verify
@@ -126,9 +126,8 @@ def test_a_summary_can_be_made_of_the_journal_alone(path: Path) -> None:
 
     with journal:
         run_through(journal, recorder, send)
-        summary = summarize(
-            journal.attempts(), journal.ends(), Grant(), stagger_delays=journal.deferrals()[law.STAGGER]
-        )
+        tally = tallied(journal.attempts(), journal.ends(), stagger_delays=journal.deferrals()[law.STAGGER])
+        summary = tally.summary(Grant())
     assert (summary.requests, summary.completed, summary.failed) == (30, 29, 1)
     assert (summary.attempts, summary.throttled) == (40, 10)
     assert summary.failures == {FailureCode.BAD_REQUEST: 1}
@@ -153,7 +152,7 @@ def test_the_bound_is_over_requests_that_were_lost_too(path: Path) -> None:
         assert [index for index, code in ends.items() if code == FailureCode.RATE_LIMIT_EXHAUSTED] == list(range(1, 10))
         grant = Grant(rpm_limit=20)
         answered, asked = (
-            summarize(journal.attempts(), journal.ends(), grant, lost=each).bound_s for each in ((), lost)
+            tallied(journal.attempts(), journal.ends(), lost=each).summary(grant).bound_s for each in ((), lost)
         )
     assert len(lost) == 9
     # The limit's bucket is full at first: 20 of them go at once, then one in three seconds.

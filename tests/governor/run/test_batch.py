@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from governor import law
+from governor.forecast.pooled import merged
 from governor.forecast.summary import Summary
 from governor.journal.journal import Journal
 from governor.journal.rows import ResultRow
@@ -29,9 +30,8 @@ from governor.run.account import (
     grant_of,
     line_of,
     lines_of,
-    merged,
     spent_before,
-    summary_of,
+    tally_of,
     worked,
 )
 from governor.run.intake import disk_needed, prepare, read_demands
@@ -119,12 +119,12 @@ def summary(**changes: object) -> Summary:
 def test_pools_together_add_up_but_for_time() -> None:
     a = summary(requests=3, completed=2, failed=1, makespan_s=10.0, bound_s=4.0, failures={"X": 1})
     b = summary(requests=5, completed=5, makespan_s=7.0, bound_s=6.0, failures={})
-    both = merged([a, b], 1.5)
+    both = merged([a, b], 6.0, 1.5)
     assert (both.requests, both.completed, both.failed, both.cost_usd) == (8, 7, 1, 1.5)
     assert (both.makespan_s, both.bound_s, both.efficiency) == (10.0, 6.0, None)
     assert both.waits_s["tpm"] == 2.0
     assert both.failures == {"X": 1}
-    assert merged([b], 2.0).cost_usd == 2.0
+    assert merged([b], 6.0, 2.0).cost_usd == 2.0
 
 
 def test_the_grant_is_what_headers_said_where_they_said_it() -> None:
@@ -233,7 +233,7 @@ def test_figures_of_two_legs_from_the_journal_alone(tmp_path: Path) -> None:
     journal.finish(asyncio.run(leg(5_000.0, 9)), "finished")
     time = worked(journal)
     assert len(time.stretches) == 2
-    found = summary_of(journal, "default", FREE, grant_of(FREE), None)
+    found = tally_of(journal, "default").summary(grant_of(FREE))
     assert (found.requests, found.completed, found.attempts, found.used_tokens) == (6, 6, 6, 90)
     # The night between the legs is no time of the run.
     assert found.makespan_s < 100.0

@@ -425,6 +425,10 @@ def test_pools_that_share_a_batch_are_simulated_together_and_differing_ones_refu
     both = simulate_pools({"small": alone, "large": alone.with_(tpm=90_000)}, replications=2)
     assert [run.lost for run in both.runs] == [0, 0]
     assert sum(each.completed for each in both.summaries.values()) == both.runs[0].completed
+    whole = both.summary
+    assert (whole.requests, whole.failed, whole.attempts) == (len(ROWS), 0, len(ROWS))
+    assert whole.efficiency is not None
+    assert whole.efficiency == pytest.approx(whole.bound_s / both.runs[0].makespan_s)
     assert both.makespan_s <= simulate(alone, replications=2).forecast["makespan_s"].mean
     with pytest.raises(BadSetting, match="pool b: its batch is not that of pool a"):
         simulate_pools({"a": alone, "b": Scenario(ROWS[:2], tpm=30_000)})

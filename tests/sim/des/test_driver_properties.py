@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
 from governor import law
-from governor.forecast.summary import summarize
+from governor.forecast.summary import tallied
 from governor.model.requests import CAUSES, Attempt, Ended, Outcome
 from sim.des.run import launch_order
 from sim.experiment.experiment import attempt_rows, simulated
@@ -446,13 +446,9 @@ def test_the_tally_is_what_the_rows_add_up_to(seed: int) -> None:
 
     if whole:
         ends = {a.request: Ended(a.request, a.finished_s, a.error_code) for a in rows}
-        again = summarize(
-            rows,
-            ends.values(),
-            done.case.grant,
-            stagger_delays=tally.deferrals[law.STAGGER],
-            tpm_deferrals=tally.deferrals[law.BY_TPM],
-        )
+        stagger_delays, tpm_deferrals = tally.deferrals[law.STAGGER], tally.deferrals[law.BY_TPM]
+        counted = tallied(rows, ends.values(), stagger_delays=stagger_delays, tpm_deferrals=tpm_deferrals)
+        again = counted.summary(done.case.grant)
         ours = tally.summary(done.case.grant)
         for field in dataclasses.fields(ours):
             if field.name not in ("waits_s", "peak_in_flight"):
