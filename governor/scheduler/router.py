@@ -4,7 +4,9 @@ Theory of operation. Each quota has a scheduler of its own, whose law says when 
 the requests of all of them, reads ahead of the source by one, and shows the first one to every scheduler as its next
 new work. So each law computes when it would admit that very request, and the scheduler whose moment comes first
 launches it; the others are then shown the next one. At one instant the order of the seats decides: a reserved quota
-that comes first is filled first, and the rest spills over. A request that is too large for a quota is not shown to it.
+that comes first is filled first, and the rest spills over. (So a seat that has just launched is not shown the next one
+while one before it, which would launch it now, has yet to look.) A request that is too large for a quota is not shown
+to it.
 
 Requests that were launched are handed on in three cases. A refusal (429) sends the request to a quota whose law admits
 it sooner than the refusing one lets it come again. An attempt that got no answer is followed by one at another quota,
@@ -41,7 +43,8 @@ class Seat(Generic[T]):
 
     `need_of(item)`: what the request takes of this quota's dimensions. `renew()`: lets the scheduler look at this
     source again (`Scheduler.renewed`), or begin anew if it had found nothing. `stays(job)`: whether a request may not
-    be handed on. `own`: requests that only this quota may launch, first of all.
+    be handed on. `own`: requests that only this quota may launch, first of all. `is_due`: it was shown something new
+    and has not looked yet.
     """
 
     router: Router[T]
@@ -52,6 +55,7 @@ class Seat(Generic[T]):
     stays: Callable[[Any], bool]
     own: deque[T] = field(default_factory=deque)
     shown: T | None = None
+    is_due: bool = False
 
     def __iter__(self) -> Iterator[T]:
         return self
@@ -114,7 +118,13 @@ class Seat(Generic[T]):
 
     def looked(self) -> None:
         """Show requests to the quotas that had found none, after a change in the state of this one."""
+        self.is_due = False
         self.router.looked()
+
+    def look_again(self) -> None:
+        """Let the scheduler look at what is shown, as soon as the caller is done."""
+        self.is_due = True
+        self.renew()
 
 
 class Router(Generic[T]):
@@ -170,7 +180,7 @@ class Router(Generic[T]):
             for other in self.seats:
                 if other.shown is taken:
                     other.shown = None
-                    other.renew()
+                    other.look_again()
         if seat.own:
             return seat.own.popleft()
         seat.shown = self._first_for(seat) if seat.is_open else None
@@ -189,9 +199,17 @@ class Router(Generic[T]):
             return
         for seat in self.seats:
             if seat.shown is None and seat.is_open and self._first_for(seat) is not None:
-                seat.renew()
+                seat.look_again()
 
     def _first_for(self, seat: Seat[T]) -> T | None:
+        found = self._allowed(seat)
+        before = [each for each in self.seats[: seat.number] if each.is_due and each.shown is found]
+        if found is None or not before:
+            return found
+        now = self._clock()
+        return None if any(each.ready_at(found, now) <= now for each in before) else found
+
+    def _allowed(self, seat: Seat[T]) -> T | None:
         for item in chain(self._handed_on, self._ahead):
             if self._may_go(item, seat):
                 return item
