@@ -1,7 +1,7 @@
 """The compiled engine: law, chance, provider and event loop as machine code, by numba, from their own sources.
 
-Theory of operation. `proceed` runs until the end, or until it needs more rows, an emptied buffer or larger arrays. It
-releases the interpreter's lock meanwhile, so that runs in several threads proceed in parallel. Nothing is kept per
+Theory of operation. `proceed_all` runs until the end, or until it needs more rows, an emptied buffer or larger arrays.
+It releases the interpreter's lock meanwhile, so that runs in several threads proceed in parallel. Nothing is kept per
 request: latencies go into the tally's sketch and answered requests into its sums, buffer by buffer.
 
 A plan makes thousands of runs of a few hundred requests, each done in a fraction of a millisecond. So anything that
@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ from sim.model import provider as prov
 if TYPE_CHECKING:
     from sim.experiment.experiment import Case
 
-ENTRY = "proceed"
+ENTRY = "proceed_all"
 # Functions on every request's path: inlined, they run half as fast again. (Inlining all would take longer to compile.)
 INLINED = frozenset(
     (
@@ -66,12 +67,17 @@ ENTRY_OF_QUEUE = dtype_of(engine.Entry())
 ANSWERS = dtype_of(engine.Answers())
 ENDED = dtype_of(engine.Ended())
 RECORDS = (PARAMS, STATE, PROVIDER, PROVIDER_STATE, RUN, ROW, JOB, EVENT, ENTRY_OF_QUEUE, ANSWERS, ENDED)
+_FLAT = (np.dtype(np.int64),) * 4
 
 # The run's record as one flat array of numbers, as it is before a run.
 PLACES = places(RUN)
 BEGINNING = array_of(engine.Run(), RUN).view(np.int64)
-_SEED, _REQUESTS, _FINALIZE, _FROM_TRACE, _RECORDING, _ROWS_UNTIL = (
-    PLACES[name].start for name in ("seed", "requests", "finalize_max_tokens", "from_trace", "recording", "rows_until")
+_SEED, _REQUESTS, _FINALIZE, _FROM_TRACE, _RECORDING, _ROWS_UNTIL, _LATENCIES, _ANSWERED = (
+    PLACES[name].start
+    for name in (
+        *("seed", "requests", "finalize_max_tokens", "from_trace", "recording", "rows_until"),
+        *("latencies_size", "answered_size"),
+    )
 )
 
 _LOCK = threading.Lock()
@@ -83,7 +89,7 @@ def load() -> Callable[..., int]:
     if not _LOADED:
         with _LOCK:
             if not _LOADED:
-                function, _ = function_of(SOURCES, ROOT, ENTRY, RECORDS, beside=BESIDE, inlined=INLINED)
+                function, _ = function_of(SOURCES, ROOT, ENTRY, (*RECORDS, *_FLAT), beside=BESIDE, inlined=INLINED)
                 _LOADED.append(function)
     return _LOADED[0]
 
@@ -243,11 +249,12 @@ class Runner:
 
         Every request has then ended exactly once (asserted).
         """
-        proceed = load()
-        self._begin(batch, seed, on_attempt is not None)
+        recording = on_attempt is not None
+        if recording and len(self.attempts) < BUFFER:
+            self.attempts = np.zeros(BUFFER, ENDED)
+        self.whole[:] = _beginning(batch, seed, recording)
         rows, tally, run = batch.first, Tally(), self.run
-        fixed = batch.p, self.s, batch.pp, self.ps, self.state
-        while proceed(*fixed, rows, self.jobs, self.calendar, self.queue, self.answers, self.attempts):
+        while not self._proceed(batch, self.state, rows, self.answers):
             self._emptied(tally, on_attempt)
             if run["row"] == run["rows_until"] < run["requests"]:
                 rows = batch.rows(int(run["row"]))
@@ -255,38 +262,37 @@ class Runner:
                 run["rows_until"] += len(rows)
             self._enlarged()
         self._emptied(tally, on_attempt)
-        ended = int(run["ended"])
-        assert ended == batch.requests, f"{batch.requests - ended} of {batch.requests} requests never ended"
         left = self.s[0]
         assert left["in_flight"] == 0, f"{left['in_flight']} permits leaked"
         assert left["finalize_open"] == 0, f"{left['finalize_open']} finalize passes never closed"
-        return self._tallied(tally)
+        return _tallied(batch, tally, self.whole, self.real)
 
-    def _begin(self, batch: Batch, seed: int, recording: bool) -> None:
-        self._s_numbers[:] = batch.s
-        self._ps_numbers[:] = batch.ps
-        if recording and len(self.attempts) < BUFFER:
-            self.attempts = np.zeros(BUFFER, ENDED)
-        case, whole = batch.case, self.whole
-        whole[:] = BEGINNING
-        whole[_SEED] = seed
-        whole[_REQUESTS] = batch.requests
-        whole[_FINALIZE] = case.finalize_max_tokens
-        whole[_FROM_TRACE] = case.from_trace
-        whole[_RECORDING] = recording
-        whole[_ROWS_UNTIL] = len(batch.first)
+    def simulate_several(self, batch: Batch, seeds: Sequence[int]) -> list[Tally]:
+        """Return the tallies of runs under these seeds, up to the first that needs larger arrays than these.
+
+        They are made by one call, so that several threads do not wait for the interpreter's lock between short runs.
+        """
+        whole = np.tile(_beginning(batch, 0, False), (len(seeds), 1))
+        whole[:, _SEED] = seeds
+        real = whole.view(np.float64)
+        answers = self.answers[: len(seeds) * _room(batch)].reshape(len(seeds), -1)
+        made = self._proceed(batch, whole.view(RUN).reshape(len(seeds)), batch.first, answers.reshape(-1))
+        tallies = []
+        for i in range(made):
+            tally = Tally()
+            _worked(tally, answers[i], whole[i, _LATENCIES], whole[i, _ANSWERED])
+            tallies.append(_tallied(batch, tally, whole[i], real[i]))
+        return tallies
+
+    def _proceed(self, batch: Batch, runs: NDArray[Any], rows: NDArray[Any], answers: NDArray[Any]) -> int:
+        states = self._s_numbers, batch.s, self._ps_numbers, batch.ps
+        arrays = rows, self.jobs, self.calendar, self.queue, answers, self.attempts
+        return load()(batch.p, self.s, batch.pp, self.ps, runs, *arrays, *states)
 
     def _emptied(self, tally: Tally, on_attempt: AttemptSink | None) -> None:
         """Move the outputs into the tally, and attempts to `on_attempt` if given."""
-        run, answers = self.run, self.answers
-        tally.latencies_s.frombytes(answers["latency_s"][: run["latencies_size"]].tobytes())
-        late = answers[: run["answered_size"]]
-        if len(late):
-            work = tally.work
-            work.arrivals_s.frombytes(late["arrived_s"].tobytes())
-            work.charges.frombytes(late["charge"].tobytes())
-            work.counts.frombytes(late["counted"].tobytes())
-            work.services_s.frombytes(late["service_s"].tobytes())
+        run = self.run
+        _worked(tally, self.answers, run["latencies_size"], run["answered_size"])
         run["latencies_size"] = run["answered_size"] = 0
         if on_attempt is not None:
             for values in self.attempts[: run["attempts_size"]].tolist():
@@ -304,24 +310,57 @@ class Runner:
         if 2 * run["queue_size"] >= len(self.queue):
             self.queue = _twice(self.queue)
 
-    def _tallied(self, tally: Tally) -> Tally:
-        # Reading a record's fields one by one would take longer than the run.
-        whole, real, work = self.whole.tolist(), self.real.tolist(), tally.work
-        tally.requests = whole[PLACES["ended"].start]
-        for name, at in _COUNTS:
-            setattr(tally, name, whole[at])
-        for name, at in _SUMS:
-            setattr(tally, name, real[at])
-        tally.waits_s = real[PLACES["waits_s"]]
-        tally.deferrals = [int(count) for count in real[PLACES["deferrals"]]]
-        for code, count in zip(CODES, real[PLACES["failures"]], strict=True):
-            if count:
-                tally.failures[code] = tally.failures.get(code, 0) + int(count)
-        tally.failures = dict(sorted(tally.failures.items()))
-        work.requests = whole[PLACES["work_requests"].start]
-        for name, at in _WORK:
-            setattr(work, name, real[at])
-        return tally
+
+def _room(batch: Batch) -> int:
+    """Return how many answers a run may have to keep."""
+    return batch.requests + 1
+
+
+def _beginning(batch: Batch, seed: int, recording: bool) -> NDArray[np.int64]:
+    """Return the run's record, as flat numbers, before it begins."""
+    case, whole = batch.case, BEGINNING.copy()
+    whole[_SEED] = seed
+    whole[_REQUESTS] = batch.requests
+    whole[_FINALIZE] = case.finalize_max_tokens
+    whole[_FROM_TRACE] = case.from_trace
+    whole[_RECORDING] = recording
+    whole[_ROWS_UNTIL] = len(batch.first)
+    return whole
+
+
+def _worked(tally: Tally, answers: NDArray[Any], latencies: int, answered: int) -> None:
+    """Add so many of the answers to the tally."""
+    tally.latencies_s.frombytes(answers["latency_s"][:latencies].tobytes())
+    if answered:
+        late, work = answers[:answered], tally.work
+        work.arrivals_s.frombytes(late["arrived_s"].tobytes())
+        work.charges.frombytes(late["charge"].tobytes())
+        work.counts.frombytes(late["counted"].tobytes())
+        work.services_s.frombytes(late["service_s"].tobytes())
+
+
+def _tallied(batch: Batch, tally: Tally, whole_numbers: NDArray[Any], real_numbers: NDArray[Any]) -> Tally:
+    """Add the run's record to the tally, and return it."""
+    # Reading a record's fields one by one would take longer than the run.
+    whole, real, work = whole_numbers.tolist(), real_numbers.tolist(), tally.work
+    tally.requests = whole[PLACES["ended"].start]
+    assert tally.requests == batch.requests, (
+        f"{batch.requests - tally.requests} of {batch.requests} requests never ended"
+    )
+    for name, at in _COUNTS:
+        setattr(tally, name, whole[at])
+    for name, at in _SUMS:
+        setattr(tally, name, real[at])
+    tally.waits_s = real[PLACES["waits_s"]]
+    tally.deferrals = [int(count) for count in real[PLACES["deferrals"]]]
+    for code, count in zip(CODES, real[PLACES["failures"]], strict=True):
+        if count:
+            tally.failures[code] = tally.failures.get(code, 0) + int(count)
+    tally.failures = dict(sorted(tally.failures.items()))
+    work.requests = whole[PLACES["work_requests"].start]
+    for name, at in _WORK:
+        setattr(work, name, real[at])
+    return tally
 
 
 def _at(names: Iterable[str], prefix: str = "") -> tuple[tuple[str, int], ...]:
@@ -347,24 +386,32 @@ def _twice(array: NDArray[Any]) -> NDArray[Any]:
 _idle: list[Runner] = []
 
 
-def _simulated(batch: Batch, seed: int, on_attempt: AttemptSink | None = None) -> Tally:
+@contextmanager
+def _runner() -> Iterator[Runner]:
     try:
         runner = _idle.pop()
     except IndexError:
         runner = Runner()
-    tally = runner.simulate(batch, seed, on_attempt)
+    yield runner
     if len(runner.jobs) <= SLOTS and len(runner.queue) <= SLOTS:
         _idle.append(runner)
-    return tally
 
 
 def simulated(case: Case, seed: int, on_attempt: AttemptSink | None = None) -> Tally:
     """Return one run of the case, equal to the SimPy driver's to the bit."""
-    return _simulated(Batch(case), seed, on_attempt)
+    with _runner() as runner:
+        return runner.simulate(Batch(case), seed, on_attempt)
 
 
 def simulations(case: Case, seeds: Iterable[int]) -> Iterator[Tally]:
     """Yield runs of the case under these seeds, one after the other."""
-    batch = Batch(case)
-    for seed in seeds:
-        yield _simulated(batch, seed)
+    batch, left = Batch(case), list(seeds)
+    at_once = BUFFER // _room(batch)
+    while left:
+        with _runner() as runner:
+            made = runner.simulate_several(batch, left[:at_once]) if min(at_once, len(left)) > 1 else []
+            if not made:
+                at_once = 1
+                made = [runner.simulate(batch, left[0])]
+        yield from made
+        left = left[len(made) :]

@@ -990,3 +990,40 @@ def proceed(
             return FULL
         if _step(w):
             r.pumping = 1
+
+
+def proceed_all(
+    p: Any,
+    s: Any,
+    pp: Any,
+    ps: Any,
+    runs: Any,
+    rows: Any,
+    jobs: Any,
+    calendar: Any,
+    queue: Any,
+    answers: Any,
+    attempts: Any,
+    s_now: Any,
+    s_new: Any,
+    ps_now: Any,
+    ps_new: Any,
+) -> int:
+    """Make the runs one after the other, or continue the first; return how many were done before one needs the caller.
+
+    `answers` is shared out evenly. `s_now`, `ps_now`: the states of law and provider as flat numbers, as far as they
+    must be reset; `s_new`, `ps_new`: what they are reset to. Several runs end with one that leaks a permit.
+    """
+    each = len(answers) // len(runs)
+    for i in range(len(runs)):
+        if not runs[i].begun:
+            for at in range(len(s_new)):
+                s_now[at] = s_new[at]
+            for at in range(len(ps_new)):
+                ps_now[at] = ps_new[at]
+        mine = answers[i * each : (i + 1) * each]
+        if proceed(p, s, pp, ps, runs[i : i + 1], rows, jobs, calendar, queue, mine, attempts) != DONE:
+            return i
+        if len(runs) > 1 and (s[0].in_flight != 0 or s[0].finalize_open != 0):
+            return i
+    return len(runs)

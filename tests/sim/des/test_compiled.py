@@ -220,6 +220,19 @@ def test_small_chunks_and_buffers_make_no_difference(seed: int, monkeypatch: Any
     assert [whole(seed + n) for n in range(60)] == wanted
 
 
+def test_runs_made_by_one_call_equal_runs_made_alone(seed: int, monkeypatch: Any) -> None:
+    cases, seeds = [case_of(drawn(seed + n)) for n in range(30)], range(seed, seed + 6)
+    alone = [[repr(compiled.simulated(case, each)) for each in seeds] for case in cases]
+    at_once = set()
+    for slots in (compiled.SLOTS, 6):
+        monkeypatch.setattr(compiled, "SLOTS", slots)
+        monkeypatch.setattr(compiled, "_idle", [])
+        assert [[repr(tally) for tally in compiled.simulations(case, seeds)] for case in cases] == alone
+        at_once |= {len(compiled.Runner().simulate_several(compiled.Batch(case), seeds)) for case in cases}
+    # All of them in one call, and none for want of room.
+    assert {0, len(seeds)} <= at_once
+
+
 def whole(seed: int) -> tuple[list[Attempt], str]:
     scenario = drawn(seed)
     rows: list[Attempt] = []
