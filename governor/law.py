@@ -1081,8 +1081,13 @@ def throttled(
     if p.sync_headers:
         _refused(p, s, need, attempt, retry_after_s, launched_at, now)
     wait_s = _wait_s(p, attempt, retry_after_s)
-    if p.seeks and retry_after_s <= 0.0 and attempt > 1:
-        wait_s = min(wait_s, _opens_at(s, now) - now)
+    if p.seeks and attempt > 1:
+        if retry_after_s <= 0.0:
+            wait_s = min(wait_s, _opens_at(s, now) - now)
+        else:
+            # What was too short is the wait that was kept, which the sought rate may have made longer than the stated.
+            kept_s = (launched_at - first_launched_at) / (attempt - 1)
+            wait_s = max(wait_s, min(2.0 * kept_s, backoff_s(p, attempt)))
     more_s = 0.0
     if retry_after_s <= 0.0 and attempt == p.max_attempts - 1 and deadline_at(p, first_launched_at) == math.inf:
         # No wait was stated: the last attempt comes when a limit per minute must have opened again.

@@ -20,6 +20,7 @@ from governor.run.pool_run import RunOptions
 from governor.telemetry.progress import Display
 from sim.model.provider_config import ProviderConfig
 from sim.serving.server import Provider
+from tests.live import batch, provider, run_args, shared_cli
 
 REQUESTS = 60
 CAP = 1_300
@@ -97,3 +98,29 @@ def test_sixty_requests_over_http_come_near_the_bound_and_none_is_refused(name: 
     bound_s = 60.0 * (ratio - 1.0) + min(a.finished_s - a.launched_s for a in attempts)
     assert bound_s <= max(a.finished_s for a in attempts) <= 1.06 * bound_s
     assert bound_s == pytest.approx(summary.bound_s, rel=0.01)
+
+
+def test_the_limit_that_a_run_found_is_told_and_kept(tmp_path: Path) -> None:
+    """By a provider that states nothing: in the summary, in the status, and in the run that goes on with it."""
+    tpm, scale = 600_000, 20.0
+    cli = shared_cli()
+    batch(tmp_path / "requests.jsonl", 120, cap=20_000)
+    env = {
+        "OPENAI_FIND_LIMITS": "tokens",
+        "OPENAI_STAGGER_SECONDS": "0",
+        "OPENAI_MAX_CONCURRENCY": "30",
+        "OPENAI_CHARGE_RULE": "prompt_plus_max",
+    }
+    habits = {"tpm": tpm, "counts": "none", "charge_rule": "prompt_plus_max", "failed_requests_count": False}
+    with provider(time_scale=scale, stated_time="provider", **habits) as served:
+        args = run_args(tmp_path, served.base_url, "--yes", "--quiet", "--time-scale", scale)
+        part = cli.run(*args, "--stop-after", "2m", "--json", env=env)
+        assert part.code == 5, part.err
+        found = json.loads(part.out)["limits_found"]["default"]["TPM"]
+        assert 0.5 * tpm < found < 1.3 * tpm
+        status = cli.run("status", tmp_path / "results.journal.db")
+        assert f"{found:,.0f} TPM; once you trust it: OPENAI_TPM_LIMIT={found:.0f}" in status.out
+        refused = json.loads(part.out)["throttled"]
+        rest = cli.run(*args, "--json", env=env)
+        assert rest.code == 0, rest.err
+        assert json.loads(rest.out)["throttled"] - refused <= 4, "the search does not begin anew"

@@ -11,7 +11,7 @@ from governor.forecast.preflight import Verdict
 from governor.forecast.summary import Summary
 from governor.model.prices import dollars_text
 from governor.model.words import duration, percent, plural
-from governor.run.account import RunOutcome, tiers_text
+from governor.run.account import RunOutcome, found_pairs, tiers_text
 from governor.run.batch import Orders
 from governor.run.outputs import errors_path
 
@@ -46,11 +46,14 @@ def pairs_text(pairs: Sequence[tuple[str, str]]) -> str:
 def outcome_json(outcome: RunOutcome, *, several: bool) -> dict[str, Any]:
     """Return the `Summary`'s keys; with several pools, the same for each of them under `pools`.
 
-    `tiers`, if one but the standard tier has answered: how many answers each gave.
+    `tiers`, if one but the standard tier has answered: how many answers each gave. `limits_found`, if limits were
+    sought: by pool and dimension, 0 = nothing was refused.
     """
     found = outcome.summary.to_json_dict()
     if any(outcome.tiers):
         found["tiers"] = dict(outcome.tiers)
+    if outcome.found:
+        found["limits_found"] = {name: dict(limits) for name, limits in outcome.found.items()}
     if several:
         found["pools"] = {name: summary.to_json_dict() for name, summary in outcome.by_pool.items()}
     return found
@@ -71,6 +74,7 @@ def outcome_text(outcome: RunOutcome, orders: Orders) -> str:
         pairs.append(("live answers", tiers_text(outcome.tiers)))
     if outcome.resent:
         pairs.append(("resent", f"{outcome.resent:,} that were in flight when a process ended"))
+    pairs += found_pairs(outcome.found)
     for name, why in outcome.stopped.items():
         of = f"pool {name}: " if len(outcome.by_pool) > 1 else ""
         pairs.append(("stopped", of + REMEDIES.get(why, why)))

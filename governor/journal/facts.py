@@ -1,11 +1,15 @@
-"""Facts about a run as a whole in its journal: when it is to be done, and which service tiers served it."""
+"""Facts about a run as a whole in its journal: its deadline, the tiers that served it, the limits that it found."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from sqlalchemy import func, insert, select
 
+from governor import law
 from governor.journal.journal import Journal
 from governor.journal.schema import TIERS_SINCE, attempts, deadlines
+from governor.model.policy import Policy
 from governor.model.requests import BATCH, Outcome
 
 
@@ -32,3 +36,21 @@ def tiers_of(journal: Journal) -> dict[str, int]:
     with journal.reading() as connection:
         rows = connection.execute(query.group_by(c.service_tier).order_by(c.service_tier)).all()
     return {tier: int(count) for tier, count in rows}
+
+
+def limits_found(journal: Journal, policies: Mapping[str, Policy]) -> dict[str, dict[str, float]]:
+    """Return the limits that the search has met, by pool and dimension, as of each pool's last checkpoint.
+
+    0 = sought, and no refusal has shown it yet. Pools that seek no limit are left out.
+    """
+    found = {}
+    for name, policy in policies.items():
+        last = journal.checkpoint(name)
+        if last is not None and last.params.seeks:
+            p, s = last.params, last.state
+            found[name] = {
+                dimension: law.limit_found(p, s, d)
+                for dimension, d in policy.places.items()
+                if d < p.dimensions and p.sought[d]
+            }
+    return found

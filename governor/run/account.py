@@ -23,8 +23,9 @@ from governor.journal.journal import Journal
 from governor.journal.rows import ResultRow
 from governor.law import BY_TPM, STAGGER
 from governor.model.errors import FailureCode
+from governor.model.needs import STANDARD
 from governor.model.policy import Policy
-from governor.model.pools import Pool, groups_of
+from governor.model.pools import LIMITS, Pool, groups_of
 from governor.model.prices import Prices, Spending
 from governor.model.requests import Attempt, Ended, error_line, result_line
 from governor.model.words import duration
@@ -205,7 +206,8 @@ class RunOutcome:
     """The outcome of a run: the figures over all legs, the same by pool, and the exit code.
 
     `stopped`: the reason, by pool. `tiers`: live answers by the service tier that served them. `worked_s`: by all
-    legs. `journal`: its name for the user, never with a password.
+    legs. `found`: the limits found by the search, by pool and dimension (`facts.limits_found`). `journal`: its name
+    for the user, never with a password.
     """
 
     summary: Summary
@@ -217,11 +219,29 @@ class RunOutcome:
     journal: str
     tiers: Mapping[str, int] = field(default_factory=dict)
     worked_s: float = 0.0
+    found: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 def tiers_text(tiers: Mapping[str, int]) -> str:
     """Return how many live answers each service tier gave, the standard tier's first."""
     return ", ".join(f"{count:,} {tier or 'standard'}" for tier, count in tiers.items())
+
+
+def found_pairs(found: Mapping[str, Mapping[str, float]]) -> list[tuple[str, str]]:
+    """Return a row of text for each pool that seeks limits, with the settings that state them the next time."""
+    return [("found" if len(found) == 1 else f"found by {name}", _found(limits)) for name, limits in found.items()]
+
+
+def _found(found: Mapping[str, float]) -> str:
+    met = {name: round(limit) for name, limit in found.items() if limit > 0.0}
+    told = [f"{limit:,} {name}" for name, limit in met.items()]
+    told += [f"no {name} yet: nothing was refused" for name in found if name not in met]
+    if not met:
+        return ", ".join(told)
+    settings = [f"OPENAI_{name}_LIMIT={limit}" for name, limit in met.items() if name in STANDARD]
+    others = ",".join(f"{name}={limit}" for name, limit in met.items() if name not in STANDARD)
+    settings += [f"{LIMITS}={others}"] if others else []
+    return f"{', '.join(told)}; once you trust it: {' '.join(settings)}"
 
 
 def exit_code(failed: int, pending: int, stopped: Mapping[str, str], signals: Sequence[str]) -> int:

@@ -28,7 +28,7 @@ from governor.forecast.forecast import (
 )
 from governor.forecast.guard import check_finish, check_fits, check_preflight
 from governor.forecast.preflight import InUse, in_use
-from governor.journal.facts import tiers_of
+from governor.journal.facts import limits_found, tiers_of
 from governor.journal.journal import Journal
 from governor.law import DAY_S
 from governor.model.errors import BadSetting, FailureCode, PacelineError, quoted
@@ -488,4 +488,5 @@ def _closed(journal: Journal, orders: Orders, spent: Spending, ended: Ended | No
         journal=journal.name,
         tiers=tiers_of(journal),
         worked_s=worked(journal).own(journal.last_s()),
+        found=limits_found(journal, {pool.name: pool.policy for pool in orders.pools}),
     )

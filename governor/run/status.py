@@ -12,7 +12,7 @@ from governor.batchapi.outlook import ahead_of
 from governor.batchapi.waves import WaveStage
 from governor.forecast.forecast import Demand, Foresee, Outlook, fluid
 from governor.forecast.preflight import InUse, in_use
-from governor.journal.facts import tiers_of
+from governor.journal.facts import limits_found, tiers_of
 from governor.journal.journal import PAUSE, RESUME, Journal
 from governor.journal.records import Records
 from governor.model.policy import KNOBS, Policy
@@ -20,7 +20,7 @@ from governor.model.pools import Pool
 from governor.model.requests import Outcome
 from governor.model.words import duration, percent, plural
 from governor.model.work import reserve_of
-from governor.run.account import tiers_text, worked
+from governor.run.account import found_pairs, tiers_text, worked
 from governor.run.steer import POOL_WORD, changes_text, held_settings, words_of
 
 
@@ -60,6 +60,7 @@ def status_json(journal: Journal, *, foresee: Foresee | None = None, scenario: s
         "forecast_finish_s": _forecast_finish(forecasts[-1].content) if forecasts else None,
         **_left(journal, policies, counts.pending + counts.in_flight, foresee, scenario),
         "tiers": tiers_of(journal),
+        "limits_found": limits_found(journal, policies),
         "waves": [row._asdict() for row in journal.waves()],
         "pools": {
             name: {"done": c.done, "failed": c.failed, "pending": c.pending, "in_flight": c.in_flight}
@@ -192,6 +193,7 @@ def status_pairs(found: dict[str, Any]) -> list[tuple[str, str]]:
         pairs.append(("left", f"about {duration(found['left_s'])} ({how})"))
     if any(found["tiers"]):
         pairs.append(("live answers", tiers_text(found["tiers"])))
+    pairs += found_pairs(found["limits_found"])
     pairs += _wave_pairs(found["waves"])
     if len(found["pools"]) > 1:
         for name, c in found["pools"].items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from governor import law
@@ -47,6 +48,22 @@ def test_an_unknown_limit_is_used_and_rarely_met(window: str, retry_after: str) 
     assert done.tally.completed == 2_000
     assert accepted(done, 120.0, 960.0) >= 0.9 * 60_000.0 * 14.0
     assert done.tally.throttled <= 0.02 * done.tally.attempts
+
+
+@pytest.mark.parametrize("window", ["bucket", "anchored", "clock", "sliding"])
+def test_few_large_requests_are_not_lost_where_refusals_count(window: str, seed: int) -> None:
+    """A request that uses a twelfth of the minute is refused for itself, until it waits longer than its own refill."""
+    sizes = np.random.default_rng(seed).integers(1_000, 3_000, 80)
+    policy = Policy().with_(
+        find_limits="tokens",
+        stagger_seconds=0.0,
+        max_concurrency=30,
+        sync_headers=False,
+        charge_rule="prompt_plus_max",
+    )
+    provider = {"counts": "none", "tpm": 30_000, "window": window, "retry_after": "ms", "failed_requests_count": True}
+    done = run(scenario_of(batch(sizes.tolist(), 1.0), policy, provider=provider))
+    assert (done.tally.completed, done.tally.failed) == (80, 0)
 
 
 def test_unknown_requests_per_minute() -> None:
