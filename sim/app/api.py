@@ -38,7 +38,7 @@ from sim.scenario.scenario import Scenario
 from sim.selection import planner
 
 if TYPE_CHECKING:
-    from sim.app.shared_quota import SharedRun
+    from sim.experiment.shared_quota import SharedRun
 
 TEXT_WIDTH = 100
 PROCESSES_MAX = 64
@@ -205,7 +205,7 @@ def simulate_processes(
     the start; another process takes over its work. Needs the extra `redis`. Raise BadSetting if the scenario has
     arrivals over time: only a batch can be split.
     """
-    from sim.app.shared_quota import Arrangement, shared_run
+    from sim.experiment.shared_quota import Arrangement, shared_run
 
     if is_a("scenario", scenario, Scenario, MAKE_ONE).arrivals == "trace":
         raise BadSetting("processes share a batch: this scenario's requests arrive over time")

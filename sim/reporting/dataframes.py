@@ -17,8 +17,8 @@ from sim.experiment.results import Figures, Forecast, Plan, Point
 from sim.reporting import series
 
 if TYPE_CHECKING:
-    from sim.app.shared_quota import SharedRun
     from sim.calibration.fits import Figure
+    from sim.experiment.shared_quota import SharedRun
 
 # The figures whose names do not state their units.
 _UNITS = {"efficiency": "efficiency_ratio"}

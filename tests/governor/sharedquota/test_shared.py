@@ -23,8 +23,8 @@ from governor.sharedquota import member, recovery
 from governor.sharedquota.image import FORMAT_NAME, HEAD, Image
 from governor.sharedquota.interfaces import EPOCH_S, LEASE_S, Server, StoreLostError
 from governor.sharedquota.shared import AHEAD, SharedGovernor
-from sim.app.shared_quota import SimulatedStore, SimulatedStoreClient
 from sim.des.virtual_loop import run_virtual
+from sim.experiment.shared_quota import SimulatedStore, SimulatedStoreClient
 from tests.governor.desks import CUT, OK, THROTTLED, Desk, Log, quiet, works
 
 RTT_S = 0.004
